@@ -1,0 +1,1 @@
+"""Console scripts: each parses, calls one function and prints."""

@@ -1,0 +1,1 @@
+"""What was lost: perplexity and samples of text, before and after."""

@@ -1,0 +1,1 @@
+"""Checkpoints on disk: reading, checking and writing, one file per format."""

@@ -1,0 +1,1 @@
+"""Rounders, transforms and searches: pure functions of tensors."""

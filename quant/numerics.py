@@ -1,0 +1,82 @@
+"""The reference arithmetic of quantization: slow where it must be, the same on every device, float32 throughout.
+
+Shapes: w (n, k) weight as nn.Linear stores it; scales, zeros (n, g) with g = k / group_size (1 per channel); codes
+(n, k). `w ~ (code - zero) * scale`. Every kernel and every exported file is held against these functions.
+"""
+
+import torch
+from torch import Tensor
+
+from quant.scheme import Scheme
+
+
+def grouped(w: Tensor, scheme: Scheme) -> Tensor:
+    """`w` viewed as (n, g, group_size)."""
+    n, k = w.shape
+    return w.reshape(n, scheme.groups(k), -1)
+
+
+def choose_params(w: Tensor, scheme: Scheme, scale_dtype: torch.dtype, shrink: Tensor | float = 1.0) -> tuple[Tensor, Tensor | None]:
+    """Scales and zeros that cover each group's range times `shrink`.
+
+    w            (n, k)  float
+    shrink       scalar or (n, g)  fraction of the range kept, in (0, 1]
+    return       scales (n, g) in scale_dtype, zeros (n, g) int32 or None where the scheme is symmetric
+
+    symmetric    scale = absmax / ((2^bits - 1) / 2): the half-open range of compressed-tensors, which uses both ends
+    asymmetric   scale = (max - min) / (2^bits - 1), zero = round(-min / scale), the range widened to include 0
+    The scale is rounded to scale_dtype before anything is divided by it, so the codes fit what is stored. A group of
+    zeros gets scale 1.
+    """
+    values = grouped(w.float(), scheme)
+    if scheme.symmetric:
+        span = values.abs().amax(-1) * 2
+        low = None
+    else:
+        low = values.amin(-1).clamp(max=0) * shrink
+        span = values.amax(-1).clamp(min=0) - values.amin(-1).clamp(max=0)
+    scales = stored_scale(span * shrink / (2**scheme.bits - 1), scale_dtype)
+    if low is None:
+        return scales, None
+    zeros = (scheme.qtype.min - low / scales.float()).round().clamp(scheme.qtype.min, scheme.qtype.max)
+    return scales, zeros.to(torch.int32)
+
+
+def stored_scale(scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """`scale` as it will be stored: rounded to `dtype`, kept within its normal range, and 1 where it is zero."""
+    limits = torch.finfo(dtype)
+    rounded = scale.clamp(max=limits.max).to(dtype)
+    rounded = torch.where(rounded < limits.tiny, torch.full_like(rounded, limits.tiny), rounded)
+    return torch.where(scale == 0, torch.ones_like(rounded), rounded)
+
+
+def quantize(w: Tensor, scheme: Scheme, scales: Tensor, zeros: Tensor | None = None) -> Tensor:
+    """Integer codes of `w`.
+
+    w       (n, k)  float
+    scales  (n, g)  strictly positive
+    zeros   (n, g)  integer, None when the scheme is symmetric
+    return  (n, k)  int8 (signed) or uint8, in [qtype.min, qtype.max]
+
+    code = clamp(round(w / scale) + zero), ties to even. ValueError where k does not divide into groups.
+    """
+    values = grouped(w.float(), scheme) / scales.float().unsqueeze(-1)
+    codes = values.round_()
+    if zeros is not None:
+        codes += zeros.unsqueeze(-1)
+    codes.clamp_(scheme.qtype.min, scheme.qtype.max)
+    return codes.reshape(w.shape).to(torch.int8 if scheme.qtype.signed else torch.uint8)
+
+
+def dequantize(codes: Tensor, scheme: Scheme, scales: Tensor, zeros: Tensor | None = None) -> Tensor:
+    """(code - zero) * scale as float32, shape (n, k)."""
+    values = grouped(codes.float(), scheme)
+    if zeros is not None:
+        values = values - zeros.unsqueeze(-1)
+    return (values * scales.float().unsqueeze(-1)).reshape(codes.shape)
+
+
+def fake_quantize(w: Tensor, scheme: Scheme, scale_dtype: torch.dtype, shrink: Tensor | float = 1.0) -> Tensor:
+    """`w` after quantization and back, float32: what the exported checkpoint will compute with."""
+    scales, zeros = choose_params(w, scheme, scale_dtype, shrink)
+    return dequantize(quantize(w, scheme, scales, zeros), scheme, scales, zeros)

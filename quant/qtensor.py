@@ -1,0 +1,80 @@
+"""A quantized weight."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from quant import numerics
+from quant.scheme import Scheme
+
+
+@dataclass(frozen=True)
+class QTensor:
+    """A weight as codes and scales: `w ~ (code - zero) * scale`.
+
+    codes   (n, k)  int8 where the scheme is symmetric, else uint8; unpacked
+    scales  (n, g)  float16, bfloat16 or float32, finite and positive
+    zeros   (n, g)  int32 in the code's range; None where the scheme is symmetric
+
+    Checked at birth: ValueError with the numbers where shapes, dtypes or values contradict the scheme.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    zeros: Tensor | None
+    scheme: Scheme
+
+    def __post_init__(self) -> None:
+        reason = self.reason_against()
+        if reason:
+            raise ValueError(f"a {self.scheme} weight of shape {tuple(self.codes.shape)} is impossible: {reason}")
+
+    def reason_against(self) -> str | None:
+        """Why these tensors are no weight of this scheme, or None."""
+        qtype = self.scheme.qtype
+        dtype = torch.int8 if qtype.signed else torch.uint8
+        if self.codes.ndim != 2 or self.codes.dtype != dtype:
+            return f"codes must be 2-dimensional {dtype}, not {self.codes.ndim}-dimensional {self.codes.dtype}"
+        n, k = self.codes.shape
+        if self.scheme.group_size > 0 and k % self.scheme.group_size:
+            return f"{k} inputs do not divide into groups of {self.scheme.group_size}"
+        sides = (n, self.scheme.groups(k))
+        if tuple(self.scales.shape) != sides:
+            return f"scales have shape {tuple(self.scales.shape)}, not {sides}"
+        if (self.zeros is None) != self.scheme.symmetric:
+            return "zeros belong to asymmetric schemes alone"
+        if self.zeros is not None and tuple(self.zeros.shape) != sides:
+            return f"zeros have shape {tuple(self.zeros.shape)}, not {sides}"
+        if self.codes.is_meta or not n * k:
+            return None
+        if not bool((torch.isfinite(self.scales) & (self.scales > 0)).all()):
+            return "a scale is zero, negative or not finite"
+        for name, values in (("code", self.codes), ("zero", self.zeros)):
+            if values is not None and not (qtype.min <= int(values.min()) and int(values.max()) <= qtype.max):
+                return f"a {name} lies outside [{qtype.min}, {qtype.max}]"
+        return None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.codes.shape[0], self.codes.shape[1]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes the weight takes when packed: codes, scales and zeros."""
+        side = self.scales.element_size() + (0 if self.zeros is None else self.scheme.bits / 8)
+        return int(self.codes.numel() * self.scheme.bits / 8 + self.scales.numel() * side)
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The weight (n, k) it stands for, computed in float32 and rounded once to `dtype`."""
+        return numerics.dequantize(self.codes, self.scheme, self.scales, self.zeros).to(dtype)
+
+    def to(self, device: torch.device | str) -> "QTensor":
+        zeros = None if self.zeros is None else self.zeros.to(device)
+        return QTensor(self.codes.to(device), self.scales.to(device), zeros, self.scheme)
+
+
+def round_to_nearest(w: Tensor, scheme: Scheme, scale_dtype: torch.dtype, shrink: Tensor | float = 1.0) -> QTensor:
+    """`w` (n, k) rounded to the nearest code; `shrink` as in numerics.choose_params."""
+    scales, zeros = numerics.choose_params(w, scheme, scale_dtype, shrink)
+    return QTensor(numerics.quantize(w, scheme, scales, zeros), scales, zeros, scheme)

@@ -1,0 +1,108 @@
+"""How a weight is quantized: an integer type, and who shares a scale."""
+
+from dataclasses import dataclass, replace
+
+from quant.qtypes import QTYPES, QType, qtype_of
+
+
+@dataclass(frozen=True)
+class PerChannel:
+    """One scale per output row."""
+
+    def groups(self, k: int) -> int:
+        return 1
+
+    def __str__(self) -> str:
+        return "channel"
+
+
+@dataclass(frozen=True)
+class PerGroup:
+    """One scale per `size` consecutive inputs of a row."""
+
+    size: int
+
+    def __post_init__(self) -> None:
+        if self.size < 1 or self.size % 32:
+            raise ValueError(f"group size {self.size}: engines take multiples of 32, or -1 for one scale per channel")
+
+    def groups(self, k: int) -> int:
+        if k % self.size:
+            raise ValueError(f"{k} inputs do not divide into groups of {self.size}")
+        return k // self.size
+
+    def __str__(self) -> str:
+        return f"g{self.size}"
+
+
+Granularity = PerChannel | PerGroup
+
+
+def granularity_of(group_size: int) -> Granularity:
+    """PerGroup(group_size), or PerChannel where group_size is -1."""
+    return PerChannel() if group_size == -1 else PerGroup(group_size)
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """A weight's quantization: `w ~ (code - zero) * scale`.
+
+    Symmetric schemes have signed codes and no zeros; asymmetric ones unsigned codes and one integer zero beside each
+    scale. Text form: "int4-g128", "int8-channel", "uint4-g64".
+    """
+
+    qtype: QType
+    granularity: Granularity
+
+    @property
+    def symmetric(self) -> bool:
+        return self.qtype.signed
+
+    @property
+    def bits(self) -> int:
+        return self.qtype.bits
+
+    @property
+    def group_size(self) -> int:
+        """Inputs that share a scale; -1 for the whole row."""
+        return self.granularity.size if isinstance(self.granularity, PerGroup) else -1
+
+    def groups(self, k: int) -> int:
+        """Scales per row of `k` inputs. ValueError where k does not divide."""
+        return self.granularity.groups(k)
+
+    def with_group_size(self, group_size: int) -> "Scheme":
+        return replace(self, granularity=granularity_of(group_size))
+
+    def bits_per_weight(self, k: int, scale_bits: int = 16) -> float:
+        """Stored bits per weight of a row of `k`, scales and zeros counted."""
+        side = scale_bits + (0 if self.symmetric else self.bits)
+        return self.bits + side * self.groups(k) / k
+
+    def __str__(self) -> str:
+        return f"{self.qtype.name}-{self.granularity}"
+
+
+def make_scheme(bits: int, group_size: int, symmetric: bool) -> Scheme:
+    """Scheme(bits, group_size, symmetric); group_size -1 is per channel. ValueError for what no format holds."""
+    return Scheme(qtype_of(bits, symmetric), granularity_of(group_size))
+
+
+def parse_scheme(text: str) -> Scheme:
+    """The scheme that `str(scheme)` printed."""
+    name, _, granularity = text.partition("-")
+    if name not in QTYPES or not (granularity == "channel" or granularity.removeprefix("g").isdigit()):
+        raise ValueError(f"{text!r} is no scheme: write int4-g128, uint4-g64, int8-channel")
+    size = -1 if granularity == "channel" else int(granularity[1:])
+    return Scheme(QTYPES[name], granularity_of(size))
+
+
+# Tried in this order where a layer's inputs do not divide by the size asked for.
+FALLBACK_GROUP_SIZES = (128, 64, 32, -1)
+
+
+def fitting_group_size(k: int, wanted: int) -> int:
+    """The largest size of FALLBACK_GROUP_SIZES at most `wanted` (or `wanted` itself) that divides k; -1 as the last."""
+    if wanted == -1 or k % wanted == 0:
+        return wanted
+    return next(size for size in FALLBACK_GROUP_SIZES if size == -1 or (size < wanted and k % size == 0))
