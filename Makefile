@@ -1,0 +1,63 @@
+# make demo   quantize a real model and see what it cost
+# make test   lint, types and the CPU test suite
+#
+# Both make the environment in .venv on their first run and reuse it afterwards. It needs Python 3.11 and a C++
+# compiler; where nvcc is found too, setup.py builds the CUDA extension.
+#   PYTHON=python3.12          another interpreter
+#   TORCH=torch==2.12.0        another torch, before .venv exists
+
+BIN := .venv/bin
+PYTHON ?= $(shell for python in python3.11 python3; do \
+	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; done)
+TORCH ?= $(shell grep '^torch==' constraints.txt)
+CUTLASS := nvidia-cutlass==4.2.0.0
+INSTALLED := pyproject.toml $(wildcard setup.py quant/kernels/csrc/* */__init__.py)
+
+.PHONY: help env demo test lint format gpu-test clean
+
+help:
+	@sed -n 's/^# *\(make .*\)/\1/p' Makefile
+
+env: .venv/lowbit.stamp
+
+demo: env
+	$(BIN)/quantize demo --method awq --output demo-awq --overwrite
+	$(BIN)/quantize-eval perplexity demo-awq --baseline demo --text builtin
+	$(BIN)/quantize-eval sample demo-awq --baseline demo
+
+test: lint
+	$(BIN)/python -m pytest -q -m "not gpu and not slow" --durations=10
+
+lint: env
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+format: env
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+gpu-test: env
+	$(BIN)/python -m pytest -q -m gpu --durations=10
+
+clean:
+	rm -rf build dist *.egg-info demo-awq .pytest_cache .ruff_cache .mypy_cache .venv/lowbit.stamp
+	find . -name .venv -prune -o \( -name __pycache__ -o -name '_C*.so' \) -print0 | xargs -0 rm -rf
+
+# The packages: torch first and alone, because anything that asks for it more loosely takes a newer build.
+.venv/packages.stamp: constraints.txt
+	@test -n "$(PYTHON)" || { echo "lowbit needs Python 3.11 or later: none found as python3.11 or python3"; exit 1; }
+	@test -x $(BIN)/python || { echo "Making .venv with $(PYTHON)"; $(PYTHON) -m venv .venv; }
+	@echo "Installing $(TORCH) and what constraints.txt names (a few minutes, once)"
+	@$(BIN)/pip install -q --disable-pip-version-check "$(TORCH)"
+	@grep -v '^torch==' constraints.txt > .venv/constraints.txt
+	@$(BIN)/pip install -q --disable-pip-version-check -r .venv/constraints.txt
+	@if command -v nvcc >/dev/null; then \
+		$(BIN)/pip install -q --disable-pip-version-check --no-deps $(CUTLASS); fi
+	@touch $@
+
+# lowbit itself, editable; again when a package is added or the extension changes.
+.venv/lowbit.stamp: .venv/packages.stamp $(INSTALLED)
+	@echo "Installing lowbit into .venv"
+	@$(BIN)/pip install -q --disable-pip-version-check --no-build-isolation --no-deps -e .
+	@touch $@
