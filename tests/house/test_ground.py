@@ -1,0 +1,35 @@
+"""The ground floor is cheap to stand on: importing it starts no GPU and loads no toolkit."""
+
+import subprocess
+import sys
+
+from tests.house.tree import ROOT, imports, modules
+
+GROUND = [module for module in modules() if module.name.split(".")[0] == "quant"]
+MAY_NEED = {"torch", "tomli_w"}
+
+PROBE = """
+import importlib, sys, torch
+for name in {names}:
+    importlib.import_module(name)
+print("cuda" if torch.cuda.is_initialized() else "", *sorted({{"transformers", "datasets"}} & set(sys.modules)))
+"""
+
+
+def test_importing_all_of_quant_touches_no_gpu_and_no_toolkit() -> None:
+    names = [module.name for module in GROUND if not module.name.endswith("__main__")]
+    probe = [sys.executable, "-c", PROBE.format(names=names)]
+    found = subprocess.run(probe, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stderr
+    assert not found.stdout.strip(), f"import quant brought in: {found.stdout.strip()}"
+
+
+def test_quant_needs_torch_alone() -> None:
+    known = sys.stdlib_module_names | {"quant"} | MAY_NEED
+    found = [
+        f"{module.file}:{each.line}: {each.target}"
+        for module in GROUND
+        for each in imports(module.tree(), frozenset())
+        if each.target.split(".")[0] not in known
+    ]
+    assert not found, "\n".join(found)

@@ -1,0 +1,131 @@
+"""Imports point one way: down the floors, and down the ground floor's own order."""
+
+import ast
+from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
+
+import pytest
+
+from tests.house.tree import PACKAGES, Import, Module, imports, modules
+
+# A package imports from lower floors and from itself. calibrate and engine stand side by side.
+FLOORS = {"quant": 0, "export": 1, "models": 2, "calibrate": 3, "engine": 3, "evaluation": 4, "commands": 5}
+
+# On the ground floor a module imports what stands before it here ...
+CHAIN = ("qtypes", "scheme", "numerics", "packing", "qtensor", "kernels", "linear")
+TYPES = ("qtypes", "scheme")
+# ... or, off the chain, what is listed for it.
+BESIDE = {
+    "site": TYPES,
+    "stats": (*TYPES, "site"),
+    "recipe": TYPES,
+    "algos": (*TYPES, "numerics", "packing", "qtensor", "site", "stats", "kernels.ops"),
+}
+GROUND = {name: CHAIN[:i] for i, name in enumerate(CHAIN)} | BESIDE
+
+EXTENSION = "quant._C"  # compiled, so no file of the tree
+KNOWN = frozenset(module.name for module in modules()) | {EXTENSION}
+INITS = frozenset(module.name for module in modules() if module.is_package)
+
+
+def reason_against(importer: str, found: Import) -> str | None:
+    """Why `importer` must not hold this import, or None."""
+    source, target = importer.split("."), found.target.split(".")
+    if found.target.startswith("."):
+        return "a relative import"
+    if target[0] in ("tests", "benchmarks"):
+        return f"{target[0]} is not installed"
+    if target[0] not in FLOORS:
+        return None
+    if found.in_function:
+        return f"{found.target} imported inside a function"
+    if found.target in INITS and is_inside(importer, found.target):
+        return f"a name from the __init__ of {found.target}, from inside it"
+    if source[0] != target[0]:
+        if FLOORS[source[0]] <= FLOORS[target[0]]:
+            return f"{source[0]} (floor {FLOORS[source[0]]}) imports {target[0]} (floor {FLOORS[target[0]]})"
+        return None
+    return reason_on_the_ground(source, target) if source[0] == "quant" else None
+
+
+def reason_on_the_ground(source: list[str], target: list[str]) -> str | None:
+    """Why quant's module `source` must not import its module `target`, or None."""
+    if len(source) == 1:
+        return "quant/__init__.py imports nothing: import quant stays cheap"
+    if source[1] == target[1]:
+        return None
+    if target[1] == "_C":
+        return None if source[1] == "kernels" else f"quant.{source[1]} reaches past quant.kernels to the extension"
+    if source[1] not in GROUND:
+        return f"quant.{source[1]} has no place yet: give it one in {__name__.rpartition('.')[2]}.py"
+    allowed = GROUND[source[1]]
+    if is_inside(".".join(target[1:]), *allowed):
+        return None
+    return f"quant.{source[1]} imports {'.'.join(target)}; it may import {', '.join(allowed) or 'nothing'}"
+
+
+def is_inside(name: str, *packages: str) -> bool:
+    """Whether `name` is one of `packages` or lies below one."""
+    return any(name == package or name.startswith(f"{package}.") for package in packages)
+
+
+def offences(module: Module) -> Iterator[str]:
+    for found in imports(module.tree(), KNOWN):
+        if reason := reason_against(module.name, found):
+            yield f"{module.file}:{found.line}: {reason}"
+
+
+def test_imports_point_down() -> None:
+    found = [offence for module in modules() for offence in offences(module)]
+    assert not found, "\n".join(found)
+
+
+def test_no_cycles() -> None:
+    graph = {module.name: {found.target for found in imports(module.tree(), KNOWN)} & KNOWN for module in modules()}
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        pytest.fail(" <- ".join(error.args[1]))
+
+
+def test_every_package_has_a_floor() -> None:
+    assert set(FLOORS) == set(PACKAGES)
+
+
+@pytest.mark.parametrize(
+    ("importer", "line"),
+    [
+        ("quant.qtypes", "from quant.scheme import Scheme"),
+        ("quant.qtypes", "import quant.scheme"),
+        ("quant.numerics", "from quant import __version__"),
+        ("quant.algos.awq", "from quant.kernels.registry import KERNELS"),
+        ("quant.linear", "import quant._C"),
+        ("quant.somewhere", "from quant.scheme import Scheme"),
+        ("quant", "from quant.scheme import Scheme"),
+        ("quant.scheme", "from export.checkpoint import Checkpoint"),
+        ("calibrate.walk", "from engine.loader import load"),
+        ("engine.loader", "import calibrate"),
+        ("models.skeleton", "import importlib\nimportlib.import_module('commands.quantize')"),
+        ("evaluation.perplexity", "def f():\n    from quant.scheme import Scheme"),
+        ("evaluation.perplexity", "from .report import line"),
+        ("commands.quantize", "from tests.house import tree"),
+    ],
+)
+def test_a_wrong_import_is_seen(importer: str, line: str) -> None:
+    found = imports(ast.parse(line), KNOWN)
+    assert [reason for each in found if (reason := reason_against(importer, each))]
+
+
+@pytest.mark.parametrize(
+    ("importer", "line"),
+    [
+        ("quant.qtensor", "from quant import numerics"),
+        ("quant.algos.awq", "from quant.kernels.ops import linear"),
+        ("quant.kernels.w4a16_gemv", "from quant import _C"),
+        ("quant.linear", "from quant.kernels.registry import KERNELS"),
+        ("commands.quantize", "from quant import __version__"),
+        ("evaluation.perplexity", "def f():\n    import datasets"),
+    ],
+)
+def test_a_right_import_passes(importer: str, line: str) -> None:
+    assert all(reason_against(importer, each) is None for each in imports(ast.parse(line), KNOWN))
