@@ -1,6 +1,7 @@
-"""What every test stands on: no hub, one seed, and @gpu tests skipped where there is no GPU."""
+"""What every test stands on: no hub, one seed, the demo model, and @gpu tests skipped where there is no GPU."""
 
 import os
+from pathlib import Path
 
 import pytest
 
@@ -24,3 +25,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def demo_model() -> Path:
+    """Directory of the demo model, for tests marked demo. Skips where it cannot be fetched, but not in CI."""
+    # Here, not above: the kernels' tests then run with torch and pytest alone.
+    from export.errors import CheckpointError
+    from models.demo import demo_model_dir
+
+    try:
+        return demo_model_dir()
+    except CheckpointError as error:
+        if os.environ.get("CI"):
+            raise
+        pytest.skip(f"no demo model: {error}")
