@@ -129,7 +129,8 @@ def make_directory(cache: Path) -> None:
     try:
         cache.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise CheckpointError(f"cannot create {cache}: {error.strerror}; set LOWBIT_CACHE to a directory of yours") from error
+        advice = "set LOWBIT_CACHE to a directory of yours"
+        raise CheckpointError(f"cannot create {cache}: {error.strerror}; {advice}") from error
     if not os.access(cache, os.W_OK):
         raise CheckpointError(f"cannot write to {cache}; set LOWBIT_CACHE to a directory of yours")
 
@@ -389,7 +390,7 @@ def check_tokenizer(tokenizer: "PreTrainedTokenizerFast") -> None:
 
 
 def check_model(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerFast") -> None:
-    """CheckpointError where the model is not dense, tied bf16 of the right size, or does not understand plain English."""
+    """CheckpointError where the model is not dense, tied bf16 of the right size, or cannot make sense of English."""
     import torch
 
     found = sum(parameter.numel() for parameter in model.parameters())
