@@ -1,0 +1,449 @@
+"""Calibration data: from what the user names to a matrix of token ids that two runs agree on bit by bit.
+
+    dataset := source {"," source}
+    source  := name [":" config] [":" split] [":" windows]
+
+    builtin                                CPython's English documentation, in every Python: no network, no package
+    notes.txt chats.jsonl rows.parquet     a local .txt, .jsonl, .json, .parquet or .csv file
+    org/name:config:split                  a data set on the hub, streamed; `split` is `train` where nothing is said
+    builtin:64,chats.jsonl:64              a mixture; a bare number says how many windows a source gives
+
+A single word after a hub id is a split where it begins like one (train, validation, test, ...) and a config elsewhere;
+`config=`, `split=` and `num=` say it outright. Sources without a number share what `num_samples` leaves; where every
+source has its own number, those decide. Colons inside brackets belong to the split: `org/name:train[:1000]`.
+
+The text is the column that the caller names, else the first of TEXT_COLUMNS, else the only column of strings. Chats
+(`messages` of role and content, `conversations` of from and value) go through the tokenizer's chat template.
+"""
+
+import hashlib
+import re
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from itertools import chain, islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from export.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+BUILTIN = "builtin"
+TABLES = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
+SUFFIXES = (".txt", *TABLES)
+SPLIT_WORDS = ("train", "valid", "val", "test", "dev", "eval", "all")
+TEXT_COLUMNS = ("text", "messages", "conversations", "content", "document", "article", "code", "sentence")
+CHAT_ROLES = {"human": "user", "gpt": "assistant"}
+SEPARATOR = "\n\n"  # between documents, as the usual perplexity protocol joins them
+CALIBRATION_SHARE = 0.8  # of the builtin topics; the others are never calibrated on
+OVERSAMPLE = 4  # read this many times the tokens needed, where there are so many, and draw from them
+MAX_REUSE = 4  # windows may overlap until a token is seen this often on average
+PIECE_CHARS = 1 << 15  # a text file is shuffled and tokenized in pieces of about this size
+BATCH = 64  # documents tokenized at once
+
+BuiltinPart = Literal["calibration", "heldout", "all"]
+
+
+class DatasetError(CheckpointError):
+    """Calibration data that cannot be used: the message names the source, the numbers and what to pass instead."""
+
+
+@dataclass(frozen=True)
+class DatasetSpec:
+    """One source, as asked for. `samples` is None until the windows are shared out."""
+
+    name: str
+    config: str | None = None
+    split: str | None = None
+    samples: int | None = None
+
+    @property
+    def suffix(self) -> str:
+        return Path(self.name).suffix.lower()
+
+    @property
+    def is_table(self) -> bool:
+        """Whether rows and columns are expected of it: everything but the builtin text and text files."""
+        return self.name != BUILTIN and self.suffix != ".txt"
+
+    @property
+    def label(self) -> str:
+        """The name for people: no directories, which are nobody's business in a published recipe."""
+        name = Path(self.name).name if self.suffix in SUFFIXES else self.name
+        return ":".join(filter(None, (name, self.config, self.split)))
+
+
+@dataclass(frozen=True)
+class CalibrationSet:
+    """Token ids to calibrate on, and where they came from.
+
+    ids     (samples, seqlen) int64
+    source  for people: each source with its windows, and whether they overlap
+    """
+
+    ids: Tensor
+    source: str
+
+    @property
+    def tokens(self) -> int:
+        return self.ids.numel()
+
+    @property
+    def sha256(self) -> str:
+        """SHA-256 of the ids as little-endian int64, row after row: equal where two runs calibrate on the same."""
+        return hashlib.sha256(self.ids.numpy().astype("<i8").tobytes()).hexdigest()
+
+    def save(self, path: Path) -> None:
+        """Writes `ids` as a safetensors file, so that another tool can calibrate on exactly these."""
+        save_file({"ids": self.ids}, path, metadata={"source": self.source, "sha256": self.sha256})
+
+
+def calibration_tokens(
+    spec: str,
+    tokenizer: "PreTrainedTokenizerBase",
+    num_samples: int,
+    seqlen: int,
+    seed: int,
+    text_column: str | None = None,
+) -> CalibrationSet:
+    """Token ids drawn from the data sets that `spec` names; the module's docstring has the grammar.
+
+    num_samples  windows in all, where `spec` does not say it itself
+    seqlen       tokens a window, including the BOS token where the tokenizer begins every text with one
+    seed         of the order of documents and of the windows taken: same seed and data, same ids
+    text_column  of tables; found by itself where None
+
+    Documents are shuffled, joined by a blank line and cut into windows that do not overlap; where the text is too short
+    for that they overlap evenly, down to a quarter of the text needed. Raises DatasetError where the text is shorter
+    still, where a source cannot be read, or where it has no such column.
+    """
+    parts = share_samples(parse_datasets(spec), num_samples)
+    if seqlen < 2:
+        raise DatasetError(f"seqlen {seqlen}: a window needs at least 2 tokens; 512 and 2048 are usual")
+    if text_column is not None and not any(part.is_table for part in parts):
+        raise DatasetError(f"{spec}: plain text has no column {text_column!r}; leave the text column out")
+    generator = torch.Generator().manual_seed(seed)
+    windows, sources = [], []
+    for part in parts:
+        documents = shuffled_documents(part, tokenizer, generator, text_column)
+        ids, source = draw(part, documents, tokenizer, seqlen, generator)
+        windows.append(ids)
+        sources.append(source)
+    ids = torch.cat(windows)
+    return CalibrationSet(ids[torch.randperm(len(ids), generator=generator)].contiguous(), " + ".join(sources))
+
+
+# What was asked.
+
+
+def parse_datasets(spec: str) -> tuple[DatasetSpec, ...]:
+    """The sources in `spec`, in their order. DatasetError where it does not follow the grammar."""
+    items = [spec] if Path(spec).is_file() else re.split(r",(?![^\[]*\])", spec)
+    return tuple(parse_dataset(item.strip()) for item in items)
+
+
+def parse_dataset(item: str) -> DatasetSpec:
+    """One source of a mixture."""
+    if Path(item).is_file():
+        return DatasetSpec(item)
+    name, *fields = re.split(r":(?![^\[]*\])", item)
+    if not name:
+        raise DatasetError(f"dataset {item!r}: a source has no name; write for example {BUILTIN}:64,chats.jsonl:64")
+    part = DatasetSpec(name)
+    for position, field in enumerate(fields):
+        part = with_field(part, field.strip(), item, last=position == len(fields) - 1)
+    if (part.config or part.split) and (name == BUILTIN or part.suffix in SUFFIXES):
+        raise DatasetError(f"dataset {item!r}: {name} has no configs or splits, only a number of windows, as {name}:64")
+    return part
+
+
+def with_field(part: DatasetSpec, field: str, item: str, last: bool) -> DatasetSpec:
+    """`part` with what one colon-separated `field` of `item` says."""
+    key, equals, value = field.partition("=")
+    if not equals:
+        key, value = meaning(part, field, last), field
+    key = {"num": "samples", "name": "config"}.get(key, key)
+    if key not in ("config", "split", "samples") or not value or getattr(part, key) is not None:
+        raise DatasetError(
+            f"dataset {item!r}: cannot read {field!r}; the form is name[:config][:split][:windows], for example "
+            "org/name:en:train:128, or with config=, split= and num="
+        )
+    if key == "samples":
+        if not re.fullmatch("[1-9][0-9]*", value):
+            raise DatasetError(f"dataset {item!r}: {value!r} is no number of windows; give a whole number from 1 up")
+        return replace(part, samples=int(value))
+    return replace(part, config=value) if key == "config" else replace(part, split=value)
+
+
+def meaning(part: DatasetSpec, field: str, last: bool) -> str:
+    """What a bare `field` stands for: samples, split or config."""
+    if last and re.fullmatch("-?[0-9]+", field):
+        return "samples"
+    return "split" if part.config is not None or field.lower().startswith(SPLIT_WORDS) else "config"
+
+
+def share_samples(parts: tuple[DatasetSpec, ...], num_samples: int) -> tuple[DatasetSpec, ...]:
+    """`parts` with a number of windows each: their own, or an even share of what the others leave of `num_samples`."""
+    open_parts = [index for index, part in enumerate(parts) if part.samples is None]
+    left = num_samples - sum(part.samples or 0 for part in parts)
+    if open_parts and left < len(open_parts):
+        named = ", ".join(parts[index].label for index in open_parts)
+        raise DatasetError(f"{num_samples} windows leave {left} for {named}; ask for more, or give each source its own")
+    shared = list(parts)
+    for order, index in enumerate(open_parts):
+        count = left // len(open_parts) + (order < left % len(open_parts))
+        shared[index] = replace(parts[index], samples=count)
+    return tuple(shared)
+
+
+# From sources to documents.
+
+
+def builtin_text(part: BuiltinPart = "all") -> str:
+    """English prose and code from CPython's own documentation, the topics that `help()` prints.
+
+    part    "calibration": the first 80% of the topics by name; "heldout": the others, without the paragraphs that also
+            occur in the first 80% (some topics quote others); "all": every topic
+
+    It is the text of the running interpreter (`pydoc_data.topics`, about 460 KB), and every version of Python changes
+    it a little: compare runs by the hash of their tokens. Licensed as CPython (PSF-2.0). DatasetError where this Python
+    was stripped of it.
+    """
+    return SEPARATOR.join(builtin_documents(part))
+
+
+def builtin_documents(part: BuiltinPart) -> list[str]:
+    """The topics of `builtin_text(part)`, sorted by name."""
+    try:
+        from pydoc_data.topics import topics
+    except ImportError as error:
+        raise DatasetError(f"this Python has no pydoc_data, so there is no {BUILTIN} text; pass a text file") from error
+    texts = [topics[name].strip() for name in sorted(topics)]
+    first = int(len(texts) * CALIBRATION_SHARE)
+    if part == "all":
+        return texts
+    if part == "calibration":
+        return texts[:first]
+    seen = {squeeze(paragraph) for text in texts[:first] for paragraph in text.split(SEPARATOR)}
+    kept = ([p for p in text.split(SEPARATOR) if squeeze(p) not in seen] for text in texts[first:])
+    return [SEPARATOR.join(paragraphs) for paragraphs in kept if paragraphs]
+
+
+def squeeze(text: str) -> str:
+    """`text` without its indentation and line breaks, which quoting changes."""
+    return " ".join(text.split())
+
+
+def shuffled_documents(
+    part: DatasetSpec, tokenizer: "PreTrainedTokenizerBase", generator: torch.Generator, text_column: str | None
+) -> Iterator[str]:
+    """The texts of one source in a seeded order; chats are rendered."""
+    if part.is_table:
+        seed = int(torch.randint(2**31, (1,), generator=generator))
+        yield from table_documents(part, tokenizer, seed, text_column)
+    else:
+        texts = builtin_documents("calibration") if part.name == BUILTIN else text_pieces(Path(part.name))
+        yield from (texts[index] for index in torch.randperm(len(texts), generator=generator))
+
+
+def text_pieces(path: Path) -> list[str]:
+    """The text file cut at line ends into pieces of about PIECE_CHARS characters."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise DatasetError(f"cannot read {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise DatasetError(f"{path} is no UTF-8 text (byte {error.start}); convert it first") from error
+    pieces, start = [], 0
+    while start < len(text):
+        end = text.find("\n", start + PIECE_CHARS) + 1 or len(text)
+        pieces.append(text[start:end])
+        start = end
+    return pieces
+
+
+def table_documents(
+    part: DatasetSpec, tokenizer: "PreTrainedTokenizerBase", seed: int, text_column: str | None
+) -> Iterator[str]:
+    """The text of every row of a table, shuffled by `seed`."""
+    rows = table_rows(part, seed)
+    first = next(rows, None)
+    if first is None:
+        raise DatasetError(f"{part.label} has no rows; pass another file or split")
+    column = choose_column(first, text_column, part.label)
+    for row in chain([first], rows):
+        yield row_text(row.get(column), tokenizer, f"{part.label}, column {column!r}")
+
+
+def table_rows(part: DatasetSpec, seed: int) -> Iterator[dict[str, Any]]:
+    """The rows of a local file or a hub data set through `datasets`, shuffled. DatasetError where it cannot be read."""
+    import datasets
+    from datasets.exceptions import DatasetsError
+
+    try:
+        if part.suffix in TABLES or Path(part.name).exists():
+            table = load_local(part)
+        else:  # streamed, because C4 has 300 GB; offline there is only what an earlier download left in the cache
+            streaming = not datasets.config.HF_HUB_OFFLINE
+            table = datasets.load_dataset(part.name, part.config, split=part.split or "train", streaming=streaming)
+        yield from table.shuffle(seed=seed)
+    except DatasetError:
+        raise
+    except (OSError, ValueError, RuntimeError, DatasetsError) as error:
+        reason = " ".join(str(error).split())[:400]
+        raise DatasetError(
+            f"cannot read the dataset {part.label} ({type(error).__name__}: {reason}). Pass a file "
+            f"({', '.join(SUFFIXES)}), a hub id as org/name:config:split, or {BUILTIN}, which needs no network"
+        ) from error
+
+
+def load_local(part: DatasetSpec) -> Any:
+    """The rows of the local file `part.name` as a datasets.Dataset."""
+    import datasets
+
+    path = Path(part.name)
+    if not path.is_file():
+        raise DatasetError(f"no such file: {path}")
+    if part.suffix not in TABLES:
+        raise DatasetError(f"{path}: cannot tell what it holds by its name; the endings read are {', '.join(SUFFIXES)}")
+    with quiet_datasets():
+        return datasets.load_dataset(TABLES[part.suffix], data_files=str(path), split="train")
+
+
+@contextmanager
+def quiet_datasets() -> Iterator[None]:
+    """`datasets` without its progress bars, restored afterwards."""
+    from datasets.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    were_disabled = are_progress_bars_disabled()
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        if not were_disabled:
+            enable_progress_bars()
+
+
+def choose_column(row: dict[str, Any], wanted: str | None, label: str) -> str:
+    """The column that holds the text. DatasetError, with the columns there are, where that is not clear."""
+    columns = ", ".join(row)
+    if wanted is not None:
+        if wanted not in row:
+            raise DatasetError(f"{label} has no column {wanted!r}; its columns are: {columns}")
+        return wanted
+    strings = [name for name, value in row.items() if isinstance(value, str)]
+    found = [name for name in TEXT_COLUMNS if name in row] or strings
+    if not found or (found is strings and len(strings) > 1):
+        raise DatasetError(f"{label}: which column is the text? Name one of: {columns}")
+    return found[0]
+
+
+def row_text(value: Any, tokenizer: "PreTrainedTokenizerBase", where: str) -> str:
+    """A cell as text: a string as it is, a chat through the template, an empty cell as nothing."""
+    if value is None or isinstance(value, str):
+        return value or ""
+    if isinstance(value, list) and all(isinstance(turn, dict) for turn in value):
+        return chat_text(value, tokenizer, where) if value else ""
+    raise DatasetError(f"{where} holds {type(value).__name__}, neither text nor a chat; name another column")
+
+
+def chat_text(turns: list[dict[str, Any]], tokenizer: "PreTrainedTokenizerBase", where: str) -> str:
+    """The chat as the model sees it. DatasetError where there is no template or it refuses the chat."""
+    from jinja2 import TemplateError
+
+    if not tokenizer.chat_template:
+        raise DatasetError(f"{where} holds chats, and this tokenizer has no chat template; pass plain text instead")
+    messages = [standard_turn(turn, where) for turn in turns]
+    try:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False))
+    except (TemplateError, ValueError, TypeError, KeyError) as error:
+        roles = [message["role"] for message in messages]
+        raise DatasetError(f"{where}: the model's chat template refuses a chat with roles {roles}: {error}") from error
+
+
+def standard_turn(turn: dict[str, Any], where: str) -> dict[str, Any]:
+    """One turn as role and content, from that or from ShareGPT's from and value."""
+    if "role" in turn and "content" in turn:
+        return turn
+    if "from" in turn and "value" in turn:
+        return {"role": CHAT_ROLES.get(turn["from"], turn["from"]), "content": turn["value"]}
+    raise DatasetError(f"{where}: a turn has {', '.join(turn)}, expected role and content, or from and value")
+
+
+# From documents to windows.
+
+
+def draw(
+    part: DatasetSpec,
+    documents: Iterable[str],
+    tokenizer: "PreTrainedTokenizerBase",
+    seqlen: int,
+    generator: torch.Generator,
+) -> tuple[Tensor, str]:
+    """The windows of one source, (part.samples, seqlen) int64, and what to say of them."""
+    samples = part.samples or 0
+    bos = leading_bos(tokenizer)
+    stream = token_stream(documents, tokenizer, OVERSAMPLE * samples * seqlen)
+    length = seqlen - len(bos)
+    require_tokens(part, len(stream), samples, length)
+    windows = cut_windows(stream, samples, length, generator)
+    source = f"{part.label} ({samples} windows of {seqlen}"
+    if part.name == BUILTIN:
+        source += f", documentation of CPython {sys.version_info.major}.{sys.version_info.minor}"
+    if len(stream) // length < samples:
+        source += f", overlapping: {len(stream)} tokens of text"
+    return torch.cat([bos.expand(samples, -1), windows], dim=1), source + ")"
+
+
+def leading_bos(tokenizer: "PreTrainedTokenizerBase") -> Tensor:
+    """The BOS token that this tokenizer puts before every text, as (1,) or, where it puts none, (0,) int64.
+
+    Models trained with one (Gemma above all) see activations without it that they never see in use.
+    """
+    ids = tokenizer("a")["input_ids"]
+    begins = bool(ids) and tokenizer.bos_token_id is not None and ids[0] == tokenizer.bos_token_id
+    return torch.tensor(ids[:1] if begins else [], dtype=torch.int64)
+
+
+def token_stream(documents: Iterable[str], tokenizer: "PreTrainedTokenizerBase", enough: int) -> Tensor:
+    """Tokens of the documents one after another, (t,) int64; no more documents are read once t >= `enough`."""
+    ids: list[int] = []
+    texts = (text.rstrip() + SEPARATOR for text in documents if text.strip())
+    while len(ids) < enough and (batch := list(islice(texts, BATCH))):
+        encoded = tokenizer(batch, add_special_tokens=False, truncation=False, verbose=False)["input_ids"]
+        ids.extend(chain.from_iterable(encoded))
+    return torch.tensor(ids, dtype=torch.int64)
+
+
+def require_tokens(part: DatasetSpec, found: int, samples: int, length: int) -> None:
+    """DatasetError where `found` tokens do not make `samples` windows of `length`, even overlapping."""
+    needed = samples * length
+    if found >= length and found * MAX_REUSE >= needed:
+        return
+    if found < 4:
+        advice = "pass another dataset or text column"
+    elif found < length:
+        advice = f"pass a seqlen of at most {found // 2}, fewer samples, or more text"
+    else:
+        advice = f"pass at most {found * MAX_REUSE // length} samples, a shorter seqlen, or more text"
+    raise DatasetError(
+        f"{part.label} is too short: {found} tokens found, {needed} needed for {samples} windows of {length} "
+        f"(overlapping windows would do with {max(length, -(-needed // MAX_REUSE))}); {advice}"
+    )
+
+
+def cut_windows(stream: Tensor, samples: int, length: int, generator: torch.Generator) -> Tensor:
+    """Windows of a stream, (samples, length): a seeded choice of disjoint ones, else as many evenly overlapping."""
+    disjoint = len(stream) // length
+    if disjoint >= samples:
+        starts = torch.randperm(disjoint, generator=generator)[:samples] * length
+    else:
+        starts = torch.linspace(0, len(stream) - length, samples, dtype=torch.float64).long()
+    return torch.stack([stream[start : start + length] for start in starts.tolist()])
