@@ -1,0 +1,50 @@
+"""`python -m quant.kernels`: what was built, and which kernel each of a list of shapes would get, and why."""
+
+import torch
+
+from quant.kernels.extension import EXTENSION
+from quant.kernels.problem import Problem
+from quant.kernels.registry import KERNELS, choose_kernel
+from quant.kernels.wna16_gemv import choose_launch
+
+# (m, n, k, bits, group size): a layer of a 7B model, the largest of a 70B one, and what falls through.
+EXAMPLES = (
+    (1, 4096, 4096, 4, 128), (8, 12288, 4096, 4, 128), (16, 4096, 14336, 8, -1), (64, 57344, 8192, 4, 64),
+    (255, 4096, 4096, 4, 128),
+)
+
+
+def describe_build() -> str:
+    if EXTENSION is None:
+        return "quant._C: not built; the plain-torch reference runs everywhere"
+    major, minor = divmod(EXTENSION.cuda_version // 10, 100)
+    return f"quant._C: CUDA {major}.{minor}, architectures {EXTENSION.architectures}"
+
+
+def local_gpu() -> tuple[str, tuple[int, int] | None, int]:
+    """Device type, compute capability and multiprocessors of this machine's first GPU, or the CPU's."""
+    if not torch.cuda.is_available():
+        return "cpu", None, 0
+    properties = torch.cuda.get_device_properties(0)
+    return "cuda", (properties.major, properties.minor), properties.multi_processor_count
+
+
+def describe_problem(problem: Problem) -> str:
+    chosen = choose_kernel(problem)
+    lines = [f"{problem}: {chosen.name}"]
+    if chosen.name == "wna16_gemv":
+        lines.append(f"    {choose_launch(problem)}")
+    for kernel in KERNELS[: KERNELS.index(chosen)]:
+        lines.append(f"    not {kernel.name}: {kernel.reason_against(problem)}")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    print(describe_build())
+    device, capability, processors = local_gpu()
+    for m, n, k, bits, group_size in EXAMPLES:
+        print(describe_problem(Problem(m, n, k, bits, group_size, torch.float16, device, capability, processors)))
+
+
+if __name__ == "__main__":
+    main()

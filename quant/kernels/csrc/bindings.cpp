@@ -1,0 +1,123 @@
+// quant._C: launchers on raw device pointers and a stream. Knows nothing of torch: addresses come in as integers, 0
+// meaning none, and shapes have been checked by quant/kernels. A CUDA error becomes a RuntimeError.
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <pybind11/pybind11.h>
+
+#include <stdexcept>
+#include <string>
+
+#include "wna16_dequantize.cuh"
+#include "wna16_gemv.cuh"
+
+namespace py = pybind11;
+
+namespace {
+
+void* pointer(uintptr_t address) { return reinterpret_cast<void*>(address); }
+
+void check(cudaError_t error, const char* kernel) {
+  if (error == cudaSuccess) return;
+  cudaGetLastError();  // a launch error is reported once, here
+  throw std::runtime_error(std::string(kernel) + ": " + cudaGetErrorString(error));
+}
+
+// Calls `launch.template operator()<T, bits>()` for the pair that the arguments name.
+template <typename Launch>
+cudaError_t for_type(bool bfloat16, int bits, Launch launch) {
+  if (bits == 4) return bfloat16 ? launch.template operator()<__nv_bfloat16, 4>() : launch.template operator()<__half, 4>();
+  if (bits == 8) return bfloat16 ? launch.template operator()<__nv_bfloat16, 8>() : launch.template operator()<__half, 8>();
+  return cudaErrorInvalidValue;
+}
+
+void wna16_gemv(bool bfloat16, int bits, const lowbit::Wna16GemvArgs& args, const lowbit::Wna16GemvLaunch& launch,
+                uintptr_t stream) {
+  const auto cuda_stream = static_cast<cudaStream_t>(pointer(stream));
+  check(for_type(bfloat16, bits,
+                 [&]<typename T, int kBits>() { return lowbit::launch_wna16_gemv<T, kBits>(args, launch, cuda_stream); }),
+        "wna16_gemv");
+}
+
+void wna16_dequantize(bool bfloat16, int bits, const lowbit::Wna16DequantizeArgs& args, int device, uintptr_t stream) {
+  const auto cuda_stream = static_cast<cudaStream_t>(pointer(stream));
+  check(for_type(bfloat16, bits,
+                 [&]<typename T, int kBits>() {
+                   return lowbit::launch_wna16_dequantize<T, kBits>(args, device, cuda_stream);
+                 }),
+        "wna16_dequantize");
+}
+
+// A struct's fields become keyword-settable attributes; `field` casts an address to the field's pointer type.
+template <typename Struct, typename Pointer>
+void bind_pointer(py::class_<Struct>& type, const char* name, Pointer Struct::*field) {
+  type.def_property(
+      name, [field](const Struct& self) { return reinterpret_cast<uintptr_t>(self.*field); },
+      [field](Struct& self, uintptr_t address) { self.*field = static_cast<Pointer>(pointer(address)); });
+}
+
+template <typename Struct, typename Enum>
+void bind_enum(py::class_<Struct>& type, const char* name, Enum Struct::*field) {
+  type.def_property(
+      name, [field](const Struct& self) { return static_cast<int>(self.*field); },
+      [field](Struct& self, int value) { self.*field = static_cast<Enum>(value); });
+}
+
+void bind_gemv(py::module_& module) {
+  using Args = lowbit::Wna16GemvArgs;
+  using Launch = lowbit::Wna16GemvLaunch;
+  py::class_<Args> args(module, "Wna16GemvArgs");
+  args.def(py::init([] { return Args{}; }));
+  bind_pointer(args, "x", &Args::x);
+  bind_pointer(args, "words", &Args::words);
+  bind_pointer(args, "scales", &Args::scales);
+  bind_pointer(args, "zeros", &Args::zeros);
+  bind_pointer(args, "bias", &Args::bias);
+  bind_pointer(args, "residual", &Args::residual);
+  bind_pointer(args, "norm_weight", &Args::norm_weight);
+  bind_pointer(args, "norm_bias", &Args::norm_bias);
+  bind_pointer(args, "y", &Args::y);
+  bind_pointer(args, "positions", &Args::positions);
+  bind_pointer(args, "slots", &Args::slots);
+  bind_pointer(args, "cosines", &Args::cosines);
+  bind_pointer(args, "sines", &Args::sines);
+  bind_pointer(args, "k_cache", &Args::k_cache);
+  bind_pointer(args, "v_cache", &Args::v_cache);
+  bind_enum(args, "norm", &Args::norm);
+  bind_enum(args, "activation", &Args::activation);
+  args.def_readwrite("m", &Args::m).def_readwrite("n", &Args::n).def_readwrite("k", &Args::k);
+  args.def_readwrite("pair_block", &Args::pair_block).def_readwrite("scale_rows", &Args::scale_rows);
+  args.def_readwrite("scale_shift", &Args::scale_shift).def_readwrite("norm_eps", &Args::norm_eps);
+  args.def_readwrite("float32_out", &Args::float32_out);
+  args.def_readwrite("q_heads", &Args::q_heads).def_readwrite("kv_heads", &Args::kv_heads);
+  py::class_<Launch> launch(module, "Wna16GemvLaunch");
+  launch.def(py::init([] { return Launch{}; }));
+  launch.def_readwrite("device", &Launch::device).def_readwrite("groups_per_chunk", &Launch::groups_per_chunk);
+  launch.def_readwrite("row_tiles", &Launch::row_tiles).def_readwrite("row_warps", &Launch::row_warps);
+  launch.def_readwrite("cluster", &Launch::cluster).def_readwrite("blocks", &Launch::blocks);
+  launch.def_readwrite("chunks_per_pass", &Launch::chunks_per_pass).def_readwrite("dependent", &Launch::dependent);
+  module.def("wna16_gemv", &wna16_gemv);
+}
+
+void bind_dequantize(py::module_& module) {
+  using Args = lowbit::Wna16DequantizeArgs;
+  py::class_<Args> args(module, "Wna16DequantizeArgs");
+  args.def(py::init([] { return Args{}; }));
+  bind_pointer(args, "words", &Args::words);
+  bind_pointer(args, "scales", &Args::scales);
+  bind_pointer(args, "zeros", &Args::zeros);
+  bind_pointer(args, "w", &Args::w);
+  args.def_readwrite("n", &Args::n).def_readwrite("k", &Args::k).def_readwrite("pair_block", &Args::pair_block);
+  args.def_readwrite("groups_per_chunk", &Args::groups_per_chunk).def_readwrite("scale_rows", &Args::scale_rows);
+  args.def_readwrite("scale_shift", &Args::scale_shift);
+  module.def("wna16_dequantize", &wna16_dequantize);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, module) {
+  module.doc() = "CUDA kernels on raw pointers; see quant/kernels/ops.py for the operators.";
+  module.attr("architectures") = LOWBIT_ARCHITECTURES;
+  module.attr("cuda_version") = CUDART_VERSION;
+  bind_gemv(module);
+  bind_dequantize(module);
+}

@@ -1,0 +1,192 @@
+"""What a product with a quantized weight is: its tensors (Call) and what a kernel is chosen by (Problem)."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from quant.kernels.packed import PackedWeight
+
+NORMS = ("none", "rms", "layer")
+ACTIVATIONS = ("none", "silu_mul", "gelu", "gelu_tanh", "quick_gelu")
+
+
+@dataclass(frozen=True)
+class Rotary:
+    """Rotary embedding of q and k, and where k and v are kept.
+
+    positions       (m)                           int64    each row's position
+    slots           (m)                           int64    each row's place in the caches
+    cosines, sines  (max position, head_dim / 2)  float32
+    k_cache, v_cache  (slots, kv_heads, head_dim)  the activations' dtype; written in place
+    """
+
+    positions: Tensor
+    slots: Tensor
+    cosines: Tensor
+    sines: Tensor
+    k_cache: Tensor
+    v_cache: Tensor
+
+    @property
+    def head_dim(self) -> int:
+        return self.k_cache.shape[2]
+
+    @property
+    def kv_heads(self) -> int:
+        return self.k_cache.shape[1]
+
+
+@dataclass(frozen=True)
+class Call:
+    """y = activation(norm(x) W^T + bias) + residual, everything between x and y in float32.
+
+    x           (m, k)   float16 or bfloat16, contiguous
+    bias        (n)      x's dtype, or None
+    residual    (m, n)   x's dtype, or None
+    norm        "rms": x / sqrt(mean(x^2) + eps) * norm_weight; "layer": minus the mean first; rounded to x's dtype
+    activation  "silu_mul": silu(first n / 2 outputs) * the others, for a weight packed with pair_block = n
+    rotary      outputs are the heads of q, k and v; q is returned, k and v are stored
+    dependent   launch without waiting for the previous kernel (programmatic dependent launch): the weight must not have
+                been written by that kernel
+    """
+
+    x: Tensor
+    weight: PackedWeight
+    bias: Tensor | None = None
+    residual: Tensor | None = None
+    norm: str = "none"
+    norm_weight: Tensor | None = None
+    norm_bias: Tensor | None = None
+    norm_eps: float = 0.0
+    activation: str = "none"
+    rotary: Rotary | None = None
+    float32_out: bool = False
+    dependent: bool = False
+
+    @property
+    def y_shape(self) -> tuple[int, int]:
+        if self.rotary is not None:
+            return self.x.shape[0], self.weight.n - 2 * self.rotary.kv_heads * self.rotary.head_dim
+        return self.x.shape[0], self.weight.n // 2 if self.activation == "silu_mul" else self.weight.n
+
+    @property
+    def y_dtype(self) -> torch.dtype:
+        return torch.float32 if self.float32_out else self.x.dtype
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What a kernel is chosen by."""
+
+    m: int
+    n: int
+    k: int
+    bits: int
+    group_size: int
+    dtype: torch.dtype
+    device: str                               # "cuda" or "cpu"
+    capability: tuple[int, int] | None = None  # of the GPU
+    processors: int = 0                        # multiprocessors of the GPU
+
+    def __str__(self) -> str:
+        group = "channel" if self.group_size == -1 else f"g{self.group_size}"
+        return f"m {self.m:>4}  {self.n} x {self.k}  w{self.bits} {group} {str(self.dtype).removeprefix('torch.')}"
+
+
+def problem_of(call: Call) -> Problem:
+    device = call.x.device
+    capability, processors = None, 0
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        capability, processors = (properties.major, properties.minor), properties.multi_processor_count
+    w = call.weight
+    return Problem(call.x.shape[0], w.n, w.k, w.bits, w.group_size, call.x.dtype, device.type, capability, processors)
+
+
+def check(call: Call) -> None:
+    """Raises ValueError, with the numbers, where the tensors do not fit together."""
+    reason = reason_against_weight(call) or reason_against_tensors(call) or reason_against_epilogue(call)
+    if reason:
+        raise ValueError(f"x of shape {tuple(call.x.shape)} with a weight ({call.weight.n}, {call.weight.k}): {reason}")
+
+
+def reason_against_weight(call: Call) -> str | None:
+    w = call.weight
+    if call.x.ndim != 2 or call.x.shape[1] != w.k:
+        return f"x must have the shape (m, {w.k})"
+    if w.words.shape[2:] != (64 * w.bits,) or w.words.dtype != torch.int32:
+        return f"words of shape {tuple(w.words.shape)} {w.words.dtype} are no packed {w.bits}-bit weight"
+    tiles, chunks = -(-w.n // 16), -(-w.k // 128)
+    if tuple(w.words.shape[:2]) != (tiles, chunks):
+        return f"words hold {tuple(w.words.shape[:2])} tiles and chunks, the shape has ({tiles}, {chunks})"
+    rows = {-1: 1, 256: w.k // 256}.get(w.group_size, chunks)
+    sides = (tiles, rows, 8, 1 if w.group_size in (-1, 256) else 128 // w.group_size, 2)
+    if tuple(w.scales.shape) != sides:
+        return f"scales of shape {tuple(w.scales.shape)} were not packed for groups of {w.group_size}: {sides} are needed"
+    if w.zeros is not None and (tuple(w.zeros.shape) != sides or w.zeros.dtype != torch.uint8):
+        return f"zeros of shape {tuple(w.zeros.shape)} {w.zeros.dtype}, not {sides} torch.uint8"
+    return None
+
+
+def reason_against_tensors(call: Call) -> str | None:
+    """Every tensor's dtype, device and contiguity; the halves must share x's dtype."""
+    x, w, m, n, k = call.x, call.weight, call.x.shape[0], call.weight.n, call.weight.k
+    if x.dtype not in (torch.float16, torch.bfloat16):
+        return f"x is {x.dtype}: torch.float16 or torch.bfloat16 are needed"
+    halves = {"x": (x, (m, k)), "scales": (w.scales, None), "bias": (call.bias, (n,)),
+              "residual": (call.residual, (m, n)), "norm_weight": (call.norm_weight, (k,)),
+              "norm_bias": (call.norm_bias, (k,))}
+    if call.rotary is not None:
+        caches = tuple(call.rotary.k_cache.shape)
+        halves |= {"k_cache": (call.rotary.k_cache, caches), "v_cache": (call.rotary.v_cache, caches)}
+    for name, (tensor, shape) in halves.items():
+        if tensor is not None and tensor.dtype != x.dtype:
+            return f"{name} is {tensor.dtype}, x is {x.dtype}: they must agree"
+        if tensor is not None and shape is not None and tuple(tensor.shape) != shape:
+            return f"{name} has the shape {tuple(tensor.shape)}, not {shape}"
+    others = {"words": w.words, "zeros": w.zeros} | {name: tensor for name, (tensor, _) in halves.items()}
+    for name, tensor in others.items():
+        if tensor is not None and tensor.device != x.device:
+            return f"{name} is on {tensor.device}, x on {x.device}"
+        if tensor is not None and not tensor.is_contiguous():
+            return f"{name} has strides {tensor.stride()}: it must be contiguous"
+    return None
+
+
+def reason_against_epilogue(call: Call) -> str | None:
+    if call.norm not in NORMS or (call.norm == "none") != (call.norm_weight is None):
+        return f"norm {call.norm!r} is one of {NORMS}, and has a norm_weight unless it is 'none'"
+    if call.activation not in ACTIVATIONS:
+        return f"activation {call.activation!r} is none of {ACTIVATIONS}"
+    gated = call.activation == "silu_mul"
+    if gated and call.weight.pair_block != call.weight.n:
+        return f"silu_mul needs a weight packed with pair_block {call.weight.n}, not {call.weight.pair_block}"
+    if (gated or call.rotary is not None) and (call.residual is not None or call.float32_out):
+        return "silu_mul and rotary take no residual and no float32 output"
+    if call.rotary is not None:
+        return reason_against_rotary(call, call.rotary)
+    if not gated and call.weight.pair_block != 16:
+        return f"a weight packed with pair_block {call.weight.pair_block} is for silu_mul or rotary"
+    return None
+
+
+def reason_against_rotary(call: Call, rotary: Rotary) -> str | None:
+    m, head_dim = call.x.shape[0], rotary.head_dim
+    if call.activation != "none":
+        return f"rotary with activation {call.activation!r}: there is no such kernel"
+    if call.weight.pair_block != head_dim or call.weight.n % head_dim:
+        return f"heads of {head_dim} need a weight packed with that pair_block, not {call.weight.pair_block}"
+    if call.weight.n // head_dim <= 2 * rotary.kv_heads:
+        return f"{call.weight.n} outputs hold no q beside {rotary.kv_heads} heads of k and v"
+    for name, tensor, shape, dtype in (
+        ("positions", rotary.positions, (m,), torch.int64),
+        ("slots", rotary.slots, (m,), torch.int64),
+        ("cosines", rotary.cosines, (rotary.cosines.shape[0], head_dim // 2), torch.float32),
+        ("sines", rotary.sines, tuple(rotary.cosines.shape), torch.float32),
+    ):
+        if tuple(tensor.shape) != shape or tensor.dtype != dtype or tensor.device != call.x.device:
+            return f"{name} is {tuple(tensor.shape)} {tensor.dtype} on {tensor.device}, not {shape} {dtype} beside x"
+        if not tensor.is_contiguous():
+            return f"{name} has strides {tensor.stride()}: it must be contiguous"
+    return None

@@ -1,0 +1,66 @@
+"""The same product in plain torch: what every kernel is held against, and what runs where none does."""
+
+import torch
+from torch import Tensor
+
+from quant.kernels.packed import dequantize_packed
+from quant.kernels.problem import Call, Problem, Rotary
+
+
+def reason_against(problem: Problem) -> str | None:
+    """None: it runs everywhere."""
+    return None
+
+
+def run(call: Call) -> Tensor:
+    return compute(call, dequantize_packed(call.weight))
+
+
+def compute(call: Call, w: Tensor) -> Tensor:
+    """y of `call` with the dense weight `w` (n, k); the product is taken in w's dtype, all else in float32."""
+    sums = (normalize(call).to(w.dtype) @ w.T).float()
+    if call.bias is not None:
+        sums = sums + call.bias.float()
+    if call.rotary is not None:
+        return rotate_and_store(sums, call.rotary, call.x.dtype)
+    y = activate(sums, call.activation)
+    if call.residual is not None:
+        y = y + call.residual.float()
+    return y.to(call.y_dtype)
+
+
+def normalize(call: Call) -> Tensor:
+    """norm(x), rounded to x's dtype."""
+    if call.norm_weight is None:
+        return call.x
+    x = call.x.float()
+    if call.norm == "layer":
+        x = x - x.mean(-1, keepdim=True)
+    x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + call.norm_eps) * call.norm_weight.float()
+    if call.norm_bias is not None:
+        x = x + call.norm_bias.float()
+    return x.to(call.x.dtype)
+
+
+def activate(sums: Tensor, activation: str) -> Tensor:
+    if activation == "silu_mul":
+        gate, up = sums.chunk(2, -1)
+        return torch.nn.functional.silu(gate) * up
+    if activation == "quick_gelu":
+        return sums * torch.sigmoid(1.702 * sums)
+    if activation in ("gelu", "gelu_tanh"):
+        return torch.nn.functional.gelu(sums, approximate="tanh" if activation == "gelu_tanh" else "none")
+    return sums
+
+
+def rotate_and_store(sums: Tensor, rotary: Rotary, dtype: torch.dtype) -> Tensor:
+    """q rotated (m, q_heads * head_dim); k rotated and v go to rotary's slots of the caches."""
+    heads = sums.unflatten(-1, (-1, rotary.head_dim))
+    turning, v = heads[:, : -rotary.kv_heads], heads[:, -rotary.kv_heads :]
+    low, high = turning.chunk(2, -1)
+    cosines = rotary.cosines[rotary.positions].unsqueeze(1)
+    sines = rotary.sines[rotary.positions].unsqueeze(1)
+    turned = torch.cat([low * cosines - high * sines, high * cosines + low * sines], -1).to(dtype)
+    rotary.k_cache[rotary.slots] = turned[:, -rotary.kv_heads :]
+    rotary.v_cache[rotary.slots] = v.to(dtype)
+    return turned[:, : -rotary.kv_heads].flatten(1)

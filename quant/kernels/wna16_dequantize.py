@@ -1,0 +1,38 @@
+"""A packed weight as a dense half-precision matrix, and the product with many rows of x that starts from it."""
+
+import torch
+from torch import Tensor
+
+from quant.kernels import reference
+from quant.kernels.extension import EXTENSION, reason_against_device
+from quant.kernels.packed import PackedWeight, dequantize_packed, groups_per_chunk, scale_shift
+from quant.kernels.problem import Call, Problem
+
+
+def reason_against(problem: Problem) -> str | None:
+    """Why the product with a dequantized weight cannot take this problem, or None."""
+    if problem.capability is None:
+        return f"the tensors are on the {problem.device}"
+    return reason_against_device(problem.capability)
+
+
+def run(call: Call) -> Tensor:
+    """y of `call`: the weight is written out in x's dtype once, then the vendor's matrix product reads it."""
+    return reference.compute(call, dequantize(call.weight))
+
+
+def dequantize(weight: PackedWeight) -> Tensor:
+    """(code - zero) * scale rounded once to the scales' dtype, (n, k), on the weight's device."""
+    if EXTENSION is None or weight.words.device.type != "cuda":
+        return dequantize_packed(weight).to(weight.dtype)
+    w = torch.empty(weight.n, weight.k, dtype=weight.dtype, device=weight.words.device)
+    args = EXTENSION.Wna16DequantizeArgs()
+    args.words, args.scales, args.w = weight.words.data_ptr(), weight.scales.data_ptr(), w.data_ptr()
+    args.zeros = 0 if weight.zeros is None else weight.zeros.data_ptr()
+    args.n, args.k, args.pair_block = weight.n, weight.k, weight.pair_block
+    args.groups_per_chunk, args.scale_rows = groups_per_chunk(weight.group_size), weight.scales.shape[1]
+    args.scale_shift = scale_shift(weight.group_size)
+    with torch.cuda.device(w.device):
+        stream = torch.cuda.current_stream().cuda_stream
+        EXTENSION.wna16_dequantize(weight.dtype == torch.bfloat16, weight.bits, args, w.device.index, stream)
+    return w

@@ -1,0 +1,90 @@
+"""Builds quant._C from quant/kernels/csrc with nvcc and pybind11; without nvcc, a pure-Python install.
+
+Environment:
+  LOWBIT_CUDA_ARCHS  what to compile for, default "80 86 89 90a 90+PTX"; "90a" alone builds in under a minute
+  LOWBIT_CUDA        "0" leaves the extension out, "1" makes a missing nvcc an error; unset builds where nvcc is found
+  CUDA_HOME          where nvcc is, before PATH
+"""
+
+import os
+import shutil
+import subprocess
+import sysconfig
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+SOURCES = Path("quant/kernels/csrc")
+DEFAULT_ARCHITECTURES = "80 86 89 90a 90+PTX"
+
+# A translation unit is a source and its defines: the same file once per type, so that they compile in parallel.
+TYPES = [(f"LOWBIT_T={dtype}", f"LOWBIT_BITS={bits}") for dtype in ("__half", "__nv_bfloat16") for bits in (4, 8)]
+UNITS = [("wna16_gemv.cu", defines) for defines in TYPES]
+UNITS += [("wna16_dequantize.cu", ()), ("bindings.cpp", ())]
+
+
+def find_nvcc() -> str | None:
+    home = os.environ.get("CUDA_HOME")
+    candidate = Path(home) / "bin" / "nvcc" if home else None
+    if candidate and candidate.exists():
+        return str(candidate)
+    return shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+
+
+def architecture_flags(names: list[str]) -> list[str]:
+    """nvcc's -gencode for "90a" (machine code) and "90+PTX" (code that newer GPUs compile at load)."""
+    flags = []
+    for name in names:
+        arch, _, ptx = name.partition("+")
+        kind = "compute" if ptx == "PTX" else "sm"
+        flags += ["-gencode", f"arch=compute_{arch},code={kind}_{arch}"]
+    return flags
+
+
+class BuildCuda(build_ext):
+    """nvcc for every unit, then one link against the static CUDA runtime. No torch header is read."""
+
+    def build_extension(self, ext: Extension) -> None:
+        nvcc = find_nvcc()
+        if nvcc is None:
+            raise RuntimeError("LOWBIT_CUDA=1 but no nvcc: put it on PATH, set CUDA_HOME, or unset LOWBIT_CUDA")
+        architectures = os.environ.get("LOWBIT_CUDA_ARCHS", DEFAULT_ARCHITECTURES).split()
+        temporary = Path(self.build_temp)
+        temporary.mkdir(parents=True, exist_ok=True)
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            compile_unit = lambda unit: self.compile(nvcc, architectures, temporary, *unit)  # noqa: E731
+            objects = list(pool.map(compile_unit, UNITS))
+        target = Path(self.get_ext_fullpath(ext.name))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        self.call([nvcc, "-shared", "--cudart", "static", "-o", str(target), *map(str, objects)])
+
+    def compile(self, nvcc: str, architectures: list[str], temporary: Path, source: str, defines: tuple[str, ...]) -> Path:
+        import pybind11  # asked for at build time alone
+
+        target = temporary / ("-".join([source, *defines]).replace("=", "_") + ".o")
+        command = [nvcc, "-std=c++20", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-c", str(SOURCES / source)]
+        command += [f"-D{define}" for define in (*defines, f'LOWBIT_ARCHITECTURES="{" ".join(architectures)}"')]
+        command += ["-I", pybind11.get_include(), "-I", sysconfig.get_path("include"), "-o", str(target)]
+        if source.endswith(".cu"):
+            command += architecture_flags(architectures)
+        self.call(command)
+        return target
+
+    def call(self, command: list[str]) -> None:
+        """Runs `command`; where it fails, its last lines of output are the error."""
+        result = subprocess.run(command, capture_output=True, text=True)
+        if result.returncode:
+            output = "\n".join((result.stdout + result.stderr).strip().splitlines()[-30:])
+            raise RuntimeError(f"building quant._C failed at\n  {' '.join(command)}\n{output}")
+
+
+def extensions() -> list[Extension]:
+    wanted = os.environ.get("LOWBIT_CUDA")
+    if wanted == "0" or (wanted != "1" and find_nvcc() is None):
+        return []
+    return [Extension("quant._C", [str(SOURCES / source) for source, _ in dict.fromkeys(UNITS)])]
+
+
+setup(ext_modules=extensions(), cmdclass={"build_ext": BuildCuda})
