@@ -2,7 +2,7 @@
 # make test   lint, types and the CPU test suite
 #
 # Both make the environment in .venv on their first run and reuse it afterwards. It needs Python 3.11 and a C++
-# compiler; where nvcc is found too, setup.py builds the CUDA extension.
+# compiler; where there is a GPU and nvcc too, setup.py builds the CUDA extension.
 #   PYTHON=python3.12          another interpreter
 #   TORCH=torch==2.12.0        another torch, before .venv exists
 
@@ -10,7 +10,8 @@ BIN := .venv/bin
 PYTHON ?= $(shell for python in python3.11 python3; do \
 	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; done)
 TORCH ?= $(shell grep '^torch==' constraints.txt)
-CUTLASS := nvidia-cutlass==4.2.0.0
+# "0" leaves the extension out: it would compile for minutes and nothing here could run it.
+export LOWBIT_CUDA ?= $(shell nvidia-smi -L >/dev/null 2>&1 || echo 0)
 INSTALLED := pyproject.toml $(wildcard setup.py quant/kernels/csrc/* */__init__.py)
 
 .PHONY: help env demo test lint format gpu-test clean
@@ -52,8 +53,6 @@ clean:
 	@$(BIN)/pip install -q --disable-pip-version-check "$(TORCH)"
 	@grep -v '^torch==' constraints.txt > .venv/constraints.txt
 	@$(BIN)/pip install -q --disable-pip-version-check -r .venv/constraints.txt
-	@if command -v nvcc >/dev/null; then \
-		$(BIN)/pip install -q --disable-pip-version-check --no-deps $(CUTLASS); fi
 	@touch $@
 
 # lowbit itself, editable; again when a package is added or the extension changes.
