@@ -11,7 +11,9 @@ PYTHON ?= $(shell for python in python3.11 python3; do \
 	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; done)
 TORCH ?= $(shell grep '^torch==' constraints.txt)
 # "0" leaves the extension out: it would compile for minutes and nothing here could run it.
-export LOWBIT_CUDA ?= $(shell nvidia-smi -L >/dev/null 2>&1 || echo 0)
+ifndef LOWBIT_CUDA
+export LOWBIT_CUDA := $(shell nvidia-smi -L >/dev/null 2>&1 || echo 0)
+endif
 INSTALLED := pyproject.toml $(wildcard setup.py quant/kernels/csrc/* */__init__.py)
 
 .PHONY: help env demo test lint format gpu-test clean
