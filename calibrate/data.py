@@ -186,7 +186,8 @@ def meaning(part: DatasetSpec, field: str, last: bool) -> str:
     """What a bare `field` stands for: samples, split or config."""
     if last and re.fullmatch("-?[0-9]+", field):
         return "samples"
-    return "split" if part.config is not None or field.lower().startswith(SPLIT_WORDS) else "config"
+    config_known = part.config is not None or part.split is not None
+    return "split" if config_known or field.lower().startswith(SPLIT_WORDS) else "config"
 
 
 def share_samples(parts: tuple[DatasetSpec, ...], num_samples: int) -> tuple[DatasetSpec, ...]:
@@ -296,7 +297,7 @@ def table_rows(part: DatasetSpec, seed: int) -> Iterator[dict[str, Any]]:
         yield from table.shuffle(seed=seed)
     except DatasetError:
         raise
-    except (OSError, ValueError, RuntimeError, DatasetsError) as error:
+    except (OSError, ValueError, RuntimeError, StopIteration, DatasetsError) as error:  # StopIteration: no rows at all
         reason = " ".join(str(error).split())[:400]
         raise DatasetError(
             f"cannot read the dataset {part.label} ({type(error).__name__}: {reason}). Pass a file "
@@ -311,6 +312,8 @@ def load_local(part: DatasetSpec) -> Any:
     path = Path(part.name)
     if not path.is_file():
         raise DatasetError(f"no such file: {path}")
+    if path.stat().st_size == 0:
+        raise DatasetError(f"{path} is empty")
     if part.suffix not in TABLES:
         raise DatasetError(f"{path}: cannot tell what it holds by its name; the endings read are {', '.join(SUFFIXES)}")
     with quiet_datasets():
@@ -356,14 +359,12 @@ def row_text(value: Any, tokenizer: "PreTrainedTokenizerBase", where: str) -> st
 
 def chat_text(turns: list[dict[str, Any]], tokenizer: "PreTrainedTokenizerBase", where: str) -> str:
     """The chat as the model sees it. DatasetError where there is no template or it refuses the chat."""
-    from jinja2 import TemplateError
-
     if not tokenizer.chat_template:
         raise DatasetError(f"{where} holds chats, and this tokenizer has no chat template; pass plain text instead")
     messages = [standard_turn(turn, where) for turn in turns]
     try:
         return str(tokenizer.apply_chat_template(messages, tokenize=False))
-    except (TemplateError, ValueError, TypeError, KeyError) as error:
+    except Exception as error:  # a template is a program of the model's, and may raise anything
         roles = [message["role"] for message in messages]
         raise DatasetError(f"{where}: the model's chat template refuses a chat with roles {roles}: {error}") from error
 
