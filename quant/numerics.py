@@ -16,7 +16,9 @@ def grouped(w: Tensor, scheme: Scheme) -> Tensor:
     return w.reshape(n, scheme.groups(k), -1)
 
 
-def choose_params(w: Tensor, scheme: Scheme, scale_dtype: torch.dtype, shrink: Tensor | float = 1.0) -> tuple[Tensor, Tensor | None]:
+def choose_params(
+    w: Tensor, scheme: Scheme, scale_dtype: torch.dtype, shrink: Tensor | float = 1.0
+) -> tuple[Tensor, Tensor | None]:
     """Scales and zeros that cover each group's range times `shrink`.
 
     w            (n, k)  float

@@ -1,0 +1,293 @@
+"""Finding where scales can move: by trying, and by proof.
+
+Nothing here knows an architecture. A producer (a norm, or rows of a linear) is scaled by random factors; a linear whose
+input columns come out multiplied by exactly those factors reads that producer. Its columns are divided by them, and the
+block is run again: linears that were hidden behind the change (experts behind a router) show themselves, until the
+block's output is what it was. Then the fold is proved; where it never is, there is none.
+"""
+
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor, nn
+
+from calibrate.capture import LinearInputs, sites_of, weight_view
+from models.skeleton import Block
+from quant.site import Fold, Site
+
+# Relative change of the block's contribution that float32 rounding explains; a wrong fold changes it by over 1%.
+PROOF_TOLERANCE = 1e-4
+COLUMN_TOLERANCE = 1e-3  # residual of a column against its best multiple
+FACTOR_TOLERANCE = 2e-5  # distance from the producer's factor; factors lie further apart than this
+ROUNDS = 4  # consumers found in rounds: direct ones, then those behind a router
+
+Inputs = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Probe:
+    """One way to run the block: `run(module)` returns its output minus its input, for fixed random hidden states."""
+
+    run: Callable[[nn.Module], Tensor]
+
+
+@dataclass(frozen=True)
+class Structure:
+    """What was found in a block.
+
+    sites      linears by shared input
+    folds      proved folds
+    unreached  linears that no probe token reached
+    rejected   folds of blocks alike that failed their proof on this one
+    """
+
+    sites: list[Site]
+    folds: list[Fold]
+    unreached: list[str]
+    rejected: list[str] = field(default_factory=list)
+
+    def renamed(self, names: dict[str, str]) -> "Structure":
+        """The same structure for a block alike, whose names `names` gives."""
+        sites = [Site(tuple(names[linear] for linear in site.linears), site.width) for site in self.sites]
+        folds = [
+            replace(
+                fold, producer=names[fold.producer], columns={names[key]: value for key, value in fold.columns.items()}
+            )
+            for fold in self.folds
+        ]
+        return Structure(sites, folds, [names[linear] for linear in self.unreached])
+
+
+class Workbench:
+    """A float32 copy of a block on which factors are tried and taken back."""
+
+    def __init__(self, block: Block) -> None:
+        self.module = copy.deepcopy(block.module).float()
+        self.block = block
+        self._prefix = block.name + "."
+        self._specs = {spec.name: spec for spec in block.linears}
+
+    def parameter(self, name: str) -> Tensor:
+        """The parameter with that name in the model."""
+        return self.module.get_parameter(name.removeprefix(self._prefix)).data
+
+    def weight(self, linear: str) -> Tensor:
+        """The weight (n, k) of `linear`, a view."""
+        spec = self._specs[linear]
+        return weight_view(self.parameter(spec.placement.parameter), spec)
+
+    def bias(self, linear: str) -> Tensor | None:
+        name = self._specs[linear].bias
+        return None if name is None else self.parameter(name)
+
+    def inputs(self, probe: Probe) -> tuple[list[tuple[tuple[str, ...], Tensor]], Tensor]:
+        """Every product's names and input, and the output, of one run."""
+        calls: list[tuple[tuple[str, ...], Tensor]] = []
+        with LinearInputs(self.block, self.parameter, lambda names, x: calls.append((names, x))):
+            output = probe.run(self.module)
+        return calls, output
+
+    def scale(self, fold: Fold, factors: Tensor) -> None:
+        """Multiply the producer's outputs by `factors` (channels,) and divide its consumers' columns by them."""
+        for weight, bias in self._producers(fold):
+            if weight.ndim == 2:
+                weight.mul_(factors[:, None])
+            else:
+                weight.add_(fold.offset).mul_(factors).sub_(fold.offset)
+            if bias is not None:
+                bias.mul_(factors)
+        for name in fold.columns:
+            self.weight(name).div_(fold.column_scales(factors, name))
+
+    def _producers(self, fold: Fold) -> Iterator[tuple[Tensor, Tensor | None]]:
+        if fold.is_linear:
+            yield self.weight(fold.producer), self.bias(fold.producer)
+        else:
+            norm = self.module.get_submodule(fold.producer.removeprefix(self._prefix))
+            bias = norm._parameters.get("bias")
+            yield norm.get_parameter("weight").data, None if bias is None else bias.data
+
+    def keep(self, fold: Fold) -> Callable[[], None]:
+        """A function that puts back everything `scale(fold)` changes, to the bit."""
+        tensors = [self.weight(name) for name in fold.columns]
+        tensors += [tensor for pair in self._producers(fold) for tensor in pair if tensor is not None]
+        saved = [tensor.clone() for tensor in tensors]
+
+        def restore() -> None:
+            for tensor, value in zip(tensors, saved, strict=True):
+                tensor.copy_(value)
+
+        return restore
+
+
+@torch.no_grad()
+def discover(bench: Workbench, probe: Probe, single: Probe, seed: int) -> Structure:
+    """Sites and proved folds of a block.
+
+    probe   several tokens in a row
+    single  many sequences of one token: there attention passes its values through, whatever queries and keys are
+    """
+    calls, output = bench.inputs(probe)
+    search = _Search(bench, probe, single, _by_name(calls), output, torch.Generator().manual_seed(seed))
+    folds = [fold for producer in _producers(bench) if (fold := search.fold_of(producer))]
+    reached = {name for names, _ in calls for name in names}
+    unreached = [spec.name for spec in bench.block.linears if spec.name not in reached]
+    return Structure(sites_of(calls), folds, unreached)
+
+
+@torch.no_grad()
+def prove(bench: Workbench, folds: list[Fold], probe: Probe, seed: int) -> list[Fold]:
+    """Those of `folds` (found on a block of the same structure) that leave this block's output unchanged."""
+    output = probe.run(bench.module)
+    generator = torch.Generator().manual_seed(seed)
+
+    def holds(some: list[Fold]) -> bool:
+        restores = []
+        for fold in some:
+            restores.append(bench.keep(fold))
+            bench.scale(fold, _used_channels(fold, _factors(fold.channels, generator)))
+        same = _same(output, probe.run(bench.module))
+        for restore in reversed(restores):
+            restore()
+        return same
+
+    return folds if holds(folds) else [fold for fold in folds if holds([fold])]
+
+
+class _Search:
+    """The search for one block's folds."""
+
+    def __init__(
+        self, bench: Workbench, probe: Probe, single: Probe, inputs: Inputs, output: Tensor, generator: torch.Generator
+    ) -> None:
+        self._bench, self._probe, self._single = bench, probe, single
+        self._inputs, self._output, self._generator = inputs, output, generator
+        self._single_inputs = _by_name(bench.inputs(single)[0])
+
+    def fold_of(self, producer: Fold) -> Fold | None:
+        """The proved fold of `producer` (a Fold without consumers), or None."""
+        for rows in self._row_choices(producer):
+            fold = self._close(producer, rows)
+            if fold is not None:
+                return fold
+        return None
+
+    def _row_choices(self, producer: Fold) -> Iterator[Tensor]:
+        """Which channels to scale: all; for linears that fuse several roles, those behind single tokens, then slices."""
+        channels = torch.arange(producer.channels)
+        yield channels
+        if not producer.is_linear:
+            return
+        values = self._behind_single_tokens(producer)
+        if values is not None and len(values) < producer.channels:
+            yield values
+        half, third = producer.channels // 2, producer.channels // 3
+        for rows in (channels[half:], channels[:half], channels[2 * third :], channels[1::2], channels[::2]):
+            if any(x.shape[-1] % max(len(rows), 1) == 0 for x in self._inputs.values()):
+                yield rows
+
+    def _behind_single_tokens(self, producer: Fold) -> Tensor | None:
+        found = self._consumers(producer, torch.arange(producer.channels), self._single, self._single_inputs)
+        return torch.cat(list(found.values())).unique() if found else None
+
+    def _consumers(self, fold: Fold, rows: Tensor, probe: Probe, before: Inputs) -> dict[str, Tensor]:
+        """Linears not yet in `fold` whose input columns are multiples, by the factors, of what they were."""
+        factors = self._random(fold.channels, rows)
+        after = _by_name(self._tried(fold, factors, probe)[0])
+        found = {}
+        for name, x in before.items():
+            if name not in fold.columns and name != fold.producer and name in after and after[name].shape == x.shape:
+                columns = _match(x, after[name], factors)
+                if columns is not None:
+                    found[name] = columns
+        return found
+
+    def _close(self, producer: Fold, rows: Tensor) -> Fold | None:
+        fold = producer
+        for _ in range(ROUNDS):
+            found = self._consumers(fold, rows, self._probe, self._inputs)
+            if not found:
+                return None
+            fold = replace(fold, columns=fold.columns | found)
+            output = self._tried(fold, self._random(fold.channels, rows), self._probe)[1]
+            if _same(self._output, output):
+                return fold
+        return None
+
+    def _random(self, channels: int, rows: Tensor) -> Tensor:
+        factors = torch.ones(channels)
+        factors[rows] = _factors(len(rows), self._generator)
+        return factors.to(self._output.device)
+
+    def _tried(self, fold: Fold, factors: Tensor, probe: Probe) -> tuple[list[tuple[tuple[str, ...], Tensor]], Tensor]:
+        restore = self._bench.keep(fold)
+        self._bench.scale(fold, factors)
+        try:
+            return self._bench.inputs(probe)
+        finally:
+            restore()
+
+
+def _producers(bench: Workbench) -> Iterator[Fold]:
+    """Every norm, plain and as (1 + w), and every linear, as folds that have no consumers yet."""
+    linears = {spec.placement.parameter for spec in bench.block.linears}
+    for name, module in bench.module.named_modules():
+        weight = module._parameters.get("weight")
+        full = f"{bench.block.name}.{name}"
+        if weight is not None and weight.ndim == 1 and f"{full}.weight" not in linears:
+            for offset in (0.0, 1.0):
+                yield Fold(full, offset, False, weight.numel(), {})
+    for spec in bench.block.linears:
+        yield Fold(spec.name, 0.0, True, spec.n, {})
+
+
+def _factors(count: int, generator: torch.Generator) -> Tensor:
+    """`count` distinct factors between 1/2 and 2, evenly spaced in logarithm, in random order, none near 1."""
+    exponents = torch.linspace(-1, 1, max(count, 2) + 1)[: max(count, 2)] + 0.3 / max(count, 2)
+    return exponents[torch.randperm(len(exponents), generator=generator)][:count].exp2()
+
+
+def _used_channels(fold: Fold, factors: Tensor) -> Tensor:
+    """`factors` where a channel feeds some column, 1 elsewhere (queries and keys beside values)."""
+    used = torch.zeros(fold.channels, dtype=torch.bool)
+    for columns in fold.columns.values():
+        used[columns.cpu()] = True
+    device = next(iter(fold.columns.values())).device
+    return torch.where(used, factors, torch.ones_like(factors)).to(device)
+
+
+def _by_name(calls: list[tuple[tuple[str, ...], Tensor]]) -> Inputs:
+    """The input (tokens, k) that each linear was first seen with."""
+    inputs: Inputs = {}
+    for names, x in calls:
+        for name in names:
+            inputs.setdefault(name, x.reshape(-1, x.shape[-1]).clone())
+    return inputs
+
+
+def _match(before: Tensor, after: Tensor, factors: Tensor) -> Tensor | None:
+    """The channel whose factor multiplies each column of `before` (tokens, k) in `after`, or None where one has none."""
+    energy = before.square().sum(0)
+    dead = energy == 0
+    ratio = (before * after).sum(0) / energy.clamp(min=1e-30)
+    residual = (after - before * ratio).square().sum(0)
+    if bool(((residual > COLUMN_TOLERANCE**2 * energy) & ~dead).any()) or bool(dead.all()):
+        return None
+    ordered, order = factors.sort()
+    right = torch.searchsorted(ordered, ratio).clamp(1, max(len(ordered) - 1, 1))
+    nearest = torch.where((ratio - ordered[right - 1]).abs() < (ordered[right] - ratio).abs(), right - 1, right)
+    matched = (ordered[nearest] / ratio - 1).abs() < FACTOR_TOLERANCE
+    channels = order[nearest]
+    if len(factors) == before.shape[-1]:
+        # a column that never fired (ReLU) follows its neighbours' rule where that rule is the identity
+        straight = torch.arange(len(factors), device=channels.device)
+        channels = torch.where(dead & bool((channels == straight)[~dead].all()), straight, channels)
+        matched = matched | (dead & (channels == straight))
+    moved = factors[channels] != 1
+    return channels if bool((matched & moved).all()) else None
+
+
+def _same(before: Tensor, after: Tensor) -> bool:
+    return bool((after - before).norm() <= PROOF_TOLERANCE * before.norm())

@@ -1,0 +1,149 @@
+"""What becomes of each linear: a scheme, or a reason why it is left alone. Decided from names and shapes alone."""
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from torch import nn
+
+from export.errors import CheckpointError
+from models.skeleton import Block, LinearSpec, Skeleton
+from quant.recipe import Recipe
+from quant.scheme import Scheme, fitting_group_size
+
+# Linears that engines fuse into one matrix, by the last part of their names: they must share a scheme.
+ENGINE_FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
+# Every expert of a layer runs in one kernel, so all their linears share a scheme.
+EXPERT = re.compile(r"\.experts\.\d+\.")
+MINIMUM_COVERAGE = 0.99
+
+
+@dataclass(frozen=True)
+class Left:
+    """A linear that keeps its weight: its size, why, and whether the user or its nature exempts it from coverage."""
+
+    parameters: int
+    reason: str
+    exempt: bool
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Schemes of the linears to quantize, sizes of them, and those that are left."""
+
+    schemes: dict[str, Scheme]
+    parameters: dict[str, int]
+    left: dict[str, Left]
+
+    @property
+    def coverage(self) -> float:
+        """Quantized parameters as a fraction of all linear parameters that are not exempt."""
+        quantized = sum(self.parameters[name] for name in self.schemes)
+        missed = sum(left.parameters for left in self.left.values() if not left.exempt)
+        return quantized / max(quantized + missed, 1)
+
+    def require_coverage(self) -> None:
+        """Raise CheckpointError where less than 99% would be quantized, naming what is left and why."""
+        if self.schemes and self.coverage >= MINIMUM_COVERAGE:
+            return
+        reasons = [f"{name}: {left.reason}" for name, left in self.left.items() if not left.exempt]
+        raise CheckpointError(
+            f"only {self.coverage:.1%} of the linear parameters would be quantized, {MINIMUM_COVERAGE:.0%} are expected. "
+            f"Left: {'; '.join(reasons[:4]) or 'everything, by --ignore'}. Name what you mean to leave with --ignore"
+        )
+
+
+def make_plan(skeleton: Skeleton, recipe: Recipe) -> Plan:
+    """The plan for every linear of the model.
+
+    Group sizes that do not divide a linear's inputs fall back (quant.scheme.FALLBACK_GROUP_SIZES), together for linears
+    that engines fuse and for all experts of a layer.
+    """
+    schemes: dict[str, Scheme] = {}
+    parameters: dict[str, int] = {}
+    left = dict(_outside_blocks(skeleton, recipe.ignore))
+    for block in skeleton.blocks:
+        reasons = {spec.name: _reason_against(spec, block, recipe.ignore) for spec in block.linears}
+        _spread_over_fused(reasons)
+        sizes = _group_sizes(block, recipe.group_size)
+        for spec in block.linears:
+            parameters[spec.name] = spec.n * spec.k
+            reason = reasons[spec.name]
+            if reason is None:
+                schemes[spec.name] = recipe.scheme.with_group_size(sizes[spec.name])
+            else:
+                left[spec.name] = Left(spec.n * spec.k, reason, exempt=True)
+        left |= _unsplit_experts(skeleton, block)
+    return Plan(schemes, parameters, left)
+
+
+def fused_set(name: str) -> str:
+    """A key that linears share where engines run them as one matrix."""
+    if EXPERT.search(name):
+        return EXPERT.split(name)[0] + ".experts"
+    parent, _, leaf = name.rpartition(".")
+    return next((f"{parent}.{'+'.join(group)}" for group in ENGINE_FUSED if leaf in group), name)
+
+
+def ignored_by(name: str, patterns: Iterable[str]) -> str | None:
+    """The pattern that `name` falls under: the whole name, its last parts, or a `re:` pattern."""
+    for pattern in patterns:
+        if pattern.startswith("re:"):
+            if re.search(pattern[3:], name):
+                return pattern
+        elif name == pattern or name.endswith("." + pattern):
+            return pattern
+    return None
+
+
+def _reason_against(spec: LinearSpec, block: Block, ignore: Iterable[str]) -> str | None:
+    pattern = ignored_by(spec.name, ignore)
+    if pattern:
+        return f"ignored by {pattern!r}"
+    experts = spec.name.rpartition(".")[0] + ".experts."
+    if spec.n == 1 or any(other.name.startswith(experts) for other in block.linears):
+        return f"a router with {spec.n} outputs: engines keep it in 16 bits"
+    return None
+
+
+def _spread_over_fused(reasons: dict[str, str | None]) -> None:
+    """Leave all of a fused set where one member is left: engines refuse half of one."""
+    for name, reason in list(reasons.items()):
+        if reason is not None and reason.startswith("ignored"):
+            for other in reasons:
+                if other != name and fused_set(other) == fused_set(name) and reasons[other] is None:
+                    reasons[other] = f"engines fuse it with {name}, which is {reason}"
+
+
+def _group_sizes(block: Block, wanted: int) -> dict[str, int]:
+    sizes: dict[str, int] = {}
+    for spec in block.linears:
+        key, size = fused_set(spec.name), fitting_group_size(spec.k, wanted)
+        known = sizes.get(key, size)
+        sizes[key] = -1 if -1 in (known, size) else min(known, size)
+    return {spec.name: sizes[fused_set(spec.name)] for spec in block.linears}
+
+
+def _outside_blocks(skeleton: Skeleton, ignore: Iterable[str]) -> Iterable[tuple[str, Left]]:
+    by_parameter = {place.parameter: name for name, place in skeleton.others.items()}
+    head = skeleton.model.get_output_embeddings()
+    for module_name, module in skeleton.model.named_modules():
+        name = by_parameter.get(f"{module_name}.weight")
+        if isinstance(module, nn.Linear) and name is not None:
+            linear = name.removesuffix(".weight")
+            pattern = ignored_by(linear, ignore) or ("lm_head" if module is head and "lm_head" in ignore else None)
+            reason = f"ignored by {pattern!r}" if pattern else "outside the decoder blocks"
+            yield linear, Left(module.weight.numel(), reason, exempt=pattern is not None)
+
+
+def _unsplit_experts(skeleton: Skeleton, block: Block) -> dict[str, Left]:
+    """Three-dimensional parameters that no expert's own name is known for."""
+    covered = {spec.placement.parameter for spec in block.linears}
+    left = {}
+    for name, placement in block.tensors.items():
+        parameter = skeleton.model.state_dict(keep_vars=True)[placement.parameter]
+        if parameter.ndim == 3 and placement.parameter not in covered:
+            left[name] = Left(
+                parameter.numel(), "experts fused in one tensor whose separate names are unknown", exempt=False
+            )
+    return left

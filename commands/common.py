@@ -1,0 +1,90 @@
+"""What the console scripts share: errors as one line, aliases, sizes, quiet libraries."""
+
+import logging
+import os
+import re
+import signal
+import sys
+from types import FrameType
+from typing import Any, NoReturn
+
+import click
+import torch
+from datasets.utils.logging import disable_progress_bar
+from rich.console import Console
+from transformers.utils import logging as transformers_logging
+
+from export.errors import CheckpointError
+from quant.recipe import RecipeError
+
+SETTINGS = {
+    "help_option_names": ["-h", "--help"],
+    "token_normalize_func": lambda token: token.replace("_", "-"),
+    "max_content_width": 110,
+}
+UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+
+
+def make_console() -> Console:
+    """Where results are printed: plain lines, unfolded, where the output is no terminal."""
+    return Console() if sys.stdout.isatty() else Console(width=200, soft_wrap=True, highlight=False)
+
+
+class Size(click.ParamType):
+    """A number of bytes: 5GB, 500MB, 1000000."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if isinstance(value, int):
+            return value
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?B)?", value.strip().upper())
+        if not match or not float(match[1]):
+            self.fail(f"{value!r} is no size; write 5GB or 500MB", param, ctx)
+        return int(float(match[1]) * UNITS[match[2] or ""])
+
+
+def check_device(device: str) -> str:
+    """`device` in torch's spelling, with `auto` resolved. CheckpointError where it is not there."""
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        kind = torch.device(device).type
+    except RuntimeError:
+        raise CheckpointError(f"device {device!r}: write cpu, cuda, or cuda:1") from None
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise CheckpointError(f"device {device!r}: torch {torch.__version__} sees no GPU here; use --device cpu")
+    return device
+
+
+def run_command(command: click.Command) -> NoReturn:
+    """Run a console script: exit 2 with one line for what the user can mend, 130 when interrupted."""
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    disable_progress_bar()
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        command(standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (CheckpointError, RecipeError) as error:
+        _fail(f"Error: {error}", 2)
+    except torch.OutOfMemoryError as error:
+        _fail(f"Error: the GPU's memory is full ({error}); use --device cpu, or fewer --num-samples", 2)
+    except (click.Abort, KeyboardInterrupt):
+        _fail("Interrupted; nothing was written.", 130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    sys.exit(0)
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    click.echo(message, err=True)
+    sys.exit(code)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt

@@ -1,0 +1,236 @@
+"""`quantize MODEL --method awq --output DIR`: a language model in, a checkpoint that engines load out."""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from calibrate.data import CalibrationSet, builtin_text, calibration_tokens
+from calibrate.methods import METHODS, complete_recipe
+from calibrate.pipeline import BlockReport, Job, Result, prepare, run
+from commands.common import SETTINGS, Size, check_device, make_console, run_command
+from evaluation.perplexity import Score, difference, perplexity
+from export.card import describe_schemes, write_card
+from export.checkpoint import write_sums
+from export.errors import CheckpointError
+from export.formats import FORMATS
+from export.writer import refuse_output, require_space, staged
+from models.source import Source, open_source
+from quant import __version__
+from quant.recipe import Recipe, RecipeError, nearest, read_recipe
+
+EVAL_CONTEXT = 512
+RECIPE_FLAGS = [
+    "method",
+    "bits",
+    "group_size",
+    "symmetric",
+    "ignore",
+    "dataset",
+    "num_samples",
+    "seqlen",
+    "text_column",
+    "format",
+    "dtype",
+    "seed",
+    "max_shard_size",
+]
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    run_command(quantize)
+
+
+def _list_methods(context: click.Context, option: click.Parameter, wanted: bool) -> None:
+    if wanted:
+        for method in METHODS.values():
+            click.echo(f"{method.name:8} {method.summary}")
+        context.exit()
+
+
+@click.command(context_settings=SETTINGS)
+@click.argument("model_argument", metavar="[MODEL]", required=False)
+@click.option("--model", "-m", "--model-path", help="Directory, hub id, or demo. Also the first argument.")
+@click.option("--method", help=f"One of {', '.join(METHODS)}.  [default: awq]")
+@click.option("--output", "-o", "--output-dir", type=click.Path(path_type=Path), help="Directory to write.")
+@click.option("--bits", "--w-bit", "--wbits", type=int, help="Bits per weight: 4 or 8.")
+@click.option(
+    "--group-size", "--q-group-size", "--groupsize", type=int, help="Weights that share a scale; -1 per channel."
+)
+@click.option("--sym/--asym", "symmetric", default=None, help="Symmetric codes, or integer zero points.")
+@click.option(
+    "--dataset", help="Calibration text: builtin, a file, or a hub id; NAME:CONFIG:SPLIT:N, several with commas."
+)
+@click.option(
+    "--num-samples", "--nsamples", "--num-calibration-samples", "--calib-size", type=int, help="Calibration windows."
+)
+@click.option("--seqlen", "--max-seq-length", "--calib-seq", type=int, help="Tokens in a calibration window.")
+@click.option("--text-column", help="Column of the dataset that holds the text.")
+@click.option(
+    "--ignore", "--ignore-layers", multiple=True, help="Linears to leave: names, last parts of names, re:PATTERN."
+)
+@click.option(
+    "--recipe", "--config", "recipe_file", type=click.Path(path_type=Path), help="TOML file; flags override it."
+)
+@click.option("--format", "format", help=f"One of {', '.join(FORMATS)}.")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1.")
+@click.option("--dtype", help="Of scales and unquantized weights: auto, bfloat16, float16, float32.")
+@click.option("--seed", type=int, help="Of everything random.  [default: 42]")
+@click.option("--max-shard-size", type=Size(), help="Of a weight file.  [default: 5GB]")
+@click.option("--revision", help="Branch, tag or commit of a hub id.")
+@click.option(
+    "--eval-windows",
+    type=click.IntRange(min=0),
+    default=4,
+    show_default=True,
+    help="Windows of held-out builtin text to score before and after; 0 for none.",
+)
+@click.option("--dry-run", is_flag=True, help="Say what would be done, and stop before reading a weight.")
+@click.option("--overwrite", is_flag=True, help="Replace an output directory that is not empty.")
+@click.option("--trust-remote-code", is_flag=True, help="Run Python code that the model brings.")
+@click.option(
+    "--list-methods", is_flag=True, is_eager=True, expose_value=False, callback=_list_methods, help="Say what there is."
+)
+@click.version_option(__version__, prog_name="lowbit")
+def quantize(
+    model_argument: str | None, model: str | None, output: Path | None, recipe_file: Path | None, **flags: Any
+) -> None:
+    """Quantize MODEL and write a checkpoint that vLLM, SGLang and transformers load."""
+    console = make_console()
+    recipe = _recipe(recipe_file, flags)
+    name = _model_name(model_argument, model)
+    if output is None and not flags["dry_run"]:
+        raise click.UsageError("say where to write: --output DIR")
+    if output is not None:
+        refuse_output(output, flags["overwrite"])
+    console.print(f"[bold]recipe[/bold]\n{recipe.to_toml()}", end="")
+    source = open_source(name, flags["trust_remote_code"], flags["revision"])
+    job = prepare(source, recipe, check_device(flags["device"]))
+    _print_plan(console, job)
+    if output is None or flags["dry_run"]:
+        return
+    require_space(output, int(job.output_bytes() * 2.05) + 50_000_000)
+    calibration = _calibration(recipe, source)
+    begun = time.monotonic()
+    with staged(output, flags["overwrite"]) as staging:
+        result = run(job, staging, calibration, _block_printer(console, len(job.skeleton.blocks)))
+        scores = _evaluate(console, source, staging, flags["eval_windows"], job.device)
+        _write_papers(staging, job, result, scores)
+    _print_summary(console, output, result, scores, time.monotonic() - begun)
+
+
+def _recipe(recipe_file: Path | None, flags: dict[str, Any]) -> Recipe:
+    values = read_recipe(recipe_file) if recipe_file else {}
+    given = {key: flags[key] for key in RECIPE_FLAGS if flags[key] not in (None, ())}
+    if "ignore" in given:
+        given["ignore"] = tuple(name.strip() for item in given["ignore"] for name in item.split(",") if name.strip())
+    recipe = complete_recipe(values | given)
+    if recipe.format not in FORMATS:
+        raise RecipeError(f"unknown format {recipe.format!r}; {nearest(recipe.format, FORMATS)}")
+    return recipe
+
+
+def _model_name(argument: str | None, option: str | None) -> str:
+    if argument and option and argument != option:
+        raise click.UsageError(f"two models named, {argument!r} and {option!r}; name one")
+    name = argument or option
+    if name is None:
+        raise click.UsageError("name a model: a directory, a hub id, or demo")
+    return name
+
+
+def _calibration(recipe: Recipe, source: Source) -> CalibrationSet | None:
+    if recipe.dataset is None:
+        return None
+    tokens = calibration_tokens(
+        recipe.dataset, source.tokenizer(), recipe.num_samples, recipe.seqlen, recipe.seed, recipe.text_column
+    )
+    if recipe.calibration_sha256 not in (None, tokens.sha256):
+        click.echo(
+            f"Warning: the recipe was made with calibration tokens {recipe.calibration_sha256}, these are {tokens.sha256}: "
+            "another tokenizer, text or Python version; the weights will differ",
+            err=True,
+        )
+    return tokens
+
+
+def _print_plan(console: Console, job: Job) -> None:
+    exempt = sum(left.exempt for left in job.plan.left.values())
+    console.print(
+        f"[bold]plan[/bold] {describe_schemes(job.plan.schemes)}; {len(job.plan.left)} left ({exempt} on purpose); "
+        f"coverage {job.plan.coverage:.2%}; weights {job.source.checkpoint.nbytes / 1e6:.1f} MB -> {job.output_bytes() / 1e6:.1f} MB"
+    )
+    for name, left in list(job.plan.left.items())[:8]:
+        console.print(f"  left {name}: {left.reason}")
+    for warning in job.warnings():
+        console.print(f"  note: {warning}")
+
+
+def _block_printer(console: Console, total: int) -> Callable[[BlockReport], None]:
+    begun = time.monotonic()
+
+    def show(report: BlockReport) -> None:
+        done = report.index + 1
+        left = (time.monotonic() - begun) / done * (total - done)
+        loss = "" if report.loss is None else f"loss {report.loss:.5f}  "
+        console.print(
+            f"block {done:3}/{total}  {loss}{report.seconds:6.1f} s  left {_clock(left)}  peak {report.peak_bytes / 1e9:.2f} GB"
+        )
+
+    return show
+
+
+def _clock(seconds: float) -> str:
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02}"
+
+
+def _evaluate(console: Console, source: Source, staging: Path, windows: int, device: str) -> list[Score]:
+    """Scores of the original and of what was written, on text that calibration never takes."""
+    if not windows:
+        return []
+    text = builtin_text("heldout")
+    scores = []
+    for name in (source, open_source(str(staging), source.trust_remote_code)):
+        with console.status(f"perplexity of {name.name}"):
+            scores.append(perplexity(name, text, EVAL_CONTEXT, windows, device))
+    if not all(score.nll == score.nll and score.nll != float("inf") for score in scores):
+        raise CheckpointError(
+            f"perplexity is not finite ({[score.perplexity for score in scores]}); nothing was written"
+        )
+    return scores
+
+
+def _write_papers(staging: Path, job: Job, result: Result, scores: list[Score]) -> None:
+    labels = (job.source.name, f"{result.recipe.method} {result.recipe.scheme}")
+    facts = {
+        "version": __version__,
+        "schemes": describe_schemes(result.plan.schemes),
+        "source_bytes": result.source_bytes,
+        "output_bytes": result.output_bytes,
+        "coverage": result.plan.coverage,
+        "scores": [score.as_json() | {"model": label} for score, label in zip(scores, labels, strict=False)],
+        "text": "held-out part of the documentation that ships with CPython (pydoc_data)",
+        "warnings": job.warnings(),
+    }
+    write_card(staging, job.source.directory, job.source.name, result.recipe, facts)
+    write_sums(staging)
+
+
+def _print_summary(console: Console, output: Path, result: Result, scores: list[Score], seconds: float) -> None:
+    table = Table(title=str(output), title_justify="left")
+    for column in ("", "original", "quantized"):
+        table.add_column(column)
+    table.add_row("weights", f"{result.source_bytes / 1e6:.1f} MB", f"{result.output_bytes / 1e6:.1f} MB")
+    if scores:
+        table.add_row("perplexity", *(f"{score.perplexity:.4f}" for score in scores))
+        delta, error = difference(scores[1], scores[0])
+        table.add_row("loss, nats", f"{scores[0].nll:.5f}", f"{scores[1].nll:.5f} ({delta:+.5f} ± {error:.5f})")
+    console.print(table)
+    if scores:
+        console.print(f"{scores[0].tokens} tokens of builtin held-out text, {EVAL_CONTEXT} a window, float32")
+    console.print(f"{_clock(seconds)} minutes")

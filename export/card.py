@@ -1,0 +1,91 @@
+"""The model card: README.md of a quantized checkpoint, with what was measured and how."""
+
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCardData, metadata_load
+from jinja2 import Environment, StrictUndefined
+
+from quant.recipe import Recipe
+from quant.scheme import Scheme
+
+TEMPLATE = """---
+{{ front_matter }}
+---
+
+# {{ title }}
+
+{{ base }} quantized with lowbit {{ version }}: method `{{ recipe.method }}`, {{ schemes }}.
+Weights take {{ "%.1f"|format(output_bytes / 1e6) }} MB instead of {{ "%.1f"|format(source_bytes / 1e6) }} MB; \
+{{ "%.2f"|format(coverage * 100) }}% of the linear parameters that were not set aside are quantized.
+
+## What was lost
+
+{% if scores -%}
+| model | perplexity | loss (nats) | tokens scored |
+|---|---|---|---|
+{% for score in scores -%}
+| {{ score.model }} | {{ "%.4f"|format(score.perplexity) }} | {{ "%.5f"|format(score.nll) }} | {{ score.tokens }} |
+{% endfor %}
+Text: {{ text }}. Protocol: {{ scores[0].protocol }}; {{ scores[0].windows }} windows of {{ scores[0].context }} tokens.
+Numbers under another text or protocol are not comparable with these.
+{%- else -%}
+Not measured in this run (`--eval-windows 0`). Measure with `quantize-eval perplexity DIR --baseline MODEL`.
+{%- endif %}
+
+## Loading
+
+The files follow the compressed-tensors layout (`pack-quantized`). vLLM and SGLang load the directory as it is;
+transformers does with the package `compressed-tensors` installed.
+{% for warning in warnings %}
+**Note.** {{ warning }}
+{% endfor %}
+## How it was made
+
+```toml
+{{ recipe_toml -}}
+```
+
+`quantization_report.json` has the scheme, the errors and every fallback of each layer; `SHA256SUMS` the hashes of all files.
+"""
+
+
+def write_card(directory: Path, source: Path, base: str, recipe: Recipe, facts: Mapping[str, Any]) -> None:
+    """Write README.md into `directory`.
+
+    source  the original model's directory, whose card's licence is carried over
+    base    what the user called the original model
+    facts   version, schemes (text), source_bytes, output_bytes, coverage, scores (list of dicts), text, warnings (list)
+    """
+    metadata = metadata_load(source / "README.md") if (source / "README.md").exists() else None
+    known = {
+        key: value
+        for key, value in (metadata or {}).items()
+        if key in ("license", "license_name", "license_link", "language")
+    }
+    data = ModelCardData(
+        base_model=base if "/" in base and not Path(base).exists() else None,
+        base_model_relation="quantized",
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["lowbit", "compressed-tensors", recipe.method],
+        **known,
+    )
+    environment = Environment(undefined=StrictUndefined, keep_trailing_newline=True, autoescape=False)
+    text = environment.from_string(TEMPLATE).render(
+        front_matter=data.to_yaml(),
+        title=f"{Path(base).name}, {recipe.method} {recipe.scheme}",
+        base=base,
+        recipe=recipe,
+        recipe_toml=recipe.to_toml(),
+        **facts,
+    )
+    (directory / "README.md").write_text(text, encoding="utf-8")
+
+
+def describe_schemes(schemes: Mapping[str, Scheme]) -> str:
+    """`int4-g128 (210 linears)`, most frequent first."""
+    counts = Counter(map(str, schemes.values()))
+    return ", ".join(f"{scheme} ({count} linears)" for scheme, count in counts.most_common())

@@ -1,0 +1,166 @@
+"""A checkpoint directory: its configuration and its tensors, checked before they are believed."""
+
+import hashlib
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from export.errors import CheckpointError
+from export.tensorfile import TensorEntry, read_entries, read_tensor
+
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+SUMS_NAME = "SHA256SUMS"
+PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A directory of safetensors files with a config.json.
+
+    directory  where it lies
+    config     config.json as a dict
+    entries    every tensor by name
+    """
+
+    directory: Path
+    config: dict[str, Any]
+    entries: dict[str, TensorEntry]
+
+    def read(self, name: str) -> Tensor:
+        """The tensor called `name`, as stored."""
+        return read_tensor(self.entries[name])
+
+    @property
+    def quantization(self) -> dict[str, Any] | None:
+        """The quantization_config of config.json, if any."""
+        return self.config.get("quantization_config")
+
+    @property
+    def nbytes(self) -> int:
+        return sum(entry.nbytes for entry in self.entries.values())
+
+
+def open_checkpoint(directory: Path) -> Checkpoint:
+    """The checkpoint in `directory`; headers are read and checked, data is not.
+
+    Raises CheckpointError where there is none, where it is a pickle, or where index and files contradict each other.
+    """
+    if not directory.is_dir():
+        raise CheckpointError(f"{directory}: no such directory")
+    config = read_json(directory / "config.json")
+    entries: dict[str, TensorEntry] = {}
+    for path in _tensor_files(directory):
+        for name, entry in read_entries(path).items():
+            if name in entries:
+                raise CheckpointError(f"tensor {name!r} stands both in {entries[name].path} and in {path}")
+            entries[name] = entry
+    _check_index(directory, entries)
+    return Checkpoint(directory, config, entries)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in `path`. CheckpointError where it is missing or no object."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: missing; a model directory holds config.json and *.safetensors files") from None
+    except (UnicodeDecodeError, ValueError) as error:
+        raise CheckpointError(f"{path}: not JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: a JSON object is expected, not {type(value).__name__}")
+    return value
+
+
+def _tensor_files(directory: Path) -> list[Path]:
+    if (directory / INDEX_NAME).exists():
+        return _indexed_files(directory)
+    if (directory / SINGLE_NAME).exists():
+        return [directory / SINGLE_NAME]
+    found = sorted(directory.glob("*.safetensors"))
+    if len(found) == 1:
+        return found
+    pickles = sorted(path.name for path in directory.iterdir() if path.suffix in PICKLES)
+    if pickles:
+        raise CheckpointError(
+            f"{directory}: only pickled weights ({', '.join(pickles[:3])}): unpickling runs whatever code the file "
+            "holds, so they are never loaded. Save the model with safe_serialization=True, or take its safetensors revision"
+        )
+    raise CheckpointError(
+        f"{directory}: {len(found)} safetensors files but no {INDEX_NAME}"
+        if found
+        else f"{directory}: no *.safetensors file"
+    )
+
+
+def _weight_map(directory: Path) -> dict[str, str]:
+    weight_map = read_json(directory / INDEX_NAME).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{directory / INDEX_NAME}: no weight_map")
+    return weight_map
+
+
+def _indexed_files(directory: Path) -> list[Path]:
+    names = sorted(set(map(str, _weight_map(directory).values())))
+    for name in names:
+        if Path(name).name != name or name in (".", ".."):
+            raise CheckpointError(f"{directory / INDEX_NAME}: shard {name!r} lies outside the model directory")
+        if not (directory / name).is_file():
+            raise CheckpointError(f"{directory / INDEX_NAME}: shard {name!r} is missing; the download is incomplete")
+    return [directory / name for name in names]
+
+
+def _check_index(directory: Path, entries: dict[str, TensorEntry]) -> None:
+    if not (directory / INDEX_NAME).exists():
+        return
+    for name, file in _weight_map(directory).items():
+        if name not in entries or entries[name].path.name != file:
+            where = f"in {entries[name].path.name}" if name in entries else "nowhere"
+            raise CheckpointError(f"{directory / INDEX_NAME}: {name!r} should be in {file} and is {where}")
+
+
+def verify_checksums(checkpoint: Checkpoint) -> int:
+    """How many weight files were compared with a SHA-256 known for them; a mismatch raises CheckpointError.
+
+    Known sums are those of a SHA256SUMS file in the directory, and of files that are links into a hub cache, where a
+    blob's name is its SHA-256.
+    """
+    sums = _known_sums(checkpoint.directory)
+    checked = 0
+    for path in sorted({entry.path for entry in checkpoint.entries.values()}):
+        blob = path.resolve().name
+        expected = sums.get(path.name) or (blob if re.fullmatch(r"[0-9a-f]{64}", blob) else None)
+        if expected is None:
+            continue
+        actual = sha256_of(path)
+        if actual != expected:
+            raise CheckpointError(
+                f"{path}: SHA-256 is {actual}, {expected} was recorded: the file changed or is damaged; get it again"
+            )
+        checked += 1
+    return checked
+
+
+def _known_sums(directory: Path) -> dict[str, str]:
+    path = directory / SUMS_NAME
+    if not path.exists():
+        return {}
+    lines = (line.split(maxsplit=1) for line in path.read_text(encoding="utf-8").splitlines())
+    return {parts[1].lstrip("*").strip(): parts[0] for parts in lines if len(parts) == 2}
+
+
+def sha256_of(path: Path) -> str:
+    """The SHA-256 of a file, as hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_sums(directory: Path) -> None:
+    """SHA256SUMS over every file of `directory`, in the form `sha256sum -c` reads."""
+    files = sorted(path for path in directory.iterdir() if path.is_file() and path.name != SUMS_NAME)
+    text = "".join(f"{sha256_of(path)}  {path.name}\n" for path in files)
+    (directory / SUMS_NAME).write_text(text, encoding="utf-8")

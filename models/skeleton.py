@@ -1,0 +1,280 @@
+"""A model without its weights, and the map from its file's tensors to the places where they belong."""
+
+import re
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import rename_source_key
+from transformers.pytorch_utils import Conv1D
+
+from export.errors import CheckpointError
+from models.source import Source
+
+Reader = Callable[[str], Tensor]
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where a file's tensor lies inside the model: all of a parameter, or a part of a fused one.
+
+    parameter  the parameter's (or buffer's) name in the model
+    expert     index in its first dimension, for experts that transformers fuses into one 3-dimensional parameter
+    part       which of `parts` equal slices of the next dimension (gate and up share one parameter)
+    """
+
+    parameter: str
+    expert: int | None = None
+    part: int = 0
+    parts: int = 1
+
+    def view(self, parameter: Tensor) -> Tensor:
+        """The slice of `parameter` that the file's tensor fills."""
+        inner = parameter if self.expert is None else parameter[self.expert]
+        return inner.chunk(self.parts)[self.part]
+
+
+@dataclass(frozen=True)
+class LinearSpec:
+    """A linear of a block, known from headers alone.
+
+    name         as in the file, without ".weight"
+    placement    where its weight lies in the model
+    bias         the model's name of its bias, or None
+    transposed   stored (k, n), as transformers' Conv1D does
+    n, k         outputs and inputs
+    """
+
+    name: str
+    placement: Placement
+    bias: str | None
+    transposed: bool
+    n: int
+    k: int
+
+
+@dataclass
+class Block:
+    """One decoder block: its place in the model, the file's tensors that fill it, and its linears."""
+
+    name: str
+    module: nn.Module
+    tensors: dict[str, Placement] = field(default_factory=dict)
+    linears: list[LinearSpec] = field(default_factory=list)
+
+    def signature(self) -> tuple[Any, ...]:
+        """What two blocks have in common where one's structure is the other's."""
+        shapes = tuple((name, tuple(p.shape)) for name, p in self.module.named_parameters())
+        kinds = tuple((name, type(module).__name__) for name, module in self.module.named_modules())
+        return shapes, kinds, getattr(self.module, "attention_type", None)
+
+    def names_in(self, other: "Block") -> dict[str, str]:
+        """For each linear and module of this block, what the same one is called in `other`, a block alike."""
+
+        def seat(block: Block, spec: LinearSpec) -> Placement:
+            return replace(spec.placement, parameter=spec.placement.parameter.removeprefix(block.name))
+
+        there = {seat(other, spec): spec.name for spec in other.linears}
+        names = {f"{self.name}.{name}": f"{other.name}.{name}" for name, _ in self.module.named_modules()}
+        return names | {spec.name: there[seat(self, spec)] for spec in self.linears}
+
+
+@dataclass
+class Skeleton:
+    """A model on the meta device, in blocks.
+
+    source   the model's files
+    model    transformers' model; parameters have shapes but no memory
+    blocks   its decoder blocks, in order
+    others   the file's tensors outside the blocks, by name
+    read     tensor of the file by its logical name
+    """
+
+    source: Source
+    model: PreTrainedModel
+    blocks: list[Block]
+    others: dict[str, Placement]
+    read: Reader
+
+    @contextmanager
+    def loaded(
+        self, module_name: str, tensors: dict[str, Placement], device: str, dtype: torch.dtype
+    ) -> Iterator[nn.Module]:
+        """The module `module_name` filled from the file for as long as the block lasts."""
+        module = self.model.get_submodule(module_name)
+        try:
+            fill(self.model, module.modules(), tensors, self.read, device, dtype)
+            yield module
+        finally:
+            empty(module.modules())
+
+
+def build_skeleton(source: Source, names: Iterable[str], read: Reader) -> Skeleton:
+    """The skeleton of `source`, every tensor name of `names` placed.
+
+    names  logical tensor names of the file (packed weights as `P.weight`)
+    read   reads one of them
+
+    Raises CheckpointError where the model has no blocks, or where the file lacks or contradicts a parameter.
+    """
+    model = _empty_model(source)
+    placements = place(model, list(names))
+    blocks = [Block(name, module) for name, module in find_blocks(model)]
+    others = {}
+    for name, placement in placements.items():
+        owner = next((block for block in blocks if placement.parameter.startswith(block.name + ".")), None)
+        (others if owner is None else owner.tensors)[name] = placement
+    for block in blocks:
+        block.linears = list(_linears(model, block))
+    _require_parameters(source, model, placements)
+    return Skeleton(source, model, blocks, others, read)
+
+
+def _empty_model(source: Source) -> PreTrainedModel:
+    config = source.config
+    config._experts_implementation = "eager"  # one F.linear an expert: what calibration can see
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(
+            config, trust_remote_code=source.trust_remote_code, dtype=torch.float32
+        )
+    return model.eval()
+
+
+def find_blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Names and modules of the decoder blocks: the outermost ModuleList that holds the most parameters."""
+    best: tuple[int, list[tuple[str, nn.Module]]] = (0, [])
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module):
+            size = sum(parameter.numel() for parameter in module.parameters())
+            if size > best[0]:
+                best = size, [(f"{name}.{i}", child) for i, child in enumerate(module)]
+    if not best[1]:
+        raise CheckpointError(f"{type(model).__name__}: no list of decoder blocks found in it")
+    return best[1]
+
+
+def place(model: PreTrainedModel, names: list[str]) -> dict[str, Placement]:
+    """The placement of each of a file's tensors; names the model has no use for are left out.
+
+    transformers' own renamings are applied, and its two fusions of experts (stacking, and joining gate with up).
+    """
+    transforms = get_model_conversion_mapping(model)
+    converters = [transform for transform in transforms if hasattr(transform, "operations")]
+    renamings = [transform for transform in transforms if not hasattr(transform, "operations")]
+    state = dict(model.state_dict(keep_vars=True))
+    placements = {}
+    for name in names:
+        renamed, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
+        converter = next((c for c in converters if pattern in c.source_patterns), None) if pattern else None
+        if renamed in state:
+            placements[name] = Placement(renamed) if converter is None else _fused(name, renamed, pattern, converter)
+    return placements
+
+
+def _fused(name: str, renamed: str, pattern: str | None, converter: Any) -> Placement:
+    operations = [type(operation).__name__ for operation in converter.operations]
+    numbers = re.findall(r"\.(\d+)\.", name)
+    if operations not in (["MergeModulelist"], ["MergeModulelist", "Concatenate"]) or not numbers:
+        raise CheckpointError(
+            f"{name}: transformers builds {renamed} from it by {' + '.join(operations)}, which cannot be undone here"
+        )
+    return Placement(
+        renamed, int(numbers[-1]), converter.source_patterns.index(pattern), len(converter.source_patterns)
+    )
+
+
+def _linears(model: nn.Module, block: Block) -> Iterator[LinearSpec]:
+    """The block's weights that multiply activations: of Linear and Conv1D modules, and of experts one by one."""
+    for name, placement in block.tensors.items():
+        parameter = model.get_parameter(placement.parameter) if _is_parameter(model, placement.parameter) else None
+        if parameter is None or (not name.endswith("weight") and parameter.ndim != 3):
+            continue
+        owner = model.get_submodule(placement.parameter.rpartition(".")[0])
+        shape = tuple(placement.view(parameter).shape)
+        if len(shape) != 2 or not (isinstance(owner, nn.Linear | Conv1D) or _multiplies(owner, placement)):
+            continue
+        transposed = isinstance(owner, Conv1D)
+        bias = placement.parameter.removesuffix("weight") + "bias"
+        n, k = reversed(shape) if transposed else shape
+        has_bias = getattr(owner, "bias", None) is not None and placement.expert is None
+        yield LinearSpec(name.removesuffix(".weight"), placement, bias if has_bias else None, transposed, n, k)
+
+
+def _multiplies(owner: nn.Module, placement: Placement) -> bool:
+    """Experts' slices and bare 2-dimensional weights (routers) multiply too; embeddings are looked up."""
+    return placement.expert is not None or not isinstance(owner, nn.Embedding | nn.Conv1d)
+
+
+def _is_parameter(model: nn.Module, name: str) -> bool:
+    owner, _, leaf = name.rpartition(".")
+    return leaf in model.get_submodule(owner)._parameters
+
+
+def _require_parameters(source: Source, model: PreTrainedModel, placements: dict[str, Placement]) -> None:
+    placed = {placement.parameter for placement in placements.values()}
+    tied = set(getattr(model, "all_tied_weights_keys", None) or getattr(model, "_tied_weights_keys", None) or [])
+    if not getattr(source.config.get_text_config(), "tie_word_embeddings", False):
+        tied = set()
+    missing = [name for name, _ in model.named_parameters() if name not in placed and name not in tied]
+    if missing:
+        raise CheckpointError(
+            f"{source.directory}: {len(missing)} weights that {type(model).__name__} needs are in no file, "
+            f"the first {missing[0]!r}: the download is incomplete, or config.json belongs to another model"
+        )
+
+
+def fill(
+    model: nn.Module,
+    modules: Iterable[nn.Module],
+    tensors: dict[str, Placement],
+    read: Reader,
+    device: str,
+    dtype: torch.dtype,
+) -> None:
+    """Give the parameters that `modules` own outright memory, and the values of `tensors`.
+
+    Raises CheckpointError where a shape contradicts the model, or where a value is NaN or infinite.
+    """
+    for owner in modules:
+        for leaf, parameter in owner._parameters.items():
+            if parameter is not None and parameter.is_meta:
+                # zeros, not empty: what no file tensor fills is caught by name beforehand, and never random
+                owner._parameters[leaf] = nn.Parameter(torch.zeros(parameter.shape, dtype=dtype, device=device), False)
+        for leaf, buffer in owner._buffers.items():
+            if buffer is not None:
+                owner._buffers[leaf] = buffer.to(device)
+    for name, placement in tensors.items():
+        owner_name, _, leaf = placement.parameter.rpartition(".")
+        owner = model.get_submodule(owner_name)
+        target = placement.view(owner._parameters[leaf] if leaf in owner._parameters else owner._buffers[leaf])
+        value = checked(name, read(name))
+        if target.shape != value.shape:
+            raise CheckpointError(
+                f"{name}: {list(value.shape)} in the file, {list(target.shape)} in the model of config.json"
+            )
+        target.data.copy_(value)
+
+
+def checked(name: str, value: Tensor) -> Tensor:
+    """`value`, which must be finite. CheckpointError names the tensor and counts what is not."""
+    if value.is_floating_point() and not bool(torch.isfinite(value.sum(dtype=torch.float32))):
+        broken = int((~torch.isfinite(value)).sum())
+        if broken:
+            raise CheckpointError(
+                f"{name}: {broken} of {value.numel()} values are NaN or infinite; the weights are damaged"
+            )
+    return value
+
+
+def empty(modules: Iterable[nn.Module]) -> None:
+    """Give back the memory of the parameters that `modules` own outright."""
+    for owner in modules:
+        for leaf, parameter in owner._parameters.items():
+            if parameter is not None:
+                owner._parameters[leaf] = nn.Parameter(torch.empty_like(parameter, device="meta"), False)

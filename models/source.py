@@ -1,0 +1,110 @@
+"""Where a model comes from: a directory, a hub id, or `demo`."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+)
+
+from export.checkpoint import Checkpoint, open_checkpoint
+from export.errors import CheckpointError
+from models.demo import demo_model_dir
+
+DEMO = "demo"
+HUB_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "LICENSE*", "NOTICE*")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model found: what the user called it, its files, and transformers' configuration of it."""
+
+    name: str
+    checkpoint: Checkpoint
+    config: PretrainedConfig
+    trust_remote_code: bool
+
+    @property
+    def directory(self) -> Path:
+        return self.checkpoint.directory
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The model's tokenizer. CheckpointError where there is none."""
+        try:
+            return AutoTokenizer.from_pretrained(self.directory, trust_remote_code=self.trust_remote_code)
+        except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
+            raise CheckpointError(f"{self.directory}: no tokenizer that transformers can load ({error})") from error
+
+
+def open_source(name: str, trust_remote_code: bool = False, revision: str | None = None) -> Source:
+    """The model called `name`: a directory, `demo`, or an id on the hub (downloaded into its cache).
+
+    Remote code runs only where `trust_remote_code` is passed. Raises CheckpointError where there is no such model, where
+    its files are damaged, or where it is no decoder language model.
+    """
+    directory = model_directory(name, trust_remote_code, revision)
+    checkpoint = open_checkpoint(directory)
+    refuse_remote_code(checkpoint, trust_remote_code)
+    config = _config(checkpoint, trust_remote_code)
+    refuse_encoder(directory, config)
+    return Source(name, checkpoint, config, trust_remote_code)
+
+
+def model_directory(name: str, trust_remote_code: bool = False, revision: str | None = None) -> Path:
+    """The directory that holds the model `name`, downloaded or made first where needed."""
+    if Path(name).is_dir():
+        return Path(name)
+    if name == DEMO:
+        return demo_model_dir()
+    patterns = HUB_FILES + (("*.py",) if trust_remote_code else ())
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise CheckpointError(
+            f"{name!r} is no directory here and could not be had from the hub ({type(error).__name__}: {reason}). "
+            "Name a directory with config.json and *.safetensors, a hub id such as org/model, or demo"
+        ) from error
+
+
+def refuse_remote_code(checkpoint: Checkpoint, trusted: bool) -> None:
+    """Raise CheckpointError where the configuration asks for code of its own and the user did not allow it."""
+    if checkpoint.config.get("auto_map") and not trusted:
+        files = ", ".join(sorted(path.name for path in checkpoint.directory.glob("*.py"))) or "not in the directory"
+        raise CheckpointError(
+            f"{checkpoint.directory}: the model brings Python code of its own ({files}). Read it, and pass "
+            "--trust-remote-code if you want it run"
+        )
+
+
+def _config(checkpoint: Checkpoint, trust_remote_code: bool) -> PretrainedConfig:
+    try:
+        config = AutoConfig.from_pretrained(checkpoint.directory, trust_remote_code=trust_remote_code)
+    except (ValueError, KeyError, OSError, TypeError) as error:
+        kind = checkpoint.config.get("model_type")
+        raise CheckpointError(
+            f"{checkpoint.directory}: transformers cannot read this configuration (model_type {kind!r}): {error}"
+        ) from error
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    return config
+
+
+def refuse_encoder(directory: Path, config: Any) -> None:
+    """Raise CheckpointError where the model does not generate text left to right."""
+    kind, classes = config.model_type, config.architectures or []
+    causal = kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+    remote = bool(getattr(config, "auto_map", None))
+    masked = kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False)
+    decoding = any(name.endswith(("CausalLM", "LMHeadModel", "ConditionalGeneration")) for name in classes)
+    if not (causal or remote) or (masked and not decoding):
+        raise CheckpointError(
+            f"{directory}: {', '.join(classes) or kind} is no decoder language model; weights of encoders are not quantized here"
+        )

@@ -1,0 +1,155 @@
+"""Running a model block by block: one block in memory at a time, whatever the architecture.
+
+The model's own forward pass is run twice with its blocks stubbed out: once to learn what each block is called with
+(hidden states, masks, rotary tables), once to turn the last hidden states into logits. Between the two, each block is
+called directly with those arguments. They do not depend on hidden states, only on the batch's shape.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from models.skeleton import Skeleton, empty, fill
+
+
+class _Stop(Exception):
+    """Ends a forward pass whose rest is not needed."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a block is called with beside the hidden states."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+@dataclass
+class Walk:
+    """A walk through the blocks of `skeleton` on `device` in `dtype`.
+
+    calls  arguments of every block, by the (batch, length) they hold for; filled by `start`
+    """
+
+    skeleton: Skeleton
+    device: str
+    dtype: torch.dtype
+    calls: dict[tuple[int, int], list[Call]] = field(default_factory=dict)
+    _returns_tuple: bool | None = None
+
+    @torch.no_grad()
+    def start(self, batches: list[Tensor]) -> list[Tensor]:
+        """The hidden states (B, T, width) that enter the first block, for each batch of token ids (B, T)."""
+        with self._surroundings(with_head=False):
+            self._learn_return_type(batches[0])
+            return [self._embed(batch.to(self.device)) for batch in batches]
+
+    def run(self, index: int, hidden: Tensor) -> Tensor:
+        """The output of block `index`, whose module must be loaded, for `hidden` (B, T, width)."""
+        return self.run_module(self.skeleton.blocks[index].module, index, hidden)
+
+    def run_module(self, module: nn.Module, index: int, hidden: Tensor) -> Tensor:
+        """The output of `module`, a copy of block `index`, called as that block would be."""
+        call = self.calls[hidden.shape[0], hidden.shape[1]][index]
+        output = module(hidden, *call.args, **call.kwargs)
+        return output[0] if isinstance(output, tuple) else output
+
+    @torch.no_grad()
+    def logits(self, ids: list[Tensor], hidden: list[Tensor]) -> Iterator[Tensor]:
+        """The logits (B, T, vocabulary) for each batch of `ids`, from the last block's output `hidden`."""
+        with self._surroundings(with_head=True):
+            for batch, states in zip(ids, hidden, strict=True):
+                result = self._wrapped(states)
+                with self._stubs(lambda index, args, kwargs, result=result: result):
+                    yield self.skeleton.model(input_ids=batch.to(self.device), use_cache=False).logits
+
+    def loaded(self, index: int) -> Any:
+        """A context in which block `index` is in memory."""
+        block = self.skeleton.blocks[index]
+        return self.skeleton.loaded(block.name, block.tensors, self.device, self.dtype)
+
+    def _embed(self, batch: Tensor) -> Tensor:
+        calls: list[Call] = []
+        first: list[Tensor] = []
+
+        def record(index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            kwargs = dict(kwargs)
+            hidden = args[0] if args else kwargs.pop("hidden_states")
+            calls.append(Call(tuple(args[1:]), kwargs))
+            if index == 0:
+                first.append(hidden)
+            if index == len(self.skeleton.blocks) - 1:
+                raise _Stop
+            return self._wrapped(hidden)
+
+        with self._stubs(record):
+            self._run_until_stop(batch)
+        self.calls.setdefault((batch.shape[0], batch.shape[1]), calls)
+        return first[0]
+
+    def _learn_return_type(self, batch: Tensor) -> None:
+        """Blocks return a tensor, or a tuple that begins with it: run the first one to see."""
+        if self._returns_tuple is not None:
+            return
+        block = self.skeleton.blocks[0].module
+
+        def look(module: nn.Module, args: Any, output: Any) -> None:
+            self._returns_tuple = isinstance(output, tuple)
+            raise _Stop
+
+        handle = block.register_forward_hook(look)
+        try:
+            with self.loaded(0):
+                self._run_until_stop(batch[:1, :8].to(self.device))
+        finally:
+            handle.remove()
+
+    def _run_until_stop(self, batch: Tensor) -> None:
+        try:
+            self.skeleton.model(input_ids=batch, use_cache=False)
+        except _Stop:
+            return
+
+    def _wrapped(self, hidden: Tensor) -> Any:
+        return (hidden, None) if self._returns_tuple else hidden
+
+    @contextmanager
+    def _stubs(self, answer: Callable[[int, tuple[Any, ...], dict[str, Any]], Any]) -> Iterator[None]:
+        """Blocks answer with `answer(index, args, kwargs)` instead of computing."""
+        modules = [block.module for block in self.skeleton.blocks]
+        for index, module in enumerate(modules):
+            module.forward = lambda *args, _index=index, **kwargs: answer(_index, args, kwargs)
+        try:
+            yield
+        finally:
+            for module in modules:
+                del module.forward
+
+    @contextmanager
+    def _surroundings(self, with_head: bool) -> Iterator[None]:
+        """All of the model but its blocks in memory; the head only on request."""
+        model = self.skeleton.model
+        head = model.get_output_embeddings()
+        head_names = {name for name, module in model.named_modules() if module is head}
+        inside = {block.name for block in self.skeleton.blocks}
+        skipped = inside if with_head else inside | head_names
+        owners = {name: module for name, module in model.named_modules() if not _within(name, skipped)}
+        tensors = {
+            key: place for key, place in self.skeleton.others.items() if place.parameter.rpartition(".")[0] in owners
+        }
+        try:
+            fill(model, owners.values(), tensors, self.skeleton.read, self.device, self.dtype)
+            if with_head:
+                model.tie_weights()
+            yield
+        finally:
+            empty(owners.values())
+
+
+def _within(name: str, outer: set[str]) -> bool:
+    """Whether the module `name` is one of `outer` or inside one."""
+    return any(name == other or name.startswith(other + ".") for other in outer)

@@ -1,0 +1,56 @@
+"""How much of each group's range to keep: the fraction that loses least in the linear's output.
+
+A group's share of the output is x_g . (q - w)_g, so its expected squared error is (q - w)_g^T M_g (q - w)_g with M_g the
+second moment of the group's inputs. That needs no activations in memory, and every token counts (Lin et al., AWQ,
+section 4 "weight clipping", do the same on a sample of tokens).
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from quant import numerics
+from quant.scheme import Scheme
+
+SHRINKS = tuple(1 - step / 40 for step in range(25))  # 1 down to 0.4
+CHUNK_ELEMENTS = 1 << 22  # weights handled at once
+
+
+def group_moments(second_moment: Tensor, scheme: Scheme) -> Tensor:
+    """The diagonal blocks (g, group_size, group_size) of a second moment (k, k)."""
+    g = scheme.groups(second_moment.shape[0])
+    size = second_moment.shape[0] // g
+    return second_moment.view(g, size, g, size).diagonal(dim1=0, dim2=2).permute(2, 0, 1).contiguous()
+
+
+def group_losses(error: Tensor, moments: Tensor) -> Tensor:
+    """Squared output error (n, g) of a weight error (n, k), group by group, cross terms between groups left out."""
+    g, size, _ = moments.shape
+    parts = error.view(-1, g, size).transpose(0, 1)
+    return (torch.bmm(parts, moments) * parts).sum(-1).T
+
+
+def search_shrink(
+    w: Tensor, scheme: Scheme, scale_dtype: torch.dtype, moments: Tensor, shrinks: Sequence[float] = SHRINKS
+) -> Tensor:
+    """The fraction (n, g) of each group's range that rounds best.
+
+    w        (n, k)  float
+    moments  (g, group_size, group_size) float32, from group_moments
+    """
+    rows = max(CHUNK_ELEMENTS // w.shape[1], 1)
+    return torch.cat([_search_rows(part, scheme, scale_dtype, moments, shrinks) for part in w.float().split(rows)])
+
+
+def _search_rows(
+    w: Tensor, scheme: Scheme, scale_dtype: torch.dtype, moments: Tensor, shrinks: Sequence[float]
+) -> Tensor:
+    best = torch.full((w.shape[0], moments.shape[0]), torch.inf, device=w.device)
+    chosen = torch.ones_like(best)
+    for shrink in shrinks:
+        loss = group_losses(numerics.fake_quantize(w, scheme, scale_dtype, shrink) - w, moments)
+        better = loss < best
+        best = torch.where(better, loss, best)
+        chosen = torch.where(better, shrink, chosen)
+    return chosen

@@ -1,0 +1,57 @@
+"""Sites and folds: which linears read the same input, and which scales can move between neighbours unseen."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Site:
+    """Linears that multiply one and the same input.
+
+    linears  their names
+    width    k, the inputs of each
+    """
+
+    linears: tuple[str, ...]
+    width: int
+
+
+@dataclass(frozen=True)
+class Fold:
+    """A place where a scale can be moved from activations into weights without changing what the block computes.
+
+    producer   name of the norm or linear whose outputs are divided by the scale
+    offset     what the norm adds to its weight (1.0 in Gemma's (1 + w)); 0.0 for plain norms and linears
+    is_linear  the producer is a linear: rows of its weight are divided
+    channels   outputs of the producer
+    columns    consumer's name -> (k,) int64: the producer's channel that feeds each input column. Under grouped-query
+               attention several columns share a channel; channels in no column keep scale 1
+    """
+
+    producer: str
+    offset: float
+    is_linear: bool
+    channels: int
+    columns: dict[str, Tensor]
+
+    def column_scales(self, scales: Tensor, consumer: str) -> Tensor:
+        """The scale (k,) of each input column of `consumer`, from the scales (channels,) of the producer's outputs."""
+        return scales[self.columns[consumer].to(scales.device)]
+
+    def per_channel(self, values: dict[str, Tensor], reduce: str) -> Tensor:
+        """Values per input column (consumer -> (k,)) brought to the producer's channels by `reduce` ("mean", "amax").
+
+        Channels that feed no column get 1.
+        """
+        first = next(iter(values.values()))
+        index = torch.cat([self.columns[name].to(first.device) for name in values])
+        source = torch.cat([values[name].float() for name in values])
+        return first.new_ones(self.channels, dtype=torch.float32).scatter_reduce_(
+            0, index, source, reduce=reduce, include_self=False
+        )
+
+    def describe(self) -> str:
+        names = ", ".join(name.split(".")[-1] for name in self.columns)
+        return f"{self.producer} -> {names}"

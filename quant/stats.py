@@ -1,0 +1,60 @@
+"""What calibration saw at a site."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Stats:
+    """Sums over the tokens that reached a site of width k; `a + b` merges two shards.
+
+    tokens       how many
+    abs_sum      (k,)    float64  sum of |x|
+    abs_max      (k,)    float32  max of |x|
+    gram         (k, k)  float32  sum of x x^T over gram_tokens of the tokens, or None where nobody asked for it
+    gram_tokens  how many tokens the Gram matrix saw
+    """
+
+    tokens: int
+    abs_sum: Tensor
+    abs_max: Tensor
+    gram: Tensor | None = None
+    gram_tokens: int = 0
+
+    @property
+    def abs_mean(self) -> Tensor:
+        """Mean of |x| per input, float32 (k,); zeros where no token came."""
+        return (self.abs_sum / max(self.tokens, 1)).float()
+
+    def second_moment(self) -> Tensor:
+        """The Gram matrix per token, float32 (k, k)."""
+        assert self.gram is not None
+        return self.gram / max(self.gram_tokens, 1)
+
+    def __add__(self, other: "Stats") -> "Stats":
+        both = [gram for gram in (self.gram, other.gram) if gram is not None]
+        gram = both[0] + both[1] if len(both) == 2 else (both[0] if both else None)
+        return Stats(
+            self.tokens + other.tokens,
+            self.abs_sum + other.abs_sum,
+            torch.maximum(self.abs_max, other.abs_max),
+            gram,
+            self.gram_tokens + other.gram_tokens,
+        )
+
+    def scaled(self, scales: Tensor) -> "Stats":
+        """The statistics of x / scales."""
+        gram = None if self.gram is None else self.gram / scales.outer(scales)
+        return Stats(self.tokens, self.abs_sum / scales, self.abs_max / scales, gram, self.gram_tokens)
+
+
+def stats_of(x: Tensor, with_gram: bool) -> Stats:
+    """The statistics of activations `x` (..., k); the Gram matrix is accumulated in float32."""
+    flat = x.reshape(-1, x.shape[-1])
+    wide = flat.float()
+    magnitude = wide.abs()
+    gram = wide.T @ wide if with_gram else None
+    abs_max = magnitude.amax(0) if len(flat) else magnitude.sum(0)
+    return Stats(len(flat), magnitude.sum(0, dtype=torch.float64), abs_max, gram, len(flat) if with_gram else 0)
