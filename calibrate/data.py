@@ -17,6 +17,7 @@ The text is the column that the caller names, else the first of TEXT_COLUMNS, el
 """
 
 import hashlib
+import os
 import re
 import sys
 from collections.abc import Iterable, Iterator
@@ -145,13 +146,13 @@ def calibration_tokens(
 
 def parse_datasets(spec: str) -> tuple[DatasetSpec, ...]:
     """The sources in `spec`, in their order. DatasetError where it does not follow the grammar."""
-    items = [spec] if Path(spec).is_file() else re.split(r",(?![^\[]*\])", spec)
+    items = [spec] if os.path.isfile(spec) else re.split(r",(?![^\[]*\])", spec)
     return tuple(parse_dataset(item.strip()) for item in items)
 
 
 def parse_dataset(item: str) -> DatasetSpec:
     """One source of a mixture."""
-    if Path(item).is_file():
+    if os.path.isfile(item):  # False, not an error, for what is too long to be a path
         return DatasetSpec(item)
     name, *fields = re.split(r":(?![^\[]*\])", item)
     if not name:
@@ -289,7 +290,7 @@ def table_rows(part: DatasetSpec, seed: int) -> Iterator[dict[str, Any]]:
     from datasets.exceptions import DatasetsError
 
     try:
-        if part.suffix in TABLES or Path(part.name).exists():
+        if part.suffix in TABLES or os.path.exists(part.name):
             table = load_local(part)
         else:  # streamed, because C4 has 300 GB; offline there is only what an earlier download left in the cache
             streaming = not datasets.config.HF_HUB_OFFLINE
@@ -310,6 +311,8 @@ def load_local(part: DatasetSpec) -> Any:
     import datasets
 
     path = Path(part.name)
+    if path.is_dir():
+        raise DatasetError(f"{path} is a directory; name the file in it")
     if not path.is_file():
         raise DatasetError(f"no such file: {path}")
     if path.stat().st_size == 0:
@@ -371,9 +374,9 @@ def chat_text(turns: list[dict[str, Any]], tokenizer: "PreTrainedTokenizerBase",
 
 def standard_turn(turn: dict[str, Any], where: str) -> dict[str, Any]:
     """One turn as role and content, from that or from ShareGPT's from and value."""
-    if "role" in turn and "content" in turn:
+    if turn.get("role") and "content" in turn:
         return turn
-    if "from" in turn and "value" in turn:
+    if turn.get("from") and "value" in turn:
         return {"role": CHAT_ROLES.get(turn["from"], turn["from"]), "content": turn["value"]}
     raise DatasetError(f"{where}: a turn has {', '.join(turn)}, expected role and content, or from and value")
 

@@ -371,6 +371,15 @@ def test_chats_that_cannot_be_rendered_are_an_error(
         calibration_tokens(name, make_tokenizer(template=template), 1, 4, 0)
 
 
+def test_a_directory_is_no_dataset(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(DatasetError, match="is a directory"):
+        calibration_tokens(str(tmp_path), tokenizer, 1, 10, 0)
+
+
+def test_a_mixture_may_be_longer_than_a_file_name() -> None:
+    assert len(parse_datasets(",".join(["organization/dataset:train:1"] * 40))) == 40
+
+
 # Files that are not there or not what they say.
 
 
