@@ -154,6 +154,9 @@ def only_one(lock: Path, console: Console) -> Iterator[None]:
         except BlockingIOError:
             console.print("another process is making the demo model; waiting for it", highlight=False)
             fcntl.flock(handle, fcntl.LOCK_EX)
+        except OSError as error:
+            advice = "set LOWBIT_CACHE to a directory on a local disk"
+            raise CheckpointError(f"cannot lock {lock}: {error.strerror}; {advice}") from error
         yield
 
 
