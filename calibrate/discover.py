@@ -175,7 +175,7 @@ class _Search:
         return None
 
     def _row_choices(self, producer: Fold) -> Iterator[Tensor]:
-        """Which channels to scale: all; for linears that fuse several roles, those behind single tokens, then slices."""
+        """Which channels to scale: all; for linears that fuse several roles, those behind single tokens, slices."""
         channels = torch.arange(producer.channels)
         yield channels
         if not producer.is_linear:
@@ -268,7 +268,7 @@ def _by_name(calls: list[tuple[tuple[str, ...], Tensor]]) -> Inputs:
 
 
 def _match(before: Tensor, after: Tensor, factors: Tensor) -> Tensor | None:
-    """The channel whose factor multiplies each column of `before` (tokens, k) in `after`, or None where one has none."""
+    """The channel whose factor multiplies each column of `before` (tokens, k) in `after`; None where one has none."""
     energy = before.square().sum(0)
     dead = energy == 0
     ratio = (before * after).sum(0) / energy.clamp(min=1e-30)

@@ -48,8 +48,8 @@ class Plan:
             return
         reasons = [f"{name}: {left.reason}" for name, left in self.left.items() if not left.exempt]
         raise CheckpointError(
-            f"only {self.coverage:.1%} of the linear parameters would be quantized, {MINIMUM_COVERAGE:.0%} are expected. "
-            f"Left: {'; '.join(reasons[:4]) or 'everything, by --ignore'}. Name what you mean to leave with --ignore"
+            f"only {self.coverage:.1%} of the linear parameters would be quantized, {MINIMUM_COVERAGE:.0%} expected."
+            f" Left: {'; '.join(reasons[:4]) or 'everything, by --ignore'}. Name what you mean to leave with --ignore"
         )
 
 

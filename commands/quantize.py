@@ -152,8 +152,8 @@ def _calibration(recipe: Recipe, source: Source) -> CalibrationSet | None:
     )
     if recipe.calibration_sha256 not in (None, tokens.sha256):
         click.echo(
-            f"Warning: the recipe was made with calibration tokens {recipe.calibration_sha256}, these are {tokens.sha256}: "
-            "another tokenizer, text or Python version; the weights will differ",
+            f"Warning: the recipe was made with calibration tokens {recipe.calibration_sha256}, these are "
+            f"{tokens.sha256}: another tokenizer, text or Python version; the weights will differ",
             err=True,
         )
     return tokens
@@ -163,7 +163,8 @@ def _print_plan(console: Console, job: Job) -> None:
     exempt = sum(left.exempt for left in job.plan.left.values())
     console.print(
         f"[bold]plan[/bold] {describe_schemes(job.plan.schemes)}; {len(job.plan.left)} left ({exempt} on purpose); "
-        f"coverage {job.plan.coverage:.2%}; weights {job.source.checkpoint.nbytes / 1e6:.1f} MB -> {job.output_bytes() / 1e6:.1f} MB"
+        f"coverage {job.plan.coverage:.2%}; "
+        f"weights {job.source.checkpoint.nbytes / 1e6:.1f} MB -> {job.output_bytes() / 1e6:.1f} MB"
     )
     for name, left in list(job.plan.left.items())[:8]:
         console.print(f"  left {name}: {left.reason}")
@@ -178,9 +179,8 @@ def _block_printer(console: Console, total: int) -> Callable[[BlockReport], None
         done = report.index + 1
         left = (time.monotonic() - begun) / done * (total - done)
         loss = "" if report.loss is None else f"loss {report.loss:.5f}  "
-        console.print(
-            f"block {done:3}/{total}  {loss}{report.seconds:6.1f} s  left {_clock(left)}  peak {report.peak_bytes / 1e9:.2f} GB"
-        )
+        peak = f"peak {report.peak_bytes / 1e9:.2f} GB"
+        console.print(f"block {done:3}/{total}  {loss}{report.seconds:6.1f} s  left {_clock(left)}  {peak}")
 
     return show
 

@@ -48,7 +48,8 @@ transformers does with the package `compressed-tensors` installed.
 {{ recipe_toml -}}
 ```
 
-`quantization_report.json` has the scheme, the errors and every fallback of each layer; `SHA256SUMS` the hashes of all files.
+`quantization_report.json` has the scheme, the errors and every fallback of each layer, `SHA256SUMS` the hashes of all
+files.
 """
 
 

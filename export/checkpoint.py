@@ -88,7 +88,7 @@ def _tensor_files(directory: Path) -> list[Path]:
     if pickles:
         raise CheckpointError(
             f"{directory}: only pickled weights ({', '.join(pickles[:3])}): unpickling runs whatever code the file "
-            "holds, so they are never loaded. Save the model with safe_serialization=True, or take its safetensors revision"
+            "holds, so they are never loaded. Save the model with safe_serialization=True, or take its safetensors"
         )
     raise CheckpointError(
         f"{directory}: {len(found)} safetensors files but no {INDEX_NAME}"

@@ -7,8 +7,8 @@ For a linear P with weight (n, k), b bits and g groups:
     P.weight_shape       int64  (2,)                  n, k
     P.weight_zero_point  int32  (ceil(n b / 32), g)   asymmetric only; zero + 2^(b-1), packed along the outputs
 
-Symmetric files hold no zero points. Codes and zeros are signed in this dialect: an unsigned code u of ours is u - 2^(b-1)
-here, which packs to u again, so the packed words are the same for both.
+Symmetric files hold no zero points. Codes and zeros are signed in this dialect: an unsigned code u of ours is
+u - 2^(b-1) here, which packs to u again, so the packed words are the same for both.
 """
 
 import re

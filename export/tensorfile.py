@@ -1,7 +1,7 @@
 """Safetensors files read and written a tensor at a time, so that no file is ever whole in memory.
 
-A file is an 8-byte little-endian header length, a JSON header {name: {dtype, shape, data_offsets}}, then the data.
-The header is checked in full before any byte of data is believed (format: huggingface/safetensors, README "Format").
+A file is an 8-byte little-endian header length, a JSON header {name: {dtype, shape, data_offsets}}, then the data. The
+header is checked in full before any byte of data is believed (format: huggingface/safetensors, README "Format").
 """
 
 import json
@@ -64,7 +64,7 @@ def read_entries(path: Path) -> dict[str, TensorEntry]:
     for entry in sorted(entries, key=lambda entry: (entry.offset, entry.nbytes)):
         if entry.offset != position:
             raise CheckpointError(
-                f"{path}: tensor {entry.name!r} starts at byte {entry.offset}, but the one before it ends at {position}: "
+                f"{path}: tensor {entry.name!r} starts at byte {entry.offset}, the one before it ends at {position}: "
                 "overlapping or missing data; the file is damaged"
             )
         position += entry.nbytes
@@ -122,6 +122,14 @@ def read_tensor(entry: TensorEntry) -> Tensor:
     return torch.frombuffer(buffer, dtype=torch.uint8).view(entry.dtype).reshape(entry.shape)
 
 
+def raw_bytes(tensor: Tensor) -> memoryview:
+    """The bytes of a contiguous tensor in host memory, not copied."""
+    if not tensor.numel():
+        return memoryview(b"")
+    array: Any = tensor.reshape(-1).view(torch.uint8).numpy()
+    return memoryview(array)
+
+
 class TensorFileWriter:
     """Writes one safetensors file as its tensors arrive.
 
@@ -140,8 +148,7 @@ class TensorFileWriter:
         assert name not in self._header, name
         raw = tensor.detach().cpu().contiguous()
         begin = self.nbytes
-        if raw.numel():
-            self._data.write(memoryview(raw.reshape(-1).view(torch.uint8).numpy()))
+        self._data.write(raw_bytes(raw))
         self.nbytes += raw.numel() * raw.element_size()
         offsets = [begin, self.nbytes]
         self._header[name] = {"dtype": DTYPE_NAMES[raw.dtype], "shape": list(raw.shape), "data_offsets": offsets}

@@ -55,7 +55,7 @@ class ShardedWriter:
         """Give the files their final names and write the index where there are several."""
         self._close_shard()
         count = len(self._done)
-        weight_map = {}
+        weight_map: dict[str, str] = {}
         for i, (path, names) in enumerate(self._done, start=1):
             final = SINGLE_NAME if count == 1 else f"model-{i:05d}-of-{count:05d}.safetensors"
             path.rename(self.directory / final)

@@ -33,6 +33,9 @@ class ScaleChoice:
     loss: float
     unscaled_loss: float
 
+    def as_json(self) -> dict[str, float | bool]:
+        return {"ratio": self.ratio, "duo": self.duo, "loss": self.loss, "unscaled_loss": self.unscaled_loss}
+
 
 def weight_magnitude(w: Tensor, scheme: Scheme) -> Tensor:
     """How large each input's weights are within their groups: mean over rows of |w| / max |w| of the group, (k,)."""

@@ -1,8 +1,8 @@
 """How much of each group's range to keep: the fraction that loses least in the linear's output.
 
-A group's share of the output is x_g . (q - w)_g, so its expected squared error is (q - w)_g^T M_g (q - w)_g with M_g the
-second moment of the group's inputs. That needs no activations in memory, and every token counts (Lin et al., AWQ,
-section 4 "weight clipping", do the same on a sample of tokens).
+A group's share of the output is x_g . (q - w)_g, so its expected squared error is (q - w)_g^T M_g (q - w)_g with M_g
+the second moment of the group's inputs. That needs no activations in memory, and every token counts (AWQ's own weight
+clipping measures the same error on a sample of tokens).
 """
 
 from collections.abc import Sequence

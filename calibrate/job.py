@@ -1,0 +1,87 @@
+"""A model and a recipe that fit each other: everything decided, and refused, before a weight is read."""
+
+from dataclasses import dataclass
+
+import torch
+
+from calibrate.methods import Method, find_method
+from calibrate.plan import Plan, make_plan
+from export.errors import CheckpointError
+from export.formats import FORMATS
+from models.skeleton import LinearSpec, Skeleton, build_skeleton
+from models.source import Source
+from quant.recipe import Recipe
+from quant.scheme import Scheme
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is to be done to a model.
+
+    dtype   of scales and of weights that stay unquantized
+    device  where blocks run
+    """
+
+    source: Source
+    skeleton: Skeleton
+    recipe: Recipe
+    method: Method
+    plan: Plan
+    dtype: torch.dtype
+    device: str
+
+    @property
+    def linears(self) -> dict[str, LinearSpec]:
+        """Every linear of every block, by name."""
+        return {spec.name: spec for block in self.skeleton.blocks for spec in block.linears}
+
+    def output_bytes(self) -> int:
+        """Bytes of the weights that the run will write."""
+        linears = self.linears
+        bits = sum(spec.n * spec.k * scheme.bits_per_weight(spec.k) for spec, scheme in self._quantized(linears))
+        parameters = sum(entry.numel for entry in self.source.checkpoint.entries.values())
+        kept = parameters - sum(spec.n * spec.k for spec, _ in self._quantized(linears))
+        return int(bits / 8 + kept * self.dtype.itemsize)
+
+    def _quantized(self, linears: dict[str, LinearSpec]) -> list[tuple[LinearSpec, Scheme]]:
+        return [(linears[name], scheme) for name, scheme in self.plan.schemes.items()]
+
+    def warnings(self) -> list[str]:
+        """What the user should know before loading the result elsewhere."""
+        if not any(spec.transposed and name in self.plan.schemes for name, spec in self.linears.items()):
+            return []
+        return [
+            "this family stores its weights transposed (Conv1D), which compressed-tensors readers do not know: "
+            "lowbit reads the checkpoint, transformers and vLLM will not"
+        ]
+
+
+def prepare(source: Source, recipe: Recipe, device: str) -> Job:
+    """Everything that can be decided, and refused, before a weight is read.
+
+    Raises CheckpointError or RecipeError where the model is quantized already, damaged, or cannot be covered.
+    """
+    if source.checkpoint.quantization is not None:
+        method = source.checkpoint.quantization.get("quant_method")
+        raise CheckpointError(f"{source.directory}: already quantized ({method}); quantize the original model instead")
+    fmt = FORMATS[recipe.format]
+    reason = fmt.reason_against(recipe.scheme)
+    if reason:
+        raise CheckpointError(f"format {fmt.name} cannot hold {recipe.scheme}: {reason}")
+    checkpoint = source.checkpoint
+    skeleton = build_skeleton(source, list(checkpoint.entries), checkpoint.read)
+    plan = make_plan(skeleton, recipe)
+    plan.require_coverage()
+    return Job(source, skeleton, recipe, find_method(recipe.method), plan, _dtype(source, recipe), device)
+
+
+def _dtype(source: Source, recipe: Recipe) -> torch.dtype:
+    if recipe.dtype != "auto":
+        return DTYPES[recipe.dtype]
+    counts: dict[torch.dtype, int] = {}
+    for entry in source.checkpoint.entries.values():
+        if entry.dtype in DTYPES.values():
+            counts[entry.dtype] = counts.get(entry.dtype, 0) + entry.numel
+    return max(counts, key=lambda dtype: counts[dtype], default=torch.bfloat16)

@@ -1,0 +1,97 @@
+"""What a run says of itself: a report per block, and the JSON file beside the weights."""
+
+import resource
+import sys
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from calibrate.block import BlockWork
+from calibrate.job import Job
+from calibrate.plan import Plan
+from quant.qtensor import QTensor
+from quant.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class BlockReport:
+    """What happened to one block.
+
+    loss     squared error of the block's output, relative to what the block adds to its input; None without calibration
+    seconds, peak_bytes  time it took, and the process's (or GPU's) peak memory so far
+    folds    proved folds with the scale chosen for each
+    linears  per linear: scheme, errors, tokens seen, fallbacks
+    """
+
+    index: int
+    name: str
+    loss: float | None
+    seconds: float
+    peak_bytes: int
+    folds: list[dict[str, Any]]
+    linears: dict[str, dict[str, Any]]
+
+
+@dataclass
+class Result:
+    """What a run did: the plan it followed, its recipe (calibration hash filled in), a report per block."""
+
+    plan: Plan
+    recipe: Recipe
+    dtype: torch.dtype
+    blocks: list[BlockReport] = field(default_factory=list)
+    source_bytes: int = 0
+    output_bytes: int = 0
+
+
+def report_of(result: Result) -> dict[str, Any]:
+    """The per-layer report as JSON values: no times or memory, so that equal runs write equal files."""
+    return {
+        "coverage": result.plan.coverage,
+        "left": {
+            name: {"reason": left.reason, "parameters": left.parameters} for name, left in result.plan.left.items()
+        },
+        "blocks": [
+            {"name": block.name, "loss": block.loss, "folds": block.folds, "linears": block.linears}
+            for block in result.blocks
+        ],
+    }
+
+
+def linear_row(job: Job, name: str, weight: QTensor, original: Tensor) -> dict[str, Any]:
+    """What the report says of a linear: scheme, size, relative error of its weight against `original` (n, k)."""
+    error = weight.dequantize() - original
+    row: dict[str, Any] = {
+        "scheme": str(weight.scheme),
+        "shape": list(weight.shape),
+        "bits_per_weight": round(weight.scheme.bits_per_weight(weight.shape[1]), 4),
+        "weight_error": float(error.norm() / original.norm().clamp(min=1e-30)),
+    }
+    if weight.scheme.group_size != job.recipe.group_size:
+        k = weight.shape[1]
+        row["fallback"] = (
+            f"group size {job.recipe.group_size} does not divide {k} inputs, or those of a linear beside it"
+        )
+    return row
+
+
+def calibrated_rows(job: Job, work: BlockWork, weights: dict[str, QTensor]) -> dict[str, dict[str, Any]]:
+    """The rows of a calibrated block: the same, with tokens seen and the relative error of each output."""
+    rows = {}
+    for name, weight in weights.items():
+        stats = work.stats.get(name)
+        rows[name] = linear_row(job, name, weight, work.masters[name])
+        rows[name] |= {"tokens": stats.tokens if stats else 0, "output_error": work.output_error(name, weight)}
+        if stats is None:
+            rows[name]["fallback"] = "no calibration token reached it: rounded to nearest"
+    return rows
+
+
+def peak_memory(device: str) -> int:
+    """Peak memory in bytes: of the GPU where one is used, else of this process."""
+    if device != "cpu":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

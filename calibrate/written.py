@@ -1,0 +1,95 @@
+"""Writing what was quantized, and holding the files against what was meant."""
+
+import hashlib
+from collections.abc import Iterable
+from pathlib import Path
+
+from torch import Tensor
+
+from calibrate.job import Job
+from export.checkpoint import open_checkpoint
+from export.errors import CheckpointError
+from export.formats import FORMATS, LogicalTensors
+from export.tensorfile import raw_bytes
+from export.writer import ShardedWriter
+from models.skeleton import Block, checked
+from quant.qtensor import QTensor
+
+
+def covered(block: Block, parameter: str, weights: dict[str, QTensor]) -> bool:
+    """Whether a fused parameter lives on entirely in the quantized experts cut from it."""
+    inside = [spec.name for spec in block.linears if spec.placement.parameter == parameter]
+    return bool(inside) and all(name in weights for name in inside)
+
+
+class RecordingWriter:
+    """Writes the checkpoint's tensors, remembering a digest of each so that the files can be held against them."""
+
+    def __init__(self, writer: ShardedWriter, job: Job) -> None:
+        self._writer, self._job = writer, job
+        self._format = FORMATS[job.recipe.format]
+        self._meant: dict[str, str] = {}
+
+    def add_block(self, block: Block, weights: dict[str, QTensor], kept: dict[str, Tensor]) -> None:
+        """Write a block: packed weights, then every other tensor of it, changed or as in the source."""
+        for name, weight in weights.items():
+            for key, tensor in self._format.write(name, weight).items():
+                self._writer.add(key, tensor)
+            self._meant[name] = _digest((weight.codes, weight.scales, weight.zeros))
+        for name, placement in block.tensors.items():
+            if name.removesuffix(".weight") not in weights and not covered(block, placement.parameter, weights):
+                self._add(name, kept[name] if name in kept else self._source(name))
+
+    def add_others(self) -> None:
+        """Write the tensors outside the blocks; a copy of tied embeddings is dropped."""
+        in_blocks = {name for block in self._job.skeleton.blocks for name in block.tensors}
+        for name in self._job.source.checkpoint.entries:
+            if name not in in_blocks and not self._is_tied_copy(name):
+                self._add(name, self._source(name))
+
+    def _is_tied_copy(self, name: str) -> bool:
+        tied = getattr(self._job.source.config.get_text_config(), "tie_word_embeddings", False)
+        head = self._job.skeleton.model.get_output_embeddings()
+        place = self._job.skeleton.others.get(name)
+        if (
+            not tied
+            or place is None
+            or self._job.skeleton.model.get_submodule(place.parameter.rpartition(".")[0]) is not head
+        ):
+            return False
+        others = self._job.source.checkpoint.entries
+        return any(other != name and "embed" in other and others[other].shape == others[name].shape for other in others)
+
+    def _source(self, name: str) -> Tensor:
+        value = checked(name, self._job.source.checkpoint.read(name))
+        return value.to(self._job.dtype) if value.is_floating_point() else value
+
+    def _add(self, name: str, tensor: Tensor) -> None:
+        self._writer.add(name, tensor)
+        self._meant[name] = _digest((tensor,))
+
+    def finish(self) -> None:
+        """Close the files."""
+        self._writer.finish()
+
+    def verify(self, output: Path) -> int:
+        """Bytes of the weights on disk, after reading every tensor back and comparing it with what was meant."""
+        written = open_checkpoint(output)
+        logical = LogicalTensors(written)
+        for name, meant in self._meant.items():
+            if name in logical.schemes:
+                weight = logical.qtensor(name)
+                found = _digest((weight.codes, weight.scales, weight.zeros))
+            else:
+                found = _digest((written.read(name),))
+            if found != meant:
+                raise CheckpointError(f"{output}: {name} does not read back as it was written; the disk may be failing")
+        return written.nbytes
+
+
+def _digest(tensors: Iterable[Tensor | None]) -> str:
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        if tensor is not None:
+            digest.update(raw_bytes(tensor.contiguous()))
+    return digest.hexdigest()
