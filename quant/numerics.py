@@ -13,7 +13,8 @@ from quant.scheme import Scheme
 def grouped(w: Tensor, scheme: Scheme) -> Tensor:
     """`w` viewed as (n, g, group_size)."""
     n, k = w.shape
-    return w.reshape(n, scheme.groups(k), -1)
+    g = scheme.groups(k)
+    return w.reshape(n, g, k // g)
 
 
 def choose_params(

@@ -1,5 +1,6 @@
 """How a weight is quantized: an integer type, and who shares a scale."""
 
+import re
 from dataclasses import dataclass, replace
 
 from quant.qtypes import QTYPES, QType, qtype_of
@@ -91,7 +92,7 @@ def make_scheme(bits: int, group_size: int, symmetric: bool) -> Scheme:
 def parse_scheme(text: str) -> Scheme:
     """The scheme that `str(scheme)` printed."""
     name, _, granularity = text.partition("-")
-    if name not in QTYPES or not (granularity == "channel" or granularity.removeprefix("g").isdigit()):
+    if name not in QTYPES or not re.fullmatch("channel|g[0-9]+", granularity):
         raise ValueError(f"{text!r} is no scheme: write int4-g128, uint4-g64, int8-channel")
     size = -1 if granularity == "channel" else int(granularity[1:])
     return Scheme(QTYPES[name], granularity_of(size))
