@@ -1,0 +1,118 @@
+"""Tiny real models that tests quantize: every family that the README names, with a few tens of thousands of weights."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from tokenizers import Tokenizer, decoders, pre_tokenizers
+from tokenizers.models import BPE
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
+
+from calibrate.data import CalibrationSet
+
+VOCABULARY = 260  # a token a byte, and three special ones, and one to spare
+SPECIALS = ("<s>", "</s>", "<pad>")
+CHAT_TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+
+COMMON: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "bos_token_id": 256,
+    "eos_token_id": 257,
+    "pad_token_id": 258,
+    "tie_word_embeddings": False,
+}
+GATED = COMMON | {"intermediate_size": 96, "num_key_value_heads": 2, "max_position_embeddings": 1024}
+
+# Family -> transformers' configuration class and what it is given.
+CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("LlamaConfig", GATED | {"head_dim": 16}),
+    "mistral": ("MistralConfig", GATED | {"sliding_window": 8}),
+    "qwen2": ("Qwen2Config", GATED),
+    "qwen3": ("Qwen3Config", GATED | {"head_dim": 16}),
+    "gemma2": ("Gemma2Config", GATED | {"head_dim": 16, "tie_word_embeddings": True}),
+    "gemma3": ("Gemma3TextConfig", GATED | {"head_dim": 16, "tie_word_embeddings": True, "sliding_window": 8}),
+    "phi3": ("Phi3Config", GATED),
+    "gpt2": (
+        "GPT2Config",
+        {"vocab_size": VOCABULARY, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 1024, "eos_token_id": 257},
+    ),
+    "gpt_neox": ("GPTNeoXConfig", COMMON | {"intermediate_size": 96, "max_position_embeddings": 1024}),
+    "opt": ("OPTConfig", COMMON | {"ffn_dim": 96, "word_embed_proj_dim": 64, "max_position_embeddings": 1024}),
+    "falcon_7b": ("FalconConfig", COMMON),
+    "falcon_40b": ("FalconConfig", COMMON | {"new_decoder_architecture": True, "num_kv_heads": 2}),
+    "mixtral": ("MixtralConfig", GATED | {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "qwen3_moe": (
+        "Qwen3MoeConfig",
+        GATED | {"head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64},
+    ),
+}
+FAMILIES = tuple(CONFIGS)
+
+
+def make_config(family: str, **changes: Any) -> Any:
+    """The tiny configuration of a family."""
+    name, values = CONFIGS[family]
+    return getattr(transformers, name)(**values | changes)
+
+
+def make_model(family: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
+    """A model with random weights; norms and biases are random too, so that nothing cancels by being one or zero."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(make_config(family, **changes), dtype=torch.float32)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.randn_like(parameter)
+            parameter.add_(0.1 * noise) if parameter.ndim == 1 else parameter.add_(0.05 * noise)
+    return model.eval()
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """A token a byte, and <s>, </s> and <pad> after them."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: index for index, token in enumerate([*letters, *SPECIALS])}
+    backend = Tokenizer(BPE(vocab=vocabulary, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+
+
+def save(model: PreTrainedModel, directory: Path, dtype: torch.dtype = torch.float32, shard: str = "5GB") -> Path:
+    """`model` as a checkpoint with a tokenizer, a chat template and a generation config; returns `directory`."""
+    model.to(dtype).save_pretrained(directory, max_shard_size=shard)
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer.save_pretrained(directory)
+    GenerationConfig(bos_token_id=256, eos_token_id=257, max_length=64).save_pretrained(directory)
+    return directory
+
+
+def save_family(family: str, directory: Path, dtype: torch.dtype = torch.float32, **changes: Any) -> Path:
+    """A random model of `family` saved in `directory`."""
+    return save(make_model(family, **changes), directory, dtype)
+
+
+def calibration(samples: int = 8, length: int = 24, seed: int = 1) -> CalibrationSet:
+    """Random token ids."""
+    generator = torch.Generator().manual_seed(seed)
+    return CalibrationSet(torch.randint(0, 256, (samples, length), generator=generator), "random")
+
+
+def logits_of(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
+    """The model's logits in float32, without a cache."""
+    with torch.no_grad():
+        return model(input_ids=ids, use_cache=False).logits.float()
+
+
+def changed_config(directory: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    """Edit config.json of a model directory in place."""
+    import json
+
+    path = directory / "config.json"
+    config = json.loads(path.read_text())
+    change(config)
+    path.write_text(json.dumps(config))

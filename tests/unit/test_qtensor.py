@@ -1,0 +1,79 @@
+"""quant/qtensor.py: a quantized weight is right at birth, or not born."""
+
+import pytest
+import torch
+
+from quant import numerics
+from quant.qtensor import QTensor, round_to_nearest
+from quant.scheme import make_scheme
+
+INT4 = make_scheme(4, 32, True)
+UINT4 = make_scheme(4, 32, False)
+CODES = torch.zeros(3, 64, dtype=torch.int8)
+SCALES = torch.ones(3, 2)
+UCODES = torch.zeros(3, 64, dtype=torch.uint8)
+ZEROS = torch.zeros(3, 2, dtype=torch.int32)
+
+
+def changed(tensor: torch.Tensor, value: float) -> torch.Tensor:
+    """`tensor` with `value` in its middle."""
+    copy = tensor.clone()
+    copy[1, 1] = value
+    return copy
+
+
+@pytest.mark.parametrize(
+    ("codes", "scales", "zeros", "scheme", "message"),
+    [
+        (CODES.to(torch.uint8), SCALES, None, INT4, "codes must be 2-dimensional torch.int8"),
+        (CODES[0], SCALES, None, INT4, "not 1-dimensional"),
+        (UCODES.to(torch.int8), SCALES, ZEROS, UINT4, "torch.uint8"),
+        (CODES[:, :63], SCALES, None, INT4, "63 inputs do not divide into groups of 32"),
+        (CODES, SCALES[:, :1], None, INT4, r"scales have shape \(3, 1\), not \(3, 2\)"),
+        (CODES, SCALES.T, None, INT4, r"scales have shape \(2, 3\)"),
+        (CODES, SCALES, ZEROS, INT4, "zeros belong to asymmetric"),
+        (UCODES, SCALES, None, UINT4, "zeros belong to asymmetric"),
+        (UCODES, SCALES, ZEROS[:2], UINT4, r"zeros have shape \(2, 2\)"),
+        (CODES, changed(SCALES, 0.0), None, INT4, "scale is zero, negative or not finite"),
+        (CODES, changed(SCALES, -1.0), None, INT4, "scale is zero"),
+        (CODES, changed(SCALES, float("nan")), None, INT4, "scale is zero"),
+        (CODES, changed(SCALES, float("inf")), None, INT4, "scale is zero"),
+        (changed(CODES, 8), SCALES, None, INT4, r"a code lies outside \[-8, 7\]"),
+        (changed(CODES, -9), SCALES, None, INT4, "a code lies outside"),
+        (changed(UCODES, 16), SCALES, ZEROS, UINT4, r"a code lies outside \[0, 15\]"),
+        (UCODES, SCALES, changed(ZEROS, 16), UINT4, "a zero lies outside"),
+        (UCODES, SCALES, changed(ZEROS, -1), UINT4, "a zero lies outside"),
+    ],
+)
+def test_contradictions_are_refused(codes, scales, zeros, scheme, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        QTensor(codes, scales, zeros, scheme)
+    assert str(scheme) in str(caught.value)
+
+
+@pytest.mark.parametrize("scheme", [INT4, UINT4, make_scheme(8, -1, True)], ids=str)
+def test_round_to_nearest_is_the_reference_arithmetic(scheme):
+    w = torch.randn(6, 64)
+    weight = round_to_nearest(w, scheme, torch.bfloat16)
+    assert weight.shape == (6, 64)
+    assert weight.scales.dtype == torch.bfloat16
+    assert torch.equal(weight.dequantize(), numerics.fake_quantize(w, scheme, torch.bfloat16))
+    assert weight.dequantize(torch.float16).dtype == torch.float16
+
+
+def test_bytes_when_packed():
+    weight = round_to_nearest(torch.randn(6, 64), UINT4, torch.bfloat16)
+    assert weight.nbytes == 6 * 64 // 2 + 12 * 2 + 12 // 2
+    assert round_to_nearest(torch.randn(6, 64), make_scheme(8, -1, True), torch.float32).nbytes == 6 * 64 + 6 * 4
+
+
+def test_an_empty_weight_is_possible():
+    empty = QTensor(torch.empty(0, 64, dtype=torch.int8), torch.empty(0, 2), None, INT4)
+    assert empty.dequantize().shape == (0, 64)
+
+
+def test_moving_keeps_the_values():
+    weight = round_to_nearest(torch.randn(2, 32), UINT4, torch.float32)
+    moved = weight.to("cpu")
+    assert torch.equal(moved.dequantize(), weight.dequantize())
+    assert moved.scheme == weight.scheme

@@ -1,0 +1,90 @@
+"""quant/qtypes.py and quant/scheme.py: what can be said, and what cannot."""
+
+import pytest
+
+from quant.qtypes import INT4, INT8, QTYPES, UINT4, UINT8, qtype_of
+from quant.scheme import PerChannel, PerGroup, Scheme, fitting_group_size, make_scheme, parse_scheme
+
+
+@pytest.mark.parametrize(
+    ("qtype", "low", "high", "bias"),
+    [(INT4, -8, 7, 8), (INT8, -128, 127, 128), (UINT4, 0, 15, 0), (UINT8, 0, 255, 0)],
+)
+def test_a_type_knows_its_limits(qtype, low, high, bias):
+    assert (qtype.min, qtype.max, qtype.bias) == (low, high, bias)
+    assert QTYPES[qtype.name] is qtype
+    assert qtype_of(qtype.bits, qtype.signed) is qtype
+
+
+@pytest.mark.parametrize("bits", [0, 2, 3, 5, 6, 7, 16])
+def test_a_width_that_no_engine_loads_is_refused(bits):
+    with pytest.raises(ValueError, match=f"no {bits}-bit type.* 4 or 8"):
+        make_scheme(bits, 128, True)
+
+
+@pytest.mark.parametrize("size", [0, -2, 1, 31, 33, 48, 100])
+def test_a_group_size_that_no_engine_takes_is_refused(size):
+    with pytest.raises(ValueError, match=f"group size {size}.*multiples of 32"):
+        make_scheme(4, size, True)
+
+
+@pytest.mark.parametrize(
+    ("text", "bits", "group_size", "symmetric"),
+    [
+        ("int4-g128", 4, 128, True),
+        ("uint4-g64", 4, 64, False),
+        ("int8-channel", 8, -1, True),
+        ("uint8-g32", 8, 32, False),
+    ],
+)
+def test_text_form(text, bits, group_size, symmetric):
+    scheme = make_scheme(bits, group_size, symmetric)
+    assert str(scheme) == text
+    assert parse_scheme(text) == scheme
+    assert (scheme.bits, scheme.group_size, scheme.symmetric) == (bits, group_size, symmetric)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "int4", "int4-", "int4-128", "int4-164", "int3-g128", "int4-gx", "int4-channels", "int4-g-1"]
+)
+def test_text_that_is_no_scheme(text):
+    with pytest.raises(ValueError, match="no scheme"):
+        parse_scheme(text)
+
+
+def test_text_form_keeps_the_rules_of_groups():
+    with pytest.raises(ValueError, match="multiples of 32"):
+        parse_scheme("int4-g48")
+
+
+def test_groups_of_a_row():
+    assert Scheme(INT4, PerGroup(32)).groups(96) == 3
+    assert Scheme(INT4, PerChannel()).groups(97) == 1
+    with pytest.raises(ValueError, match="100 inputs do not divide into groups of 32"):
+        Scheme(INT4, PerGroup(32)).groups(100)
+
+
+def test_stored_bits_count_scales_and_zeros():
+    assert make_scheme(4, 128, True).bits_per_weight(1024) == 4 + 16 / 128
+    assert make_scheme(4, 64, False).bits_per_weight(1024) == 4 + (16 + 4) / 64
+    assert make_scheme(8, -1, True).bits_per_weight(512) == 8 + 16 / 512
+
+
+@pytest.mark.parametrize(
+    ("k", "wanted", "size"),
+    [
+        (1536, 128, 128),
+        (576, 128, 64),
+        (96, 128, 32),
+        (80, 128, -1),
+        (4096, -1, -1),
+        (4096, 256, 256),
+        (384, 256, 128),
+        (64, 64, 64),
+        (96, 64, 32),
+        (32, 32, 32),
+        (48, 32, -1),
+    ],
+)
+def test_a_group_size_that_does_not_divide_falls_back(k, wanted, size):
+    assert fitting_group_size(k, wanted) == size
