@@ -72,6 +72,8 @@ def read_recipe(path: Path) -> dict[str, Any]:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise RecipeError(f"{path}: no such recipe") from None
+    except OSError as error:
+        raise RecipeError(f"{path}: cannot be read ({error.strerror})") from error
     except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise RecipeError(f"{path}: not TOML ({error})") from error
     return {key: _checked(key, value) for key, value in values.items()}
@@ -92,7 +94,7 @@ def _checked(key: str, value: Any) -> Any:
         raise RecipeError(f"unknown recipe key {key!r}; {nearest(key, types)}")
     if isinstance(value, list) and types[key] == tuple[str, ...] and all(isinstance(item, str) for item in value):
         return tuple(value)
-    plain = tuple if types[key] == tuple[str, ...] else types[key]
+    plain: Any = tuple if types[key] == tuple[str, ...] else types[key]
     if not isinstance(value, plain) or (isinstance(value, bool) and plain is int):
         raise RecipeError(f"recipe key {key!r} is {value!r}; expected {getattr(plain, '__name__', plain)}")
     return value
