@@ -1,0 +1,145 @@
+"""quant/recipe.py and the defaults of calibrate/methods.py: what is asked, said once and read back."""
+
+import pytest
+
+from calibrate.methods import METHODS, complete_recipe, find_method
+from quant.recipe import Recipe, RecipeError, nearest, read_recipe
+
+
+def test_toml_round_trip(tmp_path):
+    recipe = Recipe(
+        method="rtn",
+        bits=8,
+        group_size=-1,
+        symmetric=False,
+        ignore=("lm_head", "re:.*down_proj$"),
+        dataset='odd "name".txt',
+        num_samples=3,
+        seqlen=7,
+        seed=-1,
+        max_shard_size=12,
+        calibration_sha256="ab",
+    )
+    path = tmp_path / "recipe.toml"
+    path.write_text(recipe.to_toml())
+    assert Recipe().merged(read_recipe(path)) == recipe
+
+
+def test_what_is_none_is_left_out_of_toml(tmp_path):
+    text = Recipe().to_toml()
+    assert "dataset" not in text
+    assert "None" not in text
+    path = tmp_path / "recipe.toml"
+    path.write_text(text)
+    assert Recipe().merged(read_recipe(path)) == Recipe()
+
+
+def test_merging_replaces_what_is_given_alone():
+    recipe = Recipe(method="rtn", bits=8).merged({"group_size": 64, "ignore": ["a", "b"]})
+    assert (recipe.method, recipe.bits, recipe.group_size, recipe.ignore) == ("rtn", 8, 64, ("a", "b"))
+
+
+@pytest.mark.parametrize(
+    ("key", "hint"),
+    [("group_sise", "did you mean 'group_size'"), ("bit", "did you mean 'bits'"), ("qqqq", "known: method, bits")],
+)
+def test_an_unknown_key_names_the_nearest(key, hint, tmp_path):
+    with pytest.raises(RecipeError, match=f"unknown recipe key '{key}'; {hint}"):
+        Recipe().merged({key: 1})
+    path = tmp_path / "recipe.toml"
+    path.write_text(f"{key} = 1\n")
+    with pytest.raises(RecipeError, match=hint):
+        read_recipe(path)
+
+
+@pytest.mark.parametrize("value", ["true", "false"])
+def test_remote_code_is_never_allowed_by_a_file(tmp_path, value):
+    path = tmp_path / "recipe.toml"
+    path.write_text(f"trust_remote_code = {value}\n")
+    with pytest.raises(RecipeError, match="trust_remote_code.*not read from a recipe.*command line"):
+        read_recipe(path)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("bits", "4"),
+        ("bits", True),
+        ("bits", 4.0),
+        ("symmetric", 1),
+        ("ignore", "lm_head"),
+        ("ignore", [1]),
+        ("method", 8),
+        ("dataset", ["builtin"]),
+        ("seed", "x"),
+    ],
+)
+def test_a_value_of_the_wrong_type_is_refused(key, value):
+    with pytest.raises(RecipeError, match=f"recipe key '{key}' is .*expected"):
+        Recipe().merged({key: value})
+
+
+def test_a_file_that_is_missing_or_no_toml(tmp_path):
+    path = tmp_path / "recipe.toml"
+    with pytest.raises(RecipeError, match="no such recipe"):
+        read_recipe(path)
+    path.write_text("bits 4")
+    with pytest.raises(RecipeError, match="not TOML"):
+        read_recipe(path)
+    path.write_bytes(b"method = '\xff'")
+    with pytest.raises(RecipeError, match="not TOML"):
+        read_recipe(path)
+    with pytest.raises(RecipeError, match="cannot be read"):
+        read_recipe(tmp_path)
+
+
+def test_nearest_gives_all_where_nothing_is_near():
+    assert nearest("awk", ["awq", "rtn"]) == "did you mean 'awq'?"
+    assert nearest("zzzz", ["awq", "rtn"]) == "known: awq, rtn"
+
+
+def test_defaults_of_every_method():
+    for name in METHODS:
+        recipe = complete_recipe({"method": name})
+        assert recipe.method == name
+        assert recipe.symmetric
+        assert (recipe.dataset is not None) == METHODS[name].calibrated
+        assert (recipe.num_samples > 0) == (recipe.seqlen > 0) == METHODS[name].calibrated
+    assert str(complete_recipe({"method": "int8"}).scheme) == "int8-channel"
+    assert str(complete_recipe({"method": "awq"}).scheme) == "int4-g128"
+    assert str(complete_recipe({"method": "rtn"}).scheme) == "int4-g128"
+    assert complete_recipe({}).method == "awq"
+
+
+def test_given_values_win_over_a_methods_defaults():
+    recipe = complete_recipe({"method": "awq", "bits": 8, "group_size": 32, "num_samples": 5, "symmetric": False})
+    assert (recipe.bits, recipe.group_size, recipe.num_samples, recipe.symmetric) == (8, 32, 5, False)
+
+
+def test_a_method_without_calibration_forgets_the_data():
+    recipe = complete_recipe({"method": "rtn", "dataset": "x.txt", "num_samples": 5, "seqlen": 9, "text_column": "t"})
+    assert (recipe.dataset, recipe.num_samples, recipe.seqlen, recipe.text_column) == (None, 0, 0, None)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"method": "awk"}, "unknown method 'awk'; did you mean 'awq'"),
+        ({"method": "int8", "bits": 4}, "method int8 is 8 bits"),
+        ({"method": "int8", "group_size": 128}, "--method rtn --bits 8"),
+        ({"method": "int8", "symmetric": False}, "method int8 is symmetric"),
+        ({"method": "rtn", "bits": 3}, "no 3-bit type"),
+        ({"method": "awq", "group_size": 48}, "group size 48"),
+        ({"method": "awq", "num_samples": 0}, "0 samples of 512 tokens"),
+        ({"method": "awq", "num_samples": -1}, "-1 samples"),
+        ({"method": "awq", "seqlen": 1}, "128 samples of 1 tokens"),
+        ({"method": "rtn", "dtype": "int8"}, "dtype 'int8'; known: auto"),
+    ],
+)
+def test_recipes_that_cannot_be_followed(values, message):
+    with pytest.raises(RecipeError, match=message):
+        complete_recipe(values)
+
+
+def test_a_method_is_found_by_name():
+    assert find_method("int8").only_bits == 8
