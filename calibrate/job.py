@@ -8,7 +8,7 @@ from calibrate.methods import Method, find_method
 from calibrate.plan import Plan, make_plan
 from export.errors import CheckpointError
 from export.formats import FORMATS
-from models.skeleton import LinearSpec, Skeleton, build_skeleton
+from models.skeleton import LinearSpec, Skeleton, open_skeleton
 from models.source import Source
 from quant.recipe import Recipe
 from quant.scheme import Scheme
@@ -70,8 +70,7 @@ def prepare(source: Source, recipe: Recipe, device: str) -> Job:
     reason = fmt.reason_against(recipe.scheme)
     if reason:
         raise CheckpointError(f"format {fmt.name} cannot hold {recipe.scheme}: {reason}")
-    checkpoint = source.checkpoint
-    skeleton = build_skeleton(source, list(checkpoint.entries), checkpoint.read)
+    skeleton = open_skeleton(source)
     plan = make_plan(skeleton, recipe)
     plan.require_coverage()
     return Job(source, skeleton, recipe, find_method(recipe.method), plan, _dtype(source, recipe), device)

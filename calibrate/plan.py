@@ -1,7 +1,7 @@
 """What becomes of each linear: a scheme, or a reason why it is left alone. Decided from names and shapes alone."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from torch import nn
@@ -124,16 +124,20 @@ def _group_sizes(block: Block, wanted: int) -> dict[str, int]:
     return {spec.name: sizes[fused_set(spec.name)] for spec in block.linears}
 
 
-def _outside_blocks(skeleton: Skeleton, ignore: Iterable[str]) -> Iterable[tuple[str, Left]]:
+def _outside_blocks(skeleton: Skeleton, ignore: Iterable[str]) -> Iterator[tuple[str, Left]]:
+    """Linears that belong to no block: the head above all, also where it is tied and has no tensor of its own."""
     by_parameter = {place.parameter: name for name, place in skeleton.others.items()}
     head = skeleton.model.get_output_embeddings()
     for module_name, module in skeleton.model.named_modules():
-        name = by_parameter.get(f"{module_name}.weight")
-        if isinstance(module, nn.Linear) and name is not None:
-            linear = name.removesuffix(".weight")
-            pattern = ignored_by(linear, ignore) or ("lm_head" if module is head and "lm_head" in ignore else None)
+        if not isinstance(module, nn.Linear) or any(module_name.startswith(f"{b.name}.") for b in skeleton.blocks):
+            continue
+        name = by_parameter.get(f"{module_name}.weight", f"{module_name}.weight").removesuffix(".weight")
+        pattern = ignored_by(name, ignore) or ("lm_head" if module is head and "lm_head" in ignore else None)
+        if f"{module_name}.weight" not in by_parameter:
+            yield name, Left(0, "tied to the embeddings", exempt=True)
+        else:
             reason = f"ignored by {pattern!r}" if pattern else "outside the decoder blocks"
-            yield linear, Left(module.weight.numel(), reason, exempt=pattern is not None)
+            yield name, Left(module.weight.numel(), reason, exempt=pattern is not None)
 
 
 def _unsplit_experts(skeleton: Skeleton, block: Block) -> dict[str, Left]:

@@ -1,8 +1,8 @@
 """Perplexity: the protocol everybody compares, said beside the number.
 
-The text is tokenized once as the tokenizer does it (a BOS where it adds one), cut into non-overlapping windows, and each
-window is scored on its own: the mean negative log-likelihood of every token but a window's first, in float32. A model
-runs block by block, so one that fits no memory whole is scored too.
+The text is tokenized once as the tokenizer does it (a BOS where it adds one), cut into non-overlapping windows, and
+each window is scored on its own: the mean negative log-likelihood of every token but a window's first, in float32. A
+model runs block by block, so one that fits no memory whole is scored too.
 """
 
 import hashlib
@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 from export.errors import CheckpointError
-from export.formats import LogicalTensors
-from models.skeleton import Skeleton, build_skeleton
+from models.skeleton import open_skeleton
 from models.source import Source
 from models.walk import Walk
 
@@ -71,12 +70,6 @@ def difference(score: Score, baseline: Score) -> tuple[float, float]:
     delta = score.window_nll - baseline.window_nll
     error = float(delta.std() / math.sqrt(len(delta))) if len(delta) > 1 else math.nan
     return float(delta.mean()), error
-
-
-def open_skeleton(source: Source) -> Skeleton:
-    """The skeleton of any checkpoint; packed weights are dequantized as they are read."""
-    tensors = LogicalTensors(source.checkpoint)
-    return build_skeleton(source, tensors.names, tensors.read)
 
 
 def windows_of(text: str, source: Source, context: int, count: int | None) -> Tensor:

@@ -3,8 +3,7 @@
 import torch
 from transformers import PreTrainedModel
 
-from evaluation.perplexity import open_skeleton
-from models.skeleton import fill
+from models.skeleton import fill, open_skeleton
 from models.source import Source
 
 PROMPT = "The capital of France is"

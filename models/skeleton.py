@@ -15,6 +15,7 @@ from transformers.core_model_loading import rename_source_key
 from transformers.pytorch_utils import Conv1D
 
 from export.errors import CheckpointError
+from export.formats import LogicalTensors
 from models.source import Source
 
 Reader = Callable[[str], Tensor]
@@ -115,24 +116,29 @@ class Skeleton:
             empty(module.modules())
 
 
-def build_skeleton(source: Source, names: Iterable[str], read: Reader) -> Skeleton:
-    """The skeleton of `source`, every tensor name of `names` placed.
-
-    names  logical tensor names of the file (packed weights as `P.weight`)
-    read   reads one of them
+def open_skeleton(source: Source) -> Skeleton:
+    """The skeleton of `source`, every tensor of its files placed; packed weights are dequantized as they are read.
 
     Raises CheckpointError where the model has no blocks, or where the file lacks or contradicts a parameter.
     """
     model = _empty_model(source)
-    placements = place(model, list(names))
+    tensors = LogicalTensors(source.checkpoint)
+    placements = place(model, tensors.names)
     blocks = [Block(name, module) for name, module in find_blocks(model)]
-    others = {}
+    others: dict[str, Placement] = {}
     for name, placement in placements.items():
         owner = next((block for block in blocks if placement.parameter.startswith(block.name + ".")), None)
         (others if owner is None else owner.tensors)[name] = placement
     for block in blocks:
         block.linears = list(_linears(model, block))
     _require_parameters(source, model, placements)
+    # a packed weight is (n, k) whatever the module's own habit
+    turned = {f"{spec.name}.weight" for block in blocks for spec in block.linears if spec.transposed}
+    turned &= {f"{name}.weight" for name in tensors.schemes}
+
+    def read(name: str) -> Tensor:
+        return tensors.read(name).T if name in turned else tensors.read(name)
+
     return Skeleton(source, model, blocks, others, read)
 
 
@@ -252,7 +258,7 @@ def fill(
     for name, placement in tensors.items():
         owner_name, _, leaf = placement.parameter.rpartition(".")
         owner = model.get_submodule(owner_name)
-        target = placement.view(owner._parameters[leaf] if leaf in owner._parameters else owner._buffers[leaf])
+        target = placement.view(getattr(owner, leaf))
         value = checked(name, read(name))
         if target.shape != value.shape:
             raise CheckpointError(

@@ -46,8 +46,8 @@ class Source:
 def open_source(name: str, trust_remote_code: bool = False, revision: str | None = None) -> Source:
     """The model called `name`: a directory, `demo`, or an id on the hub (downloaded into its cache).
 
-    Remote code runs only where `trust_remote_code` is passed. Raises CheckpointError where there is no such model, where
-    its files are damaged, or where it is no decoder language model.
+    Remote code runs only where `trust_remote_code` is passed. Raises CheckpointError where there is no such model,
+    where its files are damaged, or where it is no decoder language model.
     """
     directory = model_directory(name, trust_remote_code, revision)
     checkpoint = open_checkpoint(directory)
@@ -65,7 +65,7 @@ def model_directory(name: str, trust_remote_code: bool = False, revision: str | 
         return demo_model_dir()
     patterns = HUB_FILES + (("*.py",) if trust_remote_code else ())
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=list(patterns)))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise CheckpointError(
@@ -106,5 +106,5 @@ def refuse_encoder(directory: Path, config: Any) -> None:
     decoding = any(name.endswith(("CausalLM", "LMHeadModel", "ConditionalGeneration")) for name in classes)
     if not (causal or remote) or (masked and not decoding):
         raise CheckpointError(
-            f"{directory}: {', '.join(classes) or kind} is no decoder language model; weights of encoders are not quantized here"
+            f"{directory}: {', '.join(classes) or kind} is no decoder language model; encoders are not quantized here"
         )

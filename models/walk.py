@@ -63,8 +63,7 @@ class Walk:
         """The logits (B, T, vocabulary) for each batch of `ids`, from the last block's output `hidden`."""
         with self._surroundings(with_head=True):
             for batch, states in zip(ids, hidden, strict=True):
-                result = self._wrapped(states)
-                with self._stubs(lambda index, args, kwargs, result=result: result):
+                with self._stubs(_constant(self._wrapped(states))):
                     yield self.skeleton.model(input_ids=batch.to(self.device), use_cache=False).logits
 
     def loaded(self, index: int) -> Any:
@@ -148,6 +147,11 @@ class Walk:
             yield
         finally:
             empty(owners.values())
+
+
+def _constant(value: Any) -> Callable[[int, tuple[Any, ...], dict[str, Any]], Any]:
+    """A stub that always answers `value`."""
+    return lambda index, args, kwargs: value
 
 
 def _within(name: str, outer: set[str]) -> bool:
