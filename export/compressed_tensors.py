@@ -53,19 +53,29 @@ def read(name: str, tensor: Callable[[str], Tensor], scheme: Scheme) -> QTensor:
     Raises CheckpointError where packed words, scales and shape contradict one another or the scheme.
     """
     packed, scales = tensor(f"{name}.weight_packed"), tensor(f"{name}.weight_scale")
-    n, k = tensor(f"{name}.weight_shape").tolist()
+    shape = tensor(f"{name}.weight_shape").tolist()
     try:
-        if packed.dtype != torch.int32 or packed.shape[0] != n:
-            raise ValueError(f"weight_packed is {packed.dtype} {list(packed.shape)} for a weight of {n} x {k}")
+        if not isinstance(shape, list) or len(shape) != 2:
+            raise ValueError(f"weight_shape is {shape}, not outputs and inputs")
+        n, k = shape
+        _require_words(packed, "weight_packed", 0, n)
         codes = unpack(packed, scheme.bits, k)
         zeros = None
         if scheme.symmetric:
             codes = (codes.to(torch.int16) - scheme.qtype.bias).to(torch.int8)
         else:
-            zeros = unpack(tensor(f"{name}.weight_zero_point").T.contiguous(), scheme.bits, n).T.to(torch.int32)
+            words = tensor(f"{name}.weight_zero_point")
+            _require_words(words, "weight_zero_point", 1, scheme.groups(k))
+            zeros = unpack(words.T.contiguous(), scheme.bits, n).T.to(torch.int32)
         return QTensor(codes, scales, zeros, scheme)
     except ValueError as error:
         raise CheckpointError(f"{name}: {error}") from error
+
+
+def _require_words(words: Tensor, what: str, dim: int, size: int) -> None:
+    """ValueError where `words` are no matrix of int32 with `size` along `dim`."""
+    if words.dtype != torch.int32 or words.ndim != 2 or words.shape[dim] != size:
+        raise ValueError(f"{what} is {words.dtype} {list(words.shape)}; int32 with {size} along dimension {dim} fits")
 
 
 def linears(names: Iterable[str]) -> list[str]:
@@ -127,7 +137,8 @@ def _targets(names: list[str], schemes: Mapping[str, Scheme]) -> list[str]:
     for role, members in roles.items():
         inside = [name for name in members if name in here]
         whole = inside and len(inside) == len(members) and role != members[0]
-        targets += [rf"re:.*\.{re.escape(role)}$"] if whole else inside
+        # the number belongs to the pattern: `.*\.down_proj$` would also match a shared expert's
+        targets += [rf"re:.*\.\d+\.{re.escape(role)}$"] if whole else inside
     return targets
 
 
@@ -137,18 +148,26 @@ def _role(name: str) -> str:
 
 
 def schemes_of(config: Mapping[str, Any], names: Iterable[str]) -> dict[str, Scheme]:
-    """The scheme that a quantization_config gives each quantized linear of `names`."""
-    groups = list((config.get("config_groups") or {}).values())
+    """The scheme that a quantization_config gives each quantized linear of `names`.
+
+    Raises CheckpointError where no group targets one of them, or where a group makes no sense.
+    """
+    try:
+        groups = [(group["targets"], _scheme_from(group["weights"])) for group in config["config_groups"].values()]
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise CheckpointError(f"config.json: its quantization_config cannot be followed ({error!r})") from error
     return {name: _scheme_of(name, groups) for name in names}
 
 
-def _scheme_of(name: str, groups: list[dict[str, Any]]) -> Scheme:
+def _scheme_from(args: Mapping[str, Any]) -> Scheme:
+    return make_scheme(args["num_bits"], args.get("group_size") or -1, args["symmetric"])
+
+
+def _scheme_of(name: str, groups: list[tuple[list[str], Scheme]]) -> Scheme:
     for exact in (True, False):
-        for group in groups:
-            if any(_matches(name, target, exact) for target in group["targets"]):
-                args = group["weights"]
-                size = args.get("group_size") or -1
-                return make_scheme(args["num_bits"], size, args["symmetric"])
+        for targets, scheme in groups:
+            if any(_matches(name, target, exact) for target in targets):
+                return scheme
     raise CheckpointError(f"config.json: no config group targets the quantized linear {name!r}")
 
 

@@ -42,6 +42,8 @@ class QTensor:
         sides = (n, self.scheme.groups(k))
         if tuple(self.scales.shape) != sides:
             return f"scales have shape {tuple(self.scales.shape)}, not {sides}"
+        if not self.scales.is_floating_point():
+            return f"scales are {self.scales.dtype}, no floating-point numbers"
         if (self.zeros is None) != self.scheme.symmetric:
             return "zeros belong to asymmetric schemes alone"
         if self.zeros is not None and tuple(self.zeros.shape) != sides:
