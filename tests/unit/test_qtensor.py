@@ -31,6 +31,7 @@ def changed(tensor: torch.Tensor, value: float) -> torch.Tensor:
         (CODES[:, :63], SCALES, None, INT4, "63 inputs do not divide into groups of 32"),
         (CODES, SCALES[:, :1], None, INT4, r"scales have shape \(3, 1\), not \(3, 2\)"),
         (CODES, SCALES.T, None, INT4, r"scales have shape \(2, 3\)"),
+        (CODES, SCALES.int(), None, INT4, "scales are torch.int32"),
         (CODES, SCALES, ZEROS, INT4, "zeros belong to asymmetric"),
         (UCODES, SCALES, None, UINT4, "zeros belong to asymmetric"),
         (UCODES, SCALES, ZEROS[:2], UINT4, r"zeros have shape \(2, 2\)"),

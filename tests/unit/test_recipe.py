@@ -56,7 +56,7 @@ def test_an_unknown_key_names_the_nearest(key, hint, tmp_path):
 def test_remote_code_is_never_allowed_by_a_file(tmp_path, value):
     path = tmp_path / "recipe.toml"
     path.write_text(f"trust_remote_code = {value}\n")
-    with pytest.raises(RecipeError, match="trust_remote_code.*not read from a recipe.*command line"):
+    with pytest.raises(RecipeError, match=r"trust_remote_code.*not read from a recipe.*command line"):
         read_recipe(path)
 
 
