@@ -150,7 +150,7 @@ def _known_sums(directory: Path) -> dict[str, str]:
     if not path.exists():
         return {}
     lines = (line.split(maxsplit=1) for line in path.read_text(encoding="utf-8").splitlines())
-    return {parts[1].lstrip("*").strip(): parts[0] for parts in lines if len(parts) == 2}
+    return {parts[1].lstrip("*").strip(): parts[0].lower() for parts in lines if len(parts) == 2}
 
 
 def sha256_of(path: Path) -> str:

@@ -9,6 +9,7 @@ import math
 import os
 import shutil
 from dataclasses import dataclass
+from operator import index
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +87,7 @@ def _read_header(path: Path, size: int) -> tuple[dict[str, Any], int]:
         raw = file.read(length)
     try:
         header = json.loads(raw)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: its header is not JSON ({error}): the file is damaged") from error
     if not isinstance(header, dict):
         raise CheckpointError(
@@ -97,8 +98,8 @@ def _read_header(path: Path, size: int) -> tuple[dict[str, Any], int]:
 
 def _entry(path: Path, name: str, spec: Any, start: int) -> TensorEntry:
     try:
-        dtype, shape, (begin, end) = DTYPES[spec["dtype"]], tuple(map(int, spec["shape"])), spec["data_offsets"]
-        entry = TensorEntry(name, path, dtype, shape, start + int(begin), int(end) - int(begin))
+        dtype, shape, (begin, end) = DTYPES[spec["dtype"]], tuple(map(index, spec["shape"])), spec["data_offsets"]
+        entry = TensorEntry(name, path, dtype, shape, start + index(begin), index(end) - index(begin))
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: the header's entry for {name!r} makes no sense ({spec!r})") from error
     if min(shape, default=0) < 0 or entry.nbytes != entry.numel * dtype.itemsize:
