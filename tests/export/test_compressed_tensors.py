@@ -134,7 +134,7 @@ def changed(tensors: dict[str, torch.Tensor], **changes: torch.Tensor) -> dict[s
 def test_files_that_contradict_themselves_are_refused(changes):
     scheme = make_scheme(4, 32, False)
     tensors = changed(dialect.write("p", round_to_nearest(torch.randn(3, 64), scheme, torch.float32)), **changes)
-    with pytest.raises(CheckpointError, match="^p: "):
+    with pytest.raises(CheckpointError, match=r"^p: "):
         dialect.read("p", tensors.__getitem__, scheme)
 
 
