@@ -170,9 +170,7 @@ def place(model: PreTrainedModel, names: list[str]) -> dict[str, Placement]:
 
     transformers' own renamings are applied, and its two fusions of experts (stacking, and joining gate with up).
     """
-    transforms = get_model_conversion_mapping(model)
-    converters = [transform for transform in transforms if hasattr(transform, "operations")]
-    renamings = [transform for transform in transforms if not hasattr(transform, "operations")]
+    renamings, converters = _transforms(model)
     state = dict(model.state_dict(keep_vars=True))
     placements = {}
     for name in names:
@@ -183,21 +181,56 @@ def place(model: PreTrainedModel, names: list[str]) -> dict[str, Placement]:
     return placements
 
 
-def _fused(name: str, renamed: str, pattern: str | None, converter: Any) -> Placement:
+def _transforms(model: PreTrainedModel) -> tuple[list[Any], list[Any]]:
+    """transformers' renamings for this model, and its conversions of several tensors into one."""
+    transforms = get_model_conversion_mapping(model)
+    converters = [transform for transform in transforms if hasattr(transform, "operations")]
+    return [transform for transform in transforms if transform not in converters], converters
+
+
+def _stacks(converter: Any) -> bool:
+    """Whether a conversion stacks experts, one source each, or two that are joined first."""
     operations = [type(operation).__name__ for operation in converter.operations]
+    return operations in (["MergeModulelist"], ["MergeModulelist", "Concatenate"])
+
+
+def _fused(name: str, renamed: str, pattern: str | None, converter: Any) -> Placement:
     numbers = re.findall(r"\.(\d+)\.", name)
-    if operations not in (["MergeModulelist"], ["MergeModulelist", "Concatenate"]) or not numbers:
+    if not _stacks(converter) or not numbers:
+        operations = " + ".join(type(operation).__name__ for operation in converter.operations)
         raise CheckpointError(
-            f"{name}: transformers builds {renamed} from it by {' + '.join(operations)}, which cannot be undone here"
+            f"{name}: transformers builds {renamed} from it by {operations}, which cannot be undone here"
         )
     return Placement(
         renamed, int(numbers[-1]), converter.source_patterns.index(pattern), len(converter.source_patterns)
     )
 
 
-def _linears(model: nn.Module, block: Block) -> Iterator[LinearSpec]:
+def experts_in(model: PreTrainedModel, name: str, placement: Placement) -> dict[str, Placement]:
+    """The slices of a stack of experts that the file holds as one tensor `name`, by the names experts have alone.
+
+    transformers' own mapping from single experts to the stack, read backwards, and believed where reading the names
+    forwards leads to the same slices. Empty where the tensor is no such stack.
+    """
+    count = model.state_dict(keep_vars=True)[placement.parameter].shape[0]
+    for converter in _transforms(model)[1]:
+        target, sources = converter.target_patterns[0], converter.source_patterns
+        if _stacks(converter) and name.endswith(target):
+            slices = {
+                name.removesuffix(target) + source.replace("*", str(expert)): Placement(
+                    placement.parameter, expert, part, len(sources)
+                )
+                for expert in range(count)
+                for part, source in enumerate(sources)
+            }
+            if place(model, list(slices)) == slices:
+                return slices
+    return {}
+
+
+def _linears(model: PreTrainedModel, block: Block) -> Iterator[LinearSpec]:
     """The block's weights that multiply activations: of Linear and Conv1D modules, and of experts one by one."""
-    for name, placement in block.tensors.items():
+    for name, placement in _single(model, block.tensors):
         parameter = model.get_parameter(placement.parameter) if _is_parameter(model, placement.parameter) else None
         if parameter is None or (not name.endswith("weight") and parameter.ndim != 3):
             continue
@@ -210,6 +243,14 @@ def _linears(model: nn.Module, block: Block) -> Iterator[LinearSpec]:
         n, k = reversed(shape) if transposed else shape
         has_bias = getattr(owner, "bias", None) is not None and placement.expert is None
         yield LinearSpec(name.removesuffix(".weight"), placement, bias if has_bias else None, transposed, n, k)
+
+
+def _single(model: PreTrainedModel, tensors: dict[str, Placement]) -> Iterator[tuple[str, Placement]]:
+    """`tensors`, stacks of experts taken apart."""
+    for name, placement in tensors.items():
+        stacked = placement.expert is None and model.state_dict(keep_vars=True)[placement.parameter].ndim == 3
+        experts = experts_in(model, name, placement) if stacked else {}
+        yield from (experts or {name: placement}).items()
 
 
 def _multiplies(owner: nn.Module, placement: Placement) -> bool:
