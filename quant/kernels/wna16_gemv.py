@@ -1,6 +1,6 @@
 """The product of a few rows (m <= 64) with a 4- or 8-bit weight, prologue and epilogue fused: csrc/wna16_gemv.cu."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -10,26 +10,22 @@ from quant.kernels.packed import CHUNK_K, TILE_ROWS, groups_per_chunk, padded, s
 from quant.kernels.problem import ACTIVATIONS, NORMS, Call, Problem
 
 MAX_M = 64
-WARPS = 8
-MAX_CLUSTER = 8
 
 
 @dataclass(frozen=True)
 class Launch:
     """How the work is cut.
 
-    row_tiles        tiles of 16 rows that a warp multiplies with one read of x
-    row_warps        of a block's 8 warps, those side by side over n; the others share k
-    cluster          blocks that share k and sum through each other's shared memory
-    blocks           clusters in the grid; each takes every blocks-th group of row_tiles * row_warps tiles
-    chunks_per_pass  chunks of 128 inputs of x that are in shared memory at a time
+    row_tiles  tiles of 16 rows that a warp multiplies with one read of x
+    row_warps  warps of a block side by side over n, a power of two
+    k_warps    warps of a block that share k
+    cluster    blocks that share k and sum through each other's shared memory
     """
 
     row_tiles: int
     row_warps: int
+    k_warps: int
     cluster: int
-    blocks: int
-    chunks_per_pass: int
 
 
 def reason_against(problem: Problem) -> str | None:
@@ -43,29 +39,20 @@ def reason_against(problem: Problem) -> str | None:
 
 def choose_launch(problem: Problem) -> Launch:
     """One rule for all shapes."""
-    row_tiles = 1 if problem.m <= 8 else 2
-    row_warps = 1 if problem.m <= 16 else 4
     chunks = padded(problem.k, CHUNK_K) // CHUNK_K
-    groups = padded(problem.n, TILE_ROWS * row_tiles * row_warps) // (TILE_ROWS * row_tiles * row_warps)
-    cluster = 1
-    while (problem.capability or (0, 0)) >= (9, 0) and cluster < MAX_CLUSTER and (
-        groups * cluster < 2 * problem.processors and chunks > cluster * WARPS
-    ):
-        cluster *= 2
-    return Launch(row_tiles, row_warps, cluster, groups, chunks_per_pass(problem.m, chunks, cluster, row_warps))
-
-
-def chunks_per_pass(m: int, chunks: int, cluster: int, row_warps: int, budget: int = 64 << 10) -> int:
-    """As many chunks of x as fit `budget` bytes: a multiple of the warps over k, or all that a block has."""
-    step = WARPS // row_warps
-    share = -(-chunks // cluster)
-    fitting = max(budget // (m * CHUNK_K * 2) // step, 1) * step
-    return min(share, fitting)
+    row_tiles, row_warps = 1 if problem.m <= 8 else 2, 1
+    groups = -(-problem.n // (TILE_ROWS * row_tiles * row_warps))
+    k_warps = 2
+    while k_warps * row_warps < 8 and k_warps < chunks and groups * k_warps < 9 * problem.processors:
+        k_warps *= 2
+    return Launch(row_tiles, row_warps, k_warps, 1)
 
 
 def run(call: Call, problem: Problem, launch: Launch | None = None) -> Tensor:
     """y of `call`. The caller has checked it (problem.check)."""
     assert EXTENSION is not None
+    if call.x.shape[1] % CHUNK_K:
+        call = pad_inputs(call)
     y = torch.empty(call.y_shape, dtype=call.y_dtype, device=call.x.device)
     args = args_of(call, y)
     with torch.cuda.device(y.device):
@@ -75,6 +62,12 @@ def run(call: Call, problem: Problem, launch: Launch | None = None) -> Tensor:
     return y
 
 
+def pad_inputs(call: Call) -> Call:
+    """`call` with x and the norm's vectors padded with zeros to whole chunks of k."""
+    padding = (0, padded(call.x.shape[1], CHUNK_K) - call.x.shape[1])
+    return replace(call, x=torch.nn.functional.pad(call.x, padding))
+
+
 def args_of(call: Call, y: Tensor):
     """The kernel's arguments: addresses (0 for what is absent) and sizes."""
     assert EXTENSION is not None
@@ -82,7 +75,10 @@ def args_of(call: Call, y: Tensor):
     args = EXTENSION.Wna16GemvArgs()
     tensors = {"x": call.x, "words": weight.words, "scales": weight.scales, "zeros": weight.zeros, "bias": call.bias,
                "residual": call.residual, "norm_weight": call.norm_weight, "norm_bias": call.norm_bias, "y": y}
-    args.m, args.n, args.k, args.pair_block = call.x.shape[0], weight.n, weight.k, weight.pair_block
+    args.m, args.k = call.x.shape
+    args.n, args.pair_block = weight.n, weight.pair_block
+    args.tiles, args.chunks = weight.words.shape[:2]
+    args.stage_x = call.norm != "none"
     args.scale_rows, args.scale_shift = weight.scales.shape[1], scale_shift(weight.group_size)
     args.norm, args.norm_eps, args.activation = NORMS.index(call.norm), call.norm_eps, ACTIVATIONS.index(call.activation)
     args.float32_out = call.float32_out

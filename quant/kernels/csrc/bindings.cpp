@@ -85,6 +85,8 @@ void bind_gemv(py::module_& module) {
   bind_enum(args, "norm", &Args::norm);
   bind_enum(args, "activation", &Args::activation);
   args.def_readwrite("m", &Args::m).def_readwrite("n", &Args::n).def_readwrite("k", &Args::k);
+  args.def_readwrite("tiles", &Args::tiles).def_readwrite("chunks", &Args::chunks);
+  args.def_readwrite("stage_x", &Args::stage_x);
   args.def_readwrite("pair_block", &Args::pair_block).def_readwrite("scale_rows", &Args::scale_rows);
   args.def_readwrite("scale_shift", &Args::scale_shift).def_readwrite("norm_eps", &Args::norm_eps);
   args.def_readwrite("float32_out", &Args::float32_out);
@@ -93,8 +95,8 @@ void bind_gemv(py::module_& module) {
   launch.def(py::init([] { return Launch{}; }));
   launch.def_readwrite("device", &Launch::device).def_readwrite("groups_per_chunk", &Launch::groups_per_chunk);
   launch.def_readwrite("row_tiles", &Launch::row_tiles).def_readwrite("row_warps", &Launch::row_warps);
-  launch.def_readwrite("cluster", &Launch::cluster).def_readwrite("blocks", &Launch::blocks);
-  launch.def_readwrite("chunks_per_pass", &Launch::chunks_per_pass).def_readwrite("dependent", &Launch::dependent);
+  launch.def_readwrite("k_warps", &Launch::k_warps).def_readwrite("cluster", &Launch::cluster);
+  launch.def_readwrite("dependent", &Launch::dependent);
   module.def("wna16_gemv", &wna16_gemv);
 }
 

@@ -11,17 +11,23 @@ __device__ inline uint32_t smem_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
-// Copies 16 bytes to shared memory without passing through L1 or a register.
-__device__ inline void copy_async_16(uint32_t smem, const void* global) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(smem), "l"(global) : "memory");
+// 16 bytes that nobody will read again: past L1, which keeps x. Volatile, so that it stays where it is written: ahead.
+__device__ inline uint4 read_once(const uint4* pointer) {
+  uint4 value;
+  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
+               : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
+               : "l"(pointer));
+  return value;
 }
 
-__device__ inline void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-
-// Waits until at most `kPending` of this thread's newest groups are still on their way.
-template <int kPending>
-__device__ inline void copy_async_wait() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+// 16 bytes of global or shared memory, through L1. Volatile for the same reason.
+__device__ inline uint4 read_cached(const void* pointer) {
+  uint4 value;
+  asm volatile("ld.v4.u32 {%0,%1,%2,%3}, [%4];"
+               : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
+               : "l"(pointer)
+               : "memory");
+  return value;
 }
 
 // Not volatile: the compiler may move it among the arithmetic that surrounds it.

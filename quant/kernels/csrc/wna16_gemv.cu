@@ -1,126 +1,109 @@
 // Compiled once per (T, bits): LOWBIT_T and LOWBIT_BITS come from setup.py, so that the four build in parallel.
 //
 // Design. W's rows are the 16 rows of mma.m16n8k16's A operand and x's rows its 8 columns, so 1 to 8 rows of x cost
-// the same. Each warp streams its own chunks (16 rows x 128 inputs) through a private ring in shared memory with
-// cp.async: no barrier stands in the main loop. Warps split k, and blocks of a cluster split it further; partial sums
-// meet in shared memory in a fixed order, so a result does not depend on timing. Only W's stream is started before the
-// previous kernel has finished: W is constant, x is not.
+// the same. Each warp streams its own chunks (16 rows x 128 inputs) from global memory into registers, a refill
+// following each use, so no barrier stands in the main loop. Warps split k, and blocks of a cluster split it further;
+// partial sums meet in shared memory in a fixed order, so a result does not depend on timing. Only W's stream is
+// started before the previous kernel has finished: W is constant, x is not.
+//
+// A ring of shared memory filled by cp.async was tried first: 1.4 times the floor where registers reach 1.1, because
+// its addresses and waits doubled the instructions per chunk. docs/LOG.md has the figures.
 #include "dequant.cuh"
 #include "wna16_gemv.cuh"
 
 namespace lowbit {
 namespace {
 
-template <typename T_, int kBits_, int kGroups_, int kRowTiles_, int kColBlocks_>
+constexpr int kMaxThreads = 256;
+
+template <typename T_, int kBits_, bool kZeros_, int kGroups_, int kRowTiles_, int kColBlocks_>
 struct Shape {
   using T = T_;
   static constexpr int kBits = kBits_;
+  static constexpr bool kZeros = kZeros_;
   static constexpr int kGroups = kGroups_;        // scales per row and chunk
   static constexpr int kRowTiles = kRowTiles_;    // tiles per warp
   static constexpr int kColBlocks = kColBlocks_;  // blocks of 8 rows of x
-  static constexpr int kWeightBytes = kTileRows * kChunkK * kBits / 8;
-  static constexpr int kScaleBytes = kTileRows * kGroups * 2;
-  static constexpr int kZeroBytes = kTileRows * kGroups;
-  static constexpr int kTileBytes = kWeightBytes + kScaleBytes + kZeroBytes;
-  static constexpr int kSlotBytes = kRowTiles * kTileBytes;
-  // About 4 KB of weights per warp on their way: 5 slots of 1 KB or 3 of 2 KB and more.
-  static constexpr int kStages = kWeightBytes * kRowTiles <= 1024 ? 5 : 3;
+  static constexpr int kLoads = kBits / 2;        // 16-byte loads of a lane that make a chunk
+  // Loads of W on their way per lane: what 128 registers leave room for beside x and the sums.
+  static constexpr int kRing = kColBlocks == 1 ? 12 : kColBlocks == 2 ? 8 : 4;
+  static constexpr int kAhead = kRing >= 4 * kLoads * kRowTiles ? 4 : (kRing - 1) / (kLoads * kRowTiles) + 1;  // chunks
+  static constexpr int kXBlocks = kColBlocks >= 4 ? 1 : 4 / kColBlocks;  // blocks of 32 inputs of x read together
+  static constexpr int kMinBlocks = kRowTiles * kColBlocks <= 4 ? 2 : 1;
 };
 
-// Which part of the problem a warp has: tiles of the row group, and every `chunk_step`-th chunk of [begin, end).
+// Which part of the problem a warp has: `tile` and those after it, every `step`-th chunk of [first, end).
 struct Share {
-  int lane, row_warp, k_warp, k_warps;
-  int group, group_step, groups;  // row groups: what one cluster computes at a time
-  int group_tiles;                // tiles in a row group
-  int tiles, chunks;
-  int begin, end;                 // chunks of this block
+  int tile, first, end, step;
+  int group_tiles;  // tiles that the block's cluster computes
 };
 
-__device__ inline Share share_of(const Wna16GemvArgs& args, const Wna16GemvLaunch& launch) {
+template <typename S>
+__device__ Share share_of(const Wna16GemvArgs& args) {
   Share share;
-  const int warp = threadIdx.x / 32;
-  const int rank = blockIdx.x % launch.cluster;
-  share.lane = threadIdx.x % 32;
-  share.row_warp = warp % launch.row_warps;
-  share.k_warp = warp / launch.row_warps;
-  share.k_warps = blockDim.x / 32 / launch.row_warps;
-  share.tiles = (args.n + kTileRows - 1) / kTileRows;
-  share.chunks = (args.k + kChunkK - 1) / kChunkK;
-  share.group_tiles = launch.row_warps * launch.row_tiles;
-  share.group = blockIdx.x / launch.cluster;
-  share.group_step = launch.blocks;
-  share.groups = (share.tiles + share.group_tiles - 1) / share.group_tiles;
-  share.begin = share.chunks * rank / launch.cluster;
-  share.end = share.chunks * (rank + 1) / launch.cluster;
+  share.group_tiles = blockDim.y * S::kRowTiles;
+  share.tile = blockIdx.y * share.group_tiles + threadIdx.y * S::kRowTiles;
+  share.first = (args.chunks * blockIdx.x) / gridDim.x + threadIdx.z;
+  share.end = (args.chunks * (blockIdx.x + 1)) / gridDim.x;
+  share.step = blockDim.z;
   return share;
 }
 
-// A warp's ring of slots in shared memory, and the position of the next chunk to ask for.
+// A lane's part of one chunk of one tile.
+template <typename S>
+struct Chunk {
+  uint4 words[S::kLoads];
+  uint32_t scales[S::kGroups];  // rows g and g + 8
+  uint16_t zeros[S::kGroups];
+};
+
+// Reads a warp's chunks of one tile in order. Pointers are the lane's own.
 template <typename S>
 struct Stream {
-  const Wna16GemvArgs& args;
-  const Share& share;
-  uint8_t* slots;
-  int group, chunk, fill_slot, read_slot;
+  const uint4* words;
+  const uint32_t* scales;
+  const uint16_t* zeros;
 
-  __device__ Stream(const Wna16GemvArgs& args, const Share& share, uint8_t* slots)
-      : args(args), share(share), slots(slots), group(share.group), chunk(share.begin + share.k_warp), fill_slot(0),
-        read_slot(0) {}
-
-  // Asks for one chunk of each of the warp's tiles; an empty group once the work is all asked for.
-  __device__ void fetch() {
-    if (group < share.groups && chunk < share.end) {
-      for (int i = 0; i < S::kRowTiles; ++i) fetch_tile(i);
-      chunk += share.k_warps;
-      if (chunk >= share.end) {
-        chunk = share.begin + share.k_warp;
-        group += share.group_step;
-      }
-    }
-    copy_async_commit();
-    fill_slot = fill_slot + 1 == S::kStages ? 0 : fill_slot + 1;
+  __device__ void open(const Wna16GemvArgs& args, int tile, int lane) {
+    // The last group of tiles may reach past the last one: it reads that one again, and nothing is stored.
+    tile = min(tile, args.tiles - 1);
+    words = static_cast<const uint4*>(args.words) + static_cast<int64_t>(tile) * args.chunks * (S::kLoads * 32) + lane;
+    const int64_t side = (static_cast<int64_t>(tile) * args.scale_rows * 8 + lane / 4) * S::kGroups;
+    scales = static_cast<const uint32_t*>(args.scales) + side;
+    zeros = static_cast<const uint16_t*>(args.zeros) + side;
   }
 
-  __device__ void fetch_tile(int i) {
-    // The last row group may reach past the last tile: it reads that one again, and nothing is stored.
-    const int tile = min(group * share.group_tiles + share.row_warp * S::kRowTiles + i, share.tiles - 1);
-    const uint32_t slot = smem_address(slots + fill_slot * S::kSlotBytes + i * S::kTileBytes);
-    const int64_t index = static_cast<int64_t>(tile) * share.chunks + chunk;
-    const uint8_t* words = static_cast<const uint8_t*>(args.words) + index * S::kWeightBytes;
-    for (int load = 0; load < S::kWeightBytes / 512; ++load) {
-      const int offset = load * 512 + share.lane * 16;
-      copy_async_16(slot + offset, words + offset);
-    }
-    const int64_t row = static_cast<int64_t>(tile) * args.scale_rows + (chunk >> args.scale_shift);
-    const int side = share.lane * 16;
-    if (side < S::kScaleBytes)
-      copy_async_16(slot + S::kWeightBytes + side,
-                    static_cast<const uint8_t*>(args.scales) + row * S::kScaleBytes + side);
-    if (args.zeros != nullptr && side < S::kZeroBytes)
-      copy_async_16(slot + S::kWeightBytes + S::kScaleBytes + side,
-                    static_cast<const uint8_t*>(args.zeros) + row * S::kZeroBytes + side);
+  __device__ void read_words(int chunk, int load, Chunk<S>& into) const {
+    into.words[load] = read_once(words + chunk * (S::kLoads * 32) + load * 32);
   }
 
-  // The oldest slot, arrived and visible to the whole warp; the slot before it is refilled.
-  __device__ const uint8_t* next() {
-    copy_async_wait<S::kStages - 2>();
-    __syncwarp();
-    const uint8_t* slot = slots + read_slot * S::kSlotBytes;
-    read_slot = read_slot + 1 == S::kStages ? 0 : read_slot + 1;
-    fetch();
-    return slot;
+  __device__ void read_sides(int chunk, int shift, Chunk<S>& into) const {
+    const int row = (chunk >> shift) * (8 * S::kGroups);
+#pragma unroll
+    for (int group = 0; group < S::kGroups; ++group) {
+      into.scales[group] = __ldg(scales + row + group);
+      if (S::kZeros) into.zeros[group] = __ldg(zeros + row + group);
+    }
   }
 };
 
 // Rows of x in shared memory are this far apart: 64 bytes more than a multiple of 128, so that the eight lanes that
 // read together, four from each of two rows, touch all banks once.
-__host__ __device__ inline int x_pitch(int chunks) { return chunks * kChunkK * 2 + 64; }
+__host__ __device__ inline int staged_pitch(int chunks) { return chunks * kChunkK * 2 + 64; }
+
+// Chunks of the block of a cluster that has most of them.
+__host__ __device__ inline int largest_slice(int chunks, int cluster) { return (chunks + cluster - 1) / cluster; }
+
+// A block is 32 lanes x row warps x k warps: no index below needs a division.
+__device__ inline int warp_of_block() { return threadIdx.z * blockDim.y + threadIdx.y; }
+__device__ inline int thread_of_block() { return warp_of_block() * 32 + threadIdx.x; }
+__device__ inline int threads_of_block() { return 32 * blockDim.y * blockDim.z; }
 
 // Mean (0 for RMS) and 1 / deviation of each row of x, float32, one warp a row.
 template <typename T>
 __device__ void norm_statistics(const Wna16GemvArgs& args, float2* statistics) {
-  const int lane = threadIdx.x % 32;
-  for (int row = threadIdx.x / 32; row < args.m; row += kThreads / 32) {
+  const int lane = threadIdx.x;
+  for (int row = warp_of_block(); row < args.m; row += blockDim.y * blockDim.z) {
     const T* x = static_cast<const T*>(args.x) + static_cast<int64_t>(row) * args.k;
     float mean = 0.f;
     for (int pass = args.norm == Norm::kLayer ? 0 : 1; pass < 2; ++pass) {
@@ -152,57 +135,67 @@ __device__ uint4 normalized(const Wna16GemvArgs& args, uint4 raw, float2 statist
   return raw;
 }
 
-// Inputs [begin, end) chunks of every row of x to shared memory, normalized where asked; zeros past k.
-// x is read past L1: the previous kernel may have left an older copy of it there.
+// The block's inputs, chunks [begin, end) of every row of x, to shared memory, normalized where asked.
 template <typename T>
 __device__ void stage_x(const Wna16GemvArgs& args, int begin, int end, uint8_t* x_smem, const float2* statistics) {
   const int vectors = (end - begin) * (kChunkK / 8);
-  const int pitch = x_pitch(end - begin);
-  for (int i = threadIdx.x; i < args.m * vectors; i += kThreads) {
-    const int row = i / vectors;
-    const int column = i - row * vectors;
-    const int k = begin * kChunkK + column * 8;
-    uint4 value = make_uint4(0, 0, 0, 0);
-    if (k < args.k) {
-      value = __ldcg(reinterpret_cast<const uint4*>(static_cast<const T*>(args.x) + int64_t(row) * args.k + k));
-      if (args.norm != Norm::kNone) value = normalized<T>(args, value, statistics[row], k);
+  for (int row = 0; row < args.m; ++row) {
+    const T* x = static_cast<const T*>(args.x) + static_cast<int64_t>(row) * args.k + begin * kChunkK;
+    uint8_t* target = x_smem + row * staged_pitch(largest_slice(args.chunks, gridDim.x));
+    for (int i = thread_of_block(); i < vectors; i += threads_of_block()) {
+      uint4 value = __ldcg(reinterpret_cast<const uint4*>(x) + i);
+      if (args.norm != Norm::kNone) value = normalized<T>(args, value, statistics[row], begin * kChunkK + i * 8);
+      *reinterpret_cast<uint4*>(target + i * 16) = value;
     }
-    *reinterpret_cast<uint4*>(x_smem + row * pitch + column * 16) = value;
   }
 }
 
 template <typename S>
 using Sums = float[S::kRowTiles][S::kColBlocks][4];
 
-// The two scales (rows g and g + 8) of group `group` of the chunk, as float32.
 template <typename S>
-__device__ float2 scales_of(const uint8_t* tile, int lane, int group) {
-  using T = typename S::T;
-  const T* scales = reinterpret_cast<const T*>(tile + S::kWeightBytes) + ((lane / 4) * S::kGroups + group) * 2;
-  return make_float2(to_float(scales[0]), to_float(scales[1]));
+using Chunks = Chunk<S>[S::kRowTiles];
+
+template <typename T>
+__device__ float2 halves_of(uint32_t bits) {
+  const T* values = reinterpret_cast<const T*>(&bits);
+  return make_float2(to_float(values[0]), to_float(values[1]));
 }
 
+// Zero point of row g (half 0) or g + 8 (half 1), as expand() wants it.
 template <typename S>
-__device__ auto zeros_of(const Wna16GemvArgs& args, const uint8_t* tile, int lane, int group, int half) {
+__device__ auto zeros_of(const Chunk<S>& chunk, int group, int half) {
   int zero = 1 << (S::kBits - 1);
-  if (args.zeros != nullptr)
-    zero = tile[S::kWeightBytes + S::kScaleBytes + ((lane / 4) * S::kGroups + group) * 2 + half];
+  if (S::kZeros) zero = chunk.zeros[group] >> (8 * half) & 0xff;
   return Dequant<typename S::T, S::kBits>::zeros_of(zero);
 }
 
-// Eight columns of x a block: the lane's 8 inputs of each, in the order that expand() gives the weights.
+// The lane's 8 inputs of a block of x, for each 8 columns, in the order that expand() gives the weights.
 template <typename S>
-__device__ void load_x(const uint8_t* x_lane, int pitch, int last_row, int lane, uint4 (&values)[S::kColBlocks]) {
-#pragma unroll
-  for (int j = 0; j < S::kColBlocks; ++j) {
-    const int row = min(j * 8 + lane / 4, last_row);  // columns past m are computed and dropped
-    values[j] = *reinterpret_cast<const uint4*>(x_lane + row * pitch);
+using XBlock = uint4[S::kColBlocks];
+
+// x as a lane reads it, through L1: from global memory, or from the copy that a norm made in shared memory.
+template <typename S>
+struct LaneX {
+  const uint8_t* lane;
+  int row_offsets[S::kColBlocks];
+
+  __device__ LaneX(const uint8_t* x, int pitch, int m) : lane(x + threadIdx.x % 4 * 16) {
+    for (int j = 0; j < S::kColBlocks; ++j)
+      row_offsets[j] = min(j * 8 + static_cast<int>(threadIdx.x) / 4, m - 1) * pitch;  // columns past m are dropped
   }
-}
+  // kXBlocks blocks at once: left alone, the compiler puts each read beside its use, and every block waits for L1.
+  __device__ void read(int chunk, int block, XBlock<S> (&values)[S::kXBlocks]) const {
+    const uint8_t* first = lane + chunk * (kChunkK * 2) + block * 64;
+#pragma unroll
+    for (int b = 0; b < S::kXBlocks; ++b)
+      for (int j = 0; j < S::kColBlocks; ++j) values[b][j] = read_cached(first + row_offsets[j] + b * 64);
+  }
+};
 
 // products += (codes - zeros) x for 16 rows and 32 inputs: `words` holds row g's codes, then row g + 8's.
 template <typename S, typename Zeros>
-__device__ void multiply_block(const uint32_t* words, const Zeros (&zeros)[2], const uint4 (&x)[S::kColBlocks],
+__device__ void multiply_block(const uint32_t* words, const Zeros (&zeros)[2], const XBlock<S>& x,
                                float (&products)[S::kColBlocks][4]) {
   using D = Dequant<typename S::T, S::kBits>;
   uint32_t top[4], bottom[4];
@@ -217,35 +210,36 @@ __device__ void multiply_block(const uint32_t* words, const Zeros (&zeros)[2], c
   }
 }
 
-// sums += scale * (codes - zeros) x for one chunk. The scale is applied in float32 once a group is summed.
+// sums += scale * (codes - zeros) x for one chunk; the scale is applied in float32 once a group is summed. Each load's
+// registers are refilled from chunk `next` as soon as they are used up.
 template <typename S>
-__device__ void multiply_chunk(const Wna16GemvArgs& args, const uint8_t* slot, const uint8_t* x, int pitch, int lane,
-                               Sums<S>& sums) {
+__device__ void multiply_chunk(Chunks<S>& chunks, const Stream<S>* streams, int current, int next, bool refill,
+                               const LaneX<S>& lane_x, Sums<S>& sums) {
   using D = Dequant<typename S::T, S::kBits>;
-  constexpr int kBlocks = kChunkK / 32 / S::kGroups;   // of 32 inputs, in a group
-  constexpr int kBlocksPerLoad = 8 / S::kBits;         // whose codes are in a lane's 16 bytes
-  uint4 raw[S::kRowTiles], x_values[S::kColBlocks];
+  constexpr int kBlocks = kChunkK / 32 / S::kGroups;  // of 32 inputs, in a group
+  constexpr int kBlocksPerLoad = 8 / S::kBits;        // whose codes are in a lane's 16 bytes
+  XBlock<S> x[S::kXBlocks];
 #pragma unroll
   for (int group = 0; group < S::kGroups; ++group) {
     Sums<S> products = {};
     decltype(D::zeros_of(0)) zeros[S::kRowTiles][2];
 #pragma unroll
-    for (int i = 0; i < 2 * S::kRowTiles; ++i)
-      zeros[i / 2][i % 2] = zeros_of<S>(args, slot + i / 2 * S::kTileBytes, lane, group, i % 2);
+    for (int i = 0; i < 2 * S::kRowTiles; ++i) zeros[i / 2][i % 2] = zeros_of<S>(chunks[i / 2], group, i % 2);
 #pragma unroll
     for (int block = group * kBlocks; block < (group + 1) * kBlocks; ++block) {
-      load_x<S>(x + block * 64 + lane % 4 * 16, pitch, args.m - 1, lane, x_values);
+      if (block % S::kXBlocks == 0) lane_x.read(current, block, x);
 #pragma unroll
       for (int i = 0; i < S::kRowTiles; ++i) {
-        if (block % kBlocksPerLoad == 0)
-          raw[i] = reinterpret_cast<const uint4*>(slot + i * S::kTileBytes)[block / kBlocksPerLoad * 32 + lane];
-        const uint32_t* words = reinterpret_cast<const uint32_t*>(&raw[i]) + block % kBlocksPerLoad * 2 * D::kWords;
-        multiply_block<S>(words, zeros[i], x_values, products[i]);
+        uint4& load = chunks[i].words[block / kBlocksPerLoad];
+        const uint32_t* words = reinterpret_cast<const uint32_t*>(&load) + block % kBlocksPerLoad * 2 * D::kWords;
+        multiply_block<S>(words, zeros[i], x[block % S::kXBlocks], products[i]);
+        if (refill && (block + 1) % kBlocksPerLoad == 0)
+          streams[i].read_words(next, block / kBlocksPerLoad, chunks[i]);
       }
     }
 #pragma unroll
     for (int i = 0; i < S::kRowTiles; ++i) {
-      const float2 scales = scales_of<S>(slot + i * S::kTileBytes, lane, group);
+      const float2 scales = halves_of<typename S::T>(chunks[i].scales[group]);
 #pragma unroll
       for (int e = 0; e < S::kColBlocks * 4; ++e)
         sums[i][e / 4][e % 4] += (e % 4 < 2 ? scales.x : scales.y) * products[i][e / 4][e % 4];
@@ -253,34 +247,47 @@ __device__ void multiply_chunk(const Wna16GemvArgs& args, const uint8_t* slot, c
   }
 }
 
-// A warp's sums to shared memory: partial[k_warp][column of y][row of the group].
+// x where this block reads it: its shared memory, after staging, or global memory.
 template <typename S>
-__device__ void store_partial(const Share& share, int m, const Sums<S>& sums, float* partial) {
-  const int rows = share.group_tiles * kTileRows;
+__device__ LaneX<S> prepare_x(const Wna16GemvArgs& args, const Share& share, uint8_t* free_smem) {
+  if (!args.stage_x) return LaneX<S>(static_cast<const uint8_t*>(args.x), args.k * 2, args.m);
+  const int begin = share.first - threadIdx.z;
+  float2* statistics = reinterpret_cast<float2*>(free_smem);
+  uint8_t* staged = free_smem + (args.m + 1) / 2 * 16;
+  if (args.norm != Norm::kNone) norm_statistics<typename S::T>(args, statistics);
+  __syncthreads();
+  stage_x<typename S::T>(args, begin, share.end, staged, statistics);
+  __syncthreads();
+  return LaneX<S>(staged - begin * (kChunkK * 2), staged_pitch(largest_slice(args.chunks, gridDim.x)), args.m);
+}
+
+// A warp's sums to shared memory: partial[k warp][column of y][row of the group].
+template <typename S>
+__device__ void store_partial(int group_tiles, int m, const Sums<S>& sums, float* partial) {
+  const int rows = group_tiles * kTileRows;
+  const int lane = threadIdx.x;
+#pragma unroll
   for (int i = 0; i < S::kRowTiles; ++i) {
-    for (int j = 0; j < S::kColBlocks; ++j) {
-      for (int e = 0; e < 4; ++e) {
-        const int row = (share.row_warp * S::kRowTiles + i) * kTileRows + share.lane / 4 + (e / 2) * 8;
-        const int column = j * 8 + (share.lane % 4) * 2 + e % 2;
-        if (column < m) partial[(share.k_warp * m + column) * rows + row] = sums[i][j][e];
-      }
+#pragma unroll
+    for (int e = 0; e < S::kColBlocks * 4; ++e) {
+      const int row = (threadIdx.y * S::kRowTiles + i) * kTileRows + lane / 4 + (e % 4 / 2) * 8;
+      const int column = e / 4 * 8 + (lane % 4) * 2 + e % 2;
+      if (column < m) partial[(threadIdx.z * m + column) * rows + row] = sums[i][e / 4][e % 4];
     }
   }
 }
 
-// partial[0] becomes the sum over the block's warps, in warp order.
-__device__ inline void sum_over_warps(int k_warps, int count, float* partial) {
-  for (int i = threadIdx.x; i < count; i += kThreads) {
-    float sum = partial[i];
-    for (int w = 1; w < k_warps; ++w) sum += partial[w * count + i];
-    partial[i] = sum;
-  }
+// The sum over the block's k warps of partial[index], in warp order.
+__device__ inline float sum_over_warps(const float* partial, int count, int index) {
+  float sum = partial[index];
+  for (int warp = 1; warp < blockDim.z; ++warp) sum += partial[warp * count + index];
+  return sum;
 }
 
-// The sum over the cluster's blocks of partial[index], in rank order.
-__device__ inline float sum_over_cluster(int cluster, const float* partial, int index) {
-  float sum = partial[index];
-  for (int rank = 1; rank < cluster; ++rank) sum += read_cluster_float(smem_address(partial + index), rank);
+// The sum over the cluster's blocks of totals[index], in rank order.
+__device__ inline float sum_over_cluster(const float* totals, int index) {
+  float sum = totals[index];
+  for (int rank = 1; rank < gridDim.x; ++rank) sum += read_cluster_float(smem_address(totals + index), rank);
   return sum;
 }
 
@@ -364,85 +371,99 @@ __device__ void store_pair(const Wna16GemvArgs& args, const Pair& pair) {
   store_element<T>(args, pair.column, pair.high, pair.high_sum);
 }
 
-// The group's results from the blocks' partial sums to y.
-template <typename T>
-__device__ void store_group(const Wna16GemvArgs& args, const Share& share, int cluster, int group,
-                            const float* partial) {
-  const int rows = share.group_tiles * kTileRows;
+// The group's results to y: `sum_of(index)` is the finished sum of [column of y][row of the group].
+template <typename T, typename SumOf>
+__device__ void store_group(const Wna16GemvArgs& args, int group_tiles, SumOf sum_of) {
+  const int rows = group_tiles * kTileRows;
   const int block_tiles = args.pair_block / kTileRows;
-  for (int i = threadIdx.x; i < share.group_tiles * 8 * args.m; i += kThreads) {
-    const int local = i / 8 % share.group_tiles;
-    const int tile = group * share.group_tiles + local;
-    if (tile >= share.tiles) continue;
+  const int pairs = group_tiles * 8;  // per column: a power of two
+  for (int i = thread_of_block(); i < pairs * args.m; i += threads_of_block()) {
+    const int column = i >> (__ffs(pairs) - 1);
+    const int local = (i & (pairs - 1)) / 8;
+    const int tile = blockIdx.y * group_tiles + local;
+    if (tile >= args.tiles) continue;
     Pair pair;
-    pair.column = i / (8 * share.group_tiles);
+    pair.column = column;
     pair.low = tile / block_tiles * args.pair_block + tile % block_tiles * 8 + i % 8;
     pair.high = pair.low + args.pair_block / 2;
-    const int index = pair.column * rows + local * kTileRows + i % 8;
-    pair.low_sum = sum_over_cluster(cluster, partial, index);
-    pair.high_sum = sum_over_cluster(cluster, partial, index + 8);
+    const int index = column * rows + local * kTileRows + i % 8;
+    pair.low_sum = sum_of(index);
+    pair.high_sum = sum_of(index + 8);
     store_pair<T>(args, pair);
   }
 }
 
+// Sums over warps and cluster, then the epilogue. `partial` holds the warps' sums, with room for one more set behind.
+template <typename T>
+__device__ void finish_group(const Wna16GemvArgs& args, int group_tiles, float* partial) {
+  const int count = group_tiles * kTileRows * args.m;
+  __syncthreads();
+  if (gridDim.x == 1) {
+    store_group<T>(args, group_tiles, [&](int index) { return sum_over_warps(partial, count, index); });
+    return;
+  }
+  float* totals = partial + blockDim.z * count;
+  for (int i = thread_of_block(); i < count; i += threads_of_block()) totals[i] = sum_over_warps(partial, count, i);
+  cluster_sync();
+  if (blockIdx.x == 0) store_group<T>(args, group_tiles, [&](int index) { return sum_over_cluster(totals, index); });
+  cluster_sync();  // no block leaves while rank 0 reads from it
+}
+
 template <typename S>
-__global__ void __launch_bounds__(kThreads)
-    wna16_gemv_kernel(const __grid_constant__ Wna16GemvArgs args, const __grid_constant__ Wna16GemvLaunch launch) {
+__global__ void __launch_bounds__(kMaxThreads, S::kMinBlocks)
+    wna16_gemv_kernel(const __grid_constant__ Wna16GemvArgs args) {
   using T = typename S::T;
   extern __shared__ __align__(128) uint8_t smem[];
-  const Share share = share_of(args, launch);
-  const int count = share.group_tiles * kTileRows * args.m;  // results of a row group
-  uint8_t* slots = smem;
-  float* partial = reinterpret_cast<float*>(slots + kThreads / 32 * S::kStages * S::kSlotBytes);
-  float2* statistics = reinterpret_cast<float2*>(partial + count * share.k_warps);
-  uint8_t* x_smem = reinterpret_cast<uint8_t*>(statistics + (args.m + 1) / 2 * 2);
+  const Share share = share_of<S>(args);
+  const int lane = threadIdx.x;
+  const int count = share.group_tiles * kTileRows * args.m;
+  float* partial = reinterpret_cast<float*>(smem);
 
   allow_next_kernel();
-  Stream<S> stream(args, share, slots + threadIdx.x / 32 * S::kStages * S::kSlotBytes);
-  for (int i = 0; i < S::kStages - 1; ++i) stream.fetch();
-  wait_for_previous_kernel();
-  if (args.norm != Norm::kNone) norm_statistics<T>(args, statistics);
-
-  const bool resident = share.end - share.begin <= launch.chunks_per_pass;
-  for (int group = share.group; group < share.groups; group += share.group_step) {
-    Sums<S> sums = {};
-    for (int pass = share.begin; pass < share.end; pass += launch.chunks_per_pass) {
-      const int pass_end = min(pass + launch.chunks_per_pass, share.end);
-      if (!resident || group == share.group) {
-        __syncthreads();
-        stage_x<T>(args, pass, pass_end, x_smem, statistics);
-        __syncthreads();
-      }
-      for (int chunk = pass + share.k_warp; chunk < pass_end; chunk += share.k_warps) {
-        const uint8_t* slot = stream.next();
-        multiply_chunk<S>(args, slot, x_smem + (chunk - pass) * kChunkK * 2, x_pitch(pass_end - pass), share.lane,
-                          sums);
-      }
+  Stream<S> streams[S::kRowTiles];
+  for (int i = 0; i < S::kRowTiles; ++i) streams[i].open(args, share.tile + i, lane);
+  Chunks<S> chunks[S::kAhead];
+#pragma unroll
+  for (int a = 0; a < S::kAhead; ++a) {
+    const int chunk = share.first + a * share.step;
+    if (chunk >= share.end) break;
+    for (int i = 0; i < S::kRowTiles; ++i) {
+      for (int load = 0; load < S::kLoads; ++load) streams[i].read_words(chunk, load, chunks[a][i]);
+      streams[i].read_sides(chunk, args.scale_shift, chunks[a][i]);
     }
-    store_partial<S>(share, args.m, sums, partial);
-    __syncthreads();
-    sum_over_warps(share.k_warps, count, partial);
-    if (launch.cluster > 1) cluster_sync();
-    else __syncthreads();
-    if (blockIdx.x % launch.cluster == 0) store_group<T>(args, share, launch.cluster, group, partial);
-    if (launch.cluster > 1) cluster_sync();  // rank 0 has read before anyone writes again or leaves
-    else __syncthreads();
   }
+  wait_for_previous_kernel();
+
+  const LaneX<S> x = prepare_x<S>(args, share, smem + count * (blockDim.z + 1) * 4);
+  Sums<S> sums = {};
+  for (int chunk = share.first; chunk < share.end; chunk += S::kAhead * share.step) {
+#pragma unroll
+    for (int a = 0; a < S::kAhead; ++a) {
+      const int current = chunk + a * share.step;
+      if (current >= share.end) break;
+      const int next = current + S::kAhead * share.step;
+      multiply_chunk<S>(chunks[a], streams, current, next, next < share.end, x, sums);
+      if (next < share.end)
+        for (int i = 0; i < S::kRowTiles; ++i) streams[i].read_sides(next, args.scale_shift, chunks[a][i]);
+    }
+  }
+  store_partial<S>(share.group_tiles, args.m, sums, partial);
+  finish_group<T>(args, share.group_tiles, partial);
 }
 
 template <typename S>
 cudaError_t launch_shape(const Wna16GemvArgs& args, const Wna16GemvLaunch& launch, cudaStream_t stream) {
-  const int rows = launch.row_warps * S::kRowTiles * kTileRows;
-  const int k_warps = kThreads / 32 / launch.row_warps;
-  const size_t bytes = kThreads / 32 * S::kStages * S::kSlotBytes + size_t(rows) * args.m * k_warps * 4 +
-                       (args.m + 1) / 2 * 16 + size_t(args.m) * x_pitch(launch.chunks_per_pass);
+  const int group_tiles = launch.row_warps * S::kRowTiles;
+  if (launch.row_warps * launch.k_warps * 32 > kMaxThreads) return cudaErrorInvalidConfiguration;
+  size_t bytes = size_t(group_tiles) * kTileRows * args.m * (launch.k_warps + 1) * 4;
+  if (args.stage_x) bytes += (args.m + 1) / 2 * 16 + size_t(args.m) * staged_pitch(largest_slice(args.chunks, launch.cluster));
   auto kernel = wna16_gemv_kernel<S>;
-  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes));
+  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes));
   if (error != cudaSuccess) return error;
   cudaLaunchAttribute attributes[2];
   cudaLaunchConfig_t config = {};
-  config.gridDim = launch.blocks * launch.cluster;
-  config.blockDim = kThreads;
+  config.gridDim = dim3(launch.cluster, (args.tiles + group_tiles - 1) / group_tiles);
+  config.blockDim = dim3(32, launch.row_warps, launch.k_warps);
   config.dynamicSmemBytes = bytes;
   config.stream = stream;
   config.attrs = attributes;
@@ -455,19 +476,31 @@ cudaError_t launch_shape(const Wna16GemvArgs& args, const Wna16GemvLaunch& launc
     attributes[config.numAttrs].val.clusterDim = {unsigned(launch.cluster), 1, 1};
     ++config.numAttrs;
   }
-  return cudaLaunchKernelEx(&config, kernel, args, launch);
+  return cudaLaunchKernelEx(&config, kernel, args);
 }
 
-template <typename T, int kBits, int kGroups>
+template <typename T, int kBits, bool kZeros, int kGroups>
 cudaError_t launch_groups(const Wna16GemvArgs& args, const Wna16GemvLaunch& launch, cudaStream_t stream) {
   const int columns = args.m <= 8 ? 8 : args.m <= 16 ? 16 : args.m <= 32 ? 32 : 64;
   switch (columns * 10 + launch.row_tiles) {
-    case 81: return launch_shape<Shape<T, kBits, kGroups, 1, 1>>(args, launch, stream);
-    case 82: return launch_shape<Shape<T, kBits, kGroups, 2, 1>>(args, launch, stream);
-    case 161: return launch_shape<Shape<T, kBits, kGroups, 1, 2>>(args, launch, stream);
-    case 162: return launch_shape<Shape<T, kBits, kGroups, 2, 2>>(args, launch, stream);
-    case 322: return launch_shape<Shape<T, kBits, kGroups, 2, 4>>(args, launch, stream);
-    case 642: return launch_shape<Shape<T, kBits, kGroups, 2, 8>>(args, launch, stream);
+    case 81: return launch_shape<Shape<T, kBits, kZeros, kGroups, 1, 1>>(args, launch, stream);
+    case 82: return launch_shape<Shape<T, kBits, kZeros, kGroups, 2, 1>>(args, launch, stream);
+    case 161: return launch_shape<Shape<T, kBits, kZeros, kGroups, 1, 2>>(args, launch, stream);
+    case 162: return launch_shape<Shape<T, kBits, kZeros, kGroups, 2, 2>>(args, launch, stream);
+    case 321: return launch_shape<Shape<T, kBits, kZeros, kGroups, 1, 4>>(args, launch, stream);
+    case 322: return launch_shape<Shape<T, kBits, kZeros, kGroups, 2, 4>>(args, launch, stream);
+    case 641: return launch_shape<Shape<T, kBits, kZeros, kGroups, 1, 8>>(args, launch, stream);
+    case 642: return launch_shape<Shape<T, kBits, kZeros, kGroups, 2, 8>>(args, launch, stream);
+    default: return cudaErrorInvalidValue;
+  }
+}
+
+template <typename T, int kBits, bool kZeros>
+cudaError_t launch_zeros(const Wna16GemvArgs& args, const Wna16GemvLaunch& launch, cudaStream_t stream) {
+  switch (launch.groups_per_chunk) {
+    case 1: return launch_groups<T, kBits, kZeros, 1>(args, launch, stream);
+    case 2: return launch_groups<T, kBits, kZeros, 2>(args, launch, stream);
+    case 4: return launch_groups<T, kBits, kZeros, 4>(args, launch, stream);
     default: return cudaErrorInvalidValue;
   }
 }
@@ -478,12 +511,8 @@ template <typename T, int kBits>
 cudaError_t launch_wna16_gemv(const Wna16GemvArgs& args, const Wna16GemvLaunch& launch, cudaStream_t stream) {
   const cudaError_t error = cudaSetDevice(launch.device);
   if (error != cudaSuccess) return error;
-  switch (launch.groups_per_chunk) {
-    case 1: return launch_groups<T, kBits, 1>(args, launch, stream);
-    case 2: return launch_groups<T, kBits, 2>(args, launch, stream);
-    case 4: return launch_groups<T, kBits, 4>(args, launch, stream);
-    default: return cudaErrorInvalidValue;
-  }
+  return args.zeros == nullptr ? launch_zeros<T, kBits, false>(args, launch, stream)
+                               : launch_zeros<T, kBits, true>(args, launch, stream);
 }
 
 template cudaError_t launch_wna16_gemv<LOWBIT_T, LOWBIT_BITS>(const Wna16GemvArgs&, const Wna16GemvLaunch&,

@@ -11,14 +11,12 @@ namespace lowbit {
 
 constexpr int kTileRows = 16;     // rows of W in a tile: those of the tensor core's A operand
 constexpr int kChunkK = 128;      // inputs in a chunk: tile x chunk is what one warp reads at a time
-constexpr int kThreads = 256;
-constexpr int kMaxCluster = 8;    // the largest cluster that every sm_90 part grants
 
 enum class Norm : int { kNone, kRms, kLayer };
 enum class Activation : int { kNone, kSiluMul, kGelu, kGeluTanh, kQuickGelu };
 
 struct Wna16GemvArgs {
-  const void* x;           // (m, k)
+  const void* x;           // (m, k), k a multiple of 128: the caller pads it with zeros
   const void* words;       // (tiles, chunks, 16 x 128 codes)
   const void* scales;      // (tiles, scale_rows, 8, groups per chunk, 2)
   const void* zeros;       // the same shape in uint8, or null: symmetric
@@ -28,6 +26,8 @@ struct Wna16GemvArgs {
   const void* norm_bias;   // (k) or null
   void* y;
   int m, n, k;
+  int tiles, chunks;       // ceil(n / 16), k / 128
+  bool stage_x;            // copy x to shared memory first: what a norm needs
   int pair_block;          // rows i and i + pair_block / 2 of each block of rows share a lane; 16 is the plain order
   int scale_rows;
   int scale_shift;         // chunk >> scale_shift is its row of scales
@@ -49,10 +49,9 @@ struct Wna16GemvLaunch {
   int device;
   int groups_per_chunk;  // 1, 2 or 4: scales per row in 128 inputs
   int row_tiles;         // tiles that a warp multiplies with one read of x
-  int row_warps;         // warps side by side over n; the other warps of the block share k
+  int row_warps;         // warps of a block side by side over n, a power of two
+  int k_warps;           // warps of a block that share k
   int cluster;           // blocks that share k; more than 1 needs sm_90
-  int blocks;            // clusters of them; fewer than there are row groups makes the kernel persistent
-  int chunks_per_pass;   // how much of k is in shared memory at a time
   bool dependent;        // launched with programmatic dependent launch
 };
 

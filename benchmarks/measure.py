@@ -1,0 +1,104 @@
+"""How every kernel is timed here: CUDA-graph replays over rotating copies of the weight, and the floor beside them."""
+
+import ctypes
+import json
+import math
+import subprocess
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+
+ROTATED_BYTES = 256 << 20  # copies of the weight that a graph walks through: over four times an H100's 50 MB of L2
+CALLS = 20                 # at least, in a graph
+READ_CEILING_BYTES = 2 << 30
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Microseconds of one call: median, 10th and 90th percentile over replays of a graph of many calls."""
+
+    us: float
+    us_p10: float
+    us_p90: float
+
+
+def copies_for(nbytes: int) -> int:
+    return max(2, min(64, math.ceil(ROTATED_BYTES / nbytes)))
+
+
+def time_calls(calls: Sequence[Callable[[], object]], target_ms: float = 20.0) -> Timing:
+    """Time of one call. `calls` work on different copies of the weight and are captured in turn, at least CALLS of them."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for call in calls[:2]:
+            call()
+    torch.cuda.synchronize()
+    count = max(CALLS, len(calls))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for i in range(count):
+            calls[i % len(calls)]()
+    graph.replay()
+    elapsed = replay_ms(graph, 2)
+    replays = max(9, min(31, int(target_ms / max(elapsed[0], 1e-3))))
+    times = sorted(ms * 1e3 / count for ms in replay_ms(graph, replays))
+    return Timing(*(round(times[int(q * (len(times) - 1))], 3) for q in (0.5, 0.1, 0.9)))
+
+
+def replay_ms(graph: torch.cuda.CUDAGraph, replays: int) -> list[float]:
+    events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(replays)]
+    for start, end in events:
+        start.record()
+        graph.replay()
+        end.record()
+    torch.cuda.synchronize()
+    return [start.elapsed_time(end) for start, end in events]
+
+
+class Floor:
+    """A kernel that only reads: the time of a shape's bytes in the same kind of graph."""
+
+    def __init__(self) -> None:
+        source = Path(__file__).with_name("read_floor.cu")
+        self.directory = tempfile.TemporaryDirectory()
+        library = Path(self.directory.name) / "read_floor.so"
+        command = ["nvcc", "-O3", "-arch=native", "-shared", "-Xcompiler", "-fPIC", "-o", str(library), str(source)]
+        subprocess.run(command, check=True)
+        self.library = ctypes.CDLL(str(library))
+        self.sink = torch.zeros(4, dtype=torch.int32, device="cuda")
+
+    def read(self, data: torch.Tensor, nbytes: int) -> None:
+        stream = torch.cuda.current_stream().cuda_stream
+        pointer, size, sink = ctypes.c_void_p(data.data_ptr()), ctypes.c_int64(nbytes), ctypes.c_void_p(self.sink.data_ptr())
+        if error := self.library.read_floor(pointer, size, sink, ctypes.c_void_p(stream)):
+            raise RuntimeError(f"read_floor: CUDA error {error}")
+
+    def time(self, nbytes: int) -> Timing:
+        """Of reading `nbytes`, rounded up to 16."""
+        nbytes = (nbytes + 15) // 16 * 16
+        buffers = [torch.randint(0, 255, (nbytes,), dtype=torch.uint8, device="cuda") for _ in range(copies_for(nbytes))]
+        return time_calls([lambda data=data: self.read(data, nbytes) for data in buffers])
+
+    def read_ceiling_gbs(self) -> float:
+        """The rate of one long read, GB/s."""
+        return round(READ_CEILING_BYTES / self.time(READ_CEILING_BYTES).us / 1e3, 1)
+
+
+def run_facts() -> dict[str, str]:
+    """What every row says of the machine and the code."""
+    smi = subprocess.run(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
+                         check=True, capture_output=True, text=True).stdout.split()[0]
+    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], check=False, capture_output=True, text=True)
+    return {
+        "gpu": torch.cuda.get_device_name(), "driver": smi, "torch": torch.__version__,
+        "commit": git.stdout.strip() or "unknown", "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+    }
+
+
+def write_rows(path: Path, rows: list[dict]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
