@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from quant.algos.awq import GRID, candidates, search_scales, weight_magnitude
+from quant.algos.awq import GRID, scales_at, search_scales, weight_magnitude
 from quant.numerics import fake_quantize
 from quant.scheme import make_scheme
 
@@ -21,21 +21,21 @@ def test_weight_magnitude_by_hand():
     assert not got[3:32].any()
 
 
-def test_candidates_are_the_two_families():
+@pytest.mark.parametrize("ratio", [0.05, 0.5, 0.95, 1.0])
+def test_candidates_are_the_two_families(ratio):
     activation, weight = torch.tensor([0.1, 1.0, 8.0]), torch.tensor([0.5, 0.2, 0.9])
-    found = list(candidates(activation, weight))
-    assert [ratio for ratio, duo, _ in found if not duo] == [step / GRID for step in range(1, GRID + 1)]
-    assert [ratio for ratio, duo, _ in found if duo] == [step / GRID for step in range(1, GRID)]
-    for ratio, duo, scales in found:
+    for duo in (False, True):
+        scales = scales_at(ratio, duo, activation, weight)
         wanted = activation**ratio / ((weight ** (1 - ratio) + 1e-4) if duo else 1)
-        wanted = wanted / (wanted.max() * wanted.min()).sqrt()
-        torch.testing.assert_close(scales, wanted)
-        assert scales.max() * scales.min() == pytest.approx(1, rel=1e-5)
+        torch.testing.assert_close(scales, wanted / (wanted.max() * wanted.min()).sqrt())
+        assert float(scales.max() * scales.min()) == pytest.approx(1, rel=1e-5)
 
 
 @pytest.mark.parametrize("activation", [torch.zeros(4), torch.tensor([0.0, 1e30, 1.0, 1e-30])])
-def test_candidates_stay_positive_and_finite(activation):
-    for _, _, scales in candidates(activation, torch.tensor([0.0, 1.0, 0.5, 0.0])):
+@pytest.mark.parametrize("duo", [False, True])
+def test_candidates_stay_positive_and_finite(activation, duo):
+    for step in range(GRID + 1):
+        scales = scales_at(step / GRID, duo, activation, torch.tensor([0.0, 1.0, 0.5, 0.0]))
         assert bool((torch.isfinite(scales) & (scales > 0)).all())
 
 
@@ -50,15 +50,19 @@ def test_a_loss_that_is_not_a_number_never_wins():
     assert choice.scales is None
 
 
-def test_the_winner_has_the_least_loss_of_all_candidates():
+@pytest.mark.parametrize("duo", [False, True])
+@pytest.mark.parametrize("step", [1, 2, 7, 10, 15])
+def test_a_smooth_loss_is_followed_to_its_least_value(step, duo):
     activation, weight = torch.rand(16) + 0.1, torch.rand(16)
-    target = list(candidates(activation, weight))[7][2]
-    choice = search_scales(
-        activation, weight, lambda scales: 9.0 if scales is None else float((scales - target).square().sum())
-    )
+    target = scales_at(step / GRID, duo, activation, weight)
+
+    def loss(scales: torch.Tensor | None) -> float:
+        return 9.0 if scales is None else float((scales - target).square().sum())
+
+    choice = search_scales(activation, weight, loss)
     assert choice.loss == 0
     assert torch.equal(choice.scales, target)
-    assert (choice.ratio, choice.duo) == list(candidates(activation, weight))[7][:2]
+    assert (choice.ratio, choice.duo) == (step / GRID, duo)
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
