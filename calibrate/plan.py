@@ -74,7 +74,7 @@ def make_plan(skeleton: Skeleton, recipe: Recipe) -> Plan:
             else:
                 left[spec.name] = Left(spec.n * spec.k, reason, exempt=True)
         left |= _unsplit_experts(skeleton, block)
-    return Plan(schemes, parameters, left)
+    return Plan(schemes, parameters, left | dict(_renamed(skeleton, left)))
 
 
 def fused_set(name: str) -> str:
@@ -138,6 +138,15 @@ def _outside_blocks(skeleton: Skeleton, ignore: Iterable[str]) -> Iterator[tuple
         else:
             reason = f"ignored by {pattern!r}" if pattern else "outside the decoder blocks"
             yield name, Left(module.weight.numel(), reason, exempt=pattern is not None)
+
+
+def _renamed(skeleton: Skeleton, left: Iterable[str]) -> Iterator[tuple[str, Left]]:
+    """Those of `left` that transformers calls otherwise than the file does: readers ignore them by either name."""
+    tensors = skeleton.others | {name: place for block in skeleton.blocks for name, place in block.tensors.items()}
+    for name in left:
+        place = tensors.get(f"{name}.weight")
+        if place is not None and place.expert is None and place.parameter != f"{name}.weight":
+            yield place.parameter.removesuffix(".weight"), Left(0, f"{name}, as transformers calls it", exempt=True)
 
 
 def _unsplit_experts(skeleton: Skeleton, block: Block) -> dict[str, Left]:
