@@ -107,9 +107,9 @@ class BlockWork:
     def _losses(self, fold: Fold, quantized: list[str], hidden: list[Tensor]) -> Losses:
         """The loss of a candidate: error of the output of the smallest module that holds all consumers.
 
-        Where that is the one linear itself, its second moment gives the error over all tokens at once.
+        Where that is one linear of few inputs, its second moment gives the error over all tokens at once, for less.
         """
-        if len(fold.columns) == 1:
+        if len(fold.columns) == 1 and self._specs[quantized[0]].k <= sum(states[..., 0].numel() for states in hidden):
             return self._linear_losses(fold, quantized[0])
         calls = self._record(self._common_module(fold.columns), hidden)
 

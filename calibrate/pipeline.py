@@ -25,7 +25,7 @@ from quant.qtensor import QTensor, round_to_nearest
 
 __all__ = ["BlockReport", "Job", "Result", "prepare", "run"]
 
-BATCH_TOKENS = 4096  # tokens run through a block at once, and tokens that module outputs are compared on
+BATCH_TOKENS = 2048  # tokens run through a block at once, and tokens that module outputs are compared on
 GRAM_TOKENS = 16384  # tokens that second moments are estimated from
 
 OnBlock = Callable[[BlockReport], None]

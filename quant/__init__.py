@@ -1,3 +1,3 @@
-"""The core: number types, schemes, the reference arithmetic, algorithms and kernels. Imports torch and nothing above it."""
+"""The core: number types, schemes, the reference arithmetic, algorithms and kernels. It imports nothing above it."""
 
 __version__ = "0.1.0"

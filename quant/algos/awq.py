@@ -6,7 +6,7 @@ The candidates here are the published family, with and without the weight's own 
 scaling at all; the caller measures each with the rounding that will be exported.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -43,8 +43,8 @@ def weight_magnitude(w: Tensor, scheme: Scheme) -> Tensor:
     return (values / values.amax(-1, keepdim=True).clamp(min=1e-12)).flatten(1).mean(0)
 
 
-def candidates(activation: Tensor, weight: Tensor) -> Iterator[tuple[float, bool, Tensor]]:
-    """Ratio, family and scales (channels,) to try.
+def scales_at(ratio: float, duo: bool, activation: Tensor, weight: Tensor) -> Tensor:
+    """The scales (channels,) of one candidate.
 
     activation  (channels,)  mean |x|
     weight      (channels,)  weight_magnitude, brought to channels
@@ -52,12 +52,8 @@ def candidates(activation: Tensor, weight: Tensor) -> Iterator[tuple[float, bool
     plain  s = activation^ratio
     duo    s = activation^ratio / (weight^(1 - ratio) + 1e-4)
     """
-    for step in range(1, GRID + 1):
-        ratio = step / GRID
-        powered = activation.clamp(min=1e-6) ** ratio
-        yield ratio, False, _centred(powered)
-        if step < GRID:
-            yield ratio, True, _centred(powered / (weight ** (1 - ratio) + 1e-4))
+    powered = activation.clamp(min=1e-6) ** ratio
+    return _centred(powered / (weight ** (1 - ratio) + 1e-4) if duo else powered)
 
 
 def _centred(scales: Tensor) -> Tensor:
@@ -67,11 +63,26 @@ def _centred(scales: Tensor) -> Tensor:
 
 
 def search_scales(activation: Tensor, weight: Tensor, loss_of: Callable[[Tensor | None], float]) -> ScaleChoice:
-    """The candidate with the least loss; `loss_of(None)` is the loss without scaling, which wins ties."""
+    """The candidate with the least loss; `loss_of(None)` is the loss without scaling, which wins ties.
+
+    Every second point of the grid is tried in both families, then the best one's two neighbours: the loss is smooth
+    enough in the ratio that this finds what the whole grid finds in half the time.
+    """
     unscaled = loss_of(None)
     best = ScaleChoice(None, 0.0, False, unscaled, unscaled)
-    for ratio, duo, scales in candidates(activation, weight):
+
+    def better(step: int, duo: bool) -> ScaleChoice:
+        scales = scales_at(step / GRID, duo, activation, weight)
         loss = loss_of(scales)
-        if loss < best.loss:
-            best = ScaleChoice(scales, ratio, duo, loss, unscaled)
+        return ScaleChoice(scales, step / GRID, duo, loss, unscaled) if loss < best.loss else best
+
+    for duo in (False, True):
+        # plain scaling by ratio 0 is no scaling; duo scaling by ratio 1 is plain scaling
+        for step in range(0 if duo else 2, GRID if duo else GRID + 1, 2):
+            best = better(step, duo)
+    if best.scales is not None:
+        middle, duo = round(best.ratio * GRID), best.duo
+        for step in (middle - 1, middle + 1):
+            if 0 <= step <= GRID:
+                best = better(step, duo)
     return best
