@@ -57,8 +57,8 @@ def shapes() -> Iterator[tuple[str, tuple[int, ...]]]:
     yield "model.norm.weight", (width,)
 
 
-def make_model(directory: Path) -> None:
-    """A checkpoint of random bfloat16 weights, with the demo model's tokenizer."""
+def make_model(directory: Path, tokenizer: Path) -> None:
+    """A checkpoint of random bfloat16 weights, with the tokenizer of another."""
     directory.mkdir(parents=True)
     writer = TensorFileWriter(directory / "model.safetensors")
     generator = torch.Generator().manual_seed(0)
@@ -69,7 +69,7 @@ def make_model(directory: Path) -> None:
     config = LlamaConfig(**CONFIG, architectures=["LlamaForCausalLM"], dtype="bfloat16")
     config.save_pretrained(directory)
     for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copyfile(demo_model_dir() / name, directory / name)
+        shutil.copyfile(tokenizer / name, directory / name)
 
 
 def measure(model: Path, method: str, device: str) -> dict[str, object]:
@@ -111,11 +111,13 @@ def main() -> None:
     parser.add_argument("--method", nargs="+", default=["int8", "awq"])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--folder", type=Path, help="Where the 6.4 GB model is made, and kept.")
+    parser.add_argument("--tokenizer", type=Path, help="A model directory to take the tokenizer from; default: demo.")
     arguments = parser.parse_args()
+    tokenizer = arguments.tokenizer or demo_model_dir()
     folder = arguments.folder or Path(tempfile.mkdtemp())
     if not (folder / "model").exists():
         # in a process of its own: a child's peak counts what its parent had resident when it was started
-        maker = multiprocessing.get_context("spawn").Process(target=make_model, args=(folder / "model",))
+        maker = multiprocessing.get_context("spawn").Process(target=make_model, args=(folder / "model", tokenizer))
         maker.start()
         maker.join()
     RESULTS.parent.mkdir(exist_ok=True)
