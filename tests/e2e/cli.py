@@ -1,0 +1,61 @@
+"""The console scripts, run in this process through the same entry points that pip installs."""
+
+import signal
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from commands import quantize, quantize_eval
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a command ended: its exit status and what it printed."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def complaint(self) -> str:
+        """The one line of an error; fails where there are more, or a traceback."""
+        assert self.code not in (0, None), self.out
+        assert "Traceback" not in self.err
+        lines = [line for line in self.err.splitlines() if line.strip()]
+        assert len(lines) == 1, self.err
+        return lines[0]
+
+
+def run_quantize(*args: object) -> Outcome:
+    """`quantize ARGS`."""
+    return _run(quantize.main, "quantize", args)
+
+
+def run_quantize_eval(*args: object) -> Outcome:
+    """`quantize-eval ARGS`."""
+    return _run(quantize_eval.main, "quantize-eval", args)
+
+
+def _run(main: Callable[[], None], name: str, args: tuple[object, ...]) -> Outcome:
+    capture = pytest.MonkeyPatch()
+    handler = signal.getsignal(signal.SIGTERM)
+    import contextlib
+    import io
+
+    out, err = io.StringIO(), io.StringIO()
+    try:
+        capture.setattr(sys, "argv", [name, *map(str, args)])
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), pytest.raises(SystemExit) as ended:
+            main()
+    finally:
+        capture.undo()
+        signal.signal(signal.SIGTERM, handler)
+    return Outcome(int(ended.value.code or 0), out.getvalue(), err.getvalue())
+
+
+def names(directory: Path) -> list[str]:
+    """What a directory holds, hidden names too."""
+    return sorted(path.name for path in directory.iterdir())

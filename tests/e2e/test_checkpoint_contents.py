@@ -1,0 +1,203 @@
+"""What a finished checkpoint holds: tied heads stay tied, companions come along, sums verify, equal runs are equal."""
+
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from calibrate.job import prepare
+from calibrate.methods import complete_recipe
+from export.checkpoint import open_checkpoint
+from export.errors import CheckpointError
+from models.source import open_source
+from quant.recipe import Recipe, read_recipe
+from tests.builders import save_family
+from tests.e2e.cli import names, run_quantize
+
+AWQ = ["--method", "awq", "--group-size", 32, "--num-samples", 4, "--seqlen", 32, "--eval-windows", 1]
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory) -> Path:
+    source = save_family("llama", tmp_path_factory.mktemp("source") / "llama", torch.bfloat16)
+    (source / "modeling_evil.py").write_text("raise SystemExit('must never run')")
+    (source / "LICENSE").write_text("free")
+    return source
+
+
+@pytest.fixture(scope="module")
+def awq(llama, tmp_path_factory) -> Path:
+    output = tmp_path_factory.mktemp("awq") / "out"
+    done = run_quantize(llama, *AWQ, "-o", output)
+    assert done.code == 0, done.err
+    return output
+
+
+def weights(directory: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in directory.glob("*.safetensors")}
+
+
+def test_what_the_directory_holds(awq):
+    assert names(awq) == [
+        "LICENSE",
+        "README.md",
+        "SHA256SUMS",
+        "chat_template.jinja",
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "quantization_report.json",
+        "recipe.toml",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ]
+    assert names(awq.parent) == ["out"]
+
+
+def test_sums_verify(awq):
+    found = subprocess.run(["sha256sum", "-c", "SHA256SUMS"], cwd=awq, capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stderr
+    assert len(found.stdout.splitlines()) == len(names(awq)) - 1
+
+
+def test_an_untied_head_and_all_that_is_not_linear_are_copied(awq, llama):
+    before, after = load_file(llama / "model.safetensors"), load_file(awq / "model.safetensors")
+    for name in ("lm_head.weight", "model.embed_tokens.weight", "model.norm.weight"):
+        assert torch.equal(before[name], after[name])
+    assert after["model.layers.0.input_layernorm.weight"].dtype == torch.bfloat16
+    assert after["model.layers.0.mlp.up_proj.weight_scale"].dtype == torch.bfloat16
+    linears = {name.removesuffix(".weight") for name in before if name.endswith("proj.weight")}
+    assert {name.removesuffix(".weight_packed") for name in after if name.endswith("packed")} == linears
+
+
+def test_the_configuration_says_what_the_files_hold(awq, llama):
+    before, after = (json.loads((directory / "config.json").read_text()) for directory in (llama, awq))
+    added = after.pop("quantization_config")
+    assert after == before
+    assert added["ignore"] == ["lm_head"]
+    assert added["config_groups"]["group_0"]["weights"]["num_bits"] == 4
+
+
+def test_the_report_has_every_linear_and_its_errors(awq):
+    report = json.loads((awq / "quantization_report.json").read_text())
+    assert report["coverage"] == 1
+    assert list(report["left"]) == ["lm_head"]
+    for block in report["blocks"]:
+        assert 0 < block["loss"] < 1
+        assert len(block["linears"]) == 7
+        assert len(block["folds"]) == 4
+        for row in block["linears"].values():
+            assert row["scheme"] == "int4-g32"
+            assert row["tokens"] == 128
+            assert 0 < row["weight_error"] < 0.3
+            assert 0 < row["output_error"] < 0.3
+
+
+def test_the_card_has_the_measured_perplexities(awq):
+    card = (awq / "README.md").read_text()
+    assert "non-overlapping windows" in card
+    assert "perplexity" in card
+    assert "library_name: transformers" in card
+
+
+def test_the_saved_recipe_gives_the_same_bytes(awq, llama, tmp_path):
+    done = run_quantize(llama, "--recipe", awq / "recipe.toml", "--eval-windows", 0, "-o", tmp_path / "again")
+    assert done.code == 0, done.err
+    assert weights(tmp_path / "again") == weights(awq)
+    assert (tmp_path / "again" / "recipe.toml").read_text() == (awq / "recipe.toml").read_text()
+    assert Recipe().merged(read_recipe(awq / "recipe.toml")).calibration_sha256
+
+
+def test_flags_override_the_recipe(awq, llama, tmp_path):
+    done = run_quantize(llama, "--recipe", awq / "recipe.toml", "--bits", 8, "--dry-run")
+    assert done.code == 0, done.err
+    assert "int8-g32" in done.out
+    assert names(tmp_path) == []
+
+
+def test_another_seed_gives_other_bytes(awq, llama, tmp_path):
+    done = run_quantize(llama, *AWQ, "--seed", 7, "-o", tmp_path / "other")
+    assert done.code == 0, done.err
+    assert weights(tmp_path / "other") != weights(awq)
+
+
+def test_shards(llama, tmp_path):
+    done = run_quantize(
+        llama, "--method", "int8", "--max-shard-size", "50KB", "--eval-windows", 1, "-o", tmp_path / "o"
+    )
+    assert done.code == 0, done.err
+    index = json.loads((tmp_path / "o" / "model.safetensors.index.json").read_text())
+    assert len(set(index["weight_map"].values())) > 1
+    assert open_checkpoint(tmp_path / "o").nbytes == index["metadata"]["total_size"]
+
+
+@pytest.mark.parametrize("method", ["int8", "awq"])
+def test_tied_embeddings_stay_tied(tmp_path, method):
+    source = save_family("gemma2", tmp_path / "source")
+    flags = AWQ if method == "awq" else ["--method", "int8", "--eval-windows", 0]
+    done = run_quantize(source, *flags, "-o", tmp_path / "out")
+    assert done.code == 0, done.err
+    checkpoint = open_checkpoint(tmp_path / "out")
+    assert not any(name.startswith("lm_head") for name in checkpoint.entries)
+    assert checkpoint.config["tie_word_embeddings"] is True
+    assert "lm_head" in checkpoint.quantization["ignore"]
+
+
+def test_a_tied_copy_on_disk_is_dropped(tmp_path):
+    from safetensors.torch import save_file
+
+    source = save_family("gemma2", tmp_path / "source")
+    tensors = load_file(source / "model.safetensors")
+    save_file(tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}, source / "model.safetensors")
+    done = run_quantize(source, "--method", "int8", "--eval-windows", 0, "-o", tmp_path / "out")
+    assert done.code == 0, done.err
+    assert not any(name.startswith("lm_head") for name in open_checkpoint(tmp_path / "out").entries)
+
+
+def plan_of(source: Path, **values: object):
+    return prepare(open_source(str(source)), complete_recipe({"method": "rtn", "group_size": 32} | values), "cpu").plan
+
+
+def test_ignoring_one_of_a_fused_set_leaves_all_of_it(tmp_path):
+    """Engines run q, k and v as one matrix. Half of it left is 12% of this model: too much, unless it is asked for."""
+    plan = plan_of(save_family("llama", tmp_path), ignore=("lm_head", "q_proj"))
+    for i in range(2):
+        prefix = f"model.layers.{i}.self_attn"
+        assert plan.left[f"{prefix}.q_proj"].reason == "ignored by 'q_proj'"
+        for other in ("k_proj", "v_proj"):
+            reason = plan.left[f"{prefix}.{other}"].reason
+            assert reason == f"engines fuse it with {prefix}.q_proj, which is ignored by 'q_proj'"
+        assert f"{prefix}.o_proj" in plan.schemes
+    assert plan.coverage == 1
+
+
+@pytest.mark.parametrize("pattern", ["model.layers.1.mlp.down_proj", "layers.1.mlp.down_proj", r"re:layers\.1\..*down"])
+def test_ignoring_by_name_end_or_pattern(tmp_path, pattern):
+    plan = plan_of(save_family("llama", tmp_path), ignore=("lm_head", pattern))
+    assert plan.left["model.layers.1.mlp.down_proj"].reason == f"ignored by {pattern!r}"
+    assert "model.layers.0.mlp.down_proj" in plan.schemes
+
+
+def test_group_sizes_fall_back_together_where_engines_fuse(tmp_path):
+    """hidden 64 and intermediate 96 under groups of 64: down_proj alone falls back; 80 inputs go per channel."""
+    plan = plan_of(save_family("llama", tmp_path / "a"), group_size=64)
+    assert {str(plan.schemes[f"model.layers.0.{name}"]) for name in ("self_attn.q_proj", "mlp.up_proj")} == {"int4-g64"}
+    assert str(plan.schemes["model.layers.0.mlp.down_proj"]) == "int4-g32"
+    plan = plan_of(save_family("llama", tmp_path / "b", intermediate_size=80), group_size=128)
+    assert str(plan.schemes["model.layers.0.mlp.down_proj"]) == "int4-channel"
+    assert str(plan.schemes["model.layers.0.mlp.gate_proj"]) == "int4-g64"
+    plan = plan_of(save_family("qwen3_moe", tmp_path / "c", moe_intermediate_size=96), group_size=64)
+    assert {str(scheme) for name, scheme in plan.schemes.items() if ".experts." in name} == {"int4-g32"}
+
+
+def test_the_coverage_gate_fails_where_a_large_linear_outside_the_blocks_is_left(tmp_path):
+    with pytest.raises(CheckpointError, match=r"only .*% of the linear.*lm_head: outside the decoder blocks.*--ignore"):
+        plan_of(save_family("llama", tmp_path), ignore=())
+
+
+def test_nothing_left_to_quantize_is_an_error(tmp_path):
+    with pytest.raises(CheckpointError, match="everything, by --ignore"):
+        plan_of(save_family("llama", tmp_path), ignore=("lm_head", "re:.*"))
