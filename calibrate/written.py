@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Iterable
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from calibrate.job import Job
@@ -65,6 +66,8 @@ class RecordingWriter:
         return value.to(self._job.dtype) if value.is_floating_point() else value
 
     def _add(self, name: str, tensor: Tensor) -> None:
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise CheckpointError(f"{name}: some values are too large for {tensor.dtype}; use --dtype bfloat16")
         self._writer.add(name, tensor)
         self._meant[name] = _digest((tensor,))
 

@@ -132,6 +132,7 @@ def open_skeleton(source: Source) -> Skeleton:
     for block in blocks:
         block.linears = list(_linears(model, block))
     _require_parameters(source, model, placements)
+    _require_shapes(source, model, placements)
     # a packed weight is (n, k) whatever the module's own habit
     turned = {f"{spec.name}.weight" for block in blocks for spec in block.linears if spec.transposed}
     turned &= {f"{name}.weight" for name in tensors.schemes}
@@ -274,6 +275,16 @@ def _require_parameters(source: Source, model: PreTrainedModel, placements: dict
             f"{source.directory}: {len(missing)} weights that {type(model).__name__} needs are in no file, "
             f"the first {missing[0]!r}: the download is incomplete, or config.json belongs to another model"
         )
+
+
+def _require_shapes(source: Source, model: PreTrainedModel, placements: dict[str, Placement]) -> None:
+    """Raise CheckpointError where a tensor's shape in its header contradicts config.json."""
+    state = model.state_dict(keep_vars=True)
+    for name, placement in placements.items():
+        entry = source.checkpoint.entries.get(name)
+        if entry is not None and entry.shape != tuple(placement.view(state[placement.parameter]).shape):
+            wanted = list(placement.view(state[placement.parameter]).shape)
+            raise CheckpointError(f"{name}: {list(entry.shape)} in the file, {wanted} in the model of config.json")
 
 
 def fill(

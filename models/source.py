@@ -40,7 +40,9 @@ class Source:
         try:
             return AutoTokenizer.from_pretrained(self.directory, trust_remote_code=self.trust_remote_code)
         except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
-            raise CheckpointError(f"{self.directory}: no tokenizer that transformers can load ({error})") from error
+            raise CheckpointError(
+                f"{self.directory}: no tokenizer that transformers can load ({_line(error)})"
+            ) from error
 
 
 def open_source(name: str, trust_remote_code: bool = False, revision: str | None = None) -> Source:
@@ -90,11 +92,16 @@ def _config(checkpoint: Checkpoint, trust_remote_code: bool) -> PretrainedConfig
     except (ValueError, KeyError, OSError, TypeError) as error:
         kind = checkpoint.config.get("model_type")
         raise CheckpointError(
-            f"{checkpoint.directory}: transformers cannot read this configuration (model_type {kind!r}): {error}"
+            f"{checkpoint.directory}: transformers cannot read this configuration (model_type {kind!r}): {_line(error)}"
         ) from error
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     return config
+
+
+def _line(error: Exception) -> str:
+    """The beginning of an error's text, on one line."""
+    return " ".join(str(error).split())[:300]
 
 
 def refuse_encoder(directory: Path, config: Any) -> None:
