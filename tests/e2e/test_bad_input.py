@@ -1,0 +1,284 @@
+"""Every kind of bad input: a status that is not zero, one clear line, and nothing left behind."""
+
+import errno
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import BertConfig, BertForMaskedLM
+
+from export import tensorfile
+from export.checkpoint import INDEX_NAME, write_sums
+from tests.builders import changed_config, make_tokenizer, save_family
+from tests.e2e.cli import names, run_quantize
+
+FAST = ["--method", "int8", "--eval-windows", 0]
+AWQ = ["--method", "awq", "--group-size", 32, "--num-samples", 2, "--seqlen", 16, "--eval-windows", 0]
+
+
+@pytest.fixture(scope="module")
+def template(tmp_path_factory) -> Path:
+    return save_family("llama", tmp_path_factory.mktemp("template") / "llama")
+
+
+@pytest.fixture
+def model(template, tmp_path) -> Path:
+    """A model of its own to damage."""
+    return Path(shutil.copytree(template, tmp_path / "model"))
+
+
+@pytest.fixture
+def refused(tmp_path) -> Callable[..., str]:
+    """Runs quantize, which must fail with one line and leave its output's directory as empty as it was."""
+    outputs = tmp_path / "outputs"
+    outputs.mkdir()
+
+    def run(*args: object) -> str:
+        outcome = run_quantize(*args, "-o", outputs / "out")
+        assert names(outputs) == []
+        return outcome.complaint
+
+    return run
+
+
+def edited(model: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
+    tensors = load_file(model / "model.safetensors")
+    change(tensors)
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+
+
+def sharded(model: Path) -> dict[str, str]:
+    tensors = load_file(model / "model.safetensors")
+    (model / "model.safetensors").unlink()
+    some = sorted(tensors)
+    halves = {"model-00001-of-00002.safetensors": some[:5], "model-00002-of-00002.safetensors": some[5:]}
+    weight_map = {}
+    for file, held in halves.items():
+        save_file({name: tensors[name] for name in held}, model / file)
+        weight_map |= dict.fromkeys(held, file)
+    (model / INDEX_NAME).write_text(json.dumps({"weight_map": weight_map}))
+    return weight_map
+
+
+def test_no_such_model(refused):
+    assert "'no/such-model' is no directory here" in refused("no/such-model", *FAST)
+    assert "could not be had from the hub" in refused("./gone", *FAST)
+
+
+def test_a_directory_without_a_model(refused, tmp_path):
+    (tmp_path / "empty").mkdir()
+    assert "config.json: missing" in refused(tmp_path / "empty", *FAST)
+
+
+def test_a_file_as_model(refused, model):
+    line = refused(model / "model.safetensors", *FAST)
+    assert "model.safetensors" in line
+    assert "directory" in line
+
+
+def test_a_pickle(refused, model):
+    torch.save(load_file(model / "model.safetensors"), model / "pytorch_model.bin")
+    (model / "model.safetensors").unlink()
+    assert "only pickled weights (pytorch_model.bin)" in refused(model, *FAST)
+
+
+@pytest.mark.parametrize("keep", [0, 7, 5000, -1])
+def test_a_truncated_file(refused, model, keep):
+    raw = (model / "model.safetensors").read_bytes()
+    (model / "model.safetensors").write_bytes(raw[:keep])
+    line = refused(model, *FAST)
+    assert "model.safetensors" in line
+    assert "truncated" in line
+
+
+@pytest.mark.parametrize("method", [FAST, AWQ], ids=["int8", "awq"])
+def test_a_flipped_bit(refused, model, method):
+    write_sums(model)
+    raw = bytearray((model / "model.safetensors").read_bytes())
+    raw[-1000] ^= 4
+    (model / "model.safetensors").write_bytes(raw)
+    line = refused(model, *method)
+    assert "model.safetensors: SHA-256 is" in line
+
+
+def test_an_index_that_names_a_missing_shard(refused, model):
+    sharded(model)
+    (model / "model-00002-of-00002.safetensors").unlink()
+    assert "'model-00002-of-00002.safetensors' is missing" in refused(model, *FAST)
+
+
+def test_an_index_that_leads_outside(refused, model):
+    weight_map = sharded(model)
+    shutil.copy(model / "model-00002-of-00002.safetensors", model.parent / "x.safetensors")
+    moved = {name: "../x.safetensors" if "00002-of" in file[6:] else file for name, file in weight_map.items()}
+    (model / INDEX_NAME).write_text(json.dumps({"weight_map": moved}))
+    assert "lies outside the model directory" in refused(model, *FAST)
+
+
+def test_a_weight_that_no_file_holds(refused, model):
+    edited(model, lambda tensors: tensors.pop("model.layers.1.mlp.up_proj.weight"))
+    assert "'model.layers.1.mlp.up_proj.weight'" in refused(model, *FAST)
+
+
+def test_a_weight_of_another_shape(refused, model):
+    changed_config(model, lambda config: config.update(intermediate_size=128))
+    for method in (FAST, AWQ):
+        line = refused(model, *method)
+        assert "mlp." in line
+        assert "96" in line
+        assert "128" in line
+        assert "in the model of config.json" in line
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("method", [FAST, AWQ], ids=["int8", "awq"])
+@pytest.mark.parametrize(
+    "name", ["model.layers.1.mlp.up_proj.weight", "model.layers.0.input_layernorm.weight", "model.embed_tokens.weight"]
+)
+def test_a_weight_that_is_not_finite_is_named(refused, model, value, method, name):
+    def damage(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[name].view(-1)[3:5] = value
+
+    edited(model, damage)
+    line = refused(model, *method)
+    assert f"{name}: 2 of " in line
+    assert "NaN or infinite" in line
+
+
+def test_values_too_large_for_the_stored_dtype_are_not_written_as_infinite(refused, model):
+    def enlarge(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["model.layers.0.input_layernorm.weight"][5] = 1e6
+
+    edited(model, enlarge)
+    assert "model.layers.0.input_layernorm.weight" in refused(model, *FAST, "--dtype", "float16")
+
+
+def test_an_empty_dataset(refused, model, tmp_path):
+    (tmp_path / "empty.txt").write_text("")
+    assert "empty.txt" in refused(model, *AWQ, "--dataset", tmp_path / "empty.txt")
+
+
+def test_a_dataset_that_is_too_short(refused, model, tmp_path):
+    (tmp_path / "short.txt").write_text("abc")
+    line = refused(model, *AWQ, "--dataset", tmp_path / "short.txt")
+    assert "short.txt is too short: " in line
+    assert "32 needed" in line
+
+
+def test_a_dataset_file_that_is_not_there(refused, model, tmp_path):
+    line = refused(model, *AWQ, "--dataset", tmp_path / "gone.txt")
+    assert "gone.txt" in line
+    assert "No such file" in line
+
+
+def test_a_text_column_that_is_not_there(refused, model, tmp_path):
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"body": "x" * 99, "id": i}) + "\n" for i in range(9)))
+    line = refused(model, *AWQ, "--dataset", tmp_path / "rows.jsonl", "--text-column", "prose")
+    assert "rows.jsonl has no column 'prose'; its columns are: body, id" in line
+
+
+@pytest.mark.parametrize("bits", [0, 1, 2, 3, 5, 6, 7, 16])
+def test_bits_that_no_format_holds(refused, model, bits):
+    assert f"no {bits}-bit type" in refused(model, "--method", "rtn", "--bits", bits)
+
+
+@pytest.mark.parametrize("size", [0, -5, 1, 48, 100])
+def test_group_sizes_that_no_format_holds(refused, model, size):
+    assert f"group size {size}" in refused(model, "--method", "rtn", "--group-size", size)
+
+
+def test_asymmetric_8_bits(refused, model):
+    assert "cannot hold uint8" in refused(model, "--method", "rtn", "--bits", 8, "--asym")
+
+
+def test_an_encoder(refused, tmp_path):
+    config = BertConfig(
+        vocab_size=260, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=96
+    )
+    BertForMaskedLM(config).save_pretrained(tmp_path / "bert")
+    make_tokenizer().save_pretrained(tmp_path / "bert")
+    assert "BertForMaskedLM is no decoder language model" in refused(tmp_path / "bert", *FAST)
+
+
+def test_a_model_that_is_quantized_already(refused, model, tmp_path):
+    done = run_quantize(model, *FAST, "-o", tmp_path / "once")
+    assert done.code == 0, done.err
+    assert "already quantized (compressed-tensors)" in refused(tmp_path / "once", *FAST)
+
+
+@pytest.mark.parametrize("kind", ["no-such-architecture", None])
+def test_an_architecture_that_nobody_knows(refused, model, kind):
+    changed_config(model, lambda config: config.update(model_type=kind))
+    assert str(model) in refused(model, *FAST)
+
+
+def test_code_of_the_models_own(refused, model):
+    changed_config(model, lambda config: config.update(auto_map={"AutoModelForCausalLM": "evil.Model"}))
+    (model / "evil.py").write_text("raise SystemExit('must never run')")
+    line = refused(model, *FAST)
+    assert "evil.py" in line
+    assert "--trust-remote-code" in line
+
+
+def test_no_tokenizer(refused, model):
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (model / name).unlink()
+    assert "no tokenizer" in refused(model, *AWQ)
+
+
+def test_an_unknown_recipe_key_and_a_recipe_that_trusts(refused, model, tmp_path):
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text("bitss = 4\n")
+    assert "did you mean 'bits'" in refused(model, "--recipe", recipe)
+    recipe.write_text("trust_remote_code = true\n")
+    assert "'trust_remote_code' is not read from a recipe" in refused(model, "--recipe", recipe)
+    assert "no such recipe" in refused(model, "--recipe", tmp_path / "gone.toml")
+
+
+def test_an_unknown_method_format_dtype_or_device(refused, model):
+    assert "did you mean 'awq'" in refused(model, "--method", "awqq")
+    assert "compressed-tensors" in refused(model, *FAST, "--format", "compressed-tensor")
+    assert "known: auto, bfloat16" in refused(model, *FAST, "--dtype", "int7")
+    assert "write cpu, cuda" in refused(model, *FAST, "--device", "gpu0")
+
+
+def test_an_output_that_is_not_empty(model, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "precious").write_text("x")
+    line = run_quantize(model, *FAST, "-o", tmp_path / "out").complaint
+    assert "not empty; pass --overwrite" in line
+    assert names(tmp_path / "out") == ["precious"]
+    assert run_quantize(model, *FAST, "-o", tmp_path / "out", "--overwrite").code == 0
+    assert "precious" not in names(tmp_path / "out")
+
+
+def test_the_model_is_not_overwritten_by_its_own_quantization(model):
+    before = names(model)
+    outcome = run_quantize(model, *FAST, "-o", model, "--overwrite")
+    assert "model" in outcome.complaint
+    assert names(model) == before
+
+
+def test_too_little_room(refused, model, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1_000_000))
+    line = refused(model, *FAST)
+    assert "0.00 GB free, about 0.05 GB needed" in line
+
+
+@pytest.mark.parametrize("method", [FAST, AWQ], ids=["int8", "awq"])
+def test_a_disk_that_fills_up_while_writing(refused, model, monkeypatch, method):
+    """The device says ENOSPC in the middle of a file, as /dev/full does."""
+    add = tensorfile.TensorFileWriter.add
+
+    def full(self: tensorfile.TensorFileWriter, name: str, tensor: torch.Tensor) -> None:
+        if self.nbytes > 20_000:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        add(self, name, tensor)
+
+    monkeypatch.setattr(tensorfile.TensorFileWriter, "add", full)
+    assert "the disk is full" in refused(model, *method)

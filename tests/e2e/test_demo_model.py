@@ -1,0 +1,33 @@
+"""The demo model itself, quantized to int8 and read by transformers."""
+
+import math
+
+import pytest
+import torch
+
+from calibrate.data import builtin_text
+from evaluation.perplexity import difference, perplexity
+from models.source import open_source
+from tests.e2e.cli import run_quantize
+
+WINDOWS, CONTEXT = 2, 256
+
+
+@pytest.mark.demo
+@pytest.mark.peer
+def test_int8_of_the_demo_model_is_read_by_transformers_as_by_us(demo_model, tmp_path):
+    pytest.importorskip("compressed_tensors")
+    from transformers import AutoModelForCausalLM
+
+    done = run_quantize(demo_model, "--method", "int8", "--eval-windows", 0, "-o", tmp_path / "out")
+    assert done.code == 0, done.err
+    source = open_source(str(tmp_path / "out"))
+    text = builtin_text("heldout")[: WINDOWS * CONTEXT * 12]
+    ours = perplexity(source, text, CONTEXT, WINDOWS)
+    original = perplexity(open_source(str(demo_model)), text, CONTEXT, WINDOWS)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
+    ids = torch.tensor(source.tokenizer()(text).input_ids)[: WINDOWS * CONTEXT].view(WINDOWS, CONTEXT)
+    with torch.no_grad():
+        losses = [float(theirs(input_ids=row[None], labels=row[None], use_cache=False).loss) for row in ids]
+    assert math.exp(sum(losses) / WINDOWS) == pytest.approx(ours.perplexity, rel=0.01)
+    assert abs(difference(ours, original)[0]) < 0.005
