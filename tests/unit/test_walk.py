@@ -1,0 +1,109 @@
+"""models/: one block in memory at a time, tensors where they belong, and models that are not what config.json says."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from export.errors import CheckpointError
+from models.skeleton import Placement, open_skeleton, place
+from models.source import open_source
+from models.walk import Walk
+from tests.builders import FAMILIES, calibration, changed_config, make_model, save, save_family
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory) -> Path:
+    return save_family("llama", tmp_path_factory.mktemp("llama") / "model")
+
+
+def in_memory(model: torch.nn.Module) -> set[str]:
+    return {name for name, parameter in model.named_parameters() if not parameter.is_meta}
+
+
+def test_one_block_is_in_memory_at_a_time(llama):
+    skeleton = open_skeleton(open_source(str(llama)))
+    walk = Walk(skeleton, "cpu", torch.float32)
+    assert in_memory(skeleton.model) == set()
+    hidden = walk.start([calibration().ids])
+    assert in_memory(skeleton.model) == set()
+    for index, block in enumerate(skeleton.blocks):
+        with walk.loaded(index):
+            held = in_memory(skeleton.model)
+            assert held
+            assert all(name.startswith(f"{block.name}.") for name in held)
+            hidden = [walk.run(index, states) for states in hidden]
+        assert in_memory(skeleton.model) == set()
+
+
+def test_a_block_is_given_back_when_its_work_fails(llama):
+    skeleton = open_skeleton(open_source(str(llama)))
+    walk = Walk(skeleton, "cpu", torch.float32)
+    with pytest.raises(ValueError, match="boom"), walk.loaded(0):
+        raise ValueError("boom")
+    assert in_memory(skeleton.model) == set()
+
+
+def test_batches_of_every_shape_are_walked(llama):
+    skeleton = open_skeleton(open_source(str(llama)))
+    walk = Walk(skeleton, "cpu", torch.float32)
+    ids = [calibration(3, 8).ids, calibration(1, 17).ids, calibration(5, 1).ids]
+    hidden = walk.start(ids)
+    assert [tuple(states.shape) for states in hidden] == [(3, 8, 64), (1, 17, 64), (5, 1, 64)]
+    with walk.loaded(0):
+        assert [tuple(walk.run(0, states).shape) for states in hidden] == [(3, 8, 64), (1, 17, 64), (5, 1, 64)]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_tensor_of_a_file_has_a_place_and_every_linear_a_spec(family, tmp_path):
+    model = make_model(family)
+    skeleton = open_skeleton(open_source(str(save(model, tmp_path))))
+    placed = skeleton.others | {name: place for block in skeleton.blocks for name, place in block.tensors.items()}
+    assert set(placed) == set(load_file(tmp_path / "model.safetensors"))
+    state = model.state_dict()
+    for block in skeleton.blocks:
+        for spec in block.linears:
+            weight = spec.placement.view(state[spec.placement.parameter])
+            weight = weight.T if spec.transposed else weight
+            assert tuple(weight.shape) == (spec.n, spec.k)
+            stored = skeleton.read(f"{spec.name}.weight")
+            assert torch.equal(stored.T if spec.transposed else stored, weight)
+
+
+def test_experts_of_a_file_are_slices_of_the_models_stacks(tmp_path):
+    skeleton = open_skeleton(open_source(str(save_family("mixtral", tmp_path))))
+    prefix = "model.layers.1.block_sparse_moe.experts.3"
+    assert place(skeleton.model, [f"{prefix}.w1.weight", f"{prefix}.w3.weight", f"{prefix}.w2.weight", "noise"]) == {
+        f"{prefix}.w1.weight": Placement("model.layers.1.mlp.experts.gate_up_proj", 3, 0, 2),
+        f"{prefix}.w3.weight": Placement("model.layers.1.mlp.experts.gate_up_proj", 3, 1, 2),
+        f"{prefix}.w2.weight": Placement("model.layers.1.mlp.experts.down_proj", 3, 0, 1),
+    }
+
+
+@pytest.mark.parametrize("name", ["model.norm.weight", "lm_head.weight", "model.layers.0.self_attn.v_proj.weight"])
+def test_a_parameter_that_no_file_holds_is_named(tmp_path, name):
+    tensors = load_file(save_family("llama", tmp_path) / "model.safetensors")
+    tensors.pop(name)
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(
+        CheckpointError, match=f"1 weights that LlamaForCausalLM needs are in no file, the first '{name}'"
+    ):
+        open_skeleton(open_source(str(tmp_path)))
+
+
+def test_a_shape_that_contradicts_the_configuration(tmp_path):
+    changed_config(save_family("llama", tmp_path), lambda config: config.update(intermediate_size=128))
+    with pytest.raises(CheckpointError, match=r"mlp\.\w+\.weight: .*96.* in the file, .*128.* in the model of config"):
+        open_skeleton(open_source(str(tmp_path)))
+
+
+def test_more_blocks_than_the_configuration_says_are_not_needed(tmp_path):
+    changed_config(save_family("llama", tmp_path), lambda config: config.update(num_hidden_layers=1))
+    assert len(open_skeleton(open_source(str(tmp_path))).blocks) == 1
+
+
+def test_fewer_blocks_than_the_configuration_says(tmp_path):
+    changed_config(save_family("llama", tmp_path), lambda config: config.update(num_hidden_layers=3))
+    with pytest.raises(CheckpointError, match=r"the first 'model\.layers\.2\."):
+        open_skeleton(open_source(str(tmp_path)))
