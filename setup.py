@@ -54,13 +54,15 @@ class BuildCuda(build_ext):
         temporary = Path(self.build_temp)
         temporary.mkdir(parents=True, exist_ok=True)
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            compile_unit = lambda unit: self.compile(nvcc, architectures, temporary, *unit)  # noqa: E731
-            objects = list(pool.map(compile_unit, UNITS))
+            jobs = [pool.submit(self.compile, nvcc, architectures, temporary, *unit) for unit in UNITS]
+            objects = [job.result() for job in jobs]
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
         self.call([nvcc, "-shared", "--cudart", "static", "-o", str(target), *map(str, objects)])
 
-    def compile(self, nvcc: str, architectures: list[str], temporary: Path, source: str, defines: tuple[str, ...]) -> Path:
+    def compile(
+        self, nvcc: str, architectures: list[str], temporary: Path, source: str, defines: tuple[str, ...]
+    ) -> Path:
         import pybind11  # asked for at build time alone
 
         target = temporary / ("-".join([source, *defines]).replace("=", "_") + ".o")
@@ -74,7 +76,7 @@ class BuildCuda(build_ext):
 
     def call(self, command: list[str]) -> None:
         """Runs `command`; where it fails, its last lines of output are the error."""
-        result = subprocess.run(command, capture_output=True, text=True)
+        result = subprocess.run(command, check=False, capture_output=True, text=True)
         if result.returncode:
             output = "\n".join((result.stdout + result.stderr).strip().splitlines()[-30:])
             raise RuntimeError(f"building quant._C failed at\n  {' '.join(command)}\n{output}")

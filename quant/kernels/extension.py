@@ -1,28 +1,36 @@
 """The compiled extension quant._C, or None where it was not built."""
 
+import importlib
 from types import ModuleType
 
-try:
-    from quant import _C as extension
-except ImportError:
-    extension = None
 
-EXTENSION: ModuleType | None = extension
+def load_extension() -> ModuleType | None:
+    try:
+        return importlib.import_module("quant._C")
+    except ImportError:
+        return None
+
+
+EXTENSION = load_extension()
 
 
 def reason_against_device(capability: tuple[int, int]) -> str | None:
-    """Why no built code runs on a GPU of this compute capability, or None.
-
-    Machine code runs within its major version from its own minor one up ("90a" on 9.0 alone); PTX on all newer GPUs.
-    """
+    """Why no built code runs on a GPU of this compute capability, or None."""
     if EXTENSION is None:
         return "quant._C was not built (pip install --no-build-isolation -e . with nvcc on PATH)"
-    for name in EXTENSION.architectures.split():
+    return reason_against_capability(capability, EXTENSION.architectures)
+
+
+def reason_against_capability(capability: tuple[int, int], architectures: str) -> str | None:
+    """Why nothing of `architectures` ("80 90a 90+PTX") runs on this compute capability, or None.
+
+    Machine code runs from its own version on within the major one ("90a" on 9.0 alone), PTX on all newer GPUs.
+    """
+    for name in architectures.split():
         number, _, ptx = name.partition("+")
         built = divmod(int(number.rstrip("a")), 10)
-        if capability == built or (not number.endswith("a") and capability[0] == built[0] and capability > built):
-            return None
-        if ptx and capability > built:
+        same_major = capability[0] == built[0] and not number.endswith("a")
+        if capability == built or (capability > built and (same_major or ptx)):
             return None
     major, minor = capability
-    return f"the GPU is sm_{major}{minor}, quant._C was built for {EXTENSION.architectures} (LOWBIT_CUDA_ARCHS)"
+    return f"the GPU is sm_{major}{minor}, quant._C was built for {architectures} (LOWBIT_CUDA_ARCHS)"

@@ -1,9 +1,11 @@
 """The torch operators of `lowbit`: schemas, one implementation for every device, shapes for tracing.
 
-Each operator takes a PackedWeight's tensors and numbers one by one, as torch.library wants; the functions above them take
+Each operator takes a PackedWeight's tensors and numbers one by one, as torch.library wants; the functions below take
 the PackedWeight. On the CPU the registry's last kernel, the plain-torch reference, is what runs: a kernel's test is one
 operator on two devices.
 """
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -14,7 +16,7 @@ from quant.kernels.problem import Call, Rotary, check, problem_of
 from quant.kernels.registry import choose_kernel
 
 LIBRARY = torch.library.Library("lowbit", "DEF")
-WEIGHT = "Tensor words, Tensor scales, Tensor? zeros, int n, int bits, int group_size"
+WEIGHT = "Tensor words, Tensor scales, Tensor? zeros, int n, int bits, int group_size, int pair_block"
 NORM = "str norm, Tensor? norm_weight, Tensor? norm_bias, float norm_eps"
 LIBRARY.define(
     f"linear(Tensor x, {WEIGHT}, Tensor? bias, Tensor? residual, {NORM}, str activation, bool float32_out, "
@@ -25,7 +27,7 @@ LIBRARY.define(
     f"qkv_rotary_append(Tensor x, {WEIGHT}, Tensor? bias, {NORM}, Tensor positions, Tensor slots, Tensor cosines, "
     "Tensor sines, Tensor(a!) k_cache, Tensor(b!) v_cache, bool dependent) -> Tensor"
 )
-LIBRARY.define(f"dequantize({WEIGHT}, int k, int pair_block) -> Tensor")
+LIBRARY.define(f"dequantize({WEIGHT}, int k) -> Tensor")
 
 
 def compute(call: Call) -> Tensor:
@@ -43,49 +45,69 @@ def shape_of(call: Call) -> Tensor:
     return call.x.new_empty(call.y_shape, dtype=call.y_dtype)
 
 
-def linear_call(x, words, scales, zeros, n, bits, group_size, bias, residual, norm, norm_weight, norm_bias, norm_eps,
-                activation, float32_out, dependent) -> Call:
-    weight = PackedWeight(words, scales, zeros, n, x.shape[-1], bits, group_size)
+def linear_call(
+    x: Tensor, words: Tensor, scales: Tensor, zeros: Tensor | None, n: int, bits: int, group_size: int,
+    pair_block: int, bias: Tensor | None, residual: Tensor | None, norm: str, norm_weight: Tensor | None,
+    norm_bias: Tensor | None, norm_eps: float, activation: str, float32_out: bool, dependent: bool,
+) -> Call:
+    weight = PackedWeight(words, scales, zeros, n, x.shape[-1], bits, group_size, pair_block)
     return Call(x, weight, bias, residual, norm, norm_weight, norm_bias, norm_eps, activation, None, float32_out,
                 dependent)
 
 
-def gated_call(x, words, scales, zeros, n, bits, group_size, bias, norm, norm_weight, norm_bias, norm_eps,
-               dependent) -> Call:
-    weight = PackedWeight(words, scales, zeros, n, x.shape[-1], bits, group_size, pair_block=n)
+def gated_call(
+    x: Tensor, words: Tensor, scales: Tensor, zeros: Tensor | None, n: int, bits: int, group_size: int,
+    pair_block: int, bias: Tensor | None, norm: str, norm_weight: Tensor | None, norm_bias: Tensor | None, norm_eps: float,
+    dependent: bool,
+) -> Call:
+    weight = PackedWeight(words, scales, zeros, n, x.shape[-1], bits, group_size, pair_block)
     return Call(x, weight, bias, None, norm, norm_weight, norm_bias, norm_eps, "silu_mul", dependent=dependent)
 
 
-def rotary_call(x, words, scales, zeros, n, bits, group_size, bias, norm, norm_weight, norm_bias, norm_eps, positions,
-                slots, cosines, sines, k_cache, v_cache, dependent) -> Call:
+def rotary_call(
+    x: Tensor, words: Tensor, scales: Tensor, zeros: Tensor | None, n: int, bits: int, group_size: int,
+    pair_block: int, bias: Tensor | None, norm: str, norm_weight: Tensor | None, norm_bias: Tensor | None, norm_eps: float,
+    positions: Tensor, slots: Tensor, cosines: Tensor, sines: Tensor, k_cache: Tensor, v_cache: Tensor,
+    dependent: bool,
+) -> Call:
     rotary = Rotary(positions, slots, cosines, sines, k_cache, v_cache)
-    weight = PackedWeight(words, scales, zeros, n, x.shape[-1], bits, group_size, rotary.head_dim)
+    weight = PackedWeight(words, scales, zeros, n, x.shape[-1], bits, group_size, pair_block)
     return Call(x, weight, bias, None, norm, norm_weight, norm_bias, norm_eps, rotary=rotary, dependent=dependent)
 
 
-def dequantize_impl(words, scales, zeros, n, bits, group_size, k, pair_block) -> Tensor:
+def dequantize_impl(
+    words: Tensor, scales: Tensor, zeros: Tensor | None, n: int, bits: int, group_size: int, pair_block: int, k: int
+) -> Tensor:
     return wna16_dequantize.dequantize(PackedWeight(words, scales, zeros, n, k, bits, group_size, pair_block))
 
 
-for name, call_of in (("linear", linear_call), ("gated_linear", gated_call), ("qkv_rotary_append", rotary_call)):
+def dequantize_shape(
+    words: Tensor, scales: Tensor, zeros: Tensor | None, n: int, bits: int, group_size: int, pair_block: int, k: int
+) -> Tensor:
+    return scales.new_empty(n, k)
+
+
+def register(name: str, implementation: Callable[..., Tensor], fake: Callable[..., Tensor]) -> None:
     for device in ("CPU", "CUDA"):
-        LIBRARY.impl(name, lambda *args, call_of=call_of: compute(call_of(*args)), device)
-    torch.library.register_fake(f"lowbit::{name}", lambda *args, call_of=call_of: shape_of(call_of(*args)), lib=LIBRARY)
-for device in ("CPU", "CUDA"):
-    LIBRARY.impl("dequantize", dequantize_impl, device)
-torch.library.register_fake(
-    "lowbit::dequantize", lambda words, scales, zeros, n, bits, group_size, k, pair_block: scales.new_empty(n, k),
-    lib=LIBRARY,
-)
+        LIBRARY.impl(name, implementation, device)
+    torch.library.register_fake(f"lowbit::{name}", fake, lib=LIBRARY)
 
 
-def weight_args(weight: PackedWeight) -> tuple:
-    return weight.words, weight.scales, weight.zeros, weight.n, weight.bits, weight.group_size
+register("linear", lambda *args: compute(linear_call(*args)), lambda *args: shape_of(linear_call(*args)))
+register("gated_linear", lambda *args: compute(gated_call(*args)), lambda *args: shape_of(gated_call(*args)))
+register("qkv_rotary_append", lambda *args: compute(rotary_call(*args)), lambda *args: shape_of(rotary_call(*args)))
+register("dequantize", dequantize_impl, dequantize_shape)
 
 
-def linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, residual: Tensor | None = None, *,
-           norm: str = "none", norm_weight: Tensor | None = None, norm_bias: Tensor | None = None, norm_eps: float = 0.0,
-           activation: str = "none", float32_out: bool = False, dependent: bool = False) -> Tensor:
+def weight_args(weight: PackedWeight) -> tuple[Tensor, Tensor, Tensor | None, int, int, int, int]:
+    return weight.words, weight.scales, weight.zeros, weight.n, weight.bits, weight.group_size, weight.pair_block
+
+
+def linear(
+    x: Tensor, weight: PackedWeight, bias: Tensor | None = None, residual: Tensor | None = None, *,
+    norm: str = "none", norm_weight: Tensor | None = None, norm_bias: Tensor | None = None, norm_eps: float = 0.0,
+    activation: str = "none", float32_out: bool = False, dependent: bool = False,
+) -> Tensor:
     """activation(norm(x) W^T + bias) + residual.
 
     x (m, k), weight (n, k) packed in x's dtype, bias (n), residual (m, n); returns (m, n) in x's dtype or float32.
@@ -96,16 +118,19 @@ def linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, residual
                                    activation, float32_out, dependent)
 
 
-def gated_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, *, norm: str = "none",
-                 norm_weight: Tensor | None = None, norm_bias: Tensor | None = None, norm_eps: float = 0.0,
-                 dependent: bool = False) -> Tensor:
+def gated_linear(
+    x: Tensor, weight: PackedWeight, bias: Tensor | None = None, *, norm: str = "none",
+    norm_weight: Tensor | None = None, norm_bias: Tensor | None = None, norm_eps: float = 0.0, dependent: bool = False,
+) -> Tensor:
     """silu(gate) * up, (m, n / 2): `weight` is gate's rows over up's, packed with pair_block = n."""
-    return torch.ops.lowbit.gated_linear(x, *weight_args(weight), bias, norm, norm_weight, norm_bias, norm_eps, dependent)
+    return torch.ops.lowbit.gated_linear(x, *weight_args(weight), bias, norm, norm_weight, norm_bias, norm_eps,
+                                         dependent)
 
 
-def qkv_rotary_append(x: Tensor, weight: PackedWeight, rotary: Rotary, bias: Tensor | None = None, *, norm: str = "none",
-                      norm_weight: Tensor | None = None, norm_bias: Tensor | None = None, norm_eps: float = 0.0,
-                      dependent: bool = False) -> Tensor:
+def qkv_rotary_append(
+    x: Tensor, weight: PackedWeight, rotary: Rotary, bias: Tensor | None = None, *, norm: str = "none",
+    norm_weight: Tensor | None = None, norm_bias: Tensor | None = None, norm_eps: float = 0.0, dependent: bool = False,
+) -> Tensor:
     """q (m, q_heads * head_dim), rotated; k (rotated) and v are written to rotary's caches.
 
     `weight` is the rows of q over those of k over those of v, packed with pair_block = head_dim.
@@ -117,4 +142,4 @@ def qkv_rotary_append(x: Tensor, weight: PackedWeight, rotary: Rotary, bias: Ten
 
 def dequantize(weight: PackedWeight) -> Tensor:
     """The dense weight (n, k) in the packed scales' dtype."""
-    return torch.ops.lowbit.dequantize(*weight_args(weight), weight.k, weight.pair_block)
+    return torch.ops.lowbit.dequantize(*weight_args(weight), weight.k)

@@ -123,7 +123,7 @@ def reason_against_weight(call: Call) -> str | None:
     rows = {-1: 1, 256: w.k // 256}.get(w.group_size, chunks)
     sides = (tiles, rows, 8, 1 if w.group_size in (-1, 256) else 128 // w.group_size, 2)
     if tuple(w.scales.shape) != sides:
-        return f"scales of shape {tuple(w.scales.shape)} were not packed for groups of {w.group_size}: {sides} are needed"
+        return f"scales of shape {tuple(w.scales.shape)} were not packed for groups of {w.group_size}: need {sides}"
     if w.zeros is not None and (tuple(w.zeros.shape) != sides or w.zeros.dtype != torch.uint8):
         return f"zeros of shape {tuple(w.zeros.shape)} {w.zeros.dtype}, not {sides} torch.uint8"
     return None
@@ -134,6 +134,7 @@ def reason_against_tensors(call: Call) -> str | None:
     x, w, m, n, k = call.x, call.weight, call.x.shape[0], call.weight.n, call.weight.k
     if x.dtype not in (torch.float16, torch.bfloat16):
         return f"x is {x.dtype}: torch.float16 or torch.bfloat16 are needed"
+    halves: dict[str, tuple[Tensor | None, tuple[int, ...] | None]]
     halves = {"x": (x, (m, k)), "scales": (w.scales, None), "bias": (call.bias, (n,)),
               "residual": (call.residual, (m, n)), "norm_weight": (call.norm_weight, (k,)),
               "norm_bias": (call.norm_bias, (k,))}

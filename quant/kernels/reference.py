@@ -63,4 +63,4 @@ def rotate_and_store(sums: Tensor, rotary: Rotary, dtype: torch.dtype) -> Tensor
     turned = torch.cat([low * cosines - high * sines, high * cosines + low * sines], -1).to(dtype)
     rotary.k_cache[rotary.slots] = turned[:, -rotary.kv_heads :]
     rotary.v_cache[rotary.slots] = v.to(dtype)
-    return turned[:, : -rotary.kv_heads].flatten(1)
+    return turned[:, : -rotary.kv_heads].flatten(1).contiguous()

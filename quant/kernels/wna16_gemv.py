@@ -1,15 +1,20 @@
 """The product of a few rows (m <= 64) with a 4- or 8-bit weight, prologue and epilogue fused: csrc/wna16_gemv.cu."""
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from quant.kernels import reference
 from quant.kernels.extension import EXTENSION, reason_against_device
 from quant.kernels.packed import CHUNK_K, TILE_ROWS, groups_per_chunk, padded, scale_shift
 from quant.kernels.problem import ACTIVATIONS, NORMS, Call, Problem
 
 MAX_M = 64
+MAX_WARPS = 8  # in a block
+LONG_K = 64    # chunks
+MAX_STAGED_BYTES = 96 << 10  # of shared memory for x, where a norm comes before the product
 
 
 @dataclass(frozen=True)
@@ -38,37 +43,56 @@ def reason_against(problem: Problem) -> str | None:
 
 
 def choose_launch(problem: Problem) -> Launch:
-    """One rule for all shapes."""
-    chunks = padded(problem.k, CHUNK_K) // CHUNK_K
-    row_tiles, row_warps = 1 if problem.m <= 8 else 2, 1
-    groups = -(-problem.n // (TILE_ROWS * row_tiles * row_warps))
-    k_warps = 2
-    while k_warps * row_warps < 8 and k_warps < chunks and groups * k_warps < 9 * problem.processors:
+    """One rule for all shapes: as many warps over k as make one wave.
+
+    128 registers a thread leave room for 16 warps on a multiprocessor, 255 (more than 16 rows of x) for 8. Two tiles a
+    warp halve the reads of x and its fixed costs; one tile is better where tiles are few. Two blocks share k where k is
+    long and there would be fewer blocks than multiprocessors.
+    """
+    tiles, chunks = -(-problem.n // TILE_ROWS), -(-problem.k // CHUNK_K)
+    slots = problem.processors * (16 if problem.m <= 16 else 8)
+    if problem.m <= 8:
+        row_tiles = 1 if problem.bits == 8 or tiles <= 4 * problem.processors else 2
+    else:
+        row_tiles = 1 if problem.m <= 16 and tiles * MAX_WARPS <= slots and chunks < LONG_K else 2
+    groups = -(-tiles // row_tiles)
+    clusters_exist = problem.capability is not None and problem.capability >= (9, 0)
+    cluster = 2 if clusters_exist and problem.m > 8 and chunks >= LONG_K and groups <= problem.processors else 1
+    k_warps = 1
+    while k_warps < MAX_WARPS and 2 * k_warps * cluster <= chunks and 2 * k_warps * cluster * groups <= slots:
         k_warps *= 2
-    return Launch(row_tiles, row_warps, k_warps, 1)
+    return Launch(row_tiles, max(1, 4 // k_warps), k_warps, cluster)
 
 
 def run(call: Call, problem: Problem, launch: Launch | None = None) -> Tensor:
-    """y of `call`. The caller has checked it (problem.check)."""
+    """y of `call`, which problem.check has passed. ValueError where a tensor is not aligned to 16 bytes."""
     assert EXTENSION is not None
-    if call.x.shape[1] % CHUNK_K:
-        call = pad_inputs(call)
+    launch = launch or choose_launch(problem)
+    call = prepare(call, launch)
     y = torch.empty(call.y_shape, dtype=call.y_dtype, device=call.x.device)
     args = args_of(call, y)
     with torch.cuda.device(y.device):
         stream = torch.cuda.current_stream().cuda_stream
-        cut = launch_of(launch or choose_launch(problem), call, y.device.index)
+        cut = launch_of(launch, call, y.device.index)
         EXTENSION.wna16_gemv(call.x.dtype == torch.bfloat16, call.weight.bits, args, cut, stream)
     return y
 
 
-def pad_inputs(call: Call) -> Call:
-    """`call` with x and the norm's vectors padded with zeros to whole chunks of k."""
-    padding = (0, padded(call.x.shape[1], CHUNK_K) - call.x.shape[1])
-    return replace(call, x=torch.nn.functional.pad(call.x, padding))
+def prepare(call: Call, launch: Launch) -> Call:
+    """`call` as the kernel takes it: k in whole chunks, a norm whose rows fit in shared memory, 16-byte alignment."""
+    m, k = call.x.shape
+    whole = padded(k, CHUNK_K)
+    if call.norm != "none" and (whole != k or m * k * 2 // launch.cluster > MAX_STAGED_BYTES):
+        call = replace(call, x=reference.normalize(call), norm="none", norm_weight=None, norm_bias=None)
+    if whole != k:
+        call = replace(call, x=torch.nn.functional.pad(call.x, (0, whole - k)))
+    for name, tensor in (("x", call.x), ("words", call.weight.words), ("scales", call.weight.scales)):
+        if tensor.data_ptr() % 16:
+            raise ValueError(f"{name} starts at {tensor.data_ptr():#x}: the kernel reads 16 bytes at a time, aligned")
+    return call
 
 
-def args_of(call: Call, y: Tensor):
+def args_of(call: Call, y: Tensor) -> Any:
     """The kernel's arguments: addresses (0 for what is absent) and sizes."""
     assert EXTENSION is not None
     weight = call.weight
@@ -80,8 +104,8 @@ def args_of(call: Call, y: Tensor):
     args.tiles, args.chunks = weight.words.shape[:2]
     args.stage_x = call.norm != "none"
     args.scale_rows, args.scale_shift = weight.scales.shape[1], scale_shift(weight.group_size)
-    args.norm, args.norm_eps, args.activation = NORMS.index(call.norm), call.norm_eps, ACTIVATIONS.index(call.activation)
-    args.float32_out = call.float32_out
+    args.norm, args.norm_eps = NORMS.index(call.norm), call.norm_eps
+    args.activation, args.float32_out = ACTIVATIONS.index(call.activation), call.float32_out
     if call.rotary is not None:
         tensors |= vars(call.rotary)
         args.kv_heads = call.rotary.kv_heads
@@ -91,7 +115,7 @@ def args_of(call: Call, y: Tensor):
     return args
 
 
-def launch_of(launch: Launch, call: Call, device: int):
+def launch_of(launch: Launch, call: Call, device: int) -> Any:
     assert EXTENSION is not None
     cut = EXTENSION.Wna16GemvLaunch()
     for name, value in vars(launch).items():

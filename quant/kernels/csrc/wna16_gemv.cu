@@ -6,8 +6,9 @@
 // partial sums meet in shared memory in a fixed order, so a result does not depend on timing. Only W's stream is
 // started before the previous kernel has finished: W is constant, x is not.
 //
-// A ring of shared memory filled by cp.async was tried first: 1.4 times the floor where registers reach 1.1, because
-// its addresses and waits doubled the instructions per chunk. docs/LOG.md has the figures.
+// Tried and slower on one H100: a ring of shared memory filled by cp.async (more instructions per chunk), x copied to
+// shared memory first (its latency stands before everything), x read a chunk ahead. docs/LOG.md has the figures, and
+// what is still lost here: the compiler gives all refills one scoreboard, so the oldest waits for the newest.
 #include "dequant.cuh"
 #include "wna16_gemv.cuh"
 
@@ -29,7 +30,7 @@ struct Shape {
   static constexpr int kRing = kColBlocks == 1 ? 12 : kColBlocks == 2 ? 8 : 4;
   static constexpr int kAhead = kRing >= 4 * kLoads * kRowTiles ? 4 : (kRing - 1) / (kLoads * kRowTiles) + 1;  // chunks
   static constexpr int kXBlocks = kColBlocks >= 4 ? 1 : 4 / kColBlocks;  // blocks of 32 inputs of x read together
-  static constexpr int kMinBlocks = kRowTiles * kColBlocks <= 4 ? 2 : 1;
+  static constexpr int kMinBlocks = kColBlocks <= 2 ? 2 : 1;  // 128 registers a thread, or 255
 };
 
 // Which part of the problem a warp has: `tile` and those after it, every `step`-th chunk of [first, end).
@@ -487,9 +488,7 @@ cudaError_t launch_groups(const Wna16GemvArgs& args, const Wna16GemvLaunch& laun
     case 82: return launch_shape<Shape<T, kBits, kZeros, kGroups, 2, 1>>(args, launch, stream);
     case 161: return launch_shape<Shape<T, kBits, kZeros, kGroups, 1, 2>>(args, launch, stream);
     case 162: return launch_shape<Shape<T, kBits, kZeros, kGroups, 2, 2>>(args, launch, stream);
-    case 321: return launch_shape<Shape<T, kBits, kZeros, kGroups, 1, 4>>(args, launch, stream);
     case 322: return launch_shape<Shape<T, kBits, kZeros, kGroups, 2, 4>>(args, launch, stream);
-    case 641: return launch_shape<Shape<T, kBits, kZeros, kGroups, 1, 8>>(args, launch, stream);
     case 642: return launch_shape<Shape<T, kBits, kZeros, kGroups, 2, 8>>(args, launch, stream);
     default: return cudaErrorInvalidValue;
   }

@@ -1,0 +1,49 @@
+"""Weights, activations and tolerances that the kernels' tests share."""
+
+import torch
+from torch import Tensor
+
+from quant.kernels.packed import PackedWeight, prepack
+from quant.qtensor import QTensor, round_to_nearest
+from quant.scheme import make_scheme
+
+
+def make_qtensor(n: int, k: int, bits: int, group_size: int, symmetric: bool, device: str = "cpu") -> QTensor:
+    """A random weight with one row of zeros and one input 50 times larger than the rest."""
+    w = torch.randn(n, k, device=device) * 0.05
+    w[n // 2] = 0
+    w[:, k // 3] *= 50
+    return round_to_nearest(w, make_scheme(bits, group_size, symmetric), torch.float16)
+
+
+def make_packed(
+    n: int,
+    k: int,
+    bits: int = 4,
+    group_size: int = 128,
+    symmetric: bool = True,
+    dtype: torch.dtype = torch.float16,
+    device: str = "cpu",
+    pair_block: int = 16,
+) -> PackedWeight:
+    return prepack(make_qtensor(n, k, bits, group_size, symmetric, device), dtype, pair_block)
+
+
+def make_x(m: int, k: int, dtype: torch.dtype, device: str = "cpu", outliers: bool = False) -> Tensor:
+    """Random activations; with `outliers`, a few inputs are 60 times larger, as in real models."""
+    x = torch.randn(m, k, device=device)
+    if outliers:
+        x[:, :: max(1, k // 5)] *= 60
+    return x.to(dtype)
+
+
+def assert_close_as_half(y: Tensor, exact: Tensor, half: Tensor) -> None:
+    """House gate: y errs against `exact` (float64) at most twice as much as `half`, torch's own half-precision result.
+
+    The slack is one rounding of the largest result to y's dtype, which an exact y may owe.
+    """
+    slack = torch.finfo(y.dtype).eps * exact.abs().max()
+    limit = 2 * (half.double() - exact).abs().max() + slack
+    error = (y.double() - exact).abs().max()
+    assert torch.isfinite(y).all()
+    assert error <= limit, f"error {error:.3g}, limit {limit:.3g}"

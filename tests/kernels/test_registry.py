@@ -1,0 +1,59 @@
+"""Which kernel takes which problem, and what the others have against it."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from quant.kernels.__main__ import describe_build, describe_problem, main
+from quant.kernels.extension import reason_against_capability
+from quant.kernels.problem import Problem
+from quant.kernels.registry import KERNELS, choose_kernel
+from quant.kernels.wna16_gemv import MAX_WARPS, choose_launch
+
+ON_CPU = Problem(1, 4096, 4096, 4, 128, torch.float16, "cpu")
+ON_H100 = replace(ON_CPU, device="cuda", capability=(9, 0), processors=132)
+
+
+def test_the_cpu_gets_the_reference_and_is_told_why() -> None:
+    assert choose_kernel(ON_CPU).name == "reference"
+    assert "not wna16_gemv: the tensors are on the cpu" in describe_problem(ON_CPU)
+
+
+def test_every_problem_has_a_kernel() -> None:
+    assert KERNELS[-1].reason_against(replace(ON_H100, m=10**6)) is None
+
+
+def test_many_rows_are_declined_with_their_number() -> None:
+    assert KERNELS[0].reason_against(replace(ON_H100, m=65)) == "65 rows: it takes at most 64"
+
+
+@pytest.mark.parametrize(
+    ("capability", "architectures", "runs"),
+    [
+        ((9, 0), "90a", True),
+        ((9, 0), "80", False),
+        ((8, 9), "80 86", True),
+        ((8, 0), "86", False),
+        ((10, 0), "90a", False),
+        ((10, 0), "80 90+PTX", True),
+        ((7, 5), "80 90a 90+PTX", False),
+    ],
+)
+def test_built_architectures(capability, architectures, runs) -> None:
+    assert (reason_against_capability(capability, architectures) is None) == runs
+
+
+@pytest.mark.parametrize("m", [1, 8, 16, 33, 64])
+@pytest.mark.parametrize(("n", "k"), [(16, 32), (1000, 96), (4096, 4096), (4096, 14336), (5120, 13824), (57344, 8192)])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_launches_are_possible(m: int, n: int, k: int, bits: int) -> None:
+    launch = choose_launch(replace(ON_H100, m=m, n=n, k=k, bits=bits))
+    assert 1 <= launch.row_warps * launch.k_warps <= MAX_WARPS
+    assert launch.k_warps * launch.cluster <= max(1, -(-k // 128))
+    assert choose_launch(replace(ON_H100, m=m, n=n, k=k, bits=bits, capability=(8, 0))).cluster == 1
+
+
+def test_the_report_names_what_was_built(capsys: pytest.CaptureFixture[str]) -> None:
+    main()
+    assert capsys.readouterr().out.startswith(describe_build())

@@ -1,0 +1,193 @@
+"""The fused product for few rows: one operator, CPU reference against CUDA, and what graphs and streams do to it."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from quant.kernels import ops, reference
+from quant.kernels.packed import PackedWeight
+from quant.kernels.problem import Call, Problem, problem_of
+from quant.kernels.registry import choose_kernel
+from quant.kernels.wna16_gemv import Launch, choose_launch, run
+from tests.kernels.make import assert_close_as_half, make_packed, make_x
+from tests.kernels.test_ops import make_rotary
+
+ROWS = [1, 2, 7, 8, 16, 17, 33, 64]
+DTYPES = [torch.float16, torch.bfloat16]
+
+
+def test_few_rows_get_the_fused_kernel_where_it_was_built() -> None:
+    problem = Problem(1, 4096, 4096, 4, 128, torch.float16, "cuda", (9, 0), 132)
+    launch = choose_launch(problem)
+    assert launch.k_warps * launch.row_warps <= 8
+    assert choose_kernel(replace(problem, device="cpu", capability=None)).name == "reference"
+
+
+def exact(call: Call) -> Tensor:
+    """`call` in float64 from the packed weight, and torch's half-precision result for the tolerance."""
+    dense = reference.dequantize_packed(call.weight)
+    return call.x.double() @ dense.double().T
+
+
+def check_product(m: int, weight: PackedWeight, launch: Launch | None = None, outliers: bool = False) -> None:
+    x = make_x(m, weight.k, weight.dtype, "cuda", outliers)
+    call = Call(x, weight)
+    y = run(call, problem_of(call), launch)
+    half = x @ reference.dequantize_packed(weight).to(weight.dtype).T
+    assert_close_as_half(y, exact(call), half)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("m", ROWS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bits", [4, 8])
+def test_every_scheme(m: int, dtype: torch.dtype, bits: int) -> None:
+    for group_size in (32, 64, 128, 256, -1):
+        for symmetric in (True, False):
+            weight = make_packed(96, 1280, bits, group_size, symmetric, dtype, "cuda")
+            check_product(m, weight)
+            check_product(m, weight, outliers=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("m", [1, 8, 16, 33])
+@pytest.mark.parametrize(
+    ("n", "k"), [(16, 32), (1, 128), (40, 96), (1000, 4128), (4096, 4096), (4096, 14336), (5120, 13824)]
+)
+def test_shapes(m: int, n: int, k: int) -> None:
+    check_product(m, make_packed(n, k, 4, 32, True, torch.float16, "cuda"))
+    check_product(m, make_packed(n, k, 8, -1, True, torch.bfloat16, "cuda"))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("m", [1, 16, 64])
+def test_every_cut_of_the_work(m: int) -> None:
+    weight = make_packed(200, 1664, 4, 128, True, torch.float16, "cuda")
+    for row_tiles in (2,) if m > 16 else (1, 2):
+        for row_warps, k_warps in ((1, 1), (1, 8), (4, 2), (8, 1)):
+            for cluster in (1, 2, 3, 8):
+                check_product(m, weight, Launch(row_tiles, row_warps, k_warps, cluster))
+
+
+def on_cpu(value):
+    return value.cpu() if isinstance(value, Tensor) else value
+
+
+def assert_devices_agree(y: Tensor, expected: Tensor) -> None:
+    scale = expected.abs().max().float() + 1e-6
+    tolerance = 2 * torch.finfo(expected.dtype).eps
+    assert (y.cpu().float() - expected.float()).abs().max() <= tolerance * scale
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("m", [1, 5, 16, 40, 255])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_epilogues_and_norms(m: int, dtype: torch.dtype) -> None:
+    n, k = 96, 512
+    weight = make_packed(n, k, dtype=dtype, device="cuda")
+    weight = replace(weight, scales=weight.scales / 8)
+    x, bias, residual = make_x(m, k, dtype, "cuda"), make_x(1, n, dtype, "cuda")[0], make_x(m, n, dtype, "cuda")
+    gamma, beta = make_x(1, k, dtype, "cuda")[0], make_x(1, k, dtype, "cuda")[0]
+    for norm in (("none", None, None, 0.0), ("rms", gamma, None, 1e-5), ("layer", gamma, beta, 1e-5)):
+        for activation in ("none", "gelu", "gelu_tanh", "quick_gelu"):
+            args = (x, *ops.weight_args(weight), bias, residual, *norm, activation, False, False)
+            expected = torch.ops.lowbit.linear(*map(on_cpu, args))
+            assert_devices_agree(torch.ops.lowbit.linear(*args), expected)
+        gated = make_packed(n, k, dtype=dtype, device="cuda", pair_block=n)
+        args = (x, *ops.weight_args(gated), bias, *norm, False)
+        assert_devices_agree(torch.ops.lowbit.gated_linear(*args), torch.ops.lowbit.gated_linear(*map(on_cpu, args)))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("m", [1, 9, 80])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_qkv_rotary_append(m: int, dtype: torch.dtype) -> None:
+    weight = make_packed(6 * 64, 512, dtype=dtype, device="cuda", pair_block=64)
+    rotary = make_rotary(m, 2, 64, dtype, "cuda")
+    x = make_x(m, 512, dtype, "cuda")
+    args = (x, *ops.weight_args(weight), None, "none", None, None, 0.0, *vars(rotary).values())
+    args_cpu = [value.cpu().clone() if isinstance(value, Tensor) else value for value in args]
+    expected = torch.ops.lowbit.qkv_rotary_append(*args_cpu, False)
+    assert_devices_agree(torch.ops.lowbit.qkv_rotary_append(*args, False), expected)
+    assert_devices_agree(rotary.k_cache, args_cpu[-2])
+    assert_devices_agree(rotary.v_cache, args_cpu[-1])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("m", [1, 12, 64])
+def test_the_same_bits_every_time(m: int) -> None:
+    weight = make_packed(512, 8192, device="cuda")
+    x = make_x(m, 8192, torch.float16, "cuda")
+    first = ops.linear(x, weight)
+    assert all(torch.equal(first, ops.linear(x, weight)) for _ in range(20))
+
+
+def chain(x: Tensor, weights: list[PackedWeight], buffers: list[Tensor], dependent: bool) -> Tensor:
+    """Products that feed each other through two buffers that are reused: stale reads would show."""
+    buffers[0].copy_(x)
+    for i, weight in enumerate(weights):
+        y = ops.linear(buffers[i % 2], weight, norm="none", dependent=dependent)
+        y = ops.linear(y, weight, residual=buffers[i % 2], dependent=dependent)
+        buffers[(i + 1) % 2].copy_(y)
+    return buffers[len(weights) % 2].clone()
+
+
+def direct_chain(x: Tensor, weights: list[PackedWeight], dependent: bool) -> Tensor:
+    """Products with nothing between them, so that each launch depends on the kernel before it."""
+    for weight in weights:
+        x = ops.linear(x, weight, residual=x, dependent=dependent)
+    return x
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("m", [1, 8, 16, 64])
+@pytest.mark.parametrize("k", [1024, 4096])
+def test_dependent_launch_changes_nothing_in_a_captured_graph(m: int, k: int) -> None:
+    weights = [make_packed(k, k, device="cuda") for _ in range(6)]
+    weights = [replace(weight, scales=weight.scales / 64) for weight in weights]
+    x = make_x(m, k, torch.float16, "cuda")
+    buffers = [torch.empty_like(x) for _ in range(2)]
+    for compute in (lambda d: chain(x, weights, buffers, d), lambda d: direct_chain(x, weights, d)):
+        expected = compute(False)
+        assert torch.equal(compute(True), expected)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = compute(True)
+        for _ in range(10):
+            y.fill_(torch.nan)
+            graph.replay()
+            assert torch.equal(y, expected)
+
+
+@pytest.mark.gpu
+def test_another_stream_waits_for_nobody_else() -> None:
+    weight, stream = make_packed(256, 512, device="cuda"), torch.cuda.Stream()
+    x = make_x(3, 512, torch.float16, "cuda")
+    expected = ops.linear(x, weight)
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        y = ops.linear(x, weight)
+    stream.synchronize()
+    assert torch.equal(y, expected)
+
+
+@pytest.mark.gpu
+def test_compiled_on_the_gpu() -> None:
+    weight, x = make_packed(64, 256, device="cuda"), make_x(2, 256, torch.float16, "cuda")
+    compiled = torch.compile(lambda x: ops.linear(x, weight).relu(), fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(x), ops.linear(x, weight).relu())
+    torch.library.opcheck(torch.ops.lowbit.linear.default,
+                          (x, *ops.weight_args(weight), None, None, "none", None, None, 0.0, "none", False, False))
+
+
+@pytest.mark.gpu
+def test_misaligned_and_misplaced_tensors_are_named() -> None:
+    weight = make_packed(64, 256, device="cuda")
+    x = make_x(3, 256, torch.float16, "cuda")
+    shifted = torch.empty(3 * 256 + 1, dtype=torch.float16, device="cuda")[1:].view(3, 256)
+    with pytest.raises(ValueError, match="16 bytes at a time"):
+        ops.linear(shifted, weight)
+    with pytest.raises((ValueError, RuntimeError), match="cpu"):
+        ops.linear(x, make_packed(64, 256))
