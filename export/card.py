@@ -7,6 +7,7 @@ from typing import Any
 
 from huggingface_hub import ModelCardData, metadata_load
 from jinja2 import Environment, StrictUndefined
+from yaml import YAMLError
 
 from quant.recipe import Recipe
 from quant.scheme import Scheme
@@ -60,30 +61,36 @@ def write_card(directory: Path, source: Path, base: str, recipe: Recipe, facts: 
     base    what the user called the original model
     facts   version, schemes (text), source_bytes, output_bytes, coverage, scores (list of dicts), text, warnings (list)
     """
-    metadata = metadata_load(source / "README.md") if (source / "README.md").exists() else None
-    known = {
-        key: value
-        for key, value in (metadata or {}).items()
-        if key in ("license", "license_name", "license_link", "language")
-    }
+    local = Path(base).is_dir()  # then its path is nobody's business, and its name no id on the hub
+    label = Path(base).resolve().name if local else base
     data = ModelCardData(
-        base_model=base if "/" in base and not Path(base).exists() else None,
+        base_model=base if "/" in base and not local else None,
         base_model_relation="quantized",
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["lowbit", "compressed-tensors", recipe.method],
-        **known,
+        **_carried_over(source / "README.md"),
     )
     environment = Environment(undefined=StrictUndefined, keep_trailing_newline=True, autoescape=False)
     text = environment.from_string(TEMPLATE).render(
         front_matter=data.to_yaml(),
-        title=f"{Path(base).name}, {recipe.method} {recipe.scheme}",
-        base=base,
+        title=f"{Path(label).name}, {recipe.method} {recipe.scheme}",
+        base=label,
         recipe=recipe,
         recipe_toml=recipe.to_toml(),
         **facts,
     )
     (directory / "README.md").write_text(text, encoding="utf-8")
+
+
+def _carried_over(card: Path) -> dict[str, Any]:
+    """Licence and language of the original's card; nothing where it has none that can be read."""
+    try:
+        metadata = metadata_load(card) if card.exists() else None
+    except (ValueError, YAMLError):
+        metadata = None
+    wanted = ("license", "license_name", "license_link", "language")
+    return {key: value for key, value in (metadata or {}).items() if key in wanted}
 
 
 def describe_schemes(schemes: Mapping[str, Scheme]) -> str:
