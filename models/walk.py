@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from export.errors import CheckpointError
 from models.skeleton import Skeleton, empty, fill
 
 
@@ -44,6 +45,7 @@ class Walk:
     @torch.no_grad()
     def start(self, batches: list[Tensor]) -> list[Tensor]:
         """The hidden states (B, T, width) that enter the first block, for each batch of token ids (B, T)."""
+        self._require_positions(max(batch.shape[1] for batch in batches))
         with self._surroundings(with_head=False):
             self._learn_return_type(batches[0])
             return [self._embed(batch.to(self.device)) for batch in batches]
@@ -70,6 +72,18 @@ class Walk:
         """A context in which block `index` is in memory."""
         block = self.skeleton.blocks[index]
         return self.skeleton.loaded(block.name, block.tensors, self.device, self.dtype)
+
+    def _require_positions(self, length: int) -> None:
+        """CheckpointError where the model looks positions up in a table (GPT-2, OPT) that ends before `length`."""
+        model = self.skeleton.model
+        limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or length
+        tables = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+        learned = any(t.num_embeddings >= limit and t is not model.get_input_embeddings() for t in tables)
+        if learned and length > limit:
+            raise CheckpointError(
+                f"windows of {length} tokens, but {type(model).__name__} has positions for {limit}: pass a shorter "
+                "--seqlen or --context, and --eval-windows 0 where the limit is below 512"
+            )
 
     def _embed(self, batch: Tensor) -> Tensor:
         calls: list[Call] = []
