@@ -1,5 +1,6 @@
 """Tiny real models that tests quantize: every family that the README names, with a few tens of thousands of weights."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -110,8 +111,6 @@ def logits_of(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
 
 def changed_config(directory: Path, change: Callable[[dict[str, Any]], None]) -> None:
     """Edit config.json of a model directory in place."""
-    import json
-
     path = directory / "config.json"
     config = json.loads(path.read_text())
     change(config)

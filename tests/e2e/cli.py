@@ -1,5 +1,7 @@
 """The console scripts, run in this process through the same entry points that pip installs."""
 
+import contextlib
+import io
 import signal
 import sys
 from collections.abc import Callable
@@ -40,18 +42,15 @@ def run_quantize_eval(*args: object) -> Outcome:
 
 
 def _run(main: Callable[[], None], name: str, args: tuple[object, ...]) -> Outcome:
-    capture = pytest.MonkeyPatch()
+    patch = pytest.MonkeyPatch()
     handler = signal.getsignal(signal.SIGTERM)
-    import contextlib
-    import io
-
     out, err = io.StringIO(), io.StringIO()
     try:
-        capture.setattr(sys, "argv", [name, *map(str, args)])
+        patch.setattr(sys, "argv", [name, *map(str, args)])
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), pytest.raises(SystemExit) as ended:
             main()
     finally:
-        capture.undo()
+        patch.undo()
         signal.signal(signal.SIGTERM, handler)
     return Outcome(int(ended.value.code or 0), out.getvalue(), err.getvalue())
 

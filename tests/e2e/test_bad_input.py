@@ -15,7 +15,7 @@ from transformers import BertConfig, BertForMaskedLM
 from export import tensorfile
 from export.checkpoint import INDEX_NAME, write_sums
 from tests.builders import changed_config, make_tokenizer, save_family
-from tests.e2e.cli import names, run_quantize
+from tests.e2e.cli import names, run_quantize, run_quantize_eval
 
 FAST = ["--method", "int8", "--eval-windows", 0]
 AWQ = ["--method", "awq", "--group-size", 32, "--num-samples", 2, "--seqlen", 16, "--eval-windows", 0]
@@ -257,11 +257,14 @@ def test_an_output_that_is_not_empty(model, tmp_path):
     assert "precious" not in names(tmp_path / "out")
 
 
-def test_the_model_is_not_overwritten_by_its_own_quantization(model):
-    before = names(model)
-    outcome = run_quantize(model, *FAST, "-o", model, "--overwrite")
-    assert "model" in outcome.complaint
-    assert names(model) == before
+@pytest.mark.parametrize("output", ["model", "model/../model", "."])
+def test_the_model_is_not_overwritten_by_its_own_quantization(model, output):
+    """Neither by an output that is the model's directory nor by one that holds it."""
+    outcome = run_quantize(model, *FAST, "-o", model.parent / output, "--overwrite")
+    assert outcome.code != 0
+    assert "Traceback" not in outcome.err
+    assert (model / "model.safetensors").exists()
+    assert "quantization_config" not in json.loads((model / "config.json").read_text())
 
 
 def test_too_little_room(refused, model, monkeypatch):
@@ -282,3 +285,17 @@ def test_a_disk_that_fills_up_while_writing(refused, model, monkeypatch, method)
 
     monkeypatch.setattr(tensorfile.TensorFileWriter, "add", full)
     assert "the disk is full" in refused(model, *method)
+
+
+@pytest.mark.parametrize(("family", "limit"), [("gpt2", "n_positions"), ("opt", "max_position_embeddings")])
+def test_windows_longer_than_a_table_of_positions(refused, tmp_path, family, limit):
+    model = save_family(family, tmp_path / family, **{limit: 128})
+    assert "windows of 129 tokens" in refused(model, *AWQ, "--seqlen", 129)
+    assert "has positions for 128" in refused(model, "--method", "int8")
+    assert "has positions for 128" in run_quantize_eval("perplexity", model).complaint
+    assert run_quantize(model, *AWQ, "--seqlen", 128, "-o", tmp_path / "fits").code == 0
+
+
+def test_rotary_models_go_as_far_as_they_are_asked(tmp_path):
+    model = save_family("llama", tmp_path / "llama", max_position_embeddings=64)
+    assert run_quantize(model, *AWQ, "--seqlen", 100, "-o", tmp_path / "out").code == 0

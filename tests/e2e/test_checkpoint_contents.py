@@ -103,6 +103,12 @@ def test_the_card_has_the_measured_perplexities(awq):
     assert "library_name: transformers" in card
 
 
+def test_no_file_says_where_the_model_lay(awq, llama):
+    """What a checkpoint holds may be published; the directories of the one who made it may not."""
+    for path in awq.iterdir():
+        assert str(llama.parent).encode() not in path.read_bytes(), path.name
+
+
 def test_the_saved_recipe_gives_the_same_bytes(awq, llama, tmp_path):
     done = run_quantize(llama, "--recipe", awq / "recipe.toml", "--eval-windows", 0, "-o", tmp_path / "again")
     assert done.code == 0, done.err

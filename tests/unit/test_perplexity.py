@@ -1,5 +1,6 @@
 """evaluation/: the number transformers itself computes, the protocol beside it, and what cannot be compared."""
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -66,8 +67,6 @@ def test_a_model_differs_from_itself_by_nothing(models):
 
 def test_the_difference_is_paired(models):
     score = perplexity(open_source(str(models("llama")[1])), TEXT, 64)
-    import dataclasses
-
     other = dataclasses.replace(score, window_nll=score.window_nll + 0.5)
     delta, error = difference(other, score)
     assert delta == pytest.approx(0.5)
