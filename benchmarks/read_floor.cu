@@ -1,5 +1,5 @@
 // The floor: reads `bytes` and keeps a sum, one block of 512 threads per 8 x 16 bytes a thread, nothing else. The
-// fastest reader of 58 configurations tried on one H100. Plain C interface, loaded with ctypes by benchmarks/measure.py.
+// fastest reader of 58 configurations tried on one H100. Plain C interface, loaded with ctypes by measure.py.
 #include <cstdint>
 #include <cuda_runtime.h>
 

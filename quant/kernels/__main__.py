@@ -15,6 +15,7 @@ EXAMPLES = (
 
 
 def describe_build() -> str:
+    """One line: which CUDA and architectures quant._C was built with, or that it was not."""
     if EXTENSION is None:
         return "quant._C: not built; the plain-torch reference runs everywhere"
     major, minor = divmod(EXTENSION.cuda_version // 10, 100)
@@ -30,6 +31,7 @@ def local_gpu() -> tuple[str, tuple[int, int] | None, int]:
 
 
 def describe_problem(problem: Problem) -> str:
+    """The chosen kernel, how it cuts the work, and what those before it have against the problem."""
     chosen = choose_kernel(problem)
     lines = [f"{problem}: {chosen.name}"]
     if chosen.name == "wna16_gemv":
@@ -40,6 +42,7 @@ def describe_problem(problem: Problem) -> str:
 
 
 def main() -> None:
+    """Prints the build and the examples."""
     print(describe_build())
     device, capability, processors = local_gpu()
     for m, n, k, bits, group_size in EXAMPLES:

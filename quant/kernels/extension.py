@@ -3,15 +3,11 @@
 import importlib
 from types import ModuleType
 
-
-def load_extension() -> ModuleType | None:
-    try:
-        return importlib.import_module("quant._C")
-    except ImportError:
-        return None
-
-
-EXTENSION = load_extension()
+EXTENSION: ModuleType | None
+try:
+    EXTENSION = importlib.import_module("quant._C")
+except ImportError:
+    EXTENSION = None
 
 
 def reason_against_device(capability: tuple[int, int]) -> str | None:

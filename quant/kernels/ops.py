@@ -50,6 +50,7 @@ def linear_call(
     pair_block: int, bias: Tensor | None, residual: Tensor | None, norm: str, norm_weight: Tensor | None,
     norm_bias: Tensor | None, norm_eps: float, activation: str, float32_out: bool, dependent: bool,
 ) -> Call:
+    """The Call of lowbit::linear's arguments."""
     weight = PackedWeight(words, scales, zeros, n, x.shape[-1], bits, group_size, pair_block)
     return Call(x, weight, bias, residual, norm, norm_weight, norm_bias, norm_eps, activation, None, float32_out,
                 dependent)
@@ -57,19 +58,21 @@ def linear_call(
 
 def gated_call(
     x: Tensor, words: Tensor, scales: Tensor, zeros: Tensor | None, n: int, bits: int, group_size: int,
-    pair_block: int, bias: Tensor | None, norm: str, norm_weight: Tensor | None, norm_bias: Tensor | None, norm_eps: float,
-    dependent: bool,
+    pair_block: int, bias: Tensor | None, norm: str, norm_weight: Tensor | None, norm_bias: Tensor | None,
+    norm_eps: float, dependent: bool,
 ) -> Call:
+    """The Call of lowbit::gated_linear's arguments."""
     weight = PackedWeight(words, scales, zeros, n, x.shape[-1], bits, group_size, pair_block)
     return Call(x, weight, bias, None, norm, norm_weight, norm_bias, norm_eps, "silu_mul", dependent=dependent)
 
 
 def rotary_call(
     x: Tensor, words: Tensor, scales: Tensor, zeros: Tensor | None, n: int, bits: int, group_size: int,
-    pair_block: int, bias: Tensor | None, norm: str, norm_weight: Tensor | None, norm_bias: Tensor | None, norm_eps: float,
-    positions: Tensor, slots: Tensor, cosines: Tensor, sines: Tensor, k_cache: Tensor, v_cache: Tensor,
+    pair_block: int, bias: Tensor | None, norm: str, norm_weight: Tensor | None, norm_bias: Tensor | None,
+    norm_eps: float, positions: Tensor, slots: Tensor, cosines: Tensor, sines: Tensor, k_cache: Tensor, v_cache: Tensor,
     dependent: bool,
 ) -> Call:
+    """The Call of lowbit::qkv_rotary_append's arguments."""
     rotary = Rotary(positions, slots, cosines, sines, k_cache, v_cache)
     weight = PackedWeight(words, scales, zeros, n, x.shape[-1], bits, group_size, pair_block)
     return Call(x, weight, bias, None, norm, norm_weight, norm_bias, norm_eps, rotary=rotary, dependent=dependent)
@@ -78,16 +81,19 @@ def rotary_call(
 def dequantize_impl(
     words: Tensor, scales: Tensor, zeros: Tensor | None, n: int, bits: int, group_size: int, pair_block: int, k: int
 ) -> Tensor:
+    """lowbit::dequantize: the dense weight (n, k)."""
     return wna16_dequantize.dequantize(PackedWeight(words, scales, zeros, n, k, bits, group_size, pair_block))
 
 
 def dequantize_shape(
     words: Tensor, scales: Tensor, zeros: Tensor | None, n: int, bits: int, group_size: int, pair_block: int, k: int
 ) -> Tensor:
+    """An empty result of lowbit::dequantize: what tracing needs."""
     return scales.new_empty(n, k)
 
 
 def register(name: str, implementation: Callable[..., Tensor], fake: Callable[..., Tensor]) -> None:
+    """Gives an operator its implementation, the same on both devices, and its shapes."""
     for device in ("CPU", "CUDA"):
         LIBRARY.impl(name, implementation, device)
     torch.library.register_fake(f"lowbit::{name}", fake, lib=LIBRARY)
@@ -100,6 +106,7 @@ register("dequantize", dequantize_impl, dequantize_shape)
 
 
 def weight_args(weight: PackedWeight) -> tuple[Tensor, Tensor, Tensor | None, int, int, int, int]:
+    """The weight as the operators take it."""
     return weight.words, weight.scales, weight.zeros, weight.n, weight.bits, weight.group_size, weight.pair_block
 
 

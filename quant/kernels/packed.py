@@ -118,6 +118,7 @@ def dequantize_packed(packed: PackedWeight) -> Tensor:
 
 
 def padded(size: int, multiple: int) -> int:
+    """`size` rounded up to a multiple."""
     return -(-size // multiple) * multiple
 
 

@@ -95,6 +95,7 @@ class Problem:
 
 
 def problem_of(call: Call) -> Problem:
+    """What `call` is chosen by; asks the GPU for its capability."""
     device = call.x.device
     capability, processors = None, 0
     if device.type == "cuda":
@@ -112,6 +113,7 @@ def check(call: Call) -> None:
 
 
 def reason_against_weight(call: Call) -> str | None:
+    """Why the packed tensors are not the weight that the numbers say, or None."""
     w = call.weight
     if call.x.ndim != 2 or call.x.shape[1] != w.k:
         return f"x must have the shape (m, {w.k})"
@@ -156,6 +158,7 @@ def reason_against_tensors(call: Call) -> str | None:
 
 
 def reason_against_epilogue(call: Call) -> str | None:
+    """Why norm, activation, residual and rotary do not go together, or None."""
     if call.norm not in NORMS or (call.norm == "none") != (call.norm_weight is None):
         return f"norm {call.norm!r} is one of {NORMS}, and has a norm_weight unless it is 'none'"
     if call.activation not in ACTIVATIONS:
@@ -173,6 +176,7 @@ def reason_against_epilogue(call: Call) -> str | None:
 
 
 def reason_against_rotary(call: Call, rotary: Rotary) -> str | None:
+    """Why these heads, positions and caches do not fit the weight, or None."""
     m, head_dim = call.x.shape[0], rotary.head_dim
     if call.activation != "none":
         return f"rotary with activation {call.activation!r}: there is no such kernel"

@@ -13,6 +13,7 @@ def reason_against(problem: Problem) -> str | None:
 
 
 def run(call: Call) -> Tensor:
+    """y of `call`, the product in float32."""
     return compute(call, dequantize_packed(call.weight))
 
 
@@ -43,6 +44,7 @@ def normalize(call: Call) -> Tensor:
 
 
 def activate(sums: Tensor, activation: str) -> Tensor:
+    """The activation of float32 sums (m, n); silu_mul halves n."""
     if activation == "silu_mul":
         gate, up = sums.chunk(2, -1)
         return torch.nn.functional.silu(gate) * up

@@ -116,6 +116,7 @@ def args_of(call: Call, y: Tensor) -> Any:
 
 
 def launch_of(launch: Launch, call: Call, device: int) -> Any:
+    """The kernel's launch: the cut, the device, and what the call says of groups and dependence."""
     assert EXTENSION is not None
     cut = EXTENSION.Wna16GemvLaunch()
     for name, value in vars(launch).items():

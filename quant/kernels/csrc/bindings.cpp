@@ -25,26 +25,30 @@ void check(cudaError_t error, const char* kernel) {
 // Calls `launch.template operator()<T, bits>()` for the pair that the arguments name.
 template <typename Launch>
 cudaError_t for_type(bool bfloat16, int bits, Launch launch) {
-  if (bits == 4) return bfloat16 ? launch.template operator()<__nv_bfloat16, 4>() : launch.template operator()<__half, 4>();
-  if (bits == 8) return bfloat16 ? launch.template operator()<__nv_bfloat16, 8>() : launch.template operator()<__half, 8>();
-  return cudaErrorInvalidValue;
+  switch (bits * 2 + bfloat16) {
+    case 8: return launch.template operator()<__half, 4>();
+    case 9: return launch.template operator()<__nv_bfloat16, 4>();
+    case 16: return launch.template operator()<__half, 8>();
+    case 17: return launch.template operator()<__nv_bfloat16, 8>();
+    default: return cudaErrorInvalidValue;
+  }
 }
 
 void wna16_gemv(bool bfloat16, int bits, const lowbit::Wna16GemvArgs& args, const lowbit::Wna16GemvLaunch& launch,
                 uintptr_t stream) {
   const auto cuda_stream = static_cast<cudaStream_t>(pointer(stream));
-  check(for_type(bfloat16, bits,
-                 [&]<typename T, int kBits>() { return lowbit::launch_wna16_gemv<T, kBits>(args, launch, cuda_stream); }),
-        "wna16_gemv");
+  const auto launch_typed = [&]<typename T, int kBits>() {
+    return lowbit::launch_wna16_gemv<T, kBits>(args, launch, cuda_stream);
+  };
+  check(for_type(bfloat16, bits, launch_typed), "wna16_gemv");
 }
 
 void wna16_dequantize(bool bfloat16, int bits, const lowbit::Wna16DequantizeArgs& args, int device, uintptr_t stream) {
   const auto cuda_stream = static_cast<cudaStream_t>(pointer(stream));
-  check(for_type(bfloat16, bits,
-                 [&]<typename T, int kBits>() {
-                   return lowbit::launch_wna16_dequantize<T, kBits>(args, device, cuda_stream);
-                 }),
-        "wna16_dequantize");
+  const auto launch_typed = [&]<typename T, int kBits>() {
+    return lowbit::launch_wna16_dequantize<T, kBits>(args, device, cuda_stream);
+  };
+  check(for_type(bfloat16, bits, launch_typed), "wna16_dequantize");
 }
 
 // A struct's fields become keyword-settable attributes; `field` casts an address to the field's pointer type.

@@ -457,7 +457,8 @@ cudaError_t launch_shape(const Wna16GemvArgs& args, const Wna16GemvLaunch& launc
   const int group_tiles = launch.row_warps * S::kRowTiles;
   if (launch.row_warps * launch.k_warps * 32 > kMaxThreads) return cudaErrorInvalidConfiguration;
   size_t bytes = size_t(group_tiles) * kTileRows * args.m * (launch.k_warps + 1) * 4;
-  if (args.stage_x) bytes += (args.m + 1) / 2 * 16 + size_t(args.m) * staged_pitch(largest_slice(args.chunks, launch.cluster));
+  const int slice = largest_slice(args.chunks, launch.cluster);
+  if (args.stage_x) bytes += (args.m + 1) / 2 * 16 + size_t(args.m) * staged_pitch(slice);
   auto kernel = wna16_gemv_kernel<S>;
   const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes));
   if (error != cudaSuccess) return error;

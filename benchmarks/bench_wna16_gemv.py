@@ -1,0 +1,164 @@
+"""The fused product for few rows against the floor and other libraries' kernels.
+
+    python -m benchmarks.bench_wna16_gemv --commit $(git rev-parse --short HEAD)
+
+prints one table and writes benchmarks/results/wna16_gemv.jsonl; benchmarks.plot_wna16_gemv draws it. Every launch comes
+from the one rule, choose_launch; nothing is searched here. `dependent` rows are launched with programmatic dependent
+launch, in the same chain of calls on other copies of the weight; the floor is a reader without it.
+"""
+
+import argparse
+import random
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+
+from benchmarks.kernel_peers import PEERS, Peer
+from benchmarks.measure import Floor, Timing, copies_for, run_facts, time_calls, write_rows
+from quant.kernels import ops
+from quant.kernels.packed import PackedWeight, prepack
+from quant.qtensor import round_to_nearest
+from quant.scheme import make_scheme
+
+# Llama-2 7B, Llama-3 8B, Llama-2 13B, CodeGeeX-13B, Llama-3 70B: outputs x inputs.
+SHAPES = (
+    (4096, 4096), (12288, 4096), (22016, 4096), (4096, 11008), (6144, 4096), (28672, 4096), (4096, 14336), (5120, 5120),
+    (15360, 5120), (20480, 5120), (5120, 20480), (27648, 5120), (5120, 13824), (57344, 8192), (8192, 28672),
+)
+ROWS = (1, 2, 4, 8, 16, 32, 64)
+# Beside the main one: bits, group size, symmetric, dtype.
+MAIN = (4, 128, True, torch.float16)
+VARIANTS = (
+    (4, 128, True, torch.bfloat16), (4, 128, False, torch.float16), (4, 64, True, torch.float16),
+    (4, 32, True, torch.float16),
+)
+CHANNEL = (8, -1, True, torch.float16)
+RESULTS = Path(__file__).with_name("results") / "wna16_gemv.jsonl"
+
+
+def random_shapes(count: int) -> list[tuple[int, int]]:
+    """Shapes nobody tuned for: n a multiple of 64, k of 128."""
+    return [(64 * random.randint(32, 512), 128 * random.randint(16, 128)) for _ in range(count)]
+
+
+def bytes_of(n: int, k: int, bits: int, group_size: int, symmetric: bool = True) -> int:
+    """Codes, 16-bit scales and 8-bit zeros: what a product must read."""
+    groups = 1 if group_size == -1 else k // group_size
+    return n * k * bits // 8 + n * groups * (2 if symmetric else 3)
+
+
+def make_weight(n: int, k: int, bits: int, group_size: int, symmetric: bool, dtype: torch.dtype) -> PackedWeight:
+    weight = torch.randn(n, k, device="cuda") * 0.02
+    return prepack(round_to_nearest(weight, make_scheme(bits, group_size, symmetric), dtype), dtype)
+
+
+def make_copies(n: int, k: int, bits: int, group_size: int, symmetric: bool, dtype: torch.dtype) -> list[PackedWeight]:
+    """Copies of one packed weight, enough to leave nothing of one in L2 when it comes round again."""
+    packed = make_weight(n, k, bits, group_size, symmetric, dtype)
+    count = copies_for(bytes_of(n, k, bits, group_size, symmetric))
+    zeros = packed.zeros
+    return [replace(packed, words=packed.words.clone(), scales=packed.scales.clone(),
+                    zeros=None if zeros is None else zeros.clone()) for _ in range(count)]
+
+
+def time_ours(copies: Sequence[PackedWeight], m: int, dependent: bool) -> Timing:
+    x = torch.randn(m, copies[0].k, dtype=copies[0].dtype, device="cuda")
+    return time_calls([lambda w=w: ops.linear(x, w, dependent=dependent) for w in copies])
+
+
+def row_of(name: str, ours: bool, m: int, n: int, k: int, bits: int, group_size: int, dtype: torch.dtype,
+           timing: Timing, floor: Timing, **more: object) -> dict:
+    dtype_name = str(dtype).removeprefix("torch.")
+    return {"kernel": name, "ours": ours, "m": m, "n": n, "k": k, "dtype": dtype_name, "bits": bits,
+            "group_size": group_size, **asdict(timing), "floor_us": floor.us, **more}
+
+
+def measure_ours(floor: Floor, n: int, k: int, scheme: tuple, rows: Sequence[int]) -> list[dict]:
+    bits, group_size, symmetric, dtype = scheme
+    copies = make_copies(n, k, *scheme)
+    read = floor.time(bytes_of(n, k, bits, group_size, symmetric))
+    return [row_of("wna16_gemv", True, m, n, k, bits, group_size, dtype, time_ours(copies, m, dependent), read,
+                   dependent=dependent, symmetric=symmetric) for m in rows for dependent in (False, True)]
+
+
+def measure_peer(peer: Peer, floor: Floor, n: int, k: int, rows: Sequence[int]) -> list[dict]:
+    measured = []
+    group_size = 128 if peer.bits == 4 else -1
+    read = floor.time(bytes_of(n, k, peer.bits, group_size))
+    for m in rows:
+        if m > peer.most_rows:
+            continue
+        try:
+            timing = time_calls(peer.calls(m, n, k))
+        except (RuntimeError, ValueError) as error:
+            print(f"{peer.name} {m} {n} x {k}: {str(error).splitlines()[0]}")
+            continue
+        measured.append(row_of(peer.name, False, m, n, k, peer.bits, group_size, peer.dtype, timing, read))
+    return measured
+
+
+def measure_chain(hidden: int, qkv: int, inner: int, floor: Floor) -> dict:
+    """A block's four projections, W4 g128, m = 1, each fed by the one before it, with dependent launch."""
+    sizes = ((qkv, hidden), (hidden, hidden), (2 * inner, hidden), (hidden, inner))
+    nbytes = sum(bytes_of(n, k, 4, 128) for n, k in sizes)
+    blocks = []
+    for _ in range(max(3, copies_for(nbytes))):
+        weights = [make_weight(n, k, *MAIN) for n, k in sizes]
+        blocks.append([*weights[:2], replace(weights[2], pair_block=2 * inner), weights[3]])
+    state = [torch.randn(1, hidden, dtype=torch.float16, device="cuda") * 0.01]
+
+    def run(block: list[PackedWeight]) -> None:
+        q = ops.linear(state[0], block[0], dependent=True)[:, :hidden]
+        h = ops.linear(q, block[1], residual=state[0], dependent=True)
+        state[0] = ops.linear(ops.gated_linear(h, block[2], dependent=True), block[3], residual=h, dependent=True)
+
+    timing = time_calls([lambda block=block: run(block) for block in blocks])
+    return row_of("wna16_gemv block", True, 1, 2 * inner, hidden, 4, 128, torch.float16, timing, floor.time(nbytes),
+                  dependent=True, symmetric=True, gbs=round(nbytes / timing.us / 1e3, 1))
+
+
+def describe(row: dict) -> str:
+    name = row["kernel"] + (" +pdl" if row.get("dependent") else "") + ("" if row.get("symmetric", True) else " asym")
+    ratio = row["us"] / row["floor_us"]
+    return (f"{row['n']:>6} x {row['k']:<6} m {row['m']:<3} {name:<22} w{row['bits']:<2} g{row['group_size']:<4}"
+            f"{row['dtype']:<9} {row['us']:8.2f} us ({row['us_p10']:.2f} to {row['us_p90']:.2f})"
+            f"  floor {row['floor_us']:7.2f}  x {ratio:.3f}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--commit", required=True, help="of the code that is measured")
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--random-shapes", type=int, default=5)
+    options = parser.parse_args()
+    floor = Floor()
+    floor.time(1 << 28)  # the first graphs run on a cold clock
+    floor.times.clear()
+    shared = {"read_ceiling_gbs": floor.read_ceiling_gbs(), **run_facts(options.commit)}
+    rows: list[dict] = []
+
+    def add(measured: Sequence[dict]) -> None:
+        for row in measured:
+            rows.append({**row, **shared})
+            print(describe(rows[-1]), flush=True)
+        write_rows(options.output, rows)
+
+    for n, k in (*SHAPES, *random_shapes(options.random_shapes)):
+        add(measure_ours(floor, n, k, MAIN, ROWS))
+        add(measure_ours(floor, n, k, CHANNEL, (1, 16)))
+        for peer in PEERS:
+            peer_rows = {4: ROWS, 8: (1, 16, 32), 16: (1, 16, 64)}[peer.bits]
+            if peer.name != "inductor int8" or (n, k) in SHAPES[:3]:
+                add(measure_peer(peer, floor, n, k, peer_rows))
+        torch.cuda.empty_cache()
+    for n, k in ((4096, 4096), (28672, 4096)):
+        for scheme in VARIANTS:
+            add(measure_ours(floor, n, k, scheme, (1,)))
+    add([measure_chain(4096, 12288, 11008, floor), measure_chain(5120, 15360, 13824, floor),
+         measure_chain(8192, 10240, 28672, floor)])
+
+
+if __name__ == "__main__":
+    main()

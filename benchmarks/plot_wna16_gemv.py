@@ -1,0 +1,48 @@
+"""Draws benchmarks/results/wna16_gemv.jsonl: rows of x against time, one picture a shape, the floor as a line.
+
+    python -m benchmarks.plot_wna16_gemv          (needs matplotlib)
+"""
+
+import json
+from collections import defaultdict
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+
+RESULTS = Path(__file__).with_name("results")
+
+
+def label_of(row: dict) -> str:
+    return row["kernel"] + (" with dependent launch" if row.get("dependent") else "")
+
+
+def draw(axes: plt.Axes, rows: list[dict]) -> None:
+    """The 4-bit kernels of one shape, g128, and the floor of the same bytes."""
+    lines: dict[str, list[tuple[int, float]]] = defaultdict(list)
+    for row in rows:
+        lines[label_of(row)].append((row["m"], row["us"]))
+    for label, points in lines.items():
+        axes.plot(*zip(*sorted(points), strict=True), marker="o", markersize=3, label=label)
+    axes.axhline(rows[0]["floor_us"], color="black", linestyle="--", label="floor: reading the bytes")
+    axes.set(title=f"{rows[0]['n']} x {rows[0]['k']}", xscale="log", xlabel="rows of x", ylabel="us")
+    axes.set_xticks([1, 2, 4, 8, 16, 32, 64], ["1", "2", "4", "8", "16", "32", "64"])
+    axes.set_ylim(bottom=0, top=max(6 * rows[0]["floor_us"], 1))
+
+
+def main() -> None:
+    shapes: dict[tuple[int, int], list[dict]] = defaultdict(list)
+    for line in (RESULTS / "wna16_gemv.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        main_scheme = row["bits"] == 4 and row["group_size"] == 128 and row.get("symmetric", True)
+        if main_scheme and row["kernel"] != "wna16_gemv block" and (not row["ours"] or row["dtype"] == "float16"):
+            shapes[row["n"], row["k"]].append(row)
+    figure, grid = plt.subplots(-(-len(shapes) // 4), 4, figsize=(18, 4 * -(-len(shapes) // 4)), squeeze=False)
+    for axes, rows in zip(grid.flat, shapes.values(), strict=False):
+        draw(axes, rows)
+    grid.flat[0].legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(RESULTS / "wna16_gemv.png", dpi=70)
+
+
+if __name__ == "__main__":
+    main()
