@@ -130,6 +130,18 @@ def test_experts_stacked_on_disk_are_written_one_by_one(originals, tmp_path, fam
     assert error < 3 * LIMITS[recipe]
 
 
+@pytest.mark.parametrize("name", ["q_proj", "o_proj", "v_proj", "down_proj", "up_proj", "re:layers\\.0\\."])
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_linears_left_alone_take_part_in_folds(originals, tmp_path, family, name):
+    """A linear that keeps its weight still has it multiplied or divided where its neighbours were scaled."""
+    model, source = originals(family)
+    recipe = complete_recipe(RECIPES["awq"] | {"ignore": ("lm_head", name)})
+    job = prepare(open_source(str(source)), recipe, "cpu")
+    run(job, tmp_path, calibration(), lambda report: None)
+    error = relative(logits_of(load_dense(open_source(str(tmp_path))), IDS), logits_of(model, IDS))
+    assert 0 < error < LIMITS["awq"]
+
+
 @pytest.mark.peer
 @pytest.mark.parametrize("recipe", ["rtn", "int8", "awq"])
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family != "gpt2"])
