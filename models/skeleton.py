@@ -295,28 +295,33 @@ def fill(
     device: str,
     dtype: torch.dtype,
 ) -> None:
-    """Give the parameters that `modules` own outright memory, and the values of `tensors`.
+    """Give the parameters that `tensors` fill memory and their values, and move the buffers of `modules` to `device`.
 
-    Raises CheckpointError where a shape contradicts the model, or where a value is NaN or infinite.
+    Parameters without a tensor of their own (a tied head) stay on the meta device. Raises CheckpointError where a shape
+    contradicts the model, or where a value is NaN or infinite.
     """
     for owner in modules:
-        for leaf, parameter in owner._parameters.items():
-            if parameter is not None and parameter.is_meta:
-                # zeros, not empty: what no file tensor fills is caught by name beforehand, and never random
-                owner._parameters[leaf] = nn.Parameter(torch.zeros(parameter.shape, dtype=dtype, device=device), False)
         for leaf, buffer in owner._buffers.items():
             if buffer is not None:
                 owner._buffers[leaf] = buffer.to(device)
     for name, placement in tensors.items():
         owner_name, _, leaf = placement.parameter.rpartition(".")
         owner = model.get_submodule(owner_name)
-        target = placement.view(getattr(owner, leaf))
+        whole = getattr(owner, leaf)
         value = checked(name, read(name))
-        if target.shape != value.shape:
+        expected = placement.view(whole).shape
+        if expected != value.shape:
             raise CheckpointError(
-                f"{name}: {list(value.shape)} in the file, {list(target.shape)} in the model of config.json"
+                f"{name}: {list(value.shape)} in the file, {list(expected)} in the model of config.json"
             )
-        target.data.copy_(value)
+        if leaf in owner._parameters and whole.is_meta:
+            # a parameter that one tensor fills is that tensor; one put together from several is allocated first
+            alone = placement.expert is None
+            filled = value.to(device, dtype) if alone else torch.zeros(whole.shape, dtype=dtype, device=device)
+            whole = owner._parameters[leaf] = nn.Parameter(filled.contiguous(), requires_grad=False)
+            if alone:
+                continue
+        placement.view(whole).data.copy_(value)
 
 
 def checked(name: str, value: Tensor) -> Tensor:
