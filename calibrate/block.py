@@ -83,15 +83,21 @@ class BlockWork:
             if stats is not None:
                 self.stats[name] = stats
 
-    def search_fold(self, fold: Fold, hidden: list[Tensor]) -> ScaleChoice | None:
-        """Search the scale of `fold` and apply the winner; None where no token reached its consumers.
+    def reason_against(self, fold: Fold) -> str | None:
+        """Why there is nothing to search at `fold`, or None."""
+        if not any(name in self.schemes for name in fold.columns):
+            return "none of its consumers is quantized"
+        if not any(name in self.stats for name in fold.columns):
+            return "no calibration token reached its consumers"
+        return None
+
+    def search_fold(self, fold: Fold, hidden: list[Tensor]) -> ScaleChoice:
+        """Search the scale of `fold`, which nothing must stand against, and apply the winner.
 
         hidden  the batches that module outputs are compared on
         """
         reached = {name: self.stats[name].abs_mean for name in fold.columns if name in self.stats}
         quantized = [name for name in fold.columns if name in self.schemes]
-        if not reached or not quantized:
-            return None
         activation = fold.per_channel(reached, "mean")
         magnitude = fold.per_channel(
             {name: weight_magnitude(self.masters[name], self.schemes[name]) for name in quantized}, "mean"

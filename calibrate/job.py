@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from calibrate.methods import Method, find_method
 from calibrate.plan import Plan, make_plan
@@ -50,12 +51,21 @@ class Job:
 
     def warnings(self) -> list[str]:
         """What the user should know before loading the result elsewhere."""
-        if not any(spec.transposed and name in self.plan.schemes for name, spec in self.linears.items()):
-            return []
-        return [
+        quantized = [spec for name, spec in self.linears.items() if name in self.plan.schemes]
+        modules = (self.skeleton.model.get_submodule(spec.placement.parameter.rpartition(".")[0]) for spec in quantized)
+        kinds = {type(module) for module in modules}
+        found = {
             "this family stores its weights transposed (Conv1D), which compressed-tensors readers do not know: "
-            "lowbit reads the checkpoint, transformers and vLLM will not"
-        ]
+            "lowbit reads the checkpoint, transformers and vLLM will not": any(spec.transposed for spec in quantized),
+            "transformers needs CompressedTensorsConfig(dequantize=True) to load it: this family's linears are a class "
+            "of their own": any(issubclass(kind, nn.Linear) and kind is not nn.Linear for kind in kinds),
+            "transformers with compressed-tensors 0.19 or 0.20 does not load asymmetric weights unless told "
+            "CompressedTensorsConfig(dequantize=True); vLLM does": not self.recipe.symmetric,
+            "transformers keeps experts fused and does not load them packed; vLLM does": any(
+                spec.placement.expert is not None for spec in quantized
+            ),
+        }
+        return [text for text, holds in found.items() if holds]
 
 
 def prepare(source: Source, recipe: Recipe, device: str) -> Job:

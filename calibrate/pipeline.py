@@ -19,7 +19,7 @@ from calibrate.written import RecordingWriter, covered
 from export.checkpoint import verify_checksums
 from export.formats import FORMATS
 from export.writer import ShardedWriter, copy_companions, write_json
-from models.skeleton import Block, LinearSpec, checked
+from models.skeleton import Block, LinearSpec, Placement, checked
 from models.walk import Walk
 from quant.qtensor import QTensor, round_to_nearest
 
@@ -57,13 +57,16 @@ BlockOutcome = tuple[dict[str, QTensor], dict[str, Tensor], BlockReport]
 
 
 def _data_free_blocks(job: Job) -> Iterator[BlockOutcome]:
-    """Each block's weights rounded to nearest, a tensor in memory at a time."""
+    """Each block's weights rounded to nearest, a tensor of the file in memory at a time."""
     for index, block in enumerate(job.skeleton.blocks):
         begun = time.monotonic()
-        weights, rows = {}, {}
-        for spec in block.linears:
-            if spec.name in job.plan.schemes:
-                w = _file_weight(job, block, spec).to(job.device)
+        weights: dict[str, QTensor] = {}
+        rows: dict[str, dict[str, Any]] = {}
+        for name, placement in block.tensors.items():
+            specs = [spec for spec in _linears_in(block, name, placement) if spec.name in job.plan.schemes]
+            value = checked(name, job.source.checkpoint.read(name)) if specs else torch.empty(0)
+            for spec in specs:
+                w = _cut(value, placement, spec).to(job.device)
                 weight = round_to_nearest(w, job.plan.schemes[spec.name], job.dtype)
                 rows[spec.name] = linear_row(job, spec.name, weight, w.float())
                 weights[spec.name] = weight.to("cpu")
@@ -71,14 +74,17 @@ def _data_free_blocks(job: Job) -> Iterator[BlockOutcome]:
         yield weights, {}, BlockReport(index, block.name, None, seconds, peak_memory(job.device), [], rows)
 
 
-def _file_weight(job: Job, block: Block, spec: LinearSpec) -> Tensor:
-    """The weight (n, k) as the file has it, alone or cut from a fused tensor."""
-    alone = f"{spec.name}.weight"
-    if alone in block.tensors:
-        value = checked(alone, job.source.checkpoint.read(alone))
-        return value.T if spec.transposed else value
-    fused = next(key for key, place in block.tensors.items() if place.parameter == spec.placement.parameter)
-    return spec.placement.view(checked(fused, job.source.checkpoint.read(fused)))
+def _linears_in(block: Block, name: str, placement: Placement) -> list[LinearSpec]:
+    """The linears whose weights the file's tensor `name` holds: one, or every expert of a stacked parameter."""
+    alone = [spec for spec in block.linears if f"{spec.name}.weight" == name]
+    stacked = placement.expert is None
+    return alone or [spec for spec in block.linears if stacked and spec.placement.parameter == placement.parameter]
+
+
+def _cut(value: Tensor, placement: Placement, spec: LinearSpec) -> Tensor:
+    """The weight (n, k) of `spec` in a file's tensor."""
+    inner = spec.placement.view(value) if placement.expert is None and value.ndim == 3 else value
+    return inner.T if spec.transposed else inner
 
 
 def _calibrated_blocks(job: Job, calibration: CalibrationSet) -> Iterator[BlockOutcome]:
@@ -131,13 +137,10 @@ def _search_folds(job: Job, work: BlockWork, structure: Structure, sample: list[
     for fold in structure.folds:
         row: dict[str, Any] = {"fold": fold.describe()}
         if job.method.scale_search:
-            choice = work.search_fold(fold, sample)
-            row |= (
-                {"skipped": "no calibration token reached a quantized consumer"} if choice is None else choice.as_json()
-            )
+            reason = work.reason_against(fold)
+            row |= {"skipped": reason} if reason else work.search_fold(fold, sample).as_json()
         rows.append(row)
-    rows += [{"fold": name, "skipped": "failed its proof on this block"} for name in structure.rejected]
-    return rows
+    return rows + [{"fold": name, "skipped": "failed its proof on this block"} for name in structure.rejected]
 
 
 def _relative_loss(after: list[Tensor], before: list[Tensor], inputs: list[Tensor]) -> float:

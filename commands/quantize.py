@@ -13,12 +13,12 @@ from calibrate.data import CalibrationSet, builtin_text, calibration_tokens
 from calibrate.methods import METHODS, complete_recipe
 from calibrate.pipeline import BlockReport, Job, Result, prepare, run
 from commands.common import SETTINGS, Size, check_device, make_console, run_command
-from evaluation.perplexity import Score, difference, perplexity
+from evaluation.perplexity import Score, describe_difference, perplexity
 from export.card import describe_schemes, write_card
 from export.checkpoint import write_sums
 from export.errors import CheckpointError
 from export.formats import FORMATS
-from export.writer import refuse_output, require_space, staged
+from export.writer import refuse_output, refuse_to_replace, require_space, staged
 from models.source import Source, open_source
 from quant import __version__
 from quant.recipe import Recipe, RecipeError, nearest, read_recipe
@@ -110,6 +110,8 @@ def quantize(
         refuse_output(output, flags["overwrite"])
     console.print(f"[bold]recipe[/bold]\n{recipe.to_toml()}", end="")
     source = open_source(name, flags["trust_remote_code"], flags["revision"])
+    if output is not None:
+        refuse_to_replace(output, source.directory)
     job = prepare(source, recipe, check_device(flags["device"]))
     _print_plan(console, job)
     if output is None or flags["dry_run"]:
@@ -197,7 +199,7 @@ def _evaluate(console: Console, source: Source, staging: Path, windows: int, dev
     scores = []
     for name in (source, open_source(str(staging), source.trust_remote_code)):
         with console.status(f"perplexity of {name.name}"):
-            scores.append(perplexity(name, text, EVAL_CONTEXT, windows, device))
+            scores.append(perplexity(name, text, _context(source), windows, device))
     if not all(score.nll == score.nll and score.nll != float("inf") for score in scores):
         raise CheckpointError(
             f"perplexity is not finite ({[score.perplexity for score in scores]}); nothing was written"
@@ -205,8 +207,14 @@ def _evaluate(console: Console, source: Source, staging: Path, windows: int, dev
     return scores
 
 
+def _context(source: Source) -> int:
+    """Tokens in a scored window: EVAL_CONTEXT, or what the model has positions for."""
+    positions = getattr(source.config.get_text_config(), "max_position_embeddings", None)
+    return min(EVAL_CONTEXT, positions or EVAL_CONTEXT)
+
+
 def _write_papers(staging: Path, job: Job, result: Result, scores: list[Score]) -> None:
-    labels = (job.source.name, f"{result.recipe.method} {result.recipe.scheme}")
+    labels = (Path(job.source.name).name, f"{result.recipe.method} {result.recipe.scheme}")
     facts = {
         "version": __version__,
         "schemes": describe_schemes(result.plan.schemes),
@@ -228,9 +236,8 @@ def _print_summary(console: Console, output: Path, result: Result, scores: list[
     table.add_row("weights", f"{result.source_bytes / 1e6:.1f} MB", f"{result.output_bytes / 1e6:.1f} MB")
     if scores:
         table.add_row("perplexity", *(f"{score.perplexity:.4f}" for score in scores))
-        delta, error = difference(scores[1], scores[0])
-        table.add_row("loss, nats", f"{scores[0].nll:.5f}", f"{scores[1].nll:.5f} ({delta:+.5f} ± {error:.5f})")
+        table.add_row("loss, nats", f"{scores[0].nll:.5f}", f"{scores[1].nll:.5f} ({describe_difference(*scores)})")
     console.print(table)
     if scores:
-        console.print(f"{scores[0].tokens} tokens of builtin held-out text, {EVAL_CONTEXT} a window, float32")
+        console.print(f"{scores[0].tokens} tokens of builtin held-out text, {scores[0].context} a window, float32")
     console.print(f"{_clock(seconds)} minutes")

@@ -8,7 +8,7 @@ import click
 
 from calibrate.data import builtin_text
 from commands.common import SETTINGS, check_device, make_console, run_command
-from evaluation.perplexity import Score, difference
+from evaluation.perplexity import Score, describe_difference, difference
 from evaluation.perplexity import perplexity as score_text
 from evaluation.sample import PROMPT, continuation
 from export.errors import CheckpointError
@@ -83,8 +83,13 @@ def perplexity(
         _require_same_tokens(result, other)
         delta, error = difference(result, other)
         console.print(_line(other))
-        console.print(f"loss {delta:+.5f} ± {error:.5f} nats per token (paired over {len(result.window_nll)} windows)")
-        row |= {"baseline": other.as_json(), "delta_nll": round(delta, 6), "delta_nll_se": round(error, 6)}
+        change = describe_difference(other, result)
+        console.print(f"loss {change} nats per token (paired over {len(result.window_nll)} windows)")
+        row |= {
+            "baseline": other.as_json(),
+            "delta_nll": round(delta, 6),
+            "delta_nll_se": None if error is None else round(error, 6),
+        }
     click.echo(json.dumps(row))
 
 

@@ -65,11 +65,17 @@ class Score:
         }
 
 
-def difference(score: Score, baseline: Score) -> tuple[float, float]:
-    """Mean paired difference of the windows' losses in nats, and its standard error."""
+def difference(score: Score, baseline: Score) -> tuple[float, float | None]:
+    """Mean paired difference of the windows' losses in nats, and its standard error; None for a single window."""
     delta = score.window_nll - baseline.window_nll
-    error = float(delta.std() / math.sqrt(len(delta))) if len(delta) > 1 else math.nan
+    error = float(delta.std() / math.sqrt(len(delta))) if len(delta) > 1 else None
     return float(delta.mean()), error
+
+
+def describe_difference(baseline: Score, score: Score) -> str:
+    """`+0.00404 ± 0.00298`: the paired difference as text."""
+    delta, error = difference(score, baseline)
+    return f"{delta:+.5f}" if error is None else f"{delta:+.5f} ± {error:.5f}"
 
 
 def windows_of(text: str, source: Source, context: int, count: int | None) -> Tensor:

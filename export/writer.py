@@ -87,6 +87,13 @@ def refuse_output(output: Path, overwrite: bool) -> None:
         raise CheckpointError(f"{output}: not empty; pass --overwrite to replace it, or name another directory")
 
 
+def refuse_to_replace(output: Path, source: Path) -> None:
+    """Raise CheckpointError where writing `output` would delete the model in `source`: there, or somewhere below it."""
+    target, original = output.resolve(), source.resolve()
+    if target == original or target in original.parents:
+        raise CheckpointError(f"{output}: the original model is there ({source}); name a directory beside it")
+
+
 def require_space(output: Path, nbytes: int) -> None:
     """Raise CheckpointError where the disk that `output` is on has less than `nbytes` free."""
     parent = next(path for path in output.absolute().parents if path.exists())

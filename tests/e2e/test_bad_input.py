@@ -291,7 +291,7 @@ def test_a_disk_that_fills_up_while_writing(refused, model, monkeypatch, method)
 def test_windows_longer_than_a_table_of_positions(refused, tmp_path, family, limit):
     model = save_family(family, tmp_path / family, **{limit: 128})
     assert "windows of 129 tokens" in refused(model, *AWQ, "--seqlen", 129)
-    assert "has positions for 128" in refused(model, "--method", "int8")
+    assert run_quantize(model, "--method", "int8", "-o", tmp_path / "short").code == 0  # scored in windows that fit
     assert "has positions for 128" in run_quantize_eval("perplexity", model).complaint
     assert run_quantize(model, *AWQ, "--seqlen", 128, "-o", tmp_path / "fits").code == 0
 
