@@ -6,6 +6,7 @@ operator on two devices.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,6 +28,7 @@ LIBRARY.define(
     f"qkv_rotary_append(Tensor x, {WEIGHT}, Tensor? bias, {NORM}, Tensor positions, Tensor slots, Tensor cosines, "
     "Tensor sines, Tensor(a!) k_cache, Tensor(b!) v_cache, bool dependent) -> Tensor"
 )
+LIBRARY.define(f"logits_argmax(Tensor x, {WEIGHT}, {NORM}, bool dependent) -> (Tensor, Tensor)")
 LIBRARY.define(f"dequantize({WEIGHT}, int k) -> Tensor")
 
 
@@ -78,6 +80,20 @@ def rotary_call(
     return Call(x, weight, bias, None, norm, norm_weight, norm_bias, norm_eps, rotary=rotary, dependent=dependent)
 
 
+def logits_call(
+    x: Tensor, words: Tensor, scales: Tensor, zeros: Tensor | None, n: int, bits: int, group_size: int,
+    pair_block: int, norm: str, norm_weight: Tensor | None, norm_bias: Tensor | None, norm_eps: float, dependent: bool,
+) -> Call:
+    """The Call of lowbit::logits_argmax's arguments."""
+    weight = PackedWeight(words, scales, zeros, n, x.shape[-1], bits, group_size, pair_block)
+    return Call(x, weight, None, None, norm, norm_weight, norm_bias, norm_eps, float32_out=True, dependent=dependent)
+
+
+def with_argmax(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits and the index of each row's largest."""
+    return logits, logits.argmax(-1)
+
+
 def dequantize_impl(
     words: Tensor, scales: Tensor, zeros: Tensor | None, n: int, bits: int, group_size: int, pair_block: int, k: int
 ) -> Tensor:
@@ -92,7 +108,7 @@ def dequantize_shape(
     return scales.new_empty(n, k)
 
 
-def register(name: str, implementation: Callable[..., Tensor], fake: Callable[..., Tensor]) -> None:
+def register(name: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> None:
     """Gives an operator its implementation, the same on both devices, and its shapes."""
     for device in ("CPU", "CUDA"):
         LIBRARY.impl(name, implementation, device)
@@ -102,6 +118,8 @@ def register(name: str, implementation: Callable[..., Tensor], fake: Callable[..
 register("linear", lambda *args: compute(linear_call(*args)), lambda *args: shape_of(linear_call(*args)))
 register("gated_linear", lambda *args: compute(gated_call(*args)), lambda *args: shape_of(gated_call(*args)))
 register("qkv_rotary_append", lambda *args: compute(rotary_call(*args)), lambda *args: shape_of(rotary_call(*args)))
+register("logits_argmax", lambda *args: with_argmax(compute(logits_call(*args))),
+         lambda *args: with_argmax(shape_of(logits_call(*args))))
 register("dequantize", dequantize_impl, dequantize_shape)
 
 
@@ -145,6 +163,14 @@ def qkv_rotary_append(
     return torch.ops.lowbit.qkv_rotary_append(x, *weight_args(weight), bias, norm, norm_weight, norm_bias, norm_eps,
                                               rotary.positions, rotary.slots, rotary.cosines, rotary.sines,
                                               rotary.k_cache, rotary.v_cache, dependent)
+
+
+def logits_argmax(
+    x: Tensor, weight: PackedWeight, *, norm: str = "none", norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None, norm_eps: float = 0.0, dependent: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """norm(x) W^T as float32 (m, n), and the index of each row's largest, int64 (m): a greedy step's last product."""
+    return torch.ops.lowbit.logits_argmax(x, *weight_args(weight), norm, norm_weight, norm_bias, norm_eps, dependent)
 
 
 def dequantize(weight: PackedWeight) -> Tensor:

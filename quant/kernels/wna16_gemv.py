@@ -43,25 +43,30 @@ def reason_against(problem: Problem) -> str | None:
 
 
 def choose_launch(problem: Problem) -> Launch:
-    """One rule for all shapes: as many warps over k as make one wave.
+    """One rule for all shapes: one wave of blocks, and in it as many warps over k as the fullest multiprocessor holds.
 
     128 registers a thread leave room for 16 warps on a multiprocessor, 255 (more than 16 rows of x) for 8. Two tiles a
     warp halve the reads of x and its fixed costs; one tile is better where tiles are few. Two blocks share k where k is
     long and there would be fewer blocks than multiprocessors.
     """
     tiles, chunks = -(-problem.n // TILE_ROWS), -(-problem.k // CHUNK_K)
-    slots = problem.processors * (16 if problem.m <= 16 else 8)
-    if problem.m <= 8:
-        row_tiles = 1 if problem.bits == 8 or tiles <= 4 * problem.processors else 2
-    else:
-        row_tiles = 1 if problem.m <= 16 and tiles * MAX_WARPS <= slots and chunks < LONG_K else 2
+    room = 16 if problem.m <= 16 else 8
+    row_tiles = choose_row_tiles(problem, tiles, chunks)
     groups = -(-tiles // row_tiles)
     clusters_exist = problem.capability is not None and problem.capability >= (9, 0)
     cluster = 2 if clusters_exist and problem.m > 8 and chunks >= LONG_K and groups <= problem.processors else 1
-    k_warps = 1
-    while k_warps < MAX_WARPS and 2 * k_warps * cluster <= chunks and 2 * k_warps * cluster * groups <= slots:
-        k_warps *= 2
-    return Launch(row_tiles, max(1, 4 // k_warps), k_warps, cluster)
+    blocks = -(-groups * cluster // max(problem.processors, 1))  # on the fullest multiprocessor
+    k_warps = max(1, min(MAX_WARPS, room // blocks, chunks // cluster))
+    return Launch(row_tiles, {1: 4, 2: 2}.get(k_warps, 1), k_warps, cluster)
+
+
+def choose_row_tiles(problem: Problem, tiles: int, chunks: int) -> int:
+    """1 or 2 tiles of 16 rows for a warp. Two of 8 bits, or in groups of 32, leave the ring too few registers."""
+    if problem.m <= 8:
+        crowded = problem.bits == 8 or problem.group_size == 32
+        return 1 if crowded or tiles <= 4 * problem.processors else 2
+    one_wave = tiles * MAX_WARPS <= 16 * problem.processors
+    return 1 if problem.m <= 16 and one_wave and chunks < LONG_K else 2
 
 
 def run(call: Call, problem: Problem, launch: Launch | None = None) -> Tensor:

@@ -76,6 +76,14 @@ def test_qkv_is_rotated_and_appended() -> None:
     assert not rotary.k_cache[untouched].any()
 
 
+def test_logits_come_with_their_argmax() -> None:
+    weight, x = make_packed(40, 128), make_x(3, 128, torch.float16)
+    logits, tokens = ops.logits_argmax(x, weight)
+    assert logits.dtype == torch.float32
+    assert torch.equal(logits, ops.linear(x, weight, float32_out=True))
+    assert torch.equal(tokens, logits.argmax(-1))
+
+
 def test_opcheck() -> None:
     x = make_x(2, 128, torch.float16)
     plain, gated, rotated = (
@@ -90,6 +98,7 @@ def test_opcheck() -> None:
     check(
         lowbit.qkv_rotary_append.default, (x, *ops.weight_args(rotated), None, *NO_NORM, *vars(rotary).values(), False)
     )
+    check(lowbit.logits_argmax.default, (x, *ops.weight_args(plain), *NO_NORM, False))
     check(lowbit.dequantize.default, (*ops.weight_args(plain), 128))
 
 

@@ -116,6 +116,16 @@ def test_qkv_rotary_append(m: int, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.gpu
+def test_logits_and_argmax() -> None:
+    weight, x = make_packed(1000, 512, 8, -1, device="cuda"), make_x(4, 512, torch.float16, "cuda")
+    logits, tokens = ops.logits_argmax(x, weight)
+    args = (x, *ops.weight_args(weight), "none", None, None, 0.0, False)
+    expected, _ = torch.ops.lowbit.logits_argmax(*map(on_cpu, args))
+    assert torch.allclose(logits.cpu(), expected, rtol=1e-4, atol=1e-3)
+    assert torch.equal(tokens.cpu(), logits.cpu().argmax(-1))
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("m", [1, 12, 64])
 def test_the_same_bits_every_time(m: int) -> None:
     weight = make_packed(512, 8192, device="cuda")

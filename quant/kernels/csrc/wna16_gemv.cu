@@ -405,6 +405,7 @@ __device__ void finish_group(const Wna16GemvArgs& args, int group_tiles, float* 
   }
   float* totals = partial + blockDim.z * count;
   for (int i = thread_of_block(); i < count; i += threads_of_block()) totals[i] = sum_over_warps(partial, count, i);
+  __syncthreads();  // orders nothing that the next line does not, but racecheck knows no cluster barriers
   cluster_sync();
   if (blockIdx.x == 0) store_group<T>(args, group_tiles, [&](int index) { return sum_over_cluster(totals, index); });
   cluster_sync();  // no block leaves while rank 0 reads from it

@@ -1,0 +1,46 @@
+"""What setup.py does with and without a compiler."""
+
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+
+SETUP = Path(__file__).parents[2] / "setup.py"
+
+
+@pytest.fixture
+def setup_module(monkeypatch: pytest.MonkeyPatch) -> dict:
+    """setup.py's names, without a build."""
+    monkeypatch.setattr("setuptools.setup", lambda **_: None)
+    return runpy.run_path(str(SETUP))
+
+
+def test_architectures_become_flags(setup_module: dict) -> None:
+    assert setup_module["architecture_flags"](["90a", "90+PTX"]) == [
+        "-gencode", "arch=compute_90a,code=sm_90a", "-gencode", "arch=compute_90,code=compute_90",
+    ]
+
+
+def test_no_compiler_means_a_pure_python_install(setup_module: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    monkeypatch.delenv("CUDA_HOME", raising=False)
+    monkeypatch.delenv("LOWBIT_CUDA", raising=False)
+    if setup_module["find_nvcc"]() is None:
+        assert setup_module["extensions"]() == []
+    monkeypatch.setenv("LOWBIT_CUDA", "0")
+    assert setup_module["extensions"]() == []
+    monkeypatch.setenv("LOWBIT_CUDA", "1")
+    assert [extension.name for extension in setup_module["extensions"]()] == ["quant._C"]
+
+
+def test_a_failed_command_names_itself_and_its_output(setup_module: dict) -> None:
+    command = [sys.executable, "-c", "import sys; sys.exit('no such header')"]
+    with pytest.raises(RuntimeError, match="no such header"):
+        setup_module["BuildCuda"].call(None, command)
+
+
+def test_every_source_is_a_unit(setup_module: dict) -> None:
+    files = (SETUP.parent / "quant/kernels/csrc").iterdir()
+    sources = {path.name for path in files if path.suffix in (".cu", ".cpp")}
+    assert {source for source, _ in setup_module["UNITS"]} == sources
