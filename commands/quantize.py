@@ -18,7 +18,7 @@ from export.card import describe_schemes, write_card
 from export.checkpoint import write_sums
 from export.errors import CheckpointError
 from export.formats import FORMATS
-from export.writer import refuse_output, refuse_to_replace, require_space, staged
+from export.staging import refuse_output, refuse_to_replace, require_space, staged
 from models.source import Source, open_source
 from quant import __version__
 from quant.recipe import Recipe, RecipeError, nearest, read_recipe

@@ -28,6 +28,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from export.errors import CheckpointError
+from export.staging import sync
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -441,12 +442,3 @@ def write_checksums(model_dir: Path, advance: Advance) -> None:
     sums.write_text("".join(lines))
     sync(sums)
     sync(model_dir)
-
-
-def sync(path: Path) -> None:
-    """Forces a file's content, or a directory's entries, to the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -9,7 +9,7 @@ import pytest
 from calibrate.methods import complete_recipe
 from calibrate.pipeline import prepare, run
 from export.errors import CheckpointError
-from export.writer import staged
+from export.staging import staged
 from models.source import open_source
 from tests.builders import calibration, save_family
 from tests.e2e.cli import names

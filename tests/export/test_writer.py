@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 from export import writer as writer_module
 from export.checkpoint import INDEX_NAME, open_checkpoint
 from export.errors import CheckpointError
-from export.writer import ShardedWriter, copy_companions, require_space, staged
+from export.staging import require_space, staged
+from export.writer import ShardedWriter, copy_companions
 
 TENSORS = {f"t{i}": torch.full((25,), float(i)) for i in range(5)}  # 100 bytes each
 
