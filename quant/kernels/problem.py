@@ -112,6 +112,13 @@ def check(call: Call) -> None:
         raise ValueError(f"x of shape {tuple(call.x.shape)} with a weight ({call.weight.n}, {call.weight.k}): {reason}")
 
 
+def check_alignment(**tensors: Tensor) -> None:
+    """Raises ValueError for a tensor that does not start at a multiple of 16 bytes: what the kernels read at a time."""
+    for name, tensor in tensors.items():
+        if tensor.data_ptr() % 16:
+            raise ValueError(f"{name} starts at {tensor.data_ptr():#x}: the kernels read 16 bytes at a time, aligned")
+
+
 def reason_against_weight(call: Call) -> str | None:
     """Why the packed tensors are not the weight that the numbers say, or None."""
     w = call.weight

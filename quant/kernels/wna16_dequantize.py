@@ -6,7 +6,7 @@ from torch import Tensor
 from quant.kernels import reference
 from quant.kernels.extension import EXTENSION, reason_against_device
 from quant.kernels.packed import PackedWeight, dequantize_packed, groups_per_chunk, scale_shift
-from quant.kernels.problem import Call, Problem
+from quant.kernels.problem import Call, Problem, check_alignment
 
 
 def reason_against(problem: Problem) -> str | None:
@@ -22,9 +22,13 @@ def run(call: Call) -> Tensor:
 
 
 def dequantize(weight: PackedWeight) -> Tensor:
-    """(code - zero) * scale rounded once to the scales' dtype, (n, k), on the weight's device."""
+    """(code - zero) * scale rounded once to the scales' dtype, (n, k), on the weight's device.
+
+    ValueError where the packed tensors are not aligned to 16 bytes.
+    """
     if EXTENSION is None or weight.words.device.type != "cuda":
         return dequantize_packed(weight).to(weight.dtype)
+    check_alignment(words=weight.words, scales=weight.scales)
     w = torch.empty(weight.n, weight.k, dtype=weight.dtype, device=weight.words.device)
     args = EXTENSION.Wna16DequantizeArgs()
     args.words, args.scales, args.w = weight.words.data_ptr(), weight.scales.data_ptr(), w.data_ptr()

@@ -9,11 +9,12 @@ from torch import Tensor
 from quant.kernels import reference
 from quant.kernels.extension import EXTENSION, reason_against_device
 from quant.kernels.packed import CHUNK_K, TILE_ROWS, groups_per_chunk, padded, scale_shift
-from quant.kernels.problem import ACTIVATIONS, NORMS, Call, Problem
+from quant.kernels.problem import ACTIVATIONS, NORMS, Call, Problem, check_alignment
 
 MAX_M = 64
 MAX_WARPS = 8  # in a block
 LONG_K = 64    # chunks
+MOST_IDLE = 1.05  # of the chunks: where the last round of the warps would exceed it, one warp less may fit better
 MAX_STAGED_BYTES = 96 << 10  # of shared memory for x, where a norm comes before the product
 
 
@@ -57,6 +58,9 @@ def choose_launch(problem: Problem) -> Launch:
     cluster = 2 if clusters_exist and problem.m > 8 and chunks >= LONG_K and groups <= problem.processors else 1
     blocks = -(-groups * cluster // max(problem.processors, 1))  # on the fullest multiprocessor
     k_warps = max(1, min(MAX_WARPS, room // blocks, chunks // cluster))
+    rounds, with_one_less = (padded(chunks, cluster * warps) for warps in (k_warps, max(1, k_warps - 1)))
+    if rounds > MOST_IDLE * chunks and with_one_less < rounds:
+        k_warps -= 1
     return Launch(row_tiles, {1: 4, 2: 2}.get(k_warps, 1), k_warps, cluster)
 
 
@@ -91,9 +95,7 @@ def prepare(call: Call, launch: Launch) -> Call:
         call = replace(call, x=reference.normalize(call), norm="none", norm_weight=None, norm_bias=None)
     if whole != k:
         call = replace(call, x=torch.nn.functional.pad(call.x, (0, whole - k)))
-    for name, tensor in (("x", call.x), ("words", call.weight.words), ("scales", call.weight.scales)):
-        if tensor.data_ptr() % 16:
-            raise ValueError(f"{name} starts at {tensor.data_ptr():#x}: the kernel reads 16 bytes at a time, aligned")
+    check_alignment(x=call.x, words=call.weight.words, scales=call.weight.scales)
     return call
 
 
