@@ -120,7 +120,8 @@ def quantize(
     calibration = _calibration(recipe, source)
     begun = time.monotonic()
     with staged(output, flags["overwrite"]) as staging:
-        result = run(job, staging, calibration, _block_printer(console, len(job.skeleton.blocks)))
+        with console.status("quantizing"):
+            result = run(job, staging, calibration, _block_printer(console, len(job.skeleton.blocks)))
         scores = _evaluate(console, source, staging, flags["eval_windows"], job.device)
         _write_papers(staging, job, result, scores)
     _print_summary(console, output, result, scores, time.monotonic() - begun)
