@@ -293,12 +293,12 @@ def fill(
     tensors: dict[str, Placement],
     read: Reader,
     device: str,
-    dtype: torch.dtype,
+    dtype: torch.dtype | None,
 ) -> None:
     """Give the parameters that `tensors` fill memory and their values, and move the buffers of `modules` to `device`.
 
-    Parameters without a tensor of their own (a tied head) stay on the meta device. Raises CheckpointError where a shape
-    contradicts the model, or where a value is NaN or infinite.
+    dtype None keeps the file's. Parameters without a tensor of their own (a tied head) stay on the meta device. Raises
+    CheckpointError where a shape contradicts the model, or where a value is NaN or infinite.
     """
     for owner in modules:
         for leaf, buffer in owner._buffers.items():
@@ -317,7 +317,8 @@ def fill(
         if leaf in owner._parameters and whole.is_meta:
             # a parameter that one tensor fills is that tensor; one put together from several is allocated first
             alone = placement.expert is None
-            filled = value.to(device, dtype) if alone else torch.zeros(whole.shape, dtype=dtype, device=device)
+            kind = dtype or value.dtype
+            filled = value.to(device, kind) if alone else torch.zeros(whole.shape, dtype=kind, device=device)
             whole = owner._parameters[leaf] = nn.Parameter(filled.contiguous(), requires_grad=False)
             if alone:
                 continue

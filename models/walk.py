@@ -14,7 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from export.errors import CheckpointError
-from models.skeleton import Skeleton, empty, fill
+from models.skeleton import Placement, Skeleton, empty, fill
+
+HEAD_SLICE = 1 << 25  # elements of the head converted at once: 128 MiB in float32
 
 
 class _Stop(Exception):
@@ -46,7 +48,7 @@ class Walk:
     def start(self, batches: list[Tensor]) -> list[Tensor]:
         """The hidden states (B, T, width) that enter the first block, for each batch of token ids (B, T)."""
         self._require_positions(max(batch.shape[1] for batch in batches))
-        with self._surroundings(with_head=False):
+        with self._entrance():
             self._learn_return_type(batches[0])
             return [self._embed(batch.to(self.device)) for batch in batches]
 
@@ -63,7 +65,7 @@ class Walk:
     @torch.no_grad()
     def logits(self, ids: list[Tensor], hidden: list[Tensor]) -> Iterator[Tensor]:
         """The logits (B, T, vocabulary) for each batch of `ids`, from the last block's output `hidden`."""
-        with self._surroundings(with_head=True):
+        with self._exit():
             for batch, states in zip(ids, hidden, strict=True):
                 with self._stubs(_constant(self._wrapped(states))):
                     yield self.skeleton.model(input_ids=batch.to(self.device), use_cache=False).logits
@@ -143,24 +145,73 @@ class Walk:
                 del module.forward
 
     @contextmanager
-    def _surroundings(self, with_head: bool) -> Iterator[None]:
-        """All of the model but its blocks in memory; the head only on request."""
+    def _entrance(self) -> Iterator[None]:
+        """In memory: all of the model but its blocks and its head."""
+        with self._filled(self.skeleton.model.get_output_embeddings()):
+            yield
+
+    @contextmanager
+    def _exit(self) -> Iterator[None]:
+        """In memory: all of the model but its blocks and its embeddings, which the stubs make nobody look at.
+
+        The head is often the largest matrix of all: it keeps the file's dtype, and is brought to the walk's a slice at
+        a time while it multiplies.
+        """
         model = self.skeleton.model
-        head = model.get_output_embeddings()
-        head_names = {name for name, module in model.named_modules() if module is head}
-        inside = {block.name for block in self.skeleton.blocks}
-        skipped = inside if with_head else inside | head_names
-        owners = {name: module for name, module in model.named_modules() if not _within(name, skipped)}
+        head: Any = model.get_output_embeddings()
+        embeddings: Any = model.get_input_embeddings()
+        if not isinstance(head, nn.Linear):
+            raise CheckpointError(f"{type(model).__name__}: its head is {type(head).__name__}, not a linear layer")
+        head.forward = lambda x: _sliced_linear(x, head)
+        embeddings.forward = lambda ids: torch.zeros(
+            *ids.shape, embeddings.weight.shape[1], dtype=self.dtype, device=self.device
+        )
+        try:
+            with self._filled(head, embeddings):
+                fill(model, [head], self._head_tensors(head), self.skeleton.read, self.device, None)
+                yield
+        finally:
+            empty([head])
+            del head.forward, embeddings.forward
+
+    @contextmanager
+    def _filled(self, *skipped: nn.Module | None) -> Iterator[None]:
+        """In memory: every module but the blocks and `skipped`."""
+        model = self.skeleton.model
+        outside = {block.name for block in self.skeleton.blocks}
+        outside |= {name for name, module in model.named_modules() if any(module is other for other in skipped)}
+        owners = {name: module for name, module in model.named_modules() if not _within(name, outside)}
         tensors = {
             key: place for key, place in self.skeleton.others.items() if place.parameter.rpartition(".")[0] in owners
         }
         try:
             fill(model, owners.values(), tensors, self.skeleton.read, self.device, self.dtype)
-            if with_head:
-                model.tie_weights()
             yield
         finally:
             empty(owners.values())
+
+    def _head_tensors(self, head: nn.Module) -> dict[str, Placement]:
+        """The file's tensors of the head; the embeddings' where it is tied to them."""
+        names = {module: name for name, module in self.skeleton.model.named_modules()}
+        own, tied = f"{names[head]}.", f"{names[self.skeleton.model.get_input_embeddings()]}.weight"
+        found = {key: place for key, place in self.skeleton.others.items() if place.parameter.startswith(own)}
+        if any(place.parameter == f"{own}weight" for place in found.values()):
+            return found
+        return found | {
+            key: Placement(f"{own}weight") for key, place in self.skeleton.others.items() if place.parameter == tied
+        }
+
+
+def _sliced_linear(x: Tensor, linear: nn.Linear) -> Tensor:
+    """`linear(x)` in the dtype of `x`, the weight converted HEAD_SLICE elements at a time."""
+    n, k = linear.weight.shape
+    rows = max(HEAD_SLICE // k, 1)
+    result = x.new_empty(*x.shape[:-1], n)
+    for start in range(0, n, rows):
+        part = slice(start, min(start + rows, n))
+        bias = None if linear.bias is None else linear.bias[part].to(x.dtype)
+        result[..., part] = torch.nn.functional.linear(x, linear.weight[part].to(x.dtype), bias)
+    return result
 
 
 def _constant(value: Any) -> Callable[[int, tuple[Any, ...], dict[str, Any]], Any]:
