@@ -158,10 +158,7 @@ class Walk:
         a time while it multiplies.
         """
         model = self.skeleton.model
-        head: Any = model.get_output_embeddings()
-        embeddings: Any = model.get_input_embeddings()
-        if not isinstance(head, nn.Linear):
-            raise CheckpointError(f"{type(model).__name__}: its head is {type(head).__name__}, not a linear layer")
+        head, embeddings = _linear_head(model), model.get_input_embeddings()
         head.forward = lambda x: _sliced_linear(x, head)
         embeddings.forward = lambda ids: torch.zeros(
             *ids.shape, embeddings.weight.shape[1], dtype=self.dtype, device=self.device
@@ -200,6 +197,13 @@ class Walk:
         return found | {
             key: Placement(f"{own}weight") for key, place in self.skeleton.others.items() if place.parameter == tied
         }
+
+
+def _linear_head(model: Any) -> Any:
+    head = model.get_output_embeddings()
+    if not isinstance(head, nn.Linear):
+        raise CheckpointError(f"{type(model).__name__}: its head is {type(head).__name__}, not a linear layer")
+    return head
 
 
 def _sliced_linear(x: Tensor, linear: nn.Linear) -> Tensor:

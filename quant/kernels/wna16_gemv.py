@@ -15,7 +15,6 @@ MAX_M = 64
 MAX_WARPS = 8  # in a block
 LONG_K = 64    # chunks
 MOST_IDLE = 1.05  # of the chunks: where the last round of the warps would exceed it, one warp less may fit better
-MAX_STAGED_BYTES = 96 << 10  # of shared memory for x, where a norm comes before the product
 
 
 @dataclass(frozen=True)
@@ -73,11 +72,18 @@ def choose_row_tiles(problem: Problem, tiles: int, chunks: int) -> int:
     return 1 if problem.m <= 16 and one_wave and chunks < LONG_K else 2
 
 
+def most_staged_bytes(capability: tuple[int, int] | None) -> int:
+    """Shared memory for x where a norm comes before the product: what a block has left beside 73 KB of partial sums."""
+    if capability is None or capability < (9, 0):
+        return (64 if capability == (8, 0) else 24) << 10
+    return 96 << 10
+
+
 def run(call: Call, problem: Problem, launch: Launch | None = None) -> Tensor:
     """y of `call`, which problem.check has passed. ValueError where a tensor is not aligned to 16 bytes."""
     assert EXTENSION is not None
     launch = launch or choose_launch(problem)
-    call = prepare(call, launch)
+    call = prepare(call, most_staged_bytes(problem.capability) * launch.cluster)
     y = torch.empty(call.y_shape, dtype=call.y_dtype, device=call.x.device)
     args = args_of(call, y)
     with torch.cuda.device(y.device):
@@ -87,11 +93,11 @@ def run(call: Call, problem: Problem, launch: Launch | None = None) -> Tensor:
     return y
 
 
-def prepare(call: Call, launch: Launch) -> Call:
-    """`call` as the kernel takes it: k in whole chunks, a norm whose rows fit in shared memory, 16-byte alignment."""
+def prepare(call: Call, most_staged: int) -> Call:
+    """`call` as the kernel takes it: k in whole chunks, a norm of at most `most_staged` bytes of x, 16-byte alignment."""
     m, k = call.x.shape
     whole = padded(k, CHUNK_K)
-    if call.norm != "none" and (whole != k or m * k * 2 // launch.cluster > MAX_STAGED_BYTES):
+    if call.norm != "none" and (whole != k or m * k * 2 > most_staged):
         call = replace(call, x=reference.normalize(call), norm="none", norm_weight=None, norm_bias=None)
     if whole != k:
         call = replace(call, x=torch.nn.functional.pad(call.x, (0, whole - k)))

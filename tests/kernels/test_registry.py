@@ -9,7 +9,7 @@ from quant.kernels.__main__ import describe_build, describe_problem, main
 from quant.kernels.extension import reason_against_capability
 from quant.kernels.problem import Problem
 from quant.kernels.registry import KERNELS, choose_kernel
-from quant.kernels.wna16_gemv import MAX_WARPS, choose_launch
+from quant.kernels.wna16_gemv import MAX_WARPS, choose_launch, most_staged_bytes
 
 ON_CPU = Problem(1, 4096, 4096, 4, 128, torch.float16, "cpu")
 ON_H100 = replace(ON_CPU, device="cuda", capability=(9, 0), processors=132)
@@ -57,3 +57,9 @@ def test_launches_are_possible(m: int, n: int, k: int, bits: int) -> None:
 def test_the_report_names_what_was_built(capsys: pytest.CaptureFixture[str]) -> None:
     main()
     assert capsys.readouterr().out.startswith(describe_build())
+
+
+def test_a_norm_leaves_room_for_the_sums_on_every_gpu() -> None:
+    # Shared memory a block may have, less the largest set of partial sums: 32 rows x 64 columns x 9 in float32.
+    for capability, kilobytes in (((8, 0), 163), ((8, 6), 99), ((8, 9), 99), ((9, 0), 227)):
+        assert most_staged_bytes(capability) <= (kilobytes << 10) - 32 * 64 * 9 * 4 - 1024
