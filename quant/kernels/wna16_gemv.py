@@ -94,7 +94,7 @@ def run(call: Call, problem: Problem, launch: Launch | None = None) -> Tensor:
 
 
 def prepare(call: Call, most_staged: int) -> Call:
-    """`call` as the kernel takes it: k in whole chunks, a norm of at most `most_staged` bytes of x, 16-byte alignment."""
+    """`call` as the kernel takes it: whole chunks of k, at most `most_staged` bytes of x to normalize, aligned."""
     m, k = call.x.shape
     whole = padded(k, CHUNK_K)
     if call.norm != "none" and (whole != k or m * k * 2 > most_staged):
