@@ -4,7 +4,6 @@ import hashlib
 from collections.abc import Iterable
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from calibrate.job import Job
@@ -13,7 +12,7 @@ from export.errors import CheckpointError
 from export.formats import FORMATS, LogicalTensors
 from export.tensorfile import raw_bytes
 from export.writer import ShardedWriter
-from models.skeleton import Block, checked
+from models.skeleton import Block, checked, count_broken
 from quant.qtensor import QTensor
 
 
@@ -66,7 +65,7 @@ class RecordingWriter:
         return value.to(self._job.dtype) if value.is_floating_point() else value
 
     def _add(self, name: str, tensor: Tensor) -> None:
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        if count_broken(tensor):
             raise CheckpointError(f"{name}: some values are too large for {tensor.dtype}; use --dtype bfloat16")
         self._writer.add(name, tensor)
         self._meant[name] = _digest((tensor,))

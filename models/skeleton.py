@@ -20,6 +20,8 @@ from models.source import Source
 
 Reader = Callable[[str], Tensor]
 
+CHECK_ELEMENTS = 1 << 22
+
 
 @dataclass(frozen=True)
 class Placement:
@@ -327,13 +329,19 @@ def fill(
 
 def checked(name: str, value: Tensor) -> Tensor:
     """`value`, which must be finite. CheckpointError names the tensor and counts what is not."""
-    if value.is_floating_point() and not bool(torch.isfinite(value.sum(dtype=torch.float32))):
-        broken = int((~torch.isfinite(value)).sum())
-        if broken:
-            raise CheckpointError(
-                f"{name}: {broken} of {value.numel()} values are NaN or infinite; the weights are damaged"
-            )
+    broken = count_broken(value)
+    if broken:
+        raise CheckpointError(
+            f"{name}: {broken} of {value.numel()} values are NaN or infinite; the weights are damaged"
+        )
     return value
+
+
+def count_broken(value: Tensor) -> int:
+    """How many values are NaN or infinite; counted in pieces, for the largest tensors barely fit once."""
+    if not value.is_floating_point():
+        return 0
+    return sum(int((~torch.isfinite(part)).sum()) for part in value.flatten().split(CHECK_ELEMENTS))
 
 
 def empty(modules: Iterable[nn.Module]) -> None:
