@@ -74,11 +74,13 @@ def make_model(directory: Path, tokenizer: Path) -> None:
 
 def measure(model: Path, method: str, device: str) -> dict[str, object]:
     """One run's row."""
-    command = ["quantize", str(model), "--method", method, "--device", device, "--output", str(model.parent / method)]
-    command += ["--num-samples", "16", "--seqlen", "512"] if method == "awq" else []
+    options = ["--method", method, "--device", device]
+    options += ["--num-samples", "16", "--seqlen", "512"] if method == "awq" else []
     begun = time.monotonic()
     script = "import sys; from commands.quantize import main; sys.argv[0] = 'quantize'; main()"
-    subprocess.run([sys.executable, "-c", script, *command[1:]], check=True)
+    subprocess.run(
+        [sys.executable, "-c", script, str(model), *options, "--output", str(model.parent / method)], check=True
+    )
     seconds = time.monotonic() - begun
     # the largest child so far: runs are ordered from small to large
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
@@ -93,7 +95,7 @@ def measure(model: Path, method: str, device: str) -> dict[str, object]:
         "seconds": round(seconds, 1),
         "model_gib": round((model / "model.safetensors").stat().st_size / 2**30, 3),
         "torch": torch.__version__,
-        "command": " ".join([*command[:1], "MODEL", *command[2:-1], "DIR"]),
+        "command": " ".join(["quantize", "MODEL", *options, "--output", "DIR"]),
         "commit": commit(),
         "date": datetime.date.today().isoformat(),
     }
