@@ -36,8 +36,19 @@ def measure(n: int, k: int, bits: int) -> list[dict]:
     rows = []
     for name, (call, nbytes) in calls.items():
         timing = time_calls([call])
-        rows.append({"kernel": name, "ours": True, "n": n, "k": k, "bits": bits, "group_size": scheme.group_size,
-                     "dtype": "float16", **asdict(timing), "gbs": round(nbytes / timing.us / 1e3, 1)})
+        rows.append(
+            {
+                "kernel": name,
+                "ours": True,
+                "n": n,
+                "k": k,
+                "bits": bits,
+                "group_size": scheme.group_size,
+                "dtype": "float16",
+                **asdict(timing),
+                "gbs": round(nbytes / timing.us / 1e3, 1),
+            }
+        )
     return rows
 
 

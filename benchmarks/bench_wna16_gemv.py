@@ -24,14 +24,29 @@ from quant.scheme import make_scheme
 
 # Llama-2 7B, Llama-3 8B, Llama-2 13B, CodeGeeX-13B, Llama-3 70B: outputs x inputs.
 SHAPES = (
-    (4096, 4096), (12288, 4096), (22016, 4096), (4096, 11008), (6144, 4096), (28672, 4096), (4096, 14336), (5120, 5120),
-    (15360, 5120), (20480, 5120), (5120, 20480), (27648, 5120), (5120, 13824), (57344, 8192), (8192, 28672),
+    (4096, 4096),
+    (12288, 4096),
+    (22016, 4096),
+    (4096, 11008),
+    (6144, 4096),
+    (28672, 4096),
+    (4096, 14336),
+    (5120, 5120),
+    (15360, 5120),
+    (20480, 5120),
+    (5120, 20480),
+    (27648, 5120),
+    (5120, 13824),
+    (57344, 8192),
+    (8192, 28672),
 )
 ROWS = (1, 2, 4, 8, 16, 32, 64)
 # Beside the main one: bits, group size, symmetric, dtype.
 MAIN = (4, 128, True, torch.float16)
 VARIANTS = (
-    (4, 128, True, torch.bfloat16), (4, 128, False, torch.float16), (4, 64, True, torch.float16),
+    (4, 128, True, torch.bfloat16),
+    (4, 128, False, torch.float16),
+    (4, 64, True, torch.float16),
     (4, 32, True, torch.float16),
 )
 CHANNEL = (8, -1, True, torch.float16)
@@ -59,8 +74,15 @@ def make_copies(n: int, k: int, bits: int, group_size: int, symmetric: bool, dty
     packed = make_weight(n, k, bits, group_size, symmetric, dtype)
     count = copies_for(bytes_of(n, k, bits, group_size, symmetric))
     zeros = packed.zeros
-    return [replace(packed, words=packed.words.clone(), scales=packed.scales.clone(),
-                    zeros=None if zeros is None else zeros.clone()) for _ in range(count)]
+    return [
+        replace(
+            packed,
+            words=packed.words.clone(),
+            scales=packed.scales.clone(),
+            zeros=None if zeros is None else zeros.clone(),
+        )
+        for _ in range(count)
+    ]
 
 
 def time_ours(copies: Sequence[PackedWeight], m: int, dependent: bool) -> Timing:
@@ -68,19 +90,57 @@ def time_ours(copies: Sequence[PackedWeight], m: int, dependent: bool) -> Timing
     return time_calls([lambda w=w: ops.linear(x, w, dependent=dependent) for w in copies])
 
 
-def row_of(name: str, ours: bool, m: int, n: int, k: int, bits: int, group_size: int, dtype: torch.dtype,
-           timing: Timing, floor: Timing, **more: object) -> dict:
+def row_of(
+    name: str,
+    ours: bool,
+    m: int,
+    n: int,
+    k: int,
+    bits: int,
+    group_size: int,
+    dtype: torch.dtype,
+    timing: Timing,
+    floor: Timing,
+    **more: object,
+) -> dict:
     dtype_name = str(dtype).removeprefix("torch.")
-    return {"kernel": name, "ours": ours, "m": m, "n": n, "k": k, "dtype": dtype_name, "bits": bits,
-            "group_size": group_size, **asdict(timing), "floor_us": floor.us, **more}
+    return {
+        "kernel": name,
+        "ours": ours,
+        "m": m,
+        "n": n,
+        "k": k,
+        "dtype": dtype_name,
+        "bits": bits,
+        "group_size": group_size,
+        **asdict(timing),
+        "floor_us": floor.us,
+        **more,
+    }
 
 
 def measure_ours(floor: Floor, n: int, k: int, scheme: tuple, rows: Sequence[int]) -> list[dict]:
     bits, group_size, symmetric, dtype = scheme
     copies = make_copies(n, k, *scheme)
     read = floor.time(bytes_of(n, k, bits, group_size, symmetric))
-    return [row_of("wna16_gemv", True, m, n, k, bits, group_size, dtype, time_ours(copies, m, dependent), read,
-                   dependent=dependent, symmetric=symmetric) for m in rows for dependent in (False, True)]
+    return [
+        row_of(
+            "wna16_gemv",
+            True,
+            m,
+            n,
+            k,
+            bits,
+            group_size,
+            dtype,
+            time_ours(copies, m, dependent),
+            read,
+            dependent=dependent,
+            symmetric=symmetric,
+        )
+        for m in rows
+        for dependent in (False, True)
+    ]
 
 
 def measure_peer(peer: Peer, floor: Floor, n: int, k: int, rows: Sequence[int]) -> list[dict]:
@@ -115,16 +175,31 @@ def measure_chain(hidden: int, qkv: int, inner: int, floor: Floor) -> dict:
         state[0] = ops.linear(ops.gated_linear(h, block[2], dependent=True), block[3], residual=h, dependent=True)
 
     timing = time_calls([lambda block=block: run(block) for block in blocks])
-    return row_of("wna16_gemv block", True, 1, 2 * inner, hidden, 4, 128, torch.float16, timing, floor.time(nbytes),
-                  dependent=True, symmetric=True, gbs=round(nbytes / timing.us / 1e3, 1))
+    return row_of(
+        "wna16_gemv block",
+        True,
+        1,
+        2 * inner,
+        hidden,
+        4,
+        128,
+        torch.float16,
+        timing,
+        floor.time(nbytes),
+        dependent=True,
+        symmetric=True,
+        gbs=round(nbytes / timing.us / 1e3, 1),
+    )
 
 
 def describe(row: dict) -> str:
     name = row["kernel"] + (" +pdl" if row.get("dependent") else "") + ("" if row.get("symmetric", True) else " asym")
     ratio = row["us"] / row["floor_us"]
-    return (f"{row['n']:>6} x {row['k']:<6} m {row['m']:<3} {name:<22} w{row['bits']:<2} g{row['group_size']:<4}"
-            f"{row['dtype']:<9} {row['us']:8.2f} us ({row['us_p10']:.2f} to {row['us_p90']:.2f})"
-            f"  floor {row['floor_us']:7.2f}  x {ratio:.3f}")
+    return (
+        f"{row['n']:>6} x {row['k']:<6} m {row['m']:<3} {name:<22} w{row['bits']:<2} g{row['group_size']:<4}"
+        f"{row['dtype']:<9} {row['us']:8.2f} us ({row['us_p10']:.2f} to {row['us_p90']:.2f})"
+        f"  floor {row['floor_us']:7.2f}  x {ratio:.3f}"
+    )
 
 
 def main() -> None:
@@ -156,8 +231,13 @@ def main() -> None:
     for n, k in ((4096, 4096), (28672, 4096)):
         for scheme in VARIANTS:
             add(measure_ours(floor, n, k, scheme, (1,)))
-    add([measure_chain(4096, 12288, 11008, floor), measure_chain(5120, 15360, 13824, floor),
-         measure_chain(8192, 10240, 28672, floor)])
+    add(
+        [
+            measure_chain(4096, 12288, 11008, floor),
+            measure_chain(5120, 15360, 13824, floor),
+            measure_chain(8192, 10240, 28672, floor),
+        ]
+    )
 
 
 if __name__ == "__main__":

@@ -94,8 +94,12 @@ def machete(m: int, n: int, k: int) -> Calls:
     for _ in range(copies_for(n * k // 2)):
         words = torch.empty_strided(packed.shape, packed.stride(), dtype=packed.dtype, device="cuda").copy_(packed)
         weights.append((words, random_scales(k // GROUP, n, dtype=x.dtype)))
-    return [lambda w=w, s=s: vllm_ops.machete_mm(a=x, b_q=w, b_type=kind, b_group_zeros=None, b_group_scales=s,
-                                                 b_group_size=GROUP) for w, s in weights]
+    return [
+        lambda w=w, s=s: vllm_ops.machete_mm(
+            a=x, b_q=w, b_type=kind, b_group_zeros=None, b_group_scales=s, b_group_size=GROUP
+        )
+        for w, s in weights
+    ]
 
 
 PEERS = (

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 ROTATED_BYTES = 256 << 20  # copies of the weight that a graph walks through: over four times an H100's 50 MB of L2
-CALLS = 20                 # at least, in a graph
+CALLS = 20  # at least, in a graph
 READ_CEILING_BYTES = 2 << 30
 
 
@@ -94,11 +94,18 @@ class Floor:
 
 def run_facts(commit: str) -> dict[str, str]:
     """What every row says of the machine and the code."""
-    smi = subprocess.run(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
-                         check=True, capture_output=True, text=True).stdout.split()[0]
+    smi = subprocess.run(
+        ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout.split()[0]
     return {
-        "gpu": torch.cuda.get_device_name(), "driver": smi, "torch": torch.__version__,
-        "commit": commit, "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+        "gpu": torch.cuda.get_device_name(),
+        "driver": smi,
+        "torch": torch.__version__,
+        "commit": commit,
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
     }
 
 

@@ -1,6 +1,6 @@
 """Draws benchmarks/results/wna16_gemv.jsonl: rows of x against time, one picture a shape, the floor as a line.
 
-    python -m benchmarks.plot_wna16_gemv          (needs matplotlib)
+python -m benchmarks.plot_wna16_gemv          (needs matplotlib)
 """
 
 import json

@@ -9,7 +9,10 @@ from quant.kernels.wna16_gemv import choose_launch
 
 # (m, n, k, bits, group size): a layer of a 7B model, the largest of a 70B one, and what falls through.
 EXAMPLES = (
-    (1, 4096, 4096, 4, 128), (8, 12288, 4096, 4, 128), (16, 4096, 14336, 8, -1), (64, 57344, 8192, 4, 64),
+    (1, 4096, 4096, 4, 128),
+    (8, 12288, 4096, 4, 128),
+    (16, 4096, 14336, 8, -1),
+    (64, 57344, 8192, 4, 64),
     (255, 4096, 4096, 4, 128),
 )
 

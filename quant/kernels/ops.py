@@ -48,20 +48,46 @@ def shape_of(call: Call) -> Tensor:
 
 
 def linear_call(
-    x: Tensor, words: Tensor, scales: Tensor, zeros: Tensor | None, n: int, bits: int, group_size: int,
-    pair_block: int, bias: Tensor | None, residual: Tensor | None, norm: str, norm_weight: Tensor | None,
-    norm_bias: Tensor | None, norm_eps: float, activation: str, float32_out: bool, dependent: bool,
+    x: Tensor,
+    words: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    n: int,
+    bits: int,
+    group_size: int,
+    pair_block: int,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    norm: str,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    norm_eps: float,
+    activation: str,
+    float32_out: bool,
+    dependent: bool,
 ) -> Call:
     """The Call of lowbit::linear's arguments."""
     weight = PackedWeight(words, scales, zeros, n, x.shape[-1], bits, group_size, pair_block)
-    return Call(x, weight, bias, residual, norm, norm_weight, norm_bias, norm_eps, activation, None, float32_out,
-                dependent)
+    return Call(
+        x, weight, bias, residual, norm, norm_weight, norm_bias, norm_eps, activation, None, float32_out, dependent
+    )
 
 
 def gated_call(
-    x: Tensor, words: Tensor, scales: Tensor, zeros: Tensor | None, n: int, bits: int, group_size: int,
-    pair_block: int, bias: Tensor | None, norm: str, norm_weight: Tensor | None, norm_bias: Tensor | None,
-    norm_eps: float, dependent: bool,
+    x: Tensor,
+    words: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    n: int,
+    bits: int,
+    group_size: int,
+    pair_block: int,
+    bias: Tensor | None,
+    norm: str,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    norm_eps: float,
+    dependent: bool,
 ) -> Call:
     """The Call of lowbit::gated_linear's arguments."""
     weight = PackedWeight(words, scales, zeros, n, x.shape[-1], bits, group_size, pair_block)
@@ -69,9 +95,25 @@ def gated_call(
 
 
 def rotary_call(
-    x: Tensor, words: Tensor, scales: Tensor, zeros: Tensor | None, n: int, bits: int, group_size: int,
-    pair_block: int, bias: Tensor | None, norm: str, norm_weight: Tensor | None, norm_bias: Tensor | None,
-    norm_eps: float, positions: Tensor, slots: Tensor, cosines: Tensor, sines: Tensor, k_cache: Tensor, v_cache: Tensor,
+    x: Tensor,
+    words: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    n: int,
+    bits: int,
+    group_size: int,
+    pair_block: int,
+    bias: Tensor | None,
+    norm: str,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    norm_eps: float,
+    positions: Tensor,
+    slots: Tensor,
+    cosines: Tensor,
+    sines: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
     dependent: bool,
 ) -> Call:
     """The Call of lowbit::qkv_rotary_append's arguments."""
@@ -81,8 +123,19 @@ def rotary_call(
 
 
 def logits_call(
-    x: Tensor, words: Tensor, scales: Tensor, zeros: Tensor | None, n: int, bits: int, group_size: int,
-    pair_block: int, norm: str, norm_weight: Tensor | None, norm_bias: Tensor | None, norm_eps: float, dependent: bool,
+    x: Tensor,
+    words: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    n: int,
+    bits: int,
+    group_size: int,
+    pair_block: int,
+    norm: str,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    norm_eps: float,
+    dependent: bool,
 ) -> Call:
     """The Call of lowbit::logits_argmax's arguments."""
     weight = PackedWeight(words, scales, zeros, n, x.shape[-1], bits, group_size, pair_block)
@@ -118,8 +171,11 @@ def register(name: str, implementation: Callable[..., Any], fake: Callable[..., 
 register("linear", lambda *args: compute(linear_call(*args)), lambda *args: shape_of(linear_call(*args)))
 register("gated_linear", lambda *args: compute(gated_call(*args)), lambda *args: shape_of(gated_call(*args)))
 register("qkv_rotary_append", lambda *args: compute(rotary_call(*args)), lambda *args: shape_of(rotary_call(*args)))
-register("logits_argmax", lambda *args: with_argmax(compute(logits_call(*args))),
-         lambda *args: with_argmax(shape_of(logits_call(*args))))
+register(
+    "logits_argmax",
+    lambda *args: with_argmax(compute(logits_call(*args))),
+    lambda *args: with_argmax(shape_of(logits_call(*args))),
+)
 register("dequantize", dequantize_impl, dequantize_shape)
 
 
@@ -129,9 +185,18 @@ def weight_args(weight: PackedWeight) -> tuple[Tensor, Tensor, Tensor | None, in
 
 
 def linear(
-    x: Tensor, weight: PackedWeight, bias: Tensor | None = None, residual: Tensor | None = None, *,
-    norm: str = "none", norm_weight: Tensor | None = None, norm_bias: Tensor | None = None, norm_eps: float = 0.0,
-    activation: str = "none", float32_out: bool = False, dependent: bool = False,
+    x: Tensor,
+    weight: PackedWeight,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    *,
+    norm: str = "none",
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    norm_eps: float = 0.0,
+    activation: str = "none",
+    float32_out: bool = False,
+    dependent: bool = False,
 ) -> Tensor:
     """activation(norm(x) W^T + bias) + residual.
 
@@ -139,35 +204,81 @@ def linear(
     norm: "none", "rms", "layer"; activation: "none", "gelu", "gelu_tanh", "quick_gelu". Everything between x and y is
     float32. ValueError with the numbers where the tensors do not fit together. problem.Call says more.
     """
-    return torch.ops.lowbit.linear(x, *weight_args(weight), bias, residual, norm, norm_weight, norm_bias, norm_eps,
-                                   activation, float32_out, dependent)
+    return torch.ops.lowbit.linear(
+        x,
+        *weight_args(weight),
+        bias,
+        residual,
+        norm,
+        norm_weight,
+        norm_bias,
+        norm_eps,
+        activation,
+        float32_out,
+        dependent,
+    )
 
 
 def gated_linear(
-    x: Tensor, weight: PackedWeight, bias: Tensor | None = None, *, norm: str = "none",
-    norm_weight: Tensor | None = None, norm_bias: Tensor | None = None, norm_eps: float = 0.0, dependent: bool = False,
+    x: Tensor,
+    weight: PackedWeight,
+    bias: Tensor | None = None,
+    *,
+    norm: str = "none",
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    norm_eps: float = 0.0,
+    dependent: bool = False,
 ) -> Tensor:
     """silu(gate) * up, (m, n / 2): `weight` is gate's rows over up's, packed with pair_block = n."""
-    return torch.ops.lowbit.gated_linear(x, *weight_args(weight), bias, norm, norm_weight, norm_bias, norm_eps,
-                                         dependent)
+    return torch.ops.lowbit.gated_linear(
+        x, *weight_args(weight), bias, norm, norm_weight, norm_bias, norm_eps, dependent
+    )
 
 
 def qkv_rotary_append(
-    x: Tensor, weight: PackedWeight, rotary: Rotary, bias: Tensor | None = None, *, norm: str = "none",
-    norm_weight: Tensor | None = None, norm_bias: Tensor | None = None, norm_eps: float = 0.0, dependent: bool = False,
+    x: Tensor,
+    weight: PackedWeight,
+    rotary: Rotary,
+    bias: Tensor | None = None,
+    *,
+    norm: str = "none",
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    norm_eps: float = 0.0,
+    dependent: bool = False,
 ) -> Tensor:
     """q (m, q_heads * head_dim), rotated; k (rotated) and v are written to rotary's caches.
 
     `weight` is the rows of q over those of k over those of v, packed with pair_block = head_dim.
     """
-    return torch.ops.lowbit.qkv_rotary_append(x, *weight_args(weight), bias, norm, norm_weight, norm_bias, norm_eps,
-                                              rotary.positions, rotary.slots, rotary.cosines, rotary.sines,
-                                              rotary.k_cache, rotary.v_cache, dependent)
+    return torch.ops.lowbit.qkv_rotary_append(
+        x,
+        *weight_args(weight),
+        bias,
+        norm,
+        norm_weight,
+        norm_bias,
+        norm_eps,
+        rotary.positions,
+        rotary.slots,
+        rotary.cosines,
+        rotary.sines,
+        rotary.k_cache,
+        rotary.v_cache,
+        dependent,
+    )
 
 
 def logits_argmax(
-    x: Tensor, weight: PackedWeight, *, norm: str = "none", norm_weight: Tensor | None = None,
-    norm_bias: Tensor | None = None, norm_eps: float = 0.0, dependent: bool = False,
+    x: Tensor,
+    weight: PackedWeight,
+    *,
+    norm: str = "none",
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    norm_eps: float = 0.0,
+    dependent: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """norm(x) W^T as float32 (m, n), and the index of each row's largest, int64 (m): a greedy step's last product."""
     return torch.ops.lowbit.logits_argmax(x, *weight_args(weight), norm, norm_weight, norm_bias, norm_eps, dependent)

@@ -85,9 +85,9 @@ class Problem:
     bits: int
     group_size: int
     dtype: torch.dtype
-    device: str                               # "cuda" or "cpu"
+    device: str  # "cuda" or "cpu"
     capability: tuple[int, int] | None = None  # of the GPU
-    processors: int = 0                        # multiprocessors of the GPU
+    processors: int = 0  # multiprocessors of the GPU
 
     def __str__(self) -> str:
         group = "channel" if self.group_size == -1 else f"g{self.group_size}"
@@ -144,9 +144,14 @@ def reason_against_tensors(call: Call) -> str | None:
     if x.dtype not in (torch.float16, torch.bfloat16):
         return f"x is {x.dtype}: torch.float16 or torch.bfloat16 are needed"
     halves: dict[str, tuple[Tensor | None, tuple[int, ...] | None]]
-    halves = {"x": (x, (m, k)), "scales": (w.scales, None), "bias": (call.bias, (n,)),
-              "residual": (call.residual, (m, n)), "norm_weight": (call.norm_weight, (k,)),
-              "norm_bias": (call.norm_bias, (k,))}
+    halves = {
+        "x": (x, (m, k)),
+        "scales": (w.scales, None),
+        "bias": (call.bias, (n,)),
+        "residual": (call.residual, (m, n)),
+        "norm_weight": (call.norm_weight, (k,)),
+        "norm_bias": (call.norm_bias, (k,)),
+    }
     if call.rotary is not None:
         caches = tuple(call.rotary.k_cache.shape)
         halves |= {"k_cache": (call.rotary.k_cache, caches), "v_cache": (call.rotary.v_cache, caches)}

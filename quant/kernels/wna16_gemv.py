@@ -13,7 +13,7 @@ from quant.kernels.problem import ACTIVATIONS, NORMS, Call, Problem, check_align
 
 MAX_M = 64
 MAX_WARPS = 8  # in a block
-LONG_K = 64    # chunks
+LONG_K = 64  # chunks
 MOST_IDLE = 1.05  # of the chunks: where the last round of the warps would exceed it, one warp less may fit better
 
 
@@ -110,8 +110,17 @@ def args_of(call: Call, y: Tensor) -> Any:
     assert EXTENSION is not None
     weight = call.weight
     args = EXTENSION.Wna16GemvArgs()
-    tensors = {"x": call.x, "words": weight.words, "scales": weight.scales, "zeros": weight.zeros, "bias": call.bias,
-               "residual": call.residual, "norm_weight": call.norm_weight, "norm_bias": call.norm_bias, "y": y}
+    tensors = {
+        "x": call.x,
+        "words": weight.words,
+        "scales": weight.scales,
+        "zeros": weight.zeros,
+        "bias": call.bias,
+        "residual": call.residual,
+        "norm_weight": call.norm_weight,
+        "norm_bias": call.norm_bias,
+        "y": y,
+    }
     args.m, args.k = call.x.shape
     args.n, args.pair_block = weight.n, weight.pair_block
     args.tiles, args.chunks = weight.words.shape[:2]

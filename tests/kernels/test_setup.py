@@ -18,7 +18,10 @@ def setup_module(monkeypatch: pytest.MonkeyPatch) -> dict:
 
 def test_architectures_become_flags(setup_module: dict) -> None:
     assert setup_module["architecture_flags"](["90a", "90+PTX"]) == [
-        "-gencode", "arch=compute_90a,code=sm_90a", "-gencode", "arch=compute_90,code=compute_90",
+        "-gencode",
+        "arch=compute_90a,code=sm_90a",
+        "-gencode",
+        "arch=compute_90,code=compute_90",
     ]
 
 

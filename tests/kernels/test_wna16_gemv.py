@@ -188,8 +188,10 @@ def test_compiled_on_the_gpu() -> None:
     weight, x = make_packed(64, 256, device="cuda"), make_x(2, 256, torch.float16, "cuda")
     compiled = torch.compile(lambda x: ops.linear(x, weight).relu(), fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(x), ops.linear(x, weight).relu())
-    torch.library.opcheck(torch.ops.lowbit.linear.default,
-                          (x, *ops.weight_args(weight), None, None, "none", None, None, 0.0, "none", False, False))
+    torch.library.opcheck(
+        torch.ops.lowbit.linear.default,
+        (x, *ops.weight_args(weight), None, None, "none", None, None, 0.0, "none", False, False),
+    )
 
 
 @pytest.mark.gpu
