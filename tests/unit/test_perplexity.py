@@ -47,10 +47,14 @@ def test_it_is_transformers_own_loss(models, family):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_walk_through_blocks_gives_the_models_logits(models, family):
-    """Block by block from the files, all at once from the files, and transformers' own memory: the same logits."""
+    """Block by block from the files, all at once from the files, and transformers' own memory: the same logits.
+
+    To float32 rounding: experts run one by one here, in a batch there, and two threads add in another order than one.
+    """
     model, directory = models(family)
     ids = calibration(3, 20).ids
-    assert torch.equal(logits_of(load_dense(open_source(str(directory))), ids), logits_of(model, ids))
+    ours = logits_of(load_dense(open_source(str(directory))), ids)
+    torch.testing.assert_close(ours, logits_of(model, ids), rtol=1e-5, atol=1e-6)
 
 
 def test_only_the_windows_asked_for(models):
