@@ -57,7 +57,7 @@ class BlockWork:
         self._walk, self._index = walk, index
         self._model = walk.skeleton.model
         self._specs = {spec.name: spec for spec in self.block.linears}
-        self.masters = {spec.name: self.weight(spec.name).detach().float().clone() for spec in self.block.linears}
+        self.masters = {spec.name: self.weight(spec.name).to(torch.float32, copy=True) for spec in self.block.linears}
 
     def parameter(self, name: str) -> Tensor:
         """The running parameter of that name in the model."""
@@ -104,10 +104,7 @@ class BlockWork:
         )
         choice = search_scales(activation, magnitude, self._losses(fold, quantized, hidden))
         if choice.scales is not None:
-            used = torch.zeros(fold.channels, dtype=torch.bool, device=choice.scales.device)
-            for columns in fold.columns.values():
-                used[columns.to(used.device)] = True
-            self._apply(fold, torch.where(used, choice.scales, 1.0))
+            self._apply(fold, fold.on_used_channels(choice.scales))
         return choice
 
     def _losses(self, fold: Fold, quantized: list[str], hidden: list[Tensor]) -> Losses:

@@ -147,7 +147,7 @@ def prove(bench: Workbench, folds: list[Fold], probe: Probe, seed: int) -> list[
         restores = []
         for fold in some:
             restores.append(bench.keep(fold))
-            bench.scale(fold, _used_channels(fold, _factors(fold.channels, generator)))
+            bench.scale(fold, fold.on_used_channels(_factors(fold.channels, generator).to(output.device)))
         same = _same(output, probe.run(bench.module))
         for restore in reversed(restores):
             restore()
@@ -244,18 +244,14 @@ def _producers(bench: Workbench) -> Iterator[Fold]:
 
 
 def _factors(count: int, generator: torch.Generator) -> Tensor:
-    """`count` distinct factors between 1/2 and 2, evenly spaced in logarithm, in random order, none near 1."""
-    exponents = torch.linspace(-1, 1, max(count, 2) + 1)[: max(count, 2)] + 0.3 / max(count, 2)
-    return exponents[torch.randperm(len(exponents), generator=generator)][:count].exp2()
+    """`count` distinct factors in random order, from 1/2 to 0.84 and from 1.19 to 2, evenly spaced in logarithm.
 
-
-def _used_channels(fold: Fold, factors: Tensor) -> Tensor:
-    """`factors` where a channel feeds some column, 1 elsewhere (queries and keys beside values)."""
-    used = torch.zeros(fold.channels, dtype=torch.bool)
-    for columns in fold.columns.values():
-        used[columns.cpu()] = True
-    device = next(iter(fold.columns.values())).device
-    return torch.where(used, factors, torch.ones_like(factors)).to(device)
+    None is near 1: however many there are, an input that did not change must not look like one that was scaled.
+    """
+    half = (count + 1) // 2
+    magnitudes = torch.linspace(0.25, 1, half)
+    exponents = torch.cat([magnitudes, -magnitudes])[:count]
+    return exponents[torch.randperm(count, generator=generator)].exp2()
 
 
 def _by_name(calls: list[tuple[tuple[str, ...], Tensor]]) -> Inputs:

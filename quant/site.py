@@ -40,6 +40,13 @@ class Fold:
         """The scale (k,) of each input column of `consumer`, from the scales (channels,) of the producer's outputs."""
         return scales[self.columns[consumer].to(scales.device)]
 
+    def on_used_channels(self, scales: Tensor) -> Tensor:
+        """`scales` (channels,) where a channel feeds some column, 1 elsewhere (queries and keys beside values)."""
+        used = torch.zeros(self.channels, dtype=torch.bool, device=scales.device)
+        for columns in self.columns.values():
+            used[columns.to(scales.device)] = True
+        return torch.where(used, scales, torch.ones_like(scales))
+
     def per_channel(self, values: dict[str, Tensor], reduce: str) -> Tensor:
         """Values per input column (consumer -> (k,)) brought to the producer's channels by `reduce` ("mean", "amax").
 

@@ -16,7 +16,7 @@ from models.source import open_source
 from models.walk import Walk
 from quant.scheme import make_scheme
 from quant.site import Fold
-from tests.builders import FAMILIES, calibration, logits_of, make_model, save
+from tests.builders import FAMILIES, calibration, logits_of, make_model, save, save_family
 
 GATED_NORMS = {"input_layernorm": "q_proj k_proj v_proj", "post_attention_layernorm": "gate_proj up_proj"}
 VALUES = {"self_attn.v_proj": "o_proj"}
@@ -109,6 +109,16 @@ def prober_of(skeleton: Skeleton, seed: int = 3) -> tuple[Walk, Prober]:
 
 def test_every_family_is_here():
     assert set(FOLDS) == set(FAMILIES)
+
+
+def test_the_rows_of_a_wide_layer_are_told_apart(tmp_path):
+    """With 14336 rows the factors crowd, and none of them may pass for no change at all."""
+    skeleton = open_skeleton(open_source(str(save_family("llama", tmp_path / "wide", intermediate_size=14336))))
+    walk, prober = prober_of(skeleton)
+    with walk.loaded(0):
+        folds = prober.structure(0).folds
+    assert ("mlp.up_proj", "down_proj") in {short(fold, skeleton.blocks[0].name) for fold in folds}
+    assert len(folds) == len(FOLDS["llama"])
 
 
 @pytest.mark.parametrize("family", FAMILIES)
