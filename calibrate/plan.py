@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from export.errors import CheckpointError
-from models.skeleton import Block, LinearSpec, Skeleton
+from models.skeleton import Block, LinearSpec, Skeleton, tensor_of
 from quant.recipe import Recipe
 from quant.scheme import Scheme, fitting_group_size
 
@@ -154,7 +154,7 @@ def _unsplit_experts(skeleton: Skeleton, block: Block) -> dict[str, Left]:
     covered = {spec.placement.parameter for spec in block.linears}
     left = {}
     for name, placement in block.tensors.items():
-        parameter = skeleton.model.state_dict(keep_vars=True)[placement.parameter]
+        parameter = tensor_of(skeleton.model, placement)
         if parameter.ndim == 3 and placement.parameter not in covered:
             left[name] = Left(
                 parameter.numel(), "experts fused in one tensor whose separate names are unknown", exempt=False

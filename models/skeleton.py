@@ -184,6 +184,12 @@ def place(model: PreTrainedModel, names: list[str]) -> dict[str, Placement]:
     return placements
 
 
+def tensor_of(model: nn.Module, placement: Placement) -> Tensor:
+    """The whole parameter or buffer that `placement` lies in."""
+    owner, _, leaf = placement.parameter.rpartition(".")
+    return getattr(model.get_submodule(owner), leaf)
+
+
 def _transforms(model: PreTrainedModel) -> tuple[list[Any], list[Any]]:
     """transformers' renamings for this model, and its conversions of several tensors into one."""
     transforms = get_model_conversion_mapping(model)
@@ -215,7 +221,7 @@ def experts_in(model: PreTrainedModel, name: str, placement: Placement) -> dict[
     transformers' own mapping from single experts to the stack, read backwards, and believed where reading the names
     forwards leads to the same slices. Empty where the tensor is no such stack.
     """
-    count = model.state_dict(keep_vars=True)[placement.parameter].shape[0]
+    count = tensor_of(model, placement).shape[0]
     for converter in _transforms(model)[1]:
         target, sources = converter.target_patterns[0], converter.source_patterns
         if _stacks(converter) and name.endswith(target):
@@ -251,7 +257,7 @@ def _linears(model: PreTrainedModel, block: Block) -> Iterator[LinearSpec]:
 def _single(model: PreTrainedModel, tensors: dict[str, Placement]) -> Iterator[tuple[str, Placement]]:
     """`tensors`, stacks of experts taken apart."""
     for name, placement in tensors.items():
-        stacked = placement.expert is None and model.state_dict(keep_vars=True)[placement.parameter].ndim == 3
+        stacked = placement.expert is None and tensor_of(model, placement).ndim == 3
         experts = experts_in(model, name, placement) if stacked else {}
         yield from (experts or {name: placement}).items()
 
@@ -281,12 +287,13 @@ def _require_parameters(source: Source, model: PreTrainedModel, placements: dict
 
 def _require_shapes(source: Source, model: PreTrainedModel, placements: dict[str, Placement]) -> None:
     """Raise CheckpointError where a tensor's shape in its header contradicts config.json."""
-    state = model.state_dict(keep_vars=True)
     for name, placement in placements.items():
         entry = source.checkpoint.entries.get(name)
-        if entry is not None and entry.shape != tuple(placement.view(state[placement.parameter]).shape):
-            wanted = list(placement.view(state[placement.parameter]).shape)
-            raise CheckpointError(f"{name}: {list(entry.shape)} in the file, {wanted} in the model of config.json")
+        wanted = tuple(placement.view(tensor_of(model, placement)).shape)
+        if entry is not None and entry.shape != wanted:
+            raise CheckpointError(
+                f"{name}: {list(entry.shape)} in the file, {list(wanted)} in the model of config.json"
+            )
 
 
 def fill(

@@ -36,12 +36,12 @@ def choose_params(
         span = values.abs().amax(-1) * 2
         low = None
     else:
-        low = values.amin(-1).clamp(max=0) * shrink
-        span = values.amax(-1).clamp(min=0) - values.amin(-1).clamp(max=0)
+        low = values.amin(-1).clamp(max=0)
+        span = values.amax(-1).clamp(min=0) - low
     scales = stored_scale(span * shrink / (2**scheme.bits - 1), scale_dtype)
     if low is None:
         return scales, None
-    zeros = (scheme.qtype.min - low / scales.float()).round().clamp(scheme.qtype.min, scheme.qtype.max)
+    zeros = (scheme.qtype.min - low * shrink / scales.float()).round().clamp(scheme.qtype.min, scheme.qtype.max)
     return scales, zeros.to(torch.int32)
 
 
