@@ -6,16 +6,17 @@ import torch
 from torch import Tensor
 
 from quant import numerics
-from quant.scheme import Scheme
+from quant.scheme import Activations, Scheme
 
 
 @dataclass(frozen=True)
 class QTensor:
     """A weight as codes and scales: `w ~ (code - zero) * scale`.
 
-    codes   (n, k)  int8 where the scheme is symmetric, else uint8; unpacked
-    scales  (n, g)  float16, bfloat16 or float32, finite and positive
-    zeros   (n, g)  int32 in the code's range; None where the scheme is symmetric
+    codes        (n, k)  int8 where the scheme is symmetric, else uint8; unpacked
+    scales       (n, g)  float16, bfloat16 or float32, finite and positive
+    zeros        (n, g)  int32 in the code's range; None where the scheme is symmetric
+    input_scale  ()      float32, positive: `x ~ code * input_scale` where the scheme's activations share one scale
 
     Checked at birth: ValueError with the numbers where shapes, dtypes or values contradict the scheme.
     """
@@ -24,6 +25,7 @@ class QTensor:
     scales: Tensor
     zeros: Tensor | None
     scheme: Scheme
+    input_scale: Tensor | None = None
 
     def __post_init__(self) -> None:
         reason = self.reason_against()
@@ -48,8 +50,12 @@ class QTensor:
             return "zeros belong to asymmetric schemes alone"
         if self.zeros is not None and tuple(self.zeros.shape) != sides:
             return f"zeros have shape {tuple(self.zeros.shape)}, not {sides}"
+        if (self.input_scale is None) == (self.scheme.activations is Activations.TENSOR):
+            return "an input scale belongs to schemes whose activations share one scale (a8tensor), and only there"
         if self.codes.is_meta or not n * k:
             return None
+        if self.input_scale is not None and not bool((self.input_scale > 0) & torch.isfinite(self.input_scale)):
+            return f"its input scale is {self.input_scale.tolist()}; one finite, positive number is needed"
         if not bool((torch.isfinite(self.scales) & (self.scales > 0)).all()):
             return "a scale is zero, negative or not finite"
         for name, values in (("code", self.codes), ("zero", self.zeros)):
@@ -73,7 +79,8 @@ class QTensor:
 
     def to(self, device: torch.device | str) -> "QTensor":
         zeros = None if self.zeros is None else self.zeros.to(device)
-        return QTensor(self.codes.to(device), self.scales.to(device), zeros, self.scheme)
+        input_scale = None if self.input_scale is None else self.input_scale.to(device)
+        return QTensor(self.codes.to(device), self.scales.to(device), zeros, self.scheme, input_scale)
 
 
 def round_to_nearest(w: Tensor, scheme: Scheme, scale_dtype: torch.dtype, shrink: Tensor | float = 1.0) -> QTensor:

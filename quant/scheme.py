@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import dataclass, replace
+from enum import Enum
 
 from quant.qtypes import QTYPES, QType, qtype_of
 
@@ -44,16 +45,29 @@ def granularity_of(group_size: int) -> Granularity:
     return PerChannel() if group_size == -1 else PerGroup(group_size)
 
 
+class Activations(Enum):
+    """How the inputs of a linear are quantized: symmetric int8, who shares a scale being the value's name."""
+
+    TOKEN = "a8token"  # one scale per token, found as the tokens come
+    TENSOR = "a8tensor"  # one scale for all, fixed by calibration
+
+
 @dataclass(frozen=True)
 class Scheme:
-    """A weight's quantization: `w ~ (code - zero) * scale`.
+    """A linear's quantization: `w ~ (code - zero) * scale`, and how its inputs are quantized, if they are.
 
     Symmetric schemes have signed codes and no zeros; asymmetric ones unsigned codes and one integer zero beside each
-    scale. Text form: "int4-g128", "int8-channel", "uint4-g64".
+    scale. Text form: "int4-g128", "int8-channel", "uint4-g64", "int8-channel-a8token".
     """
 
     qtype: QType
     granularity: Granularity
+    activations: Activations | None = None
+
+    def __post_init__(self) -> None:
+        plain = self.qtype.name == "int8" and isinstance(self.granularity, PerChannel)
+        if self.activations is not None and not plain:
+            raise ValueError(f"{self}: quantized activations go with symmetric 8-bit weights, one scale per channel")
 
     @property
     def symmetric(self) -> bool:
@@ -81,7 +95,9 @@ class Scheme:
         return self.bits + side * self.groups(k) / k
 
     def __str__(self) -> str:
-        return f"{self.qtype.name}-{self.granularity}"
+        return "-".join(
+            [self.qtype.name, str(self.granularity)] + ([self.activations.value] if self.activations else [])
+        )
 
 
 def make_scheme(bits: int, group_size: int, symmetric: bool) -> Scheme:
@@ -91,11 +107,13 @@ def make_scheme(bits: int, group_size: int, symmetric: bool) -> Scheme:
 
 def parse_scheme(text: str) -> Scheme:
     """The scheme that `str(scheme)` printed."""
-    name, _, granularity = text.partition("-")
-    if name not in QTYPES or not re.fullmatch("channel|g[0-9]+", granularity):
-        raise ValueError(f"{text!r} is no scheme: write int4-g128, uint4-g64, int8-channel")
-    size = -1 if granularity == "channel" else int(granularity[1:])
-    return Scheme(QTYPES[name], granularity_of(size))
+    match = re.fullmatch("(?P<name>[a-z]+[0-9]+)-(channel|g(?P<size>[0-9]+))(-(?P<activations>a8[a-z]+))?", text)
+    known = {activations.value: activations for activations in Activations}
+    if match is None or match["name"] not in QTYPES or match["activations"] not in {None, *known}:
+        raise ValueError(f"{text!r} is no scheme: write int4-g128, uint4-g64, int8-channel, int8-channel-a8token")
+    granularity = granularity_of(int(match["size"] or -1))
+    activations = known[match["activations"]] if match["activations"] else None
+    return Scheme(QTYPES[match["name"]], granularity, activations)
 
 
 # Tried in this order where a layer's inputs do not divide by the size asked for.

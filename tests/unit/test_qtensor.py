@@ -5,7 +5,7 @@ import torch
 
 from quant import numerics
 from quant.qtensor import QTensor, round_to_nearest
-from quant.scheme import make_scheme
+from quant.scheme import make_scheme, parse_scheme
 
 INT4 = make_scheme(4, 32, True)
 UINT4 = make_scheme(4, 32, False)
@@ -50,6 +50,19 @@ def test_contradictions_are_refused(codes, scales, zeros, scheme, message):
     with pytest.raises(ValueError, match=message) as caught:
         QTensor(codes, scales, zeros, scheme)
     assert str(scheme) in str(caught.value)
+
+
+def test_an_input_scale_belongs_to_static_activations():
+    static, dynamic = parse_scheme("int8-channel-a8tensor"), parse_scheme("int8-channel-a8token")
+    scales = torch.ones(3, 1)
+    weight = QTensor(CODES, scales, None, static, torch.tensor(0.1)).to("cpu")
+    assert weight.input_scale == torch.tensor(0.1)
+    assert QTensor(CODES, scales, None, dynamic).input_scale is None
+    for scheme, input_scale in ((static, None), (dynamic, torch.tensor(0.1))):
+        with pytest.raises(ValueError, match="an input scale belongs to schemes whose activations share one"):
+            QTensor(CODES, scales, None, scheme, input_scale)
+    with pytest.raises(ValueError, match="its input scale is 0.0; one finite, positive number"):
+        QTensor(CODES, scales, None, static, torch.tensor(0.0))
 
 
 @pytest.mark.parametrize("scheme", [INT4, UINT4, make_scheme(8, -1, True)], ids=str)

@@ -3,7 +3,7 @@
 import pytest
 
 from quant.qtypes import INT4, INT8, QTYPES, UINT4, UINT8, qtype_of
-from quant.scheme import PerChannel, PerGroup, Scheme, fitting_group_size, make_scheme, parse_scheme
+from quant.scheme import Activations, PerChannel, PerGroup, Scheme, fitting_group_size, make_scheme, parse_scheme
 
 
 @pytest.mark.parametrize(
@@ -45,7 +45,19 @@ def test_text_form(text, bits, group_size, symmetric):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "int4", "int4-", "int4-128", "int4-164", "int3-g128", "int4-gx", "int4-channels", "int4-g-1"]
+    "text",
+    [
+        "",
+        "int4",
+        "int4-",
+        "int4-128",
+        "int4-164",
+        "int3-g128",
+        "int4-gx",
+        "int4-channels",
+        "int4-g-1",
+        "int8-channel-a4token",
+    ],
 )
 def test_text_that_is_no_scheme(text):
     with pytest.raises(ValueError, match="no scheme"):
@@ -55,6 +67,17 @@ def test_text_that_is_no_scheme(text):
 def test_text_form_keeps_the_rules_of_groups():
     with pytest.raises(ValueError, match="multiples of 32"):
         parse_scheme("int4-g48")
+
+
+@pytest.mark.parametrize("activations", list(Activations))
+def test_quantized_activations_go_with_int8_channels_alone(activations):
+    scheme = Scheme(INT8, PerChannel(), activations)
+    assert parse_scheme(str(scheme)) == scheme
+    assert str(scheme) == f"int8-channel-{activations.value}"
+    with pytest.raises(ValueError, match="symmetric 8-bit weights"):
+        Scheme(INT4, PerChannel(), activations)
+    with pytest.raises(ValueError, match="symmetric 8-bit weights"):
+        Scheme(INT8, PerGroup(64), activations)
 
 
 def test_groups_of_a_row():
