@@ -32,7 +32,9 @@ class Checkpoint:
     entries: dict[str, TensorEntry]
 
     def read(self, name: str) -> Tensor:
-        """The tensor called `name`, as stored."""
+        """The tensor called `name`, as stored. CheckpointError where no file holds it."""
+        if name not in self.entries:
+            raise CheckpointError(f"{self.directory}: no tensor {name!r} in its files; the checkpoint is incomplete")
         return read_tensor(self.entries[name])
 
     @property

@@ -1,11 +1,17 @@
-"""The compressed-tensors layout, `pack-quantized`: what vLLM, SGLang and transformers load.
+"""The compressed-tensors layouts `pack-quantized` and `int-quantized`: what vLLM, SGLang and transformers load.
 
-For a linear P with weight (n, k), b bits and g groups:
+For a linear P with weight (n, k), b bits and g groups, weight-only (pack-quantized):
 
     P.weight_packed      int32  (n, ceil(k b / 32))   code + 2^(b-1), lowest bits first, along the inputs
     P.weight_scale       float  (n, g)                g = 1 per channel
     P.weight_shape       int64  (2,)                  n, k
     P.weight_zero_point  int32  (ceil(n b / 32), g)   asymmetric only; zero + 2^(b-1), packed along the outputs
+
+With 8-bit activations (int-quantized):
+
+    P.weight             int8     (n, k)
+    P.weight_scale       float    (n, 1)
+    P.input_scale        float32  (1,)                where one calibrated scale serves all tokens
 
 Symmetric files hold no zero points. Codes and zeros are signed in this dialect: an unsigned code u of ours is
 u - 2^(b-1) here, which packs to u again, so the packed words are the same for both.
@@ -21,10 +27,11 @@ from torch import Tensor
 from export.errors import CheckpointError
 from quant.packing import pack, unpack
 from quant.qtensor import QTensor
-from quant.scheme import Scheme, make_scheme
+from quant.scheme import Activations, Scheme, make_scheme
 
 NAME = "compressed-tensors"
-SUFFIXES = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
+PACKED, PLAIN, MIXED = "pack-quantized", "int-quantized", "mixed-precision"
+SUFFIXES = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight", "input_scale")
 
 
 def reason_against(scheme: Scheme) -> str | None:
@@ -34,8 +41,18 @@ def reason_against(scheme: Scheme) -> str | None:
     return None
 
 
+def layout_of(scheme: Scheme) -> str:
+    """The name of the layout that holds a scheme."""
+    return PACKED if scheme.activations is None else PLAIN
+
+
 def write(name: str, weight: QTensor) -> dict[str, Tensor]:
     """The file's tensors for the linear `name`."""
+    if layout_of(weight.scheme) == PLAIN:
+        tensors = {f"{name}.weight": weight.codes, f"{name}.weight_scale": weight.scales}
+        if weight.input_scale is not None:
+            tensors[f"{name}.input_scale"] = weight.input_scale.reshape(1)
+        return tensors
     bits, bias = weight.scheme.bits, weight.scheme.qtype.bias
     tensors = {
         f"{name}.weight_packed": pack(weight.codes.to(torch.int32) + bias, bits),
@@ -52,24 +69,41 @@ def read(name: str, tensor: Callable[[str], Tensor], scheme: Scheme) -> QTensor:
 
     Raises CheckpointError where packed words, scales and shape contradict one another or the scheme.
     """
-    packed, scales = tensor(f"{name}.weight_packed"), tensor(f"{name}.weight_scale")
-    shape = tensor(f"{name}.weight_shape").tolist()
     try:
-        if not isinstance(shape, list) or len(shape) != 2:
-            raise ValueError(f"weight_shape is {shape}, not outputs and inputs")
-        n, k = shape
-        _require_words(packed, "weight_packed", 0, n)
-        codes = unpack(packed, scheme.bits, k)
-        zeros = None
-        if scheme.symmetric:
-            codes = (codes.to(torch.int16) - scheme.qtype.bias).to(torch.int8)
-        else:
-            words = tensor(f"{name}.weight_zero_point")
-            _require_words(words, "weight_zero_point", 1, scheme.groups(k))
-            zeros = unpack(words.T.contiguous(), scheme.bits, n).T.to(torch.int32)
-        return QTensor(codes, scales, zeros, scheme)
+        return (_read_plain if layout_of(scheme) == PLAIN else _read_packed)(name, tensor, scheme)
     except ValueError as error:
         raise CheckpointError(f"{name}: {error}") from error
+
+
+def _read_plain(name: str, tensor: Callable[[str], Tensor], scheme: Scheme) -> QTensor:
+    codes, scales = tensor(f"{name}.weight"), tensor(f"{name}.weight_scale")
+    if tuple(scales.shape) in ((), (1,)) and codes.ndim == 2:
+        scales = scales.reshape(1, 1).repeat(codes.shape[0], 1)  # one scale for the whole weight: every row's
+    input_scale = None
+    if scheme.activations is Activations.TENSOR:
+        input_scale = tensor(f"{name}.input_scale").float()
+        if input_scale.numel() != 1:
+            raise ValueError(f"input_scale has the shape {list(input_scale.shape)}; one number is needed")
+        input_scale = input_scale.reshape(())
+    return QTensor(codes, scales, None, scheme, input_scale)
+
+
+def _read_packed(name: str, tensor: Callable[[str], Tensor], scheme: Scheme) -> QTensor:
+    packed, scales = tensor(f"{name}.weight_packed"), tensor(f"{name}.weight_scale")
+    shape = tensor(f"{name}.weight_shape").tolist()
+    if not isinstance(shape, list) or len(shape) != 2:
+        raise ValueError(f"weight_shape is {shape}, not outputs and inputs")
+    n, k = shape
+    _require_words(packed, "weight_packed", 0, n)
+    codes = unpack(packed, scheme.bits, k)
+    zeros = None
+    if scheme.symmetric:
+        codes = (codes.to(torch.int16) - scheme.qtype.bias).to(torch.int8)
+    else:
+        words = tensor(f"{name}.weight_zero_point")
+        _require_words(words, "weight_zero_point", 1, scheme.groups(k))
+        zeros = unpack(words.T.contiguous(), scheme.bits, n).T.to(torch.int32)
+    return QTensor(codes, scales, zeros, scheme)
 
 
 def _require_words(words: Tensor, what: str, dim: int, size: int) -> None:
@@ -79,8 +113,8 @@ def _require_words(words: Tensor, what: str, dim: int, size: int) -> None:
 
 
 def linears(names: Iterable[str]) -> list[str]:
-    """The quantized linears among a file's tensor names."""
-    return [name.removesuffix(".weight_packed") for name in names if name.endswith(".weight_packed")]
+    """The quantized linears among a file's tensor names: each has scales."""
+    return [name.removesuffix(".weight_scale") for name in names if name.endswith(".weight_scale")]
 
 
 def quantization_config(schemes: Mapping[str, Scheme], unquantized: Iterable[str]) -> dict[str, Any]:
@@ -100,13 +134,14 @@ def quantization_config(schemes: Mapping[str, Scheme], unquantized: Iterable[str
         groups[f"group_{i}"] = {
             "targets": targets,
             "weights": _weight_args(scheme),
-            "input_activations": None,
+            "input_activations": _input_args(scheme.activations),
             "output_activations": None,
-            "format": "pack-quantized",
+            "format": layout_of(scheme),
         }
+    layouts = {layout_of(scheme) for scheme in by_scheme}
     return {
         "quant_method": NAME,
-        "format": "pack-quantized",
+        "format": layouts.pop() if len(layouts) == 1 else MIXED,
         "quantization_status": "compressed",
         "global_compression_ratio": None,
         "kv_cache_scheme": None,
@@ -125,6 +160,14 @@ def _weight_args(scheme: Scheme) -> dict[str, Any]:
         "dynamic": False,
     }
     return args | ({"group_size": scheme.group_size} if grouped else {})
+
+
+def _input_args(activations: Activations | None) -> dict[str, Any] | None:
+    if activations is None:
+        return None
+    token = activations is Activations.TOKEN
+    strategy = "token" if token else "tensor"
+    return {"num_bits": 8, "type": "int", "symmetric": True, "strategy": strategy, "dynamic": token}
 
 
 def _targets(names: list[str], schemes: Mapping[str, Scheme]) -> list[str]:
@@ -150,17 +193,43 @@ def _role(name: str) -> str:
 def schemes_of(config: Mapping[str, Any], names: Iterable[str]) -> dict[str, Scheme]:
     """The scheme that a quantization_config gives each quantized linear of `names`.
 
-    Raises CheckpointError where no group targets one of them, or where a group makes no sense.
+    Raises CheckpointError where no group targets one of them, or where a group makes no sense or asks for what is not
+    read here.
     """
     try:
-        groups = [(group["targets"], _scheme_from(group["weights"])) for group in config["config_groups"].values()]
+        groups = [(group["targets"], _group_scheme(group, config)) for group in config["config_groups"].values()]
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise CheckpointError(f"config.json: its quantization_config cannot be followed ({error!r})") from error
     return {name: _scheme_of(name, groups) for name in names}
 
 
-def _scheme_from(args: Mapping[str, Any]) -> Scheme:
-    return make_scheme(args["num_bits"], args.get("group_size") or -1, args["symmetric"])
+def _group_scheme(group: Mapping[str, Any], config: Mapping[str, Any]) -> Scheme:
+    """The scheme of a config group. ValueError where no scheme of ours, or no layout read here, is what it says."""
+    weights, layout = group["weights"], group.get("format") or config.get("format")
+    if weights.get("type", "int") != "int" or weights.get("dynamic") or group.get("output_activations"):
+        raise ValueError("only integer weights are read, static, their outputs not quantized")
+    if weights.get("strategy") not in (None, "group", "channel", "tensor"):
+        raise ValueError(f"weights with strategy {weights['strategy']!r} are not read")
+    if weights.get("actorder") in ("group", "dynamic", True):
+        raise ValueError("inputs were put in groups in another order (actorder 'group'), which engines dropped")
+    plain = make_scheme(weights["num_bits"], weights.get("group_size") or -1, weights["symmetric"])
+    scheme = Scheme(plain.qtype, plain.granularity, _activations(group.get("input_activations")))
+    if layout not in (None, MIXED, layout_of(scheme)):
+        raise ValueError(f"{scheme} stored as {layout!r}; it is read as {layout_of(scheme)!r}")
+    return scheme
+
+
+def _activations(args: Mapping[str, Any] | None) -> Activations | None:
+    """What a group's input_activations ask for. ValueError where it is not symmetric int8 per token or per tensor."""
+    if not args:
+        return None
+    for activations in Activations:
+        wanted = _input_args(activations) or {}
+        if all(args.get(key) == value for key, value in wanted.items()):
+            return activations
+    raise ValueError(
+        f"inputs quantized as {dict(args)}: symmetric int8, dynamic per token or static per tensor, is read"
+    )
 
 
 def _scheme_of(name: str, groups: list[tuple[list[str], Scheme]]) -> Scheme:

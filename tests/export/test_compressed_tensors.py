@@ -7,8 +7,9 @@ from export import compressed_tensors as dialect
 from export.errors import CheckpointError
 from export.formats import FORMATS
 from quant.qtensor import QTensor, round_to_nearest
-from quant.scheme import Scheme, make_scheme
+from quant.scheme import Activations, Scheme, make_scheme, parse_scheme
 
+DYNAMIC, STATIC = parse_scheme("int8-channel-a8token"), parse_scheme("int8-channel-a8tensor")
 SCHEMES = [
     make_scheme(4, 32, True),
     make_scheme(4, 64, True),
@@ -20,8 +21,14 @@ SCHEMES = [
 ]
 
 
+def quantized(scheme: Scheme, n: int = 16, dtype: torch.dtype = torch.float32) -> QTensor:
+    """A weight (n, 128) of `scheme`."""
+    plain = round_to_nearest(torch.randn(n, 128) + 0.3, Scheme(scheme.qtype, scheme.granularity), dtype)
+    scale = torch.tensor(0.03) if scheme.activations is Activations.TENSOR else None
+    return QTensor(plain.codes, plain.scales, plain.zeros, scheme, scale)
+
+
 def test_the_table_has_it():
-    assert list(FORMATS) == ["compressed-tensors"]
     assert FORMATS["compressed-tensors"].write is dialect.write
 
 
@@ -48,7 +55,7 @@ def test_an_asymmetric_linear_to_the_letter():
     zeros = torch.stack([torch.arange(9), 15 - torch.arange(9)], dim=1).to(torch.int32)
     scales = torch.full((9, 2), 0.5, dtype=torch.float16)
     tensors = dialect.write("p", QTensor(codes, scales, zeros, make_scheme(4, 32, False)))
-    assert set(tensors) == {f"p.{suffix}" for suffix in dialect.SUFFIXES}
+    assert set(tensors) == {f"p.weight_{suffix}" for suffix in ("packed", "scale", "shape", "zero_point")}
     words = [0x76543210, 0xFEDCBA98 - (1 << 32)] * 4
     assert tensors["p.weight_packed"].tolist() == [words] * 9
     assert tensors["p.weight_zero_point"].dtype == torch.int32
@@ -64,10 +71,24 @@ def test_an_int8_linear_to_the_letter():
     assert tensors["p.weight_packed"][0, 1] == 0x80808080 - (1 << 32)
 
 
-@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+def test_int8_activations_to_the_letter():
+    codes = torch.tensor([[-128, 127], [3, -4]], dtype=torch.int8)
+    scales = torch.tensor([[0.5], [0.25]], dtype=torch.bfloat16)
+    tensors = dialect.write("a.b", QTensor(codes, scales, None, STATIC, torch.tensor(0.125)))
+    assert list(tensors) == ["a.b.weight", "a.b.weight_scale", "a.b.input_scale"]
+    assert tensors["a.b.weight"].dtype == torch.int8
+    assert tensors["a.b.weight"].tolist() == [[-128, 127], [3, -4]]
+    assert tensors["a.b.weight_scale"].dtype == torch.bfloat16
+    assert tensors["a.b.weight_scale"].tolist() == [[0.5], [0.25]]
+    assert tensors["a.b.input_scale"].dtype == torch.float32
+    assert tensors["a.b.input_scale"].tolist() == [0.125]
+    assert list(dialect.write("a.b", QTensor(codes, scales, None, DYNAMIC))) == ["a.b.weight", "a.b.weight_scale"]
+
+
+@pytest.mark.parametrize("scheme", [*SCHEMES, DYNAMIC, STATIC], ids=str)
 @pytest.mark.parametrize("n", [1, 7, 8, 13])
 def test_round_trip_bit_for_bit(scheme, n):
-    weight = round_to_nearest(torch.randn(n, 128) + 0.3, scheme, torch.bfloat16)
+    weight = quantized(scheme, n, torch.bfloat16)
     tensors = dialect.write("x.y", weight)
     assert dialect.linears([*tensors, "x.norm.weight", "x.y.bias"]) == ["x.y"]
     back = dialect.read("x.y", tensors.__getitem__, scheme)
@@ -75,6 +96,13 @@ def test_round_trip_bit_for_bit(scheme, n):
     assert torch.equal(back.scales, weight.scales)
     assert (back.zeros is None) == (weight.zeros is None)
     assert weight.zeros is None or torch.equal(back.zeros, weight.zeros)
+    assert (back.input_scale is None) == (weight.input_scale is None)
+    assert weight.input_scale is None or torch.equal(back.input_scale, weight.input_scale)
+
+
+def test_one_scale_for_a_whole_weight_is_every_rows():
+    tensors = dialect.write("p", quantized(DYNAMIC)) | {"p.weight_scale": torch.tensor([0.5])}
+    assert dialect.read("p", tensors.__getitem__, DYNAMIC).scales.tolist() == [[0.5]] * 16
 
 
 @pytest.mark.peer
@@ -107,6 +135,19 @@ def test_the_library_decompresses_ours_to_our_weight(scheme):
     torch.testing.assert_close(theirs["weight"], weight.dequantize(), rtol=0, atol=0)
 
 
+@pytest.mark.peer
+@pytest.mark.parametrize("scheme", [DYNAMIC, STATIC], ids=str)
+def test_the_library_decompresses_int8_to_our_weight(scheme):
+    base = pytest.importorskip("compressed_tensors.compressors.naive_quantized.base")
+    from compressed_tensors.quantization import QuantizationScheme
+
+    weight = quantized(scheme)
+    tensors = {key.removeprefix("p."): value for key, value in dialect.write("p", weight).items()}
+    group = dialect.quantization_config({"p": scheme}, [])["config_groups"]["group_0"]
+    theirs = base.IntQuantizationCompressor.decompress(tensors, QuantizationScheme.model_validate(group))
+    torch.testing.assert_close(theirs["weight"], weight.dequantize(), rtol=0, atol=0)
+
+
 def changed(tensors: dict[str, torch.Tensor], **changes: torch.Tensor) -> dict[str, torch.Tensor]:
     return tensors | {f"p.{suffix}": tensor for suffix, tensor in changes.items()}
 
@@ -136,6 +177,25 @@ def test_files_that_contradict_themselves_are_refused(changes):
     tensors = changed(dialect.write("p", round_to_nearest(torch.randn(3, 64), scheme, torch.float32)), **changes)
     with pytest.raises(CheckpointError, match=r"^p: "):
         dialect.read("p", tensors.__getitem__, scheme)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"weight": torch.zeros(16, 128)},
+        {"weight": torch.zeros(16, dtype=torch.int8)},
+        {"weight_scale": torch.ones(8, 1)},
+        {"weight_scale": torch.zeros(16, 1)},
+        {"input_scale": torch.zeros(1)},
+        {"input_scale": torch.ones(2)},
+        {"input_scale": torch.tensor([float("inf")])},
+    ],
+    ids=lambda changes: "-".join(f"{key}-{list(value.shape)}" for key, value in changes.items()),
+)
+def test_int8_files_that_contradict_themselves_are_refused(changes):
+    tensors = changed(dialect.write("p", quantized(STATIC)), **changes)
+    with pytest.raises(CheckpointError, match=r"^p: "):
+        dialect.read("p", tensors.__getitem__, STATIC)
 
 
 def test_asymmetric_8_bits_have_no_kernel_anywhere():
@@ -184,6 +244,29 @@ def test_a_scheme_per_channel_has_no_group_size():
     assert "group_size" not in weights
 
 
+def test_int8_activations_are_declared_in_their_group():
+    groups = {
+        scheme.activations: dialect.quantization_config({"a": scheme}, ["lm_head"]) for scheme in (DYNAMIC, STATIC)
+    }
+    assert {config["format"] for config in groups.values()} == {"int-quantized"}
+    inputs = {
+        key: config["config_groups"]["group_0"]["input_activations"]
+        | {"layout": config["config_groups"]["group_0"]["format"]}
+        for key, config in groups.items()
+    }
+    common = {"num_bits": 8, "type": "int", "symmetric": True, "layout": "int-quantized"}
+    assert inputs[Activations.TOKEN] == common | {"strategy": "token", "dynamic": True}
+    assert inputs[Activations.TENSOR] == common | {"strategy": "tensor", "dynamic": False}
+
+
+def test_two_layouts_in_one_checkpoint():
+    schemes = layers(2, mlp__up_proj=SCHEMES[0], mlp__down_proj=DYNAMIC)
+    config = dialect.quantization_config(schemes, [])
+    assert config["format"] == "mixed-precision"
+    assert [group["format"] for group in config["config_groups"].values()] == ["pack-quantized", "int-quantized"]
+    assert dialect.schemes_of(config, schemes) == schemes
+
+
 MIXED = {
     "by role": layers(12, self_attn__q_proj=SCHEMES[0], mlp__up_proj=SCHEMES[0], mlp__down_proj=SCHEMES[1]),
     "one layer apart": layers(12, mlp__up_proj=SCHEMES[0], mlp__down_proj=SCHEMES[1])
@@ -193,6 +276,7 @@ MIXED = {
         f"m.layers.{i}.experts.{e}.{role}": SCHEMES[i] for i in range(3) for e in range(2) for role in ("w1", "w2")
     },
     "no number": {"decoder.up": SCHEMES[0], "decoder.down": SCHEMES[1], "up": SCHEMES[1]},
+    "activations too": layers(3, q=DYNAMIC, k=SCHEMES[0], v=STATIC),
     "a name that ends like another": layers(11, proj=SCHEMES[0], up_proj=SCHEMES[1], mlp__proj=SCHEMES[2]),
     "a role that ends like another behind a dot": layers(2, proj=SCHEMES[0], a__proj=SCHEMES[1]),
 }
@@ -218,8 +302,8 @@ def test_the_library_resolves_targets_to_the_same_schemes(schemes):
     config = dialect.quantization_config(schemes, [])
     for group in config["config_groups"].values():
         linears = {name for name, _ in match.match_named_modules(root, group["targets"]) if name in schemes}
-        args = group["weights"]
-        wanted = make_scheme(args["num_bits"], args.get("group_size", -1), args["symmetric"])
+        assert linears
+        wanted = schemes[min(linears)]
         assert linears == {name for name, scheme in schemes.items() if scheme == wanted}
 
 
@@ -227,6 +311,14 @@ def test_a_linear_that_no_group_targets_is_refused():
     config = dialect.quantization_config(MIXED["by role"], [])
     with pytest.raises(CheckpointError, match=r"no config group targets.*layers\.0\.mlp\.gate_proj"):
         dialect.schemes_of(config, ["model.layers.0.mlp.gate_proj"])
+
+
+WEIGHTS = {"num_bits": 8, "symmetric": True, "type": "int", "strategy": "channel"}
+GROUP = {"targets": ["Linear"], "weights": WEIGHTS}
+
+
+def test_the_least_that_a_group_can_say():
+    assert dialect.schemes_of({"config_groups": {"group_0": GROUP}}, ["a"]) == {"a": make_scheme(8, -1, True)}
 
 
 @pytest.mark.parametrize(
@@ -237,6 +329,18 @@ def test_a_linear_that_no_group_targets_is_refused():
         {"config_groups": {"group_0": {"weights": {"num_bits": 4, "symmetric": True}}}},
         {"config_groups": {"group_0": {"targets": ["Linear"], "weights": {"num_bits": 3, "symmetric": True}}}},
         {"config_groups": {"group_0": {"targets": ["Linear"], "weights": {"symmetric": True}}}},
+        {"config_groups": {"group_0": GROUP | {"weights": WEIGHTS | {"type": "float"}}}},
+        {"config_groups": {"group_0": GROUP | {"weights": WEIGHTS | {"actorder": "group"}}}},
+        {"config_groups": {"group_0": GROUP | {"weights": WEIGHTS | {"strategy": "block"}}}},
+        {"config_groups": {"group_0": GROUP | {"weights": WEIGHTS | {"dynamic": True}}}},
+        {"config_groups": {"group_0": GROUP | {"format": "int-quantized"}}},
+        {"config_groups": {"group_0": GROUP | {"output_activations": {"num_bits": 8}}}},
+        {"config_groups": {"group_0": GROUP | {"input_activations": {"num_bits": 8, "type": "float"}}}},
+        {
+            "config_groups": {
+                "group_0": GROUP | {"input_activations": {"num_bits": 8, "type": "int", "symmetric": False}}
+            }
+        },
         {"config_groups": []},
         {},
     ],

@@ -1,0 +1,54 @@
+"""export/formats.py: the table, and a checkpoint's tensors under the names an unquantized model has."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from export.checkpoint import open_checkpoint
+from export.errors import CheckpointError
+from export.formats import FORMATS, LogicalTensors
+from quant.qtensor import QTensor, round_to_nearest
+from quant.scheme import Scheme, parse_scheme
+
+W4, W8A8 = parse_scheme("int4-g32"), parse_scheme("int8-channel-a8token")
+
+
+def weight(scheme: Scheme) -> QTensor:
+    plain = round_to_nearest(torch.randn(16, 64), Scheme(scheme.qtype, scheme.granularity), torch.float32)
+    return QTensor(plain.codes, plain.scales, plain.zeros, scheme)
+
+
+def written(directory, weights: dict[str, QTensor], **others: torch.Tensor) -> LogicalTensors:
+    """`weights` and `others` in a compressed-tensors checkpoint in `directory`."""
+    fmt = FORMATS["compressed-tensors"]
+    tensors = {key: value for name, each in weights.items() for key, value in fmt.write(name, each).items()}
+    save_file(tensors | others, directory / "model.safetensors")
+    config = fmt.quantization_config({name: each.scheme for name, each in weights.items()}, ["lm_head"])
+    (directory / "config.json").write_text(json.dumps({"quantization_config": config}))
+    return LogicalTensors(open_checkpoint(directory))
+
+
+def test_names_are_those_of_an_unquantized_model(tmp_path):
+    weights = {"m.0.up": weight(W4), "m.0.down": weight(W8A8)}
+    logical = written(tmp_path, weights, **{"m.norm.weight": torch.ones(64), "m.0.up.bias": torch.zeros(16)})
+    assert sorted(logical.names) == ["m.0.down.weight", "m.0.up.bias", "m.0.up.weight", "m.norm.weight"]
+    assert logical.schemes == {"m.0.up": W4, "m.0.down": W8A8}
+    for name, each in weights.items():
+        assert torch.equal(logical.qtensor(name).codes, each.codes)
+        assert torch.equal(logical.read(f"{name}.weight"), each.dequantize())
+    assert torch.equal(logical.read("m.norm.weight"), torch.ones(64))
+
+
+def test_a_tensor_that_is_nowhere_is_named(tmp_path):
+    logical = written(tmp_path, {"a": weight(W4)})
+    with pytest.raises(CheckpointError, match="no tensor 'b.weight' in its files"):
+        logical.read("b.weight")
+
+
+def test_a_method_that_is_not_read_here_is_named(tmp_path):
+    save_file({"a.weight": torch.ones(1)}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text('{"quantization_config": {"quant_method": "bitsandbytes"}}')
+    with pytest.raises(CheckpointError, match="'bitsandbytes', which is not read here; known: compressed-tensors"):
+        LogicalTensors(open_checkpoint(tmp_path))
