@@ -43,16 +43,25 @@ class BlockWork:
 
     index, walk  the block is `walk.skeleton.blocks[index]`, and must be loaded
     schemes      scheme of each linear to quantize
-    scale_dtype  dtype of scales, and of the weights that are stored unquantized
+    scale_dtype  dtype of scales
+    kept_dtype   dtype of the weights that are stored unquantized; where None, that of the scales
 
     `masters` are the linears' weights in float32, transforms applied; the module computes with the same weights in the
     walk's dtype.
     """
 
-    def __init__(self, walk: Walk, index: int, schemes: dict[str, Scheme], scale_dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        walk: Walk,
+        index: int,
+        schemes: dict[str, Scheme],
+        scale_dtype: torch.dtype,
+        kept_dtype: torch.dtype | None = None,
+    ) -> None:
         self.block: Block = walk.skeleton.blocks[index]
         self.schemes = schemes
         self.scale_dtype = scale_dtype
+        self.kept_dtype = kept_dtype or scale_dtype
         self.stats: dict[str, Stats] = {}
         self._walk, self._index = walk, index
         self._model = walk.skeleton.model
@@ -189,7 +198,7 @@ class BlockWork:
         norm = self._model.get_submodule(fold.producer)
         weight = norm.get_parameter("weight").data
         before = weight.float() + fold.offset
-        stored = (before / scales - fold.offset).to(self.scale_dtype)
+        stored = (before / scales - fold.offset).to(self.kept_dtype)
         after = stored.float() + fold.offset
         exact = torch.where(after != 0, before / after, torch.ones_like(before))
         sane = (exact / scales - 1).abs() < 0.5  # a channel that rounding to zero would lose keeps its weight

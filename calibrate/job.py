@@ -8,7 +8,7 @@ from torch import nn
 from calibrate.methods import Method, find_method
 from calibrate.plan import Plan, make_plan
 from export.errors import CheckpointError
-from export.formats import FORMATS
+from export.formats import FORMATS, require_fit
 from models.skeleton import LinearSpec, Skeleton, open_skeleton
 from models.source import Source
 from quant.recipe import Recipe
@@ -21,7 +21,7 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 class Job:
     """What is to be done to a model.
 
-    dtype   of scales and of weights that stay unquantized
+    dtype   of weights that stay unquantized, and of scales where the format leaves them a choice
     device  where blocks run
     """
 
@@ -32,6 +32,11 @@ class Job:
     plan: Plan
     dtype: torch.dtype
     device: str
+
+    @property
+    def scale_dtype(self) -> torch.dtype:
+        """The dtype of scales: the format's own, or that of the unquantized weights."""
+        return FORMATS[self.recipe.format].scale_dtype or self.dtype
 
     @property
     def linears(self) -> dict[str, LinearSpec]:
@@ -83,7 +88,9 @@ def prepare(source: Source, recipe: Recipe, device: str) -> Job:
     skeleton = open_skeleton(source)
     plan = make_plan(skeleton, recipe)
     plan.require_coverage()
-    return Job(source, skeleton, recipe, find_method(recipe.method), plan, _dtype(source, recipe), device)
+    job = Job(source, skeleton, recipe, find_method(recipe.method), plan, _dtype(source, recipe), device)
+    require_fit(fmt, plan.schemes, {name: (spec.n, spec.k) for name, spec in job.linears.items()})
+    return job
 
 
 def _dtype(source: Source, recipe: Recipe) -> torch.dtype:

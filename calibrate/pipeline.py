@@ -17,7 +17,7 @@ from calibrate.report import BlockReport, Result, calibrated_rows, linear_row, p
 from calibrate.structure import Prober
 from calibrate.written import RecordingWriter, covered
 from export.checkpoint import verify_checksums
-from export.formats import FORMATS
+from export.formats import FORMATS, write_config
 from export.writer import ShardedWriter, copy_companions, write_json
 from models.skeleton import Block, LinearSpec, Placement, checked
 from models.walk import Walk
@@ -67,7 +67,7 @@ def _data_free_blocks(job: Job) -> Iterator[BlockOutcome]:
             value = checked(name, job.source.checkpoint.read(name)) if specs else torch.empty(0)
             for spec in specs:
                 w = _cut(value, placement, spec).to(job.device)
-                weight = round_to_nearest(w, job.plan.schemes[spec.name], job.dtype)
+                weight = round_to_nearest(w, job.plan.schemes[spec.name], job.scale_dtype)
                 rows[spec.name] = linear_row(job, spec.name, weight, w.float())
                 weights[spec.name] = weight.to("cpu")
         seconds = time.monotonic() - begun
@@ -108,9 +108,8 @@ def _calibrated_block(
     begun = time.monotonic()
     block = job.skeleton.blocks[index]
     names = [spec.name for spec in block.linears]
-    work = BlockWork(
-        walk, index, {name: job.plan.schemes[name] for name in names if name in job.plan.schemes}, job.dtype
-    )
+    schemes = {name: job.plan.schemes[name] for name in names if name in job.plan.schemes}
+    work = BlockWork(walk, index, schemes, job.scale_dtype, job.dtype)
     sample = _sample(hidden)
     before = work.run(sample)
     work.observe(hidden, structure.sites, GRAM_TOKENS)
@@ -167,10 +166,10 @@ def _kept_tensors(job: Job, block: Block, weights: dict[str, QTensor]) -> dict[s
 def _write_companions(job: Job, output: Path, result: Result) -> None:
     copy_companions(job.source.directory, output, with_code=job.source.trust_remote_code)
     config = dict(job.source.checkpoint.config)
-    config["quantization_config"] = FORMATS[job.recipe.format].quantization_config(job.plan.schemes, job.plan.left)
     for key in ("torch_dtype", "dtype"):
         if key in config:
             config[key] = str(job.dtype).removeprefix("torch.")
-    write_json(output / "config.json", config)
+    fmt = FORMATS[job.recipe.format]
+    write_config(output, config, fmt, fmt.quantization_config(job.plan.schemes, job.plan.left))
     (output / "recipe.toml").write_text(result.recipe.to_toml(), encoding="utf-8")
     write_json(output / "quantization_report.json", report_of(result))

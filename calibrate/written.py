@@ -35,7 +35,7 @@ class RecordingWriter:
         for name, weight in weights.items():
             for key, tensor in self._format.write(name, weight).items():
                 self._writer.add(key, tensor)
-            self._meant[name] = _digest((weight.codes, weight.scales, weight.zeros))
+            self._meant[name] = _digest((weight.codes, weight.scales, weight.zeros, weight.input_scale))
         for name, placement in block.tensors.items():
             if name.removesuffix(".weight") not in weights and not covered(block, placement.parameter, weights):
                 self._add(name, kept[name] if name in kept else self._source(name))
@@ -81,7 +81,7 @@ class RecordingWriter:
         for name, meant in self._meant.items():
             if name in logical.schemes:
                 weight = logical.qtensor(name)
-                found = _digest((weight.codes, weight.scales, weight.zeros))
+                found = _digest((weight.codes, weight.scales, weight.zeros, weight.input_scale))
             else:
                 found = _digest((written.read(name),))
             if found != meant:

@@ -14,10 +14,10 @@ from calibrate.methods import METHODS, complete_recipe
 from calibrate.pipeline import BlockReport, Job, Result, prepare, run
 from commands.common import SETTINGS, Size, check_device, make_console, run_command
 from evaluation.perplexity import Score, describe_difference, perplexity
-from export.card import describe_schemes, write_card
+from export.card import write_card
 from export.checkpoint import write_sums
 from export.errors import CheckpointError
-from export.formats import FORMATS
+from export.formats import FORMATS, describe_schemes
 from export.staging import refuse_output, refuse_to_replace, require_space, staged
 from models.source import Source, open_source
 from quant import __version__

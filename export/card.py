@@ -1,6 +1,5 @@
 """The model card: README.md of a quantized checkpoint, with what was measured and how."""
 
-from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,8 +8,8 @@ from huggingface_hub import ModelCardData, metadata_load
 from jinja2 import Environment, StrictUndefined
 from yaml import YAMLError
 
+from export.formats import FORMATS
 from quant.recipe import Recipe
-from quant.scheme import Scheme
 
 TEMPLATE = """---
 {{ front_matter }}
@@ -38,8 +37,7 @@ Not measured in this run (`--eval-windows 0`). Measure with `quantize-eval perpl
 
 ## Loading
 
-The files follow the compressed-tensors layout (`pack-quantized`). vLLM and SGLang load the directory as it is;
-transformers does with the package `compressed-tensors` installed.
+{{ loading }}
 {% for warning in warnings %}
 **Note.** {{ warning }}
 {% endfor %}
@@ -61,6 +59,7 @@ def write_card(directory: Path, source: Path, base: str, recipe: Recipe, facts: 
     base    what the user called the original model
     facts   version, schemes (text), source_bytes, output_bytes, coverage, scores (list of dicts), text, warnings (list)
     """
+    fmt = FORMATS[recipe.format]
     local = Path(base).is_dir()  # then its path is nobody's business, and its name no id on the hub
     label = Path(base).resolve().name if local else base
     data = ModelCardData(
@@ -68,7 +67,7 @@ def write_card(directory: Path, source: Path, base: str, recipe: Recipe, facts: 
         base_model_relation="quantized",
         library_name="transformers",
         pipeline_tag="text-generation",
-        tags=["lowbit", "compressed-tensors", recipe.method],
+        tags=["lowbit", fmt.name, recipe.method],
         **_carried_over(source / "README.md"),
     )
     environment = Environment(undefined=StrictUndefined, keep_trailing_newline=True, autoescape=False)
@@ -77,6 +76,7 @@ def write_card(directory: Path, source: Path, base: str, recipe: Recipe, facts: 
         title=f"{Path(label).name}, {recipe.method} {recipe.scheme}",
         base=label,
         recipe=recipe,
+        loading=fmt.loading,
         recipe_toml=recipe.to_toml(),
         **facts,
     )
@@ -91,9 +91,3 @@ def _carried_over(card: Path) -> dict[str, Any]:
         metadata = None
     wanted = ("license", "license_name", "license_link", "language")
     return {key: value for key, value in (metadata or {}).items() if key in wanted}
-
-
-def describe_schemes(schemes: Mapping[str, Scheme]) -> str:
-    """`int4-g128 (210 linears)`, most frequent first."""
-    counts = Counter(map(str, schemes.values()))
-    return ", ".join(f"{scheme} ({count} linears)" for scheme, count in counts.most_common())

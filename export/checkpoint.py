@@ -15,6 +15,7 @@ from export.tensorfile import TensorEntry, read_entries, read_tensor
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 SUMS_NAME = "SHA256SUMS"
+OLD_CONFIG_NAME = "quantize_config.json"  # AutoGPTQ's, from before config.json had a quantization_config
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
 
@@ -55,6 +56,8 @@ def open_checkpoint(directory: Path) -> Checkpoint:
     if not directory.is_dir():
         raise CheckpointError(f"{directory}: no such directory")
     config = read_json(directory / "config.json")
+    if "quantization_config" not in config and (directory / OLD_CONFIG_NAME).exists():
+        config["quantization_config"] = {"quant_method": "gptq"} | read_json(directory / OLD_CONFIG_NAME)
     entries: dict[str, TensorEntry] = {}
     for path in _tensor_files(directory):
         for name, entry in read_entries(path).items():

@@ -18,13 +18,14 @@ u - 2^(b-1) here, which packs to u again, so the packed words are the same for b
 """
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from export.errors import CheckpointError
+from export.format import Format, Reader, require_words
 from quant.packing import pack, unpack
 from quant.qtensor import QTensor
 from quant.scheme import Activations, Scheme, make_scheme
@@ -64,7 +65,7 @@ def write(name: str, weight: QTensor) -> dict[str, Tensor]:
     return tensors
 
 
-def read(name: str, tensor: Callable[[str], Tensor], scheme: Scheme) -> QTensor:
+def read(name: str, tensor: Reader, scheme: Scheme) -> QTensor:
     """The weight of the linear `name`; `tensor` reads a tensor of the file by name.
 
     Raises CheckpointError where packed words, scales and shape contradict one another or the scheme.
@@ -75,7 +76,7 @@ def read(name: str, tensor: Callable[[str], Tensor], scheme: Scheme) -> QTensor:
         raise CheckpointError(f"{name}: {error}") from error
 
 
-def _read_plain(name: str, tensor: Callable[[str], Tensor], scheme: Scheme) -> QTensor:
+def _read_plain(name: str, tensor: Reader, scheme: Scheme) -> QTensor:
     codes, scales = tensor(f"{name}.weight"), tensor(f"{name}.weight_scale")
     if tuple(scales.shape) in ((), (1,)) and codes.ndim == 2:
         scales = scales.reshape(1, 1).repeat(codes.shape[0], 1)  # one scale for the whole weight: every row's
@@ -88,28 +89,22 @@ def _read_plain(name: str, tensor: Callable[[str], Tensor], scheme: Scheme) -> Q
     return QTensor(codes, scales, None, scheme, input_scale)
 
 
-def _read_packed(name: str, tensor: Callable[[str], Tensor], scheme: Scheme) -> QTensor:
+def _read_packed(name: str, tensor: Reader, scheme: Scheme) -> QTensor:
     packed, scales = tensor(f"{name}.weight_packed"), tensor(f"{name}.weight_scale")
     shape = tensor(f"{name}.weight_shape").tolist()
     if not isinstance(shape, list) or len(shape) != 2:
         raise ValueError(f"weight_shape is {shape}, not outputs and inputs")
     n, k = shape
-    _require_words(packed, "weight_packed", 0, n)
+    require_words(packed, "weight_packed", (n, None))
     codes = unpack(packed, scheme.bits, k)
     zeros = None
     if scheme.symmetric:
         codes = (codes.to(torch.int16) - scheme.qtype.bias).to(torch.int8)
     else:
         words = tensor(f"{name}.weight_zero_point")
-        _require_words(words, "weight_zero_point", 1, scheme.groups(k))
+        require_words(words, "weight_zero_point", (None, scheme.groups(k)))
         zeros = unpack(words.T.contiguous(), scheme.bits, n).T.to(torch.int32)
     return QTensor(codes, scales, zeros, scheme)
-
-
-def _require_words(words: Tensor, what: str, dim: int, size: int) -> None:
-    """ValueError where `words` are no matrix of int32 with `size` along `dim`."""
-    if words.dtype != torch.int32 or words.ndim != 2 or words.shape[dim] != size:
-        raise ValueError(f"{what} is {words.dtype} {list(words.shape)}; int32 with {size} along dimension {dim} fits")
 
 
 def linears(names: Iterable[str]) -> list[str]:
@@ -244,3 +239,23 @@ def _matches(name: str, target: str, exact: bool) -> bool:
     if target.startswith("re:"):
         return exact and re.match(target[3:], name) is not None
     return name == target if exact else target == "Linear"
+
+
+def recognizes(config: Mapping[str, Any]) -> bool:
+    """Whether a quantization_config is of this dialect."""
+    return config.get("quant_method") == NAME
+
+
+COMPRESSED_TENSORS = Format(
+    name=NAME,
+    recognizes=recognizes,
+    reason_against=reason_against,
+    write=write,
+    read=read,
+    linears=linears,
+    quantization_config=quantization_config,
+    schemes_of=schemes_of,
+    suffixes=SUFFIXES,
+    loading="The files follow the compressed-tensors layout. vLLM and SGLang load the directory as it is; transformers "
+    "does with the package `compressed-tensors` installed.",
+)

@@ -1,51 +1,54 @@
 """The formats that quantized weights are written in and read from, one line each."""
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from export import compressed_tensors
+from export.awq import AWQ
 from export.checkpoint import Checkpoint
+from export.compressed_tensors import COMPRESSED_TENSORS
 from export.errors import CheckpointError
+from export.format import Format
+from export.gptq import GPTQ, GPTQ_V2
+from export.writer import write_json
 from quant.qtensor import QTensor
 from quant.scheme import Scheme
 
+FORMATS = {fmt.name: fmt for fmt in (COMPRESSED_TENSORS, GPTQ, GPTQ_V2, AWQ)}
 
-@dataclass(frozen=True)
-class Format:
-    """A dialect of quantized checkpoint.
 
-    reason_against       why it cannot hold a scheme, or None
-    write                linear name and weight -> the file's tensors
-    read                 linear name, tensor reader, scheme -> weight
-    linears              tensor names -> names of the quantized linears
-    quantization_config  schemes and unquantized linears -> the block in config.json
-    schemes_of           that block and linear names -> scheme of each
-    suffixes             what the tensors of a linear are called
+def require_fit(fmt: Format, schemes: Mapping[str, Scheme], shapes: Mapping[str, tuple[int, int]]) -> None:
+    """Raise CheckpointError, with the reason, where `fmt` cannot hold these linears.
+
+    schemes, shapes  scheme and (n, k) of each linear, by name
     """
-
-    name: str
-    reason_against: Callable[[Scheme], str | None]
-    write: Callable[[str, QTensor], dict[str, Tensor]]
-    read: Callable[[str, Callable[[str], Tensor], Scheme], QTensor]
-    linears: Callable[[Iterable[str]], list[str]]
-    quantization_config: Callable[[Mapping[str, Scheme], Iterable[str]], dict[str, Any]]
-    schemes_of: Callable[[Mapping[str, Any], Iterable[str]], dict[str, Scheme]]
-    suffixes: tuple[str, ...]
-
-
-def _format(module: Any) -> Format:
-    """The Format whose functions a dialect's module defines under these names."""
-    functions = {
-        field: getattr(module, field)
-        for field in ("reason_against", "write", "read", "linears", "quantization_config", "schemes_of")
-    }
-    return Format(name=module.NAME, suffixes=module.SUFFIXES, **functions)
+    for name, scheme in schemes.items():
+        reason = fmt.reason_against(scheme) or fmt.reason_against_shape(scheme, *shapes[name])
+        if reason:
+            raise CheckpointError(f"format {fmt.name} cannot hold {name} as {scheme}: {reason}")
+    kinds = Counter(schemes.values())
+    if fmt.uniform and len(kinds) > 1:
+        smallest = min((scheme.group_size for scheme in kinds if scheme.group_size > 0), default=-1)
+        raise CheckpointError(
+            f"format {fmt.name} holds one scheme, and these linears have {len(kinds)}: {describe_schemes(schemes)}; "
+            f"--group-size {smallest} may suit all"
+        )
 
 
-FORMATS = {fmt.name: fmt for fmt in (_format(compressed_tensors),)}
+def describe_schemes(schemes: Mapping[str, Scheme]) -> str:
+    """`int4-g128 (210 linears)`, most frequent first."""
+    counts = Counter(map(str, schemes.values()))
+    return ", ".join(f"{scheme} ({count} linears)" for scheme, count in counts.most_common())
+
+
+def write_config(directory: Path, config: Mapping[str, Any], fmt: Format, quantization: Mapping[str, Any]) -> None:
+    """Write config.json, `config` with `quantization` in it, and what else the format keeps beside it."""
+    write_json(directory / "config.json", dict(config) | {"quantization_config": quantization})
+    if fmt.sidecar:
+        write_json(directory / fmt.sidecar, quantization)
 
 
 class LogicalTensors:
@@ -85,9 +88,11 @@ def _format_of(checkpoint: Checkpoint) -> Format | None:
     config = checkpoint.quantization
     if config is None:
         return None
-    method = config.get("quant_method")
-    if method not in FORMATS:
-        raise CheckpointError(
-            f"{checkpoint.directory}: quantized as {method!r}, which is not read here; known: {', '.join(FORMATS)}"
-        )
-    return FORMATS[method]
+    for fmt in FORMATS.values():
+        if fmt.recognizes(config):
+            return fmt
+    details = (config.get(key) for key in ("quant_method", "checkpoint_format", "version"))
+    raise CheckpointError(
+        f"{checkpoint.directory}: quantized as {' '.join(str(detail) for detail in details if detail)!r}, which is not "
+        f"read here; known: {', '.join(FORMATS)}"
+    )

@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 from huggingface_hub import metadata_load
 
-from export.card import describe_schemes, write_card
+from export.card import write_card
+from export.formats import describe_schemes
 from quant.recipe import Recipe
 from quant.scheme import make_scheme
 

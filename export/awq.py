@@ -1,0 +1,141 @@
+"""AutoAWQ's GEMM layout: what AutoAWQ wrote, and what vLLM, SGLang and transformers (with gptqmodel) load.
+
+For a linear P with weight (n, k), 4 bits and g groups, everything transposed beside nn.Linear:
+
+    P.qweight  int32    (k, n / 8)  unsigned codes along the outputs, interleaved
+    P.qzeros   int32    (g, n / 8)  zeros as they are, interleaved alike
+    P.scales   float16  (g, n)
+
+Nibble i of a word, counted from the lowest bits, holds output 8 word + ORDER[i].
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from export.errors import CheckpointError
+from export.format import Format, Reader, require_words
+from quant.packing import pack, unpack
+from quant.qtensor import QTensor
+from quant.scheme import Scheme, make_scheme
+
+NAME = "awq"
+BITS = 4
+ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+INVERSE = tuple(ORDER.index(i) for i in range(8))
+SUFFIXES = ("qweight", "qzeros", "scales")
+
+
+def reason_against(scheme: Scheme) -> str | None:
+    """Why AWQ files cannot hold a scheme, or None."""
+    if scheme.bits != BITS or scheme.activations is not None:
+        return "AWQ files hold 4-bit weights and nothing else"
+    if scheme.symmetric:
+        return "AWQ files hold asymmetric codes: engines ignore zero_point: false; use --asym"
+    return None
+
+
+def reason_against_shape(scheme: Scheme, n: int, k: int) -> str | None:
+    """Why no such weight (n, k) can be packed, or None."""
+    return f"{n} outputs: AWQ files take multiples of 8" if n % 8 else None
+
+
+def write(name: str, weight: QTensor) -> dict[str, Tensor]:
+    """The file's tensors for the linear `name`."""
+    assert weight.zeros is not None
+    return {
+        f"{name}.qweight": _interleave(weight.codes.T),
+        f"{name}.qzeros": _interleave(weight.zeros.T),
+        f"{name}.scales": weight.scales.T.contiguous(),
+    }
+
+
+def _interleave(values: Tensor) -> Tensor:
+    """Words (rows, n / 8) of `values` (rows, n) in AutoAWQ's order."""
+    return pack(values.unflatten(-1, (-1, 8))[..., ORDER].flatten(-2), BITS)
+
+
+def _deinterleave(words: Tensor) -> Tensor:
+    """Values (rows, n) uint8: the inverse of _interleave."""
+    return unpack(words, BITS, words.shape[1] * 8).unflatten(-1, (-1, 8))[..., INVERSE].flatten(-2)
+
+
+def read(name: str, tensor: Reader, scheme: Scheme) -> QTensor:
+    """The weight of the linear `name`. CheckpointError where its tensors contradict one another or the scheme."""
+    try:
+        words, zeros = tensor(f"{name}.qweight"), tensor(f"{name}.qzeros")
+        require_words(words, "qweight", (None, None))
+        require_words(zeros, "qzeros", (scheme.groups(words.shape[0]), words.shape[1]))
+        codes, scales = _deinterleave(words).T.contiguous(), tensor(f"{name}.scales").T.contiguous()
+        return QTensor(codes, scales, _deinterleave(zeros).T.to(torch.int32), scheme)
+    except ValueError as error:
+        raise CheckpointError(f"{name}: {error}") from error
+
+
+def linears(names: Iterable[str]) -> list[str]:
+    """The quantized linears among a file's tensor names."""
+    return [name.removesuffix(".qweight") for name in names if name.endswith(".qweight")]
+
+
+def quantization_config(schemes: Mapping[str, Scheme], unquantized: Iterable[str]) -> dict[str, Any]:
+    """The quantization_config of config.json.
+
+    schemes      the one scheme of every quantized linear, by its name in the file
+    unquantized  names of linears that keep their weight
+
+    Engines take a linear for unquantized where its name contains an entry of modules_to_not_convert. CheckpointError
+    where a quantized one's does.
+    """
+    (scheme,) = set(schemes.values())
+    left = sorted(set(unquantized))
+    for name in left:
+        caught = next((other for other in schemes if name in other), None)
+        if caught is not None:
+            raise CheckpointError(f"AWQ files cannot leave {name} alone: engines would leave {caught} alone with it")
+    return {
+        "quant_method": NAME,
+        "bits": BITS,
+        "group_size": scheme.group_size,
+        "zero_point": True,
+        "version": "gemm",
+        "modules_to_not_convert": left,
+    }
+
+
+def recognizes(config: Mapping[str, Any]) -> bool:
+    """Whether a quantization_config is of AutoAWQ's GEMM version, which is also what one without a version is."""
+    return config.get("quant_method") == NAME and str(config.get("version", "gemm")).lower() == "gemm"
+
+
+def schemes_of(config: Mapping[str, Any], names: Iterable[str]) -> dict[str, Scheme]:
+    """The scheme of each quantized linear. CheckpointError where the block says what is not read here."""
+    try:
+        if not config.get("zero_point", True):
+            raise ValueError("zero_point false is not read: AutoAWQ never wrote it")
+        bits = config["w_bit"] if "w_bit" in config else config["bits"]
+        size = config["q_group_size"] if "q_group_size" in config else config["group_size"]
+        if bits != BITS:
+            raise ValueError(f"{bits} bits; AWQ files hold {BITS}")
+        return dict.fromkeys(names, make_scheme(bits, size, False))
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise CheckpointError(f"config.json: its quantization_config cannot be followed ({error!r})") from error
+
+
+AWQ = Format(
+    name=NAME,
+    recognizes=recognizes,
+    reason_against=reason_against,
+    reason_against_shape=reason_against_shape,
+    write=write,
+    read=read,
+    linears=linears,
+    quantization_config=quantization_config,
+    schemes_of=schemes_of,
+    suffixes=SUFFIXES,
+    loading="The files follow AutoAWQ's GEMM layout. vLLM and SGLang load the directory as it is; transformers does "
+    "with the package `gptqmodel` installed.",
+    uniform=True,
+    scale_dtype=torch.float16,
+)

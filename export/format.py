@@ -1,0 +1,57 @@
+"""What a format of quantized checkpoint is: a value, one for each dialect's file."""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quant.qtensor import QTensor
+from quant.scheme import Scheme
+
+Reader = Callable[[str], Tensor]
+
+
+@dataclass(frozen=True)
+class Format:
+    """A dialect of quantized checkpoint.
+
+    recognizes           whether a quantization_config is of this dialect
+    reason_against       why it cannot hold a scheme, or None
+    reason_against_shape  why it cannot hold a scheme's weight of (n, k), or None
+    write                linear name and weight -> the file's tensors; the scales must have `scale_dtype`
+    read                 linear name, tensor reader, scheme -> weight; CheckpointError where the tensors contradict
+                         one another
+    linears              tensor names -> names of the quantized linears
+    quantization_config  schemes and unquantized linears -> the block in config.json
+    schemes_of           that block and linear names -> scheme of each
+    suffixes             what the tensors of a linear are called
+    loading              a sentence for the model card: what loads it
+    uniform              one scheme serves all linears
+    scale_dtype          the one type that scales have, or None where they have the model's
+    sidecar              a file beside config.json that repeats the block
+    """
+
+    name: str
+    recognizes: Callable[[Mapping[str, Any]], bool]
+    reason_against: Callable[[Scheme], str | None]
+    write: Callable[[str, QTensor], dict[str, Tensor]]
+    read: Callable[[str, Reader, Scheme], QTensor]
+    linears: Callable[[Iterable[str]], list[str]]
+    quantization_config: Callable[[Mapping[str, Scheme], Iterable[str]], dict[str, Any]]
+    schemes_of: Callable[[Mapping[str, Any], Iterable[str]], dict[str, Scheme]]
+    suffixes: tuple[str, ...]
+    loading: str
+    reason_against_shape: Callable[[Scheme, int, int], str | None] = lambda scheme, n, k: None
+    uniform: bool = False
+    scale_dtype: torch.dtype | None = None
+    sidecar: str | None = None
+
+
+def require_words(words: Tensor, what: str, shape: tuple[int | None, int | None]) -> None:
+    """ValueError where `words` are no int32 matrix of `shape`, None standing for any size."""
+    fits = words.ndim == 2 and all(want in (None, size) for want, size in zip(shape, words.shape, strict=True))
+    if words.dtype != torch.int32 or not fits:
+        sizes = " x ".join("any" if size is None else str(size) for size in shape)
+        raise ValueError(f"{what} is {words.dtype} {list(words.shape)}; int32 {sizes} fits")

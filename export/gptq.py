@@ -1,0 +1,200 @@
+"""The GPTQ layouts, `gptq` (v1) and `gptq_v2`: what GPTQModel, vLLM, SGLang and transformers load.
+
+For a linear P with weight (n, k), b bits and g groups, everything transposed beside nn.Linear:
+
+    P.qweight  int32    (k b / 32, n)  unsigned codes, lowest bits first, along the inputs
+    P.qzeros   int32    (g, n b / 32)  zeros, lowest bits first, along the outputs; v1 stores zero - 1
+    P.scales   float16  (g, n)
+    P.g_idx    int32    (k)            the group of each input: i // group_size
+
+All four stand in every file. A symmetric weight's codes are shifted by 2^(b-1), which is then its zero. In v1 a zero of
+0 would be stored as -1 and borrow from its neighbour in the word, so only v2 holds it.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from export.errors import CheckpointError
+from export.format import Format, Reader, require_words
+from quant import __version__
+from quant.packing import pack, unpack
+from quant.qtensor import QTensor
+from quant.scheme import Scheme, make_scheme
+
+METHOD = "gptq"
+V1, V2 = "gptq", "gptq_v2"
+STORED_LESS = {V1: 1, V2: 0}  # what a stored zero falls short of the zero
+SUFFIXES = ("qweight", "qzeros", "scales", "g_idx")
+
+
+def reason_against(scheme: Scheme) -> str | None:
+    """Why GPTQ files cannot hold a scheme, or None."""
+    if scheme.activations is not None:
+        return "GPTQ files have no quantized activations"
+    return None
+
+
+def reason_against_shape(scheme: Scheme, n: int, k: int) -> str | None:
+    """Why no such weight (n, k) can be packed, or None."""
+    per_word = 32 // scheme.bits
+    if k % 32 or n % per_word:
+        return f"{n} outputs and {k} inputs: GPTQ files take multiples of {per_word} and of 32"
+    return None
+
+
+def write(version: str, name: str, weight: QTensor) -> dict[str, Tensor]:
+    """The file's tensors for the linear `name`. ValueError for a zero of 0 in v1."""
+    scheme, k = weight.scheme, weight.shape[1]
+    bits, bias = scheme.bits, scheme.qtype.bias
+    zeros = torch.full_like(weight.scales, bias, dtype=torch.int32) if weight.zeros is None else weight.zeros
+    stored = zeros - STORED_LESS[version]
+    if bool((stored < 0).any()):
+        count = int((stored < 0).sum())
+        raise ValueError(f"{count} of {stored.numel()} zeros are 0, which version 1 cannot store (it holds zero - 1)")
+    group_size = k if scheme.group_size == -1 else scheme.group_size
+    return {
+        f"{name}.qweight": pack(weight.codes.to(torch.int32) + bias, bits).T.contiguous(),
+        f"{name}.qzeros": pack(stored.T, bits),
+        f"{name}.scales": weight.scales.T.contiguous(),
+        f"{name}.g_idx": torch.arange(k, dtype=torch.int32) // group_size,
+    }
+
+
+def read(version: str, name: str, tensor: Reader, scheme: Scheme) -> QTensor:
+    """The weight of the linear `name`. CheckpointError where its tensors contradict one another or the scheme."""
+    try:
+        return _read(version, name, tensor, scheme)
+    except ValueError as error:
+        raise CheckpointError(f"{name}: {error}") from error
+
+
+def _read(version: str, name: str, tensor: Reader, scheme: Scheme) -> QTensor:
+    words, per_word = tensor(f"{name}.qweight"), 32 // scheme.bits
+    require_words(words, "qweight", (None, None))
+    k, n = words.shape[0] * per_word, words.shape[1]
+    groups = scheme.groups(k)
+    _require_order(tensor(f"{name}.g_idx"), k, groups)
+    packed_zeros = tensor(f"{name}.qzeros")
+    require_words(packed_zeros, "qzeros", (groups, -(-n // per_word)))
+    stored = unpack(packed_zeros, scheme.bits, n).T.to(torch.int32)
+    zeros: Tensor | None = stored + STORED_LESS[version]
+    codes = unpack(words.T.contiguous(), scheme.bits, k)
+    scales = tensor(f"{name}.scales").T.contiguous()
+    if scheme.symmetric:
+        bias = scheme.qtype.bias
+        _require_middle(version, stored + STORED_LESS[version], bias)
+        codes, zeros = (codes.to(torch.int16) - bias).to(torch.int8), None
+    return QTensor(codes, scales, zeros, scheme)
+
+
+def _require_order(g_idx: Tensor, k: int, groups: int) -> None:
+    """ValueError where inputs are not in the order of their groups: what act-order without static groups leaves."""
+    if g_idx.shape != (k,) or not torch.equal(g_idx.long(), torch.arange(k) // (k // groups)):
+        raise ValueError(
+            "g_idx does not number the inputs group by group (desc_act without static groups); no engine of today "
+            "takes such files, nor do we"
+        )
+
+
+def _require_middle(version: str, zeros: Tensor, bias: int) -> None:
+    """ValueError where a file that calls itself symmetric has other zeros than the middle."""
+    if bool((zeros == bias).all()):
+        return
+    other = {V1: bias + 1, V2: bias - 1}[version]
+    if bool((zeros == other).all()):
+        actual = V2 if version == V1 else V1
+        raise ValueError(f"its zeros are those of {actual}, but checkpoint_format says {version}; correct config.json")
+    low, high = int(zeros.min()), int(zeros.max())
+    raise ValueError(f"symmetric by config.json, but its zeros run from {low} to {high} instead of being {bias}")
+
+
+def linears(names: Iterable[str]) -> list[str]:
+    """The quantized linears among a file's tensor names."""
+    return [name.removesuffix(".qweight") for name in names if name.endswith(".qweight")]
+
+
+def quantization_config(version: str, schemes: Mapping[str, Scheme], unquantized: Iterable[str]) -> dict[str, Any]:
+    """The quantization_config of config.json, and the whole of quantize_config.json.
+
+    schemes      the one scheme of every quantized linear, by its name in the file
+    unquantized  names of linears that keep their weight
+
+    Linears left alone inside the decoder blocks are declared twice: transformers and vLLM read the list of those that
+    are quantized, GPTQModel the negative patterns.
+    """
+    (scheme,) = set(schemes.values())
+    config: dict[str, Any] = {
+        "quant_method": METHOD,
+        "bits": scheme.bits,
+        "group_size": scheme.group_size,
+        "desc_act": False,
+        "sym": scheme.symmetric,
+        "lm_head": False,
+        "checkpoint_format": version,
+        "pack_dtype": "int32",
+        "meta": {"quantizer": [f"lowbit:{__version__}"]},
+    }
+    roots = {re.split(r"\.\d+\.", name)[0] for name in schemes if re.search(r"\.\d+\.", name)}
+    inside = sorted(name for name in unquantized if any(re.match(rf"{re.escape(root)}\.\d+\.", name) for root in roots))
+    if inside:
+        config["modules_in_block_to_quantize"] = [sorted(schemes)]
+        config["dynamic"] = {rf"-:^{re.escape(name)}$": {} for name in inside}
+    return config
+
+
+def recognizes(version: str, config: Mapping[str, Any]) -> bool:
+    """Whether a quantization_config is of this version; a file that names none is of the first."""
+    return config.get("quant_method") == METHOD and config.get("checkpoint_format", V1) == version
+
+
+def schemes_of(config: Mapping[str, Any], names: Iterable[str]) -> dict[str, Scheme]:
+    """The scheme of each quantized linear, the `dynamic` overrides of GPTQModel heeded.
+
+    Raises CheckpointError where the block lacks a number, or asks for what is not read here.
+    """
+    try:
+        return {name: _scheme_from(dict(config) | _overrides(config.get("dynamic") or {}, name)) for name in names}
+    except (KeyError, TypeError, AttributeError, ValueError, re.error) as error:
+        raise CheckpointError(f"config.json: its quantization_config cannot be followed ({error!r})") from error
+
+
+def _scheme_from(config: Mapping[str, Any]) -> Scheme:
+    if config.get("pack_dtype", "int32") != "int32":
+        raise ValueError(f"words of {config['pack_dtype']}; int32 is read")
+    return make_scheme(config["bits"], config["group_size"], config["sym"])
+
+
+def _overrides(dynamic: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """What the first positive pattern that fits `name` changes."""
+    for pattern, changes in dynamic.items():
+        if not pattern.startswith("-:") and re.match(pattern.removeprefix("+:"), name):
+            return dict(changes)
+    return {}
+
+
+def _version(version: str) -> Format:
+    return Format(
+        name=version,
+        recognizes=partial(recognizes, version),
+        reason_against=reason_against,
+        reason_against_shape=reason_against_shape,
+        write=partial(write, version),
+        read=partial(read, version),
+        linears=linears,
+        quantization_config=partial(quantization_config, version),
+        schemes_of=schemes_of,
+        suffixes=SUFFIXES,
+        loading=f"The files follow the GPTQ layout, checkpoint_format `{version}`. GPTQModel loads the directory, vLLM "
+        "where the scheme is symmetric, transformers with the packages `gptqmodel` and `optimum` installed.",
+        uniform=True,
+        scale_dtype=torch.float16,
+        sidecar="quantize_config.json",
+    )
+
+
+GPTQ, GPTQ_V2 = _version(V1), _version(V2)
