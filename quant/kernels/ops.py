@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quant.kernels import wna16_dequantize
+from quant.kernels import decode_attention, wna16_dequantize
+from quant.kernels.decode_attention import Append, Attention, KVCache
 from quant.kernels.packed import PackedWeight
 from quant.kernels.problem import Call, Rotary, check, problem_of
 from quant.kernels.registry import choose_kernel
@@ -30,6 +31,15 @@ LIBRARY.define(
 )
 LIBRARY.define(f"logits_argmax(Tensor x, {WEIGHT}, {NORM}, bool dependent) -> (Tensor, Tensor)")
 LIBRARY.define(f"dequantize({WEIGHT}, int k) -> Tensor")
+LIBRARY.define(
+    "append_heads(Tensor qkv, Tensor positions, Tensor slots, Tensor cosines, Tensor sines, Tensor(a!) k_cache, "
+    "Tensor(b!) v_cache, Tensor(c!)? k_scales, Tensor(d!)? v_scales, Tensor? q_norm, Tensor? k_norm, float norm_eps, "
+    "bool dependent) -> Tensor"
+)
+LIBRARY.define(
+    "decode_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor? k_scales, Tensor? v_scales, Tensor starts, "
+    "Tensor positions, float scale, int window, float softcap, bool dependent) -> Tensor"
+)
 
 
 def compute(call: Call) -> Tensor:
@@ -161,6 +171,49 @@ def dequantize_shape(
     return scales.new_empty(n, k)
 
 
+def append_call(
+    qkv: Tensor,
+    positions: Tensor,
+    slots: Tensor,
+    cosines: Tensor,
+    sines: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k_scales: Tensor | None,
+    v_scales: Tensor | None,
+    q_norm: Tensor | None,
+    k_norm: Tensor | None,
+    norm_eps: float,
+    dependent: bool,
+) -> Append:
+    """The Append of lowbit::append_heads's arguments."""
+    cache = KVCache(k_cache, v_cache, k_scales, v_scales)
+    return Append(qkv, positions, slots, cosines, sines, cache, q_norm, k_norm, norm_eps, dependent)
+
+
+def append_shape(call: Append) -> Tensor:
+    """An empty q of `call`: what tracing needs."""
+    return call.qkv.new_empty(call.qkv.shape[0], call.heads * call.cache.head_dim)
+
+
+def attention_call(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k_scales: Tensor | None,
+    v_scales: Tensor | None,
+    starts: Tensor,
+    positions: Tensor,
+    scale: float,
+    window: int,
+    softcap: float,
+    dependent: bool,
+) -> Attention:
+    """The Attention of lowbit::decode_attention's arguments."""
+    cache = KVCache(k_cache, v_cache, k_scales, v_scales)
+    return Attention(q, cache, starts, positions, scale, window, softcap, dependent)
+
+
 def register(name: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> None:
     """Gives an operator its implementation, the same on both devices, and its shapes."""
     for device in ("CPU", "CUDA"):
@@ -177,6 +230,16 @@ register(
     lambda *args: with_argmax(shape_of(logits_call(*args))),
 )
 register("dequantize", dequantize_impl, dequantize_shape)
+register(
+    "append_heads",
+    lambda *args: decode_attention.append(append_call(*args)),
+    lambda *args: append_shape(append_call(*args)),
+)
+register(
+    "decode_attention",
+    lambda *args: decode_attention.attend(attention_call(*args)),
+    lambda q, *args: torch.empty_like(q),
+)
 
 
 def weight_args(weight: PackedWeight) -> tuple[Tensor, Tensor, Tensor | None, int, int, int, int]:
@@ -287,3 +350,38 @@ def logits_argmax(
 def dequantize(weight: PackedWeight) -> Tensor:
     """The dense weight (n, k) in the packed scales' dtype."""
     return torch.ops.lowbit.dequantize(*weight_args(weight), weight.k)
+
+
+def cache_args(cache: KVCache) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """The cache as the operators take it."""
+    return cache.k, cache.v, cache.k_scales, cache.v_scales
+
+
+def append_heads(call: Append) -> Tensor:
+    """q (m, heads * head_dim), normed and rotated; k, so treated, and v go to the cache. See Append."""
+    return torch.ops.lowbit.append_heads(
+        call.qkv,
+        call.positions,
+        call.slots,
+        call.cosines,
+        call.sines,
+        *cache_args(call.cache),
+        call.q_norm,
+        call.k_norm,
+        call.norm_eps,
+        call.dependent,
+    )
+
+
+def attend(call: Attention) -> Tensor:
+    """Attention of few tokens over their sequences' cache, (m, heads * head_dim). See Attention."""
+    return torch.ops.lowbit.decode_attention(
+        call.q,
+        *cache_args(call.cache),
+        call.starts,
+        call.positions,
+        call.scale,
+        call.window,
+        call.softcap,
+        call.dependent,
+    )

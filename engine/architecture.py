@@ -1,0 +1,101 @@
+"""What a decoder is: numbers that change its computation, and the names its tensors have in a file."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+GATED_ACTIVATIONS = ("silu_mul", "gelu_tanh_mul")  # act(gate) * up; the others take one product
+
+
+@dataclass(frozen=True)
+class Rope:
+    """A rotary embedding. Pair j of a head turns by position * frequencies[j]; cosines and sines are times `scaling`.
+
+    frequencies  (pairs,) float64  none where positions are learned
+    adjacent     inputs 2 j and 2 j + 1 are a pair (GPT-J, GLM), else j and j + pairs (NeoX, Llama)
+    """
+
+    frequencies: Tensor
+    scaling: float = 1.0
+    adjacent: bool = False
+
+
+@dataclass(frozen=True)
+class Layer:
+    """In what one layer may differ from the next: `window` positions that are seen, itself included (None: all)."""
+
+    window: int | None
+    rope: Rope
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A decoder's sizes and the choices of its family.
+
+    norm               "rms" or "layer"; norm_offset is added to stored norm weights (Gemma keeps weight - 1)
+    activation         one of GATED_ACTIVATIONS, or of quant.kernels.problem's without a gate
+    parallel           the MLP reads what the attention read, and both are added (GPT-J, NeoX)
+    softmax_scale      of scores; softcap bounds them by cap * tanh(score / cap), logit_softcap the logits
+    positions          learned position embeddings are added to the tokens'
+    """
+
+    family: str
+    vocabulary: int
+    hidden: int
+    inner: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    layers: tuple[Layer, ...]
+    max_positions: int
+    norm: str = "rms"
+    norm_eps: float = 1e-5
+    norm_offset: float = 0.0
+    activation: str = "silu_mul"
+    parallel: bool = False
+    softmax_scale: float = 1.0
+    softcap: float | None = None
+    logit_softcap: float | None = None
+    embedding_scale: float = 1.0
+    positions: bool = False
+    tied: bool = False
+
+    @property
+    def gated(self) -> bool:
+        return self.activation in GATED_ACTIVATIONS
+
+    @property
+    def qkv_rows(self) -> int:
+        """Outputs of the product that makes q, k and v."""
+        return (self.heads + 2 * self.kv_heads) * self.head_dim
+
+
+@dataclass(frozen=True)
+class Names:
+    """What a family's tensors are called. Those of a layer follow `layer`; a norm or position that is None is absent.
+
+    qkv          linears whose rows, one below the other, are q, k and v
+    per_head     the rows are q, k and v of head 0, then of head 1, ...
+    up           linears whose rows are gate over up, or the one without a gate
+    transposed   dense weights are stored (k, n)
+    ignored      last parts of names of tensors that are computed, not loaded
+    """
+
+    embedding: str = "model.embed_tokens"
+    positions: str | None = None
+    layer: str = "model.layers.{}."
+    attention_norm: str = "input_layernorm"
+    qkv: tuple[str, ...] = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+    per_head: bool = False
+    q_norm: str | None = None
+    k_norm: str | None = None
+    o: str = "self_attn.o_proj"
+    attention_out_norm: str | None = None
+    mlp_norm: str | None = "post_attention_layernorm"
+    up: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
+    down: str = "mlp.down_proj"
+    mlp_out_norm: str | None = None
+    norm: str = "model.norm"
+    head: str = "lm_head"
+    transposed: bool = False
+    ignored: tuple[str, ...] = ("rotary_emb.inv_freq", "rotary_pos_emb.inv_freq", "attn.bias", "attn.masked_bias")

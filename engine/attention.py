@@ -1,0 +1,56 @@
+"""Attention of a prompt's chunk over its sequence so far, by torch's fused attention."""
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.nn.attention.bias import causal_lower_right
+
+from engine.architecture import Architecture, Layer
+
+
+def prompt_attention(q: Tensor, k: Tensor, v: Tensor, architecture: Architecture, layer: Layer) -> Tensor:
+    """softmax(scale q k^T) v for the last T of L positions, each seeing itself and those before it.
+
+    q       (T, heads * head_dim)
+    k, v    (L, kv_heads, head_dim), L >= T
+    return  (T, heads * head_dim)
+    """
+    a = architecture
+    count, length = q.shape[0], k.shape[0]
+    heads = q.view(1, count, a.heads, a.head_dim).transpose(1, 2)
+    keys, values = (part.unsqueeze(0).transpose(1, 2) for part in (k, v))
+    if a.softcap is not None:
+        return capped_attention(heads, keys, values, architecture, layer)
+    if layer.window is None or layer.window >= length:
+        # a lower-right causal bias reaches the flash kernel, which makes no mask; a square one is its plain case
+        square = count == length
+        bias = None if square else causal_lower_right(count, length)
+        out = functional.scaled_dot_product_attention(
+            heads, keys, values, attn_mask=bias, is_causal=square, scale=a.softmax_scale, enable_gqa=True
+        )
+    else:
+        groups = a.heads // a.kv_heads
+        keys, values = (part.repeat_interleave(groups, 1) for part in (keys, values))
+        seen = visible(count, length, layer.window, q.device)
+        out = functional.scaled_dot_product_attention(heads, keys, values, attn_mask=seen, scale=a.softmax_scale)
+    return out.transpose(1, 2).reshape(count, -1)
+
+
+def visible(count: int, length: int, window: int | None, device: torch.device) -> Tensor:
+    """(T, L) bool: which of L positions each of the last T sees."""
+    behind = torch.arange(length - count, length, device=device).unsqueeze(1) - torch.arange(length, device=device)
+    return (behind >= 0) & (behind < window) if window is not None else behind >= 0
+
+
+def capped_attention(q: Tensor, k: Tensor, v: Tensor, architecture: Architecture, layer: Layer) -> Tensor:
+    """The same with bounded scores, which torch's fused attention lacks; (T, heads * head_dim)."""
+    a = architecture
+    assert a.softcap is not None
+    count, length = q.shape[2], k.shape[2]
+    grouped = q.unflatten(1, (a.kv_heads, -1))
+    scores = torch.einsum("bhgtd,bhld->bhgtl", grouped, k) * a.softmax_scale
+    scores = a.softcap * torch.tanh(scores / a.softcap)
+    scores = scores.masked_fill(~visible(count, length, layer.window, q.device), float("-inf"))
+    weights = scores.float().softmax(-1).to(q.dtype)
+    out = torch.einsum("bhgtl,bhld->bhgtd", weights, v)
+    return out.flatten(1, 2).transpose(1, 2).reshape(count, -1)

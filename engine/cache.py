@@ -1,0 +1,70 @@
+"""The static key-value cache: memory for every position of every sequence, taken once."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from engine.architecture import Architecture
+from quant.kernels.decode_attention import KVCache, loaded
+
+
+@dataclass(frozen=True)
+class Cache:
+    """Keys and values of `batch` sequences of at most `context` positions: sequence b has slots [b context, ...).
+
+    layers  one KVCache a layer, in the activations' dtype or int8 with a scale per token and head
+    """
+
+    layers: tuple[KVCache, ...]
+    batch: int
+    context: int
+
+    @property
+    def nbytes(self) -> int:
+        return sum(part.numel() * part.element_size() for layer in self.layers for part in parts_of(layer))
+
+    def start(self, sequence: int) -> int:
+        """The slot of a sequence's position 0."""
+        return sequence * self.context
+
+    def prefix(self, layer: int, sequence: int, length: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Keys and values (length, kv_heads, head_dim) of a sequence's first positions, in `dtype`."""
+        kv, slots = self.layers[layer], slice(self.start(sequence), self.start(sequence) + length)
+        if kv.k_scales is None or kv.v_scales is None:
+            return kv.k[slots], kv.v[slots]
+        return loaded(kv.k[slots], kv.k_scales[slots]).to(dtype), loaded(kv.v[slots], kv.v_scales[slots]).to(dtype)
+
+    def reorder(self, sequences: Tensor) -> None:
+        """Sequence b becomes a copy of what sequence `sequences[b]` was: beams that go on from others."""
+        for layer in self.layers:
+            for part in parts_of(layer):
+                rows = part.view(self.batch, -1)
+                rows.copy_(rows[sequences])
+
+
+def parts_of(layer: KVCache) -> list[Tensor]:
+    """The layer's tensors that exist."""
+    return [part for part in (layer.k, layer.v, layer.k_scales, layer.v_scales) if part is not None]
+
+
+def cache_nbytes(architecture: Architecture, batch: int, context: int, dtype: torch.dtype, int8: bool) -> int:
+    """Bytes that `make_cache` takes."""
+    per_head = architecture.head_dim + dtype.itemsize if int8 else architecture.head_dim * dtype.itemsize
+    return 2 * len(architecture.layers) * batch * context * architecture.kv_heads * per_head
+
+
+def make_cache(
+    architecture: Architecture, batch: int, context: int, dtype: torch.dtype, int8: bool, device: torch.device
+) -> Cache:
+    """An empty cache; positions hold zeros until they are written."""
+    sides = (batch * context, architecture.kv_heads)
+
+    def layer() -> KVCache:
+        kind = torch.int8 if int8 else dtype
+        k, v = (torch.zeros(*sides, architecture.head_dim, dtype=kind, device=device) for _ in range(2))
+        if not int8:
+            return KVCache(k, v)
+        return KVCache(k, v, *(torch.zeros(sides, dtype=dtype, device=device) for _ in range(2)))
+
+    return Cache(tuple(layer() for _ in architecture.layers), batch, context)

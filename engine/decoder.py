@@ -1,0 +1,157 @@
+"""The one decoder: every family's step, prompts and decode alike.
+
+A step takes m rows, each a token of some sequence at some position. Everything but attention treats rows alone; where
+they stand is in the step's tensors, so that one captured graph serves every position.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from engine.architecture import Architecture, Layer, Rope
+from engine.attention import prompt_attention
+from engine.cache import Cache
+from engine.products import Linear, Norm, gated_product, product
+from engine.weights import LayerWeights, Weights
+from quant.kernels import ops
+from quant.kernels.decode_attention import Append, Attention
+from quant.kernels.packed import PackedWeight
+from quant.kernels.problem import Rotary
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one pass computes.
+
+    tokens, positions  (m) int64
+    starts             (m) int64  the cache's slot of position 0 of each row's sequence
+    prompt             (sequence, length): the rows are the last of `length` positions of one sequence; None where each
+                       row attends by itself
+    """
+
+    tokens: Tensor
+    positions: Tensor
+    starts: Tensor
+    prompt: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True)
+class Turns:
+    """cosines, sines (positions, head_dim / 2) float32 of one rope; 1 and 0 for inputs that do not turn."""
+
+    cosines: Tensor
+    sines: Tensor
+
+
+def turns_of(rope: Rope, head_dim: int, positions: int, device: torch.device) -> Turns:
+    """The table of a rope for positions below `positions`."""
+    angles = torch.arange(positions, dtype=torch.float32).unsqueeze(1) * rope.frequencies.float()
+    still = head_dim // 2 - angles.shape[1]
+    cosines = functional.pad(angles.cos() * rope.scaling, (0, still), value=1.0)
+    sines = functional.pad(angles.sin() * rope.scaling, (0, still))
+    return Turns(cosines.to(device), sines.to(device))
+
+
+class Decoder:
+    """A model's weights and its computation. Nothing here changes after construction; caches are passed in."""
+
+    def __init__(self, architecture: Architecture, weights: Weights, context: int) -> None:
+        self.architecture, self.weights, self.context = architecture, weights, context
+        # ropes are shared among layers: one table each
+        tables: dict[int, Turns] = {}
+        for layer in architecture.layers:
+            rope = layer.rope
+            if id(rope) not in tables:
+                tables[id(rope)] = turns_of(rope, architecture.head_dim, context, weights.device)
+        self.turns = [tables[id(layer.rope)] for layer in architecture.layers]
+        # dependent launches are for captured graphs; on a CPU the operators ignore them
+        self.dependent = weights.device.type == "cuda"
+
+    def hidden(self, step: Step, cache: Cache) -> Tensor:
+        """The last layer's output (m, hidden); the cache holds the rows' keys and values afterwards."""
+        x = self.embed(step)
+        for index in range(len(self.architecture.layers)):
+            x = self.layer(x, index, step, cache)
+        return x
+
+    def embed(self, step: Step) -> Tensor:
+        """The rows' embeddings (m, hidden)."""
+        x = functional.embedding(step.tokens, self.weights.embedding)
+        if self.architecture.embedding_scale != 1.0:
+            x = x * torch.tensor(self.architecture.embedding_scale, dtype=x.dtype).item()
+        if self.weights.positions is not None:
+            x = x + functional.embedding(step.positions, self.weights.positions)
+        return x
+
+    def layer(self, x: Tensor, index: int, step: Step, cache: Cache) -> Tensor:
+        """One layer's output (m, hidden)."""
+        a, w = self.architecture, self.weights.layers[index]
+        attended = self.attend(self.heads(x, w, index, step, cache), index, step, cache)
+        h = self.into_residual(attended, w.o, w.attention_out_norm, x)
+        source, norm = (x, w.mlp_norm or w.attention_norm) if a.parallel else (h, w.mlp_norm)
+        if a.gated:
+            inner = gated_product(source, w.up, norm, a.activation, self.dependent)
+        else:
+            inner = product(source, w.up, norm, a.activation, dependent=self.dependent)
+        return self.into_residual(inner, w.down, w.mlp_out_norm, h)
+
+    def into_residual(self, x: Tensor, linear: Linear, out_norm: Norm | None, residual: Tensor) -> Tensor:
+        """residual + x W^T, the product normed where the family does so."""
+        if out_norm is None:
+            return product(x, linear, residual=residual, dependent=self.dependent)
+        return residual + out_norm(product(x, linear, dependent=self.dependent))
+
+    def heads(self, x: Tensor, w: LayerWeights, index: int, step: Step, cache: Cache) -> Tensor:
+        """q (m, heads * head_dim), turned; k and v are in the cache."""
+        kv, turns = cache.layers[index], self.turns[index]
+        slots = step.starts + step.positions
+        weight = w.qkv.weight
+        fused = kv.k_scales is None and w.q_norm is None and w.qkv.inputs is None
+        if fused and isinstance(weight, PackedWeight) and weight.pair_block == kv.head_dim:
+            rotary = Rotary(step.positions, slots, turns.cosines, turns.sines, kv.k, kv.v)
+            norm = w.attention_norm
+            return ops.qkv_rotary_append(
+                x,
+                weight,
+                rotary,
+                w.qkv.bias,
+                norm=norm.kind,
+                norm_weight=norm.weight,
+                norm_bias=norm.bias,
+                norm_eps=norm.eps,
+                dependent=self.dependent,
+            )
+        qkv = product(x, w.qkv, w.attention_norm, dependent=self.dependent)
+        eps = self.architecture.norm_eps
+        return ops.append_heads(
+            Append(qkv, step.positions, slots, turns.cosines, turns.sines, kv, w.q_norm, w.k_norm, eps, self.dependent)
+        )
+
+    def attend(self, q: Tensor, index: int, step: Step, cache: Cache) -> Tensor:
+        """The rows' attention (m, heads * head_dim)."""
+        a = self.architecture
+        layer: Layer = a.layers[index]
+        if step.prompt is not None:
+            sequence, length = step.prompt
+            k, v = cache.prefix(index, sequence, length, q.dtype)
+            return prompt_attention(q, k, v, a, layer)
+        return ops.attend(
+            Attention(
+                q,
+                cache.layers[index],
+                step.starts,
+                step.positions,
+                a.softmax_scale,
+                layer.window or 0,
+                a.softcap or 0.0,
+                self.dependent,
+            )
+        )
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """The logits (m, vocabulary) float32 of rows of the last layer's output."""
+        weights, cap = self.weights, self.architecture.logit_softcap
+        logits = product(hidden, weights.head, weights.norm, dependent=self.dependent).float()
+        return logits if cap is None else cap * torch.tanh(logits / cap)

@@ -1,0 +1,111 @@
+"""From a directory to an engine."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from engine.architecture import Architecture
+from engine.decoder import Decoder
+from engine.engine import Engine, Options
+from engine.families import FAMILIES, Family, UnknownActivation
+from engine.weights import HALF, Settings, load_weights
+from export.checkpoint import Checkpoint, open_checkpoint
+from export.errors import CheckpointError
+from models.source import Source, model_directory, open_source
+
+DEFAULT_CONTEXT = 4096
+
+
+def load(
+    name: str | Path,
+    device: str = "auto",
+    dtype: torch.dtype | None = None,
+    context: int | None = None,
+    cache: str = "same",
+    head: str = "dense",
+) -> Engine:
+    """An engine for the checkpoint `name`: a directory, `demo`, or an id on the hub.
+
+    device   "auto" takes the GPU where there is one
+    dtype    of activations; on a CPU float32, on a GPU the model's own half precision where nothing is said
+    context  positions that a sequence may have, prompt and output; 4096, or what the model allows where that is less
+    cache    keys and values as "same" (dtype) or "int8"
+    head     "dense", or a scheme ("int8-channel") that the head is rounded to as it is loaded
+
+    Raises CheckpointError for a family that is not known (the known are listed) and for files that are damaged or
+    contradict their configuration.
+    """
+    directory = model_directory(str(name))
+    checkpoint = open_checkpoint(directory)
+    family = family_of(checkpoint)
+    place = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    kind = dtype or default_dtype(checkpoint, place)
+    if cache not in ("same", "int8"):
+        raise CheckpointError(f"cache {cache!r}: write same or int8")
+    source = None if family.own_config else open_source(str(directory))
+    config = SimpleNamespace(**checkpoint.config) if source is None else source.config
+    positions = context_of(config, family, checkpoint, context)
+    architecture = architecture_of(family, config, checkpoint, positions)
+    settings = Settings(place, kind, fused_append=cache == "same", head=head)
+    weights = load_weights(checkpoint, family.names, architecture, settings)
+    tokenizer = None if source is None else tokenizer_of(source)
+    options = Options(context=positions, int8_cache=cache == "int8", stop_tokens=stop_tokens_of(checkpoint))
+    return Engine(Decoder(architecture, weights, positions), tokenizer, options)
+
+
+def family_of(checkpoint: Checkpoint) -> Family:
+    """The row of FAMILIES for a checkpoint. CheckpointError lists the known ones."""
+    kind = checkpoint.config.get("model_type")
+    if kind not in FAMILIES:
+        raise CheckpointError(
+            f"{checkpoint.directory}: the engine has no family {kind!r}; it knows {', '.join(FAMILIES)}. Other models "
+            "are quantized and exported all the same: transformers and vLLM load them"
+        )
+    return FAMILIES[kind]
+
+
+def architecture_of(family: Family, config: Any, checkpoint: Checkpoint, context: int) -> Architecture:
+    """The family's reading of a configuration. CheckpointError where it makes no sense."""
+    try:
+        return family.architecture(config, context)
+    except (AttributeError, KeyError, TypeError, ZeroDivisionError, UnknownActivation) as error:
+        raise CheckpointError(f"{checkpoint.directory / 'config.json'}: no {family.name} ({error})") from error
+
+
+def context_of(config: Any, family: Family, checkpoint: Checkpoint, wanted: int | None) -> int:
+    """Positions to be ready for: what was asked, within what the model allows."""
+    most = architecture_of(family, config, checkpoint, DEFAULT_CONTEXT).max_positions
+    if wanted is not None and not 1 <= wanted <= most:
+        raise CheckpointError(f"context {wanted}: {checkpoint.directory} has positions for 1 to {most} tokens")
+    return wanted or min(DEFAULT_CONTEXT, most)
+
+
+def default_dtype(checkpoint: Checkpoint, device: torch.device) -> torch.dtype:
+    """float32 on a CPU; on a GPU the configuration's dtype where it is half precision, else float16."""
+    if device.type == "cpu":
+        return torch.float32
+    name = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype")
+    return {str(dtype).removeprefix("torch."): dtype for dtype in HALF}.get(str(name), torch.float16)
+
+
+def tokenizer_of(source: Source) -> PreTrainedTokenizerBase | None:
+    """The model's tokenizer, or None: an engine without one takes and gives token ids."""
+    try:
+        return source.tokenizer()
+    except CheckpointError:
+        return None
+
+
+def stop_tokens_of(checkpoint: Checkpoint) -> tuple[int, ...]:
+    """The tokens that end a text: generation_config.json's, else config.json's."""
+    path = checkpoint.directory / "generation_config.json"
+    try:
+        generation = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    except ValueError as error:
+        raise CheckpointError(f"{path}: not JSON ({error})") from error
+    found = generation.get("eos_token_id", checkpoint.config.get("eos_token_id"))
+    return tuple(found) if isinstance(found, list) else () if found is None else (int(found),)

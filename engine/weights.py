@@ -1,0 +1,319 @@
+"""A checkpoint's tensors as the decoder takes them: rows put in the decoder's order, packed where they are quantized.
+
+The decoder knows one arrangement: rows of q over k over v, and pairs that turn together half a head apart. Whatever a
+family's files do else (heads interleaved, adjacent pairs, a part of the head turned) is undone here by moving rows.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from engine.architecture import Architecture, Names, Rope
+from engine.products import Int8Inputs, Linear, Norm
+from export.checkpoint import Checkpoint
+from export.errors import CheckpointError
+from export.formats import LogicalTensors
+from quant.kernels.packed import TILE_ROWS, PackedWeight, prepack, reason_against_packing
+from quant.qtensor import QTensor, round_to_nearest
+from quant.scheme import parse_scheme
+
+HALF = (torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class LayerWeights:
+    """One layer's. A norm that the family lacks is None."""
+
+    attention_norm: Norm
+    qkv: Linear
+    q_norm: Tensor | None
+    k_norm: Tensor | None
+    o: Linear
+    attention_out_norm: Norm | None
+    mlp_norm: Norm | None
+    up: Linear
+    down: Linear
+    mlp_out_norm: Norm | None
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A decoder's.
+
+    embedding  (vocabulary, hidden); positions (max_positions, hidden) where they are learned
+    """
+
+    embedding: Tensor
+    positions: Tensor | None
+    layers: tuple[LayerWeights, ...]
+    norm: Norm
+    head: Linear
+
+    @property
+    def device(self) -> torch.device:
+        return self.embedding.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.embedding.dtype
+
+    @property
+    def step_nbytes(self) -> int:
+        """Bytes that every decode step reads: all products' weights, the head's included."""
+        layers = sum(part.nbytes for layer in self.layers for part in (layer.qkv, layer.o, layer.up, layer.down))
+        return layers + self.head.nbytes
+
+
+@dataclass(frozen=True)
+class Placed(Checkpoint):
+    """A checkpoint whose tensors are read to a device, so that codes are unpacked there."""
+
+    device: torch.device
+
+    def read(self, name: str) -> Tensor:
+        """The tensor called `name`, as stored, on the device."""
+        return super().read(name).to(self.device)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How weights are held.
+
+    dtype         of activations and dense weights; packed weights need float16 or bfloat16, in float32 all are dense
+    fused_append  q, k and v are made, turned and stored by one operator: for a cache in `dtype`
+    head          "dense", or the scheme to round the head to ("int8-channel", "int4-g128")
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    fused_append: bool = True
+    head: str = "dense"
+
+
+def load_weights(checkpoint: Checkpoint, names: Names, architecture: Architecture, settings: Settings) -> Weights:
+    """The weights of `checkpoint`. CheckpointError where a tensor is missing, left over or of a wrong shape."""
+    reader = Reader(checkpoint, names, architecture, settings)
+    a = architecture
+    embedding = reader.tensor(f"{names.embedding}.weight", (a.vocabulary, a.hidden))
+    positions = None
+    if names.positions is not None:
+        positions = reader.tensor(f"{names.positions}.weight", (a.max_positions, a.hidden))
+    layers = tuple(reader.layer(i) for i in range(len(a.layers)))
+    weights = Weights(embedding, positions, layers, reader.norm(names.norm), reader.head(embedding))
+    reader.refuse_leftovers()
+    return weights
+
+
+def head_order(head_dim: int, rope: Rope) -> Tensor:
+    """Which input of a head of the file stands at each place of ours: pair j at places j and j + head_dim / 2."""
+    pairs, half = len(rope.frequencies), head_dim // 2
+    first = torch.arange(pairs)
+    low, high = (2 * first, 2 * first + 1) if rope.adjacent else (first, first + pairs)
+    rest = torch.arange(2 * pairs, head_dim)
+    return torch.cat([low, rest[: half - pairs], high, rest[half - pairs :]])
+
+
+def qkv_order(architecture: Architecture, rope: Rope, per_head: bool) -> Tensor:
+    """Which row of the file's q, k and v stands at each row of ours."""
+    a, d = architecture, architecture.head_dim
+    heads = torch.arange(a.heads + 2 * a.kv_heads)
+    if per_head:  # q, k, v of head 0, then of head 1: 3 h + part
+        heads = torch.arange(3 * a.heads).view(a.heads, 3).T.flatten()
+    order = head_order(d, rope)
+    turned, v = heads[: a.heads + a.kv_heads], heads[a.heads + a.kv_heads :]
+    rows = torch.cat([turned.unsqueeze(1) * d + order, v.unsqueeze(1) * d + torch.arange(d)])
+    return rows.flatten()
+
+
+class Reader:
+    """Reads one checkpoint's tensors by the family's names, and remembers which were read."""
+
+    def __init__(self, checkpoint: Checkpoint, names: Names, architecture: Architecture, settings: Settings) -> None:
+        placed = Placed(checkpoint.directory, checkpoint.config, checkpoint.entries, settings.device)
+        self.tensors = LogicalTensors(placed)
+        self.names, self.architecture, self.settings = names, architecture, settings
+        self.known = frozenset(self.tensors.names)
+        self.left = set(self.known)
+        self.directory = checkpoint.directory
+
+    def found(self, name: str) -> str | None:
+        """The file's name of a tensor: `name`, or without its first part, as base models are saved."""
+        return next((each for each in (name, name.partition(".")[2]) if each in self.known), None)
+
+    def require(self, name: str) -> str:
+        """The file's name of a tensor that must be there. CheckpointError where it is not."""
+        found = self.found(name)
+        if found is None:
+            raise CheckpointError(
+                f"{self.directory}: tensor {name!r} is in no file, and {self.architecture.family} needs it: the "
+                "download is incomplete, or config.json belongs to another model"
+            )
+        self.left.discard(found)
+        return found
+
+    def tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """A tensor in the activations' dtype. CheckpointError for another shape."""
+        found = self.require(name)
+        return self.shaped(found, self.tensors.read(found), shape).to(self.settings.dtype)
+
+    def shaped(self, name: str, value: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """`value`, which must have this shape."""
+        if tuple(value.shape) != shape:
+            raise CheckpointError(
+                f"{self.directory}: {name} has shape {list(value.shape)}, config.json asks for {list(shape)}"
+            )
+        return value
+
+    def optional(self, name: str, shape: tuple[int, ...]) -> Tensor | None:
+        """A tensor that a model may lack."""
+        return None if self.found(name) is None else self.tensor(name, shape)
+
+    def norm(self, name: str) -> Norm:
+        """The norm called `name`, over the hidden states."""
+        a = self.architecture
+        weight = self.tensor(f"{name}.weight", (a.hidden,))
+        bias = self.optional(f"{name}.bias", (a.hidden,)) if a.norm == "layer" else None
+        return Norm(a.norm, weight + a.norm_offset, bias, a.norm_eps)
+
+    def head_norm(self, name: str | None, rope: Rope) -> Tensor | None:
+        """The weight of the norm of q's or k's heads, in the order of their rows."""
+        if name is None:
+            return None
+        a = self.architecture
+        weight = self.tensor(f"{name}.weight", (a.head_dim,)) + a.norm_offset
+        return weight[head_order(a.head_dim, rope).to(weight.device)].contiguous()
+
+    def matrix(self, linear: str) -> QTensor | Tensor:
+        """The weight of a linear as (n, k): quantized as the file has it, or dense in the activations' dtype."""
+        found = self.require(f"{linear}.weight")
+        if found.removesuffix(".weight") in self.tensors.schemes:
+            return self.tensors.qtensor(found.removesuffix(".weight"))
+        value = self.tensors.read(found).to(self.settings.dtype)
+        return value.T if self.names.transposed else value
+
+    def linear(self, parts: tuple[str, ...], n: int, k: int, rows: Tensor | None = None, pair_block: int = 0) -> Linear:
+        """The linears `parts` as one of shape (n, k), rows moved so that row i is row `rows[i]` of theirs."""
+        dtype = self.settings.dtype
+        matrices = [self.matrix(part) for part in parts]
+        weight = stacked(matrices, dtype)
+        self.shaped(" + ".join(parts), weight.codes if isinstance(weight, QTensor) else weight, (n, k))
+        biases = [self.optional(f"{part}.bias", (len_of(m),)) for part, m in zip(parts, matrices, strict=True)]
+        bias = None
+        if any(each is not None for each in biases):
+            absent = [torch.zeros(len_of(m), dtype=dtype, device=self.settings.device) for m in matrices]
+            bias = torch.cat([absent[i] if each is None else each for i, each in enumerate(biases)])
+        if rows is not None:
+            rows = rows.to(self.settings.device)
+            weight = moved(weight, rows)
+            bias = None if bias is None else bias[rows]
+        return Linear(packed(weight, dtype, pair_block or TILE_ROWS), bias, inputs_of(weight))
+
+    def layer(self, index: int) -> LayerWeights:
+        """Layer `index`."""
+        a, names = self.architecture, self.names
+        prefix, rope = names.layer.format(index), a.layers[index].rope
+
+        def norm(name: str | None) -> Norm | None:
+            return None if name is None else self.norm(prefix + name)
+
+        fused = self.settings.fused_append and names.q_norm is None
+        rows = qkv_order(a, rope, names.per_head)
+        qkv = self.linear(within(prefix, names.qkv), a.qkv_rows, a.hidden, rows, a.head_dim if fused else 0)
+        inner = a.inner * (2 if a.gated else 1)
+        pair_block = inner if a.activation == "silu_mul" else 0
+        return LayerWeights(
+            attention_norm=self.norm(prefix + names.attention_norm),
+            qkv=qkv,
+            q_norm=self.head_norm(names.q_norm and prefix + names.q_norm, rope),
+            k_norm=self.head_norm(names.k_norm and prefix + names.k_norm, rope),
+            o=self.linear(within(prefix, (names.o,)), a.hidden, a.heads * a.head_dim),
+            attention_out_norm=norm(names.attention_out_norm),
+            mlp_norm=norm(names.mlp_norm),
+            up=self.linear(within(prefix, names.up), inner, a.hidden, pair_block=pair_block),
+            down=self.linear(within(prefix, (names.down,)), a.hidden, a.inner),
+            mlp_out_norm=norm(names.mlp_out_norm),
+        )
+
+    def head(self, embedding: Tensor) -> Linear:
+        """The head: its own weight, or the embedding where they are tied; rounded where the settings say so."""
+        a, settings = self.architecture, self.settings
+        name = self.names.head if self.found(f"{self.names.head}.weight") else "lm_head"
+        if a.tied:
+            self.left.discard(f"{name}.weight")
+            weight: QTensor | Tensor = embedding
+        else:
+            weight = self.matrix_of_head(name)
+        if settings.head != "dense" and isinstance(weight, Tensor):
+            weight = round_to_nearest(weight, parse_scheme(settings.head), settings.dtype)
+        bias = self.optional(f"{name}.bias", (a.vocabulary,))
+        return Linear(packed(weight, settings.dtype, TILE_ROWS), bias, inputs_of(weight))
+
+    def matrix_of_head(self, name: str) -> QTensor | Tensor:
+        """The head's weight, (vocabulary, hidden) in every family's files."""
+        found = self.require(f"{name}.weight")
+        if name in self.tensors.schemes:
+            return self.tensors.qtensor(name)
+        shape = (self.architecture.vocabulary, self.architecture.hidden)
+        return self.shaped(found, self.tensors.read(found), shape).to(self.settings.dtype)
+
+    def refuse_leftovers(self) -> None:
+        """Raise CheckpointError where the files hold tensors that this architecture has no place for."""
+        left = sorted(name for name in self.left if not name.endswith(self.names.ignored))
+        if left:
+            raise CheckpointError(
+                f"{self.directory}: {len(left)} tensors have no place in {self.architecture.family} with "
+                f"{len(self.architecture.layers)} layers, the first {left[0]!r}: config.json belongs to another model"
+            )
+
+
+def within(prefix: str, names: tuple[str, ...]) -> tuple[str, ...]:
+    """`names` of a layer in full."""
+    return tuple(prefix + name for name in names)
+
+
+def len_of(matrix: QTensor | Tensor) -> int:
+    """Rows of a weight."""
+    return matrix.shape[0]
+
+
+def stacked(matrices: list[QTensor | Tensor], dtype: torch.dtype) -> QTensor | Tensor:
+    """The matrices one below the other; dense where their schemes differ."""
+    if len(matrices) == 1:
+        return matrices[0]
+    quantized = [matrix for matrix in matrices if isinstance(matrix, QTensor)]
+    if len(quantized) < len(matrices) or len({str(matrix.scheme) for matrix in quantized}) > 1:
+        return torch.cat([matrix.dequantize(dtype) if isinstance(matrix, QTensor) else matrix for matrix in matrices])
+    zeros = [matrix.zeros for matrix in quantized if matrix.zeros is not None]
+    codes, scales = (torch.cat(list(parts)) for parts in zip(*((m.codes, m.scales) for m in quantized), strict=True))
+    inputs = [matrix.input_scale for matrix in quantized if matrix.input_scale is not None]
+    # what is multiplied together is rounded together: by the widest range, as vLLM does
+    scale = torch.stack(inputs).max() if inputs else None
+    return QTensor(codes, scales, torch.cat(zeros) if zeros else None, quantized[0].scheme, scale)
+
+
+def inputs_of(weight: QTensor | Tensor) -> Int8Inputs | None:
+    """How the weight's scheme rounds inputs, or None."""
+    if isinstance(weight, Tensor) or weight.scheme.activations is None:
+        return None
+    return Int8Inputs(weight.input_scale)
+
+
+def moved(weight: QTensor | Tensor, rows: Tensor) -> QTensor | Tensor:
+    """Row i of the result is row `rows[i]`."""
+    if isinstance(weight, Tensor):
+        return weight[rows]
+    zeros = None if weight.zeros is None else weight.zeros[rows]
+    return replace(weight, codes=weight.codes[rows], scales=weight.scales[rows], zeros=zeros)
+
+
+def packed(weight: QTensor | Tensor, dtype: torch.dtype, pair_block: int) -> PackedWeight | Tensor:
+    """`weight` for the kernels where it is quantized, dtype is half and they take its shape; else dense in `dtype`."""
+    if isinstance(weight, Tensor):
+        return weight.to(dtype).contiguous()
+    (n, k), group_size = weight.shape, weight.scheme.group_size
+    if dtype not in HALF or reason_against_packing(n, k, group_size, TILE_ROWS):
+        return weight.dequantize(dtype)
+    if reason_against_packing(n, k, group_size, pair_block):
+        pair_block = TILE_ROWS
+    return prepack(weight, dtype, pair_block)

@@ -1,0 +1,211 @@
+"""What stands between a decode step's products: new heads into the key-value cache, and attention over it.
+
+`append` norms, rotates and stores the heads of new tokens; `attend` is softmax(q k^T) v for few tokens against a long
+cache. On a GPU csrc/decode_attention.cu, elsewhere plain torch, which is also what the kernels are held against.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+INT8_LIMIT = 127
+
+
+@dataclass(frozen=True)
+class KVCache:
+    """One layer's keys and values. A sequence owns consecutive slots, one a position.
+
+    k, v                (slots, kv_heads, head_dim)  the activations' dtype, or int8
+    k_scales, v_scales  (slots, kv_heads)            the activations' dtype, one per token and head; None without int8
+    """
+
+    k: Tensor
+    v: Tensor
+    k_scales: Tensor | None = None
+    v_scales: Tensor | None = None
+
+    @property
+    def kv_heads(self) -> int:
+        return self.k.shape[1]
+
+    @property
+    def head_dim(self) -> int:
+        return self.k.shape[2]
+
+
+@dataclass(frozen=True)
+class Append:
+    """New tokens' heads on their way into the cache.
+
+    qkv             (m, (heads + 2 kv_heads) * head_dim)  the heads of q, of k, of v
+    positions       (m) int64            slots (m) int64, each token's place in the cache
+    cosines, sines  (max position, head_dim / 2) float32; inputs j and j + head_dim / 2 of a head turn together
+    q_norm, k_norm  (head_dim)           weights of an RMS norm of each head of q and k before it turns, or None
+    """
+
+    qkv: Tensor
+    positions: Tensor
+    slots: Tensor
+    cosines: Tensor
+    sines: Tensor
+    cache: KVCache
+    q_norm: Tensor | None = None
+    k_norm: Tensor | None = None
+    norm_eps: float = 0.0
+    dependent: bool = False
+
+    @property
+    def heads(self) -> int:
+        return self.qkv.shape[1] // self.cache.head_dim - 2 * self.cache.kv_heads
+
+
+@dataclass(frozen=True)
+class Attention:
+    """softmax(scale q k^T) v, each token over its own sequence up to and with its own position.
+
+    q          (m, heads * head_dim)
+    starts     (m) int64  the slot of position 0 of each token's sequence
+    positions  (m) int64
+    window     positions that are seen, the token's own included; 0 for all
+    softcap    scores become softcap * tanh(score / softcap); 0 for no bound
+    """
+
+    q: Tensor
+    cache: KVCache
+    starts: Tensor
+    positions: Tensor
+    scale: float
+    window: int = 0
+    softcap: float = 0.0
+    dependent: bool = False
+
+    @property
+    def heads(self) -> int:
+        return self.q.shape[1] // self.cache.head_dim
+
+
+def check_append(call: Append) -> None:
+    """Raises ValueError, with the numbers, where the tensors do not fit together."""
+    cache, m = call.cache, call.qkv.shape[0]
+    shapes = {
+        "positions": (call.positions, (m,)),
+        "slots": (call.slots, (m,)),
+        "cosines": (call.cosines, (call.cosines.shape[0], cache.head_dim // 2)),
+        "sines": (call.sines, tuple(call.cosines.shape)),
+        "q_norm": (call.q_norm, (cache.head_dim,)),
+        "k_norm": (call.k_norm, (cache.head_dim,)),
+    }
+    check_shapes(shapes)
+    check_cache(cache, call.qkv)
+    if call.qkv.ndim != 2 or call.qkv.shape[1] % cache.head_dim or call.heads < 1:
+        raise ValueError(
+            f"qkv of shape {tuple(call.qkv.shape)} holds no q beside {cache.kv_heads} heads of {cache.head_dim} for k, v"
+        )
+
+
+def check_attention(call: Attention) -> None:
+    """Raises ValueError, with the numbers, where the tensors do not fit together."""
+    cache, m = call.cache, call.q.shape[0]
+    check_shapes({"starts": (call.starts, (m,)), "positions": (call.positions, (m,))})
+    check_cache(cache, call.q)
+    if call.q.ndim != 2 or call.q.shape[1] % (cache.head_dim * cache.kv_heads):
+        raise ValueError(
+            f"q of shape {tuple(call.q.shape)} is no multiple of {cache.kv_heads} heads of {cache.head_dim}"
+        )
+
+
+def check_shapes(shapes: dict[str, tuple[Tensor | None, tuple[int, ...]]]) -> None:
+    """Raises ValueError for a tensor of another shape than the one beside it, or one that is not contiguous."""
+    for name, (tensor, shape) in shapes.items():
+        if tensor is not None and (tuple(tensor.shape) != shape or not tensor.is_contiguous()):
+            raise ValueError(
+                f"{name} has the shape {tuple(tensor.shape)}, strides {tensor.stride()}; {shape} is needed"
+            )
+
+
+def check_cache(cache: KVCache, heads: Tensor) -> None:
+    """Raises ValueError where the cache contradicts itself or the dtype of `heads`."""
+    quantized = cache.k_scales is not None
+    dtype = torch.int8 if quantized else heads.dtype
+    sides = tuple(cache.k.shape[:2])
+    scales = {"k_scales": (cache.k_scales, sides), "v_scales": (cache.v_scales, sides)}
+    check_shapes({"k": (cache.k, tuple(cache.k.shape)), "v": (cache.v, tuple(cache.k.shape)), **scales})
+    if cache.k.dtype != dtype or cache.v.dtype != dtype or quantized != (cache.v_scales is not None):
+        raise ValueError(
+            f"a cache of {cache.k.dtype} and {cache.v.dtype} {'with' if quantized else 'without'} scales "
+            f"beside {heads.dtype}: int8 has scales, every other cache is of the heads' dtype"
+        )
+
+
+def append(call: Append) -> Tensor:
+    """q (m, heads * head_dim), normed and rotated; k (so treated) and v are in the cache afterwards."""
+    check_append(call)
+    return append_reference(call)
+
+
+def attend(call: Attention) -> Tensor:
+    """The attention's output (m, heads * head_dim) in q's dtype."""
+    check_attention(call)
+    return attend_reference(call)
+
+
+def append_reference(call: Append) -> Tensor:
+    """`append` in plain torch, float32 inside."""
+    cache, dtype = call.cache, call.qkv.dtype
+    heads = call.qkv.float().unflatten(-1, (-1, cache.head_dim))
+    q, k, v = heads.split([call.heads, cache.kv_heads, cache.kv_heads], dim=1)
+    cosines, sines = call.cosines[call.positions].unsqueeze(1), call.sines[call.positions].unsqueeze(1)
+    q = rotate(normed(q, call.q_norm, call.norm_eps), cosines, sines)
+    k = rotate(normed(k, call.k_norm, call.norm_eps), cosines, sines)
+    store(cache.k, cache.k_scales, call.slots, k)
+    store(cache.v, cache.v_scales, call.slots, v)
+    return q.to(dtype).flatten(1)
+
+
+def normed(heads: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    """The RMS norm of each head, or the heads where there is no weight."""
+    if weight is None:
+        return heads
+    return torch.nn.functional.rms_norm(heads, heads.shape[-1:], weight.float(), eps)
+
+
+def rotate(heads: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
+    """Heads (m, h, head_dim) with inputs j and j + head_dim / 2 turned by angle j of (m, 1, head_dim / 2)."""
+    low, high = heads.chunk(2, -1)
+    return torch.cat([low * cosines - high * sines, high * cosines + low * sines], -1)
+
+
+def store(into: Tensor, scales: Tensor | None, slots: Tensor, heads: Tensor) -> None:
+    """`heads` (m, kv_heads, head_dim) float32 to their slots; with scales, as int8: absmax / 127, rounded first."""
+    if scales is None:
+        into[slots] = heads.to(into.dtype)
+        return
+    tiny = torch.finfo(scales.dtype).tiny
+    scale = (heads.abs().amax(-1) / INT8_LIMIT).to(scales.dtype).clamp(min=tiny)
+    codes = (heads / scale.float().unsqueeze(-1)).round().clamp(-INT8_LIMIT, INT8_LIMIT)
+    into[slots] = codes.to(torch.int8)
+    scales[slots] = scale
+
+
+def loaded(stored: Tensor, scales: Tensor | None) -> Tensor:
+    """What `store` kept, float32."""
+    return stored.float() if scales is None else stored.float() * scales.float().unsqueeze(-1)
+
+
+def attend_reference(call: Attention) -> Tensor:
+    """`attend` in plain torch: every sequence's slots up to the longest, gathered, masked, float32 inside."""
+    cache = call.cache
+    positions = torch.arange(int(call.positions.max()) + 1, device=call.q.device)
+    slots = (call.starts.unsqueeze(1) + positions).clamp(max=cache.k.shape[0] - 1)
+    k = loaded(cache.k[slots], None if cache.k_scales is None else cache.k_scales[slots])
+    v = loaded(cache.v[slots], None if cache.v_scales is None else cache.v_scales[slots])
+    q = call.q.float().view(-1, cache.kv_heads, call.heads // cache.kv_heads, cache.head_dim)
+    scores = torch.einsum("mhgd,mthd->mhgt", q, k) * call.scale
+    if call.softcap:
+        scores = call.softcap * torch.tanh(scores / call.softcap)
+    behind = call.positions.unsqueeze(1) - positions
+    seen = (behind >= 0) & (behind < call.window) if call.window else behind >= 0
+    scores = scores.masked_fill(~seen[:, None, None], float("-inf"))
+    out = torch.einsum("mhgt,mthd->mhgd", scores.softmax(-1), v)
+    return out.to(call.q.dtype).flatten(1)

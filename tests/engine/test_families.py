@@ -1,0 +1,103 @@
+"""Every family's logits are transformers', a prompt at once and token by token; ChatGLM's are a plain torch model's."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from torch import Tensor
+
+import engine
+from engine.decoder import Step
+from engine.families import FAMILIES
+from tests.builders import GATED, VOCABULARY, logits_of, make_model, save
+from tests.engine.chatglm import TinyChatGLM
+
+SMALL = {"vocab_size": VOCABULARY, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64, "eos_token_id": 257}
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64}
+LONG = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0, 2.0, 3.0, 4.0] * 2}
+# What is built: a family of tests/builders with changes, or a configuration class of transformers with values.
+CASES = {
+    "llama": ("llama", {}),
+    "llama3": ("llama", {"rope_parameters": LLAMA3 | {"original_max_position_embeddings": 64}}),
+    "llama-biased": ("llama", {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}),
+    "mistral": ("mistral", {}),
+    "qwen2": ("qwen2", {}),
+    "qwen2-yarn": ("qwen2", {"rope_parameters": YARN}),
+    "qwen3": ("qwen3", {}),
+    "gemma2": ("gemma2", {"sliding_window": 8}),
+    "gemma3": ("gemma3", {"layer_types": ["sliding_attention", "full_attention"]}),
+    "phi3": ("phi3", {}),
+    "phi3-sliding": (
+        "phi3",
+        {
+            "sliding_window": 6,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5},
+        },
+    ),
+    "gpt2": ("gpt2", {}),
+    "codegeex": ("gpt2", {"activation_function": "quick_gelu"}),
+    "gpt_neox": ("gpt_neox", {}),
+    "gpt_neox-serial": ("gpt_neox", {"use_parallel_residual": False}),
+    "gptj": ("GPTJConfig", SMALL | {"rotary_dim": 8}),
+    "glm": ("GlmConfig", GATED | {"head_dim": 16}),
+    "glm4": ("Glm4Config", GATED | {"head_dim": 16}),
+}
+ATOL = 2e-5
+
+
+def built(case: str) -> torch.nn.Module:
+    name, changes = CASES[case]
+    if not name.endswith("Config"):
+        return make_model(name, **changes)
+    model = transformers.AutoModelForCausalLM.from_config(getattr(transformers, name)(**changes), dtype=torch.float32)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    return model.eval()
+
+
+def prompts() -> list[list[int]]:
+    generator = torch.Generator().manual_seed(3)
+    return [torch.randint(0, 256, (length,), generator=generator).tolist() for length in (13, 1, 21)]
+
+
+def decoded(model: engine.engine.Engine, prompts: list[list[int]]) -> list[Tensor]:
+    """Logits of every position, one token of every prompt a step: a ragged batch on the decode path."""
+    lengths = [len(prompt) for prompt in prompts]
+    cache = model.make_cache(len(prompts), max(lengths))
+    starts = torch.tensor([cache.start(b) for b in range(len(prompts))])
+    rows = []
+    with torch.inference_mode():
+        for t in range(max(lengths)):
+            at = [min(t, length - 1) for length in lengths]
+            tokens = torch.tensor([prompt[i] for prompt, i in zip(prompts, at, strict=True)])
+            rows.append(model.decoder.logits(model.decoder.hidden(Step(tokens, torch.tensor(at), starts), cache)))
+    return [torch.stack([row[b] for row in rows[:length]]) for b, length in enumerate(lengths)]
+
+
+def check(model: engine.engine.Engine, reference) -> None:
+    expected = [reference(torch.tensor([prompt]))[0] for prompt in prompts()]
+    for prompt, want, got in zip(prompts(), expected, decoded(model, prompts()), strict=True):
+        torch.testing.assert_close(model.logits([prompt])[0], want, atol=ATOL, rtol=1e-4)
+        torch.testing.assert_close(got, want, atol=ATOL, rtol=1e-4)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_logits_are_those_of_transformers(case: str, tmp_path: Path) -> None:
+    reference = built(case)
+    save(reference, tmp_path)
+    check(engine.load(tmp_path, device="cpu", context=32), lambda ids: logits_of(reference, ids))
+
+
+@pytest.mark.parametrize("multi_query", [True, False])
+def test_chatglm_is_a_plain_torch_model(multi_query: bool, tmp_path: Path) -> None:
+    reference = TinyChatGLM(multi_query)
+    reference.save(tmp_path)
+    check(engine.load(tmp_path, device="cpu", context=32), reference.logits)
+
+
+def test_every_family_is_among_the_cases() -> None:
+    covered = {built(case).config.model_type for case in CASES} | {"chatglm"}
+    assert covered == set(FAMILIES)
