@@ -189,6 +189,11 @@ def chatglm(config: Any, context: int) -> Architecture:
     )
 
 
+def with_head_norms(names: Names) -> Names:
+    """`names` of a family that norms the heads of q and k."""
+    return replace(names, q_norm="self_attn.q_norm", k_norm="self_attn.k_norm")
+
+
 LLAMA = Names()
 GEMMA2 = replace(
     LLAMA,
@@ -196,7 +201,6 @@ GEMMA2 = replace(
     mlp_norm="pre_feedforward_layernorm",
     mlp_out_norm="post_feedforward_layernorm",
 )
-HEAD_NORMS = {"q_norm": "self_attn.q_norm", "k_norm": "self_attn.k_norm"}
 GLM = replace(LLAMA, up=("mlp.gate_up_proj",))
 GPT2 = Names(
     embedding="transformer.wte",
@@ -249,9 +253,9 @@ FAMILIES = {
         Family("llama", LLAMA, llama),
         Family("mistral", LLAMA, llama),
         Family("qwen2", LLAMA, llama),
-        Family("qwen3", replace(LLAMA, **HEAD_NORMS), llama),
+        Family("qwen3", with_head_norms(LLAMA), llama),
         Family("gemma2", GEMMA2, gemma),
-        Family("gemma3_text", replace(GEMMA2, **HEAD_NORMS), gemma),
+        Family("gemma3_text", with_head_norms(GEMMA2), gemma),
         Family("phi3", replace(GLM, qkv=("self_attn.qkv_proj",)), llama),
         Family("gpt2", GPT2, gpt2),
         Family("gptj", GPTJ, gptj),

@@ -100,7 +100,8 @@ def check_append(call: Append) -> None:
     check_cache(cache, call.qkv)
     if call.qkv.ndim != 2 or call.qkv.shape[1] % cache.head_dim or call.heads < 1:
         raise ValueError(
-            f"qkv of shape {tuple(call.qkv.shape)} holds no q beside {cache.kv_heads} heads of {cache.head_dim} for k, v"
+            f"qkv of shape {tuple(call.qkv.shape)} holds no q beside {cache.kv_heads} heads for k and as many for v, "
+            f"{cache.head_dim} wide"
         )
 
 

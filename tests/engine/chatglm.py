@@ -29,9 +29,8 @@ class TinyChatGLM:
             "mlp.dense_h_to_4h.weight": (2 * INNER, HIDDEN),
             "mlp.dense_4h_to_h.weight": (HIDDEN, INNER),
         }
-        shapes = {
-            f"transformer.encoder.layers.{i}.{name}": shape for i in range(LAYERS) for name, shape in layer.items()
-        }
+        layers = [f"transformer.encoder.layers.{i}." for i in range(LAYERS)]
+        shapes = {prefix + name: shape for prefix in layers for name, shape in layer.items()}
         shapes |= {
             "transformer.embedding.word_embeddings.weight": (VOCABULARY, HIDDEN),
             "transformer.encoder.final_layernorm.weight": (HIDDEN,),

@@ -16,7 +16,8 @@ from tests.engine.chatglm import TinyChatGLM
 SMALL = {"vocab_size": VOCABULARY, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64, "eos_token_id": 257}
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64}
-LONG = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0, 2.0, 3.0, 4.0] * 2}
+PARTIAL = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
+LONG = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0, 1.5, 2.0, 3.0] * 2, "long_factor": [4.0] * 8}
 # What is built: a family of tests/builders with changes, or a configuration class of transformers with values.
 CASES = {
     "llama": ("llama", {}),
@@ -29,13 +30,8 @@ CASES = {
     "gemma2": ("gemma2", {"sliding_window": 8}),
     "gemma3": ("gemma3", {"layer_types": ["sliding_attention", "full_attention"]}),
     "phi3": ("phi3", {}),
-    "phi3-sliding": (
-        "phi3",
-        {
-            "sliding_window": 6,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5},
-        },
-    ),
+    "phi3-sliding": ("phi3", {"sliding_window": 6, "rope_parameters": PARTIAL}),
+    "phi3-longrope": ("phi3", {"original_max_position_embeddings": 64, "rope_parameters": LONG}),
     "gpt2": ("gpt2", {}),
     "codegeex": ("gpt2", {"activation_function": "quick_gelu"}),
     "gpt_neox": ("gpt_neox", {}),
