@@ -1,7 +1,7 @@
 """What becomes of each linear: a scheme, or a reason why it is left alone. Decided from names and shapes alone."""
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass
 
 from torch import nn
@@ -138,6 +138,13 @@ def _outside_blocks(skeleton: Skeleton, ignore: Iterable[str]) -> Iterator[tuple
         else:
             reason = f"ignored by {pattern!r}" if pattern else "outside the decoder blocks"
             yield name, Left(module.weight.numel(), reason, exempt=pattern is not None)
+
+
+def unquantized_linears(skeleton: Skeleton, quantized: Container[str]) -> list[str]:
+    """The linears of the model that are not among `quantized`, by every name that a reader may know them by."""
+    inside = [spec.name for block in skeleton.blocks for spec in block.linears]
+    names = [name for name in (*inside, *dict(_outside_blocks(skeleton, ()))) if name not in quantized]
+    return names + [name for name, _ in _renamed(skeleton, names)]
 
 
 def _renamed(skeleton: Skeleton, left: Iterable[str]) -> Iterator[tuple[str, Left]]:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from export.errors import CheckpointError
-from export.format import Format, Reader, require_words
+from export.format import Format, Reader, Shapes, require_words
 from quant.packing import pack, unpack
 from quant.qtensor import QTensor
 from quant.scheme import Scheme, make_scheme
@@ -72,6 +72,12 @@ def read(name: str, tensor: Reader, scheme: Scheme) -> QTensor:
         return QTensor(codes, scales, _deinterleave(zeros).T.to(torch.int32), scheme)
     except ValueError as error:
         raise CheckpointError(f"{name}: {error}") from error
+
+
+def shape(name: str, shapes: Shapes, tensor: Reader, scheme: Scheme) -> tuple[int, int]:
+    """(n, k) of the linear `name`."""
+    k, words = shapes(f"{name}.qweight")
+    return words * 8, k
 
 
 def linears(names: Iterable[str]) -> list[str]:
@@ -130,6 +136,7 @@ AWQ = Format(
     reason_against_shape=reason_against_shape,
     write=write,
     read=read,
+    shape=shape,
     linears=linears,
     quantization_config=quantization_config,
     schemes_of=schemes_of,

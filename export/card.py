@@ -8,6 +8,7 @@ from huggingface_hub import ModelCardData, metadata_load
 from jinja2 import Environment, StrictUndefined
 from yaml import YAMLError
 
+from export.format import Format
 from export.formats import FORMATS
 from quant.recipe import Recipe
 
@@ -81,6 +82,14 @@ def write_card(directory: Path, source: Path, base: str, recipe: Recipe, facts: 
         **facts,
     )
     (directory / "README.md").write_text(text, encoding="utf-8")
+
+
+def note_conversion(directory: Path, source: Path, before: str, fmt: Format, version: str) -> None:
+    """Copy the model card of `source`, if it has one, into `directory`, and say at its end what was converted."""
+    card = source / "README.md"
+    text = card.read_text(encoding="utf-8").rstrip("\n") + "\n\n" if card.exists() else ""
+    note = f"Converted from `{before}` to `{fmt.name}` by lowbit {version}, without requantizing."
+    (directory / "README.md").write_text(f"{text}## Converted\n\n{note} {fmt.loading}\n", encoding="utf-8")
 
 
 def _carried_over(card: Path) -> dict[str, Any]:

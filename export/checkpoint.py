@@ -34,9 +34,16 @@ class Checkpoint:
 
     def read(self, name: str) -> Tensor:
         """The tensor called `name`, as stored. CheckpointError where no file holds it."""
+        return read_tensor(self._entry(name))
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of the tensor called `name`, from its header. CheckpointError where no file holds it."""
+        return self._entry(name).shape
+
+    def _entry(self, name: str) -> TensorEntry:
         if name not in self.entries:
             raise CheckpointError(f"{self.directory}: no tensor {name!r} in its files; the checkpoint is incomplete")
-        return read_tensor(self.entries[name])
+        return self.entries[name]
 
     @property
     def quantization(self) -> dict[str, Any] | None:

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from export.errors import CheckpointError
-from export.format import Format, Reader, require_words
+from export.format import Format, Reader, Shapes, require_words
 from quant.packing import pack, unpack
 from quant.qtensor import QTensor
 from quant.scheme import Activations, Scheme, make_scheme
@@ -105,6 +105,14 @@ def _read_packed(name: str, tensor: Reader, scheme: Scheme) -> QTensor:
         require_words(words, "weight_zero_point", (None, scheme.groups(k)))
         zeros = unpack(words.T.contiguous(), scheme.bits, n).T.to(torch.int32)
     return QTensor(codes, scales, zeros, scheme)
+
+
+def shape(name: str, shapes: Shapes, tensor: Reader, scheme: Scheme) -> tuple[int, int]:
+    """(n, k) of the linear `name`."""
+    sizes = shapes(f"{name}.weight") if layout_of(scheme) == PLAIN else tensor(f"{name}.weight_shape").tolist()
+    if not isinstance(sizes, list | tuple) or len(sizes) != 2:
+        raise CheckpointError(f"{name}: its shape is {sizes}, not outputs and inputs")
+    return sizes[0], sizes[1]
 
 
 def linears(names: Iterable[str]) -> list[str]:
@@ -252,6 +260,7 @@ COMPRESSED_TENSORS = Format(
     reason_against=reason_against,
     write=write,
     read=read,
+    shape=shape,
     linears=linears,
     quantization_config=quantization_config,
     schemes_of=schemes_of,

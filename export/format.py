@@ -11,6 +11,7 @@ from quant.qtensor import QTensor
 from quant.scheme import Scheme
 
 Reader = Callable[[str], Tensor]
+Shapes = Callable[[str], tuple[int, ...]]
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class Format:
     write                linear name and weight -> the file's tensors; the scales must have `scale_dtype`
     read                 linear name, tensor reader, scheme -> weight; CheckpointError where the tensors contradict
                          one another
+    shape                (n, k) of a linear, from its name, its tensors' shapes by name, a tensor reader and its scheme
     linears              tensor names -> names of the quantized linears
     quantization_config  schemes and unquantized linears -> the block in config.json
     schemes_of           that block and linear names -> scheme of each
@@ -38,6 +40,7 @@ class Format:
     reason_against: Callable[[Scheme], str | None]
     write: Callable[[str, QTensor], dict[str, Tensor]]
     read: Callable[[str, Reader, Scheme], QTensor]
+    shape: Callable[[str, Shapes, Reader, Scheme], tuple[int, int]]
     linears: Callable[[Iterable[str]], list[str]]
     quantization_config: Callable[[Mapping[str, Scheme], Iterable[str]], dict[str, Any]]
     schemes_of: Callable[[Mapping[str, Any], Iterable[str]], dict[str, Scheme]]

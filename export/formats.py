@@ -32,9 +32,10 @@ def require_fit(fmt: Format, schemes: Mapping[str, Scheme], shapes: Mapping[str,
     kinds = Counter(schemes.values())
     if fmt.uniform and len(kinds) > 1:
         smallest = min((scheme.group_size for scheme in kinds if scheme.group_size > 0), default=-1)
+        in_size_alone = len({scheme.with_group_size(smallest) for scheme in kinds}) == 1
         raise CheckpointError(
-            f"format {fmt.name} holds one scheme, and these linears have {len(kinds)}: {describe_schemes(schemes)}; "
-            f"--group-size {smallest} may suit all"
+            f"format {fmt.name} holds one scheme, and these linears have {len(kinds)}: {describe_schemes(schemes)}"
+            + (f"; --group-size {smallest} may suit all" if in_size_alone else "")
         )
 
 
@@ -69,6 +70,15 @@ class LogicalTensors:
         return [name for name in self.checkpoint.entries if name not in hidden] + [
             f"{name}.weight" for name in self.schemes
         ]
+
+    def shape(self, linear: str) -> tuple[int, int]:
+        """Outputs and inputs of the quantized linear, from the files' headers."""
+        assert self.format is not None
+        checkpoint = self.checkpoint
+        try:
+            return self.format.shape(linear, checkpoint.shape, checkpoint.read, self.schemes[linear])
+        except ValueError as error:
+            raise CheckpointError(f"{linear}: its tensors have no such shape as a weight's ({error})") from error
 
     def qtensor(self, linear: str) -> QTensor:
         """The quantized weight of `linear`."""

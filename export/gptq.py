@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from export.errors import CheckpointError
-from export.format import Format, Reader, require_words
+from export.format import Format, Reader, Shapes, require_words
 from quant import __version__
 from quant.packing import pack, unpack
 from quant.qtensor import QTensor
@@ -48,14 +48,17 @@ def reason_against_shape(scheme: Scheme, n: int, k: int) -> str | None:
 
 
 def write(version: str, name: str, weight: QTensor) -> dict[str, Tensor]:
-    """The file's tensors for the linear `name`. ValueError for a zero of 0 in v1."""
+    """The file's tensors for the linear `name`. CheckpointError for a zero of 0 in version 1."""
     scheme, k = weight.scheme, weight.shape[1]
     bits, bias = scheme.bits, scheme.qtype.bias
     zeros = torch.full_like(weight.scales, bias, dtype=torch.int32) if weight.zeros is None else weight.zeros
     stored = zeros - STORED_LESS[version]
     if bool((stored < 0).any()):
         count = int((stored < 0).sum())
-        raise ValueError(f"{count} of {stored.numel()} zeros are 0, which version 1 cannot store (it holds zero - 1)")
+        raise CheckpointError(
+            f"{name}: {count} of {stored.numel()} zeros are 0, which version 1 of GPTQ cannot store: it holds "
+            "zero - 1, and -1 would borrow from the next one; use --format gptq_v2"
+        )
     group_size = k if scheme.group_size == -1 else scheme.group_size
     return {
         f"{name}.qweight": pack(weight.codes.to(torch.int32) + bias, bits).T.contiguous(),
@@ -111,6 +114,12 @@ def _require_middle(version: str, zeros: Tensor, bias: int) -> None:
         raise ValueError(f"its zeros are those of {actual}, but checkpoint_format says {version}; correct config.json")
     low, high = int(zeros.min()), int(zeros.max())
     raise ValueError(f"symmetric by config.json, but its zeros run from {low} to {high} instead of being {bias}")
+
+
+def shape(name: str, shapes: Shapes, tensor: Reader, scheme: Scheme) -> tuple[int, int]:
+    """(n, k) of the linear `name`."""
+    rows, n = shapes(f"{name}.qweight")
+    return n, rows * (32 // scheme.bits)
 
 
 def linears(names: Iterable[str]) -> list[str]:
@@ -185,6 +194,7 @@ def _version(version: str) -> Format:
         reason_against_shape=reason_against_shape,
         write=partial(write, version),
         read=partial(read, version),
+        shape=shape,
         linears=linears,
         quantization_config=partial(quantization_config, version),
         schemes_of=schemes_of,

@@ -134,7 +134,8 @@ def open_skeleton(source: Source) -> Skeleton:
     for block in blocks:
         block.linears = list(_linears(model, block))
     _require_parameters(source, model, placements)
-    _require_shapes(source, model, placements)
+    dense = {name: at for name, at in placements.items() if name.removesuffix(".weight") not in tensors.schemes}
+    _require_shapes(source, model, dense)
     # a packed weight is (n, k) whatever the module's own habit
     turned = {f"{spec.name}.weight" for block in blocks for spec in block.linears if spec.transposed}
     turned &= {f"{name}.weight" for name in tensors.schemes}

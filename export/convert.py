@@ -1,0 +1,180 @@
+"""From one format to another without requantizing: codes, zeros and scales are expressed anew, not computed anew."""
+
+import math
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from export.checkpoint import open_checkpoint
+from export.errors import CheckpointError
+from export.format import Format
+from export.formats import LogicalTensors, require_fit, write_config
+from export.writer import ShardedWriter
+from quant.qtensor import QTensor
+from quant.scheme import Scheme, make_scheme
+
+
+@dataclass
+class Conversion:
+    """What became of the linears.
+
+    schemes   the scheme that each has now
+    exact     how many stand for the same weight, bit for bit
+    rounded   for each of the others, the largest relative change of a scale
+    rewrites  how often something was said in other words ("symmetric codes as unsigned ones with a zero of 8")
+    """
+
+    schemes: dict[str, Scheme]
+    exact: int = 0
+    rounded: dict[str, float] = field(default_factory=dict)
+    rewrites: Counter[str] = field(default_factory=Counter)
+
+
+def convert(source: LogicalTensors, fmt: Format, unquantized: Iterable[str], output: Path, shard: int) -> Conversion:
+    """Write the checkpoint of `source` in the format `fmt` into the existing, empty directory `output`.
+
+    unquantized  names of the linears that keep their weight
+    shard        bytes of the largest weight file
+
+    config.json and the weights are written, then read back and compared. Raises CheckpointError with the reason where
+    the format cannot hold a weight, or where a scale has no place in its scale type.
+    """
+    done = Conversion(target_schemes(source, fmt))
+    shapes = {name: source.shape(name) for name in done.schemes}
+    require_fit(fmt, done.schemes, shapes)
+    writer = ShardedWriter(output, shard)
+    for name in source.names:
+        linear = name.removesuffix(".weight")
+        if linear == name or linear not in done.schemes:
+            writer.add(name, source.checkpoint.read(name))
+            continue
+        weight = _converted(source.qtensor(linear), linear, fmt, done)
+        for key, tensor in fmt.write(linear, weight).items():
+            writer.add(key, tensor)
+    writer.finish()
+    write_config(output, source.checkpoint.config, fmt, fmt.quantization_config(done.schemes, unquantized))
+    _verify(source, fmt, done, output)
+    return done
+
+
+def target_schemes(source: LogicalTensors, fmt: Format) -> dict[str, Scheme]:
+    """The scheme that each quantized linear will have in `fmt`: the same weight, said in the words of that format.
+
+    Zeros that all stand in the middle make a symmetric scheme where the format has those. A format that holds one
+    scheme gets the widest group that divides every linear's groups, and zeros for all where one linear has them.
+    """
+    if not source.schemes:
+        raise CheckpointError(f"{source.checkpoint.directory}: not quantized; `quantize --format {fmt.name}` does that")
+    schemes = dict(source.schemes)
+    if _all_middle(source):
+        schemes = {name: _with_symmetry(scheme, True) for name, scheme in schemes.items()}
+    wants_zeros = all(_refuses_symmetric(fmt, scheme) for scheme in schemes.values())
+    if fmt.uniform:
+        wants_zeros = wants_zeros or not all(scheme.symmetric for scheme in schemes.values())
+        size = _common_group_size(source)
+        schemes = {
+            name: scheme if scheme.activations else scheme.with_group_size(size) for name, scheme in schemes.items()
+        }
+    if wants_zeros:
+        schemes = {name: _with_symmetry(scheme, False) for name, scheme in schemes.items()}
+    return schemes
+
+
+def _refuses_symmetric(fmt: Format, scheme: Scheme) -> bool:
+    """Whether the format takes the scheme only with zeros."""
+    return bool(fmt.reason_against(scheme)) and not fmt.reason_against(_with_symmetry(scheme, False))
+
+
+def _with_symmetry(scheme: Scheme, symmetric: bool) -> Scheme:
+    """The scheme with or without zeros; one with quantized activations is symmetric whatever is asked."""
+    return scheme if scheme.activations else make_scheme(scheme.bits, scheme.group_size, symmetric)
+
+
+def _all_middle(source: LogicalTensors) -> bool:
+    """Whether the checkpoint has zeros, and every one stands in the middle of the codes."""
+    with_zeros = [name for name, scheme in source.schemes.items() if not scheme.symmetric]
+    return bool(with_zeros) and all(_is_middle(source.qtensor(name)) for name in with_zeros)
+
+
+def _is_middle(weight: QTensor) -> bool:
+    return weight.zeros is not None and bool((weight.zeros == 1 << (weight.scheme.bits - 1)).all())
+
+
+def _common_group_size(source: LogicalTensors) -> int:
+    """The widest group that divides every linear's groups; -1 where all have one scale a row."""
+    sizes = {name: scheme.group_size for name, scheme in source.schemes.items()}
+    if set(sizes.values()) == {-1}:
+        return -1
+    return math.gcd(*(source.shape(name)[1] if size == -1 else size for name, size in sizes.items()))
+
+
+def _converted(weight: QTensor, name: str, fmt: Format, done: Conversion) -> QTensor:
+    """`weight` in its new scheme and the format's scale type, and what that took noted in `done`."""
+    weight, rewrites = express(weight, done.schemes[name])
+    done.rewrites.update(rewrites)
+    change = 0.0
+    if fmt.scale_dtype is not None and weight.scales.dtype != fmt.scale_dtype:
+        scales = weight.scales.to(fmt.scale_dtype)
+        change = _largest_change(name, weight.scales, scales)
+        weight = QTensor(weight.codes, scales, weight.zeros, weight.scheme)
+    if change:
+        done.rounded[name] = change
+    else:
+        done.exact += 1
+    return weight
+
+
+def express(weight: QTensor, scheme: Scheme) -> tuple[QTensor, list[str]]:
+    """The same weight in another scheme, and what was said in other words; nothing is rounded.
+
+    Narrower groups repeat a wider group's scale and zero. Signed codes become unsigned ones with a zero of 2^(bits-1),
+    and back where every zero is that.
+    """
+    old, k = weight.scheme, weight.shape[1]
+    assert (old.bits, old.activations) == (scheme.bits, scheme.activations), (old, scheme)
+    codes, scales, zeros, rewrites = weight.codes, weight.scales, weight.zeros, []
+    bias = 1 << (scheme.bits - 1)
+    if old.symmetric and not scheme.symmetric:
+        codes = (codes.to(torch.int16) + bias).to(torch.uint8)
+        zeros = torch.full_like(scales, bias, dtype=torch.int32)
+        rewrites.append(f"symmetric codes as unsigned ones with a zero of {bias}")
+    elif scheme.symmetric and not old.symmetric:
+        assert _is_middle(weight)
+        codes, zeros = (codes.to(torch.int16) - bias).to(torch.int8), None
+        rewrites.append(f"codes whose zeros are all {bias} as symmetric ones")
+    repeats = scheme.groups(k) // old.groups(k)
+    if repeats > 1:
+        scales = scales.repeat_interleave(repeats, 1)
+        zeros = None if zeros is None else zeros.repeat_interleave(repeats, 1)
+        rewrites.append(f"each scale of {old.granularity} {repeats} times for {scheme.granularity}")
+    return QTensor(codes, scales, zeros, scheme, weight.input_scale), rewrites
+
+
+def _largest_change(name: str, before: Tensor, after: Tensor) -> float:
+    """The largest relative change of a scale. CheckpointError where one becomes zero or infinite."""
+    lost = int((~torch.isfinite(after) | (after == 0)).sum())
+    if lost:
+        low, high = float(before.min()), float(before.max())
+        raise CheckpointError(
+            f"{name}: {lost} of {before.numel()} scales ({low:.3g} to {high:.3g}) have no place in {after.dtype}, the "
+            "type of this format's scales"
+        )
+    return float(((after.double() - before.double()) / before.double()).abs().max())
+
+
+def _verify(source: LogicalTensors, fmt: Format, done: Conversion, output: Path) -> None:
+    """Raise CheckpointError where the files do not read back as the weights of `source`."""
+    written = LogicalTensors(open_checkpoint(output))
+    if written.format is not fmt or written.schemes != done.schemes:
+        raise CheckpointError(f"{output}: its configuration does not read back as it was written")
+    for name in done.schemes:
+        meant, _ = express(source.qtensor(name), done.schemes[name])
+        found = written.qtensor(name)
+        scales = meant.scales.to(found.scales.dtype)
+        same_zeros = meant.zeros is None or (found.zeros is not None and torch.equal(meant.zeros, found.zeros))
+        if not (torch.equal(meant.codes, found.codes) and torch.equal(scales, found.scales) and same_zeros):
+            raise CheckpointError(f"{output}: {name} does not read back as it was written; the disk may be failing")

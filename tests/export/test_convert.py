@@ -1,0 +1,174 @@
+"""export/convert.py: every way between the formats, and why a way is closed."""
+
+import json
+from itertools import product
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from export.checkpoint import open_checkpoint
+from export.convert import convert, express
+from export.errors import CheckpointError
+from export.formats import FORMATS, LogicalTensors, write_config
+from quant.qtensor import QTensor, round_to_nearest
+from quant.scheme import Activations, Scheme, parse_scheme
+
+SHARD = 1 << 30
+NAMES = ("m.layers.0.up", "m.layers.0.down")
+
+
+def quantized(text: str, scale_dtype: torch.dtype = torch.float16, k: int = 128) -> QTensor:
+    """A weight (16, k) whose zeros are at least 1."""
+    scheme = parse_scheme(text)
+    plain = round_to_nearest(torch.randn(16, k), Scheme(scheme.qtype, scheme.granularity), scale_dtype)
+    zeros = None if plain.zeros is None else plain.zeros.clamp(min=1)
+    scale = torch.tensor(0.1) if scheme.activations is Activations.TENSOR else None
+    return QTensor(plain.codes, plain.scales, zeros, scheme, scale)
+
+
+def written(directory: Path, fmt: str, *weights: QTensor) -> LogicalTensors:
+    """A checkpoint in `directory` with the weights under NAMES, a norm, and a linear that was left alone."""
+    directory.mkdir()
+    named = dict(zip(NAMES, weights, strict=False))
+    tensors = {key: value for name, each in named.items() for key, value in FORMATS[fmt].write(name, each).items()}
+    tensors |= {"m.norm.weight": torch.ones(128, dtype=torch.bfloat16), "lm_head.weight": torch.randn(8, 128)}
+    save_file(tensors, directory / "model.safetensors")
+    schemes = {name: each.scheme for name, each in named.items()}
+    write_config(directory, {"x": 1}, FORMATS[fmt], FORMATS[fmt].quantization_config(schemes, ["lm_head"]))
+    return LogicalTensors(open_checkpoint(directory))
+
+
+def converted(source: LogicalTensors, fmt: str, directory: Path):
+    """The conversion and what its files read as."""
+    directory.mkdir()
+    done = convert(source, FORMATS[fmt], ["lm_head"], directory, SHARD)
+    return done, LogicalTensors(open_checkpoint(directory))
+
+
+WAYS = [
+    (before, after, text)
+    for before, after in product(FORMATS, FORMATS)
+    for text in ("int4-g32", "uint4-g32", "int4-channel", "uint4-channel", "int8-g32", "int8-channel")
+    if FORMATS[before].reason_against(parse_scheme(text)) is None and not ("int8" in text and after == "awq")
+]
+
+
+@pytest.mark.parametrize(("before", "after", "text"), WAYS, ids=str)
+def test_every_way_keeps_the_weights_to_the_bit(tmp_path, before, after, text):
+    weights = [quantized(text), quantized(text)]
+    source = written(tmp_path / "in", before, *weights)
+    done, result = converted(source, after, tmp_path / "out")
+    assert result.format is FORMATS[after]
+    assert (done.exact, done.rounded) == (2, {})
+    assert result.schemes == done.schemes
+    for name, weight in zip(NAMES, weights, strict=True):
+        assert torch.equal(result.qtensor(name).dequantize(), weight.dequantize())
+    for name in ("m.norm.weight", "lm_head.weight"):
+        assert torch.equal(result.read(name), source.read(name))
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["x"] == 1
+
+
+@pytest.mark.parametrize("fmt", ["gptq", "awq", "gptq_v2"])
+def test_there_and_back_gives_the_same_tensors(tmp_path, fmt):
+    source = written(tmp_path / "in", "compressed-tensors", quantized("int4-g32"), quantized("int4-g32"))
+    there = converted(source, fmt, tmp_path / "there")[1]
+    back = converted(there, "compressed-tensors", tmp_path / "back")[1]
+    assert back.schemes == source.schemes
+    assert set(back.checkpoint.entries) == set(source.checkpoint.entries)
+    for name in source.checkpoint.entries:
+        assert torch.equal(back.checkpoint.read(name), source.checkpoint.read(name)), name
+
+
+def test_activations_travel_between_layouts_of_one_dialect_alone(tmp_path):
+    source = written(tmp_path / "in", "compressed-tensors", quantized("int8-channel-a8tensor"))
+    result = converted(source, "compressed-tensors", tmp_path / "out")[1]
+    assert torch.equal(result.qtensor(NAMES[0]).input_scale, torch.tensor(0.1))
+    for fmt, reason in (("gptq", "no quantized activations"), ("awq", "4-bit weights and nothing else")):
+        with pytest.raises(CheckpointError, match=reason):
+            converted(source, fmt, tmp_path / fmt)
+
+
+def test_a_format_of_one_scheme_gets_the_narrowest_groups(tmp_path):
+    weights = quantized("int4-g64"), quantized("int4-channel", k=96)
+    source = written(tmp_path / "in", "compressed-tensors", *weights)
+    done, result = converted(source, "gptq", tmp_path / "out")
+    assert {str(scheme) for scheme in result.schemes.values()} == {"int4-g32"}
+    assert done.rewrites == {
+        "each scale of g64 2 times for g32": 1,
+        "each scale of channel 3 times for g32": 1,
+    }
+    for name, weight in zip(NAMES, weights, strict=True):
+        assert torch.equal(result.qtensor(name).dequantize(), weight.dequantize())
+
+
+def test_zeros_in_one_linear_are_zeros_in_all_where_there_is_one_scheme(tmp_path):
+    source = written(tmp_path / "in", "compressed-tensors", quantized("int4-g32"), quantized("uint4-g32"))
+    done, result = converted(source, "gptq_v2", tmp_path / "out")
+    assert {str(scheme) for scheme in result.schemes.values()} == {"uint4-g32"}
+    assert done.rewrites == {"symmetric codes as unsigned ones with a zero of 8": 1}
+    assert done.exact == 2
+
+
+def test_different_bits_have_no_common_scheme(tmp_path):
+    source = written(tmp_path / "in", "compressed-tensors", quantized("int4-g32"), quantized("int8-g32"))
+    with pytest.raises(CheckpointError, match=r"gptq holds one scheme, and these linears have 2: .*int4-g32.*\)$"):
+        converted(source, "gptq", tmp_path / "out")
+
+
+def test_a_zero_of_0_has_no_place_in_version_1(tmp_path):
+    weight = quantized("uint4-g32")
+    weight.zeros[3, 1] = 0
+    source = written(tmp_path / "in", "awq", weight)
+    with pytest.raises(CheckpointError, match=r"m\.layers\.0\.up: 1 of 64 zeros are 0, which version 1.*gptq_v2"):
+        converted(source, "gptq", tmp_path / "v1")
+    assert converted(source, "gptq_v2", tmp_path / "v2")[0].exact == 1
+
+
+def test_8_bits_have_no_place_in_awq(tmp_path):
+    source = written(tmp_path / "in", "gptq", quantized("int8-g32"))
+    with pytest.raises(CheckpointError, match="4-bit weights and nothing else"):
+        converted(source, "awq", tmp_path / "out")
+
+
+def test_bfloat16_scales_are_float16_exactly_where_they_are_not_tiny(tmp_path):
+    source = written(tmp_path / "in", "compressed-tensors", quantized("int4-g32", torch.bfloat16))
+    done, result = converted(source, "gptq", tmp_path / "out")
+    assert (done.exact, done.rounded) == (1, {})
+    assert result.qtensor(NAMES[0]).scales.dtype == torch.float16
+
+
+def test_scales_that_are_rounded_are_counted_with_their_change(tmp_path):
+    weight = quantized("int4-g32", torch.float32)
+    weight.scales[0, 0] = 1 + 2**-12
+    done, result = converted(written(tmp_path / "in", "compressed-tensors", weight), "gptq", tmp_path / "out")
+    assert done.exact == 0
+    assert 2**-13 < done.rounded[NAMES[0]] <= 2**-11
+    assert torch.equal(result.qtensor(NAMES[0]).codes, weight.codes)
+
+
+@pytest.mark.parametrize("scale", [1e-9, 1e6])
+def test_scales_without_a_place_in_float16_are_refused(tmp_path, scale):
+    weight = quantized("int4-g32", torch.bfloat16)
+    weight.scales[0, 0] = scale
+    source = written(tmp_path / "in", "compressed-tensors", weight)
+    with pytest.raises(CheckpointError, match=r"1 of 64 scales .* have no place in torch\.float16"):
+        converted(source, "awq", tmp_path / "out")
+
+
+def test_a_model_that_is_not_quantized(tmp_path):
+    save_file({"a.weight": torch.ones(1)}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="not quantized; `quantize --format gptq` does that"):
+        convert(LogicalTensors(open_checkpoint(tmp_path)), FORMATS["gptq"], [], tmp_path, SHARD)
+
+
+def test_express_rounds_nothing():
+    weight = quantized("int4-channel")
+    for text in ("int4-g64", "uint4-g32", "uint4-channel"):
+        other, rewrites = express(weight, parse_scheme(text))
+        assert str(other.scheme) == text
+        assert torch.equal(other.dequantize(), weight.dequantize())
+        assert rewrites
