@@ -26,7 +26,7 @@ env: .venv/lowbit.stamp
 demo: env
 	$(BIN)/quantize demo --method awq --output demo-awq --overwrite
 	$(BIN)/quantize-eval perplexity demo-awq --baseline demo --text builtin
-	$(BIN)/quantize-eval sample demo-awq --baseline demo
+	$(BIN)/quantize-eval generate demo-awq --baseline demo
 
 test: lint
 	$(BIN)/python -m pytest -q -m "not gpu and not slow" --durations=10

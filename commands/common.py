@@ -57,7 +57,7 @@ def check_device(device: str) -> str:
     return device
 
 
-def run_command(command: click.Command) -> NoReturn:
+def run_command(command: click.Command, interrupted: str = "Interrupted; nothing was written.") -> NoReturn:
     """Run a console script: exit 2 with one line for what the user can mend, 130 when interrupted."""
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
@@ -74,7 +74,7 @@ def run_command(command: click.Command) -> NoReturn:
     except torch.OutOfMemoryError as error:
         _fail(f"Error: the GPU's memory is full ({error}); use --device cpu, or fewer --num-samples", 2)
     except (click.Abort, KeyboardInterrupt):
-        _fail("Interrupted; nothing was written.", 130)
+        _fail(interrupted, 130)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)

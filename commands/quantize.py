@@ -13,17 +13,17 @@ from calibrate.data import CalibrationSet, builtin_text, calibration_tokens
 from calibrate.methods import METHODS, complete_recipe
 from calibrate.pipeline import BlockReport, Job, Result, prepare, run
 from commands.common import SETTINGS, Size, check_device, make_console, run_command
-from evaluation.perplexity import Score, describe_difference, perplexity
+from evaluation.after import MEASURES, Measured, measure, parse_measures
+from evaluation.perplexity import Score, describe_difference
+from evaluation.record import record
 from export.card import write_card
 from export.checkpoint import write_sums
-from export.errors import CheckpointError
 from export.formats import FORMATS, describe_schemes
 from export.staging import refuse_output, refuse_to_replace, require_space, staged
 from models.source import Source, open_source
 from quant import __version__
 from quant.recipe import Recipe, RecipeError, nearest, read_recipe
 
-EVAL_CONTEXT = 512
 RECIPE_FLAGS = [
     "method",
     "bits",
@@ -90,6 +90,14 @@ def _list_methods(context: click.Context, option: click.Parameter, wanted: bool)
     show_default=True,
     help="Windows of held-out builtin text to score before and after; 0 for none.",
 )
+@click.option(
+    "--eval",
+    "measures",
+    default="ppl",
+    show_default=True,
+    callback=lambda context, option, value: parse_measures(value),
+    help=f"What to measure then: {', '.join(MEASURES)}. A report is written too.",
+)
 @click.option("--dry-run", is_flag=True, help="Say what would be done, and stop before reading a weight.")
 @click.option("--overwrite", is_flag=True, help="Replace an output directory that is not empty.")
 @click.option("--trust-remote-code", is_flag=True, help="Run Python code that the model brings.")
@@ -122,9 +130,9 @@ def quantize(
     with staged(output, flags["overwrite"]) as staging:
         with console.status("quantizing"):
             result = run(job, staging, calibration, _block_printer(console, len(job.skeleton.blocks)))
-        scores = _evaluate(console, source, staging, flags["eval_windows"], job.device)
-        _write_papers(staging, job, result, scores)
-    _print_summary(console, output, result, scores, time.monotonic() - begun)
+        measured = _evaluate(console, source, staging, flags, job.device)
+        _write_papers(staging, job, result, measured)
+    _print_summary(console, output, result, measured.scores, time.monotonic() - begun)
 
 
 def _recipe(recipe_file: Path | None, flags: dict[str, Any]) -> Recipe:
@@ -192,37 +200,23 @@ def _clock(seconds: float) -> str:
     return f"{int(seconds) // 60}:{int(seconds) % 60:02}"
 
 
-def _evaluate(console: Console, source: Source, staging: Path, windows: int, device: str) -> list[Score]:
-    """Scores of the original and of what was written, on text that calibration never takes."""
-    if not windows:
-        return []
-    text = builtin_text("heldout")
-    scores = []
-    for name in (source, open_source(str(staging), source.trust_remote_code)):
-        with console.status(f"perplexity of {name.name}"):
-            scores.append(perplexity(name, text, _context(source), windows, device))
-    if not all(score.nll == score.nll and score.nll != float("inf") for score in scores):
-        raise CheckpointError(
-            f"perplexity is not finite ({[score.perplexity for score in scores]}); nothing was written"
-        )
-    return scores
+def _evaluate(console: Console, source: Source, staging: Path, flags: dict[str, Any], device: str) -> Measured:
+    """Original and result on text that calibration never takes."""
+    with console.status("measuring what was lost"):
+        written = open_source(str(staging), source.trust_remote_code)
+        return measure(source, written, builtin_text("heldout"), flags["eval_windows"], flags["measures"], device)
 
 
-def _context(source: Source) -> int:
-    """Tokens in a scored window: EVAL_CONTEXT, or what the model has positions for."""
-    positions = getattr(source.config.get_text_config(), "max_position_embeddings", None)
-    return min(EVAL_CONTEXT, positions or EVAL_CONTEXT)
-
-
-def _write_papers(staging: Path, job: Job, result: Result, scores: list[Score]) -> None:
+def _write_papers(staging: Path, job: Job, result: Result, measured: Measured) -> None:
     labels = (Path(job.source.name).name, f"{result.recipe.method} {result.recipe.scheme}")
+    record(staging, measured.labelled(*labels))
     facts = {
         "version": __version__,
         "schemes": describe_schemes(result.plan.schemes),
         "source_bytes": result.source_bytes,
         "output_bytes": result.output_bytes,
         "coverage": result.plan.coverage,
-        "scores": [score.as_json() | {"model": label} for score, label in zip(scores, labels, strict=False)],
+        "scores": [score.as_json() | {"model": label} for score, label in zip(measured.scores, labels, strict=False)],
         "text": "held-out part of the documentation that ships with CPython (pydoc_data)",
         "warnings": job.warnings(),
     }
@@ -230,7 +224,7 @@ def _write_papers(staging: Path, job: Job, result: Result, scores: list[Score]) 
     write_sums(staging)
 
 
-def _print_summary(console: Console, output: Path, result: Result, scores: list[Score], seconds: float) -> None:
+def _print_summary(console: Console, output: Path, result: Result, scores: tuple[Score, ...], seconds: float) -> None:
     table = Table(title=str(output), title_justify="left")
     for column in ("", "original", "quantized"):
         table.add_column(column)

@@ -1,24 +1,33 @@
 """`quantize-eval`: what a checkpoint lost."""
 
+import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
+from rich.table import Table
+from rich.text import Text
 
-from calibrate.data import builtin_text
-from commands.common import SETTINGS, check_device, make_console, run_command
+from commands.common import SETTINGS, Size, run_command
+from commands.eval_session import Session, make_session, read_text, session_options
+from evaluation.code import pass_at_1, read_problems, solve
+from evaluation.divergence import Divergence, require_comparable
+from evaluation.divergence import divergence as compare_distributions
+from evaluation.generate import PROMPT, Prompt, continuations, read_prompts, side_by_side
 from evaluation.perplexity import Score, describe_difference, difference
 from evaluation.perplexity import perplexity as score_text
-from evaluation.sample import PROMPT, continuation
+from evaluation.sandbox import Limits
+from evaluation.tasks import TaskList, run_tasks
+from evaluation.text import Protocol, cut, require_same_tokens
 from export.errors import CheckpointError
-from models.source import open_source
 from quant import __version__
 
 
 def main() -> None:
     """Entry point of the console script."""
-    run_command(evaluate)
+    run_command(evaluate, "Interrupted; what was finished is kept: the same command goes on from there.")
 
 
 @click.group(context_settings=SETTINGS)
@@ -27,107 +36,211 @@ def evaluate() -> None:
     """Measure a checkpoint, unquantized or quantized."""
 
 
+def text_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Options of the subcommands that score a text; `make_protocol` takes them."""
+    options = (
+        click.option("--text", default="builtin", show_default=True, help="UTF-8 file, or builtin: held-out pydoc."),
+        click.option(
+            "--protocol",
+            type=click.Choice(["gptq", "strided"]),
+            default="gptq",
+            show_default=True,
+            help="gptq: windows that do not overlap. strided: windows --stride apart, each token scored once.",
+        ),
+        click.option(
+            "--context", "--length", "--seqlen", type=int, default=512, show_default=True, help="Tokens a window."
+        ),
+        click.option("--stride", type=int, help="Tokens between windows.  [default: half of --context]"),
+        click.option(
+            "--windows",
+            type=click.IntRange(min=1),
+            help="Score only the first so many.  [default: 16 of builtin, all of a file]",
+        ),
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def make_protocol(
+    text: str, protocol: str, context: int, stride: int | None, windows: int | None, **rest: Any
+) -> Protocol:
+    """The protocol that the options of `text_options` ask for."""
+    if stride is not None and protocol != "strided":
+        raise click.UsageError("--stride belongs to --protocol strided")
+    step = (stride or max(context // 2, 1)) if protocol == "strided" else None
+    return Protocol(context, step, windows or (16 if text == "builtin" else None))
+
+
 @evaluate.command()
-@click.argument("checkpoint")
-@click.option("--baseline", help="Model to compare with: directory, hub id, or demo.")
-@click.option(
-    "--text", default="builtin", show_default=True, help="UTF-8 file, or builtin: held-out Python documentation."
-)
-@click.option(
-    "--context",
-    "--length",
-    "--seqlen",
-    type=click.IntRange(min=2),
-    default=512,
-    show_default=True,
-    help="Tokens a window.",
-)
-@click.option(
-    "--windows",
-    type=click.IntRange(min=1),
-    help="Score only the first so many.  [default: 16 of builtin, all of a file]",
-)
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1.")
-@click.option("--trust-remote-code", is_flag=True, help="Run Python code that the model brings.")
-def perplexity(
-    checkpoint: str,
-    baseline: str | None,
-    text: str,
-    context: int,
-    windows: int | None,
-    device: str,
-    trust_remote_code: bool,
-) -> None:
+@session_options
+@text_options
+def perplexity(**options: Any) -> None:
     """Perplexity of CHECKPOINT on a text; the last line is JSON."""
-    console = make_console()
-    content = _text(text)
-    count = windows or (16 if text == "builtin" else None)
+    session = make_session(options)
+    text, protocol = read_text(options["text"]), make_protocol(**options)
+    sources = [session.source(name) for name in session.models()]
+    cuts = [cut(text, source, protocol) for source in sources]
+    for source, its_cut in zip(sources[1:], cuts[1:], strict=True):
+        require_same_tokens(sources[0], source, cuts[0], its_cut)
+    scores = []
+    for source, its_cut in zip(sources, cuts, strict=True):
+        with session.progress(source.name) as on_step:
+            scores.append(score_text(session.open(source), its_cut, session.library, on_step))
+        session.console.print(_line(scores[-1]))
+    session.finish({"evaluation": "perplexity", "text": options["text"]} | _score_row(session, scores))
 
-    def score(name: str) -> Score:
-        with console.status(f"{name}") as status:
-            source = open_source(name, trust_remote_code)
-            return score_text(
-                source,
-                content,
-                context,
-                count,
-                check_device(device),
-                lambda done, total: status.update(f"{name}: block {done}/{total}"),
-            )
 
-    result = score(checkpoint)
-    row: dict[str, Any] = result.as_json() | {"text": text}
-    console.print(_line(result))
-    if baseline:
-        other = score(baseline)
-        _require_same_tokens(result, other)
-        delta, error = difference(result, other)
-        console.print(_line(other))
-        change = describe_difference(other, result)
-        console.print(f"loss {change} nats per token (paired over {len(result.window_nll)} windows)")
+def _score_row(session: Session, scores: list[Score]) -> dict[str, Any]:
+    """The row of one score, or of a score and its baseline's, whose difference it prints."""
+    row = scores[0].as_json()
+    if len(scores) == 2:
+        delta, error = difference(*scores)
+        change = describe_difference(scores[1], scores[0])
+        session.console.print(f"loss {change} nats per token (paired over {len(scores[0].window_nll)} windows)")
         row |= {
-            "baseline": other.as_json(),
+            "baseline": scores[1].as_json(),
             "delta_nll": round(delta, 6),
             "delta_nll_se": None if error is None else round(error, 6),
         }
-    click.echo(json.dumps(row))
+    return row
 
 
 @evaluate.command()
-@click.argument("checkpoint")
-@click.option("--baseline", help="Model to compare with: directory, hub id, or demo.")
-@click.option("--prompt", default=PROMPT, show_default=True)
+@session_options
+@text_options
+def divergence(**options: Any) -> None:
+    """How far CHECKPOINT's distributions are from those of --baseline; the last line is JSON."""
+    session = make_session(options)
+    if session.baseline is None:
+        raise click.UsageError("say what CHECKPOINT is compared with: --baseline MODEL")
+    text, protocol = read_text(options["text"]), make_protocol(**options)
+    ours, theirs = (session.open(session.source(name), together=2) for name in session.models())
+    cuts = [cut(text, backend.source, protocol) for backend in (ours, theirs)]
+    require_comparable(ours, theirs, *cuts)
+    with session.progress(f"{ours.source.name} and {theirs.source.name}") as on_step:
+        found = compare_distributions(ours, theirs, cuts[0], session.library, on_step)
+    for score in (found.quantized, found.baseline):
+        session.console.print(_line(score))
+    row = _score_row(session, [found.quantized, found.baseline]) | found.as_json()
+    _print_divergence(session, found, row)
+    session.finish({"evaluation": "divergence", "text": options["text"]} | row)
+
+
+def _print_divergence(session: Session, found: Divergence, row: dict[str, Any]) -> None:
+    error = "" if found.mean_error is None else f" ± {found.mean_error:.5f}"
+    session.console.print(
+        f"KL {found.mean:.5f}{error} nats a token; median {row['kl_median']:.5f}, 99% {row['kl_p99']:.4f}, "
+        f"99.9% {row['kl_p999']:.4f}, largest {row['kl_max']:.3f}; "
+        f"the same most likely token at {found.top1:.2%} of {found.quantized.tokens} positions"
+    )
+    table = Table("KL", "before", "next", "baseline expected", "quantized expects", title="worst tokens")
+    for each in found.worst[:8]:
+        expected = (f"{each[name]['token']!r} {each[name]['chance']:.0%}" for name in ("baseline", "quantized"))
+        table.add_row(f"{each['kl']:.2f}", *map(Text, (repr(each["before"][-48:]), repr(each["next"]), *expected)))
+    session.console.print(table)
+
+
+@evaluate.command()
+@session_options
+@click.option("--tasks", "names", required=True, help="Names, patterns or YAML files, with commas.")
+@click.option("--include", type=click.Path(path_type=Path), help="Directory with task files of yours.")
+@click.option("--fewshot", type=click.IntRange(min=0), help="Examples before a question.  [default: the task's]")
+@click.option("--limit", type=click.IntRange(min=1), help="Questions of each task.  [default: all]")
+def tasks(names: str, include: Path | None, fewshot: int | None, limit: int | None, **options: Any) -> None:
+    """Tasks of lm-evaluation-harness; the last line is JSON."""
+    session = make_session(options)
+    known = TaskList(include)
+    wanted = known.check([name.strip() for name in names.split(",") if name.strip()])
+    found: list[list[dict[str, Any]]] = []
+    for name in session.models():
+        backend = session.open(session.source(name))
+        with session.progress(name) as on_step:
+            rows = run_tasks(backend, known, wanted, fewshot, limit, session.library, on_step)
+        found.append([{"evaluation": "task", "model": name, "backend": backend.name} | row for row in rows])
+    _print_tasks(session, found)
+    rows = found[0]
+    if len(found) == 2:
+        rows = [row | {"baseline": other} for row, other in zip(*found, strict=True)]
+    session.finish({"evaluation": "tasks", "rows": rows}, rows)
+
+
+def _print_tasks(session: Session, found: list[list[dict[str, Any]]]) -> None:
+    table = Table("task", "metric", "examples", *session.models())
+    for same in zip(*found, strict=True):
+        values = [f"{row['value']:.4f}" + (f" ± {row['stderr']:.4f}" if row["stderr"] else "") for row in same]
+        table.add_row(same[0]["task"], same[0]["metric"], str(same[0]["examples"]), *values)
+    session.console.print(table)
+
+
+@evaluate.command()
+@session_options
+@click.option("--prompts", type=click.Path(path_type=Path), help=".txt, one a line; or .jsonl of prompt or messages.")
+@click.option("--prompt", multiple=True, help=f"A prompt; may be given again.  [default: {PROMPT}]")
 @click.option("--tokens", type=click.IntRange(min=1), default=40, show_default=True, help="Tokens to write.")
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1.")
-@click.option("--trust-remote-code", is_flag=True, help="Run Python code that the model brings.")
-def sample(
-    checkpoint: str, baseline: str | None, prompt: str, tokens: int, device: str, trust_remote_code: bool
+def generate(prompts: Path | None, prompt: tuple[str, ...], tokens: int, **options: Any) -> None:
+    """What CHECKPOINT writes, greedily, beside what the baseline does; the last line is JSON."""
+    session = make_session(options)
+    asked = [Prompt(text) for text in prompt] + (read_prompts(prompts) if prompts else [])
+    asked = asked or [Prompt(PROMPT)]
+    sources = [session.source(name) for name in session.models()]
+    written = []
+    for source in sources:
+        with session.progress(source.name) as on_step:
+            written.append(continuations(session.open(source), asked, tokens, session.library, on_step))
+    tokenizers = [source.tokenizer() for source in sources]
+    rows = [side_by_side(each, [texts[i] for texts in written], tokenizers) for i, each in enumerate(asked)]
+    for row in rows:
+        session.console.print(Text(row["prompt"], style="bold"))
+        for name, text in zip(session.models(), row["texts"], strict=True):
+            session.console.print(Text(f"  {name}: {' '.join(text.split())}"))
+    row = {"evaluation": "generate", "model": session.checkpoint, "tokens": tokens, "rows": rows}
+    if session.baseline:
+        equal = sum(each["equal"] for each in rows)
+        session.console.print(f"{equal} of {len(rows)} continuations are the same")
+        row |= {"baseline": {"model": session.baseline}, "equal": equal, "prompts": len(rows)}
+    session.finish(row)
+
+
+@evaluate.command()
+@session_options
+@click.option("--problems", type=click.Path(path_type=Path), required=True, help=".jsonl in HumanEval's layout.")
+@click.option("--allow-code", is_flag=True, help="Yes, run here what the model writes.")
+@click.option("--tokens", type=click.IntRange(min=1), default=512, show_default=True, help="Tokens of an answer.")
+@click.option("--seconds", type=click.IntRange(min=1), default=10, show_default=True, help="Of a program's life.")
+@click.option("--memory", type=Size(), default="1GB", show_default=True, help="Of a program.")
+@click.option("--limit", type=click.IntRange(min=1), help="Problems.  [default: all]")
+def code(
+    problems: Path, allow_code: bool, tokens: int, seconds: int, memory: int, limit: int | None, **options: Any
 ) -> None:
-    """A line that CHECKPOINT writes, greedily; and the baseline's."""
-    for name in [checkpoint] + ([baseline] if baseline else []):
-        source = open_source(name, trust_remote_code)
-        click.echo(f"{name}: {prompt}|{continuation(source, prompt, tokens, check_device(device))}")
-
-
-def _text(text: str) -> str:
-    if text == "builtin":
-        return builtin_text("heldout")
-    try:
-        return Path(text).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"--text {text}: {error}; name a UTF-8 file, or builtin") from error
+    """pass@1 on programming problems; the last line is JSON."""
+    if not allow_code:
+        raise CheckpointError(
+            "this runs programs that a model writes, limited in time, memory and system calls but with your right to "
+            "read; pass --allow-code if you want that"
+        )
+    session = make_session(options)
+    known = read_problems(problems)[:limit]
+    found = []
+    for name in session.models():
+        with session.progress(name) as on_step:
+            rows = solve(
+                session.open(session.source(name)), known, tokens, Limits(seconds, memory), session.library, on_step
+            )
+        found.append({"model": name, "pass_at_1": round(pass_at_1(rows), 6), "rows": rows})
+        passed = sum(row["passed"] for row in rows)
+        session.console.print(f"{name}: pass@1 {found[-1]['pass_at_1']:.4f}, {passed} of {len(rows)} problems")
+        for row in [row for row in rows if not row["passed"]][:8]:
+            session.console.print(Text(f"  {row['task_id']}: {row['reason']}"))
+    digest = hashlib.sha256(json.dumps([vars(problem) for problem in known]).encode()).hexdigest()
+    row = {"evaluation": "code", "problems": str(problems), "problems_sha256": digest} | found[0]
+    if len(found) == 2:
+        row["baseline"] = found[1]
+    session.finish(row)
 
 
 def _line(score: Score) -> str:
     return (
         f"{score.model}: perplexity {score.perplexity:.4f} (loss {score.nll:.5f}) on {score.tokens} tokens, "
-        f"{len(score.window_nll)} windows of {score.context}"
+        f"{len(score.window_nll)} windows of {score.context}; {score.cut.protocol.describe()}; {score.backend}"
     )
-
-
-def _require_same_tokens(score: Score, other: Score) -> None:
-    if score.ids_sha256 != other.ids_sha256:
-        raise CheckpointError(
-            f"{score.model} and {other.model} cut the text into different tokens: their losses cannot be compared; "
-            "name the model that the checkpoint was made from"
-        )

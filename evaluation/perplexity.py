@@ -1,47 +1,44 @@
-"""Perplexity: the protocol everybody compares, said beside the number.
+"""Perplexity: the protocol everybody compares, said beside the number."""
 
-The text is tokenized once as the tokenizer does it (a BOS where it adds one), cut into non-overlapping windows, and
-each window is scored on its own: the mean negative log-likelihood of every token but a window's first, in float32. A
-model runs block by block, so one that fits no memory whole is scored too.
-"""
-
-import hashlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import tee
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from export.errors import CheckpointError
-from models.skeleton import open_skeleton
-from models.source import Source
-from models.walk import Walk
+from evaluation.backend import Backend
+from evaluation.journal import Journal, Library
+from evaluation.text import Cut, vocabulary_size
 
-PROTOCOL = "non-overlapping windows, float32, first token of a window not scored"
-BATCH_TOKENS = 2048
+OnStep = Callable[[int, int], None]
+
+
+def silent(done: int, total: int) -> None:
+    """Tells nobody."""
 
 
 @dataclass(frozen=True)
 class Score:
     """A model's loss on a text.
 
-    window_nll  (windows,) float64  mean negative log-likelihood per token of each window, in nats
-    context     tokens in a window; context - 1 of them are scored
-    text_sha256  of the text's UTF-8 bytes
-    ids_sha256   of the token ids scored
+    window_nll     (windows,) float64  mean negative log-likelihood of the tokens each window scores, in nats
+    window_tokens  (windows,) int64    how many it scores
+    cut            the windows, and the protocol that cut them
     """
 
     model: str
     window_nll: Tensor
-    context: int
-    text_sha256: str
-    ids_sha256: str
+    window_tokens: Tensor
+    cut: Cut
+    backend: str = "transformers"
 
     @property
     def nll(self) -> float:
-        return float(self.window_nll.mean())
+        """Mean over all scored tokens, in nats."""
+        return float((self.window_nll * self.window_tokens).sum() / self.window_tokens.sum())
 
     @property
     def perplexity(self) -> float:
@@ -50,7 +47,11 @@ class Score:
     @property
     def tokens(self) -> int:
         """Tokens scored."""
-        return len(self.window_nll) * (self.context - 1)
+        return int(self.window_tokens.sum())
+
+    @property
+    def context(self) -> int:
+        return self.cut.protocol.context
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -60,14 +61,16 @@ class Score:
             "tokens": self.tokens,
             "windows": len(self.window_nll),
             "context": self.context,
-            "protocol": PROTOCOL,
-            "text_sha256": self.text_sha256,
+            "protocol": self.cut.protocol.describe(),
+            "backend": self.backend,
+            "text_sha256": self.cut.text_sha256,
         }
 
 
 def difference(score: Score, baseline: Score) -> tuple[float, float | None]:
-    """Mean paired difference of the windows' losses in nats, and its standard error; None for a single window."""
-    delta = score.window_nll - baseline.window_nll
+    """Mean paired difference of the losses in nats per token, and its standard error; None for a single window."""
+    weight = score.window_tokens / score.window_tokens.double().mean()
+    delta = (score.window_nll - baseline.window_nll) * weight
     error = float(delta.std() / math.sqrt(len(delta))) if len(delta) > 1 else None
     return float(delta.mean()), error
 
@@ -78,57 +81,25 @@ def describe_difference(baseline: Score, score: Score) -> str:
     return f"{delta:+.5f}" if error is None else f"{delta:+.5f} ± {error:.5f}"
 
 
-def windows_of(text: str, source: Source, context: int, count: int | None) -> Tensor:
-    """The first `count` windows (windows, context) of `text`, or all. CheckpointError where there is not one."""
-    ids = torch.tensor(source.tokenizer()(text, verbose=False).input_ids, dtype=torch.int64)
-    available = len(ids) // context
-    if available < 1:
-        raise CheckpointError(
-            f"the text has {len(ids)} tokens, shorter than one window of {context}; pass a smaller --context"
-        )
-    return ids[: min(count or available, available) * context].view(-1, context)
+def perplexity(backend: Backend, cut: Cut, library: Library | None = None, on_step: OnStep = silent) -> Score:
+    """The score of a model on the windows of `cut`.
 
-
-@torch.no_grad()
-def perplexity(
-    source: Source,
-    text: str,
-    context: int = 512,
-    windows: int | None = None,
-    device: str = "cpu",
-    on_step: Callable[[int, int], None] = lambda done, total: None,
-) -> Score:
-    """The score of a model on `text`.
-
-    windows  how many to score, from the start of the text; None for all
-    on_step  called with blocks done and blocks in all
+    library  where finished windows are kept, and found again
+    on_step  called with windows done and windows in all
     """
-    ids = windows_of(text, source, context, windows)
-    batches = list(ids.split(max(BATCH_TOKENS // context, 1)))
-    walk = Walk(open_skeleton(source), device, torch.float32)
-    hidden = walk.start(batches)
-    total = len(walk.skeleton.blocks)
-    for index in range(total):
-        with walk.loaded(index):
-            hidden = [walk.run(index, states) for states in hidden]
-        on_step(index + 1, total)
-    # one window at a time: the logits of a large vocabulary are the biggest tensor of all
-    single = list(ids.split(1))
-    losses = [
-        _loss(logits[0], row[0].to(device))
-        for row, logits in zip(single, walk.logits(single, _rows(hidden)), strict=True)
-    ]
-    return Score(source.name, torch.stack(losses), context, _sha256(text.encode()), _sha256(ids.numpy().tobytes()))
+    journal = (library or Library()).journal("perplexity", [backend], ids=cut.ids_sha256)
+    on_step(len(journal.rows), len(cut.windows))
+    indices, batches = tee(cut.batches(vocabulary_size(backend.source), frozenset(journal.rows)))
+    losses = backend.log_likelihoods(ids for _, ids in batches)
+    for (windows, _), batch in zip(indices, losses, strict=True):
+        for index, row in zip(windows, batch, strict=True):
+            journal.add(index, {"nll": -float(row[cut.first[index] - 1 :].double().mean())})
+        on_step(len(journal.rows), len(cut.windows))
+    return score_of(backend, cut, journal)
 
 
-def _rows(hidden: list[Tensor]) -> list[Tensor]:
-    return [row for batch in hidden for row in batch.split(1)]
-
-
-def _loss(logits: Tensor, ids: Tensor) -> Tensor:
-    """Mean loss, float64 scalar, of logits (T, vocabulary) for ids (T,)."""
-    return torch.nn.functional.cross_entropy(logits[:-1].float(), ids[1:]).double().cpu()
-
-
-def _sha256(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
+def score_of(backend: Backend, cut: Cut, journal: Journal, column: str = "nll") -> Score:
+    """The score that a finished journal holds in `column`."""
+    losses = torch.tensor([journal.rows[i][column] for i in range(len(cut.windows))], dtype=torch.float64)
+    tokens = torch.tensor([len(ids) - first for ids, first in zip(cut.windows, cut.first, strict=True)])
+    return Score(backend.source.name, losses, tokens, cut, backend.name)

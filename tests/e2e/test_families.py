@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from calibrate.methods import complete_recipe
 from calibrate.pipeline import prepare, run
-from evaluation.sample import load_dense
+from evaluation.backend import load_dense
 from export.checkpoint import Checkpoint, open_checkpoint
 from models.source import open_source
 from tests.builders import FAMILIES, calibration, logits_of, make_model, save

@@ -7,7 +7,7 @@ import torch
 
 from calibrate.methods import complete_recipe
 from calibrate.pipeline import prepare, run
-from evaluation.sample import load_dense
+from evaluation.backend import load_dense
 from models.source import open_source
 from tests.builders import calibration, logits_of, make_model, save
 

@@ -1,0 +1,133 @@
+"""What the subcommands of `quantize-eval` share: options, the models they open, a progress bar, where rows go."""
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from calibrate.data import builtin_text
+from commands.common import check_device, make_console
+from evaluation.after import HELDOUT
+from evaluation.backend import BACKENDS, Backend, choose_backend, open_backend
+from evaluation.journal import Library
+from evaluation.perplexity import OnStep
+from evaluation.record import record
+from export.errors import CheckpointError
+from models.demo import cache_dir
+from models.source import Source, open_source
+from quant import __version__
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Session:
+    """One evaluation: CHECKPOINT, the baseline measured beside it, and how.
+
+    backend  a row of BACKENDS, or auto
+    keep     whether finished pieces are kept in the cache and found again
+    store    whether the result is also written into the checkpoint
+    """
+
+    checkpoint: str
+    baseline: str | None
+    backend: str
+    device: str
+    dtype: str
+    trust_remote_code: bool
+    keep: bool
+    store: bool
+    console: Console
+
+    def models(self) -> list[str]:
+        """The checkpoint, and the baseline where there is one."""
+        return [self.checkpoint] + ([self.baseline] if self.baseline else [])
+
+    def source(self, name: str) -> Source:
+        return open_source(name, self.trust_remote_code)
+
+    def open(self, source: Source, together: int = 1) -> Backend:
+        """A backend for `source`; `together` models have to be in memory at once."""
+        device, dtype = check_device(self.device), DTYPES[self.dtype]
+        name = choose_backend(source, device, dtype, together) if self.backend == "auto" else self.backend
+        return open_backend(name, source, device, dtype)
+
+    @property
+    def library(self) -> Library:
+        return Library(cache_dir() / "evaluations" if self.keep else None)
+
+    @contextmanager
+    def progress(self, title: str) -> Iterator[OnStep]:
+        """A bar with the time that is left, on a terminal alone; yields what tells it how far things are."""
+        shown = Console(stderr=True)
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+        times = (TimeElapsedColumn(), TimeRemainingColumn())
+        with Progress(*columns, *times, console=shown, transient=True, disable=not shown.is_terminal) as bar:
+            task = bar.add_task(title, total=None)
+            yield lambda done, total: bar.update(task, completed=done, total=total)
+
+    def finish(self, row: dict[str, Any], rows: list[dict[str, Any]] | None = None) -> None:
+        """Print `row` as the last line; with --record also store it, or `rows` in its place, in the checkpoint."""
+        if self.store:
+            stored = [self._shareable(each | {"version": __version__}) for each in rows or [row]]
+            record(self.source(self.checkpoint).directory, stored)
+        click.echo(json.dumps(row))
+
+    def _shareable(self, row: dict[str, Any]) -> dict[str, Any]:
+        """`row` without the places of files, which are nobody's business in a published checkpoint."""
+        labels = {name: Path(name).resolve().name for name in self.models() if Path(name).is_dir()}
+        shown = dict(row)
+        if isinstance(row.get("baseline"), dict):
+            shown["baseline"] = self._shareable(row["baseline"])
+        if "model" in shown:
+            shown["model"] = labels.get(shown["model"], shown["model"])
+        for key in ("text", "problems"):
+            if key in shown:
+                shown[key] = HELDOUT if shown[key] == "builtin" else Path(shown[key]).name
+        return shown
+
+
+def session_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The options and the argument of every subcommand; they arrive as keywords that `make_session` takes."""
+    options = (
+        click.argument("checkpoint"),
+        click.option("--baseline", help="Model measured in the same run: directory, hub id, or demo."),
+        click.option(
+            "--backend",
+            type=click.Choice(["auto", *BACKENDS]),
+            default="auto",
+            show_default=True,
+            help="What computes; auto is transformers, or blocks where memory is short.",
+        ),
+        click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1."),
+        click.option("--dtype", type=click.Choice(list(DTYPES)), default="float32", show_default=True),
+        click.option("--trust-remote-code", is_flag=True, help="Run Python code that the model brings."),
+        click.option("--cache/--no-cache", "keep", default=True, help="Go on where an earlier run stopped."),
+        click.option("--record", "store", is_flag=True, help="Also write the result into CHECKPOINT."),
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def make_session(options: dict[str, Any]) -> Session:
+    """The session that the keywords of `session_options` describe; it takes them out of `options`."""
+    names = ("checkpoint", "baseline", "backend", "device", "dtype", "trust_remote_code", "keep", "store")
+    return Session(**{name: options.pop(name) for name in names}, console=make_console())
+
+
+def read_text(text: str) -> str:
+    """The text that --text names. CheckpointError where there is none."""
+    if text == "builtin":
+        return builtin_text("heldout")
+    try:
+        return Path(text).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"--text {text}: {error}; name a UTF-8 file, or builtin") from error

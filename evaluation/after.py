@@ -1,0 +1,74 @@
+"""What `quantize` measures of its own result: original and checkpoint on text that calibration never takes."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from evaluation.backend import Backend, open_backend
+from evaluation.divergence import divergence
+from evaluation.perplexity import Score, difference, perplexity
+from evaluation.text import Protocol, cut
+from export.errors import CheckpointError
+from models.source import Source
+from quant.recipe import nearest
+
+CONTEXT = 512
+MEASURES = ("ppl", "kl")
+HELDOUT = "builtin held-out"  # what rows call that text
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Scores of the original and of the checkpoint, and the rows that the checkpoint keeps; both empty for nothing."""
+
+    scores: tuple[Score, ...]
+    rows: tuple[dict[str, Any], ...]
+
+    def labelled(self, original: str, quantized: str) -> list[dict[str, Any]]:
+        """The rows with the two models under names that may be published."""
+        names = {"model": quantized, "text": HELDOUT}
+        return [row | names | {"baseline": row["baseline"] | {"model": original}} for row in self.rows]
+
+
+def parse_measures(text: str) -> tuple[str, ...]:
+    """`ppl,kl` as names; CheckpointError names the nearest to one that is unknown."""
+    names = tuple(name.strip() for name in text.split(",") if name.strip())
+    for name in names:
+        if name not in MEASURES:
+            raise CheckpointError(f"--eval {name!r}: {nearest(name, MEASURES)}")
+    return names
+
+
+def measure(
+    original: Source, written: Source, text: str, windows: int, measures: tuple[str, ...], device: str
+) -> Measured:
+    """What `measures` ask for on the first `windows` of `text`, a block in memory at a time; nothing for 0 windows.
+
+    CheckpointError where a loss is not finite.
+    """
+    if not windows or not measures:
+        return Measured((), ())
+    protocol = Protocol(context_for(original), windows=windows)
+    before, after = (open_backend("blocks", source, device) for source in (original, written))
+    if "kl" in measures:
+        found = divergence(after, before, cut(text, original, protocol))
+        scores, row = (found.baseline, found.quantized), {"evaluation": "divergence"} | found.as_json()
+    else:
+        scores = (_score(before, text, protocol), _score(after, text, protocol))
+        row = {"evaluation": "perplexity"} | scores[1].as_json() | {"baseline": scores[0].as_json()}
+    if not all(score.nll - score.nll == 0 for score in scores):
+        raise CheckpointError(
+            f"perplexity is not finite ({[score.perplexity for score in scores]}); nothing was written"
+        )
+    delta, error = difference(scores[1], scores[0])
+    row |= {"delta_nll": round(delta, 6), "delta_nll_se": None if error is None else round(error, 6)}
+    return Measured(scores, (row,))
+
+
+def context_for(source: Source) -> int:
+    """Tokens in a scored window: CONTEXT, or what the model has positions for."""
+    positions = getattr(source.config.get_text_config(), "max_position_embeddings", None)
+    return min(CONTEXT, positions or CONTEXT)
+
+
+def _score(backend: Backend, text: str, protocol: Protocol) -> Score:
+    return perplexity(backend, cut(text, backend.source, protocol))

@@ -1,0 +1,217 @@
+"""What computes logits for an evaluation: one small interface, and a table of who offers it.
+
+An evaluation never asks who computes. It hands over batches of token ids and takes float32 logits, or log-likelihoods
+where that is all a backend has.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cached_property
+from itertools import islice
+from typing import ClassVar
+
+import psutil
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from evaluation.vllm_backend import VllmModel
+from export.checkpoint import read_json
+from export.errors import CheckpointError
+from models.skeleton import fill, open_skeleton
+from models.source import Source
+from models.walk import Walk
+from quant.recipe import nearest
+
+MEMORY_SHARE = 0.6  # of free memory that weights may take; the rest is for logits
+HIDDEN_BYTES = 1 << 30  # hidden states that a walk through the blocks keeps at once
+LOSS_ROWS = 256  # tokens whose log-likelihoods are taken at once: more falls out of the processor's cache
+
+
+class Backend(ABC):
+    """A model that is evaluated.
+
+    source   its files
+    device   where it computes
+    dtype    of weights and activations; logits are float32 whatever it is
+    on_block  told of blocks done and blocks in all, by backends that hold one block at a time
+    """
+
+    name: ClassVar[str]
+
+    def __init__(self, source: Source, device: str, dtype: torch.dtype = torch.float32) -> None:
+        self.source, self.device, self.dtype = source, device, dtype
+        self.on_block: Callable[[int, int], None] = lambda done, total: None
+
+    @abstractmethod
+    def logits(self, batches: Iterable[Tensor]) -> Iterator[Tensor]:
+        """float32 logits (B, T, vocabulary) for each batch of ids (B, T) int64, in order, as they are ready."""
+
+    @abstractmethod
+    def generate(self, prompt: Sequence[int], tokens: int, stops: Sequence[str] = ()) -> list[int]:
+        """At most `tokens` ids that the model writes greedily after `prompt`; an end token is not among them.
+
+        stops  it may stop once one of these strings is written; some backends write on, so the caller cuts
+        """
+
+    def log_likelihoods(self, batches: Iterable[Tensor]) -> Iterator[Tensor]:
+        """float32 log-likelihoods (B, T - 1) on the CPU of each batch's ids (B, T) after the first, in nats."""
+        kept: list[Tensor] = []
+        for logits in self.logits(_remembered(batches, kept)):
+            yield token_log_likelihoods(logits, kept.pop(0).to(logits.device)).cpu()
+
+    def end_tokens(self) -> frozenset[int]:
+        """Ids that end a text, from the generation config and the tokenizer."""
+        config = self.source.config.get_text_config()
+        ends = [getattr(config, "eos_token_id", None), self.source.tokenizer().eos_token_id]
+        path = self.source.directory / "generation_config.json"
+        if path.exists():
+            ends.append(read_json(path).get("eos_token_id"))
+        return frozenset(int(e) for end in ends for e in (end if isinstance(end, list) else [end]) if e is not None)
+
+
+class TransformersBackend(Backend):
+    """transformers' own model with every weight in memory, packed ones dequantized."""
+
+    name = "transformers"
+
+    @cached_property
+    def model(self) -> PreTrainedModel:
+        return load_dense(self.source, self.device, self.dtype)
+
+    @torch.no_grad()
+    def logits(self, batches: Iterable[Tensor]) -> Iterator[Tensor]:
+        for ids in batches:
+            yield self.model(input_ids=ids.to(self.device), use_cache=False).logits.float()
+
+    @torch.no_grad()
+    def generate(self, prompt: Sequence[int], tokens: int, stops: Sequence[str] = ()) -> list[int]:
+        ids = torch.tensor([list(prompt)], device=self.device)
+        ends = self.end_tokens()
+        # Greedy decoding is asked for here alone; a model's own sampling settings would only draw warnings.
+        greedy = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None, "max_length": None}
+        stopping = {"stop_strings": list(stops), "tokenizer": self.source.tokenizer()} if stops else {}
+        output = self.model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=tokens,
+            pad_token_id=min(ends, default=0),
+            eos_token_id=sorted(ends) or None,
+            **greedy,
+            **stopping,
+        )
+        return until_end(output[0, ids.shape[1] :].tolist(), ends)
+
+
+class BlocksBackend(Backend):
+    """transformers' model a block at a time, straight from the files: slower, and no model is too large for it."""
+
+    name = "blocks"
+
+    @torch.no_grad()
+    def logits(self, batches: Iterable[Tensor]) -> Iterator[Tensor]:
+        width = self.source.config.get_text_config().hidden_size
+        walk = Walk(open_skeleton(self.source), self.device, self.dtype)
+        remaining = iter(batches)
+        while piece := _piece(remaining, HIDDEN_BYTES // (width * self.dtype.itemsize)):
+            hidden = walk.start(piece)
+            total = len(walk.skeleton.blocks)
+            for index in range(total):
+                with walk.loaded(index):
+                    hidden = [walk.run(index, states) for states in hidden]
+                self.on_block(index + 1, total)
+            yield from (logits.float() for logits in walk.logits(piece, hidden))
+
+    def generate(self, prompt: Sequence[int], tokens: int, stops: Sequence[str] = ()) -> list[int]:
+        raise CheckpointError(
+            "the backend 'blocks' reads all weights again for every token: generate with --backend transformers"
+        )
+
+
+class VllmBackend(Backend):
+    """vLLM, which knows the log-likelihoods of given tokens but hands no distribution out."""
+
+    name = "vllm"
+
+    @cached_property
+    def _model(self) -> VllmModel:
+        return VllmModel(self.source.directory, self.dtype)
+
+    def logits(self, batches: Iterable[Tensor]) -> Iterator[Tensor]:
+        raise CheckpointError(
+            "vLLM gives log-likelihoods of given tokens, not whole distributions: "
+            "use --backend engine or transformers here"
+        )
+
+    def log_likelihoods(self, batches: Iterable[Tensor]) -> Iterator[Tensor]:
+        for ids in batches:
+            yield self._model.log_likelihoods(ids)
+
+    def generate(self, prompt: Sequence[int], tokens: int, stops: Sequence[str] = ()) -> list[int]:
+        return until_end(self._model.generate(list(prompt), tokens, list(stops)), self.end_tokens())
+
+
+BACKENDS: dict[str, type[Backend]] = {
+    backend.name: backend for backend in (TransformersBackend, BlocksBackend, VllmBackend)
+}
+
+
+def open_backend(name: str, source: Source, device: str, dtype: torch.dtype = torch.float32) -> Backend:
+    """The backend called `name` for `source`; nothing is loaded before it is asked for something."""
+    if name not in BACKENDS:
+        raise CheckpointError(f"unknown backend {name!r}; {nearest(name, BACKENDS)}")
+    return BACKENDS[name](source, device, dtype)
+
+
+def choose_backend(source: Source, device: str, dtype: torch.dtype, together: int = 1) -> str:
+    """`transformers` where `together` such models fit the free memory of `device`; else `blocks`."""
+    parameters = sum(entry.numel for entry in source.checkpoint.entries.values())
+    packed = 8 if source.checkpoint.quantization else 1  # int32 words hold up to eight weights
+    need = parameters * packed * dtype.itemsize * together
+    if torch.device(device).type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+    else:
+        free = psutil.virtual_memory().available
+    return "transformers" if need < MEMORY_SHARE * free else "blocks"
+
+
+def load_dense(source: Source, device: str = "cpu", dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """transformers' model with every weight in memory, packed ones dequantized."""
+    skeleton = open_skeleton(source)
+    tensors = dict(skeleton.others)
+    for block in skeleton.blocks:
+        tensors |= block.tensors
+    fill(skeleton.model, skeleton.model.modules(), tensors, skeleton.read, device, dtype)
+    skeleton.model.tie_weights()
+    return skeleton.model
+
+
+def token_log_likelihoods(logits: Tensor, ids: Tensor) -> Tensor:
+    """float32 (B, T - 1): the log-likelihood of every id (B, T) but the first under logits (B, T, vocabulary)."""
+    rows = logits[:, :-1].reshape(-1, logits.shape[-1])
+    targets = ids[:, 1:].reshape(-1)
+    parts = zip(rows.split(LOSS_ROWS), targets.split(LOSS_ROWS), strict=True)
+    losses = [-torch.nn.functional.cross_entropy(part, target, reduction="none") for part, target in parts]
+    return torch.cat(losses).view(ids.shape[0], -1)
+
+
+def until_end(ids: list[int], ends: frozenset[int]) -> list[int]:
+    """`ids` before the first of `ends`."""
+    return next((ids[:i] for i, token in enumerate(ids) if token in ends), ids)
+
+
+def _remembered(batches: Iterable[Tensor], kept: list[Tensor]) -> Iterator[Tensor]:
+    for batch in batches:
+        kept.append(batch)
+        yield batch
+
+
+def _piece(batches: Iterator[Tensor], tokens: int) -> list[Tensor]:
+    """The next batches that hold at most `tokens` tokens, at least one; empty at the end."""
+    piece = list(islice(batches, 1))
+    while piece and sum(batch.numel() for batch in piece) + piece[0].numel() <= tokens:
+        following = list(islice(batches, 1))
+        if not following:
+            break
+        piece += following
+    return piece

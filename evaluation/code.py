@@ -1,0 +1,106 @@
+"""pass@1: does the function that the model writes do what its tests ask?
+
+Problems are JSON lines in HumanEval's layout (Chen et al. 2021, section 2): a prompt that ends in a function's
+signature and docstring, tests that define check(candidate), and the function's name. The model completes the prompt
+once, greedily; what it wrote is cut where the function ends and run against the tests in a process of its own.
+"""
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from evaluation.backend import Backend
+from evaluation.journal import Library
+from evaluation.perplexity import OnStep, silent
+from evaluation.sandbox import Limits, require_containment, run_program
+from export.errors import CheckpointError
+
+FIELDS = ("task_id", "prompt", "entry_point", "test")
+# A line that begins at the margin ends the function: what Chen et al. stop at, and a Markdown fence.
+MARGIN = re.compile(r"^(?:class |def |#|if |print|@|assert |import |from |```)", re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One problem; `entry_point` is the function that the tests call."""
+
+    task_id: str
+    prompt: str
+    entry_point: str
+    test: str
+
+    def program(self, completion: str) -> str:
+        """The prompt with its completion, then the tests: it ends well where they pass."""
+        return f"{self.prompt}{completion}\n\n{self.test}\n\ncheck({self.entry_point})\n"
+
+
+def read_problems(path: Path) -> list[Problem]:
+    """The problems in a .jsonl file. CheckpointError names the line and what it lacks."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path}: {error}; problems are a UTF-8 .jsonl file in HumanEval's layout") from error
+    problems = [_parsed(f"{path}:{number}", line) for number, line in enumerate(lines, 1) if line.strip()]
+    if not problems:
+        raise CheckpointError(f"{path}: no problem in it")
+    return problems
+
+
+def _parsed(where: str, line: str) -> Problem:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise CheckpointError(f"{where}: not JSON ({error})") from error
+    lacking = [name for name in FIELDS if not isinstance(row, dict) or not isinstance(row.get(name), str)]
+    if lacking:
+        raise CheckpointError(
+            f"{where}: no text called {', '.join(lacking)}; HumanEval's layout has {', '.join(FIELDS)}"
+        )
+    if not row["entry_point"].isidentifier():
+        raise CheckpointError(f"{where}: entry_point {row['entry_point']!r} is no function's name")
+    return Problem(*(row[name] for name in FIELDS))
+
+
+def function_body(text: str) -> str:
+    """`text` up to the first line at the margin that cannot belong to the function."""
+    found = MARGIN.search(text)
+    return text[: found.start()] if found else text
+
+
+def solve(
+    backend: Backend,
+    problems: Sequence[Problem],
+    tokens: int,
+    limits: Limits,
+    library: Library | None = None,
+    on_step: OnStep = silent,
+) -> list[dict[str, Any]]:
+    """A row for each problem: task_id, passed, the reason where it did not, and the completion.
+
+    tokens   most that the model writes for one problem
+    limits   what each program may use
+    library  where finished problems are kept, and found again
+    """
+    require_containment()
+    facts = {"problems": [vars(problem) for problem in problems], "tokens": tokens, "limits": vars(limits)}
+    journal = (library or Library()).journal("code", [backend], **facts)
+    tokenizer = backend.source.tokenizer()
+    for index, problem in enumerate(problems):
+        on_step(index, len(problems))
+        if index in journal.rows:
+            continue
+        ids = backend.generate(list(tokenizer(problem.prompt).input_ids), tokens)
+        completion = function_body(tokenizer.decode(ids, skip_special_tokens=True))
+        outcome = run_program(problem.program(completion), limits)
+        row = {"task_id": problem.task_id, "passed": outcome.passed, "reason": outcome.reason}
+        journal.add(index, row | {"completion": completion})
+    on_step(len(problems), len(problems))
+    return [journal.rows[index] for index in range(len(problems))]
+
+
+def pass_at_1(rows: Sequence[dict[str, Any]]) -> float:
+    """Share of problems whose one completion passes."""
+    return sum(row["passed"] for row in rows) / len(rows)

@@ -1,0 +1,110 @@
+"""What both models write after the same prompts: the quickest look at whether the quantized one still makes sense."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from evaluation.backend import Backend
+from evaluation.journal import Library
+from evaluation.perplexity import OnStep, silent
+from export.errors import CheckpointError
+
+PROMPT = "The capital of France is"
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A text to go on from, or the messages of a chat."""
+
+    text: str | None = None
+    messages: tuple[dict[str, str], ...] | None = None
+
+    def ids(self, tokenizer: Any) -> list[int]:
+        """Token ids, through the chat template where it is a chat."""
+        if self.text is not None:
+            return list(tokenizer(self.text).input_ids)
+        if not tokenizer.chat_template:
+            raise CheckpointError("a prompt has messages, but the model's tokenizer has no chat template; pass text")
+        ids = tokenizer.apply_chat_template(list(self.messages or ()), add_generation_prompt=True, return_dict=False)
+        return list(ids)
+
+    def as_text(self) -> str:
+        """For people: the text, or the chat's last message."""
+        return self.text if self.text is not None else (self.messages or ({"content": ""},))[-1]["content"]
+
+
+def read_prompts(path: Path) -> list[Prompt]:
+    """The prompts in a .txt file (one a line) or in a .jsonl file (objects with `prompt`, or with chat `messages`).
+
+    CheckpointError where the file has another layout; it names the line.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path}: {error}; prompts are a UTF-8 .txt or .jsonl file") from error
+    if path.suffix not in (".txt", ".jsonl"):
+        raise CheckpointError(f"{path}: prompts are a .txt file (one a line) or a .jsonl file, not {path.suffix!r}")
+    numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
+    if not numbered:
+        raise CheckpointError(f"{path}: no prompt in it")
+    if path.suffix == ".txt":
+        return [Prompt(line) for _, line in numbered]
+    return [_parsed(f"{path}:{number}", line) for number, line in numbered]
+
+
+def _parsed(where: str, line: str) -> Prompt:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise CheckpointError(f"{where}: not JSON ({error})") from error
+    if isinstance(row, dict) and isinstance(row.get("prompt"), str) and row["prompt"]:
+        return Prompt(row["prompt"])
+    messages = row.get("messages") if isinstance(row, dict) else None
+    if isinstance(messages, list) and messages and all(map(_is_message, messages)):
+        return Prompt(messages=tuple({"role": m["role"], "content": m["content"]} for m in messages))
+    found = f"an object with {', '.join(row) or 'nothing'}" if isinstance(row, dict) else type(row).__name__
+    raise CheckpointError(
+        f'{where}: {found}; write {{"prompt": "..."}} or {{"messages": [{{"role": "user", "content": "..."}}]}}'
+    )
+
+
+def _is_message(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(value.get(key), str) for key in ("role", "content"))
+
+
+def continuations(
+    backend: Backend, prompts: Sequence[Prompt], tokens: int, library: Library | None = None, on_step: OnStep = silent
+) -> list[list[int]]:
+    """What the model writes greedily after each prompt, at most `tokens` ids.
+
+    library  where finished prompts are kept, and found again
+    """
+    ids = [prompt.ids(backend.source.tokenizer()) for prompt in prompts]
+    journal = (library or Library()).journal("generate", [backend], prompts=ids, tokens=tokens)
+    for index, prompt in enumerate(ids):
+        on_step(index, len(ids))
+        if index not in journal.rows:
+            journal.add(index, {"ids": backend.generate(prompt, tokens)})
+    on_step(len(ids), len(ids))
+    return [journal.rows[index]["ids"] for index in range(len(ids))]
+
+
+def side_by_side(prompt: Prompt, written: list[list[int]], tokenizers: Sequence[Any]) -> dict[str, Any]:
+    """One prompt's row: the text of each model, and where there are two, for how many tokens they are the same.
+
+    agreed  tokens before the first that differs; `common` is their text
+    """
+    texts = [
+        tokenizer.decode(ids, skip_special_tokens=True) for tokenizer, ids in zip(tokenizers, written, strict=True)
+    ]
+    row: dict[str, Any] = {"prompt": prompt.as_text(), "texts": texts}
+    if len(written) < 2:
+        return row
+    ours, theirs = written
+    agreed = next(
+        (i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs))
+    )
+    common = tokenizers[0].decode(ours[:agreed], skip_special_tokens=True)
+    return row | {"agreed": agreed, "equal": ours == theirs, "common": common}

@@ -1,0 +1,252 @@
+"""Benchmarks through lm-evaluation-harness: its tasks, its prompts, its metrics; our backends compute.
+
+The harness is an optional extra (`pip install "lowbit[tasks]"`) and is imported when it is first asked for something.
+Its own adapter to transformers is what ours is tested against, number by number.
+"""
+
+import logging
+import warnings
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from evaluation.backend import Backend, token_log_likelihoods
+from evaluation.journal import Journal, Library
+from evaluation.perplexity import OnStep, silent
+from evaluation.text import BATCH_LOGITS, BATCH_TOKENS, vocabulary_size
+from export.errors import CheckpointError
+from quant.recipe import nearest
+
+LONGEST = 4096  # tokens of context and continuation, where the model has positions for as many
+MOST_WRITTEN = 256  # tokens of an answer, where a task does not say
+
+
+class Adapter:
+    """A backend in the shape that the harness asks for; made a subclass of its TemplateLM by `harness_model`.
+
+    Requests are scored longest first in batches padded on the right, where causal attention never looks.
+    """
+
+    def __init__(self, backend: Backend, library: Library, on_step: OnStep) -> None:
+        super().__init__()
+        self.scored = backend
+        self.library, self.on_step = library, on_step
+        self.tokenizer = backend.source.tokenizer()
+        self._device = torch.device(backend.device)
+        positions = getattr(backend.source.config.get_text_config(), "max_position_embeddings", None)
+        self.max_length = min(positions or LONGEST, LONGEST)
+
+    @property
+    def eot_token_id(self) -> int:
+        return int(self.tokenizer.eos_token_id)
+
+    @property
+    def prefix_token_id(self) -> int:
+        bos = self.tokenizer.bos_token_id
+        return self.eot_token_id if bos is None else int(bos)
+
+    @property
+    def tokenizer_name(self) -> str:
+        return str(self.scored.source.directory.name)
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        return str(
+            self.tokenizer.apply_chat_template(
+                chat_history,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=not add_generation_prompt,
+            )
+        )
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
+        """The tokenizer's own special tokens, unless told otherwise or `string` begins with BOS as text."""
+        if add_special_tokens is None and self.tokenizer.bos_token and string.startswith(self.tokenizer.bos_token):
+            add_special_tokens = False
+        special = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
+        return list(self.tokenizer.encode(string, **special))
+
+    def _loglikelihood_tokens(
+        self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **kwargs: Any
+    ) -> list[tuple[float, bool]]:
+        """For each (_, context, continuation): the continuation's log-likelihood, and whether it is what is likeliest.
+
+        The continuation's last max_length tokens count, with as much of the context as fits before them.
+        """
+        tokens = [(context + answer)[-(self.max_length + 1) :] for _, context, answer in requests]
+        answers = [min(len(answer), self.max_length) for _, _, answer in requests]
+        journal = self.library.journal("tasks", [self.scored], tokens=tokens, answers=answers)
+        self.on_step(len(journal.rows), len(tokens))
+        order = sorted((i for i in range(len(tokens)) if i not in journal.rows), key=lambda i: -len(tokens[i]))
+        batches = list(self._batches(order, tokens))
+        rows = [[torch.tensor(tokens[i]) for i in batch] for batch in batches]
+        logits = self.scored.logits(pad_sequence(ids, batch_first=True) for ids in rows)
+        for batch, ids, out in zip(batches, rows, logits, strict=True):
+            for index, row, own in zip(batch, ids, out, strict=True):
+                journal.add(index, _answer_row(own[: len(row)], row, answers[index]))
+            self.on_step(len(journal.rows), len(tokens))
+        return [(row["sum"], row["greedy"]) for row in (journal.rows[i] for i in range(len(tokens)))]
+
+    def _batches(self, order: list[int], tokens: list[list[int]]) -> Iterable[list[int]]:
+        most = min(BATCH_TOKENS, BATCH_LOGITS // vocabulary_size(self.scored.source))
+        while order:
+            count = max(most // len(tokens[order[0]]), 1)
+            yield order[:count]
+            order = order[count:]
+
+    def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
+        """The log-likelihood of each text, in windows that do not overlap, its first token after BOS."""
+        from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+        owners, windows = [], []
+        for index, (text,) in enumerate(request.args for request in requests):
+            ids = self.tok_encode(text)
+            for window in get_rolling_token_windows(ids, self.prefix_token_id, self.max_length, 1):
+                owners.append(index)
+                windows.append((None, *make_disjoint_window(window)))
+        totals = [0.0] * len(requests)
+        for index, (total, _) in zip(owners, self._loglikelihood_tokens(windows), strict=True):
+            totals[index] += total
+        return totals
+
+    def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
+        """What the model writes greedily for each request, up to the first of its stop strings."""
+        asked = [(text, *_greedy(settings)) for text, settings in (request.args for request in requests)]
+        journal: Journal = self.library.journal("tasks-written", [self.scored], asked=asked)
+        for index, (text, stops, most) in enumerate(asked):
+            self.on_step(index, len(asked))
+            if index not in journal.rows:
+                ids = self.tok_encode(text)[-(self.max_length - most) :]
+                written = self.tokenizer.decode(self.scored.generate(ids, most, stops), skip_special_tokens=True)
+                journal.add(index, {"text": _until(written, stops)})
+        self.on_step(len(asked), len(asked))
+        return [journal.rows[index]["text"] for index in range(len(asked))]
+
+
+def _answer_row(logits: Tensor, ids: Tensor, answer: int) -> dict[str, Any]:
+    """Log-likelihood of the last `answer` of ids (T,) under logits (T, vocabulary), and whether each is likeliest."""
+    begin = len(ids) - answer
+    wanted = ids[begin:].to(logits.device)
+    likelihoods = token_log_likelihoods(logits[None, begin - 1 :], ids[None, begin - 1 :].to(logits.device))
+    return {"sum": float(likelihoods.sum()), "greedy": bool((logits[begin - 1 : -1].argmax(-1) == wanted).all())}
+
+
+def _greedy(settings: dict[str, Any]) -> tuple[tuple[str, ...], int]:
+    """Stop strings and most tokens of a request; CheckpointError where it asks for sampling."""
+    if settings.get("do_sample") and settings.get("temperature") != 0:
+        raise CheckpointError("the task asks for sampled answers; this evaluation writes greedily, so that runs agree")
+    until = settings.get("until") or []
+    return tuple([until] if isinstance(until, str) else until), int(settings.get("max_gen_toks") or MOST_WRITTEN)
+
+
+def _until(text: str, stops: Sequence[str]) -> str:
+    for stop in stops:
+        text = text.split(stop)[0] if stop else text
+    return text
+
+
+def harness_model(backend: Backend, library: Library | None = None, on_step: OnStep = silent) -> Any:
+    """`backend` as a model that lm_eval.simple_evaluate takes."""
+    harness = import_harness()
+    model = type("LowbitLM", (Adapter, harness.api.model.TemplateLM), {})
+    return model(backend, library or Library(), on_step)
+
+
+def import_harness() -> Any:
+    """The package lm_eval. CheckpointError says how to install it where it is missing."""
+    try:
+        import lm_eval
+        import lm_eval.api.model
+        import lm_eval.tasks
+    except ImportError as error:
+        raise CheckpointError(
+            f'tasks need lm-evaluation-harness, which is not here ({error}): pip install "lowbit[tasks]"'
+        ) from error
+    for name in ("lm_eval", "absl", "sacrebleu"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    return lm_eval
+
+
+class TaskList:
+    """The harness's tasks and those in `folder`. Names, tags and groups, and paths of YAML files, are tasks."""
+
+    def __init__(self, folder: Path | None = None) -> None:
+        if folder is not None and not folder.is_dir():
+            raise CheckpointError(f"{folder}: no such directory of task files")
+        self.harness = import_harness()
+        self.manager: Any = self.harness.tasks.TaskManager(include_path=None if folder is None else str(folder))
+
+    def check(self, names: Sequence[str]) -> list[str]:
+        """`names`, patterns expanded. CheckpointError names the nearest task to one that there is not."""
+        found: list[str] = []
+        for name in names:
+            matches = self.manager.match_tasks([name]) if not name.endswith((".yaml", ".yml")) else [name]
+            missing_file = name.endswith((".yaml", ".yml")) and not Path(name).is_file()
+            if not matches or missing_file:
+                hint = "no such file" if missing_file else _near(name, self.manager.all_tasks)
+                raise CheckpointError(f"unknown task {name!r}; {hint}")
+            found += matches
+        return found
+
+
+def _near(name: str, known: Sequence[str]) -> str:
+    hint = nearest(name, known)
+    return hint if hint.startswith("did you") else f"none of {len(known)} tasks is called like it; see --list-tasks"
+
+
+def run_tasks(
+    backend: Backend,
+    tasks: TaskList,
+    names: Sequence[str],
+    fewshot: int | None = None,
+    limit: int | None = None,
+    library: Library | None = None,
+    on_step: OnStep = silent,
+) -> list[dict[str, Any]]:
+    """A row for each task and metric: task, metric, value, standard error, version, examples, few-shot examples.
+
+    fewshot  examples before each question; None for what the task says
+    limit    most questions of each task; None for all
+    Raises CheckpointError where a task's data cannot be had.
+    """
+    model = harness_model(backend, library, on_step)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            found: Any = tasks.harness.simple_evaluate(
+                model,
+                tasks=tasks.check(names),
+                num_fewshot=fewshot,
+                limit=limit,
+                task_manager=tasks.manager,
+                bootstrap_iters=1000,
+                log_samples=False,
+            )
+    except (OSError, ValueError, KeyError, AssertionError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise CheckpointError(
+            f"{', '.join(names)}: the harness could not run it ({type(error).__name__}: {reason}); a data set that is "
+            "not in the hub's cache needs the network, a local one is named in the task's YAML (dataset_path: json)"
+        ) from error
+    return [row for task, values in sorted(found["results"].items()) for row in _rows(task, values, found)]
+
+
+def _rows(task: str, values: dict[str, Any], found: dict[str, Any]) -> Iterable[dict[str, Any]]:
+    for key, value in values.items():
+        metric, _, kind = key.partition(",")
+        if metric.endswith("_stderr") or isinstance(value, str | bool) or not kind:
+            continue
+        error = values.get(f"{metric}_stderr,{kind}")
+        yield {
+            "task": task,
+            "metric": metric if kind == "none" else f"{metric} ({kind})",
+            "value": round(float(value), 6),
+            "stderr": None if error is None or isinstance(error, str) else round(float(error), 6),
+            "examples": found.get("n-samples", {}).get(task, {}).get("effective"),
+            "fewshot": found.get("n-shot", {}).get(task),
+            "version": found.get("versions", {}).get(task),
+        }

@@ -1,0 +1,140 @@
+"""A text cut into windows that models are scored on: the protocol is part of every number."""
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from export.errors import CheckpointError
+from models.source import Source
+
+BATCH_TOKENS = 2048
+BATCH_LOGITS = 1 << 27  # logits of one batch: 512 MiB in float32
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How a text becomes scores.
+
+    context  tokens that the model sees at once
+    stride   None: windows that do not overlap, each scored from its second token on, the rest of the text left out
+             (what GPTQ and most papers report). Else windows begin `stride` tokens apart and each scores only what the
+             one before did not reach, so that every token but the text's first is scored once.
+    windows  at most so many, from the start of the text; None for all
+    """
+
+    context: int = 512
+    stride: int | None = None
+    windows: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.context < 2:
+            raise CheckpointError(f"a context of {self.context} tokens: at least 2 are needed, one to predict")
+        if self.stride is not None and not 1 <= self.stride < self.context:
+            raise CheckpointError(f"a stride of {self.stride} tokens: between 1 and {self.context - 1}, the context's")
+
+    @property
+    def name(self) -> str:
+        return "gptq" if self.stride is None else "strided"
+
+    def describe(self) -> str:
+        """What a reader needs to repeat the number, context aside."""
+        if self.stride is None:
+            return "non-overlapping windows, float32, first token of a window not scored"
+        return f"windows {self.stride} tokens apart, float32, each token scored once, in the first window that holds it"
+
+
+@dataclass(frozen=True)
+class Cut:
+    """The windows of a text for one tokenizer.
+
+    windows   token ids (T,) int64 of each; T is the context, shorter in the last strided one
+    first     for each window, the position of the first token scored: 1 or more
+    """
+
+    protocol: Protocol
+    windows: tuple[Tensor, ...]
+    first: tuple[int, ...]
+    text_sha256: str
+
+    @property
+    def tokens(self) -> int:
+        """Tokens scored."""
+        return sum(len(ids) - first for ids, first in zip(self.windows, self.first, strict=True))
+
+    @property
+    def ids_sha256(self) -> str:
+        """Of all windows' ids, one after the other, with their first scored positions."""
+        digest = hashlib.sha256()
+        for ids, first in zip(self.windows, self.first, strict=True):
+            digest.update(first.to_bytes(8, "little") + ids.numpy().tobytes())
+        return digest.hexdigest()
+
+    def batches(self, vocabulary: int, skipped: frozenset[int]) -> Iterator[tuple[list[int], Tensor]]:
+        """Indices of windows and their ids (B, T): windows of one length together, those in `skipped` left out."""
+        most = min(BATCH_TOKENS, BATCH_LOGITS // vocabulary)
+        taken: list[int] = []
+        for index, ids in enumerate(self.windows):
+            if index in skipped:
+                continue
+            full = (len(taken) + 1) * len(ids) > most
+            if taken and (full or len(ids) != len(self.windows[taken[0]])):
+                yield taken, torch.stack([self.windows[i] for i in taken])
+                taken = []
+            taken.append(index)
+        if taken:
+            yield taken, torch.stack([self.windows[i] for i in taken])
+
+
+def cut(text: str, source: Source, protocol: Protocol) -> Cut:
+    """`text` tokenized once as the model's tokenizer does it (a BOS where it adds one), and cut by `protocol`.
+
+    CheckpointError where there is not one window.
+    """
+    ids = torch.tensor(source.tokenizer()(text, verbose=False).input_ids, dtype=torch.int64)
+    context = protocol.context
+    positions = getattr(source.config.get_text_config(), "max_position_embeddings", None) or context
+    if context > positions:
+        raise CheckpointError(
+            f"windows of {context} tokens, but {source.name} has positions for {positions}: pass a shorter --context"
+        )
+    if len(ids) < (context if protocol.stride is None else 2):
+        raise CheckpointError(
+            f"the text has {len(ids)} tokens, shorter than one window of {context}; pass a smaller --context"
+        )
+    spans = _spans(len(ids), protocol)[: protocol.windows]
+    windows = tuple(ids[begin:end] for begin, end, _ in spans)
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    return Cut(protocol, windows, tuple(first for _, _, first in spans), digest)
+
+
+def _spans(length: int, protocol: Protocol) -> list[tuple[int, int, int]]:
+    """Begin, end and first scored position of every window over `length` tokens."""
+    context = protocol.context
+    if protocol.stride is None:
+        return [(begin, begin + context, 1) for begin in range(0, length - context + 1, context)]
+    spans, reached = [], 1
+    for begin in range(0, length, protocol.stride):
+        end = min(begin + context, length)
+        spans.append((begin, end, reached - begin))
+        reached = end
+        if end == length:
+            break
+    return spans
+
+
+def require_same_tokens(ours: Source, other: Source, cut_here: Cut, cut_there: Cut) -> None:
+    """Raise CheckpointError where two models cut the text into different tokens: their losses mean different things."""
+    if cut_here.ids_sha256 != cut_there.ids_sha256:
+        raise CheckpointError(
+            f"{ours.name} and {other.name} cut the text into different tokens (vocabularies of "
+            f"{vocabulary_size(ours)} and {vocabulary_size(other)}): their losses cannot be compared; "
+            "name the model that the checkpoint was made from"
+        )
+
+
+def vocabulary_size(source: Source) -> int:
+    """Outputs of the model's head, as config.json says."""
+    return int(source.config.get_text_config().vocab_size)

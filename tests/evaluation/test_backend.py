@@ -1,0 +1,79 @@
+"""Backends agree: the same logits whoever computes them, and what one cannot do it says."""
+
+import pytest
+import torch
+
+from evaluation.backend import choose_backend, load_dense, open_backend, until_end
+from export.errors import CheckpointError
+from models.source import open_source
+from tests.builders import FAMILIES, calibration, logits_of, make_tokenizer
+
+IDS = calibration(3, 20).ids
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_all_at_once_from_the_files_gives_the_models_logits(models, family):
+    """To float32 rounding: experts run one by one here, in a batch there, and two threads add in another order than
+    one."""
+    model, directory = models(family)
+    ours = logits_of(load_dense(open_source(str(directory))), IDS)
+    torch.testing.assert_close(ours, logits_of(model, IDS), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_walk_through_blocks_gives_the_models_logits(models, family, monkeypatch):
+    model, directory = models(family)
+    backend = open_backend("blocks", open_source(str(directory)), "cpu")
+    monkeypatch.setattr("evaluation.backend.HIDDEN_BYTES", 64 * 4 * 40)  # two batches a walk
+    batches = [IDS[:1], IDS[1:2], IDS[2:]]
+    found = list(backend.logits(iter(batches)))
+    torch.testing.assert_close(torch.cat(found), logits_of(model, IDS), rtol=1e-5, atol=1e-6)
+
+
+def test_log_likelihoods_are_the_logits(models):
+    model, directory = models("llama")
+    [found] = open_backend("transformers", open_source(str(directory)), "cpu").log_likelihoods([IDS])
+    expected = logits_of(model, IDS).log_softmax(-1)[:, :-1].gather(-1, IDS[:, 1:, None])[..., 0]
+    torch.testing.assert_close(found, expected)
+
+
+def test_it_writes_what_transformers_writes(models):
+    model, directory = models("llama")
+    inputs = make_tokenizer()("The capital", return_tensors="pt")
+    ids = model.generate(input_ids=inputs.input_ids, do_sample=False, max_new_tokens=6, pad_token_id=258)
+    backend = open_backend("transformers", open_source(str(directory)), "cpu")
+    assert backend.generate(inputs.input_ids[0].tolist(), 6) == ids[0, inputs.input_ids.shape[1] :].tolist()
+
+
+def test_an_end_token_is_not_written(models):
+    assert until_end([1, 2, 257, 4], frozenset({257})) == [1, 2]
+    assert open_backend("transformers", open_source(str(models("llama")[1])), "cpu").end_tokens() == {257}
+
+
+def test_what_fits_no_memory_is_read_block_by_block(models, monkeypatch):
+    source = open_source(str(models("llama")[1]))
+    assert choose_backend(source, "cpu", torch.float32) == "transformers"
+    monkeypatch.setattr("evaluation.backend.MEMORY_SHARE", 1e-9)
+    assert choose_backend(source, "cpu", torch.float32) == "blocks"
+
+
+def test_what_a_backend_cannot_do(models):
+    source = open_source(str(models("llama")[1]))
+    with pytest.raises(CheckpointError, match="did you mean 'transformers'"):
+        open_backend("transformer", source, "cpu")
+    with pytest.raises(CheckpointError, match="generate with --backend transformers"):
+        open_backend("blocks", source, "cpu").generate([1], 1)
+    with pytest.raises(CheckpointError, match="not whole distributions"):
+        open_backend("vllm", source, "cpu").logits([IDS])
+
+
+@pytest.mark.peer
+def test_vllm_missing_is_said(models):
+    try:
+        import vllm  # noqa: F401
+    except ImportError:
+        backend = open_backend("vllm", open_source(str(models("llama")[1])), "cpu")
+        with pytest.raises(CheckpointError, match="vLLM is not installed here"):
+            next(backend.log_likelihoods([IDS]))
+    else:
+        pytest.skip("vLLM is installed")

@@ -1,0 +1,183 @@
+"""Perplexity: the number transformers itself computes, the protocol beside it, and what cannot be compared."""
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from evaluation.backend import open_backend
+from evaluation.perplexity import Score, difference, perplexity
+from evaluation.text import Protocol, cut
+from export.errors import CheckpointError
+from models.source import open_source
+from tests.builders import VOCABULARY, make_model, make_tokenizer, save
+from tests.e2e.cli import run_quantize, run_quantize_eval
+
+TEXT = "The quick brown fox jumps over the lazy dog; " * 20
+IDS = torch.tensor(make_tokenizer()(TEXT).input_ids)
+
+
+def score_of(directory: Path, protocol: Protocol, backend: str = "transformers") -> Score:
+    source = open_source(str(directory))
+    return perplexity(open_backend(backend, source, "cpu"), cut(TEXT, source, protocol))
+
+
+def own_loss(model: torch.nn.Module, ids: torch.Tensor, first: int = 1) -> float:
+    """transformers' loss of ids (T,), in nats a token, those before position `first` not counted."""
+    labels = ids.clone()
+    labels[:first] = -100
+    with torch.no_grad():
+        return float(model(input_ids=ids[None], labels=labels[None], use_cache=False).loss)
+
+
+@pytest.mark.parametrize("backend", ["transformers", "blocks"])
+@pytest.mark.parametrize("family", ["llama", "gemma3", "mixtral", "opt", "gpt2"])
+def test_it_is_transformers_own_loss(models, family, backend):
+    model, directory = models(family)
+    losses = [own_loss(model, row) for row in IDS[: len(IDS) // 64 * 64].view(-1, 64)]
+    score = score_of(directory, Protocol(64), backend)
+    assert len(score.window_nll) == len(losses) > 10
+    assert score.window_nll.tolist() == pytest.approx(losses, rel=1e-5)
+    assert score.perplexity == pytest.approx(math.exp(sum(losses) / len(losses)), rel=1e-4)
+    assert score.tokens == len(losses) * 63
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2"])
+@pytest.mark.parametrize("stride", [1, 40, 63])
+def test_a_strided_score_counts_every_token_once(models, family, stride):
+    """By the definition: each token after the first, under the first window that reaches it."""
+    model, directory = models(family)
+    ids = IDS[:200]
+    total, reached = 0.0, 1
+    for begin in range(0, len(ids), stride):
+        end = min(begin + 64, len(ids))
+        total += own_loss(model, ids[begin:end], reached - begin) * (end - reached)
+        reached = end
+        if end == len(ids):
+            break
+    source = open_source(str(directory))
+    short = make_tokenizer().decode(ids)
+    score = perplexity(open_backend("transformers", source, "cpu"), cut(short, source, Protocol(64, stride)))
+    assert score.tokens == len(ids) - 1
+    assert score.nll == pytest.approx(total / (len(ids) - 1), rel=1e-5)
+
+
+def test_only_the_windows_asked_for(models):
+    directory = models("llama")[1]
+    every, some = score_of(directory, Protocol(64)), score_of(directory, Protocol(64, windows=3))
+    torch.testing.assert_close(every.window_nll[:3], some.window_nll, rtol=1e-6, atol=0)
+    assert len(score_of(directory, Protocol(64, windows=1000)).window_nll) == len(every.window_nll)
+
+
+def test_a_model_differs_from_itself_by_nothing(models):
+    score = score_of(models("llama")[1], Protocol(64))
+    assert difference(score, score) == (0, 0)
+
+
+def test_the_difference_is_paired(models):
+    score = score_of(models("llama")[1], Protocol(64))
+    other = dataclasses.replace(score, window_nll=score.window_nll + 0.5)
+    delta, error = difference(other, score)
+    assert delta == pytest.approx(0.5)
+    assert error == pytest.approx(0, abs=1e-6)
+    one = dataclasses.replace(score, window_nll=score.window_nll[:1], window_tokens=score.window_tokens[:1])
+    assert difference(one, one) == (0, None)
+
+
+def test_windows_count_by_their_tokens(models):
+    score = score_of(models("llama")[1], Protocol(64, windows=2))
+    uneven = dataclasses.replace(
+        score, window_nll=torch.tensor([1.0, 2.0]).double(), window_tokens=torch.tensor([30, 10])
+    )
+    assert uneven.nll == pytest.approx(1.25)
+    none = dataclasses.replace(uneven, window_nll=torch.zeros(2).double())
+    assert difference(uneven, none)[0] == pytest.approx(1.25)
+
+
+@pytest.mark.parametrize(
+    ("protocol", "message"),
+    [
+        (Protocol(64), r"the text has 3 tokens, shorter than one window of 64.*--context"),
+        (Protocol(4096), r"windows of 4096 tokens, but .* has positions for 1024"),
+    ],
+)
+def test_a_text_that_does_not_fit(models, protocol, message):
+    with pytest.raises(CheckpointError, match=message):
+        cut("abc", open_source(str(models("llama")[1])), protocol)
+
+
+@pytest.mark.parametrize(("context", "stride"), [(1, None), (64, 0), (64, 64)])
+def test_a_protocol_that_makes_no_sense(context, stride):
+    with pytest.raises(CheckpointError, match=r"a (context|stride) of"):
+        Protocol(context, stride)
+
+
+def test_the_command_prints_one_json_line(models, tmp_path):
+    directory = models("llama")[1]
+    (tmp_path / "text.txt").write_text(TEXT)
+    assert run_quantize(directory, "--method", "int8", "--eval-windows", 0, "-o", tmp_path / "q").code == 0
+    args = ["--baseline", directory, "--text", tmp_path / "text.txt", "--context", 64]
+    done = run_quantize_eval("perplexity", tmp_path / "q", *args)
+    assert done.code == 0, done.err
+    row = json.loads(done.out.splitlines()[-1])
+    ours = score_of(tmp_path / "q", Protocol(64))
+    assert row["perplexity"] == round(ours.perplexity, 4)
+    assert row["nll"] == round(ours.nll, 6)
+    assert (row["context"], row["windows"], row["tokens"]) == (64, len(ours.window_nll), ours.tokens)
+    assert row["text"] == str(tmp_path / "text.txt")
+    assert "non-overlapping" in row["protocol"]
+    assert row["baseline"]["model"] == str(directory)
+    assert row["delta_nll"] == pytest.approx(row["nll"] - row["baseline"]["nll"], abs=2e-6)
+    assert not done.err
+    assert row["protocol"] in done.out.splitlines()[0]
+
+
+def test_the_strided_command_says_so(models, tmp_path):
+    (tmp_path / "text.txt").write_text(TEXT)
+    args = ["--text", tmp_path / "text.txt", "--context", 64, "--protocol", "strided", "--stride", 16]
+    row = json.loads(run_quantize_eval("perplexity", models("llama")[1], *args).out.splitlines()[-1])
+    assert row["protocol"].startswith("windows 16 tokens apart")
+    assert row["tokens"] == len(IDS) - 1
+
+
+def test_the_builtin_text_is_the_default(models):
+    done = run_quantize_eval("perplexity", models("llama")[1], "--windows", 2, "--context", 32)
+    assert done.code == 0, done.err
+    row = json.loads(done.out.splitlines()[-1])
+    assert (row["text"], row["windows"]) == ("builtin", 2)
+
+
+def test_a_baseline_of_another_vocabulary_is_refused(models, tmp_path):
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import WhitespaceSplit
+    from transformers import PreTrainedTokenizerFast
+
+    other = save(make_model("llama", vocab_size=VOCABULARY), tmp_path / "other")
+    backend = Tokenizer(WordLevel({"<unk>": 0, "The": 1, "fox": 2}, unk_token="<unk>"))
+    backend.pre_tokenizer = WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>").save_pretrained(other)
+    (tmp_path / "text.txt").write_text(TEXT * 5)
+    args = ["--baseline", other, "--text", tmp_path / "text.txt", "--context", 64]
+    for command in ("perplexity", "divergence"):
+        complaint = run_quantize_eval(command, models("llama")[1], *args).complaint
+        assert "cut the text into different tokens" in complaint
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--text", "gone.txt"], "--text gone.txt"),
+        (["--context", 1000, "--text", ".gitignore"], "shorter than one window"),
+        (["--device", "abacus"], "write cpu, cuda"),
+        (["--baseline", "./gone"], "is no directory here"),
+        (["--stride", 8], "--protocol strided"),
+    ],
+)
+def test_mistakes(models, args, message):
+    done = run_quantize_eval("perplexity", models("llama")[1], "--context", 64, *args)
+    assert done.code == 2
+    assert message in done.err
