@@ -64,13 +64,12 @@ class Job:
             "lowbit reads the checkpoint, transformers and vLLM will not": any(spec.transposed for spec in quantized),
             "transformers needs CompressedTensorsConfig(dequantize=True) to load it: this family's linears are a class "
             "of their own": any(issubclass(kind, nn.Linear) and kind is not nn.Linear for kind in kinds),
-            "transformers with compressed-tensors 0.19 or 0.20 does not load asymmetric weights unless told "
-            "CompressedTensorsConfig(dequantize=True); vLLM does": not self.recipe.symmetric,
             "transformers keeps experts fused and does not load them packed; vLLM does": any(
                 spec.placement.expert is not None for spec in quantized
             ),
         }
-        return [text for text, holds in found.items() if holds]
+        caveat = FORMATS[self.recipe.format].caveat(self.recipe.scheme)
+        return [text for text, holds in found.items() if holds] + ([caveat] if caveat else [])
 
 
 def prepare(source: Source, recipe: Recipe, device: str) -> Job:
@@ -82,7 +81,7 @@ def prepare(source: Source, recipe: Recipe, device: str) -> Job:
         method = source.checkpoint.quantization.get("quant_method")
         raise CheckpointError(f"{source.directory}: already quantized ({method}); quantize the original model instead")
     fmt = FORMATS[recipe.format]
-    reason = fmt.reason_against(recipe.scheme)
+    reason = fmt.reason_against(recipe.scheme) or fmt.risk_of(recipe.scheme)
     if reason:
         raise CheckpointError(f"format {fmt.name} cannot hold {recipe.scheme}: {reason}")
     skeleton = open_skeleton(source)

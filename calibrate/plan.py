@@ -6,15 +6,12 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from export.engines import fused_set
 from export.errors import CheckpointError
 from models.skeleton import Block, LinearSpec, Skeleton, tensor_of
 from quant.recipe import Recipe
 from quant.scheme import Scheme, fitting_group_size
 
-# Linears that engines fuse into one matrix, by the last part of their names: they must share a scheme.
-ENGINE_FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
-# Every expert of a layer runs in one kernel, so all their linears share a scheme.
-EXPERT = re.compile(r"\.experts\.\d+\.")
 MINIMUM_COVERAGE = 0.99
 
 
@@ -75,14 +72,6 @@ def make_plan(skeleton: Skeleton, recipe: Recipe) -> Plan:
                 left[spec.name] = Left(spec.n * spec.k, reason, exempt=True)
         left |= _unsplit_experts(skeleton, block)
     return Plan(schemes, parameters, left | dict(_renamed(skeleton, left)))
-
-
-def fused_set(name: str) -> str:
-    """A key that linears share where engines run them as one matrix."""
-    if EXPERT.search(name):
-        return EXPERT.split(name)[0] + ".experts"
-    parent, _, leaf = name.rpartition(".")
-    return next((f"{parent}.{'+'.join(group)}" for group in ENGINE_FUSED if leaf in group), name)
 
 
 def ignored_by(name: str, patterns: Iterable[str]) -> str | None:

@@ -42,6 +42,16 @@ def reason_against(scheme: Scheme) -> str | None:
     return None
 
 
+def caveat(scheme: Scheme) -> str | None:
+    """What one should know before loading it elsewhere."""
+    if scheme.symmetric:
+        return None
+    return (
+        "transformers with compressed-tensors 0.19 or 0.20 does not load asymmetric weights unless told "
+        "CompressedTensorsConfig(dequantize=True); vLLM does"
+    )
+
+
 def layout_of(scheme: Scheme) -> str:
     """The name of the layout that holds a scheme."""
     return PACKED if scheme.activations is None else PLAIN
@@ -265,6 +275,7 @@ COMPRESSED_TENSORS = Format(
     quantization_config=quantization_config,
     schemes_of=schemes_of,
     suffixes=SUFFIXES,
+    caveat=caveat,
     loading="The files follow the compressed-tensors layout. vLLM and SGLang load the directory as it is; transformers "
     "does with the package `compressed-tensors` installed.",
 )

@@ -21,6 +21,8 @@ class Format:
     recognizes           whether a quantization_config is of this dialect
     reason_against       why it cannot hold a scheme, or None
     reason_against_shape  why it cannot hold a scheme's weight of (n, k), or None
+    risk_of              why freshly rounded weights of a scheme may turn out not to fit, or None
+    caveat               what one should know before loading a scheme's weights elsewhere, or None
     write                linear name and weight -> the file's tensors; the scales must have `scale_dtype`
     read                 linear name, tensor reader, scheme -> weight; CheckpointError where the tensors contradict
                          one another
@@ -47,6 +49,8 @@ class Format:
     suffixes: tuple[str, ...]
     loading: str
     reason_against_shape: Callable[[Scheme, int, int], str | None] = lambda scheme, n, k: None
+    risk_of: Callable[[Scheme], str | None] = lambda scheme: None
+    caveat: Callable[[Scheme], str | None] = lambda scheme: None
     uniform: bool = False
     scale_dtype: torch.dtype | None = None
     sidecar: str | None = None

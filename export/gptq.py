@@ -39,6 +39,18 @@ def reason_against(scheme: Scheme) -> str | None:
     return None
 
 
+def risk_of(version: str, scheme: Scheme) -> str | None:
+    """Why rounded weights may turn out not to fit: a zero of 0 is what a group without negative weights gets."""
+    if version == V1 and not scheme.symmetric:
+        return "version 1 cannot store a zero of 0, which rounding may choose; use --format gptq_v2, or --sym"
+    return None
+
+
+def caveat(scheme: Scheme) -> str | None:
+    """What one should know before loading it elsewhere."""
+    return None if scheme.symmetric else "vLLM takes GPTQ files only where they are symmetric; GPTQModel takes these"
+
+
 def reason_against_shape(scheme: Scheme, n: int, k: int) -> str | None:
     """Why no such weight (n, k) can be packed, or None."""
     per_word = 32 // scheme.bits
@@ -192,6 +204,8 @@ def _version(version: str) -> Format:
         recognizes=partial(recognizes, version),
         reason_against=reason_against,
         reason_against_shape=reason_against_shape,
+        risk_of=partial(risk_of, version),
+        caveat=caveat,
         write=partial(write, version),
         read=partial(read, version),
         shape=shape,

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from commands import quantize, quantize_eval
+from commands import quantize, quantize_convert, quantize_eval, quantize_inspect
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,16 @@ def run_quantize(*args: object) -> Outcome:
 def run_quantize_eval(*args: object) -> Outcome:
     """`quantize-eval ARGS`."""
     return _run(quantize_eval.main, "quantize-eval", args)
+
+
+def run_quantize_convert(*args: object) -> Outcome:
+    """`quantize-convert ARGS`."""
+    return _run(quantize_convert.main, "quantize-convert", args)
+
+
+def run_quantize_inspect(*args: object) -> Outcome:
+    """`quantize-inspect ARGS`."""
+    return _run(quantize_inspect.main, "quantize-inspect", args)
 
 
 def _run(main: Callable[[], None], name: str, args: tuple[object, ...]) -> Outcome:

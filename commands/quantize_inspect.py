@@ -1,0 +1,123 @@
+"""`quantize-inspect DIR`: what a quantized checkpoint holds, and who can run it."""
+
+import json
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from calibrate.plan import unquantized_linears
+from commands.common import SETTINGS, make_console, run_command
+from export.checkpoint import verify_checksums
+from export.engines import ENGINES
+from export.formats import LogicalTensors
+from export.inspection import Inspection, inspect_checkpoint
+from models.skeleton import Skeleton, open_skeleton
+from models.source import open_source
+from quant import __version__
+
+MOST_NAMED = 8
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    run_command(quantize_inspect)
+
+
+@click.command(context_settings=SETTINGS)
+@click.argument("checkpoint")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object, every linear by name, and nothing else.")
+@click.option("--check", is_flag=True, help="Read every weight and checksum too, not the headers alone.")
+@click.option("--trust-remote-code", is_flag=True, help="Run Python code that the model brings.")
+@click.version_option(__version__, prog_name="lowbit")
+def quantize_inspect(checkpoint: str, as_json: bool, check: bool, trust_remote_code: bool) -> None:
+    """Say what CHECKPOINT holds: schemes, sizes, coverage, and which engines run it with which kernels."""
+    source = open_source(checkpoint, trust_remote_code)
+    logical = LogicalTensors(source.checkpoint)
+    skeleton = open_skeleton(source)
+    found = inspect_checkpoint(logical, _linears(skeleton, logical), _heads(source.config.get_text_config()))
+    checked = _check(logical) if check else None
+    if as_json:
+        click.echo(json.dumps(found.as_json()))
+        return
+    console = make_console()
+    _print_weights(console, found)
+    _print_engines(console, found)
+    if checked is not None:
+        console.print(f"read: {len(found.linears)} weights, {checked} files with known checksums")
+
+
+def _linears(skeleton: Skeleton, logical: LogicalTensors) -> dict[str, int]:
+    """Parameters of every linear of the model, by its name in the file; none for a tied head or another's name."""
+    sizes = {spec.name: spec.n * spec.k for block in skeleton.blocks for spec in block.linears}
+    entries = logical.checkpoint.entries
+    for name in unquantized_linears(skeleton, logical.schemes):
+        entry = entries.get(f"{name}.weight")
+        sizes.setdefault(name, 0 if entry is None else entry.numel)
+    return sizes
+
+
+def _heads(config: Any) -> tuple[int, int] | None:
+    """Query heads, and those of keys and values, where the configuration says them."""
+    queries = getattr(config, "num_attention_heads", None)
+    if not isinstance(queries, int):
+        return None
+    values = getattr(config, "num_key_value_heads", None)
+    return queries, values if isinstance(values, int) else queries
+
+
+def _check(logical: LogicalTensors) -> int:
+    """Files whose checksum was known and right; CheckpointError where one is wrong or a weight is none."""
+    for name in logical.schemes:
+        logical.qtensor(name)
+    return verify_checksums(logical.checkpoint)
+
+
+def _print_weights(console: Console, found: Inspection) -> None:
+    """Schemes by role, sizes, and what is left alone."""
+    table = Table(title=f"{found.format}, {len(found.linears)} quantized linears", title_justify="left")
+    for column in ("linears", "scheme", "outputs x inputs", "count"):
+        table.add_column(column)
+    for (role, scheme, n, k), count in found.roles().items():
+        table.add_row(role, str(scheme), f"{n} x {k}", str(count))
+    console.print(table)
+    nbytes = sum(linear.nbytes for linear in found.linears.values())
+    console.print(
+        f"{found.bits_per_weight:.3f} bits a weight, {nbytes / 1e6:.1f} MB, and {found.other_bytes / 1e6:.1f} MB of "
+        f"everything else; coverage {found.coverage:.2%} of the linear parameters"
+    )
+    for name, size in list(found.left.items())[:MOST_NAMED]:
+        console.print(f"  left {name}: {size / 1e6:.1f} M parameters")
+    if len(found.left) > MOST_NAMED:
+        console.print(f"  and {len(found.left) - MOST_NAMED} others")
+    for key, members in found.split.items():
+        console.print(f"  [bold]{key}: engines run {', '.join(members)} as one, and their schemes differ[/bold]")
+    if not found.split:
+        console.print("fused sets (q, k and v; gate and up; experts): one scheme each")
+
+
+def _print_engines(console: Console, found: Inspection) -> None:
+    """Which kernel takes the linears on which machine, and between how many GPUs they can be split."""
+    table = Table(title="kernels (linears, those that run fused as one)", title_justify="left")
+    for column in ("machine", *ENGINES):
+        table.add_column(column)
+    for machine, row in found.kernels.items():
+        cells = (
+            ", ".join(f"{kernel or 'none'} {count}" for kernel, count in row[engine].items()) for engine in ENGINES
+        )
+        table.add_row(machine, *cells)
+    console.print(table)
+    reasons = {
+        (engine, reason): machine
+        for machine, row in found.refusals.items()
+        for engine, refused in row.items()
+        for reason in refused
+    }
+    for (engine, reason), machine in reasons.items():
+        console.print(f"  {engine}, {machine}: {reason}")
+    fits = [str(size) for size, reason in found.parallel.items() if reason is None]
+    console.print(f"tensor parallel over {', '.join(fits)} GPUs")
+    for size, obstacle in found.parallel.items():
+        if obstacle is not None:
+            console.print(f"  not {size}: {obstacle}")

@@ -1,0 +1,160 @@
+"""What a quantized checkpoint holds, from its headers alone."""
+
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from export.engines import (
+    ELSEWHERE,
+    ENGINES,
+    MACHINES,
+    PARALLEL_SIZES,
+    choose,
+    layers_of,
+    reason_against_parallel,
+    split_sets,
+)
+from export.errors import CheckpointError
+from export.formats import LogicalTensors
+from quant.scheme import Scheme
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A quantized linear: its scheme, outputs, inputs and bytes."""
+
+    scheme: Scheme
+    n: int
+    k: int
+    nbytes: int
+
+    @property
+    def bits_per_weight(self) -> float:
+        return 8 * self.nbytes / (self.n * self.k)
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What was found.
+
+    format       the format's name
+    linears      the quantized linears by name
+    left         parameters of each linear that is not quantized, by name
+    other_bytes  bytes of everything that is no quantized linear
+    split        fused sets whose members differ in scheme
+    parallel     for each number of GPUs, why the linears cannot be split between them, or None
+    kernels      machine -> engine -> kernel (None: none takes them) -> linears or fused sets that it takes
+    refusals     machine -> engine -> reason -> linears or fused sets that no kernel takes
+    """
+
+    format: str
+    linears: dict[str, Linear]
+    left: dict[str, int]
+    other_bytes: int
+    split: dict[str, list[str]]
+    parallel: dict[int, str | None]
+    kernels: dict[str, dict[str, Counter[str | None]]]
+    refusals: dict[str, dict[str, Counter[str]]]
+
+    @property
+    def coverage(self) -> float:
+        """Quantized parameters as a fraction of those of all linears."""
+        quantized = sum(linear.n * linear.k for linear in self.linears.values())
+        return quantized / max(quantized + sum(self.left.values()), 1)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bits per weight of the quantized linears, scales, zeros and shapes counted."""
+        weights = sum(linear.n * linear.k for linear in self.linears.values())
+        return 8 * sum(linear.nbytes for linear in self.linears.values()) / max(weights, 1)
+
+    def roles(self) -> dict[tuple[str, Scheme, int, int], int]:
+        """How many linears share a name but for its numbers, a scheme and a shape."""
+        return Counter(
+            (re.sub(r"\.\d+\.", ".*.", name), linear.scheme, linear.n, linear.k)
+            for name, linear in self.linears.items()
+        )
+
+    def as_json(self) -> dict[str, Any]:
+        """Everything as plain values."""
+        linears = {
+            name: {
+                "scheme": str(linear.scheme),
+                "shape": [linear.n, linear.k],
+                "bytes": linear.nbytes,
+                "bits_per_weight": round(linear.bits_per_weight, 4),
+            }
+            for name, linear in self.linears.items()
+        }
+        return {
+            "format": self.format,
+            "bits_per_weight": round(self.bits_per_weight, 4),
+            "quantized_bytes": sum(linear.nbytes for linear in self.linears.values()),
+            "other_bytes": self.other_bytes,
+            "coverage": round(self.coverage, 6),
+            "linears": linears,
+            "left": self.left,
+            "split_fused_sets": self.split,
+            "tensor_parallel": {str(size): reason or "yes" for size, reason in self.parallel.items()},
+            "kernels": {
+                machine: {engine: {kernel or "none": n for kernel, n in found.items()} for engine, found in row.items()}
+                for machine, row in self.kernels.items()
+            },
+            "refusals": {
+                machine: {engine: dict(reasons) for engine, reasons in row.items() if reasons}
+                for machine, row in self.refusals.items()
+            },
+        }
+
+
+def inspect_checkpoint(source: LogicalTensors, linears: Mapping[str, int], heads: tuple[int, int] | None) -> Inspection:
+    """What `source` holds.
+
+    linears  parameters of every linear of the model by its name in the file
+    heads    query heads, and those of keys and values
+
+    Raises CheckpointError where it is not quantized, or where shapes contradict the format.
+    """
+    if source.format is None or not source.schemes:
+        raise CheckpointError(f"{source.checkpoint.directory}: not quantized: there is nothing to inspect")
+    entries, fmt = source.checkpoint.entries, source.format
+    owned = {name: [f"{name}.{suffix}" for suffix in fmt.suffixes] for name in source.schemes}
+    found: dict[str, Linear] = {}
+    for name, scheme in source.schemes.items():
+        nbytes = sum(entries[key].nbytes for key in owned[name] if key in entries)
+        found[name] = Linear(scheme, *source.shape(name), nbytes)
+    shapes = {name: (linear.n, linear.k) for name, linear in found.items()}
+    kernels, refusals = _kernels(source, shapes)
+    return Inspection(
+        format=fmt.name,
+        linears=found,
+        left={name: size for name, size in linears.items() if name not in found},
+        other_bytes=source.checkpoint.nbytes - sum(linear.nbytes for linear in found.values()),
+        split=split_sets({**linears, **found}, source.schemes),
+        parallel={size: reason_against_parallel(size, source.schemes, shapes, heads) for size in PARALLEL_SIZES},
+        kernels=kernels,
+        refusals=refusals,
+    )
+
+
+def _kernels(
+    source: LogicalTensors, shapes: Mapping[str, tuple[int, int]]
+) -> tuple[dict[str, dict[str, Counter[str | None]]], dict[str, dict[str, Counter[str]]]]:
+    """Which kernels take the layers on each machine, and why none does."""
+    assert source.format is not None
+    layers = Counter(layers_of(source.format, source.schemes, shapes).values())
+    kernels: dict[str, dict[str, Counter[str | None]]] = {}
+    refusals: dict[str, dict[str, Counter[str]]] = {}
+    for machine, capability in MACHINES.items():
+        for engine in ENGINES:
+            taken = kernels.setdefault(machine, {}).setdefault(engine, Counter())
+            refused = refusals.setdefault(machine, {}).setdefault(engine, Counter())
+            for layer, count in layers.items():
+                kernel, reasons = choose(engine, layer, capability)
+                taken[kernel] += count
+                if kernel is None:
+                    told = {name: reason for name, reason in reasons.items() if reason != ELSEWHERE[capability is None]}
+                    refused["; ".join(f"{name}: {reason}" for name, reason in told.items())] += count
+    return kernels, refusals

@@ -1,0 +1,96 @@
+"""export/engines.py: which kernel takes what, what is fused, and between how many GPUs it can be split."""
+
+import pytest
+
+from export.engines import (
+    ENGINES,
+    MACHINES,
+    Layer,
+    choose,
+    fused_set,
+    layers_of,
+    reason_against_parallel,
+    split_sets,
+)
+from export.formats import FORMATS
+from quant.scheme import parse_scheme
+
+CT = "compressed-tensors"
+W4, W8A8 = parse_scheme("int4-g128"), parse_scheme("int8-channel-a8token")
+
+
+@pytest.mark.parametrize(
+    ("fmt", "text", "n", "k", "capability", "engine", "kernel"),
+    [
+        (CT, "int4-g128", 4096, 4096, 90, "vLLM", "Machete"),
+        (CT, "int4-g128", 4096, 4096, 89, "vLLM", "Marlin"),
+        (CT, "int4-g32", 4096, 4096, 90, "vLLM", "Marlin"),
+        (CT, "int4-g128", 4100, 4096, 90, "vLLM", "Marlin"),
+        (CT, "int4-g256", 4096, 4096, 80, "vLLM", "Triton W4A16"),
+        (CT, "int8-g256", 4096, 4096, 80, "vLLM", None),
+        (CT, "int8-channel", 4096, 4096, 120, "vLLM", "Marlin"),
+        (CT, "int8-channel", 4096, 4096, None, "vLLM", None),
+        (CT, "int4-channel", 4096, 4096, None, "vLLM", "CPU WNA16"),
+        (CT, "int4-channel", 4100, 4096, None, "vLLM", None),
+        (CT, "int8-channel-a8token", 4096, 4096, 90, "vLLM", "CUTLASS int8"),
+        (CT, "int8-channel-a8token", 4096, 4096, 100, "vLLM", None),
+        (CT, "int8-channel-a8tensor", 4096, 4096, None, "vLLM", "CPU int8"),
+        ("gptq", "int4-g128", 4096, 4096, 75, "vLLM", "Marlin"),
+        ("gptq_v2", "uint4-g128", 4096, 4096, 90, "vLLM", None),
+        ("gptq", "int4-g256", 4096, 4096, 80, "vLLM", None),
+        ("awq", "uint4-g128", 4096, 4096, 90, "vLLM", "Machete"),
+        ("awq", "uint4-g128", 4096, 4096, None, "vLLM", "CPU WNA16"),
+        (CT, "int4-g128", 4096, 4096, 75, "lowbit", None),
+        (CT, "int4-g128", 4096, 4096, 120, "lowbit", "wna16"),
+        ("awq", "uint4-g128", 4096, 4096, None, "lowbit", "reference"),
+        (CT, "int8-channel-a8token", 4096, 4096, 90, "lowbit", None),
+        (CT, "int4-channel", 4096, 48, 90, "lowbit", None),
+        (CT, "int4-g128", 4096, 4096, None, "transformers", "expanded to 16 bits"),
+        (CT, "uint4-g128", 4096, 4096, None, "transformers", None),
+        ("gptq", "uint4-g128", 4096, 4096, None, "transformers", "gptqmodel"),
+    ],
+)
+def test_which_kernel_takes_a_layer(fmt, text, n, k, capability, engine, kernel):
+    chosen, reasons = choose(engine, Layer(fmt, parse_scheme(text), n, k), capability)
+    assert chosen == kernel
+    assert all(reasons.values())
+    if kernel is None:
+        assert set(reasons) == {each.name for each in ENGINES[engine]}
+
+
+def test_every_machine_has_a_place_in_the_table():
+    assert set(MACHINES.values()) == {75, 80, 86, 89, 90, 100, 120, None}
+
+
+def test_what_runs_as_one():
+    assert fused_set("m.0.self_attn.k_proj") == fused_set("m.0.self_attn.q_proj")
+    assert fused_set("m.0.mlp.up_proj") != fused_set("m.1.mlp.up_proj")
+    assert fused_set("m.0.mlp.experts.1.w2") == fused_set("m.0.mlp.experts.7.w1")
+    shapes = {"m.q_proj": (64, 32), "m.k_proj": (16, 32), "m.o_proj": (32, 64), "m.experts.0.w1": (8, 32)}
+    layers = layers_of(FORMATS[CT], dict.fromkeys(shapes, W4), shapes)
+    assert [(layer.n, layer.k) for layer in layers.values()] == [(80, 32), (32, 64), (8, 32)]
+
+
+def test_a_set_that_is_split():
+    names = ["m.q_proj", "m.k_proj", "m.v_proj", "m.o_proj"]
+    assert split_sets(names, dict.fromkeys(names, W4)) == {}
+    assert split_sets(names, dict.fromkeys(names[1:], W4)) == {"m.q_proj+k_proj+v_proj": names[:3]}
+    assert list(split_sets(names, dict.fromkeys(names, W4) | {"m.v_proj": W8A8})) == ["m.q_proj+k_proj+v_proj"]
+
+
+@pytest.mark.parametrize(
+    ("size", "text", "heads", "reason"),
+    [
+        (2, "int4-g128", (32, 8), None),
+        (16, "int4-g128", (32, 8), None),
+        (4, "int4-g128", (6, 6), "6 query heads and 6 of"),
+        (8, "int4-g128", (32, 3), "32 query heads and 3 of"),
+        (8, "int4-g256", None, None),
+        (16, "int4-g256", None, "m.down_proj: 2048 inputs in parts of 128, in groups of g256"),
+        (16, "int8-channel", None, None),
+    ],
+)
+def test_between_how_many_gpus(size, text, heads, reason):
+    schemes = dict.fromkeys(("m.down_proj", "m.up_proj"), parse_scheme(text))
+    found = reason_against_parallel(size, schemes, {"m.down_proj": (512, 2048), "m.up_proj": (2048, 512)}, heads)
+    assert found is None if reason is None else reason in found
