@@ -15,6 +15,7 @@ from tests.house.tree import ROOT
 TABLES = (
     ("calibrate.methods", "METHODS"),
     ("export.formats", "FORMATS"),
+    ("engine.families", "FAMILIES"),
 )
 KERNELS = ROOT / "quant" / "kernels"
 STEMS = sorted(path.stem for path in (KERNELS / "csrc").glob("*.cu"))

@@ -1,0 +1,130 @@
+"""`quantize-generate`: a checkpoint writes."""
+
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import click
+
+import engine
+from commands.common import SETTINGS, check_device, run_command
+from engine.engine import Engine
+from engine.errors import EngineError
+from engine.sampling import Completion, Sampling
+from quant import __version__
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    run_command(generate)
+
+
+@click.command(context_settings=SETTINGS)
+@click.version_option(__version__, prog_name="lowbit")
+@click.argument("checkpoint")
+@click.option("--prompt", "-p", multiple=True, help="Text to continue; may be given several times. '-' reads stdin.")
+@click.option("--chat", is_flag=True, help="The prompt is a user's message; without one, a conversation.")
+@click.option("--system", help="System message, for --chat.")
+@click.option("--stream", is_flag=True, help="Print text as it is written (one prompt).")
+@click.option("--max-new-tokens", "--max-tokens", type=int, default=128, show_default=True)
+@click.option("--min-new-tokens", "--min-tokens", type=int, default=0)
+@click.option("--temperature", type=float, default=0.0, show_default=True, help="0 takes the likeliest token.")
+@click.option("--top-k", type=int, default=0, help="Sample among the k likeliest.")
+@click.option("--top-p", type=float, default=1.0, help="Sample among the fewest with p of the mass.")
+@click.option("--min-p", type=float, default=0.0, help="Leave out what is p times less likely than the likeliest.")
+@click.option("--repetition-penalty", type=float, default=1.0)
+@click.option("--presence-penalty", type=float, default=0.0)
+@click.option("--frequency-penalty", type=float, default=0.0)
+@click.option("--stop", multiple=True, help="String that ends the text; may be given several times.")
+@click.option("--bad-word", "bad_words", multiple=True, help="String that is not written; several times.")
+@click.option("--ignore-eos", is_flag=True, help="Write on after the model's own stop tokens.")
+@click.option("--seed", type=int, help="Same seed, same text.")
+@click.option("--beams", type=int, default=1, help="Beam search over so many.")
+@click.option("--length-penalty", type=float, default=1.0, help="Exponent of the length, for --beams.")
+@click.option("--lookup", type=int, default=0, help="Draft tokens a step, looked up in the text so far; at most 7.")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1.")
+@click.option("--context", type=int, help="Longest sequence, prompt and output.  [default: 4096, or the model's]")
+@click.option("--cache", type=click.Choice(["same", "int8"]), default="same", help="Type of keys and values.")
+@click.option("--head", default="dense", help="Scheme to round the head to: int8-channel.")
+@click.option("--verbose", "-v", is_flag=True, help="Say how many tokens and steps it took, on stderr.")
+def generate(
+    checkpoint: str,
+    prompt: tuple[str, ...],
+    chat: bool,
+    system: str | None,
+    stream: bool,
+    device: str,
+    context: int | None,
+    cache: str,
+    head: str,
+    verbose: bool,
+    **settings: Any,
+) -> None:
+    """CHECKPOINT (a directory, demo, or a hub id) continues a text, or answers."""
+    try:
+        sampling = Sampling(**settings)
+        prompts = [sys.stdin.read() if text == "-" else text for text in prompt]
+        if stream and len(prompts) > 1:
+            raise EngineError(f"--stream prints one text as it is written; {len(prompts)} prompts were given")
+        if not prompts and not chat:
+            raise EngineError("no prompt: pass --prompt TEXT, or --chat for a conversation")
+        model = engine.load(checkpoint, check_device(device), context=context, cache=cache, head=head)
+        if not prompts:
+            converse(model, sampling, system)
+        elif stream:
+            show(model, ask(model, prompts[0], system) if chat else prompts[0], sampling)
+        else:
+            inputs = [ask(model, text, system) if chat else text for text in prompts]
+            for text, completion in zip(prompts, model.generate(inputs, sampling), strict=True):
+                click.echo(completion.text if chat else text + completion.text)
+                if verbose:
+                    click.echo(describe(completion), err=True)
+    except EngineError as error:
+        raise click.UsageError(str(error)) from error
+
+
+def ask(model: Engine, text: str, system: str | None) -> list[int]:
+    """One user's message as the model's template has it."""
+    return model.encode_chat([*opening(system), {"role": "user", "content": text}])
+
+
+def opening(system: str | None) -> list[dict[str, str]]:
+    """A conversation's first messages."""
+    return [] if system is None else [{"role": "system", "content": system}]
+
+
+def show(model: Engine, prompt: str | list[int], sampling: Sampling) -> str:
+    """Prints the continuation as it is written; returns it. Ctrl-C ends it early, at what was printed."""
+    written: list[str] = []
+    try:
+        for text in texts(model, prompt, sampling):
+            written.append(text)
+            click.echo(text, nl=False)
+    except KeyboardInterrupt:
+        click.echo(" [interrupted]", nl=False, err=True)
+    click.echo()
+    return "".join(written)
+
+
+def texts(model: Engine, prompt: str | list[int], sampling: Sampling) -> Iterator[str]:
+    """The pieces of one continuation's text."""
+    return (piece.text for piece in model.stream([prompt], sampling))
+
+
+def converse(model: Engine, sampling: Sampling, system: str | None) -> None:
+    """Answers what is typed, until an empty line or the end of the input."""
+    messages = opening(system)
+    click.echo("An empty line ends the conversation; Ctrl-C ends an answer.", err=True)
+    while question := click.prompt(">", default="", show_default=False, prompt_suffix=" ", err=True).strip():
+        messages.append({"role": "user", "content": question})
+        answer = show(model, model.encode_chat(messages), sampling)
+        messages.append({"role": "assistant", "content": answer})
+
+
+def describe(completion: Completion) -> str:
+    """How much was written, and why it ended."""
+    count = len(completion.tokens)
+    return (
+        f"{completion.prompt_tokens} tokens read, {count} written in {completion.steps} steps "
+        f"({completion.finish_reason}), seed {completion.seed}"
+    )

@@ -1,0 +1,74 @@
+"""The loop: prompts in, pieces of text out, a batch of requests at a time."""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from engine.cache import Cache
+from engine.decoder import Decoder
+from engine.prefill import last_logits, read_prompt
+from engine.request import Request, token_logprob
+from engine.runner import Runner
+from engine.sampler import Chosen, Sampler
+from engine.sampling import Piece, TokenLogprob
+
+SCORED_ROWS = 256  # prompt positions whose logits are in memory together
+
+
+def run_batch(runner: Runner, sampler: Sampler, requests: Sequence[Request]) -> Iterator[Piece]:
+    """Serves `requests`, one a row of the runner, until the last is finished."""
+    cache, decoder = runner.cache, runner.decoder
+    sampler.start([request.constraints for request in requests])
+    logits = read_prompts(decoder, cache, requests)
+    chosen = sampler(logits)
+    yield from deliver(requests, chosen)
+    runner.place(
+        chosen.tokens.tolist(),
+        [len(request.prompt) for request in requests],
+        [cache.start(b) for b in range(len(requests))],
+    )
+    for chosen in runner.steps(max(request.left for request in requests)):
+        yield from deliver(requests, chosen)
+        if not any(request.left for request in requests):
+            return
+
+
+def deliver(requests: Sequence[Request], chosen: Chosen) -> Iterator[Piece]:
+    """Hands a step's tokens to the requests that still wait for one."""
+    for row, (request, token) in enumerate(zip(requests, chosen.tokens.tolist(), strict=True)):
+        if request.left:
+            if chosen.logprobs is not None and chosen.top is not None:
+                request.note(token, chosen.logprobs[row], chosen.top[row])
+            yield request.take([token])
+
+
+def read_prompts(decoder: Decoder, cache: Cache, requests: Sequence[Request]) -> Tensor:
+    """Logits (B, vocabulary) after each prompt; log-probabilities of the prompts' tokens where they were asked for."""
+    if not any(request.sampling.prompt_logprobs for request in requests):
+        return last_logits(decoder, cache, [request.prompt for request in requests])
+    rows = []
+    for sequence, request in enumerate(requests):
+        scores, last = scored_prompt(decoder, cache, sequence, request.prompt, request.sampling.logprobs or 0)
+        if request.sampling.prompt_logprobs:
+            request.prompt_logprobs = scores
+        rows.append(last)
+    return torch.stack(rows)
+
+
+def scored_prompt(
+    decoder: Decoder, cache: Cache, sequence: int, prompt: Sequence[int], wanted: int
+) -> tuple[list[TokenLogprob], Tensor]:
+    """The log-probability of each token of a prompt but the first, and the logits (vocabulary) after the last."""
+    scores: list[TokenLogprob] = []
+    logits = torch.empty(0)
+    following = prompt[1:]
+    for hidden in read_prompt(decoder, cache, sequence, prompt):
+        for rows in hidden.split(SCORED_ROWS):
+            logits = decoder.logits(rows)
+            logprobs = logits.log_softmax(-1)
+            best, top = logprobs.topk(wanted)
+            for row, token in enumerate(following[len(scores) : len(scores) + len(rows)]):
+                own = logprobs[row, token].view(1)
+                scores.append(token_logprob(token, torch.cat([own, best[row]]), top[row], wanted))
+    return scores, logits[-1]

@@ -1,0 +1,90 @@
+"""One request on its way: what was written so far, and whether it is finished."""
+
+import secrets
+from collections.abc import Sequence
+
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from engine.sampler import Constraints
+from engine.sampling import Completion, Piece, Sampling, TokenLogprob
+from engine.text import TextStream
+
+
+class Request:
+    """A prompt with its sampling, at most `room` tokens long."""
+
+    def __init__(
+        self,
+        index: int,
+        prompt: Sequence[int],
+        sampling: Sampling,
+        words: tuple[tuple[int, ...], ...],
+        stop_tokens: tuple[int, ...],
+        tokenizer: PreTrainedTokenizerBase | None,
+        room: int,
+    ) -> None:
+        own = () if sampling.ignore_eos else stop_tokens
+        seed = secrets.randbits(62) if sampling.seed is None else sampling.seed
+        self.index, self.prompt, self.sampling = index, list(prompt), sampling
+        self.constraints = Constraints(sampling, seed, self.prompt, (*own, *sampling.stop_tokens), words)
+        self.most = min(sampling.max_new_tokens, room)
+        self.stream = TextStream(tokenizer, sampling.stop, self.prompt)
+        self.tokens: list[int] = []
+        self.logprobs: list[TokenLogprob] = []
+        self.prompt_logprobs: list[TokenLogprob] | None = None
+        self.finish_reason: str | None = None
+        self.steps = 0
+        self.score: float | None = None
+
+    @property
+    def left(self) -> int:
+        """Tokens that may still be written."""
+        return 0 if self.finish_reason else self.most - len(self.tokens)
+
+    def take(self, tokens: Sequence[int], steps: int = 1) -> Piece:
+        """Takes the tokens of a step, up to one that ends the request."""
+        text, taken = "", 0
+        self.steps += steps
+        for token in tokens:
+            self.tokens.append(token)
+            taken += 1
+            if token in self.constraints.stop_tokens:
+                self.finish_reason = "stop"
+            else:
+                text += self.stream.push(token)
+                if self.stream.stopped:
+                    self.finish_reason = "stop"
+                elif len(self.tokens) >= self.most:
+                    self.finish_reason = "length"
+            if self.finish_reason:
+                text += self.stream.finish()
+                break
+        return Piece(self.index, text, tuple(tokens[:taken]), self.finish_reason)
+
+    def note(self, token: int, logprobs: Tensor, top: Tensor) -> None:
+        """Remembers a token's log-probability and the likeliest alternatives': logprobs (1 + n), top (n)."""
+        wanted = self.sampling.logprobs
+        if wanted is not None:
+            self.logprobs.append(token_logprob(token, logprobs, top, wanted))
+
+    def completion(self) -> Completion:
+        """What the request got."""
+        assert self.finish_reason is not None
+        return Completion(
+            text=self.stream.text,
+            tokens=tuple(self.tokens),
+            finish_reason=self.finish_reason,
+            prompt_tokens=len(self.prompt),
+            seed=self.constraints.seed,
+            steps=self.steps,
+            logprobs=tuple(self.logprobs) if self.sampling.logprobs is not None else None,
+            prompt_logprobs=None if self.prompt_logprobs is None else tuple(self.prompt_logprobs),
+            score=self.score,
+        )
+
+
+def token_logprob(token: int, logprobs: Tensor, top: Tensor, wanted: int) -> TokenLogprob:
+    """A token's log-probability, and the first `wanted` alternatives'."""
+    alternatives = dict(zip(top[:wanted].tolist(), logprobs[1 : wanted + 1].tolist(), strict=True))
+    return TokenLogprob(token, float(logprobs[0]), alternatives)

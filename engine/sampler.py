@@ -1,0 +1,213 @@
+"""From logits to tokens, for a batch of requests that each ask for something else; all on the logits' device.
+
+Nothing here depends on values that only the device knows, so a captured graph holds it. Random numbers are a hash of
+(seed, tokens written so far, token): a request draws the same ones whoever shares its batch.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from engine.sampling import LONGEST_BAD_WORD, Sampling
+
+GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)
+MIX = ((30, 0xBF58476D1CE4E5B9 - (1 << 64)), (27, 0x94D049BB133111EB - (1 << 64)))
+
+
+@dataclass(frozen=True)
+class Features:
+    """What a batch needs beside the likeliest token. Equal features can share a captured graph."""
+
+    sampled: bool = False
+    truncated: bool = False
+    penalized: bool = False
+    bad_words: int = 0  # rounded up to a power of two
+    logprobs: int | None = None
+
+
+@dataclass(frozen=True)
+class Constraints:
+    """A request's sampling with its words as tokens: stop tokens (the model's own too), and bad words."""
+
+    sampling: Sampling
+    seed: int
+    prompt: Sequence[int]
+    stop_tokens: tuple[int, ...]
+    bad_words: tuple[tuple[int, ...], ...] = ()
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """tokens (B) int64; logprobs (B, 1 + n) float32 of the token and the n likeliest (B, n), where asked for."""
+
+    tokens: Tensor
+    logprobs: Tensor | None = None
+    top: Tensor | None = None
+
+
+def features_of(requests: Sequence[Constraints]) -> Features:
+    """What the batch needs."""
+    settings = [request.sampling for request in requests]
+    words = max((len(request.bad_words) for request in requests), default=0)
+    asked = [each.logprobs for each in settings if each.logprobs is not None]
+    return Features(
+        sampled=any(each.temperature > 0 for each in settings),
+        truncated=any(each.truncated for each in settings),
+        penalized=any(each.penalized for each in settings),
+        bad_words=1 << (words - 1).bit_length() if words else 0,
+        logprobs=max(asked) if asked else None,
+    )
+
+
+class Sampler:
+    """The tensors of `batch` requests with `features`; `start` fills them, a call chooses tokens and remembers them."""
+
+    def __init__(self, features: Features, batch: int, vocabulary: int, device: torch.device) -> None:
+        self.features, self.vocabulary = features, vocabulary
+
+        def tensor(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+            return torch.zeros(batch, *shape, dtype=dtype, device=device)
+
+        self.temperature, self.top_p, self.min_p = tensor(1), tensor(1), tensor(1)
+        self.top_k, self.seed, self.written = (tensor(1, dtype=torch.int64) for _ in range(3))
+        if features.penalized:
+            self.repetition, self.presence, self.frequency = tensor(1), tensor(1), tensor(1)
+            self.minimum = tensor(1, dtype=torch.int64)
+            self.seen, self.stops = (tensor(vocabulary, dtype=torch.bool) for _ in range(2))
+            self.counts = tensor(vocabulary)
+            # tokens of bad words before the last, aligned right, -1 where any will do; a last of `vocabulary` is none
+            self.before = tensor(features.bad_words, LONGEST_BAD_WORD - 1, dtype=torch.int64)
+            self.last = tensor(features.bad_words, dtype=torch.int64)
+            self.recent = tensor(LONGEST_BAD_WORD - 1, dtype=torch.int64)
+
+    @property
+    def state(self) -> list[Tensor]:
+        """What a step changes."""
+        return [self.written, self.seen, self.counts, self.recent] if self.features.penalized else [self.written]
+
+    def start(self, requests: Sequence[Constraints]) -> None:
+        """Begins new requests, nothing written yet."""
+        settings = [request.sampling for request in requests]
+        vocabulary = self.vocabulary
+
+        def fill(into: Tensor, values: list[float] | list[int]) -> None:
+            into.copy_(torch.tensor(values, dtype=into.dtype).unsqueeze(1))
+
+        fill(self.temperature, [each.temperature for each in settings])
+        fill(self.top_k, [min(each.top_k or vocabulary, vocabulary) for each in settings])
+        fill(self.top_p, [each.top_p for each in settings])
+        fill(self.min_p, [each.min_p for each in settings])
+        fill(self.seed, [request.seed for request in requests])
+        self.written.zero_()
+        if self.features.penalized:
+            fill(self.repetition, [each.repetition_penalty for each in settings])
+            fill(self.presence, [each.presence_penalty for each in settings])
+            fill(self.frequency, [each.frequency_penalty for each in settings])
+            fill(self.minimum, [each.min_new_tokens for each in settings])
+            self.counts.zero_()
+            self.seen.copy_(marks([request.prompt for request in requests], vocabulary))
+            self.stops.copy_(marks([request.stop_tokens for request in requests], vocabulary))
+            self.start_words(requests)
+
+    def start_words(self, requests: Sequence[Constraints]) -> None:
+        """The requests' bad words, and the ends of their prompts."""
+        room = LONGEST_BAD_WORD - 1
+        before = torch.full(self.before.shape, -1, dtype=torch.int64)
+        last = torch.full(self.last.shape, self.vocabulary, dtype=torch.int64)
+        recent = torch.full(self.recent.shape, -2, dtype=torch.int64)
+        for b, request in enumerate(requests):
+            tail = list(request.prompt)[-room:]
+            recent[b, room - len(tail) :] = torch.tensor(tail)
+            for i, word in enumerate(request.bad_words):
+                last[b, i] = word[-1]
+                if len(word) > 1:
+                    before[b, i, room - len(word) + 1 :] = torch.tensor(word[:-1])
+        self.before.copy_(before)
+        self.last.copy_(last)
+        self.recent.copy_(recent)
+
+    def __call__(self, logits: Tensor) -> Chosen:
+        """The next tokens for logits (B, vocabulary) float32."""
+        scores = self.penalize(logits) if self.features.penalized else logits
+        if self.features.sampled:
+            scores = self.perturb(scores)
+        tokens = scores.argmax(-1)
+        self.remember(tokens)
+        if self.features.logprobs is None:
+            return Chosen(tokens)
+        logprobs = logits.log_softmax(-1)
+        best, top = logprobs.topk(self.features.logprobs)
+        return Chosen(tokens, torch.cat([logprobs.gather(1, tokens.unsqueeze(1)), best], 1), top)
+
+    def penalize(self, logits: Tensor) -> Tensor:
+        """Logits after repetition, presence and frequency penalties; -inf for bad words and, too early, for stops."""
+        divided = torch.where(logits > 0, logits / self.repetition, logits * self.repetition)
+        scores = torch.where(self.seen, divided, logits)
+        scores = scores - self.presence * (self.counts > 0) - self.frequency * self.counts
+        banned = self.stops & (self.written < self.minimum)
+        if self.features.bad_words:
+            matches = (self.before == self.recent.unsqueeze(1)) | (self.before < 0)
+            last = torch.where(matches.all(-1), self.last, self.vocabulary)
+            words = torch.zeros(len(last), self.vocabulary + 1, dtype=torch.bool, device=last.device)
+            banned = banned | words.scatter(1, last, True)[:, : self.vocabulary]
+        return scores.masked_fill(banned, float("-inf"))
+
+    def perturb(self, scores: Tensor) -> Tensor:
+        """Scores whose largest is a draw from softmax(scores / temperature), truncated (the Gumbel-max trick)."""
+        warm = self.temperature > 0
+        scaled = scores / torch.where(warm, self.temperature, 1.0)
+        if self.features.truncated:
+            scaled = scaled.masked_fill(scaled < self.threshold(scaled), float("-inf"))
+        return torch.where(warm, scaled + gumbel(self.seed, self.written, self.vocabulary), scores)
+
+    def threshold(self, scaled: Tensor) -> Tensor:
+        """The least score (B, 1) that top-k, then top-p, then min-p leave."""
+        ordered = scaled.sort(-1, descending=True).values
+        rank = torch.arange(self.vocabulary, device=scaled.device)
+        mass = ordered.masked_fill(rank >= self.top_k, float("-inf")).softmax(-1)
+        kept = (mass.cumsum(-1) - mass < self.top_p) & (mass >= self.min_p * mass[:, :1]) & (mass > 0)
+        kept = kept | (rank == 0)
+        return ordered.masked_fill(~kept, float("inf")).amin(-1, keepdim=True)
+
+    def remember(self, tokens: Tensor) -> None:
+        """Counts the chosen tokens."""
+        self.written += 1
+        if self.features.penalized:
+            column = tokens.unsqueeze(1)
+            self.seen.scatter_(1, column, True)
+            self.counts.scatter_add_(1, column, torch.ones_like(column, dtype=self.counts.dtype))
+            self.recent.copy_(torch.cat([self.recent[:, 1:], column], 1))
+
+    def reorder(self, rows: Tensor, tokens: Tensor) -> None:
+        """Row b goes on from what row `rows[b]` was, with `tokens[b]` written: beams."""
+        self.written += 1
+        if self.features.penalized:
+            for kept in (self.seen, self.counts, self.recent):
+                kept.copy_(kept[rows])
+            self.written -= 1
+            self.remember(tokens)
+
+
+def marks(rows: Sequence[Sequence[int]], vocabulary: int) -> Tensor:
+    """(B, vocabulary) bool: which tokens stand in each row."""
+    found = torch.zeros(len(rows), vocabulary, dtype=torch.bool)
+    for row, tokens in zip(found, rows, strict=True):
+        row[torch.tensor(sorted(set(tokens)), dtype=torch.int64)] = True
+    return found
+
+
+def mix(values: Tensor) -> Tensor:
+    """SplitMix64's finalizer of int64: every bit of the result depends on every bit of the value."""
+    for shift, factor in MIX:
+        values = (values ^ ((values >> shift) & ((1 << (64 - shift)) - 1))) * factor
+    return values ^ ((values >> 31) & ((1 << 33) - 1))
+
+
+def gumbel(seed: Tensor, written: Tensor, vocabulary: int) -> Tensor:
+    """Gumbel noise (B, vocabulary) float32 for seeds (B, 1) and steps (B, 1)."""
+    stream = mix(mix(seed * GOLDEN + 1) + written * GOLDEN)
+    bits = mix(stream + torch.arange(vocabulary, device=seed.device) * GOLDEN)
+    uniform = (((bits >> 41) & ((1 << 23) - 1)).float() + 0.5) / (1 << 23)  # never 0, never 1
+    return -torch.log(-torch.log(uniform))

@@ -1,0 +1,136 @@
+"""What a request asks for, and what it gets."""
+
+import math
+from dataclasses import dataclass, field
+
+from engine.errors import EngineError
+
+LONGEST_BAD_WORD = 8  # tokens
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a prompt is continued. The values here leave the model's distribution as it is, and take its likeliest token.
+
+    temperature         0 is greedy
+    top_k, top_p, min_p sample among the k likeliest, the fewest that have p of the mass, those with at least p times
+                        the likeliest's probability; in this order, each of what the one before left
+    repetition_penalty  divides positive and multiplies negative logits of tokens in prompt or output
+    presence_penalty    is subtracted from the logits of tokens in the output; frequency_penalty once per occurrence
+    min_new_tokens      stop tokens are not chosen before
+    stop, stop_tokens   strings (not part of the text) and tokens that end it, beside the model's own stop tokens
+    ignore_eos          the model's own stop tokens are tokens like others
+    bad_words           strings, or sequences of tokens, that are not written
+    seed                of this request; same seed, same tokens, whatever else is in the batch; None for a new one
+    beams               beam search over so many; length_penalty is its exponent of the length
+    logprobs            of each token written, with those of so many alternatives; None for none
+    prompt_logprobs     of each token of the prompt but the first
+    lookup              draft tokens a step, found in the text so far: greedy, one sequence
+    """
+
+    max_new_tokens: int = 128
+    min_new_tokens: int = 0
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    stop: tuple[str, ...] = ()
+    stop_tokens: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    bad_words: tuple[str | tuple[int, ...], ...] = ()
+    seed: int | None = None
+    beams: int = 1
+    length_penalty: float = 1.0
+    logprobs: int | None = None
+    prompt_logprobs: bool = False
+    lookup: int = 0
+
+    def __post_init__(self) -> None:
+        reason = self.reason_against()
+        if reason:
+            raise EngineError(reason)
+
+    def reason_against(self) -> str | None:
+        """Why nothing can be generated so, or None."""
+        ranges = {
+            "max_new_tokens": (self.max_new_tokens, 1, math.inf),
+            "min_new_tokens": (self.min_new_tokens, 0, self.max_new_tokens),
+            "temperature": (self.temperature, 0, 100),
+            "top_k": (self.top_k, 0, math.inf),
+            "top_p": (self.top_p, 1e-6, 1),
+            "min_p": (self.min_p, 0, 1),
+            "repetition_penalty": (self.repetition_penalty, 1e-3, 1e3),
+            "presence_penalty": (self.presence_penalty, -100, 100),
+            "frequency_penalty": (self.frequency_penalty, -100, 100),
+            "beams": (self.beams, 1, 64),
+            "logprobs": (self.logprobs or 0, 0, 100),
+            "lookup": (self.lookup, 0, 7),
+        }
+        for name, (value, low, high) in ranges.items():
+            if not low <= value <= high:  # a NaN is in no range
+                return f"{name} is {value}: it must lie between {low} and {high}"
+        for name, words in (("stop", self.stop), ("bad_words", self.bad_words)):
+            if not isinstance(words, tuple | list) or not all(words):
+                return f"{name} is {words!r}: a list of strings that are not empty is needed"
+        if not all(isinstance(word, str) for word in self.stop):
+            return f"stop is {self.stop!r}: a list of strings is needed; tokens go to stop_tokens"
+        if self.lookup and (self.temperature or self.penalized or self.beams > 1 or self.logprobs is not None):
+            return "lookup checks drafts greedily: it goes with no temperature, penalty, beams or logprobs"
+        if self.beams > 1 and (self.temperature or self.logprobs is not None):
+            return "beam search samples nothing and keeps no logprobs: leave temperature at 0 and logprobs out"
+        return None
+
+    @property
+    def penalized(self) -> bool:
+        """Whether what was written, or may not be, changes the logits."""
+        neutral = (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) == (1.0, 0.0, 0.0)
+        return not neutral or bool(self.bad_words) or self.min_new_tokens > 0
+
+    @property
+    def truncated(self) -> bool:
+        """Whether unlikely tokens are left out."""
+        return self.temperature > 0 and (self.top_k > 0 or self.top_p < 1 or self.min_p > 0)
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """A token's log-probability before penalties and temperature, and the likeliest alternatives'."""
+
+    token: int
+    logprob: float
+    top: dict[int, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What one step added to one request: text that is final, the tokens, and why it ended, if it did."""
+
+    request: int
+    text: str
+    tokens: tuple[int, ...]
+    finish_reason: str | None = None
+
+
+@dataclass(frozen=True)
+class Completion:
+    """A finished request.
+
+    text             without stop strings and special tokens
+    tokens           all that were written, a stop token included
+    finish_reason    "stop", or "length" where max_new_tokens or the engine's context ended it
+    steps            decode steps that it took: fewer than tokens where drafts were accepted
+    score            of beam search: the sum of log-probabilities / length^length_penalty
+    """
+
+    text: str
+    tokens: tuple[int, ...]
+    finish_reason: str
+    prompt_tokens: int
+    seed: int
+    steps: int
+    logprobs: tuple[TokenLogprob, ...] | None = None
+    prompt_logprobs: tuple[TokenLogprob, ...] | None = None
+    score: float | None = None

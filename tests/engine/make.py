@@ -1,0 +1,52 @@
+"""Engines over tiny models, for tests: quantized checkpoints of any format, and references that compute the same."""
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel
+
+import engine
+from engine.engine import Engine
+from export.formats import FORMATS, write_config
+from quant.qtensor import QTensor, round_to_nearest
+from quant.scheme import Activations, Scheme
+from tests.builders import make_model, save
+
+
+def tiny(directory: Path, family: str = "llama", **changes) -> tuple[Engine, PreTrainedModel]:
+    """An engine in float32 on the CPU, and transformers' model of the same weights."""
+    model = make_model(family, **changes)
+    save(model, directory)
+    return engine.load(directory, device="cpu", context=128), model
+
+
+def quantized(
+    directory: Path, scheme: Scheme, fmt: str = "compressed-tensors", family: str = "llama"
+) -> PreTrainedModel:
+    """Writes a checkpoint whose blocks' linears have `scheme`; returns transformers' model of what they stand for."""
+    model = make_model(family)
+    save(model, directory)
+    tensors, schemes = {}, {}
+    for name, value in load_file(directory / "model.safetensors").items():
+        linear = name.removesuffix(".weight")
+        if value.ndim != 2 or ".layers." not in name:
+            tensors[name] = value
+            continue
+        weight = rounded(value, scheme)
+        tensors |= FORMATS[fmt].write(linear, weight)
+        schemes[linear] = scheme
+        model.get_parameter(name).data.copy_(weight.dequantize())
+    save_file(tensors, directory / "model.safetensors")
+    config = json.loads((directory / "config.json").read_text())
+    block = FORMATS[fmt].quantization_config(schemes, [])
+    write_config(directory, config, FORMATS[fmt], block)
+    return model
+
+
+def rounded(weight: torch.Tensor, scheme: Scheme) -> QTensor:
+    """`weight` to the nearest codes, scales in float16; inputs that share a scale get one that fits a normed input."""
+    plain = round_to_nearest(weight, Scheme(scheme.qtype, scheme.granularity), torch.float16)
+    scale = torch.tensor(0.05) if scheme.activations is Activations.TENSOR else None
+    return QTensor(plain.codes, plain.scales, plain.zeros, scheme, scale)

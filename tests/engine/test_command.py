@@ -1,0 +1,65 @@
+"""`quantize-generate` from its arguments to its text."""
+
+import pytest
+from click.testing import CliRunner
+
+import engine
+from commands.quantize_generate import generate
+from export.errors import CheckpointError
+from tests.builders import save_family
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    return save_family("llama", tmp_path_factory.mktemp("llama"))
+
+
+def run(*arguments: str, stdin: str = ""):
+    return CliRunner().invoke(generate, [*map(str, arguments), "--device", "cpu"], input=stdin)
+
+
+def test_a_prompt_is_continued_and_streaming_writes_the_same(directory):
+    expected = engine.load(directory, device="cpu").generate(["hello"], max_new_tokens=12)[0].text
+    assert run(directory, "-p", "hello", "--max-new-tokens", "12").output == f"hello{expected}\n"
+    assert run(directory, "-p", "hello", "--max-new-tokens", "12", "--stream").output == f"{expected}\n"
+    assert run(directory, "-p", "-", "--max-new-tokens", "12", stdin="hello").output == f"hello{expected}\n"
+
+
+def test_chat_answers_by_the_template(directory):
+    model = engine.load(directory, device="cpu")
+    messages = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "hi"}]
+    expected = model.generate([model.encode_chat(messages)], max_new_tokens=8)[0].text
+    got = run(directory, "--chat", "--system", "be brief", "-p", "hi", "--max-new-tokens", "8", "--verbose")
+    assert got.stdout == f"{expected}\n"
+    assert "tokens read, 8 written in 8 steps (length), seed" in got.stderr
+
+
+def test_a_conversation_remembers(directory):
+    model = engine.load(directory, device="cpu")
+    messages = [{"role": "user", "content": "hi"}]
+    answers = []
+    for question in ("", "more"):
+        messages += [{"role": "user", "content": question}] if question else []
+        answers.append(model.generate([model.encode_chat(messages)], max_new_tokens=6)[0].text)
+        messages.append({"role": "assistant", "content": answers[-1]})
+    assert run(directory, "--chat", "--max-new-tokens", "6", stdin="hi\nmore\n\n").stdout == "\n".join([*answers, ""])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "no prompt: pass --prompt TEXT"),
+        (("-p", "a", "-p", "b", "--stream"), "2 prompts were given"),
+        (("-p", "a", "--temperature", "-1"), "temperature is -1.0"),
+        (("-p", ""), "the prompt is empty"),
+        (("-p", "a" * 50, "--context", "40"), "50 tokens, the engine's context is 40"),
+    ],
+)
+def test_what_is_wrong_is_said(directory, arguments, message):
+    result = run(directory, *arguments)
+    assert result.exit_code == 2
+    assert message in result.stderr
+
+
+def test_a_directory_that_is_no_model_is_told(tmp_path):
+    assert isinstance(run(tmp_path, "-p", "a").exception, CheckpointError)

@@ -1,0 +1,165 @@
+"""Loading: every scheme and format computes what its codes stand for; half precision runs the fused operators."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import engine
+from export.errors import CheckpointError
+from quant.kernels.packed import PackedWeight
+from quant.scheme import parse_scheme
+from tests.builders import changed_config, logits_of, save_family
+from tests.engine.make import quantized, tiny
+
+IDS = torch.tensor([[5, 77, 200, 31, 9, 100, 3]])
+CASES = [
+    ("compressed-tensors", "int4-g32"),
+    ("compressed-tensors", "uint4-g32"),
+    ("compressed-tensors", "int8-channel"),
+    ("gptq", "int4-g32"),
+    ("gptq_v2", "uint4-g32"),
+    ("awq", "uint4-g32"),
+]
+
+
+def check_half(model: engine.engine.Engine, expected: torch.Tensor) -> None:
+    """Half precision strays from float32 by its own rounding: 11 bits, over a handful of products."""
+    error = (model.logits(IDS) - expected).abs().max() / expected.abs().max()
+    assert float(error) < 0.01
+
+
+@pytest.mark.parametrize(("fmt", "scheme"), CASES)
+def test_quantized_checkpoints_compute_what_they_stand_for(fmt, scheme, tmp_path):
+    reference = quantized(tmp_path, parse_scheme(scheme), fmt)
+    expected = logits_of(reference, IDS)
+    torch.testing.assert_close(engine.load(tmp_path, device="cpu").logits(IDS), expected, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "gpt_neox"])
+@pytest.mark.parametrize("cache", ["same", "int8"])
+def test_packed_weights_run_in_half_precision(family, cache, tmp_path):
+    reference = quantized(tmp_path, parse_scheme("int4-g32"), family=family)
+    model = engine.load(tmp_path, device="cpu", dtype=torch.float16, cache=cache)
+    assert all(isinstance(layer.down.weight, PackedWeight) for layer in model.decoder.weights.layers)
+    check_half(model, logits_of(reference, IDS))
+    written = model.generate([IDS[0].tolist()] * 2, max_new_tokens=6, ignore_eos=True)
+    assert written[0].tokens == written[1].tokens
+
+
+def test_linears_of_one_product_may_have_different_schemes(tmp_path):
+    reference = quantized(tmp_path, parse_scheme("int4-g32"))
+    tensors = load_file(tmp_path / "model.safetensors")
+    for layer in range(2):
+        name = f"model.layers.{layer}.self_attn.v_proj"
+        for suffix in ("packed", "scale", "shape"):
+            del tensors[f"{name}.weight_{suffix}"]
+        tensors[f"{name}.weight"] = reference.get_parameter(f"{name}.weight").data.contiguous()
+    save_file(tensors, tmp_path / "model.safetensors")
+    expected = logits_of(reference, IDS)
+    torch.testing.assert_close(engine.load(tmp_path, device="cpu").logits(IDS), expected, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("scheme", ["int8-channel-a8token", "int8-channel-a8tensor"])
+def test_inputs_are_rounded_where_the_scheme_says_so(scheme, tmp_path):
+    reference = quantized(tmp_path, parse_scheme(scheme))
+
+    def rounding(module, args):
+        values = args[0]
+        scale = values.abs().amax(-1, keepdim=True) / 127 if scheme.endswith("token") else 0.05
+        return ((values / scale).round().clamp(-128, 127) * scale,)
+
+    exact = logits_of(reference, IDS)
+    for name, module in reference.named_modules():
+        if isinstance(module, torch.nn.Linear) and name != "lm_head":
+            module.register_forward_pre_hook(rounding)
+    expected = logits_of(reference, IDS)
+    got = engine.load(tmp_path, device="cpu").logits(IDS)
+    torch.testing.assert_close(got, expected, atol=2e-4, rtol=1e-3)
+    assert (got - exact).abs().max() > 10 * (got - expected).abs().max()
+
+
+def test_an_int8_cache_stays_close(tmp_path):
+    _, reference = tiny(tmp_path)
+    expected = logits_of(reference, IDS)
+    error = (engine.load(tmp_path, device="cpu", cache="int8").logits(IDS) - expected).abs().max()
+    assert 1e-5 < float(error) < 0.02 * float(expected.abs().max())
+
+
+def test_the_head_can_be_rounded_at_load(tmp_path):
+    _, reference = tiny(tmp_path)
+    expected = logits_of(reference, IDS)
+    model = engine.load(tmp_path, device="cpu", head="int8-channel")
+    error = (model.logits(IDS) - expected).abs().max() / expected.abs().max()
+    assert 1e-5 < float(error) < 0.01
+
+
+def test_a_base_model_without_its_prefix_is_read(tmp_path):
+    save_family("gpt2", tmp_path)
+    expected = engine.load(tmp_path, device="cpu").logits(IDS)
+    tensors = load_file(tmp_path / "model.safetensors")
+    bare = {name.removeprefix("transformer."): value for name, value in tensors.items()}
+    bare |= {f"h.{i}.attn.bias": torch.ones(1, 1, 64, 64) for i in range(2)}
+    save_file(bare, tmp_path / "model.safetensors")
+    assert torch.equal(engine.load(tmp_path, device="cpu").logits(IDS), expected)
+
+
+def edited(directory: Path, change) -> None:
+    tensors = load_file(directory / "model.safetensors")
+    change(tensors)
+    save_file(tensors, directory / "model.safetensors")
+
+
+FIRST = "model.layers.0.mlp.down_proj.weight"
+WRONG = {
+    "is in no file": lambda tensors: tensors.pop(FIRST),
+    "have no place": lambda tensors: tensors.update({"model.layers.2.mlp.down_proj.weight": torch.zeros(64, 96)}),
+    "has shape": lambda tensors: tensors.update({FIRST: torch.zeros(64, 64)}),
+}
+
+
+@pytest.mark.parametrize("message", WRONG)
+def test_tensors_that_contradict_the_configuration_are_named(message, tmp_path):
+    save_family("llama", tmp_path)
+    edited(tmp_path, WRONG[message])
+    with pytest.raises(CheckpointError, match=message) as caught:
+        engine.load(tmp_path, device="cpu")
+    assert "model.layers" in str(caught.value)
+
+
+def test_an_unknown_family_is_told_the_known_ones(tmp_path):
+    save_family("opt", tmp_path)
+    with pytest.raises(CheckpointError, match=r"no family 'opt'.*llama, mistral, qwen2"):
+        engine.load(tmp_path, device="cpu")
+
+
+def test_an_activation_that_nothing_computes_is_told(tmp_path):
+    save_family("gpt2", tmp_path)
+    changed_config(tmp_path, lambda config: config.update(activation_function="relu"))
+    with pytest.raises(CheckpointError, match="'relu' is not computed here"):
+        engine.load(tmp_path, device="cpu")
+
+
+def test_a_context_beyond_the_models_positions_is_refused(tmp_path):
+    save_family("llama", tmp_path)
+    with pytest.raises(CheckpointError, match=r"context 5000.*1 to 1024"):
+        engine.load(tmp_path, device="cpu", context=5000)
+
+
+def test_a_model_without_a_tokenizer_takes_and_gives_tokens(tmp_path):
+    save_family("llama", tmp_path)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).unlink()
+    model = engine.load(tmp_path, device="cpu")
+    assert len(model.generate([[1, 2]], max_new_tokens=3, ignore_eos=True)[0].tokens) == 3
+    with pytest.raises(ValueError, match="no tokenizer"):
+        model.generate(["text"])
+
+
+def test_the_models_stop_tokens_come_from_its_generation_config(tmp_path):
+    model, _ = tiny(tmp_path)
+    stop = model.generate([[1, 2]], max_new_tokens=6, ignore_eos=True)[0].tokens[3]
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [stop, 257]}))
+    assert engine.load(tmp_path, device="cpu").generate([[1, 2]])[0].finish_reason == "stop"

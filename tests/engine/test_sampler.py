@@ -1,0 +1,62 @@
+"""The sampler against transformers' warpers and against the distribution it should draw from."""
+
+import torch
+from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+from engine.sampler import Constraints, Sampler, features_of, gumbel
+from engine.sampling import Sampling
+
+VOCABULARY = 40
+
+
+def sampler_for(*settings: Sampling, seeds: range | None = None) -> Sampler:
+    requests = [
+        Constraints(each, seed, [1], ()) for each, seed in zip(settings, seeds or range(len(settings)), strict=True)
+    ]
+    sampler = Sampler(features_of(requests), len(requests), VOCABULARY, torch.device("cpu"))
+    sampler.start(requests)
+    return sampler
+
+
+def test_truncation_keeps_what_transformers_keeps():
+    cases = [
+        Sampling(temperature=0.7, top_k=7, top_p=0.8, min_p=0.05),
+        Sampling(temperature=1.3, top_p=0.5),
+        Sampling(temperature=1.0, top_k=1),
+        Sampling(temperature=2.0, min_p=0.3),
+        Sampling(temperature=1.0),
+    ]
+    logits = 2 * torch.randn(len(cases), VOCABULARY)
+    sampler = sampler_for(*cases)
+    scaled = logits / sampler.temperature
+    kept = scaled >= sampler.threshold(scaled)
+    for row, case in enumerate(cases):
+        scores = TemperatureLogitsWarper(case.temperature)(None, logits[row : row + 1])
+        scores = TopKLogitsWarper(case.top_k)(None, scores) if case.top_k else scores
+        scores = TopPLogitsWarper(case.top_p)(None, scores) if case.top_p < 1 else scores
+        scores = MinPLogitsWarper(case.min_p)(None, scores) if case.min_p else scores
+        assert torch.equal(kept[row], scores[0] > float("-inf")), case
+
+
+def test_draws_follow_the_distribution():
+    count = 40_000
+    logits = torch.randn(VOCABULARY)
+    sampler = sampler_for(*[Sampling(temperature=0.8)] * count, seeds=range(count))
+    tokens = sampler(logits.expand(count, -1)).tokens
+    expected = (logits / 0.8).softmax(-1) * count
+    found = torch.bincount(tokens, minlength=VOCABULARY)
+    # chi-square with 39 degrees of freedom: 99.9% of fair draws lie below 73
+    assert float(((found - expected) ** 2 / expected).sum()) < 73
+
+
+def test_steps_of_a_request_draw_independently():
+    first, second = (gumbel(torch.arange(64).unsqueeze(1), torch.full((64, 1), step), 1000) for step in (0, 1))
+    correlation = torch.corrcoef(torch.stack([first.flatten(), second.flatten()]))[0, 1]
+    assert abs(float(correlation)) < 0.02  # eight standard errors
+    assert first.isfinite().all()
+
+
+def test_a_cold_row_takes_the_likeliest_beside_warm_ones():
+    logits = torch.randn(3, VOCABULARY)
+    sampler = sampler_for(Sampling(temperature=5.0), Sampling(), Sampling(temperature=5.0, top_k=3))
+    assert sampler(logits).tokens[1] == logits[1].argmax()
