@@ -1,6 +1,7 @@
 """What the subcommands of `quantize-eval` share: options, the models they open, a progress bar, where rows go."""
 
 import json
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -66,7 +67,7 @@ class Session:
     @contextmanager
     def progress(self, title: str) -> Iterator[OnStep]:
         """A bar with the time that is left, on a terminal alone; yields what tells it how far things are."""
-        shown = Console(stderr=True)
+        shown = Console(file=sys.stderr)
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
         times = (TimeElapsedColumn(), TimeRemainingColumn())
         with Progress(*columns, *times, console=shown, transient=True, disable=not shown.is_terminal) as bar:

@@ -150,13 +150,12 @@ def _print_divergence(session: Session, found: Divergence, row: dict[str, Any]) 
 def tasks(names: str, include: Path | None, fewshot: int | None, limit: int | None, **options: Any) -> None:
     """Tasks of lm-evaluation-harness; the last line is JSON."""
     session = make_session(options)
-    known = TaskList(include)
-    wanted = known.check([name.strip() for name in names.split(",") if name.strip()])
+    known = TaskList([name.strip() for name in names.split(",") if name.strip()], include)
     found: list[list[dict[str, Any]]] = []
     for name in session.models():
         backend = session.open(session.source(name))
         with session.progress(name) as on_step:
-            rows = run_tasks(backend, known, wanted, fewshot, limit, session.library, on_step)
+            rows = run_tasks(backend, known, fewshot, limit, session.library, on_step)
         found.append([{"evaluation": "task", "model": name, "backend": backend.name} | row for row in rows])
     _print_tasks(session, found)
     rows = found[0]

@@ -7,6 +7,8 @@ Its own adapter to transformers is what ours is tested against, number by number
 import logging
 import warnings
 from collections.abc import Iterable, Sequence
+from contextlib import redirect_stderr
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from export.errors import CheckpointError
 from quant.recipe import nearest
 
 LONGEST = 4096  # tokens of context and continuation, where the model has positions for as many
+YAML = (".yaml", ".yml")
 MOST_WRITTEN = 256  # tokens of an answer, where a task does not say
 
 
@@ -75,10 +78,12 @@ class Adapter:
     ) -> list[tuple[float, bool]]:
         """For each (_, context, continuation): the continuation's log-likelihood, and whether it is what is likeliest.
 
-        The continuation's last max_length tokens count, with as much of the context as fits before them.
+        As much of the context counts as fits before it. CheckpointError where a continuation alone does not fit.
         """
         tokens = [(context + answer)[-(self.max_length + 1) :] for _, context, answer in requests]
-        answers = [min(len(answer), self.max_length) for _, _, answer in requests]
+        answers = [len(answer) for _, _, answer in requests]
+        if max(answers) > self.max_length:
+            raise CheckpointError(f"an answer of {max(answers)} tokens: the model has positions for {self.max_length}")
         journal = self.library.journal("tasks", [self.scored], tokens=tokens, answers=answers)
         self.on_step(len(journal.rows), len(tokens))
         order = sorted((i for i in range(len(tokens)) if i not in journal.rows), key=lambda i: -len(tokens[i]))
@@ -172,36 +177,45 @@ def import_harness() -> Any:
 
 
 class TaskList:
-    """The harness's tasks and those in `folder`. Names, tags and groups, and paths of YAML files, are tasks."""
+    """The tasks called `names`: of `folder`, of the harness, or in YAML files of those paths.
 
-    def __init__(self, folder: Path | None = None) -> None:
+    CheckpointError names the nearest task to one that there is not.
+    """
+
+    def __init__(self, names: Sequence[str], folder: Path | None = None) -> None:
         if folder is not None and not folder.is_dir():
             raise CheckpointError(f"{folder}: no such directory of task files")
         self.harness = import_harness()
-        self.manager: Any = self.harness.tasks.TaskManager(include_path=None if folder is None else str(folder))
+        self._folder = folder
+        gone = [name for name in names if name.endswith(YAML) and not Path(name).is_file()]
+        if gone:
+            raise CheckpointError(f"unknown task {gone[0]!r}; no such file")
+        self.manager = self._manager(include_defaults=False)
+        found = self._expanded(names)
+        if "" in found:  # reading the harness's own thousands of files takes seconds
+            self.manager = self._manager(include_defaults=True)
+            found = self._expanded(names)
+        if "" in found:
+            raise CheckpointError(_complaint(names[found.index("")], self.manager.all_tasks))
+        self.names = [match for matches in found for match in matches]
 
-    def check(self, names: Sequence[str]) -> list[str]:
-        """`names`, patterns expanded. CheckpointError names the nearest task to one that there is not."""
-        found: list[str] = []
-        for name in names:
-            matches = self.manager.match_tasks([name]) if not name.endswith((".yaml", ".yml")) else [name]
-            missing_file = name.endswith((".yaml", ".yml")) and not Path(name).is_file()
-            if not matches or missing_file:
-                hint = "no such file" if missing_file else _near(name, self.manager.all_tasks)
-                raise CheckpointError(f"unknown task {name!r}; {hint}")
-            found += matches
-        return found
+    def _manager(self, include_defaults: bool) -> Any:
+        folder = None if self._folder is None else str(self._folder)
+        return self.harness.tasks.TaskManager(include_path=folder, include_defaults=include_defaults)
+
+    def _expanded(self, names: Sequence[str]) -> list[Any]:
+        """For each name the tasks it stands for, or "" where there is none."""
+        return [[name] if name.endswith(YAML) else self.manager.match_tasks([name]) or "" for name in names]
 
 
-def _near(name: str, known: Sequence[str]) -> str:
+def _complaint(name: str, known: Sequence[str]) -> str:
     hint = nearest(name, known)
-    return hint if hint.startswith("did you") else f"none of {len(known)} tasks is called like it; see --list-tasks"
+    return f"unknown task {name!r}; {hint if hint.startswith('did') else f'none of {len(known)} is called like it'}"
 
 
 def run_tasks(
     backend: Backend,
     tasks: TaskList,
-    names: Sequence[str],
     fewshot: int | None = None,
     limit: int | None = None,
     library: Library | None = None,
@@ -215,22 +229,24 @@ def run_tasks(
     """
     model = harness_model(backend, library, on_step)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), redirect_stderr(StringIO()):  # bars of its own, beside ours
             warnings.simplefilter("ignore")
             found: Any = tasks.harness.simple_evaluate(
                 model,
-                tasks=tasks.check(names),
+                tasks=tasks.names,
                 num_fewshot=fewshot,
                 limit=limit,
                 task_manager=tasks.manager,
                 bootstrap_iters=1000,
                 log_samples=False,
             )
+    except CheckpointError:
+        raise
     except (OSError, ValueError, KeyError, AssertionError) as error:
         reason = " ".join(str(error).split())[:300]
         raise CheckpointError(
-            f"{', '.join(names)}: the harness could not run it ({type(error).__name__}: {reason}); a data set that is "
-            "not in the hub's cache needs the network, a local one is named in the task's YAML (dataset_path: json)"
+            f"{', '.join(tasks.names)}: the harness could not run it ({type(error).__name__}: {reason}); a data set "
+            "that is not in the hub's cache needs the network, a local one is named in the task (dataset_path: json)"
         ) from error
     return [row for task, values in sorted(found["results"].items()) for row in _rows(task, values, found)]
 

@@ -1,0 +1,108 @@
+"""Results are kept under what decides them, and an interrupted evaluation goes on where it stopped."""
+
+import json
+import shutil
+
+import pytest
+
+from evaluation.backend import TransformersBackend, open_backend
+from evaluation.journal import Journal, Library
+from evaluation.perplexity import perplexity
+from evaluation.text import Protocol, cut
+from models.source import open_source
+from tests.e2e.cli import run_quantize_eval
+
+TEXT = "Call me Ishmael. Some years ago, never mind how long precisely. " * 20
+
+
+class Stops(TransformersBackend):
+    """A backend that is interrupted after `left` batches."""
+
+    left = 2
+
+    def logits(self, batches):
+        for each in super().logits(batches):
+            if not self.left:
+                raise KeyboardInterrupt
+            self.left -= 1
+            yield each
+
+
+@pytest.fixture
+def source(models):
+    return open_source(str(models("llama")[1]))
+
+
+def test_an_interrupted_score_goes_on(source, tmp_path, monkeypatch):
+    monkeypatch.setattr("evaluation.text.BATCH_TOKENS", 64)
+    text_cut, library = cut(TEXT, source, Protocol(64)), Library(tmp_path)
+    whole = perplexity(open_backend("transformers", source, "cpu"), text_cut)
+    with pytest.raises(KeyboardInterrupt):
+        perplexity(Stops(source, "cpu"), text_cut, library)
+    [journal] = tmp_path.glob("perplexity-*.jsonl")
+    assert len(journal.read_text().splitlines()) == 2
+    steps: list[tuple[int, int]] = []
+    again = perplexity(open_backend("transformers", source, "cpu"), text_cut, library, lambda *step: steps.append(step))
+    assert steps[0] == (2, len(text_cut.windows))
+    assert again.window_nll.tolist() == whole.window_nll.tolist()
+
+
+def test_a_finished_score_is_not_repeated(source, tmp_path):
+    text_cut, library = cut(TEXT, source, Protocol(64)), Library(tmp_path)
+    first = perplexity(open_backend("transformers", source, "cpu"), text_cut, library)
+    stops = Stops(source, "cpu")
+    stops.left = 0
+    assert perplexity(stops, text_cut, library).window_nll.tolist() == first.window_nll.tolist()
+
+
+def test_what_decides_the_result_decides_the_journal(source, tmp_path):
+    library = Library(tmp_path / "cache")
+    backend = open_backend("transformers", source, "cpu")
+
+    def path(*backends, **facts):
+        return library.journal("perplexity", list(backends), **facts)._path
+
+    same = path(backend, ids="a")
+    assert same == path(open_backend("transformers", source, "cpu"), ids="a")
+    copy = tmp_path / "copy"
+    shutil.copytree(source.directory, copy)
+    assert same == path(open_backend("transformers", open_source(str(copy)), "cpu"), ids="a")
+    weights = copy / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
+    assert same != path(open_backend("transformers", open_source(str(copy)), "cpu"), ids="a")
+    assert same != path(backend, ids="b")
+    assert same != path(open_backend("blocks", source, "cpu"), ids="a")
+    assert same != path(backend, backend, ids="a")
+
+
+def test_a_line_that_was_cut_off_is_dropped(tmp_path):
+    path = tmp_path / "journal.jsonl"
+    Journal(path).add(0, {"nll": 1.5})
+    with path.open("a") as file:
+        file.write('{"piece": 1, "nl')
+    journal = Journal(path)
+    assert journal.rows == {0: {"nll": 1.5}}
+    journal.add(1, {"nll": 2.5})
+    assert Journal(path).rows == {0: {"nll": 1.5}, 1: {"nll": 2.5}}
+    assert [json.loads(line)["piece"] for line in path.read_text().splitlines()] == [0, 1]
+
+
+def test_the_command_keeps_and_need_not(models, tmp_path, cache):
+    (tmp_path / "text.txt").write_text(TEXT)
+    args = ["perplexity", models("llama")[1], "--text", tmp_path / "text.txt", "--context", 64]
+    without = run_quantize_eval(*args, "--no-cache")
+    assert not cache.exists()
+    kept = run_quantize_eval(*args)
+    again = run_quantize_eval(*args)
+    assert len(list((cache / "evaluations").glob("*.jsonl"))) == 1
+    assert without.out == kept.out == again.out
+
+
+def test_an_interruption_says_what_was_kept(models, monkeypatch):
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("commands.quantize_eval.score_text", interrupted)
+    done = run_quantize_eval("perplexity", models("llama")[1], "--context", 64, "--windows", 1)
+    assert done.code == 130
+    assert "goes on from there" in done.err
