@@ -14,6 +14,7 @@ from datasets.utils.logging import disable_progress_bar
 from rich.console import Console
 from transformers.utils import logging as transformers_logging
 
+from engine.errors import EngineError
 from export.errors import CheckpointError
 from quant.recipe import RecipeError
 
@@ -69,7 +70,7 @@ def run_command(command: click.Command, interrupted: str = "Interrupted; nothing
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)
-    except (CheckpointError, RecipeError) as error:
+    except (CheckpointError, RecipeError, EngineError) as error:
         _fail(f"Error: {error}", 2)
     except torch.OutOfMemoryError as error:
         _fail(f"Error: the GPU's memory is full ({error}); use --device cpu, or fewer --num-samples", 2)

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+import engine
+from engine.engine import Engine
 from evaluation.vllm_backend import VllmModel
 from export.checkpoint import read_json
 from export.errors import CheckpointError
@@ -23,6 +25,7 @@ from models.source import Source
 from models.walk import Walk
 from quant.recipe import nearest
 
+LONGEST_CONTEXT = 16384  # positions that the engine is loaded with
 MEMORY_SHARE = 0.6  # of free memory that weights may take; the rest is for logits
 HIDDEN_BYTES = 1 << 30  # hidden states that a walk through the blocks keeps at once
 LOSS_ROWS = 256  # tokens whose log-likelihoods are taken at once: more falls out of the processor's cache
@@ -128,6 +131,26 @@ class BlocksBackend(Backend):
         )
 
 
+class EngineBackend(Backend):
+    """lowbit's own engine, which computes with packed weights and 8-bit activations as they are."""
+
+    name = "engine"
+
+    @cached_property
+    def _engine(self) -> Engine:
+        positions = getattr(self.source.config.get_text_config(), "max_position_embeddings", None)
+        context = None if positions is None else min(positions, LONGEST_CONTEXT)
+        return engine.load(str(self.source.directory), self.device, self.dtype, context)
+
+    def logits(self, batches: Iterable[Tensor]) -> Iterator[Tensor]:
+        for ids in batches:
+            yield self._engine.logits(ids)
+
+    def generate(self, prompt: Sequence[int], tokens: int, stops: Sequence[str] = ()) -> list[int]:
+        [written] = self._engine.generate([list(prompt)], max_new_tokens=tokens, stop=tuple(stops))
+        return until_end(list(written.tokens), self.end_tokens())
+
+
 class VllmBackend(Backend):
     """vLLM, which knows the log-likelihoods of given tokens but hands no distribution out."""
 
@@ -152,7 +175,7 @@ class VllmBackend(Backend):
 
 
 BACKENDS: dict[str, type[Backend]] = {
-    backend.name: backend for backend in (TransformersBackend, BlocksBackend, VllmBackend)
+    backend.name: backend for backend in (TransformersBackend, BlocksBackend, EngineBackend, VllmBackend)
 }
 
 

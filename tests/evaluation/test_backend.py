@@ -30,6 +30,19 @@ def test_the_walk_through_blocks_gives_the_models_logits(models, family, monkeyp
     torch.testing.assert_close(torch.cat(found), logits_of(model, IDS), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3", "gpt2"])
+def test_the_engine_gives_the_models_logits(models, family):
+    model, directory = models(family)
+    backend = open_backend("engine", open_source(str(directory)), "cpu")
+    torch.testing.assert_close(torch.cat(list(backend.logits([IDS]))), logits_of(model, IDS), rtol=1e-4, atol=1e-5)
+
+
+def test_packed_weights_are_the_dense_ones_dequantized(int4):
+    source = open_source(str(int4))
+    dense, packed = (next(open_backend(name, source, "cpu").logits([IDS])) for name in ("transformers", "engine"))
+    torch.testing.assert_close(packed, dense, rtol=1e-3, atol=1e-4)
+
+
 def test_log_likelihoods_are_the_logits(models):
     model, directory = models("llama")
     [found] = open_backend("transformers", open_source(str(directory)), "cpu").log_likelihoods([IDS])
@@ -37,11 +50,12 @@ def test_log_likelihoods_are_the_logits(models):
     torch.testing.assert_close(found, expected)
 
 
-def test_it_writes_what_transformers_writes(models):
+@pytest.mark.parametrize("name", ["transformers", "engine"])
+def test_it_writes_what_transformers_writes(models, name):
     model, directory = models("llama")
     inputs = make_tokenizer()("The capital", return_tensors="pt")
     ids = model.generate(input_ids=inputs.input_ids, do_sample=False, max_new_tokens=6, pad_token_id=258)
-    backend = open_backend("transformers", open_source(str(directory)), "cpu")
+    backend = open_backend(name, open_source(str(directory)), "cpu")
     assert backend.generate(inputs.input_ids[0].tolist(), 6) == ids[0, inputs.input_ids.shape[1] :].tolist()
 
 

@@ -33,8 +33,12 @@ def own_loss(model: torch.nn.Module, ids: torch.Tensor, first: int = 1) -> float
         return float(model(input_ids=ids[None], labels=labels[None], use_cache=False).loss)
 
 
-@pytest.mark.parametrize("backend", ["transformers", "blocks"])
-@pytest.mark.parametrize("family", ["llama", "gemma3", "mixtral", "opt", "gpt2"])
+FAMILIES = ["llama", "gemma3", "mixtral", "opt", "gpt2"]
+BACKENDS = [(family, backend) for family in FAMILIES for backend in ("transformers", "blocks")]
+BACKENDS += [(family, "engine") for family in ("llama", "gemma3", "gpt2")]
+
+
+@pytest.mark.parametrize(("family", "backend"), BACKENDS)
 def test_it_is_transformers_own_loss(models, family, backend):
     model, directory = models(family)
     losses = [own_loss(model, row) for row in IDS[: len(IDS) // 64 * 64].view(-1, 64)]

@@ -66,7 +66,8 @@ def known(folder):
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2"])
-def test_it_is_the_harness_through_transformers(models, known, family):
+@pytest.mark.parametrize("backend", ["transformers", "engine"])
+def test_it_is_the_harness_through_transformers(models, known, family, backend):
     from lm_eval.models.huggingface import HFLM
 
     model, directory = models(family)
@@ -76,7 +77,7 @@ def test_it_is_the_harness_through_transformers(models, known, family):
         task_manager=known.manager,
         bootstrap_iters=10,
     )
-    rows = run_tasks(open_backend("transformers", open_source(str(directory)), "cpu"), known)
+    rows = run_tasks(open_backend(backend, open_source(str(directory)), "cpu"), known)
     found = {(row["task"], row["metric"]): row["value"] for row in rows}
     expected = {
         (task, metric): theirs["results"][task][f"{metric},none"]
