@@ -63,6 +63,7 @@ class BlockWork:
         self.scale_dtype = scale_dtype
         self.kept_dtype = kept_dtype or scale_dtype
         self.stats: dict[str, Stats] = {}
+        self.outliers: dict[str, float] = {}  # outlier_ratio of each linear's input before any transform
         self._walk, self._index = walk, index
         self._model = walk.skeleton.model
         self._specs = {spec.name: spec for spec in self.block.linears}
@@ -91,6 +92,7 @@ class BlockWork:
             stats = seen.of(name)
             if stats is not None:
                 self.stats[name] = stats
+                self.outliers[name] = stats.outlier_ratio()
 
     def reason_against(self, fold: Fold) -> str | None:
         """Why there is nothing to search at `fold`, or None."""

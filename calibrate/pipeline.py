@@ -172,4 +172,4 @@ def _write_companions(job: Job, output: Path, result: Result) -> None:
     fmt = FORMATS[job.recipe.format]
     write_config(output, config, fmt, fmt.quantization_config(job.plan.schemes, job.plan.left))
     (output / "recipe.toml").write_text(result.recipe.to_toml(), encoding="utf-8")
-    write_json(output / "quantization_report.json", report_of(result))
+    write_json(output / "quantization_report.json", report_of(job, result))

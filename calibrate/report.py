@@ -11,6 +11,8 @@ from torch import Tensor
 from calibrate.block import BlockWork
 from calibrate.job import Job
 from calibrate.plan import Plan
+from export.card import published_name
+from quant import __version__
 from quant.qtensor import QTensor
 from quant.recipe import Recipe
 
@@ -46,9 +48,13 @@ class Result:
     output_bytes: int = 0
 
 
-def report_of(result: Result) -> dict[str, Any]:
+def report_of(job: Job, result: Result) -> dict[str, Any]:
     """The per-layer report as JSON values: no times or memory, so that equal runs write equal files."""
     return {
+        "model": published_name(job.source.name),
+        "lowbit": __version__,
+        "source_bytes": result.source_bytes,
+        "dtype": str(result.dtype).removeprefix("torch."),
         "coverage": result.plan.coverage,
         "left": {
             name: {"reason": left.reason, "parameters": left.parameters} for name, left in result.plan.left.items()
@@ -78,13 +84,15 @@ def linear_row(job: Job, name: str, weight: QTensor, original: Tensor) -> dict[s
 
 
 def calibrated_rows(job: Job, work: BlockWork, weights: dict[str, QTensor]) -> dict[str, dict[str, Any]]:
-    """The rows of a calibrated block: the same, with tokens seen and the relative error of each output."""
+    """The rows of a calibrated block: the same, with tokens seen, outliers, and the relative error of each output."""
     rows = {}
     for name, weight in weights.items():
         stats = work.stats.get(name)
         rows[name] = linear_row(job, name, weight, work.masters[name])
         rows[name] |= {"tokens": stats.tokens if stats else 0, "output_error": work.output_error(name, weight)}
-        if stats is None:
+        if stats is not None:
+            rows[name]["outliers"] = {"before": work.outliers[name], "after": stats.outlier_ratio()}
+        else:
             rows[name]["fallback"] = "no calibration token reached it: rounded to nearest"
     return rows
 

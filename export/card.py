@@ -61,8 +61,8 @@ def write_card(directory: Path, source: Path, base: str, recipe: Recipe, facts: 
     facts   version, schemes (text), source_bytes, output_bytes, coverage, scores (list of dicts), text, warnings (list)
     """
     fmt = FORMATS[recipe.format]
-    local = Path(base).is_dir()  # then its path is nobody's business, and its name no id on the hub
-    label = Path(base).resolve().name if local else base
+    local = Path(base).is_dir()  # then its name is no id on the hub
+    label = published_name(base)
     data = ModelCardData(
         base_model=base if "/" in base and not local else None,
         base_model_relation="quantized",
@@ -90,6 +90,11 @@ def note_conversion(directory: Path, source: Path, before: str, fmt: Format, ver
     text = card.read_text(encoding="utf-8").rstrip("\n") + "\n\n" if card.exists() else ""
     note = f"Converted from `{before}` to `{fmt.name}` by lowbit {version}, without requantizing."
     (directory / "README.md").write_text(f"{text}## Converted\n\n{note} {fmt.loading}\n", encoding="utf-8")
+
+
+def published_name(model: str) -> str:
+    """What others may read as a model's name: a directory's own name, for its path is nobody's business."""
+    return Path(model).resolve().name if Path(model).is_dir() else model
 
 
 def _carried_over(card: Path) -> dict[str, Any]:

@@ -28,6 +28,11 @@ class Stats:
         """Mean of |x| per input, float32 (k,); zeros where no token came."""
         return (self.abs_sum / max(self.tokens, 1)).float()
 
+    def outlier_ratio(self) -> float:
+        """The largest channel over the median one, by max |x|: what a scale per tensor or per token has to span."""
+        median = float(self.abs_max.median())
+        return float(self.abs_max.max()) / max(median, 1e-30)
+
     def second_moment(self) -> Tensor:
         """The Gram matrix per token, float32 (k, k)."""
         assert self.gram is not None

@@ -47,6 +47,7 @@ def test_what_the_directory_holds(awq):
         "SHA256SUMS",
         "chat_template.jinja",
         "config.json",
+        "evaluation.jsonl",
         "generation_config.json",
         "model.safetensors",
         "quantization_report.json",
@@ -85,6 +86,8 @@ def test_the_report_has_every_linear_and_its_errors(awq):
     report = json.loads((awq / "quantization_report.json").read_text())
     assert report["coverage"] == 1
     assert list(report["left"]) == ["lm_head"]
+    assert report["model"] == "llama"
+    assert report["dtype"] == "bfloat16"
     for block in report["blocks"]:
         assert 0 < block["loss"] < 1
         assert len(block["linears"]) == 7
@@ -92,6 +95,8 @@ def test_the_report_has_every_linear_and_its_errors(awq):
         for row in block["linears"].values():
             assert row["scheme"] == "int4-g32"
             assert row["tokens"] == 128
+            assert row["outliers"]["before"] >= 1
+            assert row["outliers"]["after"] >= 1
             assert 0 < row["weight_error"] < 0.3
             assert 0 < row["output_error"] < 0.3
 

@@ -17,6 +17,14 @@ def test_statistics_by_hand():
     assert stats.second_moment().tolist() == [[5.0, -0.25], [-0.25, 2.125]]
 
 
+def test_the_outlier_ratio_is_the_largest_channel_over_the_median():
+    stats = stats_of(torch.tensor([[1.0, -2.0, 8.0], [3.0, 0.5, -4.0]]), with_gram=False)
+    assert stats.outlier_ratio() == 8 / 3
+    smooth = stats.scaled(torch.tensor([1.0, 1.0, 4.0]))
+    assert smooth.outlier_ratio() == 3 / 2
+    assert stats_of(torch.empty(0, 4), with_gram=False).outlier_ratio() == 0
+
+
 def test_shards_merge_to_the_whole():
     x = torch.randn(7, 5, 8)
     whole = stats_of(x, with_gram=True)
