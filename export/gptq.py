@@ -179,6 +179,7 @@ def schemes_of(config: Mapping[str, Any], names: Iterable[str]) -> dict[str, Sch
     Raises CheckpointError where the block lacks a number, or asks for what is not read here.
     """
     try:
+        _scheme_from(config)
         return {name: _scheme_from(dict(config) | _overrides(config.get("dynamic") or {}, name)) for name in names}
     except (KeyError, TypeError, AttributeError, ValueError, re.error) as error:
         raise CheckpointError(f"config.json: its quantization_config cannot be followed ({error!r})") from error

@@ -7,7 +7,7 @@ from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-PACKAGES = ("quant", "export", "models", "calibrate", "engine", "evaluation", "commands")
+PACKAGES = ("quant", "export", "models", "calibrate", "engine", "evaluation", "commands", "integrations")
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 

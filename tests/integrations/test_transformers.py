@@ -1,0 +1,152 @@
+"""integrations/transformers.py: every format on our linears inside transformers, and what is left to transformers."""
+
+import importlib
+import json
+import sys
+from collections.abc import Iterator
+from functools import partial
+from types import ModuleType
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
+
+from export.checkpoint import open_checkpoint
+from export.errors import CheckpointError
+from export.formats import FORMATS, LogicalTensors, write_config
+from integrations.int8 import quantize_rows
+from models.source import open_source
+from quant.linear import QLinear
+from quant.qtensor import QTensor, round_to_nearest
+from quant.scheme import Activations, Scheme, parse_scheme
+from tests.builders import changed_config, logits_of, make_model, save
+
+FORMATS_AND_SCHEMES = [
+    ("compressed-tensors", "int4-g32"),
+    ("compressed-tensors", "uint4-g32"),
+    ("compressed-tensors", "int8-channel"),
+    ("compressed-tensors", "int8-channel-a8token"),
+    ("compressed-tensors", "int8-channel-a8tensor"),
+    ("gptq", "int4-g32"),
+    ("gptq_v2", "uint4-channel"),
+    ("awq", "uint4-g32"),
+]
+
+
+@pytest.fixture
+def ours() -> Iterator[ModuleType]:
+    """The integration switched on for one test: other tests load models through transformers alone."""
+    tables = AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
+    before = [dict(table) for table in tables]
+    module = sys.modules.get("integrations.transformers")
+    yield importlib.reload(module) if module else importlib.import_module("integrations.transformers")
+    for table, values in zip(tables, before, strict=True):
+        table.update(values)
+
+
+def quantize_files(directory, fmt: str, text: str, left: tuple[str, ...] = ("lm_head",)) -> None:
+    """Rewrite a saved model: every linear of its blocks rounded to the scheme `text` in the format `fmt`."""
+    from safetensors.torch import load_file, save_file
+
+    scheme = parse_scheme(text)
+    tensors = load_file(directory / "model.safetensors")
+    names = [
+        key.removesuffix(".weight")
+        for key in tensors
+        if "proj.weight" in key and key.removesuffix(".weight") not in left
+    ]
+    for name in names:
+        w = tensors.pop(f"{name}.weight").float()
+        plain = round_to_nearest(
+            w, Scheme(scheme.qtype, scheme.granularity), FORMATS[fmt].scale_dtype or torch.bfloat16
+        )
+        zeros = None if plain.zeros is None else plain.zeros.clamp(min=1)
+        input_scale = torch.tensor(0.01) if scheme.activations is Activations.TENSOR else None
+        tensors |= FORMATS[fmt].write(name, QTensor(plain.codes, plain.scales, zeros, scheme, input_scale))
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    block = FORMATS[fmt].quantization_config(dict.fromkeys(names, scheme), left)
+    write_config(directory, json.loads((directory / "config.json").read_text()), FORMATS[fmt], block)
+
+
+def dense(directory) -> torch.nn.Module:
+    """The same model in float32, weights dequantized by our reader; int8 activations rounded before each product."""
+    logical = LogicalTensors(open_checkpoint(directory))
+    model = AutoModelForCausalLM.from_config(open_source(str(directory)).config, dtype=torch.float32)
+    model.load_state_dict({name: logical.read(name).float() for name in logical.names}, strict=False)
+    for name, scheme in logical.schemes.items():
+        if scheme.activations is not None:
+            input_scale = logical.qtensor(name).input_scale
+            model.get_submodule(name).register_forward_pre_hook(partial(rounded, input_scale))
+    return model.eval()
+
+
+def rounded(input_scale: torch.Tensor | None, module: torch.nn.Module, args: tuple[torch.Tensor]) -> torch.Tensor:
+    codes, scales = quantize_rows(args[0].flatten(0, -2), input_scale)
+    return (codes * scales).view_as(args[0])
+
+
+@pytest.mark.parametrize(("fmt", "text"), FORMATS_AND_SCHEMES)
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_logits_are_those_of_the_dequantized_model(ours, tmp_path, fmt, text, family):
+    directory = save(make_model(family), tmp_path / "m", torch.bfloat16)
+    quantize_files(directory, fmt, text)
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16)
+    kind = ours.Int8Linear if "a8" in text else QLinear
+    linears = [module for name, module in model.named_modules() if name.endswith("_proj")]
+    assert len(linears) == 14
+    assert all(isinstance(module, kind) for module in linears)
+    ids = torch.randint(0, 256, (2, 12), generator=torch.Generator().manual_seed(3))
+    found, wanted = logits_of(model, ids), logits_of(dense(directory), ids)
+    assert (found - wanted).norm() < 0.03 * wanted.norm()
+
+
+def test_linears_left_alone_stay_transformers_own(ours, tmp_path):
+    directory = save(make_model("llama"), tmp_path / "m", torch.bfloat16)
+    left = "model.layers.1.mlp.down_proj"
+    quantize_files(directory, "gptq", "int4-g32", ("lm_head", left))
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16)
+    assert type(model.get_submodule(left)) is torch.nn.Linear
+    assert isinstance(model.get_submodule("model.layers.0.mlp.down_proj"), QLinear)
+
+
+def test_it_writes_text(ours, tmp_path):
+    directory = save(make_model("llama"), tmp_path / "m", torch.bfloat16)
+    quantize_files(directory, "awq", "uint4-g32")
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16)
+    assert model.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=4, do_sample=False).shape == (1, 7)
+
+
+def test_float32_is_refused_with_the_way_out(ours, tmp_path):
+    directory = save(make_model("llama"), tmp_path / "m", torch.bfloat16)
+    quantize_files(directory, "gptq", "int4-g32")
+    with pytest.raises(
+        CheckpointError, match=r"torch\.float32: lowbit computes in 16 bits; pass dtype=torch\.bfloat16"
+    ):
+        AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+
+
+def test_a_linear_that_the_model_does_not_have_is_named(ours, tmp_path):
+    directory = save(make_model("llama"), tmp_path / "m", torch.bfloat16)
+    quantize_files(directory, "gptq", "int4-g32")
+    changed_config(directory, lambda config: config.update(num_hidden_layers=1))
+    with pytest.raises(CheckpointError, match=r"model\.layers\.1\..*quantized in the files"):
+        AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16)
+
+
+def test_what_our_readers_do_not_know_is_left_to_transformers(ours):
+    floats = {
+        "quant_method": "compressed-tensors",
+        "config_groups": {"g": {"targets": ["Linear"], "weights": {"type": "float", "num_bits": 8, "symmetric": True}}},
+    }
+    assert not ours.is_read_here(floats)
+    assert not ours.is_read_here({"quant_method": "bitsandbytes"})
+    assert ours.is_read_here({"quant_method": "awq", "bits": 4, "group_size": 128})
+    gptq = {"quant_method": "gptq", "bits": 3, "group_size": 128, "sym": True}
+    assert not ours.is_read_here(gptq)
+    theirs = AUTO_QUANTIZATION_CONFIG_MAPPING["gptq"].from_dict(gptq)
+    assert type(theirs).__name__ == "GPTQConfig"
+
+
+def test_without_the_import_transformers_is_untouched():
+    assert isinstance(AUTO_QUANTIZER_MAPPING["gptq"], type)
