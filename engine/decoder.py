@@ -27,6 +27,7 @@ class Step:
 
     tokens, positions  (m) int64
     starts             (m) int64  the cache's slot of position 0 of each row's sequence
+    slots              (m) int64  starts + positions: where each row's keys and values go
     prompt             (sequence, length): the rows are the last of `length` positions of one sequence; None where each
                        row attends by itself
     """
@@ -34,7 +35,13 @@ class Step:
     tokens: Tensor
     positions: Tensor
     starts: Tensor
+    slots: Tensor
     prompt: tuple[int, int] | None = None
+
+
+def make_step(tokens: Tensor, positions: Tensor, starts: Tensor, prompt: tuple[int, int] | None = None) -> Step:
+    """The step of these rows."""
+    return Step(tokens, positions, starts, starts + positions, prompt)
 
 
 @dataclass(frozen=True)
@@ -106,11 +113,10 @@ class Decoder:
     def heads(self, x: Tensor, w: LayerWeights, index: int, step: Step, cache: Cache) -> Tensor:
         """q (m, heads * head_dim), turned; k and v are in the cache."""
         kv, turns = cache.layers[index], self.turns[index]
-        slots = step.starts + step.positions
         weight = w.qkv.weight
         fused = kv.k_scales is None and w.q_norm is None and w.qkv.inputs is None
         if fused and isinstance(weight, PackedWeight) and weight.pair_block == kv.head_dim:
-            rotary = Rotary(step.positions, slots, turns.cosines, turns.sines, kv.k, kv.v)
+            rotary = Rotary(step.positions, step.slots, turns.cosines, turns.sines, kv.k, kv.v)
             norm = w.attention_norm
             return ops.qkv_rotary_append(
                 x,
@@ -126,7 +132,9 @@ class Decoder:
         qkv = product(x, w.qkv, w.attention_norm, dependent=self.dependent)
         eps = self.architecture.norm_eps
         return ops.append_heads(
-            Append(qkv, step.positions, slots, turns.cosines, turns.sines, kv, w.q_norm, w.k_norm, eps, self.dependent)
+            Append(
+                qkv, step.positions, step.slots, turns.cosines, turns.sines, kv, w.q_norm, w.k_norm, eps, self.dependent
+            )
         )
 
     def attend(self, q: Tensor, index: int, step: Step, cache: Cache) -> Tensor:
@@ -153,5 +161,5 @@ class Decoder:
     def logits(self, hidden: Tensor) -> Tensor:
         """The logits (m, vocabulary) float32 of rows of the last layer's output."""
         weights, cap = self.weights, self.architecture.logit_softcap
-        logits = product(hidden, weights.head, weights.norm, dependent=self.dependent).float()
+        logits = product(hidden, weights.head, weights.norm, dependent=self.dependent, float32_out=True)
         return logits if cap is None else cap * torch.tanh(logits / cap)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from engine.cache import Cache
-from engine.decoder import Decoder, Step
+from engine.decoder import Decoder, make_step
 
 CHUNK = 1024  # rows that go through the layers together
 
@@ -22,7 +22,7 @@ def read_prompt(
         begin = start + first
         positions = torch.arange(begin, begin + len(part), device=device)
         starts = torch.full_like(positions, cache.start(sequence))
-        yield decoder.hidden(Step(part, positions, starts, (sequence, begin + len(part))), cache)
+        yield decoder.hidden(make_step(part, positions, starts, (sequence, begin + len(part))), cache)
 
 
 def last_logits(decoder: Decoder, cache: Cache, prompts: Sequence[Sequence[int]]) -> Tensor:

@@ -1,6 +1,7 @@
 """The products of a decoder, each over a packed weight (one fused operator) or a dense one (torch's own functions)."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -55,7 +56,7 @@ class Norm:
         return functional.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
 
 
-def norm_arguments(norm: Norm | None) -> dict[str, object]:
+def norm_arguments(norm: Norm | None) -> dict[str, Any]:
     """`norm` as the fused operators take it."""
     if norm is None:
         return {}
@@ -69,14 +70,20 @@ def product(
     activation: str = "none",
     residual: Tensor | None = None,
     dependent: bool = False,
+    float32_out: bool = False,
 ) -> Tensor:
-    """activation(norm(x) W^T + bias) + residual: x (m, k), residual and result (m, n), all in x's dtype."""
+    """activation(norm(x) W^T + bias) + residual: x (m, k), residual (m, n); returns (m, n) in x's dtype or float32."""
     x, norm = prepared(x, linear, norm)
     if isinstance(linear.weight, PackedWeight):
-        fused = norm_arguments(norm)
-        return ops.linear(x, linear.weight, linear.bias, residual, activation=activation, dependent=dependent, **fused)  # type: ignore[arg-type]
-    y = activate(functional.linear(x if norm is None else norm(x), linear.weight, linear.bias), activation)
-    return y if residual is None else y + residual
+        fused = norm_arguments(norm) | {"activation": activation, "float32_out": float32_out, "dependent": dependent}
+        return ops.linear(x, linear.weight, linear.bias, residual, **fused)
+    x = x if norm is None else norm(x)
+    if residual is not None and linear.bias is None and activation == "none":
+        y = torch.addmm(residual, x, linear.weight.T)
+    else:
+        y = activate(functional.linear(x, linear.weight, linear.bias), activation)
+        y = y if residual is None else y + residual
+    return y.float() if float32_out else y
 
 
 def gated_product(x: Tensor, linear: Linear, norm: Norm | None, activation: str, dependent: bool = False) -> Tensor:
@@ -84,7 +91,7 @@ def gated_product(x: Tensor, linear: Linear, norm: Norm | None, activation: str,
     x, norm = prepared(x, linear, norm)
     if isinstance(linear.weight, PackedWeight) and linear.weight.pair_block == linear.weight.n:
         fused = norm_arguments(norm)
-        return ops.gated_linear(x, linear.weight, linear.bias, dependent=dependent, **fused)  # type: ignore[arg-type]
+        return ops.gated_linear(x, linear.weight, linear.bias, dependent=dependent, **fused)
     gate, up = product(x, linear, norm, dependent=dependent).chunk(2, -1)
     return activate(gate, activation.removesuffix("_mul")) * up
 

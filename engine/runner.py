@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from engine.cache import Cache
-from engine.decoder import Decoder, Step
+from engine.decoder import Decoder, make_step
 from engine.sampler import Chosen, Sampler
 
 WARM_UP = 2  # steps before a capture: they load kernels and let libraries take their workspaces
@@ -58,7 +58,7 @@ class Runner:
 
     def compute(self) -> None:
         """One step."""
-        step = Step(self.tokens, self.positions, self.starts)
+        step = make_step(self.tokens, self.positions, self.starts)
         self.logits = self.decoder.logits(self.decoder.hidden(step, self.cache))
         if self.sampler is not None:
             self.result = self.sampler(self.logits)

@@ -5,11 +5,19 @@ cache. On a GPU csrc/decode_attention.cu, elsewhere plain torch, which is also w
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from quant.kernels.extension import EXTENSION, reason_against_device
+
 INT8_LIMIT = 127
+MAX_HEAD_DIM = 256
+BLOCK_HEADS = (1, 2, 4, 8)
+MAX_SPLITS = 8  # a cluster's blocks: more need room in one part of the GPU that is not always there
+BLOCKS_PER_PROCESSOR = 2
+APPEND_TENSORS = ("qkv", "positions", "slots", "cosines", "sines", "q_norm", "k_norm")
 
 
 @dataclass(frozen=True)
@@ -142,13 +150,91 @@ def check_cache(cache: KVCache, heads: Tensor) -> None:
 def append(call: Append) -> Tensor:
     """q (m, heads * head_dim), normed and rotated; k (so treated) and v are in the cache afterwards."""
     check_append(call)
-    return append_reference(call)
+    if reason_against(call.qkv, call.cache):
+        return append_reference(call)
+    assert EXTENSION is not None
+    q = torch.empty(call.qkv.shape[0], call.heads * call.cache.head_dim, dtype=call.qkv.dtype, device=call.qkv.device)
+    args = EXTENSION.AppendHeadsArgs()
+    args.m, args.heads, args.norm_eps, args.cache = q.shape[0], call.heads, call.norm_eps, cache_of(call.cache)
+    addresses = {name: getattr(call, name) for name in APPEND_TENSORS} | {"q": q}
+    for name, tensor in addresses.items():
+        setattr(args, name, 0 if tensor is None else tensor.data_ptr())
+    with torch.cuda.device(q.device):
+        stream = torch.cuda.current_stream().cuda_stream
+        EXTENSION.append_heads(q.dtype == torch.bfloat16, args, q.device.index, call.dependent, stream)
+    return q
 
 
 def attend(call: Attention) -> Tensor:
     """The attention's output (m, heads * head_dim) in q's dtype."""
     check_attention(call)
-    return attend_reference(call)
+    if reason_against(call.q, call.cache):
+        return attend_reference(call)
+    assert EXTENSION is not None
+    out = torch.empty_like(call.q)
+    args = EXTENSION.DecodeAttentionArgs()
+    args.m, args.heads, args.cache = out.shape[0], call.heads, cache_of(call.cache)
+    args.scale, args.softcap, args.window = call.scale, call.softcap, call.window
+    for name, tensor in {"q": call.q, "starts": call.starts, "positions": call.positions, "out": out}.items():
+        setattr(args, name, tensor.data_ptr())
+    properties = torch.cuda.get_device_properties(out.device)
+    clusters_exist = (properties.major, properties.minor) >= (9, 0)
+    launch = choose_launch(call, properties.multi_processor_count if clusters_exist else 0)
+    cut = EXTENSION.DecodeAttentionLaunch()
+    cut.device, cut.dependent = out.device.index, call.dependent
+    cut.splits, cut.block_heads = launch.splits, launch.block_heads
+    with torch.cuda.device(out.device):
+        stream = torch.cuda.current_stream().cuda_stream
+        EXTENSION.decode_attention(out.dtype == torch.bfloat16, args, cut, stream)
+    return out
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How the attention is cut.
+
+    splits       blocks of a cluster that share a sequence
+    block_heads  query heads of one key head that a block serves
+    """
+
+    splits: int
+    block_heads: int
+
+
+def choose_launch(call: Attention, processors: int) -> Launch:
+    """Blocks enough for `processors` multiprocessors, whatever the position: a captured graph serves them all.
+
+    processors 0 stands for a GPU without clusters: nothing is split there.
+    """
+    group = call.heads // call.cache.kv_heads
+    block_heads = next((size for size in BLOCK_HEADS if size >= group), BLOCK_HEADS[-1])
+    blocks = call.q.shape[0] * call.cache.kv_heads * -(-group // block_heads)
+    splits = 1
+    while splits < MAX_SPLITS and blocks * splits < BLOCKS_PER_PROCESSOR * processors:
+        splits *= 2
+    return Launch(splits, block_heads)
+
+
+def reason_against(heads: Tensor, cache: KVCache) -> str | None:
+    """Why the kernels cannot take these tensors, or None."""
+    if heads.device.type != "cuda":
+        return f"the tensors are on the {heads.device.type}"
+    if heads.dtype not in (torch.float16, torch.bfloat16):
+        return f"the heads are {heads.dtype}: torch.float16 or torch.bfloat16 are needed"
+    if cache.head_dim % 8 or cache.head_dim > MAX_HEAD_DIM:
+        return f"heads of {cache.head_dim}: multiples of 8 up to {MAX_HEAD_DIM} are taken"
+    properties = torch.cuda.get_device_properties(heads.device)
+    return reason_against_device((properties.major, properties.minor))
+
+
+def cache_of(cache: KVCache) -> Any:
+    """The kernels' form of a cache."""
+    assert EXTENSION is not None
+    kv = EXTENSION.KvCache()
+    kv.k, kv.v, kv.kv_heads, kv.head_dim = cache.k.data_ptr(), cache.v.data_ptr(), cache.kv_heads, cache.head_dim
+    kv.k_scales = 0 if cache.k_scales is None else cache.k_scales.data_ptr()
+    kv.v_scales = 0 if cache.v_scales is None else cache.v_scales.data_ptr()
+    return kv
 
 
 def append_reference(call: Append) -> Tensor:

@@ -8,7 +8,7 @@ import transformers
 from torch import Tensor
 
 import engine
-from engine.decoder import Step
+from engine.decoder import make_step
 from engine.families import FAMILIES
 from tests.builders import GATED, VOCABULARY, logits_of, make_model, save
 from tests.engine.chatglm import TinyChatGLM
@@ -69,7 +69,7 @@ def decoded(model: engine.engine.Engine, prompts: list[list[int]]) -> list[Tenso
         for t in range(max(lengths)):
             at = [min(t, length - 1) for length in lengths]
             tokens = torch.tensor([prompt[i] for prompt, i in zip(prompts, at, strict=True)])
-            rows.append(model.decoder.logits(model.decoder.hidden(Step(tokens, torch.tensor(at), starts), cache)))
+            rows.append(model.decoder.logits(model.decoder.hidden(make_step(tokens, torch.tensor(at), starts), cache)))
     return [torch.stack([row[b] for row in rows[:length]]) for b, length in enumerate(lengths)]
 
 

@@ -7,6 +7,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "decode_attention.cuh"
 #include "wna16_dequantize.cuh"
 #include "wna16_gemv.cuh"
 
@@ -49,6 +50,17 @@ void wna16_dequantize(bool bfloat16, int bits, const lowbit::Wna16DequantizeArgs
     return lowbit::launch_wna16_dequantize<T, kBits>(args, device, cuda_stream);
   };
   check(for_type(bfloat16, bits, launch_typed), "wna16_dequantize");
+}
+
+void append_heads(bool bfloat16, const lowbit::AppendHeadsArgs& args, int device, bool dependent, uintptr_t stream) {
+  const auto launch = bfloat16 ? lowbit::launch_append_heads<__nv_bfloat16> : lowbit::launch_append_heads<__half>;
+  check(launch(args, device, dependent, static_cast<cudaStream_t>(pointer(stream))), "append_heads");
+}
+
+void decode_attention(bool bfloat16, const lowbit::DecodeAttentionArgs& args,
+                      const lowbit::DecodeAttentionLaunch& launch, uintptr_t stream) {
+  const auto run = bfloat16 ? lowbit::launch_decode_attention<__nv_bfloat16> : lowbit::launch_decode_attention<__half>;
+  check(run(args, launch, static_cast<cudaStream_t>(pointer(stream))), "decode_attention");
 }
 
 // A struct's fields become keyword-settable attributes; `field` casts an address to the field's pointer type.
@@ -118,6 +130,48 @@ void bind_dequantize(py::module_& module) {
   module.def("wna16_dequantize", &wna16_dequantize);
 }
 
+void bind_attention(py::module_& module) {
+  using Cache = lowbit::KvCache;
+  using Append = lowbit::AppendHeadsArgs;
+  using Attention = lowbit::DecodeAttentionArgs;
+  using Launch = lowbit::DecodeAttentionLaunch;
+  py::class_<Cache> cache(module, "KvCache");
+  cache.def(py::init([] { return Cache{}; }));
+  bind_pointer(cache, "k", &Cache::k);
+  bind_pointer(cache, "v", &Cache::v);
+  bind_pointer(cache, "k_scales", &Cache::k_scales);
+  bind_pointer(cache, "v_scales", &Cache::v_scales);
+  cache.def_readwrite("kv_heads", &Cache::kv_heads).def_readwrite("head_dim", &Cache::head_dim);
+  py::class_<Append> append(module, "AppendHeadsArgs");
+  append.def(py::init([] { return Append{}; }));
+  bind_pointer(append, "qkv", &Append::qkv);
+  bind_pointer(append, "positions", &Append::positions);
+  bind_pointer(append, "slots", &Append::slots);
+  bind_pointer(append, "cosines", &Append::cosines);
+  bind_pointer(append, "sines", &Append::sines);
+  bind_pointer(append, "q_norm", &Append::q_norm);
+  bind_pointer(append, "k_norm", &Append::k_norm);
+  bind_pointer(append, "q", &Append::q);
+  append.def_readwrite("cache", &Append::cache).def_readwrite("m", &Append::m).def_readwrite("heads", &Append::heads);
+  append.def_readwrite("norm_eps", &Append::norm_eps);
+  py::class_<Attention> attention(module, "DecodeAttentionArgs");
+  attention.def(py::init([] { return Attention{}; }));
+  bind_pointer(attention, "q", &Attention::q);
+  bind_pointer(attention, "starts", &Attention::starts);
+  bind_pointer(attention, "positions", &Attention::positions);
+  bind_pointer(attention, "out", &Attention::out);
+  attention.def_readwrite("cache", &Attention::cache);
+  attention.def_readwrite("m", &Attention::m).def_readwrite("heads", &Attention::heads);
+  attention.def_readwrite("scale", &Attention::scale).def_readwrite("softcap", &Attention::softcap);
+  attention.def_readwrite("window", &Attention::window);
+  py::class_<Launch> launch(module, "DecodeAttentionLaunch");
+  launch.def(py::init([] { return Launch{}; }));
+  launch.def_readwrite("device", &Launch::device).def_readwrite("splits", &Launch::splits);
+  launch.def_readwrite("block_heads", &Launch::block_heads).def_readwrite("dependent", &Launch::dependent);
+  module.def("append_heads", &append_heads);
+  module.def("decode_attention", &decode_attention);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
@@ -126,4 +180,5 @@ PYBIND11_MODULE(_C, module) {
   module.attr("cuda_version") = CUDART_VERSION;
   bind_gemv(module);
   bind_dequantize(module);
+  bind_attention(module);
 }

@@ -1,0 +1,126 @@
+"""Decode speed of named shapes: `python -m benchmarks.bench_decode --commit $(git rev-parse --short HEAD)`.
+
+A row a case in benchmarks/results/decode.jsonl. Weights are random; the read ceiling is measured in the same run by
+the kernel that only reads. `--plot` draws the rows that are there.
+"""
+
+import argparse
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from benchmarks.measure import Floor, run_facts
+from engine.decoder import Decoder
+from engine.engine import Engine, Options
+from engine.sampler import Features
+from engine.shapes import SHAPES, random_weights
+from engine.speed import kernels_of_step, measure
+
+RESULTS = Path(__file__).with_name("results") / "decode.jsonl"
+OUTPUT = 128
+PROMPTS = (128, 2048)
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A shape's weights in memory, measured over batches and prompts."""
+
+    shape: str
+    method: str
+    batches: tuple[int, ...]
+    cache: str = "same"
+    head: str = "dense"
+    dtype: str = "float16"
+    prompts: tuple[int, ...] = PROMPTS
+
+
+# The rows that were wanted first come first: a lease may end.
+CASES = (
+    Case("llama2-7b", "w4", (1, 8)),
+    Case("llama2-7b", "w4", (8,), cache="int8"),
+    Case("llama2-7b", "int8", (1,)),
+    Case("llama2-7b", "dense", (1,), dtype="bfloat16"),
+    Case("llama2-13b", "w4", (1, 8)),
+    Case("codegeex-13b", "int8", (1,)),
+    Case("chatglm2-6b", "w4", (1, 8)),
+    Case("chatglm2-6b", "dense", (1, 8)),
+    Case("llama2-7b", "dense", (1, 8)),
+    Case("llama2-13b", "dense", (1, 8)),
+    Case("llama2-7b", "w4", (2, 4, 16)),
+    Case("llama3-8b", "w4", (1, 8), head="int8-channel"),
+    Case("llama2-7b", "w8a8", (1,)),
+)
+
+
+def engine_of(case: Case) -> Engine:
+    """An engine with random weights on the GPU."""
+    architecture = SHAPES[case.shape]
+    like = torch.empty(0, dtype=DTYPES[case.dtype], device="cuda")
+    context = max(case.prompts) + OUTPUT
+    weights = random_weights(architecture, case.method, like, case.head)
+    options = Options(context, int8_cache=case.cache == "int8")
+    return Engine(Decoder(architecture, weights, context), None, options)
+
+
+def rows_of(case: Case, read_gbs: float, facts: dict[str, str], profile: bool) -> Iterator[dict]:
+    """The case's rows. Prints the kernels of a step where a profile is asked for."""
+    engine = engine_of(case)
+    for batch in case.batches:
+        for prompt in case.prompts:
+            speed = measure(engine, batch, prompt, OUTPUT, read_gbs)
+            named = {"shape": case.shape, "method": case.method, "dtype": case.dtype}
+            yield named | {"cache": case.cache, "head": case.head} | speed.as_row() | facts
+        if profile:
+            with torch.inference_mode():
+                runner = engine.runner(batch, batch, 1, Features())
+            for name, calls, us in kernels_of_step(runner)[:14]:
+                print(f"    {us:9.1f} us {calls:4d} x {name[:110]}")
+
+
+def plot(path: Path) -> None:
+    """Shares of the floor, a bar a row."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rows = [json.loads(line) for line in RESULTS.read_text().splitlines()]
+    labels = [f"{r['shape']} {r['method']} {r['cache']} b{r['batch']} p{r['prompt']}" for r in rows]
+    figure, axes = pyplot.subplots(figsize=(8, 0.22 * len(rows) + 1))
+    axes.barh(labels, [r["share_of_floor"] for r in rows])
+    axes.invert_yaxis()
+    axes.set_xlabel("share of the floor: bytes that must be read / read ceiling / measured time")
+    axes.set_xlim(0, 1)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    """Measures CASES, or those whose shape and method are named."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--commit", default="unknown")
+    parser.add_argument("--only", help="shape:method[:cache]")
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--profile", action="store_true")
+    parser.add_argument("--plot", type=Path)
+    arguments = parser.parse_args()
+    if arguments.plot:
+        plot(arguments.plot)
+        return
+    facts, read_gbs = run_facts(arguments.commit), Floor().read_ceiling_gbs()
+    wanted = [case for case in CASES if f"{case.shape}:{case.method}:{case.cache}".startswith(arguments.only or "")]
+    with arguments.output.open("a") as file:
+        for case in wanted:
+            for row in rows_of(case, read_gbs, facts, arguments.profile):
+                file.write(json.dumps(row) + "\n")
+                file.flush()
+                print(json.dumps(row), flush=True)
+            torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,112 @@
+"""`quantize-bench`: tokens a second, and what share of the memory's speed that is."""
+
+import json
+from itertools import product
+
+import click
+import torch
+from rich.table import Table
+
+import engine
+from commands.common import SETTINGS, check_device, make_console, run_command
+from engine.decoder import Decoder
+from engine.engine import Engine, Options
+from engine.errors import EngineError
+from engine.sampler import Features
+from engine.shapes import METHODS, SHAPES, random_weights
+from engine.speed import Speed, kernels_of_step, measure, read_rate
+from quant import __version__
+
+COLUMNS = ("method", "batch", "prompt", "tokens/s", "ms/token", "floor ms", "share of floor", "memory GiB")
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    run_command(bench)
+
+
+@click.command(context_settings=SETTINGS)
+@click.version_option(__version__, prog_name="lowbit")
+@click.argument("checkpoint", required=False)
+@click.option("--shape", type=click.Choice(list(SHAPES)), help="Random weights of this shape, and no CHECKPOINT.")
+@click.option("--method", "methods", type=click.Choice(list(METHODS)), multiple=True, help="Of --shape. [default: all]")
+@click.option("--batch", type=int, multiple=True, default=(1, 2, 4, 8, 16), show_default=True)
+@click.option("--prompt", type=int, multiple=True, default=(128, 2048), show_default=True, help="Tokens before.")
+@click.option("--output", type=click.IntRange(min=1), default=128, show_default=True, help="Tokens written.")
+@click.option("--cache", type=click.Choice(["same", "int8"]), default="same", help="Type of keys and values.")
+@click.option("--head", default="dense", help="Scheme to round the head to: int8-channel.")
+@click.option("--dtype", type=click.Choice(["float16", "bfloat16", "float32"]), default="float16", show_default=True)
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1.")
+@click.option("--profile", is_flag=True, help="Print where a step's time goes (on a GPU).")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON lines, and no table.")
+def bench(
+    checkpoint: str | None,
+    shape: str | None,
+    methods: tuple[str, ...],
+    batch: tuple[int, ...],
+    prompt: tuple[int, ...],
+    output: int,
+    cache: str,
+    head: str,
+    dtype: str,
+    device: str,
+    profile: bool,
+    as_json: bool,
+) -> None:
+    """Measure the decode speed of CHECKPOINT, or of a named shape with random weights.
+
+    The floor is the time that reading a step's bytes takes, at the rate at which a torch reduction reads memory here.
+    """
+    if (checkpoint is None) == (shape is None):
+        raise click.UsageError("name a CHECKPOINT, or a --shape; not both")
+    place, context = torch.device(check_device(device)), max(prompt) + output
+    kind = getattr(torch, dtype)
+    read_gbs = read_rate(place)
+    table = Table(*COLUMNS, title=f"{checkpoint or shape}, {dtype}, {read_gbs:.0f} GB/s read", box=None)
+    try:
+        for method in methods or (METHODS if shape else ("checkpoint",)):
+            if shape is None:
+                model = engine.load(str(checkpoint), str(place), kind, context, cache, head)
+            else:
+                model = random_engine(shape, method, kind, place, Options(context, cache == "int8"), head)
+            for rows, before in product(batch, prompt):
+                speed = measure(model, rows, before, output, read_gbs)
+                if as_json:
+                    click.echo(json.dumps({"shape": checkpoint or shape, "method": method} | speed.as_row()))
+                table.add_row(method, *columns(speed))
+            if profile and place.type == "cuda":
+                show_profile(model, batch[-1])
+    except EngineError as error:
+        raise click.UsageError(str(error)) from error
+    if not as_json:
+        make_console().print(table)
+
+
+def random_engine(
+    shape: str, method: str, dtype: torch.dtype, device: torch.device, options: Options, head: str
+) -> Engine:
+    """An engine with random weights."""
+    architecture = SHAPES[shape]
+    weights = random_weights(architecture, method, torch.empty(0, dtype=dtype, device=device), head)
+    return Engine(Decoder(architecture, weights, options.context), None, options)
+
+
+def columns(speed: Speed) -> list[str]:
+    """A row of the table."""
+    return [
+        str(speed.batch),
+        str(speed.prompt),
+        f"{speed.tokens_per_s:.1f}",
+        f"{speed.ms_per_token:.3f}",
+        f"{speed.floor_ms:.3f}",
+        f"{speed.share_of_floor:.1%}",
+        f"{speed.memory_gib:.2f}",
+    ]
+
+
+def show_profile(model: Engine, batch: int) -> None:
+    """Prints the kernels of a step that take longest."""
+    with torch.inference_mode():
+        runner = model.runner(batch, batch, 1, Features())
+    for name, calls, us in kernels_of_step(runner)[:12]:
+        click.echo(f"{us:9.1f} us  {calls:4d} x  {name[:100]}")

@@ -1,0 +1,117 @@
+"""Named shapes with random weights: what a step costs depends on sizes alone, so nobody needs a download to measure."""
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from engine.architecture import Architecture, Layer, Rope
+from engine.families import NO_ROPE, plain_frequencies
+from engine.products import Int8Inputs, Linear, Norm
+from engine.weights import LayerWeights, Weights, packed
+from quant.kernels.packed import TILE_ROWS
+from quant.qtensor import QTensor
+from quant.scheme import Scheme, parse_scheme
+
+# What a shape's linears can be; None is dense.
+METHODS: dict[str, str | None] = {
+    "dense": None,
+    "int8": "int8-channel",
+    "w4": "int4-g128",
+    "w8a8": "int8-channel-a8token",
+}
+
+
+def decoder_shape(
+    vocabulary: int, hidden: int, inner: int, heads: int, layers: int, kv_heads: int = 0, theta: float = 1e4
+) -> Architecture:
+    """Llama's architecture in these sizes."""
+    head_dim = hidden // heads
+    rope = Rope(plain_frequencies(head_dim, theta))
+    return Architecture(
+        family="llama",
+        vocabulary=vocabulary,
+        hidden=hidden,
+        inner=inner,
+        heads=heads,
+        kv_heads=kv_heads or heads,
+        head_dim=head_dim,
+        layers=(Layer(None, rope),) * layers,
+        max_positions=1 << 17,
+        softmax_scale=head_dim**-0.5,
+    )
+
+
+def chatglm2_shape() -> Architecture:
+    """ChatGLM2-6B: half of each head turns, in adjacent pairs."""
+    rope = Rope(plain_frequencies(64, 1e4), adjacent=True)
+    return replace(decoder_shape(65024, 4096, 13696, 32, 28, kv_heads=2), layers=(Layer(None, rope),) * 28)
+
+
+def codegeex_shape() -> Architecture:
+    """CodeGeeX-13B's sizes: LayerNorm, quick GELU and learned positions; its last layer's own query is left out."""
+    return replace(
+        decoder_shape(52224, 5120, 20480, 40, 40),
+        family="codegeex",
+        layers=(Layer(None, NO_ROPE),) * 40,
+        norm="layer",
+        activation="quick_gelu",
+        positions=True,
+        max_positions=4096,
+    )
+
+
+SHAPES = {
+    "llama2-7b": decoder_shape(32000, 4096, 11008, 32, 32),
+    "llama2-13b": decoder_shape(32000, 5120, 13824, 40, 40),
+    "llama3-8b": decoder_shape(128256, 4096, 14336, 32, 32, kv_heads=8, theta=5e5),
+    "chatglm2-6b": chatglm2_shape(),
+    "codegeex-13b": codegeex_shape(),
+}
+
+
+def random_linear(
+    n: int, k: int, scheme: Scheme | None, like: Tensor, pair_block: int = TILE_ROWS, bias: bool = False
+) -> Linear:
+    """A linear (n, k) whose outputs are about as large as its inputs; dtype and device are those of `like`."""
+    zeros = torch.zeros(n, dtype=like.dtype, device=like.device) if bias else None
+    if scheme is None:
+        return Linear(torch.randn(n, k, dtype=like.dtype, device=like.device) / k**0.5, zeros)
+    low, high = scheme.qtype.min, scheme.qtype.max
+    codes = torch.randint(low, high + 1, (n, k), dtype=torch.int8, device=like.device)
+    scale = 3.46 / (high - low) / k**0.5  # uniform codes deviate by (high - low) / sqrt(12)
+    scales = torch.full((n, scheme.groups(k)), scale, dtype=like.dtype, device=like.device)
+    weight = QTensor(codes, scales, None, Scheme(scheme.qtype, scheme.granularity))
+    return Linear(packed(weight, like.dtype, pair_block), zeros, None if scheme.activations is None else Int8Inputs())
+
+
+def random_weights(architecture: Architecture, method: str, like: Tensor, head: str = "dense") -> Weights:
+    """Weights of this architecture: linears as METHODS[method] says, dtype and device those of `like`.
+
+    head  "dense", or a scheme
+    """
+    a = architecture
+    scheme = None if METHODS[method] is None else parse_scheme(str(METHODS[method]))
+    biased = a.norm == "layer"
+    ones = torch.ones(a.hidden, dtype=like.dtype, device=like.device)
+    norm = Norm(a.norm, ones, torch.zeros_like(ones) if biased else None, a.norm_eps)
+    inner = a.inner * (2 if a.gated else 1)
+
+    def layer() -> LayerWeights:
+        return LayerWeights(
+            attention_norm=norm,
+            qkv=random_linear(a.qkv_rows, a.hidden, scheme, like, a.head_dim, biased),
+            q_norm=None,
+            k_norm=None,
+            o=random_linear(a.hidden, a.heads * a.head_dim, scheme, like, bias=biased),
+            attention_out_norm=None,
+            mlp_norm=norm,
+            up=random_linear(inner, a.hidden, scheme, like, inner if a.activation == "silu_mul" else TILE_ROWS, biased),
+            down=random_linear(a.hidden, a.inner, scheme, like, bias=biased),
+            mlp_out_norm=None,
+        )
+
+    embedding = torch.randn(a.vocabulary, a.hidden, dtype=like.dtype, device=like.device)
+    positions = torch.zeros(a.max_positions, a.hidden, dtype=like.dtype, device=like.device) if a.positions else None
+    final = random_linear(a.vocabulary, a.hidden, None if head == "dense" else parse_scheme(head), like)
+    return Weights(embedding, positions, tuple(layer() for _ in a.layers), norm, final)

@@ -1,0 +1,128 @@
+"""How long a decode step takes, and how long the memory alone would need for what it reads."""
+
+import statistics
+import time
+from dataclasses import dataclass
+
+import torch
+
+from engine.cache import cache_nbytes
+from engine.engine import Engine
+from engine.runner import Runner
+from engine.sampler import Features
+
+REPEATS = 3
+CEILING_BYTES = {"cuda": 4 << 30, "cpu": 256 << 20}
+
+
+@dataclass(frozen=True)
+class Speed:
+    """A batch's decode speed over `output` tokens after `prompt` tokens.
+
+    ms_per_token  milliseconds of a step, the read-back of its tokens included
+    floor_ms      the bytes that a step must read (products' weights, and the cache at its mean length) over read_gbs
+    read_gbs      the rate, GB/s, at which this device reads memory
+    memory_gib    weights, cache and what the step needs besides
+    """
+
+    batch: int
+    prompt: int
+    output: int
+    ms_per_token: float
+    floor_ms: float
+    read_gbs: float
+    memory_gib: float
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self.batch * 1e3 / self.ms_per_token
+
+    @property
+    def share_of_floor(self) -> float:
+        return self.floor_ms / self.ms_per_token
+
+    def as_row(self) -> dict[str, int | float]:
+        """The figures by name, rounded."""
+        return {
+            "batch": self.batch,
+            "prompt": self.prompt,
+            "output": self.output,
+            "ms_per_token": round(self.ms_per_token, 4),
+            "tokens_per_s": round(self.tokens_per_s, 1),
+            "floor_ms": round(self.floor_ms, 4),
+            "share_of_floor": round(self.share_of_floor, 4),
+            "memory_gib": round(self.memory_gib, 2),
+            "read_gbs": round(self.read_gbs, 1),
+        }
+
+
+def measure(engine: Engine, batch: int, prompt: int, output: int, read_gbs: float) -> Speed:
+    """The speed of `batch` greedy sequences. Nothing is read before: the cache holds zeros, which cost as much."""
+    with torch.inference_mode():
+        runner = engine.runner(batch, batch, prompt + output, Features())
+        start(runner, batch, prompt)
+        runner.advance()
+        seconds = statistics.median(run_seconds(runner, batch, prompt, output) for _ in range(REPEATS))
+    nbytes = step_bytes(engine, batch, prompt + output / 2)
+    return Speed(batch, prompt, output, seconds * 1e3 / output, nbytes / read_gbs / 1e6, read_gbs, memory_gib(engine))
+
+
+def start(runner: Runner, batch: int, prompt: int) -> None:
+    """Puts every sequence after its prompt."""
+    runner.place([1] * batch, [prompt] * batch, [runner.cache.start(b) for b in range(batch)])
+
+
+def run_seconds(runner: Runner, batch: int, prompt: int, output: int) -> float:
+    """Wall time of `output` steps, every step's tokens read back."""
+    start(runner, batch, prompt)
+    synchronize(runner.tokens.device)
+    begin = time.perf_counter()
+    for _ in runner.steps(output):
+        pass
+    synchronize(runner.tokens.device)
+    return time.perf_counter() - begin
+
+
+def synchronize(device: torch.device) -> None:
+    """Waits for the device."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def step_bytes(engine: Engine, batch: int, length: float) -> float:
+    """Bytes that a step reads with `length` positions in the cache of each of `batch` sequences."""
+    weights, architecture = engine.decoder.weights, engine.decoder.architecture
+    per_layer = cache_nbytes(architecture, 1, 1, weights.dtype, engine.options.int8_cache) / len(architecture.layers)
+    seen = sum(min(length, layer.window or length) for layer in architecture.layers)
+    return weights.step_nbytes + batch * seen * per_layer
+
+
+def memory_gib(engine: Engine) -> float:
+    """Memory in use: on a GPU what torch has taken from it, on a CPU weights and cache."""
+    device = engine.decoder.weights.device
+    if device.type == "cuda":
+        return torch.cuda.memory_reserved(device) / 2**30
+    cache = 0 if engine.cache is None else engine.cache.nbytes
+    return (engine.decoder.weights.step_nbytes + cache) / 2**30
+
+
+def read_rate(device: torch.device) -> float:
+    """GB/s at which a torch reduction reads memory far larger than any cache: the best of several runs."""
+    data = torch.zeros(CEILING_BYTES[device.type] // 4, dtype=torch.float32, device=device)
+    best = 0.0
+    for _ in range(5):
+        synchronize(device)
+        begin = time.perf_counter()
+        data.sum()
+        synchronize(device)
+        best = max(best, data.numel() * 4 / (time.perf_counter() - begin) / 1e9)
+    return best
+
+
+def kernels_of_step(runner: Runner) -> list[tuple[str, int, float]]:
+    """(name, calls, microseconds) of what a GPU step runs, longest first; dependent launches overlap."""
+    with torch.inference_mode(), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        runner.advance()
+        torch.cuda.synchronize()
+    found = [(event.key, event.count, float(event.self_device_time_total)) for event in profile.key_averages()]
+    return sorted((each for each in found if each[2] > 0), key=lambda each: -each[2])

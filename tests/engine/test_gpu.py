@@ -1,0 +1,113 @@
+"""On a GPU: captured steps compute what the CPU does in float32, and the same each time."""
+
+from dataclasses import fields, is_dataclass, replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from engine.decoder import Decoder
+from engine.engine import Engine, Options
+from engine.products import Linear
+from engine.sampling import Sampling
+from engine.shapes import METHODS, codegeex_shape, decoder_shape, random_weights
+from quant.kernels.packed import PackedWeight, dequantize_packed
+
+pytestmark = pytest.mark.gpu
+
+LLAMA = decoder_shape(vocabulary=1000, hidden=512, inner=1024, heads=4, layers=3, kv_heads=2)
+CODEGEEX = replace(
+    codegeex_shape(), vocabulary=1000, hidden=512, inner=1024, heads=4, kv_heads=4, layers=codegeex_shape().layers[:3]
+)
+CONTEXT = 300
+PROMPTS = [list(range(7, 90)), [5], list(range(300, 320))]
+
+
+def in_float32(value):
+    """Weights on the CPU in float32, whatever their packing."""
+    if isinstance(value, PackedWeight):
+        cpu = replace(value, words=value.words.cpu(), scales=value.scales.cpu())
+        return dequantize_packed(cpu)
+    if isinstance(value, Tensor):
+        return value.float().cpu()
+    if isinstance(value, tuple):
+        return tuple(in_float32(each) for each in value)
+    if is_dataclass(value):
+        return type(value)(**{field.name: in_float32(getattr(value, field.name)) for field in fields(value)})
+    return value
+
+
+def engines(architecture, method: str, dtype=torch.float16, int8: bool = False) -> tuple[Engine, Engine]:
+    """The engine on the GPU, and one with the same weights on the CPU in float32."""
+    weights = random_weights(architecture, method, torch.empty(0, dtype=dtype, device="cuda"))
+    options = Options(CONTEXT, int8_cache=int8)
+    gpu = Engine(Decoder(architecture, weights, CONTEXT), None, options)
+    return gpu, Engine(Decoder(architecture, in_float32(weights), CONTEXT), None, Options(CONTEXT))
+
+
+def relative(got: Tensor, wanted: Tensor) -> float:
+    return float((got.cpu() - wanted).abs().max() / wanted.abs().max())
+
+
+@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("method", METHODS)
+def test_logits_of_prompts_and_of_captured_steps_are_the_cpus(method, dtype, int8):
+    gpu, cpu = engines(LLAMA, method, dtype, int8)
+    check(gpu, cpu, 0.02 if dtype == torch.float16 else 0.08)
+
+
+@pytest.mark.parametrize("method", ["w4", "int8", "dense"])
+def test_learned_positions_and_layer_norms_too(method):
+    check(*engines(CODEGEEX, method), 0.02)
+
+
+def check(gpu: Engine, cpu: Engine, tolerance: float) -> None:
+    assert isinstance(gpu.decoder.weights.layers[0].down, Linear)
+    wanted = cpu.logits([PROMPTS[0]])[0]
+    assert relative(gpu.logits([PROMPTS[0]])[0], wanted) < tolerance
+    with torch.inference_mode():
+        runner = gpu.runner(2, 2, CONTEXT)
+        starts = [runner.cache.start(b) for b in range(2)]
+        for position, token in enumerate(PROMPTS[0]):
+            other = PROMPTS[0][position // 2]  # the second sequence goes at half the speed
+            runner.place([token, other], [position, position // 2], starts)
+            runner.advance()
+            assert runner.logits is not None
+            assert relative(runner.logits[0], wanted[position]) < 2 * tolerance
+            assert relative(runner.logits[1], wanted[position // 2]) < 2 * tolerance
+
+
+@pytest.mark.parametrize("settings", [{}, {"temperature": 1.0, "top_p": 0.9, "top_k": 50}, {"repetition_penalty": 1.2}])
+def test_a_batch_writes_what_its_requests_write_alone(settings):
+    gpu, _ = engines(LLAMA, "w4")
+    sampling = [Sampling(max_new_tokens=40, seed=seed, **settings) for seed in range(len(PROMPTS))]
+    together = [completion.tokens for completion in gpu.generate(PROMPTS, sampling)]
+    assert together == [completion.tokens for completion in gpu.generate(PROMPTS, sampling)]
+    alone = [gpu.generate([prompt], each)[0].tokens for prompt, each in zip(PROMPTS, sampling, strict=True)]
+    # rows of x are independent in every kernel that takes up to 8 of them
+    assert together == alone
+
+
+def test_a_captured_step_is_an_eager_one():
+    gpu, _ = engines(LLAMA, "w4")
+    captured = gpu.generate(PROMPTS, max_new_tokens=30)
+    for runner in gpu.runners.values():
+        assert runner.graph is not None
+        runner.captures = False
+    assert [each.tokens for each in gpu.generate(PROMPTS, max_new_tokens=30)] == [each.tokens for each in captured]
+
+
+def test_lookup_accepts_drafts():
+    gpu, _ = engines(LLAMA, "w4")
+    prompt = [7, 8, 9, 10, 11, 12] * 8
+    completion = gpu.generate([prompt], max_new_tokens=60, lookup=7)[0]
+    assert len(completion.tokens) == 60
+    assert completion.steps <= 60
+
+
+def test_too_much_context_is_refused_with_the_numbers():
+    gpu, _ = engines(LLAMA, "w4")
+    with pytest.raises(ValueError, match=r"need \d+\.\d GiB for keys and values, the GPU has"):
+        gpu.make_cache(64, 1 << 26)
+    assert gpu.generate([[1, 2]], max_new_tokens=2)

@@ -1,0 +1,60 @@
+"""What the bench counts, and that it runs where there is no GPU."""
+
+import json
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from commands.quantize_bench import bench
+from engine.decoder import Decoder
+from engine.engine import Engine, Options
+from engine.shapes import SHAPES, decoder_shape, random_weights
+from engine.speed import measure, step_bytes
+from tests.builders import save_family
+
+TINY = decoder_shape(vocabulary=256, hidden=128, inner=256, heads=2, layers=2, kv_heads=1)
+
+
+def make_engine(method: str, int8: bool = False) -> Engine:
+    weights = random_weights(TINY, method, torch.empty(0, dtype=torch.float16))
+    return Engine(Decoder(TINY, weights, 64), None, Options(64, int8_cache=int8))
+
+
+def test_bytes_of_a_step_are_weights_and_cache():
+    # q, k, v; o; gate, up; down, a row each of (outputs, inputs)
+    linears = 2 * (256 * 128 + 128 * 128 + 512 * 128 + 128 * 256)
+    head, per_position = 256 * 128 * 2, 2 * 2 * 64
+    assert step_bytes(make_engine("dense"), 3, 10) == 2 * linears + head + 3 * 10 * per_position * 2
+    assert step_bytes(make_engine("w4"), 1, 0) == linears // 2 + linears // 128 * 2 + head
+    assert step_bytes(make_engine("dense", int8=True), 1, 10) == 2 * linears + head + 10 * 2 * 2 * (64 + 2)
+
+
+def test_a_speed_is_its_parts():
+    speed = measure(make_engine("w4"), batch=2, prompt=8, output=4, read_gbs=10.0)
+    row = speed.as_row()
+    assert row["tokens_per_s"] == pytest.approx(2e3 / speed.ms_per_token, abs=0.1)
+    assert speed.floor_ms == pytest.approx(step_bytes(make_engine("w4"), 2, 10) / 10e9 * 1e3)
+    assert row["share_of_floor"] == pytest.approx(speed.floor_ms / speed.ms_per_token, abs=1e-4)
+
+
+@pytest.mark.parametrize(("shape", "billions"), [("llama2-7b", 6.74), ("llama2-13b", 13.0), ("codegeex-13b", 12.9)])
+def test_shapes_have_the_parameters_of_their_names(shape, billions):
+    a = SHAPES[shape]
+    up = a.inner * (2 if a.gated else 1)
+    layer = a.hidden * (a.qkv_rows + a.heads * a.head_dim + up + a.inner)
+    assert (len(a.layers) * layer + 2 * a.vocabulary * a.hidden) / 1e9 == pytest.approx(billions, rel=0.02)
+
+
+def test_the_command_measures_a_checkpoint(tmp_path):
+    save_family("llama", tmp_path)
+    options = ["--device", "cpu", "--dtype", "float32", "--batch", "2", "--prompt", "8", "--output", "3"]
+    result = CliRunner().invoke(bench, [str(tmp_path), *options, "--json"])
+    row = json.loads(result.stdout)
+    assert (row["batch"], row["prompt"], row["output"]) == (2, 8, 3)
+    assert row["ms_per_token"] > 0
+    assert "share of floor" in CliRunner().invoke(bench, [str(tmp_path), *options]).stdout
+
+
+def test_the_command_wants_a_checkpoint_or_a_shape():
+    assert "name a CHECKPOINT, or a --shape" in CliRunner().invoke(bench, []).stderr
