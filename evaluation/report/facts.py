@@ -1,0 +1,243 @@
+"""Everything a report says, as JSON values: read from a checkpoint's files, computed nowhere else."""
+
+import math
+import re
+import tomllib
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from evaluation.record import FILE, merge_rows, read_rows
+from evaluation.report.family import families_of, family_of
+from export.card import published_name
+from export.checkpoint import Checkpoint, open_checkpoint, read_json
+from export.errors import CheckpointError
+from export.formats import LogicalTensors
+
+REPORT = "quantization_report.json"
+RECIPE = "recipe.toml"
+GROUPS = {  # the part of a model that a kind of module belongs to, by what its name holds
+    "experts": ("experts.", "shared_expert"),
+    "norms": ("norm", "ln_", "layernorm"),
+    "embeddings": ("embed", "wte", "wpe"),
+    "head": ("lm_head", "embed_out", "output_layer"),
+    "attention": ("attn", "attention", "query_key_value", "qkv", "q_proj", "k_proj", "v_proj", "o_proj"),
+    "feed-forward": ("mlp", "feed_forward", "ffn", "fc1", "fc2", "gate", "up_proj", "down_proj"),
+}
+
+
+def facts_of(directory: Path, extra_rows: Iterable[dict[str, Any]] = ()) -> dict[str, Any]:
+    """What is known of the checkpoint in `directory`.
+
+    extra_rows  measurements kept elsewhere (speed rows of a benchmark), beside those in the checkpoint
+    Sections that nobody measured or recorded are None or empty: a report says so, it does not guess.
+    """
+    checkpoint = open_checkpoint(directory)
+    run = read_json(directory / REPORT) if (directory / REPORT).exists() else {}
+    recipe_text = _read_text(directory / RECIPE)
+    recipe = _recipe(directory / RECIPE, recipe_text)
+    rows = merge_rows(read_rows(directory / FILE), list(extra_rows))
+    tensors = LogicalTensors(checkpoint)
+    kinds = bytes_by_kind(tensors, run.get("dtype"))
+    evaluations = {
+        name: [row for row in rows if row.get("evaluation") == name]
+        for name in ("perplexity", "divergence", "task", "code", "generate", "speed")
+    }
+    families = families_of(recipe.get("dataset"))
+    return {
+        "name": published_name(str(directory)),
+        "model": run.get("model"),
+        "lowbit": run.get("lowbit"),
+        "method": recipe.get("method"),
+        "format": tensors.format.name if tensors.format else None,
+        "schemes": dict(Counter(map(str, tensors.schemes.values())).most_common()),
+        "recipe": recipe_text,
+        "command": _command(run.get("model"), recipe_text),
+        "calibration": {"dataset": recipe.get("dataset"), "families": families}
+        | {key: recipe.get(key) for key in ("num_samples", "seqlen", "calibration_sha256")},
+        "bytes": _sizes(checkpoint, run, kinds),
+        "kinds": kinds,
+        "coverage": run.get("coverage"),
+        "left": _left(run),
+        "fallbacks": _fallbacks(run),
+        "errors": error_map(run),
+        "losses": [block.get("loss") for block in run.get("blocks", [])],
+        "outliers": outliers(run),
+        "evaluations": evaluations,
+        "marks": calibration_marks(families, evaluations),
+    }
+
+
+def _read_text(path: Path) -> str | None:
+    return path.read_text(encoding="utf-8") if path.exists() else None
+
+
+def _recipe(path: Path, text: str | None) -> dict[str, Any]:
+    try:
+        return tomllib.loads(text or "")
+    except tomllib.TOMLDecodeError as error:
+        raise CheckpointError(f"{path}: not TOML ({error})") from error
+
+
+def _command(model: str | None, recipe: str | None) -> str | None:
+    """The command that makes the checkpoint again; None where nothing says how it was made."""
+    return f"quantize {model or 'MODEL'} --recipe {RECIPE} --output DIR" if recipe else None
+
+
+def kind_of(name: str) -> str:
+    """A module's name without its numbers: `model.layers.3.mlp.gate_proj` is mlp.gate_proj, as all its likes are."""
+    parts = re.sub(r"\.\d+(?=\.|$)", "", name).split(".")
+    return ".".join(parts[-3:] if "experts" in parts[-3:] else parts[-2:])
+
+
+def group_of(kind: str) -> str:
+    """The part of a model that a kind belongs to."""
+    found = (group for group, marks in GROUPS.items() if any(mark in kind.lower() for mark in marks))
+    return next(found, "other")
+
+
+def bytes_by_kind(tensors: LogicalTensors, dtype: str | None) -> list[dict[str, Any]]:
+    """A row for each kind of module: group, scheme, parameters, bytes in the files, bits a parameter; largest first.
+
+    dtype  of the original's weights; `before` is what the parameters take in it, the files' own where it is unknown
+    """
+    entries = tensors.checkpoint.entries
+    rows: dict[str, dict[str, Any]] = {}
+    owners = _owners(tensors)
+    for name, entry in entries.items():
+        owner, scheme = owners.get(name, (name.rpartition(".")[0], None))
+        kind = kind_of(owner)
+        kind = "norms" if group_of(kind) == "norms" and scheme is None else kind
+        row = rows.setdefault(kind, {"kind": kind, "group": group_of(kind), "parameters": 0, "after": 0, "schemes": []})
+        row["after"] += entry.nbytes
+        if scheme is None:
+            row["parameters"] += entry.numel
+            scheme = str(entry.dtype).removeprefix("torch.")
+        if scheme not in row["schemes"]:
+            row["schemes"].append(scheme)
+    for linear in tensors.schemes:
+        rows[kind_of(linear)]["parameters"] += math.prod(tensors.shape(linear))
+    width = getattr(torch, dtype).itemsize if dtype else None
+    for row in rows.values():
+        row["before"] = row["parameters"] * width if width else None
+        row["bits"] = round(8 * row["after"] / max(row["parameters"], 1), 3)
+    return sorted(rows.values(), key=lambda row: -row["after"])
+
+
+def _owners(tensors: LogicalTensors) -> dict[str, tuple[str, str]]:
+    """Tensor of the file -> the quantized linear it belongs to, and its scheme."""
+    suffixes = tensors.format.suffixes if tensors.format else ()
+    return {f"{name}.{suffix}": (name, str(scheme)) for name, scheme in tensors.schemes.items() for suffix in suffixes}
+
+
+def _sizes(checkpoint: Checkpoint, run: dict[str, Any], kinds: list[dict[str, Any]]) -> dict[str, Any]:
+    parameters = sum(row["parameters"] for row in kinds)
+    return {
+        "before": run.get("source_bytes"),
+        "after": checkpoint.nbytes,
+        "parameters": parameters,
+        "bits": round(8 * checkpoint.nbytes / max(parameters, 1), 3),
+    }
+
+
+def _left(run: dict[str, Any]) -> list[dict[str, Any]]:
+    """Linears that kept their weights, those with one reason together."""
+    rows: dict[str, dict[str, Any]] = {}
+    for name, left in run.get("left", {}).items():
+        row = rows.setdefault(left["reason"], {"reason": left["reason"], "count": 0, "parameters": 0, "names": []})
+        row["count"] += 1
+        row["parameters"] += left.get("parameters", 0)
+        row["names"].append(name)
+    return [row | {"names": row["names"][:4]} for row in rows.values()]
+
+
+def _fallbacks(run: dict[str, Any]) -> list[dict[str, Any]]:
+    """Linears that did not get what the recipe asks for, those with one reason and kind together."""
+    rows: dict[tuple[str, str], dict[str, Any]] = {}
+    for block in run.get("blocks", []):
+        for name, linear in block["linears"].items():
+            reason = linear.get("fallback")
+            if reason:
+                key = (kind_of(name), str(reason))
+                row = rows.setdefault(key, {"kind": key[0], "reason": key[1], "scheme": linear["scheme"], "count": 0})
+                row["count"] += 1
+    return list(rows.values())
+
+
+def error_map(run: dict[str, Any]) -> dict[str, Any] | None:
+    """Blocks x kinds of linear: the error each was left with; None where no run recorded any.
+
+    metric  output_error: squared error of the outputs relative to the outputs, over calibration tokens; where that was
+            not measured, weight_error: error of the weights relative to the weights
+    values  a row for each block, None where a block has no such linear; experts of one kind are averaged
+    low, high  between which 96% of the values lie
+    """
+    blocks = run.get("blocks", [])
+    linears = [linear for block in blocks for linear in block["linears"].values()]
+    if not linears:
+        return None
+    measured = all(linear.get("output_error") is not None for linear in linears)
+    metric = "output_error" if measured else "weight_error"
+    cells = [_by_kind(block, metric) for block in blocks]
+    kinds = list(dict.fromkeys(kind for cell in cells for kind in cell))
+    values = [[_mean(cell.get(kind, [])) for kind in kinds] for cell in cells]
+    known = sorted(value for row in values for value in row if value is not None)
+    low, high = (known[round(share * (len(known) - 1))] for share in (0.02, 0.98))
+    return {"metric": metric, "kinds": kinds, "values": values, "low": low, "high": high}
+
+
+def outliers(run: dict[str, Any]) -> list[dict[str, Any]]:
+    """For each input that linears share: largest channel over the median one, before and after what was moved, a value
+    a block. Kinds with equal values read the same input and stand together."""
+    blocks = run.get("blocks", [])
+    found: dict[str, dict[str, Any]] = {}
+    for side in ("before", "after"):
+        cells = [_by_kind(block, "outliers", side) for block in blocks]
+        for kind in dict.fromkeys(kind for cell in cells for kind in cell):
+            values = [_mean(cell.get(kind, [])) for cell in cells]
+            if any(value is not None for value in values):
+                found.setdefault(kind, {})[side] = values
+    merged: dict[str, dict[str, Any]] = {}
+    for kind, sides in found.items():
+        row = merged.setdefault(str(sides), {"kinds": [], **sides})
+        row["kinds"].append(kind)
+    return [row for row in merged.values() if "after" in row and "before" in row]
+
+
+def _by_kind(block: dict[str, Any], *keys: str) -> dict[str, list[float]]:
+    """Kind -> what its linears in `block` have under `keys`, one inside the other; those without it left out."""
+    cells: dict[str, list[float]] = {}
+    for name, linear in block["linears"].items():
+        found: Any = linear
+        for key in keys:
+            found = (found or {}).get(key)
+        if found is not None:
+            cells.setdefault(kind_of(name), []).append(found)
+    return cells
+
+
+def _mean(values: list[float]) -> float | None:
+    return sum(values) / len(values) if values else None
+
+
+def calibration_marks(families: list[str], evaluations: dict[str, list[dict[str, Any]]]) -> list[str]:
+    """Texts of the evaluation that are of a family that was calibrated on."""
+    texts = [row.get("text") for name in ("perplexity", "divergence") for row in evaluations[name]]
+    return sorted({text for text in texts if text and family_of(text) in families})
+
+
+def scored(facts: dict[str, Any]) -> list[dict[str, Any]]:
+    """Rows that hold a perplexity: of divergences, which measure it too, and of scores alone on other texts."""
+    rows = [*facts["evaluations"]["divergence"], *facts["evaluations"]["perplexity"]]
+    seen: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for row in rows:
+        seen.setdefault(conditions(row), row)
+    return list(seen.values())
+
+
+def conditions(row: dict[str, Any]) -> tuple[Any, ...]:
+    """What two perplexities must have in common to be compared."""
+    return row.get("text_sha256") or row.get("text"), row.get("protocol"), row.get("context"), row.get("windows")

@@ -1,0 +1,92 @@
+"""Facts shown: as one HTML page that needs no network, and as Markdown."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
+
+from evaluation.report.compare import comparison
+from evaluation.report.facts import scored
+from evaluation.report.plots import (
+    bytes_plot,
+    heat_map,
+    loss_plot,
+    megabytes,
+    outlier_plot,
+    pareto_plot,
+    position_plot,
+    survival_plot,
+)
+
+TEMPLATES = Path(__file__).parent / "templates"
+
+
+def render(facts: dict[str, Any], kind: str) -> str:
+    """The report of one checkpoint as `html` or `md`."""
+    divergence = next(iter(facts["evaluations"]["divergence"]), None)
+    figures = figures_of(facts, divergence) if kind == "html" else {}
+    template = _environment().get_template(f"checkpoint.{kind}")
+    return template.render(facts=facts, divergence=divergence, scores=scored(facts), figures=figures)
+
+
+def render_comparison(all_facts: Sequence[dict[str, Any]], kind: str) -> str:
+    """Several checkpoints side by side as `html` or `md`."""
+    compared = comparison(all_facts)
+    figures: dict[str, str | None] = {}
+    if kind == "html":
+        figures = {
+            "size": pareto_plot(compared["points"], "gigabytes", "GB on disk"),
+            "speed": pareto_plot(compared["points"], "speed", "tokens a second", larger_is_better=True),
+        }
+    template = _environment().get_template(f"comparison.{kind}")
+    return template.render(compared=compared, figures=figures)
+
+
+def figures_of(facts: dict[str, Any], divergence: dict[str, Any] | None) -> dict[str, str | None]:
+    """The figures of one checkpoint's page; None where nothing was measured."""
+    return {
+        "survival": survival_plot(divergence) if divergence else None,
+        "position": position_plot(divergence) if divergence else None,
+        "bytes": bytes_plot(facts["kinds"]),
+        "heat": heat_map(facts["errors"]) if facts["errors"] else None,
+        "losses": loss_plot(facts["losses"]),
+        "outliers": outlier_plot(facts["outliers"]),
+    }
+
+
+def _environment() -> Environment:
+    environment = Environment(
+        loader=FileSystemLoader(TEMPLATES),
+        autoescape=select_autoescape(["html"]),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"megabytes": megabytes, "percent": _percent, "number": _number}
+    environment.filters |= {"cell": _cell, "flat": _flat, "visible": _visible}
+    return environment
+
+
+def _percent(value: float | None, digits: int = 1) -> str:
+    return "–" if value is None else f"{100 * value:.{digits}f}%"
+
+
+def _number(value: float | None, form: str = ".4g") -> str:
+    return "–" if value is None else format(value, form)
+
+
+def _cell(value: Any) -> str:
+    """Text in one cell of a Markdown table."""
+    return str(value).replace("|", "\\|").replace("\n", " ").replace("`", "'")
+
+
+def _flat(text: str) -> str:
+    """Text on one line; a space at its end stays."""
+    return re.sub(r"\s+", " ", text)
+
+
+def _visible(token: str) -> str:
+    """A token whose white space can be seen."""
+    return token.replace(" ", "␣").replace("\n", "⏎").replace("\t", "⇥") or "nothing"

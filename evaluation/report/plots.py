@@ -1,0 +1,338 @@
+"""Figures as SVG by matplotlib, in colours that the page decides: one drawing serves the light and the dark theme.
+
+Marks are drawn in colours that stand for the page's CSS variables and are replaced by them in the finished text; marks
+with a name get a tooltip. Text stays text, in the page's own font.
+"""
+
+import math
+import re
+from collections.abc import Iterable, Sequence
+from html import escape
+from io import StringIO
+from itertools import pairwise
+from typing import Any
+
+import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+
+VARIABLES = {"ink": "#000001", "muted": "#000002", "grid": "#000003", "card": "#000004"}
+VARIABLES |= {"before": "#000010", "after": "#000011", "accent": "#000012", "bad": "#000013"}
+HEAT_STEPS = 9
+VARIABLES |= {f"heat-{step}": f"#0000{32 + step:02x}" for step in range(HEAT_STEPS)}
+INK, MUTED, GRID, CARD = (VARIABLES[name] for name in ("ink", "muted", "grid", "card"))
+BEFORE, AFTER, ACCENT = (VARIABLES[name] for name in ("before", "after", "accent"))
+STYLE: dict[Any, Any] = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "lowbit",
+    "font.family": "sans-serif",
+    "font.sans-serif": ["DejaVu Sans"],
+    "font.size": 9,
+    "text.color": INK,
+    "axes.labelcolor": MUTED,
+    "axes.edgecolor": GRID,
+    "axes.facecolor": "none",
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.spines.left": False,
+    "grid.color": GRID,
+    "grid.linewidth": 0.7,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "xtick.major.size": 0,
+    "ytick.major.size": 0,
+    "xtick.minor.size": 0,
+    "ytick.minor.size": 0,
+    "figure.facecolor": "none",
+    "savefig.facecolor": "none",
+    "lines.solid_capstyle": "round",
+    "legend.frameon": False,
+}
+WIDTH = 5.2  # inches, 72 points each: the width of a card on a desk, and of a phone held upright
+WIDE = 10.6  # of a card over the whole page; on a phone it scrolls
+
+
+class Drawing:
+    """A figure being drawn.
+
+    label    what it shows, for those who do not see it
+    tooltips  text by the name of a mark
+    """
+
+    def __init__(self, label: str, height: float = 2.9, width: float = WIDTH, rows: int = 1, columns: int = 1) -> None:
+        self.label = label
+        self.tooltips: dict[str, str] = {}
+        with mpl.rc_context(STYLE):
+            self.figure = Figure(figsize=(width, height), layout="constrained")
+            self.axes: list[Axes] = list(self.figure.subplots(rows, columns, squeeze=False).flat)
+
+    def name(self, text: str) -> str:
+        """The name for a mark that gets `text` as its tooltip."""
+        key = f"mark-{len(self.tooltips)}"
+        self.tooltips[key] = text
+        return key
+
+    def svg(self) -> str:
+        """The finished figure, to stand in a page."""
+        buffer = StringIO()
+        with mpl.rc_context(STYLE):
+            self.figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+        return _for_page(buffer.getvalue(), self.label, self.tooltips)
+
+
+def _for_page(svg: str, label: str, tooltips: dict[str, str]) -> str:
+    """matplotlib's file as an element of a page: no prolog, no fixed size, CSS colours and fonts, tooltips."""
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.S)
+    svg = re.sub(r'(<svg[^>]*?) width="[\d.]+pt"', r"\1", svg, count=1)
+    svg = re.sub(r'(<svg[^>]*?) height="[\d.]+pt"', rf'\1 role="img" aria-label="{escape(label)}"', svg, count=1)
+    for name, colour in VARIABLES.items():
+        svg = svg.replace(colour, f"var(--{name})")
+    svg = re.sub(r"'DejaVu Sans'[^;\"]*", "var(--font)", svg)
+    for key, text in tooltips.items():
+        svg = svg.replace(f'<g id="{key}">', f'<g class="mark"><title>{escape(text)}</title>', 1)
+    return re.sub(r'<g id="[a-z_0-9.]+">', "<g>", svg)
+
+
+def survival_plot(row: dict[str, Any]) -> str | None:
+    """Share of tokens whose divergence exceeds x: the tail is the damage that a mean hides."""
+    points = [(kl, share) for kl, share in row.get("survival", []) if kl > 0]
+    if len(points) < 3:
+        return None
+    drawing = Drawing("Share of tokens whose divergence exceeds a value", 3.0)
+    [axes] = drawing.axes
+    kls, shares = zip(*points, strict=True)
+    axes.plot(kls, shares, color=AFTER, linewidth=2.2)
+    axes.fill_between(kls, shares, min(shares), color=AFTER, alpha=0.12, linewidth=0)
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xlim(max(min(kls), 1e-5), max(kls) * 1.6)
+    for key, text in (("kl_mean", "mean"), ("kl_p99", "99%"), ("kl_p999", "99.9%")):
+        value = row.get(key)
+        if value:
+            share = max(_share_at(points, value), min(shares))
+            [dot] = axes.plot([value], [share], "o", color=ACCENT, markersize=5.5)
+            dot.set_gid(drawing.name(f"{text}: {value:.4g} nats; {share:.2%} of tokens beyond it"))
+            axes.annotate(
+                f"{text} {value:.3g}",
+                (value, share),
+                (6, 5),
+                textcoords="offset points",
+                color=INK,
+                fontsize=8.5,
+            )
+    axes.set_xlabel("KL divergence from the original, nats")
+    axes.set_ylabel("share of tokens beyond")
+    _decades(axes)
+    return drawing.svg()
+
+
+def _share_at(points: Sequence[tuple[float, float]], value: float) -> float:
+    """The share of tokens beyond `value`, between the points that are known."""
+    ordered = sorted(points)
+    for (below, more), (above, fewer) in pairwise(ordered):
+        if below <= value <= above:
+            part = (value - below) / max(above - below, 1e-30)
+            return more + part * (fewer - more)
+    return ordered[-1][1]
+
+
+def _decades(axes: Axes) -> None:
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(LogLocator(10, numticks=6))
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axis.set_minor_locator(NullLocator())
+
+
+def position_plot(row: dict[str, Any]) -> str | None:
+    """Divergence by position in the window."""
+    buckets = row.get("by_position", [])
+    if len(buckets) < 2:
+        return None
+    drawing = Drawing("Mean divergence by position in the window", 3.0)
+    [axes] = drawing.axes
+    for bucket in buckets:
+        begin, width = bucket["from"], bucket["to"] - bucket["from"] + 1
+        text = f"tokens {bucket['from']}-{bucket['to']}: KL {bucket['kl']:.4g}, top-1 {bucket['top1']:.1%}"
+        [bar] = axes.bar(begin, bucket["kl"], width * 0.86, align="edge", color=AFTER, gid=drawing.name(text))
+        bar.set_joinstyle("round")
+    axes.axhline(row["kl_mean"], color=ACCENT, linewidth=1.3, dashes=(3, 2))
+    axes.annotate(
+        f"mean {row['kl_mean']:.3g}",
+        (1, row["kl_mean"]),
+        (0, 3),
+        xycoords=("axes fraction", "data"),
+        textcoords="offset points",
+        ha="right",
+        color=INK,
+        fontsize=8.5,
+        bbox={"facecolor": CARD, "edgecolor": "none", "pad": 1.5, "alpha": 0.85},
+    )
+    axes.set_xlabel("position in the window, tokens")
+    axes.set_ylabel("mean KL, nats")
+    axes.grid(visible=False, axis="x")
+    return drawing.svg()
+
+
+def bytes_plot(kinds: Sequence[dict[str, Any]]) -> str:
+    """Bytes of each kind of module, before and after; small ones together."""
+    rows = [*kinds[:10]]
+    rest = kinds[10:]
+    if rest:
+        known = all(row["before"] is not None for row in rest)
+        before = sum(row["before"] for row in rest) if known else None
+        rows.append({"kind": f"{len(rest)} others", "before": before, "after": sum(row["after"] for row in rest)})
+    drawing = Drawing("Bytes by kind of module, before and after", 0.65 + 0.32 * len(rows))
+    [axes] = drawing.axes
+    for index, row in enumerate(rows):
+        if row["before"] is not None:
+            text = f"{row['kind']} before: {megabytes(row['before'])}"
+            axes.barh(index, row["before"] / 1e6, 0.72, color=BEFORE, gid=drawing.name(text))
+        axes.barh(
+            index,
+            row["after"] / 1e6,
+            0.38,
+            color=AFTER,
+            gid=drawing.name(f"{row['kind']} after: {megabytes(row['after'])}"),
+        )
+    axes.set_yticks(range(len(rows)), [row["kind"] for row in rows], color=INK)
+    axes.invert_yaxis()
+    axes.set_xlabel("MB")
+    axes.grid(visible=False, axis="y")
+    return drawing.svg()
+
+
+def heat_map(errors: dict[str, Any]) -> str:
+    """Error of every kind of linear in every block."""
+    kinds, values = errors["kinds"], errors["values"]
+    drawing = Drawing("Error by block and kind of linear", 0.6 + 0.34 * len(kinds), WIDE)
+    [axes] = drawing.axes
+    for x, row in enumerate(values):
+        for y, value in enumerate(row):
+            if value is not None:
+                name = drawing.name(f"block {x}, {kinds[y]}: {value:.3g}")
+                colour = VARIABLES[f"heat-{heat_step(value, errors['low'], errors['high'])}"]
+                axes.add_patch(Rectangle((x + 0.04, y + 0.05), 0.92, 0.9, facecolor=colour, linewidth=0, gid=name))
+    axes.set_xlim(0, len(values))
+    axes.set_ylim(len(kinds), 0)
+    axes.set_yticks([y + 0.5 for y in range(len(kinds))], kinds, color=INK)
+    step = max(len(values) // 15, 1)
+    axes.set_xticks([x + 0.5 for x in range(0, len(values), step)], [str(x) for x in range(0, len(values), step)])
+    axes.set_xlabel("block")
+    axes.grid(visible=False)
+    axes.spines["bottom"].set_visible(False)
+    return drawing.svg()
+
+
+def heat_step(value: float, least: float, most: float) -> int:
+    """Which of HEAT_STEPS colours shows `value`: on a logarithmic scale where the values span more than threefold."""
+    if most <= least:
+        return HEAT_STEPS // 2 if value == least else (HEAT_STEPS - 1) * (value > most)
+    if least > 0 and most / least > 3:
+        part = math.log(max(value, least) / least) / math.log(most / least)
+    else:
+        part = (value - least) / (most - least)
+    return min(max(int(part * HEAT_STEPS), 0), HEAT_STEPS - 1)
+
+
+def loss_plot(losses: Sequence[float | None]) -> str | None:
+    """What rounding did to each block's output."""
+    points = [(index, loss) for index, loss in enumerate(losses) if loss is not None]
+    if not points:
+        return None
+    drawing = Drawing("Squared error of each block's output", 3.6)
+    [axes] = drawing.axes
+    for index, loss in points:
+        axes.bar(index, loss, 0.8, color=AFTER, gid=drawing.name(f"block {index}: {loss:.4g}"))
+    axes.set_xlabel("block")
+    axes.set_ylabel("relative squared error")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(visible=False, axis="x")
+    return drawing.svg()
+
+
+def outlier_plot(rows: Sequence[dict[str, Any]]) -> str | None:
+    """Largest input channel over the median one, before and after what was moved into weights."""
+    if not rows:
+        return None
+    columns = 2 if len(rows) > 1 else 1
+    lines = math.ceil(len(rows) / columns)
+    drawing = Drawing(
+        "Outliers of each site's inputs, before and after", 0.4 + 1.55 * lines, rows=lines, columns=columns
+    )
+    for axes, row in zip(drawing.axes, rows, strict=False):
+        axes.plot(_gaps(row["before"]), color=BEFORE, linewidth=2.6)
+        axes.plot(_gaps(row["after"]), color=AFTER, linewidth=1.8)
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}×"))
+        axes.yaxis.set_minor_locator(NullLocator())
+        axes.yaxis.set_major_locator(LogLocator(10, (1, 2, 5) if _span(row) < 50 else (1,), numticks=6))
+        axes.set_title(short_kinds(row["kinds"]), fontsize=9, color=INK, loc="left")
+        axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+        axes.grid(visible=False, axis="x")
+    for axes in drawing.axes[len(rows) :]:
+        axes.set_visible(False)
+    return drawing.svg()
+
+
+def _span(row: dict[str, Any]) -> float:
+    """Largest over smallest of a site's values."""
+    known = [value for side in ("before", "after") for value in row[side] if value]
+    return max(known) / min(known) if known else 1.0
+
+
+def _gaps(values: Iterable[float | None]) -> list[float]:
+    return [math.nan if value is None else value for value in values]
+
+
+def short_kinds(kinds: Sequence[str]) -> str:
+    """`q, k, v` for self_attn.q_proj and its likes; names in full where there is one."""
+    if len(kinds) == 1:
+        return kinds[0]
+    return ", ".join(kind.rpartition(".")[2].removesuffix("_proj") for kind in kinds)
+
+
+def pareto_plot(points: Sequence[dict[str, Any]], x: str, label: str, larger_is_better: bool = False) -> str | None:
+    """Perplexity over what it costs, and the line of those that nothing beats in both.
+
+    points  rows with `name`, `perplexity` and a number under `x`; the unquantized model has `baseline` true
+    """
+    known = [point for point in points if point.get(x) is not None and point.get("perplexity") is not None]
+    if len(known) < 2:
+        return None
+    drawing = Drawing(f"Perplexity over {label}", 3.4)
+    [axes] = drawing.axes
+    front = pareto_front([(point[x], point["perplexity"]) for point in known], larger_is_better)
+    axes.plot(*zip(*front, strict=True), color=ACCENT, linewidth=1.4, dashes=(3, 2), drawstyle="steps-post", zorder=1)
+    for point in known:
+        colour, marker = (BEFORE, "D") if point.get("baseline") else (AFTER, "o")
+        [dot] = axes.plot(point[x], point["perplexity"], marker, color=colour, markersize=8, zorder=3)
+        text = f"{point['name']}: {point[x]:.4g} {label}, perplexity {point['perplexity']:.4f}"
+        dot.set_gid(drawing.name(text))
+        spot = (point[x], point["perplexity"])
+        axes.annotate(point["name"], spot, (7, 6), textcoords="offset points", color=INK, fontsize=8.5)
+    axes.margins(0.18, 0.16)
+    axes.set_xlabel(label)
+    axes.set_ylabel("perplexity")
+    return drawing.svg()
+
+
+def pareto_front(points: Sequence[tuple[float, float]], larger_is_better: bool) -> list[tuple[float, float]]:
+    """Those of (cost, loss) that no other beats in one and equals in the other, in the order of their cost."""
+    best: list[tuple[float, float]] = []
+    for point in sorted(points, key=lambda p: (-p[0] if larger_is_better else p[0], p[1])):
+        if not best or point[1] < best[-1][1]:
+            best.append(point)
+    return best
+
+
+def megabytes(nbytes: float) -> str:
+    """A size for people: 512 kB, 113.4 MB, 6.02 GB."""
+    for unit, size in (("GB", 1e9), ("MB", 1e6)):
+        if nbytes >= size:
+            return f"{nbytes / size:.4g} {unit}"
+    return f"{nbytes / 1e3:.4g} kB"
