@@ -116,10 +116,11 @@ def recognizes(config: Mapping[str, Any]) -> bool:
 
 
 def schemes_of(config: Mapping[str, Any], names: Iterable[str]) -> dict[str, Scheme]:
-    """The scheme of each quantized linear. CheckpointError where the block says what is not read here."""
+    """The scheme of each quantized linear. CheckpointError where the block says what is not read here.
+
+    `zero_point: false` changes nothing: GPTQModel writes it where all zeros are 8, and writes the zeros too.
+    """
     try:
-        if not config.get("zero_point", True):
-            raise ValueError("zero_point false is not read: AutoAWQ never wrote it")
         bits = config["w_bit"] if "w_bit" in config else config["bits"]
         size = config["q_group_size"] if "q_group_size" in config else config["group_size"]
         if bits != BITS:

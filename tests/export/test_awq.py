@@ -112,6 +112,7 @@ def test_a_name_that_would_take_another_with_it():
 
 def test_names_that_autoawq_once_used():
     assert awq.schemes_of({"w_bit": 4, "q_group_size": 128, "zero_point": True}, ["a"]) == {"a": SCHEMES[1]}
+    assert awq.schemes_of({"bits": 4, "group_size": 128, "zero_point": False}, ["a"]) == {"a": SCHEMES[1]}
     assert AWQ.recognizes({"quant_method": "awq", "version": "GEMM"})
     assert not AWQ.recognizes({"quant_method": "awq", "version": "gemv"})
 
@@ -123,7 +124,6 @@ def test_names_that_autoawq_once_used():
         {"bits": 4},
         {"bits": 8, "group_size": 128},
         {"bits": 4, "group_size": 16},
-        {"bits": 4, "group_size": 128, "zero_point": False},
         {"bits": 4, "group_size": "128"},
     ],
 )

@@ -1,10 +1,8 @@
 """integrations/transformers.py: every format on our linears inside transformers, and what is left to transformers."""
 
 import importlib
-import json
 import sys
 from collections.abc import Iterator
-from functools import partial
 from types import ModuleType
 
 import pytest
@@ -12,15 +10,10 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 
-from export.checkpoint import open_checkpoint
 from export.errors import CheckpointError
-from export.formats import FORMATS, LogicalTensors, write_config
-from integrations.int8 import quantize_rows
-from models.source import open_source
 from quant.linear import QLinear
-from quant.qtensor import QTensor, round_to_nearest
-from quant.scheme import Activations, Scheme, parse_scheme
 from tests.builders import changed_config, logits_of, make_model, save
+from tests.quantized import dense, quantize_files
 
 FORMATS_AND_SCHEMES = [
     ("compressed-tensors", "int4-g32"),
@@ -43,47 +36,6 @@ def ours() -> Iterator[ModuleType]:
     yield importlib.reload(module) if module else importlib.import_module("integrations.transformers")
     for table, values in zip(tables, before, strict=True):
         table.update(values)
-
-
-def quantize_files(directory, fmt: str, text: str, left: tuple[str, ...] = ("lm_head",)) -> None:
-    """Rewrite a saved model: every linear of its blocks rounded to the scheme `text` in the format `fmt`."""
-    from safetensors.torch import load_file, save_file
-
-    scheme = parse_scheme(text)
-    tensors = load_file(directory / "model.safetensors")
-    names = [
-        key.removesuffix(".weight")
-        for key in tensors
-        if "proj.weight" in key and key.removesuffix(".weight") not in left
-    ]
-    for name in names:
-        w = tensors.pop(f"{name}.weight").float()
-        plain = round_to_nearest(
-            w, Scheme(scheme.qtype, scheme.granularity), FORMATS[fmt].scale_dtype or torch.bfloat16
-        )
-        zeros = None if plain.zeros is None else plain.zeros.clamp(min=1)
-        input_scale = torch.tensor(0.01) if scheme.activations is Activations.TENSOR else None
-        tensors |= FORMATS[fmt].write(name, QTensor(plain.codes, plain.scales, zeros, scheme, input_scale))
-    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
-    block = FORMATS[fmt].quantization_config(dict.fromkeys(names, scheme), left)
-    write_config(directory, json.loads((directory / "config.json").read_text()), FORMATS[fmt], block)
-
-
-def dense(directory) -> torch.nn.Module:
-    """The same model in float32, weights dequantized by our reader; int8 activations rounded before each product."""
-    logical = LogicalTensors(open_checkpoint(directory))
-    model = AutoModelForCausalLM.from_config(open_source(str(directory)).config, dtype=torch.float32)
-    model.load_state_dict({name: logical.read(name).float() for name in logical.names}, strict=False)
-    for name, scheme in logical.schemes.items():
-        if scheme.activations is not None:
-            input_scale = logical.qtensor(name).input_scale
-            model.get_submodule(name).register_forward_pre_hook(partial(rounded, input_scale))
-    return model.eval()
-
-
-def rounded(input_scale: torch.Tensor | None, module: torch.nn.Module, args: tuple[torch.Tensor]) -> torch.Tensor:
-    codes, scales = quantize_rows(args[0].flatten(0, -2), input_scale)
-    return (codes * scales).view_as(args[0])
 
 
 @pytest.mark.parametrize(("fmt", "text"), FORMATS_AND_SCHEMES)

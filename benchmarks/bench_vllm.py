@@ -1,0 +1,292 @@
+"""Our kernels inside vLLM beside vLLM's own, in the same run: milliseconds a token, and whether tokens are the same.
+
+    python benchmarks/bench_vllm.py --out DIR --limit 160 [ENGINE ...]
+
+ENGINE is a name of ENGINES; all where none is named. It needs a GPU, vLLM, and lowbit where vLLM finds its entry point.
+Checkpoints of Llama-2-7B's shapes (or fewer layers) are written with random codes first. All engines start side by
+side, then one is measured at a time:
+
+    step_ms     time of a decoding step at batch 1 and 8: 128 tokens written after 128, less one token after 128, over
+                127; the median of 5, with CUDA graphs and torch.compile as vLLM has them by default
+    greedy      tokens that 8 prompts are continued with, and the log-probabilities of the two likeliest at each step
+    forced      log-probabilities of fixed tokens: what prefill computes
+
+Engines of one checkpoint are compared with the first of it: greedy tokens up to the first difference, how close the two
+likeliest tokens lay there, and the largest difference of forced log-probabilities. Rows go to DIR/vllm.jsonl.
+"""
+
+import argparse
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+DEVICE = "cuda"
+VOCABULARY = 32000
+LENGTH = 128  # tokens of a prompt, and tokens written
+SHAPES = {"hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32, "num_key_value_heads": 32}
+LAYERS = {"w4": 32, "w8": 8, "w8a8": 8}
+SCHEMES = {"w4": "int4-g128", "w8": "int8-channel", "w8a8": "int8-channel-a8token"}
+# name -> checkpoint, whether it is ours, kernels that vLLM must not choose
+ENGINES: dict[str, tuple[str, bool, str]] = {
+    "w4 marlin": ("w4", False, "MacheteLinearKernel"),
+    "w4 lowbit": ("w4", True, ""),
+    "w4 machete": ("w4", False, "MarlinLinearKernel"),
+    "w8 marlin": ("w8", False, "MacheteLinearKernel"),
+    "w8 lowbit": ("w8", True, ""),
+    "w8a8 cutlass": ("w8a8", False, ""),
+    "w8a8 lowbit": ("w8a8", True, ""),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="our kernels inside vLLM beside vLLM's own")
+    parser.add_argument("engines", nargs="*", metavar="ENGINE")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--models", type=Path, default=Path("/dev/shm/lowbit-models"))
+    parser.add_argument("--limit", type=float, default=160, help="seconds after which nothing new is begun")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.child:
+        measure(args.child, args.models, args.out)
+        return
+    args.out.mkdir(parents=True, exist_ok=True)
+    deadline = time.monotonic() + args.limit
+    names = args.engines or list(ENGINES)
+    for kind in dict.fromkeys(ENGINES[name][0] for name in names):
+        write_model(args.models / kind, kind)
+    print(f"models written, {deadline - time.monotonic():.0f} s left", flush=True)
+    results = list(run_engines(names, args, deadline))
+    with (args.out / "vllm.jsonl").open("w") as file:
+        for row in [*results, *compare(results)]:
+            short = {key: value for key, value in row.items() if key not in ("greedy", "forced")}
+            file.write(json.dumps(short) + "\n")
+            print(json.dumps(short), flush=True)
+
+
+def write_model(directory: Path, kind: str) -> None:
+    """A checkpoint with random codes, written by our own writer from tensors made on the GPU."""
+    import torch
+
+    from export.compressed_tensors import quantization_config
+    from export.tensorfile import TensorFileWriter
+    from quant.scheme import parse_scheme
+
+    if (directory / "config.json").exists():
+        return
+    directory.mkdir(parents=True, exist_ok=True)
+    scheme, hidden, inner = parse_scheme(SCHEMES[kind]), SHAPES["hidden_size"], SHAPES["intermediate_size"]
+    generator = torch.Generator(DEVICE).manual_seed(7)
+    writer = TensorFileWriter(directory / "model.safetensors")
+
+    def noise(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator, device=DEVICE, dtype=torch.bfloat16)
+
+    linears = {f"self_attn.{x}_proj": (hidden, hidden) for x in "qkvo"}
+    linears |= {"mlp.gate_proj": (inner, hidden), "mlp.up_proj": (inner, hidden), "mlp.down_proj": (hidden, inner)}
+    names = {}
+    for layer in range(LAYERS[kind]):
+        for role, (n, k) in linears.items():
+            name = f"model.layers.{layer}.{role}"
+            for key, tensor in random_weight(scheme, n, k, generator).items():
+                writer.add(f"{name}.{key}", tensor)
+            names[name] = scheme
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            writer.add(f"model.layers.{layer}.{norm}.weight", 1 + 0.1 * noise(hidden))
+    writer.add("model.embed_tokens.weight", noise(VOCABULARY, hidden))
+    writer.add("lm_head.weight", 0.1 * noise(VOCABULARY, hidden))
+    writer.add("model.norm.weight", 1 + 0.1 * noise(hidden))
+    writer.close()
+    config = SHAPES | {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "num_hidden_layers": LAYERS[kind],
+        "vocab_size": VOCABULARY,
+        "max_position_embeddings": 4096,
+        "rms_norm_eps": 1e-5,
+        "hidden_act": "silu",
+        "torch_dtype": "bfloat16",
+        "tie_word_embeddings": False,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "quantization_config": quantization_config(names, ["lm_head"]),
+    }
+    (directory / "config.json").write_text(json.dumps(config))
+
+
+def random_weight(scheme: Any, n: int, k: int, generator: Any) -> dict[str, Any]:
+    """The tensors of a linear (n, k) with uniform codes and scales that give weights of about 0.02."""
+    import torch
+
+    device = {"generator": generator, "device": DEVICE}
+    scales = (0.75 + 0.5 * torch.rand(n, scheme.groups(k), **device)) * 0.02 / (2**scheme.bits * 0.29)
+    if scheme.activations is None:
+        words = torch.randint(-(2**31), 2**31, (n, k * scheme.bits // 32), dtype=torch.int32, **device)
+        codes = {"weight_packed": words, "weight_shape": torch.tensor([n, k])}
+    else:
+        codes = {"weight": torch.randint(-127, 128, (n, k), dtype=torch.int8, **device)}
+    return codes | {"weight_scale": scales.to(torch.bfloat16)}
+
+
+def run_engines(names: list[str], args: argparse.Namespace, deadline: float) -> Iterator[dict[str, Any]]:
+    """Each engine's row, measured one at a time once all that will start have started."""
+    children = {name: start(name, args) for name in names}
+    ready: set[str] = set()
+    patience = time.monotonic() + 0.72 * (deadline - time.monotonic())
+    while len(ready) < len(children) and time.monotonic() < patience:
+        time.sleep(0.5)
+        for name, child in list(children.items()):
+            if name not in ready and flag(args.out, name, "ready").exists():
+                ready.add(name)
+                print(f"{name} ready, {deadline - time.monotonic():.0f} s left", flush=True)
+            elif child.poll() is not None:
+                print(f"{name} died with {child.returncode}, see {log_of(args.out, name).name}", flush=True)
+                children.pop(name)
+    for name, child in children.items():
+        if name not in ready or time.monotonic() > deadline:
+            print(f"{name} was not measured", flush=True)
+            continue
+        flag(args.out, name, "go").touch()
+        while child.poll() is None and not flag(args.out, name, "done").exists() and time.monotonic() < deadline + 8:
+            time.sleep(0.1)
+        if flag(args.out, name, "done").exists():
+            yield json.loads(flag(args.out, name, "json").read_text())
+    for child in children.values():
+        child.kill()
+
+
+def start(name: str, args: argparse.Namespace) -> subprocess.Popen[bytes]:
+    """The engine in a process of its own."""
+    work = args.models / name.replace(" ", "-")
+    environment = os.environ | {
+        "VLLM_DISABLED_KERNELS": ENGINES[name][2],
+        "VLLM_CACHE_ROOT": str(work / "cache"),
+        "TORCHINDUCTOR_CACHE_DIR": str(work / "inductor"),
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+    }
+    command = [sys.executable, __file__, "--child", name, "--out", str(args.out), "--models", str(args.models)]
+    log = log_of(args.out, name).open("wb")
+    child = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
+    time.sleep(1)  # engines that start in the same moment misjudge free memory
+    return child
+
+
+def flag(out: Path, name: str, kind: str) -> Path:
+    return out / f"{name.replace(' ', '-')}.{kind}"
+
+
+def log_of(out: Path, name: str) -> Path:
+    return flag(out, name, "log")
+
+
+def measure(name: str, models: Path, out: Path) -> None:
+    """One engine: start, wait for the word, measure, leave."""
+    from vllm import LLM
+
+    kind, ours, _ = ENGINES[name]
+    begun = time.monotonic()
+    engine = LLM(
+        model=str(models / kind),
+        quantization="lowbit" if ours else None,
+        skip_tokenizer_init=True,
+        dtype="bfloat16",
+        max_model_len=512,
+        max_num_seqs=8,
+        max_num_batched_tokens=2048,
+        gpu_memory_utilization=0.1,
+        kv_cache_memory_bytes=int(2.5 * 2**30),
+        enable_prefix_caching=False,
+        compilation_config={"cudagraph_capture_sizes": [1, 2, 4, 8]},
+    )
+    row: dict[str, Any] = {"engine": name, "model": kind, "layers": LAYERS[kind], "start_s": time.monotonic() - begun}
+    flag(out, name, "ready").touch()
+    while not flag(out, name, "go").exists():
+        time.sleep(0.05)
+    row |= {"greedy": greedy(engine), "forced": forced(engine), "step_ms": {b: step_ms(engine, b) for b in (1, 8)}}
+    flag(out, name, "json").write_text(json.dumps(row))
+    flag(out, name, "done").touch()
+    os._exit(0)  # vLLM's own shutdown takes seconds
+
+
+def prompts(count: int, seed: int) -> list[dict[str, list[int]]]:
+    """Random tokens."""
+    dice = random.Random(seed)
+    return [{"prompt_token_ids": [dice.randrange(5, VOCABULARY) for _ in range(LENGTH)]} for _ in range(count)]
+
+
+def greedy(engine: Any) -> list[list[list[Any]]]:
+    """For each of 8 prompts, [token, log-probability, that of the second likeliest] at each step."""
+    from vllm import SamplingParams
+
+    sampling = SamplingParams(temperature=0, max_tokens=64, ignore_eos=True, logprobs=2, detokenize=False)
+    rows = []
+    for output in engine.generate(prompts(8, 1), sampling, use_tqdm=False):
+        completion = output.outputs[0]
+        steps = zip(completion.token_ids, completion.logprobs, strict=True)
+        rows.append([[token, *sorted((e.logprob for e in entry.values()), reverse=True)[:2]] for token, entry in steps])
+    return rows
+
+
+def forced(engine: Any) -> list[list[float]]:
+    """Log-probabilities of the tokens of 4 random prompts."""
+    from vllm import SamplingParams
+
+    sampling = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0, detokenize=False)
+    outputs = engine.generate(prompts(4, 2), sampling, use_tqdm=False)
+    return [[e[t].logprob for t, e in zip(o.prompt_token_ids[1:], o.prompt_logprobs[1:], strict=True)] for o in outputs]
+
+
+def step_ms(engine: Any, batch: int) -> float:
+    """Milliseconds of a decoding step at a batch size."""
+    from vllm import SamplingParams
+
+    def run(tokens: int, seed: int) -> float:
+        sampling = SamplingParams(
+            temperature=0, min_tokens=tokens, max_tokens=tokens, ignore_eos=True, detokenize=False
+        )
+        begun = time.perf_counter()
+        engine.generate(prompts(batch, seed), sampling, use_tqdm=False)
+        return time.perf_counter() - begun
+
+    run(8, 0)
+    pairs = [(run(LENGTH, seed), run(1, seed)) for seed in range(5)]
+    return 1000 * statistics.median(full - first for full, first in pairs) / (LENGTH - 1)
+
+
+def compare(results: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Each engine against the first of the same checkpoint."""
+    first: dict[str, dict[str, Any]] = {}
+    for row in results:
+        base = first.setdefault(row["model"], row)
+        if base is row:
+            continue
+        same, gaps = [], []
+        for mine, other in zip(row["greedy"], base["greedy"], strict=True):
+            split = next((i for i, (a, b) in enumerate(zip(mine, other, strict=True)) if a[0] != b[0]), None)
+            same.append(len(mine) if split is None else split)
+            if split is not None:
+                gaps.append(min(mine[split][1] - mine[split][2], other[split][1] - other[split][2]))
+        pairs = [(a, b) for x, y in zip(row["forced"], base["forced"], strict=True) for a, b in zip(x, y, strict=True)]
+        before_split = zip(row["greedy"], base["greedy"], same, strict=True)
+        steps = [(a[1], b[1]) for x, y, n in before_split for a, b in zip(x[:n], y[:n], strict=True)]
+        yield {
+            "compared": row["engine"],
+            "with": base["engine"],
+            "greedy_tokens_equal": same,
+            "of": len(row["greedy"][0]),
+            "gap_of_the_two_likeliest_where_they_part": [round(gap, 5) for gap in gaps],
+            "largest_difference_of_greedy_logprobs": max((abs(a - b) for a, b in steps), default=0.0),
+            "largest_difference_of_forced_logprobs": max(abs(a - b) for a, b in pairs),
+            "mean_difference_of_forced_logprobs": statistics.mean(abs(a - b) for a, b in pairs),
+        }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,72 @@
+"""Log-probabilities that another program gives the tokens of some windows: how it reads a checkpoint, as numbers.
+
+    PYTHON read_checkpoint.py READER CHECKPOINT --windows FILE --out FILE [--dtype bfloat16]
+
+PYTHON is the reader's own, with its own versions of everything. READER is `transformers` or `vllm`, alone or with
+`-lowbit` behind it: then our linears run inside, and lowbit must be there to import (for vLLM, with its entry point).
+FILE is a JSON list of windows, each a list of token ids. The output is a JSON list: for each window the log-probability
+of every token after the first. Where the reader fails, its exception ends the program.
+"""
+
+import argparse
+import importlib
+import json
+import os
+from pathlib import Path
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="a checkpoint in another program")
+    parser.add_argument("reader", choices=["transformers", "transformers-lowbit", "vllm", "vllm-lowbit"])
+    parser.add_argument("checkpoint")
+    parser.add_argument("--windows", type=Path, required=True, help="JSON: token ids of each window")
+    parser.add_argument("--out", type=Path, required=True, help="JSON: log-probabilities of each window")
+    parser.add_argument("--dtype", default="bfloat16")
+    args = parser.parse_args()
+    program, _, ours = args.reader.partition("-")
+    read = {"transformers": with_transformers, "vllm": with_vllm}[program]
+    rows = read(args.checkpoint, json.loads(args.windows.read_text()), args.dtype, bool(ours))
+    args.out.write_text(json.dumps(rows))
+
+
+def with_transformers(checkpoint: str, windows: list[list[int]], dtype: str, ours: bool) -> list[list[float]]:
+    """By AutoModelForCausalLM, on the CPU."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    if ours:
+        importlib.import_module("integrations.transformers")
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=getattr(torch, dtype), device_map="cpu").eval()
+    rows = []
+    with torch.no_grad():
+        for window in windows:
+            ids = torch.tensor([window])
+            logprobs = model(input_ids=ids, use_cache=False).logits[0, :-1].float().log_softmax(-1)
+            rows.append(logprobs.gather(1, ids[0, 1:, None])[:, 0].tolist())
+    return rows
+
+
+def with_vllm(checkpoint: str, windows: list[list[int]], dtype: str, ours: bool) -> list[list[float]]:
+    """By vLLM's offline engine, its prompt log-probabilities."""
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    from vllm import LLM, SamplingParams
+
+    engine = LLM(
+        model=checkpoint,
+        quantization="lowbit" if ours else None,
+        dtype=dtype,
+        max_model_len=max(map(len, windows)) + 8,
+        enforce_eager=True,
+        skip_tokenizer_init=True,
+    )
+    sampling = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0, detokenize=False)
+    outputs = engine.generate([{"prompt_token_ids": window} for window in windows], sampling)
+    return [
+        [entry[token].logprob for token, entry in zip(window[1:], output.prompt_logprobs[1:], strict=True)]
+        for window, output in zip(windows, outputs, strict=True)
+    ]
+
+
+if __name__ == "__main__":
+    main()

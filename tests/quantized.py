@@ -1,0 +1,55 @@
+"""Quantized checkpoints of tiny models in any format, and the dense model that each stands for."""
+
+import json
+from functools import partial
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from export.checkpoint import open_checkpoint
+from export.formats import FORMATS, LogicalTensors, write_config
+from integrations.int8 import quantize_rows
+from models.source import open_source
+from quant.qtensor import QTensor, round_to_nearest
+from quant.scheme import Activations, Scheme, parse_scheme
+
+
+def quantize_files(directory: Path, fmt: str, text: str, left: tuple[str, ...] = ("lm_head",)) -> None:
+    """Rewrite a saved model: every linear of its blocks rounded to the scheme `text` in the format `fmt`."""
+    scheme = parse_scheme(text)
+    tensors = load_file(directory / "model.safetensors")
+    names = [
+        key.removesuffix(".weight")
+        for key in tensors
+        if "proj.weight" in key and key.removesuffix(".weight") not in left
+    ]
+    for name in names:
+        w = tensors.pop(f"{name}.weight").float()
+        plain = round_to_nearest(
+            w, Scheme(scheme.qtype, scheme.granularity), FORMATS[fmt].scale_dtype or torch.bfloat16
+        )
+        zeros = None if plain.zeros is None else plain.zeros.clamp(min=1)
+        input_scale = torch.tensor(0.01) if scheme.activations is Activations.TENSOR else None
+        tensors |= FORMATS[fmt].write(name, QTensor(plain.codes, plain.scales, zeros, scheme, input_scale))
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    block = FORMATS[fmt].quantization_config(dict.fromkeys(names, scheme), left)
+    write_config(directory, json.loads((directory / "config.json").read_text()), FORMATS[fmt], block)
+
+
+def dense(directory: Path) -> PreTrainedModel:
+    """The same model in float32, weights dequantized by our reader; int8 activations rounded before each product."""
+    logical = LogicalTensors(open_checkpoint(directory))
+    model = AutoModelForCausalLM.from_config(open_source(str(directory)).config, dtype=torch.float32)
+    model.load_state_dict({name: logical.read(name).float() for name in logical.names}, strict=False)
+    for name, scheme in logical.schemes.items():
+        if scheme.activations is not None:
+            input_scale = logical.qtensor(name).input_scale
+            model.get_submodule(name).register_forward_pre_hook(partial(rounded, input_scale))
+    return model.eval()
+
+
+def rounded(input_scale: torch.Tensor | None, module: torch.nn.Module, args: tuple[torch.Tensor]) -> torch.Tensor:
+    codes, scales = quantize_rows(args[0].flatten(0, -2), input_scale)
+    return (codes * scales).view_as(args[0])
