@@ -16,6 +16,8 @@ from commands.common import SETTINGS, Size, check_device, make_console, run_comm
 from evaluation.after import MEASURES, Measured, measure, parse_measures
 from evaluation.perplexity import Score, describe_difference
 from evaluation.record import record
+from evaluation.report.facts import facts_of
+from evaluation.report.page import render
 from export.card import write_card
 from export.checkpoint import write_sums
 from export.formats import FORMATS, describe_schemes
@@ -131,7 +133,7 @@ def quantize(
         with console.status("quantizing"):
             result = run(job, staging, calibration, _block_printer(console, len(job.skeleton.blocks)))
         measured = _evaluate(console, source, staging, flags, job.device)
-        _write_papers(staging, job, result, measured)
+        _write_papers(staging, job, result, measured, output.resolve().name)
     _print_summary(console, output, result, measured.scores, time.monotonic() - begun)
 
 
@@ -207,7 +209,8 @@ def _evaluate(console: Console, source: Source, staging: Path, flags: dict[str, 
         return measure(source, written, builtin_text("heldout"), flags["eval_windows"], flags["measures"], device)
 
 
-def _write_papers(staging: Path, job: Job, result: Result, measured: Measured) -> None:
+def _write_papers(staging: Path, job: Job, result: Result, measured: Measured, name: str) -> None:
+    """The measurements, the report where there are any, the model card and the sums; `name` is the checkpoint's."""
     labels = (Path(job.source.name).name, f"{result.recipe.method} {result.recipe.scheme}")
     record(staging, measured.labelled(*labels))
     facts = {
@@ -217,10 +220,13 @@ def _write_papers(staging: Path, job: Job, result: Result, measured: Measured) -
         "output_bytes": result.output_bytes,
         "coverage": result.plan.coverage,
         "scores": [score.as_json() | {"model": label} for score, label in zip(measured.scores, labels, strict=False)],
+        "divergence": measured.divergence,
         "text": "held-out part of the documentation that ships with CPython (pydoc_data)",
         "warnings": job.warnings(),
     }
     write_card(staging, job.source.directory, job.source.name, result.recipe, facts)
+    if measured.rows:
+        (staging / "report.html").write_text(render(facts_of(staging, name=name), "html"), encoding="utf-8")
     write_sums(staging)
 
 

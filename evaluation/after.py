@@ -23,6 +23,11 @@ class Measured:
     scores: tuple[Score, ...]
     rows: tuple[dict[str, Any], ...]
 
+    @property
+    def divergence(self) -> dict[str, Any] | None:
+        """The row of the divergence, where it was measured."""
+        return next((row for row in self.rows if row["evaluation"] == "divergence"), None)
+
     def labelled(self, original: str, quantized: str) -> list[dict[str, Any]]:
         """The rows with the two models under names that may be published."""
         names = {"model": quantized, "text": HELDOUT}

@@ -32,6 +32,16 @@ Weights take {{ "%.1f"|format(output_bytes / 1e6) }} MB instead of {{ "%.1f"|for
 {% endfor %}
 Text: {{ text }}. Protocol: {{ scores[0].protocol }}; {{ scores[0].windows }} windows of {{ scores[0].context }} tokens.
 Numbers under another text or protocol are not comparable with these.
+{%- if divergence %}
+
+
+KL divergence from the original on the same text: mean {{ "%.4g"|format(divergence.kl_mean) }} nats a token, 99.9% of \
+tokens below {{ "%.3g"|format(divergence.kl_p999) }}; both find the same token most likely at \
+{{ "%.2f"|format(100 * divergence.top1_agreement) }}% of positions.
+{%- endif %}
+
+
+`report.html` shows where the error is.
 {%- else -%}
 Not measured in this run (`--eval-windows 0`). Measure with `quantize-eval perplexity DIR --baseline MODEL`.
 {%- endif %}
@@ -58,7 +68,8 @@ def write_card(directory: Path, source: Path, base: str, recipe: Recipe, facts: 
 
     source  the original model's directory, whose card's licence is carried over
     base    what the user called the original model
-    facts   version, schemes (text), source_bytes, output_bytes, coverage, scores (list of dicts), text, warnings (list)
+    facts   version, schemes (text), source_bytes, output_bytes, coverage, scores (list of dicts),
+            divergence (row of evaluation.jsonl, or None), text, warnings (list)
     """
     fmt = FORMATS[recipe.format]
     local = Path(base).is_dir()  # then its name is no id on the hub

@@ -29,8 +29,8 @@ GROUPS = {  # the part of a model that a kind of module belongs to, by what its 
 }
 
 
-def facts_of(directory: Path, extra_rows: Iterable[dict[str, Any]] = ()) -> dict[str, Any]:
-    """What is known of the checkpoint in `directory`.
+def facts_of(directory: Path, extra_rows: Iterable[dict[str, Any]] = (), name: str | None = None) -> dict[str, Any]:
+    """What is known of the checkpoint in `directory`, called `name`, or as the directory is.
 
     extra_rows  measurements kept elsewhere (speed rows of a benchmark), beside those in the checkpoint
     Sections that nobody measured or recorded are None or empty: a report says so, it does not guess.
@@ -48,7 +48,7 @@ def facts_of(directory: Path, extra_rows: Iterable[dict[str, Any]] = ()) -> dict
     }
     families = families_of(recipe.get("dataset"))
     return {
-        "name": published_name(str(directory)),
+        "name": name or published_name(str(directory)),
         "model": run.get("model"),
         "lowbit": run.get("lowbit"),
         "method": recipe.get("method"),

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from commands import quantize, quantize_convert, quantize_eval, quantize_inspect
+from commands import quantize, quantize_convert, quantize_eval, quantize_inspect, quantize_report
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,11 @@ def run_quantize_convert(*args: object) -> Outcome:
 def run_quantize_inspect(*args: object) -> Outcome:
     """`quantize-inspect ARGS`."""
     return _run(quantize_inspect.main, "quantize-inspect", args)
+
+
+def run_quantize_report(*args: object) -> Outcome:
+    """`quantize-report ARGS`."""
+    return _run(quantize_report.main, "quantize-report", args)
 
 
 def _run(main: Callable[[], None], name: str, args: tuple[object, ...]) -> Outcome:

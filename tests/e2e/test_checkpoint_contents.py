@@ -52,6 +52,7 @@ def test_what_the_directory_holds(awq):
         "model.safetensors",
         "quantization_report.json",
         "recipe.toml",
+        "report.html",
         "tokenizer.json",
         "tokenizer_config.json",
     ]

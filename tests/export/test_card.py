@@ -18,6 +18,7 @@ FACTS: dict[str, Any] = {
     "output_bytes": 600_000,
     "coverage": 0.995,
     "scores": [],
+    "divergence": None,
     "text": "some text",
     "warnings": [],
 }
@@ -63,6 +64,14 @@ def test_scores_stand_beside_their_protocol(tmp_path):
     assert "| after | 13.0000 |" in text
     assert "Protocol: windows; 8 windows of 512 tokens" in text
     assert "some text" in text
+
+
+def test_a_divergence_stands_beside_the_scores(tmp_path):
+    row = {"kl_mean": 0.012345, "kl_p999": 1.5, "top1_agreement": 0.9321}
+    text = " ".join(card(tmp_path, scores=[SCORE | {"model": "before"}], divergence=row).split())
+    assert "mean 0.01235 nats a token, 99.9% of tokens below 1.5" in text
+    assert "at 93.21% of positions" in text
+    assert "KL" not in card(tmp_path, scores=[SCORE | {"model": "before"}])
 
 
 def test_what_was_not_measured_is_not_claimed(tmp_path):

@@ -1,0 +1,333 @@
+"""Reports: every number is the files' own, what was not measured is not claimed, and the page needs nothing else."""
+
+import json
+import subprocess
+import xml.etree.ElementTree as ET
+
+import pytest
+
+from evaluation.record import FILE, merge_rows, read_rows, record
+from evaluation.report.compare import comparison
+from evaluation.report.facts import bytes_by_kind, facts_of, group_of, kind_of
+from evaluation.report.family import families_of, family_of
+from evaluation.report.page import figures_of, render, render_comparison
+from evaluation.report.plots import HEAT_STEPS, heat_step, megabytes, pareto_front, pareto_plot
+from export.checkpoint import open_checkpoint
+from export.errors import CheckpointError
+from export.formats import LogicalTensors
+from tests.builders import make_model, save_family
+from tests.e2e.cli import run_quantize, run_quantize_eval, run_quantize_report
+
+
+@pytest.fixture(scope="module")
+def awq(models, tmp_path_factory):
+    """The tiny llama by awq, with a fallback: 96 inputs do not divide by 64."""
+    output = tmp_path_factory.mktemp("awq") / "llama-awq"
+    args = ("--method", "awq", "--group-size", 64, "--num-samples", 4, "--seqlen", 32)
+    done = run_quantize(models("llama")[1], *args, "--eval", "ppl,kl", "--eval-windows", 2, "-o", output)
+    assert done.code == 0, done.err
+    return output
+
+
+@pytest.fixture
+def copied(awq, tmp_path):
+    """The awq checkpoint, to be changed."""
+    import shutil
+
+    return shutil.copytree(awq, tmp_path / "llama-awq")
+
+
+def test_every_byte_and_parameter_has_a_kind(awq, models):
+    kinds = facts_of(awq)["kinds"]
+    assert sum(row["after"] for row in kinds) == open_checkpoint(awq).nbytes
+    parameters = sum(p.numel() for p in make_model("llama").parameters())
+    assert sum(row["parameters"] for row in kinds) == parameters
+    gate = next(row for row in kinds if row["kind"] == "mlp.gate_proj")
+    assert gate["parameters"] == 2 * 64 * 96
+    assert gate["bits"] == pytest.approx(8 * gate["after"] / gate["parameters"], abs=1e-3)
+    assert gate["before"] == gate["parameters"] * 4
+    plain = bytes_by_kind(LogicalTensors(open_checkpoint(models("llama")[1])), None)
+    assert sum(row["parameters"] for row in plain) == parameters
+
+
+def test_the_facts_are_the_runs_own(awq):
+    facts, run = facts_of(awq), json.loads((awq / "quantization_report.json").read_text())
+    assert facts["errors"]["metric"] == "output_error"
+    block, kind = 1, facts["errors"]["kinds"].index("mlp.down_proj")
+    row = run["blocks"][1]["linears"]["model.layers.1.mlp.down_proj"]
+    assert facts["errors"]["values"][block][kind] == row["output_error"]
+    assert facts["losses"] == [block["loss"] for block in run["blocks"]]
+    shared = next(row for row in facts["outliers"] if "self_attn.q_proj" in row["kinds"])
+    assert shared["kinds"] == ["self_attn.k_proj", "self_attn.q_proj", "self_attn.v_proj"]
+    assert shared["before"][1] == run["blocks"][1]["linears"]["model.layers.1.self_attn.q_proj"]["outliers"]["before"]
+    [fallback] = facts["fallbacks"]
+    assert (fallback["kind"], fallback["count"], fallback["scheme"]) == ("mlp.down_proj", 2, "int4-g32")
+    assert facts["left"][0]["names"] == ["lm_head"]
+    assert facts["command"] == "quantize model --recipe recipe.toml --output DIR"
+    assert facts["calibration"]["families"] == ["Python documentation"]
+    assert facts["marks"] == ["builtin held-out"]
+
+
+def test_what_nobody_measured_is_not_claimed(models):
+    facts = facts_of(models("llama")[1])
+    assert (facts["method"], facts["coverage"], facts["errors"], facts["command"]) == (None, None, None, None)
+    page, text = render(facts, "html"), render(facts, "md")
+    assert "No recipe lies in the checkpoint" in page
+    assert "Not recorded." in page
+    assert "Perplexity" not in page
+    assert "Not measured" in text
+
+
+def test_a_run_without_calibration_shows_weight_errors(int4):
+    facts = facts_of(int4)
+    assert facts["errors"]["metric"] == "weight_error"
+    assert facts["outliers"] == []
+    assert "outputs were not measured" in render(facts, "html")
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "gpt2", "falcon_7b"])
+def test_other_architectures(family, tmp_path):
+    source = save_family(family, tmp_path / family)
+    done = run_quantize(source, "--method", "int8", "--eval-windows", 0, "-o", tmp_path / "out")
+    assert done.code == 0, done.err
+    facts = facts_of(tmp_path / "out")
+    assert sum(row["after"] for row in facts["kinds"]) == open_checkpoint(tmp_path / "out").nbytes
+    assert len(facts["errors"]["values"]) == 2
+    assert len(facts["errors"]["kinds"]) < 12
+    assert "<svg" in render(facts, "html")
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "group"),
+    [
+        ("model.layers.3.mlp.gate_proj", "mlp.gate_proj", "feed-forward"),
+        ("model.layers.3.mlp.experts.17.gate_proj", "mlp.experts.gate_proj", "experts"),
+        ("model.layers.0.self_attn.q_proj", "self_attn.q_proj", "attention"),
+        ("transformer.h.11.attn.c_attn", "attn.c_attn", "attention"),
+        ("model.layers.0.input_layernorm", "layers.input_layernorm", "norms"),
+        ("model.embed_tokens", "model.embed_tokens", "embeddings"),
+        ("lm_head", "lm_head", "head"),
+    ],
+)
+def test_kinds(name, kind, group):
+    assert kind_of(name) == kind
+    assert group_of(kind) == group
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("Salesforce/wikitext:wikitext-2-raw-v1:train", "wikitext2-raw.valid.txt"),
+        ("builtin", "builtin held-out"),
+        ("allenai/c4:en", "HuggingFaceFW/fineweb"),
+        ("my-notes.train.txt", "my-notes.test.txt"),
+        ("NeelNanda/pile-10k", "mit-han-lab/pile-val-backup"),
+    ],
+)
+def test_texts_of_one_family(one, other):
+    assert family_of(one) == family_of(other)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [("builtin", "wikitext"), ("notes.txt", "letters.txt"), ("org/c4", "org/abc4d"), ("pile", "compiler")],
+)
+def test_texts_of_two_families(one, other):
+    assert family_of(one) != family_of(other)
+
+
+def test_a_mixture_has_several_families():
+    assert families_of("builtin:64, chats.jsonl:64") == ["Python documentation", "chats"]
+    assert families_of(None) == []
+
+
+def test_figures_are_well_formed_and_take_the_pages_colours(awq):
+    facts = facts_of(awq)
+    figures = figures_of(facts, facts["evaluations"]["divergence"][0])
+    assert all(figures.values()), {name for name, svg in figures.items() if not svg}
+    for svg in figures.values():
+        root = ET.fromstring(svg)
+        assert root.get("aria-label")
+        assert root.get("viewBox")
+        assert root.get("width") is None
+        assert "#0000" not in svg
+        assert "var(--" in svg
+    titles = ET.fromstring(figures["heat"]).iter("{http://www.w3.org/2000/svg}title")
+    value = facts["errors"]["values"][1][0]
+    assert f"block 1, {facts['errors']['kinds'][0]}: {value:.3g}" in [title.text for title in titles]
+
+
+def test_the_page_needs_nothing_from_elsewhere(awq):
+    page = render(facts_of(awq), "html")
+    for outside in ("src=", "@import", "url(http", "<link", "fetch(", "XMLHttpRequest"):
+        assert outside not in page
+    links = {part.split('"')[0] for part in page.split('href="')[1:]}
+    assert all(link.startswith("#") for link in links), links
+    assert len(page) < 400_000
+    assert page == render(facts_of(awq), "html")
+
+
+def test_text_of_the_evaluation_is_never_markup(copied):
+    rows = read_rows(copied / FILE)
+    rows[0]["worst"][0] |= {"before": "<script>alert(1)</script>", "next": "</table>|`x`"}
+    (copied / FILE).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    facts = facts_of(copied)
+    page = render(facts, "html")
+    assert "<script>alert" not in page
+    assert "&lt;script&gt;alert(1)" in page
+    assert "\\|'x'" in render(facts, "md")
+
+
+def test_markdown_has_the_same_numbers(awq):
+    facts = facts_of(awq)
+    text = render(facts, "md")
+    row = facts["evaluations"]["divergence"][0]
+    assert f"| {row['perplexity']:.4f} |" in text
+    assert f"mean {row['kl_mean']:.4g}" in text
+    assert "fallback, 2 × mlp.down_proj got int4-g32" in text
+    assert "same family" in text
+    table = [line for line in text.splitlines() if line.startswith("|")]
+    assert len(table) > 20
+    for line, after in zip(text.splitlines(), text.splitlines()[1:], strict=False):
+        if line.startswith("|") and after.startswith("|"):
+            assert line.replace("\\|", "").count("|") == after.replace("\\|", "").count("|")
+
+
+def test_the_command_writes_a_page_markdown_and_json(copied):
+    done = run_quantize_report(copied)
+    assert done.code == 0, done.err
+    assert json.loads((copied / "report.json").read_text()) == facts_of(copied)
+    assert (copied / "report.html").read_text() == render(facts_of(copied), "html")
+    assert (copied / "report.md").read_text() == render(facts_of(copied), "md")
+    found = subprocess.run(["sha256sum", "-c", "SHA256SUMS"], cwd=copied, capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stderr
+    assert "report.json: OK" in found.stdout
+
+
+def test_quantize_writes_what_it_measured(awq):
+    rows = read_rows(awq / FILE)
+    assert [row["evaluation"] for row in rows] == ["divergence"]
+    assert rows[0]["text"] == "builtin held-out"
+    assert (rows[0]["model"], rows[0]["baseline"]["model"]) == ("awq int4-g64", "model")
+    assert f"mean {rows[0]['kl_mean']:.4g} nats" in " ".join((awq / "README.md").read_text().split())
+    assert "<h1>llama-awq</h1>" in (awq / "report.html").read_text()
+    assert "--eval 'kll': did you mean 'kl'" in run_quantize(awq, "--eval", "kll", "-o", "x").complaint
+
+
+def test_a_recorded_measurement_names_no_place(copied, models, tmp_path):
+    text = tmp_path / "some-text.txt"
+    text.write_text("The quick brown fox jumps over the lazy dog; " * 20)
+    args = ["perplexity", copied, "--baseline", models("llama")[1], "--text", text, "--context", 64]
+    assert run_quantize_eval(*args, "--record").code == 0
+    assert run_quantize_eval(*args, "--record").code == 0
+    rows = read_rows(copied / FILE)
+    assert [(row["evaluation"], row["text"]) for row in rows] == [
+        ("divergence", "builtin held-out"),
+        ("perplexity", "some-text.txt"),
+    ]
+    assert (rows[1]["model"], rows[1]["baseline"]["model"]) == ("llama-awq", "model")
+    assert str(tmp_path) not in (copied / FILE).read_text()
+    found = subprocess.run(["sha256sum", "-c", "SHA256SUMS"], cwd=copied, capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stderr
+    assert len(facts_of(copied)["evaluations"]["perplexity"]) == 1
+
+
+def test_a_later_row_takes_the_place_of_an_earlier_one():
+    old = {"evaluation": "perplexity", "text": "a", "context": 64, "perplexity": 3}
+    other = old | {"context": 128}
+    assert merge_rows([old, other], [old | {"perplexity": 2}]) == [other, old | {"perplexity": 2}]
+
+
+def test_nothing_is_recorded_for_nothing(tmp_path):
+    record(tmp_path, [])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_checkpoints_side_by_side(awq, int4, tmp_path):
+    rows = [
+        {"evaluation": "speed", "checkpoint": name, "gpu": "G", "batch": 1, "context": 128, "tokens_per_second": speed}
+        for name, speed in (("llama-awq", 100.0), ("llama-int4", 90.0))
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    done = run_quantize_report(awq, int4, "--rows", tmp_path / "rows.jsonl", "-o", tmp_path / "both")
+    assert done.code == 0, done.err
+    values = json.loads((tmp_path / "both.json").read_text())
+    base, first, second = values["points"]
+    assert (base["name"], base["baseline"]) == ("model", True)
+    assert [first["name"], second["name"]] == ["llama-awq", "llama-int4"]
+    assert [first["speed"], second["speed"]] == [100.0, 90.0]
+    assert first["perplexity"] == read_rows(awq / FILE)[0]["perplexity"]
+    assert base["perplexity"] == read_rows(awq / FILE)[0]["baseline"]["perplexity"]
+    assert (first["marked"], second["marked"]) == (True, False)
+    page, text = ((tmp_path / f"both.{kind}").read_text() for kind in ("html", "md"))
+    assert "llama-awq was calibrated on text of the same family" in " ".join(page.split())
+    assert page.count("<svg") == 2
+    assert "(same family)" in text
+
+
+def test_numbers_under_other_conditions_do_not_stand_side_by_side(awq, int4):
+    one, two = facts_of(awq), facts_of(int4)
+    for row in two["evaluations"]["divergence"]:
+        row["context"] = 77
+    compared = comparison([one, two, one | {"name": "third"}])
+    assert compared["apart"] == ["llama-int4"]
+    assert compared["conditions"]["context"] == 512
+    assert "Not scored under these conditions, so without a perplexity here: llama-int4" in render_comparison(
+        [one, two, one | {"name": "third"}], "html"
+    )
+
+
+def test_checkpoints_that_nobody_scored(models):
+    facts = [facts_of(models(name)[1]) | {"name": name} for name in ("llama", "gpt2")]
+    assert comparison(facts)["conditions"] is None
+    assert "Fewer than two checkpoints" in render_comparison(facts, "html")
+
+
+def test_the_front_is_what_nothing_beats():
+    points = [(1.0, 9.0), (1.0, 8.0), (2.0, 8.5), (3.0, 5.0), (4.0, 5.0), (0.5, 20.0)]
+    assert pareto_front(points, larger_is_better=False) == [(0.5, 20.0), (1.0, 8.0), (3.0, 5.0)]
+    assert pareto_front(points, larger_is_better=True) == [(4.0, 5.0)]
+    assert pareto_plot([{"name": "a", "x": 1.0, "perplexity": 2.0}], "x", "X") is None
+
+
+@pytest.mark.parametrize(
+    ("value", "least", "most", "step"),
+    [
+        (1.0, 1.0, 1.0, HEAT_STEPS // 2),
+        (5.0, 1.0, 2.0, HEAT_STEPS - 1),
+        (0.0, 1.0, 2.0, 0),
+        (1.5, 1.0, 2.0, HEAT_STEPS // 2),
+        (10.0, 1.0, 100.0, HEAT_STEPS // 2),
+        (0.0, 1.0, 100.0, 0),
+        (100.0, 1.0, 100.0, HEAT_STEPS - 1),
+        (0.0, 0.0, 1.0, 0),
+    ],
+)
+def test_heat(value, least, most, step):
+    assert heat_step(value, least, most) == step
+
+
+def test_sizes_for_people():
+    assert [megabytes(n) for n in (512, 70_270, 113_100_000, 6_020_000_000)] == [
+        "0.512 kB",
+        "70.27 kB",
+        "113.1 MB",
+        "6.02 GB",
+    ]
+
+
+def test_mistakes(awq, copied, tmp_path):
+    assert "no such directory" in run_quantize_report("gone").complaint
+    assert "named twice" in run_quantize_report(awq, awq).complaint
+    assert "no such directory to write" in run_quantize_report(awq, "-o", tmp_path / "gone" / "x").complaint
+    (tmp_path / "rows.jsonl").write_text("[1]\n")
+    assert (
+        "rows.jsonl:1: a JSON object is expected"
+        in run_quantize_report(awq, "--rows", tmp_path / "rows.jsonl").complaint
+    )
+    (copied / FILE).write_text("{")
+    assert f"{FILE}:1: not JSON" in run_quantize_report(copied).complaint
+    (copied / FILE).unlink()
+    (copied / "recipe.toml").write_text("= [")
+    with pytest.raises(CheckpointError, match=r"recipe\.toml: not TOML"):
+        facts_of(copied)
