@@ -71,6 +71,9 @@ def test_a_divergence_stands_beside_the_scores(tmp_path):
     text = " ".join(card(tmp_path, scores=[SCORE | {"model": "before"}], divergence=row).split())
     assert "mean 0.01235 nats a token, 99.9% of tokens below 1.5" in text
     assert "at 93.21% of positions" in text
+
+
+def test_no_divergence_is_claimed_where_none_was_measured(tmp_path):
     assert "KL" not in card(tmp_path, scores=[SCORE | {"model": "before"}])
 
 
