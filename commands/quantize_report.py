@@ -31,7 +31,7 @@ def main() -> None:
 @click.option(
     "--rows",
     type=click.Path(path_type=Path, exists=True, dir_okay=False),
-    help=".jsonl of measurements kept elsewhere; a row's `checkpoint` says which directory's it is.",
+    help=".jsonl of measurements kept elsewhere: what quantize-bench --json prints, with the device in `device`.",
 )
 @click.version_option(__version__, prog_name="lowbit")
 def report(checkpoints: tuple[Path, ...], output: Path | None, rows: Path | None) -> None:
@@ -39,7 +39,7 @@ def report(checkpoints: tuple[Path, ...], output: Path | None, rows: Path | None
     if len({path.resolve() for path in checkpoints}) < len(checkpoints):
         raise CheckpointError("the same checkpoint is named twice")
     extra = read_rows(rows) if rows else []
-    found = [facts_of(path, _rows_of(path, extra, len(checkpoints))) for path in checkpoints]
+    found = [facts_of(path, _rows_of(path, extra)) for path in checkpoints]
     if len(found) == 1:
         target = output or checkpoints[0] / "report"
         texts: dict[str, str] = {kind: render(found[0], kind) for kind in ("html", "md")}
@@ -57,10 +57,10 @@ def report(checkpoints: tuple[Path, ...], output: Path | None, rows: Path | None
         console.print(f"{target}.{kind}")
 
 
-def _rows_of(path: Path, rows: list[dict[str, Any]], among: int) -> list[dict[str, Any]]:
-    """The rows that belong to the checkpoint in `path`, one of `among`."""
-    name = path.resolve().name
-    return [row for row in rows if row.get("checkpoint", name if among == 1 else None) == name]
+def _rows_of(path: Path, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows that belong to the checkpoint in `path`: `checkpoint`, or `shape` in rows of a benchmark, names it."""
+    owned = [row for row in rows if Path(str(row.get("checkpoint", row.get("shape")))).name == path.resolve().name]
+    return [{"evaluation": "speed"} | row if "tokens_per_s" in row else row for row in owned]
 
 
 def _write(target: Path, texts: dict[str, str]) -> None:

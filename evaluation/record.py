@@ -11,7 +11,7 @@ FILE = "evaluation.jsonl"
 # What tells two measurements apart: a later row with all of these equal takes the place of the earlier one.
 IDENTITY = (
     *("evaluation", "text", "text_sha256", "protocol", "context", "windows", "backend", "device", "dtype"),
-    *("task", "metric", "fewshot", "problems_sha256", "gpu", "batch"),
+    *("task", "metric", "fewshot", "problems_sha256", "batch", "prompt", "output"),
 )
 
 

@@ -6,6 +6,8 @@ from typing import Any
 
 from evaluation.report.facts import conditions, scored
 
+SPEED_CONDITIONS = ("device", "batch", "prompt", "output")
+
 
 def comparison(all_facts: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The rows of a comparison, as JSON values.
@@ -13,7 +15,7 @@ def comparison(all_facts: Sequence[dict[str, Any]]) -> dict[str, Any]:
     conditions  text, protocol and context that most of the checkpoints were scored under; perplexities and divergences
                 under others are not shown, and `apart` names the checkpoints that have no other
     points      a row for each checkpoint, and one for the unquantized model where it was measured under the same
-    speed       the row of conditions that most have a speed under, or None
+    speed       SPEED_CONDITIONS that most were timed under, or None
     """
     shared = _most_common([{conditions(row): row for row in scored(facts)} for facts in all_facts])
     speed = _most_common(
@@ -23,7 +25,7 @@ def comparison(all_facts: Sequence[dict[str, Any]]) -> dict[str, Any]:
     baseline = _baseline(all_facts, shared)
     return {
         "conditions": _described(all_facts, shared),
-        "speed": speed,
+        "speed": dict(zip(SPEED_CONDITIONS, speed, strict=True)) if speed else None,
         "points": ([baseline] if baseline else []) + points,
         "apart": [point["name"] for point in points if point["perplexity"] is None],
     }
@@ -36,7 +38,7 @@ def _most_common(found: Sequence[dict[tuple[Any, ...], dict[str, Any]]]) -> tupl
 
 
 def _speed_conditions(row: dict[str, Any]) -> tuple[Any, ...]:
-    return tuple(row.get(key) for key in ("gpu", "device", "backend", "batch", "context"))
+    return tuple(row.get(key) for key in SPEED_CONDITIONS)
 
 
 def _point(facts: dict[str, Any], shared: tuple[Any, ...] | None, speed: tuple[Any, ...] | None) -> dict[str, Any]:
@@ -52,7 +54,7 @@ def _point(facts: dict[str, Any], shared: tuple[Any, ...] | None, speed: tuple[A
         "bytes": facts["bytes"]["after"],
         "gigabytes": facts["bytes"]["after"] / 1e9,
         "bits": facts["bytes"]["bits"],
-        "speed": fast.get("tokens_per_second"),
+        "speed": fast.get("tokens_per_s"),
         **{key: row.get(key) for key in ("perplexity", "delta_nll", "delta_nll_se", "kl_mean", "kl_p999")},
         "top1": row.get("top1_agreement"),
         "dataset": facts["calibration"]["dataset"],

@@ -27,6 +27,25 @@ GROUPS = {  # the part of a model that a kind of module belongs to, by what its 
     "attention": ("attn", "attention", "query_key_value", "qkv", "q_proj", "k_proj", "v_proj", "o_proj"),
     "feed-forward": ("mlp", "feed_forward", "ffn", "fc1", "fc2", "gate", "up_proj", "down_proj"),
 }
+SCORE = ("text", "perplexity", "delta_nll", "delta_nll_se", "tokens", "windows", "context", "protocol", "backend")
+EVALUATIONS = {  # what a report shows of the rows of each evaluation; None where a row does not have it
+    "perplexity": (*SCORE, "baseline"),
+    "divergence": (
+        *SCORE,
+        "baseline",
+        "kl_mean",
+        "kl_median",
+        "kl_p99",
+        "kl_p999",
+        "kl_max",
+        "top1_agreement",
+        "worst",
+    ),
+    "task": ("task", "metric", "value", "stderr", "examples", "fewshot", "baseline"),
+    "code": ("problems", "pass_at_1", "rows", "baseline"),
+    "generate": ("rows",),
+    "speed": ("device", "batch", "prompt", "output", "tokens_per_s", "ms_per_token", "share_of_floor"),
+}
 
 
 def facts_of(directory: Path, extra_rows: Iterable[dict[str, Any]] = (), name: str | None = None) -> dict[str, Any]:
@@ -43,8 +62,8 @@ def facts_of(directory: Path, extra_rows: Iterable[dict[str, Any]] = (), name: s
     tensors = LogicalTensors(checkpoint)
     kinds = bytes_by_kind(tensors, run.get("dtype"))
     evaluations = {
-        name: [row for row in rows if row.get("evaluation") == name]
-        for name in ("perplexity", "divergence", "task", "code", "generate", "speed")
+        name: [dict.fromkeys(keys) | row for row in rows if row.get("evaluation") == name]
+        for name, keys in EVALUATIONS.items()
     }
     families = families_of(recipe.get("dataset"))
     return {
@@ -234,7 +253,8 @@ def scored(facts: dict[str, Any]) -> list[dict[str, Any]]:
     rows = [*facts["evaluations"]["divergence"], *facts["evaluations"]["perplexity"]]
     seen: dict[tuple[Any, ...], dict[str, Any]] = {}
     for row in rows:
-        seen.setdefault(conditions(row), row)
+        if row["perplexity"] is not None:
+            seen.setdefault(conditions(row), row)
     return list(seen.values())
 
 

@@ -25,9 +25,9 @@ TEMPLATES = Path(__file__).parent / "templates"
 
 def render(facts: dict[str, Any], kind: str) -> str:
     """The report of one checkpoint as `html` or `md`."""
-    divergence = next(iter(facts["evaluations"]["divergence"]), None)
+    divergence = next((row for row in facts["evaluations"]["divergence"] if row["kl_mean"] is not None), None)
     figures = figures_of(facts, divergence) if kind == "html" else {}
-    template = _environment().get_template(f"checkpoint.{kind}")
+    template = _environment().get_template(f"checkpoint.{kind}.j2")
     return template.render(facts=facts, divergence=divergence, scores=scored(facts), figures=figures)
 
 
@@ -40,7 +40,7 @@ def render_comparison(all_facts: Sequence[dict[str, Any]], kind: str) -> str:
             "size": pareto_plot(compared["points"], "gigabytes", "GB on disk"),
             "speed": pareto_plot(compared["points"], "speed", "tokens a second", larger_is_better=True),
         }
-    template = _environment().get_template(f"comparison.{kind}")
+    template = _environment().get_template(f"comparison.{kind}.j2")
     return template.render(compared=compared, figures=figures)
 
 
@@ -59,7 +59,7 @@ def figures_of(facts: dict[str, Any], divergence: dict[str, Any] | None) -> dict
 def _environment() -> Environment:
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES),
-        autoescape=select_autoescape(["html"]),
+        autoescape=select_autoescape(["html.j2"]),
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,

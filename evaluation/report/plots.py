@@ -100,7 +100,7 @@ def _for_page(svg: str, label: str, tooltips: dict[str, str]) -> str:
 
 def survival_plot(row: dict[str, Any]) -> str | None:
     """Share of tokens whose divergence exceeds x: the tail is the damage that a mean hides."""
-    points = [(kl, share) for kl, share in row.get("survival", []) if kl > 0]
+    points = [(kl, share) for kl, share in row.get("survival") or [] if kl > 0]
     if len(points) < 3:
         return None
     drawing = Drawing("Share of tokens whose divergence exceeds a value", 3.0)
@@ -150,7 +150,7 @@ def _decades(axes: Axes) -> None:
 
 def position_plot(row: dict[str, Any]) -> str | None:
     """Divergence by position in the window."""
-    buckets = row.get("by_position", [])
+    buckets = row.get("by_position") or []
     if len(buckets) < 2:
         return None
     drawing = Drawing("Mean divergence by position in the window", 3.0)

@@ -8,7 +8,7 @@ import pytest
 
 from evaluation.record import FILE, merge_rows, read_rows, record
 from evaluation.report.compare import comparison
-from evaluation.report.facts import bytes_by_kind, facts_of, group_of, kind_of
+from evaluation.report.facts import EVALUATIONS, bytes_by_kind, facts_of, group_of, kind_of
 from evaluation.report.family import families_of, family_of
 from evaluation.report.page import figures_of, render, render_comparison
 from evaluation.report.plots import HEAT_STEPS, heat_step, megabytes, pareto_front, pareto_plot
@@ -17,6 +17,8 @@ from export.errors import CheckpointError
 from export.formats import LogicalTensors
 from tests.builders import make_model, save_family
 from tests.e2e.cli import run_quantize, run_quantize_eval, run_quantize_report
+
+SPEED = {"device": "a GPU", "ms_per_token": 10.0, "share_of_floor": 0.5}
 
 
 @pytest.fixture(scope="module")
@@ -232,6 +234,15 @@ def test_a_recorded_measurement_names_no_place(copied, models, tmp_path):
     assert len(facts_of(copied)["evaluations"]["perplexity"]) == 1
 
 
+def test_a_row_that_says_little_is_shown_as_far_as_it_goes(copied):
+    rows = [{"evaluation": name} for name in EVALUATIONS] + [{"evaluation": "perplexity", "perplexity": 3.5}, {}]
+    (copied / FILE).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    facts = facts_of(copied)
+    for kind in ("html", "md"):
+        assert "3.5" in render(facts, kind)
+        assert "llama-awq" in render_comparison([facts, facts | {"name": "other"}], kind)
+
+
 def test_a_later_row_takes_the_place_of_an_earlier_one():
     old = {"evaluation": "perplexity", "text": "a", "context": 64, "perplexity": 3}
     other = old | {"context": 128}
@@ -245,8 +256,8 @@ def test_nothing_is_recorded_for_nothing(tmp_path):
 
 def test_checkpoints_side_by_side(awq, int4, tmp_path):
     rows = [
-        {"evaluation": "speed", "checkpoint": name, "gpu": "G", "batch": 1, "context": 128, "tokens_per_second": speed}
-        for name, speed in (("llama-awq", 100.0), ("llama-int4", 90.0))
+        {"shape": f"some/where/{name}", "batch": 1, "prompt": 128, "output": 8, "tokens_per_s": speed} | SPEED
+        for name, speed in (("llama-awq", 100.0), ("llama-int4", 90.0), ("another", 1000.0))
     ]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     done = run_quantize_report(awq, int4, "--rows", tmp_path / "rows.jsonl", "-o", tmp_path / "both")
@@ -263,6 +274,10 @@ def test_checkpoints_side_by_side(awq, int4, tmp_path):
     assert "llama-awq was calibrated on text of the same family" in " ".join(page.split())
     assert page.count("<svg") == 2
     assert "(same family)" in text
+    assert "Batch 1, after 128 tokens, a GPU." in " ".join(page.split())
+    assert run_quantize_report(awq, "--rows", tmp_path / "rows.jsonl", "-o", tmp_path / "one").code == 0
+    assert "| a GPU | 1 | 128 | 100 | 10 |" in (tmp_path / "one.md").read_text()
+    assert "50.0%" in (tmp_path / "one.html").read_text()
 
 
 def test_numbers_under_other_conditions_do_not_stand_side_by_side(awq, int4):
