@@ -22,7 +22,11 @@ DEFAULT_ARCHITECTURES = "80 86 89 90a 90+PTX"
 # A translation unit is a source and its defines: the same file once per type, so that they compile in parallel.
 TYPES = [(f"LOWBIT_T={dtype}", f"LOWBIT_BITS={bits}") for dtype in ("__half", "__nv_bfloat16") for bits in (4, 8)]
 UNITS = [("wna16_gemv.cu", defines) for defines in TYPES]
-UNITS += [("decode_attention.cu", (f"LOWBIT_T={dtype}",)) for dtype in ("__half", "__nv_bfloat16")]
+UNITS += [
+    (source, (f"LOWBIT_T={dtype}",))
+    for source in ("decode_attention.cu", "row_norm.cu")
+    for dtype in ("__half", "__nv_bfloat16")
+]
 UNITS += [("wna16_dequantize.cu", ()), ("bindings.cpp", ())]
 
 

@@ -86,8 +86,8 @@ def random_engine(
     shape: str, method: str, dtype: torch.dtype, device: torch.device, options: Options, head: str
 ) -> Engine:
     """An engine with random weights."""
-    architecture = SHAPES[shape]
-    weights = random_weights(architecture, method, torch.empty(0, dtype=dtype, device=device), head)
+    architecture, like = SHAPES[shape], torch.empty(0, dtype=dtype, device=device)
+    weights = random_weights(architecture, method, like, head, not options.int8_cache)
     return Engine(Decoder(architecture, weights, options.context), None, options)
 
 

@@ -13,7 +13,7 @@ from torch.nn import functional
 from engine.architecture import Architecture, Layer, Rope
 from engine.attention import prompt_attention
 from engine.cache import Cache
-from engine.products import Linear, Norm, gated_product, product
+from engine.products import Linear, Norm, gated_product, prepared, product
 from engine.weights import LayerWeights, Weights
 from quant.kernels import ops
 from quant.kernels.decode_attention import Append, Attention
@@ -108,27 +108,17 @@ class Decoder:
         """residual + x W^T, the product normed where the family does so."""
         if out_norm is None:
             return product(x, linear, residual=residual, dependent=self.dependent)
-        return residual + out_norm(product(x, linear, dependent=self.dependent))
+        return residual + prepared(product(x, linear, dependent=self.dependent), None, out_norm, self.dependent)
 
     def heads(self, x: Tensor, w: LayerWeights, index: int, step: Step, cache: Cache) -> Tensor:
         """q (m, heads * head_dim), turned; k and v are in the cache."""
         kv, turns = cache.layers[index], self.turns[index]
         weight = w.qkv.weight
-        fused = kv.k_scales is None and w.q_norm is None and w.qkv.inputs is None
+        fused = kv.k_scales is None and w.q_norm is None
         if fused and isinstance(weight, PackedWeight) and weight.pair_block == kv.head_dim:
             rotary = Rotary(step.positions, step.slots, turns.cosines, turns.sines, kv.k, kv.v)
-            norm = w.attention_norm
-            return ops.qkv_rotary_append(
-                x,
-                weight,
-                rotary,
-                w.qkv.bias,
-                norm=norm.kind,
-                norm_weight=norm.weight,
-                norm_bias=norm.bias,
-                norm_eps=norm.eps,
-                dependent=self.dependent,
-            )
+            x = prepared(x, w.qkv, w.attention_norm, self.dependent)
+            return ops.qkv_rotary_append(x, weight, rotary, w.qkv.bias, dependent=self.dependent)
         qkv = product(x, w.qkv, w.attention_norm, dependent=self.dependent)
         eps = self.architecture.norm_eps
         return ops.append_heads(

@@ -1,7 +1,6 @@
 """The products of a decoder, each over a packed weight (one fused operator) or a dense one (torch's own functions)."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,6 +8,7 @@ from torch.nn import functional
 
 from quant.kernels import ops
 from quant.kernels.packed import PackedWeight
+from quant.kernels.row_norm import Rows
 
 
 @dataclass(frozen=True)
@@ -16,13 +16,6 @@ class Int8Inputs:
     """Inputs are rounded to int8 before the product: by `scale`, or, where it is None, by each token's absmax / 127."""
 
     scale: Tensor | None = None
-
-    def __call__(self, x: Tensor) -> Tensor:
-        values = x.float()
-        scale = self.scale
-        if scale is None:
-            scale = (values.abs().amax(-1, keepdim=True) / 127).clamp(min=torch.finfo(torch.float32).tiny)
-        return ((values / scale).round().clamp(-128, 127) * scale).to(x.dtype)
 
 
 @dataclass(frozen=True)
@@ -50,17 +43,17 @@ class Norm:
     bias: Tensor | None
     eps: float
 
-    def __call__(self, x: Tensor) -> Tensor:
-        if self.kind == "rms":
-            return functional.rms_norm(x, self.weight.shape, self.weight, self.eps)
-        return functional.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
 
-
-def norm_arguments(norm: Norm | None) -> dict[str, Any]:
-    """`norm` as the fused operators take it."""
+def prepared(x: Tensor, linear: Linear | None, norm: Norm | None, dependent: bool = False) -> Tensor:
+    """x (m, k) as the product takes it: normed, and rounded where the linear says so."""
+    inputs = None if linear is None else linear.inputs
+    if norm is None and inputs is None:
+        return x
+    int8 = "none" if inputs is None else "token" if inputs.scale is None else "tensor"
+    scale = None if inputs is None else inputs.scale
     if norm is None:
-        return {}
-    return {"norm": norm.kind, "norm_weight": norm.weight, "norm_bias": norm.bias, "norm_eps": norm.eps}
+        return ops.normalize(Rows(x, int8=int8, input_scale=scale, dependent=dependent))
+    return ops.normalize(Rows(x, norm.kind, norm.weight, norm.bias, norm.eps, int8, scale, dependent))
 
 
 def product(
@@ -73,11 +66,17 @@ def product(
     float32_out: bool = False,
 ) -> Tensor:
     """activation(norm(x) W^T + bias) + residual: x (m, k), residual (m, n); returns (m, n) in x's dtype or float32."""
-    x, norm = prepared(x, linear, norm)
+    x = prepared(x, linear, norm, dependent)
     if isinstance(linear.weight, PackedWeight):
-        fused = norm_arguments(norm) | {"activation": activation, "float32_out": float32_out, "dependent": dependent}
-        return ops.linear(x, linear.weight, linear.bias, residual, **fused)
-    x = x if norm is None else norm(x)
+        return ops.linear(
+            x,
+            linear.weight,
+            linear.bias,
+            residual,
+            activation=activation,
+            float32_out=float32_out,
+            dependent=dependent,
+        )
     if residual is not None and linear.bias is None and activation == "none":
         y = torch.addmm(residual, x, linear.weight.T)
     else:
@@ -88,19 +87,11 @@ def product(
 
 def gated_product(x: Tensor, linear: Linear, norm: Norm | None, activation: str, dependent: bool = False) -> Tensor:
     """act(gate) * up (m, n / 2): the weight is gate's rows over up's; `activation` is "silu_mul" or "gelu_tanh_mul"."""
-    x, norm = prepared(x, linear, norm)
     if isinstance(linear.weight, PackedWeight) and linear.weight.pair_block == linear.weight.n:
-        fused = norm_arguments(norm)
-        return ops.gated_linear(x, linear.weight, linear.bias, dependent=dependent, **fused)
+        x = prepared(x, linear, norm, dependent)
+        return ops.gated_linear(x, linear.weight, linear.bias, dependent=dependent)
     gate, up = product(x, linear, norm, dependent=dependent).chunk(2, -1)
     return activate(gate, activation.removesuffix("_mul")) * up
-
-
-def prepared(x: Tensor, linear: Linear, norm: Norm | None) -> tuple[Tensor, Norm | None]:
-    """x and the norm that is left to do: inputs that are rounded are normed first."""
-    if linear.inputs is None:
-        return x, norm
-    return linear.inputs(x if norm is None else norm(x)), None
 
 
 def activate(x: Tensor, activation: str) -> Tensor:

@@ -77,18 +77,20 @@ def random_linear(
     zeros = torch.zeros(n, dtype=like.dtype, device=like.device) if bias else None
     if scheme is None:
         return Linear(torch.randn(n, k, dtype=like.dtype, device=like.device) / k**0.5, zeros)
-    low, high = scheme.qtype.min, scheme.qtype.max
-    codes = torch.randint(low, high + 1, (n, k), dtype=torch.int8, device=like.device)
-    scale = 3.46 / (high - low) / k**0.5  # uniform codes deviate by (high - low) / sqrt(12)
+    high = scheme.qtype.max
+    codes = torch.randint(-high, high + 1, (n, k), dtype=torch.int8, device=like.device)
+    scale = 1.73 / high / k**0.5  # uniform codes deviate by high / sqrt(3)
     scales = torch.full((n, scheme.groups(k)), scale, dtype=like.dtype, device=like.device)
     weight = QTensor(codes, scales, None, Scheme(scheme.qtype, scheme.granularity))
     return Linear(packed(weight, like.dtype, pair_block), zeros, None if scheme.activations is None else Int8Inputs())
 
 
-def random_weights(architecture: Architecture, method: str, like: Tensor, head: str = "dense") -> Weights:
+def random_weights(
+    architecture: Architecture, method: str, like: Tensor, head: str = "dense", fused_append: bool = True
+) -> Weights:
     """Weights of this architecture: linears as METHODS[method] says, dtype and device those of `like`.
 
-    head  "dense", or a scheme
+    head, fused_append  as in weights.Settings
     """
     a = architecture
     scheme = None if METHODS[method] is None else parse_scheme(str(METHODS[method]))
@@ -100,7 +102,7 @@ def random_weights(architecture: Architecture, method: str, like: Tensor, head: 
     def layer() -> LayerWeights:
         return LayerWeights(
             attention_norm=norm,
-            qkv=random_linear(a.qkv_rows, a.hidden, scheme, like, a.head_dim, biased),
+            qkv=random_linear(a.qkv_rows, a.hidden, scheme, like, a.head_dim if fused_append else TILE_ROWS, biased),
             q_norm=None,
             k_norm=None,
             o=random_linear(a.hidden, a.heads * a.head_dim, scheme, like, bias=biased),

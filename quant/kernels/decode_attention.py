@@ -15,7 +15,7 @@ from quant.kernels.extension import EXTENSION, reason_against_device
 INT8_LIMIT = 127
 MAX_HEAD_DIM = 256
 BLOCK_HEADS = (1, 2, 4, 8)
-MAX_SPLITS = 8  # a cluster's blocks: more need room in one part of the GPU that is not always there
+MAX_SPLITS = 8  # a cluster's blocks: as many fit everywhere
 BLOCKS_PER_PROCESSOR = 2
 APPEND_TENSORS = ("qkv", "positions", "slots", "cosines", "sines", "q_norm", "k_norm")
 
@@ -77,6 +77,7 @@ class Attention:
     positions  (m) int64
     window     positions that are seen, the token's own included; 0 for all
     softcap    scores become softcap * tanh(score / softcap); 0 for no bound
+    dependent  as in problem.Call; starts and positions must not have been written by the kernel just before
     """
 
     q: Tensor

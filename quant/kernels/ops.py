@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quant.kernels import decode_attention, wna16_dequantize
+from quant.kernels import decode_attention, row_norm, wna16_dequantize
 from quant.kernels.decode_attention import Append, Attention, KVCache
 from quant.kernels.packed import PackedWeight
 from quant.kernels.problem import Call, Rotary, check, problem_of
 from quant.kernels.registry import choose_kernel
+from quant.kernels.row_norm import Rows
 
 LIBRARY = torch.library.Library("lowbit", "DEF")
 WEIGHT = "Tensor words, Tensor scales, Tensor? zeros, int n, int bits, int group_size, int pair_block"
@@ -31,6 +32,10 @@ LIBRARY.define(
 )
 LIBRARY.define(f"logits_argmax(Tensor x, {WEIGHT}, {NORM}, bool dependent) -> (Tensor, Tensor)")
 LIBRARY.define(f"dequantize({WEIGHT}, int k) -> Tensor")
+LIBRARY.define(
+    "row_norm(Tensor x, str norm, Tensor? weight, Tensor? bias, float eps, str int8, Tensor? input_scale, "
+    "bool dependent) -> Tensor"
+)
 LIBRARY.define(
     "append_heads(Tensor qkv, Tensor positions, Tensor slots, Tensor cosines, Tensor sines, Tensor(a!) k_cache, "
     "Tensor(b!) v_cache, Tensor(c!)? k_scales, Tensor(d!)? v_scales, Tensor? q_norm, Tensor? k_norm, float norm_eps, "
@@ -230,6 +235,7 @@ register(
     lambda *args: with_argmax(shape_of(logits_call(*args))),
 )
 register("dequantize", dequantize_impl, dequantize_shape)
+register("row_norm", lambda *args: row_norm.run(Rows(*args)), lambda x, *args: torch.empty_like(x))
 register(
     "append_heads",
     lambda *args: decode_attention.append(append_call(*args)),
@@ -350,6 +356,13 @@ def logits_argmax(
 def dequantize(weight: PackedWeight) -> Tensor:
     """The dense weight (n, k) in the packed scales' dtype."""
     return torch.ops.lowbit.dequantize(*weight_args(weight), weight.k)
+
+
+def normalize(call: Rows) -> Tensor:
+    """Rows normed, and rounded to int8 where asked, (m, k) in x's dtype. See Rows."""
+    return torch.ops.lowbit.row_norm(
+        call.x, call.norm, call.weight, call.bias, call.eps, call.int8, call.input_scale, call.dependent
+    )
 
 
 def cache_args(cache: KVCache) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from engine.decoder import Decoder
 from engine.engine import Engine, Options
+from engine.prefill import read_prompt
 from engine.products import Linear
 from engine.sampling import Sampling
 from engine.shapes import METHODS, codegeex_shape, decoder_shape, random_weights
@@ -39,7 +40,7 @@ def in_float32(value):
 
 def engines(architecture, method: str, dtype=torch.float16, int8: bool = False) -> tuple[Engine, Engine]:
     """The engine on the GPU, and one with the same weights on the CPU in float32."""
-    weights = random_weights(architecture, method, torch.empty(0, dtype=dtype, device="cuda"))
+    weights = random_weights(architecture, method, torch.empty(0, dtype=dtype, device="cuda"), fused_append=not int8)
     options = Options(CONTEXT, int8_cache=int8)
     gpu = Engine(Decoder(architecture, weights, CONTEXT), None, options)
     return gpu, Engine(Decoder(architecture, in_float32(weights), CONTEXT), None, Options(CONTEXT))
@@ -67,6 +68,9 @@ def check(gpu: Engine, cpu: Engine, tolerance: float) -> None:
     wanted = cpu.logits([PROMPTS[0]])[0]
     assert relative(gpu.logits([PROMPTS[0]])[0], wanted) < tolerance
     with torch.inference_mode():
+        cache = gpu.make_cache(1, CONTEXT)
+        chunks = [gpu.decoder.logits(h) for h in read_prompt(gpu.decoder, cache, 0, PROMPTS[0], chunk=32)]
+        assert relative(torch.cat(chunks), wanted) < tolerance
         runner = gpu.runner(2, 2, CONTEXT)
         starts = [runner.cache.start(b) for b in range(2)]
         for position, token in enumerate(PROMPTS[0]):

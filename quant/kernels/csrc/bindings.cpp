@@ -8,6 +8,7 @@
 #include <string>
 
 #include "decode_attention.cuh"
+#include "row_norm.cuh"
 #include "wna16_dequantize.cuh"
 #include "wna16_gemv.cuh"
 
@@ -61,6 +62,11 @@ void decode_attention(bool bfloat16, const lowbit::DecodeAttentionArgs& args,
                       const lowbit::DecodeAttentionLaunch& launch, uintptr_t stream) {
   const auto run = bfloat16 ? lowbit::launch_decode_attention<__nv_bfloat16> : lowbit::launch_decode_attention<__half>;
   check(run(args, launch, static_cast<cudaStream_t>(pointer(stream))), "decode_attention");
+}
+
+void row_norm(bool bfloat16, const lowbit::RowNormArgs& args, int device, bool dependent, uintptr_t stream) {
+  const auto launch = bfloat16 ? lowbit::launch_row_norm<__nv_bfloat16> : lowbit::launch_row_norm<__half>;
+  check(launch(args, device, dependent, static_cast<cudaStream_t>(pointer(stream))), "row_norm");
 }
 
 // A struct's fields become keyword-settable attributes; `field` casts an address to the field's pointer type.
@@ -172,6 +178,21 @@ void bind_attention(py::module_& module) {
   module.def("decode_attention", &decode_attention);
 }
 
+void bind_row_norm(py::module_& module) {
+  using Args = lowbit::RowNormArgs;
+  py::class_<Args> args(module, "RowNormArgs");
+  args.def(py::init([] { return Args{}; }));
+  bind_pointer(args, "x", &Args::x);
+  bind_pointer(args, "weight", &Args::weight);
+  bind_pointer(args, "bias", &Args::bias);
+  bind_pointer(args, "input_scale", &Args::input_scale);
+  bind_pointer(args, "y", &Args::y);
+  bind_enum(args, "norm", &Args::norm);
+  args.def_readwrite("m", &Args::m).def_readwrite("k", &Args::k).def_readwrite("eps", &Args::eps);
+  args.def_readwrite("int8", &Args::int8);
+  module.def("row_norm", &row_norm);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
@@ -181,4 +202,5 @@ PYBIND11_MODULE(_C, module) {
   bind_gemv(module);
   bind_dequantize(module);
   bind_attention(module);
+  bind_row_norm(module);
 }

@@ -17,7 +17,7 @@ namespace {
 
 constexpr int kThreads = 128;
 constexpr int kVector = 8;              // elements of a head that a lane has
-constexpr int kMostSplits = 16;
+constexpr int kMostSplits = 8;          // a cluster that fits everywhere
 constexpr float kNothing = -1e30f;      // a maximum that any score exceeds; finite, so that differences are
 constexpr float kLog2E = 1.44269504f;
 constexpr float kInt8Limit = 127.f;
@@ -143,6 +143,7 @@ struct Shape {
   static constexpr int kDim = kLanes * kVector;
   static constexpr int kStreams = kThreads / kLanes;
   static constexpr int kTokens = kHeads <= 2 ? 8 : 4;  // positions of a stream that are read together
+  static constexpr bool kAhead = kHeads <= 2;          // the next ones are read before these are used
   using Raw = std::conditional_t<kInt8, uint2, uint4>;
 };
 
@@ -175,13 +176,13 @@ struct Tile {
   typename S::Raw k[S::kTokens], v[S::kTokens];
   float k_scales[S::kTokens], v_scales[S::kTokens];
 
-  __device__ void read(const KvCache& cache, int64_t slot, int token, int end, int head, int lane) {
+  __device__ void read(const KvCache& cache, int64_t start, int token, int end, int head, int lane) {
     using T = typename S::T;
     const bool active = lane * kVector < cache.head_dim;
 #pragma unroll
     for (int u = 0; u < S::kTokens; ++u) {
       const int offset = u * S::kStreams;
-      const int64_t place = (slot + offset) * cache.kv_heads + head;
+      const int64_t place = (start + token + offset) * cache.kv_heads + head;
       const int64_t element = place * cache.head_dim + lane * kVector;
       constexpr int kBytes = S::kInt8 ? 1 : 2;
       const bool inside = token + offset < end;
@@ -267,7 +268,6 @@ struct Partial {
   float out[S::kStreams][S::kHeads][S::kDim];  // of each stream; then [0] is the block's
   float maximum[S::kStreams][S::kHeads], sum[S::kStreams][S::kHeads];
   float block_maximum[S::kHeads], block_sum[S::kHeads];
-  float weights[kMostSplits][S::kHeads];       // of the cluster's blocks
 };
 
 // Streams to one: out relative to the block's maximum.
@@ -302,24 +302,33 @@ __device__ void merge_streams(const Running<S>& running, Partial<S>& partial) {
   __syncthreads();
 }
 
-// What each block of the cluster counts for, the sum's inverse included.
+// One element of the result from every block of the cluster: all that is remote is asked for before any of it is used.
 template <typename S>
-__device__ void weigh_blocks(Partial<S>& partial) {
-  const int g = threadIdx.x;
-  if (g < S::kHeads) {
-    const uint32_t maxima = smem_address(&partial.block_maximum[g]), sums = smem_address(&partial.block_sum[g]);
-    float maximum = kNothing, sum = 0.f;
-    for (int rank = 0; rank < gridDim.x; ++rank) {
-      partial.weights[rank][g] = read_cluster_float(maxima, rank);
-      maximum = fmaxf(maximum, partial.weights[rank][g]);
-    }
-    for (int rank = 0; rank < gridDim.x; ++rank) {
-      partial.weights[rank][g] = exp2_fast(partial.weights[rank][g] - maximum);
-      sum += partial.weights[rank][g] * read_cluster_float(sums, rank);
-    }
-    for (int rank = 0; rank < gridDim.x; ++rank) partial.weights[rank][g] /= sum;
+__device__ float merge_blocks(const Partial<S>& partial, int g, int d) {
+  const int blocks = gridDim.x;
+  if (blocks == 1) return partial.out[0][g][d] / partial.block_sum[g];
+  const uint32_t maximum_address = smem_address(&partial.block_maximum[g]);
+  const uint32_t sum_address = smem_address(&partial.block_sum[g]), out_address = smem_address(&partial.out[0][g][d]);
+  float maxima[kMostSplits], sums[kMostSplits], outs[kMostSplits];
+#pragma unroll
+  for (int rank = 0; rank < kMostSplits; ++rank) {
+    if (rank >= blocks) break;
+    maxima[rank] = read_cluster_float(maximum_address, rank);
+    sums[rank] = read_cluster_float(sum_address, rank);
+    outs[rank] = read_cluster_float(out_address, rank);
   }
-  __syncthreads();
+  float maximum = kNothing, sum = 0.f, out = 0.f;
+#pragma unroll
+  for (int rank = 0; rank < kMostSplits; ++rank)
+    if (rank < blocks) maximum = fmaxf(maximum, maxima[rank]);
+#pragma unroll
+  for (int rank = 0; rank < kMostSplits; ++rank) {
+    if (rank >= blocks) break;
+    const float weight = exp2_fast(maxima[rank] - maximum);
+    sum += weight * sums[rank];
+    out += weight * outs[rank];
+  }
+  return out / sum;
 }
 
 template <typename S>
@@ -333,13 +342,15 @@ __global__ void __launch_bounds__(kThreads) decode_attention_kernel(const __grid
   const int64_t first_head = static_cast<int64_t>(row) * args.heads + kv_head * group + member;
   const int heads = min(S::kHeads, group - member);
   allow_next_kernel();
-  wait_for_previous_kernel();
 
+  // positions and starts are a step's, not the previous kernel's: they are read before it has finished
   const int position = args.positions[row];
+  const int64_t start = args.starts[row];
   const int begin = args.window > 0 ? max(0, position + 1 - args.window) : 0;
   const int share = (position + 1 - begin + gridDim.x - 1) / gridDim.x;
   const int span = (share + S::kStreams - 1) / S::kStreams * S::kStreams;
   const int first = begin + blockIdx.x * span, end = min(first + span, position + 1);
+  wait_for_previous_kernel();
 
   float q[S::kHeads][kVector] = {};
 #pragma unroll
@@ -351,26 +362,26 @@ __global__ void __launch_bounds__(kThreads) decode_attention_kernel(const __grid
   Running<S> running = {};
 #pragma unroll
   for (int g = 0; g < S::kHeads; ++g) running.maximum[g] = kNothing;
-  for (int base = first; base < end; base += S::kTokens * S::kStreams) {
-    Tile<S> tile;
+  constexpr int kStep = S::kTokens * S::kStreams;
+  Tile<S> tile, next;
+  if (S::kAhead) tile.read(cache, start, first + stream, end, kv_head, lane);
+  for (int base = first; base < end; base += kStep) {
+    const int token = base + stream;
+    if (!S::kAhead) tile.read(cache, start, token, end, kv_head, lane);
+    else if (base + kStep < end) next.read(cache, start, token + kStep, end, kv_head, lane);
     float scores[S::kTokens][S::kHeads];
-    tile.read(cache, args.starts[row] + base + stream, base + stream, end, kv_head, lane);
-    score<S>(args, tile, q, base + stream, end, scores);
+    score<S>(args, tile, q, token, end, scores);
     accumulate<S>(tile, scores, running);
+    if (S::kAhead) tile = next;
   }
   merge_streams<S>(running, partial);
 
   if (gridDim.x > 1) cluster_sync();
   if (blockIdx.x == 0) {
-    if (gridDim.x > 1) weigh_blocks<S>(partial);
     for (int i = threadIdx.x; i < S::kHeads * S::kDim; i += kThreads) {
       const int g = i / S::kDim, d = i % S::kDim;
       if (g >= heads || d >= cache.head_dim) continue;
-      float out = 0.f;
-      if (gridDim.x == 1) out = partial.out[0][g][d] / partial.block_sum[g];
-      for (int rank = 0; gridDim.x > 1 && rank < gridDim.x; ++rank)
-        out += partial.weights[rank][g] * read_cluster_float(smem_address(&partial.out[0][g][d]), rank);
-      static_cast<T*>(args.out)[(first_head + g) * cache.head_dim + d] = from_float<T>(out);
+      static_cast<T*>(args.out)[(first_head + g) * cache.head_dim + d] = from_float<T>(merge_blocks(partial, g, d));
     }
   }
   if (gridDim.x > 1) cluster_sync();  // no block leaves while the first reads from it
@@ -403,10 +414,6 @@ template <typename S>
 cudaError_t launch_shape(const DecodeAttentionArgs& args, const DecodeAttentionLaunch& launch, cudaStream_t stream) {
   if (launch.splits < 1 || launch.splits > kMostSplits) return cudaErrorInvalidConfiguration;
   auto kernel = decode_attention_kernel<S>;
-  if (launch.splits > 8) {
-    const auto error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
-    if (error != cudaSuccess) return error;
-  }
   const int group = args.heads / args.cache.kv_heads;
   const unsigned chunks = (group + S::kHeads - 1) / S::kHeads;
   const dim3 grid(launch.splits, args.cache.kv_heads * chunks, args.m);

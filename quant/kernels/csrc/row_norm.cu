@@ -1,0 +1,155 @@
+// Compiled once per T: LOWBIT_T comes from setup.py.
+//
+// A block a row, the row in registers. It stands alone because the product's own prologue, which norms the same row in
+// every block, costs the product more than this launch: docs/ENGINE.md has the figures.
+#include "dequant.cuh"
+#include "row_norm.cuh"
+
+namespace lowbit {
+namespace {
+
+constexpr int kMaxThreads = 1024;
+constexpr int kVector = 8;
+constexpr int kVectors = 4;  // of a thread at most: rows of up to 32768
+
+struct Add {
+  __device__ float operator()(float a, float b) const { return a + b; }
+};
+struct Max {
+  __device__ float operator()(float a, float b) const { return fmaxf(a, b); }
+};
+
+// The block's values combined, in all threads; `scratch` holds a number a warp. Values are 0 where there is nothing.
+template <typename Combine>
+__device__ float reduce(float value, float* scratch, Combine combine) {
+  for (int offset = 16; offset > 0; offset /= 2) value = combine(value, __shfl_xor_sync(~0u, value, offset));
+  __syncthreads();  // the scratch of the last reduction has been read
+  if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = value;
+  __syncthreads();
+  float total = threadIdx.x % 32 < blockDim.x / 32 ? scratch[threadIdx.x % 32] : 0.f;
+  for (int offset = 16; offset > 0; offset /= 2) total = combine(total, __shfl_xor_sync(~0u, total, offset));
+  return total;
+}
+
+template <typename T>
+__device__ void unpack(const uint4& raw, float (&values)[kVector]) {
+  const T* elements = reinterpret_cast<const T*>(&raw);
+#pragma unroll
+  for (int i = 0; i < kVector; ++i) values[i] = to_float(elements[i]);
+}
+
+// (x - mean) / deviation * weight + bias, rounded to T as a norm of its own would be.
+template <typename T, int kCount>
+__device__ void norm_row(const RowNormArgs& args, float (&x)[kCount][kVector], const uint4 (&weights)[kCount],
+                         int vectors, float* scratch) {
+  float mean = 0.f, sum = 0.f;
+  if (args.norm == Norm::kLayer) {
+#pragma unroll
+    for (int v = 0; v < kCount; ++v)
+#pragma unroll
+      for (int i = 0; i < kVector; ++i) sum += x[v][i];
+    mean = reduce(sum, scratch, Add{}) / args.k;
+    sum = 0.f;
+  }
+#pragma unroll
+  for (int v = 0; v < kCount; ++v)
+#pragma unroll
+    for (int i = 0; i < kVector; ++i)
+      if (threadIdx.x + v * blockDim.x < vectors) sum += (x[v][i] - mean) * (x[v][i] - mean);
+  const float factor = rsqrtf(reduce(sum, scratch, Add{}) / args.k + args.eps);
+#pragma unroll
+  for (int v = 0; v < kCount; ++v) {
+    const int index = threadIdx.x + v * blockDim.x;
+    if (index >= vectors) break;
+    float weight[kVector], bias[kVector] = {};
+    unpack<T>(weights[v], weight);
+    if (args.bias != nullptr) unpack<T>(static_cast<const uint4*>(args.bias)[index], bias);
+#pragma unroll
+    for (int i = 0; i < kVector; ++i)
+      x[v][i] = to_float(from_float<T>((x[v][i] - mean) * factor * weight[i] + bias[i]));
+  }
+}
+
+template <int kCount>
+__device__ void round_row(const RowNormArgs& args, float (&x)[kCount][kVector], float* scratch) {
+  float scale;
+  if (args.input_scale != nullptr) {
+    scale = *args.input_scale;
+  } else {
+    float largest = 0.f;
+#pragma unroll
+    for (int v = 0; v < kCount; ++v)
+#pragma unroll
+      for (int i = 0; i < kVector; ++i) largest = fmaxf(largest, fabsf(x[v][i]));
+    scale = fmaxf(reduce(largest, scratch, Max{}) / 127.f, 1.17549435e-38f);
+  }
+#pragma unroll
+  for (int v = 0; v < kCount; ++v)
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) x[v][i] = fminf(fmaxf(rintf(x[v][i] / scale), -128.f), 127.f) * scale;
+}
+
+template <typename T, int kCount>
+__global__ void __launch_bounds__(kMaxThreads) row_norm_kernel(const __grid_constant__ RowNormArgs args) {
+  __shared__ float scratch[kMaxThreads / 32];
+  const int vectors = args.k / kVector;
+  const int64_t row = static_cast<int64_t>(blockIdx.x) * vectors;
+  allow_next_kernel();
+  uint4 weights[kCount] = {};
+#pragma unroll
+  for (int v = 0; v < kCount; ++v) {
+    const int index = threadIdx.x + v * blockDim.x;
+    if (args.weight != nullptr && index < vectors) weights[v] = static_cast<const uint4*>(args.weight)[index];
+  }
+  wait_for_previous_kernel();
+  float x[kCount][kVector] = {};
+#pragma unroll
+  for (int v = 0; v < kCount; ++v) {
+    const int index = threadIdx.x + v * blockDim.x;
+    if (index < vectors) unpack<T>(__ldcg(static_cast<const uint4*>(args.x) + row + index), x[v]);
+  }
+  if (args.norm != Norm::kNone) norm_row<T>(args, x, weights, vectors, scratch);
+  if (args.int8) round_row(args, x, scratch);
+#pragma unroll
+  for (int v = 0; v < kCount; ++v) {
+    const int index = threadIdx.x + v * blockDim.x;
+    if (index >= vectors) break;
+    uint4 raw;
+    T* elements = reinterpret_cast<T*>(&raw);
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) elements[i] = from_float<T>(x[v][i]);
+    static_cast<uint4*>(args.y)[row + index] = raw;
+  }
+}
+
+template <typename T, int kCount>
+cudaError_t launch_count(const RowNormArgs& args, int threads, bool dependent, cudaStream_t stream) {
+  cudaLaunchAttribute attribute;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(args.m);
+  config.blockDim = dim3(threads);
+  config.stream = stream;
+  config.attrs = &attribute;
+  if (dependent) {
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
+    config.numAttrs = 1;
+  }
+  return cudaLaunchKernelEx(&config, row_norm_kernel<T, kCount>, args);
+}
+
+}  // namespace
+
+template <typename T>
+cudaError_t launch_row_norm(const RowNormArgs& args, int device, bool dependent, cudaStream_t stream) {
+  const cudaError_t error = cudaSetDevice(device);
+  if (error != cudaSuccess) return error;
+  const int vectors = args.k / kVector;
+  if (args.k % kVector != 0 || vectors > kMaxThreads * kVectors) return cudaErrorInvalidValue;
+  if (vectors <= kMaxThreads) return launch_count<T, 1>(args, (vectors + 31) / 32 * 32, dependent, stream);
+  return launch_count<T, kVectors>(args, kMaxThreads, dependent, stream);
+}
+
+template cudaError_t launch_row_norm<LOWBIT_T>(const RowNormArgs&, int, bool, cudaStream_t);
+
+}  // namespace lowbit

@@ -1,0 +1,26 @@
+// Rows normed, and rounded to int8 where asked: what the launcher takes. quant/kernels/row_norm.py describes it.
+#pragma once
+
+#include <cstdint>
+#include <cuda_runtime.h>
+
+#include "wna16_gemv.cuh"
+
+namespace lowbit {
+
+struct RowNormArgs {
+  const void* x;             // (m, k), k a multiple of 8
+  const void* weight;        // (k), null without a norm
+  const void* bias;          // (k) or null
+  const float* input_scale;  // one number that all tokens share, or null: each token's absmax / 127
+  void* y;                   // (m, k)
+  int m, k;
+  Norm norm;
+  float eps;
+  bool int8;  // round to input_scale's multiples, -128 to 127 of them
+};
+
+template <typename T>
+cudaError_t launch_row_norm(const RowNormArgs& args, int device, bool dependent, cudaStream_t stream);
+
+}  // namespace lowbit
