@@ -185,3 +185,18 @@ def test_mistakes(models, args, message):
     done = run_quantize_eval("perplexity", models("llama")[1], "--context", 64, *args)
     assert done.code == 2
     assert message in done.err
+
+
+@pytest.mark.demo
+@pytest.mark.parametrize("backend", ["transformers", "blocks", "engine"])
+def test_the_demo_models_perplexity_is_transformers_own(demo_model, backend):
+    from transformers import AutoModelForCausalLM
+
+    from calibrate.data import builtin_text
+
+    source = open_source(str(demo_model))
+    text_cut = cut(builtin_text("heldout"), source, Protocol(128, windows=2))
+    model = AutoModelForCausalLM.from_pretrained(demo_model, dtype=torch.float32).eval()
+    losses = [own_loss(model, ids) for ids in text_cut.windows]
+    score = perplexity(open_backend(backend, source, "cpu"), text_cut)
+    assert score.perplexity == pytest.approx(math.exp(sum(losses) / len(losses)), rel=5e-5)
