@@ -65,13 +65,16 @@ class Session:
         return Library(cache_dir() / "evaluations" if self.keep else None)
 
     @contextmanager
-    def progress(self, title: str) -> Iterator[OnStep]:
-        """A bar with the time that is left, on a terminal alone; yields what tells it how far things are."""
+    def progress(self, *backends: Backend) -> Iterator[OnStep]:
+        """A bar with the time that is left, on a terminal alone; yields what tells it how far `backends` are."""
+        title = " and ".join(backend.source.name for backend in backends)
         shown = Console(file=sys.stderr)
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
         times = (TimeElapsedColumn(), TimeRemainingColumn())
         with Progress(*columns, *times, console=shown, transient=True, disable=not shown.is_terminal) as bar:
             task = bar.add_task(title, total=None)
+            for backend in backends:
+                backend.on_block = lambda done, total: bar.update(task, description=f"{title}: block {done}/{total}")
             yield lambda done, total: bar.update(task, completed=done, total=total)
 
     def finish(self, row: dict[str, Any], rows: list[dict[str, Any]] | None = None) -> None:

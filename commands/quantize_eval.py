@@ -85,8 +85,9 @@ def perplexity(**options: Any) -> None:
         require_same_tokens(sources[0], source, cuts[0], its_cut)
     scores = []
     for source, its_cut in zip(sources, cuts, strict=True):
-        with session.progress(source.name) as on_step:
-            scores.append(score_text(session.open(source), its_cut, session.library, on_step))
+        backend = session.open(source)
+        with session.progress(backend) as on_step:
+            scores.append(score_text(backend, its_cut, session.library, on_step))
         session.console.print(_line(scores[-1]))
     session.finish({"evaluation": "perplexity", "text": options["text"]} | _score_row(session, scores))
 
@@ -118,7 +119,7 @@ def divergence(**options: Any) -> None:
     ours, theirs = (session.open(session.source(name), together=2) for name in session.models())
     cuts = [cut(text, backend.source, protocol) for backend in (ours, theirs)]
     require_comparable(ours, theirs, *cuts)
-    with session.progress(f"{ours.source.name} and {theirs.source.name}") as on_step:
+    with session.progress(ours, theirs) as on_step:
         found = compare_distributions(ours, theirs, cuts[0], session.library, on_step)
     for score in (found.quantized, found.baseline):
         session.console.print(_line(score))
@@ -154,7 +155,7 @@ def tasks(names: str, include: Path | None, fewshot: int | None, limit: int | No
     found: list[list[dict[str, Any]]] = []
     for name in session.models():
         backend = session.open(session.source(name))
-        with session.progress(name) as on_step:
+        with session.progress(backend) as on_step:
             rows = run_tasks(backend, known, fewshot, limit, session.library, on_step)
         found.append([{"evaluation": "task", "model": name, "backend": backend.name} | row for row in rows])
     _print_tasks(session, found)
@@ -185,8 +186,9 @@ def generate(prompts: Path | None, prompt: tuple[str, ...], tokens: int, **optio
     sources = [session.source(name) for name in session.models()]
     written = []
     for source in sources:
-        with session.progress(source.name) as on_step:
-            written.append(continuations(session.open(source), asked, tokens, session.library, on_step))
+        backend = session.open(source)
+        with session.progress(backend) as on_step:
+            written.append(continuations(backend, asked, tokens, session.library, on_step))
     tokenizers = [source.tokenizer() for source in sources]
     rows = [side_by_side(each, [texts[i] for texts in written], tokenizers) for i, each in enumerate(asked)]
     for row in rows:
@@ -222,10 +224,9 @@ def code(
     known = read_problems(problems)[:limit]
     found = []
     for name in session.models():
-        with session.progress(name) as on_step:
-            rows = solve(
-                session.open(session.source(name)), known, tokens, Limits(seconds, memory), session.library, on_step
-            )
+        backend = session.open(session.source(name))
+        with session.progress(backend) as on_step:
+            rows = solve(backend, known, tokens, Limits(seconds, memory), session.library, on_step)
         found.append({"model": name, "pass_at_1": round(pass_at_1(rows), 6), "rows": rows})
         passed = sum(row["passed"] for row in rows)
         session.console.print(f"{name}: pass@1 {found[-1]['pass_at_1']:.4f}, {passed} of {len(rows)} problems")
