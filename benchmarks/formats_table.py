@@ -6,7 +6,8 @@
 A checkpoint is a label and a directory. A reader is a label, a Python that has the program, and what
 benchmarks/peers/read_checkpoint.py calls it. The first column is always our own reading: weights dequantized, all else
 in float32, activations not quantized. A cell is the perplexity, or the reader's own error. Rows are added to
-benchmarks/results/formats.jsonl, the table goes to the output.
+benchmarks/results/formats.jsonl; the table that is printed is made from the newest row of each pair there, so without
+arguments nothing is measured.
 """
 
 import argparse
@@ -17,8 +18,9 @@ import re
 import subprocess
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from calibrate.data import builtin_text
 from evaluation.backend import TransformersBackend
@@ -35,21 +37,19 @@ LONGEST_ERROR = 100
 def main() -> None:
     args = parse()
     text = args.text.read_text(encoding="utf-8") if args.text else builtin_text("heldout")
-    rows: list[list[str]] = []
     for label, directory in args.checkpoint:
         source = open_source(directory)
         windows = cut(text, source, Protocol(args.context, windows=args.windows))
-        cells = [cell(label, OURS, lambda s=source, w=windows: ours(s, w))]
+        keep(label, OURS, lambda s=source, w=windows: ours(s, w))
         for reader, target in args.reader:
             python, _, kind = target.rpartition(":")
-            cells.append(cell(label, reader, lambda p=python, k=kind, d=directory, w=windows: theirs(p, k, d, w)))
-        rows.append([label, *cells])
-    print_table(["checkpoint", OURS, *(reader for reader, _ in args.reader)], rows)
+            keep(label, reader, lambda p=python, k=kind, d=directory, w=windows: theirs(p, k, d, w))
+    print_table([json.loads(line) for line in RESULTS.read_text(encoding="utf-8").splitlines()])
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="every checkpoint through every reader")
-    parser.add_argument("--checkpoint", action="append", required=True, type=pair, help="LABEL=DIR")
+    parser.add_argument("--checkpoint", action="append", default=[], type=pair, help="LABEL=DIR")
     parser.add_argument("--reader", action="append", default=[], type=pair, help="LABEL=PYTHON:KIND")
     parser.add_argument("--text", type=Path, help="UTF-8 text; without it, held-out Python documentation")
     parser.add_argument("--context", type=int, default=256)
@@ -65,13 +65,12 @@ def pair(text: str) -> tuple[str, str]:
     return label, value
 
 
-def cell(label: str, reader: str, measure) -> str:  # type: ignore[no-untyped-def]
-    """The text of a cell; the row behind it is kept."""
+def keep(label: str, reader: str, measure: Callable[[], list[list[float]]]) -> None:
+    """Measure one pair and add its row to the results."""
     begun = time.monotonic()
     row = {"checkpoint": label, "reader": reader, "perplexity": None, "tokens": 0, "error": None}
     try:
-        logprobs = measure()
-        tokens = [value for window in logprobs for value in window]
+        tokens = [value for window in measure() for value in window]
         row |= {"perplexity": round(math.exp(-sum(tokens) / len(tokens)), 4), "tokens": len(tokens)}
     except ReaderError as error:
         row["error"] = str(error)
@@ -79,7 +78,6 @@ def cell(label: str, reader: str, measure) -> str:  # type: ignore[no-untyped-de
     with RESULTS.open("a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")
     print(json.dumps(row), flush=True)
-    return str(row["perplexity"] or row["error"])
 
 
 class ReaderError(Exception):
@@ -125,9 +123,12 @@ def last_words(output: str) -> str:
     return line if len(line) <= LONGEST_ERROR else line[: LONGEST_ERROR - 3] + "..."
 
 
-def print_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Markdown."""
-    for line in (head, ["---"] * len(head), *rows):
+def print_table(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Markdown: a line for each checkpoint, a column for each reader, in the order in which they first came."""
+    cells = {(row["checkpoint"], row["reader"]): str(row["perplexity"] or row["error"]) for row in rows}
+    checkpoints, readers = (list(dict.fromkeys(pair[i] for pair in cells)) for i in (0, 1))
+    lines = [[name, *(cells.get((name, reader), "") for reader in readers)] for name in checkpoints]
+    for line in (["checkpoint", *readers], ["---"] * (len(readers) + 1), *lines):
         print("| " + " | ".join(text.replace("|", "/") for text in line) + " |")
 
 
