@@ -21,13 +21,14 @@ DEFAULT_ARCHITECTURES = "80 86 89 90a 90+PTX"
 
 # A translation unit is a source and its defines: the same file once per type, so that they compile in parallel.
 TYPES = [(f"LOWBIT_T={dtype}", f"LOWBIT_BITS={bits}") for dtype in ("__half", "__nv_bfloat16") for bits in (4, 8)]
-UNITS = [("wna16_gemv.cu", defines) for defines in TYPES]
+UNITS = [(source, defines) for source in ("wna16_gemv.cu", "wna16_gemm.cu") for defines in TYPES]
 UNITS += [
     (source, (f"LOWBIT_T={dtype}",))
     for source in ("decode_attention.cu", "row_norm.cu")
     for dtype in ("__half", "__nv_bfloat16")
 ]
 UNITS += [("wna16_dequantize.cu", ()), ("bindings.cpp", ())]
+HOPPER_ONLY = ("wna16_gemm.cu",)  # empty elsewhere: compiled for 90a alone, or for what there is
 
 
 def find_nvcc() -> str | None:
@@ -74,7 +75,9 @@ class BuildCuda(build_ext):
         command = [nvcc, "-std=c++20", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-c", str(SOURCES / source)]
         command += [f"-D{define}" for define in (*defines, f'LOWBIT_ARCHITECTURES="{" ".join(architectures)}"')]
         command += ["-I", pybind11.get_include(), "-I", sysconfig.get_path("include"), "-o", str(target)]
-        if source.endswith(".cu"):
+        if source in HOPPER_ONLY:
+            command += architecture_flags([name for name in architectures if name == "90a"] or architectures[:1])
+        elif source.endswith(".cu"):
             command += architecture_flags(architectures)
         self.call(command)
         return target

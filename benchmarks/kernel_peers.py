@@ -21,13 +21,17 @@ Calls = list[Callable[[], object]]
 
 @dataclass(frozen=True)
 class Peer:
-    """A kernel of another library: its name, the width of its weight, its dtype, and its calls for (m, n, k)."""
+    """A kernel of another library: its name, the width of its weight, its dtype, and its calls for (m, n, k).
+
+    most_shapes  how many shapes it is timed on: few where it compiles for each
+    """
 
     name: str
     bits: int
     dtype: torch.dtype
     calls: Callable[[int, int, int], Calls]
     most_rows: int = 64
+    most_shapes: int = 1000
 
 
 def random_words(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
@@ -106,7 +110,7 @@ PEERS = (
     Peer("cublas", 16, torch.float16, cublas),
     Peer("tinygemm", 4, torch.bfloat16, tinygemm, most_rows=4),
     Peer("torch._int_mm", 8, torch.int8, int_mm),
-    Peer("inductor int8", 8, torch.bfloat16, inductor_int8, most_rows=1),
+    Peer("inductor int8", 8, torch.bfloat16, inductor_int8, most_rows=1, most_shapes=3),
 )
 if vllm_ops is not None:
     PEERS += (

@@ -30,7 +30,7 @@ def copies_for(nbytes: int) -> int:
     return max(2, min(64, math.ceil(ROTATED_BYTES / nbytes)))
 
 
-def time_calls(calls: Sequence[Callable[[], object]], target_ms: float = 20.0) -> Timing:
+def time_calls(calls: Sequence[Callable[[], object]], target_ms: float = 10.0) -> Timing:
     """Time of one call. `calls` work on different copies of the weight; a graph holds at least CALLS, in turn."""
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):

@@ -1,16 +1,14 @@
-"""The fused product for few rows against the floor and other libraries' kernels.
+"""What the benchmarks of the products with a packed weight share: shapes, timing, peers, rows.
 
-    python -m benchmarks.bench_wna16_gemv --commit $(git rev-parse --short HEAD)
-
-prints one table and writes benchmarks/results/wna16_gemv.jsonl; benchmarks.plot_wna16_gemv draws it. Every launch comes
-from the one rule, choose_launch; nothing is searched here. `dependent` rows are launched with programmatic dependent
-launch, in the same chain of calls on other copies of the weight; the floor is a reader without it.
+Kernel and launch come from the one rule, choose_kernel and its choose_launch; nothing is searched. `dependent` rows are
+launched with programmatic dependent launch, in the same chain of calls on other copies of the weight; the floor is a
+reader without it.
 """
 
 import argparse
 import random
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -19,6 +17,8 @@ from benchmarks.kernel_peers import PEERS, Peer
 from benchmarks.measure import Floor, Timing, copies_for, run_facts, time_calls, write_rows
 from quant.kernels import ops
 from quant.kernels.packed import PackedWeight, prepack
+from quant.kernels.problem import Call, problem_of
+from quant.kernels.registry import choose_kernel
 from quant.qtensor import round_to_nearest
 from quant.scheme import make_scheme
 
@@ -40,8 +40,7 @@ SHAPES = (
     (57344, 8192),
     (8192, 28672),
 )
-ROWS = (1, 2, 4, 8, 16, 32, 64)
-# Beside the main one: bits, group size, symmetric, dtype.
+# Bits, group size, symmetric, dtype: the main scheme, and those beside it.
 MAIN = (4, 128, True, torch.float16)
 VARIANTS = (
     (4, 128, True, torch.bfloat16),
@@ -50,7 +49,10 @@ VARIANTS = (
     (4, 32, True, torch.float16),
 )
 CHANNEL = (8, -1, True, torch.float16)
-RESULTS = Path(__file__).with_name("results") / "wna16_gemv.jsonl"
+VARIANT_SHAPES = ((4096, 4096), (28672, 4096))
+# Hidden size, rows of q, k and v, inner size: Llama-2 7B, 13B, Llama 70B.
+BLOCKS = ((4096, 12288, 11008), (5120, 15360, 13824), (8192, 10240, 28672))
+RESULTS = Path(__file__).with_name("results")
 
 
 def random_shapes(count: int) -> list[tuple[int, int]]:
@@ -85,9 +87,11 @@ def make_copies(n: int, k: int, bits: int, group_size: int, symmetric: bool, dty
     ]
 
 
-def time_ours(copies: Sequence[PackedWeight], m: int, dependent: bool) -> Timing:
+def time_ours(copies: Sequence[PackedWeight], m: int, dependent: bool) -> tuple[str, Timing]:
+    """The kernel that the rule chooses, and its time."""
     x = torch.randn(m, copies[0].k, dtype=copies[0].dtype, device="cuda")
-    return time_calls([lambda w=w: ops.linear(x, w, dependent=dependent) for w in copies])
+    kernel = choose_kernel(problem_of(Call(x, copies[0]))).name
+    return kernel, time_calls([lambda w=w: ops.linear(x, w, dependent=dependent) for w in copies])
 
 
 def row_of(
@@ -123,24 +127,13 @@ def measure_ours(floor: Floor, n: int, k: int, scheme: tuple, rows: Sequence[int
     bits, group_size, symmetric, dtype = scheme
     copies = make_copies(n, k, *scheme)
     read = floor.time(bytes_of(n, k, bits, group_size, symmetric))
-    return [
-        row_of(
-            "wna16_gemv",
-            True,
-            m,
-            n,
-            k,
-            bits,
-            group_size,
-            dtype,
-            time_ours(copies, m, dependent),
-            read,
-            dependent=dependent,
-            symmetric=symmetric,
-        )
-        for m in rows
-        for dependent in (False, True)
-    ]
+    measured = []
+    for m in rows:
+        for dependent in (False, True):
+            kernel, timing = time_ours(copies, m, dependent)
+            more = {"dependent": dependent, "symmetric": symmetric}
+            measured.append(row_of(kernel, True, m, n, k, bits, group_size, dtype, timing, read, **more))
+    return measured
 
 
 def measure_peer(peer: Peer, floor: Floor, n: int, k: int, rows: Sequence[int]) -> list[dict]:
@@ -202,11 +195,26 @@ def describe(row: dict) -> str:
     )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+@dataclass(frozen=True)
+class Plan:
+    """What a benchmark measures: rows of x that only ours is timed with, rows of the main scheme and of W8 per channel,
+    rows of the variants on two shapes, and whether a block's projections come last."""
+
+    stem: str
+    baseline: tuple[int, ...]
+    rows: tuple[int, ...]
+    channel_rows: tuple[int, ...]
+    variant_rows: tuple[int, ...]
+    blocks: bool
+
+
+def run_plan(plan: Plan, description: str | None) -> None:
+    """Prints one table and writes benchmarks/results/<stem>.jsonl."""
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--commit", required=True, help="of the code that is measured")
-    parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--output", type=Path, default=RESULTS / f"{plan.stem}.jsonl")
     parser.add_argument("--random-shapes", type=int, default=5)
+    parser.add_argument("--shapes", type=int, default=len(SHAPES), help="of the named ones, from the first")
     options = parser.parse_args()
     floor = Floor()
     floor.time(1 << 28)  # the first graphs run on a cold clock
@@ -220,25 +228,16 @@ def main() -> None:
             print(describe(rows[-1]), flush=True)
         write_rows(options.output, rows)
 
-    for n, k in (*SHAPES, *random_shapes(options.random_shapes)):
-        add(measure_ours(floor, n, k, MAIN, ROWS))
-        add(measure_ours(floor, n, k, CHANNEL, (1, 16)))
+    for i, (n, k) in enumerate((*SHAPES[: options.shapes], *random_shapes(options.random_shapes))):
+        add(measure_ours(floor, n, k, MAIN, plan.baseline + plan.rows))
+        add(measure_ours(floor, n, k, CHANNEL, plan.baseline + plan.channel_rows))
         for peer in PEERS:
-            peer_rows = {4: ROWS, 8: (1, 16, 32), 16: (1, 16, 64)}[peer.bits]
-            if peer.name != "inductor int8" or (n, k) in SHAPES[:3]:
-                add(measure_peer(peer, floor, n, k, peer_rows))
+            if i >= peer.most_shapes:
+                continue
+            add(measure_peer(peer, floor, n, k, {4: plan.rows, 8: plan.channel_rows, 16: plan.rows[:1]}[peer.bits]))
         torch.cuda.empty_cache()
-    for n, k in ((4096, 4096), (28672, 4096)):
-        for scheme in VARIANTS:
-            add(measure_ours(floor, n, k, scheme, (1,)))
-    add(
-        [
-            measure_chain(4096, 12288, 11008, floor),
-            measure_chain(5120, 15360, 13824, floor),
-            measure_chain(8192, 10240, 28672, floor),
-        ]
-    )
-
-
-if __name__ == "__main__":
-    main()
+    for n, k in VARIANT_SHAPES:
+        for scheme in (MAIN, *VARIANTS):
+            add(measure_ours(floor, n, k, scheme, plan.variant_rows))
+    if plan.blocks:
+        add([measure_chain(*block, floor) for block in BLOCKS])

@@ -2,10 +2,10 @@
 
 import torch
 
+from quant.kernels import wna16_gemm, wna16_gemv
 from quant.kernels.extension import EXTENSION
 from quant.kernels.problem import Problem
 from quant.kernels.registry import KERNELS, choose_kernel
-from quant.kernels.wna16_gemv import choose_launch
 
 # (m, n, k, bits, group size): a layer of a 7B model, the largest of a 70B one, and what falls through.
 EXAMPLES = (
@@ -15,6 +15,7 @@ EXAMPLES = (
     (64, 57344, 8192, 4, 64),
     (255, 4096, 4096, 4, 128),
 )
+LAUNCHES = {"wna16_gemm": wna16_gemm.choose_launch, "wna16_gemv": wna16_gemv.choose_launch}
 
 
 def describe_build() -> str:
@@ -37,8 +38,8 @@ def describe_problem(problem: Problem) -> str:
     """The chosen kernel, how it cuts the work, and what those before it have against the problem."""
     chosen = choose_kernel(problem)
     lines = [f"{problem}: {chosen.name}"]
-    if chosen.name == "wna16_gemv":
-        lines.append(f"    {choose_launch(problem)}")
+    if chosen.name in LAUNCHES:
+        lines.append(f"    {LAUNCHES[chosen.name](problem)}")
     for kernel in KERNELS[: KERNELS.index(chosen)]:
         lines.append(f"    not {kernel.name}: {kernel.reason_against(problem)}")
     return "\n".join(lines)

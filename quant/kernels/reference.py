@@ -3,13 +3,16 @@
 import torch
 from torch import Tensor
 
+from quant.kernels.extension import EXTENSION, reason_against_device
 from quant.kernels.packed import dequantize_packed
 from quant.kernels.problem import Call, Problem, Rotary
 
 
 def reason_against(problem: Problem) -> str | None:
-    """None: it runs everywhere."""
-    return None
+    """Why plain torch must not step in, or None: on a GPU that an extension was built for, but not this one."""
+    if problem.capability is None or EXTENSION is None:
+        return None
+    return reason_against_device(problem.capability)
 
 
 def run(call: Call) -> Tensor:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from quant.kernels import reference, wna16_dequantize, wna16_gemv
+from quant.kernels import reference, wna16_dequantize, wna16_gemm, wna16_gemv
 from quant.kernels.problem import Call, Problem
 
 
@@ -19,6 +19,7 @@ class Kernel:
 
 
 KERNELS = (
+    Kernel("wna16_gemm", wna16_gemm.reason_against, wna16_gemm.run),
     Kernel("wna16_gemv", wna16_gemv.reason_against, wna16_gemv.run),
     Kernel("wna16_dequantize", wna16_dequantize.reason_against, lambda call, problem: wna16_dequantize.run(call)),
     Kernel("reference", reference.reason_against, lambda call, problem: reference.run(call)),
@@ -26,5 +27,9 @@ KERNELS = (
 
 
 def choose_kernel(problem: Problem) -> Kernel:
-    """The first kernel with nothing against the problem."""
-    return next(kernel for kernel in KERNELS if kernel.reason_against(problem) is None)
+    """The first kernel with nothing against the problem. RuntimeError with all reasons where there is none."""
+    for kernel in KERNELS:
+        if kernel.reason_against(problem) is None:
+            return kernel
+    reasons = "\n".join(f"  {kernel.name}: {kernel.reason_against(problem)}" for kernel in KERNELS)
+    raise RuntimeError(f"no kernel takes {problem}:\n{reasons}")

@@ -47,3 +47,14 @@ def assert_close_as_half(y: Tensor, exact: Tensor, half: Tensor) -> None:
     error = (y.double() - exact).abs().max()
     assert torch.isfinite(y).all()
     assert error <= limit, f"error {error:.3g}, limit {limit:.3g}"
+
+
+def on_cpu(value):
+    return value.cpu() if isinstance(value, Tensor) else value
+
+
+def assert_devices_agree(y: Tensor, expected: Tensor) -> None:
+    """One operator on two devices: within two roundings of the largest result."""
+    scale = expected.abs().max().float() + 1e-6
+    tolerance = 2 * torch.finfo(expected.dtype).eps
+    assert (y.cpu().float() - expected.float()).abs().max() <= tolerance * scale

@@ -1,10 +1,12 @@
 """Which kernel takes which problem, and what the others have against it."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from quant.kernels import extension, reference, wna16_gemm, wna16_gemv
 from quant.kernels.__main__ import describe_build, describe_problem, main
 from quant.kernels.extension import reason_against_capability
 from quant.kernels.problem import Problem
@@ -20,12 +22,20 @@ def test_the_cpu_gets_the_reference_and_is_told_why() -> None:
     assert "not wna16_gemv: the tensors are on the cpu" in describe_problem(ON_CPU)
 
 
-def test_every_problem_has_a_kernel() -> None:
-    assert KERNELS[-1].reason_against(replace(ON_H100, m=10**6)) is None
+def test_every_problem_on_a_cpu_has_a_kernel() -> None:
+    assert KERNELS[-1].reason_against(replace(ON_CPU, m=10**6)) is None
 
 
 def test_many_rows_are_declined_with_their_number() -> None:
-    assert KERNELS[0].reason_against(replace(ON_H100, m=65)) == "65 rows: it takes at most 64"
+    assert wna16_gemv.reason_against(replace(ON_H100, m=65)) == "65 rows: it takes at most 64"
+
+
+def test_a_gpu_that_nothing_was_built_for_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (extension, reference, wna16_gemm):
+        monkeypatch.setattr(module, "EXTENSION", SimpleNamespace(architectures="80 90a"))
+    assert choose_kernel(replace(ON_H100, m=32)).name == "wna16_gemm"
+    with pytest.raises(RuntimeError, match=r"wna16_dequantize: the GPU is sm_120, quant._C was built for 80 90a"):
+        choose_kernel(replace(ON_H100, capability=(12, 0)))
 
 
 @pytest.mark.parametrize(

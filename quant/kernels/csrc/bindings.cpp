@@ -10,6 +10,7 @@
 #include "decode_attention.cuh"
 #include "row_norm.cuh"
 #include "wna16_dequantize.cuh"
+#include "wna16_gemm.cuh"
 #include "wna16_gemv.cuh"
 
 namespace py = pybind11;
@@ -36,7 +37,16 @@ cudaError_t for_type(bool bfloat16, int bits, Launch launch) {
   }
 }
 
-void wna16_gemv(bool bfloat16, int bits, const lowbit::Wna16GemvArgs& args, const lowbit::Wna16GemvLaunch& launch,
+void wna16_gemm(bool bfloat16, int bits, const lowbit::Wna16Args& args, const lowbit::Wna16GemmLaunch& launch,
+                uintptr_t stream) {
+  const auto cuda_stream = static_cast<cudaStream_t>(pointer(stream));
+  const auto launch_typed = [&]<typename T, int kBits>() {
+    return lowbit::launch_wna16_gemm<T, kBits>(args, launch, cuda_stream);
+  };
+  check(for_type(bfloat16, bits, launch_typed), "wna16_gemm");
+}
+
+void wna16_gemv(bool bfloat16, int bits, const lowbit::Wna16Args& args, const lowbit::Wna16GemvLaunch& launch,
                 uintptr_t stream) {
   const auto cuda_stream = static_cast<cudaStream_t>(pointer(stream));
   const auto launch_typed = [&]<typename T, int kBits>() {
@@ -84,10 +94,9 @@ void bind_enum(py::class_<Struct>& type, const char* name, Enum Struct::*field) 
       [field](Struct& self, int value) { self.*field = static_cast<Enum>(value); });
 }
 
-void bind_gemv(py::module_& module) {
-  using Args = lowbit::Wna16GemvArgs;
-  using Launch = lowbit::Wna16GemvLaunch;
-  py::class_<Args> args(module, "Wna16GemvArgs");
+void bind_wna16(py::module_& module) {
+  using Args = lowbit::Wna16Args;
+  py::class_<Args> args(module, "Wna16Args");
   args.def(py::init([] { return Args{}; }));
   bind_pointer(args, "x", &Args::x);
   bind_pointer(args, "words", &Args::words);
@@ -111,15 +120,23 @@ void bind_gemv(py::module_& module) {
   args.def_readwrite("stage_x", &Args::stage_x);
   args.def_readwrite("pair_block", &Args::pair_block).def_readwrite("scale_rows", &Args::scale_rows);
   args.def_readwrite("scale_shift", &Args::scale_shift).def_readwrite("norm_eps", &Args::norm_eps);
-  args.def_readwrite("float32_out", &Args::float32_out);
+  args.def_readwrite("float32_out", &Args::float32_out).def_readwrite("vectors", &Args::vectors);
   args.def_readwrite("q_heads", &Args::q_heads).def_readwrite("kv_heads", &Args::kv_heads);
-  py::class_<Launch> launch(module, "Wna16GemvLaunch");
-  launch.def(py::init([] { return Launch{}; }));
-  launch.def_readwrite("device", &Launch::device).def_readwrite("groups_per_chunk", &Launch::groups_per_chunk);
-  launch.def_readwrite("row_tiles", &Launch::row_tiles).def_readwrite("row_warps", &Launch::row_warps);
-  launch.def_readwrite("k_warps", &Launch::k_warps).def_readwrite("cluster", &Launch::cluster);
-  launch.def_readwrite("dependent", &Launch::dependent);
+  using Gemv = lowbit::Wna16GemvLaunch;
+  py::class_<Gemv> gemv(module, "Wna16GemvLaunch");
+  gemv.def(py::init([] { return Gemv{}; }));
+  gemv.def_readwrite("device", &Gemv::device).def_readwrite("groups_per_chunk", &Gemv::groups_per_chunk);
+  gemv.def_readwrite("row_tiles", &Gemv::row_tiles).def_readwrite("row_warps", &Gemv::row_warps);
+  gemv.def_readwrite("k_warps", &Gemv::k_warps).def_readwrite("cluster", &Gemv::cluster);
+  gemv.def_readwrite("dependent", &Gemv::dependent);
   module.def("wna16_gemv", &wna16_gemv);
+  using Gemm = lowbit::Wna16GemmLaunch;
+  py::class_<Gemm> gemm(module, "Wna16GemmLaunch");
+  gemm.def(py::init([] { return Gemm{}; }));
+  gemm.def_readwrite("device", &Gemm::device).def_readwrite("groups_per_chunk", &Gemm::groups_per_chunk);
+  gemm.def_readwrite("warpgroups", &Gemm::warpgroups).def_readwrite("cluster", &Gemm::cluster);
+  gemm.def_readwrite("dependent", &Gemm::dependent);
+  module.def("wna16_gemm", &wna16_gemm);
 }
 
 void bind_dequantize(py::module_& module) {
@@ -199,7 +216,7 @@ PYBIND11_MODULE(_C, module) {
   module.doc() = "CUDA kernels on raw pointers; see quant/kernels/ops.py for the operators.";
   module.attr("architectures") = LOWBIT_ARCHITECTURES;
   module.attr("cuda_version") = CUDART_VERSION;
-  bind_gemv(module);
+  bind_wna16(module);
   bind_dequantize(module);
   bind_attention(module);
   bind_row_norm(module);

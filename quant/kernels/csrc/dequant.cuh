@@ -27,8 +27,8 @@ struct Dequant<__half, 4> {
   struct Zeros {
     __half2 low, high;  // 1024 + zero; -(64 + zero)
   };
-  __device__ static Zeros zeros_of(int zero) {
-    return {__half2half2(__int2half_rn(1024 + zero)), __half2half2(__int2half_rn(-64 - zero))};
+  __device__ static Zeros zeros_of(uint32_t zero) {
+    return {as_half2(0x64006400u | zero * 0x10001u), as_half2(0xd400d400u | zero * 0x100010u)};
   }
   __device__ static void expand(const uint32_t* words, const Zeros& zeros, uint32_t (&values)[4]) {
     const __half2 sixteenth = __float2half2_rn(0.0625f);
@@ -49,7 +49,7 @@ struct Dequant<__nv_bfloat16, 4> {
   struct Zeros {
     __nv_bfloat162 zero;  // -(128 + zero)
   };
-  __device__ static Zeros zeros_of(int zero) { return {__float2bfloat162_rn(static_cast<float>(-128 - zero))}; }
+  __device__ static Zeros zeros_of(uint32_t zero) { return {as_bfloat162(0xc300c300u | zero * 0x10001u)}; }
   __device__ static void expand(const uint32_t* words, const Zeros& zeros, uint32_t (&values)[4]) {
     for (int i = 0; i < 4; ++i) {
       const uint32_t low = and_or(words[0] >> (4 * i), 0x000f000fu, 0x43004300u);
@@ -65,7 +65,7 @@ struct Dequant<__half, 8> {
   struct Zeros {
     __half2 zero;  // 1024 + zero
   };
-  __device__ static Zeros zeros_of(int zero) { return {__half2half2(__int2half_rn(1024 + zero))}; }
+  __device__ static Zeros zeros_of(uint32_t zero) { return {as_half2(0x64006400u | zero * 0x10001u)}; }
   __device__ static void expand(const uint32_t* words, const Zeros& zeros, uint32_t (&values)[4]) {
     for (int i = 0; i < 4; ++i) {
       const uint32_t pair = __byte_perm(words[i / 2], 0x64646464u, i % 2 ? 0x4342 : 0x4140);
@@ -82,7 +82,7 @@ struct Dequant<__nv_bfloat16, 8> {
   struct Zeros {
     float zero;  // 2^23 + zero
   };
-  __device__ static Zeros zeros_of(int zero) { return {8388608.f + static_cast<float>(zero)}; }
+  __device__ static Zeros zeros_of(uint32_t zero) { return {__uint_as_float(0x4b000000u | zero)}; }
   __device__ static void expand(const uint32_t* words, const Zeros& zeros, uint32_t (&values)[4]) {
     for (int i = 0; i < 4; ++i) {
       const uint32_t word = words[i / 2];
@@ -93,6 +93,18 @@ struct Dequant<__nv_bfloat16, 8> {
     }
   }
 };
+
+// The products of two pairs of halves.
+template <typename T>
+__device__ inline uint32_t multiply_halves(uint32_t a, uint32_t b);
+template <>
+__device__ inline uint32_t multiply_halves<__half>(uint32_t a, uint32_t b) {
+  return bits_of(__hmul2(as_half2(a), as_half2(b)));
+}
+template <>
+__device__ inline uint32_t multiply_halves<__nv_bfloat16>(uint32_t a, uint32_t b) {
+  return bits_of(__hmul2(as_bfloat162(a), as_bfloat162(b)));
+}
 
 __device__ inline float to_float(__half value) { return __half2float(value); }
 __device__ inline float to_float(__nv_bfloat16 value) { return __bfloat162float(value); }

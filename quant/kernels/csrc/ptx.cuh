@@ -30,6 +30,31 @@ __device__ inline uint4 read_cached(const void* pointer) {
   return value;
 }
 
+// Shared memory by its address. Volatile: between the waits that it stands between.
+template <typename Value>
+__device__ inline Value read_shared(uint32_t address);
+template <>
+__device__ inline uint4 read_shared<uint4>(uint32_t address) {
+  uint4 value;
+  asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];"
+               : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
+               : "r"(address)
+               : "memory");
+  return value;
+}
+template <>
+__device__ inline uint32_t read_shared<uint32_t>(uint32_t address) {
+  uint32_t value;
+  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(value) : "r"(address) : "memory");
+  return value;
+}
+template <>
+__device__ inline uint16_t read_shared<uint16_t>(uint32_t address) {
+  uint16_t value;
+  asm volatile("ld.shared.u16 %0, [%1];" : "=h"(value) : "r"(address) : "memory");
+  return value;
+}
+
 // Not volatile: the compiler may move it among the arithmetic that surrounds it.
 __device__ inline uint32_t and_or(uint32_t value, uint32_t mask, uint32_t bits) {
   uint32_t result;
@@ -78,11 +103,36 @@ __device__ inline uint32_t cluster_rank() {
   return rank;
 }
 
-// A barrier over the cluster's blocks that also orders their shared memory.
-__device__ inline void cluster_sync() {
+// A barrier over the cluster's blocks that also orders their shared memory, in two halves.
+__device__ inline void cluster_arrive() {
 #if __CUDA_ARCH__ >= 900
-  asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
+  asm volatile("barrier.cluster.arrive.release;" ::: "memory");
 #endif
+}
+
+__device__ inline void cluster_wait() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
+#endif
+}
+
+__device__ inline void cluster_sync() {
+  cluster_arrive();
+  cluster_wait();
+}
+
+// Four floats at `smem` in the shared memory of block `rank` of this cluster.
+__device__ inline float4 read_cluster_floats(uint32_t smem, uint32_t rank) {
+  float4 value = {};
+#if __CUDA_ARCH__ >= 900
+  uint32_t remote;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(smem), "r"(rank));
+  asm volatile("ld.shared::cluster.v4.f32 {%0,%1,%2,%3}, [%4];"
+               : "=f"(value.x), "=f"(value.y), "=f"(value.z), "=f"(value.w)
+               : "r"(remote)
+               : "memory");
+#endif
+  return value;
 }
 
 // The float at `smem` in the shared memory of block `rank` of this cluster.
@@ -94,6 +144,74 @@ __device__ inline float read_cluster_float(uint32_t smem, uint32_t rank) {
   asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(value) : "r"(remote) : "memory");
 #endif
   return value;
+}
+
+// Barriers in shared memory (mbarrier): a phase ends when `arrivals` threads have arrived and all announced bytes are in.
+__device__ inline void barrier_init(uint32_t barrier, int arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
+}
+
+// Makes this thread's barrier_init visible to the copy engine.
+__device__ inline void fence_barrier_init() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+#endif
+}
+
+__device__ inline void barrier_arrive(uint32_t barrier) {
+  asm volatile("{\n.reg .b64 state;\nmbarrier.arrive.shared::cta.b64 state, [%0];\n}" ::"r"(barrier) : "memory");
+}
+
+// Returns once the phase of parity `parity` (0 for the first, then 1, 0, ...) has ended.
+__device__ inline void barrier_wait(uint32_t barrier, uint32_t parity) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile(
+      "{\n.reg .pred done;\nagain:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+      "@!done bra again;\n}" ::"r"(barrier),
+      "r"(parity)
+      : "memory");
+#endif
+}
+
+// Arrives and announces `bytes` that copies will bring.
+__device__ inline void barrier_expect(uint32_t barrier, uint32_t bytes) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+#endif
+}
+
+// Starts a copy of `bytes`, a multiple of 16, of global memory that nobody reads again; its end counts at `barrier`.
+__device__ inline void copy_bulk(uint32_t smem, const void* global, uint32_t bytes, uint32_t barrier) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile(
+      "{\n.reg .b64 policy;\ncreatepolicy.fractional.L2::evict_first.b64 policy, 1.0;\n"
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], "
+      "policy;\n}" ::"r"(smem),
+      "l"(global), "r"(bytes), "r"(barrier)
+      : "memory");
+#endif
+}
+
+// Four 8 x 8 matrices of halves to shared memory: lane l's register i is columns 2 (l % 4) and the next of row l / 4 of
+// matrix i, whose 16-byte row r goes to the address that lane 8 i + r gives.
+__device__ inline void store_matrices(uint32_t address, const uint4& values) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(address), "r"(values.x),
+               "r"(values.y), "r"(values.z), "r"(values.w)
+               : "memory");
+#endif
+}
+
+// Orders this thread's writes to shared memory before what the copy engine or the tensor cores read of it.
+__device__ inline void fence_async_proxy() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#endif
+}
+
+// A barrier of some of the block's warps.
+__device__ inline void named_sync(int barrier, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }
 
 }  // namespace lowbit

@@ -9,7 +9,7 @@
 // Tried and slower on one H100: a ring of shared memory filled by cp.async (more instructions per chunk), x copied to
 // shared memory first (its latency stands before everything), x read a chunk ahead. docs/LOG.md has the figures, and
 // what is still lost here: the compiler gives all refills one scoreboard, so the oldest waits for the newest.
-#include "dequant.cuh"
+#include "epilogue.cuh"
 #include "wna16_gemv.cuh"
 
 namespace lowbit {
@@ -30,6 +30,7 @@ struct Shape {
   static constexpr int kRing = kColBlocks == 1 ? 12 : kColBlocks == 2 ? 8 : 4;
   static constexpr int kAhead = kRing >= 4 * kLoads * kRowTiles ? 4 : (kRing - 1) / (kLoads * kRowTiles) + 1;  // chunks
   static constexpr int kXBlocks = kColBlocks >= 4 ? 1 : 4 / kColBlocks;  // blocks of 32 inputs of x read together
+  static constexpr int kChains = kColBlocks == 1 ? 2 : 1;     // chains of tensor instructions for each sum
   static constexpr int kMinBlocks = kColBlocks <= 2 ? 2 : 1;  // 128 registers a thread, or 255
 };
 
@@ -40,7 +41,7 @@ struct Share {
 };
 
 template <typename S>
-__device__ Share share_of(const Wna16GemvArgs& args) {
+__device__ Share share_of(const Wna16Args& args) {
   Share share;
   share.group_tiles = blockDim.y * S::kRowTiles;
   share.tile = blockIdx.y * share.group_tiles + threadIdx.y * S::kRowTiles;
@@ -65,7 +66,7 @@ struct Stream {
   const uint32_t* scales;
   const uint16_t* zeros;
 
-  __device__ void open(const Wna16GemvArgs& args, int tile, int lane) {
+  __device__ void open(const Wna16Args& args, int tile, int lane) {
     // The last group of tiles may reach past the last one: it reads that one again, and nothing is stored.
     tile = min(tile, args.tiles - 1);
     words = static_cast<const uint4*>(args.words) + static_cast<int64_t>(tile) * args.chunks * (S::kLoads * 32) + lane;
@@ -102,7 +103,7 @@ __device__ inline int threads_of_block() { return 32 * blockDim.y * blockDim.z; 
 
 // Mean (0 for RMS) and 1 / deviation of each row of x, float32, one warp a row.
 template <typename T>
-__device__ void norm_statistics(const Wna16GemvArgs& args, float2* statistics) {
+__device__ void norm_statistics(const Wna16Args& args, float2* statistics) {
   const int lane = threadIdx.x;
   for (int row = warp_of_block(); row < args.m; row += blockDim.y * blockDim.z) {
     const T* x = static_cast<const T*>(args.x) + static_cast<int64_t>(row) * args.k;
@@ -125,7 +126,7 @@ __device__ void norm_statistics(const Wna16GemvArgs& args, float2* statistics) {
 }
 
 template <typename T>
-__device__ uint4 normalized(const Wna16GemvArgs& args, uint4 raw, float2 statistics, int k) {
+__device__ uint4 normalized(const Wna16Args& args, uint4 raw, float2 statistics, int k) {
   T* values = reinterpret_cast<T*>(&raw);
   for (int j = 0; j < 8; ++j) {
     float value = (to_float(values[j]) - statistics.x) * statistics.y;
@@ -138,7 +139,7 @@ __device__ uint4 normalized(const Wna16GemvArgs& args, uint4 raw, float2 statist
 
 // The block's inputs, chunks [begin, end) of every row of x, to shared memory, normalized where asked.
 template <typename T>
-__device__ void stage_x(const Wna16GemvArgs& args, int begin, int end, uint8_t* x_smem, const float2* statistics) {
+__device__ void stage_x(const Wna16Args& args, int begin, int end, uint8_t* x_smem, const float2* statistics) {
   const int vectors = (end - begin) * (kChunkK / 8);
   for (int row = 0; row < args.m; ++row) {
     const T* x = static_cast<const T*>(args.x) + static_cast<int64_t>(row) * args.k + begin * kChunkK;
@@ -194,10 +195,11 @@ struct LaneX {
   }
 };
 
-// products += (codes - zeros) x for 16 rows and 32 inputs: `words` holds row g's codes, then row g + 8's.
+// even + odd += (codes - zeros) x for 16 rows and 32 inputs: `words` holds row g's codes, then row g + 8's. The two may
+// be one; apart, their tensor instructions do not wait for each other.
 template <typename S, typename Zeros>
 __device__ void multiply_block(const uint32_t* words, const Zeros (&zeros)[2], const XBlock<S>& x,
-                               float (&products)[S::kColBlocks][4]) {
+                               float (&even)[S::kColBlocks][4], float (&odd)[S::kColBlocks][4]) {
   using D = Dequant<typename S::T, S::kBits>;
   uint32_t top[4], bottom[4];
   D::expand(words, zeros[0], top);
@@ -206,8 +208,8 @@ __device__ void multiply_block(const uint32_t* words, const Zeros (&zeros)[2], c
   const uint32_t second[4] = {top[2], bottom[2], top[3], bottom[3]};
 #pragma unroll
   for (int j = 0; j < S::kColBlocks; ++j) {
-    mma_16x8x16<typename S::T>(products[j], first, x[j].x, x[j].y);
-    mma_16x8x16<typename S::T>(products[j], second, x[j].z, x[j].w);
+    mma_16x8x16<typename S::T>(even[j], first, x[j].x, x[j].y);
+    mma_16x8x16<typename S::T>(odd[j], second, x[j].z, x[j].w);
   }
 }
 
@@ -222,7 +224,7 @@ __device__ void multiply_chunk(Chunks<S>& chunks, const Stream<S>* streams, int 
   XBlock<S> x[S::kXBlocks];
 #pragma unroll
   for (int group = 0; group < S::kGroups; ++group) {
-    Sums<S> products = {};
+    Sums<S> products[S::kChains] = {};
     decltype(D::zeros_of(0)) zeros[S::kRowTiles][2];
 #pragma unroll
     for (int i = 0; i < 2 * S::kRowTiles; ++i) zeros[i / 2][i % 2] = zeros_of<S>(chunks[i / 2], group, i % 2);
@@ -233,7 +235,7 @@ __device__ void multiply_chunk(Chunks<S>& chunks, const Stream<S>* streams, int 
       for (int i = 0; i < S::kRowTiles; ++i) {
         uint4& load = chunks[i].words[block / kBlocksPerLoad];
         const uint32_t* words = reinterpret_cast<const uint32_t*>(&load) + block % kBlocksPerLoad * 2 * D::kWords;
-        multiply_block<S>(words, zeros[i], x[block % S::kXBlocks], products[i]);
+        multiply_block<S>(words, zeros[i], x[block % S::kXBlocks], products[0][i], products[S::kChains - 1][i]);
         if (refill && (block + 1) % kBlocksPerLoad == 0)
           streams[i].read_words(next, block / kBlocksPerLoad, chunks[i]);
       }
@@ -242,15 +244,18 @@ __device__ void multiply_chunk(Chunks<S>& chunks, const Stream<S>* streams, int 
     for (int i = 0; i < S::kRowTiles; ++i) {
       const float2 scales = halves_of<typename S::T>(chunks[i].scales[group]);
 #pragma unroll
-      for (int e = 0; e < S::kColBlocks * 4; ++e)
-        sums[i][e / 4][e % 4] += (e % 4 < 2 ? scales.x : scales.y) * products[i][e / 4][e % 4];
+      for (int e = 0; e < S::kColBlocks * 4; ++e) {
+        float product = products[0][i][e / 4][e % 4];
+        if (S::kChains == 2) product += products[1][i][e / 4][e % 4];
+        sums[i][e / 4][e % 4] += (e % 4 < 2 ? scales.x : scales.y) * product;
+      }
     }
   }
 }
 
 // x where this block reads it: its shared memory, after staging, or global memory.
 template <typename S>
-__device__ LaneX<S> prepare_x(const Wna16GemvArgs& args, const Share& share, uint8_t* free_smem) {
+__device__ LaneX<S> prepare_x(const Wna16Args& args, const Share& share, uint8_t* free_smem) {
   if (!args.stage_x) return LaneX<S>(static_cast<const uint8_t*>(args.x), args.k * 2, args.m);
   const int begin = share.first - threadIdx.z;
   float2* statistics = reinterpret_cast<float2*>(free_smem);
@@ -292,130 +297,29 @@ __device__ inline float sum_over_cluster(const float* totals, int index) {
   return sum;
 }
 
-__device__ inline float silu(float value) { return value / (1.f + __expf(-value)); }
-
-__device__ inline float activate(Activation activation, float value) {
-  switch (activation) {
-    case Activation::kGelu: return 0.5f * value * (1.f + erff(value * 0.70710678f));
-    case Activation::kGeluTanh:
-      return 0.5f * value * (1.f + tanhf(0.79788456f * (value + 0.044715f * value * value * value)));
-    case Activation::kQuickGelu: return value / (1.f + __expf(-1.702f * value));
-    default: return value;
-  }
-}
-
-// Two rows of W that share a lane: `low` is the first one's index, `high` the other's.
-struct Pair {
-  int low, high, column;
-  float low_sum, high_sum;
-};
-
-template <typename T>
-__device__ float half_at(const void* values, int64_t index) {
-  return to_float(static_cast<const T*>(values)[index]);
-}
-
-template <typename T>
-__device__ void store_element(const Wna16GemvArgs& args, int column, int row, float sum) {
-  if (row >= args.n) return;
-  if (args.bias != nullptr) sum += half_at<T>(args.bias, row);
-  float value = activate(args.activation, sum);
-  const int64_t index = static_cast<int64_t>(column) * args.n + row;
-  if (args.residual != nullptr) value += half_at<T>(args.residual, index);
-  if (args.float32_out) static_cast<float*>(args.y)[index] = value;
-  else static_cast<T*>(args.y)[index] = from_float<T>(value);
-}
-
-// silu(gate) * up: the gate's rows are the lower half of W.
-template <typename T>
-__device__ void store_gated(const Wna16GemvArgs& args, Pair pair) {
-  if (args.bias != nullptr) {
-    pair.low_sum += half_at<T>(args.bias, pair.low);
-    pair.high_sum += half_at<T>(args.bias, pair.high);
-  }
-  const int64_t index = static_cast<int64_t>(pair.column) * (args.n / 2) + pair.low;
-  static_cast<T*>(args.y)[index] = from_float<T>(silu(pair.low_sum) * pair.high_sum);
-}
-
-// Rotates q and k by their position and writes q to y, k and v to the caches. Heads of W: q, then k, then v.
-template <typename T>
-__device__ void store_rotated(const Wna16GemvArgs& args, Pair pair) {
-  if (args.bias != nullptr) {
-    pair.low_sum += half_at<T>(args.bias, pair.low);
-    pair.high_sum += half_at<T>(args.bias, pair.high);
-  }
-  const int head = pair.low / args.pair_block;
-  const int half = args.pair_block / 2;
-  const int d = pair.low % args.pair_block;
-  if (head < args.q_heads + args.kv_heads) {
-    const int64_t angle = args.positions[pair.column] * half + d;
-    const float cosine = args.cosines[angle], sine = args.sines[angle];
-    const float low = pair.low_sum * cosine - pair.high_sum * sine;
-    pair.high_sum = pair.high_sum * cosine + pair.low_sum * sine;
-    pair.low_sum = low;
-  }
-  T* target = static_cast<T*>(args.y) + (static_cast<int64_t>(pair.column) * args.q_heads + head) * args.pair_block;
-  if (head >= args.q_heads) {
-    const int kv_head = (head - args.q_heads) % args.kv_heads;
-    void* cache = head < args.q_heads + args.kv_heads ? args.k_cache : args.v_cache;
-    target = static_cast<T*>(cache) + (args.slots[pair.column] * args.kv_heads + kv_head) * args.pair_block;
-  }
-  target[d] = from_float<T>(pair.low_sum);
-  target[d + half] = from_float<T>(pair.high_sum);
-}
-
-template <typename T>
-__device__ void store_pair(const Wna16GemvArgs& args, const Pair& pair) {
-  if (args.positions != nullptr) return store_rotated<T>(args, pair);
-  if (args.activation == Activation::kSiluMul) return store_gated<T>(args, pair);
-  store_element<T>(args, pair.column, pair.low, pair.low_sum);
-  store_element<T>(args, pair.column, pair.high, pair.high_sum);
-}
-
-// The group's results to y: `sum_of(index)` is the finished sum of [column of y][row of the group].
-template <typename T, typename SumOf>
-__device__ void store_group(const Wna16GemvArgs& args, int group_tiles, SumOf sum_of) {
-  const int rows = group_tiles * kTileRows;
-  const int block_tiles = args.pair_block / kTileRows;
-  const int pairs = group_tiles * 8;  // per column: a power of two
-  for (int i = thread_of_block(); i < pairs * args.m; i += threads_of_block()) {
-    const int column = i >> (__ffs(pairs) - 1);
-    const int local = (i & (pairs - 1)) / 8;
-    const int tile = blockIdx.y * group_tiles + local;
-    if (tile >= args.tiles) continue;
-    Pair pair;
-    pair.column = column;
-    pair.low = tile / block_tiles * args.pair_block + tile % block_tiles * 8 + i % 8;
-    pair.high = pair.low + args.pair_block / 2;
-    const int index = column * rows + local * kTileRows + i % 8;
-    pair.low_sum = sum_of(index);
-    pair.high_sum = sum_of(index + 8);
-    store_pair<T>(args, pair);
-  }
-}
-
 // Sums over warps and cluster, then the epilogue. `partial` holds the warps' sums, with room for one more set behind.
 template <typename T>
-__device__ void finish_group(const Wna16GemvArgs& args, int group_tiles, float* partial) {
-  const int count = group_tiles * kTileRows * args.m;
+__device__ void finish_group(const Wna16Args& args, int group_tiles, float* partial) {
+  const int rows = group_tiles * kTileRows;
+  const int count = rows * args.m;
+  const int thread = thread_of_block(), threads = threads_of_block();
   __syncthreads();
   if (gridDim.x == 1) {
-    store_group<T>(args, group_tiles, [&](int index) { return sum_over_warps(partial, count, index); });
+    const auto sum_of = [&](int column, int row) { return sum_over_warps(partial, count, column * rows + row); };
+    store_group<T, 1>(args, group_tiles, 0, args.m, warp_of_block(), blockDim.y * blockDim.z, sum_of);
     return;
   }
   float* totals = partial + blockDim.z * count;
-  for (int i = thread_of_block(); i < count; i += threads_of_block()) totals[i] = sum_over_warps(partial, count, i);
+  for (int i = thread; i < count; i += threads) totals[i] = sum_over_warps(partial, count, i);
   __syncthreads();  // orders nothing that the next line does not, but racecheck knows no cluster barriers
   cluster_sync();
-  if (blockIdx.x == 0) store_group<T>(args, group_tiles, [&](int index) { return sum_over_cluster(totals, index); });
+  const auto sum_of = [&](int column, int row) { return sum_over_cluster(totals, column * rows + row); };
+  if (blockIdx.x == 0) store_group<T, 1>(args, group_tiles, 0, args.m, warp_of_block(), blockDim.y * blockDim.z, sum_of);
   cluster_sync();  // no block leaves while rank 0 reads from it
 }
 
 template <typename S>
-__global__ void __launch_bounds__(kMaxThreads, S::kMinBlocks)
-    wna16_gemv_kernel(const __grid_constant__ Wna16GemvArgs args) {
-  using T = typename S::T;
-  extern __shared__ __align__(128) uint8_t smem[];
+__device__ void compute_group(const Wna16Args& args, uint8_t* smem) {
   const Share share = share_of<S>(args);
   const int lane = threadIdx.x;
   const int count = share.group_tiles * kTileRows * args.m;
@@ -450,11 +354,25 @@ __global__ void __launch_bounds__(kMaxThreads, S::kMinBlocks)
     }
   }
   store_partial<S>(share.group_tiles, args.m, sums, partial);
-  finish_group<T>(args, share.group_tiles, partial);
+  finish_group<typename S::T>(args, share.group_tiles, partial);
+}
+
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+constexpr int kMostColBlocks = 2;  // more rows of x are wna16_gemm's
+#else
+constexpr int kMostColBlocks = 8;
+#endif
+
+template <typename S>
+__global__ void __launch_bounds__(kMaxThreads, S::kMinBlocks)
+    wna16_gemv_kernel(const __grid_constant__ Wna16Args args) {
+  extern __shared__ __align__(128) uint8_t smem[];
+  if constexpr (S::kColBlocks <= kMostColBlocks) compute_group<S>(args, smem);
+  else __trap();
 }
 
 template <typename S>
-cudaError_t launch_shape(const Wna16GemvArgs& args, const Wna16GemvLaunch& launch, cudaStream_t stream) {
+cudaError_t launch_shape(const Wna16Args& args, const Wna16GemvLaunch& launch, cudaStream_t stream) {
   const int group_tiles = launch.row_warps * S::kRowTiles;
   if (launch.row_warps * launch.k_warps * 32 > kMaxThreads) return cudaErrorInvalidConfiguration;
   size_t bytes = size_t(group_tiles) * kTileRows * args.m * (launch.k_warps + 1) * 4;
@@ -483,7 +401,7 @@ cudaError_t launch_shape(const Wna16GemvArgs& args, const Wna16GemvLaunch& launc
 }
 
 template <typename T, int kBits, bool kZeros, int kGroups>
-cudaError_t launch_groups(const Wna16GemvArgs& args, const Wna16GemvLaunch& launch, cudaStream_t stream) {
+cudaError_t launch_groups(const Wna16Args& args, const Wna16GemvLaunch& launch, cudaStream_t stream) {
   const int columns = args.m <= 8 ? 8 : args.m <= 16 ? 16 : args.m <= 32 ? 32 : 64;
   switch (columns * 10 + launch.row_tiles) {
     case 81: return launch_shape<Shape<T, kBits, kZeros, kGroups, 1, 1>>(args, launch, stream);
@@ -497,7 +415,7 @@ cudaError_t launch_groups(const Wna16GemvArgs& args, const Wna16GemvLaunch& laun
 }
 
 template <typename T, int kBits, bool kZeros>
-cudaError_t launch_zeros(const Wna16GemvArgs& args, const Wna16GemvLaunch& launch, cudaStream_t stream) {
+cudaError_t launch_zeros(const Wna16Args& args, const Wna16GemvLaunch& launch, cudaStream_t stream) {
   switch (launch.groups_per_chunk) {
     case 1: return launch_groups<T, kBits, kZeros, 1>(args, launch, stream);
     case 2: return launch_groups<T, kBits, kZeros, 2>(args, launch, stream);
@@ -509,14 +427,14 @@ cudaError_t launch_zeros(const Wna16GemvArgs& args, const Wna16GemvLaunch& launc
 }  // namespace
 
 template <typename T, int kBits>
-cudaError_t launch_wna16_gemv(const Wna16GemvArgs& args, const Wna16GemvLaunch& launch, cudaStream_t stream) {
+cudaError_t launch_wna16_gemv(const Wna16Args& args, const Wna16GemvLaunch& launch, cudaStream_t stream) {
   const cudaError_t error = cudaSetDevice(launch.device);
   if (error != cudaSuccess) return error;
   return args.zeros == nullptr ? launch_zeros<T, kBits, false>(args, launch, stream)
                                : launch_zeros<T, kBits, true>(args, launch, stream);
 }
 
-template cudaError_t launch_wna16_gemv<LOWBIT_T, LOWBIT_BITS>(const Wna16GemvArgs&, const Wna16GemvLaunch&,
+template cudaError_t launch_wna16_gemv<LOWBIT_T, LOWBIT_BITS>(const Wna16Args&, const Wna16GemvLaunch&,
                                                               cudaStream_t);
 
 }  // namespace lowbit

@@ -1,49 +1,9 @@
-// y = epilogue(prologue(x) W^T) for few rows of x and a 4- or 8-bit W: what the launcher takes.
-//
-// Shapes: x (m, k), W (n, k), both half precision once dequantized; y (m, n), or (m, n / 2) for the gated epilogue.
-// The packed layout is quant/kernels/wna16_gemv.py's.
+// y = epilogue(prologue(x) W^T) for few rows of x: what the launcher takes beside Wna16Args.
 #pragma once
 
-#include <cstdint>
-#include <cuda_runtime.h>
+#include "wna16_args.cuh"
 
 namespace lowbit {
-
-constexpr int kTileRows = 16;     // rows of W in a tile: those of the tensor core's A operand
-constexpr int kChunkK = 128;      // inputs in a chunk: tile x chunk is what one warp reads at a time
-
-enum class Norm : int { kNone, kRms, kLayer };
-enum class Activation : int { kNone, kSiluMul, kGelu, kGeluTanh, kQuickGelu };
-
-struct Wna16GemvArgs {
-  const void* x;           // (m, k), k a multiple of 128: the caller pads it with zeros
-  const void* words;       // (tiles, chunks, 16 x 128 codes)
-  const void* scales;      // (tiles, scale_rows, 8, groups per chunk, 2)
-  const void* zeros;       // the same shape in uint8, or null: symmetric
-  const void* bias;        // (n) or null
-  const void* residual;    // (m, n) or null: added after the activation
-  const void* norm_weight; // (k), null without a norm
-  const void* norm_bias;   // (k) or null
-  void* y;
-  int m, n, k;
-  int tiles, chunks;       // ceil(n / 16), k / 128
-  bool stage_x;            // copy x to shared memory first: what a norm needs
-  int pair_block;          // rows i and i + pair_block / 2 of each block of rows share a lane; 16 is the plain order
-  int scale_rows;
-  int scale_shift;         // chunk >> scale_shift is its row of scales
-  Norm norm;
-  float norm_eps;
-  Activation activation;
-  bool float32_out;
-  // Rotary embedding and cache append: all null, or q goes to y, k and v to their caches.
-  const int64_t* positions;  // (m)
-  const int64_t* slots;      // (m) row of the caches
-  const float* cosines;      // (positions, pair_block / 2)
-  const float* sines;
-  void* k_cache;             // (slots, kv_heads, pair_block)
-  void* v_cache;
-  int q_heads, kv_heads;
-};
 
 struct Wna16GemvLaunch {
   int device;
@@ -56,6 +16,6 @@ struct Wna16GemvLaunch {
 };
 
 template <typename T, int kBits>
-cudaError_t launch_wna16_gemv(const Wna16GemvArgs& args, const Wna16GemvLaunch& launch, cudaStream_t stream);
+cudaError_t launch_wna16_gemv(const Wna16Args& args, const Wna16GemvLaunch& launch, cudaStream_t stream);
 
 }  // namespace lowbit

@@ -1,6 +1,6 @@
-"""Draws benchmarks/results/wna16_gemv.jsonl: rows of x against time, one picture a shape, the floor as a line.
+"""Draws benchmarks/results/wna16_*.jsonl: rows of x against time, one picture a shape, the floor as a line.
 
-python -m benchmarks.plot_wna16_gemv          (needs matplotlib)
+python -m benchmarks.plot_wna16          (needs matplotlib)
 """
 
 import json
@@ -9,11 +9,24 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 
+from benchmarks.wna16 import SHAPES
+
 RESULTS = Path(__file__).with_name("results")
+STEMS = ("wna16_gemv", "wna16_gemm")
 
 
 def label_of(row: dict) -> str:
-    return row["kernel"] + (" with dependent launch" if row.get("dependent") else "")
+    name = "ours" if row["ours"] else row["kernel"]
+    return name + (" with dependent launch" if row.get("dependent") else "")
+
+
+def read_rows() -> list[dict]:
+    """The 4-bit rows of both benchmarks, g128, symmetric, without the blocks' and the random shapes."""
+    lines = [line for stem in STEMS for line in (RESULTS / f"{stem}.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in lines]
+    wanted = [row for row in rows if (row["n"], row["k"]) in SHAPES and row["bits"] == 4 and row["group_size"] == 128]
+    wanted = [row for row in wanted if row.get("symmetric", True) and not row["kernel"].endswith("block")]
+    return [row for row in wanted if not row["ours"] or row["dtype"] == "float16"]
 
 
 def draw(axes: plt.Axes, rows: list[dict]) -> None:
@@ -31,17 +44,14 @@ def draw(axes: plt.Axes, rows: list[dict]) -> None:
 
 def main() -> None:
     shapes: dict[tuple[int, int], list[dict]] = defaultdict(list)
-    for line in (RESULTS / "wna16_gemv.jsonl").read_text().splitlines():
-        row = json.loads(line)
-        main_scheme = row["bits"] == 4 and row["group_size"] == 128 and row.get("symmetric", True)
-        if main_scheme and row["kernel"] != "wna16_gemv block" and (not row["ours"] or row["dtype"] == "float16"):
-            shapes[row["n"], row["k"]].append(row)
+    for row in read_rows():
+        shapes[row["n"], row["k"]].append(row)
     figure, grid = plt.subplots(-(-len(shapes) // 4), 4, figsize=(18, 4 * -(-len(shapes) // 4)), squeeze=False)
     for axes, rows in zip(grid.flat, shapes.values(), strict=False):
         draw(axes, rows)
     grid.flat[0].legend(fontsize=7)
     figure.tight_layout()
-    figure.savefig(RESULTS / "wna16_gemv.png", dpi=70)
+    figure.savefig(RESULTS / "wna16.png", dpi=70)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,85 @@
+// wgmma, the tensor instruction of a warpgroup (sm_90a): c (64 x kColumns) += a (64 x 16) * b (16 x kColumns).
+//
+// Warp w of the four has rows 16 w to 16 w + 15, in registers, as fragments of mma.m16n8k16: a as its A operand, c as
+// kColumns / 8 of its C operands. b lies in shared memory as blocks of 8 columns x 8 inputs, 128 bytes each.
+#pragma once
+
+#include "ptx.cuh"
+
+namespace lowbit {
+
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+#define LOWBIT_WGMMA 1
+#else
+#define LOWBIT_WGMMA 0
+#endif
+
+// Where b is: 16 bytes a unit, kAlongInputs and kAlongColumns bytes from one block to the next. Adding to it moves b.
+template <int kAlongInputs, int kAlongColumns>
+struct MatrixAt {
+  uint32_t low;
+  __device__ explicit MatrixAt(uint32_t smem) : low(__shfl_sync(~0u, smem % (1u << 18) / 16 | kAlongInputs / 16 << 16, 0)) {}
+  __device__ uint64_t after(int bytes) const { return uint64_t(kAlongColumns / 16) << 32 | (low + bytes / 16); }
+};
+
+// Before the first product, and whenever registers of one were written since the last.
+__device__ inline void wgmma_fence() {
+#if LOWBIT_WGMMA
+  asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+#endif
+}
+
+__device__ inline void wgmma_commit() {
+#if LOWBIT_WGMMA
+  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+#endif
+}
+
+// Returns once all but the last kPending groups of products are done with their registers and shared memory.
+template <int kPending>
+__device__ inline void wgmma_wait() {
+#if LOWBIT_WGMMA
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
+#endif
+}
+
+template <typename T, int kColumns>
+__device__ inline void wgmma(float (&c)[kColumns / 2], const uint32_t (&a)[4], uint64_t b);
+
+#if LOWBIT_WGMMA
+
+#define LOWBIT_C8(i) "+f"(c[i]), "+f"(c[i + 1]), "+f"(c[i + 2]), "+f"(c[i + 3]), "+f"(c[i + 4]), "+f"(c[i + 5]), \
+                     "+f"(c[i + 6]), "+f"(c[i + 7])
+#define LOWBIT_WGMMA_FOR(T, NAME, COLUMNS, C_LIST, A_LIST, ...)                                              \
+  template <>                                                                                                \
+  __device__ inline void wgmma<T, COLUMNS>(float (&c)[COLUMNS / 2], const uint32_t (&a)[4], uint64_t b) {    \
+    asm volatile("{\n.reg .pred add;\nsetp.eq.u32 add, 0, 0;\n"                                             \
+                 "wgmma.mma_async.sync.aligned.m64n" #COLUMNS "k16.f32." NAME "." NAME " {" C_LIST "}, {" A_LIST \
+                 ", add, 1, 1, 0;\n}"                                                                        \
+                 : __VA_ARGS__                                                                               \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                                      \
+  }
+#define LOWBIT_C_8 "%0,%1,%2,%3"
+#define LOWBIT_A_8 "%4,%5,%6,%7}, %8"
+#define LOWBIT_C_16 "%0,%1,%2,%3,%4,%5,%6,%7"
+#define LOWBIT_A_16 "%8,%9,%10,%11}, %12"
+#define LOWBIT_C_32 "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15"
+#define LOWBIT_A_32 "%16,%17,%18,%19}, %20"
+#define LOWBIT_C_64 "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26," \
+  "%27,%28,%29,%30,%31"
+#define LOWBIT_A_64 "%32,%33,%34,%35}, %36"
+LOWBIT_WGMMA_FOR(__half, "f16", 8, LOWBIT_C_8, LOWBIT_A_8, "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]))
+LOWBIT_WGMMA_FOR(__nv_bfloat16, "bf16", 8, LOWBIT_C_8, LOWBIT_A_8, "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]))
+LOWBIT_WGMMA_FOR(__half, "f16", 16, LOWBIT_C_16, LOWBIT_A_16, LOWBIT_C8(0))
+LOWBIT_WGMMA_FOR(__nv_bfloat16, "bf16", 16, LOWBIT_C_16, LOWBIT_A_16, LOWBIT_C8(0))
+LOWBIT_WGMMA_FOR(__half, "f16", 32, LOWBIT_C_32, LOWBIT_A_32, LOWBIT_C8(0), LOWBIT_C8(8))
+LOWBIT_WGMMA_FOR(__nv_bfloat16, "bf16", 32, LOWBIT_C_32, LOWBIT_A_32, LOWBIT_C8(0), LOWBIT_C8(8))
+LOWBIT_WGMMA_FOR(__half, "f16", 64, LOWBIT_C_64, LOWBIT_A_64, LOWBIT_C8(0), LOWBIT_C8(8), LOWBIT_C8(16), LOWBIT_C8(24))
+LOWBIT_WGMMA_FOR(__nv_bfloat16, "bf16", 64, LOWBIT_C_64, LOWBIT_A_64, LOWBIT_C8(0), LOWBIT_C8(8), LOWBIT_C8(16), LOWBIT_C8(24))
+
+#else
+template <typename T, int kColumns>
+__device__ inline void wgmma(float (&)[kColumns / 2], const uint32_t (&)[4], uint64_t) {}
+#endif
+
+}  // namespace lowbit

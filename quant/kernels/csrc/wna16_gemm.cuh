@@ -1,0 +1,20 @@
+// y = epilogue(x W^T) for up to 64 rows of x with Hopper's warpgroup instructions: what the launcher takes.
+#pragma once
+
+#include "wna16_args.cuh"
+
+namespace lowbit {
+
+struct Wna16GemmLaunch {
+  int device;
+  int groups_per_chunk;  // 1, 2 or 4: scales per row in 128 inputs
+  int warpgroups;        // that multiply: each has 64 rows of W
+  int cluster;           // blocks that share k
+  bool dependent;        // launched with programmatic dependent launch
+};
+
+// cudaErrorInvalidDeviceFunction where the code was not built for sm_90a.
+template <typename T, int kBits>
+cudaError_t launch_wna16_gemm(const Wna16Args& args, const Wna16GemmLaunch& launch, cudaStream_t stream);
+
+}  // namespace lowbit

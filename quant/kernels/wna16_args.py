@@ -1,0 +1,58 @@
+"""What the products with a packed weight are given: csrc/wna16_args.cuh's struct, filled from a Call."""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quant.kernels import reference
+from quant.kernels.extension import EXTENSION
+from quant.kernels.packed import CHUNK_K, padded, scale_shift
+from quant.kernels.problem import ACTIVATIONS, NORMS, Call, check_alignment
+
+
+def prepare(call: Call, most_staged: int) -> Call:
+    """`call` as the kernels take it: whole chunks of k, at most `most_staged` bytes of x to normalize, aligned."""
+    m, k = call.x.shape
+    whole = padded(k, CHUNK_K)
+    if call.norm != "none" and (whole != k or m * k * 2 > most_staged):
+        call = replace(call, x=reference.normalize(call), norm="none", norm_weight=None, norm_bias=None)
+    if whole != k:
+        call = replace(call, x=torch.nn.functional.pad(call.x, (0, whole - k)))
+    check_alignment(x=call.x, words=call.weight.words, scales=call.weight.scales)
+    return call
+
+
+def args_of(call: Call, y: Tensor) -> Any:
+    """The kernels' arguments: addresses (0 for what is absent) and sizes."""
+    assert EXTENSION is not None
+    weight = call.weight
+    args = EXTENSION.Wna16Args()
+    tensors = {
+        "x": call.x,
+        "words": weight.words,
+        "scales": weight.scales,
+        "zeros": weight.zeros,
+        "bias": call.bias,
+        "residual": call.residual,
+        "norm_weight": call.norm_weight,
+        "norm_bias": call.norm_bias,
+        "y": y,
+    }
+    args.m, args.k = call.x.shape
+    args.n, args.pair_block = weight.n, weight.pair_block
+    args.tiles, args.chunks = weight.words.shape[:2]
+    args.stage_x = call.norm != "none"
+    args.scale_rows, args.scale_shift = weight.scales.shape[1], scale_shift(weight.group_size)
+    args.norm, args.norm_eps = NORMS.index(call.norm), call.norm_eps
+    args.activation, args.float32_out = ACTIVATIONS.index(call.activation), call.float32_out
+    if call.rotary is not None:
+        tensors |= vars(call.rotary)
+        args.kv_heads = call.rotary.kv_heads
+        args.q_heads = weight.n // call.rotary.head_dim - 2 * args.kv_heads
+    for name, tensor in tensors.items():
+        setattr(args, name, 0 if tensor is None else tensor.data_ptr())
+    rows = (call.bias, call.residual, y, *((call.rotary.k_cache, call.rotary.v_cache) if call.rotary else ()))
+    args.vectors = weight.n % 8 == 0 and all(tensor is None or tensor.data_ptr() % 16 == 0 for tensor in rows)
+    return args

@@ -1,0 +1,92 @@
+"""The product of up to 64 rows with a 4- or 8-bit weight on Hopper's warpgroup instructions: csrc/wna16_gemm.cu."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quant.kernels.extension import EXTENSION, reason_against_device
+from quant.kernels.packed import CHUNK_K, TILE_ROWS, groups_per_chunk, padded
+from quant.kernels.problem import Call, Problem
+from quant.kernels.wna16_args import args_of, prepare
+
+MAX_M = 64
+FEW_M, SOME_M = 8, 16  # rows that wna16_gemv takes always, and where W is small
+SMALL_WEIGHT = 30 << 20  # bytes of codes
+WARPGROUPS = (4, 3, 2)  # that multiply, in a block
+ROWS = 4 * TILE_ROWS  # of W, that one of them has
+# Clusters of 1, 2, ... 8 blocks that 132 multiprocessors hold at once, a block each: cudaOccupancyMaxActiveClusters
+# on an H100. Another card's differ with its working multiprocessors; a wrong guess costs time alone.
+CLUSTERS = (132, 66, 39, 30, 22, 17, 15, 15)
+# What a chunk costs a block of w warpgroups is proportional to w + STEP, and meeting in a cluster to that of SETTLE
+# chunks of one warpgroup for each block: fitted to nine shapes of one H100.
+STEP, SETTLE = 2.0, 8.0
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How the work is cut.
+
+    warpgroups  of a block that multiply: each has 64 rows of W
+    cluster     blocks that share k and sum through each other's shared memory
+    """
+
+    warpgroups: int
+    cluster: int
+
+
+def reason_against(problem: Problem) -> str | None:
+    """Why this kernel cannot take the problem, or should not, or None."""
+    if problem.capability is None:
+        return f"the tensors are on the {problem.device}"
+    if problem.m > MAX_M:
+        return f"{problem.m} rows: it takes at most {MAX_M}"
+    if problem.capability != (9, 0):
+        return f"it is for sm_90, the GPU is sm_{problem.capability[0]}{problem.capability[1]}"
+    small = problem.n * problem.k * problem.bits // 8 < SMALL_WEIGHT
+    if problem.m <= FEW_M or (problem.m <= SOME_M and small):
+        size = f" of a weight below {SMALL_WEIGHT >> 20} MB" if problem.m > FEW_M else ""
+        return f"{problem.m} rows{size}: wna16_gemv is faster"
+    reason = reason_against_device(problem.capability)
+    if reason is None and EXTENSION is not None and "90a" not in EXTENSION.architectures.split():
+        return f"it needs code for 90a, quant._C was built for {EXTENSION.architectures}"
+    return reason
+
+
+def choose_launch(problem: Problem) -> Launch:
+    """One rule for all shapes: the cut that the fullest multiprocessor finishes first."""
+    chunks = -(-problem.k // CHUNK_K)
+    cuts = [Launch(w, c) for w in WARPGROUPS for c in range(1, len(CLUSTERS) + 1) if c == 1 or 2 * c <= chunks]
+    return min(cuts, key=lambda launch: cost_of(launch, problem))
+
+
+def cost_of(launch: Launch, problem: Problem) -> float:
+    """Time in units of a chunk of one warpgroup: waves of blocks, chunks of a block, and the meeting at its end."""
+    groups = padded(problem.n, launch.warpgroups * ROWS) // (launch.warpgroups * ROWS)
+    at_once = max(1, CLUSTERS[launch.cluster - 1] * problem.processors // CLUSTERS[0])
+    chunks = padded(padded(problem.k, CHUNK_K) // CHUNK_K, launch.cluster) // launch.cluster
+    waves = -(-groups // at_once)
+    return waves * chunks * (launch.warpgroups + STEP) + (launch.cluster - 1) * SETTLE
+
+
+def run(call: Call, problem: Problem, launch: Launch | None = None) -> Tensor:
+    """y of `call`, which problem.check has passed. ValueError where a tensor is not aligned to 16 bytes."""
+    assert EXTENSION is not None
+    call = prepare(call, most_staged=0)
+    y = torch.empty(call.y_shape, dtype=call.y_dtype, device=call.x.device)
+    args = args_of(call, y)
+    with torch.cuda.device(y.device):
+        stream = torch.cuda.current_stream().cuda_stream
+        cut = launch_of(launch or choose_launch(problem), call, y.device.index)
+        EXTENSION.wna16_gemm(call.x.dtype == torch.bfloat16, call.weight.bits, args, cut, stream)
+    return y
+
+
+def launch_of(launch: Launch, call: Call, device: int) -> Any:
+    """The kernel's launch: the cut, the device, and what the call says of groups and dependence."""
+    assert EXTENSION is not None
+    cut = EXTENSION.Wna16GemmLaunch()
+    cut.warpgroups, cut.cluster = launch.warpgroups, launch.cluster
+    cut.device, cut.groups_per_chunk, cut.dependent = device, groups_per_chunk(call.weight.group_size), call.dependent
+    return cut
