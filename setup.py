@@ -27,7 +27,7 @@ UNITS += [
     for source in ("decode_attention.cu", "row_norm.cu")
     for dtype in ("__half", "__nv_bfloat16")
 ]
-UNITS += [("wna16_dequantize.cu", ()), ("bindings.cpp", ())]
+UNITS += [("wna16_dequantize.cu", ()), ("gptq_block.cu", ()), ("bindings.cpp", ())]
 HOPPER_ONLY = ("wna16_gemm.cu",)  # empty elsewhere: compiled for 90a alone, or for what there is
 
 

@@ -1,53 +1,41 @@
 """One block being quantized: its weights in float32, the running copy, and what happens to both."""
 
-from collections.abc import Callable, Iterable
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from calibrate.capture import LinearInputs, SiteStats, weight_view
+from calibrate.capture import SiteStats
+from export.errors import CheckpointError
+from models.products import LinearInputs, QuantizedInputs, input_rounding, weight_view
 from models.skeleton import Block
 from models.walk import Walk
-from quant.algos.awq import ScaleChoice, search_scales, weight_magnitude
-from quant.algos.clip import group_moments, search_shrink
-from quant.numerics import fake_quantize
-from quant.qtensor import QTensor, round_to_nearest
-from quant.scheme import Scheme
+from quant.qtensor import QTensor
+from quant.scheme import Activations, Scheme
 from quant.site import Fold, Site
 from quant.stats import Stats
 
-Losses = Callable[[Tensor | None], float]
+InputRounding = dict[str, Callable[[Tensor], Tensor]]
 
 
-@dataclass(frozen=True)
-class ModuleCalls:
-    """A module's calls as they happened: arguments, and the first tensor it returned, in float32."""
-
-    module: nn.Module
-    calls: list[tuple[tuple[Any, ...], dict[str, Any], Tensor]]
-
-    def error(self) -> float:
-        """Mean squared difference of what the module returns now from what it returned then."""
-        total = sum(
-            float((_first(self.module(*args, **kwargs)).float() - then).square().mean())
-            for args, kwargs, then in self.calls
-        )
-        return total / max(len(self.calls), 1)
+class _Seen(Exception):
+    """Ends a run of the block whose rest nobody looks at."""
 
 
 class BlockWork:
     """A loaded block while it is quantized.
 
     index, walk  the block is `walk.skeleton.blocks[index]`, and must be loaded
-    schemes      scheme of each linear to quantize
+    schemes      scheme of each linear to quantize; kept as the schemes of their weights, and `activations` of inputs
     scale_dtype  dtype of scales
     kept_dtype   dtype of the weights that are stored unquantized; where None, that of the scales
 
-    `masters` are the linears' weights in float32, transforms applied; the module computes with the same weights in the
-    walk's dtype.
+    masters    the linears' weights in float32, transforms applied; the module computes with them in the walk's dtype
+    stats      what calibration saw at each linear
+    outliers   outlier_ratio of each linear's input before any transform
+    fallbacks  linear -> what was done otherwise than asked, in words
     """
 
     def __init__(
@@ -59,131 +47,140 @@ class BlockWork:
         kept_dtype: torch.dtype | None = None,
     ) -> None:
         self.block: Block = walk.skeleton.blocks[index]
-        self.schemes = schemes
+        self.schemes = {name: scheme.weights_only for name, scheme in schemes.items()}
+        self.activations = {name: scheme.activations for name, scheme in schemes.items() if scheme.activations}
         self.scale_dtype = scale_dtype
         self.kept_dtype = kept_dtype or scale_dtype
         self.stats: dict[str, Stats] = {}
-        self.outliers: dict[str, float] = {}  # outlier_ratio of each linear's input before any transform
-        self._walk, self._index = walk, index
-        self._model = walk.skeleton.model
-        self._specs = {spec.name: spec for spec in self.block.linears}
+        self.outliers: dict[str, float] = {}
+        self.fallbacks: dict[str, list[str]] = {}
+        self.model = walk.skeleton.model
+        self.specs = {spec.name: spec for spec in self.block.linears}
         self.masters = {spec.name: self.weight(spec.name).to(torch.float32, copy=True) for spec in self.block.linears}
+        self.index, self._walk = index, walk
 
     def parameter(self, name: str) -> Tensor:
         """The running parameter of that name in the model."""
-        return self._model.get_parameter(name).data
+        return self.model.get_parameter(name).data
 
     def weight(self, linear: str) -> Tensor:
         """The running weight (n, k) of `linear`, a view."""
-        spec = self._specs[linear]
+        spec = self.specs[linear]
         return weight_view(self.parameter(spec.placement.parameter), spec)
 
-    def run(self, hidden: Iterable[Tensor]) -> list[Tensor]:
-        """The block's outputs for batches of hidden states."""
-        return [self._walk.run(self._index, states) for states in hidden]
+    def use(self, weights: dict[str, QTensor]) -> None:
+        """Let the module compute with `weights`."""
+        for name, weight in weights.items():
+            self.weight(name).copy_(weight.dequantize())
 
-    def observe(self, hidden: list[Tensor], sites: list[Site], gram_tokens: int) -> None:
-        """Gather the statistics of every site over all batches."""
+    def note(self, linear: str, fallback: str) -> None:
+        """Record that `linear` was treated otherwise than asked."""
+        self.fallbacks.setdefault(linear, []).append(fallback)
+
+    def run(self, hidden: Iterable[Tensor]) -> list[Tensor]:
+        """The block's outputs for batches of hidden states, inputs in 16 bits."""
+        return [self._walk.run(self.index, states) for states in hidden]
+
+    def run_quantized(self, hidden: Iterable[Tensor]) -> list[Tensor]:
+        """The same, inputs rounded where the schemes say so."""
+        with self.int8_inputs(self.input_rounding()):
+            return self.run(hidden)
+
+    def input_scale(self, linear: str, columns: Tensor | float = 1.0) -> Tensor | None:
+        """The one scale () float32 of the inputs of `linear`, divided by `columns` (k,): max |x| / 127.
+
+        None where each token has its own; 1 where no token came.
+        """
+        if self.activations.get(linear) is not Activations.TENSOR:
+            return None
+        if linear not in self.stats:
+            return torch.ones((), device=self.weight(linear).device)
+        return ((self.stats[linear].abs_max / columns).amax() / 127).clamp(min=torch.finfo(torch.float32).tiny)
+
+    def input_rounding(self) -> InputRounding:
+        """What rounds the inputs of each linear whose scheme quantizes them."""
+        return {name: input_rounding(self.input_scale(name)) for name in self.activations}
+
+    def finished(self, weights: dict[str, QTensor]) -> dict[str, QTensor]:
+        """`weights` on the CPU, saying also how their inputs are quantized."""
+        return {
+            name: replace(
+                weight,
+                scheme=replace(weight.scheme, activations=self.activations.get(name)),
+                input_scale=self.input_scale(name),
+            ).to("cpu")
+            for name, weight in weights.items()
+        }
+
+    @contextmanager
+    def int8_inputs(self, rounds: InputRounding) -> Iterator[None]:
+        """A context in which linears compute with rounded inputs."""
+        if not rounds:
+            yield
+            return
+        with QuantizedInputs(self.block, self.parameter, rounds):
+            yield
+
+    @contextmanager
+    def gradients(self, linears: Iterable[str]) -> Iterator[Callable[[], Iterator[tuple[str, Tensor]]]]:
+        """A context that tapes what the block computes, by the weights of `linears`.
+
+        Yields a function: name and gradient (n, k) of each of them that a loss has reached since.
+        """
+        linears = list(linears)
+        parameters = {name: self.model.get_parameter(self.specs[name].placement.parameter) for name in linears}
+
+        def reached() -> Iterator[tuple[str, Tensor]]:
+            for name, parameter in parameters.items():
+                if parameter.grad is not None:
+                    yield name, weight_view(parameter.grad, self.specs[name])
+
+        for parameter in parameters.values():
+            parameter.requires_grad_(True)
+        try:
+            with torch.enable_grad():
+                yield reached
+        finally:
+            for parameter in parameters.values():
+                parameter.requires_grad_(False)
+                parameter.grad = None
+
+    def observe(self, hidden: list[Tensor], sites: list[Site], gram_tokens: int, up_to: int | None = None) -> None:
+        """Gather the statistics of every site over all batches.
+
+        up_to  stop after at least so many tokens, and leave each batch where all sites have seen it
+
+        CheckpointError names the site and the sample where an input is NaN or infinite.
+        """
         seen = SiteStats(sites, gram_tokens)
-        with LinearInputs(self.block, self.parameter, seen.see):
-            for states in hidden:
-                self._walk.run(self._index, states)
-        for name in self._specs:
+        rounds = self.input_rounding() if self.stats else {}
+
+        def see(names: tuple[str, ...], x: Tensor) -> None:
+            seen.see(names, x)
+            if up_to is not None and seen.complete:
+                raise _Seen
+
+        samples = tokens = 0
+        for states in hidden:
+            seen.next_batch()
+            with suppress(_Seen), self.int8_inputs(rounds), LinearInputs(self.block, self.parameter, see):
+                self._walk.run(self.index, states)
+            site = seen.broken()
+            if site is not None:
+                raise CheckpointError(
+                    f"{site.linears[0]}: its inputs are NaN or infinite for calibration samples {samples} to "
+                    f"{samples + len(states) - 1}; drop them from the dataset, or calibrate with --dtype float32"
+                )
+            samples, tokens = samples + len(states), tokens + states[..., 0].numel()
+            if up_to is not None and tokens >= up_to:
+                break
+        for name in self.specs:
             stats = seen.of(name)
             if stats is not None:
                 self.stats[name] = stats
-                self.outliers[name] = stats.outlier_ratio()
+                self.outliers.setdefault(name, stats.outlier_ratio())
 
-    def reason_against(self, fold: Fold) -> str | None:
-        """Why there is nothing to search at `fold`, or None."""
-        if not any(name in self.schemes for name in fold.columns):
-            return "none of its consumers is quantized"
-        if not any(name in self.stats for name in fold.columns):
-            return "no calibration token reached its consumers"
-        return None
-
-    def search_fold(self, fold: Fold, hidden: list[Tensor]) -> ScaleChoice:
-        """Search the scale of `fold`, which nothing must stand against, and apply the winner.
-
-        hidden  the batches that module outputs are compared on
-        """
-        reached = {name: self.stats[name].abs_mean for name in fold.columns if name in self.stats}
-        quantized = [name for name in fold.columns if name in self.schemes]
-        activation = fold.per_channel(reached, "mean")
-        magnitude = fold.per_channel(
-            {name: weight_magnitude(self.masters[name], self.schemes[name]) for name in quantized}, "mean"
-        )
-        choice = search_scales(activation, magnitude, self._losses(fold, quantized, hidden))
-        if choice.scales is not None:
-            self._apply(fold, fold.on_used_channels(choice.scales))
-        return choice
-
-    def _losses(self, fold: Fold, quantized: list[str], hidden: list[Tensor]) -> Losses:
-        """The loss of a candidate: error of the output of the smallest module that holds all consumers.
-
-        Where that is one linear of few inputs, its second moment gives the error over all tokens at once, for less.
-        """
-        if len(fold.columns) == 1 and self._specs[quantized[0]].k <= sum(states[..., 0].numel() for states in hidden):
-            return self._linear_losses(fold, quantized[0])
-        calls = self._record(self._common_module(fold.columns), hidden)
-
-        def loss(scales: Tensor | None) -> float:
-            with self._trial(fold, quantized, scales):
-                return calls.error()
-
-        return loss
-
-    def _linear_losses(self, fold: Fold, name: str) -> Losses:
-        moment = self.stats[name].second_moment()
-        master = self.masters[name]
-
-        def loss(scales: Tensor | None) -> float:
-            error = self._rounded(fold, name, scales) - master
-            return float(((error @ moment) * error).sum())
-
-        return loss
-
-    def _rounded(self, fold: Fold, name: str, scales: Tensor | None) -> Tensor:
-        """The consumer's weight as it would act on unscaled inputs, were it rounded under `scales`."""
-        master, scheme = self.masters[name], self.schemes[name]
-        if scales is None:
-            return fake_quantize(master, scheme, self.scale_dtype)
-        columns = fold.column_scales(scales, name)
-        return fake_quantize(master * columns, scheme, self.scale_dtype) / columns
-
-    @contextmanager
-    def _trial(self, fold: Fold, quantized: list[str], scales: Tensor | None) -> Any:
-        for name in quantized:
-            self.weight(name).copy_(self._rounded(fold, name, scales))
-        try:
-            yield
-        finally:
-            for name in quantized:
-                self.weight(name).copy_(self.masters[name])
-
-    def _common_module(self, names: Iterable[str]) -> nn.Module:
-        owners = [self._specs[name].placement.parameter.split(".")[:-1] for name in names]
-        common = []
-        for parts in zip(*owners, strict=False):
-            if len(set(parts)) > 1:
-                break
-            common.append(parts[0])
-        return self._model.get_submodule(".".join(common))
-
-    def _record(self, module: nn.Module, hidden: list[Tensor]) -> ModuleCalls:
-        calls: list[tuple[tuple[Any, ...], dict[str, Any], Tensor]] = []
-
-        def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            calls.append((args, kwargs, _first(output).float()))
-
-        handle = module.register_forward_hook(keep, with_kwargs=True)
-        try:
-            self.run(hidden)
-        finally:
-            handle.remove()
-        return ModuleCalls(module, calls)
-
-    def _apply(self, fold: Fold, scales: Tensor) -> None:
+    def apply(self, fold: Fold, scales: Tensor) -> None:
         """Divide the producer by `scales` and multiply its consumers, in masters, running weights and statistics."""
         exact = self._divide_linear(fold, scales) if fold.is_linear else self._divide_norm(fold, scales)
         moved: dict[int, Stats] = {}
@@ -197,7 +194,7 @@ class BlockWork:
 
     def _divide_norm(self, fold: Fold, scales: Tensor) -> Tensor:
         """Divide a norm; return the scales that its rounded weight really has, so that consumers undo them exactly."""
-        norm = self._model.get_submodule(fold.producer)
+        norm = self.model.get_submodule(fold.producer)
         weight = norm.get_parameter("weight").data
         before = weight.float() + fold.offset
         stored = (before / scales - fold.offset).to(self.kept_dtype)
@@ -214,23 +211,10 @@ class BlockWork:
     def _divide_linear(self, fold: Fold, scales: Tensor) -> Tensor:
         self.masters[fold.producer] /= scales[:, None]
         self.weight(fold.producer).copy_(self.masters[fold.producer])
-        bias = self._specs[fold.producer].bias
+        bias = self.specs[fold.producer].bias
         if bias is not None:
             self.parameter(bias).copy_(self.parameter(bias).float() / scales)
         return scales
-
-    def round(self, clip: bool) -> dict[str, QTensor]:
-        """Round every linear that has a scheme, and let the module compute with the result."""
-        rounded = {}
-        for name, scheme in self.schemes.items():
-            master, stats = self.masters[name], self.stats.get(name)
-            shrink: Tensor | float = 1.0
-            if clip and stats is not None:
-                moments = group_moments(stats.second_moment(), scheme)
-                shrink = search_shrink(master, scheme, self.scale_dtype, moments)
-            rounded[name] = round_to_nearest(master, scheme, self.scale_dtype, shrink)
-            self.weight(name).copy_(rounded[name].dequantize())
-        return rounded
 
     def output_error(self, name: str, weight: QTensor) -> float | None:
         """Relative squared error of the linear's output over the tokens its second moment saw; None without any."""
@@ -240,7 +224,3 @@ class BlockWork:
         moment, master = stats.second_moment(), self.masters[name]
         error = weight.dequantize() - master
         return float(((error @ moment) * error).sum() / ((master @ moment) * master).sum().clamp(min=1e-30))
-
-
-def _first(output: Any) -> Tensor:
-    return output[0] if isinstance(output, tuple) else output

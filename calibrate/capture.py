@@ -1,67 +1,12 @@
-"""Seeing every multiplication by a weight while a block runs, whatever module or function performs it."""
+"""What calibration sees while a block runs: which linears share an input, and the statistics of it."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
-import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
-from models.skeleton import Block, LinearSpec
 from quant.site import Site
 from quant.stats import Stats, stats_of
-
-# Modules call one of these in the end: Linear, Conv1D (addmm), experts' slices, weights multiplied with @.
-MULTIPLICATIONS = {
-    torch.nn.functional.linear,
-    torch.addmm,
-    torch.mm,
-    torch.matmul,
-    torch.Tensor.matmul,
-    torch.Tensor.__matmul__,
-}
-
-OnInput = Callable[[tuple[str, ...], Tensor], None]
-
-
-class LinearInputs(TorchFunctionMode):
-    """Calls `on_input(names, x)` for each product of activations `x` (..., k) with a weight of the block.
-
-    names  linears that lie in the weight: one, or gate and up where a fused expert multiplies both at once
-
-    Weights are told apart by their address, so they must stay where they are while the mode is active.
-    """
-
-    def __init__(self, block: Block, parameter: Callable[[str], Tensor], on_input: OnInput) -> None:
-        super().__init__()
-        self._on_input = on_input
-        self._names: dict[int, list[str]] = {}
-        for spec in block.linears:
-            place = spec.placement
-            whole = parameter(place.parameter)
-            address = (whole if place.expert is None else whole[place.expert]).data_ptr()
-            self._names.setdefault(address, []).append(spec.name)
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in MULTIPLICATIONS:
-            tensors = [value for value in args if isinstance(value, Tensor)]
-            tensors += [value for value in (kwargs or {}).values() if isinstance(value, Tensor)]
-            self._see(tensors)
-        return func(*args, **(kwargs or {}))
-
-    def _see(self, tensors: list[Tensor]) -> None:
-        for i, weight in enumerate(tensors):
-            names = self._names.get(weight.data_ptr()) if weight.ndim == 2 else None
-            if names:
-                # addmm(bias, x, weight): the activations stand just before the weight
-                self._on_input(tuple(names), tensors[i - 1] if i else tensors[1])
-                return
-
-
-def weight_view(parameter: Tensor, spec: LinearSpec) -> Tensor:
-    """The weight (n, k) of `spec` inside its parameter; writing to the view writes to the model."""
-    view = spec.placement.view(parameter)
-    return view.T if spec.transposed else view
 
 
 def sites_of(calls: Iterable[tuple[tuple[str, ...], Tensor]]) -> list[Site]:
@@ -85,19 +30,35 @@ class SiteStats:
     """
 
     def __init__(self, sites: list[Site], gram_tokens: int) -> None:
-        self.by_linear: dict[str, Stats] = {}
         self._first = {site.linears[0]: site for site in sites}
         self._gram_tokens = gram_tokens
         self._stats: dict[str, Stats] = {}
+        self._missing = set(self._first)
+
+    @property
+    def complete(self) -> bool:
+        """Whether every site has been seen since `next_batch`."""
+        return not self._missing
+
+    def next_batch(self) -> None:
+        """A batch begins, in which no site has been seen."""
+        self._missing = set(self._first)
 
     def see(self, names: tuple[str, ...], x: Tensor) -> None:
         """Add the tokens of `x`; linears of a site after the first see the same tokens and are passed over."""
         for name in names:
             if name in self._first:
+                self._missing.discard(name)
                 known = self._stats.get(name)
                 with_gram = known is None or known.gram_tokens < self._gram_tokens
                 fresh = stats_of(x, with_gram)
                 self._stats[name] = fresh if known is None else known + fresh
+
+    def broken(self) -> Site | None:
+        """A site that has seen an input that is NaN or infinite, or None."""
+        return next(
+            (self._first[name] for name, stats in self._stats.items() if not bool(stats.abs_max.isfinite().all())), None
+        )
 
     def of(self, linear: str) -> Stats | None:
         """The statistics of the site that `linear` belongs to; None where no token reached it."""

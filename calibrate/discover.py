@@ -13,7 +13,8 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
-from calibrate.capture import LinearInputs, sites_of, weight_view
+from calibrate.capture import sites_of
+from models.products import LinearInputs, weight_view
 from models.skeleton import Block
 from quant.site import Fold, Site
 

@@ -1,54 +1,69 @@
-"""The methods, one line each: transforms, then a range search or none, then rounding."""
+"""The methods, one line each: what a name on the command line stands for. A recipe may change any of it."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from quant.recipe import Recipe, RecipeError, nearest
+from quant.recipe import ACTIVATIONS, Recipe, RecipeError, nearest
+from quant.scheme import parse_scheme
+
+# Transforms move scales or rotate channels and leave what a block computes alone; then one rounder chooses the codes.
+TRANSFORMS = {
+    "awq": "scales that protect the channels with large activations",
+    "smooth": "outliers moved from activations into weights",
+}
+ROUNDERS = {
+    "rtn": "to nearest",
+    "gptq": "column by column, each error made up for by the columns that follow",
+    "signround": "learned by descent on the block's output error",
+}
 
 
 @dataclass(frozen=True)
 class Method:
-    """A way to quantize.
+    """A way to quantize: a name for a recipe's settings.
 
-    summary      one line for --list-methods
-    bits         the default, and `only_bits` where no other makes sense
-    group_size   the default; -1 is per channel
-    num_samples, seqlen  calibration by default; 0 where the method needs no data
-    scale_search  move scales from activations into weights first (AWQ)
-    clip_search   search each group's range on the output error
+    summary     one line for --list-methods
+    settings    of the recipe, where they differ from its defaults
+    only_bits   the one width that makes sense, or None
+    calibrated  whether it looks at activations
     """
 
     name: str
     summary: str
-    bits: int = 4
+    settings: dict[str, Any] = field(default_factory=dict)
     only_bits: int | None = None
-    group_size: int = 128
-    num_samples: int = 0
-    seqlen: int = 0
-    scale_search: bool = False
-    clip_search: bool = False
-
-    @property
-    def calibrated(self) -> bool:
-        """Whether it looks at activations."""
-        return self.num_samples > 0
+    calibrated: bool = True
 
 
+W8A8 = {"bits": 8, "group_size": -1, "activations": "token"}
 METHODS = {
     method.name: method
     for method in (
-        Method("int8", "weight-only int8, one scale per output channel; needs no data", 8, 8, -1),
-        Method("rtn", "plain rounding to 4 or 8 bits; the baseline, needs no data"),
         Method(
-            "awq",
-            "activation-aware scales, then clipping",
-            num_samples=128,
-            seqlen=512,
-            scale_search=True,
-            clip_search=True,
+            "int8",
+            "weight-only int8, one scale per output channel; needs no data",
+            {"bits": 8, "group_size": -1},
+            only_bits=8,
+            calibrated=False,
+        ),
+        Method("rtn", "plain rounding to 4 or 8 bits; the baseline, needs no data", calibrated=False),
+        Method("awq", "activation-aware scales, then clipping", {"transforms": ("awq",), "clip": True}),
+        Method("gptq", "columns rounded in order of importance, errors made up for", {"rounder": "gptq", "clip": True}),
+        Method(
+            "smoothquant",
+            "int8 weights and int8 activations, outliers moved into the weights",
+            {"transforms": ("smooth",), **W8A8},
+            only_bits=8,
+        ),
+        Method("signround", "rounding learned block by block", {"rounder": "signround", "clip": True}),
+        Method(
+            "best",
+            "learned rounding, then scales and norms tuned on the model's own output",
+            {"rounder": "signround", "clip": True, "iters": 20, "distill_steps": 48},
         ),
     )
 }
+CALIBRATION = {"dataset": "builtin", "num_samples": 128, "seqlen": 512}
 
 
 def find_method(name: str) -> Method:
@@ -58,20 +73,41 @@ def find_method(name: str) -> Method:
     return METHODS[name]
 
 
+def calibrated(recipe: Recipe) -> bool:
+    """Whether anything in `recipe` looks at activations."""
+    static = recipe.activations == "tensor"
+    learned = recipe.rounder != "rtn" or recipe.distill_steps > 0 or recipe.target_bits is not None
+    return static or learned or recipe.clip or bool(recipe.transforms)
+
+
 def complete_recipe(values: dict[str, Any]) -> Recipe:
-    """The recipe that `values` (from a file, then from flags) ask for, the method's own defaults where they are silent.
+    """The recipe that `values` (from a file, then from flags) ask for, the method's own settings where they are silent.
 
     RecipeError where the values contradict the method or no format can hold them.
     """
     method = find_method(values.get("method", Recipe.method))
-    defaults: dict[str, Any] = {"method": method.name, "bits": method.bits, "group_size": method.group_size}
-    if method.calibrated:
-        defaults |= {"dataset": "builtin", "num_samples": method.num_samples, "seqlen": method.seqlen}
-    recipe = Recipe().merged(defaults).merged(values)
-    if not method.calibrated:
+    recipe = Recipe().merged({"method": method.name, **method.settings}).merged(values)
+    if calibrated(recipe):
+        recipe = recipe.merged(CALIBRATION).merged(values)
+    else:
         recipe = replace(recipe, dataset=None, num_samples=0, seqlen=0, text_column=None)
+    _require_known(recipe)
     _require_sense(method, recipe)
     return recipe
+
+
+def _require_known(recipe: Recipe) -> None:
+    """RecipeError where a row of a table is named that does not exist."""
+    for name in recipe.transforms:
+        if name not in TRANSFORMS:
+            raise RecipeError(f"unknown transform {name!r}; {nearest(name, TRANSFORMS)}")
+    for kind, name, known in (
+        ("rounder", recipe.rounder, ROUNDERS),
+        ("activations", recipe.activations, ACTIVATIONS),
+        ("dtype", recipe.dtype, ("auto", "bfloat16", "float16", "float32")),
+    ):
+        if name not in known:
+            raise RecipeError(f"unknown {kind} {name!r}; {nearest(name, known)}")
 
 
 def _require_sense(method: Method, recipe: Recipe) -> None:
@@ -79,13 +115,24 @@ def _require_sense(method: Method, recipe: Recipe) -> None:
         raise RecipeError(f"method {method.name} is {method.only_bits} bits; {recipe.bits} bits are what rtn or awq do")
     try:
         scheme = recipe.scheme
+        for text in recipe.schemes.values():
+            parse_scheme(text)
     except ValueError as error:
         raise RecipeError(str(error)) from error
     if method.name == "int8" and (scheme.group_size != -1 or not scheme.symmetric):
         raise RecipeError(
             "method int8 is symmetric with one scale per channel; for 8-bit groups use --method rtn --bits 8"
         )
-    if method.calibrated and (recipe.num_samples < 1 or recipe.seqlen < 2):
+    if recipe.dataset is not None and (recipe.num_samples < 1 or recipe.seqlen < 2):
         raise RecipeError(f"{recipe.num_samples} samples of {recipe.seqlen} tokens: at least 1 of 2 are needed")
-    if recipe.dtype not in ("auto", "bfloat16", "float16", "float32"):
-        raise RecipeError(f"dtype {recipe.dtype!r}; known: auto, bfloat16, float16, float32")
+    if recipe.alpha is not None and not 0 <= recipe.alpha <= 1:
+        raise RecipeError(f"alpha is {recipe.alpha}: a migration strength lies between 0 and 1")
+    if recipe.damping <= 0 or recipe.iters < 0 or recipe.distill_steps < 0:
+        raise RecipeError(
+            f"damping {recipe.damping}, iters {recipe.iters}, distill_steps {recipe.distill_steps}: damping must be "
+            "above 0, and none may be negative"
+        )
+    if recipe.target_bits is not None and not 4 < recipe.target_bits <= 9:
+        raise RecipeError(
+            f"target bits {recipe.target_bits}: between 4 and 8 bits a weight, scales counted, are to spend"
+        )

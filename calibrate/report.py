@@ -38,12 +38,16 @@ class BlockReport:
 
 @dataclass
 class Result:
-    """What a run did: the plan it followed, its recipe (calibration hash filled in), a report per block."""
+    """What a run did: the plan it followed, its recipe (calibration hash filled in), a report per block.
+
+    distilled  the divergence from the unquantized model, nats a token, that each step of the distillation began with
+    """
 
     plan: Plan
     recipe: Recipe
     dtype: torch.dtype
     blocks: list[BlockReport] = field(default_factory=list)
+    distilled: list[float] = field(default_factory=list)
     source_bytes: int = 0
     output_bytes: int = 0
 
@@ -59,6 +63,7 @@ def report_of(job: Job, result: Result) -> dict[str, Any]:
         "left": {
             name: {"reason": left.reason, "parameters": left.parameters} for name, left in result.plan.left.items()
         },
+        "distilled": result.distilled,
         "blocks": [
             {"name": block.name, "loss": block.loss, "folds": block.folds, "linears": block.linears}
             for block in result.blocks
@@ -77,10 +82,15 @@ def linear_row(job: Job, name: str, weight: QTensor, original: Tensor) -> dict[s
     }
     if weight.scheme.group_size != job.recipe.group_size:
         k = weight.shape[1]
-        row["fallback"] = (
-            f"group size {job.recipe.group_size} does not divide {k} inputs, or those of a linear beside it"
+        add_fallback(
+            row, f"group size {job.recipe.group_size} does not divide {k} inputs, or those of a linear beside it"
         )
     return row
+
+
+def add_fallback(row: dict[str, Any], text: str) -> None:
+    """Say in a linear's row that it was treated otherwise than asked."""
+    row["fallback"] = f"{row['fallback']}; {text}" if "fallback" in row else text
 
 
 def calibrated_rows(job: Job, work: BlockWork, weights: dict[str, QTensor]) -> dict[str, dict[str, Any]]:
@@ -93,7 +103,9 @@ def calibrated_rows(job: Job, work: BlockWork, weights: dict[str, QTensor]) -> d
         if stats is not None:
             rows[name]["outliers"] = {"before": work.outliers[name], "after": stats.outlier_ratio()}
         else:
-            rows[name]["fallback"] = "no calibration token reached it: rounded to nearest"
+            add_fallback(rows[name], "no calibration token reached it: rounded to nearest")
+        for text in work.fallbacks.get(name, []):
+            add_fallback(rows[name], text)
     return rows
 
 

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from calibrate.data import CalibrationSet, builtin_text, calibration_tokens
-from calibrate.methods import METHODS, complete_recipe
+from calibrate.methods import METHODS, ROUNDERS, TRANSFORMS, complete_recipe
 from calibrate.pipeline import BlockReport, Job, Result, prepare, run
 from commands.common import SETTINGS, Size, check_device, make_console, run_command
 from evaluation.after import MEASURES, Measured, measure, parse_measures
@@ -28,9 +28,18 @@ from quant.recipe import Recipe, RecipeError, nearest, read_recipe
 
 RECIPE_FLAGS = [
     "method",
+    "transforms",
+    "rounder",
+    "clip",
     "bits",
     "group_size",
     "symmetric",
+    "activations",
+    "target_bits",
+    "alpha",
+    "damping",
+    "iters",
+    "distill_steps",
     "ignore",
     "dataset",
     "num_samples",
@@ -65,6 +74,15 @@ def _list_methods(context: click.Context, option: click.Parameter, wanted: bool)
     "--group-size", "--q-group-size", "--groupsize", type=int, help="Weights that share a scale; -1 per channel."
 )
 @click.option("--sym/--asym", "symmetric", default=None, help="Symmetric codes, or integer zero points.")
+@click.option("--transforms", help=f"Before rounding, in order, with commas: {', '.join(TRANSFORMS)}; none for none.")
+@click.option("--rounder", help=f"One of {', '.join(ROUNDERS)}.")
+@click.option("--clip/--no-clip", default=None, help="Search each group's range on the output error.")
+@click.option("--activations", help="Inputs of linears: none (16 bits), token (int8 per token), tensor (int8, static).")
+@click.option("--alpha", "--smoothing-strength", type=float, help="SmoothQuant's strength, 0 to 1; searched if unsaid.")
+@click.option("--damping", "--damp-percent", "--percdamp", type=float, help="GPTQ's damping, a fraction: 0.01.")
+@click.option("--iters", type=int, help="Steps of learned rounding a block.")
+@click.option("--distill-steps", type=int, help="Steps of tuning scales and norms on the whole model's output.")
+@click.option("--target-bits", type=float, help="Average bits per linear weight, spent where they help most.")
 @click.option(
     "--dataset", help="Calibration text: builtin, a file, or a hub id; NAME:CONFIG:SPLIT:N, several with commas."
 )
@@ -141,11 +159,18 @@ def _recipe(recipe_file: Path | None, flags: dict[str, Any]) -> Recipe:
     values = read_recipe(recipe_file) if recipe_file else {}
     given = {key: flags[key] for key in RECIPE_FLAGS if flags[key] not in (None, ())}
     if "ignore" in given:
-        given["ignore"] = tuple(name.strip() for item in given["ignore"] for name in item.split(",") if name.strip())
+        given["ignore"] = _names(*given["ignore"])
+    if "transforms" in given:
+        given["transforms"] = _names(given["transforms"].replace("none", ""))
     recipe = complete_recipe(values | given)
     if recipe.format not in FORMATS:
         raise RecipeError(f"unknown format {recipe.format!r}; {nearest(recipe.format, FORMATS)}")
     return recipe
+
+
+def _names(*texts: str) -> tuple[str, ...]:
+    """The names in texts that separate them by commas."""
+    return tuple(name.strip() for text in texts for name in text.split(",") if name.strip())
 
 
 def _model_name(argument: str | None, option: str | None) -> str:

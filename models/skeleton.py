@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from export.errors import CheckpointError
 from export.formats import LogicalTensors
 from models.source import Source
+from quant.scheme import Activations
 
 Reader = Callable[[str], Tensor]
 
@@ -97,6 +98,7 @@ class Skeleton:
     blocks   its decoder blocks, in order
     others   the file's tensors outside the blocks, by name
     read     tensor of the file by its logical name
+    inputs   linears whose inputs the file has quantized: the one scale of all tokens, or None for a scale per token
     """
 
     source: Source
@@ -104,6 +106,7 @@ class Skeleton:
     blocks: list[Block]
     others: dict[str, Placement]
     read: Reader
+    inputs: dict[str, Tensor | None] = field(default_factory=dict)
 
     @contextmanager
     def loaded(
@@ -143,7 +146,15 @@ def open_skeleton(source: Source) -> Skeleton:
     def read(name: str) -> Tensor:
         return tensors.read(name).T if name in turned else tensors.read(name)
 
-    return Skeleton(source, model, blocks, others, read)
+    return Skeleton(source, model, blocks, others, read, _quantized_inputs(tensors))
+
+
+def _quantized_inputs(tensors: LogicalTensors) -> dict[str, Tensor | None]:
+    return {
+        name: tensors.qtensor(name).input_scale if scheme.activations is Activations.TENSOR else None
+        for name, scheme in tensors.schemes.items()
+        if scheme.activations is not None
+    }
 
 
 def _empty_model(source: Source) -> PreTrainedModel:

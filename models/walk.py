@@ -6,7 +6,7 @@ called directly with those arguments. They do not depend on hidden states, only 
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from export.errors import CheckpointError
+from models.products import QuantizedInputs, input_rounding
 from models.skeleton import Placement, Skeleton, empty, fill
 
 HEAD_SLICE = 1 << 25  # elements of the head converted at once: 128 MiB in float32
@@ -59,21 +60,34 @@ class Walk:
     def run_module(self, module: nn.Module, index: int, hidden: Tensor) -> Tensor:
         """The output of `module`, a copy of block `index`, called as that block would be."""
         call = self.calls[hidden.shape[0], hidden.shape[1]][index]
-        output = module(hidden, *call.args, **call.kwargs)
+        with self._quantized_inputs(index):
+            output = module(hidden, *call.args, **call.kwargs)
         return output[0] if isinstance(output, tuple) else output
 
     @torch.no_grad()
     def logits(self, ids: list[Tensor], hidden: list[Tensor]) -> Iterator[Tensor]:
         """The logits (B, T, vocabulary) for each batch of `ids`, from the last block's output `hidden`."""
-        with self._exit():
+        with self.head_loaded():
             for batch, states in zip(ids, hidden, strict=True):
-                with self._stubs(_constant(self._wrapped(states))):
-                    yield self.skeleton.model(input_ids=batch.to(self.device), use_cache=False).logits
+                yield self.logits_of(batch, states)
+
+    def logits_of(self, ids: Tensor, hidden: Tensor) -> Tensor:
+        """The logits (B, T, vocabulary) for one batch; the head must be loaded. A tape runs through it to `hidden`."""
+        with self._stubs(_constant(self._wrapped(hidden))):
+            return self.skeleton.model(input_ids=ids.to(self.device), use_cache=False).logits
 
     def loaded(self, index: int) -> Any:
         """A context in which block `index` is in memory."""
         block = self.skeleton.blocks[index]
         return self.skeleton.loaded(block.name, block.tensors, self.device, self.dtype)
+
+    def _quantized_inputs(self, index: int) -> Any:
+        """A context in which the block computes with int8 inputs where its file says so."""
+        if not self.skeleton.inputs:
+            return nullcontext()
+        block = self.skeleton.blocks[index]
+        rounds = {name: input_rounding(scale) for name, scale in self.skeleton.inputs.items()}
+        return QuantizedInputs(block, self.skeleton.model.get_parameter, rounds)
 
     def _require_positions(self, length: int) -> None:
         """CheckpointError where the model looks positions up in a table (GPT-2, OPT) that ends before `length`."""
@@ -151,7 +165,7 @@ class Walk:
             yield
 
     @contextmanager
-    def _exit(self) -> Iterator[None]:
+    def head_loaded(self) -> Iterator[None]:
         """In memory: all of the model but its blocks and its embeddings, which the stubs make nobody look at.
 
         The head is often the largest matrix of all: it keeps the file's dtype, and is brought to the walk's a slice at

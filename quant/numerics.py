@@ -83,3 +83,26 @@ def fake_quantize(w: Tensor, scheme: Scheme, scale_dtype: torch.dtype, shrink: T
     """`w` after quantization and back, float32: what the exported checkpoint will compute with."""
     scales, zeros = choose_params(w, scheme, scale_dtype, shrink)
     return dequantize(quantize(w, scheme, scales, zeros), scheme, scales, zeros)
+
+
+def quantize_inputs(x: Tensor, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Symmetric int8 codes of activations `x` (..., k), and their scales.
+
+    scale   ()  the one scale of all tokens; None for a scale of each token's own, max |x| / 127
+    return  codes (..., k) int8 in [-127, 127], scales (..., 1) float32, or () where `scale` was given
+
+    Computed in float32, ties to even. A token of zeros gets scale 1.
+    """
+    wide = x.float()
+    if scale is None:
+        largest = wide.abs().amax(-1, keepdim=True)
+        scales = torch.where(largest > 0, largest / 127, torch.ones_like(largest))
+    else:
+        scales = scale.float()
+    return (wide / scales).round_().clamp_(-127, 127).to(torch.int8), scales
+
+
+def fake_quantize_inputs(x: Tensor, scale: Tensor | None = None) -> Tensor:
+    """`x` after quantize_inputs and back, in its own dtype."""
+    codes, scales = quantize_inputs(x, scale)
+    return (codes.float() * scales).to(x.dtype)

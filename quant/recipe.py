@@ -3,14 +3,15 @@
 import difflib
 import tomllib
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 import tomli_w
 
-from quant.scheme import Scheme, make_scheme
+from quant.scheme import Activations, Scheme, make_scheme
 
+ACTIVATIONS = {"none": None, "token": Activations.TOKEN, "tensor": Activations.TENSOR}
 NEVER_FROM_A_FILE = {"trust_remote_code": "code of a model runs only where you say so on the command line"}
 
 
@@ -22,9 +23,19 @@ class RecipeError(ValueError):
 class Recipe:
     """What to do with a model.
 
-    method              a row of the table of methods
+    method              a row of the table of methods; what follows is its to set, and the user's to change
+    transforms          rows of the table of transforms, in order
+    rounder             a row of the table of rounders
+    clip                search each group's range on the output error
     bits, group_size    of the weights; group_size -1 is one scale per output channel
     symmetric           signed codes without zeros, or unsigned codes with integer zeros
+    activations         none (16 bits), token (int8, a scale per token), tensor (int8, one calibrated scale)
+    schemes             schemes of single linears, by exact name, last parts of a name, or `re:` pattern
+    target_bits         average bits per linear weight, to be spent where they help most; None for one scheme
+    alpha               smooth: the migration strength; None to search it
+    damping             gptq: fraction of the mean diagonal added to a second moment
+    iters               signround: steps a block
+    distill_steps       steps of tuning all scales and norms on the model's own output, after all blocks are rounded
     ignore              linears left alone: exact names, or `re:` patterns, or the last parts of a name
     dataset             calibration text, as calibrate/data.py reads it; None for methods that need none
     num_samples, seqlen  calibration windows and tokens in each
@@ -37,9 +48,19 @@ class Recipe:
     """
 
     method: str = "awq"
+    transforms: tuple[str, ...] = ()
+    rounder: str = "rtn"
+    clip: bool = False
     bits: int = 4
     group_size: int = 128
     symmetric: bool = True
+    activations: str = "none"
+    schemes: dict[str, str] = field(default_factory=dict)
+    target_bits: float | None = None
+    alpha: float | None = None
+    damping: float = 0.01
+    iters: int = 200
+    distill_steps: int = 0
     ignore: tuple[str, ...] = ("lm_head",)
     dataset: str | None = None
     num_samples: int = 0
@@ -53,8 +74,9 @@ class Recipe:
 
     @property
     def scheme(self) -> Scheme:
-        """The scheme of every weight whose inputs divide by the group size."""
-        return make_scheme(self.bits, self.group_size, self.symmetric)
+        """The scheme of every linear whose inputs divide by the group size, and that `schemes` says nothing of."""
+        scheme = make_scheme(self.bits, self.group_size, self.symmetric)
+        return replace(scheme, activations=ACTIVATIONS[self.activations])
 
     def merged(self, values: Mapping[str, Any]) -> "Recipe":
         """This recipe with `values` in place; RecipeError names the nearest key for one that does not exist."""
@@ -63,7 +85,8 @@ class Recipe:
 
     def to_toml(self) -> str:
         """The recipe as a TOML file that `read_recipe` reads back equal."""
-        return tomli_w.dumps({key: value for key, value in asdict(self).items() if value is not None})
+        values = {key: value for key, value in asdict(self).items() if value is not None and value != {}}
+        return tomli_w.dumps(values)
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
@@ -92,9 +115,14 @@ def _checked(key: str, value: Any) -> Any:
         raise RecipeError(f"{key!r} is not read from a recipe: {NEVER_FROM_A_FILE[key]}")
     if key not in types:
         raise RecipeError(f"unknown recipe key {key!r}; {nearest(key, types)}")
-    if isinstance(value, list) and types[key] == tuple[str, ...] and all(isinstance(item, str) for item in value):
+    wanted: Any = types[key]
+    if wanted == tuple[str, ...] and isinstance(value, list | tuple) and all(isinstance(item, str) for item in value):
         return tuple(value)
-    plain: Any = tuple if types[key] == tuple[str, ...] else types[key]
-    if not isinstance(value, plain) or (isinstance(value, bool) and plain is int):
-        raise RecipeError(f"recipe key {key!r} is {value!r}; expected {getattr(plain, '__name__', plain)}")
+    if wanted == dict[str, str] and isinstance(value, dict) and all(isinstance(v, str) for v in value.values()):
+        return dict(value)
+    if wanted in (float, float | None) and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    generic = wanted in (tuple[str, ...], dict[str, str])
+    if generic or not isinstance(value, wanted) or (isinstance(value, bool) and wanted is int):
+        raise RecipeError(f"recipe key {key!r} is {value!r}; expected {getattr(wanted, '__name__', wanted)}")
     return value

@@ -70,6 +70,11 @@ class Scheme:
             raise ValueError(f"{self}: quantized activations go with symmetric 8-bit weights, one scale per channel")
 
     @property
+    def weights_only(self) -> "Scheme":
+        """The scheme of the weight alone."""
+        return replace(self, activations=None)
+
+    @property
     def symmetric(self) -> bool:
         return self.qtype.signed
 

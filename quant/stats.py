@@ -60,6 +60,14 @@ def stats_of(x: Tensor, with_gram: bool) -> Stats:
     flat = x.reshape(-1, x.shape[-1])
     wide = flat.float()
     magnitude = wide.abs()
-    gram = wide.T @ wide if with_gram else None
+    gram = _gram(flat) if with_gram else None
     abs_max = magnitude.amax(0) if len(flat) else magnitude.sum(0)
     return Stats(len(flat), magnitude.sum(0, dtype=torch.float64), abs_max, gram, len(flat) if with_gram else 0)
+
+
+def _gram(flat: Tensor) -> Tensor:
+    """x^T x in float32, where a product of two half-precision numbers is exact: a GPU multiplies them as they are."""
+    if flat.is_cuda and flat.dtype in (torch.bfloat16, torch.float16):
+        return torch.mm(flat.T, flat, out_dtype=torch.float32)
+    wide = flat.float()
+    return wide.T @ wide

@@ -24,6 +24,11 @@ def group_moments(second_moment: Tensor, scheme: Scheme) -> Tensor:
     return second_moment.view(g, size, g, size).diagonal(dim1=0, dim2=2).permute(2, 0, 1).contiguous()
 
 
+def diagonal_moments(second_moment: Tensor, scheme: Scheme) -> Tensor:
+    """The same with all but the diagonal zero: inputs weighed one by one, for rounding that fits them to each other."""
+    return torch.diag_embed(group_moments(second_moment, scheme).diagonal(dim1=1, dim2=2)).contiguous()
+
+
 def group_losses(error: Tensor, moments: Tensor) -> Tensor:
     """Squared output error (n, g) of a weight error (n, k), group by group, cross terms between groups left out."""
     g, size, _ = moments.shape

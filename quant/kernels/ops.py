@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quant.kernels import decode_attention, row_norm, wna16_dequantize
+from quant.kernels import decode_attention, gptq_block, row_norm, wna16_dequantize
 from quant.kernels.decode_attention import Append, Attention, KVCache
 from quant.kernels.packed import PackedWeight
 from quant.kernels.problem import Call, Rotary, check, problem_of
@@ -32,6 +32,9 @@ LIBRARY.define(
 )
 LIBRARY.define(f"logits_argmax(Tensor x, {WEIGHT}, {NORM}, bool dependent) -> (Tensor, Tensor)")
 LIBRARY.define(f"dequantize({WEIGHT}, int k) -> Tensor")
+LIBRARY.define(
+    "gptq_block(Tensor w, Tensor factor, Tensor scales, Tensor zeros, int low, int high) -> (Tensor, Tensor)"
+)
 LIBRARY.define(
     "row_norm(Tensor x, str norm, Tensor? weight, Tensor? bias, float eps, str int8, Tensor? input_scale, "
     "bool dependent) -> Tensor"
@@ -235,6 +238,7 @@ register(
     lambda *args: with_argmax(shape_of(logits_call(*args))),
 )
 register("dequantize", dequantize_impl, dequantize_shape)
+register("gptq_block", gptq_block.gptq_block, lambda w, *args: (torch.empty_like(w), torch.empty_like(w)))
 register("row_norm", lambda *args: row_norm.run(Rows(*args)), lambda x, *args: torch.empty_like(x))
 register(
     "append_heads",
@@ -398,3 +402,8 @@ def attend(call: Attention) -> Tensor:
         call.softcap,
         call.dependent,
     )
+
+
+def round_block(w: Tensor, factor: Tensor, scales: Tensor, zeros: Tensor, low: int, high: int) -> tuple[Tensor, Tensor]:
+    """Codes and scaled errors (n, b) of a block of columns, rounded by GPTQ; kernels/gptq_block.py says more."""
+    return torch.ops.lowbit.gptq_block(w, factor, scales, zeros, low, high)

@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 
 from calibrate.block import BlockWork
 from calibrate.discover import Workbench, prove
+from calibrate.search import FoldSearch
 from calibrate.structure import Prober
 from models.skeleton import Skeleton, open_skeleton
 from models.source import open_source
@@ -242,7 +243,7 @@ def logits_with_folds(skeleton: Skeleton, ids: torch.Tensor) -> tuple[torch.Tens
             work = BlockWork(walk, index, schemes, torch.float32)
             work.observe(hidden, structure.sites, 1 << 20)
             for fold in structure.folds:
-                choice = work.search_fold(fold, hidden)
+                choice = FoldSearch(work, fold, hidden).awq()
                 scaled += choice is not None and choice.scales is not None
             hidden = work.run(hidden)
     return torch.cat(list(walk.logits([ids], hidden))), scaled

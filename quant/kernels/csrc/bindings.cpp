@@ -8,6 +8,7 @@
 #include <string>
 
 #include "decode_attention.cuh"
+#include "gptq_block.cuh"
 #include "row_norm.cuh"
 #include "wna16_dequantize.cuh"
 #include "wna16_gemm.cuh"
@@ -61,6 +62,10 @@ void wna16_dequantize(bool bfloat16, int bits, const lowbit::Wna16DequantizeArgs
     return lowbit::launch_wna16_dequantize<T, kBits>(args, device, cuda_stream);
   };
   check(for_type(bfloat16, bits, launch_typed), "wna16_dequantize");
+}
+
+void gptq_block(const lowbit::GptqBlockArgs& args, int device, uintptr_t stream) {
+  check(lowbit::launch_gptq_block(args, device, static_cast<cudaStream_t>(pointer(stream))), "gptq_block");
 }
 
 void append_heads(bool bfloat16, const lowbit::AppendHeadsArgs& args, int device, bool dependent, uintptr_t stream) {
@@ -137,6 +142,21 @@ void bind_wna16(py::module_& module) {
   gemm.def_readwrite("warpgroups", &Gemm::warpgroups).def_readwrite("cluster", &Gemm::cluster);
   gemm.def_readwrite("dependent", &Gemm::dependent);
   module.def("wna16_gemm", &wna16_gemm);
+}
+
+void bind_gptq(py::module_& module) {
+  using Args = lowbit::GptqBlockArgs;
+  py::class_<Args> args(module, "GptqBlockArgs");
+  args.def(py::init([] { return Args{}; }));
+  bind_pointer(args, "w", &Args::w);
+  bind_pointer(args, "factor", &Args::factor);
+  bind_pointer(args, "scales", &Args::scales);
+  bind_pointer(args, "zeros", &Args::zeros);
+  bind_pointer(args, "codes", &Args::codes);
+  bind_pointer(args, "errors", &Args::errors);
+  args.def_readwrite("n", &Args::n).def_readwrite("columns", &Args::columns);
+  args.def_readwrite("low", &Args::low).def_readwrite("high", &Args::high);
+  module.def("gptq_block", &gptq_block);
 }
 
 void bind_dequantize(py::module_& module) {
@@ -218,6 +238,7 @@ PYBIND11_MODULE(_C, module) {
   module.attr("cuda_version") = CUDART_VERSION;
   bind_wna16(module);
   bind_dequantize(module);
+  bind_gptq(module);
   bind_attention(module);
   bind_row_norm(module);
 }

@@ -1,0 +1,173 @@
+"""Block after block, each quantized on what the quantized blocks before it return."""
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from calibrate.block import BlockWork
+from calibrate.data import CalibrationSet
+from calibrate.discover import Structure
+from calibrate.job import Job
+from calibrate.report import BlockReport, calibrated_rows, linear_row, peak_memory
+from calibrate.rounding import RoundingLearner, round_gptq, round_nearest, spread
+from calibrate.search import FoldSearch
+from calibrate.structure import Prober
+from calibrate.written import covered
+from export.engines import EXPERT
+from models.skeleton import Block, LinearSpec, Placement, checked
+from models.walk import Walk
+from quant.qtensor import QTensor, round_to_nearest
+
+BATCH_TOKENS = 2048  # tokens run through a block at once, and tokens that module outputs are compared on
+GRAM_TOKENS = 16384  # tokens that the second moments of transforms and clipping are estimated from
+
+
+@dataclass(frozen=True)
+class BlockOutcome:
+    """A quantized block, on the CPU.
+
+    weights  its quantized linears
+    kept     its other tensors, as transforms left them, in the job's dtype
+    """
+
+    weights: dict[str, QTensor]
+    kept: dict[str, Tensor]
+    report: BlockReport
+
+
+def data_free_blocks(job: Job) -> Iterator[BlockOutcome]:
+    """Each block's weights rounded to nearest, a tensor of the file in memory at a time."""
+    for index, block in enumerate(job.skeleton.blocks):
+        begun = time.monotonic()
+        weights: dict[str, QTensor] = {}
+        rows: dict[str, dict[str, Any]] = {}
+        for name, placement in block.tensors.items():
+            specs = [spec for spec in _linears_in(block, name, placement) if spec.name in job.plan.schemes]
+            value = checked(name, job.source.checkpoint.read(name)) if specs else torch.empty(0)
+            for spec in specs:
+                w = _cut(value, placement, spec).to(job.device)
+                weight = round_to_nearest(w, job.plan.schemes[spec.name], job.scale_dtype)
+                rows[spec.name] = linear_row(job, spec.name, weight, w.float())
+                weights[spec.name] = weight.to("cpu")
+        seconds = time.monotonic() - begun
+        report = BlockReport(index, block.name, None, seconds, peak_memory(job.device), [], rows)
+        yield BlockOutcome(weights, {}, report)
+
+
+def _linears_in(block: Block, name: str, placement: Placement) -> list[LinearSpec]:
+    """The linears whose weights the file's tensor `name` holds: one, or every expert of a stacked parameter."""
+    alone = [spec for spec in block.linears if f"{spec.name}.weight" == name]
+    stacked = placement.expert is None
+    return alone or [spec for spec in block.linears if stacked and spec.placement.parameter == placement.parameter]
+
+
+def _cut(value: Tensor, placement: Placement, spec: LinearSpec) -> Tensor:
+    """The weight (n, k) of `spec` in a file's tensor."""
+    inner = spec.placement.view(value) if placement.expert is None and value.ndim == 3 else value
+    return inner.T if spec.transposed else inner
+
+
+class BlockLoop:
+    """Quantizes the blocks of `job` one after another.
+
+    hidden  what the quantized model returns up to here, for every batch of calibration tokens
+    exact   what the unquantized model returns up to here; the same list where nothing asks for it
+    """
+
+    def __init__(self, job: Job, calibration: CalibrationSet) -> None:
+        compute = torch.float32 if job.device == "cpu" and job.dtype == torch.float16 else job.dtype
+        size = max(BATCH_TOKENS // calibration.ids.shape[1], 1)
+        self.ids = list(calibration.ids.split(size))
+        self.walk = Walk(job.skeleton, job.device, compute)
+        self.hidden = self.walk.start(self.ids)
+        self.exact = self.hidden
+        self._job = job
+        self._two_streams = job.recipe.rounder == "signround" or job.recipe.distill_steps > 0
+        probes = Walk(job.skeleton, job.device, torch.float32)
+        self._prober = Prober(probes, calibration.ids, job.recipe.seed)
+
+    def __iter__(self) -> Iterator[BlockOutcome]:
+        for index in range(len(self._job.skeleton.blocks)):
+            with self.walk.loaded(index):
+                outcome = self._quantize(index)
+            yield outcome
+
+    @torch.no_grad()
+    def _quantize(self, index: int) -> BlockOutcome:
+        """The outcome of the loaded block `index`; both streams move on behind it."""
+        begun = time.monotonic()
+        job, block = self._job, self._job.skeleton.blocks[index]
+        names = [spec.name for spec in block.linears if spec.name in job.plan.schemes]
+        schemes = {name: job.plan.schemes[name] for name in names}
+        work = BlockWork(self.walk, index, schemes, job.scale_dtype, job.dtype)
+        structure = self._prober.structure(index)
+        sample = [spread(self.hidden)]
+        before = work.run(sample)
+        targets = work.run(self.exact) if self._two_streams else []
+        folds = self._transform(work, structure, sample)
+        weights = self._round(work, structure, targets)
+        kept = _kept_tensors(job, block, weights)
+        loss = _relative_loss(work.run_quantized(sample), before, sample)
+        rows = calibrated_rows(job, work, weights)
+        self.hidden = work.run_quantized(self.hidden)
+        self.exact = targets or self.hidden
+        report = BlockReport(index, block.name, loss, time.monotonic() - begun, peak_memory(job.device), folds, rows)
+        return BlockOutcome(work.finished(weights), kept, report)
+
+    def _transform(self, work: BlockWork, structure: Structure, sample: list[Tensor]) -> list[dict[str, Any]]:
+        """Apply the recipe's transforms; return a row of the report for each fold."""
+        recipe = self._job.recipe
+        if recipe.transforms or recipe.activations == "tensor" or recipe.rounder != "gptq":
+            experts = any(EXPERT.search(name) for name in work.specs)
+            # a range search looks at the tokens of the second moments alone; scales look at all, and experts need all
+            all_tokens = recipe.transforms or recipe.activations == "tensor" or experts
+            work.observe(self.hidden, structure.sites, GRAM_TOKENS, up_to=None if all_tokens else GRAM_TOKENS)
+        rows = []
+        for transform in recipe.transforms:
+            for fold in structure.folds:
+                search = FoldSearch(work, fold, sample)
+                reason = search.reason_against()
+                row: dict[str, Any] = {"fold": fold.describe(), "transform": transform}
+                if reason:
+                    row["skipped"] = reason
+                else:
+                    row |= (search.awq() if transform == "awq" else search.smooth(recipe.alpha)).as_json()
+                rows.append(row)
+        return rows + [{"fold": name, "skipped": "failed its proof on this block"} for name in structure.rejected]
+
+    def _round(self, work: BlockWork, structure: Structure, targets: list[Tensor]) -> dict[str, QTensor]:
+        recipe = self._job.recipe
+        if recipe.rounder == "gptq":
+            return round_gptq(work, self.hidden, structure.sites, recipe)
+        if recipe.rounder == "signround":
+            generator = torch.Generator().manual_seed(recipe.seed + work.index)
+            learner = RoundingLearner(work, recipe, generator)
+            return learner.learn(self.hidden, targets)
+        weights = round_nearest(work, recipe.clip)
+        work.use(weights)
+        return weights
+
+
+def _relative_loss(after: list[Tensor], before: list[Tensor], inputs: list[Tensor]) -> float:
+    error = sum(float((a.float() - b.float()).square().sum()) for a, b in zip(after, before, strict=True))
+    signal = sum(float((b.float() - x.float()).square().sum()) for b, x in zip(before, inputs, strict=True))
+    return error / max(signal, 1e-30)
+
+
+def _kept_tensors(job: Job, block: Block, weights: dict[str, QTensor]) -> dict[str, Tensor]:
+    """The block's tensors that stay unquantized, as transforms left them."""
+    done = {f"{name}.weight" for name in weights}
+    kept = {}
+    for name, placement in block.tensors.items():
+        if name in done or covered(block, placement.parameter, weights):
+            continue
+        owner, _, leaf = placement.parameter.rpartition(".")
+        module = job.skeleton.model.get_submodule(owner)
+        values = module._parameters.get(leaf)
+        if values is not None:
+            kept[name] = placement.view(values.data).detach().to("cpu", job.dtype).clone()
+    return kept

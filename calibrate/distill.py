@@ -1,0 +1,193 @@
+"""Tuning what is cheap to change on what the model finally says.
+
+Blocks are rounded one by one against their own outputs; what their errors add up to only shows at the end. Here the
+codes stay, and every scale and every tensor that was left unquantized inside the blocks (norms, biases) is moved to
+bring the quantized model's distribution over the next token near the unquantized one's: Adam on the Kullback-Leibler
+divergence (Chen et al., EfficientQAT, ACL 2025, section 3.3, which tunes scales on the task's loss).
+
+The whole model is in memory in half precision, and one block's gradients at a time: a step runs forward keeping what
+enters each block, then backward block by block, running each again.
+"""
+
+import math
+from collections.abc import Callable
+from contextlib import ExitStack, nullcontext
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from calibrate.blocks import BlockLoop, BlockOutcome
+from calibrate.job import Job
+from models.products import QuantizedInputs, input_rounding, weight_view
+from models.walk import Walk
+from quant import numerics
+from quant.qtensor import QTensor
+
+RATE = 1e-3  # of each value's own size, or of its tensor's; falls to 0 along a cosine
+BETAS, EPSILON = (0.9, 0.99), 1e-12
+
+
+class Adam:
+    """Adam on one tensor, in float32 (Kingma and Ba, ICLR 2015).
+
+    value  what is tuned
+    size   (or broadcastable)  the unit of the rate: a step moves `value` by about rate * size
+    """
+
+    def __init__(self, value: Tensor, size: Tensor) -> None:
+        self.value, self._size = value.float().clone(), size
+        self._mean, self._square = torch.zeros_like(self.value), torch.zeros_like(self.value)
+        self._steps = 0
+
+    def step(self, gradient: Tensor, rate: float) -> None:
+        """Move against `gradient`, that of the loss by `value`."""
+        self._steps += 1
+        gradient = gradient.float() * self._size
+        self._mean.lerp_(gradient, 1 - BETAS[0])
+        self._square.lerp_(gradient.square(), 1 - BETAS[1])
+        mean = self._mean / (1 - BETAS[0] ** self._steps)
+        root = (self._square / (1 - BETAS[1] ** self._steps)).sqrt_().add_(EPSILON)
+        self.value.sub_(mean.div_(root).mul_(self._size), alpha=rate)
+
+
+class TunedLinear:
+    """A rounded weight whose codes stay and whose scales are tuned."""
+
+    def __init__(self, weight: QTensor, device: str) -> None:
+        self._weight = weight.to(device)
+        self.scheme, self.input_scale = weight.scheme, self._weight.input_scale
+        scales = self._weight.scales.float()
+        self._scales = Adam(scales, scales)
+
+    def weight(self) -> QTensor:
+        """The weight with its scales as they will be stored."""
+        scales = numerics.stored_scale(self._scales.value, self._weight.scales.dtype)
+        return replace(self._weight, scales=scales)
+
+    def step(self, gradient: Tensor, rate: float) -> None:
+        """gradient (n, k) of the loss by the rounded weight."""
+        steps = self._weight.codes.float()
+        g = self._weight.scales.shape[1]
+        n, k = steps.shape
+        if self._weight.zeros is not None:
+            steps -= self._weight.zeros.repeat_interleave(k // g, 1)
+        self._scales.step((steps * gradient).view(n, g, k // g).sum(-1), rate)
+
+
+class TunedBlock:
+    """A loaded block whose scales, norms and biases are tuned; it always computes with what they are now."""
+
+    def __init__(self, walk: Walk, index: int, outcome: BlockOutcome) -> None:
+        self._walk, self._index, self._outcome = walk, index, outcome
+        self._block = walk.skeleton.blocks[index]
+        self._specs = {spec.name: spec for spec in self._block.linears}
+        self._linears = {name: TunedLinear(weight, walk.device) for name, weight in outcome.weights.items()}
+        self._others = {name: _others_adam(value.to(walk.device)) for name, value in outcome.kept.items()}
+        self._refresh()
+
+    def outcome(self) -> BlockOutcome:
+        """The block as tuned, on the CPU."""
+        weights = {name: linear.weight().to("cpu") for name, linear in self._linears.items()}
+        kept = {name: other.value.to("cpu", self._outcome.kept[name].dtype) for name, other in self._others.items()}
+        return replace(self._outcome, weights=weights, kept=kept)
+
+    def run(self, hidden: Tensor) -> Tensor:
+        """What the block returns."""
+        rounds = {
+            name: input_rounding(linear.input_scale)
+            for name, linear in self._linears.items()
+            if linear.scheme.activations is not None
+        }
+        with QuantizedInputs(self._block, self._parameter, rounds) if rounds else nullcontext():
+            return self._walk.run(self._index, hidden)
+
+    def backward(self, hidden: Tensor, gradient: Tensor, rate: float) -> Tensor:
+        """The gradient by `hidden`, which enters the block, from that by what it returns; the block has moved."""
+        hidden = hidden.detach().requires_grad_()
+        names = {spec.placement.parameter for spec in self._specs.values()} | {
+            self._block.tensors[name].parameter for name in self._others
+        }
+        parameters = {name: self._walk.skeleton.model.get_parameter(name) for name in names}
+        for parameter in parameters.values():
+            parameter.requires_grad_(True)
+        with torch.enable_grad():
+            self.run(hidden).backward(gradient)
+        for name, linear in self._linears.items():
+            grad = parameters[self._specs[name].placement.parameter].grad
+            if grad is not None:
+                linear.step(weight_view(grad, self._specs[name]), rate)
+        for name, other in self._others.items():
+            place = self._block.tensors[name]
+            grad = parameters[place.parameter].grad
+            if grad is not None:
+                other.step(place.view(grad), rate)
+        for parameter in parameters.values():
+            parameter.requires_grad_(False)
+            parameter.grad = None
+        self._refresh()
+        assert hidden.grad is not None
+        return hidden.grad
+
+    def _parameter(self, name: str) -> Tensor:
+        return self._walk.skeleton.model.get_parameter(name).data
+
+    def _refresh(self) -> None:
+        """Let the module compute with the tuned values."""
+        for name, linear in self._linears.items():
+            spec = self._specs[name]
+            weight_view(self._parameter(spec.placement.parameter), spec).copy_(linear.weight().dequantize())
+        for name, other in self._others.items():
+            place = self._block.tensors[name]
+            place.view(self._parameter(place.parameter)).copy_(other.value)
+
+
+def _others_adam(value: Tensor) -> Adam:
+    wide = value.float()
+    return Adam(wide, wide.square().mean().sqrt().clamp(min=1e-8))
+
+
+def distill(
+    job: Job, loop: BlockLoop, outcomes: list[BlockOutcome], on_step: Callable[[float], None]
+) -> list[BlockOutcome]:
+    """`outcomes` of the first pass, tuned together in the recipe's `distill_steps` steps.
+
+    loop     the first pass at its end: it holds the tokens, and what the unquantized model's last block returned
+    on_step  called with each step's loss, the mean divergence per token in nats
+
+    Batches of calibration tokens come in random order, none twice before all came once.
+    """
+    walk, steps = loop.walk, job.recipe.distill_steps
+    entering = walk.start(loop.ids)
+    generator = torch.Generator().manual_seed(job.recipe.seed)
+    order: list[int] = []
+    with ExitStack() as stack:
+        for index in range(len(outcomes)):
+            stack.enter_context(walk.loaded(index))
+        blocks = [TunedBlock(walk, index, outcome) for index, outcome in enumerate(outcomes)]
+        stack.enter_context(walk.head_loaded())
+        for step in range(steps):
+            order = order or torch.randperm(len(loop.ids), generator=generator).tolist()
+            batch = order.pop()
+            states = [entering[batch]]
+            for block in blocks:
+                with torch.no_grad():
+                    states.append(block.run(states[-1]))
+            loss, gradient = _divergence(walk, loop.ids[batch], loop.exact[batch], states.pop())
+            rate = RATE * 0.5 * (1 + math.cos(math.pi * step / steps))
+            for block in reversed(blocks):
+                gradient = block.backward(states.pop(), gradient, rate)
+            on_step(loss)
+        return [block.outcome() for block in blocks]
+
+
+def _divergence(walk: Walk, ids: Tensor, exact: Tensor, hidden: Tensor) -> tuple[float, Tensor]:
+    """Mean divergence of the logits of `hidden` from those of `exact`, in nats a token; its gradient by `hidden`."""
+    with torch.no_grad():
+        wanted = walk.logits_of(ids, exact).float().log_softmax(-1)
+    hidden = hidden.detach().requires_grad_()
+    with torch.enable_grad():
+        found = walk.logits_of(ids, hidden).float().log_softmax(-1)
+        loss = (wanted.exp() * (wanted - found)).sum(-1).mean()
+    (gradient,) = torch.autograd.grad(loss, hidden)
+    return float(loss), gradient

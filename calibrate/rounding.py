@@ -1,0 +1,143 @@
+"""The rounders at work on a block: to nearest, by GPTQ, or learned."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from calibrate.block import BlockWork
+from export.engines import EXPERT
+from quant.algos.clip import group_moments, search_shrink
+from quant.algos.gptq import gptq
+from quant.algos.learned import LearnedWeight
+from quant.qtensor import QTensor, round_to_nearest
+from quant.recipe import Recipe
+from quant.site import Site
+
+# Tokens a second moment is estimated from: at least so many, and so many for each input.
+MOMENT_TOKENS, TOKENS_PER_INPUT = 32768, 16
+STEP_TOKENS = 4096  # tokens of a step of learned rounding
+LOOKS = 8  # times a run of learned rounding is held against the held sample, to keep the best
+
+
+def round_nearest(work: BlockWork, clip: bool) -> dict[str, QTensor]:
+    """Every linear that has a scheme, rounded to nearest; with `clip`, each range searched first."""
+    return {
+        name: round_to_nearest(work.masters[name], scheme, work.scale_dtype, clipped(work, name) if clip else 1.0)
+        for name, scheme in work.schemes.items()
+    }
+
+
+def clipped(work: BlockWork, name: str) -> Tensor | float:
+    """The fraction (n, g) of each group's range that loses least over the inputs seen; 1 where none were."""
+    stats, scheme = work.stats.get(name), work.schemes[name]
+    if stats is None:
+        return 1.0
+    moments = group_moments(stats.second_moment(), scheme)
+    return search_shrink(work.masters[name], scheme, work.scale_dtype, moments)
+
+
+def round_gptq(work: BlockWork, hidden: list[Tensor], sites: list[Site], recipe: Recipe) -> dict[str, QTensor]:
+    """Every linear that has a scheme, rounded by GPTQ, in the order in which the block uses them.
+
+    Each stage's inputs are seen with the stages before it rounded already, so that it makes up for them too.
+    """
+    weights: dict[str, QTensor] = {}
+    for stage in stages(sites):
+        width = max(site.width for site in stage)
+        tokens = max(MOMENT_TOKENS, TOKENS_PER_INPUT * width)
+        experts = any(EXPERT.search(site.linears[0]) for site in stage)
+        work.observe(hidden, stage, tokens, up_to=None if experts else tokens)
+        rounded = {name: _gptq(work, name, recipe) for site in stage for name in site.linears if name in work.schemes}
+        work.use(rounded)
+        weights |= rounded
+    unseen = {name: _gptq(work, name, recipe) for name in work.schemes if name not in weights}
+    work.use(unseen)
+    return weights | unseen
+
+
+def _gptq(work: BlockWork, name: str, recipe: Recipe) -> QTensor:
+    master, scheme, stats = work.masters[name], work.schemes[name], work.stats.get(name)
+    if stats is None:
+        return round_to_nearest(master, scheme, work.scale_dtype)
+    result = gptq(master, stats.second_moment(), scheme, work.scale_dtype, recipe.clip, recipe.damping)
+    for fallback in result.fallbacks:
+        work.note(name, f"gptq: {fallback}")
+    return result.weight
+
+
+def stages(sites: list[Site]) -> Iterator[list[Site]]:
+    """Sites in order of use; those of all experts of a layer that play the same part come together."""
+    together: dict[tuple[str, ...], list[Site]] = {}
+    for site in sites:
+        together.setdefault(tuple(EXPERT.sub(".experts.*.", name) for name in site.linears), []).append(site)
+    yield from together.values()
+
+
+def spread(batches: list[Tensor]) -> Tensor:
+    """One batch of sequences, shaped as the first of `batches`, spread evenly over all."""
+    rows = [row for batch in batches for row in batch.split(1)]
+    count = len(batches[0])
+    return torch.cat([rows[i * len(rows) // count] for i in range(count)])
+
+
+class RoundingLearner:
+    """Learned rounding of a block."""
+
+    def __init__(self, work: BlockWork, recipe: Recipe, generator: torch.Generator) -> None:
+        self._work, self._iters, self._generator = work, recipe.iters, generator
+        self._learned = {
+            name: LearnedWeight(
+                work.masters[name], scheme, work.scale_dtype, clipped(work, name) if recipe.clip else 1.0
+            )
+            for name, scheme in work.schemes.items()
+        }
+
+    def learn(self, inputs: list[Tensor], targets: list[Tensor]) -> dict[str, QTensor]:
+        """The weights of the best iterate: the block's outputs for `inputs` brought near `targets`.
+
+        inputs   batches of hidden states that reach the block
+        targets  what the unquantized model returned here
+        Iterates are compared on one batch of sequences spread over all.
+        """
+        held = spread(inputs), spread(targets)
+        best, least = self._rounded(), float("inf")
+        look = max(self._iters // LOOKS, 1)
+        for step in range(self._iters + 1):
+            weights = self._rounded()
+            self._work.use(weights)
+            if step % look == 0 or step == self._iters:
+                loss = self._loss(*held)
+                if loss < least:
+                    best, least = weights, loss
+            if step < self._iters:
+                self._step(weights, inputs, targets, (1 - step / self._iters) / self._iters)
+        self._work.use(best)
+        return best
+
+    def _rounded(self) -> dict[str, QTensor]:
+        return {name: learned.rounded() for name, learned in self._learned.items()}
+
+    def _loss(self, x: Tensor, y: Tensor) -> float:
+        (out,) = self._work.run_quantized([x])
+        return float((out.float() - y.float()).square().mean())
+
+    def _step(self, weights: dict[str, QTensor], inputs: list[Tensor], targets: list[Tensor], rate: float) -> None:
+        with self._work.gradients(weights) as gradients:
+            for x, y in self._minibatch(inputs, targets):
+                (out,) = self._work.run_quantized([x])
+                (out.float() - y.float()).square().mean().backward()
+            for name, gradient in gradients():
+                self._learned[name].step(weights[name], gradient, rate)
+
+    def _minibatch(self, inputs: list[Tensor], targets: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Batches of random sequences, shaped as the first of `inputs`, of STEP_TOKENS tokens in all."""
+        size, length = inputs[0].shape[:2]
+        count = sum(len(batch) for batch in inputs)
+        for _ in range(max(STEP_TOKENS // (size * length), 1)):
+            chosen = torch.randperm(count, generator=self._generator)[:size].tolist()
+            places = [divmod(index, size) for index in chosen]
+            yield (
+                torch.stack([inputs[batch][row] for batch, row in places]),
+                torch.stack([targets[batch][row] for batch, row in places]),
+            )

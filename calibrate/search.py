@@ -1,0 +1,170 @@
+"""Choosing the scale of a fold: candidates of a transform, each tried with the rounding that will be exported."""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from calibrate.block import BlockWork, InputRounding
+from models.products import input_rounding
+from quant.algos.awq import ScaleChoice, search_scales, weight_magnitude
+from quant.algos.smooth import SmoothChoice, search_alpha
+from quant.numerics import fake_quantize
+from quant.site import Fold
+
+Losses = Callable[[Tensor | None], float]
+
+
+@dataclass(frozen=True)
+class ModuleCalls:
+    """A module's calls as they happened: arguments, and the first tensor it returned, in float32."""
+
+    module: nn.Module
+    calls: list[tuple[tuple[Any, ...], dict[str, Any], Tensor]]
+
+    def error(self) -> float:
+        """Mean squared difference of what the module returns now from what it returned then."""
+        total = sum(
+            float((_first(self.module(*args, **kwargs)).float() - then).square().mean())
+            for args, kwargs, then in self.calls
+        )
+        return total / max(len(self.calls), 1)
+
+
+@dataclass(frozen=True)
+class FoldSearch:
+    """The search at one fold of a block.
+
+    hidden  the batches that module outputs are compared on
+    """
+
+    work: BlockWork
+    fold: Fold
+    hidden: list[Tensor]
+
+    def reason_against(self) -> str | None:
+        """Why there is nothing to search here, or None."""
+        if not self._quantized:
+            return "none of its consumers is quantized"
+        if not any(name in self.work.stats for name in self.fold.columns):
+            return "no calibration token reached its consumers"
+        return None
+
+    def awq(self) -> ScaleChoice:
+        """AWQ's scale, applied where it beats none."""
+        masters, schemes = self.work.masters, self.work.schemes
+        magnitudes = {name: weight_magnitude(masters[name], schemes[name]) for name in self._quantized}
+        activation = self.fold.per_channel({name: stats.abs_mean for name, stats in self._reached()}, "mean")
+        choice = search_scales(activation, self.fold.per_channel(magnitudes, "mean"), self._losses())
+        self._apply(choice.scales)
+        return choice
+
+    def smooth(self, alpha: float | None) -> SmoothChoice:
+        """SmoothQuant's scale of strength `alpha`, or, where that is None, of the best strength; applied."""
+        largest = {name: self.work.masters[name].abs().amax(0) for name in self._quantized}
+        activation = self.fold.per_channel({name: stats.abs_max for name, stats in self._reached()}, "amax")
+        choice = search_alpha(activation, self.fold.per_channel(largest, "amax"), self._losses(), alpha)
+        self._apply(choice.scales)
+        return choice
+
+    @property
+    def _quantized(self) -> list[str]:
+        return [name for name in self.fold.columns if name in self.work.schemes]
+
+    def _reached(self) -> Iterable[tuple[str, Any]]:
+        return [(name, self.work.stats[name]) for name in self.fold.columns if name in self.work.stats]
+
+    def _apply(self, scales: Tensor | None) -> None:
+        if scales is not None:
+            self.work.apply(self.fold, self.fold.on_used_channels(scales))
+
+    def _losses(self) -> Losses:
+        """The loss of a candidate: error of the output of the smallest module that holds all consumers.
+
+        Where that is one linear of few inputs, its second moment gives the error over all tokens at once, for less.
+        """
+        name = self._quantized[0]
+        tokens = sum(states[..., 0].numel() for states in self.hidden)
+        exact_inputs = name not in self.work.activations
+        if len(self.fold.columns) == 1 and exact_inputs and self.work.specs[name].k <= tokens:
+            return self._linear_losses(name)
+        calls = self._record(self._common_module())
+
+        def loss(scales: Tensor | None) -> float:
+            with self._trial(scales):
+                return calls.error()
+
+        return loss
+
+    def _linear_losses(self, name: str) -> Losses:
+        moment, master = self.work.stats[name].second_moment(), self.work.masters[name]
+
+        def loss(scales: Tensor | None) -> float:
+            error = self._rounded(name, scales) - master
+            return float(((error @ moment) * error).sum())
+
+        return loss
+
+    def _rounded(self, name: str, scales: Tensor | None) -> Tensor:
+        """The consumer's weight as it would act on unscaled inputs, were it rounded under `scales`."""
+        work = self.work
+        master, scheme = work.masters[name], work.schemes[name]
+        if scales is None:
+            return fake_quantize(master, scheme, work.scale_dtype)
+        columns = self.fold.column_scales(scales, name)
+        return fake_quantize(master * columns, scheme, work.scale_dtype) / columns
+
+    def _input_rounding(self, scales: Tensor | None) -> InputRounding:
+        """What would round each linear's inputs under `scales`, as it acts on unscaled ones."""
+        rounds = self.work.input_rounding()
+        if scales is None:
+            return rounds
+        for name in self._quantized:
+            if name in rounds:
+                columns = self.fold.column_scales(scales, name)
+                rounds[name] = _rescaled(input_rounding(self.work.input_scale(name, columns)), columns)
+        return rounds
+
+    @contextmanager
+    def _trial(self, scales: Tensor | None) -> Iterator[None]:
+        for name in self._quantized:
+            self.work.weight(name).copy_(self._rounded(name, scales))
+        try:
+            with self.work.int8_inputs(self._input_rounding(scales)):
+                yield
+        finally:
+            for name in self._quantized:
+                self.work.weight(name).copy_(self.work.masters[name])
+
+    def _common_module(self) -> nn.Module:
+        owners = [self.work.specs[name].placement.parameter.split(".")[:-1] for name in self.fold.columns]
+        common = []
+        for parts in zip(*owners, strict=False):
+            if len(set(parts)) > 1:
+                break
+            common.append(parts[0])
+        return self.work.model.get_submodule(".".join(common))
+
+    def _record(self, module: nn.Module) -> ModuleCalls:
+        calls: list[tuple[tuple[Any, ...], dict[str, Any], Tensor]] = []
+
+        def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            calls.append((args, kwargs, _first(output).float()))
+
+        handle = module.register_forward_hook(keep, with_kwargs=True)
+        try:
+            self.work.run(self.hidden)
+        finally:
+            handle.remove()
+        return ModuleCalls(module, calls)
+
+
+def _rescaled(rounding: Callable[[Tensor], Tensor], columns: Tensor) -> Callable[[Tensor], Tensor]:
+    """`rounding` as it acts on inputs divided by `columns` (k,), seen from undivided ones."""
+    return lambda x: (rounding(x.float() / columns) * columns).to(x.dtype)
+
+
+def _first(output: Any) -> Tensor:
+    return output[0] if isinstance(output, tuple) else output

@@ -1,0 +1,97 @@
+"""Seeing, and changing, the inputs of every multiplication by a weight, whatever module or function performs it."""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from models.skeleton import Block, LinearSpec
+from quant.numerics import fake_quantize_inputs
+
+# Modules call one of these in the end: Linear, Conv1D (addmm), experts' slices, weights multiplied with @.
+MULTIPLICATIONS = {
+    torch.nn.functional.linear,
+    torch.addmm,
+    torch.mm,
+    torch.matmul,
+    torch.Tensor.matmul,
+    torch.Tensor.__matmul__,
+}
+
+OnInput = Callable[[tuple[str, ...], Tensor], Tensor | None]
+
+
+class LinearInputs(TorchFunctionMode):
+    """Calls `on_input(names, x)` before each product of activations `x` (..., k) with a weight of the block.
+
+    names  linears that lie in the weight: one, or gate and up where a fused expert multiplies both at once
+
+    Where it returns a tensor, that takes the place of `x`. Weights are told apart by their address, so they must stay
+    where they are while the mode is active.
+    """
+
+    def __init__(self, block: Block, parameter: Callable[[str], Tensor], on_input: OnInput) -> None:
+        super().__init__()
+        self._on_input = on_input
+        self._names: dict[int, list[str]] = {}
+        for spec in block.linears:
+            place = spec.placement
+            whole = parameter(place.parameter)
+            address = (whole if place.expert is None else whole[place.expert]).data_ptr()
+            self._names.setdefault(address, []).append(spec.name)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in MULTIPLICATIONS:
+            args, kwargs = self._seen(args, kwargs)
+        return func(*args, **kwargs)
+
+    def _seen(self, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        """The arguments, the activations among them replaced where `on_input` says so."""
+        values: dict[Any, Any] = {**dict(enumerate(args)), **kwargs}
+        tensors = [key for key, value in values.items() if isinstance(value, Tensor)]
+        for i, key in enumerate(tensors):
+            weight = values[key]
+            names = self._names.get(weight.data_ptr()) if weight.ndim == 2 else None
+            if names:
+                # addmm(bias, x, weight): the activations stand just before the weight
+                x = tensors[i - 1] if i else tensors[1]
+                changed = self._on_input(tuple(names), values[x])
+                if changed is not None:
+                    values[x] = changed
+                break
+        return tuple(values[i] for i in range(len(args))), {key: values[key] for key in kwargs}
+
+
+class QuantizedInputs(LinearInputs):
+    """Linears compute with int8 inputs, as an engine would: those that `rounds` names.
+
+    rounds  linear's name -> what rounds its inputs; on the way back rounding counts as the identity
+    """
+
+    def __init__(
+        self, block: Block, parameter: Callable[[str], Tensor], rounds: Mapping[str, Callable[[Tensor], Tensor]]
+    ) -> None:
+        super().__init__(block, parameter, self._rounded)
+        self._rounds = rounds
+
+    def _rounded(self, names: tuple[str, ...], x: Tensor) -> Tensor | None:
+        name = next((name for name in names if name in self._rounds), None)
+        if name is None:
+            return None
+        rounded = self._rounds[name](x.detach())
+        return x + (rounded - x).detach() if x.requires_grad else rounded
+
+
+def input_rounding(scale: Tensor | None) -> Callable[[Tensor], Tensor]:
+    """Rounds activations to int8 and back, with the one `scale` () or, where it is None, a scale per token."""
+    return partial(fake_quantize_inputs, scale=scale)
+
+
+def weight_view(parameter: Tensor, spec: LinearSpec) -> Tensor:
+    """The weight (n, k) of `spec` inside its parameter; writing to the view writes to the model."""
+    view = spec.placement.view(parameter)
+    return view.T if spec.transposed else view

@@ -1,0 +1,138 @@
+"""Rounding that makes up for itself: each column's rounding error is pushed onto the columns not rounded yet.
+
+The output error of a linear with weight error D is tr(D H D^T), H the second moment of its inputs. Rounding a column
+and then moving the rest of the row along the inverse of H keeps that error as small as a fixed column order allows
+(Frantar et al., GPTQ, ICLR 2023). Columns go by falling diagonal of H, so that the ones that matter most are rounded
+while most others are still free to compensate; the groups stay where they are, so no index is stored.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from quant.algos.clip import diagonal_moments, search_shrink
+from quant.kernels import ops
+from quant.qtensor import QTensor, round_to_nearest
+from quant.scheme import Scheme
+
+BLOCK = 128  # columns rounded before the errors reach the columns behind them
+DAMPING = 0.01  # of the mean diagonal of H
+# Multiples of the damping tried in turn where H cannot be factored, then with a floor under the diagonal, in float64.
+LADDER = (1.0, 4.0, 16.0, 64.0)
+DIAGONAL_FLOOR = 1e-4  # of the mean diagonal
+
+
+@dataclass(frozen=True)
+class GptqResult:
+    """A rounded weight.
+
+    weight     codes, scales and zeros
+    loss       tr(D H D^T) / n, D = rounded - original, over the undamped H
+    fallbacks  what had to be done beyond the plain algorithm; empty where nothing was
+    """
+
+    weight: QTensor
+    loss: float
+    fallbacks: tuple[str, ...]
+
+
+def gptq(
+    w: Tensor, moment: Tensor, scheme: Scheme, scale_dtype: torch.dtype, clip: bool = True, damping: float = DAMPING
+) -> GptqResult:
+    """`w` rounded so that the output error over inputs of second moment `moment` is small.
+
+    w        (n, k)  float
+    moment   (k, k)  float32, per token; symmetric
+    clip     search each group's range on the output error first
+    damping  fraction of the mean diagonal added to it
+
+    Inputs that never fired keep no weight: their columns round to nearest and take no part. Where no factor of the
+    damped moment exists on the whole ladder, or rounding to nearest has the smaller loss, the weight is rounded to
+    nearest; `fallbacks` says so. ValueError where `moment` is not finite.
+    """
+    w = w.float()
+    if not bool(torch.isfinite(moment).all()):
+        raise ValueError("the second moment of its inputs is not finite")
+    order = moment.diagonal().argsort(descending=True, stable=True)
+    factor, fallbacks = inverse_factor(moment[order][:, order], damping)
+    shrink = search_shrink(w, scheme, scale_dtype, diagonal_moments(moment, scheme)) if clip else 1.0
+    nearest = round_to_nearest(w, scheme, scale_dtype, shrink)
+    plain = output_loss(nearest, w, moment)
+    if factor is None:
+        return GptqResult(nearest, plain, fallbacks)
+    codes = _sweep(w[:, order], factor, nearest, order)
+    weight = QTensor(codes[:, order.argsort()].contiguous(), nearest.scales, nearest.zeros, scheme)
+    loss = output_loss(weight, w, moment)
+    if plain < loss:
+        return GptqResult(nearest, plain, (*fallbacks, "rounding to nearest had the smaller loss, and was kept"))
+    return GptqResult(weight, loss, fallbacks)
+
+
+def output_loss(weight: QTensor, w: Tensor, moment: Tensor) -> float:
+    """Mean squared error of an output: tr(D H D^T) / n with D = rounded - w."""
+    error = weight.dequantize() - w
+    return float(((error @ moment) * error).sum()) / max(w.shape[0], 1)
+
+
+def inverse_factor(moment: Tensor, damping: float) -> tuple[Tensor | None, tuple[str, ...]]:
+    """The upper U (k, k) with U^T U = (moment + damping)^-1, and what it took; None where nothing helps.
+
+    Row j of U, divided by its diagonal, says how columns j.. must move to make up for an error in column j.
+    """
+    fallbacks: list[str] = []
+    dead = moment.diagonal() <= 0
+    if bool(dead.all()):
+        return None, ("no input ever fired: rounded to nearest",)
+    if bool(dead.any()):
+        fallbacks.append(f"{int(dead.sum())} of {len(moment)} inputs never fired: their columns round to nearest")
+    mean = float(moment.diagonal()[~dead].mean())
+    moment = torch.where(dead[:, None] | dead[None], torch.zeros_like(moment), moment)
+    for name, attempt in _attempts(moment, dead, mean, damping):
+        factor = _factor(attempt)
+        if factor is not None:
+            return factor, (*fallbacks, *([name] if name else []))
+    return None, (*fallbacks, "its second moment has no Cholesky factor on any rung: rounded to nearest")
+
+
+def _attempts(moment: Tensor, dead: Tensor, mean: float, damping: float) -> Iterator[tuple[str, Tensor]]:
+    """Moments to factor, each with what to report of it; the first is the plain algorithm."""
+    eye = torch.eye(len(moment), device=moment.device)
+    alive = moment + eye * dead * mean
+    for step in LADDER:
+        yield ("" if step == 1 else f"damping raised to {damping * step:g}"), alive + eye * (mean * damping * step)
+    strongest = alive + eye * (mean * damping * LADDER[-1])
+    floor = DIAGONAL_FLOOR * mean
+    floored = strongest + eye * (floor - strongest.diagonal()).clamp(min=0)
+    yield f"damping raised to {damping * LADDER[-1]:g} and a floor under the diagonal", floored
+    yield "the same, factored in float64", floored.double()
+
+
+def _factor(moment: Tensor) -> Tensor | None:
+    lower, info = torch.linalg.cholesky_ex(moment)
+    if int(info) != 0:
+        return None
+    upper, info = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+    return upper.float() if int(info) == 0 and bool(torch.isfinite(upper).all()) else None
+
+
+def _sweep(w: Tensor, factor: Tensor, params: QTensor, order: Tensor) -> Tensor:
+    """Codes (n, k) of the columns of `w` in their order, with the groups' scales and zeros of `params`."""
+    n, k = w.shape
+    w = w.clone()
+    codes = torch.empty(n, k, dtype=params.codes.dtype, device=w.device)
+    group = order // (k // params.scales.shape[1])
+    scales = params.scales.float()
+    zeros = torch.zeros_like(scales) if params.zeros is None else params.zeros.float()
+    qtype = params.scheme.qtype
+    for start in range(0, k, BLOCK):
+        part = slice(start, min(start + BLOCK, k))
+        columns = group[part]
+        rounded, errors = ops.round_block(
+            w[:, part].contiguous(), factor[part, part].contiguous(), scales[:, columns], zeros[:, columns],
+            qtype.min, qtype.max,
+        )  # fmt: skip
+        codes[:, part] = rounded.to(codes.dtype)
+        w[:, part.stop :].addmm_(errors, factor[part, part.stop :], alpha=-1)
+    return codes

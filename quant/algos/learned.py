@@ -1,0 +1,82 @@
+"""Learned rounding: which way to round, and how much of each range to keep, by descent on an output's error.
+
+Each weight has an offset v in [-1/2, 1/2] that is added before rounding, each group a multiplier of its range:
+
+    code = clamp(round(w / scale + v) + zero),  rounded = (code - zero) * scale,  scale = multiplier * range / steps
+
+On the way back rounding counts as the identity (straight-through; Cheng et al., SignRound, EMNLP 2024). SignRound steps
+by the sign of the gradient. Here a step is the gradient in units of twice its root mean square, held within [-1, 1]:
+the sign where a gradient is large, and little where it is small. Under the sign every weight ends up hovering where
+its code flips, whether that matters or not; on a toy layer of correlated inputs 20 signed steps leave 0.9 to 1.1 of
+nearest rounding's loss and 20 of these 0.7.
+
+The model computes with the rounded weight as an ordinary parameter and its gradient comes in here, so that quantization
+itself needs no tape.
+"""
+
+import torch
+from torch import Tensor
+
+from quant import numerics
+from quant.qtensor import QTensor
+from quant.scheme import Scheme
+
+OFFSET_LIMIT = 0.5
+SHRINK_LIMITS = (0.3, 1.1)
+
+
+class LearnedWeight:
+    """A weight (n, k) under learned rounding.
+
+    offsets  (n, k) float32  added to w / scale before rounding
+    shrink   (n, g) float32  multiplier of each group's range, as in numerics.choose_params
+    """
+
+    def __init__(self, w: Tensor, scheme: Scheme, scale_dtype: torch.dtype, shrink: Tensor | float = 1.0) -> None:
+        self._w, self._scheme, self._scale_dtype = w.float(), scheme, scale_dtype
+        self.offsets = torch.zeros_like(self._w)
+        self.shrink = torch.ones(w.shape[0], scheme.groups(w.shape[1]), device=w.device) * shrink
+
+    def rounded(self) -> QTensor:
+        """The weight as it rounds now."""
+        scales, zeros = numerics.choose_params(self._w, self._scheme, self._scale_dtype, self.shrink)
+        shifted = torch.addcmul(self._w, self.offsets, self._per_weight(scales))
+        return QTensor(numerics.quantize(shifted, self._scheme, scales, zeros), scales, zeros, self._scheme)
+
+    def step(self, weight: QTensor, gradient: Tensor, rate: float) -> None:
+        """Move offsets and multipliers against their gradients, by at most `rate`.
+
+        weight    what `rounded` returned, and the model computed with
+        gradient  (n, k)  of the loss by the rounded weight
+        """
+        gradient = gradient.float()
+        scales = self._per_weight(weight.scales)
+        plain = self._w / scales
+        steps = weight.codes.float()
+        if weight.zeros is not None:
+            steps -= self._per_weight(weight.zeros)
+        # a code that the limits hold back follows the range alone, and an offset would do nothing
+        free = (plain + self.offsets - steps).abs_() <= 0.5 + 1e-4
+        by_scale = torch.where(free, steps - plain, steps).mul_(gradient)
+        by_range = numerics.grouped(by_scale, self._scheme).sum(-1) * weight.scales.float()
+        self.offsets.sub_(_bounded(gradient.mul(scales).mul_(free)), alpha=rate).clamp_(-OFFSET_LIMIT, OFFSET_LIMIT)
+        self.shrink.sub_(_bounded(by_range), alpha=rate).clamp_(*SHRINK_LIMITS)
+
+    def state(self) -> tuple[Tensor, Tensor]:
+        """A copy of what has been learned, for `restore`."""
+        return self.offsets.clone(), self.shrink.clone()
+
+    def restore(self, state: tuple[Tensor, Tensor]) -> None:
+        self.offsets, self.shrink = state
+
+    def _per_weight(self, values: Tensor) -> Tensor:
+        """Values (n, g) spread over the weights of their groups, (n, k) float32."""
+        n, k = self._w.shape
+        g = values.shape[1]
+        return values.float().unsqueeze(-1).expand(n, g, k // g).reshape(n, k)
+
+
+def _bounded(gradient: Tensor) -> Tensor:
+    """`gradient` over twice its root mean square, within [-1, 1]; zeros where it is zero."""
+    size = 2 * gradient.square().mean().sqrt()
+    return (gradient / size.clamp(min=torch.finfo(torch.float32).tiny)).clamp_(-1, 1)

@@ -1,0 +1,62 @@
+"""SmoothQuant: outliers moved from activations, which int8 spans badly, into weights, which it spans well.
+
+Dividing an input channel by s and multiplying its weights by s changes nothing before rounding; s balances the largest
+activation of the channel against its largest weight (Xiao et al., SmoothQuant, ICML 2023, equation 4).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+ALPHAS = tuple(step / 20 for step in range(6, 19))  # 0.3 to 0.9
+
+
+@dataclass(frozen=True)
+class SmoothChoice:
+    """The winner of a search.
+
+    scales  (channels,) float32; None where leaving the activations alone won
+    alpha   the migration strength it came from
+    loss    its loss; `unscaled_loss` is that of no migration
+    """
+
+    scales: Tensor | None
+    alpha: float
+    loss: float
+    unscaled_loss: float
+
+    def as_json(self) -> dict[str, Any]:
+        return {"alpha": self.alpha, "loss": self.loss, "unscaled_loss": self.unscaled_loss}
+
+
+def smoothing_scales(alpha: float, activation: Tensor, weight: Tensor) -> Tensor:
+    """s = activation^alpha / weight^(1 - alpha), float32 (channels,).
+
+    activation  (channels,)  max |x|
+    weight      (channels,)  max |w| over the consumers' rows
+
+    A channel that never fired, or whose weights are all zero, keeps scale 1.
+    """
+    scales = activation.clamp(min=1e-5) ** alpha / weight.clamp(min=1e-5) ** (1 - alpha)
+    sane = (activation > 0) & (weight > 0) & torch.isfinite(scales)
+    return torch.where(sane, scales.clamp(min=1e-4, max=1e4), torch.ones_like(scales))
+
+
+def search_alpha(
+    activation: Tensor, weight: Tensor, loss_of: Callable[[Tensor | None], float], fixed: float | None = None
+) -> SmoothChoice:
+    """The migration strength with the least loss; `loss_of(None)`, no migration at all, wins ties.
+
+    fixed  take this strength unseen
+    """
+    unscaled = loss_of(None)
+    best = SmoothChoice(None, 0.0, unscaled, unscaled)
+    for alpha in ALPHAS if fixed is None else (fixed,):
+        scales = smoothing_scales(alpha, activation, weight)
+        loss = loss_of(scales)
+        if fixed is not None or loss < best.loss:
+            best = SmoothChoice(scales, alpha, loss, unscaled)
+    return best

@@ -1,0 +1,70 @@
+// One warp rounds one row: each lane keeps four columns of it in registers, and the column whose turn it is goes to all
+// lanes by a shuffle. Rows never meet, so nothing is synchronised; the factor is in shared memory, read by every warp.
+#include "gptq_block.cuh"
+
+namespace lowbit {
+namespace {
+
+constexpr int kWarps = 8;
+constexpr int kPerLane = kGptqColumns / 32;
+constexpr int kSharedBytes = kGptqColumns * kGptqColumns * sizeof(float);
+
+// Column 32 * i + lane of the row that begins at `first`, `other` beyond its end.
+__device__ void load_row(const void* row_of, int64_t first, int columns, int lane, float other,
+                         float (&values)[kPerLane]) {
+  const float* row = static_cast<const float*>(row_of) + first;
+  for (int i = 0; i < kPerLane; ++i) {
+    const int column = 32 * i + lane;
+    values[i] = column < columns ? row[column] : other;
+  }
+}
+
+__global__ void gptq_block_kernel(const __grid_constant__ GptqBlockArgs args) {
+  extern __shared__ float factor[];
+  const int columns = args.columns, lane = threadIdx.x % 32;
+  for (int i = threadIdx.x; i < columns * columns; i += blockDim.x) factor[i] = static_cast<const float*>(args.factor)[i];
+  __syncthreads();
+  const int64_t row = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / 32;
+  if (row >= args.n) return;
+  float w[kPerLane], scale[kPerLane], zero[kPerLane], code[kPerLane], error[kPerLane];
+  load_row(args.w, row * columns, columns, lane, 0.f, w);
+  load_row(args.scales, row * columns, columns, lane, 1.f, scale);
+  load_row(args.zeros, row * columns, columns, lane, 0.f, zero);
+  // unrolled, so that `turn` names registers
+#pragma unroll
+  for (int turn = 0; turn < kPerLane; ++turn) {
+    for (int from = 0; from < 32; ++from) {
+      const int j = 32 * turn + from;
+      if (j >= columns) break;
+      const float value = __shfl_sync(~0u, w[turn], from);
+      const float step = __shfl_sync(~0u, scale[turn], from), offset = __shfl_sync(~0u, zero[turn], from);
+      const float chosen = fminf(fmaxf(rintf(__fdiv_rn(value, step)) + offset, args.low), args.high);
+      const float pushed = __fdiv_rn(__fsub_rn(value, __fmul_rn(chosen - offset, step)), factor[j * columns + j]);
+      if (lane == from) code[turn] = chosen, error[turn] = pushed;
+#pragma unroll
+      for (int i = turn; i < kPerLane; ++i) {
+        const int column = 32 * i + lane;
+        if (column > j && column < columns) w[i] -= pushed * factor[j * columns + column];
+      }
+    }
+  }
+  for (int i = 0; i < kPerLane; ++i) {
+    const int column = 32 * i + lane;
+    if (column >= columns) continue;
+    static_cast<float*>(args.codes)[row * columns + column] = code[i];
+    static_cast<float*>(args.errors)[row * columns + column] = error[i];
+  }
+}
+
+}  // namespace
+
+cudaError_t launch_gptq_block(const GptqBlockArgs& args, int device, cudaStream_t stream) {
+  cudaError_t error = cudaSetDevice(device);
+  if (error != cudaSuccess) return error;
+  error = cudaFuncSetAttribute(gptq_block_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
+  if (error != cudaSuccess) return error;
+  gptq_block_kernel<<<(args.n + kWarps - 1) / kWarps, kWarps * 32, kSharedBytes, stream>>>(args);
+  return cudaGetLastError();
+}
+
+}  // namespace lowbit

@@ -1,0 +1,62 @@
+"""Rounding a block of columns one after another, each column's error pushed onto those behind it: GPTQ's inner loop.
+
+On a GPU one warp keeps a row of the block in registers through all columns (csrc/gptq_block.cu), so that a block is one
+launch instead of some hundred; elsewhere plain torch, which is also what the kernel is held against.
+"""
+
+import torch
+from torch import Tensor
+
+from quant.kernels.extension import EXTENSION, reason_against_device
+
+MOST_COLUMNS = 128
+
+
+def gptq_block(w: Tensor, factor: Tensor, scales: Tensor, zeros: Tensor, low: int, high: int) -> tuple[Tensor, Tensor]:
+    """Codes and scaled errors (n, b) of the columns of `w`, rounded in order.
+
+    w              (n, b)  float32, b at most 128
+    factor         (b, b)  float32, upper triangular: GPTQ's factor of the inverse second moment
+    scales, zeros  (n, b)  float32, each column's group's
+    low, high      the codes' limits
+    return         codes (n, b) float32; errors (n, b) float32, (w_j - rounded_j) / factor_jj at the time of rounding
+
+    ValueError where dtypes or shapes differ from these.
+    """
+    n, b = w.shape
+    if b > MOST_COLUMNS:
+        raise ValueError(f"a block of {b} columns; at most {MOST_COLUMNS} fit")
+    for name, tensor, shape in (("factor", factor, (b, b)), ("scales", scales, (n, b)), ("zeros", zeros, (n, b))):
+        if tuple(tensor.shape) != shape or tensor.dtype != torch.float32 or tensor.device != w.device:
+            raise ValueError(
+                f"{name} is {tensor.dtype} {list(tensor.shape)} on {tensor.device}; float32 {list(shape)} "
+                f"on {w.device} fits"
+            )
+    if EXTENSION is None or not w.is_cuda or reason_against_device(torch.cuda.get_device_capability(w.device)):
+        return _loop(w, factor, scales, zeros, low, high)
+    return _launch(*(tensor.contiguous() for tensor in (w, factor, scales, zeros)), low, high)
+
+
+def _launch(w: Tensor, factor: Tensor, scales: Tensor, zeros: Tensor, low: int, high: int) -> tuple[Tensor, Tensor]:
+    assert EXTENSION is not None
+    codes, errors = torch.empty_like(w), torch.empty_like(w)
+    args = EXTENSION.GptqBlockArgs()
+    args.w, args.factor, args.scales, args.zeros = (t.data_ptr() for t in (w, factor, scales, zeros))
+    args.codes, args.errors = codes.data_ptr(), errors.data_ptr()
+    args.n, args.columns = w.shape
+    args.low, args.high = low, high
+    with torch.cuda.device(w.device):
+        EXTENSION.gptq_block(args, w.device.index, torch.cuda.current_stream().cuda_stream)
+    return codes, errors
+
+
+def _loop(w: Tensor, factor: Tensor, scales: Tensor, zeros: Tensor, low: int, high: int) -> tuple[Tensor, Tensor]:
+    """The same, a column at a time: the reference."""
+    w = w.clone()
+    codes, errors = torch.empty_like(w), torch.empty_like(w)
+    for j in range(w.shape[1]):
+        codes[:, j] = ((w[:, j] / scales[:, j]).round() + zeros[:, j]).clamp(low, high)
+        rounded = (codes[:, j] - zeros[:, j]) * scales[:, j]
+        errors[:, j] = (w[:, j] - rounded) / factor[j, j]
+        w[:, j + 1 :].addr_(errors[:, j], factor[j, j + 1 :], alpha=-1)
+    return codes, errors

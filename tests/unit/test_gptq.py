@@ -1,0 +1,172 @@
+"""quant/algos/gptq.py against its definition in float64, and where it has to fall back."""
+
+import pytest
+import torch
+
+from quant import numerics
+from quant.algos import gptq as module
+from quant.algos.gptq import gptq, inverse_factor, output_loss
+from quant.kernels import ops
+from quant.qtensor import round_to_nearest
+from quant.scheme import make_scheme
+
+SCHEMES = [make_scheme(4, 32, True), make_scheme(4, 32, False), make_scheme(8, -1, True), make_scheme(4, -1, True)]
+F32 = torch.float32
+
+
+def inputs(k: int, tokens: int = 400, seed: int = 0) -> torch.Tensor:
+    """Correlated activations (tokens, k) with channels of very different sizes."""
+    generator = torch.Generator().manual_seed(seed)
+    mix = torch.randn(k, k, generator=generator) * torch.logspace(-1.5, 0.5, k)
+    return torch.randn(tokens, k, generator=generator) @ mix / k**0.5
+
+
+def moment_of(x: torch.Tensor) -> torch.Tensor:
+    return x.T @ x / len(x)
+
+
+def obvious_gptq(w, moment, scheme, damping):
+    """Column by column in float64, the inverse of what remains computed anew for each: Frantar et al., section 3."""
+    w, n = w.double().clone(), len(moment)
+    scales, zeros = numerics.choose_params(w.float(), scheme, F32)
+    damped = moment.double() + torch.eye(n) * damping * float(moment.diagonal().mean())
+    left = moment.diagonal().argsort(descending=True, stable=True).tolist()
+    codes = torch.zeros_like(w)
+    size = n // scales.shape[1]
+    while left:
+        j = left[0]
+        inverse = torch.linalg.inv(damped[left][:, left])
+        scale = scales[:, j // size].double()
+        zero = 0.0 if zeros is None else zeros[:, j // size].double()
+        codes[:, j] = ((w[:, j] / scale).round() + zero).clamp(scheme.qtype.min, scheme.qtype.max)
+        error = (w[:, j] - (codes[:, j] - zero) * scale) / inverse[0, 0]
+        w[:, left] -= error[:, None] * inverse[0]
+        left = left[1:]
+    return codes
+
+
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+def test_codes_are_those_of_the_definition(scheme):
+    torch.manual_seed(1)
+    w, moment = torch.randn(24, 160), moment_of(inputs(160))
+    result = gptq(w, moment, scheme, F32, clip=False, damping=0.01)
+    wanted = obvious_gptq(w, moment, scheme, 0.01)
+    # a value halfway between two codes may fall to either side in float32, and what follows it with it
+    assert (result.weight.codes.double() == wanted).double().mean() > 0.995
+    assert result.fallbacks == ()
+
+
+@pytest.mark.parametrize("clip", [False, True])
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+@pytest.mark.parametrize("seed", range(3))
+def test_never_worse_than_nearest_and_mostly_far_better(scheme, seed, clip):
+    torch.manual_seed(seed)
+    w, moment = torch.randn(40, 128), moment_of(inputs(128, seed=seed))
+    result = gptq(w, moment, scheme, F32, clip=clip)
+    plain = output_loss(round_to_nearest(w, scheme, F32), w, moment)
+    assert result.loss == pytest.approx(output_loss(result.weight, w, moment))
+    assert result.loss < 0.7 * plain
+
+
+def test_nearest_is_kept_where_it_wins():
+    # with uncorrelated inputs there is nothing to make up for; damping far beyond the data only does harm
+    w = torch.full((3, 32), 0.5)
+    w[:, 0] = 7.5
+    scheme = make_scheme(4, 32, True)
+    moment = torch.eye(32)
+    moment[0, 1] = moment[1, 0] = 0.999
+    result = gptq(w, moment, scheme, F32, clip=False)
+    assert result.loss <= output_loss(round_to_nearest(w, scheme, F32), w, moment)
+
+
+def test_scales_are_in_the_dtype_asked_for():
+    result = gptq(torch.randn(8, 64), moment_of(inputs(64)), make_scheme(4, 32, True), torch.bfloat16)
+    assert result.weight.scales.dtype == torch.bfloat16
+
+
+def test_dead_inputs_round_to_nearest_and_are_reported():
+    torch.manual_seed(0)
+    x = inputs(64)
+    x[:, [3, 40]] = 0
+    w, scheme = torch.randn(8, 64), make_scheme(4, 32, True)
+    result = gptq(w, moment_of(x), scheme, F32, clip=False)
+    assert "2 of 64 inputs never fired" in result.fallbacks[0]
+    nearest = round_to_nearest(w, scheme, F32)
+    assert torch.equal(result.weight.codes[:, [3, 40]], nearest.codes[:, [3, 40]])
+
+
+def test_no_activation_at_all_is_nearest():
+    w, scheme = torch.randn(8, 64), make_scheme(4, 32, True)
+    result = gptq(w, torch.zeros(64, 64), scheme, F32)
+    assert torch.equal(result.weight.codes, round_to_nearest(w, scheme, F32).codes)
+    assert result.fallbacks == ("no input ever fired: rounded to nearest",)
+
+
+def test_one_token_makes_a_singular_moment_that_damping_cures():
+    x = inputs(64, tokens=1)
+    result = gptq(torch.randn(8, 64), moment_of(x), make_scheme(4, 32, True), F32)
+    assert torch.isfinite(result.weight.dequantize()).all()
+
+
+def test_one_output():
+    assert gptq(torch.randn(1, 64), moment_of(inputs(64)), make_scheme(4, -1, True), F32).weight.shape == (1, 64)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_moment_that_is_not_finite_is_refused(bad):
+    moment = moment_of(inputs(32))
+    moment[2, 2] = bad
+    with pytest.raises(ValueError, match="second moment of its inputs is not finite"):
+        gptq(torch.randn(4, 32), moment, make_scheme(4, 32, True), F32)
+
+
+def indefinite(by: float) -> torch.Tensor:
+    """A symmetric matrix whose least eigenvalue is -by, its mean diagonal 1."""
+    torch.manual_seed(0)
+    basis, _ = torch.linalg.qr(torch.randn(32, 32))
+    values = torch.linspace(0.5, 1.5, 32)
+    values[0] = -by
+    return basis @ torch.diag(values) @ basis.T
+
+
+@pytest.mark.parametrize(
+    ("by", "rung"), [(0.02, "damping raised to 0.04"), (0.1, "damping raised to 0.16"), (0.5, "damping raised to 0.64")]
+)
+def test_the_damping_ladder(by, rung):
+    factor, fallbacks = inverse_factor(indefinite(by), 0.01)
+    assert factor is not None
+    assert fallbacks == (rung,)
+
+
+def test_the_diagonal_floor():
+    moment = torch.eye(32)
+    moment[0, 0] = -0.0
+    moment[0, 0] = 1e-30
+    moment[1, 1] = -2.0  # no moment of real inputs, but what rounding can make of a tiny one
+    factor, fallbacks = inverse_factor(moment, 0.01)
+    assert factor is not None
+    assert "1 of 32 inputs never fired" in fallbacks[0]
+
+
+def test_what_no_rung_cures_is_rounded_to_nearest(monkeypatch):
+    w, scheme = torch.randn(4, 32), make_scheme(4, 32, True)
+    result = gptq(w, indefinite(5.0), scheme, F32, clip=False)
+    assert torch.equal(result.weight.codes, round_to_nearest(w, scheme, F32).codes)
+    assert "no Cholesky factor on any rung" in result.fallbacks[-1]
+
+
+def test_float64_is_the_last_rung(monkeypatch):
+    plain = module._factor
+    monkeypatch.setattr(module, "_factor", lambda moment: plain(moment) if moment.dtype == torch.float64 else None)
+    factor, fallbacks = inverse_factor(moment_of(inputs(32)), 0.01)
+    assert factor is not None
+    assert fallbacks == ("the same, factored in float64",) or "float64" in fallbacks[-1]
+
+
+def test_the_block_operator_traces():
+    w = torch.randn(8, 32)
+    args = (w, torch.linalg.cholesky(moment_of(inputs(32)) + torch.eye(32), upper=True), torch.ones(8, 32))
+    torch.library.opcheck(torch.ops.lowbit.gptq_block, (*args, torch.zeros(8, 32), -8, 7))
+    codes, errors = ops.round_block(*args, torch.zeros(8, 32), -8, 7)
+    assert -8 <= codes.min() <= codes.max() <= 7
+    assert torch.equal(errors[:, 0], (w[:, 0] - codes[:, 0]) / args[1][0, 0])

@@ -1,0 +1,84 @@
+"""quant/algos/learned.py: gradients against the straight-through definition, and descent that beats nearest."""
+
+import pytest
+import torch
+
+from quant import numerics
+from quant.algos.learned import OFFSET_LIMIT, LearnedWeight
+from quant.qtensor import round_to_nearest
+from quant.scheme import make_scheme
+
+SCHEMES = [make_scheme(4, 32, True), make_scheme(4, 32, False), make_scheme(8, -1, True)]
+F32 = torch.float32
+
+
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+def test_it_starts_at_nearest(scheme):
+    w = torch.randn(12, 64)
+    weight = LearnedWeight(w, scheme, torch.bfloat16).rounded()
+    wanted = round_to_nearest(w, scheme, torch.bfloat16)
+    assert torch.equal(weight.codes, wanted.codes)
+    assert torch.equal(weight.scales, wanted.scales)
+
+
+def straight_through(w, offsets, shrink, scheme, gradient):
+    """Steps by offsets and multipliers: bounded gradients, by autograd through rounding as the identity."""
+    scales, zeros = numerics.choose_params(w, scheme, F32, shrink)
+    base = scales / shrink
+    offsets, shrink = offsets.clone().requires_grad_(), shrink.clone().requires_grad_()
+    scale = numerics.grouped(w, scheme).mul(0) + (base * shrink).unsqueeze(-1)
+    scale = scale.reshape(w.shape)
+    zero = 0.0 if zeros is None else zeros.repeat_interleave(w.shape[1] // zeros.shape[1], 1)
+    position = w / scale + offsets
+    position = position + (position.round() - position).detach()
+    codes = (position + zero).clamp(scheme.qtype.min, scheme.qtype.max)
+    ((codes - zero) * scale * gradient).sum().backward()
+    # multipliers act by their share of the scale, so their gradients are those of the scale's logarithm
+    return tuple(
+        (g / (2 * g.square().mean().sqrt())).clamp(-1, 1) for g in (offsets.grad, shrink.grad * shrink.detach())
+    )
+
+
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+def test_a_step_follows_the_straight_through_gradient(scheme):
+    torch.manual_seed(3)
+    w, gradient = torch.randn(12, 64), torch.randn(12, 64)
+    learned = LearnedWeight(w, scheme, F32, 0.8)
+    learned.offsets.uniform_(-0.4, 0.4)
+    offsets, shrink = learned.state()
+    by_offset, by_shrink = straight_through(w, offsets, shrink, scheme, gradient)
+    learned.step(learned.rounded(), gradient.clone(), 0.01)
+    torch.testing.assert_close(learned.offsets - offsets, -0.01 * by_offset)
+    torch.testing.assert_close(learned.shrink - shrink, -0.01 * by_shrink)
+
+
+def test_offsets_stay_within_half_a_step():
+    learned = LearnedWeight(torch.randn(4, 32), SCHEMES[0], F32)
+    for _ in range(5):
+        learned.step(learned.rounded(), torch.ones(4, 32), 0.3)
+    assert learned.offsets.abs().max() <= OFFSET_LIMIT
+
+
+def test_a_state_comes_back():
+    learned = LearnedWeight(torch.randn(4, 32), SCHEMES[0], F32)
+    state, codes = learned.state(), learned.rounded().codes
+    learned.step(learned.rounded(), torch.randn(4, 32), 0.4)
+    learned.restore(state)
+    assert torch.equal(learned.rounded().codes, codes)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+def test_descent_beats_nearest_on_a_toy_layer(scheme):
+    torch.manual_seed(0)
+    x = torch.randn(300, 64) @ torch.randn(64, 64) / 8
+    w = torch.randn(32, 64)
+    learned = LearnedWeight(w, scheme, F32)
+
+    def loss() -> tuple[float, torch.Tensor]:
+        error = x @ (learned.rounded().dequantize() - w).T
+        return float(error.square().mean()), 2 * error.T @ x / error.numel()
+
+    before = loss()[0]
+    for step in range(50):
+        learned.step(learned.rounded(), loss()[1], (1 - step / 50) / 50)
+    assert loss()[0] < 0.85 * before

@@ -1,0 +1,73 @@
+"""quant/algos/smooth.py: the published scale, and a search that finds the strength that loses least."""
+
+import pytest
+import torch
+
+from quant.algos.smooth import ALPHAS, search_alpha, smoothing_scales
+from quant.numerics import fake_quantize, fake_quantize_inputs, quantize_inputs
+from quant.scheme import make_scheme
+
+W8 = make_scheme(8, -1, True)
+
+
+def test_the_published_scale():
+    activation, weight = torch.tensor([16.0, 4.0]), torch.tensor([1.0, 4.0])
+    torch.testing.assert_close(smoothing_scales(0.5, activation, weight), torch.tensor([4.0, 1.0]))
+    torch.testing.assert_close(smoothing_scales(1.0, activation, weight), activation)
+
+
+def test_channels_without_activation_or_weight_keep_scale_one():
+    scales = smoothing_scales(0.5, torch.tensor([0.0, 3.0, 9.0]), torch.tensor([2.0, 0.0, 1.0]))
+    assert scales.tolist() == [1.0, 1.0, 3.0]
+
+
+def layer() -> tuple[torch.Tensor, torch.Tensor]:
+    """Inputs with two outlier channels, and a weight."""
+    torch.manual_seed(0)
+    x = torch.randn(200, 64)
+    x[:, [5, 40]] *= 60
+    return x, torch.randn(48, 64)
+
+
+def loss_under(scales: torch.Tensor | None) -> float:
+    x, w = layer()
+    moved = torch.ones(64) if scales is None else scales
+    y = fake_quantize_inputs(x / moved) @ fake_quantize(w * moved, W8, torch.float32).T
+    return float((y - x @ w.T).square().mean())
+
+
+def test_the_search_beats_no_migration_and_every_fixed_strength():
+    x, w = layer()
+    activation, weight = x.abs().amax(0), w.abs().amax(0)
+    choice = search_alpha(activation, weight, loss_under)
+    assert choice.loss < 0.2 * choice.unscaled_loss
+    assert choice.loss == min(loss_under(smoothing_scales(alpha, activation, weight)) for alpha in ALPHAS)
+    assert choice.as_json()["alpha"] == choice.alpha
+
+
+def test_a_fixed_strength_is_taken_even_where_it_loses():
+    choice = search_alpha(torch.ones(4), torch.ones(4), lambda scales: 0.0 if scales is None else 1.0, fixed=0.7)
+    assert choice.alpha == 0.7
+    assert choice.scales is not None
+
+
+def test_nothing_is_moved_where_nothing_helps():
+    choice = search_alpha(torch.ones(4), torch.ones(4), lambda scales: 1.0)
+    assert choice.scales is None
+
+
+def test_int8_inputs_by_hand():
+    x = torch.tensor([[127.0, 0.5, -1.5, 2.5], [0.0, 0.0, 0.0, 0.0]])
+    codes, scales = quantize_inputs(x)
+    assert codes.tolist() == [[127, 0, -2, 2], [0, 0, 0, 0]]
+    assert scales.tolist() == [[1.0], [1.0]]
+    static, _ = quantize_inputs(x, torch.tensor(0.5))
+    assert static.tolist() == [[127, 1, -3, 5], [0, 0, 0, 0]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_rounding_inputs_keeps_their_dtype_and_loses_little(dtype):
+    x = torch.randn(5, 64).to(dtype)
+    rounded = fake_quantize_inputs(x)
+    assert rounded.dtype == dtype
+    assert (rounded.float() - x.float()).abs().max() <= x.float().abs().max() * (0.5 / 127 + 2**-8)
