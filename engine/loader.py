@@ -44,6 +44,7 @@ def load(
     family = family_of(checkpoint)
     place = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
     kind = dtype or default_dtype(checkpoint, place)
+    require_memory(checkpoint, place)
     if cache not in ("same", "int8"):
         raise CheckpointError(f"cache {cache!r}: write same or int8")
     source = None if family.own_config else open_source(str(directory))
@@ -55,6 +56,19 @@ def load(
     tokenizer = None if source is None else tokenizer_of(source)
     options = Options(context=positions, int8_cache=cache == "int8", stop_tokens=stop_tokens_of(checkpoint))
     return Engine(Decoder(architecture, weights, positions), tokenizer, options)
+
+
+def require_memory(checkpoint: Checkpoint, device: torch.device) -> None:
+    """Raises CheckpointError where a GPU has not the memory that the weights take as stored."""
+    if device.type != "cuda":
+        return
+    free, total = torch.cuda.mem_get_info(device)
+    if checkpoint.nbytes > free:
+        raise CheckpointError(
+            f"{checkpoint.directory}: its weights take {checkpoint.nbytes / 2**30:.1f} GiB, {device} has "
+            f"{free / 2**30:.1f} of {total / 2**30:.1f} GiB free: free some, quantize the model to fewer bits, or use "
+            "device='cpu'"
+        )
 
 
 def family_of(checkpoint: Checkpoint) -> Family:

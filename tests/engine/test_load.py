@@ -8,6 +8,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import engine
+from engine.loader import require_memory
+from export.checkpoint import open_checkpoint
 from export.errors import CheckpointError
 from quant.kernels.packed import PackedWeight
 from quant.scheme import parse_scheme
@@ -127,6 +129,16 @@ def test_tensors_that_contradict_the_configuration_are_named(message, tmp_path):
     with pytest.raises(CheckpointError, match=message) as caught:
         engine.load(tmp_path, device="cpu")
     assert "model.layers" in str(caught.value)
+
+
+def test_a_gpu_too_small_for_the_weights_is_told(tmp_path, monkeypatch):
+    save_family("llama", tmp_path)
+    checkpoint = open_checkpoint(tmp_path)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (checkpoint.nbytes - 1, 80 << 30))
+    with pytest.raises(CheckpointError, match=r"take 0\.0 GiB, cuda:0 has 0\.0 of 80\.0 GiB free"):
+        require_memory(checkpoint, torch.device("cuda:0"))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (checkpoint.nbytes, 80 << 30))
+    require_memory(checkpoint, torch.device("cuda:0"))
 
 
 def test_an_unknown_family_is_told_the_known_ones(tmp_path):
