@@ -242,5 +242,5 @@ def code(
 def _line(score: Score) -> str:
     return (
         f"{score.model}: perplexity {score.perplexity:.4f} (loss {score.nll:.5f}) on {score.tokens} tokens, "
-        f"{len(score.window_nll)} windows of {score.context}; {score.cut.protocol.describe()}; {score.backend}"
+        f"{len(score.window_nll)} windows of {score.context}; {score.protocol}; {score.backend}"
     )

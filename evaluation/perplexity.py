@@ -13,6 +13,7 @@ from evaluation.backend import Backend
 from evaluation.journal import Journal, Library
 from evaluation.text import Cut, vocabulary_size
 
+MOST_NATS = 700.0  # beyond it exp() overflows
 OnStep = Callable[[int, int], None]
 
 
@@ -27,6 +28,7 @@ class Score:
     window_nll     (windows,) float64  mean negative log-likelihood of the tokens each window scores, in nats
     window_tokens  (windows,) int64    how many it scores
     cut            the windows, and the protocol that cut them
+    backend, dtype  who computed, and in what
     """
 
     model: str
@@ -34,6 +36,7 @@ class Score:
     window_tokens: Tensor
     cut: Cut
     backend: str = "transformers"
+    dtype: str = "float32"
 
     @property
     def nll(self) -> float:
@@ -42,7 +45,7 @@ class Score:
 
     @property
     def perplexity(self) -> float:
-        return math.exp(self.nll)
+        return math.exp(self.nll) if self.nll < MOST_NATS else math.inf
 
     @property
     def tokens(self) -> int:
@@ -53,6 +56,11 @@ class Score:
     def context(self) -> int:
         return self.cut.protocol.context
 
+    @property
+    def protocol(self) -> str:
+        """In words, what it was computed in included."""
+        return self.cut.protocol.describe(self.dtype)
+
     def as_json(self) -> dict[str, Any]:
         return {
             "model": self.model,
@@ -61,7 +69,7 @@ class Score:
             "tokens": self.tokens,
             "windows": len(self.window_nll),
             "context": self.context,
-            "protocol": self.cut.protocol.describe(),
+            "protocol": self.protocol,
             "backend": self.backend,
             "text_sha256": self.cut.text_sha256,
         }
@@ -102,4 +110,5 @@ def score_of(backend: Backend, cut: Cut, journal: Journal, column: str = "nll") 
     """The score that a finished journal holds in `column`."""
     losses = torch.tensor([journal.rows[i][column] for i in range(len(cut.windows))], dtype=torch.float64)
     tokens = torch.tensor([len(ids) - first for ids, first in zip(cut.windows, cut.first, strict=True)])
-    return Score(backend.source.name, losses, tokens, cut, backend.name)
+    dtype = str(backend.dtype).removeprefix("torch.")
+    return Score(backend.source.name, losses, tokens, cut, backend.name, dtype)

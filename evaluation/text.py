@@ -39,11 +39,11 @@ class Protocol:
     def name(self) -> str:
         return "gptq" if self.stride is None else "strided"
 
-    def describe(self) -> str:
-        """What a reader needs to repeat the number, context aside."""
+    def describe(self, dtype: str = "float32") -> str:
+        """What a reader needs to repeat the number, context aside; `dtype` is what the model computed in."""
         if self.stride is None:
-            return "non-overlapping windows, float32, first token of a window not scored"
-        return f"windows {self.stride} tokens apart, float32, each token scored once, in the first window that holds it"
+            return f"non-overlapping windows, {dtype}, first token of a window not scored"
+        return f"windows {self.stride} tokens apart, {dtype}, each token scored once, in the first window that holds it"
 
 
 @dataclass(frozen=True)

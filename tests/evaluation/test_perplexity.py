@@ -147,6 +147,17 @@ def test_the_strided_command_says_so(models, tmp_path):
     assert row["tokens"] == len(IDS) - 1
 
 
+def test_what_it_computed_in_is_said(models):
+    args = ["--windows", 1, "--context", 32, "--dtype", "bfloat16"]
+    row = json.loads(run_quantize_eval("perplexity", models("llama")[1], *args).out.splitlines()[-1])
+    assert row["protocol"] == "non-overlapping windows, bfloat16, first token of a window not scored"
+
+
+def test_a_loss_beyond_all_numbers_is_infinite_perplexity(models):
+    score = score_of(models("llama")[1], Protocol(64, windows=1))
+    assert dataclasses.replace(score, window_nll=torch.tensor([800.0]).double()).perplexity == math.inf
+
+
 def test_the_builtin_text_is_the_default(models):
     done = run_quantize_eval("perplexity", models("llama")[1], "--windows", 2, "--context", 32)
     assert done.code == 0, done.err
