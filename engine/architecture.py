@@ -79,6 +79,7 @@ class Names:
     up           linears whose rows are gate over up, or the one without a gate
     transposed   dense weights are stored (k, n)
     ignored      last parts of names of tensors that are computed, not loaded
+    others       first parts of names of tensors that other parts of the model have (what sees images)
     """
 
     embedding: str = "model.embed_tokens"
@@ -99,3 +100,4 @@ class Names:
     head: str = "lm_head"
     transposed: bool = False
     ignored: tuple[str, ...] = ("rotary_emb.inv_freq", "rotary_pos_emb.inv_freq", "attn.bias", "attn.masked_bias")
+    others: tuple[str, ...] = ()

@@ -36,10 +36,13 @@ class Cache:
         return loaded(kv.k[slots], kv.k_scales[slots]).to(dtype), loaded(kv.v[slots], kv.v_scales[slots]).to(dtype)
 
     def reorder(self, sequences: Tensor) -> None:
-        """Sequence b becomes a copy of what sequence `sequences[b]` was: beams that go on from others."""
+        """Sequence b becomes a copy of what sequence `sequences[b]` was: beams that go on from others.
+
+        sequences  as many as there are beams, from the cache's first sequence on
+        """
         for layer in self.layers:
             for part in parts_of(layer):
-                rows = part.view(self.batch, -1)
+                rows = part.view(self.batch, -1)[: len(sequences)]
                 rows.copy_(rows[sequences])
 
 

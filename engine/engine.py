@@ -160,9 +160,9 @@ class Engine:
         return Sampler(features, rows, self.decoder.architecture.vocabulary, self.decoder.weights.device)
 
     def runner(self, rows: int, batch: int, length: int, features: Features | None = None) -> Runner:
-        """The runner of `rows` rows over a cache for `batch` sequences of at least `length` positions; kept."""
+        """The runner of `rows` rows over a cache for `batch` sequences or more of `length` positions or more; kept."""
         cache = self.cache
-        if cache is None or cache.batch != batch or cache.context < length:
+        if cache is None or cache.batch < batch or cache.context < length:
             self.cache, cache = None, None
             self.runners.clear()  # their graphs hold the old cache's addresses
             on_gpu = self.decoder.weights.device.type == "cuda"

@@ -96,6 +96,7 @@ def llama(config: Any, context: int) -> Architecture:
 
 def gemma(config: Any, context: int) -> Architecture:
     """Gemma 2 and 3: scaled embeddings, norms after the products too, softcaps, two ropes (Gemma 3)."""
+    config = config.get_text_config()
     ropes = {kind: rope_of(config, config.head_dim, context, kind) for kind in set(config.layer_types)}
     windows = {"sliding_attention": config.sliding_window, "full_attention": None}
     return Architecture(
@@ -201,6 +202,15 @@ GEMMA2 = replace(
     mlp_norm="pre_feedforward_layernorm",
     mlp_out_norm="post_feedforward_layernorm",
 )
+GEMMA3 = with_head_norms(GEMMA2)
+GEMMA3_WITH_IMAGES = replace(
+    GEMMA3,
+    embedding="language_model.model.embed_tokens",
+    layer="language_model.model.layers.{}.",
+    norm="language_model.model.norm",
+    head="language_model.lm_head",
+    others=("vision_tower.", "multi_modal_projector."),
+)
 GLM = replace(LLAMA, up=("mlp.gate_up_proj",))
 GPT2 = Names(
     embedding="transformer.wte",
@@ -255,7 +265,8 @@ FAMILIES = {
         Family("qwen2", LLAMA, llama),
         Family("qwen3", with_head_norms(LLAMA), llama),
         Family("gemma2", GEMMA2, gemma),
-        Family("gemma3_text", with_head_norms(GEMMA2), gemma),
+        Family("gemma3_text", GEMMA3, gemma),
+        Family("gemma3", GEMMA3_WITH_IMAGES, gemma),
         Family("phi3", replace(GLM, qkv=("self_attn.qkv_proj",)), llama),
         Family("gpt2", GPT2, gpt2),
         Family("gptj", GPTJ, gptj),

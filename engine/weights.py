@@ -259,7 +259,8 @@ class Reader:
 
     def refuse_leftovers(self) -> None:
         """Raise CheckpointError where the files hold tensors that this architecture has no place for."""
-        left = sorted(name for name in self.left if not name.endswith(self.names.ignored))
+        names = self.names
+        left = sorted(n for n in self.left if not n.endswith(names.ignored) and not n.startswith(names.others))
         if left:
             raise CheckpointError(
                 f"{self.directory}: {len(left)} tensors have no place in {self.architecture.family} with "

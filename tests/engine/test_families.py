@@ -41,6 +41,7 @@ CASES = {
     "glm4": ("Glm4Config", GATED | {"head_dim": 16}),
 }
 ATOL = 2e-5
+IMAGES = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
 
 
 def built(case: str) -> torch.nn.Module:
@@ -94,6 +95,15 @@ def test_chatglm_is_a_plain_torch_model(multi_query: bool, tmp_path: Path) -> No
     check(engine.load(tmp_path, device="cpu", context=32), reference.logits)
 
 
+def test_the_text_of_a_model_that_sees_images_is_read(tmp_path: Path) -> None:
+    text = GATED | {"head_dim": 16, "tie_word_embeddings": True, "sliding_window": 8}
+    vision = IMAGES | {"image_size": 28, "patch_size": 14}
+    config = transformers.Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)
+    reference = transformers.AutoModelForImageTextToText.from_config(config, dtype=torch.float32).eval()
+    save(reference, tmp_path)
+    check(engine.load(tmp_path, device="cpu", context=32), lambda ids: logits_of(reference, ids))
+
+
 def test_every_family_is_among_the_cases() -> None:
-    covered = {built(case).config.model_type for case in CASES} | {"chatglm"}
+    covered = {built(case).config.model_type for case in CASES} | {"chatglm", "gemma3"}
     assert covered == set(FAMILIES)
