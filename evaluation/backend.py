@@ -6,9 +6,10 @@ where that is all a backend has.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from itertools import islice
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import psutil
 import torch
@@ -20,7 +21,8 @@ from engine.engine import Engine
 from evaluation.vllm_backend import VllmModel
 from export.checkpoint import read_json
 from export.errors import CheckpointError
-from models.skeleton import fill, open_skeleton
+from models.products import QuantizedInputs, input_rounding
+from models.skeleton import Block, Skeleton, fill, open_skeleton
 from models.source import Source
 from models.walk import Walk
 from quant.recipe import nearest
@@ -74,18 +76,20 @@ class Backend(ABC):
 
 
 class TransformersBackend(Backend):
-    """transformers' own model with every weight in memory, packed ones dequantized."""
+    """transformers' own model with every weight in memory, packed ones dequantized; 8-bit inputs are rounded."""
 
     name = "transformers"
 
     @cached_property
-    def model(self) -> PreTrainedModel:
-        return load_dense(self.source, self.device, self.dtype)
+    def _skeleton(self) -> Skeleton:
+        return fill_all(open_skeleton(self.source), self.device, self.dtype)
 
     @torch.no_grad()
     def logits(self, batches: Iterable[Tensor]) -> Iterator[Tensor]:
         for ids in batches:
-            yield self.model(input_ids=ids.to(self.device), use_cache=False).logits.float()
+            with rounded_inputs(self._skeleton):
+                logits = self._skeleton.model(input_ids=ids.to(self.device), use_cache=False).logits
+            yield logits.float()
 
     @torch.no_grad()
     def generate(self, prompt: Sequence[int], tokens: int, stops: Sequence[str] = ()) -> list[int]:
@@ -94,15 +98,16 @@ class TransformersBackend(Backend):
         # Greedy decoding is asked for here alone; a model's own sampling settings would only draw warnings.
         greedy = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None, "max_length": None}
         stopping = {"stop_strings": list(stops), "tokenizer": self.source.tokenizer()} if stops else {}
-        output = self.model.generate(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=tokens,
-            pad_token_id=min(ends, default=0),
-            eos_token_id=sorted(ends) or None,
-            **greedy,
-            **stopping,
-        )
+        with rounded_inputs(self._skeleton):
+            output = self._skeleton.model.generate(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=tokens,
+                pad_token_id=min(ends, default=0),
+                eos_token_id=sorted(ends) or None,
+                **greedy,
+                **stopping,
+            )
         return until_end(output[0, ids.shape[1] :].tolist(), ends)
 
 
@@ -200,13 +205,26 @@ def choose_backend(source: Source, device: str, dtype: torch.dtype, together: in
 
 def load_dense(source: Source, device: str = "cpu", dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """transformers' model with every weight in memory, packed ones dequantized."""
-    skeleton = open_skeleton(source)
+    return fill_all(open_skeleton(source), device, dtype).model
+
+
+def fill_all(skeleton: Skeleton, device: str, dtype: torch.dtype) -> Skeleton:
+    """`skeleton` with every weight of its model in memory, in `dtype` on `device`."""
     tensors = dict(skeleton.others)
     for block in skeleton.blocks:
         tensors |= block.tensors
     fill(skeleton.model, skeleton.model.modules(), tensors, skeleton.read, device, dtype)
     skeleton.model.tie_weights()
-    return skeleton.model
+    return skeleton
+
+
+def rounded_inputs(skeleton: Skeleton) -> AbstractContextManager[Any]:
+    """A context in which the filled model's linears compute with int8 inputs, where its file says so."""
+    if not skeleton.inputs:
+        return nullcontext()
+    linears = [spec for block in skeleton.blocks for spec in block.linears]
+    rounds = {name: input_rounding(scale) for name, scale in skeleton.inputs.items()}
+    return QuantizedInputs(Block("", skeleton.model, linears=linears), skeleton.model.get_parameter, rounds)
 
 
 def token_log_likelihoods(logits: Tensor, ids: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from evaluation.backend import choose_backend, load_dense, open_backend, until_e
 from export.errors import CheckpointError
 from models.source import open_source
 from tests.builders import FAMILIES, calibration, logits_of, make_tokenizer
+from tests.e2e.cli import run_quantize
 
 IDS = calibration(3, 20).ids
 
@@ -41,6 +42,26 @@ def test_packed_weights_are_the_dense_ones_dequantized(int4):
     source = open_source(str(int4))
     dense, packed = (next(open_backend(name, source, "cpu").logits([IDS])) for name in ("transformers", "engine"))
     torch.testing.assert_close(packed, dense, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("activations", ["token", "tensor"])
+def test_int8_inputs_are_rounded_by_every_backend(models, tmp_path, activations):
+    args = ("--method", "smoothquant", "--activations", activations, "--num-samples", 4, "--seqlen", 32)
+    done = run_quantize(models("llama")[1], *args, "--eval-windows", 0, "-o", tmp_path / "w8a8")
+    assert done.code == 0, done.err
+    source = open_source(str(tmp_path / "w8a8"))
+    found = {
+        name: torch.cat(list(open_backend(name, source, "cpu").logits([IDS])))
+        for name in ("transformers", "blocks", "engine")
+    }
+    weights_alone = logits_of(load_dense(source), IDS)
+    rounding = (found["blocks"] - weights_alone).abs().max()
+    assert rounding > 1e-4
+    for name in ("transformers", "engine"):
+        assert (found[name] - found["blocks"]).abs().max() < 0.2 * rounding, name
+    prompt = IDS[0].tolist()
+    first = open_backend("transformers", source, "cpu").generate(prompt, 1)
+    assert first == [int(found["blocks"][0, -1].argmax())]
 
 
 def test_log_likelihoods_are_the_logits(models):
