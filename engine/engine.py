@@ -160,18 +160,22 @@ class Engine:
         return Sampler(features, rows, self.decoder.architecture.vocabulary, self.decoder.weights.device)
 
     def runner(self, rows: int, batch: int, length: int, features: Features | None = None) -> Runner:
-        """The runner of `rows` rows over a cache for `batch` sequences or more of `length` positions or more; kept."""
-        cache = self.cache
-        if cache is None or cache.batch < batch or cache.context < length:
-            self.cache, cache = None, None
-            self.runners.clear()  # their graphs hold the old cache's addresses
-            on_gpu = self.decoder.weights.device.type == "cuda"
-            cache = self.cache = self.make_cache(batch, self.options.context if on_gpu else length)
+        """The runner of `rows` rows over a cache for `batch` sequences of at least `length` positions, kept."""
+        cache = self.roomy_cache(batch, length)
         key = rows, features
         if key not in self.runners:
             sampler = None if features is None else self.sampler(features, rows)
             self.runners[key] = Runner(self.decoder, cache, rows, sampler)
         return self.runners[key]
+
+    def roomy_cache(self, batch: int, length: int) -> Cache:
+        """The engine's cache, made anew where it is smaller than asked: on a GPU for the whole context at once."""
+        if self.cache is None or self.cache.batch < batch or self.cache.context < length:
+            self.cache = None
+            self.runners.clear()  # their graphs hold the old cache's addresses
+            on_gpu = self.decoder.weights.device.type == "cuda"
+            self.cache = self.make_cache(batch, self.options.context if on_gpu else length)
+        return self.cache
 
     @torch.inference_mode()
     def logits(self, ids: Tensor | Sequence[Sequence[int]]) -> Tensor:
@@ -184,9 +188,15 @@ class Engine:
             raise EngineError(f"token ids of shape (B, T) are needed, not {len(rows)} rows of different lengths")
         for row in rows:
             self.check_prompt(row)
-        cache = self.make_cache(1, len(rows[0]))
-        logits = [[self.decoder.logits(h) for h in read_prompt(self.decoder, cache, 0, row)] for row in rows]
-        return torch.stack([torch.cat(parts) for parts in logits])
+        cache, weights = self.roomy_cache(1, len(rows[0])), self.decoder.weights
+        shape = len(rows), len(rows[0]), self.decoder.architecture.vocabulary
+        logits = torch.empty(shape, dtype=torch.float32, device=weights.device)
+        for row, into in zip(rows, logits, strict=True):
+            start = 0
+            for hidden in read_prompt(self.decoder, cache, 0, row):
+                into[start : start + len(hidden)] = self.decoder.logits(hidden)
+                start += len(hidden)
+        return logits
 
     def check_prompt(self, prompt: Sequence[int], room: int = 0) -> None:
         """Raises EngineError for a prompt that is empty, too long for the context, or holds what is no token."""
