@@ -16,6 +16,7 @@ from engine.weights import HALF, Settings, load_weights
 from export.checkpoint import Checkpoint, open_checkpoint
 from export.errors import CheckpointError
 from models.source import Source, model_directory, open_source
+from quant.kernels.extension import reason_against_device
 
 DEFAULT_CONTEXT = 4096
 
@@ -44,6 +45,7 @@ def load(
     family = family_of(checkpoint)
     place = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
     kind = dtype or default_dtype(checkpoint, place)
+    require_build(place)
     require_memory(checkpoint, place)
     if cache not in ("same", "int8"):
         raise CheckpointError(f"cache {cache!r}: write same or int8")
@@ -56,6 +58,13 @@ def load(
     tokenizer = None if source is None else tokenizer_of(source)
     options = Options(context=positions, int8_cache=cache == "int8", stop_tokens=stop_tokens_of(checkpoint))
     return Engine(Decoder(architecture, weights, positions), tokenizer, options)
+
+
+def require_build(device: torch.device) -> None:
+    """Raises CheckpointError where there is a GPU, and no code of ours for it."""
+    reason = reason_against_device(torch.cuda.get_device_capability(device)) if device.type == "cuda" else None
+    if reason is not None:
+        raise CheckpointError(f"{device}: {reason}; or use device='cpu'")
 
 
 def require_memory(checkpoint: Checkpoint, device: torch.device) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from engine.cache import Cache
 from engine.decoder import Decoder, make_step
 from engine.sampler import Chosen, Sampler
+from quant.kernels.decode_attention import reason_against
 
 WARM_UP = 2  # steps before a capture: they load kernels and let libraries take their workspaces
 
@@ -44,7 +45,9 @@ class Runner:
         self.result: Chosen | None = None
         self.logits: Tensor | None = None
         self.graph: torch.cuda.CUDAGraph | None = None
-        self.captures = device.type == "cuda"
+        # what the attention kernel does not take runs as plain torch, whose shapes follow the positions
+        heads = torch.empty(0, dtype=decoder.weights.dtype, device=device)
+        self.captures = reason_against(heads, cache.layers[0]) is None
 
     @property
     def ahead(self) -> int:
@@ -67,7 +70,7 @@ class Runner:
             self.positions.add_(1).clamp_(max=self.cache.context - 1)
 
     def advance(self) -> None:
-        """One step, as a replayed graph where there is a GPU."""
+        """One step, as a replayed graph where a GPU's kernels take it."""
         if not self.captures:
             self.compute()
             return

@@ -8,9 +8,9 @@ from torch.nn import functional
 
 from quant.kernels.extension import EXTENSION, reason_against_device
 from quant.kernels.problem import NORMS
+from quant.numerics import fake_quantize_inputs
 
 MAX_K = 32768
-INT8_LIMIT = 127
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Rows:
     x       (m, k)
     norm    "none", "rms" or "layer", with its weight, bias (k) and eps
     int8    "none"; "token": to multiples of each row's absmax / 127; "tensor": of input_scale, a float32 number.
-            -128 to 127 of them; what comes out are the values that the codes stand for
+            -127 to 127 of them; what comes out are the values that the codes stand for (numerics.quantize_inputs)
     """
 
     x: Tensor
@@ -87,7 +87,4 @@ def reference(call: Rows) -> Tensor:
         y = functional.layer_norm(y, y.shape[-1:], call.weight, call.bias, call.eps)
     if call.int8 == "none":
         return y.clone() if y is call.x else y
-    values, scale = y.float(), call.input_scale
-    if scale is None:
-        scale = (values.abs().amax(-1, keepdim=True) / INT8_LIMIT).clamp(min=torch.finfo(torch.float32).tiny)
-    return ((values / scale).round().clamp(-INT8_LIMIT - 1, INT8_LIMIT) * scale).to(y.dtype)
+    return fake_quantize_inputs(y, call.input_scale)

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import engine
-from engine.loader import require_memory
+from engine.loader import require_build, require_memory
 from export.checkpoint import open_checkpoint
 from export.errors import CheckpointError
 from quant.kernels.packed import PackedWeight
@@ -71,7 +71,7 @@ def test_inputs_are_rounded_where_the_scheme_says_so(scheme, tmp_path):
     def rounding(module, args):
         values = args[0]
         scale = values.abs().amax(-1, keepdim=True) / 127 if scheme.endswith("token") else 0.05
-        return ((values / scale).round().clamp(-128, 127) * scale,)
+        return ((values / scale).round().clamp(-127, 127) * scale,)
 
     exact = logits_of(reference, IDS)
     for name, module in reference.named_modules():
@@ -129,6 +129,13 @@ def test_tensors_that_contradict_the_configuration_are_named(message, tmp_path):
     with pytest.raises(CheckpointError, match=message) as caught:
         engine.load(tmp_path, device="cpu")
     assert "model.layers" in str(caught.value)
+
+
+def test_a_gpu_without_code_of_ours_is_told(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (3, 5))
+    with pytest.raises(CheckpointError, match=r"cuda:0: .*quant\._C was.*; or use device='cpu'"):
+        require_build(torch.device("cuda:0"))
+    require_build(torch.device("cpu"))
 
 
 def test_a_gpu_too_small_for_the_weights_is_told(tmp_path, monkeypatch):

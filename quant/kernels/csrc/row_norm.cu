@@ -86,7 +86,7 @@ __device__ void round_row(const RowNormArgs& args, float (&x)[kCount][kVector], 
 #pragma unroll
   for (int v = 0; v < kCount; ++v)
 #pragma unroll
-    for (int i = 0; i < kVector; ++i) x[v][i] = fminf(fmaxf(rintf(x[v][i] / scale), -128.f), 127.f) * scale;
+    for (int i = 0; i < kVector; ++i) x[v][i] = fminf(fmaxf(rintf(x[v][i] / scale), -127.f), 127.f) * scale;
 }
 
 template <typename T, int kCount>

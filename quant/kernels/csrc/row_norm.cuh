@@ -17,7 +17,7 @@ struct RowNormArgs {
   int m, k;
   Norm norm;
   float eps;
-  bool int8;  // round to input_scale's multiples, -128 to 127 of them
+  bool int8;  // round to input_scale's multiples, -127 to 127 of them
 };
 
 template <typename T>
