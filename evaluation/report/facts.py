@@ -85,6 +85,8 @@ def facts_of(directory: Path, extra_rows: Iterable[dict[str, Any]] = (), name: s
         "errors": error_map(run),
         "losses": [block.get("loss") for block in run.get("blocks", [])],
         "outliers": outliers(run),
+        "tuning": run.get("distilled") or [],
+        "experts": expert_tokens(run),
         "evaluations": evaluations,
         "marks": calibration_marks(families, evaluations),
     }
@@ -224,6 +226,16 @@ def outliers(run: dict[str, Any]) -> list[dict[str, Any]]:
         row = merged.setdefault(str(sides), {"kinds": [], **sides})
         row["kinds"].append(kind)
     return [row for row in merged.values() if "after" in row and "before" in row]
+
+
+def expert_tokens(run: dict[str, Any]) -> dict[str, int] | None:
+    """How many calibration tokens reached an expert's linear: how many linears, and the least, median and most tokens.
+    None without experts, or where nothing was calibrated."""
+    rows = [row for block in run.get("blocks", []) for name, row in block["linears"].items() if "experts." in name]
+    tokens = sorted(row["tokens"] for row in rows if row.get("tokens") is not None)
+    if not tokens:
+        return None
+    return {"linears": len(tokens), "least": tokens[0], "median": tokens[len(tokens) // 2], "most": tokens[-1]}
 
 
 def _by_kind(block: dict[str, Any], *keys: str) -> dict[str, list[float]]:

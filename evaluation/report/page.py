@@ -18,6 +18,7 @@ from evaluation.report.plots import (
     pareto_plot,
     position_plot,
     survival_plot,
+    tuning_plot,
 )
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -53,6 +54,7 @@ def figures_of(facts: dict[str, Any], divergence: dict[str, Any] | None) -> dict
         "heat": heat_map(facts["errors"]) if facts["errors"] else None,
         "losses": loss_plot(facts["losses"]),
         "outliers": outlier_plot(facts["outliers"]),
+        "tuning": tuning_plot(facts["tuning"]),
     }
 
 

@@ -255,6 +255,20 @@ def loss_plot(losses: Sequence[float | None]) -> str | None:
     return drawing.svg()
 
 
+def tuning_plot(values: Sequence[float]) -> str | None:
+    """Divergence from the unquantized model on the calibration text, step by step of the tuning."""
+    if len(values) < 2:
+        return None
+    drawing = Drawing("Divergence from the original while scales and norms were tuned", 3.0)
+    [axes] = drawing.axes
+    axes.plot(values, color=AFTER, linewidth=1.8)
+    axes.set_xlabel("step")
+    axes.set_ylabel("KL, nats a token")
+    axes.set_ylim(bottom=0)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    return drawing.svg()
+
+
 def outlier_plot(rows: Sequence[dict[str, Any]]) -> str | None:
     """Largest input channel over the median one, before and after what was moved into weights."""
     if not rows:

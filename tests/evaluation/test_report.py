@@ -87,6 +87,22 @@ def test_a_run_without_calibration_shows_weight_errors(int4):
     assert "outputs were not measured" in render(facts, "html")
 
 
+def test_experts_and_tuning_are_shown_where_there_are_any(copied):
+    assert facts_of(copied)["experts"] is None
+    run = json.loads((copied / "quantization_report.json").read_text())
+    linears = run["blocks"][0]["linears"]
+    row = next(iter(linears.values()))
+    for expert, tokens in enumerate((0, 7, 100)):
+        linears[f"model.layers.0.mlp.experts.{expert}.up_proj"] = row | {"tokens": tokens}
+    run["distilled"] = [0.5, 0.3, 0.25]
+    (copied / "quantization_report.json").write_text(json.dumps(run))
+    facts = facts_of(copied)
+    assert facts["experts"] == {"linears": 3, "least": 0, "median": 7, "most": 100}
+    for kind in ("html", "md"):
+        assert "each reached by 0 to 100 calibration tokens, half of them by 7 or more" in render(facts, kind)
+    assert "Tuning" in render(facts, "html")
+
+
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "gpt2", "falcon_7b"])
 def test_other_architectures(family, tmp_path):
     source = save_family(family, tmp_path / family)
@@ -146,8 +162,8 @@ def test_a_mixture_has_several_families():
 def test_figures_are_well_formed_and_take_the_pages_colours(awq):
     facts = facts_of(awq)
     figures = figures_of(facts, facts["evaluations"]["divergence"][0])
-    assert all(figures.values()), {name for name, svg in figures.items() if not svg}
-    for svg in figures.values():
+    assert {name for name, svg in figures.items() if not svg} == {"tuning"}
+    for svg in filter(None, figures.values()):
         root = ET.fromstring(svg)
         assert root.get("aria-label")
         assert root.get("viewBox")
