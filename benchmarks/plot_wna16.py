@@ -39,7 +39,7 @@ def draw(axes: plt.Axes, rows: list[dict]) -> None:
     axes.axhline(rows[0]["floor_us"], color="black", linestyle="--", label="floor: reading the bytes")
     axes.set(title=f"{rows[0]['n']} x {rows[0]['k']}", xscale="log", xlabel="rows of x", ylabel="us")
     axes.set_xticks([1, 2, 4, 8, 16, 32, 64], ["1", "2", "4", "8", "16", "32", "64"])
-    axes.set_ylim(bottom=0, top=max(6 * rows[0]["floor_us"], 1))
+    axes.set_ylim(bottom=0, top=4 * rows[0]["floor_us"])
 
 
 def main() -> None:

@@ -19,6 +19,8 @@ namespace lowbit {
 namespace {
 
 constexpr int kRingBytes = 8192;  // of a warp, scales and zeros apart
+// More than half of a multiprocessor's shared memory: two blocks on one would leave another idle.
+constexpr int kLeastBytes = 116 << 10;
 
 template <typename T_, int kBits_, bool kZeros_, int kGroups_, bool kChannel_, int kColumns_, int kWarpgroups_>
 struct Shape {
@@ -394,7 +396,7 @@ __global__ void __launch_bounds__(S::kThreads, 1) wna16_gemm_kernel(const __grid
 template <typename S>
 cudaError_t launch_shape(const Wna16Args& args, const Wna16GemmLaunch& launch, cudaStream_t stream) {
   auto kernel = wna16_gemm_kernel<S>;
-  const int bytes = Layout<S>::kBytes;
+  const int bytes = Layout<S>::kBytes > kLeastBytes ? Layout<S>::kBytes : kLeastBytes;
   const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   if (error != cudaSuccess) return error;
   cudaLaunchAttribute attributes[2];
