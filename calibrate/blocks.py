@@ -1,9 +1,7 @@
 """Block after block, each quantized on what the quantized blocks before it return."""
 
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -12,6 +10,7 @@ from calibrate.block import BlockWork
 from calibrate.data import CalibrationSet
 from calibrate.discover import Structure
 from calibrate.job import Job
+from calibrate.outcome import BlockOutcome, run_stored
 from calibrate.report import BlockReport, calibrated_rows, linear_row, peak_memory
 from calibrate.rounding import RoundingLearner, round_gptq, round_nearest, spread
 from calibrate.search import FoldSearch
@@ -26,23 +25,26 @@ BATCH_TOKENS = 2048  # tokens run through a block at once, and tokens that modul
 GRAM_TOKENS = 16384  # tokens that the second moments of transforms and clipping are estimated from
 
 
-@dataclass(frozen=True)
-class BlockOutcome:
-    """A quantized block, on the CPU.
+class Blocks(Protocol):
+    """The blocks of a job in order, each to be quantized or, where an earlier run did it, to be passed."""
 
-    weights  its quantized linears
-    kept     its other tensors, as transforms left them, in the job's dtype
-    """
+    def quantize(self, index: int) -> BlockOutcome:
+        """The outcome of block `index`."""
 
-    weights: dict[str, QTensor]
-    kept: dict[str, Tensor]
-    report: BlockReport
+    def replay(self, index: int, outcome: BlockOutcome) -> None:
+        """Go past block `index`, whose outcome an earlier run found."""
 
 
-def data_free_blocks(job: Job) -> Iterator[BlockOutcome]:
+class DataFreeBlocks:
     """Each block's weights rounded to nearest, a tensor of the file in memory at a time."""
-    for index, block in enumerate(job.skeleton.blocks):
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+
+    def quantize(self, index: int) -> BlockOutcome:
+        """The outcome of block `index`."""
         begun = time.monotonic()
+        job, block = self._job, self._job.skeleton.blocks[index]
         weights: dict[str, QTensor] = {}
         rows: dict[str, dict[str, Any]] = {}
         for name, placement in block.tensors.items():
@@ -55,7 +57,10 @@ def data_free_blocks(job: Job) -> Iterator[BlockOutcome]:
                 weights[spec.name] = weight.to("cpu")
         seconds = time.monotonic() - begun
         report = BlockReport(index, block.name, None, seconds, peak_memory(job.device), [], rows)
-        yield BlockOutcome(weights, {}, report)
+        return BlockOutcome(weights, {}, report)
+
+    def replay(self, index: int, outcome: BlockOutcome) -> None:
+        """No block depends on another."""
 
 
 def _linears_in(block: Block, name: str, placement: Placement) -> list[LinearSpec]:
@@ -90,15 +95,19 @@ class BlockLoop:
         probes = Walk(job.skeleton, job.device, torch.float32)
         self._prober = Prober(probes, calibration.ids, job.recipe.seed)
 
-    def __iter__(self) -> Iterator[BlockOutcome]:
-        for index in range(len(self._job.skeleton.blocks)):
-            with self.walk.loaded(index):
-                outcome = self._quantize(index)
-            yield outcome
+    def quantize(self, index: int) -> BlockOutcome:
+        """The outcome of block `index`; both streams move on behind it."""
+        with self.walk.loaded(index), torch.no_grad():
+            return self._quantize(index)
 
-    @torch.no_grad()
+    def replay(self, index: int, outcome: BlockOutcome) -> None:
+        """Both streams move on behind block `index`, as they did when an earlier run found its `outcome`."""
+        with self.walk.loaded(index), torch.no_grad():
+            self._prober.learn(index)
+            targets = [self.walk.run(index, states) for states in self.exact] if self._two_streams else []
+            self._move_on(index, outcome, targets)
+
     def _quantize(self, index: int) -> BlockOutcome:
-        """The outcome of the loaded block `index`; both streams move on behind it."""
         begun = time.monotonic()
         job, block = self._job, self._job.skeleton.blocks[index]
         names = [spec.name for spec in block.linears if spec.name in job.plan.schemes]
@@ -113,10 +122,15 @@ class BlockLoop:
         kept = _kept_tensors(job, block, weights)
         loss = _relative_loss(work.run_quantized(sample), before, sample)
         rows = calibrated_rows(job, work, weights)
-        self.hidden = work.run_quantized(self.hidden)
-        self.exact = targets or self.hidden
         report = BlockReport(index, block.name, loss, time.monotonic() - begun, peak_memory(job.device), folds, rows)
-        return BlockOutcome(work.finished(weights), kept, report)
+        outcome = BlockOutcome(work.finished(weights), kept, report)
+        self._move_on(index, outcome, targets)
+        return outcome
+
+    def _move_on(self, index: int, outcome: BlockOutcome, targets: list[Tensor]) -> None:
+        """The quantized stream runs through the stored block, the exact one has become `targets` where it is kept."""
+        self.hidden = run_stored(self.walk, index, outcome, self.hidden)
+        self.exact = targets or self.hidden
 
     def _transform(self, work: BlockWork, structure: Structure, sample: list[Tensor]) -> list[dict[str, Any]]:
         """Apply the recipe's transforms; return a row of the report for each fold."""

@@ -17,8 +17,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from calibrate.blocks import BlockLoop, BlockOutcome
+from calibrate.blocks import BlockLoop
 from calibrate.job import Job
+from calibrate.outcome import BlockOutcome
 from models.products import QuantizedInputs, input_rounding, weight_view
 from models.walk import Walk
 from quant import numerics

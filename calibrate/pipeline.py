@@ -4,11 +4,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from calibrate.blocks import BlockLoop, BlockOutcome, data_free_blocks
+from calibrate.blocks import BlockLoop, Blocks, DataFreeBlocks
 from calibrate.data import CalibrationSet
 from calibrate.distill import distill
 from calibrate.job import Job, prepare
+from calibrate.outcome import BlockOutcome
 from calibrate.report import BlockReport, Result, report_of
+from calibrate.resume import Journal
 from calibrate.written import RecordingWriter
 from export.checkpoint import verify_checksums
 from export.formats import FORMATS, write_config
@@ -16,14 +18,13 @@ from export.writer import ShardedWriter, copy_companions, write_json
 
 __all__ = ["BlockReport", "Job", "Result", "prepare", "run"]
 
-BATCH_TOKENS = 2048  # tokens run through a block at once, and tokens that module outputs are compared on
-GRAM_TOKENS = 16384  # tokens that second moments are estimated from
-
 OnBlock = Callable[[BlockReport], None]
 
 
-def run(job: Job, output: Path, calibration: CalibrationSet | None, on_block: OnBlock) -> Result:
-    """Quantize `job` into the existing, empty directory `output`.
+def run(
+    job: Job, output: Path, calibration: CalibrationSet | None, on_block: OnBlock, journal: Journal | None = None
+) -> Result:
+    """Quantize `job` into the existing, empty directory `output`; blocks that `journal` holds are not done again.
 
     Writes weights, config.json, recipe.toml and quantization_report.json, and copies tokenizer and templates. What was
     written is read again and compared with what was meant. Raises CheckpointError where it differs.
@@ -32,7 +33,8 @@ def run(job: Job, output: Path, calibration: CalibrationSet | None, on_block: On
     recipe = replace(job.recipe, calibration_sha256=calibration.sha256 if calibration else None)
     result = Result(job.plan, recipe, job.dtype, source_bytes=job.source.checkpoint.nbytes)
     writer = RecordingWriter(ShardedWriter(output, recipe.max_shard_size), job)
-    for block, outcome in zip(job.skeleton.blocks, _outcomes(job, calibration, result, on_block), strict=True):
+    outcomes = _outcomes(job, calibration, result, on_block, journal)
+    for block, outcome in zip(job.skeleton.blocks, outcomes, strict=True):
         writer.add_block(block, outcome.weights, outcome.kept)
     writer.add_others()
     writer.finish()
@@ -42,12 +44,13 @@ def run(job: Job, output: Path, calibration: CalibrationSet | None, on_block: On
 
 
 def _outcomes(
-    job: Job, calibration: CalibrationSet | None, result: Result, on_block: OnBlock
+    job: Job, calibration: CalibrationSet | None, result: Result, on_block: OnBlock, journal: Journal | None
 ) -> Iterator[BlockOutcome]:
     """Every block's outcome, told to `result` and `on_block`; all at the end where they are tuned together."""
     loop = BlockLoop(job, calibration) if calibration else None
     held = []
-    for outcome in loop or data_free_blocks(job):
+    for index in range(len(job.skeleton.blocks)):
+        outcome = _outcome(loop or DataFreeBlocks(job), index, journal)
         result.blocks.append(outcome.report)
         on_block(outcome.report)
         if job.recipe.distill_steps:
@@ -56,6 +59,18 @@ def _outcomes(
             yield outcome
     if loop and held:
         yield from distill(job, loop, held, result.distilled.append)
+
+
+def _outcome(blocks: Blocks, index: int, journal: Journal | None) -> BlockOutcome:
+    """What became of block `index`: out of `journal`, or found now and put there."""
+    outcome = journal.read(index) if journal else None
+    if outcome is not None:
+        blocks.replay(index, outcome)
+        return outcome
+    outcome = blocks.quantize(index)
+    if journal:
+        journal.add(index, outcome)
+    return outcome
 
 
 def _write_companions(job: Job, output: Path, result: Result) -> None:

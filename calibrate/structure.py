@@ -29,11 +29,7 @@ class Prober:
         """The structure of block `index`, which must be loaded; folds that fail on this block are named as rejected."""
         block = self._walk.skeleton.blocks[index]
         bench = Workbench(block)
-        device = next(block.module.parameters()).device
-        generator = torch.Generator().manual_seed(self._seed + index)
-        probe, single = (
-            self._probe(index, torch.randn(shape, generator=generator).to(device)) for shape in self._shapes
-        )
+        probe, single = self._probes(index)
         key = block.signature()
         if key not in self._known:
             self._known[key] = block, discover(bench, probe, single, self._seed)
@@ -43,6 +39,20 @@ class Prober:
         proved = prove(bench, structure.folds, probe, self._seed + index)
         rejected = [fold.describe() for fold in structure.folds if fold not in proved]
         return replace(structure, folds=proved, rejected=rejected)
+
+    def learn(self, index: int) -> None:
+        """Find the structure of block `index`, loaded and as in the file, if it is the first of its kind."""
+        if self._walk.skeleton.blocks[index].signature() not in self._known:
+            self.structure(index)
+
+    def _probes(self, index: int) -> tuple[Probe, Probe]:
+        """Random hidden states that enter block `index`: two sequences, and many of one token."""
+        device = next(self._walk.skeleton.blocks[index].module.parameters()).device
+        generator = torch.Generator().manual_seed(self._seed + index)
+        probe, single = (
+            self._probe(index, torch.randn(shape, generator=generator).to(device)) for shape in self._shapes
+        )
+        return probe, single
 
     def _probe(self, index: int, hidden: Tensor) -> Probe:
         def run(module: nn.Module) -> Tensor:

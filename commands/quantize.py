@@ -12,6 +12,7 @@ from rich.table import Table
 from calibrate.data import CalibrationSet, builtin_text, calibration_tokens
 from calibrate.methods import METHODS, ROUNDERS, TRANSFORMS, complete_recipe
 from calibrate.pipeline import BlockReport, Job, Result, prepare, run
+from calibrate.resume import journal_of, journaled
 from commands.common import SETTINGS, Size, check_device, make_console, run_command
 from evaluation.after import MEASURES, Measured, measure, parse_measures
 from evaluation.perplexity import Score, describe_difference
@@ -54,7 +55,7 @@ RECIPE_FLAGS = [
 
 def main() -> None:
     """Entry point of the console script."""
-    run_command(quantize)
+    run_command(quantize, "Interrupted; nothing was written. Blocks that were finished are kept: see --resume.")
 
 
 def _list_methods(context: click.Context, option: click.Parameter, wanted: bool) -> None:
@@ -119,6 +120,7 @@ def _list_methods(context: click.Context, option: click.Parameter, wanted: bool)
     help=f"What to measure then: {', '.join(MEASURES)}. A report is written too.",
 )
 @click.option("--dry-run", is_flag=True, help="Say what would be done, and stop before reading a weight.")
+@click.option("--resume", is_flag=True, help="Go on where an interrupted run to the same output stopped.")
 @click.option("--overwrite", is_flag=True, help="Replace an output directory that is not empty.")
 @click.option("--trust-remote-code", is_flag=True, help="Run Python code that the model brings.")
 @click.option(
@@ -144,12 +146,13 @@ def quantize(
     _print_plan(console, job)
     if output is None or flags["dry_run"]:
         return
-    require_space(output, int(job.output_bytes() * 2.05) + 50_000_000)
+    require_space(output, int(job.output_bytes() * 3.05) + 50_000_000)
     calibration = _calibration(recipe, source)
     begun = time.monotonic()
-    with staged(output, flags["overwrite"]) as staging:
+    with journaled(output, job, calibration, flags["resume"]) as journal, staged(output, flags["overwrite"]) as staging:
+        _print_journal(console, output, journal.finished, flags["resume"])
         with console.status("quantizing"):
-            result = run(job, staging, calibration, _block_printer(console, len(job.skeleton.blocks)))
+            result = run(job, staging, calibration, _block_printer(console, len(job.skeleton.blocks)), journal)
         measured = _evaluate(console, source, staging, flags, job.device)
         _write_papers(staging, job, result, measured, output.resolve().name)
     _print_summary(console, output, result, measured.scores, time.monotonic() - begun)
@@ -208,6 +211,13 @@ def _print_plan(console: Console, job: Job) -> None:
         console.print(f"  left {name}: {left.reason}")
     for warning in job.warnings():
         console.print(f"  note: {warning}")
+
+
+def _print_journal(console: Console, output: Path, finished: int, resume: bool) -> None:
+    if finished:
+        console.print(f"{finished} blocks were finished before, in {journal_of(output)}")
+    elif journal_of(output).exists() and not resume:
+        console.print(f"  note: {journal_of(output)} is of an interrupted run; stop and add --resume to go on there")
 
 
 def _block_printer(console: Console, total: int) -> Callable[[BlockReport], None]:

@@ -1,0 +1,166 @@
+"""What an interrupted run had finished: a journal beside the output, a block at a time.
+
+A block's file is laid out as compressed-tensors lays out its linears, whatever format the output has; the JSON file
+beside it, written last, says that it is whole. `key.json` says what the journal was made from.
+"""
+
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from calibrate.data import CalibrationSet
+from calibrate.job import Job
+from calibrate.outcome import BlockOutcome
+from calibrate.report import BlockReport
+from export.checkpoint import read_json, sha256_of
+from export.compressed_tensors import COMPRESSED_TENSORS
+from export.errors import CheckpointError
+from export.staging import sync
+from export.tensorfile import TensorFileWriter, read_entries, read_tensor
+from export.writer import write_json
+from quant import __version__
+from quant.recipe import RecipeError
+from quant.scheme import parse_scheme
+
+KEY = "key.json"
+START_OVER = "run without --resume to start over"
+
+
+def journal_of(output: Path) -> Path:
+    """Where the journal of a run that writes `output` lies."""
+    return output.parent / f".{output.name}.journal"
+
+
+def key_of(job: Job, calibration: CalibrationSet | None) -> dict[str, Any]:
+    """All that decides a block's bytes, as JSON values: model files by hash, recipe, calibration tokens, programs."""
+    directory = job.source.directory
+    files = {entry.path for entry in job.source.checkpoint.entries.values()} | {directory / "config.json"}
+    recipe = asdict(replace(job.recipe, calibration_sha256=None))
+    key = {
+        "lowbit": __version__,
+        "torch": torch.__version__,
+        "device": torch.device(job.device).type,
+        "model": {path.name: sha256_of(path) for path in sorted(files)},
+        "calibration": calibration.sha256 if calibration else None,
+        "recipe": recipe,
+    }
+    plain: dict[str, Any] = json.loads(json.dumps(key))
+    return plain
+
+
+class Journal:
+    """The finished blocks of a run.
+
+    directory  made with the first block that is added
+    key        what `key_of` says of the run
+    finished   how many blocks an earlier run of the same key left
+    """
+
+    def __init__(self, directory: Path, key: dict[str, Any]) -> None:
+        self.directory, self._key = directory, key
+        self.finished = 0
+
+    def resume(self) -> None:
+        """Take up what an earlier run left, if anything; CheckpointError where that run was another."""
+        if not self.directory.exists():
+            return
+        found = read_json(self.directory / KEY)
+        if found != self._key:
+            difference = _difference(found, self._key)
+            raise CheckpointError(f"{self.directory}: made by another run, {difference}; {START_OVER}")
+        while self._row(self.finished).exists():
+            self.finished += 1
+
+    def read(self, index: int) -> BlockOutcome | None:
+        """What became of block `index`; None where it is still to do. CheckpointError where the files are damaged."""
+        if index >= self.finished:
+            return None
+        entries = read_entries(self._tensors(index))
+        row = read_json(self._row(index))
+        try:
+            weights = {
+                name: COMPRESSED_TENSORS.read(name, lambda key: read_tensor(entries[key]), parse_scheme(scheme))
+                for name, scheme in row["weights"].items()
+            }
+            kept = {name: read_tensor(entries[name]) for name in row["kept"]}
+            return BlockOutcome(weights, kept, BlockReport(**row["report"]))
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"{self._tensors(index)}: no finished block ({error}); {START_OVER}") from error
+
+    def add(self, index: int, outcome: BlockOutcome) -> None:
+        """Keep the outcome of block `index`, durable on disk when this returns."""
+        if index == 0:
+            self._begin()
+        part = self._tensors(index).with_suffix(".part")
+        writer = TensorFileWriter(part)
+        for name, weight in outcome.weights.items():
+            for key, tensor in COMPRESSED_TENSORS.write(name, weight).items():
+                writer.add(key, tensor)
+        for name, tensor in outcome.kept.items():
+            writer.add(name, tensor)
+        writer.close()
+        part.rename(self._tensors(index))
+        row = {
+            "weights": {name: str(weight.scheme) for name, weight in outcome.weights.items()},
+            "kept": list(outcome.kept),
+            "report": asdict(outcome.report),
+        }
+        write_json(part, row)
+        sync(part)
+        part.rename(self._row(index))
+        sync(self.directory)
+
+    def remove(self) -> None:
+        """Delete it."""
+        shutil.rmtree(self.directory, ignore_errors=True)
+
+    def _begin(self) -> None:
+        self.remove()
+        self.directory.mkdir()
+        write_json(self.directory / KEY, self._key)
+
+    def _tensors(self, index: int) -> Path:
+        return self.directory / f"block-{index:05}.safetensors"
+
+    def _row(self, index: int) -> Path:
+        return self.directory / f"block-{index:05}.json"
+
+
+@contextmanager
+def journaled(output: Path, job: Job, calibration: CalibrationSet | None, resume: bool) -> Iterator[Journal]:
+    """The journal of a run that writes `output`, for as long as the run lasts.
+
+    resume  take up what an interrupted run left; else that is dropped when the first block is finished
+
+    It goes where the run ends well or is refused, and stays where the run is interrupted, killed or crashes.
+    """
+    journal = Journal(journal_of(output), key_of(job, calibration))
+    if resume:
+        journal.resume()
+    try:
+        yield journal
+    except (CheckpointError, RecipeError):
+        journal.remove()
+        raise
+    journal.remove()
+
+
+def _difference(found: dict[str, Any], wanted: dict[str, Any]) -> str:
+    """In what two keys differ, in words."""
+    theirs, ours = found.get("recipe", {}), wanted["recipe"]
+    if found.get("model") != wanted["model"]:
+        names = [name for name, digest in wanted["model"].items() if found.get("model", {}).get(name) != digest]
+        return f"of a model with another {', '.join(names) or 'set of files'}"
+    if theirs != ours:
+        keys = [key for key, value in ours.items() if theirs.get(key) != value]
+        return "with another recipe: " + ", ".join(f"{key} {theirs.get(key)}, not {ours[key]}" for key in keys)
+    if found.get("calibration") != wanted["calibration"]:
+        return f"with calibration tokens {found.get('calibration')}, not {wanted['calibration']}"
+    keys = [key for key in ("lowbit", "torch", "device") if found.get(key) != wanted[key]]
+    return ", ".join(f"with {key} {found.get(key)}, not {wanted[key]}" for key in keys)
