@@ -279,10 +279,19 @@ def len_of(matrix: QTensor | Tensor) -> int:
 
 
 def stacked(matrices: list[QTensor | Tensor], dtype: torch.dtype) -> QTensor | Tensor:
-    """The matrices one below the other; dense where their schemes differ."""
+    """The matrices one below the other; dense where their schemes differ.
+
+    CheckpointError where only some of them round their inputs: what is one product has one input.
+    """
     if len(matrices) == 1:
         return matrices[0]
     quantized = [matrix for matrix in matrices if isinstance(matrix, QTensor)]
+    rounding = [matrix.scheme.activations if isinstance(matrix, QTensor) else None for matrix in matrices]
+    if len(set(rounding)) > 1:
+        raise CheckpointError(
+            "linears that share an input (q, k and v; gate and up) round it differently here: the engine multiplies "
+            "them together; quantize the model anew with one scheme for them"
+        )
     if len(quantized) < len(matrices) or len({str(matrix.scheme) for matrix in quantized}) > 1:
         return torch.cat([matrix.dequantize(dtype) if isinstance(matrix, QTensor) else matrix for matrix in matrices])
     zeros = [matrix.zeros for matrix in quantized if matrix.zeros is not None]

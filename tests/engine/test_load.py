@@ -83,6 +83,18 @@ def test_inputs_are_rounded_where_the_scheme_says_so(scheme, tmp_path):
     assert (got - exact).abs().max() > 10 * (got - expected).abs().max()
 
 
+def test_linears_of_one_product_share_their_inputs(tmp_path):
+    reference = quantized(tmp_path, parse_scheme("int8-channel-a8token"))
+    tensors = load_file(tmp_path / "model.safetensors")
+    name = "model.layers.0.mlp.up_proj"
+    for each in [each for each in tensors if each.startswith(name)]:
+        del tensors[each]
+    tensors[f"{name}.weight"] = reference.get_parameter(f"{name}.weight").data.contiguous()
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match="gate and up"):
+        engine.load(tmp_path, device="cpu")
+
+
 def test_an_int8_cache_stays_close(tmp_path):
     _, reference = tiny(tmp_path)
     expected = logits_of(reference, IDS)
