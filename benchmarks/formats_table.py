@@ -118,7 +118,8 @@ def last_words(output: str) -> str:
         r"^(?:\(.*?\) *)?(?:ERROR .*?\] )?((?:\w+\.)*\w*(?:Error|Exception|Warning)\b: .+)$", output, re.M
     )
     known = [error for error in errors if "initialization failed" not in error]  # vLLM's processes repeat the news
-    line = (known or errors or output.strip().splitlines() or ["no output"])[-1].strip()
+    told = re.findall(r"^ +Value error, (.+?)(?: \[type=.*)?$", output, re.M)  # pydantic's reason is a line further on
+    line = (told or known or errors or output.strip().splitlines() or ["no output"])[-1].strip()
     line = re.sub(r"/\S*/", "", line)
     return line if len(line) <= LONGEST_ERROR else line[: LONGEST_ERROR - 3] + "..."
 
