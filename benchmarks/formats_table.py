@@ -20,6 +20,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from string import ascii_uppercase
 from typing import Any
 
 from calibrate.data import builtin_text
@@ -125,12 +126,24 @@ def last_words(output: str) -> str:
 
 
 def print_table(rows: Sequence[Mapping[str, Any]]) -> None:
-    """Markdown: a line for each checkpoint, a column for each reader, in the order in which they first came."""
-    cells = {(row["checkpoint"], row["reader"]): str(row["perplexity"] or row["error"]) for row in rows}
+    """Markdown: a line for each checkpoint, a column for each reader; readers and errors are spelled out below."""
+    cells = {(row["checkpoint"], row["reader"]): row for row in rows}
     checkpoints, readers = (list(dict.fromkeys(pair[i] for pair in cells)) for i in (0, 1))
-    lines = [[name, *(cells.get((name, reader), "") for reader in readers)] for name in checkpoints]
-    for line in (["checkpoint", *readers], ["---"] * (len(readers) + 1), *lines):
-        print("| " + " | ".join(text.replace("|", "/") for text in line) + " |")
+    errors = list(dict.fromkeys(row["error"] for row in cells.values() if row["error"]))
+
+    def text(row: Mapping[str, Any] | None) -> str:
+        if row is None:
+            return ""
+        return f"error {errors.index(row['error']) + 1}" if row["error"] else f"{row['perplexity']:.3f}"
+
+    lines = [[name, *(text(cells.get((name, reader))) for reader in readers)] for name in checkpoints]
+    for line in (["checkpoint", *ascii_uppercase[: len(readers)]], ["---"] * (len(readers) + 1), *lines):
+        print("| " + " | ".join(line) + " |")
+    print()
+    for letter, reader in zip(ascii_uppercase, readers, strict=False):
+        print(f"- {letter}: {reader}")
+    for number, error in enumerate(errors, 1):
+        print(f"- error {number}: {error.replace('`', chr(39))}")
 
 
 if __name__ == "__main__":
