@@ -121,8 +121,8 @@ __device__ void store_pairs(const Wna16Args& args, Pairs<kWidth>& pairs) {
   store_rows<T>(args, pairs.column, pairs.high, pairs.vectors, pairs.high_sums);
 }
 
-// The results of `group_tiles` tiles of this group, blockIdx.y, in columns [begin, end) of y: a column a warp, kWidth (1
-// or 4) pairs of rows a lane. sum_of(column of y, row of the group) is a finished sum.
+// The results of `group_tiles` tiles of this group, blockIdx.y, in columns [begin, end) of y: a column a warp, kWidth
+// (1 or 4) pairs of rows a lane. sum_of(column of y, row of the group) is a finished sum.
 template <typename T, int kWidth, typename SumOf>
 __device__ void store_group(const Wna16Args& args, int group_tiles, int begin, int end, int warp, int warps,
                             SumOf sum_of) {

@@ -146,7 +146,7 @@ __device__ inline float read_cluster_float(uint32_t smem, uint32_t rank) {
   return value;
 }
 
-// Barriers in shared memory (mbarrier): a phase ends when `arrivals` threads have arrived and all announced bytes are in.
+// Barriers in shared memory (mbarrier): a phase ends when `arrivals` threads have arrived and what was announced is in.
 __device__ inline void barrier_init(uint32_t barrier, int arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
 }

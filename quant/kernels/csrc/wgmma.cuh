@@ -18,7 +18,9 @@ namespace lowbit {
 template <int kAlongInputs, int kAlongColumns>
 struct MatrixAt {
   uint32_t low;
-  __device__ explicit MatrixAt(uint32_t smem) : low(__shfl_sync(~0u, smem % (1u << 18) / 16 | kAlongInputs / 16 << 16, 0)) {}
+  // The address without the block's rank in its cluster, and from one lane, so that it may stay in a uniform register.
+  __device__ explicit MatrixAt(uint32_t smem)
+      : low(__shfl_sync(~0u, smem % (1u << 18) / 16 | kAlongInputs / 16 << 16, 0)) {}
   __device__ uint64_t after(int bytes) const { return uint64_t(kAlongColumns / 16) << 32 | (low + bytes / 16); }
 };
 
@@ -47,35 +49,29 @@ template <typename T, int kColumns>
 __device__ inline void wgmma(float (&c)[kColumns / 2], const uint32_t (&a)[4], uint64_t b);
 
 #if LOWBIT_WGMMA
-
-#define LOWBIT_C8(i) "+f"(c[i]), "+f"(c[i + 1]), "+f"(c[i + 2]), "+f"(c[i + 3]), "+f"(c[i + 4]), "+f"(c[i + 5]), \
-                     "+f"(c[i + 6]), "+f"(c[i + 7])
-#define LOWBIT_WGMMA_FOR(T, NAME, COLUMNS, C_LIST, A_LIST, ...)                                              \
-  template <>                                                                                                \
-  __device__ inline void wgmma<T, COLUMNS>(float (&c)[COLUMNS / 2], const uint32_t (&a)[4], uint64_t b) {    \
-    asm volatile("{\n.reg .pred add;\nsetp.eq.u32 add, 0, 0;\n"                                             \
-                 "wgmma.mma_async.sync.aligned.m64n" #COLUMNS "k16.f32." NAME "." NAME " {" C_LIST "}, {" A_LIST \
-                 ", add, 1, 1, 0;\n}"                                                                        \
-                 : __VA_ARGS__                                                                               \
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                                      \
+// One specialization: kColumns, wgmma's name of T, and the numbers and operands of c's kColumns / 2 registers.
+#define LOWBIT_WGMMA_OF(T, NAME, COLUMNS, C, A, ...)                                                          \
+  template <>                                                                                               \
+  __device__ inline void wgmma<T, COLUMNS>(float (&c)[COLUMNS / 2], const uint32_t (&a)[4], uint64_t b) {   \
+    asm volatile("{\n.reg .pred add;\nsetp.eq.u32 add, 0, 0;\n"                                            \
+                 "wgmma.mma_async.sync.aligned.m64n" #COLUMNS "k16.f32." NAME "." NAME " {" C "}, " A        \
+                 ", add, 1, 1, 0;\n}"                                                                       \
+                 : __VA_ARGS__                                                                              \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                                     \
   }
-#define LOWBIT_C_8 "%0,%1,%2,%3"
-#define LOWBIT_A_8 "%4,%5,%6,%7}, %8"
-#define LOWBIT_C_16 "%0,%1,%2,%3,%4,%5,%6,%7"
-#define LOWBIT_A_16 "%8,%9,%10,%11}, %12"
-#define LOWBIT_C_32 "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15"
-#define LOWBIT_A_32 "%16,%17,%18,%19}, %20"
-#define LOWBIT_C_64 "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26," \
-  "%27,%28,%29,%30,%31"
-#define LOWBIT_A_64 "%32,%33,%34,%35}, %36"
-LOWBIT_WGMMA_FOR(__half, "f16", 8, LOWBIT_C_8, LOWBIT_A_8, "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]))
-LOWBIT_WGMMA_FOR(__nv_bfloat16, "bf16", 8, LOWBIT_C_8, LOWBIT_A_8, "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]))
-LOWBIT_WGMMA_FOR(__half, "f16", 16, LOWBIT_C_16, LOWBIT_A_16, LOWBIT_C8(0))
-LOWBIT_WGMMA_FOR(__nv_bfloat16, "bf16", 16, LOWBIT_C_16, LOWBIT_A_16, LOWBIT_C8(0))
-LOWBIT_WGMMA_FOR(__half, "f16", 32, LOWBIT_C_32, LOWBIT_A_32, LOWBIT_C8(0), LOWBIT_C8(8))
-LOWBIT_WGMMA_FOR(__nv_bfloat16, "bf16", 32, LOWBIT_C_32, LOWBIT_A_32, LOWBIT_C8(0), LOWBIT_C8(8))
-LOWBIT_WGMMA_FOR(__half, "f16", 64, LOWBIT_C_64, LOWBIT_A_64, LOWBIT_C8(0), LOWBIT_C8(8), LOWBIT_C8(16), LOWBIT_C8(24))
-LOWBIT_WGMMA_FOR(__nv_bfloat16, "bf16", 64, LOWBIT_C_64, LOWBIT_A_64, LOWBIT_C8(0), LOWBIT_C8(8), LOWBIT_C8(16), LOWBIT_C8(24))
+#define LOWBIT_WGMMA_FOR(COLUMNS, C, A, ...)                                    \
+  LOWBIT_WGMMA_OF(__half, "f16", COLUMNS, C, A, __VA_ARGS__)                    \
+  LOWBIT_WGMMA_OF(__nv_bfloat16, "bf16", COLUMNS, C, A, __VA_ARGS__)
+#define LOWBIT_C8(i)                                                                                   \
+  "+f"(c[i]), "+f"(c[i + 1]), "+f"(c[i + 2]), "+f"(c[i + 3]), "+f"(c[i + 4]), "+f"(c[i + 5]), "+f"(c[i + 6]), \
+      "+f"(c[i + 7])
+#define LOWBIT_C16(i) LOWBIT_C8(i), LOWBIT_C8(i + 8)
+#define LOWBIT_FIRST_8 "%0,%1,%2,%3,%4,%5,%6,%7"
+#define LOWBIT_FIRST_16 LOWBIT_FIRST_8 ",%8,%9,%10,%11,%12,%13,%14,%15"
+#define LOWBIT_FIRST_32 LOWBIT_FIRST_16 ",%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
+LOWBIT_WGMMA_FOR(16, LOWBIT_FIRST_8, "{%8,%9,%10,%11}, %12", LOWBIT_C8(0))
+LOWBIT_WGMMA_FOR(32, LOWBIT_FIRST_16, "{%16,%17,%18,%19}, %20", LOWBIT_C16(0))
+LOWBIT_WGMMA_FOR(64, LOWBIT_FIRST_32, "{%32,%33,%34,%35}, %36", LOWBIT_C16(0), LOWBIT_C16(16))
 
 #else
 template <typename T, int kColumns>

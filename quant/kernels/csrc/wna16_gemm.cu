@@ -329,7 +329,8 @@ __device__ void store_partial(const Wna16Args& args, const Sums<S>& sums, float2
 #pragma unroll
   for (int e = 0; e < S::kColumns / 2; ++e) {
     const int column = e / 4 * 8 + lane % 4 * 2 + e % 2;
-    if (column < args.m) partial[column * S::kPitch + row + e % 4 / 2 * 8] = sums[e] * (e % 4 / 2 ? scales.y : scales.x);
+    if (column >= args.m) continue;
+    partial[column * S::kPitch + row + e % 4 / 2 * 8] = sums[e] * (e % 4 / 2 ? scales.y : scales.x);
   }
 }
 

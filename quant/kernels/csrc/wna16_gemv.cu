@@ -15,6 +15,9 @@
 namespace lowbit {
 namespace {
 
+// Shapes of more than 16 rows of x have no code on Hopper, and their members no use.
+#pragma nv_diag_suppress 177
+
 constexpr int kMaxThreads = 256;
 
 template <typename T_, int kBits_, bool kZeros_, int kGroups_, int kRowTiles_, int kColBlocks_>
@@ -302,19 +305,19 @@ template <typename T>
 __device__ void finish_group(const Wna16Args& args, int group_tiles, float* partial) {
   const int rows = group_tiles * kTileRows;
   const int count = rows * args.m;
-  const int thread = thread_of_block(), threads = threads_of_block();
+  const int warps = blockDim.y * blockDim.z;
   __syncthreads();
   if (gridDim.x == 1) {
     const auto sum_of = [&](int column, int row) { return sum_over_warps(partial, count, column * rows + row); };
-    store_group<T, 1>(args, group_tiles, 0, args.m, warp_of_block(), blockDim.y * blockDim.z, sum_of);
+    store_group<T, 1>(args, group_tiles, 0, args.m, warp_of_block(), warps, sum_of);
     return;
   }
   float* totals = partial + blockDim.z * count;
-  for (int i = thread; i < count; i += threads) totals[i] = sum_over_warps(partial, count, i);
+  for (int i = thread_of_block(); i < count; i += threads_of_block()) totals[i] = sum_over_warps(partial, count, i);
   __syncthreads();  // orders nothing that the next line does not, but racecheck knows no cluster barriers
   cluster_sync();
   const auto sum_of = [&](int column, int row) { return sum_over_cluster(totals, column * rows + row); };
-  if (blockIdx.x == 0) store_group<T, 1>(args, group_tiles, 0, args.m, warp_of_block(), blockDim.y * blockDim.z, sum_of);
+  if (blockIdx.x == 0) store_group<T, 1>(args, group_tiles, 0, args.m, warp_of_block(), warps, sum_of);
   cluster_sync();  // no block leaves while rank 0 reads from it
 }
 
