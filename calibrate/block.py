@@ -1,5 +1,6 @@
 """One block being quantized: its weights in float32, the running copy, and what happens to both."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor
 
 from calibrate.capture import SiteStats
+from export.engines import EXPERT
 from export.errors import CheckpointError
 from models.products import LinearInputs, QuantizedInputs, input_rounding, weight_view
 from models.skeleton import Block
@@ -18,6 +20,9 @@ from quant.site import Fold, Site
 from quant.stats import Stats
 
 InputRounding = dict[str, Callable[[Tensor], Tensor]]
+
+# An expert that sees fewer tokens, or a smaller part of all, is rounded to nearest: what it saw decides nothing.
+EXPERT_TOKENS, EXPERT_SHARE = 32, 0.005
 
 
 class _Seen(Exception):
@@ -33,7 +38,9 @@ class BlockWork:
     kept_dtype   dtype of the weights that are stored unquantized; where None, that of the scales
 
     masters    the linears' weights in float32, transforms applied; the module computes with them in the walk's dtype
-    stats      what calibration saw at each linear
+    stats      what calibration saw at each linear, experts that saw too little left out
+    tokens     how many tokens of calibration reached each linear
+    scarce     linear -> why what calibration saw there decides nothing, in words
     outliers   outlier_ratio of each linear's input before any transform
     fallbacks  linear -> what was done otherwise than asked, in words
     """
@@ -52,6 +59,8 @@ class BlockWork:
         self.scale_dtype = scale_dtype
         self.kept_dtype = kept_dtype or scale_dtype
         self.stats: dict[str, Stats] = {}
+        self.tokens: dict[str, int] = {}
+        self.scarce: dict[str, str] = {}
         self.outliers: dict[str, float] = {}
         self.fallbacks: dict[str, list[str]] = {}
         self.model = walk.skeleton.model
@@ -89,13 +98,21 @@ class BlockWork:
     def input_scale(self, linear: str, columns: Tensor | float = 1.0) -> Tensor | None:
         """The one scale () float32 of the inputs of `linear`, divided by `columns` (k,): max |x| / 127.
 
-        None where each token has its own; 1 where no token came.
+        None where each token has its own. An expert that saw too few tokens takes the largest of the other experts';
+        1 where none saw any.
         """
         if self.activations.get(linear) is not Activations.TENSOR:
             return None
-        if linear not in self.stats:
+        part = EXPERT.sub(".experts.*.", linear)
+        alike = (
+            [linear]
+            if linear in self.stats
+            else [name for name in self.stats if EXPERT.sub(".experts.*.", name) == part]
+        )
+        if not alike:
             return torch.ones((), device=self.weight(linear).device)
-        return ((self.stats[linear].abs_max / columns).amax() / 127).clamp(min=torch.finfo(torch.float32).tiny)
+        largest = torch.stack([self.stats[name].abs_max for name in alike]).amax(0)
+        return ((largest / columns).amax() / 127).clamp(min=torch.finfo(torch.float32).tiny)
 
     def input_rounding(self) -> InputRounding:
         """What rounds the inputs of each linear whose scheme quantizes them."""
@@ -174,11 +191,20 @@ class BlockWork:
             samples, tokens = samples + len(states), tokens + states[..., 0].numel()
             if up_to is not None and tokens >= up_to:
                 break
-        for name in self.specs:
-            stats = seen.of(name)
-            if stats is not None:
-                self.stats[name] = stats
-                self.outliers.setdefault(name, stats.outlier_ratio())
+        for site in sites:
+            for name in site.linears:
+                self._believe(name, seen.of(name), tokens)
+
+    def _believe(self, name: str, stats: Stats | None, tokens: int) -> None:
+        """Keep what was seen at a linear, unless it is an expert that too few of all `tokens` were routed to."""
+        seen = stats.tokens if stats else 0
+        self.tokens[name] = seen
+        least = max(EXPERT_TOKENS, math.ceil(EXPERT_SHARE * tokens)) if EXPERT.search(name) else 1
+        if stats is None or seen < least:
+            self.scarce[name] = f"{seen} of {tokens} calibration tokens reached it, {least} are needed"
+            return
+        self.stats[name] = stats
+        self.outliers.setdefault(name, stats.outlier_ratio())
 
     def apply(self, fold: Fold, scales: Tensor) -> None:
         """Divide the producer by `scales` and multiply its consumers, in masters, running weights and statistics."""

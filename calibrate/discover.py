@@ -4,6 +4,9 @@ Nothing here knows an architecture. A producer (a norm, or rows of a linear) is 
 input columns come out multiplied by exactly those factors reads that producer. Its columns are divided by them, and the
 block is run again: linears that were hidden behind the change (experts behind a router) show themselves, until the
 block's output is what it was. Then the fold is proved; where it never is, there is none.
+
+The experts of a layer are one function with several weights: what was found of one holds for those that no probe token
+was routed to.
 """
 
 import copy
@@ -14,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from calibrate.capture import sites_of
+from export.engines import EXPERT
 from models.products import LinearInputs, weight_view
 from models.skeleton import Block
 from quant.site import Fold, Site
@@ -40,7 +44,7 @@ class Structure:
 
     sites      linears by shared input
     folds      proved folds
-    unreached  linears that no probe token reached
+    unreached  linears that no probe token reached, and that no expert like theirs was reached for
     rejected   folds of blocks alike that failed their proof on this one
     """
 
@@ -135,7 +139,40 @@ def discover(bench: Workbench, probe: Probe, single: Probe, seed: int) -> Struct
     folds = [fold for producer in _producers(bench) if (fold := search.fold_of(producer))]
     reached = {name for names, _ in calls for name in names}
     unreached = [spec.name for spec in bench.block.linears if spec.name not in reached]
-    return Structure(sites_of(calls), folds, unreached)
+    structure = Structure(sites_of(calls), folds, unreached)
+    for names in _twins(unreached, reached):
+        structure = _with_twin(structure, names)
+    return structure
+
+
+def _twins(unreached: list[str], reached: set[str]) -> Iterator[dict[str, str]]:
+    """For each expert that no token reached, what the linears of one that some did are called in it."""
+    for prefix in dict.fromkeys(name[: found.end()] for name in unreached if (found := EXPERT.search(name))):
+        layer = prefix.removesuffix(EXPERT.findall(prefix)[-1])
+        own = [name.removeprefix(prefix) for name in unreached if name.startswith(prefix)]
+        for twin in dict.fromkeys(name[: found.end()] for name in sorted(reached) if (found := EXPERT.search(name))):
+            if twin.startswith(f"{layer}.experts.") and all(twin + part in reached for part in own):
+                yield {twin + part: prefix + part for part in own}
+                break
+
+
+def _with_twin(structure: Structure, names: dict[str, str]) -> Structure:
+    """`structure` with what it says of an expert said of another too; `names` says what that one's linears are."""
+    sites = [
+        Site(tuple(names[linear] for linear in site.linears), site.width)
+        for site in structure.sites
+        if all(linear in names for linear in site.linears)
+    ]
+    folds, inside = [], []
+    for fold in structure.folds:
+        moved = {names[name]: columns for name, columns in fold.columns.items() if name in names}
+        if fold.producer in names:
+            folds.append(fold)
+            inside.append(replace(fold, producer=names[fold.producer], columns=moved))
+        else:
+            folds.append(replace(fold, columns=fold.columns | moved))
+    unreached = [name for name in structure.unreached if name not in names.values()]
+    return replace(structure, sites=structure.sites + sites, folds=folds + inside, unreached=unreached)
 
 
 @torch.no_grad()

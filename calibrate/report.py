@@ -99,11 +99,12 @@ def calibrated_rows(job: Job, work: BlockWork, weights: dict[str, QTensor]) -> d
     for name, weight in weights.items():
         stats = work.stats.get(name)
         rows[name] = linear_row(job, name, weight, work.masters[name])
-        rows[name] |= {"tokens": stats.tokens if stats else 0, "output_error": work.output_error(name, weight)}
+        rows[name] |= {"tokens": work.tokens.get(name, 0), "output_error": work.output_error(name, weight)}
         if stats is not None:
             rows[name]["outliers"] = {"before": work.outliers[name], "after": stats.outlier_ratio()}
         else:
-            add_fallback(rows[name], "no calibration token reached it: rounded to nearest")
+            reason = work.scarce.get(name, "no calibration token reached it")
+            add_fallback(rows[name], f"{reason}: rounded to nearest")
         for text in work.fallbacks.get(name, []):
             add_fallback(rows[name], text)
     return rows

@@ -123,7 +123,7 @@ class RoundingLearner:
         return float((out.float() - y.float()).square().mean())
 
     def _step(self, weights: dict[str, QTensor], inputs: list[Tensor], targets: list[Tensor], rate: float) -> None:
-        with self._work.gradients(weights) as gradients:
+        with self._work.gradients(name for name in weights if name not in self._work.scarce) as gradients:
             for x, y in self._minibatch(inputs, targets):
                 (out,) = self._work.run_quantized([x])
                 (out.float() - y.float()).square().mean().backward()

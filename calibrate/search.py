@@ -49,7 +49,7 @@ class FoldSearch:
         if not self._quantized:
             return "none of its consumers is quantized"
         if not any(name in self.work.stats for name in self.fold.columns):
-            return "no calibration token reached its consumers"
+            return "too few calibration tokens reached its consumers"
         return None
 
     def awq(self) -> ScaleChoice:

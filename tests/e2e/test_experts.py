@@ -1,0 +1,131 @@
+"""Mixtures of experts under every method: what each expert saw is reported, and one that saw too little is rounded to
+nearest, with the reason."""
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from calibrate.methods import complete_recipe
+from calibrate.pipeline import prepare, run
+from evaluation.backend import load_dense
+from export.checkpoint import open_checkpoint
+from export.engines import EXPERT
+from export.formats import LogicalTensors
+from models.source import open_source
+from quant.qtensor import round_to_nearest
+from quant.scheme import parse_scheme
+from tests.builders import calibration, logits_of, make_model, save
+
+TOKENS = calibration(16, 24)
+COUNT = TOKENS.ids.numel()
+RECIPES: dict[str, dict[str, Any]] = {
+    "awq": {"method": "awq", "group_size": 32},
+    "gptq": {"method": "gptq", "group_size": 32},
+    "smoothquant": {"method": "smoothquant"},
+    "smoothquant, static": {"method": "smoothquant", "activations": "tensor"},
+    "signround": {"method": "signround", "iters": 4, "group_size": 32},
+    "best": {"method": "best", "iters": 2, "distill_steps": 2, "group_size": 32},
+}
+# the first is what no other weight of the expert is folded into
+ROLES = {"mixtral": ("w1", "w2", "w3"), "qwen3_moe": ("gate_proj", "down_proj", "up_proj")}
+UNUSED = 3
+
+
+def quantized(source: Path, output: Path, recipe: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The report's rows by linear, after checking that every block's loss is finite."""
+    job = prepare(open_source(str(source)), complete_recipe(recipe), "cpu")
+    output.mkdir()
+    result = run(job, output, TOKENS, lambda report: None)
+    assert all(block.loss is not None and math.isfinite(block.loss) for block in result.blocks)
+    report = json.loads((output / "quantization_report.json").read_text())
+    return {name: row for block in report["blocks"] for name, row in block["linears"].items()}
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory) -> Callable[[str, bool], Path]:
+    """Models with top-1 routing whose last expert is never the first choice: its router row is the others' mean."""
+    made: dict[tuple[str, bool], Path] = {}
+
+    def source(family: str, stacked: bool) -> Path:
+        if (family, stacked) not in made:
+            model = make_model(family, num_experts_per_tok=1)
+            for name, parameter in model.named_parameters():
+                if name.endswith("mlp.gate.weight"):
+                    parameter.data[UNUSED] = parameter.data[:UNUSED].mean(0)
+            directory = save(model, tmp_path_factory.mktemp(family) / "model")
+            if stacked:
+                tensors = {name: value.contiguous() for name, value in model.state_dict().items()}
+                save_file(tensors, directory / "model.safetensors")
+            made[family, stacked] = directory
+        return made[family, stacked]
+
+    return source
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize(("family", "stacked"), [("mixtral", False), ("qwen3_moe", True)])
+def test_every_method(sources, tmp_path, family, stacked, recipe):
+    source = sources(family, stacked)
+    rows = quantized(source, tmp_path / "out", RECIPES[recipe])
+    experts = {name: row for name, row in rows.items() if EXPERT.search(name)}
+    assert len(experts) == 2 * 4 * 3
+    for layer in range(2):
+        for role in ROLES[family]:
+            seen = [rows[name]["tokens"] for name in experts if f"layers.{layer}." in name and name.endswith(role)]
+            assert sum(seen) == COUNT
+            assert seen[UNUSED] == 0
+    for name, row in experts.items():
+        reason = f"0 of {COUNT} calibration tokens reached it, 32 are needed: rounded to nearest"
+        assert (reason in row.get("fallback", "")) == (f".{UNUSED}." in name)
+    found = logits_of(load_dense(open_source(str(tmp_path / "out"))), TOKENS.ids[:2])
+    assert found.isfinite().all()
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+def test_an_expert_that_nobody_routes_to_is_rounded_to_nearest(sources, tmp_path, stacked):
+    source = sources("mixtral", stacked)
+    rows = quantized(source, tmp_path / "out", RECIPES["gptq"])
+    written = LogicalTensors(open_checkpoint(tmp_path / "out"))
+    originals = load_file(sources("mixtral", False) / "model.safetensors")
+    for name in rows:
+        if EXPERT.search(name):
+            found = written.qtensor(name)
+            where = name.replace(".mlp.", ".block_sparse_moe.")
+            original = originals[f"{where if f'{where}.weight' in originals else name}.weight"]
+            nearest = round_to_nearest(original.float(), parse_scheme(rows[name]["scheme"]), torch.float32)
+            assert torch.equal(found.codes, nearest.codes) == (f".{UNUSED}." in name), name
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+@pytest.mark.parametrize("method", ["awq", "smoothquant"])
+def test_it_takes_part_in_the_folds_of_its_layer(sources, tmp_path, family, method):
+    """A norm that was divided reaches an expert that no token was routed to, too: its columns must be multiplied."""
+    source = sources(family, False)
+    recipe = {"method": "awq", "bits": 8, "group_size": 32} if method == "awq" else {"method": method, "alpha": 0.5}
+    quantized(source, tmp_path / "out", recipe)
+    before, after = LogicalTensors(open_checkpoint(source)), LogicalTensors(open_checkpoint(tmp_path / "out"))
+    norm = "model.layers.1.post_attention_layernorm.weight"
+    assert not torch.equal(before.read(norm), after.read(norm))
+    for expert in range(4):
+        end = f".experts.{expert}.{ROLES[family][0]}.weight"
+        (name,) = (name for name in after.names if "layers.1." in name and name.endswith(end))
+        wanted = before.read(name) * before.read(norm)
+        found = after.read(name).float() * after.read(norm)
+        assert float((found - wanted).norm() / wanted.norm()) < 0.03, name
+
+
+def test_one_that_sees_too_few_tokens_is_too(sources, tmp_path, monkeypatch):
+    monkeypatch.setattr("calibrate.block.EXPERT_SHARE", 0.9)
+    rows = quantized(sources("mixtral", False), tmp_path / "out", RECIPES["signround"])
+    least = math.ceil(0.9 * COUNT)
+    for name, row in rows.items():
+        if EXPERT.search(name):
+            assert f"{row['tokens']} of {COUNT} calibration tokens reached it, {least} are needed" in row["fallback"]
+        else:
+            assert row["tokens"] == COUNT
