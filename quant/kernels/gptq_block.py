@@ -34,7 +34,7 @@ def gptq_block(w: Tensor, factor: Tensor, scales: Tensor, zeros: Tensor, low: in
             )
     if EXTENSION is None or not w.is_cuda or reason_against_device(torch.cuda.get_device_capability(w.device)):
         return _loop(w, factor, scales, zeros, low, high)
-    return _launch(*(tensor.contiguous() for tensor in (w, factor, scales, zeros)), low, high)
+    return _launch(w.contiguous(), factor.contiguous(), scales.contiguous(), zeros.contiguous(), low, high)
 
 
 def _launch(w: Tensor, factor: Tensor, scales: Tensor, zeros: Tensor, low: int, high: int) -> tuple[Tensor, Tensor]:

@@ -41,7 +41,11 @@ def test_merging_replaces_what_is_given_alone():
 
 @pytest.mark.parametrize(
     ("key", "hint"),
-    [("group_sise", "did you mean 'group_size'"), ("bit", "did you mean 'bits'"), ("qqqq", "known: method, transforms")],
+    [
+        ("group_sise", "did you mean 'group_size'"),
+        ("bit", "did you mean 'bits'"),
+        ("qqqq", "known: method, transforms"),
+    ],
 )
 def test_an_unknown_key_names_the_nearest(key, hint, tmp_path):
     with pytest.raises(RecipeError, match=f"unknown recipe key '{key}'; {hint}"):

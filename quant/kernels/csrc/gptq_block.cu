@@ -22,7 +22,8 @@ __device__ void load_row(const void* row_of, int64_t first, int columns, int lan
 __global__ void gptq_block_kernel(const __grid_constant__ GptqBlockArgs args) {
   extern __shared__ float factor[];
   const int columns = args.columns, lane = threadIdx.x % 32;
-  for (int i = threadIdx.x; i < columns * columns; i += blockDim.x) factor[i] = static_cast<const float*>(args.factor)[i];
+  const float* factor_gmem = static_cast<const float*>(args.factor);
+  for (int i = threadIdx.x; i < columns * columns; i += blockDim.x) factor[i] = factor_gmem[i];
   __syncthreads();
   const int64_t row = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / 32;
   if (row >= args.n) return;
