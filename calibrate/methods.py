@@ -136,3 +136,5 @@ def _require_sense(method: Method, recipe: Recipe) -> None:
         raise RecipeError(
             f"target bits {recipe.target_bits}: between 4 and 8 bits a weight, scales counted, are to spend"
         )
+    if recipe.target_bits is not None and recipe.activations != "none":
+        raise RecipeError("target bits are for weights alone: int8 activations go with 8-bit weights")

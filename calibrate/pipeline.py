@@ -29,6 +29,8 @@ def run(
     Writes weights, config.json, recipe.toml and quantization_report.json, and copies tokenizer and templates. What was
     written is read again and compared with what was meant. Raises CheckpointError where it differs.
     """
+    unspent = job.recipe.target_bits is not None and set(job.plan.schemes) - job.plan.named
+    assert not unspent, "target bits are spent (calibrate.budget) before a run"
     verify_checksums(job.source.checkpoint)
     recipe = replace(job.recipe, calibration_sha256=calibration.sha256 if calibration else None)
     result = Result(job.plan, recipe, job.dtype, source_bytes=job.source.checkpoint.nbytes)

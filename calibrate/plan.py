@@ -9,8 +9,8 @@ from torch import nn
 from export.engines import fused_set
 from export.errors import CheckpointError
 from models.skeleton import Block, LinearSpec, Skeleton, tensor_of
-from quant.recipe import Recipe
-from quant.scheme import Scheme, fitting_group_size
+from quant.recipe import Recipe, RecipeError
+from quant.scheme import Scheme, fitting_group_size, parse_scheme
 
 MINIMUM_COVERAGE = 0.99
 
@@ -26,11 +26,17 @@ class Left:
 
 @dataclass(frozen=True)
 class Plan:
-    """Schemes of the linears to quantize, sizes of them, and those that are left."""
+    """Schemes of the linears to quantize, sizes of them, and those that are left.
+
+    wanted  the scheme asked for, by linear, before any group size fell back
+    named   linears whose scheme the recipe names one by one
+    """
 
     schemes: dict[str, Scheme]
     parameters: dict[str, int]
     left: dict[str, Left]
+    wanted: dict[str, Scheme]
+    named: frozenset[str] = frozenset()
 
     @property
     def coverage(self) -> float:
@@ -56,22 +62,59 @@ def make_plan(skeleton: Skeleton, recipe: Recipe) -> Plan:
     Group sizes that do not divide a linear's inputs fall back (quant.scheme.FALLBACK_GROUP_SIZES), together for linears
     that engines fuse and for all experts of a layer.
     """
+    named = _named_schemes(skeleton, recipe)
     schemes: dict[str, Scheme] = {}
+    wanted: dict[str, Scheme] = {}
     parameters: dict[str, int] = {}
     left = dict(_outside_blocks(skeleton, recipe.ignore))
     for block in skeleton.blocks:
         reasons = {spec.name: _reason_against(spec, block, recipe.ignore) for spec in block.linears}
         _spread_over_fused(reasons)
-        sizes = _group_sizes(block, recipe.group_size)
+        wanted |= {spec.name: named.get(spec.name, recipe.scheme) for spec in block.linears}
+        _require_whole_sets(block, wanted)
+        sizes = _group_sizes(block, wanted)
         for spec in block.linears:
             parameters[spec.name] = spec.n * spec.k
             reason = reasons[spec.name]
             if reason is None:
-                schemes[spec.name] = recipe.scheme.with_group_size(sizes[spec.name])
+                schemes[spec.name] = wanted[spec.name].with_group_size(sizes[spec.name])
             else:
                 left[spec.name] = Left(spec.n * spec.k, reason, exempt=True)
         left |= _unsplit_experts(skeleton, block)
-    return Plan(schemes, parameters, left | dict(_renamed(skeleton, left)))
+    left |= dict(_renamed(skeleton, left))
+    return Plan(schemes, parameters, left, wanted, frozenset(named))
+
+
+def scheme_pattern(fused: str) -> str:
+    """The pattern that names, in a recipe, every linear of the set that `fused_set` calls `fused`."""
+    if fused.endswith(".experts"):
+        return f"re:^{re.escape(fused)}\\.[0-9]+\\."
+    parent, _, leaves = fused.rpartition(".")
+    return fused if "+" not in leaves else f"re:^{re.escape(parent)}\\.({leaves.replace('+', '|')})$"
+
+
+def _named_schemes(skeleton: Skeleton, recipe: Recipe) -> dict[str, Scheme]:
+    """The schemes that `recipe.schemes` gives single linears, the first pattern that fits each.
+
+    RecipeError where a pattern fits none.
+    """
+    found = {spec.name: ignored_by(spec.name, recipe.schemes) for block in skeleton.blocks for spec in block.linears}
+    unused = recipe.schemes.keys() - set(found.values())
+    if unused:
+        raise RecipeError(f"schemes: {min(unused)!r} fits no linear of this model that another does not fit before")
+    return {name: parse_scheme(recipe.schemes[pattern]) for name, pattern in found.items() if pattern is not None}
+
+
+def _require_whole_sets(block: Block, wanted: dict[str, Scheme]) -> None:
+    """RecipeError where linears that engines fuse are to have different schemes."""
+    first: dict[str, str] = {}
+    for spec in block.linears:
+        other = first.setdefault(fused_set(spec.name), spec.name)
+        if wanted[spec.name] != wanted[other]:
+            raise RecipeError(
+                f"schemes: {wanted[spec.name]} for {spec.name} and {wanted[other]} for {other}, which engines fuse: "
+                "give both the same"
+            )
 
 
 def ignored_by(name: str, patterns: Iterable[str]) -> str | None:
@@ -104,10 +147,10 @@ def _spread_over_fused(reasons: dict[str, str | None]) -> None:
                     reasons[other] = f"engines fuse it with {name}, which is {reason}"
 
 
-def _group_sizes(block: Block, wanted: int) -> dict[str, int]:
+def _group_sizes(block: Block, wanted: dict[str, Scheme]) -> dict[str, int]:
     sizes: dict[str, int] = {}
     for spec in block.linears:
-        key, size = fused_set(spec.name), fitting_group_size(spec.k, wanted)
+        key, size = fused_set(spec.name), fitting_group_size(spec.k, wanted[spec.name].group_size)
         known = sizes.get(key, size)
         sizes[key] = -1 if -1 in (known, size) else min(known, size)
     return {spec.name: sizes[fused_set(spec.name)] for spec in block.linears}

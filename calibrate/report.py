@@ -80,11 +80,10 @@ def linear_row(job: Job, name: str, weight: QTensor, original: Tensor) -> dict[s
         "bits_per_weight": round(weight.scheme.bits_per_weight(weight.shape[1]), 4),
         "weight_error": float(error.norm() / original.norm().clamp(min=1e-30)),
     }
-    if weight.scheme.group_size != job.recipe.group_size:
+    wanted = job.plan.wanted[name].group_size
+    if weight.scheme.group_size != wanted:
         k = weight.shape[1]
-        add_fallback(
-            row, f"group size {job.recipe.group_size} does not divide {k} inputs, or those of a linear beside it"
-        )
+        add_fallback(row, f"group size {wanted} does not divide {k} inputs, or those of a linear beside it")
     return row
 
 

@@ -9,6 +9,7 @@ import click
 from rich.console import Console
 from rich.table import Table
 
+from calibrate.budget import average_bits, spend
 from calibrate.data import CalibrationSet, builtin_text, calibration_tokens
 from calibrate.methods import METHODS, ROUNDERS, TRANSFORMS, complete_recipe
 from calibrate.pipeline import BlockReport, Job, Result, prepare, run
@@ -146,8 +147,13 @@ def quantize(
     _print_plan(console, job)
     if output is None or flags["dry_run"]:
         return
-    require_space(output, int(job.output_bytes() * 3.05) + 50_000_000)
     calibration = _calibration(recipe, source)
+    if recipe.target_bits is not None and calibration is not None:
+        with console.status("measuring what each scheme costs"):
+            job = spend(job, calibration)
+        _print_plan(console, job)
+        console.print(f"  {average_bits(job):.4f} bits a weight, scales counted; {recipe.target_bits} allowed")
+    require_space(output, int(job.output_bytes() * 3.05) + 50_000_000)
     begun = time.monotonic()
     with journaled(output, job, calibration, flags["resume"]) as journal, staged(output, flags["overwrite"]) as staging:
         _print_journal(console, output, journal.finished, flags["resume"])

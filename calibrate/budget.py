@@ -1,0 +1,193 @@
+"""Mixed precision: 4 or 8 bits for each set of linears that engines fuse, where an average is to be kept.
+
+What a scheme costs is estimated in the model's output, in nats a token: half the square of what the error of the
+block's output does to the log-probability of a token drawn from the model itself, which is the divergence to second
+order (the Fisher information), each token's error taken alone. One backward pass serves all sets and schemes. The bits
+are then spent where a bit saves most, along the convex hull of each set's choices.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from calibrate.data import CalibrationSet
+from calibrate.job import Job
+from calibrate.plan import make_plan, scheme_pattern
+from export.engines import fused_set
+from export.formats import FORMATS
+from models.products import weight_view
+from models.skeleton import LinearSpec
+from models.walk import Walk
+from quant.qtensor import round_to_nearest
+from quant.recipe import RecipeError
+from quant.scheme import FALLBACK_GROUP_SIZES, Scheme, make_scheme
+
+PROBE_TOKENS = 2048
+
+
+@dataclass(frozen=True)
+class Option:
+    """A scheme for a fused set: the bits it takes, scales counted, and the divergence it costs in nats a token."""
+
+    scheme: Scheme
+    bits: float
+    divergence: float
+
+
+def spend(job: Job, calibration: CalibrationSet) -> Job:
+    """`job` with a scheme for every fused set in its recipe, the average kept below `target_bits`.
+
+    Sets that the recipe's `schemes` name keep theirs; where it names all, nothing is left to choose. RecipeError where
+    the target cannot be kept, or the format holds one scheme only.
+    """
+    assert job.recipe.target_bits is not None
+    if FORMATS[job.recipe.format].uniform:
+        raise RecipeError(f"format {job.recipe.format} holds one scheme: --target-bits is for compressed-tensors")
+    sets = _sets(job)
+    total = sum(spec.n * spec.k for specs in sets.values() for spec in specs)
+    options = dict(_measured(job, calibration, sets))
+    fixed = sum(_bits(job, specs, job.plan.schemes[specs[0].name]) for key, specs in sets.items() if key not in options)
+    least = (fixed + sum(found[0].bits for found in options.values())) / total
+    if least > job.recipe.target_bits:
+        raise RecipeError(
+            f"target bits {job.recipe.target_bits}: this model needs {least:.4f} at least, scales counted"
+        )
+    chosen = choose(options, job.recipe.target_bits * total - fixed)
+    schemes = {scheme_pattern(key): str(option.scheme) for key, option in chosen.items()}
+    recipe = replace(job.recipe, schemes=job.recipe.schemes | schemes)
+    return replace(job, recipe=recipe, plan=make_plan(job.skeleton, recipe))
+
+
+def average_bits(job: Job) -> float:
+    """Stored bits of a quantized linear weight, scales and zeros counted, on average."""
+    sets = _sets(job)
+    bits = sum(_bits(job, specs, job.plan.schemes[specs[0].name]) for specs in sets.values())
+    return bits / sum(spec.n * spec.k for specs in sets.values() for spec in specs)
+
+
+def choose(options: dict[str, list[Option]], budget: float) -> dict[str, Option]:
+    """One option of each set, at most `budget` bits in all; more bits never cost more divergence.
+
+    options  by set, each list on its convex hull, as `hull` leaves it
+    """
+    steps = [
+        ((low.divergence - high.divergence) / (high.bits - low.bits), key, place)
+        for key, found in options.items()
+        for place, (low, high) in enumerate(pairwise(found))
+    ]
+    places = dict.fromkeys(options, 0)
+    left = budget - sum(found[0].bits for found in options.values())
+    for _, key, place in sorted(steps, key=lambda step: (-step[0], step[1], step[2])):
+        price = options[key][place + 1].bits - options[key][place].bits
+        if places[key] == place and price <= left:
+            places[key], left = place + 1, left - price
+    return {key: options[key][place] for key, place in places.items()}
+
+
+def hull(options: Iterable[Option]) -> list[Option]:
+    """Those that no mixture of others beats, in order of bits: each step saves less a bit than the one before."""
+    kept: list[Option] = []
+    for option in sorted(options, key=lambda option: (option.bits, option.divergence)):
+        if kept and option.divergence >= kept[-1].divergence:
+            continue
+        while len(kept) > 1 and _slope(kept[-2], option) <= _slope(kept[-2], kept[-1]):
+            kept.pop()
+        kept.append(option)
+    return kept
+
+
+def _slope(low: Option, high: Option) -> float:
+    return (high.divergence - low.divergence) / (high.bits - low.bits)
+
+
+def _sets(job: Job) -> dict[str, list[LinearSpec]]:
+    """The quantized linears, by fused set."""
+    sets: dict[str, list[LinearSpec]] = {}
+    for name in job.plan.schemes:
+        sets.setdefault(fused_set(name), []).append(job.linears[name])
+    return sets
+
+
+def _bits(job: Job, specs: list[LinearSpec], scheme: Scheme) -> float:
+    return sum(spec.n * spec.k * scheme.bits_per_weight(spec.k, 8 * job.scale_dtype.itemsize) for spec in specs)
+
+
+def _candidates(job: Job, specs: list[LinearSpec]) -> Iterator[Scheme]:
+    """4 bits in groups of every size that divides, and 8 bits by channel, as far as the format holds them."""
+    fmt = FORMATS[job.recipe.format]
+    fitting = [size for size in FALLBACK_GROUP_SIZES[:-1] if not any(spec.k % size for spec in specs)]
+    for scheme in (
+        *(make_scheme(4, size, job.recipe.symmetric) for size in fitting or (-1,)),
+        make_scheme(8, -1, True),
+    ):
+        shapes = (fmt.reason_against_shape(scheme, spec.n, spec.k) for spec in specs)
+        if not (fmt.reason_against(scheme) or any(shapes)):
+            yield scheme
+
+
+@torch.no_grad()
+def _measured(
+    job: Job, calibration: CalibrationSet, sets: dict[str, list[LinearSpec]]
+) -> Iterator[tuple[str, list[Option]]]:
+    """The options of every set that the recipe leaves open, on one batch of calibration tokens, last block first."""
+    names = {name for name in job.plan.schemes if name not in job.plan.named}
+    if not names:
+        return
+    ids = calibration.ids[: max(PROBE_TOKENS // calibration.ids.shape[1], 1)]
+    walk = Walk(job.skeleton, job.device, torch.float32)
+    entering = walk.start([ids])
+    for index in range(len(job.skeleton.blocks)):
+        with walk.loaded(index):
+            entering.append(walk.run(index, entering[-1]))
+    with walk.head_loaded():
+        gradient = _drawn(walk, ids, entering.pop(), torch.Generator().manual_seed(job.recipe.seed))
+    for index in reversed(range(len(job.skeleton.blocks))):
+        block = job.skeleton.blocks[index]
+        inside = {fused_set(spec.name) for spec in block.linears if spec.name in names}
+        with walk.loaded(index):
+            exact = walk.run(index, entering[index])
+            for key in sorted(inside):
+                costs = [
+                    _cost(walk, index, sets[key], s, (job, entering[index], exact, gradient))
+                    for s in _candidates(job, sets[key])
+                ]
+                yield key, hull(costs)
+            gradient = _pulled(walk, index, entering[index], gradient)
+
+
+def _cost(
+    walk: Walk, index: int, specs: list[LinearSpec], scheme: Scheme, seen: tuple[Job, Tensor, Tensor, Tensor]
+) -> Option:
+    """What `scheme` costs where it rounds `specs` of the loaded block alone, to nearest."""
+    job, hidden, exact, gradient = seen
+    views = [weight_view(walk.skeleton.model.get_parameter(spec.placement.parameter).data, spec) for spec in specs]
+    saved = [view.clone() for view in views]
+    for view, w in zip(views, saved, strict=True):
+        view.copy_(round_to_nearest(w, scheme, job.scale_dtype).dequantize())
+    change = ((walk.run(index, hidden) - exact) * gradient).sum(-1)
+    for view, w in zip(views, saved, strict=True):
+        view.copy_(w)
+    return Option(scheme, _bits(job, specs, scheme), float(change.square().mean()) / 2)
+
+
+def _drawn(walk: Walk, ids: Tensor, hidden: Tensor, generator: torch.Generator) -> Tensor:
+    """The gradient, by the last block's output, of the log-probability of tokens drawn from the model's own answer."""
+    hidden = hidden.detach().requires_grad_()
+    with torch.enable_grad():
+        scores = walk.logits_of(ids, hidden).float().log_softmax(-1)
+        flat = scores.flatten(0, -2)
+        # drawn on the CPU: one seed draws the same on every device
+        drawn = torch.multinomial(flat.detach().exp().cpu(), 1, generator=generator).to(flat.device)
+        (gradient,) = torch.autograd.grad(flat.gather(1, drawn).sum(), hidden)
+    return gradient
+
+
+def _pulled(walk: Walk, index: int, hidden: Tensor, gradient: Tensor) -> Tensor:
+    """The gradient by what enters the loaded block, from that by what it returns."""
+    hidden = hidden.detach().requires_grad_()
+    with torch.enable_grad():
+        (pulled,) = torch.autograd.grad(walk.run(index, hidden), hidden, gradient)
+    return pulled
