@@ -17,6 +17,7 @@ from quant.site import Site
 # Tokens a second moment is estimated from: at least so many, and so many for each input.
 MOMENT_TOKENS, TOKENS_PER_INPUT = 32768, 16
 STEP_TOKENS = 4096  # tokens of a step of learned rounding
+TRAVEL = 0.2  # how far a weight's offset comes at most, rates summed
 LOOKS = 8  # times a run of learned rounding is held against the held sample, to keep the best
 
 
@@ -111,7 +112,7 @@ class RoundingLearner:
                 if loss < least:
                     best, least = weights, loss
             if step < self._iters:
-                self._step(weights, inputs, targets, (1 - step / self._iters) / self._iters)
+                self._step(weights, inputs, targets, 2 * TRAVEL * (1 - step / self._iters) / self._iters)
         self._work.use(best)
         return best
 

