@@ -191,4 +191,4 @@ def _divergence(walk: Walk, ids: Tensor, exact: Tensor, hidden: Tensor) -> tuple
         found = walk.logits_of(ids, hidden).float().log_softmax(-1)
         loss = (wanted.exp() * (wanted - found)).sum(-1).mean()
     (gradient,) = torch.autograd.grad(loss, hidden)
-    return float(loss), gradient
+    return float(loss.detach()), gradient
