@@ -22,17 +22,15 @@ ROUNDERS = {
 class Method:
     """A way to quantize: a name for a recipe's settings.
 
-    summary     one line for --list-methods
-    settings    of the recipe, where they differ from its defaults
-    only_bits   the one width that makes sense, or None
-    calibrated  whether it looks at activations
+    summary    one line for --list-methods
+    settings   of the recipe, where they differ from its defaults
+    only_bits  the one width that makes sense, or None
     """
 
     name: str
     summary: str
     settings: dict[str, Any] = field(default_factory=dict)
     only_bits: int | None = None
-    calibrated: bool = True
 
 
 W8A8 = {"bits": 8, "group_size": -1, "activations": "token"}
@@ -44,9 +42,8 @@ METHODS = {
             "weight-only int8, one scale per output channel; needs no data",
             {"bits": 8, "group_size": -1},
             only_bits=8,
-            calibrated=False,
         ),
-        Method("rtn", "plain rounding to 4 or 8 bits; the baseline, needs no data", calibrated=False),
+        Method("rtn", "plain rounding to 4 or 8 bits; the baseline, needs no data"),
         Method("awq", "activation-aware scales, then clipping", {"transforms": ("awq",), "clip": True}),
         Method("gptq", "columns rounded in order of importance, errors made up for", {"rounder": "gptq", "clip": True}),
         Method(

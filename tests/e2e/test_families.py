@@ -34,7 +34,7 @@ ROUTED = {"mixtral", "qwen3_moe"}
 def quantize(source: Path, output: Path, recipe: str) -> Path:
     job = prepare(open_source(str(source)), complete_recipe(RECIPES[recipe]), "cpu")
     output.mkdir()
-    run(job, output, calibration() if job.method.calibrated else None, lambda report: None)
+    run(job, output, calibration() if job.recipe.dataset else None, lambda report: None)
     return output
 
 
