@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from calibrate.data import builtin_text
+from evaluation.backend import open_backend
 from evaluation.perplexity import difference, perplexity
+from evaluation.text import Protocol, cut
 from models.source import open_source
 from tests.e2e.cli import run_quantize
 
@@ -23,8 +25,9 @@ def test_int8_of_the_demo_model_is_read_by_transformers_as_by_us(demo_model, tmp
     assert done.code == 0, done.err
     source = open_source(str(tmp_path / "out"))
     text = builtin_text("heldout")[: WINDOWS * CONTEXT * 12]
-    ours = perplexity(source, text, CONTEXT, WINDOWS)
-    original = perplexity(open_source(str(demo_model)), text, CONTEXT, WINDOWS)
+    windows = cut(text, source, Protocol(CONTEXT, windows=WINDOWS))
+    ours = perplexity(open_backend("blocks", source, "cpu"), windows)
+    original = perplexity(open_backend("blocks", open_source(str(demo_model)), "cpu"), windows)
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
     ids = torch.tensor(source.tokenizer()(text).input_ids)[: WINDOWS * CONTEXT].view(WINDOWS, CONTEXT)
     with torch.no_grad():

@@ -76,7 +76,7 @@ def test_learned_rounding_and_tuning_lose_less_still(tmp_path, family, symmetric
         "signround": loss_of(source, tmp_path / "signround", method="signround", **common),
         "best": loss_of(source, tmp_path / "best", method="best", distill_steps=40, **common),
     }
-    assert losses["signround"] < 0.9 * losses["rtn"]
+    assert losses["signround"] < 0.95 * losses["rtn"]
     assert losses["best"] < losses["signround"]
 
 
