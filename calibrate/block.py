@@ -2,22 +2,22 @@
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from calibrate.capture import SiteStats
-from export.engines import EXPERT
+from export.engines import EXPERT, expert_role
 from export.errors import CheckpointError
-from models.products import LinearInputs, QuantizedInputs, input_rounding, weight_view
+from models.products import LinearInputs, input_rounding, rounded_inputs, taped, weight_view
 from models.skeleton import Block
 from models.walk import Walk
 from quant.qtensor import QTensor
 from quant.scheme import Activations, Scheme
 from quant.site import Fold, Site
-from quant.stats import Stats
+from quant.stats import Stats, output_energy
 
 InputRounding = dict[str, Callable[[Tensor], Tensor]]
 
@@ -103,12 +103,7 @@ class BlockWork:
         """
         if self.activations.get(linear) is not Activations.TENSOR:
             return None
-        part = EXPERT.sub(".experts.*.", linear)
-        alike = (
-            [linear]
-            if linear in self.stats
-            else [name for name in self.stats if EXPERT.sub(".experts.*.", name) == part]
-        )
+        alike = [linear] if linear in self.stats else [n for n in self.stats if expert_role(n) == expert_role(linear)]
         if not alike:
             return torch.ones((), device=self.weight(linear).device)
         largest = torch.stack([self.stats[name].abs_max for name in alike]).amax(0)
@@ -129,14 +124,9 @@ class BlockWork:
             for name, weight in weights.items()
         }
 
-    @contextmanager
-    def int8_inputs(self, rounds: InputRounding) -> Iterator[None]:
+    def int8_inputs(self, rounds: InputRounding) -> AbstractContextManager[None]:
         """A context in which linears compute with rounded inputs."""
-        if not rounds:
-            yield
-            return
-        with QuantizedInputs(self.block, self.parameter, rounds):
-            yield
+        return rounded_inputs(self.block, self.model, rounds)
 
     @contextmanager
     def gradients(self, linears: Iterable[str]) -> Iterator[Callable[[], Iterator[tuple[str, Tensor]]]]:
@@ -144,7 +134,6 @@ class BlockWork:
 
         Yields a function: name and gradient (n, k) of each of them that a loss has reached since.
         """
-        linears = list(linears)
         parameters = {name: self.model.get_parameter(self.specs[name].placement.parameter) for name in linears}
 
         def reached() -> Iterator[tuple[str, Tensor]]:
@@ -152,15 +141,8 @@ class BlockWork:
                 if parameter.grad is not None:
                     yield name, weight_view(parameter.grad, self.specs[name])
 
-        for parameter in parameters.values():
-            parameter.requires_grad_(True)
-        try:
-            with torch.enable_grad():
-                yield reached
-        finally:
-            for parameter in parameters.values():
-                parameter.requires_grad_(False)
-                parameter.grad = None
+        with taped(parameters.values()):
+            yield reached
 
     def observe(self, hidden: list[Tensor], sites: list[Site], gram_tokens: int, up_to: int | None = None) -> None:
         """Gather the statistics of every site over all batches.
@@ -248,5 +230,4 @@ class BlockWork:
         if stats is None or stats.gram is None:
             return None
         moment, master = stats.second_moment(), self.masters[name]
-        error = weight.dequantize() - master
-        return float(((error @ moment) * error).sum() / ((master @ moment) * master).sum().clamp(min=1e-30))
+        return output_energy(weight.dequantize() - master, moment) / max(output_energy(master, moment), 1e-30)

@@ -106,8 +106,9 @@ def _slope(low: Option, high: Option) -> float:
 def _sets(job: Job) -> dict[str, list[LinearSpec]]:
     """The quantized linears, by fused set."""
     sets: dict[str, list[LinearSpec]] = {}
+    linears = job.linears
     for name in job.plan.schemes:
-        sets.setdefault(fused_set(name), []).append(job.linears[name])
+        sets.setdefault(fused_set(name), []).append(linears[name])
     return sets
 
 

@@ -11,7 +11,7 @@ enters each block, then backward block by block, running each again.
 
 import math
 from collections.abc import Callable
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from dataclasses import replace
 
 import torch
@@ -19,8 +19,8 @@ from torch import Tensor
 
 from calibrate.blocks import BlockLoop
 from calibrate.job import Job
-from calibrate.outcome import BlockOutcome
-from models.products import QuantizedInputs, input_rounding, weight_view
+from calibrate.outcome import BlockOutcome, hold, int8_inputs
+from models.products import taped, weight_view
 from models.walk import Walk
 from quant import numerics
 from quant.qtensor import QTensor
@@ -30,26 +30,26 @@ BETAS, EPSILON = (0.9, 0.99), 1e-12
 
 
 class Adam:
-    """Adam on one tensor, in float32 (Kingma and Ba, ICLR 2015).
+    """Adam on one tensor, in float32 (torch.optim.Adam on its change, in units of `size`).
 
     value  what is tuned
     size   (or broadcastable)  the unit of the rate: a step moves `value` by about rate * size
     """
 
     def __init__(self, value: Tensor, size: Tensor) -> None:
-        self.value, self._size = value.float().clone(), size
-        self._mean, self._square = torch.zeros_like(self.value), torch.zeros_like(self.value)
-        self._steps = 0
+        self._start, self._size = value.float(), size
+        self._change = torch.zeros_like(self._start)
+        self._optimizer = torch.optim.Adam([self._change], betas=BETAS, eps=EPSILON)
+
+    @property
+    def value(self) -> Tensor:
+        return self._start + self._change * self._size
 
     def step(self, gradient: Tensor, rate: float) -> None:
         """Move against `gradient`, that of the loss by `value`."""
-        self._steps += 1
-        gradient = gradient.float() * self._size
-        self._mean.lerp_(gradient, 1 - BETAS[0])
-        self._square.lerp_(gradient.square(), 1 - BETAS[1])
-        mean = self._mean / (1 - BETAS[0] ** self._steps)
-        root = (self._square / (1 - BETAS[1] ** self._steps)).sqrt_().add_(EPSILON)
-        self.value.sub_(mean.div_(root).mul_(self._size), alpha=rate)
+        self._change.grad = gradient.float() * self._size
+        self._optimizer.param_groups[0]["lr"] = rate
+        self._optimizer.step()
 
 
 class TunedLinear:
@@ -57,7 +57,6 @@ class TunedLinear:
 
     def __init__(self, weight: QTensor, device: str) -> None:
         self._weight = weight.to(device)
-        self.scheme, self.input_scale = weight.scheme, self._weight.input_scale
         scales = self._weight.scales.float()
         self._scales = Adam(scales, scales)
 
@@ -95,12 +94,7 @@ class TunedBlock:
 
     def run(self, hidden: Tensor) -> Tensor:
         """What the block returns."""
-        rounds = {
-            name: input_rounding(linear.input_scale)
-            for name, linear in self._linears.items()
-            if linear.scheme.activations is not None
-        }
-        with QuantizedInputs(self._block, self._parameter, rounds) if rounds else nullcontext():
+        with int8_inputs(self._walk, self._index, self._outcome.weights):
             return self._walk.run(self._index, hidden)
 
     def backward(self, hidden: Tensor, gradient: Tensor, rate: float) -> Tensor:
@@ -110,37 +104,30 @@ class TunedBlock:
             self._block.tensors[name].parameter for name in self._others
         }
         parameters = {name: self._walk.skeleton.model.get_parameter(name) for name in names}
-        for parameter in parameters.values():
-            parameter.requires_grad_(True)
-        with torch.enable_grad():
+        with taped(parameters.values()):
             self.run(hidden).backward(gradient)
-        for name, linear in self._linears.items():
-            grad = parameters[self._specs[name].placement.parameter].grad
-            if grad is not None:
-                linear.step(weight_view(grad, self._specs[name]), rate)
-        for name, other in self._others.items():
-            place = self._block.tensors[name]
-            grad = parameters[place.parameter].grad
-            if grad is not None:
-                other.step(place.view(grad), rate)
-        for parameter in parameters.values():
-            parameter.requires_grad_(False)
-            parameter.grad = None
+            self._step({name: parameter.grad for name, parameter in parameters.items()}, rate)
         self._refresh()
         assert hidden.grad is not None
         return hidden.grad
 
-    def _parameter(self, name: str) -> Tensor:
-        return self._walk.skeleton.model.get_parameter(name).data
+    @torch.no_grad()
+    def _step(self, gradients: dict[str, Tensor | None], rate: float) -> None:
+        """gradients  by the model's parameters; None where the loss did not reach one."""
+        for name, linear in self._linears.items():
+            grad = gradients[self._specs[name].placement.parameter]
+            if grad is not None:
+                linear.step(weight_view(grad, self._specs[name]), rate)
+        for name, other in self._others.items():
+            place = self._block.tensors[name]
+            grad = gradients[place.parameter]
+            if grad is not None:
+                other.step(place.view(grad), rate)
 
     def _refresh(self) -> None:
         """Let the module compute with the tuned values."""
-        for name, linear in self._linears.items():
-            spec = self._specs[name]
-            weight_view(self._parameter(spec.placement.parameter), spec).copy_(linear.weight().dequantize())
-        for name, other in self._others.items():
-            place = self._block.tensors[name]
-            place.view(self._parameter(place.parameter)).copy_(other.value)
+        weights = {name: linear.weight() for name, linear in self._linears.items()}
+        hold(self._walk, self._index, weights, {name: other.value for name, other in self._others.items()})
 
 
 def _others_adam(value: Tensor) -> Adam:

@@ -1,12 +1,13 @@
 """What quantizing a block came to, and the block as it will be stored."""
 
-from contextlib import nullcontext
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from calibrate.report import BlockReport
-from models.products import QuantizedInputs, input_rounding, weight_view
+from models.products import input_rounding, rounded_inputs, weight_view
 from models.walk import Walk
 from quant.qtensor import QTensor
 
@@ -24,25 +25,33 @@ class BlockOutcome:
     report: BlockReport
 
 
+def hold(walk: Walk, index: int, weights: Mapping[str, QTensor], kept: Mapping[str, Tensor]) -> None:
+    """Let block `index`, which must be loaded, compute with these weights and other tensors, by their file's names."""
+    model, block = walk.skeleton.model, walk.skeleton.blocks[index]
+    specs = {spec.name: spec for spec in block.linears}
+    for name, value in kept.items():
+        place = block.tensors[name]
+        place.view(model.get_parameter(place.parameter).data).copy_(value)
+    for name, weight in weights.items():
+        parameter = model.get_parameter(specs[name].placement.parameter).data
+        weight_view(parameter, specs[name]).copy_(weight.to(parameter.device).dequantize())
+
+
+def int8_inputs(walk: Walk, index: int, weights: Mapping[str, QTensor]) -> AbstractContextManager[None]:
+    """A context in which block `index` rounds the inputs of those `weights` whose schemes say so."""
+    rounds = {
+        name: input_rounding(None if weight.input_scale is None else weight.input_scale.to(walk.device))
+        for name, weight in weights.items()
+        if weight.scheme.activations is not None
+    }
+    return rounded_inputs(walk.skeleton.blocks[index], walk.skeleton.model, rounds)
+
+
 def run_stored(walk: Walk, index: int, outcome: BlockOutcome, hidden: list[Tensor]) -> list[Tensor]:
     """What block `index`, which must be loaded, returns for batches of hidden states once it holds `outcome`.
 
     The block holds it from then on, rounded as on disk: a run that goes on from the files sees the same numbers.
     """
-    model, block = walk.skeleton.model, walk.skeleton.blocks[index]
-    specs = {spec.name: spec for spec in block.linears}
-
-    def parameter(name: str) -> Tensor:
-        return model.get_parameter(name).data
-
-    for name, value in outcome.kept.items():
-        place = block.tensors[name]
-        place.view(parameter(place.parameter)).copy_(value)
-    rounds = {}
-    for name, weight in outcome.weights.items():
-        there = weight.to(walk.device)
-        weight_view(parameter(specs[name].placement.parameter), specs[name]).copy_(there.dequantize())
-        if weight.scheme.activations is not None:
-            rounds[name] = input_rounding(there.input_scale)
-    with QuantizedInputs(block, parameter, rounds) if rounds else nullcontext():
+    hold(walk, index, outcome.weights, outcome.kept)
+    with int8_inputs(walk, index, outcome.weights):
         return [walk.run(index, states) for states in hidden]

@@ -50,9 +50,10 @@ def _outcomes(
 ) -> Iterator[BlockOutcome]:
     """Every block's outcome, told to `result` and `on_block`; all at the end where they are tuned together."""
     loop = BlockLoop(job, calibration) if calibration else None
+    blocks: Blocks = loop or DataFreeBlocks(job)
     held = []
     for index in range(len(job.skeleton.blocks)):
-        outcome = _outcome(loop or DataFreeBlocks(job), index, journal)
+        outcome = _outcome(blocks, index, journal)
         result.blocks.append(outcome.report)
         on_block(outcome.report)
         if job.recipe.distill_steps:

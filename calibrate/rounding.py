@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from calibrate.block import BlockWork
-from export.engines import EXPERT
+from export.engines import EXPERT, expert_role
 from quant.algos.clip import group_moments, search_shrink
 from quant.algos.gptq import gptq
 from quant.algos.learned import LearnedWeight
@@ -71,7 +71,7 @@ def stages(sites: list[Site]) -> Iterator[list[Site]]:
     """Sites in order of use; those of all experts of a layer that play the same part come together."""
     together: dict[tuple[str, ...], list[Site]] = {}
     for site in sites:
-        together.setdefault(tuple(EXPERT.sub(".experts.*.", name) for name in site.linears), []).append(site)
+        together.setdefault(tuple(expert_role(name) for name in site.linears), []).append(site)
     yield from together.values()
 
 
@@ -102,10 +102,10 @@ class RoundingLearner:
         Iterates are compared on one batch of sequences spread over all.
         """
         held = spread(inputs), spread(targets)
-        best, least = self._rounded(), float("inf")
+        weights = self._rounded()
+        best, least = weights, float("inf")
         look = max(self._iters // LOOKS, 1)
         for step in range(self._iters + 1):
-            weights = self._rounded()
             self._work.use(weights)
             if step % look == 0 or step == self._iters:
                 loss = self._loss(*held)
@@ -113,6 +113,7 @@ class RoundingLearner:
                     best, least = weights, loss
             if step < self._iters:
                 self._step(weights, inputs, targets, 2 * TRAVEL * (1 - step / self._iters) / self._iters)
+                weights = self._rounded()
         self._work.use(best)
         return best
 

@@ -13,6 +13,7 @@ from quant.algos.awq import ScaleChoice, search_scales, weight_magnitude
 from quant.algos.smooth import SmoothChoice, search_alpha
 from quant.numerics import fake_quantize
 from quant.site import Fold
+from quant.stats import output_energy
 
 Losses = Callable[[Tensor | None], float]
 
@@ -102,8 +103,7 @@ class FoldSearch:
         moment, master = self.work.stats[name].second_moment(), self.work.masters[name]
 
         def loss(scales: Tensor | None) -> float:
-            error = self._rounded(name, scales) - master
-            return float(((error @ moment) * error).sum())
+            return output_energy(self._rounded(name, scales) - master, moment)
 
         return loss
 

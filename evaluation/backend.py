@@ -6,7 +6,7 @@ where that is all a backend has.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from functools import cached_property
 from itertools import islice
 from typing import Any, ClassVar
@@ -21,7 +21,7 @@ from engine.engine import Engine
 from evaluation.vllm_backend import VllmModel
 from export.checkpoint import read_json
 from export.errors import CheckpointError
-from models.products import QuantizedInputs, input_rounding
+from models.products import input_rounding, rounded_inputs
 from models.skeleton import Block, Skeleton, fill, open_skeleton
 from models.source import Source
 from models.walk import Walk
@@ -87,7 +87,7 @@ class TransformersBackend(Backend):
     @torch.no_grad()
     def logits(self, batches: Iterable[Tensor]) -> Iterator[Tensor]:
         for ids in batches:
-            with rounded_inputs(self._skeleton):
+            with _int8_inputs(self._skeleton):
                 logits = self._skeleton.model(input_ids=ids.to(self.device), use_cache=False).logits
             yield logits.float()
 
@@ -98,7 +98,7 @@ class TransformersBackend(Backend):
         # Greedy decoding is asked for here alone; a model's own sampling settings would only draw warnings.
         greedy = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None, "max_length": None}
         stopping = {"stop_strings": list(stops), "tokenizer": self.source.tokenizer()} if stops else {}
-        with rounded_inputs(self._skeleton):
+        with _int8_inputs(self._skeleton):
             output = self._skeleton.model.generate(
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),
@@ -218,13 +218,11 @@ def fill_all(skeleton: Skeleton, device: str, dtype: torch.dtype) -> Skeleton:
     return skeleton
 
 
-def rounded_inputs(skeleton: Skeleton) -> AbstractContextManager[Any]:
+def _int8_inputs(skeleton: Skeleton) -> AbstractContextManager[Any]:
     """A context in which the filled model's linears compute with int8 inputs, where its file says so."""
-    if not skeleton.inputs:
-        return nullcontext()
     linears = [spec for block in skeleton.blocks for spec in block.linears]
     rounds = {name: input_rounding(scale) for name, scale in skeleton.inputs.items()}
-    return QuantizedInputs(Block("", skeleton.model, linears=linears), skeleton.model.get_parameter, rounds)
+    return rounded_inputs(Block("", skeleton.model, linears=linears), skeleton.model, rounds)
 
 
 def token_log_likelihoods(logits: Tensor, ids: Tensor) -> Tensor:

@@ -57,6 +57,11 @@ class EngineKernel:
     reason_against: Callable[[Layer, int | None], str | None]
 
 
+def expert_role(name: str) -> str:
+    """`name` without the expert's number: the same for linears that play the same part in all experts of a layer."""
+    return EXPERT.sub(".experts.*.", name)
+
+
 def fused_set(name: str) -> str:
     """A key that linears share where engines run them as one matrix."""
     if EXPERT.search(name):

@@ -1,11 +1,12 @@
 """Seeing, and changing, the inputs of every multiplication by a weight, whatever module or function performs it."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from models.skeleton import Block, LinearSpec
@@ -84,6 +85,31 @@ class QuantizedInputs(LinearInputs):
             return None
         rounded = self._rounds[name](x.detach())
         return x + (rounded - x).detach() if x.requires_grad else rounded
+
+
+def rounded_inputs(
+    block: Block, model: nn.Module, rounds: Mapping[str, Callable[[Tensor], Tensor]]
+) -> AbstractContextManager[Any]:
+    """A context in which the linears of `block` that `rounds` names compute with rounded inputs; a plain one for none.
+
+    model  where the block's parameters are found by name
+    """
+    return QuantizedInputs(block, model.get_parameter, rounds) if rounds else nullcontext()
+
+
+@contextmanager
+def taped(parameters: Iterable[Tensor]) -> Iterator[None]:
+    """A context that tapes what is computed by `parameters`; their gradients are gone behind it."""
+    parameters = list(parameters)
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+    try:
+        with torch.enable_grad():
+            yield
+    finally:
+        for parameter in parameters:
+            parameter.requires_grad_(False)
+            parameter.grad = None
 
 
 def input_rounding(scale: Tensor | None) -> Callable[[Tensor], Tensor]:

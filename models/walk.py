@@ -6,7 +6,7 @@ called directly with those arguments. They do not depend on hidden states, only 
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from export.errors import CheckpointError
-from models.products import QuantizedInputs, input_rounding
+from models.products import input_rounding, rounded_inputs
 from models.skeleton import Placement, Skeleton, empty, fill
 
 HEAD_SLICE = 1 << 25  # elements of the head converted at once: 128 MiB in float32
@@ -83,11 +83,8 @@ class Walk:
 
     def _quantized_inputs(self, index: int) -> Any:
         """A context in which the block computes with int8 inputs where its file says so."""
-        if not self.skeleton.inputs:
-            return nullcontext()
-        block = self.skeleton.blocks[index]
         rounds = {name: input_rounding(scale) for name, scale in self.skeleton.inputs.items()}
-        return QuantizedInputs(block, self.skeleton.model.get_parameter, rounds)
+        return rounded_inputs(self.skeleton.blocks[index], self.skeleton.model, rounds)
 
     def _require_positions(self, length: int) -> None:
         """CheckpointError where the model looks positions up in a table (GPT-2, OPT) that ends before `length`."""

@@ -65,6 +65,11 @@ def stats_of(x: Tensor, with_gram: bool) -> Stats:
     return Stats(len(flat), magnitude.sum(0, dtype=torch.float64), abs_max, gram, len(flat) if with_gram else 0)
 
 
+def output_energy(w: Tensor, moment: Tensor) -> float:
+    """tr(w moment w^T): the mean square of `x w^T` per token, summed over outputs, for inputs of that second moment."""
+    return float(((w @ moment) * w).sum())
+
+
 def _gram(flat: Tensor) -> Tensor:
     """x^T x in float32, where a product of two half-precision numbers is exact: a GPU multiplies them as they are."""
     if flat.is_cuda and flat.dtype in (torch.bfloat16, torch.float16):

@@ -16,6 +16,7 @@ from quant.algos.clip import diagonal_moments, search_shrink
 from quant.kernels import ops
 from quant.qtensor import QTensor, round_to_nearest
 from quant.scheme import Scheme
+from quant.stats import output_energy
 
 BLOCK = 128  # columns rounded before the errors reach the columns behind them
 DAMPING = 0.01  # of the mean diagonal of H
@@ -72,8 +73,7 @@ def gptq(
 
 def output_loss(weight: QTensor, w: Tensor, moment: Tensor) -> float:
     """Mean squared error of an output: tr(D H D^T) / n with D = rounded - w."""
-    error = weight.dequantize() - w
-    return float(((error @ moment) * error).sum()) / max(w.shape[0], 1)
+    return output_energy(weight.dequantize() - w, moment) / max(w.shape[0], 1)
 
 
 def inverse_factor(moment: Tensor, damping: float) -> tuple[Tensor | None, tuple[str, ...]]:

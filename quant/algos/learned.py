@@ -62,13 +62,6 @@ class LearnedWeight:
         self.offsets.sub_(_bounded(gradient.mul(scales).mul_(free)), alpha=rate).clamp_(-OFFSET_LIMIT, OFFSET_LIMIT)
         self.shrink.sub_(_bounded(by_range), alpha=rate).clamp_(*SHRINK_LIMITS)
 
-    def state(self) -> tuple[Tensor, Tensor]:
-        """A copy of what has been learned, for `restore`."""
-        return self.offsets.clone(), self.shrink.clone()
-
-    def restore(self, state: tuple[Tensor, Tensor]) -> None:
-        self.offsets, self.shrink = state
-
     def _per_weight(self, values: Tensor) -> Tensor:
         """Values (n, g) spread over the weights of their groups, (n, k) float32."""
         n, k = self._w.shape

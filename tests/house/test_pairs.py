@@ -14,6 +14,8 @@ from tests.house.tree import ROOT
 # by one that runs through the whole table.
 TABLES = (
     ("calibrate.methods", "METHODS"),
+    ("calibrate.methods", "TRANSFORMS"),
+    ("calibrate.methods", "ROUNDERS"),
     ("export.formats", "FORMATS"),
     ("engine.families", "FAMILIES"),
 )

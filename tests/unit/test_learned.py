@@ -43,7 +43,7 @@ def test_a_step_follows_the_straight_through_gradient(scheme):
     w, gradient = torch.randn(12, 64), torch.randn(12, 64)
     learned = LearnedWeight(w, scheme, F32, 0.8)
     learned.offsets.uniform_(-0.4, 0.4)
-    offsets, shrink = learned.state()
+    offsets, shrink = learned.offsets.clone(), learned.shrink.clone()
     by_offset, by_shrink = straight_through(w, offsets, shrink, scheme, gradient)
     learned.step(learned.rounded(), gradient.clone(), 0.01)
     torch.testing.assert_close(learned.offsets - offsets, -0.01 * by_offset)
@@ -57,11 +57,11 @@ def test_offsets_stay_within_half_a_step():
     assert learned.offsets.abs().max() <= OFFSET_LIMIT
 
 
-def test_a_state_comes_back():
+def test_offsets_and_ranges_are_all_that_is_learned():
     learned = LearnedWeight(torch.randn(4, 32), SCHEMES[0], F32)
-    state, codes = learned.state(), learned.rounded().codes
+    offsets, shrink, codes = learned.offsets.clone(), learned.shrink.clone(), learned.rounded().codes
     learned.step(learned.rounded(), torch.randn(4, 32), 0.4)
-    learned.restore(state)
+    learned.offsets, learned.shrink = offsets, shrink
     assert torch.equal(learned.rounded().codes, codes)
 
 
