@@ -21,9 +21,9 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from export.checkpoint import open_checkpoint
 from export.errors import CheckpointError
 from export.formats import FORMATS, LogicalTensors
-from integrations import int8
 from models.skeleton import place
 from quant.linear import QLinear
+from quant.numerics import fake_quantize_inputs
 from quant.qtensor import QTensor
 
 METHODS = ("compressed-tensors", "gptq", "awq")
@@ -46,23 +46,17 @@ class AwaitingLinear(nn.Module):
 
 
 class Int8Linear(nn.Module):
-    """y = x W^T + bias with int8 weights and activations (integrations/int8.py)."""
+    """y = x W^T + bias with int8 weights, packed, and x rounded to int8 before the product."""
 
-    codes: Tensor
-    scales: Tensor
     input_scale: Tensor | None
-    bias: Tensor | None
 
-    def __init__(self, weight: QTensor, bias: Tensor | None) -> None:
+    def __init__(self, weight: QTensor, bias: Tensor | None, dtype: torch.dtype) -> None:
         super().__init__()
-        tensors = {"codes": weight.codes, "scales": weight.scales, "input_scale": weight.input_scale, "bias": bias}
-        for name, tensor in tensors.items():
-            self.register_buffer(name, tensor)
+        self.product = QLinear.from_qtensor(weight, bias, dtype)
+        self.register_buffer("input_scale", weight.input_scale)
 
     def forward(self, x: Tensor) -> Tensor:
-        n, k = self.codes.shape
-        y = int8.int8_linear(x.reshape(-1, k), self.codes, self.scales, self.input_scale, self.bias)
-        return y.view(*x.shape[:-1], n)
+        return self.product(fake_quantize_inputs(x, self.input_scale))
 
 
 class LowbitQuantizer(HfQuantizer):
@@ -131,10 +125,7 @@ def linear_for(weight: QTensor, bias: Tensor | None, dtype: torch.dtype) -> nn.M
     try:
         if weight.scheme.activations is None:
             return QLinear.from_qtensor(weight, bias, dtype)
-        reason = int8.reason_against(*weight.shape)
-        if reason:
-            raise ValueError(reason)
-        return Int8Linear(weight, bias)
+        return Int8Linear(weight, bias, dtype)
     except ValueError as error:
         raise CheckpointError(f"a {weight.scheme} weight {tuple(weight.shape)}: {error}") from error
 

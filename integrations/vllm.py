@@ -7,7 +7,9 @@ linear has which scheme; only what stores and multiplies a linear's weight is ou
 caching, LoRA and speculative decoding stay vLLM's. Experts and quantized embeddings stay vLLM's too.
 """
 
+from abc import abstractmethod
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -26,19 +28,19 @@ from vllm.model_executor.parameter import (
     BasevLLMParameter,
     ChannelQuantScaleParameter,
     GroupQuantScaleParameter,
+    ModelWeightParameter,
     PackedColumnParameter,
     PackedvLLMParameter,
+    PerTensorScaleParameter,
 )
 
 from export import compressed_tensors
-from export.errors import CheckpointError
-from integrations import int8
 from quant.kernels import ops
 from quant.kernels.packed import TILE_ROWS, PackedWeight, prepack, reason_against_packing
-from quant.scheme import Scheme, make_scheme
+from quant.numerics import fake_quantize_inputs
+from quant.scheme import Activations, Scheme, make_scheme
 
 NAME = "lowbit"
-LOADED = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
 
 
 class LowbitConfig(CompressedTensorsConfig):
@@ -74,20 +76,45 @@ class LowbitConfig(CompressedTensorsConfig):
         return method
 
 
-def scheme_for(theirs: CompressedTensorsScheme, prefix: str) -> CompressedTensorsScheme:
+def scheme_for(theirs: CompressedTensorsScheme, prefix: str) -> "LowbitScheme":
     """Our scheme in the place of vLLM's. ValueError names the linear and what it asks for."""
     in_order = not getattr(theirs, "has_g_idx", False)
     if type(theirs) is CompressedTensorsWNA16 and theirs.num_bits in (4, 8) and in_order:
-        return LowbitWNA16(make_scheme(theirs.num_bits, theirs.group_size, bool(theirs.symmetric)))
+        return PackedWeights(make_scheme(theirs.num_bits, theirs.group_size, bool(theirs.symmetric)))
     if type(theirs) is CompressedTensorsW8A8Int8 and theirs.input_symmetric:
-        return LowbitW8A8(theirs.strategy, theirs.is_static_input_scheme, theirs.input_symmetric)
+        activations = Activations.TENSOR if theirs.is_static_input_scheme else Activations.TOKEN
+        return PlainWeights(replace(make_scheme(8, -1, True), activations=activations), theirs.strategy == "tensor")
     raise ValueError(
         f"{prefix}: lowbit has no kernel for {type(theirs).__name__}; start vLLM without --quantization lowbit"
     )
 
 
-class LowbitWNA16(CompressedTensorsScheme):
-    """4- or 8-bit weights and 16-bit activations on our kernels."""
+@dataclass(frozen=True)
+class Part:
+    """This GPU's part of a linear, or of several that vLLM runs as one.
+
+    widths  outputs of each
+    k       inputs
+    dtype   of activations
+    loader  puts a tensor of the checkpoint into a parameter, whichever part of it belongs here
+    """
+
+    widths: list[int]
+    k: int
+    dtype: torch.dtype
+    loader: Callable[..., None]
+
+    @property
+    def n(self) -> int:
+        return sum(self.widths)
+
+
+class LowbitScheme(CompressedTensorsScheme):
+    """A quantized linear on our kernels: loaded as the checkpoint has it, packed, multiplied.
+
+    What the checkpoint's tensors are loaded into is a subclass's to say. Packed, words and scales stand where vLLM's
+    own schemes have theirs: its LoRA looks for `weight_packed`.
+    """
 
     def __init__(self, scheme: Scheme) -> None:
         self.scheme = scheme
@@ -96,6 +123,10 @@ class LowbitWNA16(CompressedTensorsScheme):
     def get_min_capability(cls) -> int:
         """What our kernels are built for."""
         return LowbitConfig.get_min_capability()
+
+    @abstractmethod
+    def parameters(self, part: Part) -> dict[str, BasevLLMParameter]:
+        """What the checkpoint's tensors are loaded into, by their names."""
 
     def create_weights(
         self,
@@ -106,81 +137,103 @@ class LowbitWNA16(CompressedTensorsScheme):
         weight_loader: Callable[..., None],
         **kwargs: Any,
     ) -> None:
-        """Give `layer` the parameters that the checkpoint's tensors are loaded into, this GPU's part of each.
-
-        ValueError where our kernels cannot pack the part.
-        """
-        n, k, scheme = sum(output_partition_sizes), input_size_per_partition, self.scheme
-        reason = reason_against_packing(n, k, scheme.group_size, TILE_ROWS)
+        """Give `layer` the parameters of its part. ValueError where our kernels cannot pack the part."""
+        part = Part(output_partition_sizes, input_size_per_partition, params_dtype, weight_loader)
+        reason = reason_against_packing(part.n, part.k, self.scheme.group_size, TILE_ROWS)
         if reason:
-            raise ValueError(f"lowbit cannot run a {scheme} weight: {reason}")
-        per_word, groups = 32 // scheme.bits, scheme.groups(k)
-        layer.lowbit_shape, layer.lowbit_dtype = (n, k), params_dtype
-        words = {"packed_factor": per_word, "weight_loader": weight_loader}
-        packed = torch.empty(n, -(-k // per_word), dtype=torch.int32)
-        layer.register_parameter(
-            "weight_packed", PackedvLLMParameter(data=packed, input_dim=1, output_dim=0, packed_dim=1, **words)
-        )
-        scales = torch.empty(n, groups, dtype=params_dtype)
-        zeros = torch.zeros(-(-n // per_word), groups, dtype=torch.int32)
-        shape = torch.empty(2, dtype=torch.int64)
-        layer.register_parameter("weight_shape", BasevLLMParameter(data=shape, weight_loader=weight_loader))
-        if scheme.group_size == -1:  # every part of the inputs needs the row's scale
-            scale: Any = ChannelQuantScaleParameter(data=scales, output_dim=0, weight_loader=weight_loader)
-            zero: Any = PackedColumnParameter(data=zeros, output_dim=0, packed_dim=0, **words)
-        else:
-            scale = GroupQuantScaleParameter(data=scales, input_dim=1, output_dim=0, weight_loader=weight_loader)
-            zero = PackedvLLMParameter(data=zeros, input_dim=1, output_dim=0, packed_dim=0, **words)
-        layer.register_parameter("weight_scale", scale)
-        if not scheme.symmetric:
-            layer.register_parameter("weight_zero_point", zero)
+            raise ValueError(f"lowbit cannot run a {self.scheme} weight: {reason}")
+        parameters = self.parameters(part)
+        for name, parameter in parameters.items():
+            layer.register_parameter(name, parameter)
+        layer.lowbit_part, layer.lowbit_loaded = part, tuple(parameters)
 
     def process_weights_after_loading(self, layer: Any) -> None:
         """Put the weight into our kernels' order. CheckpointError where what was loaded is no weight."""
-        loaded = {name: getattr(layer, name).data for name in LOADED if hasattr(layer, name)}
-        loaded["weight_shape"] = torch.tensor(
-            layer.lowbit_shape
-        )  # the file's is the whole linear's, ours may be a part
+        loaded = self.whole({name: getattr(layer, name).data for name in layer.lowbit_loaded}, layer.lowbit_part)
         weight = compressed_tensors.read("", lambda name: loaded[name.removeprefix(".")], self.scheme)
-        packed = prepack(weight, layer.lowbit_dtype)
-        for name in loaded:
+        packed = prepack(weight, layer.lowbit_part.dtype)
+        for name in layer.lowbit_loaded:
             delattr(layer, name)
-        for name, tensor in (("words", packed.words), ("scales", packed.scales), ("zeros", packed.zeros)):
-            layer.register_parameter(
-                f"lowbit_{name}", None if tensor is None else nn.Parameter(tensor, requires_grad=False)
-            )
+        tensors = {
+            "weight_packed": packed.words,
+            "weight_scale": packed.scales,
+            "weight_zero_point": packed.zeros,
+            "input_scale": weight.input_scale,
+        }
+        for name, tensor in tensors.items():
+            layer.register_parameter(name, None if tensor is None else nn.Parameter(tensor, requires_grad=False))
+
+    def whole(self, loaded: dict[str, Tensor], part: Part) -> dict[str, Tensor]:
+        """The tensors of a linear as a file would hold them, of what was loaded into the part's."""
+        return loaded
 
     def apply_weights(self, layer: Any, x: Tensor, bias: Tensor | None) -> Tensor:
-        """x W^T + bias."""
-        n, k = layer.lowbit_shape
-        tensors = layer.lowbit_words, layer.lowbit_scales, layer.lowbit_zeros
-        weight = PackedWeight(*tensors, n, k, self.scheme.bits, self.scheme.group_size)
-        return ops.linear(x.reshape(-1, k).contiguous(), weight, bias).view(*x.shape[:-1], n)
+        """x W^T + bias, x rounded to int8 first where the scheme says so: vLLM's compiler fuses that into the norm."""
+        part, scheme = layer.lowbit_part, self.scheme
+        rows = x.reshape(-1, part.k)
+        if scheme.activations is not None:
+            rows = fake_quantize_inputs(rows, layer.input_scale)
+        tensors = layer.weight_packed, layer.weight_scale, layer.weight_zero_point
+        weight = PackedWeight(*tensors, part.n, part.k, scheme.bits, scheme.group_size)
+        return ops.linear(rows.contiguous(), weight, bias, dependent=True).view(*x.shape[:-1], part.n)
 
 
-class LowbitW8A8(CompressedTensorsW8A8Int8):
-    """int8 weights and activations: vLLM's loading, torch's integer product (integrations/int8.py)."""
+class PackedWeights(LowbitScheme):
+    """4- or 8-bit weights and 16-bit activations: `pack-quantized`."""
 
-    def process_weights_after_loading(self, layer: Any) -> None:
-        """Check what was loaded; one scale for a whole matrix becomes every row's. CheckpointError where it is none."""
-        n, k = layer.weight.shape
-        reason = int8.reason_against(n, k)
-        if reason:
-            raise CheckpointError(reason)
-        scales = layer.weight_scale.data
-        if scales.numel() != n:
-            widths = torch.tensor(layer.logical_widths, device=scales.device)
-            scales = scales.reshape(-1).repeat_interleave(widths).unsqueeze(1)
-        layer.weight = nn.Parameter(layer.weight.data, requires_grad=False)
-        layer.weight_scale = nn.Parameter(scales, requires_grad=False)
-        if layer.input_scale is not None:
-            layer.input_scale = nn.Parameter(layer.input_scale.data.max(), requires_grad=False)
+    def parameters(self, part: Part) -> dict[str, BasevLLMParameter]:
+        """Words, scales and zeros, split as vLLM splits its own."""
+        scheme, per_word, loader = self.scheme, 32 // self.scheme.bits, {"weight_loader": part.loader}
+        words: dict[str, Any] = {"packed_factor": per_word, **loader}
+        packed = torch.empty(part.n, -(-part.k // per_word), dtype=torch.int32)
+        scales = torch.empty(part.n, scheme.groups(part.k), dtype=part.dtype)
+        zeros = torch.zeros(-(-part.n // per_word), scheme.groups(part.k), dtype=torch.int32)
+        found = {
+            "weight_packed": PackedvLLMParameter(data=packed, input_dim=1, output_dim=0, packed_dim=1, **words),
+            "weight_shape": BasevLLMParameter(data=torch.empty(2, dtype=torch.int64), **loader),
+        }
+        if scheme.group_size == -1:  # every part of the inputs needs the row's scale
+            found["weight_scale"] = ChannelQuantScaleParameter(data=scales, output_dim=0, **loader)
+            zero: Any = PackedColumnParameter(data=zeros, output_dim=0, packed_dim=0, **words)
+        else:
+            found["weight_scale"] = GroupQuantScaleParameter(data=scales, input_dim=1, output_dim=0, **loader)
+            zero = PackedvLLMParameter(data=zeros, input_dim=1, output_dim=0, packed_dim=0, **words)
+        return found if scheme.symmetric else found | {"weight_zero_point": zero}
 
-    def apply_weights(self, layer: Any, x: Tensor, bias: Tensor | None) -> Tensor:
-        """x W^T + bias, x quantized per token or by the calibrated scale."""
-        n, k = layer.weight.shape
-        y = int8.int8_linear(x.reshape(-1, k), layer.weight, layer.weight_scale, layer.input_scale, bias)
-        return y.view(*x.shape[:-1], n)
+    def whole(self, loaded: dict[str, Tensor], part: Part) -> dict[str, Tensor]:
+        """With the part's own shape: the file's is that of the whole linear."""
+        return loaded | {"weight_shape": torch.tensor([part.n, part.k])}
+
+
+class PlainWeights(LowbitScheme):
+    """int8 weights and activations: `int-quantized`. With `one_scale`, each linear's weight has a single one."""
+
+    def __init__(self, scheme: Scheme, one_scale: bool) -> None:
+        super().__init__(scheme)
+        self.one_scale = one_scale
+
+    def parameters(self, part: Part) -> dict[str, BasevLLMParameter]:
+        """Codes, scales, and a calibrated scale of the inputs for each linear."""
+        loader: dict[str, Any] = {"weight_loader": part.loader}
+        codes, scales = torch.empty(part.n, part.k, dtype=torch.int8), torch.empty(part.n, 1, dtype=part.dtype)
+        found = {"weight": ModelWeightParameter(data=codes, input_dim=1, output_dim=0, **loader)}
+        if self.one_scale:
+            found["weight_scale"] = PerTensorScaleParameter(data=torch.zeros(len(part.widths)), **loader)
+        else:
+            found["weight_scale"] = ChannelQuantScaleParameter(data=scales, output_dim=0, **loader)
+        if self.scheme.activations is Activations.TENSOR:
+            found["input_scale"] = PerTensorScaleParameter(data=torch.zeros(len(part.widths)), **loader)
+        return found
+
+    def whole(self, loaded: dict[str, Tensor], part: Part) -> dict[str, Tensor]:
+        """With a scale for every row, and one for the inputs of linears that run as one: the widest, as vLLM has it."""
+        found = dict(loaded)
+        if self.one_scale:
+            widths = torch.tensor(part.widths, device=loaded["weight_scale"].device)
+            found["weight_scale"] = loaded["weight_scale"].repeat_interleave(widths).unsqueeze(1)
+        if "input_scale" in loaded:
+            found["input_scale"] = loaded["input_scale"].max()
+        return found
 
 
 def register() -> None:

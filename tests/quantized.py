@@ -10,8 +10,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from export.checkpoint import open_checkpoint
 from export.formats import FORMATS, LogicalTensors, write_config
-from integrations.int8 import quantize_rows
 from models.source import open_source
+from quant.numerics import fake_quantize_inputs
 from quant.qtensor import QTensor, round_to_nearest
 from quant.scheme import Activations, Scheme, parse_scheme
 
@@ -51,5 +51,4 @@ def dense(directory: Path) -> PreTrainedModel:
 
 
 def rounded(input_scale: torch.Tensor | None, module: torch.nn.Module, args: tuple[torch.Tensor]) -> torch.Tensor:
-    codes, scales = quantize_rows(args[0].flatten(0, -2), input_scale)
-    return (codes * scales).view_as(args[0])
+    return fake_quantize_inputs(args[0], input_scale)
