@@ -55,7 +55,9 @@ def relative(got: Tensor, wanted: Tensor) -> float:
 @pytest.mark.parametrize("method", METHODS)
 def test_logits_of_prompts_and_of_captured_steps_are_the_cpus(method, dtype, int8):
     gpu, cpu = engines(LLAMA, method, dtype, int8)
-    check(gpu, cpu, 0.02 if dtype == torch.float16 else 0.08)
+    tolerance = 0.02 if dtype == torch.float16 else 0.08
+    # an input's last bit may turn its int8 code by one, 1 / 127 of the row's largest: seen on an H100, up to 0.026
+    check(gpu, cpu, max(tolerance, 0.05) if method == "w8a8" else tolerance)
 
 
 @pytest.mark.parametrize("method", ["w4", "int8", "dense"])
