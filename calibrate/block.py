@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from calibrate import ranks
 from calibrate.capture import SiteStats
 from export.engines import EXPERT, expert_role
 from export.errors import CheckpointError
@@ -137,6 +138,7 @@ class BlockWork:
         parameters = {name: self.model.get_parameter(self.specs[name].placement.parameter) for name in linears}
 
         def reached() -> Iterator[tuple[str, Tensor]]:
+            ranks.total_gradients(parameters.values())
             for name, parameter in parameters.items():
                 if parameter.grad is not None:
                     yield name, weight_view(parameter.grad, self.specs[name])
@@ -145,13 +147,16 @@ class BlockWork:
             yield reached
 
     def observe(self, hidden: list[Tensor], sites: list[Site], gram_tokens: int, up_to: int | None = None) -> None:
-        """Gather the statistics of every site over all batches.
+        """Gather the statistics of every site over all batches, which the run's processes share out.
 
-        up_to  stop after at least so many tokens, and leave each batch where all sites have seen it
+        gram_tokens  tokens of the batches that second moments are estimated from; experts' see all that reach them
+        up_to        stop after at least so many tokens, and leave each batch where all sites have seen it
 
         CheckpointError names the site and the sample where an input is NaN or infinite.
         """
-        seen = SiteStats(sites, gram_tokens)
+        seen = SiteStats(sites)
+        size = hidden[0][..., 0].numel()
+        batches = hidden if up_to is None else hidden[: math.ceil(up_to / size)]
         rounds = self.input_rounding() if self.stats else {}
 
         def see(names: tuple[str, ...], x: Tensor) -> None:
@@ -159,20 +164,19 @@ class BlockWork:
             if up_to is not None and seen.complete:
                 raise _Seen
 
-        samples = tokens = 0
-        for states in hidden:
-            seen.next_batch()
+        for place, states in ranks.mine(enumerate(batches)):
+            seen.next_batch(with_gram=place * size < gram_tokens)
             with suppress(_Seen), self.int8_inputs(rounds), LinearInputs(self.block, self.parameter, see):
                 self._walk.run(self.index, states)
             site = seen.broken()
             if site is not None:
+                first = place * len(batches[0])
                 raise CheckpointError(
-                    f"{site.linears[0]}: its inputs are NaN or infinite for calibration samples {samples} to "
-                    f"{samples + len(states) - 1}; drop them from the dataset, or calibrate with --dtype float32"
+                    f"{site.linears[0]}: its inputs are NaN or infinite for calibration samples {first} to "
+                    f"{first + len(states) - 1}; drop them from the dataset, or calibrate with --dtype float32"
                 )
-            samples, tokens = samples + len(states), tokens + states[..., 0].numel()
-            if up_to is not None and tokens >= up_to:
-                break
+        seen.add_up(self._walk.device)
+        tokens = sum(states[..., 0].numel() for states in batches)
         for site in sites:
             for name in site.linears:
                 self._believe(name, seen.of(name), tokens)

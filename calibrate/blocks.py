@@ -6,6 +6,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from calibrate import ranks
 from calibrate.block import BlockWork
 from calibrate.data import CalibrationSet
 from calibrate.discover import Structure
@@ -104,7 +105,7 @@ class BlockLoop:
         """Both streams move on behind block `index`, as they did when an earlier run found its `outcome`."""
         with self.walk.loaded(index), torch.no_grad():
             self._prober.learn(index)
-            targets = [self.walk.run(index, states) for states in self.exact] if self._two_streams else []
+            targets = self._targets(index)
             self._move_on(index, outcome, targets)
 
     def _quantize(self, index: int) -> BlockOutcome:
@@ -116,7 +117,7 @@ class BlockLoop:
         structure = self._prober.structure(index)
         sample = [spread(self.hidden)]
         before = work.run(sample)
-        targets = work.run(self.exact) if self._two_streams else []
+        targets = self._targets(index)
         folds = self._transform(work, structure, sample)
         weights = self._round(work, structure, targets)
         kept = _kept_tensors(job, block, weights)
@@ -126,6 +127,10 @@ class BlockLoop:
         outcome = BlockOutcome(work.finished(weights), kept, report)
         self._move_on(index, outcome, targets)
         return outcome
+
+    def _targets(self, index: int) -> list[Tensor]:
+        """What block `index`, loaded and as in the file, returns for the exact stream, where that is kept."""
+        return ranks.each(self.exact, lambda states: self.walk.run(index, states)) if self._two_streams else []
 
     def _move_on(self, index: int, outcome: BlockOutcome, targets: list[Tensor]) -> None:
         """The quantized stream runs through the stored block, the exact one has become `targets` where it is kept."""

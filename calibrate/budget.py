@@ -8,11 +8,13 @@ are then spent where a bit saves most, along the convex hull of each set's choic
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
+from calibrate import ranks
 from calibrate.data import CalibrationSet
 from calibrate.job import Job
 from calibrate.plan import make_plan, scheme_pattern
@@ -151,18 +153,17 @@ def _measured(
         with walk.loaded(index):
             exact = walk.run(index, entering[index])
             for key in sorted(inside):
-                costs = [
-                    _cost(walk, index, sets[key], s, (job, entering[index], exact, gradient))
-                    for s in _candidates(job, sets[key])
-                ]
-                yield key, hull(costs)
+                specs, schemes = sets[key], list(_candidates(job, sets[key]))
+                cost = partial(_cost, walk, index, specs, (job, entering[index], exact, gradient))
+                costs = ranks.each_number(schemes, cost)
+                yield key, hull(Option(s, _bits(job, specs, s), c) for s, c in zip(schemes, costs, strict=True))
             gradient = _pulled(walk, index, entering[index], gradient)
 
 
 def _cost(
-    walk: Walk, index: int, specs: list[LinearSpec], scheme: Scheme, seen: tuple[Job, Tensor, Tensor, Tensor]
-) -> Option:
-    """What `scheme` costs where it rounds `specs` of the loaded block alone, to nearest."""
+    walk: Walk, index: int, specs: list[LinearSpec], seen: tuple[Job, Tensor, Tensor, Tensor], scheme: Scheme
+) -> float:
+    """The divergence that `scheme` costs where it rounds `specs` of the loaded block alone, to nearest."""
     job, hidden, exact, gradient = seen
     views = [weight_view(walk.skeleton.model.get_parameter(spec.placement.parameter).data, spec) for spec in specs]
     saved = [view.clone() for view in views]
@@ -171,7 +172,7 @@ def _cost(
     change = ((walk.run(index, hidden) - exact) * gradient).sum(-1)
     for view, w in zip(views, saved, strict=True):
         view.copy_(w)
-    return Option(scheme, _bits(job, specs, scheme), float(change.square().mean()) / 2)
+    return float(change.square().mean()) / 2
 
 
 def _drawn(walk: Walk, ids: Tensor, hidden: Tensor, generator: torch.Generator) -> Tensor:

@@ -3,10 +3,13 @@
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from calibrate import ranks
+from export.engines import EXPERT
 from quant.site import Site
-from quant.stats import Stats, stats_of
+from quant.stats import Stats, nothing_seen, stats_of
 
 
 def sites_of(calls: Iterable[tuple[tuple[str, ...], Tensor]]) -> list[Site]:
@@ -24,25 +27,26 @@ def sites_of(calls: Iterable[tuple[tuple[str, ...], Tensor]]) -> list[Site]:
 
 
 class SiteStats:
-    """Statistics of every site, gathered while batches run under `LinearInputs`.
+    """Statistics of every site, gathered while batches run under `LinearInputs`."""
 
-    gram_tokens  how many tokens the Gram matrix of a site should see; later tokens add to the other sums alone
-    """
-
-    def __init__(self, sites: list[Site], gram_tokens: int) -> None:
+    def __init__(self, sites: list[Site]) -> None:
         self._first = {site.linears[0]: site for site in sites}
-        self._gram_tokens = gram_tokens
         self._stats: dict[str, Stats] = {}
         self._missing = set(self._first)
+        self._with_gram = True
 
     @property
     def complete(self) -> bool:
         """Whether every site has been seen since `next_batch`."""
         return not self._missing
 
-    def next_batch(self) -> None:
-        """A batch begins, in which no site has been seen."""
+    def next_batch(self, with_gram: bool) -> None:
+        """A batch begins, in which no site has been seen.
+
+        with_gram  whether it adds to Gram matrices, and not to the other sums alone; experts' see every batch
+        """
         self._missing = set(self._first)
+        self._with_gram = with_gram
 
     def see(self, names: tuple[str, ...], x: Tensor) -> None:
         """Add the tokens of `x`; linears of a site after the first see the same tokens and are passed over."""
@@ -50,8 +54,7 @@ class SiteStats:
             if name in self._first:
                 self._missing.discard(name)
                 known = self._stats.get(name)
-                with_gram = known is None or known.gram_tokens < self._gram_tokens
-                fresh = stats_of(x, with_gram)
+                fresh = stats_of(x, self._with_gram or bool(EXPERT.search(name)))
                 self._stats[name] = fresh if known is None else known + fresh
 
     def broken(self) -> Site | None:
@@ -59,6 +62,21 @@ class SiteStats:
         return next(
             (self._first[name] for name, stats in self._stats.items() if not bool(stats.abs_max.isfinite().all())), None
         )
+
+    def add_up(self, device: str) -> None:
+        """Add what the run's other processes have seen; afterwards all know the same."""
+        for name, site in self._first.items() if ranks.count() > 1 else ():
+            known = self._stats.get(name) or nothing_seen(site.width, device)
+            tokens, gram_tokens = ranks.total(torch.tensor([known.tokens, known.gram_tokens])).tolist()
+            if tokens:
+                gram = known.gram if known.gram is not None else known.abs_max.new_zeros(site.width, site.width)
+                self._stats[name] = Stats(
+                    tokens,
+                    ranks.total(known.abs_sum),
+                    ranks.largest(known.abs_max),
+                    ranks.total(gram) if gram_tokens else None,
+                    gram_tokens,
+                )
 
     def of(self, linear: str) -> Stats | None:
         """The statistics of the site that `linear` belongs to; None where no token reached it."""

@@ -17,6 +17,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from calibrate import ranks
 from calibrate.blocks import BlockLoop
 from calibrate.job import Job
 from calibrate.outcome import BlockOutcome, hold, int8_inputs
@@ -103,9 +104,10 @@ class TunedBlock:
         names = {spec.placement.parameter for spec in self._specs.values()} | {
             self._block.tensors[name].parameter for name in self._others
         }
-        parameters = {name: self._walk.skeleton.model.get_parameter(name) for name in names}
+        parameters = {name: self._walk.skeleton.model.get_parameter(name) for name in sorted(names)}
         with taped(parameters.values()):
             self.run(hidden).backward(gradient)
+            ranks.total_gradients(parameters.values())
             self._step({name: parameter.grad for name, parameter in parameters.items()}, rate)
         self._refresh()
         assert hidden.grad is not None
@@ -146,7 +148,8 @@ def distill(
     Batches of calibration tokens come in random order, none twice before all came once.
     """
     walk, steps = loop.walk, job.recipe.distill_steps
-    entering = walk.start(loop.ids)
+    own = [_own_part(ids, exact) for ids, exact in zip(loop.ids, loop.exact, strict=True)]
+    entering = walk.start([ids for ids, _, _ in own])
     generator = torch.Generator().manual_seed(job.recipe.seed)
     order: list[int] = []
     with ExitStack() as stack:
@@ -155,27 +158,37 @@ def distill(
         blocks = [TunedBlock(walk, index, outcome) for index, outcome in enumerate(outcomes)]
         stack.enter_context(walk.head_loaded())
         for step in range(steps):
-            order = order or torch.randperm(len(loop.ids), generator=generator).tolist()
+            order = order or torch.randperm(len(own), generator=generator).tolist()
             batch = order.pop()
             states = [entering[batch]]
             for block in blocks:
                 with torch.no_grad():
                     states.append(block.run(states[-1]))
-            loss, gradient = _divergence(walk, loop.ids[batch], loop.exact[batch], states.pop())
+            loss, gradient = _divergence(walk, *own[batch], states.pop())
             rate = RATE * 0.5 * (1 + math.cos(math.pi * step / steps))
             for block in reversed(blocks):
                 gradient = block.backward(states.pop(), gradient, rate)
-            on_step(loss)
+            on_step(float(ranks.total(loss)))
         return [block.outcome() for block in blocks]
 
 
-def _divergence(walk: Walk, ids: Tensor, exact: Tensor, hidden: Tensor) -> tuple[float, Tensor]:
-    """Mean divergence of the logits of `hidden` from those of `exact`, in nats a token; its gradient by `hidden`."""
+def _own_part(ids: Tensor, exact: Tensor) -> tuple[Tensor, Tensor, float]:
+    """This process's sequences of a batch, token ids and exact states, and which share of the batch they are.
+
+    A process that no sequence falls to takes the first with a share of 0, so that all compute in step.
+    """
+    rows = ranks.mine(range(len(ids)))
+    return ids[rows or [0]], exact[rows or [0]], len(rows) / len(ids)
+
+
+def _divergence(walk: Walk, ids: Tensor, exact: Tensor, share: float, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    """`share` of the mean divergence of the logits of `hidden` from those of `exact`, in nats a token, float64 (); its
+    gradient by `hidden`."""
     with torch.no_grad():
         wanted = walk.logits_of(ids, exact).float().log_softmax(-1)
     hidden = hidden.detach().requires_grad_()
     with torch.enable_grad():
         found = walk.logits_of(ids, hidden).float().log_softmax(-1)
-        loss = (wanted.exp() * (wanted - found)).sum(-1).mean()
+        loss = share * (wanted.exp() * (wanted - found)).sum(-1).mean()
     (gradient,) = torch.autograd.grad(loss, hidden)
-    return float(loss.detach()), gradient
+    return loss.detach().double().cpu(), gradient

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from calibrate import ranks
 from calibrate.report import BlockReport
 from models.products import input_rounding, rounded_inputs, weight_view
 from models.walk import Walk
@@ -54,4 +55,4 @@ def run_stored(walk: Walk, index: int, outcome: BlockOutcome, hidden: list[Tenso
     """
     hold(walk, index, outcome.weights, outcome.kept)
     with int8_inputs(walk, index, outcome.weights):
-        return [walk.run(index, states) for states in hidden]
+        return ranks.each(hidden, lambda states: walk.run(index, states))

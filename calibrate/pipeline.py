@@ -1,9 +1,11 @@
 """From a model's files to a quantized checkpoint, one block in memory at a time."""
 
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
+from calibrate import ranks
 from calibrate.blocks import BlockLoop, Blocks, DataFreeBlocks
 from calibrate.data import CalibrationSet
 from calibrate.distill import distill
@@ -16,7 +18,7 @@ from export.checkpoint import verify_checksums
 from export.formats import FORMATS, write_config
 from export.writer import ShardedWriter, copy_companions, write_json
 
-__all__ = ["BlockReport", "Job", "Result", "prepare", "run"]
+__all__ = ["BlockReport", "Job", "Result", "assist", "prepare", "run"]
 
 OnBlock = Callable[[BlockReport], None]
 
@@ -45,6 +47,13 @@ def run(
     return result
 
 
+def assist(job: Job, calibration: CalibrationSet | None, journal: Journal | None = None) -> None:
+    """Do this process's part of the `run` of the leading one, and write nothing."""
+    if calibration is not None:
+        result = Result(job.plan, job.recipe, job.dtype)
+        deque(_outcomes(job, calibration, result, lambda report: None, journal), maxlen=0)
+
+
 def _outcomes(
     job: Job, calibration: CalibrationSet | None, result: Result, on_block: OnBlock, journal: Journal | None
 ) -> Iterator[BlockOutcome]:
@@ -71,7 +80,7 @@ def _outcome(blocks: Blocks, index: int, journal: Journal | None) -> BlockOutcom
         blocks.replay(index, outcome)
         return outcome
     outcome = blocks.quantize(index)
-    if journal:
+    if journal and ranks.leads():
         journal.add(index, outcome)
     return outcome
 

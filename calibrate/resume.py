@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from calibrate import ranks
 from calibrate.data import CalibrationSet
 from calibrate.job import Job
 from calibrate.outcome import BlockOutcome
@@ -138,17 +139,29 @@ def journaled(output: Path, job: Job, calibration: CalibrationSet | None, resume
 
     resume  take up what an interrupted run left; else that is dropped when the first block is finished
 
-    It goes where the run ends well or is refused, and stays where the run is interrupted, killed or crashes.
+    It goes where the run ends well or is refused, and stays where the run is interrupted, killed or crashes. Of several
+    processes the leader keeps it, and the others read in it what the leader took up.
     """
+    if not ranks.leads():
+        yield _followed(output)
+        return
     journal = Journal(journal_of(output), key_of(job, calibration))
     if resume:
         journal.resume()
+    ranks.leaders_number(journal.finished)
     try:
         yield journal
     except (CheckpointError, RecipeError):
         journal.remove()
         raise
     journal.remove()
+
+
+def _followed(output: Path) -> Journal:
+    """The leader's journal, for another process to read."""
+    journal = Journal(journal_of(output), {})
+    journal.finished = int(ranks.leaders_number(0))
+    return journal
 
 
 def _difference(found: dict[str, Any], wanted: dict[str, Any]) -> str:

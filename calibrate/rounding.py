@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from calibrate import ranks
 from calibrate.block import BlockWork
 from export.engines import EXPERT, expert_role
 from quant.algos.clip import group_moments, search_shrink
@@ -23,19 +24,25 @@ LOOKS = 8  # times a run of learned rounding is held against the held sample, to
 
 def round_nearest(work: BlockWork, clip: bool) -> dict[str, QTensor]:
     """Every linear that has a scheme, rounded to nearest; with `clip`, each range searched first."""
+    shrinks = ranges(work, clip)
     return {
-        name: round_to_nearest(work.masters[name], scheme, work.scale_dtype, clipped(work, name) if clip else 1.0)
+        name: round_to_nearest(work.masters[name], scheme, work.scale_dtype, shrinks[name])
         for name, scheme in work.schemes.items()
     }
 
 
-def clipped(work: BlockWork, name: str) -> Tensor | float:
-    """The fraction (n, g) of each group's range that loses least over the inputs seen; 1 where none were."""
-    stats, scheme = work.stats.get(name), work.schemes[name]
-    if stats is None:
-        return 1.0
-    moments = group_moments(stats.second_moment(), scheme)
-    return search_shrink(work.masters[name], scheme, work.scale_dtype, moments)
+def ranges(work: BlockWork, clip: bool) -> dict[str, Tensor]:
+    """The fraction (n, g) of each group's range to keep, by linear; 1 without `clip`."""
+    names = list(work.schemes)
+    return dict(zip(names, ranks.each(names, lambda name: _range(work, name, clip)), strict=True))
+
+
+def _range(work: BlockWork, name: str, clip: bool) -> Tensor:
+    """The fraction of each group's range that loses least over the inputs seen; 1 where none were."""
+    stats, scheme, master = work.stats.get(name), work.schemes[name], work.masters[name]
+    if stats is None or not clip:
+        return master.new_ones(len(master), scheme.groups(master.shape[1]))
+    return search_shrink(master, scheme, work.scale_dtype, group_moments(stats.second_moment(), scheme))
 
 
 def round_gptq(work: BlockWork, hidden: list[Tensor], sites: list[Site], recipe: Recipe) -> dict[str, QTensor]:
@@ -49,22 +56,34 @@ def round_gptq(work: BlockWork, hidden: list[Tensor], sites: list[Site], recipe:
         tokens = max(MOMENT_TOKENS, TOKENS_PER_INPUT * width)
         experts = any(EXPERT.search(site.linears[0]) for site in stage)
         work.observe(hidden, stage, tokens, up_to=None if experts else tokens)
-        rounded = {name: _gptq(work, name, recipe) for site in stage for name in site.linears if name in work.schemes}
+        rounded = _all_by_gptq(work, [name for site in stage for name in site.linears if name in work.schemes], recipe)
         work.use(rounded)
         weights |= rounded
-    unseen = {name: _gptq(work, name, recipe) for name in work.schemes if name not in weights}
+    unseen = _all_by_gptq(work, [name for name in work.schemes if name not in weights], recipe)
     work.use(unseen)
     return weights | unseen
 
 
-def _gptq(work: BlockWork, name: str, recipe: Recipe) -> QTensor:
+def _all_by_gptq(work: BlockWork, names: list[str], recipe: Recipe) -> dict[str, QTensor]:
+    weights = {}
+    found = ranks.each_several(names, lambda name: _gptq(work, name, recipe))
+    for name, (said, codes, scales, *zeros) in zip(names, found, strict=True):
+        weights[name] = QTensor(codes, scales, zeros[0] if zeros else None, work.schemes[name])
+        for fallback in bytes(said.tolist()).decode().splitlines():
+            work.note(name, f"gptq: {fallback}")
+    return weights
+
+
+def _gptq(work: BlockWork, name: str, recipe: Recipe) -> tuple[Tensor, ...]:
+    """What the linear's rounding fell back to, a line each, as bytes; then its codes, scales and, if any, zeros."""
     master, scheme, stats = work.masters[name], work.schemes[name], work.stats.get(name)
     if stats is None:
-        return round_to_nearest(master, scheme, work.scale_dtype)
-    result = gptq(master, stats.second_moment(), scheme, work.scale_dtype, recipe.clip, recipe.damping)
-    for fallback in result.fallbacks:
-        work.note(name, f"gptq: {fallback}")
-    return result.weight
+        weight, said = round_to_nearest(master, scheme, work.scale_dtype), ""
+    else:
+        result = gptq(master, stats.second_moment(), scheme, work.scale_dtype, recipe.clip, recipe.damping)
+        weight, said = result.weight, "\n".join(result.fallbacks)
+    as_bytes = torch.tensor(list(said.encode()), dtype=torch.uint8)
+    return as_bytes, weight.codes, weight.scales, *(() if weight.zeros is None else (weight.zeros,))
 
 
 def stages(sites: list[Site]) -> Iterator[list[Site]]:
@@ -87,10 +106,9 @@ class RoundingLearner:
 
     def __init__(self, work: BlockWork, recipe: Recipe, generator: torch.Generator) -> None:
         self._work, self._iters, self._generator = work, recipe.iters, generator
+        shrinks = ranges(work, recipe.clip)
         self._learned = {
-            name: LearnedWeight(
-                work.masters[name], scheme, work.scale_dtype, clipped(work, name) if recipe.clip else 1.0
-            )
+            name: LearnedWeight(work.masters[name], scheme, work.scale_dtype, shrinks[name])
             for name, scheme in work.schemes.items()
         }
 
@@ -108,7 +126,7 @@ class RoundingLearner:
         for step in range(self._iters + 1):
             self._work.use(weights)
             if step % look == 0 or step == self._iters:
-                loss = self._loss(*held)
+                loss = ranks.leaders_number(self._loss(*held))
                 if loss < least:
                     best, least = weights, loss
             if step < self._iters:
@@ -126,7 +144,7 @@ class RoundingLearner:
 
     def _step(self, weights: dict[str, QTensor], inputs: list[Tensor], targets: list[Tensor], rate: float) -> None:
         with self._work.gradients(name for name in weights if name not in self._work.scarce) as gradients:
-            for x, y in self._minibatch(inputs, targets):
+            for x, y in ranks.mine(self._minibatch(inputs, targets)):
                 (out,) = self._work.run_quantized([x])
                 (out.float() - y.float()).square().mean().backward()
             for name, gradient in gradients():

@@ -1,12 +1,13 @@
 """Choosing the scale of a fold: candidates of a transform, each tried with the rounding that will be exported."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
+from calibrate import ranks
 from calibrate.block import BlockWork, InputRounding
 from models.products import input_rounding
 from quant.algos.awq import ScaleChoice, search_scales, weight_magnitude
@@ -15,7 +16,7 @@ from quant.numerics import fake_quantize
 from quant.site import Fold
 from quant.stats import output_energy
 
-Losses = Callable[[Tensor | None], float]
+Losses = Callable[[Sequence[Tensor | None]], list[float]]
 
 
 @dataclass(frozen=True)
@@ -79,12 +80,13 @@ class FoldSearch:
 
     def _apply(self, scales: Tensor | None) -> None:
         if scales is not None:
-            self.work.apply(self.fold, self.fold.on_used_channels(scales))
+            self.work.apply(self.fold, self.fold.on_used_channels(ranks.leaders(scales)))
 
     def _losses(self) -> Losses:
-        """The loss of a candidate: error of the output of the smallest module that holds all consumers.
+        """The losses of candidates: error of the output of the smallest module that holds all consumers.
 
-        Where that is one linear of few inputs, its second moment gives the error over all tokens at once, for less.
+        The run's processes share the candidates out. Where the module is one linear of few inputs, its second moment
+        gives the error over all tokens at once, for less.
         """
         name = self._quantized[0]
         tokens = sum(states[..., 0].numel() for states in self.hidden)
@@ -97,7 +99,7 @@ class FoldSearch:
             with self._trial(scales):
                 return calls.error()
 
-        return loss
+        return lambda candidates: ranks.each_number(candidates, loss)
 
     def _linear_losses(self, name: str) -> Losses:
         moment, master = self.work.stats[name].second_moment(), self.work.masters[name]
@@ -105,7 +107,7 @@ class FoldSearch:
         def loss(scales: Tensor | None) -> float:
             return output_energy(self._rounded(name, scales) - master, moment)
 
-        return loss
+        return lambda candidates: ranks.each_number(candidates, loss)
 
     def _rounded(self, name: str, scales: Tensor | None) -> Tensor:
         """The consumer's weight as it would act on unscaled inputs, were it rounded under `scales`."""

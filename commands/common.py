@@ -14,6 +14,7 @@ from datasets.utils.logging import disable_progress_bar
 from rich.console import Console
 from transformers.utils import logging as transformers_logging
 
+from calibrate import ranks
 from engine.errors import EngineError
 from export.errors import CheckpointError
 from quant.recipe import RecipeError
@@ -27,8 +28,10 @@ UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
 def make_console() -> Console:
-    """Where results are printed: plain lines, unfolded, where the output is no terminal."""
-    return Console() if sys.stdout.isatty() else Console(width=200, soft_wrap=True, highlight=False)
+    """Where results are printed: plain lines, unfolded, where the output is no terminal. Of several processes one does."""
+    if sys.stdout.isatty() and ranks.leads():
+        return Console()
+    return Console(width=200, soft_wrap=True, highlight=False, quiet=not ranks.leads())
 
 
 class Size(click.ParamType):
@@ -68,12 +71,15 @@ def run_command(command: click.Command, interrupted: str = "Interrupted; nothing
     try:
         command(standalone_mode=False)
     except click.ClickException as error:
-        error.show()
+        if ranks.first_to_fail():
+            error.show()
         sys.exit(error.exit_code)
     except (CheckpointError, RecipeError, EngineError) as error:
         _fail(f"Error: {error}", 2)
     except torch.OutOfMemoryError as error:
         _fail(f"Error: the GPU's memory is full ({error}); use --device cpu, or fewer --num-samples", 2)
+    except ranks.Lost as error:
+        _fail(f"Error: {error}", 1)
     except (click.Abort, KeyboardInterrupt):
         _fail(interrupted, 130)
     except BrokenPipeError:
@@ -83,7 +89,8 @@ def run_command(command: click.Command, interrupted: str = "Interrupted; nothing
 
 
 def _fail(message: str, code: int) -> NoReturn:
-    click.echo(message, err=True)
+    if ranks.first_to_fail():
+        click.echo(message, err=True)
     sys.exit(code)
 
 

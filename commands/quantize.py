@@ -9,10 +9,11 @@ import click
 from rich.console import Console
 from rich.table import Table
 
+from calibrate import ranks
 from calibrate.budget import average_bits, spend
 from calibrate.data import CalibrationSet, builtin_text, calibration_tokens
 from calibrate.methods import METHODS, ROUNDERS, TRANSFORMS, complete_recipe
-from calibrate.pipeline import BlockReport, Job, Result, prepare, run
+from calibrate.pipeline import BlockReport, Job, Result, assist, prepare, run
 from calibrate.resume import journal_of, journaled
 from commands.common import SETTINGS, Size, check_device, make_console, run_command
 from evaluation.after import MEASURES, Measured, measure, parse_measures
@@ -132,6 +133,7 @@ def quantize(
     model_argument: str | None, model: str | None, output: Path | None, recipe_file: Path | None, **flags: Any
 ) -> None:
     """Quantize MODEL and write a checkpoint that vLLM, SGLang and transformers load."""
+    ranks.join()
     console = make_console()
     recipe = _recipe(recipe_file, flags)
     name = _model_name(model_argument, model)
@@ -140,14 +142,16 @@ def quantize(
     if output is not None:
         refuse_output(output, flags["overwrite"])
     console.print(f"[bold]recipe[/bold]\n{recipe.to_toml()}", end="")
-    source = open_source(name, flags["trust_remote_code"], flags["revision"])
+    with ranks.leader_first():
+        source = open_source(name, flags["trust_remote_code"], flags["revision"])
     if output is not None:
         refuse_to_replace(output, source.directory)
-    job = prepare(source, recipe, check_device(flags["device"]))
+    job = prepare(source, recipe, ranks.own_device(check_device(flags["device"])))
     _print_plan(console, job)
     if output is None or flags["dry_run"]:
         return
-    calibration = _calibration(recipe, source)
+    with ranks.leader_first():
+        calibration = _calibration(recipe, source)
     if recipe.target_bits is not None and calibration is not None:
         with console.status("measuring what each scheme costs"):
             job = spend(job, calibration)
@@ -155,10 +159,16 @@ def quantize(
         console.print(f"  {average_bits(job):.4f} bits a weight, scales counted; {recipe.target_bits} allowed")
     require_space(output, int(job.output_bytes() * 3.05) + 50_000_000)
     begun = time.monotonic()
+    if not ranks.leads():
+        with journaled(output, job, calibration, flags["resume"]) as journal:
+            assist(job, calibration, journal)
+        ranks.leave()
+        return
     with journaled(output, job, calibration, flags["resume"]) as journal, staged(output, flags["overwrite"]) as staging:
         _print_journal(console, output, journal.finished, flags["resume"])
         with console.status("quantizing"):
             result = run(job, staging, calibration, _block_printer(console, len(job.skeleton.blocks)), journal)
+        ranks.leave()
         measured = _evaluate(console, source, staging, flags, job.device)
         _write_papers(staging, job, result, measured, output.resolve().name)
     _print_summary(console, output, result, measured.scores, time.monotonic() - begun)

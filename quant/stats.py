@@ -55,6 +55,12 @@ class Stats:
         return Stats(self.tokens, self.abs_sum / scales, self.abs_max / scales, gram, self.gram_tokens)
 
 
+def nothing_seen(width: int, device: torch.device | str) -> Stats:
+    """The statistics of no token."""
+    zeros = torch.zeros(width, device=device)
+    return Stats(0, zeros.double(), zeros)
+
+
 def stats_of(x: Tensor, with_gram: bool) -> Stats:
     """The statistics of activations `x` (..., k); the Gram matrix is accumulated in float32."""
     flat = x.reshape(-1, x.shape[-1])

@@ -6,7 +6,7 @@ The candidates here are the published family, with and without the weight's own 
 scaling at all; the caller measures each with the rounding that will be exported.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -62,27 +62,27 @@ def _centred(scales: Tensor) -> Tensor:
     return torch.where(torch.isfinite(scales) & (scales > 0), scales, torch.ones_like(scales))
 
 
-def search_scales(activation: Tensor, weight: Tensor, loss_of: Callable[[Tensor | None], float]) -> ScaleChoice:
-    """The candidate with the least loss; `loss_of(None)` is the loss without scaling, which wins ties.
+def search_scales(
+    activation: Tensor, weight: Tensor, losses_of: Callable[[Sequence[Tensor | None]], list[float]]
+) -> ScaleChoice:
+    """The candidate with the least loss; that of None is the loss without scaling, which wins ties.
 
     Every second point of the grid is tried in both families, then the best one's two neighbours: the loss is smooth
     enough in the ratio that this finds what the whole grid finds in half the time.
     """
-    unscaled = loss_of(None)
-    best = ScaleChoice(None, 0.0, False, unscaled, unscaled)
+    (unscaled,) = losses_of([None])
 
-    def better(step: int, duo: bool) -> ScaleChoice:
-        scales = scales_at(step / GRID, duo, activation, weight)
-        loss = loss_of(scales)
-        return ScaleChoice(scales, step / GRID, duo, loss, unscaled) if loss < best.loss else best
+    def best_of(points: list[tuple[int, bool]], best: ScaleChoice) -> ScaleChoice:
+        candidates = [scales_at(step / GRID, duo, activation, weight) for step, duo in points]
+        for (step, duo), scales, loss in zip(points, candidates, losses_of(candidates), strict=True):
+            if loss < best.loss:
+                best = ScaleChoice(scales, step / GRID, duo, loss, unscaled)
+        return best
 
-    for duo in (False, True):
-        # plain scaling by ratio 0 is no scaling; duo scaling by ratio 1 is plain scaling
-        for step in range(0 if duo else 2, GRID if duo else GRID + 1, 2):
-            best = better(step, duo)
-    if best.scales is not None:
-        middle, duo = round(best.ratio * GRID), best.duo
-        for step in (middle - 1, middle + 1):
-            if 0 <= step <= GRID:
-                best = better(step, duo)
-    return best
+    # plain scaling by ratio 0 is no scaling; duo scaling by ratio 1 is plain scaling
+    grid = [(step, False) for step in range(2, GRID + 1, 2)] + [(step, True) for step in range(0, GRID, 2)]
+    best = best_of(grid, ScaleChoice(None, 0.0, False, unscaled, unscaled))
+    if best.scales is None:
+        return best
+    middle = round(best.ratio * GRID)
+    return best_of([(step, best.duo) for step in (middle - 1, middle + 1) if 0 <= step <= GRID], best)

@@ -4,7 +4,7 @@ Dividing an input channel by s and multiplying its weights by s changes nothing 
 activation of the channel against its largest weight (Xiao et al., SmoothQuant, ICML 2023, equation 4).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,17 +46,20 @@ def smoothing_scales(alpha: float, activation: Tensor, weight: Tensor) -> Tensor
 
 
 def search_alpha(
-    activation: Tensor, weight: Tensor, loss_of: Callable[[Tensor | None], float], fixed: float | None = None
+    activation: Tensor,
+    weight: Tensor,
+    losses_of: Callable[[Sequence[Tensor | None]], list[float]],
+    fixed: float | None = None,
 ) -> SmoothChoice:
-    """The migration strength with the least loss; `loss_of(None)`, no migration at all, wins ties.
+    """The migration strength with the least loss; that of None, no migration at all, wins ties.
 
     fixed  take this strength unseen
     """
-    unscaled = loss_of(None)
+    alphas = ALPHAS if fixed is None else (fixed,)
+    candidates = [smoothing_scales(alpha, activation, weight) for alpha in alphas]
+    unscaled, *losses = losses_of([None, *candidates])
     best = SmoothChoice(None, 0.0, unscaled, unscaled)
-    for alpha in ALPHAS if fixed is None else (fixed,):
-        scales = smoothing_scales(alpha, activation, weight)
-        loss = loss_of(scales)
+    for alpha, scales, loss in zip(alphas, candidates, losses, strict=True):
         if fixed is not None or loss < best.loss:
             best = SmoothChoice(scales, alpha, loss, unscaled)
     return best

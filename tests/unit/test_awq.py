@@ -1,5 +1,7 @@
 """quant/algos/awq.py on a toy layer: the candidates are the published ones, and the search beats plain rounding."""
 
+from collections.abc import Callable, Sequence
+
 import pytest
 import torch
 
@@ -8,6 +10,11 @@ from quant.numerics import fake_quantize
 from quant.scheme import make_scheme
 
 SCHEME = make_scheme(4, 32, True)
+
+
+def each(loss: Callable[[torch.Tensor | None], float]) -> Callable[[Sequence[torch.Tensor | None]], list[float]]:
+    """The losses of several candidates, one after another."""
+    return lambda candidates: [loss(scales) for scales in candidates]
 
 
 def test_weight_magnitude_by_hand():
@@ -40,13 +47,13 @@ def test_candidates_stay_positive_and_finite(activation, duo):
 
 
 def test_no_scaling_wins_ties():
-    choice = search_scales(torch.ones(4), torch.ones(4), lambda scales: 1.0)
+    choice = search_scales(torch.ones(4), torch.ones(4), each(lambda scales: 1.0))
     assert choice.scales is None
     assert choice.loss == choice.unscaled_loss == 1.0
 
 
 def test_a_loss_that_is_not_a_number_never_wins():
-    choice = search_scales(torch.ones(4), torch.ones(4), lambda scales: 1.0 if scales is None else float("nan"))
+    choice = search_scales(torch.ones(4), torch.ones(4), each(lambda s: 1.0 if s is None else float("nan")))
     assert choice.scales is None
 
 
@@ -59,7 +66,7 @@ def test_a_smooth_loss_is_followed_to_its_least_value(step, duo):
     def loss(scales: torch.Tensor | None) -> float:
         return 9.0 if scales is None else float((scales - target).square().sum())
 
-    choice = search_scales(activation, weight, loss)
+    choice = search_scales(activation, weight, each(loss))
     assert choice.loss == 0
     assert torch.equal(choice.scales, target)
     assert (choice.ratio, choice.duo) == (step / GRID, duo)
@@ -77,7 +84,7 @@ def test_the_search_beats_plain_rounding_where_some_inputs_are_loud(symmetric):
         rounded = fake_quantize(w * columns, scheme, torch.bfloat16)
         return float(((x / columns) @ rounded.T - wanted).square().mean())
 
-    choice = search_scales(x.abs().mean(0), weight_magnitude(w, scheme), loss)
+    choice = search_scales(x.abs().mean(0), weight_magnitude(w, scheme), each(loss))
     assert choice.scales is not None
     assert choice.loss == loss(choice.scales)
     assert choice.unscaled_loss == loss(None)

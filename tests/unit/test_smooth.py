@@ -39,20 +39,20 @@ def loss_under(scales: torch.Tensor | None) -> float:
 def test_the_search_beats_no_migration_and_every_fixed_strength():
     x, w = layer()
     activation, weight = x.abs().amax(0), w.abs().amax(0)
-    choice = search_alpha(activation, weight, loss_under)
+    choice = search_alpha(activation, weight, lambda candidates: list(map(loss_under, candidates)))
     assert choice.loss < 0.2 * choice.unscaled_loss
     assert choice.loss == min(loss_under(smoothing_scales(alpha, activation, weight)) for alpha in ALPHAS)
     assert choice.as_json()["alpha"] == choice.alpha
 
 
 def test_a_fixed_strength_is_taken_even_where_it_loses():
-    choice = search_alpha(torch.ones(4), torch.ones(4), lambda scales: 0.0 if scales is None else 1.0, fixed=0.7)
+    choice = search_alpha(torch.ones(4), torch.ones(4), lambda candidates: [0.0, 1.0], fixed=0.7)
     assert choice.alpha == 0.7
     assert choice.scales is not None
 
 
 def test_nothing_is_moved_where_nothing_helps():
-    choice = search_alpha(torch.ones(4), torch.ones(4), lambda scales: 1.0)
+    choice = search_alpha(torch.ones(4), torch.ones(4), lambda candidates: [1.0] * len(candidates))
     assert choice.scales is None
 
 

@@ -1,0 +1,48 @@
+"""A program that torchrun starts several times: it quantizes one model by each of RECIPES.
+
+    several.py SOURCE OUTPUT DEVICE
+"""
+
+import sys
+from pathlib import Path
+
+from calibrate import ranks
+from calibrate.budget import spend
+from calibrate.methods import complete_recipe
+from calibrate.pipeline import assist, prepare, run
+from calibrate.resume import journaled
+from models.source import open_source
+from tests.builders import calibration
+
+QUICK = {"group_size": 32}
+RECIPES = {
+    "rtn": {"method": "rtn", **QUICK},
+    "awq": {"method": "awq", **QUICK},
+    "gptq": {"method": "gptq", "symmetric": False, **QUICK},
+    "smoothquant": {"method": "smoothquant"},
+    "signround": {"method": "signround", "iters": 8, **QUICK},
+    "best": {"method": "best", "iters": 4, "distill_steps": 4, **QUICK},
+    "target_bits": {"method": "awq", "target_bits": 5.5, **QUICK},
+}
+SAMPLES, LENGTH = 10, 512  # batches of 4, 4 and 2 sequences
+
+
+def quantize_all(source: Path, output: Path, device: str) -> None:
+    """A checkpoint in `output` for each recipe, by this process or by all that it has joined."""
+    for name, values in RECIPES.items():
+        job = prepare(open_source(str(source)), complete_recipe(values), ranks.own_device(device))
+        tokens = calibration(SAMPLES, LENGTH) if job.recipe.dataset else None
+        if job.recipe.target_bits and tokens:
+            job = spend(job, tokens)
+        with journaled(output / name, job, tokens, resume=True) as journal:
+            if ranks.leads():
+                (output / name).mkdir(parents=True)
+                run(job, output / name, tokens, lambda report: None, journal)
+            else:
+                assist(job, tokens, journal)
+
+
+if __name__ == "__main__":
+    ranks.join()
+    quantize_all(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3])
+    ranks.leave()
