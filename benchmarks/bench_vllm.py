@@ -1,17 +1,15 @@
 """Our kernels inside vLLM beside vLLM's own, in the same run: milliseconds a token, and whether tokens are the same.
 
-    python benchmarks/bench_vllm.py --out DIR --limit 160 [ENGINE ...]
+    python -m benchmarks.bench_vllm --out DIR --limit 170 --commit $(git rev-parse --short HEAD) [ENGINE ...]
 
 ENGINE is a name of ENGINES; all where none is named. It needs a GPU, vLLM, and lowbit where vLLM finds its entry point.
-Checkpoints of Llama-2-7B's shapes (or fewer layers) are written with random codes first. All engines start side by
-side, then one is measured at a time:
+Checkpoints of Llama-2-7B's shapes are written with random codes first. All engines start side by side, then one is
+measured at a time:
 
     step_ms     time of a decoding step at batch 1 and 8: 128 tokens written after 128, less one token after 128, over
                 127; the median of 5, with CUDA graphs and torch.compile as vLLM has them by default
     greedy      tokens that 8 prompts are continued with, and the log-probabilities of the two likeliest at each step
     forced      log-probabilities of fixed tokens: what prefill computes
-
-The parts of this program have run on a CPU with small shapes; nothing has been measured with it yet.
 
 Engines of one checkpoint are compared with the first of it: greedy tokens up to the first difference, how close the two
 likeliest tokens lay there, and the largest difference of forced log-probabilities. Rows go to DIR/vllm.jsonl.
@@ -26,14 +24,17 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+
+from benchmarks.measure import run_facts
 
 DEVICE = "cuda"
 VOCABULARY = 32000
 LENGTH = 128  # tokens of a prompt, and tokens written
 SHAPES = {"hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32, "num_key_value_heads": 32}
-LAYERS = {"w4": 32, "w8": 4, "w8a8": 4}
+LAYERS = 32
 SCHEMES = {"w4": "int4-g128", "w8": "int8-channel", "w8a8": "int8-channel-a8token"}
 # name -> checkpoint, whether it is ours, kernels that vLLM must not choose
 ENGINES: dict[str, tuple[str, bool, str]] = {
@@ -53,6 +54,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--models", type=Path, default=Path("/dev/shm/lowbit-models"))
     parser.add_argument("--limit", type=float, default=160, help="seconds after which nothing new is begun")
+    parser.add_argument("--commit", default="unknown")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
@@ -61,14 +63,11 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + args.limit
     names = args.engines or list(ENGINES)
-    for kind in dict.fromkeys(ENGINES[name][0] for name in names):
-        write_model(args.models / kind, kind)
-    print(f"models written, {deadline - time.monotonic():.0f} s left", flush=True)
     results = list(run_engines(names, args, deadline))
     with (args.out / "vllm.jsonl").open("w") as file:
         for row in [*results, *compare(results)]:
             short = {key: value for key, value in row.items() if key not in ("greedy", "forced")}
-            file.write(json.dumps(short) + "\n")
+            file.write(json.dumps(short | run_facts(args.commit)) + "\n")
             print(json.dumps(short), flush=True)
 
 
@@ -93,7 +92,7 @@ def write_model(directory: Path, kind: str) -> None:
     linears = {f"self_attn.{x}_proj": (hidden, hidden) for x in "qkvo"}
     linears |= {"mlp.gate_proj": (inner, hidden), "mlp.up_proj": (inner, hidden), "mlp.down_proj": (hidden, inner)}
     names = {}
-    for layer in range(LAYERS[kind]):
+    for layer in range(LAYERS):
         for role, (n, k) in linears.items():
             name = f"model.layers.{layer}.{role}"
             for key, tensor in random_weight(scheme, n, k, generator).items():
@@ -108,7 +107,7 @@ def write_model(directory: Path, kind: str) -> None:
     config = SHAPES | {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
-        "num_hidden_layers": LAYERS[kind],
+        "num_hidden_layers": LAYERS,
         "vocab_size": VOCABULARY,
         "max_position_embeddings": 4096,
         "rms_norm_eps": 1e-5,
@@ -137,30 +136,49 @@ def random_weight(scheme: Any, n: int, k: int, generator: Any) -> dict[str, Any]
 
 
 def run_engines(names: list[str], args: argparse.Namespace, deadline: float) -> Iterator[dict[str, Any]]:
-    """Each engine's row, measured one at a time once all that will start have started."""
-    children = {name: start(name, args) for name in names}
+    """Each engine's row, measured one at a time once all have started, or most of the time is gone.
+
+    RuntimeError where one of ours dies on the way: what is left would have nothing to be compared with.
+    """
+    kinds = dict.fromkeys(ENGINES[name][0] for name in names)
+    with ThreadPoolExecutor() as pool:
+        written = {kind: pool.submit(write_model, args.models / kind, kind) for kind in kinds}
+    children = {}
+    for name in names:
+        written[ENGINES[name][0]].result()
+        children[name] = start(name, args)
+    print(f"all begun, {deadline - time.monotonic():.0f} s left", flush=True)
+    try:
+        ready = await_ready(children, args.out, time.monotonic() + 0.75 * (deadline - time.monotonic()))
+        for name in children.keys() - ready:
+            print(f"{name} did not start in time", flush=True)
+            children.pop(name).kill()
+        for name, child in children.items():
+            flag(args.out, name, "go").touch()
+            while child.poll() is None and time.monotonic() < deadline:
+                time.sleep(0.1)
+            if flag(args.out, name, "json").exists():
+                yield json.loads(flag(args.out, name, "json").read_text())
+    finally:
+        for child in children.values():
+            child.kill()
+
+
+def await_ready(children: dict[str, subprocess.Popen[bytes]], out: Path, until: float) -> set[str]:
+    """The engines that are ready, all of them or those at the time `until`. RuntimeError where one of ours died."""
     ready: set[str] = set()
-    patience = time.monotonic() + 0.72 * (deadline - time.monotonic())
-    while len(ready) < len(children) and time.monotonic() < patience:
+    while len(ready) < len(children) and time.monotonic() < until:
         time.sleep(0.5)
         for name, child in list(children.items()):
-            if name not in ready and flag(args.out, name, "ready").exists():
+            if name not in ready and flag(out, name, "ready").exists():
                 ready.add(name)
-                print(f"{name} ready, {deadline - time.monotonic():.0f} s left", flush=True)
+                print(f"{name} ready, {until - time.monotonic():.0f} s before the last call", flush=True)
             elif child.poll() is not None:
-                print(f"{name} died with {child.returncode}, see {log_of(args.out, name).name}", flush=True)
+                print(f"{name} died with {child.returncode}, see {log_of(out, name).name}", flush=True)
                 children.pop(name)
-    for name, child in children.items():
-        if name not in ready or time.monotonic() > deadline:
-            print(f"{name} was not measured", flush=True)
-            continue
-        flag(args.out, name, "go").touch()
-        while child.poll() is None and not flag(args.out, name, "done").exists() and time.monotonic() < deadline + 8:
-            time.sleep(0.1)
-        if flag(args.out, name, "done").exists():
-            yield json.loads(flag(args.out, name, "json").read_text())
-    for child in children.values():
-        child.kill()
+                if ENGINES[name][1]:
+                    raise RuntimeError(f"{name} died")
+    return ready
 
 
 def start(name: str, args: argparse.Namespace) -> subprocess.Popen[bytes]:
@@ -173,7 +191,8 @@ def start(name: str, args: argparse.Namespace) -> subprocess.Popen[bytes]:
         "HF_HUB_OFFLINE": "1",
         "VLLM_NO_USAGE_STATS": "1",
     }
-    command = [sys.executable, __file__, "--child", name, "--out", str(args.out), "--models", str(args.models)]
+    command = [sys.executable, "-m", "benchmarks.bench_vllm", "--child", name]
+    command += ["--out", str(args.out), "--models", str(args.models)]
     log = log_of(args.out, name).open("wb")
     child = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
     time.sleep(1)  # engines that start in the same moment misjudge free memory
@@ -205,15 +224,14 @@ def measure(name: str, models: Path, out: Path) -> None:
         gpu_memory_utilization=0.1,
         kv_cache_memory_bytes=int(2.5 * 2**30),
         enable_prefix_caching=False,
-        compilation_config={"cudagraph_capture_sizes": [1, 2, 4, 8]},
+        compilation_config={"cudagraph_capture_sizes": [1, 8]},
     )
-    row: dict[str, Any] = {"engine": name, "model": kind, "layers": LAYERS[kind], "start_s": time.monotonic() - begun}
+    row: dict[str, Any] = {"engine": name, "model": kind, "layers": LAYERS, "start_s": time.monotonic() - begun}
     flag(out, name, "ready").touch()
     while not flag(out, name, "go").exists():
         time.sleep(0.05)
     row |= {"greedy": greedy(engine), "forced": forced(engine), "step_ms": {b: step_ms(engine, b) for b in (1, 8)}}
     flag(out, name, "json").write_text(json.dumps(row))
-    flag(out, name, "done").touch()
     os._exit(0)  # vLLM's own shutdown takes seconds
 
 
