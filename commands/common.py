@@ -28,7 +28,7 @@ UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
 def make_console() -> Console:
-    """Where results are printed: plain lines, unfolded, where the output is no terminal. Of several processes one does."""
+    """Where results are printed: plain lines, unfolded, where it is no terminal. One of several processes prints."""
     if sys.stdout.isatty() and ranks.leads():
         return Console()
     return Console(width=200, soft_wrap=True, highlight=False, quiet=not ranks.leads())

@@ -1,6 +1,6 @@
-"""A program that torchrun starts several times: it quantizes one model by each of RECIPES.
+"""A program for torchrun: one model quantized by each of RECIPES, by all processes that are started together.
 
-    several.py SOURCE OUTPUT DEVICE
+Arguments: the model, a directory for what is written, a device.
 """
 
 import sys
@@ -8,6 +8,8 @@ from pathlib import Path
 
 from calibrate import ranks
 from calibrate.budget import spend
+from calibrate.data import CalibrationSet
+from calibrate.job import Job
 from calibrate.methods import complete_recipe
 from calibrate.pipeline import assist, prepare, run
 from calibrate.resume import journaled
@@ -27,16 +29,20 @@ RECIPES = {
 SAMPLES, LENGTH = 10, 512  # batches of 4, 4 and 2 sequences
 
 
+def job_of(name: str, source: Path, device: str) -> tuple[Job, CalibrationSet | None]:
+    """What the recipe called `name` does to the model in `source`, and its calibration tokens."""
+    job = prepare(open_source(str(source)), complete_recipe(RECIPES[name]), ranks.own_device(device))
+    tokens = calibration(SAMPLES, LENGTH) if job.recipe.dataset else None
+    return (spend(job, tokens) if job.recipe.target_bits and tokens else job), tokens
+
+
 def quantize_all(source: Path, output: Path, device: str) -> None:
-    """A checkpoint in `output` for each recipe, by this process or by all that it has joined."""
-    for name, values in RECIPES.items():
-        job = prepare(open_source(str(source)), complete_recipe(values), ranks.own_device(device))
-        tokens = calibration(SAMPLES, LENGTH) if job.recipe.dataset else None
-        if job.recipe.target_bits and tokens:
-            job = spend(job, tokens)
+    """A checkpoint in `output` for each recipe; a journal that lies there is gone on from."""
+    for name in RECIPES:
+        job, tokens = job_of(name, source, device)
         with journaled(output / name, job, tokens, resume=True) as journal:
             if ranks.leads():
-                (output / name).mkdir(parents=True)
+                (output / name).mkdir(parents=True, exist_ok=True)
                 run(job, output / name, tokens, lambda report: None, journal)
             else:
                 assist(job, tokens, journal)
