@@ -194,8 +194,7 @@ def _gptqmodel(layer: Layer, capability: int | None) -> str | None:
 
 
 def _ours(layer: Layer, capability: int | None) -> str | None:
-    if layer.scheme.activations:
-        return "no kernel of ours multiplies int8 activations yet"
+    """The packed kernels; they take int8 activations as the values that the codes stand for."""
     return reason_against_packing(layer.n, layer.k, layer.scheme.group_size, TILE_ROWS)
 
 

@@ -43,7 +43,7 @@ W4, W8A8 = parse_scheme("int4-g128"), parse_scheme("int8-channel-a8token")
         (CT, "int4-g128", 4096, 4096, 75, "lowbit", None),
         (CT, "int4-g128", 4096, 4096, 120, "lowbit", "wna16"),
         ("awq", "uint4-g128", 4096, 4096, None, "lowbit", "reference"),
-        (CT, "int8-channel-a8token", 4096, 4096, 90, "lowbit", None),
+        (CT, "int8-channel-a8token", 4096, 4096, 90, "lowbit", "wna16"),
         (CT, "int4-channel", 4096, 48, 90, "lowbit", None),
         (CT, "int4-g128", 4096, 4096, None, "transformers", "expanded to 16 bits"),
         (CT, "uint4-g128", 4096, 4096, None, "transformers", None),
