@@ -14,9 +14,9 @@ from quant.kernels.extension import EXTENSION, reason_against_device
 
 INT8_LIMIT = 127
 MAX_HEAD_DIM = 256
-BLOCK_HEADS = (1, 2, 4, 8)
+BLOCK_HEADS = 8  # query heads of one key head that a block serves
 MAX_SPLITS = 8  # a cluster's blocks: as many fit everywhere
-BLOCKS_PER_PROCESSOR = 2
+BLOCKS_PER_PROCESSOR = 1.9  # enough to keep the memory busy; 256 blocks on 132 multiprocessors are
 APPEND_TENSORS = ("qkv", "positions", "slots", "cosines", "sines", "q_norm", "k_norm")
 
 
@@ -77,7 +77,8 @@ class Attention:
     positions  (m) int64
     window     positions that are seen, the token's own included; 0 for all
     softcap    scores become softcap * tanh(score / softcap); 0 for no bound
-    dependent  as in problem.Call; starts and positions must not have been written by the kernel just before
+    dependent  as in problem.Call; starts, positions, and a sequence's cache before its last m positions are read
+               before the kernel before has finished: nothing that this launch may overlap writes them
     """
 
     q: Tensor
@@ -180,40 +181,26 @@ def attend(call: Attention) -> Tensor:
         setattr(args, name, tensor.data_ptr())
     properties = torch.cuda.get_device_properties(out.device)
     clusters_exist = (properties.major, properties.minor) >= (9, 0)
-    launch = choose_launch(call, properties.multi_processor_count if clusters_exist else 0)
     cut = EXTENSION.DecodeAttentionLaunch()
     cut.device, cut.dependent = out.device.index, call.dependent
-    cut.splits, cut.block_heads = launch.splits, launch.block_heads
+    cut.splits = choose_splits(call, properties.multi_processor_count if clusters_exist else 0)
     with torch.cuda.device(out.device):
         stream = torch.cuda.current_stream().cuda_stream
         EXTENSION.decode_attention(out.dtype == torch.bfloat16, args, cut, stream)
     return out
 
 
-@dataclass(frozen=True)
-class Launch:
-    """How the attention is cut.
+def choose_splits(call: Attention, processors: int) -> int:
+    """Blocks that share a sequence, whatever the position: a captured graph serves them all.
 
-    splits       blocks of a cluster that share a sequence
-    block_heads  query heads of one key head that a block serves
+    The fewest that leave no multiprocessor with much more than another. processors 0 stands for a GPU without clusters:
+    nothing is split there.
     """
-
-    splits: int
-    block_heads: int
-
-
-def choose_launch(call: Attention, processors: int) -> Launch:
-    """Blocks enough for `processors` multiprocessors, whatever the position: a captured graph serves them all.
-
-    processors 0 stands for a GPU without clusters: nothing is split there.
-    """
-    group = call.heads // call.cache.kv_heads
-    block_heads = next((size for size in BLOCK_HEADS if size >= group), BLOCK_HEADS[-1])
-    blocks = call.q.shape[0] * call.cache.kv_heads * -(-group // block_heads)
-    splits = 1
-    while splits < MAX_SPLITS and blocks * splits < BLOCKS_PER_PROCESSOR * processors:
-        splits *= 2
-    return Launch(splits, block_heads)
+    if not processors:
+        return 1
+    blocks = call.q.shape[0] * call.cache.kv_heads * -(-call.heads // call.cache.kv_heads // BLOCK_HEADS)
+    cuts = [cut for cut in range(1, MAX_SPLITS + 1) if blocks * cut >= BLOCKS_PER_PROCESSOR * processors]
+    return min(cuts, key=lambda cut: -(-blocks * cut // processors) / cut, default=MAX_SPLITS)
 
 
 def reason_against(heads: Tensor, cache: KVCache) -> str | None:
@@ -222,8 +209,9 @@ def reason_against(heads: Tensor, cache: KVCache) -> str | None:
         return f"the tensors are on the {heads.device.type}"
     if heads.dtype not in (torch.float16, torch.bfloat16):
         return f"the heads are {heads.dtype}: torch.float16 or torch.bfloat16 are needed"
-    if cache.head_dim % 8 or cache.head_dim > MAX_HEAD_DIM:
-        return f"heads of {cache.head_dim}: multiples of 8 up to {MAX_HEAD_DIM} are taken"
+    step = 8 if cache.k_scales is None else 16
+    if cache.head_dim % step or cache.head_dim > MAX_HEAD_DIM:
+        return f"heads of {cache.head_dim}: multiples of {step} up to {MAX_HEAD_DIM} are taken"
     properties = torch.cuda.get_device_properties(heads.device)
     return reason_against_device((properties.major, properties.minor))
 

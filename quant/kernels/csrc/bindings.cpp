@@ -210,7 +210,7 @@ void bind_attention(py::module_& module) {
   py::class_<Launch> launch(module, "DecodeAttentionLaunch");
   launch.def(py::init([] { return Launch{}; }));
   launch.def_readwrite("device", &Launch::device).def_readwrite("splits", &Launch::splits);
-  launch.def_readwrite("block_heads", &Launch::block_heads).def_readwrite("dependent", &Launch::dependent);
+  launch.def_readwrite("dependent", &Launch::dependent);
   module.def("append_heads", &append_heads);
   module.def("decode_attention", &decode_attention);
 }

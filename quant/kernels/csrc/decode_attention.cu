@@ -1,12 +1,14 @@
 // Compiled once per T: LOWBIT_T comes from setup.py.
 //
-// Attention of few tokens over a long cache is a read of the cache. A block serves one token and one key head, for all
-// query heads that share it, so keys and values are read once. Its threads are cut into streams of as many lanes as a
-// head has vectors of 8; each stream runs its own online softmax over every kStreams-th position, so nothing is
-// exchanged inside the loop but the sum of a score. Streams meet in shared memory, blocks of a cluster in each other's,
-// both by the log-sum-exp rule and in a fixed order: the same input gives the same bits, without atomics.
+// Attention of few tokens over a long cache is a read of the cache. A warp takes 16 positions at a time, on the tensor
+// instructions: keys are the left operand of scores = K q, values (transposed on the way, by pairing rows) that of
+// out += V^T weights, and up to 8 query heads that share a key head are the 8 columns, at the price of one. Nothing
+// passes through shared memory in the loop. Rows are read before the kernel before has finished, but for those that it
+// may still write. Warps, and blocks of a cluster, meet once at the end by the log-sum-exp rule: every warp sends each
+// block its part of the elements that the block merges, in a fixed order, so the same input gives the same bits.
 //
-// FlashDecoding++'s unified maximum would save the running one, but overflows where a score strays from its guess.
+// FlashDecoding++'s unified maximum would save the running one, but overflows where a score strays from its guess;
+// docs/LOG.md has what it would save.
 #include <type_traits>
 
 #include "decode_attention.cuh"
@@ -15,12 +17,15 @@
 namespace lowbit {
 namespace {
 
-constexpr int kThreads = 128;
-constexpr int kVector = 8;              // elements of a head that a lane has
+constexpr int kThreads = 128, kWarps = kThreads / 32;
 constexpr int kMostSplits = 8;          // a cluster that fits everywhere
+constexpr int kHeads = 8;               // query heads of a block at most: the columns of the tensor instruction
+constexpr int kRows = 16;               // positions of a warp's chunk
+constexpr int kGroup = 8;               // neighbouring elements of the result that are merged together
 constexpr float kNothing = -1e30f;      // a maximum that any score exceeds; finite, so that differences are
 constexpr float kLog2E = 1.44269504f;
 constexpr float kInt8Limit = 127.f;
+constexpr float kLeastScale = 7.8886e-31f;  // 2^-100: its inverse can still be summed
 
 __device__ inline float exp2_fast(float value) {
   float result;
@@ -134,257 +139,398 @@ __global__ void __launch_bounds__(kThreads) append_heads_kernel(const __grid_con
 
 // ---- attention ----
 
-template <typename T_, bool kInt8_, int kLanes_, int kHeads_>
+template <typename T_, bool kInt8_, int kDim_>
 struct Shape {
   using T = T_;
+  // What is multiplied: int8 codes are whole numbers of float16, and q is float16 beside them.
+  using Product = std::conditional_t<kInt8_, __half, T_>;
   static constexpr bool kInt8 = kInt8_;
-  static constexpr int kLanes = kLanes_;  // that share a position
-  static constexpr int kHeads = kHeads_;  // query heads of the block
-  static constexpr int kDim = kLanes * kVector;
-  static constexpr int kStreams = kThreads / kLanes;
-  static constexpr int kTokens = kHeads <= 2 ? 8 : 4;  // positions of a stream that are read together
-  static constexpr bool kAhead = kHeads <= 2;          // the next ones are read before these are used
-  using Raw = std::conditional_t<kInt8, uint2, uint4>;
+  static constexpr int kDim = kDim_;                        // at least head_dim
+  static constexpr int kVector = kInt8 ? 16 : 8;            // elements in 16 bytes
+  static constexpr int kKeyVectors = kDim / kVector / 4;    // of one position that a lane has
+  static constexpr int kValueVectors = kDim / kVector / 8;
+  static constexpr int kWords = kValueVectors * 4;          // of a row of values that a lane has
+  static constexpr int kPairs = kInt8 ? 4 : 2;              // of elements that two rows' words make
+  static constexpr int kBlocks = kDim / 16;                 // of 16 elements of the result
+  static constexpr bool kAhead = kDim <= 128;               // the next chunk is read while this one is computed
 };
 
-// A lane's 8 elements as float32.
-template <typename T>
-__device__ void widen(const uint4& raw, float (&values)[kVector]) {
-  const T* elements = reinterpret_cast<const T*>(&raw);
-#pragma unroll
-  for (int i = 0; i < kVector; ++i) values[i] = to_float(elements[i]);
+// The warp's place in the mma fragments: rows `group` and group + 8 of the left operand, columns 2 member and the next.
+struct Lane {
+  int group, member;
+  __device__ Lane() : group(threadIdx.x % 32 / 4), member(threadIdx.x % 4) {}
+};
+
+// The positions of one token's sequence that a warp works on, relative to the first that is seen.
+struct Span {
+  const char* k;  // of position 0 of the span
+  const char* v;
+  const void* k_scales;
+  const void* v_scales;
+  int64_t pitch;        // bytes from a position to the next
+  int scale_pitch;      // scales from a position to the next
+  int length, settled;  // positions; those that no kernel in flight writes
+  int head_dim;
+};
+
+template <typename S>
+__device__ Span span_of(const DecodeAttentionArgs& args, int kv_head) {
+  const KvCache& cache = args.cache;
+  const int position = args.positions[blockIdx.z];
+  const int begin = args.window > 0 ? max(0, position + 1 - args.window) : 0;
+  const int64_t first = (args.starts[blockIdx.z] + begin) * cache.kv_heads + kv_head;
+  constexpr int kBytes = S::kInt8 ? 1 : 2;
+  Span span;
+  span.k = static_cast<const char*>(cache.k) + first * cache.head_dim * kBytes;
+  span.v = static_cast<const char*>(cache.v) + first * cache.head_dim * kBytes;
+  if constexpr (S::kInt8) {
+    span.k_scales = static_cast<const typename S::T*>(cache.k_scales) + first;
+    span.v_scales = static_cast<const typename S::T*>(cache.v_scales) + first;
+  }
+  span.pitch = static_cast<int64_t>(cache.kv_heads) * cache.head_dim * kBytes;
+  span.scale_pitch = cache.kv_heads;
+  span.length = position + 1 - begin;
+  span.settled = span.length - args.m;  // a step of m rows writes at most the last m positions of a sequence
+  span.head_dim = cache.head_dim;
+  return span;
 }
 
-// Bytes under the exponent of 2^23: 0x4b000000 | u is 8388608 + u, and u is the code + 128.
-template <typename T>
-__device__ void widen(const uint2& raw, float (&values)[kVector]) {
-  const uint32_t words[2] = {raw.x ^ 0x80808080u, raw.y ^ 0x80808080u};
+// A chunk of 16 positions in registers, each lane its part of the fragments. `read_` takes the rows in [from, to).
+template <typename S>
+struct Chunk {
+  uint4 k[2][S::kKeyVectors];      // rows group, group + 8; vector member of each four
+  uint4 v[4][S::kValueVectors];    // rows 2 member, + 1, + 8, + 9; vector group of each eight
+  float scale;                     // int8: of k for lanes 0 to 15, the others log2 of v's: position lane % 16
+
+  __device__ void read_keys(const Span& span, Lane lane, int first, int from, int to) {
 #pragma unroll
-  for (int i = 0; i < kVector; ++i)
-    values[i] = __uint_as_float(__byte_perm(words[i / 4], 0x4b000000u, 0x7440 + i % 4)) - 8388736.f;
+    for (int r = 0; r < 2; ++r) {
+      const int row = first + lane.group + 8 * r;
+      if (row < from || row >= to) continue;
+#pragma unroll
+      for (int i = 0; i < S::kKeyVectors; ++i) {
+        const int vector = 4 * i + lane.member;
+        if (vector * S::kVector < span.head_dim)
+          k[r][i] = __ldcg(reinterpret_cast<const uint4*>(span.k + row * span.pitch) + vector);
+      }
+    }
+  }
+
+  __device__ void read_values(const Span& span, Lane lane, int first, int from, int to) {
+#pragma unroll
+    for (int r = 0; r < 4; ++r) {
+      const int row = first + 2 * lane.member + r % 2 + r / 2 * 8;
+      if (row < from || row >= to) continue;
+#pragma unroll
+      for (int i = 0; i < S::kValueVectors; ++i) {
+        const int vector = 8 * i + lane.group;
+        if (vector * S::kVector < span.head_dim)
+          v[r][i] = __ldcg(reinterpret_cast<const uint4*>(span.v + row * span.pitch) + vector);
+      }
+    }
+  }
+
+  __device__ void read_scales(const Span& span, int first, int from, int to) {
+    if constexpr (S::kInt8) {
+      using T = typename S::T;
+      const int lane = threadIdx.x % 32, row = first + lane % kRows;
+      if (row < from || row >= to) return;
+      const void* scales = lane < kRows ? span.k_scales : span.v_scales;
+      scale = to_float(static_cast<const T*>(scales)[static_cast<int64_t>(row) * span.scale_pitch]);
+      if (lane >= kRows) scale = __log2f(fmaxf(scale, kLeastScale));
+    }
+  }
+
+  __device__ void clear_keys() {
+    for (auto& row : k)
+      for (uint4& vector : row) vector = {};
+  }
+  __device__ void clear_values() {
+    for (auto& row : v)
+      for (uint4& vector : row) vector = {};
+  }
+};
+
+// Four codes, a byte each, as two pairs of float16: 0x6400 | u is 1024 + u, and u is the code + 128.
+__device__ inline void widen_codes(uint32_t word, uint32_t (&pairs)[2]) {
+  const __half2 bias = as_half2(0x64806480u);
+  word ^= 0x80808080u;
+  pairs[0] = bits_of(__hsub2(as_half2(__byte_perm(word, 0x64646464u, 0x4140)), bias));
+  pairs[1] = bits_of(__hsub2(as_half2(__byte_perm(word, 0x64646464u, 0x4342)), bias));
 }
 
-// What a stream has summed: weights relative to 2^maximum.
+// Element i of one row beside element i of another, for the elements of a word of each.
+template <bool kInt8, int kPairs>
+__device__ void pair_rows(uint32_t first, uint32_t second, uint32_t (&pairs)[kPairs]) {
+  if constexpr (kInt8) {
+    uint32_t low[2], high[2];
+    widen_codes(__byte_perm(first, second, 0x5140), low);
+    widen_codes(__byte_perm(first, second, 0x7362), high);
+    pairs[0] = low[0], pairs[1] = low[1], pairs[2] = high[0], pairs[3] = high[1];
+  } else {
+    pairs[0] = __byte_perm(first, second, 0x5410);
+    pairs[1] = __byte_perm(first, second, 0x7632);
+  }
+}
+
+// The query heads as the right operand: head `group`, the inputs that the lane has of a key, in pairs.
+template <typename S>
+struct Queries {
+  uint32_t pairs[S::kDim / 8];
+
+  __device__ void read(const DecodeAttentionArgs& args, int64_t first_head, int heads, Lane lane) {
+    using T = typename S::T;
+    const int head_dim = args.cache.head_dim;
+    const T* head = static_cast<const T*>(args.q) + (first_head + lane.group) * head_dim;
+#pragma unroll
+    for (int i = 0; i < S::kDim / 32; ++i) {
+      constexpr int kQuads = S::kVector / 8;  // 16-byte vectors of q beside one of k
+      const int d = (i / kQuads * 4 + lane.member) * S::kVector + i % kQuads * 8;
+      uint4 raw = {};
+      if (lane.group < heads && d < head_dim) raw = __ldcg(reinterpret_cast<const uint4*>(head + d));
+      const uint32_t words[4] = {raw.x, raw.y, raw.z, raw.w};
+#pragma unroll
+      for (int w = 0; w < 4; ++w) pairs[4 * i + w] = product_pair(words[w]);
+    }
+  }
+
+  // A pair of T as a pair of Product. What float16 cannot hold is held at its largest: no q comes near.
+  __device__ static uint32_t product_pair(uint32_t word) {
+    if constexpr (std::is_same_v<typename S::T, typename S::Product>) {
+      return word;
+    } else {
+      const float2 wide = __bfloat1622float2(as_bfloat162(word));
+      constexpr float kMost = 65504.f;
+      return bits_of(__floats2half2_rn(fminf(fmaxf(wide.x, -kMost), kMost), fminf(fmaxf(wide.y, -kMost), kMost)));
+    }
+  }
+};
+
+// Scores of the lane: rows group (0, 1) and group + 8 (2, 3), heads 2 member (0, 2) and 2 member + 1 (1, 3).
+template <typename S>
+__device__ void multiply_keys(const Chunk<S>& chunk, const Queries<S>& q, float (&scores)[4]) {
+  float odd[4] = {};  // two chains: a tensor instruction takes as long as several are apart
+  for (float& score : scores) score = 0.f;
+#pragma unroll
+  for (int i = 0; i < S::kKeyVectors; ++i) {
+    const uint32_t* low = reinterpret_cast<const uint32_t*>(&chunk.k[0][i]);
+    const uint32_t* high = reinterpret_cast<const uint32_t*>(&chunk.k[1][i]);
+    if constexpr (S::kInt8) {
+#pragma unroll
+      for (int w = 0; w < 4; ++w) {
+        uint32_t a[2], b[2];
+        widen_codes(low[w], a);
+        widen_codes(high[w], b);
+        const int step = 4 * i + w;
+        mma_16x8x16<__half>(w % 2 ? odd : scores, {a[0], b[0], a[1], b[1]}, q.pairs[2 * step], q.pairs[2 * step + 1]);
+      }
+    } else {
+#pragma unroll
+      for (int w = 0; w < 4; w += 2) {
+        const int step = 2 * i + w / 2;
+        mma_16x8x16<typename S::Product>(w ? odd : scores, {low[w], high[w], low[w + 1], high[w + 1]},
+                                         q.pairs[2 * step], q.pairs[2 * step + 1]);
+      }
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < 4; ++i) scores[i] += odd[i];
+}
+
+// What a warp has summed, for heads 2 member and 2 member + 1: weights are relative to 2^maximum. `sum` is the lane's.
 template <typename S>
 struct Running {
-  float maximum[S::kHeads], sum[S::kHeads], out[S::kHeads][kVector];
+  float maximum[2] = {kNothing, kNothing}, sum[2] = {};
+  float out[S::kBlocks][4] = {};  // elements i (0, 1) and i + kBlocks (2, 3) of the lane's 2 kBlocks, for both heads
 };
 
-// A tile of positions in registers: kTokens of them, `step` apart.
+// Scores to weights of the values, which join the sums: exp2 of score (with int8, of score + log2 of v's scale) less
+// the maximum, so that float16 holds them whatever the scales are.
 template <typename S>
-struct Tile {
-  typename S::Raw k[S::kTokens], v[S::kTokens];
-  float k_scales[S::kTokens], v_scales[S::kTokens];
-
-  __device__ void read(const KvCache& cache, int64_t start, int token, int end, int head, int lane) {
-    using T = typename S::T;
-    const bool active = lane * kVector < cache.head_dim;
+__device__ void weigh(const DecodeAttentionArgs& args, const Chunk<S>& chunk, Lane lane, int first, int length,
+                      float (&scores)[4], Running<S>& running) {
+  float sides[2] = {};  // log2 of v's scale
 #pragma unroll
-    for (int u = 0; u < S::kTokens; ++u) {
-      const int offset = u * S::kStreams;
-      const int64_t place = (start + token + offset) * cache.kv_heads + head;
-      const int64_t element = place * cache.head_dim + lane * kVector;
-      constexpr int kBytes = S::kInt8 ? 1 : 2;
-      const bool inside = token + offset < end;
-      k[u] = v[u] = typename S::Raw{};
-      if (inside && active) {
-        k[u] = __ldcg(reinterpret_cast<const typename S::Raw*>(static_cast<const char*>(cache.k) + element * kBytes));
-        v[u] = __ldcg(reinterpret_cast<const typename S::Raw*>(static_cast<const char*>(cache.v) + element * kBytes));
-      }
-      if (S::kInt8 && inside) {
-        k_scales[u] = to_float(static_cast<const T*>(cache.k_scales)[place]);
-        v_scales[u] = to_float(static_cast<const T*>(cache.v_scales)[place]);
-      } else {
-        k_scales[u] = v_scales[u] = 1.f;
-      }
+  for (int r = 0; r < 2; ++r) {
+    const int row = lane.group + 8 * r;
+    float k_scale = args.scale;
+    if constexpr (S::kInt8) {
+      k_scale *= __shfl_sync(~0u, chunk.scale, row);
+      sides[r] = __shfl_sync(~0u, chunk.scale, row + kRows);
+    }
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      float value = scores[2 * r + h] * k_scale;
+      if (args.softcap > 0.f) value = args.softcap * tanhf(value / args.softcap);
+      scores[2 * r + h] = first + row < length ? value * kLog2E + sides[r] : -INFINITY;
     }
   }
+  float shrink[2];
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    float maximum = fmaxf(scores[h], scores[h + 2]);
+    for (int offset = 4; offset < 32; offset *= 2) maximum = fmaxf(maximum, __shfl_xor_sync(~0u, maximum, offset));
+    maximum = fmaxf(maximum, running.maximum[h]);
+    shrink[h] = exp2_fast(running.maximum[h] - maximum);
+    running.maximum[h] = maximum;
+    running.sum[h] *= shrink[h];
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const float exponent = scores[2 * r + h] - maximum;
+      scores[2 * r + h] = exp2_fast(exponent);
+      running.sum[h] += S::kInt8 ? exp2_fast(exponent - sides[r]) : scores[2 * r + h];
+    }
+  }
+  if (!__any_sync(~0u, shrink[0] != 1.f || shrink[1] != 1.f)) return;
+#pragma unroll
+  for (int i = 0; i < 4 * S::kBlocks; ++i) running.out[i / 4][i % 4] *= shrink[i % 2];
+}
+
+// out += V^T weights.
+template <typename S>
+__device__ void multiply_values(const Chunk<S>& chunk, const float (&weights)[4], Running<S>& running) {
+  using P = typename S::Product;
+  const uint32_t low = transpose_matrix(pair_of<P>(weights[0], weights[1]));
+  const uint32_t high = transpose_matrix(pair_of<P>(weights[2], weights[3]));
+  constexpr int kHalf = S::kWords / 2;
+  const uint32_t* rows[4];
+  for (int r = 0; r < 4; ++r) rows[r] = reinterpret_cast<const uint32_t*>(chunk.v[r]);
+#pragma unroll
+  for (int w = 0; w < kHalf; ++w) {
+    uint32_t pairs[4][S::kPairs];  // in the order of the left operand's registers
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int word = i % 2 * kHalf + w;
+      pair_rows<S::kInt8>(rows[i / 2 * 2][word], rows[i / 2 * 2 + 1][word], pairs[i]);
+    }
+#pragma unroll
+    for (int p = 0; p < S::kPairs; ++p)
+      mma_16x8x16<P>(running.out[w * S::kPairs + p], {pairs[0][p], pairs[1][p], pairs[2][p], pairs[3][p]}, low, high);
+  }
+}
+
+// Where a cluster's warps meet. Block r merges groups r, r + blocks, ... of kGroup elements, of every head.
+template <typename S>
+struct Meeting {
+  static constexpr int kGroups = S::kDim / kGroup;
+  float out[kWarps * (kGroups + kMostSplits - 1) * kHeads * kGroup];  // (warp of the cluster, group, head, element)
+  float maximum[kMostSplits * kWarps * kHeads], sum[kMostSplits * kWarps * kHeads];
+
+  __device__ static int groups_of_block(int blocks) { return (kGroups + blocks - 1) / blocks; }
 };
 
-// Scores of the tile, times log2(e): what 2 is raised to. Equal in all lanes of a stream; -inf past the end.
+// The lane's 8 elements `part` of its 2 kBlocks, of head h, to the block that merges them.
 template <typename S>
-__device__ void score(const DecodeAttentionArgs& args, const Tile<S>& tile, const float (&q)[S::kHeads][kVector],
-                      int token, int end, float (&scores)[S::kTokens][S::kHeads]) {
+__device__ void send_part(Meeting<S>& meeting, const Running<S>& running, Lane lane, int heads, int part, int h) {
+  const int blocks = gridDim.x, slot = blockIdx.x * kWarps + threadIdx.x / 32;
+  const int vector = part * kGroup / S::kVector * 8 + lane.group;
+  const int group = (vector * S::kVector + part * kGroup % S::kVector) / kGroup;
+  const int place = (slot * Meeting<S>::groups_of_block(blocks) + group / blocks) * heads + 2 * lane.member + h;
+  float values[kGroup];
 #pragma unroll
-  for (int u = 0; u < S::kTokens; ++u) {
-    float k[kVector];
-    widen<typename S::T>(tile.k[u], k);
-#pragma unroll
-    for (int g = 0; g < S::kHeads; ++g) {
-      float dot = 0.f;
-#pragma unroll
-      for (int i = 0; i < kVector; ++i) dot += q[g][i] * k[i];
-      scores[u][g] = dot;
-    }
+  for (int i = 0; i < kGroup; ++i) {
+    const int element = part * kGroup + i;
+    values[i] = running.out[element % S::kBlocks][element / S::kBlocks * 2 + h];
   }
-#pragma unroll
-  for (int offset = S::kLanes / 2; offset > 0; offset /= 2)
-#pragma unroll
-    for (int i = 0; i < S::kTokens * S::kHeads; ++i)
-      scores[i / S::kHeads][i % S::kHeads] += __shfl_xor_sync(~0u, scores[i / S::kHeads][i % S::kHeads], offset);
-#pragma unroll
-  for (int i = 0; i < S::kTokens * S::kHeads; ++i) {
-    const int u = i / S::kHeads, g = i % S::kHeads;
-    float value = scores[u][g] * tile.k_scales[u] * args.scale;
-    if (args.softcap > 0.f) value = args.softcap * tanhf(value / args.softcap);
-    scores[u][g] = token + u * S::kStreams < end ? value * kLog2E : -INFINITY;
-  }
-}
-
-// The tile's values, weighted, join the running sums.
-template <typename S>
-__device__ void accumulate(const Tile<S>& tile, float (&scores)[S::kTokens][S::kHeads], Running<S>& running) {
-#pragma unroll
-  for (int g = 0; g < S::kHeads; ++g) {
-    float maximum = running.maximum[g];
-#pragma unroll
-    for (int u = 0; u < S::kTokens; ++u) maximum = fmaxf(maximum, scores[u][g]);
-    const float shrink = exp2_fast(running.maximum[g] - maximum);
-    running.maximum[g] = maximum;
-    running.sum[g] *= shrink;
-#pragma unroll
-    for (int i = 0; i < kVector; ++i) running.out[g][i] *= shrink;
-#pragma unroll
-    for (int u = 0; u < S::kTokens; ++u) {
-      scores[u][g] = exp2_fast(scores[u][g] - maximum);
-      running.sum[g] += scores[u][g];
-      scores[u][g] *= tile.v_scales[u];
-    }
-  }
-#pragma unroll
-  for (int u = 0; u < S::kTokens; ++u) {
-    float v[kVector];
-    widen<typename S::T>(tile.v[u], v);
-#pragma unroll
-    for (int g = 0; g < S::kHeads; ++g)
-#pragma unroll
-      for (int i = 0; i < kVector; ++i) running.out[g][i] += scores[u][g] * v[i];
-  }
-}
-
-// The block's part of the result, where the cluster's first block reads it.
-template <typename S>
-struct Partial {
-  float out[S::kStreams][S::kHeads][S::kDim];  // of each stream; then [0] is the block's
-  float maximum[S::kStreams][S::kHeads], sum[S::kStreams][S::kHeads];
-  float block_maximum[S::kHeads], block_sum[S::kHeads];
-};
-
-// Streams to one: out relative to the block's maximum.
-template <typename S>
-__device__ void merge_streams(const Running<S>& running, Partial<S>& partial) {
-  const int stream = threadIdx.x / S::kLanes, lane = threadIdx.x % S::kLanes;
-#pragma unroll
-  for (int g = 0; g < S::kHeads; ++g) {
-#pragma unroll
-    for (int i = 0; i < kVector; ++i) partial.out[stream][g][lane * kVector + i] = running.out[g][i];
-    if (lane == 0) {
-      partial.maximum[stream][g] = running.maximum[g];
-      partial.sum[stream][g] = running.sum[g];
-    }
-  }
-  __syncthreads();
-  for (int i = threadIdx.x; i < S::kHeads * S::kDim; i += kThreads) {
-    const int g = i / S::kDim, d = i % S::kDim;
-    float maximum = kNothing, sum = 0.f, out = 0.f;
-    for (int s = 0; s < S::kStreams; ++s) maximum = fmaxf(maximum, partial.maximum[s][g]);
-    for (int s = 0; s < S::kStreams; ++s) {
-      const float weight = exp2_fast(partial.maximum[s][g] - maximum);
-      sum += weight * partial.sum[s][g];
-      out += weight * partial.out[s][g][d];
-    }
-    partial.out[0][g][d] = out;
-    if (d == 0) {
-      partial.block_maximum[g] = maximum;
-      partial.block_sum[g] = sum;
-    }
-  }
-  __syncthreads();
-}
-
-// One element of the result from every block of the cluster: all that is remote is asked for before any of it is used.
-template <typename S>
-__device__ float merge_blocks(const Partial<S>& partial, int g, int d) {
-  const int blocks = gridDim.x;
-  if (blocks == 1) return partial.out[0][g][d] / partial.block_sum[g];
-  const uint32_t maximum_address = smem_address(&partial.block_maximum[g]);
-  const uint32_t sum_address = smem_address(&partial.block_sum[g]), out_address = smem_address(&partial.out[0][g][d]);
-  float maxima[kMostSplits], sums[kMostSplits], outs[kMostSplits];
-#pragma unroll
-  for (int rank = 0; rank < kMostSplits; ++rank) {
-    if (rank >= blocks) break;
-    maxima[rank] = read_cluster_float(maximum_address, rank);
-    sums[rank] = read_cluster_float(sum_address, rank);
-    outs[rank] = read_cluster_float(out_address, rank);
-  }
-  float maximum = kNothing, sum = 0.f, out = 0.f;
-#pragma unroll
-  for (int rank = 0; rank < kMostSplits; ++rank)
-    if (rank < blocks) maximum = fmaxf(maximum, maxima[rank]);
-#pragma unroll
-  for (int rank = 0; rank < kMostSplits; ++rank) {
-    if (rank >= blocks) break;
-    const float weight = exp2_fast(maxima[rank] - maximum);
-    sum += weight * sums[rank];
-    out += weight * outs[rank];
-  }
-  return out / sum;
+  const uint32_t address = smem_address(&meeting.out[place * kGroup]);
+  write_cluster_floats(address, group % blocks, make_float4(values[0], values[1], values[2], values[3]));
+  write_cluster_floats(address + 16, group % blocks, make_float4(values[4], values[5], values[6], values[7]));
 }
 
 template <typename S>
-__global__ void __launch_bounds__(kThreads) decode_attention_kernel(const __grid_constant__ DecodeAttentionArgs args) {
+__device__ void send(Meeting<S>& meeting, Running<S>& running, Lane lane, int heads) {
+  const int slot = blockIdx.x * kWarps + threadIdx.x / 32;
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    for (int offset = 4; offset < 32; offset *= 2) running.sum[h] += __shfl_xor_sync(~0u, running.sum[h], offset);
+    if (2 * lane.member + h >= heads) continue;
+    const int place = slot * heads + 2 * lane.member + h;
+    if (lane.group < gridDim.x) {
+      write_cluster_float(smem_address(&meeting.maximum[place]), lane.group, running.maximum[h]);
+      write_cluster_float(smem_address(&meeting.sum[place]), lane.group, running.sum[h]);
+    }
+#pragma unroll
+    for (int part = 0; part < 2 * S::kBlocks / kGroup; ++part) send_part<S>(meeting, running, lane, heads, part, h);
+  }
+}
+
+// The block's elements of the result, from what all warps sent.
+template <typename S>
+__device__ void merge(const DecodeAttentionArgs& args, const Meeting<S>& meeting, int64_t first_head, int heads) {
   using T = typename S::T;
-  __shared__ Partial<S> partial;
-  const KvCache& cache = args.cache;
-  const int group = args.heads / cache.kv_heads, chunks = (group + S::kHeads - 1) / S::kHeads;
-  const int kv_head = blockIdx.y / chunks, member = blockIdx.y % chunks * S::kHeads;
-  const int row = blockIdx.z, stream = threadIdx.x / S::kLanes, lane = threadIdx.x % S::kLanes;
-  const int64_t first_head = static_cast<int64_t>(row) * args.heads + kv_head * group + member;
-  const int heads = min(S::kHeads, group - member);
+  const int blocks = gridDim.x, slots = blocks * kWarps, groups = Meeting<S>::groups_of_block(blocks);
+  for (int i = threadIdx.x; i < groups * heads * kGroup; i += kThreads) {
+    const int head = i / kGroup % heads, group = i / kGroup / heads * blocks + blockIdx.x;
+    const int d = group * kGroup + i % kGroup;
+    if (d >= args.cache.head_dim) continue;
+    float maximum = kNothing, sum = 0.f, out = 0.f;
+#pragma unroll 8
+    for (int slot = 0; slot < slots; ++slot) maximum = fmaxf(maximum, meeting.maximum[slot * heads + head]);
+#pragma unroll 8
+    for (int slot = 0; slot < slots; ++slot) {
+      const float weight = exp2_fast(meeting.maximum[slot * heads + head] - maximum);
+      sum += weight * meeting.sum[slot * heads + head];
+      out += weight * meeting.out[slot * groups * heads * kGroup + i];
+    }
+    static_cast<T*>(args.out)[(first_head + head) * args.cache.head_dim + d] = from_float<T>(out / sum);
+  }
+}
+
+// The warp's chunks: every `step` rows from `first` on.
+template <typename S>
+__device__ void attend_span(const DecodeAttentionArgs& args, const Span& span, Lane lane, int64_t first_head, int heads,
+                            Running<S>& running) {
+  const int step = gridDim.x * kWarps * kRows;
+  int first = (blockIdx.x * kWarps + threadIdx.x / 32) * kRows;
+  Chunk<S> chunk;
+  chunk.clear_keys(), chunk.clear_values();
+  chunk.scale = 0.f;
+  chunk.read_keys(span, lane, first, 0, span.settled);
+  if (S::kAhead) chunk.read_values(span, lane, first, 0, span.settled);
+  chunk.read_scales(span, first, 0, span.settled);
+  wait_for_previous_kernel();
+  const int rest = max(span.settled, 0);
+  chunk.read_keys(span, lane, first, rest, span.length);
+  if (S::kAhead) chunk.read_values(span, lane, first, rest, span.length);
+  chunk.read_scales(span, first, rest, span.length);
+  Queries<S> q;
+  q.read(args, first_head, heads, lane);
+  for (; first < span.length; first += step) {
+    float scores[4];
+    multiply_keys<S>(chunk, q, scores);
+    if (S::kAhead) chunk.read_keys(span, lane, first + step, 0, span.length);
+    else chunk.clear_values(), chunk.read_values(span, lane, first, 0, span.length);
+    weigh<S>(args, chunk, lane, first, span.length, scores, running);
+    chunk.read_scales(span, first + step, 0, span.length);
+    multiply_values<S>(chunk, scores, running);
+    if (S::kAhead) chunk.clear_values(), chunk.read_values(span, lane, first + step, 0, span.length);
+    else chunk.read_keys(span, lane, first + step, 0, span.length);
+  }
+}
+
+template <typename S>
+__global__ void __launch_bounds__(kThreads, S::kAhead ? 3 : 2)
+    decode_attention_kernel(const __grid_constant__ DecodeAttentionArgs args) {
+  __shared__ Meeting<S> meeting;
+  const int group = args.heads / args.cache.kv_heads, chunks = (group + kHeads - 1) / kHeads;
+  const int kv_head = blockIdx.y / chunks, member = blockIdx.y % chunks * kHeads;
+  const int64_t first_head = static_cast<int64_t>(blockIdx.z) * args.heads + kv_head * group + member;
+  const int heads = min(kHeads, group - member);
+  const Lane lane;
   allow_next_kernel();
+  const bool cluster = gridDim.x > 1;
+  if (cluster) cluster_arrive();  // the others may write to a block's memory once it has begun
 
   // positions and starts are a step's, not the previous kernel's: they are read before it has finished
-  const int position = args.positions[row];
-  const int64_t start = args.starts[row];
-  const int begin = args.window > 0 ? max(0, position + 1 - args.window) : 0;
-  const int share = (position + 1 - begin + gridDim.x - 1) / gridDim.x;
-  const int span = (share + S::kStreams - 1) / S::kStreams * S::kStreams;
-  const int first = begin + blockIdx.x * span, end = min(first + span, position + 1);
-  wait_for_previous_kernel();
+  const Span span = span_of<S>(args, kv_head);
+  Running<S> running;
+  attend_span<S>(args, span, lane, first_head, heads, running);
 
-  float q[S::kHeads][kVector] = {};
-#pragma unroll
-  for (int g = 0; g < S::kHeads; ++g) {
-    if (g >= heads || lane * kVector >= cache.head_dim) continue;
-    const T* head = static_cast<const T*>(args.q) + (first_head + g) * cache.head_dim;
-    widen<T>(__ldcg(reinterpret_cast<const uint4*>(head) + lane), q[g]);
-  }
-  Running<S> running = {};
-#pragma unroll
-  for (int g = 0; g < S::kHeads; ++g) running.maximum[g] = kNothing;
-  constexpr int kStep = S::kTokens * S::kStreams;
-  Tile<S> tile, next;
-  if (S::kAhead) tile.read(cache, start, first + stream, end, kv_head, lane);
-  for (int base = first; base < end; base += kStep) {
-    const int token = base + stream;
-    if (!S::kAhead) tile.read(cache, start, token, end, kv_head, lane);
-    else if (base + kStep < end) next.read(cache, start, token + kStep, end, kv_head, lane);
-    float scores[S::kTokens][S::kHeads];
-    score<S>(args, tile, q, token, end, scores);
-    accumulate<S>(tile, scores, running);
-    if (S::kAhead) tile = next;
-  }
-  merge_streams<S>(running, partial);
-
-  if (gridDim.x > 1) cluster_sync();
-  if (blockIdx.x == 0) {
-    for (int i = threadIdx.x; i < S::kHeads * S::kDim; i += kThreads) {
-      const int g = i / S::kDim, d = i % S::kDim;
-      if (g >= heads || d >= cache.head_dim) continue;
-      static_cast<T*>(args.out)[(first_head + g) * cache.head_dim + d] = from_float<T>(merge_blocks(partial, g, d));
-    }
-  }
-  if (gridDim.x > 1) cluster_sync();  // no block leaves while the first reads from it
+  if (cluster) cluster_wait();
+  send<S>(meeting, running, lane, heads);
+  if (cluster) cluster_sync();
+  else __syncthreads();
+  merge<S>(args, meeting, first_head, heads);
 }
 
 // ---- launches ----
@@ -413,32 +559,24 @@ struct Launcher {
 template <typename S>
 cudaError_t launch_shape(const DecodeAttentionArgs& args, const DecodeAttentionLaunch& launch, cudaStream_t stream) {
   if (launch.splits < 1 || launch.splits > kMostSplits) return cudaErrorInvalidConfiguration;
-  auto kernel = decode_attention_kernel<S>;
   const int group = args.heads / args.cache.kv_heads;
-  const unsigned chunks = (group + S::kHeads - 1) / S::kHeads;
+  const unsigned chunks = (group + kHeads - 1) / kHeads;
   const dim3 grid(launch.splits, args.cache.kv_heads * chunks, args.m);
   Launcher launcher(grid, launch.splits, launch.dependent, stream);
-  return cudaLaunchKernelEx(&launcher.config, kernel, args);
+  return cudaLaunchKernelEx(&launcher.config, decode_attention_kernel<S>, args);
 }
 
-template <typename T, bool kInt8, int kLanes>
-cudaError_t launch_heads(const DecodeAttentionArgs& args, const DecodeAttentionLaunch& launch, cudaStream_t stream) {
-  switch (launch.block_heads) {
-    case 1: return launch_shape<Shape<T, kInt8, kLanes, 1>>(args, launch, stream);
-    case 2: return launch_shape<Shape<T, kInt8, kLanes, 2>>(args, launch, stream);
-    case 4: return launch_shape<Shape<T, kInt8, kLanes, 4>>(args, launch, stream);
-    case 8: return launch_shape<Shape<T, kInt8, kLanes, 8>>(args, launch, stream);
-    default: return cudaErrorInvalidValue;
-  }
-}
-
-template <typename T, bool kInt8>
-cudaError_t launch_lanes(const DecodeAttentionArgs& args, const DecodeAttentionLaunch& launch, cudaStream_t stream) {
-  const int vectors = args.cache.head_dim / kVector;
-  if (args.cache.head_dim % kVector != 0 || vectors > 32) return cudaErrorInvalidValue;
-  if (vectors <= 8) return launch_heads<T, kInt8, 8>(args, launch, stream);
-  if (vectors <= 16) return launch_heads<T, kInt8, 16>(args, launch, stream);
-  return launch_heads<T, kInt8, 32>(args, launch, stream);
+template <typename T>
+cudaError_t launch_attention(const DecodeAttentionArgs& args, const DecodeAttentionLaunch& launch,
+                             cudaStream_t stream) {
+  const bool int8 = args.cache.k_scales != nullptr;
+  const int head_dim = args.cache.head_dim;
+  if (head_dim % (int8 ? 16 : 8) != 0 || head_dim > 256) return cudaErrorInvalidValue;
+  if (int8 && head_dim <= 128) return launch_shape<Shape<T, true, 128>>(args, launch, stream);
+  if (int8) return launch_shape<Shape<T, true, 256>>(args, launch, stream);
+  if (head_dim <= 64) return launch_shape<Shape<T, false, 64>>(args, launch, stream);
+  if (head_dim <= 128) return launch_shape<Shape<T, false, 128>>(args, launch, stream);
+  return launch_shape<Shape<T, false, 256>>(args, launch, stream);
 }
 
 }  // namespace
@@ -457,8 +595,7 @@ cudaError_t launch_decode_attention(const DecodeAttentionArgs& args, const Decod
                                     cudaStream_t stream) {
   const cudaError_t error = cudaSetDevice(launch.device);
   if (error != cudaSuccess) return error;
-  return args.cache.k_scales == nullptr ? launch_lanes<T, false>(args, launch, stream)
-                                        : launch_lanes<T, true>(args, launch, stream);
+  return launch_attention<T>(args, launch, stream);
 }
 
 template cudaError_t launch_append_heads<LOWBIT_T>(const AppendHeadsArgs&, int, bool, cudaStream_t);

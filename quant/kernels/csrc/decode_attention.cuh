@@ -30,6 +30,7 @@ struct AppendHeadsArgs {
   float norm_eps;
 };
 
+// Positions of a sequence before its last m must have been written before the kernels that this one may overlap.
 struct DecodeAttentionArgs {
   const void* q;             // (m, heads, head_dim)
   const int64_t* starts;     // (m) slot of position 0
@@ -44,7 +45,6 @@ struct DecodeAttentionArgs {
 struct DecodeAttentionLaunch {
   int device;
   int splits;      // blocks of a cluster that share a sequence; more than 1 needs sm_90
-  int block_heads; // query heads of one key head that a block serves: 1, 2, 4 or 8
   bool dependent;  // launched with programmatic dependent launch
 };
 

@@ -120,4 +120,16 @@ __device__ inline __nv_bfloat16 from_float<__nv_bfloat16>(float value) {
   return __float2bfloat16_rn(value);
 }
 
+// Two floats as a pair, the first in the low half.
+template <typename T>
+__device__ inline uint32_t pair_of(float low, float high);
+template <>
+__device__ inline uint32_t pair_of<__half>(float low, float high) {
+  return bits_of(__floats2half2_rn(low, high));
+}
+template <>
+__device__ inline uint32_t pair_of<__nv_bfloat16>(float low, float high) {
+  return bits_of(__floats2bfloat162_rn(low, high));
+}
+
 }  // namespace lowbit

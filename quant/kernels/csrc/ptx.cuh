@@ -146,6 +146,38 @@ __device__ inline float read_cluster_float(uint32_t smem, uint32_t rank) {
   return value;
 }
 
+// Four floats, or one, to `smem` in the shared memory of block `rank` of this cluster, which must have begun.
+__device__ inline void write_cluster_floats(uint32_t smem, uint32_t rank, float4 value) {
+#if __CUDA_ARCH__ >= 900
+  uint32_t remote;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(smem), "r"(rank));
+  asm volatile("st.shared::cluster.v4.f32 [%0], {%1,%2,%3,%4};" ::"r"(remote), "f"(value.x), "f"(value.y),
+               "f"(value.z), "f"(value.w)
+               : "memory");
+#else
+  asm volatile("st.shared.v4.f32 [%0], {%1,%2,%3,%4};" ::"r"(smem), "f"(value.x), "f"(value.y), "f"(value.z),
+               "f"(value.w)
+               : "memory");
+#endif
+}
+
+__device__ inline void write_cluster_float(uint32_t smem, uint32_t rank, float value) {
+#if __CUDA_ARCH__ >= 900
+  uint32_t remote;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(smem), "r"(rank));
+  asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(remote), "f"(value) : "memory");
+#else
+  asm volatile("st.shared.f32 [%0], %1;" ::"r"(smem), "f"(value) : "memory");
+#endif
+}
+
+// The warp's 8 x 8 matrix of halves, transposed: lane l has columns 2 (l % 4) and the next of row l / 4.
+__device__ inline uint32_t transpose_matrix(uint32_t pair) {
+  uint32_t result;
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(result) : "r"(pair));
+  return result;
+}
+
 // Barriers in shared memory (mbarrier): a phase ends when `arrivals` threads have arrived and what was announced is in.
 __device__ inline void barrier_init(uint32_t barrier, int arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
