@@ -4,8 +4,10 @@ Environment:
   LOWBIT_CUDA_ARCHS  what to compile for, default "80 86 89 90a 90+PTX"; "90a" alone builds in under a minute
   LOWBIT_CUDA        "0" leaves the extension out, "1" makes a missing nvcc an error; unset builds where nvcc is found
   CUDA_HOME          where nvcc is, before PATH
+  CUTLASS_PATH       a copy of CUTLASS, before the package nvidia-cutlass
 """
 
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -27,8 +29,16 @@ UNITS += [
     for source in ("decode_attention.cu", "row_norm.cu")
     for dtype in ("__half", "__nv_bfloat16")
 ]
-UNITS += [("wna16_dequantize.cu", ()), ("gptq_block.cu", ()), ("bindings.cpp", ())]
-HOPPER_ONLY = ("wna16_gemm.cu",)  # empty elsewhere: compiled for 90a alone, or for what there is
+UNITS += [(source, ()) for source in ("w8a8_gemm.cu", "wna16_dequantize.cu", "gptq_block.cu", "bindings.cpp")]
+# A CUTLASS product costs forty seconds of nvcc.
+TILES = [
+    (f"LOWBIT_T={dtype}", f"LOWBIT_TILE={tile}", "NDEBUG", "CUTLASS_ENABLE_GDC_FOR_SM90")
+    for dtype in ("__half", "__nv_bfloat16")
+    for tile in range(2)
+]
+UNITS = [("w8a8_cutlass.cu", defines) for defines in TILES] + UNITS  # the longest first
+# Empty elsewhere: compiled for 90a alone, or for what there is.
+HOPPER_ONLY = ("w8a8_cutlass.cu", "w8a8_gemm.cu", "wna16_gemm.cu")
 
 
 def find_nvcc() -> str | None:
@@ -37,6 +47,22 @@ def find_nvcc() -> str | None:
     if candidate and candidate.exists():
         return str(candidate)
     return shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+
+
+def cutlass_flags() -> list[str]:
+    """Where CUTLASS's headers are. RuntimeError where they are nowhere."""
+    home = os.environ.get("CUTLASS_PATH")
+    package = importlib.util.find_spec("cutlass_library")
+    if home is None and package is not None and package.origin is not None:
+        home = str(Path(package.origin).with_name("source"))
+    include = Path(home or "") / "include"
+    if home is None or not (include / "cutlass" / "cutlass.h").exists():
+        where = f"not in {include}, where CUTLASS_PATH says" if home else "nowhere"
+        raise RuntimeError(
+            f"CUTLASS's headers are {where}: pip install nvidia-cutlass, set CUTLASS_PATH to a copy of CUTLASS 4, or "
+            "set LOWBIT_CUDA=0 for an install without CUDA"
+        )
+    return ["--expt-relaxed-constexpr", "-I", str(include), "-I", str(include.parent / "tools" / "util" / "include")]
 
 
 def architecture_flags(names: list[str]) -> list[str]:
@@ -75,6 +101,8 @@ class BuildCuda(build_ext):
         command = [nvcc, "-std=c++20", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-c", str(SOURCES / source)]
         command += [f"-D{define}" for define in (*defines, f'LOWBIT_ARCHITECTURES="{" ".join(architectures)}"')]
         command += ["-I", pybind11.get_include(), "-I", sysconfig.get_path("include"), "-o", str(target)]
+        if source == "w8a8_cutlass.cu":
+            command += cutlass_flags()
         if source in HOPPER_ONLY:
             command += architecture_flags([name for name in architectures if name == "90a"] or architectures[:1])
         elif source.endswith(".cu"):

@@ -1,21 +1,30 @@
 """`python -m quant.kernels`: what was built, and which kernel each of a list of shapes would get, and why."""
 
+from collections.abc import Callable
+
 import torch
 
-from quant.kernels import wna16_gemm, wna16_gemv
+from quant.kernels import w8a8_cutlass, w8a8_gemm, wna16_gemm, wna16_gemv
 from quant.kernels.extension import EXTENSION
 from quant.kernels.problem import Problem
-from quant.kernels.registry import KERNELS, choose_kernel
+from quant.kernels.registry import choose_kernel, kernels_for
 
-# (m, n, k, bits, group size): a layer of a 7B model, the largest of a 70B one, and what falls through.
+# (m, n, k, bits, group size, int8 inputs): a layer of a 7B model, the largest of a 70B one, and what falls through.
 EXAMPLES = (
-    (1, 4096, 4096, 4, 128),
-    (8, 12288, 4096, 4, 128),
-    (16, 4096, 14336, 8, -1),
-    (64, 57344, 8192, 4, 64),
-    (255, 4096, 4096, 4, 128),
+    (1, 4096, 4096, 4, 128, False),
+    (8, 12288, 4096, 4, 128, False),
+    (16, 4096, 14336, 8, -1, False),
+    (64, 57344, 8192, 4, 64, False),
+    (255, 4096, 4096, 4, 128, False),
+    (1, 4096, 4096, 8, -1, True),
+    (2048, 28672, 4096, 8, -1, True),
 )
-LAUNCHES = {"wna16_gemm": wna16_gemm.choose_launch, "wna16_gemv": wna16_gemv.choose_launch}
+LAUNCHES: dict[str, Callable[[Problem], object]] = {
+    "wna16_gemm": wna16_gemm.choose_launch,
+    "wna16_gemv": wna16_gemv.choose_launch,
+    "w8a8_cutlass": w8a8_cutlass.choose_launch,
+    "w8a8_gemm": w8a8_gemm.choose_launch,
+}
 
 
 def describe_build() -> str:
@@ -40,7 +49,8 @@ def describe_problem(problem: Problem) -> str:
     lines = [f"{problem}: {chosen.name}"]
     if chosen.name in LAUNCHES:
         lines.append(f"    {LAUNCHES[chosen.name](problem)}")
-    for kernel in KERNELS[: KERNELS.index(chosen)]:
+    kernels = kernels_for(problem)
+    for kernel in kernels[: kernels.index(chosen)]:
         lines.append(f"    not {kernel.name}: {kernel.reason_against(problem)}")
     return "\n".join(lines)
 
@@ -49,8 +59,9 @@ def main() -> None:
     """Prints the build and the examples."""
     print(describe_build())
     device, capability, processors = local_gpu()
-    for m, n, k, bits, group_size in EXAMPLES:
-        print(describe_problem(Problem(m, n, k, bits, group_size, torch.float16, device, capability, processors)))
+    for m, n, k, bits, group_size, int8_inputs in EXAMPLES:
+        problem = Problem(m, n, k, bits, group_size, torch.float16, device, capability, processors, int8_inputs)
+        print(describe_problem(problem))
 
 
 if __name__ == "__main__":

@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quant.kernels import decode_attention, gptq_block, row_norm, wna16_dequantize
+from quant.kernels import decode_attention, gptq_block, row_norm, w8a8, wna16_dequantize
 from quant.kernels.decode_attention import Append, Attention, KVCache
 from quant.kernels.packed import PackedWeight
 from quant.kernels.problem import Call, Rotary, check, problem_of
 from quant.kernels.registry import choose_kernel
 from quant.kernels.row_norm import Rows
+from quant.kernels.w8a8 import Int8Call, Int8Weight
 
 LIBRARY = torch.library.Library("lowbit", "DEF")
 WEIGHT = "Tensor words, Tensor scales, Tensor? zeros, int n, int bits, int group_size, int pair_block"
@@ -37,7 +38,15 @@ LIBRARY.define(
 )
 LIBRARY.define(
     "row_norm(Tensor x, str norm, Tensor? weight, Tensor? bias, float eps, str int8, Tensor? input_scale, "
-    "bool dependent) -> Tensor"
+    "bool dependent, str activation) -> Tensor"
+)
+LIBRARY.define(
+    "quantize_rows(Tensor x, str norm, Tensor? weight, Tensor? bias, float eps, str int8, Tensor? input_scale, "
+    "bool dependent, str activation) -> (Tensor, Tensor)"
+)
+LIBRARY.define(
+    "w8a8_linear(Tensor x, Tensor? x_scales, Tensor? input_scale, Tensor codes, Tensor scales, Tensor? bias, "
+    "Tensor? residual, ScalarType dtype, bool dependent) -> Tensor"
 )
 LIBRARY.define(
     "append_heads(Tensor qkv, Tensor positions, Tensor slots, Tensor cosines, Tensor sines, Tensor(a!) k_cache, "
@@ -222,6 +231,47 @@ def attention_call(
     return Attention(q, cache, starts, positions, scale, window, softcap, dependent)
 
 
+def int8_call(
+    x: Tensor,
+    x_scales: Tensor | None,
+    input_scale: Tensor | None,
+    codes: Tensor,
+    scales: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    dtype: torch.dtype,
+    dependent: bool,
+) -> Int8Call:
+    """The Int8Call of lowbit::w8a8_linear's arguments, x rounded to int8 where it is not yet.
+
+    The product may then always start early: the rounding, which it waits for, waits for all that came before.
+    """
+    weight = Int8Weight(codes, scales)
+    if x.dtype == torch.int8:
+        if x_scales is None or input_scale is not None:
+            raise ValueError("x in int8 comes with x_scales, and without an input_scale")
+        return Int8Call(x, x_scales, weight, bias, residual, dtype, dependent)
+    if x_scales is not None:
+        raise ValueError(f"x is {x.dtype}: x_scales belong to x in int8")
+    rounding = "token" if input_scale is None else "tensor"
+    rows = row_norm.quantize(Rows(x, int8=rounding, input_scale=input_scale, dependent=dependent))
+    return Int8Call(*rows, weight, bias, residual, dtype, dependent=True)
+
+
+def compute_int8(call: Int8Call) -> Tensor:
+    """y of `call` by the first kernel that takes it. ValueError where the tensors do not fit together."""
+    w8a8.check(call)
+    if 0 in call.y_shape:
+        return call.x.new_empty(call.y_shape, dtype=call.dtype)
+    problem = w8a8.problem_of(call)
+    return choose_kernel(problem).run(call, problem)
+
+
+def codes_shape(call: Rows) -> tuple[Tensor, Tensor]:
+    """Empty codes and scales of `call`: what tracing needs."""
+    return call.x.new_empty(call.shape, dtype=torch.int8), call.x.new_empty(call.shape[0], dtype=torch.float32)
+
+
 def register(name: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> None:
     """Gives an operator its implementation, the same on both devices, and its shapes."""
     for device in ("CPU", "CUDA"):
@@ -239,7 +289,15 @@ register(
 )
 register("dequantize", dequantize_impl, dequantize_shape)
 register("gptq_block", gptq_block.gptq_block, lambda w, *args: (torch.empty_like(w), torch.empty_like(w)))
-register("row_norm", lambda *args: row_norm.run(Rows(*args)), lambda x, *args: torch.empty_like(x))
+register("row_norm", lambda *args: row_norm.run(Rows(*args)), lambda x, *args: x.new_empty(Rows(x, *args).shape))
+register("quantize_rows", lambda *args: row_norm.quantize(Rows(*args)), lambda *args: codes_shape(Rows(*args)))
+register(
+    "w8a8_linear",
+    lambda *args: compute_int8(int8_call(*args)),
+    lambda x, x_scales, input_scale, codes, scales, bias, residual, dtype, dependent: x.new_empty(
+        x.shape[0], codes.shape[0], dtype=dtype
+    ),
+)
 register(
     "append_heads",
     lambda *args: decode_attention.append(append_call(*args)),
@@ -362,10 +420,49 @@ def dequantize(weight: PackedWeight) -> Tensor:
     return torch.ops.lowbit.dequantize(*weight_args(weight), weight.k)
 
 
+def rows_args(call: Rows) -> tuple[Any, ...]:
+    """The rows as the operators take them."""
+    return tuple(vars(call).values())
+
+
 def normalize(call: Rows) -> Tensor:
     """Rows normed, and rounded to int8 where asked, (m, k) in x's dtype. See Rows."""
-    return torch.ops.lowbit.row_norm(
-        call.x, call.norm, call.weight, call.bias, call.eps, call.int8, call.input_scale, call.dependent
+    return torch.ops.lowbit.row_norm(*rows_args(call))
+
+
+def quantize_rows(call: Rows) -> tuple[Tensor, Tensor]:
+    """Rows as codes (m, k) int8 and a scale for each, (m) float32: what several products may share. See Rows."""
+    return torch.ops.lowbit.quantize_rows(*rows_args(call))
+
+
+def w8a8_linear(
+    x: Tensor,
+    weight: Int8Weight,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    *,
+    x_scales: Tensor | None = None,
+    input_scale: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+    dependent: bool = False,
+) -> Tensor:
+    """x W^T + bias + residual (m, n), x and W in int8: the sums are exact, and rounded once to `dtype`.
+
+    x            (m, k)  float16 or bfloat16, rounded here: by `input_scale`, one float32 number, or, without it, by
+                         each row's absmax / 127; or int8 with x_scales (m) float32, as quantize_rows gives them
+    bias         (n)     of y's dtype
+    residual     (m, n)  of y's dtype
+    dtype        of y: x's own where nothing is said; for x in int8 float16, bfloat16, or float32 where there is neither
+                 bias nor residual
+    dependent    launch without waiting for the previous kernel (programmatic dependent launch), which must have written
+                 neither the weight nor the bias
+    ValueError with the numbers where the tensors do not fit together.
+    """
+    if dtype is None and x.dtype == torch.int8:
+        raise ValueError("x in int8: say y's dtype")
+    codes, scales = weight.codes, weight.scales
+    return torch.ops.lowbit.w8a8_linear(
+        x, x_scales, input_scale, codes, scales, bias, residual, dtype or x.dtype, dependent
     )
 
 

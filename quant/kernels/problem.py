@@ -88,10 +88,12 @@ class Problem:
     device: str  # "cuda" or "cpu"
     capability: tuple[int, int] | None = None  # of the GPU
     processors: int = 0  # multiprocessors of the GPU
+    int8_inputs: bool = False
 
     def __str__(self) -> str:
         group = "channel" if self.group_size == -1 else f"g{self.group_size}"
-        return f"m {self.m:>4}  {self.n} x {self.k}  w{self.bits} {group} {str(self.dtype).removeprefix('torch.')}"
+        scheme = f"w{self.bits}{'a8' if self.int8_inputs else ''} {group}"
+        return f"m {self.m:>4}  {self.n} x {self.k}  {scheme} {str(self.dtype).removeprefix('torch.')}"
 
 
 def problem_of(call: Call) -> Problem:

@@ -2,20 +2,21 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
-from quant.kernels import reference, wna16_dequantize, wna16_gemm, wna16_gemv
-from quant.kernels.problem import Call, Problem
+from quant.kernels import reference, w8a8, w8a8_cutlass, w8a8_gemm, wna16_dequantize, wna16_gemm, wna16_gemv
+from quant.kernels.problem import Problem
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """A way to compute a Call: a reason why it cannot take a Problem (None where it can), and the computation."""
+    """A way to compute a Call or an Int8Call: why it cannot take a Problem (None where it can), and the computation."""
 
     name: str
     reason_against: Callable[[Problem], str | None]
-    run: Callable[[Call, Problem], Tensor]
+    run: Callable[[Any, Problem], Tensor]
 
 
 KERNELS = (
@@ -24,12 +25,24 @@ KERNELS = (
     Kernel("wna16_dequantize", wna16_dequantize.reason_against, lambda call, problem: wna16_dequantize.run(call)),
     Kernel("reference", reference.reason_against, lambda call, problem: reference.run(call)),
 )
+# For x in int8.
+INT8_KERNELS = (
+    Kernel("w8a8_cutlass", w8a8_cutlass.reason_against, w8a8_cutlass.run),
+    Kernel("w8a8_gemm", w8a8_gemm.reason_against, w8a8_gemm.run),
+    Kernel("torch._int_mm", lambda problem: None, lambda call, problem: w8a8.reference(call)),
+)
+
+
+def kernels_for(problem: Problem) -> tuple[Kernel, ...]:
+    """The kernels that may take the problem, in the order in which they are tried."""
+    return INT8_KERNELS if problem.int8_inputs else KERNELS
 
 
 def choose_kernel(problem: Problem) -> Kernel:
     """The first kernel with nothing against the problem. RuntimeError with all reasons where there is none."""
-    for kernel in KERNELS:
+    kernels = kernels_for(problem)
+    for kernel in kernels:
         if kernel.reason_against(problem) is None:
             return kernel
-    reasons = "\n".join(f"  {kernel.name}: {kernel.reason_against(problem)}" for kernel in KERNELS)
+    reasons = "\n".join(f"  {kernel.name}: {kernel.reason_against(problem)}" for kernel in kernels)
     raise RuntimeError(f"no kernel takes {problem}:\n{reasons}")

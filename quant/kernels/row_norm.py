@@ -1,26 +1,30 @@
-"""Rows on their way into a product: normed, and rounded to int8 where the weight's scheme says so."""
+"""Rows on their way into a product: activation, norm, rounding to int8, each where asked, in one kernel."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from quant.kernels.extension import EXTENSION, reason_against_device
-from quant.kernels.problem import NORMS
-from quant.numerics import fake_quantize_inputs
+from quant.kernels.problem import ACTIVATIONS, NORMS
+from quant.kernels.reference import activate
+from quant.numerics import fake_quantize_inputs, quantize_inputs
 
 MAX_K = 32768
 
 
 @dataclass(frozen=True)
 class Rows:
-    """y = rounded(norm(x)), in x's dtype.
+    """y = rounded(norm(activation(x))), in x's dtype.
 
-    x       (m, k)
-    norm    "none", "rms" or "layer", with its weight, bias (k) and eps
-    int8    "none"; "token": to multiples of each row's absmax / 127; "tensor": of input_scale, a float32 number.
-            -127 to 127 of them; what comes out are the values that the codes stand for (numerics.quantize_inputs)
+    x           (m, k); for "silu_mul" (m, 2 k), the gate beside what it is multiplied with
+    norm        "none", "rms" or "layer", with its weight, bias (k) and eps
+    int8        "none"; "token": to multiples of each row's absmax / 127; "tensor": of input_scale, a float32 number.
+                -127 to 127 of them; `run` gives the values that the codes stand for (numerics.quantize_inputs),
+                `quantize` the codes and each row's scale
+    activation  of problem.ACTIVATIONS, rounded to x's dtype
     """
 
     x: Tensor
@@ -31,6 +35,13 @@ class Rows:
     int8: str = "none"
     input_scale: Tensor | None = None
     dependent: bool = False
+    activation: str = "none"
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(m, k)"""
+        m, width = self.x.shape
+        return m, width // 2 if self.activation == "silu_mul" else width
 
 
 def run(call: Rows) -> Tensor:
@@ -38,24 +49,47 @@ def run(call: Rows) -> Tensor:
     check(call)
     if reason_against(call):
         return reference(call)
+    y = call.x.new_empty(call.shape)
+    launch(call, y=y)
+    return y
+
+
+def quantize(call: Rows) -> tuple[Tensor, Tensor]:
+    """Codes (m, k) int8 and scales (m) float32 of `call`. ValueError where its parts do not go together."""
+    check(call)
+    if call.int8 == "none":
+        raise ValueError("int8 is 'none': codes need 'token' or 'tensor'")
+    if reason_against(call):
+        return reference_codes(call)
+    codes = torch.empty(call.shape, dtype=torch.int8, device=call.x.device)
+    scales = torch.empty(call.shape[0], dtype=torch.float32, device=call.x.device)
+    launch(call, codes=codes, scales=scales)
+    return codes, scales
+
+
+def launch(call: Rows, **outputs: Tensor) -> None:
+    """Runs the kernel on `call`, which `check` has passed."""
     assert EXTENSION is not None
     x = call.x
-    y = torch.empty_like(x)
-    args = EXTENSION.RowNormArgs()
-    tensors = {"x": x, "weight": call.weight, "bias": call.bias, "input_scale": call.input_scale, "y": y}
+    args: Any = EXTENSION.RowNormArgs()
+    tensors = {"x": x, "weight": call.weight, "bias": call.bias, "input_scale": call.input_scale, **outputs}
     for name, tensor in tensors.items():
         setattr(args, name, 0 if tensor is None else tensor.data_ptr())
-    args.m, args.k = x.shape
+    args.m, args.k = call.shape
     args.norm, args.eps, args.int8 = NORMS.index(call.norm), call.eps, call.int8 != "none"
+    args.activation = ACTIVATIONS.index(call.activation)
     with torch.cuda.device(x.device):
         stream = torch.cuda.current_stream().cuda_stream
         EXTENSION.row_norm(x.dtype == torch.bfloat16, args, x.device.index, call.dependent, stream)
-    return y
 
 
 def check(call: Rows) -> None:
     """Raises ValueError where the parts of `call` do not go together."""
-    k = call.x.shape[-1]
+    if call.activation not in ACTIVATIONS:
+        raise ValueError(f"activation {call.activation!r} is none of {ACTIVATIONS}")
+    if call.x.ndim != 2 or (call.activation == "silu_mul" and call.x.shape[1] % 2):
+        raise ValueError(f"x has the shape {tuple(call.x.shape)}: rows are needed, of even width for silu_mul")
+    k = call.shape[1]
     if call.norm not in NORMS or (call.norm == "none") != (call.weight is None):
         raise ValueError(f"norm {call.norm!r} is one of {NORMS}, and has a weight unless it is 'none'")
     if call.int8 not in ("none", "token", "tensor") or (call.int8 == "tensor") != (call.input_scale is not None):
@@ -63,6 +97,9 @@ def check(call: Rows) -> None:
     for name, tensor in (("weight", call.weight), ("bias", call.bias)):
         if tensor is not None and (tuple(tensor.shape) != (k,) or tensor.dtype != call.x.dtype):
             raise ValueError(f"{name} is {tuple(tensor.shape)} {tensor.dtype}, not ({k},) {call.x.dtype}")
+    scale = call.input_scale
+    if scale is not None and (scale.numel() != 1 or scale.dtype != torch.float32):
+        raise ValueError(f"input_scale is {tuple(scale.shape)} {scale.dtype}, not one number of torch.float32")
 
 
 def reason_against(call: Rows) -> str | None:
@@ -70,21 +107,36 @@ def reason_against(call: Rows) -> str | None:
     x = call.x
     if x.device.type != "cuda":
         return f"the tensors are on the {x.device.type}"
-    if x.dtype not in (torch.float16, torch.bfloat16) or x.ndim != 2 or not x.is_contiguous():
-        return "the kernel takes contiguous rows of torch.float16 or torch.bfloat16"
-    if x.shape[1] % 8 or not 0 < x.shape[1] <= MAX_K or not x.shape[0]:
-        return f"rows of {x.shape[1]}: multiples of 8 up to {MAX_K} are taken"
+    if x.dtype not in (torch.float16, torch.bfloat16) or not x.is_contiguous() or x.data_ptr() % 16:
+        return "the kernel takes contiguous, aligned rows of torch.float16 or torch.bfloat16"
+    m, k = call.shape
+    if k % 8 or not 0 < k <= MAX_K or not m:
+        return f"rows of {k}: multiples of 8 up to {MAX_K} are taken"
     properties = torch.cuda.get_device_properties(x.device)
     return reason_against_device((properties.major, properties.minor))
 
 
+def prepared(call: Rows) -> Tensor:
+    """norm(activation(x)) in plain torch, in x's dtype."""
+    y = call.x
+    if call.activation != "none":
+        y = activate(y.float(), call.activation).to(y.dtype)
+    if call.norm == "rms":
+        return functional.rms_norm(y, y.shape[-1:], call.weight, call.eps)
+    if call.norm == "layer":
+        return functional.layer_norm(y, y.shape[-1:], call.weight, call.bias, call.eps)
+    return y
+
+
 def reference(call: Rows) -> Tensor:
     """y of `call` in plain torch."""
-    y = call.x
-    if call.norm == "rms":
-        y = functional.rms_norm(y, y.shape[-1:], call.weight, call.eps)
-    elif call.norm == "layer":
-        y = functional.layer_norm(y, y.shape[-1:], call.weight, call.bias, call.eps)
+    y = prepared(call)
     if call.int8 == "none":
         return y.clone() if y is call.x else y
     return fake_quantize_inputs(y, call.input_scale)
+
+
+def reference_codes(call: Rows) -> tuple[Tensor, Tensor]:
+    """Codes and scales of `call` in plain torch."""
+    codes, scales = quantize_inputs(prepared(call), call.input_scale)
+    return codes, scales.reshape(-1).expand(call.shape[0]).contiguous()

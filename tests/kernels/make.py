@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from quant.kernels.packed import PackedWeight, prepack
+from quant.kernels.w8a8 import Int8Weight, pack_int8
 from quant.qtensor import QTensor, round_to_nearest
 from quant.scheme import make_scheme
 
@@ -58,3 +59,7 @@ def assert_devices_agree(y: Tensor, expected: Tensor) -> None:
     scale = expected.abs().max().float() + 1e-6
     tolerance = 2 * torch.finfo(expected.dtype).eps
     assert (y.cpu().float() - expected.float()).abs().max() <= tolerance * scale
+
+
+def make_int8_weight(n: int, k: int, device: str = "cpu") -> Int8Weight:
+    return pack_int8(make_qtensor(n, k, 8, -1, True, device))

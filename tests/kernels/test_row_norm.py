@@ -4,9 +4,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import Tensor
+from torch.nn import functional
 
 from quant.kernels import ops
-from quant.kernels.row_norm import Rows, reference
+from quant.kernels.row_norm import Rows, reference, reference_codes
 
 NORMS = ("none", "rms", "layer")
 INT8 = ("none", "token", "tensor")
@@ -48,6 +50,8 @@ def test_what_is_given_is_not_what_is_returned():
     [
         ({"norm": "batch"}, "norm 'batch' is one of"),
         ({"weight": None}, "has a weight unless"),
+        ({"activation": "relu"}, "activation 'relu' is none of"),
+        ({"int8": "tensor", "input_scale": torch.ones(2)}, "not one number of torch.float32"),
         ({"int8": "row"}, "int8 'row' is none, token or tensor"),
         ({"int8": "tensor"}, "has an input_scale where it is 'tensor'"),
         ({"weight": torch.ones(7)}, r"weight is \(7,\)"),
@@ -58,10 +62,35 @@ def test_parts_that_do_not_go_together_are_refused(change, message):
         ops.normalize(replace(make_rows(2, 8, "rms", "none"), **change))
 
 
-def test_the_operator_passes_opcheck():
+@pytest.mark.parametrize("activation", ["gelu", "quick_gelu", "silu_mul"])
+def test_an_activation_comes_first(activation):
+    x = torch.randn(3, 48)
+    gate, up = x.chunk(2, -1)
+    wanted = {
+        "gelu": functional.gelu(x),
+        "quick_gelu": x * torch.sigmoid(1.702 * x),
+        "silu_mul": functional.silu(gate) * up,
+    }[activation]
+    torch.testing.assert_close(ops.normalize(Rows(x, activation=activation)), wanted)
+    codes, scales = ops.quantize_rows(Rows(x, int8="token", activation=activation))
+    assert codes.shape == wanted.shape
+    torch.testing.assert_close(codes * scales.unsqueeze(1), wanted, atol=wanted.abs().max().item() / 250, rtol=0)
+
+
+@pytest.mark.parametrize("int8", INT8[1:])
+def test_codes_stand_for_what_the_rounded_rows_are(int8):
+    call = make_rows(3, 48, "rms", int8)
+    codes, scales = ops.quantize_rows(call)
+    assert codes.dtype == torch.int8
+    assert scales.shape == (3,)
+    assert torch.equal(codes * scales.unsqueeze(1), ops.normalize(call))
+
+
+def test_the_operators_pass_opcheck():
     call = make_rows(2, 16, "rms", "token")
-    arguments = (call.x, call.norm, call.weight, call.bias, call.eps, call.int8, call.input_scale, False)
-    torch.library.opcheck(torch.ops.lowbit.row_norm, arguments)
+    torch.library.opcheck(torch.ops.lowbit.row_norm, ops.rows_args(call))
+    gated = Rows(torch.randn(2, 16), int8="tensor", input_scale=torch.tensor(0.1), activation="silu_mul")
+    torch.library.opcheck(torch.ops.lowbit.quantize_rows, ops.rows_args(gated))
 
 
 @pytest.mark.gpu
@@ -82,3 +111,26 @@ def test_the_kernel_computes_the_reference(norm, int8, dtype):
         step = 0.03 if int8 == "tensor" else wanted.abs().amax(-1, keepdim=True) / 127
         assert (error <= 1.01 * step + 2 * slack * wanted.abs()).all()
         assert (error > 0.5 * step).float().mean() < (0.03 if dtype == torch.float16 else 0.2)
+
+
+def expected_codes(call: Rows) -> tuple[Tensor, Tensor]:
+    """On the CPU, because torch on a GPU does not divide by 127 but multiplies with its rounded inverse."""
+    scale = None if call.input_scale is None else call.input_scale.cpu()
+    return reference_codes(replace(call, x=call.x.cpu(), input_scale=scale))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_kernel_gives_the_codes_of_the_reference(dtype):
+    for m, k in ((1, 8), (2, 264), (7, 4096), (3, 13824), (300, 512), (260, 4104)):
+        for int8 in INT8[1:]:
+            call = make_rows(m, k, "none", int8, dtype, "cuda")
+            call.x[m // 2] = 0
+            call.x[0, 0] *= 1000
+            for got, wanted in zip(ops.quantize_rows(call), expected_codes(call), strict=True):
+                assert torch.equal(got.cpu(), wanted)
+            gated = replace(call, x=call.x.repeat(1, 2), activation="silu_mul")
+            got, wanted = ops.quantize_rows(gated)[0].cpu(), expected_codes(gated)[0]
+            error = (got.int() - wanted.int()).abs()  # an exponential's last bit may turn a code
+            assert error.max() <= 1 + (dtype == torch.bfloat16)
+            assert (error > 0).float().mean() < 0.05

@@ -10,6 +10,8 @@
 #include "decode_attention.cuh"
 #include "gptq_block.cuh"
 #include "row_norm.cuh"
+#include "w8a8_cutlass.cuh"
+#include "w8a8_gemm.cuh"
 #include "wna16_dequantize.cuh"
 #include "wna16_gemm.cuh"
 #include "wna16_gemv.cuh"
@@ -82,6 +84,26 @@ void decode_attention(bool bfloat16, const lowbit::DecodeAttentionArgs& args,
 void row_norm(bool bfloat16, const lowbit::RowNormArgs& args, int device, bool dependent, uintptr_t stream) {
   const auto launch = bfloat16 ? lowbit::launch_row_norm<__nv_bfloat16> : lowbit::launch_row_norm<__half>;
   check(launch(args, device, dependent, static_cast<cudaStream_t>(pointer(stream))), "row_norm");
+}
+
+void w8a8_gemm(const lowbit::W8a8Args& args, const lowbit::W8a8GemmLaunch& launch, uintptr_t stream) {
+  check(lowbit::launch_w8a8_gemm(args, launch, static_cast<cudaStream_t>(pointer(stream))), "w8a8_gemm");
+}
+
+template <typename T>
+cudaError_t launch_cutlass(const lowbit::W8a8Args& args, const lowbit::W8a8CutlassLaunch& launch,
+                           cudaStream_t stream) {
+  switch (launch.tile) {
+    case 0: return lowbit::launch_w8a8_cutlass<T, 0>(args, launch, stream);
+    case 1: return lowbit::launch_w8a8_cutlass<T, 1>(args, launch, stream);
+    default: return cudaErrorInvalidValue;
+  }
+}
+
+void w8a8_cutlass(bool bfloat16, const lowbit::W8a8Args& args, const lowbit::W8a8CutlassLaunch& launch,
+                  uintptr_t stream) {
+  const auto run = bfloat16 ? launch_cutlass<__nv_bfloat16> : launch_cutlass<__half>;
+  check(run(args, launch, static_cast<cudaStream_t>(pointer(stream))), "w8a8_cutlass");
 }
 
 // A struct's fields become keyword-settable attributes; `field` casts an address to the field's pointer type.
@@ -215,6 +237,34 @@ void bind_attention(py::module_& module) {
   module.def("decode_attention", &decode_attention);
 }
 
+void bind_w8a8(py::module_& module) {
+  using Args = lowbit::W8a8Args;
+  py::class_<Args> args(module, "W8a8Args");
+  args.def(py::init([] { return Args{}; }));
+  bind_pointer(args, "x", &Args::x);
+  bind_pointer(args, "x_scales", &Args::x_scales);
+  bind_pointer(args, "codes", &Args::codes);
+  bind_pointer(args, "scales", &Args::scales);
+  bind_pointer(args, "bias", &Args::bias);
+  bind_pointer(args, "residual", &Args::residual);
+  bind_pointer(args, "y", &Args::y);
+  args.def_readwrite("m", &Args::m).def_readwrite("n", &Args::n).def_readwrite("k", &Args::k);
+  using Gemm = lowbit::W8a8GemmLaunch;
+  py::class_<Gemm> gemm(module, "W8a8GemmLaunch");
+  gemm.def(py::init([] { return Gemm{}; }));
+  gemm.def_readwrite("device", &Gemm::device).def_readwrite("warpgroups", &Gemm::warpgroups);
+  gemm.def_readwrite("cluster", &Gemm::cluster).def_readwrite("stages", &Gemm::stages);
+  gemm.def_readwrite("dependent", &Gemm::dependent);
+  bind_enum(gemm, "output", &Gemm::output);
+  module.def("w8a8_gemm", &w8a8_gemm);
+  using Cutlass = lowbit::W8a8CutlassLaunch;
+  py::class_<Cutlass> cutlass(module, "W8a8CutlassLaunch");
+  cutlass.def(py::init([] { return Cutlass{}; }));
+  cutlass.def_readwrite("device", &Cutlass::device).def_readwrite("processors", &Cutlass::processors);
+  cutlass.def_readwrite("tile", &Cutlass::tile).def_readwrite("swizzle", &Cutlass::swizzle);
+  module.def("w8a8_cutlass", &w8a8_cutlass);
+}
+
 void bind_row_norm(py::module_& module) {
   using Args = lowbit::RowNormArgs;
   py::class_<Args> args(module, "RowNormArgs");
@@ -224,7 +274,10 @@ void bind_row_norm(py::module_& module) {
   bind_pointer(args, "bias", &Args::bias);
   bind_pointer(args, "input_scale", &Args::input_scale);
   bind_pointer(args, "y", &Args::y);
+  bind_pointer(args, "codes", &Args::codes);
+  bind_pointer(args, "scales", &Args::scales);
   bind_enum(args, "norm", &Args::norm);
+  bind_enum(args, "activation", &Args::activation);
   args.def_readwrite("m", &Args::m).def_readwrite("k", &Args::k).def_readwrite("eps", &Args::eps);
   args.def_readwrite("int8", &Args::int8);
   module.def("row_norm", &row_norm);
@@ -241,4 +294,5 @@ PYBIND11_MODULE(_C, module) {
   bind_gptq(module);
   bind_attention(module);
   bind_row_norm(module);
+  bind_w8a8(module);
 }

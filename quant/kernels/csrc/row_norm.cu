@@ -1,8 +1,9 @@
 // Compiled once per T: LOWBIT_T comes from setup.py.
 //
-// A block a row, the row in registers. It stands alone because the product's own prologue, which norms the same row in
-// every block, costs the product more than this launch: docs/ENGINE.md has the figures.
-#include "dequant.cuh"
+// A block a row, the row in registers: activation, norm, rounding to int8, each where asked. It stands alone because
+// the product's own prologue, which norms the same row in every block, costs the product more than this launch:
+// docs/ENGINE.md has the figures.
+#include "epilogue.cuh"
 #include "row_norm.cuh"
 
 namespace lowbit {
@@ -11,6 +12,7 @@ namespace {
 constexpr int kMaxThreads = 1024;
 constexpr int kVector = 8;
 constexpr int kVectors = 4;  // of a thread at most: rows of up to 32768
+constexpr int kManyRows = 256;
 
 struct Add {
   __device__ float operator()(float a, float b) const { return a + b; }
@@ -70,30 +72,77 @@ __device__ void norm_row(const RowNormArgs& args, float (&x)[kCount][kVector], c
   }
 }
 
+// What a code of 1 stands for in this row.
 template <int kCount>
-__device__ void round_row(const RowNormArgs& args, float (&x)[kCount][kVector], float* scratch) {
-  float scale;
-  if (args.input_scale != nullptr) {
-    scale = *args.input_scale;
-  } else {
-    float largest = 0.f;
-#pragma unroll
-    for (int v = 0; v < kCount; ++v)
-#pragma unroll
-      for (int i = 0; i < kVector; ++i) largest = fmaxf(largest, fabsf(x[v][i]));
-    scale = fmaxf(reduce(largest, scratch, Max{}) / 127.f, 1.17549435e-38f);
-  }
+__device__ float scale_of(const RowNormArgs& args, const float (&x)[kCount][kVector], float* scratch) {
+  if (args.input_scale != nullptr) return *args.input_scale;
+  float largest = 0.f;
 #pragma unroll
   for (int v = 0; v < kCount; ++v)
 #pragma unroll
-    for (int i = 0; i < kVector; ++i) x[v][i] = fminf(fmaxf(rintf(x[v][i] / scale), -127.f), 127.f) * scale;
+    for (int i = 0; i < kVector; ++i) largest = fmaxf(largest, fabsf(x[v][i]));
+  largest = reduce(largest, scratch, Max{});
+  return largest > 0.f ? largest / 127.f : 1.f;
+}
+
+// What a code of 1 stands for, and what to divide by it with.
+struct Step {
+  float scale, inverse;
+  // The quotient, as rounded by IEEE 754: a step of Newton's from scale's correctly rounded inverse (Markstein, 1990).
+  __device__ float divide(float x) const {
+    if (scale < 1e-36f) return x / scale;  // whose inverse may overflow
+    const float guess = x * inverse;
+    return fmaf(fmaf(-guess, scale, x), inverse, guess);
+  }
+  __device__ float code_of(float x) const { return fminf(fmaxf(rintf(divide(x)), -127.f), 127.f); }
+};
+
+// The row as numbers of T, or as codes.
+template <typename T>
+__device__ void store(const RowNormArgs& args, int64_t index, const float (&x)[kVector], const Step& step) {
+  if (args.codes != nullptr) {
+    alignas(8) int8_t codes[kVector];
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) codes[i] = static_cast<int8_t>(step.code_of(x[i]));
+    reinterpret_cast<uint2*>(args.codes)[index] = *reinterpret_cast<const uint2*>(codes);
+    return;
+  }
+  uint4 raw;
+  T* elements = reinterpret_cast<T*>(&raw);
+#pragma unroll
+  for (int i = 0; i < kVector; ++i) elements[i] = from_float<T>(args.int8 ? step.code_of(x[i]) * step.scale : x[i]);
+  static_cast<uint4*>(args.y)[index] = raw;
+}
+
+// The thread's numbers of a row, the activation taken and rounded to T as a product of its own would be. All is asked
+// for before anything is used.
+template <typename T, int kCount>
+__device__ void load(const RowNormArgs& args, int vectors, float (&x)[kCount][kVector]) {
+  const bool gated = args.activation == Activation::kSiluMul;
+  const uint4* row = static_cast<const uint4*>(args.x) + static_cast<int64_t>(blockIdx.x) * vectors * (gated ? 2 : 1);
+  uint4 raw[kCount] = {}, up_raw[kCount] = {};
+#pragma unroll
+  for (int v = 0; v < kCount; ++v) {
+    const int index = threadIdx.x + v * blockDim.x;
+    if (index < vectors) raw[v] = __ldcg(row + index);
+    if (gated && index < vectors) up_raw[v] = __ldcg(row + vectors + index);
+  }
+#pragma unroll
+  for (int v = 0; v < kCount; ++v) {
+    unpack<T>(raw[v], x[v]);
+    if (args.activation == Activation::kNone) continue;
+    float up[kVector];
+    unpack<T>(up_raw[v], up);
+#pragma unroll
+    for (int i = 0; i < kVector; ++i)
+      x[v][i] = to_float(from_float<T>(gated ? silu(x[v][i]) * up[i] : activate(args.activation, x[v][i])));
+  }
 }
 
 template <typename T, int kCount>
 __global__ void __launch_bounds__(kMaxThreads) row_norm_kernel(const __grid_constant__ RowNormArgs args) {
   __shared__ float scratch[kMaxThreads / 32];
   const int vectors = args.k / kVector;
-  const int64_t row = static_cast<int64_t>(blockIdx.x) * vectors;
   allow_next_kernel();
   uint4 weights[kCount] = {};
 #pragma unroll
@@ -102,23 +151,16 @@ __global__ void __launch_bounds__(kMaxThreads) row_norm_kernel(const __grid_cons
     if (args.weight != nullptr && index < vectors) weights[v] = static_cast<const uint4*>(args.weight)[index];
   }
   wait_for_previous_kernel();
-  float x[kCount][kVector] = {};
-#pragma unroll
-  for (int v = 0; v < kCount; ++v) {
-    const int index = threadIdx.x + v * blockDim.x;
-    if (index < vectors) unpack<T>(__ldcg(static_cast<const uint4*>(args.x) + row + index), x[v]);
-  }
+  float x[kCount][kVector];
+  load<T>(args, vectors, x);
   if (args.norm != Norm::kNone) norm_row<T>(args, x, weights, vectors, scratch);
-  if (args.int8) round_row(args, x, scratch);
+  Step step = {1.f, 1.f};
+  if (args.int8) step.scale = scale_of(args, x, scratch), step.inverse = 1.f / step.scale;
+  if (args.scales != nullptr && threadIdx.x == 0) args.scales[blockIdx.x] = step.scale;
 #pragma unroll
   for (int v = 0; v < kCount; ++v) {
     const int index = threadIdx.x + v * blockDim.x;
-    if (index >= vectors) break;
-    uint4 raw;
-    T* elements = reinterpret_cast<T*>(&raw);
-#pragma unroll
-    for (int i = 0; i < kVector; ++i) elements[i] = from_float<T>(x[v][i]);
-    static_cast<uint4*>(args.y)[row + index] = raw;
+    if (index < vectors) store<T>(args, static_cast<int64_t>(blockIdx.x) * vectors + index, x[v], step);
   }
 }
 
@@ -146,8 +188,10 @@ cudaError_t launch_row_norm(const RowNormArgs& args, int device, bool dependent,
   if (error != cudaSuccess) return error;
   const int vectors = args.k / kVector;
   if (args.k % kVector != 0 || vectors > kMaxThreads * kVectors) return cudaErrorInvalidValue;
-  if (vectors <= kMaxThreads) return launch_count<T, 1>(args, (vectors + 31) / 32 * 32, dependent, stream);
-  return launch_count<T, kVectors>(args, kMaxThreads, dependent, stream);
+  // Few rows want all their threads, many rows many loads on their way.
+  if (vectors <= kMaxThreads && args.m < kManyRows)
+    return launch_count<T, 1>(args, (vectors + 31) / 32 * 32, dependent, stream);
+  return launch_count<T, kVectors>(args, (vectors + 32 * kVectors - 1) / (32 * kVectors) * 32, dependent, stream);
 }
 
 template cudaError_t launch_row_norm<LOWBIT_T>(const RowNormArgs&, int, bool, cudaStream_t);

@@ -1,4 +1,4 @@
-// Rows normed, and rounded to int8 where asked: what the launcher takes. quant/kernels/row_norm.py describes it.
+// Rows on their way into a product: what the launcher takes. quant/kernels/row_norm.py describes it.
 #pragma once
 
 #include <cstdint>
@@ -9,15 +9,18 @@
 namespace lowbit {
 
 struct RowNormArgs {
-  const void* x;             // (m, k), k a multiple of 8
+  const void* x;             // (m, k), k a multiple of 8; (m, 2 k), gate beside up, for silu_mul
   const void* weight;        // (k), null without a norm
   const void* bias;          // (k) or null
   const float* input_scale;  // one number that all tokens share, or null: each token's absmax / 127
-  void* y;                   // (m, k)
+  void* y;                   // (m, k), or null where codes and scales are wanted
+  int8_t* codes;             // (m, k)
+  float* scales;             // (m)
   int m, k;
   Norm norm;
   float eps;
-  bool int8;  // round to input_scale's multiples, -127 to 127 of them
+  Activation activation;  // before the norm
+  bool int8;              // round to input_scale's multiples, -127 to 127 of them
 };
 
 template <typename T>

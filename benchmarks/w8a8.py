@@ -1,0 +1,146 @@
+"""What the benchmarks of the int8 products share: their cases, peers, rows.
+
+`part` says what a row times: "product" from int8 x on, "rounding + product" from half-precision x on, and "norm +
+rounding + product" from x before its norm. Kernel and launch come from the one rule. `dependent` rows are launched with
+programmatic dependent launch; the floor is a reader of W and its scales without it.
+"""
+
+import argparse
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from benchmarks.kernel_peers import random_words, vllm_ops
+from benchmarks.measure import Floor, copies_for, run_facts, time_calls, write_rows
+from benchmarks.wna16 import RESULTS, SHAPES, random_shapes, row_of
+from quant.kernels import ops
+from quant.kernels.registry import choose_kernel
+from quant.kernels.row_norm import Rows
+from quant.kernels.w8a8 import Int8Call, Int8Weight, problem_of
+
+PRODUCT, ROUNDED, NORMED = "product", "rounding + product", "norm + rounding + product"
+DTYPE = torch.bfloat16  # as the peers have it
+Calls = list[Callable[[], object]]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A kernel's name, whose it is, what it times, how it is launched, and its calls."""
+
+    name: str
+    ours: bool
+    part: str
+    calls: Calls
+    dependent: bool = False
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What all cases of a shape multiply: x (m, k) in half precision, a norm's weight (k), copies of W."""
+
+    x: torch.Tensor
+    gamma: torch.Tensor
+    weights: list[Int8Weight]
+
+
+def make_inputs(m: int, n: int, k: int) -> Inputs:
+    x, gamma = torch.randn(m, k, dtype=DTYPE, device="cuda"), torch.ones(k, dtype=DTYPE, device="cuda")
+    copies = range(copies_for(n * k))
+    codes = [random_words(n, k, dtype=torch.int8) for _ in copies]
+    return Inputs(x, gamma, [Int8Weight(each, torch.rand(n, device="cuda") * 0.01) for each in codes])
+
+
+def our_cases(inputs: Inputs, launches: Sequence[bool]) -> Iterator[Case]:
+    codes, scales = ops.quantize_rows(Rows(inputs.x, int8="token"))
+    name = choose_kernel(problem_of(Int8Call(codes, scales, inputs.weights[0], dtype=DTYPE))).name
+
+    def normed(weight: Int8Weight, dependent: bool) -> torch.Tensor:
+        rows = Rows(inputs.x, "rms", inputs.gamma, None, 1e-5, "token", None, dependent)
+        x, x_scales = ops.quantize_rows(rows)
+        return ops.w8a8_linear(x, weight, x_scales=x_scales, dtype=DTYPE, dependent=True)
+
+    for d in launches:
+        product = [
+            lambda w=w, d=d: ops.w8a8_linear(codes, w, x_scales=scales, dtype=DTYPE, dependent=d)
+            for w in inputs.weights
+        ]
+        yield Case(name, True, PRODUCT, product, d)
+        rounded = [lambda w=w, d=d: ops.w8a8_linear(inputs.x, w, dependent=d) for w in inputs.weights]
+        yield Case(name, True, ROUNDED, rounded, d)
+        yield Case(name, True, NORMED, [lambda w=w, d=d: normed(w, d) for w in inputs.weights], d)
+
+
+def torch_cases(inputs: Inputs) -> Iterator[Case]:
+    """torch's int8 product, inputs rounded and padded beforehand, sums left as they are; cuBLAS in bfloat16."""
+    m, k = inputs.x.shape
+    n = inputs.weights[0].n
+    x = random_words(max(m, 32), k, dtype=torch.int8)
+    yield Case("torch._int_mm", False, PRODUCT, [lambda w=w: torch._int_mm(x, w.codes.T) for w in inputs.weights])
+    dense = [torch.randn(n, k, dtype=DTYPE, device="cuda") for _ in range(copies_for(2 * n * k))]
+    yield Case("cublas", False, ROUNDED, [lambda w=w: torch.nn.functional.linear(inputs.x, w) for w in dense])
+
+
+def vllm_cases(inputs: Inputs) -> Iterator[Case]:
+    if vllm_ops is None:
+        return
+    codes, scales, _ = vllm_ops.scaled_int8_quant(inputs.x)
+
+    def product(weight: Int8Weight) -> torch.Tensor:
+        return vllm_ops.cutlass_scaled_mm(codes, weight.codes.T, scales, weight.scales.unsqueeze(0), DTYPE)
+
+    def rounded(weight: Int8Weight) -> torch.Tensor:
+        x, x_scales, _ = vllm_ops.scaled_int8_quant(inputs.x)
+        return vllm_ops.cutlass_scaled_mm(x, weight.codes.T, x_scales, weight.scales.unsqueeze(0), DTYPE)
+
+    yield Case("vllm cutlass", False, PRODUCT, [lambda w=w: product(w) for w in inputs.weights])
+    yield Case("vllm cutlass", False, ROUNDED, [lambda w=w: rounded(w) for w in inputs.weights])
+
+
+def describe(row: dict) -> str:
+    name = row["kernel"] + (" +pdl" if row["dependent"] else "")
+    tops = 2e-6 * row["m"] * row["n"] * row["k"] / row["us"]
+    ratio = row["us"] / row["floor_us"]
+    return (
+        f"{row['n']:>6} x {row['k']:<6} m {row['m']:<4} {name:<18} {row['part']:<27} {row['us']:8.2f} us "
+        f"({row['us_p10']:.2f} to {row['us_p90']:.2f})  floor {row['floor_us']:7.2f}  x {ratio:.3f}"
+        f"  {tops:6.0f} TOP/s"
+    )
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a benchmark measures: rows of x, of the named shapes those that are kept, and random ones beside them."""
+
+    stem: str
+    rows: tuple[int, ...]
+    shapes: tuple[tuple[int, int], ...] = SHAPES
+    random_shapes: int = 5
+    launches: tuple[bool, ...] = (False, True)
+
+
+def run_plan(plan: Plan, description: str | None) -> None:
+    """Prints one table and writes benchmarks/results/<stem>.jsonl."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--commit", required=True, help="of the code that is measured")
+    parser.add_argument("--output", type=Path, default=RESULTS / f"{plan.stem}.jsonl")
+    options = parser.parse_args()
+    floor = Floor()
+    floor.time(1 << 28)  # the first graphs run on a cold clock
+    floor.times.clear()
+    shared = {"read_ceiling_gbs": floor.read_ceiling_gbs(), **run_facts(options.commit)}
+    rows: list[dict] = []
+    for n, k in (*plan.shapes, *random_shapes(plan.random_shapes)):
+        read = floor.time(n * k + 4 * n)
+        for m in plan.rows:
+            inputs = make_inputs(m, n, k)
+            for case in (*our_cases(inputs, plan.launches), *torch_cases(inputs), *vllm_cases(inputs)):
+                more = {"part": case.part, "dependent": case.dependent}
+                timing = time_calls(case.calls)
+                bits = 16 if case.name == "cublas" else 8
+                row = row_of(case.name, case.ours, m, n, k, bits, -1, DTYPE, timing, read, **more)
+                rows.append({**row, **shared})
+                print(describe(rows[-1]), flush=True)
+            write_rows(options.output, rows)
+        torch.cuda.empty_cache()

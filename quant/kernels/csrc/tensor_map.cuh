@@ -1,0 +1,67 @@
+// The copy engine's view of a matrix of bytes (sm_90): boxes of 128 bytes a row, swizzled for wgmma.
+#pragma once
+
+#include <cstdint>
+#include <cuda.h>
+#include <cuda_runtime.h>
+
+#include "ptx.cuh"
+
+namespace lowbit {
+
+constexpr int kBoxBytes = 128;  // of a row
+
+// Rows of `pitch` bytes, a multiple of 16, from an address that is one; boxes of `box_rows`, at most 256. What lies
+// past the matrix reads as zero. The driver's function is looked up at run time: nothing links against libcuda.
+inline cudaError_t make_tensor_map(CUtensorMap& map, const void* data, int rows, int pitch, int box_rows) {
+  using Encode = decltype(&cuTensorMapEncodeTiled);
+  static Encode encode = nullptr;
+  if (encode == nullptr) {
+    void* function = nullptr;
+    cudaDriverEntryPointQueryResult found;
+    const cudaError_t error =
+        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found);
+    if (error != cudaSuccess) return error;
+    if (found != cudaDriverEntryPointSuccess) return cudaErrorNotSupported;
+    encode = reinterpret_cast<Encode>(function);
+  }
+  const cuuint64_t sizes[] = {cuuint64_t(pitch), cuuint64_t(rows)}, strides[] = {cuuint64_t(pitch)};
+  const cuuint32_t box[] = {kBoxBytes, cuuint32_t(box_rows)}, steps[] = {1, 1};
+  const CUresult result =
+      encode(&map, CU_TENSOR_MAP_DATA_TYPE_UINT8, 2, const_cast<void*>(data), sizes, strides, box, steps,
+             CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+             CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
+}
+
+// Brings the map itself, so that its first box does not wait for it.
+__device__ inline void prefetch_map(const CUtensorMap& map) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
+#endif
+}
+
+enum class Reuse { kNone, kSome };  // whether others read the same bytes soon
+
+// Starts the copy of the box at (`byte` of the rows, `row`) to `smem`; its end counts at `barrier`.
+template <Reuse kReuse>
+__device__ inline void copy_box(uint32_t smem, const CUtensorMap& map, int byte, int row, uint32_t barrier) {
+#if __CUDA_ARCH__ >= 900
+  if constexpr (kReuse == Reuse::kNone) {
+    asm volatile(
+        "{\n.reg .b64 policy;\ncreatepolicy.fractional.L2::evict_first.b64 policy, 1.0;\n"
+        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], "
+        "[%1, {%2, %3}], [%4], policy;\n}" ::"r"(smem),
+        "l"(&map), "r"(byte), "r"(row), "r"(barrier)
+        : "memory");
+  } else {
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(
+            smem),
+        "l"(&map), "r"(byte), "r"(row), "r"(barrier)
+        : "memory");
+  }
+#endif
+}
+
+}  // namespace lowbit

@@ -1,0 +1,50 @@
+// wgmma on bytes (sm_90a): c (64 x kColumns, int32) += a (64 x 32) * b (32 x kColumns), both operands in shared
+// memory.
+//
+// Operands lie as the copy engine leaves a box of 128 bytes a row under its 128-byte swizzle: eight rows, 1024 bytes,
+// to an atom, atoms one after another. c is as with halves: warp w of the four has rows 16 w to 16 w + 15, as kColumns
+// / 8 of mma.m16n8's C operands.
+#pragma once
+
+#include "wgmma.cuh"
+
+namespace lowbit {
+
+// Where an operand is. Adding to it moves along its inputs, within the 128 bytes of a row.
+struct SwizzledAt {
+  uint32_t low;
+  // The address without the block's rank in its cluster, and from one lane, so that it may stay in a uniform register.
+  __device__ explicit SwizzledAt(uint32_t smem) : low(__shfl_sync(~0u, smem % (1u << 18) / 16 | 1u << 16, 0)) {}
+  __device__ uint64_t after(int bytes) const { return uint64_t(1u << 30 | 1024 / 16) << 32 | (low + bytes / 16); }
+};
+
+template <int kColumns>
+__device__ inline void wgmma_bytes(int (&c)[kColumns / 2], uint64_t a, uint64_t b);
+
+#if LOWBIT_WGMMA
+#define LOWBIT_WGMMA_BYTES(COLUMNS, C, A, ...)                                                                   \
+  template <>                                                                                                    \
+  __device__ inline void wgmma_bytes<COLUMNS>(int (&c)[COLUMNS / 2], uint64_t a, uint64_t b) {                   \
+    asm volatile("{\n.reg .pred add;\nsetp.eq.u32 add, 0, 0;\n"                                                  \
+                 "wgmma.mma_async.sync.aligned.m64n" #COLUMNS "k32.s32.s8.s8 {" C "}, " A ", add;\n}"            \
+                 : __VA_ARGS__                                                                                   \
+                 : "l"(a), "l"(b));                                                                              \
+  }
+#define LOWBIT_I4(i) "+r"(c[i]), "+r"(c[i + 1]), "+r"(c[i + 2]), "+r"(c[i + 3])
+#define LOWBIT_I8(i) LOWBIT_I4(i), LOWBIT_I4(i + 4)
+#define LOWBIT_I16(i) LOWBIT_I8(i), LOWBIT_I8(i + 8)
+#define LOWBIT_I32(i) LOWBIT_I16(i), LOWBIT_I16(i + 16)
+#define LOWBIT_FIRST_64                                                                                        \
+  LOWBIT_FIRST_32 ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53," \
+                  "%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
+LOWBIT_WGMMA_BYTES(8, "%0,%1,%2,%3", "%4, %5", LOWBIT_I4(0))
+LOWBIT_WGMMA_BYTES(16, LOWBIT_FIRST_8, "%8, %9", LOWBIT_I8(0))
+LOWBIT_WGMMA_BYTES(32, LOWBIT_FIRST_16, "%16, %17", LOWBIT_I16(0))
+LOWBIT_WGMMA_BYTES(64, LOWBIT_FIRST_32, "%32, %33", LOWBIT_I32(0))
+LOWBIT_WGMMA_BYTES(128, LOWBIT_FIRST_64, "%64, %65", LOWBIT_I32(0), LOWBIT_I32(32))
+#else
+template <int kColumns>
+__device__ inline void wgmma_bytes(int (&)[kColumns / 2], uint64_t, uint64_t) {}
+#endif
+
+}  // namespace lowbit

@@ -1,0 +1,152 @@
+"""The product of int8 rows with an int8 weight: its tensors, what is wrong with them, and the same in plain torch."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from quant.kernels.problem import Problem
+from quant.qtensor import QTensor
+
+K_STEP = 16  # inputs: what the copy engine and CUTLASS read at a time
+LEAST_ROWS, N_STEP = 17, 8  # of cuBLAS's int8 product
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+@dataclass(frozen=True)
+class Int8Weight:
+    """A weight with one scale per row, in its plain order: every kernel, for whatever number of rows, reads the same.
+
+    codes   (n, k)  int8, contiguous, from an address that is a multiple of 16
+    scales  (n)     float32
+    """
+
+    codes: Tensor
+    scales: Tensor
+
+    @property
+    def n(self) -> int:
+        return self.codes.shape[0]
+
+    @property
+    def k(self) -> int:
+        return self.codes.shape[1]
+
+    @property
+    def nbytes(self) -> int:
+        return self.codes.numel() + 4 * self.scales.numel()
+
+
+@dataclass(frozen=True)
+class Int8Call:
+    """y = (x W^T) * x_scales * scales + bias + residual: the sums exact in int32, all that follows in float32.
+
+    x          (m, k)  int8, contiguous
+    x_scales   (m)     float32: what a code of 1 stands for in each row
+    bias       (n)     of y's dtype, or None
+    residual   (m, n)  of y's dtype, or None
+    dtype      of y: float16 or bfloat16; float32 where there is neither bias nor residual
+    dependent  launch without waiting for the previous kernel (programmatic dependent launch): neither the weight nor
+               the bias must have been written by that kernel
+    """
+
+    x: Tensor
+    x_scales: Tensor
+    weight: Int8Weight
+    bias: Tensor | None = None
+    residual: Tensor | None = None
+    dtype: torch.dtype = torch.float16
+    dependent: bool = False
+
+    @property
+    def y_shape(self) -> tuple[int, int]:
+        return self.x.shape[0], self.weight.n
+
+
+def reason_against_packing(n: int, k: int) -> str | None:
+    """Why no weight of this shape can be packed, or None."""
+    return f"{k} inputs: the int8 kernels take multiples of {K_STEP}" if k % K_STEP else None
+
+
+def pack_int8(weight: QTensor) -> Int8Weight:
+    """`weight` as the kernels take it, on its device: symmetric, 8 bits, one scale per row.
+
+    ValueError for another scheme or a k that is no multiple of 16. QTensor has refused scales that are zero, negative
+    or not finite; the codes stay as they are, bit for bit.
+    """
+    n, k = weight.shape
+    scheme = weight.scheme
+    reason = reason_against_packing(n, k)
+    if scheme.bits != 8 or not scheme.symmetric or scheme.group_size != -1:
+        reason = f"int8 products take symmetric 8-bit codes and one scale per channel, not {scheme.weights_only}"
+    if reason:
+        raise ValueError(f"a {scheme} weight of shape ({n}, {k}) cannot be multiplied in int8: {reason}")
+    return Int8Weight(weight.codes.contiguous(), weight.scales.reshape(-1).float().contiguous())
+
+
+def problem_of(call: Int8Call) -> Problem:
+    """What `call` is chosen by; asks the GPU for its capability."""
+    device, (m, n), k = call.x.device, call.y_shape, call.weight.k
+    capability, processors = None, 0
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        capability, processors = (properties.major, properties.minor), properties.multi_processor_count
+    return Problem(m, n, k, 8, -1, call.dtype, device.type, capability, processors, int8_inputs=True)
+
+
+def check(call: Int8Call) -> None:
+    """Raises ValueError, with the numbers, where the tensors do not fit together."""
+    reason = reason_against_tensors(call)
+    if reason:
+        raise ValueError(f"int8 rows {tuple(call.x.shape)} with a weight {tuple(call.weight.codes.shape)}: {reason}")
+
+
+def reason_against_tensors(call: Int8Call) -> str | None:
+    """Every tensor's shape, dtype, device and contiguity."""
+    x, w = call.x, call.weight
+    if x.ndim != 2 or w.codes.ndim != 2 or x.shape[1] != w.k:
+        return f"x must have the shape (m, {w.codes.shape[-1]})"
+    if call.dtype not in DTYPES:
+        return f"y in {call.dtype} is none of {DTYPES}"
+    if call.dtype == torch.float32 and (call.bias is not None or call.residual is not None):
+        return "y in float32 takes no bias and no residual"
+    if reason := reason_against_packing(w.n, w.k):
+        return reason
+    wanted = (
+        ("x", x, tuple(x.shape), torch.int8),
+        ("x_scales", call.x_scales, (x.shape[0],), torch.float32),
+        ("codes", w.codes, (w.n, w.k), torch.int8),
+        ("scales", w.scales, (w.n,), torch.float32),
+        ("bias", call.bias, (w.n,), call.dtype),
+        ("residual", call.residual, call.y_shape, call.dtype),
+    )
+    for name, tensor, shape, dtype in wanted:
+        if tensor is None:
+            continue
+        if tuple(tensor.shape) != shape or tensor.dtype != dtype:
+            return f"{name} is {tuple(tensor.shape)} {tensor.dtype}, not {shape} {dtype}"
+        if tensor.device != x.device:
+            return f"{name} is on {tensor.device}, x on {x.device}"
+        if not tensor.is_contiguous():
+            return f"{name} has strides {tensor.stride()}: it must be contiguous"
+    return None
+
+
+def finish(call: Int8Call, sums: Tensor) -> Tensor:
+    """y of the integer sums (m, n)."""
+    y = sums.float() * (call.x_scales.unsqueeze(1) * call.weight.scales)
+    if call.bias is not None:
+        y = y + call.bias.float()
+    if call.residual is not None:
+        y = y + call.residual.float()
+    return y.to(call.dtype)
+
+
+def reference(call: Int8Call) -> Tensor:
+    """y of `call` by torch's own integer product: on a GPU cuBLAS, which wants 17 rows and takes n in steps of 8."""
+    m, n = call.y_shape
+    x, codes = call.x, call.weight.codes
+    if x.is_cuda:
+        x = torch.nn.functional.pad(x, (0, 0, 0, max(0, LEAST_ROWS - m)))
+        codes = torch.nn.functional.pad(codes, (0, 0, 0, -n % N_STEP))
+    return finish(call, torch._int_mm(x, codes.T)[:m, :n])

@@ -1,0 +1,56 @@
+"""The product of many int8 rows with an int8 weight by CUTLASS on Hopper: csrc/w8a8_cutlass.cu."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from quant.kernels import w8a8_gemm
+from quant.kernels.extension import EXTENSION
+from quant.kernels.problem import Problem
+from quant.kernels.w8a8 import Int8Call
+
+LEAST_M = 129  # below, w8a8_gemm reads W once
+N_STEP = 8  # outputs: what a store writes
+TILES = ((128, 128), (128, 256))  # rows of x and of W: csrc/w8a8_cutlass.cu's tiles, in its order
+
+
+@dataclass(frozen=True)
+class Launch:
+    """Which of TILES, and how many tiles of y neighbour each other in time: 1, 2, 4 or 8."""
+
+    tile: int
+    swizzle: int
+
+
+def reason_against(problem: Problem) -> str | None:
+    """Why this kernel cannot take the problem, or should not, or None."""
+    if reason := w8a8_gemm.reason_against(problem):
+        return reason
+    if problem.m < LEAST_M:
+        return f"{problem.m} rows: w8a8_gemm is faster below {LEAST_M}"
+    if problem.n % N_STEP:
+        return f"{problem.n} outputs: it takes multiples of {N_STEP}"
+    if problem.dtype == torch.float32:
+        return "y in float32: it writes halves"
+    return None
+
+
+def choose_launch(problem: Problem) -> Launch:
+    """One rule for all shapes."""
+    return Launch(1 if problem.m > 512 else 0, 1)
+
+
+def run(call: Int8Call, problem: Problem, launch: Launch | None = None) -> Tensor:
+    """y of `call`, which w8a8.check has passed. ValueError where a tensor is not aligned to 16 bytes."""
+    assert EXTENSION is not None
+    y = torch.empty(call.y_shape, dtype=call.dtype, device=call.x.device)
+    chosen = launch or choose_launch(problem)
+    cut = EXTENSION.W8a8CutlassLaunch()
+    cut.tile, cut.swizzle = chosen.tile, chosen.swizzle
+    cut.device, cut.processors = y.device.index, problem.processors
+    args = w8a8_gemm.args_of(call, y)
+    with torch.cuda.device(y.device):
+        stream = torch.cuda.current_stream().cuda_stream
+        EXTENSION.w8a8_cutlass(call.dtype == torch.bfloat16, args, cut, stream)
+    return y

@@ -1,0 +1,110 @@
+"""The operator w8a8_linear: against an integer product in float64, on the CPU; tracing; what is refused."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from quant.kernels import ops
+from quant.kernels.w8a8 import Int8Weight, pack_int8
+from quant.numerics import quantize_inputs
+from quant.qtensor import QTensor
+from quant.scheme import parse_scheme
+from tests.kernels.make import make_int8_weight, make_qtensor, make_x
+
+
+def expected(x: Tensor, weight: Int8Weight, input_scale: Tensor | None = None) -> Tensor:
+    """The product in float64, its inputs rounded by quant.numerics."""
+    codes, scales = quantize_inputs(x, input_scale)
+    return (codes.double() @ weight.codes.double().T) * scales.double() * weight.scales.double()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("static", [False, True])
+def test_x_is_rounded_and_multiplied(dtype: torch.dtype, static: bool) -> None:
+    weight, x = make_int8_weight(33, 96), make_x(5, 96, dtype, outliers=True)
+    bias, residual = make_x(1, 33, dtype)[0], make_x(5, 33, dtype)
+    scale = torch.tensor(0.7) if static else None
+    y = ops.w8a8_linear(x, weight, bias, residual, input_scale=scale)
+    assert y.dtype == dtype
+    torch.testing.assert_close(y, (expected(x, weight, scale) + bias.double() + residual.double()).to(dtype))
+
+
+def test_sums_are_exact_integers() -> None:
+    weight = Int8Weight(torch.randint(-128, 128, (40, 14336), dtype=torch.int8), torch.ones(40))
+    x = torch.randint(-127, 128, (3, 14336), dtype=torch.int8)
+    y = ops.w8a8_linear(x, weight, x_scales=torch.ones(3), dtype=torch.float32)
+    assert torch.equal(y.double(), x.double() @ weight.codes.double().T)
+
+
+def test_a_row_of_zeros_and_no_rows() -> None:
+    weight, x = make_int8_weight(8, 32), torch.zeros(2, 32, dtype=torch.float16)
+    assert torch.equal(ops.w8a8_linear(x, weight), torch.zeros(2, 8, dtype=torch.float16))
+    assert ops.w8a8_linear(x[:0], weight).shape == (0, 8)
+
+
+def test_a_weight_is_packed_bit_for_bit_or_refused() -> None:
+    qtensor = make_qtensor(24, 64, 8, -1, True)
+    packed = pack_int8(qtensor)
+    assert torch.equal(packed.codes, qtensor.codes)
+    assert torch.equal(packed.scales, qtensor.scales.float()[:, 0])
+    with pytest.raises(ValueError, match="72 inputs: the int8 kernels take multiples of 16"):
+        pack_int8(make_qtensor(24, 72, 8, -1, True))
+    with pytest.raises(ValueError, match="not int8-g32"):
+        pack_int8(make_qtensor(24, 64, 8, 32, True))
+
+
+@pytest.mark.parametrize("bad", [0.0, -1.0, float("nan"), float("inf")])
+def test_impossible_scales_are_refused(bad: float) -> None:
+    qtensor = make_qtensor(24, 64, 8, -1, True)
+    scales = qtensor.scales.clone()
+    scales[3] = bad
+    with pytest.raises(ValueError, match="a scale is zero, negative or not finite"):
+        pack_int8(replace(qtensor, scales=scales))
+    scheme = parse_scheme("int8-channel-a8tensor")
+    with pytest.raises(ValueError, match="its input scale is"):
+        QTensor(qtensor.codes, qtensor.scales, None, scheme, torch.tensor(bad))
+
+
+def test_the_operators_pass_opcheck() -> None:
+    weight, x = make_int8_weight(16, 32), make_x(3, 32, torch.float16)
+    tensors = weight.codes, weight.scales
+    for args in (
+        (x, None, None, *tensors, None, x.new_zeros(3, 16), torch.float16, False),
+        (x, None, torch.tensor(0.1), *tensors, x.new_zeros(16), None, torch.float16, True),
+        (*quantize_inputs(x)[:1], torch.ones(3), None, *tensors, None, None, torch.float32, False),
+    ):
+        torch.library.opcheck(torch.ops.lowbit.w8a8_linear.default, args)
+
+
+def test_compiled() -> None:
+    weight, x = make_int8_weight(16, 32), make_x(3, 32, torch.float16)
+    compiled = torch.compile(lambda x: ops.w8a8_linear(x, weight).relu(), fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(x), ops.w8a8_linear(x, weight).relu())
+
+
+HALF = torch.float16
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": torch.zeros(2, 48, dtype=HALF)}, r"x must have the shape \(m, 32\)"),
+        ({"x_scales": torch.ones(2)}, "x_scales belong to x in int8"),
+        ({"x": torch.zeros(2, 32, dtype=torch.int8)}, "say y's dtype"),
+        ({"x": torch.zeros(2, 32, dtype=torch.int8), "dtype": HALF}, "comes with x_scales"),
+        ({"bias": torch.zeros(15, dtype=HALF)}, r"bias is \(15,\)"),
+        ({"bias": torch.zeros(16, dtype=torch.bfloat16)}, "bias is .* torch.bfloat16, not"),
+        ({"residual": torch.zeros(16, 2, dtype=HALF).T}, "residual has strides"),
+        ({"dtype": torch.float64}, "y in torch.float64"),
+        ({"dtype": torch.float32, "bias": torch.zeros(16)}, "takes no bias"),
+        ({"weight": Int8Weight(torch.zeros(16, 32), torch.ones(16))}, "codes is .* torch.float32, not"),
+        ({"weight": Int8Weight(torch.zeros(16, 32, dtype=torch.int8), torch.ones(16, dtype=HALF))}, "scales is"),
+        ({"input_scale": torch.ones(2)}, "input_scale is"),
+    ],
+)
+def test_tensors_that_do_not_fit_are_named(change: dict, message: str) -> None:
+    args = {"x": torch.zeros(2, 32, dtype=HALF), "weight": make_int8_weight(16, 32)} | change
+    with pytest.raises(ValueError, match=message):
+        ops.w8a8_linear(args.pop("x"), args.pop("weight"), **args)

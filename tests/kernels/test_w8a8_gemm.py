@@ -1,0 +1,139 @@
+"""The int8 product for few rows: exact sums, one operator on two devices, and what graphs and streams do to it."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from quant.kernels import ops, w8a8_gemm
+from quant.kernels.problem import Problem
+from quant.kernels.registry import choose_kernel
+from quant.kernels.w8a8 import Int8Call, Int8Weight, problem_of
+from quant.kernels.w8a8_gemm import Launch, choose_launch, run
+from tests.kernels.make import assert_devices_agree, make_int8_weight, make_x, on_cpu
+
+ROWS = [1, 2, 7, 8, 9, 16, 17, 33, 64, 100, 128, 255]
+ON_H100 = Problem(1, 4096, 4096, 8, -1, torch.float16, "cuda", (9, 0), 132, int8_inputs=True)
+
+
+@pytest.mark.parametrize("m", [1, 16, 64, 128, 1000])
+@pytest.mark.parametrize(("n", "k"), [(16, 32), (1000, 96), (4096, 4096), (4096, 14336), (5120, 13824), (57344, 8192)])
+def test_launches_are_possible(m: int, n: int, k: int) -> None:
+    launch = choose_launch(replace(ON_H100, m=m, n=n, k=k))
+    assert launch.warpgroups in w8a8_gemm.WARPGROUPS
+    assert launch.cluster <= -(-k // w8a8_gemm.CHUNK_K)
+    # 227 KB, of which scales, barriers and the sums of a block of two warpgroups and 128 rows of x
+    assert launch.stages * (64 * launch.warpgroups + min(m, 128)) * 128 <= (227 - 4) << 10
+
+
+def test_other_gpus_are_declined_by_name() -> None:
+    assert w8a8_gemm.reason_against(replace(ON_H100, capability=(8, 0))) == "it is for sm_90, the GPU is sm_80"
+    assert choose_kernel(replace(ON_H100, capability=(8, 0))).name == "torch._int_mm"
+
+
+def random_codes(*shape: int, device: str = "cuda") -> Tensor:
+    return torch.randint(-128, 128, shape, dtype=torch.int8, device=device)
+
+
+def check_sums(m: int, n: int, k: int, launch: Launch | None = None) -> None:
+    """Every bit of the sums, which float32 holds: scales of 1, and inputs over the whole range."""
+    weight = Int8Weight(random_codes(n, k), torch.ones(n, device="cuda"))
+    x = random_codes(m, k).clamp(min=-127)
+    call = Int8Call(x, torch.ones(m, device="cuda"), weight, dtype=torch.float32)
+    y = run(call, problem_of(call), launch)
+    assert torch.equal(y.double(), x.double() @ weight.codes.double().T)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("m", ROWS)
+def test_sums_are_exact_integers(m: int) -> None:
+    for n, k in ((1, 16), (16, 32), (72, 272), (1000, 4128), (4096, 4096)):
+        check_sums(m, n, k)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("m", [1, 16, 48, 128])
+def test_every_cut_of_the_work(m: int) -> None:
+    for warpgroups in w8a8_gemm.WARPGROUPS:
+        for cluster in w8a8_gemm.CLUSTERS:
+            for stages in (2, 6):
+                check_sums(m, 328, 1680, Launch(warpgroups, cluster, stages))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("n", "k"), [(4096, 14336), (5120, 13824), (28672, 4096)])
+def test_shapes_of_models(n: int, k: int) -> None:
+    check_sums(3, n, k)
+    check_sums(64, n, k)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("m", [1, 5, 40, 255])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_one_operator_on_two_devices(m: int, dtype: torch.dtype) -> None:
+    for n, k in ((96, 512), (99, 1040)):
+        weight = make_int8_weight(n, k, "cuda")
+        x, bias, residual = make_x(m, k, dtype, "cuda"), make_x(1, n, dtype, "cuda")[0], make_x(m, n, dtype, "cuda")
+        scale = torch.tensor(0.02, device="cuda")
+        codes, x_scales = ops.quantize_rows(ops.Rows(x, int8="token"))
+        for head in ((x, None, None), (x, None, scale), (codes, x_scales, None)):
+            for tail in ((None, None), (bias, None), (None, residual), (bias, residual)):
+                args = (*head, weight.codes, weight.scales, *tail, dtype, False)
+                expected = torch.ops.lowbit.w8a8_linear(*map(on_cpu, args))
+                assert_devices_agree(torch.ops.lowbit.w8a8_linear(*args), expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("m", [1, 12, 64])
+def test_the_same_bits_every_time(m: int) -> None:
+    weight, x = make_int8_weight(512, 8192, "cuda"), make_x(m, 8192, torch.float16, "cuda")
+    first = ops.w8a8_linear(x, weight)
+    assert all(torch.equal(first, ops.w8a8_linear(x, weight)) for _ in range(20))
+
+
+def chain(x: Tensor, weights: list[Int8Weight], dependent: bool) -> Tensor:
+    """Products with nothing between them, so that each launch depends on the kernel before it."""
+    for weight in weights:
+        x = ops.w8a8_linear(x, weight, residual=x, dependent=dependent)
+    return x
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("m", [1, 8, 64])
+@pytest.mark.parametrize("k", [1024, 4096])
+def test_dependent_launch_changes_nothing_in_a_captured_graph(m: int, k: int) -> None:
+    weights = [make_int8_weight(k, k, "cuda") for _ in range(6)]
+    weights = [replace(weight, scales=weight.scales / 64) for weight in weights]
+    x = make_x(m, k, torch.float16, "cuda")
+    expected = chain(x, weights, False)
+    assert torch.equal(chain(x, weights, True), expected)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = chain(x, weights, True)
+    for _ in range(10):
+        y.fill_(torch.nan)
+        graph.replay()
+        assert torch.equal(y, expected)
+
+
+@pytest.mark.gpu
+def test_another_stream_waits_for_nobody_else() -> None:
+    weight, stream = make_int8_weight(256, 512, "cuda"), torch.cuda.Stream()
+    x = make_x(3, 512, torch.float16, "cuda")
+    expected = ops.w8a8_linear(x, weight)
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        y = ops.w8a8_linear(x, weight)
+    stream.synchronize()
+    assert torch.equal(y, expected)
+
+
+@pytest.mark.gpu
+def test_misaligned_and_misplaced_tensors_are_named() -> None:
+    weight = make_int8_weight(64, 256, "cuda")
+    x = random_codes(3 * 256 + 1)[1:].view(3, 256)
+    with pytest.raises(ValueError, match="16 bytes at a time"):
+        ops.w8a8_linear(x, weight, x_scales=torch.ones(3, device="cuda"), dtype=torch.float16)
+    with pytest.raises((ValueError, RuntimeError), match="cpu"):
+        ops.w8a8_linear(make_x(3, 256, torch.float16, "cuda"), make_int8_weight(64, 256))
