@@ -13,26 +13,20 @@ arguments nothing is measured.
 import argparse
 import json
 import math
-import os
-import re
-import subprocess
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from string import ascii_uppercase
 from typing import Any
 
+from benchmarks.readers import ReaderError, read_by
 from calibrate.data import builtin_text
 from evaluation.backend import TransformersBackend
 from evaluation.text import Cut, Protocol, cut
 from models.source import Source, open_source
 
-HERE = Path(__file__).parent
-RESULTS = HERE / "results" / "formats.jsonl"
-READ_CHECKPOINT = HERE / "peers" / "read_checkpoint.py"
+RESULTS = Path(__file__).parent / "results" / "formats.jsonl"
 OURS = "lowbit"
-LONGEST_ERROR = 100
 
 
 def main() -> None:
@@ -74,15 +68,11 @@ def keep(label: str, reader: str, measure: Callable[[], list[list[float]]]) -> N
         tokens = [value for window in measure() for value in window]
         row |= {"perplexity": round(math.exp(-sum(tokens) / len(tokens)), 4), "tokens": len(tokens)}
     except ReaderError as error:
-        row["error"] = str(error)
+        row["error"] = error.last_words
     row |= {"seconds": round(time.monotonic() - begun, 1), "date": time.strftime("%Y-%m-%d")}
     with RESULTS.open("a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")
     print(json.dumps(row), flush=True)
-
-
-class ReaderError(Exception):
-    """What a reader said when it failed."""
 
 
 def ours(source: Source, windows: Cut) -> list[list[float]]:
@@ -92,37 +82,8 @@ def ours(source: Source, windows: Cut) -> list[list[float]]:
 
 
 def theirs(python: str, kind: str, directory: str, windows: Cut) -> list[list[float]]:
-    """Log-probabilities by another program. ReaderError with its last words where it fails."""
-    with tempfile.TemporaryDirectory() as scratch:
-        given, found = Path(scratch) / "windows.json", Path(scratch) / "out.json"
-        given.write_text(json.dumps([window.tolist() for window in windows.windows]))
-        command = [python, str(READ_CHECKPOINT), kind, directory, "--windows", str(given), "--out", str(found)]
-        environment = os.environ | ({"PYTHONPATH": path_of_ours(scratch)} if kind.endswith("-lowbit") else {})
-        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, cwd=scratch)
-        if done.returncode or not found.exists():
-            raise ReaderError(last_words(done.stdout + done.stderr))
-        return json.loads(found.read_text())
-
-
-def path_of_ours(scratch: str) -> str:
-    """A path on which another Python finds this checkout, and its entry point for vLLM."""
-    info = Path(scratch) / "lowbit-0.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: lowbit\nVersion: 0\n")
-    (info / "entry_points.txt").write_text("[vllm.general_plugins]\nlowbit = integrations.vllm:register\n")
-    return os.pathsep.join([scratch, str(HERE.parent)])
-
-
-def last_words(output: str) -> str:
-    """The last exception of a traceback on one line, shortened."""
-    errors = re.findall(
-        r"^(?:\(.*?\) *)?(?:ERROR .*?\] )?((?:\w+\.)*\w*(?:Error|Exception|Warning)\b: .+)$", output, re.M
-    )
-    known = [error for error in errors if "initialization failed" not in error]  # vLLM's processes repeat the news
-    told = re.findall(r"^ +Value error, (.+?)(?: \[type=.*)?$", output, re.M)  # pydantic's reason is a line further on
-    line = (told or known or errors or output.strip().splitlines() or ["no output"])[-1].strip()
-    line = re.sub(r"/\S*/", "", line)
-    return line if len(line) <= LONGEST_ERROR else line[: LONGEST_ERROR - 3] + "..."
+    """Log-probabilities by another program. ReaderError where it fails."""
+    return read_by(python, kind, directory, [window.tolist() for window in windows.windows])
 
 
 def print_table(rows: Sequence[Mapping[str, Any]]) -> None:

@@ -14,7 +14,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
+from benchmarks.readers import read_by
 from export.checkpoint import open_checkpoint
 from export.formats import LogicalTensors
 from tests.builders import make_model, save
@@ -29,6 +31,8 @@ WINDOWS = torch.randint(0, 256, (3, 40), generator=torch.Generator().manual_seed
 SYMMETRIC = [("compressed-tensors", "int4-g32"), ("compressed-tensors", "int8-channel"), ("gptq", "int8-g32")]
 W8A8 = [("compressed-tensors", "int8-channel-a8token"), ("compressed-tensors", "int8-channel-a8tensor")]
 W4 = [("compressed-tensors", "int4-g32"), ("gptq", "int4-g32"), ("gptq_v2", "int4-g64"), ("awq", "uint4-g32")]
+LIMITS = {"OMP_NUM_THREADS": "1", "GPTQMODEL_CPU_WORKERS": "2"}
+ADAPTED = ("q_proj", "down_proj")
 GPTQ = [*W4[1:], ("gptq", "int8-channel"), ("gptq_v2", "uint4-g32"), ("awq", "uint4-channel")]
 
 
@@ -42,47 +46,18 @@ def interpreter(name: str) -> str:
     return str(python)
 
 
-def run(python: str, script: str, *args: object, **environment: str) -> None:
-    command = [python, str(SCRIPTS / script), *map(str, args)]
-    limits = {"OMP_NUM_THREADS": "1", "GPTQMODEL_CPU_WORKERS": "2"}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | limits | environment)
-    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
-
-
-def read_by(name: str, kind: str, directory: Path, scratch: Path) -> torch.Tensor:
+def found_by(name: str, kind: str, directory: Path, *flags: str, **environment: str) -> torch.Tensor:
     """Log-probabilities of WINDOWS by a reader, one after the other."""
-    given, found = scratch / "windows.json", scratch / "found.json"
-    given.write_text(json.dumps(WINDOWS))
-    run(
-        interpreter(name),
-        "read_checkpoint.py",
-        kind,
-        directory,
-        "--windows",
-        given,
-        "--out",
-        found,
-        **path_to(kind, scratch),
-    )
-    return torch.tensor(json.loads(found.read_text()))
+    return torch.tensor(read_by(interpreter(name), kind, directory, WINDOWS, *flags, **LIMITS, **environment))
 
 
-def path_to(kind: str, scratch: Path) -> dict[str, str]:
-    """Where the reader finds lowbit, with its entry point, if it is to run our linears."""
-    if not kind.endswith("-lowbit"):
-        return {}
-    info = scratch / "lowbit-0.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: lowbit\nVersion: 0\n")
-    (info / "entry_points.txt").write_text("[vllm.general_plugins]\nlowbit = integrations.vllm:register\n")
-    return {"PYTHONPATH": os.pathsep.join([str(scratch), str(ROOT)])}
-
-
-def meant(directory: Path) -> torch.Tensor:
-    """Log-probabilities by the dense model that the checkpoint stands for."""
-    ids = torch.tensor(WINDOWS)
+def meant(directory: Path, adapter: dict[str, torch.Tensor] | None = None) -> torch.Tensor:
+    """Log-probabilities by the dense model that the checkpoint stands for, an adapter's weights added to its own."""
+    ids, model = torch.tensor(WINDOWS), dense(directory)
+    for name, change in (adapter or {}).items():
+        model.get_parameter(f"{name}.weight").data += change
     with torch.no_grad():
-        logprobs = dense(directory)(input_ids=ids, use_cache=False).logits[:, :-1].log_softmax(-1)
+        logprobs = model(input_ids=ids, use_cache=False).logits[:, :-1].log_softmax(-1)
     return logprobs.gather(2, ids[:, 1:, None])[..., 0]
 
 
@@ -105,19 +80,19 @@ def require_same(found: torch.Tensor, wanted: torch.Tensor) -> None:
 def test_transformers_with_compressed_tensors(tmp_path, name, fmt, text):
     """The newest compressed-tensors here, 0.17 beside gptqmodel."""
     directory = quantized(tmp_path / "m", fmt, text)
-    require_same(read_by(name, "transformers", directory, tmp_path), meant(directory))
+    require_same(found_by(name, "transformers", directory), meant(directory))
 
 
 @pytest.mark.parametrize(("fmt", "text"), GPTQ)
 def test_transformers_with_gptqmodel(tmp_path, fmt, text):
     directory = quantized(tmp_path / "m", fmt, text)
-    require_same(read_by("gptqmodel", "transformers", directory, tmp_path), meant(directory))
+    require_same(found_by("gptqmodel", "transformers", directory), meant(directory))
 
 
 @pytest.mark.parametrize(("fmt", "text"), [*W4, ("compressed-tensors", "uint4-g32"), *W8A8])
 def test_vllm_on_a_cpu(tmp_path, fmt, text):
     directory = quantized(tmp_path / "m", fmt, text)
-    require_same(read_by("vllm", "vllm", directory, tmp_path), meant(directory))
+    require_same(found_by("vllm", "vllm", directory), meant(directory))
 
 
 @pytest.mark.parametrize(
@@ -125,16 +100,52 @@ def test_vllm_on_a_cpu(tmp_path, fmt, text):
 )
 def test_our_linears_inside_vllm(tmp_path, text):
     directory = quantized(tmp_path / "m", "compressed-tensors", text)
-    require_same(read_by("vllm", "vllm-lowbit", directory, tmp_path), meant(directory))
+    require_same(found_by("vllm", "vllm-lowbit", directory), meant(directory))
+
+
+@pytest.mark.parametrize("text", ["int4-g32", "uint4-channel", "int8-channel-a8tensor"])
+def test_our_linears_split_between_two_processes_of_vllm(tmp_path, text):
+    directory = quantized(tmp_path / "m", "compressed-tensors", text)
+    found = found_by("vllm", "vllm-lowbit", directory, "--split", "2", VLLM_CPU_OMP_THREADS_BIND="0|1")
+    require_same(found, meant(directory))
+
+
+def test_an_adapter_over_our_linears_inside_vllm(tmp_path):
+    directory = quantized(tmp_path / "m", "compressed-tensors", "int4-g32")
+    changes = save_adapter(tmp_path / "adapter", dense(directory))
+    found = found_by("vllm", "vllm-lowbit", directory, "--lora", str(tmp_path / "adapter"))
+    wanted = meant(directory, changes)[:, -1:]
+    require_same(found, wanted)
+    assert (wanted - meant(directory)[:, -1:]).abs().max() > 0.2  # the adapter changes what is said
+
+
+def save_adapter(directory: Path, model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Write a LoRA adapter in peft's layout for q_proj and down_proj; what it adds to each linear's weight."""
+    generator, rank, strength = torch.Generator().manual_seed(1), 8, 2
+    tensors, changes = {}, {}
+    for name, module in model.named_modules():
+        if name.endswith(ADAPTED):
+            n, k = module.weight.shape
+            down = 0.1 * torch.randn(rank, k, generator=generator)
+            up = 0.1 * torch.randn(n, rank, generator=generator)
+            tensors |= {f"base_model.model.{name}.lora_A.weight": down, f"base_model.model.{name}.lora_B.weight": up}
+            changes[name] = strength * up @ down
+    directory.mkdir()
+    save_file(tensors, directory / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": rank, "lora_alpha": strength * rank, "target_modules": list(ADAPTED)}
+    (directory / "adapter_config.json").write_text(json.dumps(config | {"bias": "none", "task_type": "CAUSAL_LM"}))
+    return changes
 
 
 @pytest.mark.parametrize(
-    ("fmt", "flags"), [("gptq", []), ("gptq", ["--bits", 8]), ("gptq_v2", ["--asym"]), ("awq", [])]
+    ("fmt", "flags"), [("gptq", []), ("gptq", ["--bits", "8"]), ("gptq_v2", ["--asym"]), ("awq", [])]
 )
 def test_we_read_what_gptqmodel_writes(tmp_path, fmt, flags):
     model, output = save(make_model("llama", **SIZES), tmp_path / "m", torch.bfloat16), tmp_path / "out"
-    run(interpreter("gptqmodel"), "quantize_gptqmodel.py", model, output, "--format", fmt, *flags)
+    command = [interpreter("gptqmodel"), SCRIPTS / "quantize_gptqmodel.py", model, output, "--format", fmt, *flags]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | LIMITS)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
     logical = LogicalTensors(open_checkpoint(output))
     assert logical.format.name == fmt
     assert len(logical.schemes) == 14
-    require_same(read_by("gptqmodel", "transformers", output, tmp_path), meant(output))
+    require_same(found_by("gptqmodel", "transformers", output), meant(output))

@@ -1,0 +1,66 @@
+"""Other programs read a checkpoint, each in its own environment, by benchmarks/peers/read_checkpoint.py."""
+
+import json
+import os
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+
+HERE = Path(__file__).parent
+READ_CHECKPOINT = HERE / "peers" / "read_checkpoint.py"
+LONGEST_ERROR = 100
+ENTRY_POINTS = "[vllm.general_plugins]\nlowbit = integrations.vllm:register\n"
+
+
+class ReaderError(Exception):
+    """What a reader said before it failed."""
+
+    @property
+    def last_words(self) -> str:
+        """The last exception of a traceback on one line, shortened."""
+        output = str(self)
+        errors = re.findall(
+            r"^(?:\(.*?\) *)?(?:ERROR .*?\] )?((?:\w+\.)*\w*(?:Error|Exception|Warning)\b: .+)$", output, re.M
+        )
+        known = [error for error in errors if "initialization failed" not in error]  # vLLM's processes repeat the news
+        told = re.findall(
+            r"^ +Value error, (.+?)(?: \[type=.*)?$", output, re.M
+        )  # pydantic's reason is a line further on
+        line = (told or known or errors or output.strip().splitlines() or ["no output"])[-1].strip()
+        line = re.sub(r"/\S*/", "", line)
+        return line if len(line) <= LONGEST_ERROR else line[: LONGEST_ERROR - 3] + "..."
+
+
+def read_by(
+    python: str, kind: str, directory: str | Path, windows: list[list[int]], *flags: str, **environment: str
+) -> list[list[float]]:
+    """Log-probabilities of the tokens of `windows`. ReaderError with all that was printed where the reader fails.
+
+    python       the reader's own
+    kind, flags  what read_checkpoint.py calls it, and what else it takes
+    environment  set for the reader
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        given, found = Path(scratch) / "windows.json", Path(scratch) / "out.json"
+        given.write_text(json.dumps(windows))
+        command = [python, str(READ_CHECKPOINT), kind, str(directory), "--windows", str(given), "--out", str(found)]
+        command += flags
+        if kind.endswith("-lowbit"):
+            environment["PYTHONPATH"] = path_of_ours(Path(scratch))
+        settings = os.environ | environment
+        done = subprocess.run(
+            [*command, *flags], capture_output=True, text=True, check=False, env=settings, cwd=scratch
+        )
+        if done.returncode or not found.exists():
+            raise ReaderError(done.stdout + done.stderr)
+        return json.loads(found.read_text())
+
+
+def path_of_ours(scratch: Path) -> str:
+    """A path on which another Python finds this checkout, and its entry point for vLLM."""
+    info = scratch / "lowbit-0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: lowbit\nVersion: 0\n")
+    (info / "entry_points.txt").write_text(ENTRY_POINTS)
+    return os.pathsep.join([str(scratch), str(HERE.parent)])
