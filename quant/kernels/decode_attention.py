@@ -16,7 +16,8 @@ INT8_LIMIT = 127
 MAX_HEAD_DIM = 256
 BLOCK_HEADS = 8  # query heads of one key head that a block serves
 MAX_SPLITS = 8  # a cluster's blocks: as many fit everywhere
-BLOCKS_PER_PROCESSOR = 1.9  # enough to keep the memory busy; 256 blocks on 132 multiprocessors are
+# At most, where a sequence is split. More help long sequences and hurt short ones: docs/LOG.md, section 18.
+BLOCKS_PER_PROCESSOR = 2.5
 APPEND_TENSORS = ("qkv", "positions", "slots", "cosines", "sines", "q_norm", "k_norm")
 
 
@@ -193,14 +194,10 @@ def attend(call: Attention) -> Tensor:
 def choose_splits(call: Attention, processors: int) -> int:
     """Blocks that share a sequence, whatever the position: a captured graph serves them all.
 
-    The fewest that leave no multiprocessor with much more than another. processors 0 stands for a GPU without clusters:
-    nothing is split there.
+    processors 0 stands for a GPU without clusters: nothing is split there.
     """
-    if not processors:
-        return 1
     blocks = call.q.shape[0] * call.cache.kv_heads * -(-call.heads // call.cache.kv_heads // BLOCK_HEADS)
-    cuts = [cut for cut in range(1, MAX_SPLITS + 1) if blocks * cut >= BLOCKS_PER_PROCESSOR * processors]
-    return min(cuts, key=lambda cut: -(-blocks * cut // processors) / cut, default=MAX_SPLITS)
+    return min(MAX_SPLITS, max(1, int(BLOCKS_PER_PROCESSOR * processors) // blocks))
 
 
 def reason_against(heads: Tensor, cache: KVCache) -> str | None:

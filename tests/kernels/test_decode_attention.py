@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from quant.kernels import ops
+from quant.kernels import decode_attention, ops
 from quant.kernels.decode_attention import (
+    MAX_SPLITS,
     Append,
     Attention,
     KVCache,
@@ -131,9 +132,10 @@ def test_tensors_that_do_not_fit_are_refused(change, message):
 def test_a_cut_depends_on_sizes_alone():
     for m, shape, processors, splits in (
         (1, (32, 32, 128), 132, 8),
+        (2, (32, 32, 128), 132, 5),
         (4, (32, 32, 128), 132, 2),
         (8, (32, 32, 128), 132, 1),
-        (8, (40, 40, 128), 132, 7),
+        (8, (40, 40, 128), 132, 1),
         (1, (32, 8, 128), 132, 8),
         (1, (28, 4, 128), 132, 8),
         (1, (32, 32, 128), 0, 1),
@@ -202,6 +204,18 @@ def check_append(call: Append, q: Tensor, reference: Append, dtype: torch.dtype)
         off = (got.float() - wanted.float()).abs()
         assert off.max() <= (1 if got.dtype == torch.int8 else 2.0**-7 * wanted.float().abs().max())
         assert (off > 0).float().mean() < 0.01
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize("splits", range(1, MAX_SPLITS + 1))
+def test_every_cut_computes_the_reference(splits, int8, monkeypatch):
+    monkeypatch.setattr(decode_attention, "choose_splits", lambda call, processors: splits)
+    for shape in ((4, 4, 128), (32, 2, 128), (4, 1, 256)):
+        call = make_append(shape, [700, 5, 63, 2047], torch.float16, int8, "cuda")
+        attention = attention_of(call, ops.append_heads(call))
+        wanted = attend_reference(in_float32(attention))
+        assert (ops.attend(attention).float() - wanted).abs().max() <= 2.0**-10 * wanted.abs().max()
 
 
 @pytest.mark.gpu
