@@ -15,9 +15,10 @@ from export.errors import CheckpointError
 from models.products import LinearInputs, input_rounding, rounded_inputs, taped, weight_view
 from models.skeleton import Block
 from models.walk import Walk
+from quant.algos.rotate import rotation, turned_inputs, turned_outputs
 from quant.qtensor import QTensor
 from quant.scheme import Activations, Scheme
-from quant.site import Fold, Site
+from quant.site import Fold, Heads, Site
 from quant.stats import Stats, output_energy
 
 InputRounding = dict[str, Callable[[Tensor], Tensor]]
@@ -191,6 +192,18 @@ class BlockWork:
             return
         self.stats[name] = stats
         self.outliers.setdefault(name, stats.outlier_ratio())
+
+    def rotate(self, heads: Heads) -> None:
+        """Rotate the producer's outputs within `heads`, its consumer's inputs with them; statistics come later."""
+        assert not self.stats, "rotations come before statistics"
+        producer, matrix = heads.fold.producer, rotation(heads.channels.shape[1])
+        bias = self.specs[producer].bias
+        if bias is not None:
+            self.parameter(bias).copy_(turned_outputs(self.parameter(bias).float(), heads.channels, matrix))
+        self.masters[producer] = turned_outputs(self.masters[producer], heads.channels, matrix)
+        self.masters[heads.consumer] = turned_inputs(self.masters[heads.consumer], matrix)
+        for name in (producer, heads.consumer):
+            self.weight(name).copy_(self.masters[name])
 
     def apply(self, fold: Fold, scales: Tensor) -> None:
         """Divide the producer by `scales` and multiply its consumers, in masters, running weights and statistics."""

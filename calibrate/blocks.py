@@ -140,13 +140,13 @@ class BlockLoop:
     def _transform(self, work: BlockWork, structure: Structure, sample: list[Tensor]) -> list[dict[str, Any]]:
         """Apply the recipe's transforms; return a row of the report for each fold."""
         recipe = self._job.recipe
+        rows = self._rotate(work, structure) if "rotate" in recipe.transforms else []
         if recipe.transforms or recipe.activations == "tensor" or recipe.rounder != "gptq":
             experts = any(EXPERT.search(name) for name in work.specs)
             # a range search looks at the tokens of the second moments alone; scales look at all, and experts need all
             all_tokens = recipe.transforms or recipe.activations == "tensor" or experts
             work.observe(self.hidden, structure.sites, GRAM_TOKENS, up_to=None if all_tokens else GRAM_TOKENS)
-        rows = []
-        for transform in recipe.transforms:
+        for transform in (name for name in recipe.transforms if name != "rotate"):
             for fold in structure.folds:
                 search = FoldSearch(work, fold, sample)
                 reason = search.reason_against()
@@ -157,6 +157,21 @@ class BlockLoop:
                     row |= (search.awq() if transform == "awq" else search.smooth(recipe.alpha)).as_json()
                 rows.append(row)
         return rows + [{"fold": name, "skipped": "failed its proof on this block"} for name in structure.rejected]
+
+    def _rotate(self, work: BlockWork, structure: Structure) -> list[dict[str, Any]]:
+        """Rotate every head that can be; a row of the report for each fold between heads, or one that says why not."""
+        found = self._prober.heads(work.index, structure)
+        rows: list[dict[str, Any]] = []
+        for heads in found:
+            row: dict[str, Any] = {"fold": heads.fold.describe(), "transform": "rotate"}
+            if work.schemes.keys() & {heads.fold.producer, heads.consumer}:
+                work.rotate(heads)
+                row["heads"], row["head_size"] = heads.channels.shape
+            else:
+                row["skipped"] = "neither of its linears is quantized"
+            rows.append(row)
+        reason = "between no two of its linears do channels travel alike, as values do in attention"
+        return rows or [{"fold": work.block.name, "transform": "rotate", "skipped": reason}]
 
     def _round(self, work: BlockWork, structure: Structure, targets: list[Tensor]) -> dict[str, QTensor]:
         recipe = self._job.recipe

@@ -20,7 +20,8 @@ from calibrate.capture import sites_of
 from export.engines import EXPERT
 from models.products import LinearInputs, weight_view
 from models.skeleton import Block
-from quant.site import Fold, Site
+from quant.algos.rotate import rotation, turned_inputs, turned_outputs
+from quant.site import Fold, Heads, Site
 
 # Relative change of the block's contribution that float32 rounding explains; a wrong fold changes it by over 1%.
 PROOF_TOLERANCE = 1e-4
@@ -106,6 +107,15 @@ class Workbench:
         for name in fold.columns:
             self.weight(name).div_(fold.column_scales(factors, name))
 
+    def turn(self, heads: Heads) -> None:
+        """Rotate the producer's outputs within `heads`, and the consumer's inputs with them."""
+        matrix = rotation(heads.channels.shape[1])
+        for tensor in (self.weight(heads.fold.producer), self.bias(heads.fold.producer)):
+            if tensor is not None:
+                tensor.copy_(turned_outputs(tensor, heads.channels, matrix))
+        reader = self.weight(heads.consumer)
+        reader.copy_(turned_inputs(reader, matrix))
+
     def _producers(self, fold: Fold) -> Iterator[tuple[Tensor, Tensor | None]]:
         if fold.is_linear:
             yield self.weight(fold.producer), self.bias(fold.producer)
@@ -115,7 +125,7 @@ class Workbench:
             yield norm.get_parameter("weight").data, None if bias is None else bias.data
 
     def keep(self, fold: Fold) -> Callable[[], None]:
-        """A function that puts back everything `scale(fold)` changes, to the bit."""
+        """A function that puts back everything `scale(fold)`, or `turn` of its heads, changes, to the bit."""
         tensors = [self.weight(name) for name in fold.columns]
         tensors += [tensor for pair in self._producers(fold) for tensor in pair if tensor is not None]
         saved = [tensor.clone() for tensor in tensors]
@@ -186,10 +196,10 @@ def prove(bench: Workbench, folds: list[Fold], probe: Probe, seed: int) -> list[
         for fold in some:
             restores.append(bench.keep(fold))
             bench.scale(fold, fold.on_used_channels(_factors(fold.channels, generator).to(output.device)))
-        same = _same(output, probe.run(bench.module))
+        unchanged = same(output, probe.run(bench.module))
         for restore in reversed(restores):
             restore()
-        return same
+        return unchanged
 
     return folds if holds(folds) else [fold for fold in folds if holds([fold])]
 
@@ -250,7 +260,7 @@ class _Search:
                 return None
             fold = replace(fold, columns=fold.columns | found)
             output = self._tried(fold, self._random(fold.channels, rows), self._probe)[1]
-            if _same(self._output, output):
+            if same(self._output, output):
                 return fold
         return None
 
@@ -323,5 +333,6 @@ def _match(before: Tensor, after: Tensor, factors: Tensor) -> Tensor | None:
     return channels if bool((matched & moved).all()) else None
 
 
-def _same(before: Tensor, after: Tensor) -> bool:
+def same(before: Tensor, after: Tensor) -> bool:
+    """Whether two outputs of the block differ by no more than float32 rounding explains."""
     return bool((after - before).norm() <= PROOF_TOLERANCE * before.norm())

@@ -8,6 +8,7 @@ from quant.scheme import parse_scheme
 
 # Transforms move scales or rotate channels and leave what a block computes alone; then one rounder chooses the codes.
 TRANSFORMS = {
+    "rotate": "values rotated within their attention heads",
     "awq": "scales that protect the channels with large activations",
     "smooth": "outliers moved from activations into weights",
 }
@@ -120,6 +121,8 @@ def _require_sense(method: Method, recipe: Recipe) -> None:
         raise RecipeError(
             "method int8 is symmetric with one scale per channel; for 8-bit groups use --method rtn --bits 8"
         )
+    if "rotate" in recipe.transforms[1:]:
+        raise RecipeError("rotate mixes the channels that other transforms scale: name it first")
     if recipe.dataset is not None and (recipe.num_samples < 1 or recipe.seqlen < 2):
         raise RecipeError(f"{recipe.num_samples} samples of {recipe.seqlen} tokens: at least 1 of 2 are needed")
     if recipe.alpha is not None and not 0 <= recipe.alpha <= 1:

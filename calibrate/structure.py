@@ -7,8 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from calibrate.discover import Probe, Structure, Workbench, discover, prove
+from calibrate.heads import find_heads
 from models.skeleton import Block
 from models.walk import Walk
+from quant.site import Heads
 
 PROBE_LENGTH = 24
 SINGLE_PROBES = 48
@@ -39,6 +41,10 @@ class Prober:
         proved = prove(bench, structure.folds, probe, self._seed + index)
         rejected = [fold.describe() for fold in structure.folds if fold not in proved]
         return replace(structure, folds=proved, rejected=rejected)
+
+    def heads(self, index: int, structure: Structure) -> list[Heads]:
+        """The folds of block `index`, which must be loaded, whose channels can be rotated too."""
+        return find_heads(Workbench(self._walk.skeleton.blocks[index]), structure.folds, self._probes(index)[0])
 
     def learn(self, index: int) -> None:
         """Find the structure of block `index`, loaded and as in the file, if it is the first of its kind."""

@@ -1,4 +1,4 @@
-"""Sites and folds: which linears read the same input, and which scales can move between neighbours unseen."""
+"""Sites, folds and heads: which linears read one input, which scales and rotations can move between neighbours."""
 
 from dataclasses import dataclass
 
@@ -62,3 +62,20 @@ class Fold:
     def describe(self) -> str:
         names = ", ".join(name.split(".")[-1] for name in self.columns)
         return f"{self.producer} -> {names}"
+
+
+@dataclass(frozen=True)
+class Heads:
+    """A fold from one linear to another whose channels can also be rotated within heads.
+
+    fold      columns come in runs of a head's size, each the channels of one head
+    channels  (h, size) int64: the producer's channels of each head
+    """
+
+    fold: Fold
+    channels: Tensor
+
+    @property
+    def consumer(self) -> str:
+        """The linear whose inputs are the heads' channels."""
+        return next(iter(self.fold.columns))

@@ -22,12 +22,13 @@ IDS = calibration(2, 24, seed=9).ids
 RECIPES = {
     "awq": {"method": "awq", "bits": 8, "group_size": 32},
     "awq asymmetric": {"method": "awq", "bits": 4, "group_size": 32, "symmetric": False},
+    "rotated": {"method": "awq", "bits": 8, "group_size": 32, "transforms": ("rotate", "awq"), "rounder": "gptq"},
     "rtn": {"method": "rtn", "bits": 8, "group_size": 32},
     "int8": {"method": "int8"},
 }
 # Relative error of the logits. A fold missing on one side moves them by more than half; routers near a tie may send a
 # token to another expert whatever the rounding.
-LIMITS = {"awq": 0.03, "awq asymmetric": 0.5, "rtn": 0.03, "int8": 0.05}
+LIMITS = {"awq": 0.03, "rotated": 0.03, "awq asymmetric": 0.5, "rtn": 0.03, "int8": 0.05}
 ROUTED = {"mixtral", "qwen3_moe"}
 
 
@@ -88,6 +89,19 @@ def test_a_family(originals, tmp_path, family, recipe):
     assert set(checkpoint.quantization["ignore"]) >= set(left)
     error = relative(logits_of(load_dense(open_source(str(output))), IDS), logits_of(model, IDS))
     assert error < LIMITS[recipe] * (3 if family in ROUTED else 1)
+
+
+@pytest.mark.parametrize("family", ["qwen2", "phi3", "gpt2"])
+def test_rotated_scaled_and_rounded_by_gptq(originals, tmp_path, family):
+    """Biases, fused projections, transposed weights: what the two transforms leave on disk is one model."""
+    model, source = originals(family)
+    output = quantize(source, tmp_path / "out", "rotated")
+    for block in json.loads((output / "quantization_report.json").read_text())["blocks"]:
+        (row,) = [row for row in block["folds"] if row["transform"] == "rotate"]
+        assert row["head_size"] == 16
+        assert any(other["transform"] == "awq" and other["fold"] == row["fold"] for other in block["folds"])
+    error = relative(logits_of(load_dense(open_source(str(output))), IDS), logits_of(model, IDS))
+    assert 0 < error < LIMITS["rotated"]
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "phi3", "opt", "mixtral"])

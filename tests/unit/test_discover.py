@@ -1,5 +1,6 @@
 """calibrate/discover.py and structure.py on every family: the folds found are the ones that theory allows, and a wrong
-one is dropped. calibrate/block.py: the folds applied without rounding leave the logits what they were."""
+one is dropped. calibrate/heads.py: so do the heads that can be rotated. calibrate/block.py: both applied without
+rounding leave the logits what they were."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -76,6 +77,8 @@ FOLDS: dict[str, dict[str, str]] = {
     | experts("mlp.experts", "mlp.gate", "gate_proj", "up_proj", "down_proj"),
 }
 OFFSETS = {"gemma2": 1.0, "gemma3": 1.0}
+# Where values can be rotated: key-value heads, and their size.
+HEADS = dict.fromkeys(FAMILIES, (2, 16)) | dict.fromkeys(("gpt2", "gpt_neox", "opt"), (4, 16)) | {"falcon_7b": (1, 16)}
 
 
 def skeleton_of(directory: Path) -> Skeleton:
@@ -130,6 +133,8 @@ def test_the_folds_of_a_family(models, family):
     for index, block in enumerate(skeleton.blocks):
         with walk.loaded(index):
             structure = prober.structure(index)
+            (heads,) = prober.heads(index, structure)
+        assert tuple(heads.channels.shape) == HEADS[family]
         assert dict(short(fold, block.name) for fold in structure.folds) == wanted
         assert len(structure.folds) == len(wanted)
         assert structure.unreached == structure.rejected == []
@@ -232,7 +237,8 @@ def test_what_one_block_showed_is_renamed_and_proved_on_the_next(tmp_path):
 
 
 def logits_with_folds(skeleton: Skeleton, ids: torch.Tensor) -> tuple[torch.Tensor, int]:
-    """Logits after every fold's searched scale was applied and nothing was rounded; and how many scales there were."""
+    """Logits after heads were rotated, every fold's searched scale was applied and nothing was rounded; and how many
+    scales there were."""
     walk, prober = prober_of(skeleton)
     hidden = walk.start([ids])
     scaled = 0
@@ -241,6 +247,8 @@ def logits_with_folds(skeleton: Skeleton, ids: torch.Tensor) -> tuple[torch.Tens
             structure = prober.structure(index)
             schemes = {spec.name: make_scheme(4, 32, True) for spec in block.linears}
             work = BlockWork(walk, index, schemes, torch.float32)
+            for heads in prober.heads(index, structure):
+                work.rotate(heads)
             work.observe(hidden, structure.sites, 1 << 20)
             for fold in structure.folds:
                 choice = FoldSearch(work, fold, hidden).awq()
