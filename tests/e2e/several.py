@@ -20,7 +20,7 @@ QUICK = {"group_size": 32}
 RECIPES = {
     "rtn": {"method": "rtn", **QUICK},
     "awq": {"method": "awq", **QUICK},
-    "gptq": {"method": "gptq", "symmetric": False, **QUICK},
+    "gptq": {"method": "gptq", "symmetric": False, "transforms": ("rotate",), **QUICK},
     "smoothquant": {"method": "smoothquant"},
     "signround": {"method": "signround", "iters": 8, **QUICK},
     "best": {"method": "best", "iters": 4, "distill_steps": 4, **QUICK},
