@@ -13,7 +13,7 @@ from torch.nn import functional
 from engine.architecture import Architecture, Layer, Rope
 from engine.attention import prompt_attention
 from engine.cache import Cache
-from engine.products import Linear, Norm, gated_product, prepared, product
+from engine.products import Linear, Norm, gated_product, prepared, product, rounds_late
 from engine.weights import LayerWeights, Weights
 from quant.kernels import ops
 from quant.kernels.decode_attention import Append, Attention
@@ -98,17 +98,21 @@ class Decoder:
         attended = self.attend(self.heads(x, w, index, step, cache), index, step, cache)
         h = self.into_residual(attended, w.o, w.attention_out_norm, x)
         source, norm = (x, w.mlp_norm or w.attention_norm) if a.parallel else (h, w.mlp_norm)
-        if a.gated:
+        late = rounds_late(w.up, w.down, a.activation)
+        if a.gated and not late:
             inner = gated_product(source, w.up, norm, a.activation, self.dependent)
         else:
-            inner = product(source, w.up, norm, a.activation, dependent=self.dependent)
-        return self.into_residual(inner, w.down, w.mlp_out_norm, h)
+            inner = product(source, w.up, norm, "none" if late else a.activation, dependent=self.dependent)
+        return self.into_residual(inner, w.down, w.mlp_out_norm, h, a.activation if late else "none")
 
-    def into_residual(self, x: Tensor, linear: Linear, out_norm: Norm | None, residual: Tensor) -> Tensor:
-        """residual + x W^T, the product normed where the family does so."""
+    def into_residual(
+        self, x: Tensor, linear: Linear, out_norm: Norm | None, residual: Tensor, before: str = "none"
+    ) -> Tensor:
+        """residual + before(x) W^T, the product normed where the family does so."""
         if out_norm is None:
-            return product(x, linear, residual=residual, dependent=self.dependent)
-        return residual + prepared(product(x, linear, dependent=self.dependent), None, out_norm, self.dependent)
+            return product(x, linear, residual=residual, dependent=self.dependent, before=before)
+        y = product(x, linear, dependent=self.dependent, before=before)
+        return residual + prepared(y, None, out_norm, self.dependent)
 
     def heads(self, x: Tensor, w: LayerWeights, index: int, step: Step, cache: Cache) -> Tensor:
         """q (m, heads * head_dim), turned; k and v are in the cache."""

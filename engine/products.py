@@ -1,4 +1,4 @@
-"""The products of a decoder, each over a packed weight (one fused operator) or a dense one (torch's own functions)."""
+"""The products of a decoder: over a packed weight (one fused operator), int8 by int8, or dense (torch's functions)."""
 
 from dataclasses import dataclass
 
@@ -8,7 +8,9 @@ from torch.nn import functional
 
 from quant.kernels import ops
 from quant.kernels.packed import PackedWeight
+from quant.kernels.problem import ACTIVATIONS
 from quant.kernels.row_norm import Rows
+from quant.kernels.w8a8 import Int8Weight
 
 
 @dataclass(frozen=True)
@@ -20,18 +22,16 @@ class Int8Inputs:
 
 @dataclass(frozen=True)
 class Linear:
-    """y = x W^T + bias; a dense weight is (n, k) in the activations' dtype."""
+    """y = x W^T + bias; a dense weight is (n, k) in the activations' dtype, an Int8Weight is for int8 inputs."""
 
-    weight: PackedWeight | Tensor
+    weight: PackedWeight | Int8Weight | Tensor
     bias: Tensor | None = None
     inputs: Int8Inputs | None = None
 
     @property
     def nbytes(self) -> int:
         """Bytes that a product reads."""
-        weight = self.weight
-        own = weight.nbytes if isinstance(weight, PackedWeight) else weight.numel() * weight.element_size()
-        return own + (0 if self.bias is None else self.bias.numel() * self.bias.element_size())
+        return self.weight.nbytes + (0 if self.bias is None else self.bias.nbytes)
 
 
 @dataclass(frozen=True)
@@ -49,11 +49,21 @@ def prepared(x: Tensor, linear: Linear | None, norm: Norm | None, dependent: boo
     inputs = None if linear is None else linear.inputs
     if norm is None and inputs is None:
         return x
+    return ops.normalize(rows_of(x, inputs, norm, dependent))
+
+
+def rows_of(x: Tensor, inputs: Int8Inputs | None, norm: Norm | None, dependent: bool, activation: str = "none") -> Rows:
+    """What happens to x (m, k) before a product."""
     int8 = "none" if inputs is None else "token" if inputs.scale is None else "tensor"
     scale = None if inputs is None else inputs.scale
     if norm is None:
-        return ops.normalize(Rows(x, int8=int8, input_scale=scale, dependent=dependent))
-    return ops.normalize(Rows(x, norm.kind, norm.weight, norm.bias, norm.eps, int8, scale, dependent))
+        return Rows(x, int8=int8, input_scale=scale, dependent=dependent, activation=activation)
+    return Rows(x, norm.kind, norm.weight, norm.bias, norm.eps, int8, scale, dependent, activation)
+
+
+def rounds_late(up: Linear, down: Linear, activation: str) -> bool:
+    """Whether `down` takes what `up` makes as it is: its rounding to int8 then applies the activation on the way."""
+    return isinstance(up.weight, Int8Weight) and isinstance(down.weight, Int8Weight) and activation in ACTIVATIONS
 
 
 def product(
@@ -64,8 +74,19 @@ def product(
     residual: Tensor | None = None,
     dependent: bool = False,
     float32_out: bool = False,
+    before: str = "none",
 ) -> Tensor:
-    """activation(norm(x) W^T + bias) + residual: x (m, k), residual (m, n); returns (m, n) in x's dtype or float32."""
+    """activation(norm(x) W^T + bias) + residual: x (m, k), residual (m, n); returns (m, n) in x's dtype or float32.
+
+    before  an activation of x itself, where the weight takes int8 inputs: see rounds_late
+    """
+    if isinstance(linear.weight, Int8Weight):
+        rows = rows_of(x, linear.inputs, norm, dependent, before)
+        if activation == "none":
+            y = int8_product(rows, linear.weight, linear.bias, residual)
+        else:
+            y = with_residual(activate(int8_product(rows, linear.weight, linear.bias), activation), residual)
+        return y.float() if float32_out else y
     x = prepared(x, linear, norm, dependent)
     if isinstance(linear.weight, PackedWeight):
         return ops.linear(
@@ -80,9 +101,20 @@ def product(
     if residual is not None and linear.bias is None and activation == "none":
         y = torch.addmm(residual, x, linear.weight.T)
     else:
-        y = activate(functional.linear(x, linear.weight, linear.bias), activation)
-        y = y if residual is None else y + residual
+        y = with_residual(activate(functional.linear(x, linear.weight, linear.bias), activation), residual)
     return y.float() if float32_out else y
+
+
+def int8_product(rows: Rows, weight: Int8Weight, bias: Tensor | None, residual: Tensor | None = None) -> Tensor:
+    """The rows, rounded to int8, times W^T, plus bias and residual: (m, n) in the rows' dtype."""
+    codes, scales = ops.quantize_rows(rows)
+    dtype, dependent = rows.x.dtype, rows.dependent
+    return ops.w8a8_linear(codes, weight, bias, residual, x_scales=scales, dtype=dtype, dependent=dependent)
+
+
+def with_residual(y: Tensor, residual: Tensor | None) -> Tensor:
+    """y + residual, where there is one."""
+    return y if residual is None else y + residual
 
 
 def gated_product(x: Tensor, linear: Linear, norm: Norm | None, activation: str, dependent: bool = False) -> Tensor:

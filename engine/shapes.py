@@ -81,7 +81,7 @@ def random_linear(
     codes = torch.randint(-high, high + 1, (n, k), dtype=torch.int8, device=like.device)
     scale = 1.73 / high / k**0.5  # uniform codes deviate by high / sqrt(3)
     scales = torch.full((n, scheme.groups(k)), scale, dtype=like.dtype, device=like.device)
-    weight = QTensor(codes, scales, None, Scheme(scheme.qtype, scheme.granularity))
+    weight = QTensor(codes, scales, None, scheme)
     return Linear(packed(weight, like.dtype, pair_block), zeros, None if scheme.activations is None else Int8Inputs())
 
 

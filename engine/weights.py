@@ -15,6 +15,8 @@ from export.checkpoint import Checkpoint
 from export.errors import CheckpointError
 from export.formats import LogicalTensors
 from quant.kernels.packed import TILE_ROWS, PackedWeight, prepack, reason_against_packing
+from quant.kernels.w8a8 import Int8Weight, pack_int8
+from quant.kernels.w8a8 import reason_against_packing as reason_against_int8
 from quant.qtensor import QTensor, round_to_nearest
 from quant.scheme import parse_scheme
 
@@ -317,11 +319,13 @@ def moved(weight: QTensor | Tensor, rows: Tensor) -> QTensor | Tensor:
     return replace(weight, codes=weight.codes[rows], scales=weight.scales[rows], zeros=zeros)
 
 
-def packed(weight: QTensor | Tensor, dtype: torch.dtype, pair_block: int) -> PackedWeight | Tensor:
+def packed(weight: QTensor | Tensor, dtype: torch.dtype, pair_block: int) -> PackedWeight | Int8Weight | Tensor:
     """`weight` for the kernels where it is quantized, dtype is half and they take its shape; else dense in `dtype`."""
     if isinstance(weight, Tensor):
         return weight.to(dtype).contiguous()
     (n, k), group_size = weight.shape, weight.scheme.group_size
+    if dtype in HALF and weight.scheme.activations is not None and not reason_against_int8(n, k):
+        return pack_int8(weight)
     if dtype not in HALF or reason_against_packing(n, k, group_size, TILE_ROWS):
         return weight.dequantize(dtype)
     if reason_against_packing(n, k, group_size, pair_block):

@@ -13,6 +13,7 @@ from engine.products import Linear
 from engine.sampling import Sampling
 from engine.shapes import METHODS, codegeex_shape, decoder_shape, random_weights
 from quant.kernels.packed import PackedWeight, dequantize_packed
+from quant.kernels.w8a8 import Int8Weight
 
 pytestmark = pytest.mark.gpu
 
@@ -29,6 +30,8 @@ def in_float32(value):
     if isinstance(value, PackedWeight):
         cpu = replace(value, words=value.words.cpu(), scales=value.scales.cpu())
         return dequantize_packed(cpu)
+    if isinstance(value, Int8Weight):
+        return (value.codes * value.scales.unsqueeze(1)).cpu()
     if isinstance(value, Tensor):
         return value.float().cpu()
     if isinstance(value, tuple):

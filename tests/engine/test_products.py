@@ -1,0 +1,59 @@
+"""engine/products.py: int8 by int8 is the product of the rounded inputs, whatever stands before and after."""
+
+import pytest
+import torch
+
+from engine.products import Int8Inputs, Linear, Norm, activate, gated_product, product, rounds_late
+from quant.kernels.w8a8 import pack_int8
+from quant.numerics import fake_quantize_inputs
+from quant.qtensor import round_to_nearest
+from quant.scheme import parse_scheme
+
+M, N, K = 3, 64, 96
+NORM = Norm("rms", torch.rand(K, dtype=torch.float16) + 0.5, None, 1e-5)
+
+
+def int8_linear(scale: float | None = None) -> tuple[Linear, torch.Tensor]:
+    """A linear for int8 inputs, by a scale of all or by each token's, and its weight in float32."""
+    weight = round_to_nearest(torch.randn(N, K) / 8, parse_scheme("int8-channel"), torch.float16)
+    inputs = Int8Inputs(None if scale is None else torch.tensor(scale))
+    return Linear(pack_int8(weight), torch.randn(N).half(), inputs), weight.dequantize(torch.float32)
+
+
+@pytest.mark.parametrize("residual", [None, torch.linspace(-2, 2, M * N).view(M, N).half()])
+@pytest.mark.parametrize("activation", ["none", "gelu_tanh"])
+@pytest.mark.parametrize("scale", [None, 0.03])
+@pytest.mark.parametrize("norm", [None, NORM])
+def test_int8_products(norm, scale, activation, residual):
+    linear, weight = int8_linear(scale)
+    x = torch.randn(M, K).half()
+    normed = x if norm is None else torch.nn.functional.rms_norm(x.float(), (K,), norm.weight.float(), norm.eps).half()
+    rounded = fake_quantize_inputs(normed.float(), linear.inputs.scale)
+    wanted = activate(rounded @ weight.T + linear.bias.float(), activation)
+    wanted = wanted if residual is None else wanted + residual.float()
+    got = product(x, linear, norm, activation, residual)
+    assert got.dtype == torch.float16
+    torch.testing.assert_close(got.float(), wanted, atol=4e-3, rtol=4e-3)
+
+
+@pytest.mark.parametrize("activation", ["silu_mul", "quick_gelu"])
+def test_an_activation_may_wait_for_the_rounding(activation):
+    (up, _), (down, weight) = int8_linear(), int8_linear()
+    assert rounds_late(up, down, activation)
+    width = 2 * K if activation == "silu_mul" else K
+    x = torch.randn(M, width).half()
+    gate, factor = (x[:, :K], x[:, K:]) if activation == "silu_mul" else (x, torch.ones(M, K).half())
+    active = (activate(gate.float(), activation.removesuffix("_mul")) * factor.float()).half()
+    wanted = fake_quantize_inputs(active.float(), None) @ weight.T + down.bias.float()
+    torch.testing.assert_close(product(x, down, before=activation).float(), wanted, atol=4e-3, rtol=4e-3)
+
+
+def test_an_activation_waits_for_nobody_else():
+    (int8, _), dense = int8_linear(), Linear(torch.randn(N, K).half())
+    assert not rounds_late(int8, dense, "silu_mul")
+    assert not rounds_late(dense, int8, "silu_mul")
+    assert not rounds_late(int8, int8, "gelu_tanh_mul")
+    x = torch.randn(M, K).half()
+    gate, up = product(x, int8).float().chunk(2, -1)
+    got = gated_product(x, int8, None, "gelu_tanh_mul").float()
+    torch.testing.assert_close(got, activate(gate, "gelu_tanh") * up, atol=4e-3, rtol=4e-3)
