@@ -22,8 +22,9 @@ from export.checkpoint import open_checkpoint
 from export.errors import CheckpointError
 from export.formats import FORMATS, LogicalTensors
 from models.skeleton import place
+from quant.kernels import ops
+from quant.kernels.w8a8 import Int8Weight, pack_int8
 from quant.linear import QLinear
-from quant.numerics import fake_quantize_inputs
 from quant.qtensor import QTensor
 
 METHODS = ("compressed-tensors", "gptq", "awq")
@@ -46,17 +47,26 @@ class AwaitingLinear(nn.Module):
 
 
 class Int8Linear(nn.Module):
-    """y = x W^T + bias with int8 weights, packed, and x rounded to int8 before the product."""
+    """y = x W^T + bias with int8 weights, x rounded to int8 and multiplied as such."""
 
+    codes: Tensor
+    scales: Tensor
     input_scale: Tensor | None
+    bias: Tensor | None
 
     def __init__(self, weight: QTensor, bias: Tensor | None, dtype: torch.dtype) -> None:
         super().__init__()
-        self.product = QLinear.from_qtensor(weight, bias, dtype)
-        self.register_buffer("input_scale", weight.input_scale)
+        tensors = vars(pack_int8(weight)) | {
+            "input_scale": weight.input_scale,
+            "bias": None if bias is None else bias.to(dtype),
+        }
+        for name, tensor in tensors.items():
+            self.register_buffer(name, tensor)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.product(fake_quantize_inputs(x, self.input_scale))
+        weight = Int8Weight(self.codes, self.scales)
+        rows = x.reshape(-1, weight.k).contiguous()
+        return ops.w8a8_linear(rows, weight, self.bias, input_scale=self.input_scale).view(*x.shape[:-1], weight.n)
 
 
 class LowbitQuantizer(HfQuantizer):

@@ -13,6 +13,9 @@ from quant.kernels.w8a8 import Int8Call
 LEAST_M = 129  # below, w8a8_gemm reads W once
 N_STEP = 8  # outputs: what a store writes
 TILES = ((128, 128), (128, 256))  # rows of x and of W: csrc/w8a8_cutlass.cu's tiles, in its order
+# From a sweep of both tiles and four swizzles over four shapes, with 256 to 4096 rows, on one H100 (docs/LOG.md).
+MANY_ROWS = 512  # more want the wide tile, which reads less for each product
+NARROW_Y = 8192  # outputs: with fewer, tiles that neighbour each other in y share more of what they read
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,9 @@ def reason_against(problem: Problem) -> str | None:
 
 def choose_launch(problem: Problem) -> Launch:
     """One rule for all shapes."""
-    return Launch(1 if problem.m > 512 else 0, 1)
+    if problem.m <= MANY_ROWS:
+        return Launch(tile=0, swizzle=1)
+    return Launch(tile=1, swizzle=8 if problem.n <= NARROW_Y else 1)
 
 
 def run(call: Int8Call, problem: Problem, launch: Launch | None = None) -> Tensor:

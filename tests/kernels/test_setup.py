@@ -47,3 +47,19 @@ def test_every_source_is_a_unit(setup_module: dict) -> None:
     files = (SETUP.parent / "quant/kernels/csrc").iterdir()
     sources = {path.name for path in files if path.suffix in (".cu", ".cpp")}
     assert {source for source, _ in setup_module["UNITS"]} == sources
+
+
+def test_cutlass_is_found_or_its_absence_explained(
+    setup_module: dict, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("CUTLASS_PATH", str(tmp_path))
+    with pytest.raises(RuntimeError, match="where CUTLASS_PATH says: pip install nvidia-cutlass"):
+        setup_module["cutlass_flags"]()
+    header = tmp_path / "include" / "cutlass" / "cutlass.h"
+    header.parent.mkdir(parents=True)
+    header.touch()
+    assert str(tmp_path / "include") in setup_module["cutlass_flags"]()
+    monkeypatch.delenv("CUTLASS_PATH")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(RuntimeError, match="CUTLASS's headers are nowhere"):
+        setup_module["cutlass_flags"]()
