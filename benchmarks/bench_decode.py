@@ -89,14 +89,24 @@ def plot(path: Path) -> None:
     from matplotlib import pyplot
 
     rows = [json.loads(line) for line in RESULTS.read_text().splitlines()]
-    labels = [f"{r['shape']} {r['method']} {r['cache']} b{r['batch']} p{r['prompt']}" for r in rows]
-    figure, axes = pyplot.subplots(figsize=(8, 0.22 * len(rows) + 1))
-    axes.barh(labels, [r["share_of_floor"] for r in rows])
+    places = range(len(rows))
+    figure, axes = pyplot.subplots(figsize=(8, 0.2 * len(rows) + 1))
+    bars = axes.barh(places, [row["share_of_floor"] for row in rows])
+    axes.bar_label(bars, [f"{row['tokens_per_s']:.0f} tokens/s" for row in rows], padding=3, fontsize=7)
+    axes.set_yticks(places, [label_of(row) for row in rows], fontsize=7)
     axes.invert_yaxis()
+    axes.margins(y=0.01)
     axes.set_xlabel("share of the floor: bytes that must be read / read ceiling / measured time")
     axes.set_xlim(0, 1)
     figure.tight_layout()
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=110)
+
+
+def label_of(row: dict) -> str:
+    """What a bar of the plot is."""
+    kind = row["dtype"] if row["method"] == "dense" else row["method"]
+    extras = ["int8 cache"] * (row["cache"] == "int8") + [f"{row['head']} head"] * (row["head"] != "dense")
+    return ", ".join([f"{row['shape']} {kind}", *extras, f"{row['batch']} x {row['prompt']}"])
 
 
 def main() -> None:

@@ -16,8 +16,9 @@ INT8_LIMIT = 127
 MAX_HEAD_DIM = 256
 BLOCK_HEADS = 8  # query heads of one key head that a block serves
 MAX_SPLITS = 8  # a cluster's blocks: as many fit everywhere
-# At most, where a sequence is split. More help long sequences and hurt short ones: docs/LOG.md, section 18.
+# Where a sequence is split, at most. More help long sequences and hurt short ones: docs/LOG.md, section 18.
 BLOCKS_PER_PROCESSOR = 2.5
+BLOCKS_AT_ONCE = 3  # that a multiprocessor's registers hold, heads of up to 128
 APPEND_TENSORS = ("qkv", "positions", "slots", "cosines", "sines", "q_norm", "k_norm")
 
 
@@ -194,9 +195,12 @@ def attend(call: Attention) -> Tensor:
 def choose_splits(call: Attention, processors: int) -> int:
     """Blocks that share a sequence, whatever the position: a captured graph serves them all.
 
-    processors 0 stands for a GPU without clusters: nothing is split there.
+    Where not even whole sequences run at once, halves even out the last wave. processors 0 stands for a GPU without
+    clusters: nothing is split there.
     """
     blocks = call.q.shape[0] * call.cache.kv_heads * -(-call.heads // call.cache.kv_heads // BLOCK_HEADS)
+    if 0 < BLOCKS_AT_ONCE * processors < blocks:
+        return 2
     return min(MAX_SPLITS, max(1, int(BLOCKS_PER_PROCESSOR * processors) // blocks))
 
 
