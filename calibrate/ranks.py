@@ -31,7 +31,7 @@ MOST_DIMENSIONS = 4
 
 
 class Lost(RuntimeError):
-    """Another process of the run has ended; it has said why."""
+    """Another process of the run has ended."""
 
 
 def join() -> None:
@@ -203,4 +203,4 @@ def _finish(begin: Callable[[], dist.Work]) -> None:
             time.sleep(POLL_SECONDS)
         work.wait()
     except RuntimeError as error:
-        raise Lost(f"another process of this run ended ({str(error).splitlines()[0]})") from error
+        raise Lost("another process of this run has ended; what it printed, if anything, says why") from error

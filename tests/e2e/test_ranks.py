@@ -11,9 +11,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from calibrate import ranks
 from calibrate.pipeline import BlockReport, run
 from calibrate.resume import journal_of, journaled
 from export.checkpoint import open_checkpoint
+from export.errors import CheckpointError
 from export.formats import LogicalTensors
 from tests.builders import make_tokenizer, save_family
 from tests.e2e.cli import names
@@ -114,6 +116,16 @@ def test_reports_count_the_tokens_of_all(outputs, recipe):
 
 def test_one_writes_and_the_journal_goes(outputs):
     assert names(outputs.together) == sorted(RECIPES)
+
+
+@pytest.mark.parametrize(("device", "own"), [("cuda", 2), ("cuda:1", 0)])
+def test_a_process_without_a_gpu_of_its_own_is_refused(monkeypatch, device, own):
+    monkeypatch.setattr(ranks, "count", lambda: 3)
+    monkeypatch.setattr("torch.distributed.get_node_local_rank", lambda: own)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    with pytest.raises(CheckpointError, match=f"device '{device}' for process {own} .* 2 GPUs.*--nproc-per-node 2"):
+        ranks.own_device(device)
+    assert ranks.own_device("cpu") == "cpu"
 
 
 def test_an_error_in_one_process_ends_all_with_its_message(tmp_path):
