@@ -14,6 +14,7 @@ ROWS = 64  # of W, that a warpgroup has
 WARPGROUPS = (1, 2, 4)  # that multiply, in a block
 CLUSTERS = (1, 2, 4, 8)
 MOST_BLOCKS = 4  # on a multiprocessor
+SOME_ROWS = 16  # of x: with more, x takes so much of a ring that it is better not halved
 MOST_COLUMNS = 128  # rows of x that read W once
 RING_BYTES = 222 << 10  # of a multiprocessor's shared memory, for all its blocks' rings
 OUTPUTS = (torch.float16, torch.bfloat16, torch.float32)
@@ -46,7 +47,7 @@ def reason_against(problem: Problem) -> str | None:
 
 
 def choose_launch(problem: Problem) -> Launch:
-    """One rule for all shapes: rings that fill the multiprocessors, and room beside them for the next kernel's.
+    """One rule for all shapes: rings that fill the multiprocessors, and room beside them for the next kernel's blocks.
 
     Blocks of one warpgroup, but two, which halve the reads of x, where they fill every multiprocessor several times or
     x has many rows. Few blocks share k until they take half of the multiprocessors, so that the next product, launched
@@ -60,7 +61,8 @@ def choose_launch(problem: Problem) -> Launch:
     room = processors if problem.m > MOST_COLUMNS // 2 else processors // 2
     cluster = max(c for c in CLUSTERS if c == 1 or (groups * c <= room and 4 * c <= chunks))
     blocks = groups * cluster
-    shared = -(-blocks // processors) if blocks > processors else 1 + (2 * blocks > processors)
+    beside = problem.m <= SOME_ROWS and 2 * blocks > processors  # the next kernel's blocks, on the same multiprocessors
+    shared = -(-blocks // processors) if blocks > processors else 1 + beside
     columns = next(c for c in (8, 16, 32, 64, MOST_COLUMNS) if c >= min(problem.m, MOST_COLUMNS))
     stage_bytes = (ROWS * warpgroups + columns) * CHUNK_K
     ring_bytes = RING_BYTES // min(shared, MOST_BLOCKS // warpgroups)

@@ -126,7 +126,7 @@ def test_the_kernel_gives_the_codes_of_the_reference(dtype):
         for int8 in INT8[1:]:
             call = make_rows(m, k, "none", int8, dtype, "cuda")
             call.x[m // 2] = 0
-            call.x[0, 0] *= 1000
+            call.x[0, 0] = 60000 if int8 == "token" else torch.inf
             for got, wanted in zip(ops.quantize_rows(call), expected_codes(call), strict=True):
                 assert torch.equal(got.cpu(), wanted)
             gated = replace(call, x=call.x.repeat(1, 2), activation="silu_mul")

@@ -92,6 +92,7 @@ struct Step {
   __device__ float divide(float x) const {
     if (scale < 1e-36f) return x / scale;  // whose inverse may overflow
     const float guess = x * inverse;
+    if (fabsf(guess) >= 128.f) return guess;  // beyond all codes, and perhaps infinite
     return fmaf(fmaf(-guess, scale, x), inverse, guess);
   }
   __device__ float code_of(float x) const { return fminf(fmaxf(rintf(divide(x)), -127.f), 127.f); }
