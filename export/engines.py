@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from export.format import Format
+from quant.kernels import w8a8
 from quant.kernels.packed import TILE_ROWS, reason_against_packing
 from quant.scheme import Scheme
 
@@ -194,8 +195,13 @@ def _gptqmodel(layer: Layer, capability: int | None) -> str | None:
 
 
 def _ours(layer: Layer, capability: int | None) -> str | None:
-    """The packed kernels; they take int8 activations as the values that the codes stand for."""
+    """The packed kernels."""
     return reason_against_packing(layer.n, layer.k, layer.scheme.group_size, TILE_ROWS)
+
+
+def _our_int8(layer: Layer, capability: int | None) -> str | None:
+    """The kernels that multiply int8 by int8."""
+    return w8a8.reason_against_packing(layer.n, layer.k)
 
 
 def _all(*reasons: Callable[[Layer, int | None], str | None]) -> Callable[[Layer, int | None], str | None]:
@@ -222,7 +228,8 @@ ENGINES: dict[str, tuple[EngineKernel, ...]] = {
         EngineKernel("gptqmodel", _gptqmodel),
     ),
     "lowbit": (
-        EngineKernel("wna16", _all(_ours, _on_gpu(80))),
+        EngineKernel("w8a8", _all(_int8, _our_int8, _on_gpu(80))),
+        EngineKernel("wna16", _all(_weight_only, _ours, _on_gpu(80))),
         EngineKernel("reference", _all(_ours, lambda layer, capability: NEEDS_CPU if capability else None)),
     ),
 }

@@ -6,6 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from export import compressed_tensors
+from export.errors import CheckpointError
 from quant.kernels import ops
 from quant.kernels.w8a8 import Int8Weight, pack_int8
 from quant.numerics import quantize_inputs
@@ -65,6 +67,9 @@ def test_impossible_scales_are_refused(bad: float) -> None:
     scheme = parse_scheme("int8-channel-a8tensor")
     with pytest.raises(ValueError, match="its input scale is"):
         QTensor(qtensor.codes, qtensor.scales, None, scheme, torch.tensor(bad))
+    file = {"layers.0.up.weight": qtensor.codes, "layers.0.up.weight_scale": scales}
+    with pytest.raises(CheckpointError, match=r"^layers.0.up: .* a scale is zero, negative or not finite"):
+        compressed_tensors.read("layers.0.up", file.__getitem__, parse_scheme("int8-channel-a8token"))
 
 
 def test_the_operators_pass_opcheck() -> None:
