@@ -35,6 +35,10 @@ VOCABULARY = 32000
 LENGTH = 128  # tokens of a prompt, and tokens written
 SHAPES = {"hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32, "num_key_value_heads": 32}
 LAYERS = 32
+WEIGHTS = 0.02  # their standard deviation
+# What each branch adds to the residual stream is small, as GPT-2 begins: of a random network without that, rounding
+# grows from layer to layer until no two kernels say the same (docs/FORMATS.md has such a run).
+BRANCH, BRANCH_ENDS = 1 / 8, ("self_attn.o_proj", "mlp.down_proj")
 SCHEMES = {"w4": "int4-g128", "w8": "int8-channel", "w8a8": "int8-channel-a8token"}
 # name -> checkpoint, whether it is ours, kernels that vLLM must not choose
 ENGINES: dict[str, tuple[str, bool, str]] = {
@@ -75,7 +79,7 @@ def write_model(directory: Path, kind: str) -> None:
     """A checkpoint with random codes, written by our own writer from tensors made on the GPU."""
     import torch
 
-    from export.compressed_tensors import quantization_config
+    from export.compressed_tensors import quantization_config, write
     from export.tensorfile import TensorFileWriter
     from quant.scheme import parse_scheme
 
@@ -95,8 +99,9 @@ def write_model(directory: Path, kind: str) -> None:
     for layer in range(LAYERS):
         for role, (n, k) in linears.items():
             name = f"model.layers.{layer}.{role}"
-            for key, tensor in random_weight(scheme, n, k, generator).items():
-                writer.add(f"{name}.{key}", tensor)
+            deviation = WEIGHTS * (BRANCH if role in BRANCH_ENDS else 1)
+            for key, tensor in write(name, random_weight(scheme, n, k, deviation, generator)).items():
+                writer.add(key, tensor)
             names[name] = scheme
         for norm in ("input_layernorm", "post_attention_layernorm"):
             writer.add(f"model.layers.{layer}.{norm}.weight", 1 + 0.1 * noise(hidden))
@@ -121,18 +126,16 @@ def write_model(directory: Path, kind: str) -> None:
     (directory / "config.json").write_text(json.dumps(config))
 
 
-def random_weight(scheme: Any, n: int, k: int, generator: Any) -> dict[str, Any]:
-    """The tensors of a linear (n, k) with uniform codes and scales that give weights of about 0.02."""
+def random_weight(scheme: Any, n: int, k: int, deviation: float, generator: Any) -> Any:
+    """A weight (n, k) with uniform codes around zero and scales that give it about that standard deviation."""
     import torch
 
-    device = {"generator": generator, "device": DEVICE}
-    scales = (0.75 + 0.5 * torch.rand(n, scheme.groups(k), **device)) * 0.02 / (2**scheme.bits * 0.29)
-    if scheme.activations is None:
-        words = torch.randint(-(2**31), 2**31, (n, k * scheme.bits // 32), dtype=torch.int32, **device)
-        codes = {"weight_packed": words, "weight_shape": torch.tensor([n, k])}
-    else:
-        codes = {"weight": torch.randint(-127, 128, (n, k), dtype=torch.int8, **device)}
-    return codes | {"weight_scale": scales.to(torch.bfloat16)}
+    from quant.qtensor import QTensor
+
+    limit, device = scheme.qtype.max, {"generator": generator, "device": DEVICE}
+    codes = torch.randint(-limit, limit + 1, (n, k), dtype=torch.int8, **device)
+    scales = (0.75 + 0.5 * torch.rand(n, scheme.groups(k), **device)) * deviation / (2**scheme.bits * 0.29)
+    return QTensor(codes, scales.to(torch.bfloat16), None, scheme)
 
 
 def run_engines(names: list[str], args: argparse.Namespace, deadline: float) -> Iterator[dict[str, Any]]:
