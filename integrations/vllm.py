@@ -35,9 +35,9 @@ from vllm.model_executor.parameter import (
 )
 
 from export import compressed_tensors
-from quant.kernels import ops
+from quant.kernels import ops, w8a8
 from quant.kernels.packed import TILE_ROWS, PackedWeight, prepack, reason_against_packing
-from quant.numerics import fake_quantize_inputs
+from quant.qtensor import QTensor
 from quant.scheme import Activations, Scheme, make_scheme
 
 NAME = "lowbit"
@@ -112,8 +112,7 @@ class Part:
 class LowbitScheme(CompressedTensorsScheme):
     """A quantized linear on our kernels: loaded as the checkpoint has it, packed, multiplied.
 
-    What the checkpoint's tensors are loaded into is a subclass's to say. Packed, words and scales stand where vLLM's
-    own schemes have theirs: its LoRA looks for `weight_packed`.
+    What the checkpoint's tensors are loaded into, what they become and how that is multiplied is a subclass's to say.
     """
 
     def __init__(self, scheme: Scheme) -> None:
@@ -125,8 +124,16 @@ class LowbitScheme(CompressedTensorsScheme):
         return LowbitConfig.get_min_capability()
 
     @abstractmethod
+    def reason_against(self, part: Part) -> str | None:
+        """Why our kernels cannot multiply with the part, or None."""
+
+    @abstractmethod
     def parameters(self, part: Part) -> dict[str, BasevLLMParameter]:
         """What the checkpoint's tensors are loaded into, by their names."""
+
+    @abstractmethod
+    def packed(self, weight: QTensor, part: Part) -> dict[str, Tensor | None]:
+        """What the layer keeps, named as in vLLM's own schemes: its LoRA looks for the weight there."""
 
     def create_weights(
         self,
@@ -139,7 +146,7 @@ class LowbitScheme(CompressedTensorsScheme):
     ) -> None:
         """Give `layer` the parameters of its part. ValueError where our kernels cannot pack the part."""
         part = Part(output_partition_sizes, input_size_per_partition, params_dtype, weight_loader)
-        reason = reason_against_packing(part.n, part.k, self.scheme.group_size, TILE_ROWS)
+        reason = self.reason_against(part)
         if reason:
             raise ValueError(f"lowbit cannot run a {self.scheme} weight: {reason}")
         parameters = self.parameters(part)
@@ -151,31 +158,15 @@ class LowbitScheme(CompressedTensorsScheme):
         """Put the weight into our kernels' order. CheckpointError where what was loaded is no weight."""
         loaded = self.whole({name: getattr(layer, name).data for name in layer.lowbit_loaded}, layer.lowbit_part)
         weight = compressed_tensors.read("", lambda name: loaded[name.removeprefix(".")], self.scheme)
-        packed = prepack(weight, layer.lowbit_part.dtype)
+        tensors = self.packed(weight, layer.lowbit_part)
         for name in layer.lowbit_loaded:
             delattr(layer, name)
-        tensors = {
-            "weight_packed": packed.words,
-            "weight_scale": packed.scales,
-            "weight_zero_point": packed.zeros,
-            "input_scale": weight.input_scale,
-        }
         for name, tensor in tensors.items():
             layer.register_parameter(name, None if tensor is None else nn.Parameter(tensor, requires_grad=False))
 
     def whole(self, loaded: dict[str, Tensor], part: Part) -> dict[str, Tensor]:
         """The tensors of a linear as a file would hold them, of what was loaded into the part's."""
         return loaded
-
-    def apply_weights(self, layer: Any, x: Tensor, bias: Tensor | None) -> Tensor:
-        """x W^T + bias, x rounded to int8 first where the scheme says so: vLLM's compiler fuses that into the norm."""
-        part, scheme = layer.lowbit_part, self.scheme
-        rows = x.reshape(-1, part.k)
-        if scheme.activations is not None:
-            rows = fake_quantize_inputs(rows, layer.input_scale)
-        tensors = layer.weight_packed, layer.weight_scale, layer.weight_zero_point
-        weight = PackedWeight(*tensors, part.n, part.k, scheme.bits, scheme.group_size)
-        return ops.linear(rows.contiguous(), weight, bias, dependent=True).view(*x.shape[:-1], part.n)
 
 
 class PackedWeights(LowbitScheme):
@@ -203,6 +194,23 @@ class PackedWeights(LowbitScheme):
     def whole(self, loaded: dict[str, Tensor], part: Part) -> dict[str, Tensor]:
         """With the part's own shape: the file's is that of the whole linear."""
         return loaded | {"weight_shape": torch.tensor([part.n, part.k])}
+
+    def reason_against(self, part: Part) -> str | None:
+        """Why the part cannot be packed, or None."""
+        return reason_against_packing(part.n, part.k, self.scheme.group_size, TILE_ROWS)
+
+    def packed(self, weight: QTensor, part: Part) -> dict[str, Tensor | None]:
+        """Words, scales and zeros in our kernels' order."""
+        packed = prepack(weight, part.dtype)
+        return {"weight_packed": packed.words, "weight_scale": packed.scales, "weight_zero_point": packed.zeros}
+
+    def apply_weights(self, layer: Any, x: Tensor, bias: Tensor | None) -> Tensor:
+        """x W^T + bias."""
+        part, scheme = layer.lowbit_part, self.scheme
+        tensors = layer.weight_packed, layer.weight_scale, layer.weight_zero_point
+        weight = PackedWeight(*tensors, part.n, part.k, scheme.bits, scheme.group_size)
+        rows = x.reshape(-1, part.k).contiguous()
+        return ops.linear(rows, weight, bias, dependent=True).view(*x.shape[:-1], part.n)
 
 
 class PlainWeights(LowbitScheme):
@@ -234,6 +242,22 @@ class PlainWeights(LowbitScheme):
         if "input_scale" in loaded:
             found["input_scale"] = loaded["input_scale"].max()
         return found
+
+    def reason_against(self, part: Part) -> str | None:
+        """Why the part cannot be multiplied in int8, or None."""
+        return w8a8.reason_against_packing(part.n, part.k)
+
+    def packed(self, weight: QTensor, part: Part) -> dict[str, Tensor | None]:
+        """Codes and scales, and the inputs' scale where it is calibrated."""
+        packed = w8a8.pack_int8(weight)
+        return {"weight": packed.codes, "weight_scale": packed.scales, "input_scale": weight.input_scale}
+
+    def apply_weights(self, layer: Any, x: Tensor, bias: Tensor | None) -> Tensor:
+        """x W^T + bias, x rounded to int8 and multiplied as such."""
+        part, weight = layer.lowbit_part, w8a8.Int8Weight(layer.weight, layer.weight_scale)
+        rows = x.reshape(-1, part.k).contiguous()
+        y = ops.w8a8_linear(rows, weight, bias, input_scale=layer.input_scale, dependent=True)
+        return y.view(*x.shape[:-1], part.n)
 
 
 def register() -> None:
