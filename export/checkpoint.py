@@ -65,6 +65,9 @@ def open_checkpoint(directory: Path) -> Checkpoint:
     config = read_json(directory / "config.json")
     if "quantization_config" not in config and (directory / OLD_CONFIG_NAME).exists():
         config["quantization_config"] = {"quant_method": "gptq"} | read_json(directory / OLD_CONFIG_NAME)
+    block = config.get("quantization_config")
+    if block is not None and not isinstance(block, dict):
+        raise CheckpointError(f"{directory / 'config.json'}: quantization_config is {block!r}, not a JSON object")
     entries: dict[str, TensorEntry] = {}
     for path in _tensor_files(directory):
         for name, entry in read_entries(path).items():

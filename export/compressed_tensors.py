@@ -211,9 +211,11 @@ def schemes_of(config: Mapping[str, Any], names: Iterable[str]) -> dict[str, Sch
     """
     try:
         groups = [(group["targets"], _group_scheme(group, config)) for group in config["config_groups"].values()]
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        return {name: _scheme_of(name, groups) for name in names}
+    except CheckpointError:
+        raise
+    except (KeyError, TypeError, AttributeError, ValueError, re.error) as error:
         raise CheckpointError(f"config.json: its quantization_config cannot be followed ({error!r})") from error
-    return {name: _scheme_of(name, groups) for name in names}
 
 
 def _group_scheme(group: Mapping[str, Any], config: Mapping[str, Any]) -> Scheme:

@@ -100,6 +100,27 @@ def other_bits(directory: Path) -> None:
     )
 
 
+def configured(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
+    """Another quantization_config in config.json: what `change` makes of it."""
+
+    def spoil(directory: Path) -> None:
+        config = json.loads((directory / "config.json").read_text())
+        config["quantization_config"] = change(config["quantization_config"])
+        (directory / "config.json").write_text(json.dumps(config))
+
+    return spoil
+
+
+def aimed_at(target: Any) -> Callable[[Path], None]:
+    """One target in the place of the first config group's."""
+
+    def change(block: dict[str, Any]) -> dict[str, Any]:
+        block["config_groups"]["group_0"]["targets"] = [target]
+        return block
+
+    return configured(change)
+
+
 ATTACKS: list[tuple[tuple[str, str], Callable[[Path], None], str]] = [
     (CT, overlapping, "overlapping or missing data"),
     (CT, beyond_the_end, "missing data"),
@@ -107,6 +128,12 @@ ATTACKS: list[tuple[tuple[str, str], Callable[[Path], None], str]] = [
     (CT, endless_header, "not a safetensors file, or truncated"),
     (CT, outside_the_directory, "lies outside the model directory"),
     (CT, other_bits, "codes of 8 bits"),
+    (CT, aimed_at("re:("), "cannot be followed"),
+    (CT, aimed_at(7), "cannot be followed"),
+    (CT, aimed_at("re:.*gate_proj"), "no config group targets"),
+    (CT, configured(lambda block: [block]), "not a JSON object"),
+    (CT, configured(lambda block: block | {"quant_method": ["awq"]}), "not read here"),
+    (GPTQ, configured(lambda block: block | {"dynamic": {"+:(": {"bits": 8}}}), "cannot be followed"),
     (CT, tensor("weight_packed", lambda words: words.to(torch.int64)), "weight_packed is torch.int64"),
     (CT, tensor("weight_packed", lambda words: words[:, :4]), "words a row cannot hold 64 codes"),
     (CT, tensor("weight_shape", lambda shape: shape + 32), "int32"),

@@ -341,6 +341,9 @@ def test_the_least_that_a_group_can_say():
                 "group_0": GROUP | {"input_activations": {"num_bits": 8, "type": "int", "symmetric": False}}
             }
         },
+        {"config_groups": {"group_0": GROUP | {"targets": ["re:("]}}},
+        {"config_groups": {"group_0": GROUP | {"targets": [7]}}},
+        {"config_groups": {"group_0": GROUP | {"targets": 7}}},
         {"config_groups": []},
         {},
     ],
