@@ -1,12 +1,13 @@
 """The int8 product for few rows: exact sums, one operator on two devices, and what graphs and streams do to it."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor
 
-from quant.kernels import ops, w8a8_gemm
+from quant.kernels import extension, ops, w8a8_gemm
 from quant.kernels.problem import Problem
 from quant.kernels.registry import choose_kernel
 from quant.kernels.w8a8 import Int8Call, Int8Weight, problem_of
@@ -30,6 +31,24 @@ def test_launches_are_possible(m: int, n: int, k: int) -> None:
 def test_other_gpus_are_declined_by_name() -> None:
     assert w8a8_gemm.reason_against(replace(ON_H100, capability=(8, 0))) == "it is for sm_90, the GPU is sm_80"
     assert choose_kernel(replace(ON_H100, capability=(8, 0))).name == "torch._int_mm"
+
+
+@pytest.mark.parametrize(
+    ("m", "n", "architectures", "name"),
+    [
+        (1, 4096, "80 90a", "w8a8_gemm"),
+        (128, 4096, "90a", "w8a8_gemm"),
+        (129, 4096, "90a", "w8a8_cutlass"),
+        (129, 4097, "90a", "w8a8_gemm"),
+        (1, 4096, "80 90+PTX", "torch._int_mm"),
+    ],
+)
+def test_the_number_of_rows_decides(
+    m: int, n: int, architectures: str, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (extension, w8a8_gemm):
+        monkeypatch.setattr(module, "EXTENSION", SimpleNamespace(architectures=architectures))
+    assert choose_kernel(replace(ON_H100, m=m, n=n)).name == name
 
 
 def random_codes(*shape: int, device: str = "cuda") -> Tensor:
