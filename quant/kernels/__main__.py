@@ -16,9 +16,11 @@ EXAMPLES = (
     (16, 4096, 14336, 8, -1, False),
     (64, 57344, 8192, 4, 64, False),
     (255, 4096, 4096, 4, 128, False),
+    (1, 22016, 4096, 8, -1, False),
     (1, 4096, 4096, 8, -1, True),
     (2048, 28672, 4096, 8, -1, True),
 )
+H100 = ("cuda", (9, 0), 132)
 LAUNCHES: dict[str, Callable[[Problem], object]] = {
     "wna16_gemm": wna16_gemm.choose_launch,
     "wna16_gemv": wna16_gemv.choose_launch,
@@ -35,10 +37,10 @@ def describe_build() -> str:
     return f"quant._C: CUDA {major}.{minor}, architectures {EXTENSION.architectures}"
 
 
-def local_gpu() -> tuple[str, tuple[int, int] | None, int]:
-    """Device type, compute capability and multiprocessors of this machine's first GPU, or the CPU's."""
+def local_gpu() -> tuple[str, tuple[int, int], int]:
+    """Device type, compute capability and multiprocessors of this machine's first GPU, or else of an H100."""
     if not torch.cuda.is_available():
-        return "cpu", None, 0
+        return H100
     properties = torch.cuda.get_device_properties(0)
     return "cuda", (properties.major, properties.minor), properties.multi_processor_count
 
@@ -59,6 +61,8 @@ def main() -> None:
     """Prints the build and the examples."""
     print(describe_build())
     device, capability, processors = local_gpu()
+    if not torch.cuda.is_available():
+        print("no GPU here: everything runs on the reference. An H100 would take:")
     for m, n, k, bits, group_size, int8_inputs in EXAMPLES:
         problem = Problem(m, n, k, bits, group_size, torch.float16, device, capability, processors, int8_inputs)
         print(describe_problem(problem))

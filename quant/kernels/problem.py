@@ -89,6 +89,7 @@ class Problem:
     capability: tuple[int, int] | None = None  # of the GPU
     processors: int = 0  # multiprocessors of the GPU
     int8_inputs: bool = False
+    norm: bool = False  # of x, before the product
 
     def __str__(self) -> str:
         group = "channel" if self.group_size == -1 else f"g{self.group_size}"
@@ -104,7 +105,9 @@ def problem_of(call: Call) -> Problem:
         properties = torch.cuda.get_device_properties(device)
         capability, processors = (properties.major, properties.minor), properties.multi_processor_count
     w = call.weight
-    return Problem(call.x.shape[0], w.n, w.k, w.bits, w.group_size, call.x.dtype, device.type, capability, processors)
+    m, norm = call.x.shape[0], call.norm != "none"
+    gpu = (device.type, capability, processors)
+    return Problem(m, w.n, w.k, w.bits, w.group_size, call.x.dtype, *gpu, norm=norm)
 
 
 def check(call: Call) -> None:

@@ -1,11 +1,13 @@
 """The product of up to 64 rows with a 4- or 8-bit weight on Hopper's warpgroup instructions: csrc/wna16_gemm.cu."""
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from quant.kernels import wna16_gemv
 from quant.kernels.extension import EXTENSION, reason_against_device
 from quant.kernels.packed import CHUNK_K, TILE_ROWS, groups_per_chunk, padded
 from quant.kernels.problem import Call, Problem
@@ -22,6 +24,9 @@ CLUSTERS = (132, 66, 39, 30, 22, 17, 15, 15)
 # What a chunk costs a block of w warpgroups is proportional to w + STEP, and meeting in a cluster to that of SETTLE
 # chunks of one warpgroup for each block: fitted to nine shapes of one H100.
 STEP, SETTLE = 2.0, 8.0
+# Microseconds of a weight of 8 bits per channel with dependent launch, up to 16 rows of x: a launch, a unit of cost, a
+# megabyte. Fitted to 17 shapes on one H100, within 2% (rms).
+CHANNEL_US = (2.6, 0.0257, 0.293)
 
 
 @dataclass(frozen=True)
@@ -45,7 +50,7 @@ def reason_against(problem: Problem) -> str | None:
     if problem.capability != (9, 0):
         return f"it is for sm_90, the GPU is sm_{problem.capability[0]}{problem.capability[1]}"
     small = problem.n * problem.k * problem.bits // 8 < SMALL_WEIGHT
-    if problem.m <= FEW_M or (problem.m <= SOME_M and small):
+    if (problem.m <= FEW_M and not beats_gemv(problem)) or (FEW_M < problem.m <= SOME_M and small):
         size = f" of a weight below {SMALL_WEIGHT >> 20} MB" if problem.m > FEW_M else ""
         return f"{problem.m} rows{size}: wna16_gemv is faster"
     reason = reason_against_device(problem.capability)
@@ -54,6 +59,20 @@ def reason_against(problem: Problem) -> str | None:
     return reason
 
 
+def beats_gemv(problem: Problem) -> bool:
+    """Whether few rows too are faster here: of 8 bits per channel, where wna16_gemv's warps leave GPU time unused."""
+    if problem.bits != 8 or problem.group_size != -1 or problem.norm:
+        return False
+    return estimated_us(problem) < wna16_gemv.estimated_us(problem)
+
+
+def estimated_us(problem: Problem) -> float:
+    """Microseconds that a weight of 8 bits per channel takes, for 1 to 16 rows of x."""
+    launch, unit, megabyte = CHANNEL_US
+    return launch + unit * cost_of(choose_launch(problem), problem) + megabyte * problem.n * problem.k / 1e6
+
+
+@lru_cache(4096)
 def choose_launch(problem: Problem) -> Launch:
     """One rule for all shapes: the cut that the fullest multiprocessor finishes first."""
     chunks = -(-problem.k // CHUNK_K)

@@ -8,7 +8,7 @@ import torch
 from quant.kernels import ops, reference
 from quant.kernels.packed import PackedWeight
 from quant.kernels.problem import Call, Problem, problem_of
-from quant.kernels.wna16_gemm import CLUSTERS, Launch, choose_launch, cost_of, reason_against, run
+from quant.kernels.wna16_gemm import CLUSTERS, Launch, beats_gemv, choose_launch, cost_of, reason_against, run
 from tests.kernels.make import assert_close_as_half, assert_devices_agree, make_packed, make_x, on_cpu
 from tests.kernels.test_ops import make_rotary
 
@@ -24,6 +24,14 @@ def test_few_rows_small_weights_and_other_gpus_are_declined() -> None:
     assert reason_against(replace(ON_H100, m=16)) == "16 rows of a weight below 30 MB: wna16_gemv is faster"
     assert reason_against(replace(ON_H100, m=65)) == "65 rows: it takes at most 64"
     assert reason_against(replace(ON_H100, capability=(8, 9))) == "it is for sm_90, the GPU is sm_89"
+
+
+def test_few_rows_of_8_bits_per_channel_are_taken_where_the_other_kernel_leaves_room() -> None:
+    wide = replace(ON_H100, m=1, n=20480, k=5120, bits=8, group_size=-1)
+    assert beats_gemv(wide)
+    assert beats_gemv(replace(wide, m=8))
+    for other in ({"n": 4096}, {"bits": 4}, {"group_size": 128}, {"norm": True}):
+        assert not beats_gemv(replace(wide, **other))
 
 
 @pytest.mark.parametrize("m", [9, 32, 64])
@@ -77,7 +85,8 @@ def test_shapes(m: int, n: int, k: int) -> None:
 @pytest.mark.parametrize("warpgroups", [2, 3, 4])
 def test_every_cut_of_the_work(m: int, warpgroups: int) -> None:
     for k in (128, 1664, 3968):
-        weights = make_packed(456, k, 4, 128, False, torch.float16, "cuda"), make_packed(456, k, 8, 32, device="cuda")
+        weights = [make_packed(456, k, 4, 128, False, torch.float16, "cuda")]
+        weights += [make_packed(456, k, 8, group_size, device="cuda") for group_size in (32, -1)]
         for cluster in range(1, 9):
             for weight in weights:
                 check_product(m, weight, Launch(warpgroups, cluster))

@@ -72,6 +72,16 @@ def test_every_cut_of_the_work(m: int) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("m", [1, 8])
+@pytest.mark.parametrize(("bits", "group_size"), [(4, 128), (8, -1)])
+def test_a_long_share_is_asked_for_ahead_and_changes_nothing(m: int, bits: int, group_size: int) -> None:
+    weight = make_packed(48, 8320, bits, group_size, device="cuda")
+    call = Call(make_x(m, 8320, torch.float16, "cuda"), weight)
+    plain, ahead = (run(replace(call, dependent=d), problem_of(call), Launch(1, 1, 1, 1)) for d in (False, True))
+    assert torch.equal(plain, ahead)
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("m", [1, 5, 16, 40, 255])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_epilogues_and_norms(m: int, dtype: torch.dtype) -> None:

@@ -224,6 +224,13 @@ __device__ inline void copy_bulk(uint32_t smem, const void* global, uint32_t byt
 #endif
 }
 
+// Asks L2 for `bytes`, a multiple of 16, of global memory that will be read later.
+__device__ inline void prefetch_bulk(const void* global, uint32_t bytes) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(global), "r"(bytes) : "memory");
+#endif
+}
+
 // Four 8 x 8 matrices of halves to shared memory: lane l's register i is columns 2 (l % 4) and the next of row l / 4 of
 // matrix i, whose 16-byte row r goes to the address that lane 8 i + r gives.
 __device__ inline void store_matrices(uint32_t address, const uint4& values) {

@@ -45,23 +45,26 @@ __device__ inline void wgmma_wait() {
 #endif
 }
 
+// Without `add`, c = a * b, whatever c held.
 template <typename T, int kColumns>
-__device__ inline void wgmma(float (&c)[kColumns / 2], const uint32_t (&a)[4], uint64_t b);
+__device__ inline void wgmma(float (&c)[kColumns / 2], const uint32_t (&a)[4], uint64_t b, bool add);
 
 #if LOWBIT_WGMMA
-// One specialization: kColumns, wgmma's name of T, and the numbers and operands of c's kColumns / 2 registers.
-#define LOWBIT_WGMMA_OF(T, NAME, COLUMNS, C, A, ...)                                                          \
+// One specialization: kColumns, wgmma's name of T, the numbers of c's kColumns / 2 registers and of what follows them,
+// and c's operands.
+#define LOWBIT_WGMMA_OF(T, NAME, COLUMNS, C, AB, ADD, ...)                                                    \
   template <>                                                                                               \
-  __device__ inline void wgmma<T, COLUMNS>(float (&c)[COLUMNS / 2], const uint32_t (&a)[4], uint64_t b) {   \
-    asm volatile("{\n.reg .pred add;\nsetp.eq.u32 add, 0, 0;\n"                                            \
-                 "wgmma.mma_async.sync.aligned.m64n" #COLUMNS "k16.f32." NAME "." NAME " {" C "}, " A        \
+  __device__ inline void wgmma<T, COLUMNS>(float (&c)[COLUMNS / 2], const uint32_t (&a)[4], uint64_t b,       \
+                                           bool add) {                                                      \
+    asm volatile("{\n.reg .pred add;\nsetp.ne.u32 add, " ADD ", 0;\n"                                        \
+                 "wgmma.mma_async.sync.aligned.m64n" #COLUMNS "k16.f32." NAME "." NAME " {" C "}, " AB       \
                  ", add, 1, 1, 0;\n}"                                                                       \
                  : __VA_ARGS__                                                                              \
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                                     \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(uint32_t(add)));                 \
   }
-#define LOWBIT_WGMMA_FOR(COLUMNS, C, A, ...)                                    \
-  LOWBIT_WGMMA_OF(__half, "f16", COLUMNS, C, A, __VA_ARGS__)                    \
-  LOWBIT_WGMMA_OF(__nv_bfloat16, "bf16", COLUMNS, C, A, __VA_ARGS__)
+#define LOWBIT_WGMMA_FOR(COLUMNS, C, AB, ADD, ...)                              \
+  LOWBIT_WGMMA_OF(__half, "f16", COLUMNS, C, AB, ADD, __VA_ARGS__)              \
+  LOWBIT_WGMMA_OF(__nv_bfloat16, "bf16", COLUMNS, C, AB, ADD, __VA_ARGS__)
 #define LOWBIT_C8(i)                                                                                   \
   "+f"(c[i]), "+f"(c[i + 1]), "+f"(c[i + 2]), "+f"(c[i + 3]), "+f"(c[i + 4]), "+f"(c[i + 5]), "+f"(c[i + 6]), \
       "+f"(c[i + 7])
@@ -69,13 +72,13 @@ __device__ inline void wgmma(float (&c)[kColumns / 2], const uint32_t (&a)[4], u
 #define LOWBIT_FIRST_8 "%0,%1,%2,%3,%4,%5,%6,%7"
 #define LOWBIT_FIRST_16 LOWBIT_FIRST_8 ",%8,%9,%10,%11,%12,%13,%14,%15"
 #define LOWBIT_FIRST_32 LOWBIT_FIRST_16 ",%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
-LOWBIT_WGMMA_FOR(16, LOWBIT_FIRST_8, "{%8,%9,%10,%11}, %12", LOWBIT_C8(0))
-LOWBIT_WGMMA_FOR(32, LOWBIT_FIRST_16, "{%16,%17,%18,%19}, %20", LOWBIT_C16(0))
-LOWBIT_WGMMA_FOR(64, LOWBIT_FIRST_32, "{%32,%33,%34,%35}, %36", LOWBIT_C16(0), LOWBIT_C16(16))
+LOWBIT_WGMMA_FOR(16, LOWBIT_FIRST_8, "{%8,%9,%10,%11}, %12", "%13", LOWBIT_C8(0))
+LOWBIT_WGMMA_FOR(32, LOWBIT_FIRST_16, "{%16,%17,%18,%19}, %20", "%21", LOWBIT_C16(0))
+LOWBIT_WGMMA_FOR(64, LOWBIT_FIRST_32, "{%32,%33,%34,%35}, %36", "%37", LOWBIT_C16(0), LOWBIT_C16(16))
 
 #else
 template <typename T, int kColumns>
-__device__ inline void wgmma(float (&)[kColumns / 2], const uint32_t (&)[4], uint64_t) {}
+__device__ inline void wgmma(float (&)[kColumns / 2], const uint32_t (&)[4], uint64_t, bool) {}
 #endif
 
 }  // namespace lowbit

@@ -19,8 +19,6 @@ namespace lowbit {
 namespace {
 
 constexpr int kRingBytes = 8192;  // of a warp, scales and zeros apart
-// More than half of a multiprocessor's shared memory: two blocks on one would leave another idle.
-constexpr int kLeastBytes = 116 << 10;
 
 template <typename T_, int kBits_, bool kZeros_, int kGroups_, bool kChannel_, int kColumns_, int kWarpgroups_>
 struct Shape {
@@ -274,11 +272,13 @@ __device__ void expand_block(const uint4 (&lane_words)[S::kLoads], const Sides<S
 template <typename S>
 using Sums = float[S::kColumns / 2];  // a lane's, of 64 rows of W x columns
 
-// sums += the product of one chunk, whose x lies at `x_matrix`. Behind the first products all those of the chunk before
-// are done, and `on_chunk_before` is called.
+// sums += the product of one chunk, whose x lies at `x_matrix`; of the `first`, sums = it: registers that anything but
+// wgmma has written make the compiler wait for every product before the next. Behind the first products all those of
+// the chunk before are done, and `on_chunk_before` is called.
 template <typename S, typename OnChunkBefore>
 __device__ void multiply_chunk(const uint4 (&words)[S::kLoads], const Sides<S>& sides, MatrixAt<128, 2048> x_matrix,
-                               uint32_t x_full, uint32_t parity, Sums<S>& sums, OnChunkBefore on_chunk_before) {
+                               uint32_t x_full, uint32_t parity, bool first, Sums<S>& sums,
+                               OnChunkBefore on_chunk_before) {
   uint32_t a[2][4][4];  // 64 inputs are multiplied while the next 64 are expanded
 #pragma unroll
   for (int part = 0; part < 2; ++part) {
@@ -288,14 +288,21 @@ __device__ void multiply_chunk(const uint4 (&words)[S::kLoads], const Sides<S>& 
     wgmma_fence();
 #pragma unroll
     for (int i = 0; i < 4; ++i)
-      wgmma<typename S::T, S::kColumns>(sums, a[part][i], x_matrix.after((part * 4 + i) * 256));
+      wgmma<typename S::T, S::kColumns>(sums, a[part][i], x_matrix.after((part * 4 + i) * 256),
+                                        part > 0 || i > 0 || !first);
     wgmma_commit();
     wgmma_wait<1>();  // the registers of the part before are free again
     if (part == 0) on_chunk_before();
   }
 }
 
-// sums = the block's share of W x.
+template <typename S>
+__device__ void clear(Sums<S>& sums) {
+#pragma unroll
+  for (int e = 0; e < S::kColumns / 2; ++e) sums[e] = 0.f;
+}
+
+// sums = the block's share of W x, which is not empty.
 template <typename S>
 __device__ void consume(const Share& share, const Layout<S>& smem, WeightStream<S>& stream, Sums<S>& sums) {
   const bool leader = threadIdx.x % 32 == 0;
@@ -310,12 +317,13 @@ __device__ void consume(const Share& share, const Layout<S>& smem, WeightStream<
       uint4 words[S::kLoads];
       Sides<S> sides;
       stream.read(index, index == 0 ? 0 : (chunk >> stream.shift) - ((chunk - index) >> stream.shift), words, sides);
-      if (index == S::kSlotChunks - 1) stream.release();
       const auto release_x = [&] {
         if (leader && chunk > share.first) barrier_arrive(smem.x_empty + (i + S::kXStages - 1) % S::kXStages * 8);
       };
-      multiply_chunk<S>(words, sides, MatrixAt<128, 2048>(smem.x + i * S::kXBytes), smem.x_full + i * 8, parity, sums,
-                        release_x);
+      multiply_chunk<S>(words, sides, MatrixAt<128, 2048>(smem.x + i * S::kXBytes), smem.x_full + i * 8, parity,
+                        chunk == share.first, sums, release_x);
+      // Not before its words were used: a copy does not wait for reads that are still on their way.
+      if (index == S::kSlotChunks - 1) stream.release();
     }
   }
   wgmma_wait<0>();
@@ -385,8 +393,9 @@ __global__ void __launch_bounds__(S::kThreads, 1) wna16_gemm_kernel(const __grid
   WeightStream<S> stream(args, share, layout);
   __syncthreads();
   wait_for_previous_kernel();
-  Sums<S> sums = {};
-  consume<S>(share, layout, stream, sums);
+  Sums<S> sums;
+  if (share.first < share.end) consume<S>(share, layout, stream, sums);
+  else clear<S>(sums);
   float* partial = reinterpret_cast<float*>(smem);
   named_sync(1, S::kConsumers);  // no warp reads the rings any more
   store_partial<S>(args, sums, stream.channel_scales(), partial);
@@ -397,7 +406,7 @@ __global__ void __launch_bounds__(S::kThreads, 1) wna16_gemm_kernel(const __grid
 template <typename S>
 cudaError_t launch_shape(const Wna16Args& args, const Wna16GemmLaunch& launch, cudaStream_t stream) {
   auto kernel = wna16_gemm_kernel<S>;
-  const int bytes = Layout<S>::kBytes > kLeastBytes ? Layout<S>::kBytes : kLeastBytes;
+  constexpr int bytes = Layout<S>::kBytes;
   const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   if (error != cudaSuccess) return error;
   cudaLaunchAttribute attributes[2];
