@@ -111,11 +111,15 @@ class BuildCuda(build_ext):
         return target
 
     def call(self, command: list[str]) -> None:
-        """Runs `command`; where it fails, its last lines of output are the error."""
+        """Runs `command`; where it fails, its last lines of output are the error. Tells where products were serialized."""
         result = subprocess.run(command, check=False, capture_output=True, text=True)
+        lines = (result.stdout + result.stderr).strip().splitlines()
         if result.returncode:
-            output = "\n".join((result.stdout + result.stderr).strip().splitlines()[-30:])
+            output = "\n".join(lines[-30:])
             raise RuntimeError(f"building quant._C failed at\n  {' '.join(command)}\n{output}")
+        for line in lines:
+            if "Potential Performance Loss" in line:
+                print(line)
 
 
 def extensions() -> list[Extension]:
