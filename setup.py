@@ -111,7 +111,7 @@ class BuildCuda(build_ext):
         return target
 
     def call(self, command: list[str]) -> None:
-        """Runs `command`; where it fails, its last lines of output are the error. Tells where products were serialized."""
+        """Runs `command`; where it fails, its last lines of output are the error. Prints what slows tensor products."""
         result = subprocess.run(command, check=False, capture_output=True, text=True)
         lines = (result.stdout + result.stderr).strip().splitlines()
         if result.returncode:
