@@ -19,12 +19,14 @@ import argparse
 import json
 import os
 import random
+import signal
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -155,7 +157,7 @@ def run_engines(names: list[str], args: argparse.Namespace, deadline: float) -> 
         ready = await_ready(children, args.out, time.monotonic() + 0.75 * (deadline - time.monotonic()))
         for name in children.keys() - ready:
             print(f"{name} did not start in time", flush=True)
-            children.pop(name).kill()
+            end(children.pop(name))
         for name, child in children.items():
             flag(args.out, name, "go").touch()
             while child.poll() is None and time.monotonic() < deadline:
@@ -164,7 +166,7 @@ def run_engines(names: list[str], args: argparse.Namespace, deadline: float) -> 
                 yield json.loads(flag(args.out, name, "json").read_text())
     finally:
         for child in children.values():
-            child.kill()
+            end(child)
 
 
 def await_ready(children: dict[str, subprocess.Popen[bytes]], out: Path, until: float) -> set[str]:
@@ -197,9 +199,15 @@ def start(name: str, args: argparse.Namespace) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "benchmarks.bench_vllm", "--child", name]
     command += ["--out", str(args.out), "--models", str(args.models)]
     log = log_of(args.out, name).open("wb")
-    child = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
+    child = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
     time.sleep(1)  # engines that start in the same moment misjudge free memory
     return child
+
+
+def end(child: subprocess.Popen[bytes]) -> None:
+    """Stop an engine, vLLM's own processes too: they outlive the one that started them."""
+    with suppress(ProcessLookupError):
+        os.killpg(child.pid, signal.SIGKILL)
 
 
 def flag(out: Path, name: str, kind: str) -> Path:
