@@ -12,7 +12,7 @@ from calibrate.data import CalibrationSet
 from calibrate.discover import Structure
 from calibrate.job import Job
 from calibrate.outcome import BlockOutcome, run_stored
-from calibrate.report import BlockReport, calibrated_rows, linear_row, peak_memory
+from calibrate.report import BlockReport, Stopwatch, calibrated_rows, linear_row, peak_memory
 from calibrate.rounding import RoundingLearner, round_gptq, round_nearest, spread
 from calibrate.search import FoldSearch
 from calibrate.structure import Prober
@@ -109,23 +109,29 @@ class BlockLoop:
             self._move_on(index, outcome, targets)
 
     def _quantize(self, index: int) -> BlockOutcome:
-        begun = time.monotonic()
         job, block = self._job, self._job.skeleton.blocks[index]
-        names = [spec.name for spec in block.linears if spec.name in job.plan.schemes]
-        schemes = {name: job.plan.schemes[name] for name in names}
-        work = BlockWork(self.walk, index, schemes, job.scale_dtype, job.dtype)
-        structure = self._prober.structure(index)
-        sample = [spread(self.hidden)]
-        before = work.run(sample)
-        targets = self._targets(index)
-        folds = self._transform(work, structure, sample)
-        weights = self._round(work, structure, targets)
-        kept = _kept_tensors(job, block, weights)
-        loss = _relative_loss(work.run_quantized(sample), before, sample)
-        rows = calibrated_rows(job, work, weights)
-        report = BlockReport(index, block.name, loss, time.monotonic() - begun, peak_memory(job.device), folds, rows)
+        watch = Stopwatch(job.device)
+        schemes = {spec.name: job.plan.schemes[spec.name] for spec in block.linears if spec.name in job.plan.schemes}
+        with watch.phase("structure"):
+            work = BlockWork(self.walk, index, schemes, job.scale_dtype, job.dtype)
+            structure = self._prober.structure(index)
+        with watch.phase("targets"):
+            sample = [spread(self.hidden)]
+            before = work.run(sample)
+            targets = self._targets(index)
+        with watch.phase("transforms"):
+            folds = self._transform(work, structure, sample)
+        with watch.phase("rounding"):
+            weights = self._round(work, structure, targets)
+        with watch.phase("report"):
+            kept = _kept_tensors(job, block, weights)
+            loss = _relative_loss(work.run_quantized(sample), before, sample)
+            rows = calibrated_rows(job, work, weights)
+        peak = peak_memory(job.device)
+        report = BlockReport(index, block.name, loss, watch.elapsed(), peak, folds, rows, watch.seconds)
         outcome = BlockOutcome(work.finished(weights), kept, report)
-        self._move_on(index, outcome, targets)
+        with watch.phase("next inputs"):
+            self._move_on(index, outcome, targets)
         return outcome
 
     def _targets(self, index: int) -> list[Tensor]:

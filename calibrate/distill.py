@@ -68,12 +68,8 @@ class TunedLinear:
 
     def step(self, gradient: Tensor, rate: float) -> None:
         """gradient (n, k) of the loss by the rounded weight."""
-        steps = self._weight.codes.float()
-        g = self._weight.scales.shape[1]
-        n, k = steps.shape
-        if self._weight.zeros is not None:
-            steps -= self._weight.zeros.repeat_interleave(k // g, 1)
-        self._scales.step((steps * gradient).view(n, g, k // g).sum(-1), rate)
+        by_scale = numerics.grouped(self._weight.steps() * gradient, self._weight.scheme).sum(-1)
+        self._scales.step(by_scale, rate)
 
 
 class TunedBlock:

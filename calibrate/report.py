@@ -2,6 +2,9 @@
 
 import resource
 import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +26,7 @@ class BlockReport:
 
     loss     squared error of the block's output, relative to what the block adds to its input; None without calibration
     seconds, peak_bytes  time it took, and the process's (or GPU's) peak memory so far
+    phases   seconds of each part of the work, what follows the report included
     folds    proved folds with the scale chosen for each
     linears  per linear: scheme, errors, tokens seen, fallbacks
     """
@@ -34,6 +38,27 @@ class BlockReport:
     peak_bytes: int
     folds: list[dict[str, Any]]
     linears: dict[str, dict[str, Any]]
+    phases: dict[str, float] = field(default_factory=dict)
+
+
+class Stopwatch:
+    """Seconds of a block's phases on `device`, whose queued work is waited for at their ends."""
+
+    def __init__(self, device: str) -> None:
+        self.seconds: dict[str, float] = {}
+        self._device, self._begun = device, time.monotonic()
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        begun = time.monotonic()
+        yield
+        if self._device != "cpu":
+            torch.cuda.synchronize(self._device)
+        self.seconds[name] = time.monotonic() - begun
+
+    def elapsed(self) -> float:
+        """Seconds since it was made."""
+        return time.monotonic() - self._begun
 
 
 @dataclass

@@ -17,6 +17,11 @@ def grouped(w: Tensor, scheme: Scheme) -> Tensor:
     return w.reshape(n, g, k // g)
 
 
+def per_weight(values: Tensor, scheme: Scheme, like: Tensor) -> Tensor:
+    """Values (n, g) of groups spread over their weights: float32, of the shape (n, k) of `like`."""
+    return values.float().unsqueeze(-1).expand_as(grouped(like, scheme)).reshape(like.shape)
+
+
 def choose_params(
     w: Tensor, scheme: Scheme, scale_dtype: torch.dtype, shrink: Tensor | float = 1.0
 ) -> tuple[Tensor, Tensor | None]:

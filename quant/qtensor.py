@@ -73,6 +73,11 @@ class QTensor:
         side = self.scales.element_size() + (0 if self.zeros is None else self.scheme.bits / 8)
         return int(self.codes.numel() * self.scheme.bits / 8 + self.scales.numel() * side)
 
+    def steps(self) -> Tensor:
+        """code - zero, (n, k) float32: the weight in units of its scales."""
+        steps = self.codes.float()
+        return steps if self.zeros is None else steps - numerics.per_weight(self.zeros, self.scheme, steps)
+
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight (n, k) it stands for, computed in float32 and rounded once to `dtype`."""
         return numerics.dequantize(self.codes, self.scheme, self.scales, self.zeros).to(dtype)

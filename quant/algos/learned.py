@@ -40,7 +40,7 @@ class LearnedWeight:
     def rounded(self) -> QTensor:
         """The weight as it rounds now."""
         scales, zeros = numerics.choose_params(self._w, self._scheme, self._scale_dtype, self.shrink)
-        shifted = torch.addcmul(self._w, self.offsets, self._per_weight(scales))
+        shifted = torch.addcmul(self._w, self.offsets, numerics.per_weight(scales, self._scheme, self._w))
         return QTensor(numerics.quantize(shifted, self._scheme, scales, zeros), scales, zeros, self._scheme)
 
     def step(self, weight: QTensor, gradient: Tensor, rate: float) -> None:
@@ -50,23 +50,14 @@ class LearnedWeight:
         gradient  (n, k)  of the loss by the rounded weight
         """
         gradient = gradient.float()
-        scales = self._per_weight(weight.scales)
-        plain = self._w / scales
-        steps = weight.codes.float()
-        if weight.zeros is not None:
-            steps -= self._per_weight(weight.zeros)
+        scales = numerics.per_weight(weight.scales, self._scheme, self._w)
+        plain, steps = self._w / scales, weight.steps()
         # a code that the limits hold back follows the range alone, and an offset would do nothing
         free = (plain + self.offsets - steps).abs_() <= 0.5 + 1e-4
         by_scale = torch.where(free, steps - plain, steps).mul_(gradient)
         by_range = numerics.grouped(by_scale, self._scheme).sum(-1) * weight.scales.float()
         self.offsets.sub_(_bounded(gradient.mul(scales).mul_(free)), alpha=rate).clamp_(-OFFSET_LIMIT, OFFSET_LIMIT)
         self.shrink.sub_(_bounded(by_range), alpha=rate).clamp_(*SHRINK_LIMITS)
-
-    def _per_weight(self, values: Tensor) -> Tensor:
-        """Values (n, g) spread over the weights of their groups, (n, k) float32."""
-        n, k = self._w.shape
-        g = values.shape[1]
-        return values.float().unsqueeze(-1).expand(n, g, k // g).reshape(n, k)
 
 
 def _bounded(gradient: Tensor) -> Tensor:
