@@ -1,0 +1,117 @@
+"""How long each method takes on a GPU: a model of Llama-2-7B's shape, random weights, 128 x 2048 random tokens.
+
+    python -m benchmarks.bench_calibrate [--blocks 3] [--methods gptq awq smoothquant signround] [--commit HASH] \\
+        [--output benchmarks/results/calibrate.jsonl]
+
+A few blocks are quantized and written; the time of the model's 32 is told from a block's median and from what the whole
+run took besides. Prints where a block's time goes, and peak GPU memory; a row a method.
+"""
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from benchmarks.measure import run_facts, write_rows
+from calibrate.data import CalibrationSet
+from calibrate.methods import complete_recipe
+from calibrate.pipeline import prepare, run
+from calibrate.report import BlockReport
+from models.source import Source, open_source
+
+LAYERS = 32  # of the model that the blocks stand for
+SHAPE: dict[str, Any] = {
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+    "vocab_size": 32000,
+    "max_position_embeddings": 4096,
+    "tie_word_embeddings": False,
+}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "gptq": {"bits": 4, "group_size": 128},
+    "awq": {"bits": 4, "group_size": 128},
+    "smoothquant": {},
+    "signround": {"bits": 4, "group_size": 128, "iters": 200},
+}
+CHANNEL = 30.0  # how much louder every 64th input is: a model's outliers, which searches then have to weigh
+
+
+def main() -> None:
+    args = parse()
+    with tempfile.TemporaryDirectory() as folder:
+        source = make_model(Path(folder) / "model", args.blocks)
+        tokens = torch.randint(0, SHAPE["vocab_size"], (args.samples, args.seqlen), generator=torch.Generator())
+        rows = []
+        for method in args.methods:
+            (output := Path(folder) / method).mkdir()
+            rows.append(measure(source, method, CalibrationSet(tokens, "random"), output, args.device) | facts(args))
+            print(json.dumps(rows[-1]), flush=True)
+    if args.output:
+        write_rows(args.output, rows)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="how long each method takes on a 7B shape")
+    parser.add_argument("--blocks", type=int, default=3)
+    parser.add_argument("--samples", type=int, default=128)
+    parser.add_argument("--seqlen", type=int, default=2048)
+    parser.add_argument("--methods", nargs="+", choices=SETTINGS, default=list(SETTINGS))
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--commit", default="unknown")
+    parser.add_argument("--output", type=Path)
+    return parser.parse_args()
+
+
+def facts(args: argparse.Namespace) -> dict[str, Any]:
+    return run_facts(args.commit) if args.device != "cpu" else {}
+
+
+def make_model(directory: Path, blocks: int) -> Source:
+    """A checkpoint of the shape with so many blocks, in bfloat16."""
+    config = transformers.LlamaConfig(num_hidden_layers=blocks, **SHAPE)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    for layer in model.model.layers:
+        for norm in (layer.input_layernorm, layer.post_attention_layernorm):
+            norm.weight.data[::64] *= CHANNEL
+    model.save_pretrained(directory)
+    return open_source(str(directory))
+
+
+def measure(source: Source, method: str, calibration: CalibrationSet, output: Path, device: str) -> dict[str, Any]:
+    """Seconds of the run and its phases, and peak GPU memory."""
+    if device != "cpu":
+        torch.cuda.reset_peak_memory_stats()
+    job = prepare(source, complete_recipe({"method": method, **SETTINGS[method]}), device)
+    reports: list[BlockReport] = []
+    begun = time.monotonic()
+    run(job, output, calibration, reports.append)
+    seconds = time.monotonic() - begun
+    blocks = [sum(report.phases.values()) for report in reports]
+    phases = {name: statistics.median(r.phases[name] for r in reports) for name in reports[0].phases}
+    besides = seconds - sum(blocks)
+    return {
+        "shape": "llama2-7b",
+        "method": method,
+        "settings": SETTINGS[method],
+        "tokens": calibration.tokens,
+        "blocks": len(blocks),
+        "block_s": round(statistics.median(blocks), 3),
+        "block_s_all": [round(block, 3) for block in blocks],
+        "besides_s": round(besides, 3),
+        "model_s": round(LAYERS * (statistics.median(blocks) + besides / len(blocks)), 1),
+        "phases_s": {name: round(value, 3) for name, value in phases.items()},
+        "peak_gpu_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2) if device != "cpu" else None,
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,160 @@
+"""What each method loses, ours and other toolkits', on the same calibration ids and the same scored windows.
+
+    python -m benchmarks.bench_quality demo --text FILE --calibrate text --run gptq best llm-compressor-gptq \\
+        --python llm-compressor=/path/bin/python --python autoround=/path/bin/python [--device cuda] --work DIR
+
+Calibration: 128 windows of 512 tokens of the first 60% of FILE, or of the builtin documentation. Scored: 16 windows of
+1024 tokens of the rest of FILE, and of the builtin documentation's held-out part; weights dequantized, inputs rounded
+where the checkpoint says so, all else in float32. A row is the paired difference to the unquantized model and its
+standard error over windows. A checkpoint that WORK holds already is scored, not made again. Rows go to
+benchmarks/results/quality.jsonl in place of older ones of the same run.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.measure import write_rows
+from calibrate.data import builtin_text, calibration_tokens
+from evaluation.backend import BlocksBackend
+from evaluation.perplexity import Score, difference, perplexity
+from evaluation.text import Protocol, cut
+from models.source import Source, open_source
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "results" / "quality.jsonl"
+SHARE = 0.6  # of the text, to calibrate on
+SAMPLES, LENGTH, SEED = 128, 512, 42
+SCORED = Protocol(context=1024, windows=16)
+W4 = "--bits 4 --group-size 64"
+OURS = {
+    "rtn": f"--method rtn {W4}",
+    "rtn-asymmetric": f"--method rtn {W4} --asym",
+    "awq": f"--method awq {W4}",
+    "gptq": f"--method gptq {W4}",
+    "gptq-asymmetric": f"--method gptq {W4} --asym",
+    "signround": f"--method signround {W4} --iters 20",
+    "signround-200": f"--method signround {W4} --iters 200",
+    "best": f"--method best {W4}",
+    "best-asymmetric": f"--method best {W4} --asym",
+    "best-mixed": f"--method best {W4} --target-bits 4.75",
+    "int8": "--method int8",
+    "smoothquant": "--method smoothquant",
+    "smoothquant-gptq": "--method smoothquant --rounder gptq",
+    "smoothquant-static": "--method smoothquant --activations tensor",
+}
+THEIRS = {
+    "llm-compressor-awq": "--method awq",
+    "llm-compressor-gptq": "--method gptq",
+    "llm-compressor-smoothquant": "--method smoothquant",
+    "autoround-20": "--iters 20",
+    "autoround-200": "--iters 200",
+}
+
+
+def main() -> None:
+    args = parse()
+    torch.set_grad_enabled(False)
+    args.work.mkdir(parents=True, exist_ok=True)
+    model = open_source(args.model)
+    text = args.text.read_text(encoding="utf-8")
+    first = args.work / "calibration.txt"
+    first.write_text(text[: int(SHARE * len(text))], encoding="utf-8")
+    dataset = str(first) if args.calibrate == "text" else "builtin"
+    scored = {
+        f"{args.text.stem}, last 40%": text[int(SHARE * len(text)) :],
+        "builtin held-out": builtin_text("heldout"),
+    }
+    base = scores(model, scored, args.device)
+    for name in args.run:
+        made = args.work / f"{name}-{args.calibrate}"
+        if not made.with_suffix(".json").exists():
+            facts = make(name, model, dataset, made, args)
+            made.with_suffix(".json").write_text(json.dumps(facts), encoding="utf-8")
+        facts = json.loads(made.with_suffix(".json").read_text(encoding="utf-8"))
+        facts |= {"model": args.model, "method": name, "calibration": args.calibrate, "commit": args.commit}
+        found = scores(open_source(str(made)), scored, args.device)
+        keep([facts | row_of(text, found[text], base[text]) for text in scored])
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="what each method loses, ours and other toolkits'")
+    parser.add_argument("model")
+    parser.add_argument("--text", type=Path, required=True, help="UTF-8 text, split for calibration and scoring")
+    parser.add_argument("--calibrate", choices=("text", "builtin"), default="text")
+    parser.add_argument("--run", nargs="+", choices=[*OURS, *THEIRS], required=True)
+    parser.add_argument("--python", action="append", default=[], help="TOOLKIT=PYTHON that has it")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--work", type=Path, required=True, help="where the checkpoints go")
+    parser.add_argument("--commit", default="")
+    return parser.parse_args()
+
+
+def scores(source: Source, texts: dict[str, str], device: str) -> dict[str, Score]:
+    """The score of a model on each text."""
+    backend = BlocksBackend(source, device, torch.float32)
+    return {name: perplexity(backend, cut(text, source, SCORED)) for name, text in texts.items()}
+
+
+def make(name: str, model: Source, dataset: str, output: Path, args: argparse.Namespace) -> dict[str, Any]:
+    """Quantize into `output`; who did it, and how long the command took, loading and writing included."""
+    begun = time.monotonic()
+    if name in OURS:
+        program = Path(sys.executable).with_name("quantize")
+        data = [] if name in ("rtn", "rtn-asymmetric", "int8") else ["--dataset", dataset, "--num-samples", SAMPLES]
+        data += ["--seqlen", LENGTH, "--seed", SEED] if data else []
+        command = [program, args.model, *OURS[name].split(), *data, "--eval-windows", 0, "--device", args.device]
+        run([*command, "--overwrite", "--output", output])
+        return {"by": "lowbit", "settings": OURS[name], "seconds": round(time.monotonic() - begun, 1)}
+    toolkit = "autoround" if name.startswith("autoround") else "llm-compressor"
+    python = dict(pair.split("=", 1) for pair in args.python)[toolkit]
+    script = HERE / "peers" / f"quantize_{toolkit.replace('-', '')}.py"
+    ids = output.with_suffix(".ids.safetensors")
+    calibration_tokens(dataset, model.tokenizer(), SAMPLES, LENGTH, SEED).save(ids)
+    device = ["--device", args.device] if toolkit == "autoround" else []
+    said = run([python, script, model.directory, ids, output, *THEIRS[name].split(), *device])
+    facts: dict[str, Any] = json.loads(said.splitlines()[-1])
+    return facts | {"settings": THEIRS[name], "seconds": round(time.monotonic() - begun, 1)}
+
+
+def run(command: list[Any]) -> str:
+    """What the command prints; SystemExit with its last words where it fails."""
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(map(str, command))} failed:\n{done.stdout[-1000:]}\n{done.stderr[-2000:]}")
+    return done.stdout
+
+
+def row_of(text: str, score: Score, base: Score) -> dict[str, Any]:
+    delta, error = difference(score, base)
+    return {
+        "text": text,
+        "context": SCORED.context,
+        "windows": len(score.window_nll),
+        "perplexity": round(score.perplexity, 3),
+        "base_perplexity": round(base.perplexity, 3),
+        "delta_nll": round(delta, 4),
+        "delta_nll_se": round(error or 0.0, 4),
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+    }
+
+
+def keep(rows: list[dict[str, Any]]) -> None:
+    """Print rows, and write them in place of older ones of the same run."""
+    same = ("model", "method", "calibration", "text", "by")
+    older = [json.loads(line) for line in RESULTS.read_text(encoding="utf-8").splitlines()]
+    new = {tuple(row[key] for key in same) for row in rows}
+    for row in rows:
+        print(json.dumps(row), flush=True)
+    write_rows(RESULTS, [row for row in older if tuple(row.get(key) for key in same) not in new] + rows)
+
+
+if __name__ == "__main__":
+    main()
