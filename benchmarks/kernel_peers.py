@@ -15,6 +15,11 @@ try:
 except ImportError:
     vllm_ops = scalar_types = None
 
+try:
+    from gemlite.helper import A16W4_HQQ_INT, A16W8_INT8
+except ImportError:
+    A16W4_HQQ_INT = A16W8_INT8 = None
+
 GROUP = 128
 Calls = list[Callable[[], object]]
 
@@ -106,6 +111,25 @@ def machete(m: int, n: int, k: int) -> Calls:
     ]
 
 
+def gemlite_w4(m: int, n: int, k: int) -> Calls:
+    x = torch.randn(m, k, dtype=torch.float16, device="cuda")
+    layers = []
+    for _ in range(copies_for(n * k // 2)):
+        codes = torch.randint(0, 16, (n, k), dtype=torch.uint8, device="cuda")
+        scales = random_scales(n * k // GROUP, 1, dtype=x.dtype)
+        layers.append(A16W4_HQQ_INT(device="cuda").from_weights(codes, scales, torch.full_like(scales, 8)))
+    return [lambda layer=layer: layer(x) for layer in layers]
+
+
+def gemlite_w8(m: int, n: int, k: int) -> Calls:
+    x = torch.randn(m, k, dtype=torch.float16, device="cuda")
+    layers = []
+    for _ in range(copies_for(n * k)):
+        codes, scales = random_words(n, k, dtype=torch.int8), random_scales(n, 1, dtype=x.dtype)
+        layers.append(A16W8_INT8(device="cuda").from_weights(codes, scales=scales))
+    return [lambda layer=layer: layer(x) for layer in layers]
+
+
 PEERS = (
     Peer("cublas", 16, torch.float16, cublas),
     Peer("tinygemm", 4, torch.bfloat16, tinygemm, most_rows=4),
@@ -117,4 +141,9 @@ if vllm_ops is not None:
         Peer("vllm marlin w4", 4, torch.bfloat16, marlin(4)),
         Peer("vllm marlin w8", 8, torch.bfloat16, marlin(8)),
         Peer("vllm machete w4", 4, torch.bfloat16, machete),
+    )
+if A16W4_HQQ_INT is not None:  # it tunes itself to every shape
+    PEERS += (
+        Peer("gemlite w4", 4, torch.float16, gemlite_w4, most_shapes=3),
+        Peer("gemlite w8", 8, torch.float16, gemlite_w8, most_shapes=3),
     )
