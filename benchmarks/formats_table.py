@@ -89,7 +89,8 @@ def theirs(python: str, kind: str, directory: str, windows: Cut) -> list[list[fl
 def print_table(rows: Sequence[Mapping[str, Any]]) -> None:
     """Markdown: a line for each checkpoint, a column for each reader; readers and errors are spelled out below."""
     cells = {(row["checkpoint"], row["reader"]): row for row in rows}
-    checkpoints, readers = (list(dict.fromkeys(pair[i] for pair in cells)) for i in (0, 1))
+    checkpoints = sorted({checkpoint for checkpoint, _ in cells})
+    readers = list(dict.fromkeys(reader for _, reader in cells))
     errors = list(dict.fromkeys(row["error"] for row in cells.values() if row["error"]))
 
     def text(row: Mapping[str, Any] | None) -> str:
