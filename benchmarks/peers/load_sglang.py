@@ -76,12 +76,14 @@ def import_models() -> ModuleType:
 def load(models: ModuleType, checkpoint: Path) -> Any:
     """SGLang's model for the checkpoint, one process, its parameters not yet loaded."""
     from sglang.srt import distributed, runtime_context
+    from sglang.srt.layers.quantization import marlin_utils
     from sglang.srt.layers.quantization.awq import AWQMarlinConfig
     from sglang.srt.layers.quantization.compressed_tensors.compressed_tensors import CompressedTensorsConfig
     from sglang.srt.layers.quantization.gptq import GPTQMarlinConfig
     from sglang.srt.server_args import ServerArgs, set_global_server_args_for_scheduler
     from transformers import AutoConfig
 
+    marlin_utils.get_device_capability = torch.cuda.get_device_capability  # its own finds no GPU to ask
     scratch, config = Path(tempfile.mkdtemp()), json.loads((checkpoint / "config.json").read_text())
     block = config.pop("quantization_config")  # on a CPU the server would refuse what it takes on a GPU
     (scratch / "config.json").write_text(json.dumps(config))
@@ -123,7 +125,7 @@ def wrong_parameters(model: Any, tensors: dict[str, torch.Tensor]) -> list[str]:
 
 def same(parameter: torch.Tensor, parts: list[torch.Tensor], dim: int) -> bool:
     """Whether the parameter is `parts`, in its own type, along `dim`."""
-    if dim >= parts[0].dim():
+    if dim >= parts[0].dim() or any(part.select(dim, 0).shape != parts[0].select(dim, 0).shape for part in parts):
         return False
     together = torch.cat(parts, dim) if parameter.shape != parts[0].shape else parts[0]
     return parameter.shape == together.shape and torch.equal(parameter, together.to(parameter.dtype))
