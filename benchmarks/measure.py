@@ -71,6 +71,8 @@ class Floor:
         subprocess.run(command, check=True)
         self.library = ctypes.CDLL(str(library))
         self.sink = torch.zeros(4, dtype=torch.int32, device="cuda")
+        self.time(1 << 28)  # the first graphs run on a cold clock
+        self.times.clear()
 
     def read(self, data: torch.Tensor, nbytes: int) -> None:
         stream = torch.cuda.current_stream().cuda_stream

@@ -127,8 +127,6 @@ def run_plan(plan: Plan, description: str | None) -> None:
     parser.add_argument("--output", type=Path, default=RESULTS / f"{plan.stem}.jsonl")
     options = parser.parse_args()
     floor = Floor()
-    floor.time(1 << 28)  # the first graphs run on a cold clock
-    floor.times.clear()
     shared = {"read_ceiling_gbs": floor.read_ceiling_gbs(), **run_facts(options.commit)}
     rows: list[dict] = []
     for n, k in (*plan.shapes, *random_shapes(plan.random_shapes)):

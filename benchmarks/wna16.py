@@ -217,8 +217,6 @@ def run_plan(plan: Plan, description: str | None) -> None:
     parser.add_argument("--shapes", type=int, default=len(SHAPES), help="of the named ones, from the first")
     options = parser.parse_args()
     floor = Floor()
-    floor.time(1 << 28)  # the first graphs run on a cold clock
-    floor.times.clear()
     shared = {"read_ceiling_gbs": floor.read_ceiling_gbs(), **run_facts(options.commit)}
     rows: list[dict] = []
 

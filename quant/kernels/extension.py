@@ -17,6 +17,14 @@ def reason_against_device(capability: tuple[int, int]) -> str | None:
     return reason_against_capability(capability, EXTENSION.architectures)
 
 
+def reason_against_90a() -> str | None:
+    """Why code that is for sm_90a alone does not run on a GPU of compute capability 9.0, or None."""
+    reason = reason_against_device((9, 0))
+    if reason is None and EXTENSION is not None and "90a" not in EXTENSION.architectures.split():
+        return f"it needs code for 90a, quant._C was built for {EXTENSION.architectures}"
+    return reason
+
+
 def reason_against_capability(capability: tuple[int, int], architectures: str) -> str | None:
     """Why nothing of `architectures` ("80 90a 90+PTX") runs on this compute capability, or None.
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from quant.kernels.extension import EXTENSION, reason_against_device
+from quant.kernels.extension import EXTENSION, reason_against_90a
 from quant.kernels.problem import Problem, check_alignment
 from quant.kernels.w8a8 import Int8Call
 
@@ -40,10 +40,7 @@ def reason_against(problem: Problem) -> str | None:
         return f"the tensors are on the {problem.device}"
     if problem.capability != (9, 0):
         return f"it is for sm_90, the GPU is sm_{problem.capability[0]}{problem.capability[1]}"
-    reason = reason_against_device(problem.capability)
-    if reason is None and EXTENSION is not None and "90a" not in EXTENSION.architectures.split():
-        return f"it needs code for 90a, quant._C was built for {EXTENSION.architectures}"
-    return reason
+    return reason_against_90a()
 
 
 def choose_launch(problem: Problem) -> Launch:

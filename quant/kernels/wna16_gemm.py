@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from quant.kernels import wna16_gemv
-from quant.kernels.extension import EXTENSION, reason_against_device
+from quant.kernels.extension import EXTENSION, reason_against_90a
 from quant.kernels.packed import CHUNK_K, TILE_ROWS, groups_per_chunk, padded
 from quant.kernels.problem import Call, Problem
 from quant.kernels.wna16_args import args_of, prepare
 
 MAX_M = 64
-FEW_M, SOME_M = 8, 16  # rows that wna16_gemv takes always, and where W is small
+FEW_M, SOME_M = 8, 16  # rows that wna16_gemv takes nearly always, and where W is small
 SMALL_WEIGHT = 30 << 20  # bytes of codes
 WARPGROUPS = (4, 3, 2)  # that multiply, in a block
 ROWS = 4 * TILE_ROWS  # of W, that one of them has
@@ -53,10 +53,7 @@ def reason_against(problem: Problem) -> str | None:
     if (problem.m <= FEW_M and not beats_gemv(problem)) or (FEW_M < problem.m <= SOME_M and small):
         size = f" of a weight below {SMALL_WEIGHT >> 20} MB" if problem.m > FEW_M else ""
         return f"{problem.m} rows{size}: wna16_gemv is faster"
-    reason = reason_against_device(problem.capability)
-    if reason is None and EXTENSION is not None and "90a" not in EXTENSION.architectures.split():
-        return f"it needs code for 90a, quant._C was built for {EXTENSION.architectures}"
-    return reason
+    return reason_against_90a()
 
 
 def beats_gemv(problem: Problem) -> bool:
