@@ -116,13 +116,14 @@ def test_codes_fit_the_scale_that_is_stored_not_the_exact_one(dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("value", [1e-38, 1e-7, 1.0, 6e4, 3e38])
-def test_scales_stay_positive_and_finite_whatever_the_weights(value, dtype):
+def test_scales_stay_finite_and_no_zero_whatever_the_weights(value, dtype):
     w = torch.zeros(1, 32)
     w[0, 0], w[0, 1] = value, -value / 2
-    for scheme in ALL[:1] + ASYMMETRIC[:1]:
+    for scheme in ALL:
         scales, zeros = numerics.choose_params(w, scheme, dtype)
         back = numerics.dequantize(numerics.quantize(w, scheme, scales, zeros), scheme, scales, zeros)
-        assert bool((scales > 0).all())
+        assert bool((scales != 0).all())
+        assert bool((scales > 0).all()) or scheme.signed_scales
         assert bool(torch.isfinite(scales).all())
         assert bool(torch.isfinite(back).all())
 
@@ -172,7 +173,7 @@ def test_compressed_tensors_own_parameters_agree():
     from compressed_tensors.quantization import QuantizationArgs
 
     w = weights(7, 64)
-    for scheme in (make_scheme(4, 32, True), make_scheme(8, 32, True), make_scheme(4, 32, False)):
+    for scheme in (make_scheme(8, 32, True), make_scheme(4, 32, False)):  # theirs know no sign
         args = QuantizationArgs(num_bits=scheme.bits, symmetric=scheme.symmetric, strategy="group", group_size=32)
         parts = numerics.grouped(w, scheme)
         theirs, their_zeros = helpers.calculate_qparams(parts.amin(-1), parts.amax(-1), args)
