@@ -32,20 +32,22 @@ def choose_params(
     return       scales (n, g) in scale_dtype, zeros (n, g) int32 or None where the scheme is symmetric
 
     symmetric    scale = absmax / ((2^bits - 1) / 2): the half-open range of compressed-tensors, which uses both ends
+    signed       symmetric too, scale = -extreme / 2^(bits - 1): the weight of largest magnitude has the lowest code, of
+                 which there is one more than of positive ones, whatever its sign; a scale below zero turns it round
     asymmetric   scale = (max - min) / (2^bits - 1), zero = round(-min / scale), the range widened to include 0
     The scale is rounded to scale_dtype before anything is divided by it, so the codes fit what is stored. A group of
     zeros gets scale 1.
     """
     values = grouped(w.float(), scheme)
+    low, high = values.amin(-1), values.amax(-1)
+    if scheme.signed_scales:
+        extreme = torch.where(high > -low, high, low)
+        return stored_scale(-extreme * shrink / 2 ** (scheme.bits - 1), scale_dtype), None
     if scheme.symmetric:
-        span = values.abs().amax(-1) * 2
-        low = None
-    else:
-        low = values.amin(-1).clamp(max=0)
-        span = values.amax(-1).clamp(min=0) - low
-    scales = stored_scale(span * shrink / (2**scheme.bits - 1), scale_dtype)
-    if low is None:
-        return scales, None
+        span = torch.maximum(high, -low) * 2
+        return stored_scale(span * shrink / (2**scheme.bits - 1), scale_dtype), None
+    low = low.clamp(max=0)
+    scales = stored_scale((high.clamp(min=0) - low) * shrink / (2**scheme.bits - 1), scale_dtype)
     zeros = (scheme.qtype.min - low * shrink / scales.float()).round().clamp(scheme.qtype.min, scheme.qtype.max)
     return scales, zeros.to(torch.int32)
 
@@ -53,9 +55,8 @@ def choose_params(
 def stored_scale(scale: Tensor, dtype: torch.dtype) -> Tensor:
     """`scale` as it will be stored: rounded to `dtype`, kept within its normal range, and 1 where it is zero."""
     limits = torch.finfo(dtype)
-    rounded = scale.clamp(max=limits.max).to(dtype)
-    rounded = torch.where(rounded < limits.tiny, torch.full_like(rounded, limits.tiny), rounded)
-    return torch.where(scale == 0, torch.ones_like(rounded), rounded)
+    magnitude = scale.abs().clamp(max=limits.max).to(dtype).clamp(min=limits.tiny)
+    return torch.where(scale == 0, torch.ones_like(magnitude), magnitude.copysign(scale.to(dtype)))
 
 
 def quantize(w: Tensor, scheme: Scheme, scales: Tensor, zeros: Tensor | None = None) -> Tensor:

@@ -14,7 +14,7 @@ class QTensor:
     """A weight as codes and scales: `w ~ (code - zero) * scale`.
 
     codes        (n, k)  int8 where the scheme is symmetric, else uint8; unpacked
-    scales       (n, g)  float16, bfloat16 or float32, finite and positive
+    scales       (n, g)  float16, bfloat16 or float32, finite and not zero; positive with 8 bits
     zeros        (n, g)  int32 in the code's range; None where the scheme is symmetric
     input_scale  ()      float32, positive: `x ~ code * input_scale` where the scheme's activations share one scale
 
@@ -56,8 +56,9 @@ class QTensor:
             return None
         if self.input_scale is not None and not bool((self.input_scale > 0) & torch.isfinite(self.input_scale)):
             return f"its input scale is {self.input_scale.tolist()}; one finite, positive number is needed"
-        if not bool((torch.isfinite(self.scales) & (self.scales > 0)).all()):
-            return "a scale is zero, negative or not finite"
+        size = self.scales.abs() if self.scheme.bits == 4 else self.scales
+        if not bool((torch.isfinite(size) & (size > 0)).all()):
+            return f"a scale is zero{'' if self.scheme.bits == 4 else ', negative'} or not finite"
         for name, values in (("code", self.codes), ("zero", self.zeros)):
             if values is not None and not (qtype.min <= int(values.min()) and int(values.max()) <= qtype.max):
                 return f"a {name} lies outside [{qtype.min}, {qtype.max}]"

@@ -79,6 +79,11 @@ class Scheme:
         return self.qtype.signed
 
     @property
+    def signed_scales(self) -> bool:
+        """Whether rounding chooses scales below zero too; with 8 bits the one code more on a side is worth nothing."""
+        return self.symmetric and self.bits == 4
+
+    @property
     def bits(self) -> int:
         return self.qtype.bits
 
