@@ -2,14 +2,15 @@
 
     PYTHON quantize_autoround.py CHECKPOINT IDS.safetensors OUTPUT --iters 20 [--group-size 64] [--device cpu]
 
-Symmetric 4-bit weights in groups, lm_head left alone, everything else as AutoRound has it; the checkpoint that is
-written is dense. IDS is what `CalibrationSet.save` writes. Prints one JSON line. PYTHON is an environment of its own
+Symmetric 4-bit weights in groups, lm_head left alone, everything else as AutoRound has it; the checkpoint is in GPTQ's
+layout. IDS is what `CalibrationSet.save` writes. Prints one JSON line. PYTHON is an environment of its own
 (`pip install auto-round==0.16.1`).
 """
 
 import argparse
 import json
 import resource
+import shutil
 import time
 from importlib.metadata import version
 from pathlib import Path
@@ -18,7 +19,6 @@ from tempfile import TemporaryDirectory
 import torch
 from auto_round import AutoRound
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
 def main() -> None:
@@ -39,31 +39,11 @@ def main() -> None:
     with TemporaryDirectory() as folder:
         rounder.quantize_and_save(folder, format="auto_gptq")
         (quantized,) = (path.parent for path in Path(folder).rglob("model.safetensors"))
-        write_dense(args.checkpoint, quantized, args.output)
+        shutil.move(quantized, args.output)
     gpu = args.device != "cpu"
     peak = torch.cuda.max_memory_allocated() if gpu else 1000 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     facts = {"by": f"AutoRound {version('auto-round')}", "seconds": round(time.perf_counter() - start, 1)}
     print(json.dumps(facts | {"peak_gpu_gb" if gpu else "peak_rss_gb": round(peak / 1e9, 2)}))
-
-
-def write_dense(checkpoint: Path, quantized: Path, output: Path) -> None:
-    """The model with AutoRound's weights dequantized to float32: its scales may be negative, which lowbit refuses."""
-    tensors = load_file(quantized / "model.safetensors")
-    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
-    for name in [key.removesuffix(".qweight") for key in tensors if key.endswith(".qweight")]:
-        codes = nibbles(tensors[f"{name}.qweight"].T).T
-        zeros = nibbles(tensors[f"{name}.qzeros"]) + 1
-        size = len(codes) // len(zeros)
-        scales = tensors[f"{name}.scales"].float().repeat_interleave(size, 0)
-        weight = (codes - zeros.repeat_interleave(size, 0)) * scales
-        model.get_parameter(f"{name}.weight").data.copy_(weight.T)
-    model.save_pretrained(output)
-    AutoTokenizer.from_pretrained(checkpoint).save_pretrained(output)
-
-
-def nibbles(words: torch.Tensor) -> torch.Tensor:
-    """The eight 4-bit numbers of each int32 (n, k), lowest first, (n, 8k) int32."""
-    return (words.unsqueeze(-1) >> torch.arange(0, 32, 4, dtype=torch.int32) & 15).flatten(-2)
 
 
 def parse() -> argparse.Namespace:
