@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from export.errors import CheckpointError
-from export.tensorfile import TensorEntry, read_entries, read_tensor
+from export.tensorfile import TensorEntry, read_entries, read_tensor, unique
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -78,10 +79,10 @@ def open_checkpoint(directory: Path) -> Checkpoint:
     return Checkpoint(directory, config, entries)
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in `path`. CheckpointError where it is missing or no object."""
+def read_json(path: Path, pairs: Callable[[list[tuple[str, Any]]], Any] = dict) -> dict[str, Any]:
+    """The JSON object in `path`, `pairs` making its objects. CheckpointError where it is missing or no object."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=pairs)
     except FileNotFoundError:
         raise CheckpointError(f"{path}: missing; a model directory holds config.json and *.safetensors files") from None
     except (UnicodeDecodeError, ValueError) as error:
@@ -113,7 +114,7 @@ def _tensor_files(directory: Path) -> list[Path]:
 
 
 def _weight_map(directory: Path) -> dict[str, str]:
-    weight_map = read_json(directory / INDEX_NAME).get("weight_map")
+    weight_map = read_json(directory / INDEX_NAME, unique).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{directory / INDEX_NAME}: no weight_map")
     return weight_map

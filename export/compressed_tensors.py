@@ -101,10 +101,7 @@ def _read_plain(name: str, tensor: Reader, scheme: Scheme) -> QTensor:
 
 def _read_packed(name: str, tensor: Reader, scheme: Scheme) -> QTensor:
     packed, scales = tensor(f"{name}.weight_packed"), tensor(f"{name}.weight_scale")
-    shape = tensor(f"{name}.weight_shape").tolist()
-    if not isinstance(shape, list) or len(shape) != 2:
-        raise ValueError(f"weight_shape is {shape}, not outputs and inputs")
-    n, k = shape
+    n, k = _declared_shape(name, tensor)
     require_words(packed, "weight_packed", (n, None))
     codes = unpack(packed, scheme.bits, k)
     zeros = None
@@ -117,10 +114,20 @@ def _read_packed(name: str, tensor: Reader, scheme: Scheme) -> QTensor:
     return QTensor(codes, scales, zeros, scheme)
 
 
+def _declared_shape(name: str, tensor: Reader) -> tuple[int, int]:
+    """weight_shape as numbers. CheckpointError where it is not two integers."""
+    found = tensor(f"{name}.weight_shape")
+    if found.dtype not in (torch.int64, torch.int32) or tuple(found.shape) != (2,):
+        raise CheckpointError(f"{name}: weight_shape is {found.dtype} {list(found.shape)}; int64, n and k, fits")
+    return int(found[0]), int(found[1])
+
+
 def shape(name: str, shapes: Shapes, tensor: Reader, scheme: Scheme) -> tuple[int, int]:
     """(n, k) of the linear `name`."""
-    sizes = shapes(f"{name}.weight") if layout_of(scheme) == PLAIN else tensor(f"{name}.weight_shape").tolist()
-    if not isinstance(sizes, list | tuple) or len(sizes) != 2:
+    if layout_of(scheme) == PACKED:
+        return _declared_shape(name, tensor)
+    sizes = shapes(f"{name}.weight")
+    if len(sizes) != 2:
         raise CheckpointError(f"{name}: its shape is {sizes}, not outputs and inputs")
     return sizes[0], sizes[1]
 

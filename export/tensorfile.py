@@ -86,7 +86,7 @@ def _read_header(path: Path, size: int) -> tuple[dict[str, Any], int]:
             )
         raw = file.read(length)
     try:
-        header = json.loads(raw)
+        header = json.loads(raw, object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: its header is not JSON ({error}): the file is damaged") from error
     if not isinstance(header, dict):
@@ -94,6 +94,16 @@ def _read_header(path: Path, size: int) -> tuple[dict[str, Any], int]:
             f"{path}: its header is a JSON {type(header).__name__}, not an object: the file is damaged"
         )
     return header, 8 + length
+
+
+def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object. ValueError where a key stands in it twice: one reader would take the first, another the last."""
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"{key!r} stands in it twice")
+        found[key] = value
+    return found
 
 
 def _entry(path: Path, name: str, spec: Any, start: int) -> TensorEntry:

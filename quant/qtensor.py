@@ -8,6 +8,7 @@ from torch import Tensor
 from quant import numerics
 from quant.scheme import Activations, Scheme
 
+SCALE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 @dataclass(frozen=True)
 class QTensor:
@@ -44,8 +45,8 @@ class QTensor:
         sides = (n, self.scheme.groups(k))
         if tuple(self.scales.shape) != sides:
             return f"scales have shape {tuple(self.scales.shape)}, not {sides}"
-        if not self.scales.is_floating_point():
-            return f"scales are {self.scales.dtype}, no floating-point numbers"
+        if self.scales.dtype not in SCALE_DTYPES:
+            return f"scales are {self.scales.dtype}, no floating-point numbers of 16 or 32 bits"
         if (self.zeros is None) != self.scheme.symmetric:
             return "zeros belong to asymmetric schemes alone"
         if self.zeros is not None and tuple(self.zeros.shape) != sides:

@@ -25,8 +25,8 @@ class PerGroup:
     size: int
 
     def __post_init__(self) -> None:
-        if self.size < 1 or self.size % 32:
-            raise ValueError(f"group size {self.size}: engines take multiples of 32, or -1 for one scale per channel")
+        if not isinstance(self.size, int) or self.size < 1 or self.size % 32:
+            raise ValueError(f"group size {self.size!r}: engines take multiples of 32, or -1 for one scale per channel")
 
     def groups(self, k: int) -> int:
         if k % self.size:
