@@ -221,20 +221,28 @@ class PlainWeights(LowbitScheme):
         self.one_scale = one_scale
 
     def parameters(self, part: Part) -> dict[str, BasevLLMParameter]:
-        """Codes, scales, and a calibrated scale of the inputs for each linear."""
+        """Codes, scales, and a calibrated scale of the inputs for each linear.
+
+        Scales are float32 whatever the file has, and said to be: torch's default is the model's dtype in here, in
+        which a calibrated scale would be rounded.
+        """
         loader: dict[str, Any] = {"weight_loader": part.loader}
-        codes, scales = torch.empty(part.n, part.k, dtype=torch.int8), torch.empty(part.n, 1, dtype=part.dtype)
+        codes = torch.empty(part.n, part.k, dtype=torch.int8)
+        rows, ones = (torch.zeros(size, dtype=torch.float32) for size in ((part.n, 1), len(part.widths)))
         found = {"weight": ModelWeightParameter(data=codes, input_dim=1, output_dim=0, **loader)}
         if self.one_scale:
-            found["weight_scale"] = PerTensorScaleParameter(data=torch.zeros(len(part.widths)), **loader)
+            found["weight_scale"] = PerTensorScaleParameter(data=ones, **loader)
         else:
-            found["weight_scale"] = ChannelQuantScaleParameter(data=scales, output_dim=0, **loader)
+            found["weight_scale"] = ChannelQuantScaleParameter(data=rows, output_dim=0, **loader)
         if self.scheme.activations is Activations.TENSOR:
-            found["input_scale"] = PerTensorScaleParameter(data=torch.zeros(len(part.widths)), **loader)
+            found["input_scale"] = PerTensorScaleParameter(data=ones.clone(), **loader)
         return found
 
     def whole(self, loaded: dict[str, Tensor], part: Part) -> dict[str, Tensor]:
-        """With a scale for every row, and one for the inputs of linears that run as one: the widest, as vLLM has it."""
+        """With a scale for every row, and one for the inputs of linears that run as one: the widest.
+
+        vLLM's own keeps the scale that came last: the same wherever what shares inputs was calibrated together.
+        """
         found = dict(loaded)
         if self.one_scale:
             widths = torch.tensor(part.widths, device=loaded["weight_scale"].device)
