@@ -13,6 +13,7 @@
 
 #include "decode_attention.cuh"
 #include "dequant.cuh"
+#include "launch.cuh"
 
 namespace lowbit {
 namespace {
@@ -535,40 +536,40 @@ __global__ void __launch_bounds__(kThreads, S::kAhead ? 3 : 2)
 
 // ---- launches ----
 
-// A launch whose attributes outlive the call that fills them in.
-struct Launcher {
-  cudaLaunchAttribute attributes[2];
-  cudaLaunchConfig_t config = {};
-
-  Launcher(dim3 grid, int cluster, bool dependent, cudaStream_t stream) {
-    config.gridDim = grid;
-    config.blockDim = dim3(kThreads);
-    config.stream = stream;
-    config.attrs = attributes;
-    if (dependent) {
-      attributes[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-      attributes[config.numAttrs++].val.programmaticStreamSerializationAllowed = 1;
-    }
-    if (cluster > 1) {
-      attributes[config.numAttrs].id = cudaLaunchAttributeClusterDimension;
-      attributes[config.numAttrs++].val.clusterDim = {unsigned(cluster), 1, 1};
-    }
-  }
-};
-
 template <typename S>
 cudaError_t launch_shape(const DecodeAttentionArgs& args, const DecodeAttentionLaunch& launch, cudaStream_t stream) {
   if (launch.splits < 1 || launch.splits > kMostSplits) return cudaErrorInvalidConfiguration;
   const int group = args.heads / args.cache.kv_heads;
   const unsigned chunks = (group + kHeads - 1) / kHeads;
-  const dim3 grid(launch.splits, args.cache.kv_heads * chunks, args.m);
-  Launcher launcher(grid, launch.splits, launch.dependent, stream);
-  return cudaLaunchKernelEx(&launcher.config, decode_attention_kernel<S>, args);
+  const LaunchPlan plan = {
+      .device = launch.device,
+      .stream = stream,
+      .blocks = dim3(launch.splits, args.cache.kv_heads * chunks, args.m),
+      .threads = dim3(kThreads),
+      .cluster = launch.splits > 1 ? launch.splits : 0,
+      .dependent = launch.dependent,
+  };
+  return launch_kernel(decode_attention_kernel<S>, plan, args);
+}
+
+}  // namespace
+
+template <typename T>
+cudaError_t launch_append_heads(const AppendHeadsArgs& args, int device, bool dependent, cudaStream_t stream) {
+  const int units = args.m * (args.heads + 2 * args.cache.kv_heads), warps = kThreads / 32;
+  const LaunchPlan plan = {
+      .device = device,
+      .stream = stream,
+      .blocks = dim3((units + warps - 1) / warps),
+      .threads = dim3(kThreads),
+      .dependent = dependent,
+  };
+  return launch_kernel(append_heads_kernel<T>, plan, args);
 }
 
 template <typename T>
-cudaError_t launch_attention(const DecodeAttentionArgs& args, const DecodeAttentionLaunch& launch,
-                             cudaStream_t stream) {
+cudaError_t launch_decode_attention(const DecodeAttentionArgs& args, const DecodeAttentionLaunch& launch,
+                                    cudaStream_t stream) {
   const bool int8 = args.cache.k_scales != nullptr;
   const int head_dim = args.cache.head_dim;
   if (head_dim % (int8 ? 16 : 8) != 0 || head_dim > 256) return cudaErrorInvalidValue;
@@ -577,25 +578,6 @@ cudaError_t launch_attention(const DecodeAttentionArgs& args, const DecodeAttent
   if (head_dim <= 64) return launch_shape<Shape<T, false, 64>>(args, launch, stream);
   if (head_dim <= 128) return launch_shape<Shape<T, false, 128>>(args, launch, stream);
   return launch_shape<Shape<T, false, 256>>(args, launch, stream);
-}
-
-}  // namespace
-
-template <typename T>
-cudaError_t launch_append_heads(const AppendHeadsArgs& args, int device, bool dependent, cudaStream_t stream) {
-  const cudaError_t error = cudaSetDevice(device);
-  if (error != cudaSuccess) return error;
-  const int units = args.m * (args.heads + 2 * args.cache.kv_heads), warps = kThreads / 32;
-  Launcher launcher(dim3((units + warps - 1) / warps), 1, dependent, stream);
-  return cudaLaunchKernelEx(&launcher.config, append_heads_kernel<T>, args);
-}
-
-template <typename T>
-cudaError_t launch_decode_attention(const DecodeAttentionArgs& args, const DecodeAttentionLaunch& launch,
-                                    cudaStream_t stream) {
-  const cudaError_t error = cudaSetDevice(launch.device);
-  if (error != cudaSuccess) return error;
-  return launch_attention<T>(args, launch, stream);
 }
 
 template cudaError_t launch_append_heads<LOWBIT_T>(const AppendHeadsArgs&, int, bool, cudaStream_t);

@@ -1,6 +1,7 @@
 // One warp rounds one row: each lane keeps four columns of it in registers, and the column whose turn it is goes to all
 // lanes by a shuffle. Rows never meet, so nothing is synchronised; the factor is in shared memory, read by every warp.
 #include "gptq_block.cuh"
+#include "launch.cuh"
 
 namespace lowbit {
 namespace {
@@ -60,12 +61,14 @@ __global__ void gptq_block_kernel(const __grid_constant__ GptqBlockArgs args) {
 }  // namespace
 
 cudaError_t launch_gptq_block(const GptqBlockArgs& args, int device, cudaStream_t stream) {
-  cudaError_t error = cudaSetDevice(device);
-  if (error != cudaSuccess) return error;
-  error = cudaFuncSetAttribute(gptq_block_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
-  if (error != cudaSuccess) return error;
-  gptq_block_kernel<<<(args.n + kWarps - 1) / kWarps, kWarps * 32, kSharedBytes, stream>>>(args);
-  return cudaGetLastError();
+  const LaunchPlan plan = {
+      .device = device,
+      .stream = stream,
+      .blocks = dim3((args.n + kWarps - 1) / kWarps),
+      .threads = dim3(kWarps * 32),
+      .shared_bytes = kSharedBytes,
+  };
+  return launch_kernel(gptq_block_kernel, plan, args);
 }
 
 }  // namespace lowbit

@@ -7,6 +7,7 @@
 // Blocks of a cluster split k and sum through each other's shared memory: sums of int32, so that their order cannot
 // matter. W's stream starts before the previous kernel has finished: W is constant, x is not.
 #include "epilogue.cuh"
+#include "launch.cuh"
 #include "tensor_map.cuh"
 #include "w8a8_gemm.cuh"
 #include "w8a8_wgmma.cuh"
@@ -237,28 +238,21 @@ __global__ void __launch_bounds__(S::kThreads, 4 / S::kWarpgroups)
 
 template <typename S>
 cudaError_t launch_shape(const W8a8Args& args, const W8a8GemmLaunch& launch, cudaStream_t stream) {
-  auto kernel = w8a8_gemm_kernel<S>;
   const int stages = launch.stages > S::kLeastStages ? launch.stages : S::kLeastStages;
-  const int bytes = static_cast<int>(bytes_of<S>(stages));
-  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   Maps maps;
-  if (error == cudaSuccess) error = make_tensor_map(maps.codes, args.codes, args.n, args.k, S::kRows);
+  cudaError_t error = make_tensor_map(maps.codes, args.codes, args.n, args.k, S::kRows);
   if (error == cudaSuccess) error = make_tensor_map(maps.x, args.x, args.m, args.k, S::kColumns);
   if (error != cudaSuccess) return error;
-  cudaLaunchAttribute attributes[2];
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(launch.cluster, (args.n + S::kRows - 1) / S::kRows, (args.m + S::kColumns - 1) / S::kColumns);
-  config.blockDim = dim3(S::kThreads);
-  config.dynamicSmemBytes = bytes;
-  config.stream = stream;
-  config.attrs = attributes;
-  attributes[config.numAttrs].id = cudaLaunchAttributeClusterDimension;
-  attributes[config.numAttrs++].val.clusterDim = {unsigned(launch.cluster), 1, 1};
-  if (launch.dependent) {
-    attributes[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attributes[config.numAttrs++].val.programmaticStreamSerializationAllowed = 1;
-  }
-  return cudaLaunchKernelEx(&config, kernel, maps, args, launch.output, stages);
+  const LaunchPlan plan = {
+      .device = launch.device,
+      .stream = stream,
+      .blocks = dim3(launch.cluster, (args.n + S::kRows - 1) / S::kRows, (args.m + S::kColumns - 1) / S::kColumns),
+      .threads = dim3(S::kThreads),
+      .shared_bytes = bytes_of<S>(stages),
+      .cluster = launch.cluster,
+      .dependent = launch.dependent,
+  };
+  return launch_kernel(w8a8_gemm_kernel<S>, plan, maps, args, launch.output, stages);
 }
 
 template <int kColumns>
@@ -274,8 +268,6 @@ cudaError_t launch_warpgroups(const W8a8Args& args, const W8a8GemmLaunch& launch
 }  // namespace
 
 cudaError_t launch_w8a8_gemm(const W8a8Args& args, const W8a8GemmLaunch& launch, cudaStream_t stream) {
-  const cudaError_t error = cudaSetDevice(launch.device);
-  if (error != cudaSuccess) return error;
   if (args.m <= 8) return launch_warpgroups<8>(args, launch, stream);
   if (args.m <= 16) return launch_warpgroups<16>(args, launch, stream);
   if (args.m <= 32) return launch_warpgroups<32>(args, launch, stream);

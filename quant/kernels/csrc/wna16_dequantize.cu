@@ -1,6 +1,7 @@
 // One warp expands one tile's chunk (16 rows x 128 inputs): the same 16-byte reads as the product's, and 16-byte
 // writes of eight consecutive inputs of a row. Bound by the writes, so nothing is staged in shared memory.
 #include "dequant.cuh"
+#include "launch.cuh"
 #include "wna16_dequantize.cuh"
 
 namespace lowbit {
@@ -59,11 +60,14 @@ __global__ void wna16_dequantize_kernel(const __grid_constant__ Wna16DequantizeA
 
 template <typename T, int kBits>
 cudaError_t launch_wna16_dequantize(const Wna16DequantizeArgs& args, int device, cudaStream_t stream) {
-  const cudaError_t error = cudaSetDevice(device);
-  if (error != cudaSuccess) return error;
   const int64_t units = static_cast<int64_t>((args.n + 15) / 16) * ((args.k + 127) / 128);
-  wna16_dequantize_kernel<T, kBits><<<(units + kWarps - 1) / kWarps, kWarps * 32, 0, stream>>>(args);
-  return cudaGetLastError();
+  const LaunchPlan plan = {
+      .device = device,
+      .stream = stream,
+      .blocks = dim3((units + kWarps - 1) / kWarps),
+      .threads = dim3(kWarps * 32),
+  };
+  return launch_kernel(wna16_dequantize_kernel<T, kBits>, plan, args);
 }
 
 template cudaError_t launch_wna16_dequantize<__half, 4>(const Wna16DequantizeArgs&, int, cudaStream_t);

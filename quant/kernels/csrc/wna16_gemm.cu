@@ -12,6 +12,7 @@
 // stood in every chunk), x asked for one chunk ahead, two blocks of two warpgroups on a multiprocessor, sums read from
 // the cluster one float at a time.
 #include "epilogue.cuh"
+#include "launch.cuh"
 #include "wgmma.cuh"
 #include "wna16_gemm.cuh"
 
@@ -405,24 +406,16 @@ __global__ void __launch_bounds__(S::kThreads, 1) wna16_gemm_kernel(const __grid
 
 template <typename S>
 cudaError_t launch_shape(const Wna16Args& args, const Wna16GemmLaunch& launch, cudaStream_t stream) {
-  auto kernel = wna16_gemm_kernel<S>;
-  constexpr int bytes = Layout<S>::kBytes;
-  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-  if (error != cudaSuccess) return error;
-  cudaLaunchAttribute attributes[2];
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(launch.cluster, (args.tiles + S::kTiles - 1) / S::kTiles);
-  config.blockDim = dim3(S::kThreads);
-  config.dynamicSmemBytes = bytes;
-  config.stream = stream;
-  config.attrs = attributes;
-  attributes[config.numAttrs].id = cudaLaunchAttributeClusterDimension;
-  attributes[config.numAttrs++].val.clusterDim = {unsigned(launch.cluster), 1, 1};
-  if (launch.dependent) {
-    attributes[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attributes[config.numAttrs++].val.programmaticStreamSerializationAllowed = 1;
-  }
-  return cudaLaunchKernelEx(&config, kernel, args);
+  const LaunchPlan plan = {
+      .device = launch.device,
+      .stream = stream,
+      .blocks = dim3(launch.cluster, (args.tiles + S::kTiles - 1) / S::kTiles),
+      .threads = dim3(S::kThreads),
+      .shared_bytes = Layout<S>::kBytes,
+      .cluster = launch.cluster,
+      .dependent = launch.dependent,
+  };
+  return launch_kernel(wna16_gemm_kernel<S>, plan, args);
 }
 
 template <typename T, int kBits, bool kZeros, int kGroups, bool kChannel>
@@ -458,8 +451,6 @@ cudaError_t launch_groups(const Wna16Args& args, const Wna16GemmLaunch& launch, 
 
 template <typename T, int kBits>
 cudaError_t launch_wna16_gemm(const Wna16Args& args, const Wna16GemmLaunch& launch, cudaStream_t stream) {
-  const cudaError_t error = cudaSetDevice(launch.device);
-  if (error != cudaSuccess) return error;
   return args.zeros == nullptr ? launch_groups<T, kBits, false>(args, launch, stream)
                                : launch_groups<T, kBits, true>(args, launch, stream);
 }

@@ -10,6 +10,7 @@
 // shared memory first (its latency stands before everything), x read a chunk ahead. docs/LOG.md has the figures, and
 // what is still lost here: the compiler gives all refills one scoreboard, so the oldest waits for the newest.
 #include "epilogue.cuh"
+#include "launch.cuh"
 #include "wna16_gemv.cuh"
 
 namespace lowbit {
@@ -399,29 +400,19 @@ cudaError_t launch_shape(const Wna16Args& args, const Wna16GemvLaunch& launch, c
   size_t bytes = size_t(group_tiles) * kTileRows * args.m * (launch.k_warps + 1) * 4;
   const int slice = largest_slice(args.chunks, launch.cluster);
   if (args.stage_x) bytes += (args.m + 1) / 2 * 16 + size_t(args.m) * staged_pitch(slice);
-  auto kernel = wna16_gemv_kernel<S>;
-  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes));
-  if (error != cudaSuccess) return error;
-  cudaLaunchAttribute attributes[2];
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(launch.cluster, (args.tiles + group_tiles - 1) / group_tiles);
-  config.blockDim = dim3(32, launch.row_warps, launch.k_warps);
-  config.dynamicSmemBytes = bytes;
-  config.stream = stream;
-  config.attrs = attributes;
-  if (launch.dependent) {
-    attributes[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attributes[config.numAttrs++].val.programmaticStreamSerializationAllowed = 1;
-  }
-  if (launch.cluster > 1) {
-    attributes[config.numAttrs].id = cudaLaunchAttributeClusterDimension;
-    attributes[config.numAttrs].val.clusterDim = {unsigned(launch.cluster), 1, 1};
-    ++config.numAttrs;
-  }
+  const LaunchPlan plan = {
+      .device = launch.device,
+      .stream = stream,
+      .blocks = dim3(launch.cluster, (args.tiles + group_tiles - 1) / group_tiles),
+      .threads = dim3(32, launch.row_warps, launch.k_warps),
+      .shared_bytes = bytes,
+      .cluster = launch.cluster > 1 ? launch.cluster : 0,
+      .dependent = launch.dependent,
+  };
   // Measured for one tile a warp and up to 8 rows of x, where it gains up to 3%; a shorter share loses as much.
   const bool prefetch = launch.dependent && S::kRowTiles == 1 && S::kColBlocks == 1 &&
                         args.chunks / (launch.cluster * launch.k_warps) * S::kChunkBytes >= kLongShare;
-  return cudaLaunchKernelEx(&config, kernel, args, prefetch);
+  return launch_kernel(wna16_gemv_kernel<S>, plan, args, prefetch);
 }
 
 template <typename T, int kBits, bool kZeros, int kGroups>
@@ -452,8 +443,6 @@ cudaError_t launch_zeros(const Wna16Args& args, const Wna16GemvLaunch& launch, c
 
 template <typename T, int kBits>
 cudaError_t launch_wna16_gemv(const Wna16Args& args, const Wna16GemvLaunch& launch, cudaStream_t stream) {
-  const cudaError_t error = cudaSetDevice(launch.device);
-  if (error != cudaSuccess) return error;
   return args.zeros == nullptr ? launch_zeros<T, kBits, false>(args, launch, stream)
                                : launch_zeros<T, kBits, true>(args, launch, stream);
 }
