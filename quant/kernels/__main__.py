@@ -46,8 +46,11 @@ def local_gpu() -> tuple[str, tuple[int, int], int]:
 
 
 def describe_problem(problem: Problem) -> str:
-    """The chosen kernel, how it cuts the work, and what those before it have against the problem."""
-    chosen = choose_kernel(problem)
+    """The chosen kernel, how it cuts the work, and what those before it have against the problem; or why none is."""
+    try:
+        chosen = choose_kernel(problem)
+    except RuntimeError as error:
+        return str(error)
     lines = [f"{problem}: {chosen.name}"]
     if chosen.name in LAUNCHES:
         lines.append(f"    {LAUNCHES[chosen.name](problem)}")

@@ -28,13 +28,16 @@ def reason_against_90a() -> str | None:
 def reason_against_capability(capability: tuple[int, int], architectures: str) -> str | None:
     """Why nothing of `architectures` ("80 90a 90+PTX") runs on this compute capability, or None.
 
-    Machine code runs from its own version on within the major one ("90a" on 9.0 alone), PTX on all newer GPUs.
+    Machine code runs from its own version on within the major one ("90a" on 9.0 alone), PTX on all newer GPUs. But PTX
+    from before 9.0 does not on 9.0 and newer: there the launchers use clusters and dependent launch, and the barriers
+    and waits that belong to them are not in it.
     """
     for name in architectures.split():
         number, _, ptx = name.partition("+")
         built = divmod(int(number.rstrip("a")), 10)
         same_major = capability[0] == built[0] and not number.endswith("a")
-        if capability == built or (capability > built and (same_major or ptx)):
+        waits = built >= (9, 0) or capability < (9, 0)
+        if capability == built or (capability > built and (same_major or (ptx and waits))):
             return None
     major, minor = capability
     return f"the GPU is sm_{major}{minor}, quant._C was built for {architectures} (LOWBIT_CUDA_ARCHS)"

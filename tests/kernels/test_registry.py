@@ -34,8 +34,10 @@ def test_a_gpu_that_nothing_was_built_for_is_an_error(monkeypatch: pytest.Monkey
     for module in (extension, reference, wna16_gemm):
         monkeypatch.setattr(module, "EXTENSION", SimpleNamespace(architectures="80 90a"))
     assert choose_kernel(replace(ON_H100, m=32)).name == "wna16_gemm"
+    on_sm_120 = replace(ON_H100, capability=(12, 0))
     with pytest.raises(RuntimeError, match=r"wna16_dequantize: the GPU is sm_120, quant._C was built for 80 90a"):
-        choose_kernel(replace(ON_H100, capability=(12, 0)))
+        choose_kernel(on_sm_120)
+    assert describe_problem(on_sm_120).startswith(f"no kernel takes {on_sm_120}")
 
 
 @pytest.mark.parametrize(
@@ -47,6 +49,9 @@ def test_a_gpu_that_nothing_was_built_for_is_an_error(monkeypatch: pytest.Monkey
         ((8, 0), "86", False),
         ((10, 0), "90a", False),
         ((10, 0), "80 90+PTX", True),
+        ((8, 9), "80+PTX", True),
+        ((9, 0), "80+PTX", False),  # it waits neither for a cluster nor for the previous kernel
+        ((10, 0), "80+PTX 90a", False),
         ((7, 5), "80 90a 90+PTX", False),
     ],
 )
