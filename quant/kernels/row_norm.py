@@ -97,6 +97,9 @@ def check(call: Rows) -> None:
     for name, tensor in (("weight", call.weight), ("bias", call.bias)):
         if tensor is not None and (tuple(tensor.shape) != (k,) or tensor.dtype != call.x.dtype):
             raise ValueError(f"{name} is {tuple(tensor.shape)} {tensor.dtype}, not ({k},) {call.x.dtype}")
+    for name, tensor in (("weight", call.weight), ("bias", call.bias), ("input_scale", call.input_scale)):
+        if tensor is not None and tensor.device != call.x.device:
+            raise ValueError(f"{name} is on {tensor.device}, x on {call.x.device}: they must be on one device")
     scale = call.input_scale
     if scale is not None and (scale.numel() != 1 or scale.dtype != torch.float32):
         raise ValueError(f"input_scale is {tuple(scale.shape)} {scale.dtype}, not one number of torch.float32")
@@ -107,8 +110,10 @@ def reason_against(call: Rows) -> str | None:
     x = call.x
     if x.device.type != "cuda":
         return f"the tensors are on the {x.device.type}"
-    if x.dtype not in (torch.float16, torch.bfloat16) or not x.is_contiguous() or x.data_ptr() % 16:
-        return "the kernel takes contiguous, aligned rows of torch.float16 or torch.bfloat16"
+    vectors = [tensor for tensor in (x, call.weight, call.bias) if tensor is not None]
+    aligned = all(tensor.is_contiguous() and tensor.data_ptr() % 16 == 0 for tensor in vectors)
+    if x.dtype not in (torch.float16, torch.bfloat16) or not aligned:
+        return "the kernel takes contiguous rows of torch.float16 or torch.bfloat16, aligned to 16 bytes"
     m, k = call.shape
     if k % 8 or not 0 < k <= MAX_K or not m:
         return f"rows of {k}: multiples of 8 up to {MAX_K} are taken"

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from quant.kernels import ops
-from quant.kernels.row_norm import Rows, reference, reference_codes
+from quant.kernels.row_norm import Rows, check, reference, reference_codes
 
 NORMS = ("none", "rms", "layer")
 INT8 = ("none", "token", "tensor")
@@ -60,6 +60,13 @@ def test_what_is_given_is_not_what_is_returned():
 def test_parts_that_do_not_go_together_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
         ops.normalize(replace(make_rows(2, 8, "rms", "none"), **change))
+
+
+@pytest.mark.parametrize("name", ["weight", "bias", "input_scale"])
+def test_a_tensor_on_another_device_is_named(name):
+    call = make_rows(2, 8, "layer", "tensor")
+    with pytest.raises(ValueError, match=f"{name} is on meta, x on cpu"):
+        check(replace(call, **{name: getattr(call, name).to("meta")}))
 
 
 @pytest.mark.parametrize("activation", ["gelu", "quick_gelu", "silu_mul"])
@@ -134,3 +141,25 @@ def test_the_kernel_gives_the_codes_of_the_reference(dtype):
             error = (got.int() - wanted.int()).abs()  # an exponential's last bit may turn a code
             assert error.max() <= 1 + (dtype == torch.bfloat16)
             assert (error > 0).float().mean() < 0.05
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("k", [264, 13824])
+def test_the_kernel_keeps_a_nan_to_its_row(k):
+    for m in (3, 300):
+        call = make_rows(m, k, "rms", "token", torch.float16, "cuda")
+        codes, scales = ops.quantize_rows(call)
+        call.x[1, k - 1] = torch.nan
+        spoilt_codes, spoilt_scales = ops.quantize_rows(call)
+        assert spoilt_scales[1].isnan()
+        others = torch.arange(m, device="cuda") != 1
+        assert torch.equal(spoilt_scales[others], scales[others])
+        assert torch.equal(spoilt_codes[others], codes[others])
+
+
+@pytest.mark.gpu
+def test_a_norm_that_is_not_aligned_is_read_all_the_same():
+    call = make_rows(3, 264, "layer", "none", torch.float16, "cuda")
+    weight, bias = (torch.cat([t[:1], t])[1:] for t in (call.weight, call.bias))
+    got = ops.normalize(replace(call, weight=weight, bias=bias))
+    torch.testing.assert_close(got, ops.normalize(call), atol=2e-3, rtol=2e-3)

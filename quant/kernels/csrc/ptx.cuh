@@ -62,6 +62,13 @@ __device__ inline uint32_t and_or(uint32_t value, uint32_t mask, uint32_t bits) 
   return result;
 }
 
+// The larger one, or NaN where one is: fmaxf would give the other.
+__device__ inline float max_or_nan(float a, float b) {
+  float larger;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(larger) : "f"(a), "f"(b));
+  return larger;
+}
+
 // c (16 x 8, float32) += a (16 x 16) * b (16 x 8). The lane's share of each operand is the PTX ISA's fragment of
 // mma.m16n8k16: a0 row g, a1 row g + 8, a2 and a3 the same rows eight columns on, where g = lane / 4.
 template <typename T>

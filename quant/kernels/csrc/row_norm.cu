@@ -4,6 +4,7 @@
 // the product's own prologue, which norms the same row in every block, costs the product more than this launch:
 // docs/ENGINE.md has the figures.
 #include "epilogue.cuh"
+#include "launch.cuh"
 #include "row_norm.cuh"
 
 namespace lowbit {
@@ -18,7 +19,7 @@ struct Add {
   __device__ float operator()(float a, float b) const { return a + b; }
 };
 struct Max {
-  __device__ float operator()(float a, float b) const { return fmaxf(a, b); }
+  __device__ float operator()(float a, float b) const { return max_or_nan(a, b); }
 };
 
 // The block's values combined, in all threads; `scratch` holds a number a warp. Values are 0 where there is nothing.
@@ -72,7 +73,7 @@ __device__ void norm_row(const RowNormArgs& args, float (&x)[kCount][kVector], c
   }
 }
 
-// What a code of 1 stands for in this row.
+// What a code of 1 stands for in this row: NaN where the row holds one, which no code could say.
 template <int kCount>
 __device__ float scale_of(const RowNormArgs& args, const float (&x)[kCount][kVector], float* scratch) {
   if (args.input_scale != nullptr) return *args.input_scale;
@@ -80,16 +81,17 @@ __device__ float scale_of(const RowNormArgs& args, const float (&x)[kCount][kVec
 #pragma unroll
   for (int v = 0; v < kCount; ++v)
 #pragma unroll
-    for (int i = 0; i < kVector; ++i) largest = fmaxf(largest, fabsf(x[v][i]));
+    for (int i = 0; i < kVector; ++i) largest = max_or_nan(largest, fabsf(x[v][i]));
   largest = reduce(largest, scratch, Max{});
-  return largest > 0.f ? largest / 127.f : 1.f;
+  return largest == 0.f ? 1.f : largest / 127.f;
 }
 
 // What a code of 1 stands for, and what to divide by it with.
 struct Step {
   float scale, inverse;
   // The quotient, as rounded by IEEE 754: a step of Newton's from scale's correctly rounded inverse (Markstein, 1990).
-  // Of 24 million halves over scales of rows none came out otherwise.
+  // On a CPU, for every float16 x and every float16 that may be its row's largest, 504 million pairs, none came out
+  // otherwise; of 49 million of bfloat16 and 584 million with other scales some quotients did, by a bit, but no code.
   __device__ float divide(float x) const {
     if (scale < 1e-36f) return x / scale;  // whose inverse may overflow
     const float guess = x * inverse;
@@ -166,34 +168,22 @@ __global__ void __launch_bounds__(kMaxThreads) row_norm_kernel(const __grid_cons
   }
 }
 
-template <typename T, int kCount>
-cudaError_t launch_count(const RowNormArgs& args, int threads, bool dependent, cudaStream_t stream) {
-  cudaLaunchAttribute attribute;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(args.m);
-  config.blockDim = dim3(threads);
-  config.stream = stream;
-  config.attrs = &attribute;
-  if (dependent) {
-    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attribute.val.programmaticStreamSerializationAllowed = 1;
-    config.numAttrs = 1;
-  }
-  return cudaLaunchKernelEx(&config, row_norm_kernel<T, kCount>, args);
-}
-
 }  // namespace
 
 template <typename T>
 cudaError_t launch_row_norm(const RowNormArgs& args, int device, bool dependent, cudaStream_t stream) {
-  const cudaError_t error = cudaSetDevice(device);
-  if (error != cudaSuccess) return error;
   const int vectors = args.k / kVector;
   if (args.k % kVector != 0 || vectors > kMaxThreads * kVectors) return cudaErrorInvalidValue;
   // Few rows want all their threads, many rows many loads on their way.
-  if (vectors <= kMaxThreads && args.m < kManyRows)
-    return launch_count<T, 1>(args, (vectors + 31) / 32 * 32, dependent, stream);
-  return launch_count<T, kVectors>(args, (vectors + 32 * kVectors - 1) / (32 * kVectors) * 32, dependent, stream);
+  const int count = vectors <= kMaxThreads && args.m < kManyRows ? 1 : kVectors;
+  const LaunchPlan plan = {
+      .device = device,
+      .stream = stream,
+      .blocks = dim3(args.m),
+      .threads = dim3((vectors + 32 * count - 1) / (32 * count) * 32),
+      .dependent = dependent,
+  };
+  return launch_kernel(count == 1 ? row_norm_kernel<T, 1> : row_norm_kernel<T, kVectors>, plan, args);
 }
 
 template cudaError_t launch_row_norm<LOWBIT_T>(const RowNormArgs&, int, bool, cudaStream_t);
