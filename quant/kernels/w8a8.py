@@ -9,6 +9,7 @@ from quant.kernels.problem import Problem
 from quant.qtensor import QTensor
 
 K_STEP = 16  # inputs: what the copy engine and CUTLASS read at a time
+MOST_K = (1 << 17) - K_STEP  # inputs: 2^17 products of -128 and -128 are more than int32 holds
 LEAST_ROWS, N_STEP = 17, 8  # of cuBLAS's int8 product
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -65,14 +66,16 @@ class Int8Call:
 
 def reason_against_packing(n: int, k: int) -> str | None:
     """Why no weight of this shape can be packed, or None."""
-    return f"{k} inputs: the int8 kernels take multiples of {K_STEP}" if k % K_STEP else None
+    if k % K_STEP:
+        return f"{k} inputs: the int8 kernels take multiples of {K_STEP}"
+    return f"{k} inputs: beyond {MOST_K} a sum may not fit in int32" if k > MOST_K else None
 
 
 def pack_int8(weight: QTensor) -> Int8Weight:
     """`weight` as the kernels take it, on its device: symmetric, 8 bits, one scale per row.
 
-    ValueError for another scheme or a k that is no multiple of 16. QTensor has refused scales that are zero, negative
-    or not finite; the codes stay as they are, bit for bit.
+    ValueError for another scheme or a k that is no multiple of 16, or above MOST_K. QTensor has refused scales that are
+    zero, negative or not finite; the codes stay as they are, bit for bit.
     """
     n, k = weight.shape
     scheme = weight.scheme

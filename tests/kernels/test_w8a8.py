@@ -9,7 +9,7 @@ from torch import Tensor
 from export import compressed_tensors
 from export.errors import CheckpointError
 from quant.kernels import ops
-from quant.kernels.w8a8 import Int8Weight, pack_int8
+from quant.kernels.w8a8 import MOST_K, Int8Weight, pack_int8
 from quant.numerics import quantize_inputs
 from quant.qtensor import QTensor
 from quant.scheme import parse_scheme
@@ -40,6 +40,22 @@ def test_sums_are_exact_integers() -> None:
     assert torch.equal(y.double(), x.double() @ weight.codes.double().T)
 
 
+def test_the_longest_sums_fit_in_int32() -> None:
+    weight = Int8Weight(torch.full((8, MOST_K), -128, dtype=torch.int8), torch.ones(8))
+    x = torch.full((1, MOST_K), -128, dtype=torch.int8)
+    y = ops.w8a8_linear(x, weight, x_scales=torch.ones(1), dtype=torch.float32)
+    assert (y == float(MOST_K) * 128 * 128).all()
+
+
+def test_a_token_that_holds_a_nan_gives_nans_alone() -> None:
+    weight, x = make_int8_weight(8, 32), make_x(3, 32, torch.float16)
+    y = ops.w8a8_linear(x, weight)
+    x[1, 5] = torch.nan
+    spoilt = ops.w8a8_linear(x, weight)
+    assert spoilt[1].isnan().all()
+    assert torch.equal(spoilt[::2], y[::2])
+
+
 def test_a_row_of_zeros_and_no_rows() -> None:
     weight, x = make_int8_weight(8, 32), torch.zeros(2, 32, dtype=torch.float16)
     assert torch.equal(ops.w8a8_linear(x, weight), torch.zeros(2, 8, dtype=torch.float16))
@@ -53,6 +69,8 @@ def test_a_weight_is_packed_bit_for_bit_or_refused() -> None:
     assert torch.equal(packed.scales, qtensor.scales.float()[:, 0])
     with pytest.raises(ValueError, match="72 inputs: the int8 kernels take multiples of 16"):
         pack_int8(make_qtensor(24, 72, 8, -1, True))
+    with pytest.raises(ValueError, match="131072 inputs: beyond 131056 a sum may not fit in int32"):
+        pack_int8(make_qtensor(1, 1 << 17, 8, -1, True))
     with pytest.raises(ValueError, match="not int8-g32"):
         pack_int8(make_qtensor(24, 64, 8, 32, True))
 
