@@ -1,7 +1,7 @@
 // Compiled once per tile: LOWBIT_TILE comes from setup.py, because a CUTLASS product costs a minute of nvcc. Code for
 // sm_90a alone.
 //
-// The product is CUTLASS's own (TMA, warpgroup instructions, persistent blocks); what is ours is the choice of three
+// The product is CUTLASS's own (TMA, warpgroup instructions, persistent blocks); what is ours is the choice of two
 // tiles and the epilogue, a tree of visitors over the int32 sums: times the weight's scale of the column, times x's
 // scale of the row, plus bias, plus residual, each where there is one. quant/kernels/w8a8_cutlass.py has the table
 // that chooses the tile, by measurement.
@@ -51,12 +51,6 @@ struct Tile<1> {
   using Shape = Shape<_128, _256, _128>;
   using Mainloop = cutlass::gemm::KernelTmaWarpSpecializedCooperative;
   using Epilogue = cutlass::epilogue::TmaWarpSpecializedCooperative;
-};
-template <>
-struct Tile<2> {
-  using Shape = Shape<_64, _128, _128>;
-  using Mainloop = cutlass::gemm::KernelTmaWarpSpecializedPingpong;
-  using Epilogue = cutlass::epilogue::TmaWarpSpecialized;
 };
 
 template <typename T_, int kTile>

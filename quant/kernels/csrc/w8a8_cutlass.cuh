@@ -5,12 +5,10 @@
 
 namespace lowbit {
 
-constexpr int kW8a8Tiles = 3;
-
 struct W8a8CutlassLaunch {
   int device;
   int processors;  // multiprocessors of the device
-  int tile;        // below kW8a8Tiles: w8a8_cutlass.cu lists them
+  int tile;        // 0 or 1: w8a8_cutlass.cu lists them
   int swizzle;     // tiles of y that neighbour each other in time: 1, 2, 4 or 8 rows or columns of them
 };
 
