@@ -9,16 +9,21 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from export.checkpoint import open_checkpoint
+from export.convert import express
 from export.formats import FORMATS, LogicalTensors, write_config
 from models.source import open_source
 from quant.numerics import fake_quantize_inputs
 from quant.qtensor import QTensor, round_to_nearest
-from quant.scheme import Activations, Scheme, parse_scheme
+from quant.scheme import Activations, Scheme, make_scheme, parse_scheme
 
 
 def quantize_files(directory: Path, fmt: str, text: str, left: tuple[str, ...] = ("lm_head",)) -> None:
-    """Rewrite a saved model: every linear of its blocks rounded to the scheme `text` in the format `fmt`."""
+    """Rewrite a saved model: every linear of its blocks rounded to the scheme `text` in the format `fmt`.
+
+    AWQ says a symmetric weight with zeros in the middle.
+    """
     scheme = parse_scheme(text)
+    stored = make_scheme(scheme.bits, scheme.group_size, False) if fmt == "awq" else scheme
     tensors = load_file(directory / "model.safetensors")
     names = [
         key.removesuffix(".weight")
@@ -32,9 +37,10 @@ def quantize_files(directory: Path, fmt: str, text: str, left: tuple[str, ...] =
         )
         zeros = None if plain.zeros is None else plain.zeros.clamp(min=1)
         input_scale = torch.tensor(0.01) if scheme.activations is Activations.TENSOR else None
-        tensors |= FORMATS[fmt].write(name, QTensor(plain.codes, plain.scales, zeros, scheme, input_scale))
+        weight, _ = express(QTensor(plain.codes, plain.scales, zeros, scheme, input_scale), stored)
+        tensors |= FORMATS[fmt].write(name, weight)
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
-    block = FORMATS[fmt].quantization_config(dict.fromkeys(names, scheme), left)
+    block = FORMATS[fmt].quantization_config(dict.fromkeys(names, stored), left)
     write_config(directory, json.loads((directory / "config.json").read_text()), FORMATS[fmt], block)
 
 

@@ -54,6 +54,8 @@ def with_vllm(args: argparse.Namespace, windows: list[list[int]]) -> list[list[f
     """By vLLM's offline engine, its prompt log-probabilities."""
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    if args.split == 1:  # the engine in this process: what it imports is imported once
+        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     from vllm import LLM, SamplingParams
     from vllm.lora.request import LoRARequest
 

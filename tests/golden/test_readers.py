@@ -15,11 +15,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
-from benchmarks.readers import read_by
+from benchmarks.readers import path_of_ours, read_by
 from export.checkpoint import open_checkpoint
+from export.compressed_tensors import quantization_config
 from export.formats import LogicalTensors
+from quant.scheme import parse_scheme
 from tests.builders import make_model, save
 from tests.house.tree import ROOT
 from tests.quantized import dense, quantize_files
@@ -31,7 +33,13 @@ SIZES = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32}  # what v
 WINDOWS = torch.randint(0, 256, (3, 40), generator=torch.Generator().manual_seed(5)).tolist()
 SYMMETRIC = [("compressed-tensors", "int4-g32"), ("compressed-tensors", "int8-channel"), ("gptq", "int8-g32")]
 W8A8 = [("compressed-tensors", "int8-channel-a8token"), ("compressed-tensors", "int8-channel-a8tensor")]
-W4 = [("compressed-tensors", "int4-g32"), ("gptq", "int4-g32"), ("gptq_v2", "int4-g64"), ("awq", "uint4-g32")]
+W4 = [
+    ("compressed-tensors", "int4-g32"),
+    ("gptq", "int4-g32"),
+    ("gptq_v2", "int4-g64"),
+    ("awq", "uint4-g32"),
+    ("awq", "int4-g32"),
+]
 LIMITS = {"OMP_NUM_THREADS": "1", "GPTQMODEL_CPU_WORKERS": "2"}
 ADAPTED = ("q_proj", "down_proj")
 GPTQ = [*W4[1:], ("gptq", "int8-channel"), ("gptq_v2", "uint4-g32"), ("awq", "uint4-channel")]
@@ -63,9 +71,12 @@ def meant(directory: Path, adapter: dict[str, torch.Tensor] | None = None) -> to
 
 
 def quantized(directory: Path, fmt: str, text: str) -> Path:
-    """A tiny model in a format, one linear of it left alone."""
+    """A tiny model in a format, one linear of it left alone; 4-bit symmetric weights with scales of both signs."""
     save(make_model("llama", **SIZES), directory, torch.bfloat16)
     quantize_files(directory, fmt, text, ("lm_head", "model.layers.1.mlp.down_proj"))
+    if text.startswith("int4"):
+        scales = LogicalTensors(open_checkpoint(directory)).qtensor("model.layers.0.mlp.up_proj").scales
+        assert 0.3 < (scales < 0).float().mean() < 0.7
     return directory
 
 
@@ -77,9 +88,9 @@ def require_same(found: torch.Tensor, wanted: torch.Tensor) -> None:
 
 
 @pytest.mark.parametrize(("fmt", "text"), [*SYMMETRIC[:2], *W8A8])
-@pytest.mark.parametrize("name", ["here", "gptqmodel"])
+@pytest.mark.parametrize("name", ["here", "gptqmodel", "llmc"])
 def test_transformers_with_compressed_tensors(tmp_path, name, fmt, text):
-    """The newest compressed-tensors here, 0.17 beside gptqmodel."""
+    """The newest compressed-tensors here, 0.17 beside gptqmodel, llm-compressor's own."""
     directory = quantized(tmp_path / "m", fmt, text)
     require_same(found_by(name, "transformers", directory), meant(directory))
 
@@ -102,6 +113,40 @@ def test_vllm_on_a_cpu(tmp_path, fmt, text):
 def test_our_linears_inside_vllm(tmp_path, text):
     directory = quantized(tmp_path / "m", "compressed-tensors", text)
     require_same(found_by("vllm", "vllm-lowbit", directory), meant(directory))
+
+
+@pytest.mark.parametrize("text", [scheme for _, scheme in W8A8])
+def test_a_w8a8_linear_is_vllms_own_but_for_the_last_bit(tmp_path, text):
+    """q, k and v loaded as one by vLLM, on its kernel and on ours; inputs that no tie and no saturation can part."""
+    generator, m, k, input_scale = torch.Generator().manual_seed(0), 40, 128, torch.tensor([0.0123])
+    tensors = {}
+    for name, n in (("q", 128), ("k", 64), ("v", 64)):
+        tensors[f"{name}.weight"] = torch.randint(-127, 128, (n, k), generator=generator, dtype=torch.int8)
+        tensors[f"{name}.weight_scale"] = torch.rand(n, 1, generator=generator) + 0.1
+        if text.endswith("a8tensor"):
+            tensors[f"{name}.input_scale"] = input_scale.clone()
+    codes = torch.randint(-126, 127, (m, k), generator=generator)
+    codes[:, 0] = 127
+    scale = input_scale if text.endswith("a8tensor") else torch.tensor([2.0**-5])
+    found = layers_in_vllm(tmp_path, text, tensors | {"x": (codes * scale).bfloat16()})
+    weights, scales = (torch.cat([tensors[f"{name}.{part}"] for name in "qkv"]) for part in ("weight", "weight_scale"))
+    exact = ((codes @ weights.long().T).double() * scale * scales.double().T).bfloat16()
+    assert torch.equal(found["weight_scale"], scales[:, 0])
+    assert text.endswith("a8token") or torch.equal(found["input_scale"], input_scale[0])
+    for y in (found["theirs"], found["ours"]):
+        assert (y != exact).float().mean() < 0.001
+        torch.testing.assert_close(y, exact, rtol=2**-7, atol=0)
+
+
+def layers_in_vllm(directory: Path, text: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What benchmarks/peers/vllm_layer.py finds for a scheme's tensors."""
+    save_file(tensors, directory / "tensors.safetensors")
+    names = [f"model.layers.0.{name}_proj" for name in "qkv"]
+    config = quantization_config(dict.fromkeys(names, parse_scheme(text)), [])
+    (directory / "config.json").write_text(json.dumps(config))
+    files = directory / "tensors.safetensors", directory / "config.json"
+    run_peer("vllm", "vllm_layer.py", *files, "--out", directory / "out", PYTHONPATH=path_of_ours(directory))
+    return load_file(directory / "out")
 
 
 @pytest.mark.parametrize("text", ["int4-g32", "uint4-channel", "int8-channel-a8tensor"])
@@ -163,8 +208,8 @@ def test_we_read_what_llmcompressor_writes(tmp_path, method, text):
     require_same(found_by("here", "transformers", output), meant(output))
 
 
-def run_peer(name: str, script: str, *arguments: object) -> None:
+def run_peer(name: str, script: str, *arguments: object, **environment: str) -> None:
     """A script of benchmarks/peers in an environment, which has to end well."""
     command = [interpreter(name), SCRIPTS / script, *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | LIMITS)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | LIMITS | environment)
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
