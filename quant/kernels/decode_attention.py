@@ -4,6 +4,7 @@
 cache. On a GPU csrc/decode_attention.cu, elsewhere plain torch, which is also what the kernels are held against.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from quant.kernels.extension import EXTENSION, reason_against_device
+from quant.kernels.problem import check_alignment
 
 INT8_LIMIT = 127
 MAX_HEAD_DIM = 256
@@ -99,56 +101,72 @@ class Attention:
 
 def check_append(call: Append) -> None:
     """Raises ValueError, with the numbers, where the tensors do not fit together."""
-    cache, m = call.cache, call.qkv.shape[0]
-    shapes = {
-        "positions": (call.positions, (m,)),
-        "slots": (call.slots, (m,)),
-        "cosines": (call.cosines, (call.cosines.shape[0], cache.head_dim // 2)),
-        "sines": (call.sines, tuple(call.cosines.shape)),
-        "q_norm": (call.q_norm, (cache.head_dim,)),
-        "k_norm": (call.k_norm, (cache.head_dim,)),
+    cache, m, qkv = call.cache, call.qkv.shape[0], call.qkv
+    check_cache(cache, qkv)
+    angles = (call.cosines.shape[0], cache.head_dim // 2)
+    wanted = {
+        "qkv": (qkv, tuple(qkv.shape), qkv.dtype),
+        "positions": (call.positions, (m,), torch.int64),
+        "slots": (call.slots, (m,), torch.int64),
+        "cosines": (call.cosines, angles, torch.float32),
+        "sines": (call.sines, angles, torch.float32),
+        "q_norm": (call.q_norm, (cache.head_dim,), qkv.dtype),
+        "k_norm": (call.k_norm, (cache.head_dim,), qkv.dtype),
     }
-    check_shapes(shapes)
-    check_cache(cache, call.qkv)
-    if call.qkv.ndim != 2 or call.qkv.shape[1] % cache.head_dim or call.heads < 1:
+    check_tensors(wanted, qkv.device)
+    if qkv.ndim != 2 or qkv.shape[1] % cache.head_dim or call.heads < 1:
         raise ValueError(
-            f"qkv of shape {tuple(call.qkv.shape)} holds no q beside {cache.kv_heads} heads for k and as many for v, "
+            f"qkv of shape {tuple(qkv.shape)} holds no q beside {cache.kv_heads} heads for k and as many for v, "
             f"{cache.head_dim} wide"
         )
 
 
 def check_attention(call: Attention) -> None:
     """Raises ValueError, with the numbers, where the tensors do not fit together."""
-    cache, m = call.cache, call.q.shape[0]
-    check_shapes({"starts": (call.starts, (m,)), "positions": (call.positions, (m,))})
-    check_cache(cache, call.q)
-    if call.q.ndim != 2 or call.q.shape[1] % (cache.head_dim * cache.kv_heads):
-        raise ValueError(
-            f"q of shape {tuple(call.q.shape)} is no multiple of {cache.kv_heads} heads of {cache.head_dim}"
-        )
+    cache, m, q = call.cache, call.q.shape[0], call.q
+    check_cache(cache, q)
+    wanted = {
+        "q": (q, tuple(q.shape), q.dtype),
+        "starts": (call.starts, (m,), torch.int64),
+        "positions": (call.positions, (m,), torch.int64),
+    }
+    check_tensors(wanted, q.device)
+    if q.ndim != 2 or q.shape[1] % (cache.head_dim * cache.kv_heads):
+        raise ValueError(f"q of shape {tuple(q.shape)} is no multiple of {cache.kv_heads} heads of {cache.head_dim}")
 
 
-def check_shapes(shapes: dict[str, tuple[Tensor | None, tuple[int, ...]]]) -> None:
-    """Raises ValueError for a tensor of another shape than the one beside it, or one that is not contiguous."""
-    for name, (tensor, shape) in shapes.items():
-        if tensor is not None and (tuple(tensor.shape) != shape or not tensor.is_contiguous()):
+def check_tensors(
+    wanted: Mapping[str, tuple[Tensor | None, tuple[int, ...], torch.dtype]], device: torch.device
+) -> None:
+    """Raises ValueError for a tensor that is not of the shape and dtype beside it, on `device`, and contiguous."""
+    for name, (tensor, shape, dtype) in wanted.items():
+        if tensor is None:
+            continue
+        if tuple(tensor.shape) != shape or not tensor.is_contiguous():
             raise ValueError(
-                f"{name} has the shape {tuple(tensor.shape)}, strides {tensor.stride()}; {shape} is needed"
+                f"{name} has the shape {tuple(tensor.shape)}, strides {tensor.stride()}; contiguous {shape} is needed"
             )
+        if tensor.dtype != dtype or tensor.device != device:
+            raise ValueError(f"{name} is {tensor.dtype} on {tensor.device}; {dtype} on {device} is needed")
 
 
 def check_cache(cache: KVCache, heads: Tensor) -> None:
     """Raises ValueError where the cache contradicts itself or the dtype of `heads`."""
     quantized = cache.k_scales is not None
     dtype = torch.int8 if quantized else heads.dtype
-    sides = tuple(cache.k.shape[:2])
-    scales = {"k_scales": (cache.k_scales, sides), "v_scales": (cache.v_scales, sides)}
-    check_shapes({"k": (cache.k, tuple(cache.k.shape)), "v": (cache.v, tuple(cache.k.shape)), **scales})
     if cache.k.dtype != dtype or cache.v.dtype != dtype or quantized != (cache.v_scales is not None):
         raise ValueError(
             f"a cache of {cache.k.dtype} and {cache.v.dtype} {'with' if quantized else 'without'} scales "
             f"beside {heads.dtype}: int8 has scales, every other cache is of the heads' dtype"
         )
+    whole, sides = tuple(cache.k.shape), tuple(cache.k.shape[:2])
+    wanted = {
+        "k": (cache.k, whole, dtype),
+        "v": (cache.v, whole, dtype),
+        "k_scales": (cache.k_scales, sides, heads.dtype),
+        "v_scales": (cache.v_scales, sides, heads.dtype),
+    }
+    check_tensors(wanted, heads.device)
 
 
 def append(call: Append) -> Tensor:
@@ -170,11 +188,15 @@ def append(call: Append) -> Tensor:
 
 
 def attend(call: Attention) -> Tensor:
-    """The attention's output (m, heads * head_dim) in q's dtype."""
+    """The attention's output (m, heads * head_dim) in q's dtype.
+
+    ValueError where the tensors do not fit together, or on a GPU where q, k or v is not aligned to 16 bytes.
+    """
     check_attention(call)
     if reason_against(call.q, call.cache):
         return attend_reference(call)
     assert EXTENSION is not None
+    check_alignment(q=call.q, k=call.cache.k, v=call.cache.v)
     out = torch.empty_like(call.q)
     args = EXTENSION.DecodeAttentionArgs()
     args.m, args.heads, args.cache = out.shape[0], call.heads, cache_of(call.cache)

@@ -121,12 +121,31 @@ def test_a_zero_head_is_stored_as_zeros():
         ({"qkv": torch.zeros(2, 24)}, "holds no q beside 2 heads"),
         ({"qkv": torch.zeros(2, 96, dtype=torch.float64)}, "int8 has scales"),
         ({"k_norm": torch.zeros(8)}, "k_norm has the shape"),
+        ({"k_norm": torch.zeros(16).half()}, "k_norm is torch.float16 on cpu; torch.float32 on cpu is needed"),
+        ({"slots": torch.zeros(2, dtype=torch.int32)}, "slots is torch.int32"),
+        ({"qkv": torch.zeros(96, 2).T}, r"strides \(1, 2\); contiguous \(2, 96\) is needed"),
     ],
 )
 def test_tensors_that_do_not_fit_are_refused(change, message):
     call = make_append((2, 2, 16), [7, 9], torch.float32, int8=False)
     with pytest.raises(ValueError, match=message):
         ops.append_heads(replace(call, **change))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"positions": torch.zeros(2, dtype=torch.int32)}, "positions is torch.int32 on cpu; torch.int64 on cpu"),
+        ({"starts": torch.zeros(3, dtype=torch.int64)}, "starts has the shape"),
+        ({"q": torch.zeros(2, 64)[:, :32]}, r"strides \(64, 1\); contiguous \(2, 32\) is needed"),
+        ({"q": torch.zeros(2, 48)}, "no multiple of 2 heads of 16"),
+        ({"cache": make_cache(200, 2, 16, torch.float16, True, "cpu")}, "k_scales is torch.float16"),
+    ],
+)
+def test_attention_refuses_what_does_not_fit(change, message):
+    call = make_append((2, 2, 16), [7, 9], torch.float32, int8=True)
+    with pytest.raises(ValueError, match=message):
+        ops.attend(replace(attention_of(call, torch.zeros(2, 32)), **change))
 
 
 def test_a_cut_depends_on_sizes_alone():
