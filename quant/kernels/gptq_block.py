@@ -26,7 +26,8 @@ def gptq_block(w: Tensor, factor: Tensor, scales: Tensor, zeros: Tensor, low: in
     n, b = w.shape
     if b > MOST_COLUMNS:
         raise ValueError(f"a block of {b} columns; at most {MOST_COLUMNS} fit")
-    for name, tensor, shape in (("factor", factor, (b, b)), ("scales", scales, (n, b)), ("zeros", zeros, (n, b))):
+    wanted = (("w", w, (n, b)), ("factor", factor, (b, b)), ("scales", scales, (n, b)), ("zeros", zeros, (n, b)))
+    for name, tensor, shape in wanted:
         if tuple(tensor.shape) != shape or tensor.dtype != torch.float32 or tensor.device != w.device:
             raise ValueError(
                 f"{name} is {tensor.dtype} {list(tensor.shape)} on {tensor.device}; float32 {list(shape)} "

@@ -20,7 +20,7 @@ from quant.kernels.row_norm import Rows
 from quant.kernels.w8a8 import Int8Call, Int8Weight
 
 LIBRARY = torch.library.Library("lowbit", "DEF")
-WEIGHT = "Tensor words, Tensor scales, Tensor? zeros, int n, int bits, int group_size, int pair_block"
+WEIGHT = "Tensor words, Tensor scales, Tensor? zeros, int n, int k, int bits, int group_size, int pair_block"
 NORM = "str norm, Tensor? norm_weight, Tensor? norm_bias, float norm_eps"
 LIBRARY.define(
     f"linear(Tensor x, {WEIGHT}, Tensor? bias, Tensor? residual, {NORM}, str activation, bool float32_out, "
@@ -32,7 +32,7 @@ LIBRARY.define(
     "Tensor sines, Tensor(a!) k_cache, Tensor(b!) v_cache, bool dependent) -> Tensor"
 )
 LIBRARY.define(f"logits_argmax(Tensor x, {WEIGHT}, {NORM}, bool dependent) -> (Tensor, Tensor)")
-LIBRARY.define(f"dequantize({WEIGHT}, int k) -> Tensor")
+LIBRARY.define(f"dequantize({WEIGHT}) -> Tensor")
 LIBRARY.define(
     "gptq_block(Tensor w, Tensor factor, Tensor scales, Tensor zeros, int low, int high) -> (Tensor, Tensor)"
 )
@@ -80,6 +80,7 @@ def linear_call(
     scales: Tensor,
     zeros: Tensor | None,
     n: int,
+    k: int,
     bits: int,
     group_size: int,
     pair_block: int,
@@ -94,7 +95,7 @@ def linear_call(
     dependent: bool,
 ) -> Call:
     """The Call of lowbit::linear's arguments."""
-    weight = PackedWeight(words, scales, zeros, n, x.shape[-1], bits, group_size, pair_block)
+    weight = PackedWeight(words, scales, zeros, n, k, bits, group_size, pair_block)
     return Call(
         x, weight, bias, residual, norm, norm_weight, norm_bias, norm_eps, activation, None, float32_out, dependent
     )
@@ -106,6 +107,7 @@ def gated_call(
     scales: Tensor,
     zeros: Tensor | None,
     n: int,
+    k: int,
     bits: int,
     group_size: int,
     pair_block: int,
@@ -117,7 +119,7 @@ def gated_call(
     dependent: bool,
 ) -> Call:
     """The Call of lowbit::gated_linear's arguments."""
-    weight = PackedWeight(words, scales, zeros, n, x.shape[-1], bits, group_size, pair_block)
+    weight = PackedWeight(words, scales, zeros, n, k, bits, group_size, pair_block)
     return Call(x, weight, bias, None, norm, norm_weight, norm_bias, norm_eps, "silu_mul", dependent=dependent)
 
 
@@ -127,6 +129,7 @@ def rotary_call(
     scales: Tensor,
     zeros: Tensor | None,
     n: int,
+    k: int,
     bits: int,
     group_size: int,
     pair_block: int,
@@ -145,7 +148,7 @@ def rotary_call(
 ) -> Call:
     """The Call of lowbit::qkv_rotary_append's arguments."""
     rotary = Rotary(positions, slots, cosines, sines, k_cache, v_cache)
-    weight = PackedWeight(words, scales, zeros, n, x.shape[-1], bits, group_size, pair_block)
+    weight = PackedWeight(words, scales, zeros, n, k, bits, group_size, pair_block)
     return Call(x, weight, bias, None, norm, norm_weight, norm_bias, norm_eps, rotary=rotary, dependent=dependent)
 
 
@@ -155,6 +158,7 @@ def logits_call(
     scales: Tensor,
     zeros: Tensor | None,
     n: int,
+    k: int,
     bits: int,
     group_size: int,
     pair_block: int,
@@ -165,7 +169,7 @@ def logits_call(
     dependent: bool,
 ) -> Call:
     """The Call of lowbit::logits_argmax's arguments."""
-    weight = PackedWeight(words, scales, zeros, n, x.shape[-1], bits, group_size, pair_block)
+    weight = PackedWeight(words, scales, zeros, n, k, bits, group_size, pair_block)
     return Call(x, weight, None, None, norm, norm_weight, norm_bias, norm_eps, float32_out=True, dependent=dependent)
 
 
@@ -175,14 +179,14 @@ def with_argmax(logits: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def dequantize_impl(
-    words: Tensor, scales: Tensor, zeros: Tensor | None, n: int, bits: int, group_size: int, pair_block: int, k: int
+    words: Tensor, scales: Tensor, zeros: Tensor | None, n: int, k: int, bits: int, group_size: int, pair_block: int
 ) -> Tensor:
     """lowbit::dequantize: the dense weight (n, k)."""
     return wna16_dequantize.dequantize(PackedWeight(words, scales, zeros, n, k, bits, group_size, pair_block))
 
 
 def dequantize_shape(
-    words: Tensor, scales: Tensor, zeros: Tensor | None, n: int, bits: int, group_size: int, pair_block: int, k: int
+    words: Tensor, scales: Tensor, zeros: Tensor | None, n: int, k: int, bits: int, group_size: int, pair_block: int
 ) -> Tensor:
     """An empty result of lowbit::dequantize: what tracing needs."""
     return scales.new_empty(n, k)
@@ -310,9 +314,10 @@ register(
 )
 
 
-def weight_args(weight: PackedWeight) -> tuple[Tensor, Tensor, Tensor | None, int, int, int, int]:
+def weight_args(weight: PackedWeight) -> tuple[Tensor, Tensor, Tensor | None, int, int, int, int, int]:
     """The weight as the operators take it."""
-    return weight.words, weight.scales, weight.zeros, weight.n, weight.bits, weight.group_size, weight.pair_block
+    sizes = weight.n, weight.k, weight.bits, weight.group_size, weight.pair_block
+    return weight.words, weight.scales, weight.zeros, *sizes
 
 
 def linear(
@@ -417,7 +422,7 @@ def logits_argmax(
 
 def dequantize(weight: PackedWeight) -> Tensor:
     """The dense weight (n, k) in the packed scales' dtype."""
-    return torch.ops.lowbit.dequantize(*weight_args(weight), weight.k)
+    return torch.ops.lowbit.dequantize(*weight_args(weight))
 
 
 def rows_args(call: Rows) -> tuple[Any, ...]:

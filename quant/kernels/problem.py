@@ -117,10 +117,10 @@ def check(call: Call) -> None:
         raise ValueError(f"x of shape {tuple(call.x.shape)} with a weight ({call.weight.n}, {call.weight.k}): {reason}")
 
 
-def check_alignment(**tensors: Tensor) -> None:
+def check_alignment(**tensors: Tensor | None) -> None:
     """Raises ValueError for a tensor that does not start at a multiple of 16 bytes: what the kernels read at a time."""
     for name, tensor in tensors.items():
-        if tensor.data_ptr() % 16:
+        if tensor is not None and tensor.data_ptr() % 16:
             raise ValueError(f"{name} starts at {tensor.data_ptr():#x}: the kernels read 16 bytes at a time, aligned")
 
 

@@ -20,7 +20,8 @@ def prepare(call: Call, most_staged: int) -> Call:
         call = replace(call, x=reference.normalize(call), norm="none", norm_weight=None, norm_bias=None)
     if whole != k:
         call = replace(call, x=torch.nn.functional.pad(call.x, (0, whole - k)))
-    check_alignment(x=call.x, words=call.weight.words, scales=call.weight.scales)
+    w = call.weight
+    check_alignment(x=call.x, words=w.words, scales=w.scales, zeros=w.zeros)
     return call
 
 

@@ -17,6 +17,7 @@ def block(n: int, b: int, device: str = "cpu", zero: float = 0.0) -> tuple[torch
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        (lambda w, f, s, z: (w.double(), f, s, z), "w is torch.float64"),
         (lambda w, f, s, z: (w, f[:3], s, z), r"factor is torch.float32 \[3, 8\] on cpu; float32 \[8, 8\]"),
         (lambda w, f, s, z: (w, f, s.half(), z), "scales is torch.float16"),
         (lambda w, f, s, z: (w, f, s, z[:1]), r"zeros is torch.float32 \[1, 8\]"),

@@ -99,7 +99,7 @@ def test_opcheck() -> None:
         lowbit.qkv_rotary_append.default, (x, *ops.weight_args(rotated), None, *NO_NORM, *vars(rotary).values(), False)
     )
     check(lowbit.logits_argmax.default, (x, *ops.weight_args(plain), *NO_NORM, False))
-    check(lowbit.dequantize.default, (*ops.weight_args(plain), 128))
+    check(lowbit.dequantize.default, ops.weight_args(plain))
 
 
 def test_one_graph_under_compile() -> None:
@@ -114,7 +114,9 @@ def test_one_graph_under_compile() -> None:
     [
         (lambda x, w: (x.float(), w), "x is torch.float32"),
         (lambda x, w: (x.bfloat16(), w), "scales is torch.float16, x is torch.bfloat16"),
-        (lambda x, w: (x[:, :96], w), r"words hold \(2, 2\) tiles and chunks"),
+        (lambda x, w: (x[:, :96], w), r"x must have the shape \(m, 256\)"),
+        (lambda x, w: (x[:, :224].contiguous(), w), r"x must have the shape \(m, 256\)"),
+        (lambda x, w: (x[:, :96].contiguous(), replace(w, k=96)), r"words hold \(2, 2\) tiles and chunks"),
         (lambda x, w: (x.T.contiguous().T, w), "strides"),
         (lambda x, w: (x, replace(w, group_size=64)), "were not packed for groups of 64"),
         (lambda x, w: (x, replace(w, bits=8)), "no packed 8-bit weight"),

@@ -22,5 +22,5 @@ def test_both_devices_agree_bitwise(bits: int, group_size: int, dtype: torch.dty
         for n, k, pair_block in ((40, 768, 16), (256, 512, 256), (96, 256, 32)):
             packed = make_packed(n, k, bits, group_size, symmetric, dtype, "cuda", pair_block)
             args = [arg.cpu() if isinstance(arg, torch.Tensor) else arg for arg in ops.weight_args(packed)]
-            expected = torch.ops.lowbit.dequantize(*args, k)
+            expected = torch.ops.lowbit.dequantize(*args)
             assert torch.equal(ops.dequantize(packed).cpu(), expected)

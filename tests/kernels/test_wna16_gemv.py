@@ -10,6 +10,7 @@ from quant.kernels import ops, reference
 from quant.kernels.packed import PackedWeight
 from quant.kernels.problem import Call, Problem, problem_of
 from quant.kernels.registry import choose_kernel
+from quant.kernels.wna16_args import prepare
 from quant.kernels.wna16_gemv import Launch, choose_launch, run
 from tests.kernels.make import assert_close_as_half, assert_devices_agree, make_packed, make_x, on_cpu
 from tests.kernels.test_ops import make_rotary
@@ -192,6 +193,16 @@ def test_compiled_on_the_gpu() -> None:
         torch.ops.lowbit.linear.default,
         (x, *ops.weight_args(weight), None, None, "none", None, None, 0.0, "none", False, False),
     )
+
+
+@pytest.mark.parametrize("name", ["words", "scales", "zeros"])
+def test_a_weight_that_is_not_aligned_is_named(name: str) -> None:
+    weight = make_packed(32, 128, symmetric=False)
+    tensor = getattr(weight, name)
+    shifted = torch.empty(tensor.numel() + 1, dtype=tensor.dtype)[1:].view(tensor.shape)
+    call = Call(make_x(1, 128, torch.float16), replace(weight, **{name: shifted}))
+    with pytest.raises(ValueError, match=f"{name} starts at .*16 bytes at a time"):
+        prepare(call, most_staged=0)
 
 
 @pytest.mark.gpu

@@ -6,7 +6,7 @@
 namespace lowbit {
 
 struct Wna16DequantizeArgs {
-  const void* words;   // as in Wna16GemvArgs
+  const void* words;   // as in Wna16Args
   const void* scales;
   const void* zeros;
   void* w;             // (n, k), T

@@ -13,7 +13,7 @@ struct Wna16GemmLaunch {
   bool dependent;        // launched with programmatic dependent launch
 };
 
-// cudaErrorInvalidDeviceFunction where the code was not built for sm_90a.
+// For code built for sm_90a: elsewhere the kernel is empty, or there is none (extension.reason_against_90a asks).
 template <typename T, int kBits>
 cudaError_t launch_wna16_gemm(const Wna16Args& args, const Wna16GemmLaunch& launch, cudaStream_t stream);
 
