@@ -1,20 +1,25 @@
 """The table of docs/FORMATS.md: every checkpoint through every reader.
 
-    python -m benchmarks.formats_table --checkpoint "awq int4-g64, gptq=DIR" ... \\
-        --reader "vLLM 0.32, CPU=PYTHON:vllm" ... [--text FILE] [--windows 4] [--context 256]
+    python -m benchmarks.formats_table --work DIR --peers DIR --commit $(git rev-parse --short HEAD) \\
+        [--only REGEX] [--readers REGEX] [--missing]
 
-A checkpoint is a label and a directory. A reader is a label, a Python that has the program, and what
-benchmarks/peers/read_checkpoint.py calls it. The first column is always our own reading: weights dequantized, all else
-in float32, activations not quantized. A cell is the perplexity, or the reader's own error. Rows are added to
-benchmarks/results/formats.jsonl; the table that is printed is made from the newest row of each pair there, so without
-arguments nothing is measured.
+Makes the demo model's checkpoints that --work lacks, as METHODS and FORMATS say (a method's first format is quantized
+into, the others are converted to), and reads each with the programs of READERS that --peers has. --only and --readers
+take those whose name matches, --missing leaves pairs out that have a row. The first reader is our own: weights
+dequantized, all else in float32, activations rounded where the checkpoint says so. A cell is the perplexity, or the
+reader's own error. Rows are added to benchmarks/results/formats.jsonl; the table that is printed is made from the
+newest row of each pair there, so without --work nothing is measured.
 """
 
 import argparse
 import json
 import math
+import re
+import subprocess
+import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from string import ascii_uppercase
 from typing import Any
@@ -26,44 +31,119 @@ from evaluation.text import Cut, Protocol, cut
 from models.source import Source, open_source
 
 RESULTS = Path(__file__).parent / "results" / "formats.jsonl"
+WINDOWS = Protocol(256, windows=4)
+CT = "compressed-tensors"
+FEW = ("--num-samples", "4", "--seqlen", "128")  # enough to say what loads, not what a method loses
+G64 = ("--group-size", "64")
+METHODS: dict[str, tuple[str, ...]] = {
+    "int8": ("--method", "int8"),
+    "rtn int4-g64": ("--method", "rtn", *G64),
+    "rtn uint4-g64": ("--method", "rtn", "--asym", *G64),
+    "awq int4-g64": ("--method", "awq", *G64, "--num-samples", "32"),
+    "gptq int4-g64": ("--method", "gptq", *G64, *FEW),
+    "signround int4-g64": ("--method", "signround", *G64, "--iters", "4", *FEW),
+    "best int4-g64": ("--method", "best", *G64, "--iters", "2", "--distill-steps", "2", *FEW),
+    "smoothquant int8-channel-a8token": ("--method", "smoothquant", *FEW),
+    "smoothquant int8-channel-a8tensor": ("--method", "smoothquant", "--activations", "tensor", *FEW),
+}
+EVERY = (CT, "gptq", "gptq_v2", "awq")
+FORMATS = {
+    "int8": EVERY[:2],
+    "rtn int4-g64": EVERY,
+    "rtn uint4-g64": (CT, "gptq_v2", "awq"),
+    "awq int4-g64": EVERY,
+    "gptq int4-g64": (CT, "gptq", "awq"),
+    "signround int4-g64": (CT, "gptq", "awq"),
+    "best int4-g64": (CT, "gptq", "awq"),
+}
+
+
+@dataclass(frozen=True)
+class ReaderProgram:
+    """A program that reads: its environment under --peers (none: ours), and what read_checkpoint.py calls it."""
+
+    environment: str | None
+    kind: str
+    formats: tuple[str, ...] = EVERY
+
+
 OURS = "lowbit"
+READERS = {
+    "transformers 5.23, compressed-tensors 0.20": ReaderProgram(None, "transformers"),
+    "transformers 5.23, gptqmodel 7.7, compressed-tensors 0.17": ReaderProgram("gptqmodel", "transformers"),
+    "vLLM 0.32, CPU": ReaderProgram("vllm", "vllm"),
+    "transformers 5.23, our linears": ReaderProgram(None, "transformers-lowbit"),
+    "vLLM 0.32, CPU, our linears": ReaderProgram("vllm", "vllm-lowbit", (CT,)),
+    "llm-compressor 0.14, compressed-tensors 0.19": ReaderProgram("llmc", "transformers", (CT,)),
+}
 
 
 def main() -> None:
     args = parse()
-    text = args.text.read_text(encoding="utf-8") if args.text else builtin_text("heldout")
-    for label, directory in args.checkpoint:
-        source = open_source(directory)
-        windows = cut(text, source, Protocol(args.context, windows=args.windows))
-        keep(label, OURS, lambda s=source, w=windows: ours(s, w))
-        for reader, target in args.reader:
-            python, _, kind = target.rpartition(":")
-            keep(label, reader, lambda p=python, k=kind, d=directory, w=windows: theirs(p, k, d, w))
-    print_table([json.loads(line) for line in RESULTS.read_text(encoding="utf-8").splitlines()])
+    if args.work:
+        known = {(row["checkpoint"], row["reader"]) for row in read_rows()} if args.missing else set()
+        for label, directory in checkpoints(args.work, args.only):
+            source = open_source(str(directory))
+            windows = cut(builtin_text("heldout"), source, WINDOWS)
+            for reader, measure in measures(args, label, directory, source, windows):
+                if (label, reader) not in known and re.search(args.readers, reader):
+                    keep({"checkpoint": label, "reader": reader, "commit": args.commit}, measure)
+    print_table(read_rows())
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="every checkpoint through every reader")
-    parser.add_argument("--checkpoint", action="append", default=[], type=pair, help="LABEL=DIR")
-    parser.add_argument("--reader", action="append", default=[], type=pair, help="LABEL=PYTHON:KIND")
-    parser.add_argument("--text", type=Path, help="UTF-8 text; without it, held-out Python documentation")
-    parser.add_argument("--context", type=int, default=256)
-    parser.add_argument("--windows", type=int, default=4)
+    parser.add_argument("--work", type=Path, help="directory of the checkpoints; without it, only the table is printed")
+    parser.add_argument("--peers", type=Path, default=Path("/nowhere"), help="directory of the readers' environments")
+    parser.add_argument("--commit", default="unknown")
+    parser.add_argument("--only", default="", help="checkpoints, a regular expression")
+    parser.add_argument("--readers", default="", help="readers, a regular expression")
+    parser.add_argument("--missing", action="store_true", help="only pairs without a row")
     return parser.parse_args()
 
 
-def pair(text: str) -> tuple[str, str]:
-    """LABEL and VALUE of LABEL=VALUE; the label may hold anything but =."""
-    label, equals, value = text.partition("=")
-    if not equals:
-        raise argparse.ArgumentTypeError(f"{text!r} is not LABEL=VALUE")
-    return label, value
+def read_rows() -> list[dict[str, Any]]:
+    return [json.loads(line) for line in RESULTS.read_text(encoding="utf-8").splitlines()]
 
 
-def keep(label: str, reader: str, measure: Callable[[], list[list[float]]]) -> None:
+def checkpoints(work: Path, only: str) -> Iterator[tuple[str, Path]]:
+    """Label and directory of each checkpoint whose label matches, made where it is not there."""
+    for method, flags in METHODS.items():
+        formats = FORMATS.get(method, (CT,))
+        directories = {fmt: work / f"{method}-{fmt}".replace(" ", "-") for fmt in formats}
+        for fmt, directory in directories.items():
+            if not re.search(only, f"{method}, {fmt}"):
+                continue
+            first = directories[formats[0]]
+            if not first.exists():
+                run("quantize", "demo", *flags, "--format", formats[0], "--eval-windows", "0", "-o", first)
+            if not directory.exists():
+                run("quantize-convert", first, directory, "--format", fmt)
+            yield f"{method}, {fmt}", directory
+
+
+def run(command: str, *args: object) -> None:
+    """One of our own commands; CalledProcessError where it fails."""
+    subprocess.run([Path(sys.executable).parent / command, *map(str, args)], check=True, stdout=subprocess.DEVNULL)
+
+
+def measures(
+    args: argparse.Namespace, label: str, directory: Path, source: Source, windows: Cut
+) -> Iterator[tuple[str, Callable[[], list[list[float]]]]]:
+    """Each reader that is there and takes the format, and what measures by it."""
+    yield OURS, lambda: ours(source, windows)
+    for name, reader in READERS.items():
+        python = Path(sys.executable)
+        if reader.environment:
+            python = args.peers / reader.environment / "bin" / "python"
+        if python.exists() and label.split(", ")[1] in reader.formats:
+            yield name, lambda python=python, kind=reader.kind: theirs(str(python), kind, directory, windows)
+
+
+def keep(pair: Mapping[str, Any], measure: Callable[[], list[list[float]]]) -> None:
     """Measure one pair and add its row to the results."""
     begun = time.monotonic()
-    row = {"checkpoint": label, "reader": reader, "perplexity": None, "tokens": 0, "error": None}
+    row = {**pair, "perplexity": None, "tokens": 0, "error": None}
     try:
         tokens = [value for window in measure() for value in window]
         row |= {"perplexity": round(math.exp(-sum(tokens) / len(tokens)), 4), "tokens": len(tokens)}
@@ -81,15 +161,24 @@ def ours(source: Source, windows: Cut) -> list[list[float]]:
     return [batch[0].tolist() for batch in batches]
 
 
-def theirs(python: str, kind: str, directory: str, windows: Cut) -> list[list[float]]:
+def theirs(python: str, kind: str, directory: Path, windows: Cut) -> list[list[float]]:
     """Log-probabilities by another program. ReaderError where it fails."""
     return read_by(python, kind, directory, [window.tolist() for window in windows.windows])
 
 
 def print_table(rows: Sequence[Mapping[str, Any]]) -> None:
-    """Markdown: a line for each checkpoint, a column for each reader; readers and errors are spelled out below."""
-    cells = {(row["checkpoint"], row["reader"]): row for row in rows}
-    checkpoints = sorted({checkpoint for checkpoint, _ in cells})
+    """Markdown: a line for each checkpoint, with the commit of our own reading, and a column for each reader.
+
+    Readers and errors are spelled out below. A checkpoint that was made anew, which our own reading shows, has lost what
+    others read of the old one.
+    """
+    cells: dict[tuple[str, str], Mapping[str, Any]] = {}
+    for row in rows:
+        name, reader = pair = row["checkpoint"], row["reader"]
+        if reader == OURS and pair in cells and cells[pair]["perplexity"] != row["perplexity"]:
+            cells = {(other, by): cell for (other, by), cell in cells.items() if other != name}
+        cells[pair] = row
+    names = sorted({name for name, _ in cells})
     readers = list(dict.fromkeys(reader for _, reader in cells))
     errors = list(dict.fromkeys(row["error"] for row in cells.values() if row["error"]))
 
@@ -98,8 +187,10 @@ def print_table(rows: Sequence[Mapping[str, Any]]) -> None:
             return ""
         return f"error {errors.index(row['error']) + 1}" if row["error"] else f"{row['perplexity']:.3f}"
 
-    lines = [[name, *(text(cells.get((name, reader))) for reader in readers)] for name in checkpoints]
-    for line in (["checkpoint", *ascii_uppercase[: len(readers)]], ["---"] * (len(readers) + 1), *lines):
+    lines = [
+        [name, cells[name, OURS]["commit"], *(text(cells.get((name, reader))) for reader in readers)] for name in names
+    ]
+    for line in (["checkpoint", "at", *ascii_uppercase[: len(readers)]], ["---"] * (len(readers) + 2), *lines):
         print("| " + " | ".join(line) + " |")
     print()
     for letter, reader in zip(ascii_uppercase, readers, strict=False):
