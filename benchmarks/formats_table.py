@@ -169,8 +169,8 @@ def theirs(python: str, kind: str, directory: Path, windows: Cut) -> list[list[f
 def print_table(rows: Sequence[Mapping[str, Any]]) -> None:
     """Markdown: a line for each checkpoint, with the commit of our own reading, and a column for each reader.
 
-    Readers and errors are spelled out below. A checkpoint that was made anew, which our own reading shows, has lost what
-    others read of the old one.
+    Readers and errors are spelled out below. A checkpoint that was made anew, which our own reading shows, has lost
+    what others read of the old one.
     """
     cells: dict[tuple[str, str], Mapping[str, Any]] = {}
     for row in rows:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from export.checkpoint import open_checkpoint, verify_checksums
 from export.formats import LogicalTensors
@@ -77,6 +78,59 @@ def test_convert_keeps_weights_and_company(checkpoints, tmp_path, before, after)
     assert f"Converted from `{before}` to `{after}`" in card
     config = json.dumps(result.checkpoint.quantization)
     assert "layers.1.mlp.down_proj" in config.replace("\\", "")
+
+
+AUTOROUND = {  # what AutoRound 0.16 says of its GPTQ files, no checkpoint_format among it
+    "autoround_version": "0.16.1",
+    "bits": 4,
+    "damp_percent": 0.01,
+    "data_type": "int",
+    "desc_act": False,
+    "group_size": 32,
+    "iters": 20,
+    "lm_head": False,
+    "provider": "auto-round",
+    "quant_method": "gptq",
+    "sym": True,
+    "true_sequential": False,
+}
+
+
+def as_autoround_packs(w: torch.Tensor) -> dict[str, torch.Tensor]:
+    """GPTQ's tensors for a weight (n, k) in AutoRound's arithmetic: the largest weight of 32 is -8 times its scale."""
+    n, k = w.shape
+    groups = w.reshape(n, k // 32, 32)
+    extreme = groups.gather(2, groups.abs().argmax(2, keepdim=True))
+    scales = (-extreme / 8).half()
+    codes = (groups / scales.float()).round().clamp(-8, 7).reshape(n, k).long() + 8
+    words = (codes.T.reshape(k // 8, 8, n) << (4 * torch.arange(8))[:, None]).sum(1)
+    return {
+        "qweight": torch.where(words >= 1 << 31, words - (1 << 32), words).int(),
+        "qzeros": torch.full((k // 32, n // 8), 0x77777777, dtype=torch.int32),
+        "scales": scales[..., 0].T.contiguous(),
+        "g_idx": torch.arange(k, dtype=torch.int32) // 32,
+    }
+
+
+def test_what_autoround_writes_is_read_and_converts_there_and_back_to_the_bit(tmp_path):
+    source = save_family("llama", tmp_path / "in", torch.float16)
+    tensors = load_file(source / "model.safetensors")
+    for key in [key for key in tensors if "_proj" in key]:
+        packed = as_autoround_packs(tensors.pop(key).float())
+        tensors |= {key.replace("weight", suffix): tensor for suffix, tensor in packed.items()}
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    changed_config(source, lambda config: config.update(quantization_config=AUTOROUND))
+    assert run_quantize_inspect(source, "--check").code == 0
+    read = logical(source)
+    assert {str(scheme) for scheme in read.schemes.values()} == {"int4-g32"}
+    weight = read.qtensor("model.layers.0.mlp.up_proj")
+    assert 0.3 < (weight.scales < 0).float().mean() < 0.7
+    assert weight.codes.min() == -8
+    for before, fmt in (("in", "compressed-tensors"), ("compressed-tensors", "awq"), ("awq", "gptq")):
+        assert run_quantize_convert(tmp_path / before, tmp_path / fmt, "--format", fmt).code == 0
+    back = load_file(tmp_path / "gptq" / "model.safetensors")
+    assert back.keys() == tensors.keys()
+    assert all(torch.equal(back[key], tensors[key]) for key in tensors)
 
 
 def test_convert_says_why_not_and_leaves_nothing(checkpoints, llama, tmp_path):
