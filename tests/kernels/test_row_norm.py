@@ -117,7 +117,7 @@ def test_the_kernel_computes_the_reference(norm, int8, dtype):
         # rounding to codes may fall the other way where the norm's own rounding decides: by one step, and seldom
         step = 0.03 if int8 == "tensor" else wanted.abs().amax(-1, keepdim=True) / 127
         assert (error <= 1.01 * step + 2 * slack * wanted.abs()).all()
-        assert (error > 0.5 * step).float().mean() < (0.03 if dtype == torch.float16 else 0.2)
+        assert (error > 0.5 * step).sum() <= 3 + (0.03 if dtype == torch.float16 else 0.2) * error.numel()
 
 
 def expected_codes(call: Rows) -> tuple[Tensor, Tensor]:
@@ -136,7 +136,8 @@ def test_the_kernel_gives_the_codes_of_the_reference(dtype):
             call.x[0, 0] = 60000 if int8 == "token" else torch.inf
             for got, wanted in zip(ops.quantize_rows(call), expected_codes(call), strict=True):
                 assert torch.equal(got.cpu(), wanted)
-            gated = replace(call, x=call.x.repeat(1, 2), activation="silu_mul")
+            # of 200 at most: a product beyond float16 is infinite, and what codes a row with that in it has nobody says
+            gated = replace(call, x=call.x.clamp(max=200).repeat(1, 2), activation="silu_mul")
             got, wanted = ops.quantize_rows(gated)[0].cpu(), expected_codes(gated)[0]
             error = (got.int() - wanted.int()).abs()  # an exponential's last bit may turn a code
             assert error.max() <= 1 + (dtype == torch.bfloat16)
