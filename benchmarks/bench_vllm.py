@@ -27,20 +27,39 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from benchmarks.measure import run_facts
 
-DEVICE = "cuda"
-VOCABULARY = 32000
 LENGTH = 128  # tokens of a prompt, and tokens written
-SHAPES = {"hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32, "num_key_value_heads": 32}
-LAYERS = 32
-WEIGHTS = 0.02  # their standard deviation
-# What each branch adds to the residual stream is small, as GPT-2 begins: of a random network without that, rounding
-# grows from layer to layer until no two kernels say the same (docs/FORMATS.md has such a run).
-BRANCH, BRANCH_ENDS = 1 / 8, ("self_attn.o_proj", "mlp.down_proj")
+BRANCH_ENDS = ("self_attn.o_proj", "mlp.down_proj")
+
+
+@dataclass(frozen=True)
+class Network:
+    """A random Llama.
+
+    weights  standard deviation of the linears' weights
+    branch   what of that the last linear of each branch has. 1/8: what a branch adds to the residual stream is small,
+             as GPT-2 begins; with 1, rounding grows from layer to layer until no two kernels say the same
+    head     standard deviation of lm_head's
+    device   where its tensors are made
+    """
+
+    hidden: int = 4096
+    inner: int = 11008
+    heads: int = 32
+    layers: int = 32
+    vocabulary: int = 32000
+    weights: float = 0.02
+    branch: float = 1 / 8
+    head: float = 0.1
+    device: str = "cuda"
+
+
+LLAMA_2_7B = Network()
 SCHEMES = {"w4": "int4-g128", "w8": "int8-channel", "w8a8": "int8-channel-a8token"}
 # name -> checkpoint, whether it is ours, kernels that vLLM must not choose
 ENGINES: dict[str, tuple[str, bool, str]] = {
@@ -77,8 +96,8 @@ def main() -> None:
             print(json.dumps(short), flush=True)
 
 
-def write_model(directory: Path, kind: str) -> None:
-    """A checkpoint with random codes, written by our own writer from tensors made on the GPU."""
+def write_model(directory: Path, kind: str, net: Network = LLAMA_2_7B) -> None:
+    """A checkpoint with random codes, written by our own writer from tensors made on the network's device."""
     import torch
 
     from export.compressed_tensors import quantization_config, write
@@ -88,34 +107,44 @@ def write_model(directory: Path, kind: str) -> None:
     if (directory / "config.json").exists():
         return
     directory.mkdir(parents=True, exist_ok=True)
-    scheme, hidden, inner = parse_scheme(SCHEMES[kind]), SHAPES["hidden_size"], SHAPES["intermediate_size"]
-    generator = torch.Generator(DEVICE).manual_seed(7)
+    scheme, generator = parse_scheme(SCHEMES[kind]), torch.Generator(net.device).manual_seed(7)
     writer = TensorFileWriter(directory / "model.safetensors")
 
     def noise(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, generator=generator, device=DEVICE, dtype=torch.bfloat16)
+        return torch.randn(shape, generator=generator, device=net.device, dtype=torch.bfloat16)
 
-    linears = {f"self_attn.{x}_proj": (hidden, hidden) for x in "qkvo"}
-    linears |= {"mlp.gate_proj": (inner, hidden), "mlp.up_proj": (inner, hidden), "mlp.down_proj": (hidden, inner)}
+    linears = {f"self_attn.{x}_proj": (net.hidden, net.hidden) for x in "qkvo"}
+    linears |= {f"mlp.{x}_proj": (net.inner, net.hidden) for x in ("gate", "up")}
+    linears["mlp.down_proj"] = (net.hidden, net.inner)
     names = {}
-    for layer in range(LAYERS):
+    for layer in range(net.layers):
         for role, (n, k) in linears.items():
             name = f"model.layers.{layer}.{role}"
-            deviation = WEIGHTS * (BRANCH if role in BRANCH_ENDS else 1)
+            deviation = net.weights * (net.branch if role in BRANCH_ENDS else 1)
             for key, tensor in write(name, random_weight(scheme, n, k, deviation, generator)).items():
                 writer.add(key, tensor)
             names[name] = scheme
         for norm in ("input_layernorm", "post_attention_layernorm"):
-            writer.add(f"model.layers.{layer}.{norm}.weight", 1 + 0.1 * noise(hidden))
-    writer.add("model.embed_tokens.weight", noise(VOCABULARY, hidden))
-    writer.add("lm_head.weight", 0.1 * noise(VOCABULARY, hidden))
-    writer.add("model.norm.weight", 1 + 0.1 * noise(hidden))
+            writer.add(f"model.layers.{layer}.{norm}.weight", 1 + 0.1 * noise(net.hidden))
+    writer.add("model.embed_tokens.weight", noise(net.vocabulary, net.hidden))
+    writer.add("lm_head.weight", net.head * noise(net.vocabulary, net.hidden))
+    writer.add("model.norm.weight", 1 + 0.1 * noise(net.hidden))
     writer.close()
-    config = SHAPES | {
+    config = config_of(net) | {"quantization_config": quantization_config(names, ["lm_head"])}
+    (directory / "config.json").write_text(json.dumps(config))
+
+
+def config_of(net: Network) -> dict[str, Any]:
+    """config.json of the network, not quantized."""
+    return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
-        "num_hidden_layers": LAYERS,
-        "vocab_size": VOCABULARY,
+        "hidden_size": net.hidden,
+        "intermediate_size": net.inner,
+        "num_attention_heads": net.heads,
+        "num_key_value_heads": net.heads,
+        "num_hidden_layers": net.layers,
+        "vocab_size": net.vocabulary,
         "max_position_embeddings": 4096,
         "rms_norm_eps": 1e-5,
         "hidden_act": "silu",
@@ -123,9 +152,7 @@ def write_model(directory: Path, kind: str) -> None:
         "tie_word_embeddings": False,
         "bos_token_id": 1,
         "eos_token_id": 2,
-        "quantization_config": quantization_config(names, ["lm_head"]),
     }
-    (directory / "config.json").write_text(json.dumps(config))
 
 
 def random_weight(scheme: Any, n: int, k: int, deviation: float, generator: Any) -> Any:
@@ -134,7 +161,7 @@ def random_weight(scheme: Any, n: int, k: int, deviation: float, generator: Any)
 
     from quant.qtensor import QTensor
 
-    limit, device = scheme.qtype.max, {"generator": generator, "device": DEVICE}
+    limit, device = scheme.qtype.max, {"generator": generator, "device": generator.device}
     codes = torch.randint(-limit, limit + 1, (n, k), dtype=torch.int8, **device)
     scales = (0.75 + 0.5 * torch.rand(n, scheme.groups(k), **device)) * deviation / (2**scheme.bits * 0.29)
     return QTensor(codes, scales.to(torch.bfloat16), None, scheme)
@@ -237,7 +264,12 @@ def measure(name: str, models: Path, out: Path) -> None:
         enable_prefix_caching=False,
         compilation_config={"cudagraph_capture_sizes": [1, 8]},
     )
-    row: dict[str, Any] = {"engine": name, "model": kind, "layers": LAYERS, "start_s": time.monotonic() - begun}
+    row: dict[str, Any] = {
+        "engine": name,
+        "model": kind,
+        "layers": LLAMA_2_7B.layers,
+        "start_s": time.monotonic() - begun,
+    }
     flag(out, name, "ready").touch()
     while not flag(out, name, "go").exists():
         time.sleep(0.05)
@@ -249,7 +281,9 @@ def measure(name: str, models: Path, out: Path) -> None:
 def prompts(count: int, seed: int) -> list[dict[str, list[int]]]:
     """Random tokens."""
     dice = random.Random(seed)
-    return [{"prompt_token_ids": [dice.randrange(5, VOCABULARY) for _ in range(LENGTH)]} for _ in range(count)]
+    return [
+        {"prompt_token_ids": [dice.randrange(5, LLAMA_2_7B.vocabulary) for _ in range(LENGTH)]} for _ in range(count)
+    ]
 
 
 def greedy(engine: Any) -> list[list[list[Any]]]:
