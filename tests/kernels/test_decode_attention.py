@@ -114,6 +114,17 @@ def test_a_zero_head_is_stored_as_zeros():
     assert (call.cache.k_scales[3] > 0).all()
 
 
+@pytest.mark.parametrize("part", [0, 1, 2])  # the head of q, of k, of v
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_int8_does_not_hide_what_is_no_number(device, dtype, part):
+    call = make_append((1, 1, 16), [3, 40], dtype, True, device)
+    call.qkv[1, 16 * part + 5] = torch.nan
+    out = ops.attend(attention_of(call, ops.append_heads(call)))
+    assert out[0].isfinite().all()
+    assert out[1].isnan().all()
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -40,7 +40,7 @@ __device__ inline float warp_sum(float value) {
 }
 
 __device__ inline float warp_max(float value) {
-  for (int offset = 16; offset > 0; offset /= 2) value = fmaxf(value, __shfl_xor_sync(~0u, value, offset));
+  for (int offset = 16; offset > 0; offset /= 2) value = max_or_nan(value, __shfl_xor_sync(~0u, value, offset));
   return value;
 }
 
@@ -88,13 +88,13 @@ __device__ void store_head(const Head& head, Target* target, int half, int lane,
   }
 }
 
-// The head as int8, by absmax / 127 rounded to T and kept in T's normal range.
+// The head as int8, by absmax / 127 rounded to T and kept in T's normal range; NaN where an input is.
 template <typename T>
 __device__ void store_int8(const Head& head, int8_t* target, T* scale, int half, int lane) {
   float largest = 0.f;
-  for (int i = 0; i < kPairs; ++i) largest = fmaxf(largest, fmaxf(fabsf(head.low[i]), fabsf(head.high[i])));
+  for (int i = 0; i < kPairs; ++i) largest = max_or_nan(largest, max_or_nan(fabsf(head.low[i]), fabsf(head.high[i])));
   constexpr float kTiny = std::is_same_v<T, __half> ? 6.103515625e-05f : 1.17549435e-38f;
-  const T stored = from_float<T>(fmaxf(warp_max(largest) / kInt8Limit, kTiny));
+  const T stored = from_float<T>(max_or_nan(warp_max(largest) / kInt8Limit, kTiny));
   const float divisor = to_float(stored);
   if (lane == 0) *scale = stored;
   store_head(head, target, half, lane, [divisor](float value) {
@@ -238,7 +238,7 @@ struct Chunk {
       if (row < from || row >= to) return;
       const void* scales = lane < kRows ? span.k_scales : span.v_scales;
       scale = to_float(static_cast<const T*>(scales)[static_cast<int64_t>(row) * span.scale_pitch]);
-      if (lane >= kRows) scale = __log2f(fmaxf(scale, kLeastScale));
+      if (lane >= kRows) scale = __log2f(max_or_nan(scale, kLeastScale));
     }
   }
 
@@ -295,14 +295,13 @@ struct Queries {
     }
   }
 
-  // A pair of T as a pair of Product. What float16 cannot hold is held at its largest: no q comes near.
+  // A pair of T as a pair of Product. What float16 cannot hold is held at its largest: no q comes near. NaN stays.
   __device__ static uint32_t product_pair(uint32_t word) {
     if constexpr (std::is_same_v<typename S::T, typename S::Product>) {
       return word;
     } else {
-      const float2 wide = __bfloat1622float2(as_bfloat162(word));
-      constexpr float kMost = 65504.f;
-      return bits_of(__floats2half2_rn(fminf(fmaxf(wide.x, -kMost), kMost), fminf(fmaxf(wide.y, -kMost), kMost)));
+      const __half2 most = as_half2(0x7bff7bffu), least = as_half2(0xfbfffbffu);  // 65504, -65504
+      return bits_of(__hmax2_nan(__hmin2_nan(__float22half2_rn(__bfloat1622float2(as_bfloat162(word))), most), least));
     }
   }
 };
