@@ -172,7 +172,7 @@ def check_cache(cache: KVCache, heads: Tensor) -> None:
 def append(call: Append) -> Tensor:
     """q (m, heads * head_dim), normed and rotated; k (so treated) and v are in the cache afterwards."""
     check_append(call)
-    if reason_against(call.qkv, call.cache):
+    if len(call.qkv) == 0 or reason_against(call.qkv, call.cache):
         return append_reference(call)
     assert EXTENSION is not None
     q = torch.empty(call.qkv.shape[0], call.heads * call.cache.head_dim, dtype=call.qkv.dtype, device=call.qkv.device)
@@ -193,6 +193,8 @@ def attend(call: Attention) -> Tensor:
     ValueError where the tensors do not fit together, or on a GPU where q, k or v is not aligned to 16 bytes.
     """
     check_attention(call)
+    if len(call.q) == 0:
+        return torch.empty_like(call.q)
     if reason_against(call.q, call.cache):
         return attend_reference(call)
     assert EXTENSION is not None

@@ -114,6 +114,14 @@ def test_a_zero_head_is_stored_as_zeros():
     assert (call.cache.k_scales[3] > 0).all()
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_no_rows_are_no_work(device):
+    call = make_append((2, 1, 16), [3], torch.float16, False, device)
+    call = replace(call, qkv=call.qkv[:0], positions=call.positions[:0], slots=call.slots[:0])
+    q = ops.append_heads(call)
+    assert ops.attend(attention_of(call, q)).shape == q.shape == (0, 32)
+
+
 @pytest.mark.parametrize("part", [0, 1, 2])  # the head of q, of k, of v
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
