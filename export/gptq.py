@@ -111,8 +111,8 @@ def _require_order(g_idx: Tensor, k: int, groups: int) -> None:
     """ValueError where inputs are not in the order of their groups: what act-order without static groups leaves."""
     if g_idx.shape != (k,) or not torch.equal(g_idx.long(), torch.arange(k) // (k // groups)):
         raise ValueError(
-            "g_idx does not number the inputs group by group (desc_act without static groups); no engine of today "
-            "takes such files, nor do we"
+            "g_idx does not number the inputs group by group (desc_act without static groups); vLLM takes such files "
+            "no more, nor do we"
         )
 
 
