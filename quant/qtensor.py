@@ -10,6 +10,7 @@ from quant.scheme import Activations, Scheme
 
 SCALE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
+
 @dataclass(frozen=True)
 class QTensor:
     """A weight as codes and scales: `w ~ (code - zero) * scale`.
