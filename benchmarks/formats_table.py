@@ -74,7 +74,7 @@ READERS = {
     "vLLM 0.32, CPU": ReaderProgram("vllm", "vllm"),
     "transformers 5.23, our linears": ReaderProgram(None, "transformers-lowbit"),
     "vLLM 0.32, CPU, our linears": ReaderProgram("vllm", "vllm-lowbit", (CT,)),
-    "llm-compressor 0.14, compressed-tensors 0.19": ReaderProgram("llmc", "transformers", (CT,)),
+    "transformers 5.17, compressed-tensors 0.19": ReaderProgram("llmc", "transformers", (CT,)),
 }
 
 

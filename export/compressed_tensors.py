@@ -47,7 +47,7 @@ def caveat(scheme: Scheme) -> str | None:
     if scheme.symmetric:
         return None
     return (
-        "transformers with compressed-tensors 0.19 or 0.20 does not load asymmetric weights unless told "
+        "transformers 5.23 with compressed-tensors 0.20 does not load asymmetric weights unless told "
         "CompressedTensorsConfig(dequantize=True); vLLM does"
     )
 

@@ -186,7 +186,7 @@ def _expanded(layer: Layer, capability: int | None) -> str | None:
     if layer.fmt != "compressed-tensors":
         return "another format"
     if not layer.scheme.symmetric:
-        return "compressed-tensors 0.19 and 0.20 load asymmetric weights only with dequantize=True"
+        return "with compressed-tensors 0.20 it loads asymmetric weights only with dequantize=True"
     return None
 
 
