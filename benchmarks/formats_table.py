@@ -43,8 +43,8 @@ METHODS: dict[str, tuple[str, ...]] = {
     "gptq int4-g64": ("--method", "gptq", *G64, *FEW),
     "signround int4-g64": ("--method", "signround", *G64, "--iters", "4", *FEW),
     "best int4-g64": ("--method", "best", *G64, "--iters", "2", "--distill-steps", "2", *FEW),
-    "smoothquant int8-channel-a8token": ("--method", "smoothquant", *FEW),
-    "smoothquant int8-channel-a8tensor": ("--method", "smoothquant", "--activations", "tensor", *FEW),
+    "smoothquant a8token": ("--method", "smoothquant", *FEW),
+    "smoothquant a8tensor": ("--method", "smoothquant", "--activations", "tensor", *FEW),
 }
 EVERY = (CT, "gptq", "gptq_v2", "awq")
 FORMATS = {
