@@ -28,12 +28,6 @@ constexpr float kLog2E = 1.44269504f;
 constexpr float kInt8Limit = 127.f;
 constexpr float kLeastScale = 7.8886e-31f;  // 2^-100: its inverse can still be summed
 
-__device__ inline float exp2_fast(float value) {
-  float result;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(value));
-  return result;
-}
-
 __device__ inline float warp_sum(float value) {
   for (int offset = 16; offset > 0; offset /= 2) value += __shfl_xor_sync(~0u, value, offset);
   return value;
@@ -511,7 +505,7 @@ __device__ void attend_span(const DecodeAttentionArgs& args, const Span& span, L
 template <typename S>
 __global__ void __launch_bounds__(kThreads, S::kAhead ? 3 : 2)
     decode_attention_kernel(const __grid_constant__ DecodeAttentionArgs args) {
-  __shared__ Meeting<S> meeting;
+  LOWBIT_SHARED(Meeting<S>, meeting);
   const int group = args.heads / args.cache.kv_heads, chunks = (group + kHeads - 1) / kHeads;
   const int kv_head = blockIdx.y / chunks, member = blockIdx.y % chunks * kHeads;
   const int64_t first_head = static_cast<int64_t>(blockIdx.z) * args.heads + kv_head * group + member;

@@ -2,6 +2,7 @@
 // lanes by a shuffle. Rows never meet, so nothing is synchronised; the factor is in shared memory, read by every warp.
 #include "gptq_block.cuh"
 #include "launch.cuh"
+#include "ptx.cuh"
 
 namespace lowbit {
 namespace {
@@ -21,7 +22,7 @@ __device__ void load_row(const void* row_of, int64_t first, int columns, int lan
 }
 
 __global__ void gptq_block_kernel(const __grid_constant__ GptqBlockArgs args) {
-  extern __shared__ float factor[];
+  LOWBIT_DYNAMIC_SHARED(float, factor);
   const int columns = args.columns, lane = threadIdx.x % 32;
   const float* factor_gmem = static_cast<const float*>(args.factor);
   for (int i = threadIdx.x; i < columns * columns; i += blockDim.x) factor[i] = factor_gmem[i];

@@ -1,4 +1,7 @@
-// The few PTX instructions that the kernels use, each under its own name.
+// The few PTX instructions that the kernels use, each under its own name, and a block's shared memory.
+//
+// tests/kernels/emulator has a header of the same name, and of those of wgmma and of tensor maps, for the CPU: what is
+// not C++ stays in these.
 #pragma once
 
 #include <cstdint>
@@ -6,6 +9,10 @@
 #include <cuda_fp16.h>
 
 namespace lowbit {
+
+// Shared memory under `name`: one T, and as many as the launch gives bytes for.
+#define LOWBIT_SHARED(T, name) __shared__ T name
+#define LOWBIT_DYNAMIC_SHARED(T, name) extern __shared__ __align__(128) T name[]
 
 __device__ inline uint32_t smem_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
@@ -67,6 +74,13 @@ __device__ inline float max_or_nan(float a, float b) {
   float larger;
   asm("max.NaN.f32 %0, %1, %2;" : "=f"(larger) : "f"(a), "f"(b));
   return larger;
+}
+
+// 2^value, subnormal ones as zero.
+__device__ inline float exp2_fast(float value) {
+  float result;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(value));
+  return result;
 }
 
 // c (16 x 8, float32) += a (16 x 16) * b (16 x 8). The lane's share of each operand is the PTX ISA's fragment of

@@ -145,7 +145,8 @@ __device__ void load(const RowNormArgs& args, int vectors, float (&x)[kCount][kV
 
 template <typename T, int kCount>
 __global__ void __launch_bounds__(kMaxThreads) row_norm_kernel(const __grid_constant__ RowNormArgs args) {
-  __shared__ float scratch[kMaxThreads / 32];
+  using Scratch = float[kMaxThreads / 32];
+  LOWBIT_SHARED(Scratch, scratch);
   const int vectors = args.k / kVector;
   allow_next_kernel();
   uint4 weights[kCount] = {};

@@ -211,7 +211,7 @@ __global__ void __launch_bounds__(S::kThreads, 4 / S::kWarpgroups)
     w8a8_gemm_kernel(const __grid_constant__ Maps maps, const __grid_constant__ W8a8Args args, W8a8Output output,
                      int stages) {
 #if LOWBIT_WGMMA
-  extern __shared__ uint8_t unaligned[];
+  LOWBIT_DYNAMIC_SHARED(uint8_t, unaligned);
   uint8_t* smem = unaligned + (1024 - smem_address(unaligned) % 1024) % 1024;
   const Ring<S> ring{smem_address(smem), stages};
   Sides<S>& sides = *reinterpret_cast<Sides<S>*>(smem + stages * (S::kStageBytes + 16));

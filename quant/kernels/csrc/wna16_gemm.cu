@@ -375,7 +375,7 @@ __device__ void finish_group(const Wna16Args& args, float* partial) {
 template <typename S>
 __global__ void __launch_bounds__(S::kThreads, 1) wna16_gemm_kernel(const __grid_constant__ Wna16Args args) {
 #if LOWBIT_WGMMA
-  extern __shared__ __align__(128) uint8_t smem[];
+  LOWBIT_DYNAMIC_SHARED(uint8_t, smem);
   const Layout<S> layout(smem);
   const Share share(args);
   allow_next_kernel();

@@ -388,7 +388,7 @@ constexpr int kMostColBlocks = 8;
 template <typename S>
 __global__ void __launch_bounds__(kMaxThreads, S::kMinBlocks)
     wna16_gemv_kernel(const __grid_constant__ Wna16Args args, bool prefetch) {
-  extern __shared__ __align__(128) uint8_t smem[];
+  LOWBIT_DYNAMIC_SHARED(uint8_t, smem);
   if constexpr (S::kColBlocks <= kMostColBlocks) compute_group<S>(args, prefetch, smem);
   else __trap();
 }
