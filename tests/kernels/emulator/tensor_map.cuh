@@ -1,0 +1,38 @@
+// csrc/tensor_map.cuh's functions on the CPU: a map holds the numbers that it is made of.
+#pragma once
+
+#include <cuda.h>
+
+#include "ptx.cuh"
+
+namespace lowbit {
+
+constexpr int kBoxBytes = 128;
+
+struct Matrix {
+  const uint8_t* data;
+  int rows, pitch, box_rows;
+};
+
+inline cudaError_t make_tensor_map(CUtensorMap& map, const void* data, int rows, int pitch, int box_rows) {
+  if (reinterpret_cast<uintptr_t>(data) % 16 || pitch % 16 || box_rows > 256) return cudaErrorInvalidValue;
+  const Matrix matrix = {static_cast<const uint8_t*>(data), rows, pitch, box_rows};
+  memcpy(&map, &matrix, sizeof(matrix));
+  return cudaSuccess;
+}
+
+inline void prefetch_map(const CUtensorMap&) {}
+
+enum class Reuse { kNone, kSome };
+
+template <Reuse>
+void copy_box(uint32_t smem, const CUtensorMap& map, int byte, int row, uint32_t barrier) {
+  Matrix matrix;
+  memcpy(&matrix, &map, sizeof(matrix));
+  const int rows = std::clamp(matrix.rows - row, 0, matrix.box_rows);
+  const int row_bytes = std::clamp(matrix.pitch - byte, 0, kBoxBytes);
+  const uint8_t* source = matrix.data + int64_t(row) * matrix.pitch + byte;
+  emulator::copy({smem, uint32_t(matrix.box_rows * kBoxBytes), barrier, source, rows, matrix.pitch, row_bytes});
+}
+
+}  // namespace lowbit

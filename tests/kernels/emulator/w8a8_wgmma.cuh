@@ -1,0 +1,19 @@
+// csrc/w8a8_wgmma.cuh's functions on the CPU. An operand's description is its address before the swizzle.
+#pragma once
+
+#include "wgmma.cuh"
+
+namespace lowbit {
+
+struct SwizzledAt {
+  uint32_t low;
+  explicit SwizzledAt(uint32_t smem) : low(__shfl_sync(~0u, smem, 0)) {}
+  uint64_t after(int bytes) const { return low + bytes; }
+};
+
+template <int kColumns>
+void wgmma_bytes(int (&c)[kColumns / 2], uint64_t a, uint64_t b) {
+  emulator::multiply_bytes_later(c, kColumns, uint32_t(a), uint32_t(b));
+}
+
+}  // namespace lowbit

@@ -1,0 +1,412 @@
+"""The kernels' own sources, run on the CPU lane by lane, against the references: docs/KERNELS.md says what that proves.
+
+Every check runs on many seeded cases in a process of its own. The last tests plant mistakes, which must be found.
+"""
+
+import random
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor
+
+from quant.kernels import (
+    decode_attention,
+    gptq_block,
+    packed,
+    reference,
+    row_norm,
+    w8a8,
+    w8a8_gemm,
+    wna16_dequantize,
+    wna16_gemm,
+    wna16_gemv,
+)
+from quant.kernels.decode_attention import Append, Attention, KVCache
+from quant.kernels.packed import PackedWeight
+from quant.kernels.problem import Call, Problem, Rotary, check, problem_of
+from quant.kernels.row_norm import Rows
+from quant.kernels.w8a8 import Int8Call, Int8Weight
+from quant.qtensor import QTensor
+from quant.scheme import make_scheme
+from tests.kernels.emulator import build
+from tests.kernels.emulator.build import Mutant
+from tests.kernels.emulator.device import Gpu, failure_of
+
+HALVES = (torch.float16, torch.bfloat16)
+GROUPS = (32, 64, 128, 256, -1)
+MOST_ROWS = {wna16_gemm: wna16_gemm.MAX_M, wna16_gemv: 16}  # on Hopper
+
+
+@pytest.fixture(scope="session")
+def library() -> Path:
+    """The emulated quant._C; skips where it cannot be built."""
+    if reason := build.reason_against():
+        pytest.skip(f"no emulator: {reason}")
+    return build.build()
+
+
+def random_weight(pick: random.Random, n: int, k: int, bits: int, dtype: torch.dtype, pair_block: int) -> PackedWeight:
+    """Codes, zeros and scales over their whole range; of 4 bits the scales have signs."""
+    scheme = make_scheme(bits, pick.choice([size for size in GROUPS if k % size == 0]), pick.random() < 0.5)
+    qtype, groups = scheme.qtype, scheme.groups(k)
+    codes = torch.randint(qtype.min, qtype.max + 1, (n, k)).to(torch.int8 if qtype.signed else torch.uint8)
+    scales = torch.rand(n, groups) * 0.02 + 0.001
+    if bits == 4:
+        scales *= torch.randint(0, 2, (n, groups)) * 2 - 1
+    zeros = None if scheme.symmetric else torch.randint(qtype.min, qtype.max + 1, (n, groups), dtype=torch.int32)
+    return packed.prepack(QTensor(codes, scales.to(dtype), zeros, scheme), dtype, pair_block)
+
+
+def random_rotary(pick: random.Random, m: int, dtype: torch.dtype) -> Rotary:
+    angles = torch.rand(50, pick.choice([8, 16, 32])) * 6
+    caches = [torch.zeros(80, pick.choice([1, 2]), 2 * angles.shape[1], dtype=dtype)] * 2
+    return Rotary(torch.randint(0, 50, (m,)), torch.randperm(80)[:m], angles.cos(), angles.sin(), *caches)
+
+
+def random_call(pick: random.Random, kernel: ModuleType) -> Call:
+    """A product with some prologue and some epilogue: odd n, tails of k, every kind of group."""
+    dtype, bits = pick.choice(HALVES), pick.choice([4, 8])
+    m, k = pick.randint(1, MOST_ROWS[kernel]), pick.choice([32, 96, 128, 160, 256, 512, 640, 1024])
+    n, pair_block, tail = pick.choice([1, 5, 16, 33, 40, 72, 136, 200]), 16, {}
+    half = pick.choice([None, lambda *shape: torch.randn(shape).to(dtype)])
+    mode = pick.choice(["plain", "plain", "gated", "rotary"])
+    if mode == "gated":
+        n = pair_block = pick.choice([16, 32, 96, 224])
+        tail = {"activation": "silu_mul"}
+    elif mode == "rotary":
+        rotary = random_rotary(pick, m, dtype)
+        pair_block, tail = rotary.head_dim, {"rotary": rotary}
+        n = (pick.choice([1, 2, 3]) + 2 * rotary.kv_heads) * pair_block
+    else:
+        tail = {"activation": pick.choice(["none", "gelu", "gelu_tanh", "quick_gelu"]), "float32_out": half is None}
+        tail |= {"residual": half and half(m, n)}
+    norm = pick.choice(["none", "rms", "layer"]) if kernel is wna16_gemv else "none"
+    if norm != "none":
+        tail |= {"norm": norm, "norm_weight": torch.rand(k).to(dtype) + 0.5, "norm_eps": 1e-5}
+        tail |= {"norm_bias": half and half(k)}
+    weight, x = random_weight(pick, n, k, bits, dtype, pair_block), torch.randn(m, k).to(dtype)
+    return Call(x, weight, half and half(n), dependent=pick.random() < 0.6, **tail)
+
+
+def random_launch(pick: random.Random, kernel: ModuleType) -> Any:
+    """Any cut that the kernel has code for, of more blocks than there are chunks too."""
+    if kernel is wna16_gemm:
+        return wna16_gemm.Launch(pick.choice(wna16_gemm.WARPGROUPS), pick.randint(1, 8))
+    row_warps = pick.choice([1, 2, 4])
+    return wna16_gemv.Launch(pick.choice([1, 2]), row_warps, pick.randint(1, 8 // row_warps), pick.choice([1, 2, 3, 4]))
+
+
+def launched(gpu: Gpu, kernel: ModuleType, call: Call, launch: Any) -> Tensor:
+    """y by the emulated kernel; of a dependent launch, while the previous kernel still writes all but the weight."""
+    check(call)
+    gpu.late(call.x, call.bias, call.residual, call.norm_weight, call.norm_bias)
+    if call.rotary:
+        gpu.late(call.rotary.positions, call.rotary.slots)
+        gpu.untouched(call.rotary.k_cache, call.rotary.v_cache)
+    with gpu:
+        return kernel.run(call, problem_of(call), launch)
+
+
+def assert_close(y: Tensor, expected: Tensor, dtype: torch.dtype, roundings: float = 4) -> None:
+    """All finite, and within some roundings to `dtype` of the largest result."""
+    assert torch.isfinite(y.float()).all()
+    error = (y.float() - expected.float()).abs().max()
+    limit = roundings * torch.finfo(dtype).eps * expected.float().abs().max().clamp(min=1e-3)
+    assert error <= limit, f"error {error:.3g}, limit {limit:.3g}"
+
+
+def check_products(gpu: Gpu, kernel_name: str, seeds: range) -> None:
+    kernel = {"gemm": wna16_gemm, "gemv": wna16_gemv}[kernel_name]
+    for seed in seeds:
+        torch.manual_seed(seed)
+        pick = random.Random(seed)
+        call = gpu.put(random_call(pick, kernel))
+        if pick.random() < 0.5:  # rows that begin anywhere, and end at the page
+            call = replace(call, bias=gpu.put(call.bias, 2), residual=gpu.put(call.residual, 2))
+        launch = random_launch(pick, kernel)
+        gpu.start(seed, (call.y_shape, call.weight.k, call.weight.bits, call.weight.group_size, call.x.dtype, launch))
+        y, rotary = launched(gpu, kernel, call, launch), call.rotary
+        caches = [] if rotary is None else [rotary.k_cache, rotary.v_cache]
+        written = [cache.clone() for cache in caches]
+        for cache in caches:
+            cache.zero_()
+        assert_close(y, reference.run(call), call.x.dtype)
+        for cache, found in zip(caches, written, strict=True):
+            assert_close(found, cache, call.x.dtype)
+
+
+def cuts_of(kernel: ModuleType, n: int, k: int) -> list[tuple[int, Any]]:
+    """(rows of x, launch) for every cut that the rule picks on some GPU."""
+    cuts = {}
+    for m in (1, 8, 9, 16, 17, 33, 64):
+        for processors in (1, 4, 16, 40, 78, 132):
+            if m <= MOST_ROWS.get(kernel, 64):
+                problem = Problem(m, n, k, 4, 128, torch.float16, "cuda", (9, 0), processors)
+                cuts[kernel.choose_launch(problem), m > 8] = m
+    return [(m, launch) for (launch, _), m in cuts.items()]
+
+
+def check_cuts_of_products(gpu: Gpu, kernel_name: str) -> None:
+    kernel, pick = {"gemm": wna16_gemm, "gemv": wna16_gemv}[kernel_name], random.Random(0)
+    for n, k in ((40, 640), (136, 1536), (24, 8320)):
+        weight = gpu.put(random_weight(pick, n, k, 4, torch.float16, 16))
+        for m, launch in cuts_of(kernel, n, k):
+            gpu.start(m, (n, k, launch))
+            call = Call(gpu.put(torch.randn(m, k).half()), weight, dependent=True)
+            assert_close(launched(gpu, kernel, call, launch), reference.run(call), torch.float16)
+
+
+def check_schedules(gpu: Gpu) -> None:
+    pick = random.Random(0)
+    for kernel, launch in ((wna16_gemv, wna16_gemv.Launch(1, 1, 5, 3)), (wna16_gemm, wna16_gemm.Launch(2, 5))):
+        call = Call(torch.randn(7, 1536).half(), random_weight(pick, 136, 1536, 4, torch.float16, 16), dependent=True)
+        call, results = gpu.put(call), []
+        for seed in range(4):
+            gpu.start(seed, launch)
+            results.append(launched(gpu, kernel, call, launch))
+        assert all(torch.equal(results[0], result) for result in results)
+
+
+def check_dequantize(gpu: Gpu, seeds: range) -> None:
+    for seed in seeds:
+        pick = random.Random(seed)
+        n, dtype, bits = pick.choice([1, 5, 16, 33, 64]), pick.choice(HALVES), pick.choice([4, 8])
+        pair_block = pick.choice([16, n]) if n % 16 == 0 else 16
+        weight = gpu.put(random_weight(pick, n, pick.choice([32, 96, 160, 256, 512]), bits, dtype, pair_block))
+        gpu.start(seed, (n, weight.k, bits, weight.group_size, dtype, pair_block))
+        with gpu:
+            found = wna16_dequantize.dequantize(weight)
+        assert torch.equal(found, packed.dequantize_packed(weight).to(dtype))
+
+
+def check_gptq(gpu: Gpu, seeds: range) -> None:
+    for seed in seeds:
+        pick = random.Random(seed)
+        n, b = pick.choice([1, 7, 8, 20]), pick.choice([1, 31, 32, 33, 100, 128])
+        factor = torch.triu(torch.randn(b, b) * 0.05) + torch.eye(b) * (0.5 + torch.rand(b))
+        scales = (torch.rand(n, b) * 0.2 + 0.1) * (torch.randint(0, 2, (n, b)) * 2 - 1)
+        zeros = torch.randint(0, 16, (n, b)).float()
+        tensors = [gpu.put(tensor, 4) for tensor in (torch.randn(n, b), factor, scales, zeros)]
+        gpu.start(seed, (n, b))
+        with gpu:
+            codes, errors = gptq_block.gptq_block(*tensors, 0, 15)
+        wanted_codes, wanted_errors = gptq_block.gptq_block(*tensors, 0, 15)
+        same = (codes == wanted_codes).all(1)  # the order of two roundings may turn a code, and all that follow
+        assert same.float().mean() >= 0.8
+        assert torch.allclose(errors[same], wanted_errors[same], atol=1e-4)
+
+
+def random_rows(pick: random.Random) -> Rows:
+    dtype, activation = pick.choice(HALVES), pick.choice(["none", "none", "gelu", "silu_mul"])
+    m, k, norm = pick.choice([1, 3, 256]), pick.choice([8, 72, 520]), pick.choice(["none", "rms", "layer"])
+    if m == 1:
+        k = pick.choice([k, 8200])
+    weight, bias = ((torch.randn(k) + 1).to(dtype) for _ in range(2))
+    int8 = pick.choice(["none", "token", "tensor"])
+    scale = torch.tensor(0.03) if int8 == "tensor" else None
+    x = (2 * torch.randn(m, 2 * k if activation == "silu_mul" else k) + 0.5).to(dtype)
+    sides = (None if norm == "none" else weight, bias if norm == "layer" else None)
+    return Rows(x, norm, *sides, 1e-5, int8, scale, pick.random() < 0.6, activation)
+
+
+def check_rows(gpu: Gpu, seeds: range) -> None:
+    for seed in seeds:
+        torch.manual_seed(seed)
+        call = gpu.put(random_rows(random.Random(seed)))
+        gpu.start(seed, (call.shape, call.norm, call.int8, call.activation, call.x.dtype))
+        gpu.late(call.x)
+        if call.int8 == "none":
+            with gpu:
+                y = row_norm.run(call)
+            assert_close(y, row_norm.reference(call), call.x.dtype)
+            continue
+        with gpu:
+            codes, scales = row_norm.quantize(call)
+        wanted_codes, wanted_scales = row_norm.reference_codes(call)
+        exact = call.norm == "none" and call.activation == "none"
+        assert_close(scales, wanted_scales, torch.float32 if exact else call.x.dtype)
+        turned = codes != wanted_codes  # by a last bit of the norm's or the activation's
+        assert (codes.int() - wanted_codes.int()).abs().max() <= (0 if exact else 1 + (call.x.dtype == torch.bfloat16))
+        assert turned.float().mean() < 0.2
+
+
+def random_bytes(*shape: int) -> Tensor:
+    return torch.randint(-127, 128, shape, dtype=torch.int8)
+
+
+def random_int8_call(pick: random.Random) -> Int8Call:
+    m, n, k = pick.choice([1, 5, 8, 13, 40, 70, 130]), pick.choice([1, 7, 64, 100, 200]), pick.choice([16, 144, 1040])
+    dtype = pick.choice([*HALVES, torch.float32])
+    some = dtype != torch.float32 and pick.random() < 0.7
+    bias, residual = (torch.randn(shape).to(dtype) if some else None for shape in ((n,), (m, n)))
+    weight = Int8Weight(random_bytes(n, k), torch.rand(n) * 1e-4)
+    return Int8Call(random_bytes(m, k), torch.rand(m), weight, bias, residual, dtype, pick.random() < 0.6)
+
+
+def check_int8_products(gpu: Gpu, seeds: range) -> None:
+    for seed in seeds:
+        torch.manual_seed(seed)
+        pick = random.Random(seed)
+        call = gpu.put(random_int8_call(pick))
+        launch = w8a8_gemm.Launch(pick.choice(w8a8_gemm.WARPGROUPS), pick.choice([1, 2, 3, 8]), pick.choice([1, 2, 4]))
+        gpu.start(seed, (call.y_shape, call.weight.k, call.dtype, launch))
+        gpu.late(call.x, call.x_scales, call.residual)
+        with gpu:
+            y = w8a8_gemm.run(call, w8a8.problem_of(call), launch)
+        assert_close(y, w8a8.reference(call), call.dtype)
+
+
+def random_cache(pick: random.Random, slots: int, dtype: torch.dtype) -> KVCache:
+    int8 = pick.random() < 0.5
+    head_dim = pick.choice([16, 64, 80, 128, 144, 256] if int8 else [8, 40, 64, 72, 128, 136, 256])
+    shape = (slots, pick.choice([1, 2, 3]), head_dim)
+    if not int8:
+        return KVCache(*(torch.randn(shape).to(dtype) for _ in range(2)))
+    scales = ((torch.rand(shape[:2]) * 0.02 + 0.002).to(dtype) for _ in range(2))
+    return KVCache(*(random_bytes(*shape) for _ in range(2)), *scales)
+
+
+def random_append(pick: random.Random) -> tuple[Append, Tensor]:
+    """New tokens, of one sequence or of several, and the slot of position 0 of each one's sequence."""
+    dtype, m, context = pick.choice(HALVES), pick.choice([1, 2, 3, 5]), pick.choice([6, 17, 70, 300])
+    if pick.random() < 0.5:
+        first = pick.randint(0, context - m)
+        positions, starts = torch.arange(m) + first, torch.full((m,), pick.choice([0, 4]))
+    else:
+        positions, starts = torch.randint(0, context, (m,)), torch.arange(m) * context
+    cache = random_cache(pick, m * context + 4, dtype)
+    angles = torch.rand(context, cache.head_dim // 2) * 6
+    heads = cache.kv_heads * (pick.choice([1, 2, 7, 8, 9, 17]) + 2)
+    norms = [(torch.rand(cache.head_dim) + 0.5).to(dtype) if pick.random() < 0.5 else None for _ in range(2)]
+    qkv = torch.randn(m, heads * cache.head_dim).to(dtype)
+    tail = (cache, *norms, 1e-6, pick.random() < 0.6)
+    return Append(qkv, positions, positions + starts, angles.cos(), angles.sin(), *tail), starts
+
+
+def parts_of(cache: KVCache) -> list[Tensor]:
+    return [part for part in vars(cache).values() if part is not None]
+
+
+def check_append(gpu: Gpu, call: Append) -> None:
+    """q and the cache, which the call changes, are the reference's."""
+    copies = {name: part if part is None else part.clone() for name, part in vars(call.cache).items()}
+    wanted = replace(call, cache=KVCache(**copies))
+    wanted_q = decode_attention.append_reference(wanted)
+    gpu.late(call.qkv, call.positions, call.slots)
+    gpu.untouched(*parts_of(call.cache))
+    with gpu:
+        q = decode_attention.append(call)
+    assert_close(q, wanted_q, q.dtype)
+    for part, wanted_part in zip(parts_of(call.cache), parts_of(wanted.cache), strict=True):
+        if part.dtype == torch.int8:
+            assert (part.int() - wanted_part.int()).abs().max() <= 1
+        else:
+            assert_close(part, wanted_part, part.dtype)
+
+
+def check_attention(gpu: Gpu, seeds: range) -> None:
+    """What the kernel before wrote, m rows, comes late; what no token may see is NaN."""
+    for seed in seeds:
+        torch.manual_seed(seed)
+        pick = random.Random(seed)
+        append, starts = random_append(pick)
+        append, splits = gpu.put(append), pick.randint(1, decode_attention.MAX_SPLITS)
+        cache, positions = append.cache, append.positions
+        gpu.start(seed, (append.qkv.shape, cache.k.shape, cache.k.dtype, positions.tolist(), splits))
+        check_append(gpu, append)
+        q = torch.randn(len(starts), append.heads * cache.head_dim).to(append.qkv.dtype)
+        options = (cache.head_dim**-0.5, pick.choice([0, 0, 1, 5, 33]), pick.choice([0.0, 0.0, 3.0]), append.dependent)
+        call = Attention(gpu.put(q), cache, gpu.put(starts), positions, *options)
+        wanted = decode_attention.attend_reference(call)
+        hide_unseen(call)
+        gpu.late(call.q, *(part[slot] for part in parts_of(cache) for slot in append.slots.tolist()))
+        with gpu, mock.patch.object(decode_attention, "choose_splits", return_value=splits):
+            out = decode_attention.attend(call)
+        assert_close(out, wanted, out.dtype, 8)
+
+
+def hide_unseen(call: Attention) -> None:
+    """Fills what no token of `call` may see with ones: NaN, but for codes."""
+    seen = torch.zeros(len(call.cache.k), dtype=torch.bool)
+    for start, position in zip(call.starts.tolist(), call.positions.tolist(), strict=True):
+        first = max(0, position + 1 - call.window) if call.window else 0
+        seen[start + first : start + position + 1] = True
+    for part in parts_of(call.cache):
+        part.view(torch.uint8)[~seen] = 0xFF
+
+
+CHECKS = {
+    "wna16_gemv": (check_products, "gemv", range(60)),
+    "wna16_gemm": (check_products, "gemm", range(40)),
+    "the cuts of wna16_gemv": (check_cuts_of_products, "gemv"),
+    "the cuts of wna16_gemm": (check_cuts_of_products, "gemm"),
+    "the same bits in every order": (check_schedules,),
+    "wna16_dequantize": (check_dequantize, range(30)),
+    "gptq_block": (check_gptq, range(12)),
+    "row_norm": (check_rows, range(40)),
+    "w8a8_gemm": (check_int8_products, range(40)),
+    "decode_attention": (check_attention, range(40)),
+}
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_the_kernels_compute_the_reference(library: Path, name: str) -> None:
+    function, *args = CHECKS[name]
+    failure = failure_of(library, function, *args)
+    assert failure is None, failure
+
+
+def read_past_the_words(gpu: Gpu) -> None:
+    weight = gpu.put(random_weight(random.Random(0), 16, 256, 4, torch.float16, 16))
+    gpu.start(0)
+    with gpu:
+        wna16_dequantize.dequantize(replace(weight, n=400))
+
+
+def test_reading_past_a_tensor_is_a_failure_with_its_place(library: Path) -> None:
+    failure = failure_of(library, read_past_the_words)
+    assert failure is not None
+    assert "past the end of a tensor (block" in failure
+
+
+WAIT = "  wait_for_previous_kernel();\n"
+MUTANTS = {
+    "no wait for the previous kernel": (
+        Mutant("row_norm.cu", WAIT, ""),
+        (check_rows, range(40)),
+        "AssertionError|the previous kernel had finished|waited for the previous one",
+    ),
+    "a stage given back too early": (
+        Mutant("w8a8_gemm.cu", "    wgmma_wait<1>();\n    if (leader", "    if (leader"),
+        (check_int8_products, range(40)),
+        "AssertionError",
+    ),
+    "a block that leaves while others read from it": (
+        Mutant("w8a8_gemm.cu", "cluster_sync();  // no block leaves while others read from it", "{}"),
+        (check_int8_products, range(40)),
+        "after it had left",
+    ),
+    "memory of a block that may not have begun": (
+        Mutant("decode_attention.cu", "  if (cluster) cluster_wait();\n  send", "  send"),
+        (check_attention, range(40)),
+        "AssertionError|before it had begun|after it had left",
+    ),
+    "a column read past the row": (
+        Mutant("gptq_block.cu", "column < columns ? row[column] : other", "row[column]"),
+        (check_gptq, range(12)),
+        "past the end of a tensor",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_a_planted_mistake_is_found(library: Path, name: str) -> None:
+    mutant, (function, *args), expected = MUTANTS[name]
+    failure = failure_of(build.build(mutant), function, *args)
+    assert failure is not None, f"{mutant} passed every check"
+    assert any(words in failure for words in expected.split("|")), failure
