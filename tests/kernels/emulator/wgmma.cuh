@@ -11,7 +11,9 @@ template <int kAlongInputs, int kAlongColumns>
 struct MatrixAt {
   uint32_t low;
   explicit MatrixAt(uint32_t smem) : low(__shfl_sync(~0u, smem, 0)) {}
-  uint64_t after(int bytes) const { return uint64_t(kAlongColumns) << 48 | uint64_t(kAlongInputs) << 32 | (low + bytes); }
+  uint64_t after(int bytes) const {
+    return uint64_t(kAlongColumns) << 48 | uint64_t(kAlongInputs) << 32 | (low + bytes);
+  }
 };
 
 inline void wgmma_fence() {}
