@@ -48,6 +48,7 @@ OURS = {
     "int8": "--method int8",
     "smoothquant": "--method smoothquant",
     "smoothquant-gptq": "--method smoothquant --rounder gptq",
+    "smoothquant-tuned": "--method smoothquant --rounder gptq --distill-steps 24",
     "smoothquant-static": "--method smoothquant --activations tensor",
 }
 THEIRS = {

@@ -111,7 +111,7 @@ def product_by(codes: Tensor, scales: Tensor, input_scale: Tensor | None) -> Cal
     def product(x: Tensor) -> Tensor:
         wide = x.double()
         scale = wide.abs().amax(-1, keepdim=True) / 127 if input_scale is None else input_scale.double()
-        return ((wide / scale).round().clamp(-127, 127) @ codes.T * scale * scales).to(x.dtype)
+        return ((wide / scale).round().clamp(-128, 127) @ codes.T * scale * scales).to(x.dtype)
 
     return product
 

@@ -95,7 +95,7 @@ def quantize_inputs(x: Tensor, scale: Tensor | None = None) -> tuple[Tensor, Ten
     """Symmetric int8 codes of activations `x` (..., k), and their scales.
 
     scale   ()  the one scale of all tokens; None for a scale of each token's own, max |x| / 127
-    return  codes (..., k) int8 in [-127, 127], scales (..., 1) float32, or () where `scale` was given
+    return  codes (..., k) int8, scales (..., 1) float32, or () where `scale` was given
 
     Computed in float32, ties to even. A token of zeros gets scale 1, one that holds a NaN gets NaN, which no code says.
     """
@@ -105,7 +105,7 @@ def quantize_inputs(x: Tensor, scale: Tensor | None = None) -> tuple[Tensor, Ten
         scales = torch.where(largest == 0, torch.ones_like(largest), largest / 127)
     else:
         scales = scale.float()
-    return (wide / scales).round_().clamp_(-127, 127).to(torch.int8), scales
+    return (wide / scales).round_().clamp_(-128, 127).to(torch.int8), scales
 
 
 def fake_quantize_inputs(x: Tensor, scale: Tensor | None = None) -> Tensor:

@@ -22,7 +22,7 @@ class Rows:
     x           (m, k); for "silu_mul" (m, 2 k), the gate beside what it is multiplied with
     norm        "none", "rms" or "layer", with its weight, bias (k) and eps
     int8        "none"; "token": to multiples of each row's absmax / 127; "tensor": of input_scale, a float32 number.
-                -127 to 127 of them; `run` gives the values that the codes stand for (numerics.quantize_inputs),
+                -128 to 127 of them; `run` gives the values that the codes stand for (numerics.quantize_inputs),
                 `quantize` the codes and each row's scale
     activation  of problem.ACTIVATIONS, rounded to x's dtype
     """

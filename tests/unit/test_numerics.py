@@ -195,3 +195,8 @@ def test_compressed_tensors_own_parameters_agree():
         if zeros is not None:
             offset = 2 ** (scheme.bits - 1)  # zeros are signed there
             assert torch.equal(zeros - offset, their_zeros.to(torch.int32))
+
+
+def test_inputs_beyond_a_given_scale_end_at_the_codes_of_int8():
+    codes, _ = numerics.quantize_inputs(torch.tensor([-1000.0, -128.4, 126.5, 127.5]), torch.tensor(1.0))
+    assert codes.tolist() == [-128, -128, 126, 127]

@@ -98,7 +98,7 @@ struct Step {
     if (fabsf(guess) >= 128.f) return guess;  // beyond all codes, and perhaps infinite
     return fmaf(fmaf(-guess, scale, x), inverse, guess);
   }
-  __device__ float code_of(float x) const { return fminf(fmaxf(rintf(divide(x)), -127.f), 127.f); }
+  __device__ float code_of(float x) const { return fminf(fmaxf(rintf(divide(x)), -128.f), 127.f); }
 };
 
 // The row as numbers of T, or as codes.

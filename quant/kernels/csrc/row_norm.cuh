@@ -20,7 +20,7 @@ struct RowNormArgs {
   Norm norm;
   float eps;
   Activation activation;  // before the norm
-  bool int8;              // round to input_scale's multiples, -127 to 127 of them
+  bool int8;              // round to input_scale's multiples, -128 to 127 of them
 };
 
 template <typename T>
