@@ -228,14 +228,14 @@ class PlainWeights(LowbitScheme):
         """
         loader: dict[str, Any] = {"weight_loader": part.loader}
         codes = torch.empty(part.n, part.k, dtype=torch.int8)
-        rows, ones = (torch.zeros(size, dtype=torch.float32) for size in ((part.n, 1), len(part.widths)))
+        per_row, per_linear = (torch.zeros(size, dtype=torch.float32) for size in ((part.n, 1), len(part.widths)))
         found = {"weight": ModelWeightParameter(data=codes, input_dim=1, output_dim=0, **loader)}
         if self.one_scale:
-            found["weight_scale"] = PerTensorScaleParameter(data=ones, **loader)
+            found["weight_scale"] = PerTensorScaleParameter(data=per_linear, **loader)
         else:
-            found["weight_scale"] = ChannelQuantScaleParameter(data=rows, output_dim=0, **loader)
+            found["weight_scale"] = ChannelQuantScaleParameter(data=per_row, output_dim=0, **loader)
         if self.scheme.activations is Activations.TENSOR:
-            found["input_scale"] = PerTensorScaleParameter(data=ones.clone(), **loader)
+            found["input_scale"] = PerTensorScaleParameter(data=per_linear.clone(), **loader)
         return found
 
     def whole(self, loaded: dict[str, Tensor], part: Part) -> dict[str, Tensor]:

@@ -39,6 +39,7 @@ from tests.kernels.emulator.device import Gpu, failure_of
 
 HALVES = (torch.float16, torch.bfloat16)
 GROUPS = (32, 64, 128, 256, -1)
+PRODUCTS = {"wna16_gemv": wna16_gemv, "wna16_gemm": wna16_gemm}  # by names, which a child process can be given
 MOST_ROWS = {wna16_gemm: wna16_gemm.MAX_M, wna16_gemv: 16}  # on Hopper
 
 
@@ -121,7 +122,7 @@ def assert_close(y: Tensor, expected: Tensor, dtype: torch.dtype, roundings: flo
 
 
 def check_products(gpu: Gpu, kernel_name: str, seeds: range) -> None:
-    kernel = {"gemm": wna16_gemm, "gemv": wna16_gemv}[kernel_name]
+    kernel = PRODUCTS[kernel_name]
     for seed in seeds:
         torch.manual_seed(seed)
         pick = random.Random(seed)
@@ -152,7 +153,7 @@ def cuts_of(kernel: ModuleType, n: int, k: int) -> list[tuple[int, Any]]:
 
 
 def check_cuts_of_products(gpu: Gpu, kernel_name: str) -> None:
-    kernel, pick = {"gemm": wna16_gemm, "gemv": wna16_gemv}[kernel_name], random.Random(0)
+    kernel, pick = PRODUCTS[kernel_name], random.Random(0)
     for n, k in ((40, 640), (136, 1536), (24, 8320)):
         weight = gpu.put(random_weight(pick, n, k, 4, torch.float16, 16))
         for m, launch in cuts_of(kernel, n, k):
@@ -341,10 +342,10 @@ def hide_unseen(call: Attention) -> None:
 
 
 CHECKS = {
-    "wna16_gemv": (check_products, "gemv", range(60)),
-    "wna16_gemm": (check_products, "gemm", range(40)),
-    "the cuts of wna16_gemv": (check_cuts_of_products, "gemv"),
-    "the cuts of wna16_gemm": (check_cuts_of_products, "gemm"),
+    "wna16_gemv": (check_products, "wna16_gemv", range(60)),
+    "wna16_gemm": (check_products, "wna16_gemm", range(40)),
+    "the cuts of wna16_gemv": (check_cuts_of_products, "wna16_gemv"),
+    "the cuts of wna16_gemm": (check_cuts_of_products, "wna16_gemm"),
     "the same bits in every order": (check_schedules,),
     "wna16_dequantize": (check_dequantize, range(30)),
     "gptq_block": (check_gptq, range(12)),
