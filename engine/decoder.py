@@ -14,7 +14,7 @@ from engine.architecture import Architecture, Layer, Rope
 from engine.attention import prompt_attention
 from engine.cache import Cache
 from engine.products import Linear, Norm, gated_product, prepared, product, rounds_late
-from engine.weights import LayerWeights, Weights
+from engine.weights import LayerWeights, Weights, chained
 from quant.kernels import ops
 from quant.kernels.decode_attention import Append, Attention
 from quant.kernels.packed import PackedWeight
@@ -65,7 +65,7 @@ class Decoder:
     """A model's weights and its computation. Nothing here changes after construction; caches are passed in."""
 
     def __init__(self, architecture: Architecture, weights: Weights, context: int) -> None:
-        self.architecture, self.weights, self.context = architecture, weights, context
+        self.architecture, self.weights, self.context = architecture, chained(weights), context
         # ropes are shared among layers: one table each
         tables: dict[int, Turns] = {}
         for layer in architecture.layers:
@@ -122,7 +122,8 @@ class Decoder:
         if fused and isinstance(weight, PackedWeight) and weight.pair_block == kv.head_dim:
             rotary = Rotary(step.positions, step.slots, turns.cosines, turns.sines, kv.k, kv.v)
             x = prepared(x, w.qkv, w.attention_norm, self.dependent)
-            return ops.qkv_rotary_append(x, weight, rotary, w.qkv.bias, dependent=self.dependent)
+            ahead = w.qkv.next_weight
+            return ops.qkv_rotary_append(x, weight, rotary, w.qkv.bias, dependent=self.dependent, next_weight=ahead)
         qkv = product(x, w.qkv, w.attention_norm, dependent=self.dependent)
         eps = self.architecture.norm_eps
         return ops.append_heads(

@@ -22,11 +22,24 @@ class Int8Inputs:
 
 @dataclass(frozen=True)
 class Linear:
-    """y = x W^T + bias; a dense weight is (n, k) in the activations' dtype, an Int8Weight is for int8 inputs."""
+    """y = x W^T + bias; a dense weight is (n, k) in the activations' dtype, an Int8Weight is for int8 inputs.
+
+    next_weight  what the product that follows in a step reads: kernels ask for its first bytes ahead
+    """
 
     weight: PackedWeight | Int8Weight | Tensor
     bias: Tensor | None = None
     inputs: Int8Inputs | None = None
+    next_weight: Tensor | None = None
+
+    @property
+    def bulk(self) -> Tensor | None:
+        """The tensor that is most of what a product reads, where it is one run of memory."""
+        weight = self.weight
+        if isinstance(weight, PackedWeight):
+            return weight.words
+        tensor = weight.codes if isinstance(weight, Int8Weight) else weight
+        return tensor if tensor.is_contiguous() else None
 
     @property
     def nbytes(self) -> int:
@@ -97,6 +110,7 @@ def product(
             activation=activation,
             float32_out=float32_out,
             dependent=dependent,
+            next_weight=linear.next_weight,
         )
     if residual is not None and linear.bias is None and activation == "none":
         y = torch.addmm(residual, x, linear.weight.T)
@@ -121,7 +135,7 @@ def gated_product(x: Tensor, linear: Linear, norm: Norm | None, activation: str,
     """act(gate) * up (m, n / 2): the weight is gate's rows over up's; `activation` is "silu_mul" or "gelu_tanh_mul"."""
     if isinstance(linear.weight, PackedWeight) and linear.weight.pair_block == linear.weight.n:
         x = prepared(x, linear, norm, dependent)
-        return ops.gated_linear(x, linear.weight, linear.bias, dependent=dependent)
+        return ops.gated_linear(x, linear.weight, linear.bias, dependent=dependent, next_weight=linear.next_weight)
     gate, up = product(x, linear, norm, dependent=dependent).chunk(2, -1)
     return activate(gate, activation.removesuffix("_mul")) * up
 

@@ -63,8 +63,27 @@ class Weights:
     @property
     def step_nbytes(self) -> int:
         """Bytes that every decode step reads: all products' weights, the head's included."""
-        layers = sum(part.nbytes for layer in self.layers for part in (layer.qkv, layer.o, layer.up, layer.down))
-        return layers + self.head.nbytes
+        return sum(product.nbytes for product in self.products)
+
+    @property
+    def products(self) -> list[Linear]:
+        """All, as a step comes to them."""
+        layers = [product for layer in self.layers for product in (layer.qkv, layer.o, layer.up, layer.down)]
+        return [*layers, self.head]
+
+
+def chained(weights: Weights) -> Weights:
+    """`weights`, each product told what the one after it reads; the head, what the next step's first one does."""
+    products = weights.products
+    following = iter([*products[1:], products[0]])
+
+    def told(product: Linear) -> Linear:
+        return replace(product, next_weight=next(following).bulk)
+
+    def told_of(layer: LayerWeights) -> LayerWeights:
+        return replace(layer, qkv=told(layer.qkv), o=told(layer.o), up=told(layer.up), down=told(layer.down))
+
+    return replace(weights, layers=tuple(told_of(layer) for layer in weights.layers), head=told(weights.head))
 
 
 @dataclass(frozen=True)

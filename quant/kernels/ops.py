@@ -22,16 +22,17 @@ from quant.kernels.w8a8 import Int8Call, Int8Weight
 LIBRARY = torch.library.Library("lowbit", "DEF")
 WEIGHT = "Tensor words, Tensor scales, Tensor? zeros, int n, int k, int bits, int group_size, int pair_block"
 NORM = "str norm, Tensor? norm_weight, Tensor? norm_bias, float norm_eps"
+LAUNCH = "bool dependent, Tensor? next_weight=None"
 LIBRARY.define(
-    f"linear(Tensor x, {WEIGHT}, Tensor? bias, Tensor? residual, {NORM}, str activation, bool float32_out, "
-    "bool dependent) -> Tensor"
+    f"linear(Tensor x, {WEIGHT}, Tensor? bias, Tensor? residual, {NORM}, str activation, bool float32_out, {LAUNCH}) "
+    "-> Tensor"
 )
-LIBRARY.define(f"gated_linear(Tensor x, {WEIGHT}, Tensor? bias, {NORM}, bool dependent) -> Tensor")
+LIBRARY.define(f"gated_linear(Tensor x, {WEIGHT}, Tensor? bias, {NORM}, {LAUNCH}) -> Tensor")
 LIBRARY.define(
     f"qkv_rotary_append(Tensor x, {WEIGHT}, Tensor? bias, {NORM}, Tensor positions, Tensor slots, Tensor cosines, "
-    "Tensor sines, Tensor(a!) k_cache, Tensor(b!) v_cache, bool dependent) -> Tensor"
+    f"Tensor sines, Tensor(a!) k_cache, Tensor(b!) v_cache, {LAUNCH}) -> Tensor"
 )
-LIBRARY.define(f"logits_argmax(Tensor x, {WEIGHT}, {NORM}, bool dependent) -> (Tensor, Tensor)")
+LIBRARY.define(f"logits_argmax(Tensor x, {WEIGHT}, {NORM}, {LAUNCH}) -> (Tensor, Tensor)")
 LIBRARY.define(f"dequantize({WEIGHT}) -> Tensor")
 LIBRARY.define(
     "gptq_block(Tensor w, Tensor factor, Tensor scales, Tensor zeros, int low, int high) -> (Tensor, Tensor)"
@@ -93,12 +94,12 @@ def linear_call(
     activation: str,
     float32_out: bool,
     dependent: bool,
+    next_weight: Tensor | None = None,
 ) -> Call:
     """The Call of lowbit::linear's arguments."""
     weight = PackedWeight(words, scales, zeros, n, k, bits, group_size, pair_block)
-    return Call(
-        x, weight, bias, residual, norm, norm_weight, norm_bias, norm_eps, activation, None, float32_out, dependent
-    )
+    sides = bias, residual, norm, norm_weight, norm_bias, norm_eps
+    return Call(x, weight, *sides, activation, None, float32_out, dependent, next_weight)
 
 
 def gated_call(
@@ -117,10 +118,12 @@ def gated_call(
     norm_bias: Tensor | None,
     norm_eps: float,
     dependent: bool,
+    next_weight: Tensor | None = None,
 ) -> Call:
     """The Call of lowbit::gated_linear's arguments."""
     weight = PackedWeight(words, scales, zeros, n, k, bits, group_size, pair_block)
-    return Call(x, weight, bias, None, norm, norm_weight, norm_bias, norm_eps, "silu_mul", dependent=dependent)
+    sides = bias, None, norm, norm_weight, norm_bias, norm_eps
+    return Call(x, weight, *sides, "silu_mul", dependent=dependent, next_weight=next_weight)
 
 
 def rotary_call(
@@ -145,11 +148,13 @@ def rotary_call(
     k_cache: Tensor,
     v_cache: Tensor,
     dependent: bool,
+    next_weight: Tensor | None = None,
 ) -> Call:
     """The Call of lowbit::qkv_rotary_append's arguments."""
     rotary = Rotary(positions, slots, cosines, sines, k_cache, v_cache)
     weight = PackedWeight(words, scales, zeros, n, k, bits, group_size, pair_block)
-    return Call(x, weight, bias, None, norm, norm_weight, norm_bias, norm_eps, rotary=rotary, dependent=dependent)
+    sides = bias, None, norm, norm_weight, norm_bias, norm_eps
+    return Call(x, weight, *sides, rotary=rotary, dependent=dependent, next_weight=next_weight)
 
 
 def logits_call(
@@ -167,10 +172,12 @@ def logits_call(
     norm_bias: Tensor | None,
     norm_eps: float,
     dependent: bool,
+    next_weight: Tensor | None = None,
 ) -> Call:
     """The Call of lowbit::logits_argmax's arguments."""
     weight = PackedWeight(words, scales, zeros, n, k, bits, group_size, pair_block)
-    return Call(x, weight, None, None, norm, norm_weight, norm_bias, norm_eps, float32_out=True, dependent=dependent)
+    sides = None, None, norm, norm_weight, norm_bias, norm_eps
+    return Call(x, weight, *sides, float32_out=True, dependent=dependent, next_weight=next_weight)
 
 
 def with_argmax(logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -333,6 +340,7 @@ def linear(
     activation: str = "none",
     float32_out: bool = False,
     dependent: bool = False,
+    next_weight: Tensor | None = None,
 ) -> Tensor:
     """activation(norm(x) W^T + bias) + residual.
 
@@ -352,6 +360,7 @@ def linear(
         activation,
         float32_out,
         dependent,
+        next_weight,
     )
 
 
@@ -365,10 +374,11 @@ def gated_linear(
     norm_bias: Tensor | None = None,
     norm_eps: float = 0.0,
     dependent: bool = False,
+    next_weight: Tensor | None = None,
 ) -> Tensor:
     """silu(gate) * up, (m, n / 2): `weight` is gate's rows over up's, packed with pair_block = n."""
     return torch.ops.lowbit.gated_linear(
-        x, *weight_args(weight), bias, norm, norm_weight, norm_bias, norm_eps, dependent
+        x, *weight_args(weight), bias, norm, norm_weight, norm_bias, norm_eps, dependent, next_weight
     )
 
 
@@ -383,6 +393,7 @@ def qkv_rotary_append(
     norm_bias: Tensor | None = None,
     norm_eps: float = 0.0,
     dependent: bool = False,
+    next_weight: Tensor | None = None,
 ) -> Tensor:
     """q (m, q_heads * head_dim), rotated; k (rotated) and v are written to rotary's caches.
 
@@ -403,6 +414,7 @@ def qkv_rotary_append(
         rotary.k_cache,
         rotary.v_cache,
         dependent,
+        next_weight,
     )
 
 
@@ -415,9 +427,11 @@ def logits_argmax(
     norm_bias: Tensor | None = None,
     norm_eps: float = 0.0,
     dependent: bool = False,
+    next_weight: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """norm(x) W^T as float32 (m, n), and the index of each row's largest, int64 (m): a greedy step's last product."""
-    return torch.ops.lowbit.logits_argmax(x, *weight_args(weight), norm, norm_weight, norm_bias, norm_eps, dependent)
+    norms = norm, norm_weight, norm_bias, norm_eps
+    return torch.ops.lowbit.logits_argmax(x, *weight_args(weight), *norms, dependent, next_weight)
 
 
 def dequantize(weight: PackedWeight) -> Tensor:

@@ -49,6 +49,8 @@ class Call:
     rotary      outputs are the heads of q, k and v; q is returned, k and v are stored
     dependent   launch without waiting for the previous kernel (programmatic dependent launch): the weight must not have
                 been written by that kernel
+    next_weight a tensor that the next product reads, of any dtype: its first bytes are asked for ahead, where the
+                kernel does so; no result depends on it
     """
 
     x: Tensor
@@ -63,6 +65,7 @@ class Call:
     rotary: Rotary | None = None
     float32_out: bool = False
     dependent: bool = False
+    next_weight: Tensor | None = None
 
     @property
     def y_shape(self) -> tuple[int, int]:
@@ -165,7 +168,8 @@ def reason_against_tensors(call: Call) -> str | None:
             return f"{name} is {tensor.dtype}, x is {x.dtype}: they must agree"
         if tensor is not None and shape is not None and tuple(tensor.shape) != shape:
             return f"{name} has the shape {tuple(tensor.shape)}, not {shape}"
-    others = {"words": w.words, "zeros": w.zeros} | {name: tensor for name, (tensor, _) in halves.items()}
+    others = {"words": w.words, "zeros": w.zeros, "next_weight": call.next_weight}
+    others |= {name: tensor for name, (tensor, _) in halves.items()}
     for name, tensor in others.items():
         if tensor is not None and tensor.device != x.device:
             return f"{name} is on {tensor.device}, x on {x.device}"

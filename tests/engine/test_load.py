@@ -1,6 +1,7 @@
 """Loading: every scheme and format computes what its codes stand for; half precision runs the fused operators."""
 
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,18 @@ def test_packed_weights_run_in_half_precision(family, cache, tmp_path):
     check_half(model, logits_of(reference, IDS))
     written = model.generate([IDS[0].tolist()] * 2, max_new_tokens=6, ignore_eos=True)
     assert written[0].tokens == written[1].tokens
+
+
+def test_every_product_knows_what_the_next_one_reads(tmp_path):
+    quantized(tmp_path, parse_scheme("int4-g32"))
+    weights = engine.load(tmp_path, device="cpu", dtype=torch.float16).decoder.weights
+    first, second = weights.layers
+    order = (first.qkv, first.o, first.up, first.down, second.qkv, second.o, second.up, second.down)
+    for product, following in pairwise(order):
+        assert isinstance(following.weight, PackedWeight)
+        assert product.next_weight is following.weight.words
+    assert second.down.next_weight is weights.head.weight
+    assert weights.head.next_weight is first.qkv.weight.words
 
 
 def test_linears_of_one_product_may_have_different_schemes(tmp_path):

@@ -22,6 +22,7 @@ from quant.kernels import (
     row_norm,
     w8a8,
     w8a8_gemm,
+    wna16_args,
     wna16_dequantize,
     wna16_gemm,
     wna16_gemv,
@@ -91,6 +92,8 @@ def random_call(pick: random.Random, kernel: ModuleType) -> Call:
         tail |= {"norm": norm, "norm_weight": torch.rand(k).to(dtype) + 0.5, "norm_eps": 1e-5}
         tail |= {"norm_bias": half and half(k)}
     weight, x = random_weight(pick, n, k, bits, dtype, pair_block), torch.randn(m, k).to(dtype)
+    size = pick.choice([None, 7, 16, 5000, 100_000])
+    tail |= {"next_weight": size and torch.zeros(size, dtype=torch.int8)}
     return Call(x, weight, half and half(n), dependent=pick.random() < 0.6, **tail)
 
 
@@ -166,10 +169,11 @@ def check_schedules(gpu: Gpu) -> None:
     pick = random.Random(0)
     for kernel, launch in ((wna16_gemv, wna16_gemv.Launch(1, 1, 5, 3)), (wna16_gemm, wna16_gemm.Launch(2, 5))):
         call = Call(torch.randn(7, 1536).half(), random_weight(pick, 136, 1536, 4, torch.float16, 16), dependent=True)
-        call, results = gpu.put(call), []
+        call, following, results = gpu.put(call), gpu.put(torch.zeros(wna16_args.NEXT_BYTES + 64, dtype=torch.int8)), []
         for seed in range(4):
             gpu.start(seed, launch)
-            results.append(launched(gpu, kernel, call, launch))
+            next_weight = following if seed % 2 else None
+            results.append(launched(gpu, kernel, replace(call, next_weight=next_weight), launch))
         assert all(torch.equal(results[0], result) for result in results)
 
 
@@ -396,6 +400,11 @@ MUTANTS = {
         Mutant("decode_attention.cu", "  if (cluster) cluster_wait();\n  send", "  send"),
         (check_attention, range(40)),
         "AssertionError|before it had begun|after it had left",
+    ),
+    "the next weight asked for past its end": (
+        Mutant("wna16_gemv.cu", "args.next_bytes, warp", "args.next_bytes + 16, warp"),
+        (check_products, "wna16_gemv", range(60)),
+        "past the end of a tensor",
     ),
     "a column read past the row": (
         Mutant("gptq_block.cu", "column < columns ? row[column] : other", "row[column]"),

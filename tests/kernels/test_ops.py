@@ -76,6 +76,22 @@ def test_qkv_is_rotated_and_appended() -> None:
     assert not rotary.k_cache[untouched].any()
 
 
+def test_the_next_weight_changes_nothing() -> None:
+    x, plain, gated, rotated = (
+        make_x(2, 128, torch.float16),
+        make_packed(32, 128),
+        make_packed(32, 128, pair_block=32),
+        make_packed(96, 128, pair_block=32),
+    )
+    rotary, ahead = make_rotary(2, 1, 32, torch.float16), torch.randn(3, 5)
+    assert torch.equal(ops.linear(x, plain, next_weight=ahead), ops.linear(x, plain))
+    assert torch.equal(ops.gated_linear(x, gated, next_weight=ahead), ops.gated_linear(x, gated))
+    turned = (ops.qkv_rotary_append(x, rotated, rotary, next_weight=each) for each in (ahead, None))
+    assert torch.equal(*turned)
+    with pytest.raises(ValueError, match="next_weight has strides"):
+        ops.linear(x, plain, next_weight=ahead.T)
+
+
 def test_logits_come_with_their_argmax() -> None:
     weight, x = make_packed(40, 128), make_x(3, 128, torch.float16)
     logits, tokens = ops.logits_argmax(x, weight)
@@ -93,12 +109,14 @@ def test_opcheck() -> None:
     )
     check, lowbit = torch.library.opcheck, torch.ops.lowbit
     check(lowbit.linear.default, (x, *ops.weight_args(plain), None, None, *NO_NORM, "gelu", False, False))
-    check(lowbit.gated_linear.default, (x, *ops.weight_args(gated), None, *NO_NORM, False))
+    check(lowbit.linear.default, (x, *ops.weight_args(plain), None, None, *NO_NORM, "none", False, True, gated.words))
+    check(lowbit.gated_linear.default, (x, *ops.weight_args(gated), None, *NO_NORM, False, plain.words))
     rotary = make_rotary(2, 1, 32, torch.float16)
     check(
         lowbit.qkv_rotary_append.default, (x, *ops.weight_args(rotated), None, *NO_NORM, *vars(rotary).values(), False)
     )
     check(lowbit.logits_argmax.default, (x, *ops.weight_args(plain), *NO_NORM, False))
+    check(lowbit.logits_argmax.default, (x, *ops.weight_args(plain), *NO_NORM, False, plain.words))
     check(lowbit.dequantize.default, ops.weight_args(plain))
 
 

@@ -10,7 +10,7 @@ from quant.kernels import ops, reference
 from quant.kernels.packed import PackedWeight
 from quant.kernels.problem import Call, Problem, problem_of
 from quant.kernels.registry import choose_kernel
-from quant.kernels.wna16_args import prepare
+from quant.kernels.wna16_args import NEXT_BYTES, prepare
 from quant.kernels.wna16_gemv import Launch, choose_launch, run
 from tests.kernels.make import assert_close_as_half, assert_devices_agree, make_packed, make_x, on_cpu
 from tests.kernels.test_ops import make_rotary
@@ -80,6 +80,19 @@ def test_a_long_share_is_asked_for_ahead_and_changes_nothing(m: int, bits: int, 
     call = Call(make_x(m, 8320, torch.float16, "cuda"), weight)
     plain, ahead = (run(replace(call, dependent=d), problem_of(call), Launch(1, 1, 1, 1)) for d in (False, True))
     assert torch.equal(plain, ahead)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("m", [1, 8, 16, 64, 80])
+@pytest.mark.parametrize("dependent", [False, True])
+def test_the_next_weight_changes_no_bit(m: int, dependent: bool) -> None:
+    weight, x = make_packed(512, 4096, device="cuda"), make_x(m, 4096, torch.float16, "cuda")
+    expected = ops.linear(x, weight)
+    for size in (0, 5, 4000, NEXT_BYTES - 3, NEXT_BYTES + 40):
+        following = torch.zeros(size, dtype=torch.int8, device="cuda")
+        y = ops.linear(x, weight, dependent=dependent, next_weight=following)
+        torch.cuda.synchronize()  # the request, too, has been made and refused nothing
+        assert torch.equal(y, expected)
 
 
 @pytest.mark.gpu

@@ -140,6 +140,8 @@ void bind_wna16(py::module_& module) {
   bind_pointer(args, "sines", &Args::sines);
   bind_pointer(args, "k_cache", &Args::k_cache);
   bind_pointer(args, "v_cache", &Args::v_cache);
+  bind_pointer(args, "next_weight", &Args::next_weight);
+  args.def_readwrite("next_bytes", &Args::next_bytes);
   bind_enum(args, "norm", &Args::norm);
   bind_enum(args, "activation", &Args::activation);
   args.def_readwrite("m", &Args::m).def_readwrite("n", &Args::n).def_readwrite("k", &Args::k);

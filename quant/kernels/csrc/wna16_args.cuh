@@ -45,6 +45,8 @@ struct Wna16Args {
   void* k_cache;             // (slots, kv_heads, pair_block)
   void* v_cache;
   int q_heads, kv_heads;
+  const void* next_weight;  // what the next product reads first, and is asked for: next_weight.cuh
+  int next_bytes;           // 0 where nothing is
 };
 
 }  // namespace lowbit

@@ -11,6 +11,7 @@
 // what is still lost here: the compiler gives all refills one scoreboard, so the oldest waits for the newest.
 #include "epilogue.cuh"
 #include "launch.cuh"
+#include "next_weight.cuh"
 #include "wna16_gemv.cuh"
 
 namespace lowbit {
@@ -339,6 +340,14 @@ __device__ void prefetch_chunks(const Stream<S>* streams, const Share& share) {
   }
 }
 
+// Once a warp's loop is over: before, the weight would compete with this product's own.
+__device__ inline void ask_for_next_weight(const Wna16Args& args) {
+  const int block_warps = blockDim.y * blockDim.z;
+  const int warp = (blockIdx.y * gridDim.x + blockIdx.x) * block_warps + warp_of_block();
+  const int warps = gridDim.x * gridDim.y * block_warps;
+  if (threadIdx.x == 0) prefetch_next_weight(args.next_weight, args.next_bytes, warp, warps);
+}
+
 template <typename S>
 __device__ void compute_group(const Wna16Args& args, bool prefetch, uint8_t* smem) {
   const Share share = share_of<S>(args);
@@ -375,6 +384,7 @@ __device__ void compute_group(const Wna16Args& args, bool prefetch, uint8_t* sme
         for (int i = 0; i < S::kRowTiles; ++i) streams[i].read_sides(next, args.scale_shift, chunks[a][i]);
     }
   }
+  ask_for_next_weight(args);
   store_partial<S>(share.group_tiles, args.m, sums, partial);
   finish_group<typename S::T>(args, share.group_tiles, partial);
 }
