@@ -20,13 +20,15 @@
 namespace lowbit {
 namespace {
 
+constexpr int kRingBytes = 8192;  // of a warp, scales and zeros apart
+
 template <typename T_, int kBits_, bool kZeros_, int kGroups_, bool kChannel_, int kColumns_, int kWarpgroups_>
 struct Shape {
   using T = T_;
   static constexpr int kBits = kBits_;
   static constexpr int kGroups = kGroups_;          // scales per row and chunk
   static constexpr bool kChannel = kChannel_;       // one scale per row: applied to the sums
-  static constexpr int kColumns = kColumns_;        // rows of x that a block has, padded
+  static constexpr int kColumns = kColumns_;        // rows of x, padded
   static constexpr int kWarpgroups = kWarpgroups_;  // that multiply
   static constexpr int kTiles = kWarpgroups * 4;
   static constexpr int kConsumers = kWarpgroups * 128;  // threads
@@ -36,10 +38,8 @@ struct Shape {
   static constexpr int kBatches = kColumns == 32 ? 3 : 4;
   static constexpr int kLoads = kBits / 2;  // 16-byte loads of a lane that make a chunk
   static constexpr int kChunkBytes = kLoads * 512;
-  // A warp's ring, scales and zeros apart: less where x takes the memory and each chunk much time. A slot of it has
-  // words, then scales and zeros, of kSlotChunks chunks.
-  static constexpr int kRingBytes = kColumns == 128 ? 6144 : 8192;
-  static constexpr int kSlotChunks = (kColumns == 128 ? 8 : 16) / kBits;
+  // A slot of a warp's ring: words, then scales and zeros, of kSlotChunks chunks.
+  static constexpr int kSlotChunks = 16 / kBits;
   static constexpr int kScaleBytes = kChannel ? 0 : 32 * kGroups;
   static constexpr int kZeroBytes = kZeros_ ? 16 * kGroups : 0;
   static constexpr int kScalesAt = kSlotChunks * kChunkBytes;
@@ -93,12 +93,6 @@ struct Share {
   __device__ explicit Share(const Wna16Args& args)
       : first(args.chunks * blockIdx.x / gridDim.x), end(args.chunks * (blockIdx.x + 1) / gridDim.x) {}
 };
-
-// Of x, the first row that this block has: column 0 of its sums.
-template <typename S>
-__device__ int first_row() {
-  return blockIdx.z * S::kColumns;
-}
 
 // A lane's scales and zeros of one chunk.
 template <typename S>
@@ -200,12 +194,11 @@ struct XProducer {
 
   __device__ XProducer(const Wna16Args& args, const Share& share, const Layout<S>& smem) {
     const int warp = threadIdx.x / 32 - S::kConsumers / 32, lane = threadIdx.x % 32;
-    const int row = first_row<S>() + lane / 4;
-    next = static_cast<const uint8_t*>(args.x) + int64_t(row) * args.k * 2 + share.first * (kChunkK * 2) + warp * 64 +
-           lane % 4 * 16;
+    next = static_cast<const uint8_t*>(args.x) + int64_t(lane / 4) * args.k * 2 + share.first * (kChunkK * 2) +
+           warp * 64 + lane % 4 * 16;
     target = smem.x + warp * 512 + lane * 16;
     full = smem.x_full;
-    rows = args.m - row;
+    rows = args.m - lane / 4;
     eight_rows = args.k * 16;
     wanted = share.end - share.first;
   }
@@ -346,7 +339,7 @@ __device__ void store_partial(const Wna16Args& args, const Sums<S>& sums, float2
 #pragma unroll
   for (int e = 0; e < S::kColumns / 2; ++e) {
     const int column = e / 4 * 8 + lane % 4 * 2 + e % 2;
-    if (column >= args.m - first_row<S>()) continue;
+    if (column >= args.m) continue;
     partial[column * S::kPitch + row + e % 4 / 2 * 8] = sums[e] * (e % 4 / 2 ? scales.y : scales.x);
   }
 }
@@ -368,17 +361,15 @@ __device__ void sum_over_cluster(float* partial, int begin, int end) {
 // Sums over the cluster, each block its columns of y, then the epilogue.
 template <typename S>
 __device__ void finish_group(const Wna16Args& args, float* partial) {
-  const int first = first_row<S>(), columns = min(args.m - first, S::kColumns);
-  const int begin = columns * blockIdx.x / gridDim.x, end = columns * (blockIdx.x + 1) / gridDim.x;
+  const int begin = args.m * blockIdx.x / gridDim.x, end = args.m * (blockIdx.x + 1) / gridDim.x;
   if (gridDim.x > 1) {
     cluster_sync();
     sum_over_cluster<S>(partial, begin, end);
     cluster_arrive();
   }
   named_sync(1, S::kConsumers);
-  const auto sum_of = [&](int column, int row) { return partial[(column - first) * S::kPitch + row]; };
-  store_group<typename S::T, 4>(args, S::kTiles, first + begin, first + end, threadIdx.x / 32, S::kConsumers / 32,
-                                sum_of);
+  const auto sum_of = [&](int column, int row) { return partial[column * S::kPitch + row]; };
+  store_group<typename S::T, 4>(args, S::kTiles, begin, end, threadIdx.x / 32, S::kConsumers / 32, sum_of);
   if (gridDim.x > 1) cluster_wait();  // no block leaves while others read from it
 }
 
@@ -386,8 +377,8 @@ __device__ void finish_group(const Wna16Args& args, float* partial) {
 template <typename S>
 __device__ void ask_for_next_weight(const Wna16Args& args) {
   constexpr int kWarps = S::kConsumers / 32;
-  const int warp = (blockIdx.y * gridDim.x + blockIdx.x) * kWarps + threadIdx.x / 32;
-  const int warps = gridDim.x * gridDim.y * kWarps;
+  const int block = (blockIdx.z * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x;
+  const int warp = block * kWarps + threadIdx.x / 32, warps = gridDim.x * gridDim.y * gridDim.z * kWarps;
   if (threadIdx.x % 32 == 0) prefetch_next_weight(args.next_weight, args.next_bytes, warp, warps);
 }
 
@@ -429,8 +420,7 @@ cudaError_t launch_shape(const Wna16Args& args, const Wna16GemmLaunch& launch, c
   const LaunchPlan plan = {
       .device = launch.device,
       .stream = stream,
-      .blocks = dim3(launch.cluster, (args.tiles + S::kTiles - 1) / S::kTiles,
-                     (args.m + S::kColumns - 1) / S::kColumns),
+      .blocks = dim3(launch.cluster, (args.tiles + S::kTiles - 1) / S::kTiles),
       .threads = dim3(S::kThreads),
       .shared_bytes = Layout<S>::kBytes,
       .cluster = launch.cluster,
@@ -441,7 +431,7 @@ cudaError_t launch_shape(const Wna16Args& args, const Wna16GemmLaunch& launch, c
 
 template <typename T, int kBits, bool kZeros, int kGroups, bool kChannel>
 cudaError_t launch_columns(const Wna16Args& args, const Wna16GemmLaunch& launch, cudaStream_t stream) {
-  const int columns = args.m <= 16 ? 16 : args.m <= 32 ? 32 : args.m <= 64 ? 64 : 128;
+  const int columns = args.m <= 16 ? 16 : args.m <= 32 ? 32 : 64;
   switch (columns * 10 + launch.warpgroups) {
     case 162: return launch_shape<Shape<T, kBits, kZeros, kGroups, kChannel, 16, 2>>(args, launch, stream);
     case 163: return launch_shape<Shape<T, kBits, kZeros, kGroups, kChannel, 16, 3>>(args, launch, stream);
@@ -452,8 +442,6 @@ cudaError_t launch_columns(const Wna16Args& args, const Wna16GemmLaunch& launch,
     case 642: return launch_shape<Shape<T, kBits, kZeros, kGroups, kChannel, 64, 2>>(args, launch, stream);
     case 643: return launch_shape<Shape<T, kBits, kZeros, kGroups, kChannel, 64, 3>>(args, launch, stream);
     case 644: return launch_shape<Shape<T, kBits, kZeros, kGroups, kChannel, 64, 4>>(args, launch, stream);
-    case 1282: return launch_shape<Shape<T, kBits, kZeros, kGroups, kChannel, 128, 2>>(args, launch, stream);
-    case 1283: return launch_shape<Shape<T, kBits, kZeros, kGroups, kChannel, 128, 3>>(args, launch, stream);
     default: return cudaErrorInvalidValue;
   }
 }
