@@ -3,10 +3,15 @@
 import torch
 from torch import Tensor
 
-from quant.kernels import reference
+from quant.kernels import reference, row_norm
 from quant.kernels.extension import EXTENSION, reason_against_device
 from quant.kernels.packed import PackedWeight, dequantize_packed, groups_per_chunk, scale_shift
 from quant.kernels.problem import Call, Problem, check_alignment
+from quant.kernels.row_norm import Rows
+
+# Of one H100: launches (microseconds), bytes read packed and written dense a microsecond, then the dense product's
+# bytes and operations a microsecond. The product's are cuBLAS's in one run: docs/LOG.md, section 31.
+LAUNCHES_US, WRITE_RATE, READ_RATE, PRODUCT_RATE = 4.0, 2.64e6, 3.0e6, 700e6
 
 
 def reason_against(problem: Problem) -> str | None:
@@ -16,9 +21,26 @@ def reason_against(problem: Problem) -> str | None:
     return reason_against_device(problem.capability)
 
 
+def estimated_us(problem: Problem) -> float:
+    """Microseconds on an H100, without an epilogue."""
+    numbers = problem.n * problem.k
+    product = max(2 * numbers / READ_RATE, 2 * numbers * problem.m / PRODUCT_RATE)
+    return LAUNCHES_US + numbers * (2 + problem.bits / 8) / WRITE_RATE + product
+
+
 def run(call: Call) -> Tensor:
-    """y of `call`: the weight is written out in x's dtype once, then the vendor's matrix product reads it."""
-    return reference.compute(call, dequantize(call.weight))
+    """y of `call`: the weight is written out in x's dtype once, then the vendor's matrix product reads it.
+
+    What the product itself or one kernel behind it can add makes no way through float32 in memory: that costs 12 bytes
+    for each number of y, a third of the product's time for 4096 inputs.
+    """
+    w = dequantize(call.weight)
+    active = call.activation != "none"
+    if call.rotary is not None or call.float32_out or (call.residual is not None and (active or call.bias is not None)):
+        return reference.compute(call, w)
+    x, addend = reference.normalize(call), call.bias if call.residual is None else call.residual
+    sums = x @ w.T if addend is None else torch.addmm(addend, x, w.T)
+    return row_norm.run(Rows(sums, activation=call.activation)) if active else sums
 
 
 def dequantize(weight: PackedWeight) -> Tensor:

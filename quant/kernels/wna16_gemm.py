@@ -1,4 +1,8 @@
-"""The product of up to 64 rows with a 4- or 8-bit weight on Hopper's warpgroup instructions: csrc/wna16_gemm.cu."""
+"""The product of rows of x with a 4- or 8-bit weight on Hopper's warpgroup instructions: csrc/wna16_gemm.cu.
+
+Up to 64 rows a block has all of them. More are cut into slabs of 128, which read W after one another, mostly from L2:
+for as many rows as that beats writing the weight out dense.
+"""
 
 from dataclasses import dataclass
 from functools import lru_cache
@@ -7,16 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quant.kernels import wna16_gemv
+from quant.kernels import wna16_dequantize, wna16_gemv
 from quant.kernels.extension import EXTENSION, reason_against_90a
 from quant.kernels.packed import CHUNK_K, TILE_ROWS, groups_per_chunk, padded
 from quant.kernels.problem import Call, Problem
 from quant.kernels.wna16_args import args_of, prepare
 
-MAX_M = 64
+ONE_SLAB_M, SLAB = 64, 128  # rows that one block has; of a slab, where there are more
 FEW_M, SOME_M = 8, 16  # rows that wna16_gemv takes nearly always, and where W is small
 SMALL_WEIGHT = 30 << 20  # bytes of codes
 WARPGROUPS = (4, 3, 2)  # that multiply, in a block
+SLAB_WARPGROUPS = (3, 2)  # where there are slabs: a fourth would leave the sums too few registers
 ROWS = 4 * TILE_ROWS  # of W, that one of them has
 # Clusters of 1, 2, ... 8 blocks that 132 multiprocessors hold at once, a block each: cudaOccupancyMaxActiveClusters
 # on an H100. Another card's differ with its working multiprocessors; a wrong guess costs time alone.
@@ -27,6 +32,10 @@ STEP, SETTLE = 2.0, 8.0
 # Microseconds of a weight of 8 bits per channel with dependent launch, up to 16 rows of x: a launch, a unit of cost, a
 # megabyte. Fitted to 17 shapes on one H100, within 2% (rms).
 CHANNEL_US = (2.6, 0.0257, 0.293)
+# The same with slabs: STEP and SETTLE, then microseconds of a launch and of a unit of cost. Estimated, to be fitted:
+# docs/LOG.md, section 31.
+SLAB_STEP, SLAB_SETTLE = 2.0, 3.0
+SLAB_US = (6.0, 0.27)
 
 
 @dataclass(frozen=True)
@@ -45,14 +54,14 @@ def reason_against(problem: Problem) -> str | None:
     """Why this kernel cannot take the problem, or should not, or None."""
     if problem.capability is None:
         return f"the tensors are on the {problem.device}"
-    if problem.m > MAX_M:
-        return f"{problem.m} rows: it takes at most {MAX_M}"
     if problem.capability != (9, 0):
         return f"it is for sm_90, the GPU is sm_{problem.capability[0]}{problem.capability[1]}"
     small = problem.n * problem.k * problem.bits // 8 < SMALL_WEIGHT
     if (problem.m <= FEW_M and not beats_gemv(problem)) or (FEW_M < problem.m <= SOME_M and small):
         size = f" of a weight below {SMALL_WEIGHT >> 20} MB" if problem.m > FEW_M else ""
         return f"{problem.m} rows{size}: wna16_gemv is faster"
+    if problem.m > ONE_SLAB_M and slabs_us(problem) > wna16_dequantize.estimated_us(problem):
+        return f"{problem.m} rows: wna16_dequantize is faster"
     return reason_against_90a()
 
 
@@ -69,21 +78,36 @@ def estimated_us(problem: Problem) -> float:
     return launch + unit * cost_of(choose_launch(problem), problem) + megabyte * problem.n * problem.k / 1e6
 
 
+def slabs_us(problem: Problem) -> float:
+    """Microseconds that more than 64 rows of x take."""
+    launch, unit = SLAB_US
+    return launch + unit * cost_of(choose_launch(problem), problem)
+
+
+def warpgroups_for(m: int) -> tuple[int, ...]:
+    """The numbers of multiplying warpgroups that there is code for."""
+    return WARPGROUPS if m <= ONE_SLAB_M else SLAB_WARPGROUPS
+
+
 @lru_cache(4096)
 def choose_launch(problem: Problem) -> Launch:
     """One rule for all shapes: the cut that the fullest multiprocessor finishes first."""
     chunks = -(-problem.k // CHUNK_K)
-    cuts = [Launch(w, c) for w in WARPGROUPS for c in range(1, len(CLUSTERS) + 1) if c == 1 or 2 * c <= chunks]
+    clusters = [c for c in range(1, len(CLUSTERS) + 1) if c == 1 or 2 * c <= chunks]
+    cuts = [Launch(w, c) for w in warpgroups_for(problem.m) for c in clusters]
     return min(cuts, key=lambda launch: cost_of(launch, problem))
 
 
 def cost_of(launch: Launch, problem: Problem) -> float:
     """Time in units of a chunk of one warpgroup: waves of blocks, chunks of a block, and the meeting at its end."""
+    slabs, step, settle = 1, STEP, SETTLE
+    if problem.m > ONE_SLAB_M:
+        slabs, step, settle = -(-problem.m // SLAB), SLAB_STEP, SLAB_SETTLE
     groups = padded(problem.n, launch.warpgroups * ROWS) // (launch.warpgroups * ROWS)
     at_once = max(1, CLUSTERS[launch.cluster - 1] * problem.processors // CLUSTERS[0])
     chunks = padded(padded(problem.k, CHUNK_K) // CHUNK_K, launch.cluster) // launch.cluster
-    waves = -(-groups // at_once)
-    return waves * chunks * (launch.warpgroups + STEP) + (launch.cluster - 1) * SETTLE
+    waves = -(-groups * slabs // at_once)
+    return waves * chunks * (launch.warpgroups + step) + (launch.cluster - 1) * settle
 
 
 def run(call: Call, problem: Problem, launch: Launch | None = None) -> Tensor:

@@ -1,10 +1,12 @@
-"""A packed weight written out dense: one operator, two devices, compared bitwise."""
+"""A packed weight written out dense: one operator, two devices, compared bitwise; and the product that starts there."""
 
 import pytest
 import torch
+from torch import Tensor
 
-from quant.kernels import ops
-from tests.kernels.make import make_packed
+from quant.kernels import ops, reference, wna16_dequantize
+from quant.kernels.problem import Call
+from tests.kernels.make import assert_close_as_half, make_packed, make_x
 
 
 def test_the_cpu_rounds_the_exact_weight_once() -> None:
@@ -24,3 +26,28 @@ def test_both_devices_agree_bitwise(bits: int, group_size: int, dtype: torch.dty
             args = [arg.cpu() if isinstance(arg, torch.Tensor) else arg for arg in ops.weight_args(packed)]
             expected = torch.ops.lowbit.dequantize(*args)
             assert torch.equal(ops.dequantize(packed).cpu(), expected)
+
+
+def epilogues(m: int, n: int, dtype: torch.dtype, device: str) -> list[dict]:
+    """What may follow a product: each alone, and some together."""
+    bias: Tensor = make_x(1, n, dtype, device)[0]
+    residual, gamma = make_x(m, n, dtype, device), make_x(1, 128, dtype, device)[0]
+    parts = [{}, {"bias": bias}, {"residual": residual}, {"bias": bias, "residual": residual}, {"float32_out": True}]
+    parts += [{"activation": "gelu"}, {"activation": "gelu", "bias": bias, "residual": residual}]
+    return [*parts, {"norm": "rms", "norm_weight": gamma, "norm_eps": 1e-5, "residual": residual}]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_every_epilogue_errs_no_more_than_when_it_follows_in_float32(dtype: torch.dtype, device: str) -> None:
+    m, k = 70, 128
+    for n, pair_block, activation in ((72, 16, None), (96, 96, "silu_mul")):
+        weight = make_packed(n, k, dtype=dtype, device=device, pair_block=pair_block)
+        x, dense = make_x(m, k, dtype, device), reference.dequantize_packed(weight)
+        gated = [{"activation": activation}, {"activation": activation, "bias": make_x(1, n, dtype, device)[0]}]
+        for parts in gated if activation else epilogues(m, n, dtype, device):
+            call = Call(x, weight, **parts)
+            y = wna16_dequantize.run(call)
+            assert y.dtype == call.y_dtype
+            assert tuple(y.shape) == call.y_shape
+            assert_close_as_half(y, reference.compute(call, dense).double(), reference.compute(call, dense.to(dtype)))

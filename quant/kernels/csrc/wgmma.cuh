@@ -69,12 +69,18 @@ __device__ inline void wgmma(float (&c)[kColumns / 2], const uint32_t (&a)[4], u
   "+f"(c[i]), "+f"(c[i + 1]), "+f"(c[i + 2]), "+f"(c[i + 3]), "+f"(c[i + 4]), "+f"(c[i + 5]), "+f"(c[i + 6]), \
       "+f"(c[i + 7])
 #define LOWBIT_C16(i) LOWBIT_C8(i), LOWBIT_C8(i + 8)
+#define LOWBIT_C32(i) LOWBIT_C16(i), LOWBIT_C16(i + 16)
 #define LOWBIT_FIRST_8 "%0,%1,%2,%3,%4,%5,%6,%7"
 #define LOWBIT_FIRST_16 LOWBIT_FIRST_8 ",%8,%9,%10,%11,%12,%13,%14,%15"
 #define LOWBIT_FIRST_32 LOWBIT_FIRST_16 ",%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
+#define LOWBIT_FIRST_64                                                                               \
+  LOWBIT_FIRST_32                                                                                    \
+  ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55" \
+  ",%56,%57,%58,%59,%60,%61,%62,%63"
 LOWBIT_WGMMA_FOR(16, LOWBIT_FIRST_8, "{%8,%9,%10,%11}, %12", "%13", LOWBIT_C8(0))
 LOWBIT_WGMMA_FOR(32, LOWBIT_FIRST_16, "{%16,%17,%18,%19}, %20", "%21", LOWBIT_C16(0))
-LOWBIT_WGMMA_FOR(64, LOWBIT_FIRST_32, "{%32,%33,%34,%35}, %36", "%37", LOWBIT_C16(0), LOWBIT_C16(16))
+LOWBIT_WGMMA_FOR(64, LOWBIT_FIRST_32, "{%32,%33,%34,%35}, %36", "%37", LOWBIT_C32(0))
+LOWBIT_WGMMA_FOR(128, LOWBIT_FIRST_64, "{%64,%65,%66,%67}, %68", "%69", LOWBIT_C32(0), LOWBIT_C32(32))
 
 #else
 template <typename T, int kColumns>

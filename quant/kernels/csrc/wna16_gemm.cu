@@ -1,12 +1,13 @@
 // Compiled once per (T, bits): LOWBIT_T and LOWBIT_BITS come from setup.py. Code for sm_90a alone; empty elsewhere.
 //
 // Design. W is the left operand of wgmma, dequantized in registers; x, up to 64 rows, is the right one, in shared
-// memory. So a weight is expanded once however many rows x has, and the tensor cores run at their full rate. Each warp
-// streams its own 16 rows of W, with their scales, through a ring of shared memory that the copy engine fills: one lane
-// asks for the next slot as soon as the warp has read one. One more warpgroup brings x, which all others share, and
-// reorders it on the way: packed.py lets a lane own eight neighbouring inputs, wgmma wants two of each eight, and
-// stmatrix turns one into the other. Blocks of a cluster split k; each sums its columns of y out of the others' shared
-// memory, in rank order. W's stream starts before the previous kernel has finished: W is constant, x is not.
+// memory. So a weight is expanded once however many rows x has, and the tensor cores run at their full rate. Of more
+// rows a block has 128: blockIdx.z's, its slab; the slabs read W after one another, mostly from L2. Each warp streams
+// its own 16 rows of W, with their scales, through a ring of shared memory that the copy engine fills: one lane asks
+// for the next slot as soon as the warp has read one. One more warpgroup brings x, which all others share, and reorders
+// it on the way: packed.py lets a lane own eight neighbouring inputs, wgmma wants two of each eight, and stmatrix turns
+// one into the other. Blocks of a cluster split k; each sums its columns of y out of the others' shared memory, in rank
+// order. W's stream starts before the previous kernel has finished: W is constant, x is not.
 //
 // Tried and slower on one H100 (docs/LOG.md has the figures): scales read to registers a chunk ahead (DRAM's latency
 // stood in every chunk), x asked for one chunk ahead, two blocks of two warpgroups on a multiprocessor, sums read from
@@ -20,15 +21,13 @@
 namespace lowbit {
 namespace {
 
-constexpr int kRingBytes = 8192;  // of a warp, scales and zeros apart
-
 template <typename T_, int kBits_, bool kZeros_, int kGroups_, bool kChannel_, int kColumns_, int kWarpgroups_>
 struct Shape {
   using T = T_;
   static constexpr int kBits = kBits_;
   static constexpr int kGroups = kGroups_;          // scales per row and chunk
   static constexpr bool kChannel = kChannel_;       // one scale per row: applied to the sums
-  static constexpr int kColumns = kColumns_;        // rows of x, padded
+  static constexpr int kColumns = kColumns_;        // rows of x that a block has, padded
   static constexpr int kWarpgroups = kWarpgroups_;  // that multiply
   static constexpr int kTiles = kWarpgroups * 4;
   static constexpr int kConsumers = kWarpgroups * 128;  // threads
@@ -38,8 +37,10 @@ struct Shape {
   static constexpr int kBatches = kColumns == 32 ? 3 : 4;
   static constexpr int kLoads = kBits / 2;  // 16-byte loads of a lane that make a chunk
   static constexpr int kChunkBytes = kLoads * 512;
-  // A slot of a warp's ring: words, then scales and zeros, of kSlotChunks chunks.
-  static constexpr int kSlotChunks = 16 / kBits;
+  // A warp's ring, scales and zeros apart: less where x takes the memory and each chunk much time. A slot of it has
+  // words, then scales and zeros, of kSlotChunks chunks.
+  static constexpr int kRingBytes = kColumns == 128 ? 6144 : 8192;
+  static constexpr int kSlotChunks = (kColumns == 128 ? 8 : 16) / kBits;
   static constexpr int kScaleBytes = kChannel ? 0 : 32 * kGroups;
   static constexpr int kZeroBytes = kZeros_ ? 16 * kGroups : 0;
   static constexpr int kScalesAt = kSlotChunks * kChunkBytes;
@@ -93,6 +94,12 @@ struct Share {
   __device__ explicit Share(const Wna16Args& args)
       : first(args.chunks * blockIdx.x / gridDim.x), end(args.chunks * (blockIdx.x + 1) / gridDim.x) {}
 };
+
+// Of x, the first row that this block has: column 0 of its sums.
+template <typename S>
+__device__ int first_row() {
+  return blockIdx.z * S::kColumns;
+}
 
 // A lane's scales and zeros of one chunk.
 template <typename S>
@@ -194,11 +201,12 @@ struct XProducer {
 
   __device__ XProducer(const Wna16Args& args, const Share& share, const Layout<S>& smem) {
     const int warp = threadIdx.x / 32 - S::kConsumers / 32, lane = threadIdx.x % 32;
-    next = static_cast<const uint8_t*>(args.x) + int64_t(lane / 4) * args.k * 2 + share.first * (kChunkK * 2) +
-           warp * 64 + lane % 4 * 16;
+    const int row = first_row<S>() + lane / 4;
+    next = static_cast<const uint8_t*>(args.x) + int64_t(row) * args.k * 2 + share.first * (kChunkK * 2) + warp * 64 +
+           lane % 4 * 16;
     target = smem.x + warp * 512 + lane * 16;
     full = smem.x_full;
-    rows = args.m - lane / 4;
+    rows = args.m - row;
     eight_rows = args.k * 16;
     wanted = share.end - share.first;
   }
@@ -339,7 +347,7 @@ __device__ void store_partial(const Wna16Args& args, const Sums<S>& sums, float2
 #pragma unroll
   for (int e = 0; e < S::kColumns / 2; ++e) {
     const int column = e / 4 * 8 + lane % 4 * 2 + e % 2;
-    if (column >= args.m) continue;
+    if (column >= args.m - first_row<S>()) continue;
     partial[column * S::kPitch + row + e % 4 / 2 * 8] = sums[e] * (e % 4 / 2 ? scales.y : scales.x);
   }
 }
@@ -361,15 +369,17 @@ __device__ void sum_over_cluster(float* partial, int begin, int end) {
 // Sums over the cluster, each block its columns of y, then the epilogue.
 template <typename S>
 __device__ void finish_group(const Wna16Args& args, float* partial) {
-  const int begin = args.m * blockIdx.x / gridDim.x, end = args.m * (blockIdx.x + 1) / gridDim.x;
+  const int first = first_row<S>(), columns = min(args.m - first, S::kColumns);
+  const int begin = columns * blockIdx.x / gridDim.x, end = columns * (blockIdx.x + 1) / gridDim.x;
   if (gridDim.x > 1) {
     cluster_sync();
     sum_over_cluster<S>(partial, begin, end);
     cluster_arrive();
   }
   named_sync(1, S::kConsumers);
-  const auto sum_of = [&](int column, int row) { return partial[column * S::kPitch + row]; };
-  store_group<typename S::T, 4>(args, S::kTiles, begin, end, threadIdx.x / 32, S::kConsumers / 32, sum_of);
+  const auto sum_of = [&](int column, int row) { return partial[(column - first) * S::kPitch + row]; };
+  store_group<typename S::T, 4>(args, S::kTiles, first + begin, first + end, threadIdx.x / 32, S::kConsumers / 32,
+                                sum_of);
   if (gridDim.x > 1) cluster_wait();  // no block leaves while others read from it
 }
 
@@ -420,7 +430,8 @@ cudaError_t launch_shape(const Wna16Args& args, const Wna16GemmLaunch& launch, c
   const LaunchPlan plan = {
       .device = launch.device,
       .stream = stream,
-      .blocks = dim3(launch.cluster, (args.tiles + S::kTiles - 1) / S::kTiles),
+      .blocks = dim3(launch.cluster, (args.tiles + S::kTiles - 1) / S::kTiles,
+                     (args.m + S::kColumns - 1) / S::kColumns),
       .threads = dim3(S::kThreads),
       .shared_bytes = Layout<S>::kBytes,
       .cluster = launch.cluster,
@@ -431,7 +442,7 @@ cudaError_t launch_shape(const Wna16Args& args, const Wna16GemmLaunch& launch, c
 
 template <typename T, int kBits, bool kZeros, int kGroups, bool kChannel>
 cudaError_t launch_columns(const Wna16Args& args, const Wna16GemmLaunch& launch, cudaStream_t stream) {
-  const int columns = args.m <= 16 ? 16 : args.m <= 32 ? 32 : 64;
+  const int columns = args.m <= 16 ? 16 : args.m <= 32 ? 32 : args.m <= 64 ? 64 : 128;
   switch (columns * 10 + launch.warpgroups) {
     case 162: return launch_shape<Shape<T, kBits, kZeros, kGroups, kChannel, 16, 2>>(args, launch, stream);
     case 163: return launch_shape<Shape<T, kBits, kZeros, kGroups, kChannel, 16, 3>>(args, launch, stream);
@@ -442,6 +453,8 @@ cudaError_t launch_columns(const Wna16Args& args, const Wna16GemmLaunch& launch,
     case 642: return launch_shape<Shape<T, kBits, kZeros, kGroups, kChannel, 64, 2>>(args, launch, stream);
     case 643: return launch_shape<Shape<T, kBits, kZeros, kGroups, kChannel, 64, 3>>(args, launch, stream);
     case 644: return launch_shape<Shape<T, kBits, kZeros, kGroups, kChannel, 64, 4>>(args, launch, stream);
+    case 1282: return launch_shape<Shape<T, kBits, kZeros, kGroups, kChannel, 128, 2>>(args, launch, stream);
+    case 1283: return launch_shape<Shape<T, kBits, kZeros, kGroups, kChannel, 128, 3>>(args, launch, stream);
     default: return cudaErrorInvalidValue;
   }
 }

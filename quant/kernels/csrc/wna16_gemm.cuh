@@ -1,4 +1,4 @@
-// y = epilogue(x W^T) for up to 64 rows of x with Hopper's warpgroup instructions: what the launcher takes.
+// y = epilogue(x W^T) for some rows of x with Hopper's warpgroup instructions: what the launcher takes.
 #pragma once
 
 #include "wna16_args.cuh"
@@ -8,7 +8,7 @@ namespace lowbit {
 struct Wna16GemmLaunch {
   int device;
   int groups_per_chunk;  // 1, 2 or 4: scales per row in 128 inputs
-  int warpgroups;        // that multiply: each has 64 rows of W
+  int warpgroups;        // that multiply: each has 64 rows of W. 2 to 4, above 64 rows of x 2 or 3
   int cluster;           // blocks that share k
   bool dependent;        // launched with programmatic dependent launch
 };
