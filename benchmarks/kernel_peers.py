@@ -48,9 +48,9 @@ def random_scales(*shape: int, dtype: torch.dtype) -> Tensor:
     return (torch.rand(shape, device="cuda") * 0.01 + 0.001).to(dtype)
 
 
-def cublas(m: int, n: int, k: int) -> Calls:
-    x = torch.randn(m, k, dtype=torch.float16, device="cuda")
-    weights = [torch.randn(n, k, dtype=torch.float16, device="cuda") for _ in range(copies_for(2 * n * k))]
+def cublas(m: int, n: int, k: int, dtype: torch.dtype = torch.float16) -> Calls:
+    x = torch.randn(m, k, dtype=dtype, device="cuda")
+    weights = [torch.randn(n, k, dtype=dtype, device="cuda") for _ in range(copies_for(2 * n * k))]
     return [lambda w=w: torch.nn.functional.linear(x, w) for w in weights]
 
 

@@ -30,14 +30,14 @@ def copies_for(nbytes: int) -> int:
     return max(2, min(64, math.ceil(ROTATED_BYTES / nbytes)))
 
 
-def time_calls(calls: Sequence[Callable[[], object]], target_ms: float = 10.0) -> Timing:
-    """Time of one call. `calls` work on different copies of the weight; a graph holds at least CALLS, in turn."""
+def time_calls(calls: Sequence[Callable[[], object]], target_ms: float = 10.0, calls_in_graph: int = CALLS) -> Timing:
+    """Time of one call. `calls` work on different copies of the weight; a graph holds so many at least, in turn."""
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         for call in calls[:2]:
             call()
     torch.cuda.synchronize()
-    count = max(CALLS, len(calls))
+    count = max(calls_in_graph, len(calls))
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for i in range(count):

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.kernel_peers import PEERS, Peer
-from benchmarks.measure import Floor, Timing, copies_for, run_facts, time_calls, write_rows
+from benchmarks.measure import CALLS, Floor, Timing, copies_for, run_facts, time_calls, write_rows
 from quant.kernels import ops
 from quant.kernels.packed import PackedWeight, prepack
 from quant.kernels.problem import Call, problem_of
@@ -136,7 +136,9 @@ def measure_ours(floor: Floor, n: int, k: int, scheme: tuple, rows: Sequence[int
     return measured
 
 
-def measure_peer(peer: Peer, floor: Floor, n: int, k: int, rows: Sequence[int]) -> list[dict]:
+def measure_peer(
+    peer: Peer, floor: Floor, n: int, k: int, rows: Sequence[int], calls_in_graph: int = CALLS
+) -> list[dict]:
     measured = []
     group_size = 128 if peer.bits == 4 else -1
     read = floor.time(bytes_of(n, k, peer.bits, group_size))
@@ -144,7 +146,7 @@ def measure_peer(peer: Peer, floor: Floor, n: int, k: int, rows: Sequence[int]) 
         if m > peer.most_rows:
             continue
         try:
-            timing = time_calls(peer.calls(m, n, k))
+            timing = time_calls(peer.calls(m, n, k), calls_in_graph=calls_in_graph)
         except (RuntimeError, ValueError) as error:
             print(f"{peer.name} {m} {n} x {k}: {str(error).splitlines()[0]}")
             continue

@@ -1,0 +1,135 @@
+"""Products of many rows of x, a prompt's, with a packed weight: each way of ours by its name, cuBLAS, Marlin, Machete.
+
+    python -m benchmarks.bench_wna16_prefill --commit $(git rev-parse --short HEAD)
+
+writes benchmarks/results/wna16_prefill.jsonl. `chosen` marks the way that the rule takes. "chunks" is a way that the
+rule does not know: the weight is written out dense a part at a time, so that cuBLAS finds the part in L2. `--cuts`
+times wna16_gemm with every cut of the work instead, to fit its rule by. The last column is the best peer's time over
+ours: Marlin and Machete with as many bits, and cuBLAS on a weight that was never packed.
+"""
+
+import argparse
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from benchmarks.kernel_peers import PEERS, Peer, cublas
+from benchmarks.measure import Floor, run_facts, time_calls, write_rows
+from benchmarks.wna16 import CHANNEL, MAIN, bytes_of, describe, make_copies, measure_peer, row_of
+from quant.kernels import wna16_dequantize, wna16_gemm
+from quant.kernels.packed import PackedWeight
+from quant.kernels.problem import Call, Problem, problem_of
+from quant.kernels.registry import choose_kernel
+from quant.kernels.wna16_gemm import Launch
+
+SHAPES = ((4096, 4096), (12288, 4096), (22016, 4096), (4096, 11008), (28672, 4096), (8192, 28672))
+ROWS = (96, 128, 192, 256, 512, 1024, 2048, 4096)
+CUT_ROWS = (96, 256, 1024)
+CALLS = 5  # at least, in a graph: of up to 5 milliseconds each
+CHUNK_BYTES = 16 << 20  # dense, of the 50 MB of an H100's L2
+RESULTS = Path(__file__).with_name("results")
+
+Way = Callable[[Call, Problem], Tensor]
+
+
+def in_chunks(call: Call, problem: Problem) -> Tensor:
+    """x W^T, CHUNK_BYTES of the dense W at a time. Of rows in W's own order."""
+    w, y = call.weight, torch.empty(call.y_shape, dtype=call.y_dtype, device=call.x.device)
+    rows = max(128, CHUNK_BYTES // (2 * w.k) // 128 * 128)
+    for first in range(0, w.n, rows):
+        dense = wna16_dequantize.dequantize(rows_of_weight(w, first, min(w.n, first + rows)))
+        torch.mm(call.x, dense.T, out=y[:, first : first + rows])
+    return y
+
+
+def rows_of_weight(w: PackedWeight, first: int, end: int) -> PackedWeight:
+    """Rows [first, end) of a weight packed in its own order; `first` is a multiple of 16."""
+    tiles = slice(first // 16, -(-end // 16))
+    zeros = None if w.zeros is None else w.zeros[tiles]
+    return replace(w, words=w.words[tiles], scales=w.scales[tiles], zeros=zeros, n=end - first)
+
+
+WAYS: dict[str, Way] = {
+    "wna16_gemm": wna16_gemm.run,
+    "wna16_dequantize": lambda call, problem: wna16_dequantize.run(call),
+    "chunks": in_chunks,
+}
+
+
+def cuts_of(problem: Problem) -> list[tuple[str, Way, dict]]:
+    """Every cut of wna16_gemm's work, with what a row says of it."""
+    widths = wna16_gemm.warpgroups_for(problem.m)
+    launches = [Launch(w, c) for w in widths for c in range(1, 9) if c == 1 or 2 * c * 128 <= problem.k]
+    return [("wna16_gemm", partial(wna16_gemm.run, launch=launch), asdict(launch)) for launch in launches]
+
+
+def ways_of(problem: Problem) -> list[tuple[str, Way, dict]]:
+    """The three ways, with what a row says of them."""
+    cut, chosen = asdict(wna16_gemm.choose_launch(problem)), choose_kernel(problem).name
+    return [
+        (name, way, {"chosen": name == chosen, **(cut if name == "wna16_gemm" else {})}) for name, way in WAYS.items()
+    ]
+
+
+def measure_ours(floor: Floor, n: int, k: int, scheme: tuple, cuts: bool) -> list[dict]:
+    bits, group_size, symmetric, dtype = scheme
+    copies = make_copies(n, k, *scheme)
+    read = floor.time(bytes_of(n, k, bits, group_size, symmetric))
+    measured = []
+    for m in CUT_ROWS if cuts else ROWS:
+        calls = [Call(torch.randn(m, k, dtype=dtype, device="cuda"), w) for w in copies]
+        problem = problem_of(calls[0])
+        for name, way, more in cuts_of(problem) if cuts else ways_of(problem):
+            timing = time_calls([partial(way, call, problem) for call in calls], calls_in_graph=CALLS)
+            measured.append(row_of(name, True, m, n, k, bits, group_size, dtype, timing, read, **more))
+    return measured
+
+
+def peers() -> list[Peer]:
+    """cuBLAS on a dense weight in both halves, and vLLM's kernels where they are here."""
+    names = ("cublas", "vllm marlin w4", "vllm marlin w8", "vllm machete w4")
+    found = [replace(peer, most_rows=max(ROWS)) for peer in PEERS if peer.name in names]
+    bfloat16 = Peer("cublas bf16", 16, torch.bfloat16, partial(cublas, dtype=torch.bfloat16), most_rows=max(ROWS))
+    return [*found, bfloat16]
+
+
+def gains(rows: Sequence[dict]) -> dict[tuple[int, int, int, int], float]:
+    """By m, n, k and bits, the best peer's time over that of the way which the rule takes."""
+    found = {}
+    for row in rows:
+        if not row.get("chosen"):
+            continue
+        same = [r for r in rows if not r["ours"] and all(r[key] == row[key] for key in ("m", "n", "k"))]
+        best = min(r["us"] for r in same if r["bits"] in (row["bits"], 16))
+        found[row["m"], row["n"], row["k"], row["bits"]] = best / row["us"]
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--commit", required=True, help="of the code that is measured")
+    parser.add_argument("--output", type=Path, default=RESULTS / "wna16_prefill.jsonl")
+    parser.add_argument("--cuts", action="store_true", help="time every cut of wna16_gemm's work instead")
+    options = parser.parse_args()
+    floor = Floor()
+    shared = {"read_ceiling_gbs": floor.read_ceiling_gbs(), **run_facts(options.commit)}
+    rows: list[dict] = []
+    for n, k in SHAPES:
+        measured = [row for scheme in (MAIN, CHANNEL) for row in measure_ours(floor, n, k, scheme, options.cuts)]
+        torch.cuda.empty_cache()
+        for peer in () if options.cuts else peers():
+            measured += measure_peer(peer, floor, n, k, ROWS, CALLS)
+        found = gains(measured)
+        for row in measured:
+            gain = found.get((row["m"], n, k, row["bits"]), 0) if row.get("chosen") else 0
+            print(describe(row) + (f"  best peer x {gain:.3f}" if gain else ""), flush=True)
+        rows += [{**row, **shared} for row in measured]
+        write_rows(options.output, rows)
+
+
+if __name__ == "__main__":
+    main()
