@@ -5,7 +5,8 @@
 writes benchmarks/results/wna16_prefill.jsonl. `chosen` marks the way that the rule takes. "chunks" is a way that the
 rule does not know: the weight is written out dense a part at a time, so that cuBLAS finds the part in L2. `--cuts`
 times wna16_gemm with every cut of the work instead, to fit its rule by. The last column is the best peer's time over
-ours: Marlin and Machete with as many bits, and cuBLAS on a weight that was never packed.
+ours: Marlin and Machete with as many bits, and cuBLAS on a weight that was never packed. All in bfloat16, which is the
+dtype of Marlin's and Machete's rows, and in which cuBLAS is faster.
 """
 
 import argparse
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from benchmarks.kernel_peers import PEERS, Peer, cublas
 from benchmarks.measure import Floor, run_facts, time_calls, write_rows
-from benchmarks.wna16 import CHANNEL, MAIN, bytes_of, describe, make_copies, measure_peer, row_of
+from benchmarks.wna16 import bytes_of, describe, make_copies, measure_peer, row_of
 from quant.kernels import wna16_dequantize, wna16_gemm
 from quant.kernels.packed import PackedWeight
 from quant.kernels.problem import Call, Problem, problem_of
@@ -29,6 +30,7 @@ from quant.kernels.wna16_gemm import Launch
 SHAPES = ((4096, 4096), (12288, 4096), (22016, 4096), (4096, 11008), (28672, 4096), (8192, 28672))
 ROWS = (96, 128, 192, 256, 512, 1024, 2048, 4096)
 CUT_ROWS = (96, 256, 1024)
+SCHEMES = ((4, 128, True, torch.bfloat16), (8, -1, True, torch.bfloat16))
 CALLS = 5  # at least, in a graph: of up to 5 milliseconds each
 CHUNK_BYTES = 16 << 20  # dense, of the 50 MB of an H100's L2
 RESULTS = Path(__file__).with_name("results")
@@ -90,11 +92,10 @@ def measure_ours(floor: Floor, n: int, k: int, scheme: tuple, cuts: bool) -> lis
 
 
 def peers() -> list[Peer]:
-    """cuBLAS on a dense weight in both halves, and vLLM's kernels where they are here."""
-    names = ("cublas", "vllm marlin w4", "vllm marlin w8", "vllm machete w4")
-    found = [replace(peer, most_rows=max(ROWS)) for peer in PEERS if peer.name in names]
-    bfloat16 = Peer("cublas bf16", 16, torch.bfloat16, partial(cublas, dtype=torch.bfloat16), most_rows=max(ROWS))
-    return [*found, bfloat16]
+    """cuBLAS on a dense weight, and vLLM's kernels where they are here."""
+    names = ("vllm marlin w4", "vllm marlin w8", "vllm machete w4")
+    dense = Peer("cublas", 16, torch.bfloat16, partial(cublas, dtype=torch.bfloat16))
+    return [replace(peer, most_rows=max(ROWS)) for peer in (dense, *PEERS) if peer is dense or peer.name in names]
 
 
 def gains(rows: Sequence[dict]) -> dict[tuple[int, int, int, int], float]:
@@ -119,7 +120,7 @@ def main() -> None:
     shared = {"read_ceiling_gbs": floor.read_ceiling_gbs(), **run_facts(options.commit)}
     rows: list[dict] = []
     for n, k in SHAPES:
-        measured = [row for scheme in (MAIN, CHANNEL) for row in measure_ours(floor, n, k, scheme, options.cuts)]
+        measured = [row for scheme in SCHEMES for row in measure_ours(floor, n, k, scheme, options.cuts)]
         torch.cuda.empty_cache()
         for peer in () if options.cuts else peers():
             measured += measure_peer(peer, floor, n, k, ROWS, CALLS)

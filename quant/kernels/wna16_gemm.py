@@ -32,10 +32,10 @@ STEP, SETTLE = 2.0, 8.0
 # Microseconds of a weight of 8 bits per channel with dependent launch, up to 16 rows of x: a launch, a unit of cost, a
 # megabyte. Fitted to 17 shapes on one H100, within 2% (rms).
 CHANNEL_US = (2.6, 0.0257, 0.293)
-# The same with slabs: STEP and SETTLE, then microseconds of a launch and of a unit of cost. Estimated, to be fitted:
-# docs/LOG.md, section 31.
-SLAB_STEP, SLAB_SETTLE = 2.0, 3.0
-SLAB_US = (6.0, 0.27)
+# With slabs, where every wave of blocks meets: STEP, SETTLE, then microseconds of a launch and of a unit of cost.
+# Estimated, to be fitted: docs/LOG.md, section 31.
+SLAB_STEP, SLAB_SETTLE = 2.0, 4.0
+SLAB_US = (2.5, 0.27)
 
 
 @dataclass(frozen=True)
@@ -100,14 +100,13 @@ def choose_launch(problem: Problem) -> Launch:
 
 def cost_of(launch: Launch, problem: Problem) -> float:
     """Time in units of a chunk of one warpgroup: waves of blocks, chunks of a block, and the meeting at its end."""
-    slabs, step, settle = 1, STEP, SETTLE
-    if problem.m > ONE_SLAB_M:
-        slabs, step, settle = -(-problem.m // SLAB), SLAB_STEP, SLAB_SETTLE
     groups = padded(problem.n, launch.warpgroups * ROWS) // (launch.warpgroups * ROWS)
     at_once = max(1, CLUSTERS[launch.cluster - 1] * problem.processors // CLUSTERS[0])
     chunks = padded(padded(problem.k, CHUNK_K) // CHUNK_K, launch.cluster) // launch.cluster
-    waves = -(-groups * slabs // at_once)
-    return waves * chunks * (launch.warpgroups + step) + (launch.cluster - 1) * settle
+    if problem.m <= ONE_SLAB_M:
+        return -(-groups // at_once) * chunks * (launch.warpgroups + STEP) + (launch.cluster - 1) * SETTLE
+    waves = -(-groups * -(-problem.m // SLAB) // at_once)
+    return waves * (chunks * (launch.warpgroups + SLAB_STEP) + launch.cluster * SLAB_SETTLE)
 
 
 def run(call: Call, problem: Problem, launch: Launch | None = None) -> Tensor:
