@@ -3,8 +3,10 @@
     python -m benchmarks.bench_calibrate [--blocks 3] [--methods gptq awq smoothquant signround] [--commit HASH] \\
         [--output benchmarks/results/calibrate.jsonl]
 
-A few blocks are quantized and written; the time of the model's 32 is told from a block's median and from what the whole
-run took besides. Prints where a block's time goes, and peak GPU memory; a row a method.
+A few blocks are quantized and written, and the time of the model's 32 is told from that: 32 times a block's median and
+the median time between blocks (reading one, packing and writing it), once what comes before the first, and what comes
+after the last (the rest of the files, reading all of it again) by the bytes written. Prints where a block's time goes,
+and peak GPU memory; a row a method.
 """
 
 import argparse
@@ -92,12 +94,23 @@ def measure(source: Source, method: str, calibration: CalibrationSet, output: Pa
         torch.cuda.reset_peak_memory_stats()
     job = prepare(source, complete_recipe({"method": method, **SETTINGS[method]}), device)
     reports: list[BlockReport] = []
+    ends: list[float] = []  # of blocks, seconds since the run began
+
+    def note(report: BlockReport) -> None:
+        reports.append(report)
+        ends.append(time.monotonic() - begun)
+
     begun = time.monotonic()
-    run(job, output, calibration, reports.append)
+    result = run(job, output, calibration, note)
     seconds = time.monotonic() - begun
     blocks = [sum(report.phases.values()) for report in reports]
     phases = {name: statistics.median(r.phases[name] for r in reports) for name in reports[0].phases}
-    besides = seconds - sum(blocks)
+    between = statistics.median(
+        later - earlier - b for earlier, later, b in zip(ends[:-1], ends[1:], blocks[1:], strict=True)
+    )
+    before, after = ends[0] - blocks[0], seconds - ends[-1]
+    besides = 2 * 2 * SHAPE["vocab_size"] * SHAPE["hidden_size"]  # bytes of embeddings and head
+    written = (besides + LAYERS / len(blocks) * (result.output_bytes - besides)) / result.output_bytes
     return {
         "shape": "llama2-7b",
         "method": method,
@@ -106,8 +119,10 @@ def measure(source: Source, method: str, calibration: CalibrationSet, output: Pa
         "blocks": len(blocks),
         "block_s": round(statistics.median(blocks), 3),
         "block_s_all": [round(block, 3) for block in blocks],
-        "besides_s": round(besides, 3),
-        "model_s": round(LAYERS * (statistics.median(blocks) + besides / len(blocks)), 1),
+        "before_s": round(before, 3),
+        "between_s": round(between, 3),
+        "after_s": round(after, 3),
+        "model_s": round(before + LAYERS * (statistics.median(blocks) + between) + written * after, 1),
         "phases_s": {name: round(value, 3) for name, value in phases.items()},
         "peak_gpu_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2) if device != "cpu" else None,
     }

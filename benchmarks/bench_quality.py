@@ -12,6 +12,7 @@ benchmarks/results/quality.jsonl in place of older ones of the same run.
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import time
@@ -81,6 +82,7 @@ def main() -> None:
             made.with_suffix(".json").write_text(json.dumps(facts), encoding="utf-8")
         facts = json.loads(made.with_suffix(".json").read_text(encoding="utf-8"))
         facts |= {"model": args.model, "method": name, "calibration": args.calibrate, "commit": args.commit}
+        facts["device"] = device_name(args.device)
         found = scores(open_source(str(made)), scored, args.device)
         keep([facts | row_of(text, found[text], base[text]) for text in scored])
 
@@ -147,9 +149,13 @@ def row_of(text: str, score: Score, base: Score) -> dict[str, Any]:
     }
 
 
+def device_name(device: str) -> str:
+    return torch.cuda.get_device_name(device) if device != "cpu" else f"{os.cpu_count()} CPU cores"
+
+
 def keep(rows: list[dict[str, Any]]) -> None:
     """Print rows, and write them in place of older ones of the same run."""
-    same = ("model", "method", "calibration", "text", "by")
+    same = ("model", "method", "calibration", "text", "by", "device")
     older = [json.loads(line) for line in RESULTS.read_text(encoding="utf-8").splitlines()]
     new = {tuple(row[key] for key in same) for row in rows}
     for row in rows:
