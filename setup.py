@@ -26,7 +26,7 @@ TYPES = [(f"LOWBIT_T={dtype}", f"LOWBIT_BITS={bits}") for dtype in ("__half", "_
 UNITS = [(source, defines) for source in ("wna16_gemv.cu", "wna16_gemm.cu") for defines in TYPES]
 UNITS += [
     (source, (f"LOWBIT_T={dtype}",))
-    for source in ("decode_attention.cu", "row_norm.cu")
+    for source in ("decode_attention.cu", "row_norm.cu", "dense_gemv.cu")
     for dtype in ("__half", "__nv_bfloat16")
 ]
 UNITS += [(source, ()) for source in ("w8a8_gemm.cu", "wna16_dequantize.cu", "gptq_block.cu", "bindings.cpp")]
@@ -38,7 +38,7 @@ TILES = [
 ]
 UNITS = [("w8a8_cutlass.cu", defines) for defines in TILES] + UNITS  # the longest first
 # Empty elsewhere: compiled for 90a alone, or for what there is.
-HOPPER_ONLY = ("w8a8_cutlass.cu", "w8a8_gemm.cu", "wna16_gemm.cu")
+HOPPER_ONLY = ("w8a8_cutlass.cu", "w8a8_gemm.cu", "wna16_gemm.cu", "dense_gemv.cu")
 
 
 def find_nvcc() -> str | None:

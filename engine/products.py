@@ -1,12 +1,11 @@
-"""The products of a decoder: over a packed weight (one fused operator), int8 by int8, or dense (torch's functions)."""
+"""The products of a decoder: over a packed weight (one fused operator), int8 by int8, or dense."""
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
-from torch.nn import functional
 
 from quant.kernels import ops
+from quant.kernels.dense import activate
 from quant.kernels.packed import PackedWeight
 from quant.kernels.problem import ACTIVATIONS
 from quant.kernels.row_norm import Rows
@@ -112,11 +111,15 @@ def product(
             dependent=dependent,
             next_weight=linear.next_weight,
         )
-    if residual is not None and linear.bias is None and activation == "none":
-        y = torch.addmm(residual, x, linear.weight.T)
-    else:
-        y = with_residual(activate(functional.linear(x, linear.weight, linear.bias), activation), residual)
-    return y.float() if float32_out else y
+    return ops.dense_linear(
+        x,
+        linear.weight,
+        linear.bias,
+        residual,
+        activation=activation,
+        float32_out=float32_out,
+        dependent=dependent,
+    )
 
 
 def int8_product(rows: Rows, weight: Int8Weight, bias: Tensor | None, residual: Tensor | None = None) -> Tensor:
@@ -136,16 +139,8 @@ def gated_product(x: Tensor, linear: Linear, norm: Norm | None, activation: str,
     if isinstance(linear.weight, PackedWeight) and linear.weight.pair_block == linear.weight.n:
         x = prepared(x, linear, norm, dependent)
         return ops.gated_linear(x, linear.weight, linear.bias, dependent=dependent, next_weight=linear.next_weight)
+    if isinstance(linear.weight, Tensor) and activation == "silu_mul":
+        x = prepared(x, linear, norm, dependent)
+        return ops.dense_linear(x, linear.weight, linear.bias, activation=activation, dependent=dependent)
     gate, up = product(x, linear, norm, dependent=dependent).chunk(2, -1)
     return activate(gate, activation.removesuffix("_mul")) * up
-
-
-def activate(x: Tensor, activation: str) -> Tensor:
-    """The activation of a dense product."""
-    if activation == "silu":
-        return functional.silu(x)
-    if activation == "quick_gelu":
-        return x * torch.sigmoid(1.702 * x)
-    if activation in ("gelu", "gelu_tanh"):
-        return functional.gelu(x, approximate="tanh" if activation == "gelu_tanh" else "none")
-    return x

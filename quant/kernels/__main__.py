@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import torch
 
-from quant.kernels import w8a8_cutlass, w8a8_gemm, wna16_gemm, wna16_gemv
+from quant.kernels import dense_gemv, w8a8_cutlass, w8a8_gemm, wna16_gemm, wna16_gemv
 from quant.kernels.extension import EXTENSION
 from quant.kernels.problem import Problem
 from quant.kernels.registry import choose_kernel, kernels_for
@@ -19,9 +19,11 @@ EXAMPLES = (
     (1, 22016, 4096, 8, -1, False),
     (1, 4096, 4096, 8, -1, True),
     (2048, 28672, 4096, 8, -1, True),
+    (8, 22016, 4096, 16, -1, False),
 )
 H100 = ("cuda", (9, 0), 132)
 LAUNCHES: dict[str, Callable[[Problem], object]] = {
+    "dense_gemv": dense_gemv.choose_launch,
     "wna16_gemm": wna16_gemm.choose_launch,
     "wna16_gemv": wna16_gemv.choose_launch,
     "w8a8_cutlass": w8a8_cutlass.choose_launch,

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quant.kernels import decode_attention, gptq_block, row_norm, w8a8, wna16_dequantize
+from quant.kernels import decode_attention, dense, gptq_block, row_norm, w8a8, wna16_dequantize
 from quant.kernels.decode_attention import Append, Attention, KVCache
+from quant.kernels.dense import DenseCall
 from quant.kernels.packed import PackedWeight
 from quant.kernels.problem import Call, Rotary, check, problem_of
 from quant.kernels.registry import choose_kernel
@@ -48,6 +49,10 @@ LIBRARY.define(
 LIBRARY.define(
     "w8a8_linear(Tensor x, Tensor? x_scales, Tensor? input_scale, Tensor codes, Tensor scales, Tensor? bias, "
     "Tensor? residual, ScalarType dtype, bool dependent) -> Tensor"
+)
+LIBRARY.define(
+    "dense_linear(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, str activation, bool float32_out, "
+    "bool dependent) -> Tensor"
 )
 LIBRARY.define(
     "append_heads(Tensor qkv, Tensor positions, Tensor slots, Tensor cosines, Tensor sines, Tensor(a!) k_cache, "
@@ -278,6 +283,21 @@ def compute_int8(call: Int8Call) -> Tensor:
     return choose_kernel(problem).run(call, problem)
 
 
+def compute_dense(call: DenseCall) -> Tensor:
+    """y of `call` by the first kernel that takes it. ValueError where the tensors do not fit together."""
+    dense.check(call)
+    if 0 in call.y_shape:
+        return call.x.new_empty(call.y_shape, dtype=call.y_dtype)
+    problem = dense.problem_of(call)
+    return choose_kernel(problem).run(call, problem)
+
+
+def dense_shape(call: DenseCall) -> Tensor:
+    """An empty y of `call`: what tracing needs."""
+    dense.check(call)
+    return call.x.new_empty(call.y_shape, dtype=call.y_dtype)
+
+
 def codes_shape(call: Rows) -> tuple[Tensor, Tensor]:
     """Empty codes and scales of `call`: what tracing needs."""
     return call.x.new_empty(call.shape, dtype=torch.int8), call.x.new_empty(call.shape[0], dtype=torch.float32)
@@ -309,6 +329,7 @@ register(
         x.shape[0], codes.shape[0], dtype=dtype
     ),
 )
+register("dense_linear", lambda *args: compute_dense(DenseCall(*args)), lambda *args: dense_shape(DenseCall(*args)))
 register(
     "append_heads",
     lambda *args: decode_attention.append(append_call(*args)),
@@ -483,6 +504,26 @@ def w8a8_linear(
     return torch.ops.lowbit.w8a8_linear(
         x, x_scales, input_scale, codes, scales, bias, residual, dtype or x.dtype, dependent
     )
+
+
+def dense_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    *,
+    activation: str = "none",
+    float32_out: bool = False,
+    dependent: bool = False,
+) -> Tensor:
+    """activation(x W^T + bias) + residual, of a weight (n, k) as torch.nn.Linear holds it, in x's dtype.
+
+    x (m, k), bias (n), residual (m, n); returns (m, n) in x's dtype or float32. activation: "none", "gelu",
+    "gelu_tanh", "quick_gelu", or "silu_mul", silu(gate) * up, (m, n / 2), of gate's rows over up's. Few rows in half
+    precision on Hopper are one kernel, in float32 between x and y; all others are torch's functions. ValueError with
+    the numbers where the tensors do not fit together. dense.DenseCall says more.
+    """
+    return torch.ops.lowbit.dense_linear(x, weight, bias, residual, activation, float32_out, dependent)
 
 
 def cache_args(cache: KVCache) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:

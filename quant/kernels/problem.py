@@ -85,7 +85,7 @@ class Problem:
     m: int
     n: int
     k: int
-    bits: int
+    bits: int  # 16: a dense weight, of any dtype
     group_size: int
     dtype: torch.dtype
     device: str  # "cuda" or "cpu"
@@ -96,7 +96,7 @@ class Problem:
 
     def __str__(self) -> str:
         group = "channel" if self.group_size == -1 else f"g{self.group_size}"
-        scheme = f"w{self.bits}{'a8' if self.int8_inputs else ''} {group}"
+        scheme = "dense" if self.bits == 16 else f"w{self.bits}{'a8' if self.int8_inputs else ''} {group}"
         return f"m {self.m:>4}  {self.n} x {self.k}  {scheme} {str(self.dtype).removeprefix('torch.')}"
 
 

@@ -6,13 +6,23 @@ from typing import Any
 
 from torch import Tensor
 
-from quant.kernels import reference, w8a8, w8a8_cutlass, w8a8_gemm, wna16_dequantize, wna16_gemm, wna16_gemv
+from quant.kernels import (
+    dense,
+    dense_gemv,
+    reference,
+    w8a8,
+    w8a8_cutlass,
+    w8a8_gemm,
+    wna16_dequantize,
+    wna16_gemm,
+    wna16_gemv,
+)
 from quant.kernels.problem import Problem
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """A way to compute a Call or an Int8Call: why it cannot take a Problem (None where it can), and the computation."""
+    """A way to compute a call, of whatever kind: why it cannot take a Problem (or None), and how it is run."""
 
     name: str
     reason_against: Callable[[Problem], str | None]
@@ -31,10 +41,17 @@ INT8_KERNELS = (
     Kernel("w8a8_gemm", w8a8_gemm.reason_against, w8a8_gemm.run),
     Kernel("torch._int_mm", lambda problem: None, lambda call, problem: w8a8.reference(call)),
 )
+# For W in half precision, or in float32.
+DENSE_KERNELS = (
+    Kernel("dense_gemv", dense_gemv.reason_against, dense_gemv.run),
+    Kernel("torch", lambda problem: None, lambda call, problem: dense.reference(call)),
+)
 
 
 def kernels_for(problem: Problem) -> tuple[Kernel, ...]:
     """The kernels that may take the problem, in the order in which they are tried."""
+    if problem.bits == 16:
+        return DENSE_KERNELS
     return INT8_KERNELS if problem.int8_inputs else KERNELS
 
 

@@ -16,9 +16,12 @@ from torch import Tensor
 
 from quant.kernels import (
     decode_attention,
+    dense,
+    dense_gemv,
     gptq_block,
     packed,
     reference,
+    ring,
     row_norm,
     w8a8,
     w8a8_gemm,
@@ -28,6 +31,7 @@ from quant.kernels import (
     wna16_gemv,
 )
 from quant.kernels.decode_attention import Append, Attention, KVCache
+from quant.kernels.dense import DenseCall
 from quant.kernels.packed import PackedWeight
 from quant.kernels.problem import Call, Problem, Rotary, check, problem_of
 from quant.kernels.row_norm import Rows
@@ -258,12 +262,77 @@ def check_int8_products(gpu: Gpu, seeds: range) -> None:
         torch.manual_seed(seed)
         pick = random.Random(seed)
         call = gpu.put(random_int8_call(pick))
-        launch = w8a8_gemm.Launch(pick.choice(w8a8_gemm.WARPGROUPS), pick.choice([1, 2, 3, 8]), pick.choice([1, 2, 4]))
+        launch = ring.Launch(pick.choice(w8a8_gemm.WARPGROUPS), pick.choice([1, 2, 3, 8]), pick.choice([1, 2, 4]))
         gpu.start(seed, (call.y_shape, call.weight.k, call.dtype, launch))
         gpu.late(call.x, call.x_scales, call.residual)
         with gpu:
             y = w8a8_gemm.run(call, w8a8.problem_of(call), launch)
         assert_close(y, w8a8.reference(call), call.dtype)
+
+
+def strided(pick: random.Random, gpu: Gpu, value: Tensor) -> Tensor:
+    """`value` in guarded memory, as it is or with room between its rows."""
+    room = pick.choice([0, 0, 8, 24])
+    wide = gpu.put(
+        torch.nn.functional.pad(value, (0, room), value=torch.nan).flatten()[: value.numel() + room * (len(value) - 1)]
+    )
+    return wide.as_strided(value.shape, (value.shape[1] + room, 1))
+
+
+def random_dense_call(pick: random.Random, gpu: Gpu) -> DenseCall:
+    """Some number of rows, tails of k, any n, some epilogue; bias, residual and y end at the page."""
+    dtype, m, k = pick.choice(HALVES), pick.randint(1, dense_gemv.MAX_M), pick.choice([8, 40, 64, 136, 520, 1032])
+    n, activation = pick.choice([1, 5, 16, 64, 67, 130, 200]), pick.choice(["none", "none", "gelu", "quick_gelu"])
+    if pick.random() < 0.3:
+        n, activation = pick.choice([8, 16, 64, 72, 136, 272]), "silu_mul"
+    x, w, bias, residual = (torch.randn(shape).to(dtype) for shape in ((m, k), (n, k), (n,), (m, n)))
+    plain, alignment = activation != "silu_mul", pick.choice([2, 16])
+    return DenseCall(
+        strided(pick, gpu, x),
+        strided(pick, gpu, w),
+        gpu.put(bias, alignment) if pick.random() < 0.5 else None,
+        gpu.put(residual, alignment) if plain and pick.random() < 0.5 else None,
+        activation,
+        plain and pick.random() < 0.5,
+        pick.random() < 0.6,
+    )
+
+
+def exact(call: DenseCall) -> Tensor:
+    """y of `call` in float32."""
+    floats = {name: part.float() for name, part in vars(call).items() if isinstance(part, Tensor)}
+    return dense.reference(replace(call, **floats))
+
+
+def launched_dense(gpu: Gpu, call: DenseCall, launch: ring.Launch) -> Tensor:
+    dense.check(call)
+    gpu.late(call.x, call.bias, call.residual)
+    with gpu:
+        return dense_gemv.run(call, dense.problem_of(call), launch)
+
+
+def check_dense_products(gpu: Gpu, seeds: range) -> None:
+    for seed in seeds:
+        torch.manual_seed(seed)
+        pick = random.Random(seed)
+        call = random_dense_call(pick, gpu)
+        launch = ring.Launch(pick.choice(dense_gemv.WARPGROUPS), pick.choice([1, 2, 3, 8]), pick.choice([1, 2, 4]))
+        gpu.start(seed, (call.y_shape, call.weight.shape, call.x.stride(), call.activation, call.x.dtype, launch))
+        assert dense_gemv.reason_against_memory(call) is None
+        assert_close(launched_dense(gpu, call, launch), exact(call), call.x.dtype)
+
+
+def check_cuts_of_dense(gpu: Gpu) -> None:
+    for n, k in ((50, 264), (328, 1536)):
+        w = gpu.put(torch.randn(n, k).half())
+        for m in (1, 9):
+            call, results = DenseCall(gpu.put(torch.randn(m, k).half()), w, dependent=True), []
+            for seed, launch in enumerate(ring.cuts_of(m, n, 2 * k, 4)):
+                gpu.start(seed, (m, n, k, launch))
+                results.append(launched_dense(gpu, call, launch))
+                assert_close(results[-1], exact(call), torch.float16)
+            gpu.start(99)
+            assert torch.equal(results[-1], launched_dense(gpu, call, launch))
 
 
 def random_cache(pick: random.Random, slots: int, dtype: torch.dtype) -> KVCache:
@@ -355,6 +424,8 @@ CHECKS = {
     "gptq_block": (check_gptq, range(12)),
     "row_norm": (check_rows, range(40)),
     "w8a8_gemm": (check_int8_products, range(40)),
+    "dense_gemv": (check_dense_products, range(60)),
+    "the cuts of dense_gemv": (check_cuts_of_dense,),
     "decode_attention": (check_attention, range(40)),
 }
 
@@ -387,14 +458,19 @@ MUTANTS = {
         "AssertionError|the previous kernel had finished|waited for the previous one",
     ),
     "a stage given back too early": (
-        Mutant("w8a8_gemm.cu", "    wgmma_wait<1>();\n    if (leader", "    if (leader"),
+        Mutant("ring.cuh", "    wgmma_wait<1>();\n    if (leader", "    if (leader"),
         (check_int8_products, range(40)),
         "AssertionError",
     ),
     "a block that leaves while others read from it": (
-        Mutant("w8a8_gemm.cu", "cluster_sync();  // no block leaves while others read from it", "{}"),
+        Mutant("ring.cuh", "cluster_sync();  // no block leaves while others read from it", "{}"),
         (check_int8_products, range(40)),
         "after it had left",
+    ),
+    "x read before the previous kernel has ended": (
+        Mutant("ring.cuh", "i, i);\n  wait_for_previous_kernel();\n", "i, i);\n"),
+        (check_dense_products, range(40)),
+        "AssertionError|the previous kernel had finished",
     ),
     "memory of a block that may not have begun": (
         Mutant("decode_attention.cu", "  if (cluster) cluster_wait();\n  send", "  send"),

@@ -7,21 +7,22 @@ import pytest
 import torch
 from torch import Tensor
 
-from quant.kernels import extension, ops, w8a8_gemm
+from quant.kernels import extension, ops, ring, w8a8_gemm
 from quant.kernels.problem import Problem
 from quant.kernels.registry import choose_kernel
+from quant.kernels.ring import Launch
 from quant.kernels.w8a8 import Int8Call, Int8Weight, problem_of
-from quant.kernels.w8a8_gemm import Launch, choose_launch, run
+from quant.kernels.w8a8_gemm import choose_launch, run
 from tests.kernels.make import assert_devices_agree, make_int8_weight, make_x, on_cpu
 
 ROWS = [1, 2, 7, 8, 9, 16, 17, 33, 64, 100, 128, 255]
 BLOCK_BYTES = 227 << 10  # of shared memory, at most
-CUTS = [Launch(w, c, stages) for w in w8a8_gemm.WARPGROUPS for c in w8a8_gemm.CLUSTERS for stages in (2, 4)]
+CUTS = [Launch(w, c, stages) for w in w8a8_gemm.WARPGROUPS for c in ring.CLUSTERS for stages in (2, 4)]
 ON_H100 = Problem(1, 4096, 4096, 8, -1, torch.float16, "cuda", (9, 0), 132, int8_inputs=True)
 
 
 def shared_bytes(launch: Launch, m: int) -> int:
-    """A block's shared memory in csrc/w8a8_gemm.cu: ring, barriers, scales, and room to align; sums fit in the ring."""
+    """A block's shared memory in csrc/ring.cuh: ring, barriers, scales, and room to align; sums fit in the ring."""
     rows, columns = 64 * launch.warpgroups, next(c for c in (8, 16, 32, 64, 128) if c >= min(m, 128))
     stage = (rows + columns) * 128
     stages = max(launch.stages, -(-(rows + 4) * columns * 4 // stage), 2)
@@ -34,7 +35,7 @@ def shared_bytes(launch: Launch, m: int) -> int:
 def test_launches_are_possible(m: int, n: int, k: int, processors: int) -> None:
     launch = choose_launch(replace(ON_H100, m=m, n=n, k=k, processors=processors))
     assert launch.warpgroups in w8a8_gemm.WARPGROUPS
-    assert launch.cluster <= -(-k // w8a8_gemm.CHUNK_K)
+    assert launch.cluster <= -(-k // ring.CHUNK_BYTES)
     assert launch.stages >= 1
     assert shared_bytes(launch, m) <= BLOCK_BYTES
 

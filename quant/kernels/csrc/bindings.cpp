@@ -8,6 +8,7 @@
 #include <string>
 
 #include "decode_attention.cuh"
+#include "dense_gemv.cuh"
 #include "gptq_block.cuh"
 #include "row_norm.cuh"
 #include "w8a8_cutlass.cuh"
@@ -86,8 +87,14 @@ void row_norm(bool bfloat16, const lowbit::RowNormArgs& args, int device, bool d
   check(launch(args, device, dependent, static_cast<cudaStream_t>(pointer(stream))), "row_norm");
 }
 
-void w8a8_gemm(const lowbit::W8a8Args& args, const lowbit::W8a8GemmLaunch& launch, uintptr_t stream) {
-  check(lowbit::launch_w8a8_gemm(args, launch, static_cast<cudaStream_t>(pointer(stream))), "w8a8_gemm");
+void dense_gemv(bool bfloat16, const lowbit::DenseArgs& args, const lowbit::RingLaunch& launch, uintptr_t stream) {
+  const auto run = bfloat16 ? lowbit::launch_dense_gemv<__nv_bfloat16> : lowbit::launch_dense_gemv<__half>;
+  check(run(args, launch, static_cast<cudaStream_t>(pointer(stream))), "dense_gemv");
+}
+
+void w8a8_gemm(const lowbit::W8a8Args& args, const lowbit::RingLaunch& launch, int output, uintptr_t stream) {
+  const auto typed = static_cast<lowbit::W8a8Output>(output);
+  check(lowbit::launch_w8a8_gemm(args, launch, typed, static_cast<cudaStream_t>(pointer(stream))), "w8a8_gemm");
 }
 
 template <typename T>
@@ -239,6 +246,28 @@ void bind_attention(py::module_& module) {
   module.def("decode_attention", &decode_attention);
 }
 
+void bind_dense(py::module_& module) {
+  using Launch = lowbit::RingLaunch;
+  py::class_<Launch> launch(module, "RingLaunch");
+  launch.def(py::init([] { return Launch{}; }));
+  launch.def_readwrite("device", &Launch::device).def_readwrite("warpgroups", &Launch::warpgroups);
+  launch.def_readwrite("cluster", &Launch::cluster).def_readwrite("stages", &Launch::stages);
+  launch.def_readwrite("dependent", &Launch::dependent);
+  using Args = lowbit::DenseArgs;
+  py::class_<Args> args(module, "DenseArgs");
+  args.def(py::init([] { return Args{}; }));
+  bind_pointer(args, "x", &Args::x);
+  bind_pointer(args, "w", &Args::w);
+  bind_pointer(args, "bias", &Args::bias);
+  bind_pointer(args, "residual", &Args::residual);
+  bind_pointer(args, "y", &Args::y);
+  bind_enum(args, "activation", &Args::activation);
+  args.def_readwrite("m", &Args::m).def_readwrite("n", &Args::n).def_readwrite("k", &Args::k);
+  args.def_readwrite("x_pitch", &Args::x_pitch).def_readwrite("w_pitch", &Args::w_pitch);
+  args.def_readwrite("float32_out", &Args::float32_out).def_readwrite("vectors", &Args::vectors);
+  module.def("dense_gemv", &dense_gemv);
+}
+
 void bind_w8a8(py::module_& module) {
   using Args = lowbit::W8a8Args;
   py::class_<Args> args(module, "W8a8Args");
@@ -251,13 +280,6 @@ void bind_w8a8(py::module_& module) {
   bind_pointer(args, "residual", &Args::residual);
   bind_pointer(args, "y", &Args::y);
   args.def_readwrite("m", &Args::m).def_readwrite("n", &Args::n).def_readwrite("k", &Args::k);
-  using Gemm = lowbit::W8a8GemmLaunch;
-  py::class_<Gemm> gemm(module, "W8a8GemmLaunch");
-  gemm.def(py::init([] { return Gemm{}; }));
-  gemm.def_readwrite("device", &Gemm::device).def_readwrite("warpgroups", &Gemm::warpgroups);
-  gemm.def_readwrite("cluster", &Gemm::cluster).def_readwrite("stages", &Gemm::stages);
-  gemm.def_readwrite("dependent", &Gemm::dependent);
-  bind_enum(gemm, "output", &Gemm::output);
   module.def("w8a8_gemm", &w8a8_gemm);
   using Cutlass = lowbit::W8a8CutlassLaunch;
   py::class_<Cutlass> cutlass(module, "W8a8CutlassLaunch");
@@ -296,5 +318,6 @@ PYBIND11_MODULE(_C, module) {
   bind_gptq(module);
   bind_attention(module);
   bind_row_norm(module);
+  bind_dense(module);
   bind_w8a8(module);
 }

@@ -56,8 +56,9 @@ struct Pairs {
   float low_sums[kWidth], high_sums[kWidth];
 };
 
-template <typename T, int kWidth>
-__device__ void store_rows(const Wna16Args& args, int column, int row, bool vectors, float (&sums)[kWidth]) {
+// y of row `column` of x and kWidth rows of W from `row` on. Args: Wna16Args or DenseArgs.
+template <typename T, int kWidth, typename Args>
+__device__ void store_rows(const Args& args, int column, int row, bool vectors, float (&sums)[kWidth]) {
   const int count = min(args.n - row, kWidth);
   if (count <= 0) return;
   add_halves<T>(args.bias, row, vectors, count, sums);
@@ -74,8 +75,8 @@ __device__ void store_rows(const Wna16Args& args, int column, int row, bool vect
 }
 
 // silu(gate) * up: the gate's rows are the lower half of W.
-template <typename T, int kWidth>
-__device__ void store_gated(const Wna16Args& args, Pairs<kWidth>& pairs) {
+template <typename T, int kWidth, typename Args>
+__device__ void store_gated(const Args& args, Pairs<kWidth>& pairs) {
   add_halves<T>(args.bias, pairs.low, pairs.vectors, kWidth, pairs.low_sums);
   add_halves<T>(args.bias, pairs.high, pairs.vectors, kWidth, pairs.high_sums);
 #pragma unroll

@@ -11,9 +11,11 @@ namespace lowbit {
 
 constexpr int kBoxBytes = 128;  // of a row
 
-// Rows of `pitch` bytes, a multiple of 16, from an address that is one; boxes of `box_rows`, at most 256. What lies
-// past the matrix reads as zero. The driver's function is looked up at run time: nothing links against libcuda.
-inline cudaError_t make_tensor_map(CUtensorMap& map, const void* data, int rows, int pitch, int box_rows) {
+// Rows of `row_bytes`, `pitch` bytes apart, both multiples of 16, from an address that is one; boxes of `box_rows`, at
+// most 256. What lies past the matrix reads as zero. The driver's function is looked up at run time: nothing links
+// against libcuda.
+inline cudaError_t make_tensor_map(CUtensorMap& map, const void* data, int rows, int row_bytes, int64_t pitch,
+                                   int box_rows) {
   using Encode = decltype(&cuTensorMapEncodeTiled);
   static Encode encode = nullptr;
   if (encode == nullptr) {
@@ -25,7 +27,7 @@ inline cudaError_t make_tensor_map(CUtensorMap& map, const void* data, int rows,
     if (found != cudaDriverEntryPointSuccess) return cudaErrorNotSupported;
     encode = reinterpret_cast<Encode>(function);
   }
-  const cuuint64_t sizes[] = {cuuint64_t(pitch), cuuint64_t(rows)}, strides[] = {cuuint64_t(pitch)};
+  const cuuint64_t sizes[] = {cuuint64_t(row_bytes), cuuint64_t(rows)}, strides[] = {cuuint64_t(pitch)};
   const cuuint32_t box[] = {kBoxBytes, cuuint32_t(box_rows)}, steps[] = {1, 1};
   const CUresult result =
       encode(&map, CU_TENSOR_MAP_DATA_TYPE_UINT8, 2, const_cast<void*>(data), sizes, strides, box, steps,

@@ -21,7 +21,7 @@ HALVES = ("LOWBIT_T=__half", "LOWBIT_T=__nv_bfloat16")
 PAIRS = tuple((dtype, f"LOWBIT_BITS={bits}") for dtype in HALVES for bits in (4, 8))
 UNITS = (
     *((source, pair) for source in ("wna16_gemm.cu", "wna16_gemv.cu") for pair in PAIRS),
-    *((source, (dtype,)) for source in ("decode_attention.cu", "row_norm.cu") for dtype in HALVES),
+    *((source, (dtype,)) for source in ("decode_attention.cu", "row_norm.cu", "dense_gemv.cu") for dtype in HALVES),
     *((source, ()) for source in ("w8a8_gemm.cu", "wna16_dequantize.cu", "gptq_block.cu", "bindings.cpp")),
     *((source, ()) for source in ("scheduler.cpp", "tensor.cpp", "left_out.cpp")),
 )

@@ -76,16 +76,24 @@ void multiply_later(float* c, int columns, const uint32_t (&a)[4], uint64_t b, b
   });
 }
 
-void multiply_bytes_later(int* c, int columns, uint32_t a, uint32_t b) {
+template <typename Operand, typename Sum>
+void multiply_shared_later(Sum* c, int columns, uint32_t a, uint32_t b) {
   __syncwarp();  // all lanes come to a warpgroup's product
+  const auto at = [](uint32_t address) {
+    const uint8_t* bytes = shared_at(swizzled(address), sizeof(Operand));
+    if constexpr (std::is_same_v<Operand, int8_t>) return int(load<int8_t>(bytes));
+    else return half_at(bytes, std::is_same_v<Operand, __nv_bfloat16>);
+  };
   later([=, thread = threadIdx.x] {
     const int row = thread / 32 % 4 * 16 + thread % 32 / 4;
     for (int i = 0; i < columns / 2; ++i) {
       const uint32_t left = a + (row + high_of(i) * 8) * 128, right = b + column_of(i, thread) * 128;
-      for (int k = 0; k < 32; ++k)
-        c[i] += load<int8_t>(shared_at(swizzled(left + k), 1)) * load<int8_t>(shared_at(swizzled(right + k), 1));
+      for (int byte = 0; byte < 32; byte += sizeof(Operand)) c[i] += at(left + byte) * at(right + byte);
     }
   });
 }
+template void multiply_shared_later<int8_t>(int*, int, uint32_t, uint32_t);
+template void multiply_shared_later<__half>(float*, int, uint32_t, uint32_t);
+template void multiply_shared_later<__nv_bfloat16>(float*, int, uint32_t, uint32_t);
 
 }  // namespace emulator

@@ -11,12 +11,14 @@ constexpr int kBoxBytes = 128;
 
 struct Matrix {
   const uint8_t* data;
-  int rows, pitch, box_rows;
+  int64_t pitch;
+  int rows, row_bytes, box_rows;
 };
 
-inline cudaError_t make_tensor_map(CUtensorMap& map, const void* data, int rows, int pitch, int box_rows) {
+inline cudaError_t make_tensor_map(CUtensorMap& map, const void* data, int rows, int row_bytes, int64_t pitch,
+                                   int box_rows) {
   if (reinterpret_cast<uintptr_t>(data) % 16 || pitch % 16 || box_rows > 256) return cudaErrorInvalidValue;
-  const Matrix matrix = {static_cast<const uint8_t*>(data), rows, pitch, box_rows};
+  const Matrix matrix = {static_cast<const uint8_t*>(data), pitch, rows, row_bytes, box_rows};
   memcpy(&map, &matrix, sizeof(matrix));
   return cudaSuccess;
 }
@@ -30,9 +32,9 @@ void copy_box(uint32_t smem, const CUtensorMap& map, int byte, int row, uint32_t
   Matrix matrix;
   memcpy(&matrix, &map, sizeof(matrix));
   const int rows = std::clamp(matrix.rows - row, 0, matrix.box_rows);
-  const int row_bytes = std::clamp(matrix.pitch - byte, 0, kBoxBytes);
+  const int row_bytes = std::clamp(matrix.row_bytes - byte, 0, kBoxBytes);
   const uint8_t* source = matrix.data + int64_t(row) * matrix.pitch + byte;
-  emulator::copy({smem, uint32_t(matrix.box_rows * kBoxBytes), barrier, source, rows, matrix.pitch, row_bytes});
+  emulator::copy({smem, uint32_t(matrix.box_rows * kBoxBytes), barrier, source, rows, int(matrix.pitch), row_bytes});
 }
 
 }  // namespace lowbit

@@ -1,0 +1,107 @@
+"""The dense product for few rows against the floor and torch's linear (cuBLAS), in bfloat16.
+
+    python -m benchmarks.bench_dense_gemv --commit $(git rev-parse --short HEAD)
+    python -m benchmarks.bench_dense_gemv --commit $(git rev-parse --short HEAD) --sweep
+
+prints one table and writes benchmarks/results/dense_gemv.jsonl; with --sweep it times every cut of the work that is
+worth it, launched with dependence, beside the one that the rule chooses, and writes dense_gemv_sweep.jsonl.
+"""
+
+import argparse
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from benchmarks.measure import Floor, copies_for, run_facts, time_calls, write_rows
+from benchmarks.wna16 import RESULTS, random_shapes, row_of
+from quant.kernels import dense, dense_gemv, ops, ring
+from quant.kernels.dense import DenseCall
+from quant.kernels.registry import choose_kernel
+
+# Llama-2 7B with its head, 13B, ChatGLM2's head: outputs x inputs.
+SHAPES = (
+    (4096, 4096),
+    (12288, 4096),
+    (22016, 4096),
+    (4096, 11008),
+    (15360, 5120),
+    (5120, 13824),
+    (32000, 4096),
+    (65024, 4096),
+)
+DTYPE = torch.bfloat16
+SWEPT_ROWS = (1, 16)
+
+
+def make_weights(n: int, k: int) -> list[Tensor]:
+    """Copies of one weight, enough to leave nothing of one in L2 when it comes round again."""
+    weight = torch.randn(n, k, dtype=DTYPE, device="cuda") * 0.02
+    return [weight.clone() for _ in range(copies_for(2 * n * k))]
+
+
+def measure(m: int, weights: list[Tensor], floor: Floor) -> Iterator[dict]:
+    """Ours, launched plainly and with dependence, and torch's."""
+    n, k = weights[0].shape
+    x, read = torch.randn(m, k, dtype=DTYPE, device="cuda"), floor.time(2 * n * k)
+    name = choose_kernel(dense.problem_of(DenseCall(x, weights[0]))).name
+    for dependent in (False, True):
+        timing = time_calls([lambda w=w, d=dependent: ops.dense_linear(x, w, dependent=d) for w in weights])
+        yield row_of(name, True, m, n, k, 16, -1, DTYPE, timing, read, dependent=dependent)
+    timing = time_calls([lambda w=w: functional.linear(x, w) for w in weights])
+    yield row_of("cublas", False, m, n, k, 16, -1, DTYPE, timing, read, dependent=False)
+
+
+def sweep(m: int, weights: list[Tensor], floor: Floor) -> Iterator[dict]:
+    """Every cut, the rule's first."""
+    n, k = weights[0].shape
+    x, read = torch.randn(m, k, dtype=DTYPE, device="cuda"), floor.time(2 * n * k)
+    calls = [DenseCall(x, w, dependent=True) for w in weights]
+    problem = dense.problem_of(calls[0])
+    chosen = dense_gemv.choose_launch(problem)
+    others = [cut for cut in ring.cuts_of(m, n, 2 * k, problem.processors) if cut != chosen]
+    for cut in (chosen, *others):
+        timing = time_calls([lambda c=c, cut=cut: dense_gemv.run(c, problem, cut) for c in calls], target_ms=5.0)
+        more = {"dependent": True, **asdict(cut), "chosen": cut == chosen}
+        yield row_of("dense_gemv", True, m, n, k, 16, -1, DTYPE, timing, read, **more)
+
+
+def describe(row: dict) -> str:
+    name = row["kernel"] + (" +pdl" if row["dependent"] else "")
+    ratio = row["us"] / row["floor_us"]
+    cut = ""
+    if "stages" in row:
+        cut = f"  {row['warpgroups']} x {row['cluster']} x {row['stages']}{' *' if row['chosen'] else ''}"
+    return (
+        f"{row['n']:>6} x {row['k']:<6} m {row['m']:<3} {name:<16} {row['us']:8.2f} us "
+        f"({row['us_p10']:.2f} to {row['us_p90']:.2f})  floor {row['floor_us']:7.2f}  {1 / ratio:6.1%} of it{cut}"
+    )
+
+
+def main() -> None:
+    """Prints one table and writes its rows."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--commit", required=True, help="of the code that is measured")
+    parser.add_argument("--sweep", action="store_true", help="time every cut instead")
+    parser.add_argument("--output", type=Path, help="of the rows")
+    options = parser.parse_args()
+    output = options.output or RESULTS / f"dense_gemv{'_sweep' if options.sweep else ''}.jsonl"
+    floor = Floor()
+    shared = {"read_ceiling_gbs": floor.read_ceiling_gbs(), **run_facts(options.commit)}
+    rows: list[dict] = []
+    for n, k in (*SHAPES, *random_shapes(2)):
+        weights = make_weights(n, k)
+        for m in SWEPT_ROWS if options.sweep else (1, 8, 16):
+            for row in (sweep if options.sweep else measure)(m, weights, floor):
+                rows.append({**row, **shared})
+                print(describe(row), flush=True)
+        write_rows(output, rows)
+        del weights
+        torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    main()

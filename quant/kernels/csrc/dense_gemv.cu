@@ -1,0 +1,92 @@
+// Code for sm_90a alone; empty elsewhere. Compiled once per T: LOWBIT_T comes from setup.py. ring.cuh has the design.
+//
+// For the gated epilogue half of a block's rows are the gate's and half are up's, so that both sums of an output are in
+// one block.
+#include "dense_gemv.cuh"
+#include "epilogue.cuh"
+#include "ring.cuh"
+
+namespace lowbit {
+namespace {
+
+// Of columns [0, m), each four neighbouring rows of the block, or of its halves: sums over the cluster, then y.
+template <typename S>
+__device__ void finish(const DenseArgs& args, const RingShare& share, const float* partial) {
+  using T = typename S::Operand;
+  constexpr int kPartRows = S::kRows / S::kParts;
+  const int rows = args.n / S::kParts;
+  for_fours<S>(args.m, kPartRows / 4, [&](int column, int row) {
+    if (share.row + row >= rows) return;
+    const float* first = partial + column * S::kPitch + row;
+    Pairs<4> pairs = {.low = share.row + row, .high = share.row + row + rows, .column = column,
+                      .vectors = args.vectors, .low_sums = {}, .high_sums = {}};
+    sum_over_cluster(first, pairs.low_sums);
+    if constexpr (S::kParts == 1) return store_rows<T>(args, column, pairs.low, pairs.vectors, pairs.low_sums);
+    sum_over_cluster(first + kPartRows, pairs.high_sums);
+    store_gated<T>(args, pairs);
+  });
+}
+
+template <typename S>
+__global__ void __launch_bounds__(S::kThreads, S::kMinBlocks)
+    dense_gemv_kernel(const __grid_constant__ RingMaps maps, const __grid_constant__ DenseArgs args, int stages) {
+#if LOWBIT_WGMMA
+  LOWBIT_DYNAMIC_SHARED(uint8_t, unaligned);
+  uint8_t* smem = unaligned + (1024 - smem_address(unaligned) % 1024) % 1024;
+  const Ring<S> ring{smem_address(smem), stages};
+  const RingShare share(args.k * 2, S::kRows / S::kParts);
+  allow_next_kernel();
+  if (threadIdx.x == S::kConsumers) ring.init();
+  __syncthreads();
+  if (threadIdx.x >= S::kConsumers) {
+    if (threadIdx.x == S::kConsumers) produce<S>(maps, share, args.n / S::kParts, ring);
+    return;
+  }
+  wait_for_previous_kernel();
+  RingSums<S> sums = {};
+  consume<S>(share, ring, sums);
+  float* partial = reinterpret_cast<float*>(smem);
+  share_sums<S>(sums, partial, [&] { finish<S>(args, share, partial); });
+#endif
+}
+
+template <typename S>
+cudaError_t launch_shape(const DenseArgs& args, const RingLaunch& launch, cudaStream_t stream) {
+  constexpr int kPartRows = S::kRows / S::kParts;
+  const int stages = max(launch.stages, S::kLeastStages);
+  RingMaps maps;
+  cudaError_t error = make_tensor_map(maps.w, args.w, args.n, args.k * 2, args.w_pitch, kPartRows);
+  if (error == cudaSuccess) error = make_tensor_map(maps.x, args.x, args.m, args.k * 2, args.x_pitch, S::kColumns);
+  if (error != cudaSuccess) return error;
+  const int row_blocks = (args.n / S::kParts + kPartRows - 1) / kPartRows;
+  const LaunchPlan plan = ring_plan<S>(launch, row_blocks, args.m, ring_bytes<S>(stages, 0), stream);
+  return launch_kernel(dense_gemv_kernel<S>, plan, maps, args, stages);
+}
+
+template <typename T, int kColumns, int kParts>
+cudaError_t launch_warpgroups(const DenseArgs& args, const RingLaunch& launch, cudaStream_t stream) {
+  switch (launch.warpgroups) {
+    case 1: return launch_shape<RingShape<T, kColumns, 1, kParts>>(args, launch, stream);
+    case 2: return launch_shape<RingShape<T, kColumns, 2, kParts>>(args, launch, stream);
+    default: return cudaErrorInvalidValue;
+  }
+}
+
+template <typename T, int kColumns>
+cudaError_t launch_columns(const DenseArgs& args, const RingLaunch& launch, cudaStream_t stream) {
+  const bool gated = args.activation == Activation::kSiluMul;
+  return gated ? launch_warpgroups<T, kColumns, 2>(args, launch, stream)
+               : launch_warpgroups<T, kColumns, 1>(args, launch, stream);
+}
+
+}  // namespace
+
+template <typename T>
+cudaError_t launch_dense_gemv(const DenseArgs& args, const RingLaunch& launch, cudaStream_t stream) {
+  if (args.m > 16) return cudaErrorInvalidValue;
+  return args.m <= 8 ? launch_columns<T, 8>(args, launch, stream) : launch_columns<T, 16>(args, launch, stream);
+}
+
+template cudaError_t launch_dense_gemv<LOWBIT_T>(const DenseArgs&, const RingLaunch&, cudaStream_t);
+
+}  // namespace lowbit

@@ -1,0 +1,26 @@
+// y = epilogue(x W^T) for few rows of x and a W in halves, in its plain order.
+#pragma once
+
+#include "ring_launch.cuh"
+#include "wna16_args.cuh"
+
+namespace lowbit {
+
+struct DenseArgs {
+  const void* x;         // (m, k)
+  const void* w;         // (n, k)
+  const void* bias;      // (n) or null
+  const void* residual;  // (m, n) or null: added after the activation
+  void* y;               // (m, n), or (m, n / 2) for the gated epilogue
+  int m, n, k;           // k a multiple of 8; n of 8 for the gated epilogue
+  int64_t x_pitch, w_pitch;  // bytes from one row to the next, multiples of 16
+  Activation activation;
+  bool float32_out;
+  bool vectors;  // n is a multiple of 4 and what lies in y's type starts at a multiple of 8 bytes
+};
+
+// For 1 to 16 rows of x. cudaErrorInvalidDeviceFunction where the code was not built for sm_90a.
+template <typename T>
+cudaError_t launch_dense_gemv(const DenseArgs& args, const RingLaunch& launch, cudaStream_t stream);
+
+}  // namespace lowbit

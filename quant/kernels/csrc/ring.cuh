@@ -1,0 +1,210 @@
+// Products of few rows of x with a W in its plain order, for sm_90a alone: w8a8_gemm.cu and dense_gemv.cu.
+//
+// Design. W's rows are the 64 rows of wgmma's left operand and x's rows its 8 to 128 columns, so that few rows of x
+// waste nothing but columns. Both come by the copy engine, in boxes of 128 bytes a row, straight from their plain order
+// into shared memory, where the tensor cores read them: no instruction touches a weight. One warp asks for boxes, one
+// or more warpgroups multiply; several such blocks share a multiprocessor, so that one reads while another finishes.
+// Blocks of a cluster split k and sum through each other's shared memory, each number in one order. W's stream starts
+// before the previous kernel has finished: W is constant, x is not.
+#pragma once
+
+#include "launch.cuh"
+#include "ring_launch.cuh"
+#include "shared_wgmma.cuh"
+#include "tensor_map.cuh"
+
+namespace lowbit {
+
+constexpr int kGroupRows = 64;  // of W, that a warpgroup has
+
+// kParts: runs of neighbouring rows of W that a block has.
+template <typename Operand_, int kColumns_, int kWarpgroups_, int kParts_ = 1>
+struct RingShape {
+  using Operand = Operand_;  // int8_t or a half
+  using Sum = typename SumOf<Operand>::Type;
+  static constexpr int kColumns = kColumns_;        // rows of x, padded
+  static constexpr int kWarpgroups = kWarpgroups_;  // that multiply
+  static constexpr int kParts = kParts_;
+  static constexpr int kRows = kWarpgroups * kGroupRows;
+  static constexpr int kConsumers = kWarpgroups * 128;  // threads
+  static constexpr int kThreads = kConsumers + 32;
+  static constexpr int kMinBlocks = 4 / kWarpgroups;
+  static constexpr int kWeightBytes = kRows * kBoxBytes;
+  static constexpr int kStageBytes = kWeightBytes + kColumns * kBoxBytes;
+  static constexpr int kPitch = kRows + 4;  // numbers between columns of sums: no bank conflicts
+  // A stage is given back when the next is in use, and in the end the sums take the ring's place.
+  static constexpr int kSumStages = (kPitch * kColumns * 4 + kStageBytes - 1) / kStageBytes;
+  static constexpr int kLeastStages = kSumStages > 2 ? kSumStages : 2;
+};
+
+// W in boxes of the rows of a part, x in boxes of kColumns rows.
+struct RingMaps {
+  CUtensorMap w, x;
+};
+
+// The chunks of 128 bytes a row that this block has, [first, end), and the first row of its first part of W.
+struct RingShare {
+  int first, end, row;
+  __device__ RingShare(int row_bytes, int rows) {
+    const int chunks = (row_bytes + kBoxBytes - 1) / kBoxBytes;
+    first = chunks * blockIdx.x / gridDim.x;
+    end = chunks * (blockIdx.x + 1) / gridDim.x;
+    row = blockIdx.y * rows;
+  }
+};
+
+// A stage of the ring and the parity of the phase that fills it.
+struct Turn {
+  int stages;
+  int stage = 0;
+  uint32_t parity = 0;
+  __device__ void next() {
+    if (++stage == stages) {
+      stage = 0;
+      parity ^= 1;
+    }
+  }
+};
+
+template <typename S>
+struct Ring {
+  uint32_t start;
+  int stages;
+  __device__ uint32_t w(int stage) const { return start + stage * S::kStageBytes; }
+  __device__ uint32_t x(int stage) const { return w(stage) + S::kWeightBytes; }
+  __device__ uint32_t full(int stage) const { return w(stages) + stage * 16; }
+  __device__ uint32_t empty(int stage) const { return full(stage) + 8; }
+
+  __device__ void init() const {
+    for (int stage = 0; stage < stages; ++stage) {
+      barrier_init(full(stage), 1);
+      barrier_init(empty(stage), S::kWarpgroups);
+    }
+    fence_barrier_init();
+  }
+};
+
+// A block's shared memory: the ring, two barriers a stage, what lies behind them, and room to start at a multiple of
+// 1024.
+template <typename S>
+size_t ring_bytes(int stages, size_t behind) {
+  return stages * size_t(S::kStageBytes + 16) + behind + 1024;
+}
+
+// One lane keeps the ring full. W's first boxes are asked for before the previous kernel has ended, x's after it.
+// Parts of W lie `part_rows` apart.
+template <typename S>
+__device__ void produce(const RingMaps& maps, const RingShare& share, int part_rows, const Ring<S>& ring) {
+  const auto ask_w = [&](int chunk, int stage) {
+    barrier_expect(ring.full(stage), S::kStageBytes);
+#pragma unroll
+    for (int part = 0; part < S::kParts; ++part)
+      copy_box<Reuse::kNone>(ring.w(stage) + part * (S::kWeightBytes / S::kParts), maps.w, chunk * kBoxBytes,
+                             share.row + part * part_rows, ring.full(stage));
+  };
+  const auto ask_x = [&](int chunk, int stage) {
+    copy_box<Reuse::kSome>(ring.x(stage), maps.x, chunk * kBoxBytes, blockIdx.z * S::kColumns, ring.full(stage));
+  };
+  const int ahead = min(share.end - share.first, ring.stages);
+  prefetch_map(maps.x);
+  for (int i = 0; i < ahead; ++i) ask_w(share.first + i, i);
+  wait_for_previous_kernel();
+  for (int i = 0; i < ahead; ++i) ask_x(share.first + i, i);
+  Turn turn{ring.stages};
+  for (int chunk = share.first + ring.stages; chunk < share.end; ++chunk, turn.next()) {
+    barrier_wait(ring.empty(turn.stage), turn.parity);
+    ask_w(chunk, turn.stage);
+    ask_x(chunk, turn.stage);
+  }
+}
+
+template <typename S>
+using RingSums = typename S::Sum[S::kColumns / 2];  // a lane's, of 64 rows of W x columns
+
+// sums = the block's share of W x. A stage is given back once the products after it are on their way.
+template <typename S>
+__device__ void consume(const RingShare& share, const Ring<S>& ring, RingSums<S>& sums) {
+  const bool leader = threadIdx.x % 128 == 0;
+  const int group = threadIdx.x / 128;
+  Turn turn{ring.stages};
+  uint32_t before = 0;  // the barrier of the stage before
+  for (int chunk = share.first; chunk < share.end; ++chunk) {
+    const SwizzledAt w(ring.w(turn.stage) + group * (kGroupRows * kBoxBytes)), x(ring.x(turn.stage));
+    barrier_wait(ring.full(turn.stage), turn.parity);
+    wgmma_fence();
+#pragma unroll
+    for (int byte = 0; byte < kBoxBytes; byte += 32)
+      wgmma_shared<typename S::Operand, S::kColumns>(sums, w.after(byte), x.after(byte));
+    wgmma_commit();
+    wgmma_wait<1>();
+    if (leader && chunk > share.first) barrier_arrive(before);
+    before = ring.empty(turn.stage);
+    turn.next();
+  }
+  wgmma_wait<0>();
+}
+
+// A lane's sums to shared memory: partial[row of x][row of W in the block].
+template <typename S>
+__device__ void store_partial(const RingSums<S>& sums, typename S::Sum* partial) {
+  const int lane = threadIdx.x % 32;
+  const int row = threadIdx.x / 32 * 16 + lane / 4;
+#pragma unroll
+  for (int i = 0; i < S::kColumns / 2; ++i)
+    partial[(i / 4 * 8 + lane % 4 * 2 + i % 2) * S::kPitch + row + i % 4 / 2 * 8] = sums[i];
+}
+
+__device__ inline void add_bits(int (&sums)[4], const float4& bits) {
+  sums[0] += __float_as_int(bits.x), sums[1] += __float_as_int(bits.y);
+  sums[2] += __float_as_int(bits.z), sums[3] += __float_as_int(bits.w);
+}
+__device__ inline void add_bits(float (&sums)[4], const float4& bits) {
+  sums[0] += bits.x, sums[1] += bits.y, sums[2] += bits.z, sums[3] += bits.w;
+}
+
+// sums += four neighbouring sums of the whole cluster, from this block's on around it.
+template <typename Sum>
+__device__ void sum_over_cluster(const Sum* partial, Sum (&sums)[4]) {
+  add_bits(sums, *reinterpret_cast<const float4*>(partial));
+#pragma unroll 4
+  for (int i = 1; i < gridDim.x; ++i) {
+    const int rank = (blockIdx.x + i) % gridDim.x;
+    add_bits(sums, read_cluster_floats(smem_address(partial), rank));
+  }
+}
+
+// Calls store(column of the block, row of the block) for this thread's share of `fours` times four rows of each of
+// `columns` columns; the cluster's blocks share them out.
+template <typename S, typename Store>
+__device__ void for_fours(int columns, int fours, Store store) {
+  const int count = columns * fours;
+  const int begin = count * blockIdx.x / gridDim.x, end = count * (blockIdx.x + 1) / gridDim.x;
+  for (int i = begin + threadIdx.x; i < end; i += S::kConsumers) store(i / fours, i % fours * 4);
+}
+
+// The block's sums to `partial`, which takes the ring's place, and finish() once the whole cluster's are there.
+template <typename S, typename Finish>
+__device__ void share_sums(const RingSums<S>& sums, typename S::Sum* partial, Finish finish) {
+  named_sync(1, S::kConsumers);  // no warpgroup reads the ring any more
+  store_partial<S>(sums, partial);
+  if (gridDim.x > 1) cluster_sync();
+  else named_sync(1, S::kConsumers);
+  finish();
+  if (gridDim.x > 1) cluster_sync();  // no block leaves while others read from it
+}
+
+// What a ring's launch asks for: blocks over the cluster, `row_blocks` and x's `m` rows.
+template <typename S>
+LaunchPlan ring_plan(const RingLaunch& launch, int row_blocks, int m, size_t bytes, cudaStream_t stream) {
+  return {
+      .device = launch.device,
+      .stream = stream,
+      .blocks = dim3(launch.cluster, row_blocks, (m + S::kColumns - 1) / S::kColumns),
+      .threads = dim3(S::kThreads),
+      .shared_bytes = bytes,
+      .cluster = launch.cluster,
+      .dependent = launch.dependent,
+  };
+}
+
+}  // namespace lowbit

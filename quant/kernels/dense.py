@@ -1,0 +1,106 @@
+"""The product with a dense weight: its tensors, what is wrong with them, and the same by torch's own functions."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from quant.kernels.problem import ACTIVATIONS, Problem
+
+
+@dataclass(frozen=True)
+class DenseCall:
+    """y = activation(x W^T + bias) + residual.
+
+    x           (m, k)  floating point
+    weight      (n, k)  x's dtype: as torch.nn.Linear holds it, so that every kernel, for any m, reads the same
+    bias        (n)     x's dtype, or None
+    residual    (m, n)  x's dtype, or None
+    activation  "silu_mul": silu(first n / 2 outputs) * the others
+    float32_out  y in float32
+    dependent   launch without waiting for the previous kernel (programmatic dependent launch): the weight must not have
+                been written by that kernel
+    """
+
+    x: Tensor
+    weight: Tensor
+    bias: Tensor | None = None
+    residual: Tensor | None = None
+    activation: str = "none"
+    float32_out: bool = False
+    dependent: bool = False
+
+    @property
+    def y_shape(self) -> tuple[int, int]:
+        n = self.weight.shape[0]
+        return self.x.shape[0], n // 2 if self.activation == "silu_mul" else n
+
+    @property
+    def y_dtype(self) -> torch.dtype:
+        return torch.float32 if self.float32_out else self.x.dtype
+
+
+def problem_of(call: DenseCall) -> Problem:
+    """What `call` is chosen by; asks the GPU for its capability."""
+    device, m, (n, k) = call.x.device, call.x.shape[0], call.weight.shape
+    capability, processors = None, 0
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        capability, processors = (properties.major, properties.minor), properties.multi_processor_count
+    return Problem(m, n, k, 16, -1, call.x.dtype, device.type, capability, processors)
+
+
+def check(call: DenseCall) -> None:
+    """Raises ValueError, with the numbers, where the tensors do not fit together."""
+    reason = reason_against_tensors(call)
+    if reason:
+        raise ValueError(f"x of shape {tuple(call.x.shape)} with a weight {tuple(call.weight.shape)}: {reason}")
+
+
+def reason_against_tensors(call: DenseCall) -> str | None:
+    """Every tensor's shape, dtype and device, and whether the epilogue's parts go together."""
+    x, w = call.x, call.weight
+    if x.ndim != 2 or w.ndim != 2 or x.shape[1] != w.shape[1]:
+        return f"x must have the shape (m, {w.shape[-1]})"
+    m, n = x.shape[0], w.shape[0]
+    if not x.is_floating_point():
+        return f"x is {x.dtype}: floating point is needed"
+    if call.activation not in ACTIVATIONS:
+        return f"activation {call.activation!r} is none of {ACTIVATIONS}"
+    if call.activation == "silu_mul" and (n % 2 or call.residual is not None or call.float32_out):
+        return f"silu_mul halves an even number of outputs, not {n}, and takes no residual and no float32 output"
+    halves = (("weight", w, (n, x.shape[1])), ("bias", call.bias, (n,)), ("residual", call.residual, (m, n)))
+    for name, tensor, shape in halves:
+        if tensor is None:
+            continue
+        if tuple(tensor.shape) != shape or tensor.dtype != x.dtype:
+            return f"{name} is {tuple(tensor.shape)} {tensor.dtype}, not {shape} {x.dtype}"
+        if tensor.device != x.device:
+            return f"{name} is on {tensor.device}, x on {x.device}"
+    return None
+
+
+def reference(call: DenseCall) -> Tensor:
+    """y of `call` by torch's product and functions, each rounded to x's dtype."""
+    x, w, residual = call.x, call.weight, call.residual
+    if residual is not None and call.bias is None and call.activation == "none":
+        return torch.addmm(residual, x, w.T).to(call.y_dtype)
+    y = activate(functional.linear(x, w, call.bias), call.activation)
+    if residual is not None:
+        y = y + residual
+    return y.to(call.y_dtype)
+
+
+def activate(y: Tensor, activation: str) -> Tensor:
+    """The activation of a product (m, n), in its dtype; silu_mul halves n."""
+    if activation == "silu_mul":
+        gate, up = y.chunk(2, -1)
+        return functional.silu(gate) * up
+    if activation == "silu":
+        return functional.silu(y)
+    if activation == "quick_gelu":
+        return y * torch.sigmoid(1.702 * y)
+    if activation in ("gelu", "gelu_tanh"):
+        return functional.gelu(y, approximate="tanh" if activation == "gelu_tanh" else "none")
+    return y

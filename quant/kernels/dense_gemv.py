@@ -1,0 +1,80 @@
+"""The product of a few rows with a dense weight in halves, W read once as torch holds it: csrc/dense_gemv.cu."""
+
+import torch
+from torch import Tensor
+
+from quant.kernels import dense, ring
+from quant.kernels.dense import DenseCall
+from quant.kernels.extension import EXTENSION
+from quant.kernels.problem import ACTIVATIONS, Problem
+from quant.kernels.ring import Launch
+
+MAX_M = 16
+WARPGROUPS = (1, 2)  # that multiply, in a block
+STEP_BYTES = 16  # of the copy engine: rows' lengths, addresses and distances are multiples
+GATED_STEP = 8  # gate's rows beside up's: n is a multiple of this
+
+
+def reason_against(problem: Problem) -> str | None:
+    """Why this kernel cannot take the problem, or None."""
+    if problem.dtype not in (torch.float16, torch.bfloat16):
+        return f"it is for float16 and bfloat16, not {problem.dtype}"
+    if problem.m > MAX_M:
+        return f"{problem.m} rows: it takes at most {MAX_M}"
+    if problem.k * 2 % STEP_BYTES:
+        return f"{problem.k} inputs: it takes multiples of {STEP_BYTES // 2}"
+    return ring.reason_against_gpu(problem)
+
+
+def choose_launch(problem: Problem) -> Launch:
+    """How the work is cut."""
+    return ring.choose_launch(problem.m, problem.n, problem.k * 2, problem.processors)
+
+
+def reason_against_memory(call: DenseCall) -> str | None:
+    """Why the copy engine cannot read these tensors where they lie, or None."""
+    for name, tensor in (("x", call.x), ("weight", call.weight)):
+        pitch = pitch_of(tensor)
+        if tensor.stride(1) != 1 or pitch < tensor.shape[1] * 2 or pitch % STEP_BYTES or tensor.data_ptr() % STEP_BYTES:
+            where = f"{tensor.data_ptr():#x} with strides {tensor.stride()}"
+            return f"{name} at {where}: the copy engine reads rows that start at multiples of {STEP_BYTES} bytes"
+    for name, side in (("bias", call.bias), ("residual", call.residual)):
+        if side is not None and not side.is_contiguous():
+            return f"{name} has strides {side.stride()}: it must be contiguous"
+    if call.activation == "silu_mul" and call.weight.shape[0] % GATED_STEP:
+        return f"{call.weight.shape[0]} rows of gate and up: it takes multiples of {GATED_STEP}"
+    return None
+
+
+def run(call: DenseCall, problem: Problem, launch: Launch | None = None) -> Tensor:
+    """y of `call`, which dense.check has passed; by torch where its tensors lie as the copy engine cannot read them."""
+    assert EXTENSION is not None
+    if reason_against_memory(call):
+        return dense.reference(call)
+    y = torch.empty(call.y_shape, dtype=call.y_dtype, device=call.x.device)
+    cut = ring.launch_of(launch or choose_launch(problem), y.device.index, call.dependent)
+    with torch.cuda.device(y.device):
+        stream = torch.cuda.current_stream().cuda_stream
+        EXTENSION.dense_gemv(call.x.dtype == torch.bfloat16, args_of(call, y), cut, stream)
+    return y
+
+
+def args_of(call: DenseCall, y: Tensor) -> object:
+    """csrc/dense_gemv.cuh's struct: addresses (0 for what is absent) and sizes."""
+    assert EXTENSION is not None
+    args = EXTENSION.DenseArgs()
+    tensors = {"x": call.x, "w": call.weight, "bias": call.bias, "residual": call.residual, "y": y}
+    for name, tensor in tensors.items():
+        setattr(args, name, 0 if tensor is None else tensor.data_ptr())
+    args.m, args.k = call.x.shape
+    args.n = call.weight.shape[0]
+    args.x_pitch, args.w_pitch = pitch_of(call.x), pitch_of(call.weight)
+    args.activation, args.float32_out = ACTIVATIONS.index(call.activation), call.float32_out
+    aligned = all(tensor is None or tensor.data_ptr() % 8 == 0 for tensor in (call.bias, call.residual, y))
+    args.vectors = aligned and args.n % 4 == 0
+    return args
+
+
+def pitch_of(tensor: Tensor) -> int:
+    """Bytes from one row to the next; of a single row its length, whatever its stride."""
+    return (tensor.stride(0) if tensor.shape[0] > 1 else tensor.shape[1]) * tensor.element_size()

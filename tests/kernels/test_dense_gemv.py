@@ -1,0 +1,235 @@
+"""The dense product: which kernel takes it, one operator on two devices, and what graphs and streams do to it."""
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor
+
+from quant.kernels import dense, dense_gemv, extension, ops, ring
+from quant.kernels.dense import DenseCall
+from quant.kernels.problem import Problem
+from quant.kernels.registry import choose_kernel
+from quant.kernels.ring import Launch
+from tests.kernels.make import assert_close_as_half, assert_devices_agree, make_x, on_cpu
+
+ROWS = [1, 2, 7, 8, 9, 16]
+DTYPES = [torch.float16, torch.bfloat16]
+BLOCK_BYTES = 227 << 10  # of shared memory, at most
+CUTS = [Launch(w, c, stages) for w in dense_gemv.WARPGROUPS for c in (1, 2, 3, 8) for stages in (2, 5)]
+ON_H100 = Problem(1, 4096, 4096, 16, -1, torch.bfloat16, "cuda", (9, 0), 132)
+
+
+def shared_bytes(launch: Launch, m: int) -> int:
+    """A block's shared memory in csrc/ring.cuh: ring, barriers, and room to align; the sums fit in the ring."""
+    rows, columns = 64 * launch.warpgroups, 8 if m <= 8 else 16
+    stage = (rows + columns) * 128
+    stages = max(launch.stages, -(-(rows + 4) * columns * 4 // stage), 2)
+    return stages * (stage + 16) + 1024
+
+
+@pytest.mark.parametrize("m", [1, 8, 9, 16])
+@pytest.mark.parametrize("processors", [78, 114, 132])
+@pytest.mark.parametrize(("n", "k"), [(1, 8), (1000, 96), (4096, 4096), (5120, 13824), (50257, 768), (151936, 4096)])
+def test_launches_are_possible(m: int, n: int, k: int, processors: int) -> None:
+    chosen = dense_gemv.choose_launch(replace(ON_H100, m=m, n=n, k=k, processors=processors))
+    for launch in (chosen, *ring.cuts_of(m, n, 2 * k, processors)):
+        assert launch.warpgroups in dense_gemv.WARPGROUPS
+        assert launch.cluster <= -(-2 * k // ring.CHUNK_BYTES)
+        assert launch.stages >= 1
+        assert shared_bytes(launch, m) <= BLOCK_BYTES
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"m": 17}, "17 rows: it takes at most 16"),
+        ({"k": 4100}, "4100 inputs: it takes multiples of 8"),
+        ({"dtype": torch.float32}, "it is for float16 and bfloat16, not torch.float32"),
+        ({"capability": (8, 0)}, "it is for sm_90, the GPU is sm_80"),
+        ({"device": "cpu", "capability": None}, "the tensors are on the cpu"),
+    ],
+)
+def test_what_it_does_not_take_is_torchs(change: dict, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(extension, "EXTENSION", SimpleNamespace(architectures="80 90a"))
+    assert choose_kernel(ON_H100).name == "dense_gemv"
+    assert dense_gemv.reason_against(replace(ON_H100, **change)) == reason
+    assert choose_kernel(replace(ON_H100, **change)).name == "torch"
+
+
+def test_memory_that_the_copy_engine_cannot_read_is_named() -> None:
+    whole = torch.zeros(20, 80).half()
+    x, w = whole[:4, :64], whole[4:, :64]
+    assert dense_gemv.reason_against_memory(DenseCall(x, w)) is None
+    assert dense_gemv.reason_against_memory(DenseCall(x[:1].T.contiguous().T, w)) is None  # one row has no pitch
+    for call, reason in (
+        (DenseCall(whole[:4, 1:65], w), "x at .* multiples of 16 bytes"),
+        (DenseCall(x, torch.zeros(64, 16).half().T), "weight at .* with strides"),
+        (DenseCall(x[:1].expand(4, -1), w), "x at .* with strides"),
+        (DenseCall(x, w, torch.zeros(32).half()[::2]), "bias has strides"),
+        (DenseCall(x, w[:12], activation="silu_mul"), "12 rows of gate and up"),
+    ):
+        with pytest.raises(AssertionError, match=reason):
+            raise AssertionError(dense_gemv.reason_against_memory(call))
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float32])
+@pytest.mark.parametrize("activation", ["none", "gelu", "gelu_tanh", "quick_gelu", "silu_mul"])
+def test_on_a_cpu_it_is_torchs_product(dtype: torch.dtype, activation: str) -> None:
+    x, w, bias = make_x(3, 40, dtype), make_x(14, 40, dtype), make_x(1, 14, dtype)[0]
+    y = torch.nn.functional.linear(x, w, bias)
+    active = {
+        "none": lambda: y,
+        "gelu": lambda: torch.nn.functional.gelu(y),
+        "gelu_tanh": lambda: torch.nn.functional.gelu(y, approximate="tanh"),
+        "quick_gelu": lambda: y * torch.sigmoid(1.702 * y),
+        "silu_mul": lambda: torch.nn.functional.silu(y[:, :7]) * y[:, 7:],
+    }[activation]()
+    assert torch.equal(ops.dense_linear(x, w, bias, activation=activation), active)
+    if activation != "silu_mul":
+        residual = make_x(3, 14, dtype)
+        assert torch.equal(ops.dense_linear(x, w, bias, residual, activation=activation), active + residual)
+        floats = ops.dense_linear(x, w, bias, activation=activation, float32_out=True)
+        assert floats.dtype == torch.float32
+        assert torch.equal(floats, active.float())
+    assert ops.dense_linear(x[:0], w, activation=activation).shape == (0, active.shape[1])
+
+
+def test_what_does_not_fit_is_named() -> None:
+    x, w = make_x(3, 40, torch.float16), make_x(14, 40, torch.float16)
+    for args, options, reason in (
+        ((x[:, :39], w), {}, r"x of shape \(3, 39\) with a weight \(14, 40\): x must have the shape \(m, 40\)"),
+        ((x, w.float()), {}, "weight is .* torch.float32, not .* torch.float16"),
+        ((x, w, x[0]), {}, r"bias is \(40,\)"),
+        ((x, w, None, x), {}, r"residual is \(3, 40\)"),
+        ((x, w), {"activation": "relu"}, "activation 'relu' is none of"),
+        ((x, w[:13]), {"activation": "silu_mul"}, "an even number of outputs, not 13"),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            ops.dense_linear(*args, **options)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("m", [3, 40])
+def test_opcheck(device: str, m: int) -> None:
+    x, w, bias = (make_x(*shape, torch.float16, device) for shape in ((m, 64), (32, 64), (1, 32)))
+    for args in (
+        (x, w, None, None, "none", False, False),
+        (x, w, bias[0], make_x(m, 32, torch.float16, device), "gelu", True, True),
+        (x, w, bias[0], None, "silu_mul", False, False),
+    ):
+        torch.library.opcheck(torch.ops.lowbit.dense_linear.default, args)
+
+
+def check_product(m: int, n: int, k: int, dtype: torch.dtype = torch.bfloat16, launch: Launch | None = None) -> None:
+    """The product alone, with outliers, against float64 and torch's own."""
+    call = DenseCall(make_x(m, k, dtype, "cuda", outliers=True), make_x(n, k, dtype, "cuda") * 0.05)
+    assert dense_gemv.reason_against_memory(call) is None
+    y = dense_gemv.run(call, dense.problem_of(call), launch)
+    assert_close_as_half(y, call.x.double() @ call.weight.double().T, call.x @ call.weight.T)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("m", ROWS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_products(m: int, dtype: torch.dtype) -> None:
+    for n, k in ((1, 8), (16, 32), (72, 264), (1000, 4104), (4096, 4096)):
+        check_product(m, n, k, dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("n", "k"), [(4096, 11008), (5120, 13824), (32000, 4096), (50257, 768), (65024, 4096)])
+def test_shapes_of_models(n: int, k: int) -> None:
+    check_product(1, n, k)
+    check_product(11, n, k)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("m", [1, 16])
+def test_every_cut_of_the_work(m: int) -> None:
+    for launch in CUTS:
+        check_product(m, 328, 1680, launch=launch)
+    for launch in ring.cuts_of(m, 3000, 2 * 1680, 132):
+        check_product(m, 3000, 1680, launch=launch)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("m", [1, 5, 16, 40])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_one_operator_on_two_devices(m: int, dtype: torch.dtype) -> None:
+    """Held against float32 on the CPU, so that y is one rounding from it."""
+    k = 512
+    for n in (96, 99):
+        x, w = make_x(m, k, dtype, "cuda"), make_x(n, k, dtype, "cuda") * 0.05
+        bias, residual = make_x(1, n, dtype, "cuda")[0], make_x(m, n, dtype, "cuda")
+        tails = [(bias, None, "silu_mul", False)] if n % 2 == 0 else []
+        for activation in ("none", "gelu", "gelu_tanh", "quick_gelu"):
+            tails += [(None, residual, activation, False), (bias, residual, activation, False)]
+            tails += [(bias, None, activation, True)]
+        for tail in tails:
+            args = [on_cpu(value) for value in (x, w, *tail)]
+            floats = [value.float() if isinstance(value, Tensor) else value for value in args]
+            expected = torch.ops.lowbit.dense_linear(*floats, False)
+            y = torch.ops.lowbit.dense_linear(x, w, *tail, False)
+            assert y.dtype == (torch.float32 if tail[-1] else dtype)
+            if m <= dense_gemv.MAX_M:
+                assert_devices_agree(y, expected.to(dtype))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("m", [1, 9])
+def test_rows_may_lie_apart(m: int) -> None:
+    x, w = make_x(m, 1000, torch.float16, "cuda"), make_x(70, 1000, torch.float16, "cuda")
+    inner = slice(8, 520)
+    y = ops.dense_linear(x[:, inner], w[:, inner])
+    assert torch.equal(y, ops.dense_linear(x[:, inner].contiguous(), w[:, inner].contiguous()))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("m", [1, 12])
+def test_the_same_bits_every_time(m: int) -> None:
+    x, w = make_x(m, 8192, torch.float16, "cuda"), make_x(512, 8192, torch.float16, "cuda")
+    first = ops.dense_linear(x, w)
+    assert all(torch.equal(first, ops.dense_linear(x, w)) for _ in range(20))
+
+
+def chain(x: Tensor, weights: list[Tensor], dependent: bool) -> Tensor:
+    """Products with nothing between them, so that each launch depends on the kernel before it."""
+    for weight in weights:
+        x = ops.dense_linear(x, weight, residual=x, dependent=dependent)
+    return x
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("m", [1, 8, 16])
+@pytest.mark.parametrize("k", [1024, 4096])
+def test_dependent_launch_changes_nothing_in_a_captured_graph(m: int, k: int) -> None:
+    weights = [make_x(k, k, torch.bfloat16, "cuda") / k**0.5 for _ in range(6)]
+    x = make_x(m, k, torch.bfloat16, "cuda")
+    expected = chain(x, weights, False)
+    assert torch.equal(chain(x, weights, True), expected)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = chain(x, weights, True)
+    for _ in range(10):
+        y.fill_(torch.nan)
+        graph.replay()
+        assert torch.equal(y, expected)
+
+
+@pytest.mark.gpu
+def test_another_stream_waits_for_nobody_else() -> None:
+    x, w, stream = make_x(3, 512, torch.float16, "cuda"), make_x(256, 512, torch.float16, "cuda"), torch.cuda.Stream()
+    expected = ops.dense_linear(x, w)
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        y = ops.dense_linear(x, w)
+    stream.synchronize()
+    assert torch.equal(y, expected)
+
+
+@pytest.mark.gpu
+def test_misaligned_rows_are_torchs() -> None:
+    x, w = make_x(3, 65, torch.float16, "cuda")[:, 1:], make_x(32, 64, torch.float16, "cuda")
+    assert torch.equal(ops.dense_linear(x, w), torch.nn.functional.linear(x, w))
