@@ -29,7 +29,8 @@ UNITS += [
     for source in ("decode_attention.cu", "row_norm.cu", "dense_gemv.cu")
     for dtype in ("__half", "__nv_bfloat16")
 ]
-UNITS += [(source, ()) for source in ("w8a8_gemm.cu", "wna16_dequantize.cu", "gptq_block.cu", "bindings.cpp")]
+UNITS += [(source, ()) for source in ("w8a8_gemm.cu", "wna16_dequantize.cu", "gptq_block.cu", "choose_tokens.cu")]
+UNITS += [("bindings.cpp", ())]
 # A CUTLASS product costs forty seconds of nvcc.
 TILES = [
     (f"LOWBIT_T={dtype}", f"LOWBIT_TILE={tile}", "NDEBUG", "CUTLASS_ENABLE_GDC_FOR_SM90")

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from engine.cache import Cache
-from engine.decoder import Decoder, make_step
+from engine.decoder import Decoder, Step
 from engine.sampler import Chosen, Sampler
+from quant.kernels.choose_tokens import Cursor
 from quant.kernels.decode_attention import reason_against
 
 WARM_UP = 2  # steps before a capture: they load kernels and let libraries take their workspaces
@@ -39,9 +40,11 @@ class Runner:
     def __init__(self, decoder: Decoder, cache: Cache, rows: int, sampler: Sampler | None = None) -> None:
         self.decoder, self.cache, self.sampler = decoder, cache, sampler
         device = decoder.weights.device
-        self.tokens, self.positions, self.starts = (
-            torch.zeros(rows, dtype=torch.int64, device=device) for _ in range(3)
+        self.tokens, self.positions, self.starts, self.slots = (
+            torch.zeros(rows, dtype=torch.int64, device=device) for _ in range(4)
         )
+        # a row that is finished waits at its last position
+        self.cursor = Cursor(self.positions, self.slots, cache.context - 1)
         self.result: Chosen | None = None
         self.logits: Tensor | None = None
         self.graph: torch.cuda.CUDAGraph | None = None
@@ -58,16 +61,14 @@ class Runner:
         """What the next step computes."""
         for into, values in ((self.tokens, tokens), (self.positions, positions), (self.starts, starts)):
             into.copy_(torch.tensor(list(values), dtype=torch.int64))
+        torch.add(self.starts, self.positions, out=self.slots)
 
     def compute(self) -> None:
         """One step."""
-        step = make_step(self.tokens, self.positions, self.starts)
+        step = Step(self.tokens, self.positions, self.starts, self.slots)
         self.logits = self.decoder.logits(self.decoder.hidden(step, self.cache))
         if self.sampler is not None:
-            self.result = self.sampler(self.logits)
-            self.tokens.copy_(self.result.tokens)
-            # a row that is finished waits at its last position
-            self.positions.add_(1).clamp_(max=self.cache.context - 1)
+            self.result = self.sampler(self.logits, self.tokens, self.cursor)
 
     def advance(self) -> None:
         """One step, as a replayed graph where a GPU's kernels take it."""
@@ -81,7 +82,7 @@ class Runner:
 
     def capture(self) -> None:
         """Records the step. The tensors it advances are put back; what it wrote to the cache is written again."""
-        kept = [self.tokens, self.positions] + ([] if self.sampler is None else self.sampler.state)
+        kept = [self.tokens, self.positions, self.slots] + ([] if self.sampler is None else self.sampler.state)
         before = [tensor.clone() for tensor in kept]
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from engine.sampling import LONGEST_BAD_WORD, Sampling
+from quant.kernels import ops
+from quant.kernels.choose_tokens import Choice, Cursor
 
 GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)
 MIX = ((30, 0xBF58476D1CE4E5B9 - (1 << 64)), (27, 0x94D049BB133111EB - (1 << 64)))
@@ -128,12 +130,18 @@ class Sampler:
         self.last.copy_(last)
         self.recent.copy_(recent)
 
-    def __call__(self, logits: Tensor) -> Chosen:
-        """The next tokens for logits (B, vocabulary) float32."""
+    def __call__(self, logits: Tensor, tokens: Tensor | None = None, cursor: Cursor | None = None) -> Chosen:
+        """The next tokens for logits (B, vocabulary) float32.
+
+        tokens  (B) int64, where they are written; a new tensor where none is given
+        cursor  moves on by a position
+        """
         scores = self.penalize(logits) if self.features.penalized else logits
         if self.features.sampled:
             scores = self.perturb(scores)
-        tokens = scores.argmax(-1)
+        if tokens is None:
+            tokens = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
+        ops.choose(Choice(scores, tokens, self.written[:, 0], cursor, dependent=True))
         self.remember(tokens)
         if self.features.logprobs is None:
             return Chosen(tokens)
@@ -172,8 +180,7 @@ class Sampler:
         return ordered.masked_fill(~kept, float("inf")).amin(-1, keepdim=True)
 
     def remember(self, tokens: Tensor) -> None:
-        """Counts the chosen tokens."""
-        self.written += 1
+        """Counts the chosen tokens where that matters."""
         if self.features.penalized:
             column = tokens.unsqueeze(1)
             self.seen.scatter_(1, column, True)
@@ -186,8 +193,7 @@ class Sampler:
         if self.features.penalized:
             for kept in (self.seen, self.counts, self.recent):
                 kept.copy_(kept[rows])
-            self.written -= 1
-            self.remember(tokens)
+        self.remember(tokens)
 
 
 def marks(rows: Sequence[Sequence[int]], vocabulary: int) -> Tensor:

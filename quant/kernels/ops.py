@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quant.kernels import decode_attention, dense, gptq_block, row_norm, w8a8, wna16_dequantize
+from quant.kernels import choose_tokens, decode_attention, dense, gptq_block, row_norm, w8a8, wna16_dequantize
+from quant.kernels.choose_tokens import Choice, Cursor
 from quant.kernels.decode_attention import Append, Attention, KVCache
 from quant.kernels.dense import DenseCall
 from quant.kernels.packed import PackedWeight
@@ -62,6 +63,10 @@ LIBRARY.define(
 LIBRARY.define(
     "decode_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor? k_scales, Tensor? v_scales, Tensor starts, "
     "Tensor positions, float scale, int window, float softcap, bool dependent) -> Tensor"
+)
+LIBRARY.define(
+    "choose_tokens(Tensor scores, Tensor(a!) tokens, Tensor(b!) written, Tensor(c!)? positions, Tensor(d!)? slots, "
+    "int last, bool dependent) -> ()"
 )
 
 
@@ -298,6 +303,21 @@ def dense_shape(call: DenseCall) -> Tensor:
     return call.x.new_empty(call.y_shape, dtype=call.y_dtype)
 
 
+def choice_of(
+    scores: Tensor,
+    tokens: Tensor,
+    written: Tensor,
+    positions: Tensor | None,
+    slots: Tensor | None,
+    last: int,
+    dependent: bool,
+) -> Choice:
+    """The Choice of lowbit::choose_tokens's arguments."""
+    if positions is None or slots is None:
+        return Choice(scores, tokens, written, None, dependent)
+    return Choice(scores, tokens, written, Cursor(positions, slots, last), dependent)
+
+
 def codes_shape(call: Rows) -> tuple[Tensor, Tensor]:
     """Empty codes and scales of `call`: what tracing needs."""
     return call.x.new_empty(call.shape, dtype=torch.int8), call.x.new_empty(call.shape[0], dtype=torch.float32)
@@ -339,6 +359,11 @@ register(
     "decode_attention",
     lambda *args: decode_attention.attend(attention_call(*args)),
     lambda q, *args: torch.empty_like(q),
+)
+register(
+    "choose_tokens",
+    lambda *args: choose_tokens.choose(choice_of(*args)),
+    lambda *args: choose_tokens.check(choice_of(*args)),
 )
 
 
@@ -559,6 +584,13 @@ def attend(call: Attention) -> Tensor:
         call.softcap,
         call.dependent,
     )
+
+
+def choose(call: Choice) -> None:
+    """Each row's likeliest token is written, and the row moved on. See Choice."""
+    cursor = call.cursor
+    places = (None, None, 0) if cursor is None else (cursor.positions, cursor.slots, cursor.last)
+    torch.ops.lowbit.choose_tokens(call.scores, call.tokens, call.written, *places, call.dependent)
 
 
 def round_block(w: Tensor, factor: Tensor, scales: Tensor, zeros: Tensor, low: int, high: int) -> tuple[Tensor, Tensor]:

@@ -1,10 +1,12 @@
 """The sampler against transformers' warpers and against the distribution it should draw from."""
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from engine.sampler import Constraints, Sampler, features_of, gumbel
 from engine.sampling import Sampling
+from quant.kernels.choose_tokens import Cursor
 
 VOCABULARY = 40
 
@@ -60,3 +62,27 @@ def test_a_cold_row_takes_the_likeliest_beside_warm_ones():
     logits = torch.randn(3, VOCABULARY)
     sampler = sampler_for(Sampling(temperature=5.0), Sampling(), Sampling(temperature=5.0, top_k=3))
     assert sampler(logits).tokens[1] == logits[1].argmax()
+
+
+class Called(TorchDispatchMode):
+    """Names of the operators that were called; views and empty tensors launch nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function not in (torch.ops.aten.select.int, torch.ops.aten.empty.memory_format):
+            self.names.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_greedy_step_ends_in_one_launch():
+    sampler, logits = sampler_for(Sampling(), Sampling()), torch.randn(2, VOCABULARY)
+    tokens, positions, slots = torch.zeros(3, 2, dtype=torch.int64)
+    with Called() as called:
+        chosen = sampler(logits, tokens, Cursor(positions, slots, 9))
+    assert called.names == ["lowbit.choose_tokens.default"]
+    assert chosen.tokens is tokens
+    assert torch.equal(tokens, logits.argmax(-1))
+    assert (positions.tolist(), slots.tolist(), sampler.written.tolist()) == ([1, 1], [1, 1], [[1], [1]])

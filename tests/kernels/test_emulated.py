@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from quant.kernels import (
+    choose_tokens,
     decode_attention,
     dense,
     dense_gemv,
@@ -30,6 +31,7 @@ from quant.kernels import (
     wna16_gemm,
     wna16_gemv,
 )
+from quant.kernels.choose_tokens import Choice, Cursor
 from quant.kernels.decode_attention import Append, Attention, KVCache
 from quant.kernels.dense import DenseCall
 from quant.kernels.packed import PackedWeight
@@ -244,6 +246,36 @@ def check_rows(gpu: Gpu, seeds: range) -> None:
         assert turned.float().mean() < 0.2
 
 
+def random_choice(pick: random.Random) -> Choice:
+    """Scores of which many are equal, some infinite or NaN; rows before, at and past the last position."""
+    m, n = pick.choice([1, 1, 2, 5]), pick.choice([1, 31, 1000, 20_000, 70_000])
+    scores = torch.randn(m, n) if pick.random() < 0.3 else torch.randint(-2, 3, (m, n)).float() * -0.5
+    if pick.random() < 0.5:
+        places = torch.randint(0, n, (m, 3))
+        scores.scatter_(1, places, pick.choice([float("nan"), float("inf"), float("-inf"), 9.0]))
+    tokens, written, positions = (torch.randint(0, 12, (m,)) for _ in range(3))
+    cursor = Cursor(positions, positions + 100 * torch.arange(m), 9) if pick.random() < 0.7 else None
+    return Choice(scores, tokens, written, cursor, pick.random() < 0.7)
+
+
+def check_choices(gpu: Gpu, seeds: range) -> None:
+    for seed in seeds:
+        torch.manual_seed(seed)
+        pick = random.Random(seed)
+        wanted, blocks = random_choice(pick), pick.choice([1, 2, 3, 8])
+        call = gpu.put(wanted)
+        choose_tokens.reference(wanted)
+        gpu.start(seed, (call.scores.shape, blocks))
+        gpu.late(call.scores)
+        written = [call.tokens, call.written] + ([call.cursor.positions, call.cursor.slots] if call.cursor else [])
+        gpu.untouched(*written)
+        with gpu, mock.patch.object(choose_tokens, "choose_blocks", return_value=blocks):
+            choose_tokens.choose(call)
+        expected = [wanted.tokens, wanted.written]
+        expected += [wanted.cursor.positions, wanted.cursor.slots] if wanted.cursor else []
+        assert all(torch.equal(*pair) for pair in zip(written, expected, strict=True)), (written, expected)
+
+
 def random_bytes(*shape: int) -> Tensor:
     return torch.randint(-127, 128, shape, dtype=torch.int8)
 
@@ -423,6 +455,7 @@ CHECKS = {
     "wna16_dequantize": (check_dequantize, range(30)),
     "gptq_block": (check_gptq, range(12)),
     "row_norm": (check_rows, range(40)),
+    "choose_tokens": (check_choices, range(60)),
     "w8a8_gemm": (check_int8_products, range(40)),
     "dense_gemv": (check_dense_products, range(60)),
     "the cuts of dense_gemv": (check_cuts_of_dense,),
@@ -481,6 +514,11 @@ MUTANTS = {
         Mutant("wna16_gemv.cu", "args.next_bytes, warp", "args.next_bytes + 16, warp"),
         (check_products, "wna16_gemv", range(60)),
         "past the end of a tensor",
+    ),
+    "a slot that goes on where its position stays": (
+        Mutant("choose_tokens.cu", "+= next - position", "+= 1"),
+        (check_choices, range(60)),
+        "AssertionError",
     ),
     "a column read past the row": (
         Mutant("gptq_block.cu", "column < columns ? row[column] : other", "row[column]"),

@@ -7,6 +7,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "choose_tokens.cuh"
 #include "decode_attention.cuh"
 #include "dense_gemv.cuh"
 #include "gptq_block.cuh"
@@ -80,6 +81,10 @@ void decode_attention(bool bfloat16, const lowbit::DecodeAttentionArgs& args,
                       const lowbit::DecodeAttentionLaunch& launch, uintptr_t stream) {
   const auto run = bfloat16 ? lowbit::launch_decode_attention<__nv_bfloat16> : lowbit::launch_decode_attention<__half>;
   check(run(args, launch, static_cast<cudaStream_t>(pointer(stream))), "decode_attention");
+}
+
+void choose_tokens(const lowbit::ChooseTokensArgs& args, const lowbit::ChooseTokensLaunch& launch, uintptr_t stream) {
+  check(lowbit::launch_choose_tokens(args, launch, static_cast<cudaStream_t>(pointer(stream))), "choose_tokens");
 }
 
 void row_norm(bool bfloat16, const lowbit::RowNormArgs& args, int device, bool dependent, uintptr_t stream) {
@@ -268,6 +273,24 @@ void bind_dense(py::module_& module) {
   module.def("dense_gemv", &dense_gemv);
 }
 
+void bind_choose_tokens(py::module_& module) {
+  using Args = lowbit::ChooseTokensArgs;
+  py::class_<Args> args(module, "ChooseTokensArgs");
+  args.def(py::init([] { return Args{}; }));
+  bind_pointer(args, "scores", &Args::scores);
+  bind_pointer(args, "tokens", &Args::tokens);
+  bind_pointer(args, "written", &Args::written);
+  bind_pointer(args, "positions", &Args::positions);
+  bind_pointer(args, "slots", &Args::slots);
+  args.def_readwrite("last", &Args::last).def_readwrite("m", &Args::m).def_readwrite("n", &Args::n);
+  using Launch = lowbit::ChooseTokensLaunch;
+  py::class_<Launch> launch(module, "ChooseTokensLaunch");
+  launch.def(py::init([] { return Launch{}; }));
+  launch.def_readwrite("device", &Launch::device).def_readwrite("blocks", &Launch::blocks);
+  launch.def_readwrite("dependent", &Launch::dependent);
+  module.def("choose_tokens", &choose_tokens);
+}
+
 void bind_w8a8(py::module_& module) {
   using Args = lowbit::W8a8Args;
   py::class_<Args> args(module, "W8a8Args");
@@ -319,5 +342,6 @@ PYBIND11_MODULE(_C, module) {
   bind_attention(module);
   bind_row_norm(module);
   bind_dense(module);
+  bind_choose_tokens(module);
   bind_w8a8(module);
 }

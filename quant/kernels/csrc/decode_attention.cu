@@ -231,7 +231,8 @@ struct Chunk {
       const int lane = threadIdx.x % 32, row = first + lane % kRows;
       if (row < from || row >= to) return;
       const void* scales = lane < kRows ? span.k_scales : span.v_scales;
-      scale = to_float(static_cast<const T*>(scales)[static_cast<int64_t>(row) * span.scale_pitch]);
+      // Past L1, which may hold the line as it was when a neighbour was read before the wait.
+      scale = to_float(__ldcg(static_cast<const T*>(scales) + static_cast<int64_t>(row) * span.scale_pitch));
       if (lane >= kRows) scale = __log2f(max_or_nan(scale, kLeastScale));
     }
   }

@@ -384,8 +384,8 @@ __device__ void compute_group(const Wna16Args& args, bool prefetch, uint8_t* sme
         for (int i = 0; i < S::kRowTiles; ++i) streams[i].read_sides(next, args.scale_shift, chunks[a][i]);
     }
   }
-  ask_for_next_weight(args);
   store_partial<S>(share.group_tiles, args.m, sums, partial);
+  ask_for_next_weight(args);
   finish_group<typename S::T>(args, share.group_tiles, partial);
 }
 

@@ -22,8 +22,8 @@ PAIRS = tuple((dtype, f"LOWBIT_BITS={bits}") for dtype in HALVES for bits in (4,
 UNITS = (
     *((source, pair) for source in ("wna16_gemm.cu", "wna16_gemv.cu") for pair in PAIRS),
     *((source, (dtype,)) for source in ("decode_attention.cu", "row_norm.cu", "dense_gemv.cu") for dtype in HALVES),
-    *((source, ()) for source in ("w8a8_gemm.cu", "wna16_dequantize.cu", "gptq_block.cu", "bindings.cpp")),
-    *((source, ()) for source in ("scheduler.cpp", "tensor.cpp", "left_out.cpp")),
+    *((source, ()) for source in ("w8a8_gemm.cu", "wna16_dequantize.cu", "gptq_block.cu", "choose_tokens.cu")),
+    *((source, ()) for source in ("bindings.cpp", "scheduler.cpp", "tensor.cpp", "left_out.cpp")),
 )
 FLAGS = ("-std=c++20", "-O1", "-fPIC", "-w", "-fvisibility=hidden", "-fno-strict-aliasing", "-x", "c++")
 # Hopper's code, whatever `architectures` says to Python: it is what the emulated GPU claims to be.

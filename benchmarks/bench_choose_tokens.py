@@ -1,0 +1,46 @@
+"""The end of a greedy step beside torch's: `python -m benchmarks.bench_choose_tokens --commit HASH`.
+
+Rows go to benchmarks/results/choose_tokens.jsonl: microseconds in a graph, without and with dependent launch.
+"""
+
+import argparse
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+
+import torch
+
+from benchmarks.measure import run_facts, time_calls, write_rows
+from quant.kernels import ops
+from quant.kernels.choose_tokens import Choice, Cursor, reference
+
+RESULTS = Path(__file__).with_name("results") / "choose_tokens.jsonl"
+ROWS = (1, 8, 64)
+VOCABULARIES = (32000, 65024, 128256)
+
+
+def row_of(m: int, n: int) -> dict:
+    """One case's figures; torch's are those of the same step as plain operators."""
+    tokens, written, positions, slots = torch.zeros(4, m, dtype=torch.int64, device="cuda")
+    call = Choice(torch.randn(m, n, device="cuda"), tokens, written, Cursor(positions, slots, 1 << 40))
+    row = {"m": m, "n": n, "us": time_calls([lambda: ops.choose(call)]).us}
+    row["dependent_us"] = time_calls([lambda: ops.choose(replace(call, dependent=True))]).us
+    row["torch_us"] = time_calls([lambda: reference(call)]).us
+    return row
+
+
+def main() -> None:
+    """Measures every vocabulary and number of rows."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--commit", default="unknown")
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    arguments = parser.parse_args()
+    facts = run_facts(arguments.commit)
+    rows = [row_of(m, n) | facts for m, n in product(ROWS, VOCABULARIES)]
+    for row in rows:
+        print(row)
+    write_rows(arguments.output, rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,98 @@
+// Each row's likeliest token, and the row moved on to its next step: one launch for what torch needs seven for.
+//
+// A score and its index are one number, so that the largest is the same whatever the order of comparing. Blocks of a
+// cluster share a row; each sends its best to the first one, which alone writes.
+#include "choose_tokens.cuh"
+#include "launch.cuh"
+#include "ptx.cuh"
+
+namespace lowbit {
+namespace {
+
+constexpr int kThreads = 1024;
+constexpr int kLoads = 16;      // scores that a thread has on their way
+constexpr int kMostBlocks = 8;  // a cluster that fits everywhere
+
+// Larger for the larger score, for NaN above all as torch has it, and of equal scores for the lower index. Never 0.
+__device__ inline uint64_t candidate_of(float score, uint32_t index) {
+  const uint32_t bits = __float_as_uint(score + 0.f);  // -0 is 0
+  const uint32_t order = bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+  return uint64_t(score == score ? order : ~0u) << 32 | ~index;
+}
+
+__device__ inline uint32_t index_of(uint64_t candidate) { return ~static_cast<uint32_t>(candidate); }
+
+__device__ inline uint64_t best_of_warp(uint64_t best) {
+  for (int offset = 16; offset > 0; offset /= 2) best = max(best, __shfl_xor_sync(~0u, best, offset));
+  return best;
+}
+
+// The thread's best of the scores [begin, end) of a row.
+__device__ inline uint64_t best_of_thread(const float* row, int begin, int end) {
+  uint64_t best = 0;
+  for (int first = begin + threadIdx.x; first < end; first += kThreads * kLoads) {
+    float scores[kLoads];
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) scores[i] = first + i * kThreads < end ? __ldcg(row + first + i * kThreads) : 0.f;
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i)
+      if (first + i * kThreads < end) best = max(best, candidate_of(scores[i], first + i * kThreads));
+  }
+  return best;
+}
+
+struct Meeting {
+  uint64_t warps[kThreads / 32];
+  float4 blocks[kMostBlocks];  // a candidate's halves, as bits of x and y
+};
+
+__device__ inline void move_on(const ChooseTokensArgs& args, int row, uint32_t token) {
+  args.tokens[row] = token;
+  args.written[row] += 1;
+  if (args.positions == nullptr) return;
+  const int64_t position = args.positions[row], next = min(position + 1, args.last);
+  args.positions[row] = next;
+  args.slots[row] += next - position;
+}
+
+__global__ void __launch_bounds__(kThreads) choose_tokens_kernel(const __grid_constant__ ChooseTokensArgs args) {
+  LOWBIT_SHARED(Meeting, meeting);
+  const bool cluster = gridDim.x > 1;
+  allow_next_kernel();
+  if (cluster) cluster_arrive();  // the others may write to a block's memory once it has begun
+  wait_for_previous_kernel();
+  const int begin = int64_t(args.n) * blockIdx.x / gridDim.x, end = int64_t(args.n) * (blockIdx.x + 1) / gridDim.x;
+  uint64_t best = best_of_warp(best_of_thread(args.scores + int64_t(blockIdx.y) * args.n, begin, end));
+  if (threadIdx.x % 32 == 0) meeting.warps[threadIdx.x / 32] = best;
+  __syncthreads();
+  if (threadIdx.x < 32) best = best_of_warp(meeting.warps[threadIdx.x]);
+  if (cluster) {
+    cluster_wait();
+    const float4 halves = make_float4(__uint_as_float(best >> 32), __uint_as_float(static_cast<uint32_t>(best)), 0, 0);
+    if (threadIdx.x == 0) write_cluster_floats(smem_address(&meeting.blocks[blockIdx.x]), 0, halves);
+    cluster_sync();
+  }
+  if (threadIdx.x > 0 || blockIdx.x > 0) return;
+  for (int i = 0; cluster && i < gridDim.x; ++i) {
+    const float4 halves = meeting.blocks[i];
+    best = max(best, uint64_t(__float_as_uint(halves.x)) << 32 | __float_as_uint(halves.y));
+  }
+  move_on(args, blockIdx.y, index_of(best));
+}
+
+}  // namespace
+
+cudaError_t launch_choose_tokens(const ChooseTokensArgs& args, const ChooseTokensLaunch& launch, cudaStream_t stream) {
+  if (launch.blocks < 1 || launch.blocks > kMostBlocks || args.n < 1) return cudaErrorInvalidValue;
+  const LaunchPlan plan = {
+      .device = launch.device,
+      .stream = stream,
+      .blocks = dim3(launch.blocks, args.m),
+      .threads = dim3(kThreads),
+      .cluster = launch.blocks > 1 ? launch.blocks : 0,
+      .dependent = launch.dependent,
+  };
+  return launch_kernel(choose_tokens_kernel, plan, args);
+}
+
+}  // namespace lowbit
