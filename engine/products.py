@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from quant.kernels import ops
-from quant.kernels.dense import activate
 from quant.kernels.packed import PackedWeight
 from quant.kernels.problem import ACTIVATIONS
+from quant.kernels.reference import activate
 from quant.kernels.row_norm import Rows
 from quant.kernels.w8a8 import Int8Weight
 

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from quant.kernels.problem import ACTIVATIONS, Problem
+from quant.kernels.reference import activate
 
 
 @dataclass(frozen=True)
@@ -90,17 +91,3 @@ def reference(call: DenseCall) -> Tensor:
     if residual is not None:
         y = y + residual
     return y.to(call.y_dtype)
-
-
-def activate(y: Tensor, activation: str) -> Tensor:
-    """The activation of a product (m, n), in its dtype; silu_mul halves n."""
-    if activation == "silu_mul":
-        gate, up = y.chunk(2, -1)
-        return functional.silu(gate) * up
-    if activation == "silu":
-        return functional.silu(y)
-    if activation == "quick_gelu":
-        return y * torch.sigmoid(1.702 * y)
-    if activation in ("gelu", "gelu_tanh"):
-        return functional.gelu(y, approximate="tanh" if activation == "gelu_tanh" else "none")
-    return y

@@ -9,7 +9,7 @@ from quant.kernels.extension import EXTENSION
 from quant.kernels.problem import ACTIVATIONS, Problem
 from quant.kernels.ring import Launch
 
-MAX_M = 16
+MAX_M = 64
 WARPGROUPS = (1, 2)  # that multiply, in a block
 STEP_BYTES = 16  # of the copy engine: rows' lengths, addresses and distances are multiples
 GATED_STEP = 8  # gate's rows beside up's: n is a multiple of this

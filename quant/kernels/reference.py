@@ -47,10 +47,12 @@ def normalize(call: Call) -> Tensor:
 
 
 def activate(sums: Tensor, activation: str) -> Tensor:
-    """The activation of float32 sums (m, n); silu_mul halves n."""
+    """The activation of sums (m, n), in their dtype; silu_mul halves n."""
     if activation == "silu_mul":
         gate, up = sums.chunk(2, -1)
         return torch.nn.functional.silu(gate) * up
+    if activation == "silu":
+        return torch.nn.functional.silu(sums)
     if activation == "quick_gelu":
         return sums * torch.sigmoid(1.702 * sums)
     if activation in ("gelu", "gelu_tanh"):

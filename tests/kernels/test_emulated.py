@@ -313,7 +313,8 @@ def strided(pick: random.Random, gpu: Gpu, value: Tensor) -> Tensor:
 
 def random_dense_call(pick: random.Random, gpu: Gpu) -> DenseCall:
     """Some number of rows, tails of k, any n, some epilogue; bias, residual and y end at the page."""
-    dtype, m, k = pick.choice(HALVES), pick.randint(1, dense_gemv.MAX_M), pick.choice([8, 40, 64, 136, 520, 1032])
+    m = pick.randint(1, pick.choice([8, 16, 16, dense_gemv.MAX_M]))
+    dtype, k = pick.choice(HALVES), pick.choice([8, 40, 64, 136, 520, 1032])
     n, activation = pick.choice([1, 5, 16, 64, 67, 130, 200]), pick.choice(["none", "none", "gelu", "quick_gelu"])
     if pick.random() < 0.3:
         n, activation = pick.choice([8, 16, 64, 72, 136, 272]), "silu_mul"

@@ -83,8 +83,10 @@ cudaError_t launch_columns(const DenseArgs& args, const RingLaunch& launch, cuda
 
 template <typename T>
 cudaError_t launch_dense_gemv(const DenseArgs& args, const RingLaunch& launch, cudaStream_t stream) {
-  if (args.m > 16) return cudaErrorInvalidValue;
-  return args.m <= 8 ? launch_columns<T, 8>(args, launch, stream) : launch_columns<T, 16>(args, launch, stream);
+  if (args.m <= 8) return launch_columns<T, 8>(args, launch, stream);
+  if (args.m <= 16) return launch_columns<T, 16>(args, launch, stream);
+  if (args.m <= 32) return launch_columns<T, 32>(args, launch, stream);
+  return args.m <= 64 ? launch_columns<T, 64>(args, launch, stream) : cudaErrorInvalidValue;
 }
 
 template cudaError_t launch_dense_gemv<LOWBIT_T>(const DenseArgs&, const RingLaunch&, cudaStream_t);

@@ -19,7 +19,7 @@ struct DenseArgs {
   bool vectors;  // n is a multiple of 4 and what lies in y's type starts at a multiple of 8 bytes
 };
 
-// For 1 to 16 rows of x. cudaErrorInvalidDeviceFunction where the code was not built for sm_90a.
+// For 1 to 64 rows of x. cudaErrorInvalidDeviceFunction where the code was not built for sm_90a.
 template <typename T>
 cudaError_t launch_dense_gemv(const DenseArgs& args, const RingLaunch& launch, cudaStream_t stream);
 

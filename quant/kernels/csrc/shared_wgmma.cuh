@@ -63,6 +63,8 @@ LOWBIT_WGMMA_BYTES(64, LOWBIT_FIRST_32, "%32, %33", LOWBIT_I32(0))
 LOWBIT_WGMMA_BYTES(128, LOWBIT_FIRST_32 LOWBIT_NEXT_32, "%64, %65", LOWBIT_I32(0), LOWBIT_I32(32))
 LOWBIT_WGMMA_HALVES(8, LOWBIT_FIRST_4, "%4, %5", "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]))
 LOWBIT_WGMMA_HALVES(16, LOWBIT_FIRST_8, "%8, %9", LOWBIT_C8(0))
+LOWBIT_WGMMA_HALVES(32, LOWBIT_FIRST_16, "%16, %17", LOWBIT_C16(0))
+LOWBIT_WGMMA_HALVES(64, LOWBIT_FIRST_32, "%32, %33", LOWBIT_C16(0), LOWBIT_C16(16))
 #else
 template <typename Operand, int kColumns>
 __device__ inline void wgmma_shared(typename SumOf<Operand>::Type (&)[kColumns / 2], uint64_t, uint64_t) {}
