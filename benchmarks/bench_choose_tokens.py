@@ -1,4 +1,4 @@
-"""The end of a greedy step beside torch's: `python -m benchmarks.bench_choose_tokens --commit HASH`.
+"""The end of a step beside torch's, greedy and drawn: `python -m benchmarks.bench_choose_tokens --commit HASH`.
 
 Rows go to benchmarks/results/choose_tokens.jsonl: microseconds in a graph, without and with dependent launch.
 """
@@ -12,31 +12,33 @@ import torch
 
 from benchmarks.measure import run_facts, time_calls, write_rows
 from quant.kernels import ops
-from quant.kernels.choose_tokens import Choice, Cursor, reference
+from quant.kernels.choose_tokens import Choice, Cursor, Noise, reference
 
 RESULTS = Path(__file__).with_name("results") / "choose_tokens.jsonl"
 ROWS = (1, 8, 64)
 VOCABULARIES = (32000, 65024, 128256)
 
 
-def row_of(m: int, n: int) -> dict:
+def row_of(m: int, n: int, noise: bool) -> dict:
     """One case's figures; torch's are those of the same step as plain operators."""
-    tokens, written, positions, slots = torch.zeros(4, m, dtype=torch.int64, device="cuda")
+    tokens, written, positions, slots, seed = torch.zeros(5, m, dtype=torch.int64, device="cuda")
     call = Choice(torch.randn(m, n, device="cuda"), tokens, written, Cursor(positions, slots, 1 << 40))
-    row = {"m": m, "n": n, "us": time_calls([lambda: ops.choose(call)]).us}
+    if noise:
+        call = replace(call, noise=Noise(torch.ones(m, device="cuda"), seed))
+    row = {"m": m, "n": n, "noise": noise, "us": time_calls([lambda: ops.choose(call)]).us}
     row["dependent_us"] = time_calls([lambda: ops.choose(replace(call, dependent=True))]).us
     row["torch_us"] = time_calls([lambda: reference(call)]).us
     return row
 
 
 def main() -> None:
-    """Measures every vocabulary and number of rows."""
+    """Measures every vocabulary and number of rows, without noise and with it."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--commit", default="unknown")
     parser.add_argument("--output", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     facts = run_facts(arguments.commit)
-    rows = [row_of(m, n) | facts for m, n in product(ROWS, VOCABULARIES)]
+    rows = [row_of(*case) | facts for case in product(ROWS, VOCABULARIES, (False, True))]
     for row in rows:
         print(row)
     write_rows(arguments.output, rows)

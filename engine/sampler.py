@@ -1,7 +1,6 @@
 """From logits to tokens, for a batch of requests that each ask for something else; all on the logits' device.
 
-Nothing here depends on values that only the device knows, so a captured graph holds it. Random numbers are a hash of
-(seed, tokens written so far, token): a request draws the same ones whoever shares its batch.
+Nothing here depends on values that only the device knows, so a captured graph holds it.
 """
 
 from collections.abc import Sequence
@@ -12,10 +11,7 @@ from torch import Tensor
 
 from engine.sampling import LONGEST_BAD_WORD, Sampling
 from quant.kernels import ops
-from quant.kernels.choose_tokens import Choice, Cursor
-
-GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)
-MIX = ((30, 0xBF58476D1CE4E5B9 - (1 << 64)), (27, 0x94D049BB133111EB - (1 << 64)))
+from quant.kernels.choose_tokens import Choice, Cursor, Noise
 
 
 @dataclass(frozen=True)
@@ -137,11 +133,12 @@ class Sampler:
         cursor  moves on by a position
         """
         scores = self.penalize(logits) if self.features.penalized else logits
-        if self.features.sampled:
-            scores = self.perturb(scores)
+        if self.features.sampled and self.features.truncated:
+            scores = self.truncate(scores)
+        noise = Noise(self.temperature[:, 0], self.seed[:, 0]) if self.features.sampled else None
         if tokens is None:
             tokens = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
-        ops.choose(Choice(scores, tokens, self.written[:, 0], cursor, dependent=True))
+        ops.choose(Choice(scores, tokens, self.written[:, 0], cursor, noise, dependent=True))
         self.remember(tokens)
         if self.features.logprobs is None:
             return Chosen(tokens)
@@ -162,13 +159,11 @@ class Sampler:
             banned = banned | words.scatter(1, last, True)[:, : self.vocabulary]
         return scores.masked_fill(banned, float("-inf"))
 
-    def perturb(self, scores: Tensor) -> Tensor:
-        """Scores whose largest is a draw from softmax(scores / temperature), truncated (the Gumbel-max trick)."""
+    def truncate(self, scores: Tensor) -> Tensor:
+        """Scores of which top-k, top-p and min-p leave some, -inf the others; a row without a temperature is whole."""
         warm = self.temperature > 0
         scaled = scores / torch.where(warm, self.temperature, 1.0)
-        if self.features.truncated:
-            scaled = scaled.masked_fill(scaled < self.threshold(scaled), float("-inf"))
-        return torch.where(warm, scaled + gumbel(self.seed, self.written, self.vocabulary), scores)
+        return scores.masked_fill(warm & (scaled < self.threshold(scaled)), float("-inf"))
 
     def threshold(self, scaled: Tensor) -> Tensor:
         """The least score (B, 1) that top-k, then top-p, then min-p leave."""
@@ -202,18 +197,3 @@ def marks(rows: Sequence[Sequence[int]], vocabulary: int) -> Tensor:
     for row, tokens in zip(found, rows, strict=True):
         row[torch.tensor(sorted(set(tokens)), dtype=torch.int64)] = True
     return found
-
-
-def mix(values: Tensor) -> Tensor:
-    """SplitMix64's finalizer of int64: every bit of the result depends on every bit of the value."""
-    for shift, factor in MIX:
-        values = (values ^ ((values >> shift) & ((1 << (64 - shift)) - 1))) * factor
-    return values ^ ((values >> 31) & ((1 << 33) - 1))
-
-
-def gumbel(seed: Tensor, written: Tensor, vocabulary: int) -> Tensor:
-    """Gumbel noise (B, vocabulary) float32 for seeds (B, 1) and steps (B, 1)."""
-    stream = mix(mix(seed * GOLDEN + 1) + written * GOLDEN)
-    bits = mix(stream + torch.arange(vocabulary, device=seed.device) * GOLDEN)
-    uniform = (((bits >> 41) & ((1 << 23) - 1)).float() + 0.5) / (1 << 23)  # never 0, never 1
-    return -torch.log(-torch.log(uniform))

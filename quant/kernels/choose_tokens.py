@@ -1,4 +1,7 @@
-"""The end of a decode step in one kernel: each row's likeliest token, and the row moved on: csrc/choose_tokens.cu."""
+"""The end of a decode step in one kernel: each row's token, and the row moved on: csrc/choose_tokens.cu.
+
+Random numbers are a hash of (seed, tokens written so far, token): a row draws the same ones whoever stands beside it.
+"""
 
 from dataclasses import dataclass
 from typing import Any
@@ -9,8 +12,12 @@ from torch import Tensor
 from quant.kernels.extension import EXTENSION, reason_against_device
 
 BLOCK_SCORES = 16384  # that a block asks for at once
+BLOCK_DRAWS = 4096  # the same where each takes noise: some hundred instructions
 MAX_BLOCKS = 8  # of a cluster, which share a row
 MAX_ROWS = 65535  # of a grid
+
+GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)
+MIX = ((30, 0xBF58476D1CE4E5B9 - (1 << 64)), (27, 0x94D049BB133111EB - (1 << 64)))
 
 
 @dataclass(frozen=True)
@@ -28,6 +35,18 @@ class Cursor:
 
 
 @dataclass(frozen=True)
+class Noise:
+    """What makes the largest score a draw from softmax(scores / temperature): the Gumbel-max trick.
+
+    temperature  (m) float32  0: the row takes its likeliest token
+    seed         (m) int64
+    """
+
+    temperature: Tensor
+    seed: Tensor
+
+
+@dataclass(frozen=True)
 class Choice:
     """What a step ends with. All but the scores are written in place.
 
@@ -36,6 +55,7 @@ class Choice:
                              NaN where there is one, as Tensor.argmax has it
     written  (m)    int64    becomes one more
     cursor   moves on by one position; None: rows stay
+    noise    added to the scores over their temperatures before they are compared; None: none is
     dependent  launch without waiting for the previous kernel (programmatic dependent launch)
     """
 
@@ -43,6 +63,7 @@ class Choice:
     tokens: Tensor
     written: Tensor
     cursor: Cursor | None = None
+    noise: Noise | None = None
     dependent: bool = False
 
 
@@ -59,24 +80,31 @@ def launch(call: Choice) -> None:
     """Runs the kernel on `call`, which `check` has passed."""
     assert EXTENSION is not None
     args: Any = EXTENSION.ChooseTokensArgs()
-    addresses = {"scores": call.scores, "tokens": call.tokens, "written": call.written}
-    if call.cursor is not None:
-        addresses |= {"positions": call.cursor.positions, "slots": call.cursor.slots}
-        args.last = call.cursor.last
-    for name, tensor in addresses.items():
+    args.scores, args.last = call.scores.data_ptr(), call.cursor.last if call.cursor else 0
+    for name, tensor in rows_of(call).items():
         setattr(args, name, tensor.data_ptr())
     args.m, args.n = call.scores.shape
     device = call.scores.device
     cut = EXTENSION.ChooseTokensLaunch()
     cut.device, cut.dependent = device.index, call.dependent
-    cut.blocks = choose_blocks(args.n, torch.cuda.get_device_capability(device))
+    cut.blocks = choose_blocks(args.n, call.noise is not None, torch.cuda.get_device_capability(device))
     with torch.cuda.device(device):
         EXTENSION.choose_tokens(args, cut, torch.cuda.current_stream().cuda_stream)
 
 
-def choose_blocks(n: int, capability: tuple[int, int]) -> int:
+def choose_blocks(n: int, noise: bool, capability: tuple[int, int]) -> int:
     """Blocks that share a row of n scores."""
-    return min(MAX_BLOCKS, -(-n // BLOCK_SCORES)) if capability >= (9, 0) else 1
+    return min(MAX_BLOCKS, -(-n // (BLOCK_DRAWS if noise else BLOCK_SCORES))) if capability >= (9, 0) else 1
+
+
+def rows_of(call: Choice) -> dict[str, Tensor]:
+    """The tensors that have a number for each row, by name."""
+    rows = {"tokens": call.tokens, "written": call.written}
+    if call.cursor is not None:
+        rows |= {"positions": call.cursor.positions, "slots": call.cursor.slots}
+    if call.noise is not None:
+        rows |= {"temperature": call.noise.temperature, "seed": call.noise.seed}
+    return rows
 
 
 def check(call: Choice) -> None:
@@ -85,12 +113,10 @@ def check(call: Choice) -> None:
     if scores.ndim != 2 or scores.dtype != torch.float32 or not scores.is_contiguous() or not scores.shape[1]:
         shape, strides = tuple(scores.shape), scores.stride()
         raise ValueError(f"scores are {shape} {scores.dtype} of strides {strides}: rows of torch.float32 are needed")
-    rows = {"tokens": call.tokens, "written": call.written}
-    if call.cursor is not None:
-        rows |= {"positions": call.cursor.positions, "slots": call.cursor.slots}
-    for name, tensor in rows.items():
-        if tuple(tensor.shape) != (len(scores),) or tensor.dtype != torch.int64 or not tensor.is_contiguous():
-            raise ValueError(f"{name} is {tuple(tensor.shape)} {tensor.dtype}, not ({len(scores)},) torch.int64")
+    for name, tensor in rows_of(call).items():
+        dtype = torch.float32 if name == "temperature" else torch.int64
+        if tuple(tensor.shape) != (len(scores),) or tensor.dtype != dtype or not tensor.is_contiguous():
+            raise ValueError(f"{name} is {tuple(tensor.shape)} {tensor.dtype}, not ({len(scores)},) {dtype}")
         if tensor.device != scores.device:
             raise ValueError(f"{name} is on {tensor.device}, the scores on {scores.device}")
 
@@ -107,10 +133,35 @@ def reason_against(call: Choice) -> str | None:
 
 def reference(call: Choice) -> None:
     """`call` in plain torch."""
-    call.tokens.copy_(call.scores.argmax(-1))
+    call.tokens.copy_(perturbed(call).argmax(-1))
     call.written.add_(1)
     if call.cursor is not None:
         positions = call.cursor.positions
         moved = (positions + 1).clamp(max=call.cursor.last) - positions
         positions.add_(moved)
         call.cursor.slots.add_(moved)
+
+
+def perturbed(call: Choice) -> Tensor:
+    """The scores that are compared, in plain torch."""
+    if call.noise is None:
+        return call.scores
+    temperature, seed = call.noise.temperature.unsqueeze(1), call.noise.seed.unsqueeze(1)
+    warm = temperature > 0
+    scaled = call.scores / torch.where(warm, temperature, 1.0)
+    return torch.where(warm, scaled + gumbel(seed, call.written.unsqueeze(1), call.scores.shape[1]), call.scores)
+
+
+def mix(values: Tensor) -> Tensor:
+    """SplitMix64's finalizer of int64: every bit of the result depends on every bit of the value."""
+    for shift, factor in MIX:
+        values = (values ^ ((values >> shift) & ((1 << (64 - shift)) - 1))) * factor
+    return values ^ ((values >> 31) & ((1 << 33) - 1))
+
+
+def gumbel(seed: Tensor, written: Tensor, vocabulary: int) -> Tensor:
+    """Gumbel noise (B, vocabulary) float32 for seeds (B, 1) and steps (B, 1)."""
+    stream = mix(mix(seed * GOLDEN + 1) + written * GOLDEN)
+    bits = mix(stream + torch.arange(vocabulary, device=seed.device) * GOLDEN)
+    uniform = (((bits >> 41) & ((1 << 23) - 1)).float() + 0.5) / (1 << 23)  # never 0, never 1
+    return -torch.log(-torch.log(uniform))

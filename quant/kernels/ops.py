@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from quant.kernels import choose_tokens, decode_attention, dense, gptq_block, row_norm, w8a8, wna16_dequantize
-from quant.kernels.choose_tokens import Choice, Cursor
+from quant.kernels.choose_tokens import Choice, Cursor, Noise
 from quant.kernels.decode_attention import Append, Attention, KVCache
 from quant.kernels.dense import DenseCall
 from quant.kernels.packed import PackedWeight
@@ -66,7 +66,7 @@ LIBRARY.define(
 )
 LIBRARY.define(
     "choose_tokens(Tensor scores, Tensor(a!) tokens, Tensor(b!) written, Tensor(c!)? positions, Tensor(d!)? slots, "
-    "int last, bool dependent) -> ()"
+    "int last, Tensor? temperature, Tensor? seed, bool dependent) -> ()"
 )
 
 
@@ -310,12 +310,14 @@ def choice_of(
     positions: Tensor | None,
     slots: Tensor | None,
     last: int,
+    temperature: Tensor | None,
+    seed: Tensor | None,
     dependent: bool,
 ) -> Choice:
     """The Choice of lowbit::choose_tokens's arguments."""
-    if positions is None or slots is None:
-        return Choice(scores, tokens, written, None, dependent)
-    return Choice(scores, tokens, written, Cursor(positions, slots, last), dependent)
+    cursor = None if positions is None or slots is None else Cursor(positions, slots, last)
+    noise = None if temperature is None or seed is None else Noise(temperature, seed)
+    return Choice(scores, tokens, written, cursor, noise, dependent)
 
 
 def codes_shape(call: Rows) -> tuple[Tensor, Tensor]:
@@ -587,10 +589,11 @@ def attend(call: Attention) -> Tensor:
 
 
 def choose(call: Choice) -> None:
-    """Each row's likeliest token is written, and the row moved on. See Choice."""
-    cursor = call.cursor
+    """Each row's token is written, and the row moved on. See Choice."""
+    cursor, noise = call.cursor, call.noise
     places = (None, None, 0) if cursor is None else (cursor.positions, cursor.slots, cursor.last)
-    torch.ops.lowbit.choose_tokens(call.scores, call.tokens, call.written, *places, call.dependent)
+    draws = (None, None) if noise is None else (noise.temperature, noise.seed)
+    torch.ops.lowbit.choose_tokens(call.scores, call.tokens, call.written, *places, *draws, call.dependent)
 
 
 def round_block(w: Tensor, factor: Tensor, scales: Tensor, zeros: Tensor, low: int, high: int) -> tuple[Tensor, Tensor]:

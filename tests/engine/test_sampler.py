@@ -1,12 +1,13 @@
 """The sampler against transformers' warpers and against the distribution it should draw from."""
 
+import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from engine.sampler import Constraints, Sampler, features_of, gumbel
+from engine.sampler import Constraints, Sampler, features_of
 from engine.sampling import Sampling
-from quant.kernels.choose_tokens import Cursor
+from quant.kernels.choose_tokens import Cursor, gumbel
 
 VOCABULARY = 40
 
@@ -44,11 +45,17 @@ def test_draws_follow_the_distribution():
     count = 40_000
     logits = torch.randn(VOCABULARY)
     sampler = sampler_for(*[Sampling(temperature=0.8)] * count, seeds=range(count))
-    tokens = sampler(logits.expand(count, -1)).tokens
+    tokens = sampler(logits.repeat(count, 1)).tokens
     expected = (logits / 0.8).softmax(-1) * count
     found = torch.bincount(tokens, minlength=VOCABULARY)
     # chi-square with 39 degrees of freedom: 99.9% of fair draws lie below 73
     assert float(((found - expected) ** 2 / expected).sum()) < 73
+
+
+def test_draws_are_among_what_truncation_keeps():
+    count, logits = 200, torch.randn(VOCABULARY)
+    sampler = sampler_for(*[Sampling(temperature=5.0, top_k=3)] * count, seeds=range(count))
+    assert set(sampler(logits.repeat(count, 1)).tokens.tolist()) == set(logits.topk(3).indices.tolist())
 
 
 def test_steps_of_a_request_draw_independently():
@@ -77,8 +84,10 @@ class Called(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def test_a_greedy_step_ends_in_one_launch():
-    sampler, logits = sampler_for(Sampling(), Sampling()), torch.randn(2, VOCABULARY)
+@pytest.mark.parametrize("temperature", [0.0, 0.01])
+def test_a_plain_step_ends_in_one_launch(temperature):
+    sampler, logits = sampler_for(Sampling(), Sampling(temperature=temperature)), torch.randn(2, VOCABULARY)
+    logits[1] *= 10  # what is far likelier is drawn
     tokens, positions, slots = torch.zeros(3, 2, dtype=torch.int64)
     with Called() as called:
         chosen = sampler(logits, tokens, Cursor(positions, slots, 9))

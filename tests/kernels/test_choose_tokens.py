@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from quant.kernels import ops
-from quant.kernels.choose_tokens import MAX_BLOCKS, Choice, Cursor, choose_blocks
+from quant.kernels.choose_tokens import MAX_BLOCKS, Choice, Cursor, Noise, choose_blocks, mix, perturbed
 
 NAN, INF = float("nan"), float("inf")
 LAST = 9
@@ -70,6 +70,35 @@ def test_without_a_cursor_tokens_are_chosen_alone():
     assert call.written.tolist() == [6, 7, 8, 9]
 
 
+def splitmix(value: int) -> int:
+    """SplitMix64's finalizer in Python's integers."""
+    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) % 2**64
+    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) % 2**64
+    return value ^ (value >> 31)
+
+
+def test_the_hash_is_splitmix64s():
+    values = torch.randint(-(2**63), 2**63 - 1, (100,))
+    assert [value % 2**64 for value in mix(values).tolist()] == [splitmix(value % 2**64) for value in values.tolist()]
+
+
+def noisy(call: Choice) -> Choice:
+    """Every third row without a temperature."""
+    m, device = len(call.scores), call.scores.device
+    temperature = 0.4 * (torch.arange(m, device=device) % 3).float()
+    return replace(call, noise=Noise(temperature, torch.arange(m, device=device) * 977 - 3))
+
+
+def test_noise_is_for_rows_with_a_temperature_and_changes_by_step():
+    call = noisy(make_choice(torch.zeros(30, 1000), moves=False))
+    ops.choose(call)
+    first = call.tokens.clone()
+    assert (first[::3] == 0).all()
+    assert len(set(first.tolist())) > 15
+    ops.choose(call)
+    assert (call.tokens != first).sum() > 15
+
+
 def test_no_rows_are_no_work():
     ops.choose(make_choice(torch.empty(0, 5)))
 
@@ -79,8 +108,12 @@ def test_opcheck_and_compile():
         call = make_choice(torch.randn(2, 9), moves)
         cursor = call.cursor
         places = (cursor.positions, cursor.slots, LAST) if cursor else (None, None, 0)
-        args = (call.scores, call.tokens, call.written, *places, False)
+        args = (call.scores, call.tokens, call.written, *places, None, None, False)
         torch.library.opcheck(torch.ops.lowbit.choose_tokens.default, args)
+    call = noisy(call)
+    args = (*args[:-3], call.noise.temperature, call.noise.seed, False)
+    torch.library.opcheck(torch.ops.lowbit.choose_tokens.default, args)
+    call = replace(call, noise=None)
     torch.compile(ops.choose, fullgraph=True, backend="aot_eager")(call)
     assert torch.equal(call.tokens, call.scores.argmax(-1))
 
@@ -94,6 +127,7 @@ def test_opcheck_and_compile():
         ({"tokens": torch.zeros(2, dtype=torch.int64)}, r"tokens is \(2,\) torch.int64, not \(3,\)"),
         ({"written": torch.zeros(3)}, "written is .* torch.float32, not"),
         ({"cursor": Cursor(torch.zeros(3), torch.zeros(3), 9)}, "positions is"),
+        ({"noise": Noise(torch.zeros(3, 1), torch.arange(3))}, r"temperature is \(3, 1\)"),
         ({"tokens": torch.zeros(3, dtype=torch.int64, device="meta")}, "tokens is on meta, the scores on cpu"),
     ],
 )
@@ -103,8 +137,9 @@ def test_what_does_not_fit_is_named(change, message):
 
 
 def test_blocks_share_long_rows_where_there_are_clusters():
-    assert [choose_blocks(n, (9, 0)) for n in (1, 16384, 32000, 65024, 1 << 20)] == [1, 1, 2, 4, MAX_BLOCKS]
-    assert choose_blocks(1 << 20, (8, 0)) == 1
+    assert [choose_blocks(n, False, (9, 0)) for n in (1, 16384, 32000, 65024, 1 << 20)] == [1, 1, 2, 4, MAX_BLOCKS]
+    assert choose_blocks(16384, True, (9, 0)) == 4
+    assert choose_blocks(1 << 20, True, (8, 0)) == 1
 
 
 @pytest.mark.gpu
@@ -122,6 +157,16 @@ def test_the_gpu_chooses_what_the_cpu_does(n, dependent):
         assert torch.equal(getattr(found, name).cpu(), getattr(wanted, name))
     for name in ("positions", "slots"):
         assert torch.equal(getattr(found.cursor, name).cpu(), getattr(wanted.cursor, name))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("n", [31, 32000, 128257])
+def test_the_gpu_draws_what_the_cpu_does(n):
+    call = noisy(make_choice(torch.randn(9, n), moves=False))
+    expected, found = perturbed(call), noisy(make_choice(call.scores.cuda(), moves=False))
+    ops.choose(found)
+    chosen = expected.gather(1, found.tokens.cpu().unsqueeze(1))
+    assert (chosen >= expected.amax(1, keepdim=True) - 1e-4).all()  # by logf's last bits
 
 
 @pytest.mark.gpu

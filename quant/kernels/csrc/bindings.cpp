@@ -278,6 +278,8 @@ void bind_choose_tokens(py::module_& module) {
   py::class_<Args> args(module, "ChooseTokensArgs");
   args.def(py::init([] { return Args{}; }));
   bind_pointer(args, "scores", &Args::scores);
+  bind_pointer(args, "temperature", &Args::temperature);
+  bind_pointer(args, "seed", &Args::seed);
   bind_pointer(args, "tokens", &Args::tokens);
   bind_pointer(args, "written", &Args::written);
   bind_pointer(args, "positions", &Args::positions);

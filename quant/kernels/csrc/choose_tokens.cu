@@ -1,4 +1,5 @@
-// Each row's likeliest token, and the row moved on to its next step: one launch for what torch needs seven for.
+// Each row's token, likeliest or drawn, and the row moved on to its next step: one launch for what torch needs six for,
+// or fifty more where it makes the noise.
 //
 // A score and its index are one number, so that the largest is the same whatever the order of comparing. Blocks of a
 // cluster share a row; each sends its best to the first one, which alone writes.
@@ -10,8 +11,35 @@ namespace lowbit {
 namespace {
 
 constexpr int kThreads = 1024;
-constexpr int kLoads = 16;      // scores that a thread has on their way
 constexpr int kMostBlocks = 8;  // a cluster that fits everywhere
+
+// SplitMix64: its increment, and its finalizer, in which every bit of the result depends on every bit of the value.
+constexpr uint64_t kGolden = 0x9E3779B97F4A7C15u;
+__device__ inline uint64_t mix(uint64_t value) {
+  value = (value ^ value >> 30) * 0xBF58476D1CE4E5B9u;
+  value = (value ^ value >> 27) * 0x94D049BB133111EBu;
+  return value ^ value >> 31;
+}
+
+// What a row's scores become before they are compared; without noise, themselves.
+template <bool kNoise>
+struct Perturbed {
+  float temperature = 0.f;
+  uint64_t stream = 0;
+
+  __device__ Perturbed(const ChooseTokensArgs& args, int row) {
+    if (!kNoise) return;
+    temperature = args.temperature[row];
+    stream = mix(mix(args.seed[row] * kGolden + 1) + args.written[row] * kGolden);
+  }
+  // Scaled, plus Gumbel noise out of 23 bits: never of 0, never of 1.
+  __device__ float operator()(float score, uint32_t index) const {
+    if (!kNoise || !(temperature > 0.f)) return score;
+    const uint32_t bits = mix(stream + index * kGolden) >> 41;
+    const float uniform = (static_cast<float>(bits) + 0.5f) * 0x1p-23f;
+    return score / temperature - logf(-logf(uniform));
+  }
+};
 
 // Larger for the larger score, for NaN above all as torch has it, and of equal scores for the lower index. Never 0.
 __device__ inline uint64_t candidate_of(float score, uint32_t index) {
@@ -28,7 +56,9 @@ __device__ inline uint64_t best_of_warp(uint64_t best) {
 }
 
 // The thread's best of the scores [begin, end) of a row.
-__device__ inline uint64_t best_of_thread(const float* row, int begin, int end) {
+template <bool kNoise>
+__device__ uint64_t best_of_thread(const float* row, const Perturbed<kNoise>& perturbed, int begin, int end) {
+  constexpr int kLoads = kNoise ? 4 : 16;  // scores on their way
   uint64_t best = 0;
   for (int first = begin + threadIdx.x; first < end; first += kThreads * kLoads) {
     float scores[kLoads];
@@ -36,7 +66,8 @@ __device__ inline uint64_t best_of_thread(const float* row, int begin, int end) 
     for (int i = 0; i < kLoads; ++i) scores[i] = first + i * kThreads < end ? __ldcg(row + first + i * kThreads) : 0.f;
 #pragma unroll
     for (int i = 0; i < kLoads; ++i)
-      if (first + i * kThreads < end) best = max(best, candidate_of(scores[i], first + i * kThreads));
+      if (const int index = first + i * kThreads; index < end)
+        best = max(best, candidate_of(perturbed(scores[i], index), index));
   }
   return best;
 }
@@ -55,6 +86,7 @@ __device__ inline void move_on(const ChooseTokensArgs& args, int row, uint32_t t
   args.slots[row] += next - position;
 }
 
+template <bool kNoise>
 __global__ void __launch_bounds__(kThreads) choose_tokens_kernel(const __grid_constant__ ChooseTokensArgs args) {
   LOWBIT_SHARED(Meeting, meeting);
   const bool cluster = gridDim.x > 1;
@@ -62,7 +94,8 @@ __global__ void __launch_bounds__(kThreads) choose_tokens_kernel(const __grid_co
   if (cluster) cluster_arrive();  // the others may write to a block's memory once it has begun
   wait_for_previous_kernel();
   const int begin = int64_t(args.n) * blockIdx.x / gridDim.x, end = int64_t(args.n) * (blockIdx.x + 1) / gridDim.x;
-  uint64_t best = best_of_warp(best_of_thread(args.scores + int64_t(blockIdx.y) * args.n, begin, end));
+  const Perturbed<kNoise> perturbed(args, blockIdx.y);
+  uint64_t best = best_of_warp(best_of_thread(args.scores + int64_t(blockIdx.y) * args.n, perturbed, begin, end));
   if (threadIdx.x % 32 == 0) meeting.warps[threadIdx.x / 32] = best;
   __syncthreads();
   if (threadIdx.x < 32) best = best_of_warp(meeting.warps[threadIdx.x]);
@@ -92,7 +125,7 @@ cudaError_t launch_choose_tokens(const ChooseTokensArgs& args, const ChooseToken
       .cluster = launch.blocks > 1 ? launch.blocks : 0,
       .dependent = launch.dependent,
   };
-  return launch_kernel(choose_tokens_kernel, plan, args);
+  return launch_kernel(args.temperature ? choose_tokens_kernel<true> : choose_tokens_kernel<false>, plan, args);
 }
 
 }  // namespace lowbit

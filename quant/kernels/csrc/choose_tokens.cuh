@@ -7,11 +7,13 @@
 namespace lowbit {
 
 struct ChooseTokensArgs {
-  const float* scores;  // (m, n)
-  int64_t* tokens;      // (m): the index of each row's largest score
-  int64_t* written;     // (m): one more
-  int64_t* positions;   // (m): one on, up to `last`; null with slots where rows do not move
-  int64_t* slots;       // (m): as far on as the position
+  const float* scores;       // (m, n)
+  const float* temperature;  // (m), 0 for a row without noise; null with seed where no row has any
+  const int64_t* seed;       // (m)
+  int64_t* tokens;           // (m): the index of each row's largest score
+  int64_t* written;          // (m): one more
+  int64_t* positions;        // (m): one on, up to `last`; null with slots where rows do not move
+  int64_t* slots;            // (m): as far on as the position
   int64_t last;
   int m, n;
 };
