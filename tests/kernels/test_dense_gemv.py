@@ -173,8 +173,11 @@ def test_one_operator_on_two_devices(m: int, dtype: torch.dtype) -> None:
             floats = [value.float() if isinstance(value, Tensor) else value for value in args]
             expected = torch.ops.lowbit.dense_linear(*floats, False)
             y = torch.ops.lowbit.dense_linear(x, w, *tail, False)
-            assert y.dtype == (torch.float32 if tail[-1] else dtype)
-            assert_devices_agree(y, expected.to(dtype))
+            if tail[-1]:
+                assert y.dtype == torch.float32
+                assert (y.cpu() - expected).abs().max() <= 1e-4 * expected.abs().max()  # no rounding to halves
+            else:
+                assert_devices_agree(y, expected.to(dtype))
 
 
 @pytest.mark.gpu
