@@ -197,6 +197,15 @@ def test_the_same_bits_every_time(m: int) -> None:
     assert all(torch.equal(first, ops.dense_linear(x, w)) for _ in range(20))
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize(("n", "k"), [(512, 8192), (4096, 4096), (32000, 512)])
+def test_a_row_is_the_same_in_company(n: int, k: int) -> None:
+    x, w = make_x(8, k, torch.float16, "cuda"), make_x(n, k, torch.float16, "cuda")
+    alone = torch.cat([ops.dense_linear(x[i : i + 1], w, float32_out=True) for i in range(8)])
+    for m in (2, 3, 8):
+        assert torch.equal(ops.dense_linear(x[:m], w, float32_out=True), alone[:m])
+
+
 def chain(x: Tensor, weights: list[Tensor], dependent: bool) -> Tensor:
     """Products with nothing between them, so that each launch depends on the kernel before it."""
     for weight in weights:

@@ -366,13 +366,14 @@ def check_cuts_of_dense(gpu: Gpu) -> None:
     for n, k in ((50, 264), (328, 1536)):
         w = gpu.put(torch.randn(n, k).half())
         for m in (1, 9):
-            call, results = DenseCall(gpu.put(torch.randn(m, k).half()), w, dependent=True), []
-            for seed, launch in enumerate(ring.cuts_of(m, n, 2 * k, 4)):
+            call = DenseCall(gpu.put(torch.randn(m, k).half()), w, float32_out=True, dependent=True)
+            for seed, launch in enumerate(ring.cuts_of(m, n, 2 * k, 8)):
                 gpu.start(seed, (m, n, k, launch))
-                results.append(launched_dense(gpu, call, launch))
-                assert_close(results[-1], exact(call), torch.float16)
-            gpu.start(99)
-            assert torch.equal(results[-1], launched_dense(gpu, call, launch))
+                y = launched_dense(gpu, call, launch)
+                assert_close(y, exact(call), torch.float16)
+                gpu.start(99, launch)
+                alone = launched_dense(gpu, replace(call, x=gpu.put(call.x[m // 2 : m // 2 + 1])), launch)
+                assert torch.equal(y[m // 2 : m // 2 + 1], alone)
 
 
 def random_cache(pick: random.Random, slots: int, dtype: torch.dtype) -> KVCache:

@@ -162,9 +162,16 @@ __device__ inline void add_bits(float (&sums)[4], const float4& bits) {
   sums[0] += bits.x, sums[1] += bits.y, sums[2] += bits.z, sums[3] += bits.w;
 }
 
-// sums += four neighbouring sums of the whole cluster, from this block's on around it.
-template <typename Sum>
-__device__ void sum_over_cluster(const Sum* partial, Sum (&sums)[4]) {
+// sums += four neighbouring sums of the whole cluster. Which block adds them depends on how many rows x has; a sum of
+// floats must not, so it goes by rank.
+__device__ inline void sum_over_cluster(const float* partial, float (&sums)[4]) {
+#pragma unroll 4
+  for (int rank = 0; rank < gridDim.x; ++rank) {
+    if (rank == blockIdx.x) add_bits(sums, *reinterpret_cast<const float4*>(partial));
+    else add_bits(sums, read_cluster_floats(smem_address(partial), rank));
+  }
+}
+__device__ inline void sum_over_cluster(const int* partial, int (&sums)[4]) {
   add_bits(sums, *reinterpret_cast<const float4*>(partial));
 #pragma unroll 4
   for (int i = 1; i < gridDim.x; ++i) {
