@@ -35,7 +35,7 @@ def make_attention(shape: tuple[int, int, int], batch: int, length: int, int8: b
         cache = KVCache((k * 40).to(torch.int8), (v * 40).to(torch.int8), scales, scales.clone())
     q = torch.randn(batch, heads * head_dim, dtype=torch.float16, device="cuda")
     starts = torch.arange(batch, device="cuda") * length
-    return Attention(q, cache, starts, torch.full_like(starts, length - 1), head_dim**-0.5)
+    return Attention(q, cache, starts, torch.full_like(starts, length - 1), head_dim**-0.5, longest=length)
 
 
 def torchs(call: Attention, batch: int) -> Callable[[], object]:

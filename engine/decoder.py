@@ -28,6 +28,7 @@ class Step:
     tokens, positions  (m) int64
     starts             (m) int64  the cache's slot of position 0 of each row's sequence
     slots              (m) int64  starts + positions: where each row's keys and values go
+    longest            positions that no row's sequence comes beyond; 0 where nobody knows
     prompt             (sequence, length): the rows are the last of `length` positions of one sequence; None where each
                        row attends by itself
     """
@@ -36,12 +37,13 @@ class Step:
     positions: Tensor
     starts: Tensor
     slots: Tensor
+    longest: int = 0
     prompt: tuple[int, int] | None = None
 
 
 def make_step(tokens: Tensor, positions: Tensor, starts: Tensor, prompt: tuple[int, int] | None = None) -> Step:
     """The step of these rows."""
-    return Step(tokens, positions, starts, starts + positions, prompt)
+    return Step(tokens, positions, starts, starts + positions, prompt=prompt)
 
 
 @dataclass(frozen=True)
@@ -149,6 +151,7 @@ class Decoder:
                 a.softmax_scale,
                 layer.window or 0,
                 a.softcap or 0.0,
+                step.longest,
                 self.dependent,
             )
         )

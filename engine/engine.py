@@ -19,6 +19,7 @@ from engine.request import Request
 from engine.runner import Runner
 from engine.sampler import Features, Sampler, features_of
 from engine.sampling import LONGEST_BAD_WORD, Completion, Piece, Sampling
+from quant.kernels.decode_attention import SHORT
 
 Prompt = str | Sequence[int]
 
@@ -45,7 +46,7 @@ class Engine:
     def __init__(self, decoder: Decoder, tokenizer: PreTrainedTokenizerBase | None, options: Options) -> None:
         self.decoder, self.tokenizer, self.options = decoder, tokenizer, options
         self.cache: Cache | None = None
-        self.runners: dict[tuple[int, Features | None], Runner] = {}
+        self.runners: dict[tuple[int, Features | None, int], Runner] = {}
 
     def generate(
         self, prompts: Prompt | Sequence[Prompt], sampling: Sampling | Sequence[Sampling] | None = None, **changes: Any
@@ -160,12 +161,16 @@ class Engine:
         return Sampler(features, rows, self.decoder.architecture.vocabulary, self.decoder.weights.device)
 
     def runner(self, rows: int, batch: int, length: int, features: Features | None = None) -> Runner:
-        """The runner of `rows` rows over a cache for `batch` sequences of at least `length` positions, kept."""
+        """The runner of `rows` rows over a cache for `batch` sequences of at least `length` positions, kept.
+
+        Sequences of up to SHORT positions have a runner of their own, whose attention is cut for them.
+        """
         cache = self.roomy_cache(batch, length)
-        key = rows, features
+        reach = SHORT if length <= SHORT else cache.context
+        key = rows, features, reach
         if key not in self.runners:
             sampler = None if features is None else self.sampler(features, rows)
-            self.runners[key] = Runner(self.decoder, cache, rows, sampler)
+            self.runners[key] = Runner(self.decoder, cache, rows, reach, sampler)
         return self.runners[key]
 
     def roomy_cache(self, batch: int, length: int) -> Cache:

@@ -35,10 +35,13 @@ class Written:
 
 
 class Runner:
-    """`rows` tokens a step. With a sampler, a step writes the next step's tokens; without, it ends with logits."""
+    """`rows` tokens a step. With a sampler, a step writes the next step's tokens; without, it ends with logits.
 
-    def __init__(self, decoder: Decoder, cache: Cache, rows: int, sampler: Sampler | None = None) -> None:
-        self.decoder, self.cache, self.sampler = decoder, cache, sampler
+    longest  positions that no sequence comes beyond, at most the cache's
+    """
+
+    def __init__(self, decoder: Decoder, cache: Cache, rows: int, longest: int, sampler: Sampler | None = None) -> None:
+        self.decoder, self.cache, self.longest, self.sampler = decoder, cache, longest, sampler
         device = decoder.weights.device
         self.tokens, self.positions, self.starts, self.slots = (
             torch.zeros(rows, dtype=torch.int64, device=device) for _ in range(4)
@@ -65,7 +68,7 @@ class Runner:
 
     def compute(self) -> None:
         """One step."""
-        step = Step(self.tokens, self.positions, self.starts, self.slots)
+        step = Step(self.tokens, self.positions, self.starts, self.slots, self.longest)
         self.logits = self.decoder.logits(self.decoder.hidden(step, self.cache))
         if self.sampler is not None:
             self.result = self.sampler(self.logits, self.tokens, self.cursor)

@@ -18,9 +18,11 @@ INT8_LIMIT = 127
 MAX_HEAD_DIM = 256
 BLOCK_HEADS = 8  # query heads of one key head that a block serves
 MAX_SPLITS = 8  # a cluster's blocks: as many fit everywhere
-# Where a sequence is split, at most. More help long sequences and hurt short ones: docs/LOG.md, section 18.
-BLOCKS_PER_PROCESSOR = 2.5
-BLOCKS_AT_ONCE = 3  # that a multiprocessor's registers hold, heads of up to 128
+# More splits help long sequences and hurt short ones. Section 18 of docs/LOG.md has the times of all cuts at 128 and at
+# 2048 positions; those of a cut lie on a line between, and the lines of a few and of many splits cross near SHORT.
+SHORT = 1024  # positions
+SHORT_SPLITS = 4  # of a short sequence, at most
+SHORT_BLOCKS, LONG_BLOCKS = 1.95, 2.5  # that sequences are split into for each multiprocessor, at most
 APPEND_TENSORS = ("qkv", "positions", "slots", "cosines", "sines", "q_norm", "k_norm")
 
 
@@ -81,6 +83,7 @@ class Attention:
     positions  (m) int64
     window     positions that are seen, the token's own included; 0 for all
     softcap    scores become softcap * tanh(score / softcap); 0 for no bound
+    longest    positions that no sequence comes beyond: how work is cut follows it; 0 where nobody knows
     dependent  as in problem.Call; starts, positions, and a sequence's cache before its last m positions are read
                before the kernel before has finished: nothing that this launch may overlap writes them
     """
@@ -92,6 +95,7 @@ class Attention:
     scale: float
     window: int = 0
     softcap: float = 0.0
+    longest: int = 0
     dependent: bool = False
 
     @property
@@ -217,15 +221,19 @@ def attend(call: Attention) -> Tensor:
 
 
 def choose_splits(call: Attention, processors: int) -> int:
-    """Blocks that share a sequence, whatever the position: a captured graph serves them all.
+    """Blocks that share a sequence, whatever its position: a captured graph serves all up to `longest`.
 
-    Where not even whole sequences run at once, halves even out the last wave. processors 0 stands for a GPU without
-    clusters: nothing is split there.
+    Long sequences are split even where there are blocks enough: one that reads 2048 positions alone asks for too little
+    at a time. processors 0 stands for a GPU without clusters: nothing is split there.
     """
     blocks = call.q.shape[0] * call.cache.kv_heads * -(-call.heads // call.cache.kv_heads // BLOCK_HEADS)
-    if 0 < BLOCKS_AT_ONCE * processors < blocks:
-        return 2
-    return min(MAX_SPLITS, max(1, int(BLOCKS_PER_PROCESSOR * processors) // blocks))
+    bounds = [bound for bound in (call.longest, call.window) if bound]
+    if processors == 0:
+        return 1
+    if bounds and min(bounds) <= SHORT:
+        return min(SHORT_SPLITS, max(1, int(SHORT_BLOCKS * processors) // blocks))
+    least = 4 if blocks <= 2 * processors else 2
+    return min(MAX_SPLITS, max(least, int(LONG_BLOCKS * processors) // blocks))
 
 
 def reason_against(heads: Tensor, cache: KVCache) -> str | None:

@@ -62,7 +62,7 @@ LIBRARY.define(
 )
 LIBRARY.define(
     "decode_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor? k_scales, Tensor? v_scales, Tensor starts, "
-    "Tensor positions, float scale, int window, float softcap, bool dependent) -> Tensor"
+    "Tensor positions, float scale, int window, float softcap, int longest, bool dependent) -> Tensor"
 )
 LIBRARY.define(
     "choose_tokens(Tensor scores, Tensor(a!) tokens, Tensor(b!) written, Tensor(c!)? positions, Tensor(d!)? slots, "
@@ -245,11 +245,12 @@ def attention_call(
     scale: float,
     window: int,
     softcap: float,
+    longest: int,
     dependent: bool,
 ) -> Attention:
     """The Attention of lowbit::decode_attention's arguments."""
     cache = KVCache(k_cache, v_cache, k_scales, v_scales)
-    return Attention(q, cache, starts, positions, scale, window, softcap, dependent)
+    return Attention(q, cache, starts, positions, scale, window, softcap, longest, dependent)
 
 
 def int8_call(
@@ -584,6 +585,7 @@ def attend(call: Attention) -> Tensor:
         call.scale,
         call.window,
         call.softcap,
+        call.longest,
         call.dependent,
     )
 

@@ -39,22 +39,21 @@ def reason_against_gpu(problem: Problem) -> str | None:
     return reason_against_90a()
 
 
-def choose_launch(m: int, n: int, row_bytes: int, processors: int) -> Launch:
+def choose_launch(m: int, n: int, row_bytes: int, processors: int, room: int) -> Launch:
     """One rule for all shapes: rings that fill the multiprocessors, and room beside them for the next kernel's blocks.
 
     Blocks of one warpgroup, but two, which halve the reads of x, where they fill every multiprocessor several times or
-    x has many rows. Few blocks share k until they take half of the multiprocessors, so that the next product, launched
-    early, reads its own weight on the others: measured, that is worth more than the other half.
+    x has many rows. Few blocks share k until there are `room` of them.
     """
     processors = max(processors, 1)
     many = m > COLUMNS[-1] // 2 or n > (MOST_BLOCKS - 1) * ROWS * processors
     warpgroups = 2 if many else 1
     groups = -(-n // (ROWS * warpgroups))
     chunks = -(-row_bytes // CHUNK_BYTES)
-    room = processors if m > COLUMNS[-1] // 2 else processors // 2
     cluster = max(c for c in CLUSTERS if c == 1 or (groups * c <= room and 4 * c <= chunks))
     blocks = groups * cluster
-    beside = m <= SOME_ROWS and 2 * blocks > processors  # the next kernel's blocks, on the same multiprocessors
+    # the next kernel's blocks, on the same multiprocessors
+    beside = m <= SOME_ROWS and cluster == 1 and 2 * blocks > processors
     shared = -(-blocks // processors) if blocks > processors else 1 + beside
     stages = stages_of(m, warpgroups, min(shared, MOST_BLOCKS // warpgroups))
     return Launch(warpgroups, cluster, min(stages, -(-chunks // cluster)))

@@ -11,9 +11,9 @@ from quant.kernels.extension import EXTENSION
 from quant.kernels.packed import CHUNK_K, padded, scale_shift
 from quant.kernels.problem import ACTIVATIONS, NORMS, Call, check_alignment
 
-# Of the next product's weight, asked for ahead: 3 MB give 2% of a step of Llama-2-7B in 4 bits, 8 MB nothing
-# (docs/LOG.md, section 19).
-NEXT_BYTES = 3 << 20
+# Of the next product's weight, asked for ahead: 2 MB take 2.6% off a step of Llama-2-7B in 4 bits, 3 MB 3.4, 4 MB 3.9
+# (docs/LOG.md, section 33); an earlier form lost with 8 MB what it gained with 3 (section 19).
+NEXT_BYTES = 4 << 20
 
 
 def prepare(call: Call, most_staged: int) -> Call:

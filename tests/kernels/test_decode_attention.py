@@ -9,6 +9,7 @@ from torch import Tensor
 from quant.kernels import decode_attention, ops
 from quant.kernels.decode_attention import (
     MAX_SPLITS,
+    SHORT,
     Append,
     Attention,
     KVCache,
@@ -168,20 +169,22 @@ def test_attention_refuses_what_does_not_fit(change, message):
 
 
 def test_a_cut_depends_on_sizes_alone():
-    for m, shape, processors, splits in (
-        (1, (32, 32, 128), 132, 8),
-        (2, (32, 32, 128), 132, 5),
-        (4, (32, 32, 128), 132, 2),
-        (8, (32, 32, 128), 132, 1),
-        (8, (40, 40, 128), 132, 1),
-        (16, (32, 32, 128), 132, 2),
-        (1, (32, 8, 128), 132, 8),
-        (1, (28, 4, 128), 132, 8),
-        (1, (32, 32, 128), 0, 1),
+    for m, shape, processors, long, short in (
+        (1, (32, 32, 128), 132, 8, 4),
+        (2, (32, 32, 128), 132, 5, 4),
+        (4, (32, 32, 128), 132, 4, 2),
+        (8, (32, 32, 128), 132, 4, 1),
+        (8, (40, 40, 128), 132, 2, 1),
+        (16, (32, 32, 128), 132, 2, 1),
+        (1, (32, 8, 128), 132, 8, 4),
+        (1, (28, 4, 128), 132, 8, 4),
+        (1, (32, 32, 128), 0, 1, 1),
     ):
         call = make_append(shape, [5] * m, torch.float16, int8=False)
         q = torch.zeros(m, shape[0] * shape[2], dtype=torch.float16)
-        assert choose_splits(attention_of(call, q), processors) == splits
+        splits = [choose_splits(attention_of(call, q, longest=most), processors) for most in (0, 4096, SHORT)]
+        assert splits == [long, long, short]
+        assert choose_splits(attention_of(call, q, window=128), processors) == short
 
 
 def test_operators_pass_opcheck():
@@ -189,7 +192,7 @@ def test_operators_pass_opcheck():
     append = (call.qkv, call.positions, call.slots, call.cosines, call.sines, *ops.cache_args(call.cache))
     torch.library.opcheck(torch.ops.lowbit.append_heads, (*append, call.q_norm, None, 1e-6, False))
     q, starts = torch.randn(2, 32), call.slots - call.positions
-    attention = (q, *ops.cache_args(call.cache), starts, call.positions, 0.25, 4, 0.0, False)
+    attention = (q, *ops.cache_args(call.cache), starts, call.positions, 0.25, 4, 0.0, 64, False)
     torch.library.opcheck(torch.ops.lowbit.decode_attention, attention)
 
 
