@@ -8,7 +8,7 @@ from torch import Tensor
 from engine.cache import Cache
 from engine.decoder import Decoder, make_step
 
-CHUNK = 1024  # rows that go through the layers together
+CHUNK = 4096  # rows that go through the layers together; docs/LOG.md, section 31
 
 
 def read_prompt(
