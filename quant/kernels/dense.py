@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from quant.kernels.problem import ACTIVATIONS, Problem
-from quant.kernels.reference import activate
+from quant.kernels.problem import ACTIVATIONS, Deferred, Problem, reason_against_squares
+from quant.kernels.reference import activate, inverse_deviation
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,7 @@ class DenseCall:
     float32_out  y in float32
     dependent   launch without waiting for the previous kernel (programmatic dependent launch): the weight must not have
                 been written by that kernel
+    deferred    what x lacks of a norm
     """
 
     x: Tensor
@@ -31,6 +32,7 @@ class DenseCall:
     activation: str = "none"
     float32_out: bool = False
     dependent: bool = False
+    deferred: Deferred | None = None
 
     @property
     def y_shape(self) -> tuple[int, int]:
@@ -79,12 +81,14 @@ def reason_against_tensors(call: DenseCall) -> str | None:
             return f"{name} is {tuple(tensor.shape)} {tensor.dtype}, not {shape} {x.dtype}"
         if tensor.device != x.device:
             return f"{name} is on {tensor.device}, x on {x.device}"
-    return None
+    return reason_against_squares(x, x.shape[1], call.deferred)
 
 
 def reference(call: DenseCall) -> Tensor:
     """y of `call` by torch's product and functions, each rounded to x's dtype."""
     x, w, residual = call.x, call.weight, call.residual
+    if call.deferred is not None:
+        x = (x.float() * inverse_deviation(call.deferred)).to(x.dtype)
     if residual is not None and call.bias is None and call.activation == "none":
         return torch.addmm(residual, x, w.T).to(call.y_dtype)
     y = activate(functional.linear(x, w, call.bias), call.activation)

@@ -41,6 +41,8 @@ def reason_against_memory(call: DenseCall) -> str | None:
     for name, side in (("bias", call.bias), ("residual", call.residual)):
         if side is not None and not side.is_contiguous():
             return f"{name} has strides {side.stride()}: it must be contiguous"
+    if call.deferred is not None and call.deferred.squares.data_ptr() % STEP_BYTES:
+        return f"sums of squares at {call.deferred.squares.data_ptr():#x}: they are read {STEP_BYTES} bytes at a time"
     if call.activation == "silu_mul" and call.weight.shape[0] % GATED_STEP:
         return f"{call.weight.shape[0]} rows of gate and up: it takes multiples of {GATED_STEP}"
     return None
@@ -64,6 +66,8 @@ def args_of(call: DenseCall, y: Tensor) -> object:
     assert EXTENSION is not None
     args = EXTENSION.DenseArgs()
     tensors = {"x": call.x, "w": call.weight, "bias": call.bias, "residual": call.residual, "y": y}
+    if call.deferred is not None:
+        tensors["x_squares"], args.norm_eps = call.deferred.squares, call.deferred.eps
     for name, tensor in tensors.items():
         setattr(args, name, 0 if tensor is None else tensor.data_ptr())
     args.m, args.k = call.x.shape

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quant.kernels import choose_tokens, decode_attention, dense, gptq_block, row_norm, w8a8, wna16_dequantize
+from quant.kernels import choose_tokens, decode_attention, dense, gptq_block, reference, row_norm, w8a8, wna16_dequantize
 from quant.kernels.choose_tokens import Choice, Cursor, Noise
 from quant.kernels.decode_attention import Append, Attention, KVCache
 from quant.kernels.dense import DenseCall
 from quant.kernels.packed import PackedWeight
-from quant.kernels.problem import Call, Rotary, check, problem_of
+from quant.kernels.problem import PART, Call, Deferred, NextNorm, Rotary, check, problem_of
 from quant.kernels.registry import choose_kernel
 from quant.kernels.row_norm import Rows
 from quant.kernels.w8a8 import Int8Call, Int8Weight
@@ -25,14 +25,19 @@ LIBRARY = torch.library.Library("lowbit", "DEF")
 WEIGHT = "Tensor words, Tensor scales, Tensor? zeros, int n, int k, int bits, int group_size, int pair_block"
 NORM = "str norm, Tensor? norm_weight, Tensor? norm_bias, float norm_eps"
 LAUNCH = "bool dependent, Tensor? next_weight=None"
+DEFERRED = "Tensor? squares=None, float squares_eps=0.0"
 LIBRARY.define(
-    f"linear(Tensor x, {WEIGHT}, Tensor? bias, Tensor? residual, {NORM}, str activation, bool float32_out, {LAUNCH}) "
-    "-> Tensor"
+    f"linear(Tensor x, {WEIGHT}, Tensor? bias, Tensor? residual, {NORM}, str activation, bool float32_out, {LAUNCH}, "
+    f"{DEFERRED}) -> Tensor"
 )
-LIBRARY.define(f"gated_linear(Tensor x, {WEIGHT}, Tensor? bias, {NORM}, {LAUNCH}) -> Tensor")
+LIBRARY.define(
+    f"linear_deferring(Tensor x, {WEIGHT}, Tensor? bias, Tensor? residual, Tensor next_norm, {LAUNCH}) "
+    "-> (Tensor, Tensor, Tensor)"
+)
+LIBRARY.define(f"gated_linear(Tensor x, {WEIGHT}, Tensor? bias, {NORM}, {LAUNCH}, {DEFERRED}) -> Tensor")
 LIBRARY.define(
     f"qkv_rotary_append(Tensor x, {WEIGHT}, Tensor? bias, {NORM}, Tensor positions, Tensor slots, Tensor cosines, "
-    f"Tensor sines, Tensor(a!) k_cache, Tensor(b!) v_cache, {LAUNCH}) -> Tensor"
+    f"Tensor sines, Tensor(a!) k_cache, Tensor(b!) v_cache, {LAUNCH}, {DEFERRED}) -> Tensor"
 )
 LIBRARY.define(f"logits_argmax(Tensor x, {WEIGHT}, {NORM}, {LAUNCH}) -> (Tensor, Tensor)")
 LIBRARY.define(f"dequantize({WEIGHT}) -> Tensor")
@@ -53,7 +58,7 @@ LIBRARY.define(
 )
 LIBRARY.define(
     "dense_linear(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, str activation, bool float32_out, "
-    "bool dependent) -> Tensor"
+    f"bool dependent, {DEFERRED}) -> Tensor"
 )
 LIBRARY.define(
     "append_heads(Tensor qkv, Tensor positions, Tensor slots, Tensor cosines, Tensor sines, Tensor(a!) k_cache, "
@@ -76,13 +81,24 @@ def compute(call: Call) -> Tensor:
     if call.x.shape[0] == 0:
         return call.x.new_empty(call.y_shape, dtype=call.y_dtype)
     problem = problem_of(call)
-    return choose_kernel(problem).run(call, problem)
+    kernel = choose_kernel(problem)
+    if kernel.defers or (call.deferred is None and call.next_norm is None):
+        return kernel.run(call, problem)
+    y = kernel.run(reference.whole(call), problem)
+    if call.next_norm is not None:
+        reference.begin_norm(y, call.next_norm)
+    return y
 
 
 def shape_of(call: Call) -> Tensor:
     """An empty y of `call`: what tracing needs."""
     check(call)
     return call.x.new_empty(call.y_shape, dtype=call.y_dtype)
+
+
+def deferred_of(squares: Tensor | None, eps: float) -> Deferred | None:
+    """The Deferred of an operator's last arguments."""
+    return None if squares is None else Deferred(squares, eps)
 
 
 def linear_call(
@@ -105,11 +121,42 @@ def linear_call(
     float32_out: bool,
     dependent: bool,
     next_weight: Tensor | None = None,
+    squares: Tensor | None = None,
+    squares_eps: float = 0.0,
 ) -> Call:
     """The Call of lowbit::linear's arguments."""
     weight = PackedWeight(words, scales, zeros, n, k, bits, group_size, pair_block)
     sides = bias, residual, norm, norm_weight, norm_bias, norm_eps
-    return Call(x, weight, *sides, activation, None, float32_out, dependent, next_weight)
+    deferred = deferred_of(squares, squares_eps)
+    return Call(x, weight, *sides, activation, None, float32_out, dependent, next_weight, deferred)
+
+
+def deferring_call(
+    x: Tensor,
+    words: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    n: int,
+    k: int,
+    bits: int,
+    group_size: int,
+    pair_block: int,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    next_norm: Tensor,
+    dependent: bool,
+    next_weight: Tensor | None = None,
+) -> tuple[Call, NextNorm]:
+    """The Call of lowbit::linear_deferring's arguments, and what it writes beside y."""
+    weight = PackedWeight(words, scales, zeros, n, k, bits, group_size, pair_block)
+    m = x.shape[0]
+    norm = NextNorm(next_norm, x.new_empty(m, n), x.new_empty(m, n // PART, dtype=torch.float32))
+    return Call(x, weight, bias, residual, dependent=dependent, next_weight=next_weight, next_norm=norm), norm
+
+
+def with_norm(run: Callable[[Call], Tensor], call: Call, norm: NextNorm) -> tuple[Tensor, Tensor, Tensor]:
+    """y of `call`, z and sums of squares."""
+    return run(call), norm.z, norm.squares
 
 
 def gated_call(
@@ -129,11 +176,14 @@ def gated_call(
     norm_eps: float,
     dependent: bool,
     next_weight: Tensor | None = None,
+    squares: Tensor | None = None,
+    squares_eps: float = 0.0,
 ) -> Call:
     """The Call of lowbit::gated_linear's arguments."""
     weight = PackedWeight(words, scales, zeros, n, k, bits, group_size, pair_block)
     sides = bias, None, norm, norm_weight, norm_bias, norm_eps
-    return Call(x, weight, *sides, "silu_mul", dependent=dependent, next_weight=next_weight)
+    deferred = deferred_of(squares, squares_eps)
+    return Call(x, weight, *sides, "silu_mul", dependent=dependent, next_weight=next_weight, deferred=deferred)
 
 
 def rotary_call(
@@ -159,12 +209,15 @@ def rotary_call(
     v_cache: Tensor,
     dependent: bool,
     next_weight: Tensor | None = None,
+    squares: Tensor | None = None,
+    squares_eps: float = 0.0,
 ) -> Call:
     """The Call of lowbit::qkv_rotary_append's arguments."""
     rotary = Rotary(positions, slots, cosines, sines, k_cache, v_cache)
     weight = PackedWeight(words, scales, zeros, n, k, bits, group_size, pair_block)
     sides = bias, None, norm, norm_weight, norm_bias, norm_eps
-    return Call(x, weight, *sides, rotary=rotary, dependent=dependent, next_weight=next_weight)
+    deferred = deferred_of(squares, squares_eps)
+    return Call(x, weight, *sides, rotary=rotary, dependent=dependent, next_weight=next_weight, deferred=deferred)
 
 
 def logits_call(
@@ -289,6 +342,22 @@ def compute_int8(call: Int8Call) -> Tensor:
     return choose_kernel(problem).run(call, problem)
 
 
+def dense_call(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    activation: str,
+    float32_out: bool,
+    dependent: bool,
+    squares: Tensor | None = None,
+    squares_eps: float = 0.0,
+) -> DenseCall:
+    """The DenseCall of lowbit::dense_linear's arguments."""
+    deferred = deferred_of(squares, squares_eps)
+    return DenseCall(x, weight, bias, residual, activation, float32_out, dependent, deferred)
+
+
 def compute_dense(call: DenseCall) -> Tensor:
     """y of `call` by the first kernel that takes it. ValueError where the tensors do not fit together."""
     dense.check(call)
@@ -334,6 +403,11 @@ def register(name: str, implementation: Callable[..., Any], fake: Callable[..., 
 
 
 register("linear", lambda *args: compute(linear_call(*args)), lambda *args: shape_of(linear_call(*args)))
+register(
+    "linear_deferring",
+    lambda *args: with_norm(compute, *deferring_call(*args)),
+    lambda *args: with_norm(shape_of, *deferring_call(*args)),
+)
 register("gated_linear", lambda *args: compute(gated_call(*args)), lambda *args: shape_of(gated_call(*args)))
 register("qkv_rotary_append", lambda *args: compute(rotary_call(*args)), lambda *args: shape_of(rotary_call(*args)))
 register(
@@ -352,7 +426,7 @@ register(
         x.shape[0], codes.shape[0], dtype=dtype
     ),
 )
-register("dense_linear", lambda *args: compute_dense(DenseCall(*args)), lambda *args: dense_shape(DenseCall(*args)))
+register("dense_linear", lambda *args: compute_dense(dense_call(*args)), lambda *args: dense_shape(dense_call(*args)))
 register(
     "append_heads",
     lambda *args: decode_attention.append(append_call(*args)),
@@ -376,6 +450,11 @@ def weight_args(weight: PackedWeight) -> tuple[Tensor, Tensor, Tensor | None, in
     return weight.words, weight.scales, weight.zeros, *sizes
 
 
+def deferred_args(deferred: Deferred | None) -> tuple[Tensor | None, float]:
+    """The deferred norm as the operators take it."""
+    return (None, 0.0) if deferred is None else (deferred.squares, deferred.eps)
+
+
 def linear(
     x: Tensor,
     weight: PackedWeight,
@@ -390,6 +469,7 @@ def linear(
     float32_out: bool = False,
     dependent: bool = False,
     next_weight: Tensor | None = None,
+    deferred: Deferred | None = None,
 ) -> Tensor:
     """activation(norm(x) W^T + bias) + residual.
 
@@ -410,7 +490,27 @@ def linear(
         float32_out,
         dependent,
         next_weight,
+        *deferred_args(deferred),
     )
+
+
+def linear_deferring(
+    x: Tensor,
+    weight: PackedWeight,
+    next_norm: Tensor,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    *,
+    dependent: bool = False,
+    next_weight: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """h = x W^T + bias + residual, and what the product with rms_norm(h) takes instead of it, with no launch between.
+
+    x (m, k), weight (n, k), n a multiple of 64, next_norm (n) the norm's weight. Returns h (m, n), z = h * next_norm
+    (m, n), and sums of h's squares (m, n / 16) float32: the next product's x and Deferred. problem.NextNorm says more.
+    """
+    weights = weight_args(weight)
+    return torch.ops.lowbit.linear_deferring(x, *weights, bias, residual, next_norm, dependent, next_weight)
 
 
 def gated_linear(
@@ -424,11 +524,11 @@ def gated_linear(
     norm_eps: float = 0.0,
     dependent: bool = False,
     next_weight: Tensor | None = None,
+    deferred: Deferred | None = None,
 ) -> Tensor:
     """silu(gate) * up, (m, n / 2): `weight` is gate's rows over up's, packed with pair_block = n."""
-    return torch.ops.lowbit.gated_linear(
-        x, *weight_args(weight), bias, norm, norm_weight, norm_bias, norm_eps, dependent, next_weight
-    )
+    norms, last = (norm, norm_weight, norm_bias, norm_eps), deferred_args(deferred)
+    return torch.ops.lowbit.gated_linear(x, *weight_args(weight), bias, *norms, dependent, next_weight, *last)
 
 
 def qkv_rotary_append(
@@ -443,6 +543,7 @@ def qkv_rotary_append(
     norm_eps: float = 0.0,
     dependent: bool = False,
     next_weight: Tensor | None = None,
+    deferred: Deferred | None = None,
 ) -> Tensor:
     """q (m, q_heads * head_dim), rotated; k (rotated) and v are written to rotary's caches.
 
@@ -464,6 +565,7 @@ def qkv_rotary_append(
         rotary.v_cache,
         dependent,
         next_weight,
+        *deferred_args(deferred),
     )
 
 
@@ -543,6 +645,7 @@ def dense_linear(
     activation: str = "none",
     float32_out: bool = False,
     dependent: bool = False,
+    deferred: Deferred | None = None,
 ) -> Tensor:
     """activation(x W^T + bias) + residual, of a weight (n, k) as torch.nn.Linear holds it, in x's dtype.
 
@@ -551,7 +654,8 @@ def dense_linear(
     precision on Hopper are one kernel, in float32 between x and y; all others are torch's functions. ValueError with
     the numbers where the tensors do not fit together. dense.DenseCall says more.
     """
-    return torch.ops.lowbit.dense_linear(x, weight, bias, residual, activation, float32_out, dependent)
+    last = deferred_args(deferred)
+    return torch.ops.lowbit.dense_linear(x, weight, bias, residual, activation, float32_out, dependent, *last)
 
 
 def cache_args(cache: KVCache) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:

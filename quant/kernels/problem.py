@@ -37,6 +37,36 @@ class Rotary:
         return self.k_cache.shape[1]
 
 
+PART = 16  # neighbouring numbers of a row whose squares are summed together
+PARTS = 4  # a row has a multiple of so many
+
+
+@dataclass(frozen=True)
+class Deferred:
+    """What x lacks of an RMS norm of h, where x is h * the norm's weight: the product's sums are divided by h's deviation.
+
+    squares  (m, k / 16)  float32: sums of the squares of 16 neighbours of h
+    eps      1 / deviation = 1 / sqrt(mean(h^2) + eps)
+    """
+
+    squares: Tensor
+    eps: float
+
+
+@dataclass(frozen=True)
+class NextNorm:
+    """What is made of y for an RMS norm that the next product has deferred; y is rounded first.
+
+    weight   (n)          y's dtype
+    z        (m, n)       y's dtype; written: y * weight, of a finite y at most the dtype's largest number
+    squares  (m, n / 16)  float32; written: sums of the squares of 16 neighbours
+    """
+
+    weight: Tensor
+    z: Tensor
+    squares: Tensor
+
+
 @dataclass(frozen=True)
 class Call:
     """y = activation(norm(x) W^T + bias) + residual, everything between x and y in float32.
@@ -51,6 +81,8 @@ class Call:
                 been written by that kernel
     next_weight a tensor that the next product reads, of any dtype: its first bytes are asked for ahead, where the
                 kernel does so; no result depends on it
+    deferred    what x lacks of a norm, of which there is no other
+    next_norm   what is made of y beside it
     """
 
     x: Tensor
@@ -66,6 +98,8 @@ class Call:
     float32_out: bool = False
     dependent: bool = False
     next_weight: Tensor | None = None
+    deferred: Deferred | None = None
+    next_norm: NextNorm | None = None
 
     @property
     def y_shape(self) -> tuple[int, int]:
@@ -163,6 +197,8 @@ def reason_against_tensors(call: Call) -> str | None:
     if call.rotary is not None:
         caches = tuple(call.rotary.k_cache.shape)
         halves |= {"k_cache": (call.rotary.k_cache, caches), "v_cache": (call.rotary.v_cache, caches)}
+    if call.next_norm is not None:
+        halves |= {"next_norm": (call.next_norm.weight, (n,)), "z": (call.next_norm.z, (m, n))}
     for name, (tensor, shape) in halves.items():
         if tensor is not None and tensor.dtype != x.dtype:
             return f"{name} is {tensor.dtype}, x is {x.dtype}: they must agree"
@@ -175,7 +211,20 @@ def reason_against_tensors(call: Call) -> str | None:
             return f"{name} is on {tensor.device}, x on {x.device}"
         if tensor is not None and not tensor.is_contiguous():
             return f"{name} has strides {tensor.stride()}: it must be contiguous"
-    return None
+    return reason_against_squares(x, k, call.deferred) or reason_against_squares(x, n, call.next_norm)
+
+
+def reason_against_squares(x: Tensor, width: int, norm: Deferred | NextNorm | None) -> str | None:
+    """Why these are no sums of squares of rows of `width` beside x, or None."""
+    if norm is None:
+        return None
+    squares, shape = norm.squares, (x.shape[0], width // PART)
+    if width % (PART * PARTS):
+        return f"a norm of rows of {width} cannot be deferred: multiples of {PART * PARTS} are needed"
+    if tuple(squares.shape) != shape or squares.dtype != torch.float32 or squares.device != x.device:
+        found = f"{tuple(squares.shape)} {squares.dtype} on {squares.device}"
+        return f"sums of squares are {found}, not {shape} torch.float32 beside x"
+    return None if squares.is_contiguous() else f"sums of squares have strides {squares.stride()}: contiguous is needed"
 
 
 def reason_against_epilogue(call: Call) -> str | None:
@@ -189,6 +238,10 @@ def reason_against_epilogue(call: Call) -> str | None:
         return f"silu_mul needs a weight packed with pair_block {call.weight.n}, not {call.weight.pair_block}"
     if (gated or call.rotary is not None) and (call.residual is not None or call.float32_out):
         return "silu_mul and rotary take no residual and no float32 output"
+    if call.deferred is not None and call.norm != "none":
+        return f"x has lost its deviation to a deferred norm: it takes no norm {call.norm!r}"
+    if call.next_norm is not None and (gated or call.rotary is not None or call.float32_out):
+        return "silu_mul, rotary and float32 output leave no y for a next norm"
     if call.rotary is not None:
         return reason_against_rotary(call, call.rotary)
     if not gated and call.weight.pair_block != 16:

@@ -1,11 +1,13 @@
 """The same product in plain torch: what every kernel is held against, and what runs where none does."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from quant.kernels.extension import EXTENSION, reason_against_device
 from quant.kernels.packed import dequantize_packed
-from quant.kernels.problem import Call, Problem, Rotary
+from quant.kernels.problem import PART, Call, Deferred, NextNorm, Problem, Rotary
 
 
 def reason_against(problem: Problem) -> str | None:
@@ -23,6 +25,8 @@ def run(call: Call) -> Tensor:
 def compute(call: Call, w: Tensor) -> Tensor:
     """y of `call` with the dense weight `w` (n, k); the product is taken in w's dtype, all else in float32."""
     sums = (normalize(call).to(w.dtype) @ w.T).float()
+    if call.deferred is not None:
+        sums = sums * inverse_deviation(call.deferred)
     if call.bias is not None:
         sums = sums + call.bias.float()
     if call.rotary is not None:
@@ -30,7 +34,32 @@ def compute(call: Call, w: Tensor) -> Tensor:
     y = activate(sums, call.activation)
     if call.residual is not None:
         y = y + call.residual.float()
-    return y.to(call.y_dtype)
+    y = y.to(call.y_dtype)
+    if call.next_norm is not None:
+        begin_norm(y, call.next_norm)
+    return y
+
+
+def inverse_deviation(deferred: Deferred) -> Tensor:
+    """1 / deviation (m, 1) float32."""
+    squares = deferred.squares
+    return torch.rsqrt(squares.sum(-1, keepdim=True) / (squares.shape[1] * PART) + deferred.eps)
+
+
+def begin_norm(y: Tensor, norm: NextNorm) -> None:
+    """Writes the norm's z and squares of y (m, n)."""
+    h, most = y.float(), torch.finfo(y.dtype).max
+    z = h * norm.weight.float()
+    norm.z.copy_(torch.where(h.isfinite(), z.clamp(-most, most), z))
+    norm.squares.copy_(h.square().unflatten(-1, (-1, PART)).sum(-1))
+
+
+def whole(call: Call) -> Call:
+    """`call` without norms shared out between products, for kernels that have none: x divided by h's deviation."""
+    x = call.x
+    if call.deferred is not None:
+        x = (x.float() * inverse_deviation(call.deferred)).to(x.dtype)
+    return replace(call, x=x, deferred=None, next_norm=None)
 
 
 def normalize(call: Call) -> Tensor:

@@ -22,18 +22,22 @@ from quant.kernels.problem import Problem
 
 @dataclass(frozen=True)
 class Kernel:
-    """A way to compute a call, of whatever kind: why it cannot take a Problem (or None), and how it is run."""
+    """A way to compute a call, of whatever kind: why it cannot take a Problem (or None), and how it is run.
+
+    defers  it takes calls with a deferred norm and, over a packed weight, with a next one, at no cost worth a launch
+    """
 
     name: str
     reason_against: Callable[[Problem], str | None]
     run: Callable[[Any, Problem], Tensor]
+    defers: bool = False
 
 
 KERNELS = (
     Kernel("wna16_gemm", wna16_gemm.reason_against, wna16_gemm.run),
-    Kernel("wna16_gemv", wna16_gemv.reason_against, wna16_gemv.run),
+    Kernel("wna16_gemv", wna16_gemv.reason_against, wna16_gemv.run, defers=True),
     Kernel("wna16_dequantize", wna16_dequantize.reason_against, lambda call, problem: wna16_dequantize.run(call)),
-    Kernel("reference", reference.reason_against, lambda call, problem: reference.run(call)),
+    Kernel("reference", reference.reason_against, lambda call, problem: reference.run(call), defers=True),
 )
 # For x in int8.
 INT8_KERNELS = (
@@ -43,7 +47,7 @@ INT8_KERNELS = (
 )
 # For W in half precision, or in float32.
 DENSE_KERNELS = (
-    Kernel("dense_gemv", dense_gemv.reason_against, dense_gemv.run),
+    Kernel("dense_gemv", dense_gemv.reason_against, dense_gemv.run, defers=True),
     Kernel("torch", lambda problem: None, lambda call, problem: dense.reference(call)),
 )
 
@@ -63,3 +67,8 @@ def choose_kernel(problem: Problem) -> Kernel:
             return kernel
     reasons = "\n".join(f"  {kernel.name}: {kernel.reason_against(problem)}" for kernel in kernels)
     raise RuntimeError(f"no kernel takes {problem}:\n{reasons}")
+
+
+def defers(problem: Problem) -> bool:
+    """Whether an RMS norm before or behind this product is better shared out than launched: on a CPU, it can be."""
+    return problem.capability is None or choose_kernel(problem).defers

@@ -24,8 +24,9 @@ def prepare(call: Call, most_staged: int) -> Call:
         call = replace(call, x=reference.normalize(call), norm="none", norm_weight=None, norm_bias=None)
     if whole != k:
         call = replace(call, x=torch.nn.functional.pad(call.x, (0, whole - k)))
-    w = call.weight
+    w, norm = call.weight, call.next_norm
     check_alignment(x=call.x, words=w.words, scales=w.scales, zeros=w.zeros, next_weight=call.next_weight)
+    check_alignment(squares=call.deferred and call.deferred.squares, next_norm=norm and norm.weight)
     return call
 
 
@@ -58,6 +59,11 @@ def args_of(call: Call, y: Tensor) -> Any:
         tensors |= vars(call.rotary)
         args.kv_heads = call.rotary.kv_heads
         args.q_heads = weight.n // call.rotary.head_dim - 2 * args.kv_heads
+    if call.deferred is not None:
+        tensors["x_squares"], args.norm_eps = call.deferred.squares, call.deferred.eps
+        args.x_parts = call.deferred.squares.shape[1]
+    if call.next_norm is not None:
+        tensors |= {"next_norm": call.next_norm.weight, "z": call.next_norm.z, "squares": call.next_norm.squares}
     for name, tensor in tensors.items():
         setattr(args, name, 0 if tensor is None else tensor.data_ptr())
     rows = (call.bias, call.residual, y, *((call.rotary.k_cache, call.rotary.v_cache) if call.rotary else ()))

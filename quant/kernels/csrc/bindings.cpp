@@ -153,7 +153,11 @@ void bind_wna16(py::module_& module) {
   bind_pointer(args, "k_cache", &Args::k_cache);
   bind_pointer(args, "v_cache", &Args::v_cache);
   bind_pointer(args, "next_weight", &Args::next_weight);
-  args.def_readwrite("next_bytes", &Args::next_bytes);
+  bind_pointer(args, "x_squares", &Args::x_squares);
+  bind_pointer(args, "next_norm", &Args::next_norm);
+  bind_pointer(args, "z", &Args::z);
+  bind_pointer(args, "squares", &Args::squares);
+  args.def_readwrite("next_bytes", &Args::next_bytes).def_readwrite("x_parts", &Args::x_parts);
   bind_enum(args, "norm", &Args::norm);
   bind_enum(args, "activation", &Args::activation);
   args.def_readwrite("m", &Args::m).def_readwrite("n", &Args::n).def_readwrite("k", &Args::k);
@@ -265,10 +269,12 @@ void bind_dense(py::module_& module) {
   bind_pointer(args, "w", &Args::w);
   bind_pointer(args, "bias", &Args::bias);
   bind_pointer(args, "residual", &Args::residual);
+  bind_pointer(args, "x_squares", &Args::x_squares);
   bind_pointer(args, "y", &Args::y);
   bind_enum(args, "activation", &Args::activation);
   args.def_readwrite("m", &Args::m).def_readwrite("n", &Args::n).def_readwrite("k", &Args::k);
   args.def_readwrite("x_pitch", &Args::x_pitch).def_readwrite("w_pitch", &Args::w_pitch);
+  args.def_readwrite("norm_eps", &Args::norm_eps);
   args.def_readwrite("float32_out", &Args::float32_out).def_readwrite("vectors", &Args::vectors);
   module.def("dense_gemv", &dense_gemv);
 }

@@ -9,9 +9,26 @@
 namespace lowbit {
 namespace {
 
+// scales[row of x] = 1 / deviation where a norm was deferred, else 1.
+template <typename S>
+__device__ void make_scales(const DenseArgs& args, float* scales) {
+  const int parts = args.k / kTileRows;
+  for (int row = threadIdx.x / 32; row < args.m; row += S::kConsumers / 32) {
+    const float scale =
+        args.x_squares == nullptr ? 1.f : inverse_deviation(args.x_squares + row * parts, parts, args.norm_eps);
+    if (threadIdx.x % 32 == 0) scales[row] = scale;
+  }
+}
+
+template <int kWidth>
+__device__ void multiply(float (&sums)[kWidth], float factor) {
+#pragma unroll
+  for (int i = 0; i < kWidth; ++i) sums[i] *= factor;
+}
+
 // Of columns [0, m), each four neighbouring rows of the block, or of its halves: sums over the cluster, then y.
 template <typename S>
-__device__ void finish(const DenseArgs& args, const RingShare& share, const float* partial) {
+__device__ void finish(const DenseArgs& args, const RingShare& share, const float* scales, const float* partial) {
   using T = typename S::Operand;
   constexpr int kPartRows = S::kRows / S::kParts;
   const int rows = args.n / S::kParts;
@@ -21,8 +38,10 @@ __device__ void finish(const DenseArgs& args, const RingShare& share, const floa
     Pairs<4> pairs = {.low = share.row + row, .high = share.row + row + rows, .column = column,
                       .vectors = args.vectors, .low_sums = {}, .high_sums = {}};
     sum_over_cluster(first, pairs.low_sums);
+    multiply(pairs.low_sums, scales[column]);
     if constexpr (S::kParts == 1) return store_rows<T>(args, column, pairs.low, pairs.vectors, pairs.low_sums);
     sum_over_cluster(first + kPartRows, pairs.high_sums);
+    multiply(pairs.high_sums, scales[column]);
     store_gated<T>(args, pairs);
   });
 }
@@ -34,6 +53,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kMinBlocks)
   LOWBIT_DYNAMIC_SHARED(uint8_t, unaligned);
   uint8_t* smem = unaligned + (1024 - smem_address(unaligned) % 1024) % 1024;
   const Ring<S> ring{smem_address(smem), stages};
+  float* scales = reinterpret_cast<float*>(smem + stages * (S::kStageBytes + 16));
   const RingShare share(args.k * 2, S::kRows / S::kParts);
   allow_next_kernel();
   if (threadIdx.x == S::kConsumers) ring.init();
@@ -43,10 +63,11 @@ __global__ void __launch_bounds__(S::kThreads, S::kMinBlocks)
     return;
   }
   wait_for_previous_kernel();
+  make_scales<S>(args, scales);  // while x is on its way
   RingSums<S> sums = {};
   consume<S>(share, ring, sums);
   float* partial = reinterpret_cast<float*>(smem);
-  share_sums<S>(sums, partial, [&] { finish<S>(args, share, partial); });
+  share_sums<S>(sums, partial, [&] { finish<S>(args, share, scales, partial); });
 #endif
 }
 
@@ -59,7 +80,7 @@ cudaError_t launch_shape(const DenseArgs& args, const RingLaunch& launch, cudaSt
   if (error == cudaSuccess) error = make_tensor_map(maps.x, args.x, args.m, args.k * 2, args.x_pitch, S::kColumns);
   if (error != cudaSuccess) return error;
   const int row_blocks = (args.n / S::kParts + kPartRows - 1) / kPartRows;
-  const LaunchPlan plan = ring_plan<S>(launch, row_blocks, args.m, ring_bytes<S>(stages, 0), stream);
+  const LaunchPlan plan = ring_plan<S>(launch, row_blocks, args.m, ring_bytes<S>(stages, S::kColumns * 4), stream);
   return launch_kernel(dense_gemv_kernel<S>, plan, maps, args, stages);
 }
 

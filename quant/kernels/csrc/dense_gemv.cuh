@@ -11,6 +11,8 @@ struct DenseArgs {
   const void* w;         // (n, k)
   const void* bias;      // (n) or null
   const void* residual;  // (m, n) or null: added after the activation
+  const float* x_squares;  // (m, k / 16), or null: deferred_norm.cuh; k is then a multiple of 64
+  float norm_eps;
   void* y;               // (m, n), or (m, n / 2) for the gated epilogue
   int m, n, k;           // k a multiple of 8; n of 8 for the gated epilogue
   int64_t x_pitch, w_pitch;  // bytes from one row to the next, multiples of 16

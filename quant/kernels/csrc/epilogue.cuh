@@ -1,6 +1,7 @@
 // From float32 sums to y: bias, activation, residual; gate times up; rotary embedding and cache append.
 #pragma once
 
+#include "deferred_norm.cuh"
 #include "dequant.cuh"
 #include "wna16_args.cuh"
 
@@ -128,22 +129,32 @@ template <typename T, int kWidth, typename SumOf>
 __device__ void store_group(const Wna16Args& args, int group_tiles, int begin, int end, int warp, int warps,
                             SumOf sum_of) {
   const int block_tiles = args.pair_block / kTileRows;
-  for (int pair = threadIdx.x % 32 * kWidth; pair < group_tiles * 8; pair += 32 * kWidth) {
+  const bool deferring = kWidth == 1 && args.next_norm != nullptr;
+  for (int first = 0; first < group_tiles * 8; first += 32 * kWidth) {
+    const int pair = first + threadIdx.x % 32 * kWidth;
     const int tile = blockIdx.y * group_tiles + pair / 8;
-    if (tile >= args.tiles) continue;
+    const bool stored = pair < group_tiles * 8 && tile < args.tiles;
+    if (!stored && !deferring) continue;
     Pairs<kWidth> pairs;
     pairs.low = tile / block_tiles * args.pair_block + tile % block_tiles * 8 + pair % 8;
     pairs.high = pairs.low + args.pair_block / 2;
     pairs.vectors = args.vectors;
     const int row = pair / 8 * kTileRows + pair % 8;
+    float2 weights = {};
+    if (deferring && stored) {
+      const T* norm = static_cast<const T*>(args.next_norm);
+      weights = make_float2(to_float(norm[pairs.low]), to_float(norm[pairs.high]));
+    }
     for (int column = begin + warp; column < end; column += warps) {
       pairs.column = column;
 #pragma unroll
-      for (int i = 0; i < kWidth; ++i) {
+      for (int i = 0; stored && i < kWidth; ++i) {
         pairs.low_sums[i] = sum_of(column, row + i);
         pairs.high_sums[i] = sum_of(column, row + i + 8);
       }
-      store_pairs<T>(args, pairs);
+      if (stored) store_pairs<T>(args, pairs);
+      if (deferring)
+        store_deferred<T>(args, stored, column, pairs.low, make_float2(pairs.low_sums[0], pairs.high_sums[0]), weights);
     }
   }
 }

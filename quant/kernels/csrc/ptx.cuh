@@ -245,6 +245,13 @@ __device__ inline void copy_bulk(uint32_t smem, const void* global, uint32_t byt
 #endif
 }
 
+// Starts a copy of 16 bytes of global memory, past L1, that wait_for_copies of the same thread waits for.
+__device__ inline void copy_16(uint32_t smem, const void* global) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(smem), "l"(global) : "memory");
+}
+
+__device__ inline void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
 // Asks L2 for `bytes`, a multiple of 16, of global memory that will be read later.
 __device__ inline void prefetch_bulk(const void* global, uint32_t bytes) {
 #if __CUDA_ARCH__ >= 900

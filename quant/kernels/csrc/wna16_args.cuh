@@ -33,7 +33,7 @@ struct Wna16Args {
   int scale_rows;
   int scale_shift;         // chunk >> scale_shift is its row of scales
   Norm norm;
-  float norm_eps;
+  float norm_eps;          // of x_squares too
   Activation activation;
   bool float32_out;
   bool vectors;  // n is a multiple of 8 and what lies in y's dtype starts at a multiple of 16 bytes
@@ -47,6 +47,12 @@ struct Wna16Args {
   int q_heads, kv_heads;
   const void* next_weight;  // what the next product reads first, and is asked for: next_weight.cuh
   int next_bytes;           // 0 where nothing is
+  // A norm without a launch of its own, deferred_norm.cuh: what x lacks of it, and what is made of y for the next one.
+  const float* x_squares;   // (m, x_parts), or null: x is whole
+  int x_parts;              // k / 16 before padding, a multiple of 4
+  const void* next_norm;    // (n) the weight of the norm of y, or null; n is a multiple of 64
+  void* z;                  // (m, n) y * next_norm
+  float* squares;           // (m, n / 16)
 };
 
 }  // namespace lowbit

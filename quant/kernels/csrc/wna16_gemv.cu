@@ -309,23 +309,48 @@ __device__ inline float sum_over_cluster(const float* totals, int index) {
   return sum;
 }
 
-// Sums over warps and cluster, then the epilogue. `partial` holds the warps' sums, with room for one more set behind.
+// What a deferred norm leaves to this product: each row's sums of squares come to `squares` beside the main loop, one
+// warp's rows by that warp, and give way to 1 / deviation in their first place.
+__device__ inline void copy_squares(const Wna16Args& args, float* squares) {
+  for (int row = warp_of_block(); row < args.m; row += blockDim.y * blockDim.z)
+    for (int i = threadIdx.x * 4; i < args.x_parts; i += 128)
+      copy_16(smem_address(squares + row * args.x_parts + i), args.x_squares + row * args.x_parts + i);
+}
+
+__device__ inline void finish_squares(const Wna16Args& args, float* squares) {
+  wait_for_copies();
+  __syncwarp();
+  for (int row = warp_of_block(); row < args.m; row += blockDim.y * blockDim.z) {
+    const float inverse = inverse_deviation(squares + row * args.x_parts, args.x_parts, args.norm_eps);
+    if (threadIdx.x == 0) squares[row * args.x_parts] = inverse;
+  }
+}
+
+// Sums over warps and cluster, then the epilogue. `partial` holds the warps' sums, with room for one more set behind,
+// and then what finish_squares left.
 template <typename T>
 __device__ void finish_group(const Wna16Args& args, int group_tiles, float* partial) {
   const int rows = group_tiles * kTileRows;
   const int count = rows * args.m;
   const int warps = blockDim.y * blockDim.z;
+  float* totals = partial + blockDim.z * count;
+  const auto scale_of = [&](int column) {
+    return args.x_squares == nullptr ? 1.f : totals[count + column * args.x_parts];
+  };
   __syncthreads();
   if (gridDim.x == 1) {
-    const auto sum_of = [&](int column, int row) { return sum_over_warps(partial, count, column * rows + row); };
+    const auto sum_of = [&](int column, int row) {
+      return sum_over_warps(partial, count, column * rows + row) * scale_of(column);
+    };
     store_group<T, 1>(args, group_tiles, 0, args.m, warp_of_block(), warps, sum_of);
     return;
   }
-  float* totals = partial + blockDim.z * count;
   for (int i = thread_of_block(); i < count; i += threads_of_block()) totals[i] = sum_over_warps(partial, count, i);
   __syncthreads();  // orders nothing that the next line does not, but racecheck knows no cluster barriers
   cluster_sync();
-  const auto sum_of = [&](int column, int row) { return sum_over_cluster(totals, column * rows + row); };
+  const auto sum_of = [&](int column, int row) {
+    return sum_over_cluster(totals, column * rows + row) * scale_of(column);
+  };
   if (blockIdx.x == 0) store_group<T, 1>(args, group_tiles, 0, args.m, warp_of_block(), warps, sum_of);
   cluster_sync();  // no block leaves while rank 0 reads from it
 }
@@ -346,6 +371,13 @@ __device__ inline void ask_for_next_weight(const Wna16Args& args) {
   const int warp = (blockIdx.y * gridDim.x + blockIdx.x) * block_warps + warp_of_block();
   const int warps = gridDim.x * gridDim.y * block_warps;
   if (threadIdx.x == 0) prefetch_next_weight(args.next_weight, args.next_bytes, warp, warps);
+}
+
+// The weight of the next norm is constant, and far away by the time that the epilogue reads it.
+__device__ inline void ask_for_next_norm(const Wna16Args& args, int group_tiles) {
+  const int row = blockIdx.y * group_tiles * kTileRows;
+  const int rows = min(group_tiles * kTileRows, args.n - row);
+  if (thread_of_block() == 0) prefetch_bulk(static_cast<const uint16_t*>(args.next_norm) + row, rows * 2);
 }
 
 template <typename S>
@@ -369,9 +401,12 @@ __device__ void compute_group(const Wna16Args& args, bool prefetch, uint8_t* sme
     }
   }
   if (prefetch) prefetch_chunks<S>(streams, share);
+  if (args.next_norm != nullptr) ask_for_next_norm(args, share.group_tiles);
   wait_for_previous_kernel();
 
-  const LaneX<S> x = prepare_x<S>(args, share, smem + count * (blockDim.z + 1) * 4);
+  float* squares = partial + count * (blockDim.z + 1);  // or what prepare_x needs: never both
+  if (args.x_squares != nullptr) copy_squares(args, squares);
+  const LaneX<S> x = prepare_x<S>(args, share, reinterpret_cast<uint8_t*>(squares));
   Sums<S> sums = {};
   for (int chunk = share.first; chunk < share.end; chunk += S::kAhead * share.step) {
 #pragma unroll
@@ -385,6 +420,7 @@ __device__ void compute_group(const Wna16Args& args, bool prefetch, uint8_t* sme
     }
   }
   store_partial<S>(share.group_tiles, args.m, sums, partial);
+  if (args.x_squares != nullptr) finish_squares(args, squares);
   ask_for_next_weight(args);
   finish_group<typename S::T>(args, share.group_tiles, partial);
 }
@@ -409,6 +445,7 @@ cudaError_t launch_shape(const Wna16Args& args, const Wna16GemvLaunch& launch, c
   if (launch.row_warps * launch.k_warps * 32 > kMaxThreads) return cudaErrorInvalidConfiguration;
   size_t bytes = size_t(group_tiles) * kTileRows * args.m * (launch.k_warps + 1) * 4;
   const int slice = largest_slice(args.chunks, launch.cluster);
+  if (args.x_squares != nullptr) bytes += size_t(args.m) * args.x_parts * 4;
   if (args.stage_x) bytes += (args.m + 1) / 2 * 16 + size_t(args.m) * staged_pitch(slice);
   const LaunchPlan plan = {
       .device = launch.device,

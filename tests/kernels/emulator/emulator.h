@@ -59,6 +59,9 @@ void barrier_init(uint32_t barrier, int arrivals);
 void barrier_arrive(uint32_t barrier, uint32_t bytes);
 void barrier_wait(uint32_t barrier, uint32_t parity);
 void copy(const Copy& copy);
+// A thread's own copies of 16 bytes: the target holds NaN until the thread waits for them all.
+void copy_mine(uint32_t target, uint4 value);
+void wait_for_mine();
 // Where the copy engine puts byte `address` of a box whose rows have 128 bytes: its 128-byte swizzle.
 inline uint32_t swizzled(uint32_t address) { return address ^ (address >> 7 & 7) << 4; }
 

@@ -85,6 +85,8 @@ inline void barrier_wait(uint32_t barrier, uint32_t parity) { emulator::barrier_
 inline void copy_bulk(uint32_t smem, const void* global, uint32_t bytes, uint32_t barrier) {
   emulator::copy({smem, bytes, barrier, static_cast<const uint8_t*>(global), 0, 0, 0});
 }
+inline void copy_16(uint32_t smem, const void* global) { emulator::copy_mine(smem, emulator::load<uint4>(global)); }
+inline void wait_for_copies() { emulator::wait_for_mine(); }
 inline void prefetch_bulk(const void* global, uint32_t bytes) {
   for (uint32_t i = 0; i < bytes; i += 16) read_cached(static_cast<const uint8_t*>(global) + i);
 }

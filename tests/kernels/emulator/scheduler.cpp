@@ -73,6 +73,7 @@ struct Fiber {
   uint64_t commits = 0;  // groups of products, of which the last are on their way
   Group open;
   std::deque<Group> committed;
+  std::vector<std::pair<uint32_t, uint4>> copies;  // its own, on their way
 };
 
 struct Flight {
@@ -142,6 +143,7 @@ void end_cluster_phase() {
 void enter() {
   body(context);
   if (!fiber->open.empty() || !fiber->committed.empty()) fail("a thread left with products on their way");
+  if (!fiber->copies.empty()) fail("a thread left with copies on their way");
   fiber->done = true;
   ++progress;
   --fiber->block->alive;
@@ -432,6 +434,16 @@ void copy(const Copy& copy) {
   memset(shared_at(copy.target, copy.bytes), 0xff, copy.bytes);
   cluster->flights.push_back({fiber->block, copy});
   ++progress;
+}
+
+void copy_mine(uint32_t target, uint4 value) {
+  memset(shared_at(target, 16), 0xff, 16);
+  fiber->copies.emplace_back(target, value);
+}
+
+void wait_for_mine() {
+  for (const auto& [target, value] : fiber->copies) memcpy(shared_at(target, 16), &value, 16);
+  fiber->copies.clear();
 }
 
 void later(std::function<void()> product) { fiber->open.push_back(std::move(product)); }

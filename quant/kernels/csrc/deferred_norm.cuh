@@ -1,0 +1,58 @@
+// An RMS norm shared out between the product that makes h and the one that reads it, with no launch between them:
+//
+//   rms_norm(h) W^T = ((h * weight) W^T) / deviation,  deviation = sqrt(mean(h^2) + eps)
+//
+// The first stores z = h * weight, and of each row the sums of the squares of kTileRows neighbours. The second takes z
+// for x, and divides its finished sums. Every sum has one order, so a result does not depend on timing or on the cut.
+#pragma once
+
+#include "dequant.cuh"
+#include "wna16_args.cuh"
+
+namespace lowbit {
+
+template <typename T>
+constexpr float kLargest = 0.f;
+template <>
+constexpr float kLargest<__half> = 65504.f;
+template <>
+constexpr float kLargest<__nv_bfloat16> = 3.38953139e38f;
+
+// h * weight. Of a finite h it is finite: at most T's largest number. What is infinite or NaN is not hidden.
+template <typename T>
+__device__ T weighted(float h, float weight) {
+  const float product = h * weight;
+  const bool too_large = fabsf(product) > kLargest<T> && fabsf(h) <= kLargest<T>;
+  return from_float<T>(too_large ? copysignf(kLargest<T>, product) : product);
+}
+
+// 1 / deviation of the row whose `count` sums of squares, a multiple of 4, are at `squares`, in any memory. The warp's
+// lanes call it together, and each gets it.
+__device__ inline float inverse_deviation(const float* squares, int count, float eps) {
+  float sum = 0.f;
+  for (int i = threadIdx.x % 32 * 4; i < count; i += 128) {
+    const float4 four = *reinterpret_cast<const float4*>(squares + i);
+    sum += (four.x + four.y) + (four.z + four.w);
+  }
+  for (int offset = 16; offset > 0; offset /= 2) sum += __shfl_xor_sync(~0u, sum, offset);
+  return rsqrtf(sum / (count * kTileRows) + eps);
+}
+
+// A row's sum of squares over a tile whose rows r and r + 8 are low and high of 8 neighbouring lanes, and z of both.
+// All lanes of a warp call it together; those that have no row are not `stored`.
+template <typename T>
+__device__ void store_deferred(const Wna16Args& args, bool stored, int column, int low, float2 sums, float2 weights) {
+  const T low_h = from_float<T>(sums.x), high_h = from_float<T>(sums.y);  // as y has them
+  float square = 0.f;
+  if (stored) {
+    T* z = static_cast<T*>(args.z) + static_cast<int64_t>(column) * args.n + low;
+    z[0] = weighted<T>(to_float(low_h), weights.x);
+    z[8] = weighted<T>(to_float(high_h), weights.y);
+    square = to_float(low_h) * to_float(low_h) + to_float(high_h) * to_float(high_h);
+  }
+  for (int offset = 4; offset > 0; offset /= 2) square += __shfl_xor_sync(~0u, square, offset);
+  if (stored && threadIdx.x % 8 == 0)
+    args.squares[static_cast<int64_t>(column) * (args.n / kTileRows) + low / kTileRows] = square;
+}
+
+}  // namespace lowbit
