@@ -35,7 +35,7 @@ from quant.kernels.choose_tokens import Choice, Cursor, Noise
 from quant.kernels.decode_attention import Append, Attention, KVCache
 from quant.kernels.dense import DenseCall
 from quant.kernels.packed import PackedWeight
-from quant.kernels.problem import Call, Problem, Rotary, check, problem_of
+from quant.kernels.problem import PART, Call, Deferred, NextNorm, Problem, Rotary, check, problem_of
 from quant.kernels.row_norm import Rows
 from quant.kernels.w8a8 import Int8Call, Int8Weight
 from quant.qtensor import QTensor
@@ -80,7 +80,7 @@ def random_call(pick: random.Random, kernel: ModuleType) -> Call:
     """A product with some prologue and some epilogue: odd n, tails of k, every kind of group."""
     dtype, bits = pick.choice(HALVES), pick.choice([4, 8])
     m, k = pick.randint(*pick.choice(ROWS[kernel])), pick.choice([32, 96, 128, 160, 256, 512, 640, 1024])
-    n, pair_block, tail = pick.choice([1, 5, 16, 33, 40, 72, 136, 200]), 16, {}
+    n, pair_block, tail = pick.choice([1, 5, 16, 33, 40, 64, 72, 136, 192, 200]), 16, {}
     half = pick.choice([None, lambda *shape: torch.randn(shape).to(dtype)])
     mode = pick.choice(["plain", "plain", "gated", "rotary"])
     if mode == "gated":
@@ -103,6 +103,25 @@ def random_call(pick: random.Random, kernel: ModuleType) -> Call:
     return Call(x, weight, half and half(n), dependent=pick.random() < 0.6, **tail)
 
 
+def random_deferral(pick: random.Random, call: Call) -> Call:
+    """`call`, where it can have one, with a norm that was deferred or is the next one's; its outputs hold NaN."""
+    (m, k), n, dtype = call.x.shape, call.weight.n, call.x.dtype
+    if call.norm == "none" and k % 64 == 0 and pick.random() < 0.6:
+        call = replace(call, deferred=Deferred(torch.rand(m, k // PART) * 40, 1e-3))
+    if call.y_shape[1] == n and n % 64 == 0 and not (call.float32_out or call.rotary) and pick.random() < 0.9:
+        z, squares = torch.full((m, n), torch.nan, dtype=dtype), torch.full((m, n // PART), torch.nan)
+        call = replace(call, next_norm=NextNorm(torch.randn(n).to(dtype), z, squares))
+    return call
+
+
+def assert_next_norm(y: Tensor, norm: NextNorm) -> None:
+    """z and squares are those of y: of z every bit."""
+    expected = NextNorm(norm.weight, torch.empty_like(norm.z), torch.empty_like(norm.squares))
+    reference.begin_norm(y, expected)
+    assert torch.equal(norm.z, expected.z)
+    assert torch.allclose(norm.squares, expected.squares, rtol=1e-5)
+
+
 def random_launch(pick: random.Random, kernel: ModuleType, m: int) -> Any:
     """Any cut that the kernel has code for, of more blocks than there are chunks too."""
     if kernel is wna16_gemm:
@@ -118,6 +137,9 @@ def launched(gpu: Gpu, kernel: ModuleType, call: Call, launch: Any) -> Tensor:
     if call.rotary:
         gpu.late(call.rotary.positions, call.rotary.slots)
         gpu.untouched(call.rotary.k_cache, call.rotary.v_cache)
+    gpu.late(call.deferred and call.deferred.squares)
+    if call.next_norm:
+        gpu.untouched(call.next_norm.z, call.next_norm.squares)
     with gpu:
         return kernel.run(call, problem_of(call), launch)
 
@@ -135,7 +157,10 @@ def check_products(gpu: Gpu, kernel_name: str, seeds: range) -> None:
     for seed in seeds:
         torch.manual_seed(seed)
         pick = random.Random(seed)
-        call = gpu.put(random_call(pick, kernel))
+        call = random_call(pick, kernel)
+        if kernel is wna16_gemv:
+            call = random_deferral(pick, call)
+        call = gpu.put(call)
         if pick.random() < 0.5:  # rows that begin anywhere, and end at the page
             call = replace(call, bias=gpu.put(call.bias, 2), residual=gpu.put(call.residual, 2))
         launch = random_launch(pick, kernel, call.x.shape[0])
@@ -145,7 +170,9 @@ def check_products(gpu: Gpu, kernel_name: str, seeds: range) -> None:
         written = [cache.clone() for cache in caches]
         for cache in caches:
             cache.zero_()
-        assert_close(y, reference.run(call), call.x.dtype)
+        assert_close(y, reference.run(replace(call, next_norm=None)), call.x.dtype)
+        if call.next_norm is not None:
+            assert_next_norm(y, call.next_norm)
         for cache, found in zip(caches, written, strict=True):
             assert_close(found, cache, call.x.dtype)
 
@@ -321,12 +348,13 @@ def strided(pick: random.Random, gpu: Gpu, value: Tensor) -> Tensor:
 def random_dense_call(pick: random.Random, gpu: Gpu) -> DenseCall:
     """Some number of rows, tails of k, any n, some epilogue; bias, residual and y end at the page."""
     m = pick.randint(1, pick.choice([8, 16, 16, dense_gemv.MAX_M]))
-    dtype, k = pick.choice(HALVES), pick.choice([8, 40, 64, 136, 520, 1032])
+    dtype, k = pick.choice(HALVES), pick.choice([8, 40, 64, 136, 520, 640, 1032])
     n, activation = pick.choice([1, 5, 16, 64, 67, 130, 200]), pick.choice(["none", "none", "gelu", "quick_gelu"])
     if pick.random() < 0.3:
         n, activation = pick.choice([8, 16, 64, 72, 136, 272]), "silu_mul"
     x, w, bias, residual = (torch.randn(shape).to(dtype) for shape in ((m, k), (n, k), (n,), (m, n)))
     plain, alignment = activation != "silu_mul", pick.choice([2, 16])
+    deferred = Deferred(gpu.put(torch.rand(m, k // PART) * 40), 1e-3) if k % 64 == 0 and pick.random() < 0.6 else None
     return DenseCall(
         strided(pick, gpu, x),
         strided(pick, gpu, w),
@@ -335,6 +363,7 @@ def random_dense_call(pick: random.Random, gpu: Gpu) -> DenseCall:
         activation,
         plain and pick.random() < 0.5,
         pick.random() < 0.6,
+        deferred,
     )
 
 
@@ -346,7 +375,7 @@ def exact(call: DenseCall) -> Tensor:
 
 def launched_dense(gpu: Gpu, call: DenseCall, launch: ring.Launch) -> Tensor:
     dense.check(call)
-    gpu.late(call.x, call.bias, call.residual)
+    gpu.late(call.x, call.bias, call.residual, call.deferred and call.deferred.squares)
     with gpu:
         return dense_gemv.run(call, dense.problem_of(call), launch)
 

@@ -30,6 +30,7 @@ __device__ T weighted(float h, float weight) {
 // lanes call it together, and each gets it.
 __device__ inline float inverse_deviation(const float* squares, int count, float eps) {
   float sum = 0.f;
+#pragma unroll 2
   for (int i = threadIdx.x % 32 * 4; i < count; i += 128) {
     const float4 four = *reinterpret_cast<const float4*>(squares + i);
     sum += (four.x + four.y) + (four.z + four.w);
