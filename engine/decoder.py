@@ -13,7 +13,19 @@ from torch.nn import functional
 from engine.architecture import Architecture, Layer, Rope
 from engine.attention import prompt_attention
 from engine.cache import Cache
-from engine.products import Linear, Norm, gated_product, prepared, product, rounds_late
+from engine.products import (
+    Hidden,
+    Linear,
+    Norm,
+    Reader,
+    beginning_product,
+    begins_norm,
+    gated_product,
+    prepared,
+    product,
+    rounds_late,
+    taken,
+)
 from engine.weights import LayerWeights, Weights, chained
 from quant.kernels import ops
 from quant.kernels.decode_attention import Append, Attention
@@ -77,10 +89,12 @@ class Decoder:
         self.turns = [tables[id(layer.rope)] for layer in architecture.layers]
         # dependent launches are for captured graphs; on a CPU the operators ignore them
         self.dependent = weights.device.type == "cuda"
+        # norms are shared out between products to save a GPU their launches; a CPU has only what that costs
+        self.deferring = weights.device.type == "cuda"
 
-    def hidden(self, step: Step, cache: Cache) -> Tensor:
+    def hidden(self, step: Step, cache: Cache) -> Hidden:
         """The last layer's output (m, hidden); the cache holds the rows' keys and values afterwards."""
-        x = self.embed(step)
+        x = Hidden(self.embed(step))
         for index in range(len(self.architecture.layers)):
             x = self.layer(x, index, step, cache)
         return x
@@ -94,38 +108,58 @@ class Decoder:
             x = x + functional.embedding(step.positions, self.weights.positions)
         return x
 
-    def layer(self, x: Tensor, index: int, step: Step, cache: Cache) -> Tensor:
+    def layer(self, x: Hidden, index: int, step: Step, cache: Cache) -> Hidden:
         """One layer's output (m, hidden)."""
         a, w = self.architecture, self.weights.layers[index]
         attended = self.attend(self.heads(x, w, index, step, cache), index, step, cache)
-        h = self.into_residual(attended, w.o, w.attention_out_norm, x)
+        deferring = self.deferring and step.prompt is None
+        reader = Reader(w.up, w.mlp_norm) if deferring else None
+        h = self.into_residual(attended, w.o, w.attention_out_norm, x.h, reader)
         source, norm = (x, w.mlp_norm or w.attention_norm) if a.parallel else (h, w.mlp_norm)
         late = rounds_late(w.up, w.down, a.activation)
         if a.gated and not late:
             inner = gated_product(source, w.up, norm, a.activation, self.dependent)
         else:
             inner = product(source, w.up, norm, "none" if late else a.activation, dependent=self.dependent)
-        return self.into_residual(inner, w.down, w.mlp_out_norm, h, a.activation if late else "none")
+        reader = self.reader_after(index) if deferring else None
+        return self.into_residual(inner, w.down, w.mlp_out_norm, h.h, reader, a.activation if late else "none")
+
+    def reader_after(self, index: int) -> Reader:
+        """What reads the output of layer `index`."""
+        following = self.weights.layers[index + 1 :][:1]
+        if not following:
+            return Reader(self.weights.head, self.weights.norm)
+        return Reader(following[0].qkv, following[0].attention_norm)
 
     def into_residual(
-        self, x: Tensor, linear: Linear, out_norm: Norm | None, residual: Tensor, before: str = "none"
-    ) -> Tensor:
-        """residual + before(x) W^T, the product normed where the family does so."""
-        if out_norm is None:
-            return product(x, linear, residual=residual, dependent=self.dependent, before=before)
-        y = product(x, linear, dependent=self.dependent, before=before)
-        return residual + prepared(y, None, out_norm, self.dependent)
+        self,
+        x: Tensor,
+        linear: Linear,
+        out_norm: Norm | None,
+        residual: Tensor,
+        reader: Reader | None,
+        before: str = "none",
+    ) -> Hidden:
+        """residual + before(x) W^T, the product normed where the family does so; the norm of `reader` may be begun."""
+        if out_norm is not None:
+            y = product(x, linear, dependent=self.dependent, before=before)
+            return Hidden(residual + prepared(y, None, out_norm, self.dependent))
+        if reader is not None and reader.norm is not None and begins_norm(linear, reader, len(x)):
+            return beginning_product(x, linear, residual, reader.norm, self.dependent)
+        return Hidden(product(x, linear, residual=residual, dependent=self.dependent, before=before))
 
-    def heads(self, x: Tensor, w: LayerWeights, index: int, step: Step, cache: Cache) -> Tensor:
+    def heads(self, x: Hidden, w: LayerWeights, index: int, step: Step, cache: Cache) -> Tensor:
         """q (m, heads * head_dim), turned; k and v are in the cache."""
         kv, turns = cache.layers[index], self.turns[index]
         weight = w.qkv.weight
         fused = kv.k_scales is None and w.q_norm is None
         if fused and isinstance(weight, PackedWeight) and weight.pair_block == kv.head_dim:
             rotary = Rotary(step.positions, step.slots, turns.cosines, turns.sines, kv.k, kv.v)
-            x = prepared(x, w.qkv, w.attention_norm, self.dependent)
-            ahead = w.qkv.next_weight
-            return ops.qkv_rotary_append(x, weight, rotary, w.qkv.bias, dependent=self.dependent, next_weight=ahead)
+            inputs, deferred = taken(x, w.qkv, w.attention_norm, self.dependent)
+            bias, ahead = w.qkv.bias, w.qkv.next_weight
+            return ops.qkv_rotary_append(
+                inputs, weight, rotary, bias, dependent=self.dependent, next_weight=ahead, deferred=deferred
+            )
         qkv = product(x, w.qkv, w.attention_norm, dependent=self.dependent)
         eps = self.architecture.norm_eps
         return ops.append_heads(
@@ -156,8 +190,8 @@ class Decoder:
             )
         )
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """The logits (m, vocabulary) float32 of rows of the last layer's output."""
+    def logits(self, hidden: Tensor | Hidden) -> Tensor:
+        """The logits (m, vocabulary) float32 of rows of the last layer's output (m, hidden)."""
         weights, cap = self.weights, self.architecture.logit_softcap
         logits = product(hidden, weights.head, weights.norm, dependent=self.dependent, float32_out=True)
         return logits if cap is None else cap * torch.tanh(logits / cap)

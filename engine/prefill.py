@@ -22,7 +22,7 @@ def read_prompt(
         begin = start + first
         positions = torch.arange(begin, begin + len(part), device=device)
         starts = torch.full_like(positions, cache.start(sequence))
-        yield decoder.hidden(make_step(part, positions, starts, (sequence, begin + len(part))), cache)
+        yield decoder.hidden(make_step(part, positions, starts, (sequence, begin + len(part))), cache).h
 
 
 def last_logits(decoder: Decoder, cache: Cache, prompts: Sequence[Sequence[int]]) -> Tensor:

@@ -6,8 +6,9 @@ from torch import Tensor
 
 from quant.kernels import ops
 from quant.kernels.packed import PackedWeight
-from quant.kernels.problem import ACTIVATIONS
+from quant.kernels.problem import ACTIVATIONS, PART, PARTS, Deferred, Problem, place_of
 from quant.kernels.reference import activate
+from quant.kernels.registry import defers
 from quant.kernels.row_norm import Rows
 from quant.kernels.w8a8 import Int8Weight
 
@@ -56,6 +57,73 @@ class Norm:
     eps: float
 
 
+@dataclass(frozen=True)
+class Begun:
+    """A norm of h (m, hidden) that the product which made h has begun: `z` and `deferred` are the next one's inputs."""
+
+    norm: Norm
+    z: Tensor
+    deferred: Deferred
+
+
+@dataclass(frozen=True)
+class Hidden:
+    """h (m, hidden), and its next norm where that was begun."""
+
+    h: Tensor
+    begun: Begun | None = None
+
+
+@dataclass(frozen=True)
+class Reader:
+    """The product that reads what another one makes, and the norm between them."""
+
+    linear: Linear
+    norm: Norm | None
+
+
+def problem_of(linear: Linear, m: int) -> Problem:
+    """What the kernel for m rows of x is chosen by; the weight is packed or dense."""
+    w = linear.weight
+    if isinstance(w, PackedWeight):
+        return Problem(m, w.n, w.k, w.bits, w.group_size, w.dtype, *place_of(w.words.device))
+    assert isinstance(w, Tensor)
+    n, k = w.shape
+    return Problem(m, n, k, 16, -1, w.dtype, *place_of(w.device))
+
+
+def begins_norm(linear: Linear, reader: Reader, m: int) -> bool:
+    """Whether `linear` shall begin the norm of `reader`: an RMS norm, and kernels on both sides that share it out."""
+    norm, made, read = reader.norm, linear.weight, reader.linear.weight
+    if norm is None or norm.kind != "rms" or norm.bias is not None:
+        return False
+    if not isinstance(made, PackedWeight) or made.n % (PART * PARTS):
+        return False
+    if isinstance(read, Int8Weight) or reader.linear.inputs is not None or norm.weight.dtype != made.dtype:
+        return False
+    return defers(problem_of(linear, m)) and defers(problem_of(reader.linear, m))
+
+
+def beginning_product(x: Tensor, linear: Linear, residual: Tensor, norm: Norm, dependent: bool = False) -> Hidden:
+    """x W^T + bias + residual (m, n), and its norm begun; the weight is packed: see begins_norm."""
+    assert isinstance(linear.weight, PackedWeight)
+    x = prepared(x, linear, None, dependent)
+    sides = linear.bias, residual
+    ahead = linear.next_weight
+    h, z, squares = ops.linear_deferring(x, linear.weight, norm.weight, *sides, dependent=dependent, next_weight=ahead)
+    return Hidden(h, Begun(norm, z, Deferred(squares, norm.eps)))
+
+
+def taken(x: Tensor | Hidden, linear: Linear, norm: Norm | None, dependent: bool) -> tuple[Tensor, Deferred | None]:
+    """x as the product takes it, and what that lacks of the norm."""
+    if isinstance(x, Hidden):
+        begun = x.begun
+        if begun is not None and begun.norm is norm and linear.inputs is None:
+            return begun.z, begun.deferred
+        x = x.h
+    return prepared(x, linear, norm, dependent), None
+
+
 def prepared(x: Tensor, linear: Linear | None, norm: Norm | None, dependent: bool = False) -> Tensor:
     """x (m, k) as the product takes it: normed, and rounded where the linear says so."""
     inputs = None if linear is None else linear.inputs
@@ -79,7 +147,7 @@ def rounds_late(up: Linear, down: Linear, activation: str) -> bool:
 
 
 def product(
-    x: Tensor,
+    x: Tensor | Hidden,
     linear: Linear,
     norm: Norm | None = None,
     activation: str = "none",
@@ -93,16 +161,16 @@ def product(
     before  an activation of x itself, where the weight takes int8 inputs: see rounds_late
     """
     if isinstance(linear.weight, Int8Weight):
-        rows = rows_of(x, linear.inputs, norm, dependent, before)
+        rows = rows_of(x.h if isinstance(x, Hidden) else x, linear.inputs, norm, dependent, before)
         if activation == "none":
             y = int8_product(rows, linear.weight, linear.bias, residual)
         else:
             y = with_residual(activate(int8_product(rows, linear.weight, linear.bias), activation), residual)
         return y.float() if float32_out else y
-    x = prepared(x, linear, norm, dependent)
+    inputs, deferred = taken(x, linear, norm, dependent)
     if isinstance(linear.weight, PackedWeight):
         return ops.linear(
-            x,
+            inputs,
             linear.weight,
             linear.bias,
             residual,
@@ -110,15 +178,17 @@ def product(
             float32_out=float32_out,
             dependent=dependent,
             next_weight=linear.next_weight,
+            deferred=deferred,
         )
     return ops.dense_linear(
-        x,
+        inputs,
         linear.weight,
         linear.bias,
         residual,
         activation=activation,
         float32_out=float32_out,
         dependent=dependent,
+        deferred=deferred,
     )
 
 
@@ -134,13 +204,20 @@ def with_residual(y: Tensor, residual: Tensor | None) -> Tensor:
     return y if residual is None else y + residual
 
 
-def gated_product(x: Tensor, linear: Linear, norm: Norm | None, activation: str, dependent: bool = False) -> Tensor:
+def gated_product(
+    x: Tensor | Hidden, linear: Linear, norm: Norm | None, activation: str, dependent: bool = False
+) -> Tensor:
     """act(gate) * up (m, n / 2): the weight is gate's rows over up's; `activation` is "silu_mul" or "gelu_tanh_mul"."""
     if isinstance(linear.weight, PackedWeight) and linear.weight.pair_block == linear.weight.n:
-        x = prepared(x, linear, norm, dependent)
-        return ops.gated_linear(x, linear.weight, linear.bias, dependent=dependent, next_weight=linear.next_weight)
+        inputs, deferred = taken(x, linear, norm, dependent)
+        ahead = linear.next_weight
+        return ops.gated_linear(
+            inputs, linear.weight, linear.bias, dependent=dependent, next_weight=ahead, deferred=deferred
+        )
     if isinstance(linear.weight, Tensor) and activation == "silu_mul":
-        x = prepared(x, linear, norm, dependent)
-        return ops.dense_linear(x, linear.weight, linear.bias, activation=activation, dependent=dependent)
+        inputs, deferred = taken(x, linear, norm, dependent)
+        return ops.dense_linear(
+            inputs, linear.weight, linear.bias, activation=activation, dependent=dependent, deferred=deferred
+        )
     gate, up = product(x, linear, norm, dependent=dependent).chunk(2, -1)
     return activate(gate, activation.removesuffix("_mul")) * up

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from quant.kernels.problem import ACTIVATIONS, Deferred, Problem, reason_against_squares
+from quant.kernels.problem import ACTIVATIONS, Deferred, Problem, place_of, reason_against_squares
 from quant.kernels.reference import activate, inverse_deviation
 
 
@@ -46,12 +46,8 @@ class DenseCall:
 
 def problem_of(call: DenseCall) -> Problem:
     """What `call` is chosen by; asks the GPU for its capability."""
-    device, m, (n, k) = call.x.device, call.x.shape[0], call.weight.shape
-    capability, processors = None, 0
-    if device.type == "cuda":
-        properties = torch.cuda.get_device_properties(device)
-        capability, processors = (properties.major, properties.minor), properties.multi_processor_count
-    return Problem(m, n, k, 16, -1, call.x.dtype, device.type, capability, processors)
+    m, (n, k) = call.x.shape[0], call.weight.shape
+    return Problem(m, n, k, 16, -1, call.x.dtype, *place_of(call.x.device))
 
 
 def check(call: DenseCall) -> None:

@@ -11,7 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quant.kernels import choose_tokens, decode_attention, dense, gptq_block, reference, row_norm, w8a8, wna16_dequantize
+from quant.kernels import (
+    choose_tokens,
+    decode_attention,
+    dense,
+    gptq_block,
+    reference,
+    row_norm,
+    w8a8,
+    wna16_dequantize,
+)
 from quant.kernels.choose_tokens import Choice, Cursor, Noise
 from quant.kernels.decode_attention import Append, Attention, KVCache
 from quant.kernels.dense import DenseCall

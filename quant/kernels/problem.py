@@ -43,10 +43,10 @@ PARTS = 4  # a row has a multiple of so many
 
 @dataclass(frozen=True)
 class Deferred:
-    """What x lacks of an RMS norm of h, where x is h * the norm's weight: the product's sums are divided by h's deviation.
+    """What x lacks of an RMS norm of h, where x is h * the norm's weight: to be divided by h's deviation.
 
     squares  (m, k / 16)  float32: sums of the squares of 16 neighbours of h
-    eps      1 / deviation = 1 / sqrt(mean(h^2) + eps)
+    eps      the deviation is sqrt(mean(h^2) + eps)
     """
 
     squares: Tensor
@@ -136,15 +136,17 @@ class Problem:
 
 def problem_of(call: Call) -> Problem:
     """What `call` is chosen by; asks the GPU for its capability."""
-    device = call.x.device
-    capability, processors = None, 0
-    if device.type == "cuda":
-        properties = torch.cuda.get_device_properties(device)
-        capability, processors = (properties.major, properties.minor), properties.multi_processor_count
-    w = call.weight
-    m, norm = call.x.shape[0], call.norm != "none"
-    gpu = (device.type, capability, processors)
-    return Problem(m, w.n, w.k, w.bits, w.group_size, call.x.dtype, *gpu, norm=norm)
+    w, m = call.weight, call.x.shape[0]
+    sizes = (m, w.n, w.k, w.bits, w.group_size, call.x.dtype)
+    return Problem(*sizes, *place_of(call.x.device), norm=call.norm != "none")
+
+
+def place_of(device: torch.device) -> tuple[str, tuple[int, int] | None, int]:
+    """A Problem's device, capability and processors."""
+    if device.type != "cuda":
+        return device.type, None, 0
+    properties = torch.cuda.get_device_properties(device)
+    return device.type, (properties.major, properties.minor), properties.multi_processor_count
 
 
 def check(call: Call) -> None:

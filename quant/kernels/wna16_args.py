@@ -24,9 +24,12 @@ def prepare(call: Call, most_staged: int) -> Call:
         call = replace(call, x=reference.normalize(call), norm="none", norm_weight=None, norm_bias=None)
     if whole != k:
         call = replace(call, x=torch.nn.functional.pad(call.x, (0, whole - k)))
-    w, norm = call.weight, call.next_norm
+    w = call.weight
     check_alignment(x=call.x, words=w.words, scales=w.scales, zeros=w.zeros, next_weight=call.next_weight)
-    check_alignment(squares=call.deferred and call.deferred.squares, next_norm=norm and norm.weight)
+    if call.deferred is not None:
+        check_alignment(squares=call.deferred.squares)
+    if call.next_norm is not None:
+        check_alignment(next_norm=call.next_norm.weight)
     return call
 
 

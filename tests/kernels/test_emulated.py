@@ -202,12 +202,30 @@ def check_schedules(gpu: Gpu) -> None:
     pick = random.Random(0)
     for kernel, launch in ((wna16_gemv, wna16_gemv.Launch(1, 1, 5, 3)), (wna16_gemm, wna16_gemm.Launch(2, 5))):
         call = Call(torch.randn(7, 1536).half(), random_weight(pick, 136, 1536, 4, torch.float16, 16), dependent=True)
+        if kernel is wna16_gemv:
+            call = replace(call, deferred=Deferred(torch.rand(7, 1536 // PART) * 40, 1e-3))
         call, following, results = gpu.put(call), gpu.put(torch.zeros(wna16_args.NEXT_BYTES + 64, dtype=torch.int8)), []
         for seed in range(4):
             gpu.start(seed, launch)
             next_weight = following if seed % 2 else None
             results.append(launched(gpu, kernel, replace(call, next_weight=next_weight), launch))
         assert all(torch.equal(results[0], result) for result in results)
+
+
+def check_overflow(gpu: Gpu) -> None:
+    """z of what is finite is finite, of what is not it says so: h of 60000, -60000, infinity and NaN."""
+    for seed, dtype in enumerate(HALVES):
+        most = torch.finfo(dtype).max
+        weight = random_weight(random.Random(0), 64, 128, 4, dtype, 16)
+        residual = torch.tensor([0.9 * most, -0.9 * most, torch.inf, torch.nan]).repeat(16).to(dtype)[None]
+        norm = NextNorm(torch.full((64,), 3, dtype=dtype), torch.empty_like(residual), torch.empty(1, 64 // PART))
+        call = gpu.put(Call(torch.zeros(1, 128, dtype=dtype), weight, residual=residual, next_norm=norm))
+        gpu.start(seed, dtype)
+        y = launched(gpu, wna16_gemv, call, wna16_gemv.Launch(1, 1, 1, 1))
+        assert torch.equal(y.nan_to_num(1), residual.nan_to_num(1))
+        expected = torch.tensor([most, -most, torch.inf, torch.nan]).repeat(16)[None]
+        assert torch.allclose(call.next_norm.z.float(), expected, equal_nan=True)
+        assert call.next_norm.squares.isnan().all()
 
 
 def check_dequantize(gpu: Gpu, seeds: range) -> None:
@@ -491,6 +509,7 @@ CHECKS = {
     "the cuts of wna16_gemv": (check_cuts_of_products, "wna16_gemv"),
     "the cuts of wna16_gemm": (check_cuts_of_products, "wna16_gemm"),
     "the same bits in every order": (check_schedules,),
+    "the next norm of numbers too large": (check_overflow,),
     "wna16_dequantize": (check_dequantize, range(30)),
     "gptq_block": (check_gptq, range(12)),
     "row_norm": (check_rows, range(40)),
@@ -553,6 +572,16 @@ MUTANTS = {
         Mutant("wna16_gemv.cu", "args.next_bytes, warp", "args.next_bytes + 16, warp"),
         (check_products, "wna16_gemv", range(60)),
         "past the end of a tensor",
+    ),
+    "sums of squares read while they are copied": (
+        Mutant("wna16_gemv.cu", "  wait_for_copies();\n", ""),
+        (check_products, "wna16_gemv", range(60)),
+        "AssertionError|left with copies",
+    ),
+    "the next norm of sums before they are rounded": (
+        Mutant("deferred_norm.cuh", "weighted<T>(to_float(low_h), weights.x)", "weighted<T>(sums.x, weights.x)"),
+        (check_products, "wna16_gemv", range(60)),
+        "AssertionError",
     ),
     "a slot that goes on where its position stays": (
         Mutant("choose_tokens.cu", "+= next - position", "+= 1"),

@@ -309,8 +309,8 @@ __device__ inline float sum_over_cluster(const float* totals, int index) {
   return sum;
 }
 
-// What a deferred norm leaves to this product: each row's sums of squares come to `squares` beside the main loop, one
-// warp's rows by that warp, and give way to 1 / deviation in their first place.
+// What a deferred norm leaves to this product: each row's sums of squares come to `squares` beside the main loop, and
+// give way to 1 / deviation in their first place. A lane copies what it will add up: no other needs to know.
 __device__ inline void copy_squares(const Wna16Args& args, float* squares) {
   for (int row = warp_of_block(); row < args.m; row += blockDim.y * blockDim.z)
     for (int i = threadIdx.x * 4; i < args.x_parts; i += 128)
@@ -319,7 +319,6 @@ __device__ inline void copy_squares(const Wna16Args& args, float* squares) {
 
 __device__ inline void finish_squares(const Wna16Args& args, float* squares) {
   wait_for_copies();
-  __syncwarp();
   for (int row = warp_of_block(); row < args.m; row += blockDim.y * blockDim.z) {
     const float inverse = inverse_deviation(squares + row * args.x_parts, args.x_parts, args.norm_eps);
     if (threadIdx.x == 0) squares[row * args.x_parts] = inverse;
