@@ -22,11 +22,12 @@ ON_H100 = Problem(1, 4096, 4096, 16, -1, torch.bfloat16, "cuda", (9, 0), 132)
 
 
 def shared_bytes(launch: Launch, m: int) -> int:
-    """A block's shared memory in csrc/ring.cuh: ring, barriers, and room to align; the sums fit in the ring."""
+    """A block's shared memory in csrc/ring.cuh: ring, barriers, scales of x, and room to align; the sums fit in the
+    ring."""
     rows, columns = 64 * launch.warpgroups, next(c for c in (8, 16, 32, 64) if c >= m)
     stage = (rows + columns) * 128
     stages = max(launch.stages, -(-(rows + 4) * columns * 4 // stage), 2)
-    return stages * (stage + 16) + 1024
+    return stages * (stage + 16) + columns * 4 + 1024
 
 
 @pytest.mark.parametrize("m", [1, 8, 9, 16, 17, 64])

@@ -1,0 +1,112 @@
+"""Steps whose norms are shared out between products, against steps with norms by themselves."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor
+
+import engine
+from engine import products
+from engine.decoder import Decoder, make_step
+from engine.engine import Engine, Options
+from engine.shapes import decoder_shape, random_weights
+from quant.kernels import ops
+from quant.scheme import parse_scheme
+from tests.builders import logits_of
+from tests.engine.make import quantized
+
+ROWS, STEPS = 3, 4
+TOKENS = torch.tensor([[5, 77, 200, 31], [9, 100, 3, 60], [1, 2, 3, 4]])
+# where the norms of a layer, and the last one, can be shared out, and where no norm can
+SHARED = ["llama", "mistral", "qwen2", "qwen3", "phi3"]
+NOT_SHARED = ["gemma2", "gemma3", "gpt2", "gpt_neox"]
+
+
+def decoded(model: Engine, deferring: bool) -> Tensor:
+    """Logits (steps, rows, vocabulary) of a batch, a token a step."""
+    model.decoder.deferring = deferring
+    cache = model.make_cache(ROWS, STEPS)
+    starts = torch.tensor([cache.start(b) for b in range(ROWS)])
+    rows = []
+    with torch.inference_mode():
+        for t in range(STEPS):
+            step = make_step(TOKENS[:, t], torch.full((ROWS,), t), starts)
+            rows.append(model.decoder.logits(model.decoder.hidden(step, cache)))
+    return torch.stack(rows)
+
+
+@contextmanager
+def counted() -> Iterator[dict[str, int]]:
+    """How often norms are launched, and begun by products."""
+    counts: dict[str, int] = {}
+    with mock.patch.multiple(ops, normalize=mock.DEFAULT, linear_deferring=mock.DEFAULT) as mocks:
+        for name, each in mocks.items():
+            each.side_effect = ORIGINALS[name]
+        yield counts
+        counts |= {name: each.call_count for name, each in mocks.items()}
+
+
+ORIGINALS = {"normalize": ops.normalize, "linear_deferring": ops.linear_deferring}
+
+
+def strays(found: Tensor, wanted: Tensor) -> float:
+    return float((found - wanted).abs().max() / wanted.abs().max())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("family", SHARED)
+def test_logits_are_those_of_norms_by_themselves(family: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    reference = quantized(tmp_path, parse_scheme("int4-g32"), family=family)
+    model = engine.load(tmp_path, device="cpu", dtype=dtype)
+    with counted() as counts:
+        deferred = decoded(model, True)
+    # two layers: of five norms a step, only the one behind the embedding is launched
+    assert counts == {"normalize": STEPS, "linear_deferring": 4 * STEPS}
+    plain, exact = decoded(model, False), logits_of(reference, TOKENS).transpose(0, 1)
+    assert not torch.equal(deferred, plain)
+    assert strays(deferred, exact) < 1.5 * strays(plain, exact) + torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("family", NOT_SHARED)
+def test_other_norms_stay_by_themselves(family: str, tmp_path: Path) -> None:
+    quantized(tmp_path, parse_scheme("int4-g32"), family=family)
+    model = engine.load(tmp_path, device="cpu", dtype=torch.float16)
+    with mock.patch.object(ops, "linear_deferring", side_effect=AssertionError("a norm was begun")):
+        deferred = decoded(model, True)
+    assert torch.equal(deferred, decoded(model, False))
+
+
+@pytest.mark.parametrize("method", ["w4", "int8", "w8a8", "dense"])
+@pytest.mark.parametrize("head", ["dense", "int8-channel", "int4-g128"])
+def test_what_is_packed_begins_a_norm(method: str, head: str) -> None:
+    shape = decoder_shape(vocabulary=300, hidden=128, inner=256, heads=4, layers=2, kv_heads=2)
+    weights = random_weights(shape, method, torch.empty(0, dtype=torch.float16), head)
+    model = Engine(Decoder(shape, weights, 32), None, Options(32))
+    with counted() as counts:
+        deferred = decoded(model, True)
+    assert counts["linear_deferring"] == (4 * STEPS if method in ("w4", "int8") else 0)
+    assert strays(deferred, decoded(model, False)) < 0.01
+
+
+def test_a_norm_is_taken_by_its_reader_alone() -> None:
+    norm, other = (products.Norm("rms", torch.rand(64).half(), None, 1e-5) for _ in range(2))
+    h, linear = torch.randn(2, 64).half(), products.Linear(torch.randn(8, 64).half())
+    begun = products.Begun(norm, h * norm.weight, products.Deferred(h.float().square().view(2, 4, 16).sum(-1), 1e-5))
+    hidden = products.Hidden(h, begun)
+    torch.testing.assert_close(
+        products.product(hidden, linear, norm), products.product(h, linear, norm), atol=0.03, rtol=0.01
+    )
+    assert torch.equal(products.product(hidden, linear, other), products.product(h, linear, other))
+    assert torch.equal(products.product(hidden, linear), products.product(h, linear))
+
+
+def test_prompts_keep_their_norms(tmp_path: Path) -> None:
+    quantized(tmp_path, parse_scheme("int4-g32"))
+    model = engine.load(tmp_path, device="cpu", dtype=torch.float16)
+    model.decoder.deferring = True
+    with mock.patch.object(ops, "linear_deferring", side_effect=AssertionError("a norm was begun")):
+        model.logits(TOKENS)
