@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from quant.kernels.problem import ACTIVATIONS, Deferred, Problem, place_of, reason_against_squares
-from quant.kernels.reference import activate, inverse_deviation
+from quant.kernels.reference import activate, divided
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def reference(call: DenseCall) -> Tensor:
     """y of `call` by torch's product and functions, each rounded to x's dtype."""
     x, w, residual = call.x, call.weight, call.residual
     if call.deferred is not None:
-        x = (x.float() * inverse_deviation(call.deferred)).to(x.dtype)
+        x = divided(x, call.deferred)
     if residual is not None and call.bias is None and call.activation == "none":
         return torch.addmm(residual, x, w.T).to(call.y_dtype)
     y = activate(functional.linear(x, w, call.bias), call.activation)

@@ -54,11 +54,14 @@ def begin_norm(y: Tensor, norm: NextNorm) -> None:
     norm.squares.copy_(h.square().unflatten(-1, (-1, PART)).sum(-1))
 
 
+def divided(x: Tensor, deferred: Deferred) -> Tensor:
+    """x (m, k) with what it lacks of the norm, in its dtype: for kernels that do not divide sums."""
+    return (x.float() * inverse_deviation(deferred)).to(x.dtype)
+
+
 def whole(call: Call) -> Call:
-    """`call` without norms shared out between products, for kernels that have none: x divided by h's deviation."""
-    x = call.x
-    if call.deferred is not None:
-        x = (x.float() * inverse_deviation(call.deferred)).to(x.dtype)
+    """`call` without norms shared out between products; what a next one takes is left to begin_norm."""
+    x = call.x if call.deferred is None else divided(call.x, call.deferred)
     return replace(call, x=x, deferred=None, next_norm=None)
 
 

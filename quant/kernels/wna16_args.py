@@ -17,9 +17,11 @@ NEXT_BYTES = 4 << 20
 
 
 def prepare(call: Call, most_staged: int) -> Call:
-    """`call` as the kernels take it: whole chunks of k, at most `most_staged` bytes of x to normalize, aligned."""
+    """`call` as the kernels take it: whole chunks of k, at most `most_staged` bytes for the norm of x, aligned."""
     m, k = call.x.shape
     whole = padded(k, CHUNK_K)
+    if call.deferred is not None and call.deferred.squares.nbytes > most_staged:
+        call = replace(call, x=reference.divided(call.x, call.deferred), deferred=None)
     if call.norm != "none" and (whole != k or m * k * 2 > most_staged):
         call = replace(call, x=reference.normalize(call), norm="none", norm_weight=None, norm_bias=None)
     if whole != k:

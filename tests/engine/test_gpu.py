@@ -111,7 +111,7 @@ def test_a_captured_step_is_an_eager_one():
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("rows", [1, 3, 8, 16])
 def test_norms_shared_out_between_products_are_norms(method, dtype, rows):
-    """Captured steps of both kinds over the same tokens; in Llama's layers a norm kernel less for each but the first."""
+    """Captured steps of both kinds over the same tokens; only the first norm is a launch of its own."""
     gpu, _ = engines(LLAMA, method, dtype)
     logits = []
     for deferring in (True, False):

@@ -10,6 +10,7 @@ from quant.kernels import ops, reference, registry
 from quant.kernels.packed import PackedWeight
 from quant.kernels.problem import Call, Deferred, NextNorm
 from quant.kernels.registry import Kernel
+from quant.kernels.wna16_args import prepare
 from tests.kernels.make import assert_devices_agree, make_packed, make_x, on_cpu
 from tests.kernels.test_ops import make_rotary
 
@@ -104,6 +105,15 @@ def test_what_cannot_be_deferred_is_named() -> None:
             ops.linear(x, weight, deferred=Deferred(squares, EPS))
         with pytest.raises(ValueError, match="sums of squares"):
             ops.dense_linear(x, make_x(8, 256, torch.float16), deferred=Deferred(squares, EPS))
+
+
+def test_sums_of_squares_that_shared_memory_has_no_room_for_are_used_up_before() -> None:
+    x, _, _, *_ = made(3, torch.float16)
+    call = Call(x, make_packed(32, 256), deferred=Deferred(torch.rand(3, 16), EPS))
+    assert prepare(call, most_staged=192).deferred is call.deferred
+    before = prepare(call, most_staged=191)
+    assert before.deferred is None
+    assert_same(reference.run(before), reference.run(call), torch.float16)
 
 
 def test_opcheck() -> None:

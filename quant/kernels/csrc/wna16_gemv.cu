@@ -387,6 +387,7 @@ __device__ void compute_group(const Wna16Args& args, bool prefetch, uint8_t* sme
   float* partial = reinterpret_cast<float*>(smem);
 
   allow_next_kernel();
+  if (args.next_norm != nullptr) ask_for_next_norm(args, share.group_tiles);
   Stream<S> streams[S::kRowTiles];
   for (int i = 0; i < S::kRowTiles; ++i) streams[i].open(args, share.tile + i, lane);
   Chunks<S> chunks[S::kAhead];
@@ -400,7 +401,6 @@ __device__ void compute_group(const Wna16Args& args, bool prefetch, uint8_t* sme
     }
   }
   if (prefetch) prefetch_chunks<S>(streams, share);
-  if (args.next_norm != nullptr) ask_for_next_norm(args, share.group_tiles);
   wait_for_previous_kernel();
 
   float* squares = partial + count * (blockDim.z + 1);  // or what prepare_x needs: never both
