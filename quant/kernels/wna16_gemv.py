@@ -96,7 +96,7 @@ def estimated_us(problem: Problem) -> float:
 
 
 def most_staged_bytes(capability: tuple[int, int] | None) -> int:
-    """Shared memory for x, or for its sums of squares, where a norm comes before: what a block has left beside 73 KB of partial sums."""
+    """Shared memory for a norm, of x or of its sums of squares: what a block has left beside 73 KB of partial sums."""
     if capability is None or capability < (9, 0):
         return (64 if capability == (8, 0) else 24) << 10
     return 96 << 10
