@@ -312,7 +312,9 @@ __device__ inline float sum_over_cluster(const float* totals, int index) {
 // What a deferred norm leaves to this product: each row's sums of squares come to `squares` beside the main loop, and
 // give way to 1 / deviation in their first place. A lane copies what it will add up: no other needs to know.
 __device__ inline void copy_squares(const Wna16Args& args, float* squares) {
+#pragma unroll 1
   for (int row = warp_of_block(); row < args.m; row += blockDim.y * blockDim.z)
+#pragma unroll 1
     for (int i = threadIdx.x * 4; i < args.x_parts; i += 128)
       copy_16(smem_address(squares + row * args.x_parts + i), args.x_squares + row * args.x_parts + i);
 }
@@ -372,11 +374,11 @@ __device__ inline void ask_for_next_weight(const Wna16Args& args) {
   if (threadIdx.x == 0) prefetch_next_weight(args.next_weight, args.next_bytes, warp, warps);
 }
 
-// The weight of the next norm is constant, and far away by the time that the epilogue reads it.
-__device__ inline void ask_for_next_norm(const Wna16Args& args, int group_tiles) {
-  const int row = blockIdx.y * group_tiles * kTileRows;
-  const int rows = min(group_tiles * kTileRows, args.n - row);
-  if (thread_of_block() == 0) prefetch_bulk(static_cast<const uint16_t*>(args.next_norm) + row, rows * 2);
+// The weight of the next norm is constant, and far away by the time that epilogues read it: one lane asks for all of
+// it. A block asking for its own part would share terms with the epilogue, which the main loop would have to carry.
+__device__ inline void ask_for_next_norm(const Wna16Args& args) {
+  if (args.next_norm == nullptr || blockIdx.y > 0) return;
+  if (threadIdx.x == 0 && threadIdx.y == 0 && threadIdx.z == 0) prefetch_bulk(args.next_norm, args.n * 2);
 }
 
 template <typename S>
@@ -387,7 +389,7 @@ __device__ void compute_group(const Wna16Args& args, bool prefetch, uint8_t* sme
   float* partial = reinterpret_cast<float*>(smem);
 
   allow_next_kernel();
-  if (args.next_norm != nullptr) ask_for_next_norm(args, share.group_tiles);
+  ask_for_next_norm(args);
   Stream<S> streams[S::kRowTiles];
   for (int i = 0; i < S::kRowTiles; ++i) streams[i].open(args, share.tile + i, lane);
   Chunks<S> chunks[S::kAhead];
