@@ -26,13 +26,14 @@ __device__ T weighted(float h, float weight) {
   return from_float<T>(too_large ? copysignf(kLargest<T>, product) : product);
 }
 
-// 1 / deviation of the row whose `count` sums of squares, a multiple of 4, are at `squares`, in any memory. The warp's
-// lanes call it together, and each gets it.
-__device__ inline float inverse_deviation(const float* squares, int count, float eps) {
+// 1 / deviation of the row whose `count` sums of squares, a multiple of 4, four_at(index) gives. The warp's lanes call
+// it together, and each gets it.
+template <typename FourAt>
+__device__ float inverse_deviation(int count, float eps, FourAt four_at) {
   float sum = 0.f;
 #pragma unroll 2
   for (int i = threadIdx.x % 32 * 4; i < count; i += 128) {
-    const float4 four = *reinterpret_cast<const float4*>(squares + i);
+    const float4 four = four_at(i);
     sum += (four.x + four.y) + (four.z + four.w);
   }
   for (int offset = 16; offset > 0; offset /= 2) sum += __shfl_xor_sync(~0u, sum, offset);

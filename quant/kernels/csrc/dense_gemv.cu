@@ -14,8 +14,10 @@ template <typename S>
 __device__ void make_scales(const DenseArgs& args, float* scales) {
   const int parts = args.k / kTileRows;
   for (int row = threadIdx.x / 32; row < args.m; row += S::kConsumers / 32) {
-    const float scale =
-        args.x_squares == nullptr ? 1.f : inverse_deviation(args.x_squares + row * parts, parts, args.norm_eps);
+    // past L1, which may hold what was there before
+    const float* squares = args.x_squares + row * parts;
+    const auto four_at = [&](int i) { return __ldcg(reinterpret_cast<const float4*>(squares + i)); };
+    const float scale = args.x_squares == nullptr ? 1.f : inverse_deviation(parts, args.norm_eps, four_at);
     if (threadIdx.x % 32 == 0) scales[row] = scale;
   }
 }

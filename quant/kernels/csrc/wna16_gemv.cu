@@ -322,8 +322,10 @@ __device__ inline void copy_squares(const Wna16Args& args, float* squares) {
 __device__ inline void finish_squares(const Wna16Args& args, float* squares) {
   wait_for_copies();
   for (int row = warp_of_block(); row < args.m; row += blockDim.y * blockDim.z) {
-    const float inverse = inverse_deviation(squares + row * args.x_parts, args.x_parts, args.norm_eps);
-    if (threadIdx.x == 0) squares[row * args.x_parts] = inverse;
+    float* parts = squares + row * args.x_parts;
+    const auto four_at = [&](int i) { return *reinterpret_cast<const float4*>(parts + i); };
+    const float inverse = inverse_deviation(args.x_parts, args.norm_eps, four_at);
+    if (threadIdx.x == 0) *parts = inverse;
   }
 }
 
