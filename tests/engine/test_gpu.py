@@ -127,7 +127,7 @@ def test_norms_shared_out_between_products_are_norms(method, dtype, rows):
         assert runner.graph is not None
         logits.append(torch.stack(steps).cpu())
     assert not torch.equal(*logits)
-    assert relative(*logits) < (0.02 if dtype == torch.float16 else 0.08)
+    assert relative(*logits) < 2 * (0.02 if dtype == torch.float16 else 0.08)  # two ways, each as far from float32
 
 
 def test_lookup_accepts_drafts():
