@@ -223,8 +223,8 @@ def attend(call: Attention) -> Tensor:
 def choose_splits(call: Attention, processors: int) -> int:
     """Blocks that share a sequence, whatever its position: a captured graph serves all up to `longest`.
 
-    Long sequences are split even where there are blocks enough: one that reads 2048 positions alone asks for too little
-    at a time. processors 0 stands for a GPU without clusters: nothing is split there.
+    Where not nearly all whole sequences run at once, halves even out the last wave. processors 0 stands for a GPU
+    without clusters: nothing is split there.
     """
     blocks = call.q.shape[0] * call.cache.kv_heads * -(-call.heads // call.cache.kv_heads // BLOCK_HEADS)
     bounds = [bound for bound in (call.longest, call.window) if bound]
@@ -232,7 +232,7 @@ def choose_splits(call: Attention, processors: int) -> int:
         return 1
     if bounds and min(bounds) <= SHORT:
         return min(SHORT_SPLITS, max(1, int(SHORT_BLOCKS * processors) // blocks))
-    least = 4 if blocks <= 2 * processors else 2
+    least = 2 if blocks > 2 * processors else 1
     return min(MAX_SPLITS, max(least, int(LONG_BLOCKS * processors) // blocks))
 
 
