@@ -1,5 +1,7 @@
 """Weights, activations and tolerances that the kernels' tests share."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -63,3 +65,26 @@ def assert_devices_agree(y: Tensor, expected: Tensor) -> None:
 
 def make_int8_weight(n: int, k: int, device: str = "cpu") -> Int8Weight:
     return pack_int8(make_qtensor(n, k, 8, -1, True, device))
+
+
+def assert_dependence_changes_nothing(compute: Callable[[bool], Tensor]) -> None:
+    """compute(dependent) has the same bits without dependent launches, with them, and replayed from a graph."""
+    expected = compute(False)
+    assert torch.equal(compute(True), expected)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = compute(True)
+    for _ in range(10):
+        y.fill_(torch.nan)
+        graph.replay()
+        assert torch.equal(y, expected)
+
+
+def assert_streams_agree(compute: Callable[[], Tensor]) -> None:
+    """compute() has the same bits on a stream of its own, which alone is waited for."""
+    expected, stream = compute(), torch.cuda.Stream()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        y = compute()
+    stream.synchronize()
+    assert torch.equal(y, expected)

@@ -12,7 +12,14 @@ from quant.kernels.dense import DenseCall
 from quant.kernels.problem import Problem
 from quant.kernels.registry import choose_kernel
 from quant.kernels.ring import Launch
-from tests.kernels.make import assert_close_as_half, assert_devices_agree, make_x, on_cpu
+from tests.kernels.make import (
+    assert_close_as_half,
+    assert_dependence_changes_nothing,
+    assert_devices_agree,
+    assert_streams_agree,
+    make_x,
+    on_cpu,
+)
 
 ROWS = [1, 2, 7, 8, 9, 16, 17, 33, 64]
 DTYPES = [torch.float16, torch.bfloat16]
@@ -220,26 +227,13 @@ def chain(x: Tensor, weights: list[Tensor], dependent: bool) -> Tensor:
 def test_dependent_launch_changes_nothing_in_a_captured_graph(m: int, k: int) -> None:
     weights = [make_x(k, k, torch.bfloat16, "cuda") / k**0.5 for _ in range(6)]
     x = make_x(m, k, torch.bfloat16, "cuda")
-    expected = chain(x, weights, False)
-    assert torch.equal(chain(x, weights, True), expected)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        y = chain(x, weights, True)
-    for _ in range(10):
-        y.fill_(torch.nan)
-        graph.replay()
-        assert torch.equal(y, expected)
+    assert_dependence_changes_nothing(lambda dependent: chain(x, weights, dependent))
 
 
 @pytest.mark.gpu
 def test_another_stream_waits_for_nobody_else() -> None:
-    x, w, stream = make_x(3, 512, torch.float16, "cuda"), make_x(256, 512, torch.float16, "cuda"), torch.cuda.Stream()
-    expected = ops.dense_linear(x, w)
-    torch.cuda.synchronize()
-    with torch.cuda.stream(stream):
-        y = ops.dense_linear(x, w)
-    stream.synchronize()
-    assert torch.equal(y, expected)
+    x, w = make_x(3, 512, torch.float16, "cuda"), make_x(256, 512, torch.float16, "cuda")
+    assert_streams_agree(lambda: ops.dense_linear(x, w))
 
 
 @pytest.mark.gpu

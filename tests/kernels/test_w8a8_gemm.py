@@ -13,7 +13,14 @@ from quant.kernels.registry import choose_kernel
 from quant.kernels.ring import Launch
 from quant.kernels.w8a8 import Int8Call, Int8Weight, problem_of
 from quant.kernels.w8a8_gemm import choose_launch, run
-from tests.kernels.make import assert_devices_agree, make_int8_weight, make_x, on_cpu
+from tests.kernels.make import (
+    assert_dependence_changes_nothing,
+    assert_devices_agree,
+    assert_streams_agree,
+    make_int8_weight,
+    make_x,
+    on_cpu,
+)
 
 ROWS = [1, 2, 7, 8, 9, 16, 17, 33, 64, 100, 128, 255]
 BLOCK_BYTES = 227 << 10  # of shared memory, at most
@@ -139,27 +146,14 @@ def test_dependent_launch_changes_nothing_in_a_captured_graph(m: int, k: int) ->
     weights = [make_int8_weight(k, k, "cuda") for _ in range(6)]
     weights = [replace(weight, scales=weight.scales / 64) for weight in weights]
     x = make_x(m, k, torch.float16, "cuda")
-    expected = chain(x, weights, False)
-    assert torch.equal(chain(x, weights, True), expected)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        y = chain(x, weights, True)
-    for _ in range(10):
-        y.fill_(torch.nan)
-        graph.replay()
-        assert torch.equal(y, expected)
+    assert_dependence_changes_nothing(lambda dependent: chain(x, weights, dependent))
 
 
 @pytest.mark.gpu
 def test_another_stream_waits_for_nobody_else() -> None:
-    weight, stream = make_int8_weight(256, 512, "cuda"), torch.cuda.Stream()
+    weight = make_int8_weight(256, 512, "cuda")
     x = make_x(3, 512, torch.float16, "cuda")
-    expected = ops.w8a8_linear(x, weight)
-    torch.cuda.synchronize()
-    with torch.cuda.stream(stream):
-        y = ops.w8a8_linear(x, weight)
-    stream.synchronize()
-    assert torch.equal(y, expected)
+    assert_streams_agree(lambda: ops.w8a8_linear(x, weight))
 
 
 @pytest.mark.gpu

@@ -12,7 +12,15 @@ from quant.kernels.problem import Call, Problem, problem_of
 from quant.kernels.registry import choose_kernel
 from quant.kernels.wna16_args import NEXT_BYTES, prepare
 from quant.kernels.wna16_gemv import Launch, choose_launch, run
-from tests.kernels.make import assert_close_as_half, assert_devices_agree, make_packed, make_x, on_cpu
+from tests.kernels.make import (
+    assert_close_as_half,
+    assert_dependence_changes_nothing,
+    assert_devices_agree,
+    assert_streams_agree,
+    make_packed,
+    make_x,
+    on_cpu,
+)
 from tests.kernels.test_ops import make_rotary
 
 ROWS = [1, 2, 7, 8, 9, 16]  # on Hopper it has no code for more
@@ -173,28 +181,15 @@ def test_dependent_launch_changes_nothing_in_a_captured_graph(m: int, k: int) ->
     weights = [replace(weight, scales=weight.scales / 64) for weight in weights]
     x = make_x(m, k, torch.float16, "cuda")
     buffers = [torch.empty_like(x) for _ in range(2)]
-    for compute in (lambda d: chain(x, weights, buffers, d), lambda d: direct_chain(x, weights, d)):
-        expected = compute(False)
-        assert torch.equal(compute(True), expected)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            y = compute(True)
-        for _ in range(10):
-            y.fill_(torch.nan)
-            graph.replay()
-            assert torch.equal(y, expected)
+    assert_dependence_changes_nothing(lambda dependent: chain(x, weights, buffers, dependent))
+    assert_dependence_changes_nothing(lambda dependent: direct_chain(x, weights, dependent))
 
 
 @pytest.mark.gpu
 def test_another_stream_waits_for_nobody_else() -> None:
-    weight, stream = make_packed(256, 512, device="cuda"), torch.cuda.Stream()
+    weight = make_packed(256, 512, device="cuda")
     x = make_x(3, 512, torch.float16, "cuda")
-    expected = ops.linear(x, weight)
-    torch.cuda.synchronize()
-    with torch.cuda.stream(stream):
-        y = ops.linear(x, weight)
-    stream.synchronize()
-    assert torch.equal(y, expected)
+    assert_streams_agree(lambda: ops.linear(x, weight))
 
 
 @pytest.mark.gpu
