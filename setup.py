@@ -1,7 +1,7 @@
 """Builds quant._C from quant/kernels/csrc with nvcc and pybind11; without nvcc, a pure-Python install.
 
 Environment:
-  LOWBIT_CUDA_ARCHS  what to compile for, default "80 86 89 90a 90+PTX"; "90a" alone takes 3 minutes on 2 cores
+  LOWBIT_CUDA_ARCHS  what to compile for, default "80 86 89 90a 90+PTX"; "90a" alone takes 4 minutes on 2 cores
   LOWBIT_CUDA        "0" leaves the extension out, "1" makes a missing nvcc an error; unset builds where nvcc is found
   CUDA_HOME          where nvcc is, before PATH
   CUTLASS_PATH       a copy of CUTLASS, before the package nvidia-cutlass
