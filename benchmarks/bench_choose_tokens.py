@@ -3,14 +3,13 @@
 Rows go to benchmarks/results/choose_tokens.jsonl: microseconds in a graph, without and with dependent launch.
 """
 
-import argparse
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
 import torch
 
-from benchmarks.measure import run_facts, time_calls, write_rows
+from benchmarks.measure import arguments, run_facts, time_calls, write_rows
 from quant.kernels import ops
 from quant.kernels.choose_tokens import Choice, Cursor, Noise, reference
 
@@ -33,15 +32,12 @@ def row_of(m: int, n: int, noise: bool) -> dict:
 
 def main() -> None:
     """Measures every vocabulary and number of rows, without noise and with it."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--commit", default="unknown")
-    parser.add_argument("--output", type=Path, default=RESULTS)
-    arguments = parser.parse_args()
-    facts = run_facts(arguments.commit)
+    args = arguments(__doc__, RESULTS)
+    facts = run_facts(args.commit)
     rows = [row_of(*case) | facts for case in product(ROWS, VOCABULARIES, (False, True))]
     for row in rows:
         print(row)
-    write_rows(arguments.output, rows)
+    write_rows(args.output, rows)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ Rows go to benchmarks/results/decode_attention.jsonl: microseconds of one layer'
 caches, without and with dependent launch. torch's attention sees the exact length; ours a graph for every length.
 """
 
-import argparse
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import product
@@ -13,7 +12,7 @@ from pathlib import Path
 import torch
 from torch.nn import functional
 
-from benchmarks.measure import Floor, copies_for, run_facts, time_calls, write_rows
+from benchmarks.measure import Floor, arguments, copies_for, run_facts, time_calls, write_rows
 from quant.kernels import ops
 from quant.kernels.decode_attention import Attention, KVCache
 
@@ -62,17 +61,14 @@ def row_of(shape: tuple[int, int, int], batch: int, length: int, int8: bool, flo
 
 def main() -> None:
     """Measures every shape, batch and length."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--commit", default="unknown")
-    parser.add_argument("--output", type=Path, default=RESULTS)
-    arguments = parser.parse_args()
-    floor, facts = Floor(), run_facts(arguments.commit)
+    args = arguments(__doc__, RESULTS)
+    floor, facts = Floor(), run_facts(args.commit)
     rows = []
     for shape, batch, length, int8 in product(SHAPES, BATCHES, LENGTHS, (False, True)):
         rows.append(row_of(shape, batch, length, int8, floor) | facts)
         print(rows[-1], flush=True)
         torch.cuda.empty_cache()
-    write_rows(arguments.output, rows)
+    write_rows(args.output, rows)
 
 
 if __name__ == "__main__":

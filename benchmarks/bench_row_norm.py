@@ -3,7 +3,6 @@
 Rows go to benchmarks/results/row_norm.jsonl: microseconds in a graph, without and with dependent launch.
 """
 
-import argparse
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -11,7 +10,7 @@ from pathlib import Path
 import torch
 from torch.nn import functional
 
-from benchmarks.measure import run_facts, time_calls, write_rows
+from benchmarks.measure import arguments, run_facts, time_calls, write_rows
 from quant.kernels import ops
 from quant.kernels.row_norm import Rows
 
@@ -33,15 +32,12 @@ def row_of(m: int, k: int, int8: str) -> dict:
 
 def main() -> None:
     """Measures every width and number of rows."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--commit", default="unknown")
-    parser.add_argument("--output", type=Path, default=RESULTS)
-    arguments = parser.parse_args()
-    facts = run_facts(arguments.commit)
+    args = arguments(__doc__, RESULTS)
+    facts = run_facts(args.commit)
     rows = [row_of(m, k, int8) | facts for m, k, int8 in product(ROWS, WIDTHS, ("none", "token"))]
     for row in rows:
         print(row)
-    write_rows(arguments.output, rows)
+    write_rows(args.output, rows)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """How every kernel is timed here: CUDA-graph replays over rotating copies of the weight, and the floor beside them."""
 
+import argparse
 import ctypes
 import json
 import math
@@ -92,6 +93,14 @@ class Floor:
     def read_ceiling_gbs(self) -> float:
         """The rate of one long read, GB/s."""
         return round(READ_CEILING_BYTES / self.time(READ_CEILING_BYTES).us / 1e3, 1)
+
+
+def arguments(description: str | None, results: Path) -> argparse.Namespace:
+    """The command line of a benchmark that has no choices: `commit`, and `output`, where the rows go."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--commit", default="unknown")
+    parser.add_argument("--output", type=Path, default=results)
+    return parser.parse_args()
 
 
 def run_facts(commit: str) -> dict[str, str]:

@@ -6,6 +6,7 @@ operator on two devices.
 """
 
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -342,12 +343,15 @@ def int8_call(
     return Int8Call(*rows, weight, bias, residual, dtype, dependent=True)
 
 
-def compute_int8(call: Int8Call) -> Tensor:
-    """y of `call` by the first kernel that takes it. ValueError where the tensors do not fit together."""
-    w8a8.check(call)
+def compute_by(kind: ModuleType, call: Int8Call | DenseCall) -> Tensor:
+    """y of `call` by the first kernel that takes it; `kind`, w8a8 or dense, is what knows such calls.
+
+    ValueError where the tensors do not fit together.
+    """
+    kind.check(call)
     if 0 in call.y_shape:
-        return call.x.new_empty(call.y_shape, dtype=call.dtype)
-    problem = w8a8.problem_of(call)
+        return call.x.new_empty(call.y_shape, dtype=call.y_dtype)
+    problem = kind.problem_of(call)
     return choose_kernel(problem).run(call, problem)
 
 
@@ -365,15 +369,6 @@ def dense_call(
     """The DenseCall of lowbit::dense_linear's arguments."""
     deferred = deferred_of(squares, squares_eps)
     return DenseCall(x, weight, bias, residual, activation, float32_out, dependent, deferred)
-
-
-def compute_dense(call: DenseCall) -> Tensor:
-    """y of `call` by the first kernel that takes it. ValueError where the tensors do not fit together."""
-    dense.check(call)
-    if 0 in call.y_shape:
-        return call.x.new_empty(call.y_shape, dtype=call.y_dtype)
-    problem = dense.problem_of(call)
-    return choose_kernel(problem).run(call, problem)
 
 
 def dense_shape(call: DenseCall) -> Tensor:
@@ -430,12 +425,16 @@ register("row_norm", lambda *args: row_norm.run(Rows(*args)), lambda x, *args: x
 register("quantize_rows", lambda *args: row_norm.quantize(Rows(*args)), lambda *args: codes_shape(Rows(*args)))
 register(
     "w8a8_linear",
-    lambda *args: compute_int8(int8_call(*args)),
+    lambda *args: compute_by(w8a8, int8_call(*args)),
     lambda x, x_scales, input_scale, codes, scales, bias, residual, dtype, dependent: x.new_empty(
         x.shape[0], codes.shape[0], dtype=dtype
     ),
 )
-register("dense_linear", lambda *args: compute_dense(dense_call(*args)), lambda *args: dense_shape(dense_call(*args)))
+register(
+    "dense_linear",
+    lambda *args: compute_by(dense, dense_call(*args)),
+    lambda *args: dense_shape(dense_call(*args)),
+)
 register(
     "append_heads",
     lambda *args: decode_attention.append(append_call(*args)),

@@ -63,6 +63,10 @@ class Int8Call:
     def y_shape(self) -> tuple[int, int]:
         return self.x.shape[0], self.weight.n
 
+    @property
+    def y_dtype(self) -> torch.dtype:
+        return self.dtype
+
 
 def reason_against_packing(n: int, k: int) -> str | None:
     """Why no weight of this shape can be packed, or None."""
