@@ -1,4 +1,4 @@
-"""Builds quant._C from quant/kernels/csrc with nvcc and pybind11; without nvcc, a pure-Python install.
+"""Builds lowbit.quant._C from quant/kernels/csrc with nvcc and pybind11; without nvcc, a pure-Python install.
 
 Environment:
   LOWBIT_CUDA_ARCHS  what to compile for, default "80 86 89 90a 90+PTX"; "90a" alone takes 4 minutes on 2 cores
@@ -15,8 +15,11 @@ import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
+
+# One import name: the folder `quant` is the package lowbit.quant. For a bare checkout lowbit/ holds a link to each.
+FOLDERS = ("quant", "export", "models", "calibrate", "engine", "evaluation", "commands", "integrations")
 
 SOURCES = Path("quant/kernels/csrc")
 DEFAULT_ARCHITECTURES = "80 86 89 90a 90+PTX"
@@ -117,7 +120,7 @@ class BuildCuda(build_ext):
         lines = (result.stdout + result.stderr).strip().splitlines()
         if result.returncode:
             output = "\n".join(lines[-30:])
-            raise RuntimeError(f"building quant._C failed at\n  {' '.join(command)}\n{output}")
+            raise RuntimeError(f"building lowbit.quant._C failed at\n  {' '.join(command)}\n{output}")
         for line in lines:
             if "Potential Performance Loss" in line:
                 print(line)
@@ -127,7 +130,17 @@ def extensions() -> list[Extension]:
     wanted = os.environ.get("LOWBIT_CUDA")
     if wanted == "0" or (wanted != "1" and find_nvcc() is None):
         return []
-    return [Extension("quant._C", [str(SOURCES / source) for source, _ in dict.fromkeys(UNITS)])]
+    return [Extension("lowbit.quant._C", [str(SOURCES / source) for source, _ in dict.fromkeys(UNITS)])]
 
 
-setup(ext_modules=extensions(), cmdclass={"build_ext": BuildCuda})
+def packages() -> list[str]:
+    """Every package by its import name."""
+    return ["lowbit"] + [f"lowbit.{name}" for name in find_packages(include=[*FOLDERS, *(f"{f}.*" for f in FOLDERS)])]
+
+
+setup(
+    packages=packages(),
+    package_dir={f"lowbit.{folder}": folder for folder in FOLDERS},
+    ext_modules=extensions(),
+    cmdclass={"build_ext": BuildCuda},
+)

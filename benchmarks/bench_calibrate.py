@@ -21,11 +21,11 @@ import torch
 import transformers
 
 from benchmarks.measure import run_facts, write_rows
-from calibrate.data import CalibrationSet
-from calibrate.methods import complete_recipe
-from calibrate.pipeline import prepare, run
-from calibrate.report import BlockReport
-from models.source import Source, open_source
+from lowbit.calibrate.data import CalibrationSet
+from lowbit.calibrate.methods import complete_recipe
+from lowbit.calibrate.pipeline import prepare, run
+from lowbit.calibrate.report import BlockReport
+from lowbit.models.source import Source, open_source
 
 LAYERS = 32  # of the model that the blocks stand for
 SHAPE: dict[str, Any] = {

@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 
 from benchmarks.measure import arguments, run_facts, time_calls, write_rows
-from quant.kernels import ops
-from quant.kernels.choose_tokens import Choice, Cursor, Noise, reference
+from lowbit.quant.kernels import ops
+from lowbit.quant.kernels.choose_tokens import Choice, Cursor, Noise, reference
 
 RESULTS = Path(__file__).with_name("results") / "choose_tokens.jsonl"
 ROWS = (1, 8, 64)

@@ -13,11 +13,11 @@ from pathlib import Path
 import torch
 
 from benchmarks.measure import Floor, run_facts
-from engine.decoder import Decoder
-from engine.engine import Engine, Options
-from engine.sampler import Features
-from engine.shapes import SHAPES, random_weights
-from engine.speed import kernels_of_step, measure
+from lowbit.engine.decoder import Decoder
+from lowbit.engine.engine import Engine, Options
+from lowbit.engine.sampler import Features
+from lowbit.engine.shapes import SHAPES, random_weights
+from lowbit.engine.speed import kernels_of_step, measure
 
 RESULTS = Path(__file__).with_name("results") / "decode.jsonl"
 OUTPUT = 128

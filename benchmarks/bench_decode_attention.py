@@ -13,8 +13,8 @@ import torch
 from torch.nn import functional
 
 from benchmarks.measure import Floor, arguments, copies_for, run_facts, time_calls, write_rows
-from quant.kernels import ops
-from quant.kernels.decode_attention import Attention, KVCache
+from lowbit.quant.kernels import ops
+from lowbit.quant.kernels.decode_attention import Attention, KVCache
 
 RESULTS = Path(__file__).with_name("results") / "decode_attention.jsonl"
 # heads, kv_heads, head_dim of Llama-2-7B, Llama-3-8B, ChatGLM2-6B

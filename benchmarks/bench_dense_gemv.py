@@ -21,9 +21,9 @@ from torch.nn import functional
 
 from benchmarks.measure import Floor, copies_for, run_facts, time_calls, write_rows
 from benchmarks.wna16 import RESULTS, random_shapes, row_of
-from quant.kernels import dense, dense_gemv, ops, ring
-from quant.kernels.dense import DenseCall
-from quant.kernels.registry import choose_kernel
+from lowbit.quant.kernels import dense, dense_gemv, ops, ring
+from lowbit.quant.kernels.dense import DenseCall
+from lowbit.quant.kernels.registry import choose_kernel
 
 # Llama-2 7B with its head, 13B, ChatGLM2's head: outputs x inputs.
 SHAPES = (

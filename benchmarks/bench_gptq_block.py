@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.measure import run_facts, write_rows
-from quant.kernels import gptq_block
+from lowbit.quant.kernels import gptq_block
 
 ROWS = (4096, 11008)
 COLUMNS = 128

@@ -11,9 +11,9 @@ import json
 from datetime import UTC, datetime
 from pathlib import Path
 
-import engine
-from calibrate.data import builtin_text
-from engine.engine import Engine
+from lowbit import engine
+from lowbit.calibrate.data import builtin_text
+from lowbit.engine.engine import Engine
 
 RESULTS = Path(__file__).with_name("results") / "lookup.jsonl"
 MODULES = (argparse, inspect, json)

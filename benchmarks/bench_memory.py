@@ -24,8 +24,8 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig
 
-from export.tensorfile import TensorFileWriter
-from models.demo import demo_model_dir
+from lowbit.export.tensorfile import TensorFileWriter
+from lowbit.models.demo import demo_model_dir
 
 RESULTS = Path(__file__).parent / "results" / "memory.jsonl"
 CONFIG = {
@@ -77,7 +77,7 @@ def measure(model: Path, method: str, device: str) -> dict[str, object]:
     options = ["--method", method, "--device", device]
     options += ["--num-samples", "16", "--seqlen", "512"] if method == "awq" else []
     begun = time.monotonic()
-    script = "import sys; from commands.quantize import main; sys.argv[0] = 'quantize'; main()"
+    script = "import sys; from lowbit.commands.quantize import main; sys.argv[0] = 'quantize'; main()"
     subprocess.run(
         [sys.executable, "-c", script, str(model), *options, "--output", str(model.parent / method)], check=True
     )

@@ -23,11 +23,11 @@ from typing import Any
 import torch
 
 from benchmarks.measure import write_rows
-from calibrate.data import builtin_text, calibration_tokens
-from evaluation.backend import BlocksBackend
-from evaluation.perplexity import Score, difference, perplexity
-from evaluation.text import Protocol, cut
-from models.source import Source, open_source
+from lowbit.calibrate.data import builtin_text, calibration_tokens
+from lowbit.evaluation.backend import BlocksBackend
+from lowbit.evaluation.perplexity import Score, difference, perplexity
+from lowbit.evaluation.text import Protocol, cut
+from lowbit.models.source import Source, open_source
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "quality.jsonl"

@@ -11,8 +11,8 @@ import torch
 from torch.nn import functional
 
 from benchmarks.measure import arguments, run_facts, time_calls, write_rows
-from quant.kernels import ops
-from quant.kernels.row_norm import Rows
+from lowbit.quant.kernels import ops
+from lowbit.quant.kernels.row_norm import Rows
 
 RESULTS = Path(__file__).with_name("results") / "row_norm.jsonl"
 ROWS = (1, 8, 64, 1024)

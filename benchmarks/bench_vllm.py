@@ -100,9 +100,9 @@ def write_model(directory: Path, kind: str, net: Network = LLAMA_2_7B) -> None:
     """A checkpoint with random codes, written by our own writer from tensors made on the network's device."""
     import torch
 
-    from export.compressed_tensors import quantization_config, write
-    from export.tensorfile import TensorFileWriter
-    from quant.scheme import parse_scheme
+    from lowbit.export.compressed_tensors import quantization_config, write
+    from lowbit.export.tensorfile import TensorFileWriter
+    from lowbit.quant.scheme import parse_scheme
 
     if (directory / "config.json").exists():
         return
@@ -159,7 +159,7 @@ def random_weight(scheme: Any, n: int, k: int, deviation: float, generator: Any)
     """A weight (n, k) with uniform codes around zero and scales that give it about that standard deviation."""
     import torch
 
-    from quant.qtensor import QTensor
+    from lowbit.quant.qtensor import QTensor
 
     limit, device = scheme.qtype.max, {"generator": generator, "device": generator.device}
     codes = torch.randint(-limit, limit + 1, (n, k), dtype=torch.int8, **device)

@@ -13,10 +13,10 @@ from pathlib import Path
 import torch
 
 from benchmarks.measure import run_facts, time_calls, write_rows
-from quant.kernels import ops
-from quant.kernels.packed import pack_codes, prepack, unpack_codes
-from quant.qtensor import round_to_nearest
-from quant.scheme import make_scheme
+from lowbit.quant.kernels import ops
+from lowbit.quant.kernels.packed import pack_codes, prepack, unpack_codes
+from lowbit.quant.qtensor import round_to_nearest
+from lowbit.quant.scheme import make_scheme
 
 SHAPES = ((4096, 4096), (28672, 4096), (4096, 14336))
 RESULTS = Path(__file__).with_name("results") / "wna16_dequantize.jsonl"

@@ -21,11 +21,11 @@ from torch import Tensor
 from benchmarks.kernel_peers import PEERS, Peer, cublas
 from benchmarks.measure import Floor, run_facts, time_calls, write_rows
 from benchmarks.wna16 import bytes_of, describe, make_copies, measure_peer, row_of
-from quant.kernels import wna16_dequantize, wna16_gemm
-from quant.kernels.packed import PackedWeight
-from quant.kernels.problem import Call, Problem, problem_of
-from quant.kernels.registry import choose_kernel
-from quant.kernels.wna16_gemm import Launch
+from lowbit.quant.kernels import wna16_dequantize, wna16_gemm
+from lowbit.quant.kernels.packed import PackedWeight
+from lowbit.quant.kernels.problem import Call, Problem, problem_of
+from lowbit.quant.kernels.registry import choose_kernel
+from lowbit.quant.kernels.wna16_gemm import Launch
 
 SHAPES = ((4096, 4096), (12288, 4096), (22016, 4096), (4096, 11008), (28672, 4096), (8192, 28672))
 ROWS = (96, 128, 192, 256, 512, 1024, 2048, 4096)

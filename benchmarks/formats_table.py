@@ -25,10 +25,10 @@ from string import ascii_uppercase
 from typing import Any
 
 from benchmarks.readers import ReaderError, read_by
-from calibrate.data import builtin_text
-from evaluation.backend import TransformersBackend
-from evaluation.text import Cut, Protocol, cut
-from models.source import Source, open_source
+from lowbit.calibrate.data import builtin_text
+from lowbit.evaluation.backend import TransformersBackend
+from lowbit.evaluation.text import Cut, Protocol, cut
+from lowbit.models.source import Source, open_source
 
 RESULTS = Path(__file__).parent / "results" / "formats.jsonl"
 WINDOWS = Protocol(256, windows=4)

@@ -10,7 +10,7 @@ from pathlib import Path
 HERE = Path(__file__).parent
 READ_CHECKPOINT = HERE / "peers" / "read_checkpoint.py"
 LONGEST_ERROR = 100
-ENTRY_POINTS = "[vllm.general_plugins]\nlowbit = integrations.vllm:register\n"
+ENTRY_POINTS = "[vllm.general_plugins]\nlowbit = lowbit.integrations.vllm:register\n"
 
 
 class ReaderError(Exception):
@@ -61,4 +61,5 @@ def path_of_ours(scratch: Path) -> str:
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: lowbit\nVersion: 0\n")
     (info / "entry_points.txt").write_text(ENTRY_POINTS)
-    return os.pathsep.join([str(scratch), str(HERE.parent)])
+    (scratch / "lowbit").symlink_to(HERE.parent / "lowbit")
+    return str(scratch)

@@ -15,10 +15,10 @@ import torch
 from benchmarks.kernel_peers import random_words, vllm_ops
 from benchmarks.measure import Floor, copies_for, run_facts, time_calls, write_rows
 from benchmarks.wna16 import RESULTS, SHAPES, random_shapes, row_of
-from quant.kernels import ops
-from quant.kernels.registry import choose_kernel
-from quant.kernels.row_norm import Rows
-from quant.kernels.w8a8 import Int8Call, Int8Weight, problem_of
+from lowbit.quant.kernels import ops
+from lowbit.quant.kernels.registry import choose_kernel
+from lowbit.quant.kernels.row_norm import Rows
+from lowbit.quant.kernels.w8a8 import Int8Call, Int8Weight, problem_of
 
 PRODUCT, ROUNDED, NORMED = "product", "rounding + product", "norm + rounding + product"
 DTYPE = torch.bfloat16  # as the peers have it

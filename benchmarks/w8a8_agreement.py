@@ -31,11 +31,11 @@ from transformers import AutoModelForCausalLM
 from benchmarks.bench_vllm import Network, write_model
 from benchmarks.formats_table import WINDOWS
 from benchmarks.readers import read_by
-from calibrate.data import builtin_text
-from evaluation.text import cut
-from export.checkpoint import open_checkpoint
-from export.formats import LogicalTensors
-from models.source import open_source
+from lowbit.calibrate.data import builtin_text
+from lowbit.evaluation.text import cut
+from lowbit.export.checkpoint import open_checkpoint
+from lowbit.export.formats import LogicalTensors
+from lowbit.models.source import open_source
 
 RESULTS = Path(__file__).parent / "results" / "w8a8_agreement.jsonl"
 WIDER = math.sqrt(4096 / 512)  # keeps what a layer adds, and the logits, as large as 4096 inputs make them

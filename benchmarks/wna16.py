@@ -15,12 +15,12 @@ import torch
 
 from benchmarks.kernel_peers import PEERS, Peer
 from benchmarks.measure import CALLS, Floor, Timing, copies_for, run_facts, time_calls, write_rows
-from quant.kernels import ops
-from quant.kernels.packed import PackedWeight, prepack
-from quant.kernels.problem import Call, problem_of
-from quant.kernels.registry import choose_kernel
-from quant.qtensor import round_to_nearest
-from quant.scheme import make_scheme
+from lowbit.quant.kernels import ops
+from lowbit.quant.kernels.packed import PackedWeight, prepack
+from lowbit.quant.kernels.problem import Call, problem_of
+from lowbit.quant.kernels.registry import choose_kernel
+from lowbit.quant.qtensor import round_to_nearest
+from lowbit.quant.scheme import make_scheme
 
 # Llama-2 7B, Llama-3 8B, Llama-2 13B, CodeGeeX-13B, Llama-3 70B: outputs x inputs.
 SHAPES = (

@@ -8,18 +8,18 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from calibrate import ranks
-from calibrate.capture import SiteStats
-from export.engines import EXPERT, expert_role
-from export.errors import CheckpointError
-from models.products import LinearInputs, input_rounding, rounded_inputs, taped, weight_view
-from models.skeleton import Block
-from models.walk import Walk
-from quant.algos.rotate import rotation, turned_inputs, turned_outputs
-from quant.qtensor import QTensor
-from quant.scheme import Activations, Scheme
-from quant.site import Fold, Heads, Site
-from quant.stats import Stats, output_energy
+from lowbit.calibrate import ranks
+from lowbit.calibrate.capture import SiteStats
+from lowbit.export.engines import EXPERT, expert_role
+from lowbit.export.errors import CheckpointError
+from lowbit.models.products import LinearInputs, input_rounding, rounded_inputs, taped, weight_view
+from lowbit.models.skeleton import Block
+from lowbit.models.walk import Walk
+from lowbit.quant.algos.rotate import rotation, turned_inputs, turned_outputs
+from lowbit.quant.qtensor import QTensor
+from lowbit.quant.scheme import Activations, Scheme
+from lowbit.quant.site import Fold, Heads, Site
+from lowbit.quant.stats import Stats, output_energy
 
 InputRounding = dict[str, Callable[[Tensor], Tensor]]
 

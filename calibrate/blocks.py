@@ -6,21 +6,21 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from calibrate import ranks
-from calibrate.block import BlockWork
-from calibrate.data import CalibrationSet
-from calibrate.discover import Structure
-from calibrate.job import Job
-from calibrate.outcome import BlockOutcome, run_stored
-from calibrate.report import BlockReport, Stopwatch, calibrated_rows, linear_row, peak_memory
-from calibrate.rounding import RoundingLearner, round_gptq, round_nearest, spread
-from calibrate.search import FoldSearch
-from calibrate.structure import Prober
-from calibrate.written import covered
-from export.engines import EXPERT
-from models.skeleton import Block, LinearSpec, Placement, checked
-from models.walk import Walk
-from quant.qtensor import QTensor, round_to_nearest
+from lowbit.calibrate import ranks
+from lowbit.calibrate.block import BlockWork
+from lowbit.calibrate.data import CalibrationSet
+from lowbit.calibrate.discover import Structure
+from lowbit.calibrate.job import Job
+from lowbit.calibrate.outcome import BlockOutcome, run_stored
+from lowbit.calibrate.report import BlockReport, Stopwatch, calibrated_rows, linear_row, peak_memory
+from lowbit.calibrate.rounding import RoundingLearner, round_gptq, round_nearest, spread
+from lowbit.calibrate.search import FoldSearch
+from lowbit.calibrate.structure import Prober
+from lowbit.calibrate.written import covered
+from lowbit.export.engines import EXPERT
+from lowbit.models.skeleton import Block, LinearSpec, Placement, checked
+from lowbit.models.walk import Walk
+from lowbit.quant.qtensor import QTensor, round_to_nearest
 
 BATCH_TOKENS = 2048  # tokens run through a block at once, and tokens that module outputs are compared on
 GRAM_TOKENS = 16384  # tokens that the second moments of transforms and clipping are estimated from

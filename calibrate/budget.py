@@ -14,18 +14,18 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from calibrate import ranks
-from calibrate.data import CalibrationSet
-from calibrate.job import Job
-from calibrate.plan import make_plan, scheme_pattern
-from export.engines import fused_set
-from export.formats import FORMATS
-from models.products import weight_view
-from models.skeleton import LinearSpec
-from models.walk import Walk
-from quant.qtensor import round_to_nearest
-from quant.recipe import RecipeError
-from quant.scheme import FALLBACK_GROUP_SIZES, Scheme, make_scheme
+from lowbit.calibrate import ranks
+from lowbit.calibrate.data import CalibrationSet
+from lowbit.calibrate.job import Job
+from lowbit.calibrate.plan import make_plan, scheme_pattern
+from lowbit.export.engines import fused_set
+from lowbit.export.formats import FORMATS
+from lowbit.models.products import weight_view
+from lowbit.models.skeleton import LinearSpec
+from lowbit.models.walk import Walk
+from lowbit.quant.qtensor import round_to_nearest
+from lowbit.quant.recipe import RecipeError
+from lowbit.quant.scheme import FALLBACK_GROUP_SIZES, Scheme, make_scheme
 
 PROBE_TOKENS = 2048
 

@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from calibrate import ranks
-from export.engines import EXPERT
-from quant.site import Site
-from quant.stats import Stats, nothing_seen, stats_of
+from lowbit.calibrate import ranks
+from lowbit.export.engines import EXPERT
+from lowbit.quant.site import Site
+from lowbit.quant.stats import Stats, nothing_seen, stats_of
 
 
 def sites_of(calls: Iterable[tuple[tuple[str, ...], Tensor]]) -> list[Site]:

@@ -16,12 +16,12 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
-from calibrate.capture import sites_of
-from export.engines import EXPERT
-from models.products import LinearInputs, weight_view
-from models.skeleton import Block
-from quant.algos.rotate import rotation, turned_inputs, turned_outputs
-from quant.site import Fold, Heads, Site
+from lowbit.calibrate.capture import sites_of
+from lowbit.export.engines import EXPERT
+from lowbit.models.products import LinearInputs, weight_view
+from lowbit.models.skeleton import Block
+from lowbit.quant.algos.rotate import rotation, turned_inputs, turned_outputs
+from lowbit.quant.site import Fold, Heads, Site
 
 # Relative change of the block's contribution that float32 rounding explains; a wrong fold changes it by over 1%.
 PROOF_TOLERANCE = 1e-4

@@ -17,14 +17,14 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from calibrate import ranks
-from calibrate.blocks import BlockLoop
-from calibrate.job import Job
-from calibrate.outcome import BlockOutcome, hold, int8_inputs
-from models.products import taped, weight_view
-from models.walk import Walk
-from quant import numerics
-from quant.qtensor import QTensor
+from lowbit.calibrate import ranks
+from lowbit.calibrate.blocks import BlockLoop
+from lowbit.calibrate.job import Job
+from lowbit.calibrate.outcome import BlockOutcome, hold, int8_inputs
+from lowbit.models.products import taped, weight_view
+from lowbit.models.walk import Walk
+from lowbit.quant import numerics
+from lowbit.quant.qtensor import QTensor
 
 RATE = 1e-3  # of each value's own size, or of its tensor's; falls to 0 along a cosine
 BETAS, EPSILON = (0.9, 0.99), 1e-12

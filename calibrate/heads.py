@@ -7,8 +7,8 @@ largest, and what leaves the block's output alone is taken.
 
 import torch
 
-from calibrate.discover import Probe, Workbench, same
-from quant.site import Fold, Heads
+from lowbit.calibrate.discover import Probe, Workbench, same
+from lowbit.quant.site import Fold, Heads
 
 
 @torch.no_grad()

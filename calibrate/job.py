@@ -5,13 +5,13 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from calibrate.plan import Plan, make_plan
-from export.errors import CheckpointError
-from export.formats import FORMATS, require_fit
-from models.skeleton import LinearSpec, Skeleton, open_skeleton
-from models.source import Source
-from quant.recipe import Recipe
-from quant.scheme import Scheme
+from lowbit.calibrate.plan import Plan, make_plan
+from lowbit.export.errors import CheckpointError
+from lowbit.export.formats import FORMATS, require_fit
+from lowbit.models.skeleton import LinearSpec, Skeleton, open_skeleton
+from lowbit.models.source import Source
+from lowbit.quant.recipe import Recipe
+from lowbit.quant.scheme import Scheme
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 

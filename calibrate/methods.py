@@ -3,8 +3,8 @@
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from quant.recipe import ACTIVATIONS, Recipe, RecipeError, nearest
-from quant.scheme import parse_scheme
+from lowbit.quant.recipe import ACTIVATIONS, Recipe, RecipeError, nearest
+from lowbit.quant.scheme import parse_scheme
 
 # Transforms move scales or rotate channels and leave what a block computes alone; then one rounder chooses the codes.
 TRANSFORMS = {

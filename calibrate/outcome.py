@@ -6,11 +6,11 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from calibrate import ranks
-from calibrate.report import BlockReport
-from models.products import input_rounding, rounded_inputs, weight_view
-from models.walk import Walk
-from quant.qtensor import QTensor
+from lowbit.calibrate import ranks
+from lowbit.calibrate.report import BlockReport
+from lowbit.models.products import input_rounding, rounded_inputs, weight_view
+from lowbit.models.walk import Walk
+from lowbit.quant.qtensor import QTensor
 
 
 @dataclass(frozen=True)

@@ -5,18 +5,18 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from calibrate import ranks
-from calibrate.blocks import BlockLoop, Blocks, DataFreeBlocks
-from calibrate.data import CalibrationSet
-from calibrate.distill import distill
-from calibrate.job import Job, prepare
-from calibrate.outcome import BlockOutcome
-from calibrate.report import BlockReport, Result, report_of
-from calibrate.resume import Journal
-from calibrate.written import RecordingWriter
-from export.checkpoint import verify_checksums
-from export.formats import FORMATS, write_config
-from export.writer import ShardedWriter, copy_companions, write_json
+from lowbit.calibrate import ranks
+from lowbit.calibrate.blocks import BlockLoop, Blocks, DataFreeBlocks
+from lowbit.calibrate.data import CalibrationSet
+from lowbit.calibrate.distill import distill
+from lowbit.calibrate.job import Job, prepare
+from lowbit.calibrate.outcome import BlockOutcome
+from lowbit.calibrate.report import BlockReport, Result, report_of
+from lowbit.calibrate.resume import Journal
+from lowbit.calibrate.written import RecordingWriter
+from lowbit.export.checkpoint import verify_checksums
+from lowbit.export.formats import FORMATS, write_config
+from lowbit.export.writer import ShardedWriter, copy_companions, write_json
 
 __all__ = ["BlockReport", "Job", "Result", "assist", "prepare", "run"]
 

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from export.engines import fused_set
-from export.errors import CheckpointError
-from models.skeleton import Block, LinearSpec, Skeleton, tensor_of
-from quant.recipe import Recipe, RecipeError
-from quant.scheme import Scheme, fitting_group_size, parse_scheme
+from lowbit.export.engines import fused_set
+from lowbit.export.errors import CheckpointError
+from lowbit.models.skeleton import Block, LinearSpec, Skeleton, tensor_of
+from lowbit.quant.recipe import Recipe, RecipeError
+from lowbit.quant.scheme import Scheme, fitting_group_size, parse_scheme
 
 MINIMUM_COVERAGE = 0.99
 

@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from calibrate.block import BlockWork
-from calibrate.job import Job
-from calibrate.plan import Plan
-from export.card import published_name
-from quant import __version__
-from quant.qtensor import QTensor
-from quant.recipe import Recipe
+from lowbit import __version__
+from lowbit.calibrate.block import BlockWork
+from lowbit.calibrate.job import Job
+from lowbit.calibrate.plan import Plan
+from lowbit.export.card import published_name
+from lowbit.quant.qtensor import QTensor
+from lowbit.quant.recipe import Recipe
 
 
 @dataclass(frozen=True)

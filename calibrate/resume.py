@@ -14,20 +14,20 @@ from typing import Any
 
 import torch
 
-from calibrate import ranks
-from calibrate.data import CalibrationSet
-from calibrate.job import Job
-from calibrate.outcome import BlockOutcome
-from calibrate.report import BlockReport
-from export.checkpoint import read_json, sha256_of
-from export.compressed_tensors import COMPRESSED_TENSORS
-from export.errors import CheckpointError
-from export.staging import sync
-from export.tensorfile import TensorFileWriter, read_entries, read_tensor
-from export.writer import write_json
-from quant import __version__
-from quant.recipe import RecipeError
-from quant.scheme import parse_scheme
+from lowbit import __version__
+from lowbit.calibrate import ranks
+from lowbit.calibrate.data import CalibrationSet
+from lowbit.calibrate.job import Job
+from lowbit.calibrate.outcome import BlockOutcome
+from lowbit.calibrate.report import BlockReport
+from lowbit.export.checkpoint import read_json, sha256_of
+from lowbit.export.compressed_tensors import COMPRESSED_TENSORS
+from lowbit.export.errors import CheckpointError
+from lowbit.export.staging import sync
+from lowbit.export.tensorfile import TensorFileWriter, read_entries, read_tensor
+from lowbit.export.writer import write_json
+from lowbit.quant.recipe import RecipeError
+from lowbit.quant.scheme import parse_scheme
 
 KEY = "key.json"
 START_OVER = "run without --resume to start over"

@@ -5,15 +5,15 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from calibrate import ranks
-from calibrate.block import BlockWork
-from export.engines import EXPERT, expert_role
-from quant.algos.clip import group_moments, search_shrink
-from quant.algos.gptq import gptq
-from quant.algos.learned import LearnedWeight
-from quant.qtensor import QTensor, round_to_nearest
-from quant.recipe import Recipe
-from quant.site import Site
+from lowbit.calibrate import ranks
+from lowbit.calibrate.block import BlockWork
+from lowbit.export.engines import EXPERT, expert_role
+from lowbit.quant.algos.clip import group_moments, search_shrink
+from lowbit.quant.algos.gptq import gptq
+from lowbit.quant.algos.learned import LearnedWeight
+from lowbit.quant.qtensor import QTensor, round_to_nearest
+from lowbit.quant.recipe import Recipe
+from lowbit.quant.site import Site
 
 # Tokens a second moment is estimated from: at least so many, and so many for each input.
 MOMENT_TOKENS, TOKENS_PER_INPUT = 32768, 16

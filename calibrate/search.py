@@ -7,14 +7,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from calibrate import ranks
-from calibrate.block import BlockWork, InputRounding
-from models.products import input_rounding
-from quant.algos.awq import ScaleChoice, search_scales, weight_magnitude
-from quant.algos.smooth import SmoothChoice, search_alpha
-from quant.numerics import fake_quantize
-from quant.site import Fold
-from quant.stats import output_energy
+from lowbit.calibrate import ranks
+from lowbit.calibrate.block import BlockWork, InputRounding
+from lowbit.models.products import input_rounding
+from lowbit.quant.algos.awq import ScaleChoice, search_scales, weight_magnitude
+from lowbit.quant.algos.smooth import SmoothChoice, search_alpha
+from lowbit.quant.numerics import fake_quantize
+from lowbit.quant.site import Fold
+from lowbit.quant.stats import output_energy
 
 Losses = Callable[[Sequence[Tensor | None]], list[float]]
 

@@ -6,11 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from calibrate.discover import Probe, Structure, Workbench, discover, prove
-from calibrate.heads import find_heads
-from models.skeleton import Block
-from models.walk import Walk
-from quant.site import Heads
+from lowbit.calibrate.discover import Probe, Structure, Workbench, discover, prove
+from lowbit.calibrate.heads import find_heads
+from lowbit.models.skeleton import Block
+from lowbit.models.walk import Walk
+from lowbit.quant.site import Heads
 
 PROBE_LENGTH = 24
 SINGLE_PROBES = 48

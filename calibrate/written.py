@@ -6,14 +6,14 @@ from pathlib import Path
 
 from torch import Tensor
 
-from calibrate.job import Job
-from export.checkpoint import open_checkpoint
-from export.errors import CheckpointError
-from export.formats import FORMATS, LogicalTensors
-from export.tensorfile import raw_bytes
-from export.writer import ShardedWriter
-from models.skeleton import Block, checked, count_broken
-from quant.qtensor import QTensor
+from lowbit.calibrate.job import Job
+from lowbit.export.checkpoint import open_checkpoint
+from lowbit.export.errors import CheckpointError
+from lowbit.export.formats import FORMATS, LogicalTensors
+from lowbit.export.tensorfile import raw_bytes
+from lowbit.export.writer import ShardedWriter
+from lowbit.models.skeleton import Block, checked, count_broken
+from lowbit.quant.qtensor import QTensor
 
 
 def covered(block: Block, parameter: str, weights: dict[str, QTensor]) -> bool:

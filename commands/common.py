@@ -14,10 +14,10 @@ from datasets.utils.logging import disable_progress_bar
 from rich.console import Console
 from transformers.utils import logging as transformers_logging
 
-from calibrate import ranks
-from engine.errors import EngineError
-from export.errors import CheckpointError
-from quant.recipe import RecipeError
+from lowbit.calibrate import ranks
+from lowbit.engine.errors import EngineError
+from lowbit.export.errors import CheckpointError
+from lowbit.quant.recipe import RecipeError
 
 SETTINGS = {
     "help_option_names": ["-h", "--help"],

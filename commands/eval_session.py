@@ -13,17 +13,17 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from calibrate.data import builtin_text
-from commands.common import check_device, make_console
-from evaluation.after import HELDOUT
-from evaluation.backend import BACKENDS, Backend, choose_backend, open_backend
-from evaluation.journal import Library
-from evaluation.perplexity import OnStep
-from evaluation.record import record
-from export.errors import CheckpointError
-from models.demo import cache_dir
-from models.source import Source, open_source
-from quant import __version__
+from lowbit import __version__
+from lowbit.calibrate.data import builtin_text
+from lowbit.commands.common import check_device, make_console
+from lowbit.evaluation.after import HELDOUT
+from lowbit.evaluation.backend import BACKENDS, Backend, choose_backend, open_backend
+from lowbit.evaluation.journal import Library
+from lowbit.evaluation.perplexity import OnStep
+from lowbit.evaluation.record import record
+from lowbit.export.errors import CheckpointError
+from lowbit.models.demo import cache_dir
+from lowbit.models.source import Source, open_source
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

@@ -9,25 +9,25 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from calibrate import ranks
-from calibrate.budget import average_bits, spend
-from calibrate.data import CalibrationSet, builtin_text, calibration_tokens
-from calibrate.methods import METHODS, ROUNDERS, TRANSFORMS, complete_recipe
-from calibrate.pipeline import BlockReport, Job, Result, assist, prepare, run
-from calibrate.resume import journal_of, journaled
-from commands.common import SETTINGS, Size, check_device, make_console, run_command
-from evaluation.after import MEASURES, Measured, measure, parse_measures
-from evaluation.perplexity import Score, describe_difference
-from evaluation.record import record
-from evaluation.report.facts import facts_of
-from evaluation.report.page import render
-from export.card import write_card
-from export.checkpoint import write_sums
-from export.formats import FORMATS, describe_schemes
-from export.staging import refuse_output, refuse_to_replace, require_space, staged
-from models.source import Source, open_source
-from quant import __version__
-from quant.recipe import Recipe, RecipeError, nearest, read_recipe
+from lowbit import __version__
+from lowbit.calibrate import ranks
+from lowbit.calibrate.budget import average_bits, spend
+from lowbit.calibrate.data import CalibrationSet, builtin_text, calibration_tokens
+from lowbit.calibrate.methods import METHODS, ROUNDERS, TRANSFORMS, complete_recipe
+from lowbit.calibrate.pipeline import BlockReport, Job, Result, assist, prepare, run
+from lowbit.calibrate.resume import journal_of, journaled
+from lowbit.commands.common import SETTINGS, Size, check_device, make_console, run_command
+from lowbit.evaluation.after import MEASURES, Measured, measure, parse_measures
+from lowbit.evaluation.perplexity import Score, describe_difference
+from lowbit.evaluation.record import record
+from lowbit.evaluation.report.facts import facts_of
+from lowbit.evaluation.report.page import render
+from lowbit.export.card import write_card
+from lowbit.export.checkpoint import write_sums
+from lowbit.export.formats import FORMATS, describe_schemes
+from lowbit.export.staging import refuse_output, refuse_to_replace, require_space, staged
+from lowbit.models.source import Source, open_source
+from lowbit.quant.recipe import Recipe, RecipeError, nearest, read_recipe
 
 RECIPE_FLAGS = [
     "method",

@@ -7,15 +7,14 @@ import click
 import torch
 from rich.table import Table
 
-import engine
-from commands.common import SETTINGS, check_device, make_console, run_command
-from engine.decoder import Decoder
-from engine.engine import Engine, Options
-from engine.errors import EngineError
-from engine.sampler import Features
-from engine.shapes import METHODS, SHAPES, random_weights
-from engine.speed import Speed, kernels_of_step, measure, read_rate
-from quant import __version__
+from lowbit import __version__, engine
+from lowbit.commands.common import SETTINGS, check_device, make_console, run_command
+from lowbit.engine.decoder import Decoder
+from lowbit.engine.engine import Engine, Options
+from lowbit.engine.errors import EngineError
+from lowbit.engine.sampler import Features
+from lowbit.engine.shapes import METHODS, SHAPES, random_weights
+from lowbit.engine.speed import Speed, kernels_of_step, measure, read_rate
 
 COLUMNS = ("method", "batch", "prompt", "tokens/s", "ms/token", "floor ms", "share of floor", "memory GiB")
 

@@ -5,18 +5,18 @@ from pathlib import Path
 import click
 from rich.console import Console
 
-from calibrate.plan import unquantized_linears
-from commands.common import SETTINGS, Size, make_console, run_command
-from export.card import note_conversion
-from export.checkpoint import verify_checksums, write_sums
-from export.convert import Conversion, convert
-from export.formats import FORMATS, LogicalTensors, describe_schemes
-from export.staging import refuse_output, refuse_to_replace, require_space, staged
-from export.writer import copy_companions
-from models.skeleton import open_skeleton
-from models.source import open_source
-from quant import __version__
-from quant.recipe import Recipe, RecipeError, nearest
+from lowbit import __version__
+from lowbit.calibrate.plan import unquantized_linears
+from lowbit.commands.common import SETTINGS, Size, make_console, run_command
+from lowbit.export.card import note_conversion
+from lowbit.export.checkpoint import verify_checksums, write_sums
+from lowbit.export.convert import Conversion, convert
+from lowbit.export.formats import FORMATS, LogicalTensors, describe_schemes
+from lowbit.export.staging import refuse_output, refuse_to_replace, require_space, staged
+from lowbit.export.writer import copy_companions
+from lowbit.models.skeleton import open_skeleton
+from lowbit.models.source import open_source
+from lowbit.quant.recipe import Recipe, RecipeError, nearest
 
 
 def main() -> None:

@@ -10,19 +10,19 @@ import click
 from rich.table import Table
 from rich.text import Text
 
-from commands.common import SETTINGS, Size, run_command
-from commands.eval_session import Session, make_session, read_text, session_options
-from evaluation.code import pass_at_1, read_problems, solve
-from evaluation.divergence import Divergence, require_comparable
-from evaluation.divergence import divergence as compare_distributions
-from evaluation.generate import PROMPT, Prompt, continuations, read_prompts, side_by_side
-from evaluation.perplexity import Score, describe_difference, difference
-from evaluation.perplexity import perplexity as score_text
-from evaluation.sandbox import Limits
-from evaluation.tasks import TaskList, run_tasks
-from evaluation.text import Protocol, cut, require_same_tokens
-from export.errors import CheckpointError
-from quant import __version__
+from lowbit import __version__
+from lowbit.commands.common import SETTINGS, Size, run_command
+from lowbit.commands.eval_session import Session, make_session, read_text, session_options
+from lowbit.evaluation.code import pass_at_1, read_problems, solve
+from lowbit.evaluation.divergence import Divergence, require_comparable
+from lowbit.evaluation.divergence import divergence as compare_distributions
+from lowbit.evaluation.generate import PROMPT, Prompt, continuations, read_prompts, side_by_side
+from lowbit.evaluation.perplexity import Score, describe_difference, difference
+from lowbit.evaluation.perplexity import perplexity as score_text
+from lowbit.evaluation.sandbox import Limits
+from lowbit.evaluation.tasks import TaskList, run_tasks
+from lowbit.evaluation.text import Protocol, cut, require_same_tokens
+from lowbit.export.errors import CheckpointError
 
 
 def main() -> None:

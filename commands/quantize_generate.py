@@ -6,12 +6,11 @@ from typing import Any
 
 import click
 
-import engine
-from commands.common import SETTINGS, check_device, run_command
-from engine.engine import Engine
-from engine.errors import EngineError
-from engine.sampling import Completion, Sampling
-from quant import __version__
+from lowbit import __version__, engine
+from lowbit.commands.common import SETTINGS, check_device, run_command
+from lowbit.engine.engine import Engine
+from lowbit.engine.errors import EngineError
+from lowbit.engine.sampling import Completion, Sampling
 
 
 def main() -> None:

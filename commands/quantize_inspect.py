@@ -7,15 +7,15 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from calibrate.plan import unquantized_linears
-from commands.common import SETTINGS, make_console, run_command
-from export.checkpoint import verify_checksums
-from export.engines import ENGINES
-from export.formats import LogicalTensors
-from export.inspection import Inspection, inspect_checkpoint
-from models.skeleton import Skeleton, open_skeleton
-from models.source import open_source
-from quant import __version__
+from lowbit import __version__
+from lowbit.calibrate.plan import unquantized_linears
+from lowbit.commands.common import SETTINGS, make_console, run_command
+from lowbit.export.checkpoint import verify_checksums
+from lowbit.export.engines import ENGINES
+from lowbit.export.formats import LogicalTensors
+from lowbit.export.inspection import Inspection, inspect_checkpoint
+from lowbit.models.skeleton import Skeleton, open_skeleton
+from lowbit.models.source import open_source
 
 MOST_NAMED = 8
 

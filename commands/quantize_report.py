@@ -6,13 +6,13 @@ from typing import Any
 
 import click
 
-from commands.common import SETTINGS, make_console, run_command
-from evaluation.record import read_rows, refresh_sums, replace_text
-from evaluation.report.compare import comparison
-from evaluation.report.facts import facts_of
-from evaluation.report.page import render, render_comparison
-from export.errors import CheckpointError
-from quant import __version__
+from lowbit import __version__
+from lowbit.commands.common import SETTINGS, make_console, run_command
+from lowbit.evaluation.record import read_rows, refresh_sums, replace_text
+from lowbit.evaluation.report.compare import comparison
+from lowbit.evaluation.report.facts import facts_of
+from lowbit.evaluation.report.page import render, render_comparison
+from lowbit.export.errors import CheckpointError
 
 
 def main() -> None:

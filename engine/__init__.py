@@ -1,11 +1,14 @@
 """The decode engine: load a checkpoint, quantized or not, and generate at the speed of memory.
 
-import engine
-model = engine.load("DIR", device="cpu")     # engine.loader.load says what else it takes
+from lowbit import engine
+model = engine.load("DIR", device="cpu")     # lowbit.engine.loader.load says what else it takes
 model.logits(ids)                            # (B, T, vocabulary) float32 for token ids (B, T)
 model.generate(["Hello"])                    # a list of Completions, one a prompt
 """
 
-from engine.loader import load
+if __name__ == "engine":
+    raise ImportError("the import name is lowbit: write lowbit.engine instead of engine")
+
+from lowbit.engine.loader import load
 
 __all__ = ["load"]

@@ -5,7 +5,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.nn.attention.bias import causal_lower_right
 
-from engine.architecture import Architecture, Layer
+from lowbit.engine.architecture import Architecture, Layer
 
 
 def prompt_attention(q: Tensor, k: Tensor, v: Tensor, architecture: Architecture, layer: Layer) -> Tensor:

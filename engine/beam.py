@@ -10,11 +10,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from engine.prefill import last_logits
-from engine.request import Request
-from engine.runner import Runner
-from engine.sampler import Sampler
-from engine.sampling import Piece
+from lowbit.engine.prefill import last_logits
+from lowbit.engine.request import Request
+from lowbit.engine.runner import Runner
+from lowbit.engine.sampler import Sampler
+from lowbit.engine.sampling import Piece
 
 
 @dataclass

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from engine.architecture import Architecture
-from quant.kernels.decode_attention import KVCache, loaded
+from lowbit.engine.architecture import Architecture
+from lowbit.quant.kernels.decode_attention import KVCache, loaded
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from engine.architecture import Architecture, Layer, Rope
-from engine.attention import prompt_attention
-from engine.cache import Cache
-from engine.products import (
+from lowbit.engine.architecture import Architecture, Layer, Rope
+from lowbit.engine.attention import prompt_attention
+from lowbit.engine.cache import Cache
+from lowbit.engine.products import (
     Hidden,
     Linear,
     Norm,
@@ -26,11 +26,11 @@ from engine.products import (
     rounds_late,
     taken,
 )
-from engine.weights import LayerWeights, Weights, chained
-from quant.kernels import ops
-from quant.kernels.decode_attention import Append, Attention
-from quant.kernels.packed import PackedWeight
-from quant.kernels.problem import Rotary
+from lowbit.engine.weights import LayerWeights, Weights, chained
+from lowbit.quant.kernels import ops
+from lowbit.quant.kernels.decode_attention import Append, Attention
+from lowbit.quant.kernels.packed import PackedWeight
+from lowbit.quant.kernels.problem import Rotary
 
 
 @dataclass(frozen=True)

@@ -8,18 +8,18 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from engine.beam import run_beams
-from engine.cache import Cache, cache_nbytes, make_cache
-from engine.decoder import Decoder
-from engine.errors import EngineError
-from engine.generate import run_batch
-from engine.lookup import run_lookup
-from engine.prefill import read_prompt
-from engine.request import Request
-from engine.runner import Runner
-from engine.sampler import Features, Sampler, features_of
-from engine.sampling import LONGEST_BAD_WORD, Completion, Piece, Sampling
-from quant.kernels.decode_attention import SHORT
+from lowbit.engine.beam import run_beams
+from lowbit.engine.cache import Cache, cache_nbytes, make_cache
+from lowbit.engine.decoder import Decoder
+from lowbit.engine.errors import EngineError
+from lowbit.engine.generate import run_batch
+from lowbit.engine.lookup import run_lookup
+from lowbit.engine.prefill import read_prompt
+from lowbit.engine.request import Request
+from lowbit.engine.runner import Runner
+from lowbit.engine.sampler import Features, Sampler, features_of
+from lowbit.engine.sampling import LONGEST_BAD_WORD, Completion, Piece, Sampling
+from lowbit.quant.kernels.decode_attention import SHORT
 
 Prompt = str | Sequence[int]
 

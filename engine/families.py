@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from engine.architecture import Architecture, Layer, Names, Rope
+from lowbit.engine.architecture import Architecture, Layer, Names, Rope
 
 ACTIVATIONS = {
     "silu": "silu",

@@ -5,13 +5,13 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from engine.cache import Cache
-from engine.decoder import Decoder
-from engine.prefill import last_logits, read_prompt
-from engine.request import Request, token_logprob
-from engine.runner import Runner
-from engine.sampler import Chosen, Sampler
-from engine.sampling import Piece, TokenLogprob
+from lowbit.engine.cache import Cache
+from lowbit.engine.decoder import Decoder
+from lowbit.engine.prefill import last_logits, read_prompt
+from lowbit.engine.request import Request, token_logprob
+from lowbit.engine.runner import Runner
+from lowbit.engine.sampler import Chosen, Sampler
+from lowbit.engine.sampling import Piece, TokenLogprob
 
 SCORED_ROWS = 256  # prompt positions whose logits are in memory together
 

@@ -8,15 +8,15 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from engine.architecture import Architecture
-from engine.decoder import Decoder
-from engine.engine import Engine, Options
-from engine.families import FAMILIES, Family, UnknownActivation
-from engine.weights import HALF, Settings, load_weights
-from export.checkpoint import Checkpoint, open_checkpoint
-from export.errors import CheckpointError
-from models.source import Source, model_directory, open_source
-from quant.kernels.extension import reason_against_device
+from lowbit.engine.architecture import Architecture
+from lowbit.engine.decoder import Decoder
+from lowbit.engine.engine import Engine, Options
+from lowbit.engine.families import FAMILIES, Family, UnknownActivation
+from lowbit.engine.weights import HALF, Settings, load_weights
+from lowbit.export.checkpoint import Checkpoint, open_checkpoint
+from lowbit.export.errors import CheckpointError
+from lowbit.models.source import Source, model_directory, open_source
+from lowbit.quant.kernels.extension import reason_against_device
 
 DEFAULT_CONTEXT = 4096
 

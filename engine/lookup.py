@@ -6,10 +6,10 @@ are those of greedy decoding (on a GPU to the rounding of products with more row
 
 from collections.abc import Iterator, Sequence
 
-from engine.prefill import last_logits
-from engine.request import Request
-from engine.runner import Runner
-from engine.sampling import Piece
+from lowbit.engine.prefill import last_logits
+from lowbit.engine.request import Request
+from lowbit.engine.runner import Runner
+from lowbit.engine.sampling import Piece
 
 LENGTHS = (3, 2)  # of the tokens looked up, longest first
 

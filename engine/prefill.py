@@ -5,8 +5,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from engine.cache import Cache
-from engine.decoder import Decoder, make_step
+from lowbit.engine.cache import Cache
+from lowbit.engine.decoder import Decoder, make_step
 
 CHUNK = 4096  # rows that go through the layers together; docs/LOG.md, section 31
 

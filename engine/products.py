@@ -4,13 +4,13 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from quant.kernels import ops
-from quant.kernels.packed import PackedWeight
-from quant.kernels.problem import ACTIVATIONS, PART, PARTS, Deferred, Problem, place_of
-from quant.kernels.reference import activate
-from quant.kernels.registry import defers
-from quant.kernels.row_norm import Rows
-from quant.kernels.w8a8 import Int8Weight
+from lowbit.quant.kernels import ops
+from lowbit.quant.kernels.packed import PackedWeight
+from lowbit.quant.kernels.problem import ACTIVATIONS, PART, PARTS, Deferred, Problem, place_of
+from lowbit.quant.kernels.reference import activate
+from lowbit.quant.kernels.registry import defers
+from lowbit.quant.kernels.row_norm import Rows
+from lowbit.quant.kernels.w8a8 import Int8Weight
 
 
 @dataclass(frozen=True)

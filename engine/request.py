@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from engine.sampler import Constraints
-from engine.sampling import Completion, Piece, Sampling, TokenLogprob
-from engine.text import TextStream
+from lowbit.engine.sampler import Constraints
+from lowbit.engine.sampling import Completion, Piece, Sampling, TokenLogprob
+from lowbit.engine.text import TextStream
 
 
 class Request:

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from engine.cache import Cache
-from engine.decoder import Decoder, Step
-from engine.sampler import Chosen, Sampler
-from quant.kernels.choose_tokens import Cursor
-from quant.kernels.decode_attention import reason_against
+from lowbit.engine.cache import Cache
+from lowbit.engine.decoder import Decoder, Step
+from lowbit.engine.sampler import Chosen, Sampler
+from lowbit.quant.kernels.choose_tokens import Cursor
+from lowbit.quant.kernels.decode_attention import reason_against
 
 WARM_UP = 2  # steps before a capture: they load kernels and let libraries take their workspaces
 

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from engine.sampling import LONGEST_BAD_WORD, Sampling
-from quant.kernels import ops
-from quant.kernels.choose_tokens import Choice, Cursor, Noise
+from lowbit.engine.sampling import LONGEST_BAD_WORD, Sampling
+from lowbit.quant.kernels import ops
+from lowbit.quant.kernels.choose_tokens import Choice, Cursor, Noise
 
 
 @dataclass(frozen=True)

@@ -5,13 +5,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from engine.architecture import Architecture, Layer, Rope
-from engine.families import NO_ROPE, plain_frequencies
-from engine.products import Int8Inputs, Linear, Norm
-from engine.weights import LayerWeights, Weights, packed
-from quant.kernels.packed import TILE_ROWS
-from quant.qtensor import QTensor
-from quant.scheme import Scheme, parse_scheme
+from lowbit.engine.architecture import Architecture, Layer, Rope
+from lowbit.engine.families import NO_ROPE, plain_frequencies
+from lowbit.engine.products import Int8Inputs, Linear, Norm
+from lowbit.engine.weights import LayerWeights, Weights, packed
+from lowbit.quant.kernels.packed import TILE_ROWS
+from lowbit.quant.qtensor import QTensor
+from lowbit.quant.scheme import Scheme, parse_scheme
 
 # What a shape's linears can be; None is dense.
 METHODS: dict[str, str | None] = {

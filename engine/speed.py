@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 import torch
 
-from engine.cache import cache_nbytes
-from engine.engine import Engine
-from engine.runner import Runner
-from engine.sampler import Features
+from lowbit.engine.cache import cache_nbytes
+from lowbit.engine.engine import Engine
+from lowbit.engine.runner import Runner
+from lowbit.engine.sampler import Features
 
 REPEATS = 3
 CEILING_BYTES = {"cuda": 4 << 30, "cpu": 256 << 20}

@@ -9,16 +9,16 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from engine.architecture import Architecture, Names, Rope
-from engine.products import Int8Inputs, Linear, Norm
-from export.checkpoint import Checkpoint
-from export.errors import CheckpointError
-from export.formats import LogicalTensors
-from quant.kernels.packed import TILE_ROWS, PackedWeight, prepack, reason_against_packing
-from quant.kernels.w8a8 import Int8Weight, pack_int8
-from quant.kernels.w8a8 import reason_against_packing as reason_against_int8
-from quant.qtensor import QTensor, round_to_nearest
-from quant.scheme import parse_scheme
+from lowbit.engine.architecture import Architecture, Names, Rope
+from lowbit.engine.products import Int8Inputs, Linear, Norm
+from lowbit.export.checkpoint import Checkpoint
+from lowbit.export.errors import CheckpointError
+from lowbit.export.formats import LogicalTensors
+from lowbit.quant.kernels.packed import TILE_ROWS, PackedWeight, prepack, reason_against_packing
+from lowbit.quant.kernels.w8a8 import Int8Weight, pack_int8
+from lowbit.quant.kernels.w8a8 import reason_against_packing as reason_against_int8
+from lowbit.quant.qtensor import QTensor, round_to_nearest
+from lowbit.quant.scheme import parse_scheme
 
 HALF = (torch.float16, torch.bfloat16)
 

@@ -3,13 +3,13 @@
 from dataclasses import dataclass
 from typing import Any
 
-from evaluation.backend import Backend, open_backend
-from evaluation.divergence import divergence
-from evaluation.perplexity import Score, difference, perplexity
-from evaluation.text import Protocol, cut
-from export.errors import CheckpointError
-from models.source import Source
-from quant.recipe import nearest
+from lowbit.evaluation.backend import Backend, open_backend
+from lowbit.evaluation.divergence import divergence
+from lowbit.evaluation.perplexity import Score, difference, perplexity
+from lowbit.evaluation.text import Protocol, cut
+from lowbit.export.errors import CheckpointError
+from lowbit.models.source import Source
+from lowbit.quant.recipe import nearest
 
 CONTEXT = 512
 MEASURES = ("ppl", "kl")

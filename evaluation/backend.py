@@ -16,16 +16,16 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-import engine
-from engine.engine import Engine
-from evaluation.vllm_backend import VllmModel
-from export.checkpoint import read_json
-from export.errors import CheckpointError
-from models.products import input_rounding, rounded_inputs
-from models.skeleton import Block, Skeleton, fill, open_skeleton
-from models.source import Source
-from models.walk import Walk
-from quant.recipe import nearest
+from lowbit import engine
+from lowbit.engine.engine import Engine
+from lowbit.evaluation.vllm_backend import VllmModel
+from lowbit.export.checkpoint import read_json
+from lowbit.export.errors import CheckpointError
+from lowbit.models.products import input_rounding, rounded_inputs
+from lowbit.models.skeleton import Block, Skeleton, fill, open_skeleton
+from lowbit.models.source import Source
+from lowbit.models.walk import Walk
+from lowbit.quant.recipe import nearest
 
 LONGEST_CONTEXT = 16384  # positions that the engine is loaded with
 MEMORY_SHARE = 0.6  # of free memory that weights may take; the rest is for logits

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from evaluation.backend import Backend
-from evaluation.journal import Library
-from evaluation.perplexity import OnStep, silent
-from evaluation.sandbox import Limits, require_containment, run_program
-from export.errors import CheckpointError
+from lowbit.evaluation.backend import Backend
+from lowbit.evaluation.journal import Library
+from lowbit.evaluation.perplexity import OnStep, silent
+from lowbit.evaluation.sandbox import Limits, require_containment, run_program
+from lowbit.export.errors import CheckpointError
 
 FIELDS = ("task_id", "prompt", "entry_point", "test")
 # A line that begins at the margin ends the function: what Chen et al. stop at, and a Markdown fence.

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from evaluation.backend import Backend
-from evaluation.journal import Library
-from evaluation.perplexity import OnStep, silent
-from export.errors import CheckpointError
+from lowbit.evaluation.backend import Backend
+from lowbit.evaluation.journal import Library
+from lowbit.evaluation.perplexity import OnStep, silent
+from lowbit.export.errors import CheckpointError
 
 PROMPT = "The capital of France is"
 

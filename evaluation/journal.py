@@ -14,9 +14,9 @@ from typing import Any
 import torch
 import transformers
 
-from evaluation.backend import Backend
-from export.checkpoint import sha256_of
-from quant import __version__
+from lowbit import __version__
+from lowbit.evaluation.backend import Backend
+from lowbit.export.checkpoint import sha256_of
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "generation_config.json")
 

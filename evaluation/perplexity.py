@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from evaluation.backend import Backend
-from evaluation.journal import Journal, Library
-from evaluation.text import Cut, vocabulary_size
+from lowbit.evaluation.backend import Backend
+from lowbit.evaluation.journal import Journal, Library
+from lowbit.evaluation.text import Cut, vocabulary_size
 
 MOST_NATS = 700.0  # beyond it exp() overflows
 OnStep = Callable[[int, int], None]

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from evaluation.backend import Backend, token_log_likelihoods
-from evaluation.journal import Journal, Library
-from evaluation.perplexity import OnStep, silent
-from evaluation.text import BATCH_LOGITS, BATCH_TOKENS, vocabulary_size
-from export.errors import CheckpointError
-from quant.recipe import nearest
+from lowbit.evaluation.backend import Backend, token_log_likelihoods
+from lowbit.evaluation.journal import Journal, Library
+from lowbit.evaluation.perplexity import OnStep, silent
+from lowbit.evaluation.text import BATCH_LOGITS, BATCH_TOKENS, vocabulary_size
+from lowbit.export.errors import CheckpointError
+from lowbit.quant.recipe import nearest
 
 LONGEST = 4096  # tokens of context and continuation, where the model has positions for as many
 YAML = (".yaml", ".yml")

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from export.errors import CheckpointError
-from models.source import Source
+from lowbit.export.errors import CheckpointError
+from lowbit.models.source import Source
 
 BATCH_TOKENS = 2048
 BATCH_LOGITS = 1 << 27  # logits of one batch: 512 MiB in float32

@@ -8,9 +8,9 @@ from huggingface_hub import ModelCardData, metadata_load
 from jinja2 import Environment, StrictUndefined
 from yaml import YAMLError
 
-from export.format import Format
-from export.formats import FORMATS
-from quant.recipe import Recipe
+from lowbit.export.format import Format
+from lowbit.export.formats import FORMATS
+from lowbit.quant.recipe import Recipe
 
 TEMPLATE = """---
 {{ front_matter }}

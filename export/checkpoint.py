@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import Tensor
 
-from export.errors import CheckpointError
-from export.tensorfile import TensorEntry, read_entries, read_tensor, unique
+from lowbit.export.errors import CheckpointError
+from lowbit.export.tensorfile import TensorEntry, read_entries, read_tensor, unique
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"

@@ -24,11 +24,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from export.errors import CheckpointError
-from export.format import Format, Reader, Shapes, require_words
-from quant.packing import pack, unpack
-from quant.qtensor import QTensor
-from quant.scheme import Activations, Scheme, make_scheme
+from lowbit.export.errors import CheckpointError
+from lowbit.export.format import Format, Reader, Shapes, require_words
+from lowbit.quant.packing import pack, unpack
+from lowbit.quant.qtensor import QTensor
+from lowbit.quant.scheme import Activations, Scheme, make_scheme
 
 NAME = "compressed-tensors"
 PACKED, PLAIN, MIXED = "pack-quantized", "int-quantized", "mixed-precision"

@@ -9,13 +9,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from export.checkpoint import open_checkpoint
-from export.errors import CheckpointError
-from export.format import Format
-from export.formats import LogicalTensors, require_fit, write_config
-from export.writer import ShardedWriter
-from quant.qtensor import QTensor
-from quant.scheme import Scheme, make_scheme
+from lowbit.export.checkpoint import open_checkpoint
+from lowbit.export.errors import CheckpointError
+from lowbit.export.format import Format
+from lowbit.export.formats import LogicalTensors, require_fit, write_config
+from lowbit.export.writer import ShardedWriter
+from lowbit.quant.qtensor import QTensor
+from lowbit.quant.scheme import Scheme, make_scheme
 
 
 @dataclass

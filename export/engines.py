@@ -8,10 +8,10 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
-from export.format import Format
-from quant.kernels import w8a8
-from quant.kernels.packed import TILE_ROWS, reason_against_packing
-from quant.scheme import Scheme
+from lowbit.export.format import Format
+from lowbit.quant.kernels import w8a8
+from lowbit.quant.kernels.packed import TILE_ROWS, reason_against_packing
+from lowbit.quant.scheme import Scheme
 
 # Linears that engines fuse into one matrix, by the last part of their names: they must share a scheme.
 ENGINE_FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quant.qtensor import QTensor
-from quant.scheme import Scheme
+from lowbit.quant.qtensor import QTensor
+from lowbit.quant.scheme import Scheme
 
 Reader = Callable[[str], Tensor]
 Shapes = Callable[[str], tuple[int, ...]]

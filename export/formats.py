@@ -7,15 +7,15 @@ from typing import Any
 
 from torch import Tensor
 
-from export.awq import AWQ
-from export.checkpoint import Checkpoint
-from export.compressed_tensors import COMPRESSED_TENSORS
-from export.errors import CheckpointError
-from export.format import Format
-from export.gptq import GPTQ, GPTQ_V2
-from export.writer import write_json
-from quant.qtensor import QTensor
-from quant.scheme import Scheme
+from lowbit.export.awq import AWQ
+from lowbit.export.checkpoint import Checkpoint
+from lowbit.export.compressed_tensors import COMPRESSED_TENSORS
+from lowbit.export.errors import CheckpointError
+from lowbit.export.format import Format
+from lowbit.export.gptq import GPTQ, GPTQ_V2
+from lowbit.export.writer import write_json
+from lowbit.quant.qtensor import QTensor
+from lowbit.quant.scheme import Scheme
 
 FORMATS = {fmt.name: fmt for fmt in (COMPRESSED_TENSORS, GPTQ, GPTQ_V2, AWQ)}
 

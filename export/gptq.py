@@ -19,12 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from export.errors import CheckpointError
-from export.format import Format, Reader, Shapes, require_words
-from quant import __version__
-from quant.packing import pack, unpack
-from quant.qtensor import QTensor
-from quant.scheme import Scheme, make_scheme
+from lowbit import __version__
+from lowbit.export.errors import CheckpointError
+from lowbit.export.format import Format, Reader, Shapes, require_words
+from lowbit.quant.packing import pack, unpack
+from lowbit.quant.qtensor import QTensor
+from lowbit.quant.scheme import Scheme, make_scheme
 
 METHOD = "gptq"
 V1, V2 = "gptq", "gptq_v2"

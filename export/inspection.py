@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from export.engines import (
+from lowbit.export.engines import (
     ELSEWHERE,
     ENGINES,
     MACHINES,
@@ -16,9 +16,9 @@ from export.engines import (
     reason_against_parallel,
     split_sets,
 )
-from export.errors import CheckpointError
-from export.formats import LogicalTensors
-from quant.scheme import Scheme
+from lowbit.export.errors import CheckpointError
+from lowbit.export.formats import LogicalTensors
+from lowbit.quant.scheme import Scheme
 
 
 @dataclass(frozen=True)

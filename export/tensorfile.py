@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from export.errors import CheckpointError
+from lowbit.export.errors import CheckpointError
 
 DTYPES = {
     "F64": torch.float64,

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from export.checkpoint import INDEX_NAME, SINGLE_NAME, SUMS_NAME
-from export.tensorfile import TensorFileWriter
+from lowbit.export.checkpoint import INDEX_NAME, SINGLE_NAME, SUMS_NAME
+from lowbit.export.tensorfile import TensorFileWriter
 
 # Everything a model directory may hold beside its weights that readers of the quantized one need too.
 COMPANIONS = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "*.spm", "LICENSE*", "NOTICE*")

@@ -1,4 +1,4 @@
-"""transformers on our kernels: after `import integrations.transformers`, quantized linears stay packed.
+"""transformers on our kernels: after `import lowbit.integrations.transformers`, quantized linears stay packed.
 
 `AutoModelForCausalLM.from_pretrained(DIR)` then reads compressed-tensors, GPTQ and AWQ checkpoints with our own
 readers, so neither compressed-tensors nor gptqmodel has to be installed. What our readers do not know (floats, other
@@ -18,14 +18,14 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from export.checkpoint import open_checkpoint
-from export.errors import CheckpointError
-from export.formats import FORMATS, LogicalTensors
-from models.skeleton import place
-from quant.kernels import ops
-from quant.kernels.w8a8 import Int8Weight, pack_int8
-from quant.linear import QLinear
-from quant.qtensor import QTensor
+from lowbit.export.checkpoint import open_checkpoint
+from lowbit.export.errors import CheckpointError
+from lowbit.export.formats import FORMATS, LogicalTensors
+from lowbit.models.skeleton import place
+from lowbit.quant.kernels import ops
+from lowbit.quant.kernels.w8a8 import Int8Weight, pack_int8
+from lowbit.quant.linear import QLinear
+from lowbit.quant.qtensor import QTensor
 
 METHODS = ("compressed-tensors", "gptq", "awq")
 HALVES = (torch.float16, torch.bfloat16)

@@ -34,11 +34,11 @@ from vllm.model_executor.parameter import (
     PerTensorScaleParameter,
 )
 
-from export import compressed_tensors
-from quant.kernels import ops, w8a8
-from quant.kernels.packed import TILE_ROWS, PackedWeight, prepack, reason_against_packing
-from quant.qtensor import QTensor
-from quant.scheme import Activations, Scheme, make_scheme
+from lowbit.export import compressed_tensors
+from lowbit.quant.kernels import ops, w8a8
+from lowbit.quant.kernels.packed import TILE_ROWS, PackedWeight, prepack, reason_against_packing
+from lowbit.quant.qtensor import QTensor
+from lowbit.quant.scheme import Activations, Scheme, make_scheme
 
 NAME = "lowbit"
 

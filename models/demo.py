@@ -27,8 +27,8 @@ from typing import IO, TYPE_CHECKING
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from export.errors import CheckpointError
-from export.staging import sync
+from lowbit.export.errors import CheckpointError
+from lowbit.export.staging import sync
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast

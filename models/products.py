@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from models.skeleton import Block, LinearSpec
-from quant.numerics import fake_quantize_inputs
+from lowbit.models.skeleton import Block, LinearSpec
+from lowbit.quant.numerics import fake_quantize_inputs
 
 # Modules call one of these in the end: Linear, Conv1D (addmm), experts' slices, weights multiplied with @.
 MULTIPLICATIONS = {

@@ -14,9 +14,9 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
 )
 
-from export.checkpoint import Checkpoint, open_checkpoint
-from export.errors import CheckpointError
-from models.demo import demo_model_dir
+from lowbit.export.checkpoint import Checkpoint, open_checkpoint
+from lowbit.export.errors import CheckpointError
+from lowbit.models.demo import demo_model_dir
 
 DEMO = "demo"
 HUB_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "LICENSE*", "NOTICE*")

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from export.errors import CheckpointError
-from models.products import input_rounding, rounded_inputs
-from models.skeleton import Placement, Skeleton, empty, fill
+from lowbit.export.errors import CheckpointError
+from lowbit.models.products import input_rounding, rounded_inputs
+from lowbit.models.skeleton import Placement, Skeleton, empty, fill
 
 HEAD_SLICE = 1 << 25  # elements of the head converted at once: 128 MiB in float32
 

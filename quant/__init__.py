@@ -1,3 +1,4 @@
 """The core: number types, schemes, the reference arithmetic, algorithms and kernels. It imports nothing above it."""
 
-__version__ = "0.1.0"
+if __name__ == "quant":
+    raise ImportError("the import name is lowbit: write lowbit.quant instead of quant")

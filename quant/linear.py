@@ -5,9 +5,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from quant.kernels import ops
-from quant.kernels.packed import PackedWeight, prepack
-from quant.qtensor import QTensor
+from lowbit.quant.kernels import ops
+from lowbit.quant.kernels.packed import PackedWeight, prepack
+from lowbit.quant.qtensor import QTensor
 
 
 class QLinear(nn.Module):

@@ -7,7 +7,7 @@ Shapes: w (n, k) weight as nn.Linear stores it; scales, zeros (n, g) with g = k 
 import torch
 from torch import Tensor
 
-from quant.scheme import Scheme
+from lowbit.quant.scheme import Scheme
 
 
 def grouped(w: Tensor, scheme: Scheme) -> Tensor:

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from quant import numerics
-from quant.scheme import Activations, Scheme
+from lowbit.quant import numerics
+from lowbit.quant.scheme import Activations, Scheme
 
 SCALE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 

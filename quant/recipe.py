@@ -9,7 +9,7 @@ from typing import Any
 
 import tomli_w
 
-from quant.scheme import Activations, Scheme, make_scheme
+from lowbit.quant.scheme import Activations, Scheme, make_scheme
 
 ACTIVATIONS = {"none": None, "token": Activations.TOKEN, "tensor": Activations.TENSOR}
 NEVER_FROM_A_FILE = {"trust_remote_code": "code of a model runs only where you say so on the command line"}

@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass, replace
 from enum import Enum
 
-from quant.qtypes import QTYPES, QType, qtype_of
+from lowbit.quant.qtypes import QTYPES, QType, qtype_of
 
 
 @dataclass(frozen=True)

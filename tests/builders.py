@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
 
-from calibrate.data import CalibrationSet
+from lowbit.calibrate.data import CalibrationSet
 
 VOCABULARY = 260  # a token a byte, and three special ones, and one to spare
 SPECIALS = ("<s>", "</s>", "<pad>")

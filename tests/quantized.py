@@ -8,13 +8,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from export.checkpoint import open_checkpoint
-from export.convert import express
-from export.formats import FORMATS, LogicalTensors, write_config
-from models.source import open_source
-from quant.numerics import fake_quantize_inputs
-from quant.qtensor import QTensor, round_to_nearest
-from quant.scheme import Activations, Scheme, make_scheme, parse_scheme
+from lowbit.export.checkpoint import open_checkpoint
+from lowbit.export.convert import express
+from lowbit.export.formats import FORMATS, LogicalTensors, write_config
+from lowbit.models.source import open_source
+from lowbit.quant.numerics import fake_quantize_inputs
+from lowbit.quant.qtensor import QTensor, round_to_nearest
+from lowbit.quant.scheme import Activations, Scheme, make_scheme, parse_scheme
 
 
 def quantize_files(directory: Path, fmt: str, text: str, left: tuple[str, ...] = ("lm_head",)) -> None:

@@ -38,7 +38,7 @@ def with_transformers(args: argparse.Namespace, windows: list[list[int]]) -> lis
     from transformers import AutoModelForCausalLM
 
     if args.reader.endswith("-lowbit"):
-        importlib.import_module("integrations.transformers")
+        importlib.import_module("lowbit.integrations.transformers")
     dtype = getattr(torch, args.dtype)
     model = AutoModelForCausalLM.from_pretrained(args.checkpoint, dtype=dtype, device_map="cpu").eval()
     rows = []

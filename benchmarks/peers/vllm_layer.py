@@ -22,7 +22,7 @@ from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tenso
 from vllm.utils.network_utils import get_distributed_init_method, get_open_port
 from vllm.utils.torch_utils import set_default_torch_dtype
 
-from integrations.vllm import LowbitConfig
+from lowbit.integrations.vllm import LowbitConfig
 
 HEAD = 32  # outputs of a head
 

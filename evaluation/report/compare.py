@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from evaluation.report.facts import conditions, scored
+from lowbit.evaluation.report.facts import conditions, scored
 
 SPEED_CONDITIONS = ("device", "batch", "prompt", "output")
 

@@ -7,9 +7,9 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
 
-from evaluation.report.compare import comparison
-from evaluation.report.facts import scored
-from evaluation.report.plots import (
+from lowbit.evaluation.report.compare import comparison
+from lowbit.evaluation.report.facts import scored
+from lowbit.evaluation.report.plots import (
     bytes_plot,
     heat_map,
     loss_plot,

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from quant.numerics import grouped
-from quant.scheme import Scheme
+from lowbit.quant.numerics import grouped
+from lowbit.quant.scheme import Scheme
 
 GRID = 20
 

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from quant import numerics
-from quant.scheme import Scheme
+from lowbit.quant import numerics
+from lowbit.quant.scheme import Scheme
 
 SHRINKS = tuple(1 - step / 40 for step in range(25))  # 1 down to 0.4
 CHUNK_ELEMENTS = 1 << 22  # weights handled at once

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from quant.algos.clip import diagonal_moments, search_shrink
-from quant.kernels import ops
-from quant.qtensor import QTensor, round_to_nearest
-from quant.scheme import Scheme
-from quant.stats import output_energy
+from lowbit.quant.algos.clip import diagonal_moments, search_shrink
+from lowbit.quant.kernels import ops
+from lowbit.quant.qtensor import QTensor, round_to_nearest
+from lowbit.quant.scheme import Scheme
+from lowbit.quant.stats import output_energy
 
 BLOCK = 128  # columns rounded before the errors reach the columns behind them
 DAMPING = 0.01  # of the mean diagonal of H

@@ -17,9 +17,9 @@ itself needs no tape.
 import torch
 from torch import Tensor
 
-from quant import numerics
-from quant.qtensor import QTensor
-from quant.scheme import Scheme
+from lowbit.quant import numerics
+from lowbit.quant.qtensor import QTensor
+from lowbit.quant.scheme import Scheme
 
 OFFSET_LIMIT = 0.5
 SHRINK_LIMITS = (0.3, 1.1)

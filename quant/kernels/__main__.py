@@ -1,13 +1,13 @@
-"""`python -m quant.kernels`: what was built, and which kernel each of a list of shapes would get, and why."""
+"""`python -m lowbit.quant.kernels`: what was built, and which kernel each of a list of shapes would get, and why."""
 
 from collections.abc import Callable
 
 import torch
 
-from quant.kernels import dense_gemv, w8a8_cutlass, w8a8_gemm, wna16_gemm, wna16_gemv
-from quant.kernels.extension import EXTENSION
-from quant.kernels.problem import Problem
-from quant.kernels.registry import choose_kernel, kernels_for
+from lowbit.quant.kernels import dense_gemv, w8a8_cutlass, w8a8_gemm, wna16_gemm, wna16_gemv
+from lowbit.quant.kernels.extension import EXTENSION
+from lowbit.quant.kernels.problem import Problem
+from lowbit.quant.kernels.registry import choose_kernel, kernels_for
 
 # (m, n, k, bits, group size, int8 inputs): a layer of a 7B model, the largest of a 70B one, and what falls through.
 EXAMPLES = (
@@ -32,11 +32,11 @@ LAUNCHES: dict[str, Callable[[Problem], object]] = {
 
 
 def describe_build() -> str:
-    """One line: which CUDA and architectures quant._C was built with, or that it was not."""
+    """One line: which CUDA and architectures lowbit.quant._C was built with, or that it was not."""
     if EXTENSION is None:
-        return "quant._C: not built; the plain-torch reference runs everywhere"
+        return "lowbit.quant._C: not built; the plain-torch reference runs everywhere"
     major, minor = divmod(EXTENSION.cuda_version // 10, 100)
-    return f"quant._C: CUDA {major}.{minor}, architectures {EXTENSION.architectures}"
+    return f"lowbit.quant._C: CUDA {major}.{minor}, architectures {EXTENSION.architectures}"
 
 
 def local_gpu() -> tuple[str, tuple[int, int], int]:

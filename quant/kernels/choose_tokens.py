@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quant.kernels.extension import EXTENSION, reason_against_device
+from lowbit.quant.kernels.extension import EXTENSION, reason_against_device
 
 BLOCK_SCORES = 16384  # that a block asks for at once
 BLOCK_DRAWS = 4096  # the same where each takes noise: some hundred instructions

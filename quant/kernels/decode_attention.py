@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quant.kernels.extension import EXTENSION, reason_against_device
-from quant.kernels.problem import check_alignment
+from lowbit.quant.kernels.extension import EXTENSION, reason_against_device
+from lowbit.quant.kernels.problem import check_alignment
 
 INT8_LIMIT = 127
 MAX_HEAD_DIM = 256

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from quant.kernels.problem import ACTIVATIONS, Deferred, Problem, place_of, reason_against_squares
-from quant.kernels.reference import activate, divided
+from lowbit.quant.kernels.problem import ACTIVATIONS, Deferred, Problem, place_of, reason_against_squares
+from lowbit.quant.kernels.reference import activate, divided
 
 
 @dataclass(frozen=True)

@@ -3,11 +3,11 @@
 import torch
 from torch import Tensor
 
-from quant.kernels import dense, ring
-from quant.kernels.dense import DenseCall
-from quant.kernels.extension import EXTENSION
-from quant.kernels.problem import ACTIVATIONS, Problem
-from quant.kernels.ring import Launch
+from lowbit.quant.kernels import dense, ring
+from lowbit.quant.kernels.dense import DenseCall
+from lowbit.quant.kernels.extension import EXTENSION
+from lowbit.quant.kernels.problem import ACTIVATIONS, Problem
+from lowbit.quant.kernels.ring import Launch
 
 MAX_M = 64
 WARPGROUPS = (1, 2)  # that multiply, in a block

@@ -1,11 +1,11 @@
-"""The compiled extension quant._C, or None where it was not built."""
+"""The compiled extension lowbit.quant._C, or None where it was not built."""
 
 import importlib
 from types import ModuleType
 
 EXTENSION: ModuleType | None
 try:
-    EXTENSION = importlib.import_module("quant._C")
+    EXTENSION = importlib.import_module("lowbit.quant._C")
 except ImportError:
     EXTENSION = None
 
@@ -13,7 +13,7 @@ except ImportError:
 def reason_against_device(capability: tuple[int, int]) -> str | None:
     """Why no built code runs on a GPU of this compute capability, or None."""
     if EXTENSION is None:
-        return "quant._C was not built (pip install --no-build-isolation -e . with nvcc on PATH)"
+        return "lowbit.quant._C was not built (pip install --no-build-isolation -e . with nvcc on PATH)"
     return reason_against_capability(capability, EXTENSION.architectures)
 
 
@@ -21,7 +21,7 @@ def reason_against_90a() -> str | None:
     """Why code that is for sm_90a alone does not run on a GPU of compute capability 9.0, or None."""
     reason = reason_against_device((9, 0))
     if reason is None and EXTENSION is not None and "90a" not in EXTENSION.architectures.split():
-        return f"it needs code for 90a, quant._C was built for {EXTENSION.architectures}"
+        return f"it needs code for 90a, lowbit.quant._C was built for {EXTENSION.architectures}"
     return reason
 
 
@@ -40,4 +40,4 @@ def reason_against_capability(capability: tuple[int, int], architectures: str) -
         if capability == built or (capability > built and (same_major or (ptx and waits))):
             return None
     major, minor = capability
-    return f"the GPU is sm_{major}{minor}, quant._C was built for {architectures} (LOWBIT_CUDA_ARCHS)"
+    return f"the GPU is sm_{major}{minor}, lowbit.quant._C was built for {architectures} (LOWBIT_CUDA_ARCHS)"

@@ -7,7 +7,7 @@ launch instead of some hundred; elsewhere plain torch, which is also what the ke
 import torch
 from torch import Tensor
 
-from quant.kernels.extension import EXTENSION, reason_against_device
+from lowbit.quant.kernels.extension import EXTENSION, reason_against_device
 
 MOST_COLUMNS = 128
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quant.kernels import (
+from lowbit.quant.kernels import (
     choose_tokens,
     decode_attention,
     dense,
@@ -22,14 +22,14 @@ from quant.kernels import (
     w8a8,
     wna16_dequantize,
 )
-from quant.kernels.choose_tokens import Choice, Cursor, Noise
-from quant.kernels.decode_attention import Append, Attention, KVCache
-from quant.kernels.dense import DenseCall
-from quant.kernels.packed import PackedWeight
-from quant.kernels.problem import PART, Call, Deferred, NextNorm, Rotary, check, problem_of
-from quant.kernels.registry import choose_kernel
-from quant.kernels.row_norm import Rows
-from quant.kernels.w8a8 import Int8Call, Int8Weight
+from lowbit.quant.kernels.choose_tokens import Choice, Cursor, Noise
+from lowbit.quant.kernels.decode_attention import Append, Attention, KVCache
+from lowbit.quant.kernels.dense import DenseCall
+from lowbit.quant.kernels.packed import PackedWeight
+from lowbit.quant.kernels.problem import PART, Call, Deferred, NextNorm, Rotary, check, problem_of
+from lowbit.quant.kernels.registry import choose_kernel
+from lowbit.quant.kernels.row_norm import Rows
+from lowbit.quant.kernels.w8a8 import Int8Call, Int8Weight
 
 LIBRARY = torch.library.Library("lowbit", "DEF")
 WEIGHT = "Tensor words, Tensor scales, Tensor? zeros, int n, int k, int bits, int group_size, int pair_block"

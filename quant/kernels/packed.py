@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from quant import numerics
-from quant.qtensor import QTensor
-from quant.scheme import make_scheme
+from lowbit.quant import numerics
+from lowbit.quant.qtensor import QTensor
+from lowbit.quant.scheme import make_scheme
 
 TILE_ROWS = 16
 CHUNK_K = 128

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from quant.kernels.packed import PackedWeight
+from lowbit.quant.kernels.packed import PackedWeight
 
 NORMS = ("none", "rms", "layer")
 ACTIVATIONS = ("none", "silu_mul", "gelu", "gelu_tanh", "quick_gelu")

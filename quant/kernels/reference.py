@@ -5,9 +5,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from quant.kernels.extension import EXTENSION, reason_against_device
-from quant.kernels.packed import dequantize_packed
-from quant.kernels.problem import PART, Call, Deferred, NextNorm, Problem, Rotary
+from lowbit.quant.kernels.extension import EXTENSION, reason_against_device
+from lowbit.quant.kernels.packed import dequantize_packed
+from lowbit.quant.kernels.problem import PART, Call, Deferred, NextNorm, Problem, Rotary
 
 
 def reason_against(problem: Problem) -> str | None:

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from quant.kernels import (
+from lowbit.quant.kernels import (
     dense,
     dense_gemv,
     reference,
@@ -17,7 +17,7 @@ from quant.kernels import (
     wna16_gemm,
     wna16_gemv,
 )
-from quant.kernels.problem import Problem
+from lowbit.quant.kernels.problem import Problem
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
-from quant.kernels.extension import EXTENSION, reason_against_90a
-from quant.kernels.problem import Problem
+from lowbit.quant.kernels.extension import EXTENSION, reason_against_90a
+from lowbit.quant.kernels.problem import Problem
 
 CHUNK_BYTES = 128  # of a row
 ROWS = 64  # of W, that a warpgroup has

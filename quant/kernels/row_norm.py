@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from quant.kernels.extension import EXTENSION, reason_against_device
-from quant.kernels.problem import ACTIVATIONS, NORMS
-from quant.kernels.reference import activate
-from quant.numerics import fake_quantize_inputs, quantize_inputs
+from lowbit.quant.kernels.extension import EXTENSION, reason_against_device
+from lowbit.quant.kernels.problem import ACTIVATIONS, NORMS
+from lowbit.quant.kernels.reference import activate
+from lowbit.quant.numerics import fake_quantize_inputs, quantize_inputs
 
 MAX_K = 32768
 

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from quant.kernels.problem import Problem
-from quant.qtensor import QTensor
+from lowbit.quant.kernels.problem import Problem
+from lowbit.quant.qtensor import QTensor
 
 K_STEP = 16  # inputs: what the copy engine and CUTLASS read at a time
 MOST_K = (1 << 17) - K_STEP  # inputs: 2^17 products of -128 and -128 are more than int32 holds

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from quant.kernels import w8a8_gemm
-from quant.kernels.extension import EXTENSION
-from quant.kernels.problem import Problem
-from quant.kernels.w8a8 import Int8Call
+from lowbit.quant.kernels import w8a8_gemm
+from lowbit.quant.kernels.extension import EXTENSION
+from lowbit.quant.kernels.problem import Problem
+from lowbit.quant.kernels.w8a8 import Int8Call
 
 LEAST_M = 129  # below, w8a8_gemm reads W once
 N_STEP = 8  # outputs: what a store writes

@@ -3,11 +3,11 @@
 import torch
 from torch import Tensor
 
-from quant.kernels import ring
-from quant.kernels.extension import EXTENSION
-from quant.kernels.problem import Problem, check_alignment
-from quant.kernels.ring import Launch
-from quant.kernels.w8a8 import Int8Call
+from lowbit.quant.kernels import ring
+from lowbit.quant.kernels.extension import EXTENSION
+from lowbit.quant.kernels.problem import Problem, check_alignment
+from lowbit.quant.kernels.ring import Launch
+from lowbit.quant.kernels.w8a8 import Int8Call
 
 WARPGROUPS = (1, 2, 4)  # that multiply, in a block
 OUTPUTS = (torch.float16, torch.bfloat16, torch.float32)

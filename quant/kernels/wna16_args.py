@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quant.kernels import reference
-from quant.kernels.extension import EXTENSION
-from quant.kernels.packed import CHUNK_K, padded, scale_shift
-from quant.kernels.problem import ACTIVATIONS, NORMS, Call, check_alignment
+from lowbit.quant.kernels import reference
+from lowbit.quant.kernels.extension import EXTENSION
+from lowbit.quant.kernels.packed import CHUNK_K, padded, scale_shift
+from lowbit.quant.kernels.problem import ACTIVATIONS, NORMS, Call, check_alignment
 
 # Of the next product's weight, asked for ahead: 2 MB take 2.6% off a step of Llama-2-7B in 4 bits, 3 MB 3.4, 4 MB 3.9
 # (docs/LOG.md, section 33); an earlier form lost with 8 MB what it gained with 3 (section 19).

@@ -3,11 +3,11 @@
 import torch
 from torch import Tensor
 
-from quant.kernels import reference, row_norm
-from quant.kernels.extension import EXTENSION, reason_against_device
-from quant.kernels.packed import PackedWeight, dequantize_packed, groups_per_chunk, scale_shift
-from quant.kernels.problem import Call, Problem, check_alignment
-from quant.kernels.row_norm import Rows
+from lowbit.quant.kernels import reference, row_norm
+from lowbit.quant.kernels.extension import EXTENSION, reason_against_device
+from lowbit.quant.kernels.packed import PackedWeight, dequantize_packed, groups_per_chunk, scale_shift
+from lowbit.quant.kernels.problem import Call, Problem, check_alignment
+from lowbit.quant.kernels.row_norm import Rows
 
 # Of one H100, fitted within 6% (rms): launches (microseconds), bytes read packed and written dense a microsecond, then
 # the dense product's bytes and operations a microsecond.

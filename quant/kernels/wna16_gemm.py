@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quant.kernels import wna16_dequantize, wna16_gemv
-from quant.kernels.extension import EXTENSION, reason_against_90a
-from quant.kernels.packed import CHUNK_K, TILE_ROWS, groups_per_chunk, padded
-from quant.kernels.problem import Call, Problem
-from quant.kernels.wna16_args import args_of, prepare
+from lowbit.quant.kernels import wna16_dequantize, wna16_gemv
+from lowbit.quant.kernels.extension import EXTENSION, reason_against_90a
+from lowbit.quant.kernels.packed import CHUNK_K, TILE_ROWS, groups_per_chunk, padded
+from lowbit.quant.kernels.problem import Call, Problem
+from lowbit.quant.kernels.wna16_args import args_of, prepare
 
 ONE_SLAB_M, SLAB = 64, 128  # rows that one block has; of a slab, where there are more
 FEW_M, SOME_M = 8, 16  # rows that wna16_gemv takes nearly always, and where W is small

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quant.kernels.extension import EXTENSION, reason_against_device
-from quant.kernels.packed import CHUNK_K, TILE_ROWS, groups_per_chunk
-from quant.kernels.problem import Call, Problem
-from quant.kernels.wna16_args import args_of, prepare
+from lowbit.quant.kernels.extension import EXTENSION, reason_against_device
+from lowbit.quant.kernels.packed import CHUNK_K, TILE_ROWS, groups_per_chunk
+from lowbit.quant.kernels.problem import Call, Problem
+from lowbit.quant.kernels.wna16_args import args_of, prepare
 
 MAX_M = 64
 MAX_WARPS = 8  # in a block

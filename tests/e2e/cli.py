@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from commands import quantize, quantize_convert, quantize_eval, quantize_inspect, quantize_report
+from lowbit.commands import quantize, quantize_convert, quantize_eval, quantize_inspect, quantize_report
 
 
 @dataclass(frozen=True)

@@ -6,14 +6,14 @@ Arguments: the model, a directory for what is written, a device.
 import sys
 from pathlib import Path
 
-from calibrate import ranks
-from calibrate.budget import spend
-from calibrate.data import CalibrationSet
-from calibrate.job import Job
-from calibrate.methods import complete_recipe
-from calibrate.pipeline import assist, prepare, run
-from calibrate.resume import journaled
-from models.source import open_source
+from lowbit.calibrate import ranks
+from lowbit.calibrate.budget import spend
+from lowbit.calibrate.data import CalibrationSet
+from lowbit.calibrate.job import Job
+from lowbit.calibrate.methods import complete_recipe
+from lowbit.calibrate.pipeline import assist, prepare, run
+from lowbit.calibrate.resume import journaled
+from lowbit.models.source import open_source
 from tests.builders import calibration
 
 QUICK = {"group_size": 32}

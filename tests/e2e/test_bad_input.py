@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertForMaskedLM
 
-from export import tensorfile
-from export.checkpoint import INDEX_NAME, write_sums
+from lowbit.export import tensorfile
+from lowbit.export.checkpoint import INDEX_NAME, write_sums
 from tests.builders import changed_config, make_tokenizer, save_family
 from tests.e2e.cli import names, run_quantize, run_quantize_eval
 

@@ -8,12 +8,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from calibrate.job import prepare
-from calibrate.methods import complete_recipe
-from export.checkpoint import open_checkpoint
-from export.errors import CheckpointError
-from models.source import open_source
-from quant.recipe import Recipe, read_recipe
+from lowbit.calibrate.job import prepare
+from lowbit.calibrate.methods import complete_recipe
+from lowbit.export.checkpoint import open_checkpoint
+from lowbit.export.errors import CheckpointError
+from lowbit.models.source import open_source
+from lowbit.quant.recipe import Recipe, read_recipe
 from tests.builders import save_family
 from tests.e2e.cli import names, run_quantize
 

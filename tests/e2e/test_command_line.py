@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from calibrate.methods import METHODS
+from lowbit.calibrate.methods import METHODS
 from tests.builders import save_family
 from tests.e2e.cli import names, run_quantize
 
@@ -110,7 +110,7 @@ def test_help_and_version_as_installed():
 
 def started(model: Path, output: Path) -> subprocess.Popen[str]:
     """A run of quantize in a process of its own, in the middle of its work."""
-    code = "from commands.quantize import main; main()"
+    code = "from lowbit.commands.quantize import main; main()"
     process = subprocess.Popen(
         [sys.executable, "-c", code, str(model), *SLOW, "-o", str(output)],
         stdout=subprocess.PIPE,

@@ -5,11 +5,11 @@ import math
 import pytest
 import torch
 
-from calibrate.data import builtin_text
-from evaluation.backend import open_backend
-from evaluation.perplexity import difference, perplexity
-from evaluation.text import Protocol, cut
-from models.source import open_source
+from lowbit.calibrate.data import builtin_text
+from lowbit.evaluation.backend import open_backend
+from lowbit.evaluation.perplexity import difference, perplexity
+from lowbit.evaluation.text import Protocol, cut
+from lowbit.models.source import open_source
 from tests.e2e.cli import run_quantize
 
 WINDOWS, CONTEXT = 2, 256

@@ -11,15 +11,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from calibrate.methods import complete_recipe
-from calibrate.pipeline import prepare, run
-from evaluation.backend import load_dense
-from export.checkpoint import open_checkpoint
-from export.engines import EXPERT
-from export.formats import LogicalTensors
-from models.source import open_source
-from quant.qtensor import round_to_nearest
-from quant.scheme import parse_scheme
+from lowbit.calibrate.methods import complete_recipe
+from lowbit.calibrate.pipeline import prepare, run
+from lowbit.evaluation.backend import load_dense
+from lowbit.export.checkpoint import open_checkpoint
+from lowbit.export.engines import EXPERT
+from lowbit.export.formats import LogicalTensors
+from lowbit.models.source import open_source
+from lowbit.quant.qtensor import round_to_nearest
+from lowbit.quant.scheme import parse_scheme
 from tests.builders import calibration, logits_of, make_model, save
 
 TOKENS = calibration(16, 24)
@@ -121,7 +121,7 @@ def test_it_takes_part_in_the_folds_of_its_layer(sources, tmp_path, family, meth
 
 
 def test_one_that_sees_too_few_tokens_is_too(sources, tmp_path, monkeypatch):
-    monkeypatch.setattr("calibrate.block.EXPERT_SHARE", 0.9)
+    monkeypatch.setattr("lowbit.calibrate.block.EXPERT_SHARE", 0.9)
     rows = quantized(sources("mixtral", False), tmp_path / "out", RECIPES["signround"])
     least = math.ceil(0.9 * COUNT)
     for name, row in rows.items():

@@ -11,11 +11,11 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from calibrate.methods import complete_recipe
-from calibrate.pipeline import prepare, run
-from evaluation.backend import load_dense
-from export.checkpoint import Checkpoint, open_checkpoint
-from models.source import open_source
+from lowbit.calibrate.methods import complete_recipe
+from lowbit.calibrate.pipeline import prepare, run
+from lowbit.evaluation.backend import load_dense
+from lowbit.export.checkpoint import Checkpoint, open_checkpoint
+from lowbit.models.source import open_source
 from tests.builders import FAMILIES, calibration, logits_of, make_model, save
 
 IDS = calibration(2, 24, seed=9).ids

@@ -7,8 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from export.checkpoint import open_checkpoint, verify_checksums
-from export.formats import LogicalTensors
+from lowbit.export.checkpoint import open_checkpoint, verify_checksums
+from lowbit.export.formats import LogicalTensors
 from tests.builders import changed_config, save_family
 from tests.e2e.cli import names, run_quantize, run_quantize_convert, run_quantize_inspect
 

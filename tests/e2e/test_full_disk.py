@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from calibrate.methods import complete_recipe
-from calibrate.pipeline import prepare, run
-from export.errors import CheckpointError
-from export.staging import staged
-from models.source import open_source
+from lowbit.calibrate.methods import complete_recipe
+from lowbit.calibrate.pipeline import prepare, run
+from lowbit.export.errors import CheckpointError
+from lowbit.export.staging import staged
+from lowbit.models.source import open_source
 from tests.builders import calibration, save_family
 from tests.e2e.cli import names
 

@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from calibrate.methods import complete_recipe
-from calibrate.pipeline import prepare, run
-from evaluation.backend import load_dense
-from models.skeleton import open_skeleton
-from models.source import Source, open_source
-from models.walk import Walk
+from lowbit.calibrate.methods import complete_recipe
+from lowbit.calibrate.pipeline import prepare, run
+from lowbit.evaluation.backend import load_dense
+from lowbit.models.skeleton import open_skeleton
+from lowbit.models.source import Source, open_source
+from lowbit.models.walk import Walk
 from tests.builders import calibration, logits_of, make_model, save
 
 Measure = Callable[[torch.Tensor, torch.Tensor], float]

@@ -11,12 +11,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from calibrate import ranks
-from calibrate.pipeline import BlockReport, run
-from calibrate.resume import journal_of, journaled
-from export.checkpoint import open_checkpoint
-from export.errors import CheckpointError
-from export.formats import LogicalTensors
+from lowbit.calibrate import ranks
+from lowbit.calibrate.pipeline import BlockReport, run
+from lowbit.calibrate.resume import journal_of, journaled
+from lowbit.export.checkpoint import open_checkpoint
+from lowbit.export.errors import CheckpointError
+from lowbit.export.formats import LogicalTensors
 from tests.builders import make_tokenizer, save_family
 from tests.e2e.cli import names
 from tests.e2e.several import LENGTH, RECIPES, SAMPLES, job_of, quantize_all
@@ -137,7 +137,7 @@ def test_an_error_in_one_process_ends_all_with_its_message(tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("a#" + "word " * SAMPLES * LENGTH)
     program = tmp_path / "program.py"
-    program.write_text("from commands.quantize import main\n\nmain()\n")
+    program.write_text("from lowbit.commands.quantize import main\n\nmain()\n")
     flags = ["--method", "gptq", "--group-size", 32, "--num-samples", SAMPLES, "--seqlen", LENGTH, "--dataset", text]
     done = torchrun(program, source, "-o", tmp_path / "out", *flags)
     assert done.returncode != 0

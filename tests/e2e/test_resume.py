@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from calibrate.blocks import BlockLoop
-from calibrate.data import CalibrationSet
-from calibrate.methods import complete_recipe
-from calibrate.pipeline import BlockReport, prepare, run
-from calibrate.resume import journal_of, journaled
-from export.errors import CheckpointError
-from models.source import open_source
+from lowbit.calibrate.blocks import BlockLoop
+from lowbit.calibrate.data import CalibrationSet
+from lowbit.calibrate.methods import complete_recipe
+from lowbit.calibrate.pipeline import BlockReport, prepare, run
+from lowbit.calibrate.resume import journal_of, journaled
+from lowbit.export.errors import CheckpointError
+from lowbit.models.source import open_source
 from tests.builders import calibration, save_family
 from tests.e2e.cli import names, run_quantize
 
@@ -144,7 +144,7 @@ def test_another_model_is_refused(stopped, tmp_path):
 
 
 def test_another_version_is_refused(sources, stopped, monkeypatch):
-    monkeypatch.setattr("calibrate.resume.__version__", "0.0.0")
+    monkeypatch.setattr("lowbit.calibrate.resume.__version__", "0.0.0")
     with pytest.raises(CheckpointError, match=r"with lowbit [0-9a-z.]+, not 0\.0\.0"):
         quantize(sources("llama"), stopped, "awq")
 
@@ -169,7 +169,7 @@ def test_the_flag(sources, tmp_path, monkeypatch):
     source, output = sources("llama"), tmp_path / "out"
     assert run_quantize(source, *flags, "-o", tmp_path / "straight" / "out").code == 0
     with monkeypatch.context() as patch:
-        patch.setattr("commands.quantize._block_printer", lambda console, total: kill_with_a_signal)
+        patch.setattr("lowbit.commands.quantize._block_printer", lambda console, total: kill_with_a_signal)
         interrupted = run_quantize(source, *flags, "-o", output)
     assert interrupted.code == 130
     assert "see --resume" in interrupted.err

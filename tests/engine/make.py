@@ -7,11 +7,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
-import engine
-from engine.engine import Engine
-from export.formats import FORMATS, write_config
-from quant.qtensor import QTensor, round_to_nearest
-from quant.scheme import Activations, Scheme
+from lowbit import engine
+from lowbit.engine.engine import Engine
+from lowbit.export.formats import FORMATS, write_config
+from lowbit.quant.qtensor import QTensor, round_to_nearest
+from lowbit.quant.scheme import Activations, Scheme
 from tests.builders import make_model, save
 
 

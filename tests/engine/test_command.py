@@ -3,9 +3,9 @@
 import pytest
 from click.testing import CliRunner
 
-import engine
-from commands.quantize_generate import generate
-from export.errors import CheckpointError
+from lowbit import engine
+from lowbit.commands.quantize_generate import generate
+from lowbit.export.errors import CheckpointError
 from tests.builders import save_family
 
 

@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
-import engine
-from engine import products
-from engine.decoder import Decoder, make_step
-from engine.engine import Engine, Options
-from engine.shapes import decoder_shape, random_weights
-from quant.kernels import ops
-from quant.scheme import parse_scheme
+from lowbit import engine
+from lowbit.engine import products
+from lowbit.engine.decoder import Decoder, make_step
+from lowbit.engine.engine import Engine, Options
+from lowbit.engine.shapes import decoder_shape, random_weights
+from lowbit.quant.kernels import ops
+from lowbit.quant.scheme import parse_scheme
 from tests.builders import logits_of
 from tests.engine.make import quantized
 

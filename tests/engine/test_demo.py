@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-import engine
+from lowbit import engine
 
 pytestmark = pytest.mark.demo
 PROMPTS = ["The capital of France is", "for i in range(10):\n    print(i)\nfor j in range(10):\n"]

@@ -7,9 +7,9 @@ import torch
 import transformers
 from torch import Tensor
 
-import engine
-from engine.decoder import make_step
-from engine.families import FAMILIES
+from lowbit import engine
+from lowbit.engine.decoder import make_step
+from lowbit.engine.families import FAMILIES
 from tests.builders import GATED, VOCABULARY, logits_of, make_model, save
 from tests.engine.chatglm import TinyChatGLM
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
-from engine.engine import Engine
-from engine.lookup import Index, accepted
-from engine.sampling import Sampling
+from lowbit.engine.engine import Engine
+from lowbit.engine.lookup import Index, accepted
+from lowbit.engine.sampling import Sampling
 from tests.builders import logits_of
 from tests.engine.make import tiny
 

@@ -6,14 +6,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine.decoder import Decoder
-from engine.engine import Engine, Options
-from engine.prefill import read_prompt
-from engine.products import Linear
-from engine.sampling import Sampling
-from engine.shapes import METHODS, codegeex_shape, decoder_shape, random_weights
-from quant.kernels.packed import PackedWeight, dequantize_packed
-from quant.kernels.w8a8 import Int8Weight
+from lowbit.engine.decoder import Decoder
+from lowbit.engine.engine import Engine, Options
+from lowbit.engine.prefill import read_prompt
+from lowbit.engine.products import Linear
+from lowbit.engine.sampling import Sampling
+from lowbit.engine.shapes import METHODS, codegeex_shape, decoder_shape, random_weights
+from lowbit.quant.kernels.packed import PackedWeight, dequantize_packed
+from lowbit.quant.kernels.w8a8 import Int8Weight
 
 pytestmark = pytest.mark.gpu
 

@@ -8,13 +8,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import engine
-from engine.loader import require_build, require_memory
-from export.checkpoint import open_checkpoint
-from export.errors import CheckpointError
-from quant.kernels.packed import PackedWeight
-from quant.kernels.w8a8 import Int8Weight
-from quant.scheme import parse_scheme
+from lowbit import engine
+from lowbit.engine.loader import require_build, require_memory
+from lowbit.export.checkpoint import open_checkpoint
+from lowbit.export.errors import CheckpointError
+from lowbit.quant.kernels.packed import PackedWeight
+from lowbit.quant.kernels.w8a8 import Int8Weight
+from lowbit.quant.scheme import parse_scheme
 from tests.builders import changed_config, logits_of, save_family
 from tests.engine.make import quantized, tiny
 

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from engine.products import Int8Inputs, Linear, Norm, activate, gated_product, product, rounds_late
-from quant.kernels.w8a8 import pack_int8
-from quant.numerics import fake_quantize_inputs
-from quant.qtensor import round_to_nearest
-from quant.scheme import parse_scheme
+from lowbit.engine.products import Int8Inputs, Linear, Norm, activate, gated_product, product, rounds_late
+from lowbit.quant.kernels.w8a8 import pack_int8
+from lowbit.quant.numerics import fake_quantize_inputs
+from lowbit.quant.qtensor import round_to_nearest
+from lowbit.quant.scheme import parse_scheme
 
 M, N, K = 3, 64, 96
 NORM = Norm("rms", torch.rand(K, dtype=torch.float16) + 0.5, None, 1e-5)

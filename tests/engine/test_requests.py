@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from engine.errors import EngineError
-from engine.prefill import read_prompt
-from engine.sampling import Sampling
+from lowbit.engine.errors import EngineError
+from lowbit.engine.prefill import read_prompt
+from lowbit.engine.sampling import Sampling
 from tests.engine.make import tiny
 
 

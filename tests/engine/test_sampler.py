@@ -5,9 +5,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from engine.sampler import Constraints, Sampler, features_of
-from engine.sampling import Sampling
-from quant.kernels.choose_tokens import Cursor, gumbel
+from lowbit.engine.sampler import Constraints, Sampler, features_of
+from lowbit.engine.sampling import Sampling
+from lowbit.quant.kernels.choose_tokens import Cursor, gumbel
 
 VOCABULARY = 40
 

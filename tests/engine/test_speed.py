@@ -6,11 +6,11 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from commands.quantize_bench import bench
-from engine.decoder import Decoder
-from engine.engine import Engine, Options
-from engine.shapes import SHAPES, decoder_shape, random_weights
-from engine.speed import measure, step_bytes
+from lowbit.commands.quantize_bench import bench
+from lowbit.engine.decoder import Decoder
+from lowbit.engine.engine import Engine, Options
+from lowbit.engine.shapes import SHAPES, decoder_shape, random_weights
+from lowbit.engine.speed import measure, step_bytes
 from tests.builders import save_family
 
 TINY = decoder_shape(vocabulary=256, hidden=128, inner=256, heads=2, layers=2, kv_heads=1)

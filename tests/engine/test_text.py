@@ -2,7 +2,7 @@
 
 import pytest
 
-from engine.text import TextStream, overlap
+from lowbit.engine.text import TextStream, overlap
 from tests.builders import make_tokenizer
 
 TEXT = "naïve café: 你好 🎉 end"

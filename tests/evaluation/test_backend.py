@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from evaluation.backend import choose_backend, load_dense, open_backend, until_end
-from export.errors import CheckpointError
-from models.source import open_source
+from lowbit.evaluation.backend import choose_backend, load_dense, open_backend, until_end
+from lowbit.export.errors import CheckpointError
+from lowbit.models.source import open_source
 from tests.builders import FAMILIES, calibration, logits_of, make_tokenizer
 from tests.e2e.cli import run_quantize
 
@@ -25,7 +25,7 @@ def test_all_at_once_from_the_files_gives_the_models_logits(models, family):
 def test_the_walk_through_blocks_gives_the_models_logits(models, family, monkeypatch):
     model, directory = models(family)
     backend = open_backend("blocks", open_source(str(directory)), "cpu")
-    monkeypatch.setattr("evaluation.backend.HIDDEN_BYTES", 64 * 4 * 40)  # two batches a walk
+    monkeypatch.setattr("lowbit.evaluation.backend.HIDDEN_BYTES", 64 * 4 * 40)  # two batches a walk
     batches = [IDS[:1], IDS[1:2], IDS[2:]]
     found = list(backend.logits(iter(batches)))
     torch.testing.assert_close(torch.cat(found), logits_of(model, IDS), rtol=1e-5, atol=1e-6)
@@ -88,7 +88,7 @@ def test_an_end_token_is_not_written(models):
 def test_what_fits_no_memory_is_read_block_by_block(models, monkeypatch):
     source = open_source(str(models("llama")[1]))
     assert choose_backend(source, "cpu", torch.float32) == "transformers"
-    monkeypatch.setattr("evaluation.backend.MEMORY_SHARE", 1e-9)
+    monkeypatch.setattr("lowbit.evaluation.backend.MEMORY_SHARE", 1e-9)
     assert choose_backend(source, "cpu", torch.float32) == "blocks"
 
 

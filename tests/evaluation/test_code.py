@@ -4,11 +4,11 @@ import json
 
 import pytest
 
-from evaluation.backend import open_backend
-from evaluation.code import function_body, pass_at_1, read_problems, solve
-from evaluation.sandbox import Limits
-from export.errors import CheckpointError
-from models.source import open_source
+from lowbit.evaluation.backend import open_backend
+from lowbit.evaluation.code import function_body, pass_at_1, read_problems, solve
+from lowbit.evaluation.sandbox import Limits
+from lowbit.export.errors import CheckpointError
+from lowbit.models.source import open_source
 from tests.e2e.cli import run_quantize_eval
 
 TEST = "def check(candidate):\n    assert candidate(2, 3) == 5\n    assert candidate(-1, 1) == 0\n"
@@ -64,7 +64,7 @@ def test_each_problem_is_judged_and_the_rest_survives(scripted, tmp_path):
 
 
 def test_finished_problems_are_kept(scripted, tmp_path):
-    from evaluation.journal import Library
+    from lowbit.evaluation.journal import Library
 
     problems, library = read_problems(write_problems(tmp_path / "p.jsonl", ["right", "wrong"])), Library(tmp_path / "c")
     first = solve(scripted, problems, 512, Limits(), library)

@@ -6,11 +6,11 @@ from itertools import pairwise
 import pytest
 import torch
 
-from evaluation.backend import open_backend
-from evaluation.divergence import divergence, require_same_vocabulary
-from evaluation.text import Protocol, cut
-from export.errors import CheckpointError
-from models.source import open_source
+from lowbit.evaluation.backend import open_backend
+from lowbit.evaluation.divergence import divergence, require_same_vocabulary
+from lowbit.evaluation.text import Protocol, cut
+from lowbit.export.errors import CheckpointError
+from lowbit.models.source import open_source
 from tests.builders import logits_of, make_model, make_tokenizer, save
 from tests.e2e.cli import run_quantize_eval
 
@@ -63,7 +63,7 @@ def test_it_is_the_definition(pair, stride):
 
 
 def test_both_losses_come_with_it(pair):
-    from evaluation.perplexity import perplexity
+    from lowbit.evaluation.perplexity import perplexity
 
     found = measured(opened(pair[3]), opened(pair[1]), Protocol(64))
     for score, directory in ((found.quantized, pair[3]), (found.baseline, pair[1])):

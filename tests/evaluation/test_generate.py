@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from evaluation.generate import Prompt, read_prompts, side_by_side
-from export.errors import CheckpointError
+from lowbit.evaluation.generate import Prompt, read_prompts, side_by_side
+from lowbit.export.errors import CheckpointError
 from tests.builders import make_tokenizer
 from tests.e2e.cli import run_quantize_eval
 

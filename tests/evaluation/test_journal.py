@@ -5,11 +5,11 @@ import shutil
 
 import pytest
 
-from evaluation.backend import TransformersBackend, open_backend
-from evaluation.journal import Journal, Library
-from evaluation.perplexity import perplexity
-from evaluation.text import Protocol, cut
-from models.source import open_source
+from lowbit.evaluation.backend import TransformersBackend, open_backend
+from lowbit.evaluation.journal import Journal, Library
+from lowbit.evaluation.perplexity import perplexity
+from lowbit.evaluation.text import Protocol, cut
+from lowbit.models.source import open_source
 from tests.e2e.cli import run_quantize_eval
 
 TEXT = "Call me Ishmael. Some years ago, never mind how long precisely. " * 20
@@ -34,7 +34,7 @@ def source(models):
 
 
 def test_an_interrupted_score_goes_on(source, tmp_path, monkeypatch):
-    monkeypatch.setattr("evaluation.text.BATCH_TOKENS", 64)
+    monkeypatch.setattr("lowbit.evaluation.text.BATCH_TOKENS", 64)
     text_cut, library = cut(TEXT, source, Protocol(64)), Library(tmp_path)
     whole = perplexity(open_backend("transformers", source, "cpu"), text_cut)
     with pytest.raises(KeyboardInterrupt):
@@ -102,7 +102,7 @@ def test_an_interruption_says_what_was_kept(models, monkeypatch):
     def interrupted(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("commands.quantize_eval.score_text", interrupted)
+    monkeypatch.setattr("lowbit.commands.quantize_eval.score_text", interrupted)
     done = run_quantize_eval("perplexity", models("llama")[1], "--context", 64, "--windows", 1)
     assert done.code == 130
     assert "goes on from there" in done.err

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from evaluation.backend import open_backend
-from evaluation.perplexity import Score, difference, perplexity
-from evaluation.text import Protocol, cut
-from export.errors import CheckpointError
-from models.source import open_source
+from lowbit.evaluation.backend import open_backend
+from lowbit.evaluation.perplexity import Score, difference, perplexity
+from lowbit.evaluation.text import Protocol, cut
+from lowbit.export.errors import CheckpointError
+from lowbit.models.source import open_source
 from tests.builders import VOCABULARY, make_model, make_tokenizer, save
 from tests.e2e.cli import run_quantize, run_quantize_eval
 
@@ -203,7 +203,7 @@ def test_mistakes(models, args, message):
 def test_the_demo_models_perplexity_is_transformers_own(demo_model, backend):
     from transformers import AutoModelForCausalLM
 
-    from calibrate.data import builtin_text
+    from lowbit.calibrate.data import builtin_text
 
     source = open_source(str(demo_model))
     text_cut = cut(builtin_text("heldout"), source, Protocol(128, windows=2))

@@ -4,8 +4,8 @@ import shutil
 
 import pytest
 
-from evaluation.report.facts import facts_of
-from evaluation.report.page import render, render_comparison
+from lowbit.evaluation.report.facts import facts_of
+from lowbit.evaluation.report.page import render, render_comparison
 from tests.e2e.cli import run_quantize
 
 pytestmark = pytest.mark.browser

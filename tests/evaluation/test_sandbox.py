@@ -6,8 +6,8 @@ import time
 import psutil
 import pytest
 
-from evaluation.sandbox import Limits, Outcome, require_containment, run_program
-from export.errors import CheckpointError
+from lowbit.evaluation.sandbox import Limits, Outcome, require_containment, run_program
+from lowbit.export.errors import CheckpointError
 
 LIMITS = Limits(seconds=2, nbytes=1 << 29)
 
@@ -74,13 +74,13 @@ def test_it_sees_nothing_of_this_process(monkeypatch):
 
 
 def test_a_system_that_does_not_contain_is_refused(monkeypatch):
-    monkeypatch.setattr("evaluation.sandbox.PROBE", "raise SystemExit('it could do what it must not')")
+    monkeypatch.setattr("lowbit.evaluation.sandbox.PROBE", "raise SystemExit('it could do what it must not')")
     with pytest.raises(CheckpointError, match=r"cannot be contained here .*so none is run"):
         require_containment()
 
 
 def test_every_machine_has_a_whole_filter():
-    from evaluation.sandbox_child import MACHINES, filter_program
+    from lowbit.evaluation.sandbox_child import MACHINES, filter_program
 
     for machine in MACHINES:
         instructions = filter_program(machine)

@@ -4,11 +4,11 @@ import json
 
 import pytest
 
-from evaluation.backend import open_backend
-from evaluation.journal import Library
-from evaluation.tasks import TaskList, harness_model, run_tasks
-from export.errors import CheckpointError
-from models.source import open_source
+from lowbit.evaluation.backend import open_backend
+from lowbit.evaluation.journal import Library
+from lowbit.evaluation.tasks import TaskList, harness_model, run_tasks
+from lowbit.export.errors import CheckpointError
+from lowbit.models.source import open_source
 from tests.builders import make_tokenizer
 from tests.e2e.cli import run_quantize_eval
 

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from export import awq
-from export.awq import AWQ
-from export.errors import CheckpointError
-from quant.qtensor import QTensor, round_to_nearest
-from quant.scheme import Scheme, make_scheme
+from lowbit.export import awq
+from lowbit.export.awq import AWQ
+from lowbit.export.errors import CheckpointError
+from lowbit.quant.qtensor import QTensor, round_to_nearest
+from lowbit.quant.scheme import Scheme, make_scheme
 
 SCHEMES = [make_scheme(4, size, False) for size in (32, 128, -1)]
 UINT4 = SCHEMES[0]

@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 from huggingface_hub import metadata_load
 
-from export.card import write_card
-from export.formats import describe_schemes
-from quant.recipe import Recipe
-from quant.scheme import make_scheme
+from lowbit.export.card import write_card
+from lowbit.export.formats import describe_schemes
+from lowbit.quant.recipe import Recipe
+from lowbit.quant.scheme import make_scheme
 
 FACTS: dict[str, Any] = {
     "version": "9.9",

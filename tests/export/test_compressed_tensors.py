@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from export import compressed_tensors as dialect
-from export.errors import CheckpointError
-from export.formats import FORMATS
-from quant.qtensor import QTensor, round_to_nearest
-from quant.scheme import Activations, Scheme, make_scheme, parse_scheme
+from lowbit.export import compressed_tensors as dialect
+from lowbit.export.errors import CheckpointError
+from lowbit.export.formats import FORMATS
+from lowbit.quant.qtensor import QTensor, round_to_nearest
+from lowbit.quant.scheme import Activations, Scheme, make_scheme, parse_scheme
 
 DYNAMIC, STATIC = parse_scheme("int8-channel-a8token"), parse_scheme("int8-channel-a8tensor")
 SCHEMES = [

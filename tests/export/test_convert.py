@@ -8,12 +8,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from export.checkpoint import open_checkpoint
-from export.convert import convert, express
-from export.errors import CheckpointError
-from export.formats import FORMATS, LogicalTensors, write_config
-from quant.qtensor import QTensor, round_to_nearest
-from quant.scheme import Activations, Scheme, parse_scheme
+from lowbit.export.checkpoint import open_checkpoint
+from lowbit.export.convert import convert, express
+from lowbit.export.errors import CheckpointError
+from lowbit.export.formats import FORMATS, LogicalTensors, write_config
+from lowbit.quant.qtensor import QTensor, round_to_nearest
+from lowbit.quant.scheme import Activations, Scheme, parse_scheme
 
 SHARD = 1 << 30
 NAMES = ("m.layers.0.up", "m.layers.0.down")

@@ -2,7 +2,7 @@
 
 import pytest
 
-from export.engines import (
+from lowbit.export.engines import (
     ENGINES,
     MACHINES,
     Layer,
@@ -12,8 +12,8 @@ from export.engines import (
     reason_against_parallel,
     split_sets,
 )
-from export.formats import FORMATS
-from quant.scheme import parse_scheme
+from lowbit.export.formats import FORMATS
+from lowbit.quant.scheme import parse_scheme
 
 CT = "compressed-tensors"
 W4, W8A8 = parse_scheme("int4-g128"), parse_scheme("int8-channel-a8token")

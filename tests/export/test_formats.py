@@ -6,11 +6,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from export.checkpoint import open_checkpoint
-from export.errors import CheckpointError
-from export.formats import FORMATS, LogicalTensors, require_fit, write_config
-from quant.qtensor import QTensor, round_to_nearest
-from quant.scheme import Scheme, parse_scheme
+from lowbit.export.checkpoint import open_checkpoint
+from lowbit.export.errors import CheckpointError
+from lowbit.export.formats import FORMATS, LogicalTensors, require_fit, write_config
+from lowbit.quant.qtensor import QTensor, round_to_nearest
+from lowbit.quant.scheme import Scheme, parse_scheme
 
 W4, W8A8 = parse_scheme("int4-g32"), parse_scheme("int8-channel-a8token")
 

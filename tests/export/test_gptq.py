@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from export import gptq
-from export.errors import CheckpointError
-from export.gptq import GPTQ, GPTQ_V2
-from quant.qtensor import QTensor, round_to_nearest
-from quant.scheme import Scheme, make_scheme, parse_scheme
+from lowbit.export import gptq
+from lowbit.export.errors import CheckpointError
+from lowbit.export.gptq import GPTQ, GPTQ_V2
+from lowbit.quant.qtensor import QTensor, round_to_nearest
+from lowbit.quant.scheme import Scheme, make_scheme, parse_scheme
 
 SCHEMES = [make_scheme(bits, size, sym) for bits in (4, 8) for size in (32, 128, -1) for sym in (True, False)]
 INT4, UINT4 = make_scheme(4, 32, True), make_scheme(4, 32, False)

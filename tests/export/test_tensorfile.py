@@ -10,8 +10,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from export.errors import CheckpointError
-from export.tensorfile import DTYPES, TensorFileWriter, read_entries, read_tensor
+from lowbit.export.errors import CheckpointError
+from lowbit.export.tensorfile import DTYPES, TensorFileWriter, read_entries, read_tensor
 
 GOOD = {
     "a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]},

@@ -9,11 +9,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from export import writer as writer_module
-from export.checkpoint import INDEX_NAME, open_checkpoint
-from export.errors import CheckpointError
-from export.staging import require_space, staged
-from export.writer import ShardedWriter, copy_companions
+from lowbit.export import writer as writer_module
+from lowbit.export.checkpoint import INDEX_NAME, open_checkpoint
+from lowbit.export.errors import CheckpointError
+from lowbit.export.staging import require_space, staged
+from lowbit.export.writer import ShardedWriter, copy_companions
 
 TENSORS = {f"t{i}": torch.full((25,), float(i)) for i in range(5)}  # 100 bytes each
 

@@ -18,10 +18,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from benchmarks.readers import path_of_ours, read_by
-from export.checkpoint import open_checkpoint
-from export.compressed_tensors import quantization_config
-from export.formats import LogicalTensors
-from quant.scheme import parse_scheme
+from lowbit.export.checkpoint import open_checkpoint
+from lowbit.export.compressed_tensors import quantization_config
+from lowbit.export.formats import LogicalTensors
+from lowbit.quant.scheme import parse_scheme
 from tests.builders import make_model, save
 from tests.house.tree import ROOT
 from tests.quantized import dense, quantize_files

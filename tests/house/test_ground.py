@@ -5,7 +5,7 @@ import sys
 
 from tests.house.tree import ROOT, imports, modules
 
-GROUND = [module for module in modules() if module.name.split(".")[0] == "quant"]
+GROUND = [module for module in modules() if module.name.startswith("lowbit.quant")]
 MAY_NEED = {"torch", "tomli_w"}
 
 PROBE = """
@@ -25,7 +25,7 @@ def test_importing_all_of_quant_touches_no_gpu_and_no_toolkit() -> None:
 
 
 def test_quant_needs_torch_alone() -> None:
-    known = sys.stdlib_module_names | {"quant"} | MAY_NEED
+    known = sys.stdlib_module_names | {"lowbit"} | MAY_NEED
     found = [
         f"{module.file}:{each.line}: {each.target}"
         for module in GROUND

@@ -6,7 +6,7 @@ from graphlib import CycleError, TopologicalSorter
 
 import pytest
 
-from tests.house.tree import PACKAGES, Import, Module, imports, modules
+from tests.house.tree import NAME, PACKAGES, Import, Module, imports, modules
 
 # A package imports from lower floors and from itself. calibrate and engine stand side by side.
 FLOORS = {"quant": 0, "export": 1, "models": 2, "calibrate": 3, "engine": 3, "evaluation": 4, "commands": 5}
@@ -24,20 +24,23 @@ BESIDE = {
 }
 GROUND = {name: CHAIN[:i] for i, name in enumerate(CHAIN)} | BESIDE
 
-EXTENSION = "quant._C"  # compiled, so no file of the tree
+EXTENSION = "lowbit.quant._C"  # compiled, so no file of the tree
 KNOWN = frozenset(module.name for module in modules()) | {EXTENSION}
 INITS = frozenset(module.name for module in modules() if module.is_package)
 
 
 def reason_against(importer: str, found: Import) -> str | None:
     """Why `importer` must not hold this import, or None."""
-    source, target = importer.split("."), found.target.split(".")
     if found.target.startswith("."):
         return "a relative import"
-    if target[0] in ("tests", "benchmarks"):
-        return f"{target[0]} is not installed"
-    if target[0] not in FLOORS:
-        return None
+    first, *target = found.target.split(".")
+    if first in ("tests", "benchmarks"):
+        return f"{first} is not installed"
+    if first in FLOORS:
+        return f"{first} without {NAME}: the import name is {NAME}.{first}"
+    if first != NAME or not target:
+        return None  # another's, or lowbit.__version__
+    source = importer.split(".")[1:]
     if found.in_function:
         return f"{found.target} imported inside a function"
     if found.target in INITS and is_inside(importer, found.target):
@@ -96,20 +99,21 @@ def test_every_package_has_a_floor() -> None:
 @pytest.mark.parametrize(
     ("importer", "line"),
     [
-        ("quant.qtypes", "from quant.scheme import Scheme"),
-        ("quant.qtypes", "import quant.scheme"),
-        ("quant.numerics", "from quant import __version__"),
-        ("quant.algos.awq", "from quant.kernels.registry import KERNELS"),
-        ("quant.linear", "import quant._C"),
-        ("quant.somewhere", "from quant.scheme import Scheme"),
-        ("quant", "from quant.scheme import Scheme"),
-        ("quant.scheme", "from export.checkpoint import Checkpoint"),
-        ("calibrate.walk", "from engine.loader import load"),
-        ("engine.loader", "import calibrate"),
-        ("models.skeleton", "import importlib\nimportlib.import_module('commands.quantize')"),
-        ("evaluation.perplexity", "def f():\n    from quant.scheme import Scheme"),
-        ("evaluation.perplexity", "from .report import line"),
-        ("commands.quantize", "from tests.house import tree"),
+        ("lowbit.quant.qtypes", "from lowbit.quant.scheme import Scheme"),
+        ("lowbit.quant.qtypes", "import lowbit.quant.scheme"),
+        ("lowbit.quant.qtypes", "import torch\nimport quant.numerics"),
+        ("lowbit.quant.numerics", "from lowbit.quant import SOMETHING"),
+        ("lowbit.quant.algos.awq", "from lowbit.quant.kernels.registry import KERNELS"),
+        ("lowbit.quant.linear", "import lowbit.quant._C"),
+        ("lowbit.quant.somewhere", "from lowbit.quant.scheme import Scheme"),
+        ("lowbit.quant", "from lowbit.quant.scheme import Scheme"),
+        ("lowbit.quant.scheme", "from lowbit.export.checkpoint import Checkpoint"),
+        ("lowbit.calibrate.walk", "from lowbit.engine.loader import load"),
+        ("lowbit.engine.loader", "from lowbit import calibrate"),
+        ("lowbit.models.skeleton", "import importlib\nimportlib.import_module('lowbit.commands.quantize')"),
+        ("lowbit.evaluation.perplexity", "def f():\n    from lowbit.quant.scheme import Scheme"),
+        ("lowbit.evaluation.perplexity", "from .report import line"),
+        ("lowbit.commands.quantize", "from tests.house import tree"),
     ],
 )
 def test_a_wrong_import_is_seen(importer: str, line: str) -> None:
@@ -120,12 +124,12 @@ def test_a_wrong_import_is_seen(importer: str, line: str) -> None:
 @pytest.mark.parametrize(
     ("importer", "line"),
     [
-        ("quant.qtensor", "from quant import numerics"),
-        ("quant.algos.awq", "from quant.kernels.ops import linear"),
-        ("quant.kernels.w4a16_gemv", "from quant import _C"),
-        ("quant.linear", "from quant.kernels.registry import KERNELS"),
-        ("commands.quantize", "from quant import __version__"),
-        ("evaluation.perplexity", "def f():\n    import datasets"),
+        ("lowbit.quant.qtensor", "from lowbit.quant import numerics"),
+        ("lowbit.quant.algos.awq", "from lowbit.quant.kernels.ops import linear"),
+        ("lowbit.quant.kernels.w4a16_gemv", "from lowbit.quant import _C"),
+        ("lowbit.quant.linear", "from lowbit.quant.kernels.registry import KERNELS"),
+        ("lowbit.commands.quantize", "from lowbit import __version__"),
+        ("lowbit.evaluation.perplexity", "def f():\n    import datasets"),
     ],
 )
 def test_a_right_import_passes(importer: str, line: str) -> None:

@@ -13,11 +13,11 @@ from tests.house.tree import ROOT
 # The tables of CONTRIBUTING.md. A row is tested by tests/**/test_<row>.py, by a test that names the row in a string, or
 # by one that runs through the whole table.
 TABLES = (
-    ("calibrate.methods", "METHODS"),
-    ("calibrate.methods", "TRANSFORMS"),
-    ("calibrate.methods", "ROUNDERS"),
-    ("export.formats", "FORMATS"),
-    ("engine.families", "FAMILIES"),
+    ("lowbit.calibrate.methods", "METHODS"),
+    ("lowbit.calibrate.methods", "TRANSFORMS"),
+    ("lowbit.calibrate.methods", "ROUNDERS"),
+    ("lowbit.export.formats", "FORMATS"),
+    ("lowbit.engine.families", "FAMILIES"),
 )
 KERNELS = ROOT / "quant" / "kernels"
 STEMS = sorted(path.stem for path in (KERNELS / "csrc").glob("*.cu"))

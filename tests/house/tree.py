@@ -7,6 +7,7 @@ from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
+NAME = "lowbit"  # the one import name
 PACKAGES = ("quant", "export", "models", "calibrate", "engine", "evaluation", "commands", "integrations")
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
@@ -47,8 +48,8 @@ def modules() -> tuple[Module, ...]:
 
 
 def dotted(path: Path) -> str:
-    """The name that imports `path`: quant/algos/fold.py is quant.algos.fold."""
-    parts = path.relative_to(ROOT).with_suffix("").parts
+    """The name that imports `path`: quant/algos/fold.py is lowbit.quant.algos.fold."""
+    parts = (NAME, *path.relative_to(ROOT).with_suffix("").parts)
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 

@@ -10,8 +10,8 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 
-from export.errors import CheckpointError
-from quant.linear import QLinear
+from lowbit.export.errors import CheckpointError
+from lowbit.quant.linear import QLinear
 from tests.builders import changed_config, logits_of, make_model, save
 from tests.quantized import dense, quantize_files
 
@@ -32,8 +32,8 @@ def ours() -> Iterator[ModuleType]:
     """The integration switched on for one test: other tests load models through transformers alone."""
     tables = AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
     before = [dict(table) for table in tables]
-    module = sys.modules.get("integrations.transformers")
-    yield importlib.reload(module) if module else importlib.import_module("integrations.transformers")
+    module = sys.modules.get("lowbit.integrations.transformers")
+    yield importlib.reload(module) if module else importlib.import_module("lowbit.integrations.transformers")
     for table, values in zip(tables, before, strict=True):
         table.update(values)
 

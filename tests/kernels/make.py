@@ -5,10 +5,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from quant.kernels.packed import PackedWeight, prepack
-from quant.kernels.w8a8 import Int8Weight, pack_int8
-from quant.qtensor import QTensor, round_to_nearest
-from quant.scheme import make_scheme
+from lowbit.quant.kernels.packed import PackedWeight, prepack
+from lowbit.quant.kernels.w8a8 import Int8Weight, pack_int8
+from lowbit.quant.qtensor import QTensor, round_to_nearest
+from lowbit.quant.scheme import make_scheme
 
 
 def make_qtensor(n: int, k: int, bits: int, group_size: int, symmetric: bool, device: str = "cpu") -> QTensor:

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from quant.kernels import ops
-from quant.kernels.choose_tokens import MAX_BLOCKS, Choice, Cursor, Noise, choose_blocks, mix, perturbed
+from lowbit.quant.kernels import ops
+from lowbit.quant.kernels.choose_tokens import MAX_BLOCKS, Choice, Cursor, Noise, choose_blocks, mix, perturbed
 
 NAN, INF = float("nan"), float("inf")
 LAST = 9

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from quant.kernels import decode_attention, ops
-from quant.kernels.decode_attention import (
+from lowbit.quant.kernels import decode_attention, ops
+from lowbit.quant.kernels.decode_attention import (
     MAX_SPLITS,
     SHORT,
     Append,

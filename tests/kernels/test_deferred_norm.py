@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from quant.kernels import ops, reference, registry
-from quant.kernels.packed import PackedWeight
-from quant.kernels.problem import Call, Deferred, NextNorm
-from quant.kernels.registry import Kernel
-from quant.kernels.wna16_args import prepare
+from lowbit.quant.kernels import ops, reference, registry
+from lowbit.quant.kernels.packed import PackedWeight
+from lowbit.quant.kernels.problem import Call, Deferred, NextNorm
+from lowbit.quant.kernels.registry import Kernel
+from lowbit.quant.kernels.wna16_args import prepare
 from tests.kernels.make import (
     assert_dependence_changes_nothing,
     assert_devices_agree,

@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from quant.kernels import dense, dense_gemv, extension, ops, ring
-from quant.kernels.dense import DenseCall
-from quant.kernels.problem import Problem
-from quant.kernels.registry import choose_kernel
-from quant.kernels.ring import Launch
+from lowbit.quant.kernels import dense, dense_gemv, extension, ops, ring
+from lowbit.quant.kernels.dense import DenseCall
+from lowbit.quant.kernels.problem import Problem
+from lowbit.quant.kernels.registry import choose_kernel
+from lowbit.quant.kernels.ring import Launch
 from tests.kernels.make import (
     assert_close_as_half,
     assert_dependence_changes_nothing,

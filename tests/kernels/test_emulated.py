@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from quant.kernels import (
+from lowbit.quant.kernels import (
     choose_tokens,
     decode_attention,
     dense,
@@ -31,15 +31,15 @@ from quant.kernels import (
     wna16_gemm,
     wna16_gemv,
 )
-from quant.kernels.choose_tokens import Choice, Cursor, Noise
-from quant.kernels.decode_attention import Append, Attention, KVCache
-from quant.kernels.dense import DenseCall
-from quant.kernels.packed import PackedWeight
-from quant.kernels.problem import PART, Call, Deferred, NextNorm, Problem, Rotary, check, problem_of
-from quant.kernels.row_norm import Rows
-from quant.kernels.w8a8 import Int8Call, Int8Weight
-from quant.qtensor import QTensor
-from quant.scheme import make_scheme
+from lowbit.quant.kernels.choose_tokens import Choice, Cursor, Noise
+from lowbit.quant.kernels.decode_attention import Append, Attention, KVCache
+from lowbit.quant.kernels.dense import DenseCall
+from lowbit.quant.kernels.packed import PackedWeight
+from lowbit.quant.kernels.problem import PART, Call, Deferred, NextNorm, Problem, Rotary, check, problem_of
+from lowbit.quant.kernels.row_norm import Rows
+from lowbit.quant.kernels.w8a8 import Int8Call, Int8Weight
+from lowbit.quant.qtensor import QTensor
+from lowbit.quant.scheme import make_scheme
 from tests.kernels.emulator import build
 from tests.kernels.emulator.build import Mutant
 from tests.kernels.emulator.device import Gpu, failure_of
@@ -52,7 +52,7 @@ ROWS = {wna16_gemm: ((1, 64), (65, 280)), wna16_gemv: ((1, 16),)}  # of x on Hop
 
 @pytest.fixture(scope="session")
 def library() -> Path:
-    """The emulated quant._C; skips where it cannot be built."""
+    """The emulated lowbit.quant._C; skips where it cannot be built."""
     if reason := build.reason_against():
         pytest.skip(f"no emulator: {reason}")
     return build.build()

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from quant.kernels import ops
+from lowbit.quant.kernels import ops
 
 
 def block(n: int, b: int, device: str = "cpu", zero: float = 0.0) -> tuple[torch.Tensor, ...]:

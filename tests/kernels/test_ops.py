@@ -5,9 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from quant.kernels import ops
-from quant.kernels.problem import Rotary
-from quant.linear import QLinear
+from lowbit.quant.kernels import ops
+from lowbit.quant.kernels.problem import Rotary
+from lowbit.quant.linear import QLinear
 from tests.kernels.make import make_packed, make_qtensor, make_x
 
 NO_NORM = ("none", None, None, 0.0)

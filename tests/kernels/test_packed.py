@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from quant.kernels.packed import dequantize_packed, prepack, unprepack
+from lowbit.quant.kernels.packed import dequantize_packed, prepack, unprepack
 from tests.kernels.make import make_packed, make_qtensor
 
 SHAPES = [(40, 768, 16), (16, 1280, 16), (1, 256, 16), (64, 512, 32), (256, 256, 256)]

@@ -6,12 +6,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from quant.kernels import extension, reference, wna16_gemm, wna16_gemv
-from quant.kernels.__main__ import describe_build, describe_problem, main
-from quant.kernels.extension import reason_against_capability
-from quant.kernels.problem import Problem
-from quant.kernels.registry import KERNELS, choose_kernel
-from quant.kernels.wna16_gemv import MAX_WARPS, choose_launch, most_staged_bytes
+from lowbit.quant.kernels import extension, reference, wna16_gemm, wna16_gemv
+from lowbit.quant.kernels.__main__ import describe_build, describe_problem, main
+from lowbit.quant.kernels.extension import reason_against_capability
+from lowbit.quant.kernels.problem import Problem
+from lowbit.quant.kernels.registry import KERNELS, choose_kernel
+from lowbit.quant.kernels.wna16_gemv import MAX_WARPS, choose_launch, most_staged_bytes
 
 ON_CPU = Problem(1, 4096, 4096, 4, 128, torch.float16, "cpu")
 ON_H100 = replace(ON_CPU, device="cuda", capability=(9, 0), processors=132)
@@ -35,7 +35,7 @@ def test_a_gpu_that_nothing_was_built_for_is_an_error(monkeypatch: pytest.Monkey
         monkeypatch.setattr(module, "EXTENSION", SimpleNamespace(architectures="80 90a"))
     assert choose_kernel(replace(ON_H100, m=32)).name == "wna16_gemm"
     on_sm_120 = replace(ON_H100, capability=(12, 0))
-    with pytest.raises(RuntimeError, match=r"wna16_dequantize: the GPU is sm_120, quant._C was built for 80 90a"):
+    with pytest.raises(RuntimeError, match=r"wna16_dequantize: the GPU is sm_120, \S+_C was built for 80 90a"):
         choose_kernel(on_sm_120)
     assert describe_problem(on_sm_120).startswith(f"no kernel takes {on_sm_120}")
 

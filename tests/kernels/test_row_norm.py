@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from quant.kernels import ops
-from quant.kernels.row_norm import Rows, check, reference, reference_codes
+from lowbit.quant.kernels import ops
+from lowbit.quant.kernels.row_norm import Rows, check, reference, reference_codes
 
 NORMS = ("none", "rms", "layer")
 INT8 = ("none", "token", "tensor")

@@ -34,7 +34,7 @@ def test_no_compiler_means_a_pure_python_install(setup_module: dict, monkeypatch
     monkeypatch.setenv("LOWBIT_CUDA", "0")
     assert setup_module["extensions"]() == []
     monkeypatch.setenv("LOWBIT_CUDA", "1")
-    assert [extension.name for extension in setup_module["extensions"]()] == ["quant._C"]
+    assert [extension.name for extension in setup_module["extensions"]()] == ["lowbit.quant._C"]
 
 
 def test_a_failed_command_names_itself_and_its_output(setup_module: dict) -> None:

@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from export import compressed_tensors
-from export.errors import CheckpointError
-from quant.kernels import ops
-from quant.kernels.w8a8 import MOST_K, Int8Weight, pack_int8
-from quant.numerics import quantize_inputs
-from quant.qtensor import QTensor
-from quant.scheme import parse_scheme
+from lowbit.export import compressed_tensors
+from lowbit.export.errors import CheckpointError
+from lowbit.quant.kernels import ops
+from lowbit.quant.kernels.w8a8 import MOST_K, Int8Weight, pack_int8
+from lowbit.quant.numerics import quantize_inputs
+from lowbit.quant.qtensor import QTensor
+from lowbit.quant.scheme import parse_scheme
 from tests.kernels.make import make_int8_weight, make_qtensor, make_x
 
 

@@ -5,10 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from quant.kernels import ops
-from quant.kernels.problem import Problem
-from quant.kernels.w8a8 import Int8Call, Int8Weight, problem_of
-from quant.kernels.w8a8_cutlass import TILES, Launch, choose_launch, reason_against, run
+from lowbit.quant.kernels import ops
+from lowbit.quant.kernels.problem import Problem
+from lowbit.quant.kernels.w8a8 import Int8Call, Int8Weight, problem_of
+from lowbit.quant.kernels.w8a8_cutlass import TILES, Launch, choose_launch, reason_against, run
 from tests.kernels.make import assert_devices_agree, make_int8_weight, make_x, on_cpu
 from tests.kernels.test_w8a8_gemm import random_codes
 
@@ -16,7 +16,7 @@ ON_H100 = Problem(1024, 4096, 4096, 8, -1, torch.float16, "cuda", (9, 0), 132, i
 
 
 def test_what_it_leaves_to_others_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("quant.kernels.w8a8_gemm.reason_against", lambda problem: None)
+    monkeypatch.setattr("lowbit.quant.kernels.w8a8_gemm.reason_against", lambda problem: None)
     assert reason_against(ON_H100) is None
     assert "faster below" in (reason_against(replace(ON_H100, m=16)) or "")
     assert "multiples of 8" in (reason_against(replace(ON_H100, n=99)) or "")

@@ -7,12 +7,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from quant.kernels import extension, ops, ring, w8a8_gemm
-from quant.kernels.problem import Problem
-from quant.kernels.registry import choose_kernel
-from quant.kernels.ring import Launch
-from quant.kernels.w8a8 import Int8Call, Int8Weight, problem_of
-from quant.kernels.w8a8_gemm import choose_launch, run
+from lowbit.quant.kernels import extension, ops, ring, w8a8_gemm
+from lowbit.quant.kernels.problem import Problem
+from lowbit.quant.kernels.registry import choose_kernel
+from lowbit.quant.kernels.ring import Launch
+from lowbit.quant.kernels.w8a8 import Int8Call, Int8Weight, problem_of
+from lowbit.quant.kernels.w8a8_gemm import choose_launch, run
 from tests.kernels.make import (
     assert_dependence_changes_nothing,
     assert_devices_agree,

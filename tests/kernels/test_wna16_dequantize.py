@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from quant.kernels import ops, reference, wna16_dequantize
-from quant.kernels.problem import Call
+from lowbit.quant.kernels import ops, reference, wna16_dequantize
+from lowbit.quant.kernels.problem import Call
 from tests.kernels.make import assert_close_as_half, make_packed, make_x
 
 

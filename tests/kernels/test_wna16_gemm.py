@@ -5,10 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from quant.kernels import ops, reference, wna16_dequantize
-from quant.kernels.packed import PackedWeight
-from quant.kernels.problem import Call, Problem, problem_of
-from quant.kernels.wna16_gemm import (
+from lowbit.quant.kernels import ops, reference, wna16_dequantize
+from lowbit.quant.kernels.packed import PackedWeight
+from lowbit.quant.kernels.problem import Call, Problem, problem_of
+from lowbit.quant.kernels.wna16_gemm import (
     CLUSTERS,
     Launch,
     beats_gemv,

@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from quant.kernels import ops, reference
-from quant.kernels.packed import PackedWeight
-from quant.kernels.problem import Call, Problem, problem_of
-from quant.kernels.registry import choose_kernel
-from quant.kernels.wna16_args import NEXT_BYTES, prepare
-from quant.kernels.wna16_gemv import Launch, choose_launch, run
+from lowbit.quant.kernels import ops, reference
+from lowbit.quant.kernels.packed import PackedWeight
+from lowbit.quant.kernels.problem import Call, Problem, problem_of
+from lowbit.quant.kernels.registry import choose_kernel
+from lowbit.quant.kernels.wna16_args import NEXT_BYTES, prepare
+from lowbit.quant.kernels.wna16_gemv import Launch, choose_launch, run
 from tests.kernels.make import (
     assert_close_as_half,
     assert_dependence_changes_nothing,

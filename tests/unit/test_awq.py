@@ -5,9 +5,9 @@ from collections.abc import Callable, Sequence
 import pytest
 import torch
 
-from quant.algos.awq import GRID, scales_at, search_scales, weight_magnitude
-from quant.numerics import fake_quantize
-from quant.scheme import make_scheme
+from lowbit.quant.algos.awq import GRID, scales_at, search_scales, weight_magnitude
+from lowbit.quant.numerics import fake_quantize
+from lowbit.quant.scheme import make_scheme
 
 SCHEME = make_scheme(4, 32, True)
 

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from quant.algos import clip
-from quant.algos.clip import SHRINKS, group_losses, group_moments, search_shrink
-from quant.numerics import fake_quantize
-from quant.scheme import make_scheme
+from lowbit.quant.algos import clip
+from lowbit.quant.algos.clip import SHRINKS, group_losses, group_moments, search_shrink
+from lowbit.quant.numerics import fake_quantize
+from lowbit.quant.scheme import make_scheme
 
 SCHEMES = [make_scheme(4, 32, True), make_scheme(4, 32, False), make_scheme(4, -1, True), make_scheme(8, 64, True)]
 

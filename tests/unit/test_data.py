@@ -17,8 +17,15 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
-from calibrate import data
-from calibrate.data import DatasetError, DatasetSpec, builtin_text, calibration_tokens, parse_datasets, share_samples
+from lowbit.calibrate import data
+from lowbit.calibrate.data import (
+    DatasetError,
+    DatasetSpec,
+    builtin_text,
+    calibration_tokens,
+    parse_datasets,
+    share_samples,
+)
 
 WORDS = [f"w{number}" for number in range(2000)]
 CHATML = (

@@ -19,9 +19,9 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
-from export.errors import CheckpointError
-from models import demo
-from models.demo import cache_dir, demo_model_dir
+from lowbit.export.errors import CheckpointError
+from lowbit.models import demo
+from lowbit.models.demo import cache_dir, demo_model_dir
 
 NAME = f"demo-{demo.WHEEL_VERSION}-r{demo.CONVERSION}"
 GGUF = b"GGUF and some weights" * 100
@@ -138,7 +138,7 @@ def test_a_finished_model_is_only_looked_at(tmp_path: Path, monkeypatch: pytest.
 
 def test_a_finished_model_needs_no_toolkit(tmp_path: Path) -> None:
     finish(tmp_path / NAME)
-    code = f"import sys; from models.demo import *; demo_model_dir(Path({str(tmp_path)!r})); print(*sys.modules)"
+    code = f"import sys; from lowbit.models.demo import *; demo_model_dir(Path({str(tmp_path)!r})); print(*sys.modules)"
     found = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path(demo.__file__).parents[1]
     )

@@ -9,15 +9,15 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from calibrate.block import BlockWork
-from calibrate.discover import Workbench, prove
-from calibrate.search import FoldSearch
-from calibrate.structure import Prober
-from models.skeleton import Skeleton, open_skeleton
-from models.source import open_source
-from models.walk import Walk
-from quant.scheme import make_scheme
-from quant.site import Fold
+from lowbit.calibrate.block import BlockWork
+from lowbit.calibrate.discover import Workbench, prove
+from lowbit.calibrate.search import FoldSearch
+from lowbit.calibrate.structure import Prober
+from lowbit.models.skeleton import Skeleton, open_skeleton
+from lowbit.models.source import open_source
+from lowbit.models.walk import Walk
+from lowbit.quant.scheme import make_scheme
+from lowbit.quant.site import Fold
 from tests.builders import FAMILIES, calibration, logits_of, make_model, save, save_family
 
 GATED_NORMS = {"input_layernorm": "q_proj k_proj v_proj", "post_attention_layernorm": "gate_proj up_proj"}

@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from calibrate.distill import BETAS, EPSILON, Adam, TunedLinear
-from calibrate.methods import complete_recipe
-from calibrate.pipeline import prepare, run
-from models.source import open_source
-from quant.qtensor import round_to_nearest
-from quant.scheme import make_scheme
+from lowbit.calibrate.distill import BETAS, EPSILON, Adam, TunedLinear
+from lowbit.calibrate.methods import complete_recipe
+from lowbit.calibrate.pipeline import prepare, run
+from lowbit.models.source import open_source
+from lowbit.quant.qtensor import round_to_nearest
+from lowbit.quant.scheme import make_scheme
 from tests.builders import calibration, save_family
 
 

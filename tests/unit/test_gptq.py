@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from quant import numerics
-from quant.algos import gptq as module
-from quant.algos.gptq import gptq, inverse_factor, output_loss
-from quant.kernels import ops
-from quant.qtensor import round_to_nearest
-from quant.scheme import make_scheme
+from lowbit.quant import numerics
+from lowbit.quant.algos import gptq as module
+from lowbit.quant.algos.gptq import gptq, inverse_factor, output_loss
+from lowbit.quant.kernels import ops
+from lowbit.quant.qtensor import round_to_nearest
+from lowbit.quant.scheme import make_scheme
 
 SCHEMES = [make_scheme(4, 32, True), make_scheme(4, 32, False), make_scheme(8, -1, True), make_scheme(4, -1, True)]
 F32 = torch.float32

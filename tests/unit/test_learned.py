@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from quant import numerics
-from quant.algos.learned import OFFSET_LIMIT, LearnedWeight
-from quant.qtensor import round_to_nearest
-from quant.scheme import make_scheme
+from lowbit.quant import numerics
+from lowbit.quant.algos.learned import OFFSET_LIMIT, LearnedWeight
+from lowbit.quant.qtensor import round_to_nearest
+from lowbit.quant.scheme import make_scheme
 
 SCHEMES = [make_scheme(4, 32, True), make_scheme(4, 32, False), make_scheme(8, -1, True)]
 F32 = torch.float32

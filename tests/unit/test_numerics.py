@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from quant import numerics
-from quant.scheme import make_scheme
+from lowbit.quant import numerics
+from lowbit.quant.scheme import make_scheme
 
 SYMMETRIC = [make_scheme(4, 32, True), make_scheme(8, 32, True), make_scheme(4, -1, True), make_scheme(8, -1, True)]
 ASYMMETRIC = [make_scheme(4, 32, False), make_scheme(8, -1, False)]

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from quant.packing import pack, unpack
+from lowbit.quant.packing import pack, unpack
 
 
 def signed(word: int) -> int:

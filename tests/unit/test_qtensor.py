@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from quant import numerics
-from quant.qtensor import QTensor, round_to_nearest
-from quant.scheme import make_scheme, parse_scheme
+from lowbit.quant import numerics
+from lowbit.quant.qtensor import QTensor, round_to_nearest
+from lowbit.quant.scheme import make_scheme, parse_scheme
 
 INT4 = make_scheme(4, 32, True)
 UINT4 = make_scheme(4, 32, False)

@@ -2,8 +2,8 @@
 
 import pytest
 
-from calibrate.methods import METHODS, complete_recipe, find_method
-from quant.recipe import Recipe, RecipeError, nearest, read_recipe
+from lowbit.calibrate.methods import METHODS, complete_recipe, find_method
+from lowbit.quant.recipe import Recipe, RecipeError, nearest, read_recipe
 
 
 def test_toml_round_trip(tmp_path):

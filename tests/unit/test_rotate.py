@@ -6,17 +6,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from calibrate.discover import Probe, Structure, Workbench
-from calibrate.heads import find_heads
-from calibrate.methods import complete_recipe
-from calibrate.structure import Prober
-from models.skeleton import Block, open_skeleton
-from models.source import open_source
-from models.walk import Walk
-from quant.algos.rotate import rotation, turned_inputs, turned_outputs
-from quant.numerics import fake_quantize
-from quant.recipe import RecipeError
-from quant.scheme import make_scheme
+from lowbit.calibrate.discover import Probe, Structure, Workbench
+from lowbit.calibrate.heads import find_heads
+from lowbit.calibrate.methods import complete_recipe
+from lowbit.calibrate.structure import Prober
+from lowbit.models.skeleton import Block, open_skeleton
+from lowbit.models.source import open_source
+from lowbit.models.walk import Walk
+from lowbit.quant.algos.rotate import rotation, turned_inputs, turned_outputs
+from lowbit.quant.numerics import fake_quantize
+from lowbit.quant.recipe import RecipeError
+from lowbit.quant.scheme import make_scheme
 from tests.builders import calibration, make_model, save
 
 

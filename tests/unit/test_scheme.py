@@ -2,8 +2,8 @@
 
 import pytest
 
-from quant.qtypes import INT4, INT8, QTYPES, UINT4, UINT8, qtype_of
-from quant.scheme import Activations, PerChannel, PerGroup, Scheme, fitting_group_size, make_scheme, parse_scheme
+from lowbit.quant.qtypes import INT4, INT8, QTYPES, UINT4, UINT8, qtype_of
+from lowbit.quant.scheme import Activations, PerChannel, PerGroup, Scheme, fitting_group_size, make_scheme, parse_scheme
 
 
 @pytest.mark.parametrize(

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from quant.algos.smooth import ALPHAS, search_alpha, smoothing_scales
-from quant.numerics import fake_quantize, fake_quantize_inputs, quantize_inputs
-from quant.scheme import make_scheme
+from lowbit.quant.algos.smooth import ALPHAS, search_alpha, smoothing_scales
+from lowbit.quant.numerics import fake_quantize, fake_quantize_inputs, quantize_inputs
+from lowbit.quant.scheme import make_scheme
 
 W8 = make_scheme(8, -1, True)
 

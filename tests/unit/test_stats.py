@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from quant.site import Fold
-from quant.stats import Stats, stats_of
+from lowbit.quant.site import Fold
+from lowbit.quant.stats import Stats, stats_of
 
 
 def test_statistics_by_hand():

@@ -6,10 +6,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from export.errors import CheckpointError
-from models.skeleton import Placement, open_skeleton, place
-from models.source import open_source
-from models.walk import Walk
+from lowbit.export.errors import CheckpointError
+from lowbit.models.skeleton import Placement, open_skeleton, place
+from lowbit.models.source import open_source
+from lowbit.models.walk import Walk
 from tests.builders import FAMILIES, calibration, changed_config, make_model, save, save_family
 
 

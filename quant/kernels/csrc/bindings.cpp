@@ -1,5 +1,5 @@
-// quant._C: launchers on raw device pointers and a stream. Knows nothing of torch: addresses come in as integers, 0
-// meaning none, and shapes have been checked by quant/kernels. A CUDA error becomes a RuntimeError.
+// lowbit.quant._C: launchers on raw device pointers and a stream. Knows nothing of torch: addresses come in as
+// integers, 0 meaning none, and shapes have been checked by quant/kernels. A CUDA error becomes a RuntimeError.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <pybind11/pybind11.h>

@@ -1,4 +1,4 @@
-"""quant._C for the emulator: the kernels' sources under g++, each object kept under the hash of what it is made of."""
+"""The extension for the emulator: the kernels' sources under g++, each object cached by the hash of its sources."""
 
 import hashlib
 import importlib.util

@@ -138,11 +138,11 @@ def failure_of(library: Path, check: Callable, *args: Any) -> str | None:
 def run_check(log: Path, library: Path, module: str, name: str, args: tuple) -> None:
     """The check `name` of `module`, on the emulator of `library`; what it writes to stderr goes to `log`.
 
-    By name, because `module` must find the emulated quant._C when it imports quant.
+    By name, because `module` must find the emulated lowbit.quant._C when it imports quant.
     """
     os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT), 2)
     sys.stderr = os.fdopen(2, "w", buffering=1)
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    sys.modules["quant._C"] = load(library)
+    sys.modules["lowbit.quant._C"] = load(library)
     getattr(importlib.import_module(module), name)(Gpu(library), *args)

@@ -1,0 +1,87 @@
+"""One import name: nothing of ours answers to, or is disturbed by, a generic name such as `models`."""
+
+import ast
+import os
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from tests.house.tree import NAME, PACKAGES, ROOT
+
+SCRIPTS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+LOADS = """
+import importlib, sys
+for place in sys.argv[1:]:
+    module, _, function = place.partition(":")
+    getattr(importlib.import_module(module), function)
+"""
+TOP_LEVEL = {"benchmarks", "docs", "lowbit", "tests", ".ci", *PACKAGES}
+TOP_FILES = {
+    ".gitignore", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "Makefile", "README.md", "SECURITY.md",
+    "constraints.txt", "pyproject.toml", "setup.py",
+}  # fmt: skip
+
+
+@pytest.fixture
+def foreign(tmp_path: Path) -> Path:
+    """A directory whose folders have our folders' names, half of them packages."""
+    for number, name in enumerate(PACKAGES):
+        (tmp_path / name).mkdir()
+        if number % 2:
+            (tmp_path / name / "__init__.py").write_text("raise RuntimeError('a foreign package')")
+    return tmp_path
+
+
+def python(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """A run of this Python in `cwd`, with the checkout findable by the name lowbit alone."""
+    path = cwd / "path"
+    path.mkdir(exist_ok=True)
+    (path / NAME).symlink_to(ROOT / NAME)
+    command = [sys.executable, *arguments]
+    environment = os.environ | {"PYTHONPATH": str(path)}
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False, env=environment)
+
+
+def test_every_script_starts_beside_folders_of_the_same_names(foreign: Path) -> None:
+    found = python("-c", LOADS, *SCRIPTS.values(), cwd=foreign)
+    assert found.returncode == 0, found.stderr
+
+
+def test_importing_lowbit_is_quick_and_brings_no_torch(foreign: Path) -> None:
+    code = "import time; start = time.perf_counter(); import lowbit, sys; assert lowbit.__version__"
+    code += "; print(time.perf_counter() - start, 'torch' in sys.modules)"
+    found = python("-c", code, cwd=foreign)
+    seconds, torch_is_there = found.stdout.split()
+    assert float(seconds) < 0.3
+    assert torch_is_there == "False"
+
+
+@pytest.mark.parametrize("name", PACKAGES)
+def test_an_old_import_says_the_new_name(name: str) -> None:
+    found = subprocess.run(
+        [sys.executable, "-c", f"import {name}"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert f"write {NAME}.{name} instead of {name}" in found.stderr
+
+
+def test_links_and_setup_agree() -> None:
+    assert {path.name for path in (ROOT / NAME).iterdir() if path.is_symlink()} == set(PACKAGES)
+    assert all((ROOT / NAME / name).resolve() == ROOT / name for name in PACKAGES)
+    tree = ast.parse((ROOT / "setup.py").read_text())
+    folders = [
+        ast.literal_eval(node.value)
+        for node in tree.body
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "FOLDERS"
+    ]
+    assert folders == [PACKAGES]
+
+
+def test_every_name_at_the_top_is_known() -> None:
+    found = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False)
+    if found.returncode:
+        pytest.skip("not a git checkout")
+    tops = {line.partition("/")[0] for line in found.stdout.splitlines()}
+    assert tops <= TOP_LEVEL | TOP_FILES
