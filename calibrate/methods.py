@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from lowbit.quant.recipe import ACTIVATIONS, Recipe, RecipeError, nearest
+from lowbit.quant.recipe import ACTIVATIONS, HEAD, Recipe, RecipeError, nearest
 from lowbit.quant.scheme import parse_scheme
 
 # Transforms move scales or rotate channels and leave what a block computes alone; then one rounder chooses the codes.
@@ -89,6 +89,8 @@ def complete_recipe(values: dict[str, Any]) -> Recipe:
         recipe = recipe.merged(CALIBRATION).merged(values)
     else:
         recipe = replace(recipe, dataset=None, num_samples=0, seqlen=0, text_column=None)
+    if HEAD not in recipe.ignore:
+        recipe = replace(recipe, ignore=(HEAD, *recipe.ignore))
     _require_known(recipe)
     _require_sense(method, recipe)
     return recipe

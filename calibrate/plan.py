@@ -9,7 +9,7 @@ from torch import nn
 from lowbit.export.engines import fused_set
 from lowbit.export.errors import CheckpointError
 from lowbit.models.skeleton import Block, LinearSpec, Skeleton, tensor_of
-from lowbit.quant.recipe import Recipe, RecipeError
+from lowbit.quant.recipe import HEAD, Recipe, RecipeError, nearest
 from lowbit.quant.scheme import Scheme, fitting_group_size, parse_scheme
 
 MINIMUM_COVERAGE = 0.99
@@ -62,6 +62,7 @@ def make_plan(skeleton: Skeleton, recipe: Recipe) -> Plan:
     Group sizes that do not divide a linear's inputs fall back (quant.scheme.FALLBACK_GROUP_SIZES), together for linears
     that engines fuse and for all experts of a layer.
     """
+    _require_fits(skeleton, recipe.ignore)
     named = _named_schemes(skeleton, recipe)
     schemes: dict[str, Scheme] = {}
     wanted: dict[str, Scheme] = {}
@@ -91,6 +92,27 @@ def scheme_pattern(fused: str) -> str:
         return f"re:^{re.escape(fused)}\\.[0-9]+\\."
     parent, _, leaves = fused.rpartition(".")
     return fused if "+" not in leaves else f"re:^{re.escape(parent)}\\.({leaves.replace('+', '|')})$"
+
+
+def _require_fits(skeleton: Skeleton, ignore: Iterable[str]) -> None:
+    """RecipeError, with the nearest names, where one of `ignore` fits nothing that the model has."""
+    linears = [spec.name for block in skeleton.blocks for spec in block.linears]
+    dense = {name.rpartition(".")[0] for name in (*skeleton.others, *skeleton.source.checkpoint.entries)}
+    for pattern in ignore:
+        if pattern != HEAD and not any(ignored_by(name, [pattern]) for name in dense.union(linears)):
+            raise RecipeError(f"ignore: {pattern!r} fits no linear of this model; {_advice(pattern, linears)}")
+
+
+def _advice(pattern: str, names: list[str]) -> str:
+    """A line on what to write for a `pattern` that fits none of the linears `names`."""
+    if "*" in pattern and not pattern.startswith("re:"):
+        expression = re.escape(pattern).replace(r"\*", ".*")
+        return f"there are no wildcards but regular expressions: re:^{expression}$"
+    if any(name.startswith(f"{pattern}.") for name in names):
+        return f"names begin so: for all of them, re:^{re.escape(pattern)}\\."
+    endings = (".".join(name.split(".")[-parts:]) for parts in (1, 2) for name in names)
+    wanted = pattern.removeprefix("re:")
+    return nearest(wanted, names if wanted.count(".") > 1 else dict.fromkeys(endings))
 
 
 def _named_schemes(skeleton: Skeleton, recipe: Recipe) -> dict[str, Scheme]:
@@ -164,7 +186,7 @@ def _outside_blocks(skeleton: Skeleton, ignore: Iterable[str]) -> Iterator[tuple
         if not isinstance(module, nn.Linear) or any(module_name.startswith(f"{b.name}.") for b in skeleton.blocks):
             continue
         name = by_parameter.get(f"{module_name}.weight", f"{module_name}.weight").removesuffix(".weight")
-        pattern = ignored_by(name, ignore) or ("lm_head" if module is head and "lm_head" in ignore else None)
+        pattern = ignored_by(name, ignore) or (HEAD if module is head and HEAD in ignore else None)
         if f"{module_name}.weight" not in by_parameter:
             yield name, Left(0, "tied to the embeddings", exempt=True)
         else:

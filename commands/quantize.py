@@ -1,5 +1,6 @@
 """`quantize MODEL --method awq --output DIR`: a language model in, a checkpoint that engines load out."""
 
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -188,8 +189,9 @@ def _recipe(recipe_file: Path | None, flags: dict[str, Any]) -> Recipe:
 
 
 def _names(*texts: str) -> tuple[str, ...]:
-    """The names in texts that separate them by commas."""
-    return tuple(name.strip() for text in texts for name in text.split(",") if name.strip())
+    """The names in texts that separate them by commas; one inside the brackets of a pattern separates nothing."""
+    parts = (part.strip() for text in texts for part in re.split(r",(?![^\[({]*[\])}])", text))
+    return tuple(part for part in parts if part)
 
 
 def _model_name(argument: str | None, option: str | None) -> str:

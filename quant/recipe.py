@@ -1,6 +1,7 @@
 """A recipe: everything that decides the bytes of a quantized checkpoint, as a value and as a TOML file."""
 
 import difflib
+import re
 import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -12,6 +13,8 @@ import tomli_w
 from lowbit.quant.scheme import Activations, Scheme, make_scheme
 
 ACTIVATIONS = {"none": None, "token": Activations.TOKEN, "tensor": Activations.TENSOR}
+HEAD = "lm_head"  # what recipes call the output embeddings, whatever the model does: no engine has them packed
+MOST_NAMED = 24  # words in a line of what is known
 NEVER_FROM_A_FILE = {"trust_remote_code": "code of a model runs only where you say so on the command line"}
 
 
@@ -36,7 +39,7 @@ class Recipe:
     damping             gptq: fraction of the mean diagonal added to a second moment
     iters               signround: steps a block
     distill_steps       steps of tuning all scales and norms on the model's own output, after all blocks are rounded
-    ignore              linears left alone: exact names, or `re:` patterns, or the last parts of a name
+    ignore              linears left alone: exact names, or `re:` patterns, or the last parts of a name; the head always
     dataset             calibration text, as calibrate/data.py reads it; None for methods that need none
     num_samples, seqlen  calibration windows and tokens in each
     text_column         column of a dataset that holds the text; None to find it
@@ -61,7 +64,7 @@ class Recipe:
     damping: float = 0.01
     iters: int = 200
     distill_steps: int = 0
-    ignore: tuple[str, ...] = ("lm_head",)
+    ignore: tuple[str, ...] = (HEAD,)
     dataset: str | None = None
     num_samples: int = 0
     seqlen: int = 0
@@ -103,10 +106,11 @@ def read_recipe(path: Path) -> dict[str, Any]:
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """A sentence naming the known word nearest to `word`, or all of them."""
+    """A sentence naming the known word nearest to `word`, or all of them, as far as a line has room."""
     known = list(known)
     close = difflib.get_close_matches(word, known, n=1)
-    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
+    shown = known[:MOST_NAMED] + ["..."] * (len(known) > MOST_NAMED)
+    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(shown)}"
 
 
 def _checked(key: str, value: Any) -> Any:
@@ -117,12 +121,22 @@ def _checked(key: str, value: Any) -> Any:
         raise RecipeError(f"unknown recipe key {key!r}; {nearest(key, types)}")
     wanted: Any = types[key]
     if wanted == tuple[str, ...] and isinstance(value, list | tuple) and all(isinstance(item, str) for item in value):
-        return tuple(value)
+        return tuple(_pattern(key, item) for item in value)
     if wanted == dict[str, str] and isinstance(value, dict) and all(isinstance(v, str) for v in value.values()):
-        return dict(value)
+        return {_pattern(key, name): scheme for name, scheme in value.items()}
     if wanted in (float, float | None) and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     generic = wanted in (tuple[str, ...], dict[str, str])
     if generic or not isinstance(value, wanted) or (isinstance(value, bool) and wanted is int):
         raise RecipeError(f"recipe key {key!r} is {value!r}; expected {getattr(wanted, '__name__', wanted)}")
     return value
+
+
+def _pattern(key: str, text: str) -> str:
+    """`text`, a name or a `re:` pattern. RecipeError where there is no such pattern."""
+    if text.startswith("re:"):
+        try:
+            re.compile(text[3:])
+        except (re.error, RecursionError, OverflowError) as error:
+            raise RecipeError(f"{key}: {text!r} is no regular expression ({error})") from error
+    return text

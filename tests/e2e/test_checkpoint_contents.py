@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -206,8 +207,9 @@ def test_group_sizes_fall_back_together_where_engines_fuse(tmp_path):
 
 
 def test_the_coverage_gate_fails_where_a_large_linear_outside_the_blocks_is_left(tmp_path):
+    recipe = replace(complete_recipe({"method": "rtn", "group_size": 32}), ignore=())
     with pytest.raises(CheckpointError, match=r"only .*% of the linear.*lm_head: outside the decoder blocks.*--ignore"):
-        plan_of(save_family("llama", tmp_path), ignore=())
+        prepare(open_source(str(save_family("llama", tmp_path))), recipe, "cpu")
 
 
 def test_nothing_left_to_quantize_is_an_error(tmp_path):
