@@ -10,8 +10,8 @@ from torch import Tensor
 
 from lowbit.calibrate import ranks
 from lowbit.calibrate.capture import SiteStats
+from lowbit.errors import CheckpointError
 from lowbit.export.engines import EXPERT, expert_role
-from lowbit.export.errors import CheckpointError
 from lowbit.models.products import LinearInputs, input_rounding, rounded_inputs, taped, weight_view
 from lowbit.models.skeleton import Block
 from lowbit.models.walk import Walk

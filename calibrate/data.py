@@ -31,7 +31,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lowbit.export.errors import CheckpointError
+from lowbit.errors import DatasetError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -50,10 +50,6 @@ PIECE_CHARS = 1 << 15  # a text file is shuffled and tokenized in pieces of abou
 BATCH = 64  # documents tokenized at once
 
 BuiltinPart = Literal["calibration", "heldout", "all"]
-
-
-class DatasetError(CheckpointError):
-    """Calibration data that cannot be used: the message names the source, the numbers and what to pass instead."""
 
 
 @dataclass(frozen=True)

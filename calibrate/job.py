@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from lowbit.calibrate.plan import Plan, make_plan
-from lowbit.export.errors import CheckpointError
+from lowbit.errors import CheckpointError
 from lowbit.export.formats import FORMATS, require_fit
 from lowbit.models.skeleton import LinearSpec, Skeleton, open_skeleton
 from lowbit.models.source import Source

@@ -3,7 +3,8 @@
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from lowbit.quant.recipe import ACTIVATIONS, HEAD, Recipe, RecipeError, nearest
+from lowbit.errors import RecipeError
+from lowbit.quant.recipe import ACTIVATIONS, HEAD, Recipe, nearest
 from lowbit.quant.scheme import parse_scheme
 
 # Transforms move scales or rotate channels and leave what a block computes alone; then one rounder chooses the codes.

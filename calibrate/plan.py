@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from lowbit.errors import CheckpointError, RecipeError
 from lowbit.export.engines import fused_set
-from lowbit.export.errors import CheckpointError
 from lowbit.models.skeleton import Block, LinearSpec, Skeleton, tensor_of
-from lowbit.quant.recipe import HEAD, Recipe, RecipeError, nearest
+from lowbit.quant.recipe import HEAD, Recipe, nearest
 from lowbit.quant.scheme import Scheme, fitting_group_size, parse_scheme
 
 MINIMUM_COVERAGE = 0.99

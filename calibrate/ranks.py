@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
-from lowbit.export.errors import CheckpointError
+from lowbit.errors import CheckpointError
 
 Item = TypeVar("Item")
 

@@ -20,13 +20,12 @@ from lowbit.calibrate.data import CalibrationSet
 from lowbit.calibrate.job import Job
 from lowbit.calibrate.outcome import BlockOutcome
 from lowbit.calibrate.report import BlockReport
+from lowbit.errors import CheckpointError, LowbitError
 from lowbit.export.checkpoint import read_json, sha256_of
 from lowbit.export.compressed_tensors import COMPRESSED_TENSORS
-from lowbit.export.errors import CheckpointError
 from lowbit.export.staging import sync
 from lowbit.export.tensorfile import TensorFileWriter, read_entries, read_tensor
 from lowbit.export.writer import write_json
-from lowbit.quant.recipe import RecipeError
 from lowbit.quant.scheme import parse_scheme
 
 KEY = "key.json"
@@ -151,7 +150,7 @@ def journaled(output: Path, job: Job, calibration: CalibrationSet | None, resume
     ranks.leaders_number(journal.finished)
     try:
         yield journal
-    except (CheckpointError, RecipeError):
+    except LowbitError:
         journal.remove()
         raise
     journal.remove()

@@ -7,8 +7,8 @@ from pathlib import Path
 from torch import Tensor
 
 from lowbit.calibrate.job import Job
+from lowbit.errors import CheckpointError
 from lowbit.export.checkpoint import open_checkpoint
-from lowbit.export.errors import CheckpointError
 from lowbit.export.formats import FORMATS, LogicalTensors
 from lowbit.export.tensorfile import raw_bytes
 from lowbit.export.writer import ShardedWriter

@@ -15,9 +15,7 @@ from rich.console import Console
 from transformers.utils import logging as transformers_logging
 
 from lowbit.calibrate import ranks
-from lowbit.engine.errors import EngineError
-from lowbit.export.errors import CheckpointError
-from lowbit.quant.recipe import RecipeError
+from lowbit.errors import DeviceError, LowbitError
 
 SETTINGS = {
     "help_option_names": ["-h", "--help"],
@@ -49,15 +47,15 @@ class Size(click.ParamType):
 
 
 def check_device(device: str) -> str:
-    """`device` in torch's spelling, with `auto` resolved. CheckpointError where it is not there."""
+    """`device` in torch's spelling, with `auto` resolved. DeviceError where it is not there."""
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
         kind = torch.device(device).type
     except RuntimeError:
-        raise CheckpointError(f"device {device!r}: write cpu, cuda, or cuda:1") from None
+        raise DeviceError(f"device {device!r}: write cpu, cuda, or cuda:1") from None
     if kind == "cuda" and not torch.cuda.is_available():
-        raise CheckpointError(f"device {device!r}: torch {torch.__version__} sees no GPU here; use --device cpu")
+        raise DeviceError(f"device {device!r}: torch {torch.__version__} sees no GPU here; use --device cpu")
     return device
 
 
@@ -74,7 +72,7 @@ def run_command(command: click.Command, interrupted: str = "Interrupted; nothing
         if ranks.first_to_fail():
             error.show()
         sys.exit(error.exit_code)
-    except (CheckpointError, RecipeError, EngineError) as error:
+    except LowbitError as error:
         _fail(f"Error: {error}", 2)
     except torch.OutOfMemoryError as error:
         _fail(f"Error: the GPU's memory is full ({error}); use --device cpu, or fewer --num-samples", 2)

@@ -16,12 +16,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from lowbit import __version__
 from lowbit.calibrate.data import builtin_text
 from lowbit.commands.common import check_device, make_console
+from lowbit.errors import DatasetError
 from lowbit.evaluation.after import HELDOUT
 from lowbit.evaluation.backend import BACKENDS, Backend, choose_backend, open_backend
 from lowbit.evaluation.journal import Library
 from lowbit.evaluation.perplexity import OnStep
 from lowbit.evaluation.record import record
-from lowbit.export.errors import CheckpointError
 from lowbit.models.demo import cache_dir
 from lowbit.models.source import Source, open_source
 
@@ -134,4 +134,4 @@ def read_text(text: str) -> str:
     try:
         return Path(text).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"--text {text}: {error}; name a UTF-8 file, or builtin") from error
+        raise DatasetError(f"--text {text}: {error}; name a UTF-8 file, or builtin") from error

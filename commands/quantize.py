@@ -18,6 +18,7 @@ from lowbit.calibrate.methods import METHODS, ROUNDERS, TRANSFORMS, complete_rec
 from lowbit.calibrate.pipeline import BlockReport, Job, Result, assist, prepare, run
 from lowbit.calibrate.resume import journal_of, journaled
 from lowbit.commands.common import SETTINGS, Size, check_device, make_console, run_command
+from lowbit.errors import RecipeError
 from lowbit.evaluation.after import MEASURES, Measured, measure, parse_measures
 from lowbit.evaluation.perplexity import Score, describe_difference
 from lowbit.evaluation.record import record
@@ -28,7 +29,7 @@ from lowbit.export.checkpoint import write_sums
 from lowbit.export.formats import FORMATS, describe_schemes
 from lowbit.export.staging import refuse_output, refuse_to_replace, require_space, staged
 from lowbit.models.source import Source, open_source
-from lowbit.quant.recipe import Recipe, RecipeError, nearest, read_recipe
+from lowbit.quant.recipe import Recipe, nearest, read_recipe
 
 RECIPE_FLAGS = [
     "method",

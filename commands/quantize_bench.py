@@ -11,10 +11,10 @@ from lowbit import __version__, engine
 from lowbit.commands.common import SETTINGS, check_device, make_console, run_command
 from lowbit.engine.decoder import Decoder
 from lowbit.engine.engine import Engine, Options
-from lowbit.engine.errors import EngineError
 from lowbit.engine.sampler import Features
 from lowbit.engine.shapes import METHODS, SHAPES, random_weights
 from lowbit.engine.speed import Speed, kernels_of_step, measure, read_rate
+from lowbit.errors import EngineError
 
 COLUMNS = ("method", "batch", "prompt", "tokens/s", "ms/token", "floor ms", "share of floor", "memory GiB")
 

@@ -8,6 +8,7 @@ from rich.console import Console
 from lowbit import __version__
 from lowbit.calibrate.plan import unquantized_linears
 from lowbit.commands.common import SETTINGS, Size, make_console, run_command
+from lowbit.errors import RecipeError
 from lowbit.export.card import note_conversion
 from lowbit.export.checkpoint import verify_checksums, write_sums
 from lowbit.export.convert import Conversion, convert
@@ -16,7 +17,7 @@ from lowbit.export.staging import refuse_output, refuse_to_replace, require_spac
 from lowbit.export.writer import copy_companions
 from lowbit.models.skeleton import open_skeleton
 from lowbit.models.source import open_source
-from lowbit.quant.recipe import Recipe, RecipeError, nearest
+from lowbit.quant.recipe import Recipe, nearest
 
 
 def main() -> None:

@@ -13,6 +13,7 @@ from rich.text import Text
 from lowbit import __version__
 from lowbit.commands.common import SETTINGS, Size, run_command
 from lowbit.commands.eval_session import Session, make_session, read_text, session_options
+from lowbit.errors import UsageError
 from lowbit.evaluation.code import pass_at_1, read_problems, solve
 from lowbit.evaluation.divergence import Divergence, require_comparable
 from lowbit.evaluation.divergence import divergence as compare_distributions
@@ -22,7 +23,6 @@ from lowbit.evaluation.perplexity import perplexity as score_text
 from lowbit.evaluation.sandbox import Limits
 from lowbit.evaluation.tasks import TaskList, run_tasks
 from lowbit.evaluation.text import Protocol, cut, require_same_tokens
-from lowbit.export.errors import CheckpointError
 
 
 def main() -> None:
@@ -216,7 +216,7 @@ def code(
 ) -> None:
     """pass@1 on programming problems; the last line is JSON."""
     if not allow_code:
-        raise CheckpointError(
+        raise UsageError(
             "this runs programs that a model writes, limited in time, memory and system calls but with your right to "
             "read; pass --allow-code if you want that"
         )

@@ -9,8 +9,8 @@ import click
 from lowbit import __version__, engine
 from lowbit.commands.common import SETTINGS, check_device, run_command
 from lowbit.engine.engine import Engine
-from lowbit.engine.errors import EngineError
 from lowbit.engine.sampling import Completion, Sampling
+from lowbit.errors import EngineError
 
 
 def main() -> None:

@@ -8,11 +8,11 @@ import click
 
 from lowbit import __version__
 from lowbit.commands.common import SETTINGS, make_console, run_command
+from lowbit.errors import UsageError
 from lowbit.evaluation.record import read_rows, refresh_sums, replace_text
 from lowbit.evaluation.report.compare import comparison
 from lowbit.evaluation.report.facts import facts_of
 from lowbit.evaluation.report.page import render, render_comparison
-from lowbit.export.errors import CheckpointError
 
 
 def main() -> None:
@@ -37,7 +37,7 @@ def main() -> None:
 def report(checkpoints: tuple[Path, ...], output: Path | None, rows: Path | None) -> None:
     """One page about a checkpoint, or several checkpoints side by side; also as Markdown and JSON."""
     if len({path.resolve() for path in checkpoints}) < len(checkpoints):
-        raise CheckpointError("the same checkpoint is named twice")
+        raise UsageError("the same checkpoint is named twice")
     extra = read_rows(rows) if rows else []
     found = [facts_of(path, _rows_of(path, extra)) for path in checkpoints]
     if len(found) == 1:
@@ -65,6 +65,6 @@ def _rows_of(path: Path, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def _write(target: Path, texts: dict[str, str]) -> None:
     if not target.parent.is_dir():
-        raise CheckpointError(f"{target.parent}: no such directory to write the report to")
+        raise UsageError(f"{target.parent}: no such directory to write the report to")
     for kind, text in texts.items():
         replace_text(target.with_name(f"{target.name}.{kind}"), text)

@@ -11,7 +11,6 @@ from transformers import PreTrainedTokenizerBase
 from lowbit.engine.beam import run_beams
 from lowbit.engine.cache import Cache, cache_nbytes, make_cache
 from lowbit.engine.decoder import Decoder
-from lowbit.engine.errors import EngineError
 from lowbit.engine.generate import run_batch
 from lowbit.engine.lookup import run_lookup
 from lowbit.engine.prefill import read_prompt
@@ -19,6 +18,7 @@ from lowbit.engine.request import Request
 from lowbit.engine.runner import Runner
 from lowbit.engine.sampler import Features, Sampler, features_of
 from lowbit.engine.sampling import LONGEST_BAD_WORD, Completion, Piece, Sampling
+from lowbit.errors import EngineError
 from lowbit.quant.kernels.decode_attention import SHORT
 
 Prompt = str | Sequence[int]

@@ -13,8 +13,8 @@ from lowbit.engine.decoder import Decoder
 from lowbit.engine.engine import Engine, Options
 from lowbit.engine.families import FAMILIES, Family, UnknownActivation
 from lowbit.engine.weights import HALF, Settings, load_weights
+from lowbit.errors import CheckpointError, DeviceError, UsageError
 from lowbit.export.checkpoint import Checkpoint, open_checkpoint
-from lowbit.export.errors import CheckpointError
 from lowbit.models.source import Source, model_directory, open_source
 from lowbit.quant.kernels.extension import reason_against_device
 
@@ -48,7 +48,7 @@ def load(
     require_build(place)
     require_memory(checkpoint, place)
     if cache not in ("same", "int8"):
-        raise CheckpointError(f"cache {cache!r}: write same or int8")
+        raise UsageError(f"cache {cache!r}: write same or int8")
     source = None if family.own_config else open_source(str(directory))
     config = SimpleNamespace(**checkpoint.config) if source is None else source.config
     positions = context_of(config, family, checkpoint, context)
@@ -64,7 +64,7 @@ def require_build(device: torch.device) -> None:
     """Raises CheckpointError where there is a GPU, and no code of ours for it."""
     reason = reason_against_device(torch.cuda.get_device_capability(device)) if device.type == "cuda" else None
     if reason is not None:
-        raise CheckpointError(f"{device}: {reason}; or use device='cpu'")
+        raise DeviceError(f"{device}: {reason}; or use device='cpu'")
 
 
 def require_memory(checkpoint: Checkpoint, device: torch.device) -> None:
@@ -103,7 +103,7 @@ def context_of(config: Any, family: Family, checkpoint: Checkpoint, wanted: int 
     """Positions to be ready for: what was asked, within what the model allows."""
     most = architecture_of(family, config, checkpoint, DEFAULT_CONTEXT).max_positions
     if wanted is not None and not 1 <= wanted <= most:
-        raise CheckpointError(f"context {wanted}: {checkpoint.directory} has positions for 1 to {most} tokens")
+        raise UsageError(f"context {wanted}: {checkpoint.directory} has positions for 1 to {most} tokens")
     return wanted or min(DEFAULT_CONTEXT, most)
 
 

@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass, field
 
-from lowbit.engine.errors import EngineError
+from lowbit.errors import EngineError
 
 LONGEST_BAD_WORD = 8  # tokens
 

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from lowbit.engine.architecture import Architecture, Names, Rope
 from lowbit.engine.products import Int8Inputs, Linear, Norm
+from lowbit.errors import CheckpointError
 from lowbit.export.checkpoint import Checkpoint
-from lowbit.export.errors import CheckpointError
 from lowbit.export.formats import LogicalTensors
 from lowbit.quant.kernels.packed import TILE_ROWS, PackedWeight, prepack, reason_against_packing
 from lowbit.quant.kernels.w8a8 import Int8Weight, pack_int8

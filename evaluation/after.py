@@ -3,11 +3,11 @@
 from dataclasses import dataclass
 from typing import Any
 
+from lowbit.errors import CheckpointError, UsageError
 from lowbit.evaluation.backend import Backend, open_backend
 from lowbit.evaluation.divergence import divergence
 from lowbit.evaluation.perplexity import Score, difference, perplexity
 from lowbit.evaluation.text import Protocol, cut
-from lowbit.export.errors import CheckpointError
 from lowbit.models.source import Source
 from lowbit.quant.recipe import nearest
 
@@ -39,7 +39,7 @@ def parse_measures(text: str) -> tuple[str, ...]:
     names = tuple(name.strip() for name in text.split(",") if name.strip())
     for name in names:
         if name not in MEASURES:
-            raise CheckpointError(f"--eval {name!r}: {nearest(name, MEASURES)}")
+            raise UsageError(f"--eval {name!r}: {nearest(name, MEASURES)}")
     return names
 
 

@@ -18,9 +18,9 @@ from transformers import PreTrainedModel
 
 from lowbit import engine
 from lowbit.engine.engine import Engine
+from lowbit.errors import UsageError
 from lowbit.evaluation.vllm_backend import VllmModel
 from lowbit.export.checkpoint import read_json
-from lowbit.export.errors import CheckpointError
 from lowbit.models.products import input_rounding, rounded_inputs
 from lowbit.models.skeleton import Block, Skeleton, fill, open_skeleton
 from lowbit.models.source import Source
@@ -131,7 +131,7 @@ class BlocksBackend(Backend):
             yield from (logits.float() for logits in walk.logits(piece, hidden))
 
     def generate(self, prompt: Sequence[int], tokens: int, stops: Sequence[str] = ()) -> list[int]:
-        raise CheckpointError(
+        raise UsageError(
             "the backend 'blocks' reads all weights again for every token: generate with --backend transformers"
         )
 
@@ -166,7 +166,7 @@ class VllmBackend(Backend):
         return VllmModel(self.source.directory, self.dtype)
 
     def logits(self, batches: Iterable[Tensor]) -> Iterator[Tensor]:
-        raise CheckpointError(
+        raise UsageError(
             "vLLM gives log-likelihoods of given tokens, not whole distributions: "
             "use --backend engine or transformers here"
         )
@@ -187,7 +187,7 @@ BACKENDS: dict[str, type[Backend]] = {
 def open_backend(name: str, source: Source, device: str, dtype: torch.dtype = torch.float32) -> Backend:
     """The backend called `name` for `source`; nothing is loaded before it is asked for something."""
     if name not in BACKENDS:
-        raise CheckpointError(f"unknown backend {name!r}; {nearest(name, BACKENDS)}")
+        raise UsageError(f"unknown backend {name!r}; {nearest(name, BACKENDS)}")
     return BACKENDS[name](source, device, dtype)
 
 

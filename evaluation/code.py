@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lowbit.errors import DatasetError
 from lowbit.evaluation.backend import Backend
 from lowbit.evaluation.journal import Library
 from lowbit.evaluation.perplexity import OnStep, silent
 from lowbit.evaluation.sandbox import Limits, require_containment, run_program
-from lowbit.export.errors import CheckpointError
 
 FIELDS = ("task_id", "prompt", "entry_point", "test")
 # A line that begins at the margin ends the function: what Chen et al. stop at, and a Markdown fence.
@@ -42,10 +42,10 @@ def read_problems(path: Path) -> list[Problem]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path}: {error}; problems are a UTF-8 .jsonl file in HumanEval's layout") from error
+        raise DatasetError(f"{path}: {error}; problems are a UTF-8 .jsonl file in HumanEval's layout") from error
     problems = [_parsed(f"{path}:{number}", line) for number, line in enumerate(lines, 1) if line.strip()]
     if not problems:
-        raise CheckpointError(f"{path}: no problem in it")
+        raise DatasetError(f"{path}: no problem in it")
     return problems
 
 
@@ -53,14 +53,12 @@ def _parsed(where: str, line: str) -> Problem:
     try:
         row = json.loads(line)
     except ValueError as error:
-        raise CheckpointError(f"{where}: not JSON ({error})") from error
+        raise DatasetError(f"{where}: not JSON ({error})") from error
     lacking = [name for name in FIELDS if not isinstance(row, dict) or not isinstance(row.get(name), str)]
     if lacking:
-        raise CheckpointError(
-            f"{where}: no text called {', '.join(lacking)}; HumanEval's layout has {', '.join(FIELDS)}"
-        )
+        raise DatasetError(f"{where}: no text called {', '.join(lacking)}; HumanEval's layout has {', '.join(FIELDS)}")
     if not row["entry_point"].isidentifier():
-        raise CheckpointError(f"{where}: entry_point {row['entry_point']!r} is no function's name")
+        raise DatasetError(f"{where}: entry_point {row['entry_point']!r} is no function's name")
     return Problem(*(row[name] for name in FIELDS))
 
 

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lowbit.errors import CheckpointError
 from lowbit.evaluation.backend import LOSS_ROWS, Backend
 from lowbit.evaluation.journal import Journal, Library
 from lowbit.evaluation.perplexity import OnStep, Score, score_of, silent
 from lowbit.evaluation.text import Cut, require_same_tokens, vocabulary_size
-from lowbit.export.errors import CheckpointError
 
 QUANTILES = {"median": 0.5, "p90": 0.9, "p99": 0.99, "p999": 0.999}
 WORST = 24  # tokens reported with their text, at most WORST_A_WINDOW of them from one window

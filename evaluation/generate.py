@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lowbit.errors import CheckpointError, DatasetError
 from lowbit.evaluation.backend import Backend
 from lowbit.evaluation.journal import Library
 from lowbit.evaluation.perplexity import OnStep, silent
-from lowbit.export.errors import CheckpointError
 
 PROMPT = "The capital of France is"
 
@@ -43,12 +43,12 @@ def read_prompts(path: Path) -> list[Prompt]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path}: {error}; prompts are a UTF-8 .txt or .jsonl file") from error
+        raise DatasetError(f"{path}: {error}; prompts are a UTF-8 .txt or .jsonl file") from error
     if path.suffix not in (".txt", ".jsonl"):
-        raise CheckpointError(f"{path}: prompts are a .txt file (one a line) or a .jsonl file, not {path.suffix!r}")
+        raise DatasetError(f"{path}: prompts are a .txt file (one a line) or a .jsonl file, not {path.suffix!r}")
     numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
     if not numbered:
-        raise CheckpointError(f"{path}: no prompt in it")
+        raise DatasetError(f"{path}: no prompt in it")
     if path.suffix == ".txt":
         return [Prompt(line) for _, line in numbered]
     return [_parsed(f"{path}:{number}", line) for number, line in numbered]
@@ -58,14 +58,14 @@ def _parsed(where: str, line: str) -> Prompt:
     try:
         row = json.loads(line)
     except ValueError as error:
-        raise CheckpointError(f"{where}: not JSON ({error})") from error
+        raise DatasetError(f"{where}: not JSON ({error})") from error
     if isinstance(row, dict) and isinstance(row.get("prompt"), str) and row["prompt"]:
         return Prompt(row["prompt"])
     messages = row.get("messages") if isinstance(row, dict) else None
     if isinstance(messages, list) and messages and all(map(_is_message, messages)):
         return Prompt(messages=tuple({"role": m["role"], "content": m["content"]} for m in messages))
     found = f"an object with {', '.join(row) or 'nothing'}" if isinstance(row, dict) else type(row).__name__
-    raise CheckpointError(
+    raise DatasetError(
         f'{where}: {found}; write {{"prompt": "..."}} or {{"messages": [{{"role": "user", "content": "..."}}]}}'
     )
 

@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from lowbit.errors import CheckpointError
 from lowbit.export.checkpoint import SUMS_NAME, sha256_of
-from lowbit.export.errors import CheckpointError
 
 FILE = "evaluation.jsonl"
 # What tells two measurements apart: a later row with all of these equal takes the place of the earlier one.

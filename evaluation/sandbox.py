@@ -16,8 +16,8 @@ import sys
 import tempfile
 from dataclasses import dataclass
 
+from lowbit.errors import CheckpointError
 from lowbit.evaluation import sandbox_child
-from lowbit.export.errors import CheckpointError
 
 # A right program, which must pass; and it must not be able to do what it tries.
 PROBE = """

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from lowbit.errors import CheckpointError, LowbitError, UsageError
 from lowbit.evaluation.backend import Backend, token_log_likelihoods
 from lowbit.evaluation.journal import Journal, Library
 from lowbit.evaluation.perplexity import OnStep, silent
 from lowbit.evaluation.text import BATCH_LOGITS, BATCH_TOKENS, vocabulary_size
-from lowbit.export.errors import CheckpointError
 from lowbit.quant.recipe import nearest
 
 LONGEST = 4096  # tokens of context and continuation, where the model has positions for as many
@@ -143,7 +143,7 @@ def _answer_row(logits: Tensor, ids: Tensor, answer: int) -> dict[str, Any]:
 def _greedy(settings: dict[str, Any]) -> tuple[tuple[str, ...], int]:
     """Stop strings and most tokens of a request; CheckpointError where it asks for sampling."""
     if settings.get("do_sample") and settings.get("temperature") != 0:
-        raise CheckpointError("the task asks for sampled answers; this evaluation writes greedily, so that runs agree")
+        raise UsageError("the task asks for sampled answers; this evaluation writes greedily, so that runs agree")
     until = settings.get("until") or []
     return tuple([until] if isinstance(until, str) else until), int(settings.get("max_gen_toks") or MOST_WRITTEN)
 
@@ -168,7 +168,7 @@ def import_harness() -> Any:
         import lm_eval.api.model
         import lm_eval.tasks
     except ImportError as error:
-        raise CheckpointError(
+        raise UsageError(
             f'tasks need lm-evaluation-harness, which is not here ({error}): pip install "lowbit[tasks]"'
         ) from error
     for name in ("lm_eval", "absl", "sacrebleu"):
@@ -184,19 +184,19 @@ class TaskList:
 
     def __init__(self, names: Sequence[str], folder: Path | None = None) -> None:
         if folder is not None and not folder.is_dir():
-            raise CheckpointError(f"{folder}: no such directory of task files")
+            raise UsageError(f"{folder}: no such directory of task files")
         self.harness = import_harness()
         self._folder = folder
         gone = [name for name in names if name.endswith(YAML) and not Path(name).is_file()]
         if gone:
-            raise CheckpointError(f"unknown task {gone[0]!r}; no such file")
+            raise UsageError(f"unknown task {gone[0]!r}; no such file")
         self.manager = self._manager(include_defaults=False)
         found = self._expanded(names)
         if "" in found:  # reading the harness's own thousands of files takes seconds
             self.manager = self._manager(include_defaults=True)
             found = self._expanded(names)
         if "" in found:
-            raise CheckpointError(_complaint(names[found.index("")], self.manager.all_tasks))
+            raise UsageError(_complaint(names[found.index("")], self.manager.all_tasks))
         self.names = [match for matches in found for match in matches]
 
     def _manager(self, include_defaults: bool) -> Any:
@@ -240,7 +240,7 @@ def run_tasks(
                 bootstrap_iters=1000,
                 log_samples=False,
             )
-    except CheckpointError:
+    except LowbitError:
         raise
     except (OSError, ValueError, KeyError, AssertionError) as error:
         reason = " ".join(str(error).split())[:300]

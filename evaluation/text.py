@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lowbit.export.errors import CheckpointError
+from lowbit.errors import CheckpointError, UsageError
 from lowbit.models.source import Source
 
 BATCH_TOKENS = 2048
@@ -31,9 +31,9 @@ class Protocol:
 
     def __post_init__(self) -> None:
         if self.context < 2:
-            raise CheckpointError(f"a context of {self.context} tokens: at least 2 are needed, one to predict")
+            raise UsageError(f"a context of {self.context} tokens: at least 2 are needed, one to predict")
         if self.stride is not None and not 1 <= self.stride < self.context:
-            raise CheckpointError(f"a stride of {self.stride} tokens: between 1 and {self.context - 1}, the context's")
+            raise UsageError(f"a stride of {self.stride} tokens: between 1 and {self.context - 1}, the context's")
 
     @property
     def name(self) -> str:
@@ -97,11 +97,11 @@ def cut(text: str, source: Source, protocol: Protocol) -> Cut:
     context = protocol.context
     positions = getattr(source.config.get_text_config(), "max_position_embeddings", None) or context
     if context > positions:
-        raise CheckpointError(
+        raise UsageError(
             f"windows of {context} tokens, but {source.name} has positions for {positions}: pass a shorter --context"
         )
     if len(ids) < (context if protocol.stride is None else 2):
-        raise CheckpointError(
+        raise UsageError(
             f"the text has {len(ids)} tokens, shorter than one window of {context}; pass a smaller --context"
         )
     spans = _spans(len(ids), protocol)[: protocol.windows]

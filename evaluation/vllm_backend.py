@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowbit.export.errors import CheckpointError
+from lowbit.errors import CheckpointError
 
 
 class VllmModel:

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lowbit.export.errors import CheckpointError
+from lowbit.errors import CheckpointError
 from lowbit.export.tensorfile import TensorEntry, read_entries, read_tensor, unique
 
 INDEX_NAME = "model.safetensors.index.json"

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowbit.export.errors import CheckpointError
+from lowbit.errors import CheckpointError
 from lowbit.export.format import Format, Reader, Shapes, require_words
 from lowbit.quant.packing import pack, unpack
 from lowbit.quant.qtensor import QTensor

@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from lowbit.errors import CheckpointError
 from lowbit.export.checkpoint import open_checkpoint
-from lowbit.export.errors import CheckpointError
 from lowbit.export.format import Format
 from lowbit.export.formats import LogicalTensors, require_fit, write_config
 from lowbit.export.writer import ShardedWriter

@@ -7,10 +7,10 @@ from typing import Any
 
 from torch import Tensor
 
+from lowbit.errors import CheckpointError
 from lowbit.export.awq import AWQ
 from lowbit.export.checkpoint import Checkpoint
 from lowbit.export.compressed_tensors import COMPRESSED_TENSORS
-from lowbit.export.errors import CheckpointError
 from lowbit.export.format import Format
 from lowbit.export.gptq import GPTQ, GPTQ_V2
 from lowbit.export.writer import write_json

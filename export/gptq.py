@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from lowbit import __version__
-from lowbit.export.errors import CheckpointError
+from lowbit.errors import CheckpointError
 from lowbit.export.format import Format, Reader, Shapes, require_words
 from lowbit.quant.packing import pack, unpack
 from lowbit.quant.qtensor import QTensor

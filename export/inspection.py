@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from lowbit.errors import CheckpointError
 from lowbit.export.engines import (
     ELSEWHERE,
     ENGINES,
@@ -16,7 +17,6 @@ from lowbit.export.engines import (
     reason_against_parallel,
     split_sets,
 )
-from lowbit.export.errors import CheckpointError
 from lowbit.export.formats import LogicalTensors
 from lowbit.quant.scheme import Scheme
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from lowbit.export.errors import CheckpointError
+from lowbit.errors import CheckpointError
 
 
 def refuse_output(output: Path, overwrite: bool) -> None:

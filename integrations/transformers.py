@@ -18,8 +18,8 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from lowbit.errors import CheckpointError
 from lowbit.export.checkpoint import open_checkpoint
-from lowbit.export.errors import CheckpointError
 from lowbit.export.formats import FORMATS, LogicalTensors
 from lowbit.models.skeleton import place
 from lowbit.quant.kernels import ops

@@ -14,7 +14,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import rename_source_key
 from transformers.pytorch_utils import Conv1D
 
-from lowbit.export.errors import CheckpointError
+from lowbit.errors import CheckpointError
 from lowbit.export.formats import LogicalTensors
 from lowbit.models.source import Source
 from lowbit.quant.scheme import Activations

@@ -14,8 +14,8 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
 )
 
+from lowbit.errors import CheckpointError
 from lowbit.export.checkpoint import Checkpoint, open_checkpoint
-from lowbit.export.errors import CheckpointError
 from lowbit.models.demo import demo_model_dir
 
 DEMO = "demo"

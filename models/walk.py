@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowbit.export.errors import CheckpointError
+from lowbit.errors import CheckpointError
 from lowbit.models.products import input_rounding, rounded_inputs
 from lowbit.models.skeleton import Placement, Skeleton, empty, fill
 

@@ -10,16 +10,13 @@ from typing import Any
 
 import tomli_w
 
+from lowbit.errors import RecipeError
 from lowbit.quant.scheme import Activations, Scheme, make_scheme
 
 ACTIVATIONS = {"none": None, "token": Activations.TOKEN, "tensor": Activations.TENSOR}
 HEAD = "lm_head"  # what recipes call the output embeddings, whatever the model does: no engine has them packed
 MOST_NAMED = 24  # words in a line of what is known
 NEVER_FROM_A_FILE = {"trust_remote_code": "code of a model runs only where you say so on the command line"}
-
-
-class RecipeError(ValueError):
-    """A recipe that cannot be followed; the message says which key, and what would do."""
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ def _seed() -> None:
 def demo_model() -> Path:
     """Directory of the demo model, for tests marked demo. Skips where it cannot be fetched, but not in CI."""
     # Here, not above: the kernels' tests then run with torch and pytest alone.
-    from lowbit.export.errors import CheckpointError
+    from lowbit.errors import CheckpointError
     from lowbit.models.demo import demo_model_dir
 
     try:

@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 
+from lowbit.errors import CheckpointError
 from lowbit.evaluation.record import FILE, merge_rows, read_rows
 from lowbit.evaluation.report.family import families_of, family_of
 from lowbit.export.card import published_name
 from lowbit.export.checkpoint import Checkpoint, open_checkpoint, read_json
-from lowbit.export.errors import CheckpointError
 from lowbit.export.formats import LogicalTensors
 
 REPORT = "quantization_report.json"

@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 
 from lowbit.calibrate.job import prepare
 from lowbit.calibrate.methods import complete_recipe
+from lowbit.errors import CheckpointError
 from lowbit.export.checkpoint import open_checkpoint
-from lowbit.export.errors import CheckpointError
 from lowbit.models.source import open_source
 from lowbit.quant.recipe import Recipe, read_recipe
 from tests.builders import save_family

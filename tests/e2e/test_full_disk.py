@@ -8,7 +8,7 @@ import pytest
 
 from lowbit.calibrate.methods import complete_recipe
 from lowbit.calibrate.pipeline import prepare, run
-from lowbit.export.errors import CheckpointError
+from lowbit.errors import CheckpointError
 from lowbit.export.staging import staged
 from lowbit.models.source import open_source
 from tests.builders import calibration, save_family

@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from lowbit.calibrate import ranks
 from lowbit.calibrate.pipeline import BlockReport, run
 from lowbit.calibrate.resume import journal_of, journaled
+from lowbit.errors import CheckpointError
 from lowbit.export.checkpoint import open_checkpoint
-from lowbit.export.errors import CheckpointError
 from lowbit.export.formats import LogicalTensors
 from tests.builders import make_tokenizer, save_family
 from tests.e2e.cli import names

@@ -11,7 +11,7 @@ from lowbit.calibrate.data import CalibrationSet
 from lowbit.calibrate.methods import complete_recipe
 from lowbit.calibrate.pipeline import BlockReport, prepare, run
 from lowbit.calibrate.resume import journal_of, journaled
-from lowbit.export.errors import CheckpointError
+from lowbit.errors import CheckpointError
 from lowbit.models.source import open_source
 from tests.builders import calibration, save_family
 from tests.e2e.cli import names, run_quantize

@@ -5,7 +5,7 @@ from click.testing import CliRunner
 
 from lowbit import engine
 from lowbit.commands.quantize_generate import generate
-from lowbit.export.errors import CheckpointError
+from lowbit.errors import CheckpointError
 from tests.builders import save_family
 
 

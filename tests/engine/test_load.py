@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 
 from lowbit import engine
 from lowbit.engine.loader import require_build, require_memory
+from lowbit.errors import CheckpointError, DeviceError, UsageError
 from lowbit.export.checkpoint import open_checkpoint
-from lowbit.export.errors import CheckpointError
 from lowbit.quant.kernels.packed import PackedWeight
 from lowbit.quant.kernels.w8a8 import Int8Weight
 from lowbit.quant.scheme import parse_scheme
@@ -170,7 +170,7 @@ def test_tensors_that_contradict_the_configuration_are_named(message, tmp_path):
 
 def test_a_gpu_without_code_of_ours_is_told(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (3, 5))
-    with pytest.raises(CheckpointError, match=r"cuda:0: .*quant\._C was.*; or use device='cpu'"):
+    with pytest.raises(DeviceError, match=r"cuda:0: .*quant\._C was.*; or use device='cpu'"):
         require_build(torch.device("cuda:0"))
     require_build(torch.device("cpu"))
 
@@ -200,7 +200,7 @@ def test_an_activation_that_nothing_computes_is_told(tmp_path):
 
 def test_a_context_beyond_the_models_positions_is_refused(tmp_path):
     save_family("llama", tmp_path)
-    with pytest.raises(CheckpointError, match=r"context 5000.*1 to 1024"):
+    with pytest.raises(UsageError, match=r"context 5000.*1 to 1024"):
         engine.load(tmp_path, device="cpu", context=5000)
 
 

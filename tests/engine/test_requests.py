@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from lowbit.engine.errors import EngineError
 from lowbit.engine.prefill import read_prompt
 from lowbit.engine.sampling import Sampling
+from lowbit.errors import EngineError
 from tests.engine.make import tiny
 
 

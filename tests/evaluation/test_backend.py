@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from lowbit.errors import CheckpointError, UsageError
 from lowbit.evaluation.backend import choose_backend, load_dense, open_backend, until_end
-from lowbit.export.errors import CheckpointError
 from lowbit.models.source import open_source
 from tests.builders import FAMILIES, calibration, logits_of, make_tokenizer
 from tests.e2e.cli import run_quantize
@@ -94,11 +94,11 @@ def test_what_fits_no_memory_is_read_block_by_block(models, monkeypatch):
 
 def test_what_a_backend_cannot_do(models):
     source = open_source(str(models("llama")[1]))
-    with pytest.raises(CheckpointError, match="did you mean 'transformers'"):
+    with pytest.raises(UsageError, match="did you mean 'transformers'"):
         open_backend("transformer", source, "cpu")
-    with pytest.raises(CheckpointError, match="generate with --backend transformers"):
+    with pytest.raises(UsageError, match="generate with --backend transformers"):
         open_backend("blocks", source, "cpu").generate([1], 1)
-    with pytest.raises(CheckpointError, match="not whole distributions"):
+    with pytest.raises(UsageError, match="not whole distributions"):
         open_backend("vllm", source, "cpu").logits([IDS])
 
 

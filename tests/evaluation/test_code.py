@@ -4,10 +4,10 @@ import json
 
 import pytest
 
+from lowbit.errors import DatasetError
 from lowbit.evaluation.backend import open_backend
 from lowbit.evaluation.code import function_body, pass_at_1, read_problems, solve
 from lowbit.evaluation.sandbox import Limits
-from lowbit.export.errors import CheckpointError
 from lowbit.models.source import open_source
 from tests.e2e.cli import run_quantize_eval
 
@@ -97,7 +97,7 @@ def test_the_function_ends_at_the_margin(text, body):
 )
 def test_a_file_in_another_layout(tmp_path, text, message):
     (tmp_path / "problems.jsonl").write_text(text)
-    with pytest.raises(CheckpointError, match=message):
+    with pytest.raises(DatasetError, match=message):
         read_problems(tmp_path / "problems.jsonl")
 
 

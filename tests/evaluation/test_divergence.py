@@ -6,10 +6,10 @@ from itertools import pairwise
 import pytest
 import torch
 
+from lowbit.errors import CheckpointError
 from lowbit.evaluation.backend import open_backend
 from lowbit.evaluation.divergence import divergence, require_same_vocabulary
 from lowbit.evaluation.text import Protocol, cut
-from lowbit.export.errors import CheckpointError
 from lowbit.models.source import open_source
 from tests.builders import logits_of, make_model, make_tokenizer, save
 from tests.e2e.cli import run_quantize_eval

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
+from lowbit.errors import CheckpointError, DatasetError
 from lowbit.evaluation.generate import Prompt, read_prompts, side_by_side
-from lowbit.export.errors import CheckpointError
 from tests.builders import make_tokenizer
 from tests.e2e.cli import run_quantize_eval
 
@@ -45,9 +45,9 @@ def test_a_chat_goes_through_the_template():
 )
 def test_a_prompt_file_in_the_wrong_layout(tmp_path, name, text, message):
     (tmp_path / name).write_text(text)
-    with pytest.raises(CheckpointError, match=message):
+    with pytest.raises(DatasetError, match=message):
         read_prompts(tmp_path / name)
-    with pytest.raises(CheckpointError, match=r"gone\.txt"):
+    with pytest.raises(DatasetError, match=r"gone\.txt"):
         read_prompts(tmp_path / "gone.txt")
 
 

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from lowbit.errors import UsageError
 from lowbit.evaluation.backend import open_backend
 from lowbit.evaluation.perplexity import Score, difference, perplexity
 from lowbit.evaluation.text import Protocol, cut
-from lowbit.export.errors import CheckpointError
 from lowbit.models.source import open_source
 from tests.builders import VOCABULARY, make_model, make_tokenizer, save
 from tests.e2e.cli import run_quantize, run_quantize_eval
@@ -109,13 +109,13 @@ def test_windows_count_by_their_tokens(models):
     ],
 )
 def test_a_text_that_does_not_fit(models, protocol, message):
-    with pytest.raises(CheckpointError, match=message):
+    with pytest.raises(UsageError, match=message):
         cut("abc", open_source(str(models("llama")[1])), protocol)
 
 
 @pytest.mark.parametrize(("context", "stride"), [(1, None), (64, 0), (64, 64)])
 def test_a_protocol_that_makes_no_sense(context, stride):
-    with pytest.raises(CheckpointError, match=r"a (context|stride) of"):
+    with pytest.raises(UsageError, match=r"a (context|stride) of"):
         Protocol(context, stride)
 
 

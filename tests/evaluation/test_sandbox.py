@@ -6,8 +6,8 @@ import time
 import psutil
 import pytest
 
+from lowbit.errors import CheckpointError
 from lowbit.evaluation.sandbox import Limits, Outcome, require_containment, run_program
-from lowbit.export.errors import CheckpointError
 
 LIMITS = Limits(seconds=2, nbytes=1 << 29)
 

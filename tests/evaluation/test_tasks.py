@@ -4,10 +4,10 @@ import json
 
 import pytest
 
+from lowbit.errors import CheckpointError, UsageError
 from lowbit.evaluation.backend import open_backend
 from lowbit.evaluation.journal import Library
 from lowbit.evaluation.tasks import TaskList, harness_model, run_tasks
-from lowbit.export.errors import CheckpointError
 from lowbit.models.source import open_source
 from tests.builders import make_tokenizer
 from tests.e2e.cli import run_quantize_eval
@@ -170,5 +170,5 @@ def test_the_command(models, folder):
 
 def test_without_the_harness_it_says_what_to_install(models, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "lm_eval", None)
-    with pytest.raises(CheckpointError, match=r'pip install "lowbit\[tasks\]"'):
+    with pytest.raises(UsageError, match=r'pip install "lowbit\[tasks\]"'):
         TaskList(["arc_easy"])

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from lowbit.errors import CheckpointError
 from lowbit.export import awq
 from lowbit.export.awq import AWQ
-from lowbit.export.errors import CheckpointError
 from lowbit.quant.qtensor import QTensor, round_to_nearest
 from lowbit.quant.scheme import Scheme, make_scheme
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from lowbit.errors import CheckpointError
 from lowbit.export.checkpoint import INDEX_NAME, open_checkpoint, verify_checksums, write_sums
-from lowbit.export.errors import CheckpointError
 
 
 def model(directory: Path, shards: int = 1) -> Path:

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from lowbit.errors import CheckpointError
 from lowbit.export import compressed_tensors as dialect
-from lowbit.export.errors import CheckpointError
 from lowbit.export.formats import FORMATS
 from lowbit.quant.qtensor import QTensor, round_to_nearest
 from lowbit.quant.scheme import Activations, Scheme, make_scheme, parse_scheme

@@ -8,9 +8,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from lowbit.errors import CheckpointError
 from lowbit.export.checkpoint import open_checkpoint
 from lowbit.export.convert import convert, express
-from lowbit.export.errors import CheckpointError
 from lowbit.export.formats import FORMATS, LogicalTensors, write_config
 from lowbit.quant.qtensor import QTensor, round_to_nearest
 from lowbit.quant.scheme import Activations, Scheme, parse_scheme

@@ -6,8 +6,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from lowbit.errors import CheckpointError
 from lowbit.export.checkpoint import open_checkpoint
-from lowbit.export.errors import CheckpointError
 from lowbit.export.formats import FORMATS, LogicalTensors, require_fit, write_config
 from lowbit.quant.qtensor import QTensor, round_to_nearest
 from lowbit.quant.scheme import Scheme, parse_scheme

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from lowbit.errors import CheckpointError
 from lowbit.export import gptq
-from lowbit.export.errors import CheckpointError
 from lowbit.export.gptq import GPTQ, GPTQ_V2
 from lowbit.quant.qtensor import QTensor, round_to_nearest
 from lowbit.quant.scheme import Scheme, make_scheme, parse_scheme

@@ -10,7 +10,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from lowbit.export.errors import CheckpointError
+from lowbit.errors import CheckpointError
 from lowbit.export.tensorfile import DTYPES, TensorFileWriter, read_entries, read_tensor
 
 GOOD = {

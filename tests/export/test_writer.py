@@ -9,9 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from lowbit.errors import CheckpointError
 from lowbit.export import writer as writer_module
 from lowbit.export.checkpoint import INDEX_NAME, open_checkpoint
-from lowbit.export.errors import CheckpointError
 from lowbit.export.staging import require_space, staged
 from lowbit.export.writer import ShardedWriter, copy_companions
 

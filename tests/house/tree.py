@@ -42,14 +42,16 @@ class Import:
 
 @cache
 def modules() -> tuple[Module, ...]:
-    """Every module of PACKAGES, in the order of the floors."""
-    paths = (path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py")))
+    """Every module of lowbit itself and of PACKAGES, in the order of the floors."""
+    own = sorted((ROOT / NAME).glob("*.py"))
+    paths = (*own, *(path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))))
     return tuple(Module(dotted(path), path) for path in paths)
 
 
 def dotted(path: Path) -> str:
     """The name that imports `path`: quant/algos/fold.py is lowbit.quant.algos.fold."""
-    parts = (NAME, *path.relative_to(ROOT).with_suffix("").parts)
+    inside = path.relative_to(ROOT).with_suffix("").parts
+    parts = inside if inside[0] == NAME else (NAME, *inside)
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 

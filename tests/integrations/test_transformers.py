@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 
-from lowbit.export.errors import CheckpointError
+from lowbit.errors import CheckpointError
 from lowbit.quant.linear import QLinear
 from tests.builders import changed_config, logits_of, make_model, save
 from tests.quantized import dense, quantize_files

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from lowbit.errors import CheckpointError
 from lowbit.export import compressed_tensors
-from lowbit.export.errors import CheckpointError
 from lowbit.quant.kernels import ops
 from lowbit.quant.kernels.w8a8 import MOST_K, Int8Weight, pack_int8
 from lowbit.quant.numerics import quantize_inputs

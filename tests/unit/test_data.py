@@ -18,14 +18,8 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from lowbit.calibrate import data
-from lowbit.calibrate.data import (
-    DatasetError,
-    DatasetSpec,
-    builtin_text,
-    calibration_tokens,
-    parse_datasets,
-    share_samples,
-)
+from lowbit.calibrate.data import DatasetSpec, builtin_text, calibration_tokens, parse_datasets, share_samples
+from lowbit.errors import DatasetError
 
 WORDS = [f"w{number}" for number in range(2000)]
 CHATML = (

@@ -19,7 +19,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
-from lowbit.export.errors import CheckpointError
+from lowbit.errors import CheckpointError
 from lowbit.models import demo
 from lowbit.models.demo import cache_dir, demo_model_dir
 

@@ -3,7 +3,8 @@
 import pytest
 
 from lowbit.calibrate.methods import METHODS, complete_recipe, find_method
-from lowbit.quant.recipe import Recipe, RecipeError, nearest, read_recipe
+from lowbit.errors import RecipeError
+from lowbit.quant.recipe import Recipe, nearest, read_recipe
 
 
 def test_toml_round_trip(tmp_path):

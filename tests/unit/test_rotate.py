@@ -10,12 +10,12 @@ from lowbit.calibrate.discover import Probe, Structure, Workbench
 from lowbit.calibrate.heads import find_heads
 from lowbit.calibrate.methods import complete_recipe
 from lowbit.calibrate.structure import Prober
+from lowbit.errors import RecipeError
 from lowbit.models.skeleton import Block, open_skeleton
 from lowbit.models.source import open_source
 from lowbit.models.walk import Walk
 from lowbit.quant.algos.rotate import rotation, turned_inputs, turned_outputs
 from lowbit.quant.numerics import fake_quantize
-from lowbit.quant.recipe import RecipeError
 from lowbit.quant.scheme import make_scheme
 from tests.builders import calibration, make_model, save
 

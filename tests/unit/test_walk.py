@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lowbit.export.errors import CheckpointError
+from lowbit.errors import CheckpointError
 from lowbit.models.skeleton import Placement, open_skeleton, place
 from lowbit.models.source import open_source
 from lowbit.models.walk import Walk
