@@ -14,8 +14,8 @@ import torch
 
 from benchmarks.measure import Floor, run_facts
 from lowbit.engine.decoder import Decoder
-from lowbit.engine.engine import Engine, Options
-from lowbit.engine.sampler import Features
+from lowbit.engine.engine import Engine
+from lowbit.engine.options import Options
 from lowbit.engine.shapes import SHAPES, random_weights
 from lowbit.engine.speed import kernels_of_step, measure
 
@@ -75,9 +75,7 @@ def rows_of(case: Case, read_gbs: float, facts: dict[str, str], profile: bool) -
             named = {"shape": case.shape, "method": case.method, "dtype": case.dtype}
             yield named | {"cache": case.cache, "head": case.head} | speed.as_row() | facts
         if profile:
-            with torch.inference_mode():
-                runner = engine.runner(batch, batch, 1, Features())
-            for name, calls, us in kernels_of_step(runner)[:14]:
+            for name, calls, us in kernels_of_step(engine, batch)[:14]:
                 print(f"    {us:9.1f} us {calls:4d} x {name[:110]}")
 
 

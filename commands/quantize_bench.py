@@ -10,8 +10,8 @@ from rich.table import Table
 from lowbit import __version__, engine
 from lowbit.commands.common import SETTINGS, check_device, make_console, run_command
 from lowbit.engine.decoder import Decoder
-from lowbit.engine.engine import Engine, Options
-from lowbit.engine.sampler import Features
+from lowbit.engine.engine import Engine
+from lowbit.engine.options import Options
 from lowbit.engine.shapes import METHODS, SHAPES, random_weights
 from lowbit.engine.speed import Speed, kernels_of_step, measure, read_rate
 from lowbit.errors import EngineError
@@ -105,7 +105,5 @@ def columns(speed: Speed) -> list[str]:
 
 def show_profile(model: Engine, batch: int) -> None:
     """Prints the kernels of a step that take longest."""
-    with torch.inference_mode():
-        runner = model.runner(batch, batch, 1, Features())
-    for name, calls, us in kernels_of_step(runner)[:12]:
+    for name, calls, us in kernels_of_step(model, batch)[:12]:
         click.echo(f"{us:9.1f} us  {calls:4d} x  {name[:100]}")

@@ -13,19 +13,27 @@ class Rope:
 
     frequencies  (pairs,) float64  none where positions are learned
     adjacent     inputs 2 j and 2 j + 1 are a pair (GPT-J, GLM), else j and j + pairs (NeoX, Llama)
+    long         (pairs,) frequencies of sequences of more than `short` positions (longrope), or None
     """
 
     frequencies: Tensor
     scaling: float = 1.0
     adjacent: bool = False
+    long: Tensor | None = None
+    short: int = 0
 
 
 @dataclass(frozen=True)
 class Layer:
-    """In what one layer may differ from the next: `window` positions that are seen, itself included (None: all)."""
+    """What may differ between layers.
+
+    window  positions that a token sees, its own included; None for all
+    scale   of attention scores, before the softmax
+    """
 
     window: int | None
     rope: Rope
+    scale: float
 
 
 @dataclass(frozen=True)
@@ -35,8 +43,9 @@ class Architecture:
     norm               "rms" or "layer"; norm_offset is added to stored norm weights (Gemma keeps weight - 1)
     activation         one of GATED_ACTIVATIONS, or of quant.kernels.problem's without a gate
     parallel           the MLP reads what the attention read, and both are added (GPT-J, NeoX)
-    softmax_scale      of scores; softcap bounds them by cap * tanh(score / cap), logit_softcap the logits
+    softcap            bounds scores by cap * tanh(score / cap), logit_softcap the logits
     positions          learned position embeddings are added to the tokens'
+    attention_bias, mlp_bias  False: biases in the file are refused; else the file's are used
     """
 
     family: str
@@ -53,16 +62,22 @@ class Architecture:
     norm_offset: float = 0.0
     activation: str = "silu_mul"
     parallel: bool = False
-    softmax_scale: float = 1.0
     softcap: float | None = None
     logit_softcap: float | None = None
     embedding_scale: float = 1.0
     positions: bool = False
     tied: bool = False
+    attention_bias: bool | None = None
+    mlp_bias: bool | None = None
 
     @property
     def gated(self) -> bool:
         return self.activation in GATED_ACTIVATIONS
+
+    @property
+    def short(self) -> int | None:
+        """Positions of a sequence up to which ropes turn by their `frequencies`; None where they always do."""
+        return next((layer.rope.short for layer in self.layers if layer.rope.long is not None), None)
 
     @property
     def qkv_rows(self) -> int:

@@ -2,8 +2,8 @@
 
 import torch
 from torch import Tensor
+from torch.backends.cuda import SDPAParams, can_use_flash_attention
 from torch.nn import functional
-from torch.nn.attention.bias import causal_lower_right
 
 from lowbit.engine.architecture import Architecture, Layer
 
@@ -22,18 +22,26 @@ def prompt_attention(q: Tensor, k: Tensor, v: Tensor, architecture: Architecture
     if a.softcap is not None:
         return capped_attention(heads, keys, values, architecture, layer)
     if layer.window is None or layer.window >= length:
-        # a lower-right causal bias reaches the flash kernel, which makes no mask; a square one is its plain case
-        square = count == length
-        bias = None if square else causal_lower_right(count, length)
-        out = functional.scaled_dot_product_attention(
-            heads, keys, values, attn_mask=bias, is_causal=square, scale=a.softmax_scale, enable_gqa=True
-        )
+        out = causal_attention(heads, keys, values, layer.scale)
     else:
         groups = a.heads // a.kv_heads
         keys, values = (part.repeat_interleave(groups, 1) for part in (keys, values))
         seen = visible(count, length, layer.window, q.device)
-        out = functional.scaled_dot_product_attention(heads, keys, values, attn_mask=seen, scale=a.softmax_scale)
+        out = functional.scaled_dot_product_attention(heads, keys, values, attn_mask=seen, scale=layer.scale)
     return out.transpose(1, 2).reshape(count, -1)
+
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """The same without a window: q (1, heads, T, head_dim); k, v (1, kv_heads, L, head_dim)."""
+    count, length = q.shape[2], k.shape[2]
+    if count == length:
+        return functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
+    if q.is_cuda and can_use_flash_attention(SDPAParams(q, k, v, None, 0.0, False, True)):
+        # The flash kernel aligns a causal mask with the last key, and makes no mask. torch.nn.attention.bias does the
+        # same, but its import takes seconds.
+        return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, is_causal=True, scale=scale)[0]
+    seen = visible(count, length, None, q.device)
+    return functional.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale, enable_gqa=True)
 
 
 def visible(count: int, length: int, window: int | None, device: torch.device) -> Tensor:
@@ -48,7 +56,7 @@ def capped_attention(q: Tensor, k: Tensor, v: Tensor, architecture: Architecture
     assert a.softcap is not None
     count, length = q.shape[2], k.shape[2]
     grouped = q.unflatten(1, (a.kv_heads, -1))
-    scores = torch.einsum("bhgtd,bhld->bhgtl", grouped, k) * a.softmax_scale
+    scores = torch.einsum("bhgtd,bhld->bhgtl", grouped, k) * layer.scale
     scores = a.softcap * torch.tanh(scores / a.softcap)
     scores = scores.masked_fill(~visible(count, length, layer.window, q.device), float("-inf"))
     weights = scores.float().softmax(-1).to(q.dtype)

@@ -38,6 +38,7 @@ class Step:
     """What one pass computes.
 
     tokens, positions  (m) int64
+    turns              (m) int64  each row's place in the tables of turns: see Decoder.turns_at
     starts             (m) int64  the cache's slot of position 0 of each row's sequence
     slots              (m) int64  starts + positions: where each row's keys and values go
     longest            positions that no row's sequence comes beyond; 0 where nobody knows
@@ -47,28 +48,27 @@ class Step:
 
     tokens: Tensor
     positions: Tensor
+    turns: Tensor
     starts: Tensor
     slots: Tensor
     longest: int = 0
     prompt: tuple[int, int] | None = None
 
 
-def make_step(tokens: Tensor, positions: Tensor, starts: Tensor, prompt: tuple[int, int] | None = None) -> Step:
-    """The step of these rows."""
-    return Step(tokens, positions, starts, starts + positions, prompt=prompt)
-
-
 @dataclass(frozen=True)
 class Turns:
-    """cosines, sines (positions, head_dim / 2) float32 of one rope; 1 and 0 for inputs that do not turn."""
+    """cosines, sines (places, head_dim / 2) float32 of one rope; 1 and 0 for inputs that do not turn."""
 
     cosines: Tensor
     sines: Tensor
 
 
 def turns_of(rope: Rope, head_dim: int, positions: int, device: torch.device) -> Turns:
-    """The table of a rope for positions below `positions`."""
-    angles = torch.arange(positions, dtype=torch.float32).unsqueeze(1) * rope.frequencies.float()
+    """The table of a rope for positions below `positions`; the long frequencies' below it, where they can be needed."""
+    counted = torch.arange(positions, dtype=torch.float32).unsqueeze(1)
+    angles = counted * rope.frequencies.float()
+    if rope.long is not None and positions > rope.short:
+        angles = torch.cat([angles, counted * rope.long.float()])
     still = head_dim // 2 - angles.shape[1]
     cosines = functional.pad(angles.cos() * rope.scaling, (0, still), value=1.0)
     sines = functional.pad(angles.sin() * rope.scaling, (0, still))
@@ -87,6 +87,9 @@ class Decoder:
             if id(rope) not in tables:
                 tables[id(rope)] = turns_of(rope, architecture.head_dim, context, weights.device)
         self.turns = [tables[id(layer.rope)] for layer in architecture.layers]
+        short = architecture.short
+        # sequences longer than this turn otherwise (longrope); None where all that fit the context turn alike
+        self.short = short if short is not None and short < context else None
         # dependent launches are for captured graphs; on a CPU the operators ignore them
         self.dependent = weights.device.type == "cuda"
         # norms are shared out between products to save a GPU their launches; a CPU has only what that costs
@@ -98,6 +101,16 @@ class Decoder:
         for index in range(len(self.architecture.layers)):
             x = self.layer(x, index, step, cache)
         return x
+
+    def turns_at(self, positions: Tensor, lengths: Tensor | int) -> Tensor:
+        """The places (m) in the tables of turns for rows at `positions` (m) of sequences of `lengths` (m, or one)."""
+        if self.short is None:
+            return positions
+        return positions + self.context * (lengths > self.short)
+
+    def step(self, tokens: Tensor, positions: Tensor, starts: Tensor) -> Step:
+        """The step of rows of which each is the last of its sequence."""
+        return Step(tokens, positions, self.turns_at(positions, positions + 1), starts, starts + positions)
 
     def embed(self, step: Step) -> Tensor:
         """The rows' embeddings (m, hidden)."""
@@ -154,7 +167,7 @@ class Decoder:
         weight = w.qkv.weight
         fused = kv.k_scales is None and w.q_norm is None
         if fused and isinstance(weight, PackedWeight) and weight.pair_block == kv.head_dim:
-            rotary = Rotary(step.positions, step.slots, turns.cosines, turns.sines, kv.k, kv.v)
+            rotary = Rotary(step.turns, step.slots, turns.cosines, turns.sines, kv.k, kv.v)
             inputs, deferred = taken(x, w.qkv, w.attention_norm, self.dependent)
             bias, ahead = w.qkv.bias, w.qkv.next_weight
             return ops.qkv_rotary_append(
@@ -163,9 +176,7 @@ class Decoder:
         qkv = product(x, w.qkv, w.attention_norm, dependent=self.dependent)
         eps = self.architecture.norm_eps
         return ops.append_heads(
-            Append(
-                qkv, step.positions, step.slots, turns.cosines, turns.sines, kv, w.q_norm, w.k_norm, eps, self.dependent
-            )
+            Append(qkv, step.turns, step.slots, turns.cosines, turns.sines, kv, w.q_norm, w.k_norm, eps, self.dependent)
         )
 
     def attend(self, q: Tensor, index: int, step: Step, cache: Cache) -> Tensor:
@@ -182,7 +193,7 @@ class Decoder:
                 cache.layers[index],
                 step.starts,
                 step.positions,
-                a.softmax_scale,
+                layer.scale,
                 layer.window or 0,
                 a.softcap or 0.0,
                 step.longest,

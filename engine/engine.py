@@ -1,7 +1,8 @@
 """An engine: a decoder, its tokenizer and its caches."""
 
+import threading
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -9,44 +10,27 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lowbit.engine.beam import run_beams
-from lowbit.engine.cache import Cache, cache_nbytes, make_cache
+from lowbit.engine.cache import Cache
 from lowbit.engine.decoder import Decoder
 from lowbit.engine.generate import run_batch
 from lowbit.engine.lookup import run_lookup
-from lowbit.engine.prefill import read_prompt
+from lowbit.engine.options import Options
+from lowbit.engine.prefill import read_prompt, shortage
 from lowbit.engine.request import Request
-from lowbit.engine.runner import Runner
-from lowbit.engine.sampler import Features, Sampler, features_of
+from lowbit.engine.sampler import features_of
 from lowbit.engine.sampling import LONGEST_BAD_WORD, Completion, Piece, Sampling
+from lowbit.engine.workspace import Workspace, Workspaces
 from lowbit.errors import EngineError
-from lowbit.quant.kernels.decode_attention import SHORT
 
 Prompt = str | Sequence[int]
 
 
-@dataclass(frozen=True)
-class Options:
-    """How an engine serves.
-
-    context      positions of a sequence
-    int8_cache   keys and values with 8 bits
-    stop_tokens  the model's own
-    batch        requests served together; more are served in turn
-    """
-
-    context: int
-    int8_cache: bool = False
-    stop_tokens: tuple[int, ...] = ()
-    batch: int = 16
-
-
 class Engine:
-    """A loaded model. One thread uses it at a time; an error leaves it as it was."""
+    """A loaded model. Any number of calls and threads may be under way; an error leaves it as it was."""
 
     def __init__(self, decoder: Decoder, tokenizer: PreTrainedTokenizerBase | None, options: Options) -> None:
         self.decoder, self.tokenizer, self.options = decoder, tokenizer, options
-        self.cache: Cache | None = None
-        self.runners: dict[tuple[int, Features | None, int], Runner] = {}
+        self.spaces, self.lock = Workspaces(decoder, options), threading.Lock()
 
     def generate(
         self, prompts: Prompt | Sequence[Prompt], sampling: Sampling | Sequence[Sampling] | None = None, **changes: Any
@@ -68,7 +52,8 @@ class Engine:
 
     def encode(self, text: str) -> list[int]:
         """The tokens of a prompt, as the tokenizer makes them."""
-        return list(self.require_tokenizer()(text, verbose=False).input_ids)
+        with self.lock:
+            return list(self.require_tokenizer()(text, verbose=False).input_ids)
 
     def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         """The tokens of a conversation by the model's chat template, the assistant's turn begun.
@@ -79,7 +64,8 @@ class Engine:
         if not tokenizer.chat_template:
             raise EngineError("the model has no chat template: give it a plain prompt")
         text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
-        return list(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
+        with self.lock:
+            return list(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
 
     def require_tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer. EngineError where the model came without one."""
@@ -114,9 +100,15 @@ class Engine:
                 raise EngineError(f"stop token {token} is none of the model's {vocabulary}")
         if sampling.stop:
             self.require_tokenizer()
-        room = self.options.context - len(tokens)
+        room, short = self.options.context - len(tokens), self.decoder.short
         words = self.bad_words(sampling)
-        return Request(index, tokens, sampling, words, self.options.stop_tokens, self.tokenizer, room)
+        request = Request(index, tokens, sampling, words, self.options.stop_tokens, self.tokenizer, room, short)
+        if sampling.beams > 1 and request.short is not None:
+            raise EngineError(
+                f"{len(tokens)} tokens and {request.most} more pass position {short}, where this model's rope changes: "
+                f"beam search does not; ask for at most {request.short + 1 - len(tokens)} tokens"
+            )
+        return request
 
     def bad_words(self, sampling: Sampling) -> tuple[tuple[int, ...], ...]:
         """The bad words as tokens; a string with and without a space before it, as a text may have it."""
@@ -126,7 +118,8 @@ class Engine:
                 words.append(tuple(word))
                 continue
             tokenizer = self.require_tokenizer()
-            forms = (tokenizer.encode(form, add_special_tokens=False) for form in (word, f" {word}"))
+            with self.lock:
+                forms = [tokenizer.encode(form, add_special_tokens=False) for form in (word, f" {word}")]
             words += [tuple(tokens) for tokens in forms if tokens]
         for tokens in words:
             if len(tokens) > LONGEST_BAD_WORD:
@@ -136,51 +129,39 @@ class Engine:
             raise EngineError(f"token {token} of a bad word is none of the model's {vocabulary}")
         return tuple(dict.fromkeys(words))
 
-    @torch.inference_mode()
     def serve(self, requests: Sequence[Request]) -> Iterator[Piece]:
-        """Pieces of all requests: plain ones in batches, those with beams or drafts one by one."""
-        plain = [request for request in requests if request.sampling.beams == 1 and not request.sampling.lookup]
-        for first in range(0, len(plain), self.options.batch):
-            batch = plain[first : first + self.options.batch]
+        """Pieces of all requests. The engine computes one piece at a time, whoever asks."""
+        with self.spaces.lent() as space:
+            pieces = self.pieces(requests, space)
+            while (piece := self.advance(pieces, requests)) is not None:
+                yield piece
+
+    def advance(self, pieces: Iterator[Piece], requests: Sequence[Request]) -> Piece | None:
+        """The next piece, or None after the last. EngineError where memory is short."""
+        with self.lock, torch.inference_mode():
+            try:
+                return next(pieces, None)
+            except torch.OutOfMemoryError as error:
+                raise EngineError(f"{len(requests)} sequences do not fit: {shortage(error)}") from None
+
+    def pieces(self, requests: Sequence[Request], space: Workspace) -> Iterator[Piece]:
+        """Plain requests in batches, those with beams or drafts one by one."""
+        waiting = [request for request in requests if request.sampling.beams == 1 and not request.sampling.lookup]
+        while waiting:
+            batch = waiting[: self.options.batch]
             features = features_of([request.constraints for request in batch])
-            runner = self.runner(len(batch), len(batch), longest(batch), features)
+            runner = space.runner(len(batch), len(batch), longest(batch), features)
             assert runner.sampler is not None
             yield from run_batch(runner, runner.sampler, batch)
+            waiting = [request for request in batch if request.finish_reason is None] + waiting[len(batch) :]
         for request in requests:
             beams, drafts = request.sampling.beams, request.sampling.lookup
+            length = longest([request])
             if beams > 1:
-                runner = self.runner(beams, beams, longest([request]))
-                features = features_of([request.constraints])
-                yield from run_beams(runner, self.sampler(features, beams), request)
-            elif drafts:
-                length = longest([request])
-                yield from run_lookup(self.runner(1, 1, length), self.runner(1 + drafts, 1, length), request)
-
-    def sampler(self, features: Features, rows: int) -> Sampler:
-        """An empty sampler."""
-        return Sampler(features, rows, self.decoder.architecture.vocabulary, self.decoder.weights.device)
-
-    def runner(self, rows: int, batch: int, length: int, features: Features | None = None) -> Runner:
-        """The runner of `rows` rows over a cache for `batch` sequences of at least `length` positions, kept.
-
-        Sequences of up to SHORT positions have a runner of their own, whose attention is cut for them.
-        """
-        cache = self.roomy_cache(batch, length)
-        reach = SHORT if length <= SHORT else cache.context
-        key = rows, features, reach
-        if key not in self.runners:
-            sampler = None if features is None else self.sampler(features, rows)
-            self.runners[key] = Runner(self.decoder, cache, rows, reach, sampler)
-        return self.runners[key]
-
-    def roomy_cache(self, batch: int, length: int) -> Cache:
-        """The engine's cache, made anew where it is smaller than asked: on a GPU for the whole context at once."""
-        if self.cache is None or self.cache.batch < batch or self.cache.context < length:
-            self.cache = None
-            self.runners.clear()  # their graphs hold the old cache's addresses
-            on_gpu = self.decoder.weights.device.type == "cuda"
-            self.cache = self.make_cache(batch, self.options.context if on_gpu else length)
-        return self.cache
+                sampler = space.sampler(features_of([request.constraints]), beams)
+                yield from run_beams(space.runner(beams, beams, length), sampler, request)
+            while drafts and request.finish_reason is None:
+                yield from run_lookup(space.runner(1, 1, length), space.runner(1 + drafts, 1, length), request)
 
     @torch.inference_mode()
     def logits(self, ids: Tensor | Sequence[Sequence[int]]) -> Tensor:
@@ -193,9 +174,17 @@ class Engine:
             raise EngineError(f"token ids of shape (B, T) are needed, not {len(rows)} rows of different lengths")
         for row in rows:
             self.check_prompt(row)
-        cache, weights = self.roomy_cache(1, len(rows[0])), self.decoder.weights
+        with self.spaces.lent() as space, self.lock:
+            try:
+                return self.read_logits(rows, space.roomy_cache(1, len(rows[0])))
+            except torch.OutOfMemoryError as error:
+                asked = f"logits of {len(rows)} x {len(rows[0])} tokens"
+                raise EngineError(f"{asked} do not fit: {shortage(error)}") from None
+
+    def read_logits(self, rows: list[list[int]], cache: Cache) -> Tensor:
+        """Logits (B, T, vocabulary) float32 of rows of one length, each as the cache's sequence 0."""
         shape = len(rows), len(rows[0]), self.decoder.architecture.vocabulary
-        logits = torch.empty(shape, dtype=torch.float32, device=weights.device)
+        logits = torch.empty(shape, dtype=torch.float32, device=self.decoder.weights.device)
         for row, into in zip(rows, logits, strict=True):
             start = 0
             for hidden in read_prompt(self.decoder, cache, 0, row):
@@ -216,21 +205,6 @@ class Engine:
         wrong = next((token for token in prompt if not 0 <= token < vocabulary), None)
         if wrong is not None:
             raise EngineError(f"token {wrong} is none of the model's {vocabulary}")
-
-    def make_cache(self, batch: int, context: int) -> Cache:
-        """A cache for `batch` sequences. EngineError where the GPU has no room for it."""
-        weights, architecture = self.decoder.weights, self.decoder.architecture
-        need = cache_nbytes(architecture, batch, context, weights.dtype, self.options.int8_cache)
-        if weights.device.type == "cuda":
-            torch.cuda.empty_cache()
-            free, total = torch.cuda.mem_get_info(weights.device)
-            if need > free:
-                raise EngineError(
-                    f"{batch} sequences of {context} positions need {need / 2**30:.1f} GiB for keys and values, the "
-                    f"GPU has {free / 2**30:.1f} of {total / 2**30:.1f} GiB free: use fewer sequences, a smaller "
-                    "context, or cache='int8'"
-                )
-        return make_cache(architecture, batch, context, weights.dtype, self.options.int8_cache, weights.device)
 
 
 def longest(requests: Sequence[Request]) -> int:

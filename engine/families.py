@@ -1,18 +1,19 @@
 """The families the engine knows: one row each, names as data and a configuration read into an Architecture.
 
-A configuration is transformers' own object where transformers knows the family, else config.json's fields as they are.
+A configuration is transformers' own object where transformers knows the family, else a dataclass here.
 """
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import partial
 
 import torch
 from torch import Tensor
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from lowbit.engine.architecture import Architecture, Layer, Names, Rope
+from lowbit.engine.fields import Fields, NotComputed
 
 ACTIVATIONS = {
     "silu": "silu",
@@ -23,28 +24,30 @@ ACTIVATIONS = {
     "gelu_pytorch_tanh": "gelu_tanh",
     "quick_gelu": "quick_gelu",
 }
+GATED, UNGATED = ("silu", "gelu_tanh"), ("gelu", "gelu_tanh", "quick_gelu")
 
 
 @dataclass(frozen=True)
 class Family:
-    """How a family's files are read. `own_config`: transformers has no class for its config.json."""
+    """How a family's files are read.
+
+    own_config  the fields of config.json, for a family that transformers has no class for
+    """
 
     name: str
     names: Names
-    architecture: Callable[[Any, int], Architecture]
-    own_config: bool = False
-
-
-class UnknownActivation(ValueError):
-    """An activation function that no operator computes."""
+    architecture: Callable[[Fields], Architecture]
+    own_config: type | None = None
 
 
 def activation_of(name: str, gated: bool) -> str:
-    """The operators' name of an activation. UnknownActivation names the known ones."""
-    found = ACTIVATIONS.get(name)
-    if found is None or (gated and found not in ("silu", "gelu_tanh")) or (not gated and found == "silu"):
-        raise UnknownActivation(f"activation {name!r} is not computed here; known: {', '.join(ACTIVATIONS)}")
-    return f"{found}_mul" if gated else found
+    """The operators' name of an activation. NotComputed names the known ones."""
+    computed = GATED if gated else UNGATED
+    known = [each for each, ours in ACTIVATIONS.items() if ours in computed]
+    if name not in known:
+        kind = "with a gate" if gated else "without a gate"
+        raise NotComputed(f"activation {name!r} is not computed here; known {kind}: {', '.join(known)}")
+    return f"{ACTIVATIONS[name]}_mul" if gated else ACTIVATIONS[name]
 
 
 def plain_frequencies(dims: int, theta: float) -> Tensor:
@@ -52,31 +55,44 @@ def plain_frequencies(dims: int, theta: float) -> Tensor:
     return 1.0 / theta ** (torch.arange(0, dims, 2, dtype=torch.int64).float() / dims)
 
 
-def rope_of(config: Any, dims: int, context: int, kind: str | None = None, adjacent: bool = False) -> Rope:
-    """The rotary embedding of `config` for `context` positions; `kind` where layers differ (Gemma 3)."""
+def rope_of(config: Fields, dims: int, kind: str | None = None, adjacent: bool = False) -> Rope:
+    """The rotary embedding of `config`, for `dims` inputs of a head; `kind` where layers differ (Gemma 3)."""
     parameters = config.rope_parameters
-    if kind is not None and kind in parameters:
+    nested = kind is not None and kind in parameters
+    if nested:
         parameters = parameters[kind]
     rule = parameters.get("rope_type", "default")
     if rule == "default":
         return Rope(plain_frequencies(dims, parameters["rope_theta"]), adjacent=adjacent)
-    arguments = {"layer_type": kind} if kind is not None and kind in config.rope_parameters else {}
-    frequencies, scaling = ROPE_INIT_FUNCTIONS[rule](config, torch.device("cpu"), seq_len=context, **arguments)
-    return Rope(frequencies, float(scaling), adjacent)
+    make = partial(ROPE_INIT_FUNCTIONS[rule], config, torch.device("cpu"), **({"layer_type": kind} if nested else {}))
+    frequencies, scaling = make()
+    if 2 * len(frequencies) != dims:
+        raise NotComputed(f"rope_parameters turn {2 * len(frequencies)} inputs of a head; this family turns {dims}")
+    if rule != "longrope":
+        return Rope(frequencies, float(scaling), adjacent)
+    short = int(parameters["original_max_position_embeddings"])
+    return Rope(frequencies, float(scaling), adjacent, make(seq_len=short + 1)[0], short)
 
 
 NO_ROPE = Rope(torch.empty(0))
 
 
-def llama(config: Any, context: int) -> Architecture:
-    """Llama 2 and 3, and what departs from them in a few numbers: the other readers start here."""
+def turned_dims(config: Fields, head_dim: int) -> int:
+    """Inputs of a head that turn, in families that may turn a part."""
+    return int(head_dim * config.rope_parameters.get("partial_rotary_factor", 1.0))
+
+
+def llama(config: Fields, partly: bool = False, adjacent: bool = False) -> Architecture:
+    """Llama 2 and 3, and families that depart from them in a few numbers.
+
+    partly    rope_parameters may turn a part of each head
+    adjacent  as in Rope
+    """
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    parameters = config.rope_parameters
-    dims = int(head_dim * parameters.get("partial_rotary_factor", 1.0))
-    rope = rope_of(config, dims, context, adjacent=config.model_type.startswith("glm"))
-    kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers
-    window = getattr(config, "sliding_window", None)
-    layers = tuple(Layer(window if kind == "sliding_attention" else None, rope) for kind in kinds)
+    rope = rope_of(config, turned_dims(config, head_dim) if partly else head_dim, adjacent=adjacent)
+    kinds = config.declared("layer_types") or ["sliding_attention"] * config.num_hidden_layers
+    window = config.declared("sliding_window")
+    scale = head_dim**-0.5
     return Architecture(
         family=config.model_type,
         vocabulary=config.vocab_size,
@@ -85,20 +101,25 @@ def llama(config: Any, context: int) -> Architecture:
         heads=config.num_attention_heads,
         kv_heads=getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
         head_dim=head_dim,
-        layers=layers,
+        layers=tuple(Layer(window if kind == "sliding_attention" else None, rope, scale) for kind in kinds),
         max_positions=config.max_position_embeddings,
         norm_eps=config.rms_norm_eps,
         activation=activation_of(config.hidden_act, gated=True),
-        softmax_scale=head_dim**-0.5,
         tied=bool(config.tie_word_embeddings),
+        attention_bias=config.declared("attention_bias"),
+        mlp_bias=config.declared("mlp_bias"),
     )
 
 
-def gemma(config: Any, context: int) -> Architecture:
-    """Gemma 2 and 3: scaled embeddings, norms after the products too, softcaps, two ropes (Gemma 3)."""
+def gemma(config: Fields, capped: bool = True) -> Architecture:
+    """Gemma 2 and 3: scaled embeddings, norms after the products too, softcaps, two ropes (Gemma 3).
+
+    capped  the scores are bounded where the configuration says so
+    """
     config = config.get_text_config()
-    ropes = {kind: rope_of(config, config.head_dim, context, kind) for kind in set(config.layer_types)}
+    ropes = {kind: rope_of(config, config.head_dim, kind) for kind in set(config.layer_types)}
     windows = {"sliding_attention": config.sliding_window, "full_attention": None}
+    scale = config.query_pre_attn_scalar**-0.5
     return Architecture(
         family=config.model_type,
         vocabulary=config.vocab_size,
@@ -107,22 +128,25 @@ def gemma(config: Any, context: int) -> Architecture:
         heads=config.num_attention_heads,
         kv_heads=config.num_key_value_heads,
         head_dim=config.head_dim,
-        layers=tuple(Layer(windows[kind], ropes[kind]) for kind in config.layer_types),
+        layers=tuple(Layer(windows[kind], ropes[kind], scale) for kind in config.layer_types),
         max_positions=config.max_position_embeddings,
         norm_eps=config.rms_norm_eps,
         norm_offset=1.0,
         activation=activation_of(config.hidden_activation, gated=True),
-        softmax_scale=config.query_pre_attn_scalar**-0.5,
-        softcap=config.attn_logit_softcapping,
+        softcap=config.attn_logit_softcapping if capped else None,
         logit_softcap=config.final_logit_softcapping,
         embedding_scale=math.sqrt(config.hidden_size),
         tied=bool(config.tie_word_embeddings),
+        attention_bias=config.attention_bias,
     )
 
 
-def gpt2(config: Any, context: int) -> Architecture:
+def gpt2(config: Fields) -> Architecture:
     """GPT-2, and CodeGeeX's shape: learned positions, LayerNorm, one product before the activation."""
     head_dim = config.n_embd // config.n_head
+    scale = head_dim**-0.5 if config.declared("scale_attn_weights", True) else 1.0
+    by_index = config.declared("scale_attn_by_inverse_layer_idx", False)
+    scales = (scale / (index + 1 if by_index else 1) for index in range(config.n_layer))
     return Architecture(
         family=config.model_type,
         vocabulary=config.vocab_size,
@@ -131,27 +155,28 @@ def gpt2(config: Any, context: int) -> Architecture:
         heads=config.n_head,
         kv_heads=config.n_head,
         head_dim=head_dim,
-        layers=(Layer(None, NO_ROPE),) * config.n_layer,
+        layers=tuple(Layer(None, NO_ROPE, each) for each in scales),
         max_positions=config.n_positions,
         norm="layer",
         norm_eps=config.layer_norm_epsilon,
         activation=activation_of(config.activation_function, gated=False),
-        softmax_scale=head_dim**-0.5,
         positions=True,
         tied=bool(config.tie_word_embeddings),
     )
 
 
-def gptj(config: Any, context: int) -> Architecture:
+def gptj(config: Fields) -> Architecture:
     """GPT-J: one norm for attention and MLP side by side, adjacent pairs turned."""
-    rope = Rope(plain_frequencies(config.rotary_dim or config.n_embd // config.n_head, 10000.0), adjacent=True)
-    return replace(gpt2(config, context), layers=(Layer(None, rope),) * config.n_layer, positions=False, parallel=True)
+    plain = gpt2(config)
+    rope = Rope(plain_frequencies(config.rotary_dim or plain.head_dim, 10000.0), adjacent=True)
+    layers = tuple(replace(layer, rope=rope) for layer in plain.layers)
+    return replace(plain, layers=layers, positions=False, parallel=True)
 
 
-def gpt_neox(config: Any, context: int) -> Architecture:
+def gpt_neox(config: Fields) -> Architecture:
     """GPT-NeoX and Pythia: attention and MLP side by side, each with its norm, a quarter of each head turned."""
     head_dim = config.hidden_size // config.num_attention_heads
-    dims = int(head_dim * config.rope_parameters.get("partial_rotary_factor", 1.0))
+    layer = Layer(None, rope_of(config, turned_dims(config, head_dim)), head_dim**-0.5)
     return Architecture(
         family=config.model_type,
         vocabulary=config.vocab_size,
@@ -160,33 +185,58 @@ def gpt_neox(config: Any, context: int) -> Architecture:
         heads=config.num_attention_heads,
         kv_heads=config.num_attention_heads,
         head_dim=head_dim,
-        layers=(Layer(None, rope_of(config, dims, context)),) * config.num_hidden_layers,
+        layers=(layer,) * config.num_hidden_layers,
         max_positions=config.max_position_embeddings,
         norm="layer",
         norm_eps=config.layer_norm_eps,
         activation=activation_of(config.hidden_act, gated=False),
         parallel=bool(config.use_parallel_residual),
-        softmax_scale=head_dim**-0.5,
         tied=bool(config.tie_word_embeddings),
+        attention_bias=config.attention_bias,
     )
 
 
-def chatglm(config: Any, context: int) -> Architecture:
+@dataclass
+class ChatGLMConfig:
+    """The fields of ChatGLM's config.json and their defaults. Biases are used where the file has them."""
+
+    model_type: str = "chatglm"
+    padded_vocab_size: int = 65024
+    hidden_size: int = 4096
+    ffn_hidden_size: int = 13696
+    num_layers: int = 28
+    num_attention_heads: int = 32
+    multi_query_attention: bool = False
+    multi_query_group_num: int = 1
+    kv_channels: int = 128
+    seq_length: int = 2048
+    layernorm_epsilon: float = 1e-5
+    rope_ratio: float = 1
+    rmsnorm: bool = True
+    post_layer_norm: bool = True
+    apply_residual_connection_post_layernorm: bool = False
+    original_rope: bool = True
+    interleaved_qkv: bool = False
+    pre_seq_len: int | None = None
+    quantization_bit: int = 0
+    tie_word_embeddings: bool = False
+
+
+def chatglm(config: Fields) -> Architecture:
     """ChatGLM2-6B, ChatGLM3 and GLM-4 in their own files: two heads of k and v, half of each head turned."""
-    head_dim = config.kv_channels
-    rope = Rope(plain_frequencies(head_dim // 2, 10000.0 * getattr(config, "rope_ratio", 1)), adjacent=True)
+    head_dim, groups = config.kv_channels, config.multi_query_group_num
+    rope = Rope(plain_frequencies(head_dim // 2, 10000.0 * config.rope_ratio), adjacent=True)
     return Architecture(
         family="chatglm",
         vocabulary=config.padded_vocab_size,
         hidden=config.hidden_size,
         inner=config.ffn_hidden_size,
         heads=config.num_attention_heads,
-        kv_heads=config.multi_query_group_num if config.multi_query_attention else config.num_attention_heads,
+        kv_heads=groups if config.multi_query_attention else config.num_attention_heads,
         head_dim=head_dim,
-        layers=(Layer(None, rope),) * config.num_layers,
+        layers=(Layer(None, rope, head_dim**-0.5),) * config.num_layers,
         max_positions=config.seq_length,
         norm_eps=config.layernorm_epsilon,
-        softmax_scale=head_dim**-0.5,
     )
 
 
@@ -265,18 +315,18 @@ FAMILIES = {
         Family("qwen2", LLAMA, llama),
         Family("qwen3", with_head_norms(LLAMA), llama),
         Family("gemma2", GEMMA2, gemma),
-        Family("gemma3_text", GEMMA3, gemma),
-        Family("gemma3", GEMMA3_WITH_IMAGES, gemma),
-        Family("phi3", replace(GLM, qkv=("self_attn.qkv_proj",)), llama),
+        Family("gemma3_text", GEMMA3, partial(gemma, capped=False)),
+        Family("gemma3", GEMMA3_WITH_IMAGES, partial(gemma, capped=False)),
+        Family("phi3", replace(GLM, qkv=("self_attn.qkv_proj",)), partial(llama, partly=True)),
         Family("gpt2", GPT2, gpt2),
         Family("gptj", GPTJ, gptj),
         Family("gpt_neox", NEOX, gpt_neox),
-        Family("glm", GLM, llama),
+        Family("glm", GLM, partial(llama, partly=True, adjacent=True)),
         Family(
             "glm4",
             replace(GLM, attention_out_norm="post_self_attn_layernorm", mlp_out_norm="post_mlp_layernorm"),
-            llama,
+            partial(llama, partly=True, adjacent=True),
         ),
-        Family("chatglm", CHATGLM, chatglm, own_config=True),
+        Family("chatglm", CHATGLM, chatglm, ChatGLMConfig),
     )
 }

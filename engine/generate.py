@@ -17,15 +17,17 @@ SCORED_ROWS = 256  # prompt positions whose logits are in memory together
 
 
 def run_batch(runner: Runner, sampler: Sampler, requests: Sequence[Request]) -> Iterator[Piece]:
-    """Serves `requests`, one a row of the runner, until the last is finished."""
+    """Serves `requests`, one a row of the runner, until each is finished or must be read again."""
     cache, decoder = runner.cache, runner.decoder
+    for request in requests:
+        request.begin()
     sampler.start([request.constraints for request in requests])
     logits = read_prompts(decoder, cache, requests)
     chosen = sampler(logits)
     yield from deliver(requests, chosen)
     runner.place(
         chosen.tokens.tolist(),
-        [len(request.prompt) for request in requests],
+        [len(request.sequence) - 1 for request in requests],
         [cache.start(b) for b in range(len(requests))],
     )
     for chosen in runner.steps(max(request.left for request in requests)):
@@ -44,13 +46,13 @@ def deliver(requests: Sequence[Request], chosen: Chosen) -> Iterator[Piece]:
 
 
 def read_prompts(decoder: Decoder, cache: Cache, requests: Sequence[Request]) -> Tensor:
-    """Logits (B, vocabulary) after each prompt; log-probabilities of the prompts' tokens where they were asked for."""
-    if not any(request.sampling.prompt_logprobs for request in requests):
-        return last_logits(decoder, cache, [request.prompt for request in requests])
+    """Logits (B, vocabulary) after each sequence; the prompts' log-probabilities where they were asked for."""
+    if not any(request.wants_prompt_logprobs for request in requests):
+        return last_logits(decoder, cache, [request.sequence for request in requests])
     rows = []
     for sequence, request in enumerate(requests):
-        scores, last = scored_prompt(decoder, cache, sequence, request.prompt, request.sampling.logprobs or 0)
-        if request.sampling.prompt_logprobs:
+        scores, last = scored_prompt(decoder, cache, sequence, request.sequence, request.sampling.logprobs or 0)
+        if request.wants_prompt_logprobs:
             request.prompt_logprobs = scores
         rows.append(last)
     return torch.stack(rows)
@@ -67,7 +69,7 @@ def scored_prompt(
         for rows in hidden.split(SCORED_ROWS):
             logits = decoder.logits(rows)
             logprobs = logits.log_softmax(-1)
-            best, top = logprobs.topk(wanted)
+            best, top = logprobs.topk(min(wanted, logprobs.shape[1]))
             for row, token in enumerate(following[len(scores) : len(scores) + len(rows)]):
                 own = logprobs[row, token].view(1)
                 scores.append(token_logprob(token, torch.cat([own, best[row]]), top[row], wanted))

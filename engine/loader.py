@@ -1,8 +1,7 @@
 """From a directory to an engine."""
 
-import json
+from dataclasses import fields
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -10,11 +9,13 @@ from transformers import PreTrainedTokenizerBase
 
 from lowbit.engine.architecture import Architecture
 from lowbit.engine.decoder import Decoder
-from lowbit.engine.engine import Engine, Options
-from lowbit.engine.families import FAMILIES, Family, UnknownActivation
+from lowbit.engine.engine import Engine
+from lowbit.engine.families import FAMILIES, Family
+from lowbit.engine.fields import Fields, NotComputed
+from lowbit.engine.options import Options
 from lowbit.engine.weights import HALF, Settings, load_weights
 from lowbit.errors import CheckpointError, DeviceError, UsageError
-from lowbit.export.checkpoint import Checkpoint, open_checkpoint
+from lowbit.export.checkpoint import Checkpoint, open_checkpoint, read_json
 from lowbit.models.source import Source, model_directory, open_source
 from lowbit.quant.kernels.extension import reason_against_device
 
@@ -50,13 +51,14 @@ def load(
     if cache not in ("same", "int8"):
         raise UsageError(f"cache {cache!r}: write same or int8")
     source = None if family.own_config else open_source(str(directory))
-    config = SimpleNamespace(**checkpoint.config) if source is None else source.config
-    positions = context_of(config, family, checkpoint, context)
-    architecture = architecture_of(family, config, checkpoint, positions)
+    config = config_of(family, checkpoint) if source is None else source.config
+    architecture = architecture_of(family, config, directory)
+    positions = context_of(architecture, directory, context)
     settings = Settings(place, kind, fused_append=cache == "same", head=head)
     weights = load_weights(checkpoint, family.names, architecture, settings)
     tokenizer = None if source is None else tokenizer_of(source)
-    options = Options(context=positions, int8_cache=cache == "int8", stop_tokens=stop_tokens_of(checkpoint))
+    stop_tokens = stop_tokens_of(checkpoint, architecture.vocabulary)
+    options = Options(context=positions, int8_cache=cache == "int8", stop_tokens=stop_tokens)
     return Engine(Decoder(architecture, weights, positions), tokenizer, options)
 
 
@@ -91,19 +93,29 @@ def family_of(checkpoint: Checkpoint) -> Family:
     return FAMILIES[kind]
 
 
-def architecture_of(family: Family, config: Any, checkpoint: Checkpoint, context: int) -> Architecture:
-    """The family's reading of a configuration. CheckpointError where it makes no sense."""
+def config_of(family: Family, checkpoint: Checkpoint) -> Any:
+    """config.json as the family's own class has it."""
+    assert family.own_config is not None
+    names = [field.name for field in fields(family.own_config)]
+    return family.own_config(**{name: checkpoint.config[name] for name in names if name in checkpoint.config})
+
+
+def architecture_of(family: Family, config: Any, directory: Path) -> Architecture:
+    """The family's reading of a configuration. CheckpointError where it makes no sense, or asks for more than that."""
     try:
-        return family.architecture(config, context)
-    except (AttributeError, KeyError, TypeError, ZeroDivisionError, UnknownActivation) as error:
-        raise CheckpointError(f"{checkpoint.directory / 'config.json'}: no {family.name} ({error})") from error
+        read = Fields(config)
+        architecture = family.architecture(read)
+        read.refuse_unread()
+    except (AttributeError, KeyError, TypeError, ZeroDivisionError, NotComputed) as error:
+        raise CheckpointError(f"{directory / 'config.json'}: no {family.name} ({error})") from error
+    return architecture
 
 
-def context_of(config: Any, family: Family, checkpoint: Checkpoint, wanted: int | None) -> int:
+def context_of(architecture: Architecture, directory: Path, wanted: int | None) -> int:
     """Positions to be ready for: what was asked, within what the model allows."""
-    most = architecture_of(family, config, checkpoint, DEFAULT_CONTEXT).max_positions
+    most = architecture.max_positions
     if wanted is not None and not 1 <= wanted <= most:
-        raise UsageError(f"context {wanted}: {checkpoint.directory} has positions for 1 to {most} tokens")
+        raise UsageError(f"context {wanted}: {directory} has positions for 1 to {most} tokens")
     return wanted or min(DEFAULT_CONTEXT, most)
 
 
@@ -123,12 +135,16 @@ def tokenizer_of(source: Source) -> PreTrainedTokenizerBase | None:
         return None
 
 
-def stop_tokens_of(checkpoint: Checkpoint) -> tuple[int, ...]:
-    """The tokens that end a text: generation_config.json's, else config.json's."""
+def stop_tokens_of(checkpoint: Checkpoint, vocabulary: int) -> tuple[int, ...]:
+    """The tokens that end a text: generation_config.json's, else config.json's, those that the model can write.
+
+    CheckpointError where they are no token ids.
+    """
     path = checkpoint.directory / "generation_config.json"
-    try:
-        generation = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    except ValueError as error:
-        raise CheckpointError(f"{path}: not JSON ({error})") from error
+    generation = read_json(path) if path.exists() else {}
+    named = path if "eos_token_id" in generation else checkpoint.directory / "config.json"
     found = generation.get("eos_token_id", checkpoint.config.get("eos_token_id"))
-    return tuple(found) if isinstance(found, list) else () if found is None else (int(found),)
+    tokens = found if isinstance(found, list) else [] if found is None else [found]
+    if not all(type(token) is int for token in tokens):  # a bool is an int to isinstance
+        raise CheckpointError(f"{named}: eos_token_id is {found!r}; a token id or a list of them is needed")
+    return tuple(token for token in tokens if 0 <= token < vocabulary)

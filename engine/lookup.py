@@ -41,15 +41,20 @@ class Index:
 
 
 def run_lookup(single: Runner, several: Runner, request: Request) -> Iterator[Piece]:
-    """Serves one request: `single` takes a row, `several` a row more than drafts. Both have the cache's sequence 0."""
+    """Serves one request until it is finished or must be read again.
+
+    single   a runner of one row; `several` has a row more than drafts; both have the cache's sequence 0
+    """
     cache, most = single.cache, request.sampling.lookup
-    index = Index(request.prompt)
-    token = int(last_logits(single.decoder, cache, [request.prompt]).argmax())
+    request.begin()
+    reach = request.short if request.short is not None and request.before_turn else cache.context
+    index = Index(request.sequence)
+    token = int(last_logits(single.decoder, cache, [request.sequence]).argmax())
     index.extend([token])
     yield request.take([token])
-    position = len(request.prompt)
+    position = len(request.sequence) - 1
     while request.left:
-        room = position + most < cache.context
+        room = position + most < reach
         draft = index.draft(most) if room else []
         runner = several if draft else single
         fill = most - len(draft) if draft else 0

@@ -1,14 +1,17 @@
 """Reading prompts: one sequence at a time, in chunks, so that no tensor grows with the square of the prompt."""
 
+import re
 from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from lowbit.engine.cache import Cache
-from lowbit.engine.decoder import Decoder, make_step
+from lowbit.engine.decoder import Decoder, Step
+from lowbit.errors import EngineError
 
 CHUNK = 4096  # rows that go through the layers together; docs/LOG.md, section 31
+LEAST = 128  # rows that go together at least, where memory is short
 
 
 def read_prompt(
@@ -17,12 +20,41 @@ def read_prompt(
     """Hidden states (rows, hidden) chunk by chunk; the cache then holds positions start to start + len(tokens)."""
     device = decoder.weights.device
     ids = torch.tensor(list(tokens), dtype=torch.int64, device=device)
-    for first in range(0, len(ids), chunk):
+    first = 0
+    while first < len(ids):
         part = ids[first : first + chunk]
         begin = start + first
         positions = torch.arange(begin, begin + len(part), device=device)
         starts = torch.full_like(positions, cache.start(sequence))
-        yield decoder.hidden(make_step(part, positions, starts, (sequence, begin + len(part))), cache).h
+        turns, slots = decoder.turns_at(positions, start + len(tokens)), starts + positions
+        step = Step(part, positions, turns, starts, slots, prompt=(sequence, begin + len(part)))
+        hidden = hidden_if_it_fits(decoder, step, cache)
+        if hidden is None:
+            chunk = len(part) // 2
+            continue
+        yield hidden
+        first += len(part)
+
+
+def hidden_if_it_fits(decoder: Decoder, step: Step, cache: Cache) -> Tensor | None:
+    """The rows' hidden states, or None where memory is short and fewer rows may do. EngineError where none would."""
+    try:
+        return decoder.hidden(step, cache).h
+    except torch.OutOfMemoryError as error:
+        if len(step.tokens) >= 2 * LEAST:
+            return None
+        assert step.prompt is not None
+        raise EngineError(
+            f"a prompt does not fit: {len(step.tokens)} of its tokens after {step.prompt[1] - len(step.tokens)}: "
+            f"{shortage(error)}"
+        ) from None
+
+
+def shortage(error: torch.OutOfMemoryError) -> str:
+    """What was asked for and what there is, of torch's report, and what to do."""
+    said = re.search(r"Tried to allocate ([\d.]+ \w+).*?([\d.]+ \w+) is free", " ".join(str(error).split()))
+    numbers = f"{said[1]} more were asked for, {said[2]} are free" if said else "the device has no memory left"
+    return f"{numbers}; shorten the prompts, serve fewer at once, or load with a smaller context or cache='int8'"
 
 
 def last_logits(decoder: Decoder, cache: Cache, prompts: Sequence[Sequence[int]]) -> Tensor:

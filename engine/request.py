@@ -2,6 +2,7 @@
 
 import secrets
 from collections.abc import Sequence
+from dataclasses import replace
 
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -12,7 +13,11 @@ from lowbit.engine.text import TextStream
 
 
 class Request:
-    """A prompt with its sampling, at most `room` tokens long."""
+    """A prompt with its sampling.
+
+    room   tokens that may be written at most
+    short  positions after which the ropes turn otherwise: what was written until then is read again; None: never
+    """
 
     def __init__(
         self,
@@ -23,12 +28,15 @@ class Request:
         stop_tokens: tuple[int, ...],
         tokenizer: PreTrainedTokenizerBase | None,
         room: int,
+        short: int | None = None,
     ) -> None:
         own = () if sampling.ignore_eos else stop_tokens
         seed = secrets.randbits(62) if sampling.seed is None else sampling.seed
         self.index, self.prompt, self.sampling = index, list(prompt), sampling
-        self.constraints = Constraints(sampling, seed, self.prompt, (*own, *sampling.stop_tokens), words)
+        self.fresh = Constraints(sampling, seed, self.prompt, (*own, *sampling.stop_tokens), words)
         self.most = min(sampling.max_new_tokens, room)
+        self.short = None if short is None or len(prompt) > short or len(prompt) + self.most <= short + 1 else short
+        self.goal = self.most
         self.stream = TextStream(tokenizer, sampling.stop, self.prompt)
         self.tokens: list[int] = []
         self.logprobs: list[TokenLogprob] = []
@@ -38,9 +46,35 @@ class Request:
         self.score: float | None = None
 
     @property
+    def sequence(self) -> list[int]:
+        """The prompt, and what was written."""
+        return self.prompt + self.tokens
+
+    @property
+    def constraints(self) -> Constraints:
+        """What the sampler starts with, or goes on from."""
+        return replace(self.fresh, written=tuple(self.tokens))
+
+    @property
     def left(self) -> int:
-        """Tokens that may still be written."""
-        return 0 if self.finish_reason else self.most - len(self.tokens)
+        """Tokens that may still be written before the sequence is read again, or at all."""
+        return 0 if self.finish_reason else self.goal - len(self.tokens)
+
+    @property
+    def before_turn(self) -> bool:
+        """Whether the sequence is still short, and will not stay so."""
+        return self.short is not None and len(self.sequence) <= self.short
+
+    @property
+    def wants_prompt_logprobs(self) -> bool:
+        """Whether the prompt's log-probabilities were asked for and are not known yet."""
+        return self.sampling.prompt_logprobs and self.prompt_logprobs is None
+
+    def begin(self) -> None:
+        """Sets the goal: as far as one reading of the sequence holds."""
+        self.goal = self.most
+        if self.short is not None and self.before_turn:
+            self.goal = self.short + 1 - len(self.prompt)
 
     def take(self, tokens: Sequence[int], steps: int = 1) -> Piece:
         """Takes the tokens of a step, up to one that ends the request."""
@@ -49,7 +83,7 @@ class Request:
         for token in tokens:
             self.tokens.append(token)
             taken += 1
-            if token in self.constraints.stop_tokens:
+            if token in self.fresh.stop_tokens:
                 self.finish_reason = "stop"
             else:
                 text += self.stream.push(token)
@@ -76,7 +110,7 @@ class Request:
             tokens=tuple(self.tokens),
             finish_reason=self.finish_reason,
             prompt_tokens=len(self.prompt),
-            seed=self.constraints.seed,
+            seed=self.fresh.seed,
             steps=self.steps,
             logprobs=tuple(self.logprobs) if self.sampling.logprobs is not None else None,
             prompt_logprobs=None if self.prompt_logprobs is None else tuple(self.prompt_logprobs),

@@ -68,7 +68,8 @@ class Runner:
 
     def compute(self) -> None:
         """One step."""
-        step = Step(self.tokens, self.positions, self.starts, self.slots, self.longest)
+        turns = self.decoder.turns_at(self.positions, self.positions + 1)
+        step = Step(self.tokens, self.positions, turns, self.starts, self.slots, self.longest)
         self.logits = self.decoder.logits(self.decoder.hidden(step, self.cache))
         if self.sampler is not None:
             self.result = self.sampler(self.logits, self.tokens, self.cursor)

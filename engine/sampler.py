@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lowbit.engine.sampling import LONGEST_BAD_WORD, Sampling
+from lowbit.engine.sampling import LONGEST_BAD_WORD, MOST_LOGPROBS, Sampling
 from lowbit.quant.kernels import ops
 from lowbit.quant.kernels.choose_tokens import Choice, Cursor, Noise
 
@@ -22,18 +22,22 @@ class Features:
     truncated: bool = False
     penalized: bool = False
     bad_words: int = 0  # rounded up to a power of two
-    logprobs: int | None = None
+    logprobs: bool = False  # of as many alternatives as may be asked for: who wants fewer takes the first
 
 
 @dataclass(frozen=True)
 class Constraints:
-    """A request's sampling with its words as tokens: stop tokens (the model's own too), and bad words."""
+    """A request's sampling with its words as tokens: stop tokens (the model's own too), and bad words.
+
+    written  tokens that it has already
+    """
 
     sampling: Sampling
     seed: int
     prompt: Sequence[int]
     stop_tokens: tuple[int, ...]
     bad_words: tuple[tuple[int, ...], ...] = ()
+    written: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -49,13 +53,12 @@ def features_of(requests: Sequence[Constraints]) -> Features:
     """What the batch needs."""
     settings = [request.sampling for request in requests]
     words = max((len(request.bad_words) for request in requests), default=0)
-    asked = [each.logprobs for each in settings if each.logprobs is not None]
     return Features(
         sampled=any(each.temperature > 0 for each in settings),
         truncated=any(each.truncated for each in settings),
         penalized=any(each.penalized for each in settings),
         bad_words=1 << (words - 1).bit_length() if words else 0,
-        logprobs=max(asked) if asked else None,
+        logprobs=any(each.logprobs is not None for each in settings),
     )
 
 
@@ -86,7 +89,7 @@ class Sampler:
         return [self.written, self.seen, self.counts, self.recent] if self.features.penalized else [self.written]
 
     def start(self, requests: Sequence[Constraints]) -> None:
-        """Begins new requests, nothing written yet."""
+        """Begins these requests, each after what it has written."""
         settings = [request.sampling for request in requests]
         vocabulary = self.vocabulary
 
@@ -98,14 +101,14 @@ class Sampler:
         fill(self.top_p, [each.top_p for each in settings])
         fill(self.min_p, [each.min_p for each in settings])
         fill(self.seed, [request.seed for request in requests])
-        self.written.zero_()
+        fill(self.written, [len(request.written) for request in requests])
         if self.features.penalized:
             fill(self.repetition, [each.repetition_penalty for each in settings])
             fill(self.presence, [each.presence_penalty for each in settings])
             fill(self.frequency, [each.frequency_penalty for each in settings])
             fill(self.minimum, [each.min_new_tokens for each in settings])
-            self.counts.zero_()
-            self.seen.copy_(marks([request.prompt for request in requests], vocabulary))
+            self.counts.copy_(counts_of([request.written for request in requests], vocabulary))
+            self.seen.copy_(marks([[*request.prompt, *request.written] for request in requests], vocabulary))
             self.stops.copy_(marks([request.stop_tokens for request in requests], vocabulary))
             self.start_words(requests)
 
@@ -116,7 +119,7 @@ class Sampler:
         last = torch.full(self.last.shape, self.vocabulary, dtype=torch.int64)
         recent = torch.full(self.recent.shape, -2, dtype=torch.int64)
         for b, request in enumerate(requests):
-            tail = list(request.prompt)[-room:]
+            tail = [*request.prompt, *request.written][-room:]
             recent[b, room - len(tail) :] = torch.tensor(tail)
             for i, word in enumerate(request.bad_words):
                 last[b, i] = word[-1]
@@ -140,10 +143,10 @@ class Sampler:
             tokens = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
         ops.choose(Choice(scores, tokens, self.written[:, 0], cursor, noise, dependent=True))
         self.remember(tokens)
-        if self.features.logprobs is None:
+        if not self.features.logprobs:
             return Chosen(tokens)
         logprobs = logits.log_softmax(-1)
-        best, top = logprobs.topk(self.features.logprobs)
+        best, top = logprobs.topk(min(MOST_LOGPROBS, self.vocabulary))
         return Chosen(tokens, torch.cat([logprobs.gather(1, tokens.unsqueeze(1)), best], 1), top)
 
     def penalize(self, logits: Tensor) -> Tensor:
@@ -189,6 +192,12 @@ class Sampler:
             for kept in (self.seen, self.counts, self.recent):
                 kept.copy_(kept[rows])
         self.remember(tokens)
+
+
+def counts_of(rows: Sequence[Sequence[int]], vocabulary: int) -> Tensor:
+    """(B, vocabulary) float32: how often tokens stand in each row."""
+    found = [torch.bincount(torch.tensor(row, dtype=torch.int64), minlength=vocabulary) for row in rows]
+    return torch.stack(found).float()
 
 
 def marks(rows: Sequence[Sequence[int]], vocabulary: int) -> Tensor:

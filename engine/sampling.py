@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from lowbit.errors import EngineError
 
 LONGEST_BAD_WORD = 8  # tokens
+MOST_LOGPROBS = 100  # alternatives of a token
 
 
 @dataclass(frozen=True)
@@ -66,8 +67,9 @@ class Sampling:
             "presence_penalty": (self.presence_penalty, -100, 100),
             "frequency_penalty": (self.frequency_penalty, -100, 100),
             "beams": (self.beams, 1, 64),
-            "logprobs": (self.logprobs or 0, 0, 100),
+            "logprobs": (self.logprobs or 0, 0, MOST_LOGPROBS),
             "lookup": (self.lookup, 0, 7),
+            "seed": (self.seed or 0, -(1 << 63), (1 << 63) - 1),
         }
         for name, (value, low, high) in ranges.items():
             if not low <= value <= high:  # a NaN is in no range

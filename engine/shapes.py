@@ -36,16 +36,15 @@ def decoder_shape(
         heads=heads,
         kv_heads=kv_heads or heads,
         head_dim=head_dim,
-        layers=(Layer(None, rope),) * layers,
+        layers=(Layer(None, rope, head_dim**-0.5),) * layers,
         max_positions=1 << 17,
-        softmax_scale=head_dim**-0.5,
     )
 
 
 def chatglm2_shape() -> Architecture:
     """ChatGLM2-6B: half of each head turns, in adjacent pairs."""
     rope = Rope(plain_frequencies(64, 1e4), adjacent=True)
-    return replace(decoder_shape(65024, 4096, 13696, 32, 28, kv_heads=2), layers=(Layer(None, rope),) * 28)
+    return replace(decoder_shape(65024, 4096, 13696, 32, 28, kv_heads=2), layers=(Layer(None, rope, 128**-0.5),) * 28)
 
 
 def codegeex_shape() -> Architecture:
@@ -53,7 +52,7 @@ def codegeex_shape() -> Architecture:
     return replace(
         decoder_shape(52224, 5120, 20480, 40, 40),
         family="codegeex",
-        layers=(Layer(None, NO_ROPE),) * 40,
+        layers=(Layer(None, NO_ROPE, 128**-0.5),) * 40,
         norm="layer",
         activation="quick_gelu",
         positions=True,

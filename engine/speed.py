@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from lowbit.engine.cache import cache_nbytes
+from lowbit.engine.cache import Cache, cache_nbytes
 from lowbit.engine.engine import Engine
 from lowbit.engine.runner import Runner
 from lowbit.engine.sampler import Features
@@ -58,13 +58,14 @@ class Speed:
 
 def measure(engine: Engine, batch: int, prompt: int, output: int, read_gbs: float) -> Speed:
     """The speed of `batch` greedy sequences. Nothing is read before: the cache holds zeros, which cost as much."""
-    with torch.inference_mode():
-        runner = engine.runner(batch, batch, prompt + output, Features())
+    with torch.inference_mode(), engine.spaces.lent() as space:
+        runner = space.runner(batch, batch, prompt + output, Features())
         start(runner, batch, prompt)
         runner.advance()
         seconds = statistics.median(run_seconds(runner, batch, prompt, output) for _ in range(REPEATS))
+        memory = memory_gib(engine, runner.cache)
     nbytes = step_bytes(engine, batch, prompt + output / 2)
-    return Speed(batch, prompt, output, seconds * 1e3 / output, nbytes / read_gbs / 1e6, read_gbs, memory_gib(engine))
+    return Speed(batch, prompt, output, seconds * 1e3 / output, nbytes / read_gbs / 1e6, read_gbs, memory)
 
 
 def start(runner: Runner, batch: int, prompt: int) -> None:
@@ -97,13 +98,12 @@ def step_bytes(engine: Engine, batch: int, length: float) -> float:
     return weights.step_nbytes + batch * seen * per_layer
 
 
-def memory_gib(engine: Engine) -> float:
+def memory_gib(engine: Engine, cache: Cache) -> float:
     """Memory in use: on a GPU what torch has taken from it, on a CPU weights and cache."""
     device = engine.decoder.weights.device
     if device.type == "cuda":
         return torch.cuda.memory_reserved(device) / 2**30
-    cache = 0 if engine.cache is None else engine.cache.nbytes
-    return (engine.decoder.weights.step_nbytes + cache) / 2**30
+    return (engine.decoder.weights.step_nbytes + cache.nbytes) / 2**30
 
 
 def read_rate(device: torch.device) -> float:
@@ -119,10 +119,12 @@ def read_rate(device: torch.device) -> float:
     return best
 
 
-def kernels_of_step(runner: Runner) -> list[tuple[str, int, float]]:
+def kernels_of_step(engine: Engine, batch: int) -> list[tuple[str, int, float]]:
     """(name, calls, microseconds) of what a GPU step runs, longest first; dependent launches overlap."""
-    with torch.inference_mode(), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        runner.advance()
-        torch.cuda.synchronize()
+    with torch.inference_mode(), engine.spaces.lent() as space:
+        runner = space.runner(batch, batch, 1, Features())
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            runner.advance()
+            torch.cuda.synchronize()
     found = [(event.key, event.count, float(event.self_device_time_total)) for event in profile.key_averages()]
     return sorted((each for each in found if each[2] > 0), key=lambda each: -each[2])

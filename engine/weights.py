@@ -190,6 +190,10 @@ class Reader:
         """A tensor that a model may lack."""
         return None if self.found(name) is None else self.tensor(name, shape)
 
+    def bias(self, name: str, n: int, biased: bool | None) -> Tensor | None:
+        """A linear's bias (n), where the file has it and the configuration does not exclude it."""
+        return None if biased is False else self.optional(name, (n,))
+
     def norm(self, name: str) -> Norm:
         """The norm called `name`, over the hidden states."""
         a = self.architecture
@@ -213,13 +217,24 @@ class Reader:
         value = self.tensors.read(found).to(self.settings.dtype)
         return value.T if self.names.transposed else value
 
-    def linear(self, parts: tuple[str, ...], n: int, k: int, rows: Tensor | None = None, pair_block: int = 0) -> Linear:
-        """The linears `parts` as one of shape (n, k), rows moved so that row i is row `rows[i]` of theirs."""
+    def linear(
+        self,
+        parts: tuple[str, ...],
+        n: int,
+        k: int,
+        rows: Tensor | None = None,
+        pair_block: int = 0,
+        biased: bool | None = None,
+    ) -> Linear:
+        """The linears `parts` as one of shape (n, k), rows moved so that row i is row `rows[i]` of theirs.
+
+        biased  False: a bias in the file is left over
+        """
         dtype = self.settings.dtype
         matrices = [self.matrix(part) for part in parts]
         weight = stacked(matrices, dtype)
         self.shaped(" + ".join(parts), weight.codes if isinstance(weight, QTensor) else weight, (n, k))
-        biases = [self.optional(f"{part}.bias", (len_of(m),)) for part, m in zip(parts, matrices, strict=True)]
+        biases = [self.bias(f"{part}.bias", len_of(m), biased) for part, m in zip(parts, matrices, strict=True)]
         bias = None
         if any(each is not None for each in biases):
             absent = [torch.zeros(len_of(m), dtype=dtype, device=self.settings.device) for m in matrices]
@@ -240,7 +255,8 @@ class Reader:
 
         fused = self.settings.fused_append and names.q_norm is None
         rows = qkv_order(a, rope, names.per_head)
-        qkv = self.linear(within(prefix, names.qkv), a.qkv_rows, a.hidden, rows, a.head_dim if fused else 0)
+        pair = a.head_dim if fused else 0
+        qkv = self.linear(within(prefix, names.qkv), a.qkv_rows, a.hidden, rows, pair, a.attention_bias)
         inner = a.inner * (2 if a.gated else 1)
         pair_block = inner if a.activation == "silu_mul" else 0
         return LayerWeights(
@@ -248,22 +264,23 @@ class Reader:
             qkv=qkv,
             q_norm=self.head_norm(names.q_norm and prefix + names.q_norm, rope),
             k_norm=self.head_norm(names.k_norm and prefix + names.k_norm, rope),
-            o=self.linear(within(prefix, (names.o,)), a.hidden, a.heads * a.head_dim),
+            o=self.linear(within(prefix, (names.o,)), a.hidden, a.heads * a.head_dim, biased=a.attention_bias),
             attention_out_norm=norm(names.attention_out_norm),
             mlp_norm=norm(names.mlp_norm),
-            up=self.linear(within(prefix, names.up), inner, a.hidden, pair_block=pair_block),
-            down=self.linear(within(prefix, (names.down,)), a.hidden, a.inner),
+            up=self.linear(within(prefix, names.up), inner, a.hidden, pair_block=pair_block, biased=a.mlp_bias),
+            down=self.linear(within(prefix, (names.down,)), a.hidden, a.inner, biased=a.mlp_bias),
             mlp_out_norm=norm(names.mlp_out_norm),
         )
 
     def head(self, embedding: Tensor) -> Linear:
-        """The head: its own weight, or the embedding where they are tied; rounded where the settings say so."""
+        """The head: its own weight, or the embedding where they are tied; rounded where the settings say so.
+
+        As in transformers, a head in the file that differs from the embedding is not tied, whatever config.json says.
+        """
         a, settings = self.architecture, self.settings
         name = self.names.head if self.found(f"{self.names.head}.weight") else "lm_head"
-        if a.tied:
-            self.left.discard(f"{name}.weight")
-            weight: QTensor | Tensor = embedding
-        else:
+        weight: QTensor | Tensor = embedding
+        if not a.tied or self.found(f"{name}.weight"):
             weight = self.matrix_of_head(name)
         if settings.head != "dense" and isinstance(weight, Tensor):
             weight = round_to_nearest(weight, parse_scheme(settings.head), settings.dtype)

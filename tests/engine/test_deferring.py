@@ -11,8 +11,9 @@ from torch import Tensor
 
 from lowbit import engine
 from lowbit.engine import products
-from lowbit.engine.decoder import Decoder, make_step
-from lowbit.engine.engine import Engine, Options
+from lowbit.engine.decoder import Decoder
+from lowbit.engine.engine import Engine
+from lowbit.engine.options import Options
 from lowbit.engine.shapes import decoder_shape, random_weights
 from lowbit.quant.kernels import ops
 from lowbit.quant.scheme import parse_scheme
@@ -29,12 +30,12 @@ NOT_SHARED = ["gemma2", "gemma3", "gpt2", "gpt_neox"]
 def decoded(model: Engine, deferring: bool) -> Tensor:
     """Logits (steps, rows, vocabulary) of a batch, a token a step."""
     model.decoder.deferring = deferring
-    cache = model.make_cache(ROWS, STEPS)
+    cache = model.spaces.make_cache(ROWS, STEPS)
     starts = torch.tensor([cache.start(b) for b in range(ROWS)])
     rows = []
     with torch.inference_mode():
         for t in range(STEPS):
-            step = make_step(TOKENS[:, t], torch.full((ROWS,), t), starts)
+            step = model.decoder.step(TOKENS[:, t], torch.full((ROWS,), t), starts)
             rows.append(model.decoder.logits(model.decoder.hidden(step, cache)))
     return torch.stack(rows)
 

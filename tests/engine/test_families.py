@@ -8,7 +8,6 @@ import transformers
 from torch import Tensor
 
 from lowbit import engine
-from lowbit.engine.decoder import make_step
 from lowbit.engine.families import FAMILIES
 from tests.builders import GATED, VOCABULARY, logits_of, make_model, save
 from tests.engine.chatglm import TinyChatGLM
@@ -63,14 +62,15 @@ def prompts() -> list[list[int]]:
 def decoded(model: engine.engine.Engine, prompts: list[list[int]]) -> list[Tensor]:
     """Logits of every position, one token of every prompt a step: a ragged batch on the decode path."""
     lengths = [len(prompt) for prompt in prompts]
-    cache = model.make_cache(len(prompts), max(lengths))
+    cache = model.spaces.make_cache(len(prompts), max(lengths))
     starts = torch.tensor([cache.start(b) for b in range(len(prompts))])
     rows = []
     with torch.inference_mode():
         for t in range(max(lengths)):
             at = [min(t, length - 1) for length in lengths]
             tokens = torch.tensor([prompt[i] for prompt, i in zip(prompts, at, strict=True)])
-            rows.append(model.decoder.logits(model.decoder.hidden(make_step(tokens, torch.tensor(at), starts), cache)))
+            step = model.decoder.step(tokens, torch.tensor(at), starts)
+            rows.append(model.decoder.logits(model.decoder.hidden(step, cache)))
     return [torch.stack([row[b] for row in rows[:length]]) for b, length in enumerate(lengths)]
 
 

@@ -45,10 +45,10 @@ def test_more_prompts_than_a_batch_are_served_in_turn(model):
 def test_a_smaller_batch_uses_the_cache_that_is_there(model):
     alone = [model.generate([prompt], max_new_tokens=5)[0].tokens for prompt in PROMPTS]
     model.generate(PROMPTS * 2, max_new_tokens=5)
-    cache = model.cache
+    cache = model.spaces.idle[0].cache
     assert [model.generate([prompt], max_new_tokens=5)[0].tokens for prompt in PROMPTS] == alone
     model.generate([PROMPTS[0]], beams=3, max_new_tokens=5)
-    assert model.cache is cache
+    assert [space.cache for space in model.spaces.idle] == [cache]
 
 
 def test_same_seed_same_tokens_whoever_shares_the_batch(model):

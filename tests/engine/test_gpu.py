@@ -7,11 +7,13 @@ import torch
 from torch import Tensor
 
 from lowbit.engine.decoder import Decoder
-from lowbit.engine.engine import Engine, Options
+from lowbit.engine.engine import Engine
+from lowbit.engine.options import Options
 from lowbit.engine.prefill import read_prompt
 from lowbit.engine.products import Linear
 from lowbit.engine.sampling import Sampling
 from lowbit.engine.shapes import METHODS, codegeex_shape, decoder_shape, random_weights
+from lowbit.engine.workspace import Workspace
 from lowbit.quant.kernels.packed import PackedWeight, dequantize_packed
 from lowbit.quant.kernels.w8a8 import Int8Weight
 
@@ -73,10 +75,10 @@ def check(gpu: Engine, cpu: Engine, tolerance: float) -> None:
     wanted = cpu.logits([PROMPTS[0]])[0]
     assert relative(gpu.logits([PROMPTS[0]])[0], wanted) < tolerance
     with torch.inference_mode():
-        cache = gpu.make_cache(1, CONTEXT)
+        cache = gpu.spaces.make_cache(1, CONTEXT)
         chunks = [gpu.decoder.logits(h) for h in read_prompt(gpu.decoder, cache, 0, PROMPTS[0], chunk=32)]
         assert relative(torch.cat(chunks), wanted) < tolerance
-        runner = gpu.runner(2, 2, CONTEXT)
+        runner = Workspace(gpu.spaces).runner(2, 2, CONTEXT)
         starts = [runner.cache.start(b) for b in range(2)]
         for position, token in enumerate(PROMPTS[0]):
             other = PROMPTS[0][position // 2]  # the second sequence goes at half the speed
@@ -101,7 +103,7 @@ def test_a_batch_writes_what_its_requests_write_alone(settings):
 def test_a_captured_step_is_an_eager_one():
     gpu, _ = engines(LLAMA, "w4")
     captured = gpu.generate(PROMPTS, max_new_tokens=30)
-    for runner in gpu.runners.values():
+    for runner in gpu.spaces.idle[0].runners.values():
         assert runner.graph is not None
         runner.captures = False
     assert [each.tokens for each in gpu.generate(PROMPTS, max_new_tokens=30)] == [each.tokens for each in captured]
@@ -116,8 +118,7 @@ def test_norms_shared_out_between_products_are_norms(method, dtype, rows):
     logits = []
     for deferring in (True, False):
         gpu.decoder.deferring = deferring
-        gpu.runners.clear()
-        runner, steps = gpu.runner(rows, rows, CONTEXT), []
+        runner, steps = Workspace(gpu.spaces).runner(rows, rows, CONTEXT), []
         starts = [runner.cache.start(b) for b in range(rows)]
         for position, token in enumerate(PROMPTS[0][:40]):
             runner.place([(token + b) % 1000 for b in range(rows)], [position] * rows, starts)
@@ -141,5 +142,5 @@ def test_lookup_accepts_drafts():
 def test_too_much_context_is_refused_with_the_numbers():
     gpu, _ = engines(LLAMA, "w4")
     with pytest.raises(ValueError, match=r"need \d+\.\d GiB for keys and values, the GPU has"):
-        gpu.make_cache(64, 1 << 26)
+        gpu.spaces.make_cache(64, 1 << 26)
     assert gpu.generate([[1, 2]], max_new_tokens=2)

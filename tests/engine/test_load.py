@@ -219,3 +219,27 @@ def test_the_models_stop_tokens_come_from_its_generation_config(tmp_path):
     stop = model.generate([[1, 2]], max_new_tokens=6, ignore_eos=True)[0].tokens[3]
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [stop, 257]}))
     assert engine.load(tmp_path, device="cpu").generate([[1, 2]])[0].finish_reason == "stop"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"eos_token_id": "</s>"}', r"generation_config\.json: eos_token_id is '</s>'; a token id"),
+        ('{"eos_token_id": [1, true]}', r"eos_token_id is \[1, True\]"),
+        ("[]", r"generation_config\.json: a JSON object is expected, not list"),
+        ("{", r"generation_config\.json: not JSON"),
+    ],
+)
+def test_a_generation_config_of_another_shape_is_told(text, message, tmp_path):
+    save_family("llama", tmp_path)
+    (tmp_path / "generation_config.json").write_text(text)
+    with pytest.raises(CheckpointError, match=message):
+        engine.load(tmp_path, device="cpu")
+
+
+def test_stop_tokens_that_the_model_cannot_write_are_left_out(tmp_path):
+    save_family("llama", tmp_path)
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [32000, 257]}')
+    model = engine.load(tmp_path, device="cpu")
+    assert model.options.stop_tokens == (257,)
+    assert len(model.generate([[1, 2]], max_new_tokens=3, min_new_tokens=3)[0].tokens) == 3

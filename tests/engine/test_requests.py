@@ -35,6 +35,7 @@ def model(tmp_path_factory):
         ([[1]], {"bad_words": ((1,) * 9,)}, "has 9 tokens; at most 8"),
         ([[1]], {"bad_words": ((-4,),)}, "token -4 of a bad word"),
         ([[1]], {"beams": 2, "temperature": 1.0}, "beam search samples nothing"),
+        ([[1]], {"seed": 1 << 70}, "seed is 1180591620717411303424: it must lie between"),
         ([[1]], {"lookup": 3, "temperature": 1.0}, "lookup checks drafts greedily"),
     ],
 )
@@ -69,7 +70,7 @@ def test_a_prompt_in_chunks_is_the_prompt(family, chunk, tmp_path):
     model, _ = tiny(tmp_path, family, sliding_window=8)
     prompt = list(range(3, 35))
     with torch.inference_mode():
-        cache = model.make_cache(2, len(prompt))
+        cache = model.spaces.make_cache(2, len(prompt))
         parts = [model.decoder.logits(h) for h in read_prompt(model.decoder, cache, 1, prompt, chunk=chunk)]
     torch.testing.assert_close(torch.cat(parts), model.logits([prompt])[0], atol=2e-5, rtol=1e-4)
 

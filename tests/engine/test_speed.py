@@ -8,7 +8,8 @@ from click.testing import CliRunner
 
 from lowbit.commands.quantize_bench import bench
 from lowbit.engine.decoder import Decoder
-from lowbit.engine.engine import Engine, Options
+from lowbit.engine.engine import Engine
+from lowbit.engine.options import Options
 from lowbit.engine.shapes import SHAPES, decoder_shape, random_weights
 from lowbit.engine.speed import measure, step_bytes
 from tests.builders import save_family
