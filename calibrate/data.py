@@ -4,7 +4,7 @@
     source  := name [":" config] [":" split] [":" windows]
 
     builtin                                CPython's English documentation, in every Python: no network, no package
-    notes.txt chats.jsonl rows.parquet     a local .txt, .jsonl, .json, .parquet or .csv file
+    notes.txt chats.jsonl rows.csv.gz      a local .txt, .jsonl, .json, .parquet or .csv file, compressed or not
     org/name:config:split                  a data set on the hub, streamed; `split` is `train` where nothing is said
     builtin:64,chats.jsonl:64              a mixture; a bare number says how many windows a source gives
 
@@ -12,8 +12,7 @@ A single word after a hub id is a split where it begins like one (train, validat
 `config=`, `split=` and `num=` say it outright. Sources without a number share what `num_samples` leaves; where every
 source has its own number, those decide. Colons inside brackets belong to the split: `org/name:train[:1000]`.
 
-The text is the column that the caller names, else the first of TEXT_COLUMNS, else the only column of strings. Chats
-(`messages` of role and content, `conversations` of from and value) go through the tokenizer's chat template.
+`calibrate/tables.py` says what files hold rows, `calibrate/documents.py` what is taken for the text of one.
 """
 
 import hashlib
@@ -21,28 +20,25 @@ import os
 import re
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from lowbit.calibrate.documents import SEPARATOR, Reading, documents
+from lowbit.calibrate.tables import COMPRESSED, TABLES, Numbered, hub_rows, kind_of, local_rows, read_utf8
 from lowbit.errors import DatasetError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 BUILTIN = "builtin"
-TABLES = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 SUFFIXES = (".txt", *TABLES)
 SPLIT_WORDS = ("train", "valid", "val", "test", "dev", "eval", "all")
-TEXT_COLUMNS = ("text", "messages", "conversations", "content", "document", "article", "code", "sentence")
-CHAT_ROLES = {"human": "user", "gpt": "assistant"}
-SEPARATOR = "\n\n"  # between documents, as the usual perplexity protocol joins them
 CALIBRATION_SHARE = 0.8  # of the builtin topics; the others are never calibrated on
 OVERSAMPLE = 4  # read this many times the tokens needed, where there are so many, and draw from them
 MAX_REUSE = 4  # windows may overlap until a token is seen this often on average
@@ -62,18 +58,19 @@ class DatasetSpec:
     samples: int | None = None
 
     @property
-    def suffix(self) -> str:
-        return Path(self.name).suffix.lower()
+    def kind(self) -> str:
+        """The ending that says what a file of that name holds."""
+        return kind_of(self.name)
 
     @property
     def is_table(self) -> bool:
         """Whether rows and columns are expected of it: everything but the builtin text and text files."""
-        return self.name != BUILTIN and self.suffix != ".txt"
+        return self.name != BUILTIN and self.kind != ".txt"
 
     @property
     def label(self) -> str:
         """The name for people: no directories, which are nobody's business in a published recipe."""
-        name = Path(self.name).name if self.suffix in SUFFIXES else self.name
+        name = Path(self.name).name if self.kind in SUFFIXES else self.name
         return ":".join(filter(None, (name, self.config, self.split)))
 
 
@@ -83,10 +80,12 @@ class CalibrationSet:
 
     ids     (samples, seqlen) int64
     source  for people: each source with its windows, and whether they overlap
+    readings  what became of the rows of each source
     """
 
     ids: Tensor
     source: str
+    readings: tuple[Reading, ...] = ()
 
     @property
     def tokens(self) -> int:
@@ -127,14 +126,17 @@ def calibration_tokens(
     if text_column is not None and not any(part.is_table for part in parts):
         raise DatasetError(f"{spec}: plain text has no column {text_column!r}; leave the text column out")
     generator = torch.Generator().manual_seed(seed)
-    windows, sources = [], []
+    windows, sources, readings = [], [], []
     for part in parts:
-        documents = shuffled_documents(part, tokenizer, generator, text_column)
-        ids, source = draw(part, documents, tokenizer, seqlen, generator)
+        reading = Reading(part.label)
+        texts = shuffled_documents(part, tokenizer, generator, reading, text_column)
+        ids, source = draw(part, texts, reading, tokenizer, seqlen, generator)
         windows.append(ids)
         sources.append(source)
+        readings.append(reading)
     ids = torch.cat(windows)
-    return CalibrationSet(ids[torch.randperm(len(ids), generator=generator)].contiguous(), " + ".join(sources))
+    shuffled = ids[torch.randperm(len(ids), generator=generator)].contiguous()
+    return CalibrationSet(shuffled, " + ".join(sources), tuple(readings))
 
 
 # What was asked.
@@ -156,7 +158,7 @@ def parse_dataset(item: str) -> DatasetSpec:
     part = DatasetSpec(name)
     for position, field in enumerate(fields):
         part = with_field(part, field.strip(), item, last=position == len(fields) - 1)
-    if (part.config or part.split) and (name == BUILTIN or part.suffix in SUFFIXES):
+    if (part.config or part.split) and (name == BUILTIN or part.kind in SUFFIXES):
         raise DatasetError(f"dataset {item!r}: {name} has no configs or splits, only a number of windows, as {name}:64")
     return part
 
@@ -240,12 +242,16 @@ def squeeze(text: str) -> str:
 
 
 def shuffled_documents(
-    part: DatasetSpec, tokenizer: "PreTrainedTokenizerBase", generator: torch.Generator, text_column: str | None
+    part: DatasetSpec,
+    tokenizer: "PreTrainedTokenizerBase",
+    generator: torch.Generator,
+    reading: Reading,
+    text_column: str | None,
 ) -> Iterator[str]:
     """The texts of one source in a seeded order; chats are rendered."""
     if part.is_table:
         seed = int(torch.randint(2**31, (1,), generator=generator))
-        yield from table_documents(part, tokenizer, seed, text_column)
+        yield from documents(table_rows(part, seed), tokenizer, reading, text_column)
     else:
         texts = builtin_documents("calibration") if part.name == BUILTIN else text_pieces(Path(part.name))
         yield from (texts[index] for index in torch.randperm(len(texts), generator=generator))
@@ -253,12 +259,7 @@ def shuffled_documents(
 
 def text_pieces(path: Path) -> list[str]:
     """The text file cut at line ends into pieces of about PIECE_CHARS characters."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise DatasetError(f"cannot read {path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise DatasetError(f"{path} is no UTF-8 text (byte {error.start}); convert it first") from error
+    text = read_utf8(path)
     pieces, start = [], 0
     while start < len(text):
         end = text.find("\n", start + PIECE_CHARS) + 1 or len(text)
@@ -267,33 +268,15 @@ def text_pieces(path: Path) -> list[str]:
     return pieces
 
 
-def table_documents(
-    part: DatasetSpec, tokenizer: "PreTrainedTokenizerBase", seed: int, text_column: str | None
-) -> Iterator[str]:
-    """The text of every row of a table, shuffled by `seed`."""
-    rows = table_rows(part, seed)
-    first = next(rows, None)
-    if first is None:
-        raise DatasetError(f"{part.label} has no rows; pass another file or split")
-    column = choose_column(first, text_column, part.label)
-    for row in chain([first], rows):
-        yield row_text(row.get(column), tokenizer, f"{part.label}, column {column!r}")
-
-
-def table_rows(part: DatasetSpec, seed: int) -> Iterator[dict[str, Any]]:
-    """The rows of a local file or a hub data set through `datasets`, shuffled. DatasetError where it cannot be read."""
-    import datasets
+def table_rows(part: DatasetSpec, seed: int) -> Iterator[Numbered]:
+    """The rows of a local file or a hub data set, shuffled. DatasetError where it cannot be read."""
+    if part.kind in TABLES or os.path.exists(part.name):
+        yield from local_rows(local_table(part), seed)
+        return
     from datasets.exceptions import DatasetsError
 
     try:
-        if part.suffix in TABLES or os.path.exists(part.name):
-            table = load_local(part)
-        else:  # streamed, because C4 has 300 GB; offline there is only what an earlier download left in the cache
-            streaming = not datasets.config.HF_HUB_OFFLINE
-            table = datasets.load_dataset(part.name, part.config, split=part.split or "train", streaming=streaming)
-        yield from table.shuffle(seed=seed)
-    except DatasetError:
-        raise
+        yield from hub_rows(part.name, part.config, part.split or "train", seed)
     except (OSError, ValueError, RuntimeError, StopIteration, DatasetsError) as error:  # StopIteration: no rows at all
         reason = " ".join(str(error).split())[:400]
         raise DatasetError(
@@ -302,79 +285,19 @@ def table_rows(part: DatasetSpec, seed: int) -> Iterator[dict[str, Any]]:
         ) from error
 
 
-def load_local(part: DatasetSpec) -> Any:
-    """The rows of the local file `part.name` as a datasets.Dataset."""
-    import datasets
-
+def local_table(part: DatasetSpec) -> Path:
+    """The file `part.name`. DatasetError where it is none, or none that is read."""
     path = Path(part.name)
     if path.is_dir():
         raise DatasetError(f"{path} is a directory; name the file in it")
     if not path.is_file():
         raise DatasetError(f"no such file: {path}")
-    if path.stat().st_size == 0:
-        raise DatasetError(f"{path} is empty")
-    if part.suffix not in TABLES:
-        raise DatasetError(f"{path}: cannot tell what it holds by its name; the endings read are {', '.join(SUFFIXES)}")
-    with quiet_datasets():
-        return datasets.load_dataset(TABLES[part.suffix], data_files=str(path), split="train")
-
-
-@contextmanager
-def quiet_datasets() -> Iterator[None]:
-    """`datasets` without its progress bars, restored afterwards."""
-    from datasets.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
-
-    were_disabled = are_progress_bars_disabled()
-    disable_progress_bars()
-    try:
-        yield
-    finally:
-        if not were_disabled:
-            enable_progress_bars()
-
-
-def choose_column(row: dict[str, Any], wanted: str | None, label: str) -> str:
-    """The column that holds the text. DatasetError, with the columns there are, where that is not clear."""
-    columns = ", ".join(row)
-    if wanted is not None:
-        if wanted not in row:
-            raise DatasetError(f"{label} has no column {wanted!r}; its columns are: {columns}")
-        return wanted
-    strings = [name for name, value in row.items() if isinstance(value, str)]
-    found = [name for name in TEXT_COLUMNS if name in row] or strings
-    if not found or (found is strings and len(strings) > 1):
-        raise DatasetError(f"{label}: which column is the text? Name one of: {columns}")
-    return found[0]
-
-
-def row_text(value: Any, tokenizer: "PreTrainedTokenizerBase", where: str) -> str:
-    """A cell as text: a string as it is, a chat through the template, an empty cell as nothing."""
-    if value is None or isinstance(value, str):
-        return value or ""
-    if isinstance(value, list) and all(isinstance(turn, dict) for turn in value):
-        return chat_text(value, tokenizer, where) if value else ""
-    raise DatasetError(f"{where} holds {type(value).__name__}, neither text nor a chat; name another column")
-
-
-def chat_text(turns: list[dict[str, Any]], tokenizer: "PreTrainedTokenizerBase", where: str) -> str:
-    """The chat as the model sees it. DatasetError where there is no template or it refuses the chat."""
-    if not tokenizer.chat_template:
-        raise DatasetError(f"{where} holds chats, and this tokenizer has no chat template; pass plain text instead")
-    messages = [standard_turn(turn, where) for turn in turns]
-    try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False))
-    except Exception as error:  # a template is a program of the model's, and may raise anything
-        roles = [message["role"] for message in messages]
-        raise DatasetError(f"{where}: the model's chat template refuses a chat with roles {roles}: {error}") from error
-
-
-def standard_turn(turn: dict[str, Any], where: str) -> dict[str, Any]:
-    """One turn as role and content, from that or from ShareGPT's from and value."""
-    if turn.get("role") and "content" in turn:
-        return turn
-    if turn.get("from") and "value" in turn:
-        return {"role": CHAT_ROLES.get(turn["from"], turn["from"]), "content": turn["value"]}
-    raise DatasetError(f"{where}: a turn has {', '.join(turn)}, expected role and content, or from and value")
+    if part.kind not in TABLES:
+        raise DatasetError(
+            f"{path}: cannot tell what it holds by its name; the endings read are {', '.join(SUFFIXES)}, each also "
+            f"behind {', '.join(COMPRESSED)}"
+        )
+    return path
 
 
 # From documents to windows.
@@ -383,6 +306,7 @@ def standard_turn(turn: dict[str, Any], where: str) -> dict[str, Any]:
 def draw(
     part: DatasetSpec,
     documents: Iterable[str],
+    reading: Reading,
     tokenizer: "PreTrainedTokenizerBase",
     seqlen: int,
     generator: torch.Generator,
@@ -392,7 +316,7 @@ def draw(
     bos = leading_bos(tokenizer)
     stream = token_stream(documents, tokenizer, OVERSAMPLE * samples * seqlen)
     length = seqlen - len(bos)
-    require_tokens(part, len(stream), samples, length)
+    require_tokens(reading, len(stream), samples, length)
     windows = cut_windows(stream, samples, length, generator)
     source = f"{part.label} ({samples} windows of {seqlen}"
     if part.name == BUILTIN:
@@ -422,8 +346,8 @@ def token_stream(documents: Iterable[str], tokenizer: "PreTrainedTokenizerBase",
     return torch.tensor(ids, dtype=torch.int64)
 
 
-def require_tokens(part: DatasetSpec, found: int, samples: int, length: int) -> None:
-    """DatasetError where `found` tokens do not make `samples` windows of `length`, even overlapping."""
+def require_tokens(reading: Reading, found: int, samples: int, length: int) -> None:
+    """DatasetError where the `found` tokens do not make `samples` windows of `length`, even overlapping."""
     needed = samples * length
     if found >= length and found * MAX_REUSE >= needed:
         return
@@ -433,8 +357,10 @@ def require_tokens(part: DatasetSpec, found: int, samples: int, length: int) -> 
         advice = f"pass a seqlen of at most {found // 2}, fewer samples, or more text"
     else:
         advice = f"pass at most {found * MAX_REUSE // length} samples, a shorter seqlen, or more text"
+    if reading.skipped:
+        advice += f". {reading.describe()}"
     raise DatasetError(
-        f"{part.label} is too short: {found} tokens found, {needed} needed for {samples} windows of {length} "
+        f"{reading.label} is too short: {found} tokens found, {needed} needed for {samples} windows of {length} "
         f"(overlapping windows would do with {max(length, -(-needed // MAX_REUSE))}); {advice}"
     )
 

@@ -57,7 +57,10 @@ class Job:
         quantized = [spec for name, spec in self.linears.items() if name in self.plan.schemes]
         modules = (self.skeleton.model.get_submodule(spec.placement.parameter.rpartition(".")[0]) for spec in quantized)
         kinds = {type(module) for module in modules}
+        seqlen, positions = self.recipe.seqlen, self.source.positions
         found = {
+            f"calibration windows of {seqlen} tokens are longer than the {positions} positions that the model was made "
+            "for: what it computes beyond them is not what it does in use": seqlen > (positions or seqlen),
             "this family stores its weights transposed (Conv1D), which compressed-tensors readers do not know: "
             "lowbit reads the checkpoint, transformers and vLLM will not": any(spec.transposed for spec in quantized),
             "transformers needs CompressedTensorsConfig(dequantize=True) to load it: this family's linears are a class "

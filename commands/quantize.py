@@ -124,6 +124,7 @@ def _list_methods(context: click.Context, option: click.Parameter, wanted: bool)
     help=f"What to measure then: {', '.join(MEASURES)}. A report is written too.",
 )
 @click.option("--dry-run", is_flag=True, help="Say what would be done, and stop before reading a weight.")
+@click.option("--verbose", "-v", is_flag=True, help="Name every row of a dataset that is skipped.")
 @click.option("--resume", is_flag=True, help="Go on where an interrupted run to the same output stopped.")
 @click.option("--overwrite", is_flag=True, help="Replace an output directory that is not empty.")
 @click.option("--trust-remote-code", is_flag=True, help="Run Python code that the model brings.")
@@ -154,6 +155,7 @@ def quantize(
         return
     with ranks.leader_first():
         calibration = _calibration(recipe, source)
+    _print_readings(console, calibration, flags["verbose"])
     if recipe.target_bits is not None and calibration is not None:
         with console.status("measuring what each scheme costs"):
             job = spend(job, calibration)
@@ -210,6 +212,7 @@ def _calibration(recipe: Recipe, source: Source) -> CalibrationSet | None:
     tokens = calibration_tokens(
         recipe.dataset, source.tokenizer(), recipe.num_samples, recipe.seqlen, recipe.seed, recipe.text_column
     )
+    source.require_known(tokens.ids)
     if recipe.calibration_sha256 not in (None, tokens.sha256):
         click.echo(
             f"Warning: the recipe was made with calibration tokens {recipe.calibration_sha256}, these are "
@@ -217,6 +220,14 @@ def _calibration(recipe: Recipe, source: Source) -> CalibrationSet | None:
             err=True,
         )
     return tokens
+
+
+def _print_readings(console: Console, calibration: CalibrationSet | None, verbose: bool) -> None:
+    for reading in calibration.readings if calibration else ():
+        if text := reading.describe():
+            console.print(f"  note: {text}", markup=False)
+        for line in reading.skipped if verbose else ():
+            console.print(f"  {reading.label}, {line}", markup=False)
 
 
 def _print_plan(console: Console, job: Job) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -43,6 +44,25 @@ class Source:
             raise CheckpointError(
                 f"{self.directory}: no tokenizer that transformers can load ({_line(error)})"
             ) from error
+
+    @property
+    def vocabulary(self) -> int:
+        """Outputs of the model's head, as config.json says."""
+        return int(self.config.get_text_config().vocab_size)
+
+    @property
+    def positions(self) -> int | None:
+        """Positions that the model was made for, as config.json says; None where it says nothing."""
+        return getattr(self.config.get_text_config(), "max_position_embeddings", None)
+
+    def require_known(self, ids: Tensor) -> None:
+        """CheckpointError where a token id is none of the model's."""
+        wrong = ids[(ids < 0) | (ids >= self.vocabulary)]
+        if len(wrong):
+            raise CheckpointError(
+                f"token {int(wrong[0])} is none of the model's {self.vocabulary}: the tokenizer in {self.directory} is "
+                "larger than the model; put the model's own there"
+            )
 
 
 def open_source(name: str, trust_remote_code: bool = False, revision: str | None = None) -> Source:

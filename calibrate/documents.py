@@ -1,0 +1,291 @@
+"""From the rows of a table to texts: which columns hold them, and how a chat is rendered.
+
+The text is the column that the caller names, else the first of TEXT_COLUMNS that the rows have, else a question and
+its answer (QUESTIONS, ANSWERS), else the only column with words in it. A text is a string, or a chat: turns of role and
+content, or of from and value. Chats go through the tokenizer's chat template, with the row's `tools`; a question and
+its answer do too where there is a template. A row without a text is passed over; one that cannot be rendered is skipped
+and counted in a Reading.
+"""
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import chain, islice
+from typing import TYPE_CHECKING, Any
+
+from lowbit.calibrate.tables import BadRow, Numbered, Row
+from lowbit.errors import DatasetError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+TEXT_COLUMNS = (
+    *("text", "messages", "conversations", "conversation", "content", "document", "article", "code", "sentence"),
+)
+QUESTIONS = ("instruction", "question", "prompt", "query", "problem")
+ANSWERS = ("output", "response", "answer", "completion", "solution")
+CONTEXTS = ("input", "context")  # what a question is asked of
+SYSTEMS = ("system", "system_prompt")
+ROLES = {"human": "user", "prompter": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant"}
+SAMPLE = 64  # rows that are looked at before the columns are chosen
+MOST_BAD = 1000  # rows without a good one among them, before a source is given up
+PROBE = "calibration"
+SEPARATOR = "\n\n"  # between documents, as the usual perplexity protocol joins them, and between parts of one
+
+
+@dataclass
+class Reading:
+    """What became of a source's rows so far.
+
+    label    what people call the source
+    rows     read
+    skipped  a line for each that could not be used: which, and why
+    folded   chats whose system turn the template refuses, and that were rendered with it in the user's first
+    """
+
+    label: str
+    rows: int = 0
+    skipped: list[str] = field(default_factory=list)
+    folded: int = 0
+
+    def describe(self) -> str:
+        """What a user should know, in a line; empty where there is nothing."""
+        parts = []
+        if self.skipped:
+            parts.append(f"{len(self.skipped)} of {self.rows} rows read skipped ({self.skipped[0]})")
+        if self.folded:
+            parts.append(f"{self.folded} system turns, which the chat template refuses, put into the user's")
+        return f"{self.label}: {'; '.join(parts)}" if parts else ""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Which columns hold the text: one, or a question's and its answer's, with what may stand beside them."""
+
+    text: str | None = None
+    question: str = ""
+    answer: str = ""
+    context: str | None = None
+    system: str | None = None
+
+    @property
+    def label(self) -> str:
+        """For people."""
+        return f"column {self.text!r}" if self.text else f"columns {self.question!r} and {self.answer!r}"
+
+
+def documents(
+    rows: Iterable[Numbered],
+    tokenizer: "PreTrainedTokenizerBase",
+    reading: Reading,
+    text_column: str | None = None,
+) -> Iterator[str]:
+    """The texts of the rows of a source, in their order; `reading` is told what becomes of them.
+
+    DatasetError where there are no rows, where no column is the text's, or where none of the rows can be used.
+    """
+    label, remaining = reading.label, iter(rows)
+    sample, merged = _sample(remaining)
+    if not sample:
+        raise DatasetError(f"{label} has no rows; pass another file or split")
+    layout = choose_layout(merged, text_column, label) if merged else Layout("text")
+    template = ChatTemplate(tokenizer, f"{label}, {layout.label}", reading)
+    for number, row in chain(sample, remaining):
+        reading.rows += 1
+        try:
+            if isinstance(row, BadRow):
+                raise row
+            text = row_text(row, layout, template)
+            text.encode()  # ValueError where it holds half of a surrogate pair
+            yield text
+        except DatasetError:
+            raise
+        except ValueError as error:
+            reading.skipped.append(f"row {number}: {error}")
+        if len(reading.skipped) == reading.rows == MOST_BAD:
+            break
+    if len(reading.skipped) == reading.rows:
+        raise DatasetError(f"{label}, {layout.label}: none of {reading.rows} rows can be used; {reading.skipped[0]}")
+
+
+def _sample(rows: Iterator[Numbered]) -> tuple[list[Numbered], Row]:
+    """The first rows, as many as it takes to see a text, and from each column the first value that may be one."""
+    sample: list[Numbered] = []
+    merged: Row = {}
+    while len(sample) < MOST_BAD and (batch := list(islice(rows, SAMPLE))):
+        sample += batch
+        for row in (row for _, row in batch if isinstance(row, dict)):
+            merged |= {name: value for name, value in row.items() if not is_text(merged.get(name))}
+        if any(map(is_text, merged.values())):
+            break
+    return sample, merged
+
+
+def is_text(value: Any) -> bool:
+    """Whether a cell may be a text or a chat."""
+    if isinstance(value, str):
+        return bool(value.strip())
+    return isinstance(value, list) and bool(value) and all(isinstance(turn, dict) for turn in value)
+
+
+def choose_layout(row: Row, wanted: str | None, label: str) -> Layout:
+    """Which columns hold the text, by one row. DatasetError, with the columns there are, where that is not clear."""
+    columns = ", ".join(row)
+    if wanted is not None:
+        if wanted not in row:
+            raise DatasetError(f"{label} has no column {wanted!r}; its columns are: {columns}")
+        return Layout(wanted)
+
+    def first(names: Iterable[str]) -> str | None:
+        return next((name for name in names if is_text(row.get(name))), None)
+
+    text, question, answer = first(TEXT_COLUMNS), first(QUESTIONS), first(ANSWERS)
+    if text is None and question and answer:
+        return Layout(None, question, answer, first(CONTEXTS), first(SYSTEMS))
+    strings = [name for name, value in row.items() if isinstance(value, str) and value.strip()]
+    worded = [name for name in strings if any(map(str.isalpha, row[name]))] or strings  # a table's ids may be strings
+    if text is None and len(worded) != 1:
+        raise DatasetError(f"{label}: which column is the text? Name one of: {columns}")
+    return Layout(text or worded[0])
+
+
+def row_text(row: Row, layout: Layout, template: "ChatTemplate") -> str:
+    """The text of a row, empty where its cells are. BadRow where they hold neither text nor a chat."""
+    if layout.text is None:
+        return exchange_text(row, layout, template)
+    value = row.get(layout.text)
+    return value if isinstance(value, str) else template.render(turns_of(value, "user"), row.get("tools"))
+
+
+def exchange_text(row: Row, layout: Layout, template: "ChatTemplate") -> str:
+    """The text of a question and its answer: a chat where there is a template for one. Empty where either is."""
+    question, answer = turns_of(row.get(layout.question), "user"), turns_of(row.get(layout.answer), "assistant")
+    if not question or not answer:
+        return ""
+    context = content_text(row.get(layout.context or ""))
+    if context:
+        question[-1]["content"] += SEPARATOR + context
+    turns = turns_of(row.get(layout.system or ""), "system") + question + answer
+    if template.missing:
+        return SEPARATOR.join(turn["content"] for turn in turns)
+    return template.render(turns, row.get("tools"))
+
+
+def turns_of(value: Any, role: str) -> list[dict[str, Any]]:
+    """A cell as turns of role and content; a string is one of `role`. BadRow where it is neither."""
+    if value is None or value == "" or value == []:
+        return []
+    if isinstance(value, str):
+        return [{"role": role, "content": value}]
+    if isinstance(value, list) and all(isinstance(turn, dict) for turn in value):
+        return [standard_turn(turn) for turn in value]
+    raise BadRow(f"holds {type(value).__name__}, neither text nor a chat; name another column")
+
+
+def standard_turn(turn: dict[str, Any]) -> dict[str, Any]:
+    """One turn as role and content, from that or from ShareGPT's from and value; what else it holds stays."""
+    for who, said in (("role", "content"), ("from", "value")):
+        if isinstance(turn.get(who), str) and turn[who] and said in turn:
+            rest = without_nulls({key: value for key, value in turn.items() if key not in (who, said)})
+            called = turn[said] is None and rest.get("tool_calls")  # and says nothing
+            content = None if called else content_text(turn[said])
+            return {"role": ROLES.get(turn[who], turn[who]), "content": content, **rest}
+    raise BadRow(f"a turn has {', '.join(turn)}, expected role and content, or from and value")
+
+
+def content_text(content: Any) -> str:
+    """The text of a turn's content, which may come as a list of parts. BadRow where a part is no text."""
+    if content is None or isinstance(content, str):
+        return content or ""
+    if isinstance(content, list):
+        return "\n".join(map(_part_text, content))
+    raise BadRow(f"a turn's content is {type(content).__name__}, expected text")
+
+
+def _part_text(part: Any) -> str:
+    if isinstance(part, dict) and isinstance(part.get("text"), str) and part.get("type", "text") == "text":
+        return str(part["text"])
+    if isinstance(part, str):
+        return part
+    kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+    raise BadRow(f"a turn holds a part of type {kind}, and only text is read")
+
+
+def without_nulls(value: Any) -> Any:
+    """`value` without the keys that hold nothing, which tables add to make all rows alike."""
+    if isinstance(value, dict):
+        return {key: without_nulls(inner) for key, inner in value.items() if inner is not None}
+    return [without_nulls(inner) for inner in value] if isinstance(value, list) else value
+
+
+class ChatTemplate:
+    """A tokenizer's chat template, for the chats of the source called `label`."""
+
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase", label: str, reading: Reading) -> None:
+        self.tokenizer, self.label, self.reading = tokenizer, label, reading
+
+    @property
+    def missing(self) -> bool:
+        """Whether there is none."""
+        return not self.tokenizer.chat_template
+
+    @cached_property
+    def wants_parts(self) -> bool:
+        """Whether it reads a turn's content as a list of parts alone, as those of models that see images may."""
+        return not self._shows(PROBE) and self._shows(as_parts(PROBE))
+
+    def render(self, turns: list[dict[str, Any]], tools: Any = None) -> str:
+        """The chat as the model sees it, empty where it has no turns.
+
+        A system turn that the template refuses goes into the user's that follows. BadRow where it refuses more than
+        that, DatasetError where there is no template.
+        """
+        if not turns:
+            return ""
+        if self.missing:
+            raise DatasetError(f"{self.label}: holds chats, and this tokenizer has no chat template; pass plain text")
+        tools = tools_of(tools)
+        try:
+            return self._apply(turns, tools)
+        except BadRow:
+            if [turn["role"] for turn in turns[:2]] != ["system", "user"]:
+                raise
+        content = SEPARATOR.join(filter(None, (turn["content"] for turn in turns[:2])))
+        text = self._apply([turns[1] | {"content": content}, *turns[2:]], tools)
+        self.reading.folded += 1
+        return text
+
+    def _apply(self, turns: list[dict[str, Any]], tools: list[Any] | None) -> str:
+        if self.wants_parts:
+            turns = [turn | {"content": as_parts(turn["content"] or "")} for turn in turns]
+        return self._rendered(turns, tools)
+
+    def _shows(self, content: Any) -> bool:
+        try:
+            return PROBE in self._rendered([{"role": "user", "content": content}], None)
+        except BadRow:
+            return False
+
+    def _rendered(self, turns: list[dict[str, Any]], tools: list[Any] | None) -> str:
+        try:
+            return str(self.tokenizer.apply_chat_template(turns, tools=tools, tokenize=False))
+        except Exception as error:  # a template is a program of the model's, and may raise anything
+            roles = [turn["role"] for turn in turns]
+            raise BadRow(f"the model's chat template refuses a chat with roles {roles}: {error}") from error
+
+
+def as_parts(text: str) -> list[dict[str, str]]:
+    """A turn's content as a list of one part."""
+    return [{"type": "text", "text": text}]
+
+
+def tools_of(value: Any) -> list[Any] | None:
+    """The tools that a row offers, which may come as JSON text; None for none. BadRow where they are no list."""
+    if isinstance(value, str) and value:
+        value = json.loads(value)
+    if not value:
+        return None
+    if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
+        raise BadRow("its tools are no list of objects")
+    return [without_nulls(tool) for tool in value]

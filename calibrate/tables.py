@@ -1,0 +1,273 @@
+"""The rows of a local table, in the file's order or a seeded one, and of a data set on the hub.
+
+    .jsonl             a JSON value a line
+    .json              one list of rows, alone or in an object ({"data": [...]}); or lines, as .jsonl
+    .csv               a line of names, then rows
+    .parquet
+    .gz, .zst, .bz2    behind any of them: compressed
+
+A row is an object, a string (a text) or a list of objects (a chat). One that cannot be read comes as a BadRow in its
+place and ends nothing. Nothing is written but a temporary file for what was compressed.
+"""
+
+import csv
+import json
+import shutil
+import sys
+import tempfile
+from array import array
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import accumulate
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import pyarrow
+from pyarrow import parquet
+
+from lowbit.errors import DatasetError
+
+TABLES = (".jsonl", ".json", ".parquet", ".csv")
+COMPRESSED = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}
+ROWS_NAMES = ("data", "train", "rows")  # of the list of rows, where an object holds several lists
+
+Row = dict[str, Any]
+
+
+class BadRow(ValueError):
+    """A row that is no use: the message says why."""
+
+
+Numbered = tuple[int, Row | BadRow]  # a row's number, from 1, and the row
+
+
+def kind_of(name: str) -> str:
+    """The ending that says what a file holds: that of the name without the ending of a compression."""
+    path = Path(name)
+    return Path(path.stem if path.suffix.lower() in COMPRESSED else path.name).suffix.lower()
+
+
+def open_bytes(path: Path) -> IO[bytes]:
+    """The file's bytes, decompressed where its name says so. DatasetError where they cannot be had."""
+    try:
+        if path.suffix.lower() not in COMPRESSED:
+            return path.open("rb")
+        file: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115, closed by the caller
+        with pyarrow.input_stream(str(path), compression=COMPRESSED[path.suffix.lower()]) as stream:
+            shutil.copyfileobj(stream, file)
+        file.seek(0)
+        return file
+    except OSError as error:
+        raise DatasetError(f"cannot read {path}: {error.strerror or error}") from error
+
+
+def read_utf8(path: Path) -> str:
+    """The text of a file. DatasetError where it cannot be read or is no UTF-8."""
+    try:
+        with open_bytes(path) as file:
+            return file.read().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise DatasetError(f"{path} is no UTF-8 text (byte {error.start}); convert it first") from error
+
+
+def local_rows(path: Path, seed: int | None) -> Iterator[Numbered]:
+    """Every row of the table in `path`, shuffled by `seed`, or in the file's order where that is None.
+
+    DatasetError where the file is none of those that the module's docstring lists.
+    """
+    with open_bytes(path) as file:
+        if not file.read(1):
+            raise DatasetError(f"{path} is empty")
+        file.seek(0)
+        table = _open_table(path, file)
+        for index in table.order(None if seed is None else np.random.default_rng(seed)):
+            try:
+                row: Row | BadRow = as_row(table[index])
+            except (ValueError, RecursionError, csv.Error) as error:
+                row = BadRow(str(error))
+            yield index + 1, row
+
+
+def hub_rows(name: str, config: str | None, split: str, seed: int) -> Iterator[Numbered]:
+    """The rows of a data set on the hub in a seeded order, streamed, because C4 has 300 GB.
+
+    Offline there is only what an earlier download left in the cache.
+    """
+    import datasets
+
+    streaming = not datasets.config.HF_HUB_OFFLINE
+    table = datasets.load_dataset(name, config, split=split, streaming=streaming)
+    yield from enumerate(table.shuffle(seed=seed), 1)
+
+
+def as_row(value: Any) -> Row:
+    """A JSON value as a row. BadRow where it is none."""
+    if isinstance(value, dict):
+        return value
+    if isinstance(value, str):
+        return {"text": value}
+    if isinstance(value, list) and value and all(isinstance(turn, dict) for turn in value):
+        return {"messages": value}
+    raise BadRow(f"a JSON {type(value).__name__}, expected an object")
+
+
+class _Table:
+    """Rows that are read when they are asked for."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def order(self, generator: np.random.Generator | None) -> Iterator[int]:
+        """Every row's index, shuffled where there is a generator."""
+        yield from range(self.size) if generator is None else map(int, generator.permutation(self.size))
+
+    def __getitem__(self, index: int) -> Any:
+        raise NotImplementedError
+
+
+class _Listed(_Table):
+    """Rows in memory."""
+
+    def __init__(self, rows: Sequence[Any]) -> None:
+        super().__init__(len(rows))
+        self._rows = rows
+
+    def __getitem__(self, index: int) -> Any:
+        return self._rows[index]
+
+
+class _Records(_Table):
+    """Records of a file, each read by `read` from where it begins."""
+
+    def __init__(self, file: IO[bytes], starts: Sequence[int], read: Callable[[IO[bytes]], Any]) -> None:
+        super().__init__(len(starts))
+        self._file, self._starts, self._read = file, starts, read
+
+    def __getitem__(self, index: int) -> Any:
+        self._file.seek(self._starts[index])
+        return self._read(self._file)
+
+
+class _Parquet(_Table):
+    """A row group in memory at a time: groups are shuffled, then the rows in each."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = parquet.ParquetFile(file)
+        sizes = [self._file.metadata.row_group(group).num_rows for group in range(self._file.num_row_groups)]
+        self._firsts = [0, *accumulate(sizes)]
+        self._group, self._rows = -1, pyarrow.table({})
+        super().__init__(self._firsts[-1])
+
+    def order(self, generator: np.random.Generator | None) -> Iterator[int]:
+        groups = len(self._firsts) - 1
+        for group in range(groups) if generator is None or groups == 1 else map(int, generator.permutation(groups)):
+            first, size = self._firsts[group], self._firsts[group + 1] - self._firsts[group]
+            yield from (first + row for row in _Table(size).order(generator))
+
+    def __getitem__(self, index: int) -> Any:
+        group = bisect_right(self._firsts, index) - 1
+        if self._group != group:
+            self._group, self._rows = group, self._file.read_row_group(group)
+        return self._rows.slice(index - self._firsts[group], 1).to_pylist()[0]
+
+
+def _open_table(path: Path, file: IO[bytes]) -> _Table:
+    kind = kind_of(path.name)
+    opened = {".parquet": _Parquet, ".csv": _csv, ".jsonl": _lines, ".json": _document}
+    try:
+        return opened[kind](file)
+    except (ValueError, RecursionError, pyarrow.ArrowException, csv.Error, OSError) as error:
+        raise DatasetError(f"cannot read {path} as {kind[1:]}: {' '.join(str(error).split())[:300]}") from error
+
+
+def _lines(file: IO[bytes]) -> _Table:
+    """A row a line; lines of spaces are none."""
+    starts, position = array("q"), 0
+    for line in file:
+        if not line.isspace():
+            starts.append(position)
+        position += len(line)
+    return _Records(file, starts, _json_line)
+
+
+def _json_line(file: IO[bytes]) -> Any:
+    try:
+        return json.loads(file.readline())
+    except ValueError as error:
+        raise BadRow(f"not JSON ({error})") from error
+
+
+def _document(file: IO[bytes]) -> _Table:
+    """The rows of one JSON value, or of lines where the file has several."""
+    try:
+        value = json.load(file)
+    except ValueError:
+        file.seek(0)
+        lines = _lines(file)
+        lines[0]
+        return lines
+    if isinstance(value, dict):
+        value = next((value[name] for name in ROWS_NAMES if isinstance(value.get(name), list)), [value])
+    return _Listed(value if isinstance(value, list) else [value])
+
+
+def _csv(file: IO[bytes]) -> _Table:
+    """A row a record: quoted fields may hold line ends. The first record has the names."""
+    starts, end = array("q"), 0
+
+    def lines() -> Iterator[str]:
+        nonlocal end
+        for line in file:
+            end += len(line)
+            yield line.decode("utf-8", "surrogateescape")
+
+    with _long_fields():
+        begin = 0
+        for record in csv.reader(lines()):
+            if record:
+                starts.append(begin)
+            begin = end
+    if not starts:
+        return _Listed([])
+    _require_closed(file, starts[-1])
+    file.seek(starts[0])
+    names = _record(file)
+    names[:1] = [name.removeprefix("\ufeff") for name in names[:1]]
+
+    def read(file: IO[bytes]) -> Row:
+        fields = _record(file)
+        if len(fields) > len(names):
+            raise BadRow(f"{len(fields)} fields, but {len(names)} names in the first line")
+        return dict(zip(names, fields, strict=False))
+
+    return _Records(file, starts[1:], read)
+
+
+def _require_closed(file: IO[bytes], last: int) -> None:
+    """Raise csv.Error where the record at `last` opens a quote that nothing closes, and so took all that follows."""
+    file.seek(last)
+    try:
+        _record(file)
+    except UnicodeDecodeError:
+        return
+    except csv.Error as error:
+        if "unexpected end" in str(error):
+            raise
+
+
+def _record(file: IO[bytes]) -> list[str]:
+    """The fields of the record that begins at the file's position."""
+    with _long_fields():
+        return next(csv.reader((line.decode("utf-8") for line in file), strict=True))
+
+
+@contextmanager
+def _long_fields() -> Iterator[None]:
+    """csv without its limit of 128 KB a field, restored afterwards."""
+    limit = csv.field_size_limit(sys.maxsize)
+    try:
+        yield
+    finally:
+        csv.field_size_limit(limit)
