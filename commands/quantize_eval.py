@@ -20,7 +20,7 @@ from lowbit.evaluation.divergence import divergence as compare_distributions
 from lowbit.evaluation.generate import PROMPT, Prompt, continuations, read_prompts, side_by_side
 from lowbit.evaluation.perplexity import Score, describe_difference, difference
 from lowbit.evaluation.perplexity import perplexity as score_text
-from lowbit.evaluation.sandbox import Limits
+from lowbit.evaluation.sandbox import Limits, require_containment
 from lowbit.evaluation.tasks import TaskList, run_tasks
 from lowbit.evaluation.text import Protocol, cut, require_same_tokens
 
@@ -217,11 +217,12 @@ def code(
     """pass@1 on programming problems; the last line is JSON."""
     if not allow_code:
         raise UsageError(
-            "this runs programs that a model writes, limited in time, memory and system calls but with your right to "
-            "read; pass --allow-code if you want that"
+            "this runs programs that a model writes, behind walls (SECURITY.md says what they hold); pass --allow-code "
+            "if you want that"
         )
     session = make_session(options)
     known = read_problems(problems)[:limit]
+    session.console.print(f"programs run behind {', '.join(require_containment())}")
     found = []
     for name in session.models():
         backend = session.open(session.source(name))

@@ -2,7 +2,9 @@
 
 Problems are JSON lines in HumanEval's layout (Chen et al. 2021, section 2): a prompt that ends in a function's
 signature and docstring, tests that define check(candidate), and the function's name. The model completes the prompt
-once, greedily; what it wrote is cut where the function ends and run against the tests in a process of its own.
+once, greedily; what it wrote is cut where the function ends. The program runs in one process and its tests in another,
+which calls the function and compares what comes back: plain values (numbers, texts, bytes, lists, tuples, sets,
+dictionaries, ranges; an iterator as what it yields).
 """
 
 import json
@@ -16,7 +18,7 @@ from lowbit.errors import DatasetError
 from lowbit.evaluation.backend import Backend
 from lowbit.evaluation.journal import Library
 from lowbit.evaluation.perplexity import OnStep, silent
-from lowbit.evaluation.sandbox import Limits, require_containment, run_program
+from lowbit.evaluation.sandbox import Limits, Program, run_program
 
 FIELDS = ("task_id", "prompt", "entry_point", "test")
 # A line that begins at the margin ends the function: what Chen et al. stop at, and a Markdown fence.
@@ -32,9 +34,15 @@ class Problem:
     entry_point: str
     test: str
 
-    def program(self, completion: str) -> str:
-        """The prompt with its completion, then the tests: it ends well where they pass."""
-        return f"{self.prompt}{completion}\n\n{self.test}\n\ncheck({self.entry_point})\n"
+    def program(self, completion: str) -> Program:
+        """The prompt with its completion, and the tests that pass where it is right."""
+        tests = f"{self.test}\n\ncheck({self.entry_point})\n"
+        return Program(self.prompt + completion, self.entry_point, tests, self._helpers())
+
+    def _helpers(self) -> str:
+        """What of the prompt stands before the function: imports, and functions that the tests may call too."""
+        heads = list(re.finditer(rf"^(?:@.*\n)*(?:async )?def {self.entry_point}\b", self.prompt, re.MULTILINE))
+        return self.prompt[: heads[-1].start()] if heads else ""
 
 
 def read_problems(path: Path) -> list[Problem]:
@@ -82,9 +90,8 @@ def solve(
     limits   what each program may use
     library  where finished problems are kept, and found again
     """
-    require_containment()
     facts = {"problems": [vars(problem) for problem in problems], "tokens": tokens, "limits": vars(limits)}
-    journal = (library or Library()).journal("code", [backend], **facts)
+    journal = (library or Library()).journal("programs", [backend], **facts)
     tokenizer = backend.source.tokenizer()
     for index, problem in enumerate(problems):
         on_step(index, len(problems))

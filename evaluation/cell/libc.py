@@ -1,0 +1,32 @@
+"""Functions of the C library and system calls that Python has no name for."""
+
+import ctypes
+import os
+import platform
+from typing import Any
+
+LIBC = ctypes.CDLL(None, use_errno=True)
+# Numbers on x86_64 and aarch64; those of Landlock are the same everywhere.
+PIVOT_ROOT = {"x86_64": 155, "aarch64": 41}
+CAPSET = {"x86_64": 126, "aarch64": 91}
+LANDLOCK_CREATE, LANDLOCK_ADD, LANDLOCK_RESTRICT = 444, 445, 446
+
+
+def call(name: str, *arguments: Any) -> int:
+    """What the C library's function returns. OSError where that is negative."""
+    result = int(getattr(LIBC, name)(*map(_wide, arguments)))
+    if result < 0:
+        number = ctypes.get_errno()
+        raise OSError(number, f"{name}: {os.strerror(number)}")
+    return result
+
+
+def system_call(numbers: dict[str, int] | int, *arguments: Any) -> int:
+    """What a system call returns, `numbers` its number, or that of each machine. OSError where it fails."""
+    number = numbers if isinstance(numbers, int) else numbers.get(platform.machine(), -1)
+    return call("syscall", number, *arguments)
+
+
+def _wide(argument: Any) -> Any:
+    """Integers as whole registers: a variadic function reads 64 bits of each."""
+    return ctypes.c_long(argument) if isinstance(argument, int) else argument
