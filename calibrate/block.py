@@ -12,7 +12,7 @@ from lowbit.calibrate import ranks
 from lowbit.calibrate.capture import SiteStats
 from lowbit.errors import CheckpointError
 from lowbit.export.engines import EXPERT, expert_role
-from lowbit.models.products import LinearInputs, input_rounding, rounded_inputs, taped, weight_view
+from lowbit.models.products import LinearInputs, bias_view, input_rounding, rounded_inputs, taped, weight_view
 from lowbit.models.skeleton import Block
 from lowbit.models.walk import Walk
 from lowbit.quant.algos.rotate import rotation, turned_inputs, turned_outputs
@@ -78,6 +78,10 @@ class BlockWork:
         """The running weight (n, k) of `linear`, a view."""
         spec = self.specs[linear]
         return weight_view(self.parameter(spec.placement.parameter), spec)
+
+    def bias(self, linear: str) -> Tensor | None:
+        """The running bias (n,) of `linear`, a view; None where it has none."""
+        return bias_view(self.parameter, self.specs[linear])
 
     def use(self, weights: dict[str, QTensor]) -> None:
         """Let the module compute with `weights`."""
@@ -197,9 +201,9 @@ class BlockWork:
         """Rotate the producer's outputs within `heads`, its consumer's inputs with them; statistics come later."""
         assert not self.stats, "rotations come before statistics"
         producer, matrix = heads.fold.producer, rotation(heads.channels.shape[1])
-        bias = self.specs[producer].bias
+        bias = self.bias(producer)
         if bias is not None:
-            self.parameter(bias).copy_(turned_outputs(self.parameter(bias).float(), heads.channels, matrix))
+            bias.copy_(turned_outputs(bias.float(), heads.channels, matrix))
         self.masters[producer] = turned_outputs(self.masters[producer], heads.channels, matrix)
         self.masters[heads.consumer] = turned_inputs(self.masters[heads.consumer], matrix)
         for name in (producer, heads.consumer):
@@ -236,9 +240,9 @@ class BlockWork:
     def _divide_linear(self, fold: Fold, scales: Tensor) -> Tensor:
         self.masters[fold.producer] /= scales[:, None]
         self.weight(fold.producer).copy_(self.masters[fold.producer])
-        bias = self.specs[fold.producer].bias
+        bias = self.bias(fold.producer)
         if bias is not None:
-            self.parameter(bias).copy_(self.parameter(bias).float() / scales)
+            bias.copy_(bias.float() / scales)
         return scales
 
     def output_error(self, name: str, weight: QTensor) -> float | None:

@@ -18,7 +18,8 @@ from lowbit.calibrate.search import FoldSearch
 from lowbit.calibrate.structure import Prober
 from lowbit.calibrate.written import covered
 from lowbit.export.engines import EXPERT
-from lowbit.models.skeleton import Block, LinearSpec, Placement, checked
+from lowbit.models.placement import Placement
+from lowbit.models.skeleton import Block, LinearSpec, checked
 from lowbit.models.walk import Walk
 from lowbit.quant.qtensor import QTensor, round_to_nearest
 
@@ -73,7 +74,8 @@ def _linears_in(block: Block, name: str, placement: Placement) -> list[LinearSpe
 
 def _cut(value: Tensor, placement: Placement, spec: LinearSpec) -> Tensor:
     """The weight (n, k) of `spec` in a file's tensor."""
-    inner = spec.placement.view(value) if placement.expert is None and value.ndim == 3 else value
+    stacked = placement.expert is None and value.ndim == 3
+    inner = spec.placement.view(value.mT if placement.swapped else value) if stacked else value
     return inner.T if spec.transposed else inner
 
 
@@ -203,7 +205,7 @@ def _kept_tensors(job: Job, block: Block, weights: dict[str, QTensor]) -> dict[s
     done = {f"{name}.weight" for name in weights}
     kept = {}
     for name, placement in block.tensors.items():
-        if name in done or covered(block, placement.parameter, weights):
+        if name in done or placement.conversion or covered(block, placement.parameter, weights):
             continue
         owner, _, leaf = placement.parameter.rpartition(".")
         module = job.skeleton.model.get_submodule(owner)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from lowbit.calibrate.capture import sites_of
 from lowbit.export.engines import EXPERT
-from lowbit.models.products import LinearInputs, weight_view
+from lowbit.models.products import LinearInputs, bias_view, weight_view
 from lowbit.models.skeleton import Block
 from lowbit.quant.algos.rotate import rotation, turned_inputs, turned_outputs
 from lowbit.quant.site import Fold, Heads, Site
@@ -85,8 +85,7 @@ class Workbench:
         return weight_view(self.parameter(spec.placement.parameter), spec)
 
     def bias(self, linear: str) -> Tensor | None:
-        name = self._specs[linear].bias
-        return None if name is None else self.parameter(name)
+        return bias_view(self.parameter, self._specs[linear])
 
     def inputs(self, probe: Probe) -> tuple[list[tuple[tuple[str, ...], Tensor]], Tensor]:
         """Every product's names and input, and the output, of one run."""

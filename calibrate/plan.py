@@ -8,7 +8,9 @@ from torch import nn
 
 from lowbit.errors import CheckpointError, RecipeError
 from lowbit.export.engines import fused_set
-from lowbit.models.skeleton import Block, LinearSpec, Skeleton, tensor_of
+from lowbit.export.tensorfile import TensorEntry
+from lowbit.models.placement import stacked_names, tensor_of
+from lowbit.models.skeleton import Block, LinearSpec, Skeleton
 from lowbit.quant.recipe import HEAD, Recipe, nearest
 from lowbit.quant.scheme import Scheme, fitting_group_size, parse_scheme
 
@@ -179,19 +181,35 @@ def _group_sizes(block: Block, wanted: dict[str, Scheme]) -> dict[str, int]:
 
 
 def _outside_blocks(skeleton: Skeleton, ignore: Iterable[str]) -> Iterator[tuple[str, Left]]:
-    """Linears that belong to no block: the head above all, also where it is tied and has no tensor of its own."""
-    by_parameter = {place.parameter: name for name, place in skeleton.others.items()}
+    """Linears that belong to no block, by every name: of the head, also a tied one without a tensor of its own, of
+    towers and projectors, and those of the file that the model's class has no module for (prediction of later tokens).
+    """
+    by_parameter = {place.parameter: name for name, place in skeleton.others.items() if place.conversion is None}
     head = skeleton.model.get_output_embeddings()
     for module_name, module in skeleton.model.named_modules():
         if not isinstance(module, nn.Linear) or any(module_name.startswith(f"{b.name}.") for b in skeleton.blocks):
             continue
         name = by_parameter.get(f"{module_name}.weight", f"{module_name}.weight").removesuffix(".weight")
         pattern = ignored_by(name, ignore) or (HEAD if module is head and HEAD in ignore else None)
-        if f"{module_name}.weight" not in by_parameter:
-            yield name, Left(0, "tied to the embeddings", exempt=True)
-        else:
-            reason = f"ignored by {pattern!r}" if pattern else "outside the decoder blocks"
-            yield name, Left(module.weight.numel(), reason, exempt=pattern is not None)
+        tied = module is head and f"{module_name}.weight" not in by_parameter
+        reason = "tied to the embeddings" if tied else "outside the decoder blocks"
+        yield name, Left(0 if tied else module.weight.numel(), f"ignored by {pattern!r}" if pattern else reason, True)
+    kind = type(skeleton.model).__name__
+    for name, entry in _homeless(skeleton):
+        for linear in stacked_names(name, entry.shape):
+            yield linear, Left(entry.numel, f"no module of {kind} by itself: copied as it is", exempt=True)
+
+
+def _homeless(skeleton: Skeleton) -> Iterator[tuple[str, TensorEntry]]:
+    """The file's matrices, and stacks of them, that are no parameter of the model as they are."""
+    placed = skeleton.placed()
+    for name, entry in skeleton.source.checkpoint.entries.items():
+        alone, stacked = (
+            len(entry.shape) == 2 and name.endswith(".weight"),
+            len(entry.shape) == 3 and ".experts." in name,
+        )
+        if (alone or stacked) and (name not in placed or placed[name].conversion is not None):
+            yield name, entry
 
 
 def unquantized_linears(skeleton: Skeleton, quantized: Container[str]) -> list[str]:
@@ -203,7 +221,7 @@ def unquantized_linears(skeleton: Skeleton, quantized: Container[str]) -> list[s
 
 def _renamed(skeleton: Skeleton, left: Iterable[str]) -> Iterator[tuple[str, Left]]:
     """Those of `left` that transformers calls otherwise than the file does: readers ignore them by either name."""
-    tensors = skeleton.others | {name: place for block in skeleton.blocks for name, place in block.tensors.items()}
+    tensors = skeleton.placed()
     for name in left:
         place = tensors.get(f"{name}.weight")
         if place is not None and place.expert is None and place.parameter != f"{name}.weight":
@@ -211,13 +229,14 @@ def _renamed(skeleton: Skeleton, left: Iterable[str]) -> Iterator[tuple[str, Lef
 
 
 def _unsplit_experts(skeleton: Skeleton, block: Block) -> dict[str, Left]:
-    """Three-dimensional parameters that no expert's own name is known for."""
+    """Three-dimensional parameters that no expert's own name is known for; a convolution is none and no linear."""
     covered = {spec.placement.parameter for spec in block.linears}
     left = {}
     for name, placement in block.tensors.items():
         parameter = tensor_of(skeleton.model, placement)
-        if parameter.ndim == 3 and placement.parameter not in covered:
-            left[name] = Left(
-                parameter.numel(), "experts fused in one tensor whose separate names are unknown", exempt=False
-            )
+        owner = skeleton.model.get_submodule(placement.parameter.rpartition(".")[0])
+        if parameter.ndim == 3 and placement.parameter not in covered and not isinstance(owner, nn.Conv1d):
+            experts = getattr(owner, "num_experts", None) == parameter.shape[0]
+            reason = "experts fused in one tensor whose separate names are unknown"
+            left[name] = Left(parameter.numel(), reason if experts else "no single matrix: kept as it is", not experts)
     return left

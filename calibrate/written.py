@@ -48,14 +48,8 @@ class RecordingWriter:
                 self._add(name, self._source(name))
 
     def _is_tied_copy(self, name: str) -> bool:
-        tied = getattr(self._job.source.config.get_text_config(), "tie_word_embeddings", False)
-        head = self._job.skeleton.model.get_output_embeddings()
         place = self._job.skeleton.others.get(name)
-        if (
-            not tied
-            or place is None
-            or self._job.skeleton.model.get_submodule(place.parameter.rpartition(".")[0]) is not head
-        ):
+        if place is None or place.parameter not in self._job.skeleton.model.all_tied_weights_keys:
             return False
         others = self._job.source.checkpoint.entries
         return any(other != name and "embed" in other and others[other].shape == others[name].shape for other in others)

@@ -145,8 +145,8 @@ def quantization_config(version: str, schemes: Mapping[str, Scheme], unquantized
     schemes      the one scheme of every quantized linear, by its name in the file
     unquantized  names of linears that keep their weight
 
-    Linears left alone inside the decoder blocks are declared twice: transformers and vLLM read the list of those that
-    are quantized, GPTQModel the negative patterns.
+    Linears left alone inside a list of blocks, the decoder's or a tower's, are declared twice, and what is left beside
+    them with them: transformers and vLLM read the list of those that are quantized, GPTQModel the negative patterns.
     """
     (scheme,) = set(schemes.values())
     config: dict[str, Any] = {
@@ -160,11 +160,10 @@ def quantization_config(version: str, schemes: Mapping[str, Scheme], unquantized
         "pack_dtype": "int32",
         "meta": {"quantizer": [f"lowbit:{__version__}"]},
     }
-    roots = {re.split(r"\.\d+\.", name)[0] for name in schemes if re.search(r"\.\d+\.", name)}
-    inside = sorted(name for name in unquantized if any(re.match(rf"{re.escape(root)}\.\d+\.", name) for root in roots))
-    if inside:
+    left = sorted(unquantized)
+    if any(re.search(r"\.\d+\.", name) for name in left):
         config["modules_in_block_to_quantize"] = [sorted(schemes)]
-        config["dynamic"] = {rf"-:^{re.escape(name)}$": {} for name in inside}
+        config["dynamic"] = {rf"-:^{re.escape(name)}$": {} for name in left}
     return config
 
 

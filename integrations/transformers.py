@@ -21,7 +21,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from lowbit.errors import CheckpointError
 from lowbit.export.checkpoint import open_checkpoint
 from lowbit.export.formats import FORMATS, LogicalTensors
-from lowbit.models.skeleton import place
+from lowbit.models.placement import place
 from lowbit.quant.kernels import ops
 from lowbit.quant.kernels.w8a8 import Int8Weight, pack_int8
 from lowbit.quant.linear import QLinear

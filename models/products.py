@@ -121,3 +121,8 @@ def weight_view(parameter: Tensor, spec: LinearSpec) -> Tensor:
     """The weight (n, k) of `spec` inside its parameter; writing to the view writes to the model."""
     view = spec.placement.view(parameter)
     return view.T if spec.transposed else view
+
+
+def bias_view(parameter: Callable[[str], Tensor], spec: LinearSpec) -> Tensor | None:
+    """The bias (n,) of `spec` inside its parameter, found by name; None where the linear has none."""
+    return None if spec.bias is None else spec.bias.view(parameter(spec.bias.parameter))

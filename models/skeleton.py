@@ -1,7 +1,6 @@
 """A model without its weights, and the map from its file's tensors to the places where they belong."""
 
-import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -9,39 +8,20 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import rename_source_key
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PretrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
 from transformers.pytorch_utils import Conv1D
 
 from lowbit.errors import CheckpointError
 from lowbit.export.formats import LogicalTensors
+from lowbit.models.placement import Conversion, Placement, Reader, bias_of, experts_in, place, tensor_of
 from lowbit.models.source import Source
 from lowbit.quant.scheme import Activations
 
-Reader = Callable[[str], Tensor]
-
 CHECK_ELEMENTS = 1 << 22
-
-
-@dataclass(frozen=True)
-class Placement:
-    """Where a file's tensor lies inside the model: all of a parameter, or a part of a fused one.
-
-    parameter  the parameter's (or buffer's) name in the model
-    expert     index in its first dimension, for experts that transformers fuses into one 3-dimensional parameter
-    part       which of `parts` equal slices of the next dimension (gate and up share one parameter)
-    """
-
-    parameter: str
-    expert: int | None = None
-    part: int = 0
-    parts: int = 1
-
-    def view(self, parameter: Tensor) -> Tensor:
-        """The slice of `parameter` that the file's tensor fills."""
-        inner = parameter if self.expert is None else parameter[self.expert]
-        return inner.chunk(self.parts)[self.part]
 
 
 @dataclass(frozen=True)
@@ -50,14 +30,14 @@ class LinearSpec:
 
     name         as in the file, without ".weight"
     placement    where its weight lies in the model
-    bias         the model's name of its bias, or None
-    transposed   stored (k, n), as transformers' Conv1D does
+    bias         where its bias lies, or None
+    transposed   stored (k, n), as transformers' Conv1D and some stacks of experts do
     n, k         outputs and inputs
     """
 
     name: str
     placement: Placement
-    bias: str | None
+    bias: Placement | None
     transposed: bool
     n: int
     k: int
@@ -108,6 +88,18 @@ class Skeleton:
     read: Reader
     inputs: dict[str, Tensor | None] = field(default_factory=dict)
 
+    def towers(self) -> list[str]:
+        """Names of the models of their own beside the decoder, which see or hear: text alone never runs them."""
+        return [
+            name
+            for name, module in self.model.named_modules()
+            if isinstance(module, PreTrainedModel) and not self.blocks[0].name.startswith(f"{name}." if name else "")
+        ]
+
+    def placed(self) -> dict[str, Placement]:
+        """Every tensor of the file that the model has a place for, by name."""
+        return self.others | {name: at for block in self.blocks for name, at in block.tensors.items()}
+
     @contextmanager
     def loaded(
         self, module_name: str, tensors: dict[str, Placement], device: str, dtype: torch.dtype
@@ -128,7 +120,7 @@ def open_skeleton(source: Source) -> Skeleton:
     """
     model = _empty_model(source)
     tensors = LogicalTensors(source.checkpoint)
-    placements = place(model, tensors.names)
+    placements = place(model, tensors.names, {name: entry.shape for name, entry in source.checkpoint.entries.items()})
     blocks = [Block(name, module) for name, module in find_blocks(model)]
     others: dict[str, Placement] = {}
     for name, placement in placements.items():
@@ -160,110 +152,55 @@ def _quantized_inputs(tensors: LogicalTensors) -> dict[str, Tensor | None]:
 def _empty_model(source: Source) -> PreTrainedModel:
     config = source.config
     config._experts_implementation = "eager"  # one F.linear an expert: what calibration can see
+    auto = AutoModelForImageTextToText if _sees_images(config) else AutoModelForCausalLM
     with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(
-            config, trust_remote_code=source.trust_remote_code, dtype=torch.float32
-        )
+        model = auto.from_config(config, trust_remote_code=source.trust_remote_code, dtype=torch.float32)
     return model.eval()
 
 
-def find_blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Names and modules of the decoder blocks: the outermost ModuleList that holds the most parameters."""
-    best: tuple[int, list[tuple[str, nn.Module]]] = (0, [])
-    for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module):
-            size = sum(parameter.numel() for parameter in module.parameters())
-            if size > best[0]:
-                best = size, [(f"{name}.{i}", child) for i, child in enumerate(module)]
-    if not best[1]:
+def _sees_images(config: PretrainedConfig) -> bool:
+    """Whether the class that the configuration names takes images too; it decides where a type has one without."""
+    kind, classes = config.model_type, config.architectures or []
+    wrapper = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(kind)
+    return wrapper is not None and (kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or wrapper in classes)
+
+
+def find_blocks(model: PreTrainedModel) -> list[tuple[str, nn.Module]]:
+    """Names and modules of the decoder blocks.
+
+    Of the text decoder's ModuleLists: one as long as the configuration says the model is deep, before others; the
+    outermost; the one that holds the most parameters.
+    """
+    decoder, depth = model.get_decoder(), getattr(model.config.get_text_config(), "num_hidden_layers", None)
+    lists = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) and any(module is inner for inner in decoder.modules())
+    ]
+    if not lists:
         raise CheckpointError(f"{type(model).__name__}: no list of decoder blocks found in it")
-    return best[1]
 
+    def fitness(found: tuple[str, nn.ModuleList]) -> tuple[bool, int, int]:
+        name, module = found
+        return len(module) == depth, -name.count("."), sum(parameter.numel() for parameter in module.parameters())
 
-def place(model: PreTrainedModel, names: list[str]) -> dict[str, Placement]:
-    """The placement of each of a file's tensors; names the model has no use for are left out.
-
-    transformers' own renamings are applied, and its two fusions of experts (stacking, and joining gate with up).
-    """
-    renamings, converters = _transforms(model)
-    state = dict(model.state_dict(keep_vars=True))
-    placements = {}
-    for name in names:
-        renamed, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
-        converter = next((c for c in converters if pattern in c.source_patterns), None) if pattern else None
-        if renamed in state:
-            placements[name] = Placement(renamed) if converter is None else _fused(name, renamed, pattern, converter)
-    return placements
-
-
-def tensor_of(model: nn.Module, placement: Placement) -> Tensor:
-    """The whole parameter or buffer that `placement` lies in."""
-    owner, _, leaf = placement.parameter.rpartition(".")
-    return getattr(model.get_submodule(owner), leaf)
-
-
-def _transforms(model: PreTrainedModel) -> tuple[list[Any], list[Any]]:
-    """transformers' renamings for this model, and its conversions of several tensors into one."""
-    transforms = get_model_conversion_mapping(model)
-    converters = [transform for transform in transforms if hasattr(transform, "operations")]
-    return [transform for transform in transforms if transform not in converters], converters
-
-
-def _stacks(converter: Any) -> bool:
-    """Whether a conversion stacks experts, one source each, or two that are joined first."""
-    operations = [type(operation).__name__ for operation in converter.operations]
-    return operations in (["MergeModulelist"], ["MergeModulelist", "Concatenate"])
-
-
-def _fused(name: str, renamed: str, pattern: str | None, converter: Any) -> Placement:
-    numbers = re.findall(r"\.(\d+)\.", name)
-    if not _stacks(converter) or not numbers:
-        operations = " + ".join(type(operation).__name__ for operation in converter.operations)
-        raise CheckpointError(
-            f"{name}: transformers builds {renamed} from it by {operations}, which cannot be undone here"
-        )
-    return Placement(
-        renamed, int(numbers[-1]), converter.source_patterns.index(pattern), len(converter.source_patterns)
-    )
-
-
-def experts_in(model: PreTrainedModel, name: str, placement: Placement) -> dict[str, Placement]:
-    """The slices of a stack of experts that the file holds as one tensor `name`, by the names experts have alone.
-
-    transformers' own mapping from single experts to the stack, read backwards, and believed where reading the names
-    forwards leads to the same slices. Empty where the tensor is no such stack.
-    """
-    count = tensor_of(model, placement).shape[0]
-    for converter in _transforms(model)[1]:
-        target, sources = converter.target_patterns[0], converter.source_patterns
-        if _stacks(converter) and name.endswith(target):
-            slices = {
-                name.removesuffix(target) + source.replace("*", str(expert)): Placement(
-                    placement.parameter, expert, part, len(sources)
-                )
-                for expert in range(count)
-                for part, source in enumerate(sources)
-            }
-            if place(model, list(slices)) == slices:
-                return slices
-    return {}
+    name, module = max(lists, key=fitness)
+    return [(f"{name}.{i}", child) for i, child in enumerate(module)]
 
 
 def _linears(model: PreTrainedModel, block: Block) -> Iterator[LinearSpec]:
     """The block's weights that multiply activations: of Linear and Conv1D modules, and of experts one by one."""
     for name, placement in _single(model, block.tensors):
         parameter = model.get_parameter(placement.parameter) if _is_parameter(model, placement.parameter) else None
-        if parameter is None or (not name.endswith("weight") and parameter.ndim != 3):
+        if parameter is None or placement.conversion or (not name.endswith("weight") and parameter.ndim != 3):
             continue
         owner = model.get_submodule(placement.parameter.rpartition(".")[0])
         shape = tuple(placement.view(parameter).shape)
         if len(shape) != 2 or not (isinstance(owner, nn.Linear | Conv1D) or _multiplies(owner, placement)):
             continue
-        transposed = isinstance(owner, Conv1D)
-        bias = placement.parameter.removesuffix("weight") + "bias"
+        transposed = isinstance(owner, Conv1D) or placement.axis == 1 or placement.swapped
         n, k = reversed(shape) if transposed else shape
-        has_bias = getattr(owner, "bias", None) is not None and placement.expert is None
-        yield LinearSpec(name.removesuffix(".weight"), placement, bias if has_bias else None, transposed, n, k)
+        yield LinearSpec(name.removesuffix(".weight"), placement, bias_of(model, placement), transposed, n, k)
 
 
 def _single(model: PreTrainedModel, tensors: dict[str, Placement]) -> Iterator[tuple[str, Placement]]:
@@ -286,10 +223,11 @@ def _is_parameter(model: nn.Module, name: str) -> bool:
 
 def _require_parameters(source: Source, model: PreTrainedModel, placements: dict[str, Placement]) -> None:
     placed = {placement.parameter for placement in placements.values()}
-    tied = set(getattr(model, "all_tied_weights_keys", None) or getattr(model, "_tied_weights_keys", None) or [])
-    if not getattr(source.config.get_text_config(), "tie_word_embeddings", False):
-        tied = set()
-    missing = [name for name, _ in model.named_parameters() if name not in placed and name not in tied]
+    for conversion in _conversions(placements):
+        placed |= conversion.parameters(model, lambda name: _unread(source, name)).keys()
+    missing = [
+        name for name, _ in model.named_parameters() if name not in placed and name not in model.all_tied_weights_keys
+    ]
     if missing:
         raise CheckpointError(
             f"{source.directory}: {len(missing)} weights that {type(model).__name__} needs are in no file, "
@@ -297,12 +235,22 @@ def _require_parameters(source: Source, model: PreTrainedModel, placements: dict
         )
 
 
+def _conversions(placements: dict[str, Placement]) -> list[Conversion]:
+    """The conversions among `placements`, each once."""
+    return list(dict.fromkeys(at.conversion for at in placements.values() if at.conversion is not None))
+
+
+def _unread(source: Source, name: str) -> Tensor:
+    """A tensor of the file without its values."""
+    return torch.empty(source.checkpoint.entries[name].shape, device="meta")
+
+
 def _require_shapes(source: Source, model: PreTrainedModel, placements: dict[str, Placement]) -> None:
     """Raise CheckpointError where a tensor's shape in its header contradicts config.json."""
     for name, placement in placements.items():
         entry = source.checkpoint.entries.get(name)
         wanted = tuple(placement.view(tensor_of(model, placement)).shape)
-        if entry is not None and entry.shape != wanted:
+        if entry is not None and placement.conversion is None and entry.shape != wanted:
             raise CheckpointError(
                 f"{name}: {list(entry.shape)} in the file, {list(wanted)} in the model of config.json"
             )
@@ -325,7 +273,13 @@ def fill(
         for leaf, buffer in owner._buffers.items():
             if buffer is not None:
                 owner._buffers[leaf] = buffer.to(device)
+    for conversion in _conversions(tensors):
+        for parameter, value in conversion.parameters(model, lambda name: checked(name, read(name))).items():
+            owner_name, _, leaf = parameter.rpartition(".")
+            _put(model.get_submodule(owner_name), leaf, value, device, dtype)
     for name, placement in tensors.items():
+        if placement.conversion is not None:
+            continue
         owner_name, _, leaf = placement.parameter.rpartition(".")
         owner = model.get_submodule(owner_name)
         whole = getattr(owner, leaf)
@@ -337,13 +291,21 @@ def fill(
             )
         if leaf in owner._parameters and whole.is_meta:
             # a parameter that one tensor fills is that tensor; one put together from several is allocated first
-            alone = placement.expert is None
-            kind = dtype or value.dtype
-            filled = value.to(device, kind) if alone else torch.zeros(whole.shape, dtype=kind, device=device)
-            whole = owner._parameters[leaf] = nn.Parameter(filled.contiguous(), requires_grad=False)
-            if alone:
+            if placement.expert is None:
+                _put(owner, leaf, value.mT if placement.swapped else value, device, dtype)
                 continue
+            whole = _put(owner, leaf, torch.zeros(whole.shape, dtype=dtype or value.dtype), device, dtype)
         placement.view(whole).data.copy_(value)
+
+
+def _put(owner: nn.Module, leaf: str, value: Tensor, device: str, dtype: torch.dtype | None) -> Tensor:
+    """The parameter or buffer `leaf` of `owner`, which is `value` from now on."""
+    held = value.to(device, dtype or value.dtype).contiguous()
+    if leaf in owner._buffers:
+        owner._buffers[leaf] = held
+    else:
+        held = owner._parameters[leaf] = nn.Parameter(held, requires_grad=False)
+    return held
 
 
 def checked(name: str, value: Tensor) -> Tensor:
@@ -361,6 +323,15 @@ def count_broken(value: Tensor) -> int:
     if not value.is_floating_point():
         return 0
     return sum(int((~torch.isfinite(part)).sum()) for part in value.flatten().split(CHECK_ELEMENTS))
+
+
+def hollow(modules: Iterable[nn.Module], device: str, dtype: torch.dtype) -> None:
+    """Give the parameters of `modules` zeros that take no memory: a forward pass may ask for their device, no more."""
+    for owner in modules:
+        for leaf, parameter in owner._parameters.items():
+            if parameter is not None:
+                zero = torch.zeros((), dtype=dtype, device=device)
+                owner._parameters[leaf] = nn.Parameter(zero.expand(parameter.shape), requires_grad=False)
 
 
 def empty(modules: Iterable[nn.Module]) -> None:

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from lowbit.errors import CheckpointError
+from lowbit.models.placement import Placement
 from lowbit.models.products import input_rounding, rounded_inputs
-from lowbit.models.skeleton import Placement, Skeleton, empty, fill
+from lowbit.models.skeleton import Skeleton, empty, fill, hollow
 
 HEAD_SLICE = 1 << 25  # elements of the head converted at once: 128 MiB in float32
 
@@ -184,19 +185,23 @@ class Walk:
 
     @contextmanager
     def _filled(self, *skipped: nn.Module | None) -> Iterator[None]:
-        """In memory: every module but the blocks and `skipped`."""
+        """In memory: every module but the blocks, the towers and `skipped`."""
         model = self.skeleton.model
-        outside = {block.name for block in self.skeleton.blocks}
-        outside |= {name for name, module in model.named_modules() if any(module is other for other in skipped)}
+        stubs = set(self.skeleton.towers())
+        stubs |= {name for name, module in model.named_modules() if any(module is other for other in skipped)}
+        outside = stubs | {block.name for block in self.skeleton.blocks}
+        head = model.get_output_embeddings()
+        hollowed = [module for name, module in model.named_modules() if _within(name, stubs) and module is not head]
         owners = {name: module for name, module in model.named_modules() if not _within(name, outside)}
         tensors = {
             key: place for key, place in self.skeleton.others.items() if place.parameter.rpartition(".")[0] in owners
         }
         try:
+            hollow(hollowed, self.device, self.dtype)
             fill(model, owners.values(), tensors, self.skeleton.read, self.device, self.dtype)
             yield
         finally:
-            empty(owners.values())
+            empty([*owners.values(), *hollowed])
 
     def _head_tensors(self, head: nn.Module) -> dict[str, Placement]:
         """The file's tensors of the head; the embeddings' where it is tied to them."""

@@ -171,7 +171,8 @@ def test_linears_left_alone_are_declared_for_both_kinds_of_reader():
     config = GPTQ.quantization_config(done, [*left, "lm_head"])
     assert config["modules_in_block_to_quantize"] == [sorted(done)]
     assert config["dynamic"] == {
-        rf"-:^model\.layers\.1\.mlp\.{role}$": {} for role in ("down_proj", "gate_proj", "up_proj")
+        rf"-:^{name}$": {}
+        for name in ("lm_head", *(rf"model\.layers\.1\.mlp\.{role}" for role in ("down_proj", "gate_proj", "up_proj")))
     }
     assert GPTQ.schemes_of(config, done) == done
 

@@ -7,7 +7,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lowbit.errors import CheckpointError
-from lowbit.models.skeleton import Placement, open_skeleton, place
+from lowbit.models.placement import Placement, place
+from lowbit.models.skeleton import open_skeleton
 from lowbit.models.source import open_source
 from lowbit.models.walk import Walk
 from tests.builders import FAMILIES, calibration, changed_config, make_model, save, save_family

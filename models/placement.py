@@ -1,0 +1,227 @@
+"""Where a file's tensors lie inside a model: renamed, stacked, fused or converted on the way in."""
+
+import copy
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import dot_natural_key, rename_source_key
+
+Reader = Callable[[str], Tensor]
+Shapes = Mapping[str, tuple[int, ...]]
+
+# An expert on its own, as engines name it, and the stack that it is cut from.
+EXPERT_TENSOR = re.compile(r"(?P<home>.+)\.experts\.(?P<expert>\d+)\.(?P<role>\w+)\.(?P<leaf>weight|bias)")
+JOINED, HALVES = "gate_up_proj", ("gate_proj", "up_proj")
+
+
+@dataclass(frozen=True, eq=False)
+class Conversion:
+    """Parameters that transformers makes out of tensors of the file by an operation which is not undone here.
+
+    converter  transformers' own
+    target     the first of the parameters, by which transformers calls the conversion
+    sources    the file's tensors, each with the pattern of `converter` that it falls under
+    """
+
+    converter: Any
+    target: str
+    sources: list[tuple[str, str]] = field(default_factory=list)
+
+    def parameters(self, model: PreTrainedModel, read: Reader) -> dict[str, Tensor]:
+        """The parameters by name, made of the tensors that `read` returns."""
+        converter = copy.deepcopy(self.converter)
+        for name, pattern in sorted(self.sources, key=lambda source: dot_natural_key(source[0])):
+            converter.add_tensor(self.target, name, pattern, lambda name=name: read(name))
+        made = converter.convert(self.target, model=model, config=model.config)
+        return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where a file's tensor lies inside the model: all of a parameter, or a part of a fused one.
+
+    parameter   the parameter's (or buffer's) name in the model
+    expert      index in its first dimension, for experts that are stacked in one 3-dimensional parameter
+    part        which of `parts` equal slices of dimension `axis` of what is left (gate and up share one parameter)
+    swapped     the file has the last two dimensions in the other order
+    conversion  what makes the parameter out of the file's tensor, where the tensor is no view of it
+    """
+
+    parameter: str
+    expert: int | None = None
+    part: int = 0
+    parts: int = 1
+    axis: int = 0
+    swapped: bool = False
+    conversion: Conversion | None = None
+
+    def view(self, parameter: Tensor) -> Tensor:
+        """The slice of `parameter` that the file's tensor fills."""
+        inner = parameter if self.expert is None else parameter[self.expert]
+        inner = inner.mT if self.swapped else inner
+        return inner.chunk(self.parts, self.axis)[self.part] if self.parts > 1 else inner
+
+
+def place(model: PreTrainedModel, names: list[str], shapes: Shapes | None = None) -> dict[str, Placement]:
+    """The placement of each of a file's tensors; names the model has no use for are left out.
+
+    transformers' own renamings are applied, its two fusions of experts (stacking, and joining gate with up), and its
+    transpositions; experts on their own are found in stacks that transformers knows no single experts of.
+
+    shapes  of the file's tensors: some are transposed only where their shape asks for it
+    """
+    renamings, converters = _transforms(model)
+    state = dict(model.state_dict(keep_vars=True))
+    conversions: dict[str, Conversion] = {}
+
+    def renamed(name: str) -> tuple[str, str | None]:
+        return rename_source_key(name, renamings, converters, model.base_model_prefix, state)
+
+    def placed(name: str) -> Placement | None:
+        target, pattern = renamed(name)
+        if target not in state:
+            return _in_stack(model, name, lambda stack: renamed(stack)[0])
+        converter = next((c for c in converters if pattern in c.source_patterns), None) if pattern else None
+        if converter is None:
+            return Placement(target)
+        if _stacks(converter):
+            expert = int(re.findall(r"\.(\d+)\.", name)[-1])
+            return Placement(target, expert, converter.source_patterns.index(pattern), len(converter.source_patterns))
+        if _swaps(converter):
+            fits = shapes is not None and tuple(state[target].shape) == shapes[name]
+            return Placement(target, swapped=not (fits and converter.operations[0].check_dims))
+        conversion = conversions.setdefault(target, Conversion(converter, target))
+        conversion.sources.append((name, str(pattern)))
+        return Placement(target, conversion=conversion)
+
+    return {name: placement for name in names if (placement := placed(name)) is not None}
+
+
+def tensor_of(model: nn.Module, placement: Placement) -> Tensor:
+    """The whole parameter or buffer that `placement` lies in."""
+    owner, _, leaf = placement.parameter.rpartition(".")
+    return getattr(model.get_submodule(owner), leaf)
+
+
+def _transforms(model: PreTrainedModel) -> tuple[list[Any], list[Any]]:
+    """transformers' renamings for this model, and its conversions of several tensors into one."""
+    transforms = get_model_conversion_mapping(model)
+    converters = [transform for transform in transforms if hasattr(transform, "operations")]
+    return [transform for transform in transforms if transform not in converters], converters
+
+
+def _operations(converter: Any) -> list[str]:
+    return [type(operation).__name__ for operation in converter.operations]
+
+
+def _stacks(converter: Any) -> bool:
+    """Whether a conversion stacks experts, one source each, or two that are joined first."""
+    return _operations(converter) in (["MergeModulelist"], ["MergeModulelist", "Concatenate"])
+
+
+def _swaps(converter: Any) -> bool:
+    """Whether a conversion exchanges a tensor's last two dimensions and does nothing else."""
+    return _operations(converter) == ["Transpose"] and len(converter.target_patterns) == 1
+
+
+def experts_in(model: PreTrainedModel, name: str, placement: Placement) -> dict[str, Placement]:
+    """The slices of a stack of experts that the file holds as one tensor `name`, by the names experts have alone.
+
+    transformers' own mapping from single experts to the stack, read backwards, and believed where reading the names
+    forwards leads to the same slices; where it has none, the names that vLLM gives them. Empty where the tensor is no
+    such stack.
+    """
+    count = tensor_of(model, placement).shape[0]
+    for converter in _transforms(model)[1]:
+        target, sources = converter.target_patterns[0], converter.source_patterns
+        if _stacks(converter) and name.endswith(target):
+            slices = {
+                name.removesuffix(target) + source.replace("*", str(expert)): Placement(
+                    placement.parameter, expert, part, len(sources)
+                )
+                for expert in range(count)
+                for part, source in enumerate(sources)
+            }
+            if place(model, list(slices)) == slices:
+                return slices
+    home = name.removesuffix(".weight").rpartition(".")[0].removesuffix(".experts")
+    return {
+        f"{home}.experts.{expert}.{role}.weight": slice_of
+        for expert in range(count)
+        for role, slice_of in _slices(model, placement.parameter, expert)
+    }
+
+
+def _slices(model: nn.Module, parameter: str, expert: int) -> Iterator[tuple[str, Placement]]:
+    """What the linears of one expert in a stack are called, and where they lie; none where `parameter` is no stack."""
+    owner_name, _, leaf = parameter.rpartition(".")
+    owner = model.get_submodule(owner_name)
+    stack = owner._parameters.get(leaf)
+    axis = None if stack is None else _output_axis(owner, leaf, stack)
+    if axis is None:
+        return
+    if leaf == JOINED and getattr(owner, "is_concatenated", True):
+        for part, role in enumerate(HALVES):
+            yield role, Placement(parameter, expert, part, len(HALVES), axis)
+    else:
+        yield owner_name.rpartition(".")[2] if leaf == "weight" else leaf, Placement(parameter, expert, axis=axis)
+
+
+def _output_axis(owner: nn.Module, leaf: str, stack: Tensor) -> int | None:
+    """Which dimension of each matrix in a stack of experts holds the outputs; None where it is no stack, or unclear."""
+    if stack.ndim != 3 or getattr(owner, "num_experts", None) != stack.shape[0]:
+        return None
+    if hasattr(owner, "is_transposed"):
+        return 1 if owner.is_transposed else 0
+    if leaf == "weight":
+        return 0
+    hidden = getattr(owner, "hidden_size", getattr(owner, "hidden_dim", None))
+    inputs = [dimension for dimension in (1, 2) if (stack.shape[dimension] == hidden) != leaf.startswith("down")]
+    return 2 - inputs[0] if len(inputs) == 1 else None
+
+
+def stacked_names(name: str, shape: tuple[int, ...]) -> list[str]:
+    """What engines call the linears in a file's tensor that no model explains: itself, or experts in a stack."""
+    linear = name.removesuffix(".weight")
+    home, _, leaf = linear.rpartition(".")
+    if len(shape) != 3 or not home.endswith(".experts"):
+        return [linear]
+    return [f"{home}.{expert}.{role}" for expert in range(shape[0]) for role in (HALVES if leaf == JOINED else (leaf,))]
+
+
+def _in_stack(model: nn.Module, name: str, renamed: Callable[[str], str]) -> Placement | None:
+    """Where the weight or bias of one expert lies in a stack that transformers knows no single experts of, or None."""
+    found = EXPERT_TENSOR.fullmatch(name)
+    if found is None:
+        return None
+    home, expert, role = found["home"], int(found["expert"]), found["role"]
+    leaf = JOINED if role in HALVES else role
+    for stack in (f"{home}.experts.{leaf}", f"{home}.experts.{leaf}.weight", f"{home}.{leaf}.weight"):
+        owner, _, parameter = renamed(stack).rpartition(".")
+        if parameter in getattr(_submodule(model, owner), "_parameters", {}):
+            weight = dict(_slices(model, f"{owner}.{parameter}", expert)).get(role)
+            if weight is not None:
+                return weight if found["leaf"] == "weight" else bias_of(model, weight)
+    return None
+
+
+def bias_of(model: nn.Module, weight: Placement) -> Placement | None:
+    """Where the bias of the linear whose weight lies in `weight` is; None where it has none."""
+    stacked = weight.expert is not None
+    name = f"{weight.parameter}_bias" if stacked else weight.parameter.removesuffix("weight") + "bias"
+    owner, _, leaf = name.rpartition(".")
+    if getattr(_submodule(model, owner), "_parameters", {}).get(leaf) is None:
+        return None
+    return Placement(name, weight.expert, weight.part, weight.parts) if stacked else Placement(name)
+
+
+def _submodule(model: nn.Module, name: str) -> nn.Module | None:
+    try:
+        return model.get_submodule(name)
+    except AttributeError:
+        return None
