@@ -15,13 +15,16 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from lowbit import __version__
 from lowbit.calibrate.data import builtin_text
+from lowbit.calibrate.documents import SEPARATOR, Reading, documents
+from lowbit.calibrate.tables import TABLES, kind_of, local_rows, read_utf8
 from lowbit.commands.common import check_device, make_console
-from lowbit.errors import DatasetError
+from lowbit.errors import UsageError
 from lowbit.evaluation.after import HELDOUT
 from lowbit.evaluation.backend import BACKENDS, Backend, choose_backend, open_backend
 from lowbit.evaluation.journal import Library
 from lowbit.evaluation.perplexity import OnStep
 from lowbit.evaluation.record import record
+from lowbit.evaluation.text import Cut
 from lowbit.models.demo import cache_dir
 from lowbit.models.source import Source, open_source
 
@@ -127,11 +130,34 @@ def make_session(options: dict[str, Any]) -> Session:
     return Session(**{name: options.pop(name) for name in names}, console=make_console())
 
 
-def read_text(text: str) -> str:
-    """The text that --text names. CheckpointError where there is none."""
+def read_text(text: str, column: str | None, source: Source) -> tuple[str, Reading | None]:
+    """The text that --text names, and what became of the rows of a table, whose chats `source` renders.
+
+    DatasetError where there is no such file.
+    """
+    path = Path(text)
+    if kind_of(text) in TABLES:
+        reading = Reading(path.name)
+        texts = documents(local_rows(path, None), source.tokenizer(), reading, column)
+        return SEPARATOR.join(each.rstrip() for each in texts if each.strip()), reading
+    if column is not None:
+        raise UsageError(f"--text {text}: plain text has no column {column!r}; leave --text-column out")
     if text == "builtin":
-        return builtin_text("heldout")
-    try:
-        return Path(text).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DatasetError(f"--text {text}: {error}; name a UTF-8 file, or builtin") from error
+        return builtin_text("heldout"), None
+    return read_utf8(path), None
+
+
+def note_text(session: Session, cut: Cut, read: Reading | None) -> None:
+    """Say what a reader of the numbers should know of the text."""
+    if text := read and read.describe():
+        session.console.print(f"note: {text}", markup=False)
+    if cut.begun:
+        session.console.print(
+            "note: the model's tokenizer puts BOS before a text, and here only the first window has it; --bos every "
+            "gives it to all, which is how such a model is used and calibrated"
+        )
+
+
+def row_of(read: Reading | None) -> dict[str, int]:
+    """How many rows of a table the text is made of, for the last line."""
+    return {"text_rows": read.rows - len(read.skipped), "text_rows_skipped": len(read.skipped)} if read else {}

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from lowbit import __version__
 from lowbit.commands.common import SETTINGS, Size, run_command
-from lowbit.commands.eval_session import Session, make_session, read_text, session_options
+from lowbit.commands.eval_session import Session, make_session, note_text, read_text, row_of, session_options
 from lowbit.errors import UsageError
 from lowbit.evaluation.code import pass_at_1, read_problems, solve
 from lowbit.evaluation.divergence import Divergence, require_comparable
@@ -39,7 +39,13 @@ def evaluate() -> None:
 def text_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Options of the subcommands that score a text; `make_protocol` takes them."""
     options = (
-        click.option("--text", default="builtin", show_default=True, help="UTF-8 file, or builtin: held-out pydoc."),
+        click.option(
+            "--text",
+            default="builtin",
+            show_default=True,
+            help="UTF-8 file, or a table as quantize --dataset takes it, or builtin: held-out pydoc.",
+        ),
+        click.option("--text-column", help="Column of the table that holds the text."),
         click.option(
             "--protocol",
             type=click.Choice(["gptq", "strided"]),
@@ -52,6 +58,13 @@ def text_options(command: Callable[..., Any]) -> Callable[..., Any]:
         ),
         click.option("--stride", type=int, help="Tokens between windows.  [default: half of --context]"),
         click.option(
+            "--bos",
+            type=click.Choice(["first", "every"]),
+            default="first",
+            show_default=True,
+            help="Windows that begin with the BOS that the model's tokenizer puts before a text.",
+        ),
+        click.option(
             "--windows",
             type=click.IntRange(min=1),
             help="Score only the first so many.  [default: 16 of builtin, all of a file]",
@@ -63,13 +76,13 @@ def text_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def make_protocol(
-    text: str, protocol: str, context: int, stride: int | None, windows: int | None, **rest: Any
+    text: str, protocol: str, context: int, stride: int | None, windows: int | None, bos: str, **rest: Any
 ) -> Protocol:
     """The protocol that the options of `text_options` ask for."""
     if stride is not None and protocol != "strided":
         raise click.UsageError("--stride belongs to --protocol strided")
     step = (stride or max(context // 2, 1)) if protocol == "strided" else None
-    return Protocol(context, step, windows or (16 if text == "builtin" else None))
+    return Protocol(context, step, windows or (16 if text == "builtin" else None), bos == "every")
 
 
 @evaluate.command()
@@ -78,9 +91,11 @@ def make_protocol(
 def perplexity(**options: Any) -> None:
     """Perplexity of CHECKPOINT on a text; the last line is JSON."""
     session = make_session(options)
-    text, protocol = read_text(options["text"]), make_protocol(**options)
+    protocol = make_protocol(**options)
     sources = [session.source(name) for name in session.models()]
+    text, read = read_text(options["text"], options["text_column"], sources[0])
     cuts = [cut(text, source, protocol) for source in sources]
+    note_text(session, cuts[0], read)
     for source, its_cut in zip(sources[1:], cuts[1:], strict=True):
         require_same_tokens(sources[0], source, cuts[0], its_cut)
     scores = []
@@ -89,7 +104,8 @@ def perplexity(**options: Any) -> None:
         with session.progress(backend) as on_step:
             scores.append(score_text(backend, its_cut, session.library, on_step))
         session.console.print(_line(scores[-1]))
-    session.finish({"evaluation": "perplexity", "text": options["text"]} | _score_row(session, scores))
+    about = {"evaluation": "perplexity", "text": options["text"]} | row_of(read)
+    session.finish(about | _score_row(session, scores))
 
 
 def _score_row(session: Session, scores: list[Score]) -> dict[str, Any]:
@@ -115,9 +131,11 @@ def divergence(**options: Any) -> None:
     session = make_session(options)
     if session.baseline is None:
         raise click.UsageError("say what CHECKPOINT is compared with: --baseline MODEL")
-    text, protocol = read_text(options["text"]), make_protocol(**options)
+    protocol = make_protocol(**options)
     ours, theirs = (session.open(session.source(name), together=2) for name in session.models())
+    text, read = read_text(options["text"], options["text_column"], ours.source)
     cuts = [cut(text, backend.source, protocol) for backend in (ours, theirs)]
+    note_text(session, cuts[0], read)
     require_comparable(ours, theirs, *cuts)
     with session.progress(ours, theirs) as on_step:
         found = compare_distributions(ours, theirs, cuts[0], session.library, on_step)
@@ -125,7 +143,7 @@ def divergence(**options: Any) -> None:
         session.console.print(_line(score))
     row = _score_row(session, [found.quantized, found.baseline]) | found.as_json()
     _print_divergence(session, found, row)
-    session.finish({"evaluation": "divergence", "text": options["text"]} | row)
+    session.finish({"evaluation": "divergence", "text": options["text"]} | row_of(read) | row)
 
 
 def _print_divergence(session: Session, found: Divergence, row: dict[str, Any]) -> None:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
+from lowbit.calibrate.data import leading_bos
 from lowbit.errors import CheckpointError, UsageError
 from lowbit.evaluation.backend import Backend, open_backend
 from lowbit.evaluation.divergence import divergence
@@ -52,7 +53,8 @@ def measure(
     """
     if not windows or not measures:
         return Measured((), ())
-    protocol = Protocol(context_for(original), windows=windows)
+    begins = len(leading_bos(original.tokenizer())) > 0  # such a model is never used without
+    protocol = Protocol(context_for(original), windows=windows, bos=begins)
     before, after = (open_backend("blocks", source, device) for source in (original, written))
     if "kl" in measures:
         found = divergence(after, before, cut(text, original, protocol))
@@ -71,8 +73,7 @@ def measure(
 
 def context_for(source: Source) -> int:
     """Tokens in a scored window: CONTEXT, or what the model has positions for."""
-    positions = getattr(source.config.get_text_config(), "max_position_embeddings", None)
-    return min(CONTEXT, positions or CONTEXT)
+    return min(CONTEXT, source.positions or CONTEXT)
 
 
 def _score(backend: Backend, text: str, protocol: Protocol) -> Score:

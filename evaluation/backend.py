@@ -65,6 +65,12 @@ class Backend(ABC):
         for logits in self.logits(_remembered(batches, kept)):
             yield token_log_likelihoods(logits, kept.pop(0).to(logits.device)).cpu()
 
+    def known(self, batches: Iterable[Tensor]) -> Iterator[Tensor]:
+        """The batches. CheckpointError at one with an id that is none of the model's."""
+        for ids in batches:
+            self.source.require_known(ids)
+            yield ids
+
     def end_tokens(self) -> frozenset[int]:
         """Ids that end a text, from the generation config and the tokenizer."""
         config = self.source.config.get_text_config()
@@ -86,14 +92,14 @@ class TransformersBackend(Backend):
 
     @torch.no_grad()
     def logits(self, batches: Iterable[Tensor]) -> Iterator[Tensor]:
-        for ids in batches:
+        for ids in self.known(batches):
             with _int8_inputs(self._skeleton):
                 logits = self._skeleton.model(input_ids=ids.to(self.device), use_cache=False).logits
             yield logits.float()
 
     @torch.no_grad()
     def generate(self, prompt: Sequence[int], tokens: int, stops: Sequence[str] = ()) -> list[int]:
-        ids = torch.tensor([list(prompt)], device=self.device)
+        [ids] = self.known([torch.tensor([list(prompt)], device=self.device)])
         ends = self.end_tokens()
         # Greedy decoding is asked for here alone; a model's own sampling settings would only draw warnings.
         greedy = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None, "max_length": None}
@@ -120,7 +126,7 @@ class BlocksBackend(Backend):
     def logits(self, batches: Iterable[Tensor]) -> Iterator[Tensor]:
         width = self.source.config.get_text_config().hidden_size
         walk = Walk(open_skeleton(self.source), self.device, self.dtype)
-        remaining = iter(batches)
+        remaining = self.known(batches)
         while piece := _piece(remaining, HIDDEN_BYTES // (width * self.dtype.itemsize)):
             hidden = walk.start(piece)
             total = len(walk.skeleton.blocks)
@@ -143,12 +149,12 @@ class EngineBackend(Backend):
 
     @cached_property
     def _engine(self) -> Engine:
-        positions = getattr(self.source.config.get_text_config(), "max_position_embeddings", None)
+        positions = self.source.positions
         context = None if positions is None else min(positions, LONGEST_CONTEXT)
         return engine.load(str(self.source.directory), self.device, self.dtype, context)
 
     def logits(self, batches: Iterable[Tensor]) -> Iterator[Tensor]:
-        for ids in batches:
+        for ids in self.known(batches):
             yield self._engine.logits(ids)
 
     def generate(self, prompt: Sequence[int], tokens: int, stops: Sequence[str] = ()) -> list[int]:

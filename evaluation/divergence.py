@@ -17,7 +17,7 @@ from lowbit.errors import CheckpointError
 from lowbit.evaluation.backend import LOSS_ROWS, Backend
 from lowbit.evaluation.journal import Journal, Library
 from lowbit.evaluation.perplexity import OnStep, Score, score_of, silent
-from lowbit.evaluation.text import Cut, require_same_tokens, vocabulary_size
+from lowbit.evaluation.text import Cut, require_same_tokens
 
 QUANTILES = {"median": 0.5, "p90": 0.9, "p99": 0.99, "p999": 0.999}
 WORST = 24  # tokens reported with their text, at most WORST_A_WINDOW of them from one window
@@ -111,7 +111,7 @@ def divergence(
     require_same_vocabulary(quantized, baseline)
     journal = (library or Library()).journal("divergence", [quantized, baseline], ids=cut.ids_sha256)
     on_step(len(journal.rows), len(cut.windows))
-    batches = cut.batches(vocabulary_size(baseline.source), frozenset(journal.rows))
+    batches = cut.batches(baseline.source.vocabulary, frozenset(journal.rows))
     known, ours, theirs = tee(batches, 3)
     logits = zip(
         known,
@@ -128,7 +128,7 @@ def divergence(
 
 def require_same_vocabulary(quantized: Backend, baseline: Backend) -> None:
     """Raise CheckpointError where the two heads have different outputs."""
-    ours, theirs = vocabulary_size(quantized.source), vocabulary_size(baseline.source)
+    ours, theirs = quantized.source.vocabulary, baseline.source.vocabulary
     if ours != theirs:
         raise CheckpointError(
             f"{quantized.source.name} has a vocabulary of {ours} tokens, {baseline.source.name} one of {theirs}: their "

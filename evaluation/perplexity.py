@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lowbit.evaluation.backend import Backend
 from lowbit.evaluation.journal import Journal, Library
-from lowbit.evaluation.text import Cut, vocabulary_size
+from lowbit.evaluation.text import Cut
 
 MOST_NATS = 700.0  # beyond it exp() overflows
 OnStep = Callable[[int, int], None]
@@ -59,7 +59,7 @@ class Score:
     @property
     def protocol(self) -> str:
         """In words, what it was computed in included."""
-        return self.cut.protocol.describe(self.dtype)
+        return self.cut.describe(self.dtype)
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -97,7 +97,7 @@ def perplexity(backend: Backend, cut: Cut, library: Library | None = None, on_st
     """
     journal = (library or Library()).journal("perplexity", [backend], ids=cut.ids_sha256)
     on_step(len(journal.rows), len(cut.windows))
-    indices, batches = tee(cut.batches(vocabulary_size(backend.source), frozenset(journal.rows)))
+    indices, batches = tee(cut.batches(backend.source.vocabulary, frozenset(journal.rows)))
     losses = backend.log_likelihoods(ids for _, ids in batches)
     for (windows, _), batch in zip(indices, losses, strict=True):
         for index, row in zip(windows, batch, strict=True):

@@ -20,7 +20,7 @@ from lowbit.errors import CheckpointError, LowbitError, UsageError
 from lowbit.evaluation.backend import Backend, token_log_likelihoods
 from lowbit.evaluation.journal import Journal, Library
 from lowbit.evaluation.perplexity import OnStep, silent
-from lowbit.evaluation.text import BATCH_LOGITS, BATCH_TOKENS, vocabulary_size
+from lowbit.evaluation.text import BATCH_LOGITS, BATCH_TOKENS
 from lowbit.quant.recipe import nearest
 
 LONGEST = 4096  # tokens of context and continuation, where the model has positions for as many
@@ -40,8 +40,7 @@ class Adapter:
         self.library, self.on_step = library, on_step
         self.tokenizer = backend.source.tokenizer()
         self._device = torch.device(backend.device)
-        positions = getattr(backend.source.config.get_text_config(), "max_position_embeddings", None)
-        self.max_length = min(positions or LONGEST, LONGEST)
+        self.max_length = min(backend.source.positions or LONGEST, LONGEST)
 
     @property
     def eot_token_id(self) -> int:
@@ -97,7 +96,7 @@ class Adapter:
         return [(row["sum"], row["greedy"]) for row in (journal.rows[i] for i in range(len(tokens)))]
 
     def _batches(self, order: list[int], tokens: list[list[int]]) -> Iterable[list[int]]:
-        most = min(BATCH_TOKENS, BATCH_LOGITS // vocabulary_size(self.scored.source))
+        most = min(BATCH_TOKENS, BATCH_LOGITS // self.scored.source.vocabulary)
         while order:
             count = max(most // len(tokens[order[0]]), 1)
             yield order[:count]

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lowbit.calibrate.data import leading_bos
 from lowbit.errors import CheckpointError, UsageError
 from lowbit.models.source import Source
 
@@ -23,11 +24,14 @@ class Protocol:
              (what GPTQ and most papers report). Else windows begin `stride` tokens apart and each scores only what the
              one before did not reach, so that every token but the text's first is scored once.
     windows  at most so many, from the start of the text; None for all
+    bos      every window begins with the tokenizer's BOS, as calibration's do, and all else in it may be scored; else
+             only the first window has the one that the tokenizer puts before the text
     """
 
     context: int = 512
     stride: int | None = None
     windows: int | None = None
+    bos: bool = False
 
     def __post_init__(self) -> None:
         if self.context < 2:
@@ -41,9 +45,11 @@ class Protocol:
 
     def describe(self, dtype: str = "float32") -> str:
         """What a reader needs to repeat the number, context aside; `dtype` is what the model computed in."""
+        begun = ", BOS before every window" if self.bos else ""
         if self.stride is None:
-            return f"non-overlapping windows, {dtype}, first token of a window not scored"
-        return f"windows {self.stride} tokens apart, {dtype}, each token scored once, in the first window that holds it"
+            return f"non-overlapping windows{begun}, {dtype}, first token of a window not scored"
+        apart = f"windows {self.stride} tokens apart{begun}, {dtype}"
+        return f"{apart}, each token scored once, in the first window that holds it"
 
 
 @dataclass(frozen=True)
@@ -52,12 +58,18 @@ class Cut:
 
     windows   token ids (T,) int64 of each; T is the context, shorter in the last strided one
     first     for each window, the position of the first token scored: 1 or more
+    begun     whether only the first window begins with a BOS that the tokenizer puts before every text
     """
 
     protocol: Protocol
     windows: tuple[Tensor, ...]
     first: tuple[int, ...]
     text_sha256: str
+    begun: bool = False
+
+    def describe(self, dtype: str) -> str:
+        """The protocol in words, and where BOS stands."""
+        return self.protocol.describe(dtype) + (", BOS before the first window alone" if self.begun else "")
 
     @property
     def tokens(self) -> int:
@@ -91,34 +103,41 @@ class Cut:
 def cut(text: str, source: Source, protocol: Protocol) -> Cut:
     """`text` tokenized once as the model's tokenizer does it (a BOS where it adds one), and cut by `protocol`.
 
-    CheckpointError where there is not one window.
+    UsageError where there is not one window, or no BOS where the protocol wants one before each.
     """
-    ids = torch.tensor(source.tokenizer()(text, verbose=False).input_ids, dtype=torch.int64)
+    tokenizer = source.tokenizer()
+    ids = torch.tensor(tokenizer(text, verbose=False).input_ids, dtype=torch.int64)
+    source.require_known(ids)
+    bos = leading_bos(tokenizer)
+    if protocol.bos and not len(bos):
+        raise UsageError(f"{source.name}: its tokenizer puts no BOS before a text, so there is none for every window")
     context = protocol.context
-    positions = getattr(source.config.get_text_config(), "max_position_embeddings", None) or context
-    if context > positions:
+    if context > (source.positions or context):
         raise UsageError(
-            f"windows of {context} tokens, but {source.name} has positions for {positions}: pass a shorter --context"
+            f"windows of {context} tokens, but {source.name} has positions for {source.positions}: pass a shorter "
+            "--context"
         )
     if len(ids) < (context if protocol.stride is None else 2):
         raise UsageError(
             f"the text has {len(ids)} tokens, shorter than one window of {context}; pass a smaller --context"
         )
-    spans = _spans(len(ids), protocol)[: protocol.windows]
-    windows = tuple(ids[begin:end] for begin, end, _ in spans)
     digest = hashlib.sha256(text.encode()).hexdigest()
-    return Cut(protocol, windows, tuple(first for _, _, first in spans), digest)
+    before = bos if protocol.bos else bos[:0]
+    rest = ids[len(before) :]
+    spans = _spans(len(rest), len(before), protocol)[: protocol.windows]
+    windows = tuple(torch.cat([before, rest[begin:end]]) for begin, end, _ in spans)
+    return Cut(protocol, windows, tuple(first for _, _, first in spans), digest, len(bos) > len(before))
 
 
-def _spans(length: int, protocol: Protocol) -> list[tuple[int, int, int]]:
-    """Begin, end and first scored position of every window over `length` tokens."""
-    context = protocol.context
+def _spans(length: int, before: int, protocol: Protocol) -> list[tuple[int, int, int]]:
+    """Begin and end of every window over `length` tokens, and its first scored position behind `before` others."""
+    size = protocol.context - before
     if protocol.stride is None:
-        return [(begin, begin + context, 1) for begin in range(0, length - context + 1, context)]
-    spans, reached = [], 1
+        return [(begin, begin + size, 1) for begin in range(0, length - size + 1, size)]
+    spans, reached = [], 1 - before
     for begin in range(0, length, protocol.stride):
-        end = min(begin + context, length)
-        spans.append((begin, end, reached - begin))
+        end = min(begin + size, length)
+        spans.append((begin, end, reached - begin + before))
         reached = end
         if end == length:
             break
@@ -130,11 +149,6 @@ def require_same_tokens(ours: Source, other: Source, cut_here: Cut, cut_there: C
     if cut_here.ids_sha256 != cut_there.ids_sha256:
         raise CheckpointError(
             f"{ours.name} and {other.name} cut the text into different tokens (vocabularies of "
-            f"{vocabulary_size(ours)} and {vocabulary_size(other)}): their losses cannot be compared; "
+            f"{ours.vocabulary} and {other.vocabulary}): their losses cannot be compared; "
             "name the model that the checkpoint was made from"
         )
-
-
-def vocabulary_size(source: Source) -> int:
-    """Outputs of the model's head, as config.json says."""
-    return int(source.config.get_text_config().vocab_size)

@@ -1,14 +1,17 @@
 """Perplexity: the number transformers itself computes, the protocol beside it, and what cannot be compared."""
 
 import dataclasses
+import hashlib
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 
-from lowbit.errors import UsageError
+from lowbit.errors import CheckpointError, UsageError
 from lowbit.evaluation.backend import open_backend
 from lowbit.evaluation.perplexity import Score, difference, perplexity
 from lowbit.evaluation.text import Protocol, cut
@@ -185,17 +188,110 @@ def test_a_baseline_of_another_vocabulary_is_refused(models, tmp_path):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["--text", "gone.txt"], "--text gone.txt"),
+        (["--text", "gone.txt"], "cannot read gone.txt: No such file"),
         (["--context", 1000, "--text", ".gitignore"], "shorter than one window"),
         (["--device", "abacus"], "write cpu, cuda"),
         (["--baseline", "./gone"], "is no directory here"),
         (["--stride", 8], "--protocol strided"),
+        (["--text-column", "text"], "plain text has no column 'text'"),
+        (["--bos", "every"], "its tokenizer puts no BOS before a text"),
     ],
 )
 def test_mistakes(models, args, message):
     done = run_quantize_eval("perplexity", models("llama")[1], "--context", 64, *args)
     assert done.code == 2
     assert message in done.err
+
+
+@pytest.fixture
+def beginning(models, tmp_path) -> Path:
+    """The tiny llama with a tokenizer that puts BOS before every text."""
+    directory = shutil.copytree(models("llama")[1], tmp_path / "beginning")
+    tokenizer = make_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 256)])
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
+@pytest.mark.parametrize("stride", [None, 40, 63])
+def test_bos_before_every_window(models, beginning, stride):
+    """By the definition: each token of the text once, behind BOS and what the window has before it."""
+    model, ids = models("llama")[0], IDS[:190]
+    total, reached = 0.0, 0
+    for begin in range(0, len(ids), stride or 63):
+        end = min(begin + 63, len(ids))
+        if stride is None and end < begin + 63:
+            break
+        total += own_loss(model, torch.cat([torch.tensor([256]), ids[begin:end]]), reached - begin + 1) * (
+            end - reached
+        )
+        reached = end
+        if end == len(ids):
+            break
+    source = open_source(str(beginning))
+    text_cut = cut(make_tokenizer().decode(ids), source, Protocol(64, stride, bos=True))
+    score = perplexity(open_backend("transformers", source, "cpu"), text_cut)
+    assert score.tokens == reached
+    assert score.nll == pytest.approx(total / reached, rel=1e-5)
+    assert "BOS before every window" in score.protocol
+
+
+def test_bos_before_the_first_window_alone_is_said(beginning):
+    done = run_quantize_eval("perplexity", beginning, "--context", 64, "--windows", 2)
+    assert "note: the model's tokenizer puts BOS before a text" in done.out
+    assert json.loads(done.out.splitlines()[-1])["protocol"].endswith(", BOS before the first window alone")
+    done = run_quantize_eval("perplexity", beginning, "--context", 64, "--windows", 2, "--bos", "every")
+    assert "note" not in done.out
+    assert "BOS before every window" in json.loads(done.out.splitlines()[-1])["protocol"]
+
+
+def test_what_a_run_measures_of_a_model_that_begins_with_bos_does_so_too(beginning, tmp_path):
+    done = run_quantize(beginning, "--method", "int8", "--eval-windows", 1, "-o", tmp_path / "out")
+    assert done.code == 0, done.err
+    assert "BOS before every window" in (tmp_path / "out" / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("name", "write"),
+    [
+        ("short.jsonl", lambda rows: "".join(json.dumps(row) + "\n" for row in rows)),
+        ("short.json", json.dumps),
+        ("short.csv", lambda rows: "text\n" + "hi\n" * 399 + '"hi"\n'),
+    ],
+)
+def test_a_tables_text_is_scored_and_not_its_markup(models, tmp_path, name, write):
+    (tmp_path / name).write_text(write([{"text": "hi"}] * 400))
+    (tmp_path / "plain.txt").write_text("\n\n".join(["hi"] * 400))
+    rows = []
+    for text in (name, "plain.txt"):
+        done = run_quantize_eval("perplexity", models("llama")[1], "--context", 512, "--text", tmp_path / text)
+        rows.append(json.loads(done.out.splitlines()[-1]))
+    assert rows[0]["text_sha256"] == rows[1]["text_sha256"]
+    assert rows[0]["perplexity"] == rows[1]["perplexity"]
+    assert (rows[0]["text_rows"], rows[0]["text_rows_skipped"]) == (400, 0)
+
+
+def test_rows_that_cannot_be_scored_are_counted(models, tmp_path):
+    (tmp_path / "chats.jsonl").write_text('{"messages": [{"role": "user", "content": "hello"}]}\n' * 20 + "{\n")
+    args = ("--context", 64, "--text", tmp_path / "chats.jsonl")
+    done = run_quantize_eval("perplexity", models("llama")[1], *args)
+    assert "note: chats.jsonl: 1 of 21 rows read skipped (row 21: not JSON" in done.out
+    row = json.loads(done.out.splitlines()[-1])
+    assert (row["text_rows"], row["text_rows_skipped"]) == (20, 1)
+    text = "\n\n".join(["user: hello"] * 20)
+    assert row["text_sha256"] == hashlib.sha256(text.encode()).hexdigest()
+
+
+@pytest.mark.parametrize("backend", ["transformers", "blocks", "engine"])
+def test_a_token_beyond_the_vocabulary_is_one_line(models, tmp_path, backend):
+    directory = shutil.copytree(models("llama")[1], tmp_path / "model")
+    path = directory / "tokenizer.json"
+    path.write_text(path.read_text().replace('"a": 64', '"a": 260'))
+    args = ("perplexity", directory, "--backend", backend, "--context", 64)
+    assert "token 260 is none of the model's 260" in run_quantize_eval(*args).complaint
+    source = open_source(str(directory))
+    with pytest.raises(CheckpointError, match="token -1 is none of the model's 260"):
+        next(iter(open_backend(backend, source, "cpu").logits([torch.tensor([[1, -1]])])))
 
 
 @pytest.mark.demo
