@@ -14,6 +14,7 @@ from lowbit.errors import CheckpointError
 from lowbit.export.engines import EXPERT, expert_role
 from lowbit.models.products import LinearInputs, bias_view, input_rounding, rounded_inputs, taped, weight_view
 from lowbit.models.skeleton import Block
+from lowbit.models.states import States
 from lowbit.models.walk import Walk
 from lowbit.quant.algos.rotate import rotation, turned_inputs, turned_outputs
 from lowbit.quant.qtensor import QTensor
@@ -92,14 +93,14 @@ class BlockWork:
         """Record that `linear` was treated otherwise than asked."""
         self.fallbacks.setdefault(linear, []).append(fallback)
 
-    def run(self, hidden: Iterable[Tensor]) -> list[Tensor]:
-        """The block's outputs for batches of hidden states, inputs in 16 bits."""
-        return [self._walk.run(self.index, states) for states in hidden]
+    def run(self, batches: Iterable[States]) -> list[States]:
+        """What the block makes of batches, inputs in 16 bits."""
+        return [self._walk.run(self.index, states) for states in batches]
 
-    def run_quantized(self, hidden: Iterable[Tensor]) -> list[Tensor]:
+    def run_quantized(self, batches: Iterable[States]) -> list[States]:
         """The same, inputs rounded where the schemes say so."""
         with self.int8_inputs(self.input_rounding()):
-            return self.run(hidden)
+            return self.run(batches)
 
     def input_scale(self, linear: str, columns: Tensor | float = 1.0) -> Tensor | None:
         """The one scale () float32 of the inputs of `linear`, divided by `columns` (k,): max |x| / 127.
@@ -151,7 +152,7 @@ class BlockWork:
         with taped(parameters.values()):
             yield reached
 
-    def observe(self, hidden: list[Tensor], sites: list[Site], gram_tokens: int, up_to: int | None = None) -> None:
+    def observe(self, entering: list[States], sites: list[Site], gram_tokens: int, up_to: int | None = None) -> None:
         """Gather the statistics of every site over all batches, which the run's processes share out.
 
         gram_tokens  tokens of the batches that second moments are estimated from; experts' see all that reach them
@@ -160,8 +161,8 @@ class BlockWork:
         CheckpointError names the site and the sample where an input is NaN or infinite.
         """
         seen = SiteStats(sites)
-        size = hidden[0][..., 0].numel()
-        batches = hidden if up_to is None else hidden[: math.ceil(up_to / size)]
+        count, size = entering[0].shape[0], entering[0].tokens
+        batches = entering if up_to is None else entering[: math.ceil(up_to / size)]
         rounds = self.input_rounding() if self.stats else {}
 
         def see(names: tuple[str, ...], x: Tensor) -> None:
@@ -175,13 +176,13 @@ class BlockWork:
                 self._walk.run(self.index, states)
             site = seen.broken()
             if site is not None:
-                first = place * len(batches[0])
+                first = place * count
                 raise CheckpointError(
                     f"{site.linears[0]}: its inputs are NaN or infinite for calibration samples {first} to "
-                    f"{first + len(states) - 1}; drop them from the dataset, or calibrate with --dtype float32"
+                    f"{first + states.shape[0] - 1}; drop them from the dataset, or calibrate with --dtype float32"
                 )
         seen.add_up(self._walk.device)
-        tokens = sum(states[..., 0].numel() for states in batches)
+        tokens = sum(states.tokens for states in batches)
         for site in sites:
             for name in site.linears:
                 self._believe(name, seen.of(name), tokens)

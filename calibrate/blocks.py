@@ -6,22 +6,25 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from lowbit.calibrate import ranks
 from lowbit.calibrate.block import BlockWork
 from lowbit.calibrate.data import CalibrationSet
 from lowbit.calibrate.discover import Structure
 from lowbit.calibrate.job import Job
-from lowbit.calibrate.outcome import BlockOutcome, run_stored
+from lowbit.calibrate.outcome import BlockOutcome, run_shared, run_stored
 from lowbit.calibrate.report import BlockReport, Stopwatch, calibrated_rows, linear_row, peak_memory
 from lowbit.calibrate.rounding import RoundingLearner, round_gptq, round_nearest, spread
 from lowbit.calibrate.search import FoldSearch
 from lowbit.calibrate.structure import Prober
 from lowbit.calibrate.written import covered
+from lowbit.errors import CheckpointError
 from lowbit.export.engines import EXPERT
 from lowbit.models.placement import Placement
 from lowbit.models.skeleton import Block, LinearSpec, checked
+from lowbit.models.states import States
 from lowbit.models.walk import Walk
+from lowbit.quant.numerics import reason_against_scales
 from lowbit.quant.qtensor import QTensor, round_to_nearest
+from lowbit.quant.scheme import Scheme
 
 BATCH_TOKENS = 2048  # tokens run through a block at once, and tokens that module outputs are compared on
 GRAM_TOKENS = 16384  # tokens that the second moments of transforms and clipping are estimated from
@@ -54,6 +57,7 @@ class DataFreeBlocks:
             value = checked(name, job.source.checkpoint.read(name)) if specs else torch.empty(0)
             for spec in specs:
                 w = _cut(value, placement, spec).to(job.device)
+                require_scales(spec.name, w, job.plan.schemes[spec.name], job.scale_dtype)
                 weight = round_to_nearest(w, job.plan.schemes[spec.name], job.scale_dtype)
                 rows[spec.name] = linear_row(job, spec.name, weight, w.float())
                 weights[spec.name] = weight.to("cpu")
@@ -63,6 +67,13 @@ class DataFreeBlocks:
 
     def replay(self, index: int, outcome: BlockOutcome) -> None:
         """No block depends on another."""
+
+
+def require_scales(name: str, w: Tensor, scheme: Scheme, scale_dtype: torch.dtype) -> None:
+    """Raise CheckpointError where the scales of the weight `w` of `name` have no place in their type."""
+    reason = reason_against_scales(w, scheme, scale_dtype)
+    if reason:
+        raise CheckpointError(f"{name}: {reason}; use --dtype bfloat16, or a format whose scales may have it")
 
 
 def _linears_in(block: Block, name: str, placement: Placement) -> list[LinearSpec]:
@@ -82,7 +93,7 @@ def _cut(value: Tensor, placement: Placement, spec: LinearSpec) -> Tensor:
 class BlockLoop:
     """Quantizes the blocks of `job` one after another.
 
-    hidden  what the quantized model returns up to here, for every batch of calibration tokens
+    states  what the quantized model returns up to here, for every batch of calibration tokens
     exact   what the unquantized model returns up to here; the same list where nothing asks for it
     """
 
@@ -91,8 +102,8 @@ class BlockLoop:
         size = max(BATCH_TOKENS // calibration.ids.shape[1], 1)
         self.ids = list(calibration.ids.split(size))
         self.walk = Walk(job.skeleton, job.device, compute)
-        self.hidden = self.walk.start(self.ids)
-        self.exact = self.hidden
+        self.states = self.walk.start(self.ids)
+        self.exact = self.states
         self._job = job
         self._two_streams = job.recipe.rounder == "signround" or job.recipe.distill_steps > 0
         probes = Walk(job.skeleton, job.device, torch.float32)
@@ -118,13 +129,16 @@ class BlockLoop:
             work = BlockWork(self.walk, index, schemes, job.scale_dtype, job.dtype)
             structure = self._prober.structure(index)
         with watch.phase("targets"):
-            sample = [spread(self.hidden)]
+            entering = [states.at(index) for states in self.states]
+            sample = [spread(entering)]
             before = work.run(sample)
             targets = self._targets(index)
         with watch.phase("transforms"):
-            folds = self._transform(work, structure, sample)
+            folds = self._transform(work, structure, entering, sample)
         with watch.phase("rounding"):
-            weights = self._round(work, structure, targets)
+            for name, scheme in work.schemes.items():
+                require_scales(name, work.masters[name], scheme, work.scale_dtype)
+            weights = self._round(work, structure, entering, targets)
         with watch.phase("report"):
             kept = _kept_tensors(job, block, weights)
             loss = _relative_loss(work.run_quantized(sample), before, sample)
@@ -136,16 +150,18 @@ class BlockLoop:
             self._move_on(index, outcome, targets)
         return outcome
 
-    def _targets(self, index: int) -> list[Tensor]:
+    def _targets(self, index: int) -> list[States]:
         """What block `index`, loaded and as in the file, returns for the exact stream, where that is kept."""
-        return ranks.each(self.exact, lambda states: self.walk.run(index, states)) if self._two_streams else []
+        return run_shared(self.walk, index, self.exact) if self._two_streams else []
 
-    def _move_on(self, index: int, outcome: BlockOutcome, targets: list[Tensor]) -> None:
+    def _move_on(self, index: int, outcome: BlockOutcome, targets: list[States]) -> None:
         """The quantized stream runs through the stored block, the exact one has become `targets` where it is kept."""
-        self.hidden = run_stored(self.walk, index, outcome, self.hidden)
-        self.exact = targets or self.hidden
+        self.states = run_stored(self.walk, index, outcome, self.states)
+        self.exact = targets or self.states
 
-    def _transform(self, work: BlockWork, structure: Structure, sample: list[Tensor]) -> list[dict[str, Any]]:
+    def _transform(
+        self, work: BlockWork, structure: Structure, entering: list[States], sample: list[States]
+    ) -> list[dict[str, Any]]:
         """Apply the recipe's transforms; return a row of the report for each fold."""
         recipe = self._job.recipe
         rows = self._rotate(work, structure) if "rotate" in recipe.transforms else []
@@ -153,7 +169,7 @@ class BlockLoop:
             experts = any(EXPERT.search(name) for name in work.specs)
             # a range search looks at the tokens of the second moments alone; scales look at all, and experts need all
             all_tokens = recipe.transforms or recipe.activations == "tensor" or experts
-            work.observe(self.hidden, structure.sites, GRAM_TOKENS, up_to=None if all_tokens else GRAM_TOKENS)
+            work.observe(entering, structure.sites, GRAM_TOKENS, up_to=None if all_tokens else GRAM_TOKENS)
         for transform in (name for name in recipe.transforms if name != "rotate"):
             for fold in structure.folds:
                 search = FoldSearch(work, fold, sample)
@@ -181,27 +197,33 @@ class BlockLoop:
         reason = "between no two of its linears do channels travel alike, as values do in attention"
         return rows or [{"fold": work.block.name, "transform": "rotate", "skipped": reason}]
 
-    def _round(self, work: BlockWork, structure: Structure, targets: list[Tensor]) -> dict[str, QTensor]:
+    def _round(
+        self, work: BlockWork, structure: Structure, entering: list[States], targets: list[States]
+    ) -> dict[str, QTensor]:
         recipe = self._job.recipe
         if recipe.rounder == "gptq":
-            return round_gptq(work, self.hidden, structure.sites, recipe)
+            return round_gptq(work, entering, structure.sites, recipe)
         if recipe.rounder == "signround":
             generator = torch.Generator().manual_seed(recipe.seed + work.index)
             learner = RoundingLearner(work, recipe, generator)
-            return learner.learn(self.hidden, targets)
+            return learner.learn(entering, [states.at(work.index) for states in targets])
         weights = round_nearest(work, recipe.clip)
         work.use(weights)
         return weights
 
 
-def _relative_loss(after: list[Tensor], before: list[Tensor], inputs: list[Tensor]) -> float:
-    error = sum(float((a.float() - b.float()).square().sum()) for a, b in zip(after, before, strict=True))
-    signal = sum(float((b.float() - x.float()).square().sum()) for b, x in zip(before, inputs, strict=True))
-    return error / max(signal, 1e-30)
+def _relative_loss(after: list[States], before: list[States], inputs: list[States]) -> float:
+    return _energy(after, before) / max(_energy(before, inputs), 1e-30)
+
+
+def _energy(one: list[States], other: list[States]) -> float:
+    """The squared distance of hidden states."""
+    pairs = zip(one, other, strict=True)
+    return sum(float((a.hidden.float() - b.hidden.float()).square().sum()) for a, b in pairs)
 
 
 def _kept_tensors(job: Job, block: Block, weights: dict[str, QTensor]) -> dict[str, Tensor]:
-    """The block's tensors that stay unquantized, as transforms left them."""
+    """The block's tensors that stay unquantized: as transforms left them, or to the bit as in the file."""
     done = {f"{name}.weight" for name in weights}
     kept = {}
     for name, placement in block.tensors.items():
@@ -211,5 +233,7 @@ def _kept_tensors(job: Job, block: Block, weights: dict[str, QTensor]) -> dict[s
         module = job.skeleton.model.get_submodule(owner)
         values = module._parameters.get(leaf)
         if values is not None:
-            kept[name] = placement.view(values.data).detach().to("cpu", job.dtype).clone()
+            now, before = placement.view(values.data).cpu(), job.skeleton.read(name)
+            unchanged = torch.equal(now, before.to(now.dtype))
+            kept[name] = (before if unchanged else now).to(job.kept_dtype(name), copy=True)
     return kept

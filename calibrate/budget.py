@@ -23,6 +23,7 @@ from lowbit.export.engines import fused_set
 from lowbit.export.formats import FORMATS
 from lowbit.models.products import weight_view
 from lowbit.models.skeleton import LinearSpec
+from lowbit.models.states import States, pulled
 from lowbit.models.walk import Walk
 from lowbit.quant.qtensor import round_to_nearest
 from lowbit.quant.scheme import FALLBACK_GROUP_SIZES, Scheme, make_scheme
@@ -142,34 +143,38 @@ def _measured(
     ids = calibration.ids[: max(PROBE_TOKENS // calibration.ids.shape[1], 1)]
     walk = Walk(job.skeleton, job.device, torch.float32)
     entering = walk.start([ids])
+    gradient: list[Tensor | None]
     for index in range(len(job.skeleton.blocks)):
         with walk.loaded(index):
             entering.append(walk.run(index, entering[-1]))
     with walk.head_loaded():
-        gradient = _drawn(walk, ids, entering.pop(), torch.Generator().manual_seed(job.recipe.seed))
+        left = entering.pop()
+        slope = _drawn(walk, ids, left.hidden, torch.Generator().manual_seed(job.recipe.seed))
+    gradient = [slope, *(None for _ in left.flow[1:])]
     for index in reversed(range(len(job.skeleton.blocks))):
         block = job.skeleton.blocks[index]
         inside = {fused_set(spec.name) for spec in block.linears if spec.name in names}
         with walk.loaded(index):
-            exact = walk.run(index, entering[index])
+            exact = walk.run(index, entering[index]).hidden
             for key in sorted(inside):
                 specs, schemes = sets[key], list(_candidates(job, sets[key]))
-                cost = partial(_cost, walk, index, specs, (job, entering[index], exact, gradient))
+                cost = partial(_cost, walk, index, specs, (job, entering[index], exact, gradient[0]))
                 costs = ranks.each_number(schemes, cost)
                 yield key, hull(Option(s, _bits(job, specs, s), c) for s, c in zip(schemes, costs, strict=True))
-            gradient = _pulled(walk, index, entering[index], gradient)
+            gradient = pulled(partial(walk.run, index), entering[index], gradient)
 
 
 def _cost(
-    walk: Walk, index: int, specs: list[LinearSpec], seen: tuple[Job, Tensor, Tensor, Tensor], scheme: Scheme
+    walk: Walk, index: int, specs: list[LinearSpec], seen: tuple[Job, States, Tensor, Tensor | None], scheme: Scheme
 ) -> float:
     """The divergence that `scheme` costs where it rounds `specs` of the loaded block alone, to nearest."""
-    job, hidden, exact, gradient = seen
+    job, states, exact, gradient = seen
+    assert gradient is not None
     views = [weight_view(walk.skeleton.model.get_parameter(spec.placement.parameter).data, spec) for spec in specs]
     saved = [view.clone() for view in views]
     for view, w in zip(views, saved, strict=True):
         view.copy_(round_to_nearest(w, scheme, job.scale_dtype).dequantize())
-    change = ((walk.run(index, hidden) - exact) * gradient).sum(-1)
+    change = ((walk.run(index, states).hidden - exact) * gradient).sum(-1)
     for view, w in zip(views, saved, strict=True):
         view.copy_(w)
     return float(change.square().mean()) / 2
@@ -185,11 +190,3 @@ def _drawn(walk: Walk, ids: Tensor, hidden: Tensor, generator: torch.Generator) 
         drawn = torch.multinomial(flat.detach().exp().cpu(), 1, generator=generator).to(flat.device)
         (gradient,) = torch.autograd.grad(flat.gather(1, drawn).sum(), hidden)
     return gradient
-
-
-def _pulled(walk: Walk, index: int, hidden: Tensor, gradient: Tensor) -> Tensor:
-    """The gradient by what enters the loaded block, from that by what it returns."""
-    hidden = hidden.detach().requires_grad_()
-    with torch.enable_grad():
-        (pulled,) = torch.autograd.grad(walk.run(index, hidden), hidden, gradient)
-    return pulled

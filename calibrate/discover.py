@@ -34,7 +34,8 @@ Inputs = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Probe:
-    """One way to run the block: `run(module)` returns its output minus its input, for fixed random hidden states."""
+    """One way to run the block: `run(module)` returns its output minus its input, flat, and what it leaves for others;
+    the hidden states are fixed and random."""
 
     run: Callable[[nn.Module], Tensor]
 

@@ -22,6 +22,7 @@ from lowbit.calibrate.blocks import BlockLoop
 from lowbit.calibrate.job import Job
 from lowbit.calibrate.outcome import BlockOutcome, hold, int8_inputs
 from lowbit.models.products import taped, weight_view
+from lowbit.models.states import States, pulled
 from lowbit.models.walk import Walk
 from lowbit.quant import numerics
 from lowbit.quant.qtensor import QTensor
@@ -89,25 +90,23 @@ class TunedBlock:
         kept = {name: other.value.to("cpu", self._outcome.kept[name].dtype) for name, other in self._others.items()}
         return replace(self._outcome, weights=weights, kept=kept)
 
-    def run(self, hidden: Tensor) -> Tensor:
+    def run(self, states: States) -> States:
         """What the block returns."""
         with int8_inputs(self._walk, self._index, self._outcome.weights):
-            return self._walk.run(self._index, hidden)
+            return self._walk.run(self._index, states)
 
-    def backward(self, hidden: Tensor, gradient: Tensor, rate: float) -> Tensor:
-        """The gradient by `hidden`, which enters the block, from that by what it returns; the block has moved."""
-        hidden = hidden.detach().requires_grad_()
+    def backward(self, states: States, gradient: list[Tensor | None], rate: float) -> list[Tensor | None]:
+        """The gradient by `states`, which enter the block, from that by what it returns; the block has moved."""
         names = {spec.placement.parameter for spec in self._specs.values()} | {
             self._block.tensors[name].parameter for name in self._others
         }
         parameters = {name: self._walk.skeleton.model.get_parameter(name) for name in sorted(names)}
         with taped(parameters.values()):
-            self.run(hidden).backward(gradient)
+            entering = pulled(self.run, states, gradient)
             ranks.total_gradients(parameters.values())
             self._step({name: parameter.grad for name, parameter in parameters.items()}, rate)
         self._refresh()
-        assert hidden.grad is not None
-        return hidden.grad
+        return entering
 
     @torch.no_grad()
     def _step(self, gradients: dict[str, Tensor | None], rate: float) -> None:
@@ -160,7 +159,9 @@ def distill(
             for block in blocks:
                 with torch.no_grad():
                     states.append(block.run(states[-1]))
-            loss, gradient = _divergence(walk, *own[batch], states.pop())
+            left = states.pop()
+            loss, slope = _divergence(walk, *own[batch], left.hidden)
+            gradient = [slope, *(None for _ in left.flow[1:])]
             rate = RATE * 0.5 * (1 + math.cos(math.pi * step / steps))
             for block in reversed(blocks):
                 gradient = block.backward(states.pop(), gradient, rate)
@@ -168,13 +169,13 @@ def distill(
         return [block.outcome() for block in blocks]
 
 
-def _own_part(ids: Tensor, exact: Tensor) -> tuple[Tensor, Tensor, float]:
+def _own_part(ids: Tensor, exact: States) -> tuple[Tensor, Tensor, float]:
     """This process's sequences of a batch, token ids and exact states, and which share of the batch they are.
 
     A process that no sequence falls to takes the first with a share of 0, so that all compute in step.
     """
     rows = ranks.mine(range(len(ids)))
-    return ids[rows or [0]], exact[rows or [0]], len(rows) / len(ids)
+    return ids[rows or [0]], exact.hidden[rows or [0]], len(rows) / len(ids)
 
 
 def _divergence(walk: Walk, ids: Tensor, exact: Tensor, share: float, hidden: Tensor) -> tuple[Tensor, Tensor]:

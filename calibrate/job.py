@@ -20,7 +20,7 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 class Job:
     """What is to be done to a model.
 
-    dtype   of weights that stay unquantized, and of scales where the format leaves them a choice
+    dtype   of most weights that stay unquantized, and of scales where the format leaves them a choice
     device  where blocks run
     """
 
@@ -35,6 +35,15 @@ class Job:
     def scale_dtype(self) -> torch.dtype:
         """The dtype of scales: the format's own, or that of the unquantized weights."""
         return FORMATS[self.recipe.format].scale_dtype or self.dtype
+
+    def kept_dtype(self, name: str) -> torch.dtype:
+        """The dtype in which the file's tensor `name` is written where it stays unquantized.
+
+        Its own, unless the recipe asks for another one than most weights have: then those that are no wider take it.
+        """
+        own = self.source.checkpoint.entries[name].dtype
+        wider = own.itemsize > main_dtype(self.source).itemsize
+        return own if self.recipe.dtype == "auto" or wider or not own.is_floating_point else self.dtype
 
     @property
     def linears(self) -> dict[str, LinearSpec]:
@@ -98,6 +107,11 @@ def prepare(source: Source, recipe: Recipe, device: str) -> Job:
 def _dtype(source: Source, recipe: Recipe) -> torch.dtype:
     if recipe.dtype != "auto":
         return DTYPES[recipe.dtype]
+    return main_dtype(source)
+
+
+def main_dtype(source: Source) -> torch.dtype:
+    """The dtype of most of a model's weights, bfloat16 where that is none that weights are computed in."""
     counts: dict[torch.dtype, int] = {}
     for entry in source.checkpoint.entries.values():
         if entry.dtype in DTYPES.values():

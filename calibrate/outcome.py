@@ -9,6 +9,7 @@ from torch import Tensor
 from lowbit.calibrate import ranks
 from lowbit.calibrate.report import BlockReport
 from lowbit.models.products import input_rounding, rounded_inputs, weight_view
+from lowbit.models.states import States
 from lowbit.models.walk import Walk
 from lowbit.quant.qtensor import QTensor
 
@@ -48,11 +49,17 @@ def int8_inputs(walk: Walk, index: int, weights: Mapping[str, QTensor]) -> Abstr
     return rounded_inputs(walk.skeleton.blocks[index], walk.skeleton.model, rounds)
 
 
-def run_stored(walk: Walk, index: int, outcome: BlockOutcome, hidden: list[Tensor]) -> list[Tensor]:
-    """What block `index`, which must be loaded, returns for batches of hidden states once it holds `outcome`.
+def run_shared(walk: Walk, index: int, batches: list[States]) -> list[States]:
+    """What block `index`, which must be loaded, makes of `batches`, which the run's processes share out."""
+    found = ranks.each_several(batches, lambda states: walk.run(index, states).packed())
+    return [states.unpacked(parts) for states, parts in zip(batches, found, strict=True)]
+
+
+def run_stored(walk: Walk, index: int, outcome: BlockOutcome, batches: list[States]) -> list[States]:
+    """What block `index`, which must be loaded, makes of `batches` once it holds `outcome`.
 
     The block holds it from then on, rounded as on disk: a run that goes on from the files sees the same numbers.
     """
     hold(walk, index, outcome.weights, outcome.kept)
     with int8_inputs(walk, index, outcome.weights):
-        return ranks.each(hidden, lambda states: walk.run(index, states))
+        return run_shared(walk, index, batches)

@@ -91,6 +91,10 @@ def _write_companions(job: Job, output: Path, result: Result) -> None:
     for key in ("torch_dtype", "dtype"):
         if key in config:
             config[key] = str(job.dtype).removeprefix("torch.")
+    if not getattr(job.source.config.get_text_config(), "tie_word_embeddings", False):
+        # the file has the last word (models.skeleton), and readers of this one may ask config.json
+        for part in (config, config.get("text_config", {})):
+            part |= {key: False for key in ("tie_word_embeddings",) if part.get(key)}
     fmt = FORMATS[job.recipe.format]
     write_config(output, config, fmt, fmt.quantization_config(job.plan.schemes, job.plan.left))
     (output / "recipe.toml").write_text(result.recipe.to_toml(), encoding="utf-8")

@@ -1,6 +1,6 @@
 """The rounders at work on a block: to nearest, by GPTQ, or learned."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -8,6 +8,7 @@ from torch import Tensor
 from lowbit.calibrate import ranks
 from lowbit.calibrate.block import BlockWork
 from lowbit.export.engines import EXPERT, expert_role
+from lowbit.models.states import States, joined
 from lowbit.quant.algos.clip import group_moments, search_shrink
 from lowbit.quant.algos.gptq import gptq
 from lowbit.quant.algos.learned import LearnedWeight
@@ -45,7 +46,7 @@ def _range(work: BlockWork, name: str, clip: bool) -> Tensor:
     return search_shrink(master, scheme, work.scale_dtype, group_moments(stats.second_moment(), scheme))
 
 
-def round_gptq(work: BlockWork, hidden: list[Tensor], sites: list[Site], recipe: Recipe) -> dict[str, QTensor]:
+def round_gptq(work: BlockWork, entering: list[States], sites: list[Site], recipe: Recipe) -> dict[str, QTensor]:
     """Every linear that has a scheme, rounded by GPTQ, in the order in which the block uses them.
 
     Each stage's inputs are seen with the stages before it rounded already, so that it makes up for them too.
@@ -55,7 +56,7 @@ def round_gptq(work: BlockWork, hidden: list[Tensor], sites: list[Site], recipe:
         width = max(site.width for site in stage)
         tokens = max(MOMENT_TOKENS, TOKENS_PER_INPUT * width)
         experts = any(EXPERT.search(site.linears[0]) for site in stage)
-        work.observe(hidden, stage, tokens, up_to=None if experts else tokens)
+        work.observe(entering, stage, tokens, up_to=None if experts else tokens)
         rounded = _all_by_gptq(work, [name for site in stage for name in site.linears if name in work.schemes], recipe)
         work.use(rounded)
         weights |= rounded
@@ -94,11 +95,15 @@ def stages(sites: list[Site]) -> Iterator[list[Site]]:
     yield from together.values()
 
 
-def spread(batches: list[Tensor]) -> Tensor:
+def spread(batches: list[States]) -> States:
     """One batch of sequences, shaped as the first of `batches`, spread evenly over all."""
-    rows = [row for batch in batches for row in batch.split(1)]
-    count = len(batches[0])
-    return torch.cat([rows[i * len(rows) // count] for i in range(count)])
+    rows, count = _rows(batches), batches[0].shape[0]
+    return joined(rows[i * len(rows) // count] for i in range(count))
+
+
+def _rows(batches: list[States]) -> list[States]:
+    """Every sequence of them alone."""
+    return [row for batch in batches for row in batch.rows()]
 
 
 class RoundingLearner:
@@ -112,25 +117,30 @@ class RoundingLearner:
             for name, scheme in work.schemes.items()
         }
 
-    def learn(self, inputs: list[Tensor], targets: list[Tensor]) -> dict[str, QTensor]:
+    def learn(self, inputs: list[States], targets: list[States]) -> dict[str, QTensor]:
         """The weights of the best iterate: the block's outputs for `inputs` brought near `targets`.
 
-        inputs   batches of hidden states that reach the block
+        inputs   batches that reach the block
         targets  what the unquantized model returned here
         Iterates are compared on one batch of sequences spread over all.
         """
         held = spread(inputs), spread(targets)
         weights = self._rounded()
+        pairs = list(zip(_rows(inputs), _rows(targets), strict=True))
         best, least = weights, float("inf")
         look = max(self._iters // LOOKS, 1)
         for step in range(self._iters + 1):
             self._work.use(weights)
             if step % look == 0 or step == self._iters:
-                loss = ranks.leaders_number(self._loss(*held))
+                loss = ranks.leaders_number(float(self._loss(*held)))
                 if loss < least:
                     best, least = weights, loss
             if step < self._iters:
-                self._step(weights, inputs, targets, 2 * TRAVEL * (1 - step / self._iters) / self._iters)
+                self._step(
+                    weights,
+                    self._minibatch(pairs, inputs[0].shape[0]),
+                    2 * TRAVEL * (1 - step / self._iters) / self._iters,
+                )
                 weights = self._rounded()
         self._work.use(best)
         return best
@@ -138,26 +148,19 @@ class RoundingLearner:
     def _rounded(self) -> dict[str, QTensor]:
         return {name: learned.rounded() for name, learned in self._learned.items()}
 
-    def _loss(self, x: Tensor, y: Tensor) -> float:
+    def _loss(self, x: States, y: States) -> Tensor:
         (out,) = self._work.run_quantized([x])
-        return float((out.float() - y.float()).square().mean())
+        return (out.hidden.float() - y.hidden.float()).square().mean()
 
-    def _step(self, weights: dict[str, QTensor], inputs: list[Tensor], targets: list[Tensor], rate: float) -> None:
+    def _step(self, weights: dict[str, QTensor], batches: Iterable[tuple[States, States]], rate: float) -> None:
         with self._work.gradients(name for name in weights if name not in self._work.scarce) as gradients:
-            for x, y in ranks.mine(self._minibatch(inputs, targets)):
-                (out,) = self._work.run_quantized([x])
-                (out.float() - y.float()).square().mean().backward()
+            for x, y in ranks.mine(batches):
+                self._loss(x, y).backward()
             for name, gradient in gradients():
                 self._learned[name].step(weights[name], gradient, rate)
 
-    def _minibatch(self, inputs: list[Tensor], targets: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-        """Batches of random sequences, shaped as the first of `inputs`, of STEP_TOKENS tokens in all."""
-        size, length = inputs[0].shape[:2]
-        count = sum(len(batch) for batch in inputs)
-        for _ in range(max(STEP_TOKENS // (size * length), 1)):
-            chosen = torch.randperm(count, generator=self._generator)[:size].tolist()
-            places = [divmod(index, size) for index in chosen]
-            yield (
-                torch.stack([inputs[batch][row] for batch, row in places]),
-                torch.stack([targets[batch][row] for batch, row in places]),
-            )
+    def _minibatch(self, pairs: list[tuple[States, States]], size: int) -> Iterator[tuple[States, States]]:
+        """Batches of `size` random sequences of `pairs`, of STEP_TOKENS tokens in all."""
+        for _ in range(max(STEP_TOKENS // (size * pairs[0][0].tokens), 1)):
+            chosen = torch.randperm(len(pairs), generator=self._generator)[:size].tolist()
+            yield joined(pairs[row][0] for row in chosen), joined(pairs[row][1] for row in chosen)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from lowbit.calibrate import ranks
 from lowbit.calibrate.block import BlockWork, InputRounding
 from lowbit.models.products import input_rounding
+from lowbit.models.states import States
 from lowbit.quant.algos.awq import ScaleChoice, search_scales, weight_magnitude
 from lowbit.quant.algos.smooth import SmoothChoice, search_alpha
 from lowbit.quant.numerics import fake_quantize
@@ -39,12 +40,12 @@ class ModuleCalls:
 class FoldSearch:
     """The search at one fold of a block.
 
-    hidden  the batches that module outputs are compared on
+    sample  the batches that module outputs are compared on
     """
 
     work: BlockWork
     fold: Fold
-    hidden: list[Tensor]
+    sample: list[States]
 
     def reason_against(self) -> str | None:
         """Why there is nothing to search here, or None."""
@@ -89,7 +90,7 @@ class FoldSearch:
         gives the error over all tokens at once, for less.
         """
         name = self._quantized[0]
-        tokens = sum(states[..., 0].numel() for states in self.hidden)
+        tokens = sum(states.tokens for states in self.sample)
         exact_inputs = name not in self.work.activations
         if len(self.fold.columns) == 1 and exact_inputs and self.work.specs[name].k <= tokens:
             return self._linear_losses(name)
@@ -157,7 +158,7 @@ class FoldSearch:
 
         handle = module.register_forward_hook(keep, with_kwargs=True)
         try:
-            self.work.run(self.hidden)
+            self.work.run(self.sample)
         finally:
             handle.remove()
         return ModuleCalls(module, calls)

@@ -1,5 +1,6 @@
 """The structure of a model's blocks: found once for all blocks alike, proved on each."""
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from lowbit.calibrate.discover import Probe, Structure, Workbench, discover, prove
 from lowbit.calibrate.heads import find_heads
 from lowbit.models.skeleton import Block
+from lowbit.models.states import States
 from lowbit.models.walk import Walk
 from lowbit.quant.site import Heads
 
@@ -25,7 +27,7 @@ class Prober:
         flat = ids.flatten()
         probe = flat[: PROBE_LENGTH * 2].view(2, -1)
         single = flat[:SINGLE_PROBES].view(-1, 1)
-        self._shapes = [tuple(states.shape) for states in walk.start([probe, single])]
+        self._entering = [walk.start([probe, single])]
 
     def structure(self, index: int) -> Structure:
         """The structure of block `index`, which must be loaded; folds that fail on this block are named as rejected."""
@@ -33,6 +35,7 @@ class Prober:
         bench = Workbench(block)
         probe, single = self._probes(index)
         key = block.signature()
+        self._hand_on(bench, index)
         if key not in self._known:
             self._known[key] = block, discover(bench, probe, single, self._seed)
             return self._known[key][1]
@@ -48,20 +51,33 @@ class Prober:
 
     def learn(self, index: int) -> None:
         """Find the structure of block `index`, loaded and as in the file, if it is the first of its kind."""
-        if self._walk.skeleton.blocks[index].signature() not in self._known:
+        block = self._walk.skeleton.blocks[index]
+        if block.signature() not in self._known:
             self.structure(index)
+        else:
+            self._hand_on(Workbench(block), index)
+
+    def _hand_on(self, bench: Workbench, index: int) -> None:
+        """Let block `index` leave what the blocks behind it ask for beside hidden states, where models do that."""
+        if self._walk.wiring.carries and len(self._entering) == index + 1:
+            probes = self._probe_states(index)
+            self._entering.append([self._walk.run_module(bench.module, index, states) for states in probes])
 
     def _probes(self, index: int) -> tuple[Probe, Probe]:
         """Random hidden states that enter block `index`: two sequences, and many of one token."""
-        device = next(self._walk.skeleton.blocks[index].module.parameters()).device
-        generator = torch.Generator().manual_seed(self._seed + index)
-        probe, single = (
-            self._probe(index, torch.randn(shape, generator=generator).to(device)) for shape in self._shapes
-        )
+        probe, single = (self._probe(index, states) for states in self._probe_states(index))
         return probe, single
 
-    def _probe(self, index: int, hidden: Tensor) -> Probe:
+    def _probe_states(self, index: int) -> Iterator[States]:
+        generator = torch.Generator().manual_seed(self._seed + index)
+        for states in self._entering[index if self._walk.wiring.carries else 0]:
+            hidden = torch.randn(states.hidden.shape, generator=generator)
+            yield replace(states, hidden=hidden.to(states.hidden.device))
+
+    def _probe(self, index: int, states: States) -> Probe:
         def run(module: nn.Module) -> Tensor:
-            return self._walk.run_module(module, index, hidden) - hidden
+            after = self._walk.run_module(module, index, states)
+            # what blocks leave for others must not change either
+            return torch.cat([(after.hidden - states.hidden).flatten(), *(left.flatten() for left in after.flow[1:])])
 
         return Probe(run)

@@ -12,7 +12,7 @@ from lowbit.export.checkpoint import open_checkpoint
 from lowbit.export.formats import FORMATS, LogicalTensors
 from lowbit.export.tensorfile import raw_bytes
 from lowbit.export.writer import ShardedWriter
-from lowbit.models.skeleton import Block, checked, count_broken
+from lowbit.models.skeleton import Block, checked, count_broken, tied_weights
 from lowbit.quant.qtensor import QTensor
 
 
@@ -48,15 +48,14 @@ class RecordingWriter:
                 self._add(name, self._source(name))
 
     def _is_tied_copy(self, name: str) -> bool:
-        place = self._job.skeleton.others.get(name)
-        if place is None or place.parameter not in self._job.skeleton.model.all_tied_weights_keys:
-            return False
-        others = self._job.source.checkpoint.entries
-        return any(other != name and "embed" in other and others[other].shape == others[name].shape for other in others)
+        """Whether the file's tensor `name` is another of its tensors once more."""
+        places = self._job.skeleton.others
+        origin = tied_weights(self._job.skeleton.model).get(places[name].parameter) if name in places else None
+        return any(place.parameter == origin for place in places.values())
 
     def _source(self, name: str) -> Tensor:
         value = checked(name, self._job.source.checkpoint.read(name))
-        return value.to(self._job.dtype) if value.is_floating_point() else value
+        return value.to(self._job.kept_dtype(name))
 
     def _add(self, name: str, tensor: Tensor) -> None:
         if count_broken(tensor):

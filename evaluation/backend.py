@@ -220,7 +220,7 @@ def fill_all(skeleton: Skeleton, device: str, dtype: torch.dtype) -> Skeleton:
     for block in skeleton.blocks:
         tensors |= block.tensors
     fill(skeleton.model, skeleton.model.modules(), tensors, skeleton.read, device, dtype)
-    skeleton.model.tie_weights()
+    skeleton.model.tie_weights(recompute_mapping=False)
     return skeleton
 
 

@@ -127,6 +127,11 @@ def _indexed_files(directory: Path) -> list[Path]:
             raise CheckpointError(f"{directory / INDEX_NAME}: shard {name!r} lies outside the model directory")
         if not (directory / name).is_file():
             raise CheckpointError(f"{directory / INDEX_NAME}: shard {name!r} is missing; the download is incomplete")
+    if (directory / SINGLE_NAME).exists() and names != [SINGLE_NAME]:
+        raise CheckpointError(
+            f"{directory}: {SINGLE_NAME} and, in {INDEX_NAME}, {names[0]}: transformers takes the one, vLLM the other; "
+            f"remove {INDEX_NAME} or {SINGLE_NAME}, whichever is left over from before"
+        )
     return [directory / name for name in names]
 
 

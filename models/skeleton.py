@@ -121,6 +121,7 @@ def open_skeleton(source: Source) -> Skeleton:
     model = _empty_model(source)
     tensors = LogicalTensors(source.checkpoint)
     placements = place(model, tensors.names, {name: entry.shape for name, entry in source.checkpoint.entries.items()})
+    _untie(model, placements, tensors.read)
     blocks = [Block(name, module) for name, module in find_blocks(model)]
     others: dict[str, Placement] = {}
     for name, placement in placements.items():
@@ -221,13 +222,29 @@ def _is_parameter(model: nn.Module, name: str) -> bool:
     return leaf in model.get_submodule(owner)._parameters
 
 
+def tied_weights(model: PreTrainedModel) -> dict[str, str]:
+    """Parameters that are others: the name of each, and of the one that it is."""
+    return getattr(model, "all_tied_weights_keys", None) or {}
+
+
+def _untie(model: PreTrainedModel, placements: dict[str, Placement], read: Reader) -> None:
+    """Believe the file, not config.json, where it holds two different values for weights that are said to be one.
+
+    So does transformers. The configuration says so from here on.
+    """
+    names = {place.parameter: name for name, place in placements.items()}
+    for target, origin in list(tied_weights(model).items()):
+        if target in names and origin in names and not torch.equal(read(names[target]), read(names[origin])):
+            del model.all_tied_weights_keys[target]
+            model.config.tie_word_embeddings = model.config.get_text_config().tie_word_embeddings = False
+
+
 def _require_parameters(source: Source, model: PreTrainedModel, placements: dict[str, Placement]) -> None:
     placed = {placement.parameter for placement in placements.values()}
     for conversion in _conversions(placements):
         placed |= conversion.parameters(model, lambda name: _unread(source, name)).keys()
-    missing = [
-        name for name, _ in model.named_parameters() if name not in placed and name not in model.all_tied_weights_keys
-    ]
+    tied = tied_weights(model)
+    missing = [name for name, _ in model.named_parameters() if name not in placed and name not in tied]
     if missing:
         raise CheckpointError(
             f"{source.directory}: {len(missing)} weights that {type(model).__name__} needs are in no file, "

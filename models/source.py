@@ -131,6 +131,10 @@ def refuse_encoder(directory: Path, config: Any) -> None:
     remote = bool(getattr(config, "auto_map", None))
     masked = kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False)
     decoding = any(name.endswith(("CausalLM", "LMHeadModel", "ConditionalGeneration")) for name in classes)
+    if getattr(config.get_text_config(), "is_encoder_decoder", False) or config.is_encoder_decoder:
+        raise CheckpointError(
+            f"{directory}: {', '.join(classes) or kind} is an encoder with a decoder; those are not quantized here"
+        )
     if not (causal or remote) or (masked and not decoding):
         raise CheckpointError(
             f"{directory}: {', '.join(classes) or kind} is no decoder language model; encoders are not quantized here"

@@ -2,7 +2,7 @@
 
 The model's own forward pass is run twice with its blocks stubbed out: once to learn what each block is called with
 (hidden states, masks, rotary tables), once to turn the last hidden states into logits. Between the two, each block is
-called directly with those arguments. They do not depend on hidden states, only on the batch's shape.
+called directly with those arguments (models/states.py tells what they depend on).
 """
 
 from collections.abc import Callable, Iterator
@@ -17,64 +17,68 @@ from lowbit.errors import CheckpointError
 from lowbit.models.placement import Placement
 from lowbit.models.products import input_rounding, rounded_inputs
 from lowbit.models.skeleton import Skeleton, empty, fill, hollow
+from lowbit.models.states import Call, Recording, States, Wiring, alike, wiring_of
 
 HEAD_SLICE = 1 << 25  # elements of the head converted at once: 128 MiB in float32
+LOOK_TOKENS = 8  # tokens of a sequence that the wiring of blocks is learned from
 
 
 class _Stop(Exception):
     """Ends a forward pass whose rest is not needed."""
 
 
-@dataclass(frozen=True)
-class Call:
-    """What a block is called with beside the hidden states."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-
-
 @dataclass
 class Walk:
     """A walk through the blocks of `skeleton` on `device` in `dtype`.
 
-    calls  arguments of every block, by the (batch, length) they hold for; filled by `start`
+    calls  what blocks are called with, by the (batch, length) it holds for; filled by `start`
     """
 
     skeleton: Skeleton
     device: str
     dtype: torch.dtype
     calls: dict[tuple[int, int], list[Call]] = field(default_factory=dict)
-    _returns_tuple: bool | None = None
+    _returned: int | None = None
+    _wiring: Wiring | None = None
+
+    @property
+    def wiring(self) -> Wiring:
+        """How the blocks are connected; known once a walk has started."""
+        assert self._wiring is not None, "a walk starts before its blocks run"
+        return self._wiring
 
     @torch.no_grad()
-    def start(self, batches: list[Tensor]) -> list[Tensor]:
-        """The hidden states (B, T, width) that enter the first block, for each batch of token ids (B, T)."""
+    def start(self, batches: list[Tensor]) -> list[States]:
+        """What enters the first block, for each batch of token ids (B, T)."""
         self._require_positions(max(batch.shape[1] for batch in batches))
         with self._entrance():
-            self._learn_return_type(batches[0])
+            self._learn(batches[0].to(self.device))
             return [self._embed(batch.to(self.device)) for batch in batches]
 
-    def run(self, index: int, hidden: Tensor) -> Tensor:
-        """The output of block `index`, whose module must be loaded, for `hidden` (B, T, width)."""
-        return self.run_module(self.skeleton.blocks[index].module, index, hidden)
+    def run(self, index: int, states: States) -> States:
+        """What block `index`, whose module must be loaded, makes of `states`."""
+        return self.run_module(self.skeleton.blocks[index].module, index, states)
 
-    def run_module(self, module: nn.Module, index: int, hidden: Tensor) -> Tensor:
-        """The output of `module`, a copy of block `index`, called as that block would be."""
-        call = self.calls[hidden.shape[0], hidden.shape[1]][index]
+    def run_module(self, module: nn.Module, index: int, states: States) -> States:
+        """What `module`, a copy of block `index` called as that block would be, makes of `states`."""
+        wiring, call = self.wiring, self.calls[states.shape][index]
+        leaves, stores = wiring.entering(index, call, states)
+        args, kwargs = call.arguments(leaves)
         with self._quantized_inputs(index):
-            output = module(hidden, *call.args, **call.kwargs)
-        return output[0] if isinstance(output, tuple) else output
+            output = module(states.hidden.movedim(0, wiring.rows), *args, **kwargs)
+        return wiring.leaving(index, output, stores, states)
 
     @torch.no_grad()
-    def logits(self, ids: list[Tensor], hidden: list[Tensor]) -> Iterator[Tensor]:
-        """The logits (B, T, vocabulary) for each batch of `ids`, from the last block's output `hidden`."""
+    def logits(self, ids: list[Tensor], left: list[States]) -> Iterator[Tensor]:
+        """The logits (B, T, vocabulary) for each batch of `ids`, from what `left` the last block."""
         with self.head_loaded():
-            for batch, states in zip(ids, hidden, strict=True):
-                yield self.logits_of(batch, states)
+            for batch, states in zip(ids, left, strict=True):
+                yield self.logits_of(batch, states.hidden)
 
     def logits_of(self, ids: Tensor, hidden: Tensor) -> Tensor:
         """The logits (B, T, vocabulary) for one batch; the head must be loaded. A tape runs through it to `hidden`."""
-        with self._stubs(_constant(self._wrapped(hidden))):
+        answer = self._wrapped(hidden.movedim(0, self.wiring.rows))
+        with self._stubs(lambda index, args, kwargs: answer):
             return self.skeleton.model(input_ids=ids.to(self.device), use_cache=False).logits
 
     def loaded(self, index: int) -> Any:
@@ -99,41 +103,75 @@ class Walk:
                 "--seqlen or --context, and --eval-windows 0 where the limit is below 512"
             )
 
-    def _embed(self, batch: Tensor) -> Tensor:
+    def _embed(self, batch: Tensor) -> States:
+        recording = self._record(batch)
+        shape = batch.shape[0], batch.shape[1]
+        calls = self.wiring.template(recording)
+        self._require_alike(self.calls.setdefault(shape, calls), calls)
+        return self.wiring.states(recording, shape)
+
+    def _record(self, batch: Tensor) -> Recording:
+        """What blocks are called with for a batch, on the way to the last of them."""
         calls: list[Call] = []
         first: list[Tensor] = []
+        handed: list[tuple[Tensor, ...]] = []
 
         def record(index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             kwargs = dict(kwargs)
             hidden = args[0] if args else kwargs.pop("hidden_states")
-            calls.append(Call(tuple(args[1:]), kwargs))
+            calls.append(Call.of(tuple(args[1:]), kwargs))
             if index == 0:
                 first.append(hidden)
             if index == len(self.skeleton.blocks) - 1:
                 raise _Stop
-            return self._wrapped(hidden)
+            # tensors of nobody's: where one turns up among a later block's arguments, the model hands it on
+            handed.append(tuple(hidden.new_empty(0) for _ in range((self._returned or 1) - 1)))
+            return self._wrapped(hidden, handed[-1])
 
         with self._stubs(record):
             self._run_until_stop(batch)
-        self.calls.setdefault((batch.shape[0], batch.shape[1]), calls)
-        return first[0]
+        return Recording(first[0], calls, handed)
 
-    def _learn_return_type(self, batch: Tensor) -> None:
-        """Blocks return a tensor, or a tuple that begins with it: run the first one to see."""
-        if self._returns_tuple is not None:
+    def _require_alike(self, known: list[Call], calls: list[Call]) -> None:
+        """CheckpointError where a batch calls blocks otherwise than one before it of the same shape."""
+        compared: dict[tuple[int, int], bool] = {}
+        for index, (one, other) in enumerate(zip(known, calls, strict=True)):
+            for pair in zip(one.leaves, other.leaves, strict=True):
+                key = id(pair[0]), id(pair[1])
+                if key not in compared:
+                    compared[key] = alike(*pair)
+                if not compared[key]:
+                    raise CheckpointError(
+                        f"{self.skeleton.blocks[index].name} is called with an argument that is another for every "
+                        "batch, and was not on a few tokens: the model cannot be run block by block"
+                    )
+
+    def _learn(self, batch: Tensor) -> None:
+        """What blocks return, and how they are connected."""
+        if self._wiring is not None:
             return
-        block = self.skeleton.blocks[0].module
+        length = min(LOOK_TOKENS, batch.shape[1])
+        tokens = batch.flatten()[torch.arange(3 * length, device=batch.device) % batch.numel()].view(3, length)
+        self._returned = self._count_returned(tokens[:1])
+        vocabulary = self.skeleton.model.get_input_embeddings().weight.shape[0]
+        others = (tokens + 1) % vocabulary
+        self._wiring = wiring_of(self._record(tokens[:2]), self._record(others[:2]), self._record(tokens))
+
+    def _count_returned(self, batch: Tensor) -> int | None:
+        """How many values blocks return, hidden states first; None for a bare tensor. The first one is run to see."""
+        found: list[int | None] = []
 
         def look(module: nn.Module, args: Any, output: Any) -> None:
-            self._returns_tuple = isinstance(output, tuple)
+            found.append(len(output) if isinstance(output, tuple) else None)
             raise _Stop
 
-        handle = block.register_forward_hook(look)
+        handle = self.skeleton.blocks[0].module.register_forward_hook(look)
         try:
             with self.loaded(0):
-                self._run_until_stop(batch[:1, :8].to(self.device))
+                self._run_until_stop(batch)
         finally:
             handle.remove()
+        return found[0]
 
     def _run_until_stop(self, batch: Tensor) -> None:
         try:
@@ -141,8 +179,11 @@ class Walk:
         except _Stop:
             return
 
-    def _wrapped(self, hidden: Tensor) -> Any:
-        return (hidden, None) if self._returns_tuple else hidden
+    def _wrapped(self, hidden: Tensor, rest: tuple[Any, ...] | None = None) -> Any:
+        """`hidden` as blocks return it; `rest`, or nothing, in the other places."""
+        if self._returned is None:
+            return hidden
+        return hidden, *(rest if rest is not None else (None,) * (self._returned - 1))
 
     @contextmanager
     def _stubs(self, answer: Callable[[int, tuple[Any, ...], dict[str, Any]], Any]) -> Iterator[None]:
@@ -164,7 +205,7 @@ class Walk:
 
     @contextmanager
     def head_loaded(self) -> Iterator[None]:
-        """In memory: all of the model but its blocks and its embeddings, which the stubs make nobody look at.
+        """In memory: all of the model but its blocks and its embeddings, which are zeros.
 
         The head is often the largest matrix of all: it keeps the file's dtype, and is brought to the walk's a slice at
         a time while it multiplies.
@@ -172,16 +213,13 @@ class Walk:
         model = self.skeleton.model
         head, embeddings = _linear_head(model), model.get_input_embeddings()
         head.forward = lambda x: _sliced_linear(x, head)
-        embeddings.forward = lambda ids: torch.zeros(
-            *ids.shape, embeddings.weight.shape[1], dtype=self.dtype, device=self.device
-        )
         try:
             with self._filled(head, embeddings):
-                fill(model, [head], self._head_tensors(head), self.skeleton.read, self.device, None)
+                fill(model, [head, embeddings], self._head_tensors(head), self.skeleton.read, self.device, None)
                 yield
         finally:
             empty([head])
-            del head.forward, embeddings.forward
+            del head.forward
 
     @contextmanager
     def _filled(self, *skipped: nn.Module | None) -> Iterator[None]:
@@ -232,11 +270,6 @@ def _sliced_linear(x: Tensor, linear: nn.Linear) -> Tensor:
         bias = None if linear.bias is None else linear.bias[part].to(x.dtype)
         result[..., part] = torch.nn.functional.linear(x, linear.weight[part].to(x.dtype), bias)
     return result
-
-
-def _constant(value: Any) -> Callable[[int, tuple[Any, ...], dict[str, Any]], Any]:
-    """A stub that always answers `value`."""
-    return lambda index, args, kwargs: value
 
 
 def _within(name: str, outer: set[str]) -> bool:

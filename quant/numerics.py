@@ -9,6 +9,8 @@ from torch import Tensor
 
 from lowbit.quant.scheme import Scheme
 
+LOST_ENERGY = 1e-3  # of a weight's squares: what rounding to 4 bits loses anyway
+
 
 def grouped(w: Tensor, scheme: Scheme) -> Tensor:
     """`w` viewed as (n, g, group_size)."""
@@ -57,6 +59,25 @@ def stored_scale(scale: Tensor, dtype: torch.dtype) -> Tensor:
     limits = torch.finfo(dtype)
     magnitude = scale.abs().clamp(max=limits.max).to(dtype).clamp(min=limits.tiny)
     return torch.where(scale == 0, torch.ones_like(magnitude), magnitude.copysign(scale.to(dtype)))
+
+
+def reason_against_scales(w: Tensor, scheme: Scheme, scale_dtype: torch.dtype) -> str | None:
+    """Why the scales of `w` (n, k) have no place in `scale_dtype`, in words, or None.
+
+    None may be too large for it. Scales too small are raised to the smallest it has, which loses the weights of their
+    groups: those may have LOST_ENERGY of the whole at most.
+    """
+    limits = torch.finfo(scale_dtype)
+    wanted = choose_params(w, scheme, torch.float32)[0].abs()
+    large, small = int((wanted > limits.max).sum()), wanted < limits.tiny
+    lost = grouped(w.float(), scheme).square().sum(-1)
+    if not large and float(lost[small].sum()) <= LOST_ENERGY * float(lost.sum()):
+        return None
+    count, low, high = large + int(small.sum()), float(wanted.min()), float(wanted.max())
+    return (
+        f"{count} of {wanted.numel()} scales ({low:.3g} to {high:.3g}) "
+        f"have no place in {scale_dtype} ({limits.tiny:.3g} to {limits.max:.6g})"
+    )
 
 
 def quantize(w: Tensor, scheme: Scheme, scales: Tensor, zeros: Tensor | None = None) -> Tensor:

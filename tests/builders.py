@@ -54,10 +54,37 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 FAMILIES = tuple(CONFIGS)
 
+# Families whose blocks get more than hidden states, masks and positions: an embedding per layer, shared keys
+# and values, several streams, another block's choice of positions.
+FOUR = GATED | {"head_dim": 16, "num_hidden_layers": 4}
+KINDS = {"layer_types": ["sliding_attention", "full_attention"] * 2, "sliding_window": 8, "num_kv_shared_layers": 2}
+PER_LAYER = KINDS | {"hidden_size_per_layer_input": 16, "vocab_size_per_layer_input": VOCABULARY}
+INDEXED = {
+    "num_key_value_heads": 4,
+    "q_lora_rank": 32,
+    "kv_lora_rank": 32,
+    "qk_rope_head_dim": 16,
+    "qk_nope_head_dim": 16,
+    "v_head_dim": 16,
+    "moe_intermediate_size": 64,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "first_k_dense_replace": 1,
+    "index_topk": 4,
+    "index_n_heads": 4,
+    "index_head_dim": 32,
+    "indexer_types": ["full", "shared"] * 2,
+}
+CONNECTED: dict[str, tuple[str, dict[str, Any]]] = {
+    "gemma4": ("Gemma4TextConfig", FOUR | PER_LAYER | {"per_layer_config": {}}),
+    "gemma3n": ("Gemma3nTextConfig", FOUR | PER_LAYER | {"intermediate_size": [96] * 4, "laurel_rank": 16}),
+    "glm_moe_dsa": ("GlmMoeDsaConfig", FOUR | INDEXED),
+}
+
 
 def make_config(family: str, **changes: Any) -> Any:
     """The tiny configuration of a family."""
-    name, values = CONFIGS[family]
+    name, values = (CONFIGS | CONNECTED)[family]
     return getattr(transformers, name)(**values | changes)
 
 

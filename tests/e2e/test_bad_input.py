@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import BertConfig, BertForMaskedLM
+from transformers import BertConfig, BertForMaskedLM, WhisperConfig, WhisperForConditionalGeneration
 
 from lowbit.export import tensorfile
 from lowbit.export.checkpoint import INDEX_NAME, write_sums
@@ -203,6 +203,37 @@ def test_an_encoder(refused, tmp_path):
     BertForMaskedLM(config).save_pretrained(tmp_path / "bert")
     make_tokenizer().save_pretrained(tmp_path / "bert")
     assert "BertForMaskedLM is no decoder language model" in refused(tmp_path / "bert", *FAST)
+
+
+def test_an_encoder_with_a_decoder(refused, tmp_path):
+    """Whisper's decoder alone would pass for a language model."""
+    sizes = {"d_model": 64, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64}
+    heads = {"encoder_attention_heads": 4, "decoder_attention_heads": 4, "vocab_size": 260, "max_target_positions": 64}
+    tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
+    model = WhisperForConditionalGeneration(WhisperConfig(**sizes, **heads, **tokens))
+    model.save_pretrained(tmp_path / "whisper")
+    make_tokenizer().save_pretrained(tmp_path / "whisper")
+    complaint = refused(tmp_path / "whisper", *FAST)
+    assert "WhisperForConditionalGeneration is an encoder with a decoder" in complaint
+
+
+@pytest.mark.parametrize("factor", [1e7, 1e-7])
+@pytest.mark.parametrize("flags", [["--dtype", "float16"], ["--format", "gptq", "--group-size", 32]])
+def test_scales_that_float16_cannot_hold(refused, model, factor, flags):
+    name = "model.layers.0.self_attn.q_proj.weight"
+    edited(model, lambda tensors: tensors.update({name: tensors[name].float() * factor}))
+    assert "scales" in refused(model, "--method", "rtn", "--eval-windows", 0, *flags)
+
+
+def test_a_group_that_float16_loses_is_no_reason_to_refuse(model, tmp_path):
+    """Groups that are all but zero are found in real models: what they lose is nothing."""
+
+    def shrink(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["model.layers.0.self_attn.q_proj.weight"][3, :32] *= 1e-7
+
+    edited(model, shrink)
+    flags = ["--method", "rtn", "--format", "gptq", "--group-size", 32, "--eval-windows", 0]
+    assert run_quantize(model, *flags, "-o", tmp_path / "out").code == 0
 
 
 def test_a_model_that_is_quantized_already(refused, model, tmp_path):

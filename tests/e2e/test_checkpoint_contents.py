@@ -7,15 +7,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from lowbit.calibrate.job import prepare
 from lowbit.calibrate.methods import complete_recipe
 from lowbit.errors import CheckpointError
+from lowbit.evaluation.backend import open_backend
 from lowbit.export.checkpoint import open_checkpoint
 from lowbit.models.source import open_source
 from lowbit.quant.recipe import Recipe, read_recipe
-from tests.builders import save_family
+from tests.builders import calibration, changed_config, logits_of, save_family
 from tests.e2e.cli import names, run_quantize
 
 AWQ = ["--method", "awq", "--group-size", 32, "--num-samples", 4, "--seqlen", 32, "--eval-windows", 1]
@@ -160,14 +162,59 @@ def test_tied_embeddings_stay_tied(tmp_path, method):
 
 
 def test_a_tied_copy_on_disk_is_dropped(tmp_path):
-    from safetensors.torch import save_file
-
     source = save_family("gemma2", tmp_path / "source")
     tensors = load_file(source / "model.safetensors")
     save_file(tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}, source / "model.safetensors")
     done = run_quantize(source, "--method", "int8", "--eval-windows", 0, "-o", tmp_path / "out")
     assert done.code == 0, done.err
     assert not any(name.startswith("lm_head") for name in open_checkpoint(tmp_path / "out").entries)
+
+
+def with_another_head(directory: Path) -> tuple[Path, torch.nn.Module]:
+    """A model whose configuration says that its head is tied, with another in its file; as transformers has it."""
+    source = save_family("llama", directory)
+    changed_config(source, lambda config: config.update(tie_word_embeddings=True))
+    model = AutoModelForCausalLM.from_pretrained(source)
+    assert model.lm_head.weight is not model.model.embed_tokens.weight
+    return source, model
+
+
+@pytest.mark.parametrize("backend", ["transformers", "blocks", "engine"])
+def test_a_head_of_its_own_is_read_though_it_is_said_to_be_tied(tmp_path, backend):
+    source, model = with_another_head(tmp_path)
+    ids = calibration(2, 16).ids
+    (logits,) = open_backend(backend, open_source(str(source)), "cpu").logits([ids])
+    torch.testing.assert_close(logits, logits_of(model, ids), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["int8", "awq"])
+def test_a_head_of_its_own_is_written_though_it_is_said_to_be_tied(tmp_path, method):
+    source, _ = with_another_head(tmp_path / "source")
+    done = run_quantize(source, *(AWQ if method == "awq" else ["--method", "int8"]), "-o", tmp_path / "out")
+    assert done.code == 0, done.err
+    checkpoint = open_checkpoint(tmp_path / "out")
+    assert torch.equal(checkpoint.read("lm_head.weight"), open_checkpoint(source).read("lm_head.weight"))
+    assert checkpoint.config["tie_word_embeddings"] is False
+
+
+@pytest.mark.parametrize(("dtype", "head"), [("auto", torch.bfloat16), ("float16", torch.float16)])
+@pytest.mark.parametrize("method", ["int8", "awq"])
+def test_float32_tensors_among_bfloat16_ones_keep_their_dtype(tmp_path, method, dtype, head):
+    """And, where nothing folds into them, their values to the bit."""
+    source = save_family("qwen3", tmp_path / "source", torch.bfloat16)
+    tensors = load_file(source / "model.safetensors")
+    kept = [name for name in tensors if name.endswith(("q_norm.weight", "model.norm.weight", "input_layernorm.weight"))]
+    for name in kept:
+        tensors[name] = tensors[name].float() + torch.rand(tensors[name].shape) * 1e-3
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    flags = AWQ if method == "awq" else ["--method", "int8", "--eval-windows", 0]
+    done = run_quantize(source, *flags, "--dtype", dtype, "-o", tmp_path / "out")
+    assert done.code == 0, done.err
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    assert {written[name].dtype for name in kept} == {torch.float32}
+    assert written["lm_head.weight"].dtype == head
+    for name in kept:
+        assert torch.equal(written[name], tensors[name]) or "input_layernorm" in name
 
 
 def plan_of(source: Path, **values: object):

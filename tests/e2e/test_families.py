@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from lowbit.calibrate.budget import spend
 from lowbit.calibrate.methods import complete_recipe
 from lowbit.calibrate.pipeline import prepare, run
 from lowbit.evaluation.backend import load_dense
@@ -25,10 +26,12 @@ RECIPES = {
     "rotated": {"method": "awq", "bits": 8, "group_size": 32, "transforms": ("rotate", "awq"), "rounder": "gptq"},
     "rtn": {"method": "rtn", "bits": 8, "group_size": 32},
     "int8": {"method": "int8"},
+    "learned": {"method": "signround", "bits": 8, "group_size": 32, "iters": 2, "distill_steps": 2},
+    "spent": {"method": "rtn", "target_bits": 8.2, "group_size": 32, "dataset": "builtin"},
 }
 # Relative error of the logits. A fold missing on one side moves them by more than half; routers near a tie may send a
 # token to another expert whatever the rounding.
-LIMITS = {"awq": 0.03, "rotated": 0.03, "awq asymmetric": 0.5, "rtn": 0.03, "int8": 0.05}
+LIMITS = {"awq": 0.03, "rotated": 0.03, "awq asymmetric": 0.5, "rtn": 0.03, "int8": 0.05, "learned": 0.05, "spent": 0.1}
 ROUTED = {"mixtral", "qwen3_moe"}
 
 
@@ -102,6 +105,30 @@ def test_rotated_scaled_and_rounded_by_gptq(originals, tmp_path, family):
         assert any(other["transform"] == "awq" and other["fold"] == row["fold"] for other in block["folds"])
     error = relative(logits_of(load_dense(open_source(str(output))), IDS), logits_of(model, IDS))
     assert 0 < error < LIMITS["rotated"]
+
+
+@pytest.mark.parametrize(
+    ("family", "recipe"),
+    [
+        ("gemma4", "rotated"),
+        ("gemma4", "learned"),
+        ("gemma4", "spent"),
+        ("gemma3n", "rotated"),
+        ("glm_moe_dsa", "spent"),
+    ],
+)
+def test_blocks_that_hand_each_other_more_than_hidden_states(originals, tmp_path, monkeypatch, family, recipe):
+    """Several batches: each has its own embeddings per layer, keys and values, and choice of positions."""
+    monkeypatch.setattr("lowbit.calibrate.blocks.BATCH_TOKENS", 48)
+    model, source = originals(family)
+    fitted = RECIPES[recipe] | {"ignore": ("lm_head", "re:^model\\.(per_layer_model|altup_)", "weights_proj")}
+    job = prepare(open_source(str(source)), complete_recipe(fitted), "cpu")
+    tokens = calibration()
+    if job.recipe.target_bits:
+        job = spend(job, tokens)
+    run(job, tmp_path, tokens, lambda report: None)
+    error = relative(logits_of(load_dense(open_source(str(tmp_path))), IDS), logits_of(model, IDS))
+    assert 0 < error < LIMITS[recipe] * (4 if family == "glm_moe_dsa" else 2)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "phi3", "opt", "mixtral"])

@@ -122,6 +122,16 @@ def test_an_index_that_names_the_wrong_file(tmp_path):
         open_checkpoint(tmp_path)
 
 
+def test_one_file_beside_the_shards_of_an_index(tmp_path):
+    """transformers reads model.safetensors, vLLM the shards: which weights are meant cannot be told."""
+    model(tmp_path, 2)
+    save_file({"t0": torch.ones(2)}, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"model-00001-of-00002\.safetensors: transformers takes the one, vLLM"):
+        open_checkpoint(tmp_path)
+    (tmp_path / INDEX_NAME).unlink()
+    assert list(open_checkpoint(tmp_path).entries) == ["t0"]
+
+
 @pytest.mark.parametrize(
     "wrong", [None, {}, [], "x", {"t0": 5}, {"t0": None}, {"t0": ["model-00001-of-00002.safetensors"]}]
 )

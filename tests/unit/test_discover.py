@@ -215,7 +215,7 @@ def test_a_wrong_fold_fails_its_proof_and_right_ones_stay(models):
         folds = prober.structure(0).folds
         bench = Workbench(block)
         before = [parameter.clone() for parameter in bench.module.parameters()]
-        probe = prober._probe(0, torch.randn(2, 24, 64))
+        probe = prober._probes(0)[0]
         good = {fold.producer.removeprefix(f"{block.name}."): fold for fold in folds}
         for what, fold in wrong_folds(good).items():
             assert prove(bench, [fold], probe, seed=1) == [], what
@@ -240,7 +240,7 @@ def logits_with_folds(skeleton: Skeleton, ids: torch.Tensor) -> tuple[torch.Tens
     """Logits after heads were rotated, every fold's searched scale was applied and nothing was rounded; and how many
     scales there were."""
     walk, prober = prober_of(skeleton)
-    hidden = walk.start([ids])
+    batches = walk.start([ids])
     scaled = 0
     for index, block in enumerate(skeleton.blocks):
         with walk.loaded(index), torch.no_grad():
@@ -249,12 +249,12 @@ def logits_with_folds(skeleton: Skeleton, ids: torch.Tensor) -> tuple[torch.Tens
             work = BlockWork(walk, index, schemes, torch.float32)
             for heads in prober.heads(index, structure):
                 work.rotate(heads)
-            work.observe(hidden, structure.sites, 1 << 20)
+            work.observe(batches, structure.sites, 1 << 20)
             for fold in structure.folds:
-                choice = FoldSearch(work, fold, hidden).awq()
+                choice = FoldSearch(work, fold, batches).awq()
                 scaled += choice is not None and choice.scales is not None
-            hidden = work.run(hidden)
-    return torch.cat(list(walk.logits([ids], hidden))), scaled
+            batches = work.run(batches)
+    return torch.cat(list(walk.logits([ids], batches))), scaled
 
 
 @pytest.mark.parametrize("family", FAMILIES)

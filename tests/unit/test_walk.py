@@ -1,5 +1,8 @@
 """models/: one block in memory at a time, tensors where they belong, and models that are not what config.json says."""
 
+from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -10,8 +13,18 @@ from lowbit.errors import CheckpointError
 from lowbit.models.placement import Placement, place
 from lowbit.models.skeleton import open_skeleton
 from lowbit.models.source import open_source
+from lowbit.models.states import States, joined, pulled
 from lowbit.models.walk import Walk
-from tests.builders import FAMILIES, calibration, changed_config, make_model, save, save_family
+from tests.builders import (
+    CONNECTED,
+    FAMILIES,
+    calibration,
+    changed_config,
+    logits_of,
+    make_model,
+    save,
+    save_family,
+)
 
 
 @pytest.fixture(scope="module")
@@ -50,10 +63,85 @@ def test_batches_of_every_shape_are_walked(llama):
     skeleton = open_skeleton(open_source(str(llama)))
     walk = Walk(skeleton, "cpu", torch.float32)
     ids = [calibration(3, 8).ids, calibration(1, 17).ids, calibration(5, 1).ids]
-    hidden = walk.start(ids)
-    assert [tuple(states.shape) for states in hidden] == [(3, 8, 64), (1, 17, 64), (5, 1, 64)]
+    batches = walk.start(ids)
+    assert [tuple(states.hidden.shape) for states in batches] == [(3, 8, 64), (1, 17, 64), (5, 1, 64)]
     with walk.loaded(0):
-        assert [tuple(walk.run(0, states).shape) for states in hidden] == [(3, 8, 64), (1, 17, 64), (5, 1, 64)]
+        after = [walk.run(0, states) for states in batches]
+    assert [tuple(states.hidden.shape) for states in after] == [(3, 8, 64), (1, 17, 64), (5, 1, 64)]
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, *CONNECTED])
+def test_logits_by_blocks_are_the_models_for_two_batches_of_a_shape_and_one_of_another(family, tmp_path):
+    model = make_model(family)
+    directory = save(model, tmp_path)
+    ids = [calibration(2, 24, seed=1).ids, calibration(2, 24, seed=2).ids, calibration(3, 9, seed=3).ids]
+    walk, left = walked(directory, ids)
+    for batch, logits in zip(ids, walk.logits(ids, left), strict=True):
+        wanted = logits_of(model, batch)
+        assert (logits - wanted).norm() <= 1e-5 * wanted.norm()
+
+
+@pytest.mark.parametrize("family", ["llama", *CONNECTED])
+def test_sequences_of_several_batches_make_a_batch(family, tmp_path):
+    """Calibration draws sequences from all batches: what belongs to their tokens comes along."""
+    model = make_model(family)
+    directory = save(model, tmp_path)
+    ids = [calibration(2, 24, seed=1).ids, calibration(2, 24, seed=2).ids]
+    mixed = torch.stack([ids[1][1], ids[0][0]])
+    walk, left = walked(directory, ids, lambda batches: [joined([batches[1].rows()[1], batches[0].rows()[0]])])
+    (logits,) = walk.logits([mixed], left)
+    wanted = logits_of(model, mixed)
+    assert (logits - wanted).norm() <= 1e-5 * wanted.norm()
+
+
+def walked(
+    directory: Path, ids: list[torch.Tensor], halfway: Callable[[list[States]], list[States]] = list
+) -> tuple[Walk, list[States]]:
+    """A walk through all blocks and what left the last one; `halfway` acts on what enters the middle one."""
+    walk = Walk(open_skeleton(open_source(str(directory))), "cpu", torch.float32)
+    batches = walk.start(ids)
+    count = len(walk.skeleton.blocks)
+    for index in range(count):
+        if index == count // 2:
+            batches = halfway(batches)
+        with walk.loaded(index), torch.no_grad():
+            batches = [walk.run(index, states) for states in batches]
+    return walk, batches
+
+
+def test_what_blocks_hand_each_other_can_be_sent_to_another_process(tmp_path):
+    directory = save_family("gemma4", tmp_path)
+    walk = Walk(open_skeleton(open_source(str(directory))), "cpu", torch.float32)
+    (entering,) = walk.start([calibration(2, 9).ids])
+    with walk.loaded(0), torch.no_grad():
+        left = walk.run(0, entering)
+    sent = entering.unpacked(left.packed())
+    assert sent.carried.keys() == left.carried.keys() != set()
+    assert all(torch.equal(one, other) for one, other in zip(sent.flow, left.flow, strict=True))
+
+
+def test_a_gradient_runs_through_what_blocks_hand_each_other(tmp_path):
+    """The gradient by what enters block 1, pulled block by block, is that of the whole."""
+    directory = save_family("gemma4", tmp_path)
+    walk = Walk(open_skeleton(open_source(str(directory))), "cpu", torch.float32)
+    (entering,) = walk.start([calibration(2, 9).ids])
+    with ExitStack() as stack:
+        for index in range(4):
+            stack.enter_context(walk.loaded(index))
+        runs = [partial(walk.run, index) for index in range(4)]
+        with torch.no_grad():
+            states = [runs[0](entering)]
+            for run in runs[1:]:
+                states.append(run(states[-1]))
+        gradient = [torch.ones_like(states[-1].hidden), *(None for _ in states[-1].flow[1:])]
+        for run, before in zip(reversed(runs[1:]), reversed(states[:-1]), strict=True):
+            gradient = pulled(run, before, gradient)
+        whole = states[0].taped()
+        after = whole
+        for run in runs[1:]:
+            after = run(after)
+        after.hidden.sum().backward()
+    assert torch.allclose(gradient[0], whole.hidden.grad, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

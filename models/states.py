@@ -1,0 +1,248 @@
+"""What goes through a model from block to block, and what its blocks are called with.
+
+A block's arguments beside its hidden states are of four kinds. Two recordings of the model's own forward pass, blocks
+stubbed, tell them apart:
+
+- the same for all batches of one shape (masks, rotary tables): held once a shape
+- different with the tokens (Gemma 4's embedding per layer): held with the batch
+- returned by an earlier block beside its hidden states (the indices of an indexer): handed on
+- an empty mapping in which blocks leave values for each other (shared keys and values): a copy for each batch
+"""
+
+from collections.abc import Callable, Iterable, MutableMapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from lowbit.errors import CheckpointError
+
+Place = tuple[int, int]  # a block, and which of its arguments, nested ones counted through
+
+
+@dataclass(frozen=True)
+class States:
+    """What enters a block for one batch of sequences. Sequences lie along the first dimension of every tensor.
+
+    hidden   (B, T, width), or (B, ..., T, width) for models with several streams
+    shape    (B, T)
+    own      arguments of blocks that depend on these tokens
+    carried  what earlier blocks handed on, by name: tensors (B, ...) or (B * T, ...), in dicts and tuples
+    """
+
+    hidden: Tensor
+    shape: tuple[int, int]
+    own: dict[Place, Tensor] = field(default_factory=dict)
+    carried: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def tokens(self) -> int:
+        return self.shape[0] * self.shape[1]
+
+    @property
+    def flow(self) -> list[Tensor]:
+        """Every tensor that a block computes and a gradient runs through: the hidden states first."""
+        return [self.hidden, *(leaf for leaf in pytree.tree_leaves(self.carried) if leaf.is_floating_point())]
+
+    def at(self, index: int) -> "States":
+        """The same for block `index` alone."""
+        return replace(self, own={place: value for place, value in self.own.items() if place[0] == index})
+
+    def rows(self) -> list["States"]:
+        """Each sequence alone."""
+        count, length = self.shape
+        leaves, spec = pytree.tree_flatten((self.hidden, self.own, self.carried))
+        if any(len(leaf) % count for leaf in leaves):
+            shapes = sorted({tuple(leaf.shape) for leaf in leaves if len(leaf) % count})
+            raise CheckpointError(f"blocks hand on {shapes[0]} for {count} sequences: no even part for each")
+        parts = zip(*(leaf.chunk(count) for leaf in leaves), strict=True)
+        return [_states(spec, part, (1, length)) for part in parts]
+
+    def taped(self) -> "States":
+        """The same as the start of a tape."""
+
+        def leaf(value: Tensor) -> Tensor:
+            return value.detach().requires_grad_(value.is_floating_point())
+
+        return replace(self, hidden=leaf(self.hidden), carried=pytree.tree_map(leaf, self.carried))
+
+    def packed(self) -> tuple[Tensor, ...]:
+        """What changes from block to block as tensors alone, which another process can be sent."""
+        leaves, spec = pytree.tree_flatten(self.carried)
+        said = torch.tensor(list(pytree.treespec_dumps(spec).encode()), dtype=torch.uint8)
+        return said, self.hidden, *leaves
+
+    def unpacked(self, parts: tuple[Tensor, ...]) -> "States":
+        """These states after a block that returned what `packed` made `parts` of."""
+        said, hidden, *leaves = parts
+        spec = pytree.treespec_loads(bytes(said.tolist()).decode())
+        return replace(self, hidden=hidden, carried=pytree.tree_unflatten(leaves, spec))
+
+
+def joined(rows: Iterable[States]) -> States:
+    """One batch of several, all of one length."""
+    rows = list(rows)
+    flat = [pytree.tree_flatten((row.hidden, row.own, row.carried)) for row in rows]
+    leaves = [torch.cat(column) for column in zip(*(leaves for leaves, _ in flat), strict=True)]
+    return _states(flat[0][1], leaves, (sum(row.shape[0] for row in rows), rows[0].shape[1]))
+
+
+def _states(spec: pytree.TreeSpec, leaves: Iterable[Tensor], shape: tuple[int, int]) -> States:
+    hidden, own, carried = pytree.tree_unflatten(list(leaves), spec)
+    return States(hidden, shape, own, carried)
+
+
+def pulled(run: Callable[[States], States], states: States, gradient: list[Tensor | None]) -> list[Tensor | None]:
+    """The gradient by the flow of `states`, from that by the flow of what `run` makes of it; None where none reaches.
+
+    Parameters that are taped get theirs too.
+    """
+    states = states.taped()
+    with torch.enable_grad():
+        reached = [
+            (value, slope)
+            for value, slope in zip(run(states).flow, gradient, strict=True)
+            if slope is not None and value.requires_grad
+        ]
+        torch.autograd.backward([value for value, _ in reached], [slope for _, slope in reached])
+    return [value.grad for value in states.flow]
+
+
+@dataclass(frozen=True)
+class Call:
+    """The arguments of a block beside its hidden states: `leaves`, nested as `spec` says."""
+
+    leaves: list[Any]
+    spec: pytree.TreeSpec
+
+    @classmethod
+    def of(cls, args: tuple[Any, ...], kwargs: dict[str, Any]) -> "Call":
+        return cls(*pytree.tree_flatten((args, kwargs)))
+
+    def arguments(self, leaves: list[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Positional and keyword arguments, `leaves` in the places of these."""
+        args, kwargs = pytree.tree_unflatten(leaves, self.spec)
+        return args, kwargs
+
+
+@dataclass(frozen=True)
+class Recording:
+    """One forward pass of the model with its blocks stubbed.
+
+    hidden  what enters the first block, as the model lays it out
+    calls   what each block was called with
+    handed  what each stub returned beside hidden states
+    """
+
+    hidden: Tensor
+    calls: list[Call]
+    handed: list[tuple[Tensor, ...]]
+
+
+@dataclass(frozen=True)
+class Wiring:
+    """How a model's blocks are connected beside their hidden states.
+
+    rows      the dimension of the model's hidden states that sequences lie along
+    own       the arguments that depend on the tokens, and the dimension that sequences lie along in each
+    returned  the arguments that an earlier block returned, by the name States.carried has for them
+    stores    the arguments that are mappings for blocks to leave things in, by that name
+    """
+
+    rows: int
+    own: dict[Place, int]
+    returned: dict[Place, str]
+    stores: dict[Place, str]
+
+    @property
+    def carries(self) -> bool:
+        """Whether blocks hand each other more than hidden states."""
+        return bool(self.returned or self.stores)
+
+    def template(self, recording: Recording) -> list[Call]:
+        """The calls of `recording` without what belongs to its tokens."""
+        return [
+            Call([None if (i, at) in self.own else leaf for at, leaf in enumerate(call.leaves)], call.spec)
+            for i, call in enumerate(recording.calls)
+        ]
+
+    def states(self, recording: Recording, shape: tuple[int, int]) -> States:
+        """What `recording` says of a batch of `shape`."""
+        own = {(i, at): recording.calls[i].leaves[at].movedim(dimension, 0) for (i, at), dimension in self.own.items()}
+        return States(recording.hidden.movedim(self.rows, 0), shape, own)
+
+    def entering(self, index: int, template: Call, states: States) -> tuple[list[Any], dict[str, Any]]:
+        """The arguments of block `index`, and the stores among them by name."""
+        leaves, stores = list(template.leaves), {}
+        for at, leaf in enumerate(leaves):
+            place = index, at
+            if place in self.own:
+                leaves[at] = states.own[place].movedim(0, self.own[place])
+            elif place in self.returned:
+                leaves[at] = states.carried.get(self.returned[place])
+            elif place in self.stores:
+                name = self.stores[place]
+                leaves[at] = stores[name] = type(leaf)(states.carried.get(name, {}))
+        return leaves, stores
+
+    def leaving(self, index: int, output: Any, stores: dict[str, Any], states: States) -> States:
+        """`states` after block `index`, which returned `output`."""
+        first, *rest = output if isinstance(output, tuple) else (output,)
+        wanted = {name for (i, _), name in self.returned.items() if i > index}
+        carried = {name: value for name, value in states.carried.items() if name in wanted or name in self._store_names}
+        carried |= {name: dict(store) for name, store in stores.items()}
+        named = {_name(index, number): value for number, value in enumerate(rest)}
+        carried |= {name: value for name, value in named.items() if name in wanted and value is not None}
+        return replace(states, hidden=first.movedim(self.rows, 0), carried=carried)
+
+    @property
+    def _store_names(self) -> set[str]:
+        return set(self.stores.values())
+
+
+def _name(index: int, number: int) -> str:
+    return f"{index}.{number}"
+
+
+def wiring_of(one: Recording, other: Recording, longer: Recording) -> Wiring:
+    """The wiring that three recordings show.
+
+    one, other  of two batches of one shape that differ in every token
+    longer      of a batch with more sequences
+    """
+    handed = {id(value): _name(i, number) for i, row in enumerate(one.handed) for number, value in enumerate(row)}
+    own, returned, stores = {}, {}, {}
+    for i, call in enumerate(one.calls):
+        for at, leaf in enumerate(call.leaves):
+            if id(leaf) in handed:
+                returned[i, at] = handed[id(leaf)]
+            elif isinstance(leaf, MutableMapping) and not leaf:
+                stores[i, at] = f"store {id(leaf)}"
+            elif not alike(leaf, other.calls[i].leaves[at]):
+                own[i, at] = _rows(leaf, longer.calls[i].leaves[at])
+    names = {name: f"store {number}" for number, name in enumerate(dict.fromkeys(stores.values()))}
+    stores = {place: names[name] for place, name in stores.items()}
+    return Wiring(_rows(one.hidden, longer.hidden), own, returned, stores)
+
+
+def alike(one: Any, other: Any) -> bool:
+    """Whether two arguments say the same to a block."""
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return one is other or (one.shape == other.shape and torch.equal(one, other))
+    plain = (bool, int, float, str, type(None), Tensor)
+    return not isinstance(one, plain) or (type(one) is type(other) and one == other)
+
+
+def _rows(short: Any, long: Any) -> int:
+    """The dimension that grows with the number of sequences. CheckpointError where none does, or several do."""
+    both = isinstance(short, Tensor) and isinstance(long, Tensor) and short.ndim == long.ndim
+    grown = [i for i in range(short.ndim) if short.shape[i] != long.shape[i]] if both else []
+    if len(grown) != 1:
+        said = [list(value.shape) if isinstance(value, Tensor) else type(value).__name__ for value in (short, long)]
+        raise CheckpointError(
+            f"a block's argument depends on the tokens, and is {said[0]} for 2 sequences, {said[1]} for 3: it cannot "
+            "be cut into sequences, so the model cannot be run block by block"
+        )
+    return grown[0]
