@@ -14,7 +14,8 @@ from lowbit.calibrate.outcome import BlockOutcome
 from lowbit.calibrate.report import BlockReport, Result, report_of
 from lowbit.calibrate.resume import Journal
 from lowbit.calibrate.written import RecordingWriter
-from lowbit.export.checkpoint import verify_checksums
+from lowbit.export.checkpoint import CONFIG_NAME, UNSEALED_CONFIG, require_same_source, verify_checksums
+from lowbit.export.files import write_text
 from lowbit.export.formats import FORMATS, write_config
 from lowbit.export.writer import ShardedWriter, copy_companions, write_json
 
@@ -24,12 +25,18 @@ OnBlock = Callable[[BlockReport], None]
 
 
 def run(
-    job: Job, output: Path, calibration: CalibrationSet | None, on_block: OnBlock, journal: Journal | None = None
+    job: Job,
+    output: Path,
+    calibration: CalibrationSet | None,
+    on_block: OnBlock,
+    journal: Journal | None = None,
+    config_name: str = CONFIG_NAME,
 ) -> Result:
     """Quantize `job` into the existing, empty directory `output`; blocks that `journal` holds are not done again.
 
-    Writes weights, config.json, recipe.toml and quantization_report.json, and copies tokenizer and templates. What was
-    written is read again and compared with what was meant. Raises CheckpointError where it differs.
+    Writes weights, recipe.toml and quantization_report.json, and copies tokenizer and templates. What was written is
+    read again and compared with what was meant, and the configuration gets `config_name` last. Raises CheckpointError
+    where something differs, and Unfinished where the model's files changed meanwhile.
     """
     unspent = job.recipe.target_bits is not None and set(job.plan.schemes) - job.plan.named
     assert not unspent, "target bits are spent (calibrate.budget) before a run"
@@ -44,6 +51,8 @@ def run(
     writer.finish()
     _write_companions(job, output, result)
     result.output_bytes = writer.verify(output)
+    require_same_source(job.source.checkpoint, journal.sums if journal else {})
+    (output / UNSEALED_CONFIG).rename(output / config_name)
     return result
 
 
@@ -96,6 +105,6 @@ def _write_companions(job: Job, output: Path, result: Result) -> None:
         for part in (config, config.get("text_config", {})):
             part |= {key: False for key in ("tie_word_embeddings",) if part.get(key)}
     fmt = FORMATS[job.recipe.format]
-    write_config(output, config, fmt, fmt.quantization_config(job.plan.schemes, job.plan.left))
-    (output / "recipe.toml").write_text(result.recipe.to_toml(), encoding="utf-8")
+    write_config(output, config, fmt, fmt.quantization_config(job.plan.schemes, job.plan.left), UNSEALED_CONFIG)
+    write_text(output / "recipe.toml", result.recipe.to_toml())
     write_json(output / "quantization_report.json", report_of(job, result))

@@ -1,9 +1,11 @@
 """What an interrupted run had finished: a journal beside the output, a block at a time.
 
-A block's file is laid out as compressed-tensors lays out its linears, whatever format the output has; the JSON file
-beside it, written last, says that it is whole. `key.json` says what the journal was made from.
+A block's file is laid out as compressed-tensors lays out its linears, whatever format the output has; the JSON row
+beside it, written last, has the file's hash, that of the block before, the hash of what the run was made from
+(`key.json` says it in full) and a hash of itself. A block counts where all are right.
 """
 
+import hashlib
 import json
 import shutil
 from collections.abc import Iterator
@@ -20,10 +22,12 @@ from lowbit.calibrate.data import CalibrationSet
 from lowbit.calibrate.job import Job
 from lowbit.calibrate.outcome import BlockOutcome
 from lowbit.calibrate.report import BlockReport
-from lowbit.errors import CheckpointError, LowbitError
-from lowbit.export.checkpoint import read_json, sha256_of
+from lowbit.errors import CheckpointError, LowbitError, Unfinished
+from lowbit.export.checkpoint import sha256_of
 from lowbit.export.compressed_tensors import COMPRESSED_TENSORS
-from lowbit.export.staging import sync
+from lowbit.export.files import sync
+from lowbit.export.plain import read_json
+from lowbit.export.staging import only_run, place_of, told_whole
 from lowbit.export.tensorfile import TensorFileWriter, read_entries, read_tensor
 from lowbit.export.writer import write_json
 from lowbit.quant.scheme import parse_scheme
@@ -34,7 +38,8 @@ START_OVER = "run without --resume to start over"
 
 def journal_of(output: Path) -> Path:
     """Where the journal of a run that writes `output` lies."""
-    return output.parent / f".{output.name}.journal"
+    place = place_of(output)
+    return place.with_name(f".{place.name}.journal")
 
 
 def key_of(job: Job, calibration: CalibrationSet | None) -> dict[str, Any]:
@@ -59,23 +64,57 @@ class Journal:
 
     directory  made with the first block that is added
     key        what `key_of` says of the run
-    finished   how many blocks an earlier run of the same key left
+    finished   how many blocks an earlier run of the same key left, sound from the first on
+    damage     what is wrong with the block after those, where it is there
     """
 
     def __init__(self, directory: Path, key: dict[str, Any]) -> None:
         self.directory, self._key = directory, key
+        self._bound = _hash_of(key)
+        self._before = ""  # the hash of the latest block's tensors
         self.finished = 0
+        self.damage: str | None = None
+
+    @property
+    def sums(self) -> dict[str, str]:
+        """SHA-256 of the model's files by name, as the run began."""
+        return self._key.get("model", {})
 
     def resume(self) -> None:
         """Take up what an earlier run left, if anything; CheckpointError where that run was another."""
-        if not self.directory.exists():
+        if self.directory.is_symlink() or not self.directory.is_dir():
             return
-        found = read_json(self.directory / KEY)
-        if found != self._key:
-            difference = _difference(found, self._key)
-            raise CheckpointError(f"{self.directory}: made by another run, {difference}; {START_OVER}")
+        try:
+            found = read_json(self.directory / KEY)
+        except CheckpointError as error:
+            self.damage = str(error)
+        else:
+            if found != self._key:
+                difference = _difference(found, self._key)
+                raise CheckpointError(f"{self.directory}: made by another run, {difference}; {START_OVER}")
         while self._row(self.finished).exists():
+            reason = self._reason_against(self.finished)
+            if reason is not None:
+                self.damage = f"block {self.finished + 1} in {self.directory} is damaged: {reason}"
+                break
             self.finished += 1
+
+    def _reason_against(self, index: int) -> str | None:
+        """Why block `index`, which has a row, does not count."""
+        try:
+            row = read_json(self._row(index))
+            if row.pop("sha256", None) != _hash_of(row):
+                return f"{self._row(index).name} is not what was written"
+            if (row["key"], row["before"]) != (self._bound, self._before):
+                return "it is of another run"
+            if row["tensors"] != sha256_of(self._tensors(index)):
+                return f"{self._tensors(index).name} is not what was written"
+            self._before = row["tensors"]
+        except FileNotFoundError:
+            return f"{self._tensors(index).name} is missing"
+        except CheckpointError as error:
+            return str(error)
+        return None
 
     def read(self, index: int) -> BlockOutcome | None:
         """What became of block `index`; None where it is still to do. CheckpointError where the files are damaged."""
@@ -98,6 +137,7 @@ class Journal:
         if index == 0:
             self._begin()
         part = self._tensors(index).with_suffix(".part")
+        part.unlink(missing_ok=True)
         writer = TensorFileWriter(part)
         for name, weight in outcome.weights.items():
             for key, tensor in COMPRESSED_TENSORS.write(name, weight).items():
@@ -105,15 +145,19 @@ class Journal:
         for name, tensor in outcome.kept.items():
             writer.add(name, tensor)
         writer.close()
-        part.rename(self._tensors(index))
+        before, self._before = self._before, sha256_of(part)
         row = {
+            "key": self._bound,
+            "before": before,
+            "tensors": self._before,
             "weights": {name: str(weight.scheme) for name, weight in outcome.weights.items()},
             "kept": list(outcome.kept),
             "report": asdict(outcome.report),
         }
-        write_json(part, row)
-        sync(part)
-        part.rename(self._row(index))
+        row = json.loads(json.dumps(row))
+        self._row(index).unlink(missing_ok=True)
+        part.replace(self._tensors(index))
+        write_json(self._row(index), row | {"sha256": _hash_of(row)})
         sync(self.directory)
 
     def remove(self) -> None:
@@ -122,6 +166,8 @@ class Journal:
 
     def _begin(self) -> None:
         self.remove()
+        if self.directory.is_symlink():
+            self.directory.unlink()
         self.directory.mkdir()
         write_json(self.directory / KEY, self._key)
 
@@ -138,22 +184,28 @@ def journaled(output: Path, job: Job, calibration: CalibrationSet | None, resume
 
     resume  take up what an interrupted run left; else that is dropped when the first block is finished
 
-    It goes where the run ends well or is refused, and stays where the run is interrupted, killed or crashes. Of several
-    processes the leader keeps it, and the others read in it what the leader took up.
+    It goes where the run ends well or is refused, and stays where the run is interrupted, killed or crashes, or
+    the disk is full. Of several processes the leader keeps it, and the others read in it what the leader took up.
     """
     if not ranks.leads():
         yield _followed(output)
         return
-    journal = Journal(journal_of(output), key_of(job, calibration))
-    if resume:
-        journal.resume()
-    ranks.leaders_number(journal.finished)
-    try:
-        yield journal
-    except LowbitError:
-        journal.remove()
-        raise
-    journal.remove()
+    with only_run(output):
+        key = key_of(job, calibration)
+        journal = Journal(journal_of(output), key)
+        if resume:
+            journal.resume()
+        ranks.leaders_number(journal.finished)
+        try:
+            yield journal
+        except Unfinished as error:
+            kept = journal.directory.exists()
+            raise Unfinished(f"{error}{'; finished blocks are kept: see --resume' if kept else ''}") from error
+        except LowbitError:
+            journal.remove()
+            raise
+        with told_whole(output):
+            journal.remove()
 
 
 def _followed(output: Path) -> Journal:
@@ -161,6 +213,10 @@ def _followed(output: Path) -> Journal:
     journal = Journal(journal_of(output), {})
     journal.finished = int(ranks.leaders_number(0))
     return journal
+
+
+def _hash_of(value: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def _difference(found: dict[str, Any], wanted: dict[str, Any]) -> str:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lowbit.calibrate.job import Job
 from lowbit.errors import CheckpointError
-from lowbit.export.checkpoint import open_checkpoint
+from lowbit.export.checkpoint import UNSEALED_CONFIG, open_checkpoint
 from lowbit.export.formats import FORMATS, LogicalTensors
 from lowbit.export.tensorfile import raw_bytes
 from lowbit.export.writer import ShardedWriter
@@ -69,7 +69,7 @@ class RecordingWriter:
 
     def verify(self, output: Path) -> int:
         """Bytes of the weights on disk, after reading every tensor back and comparing it with what was meant."""
-        written = open_checkpoint(output)
+        written = open_checkpoint(output, UNSEALED_CONFIG)
         logical = LogicalTensors(written)
         for name, meant in self._meant.items():
             if name in logical.schemes:

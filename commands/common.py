@@ -78,8 +78,9 @@ def run_command(command: click.Command, interrupted: str = "Interrupted; nothing
         _fail(f"Error: the GPU's memory is full ({error}); use --device cpu, or fewer --num-samples", 2)
     except ranks.Lost as error:
         _fail(f"Error: {error}", 1)
-    except (click.Abort, KeyboardInterrupt):
-        _fail(interrupted, 130)
+    except (click.Abort, KeyboardInterrupt) as error:
+        told = error.__cause__ or error  # click raises its Abort from the interrupt
+        _fail(str(told) or interrupted, 130)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)

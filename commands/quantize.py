@@ -16,7 +16,7 @@ from lowbit.calibrate.budget import average_bits, spend
 from lowbit.calibrate.data import CalibrationSet, builtin_text, calibration_tokens
 from lowbit.calibrate.methods import METHODS, ROUNDERS, TRANSFORMS, complete_recipe
 from lowbit.calibrate.pipeline import BlockReport, Job, Result, assist, prepare, run
-from lowbit.calibrate.resume import journal_of, journaled
+from lowbit.calibrate.resume import Journal, journaled
 from lowbit.commands.common import SETTINGS, Size, check_device, make_console, run_command
 from lowbit.errors import RecipeError
 from lowbit.evaluation.after import MEASURES, Measured, measure, parse_measures
@@ -25,9 +25,10 @@ from lowbit.evaluation.record import record
 from lowbit.evaluation.report.facts import facts_of
 from lowbit.evaluation.report.page import render
 from lowbit.export.card import write_card
-from lowbit.export.checkpoint import write_sums
+from lowbit.export.checkpoint import UNSEALED_CONFIG, seal
+from lowbit.export.files import write_text
 from lowbit.export.formats import FORMATS, describe_schemes
-from lowbit.export.staging import refuse_output, refuse_to_replace, require_space, staged
+from lowbit.export.staging import only_run, refuse_output, refuse_to_replace, require_space, staged, told_whole
 from lowbit.models.source import Source, open_source
 from lowbit.quant.recipe import Recipe, nearest, read_recipe
 
@@ -143,7 +144,7 @@ def quantize(
     if output is None and not flags["dry_run"]:
         raise click.UsageError("say where to write: --output DIR")
     if output is not None:
-        refuse_output(output, flags["overwrite"])
+        _reserve(output, flags["overwrite"])
     console.print(f"[bold]recipe[/bold]\n{recipe.to_toml()}", end="")
     with ranks.leader_first():
         source = open_source(name, flags["trust_remote_code"], flags["revision"])
@@ -169,13 +170,22 @@ def quantize(
         ranks.leave()
         return
     with journaled(output, job, calibration, flags["resume"]) as journal, staged(output, flags["overwrite"]) as staging:
-        _print_journal(console, output, journal.finished, flags["resume"])
+        _print_journal(console, journal, flags["resume"])
+        on_block = _block_printer(console, len(job.skeleton.blocks))
         with console.status("quantizing"):
-            result = run(job, staging, calibration, _block_printer(console, len(job.skeleton.blocks)), journal)
+            result = run(job, staging, calibration, on_block, journal, UNSEALED_CONFIG)
         ranks.leave()
         measured = _evaluate(console, source, staging, flags, job.device)
         _write_papers(staging, job, result, measured, output.resolve().name)
-    _print_summary(console, output, result, measured.scores, time.monotonic() - begun)
+    with told_whole(output):
+        _print_summary(console, output, result, measured.scores, time.monotonic() - begun)
+
+
+def _reserve(output: Path, overwrite: bool) -> None:
+    """Refuse an output that cannot become the result, and keep other runs away from it until the command ends."""
+    if ranks.leads() and output.parent.is_dir():
+        click.get_current_context().with_resource(only_run(output))
+    refuse_output(output, overwrite)
 
 
 def _recipe(recipe_file: Path | None, flags: dict[str, Any]) -> Recipe:
@@ -243,11 +253,13 @@ def _print_plan(console: Console, job: Job) -> None:
         console.print(f"  note: {warning}")
 
 
-def _print_journal(console: Console, output: Path, finished: int, resume: bool) -> None:
-    if finished:
-        console.print(f"{finished} blocks were finished before, in {journal_of(output)}")
-    elif journal_of(output).exists() and not resume:
-        console.print(f"  note: {journal_of(output)} is of an interrupted run; stop and add --resume to go on there")
+def _print_journal(console: Console, journal: Journal, resume: bool) -> None:
+    if journal.damage:
+        console.print(f"  note: {journal.damage}; what follows is done again")
+    if journal.finished:
+        console.print(f"{journal.finished} blocks were finished before, in {journal.directory}")
+    elif journal.directory.exists() and not resume:
+        console.print(f"  note: {journal.directory} is of an interrupted run; stop and add --resume to go on there")
 
 
 def _block_printer(console: Console, total: int) -> Callable[[BlockReport], None]:
@@ -270,7 +282,7 @@ def _clock(seconds: float) -> str:
 def _evaluate(console: Console, source: Source, staging: Path, flags: dict[str, Any], device: str) -> Measured:
     """Original and result on text that calibration never takes."""
     with console.status("measuring what was lost"):
-        written = open_source(str(staging), source.trust_remote_code)
+        written = open_source(str(staging), source.trust_remote_code, config_name=UNSEALED_CONFIG)
         return measure(source, written, builtin_text("heldout"), flags["eval_windows"], flags["measures"], device)
 
 
@@ -291,8 +303,9 @@ def _write_papers(staging: Path, job: Job, result: Result, measured: Measured, n
     }
     write_card(staging, job.source.directory, job.source.name, result.recipe, facts)
     if measured.rows:
-        (staging / "report.html").write_text(render(facts_of(staging, name=name), "html"), encoding="utf-8")
-    write_sums(staging)
+        facts = facts_of(staging, name=name, config_name=UNSEALED_CONFIG)
+        write_text(staging / "report.html", render(facts, "html"))
+    seal(staging)
 
 
 def _print_summary(console: Console, output: Path, result: Result, scores: tuple[Score, ...], seconds: float) -> None:

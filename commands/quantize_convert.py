@@ -10,10 +10,10 @@ from lowbit.calibrate.plan import unquantized_linears
 from lowbit.commands.common import SETTINGS, Size, make_console, run_command
 from lowbit.errors import RecipeError
 from lowbit.export.card import note_conversion
-from lowbit.export.checkpoint import verify_checksums, write_sums
+from lowbit.export.checkpoint import UNSEALED_CONFIG, seal, verify_checksums
 from lowbit.export.convert import Conversion, convert
 from lowbit.export.formats import FORMATS, LogicalTensors, describe_schemes
-from lowbit.export.staging import refuse_output, refuse_to_replace, require_space, staged
+from lowbit.export.staging import refuse_output, refuse_to_replace, require_space, staged, told_whole
 from lowbit.export.writer import copy_companions
 from lowbit.models.skeleton import open_skeleton
 from lowbit.models.source import open_source
@@ -49,12 +49,13 @@ def quantize_convert(
     verify_checksums(source.checkpoint)
     with staged(output, overwrite) as staging:
         with console.status("converting"):
-            done = convert(logical, fmt, left, staging, max_shard_size)
+            done = convert(logical, fmt, left, staging, max_shard_size, UNSEALED_CONFIG)
         copy_companions(source.directory, staging, with_code=trust_remote_code)
         assert logical.format is not None
         note_conversion(staging, source.directory, logical.format.name, fmt, __version__)
-        write_sums(staging)
-    _print(console, logical, done, output, format_name)
+        seal(staging)
+    with told_whole(output):
+        _print(console, logical, done, output, format_name)
 
 
 def _print(console: Console, source: LogicalTensors, done: Conversion, output: Path, format_name: str) -> None:

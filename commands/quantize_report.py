@@ -9,10 +9,12 @@ import click
 from lowbit import __version__
 from lowbit.commands.common import SETTINGS, make_console, run_command
 from lowbit.errors import UsageError
-from lowbit.evaluation.record import read_rows, refresh_sums, replace_text
+from lowbit.evaluation.record import replace_text
 from lowbit.evaluation.report.compare import comparison
 from lowbit.evaluation.report.facts import facts_of
 from lowbit.evaluation.report.page import render, render_comparison
+from lowbit.export.checkpoint import refresh_sums
+from lowbit.export.plain import read_rows
 
 
 def main() -> None:

@@ -15,7 +15,8 @@ from lowbit.engine.fields import Fields, NotComputed
 from lowbit.engine.options import Options
 from lowbit.engine.weights import HALF, Settings, load_weights
 from lowbit.errors import CheckpointError, DeviceError, UsageError
-from lowbit.export.checkpoint import Checkpoint, open_checkpoint, read_json
+from lowbit.export.checkpoint import Checkpoint, open_checkpoint
+from lowbit.export.plain import read_json
 from lowbit.models.source import Source, model_directory, open_source
 from lowbit.quant.kernels.extension import reason_against_device
 

@@ -151,7 +151,7 @@ class Reader:
     """Reads one checkpoint's tensors by the family's names, and remembers which were read."""
 
     def __init__(self, checkpoint: Checkpoint, names: Names, architecture: Architecture, settings: Settings) -> None:
-        placed = Placed(checkpoint.directory, checkpoint.config, checkpoint.entries, settings.device)
+        placed = Placed(**vars(checkpoint), device=settings.device)
         self.tensors = LogicalTensors(placed)
         self.names, self.architecture, self.settings = names, architecture, settings
         self.known = frozenset(self.tensors.names)

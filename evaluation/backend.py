@@ -20,7 +20,7 @@ from lowbit import engine
 from lowbit.engine.engine import Engine
 from lowbit.errors import UsageError
 from lowbit.evaluation.vllm_backend import VllmModel
-from lowbit.export.checkpoint import read_json
+from lowbit.export.plain import read_json
 from lowbit.models.products import input_rounding, rounded_inputs
 from lowbit.models.skeleton import Block, Skeleton, fill, open_skeleton
 from lowbit.models.source import Source

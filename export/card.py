@@ -8,6 +8,7 @@ from huggingface_hub import ModelCardData, metadata_load
 from jinja2 import Environment, StrictUndefined
 from yaml import YAMLError
 
+from lowbit.export.files import read_text, write_text
 from lowbit.export.format import Format
 from lowbit.export.formats import FORMATS
 from lowbit.quant.recipe import Recipe
@@ -92,15 +93,15 @@ def write_card(directory: Path, source: Path, base: str, recipe: Recipe, facts: 
         recipe_toml=recipe.to_toml(),
         **facts,
     )
-    (directory / "README.md").write_text(text, encoding="utf-8")
+    write_text(directory / "README.md", text)
 
 
 def note_conversion(directory: Path, source: Path, before: str, fmt: Format, version: str) -> None:
     """Copy the model card of `source`, if it has one, into `directory`, and say at its end what was converted."""
     card = source / "README.md"
-    text = card.read_text(encoding="utf-8").rstrip("\n") + "\n\n" if card.exists() else ""
+    text = read_text(card).rstrip("\n") + "\n\n" if card.exists() else ""
     note = f"Converted from `{before}` to `{fmt.name}` by lowbit {version}, without requantizing."
-    (directory / "README.md").write_text(f"{text}## Converted\n\n{note} {fmt.loading}\n", encoding="utf-8")
+    write_text(directory / "README.md", f"{text}## Converted\n\n{note} {fmt.loading}\n")
 
 
 def published_name(model: str) -> str:

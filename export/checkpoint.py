@@ -1,21 +1,26 @@
 """A checkpoint directory: its configuration and its tensors, checked before they are believed."""
 
 import hashlib
-import json
+import posixpath
 import re
-from collections.abc import Callable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from lowbit.errors import CheckpointError
-from lowbit.export.tensorfile import TensorEntry, read_entries, read_tensor, unique
+from lowbit.errors import CheckpointError, Unfinished
+from lowbit.export.files import Identity, changed, is_same, open_regular, read_text, survey, write_text
+from lowbit.export.plain import read_json
+from lowbit.export.tensorfile import TensorEntry, read_entries, read_tensor
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 SUMS_NAME = "SHA256SUMS"
+CONFIG_NAME = "config.json"
+UNSEALED_CONFIG = "config.json.unfinished"  # what it is called until the directory is whole: no reader takes that
+SUM_LINE = re.compile(r"([0-9a-fA-F]{64})[ \t]+\*?(.+)")
 OLD_CONFIG_NAME = "quantize_config.json"  # AutoGPTQ's, from before config.json had a quantization_config
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
@@ -27,11 +32,13 @@ class Checkpoint:
     directory  where it lies
     config     config.json as a dict
     entries    every tensor by name
+    files      the identity of every file as it was opened, by name
     """
 
     directory: Path
     config: dict[str, Any]
     entries: dict[str, TensorEntry]
+    files: Mapping[str, Identity]
 
     def read(self, name: str) -> Tensor:
         """The tensor called `name`, as stored. CheckpointError where no file holds it."""
@@ -56,19 +63,21 @@ class Checkpoint:
         return sum(entry.nbytes for entry in self.entries.values())
 
 
-def open_checkpoint(directory: Path) -> Checkpoint:
+def open_checkpoint(directory: Path, config_name: str = CONFIG_NAME) -> Checkpoint:
     """The checkpoint in `directory`; headers are read and checked, data is not.
 
-    Raises CheckpointError where there is none, where it is a pickle, or where index and files contradict each other.
+    Raises CheckpointError where there is none, where it is a pickle, where index and files contradict each other, and
+    where a file is none or a link to somewhere else (`survey`).
     """
     if not directory.is_dir():
         raise CheckpointError(f"{directory}: no such directory")
-    config = read_json(directory / "config.json")
+    files = survey(directory)
+    config = read_json(directory / config_name)
     if "quantization_config" not in config and (directory / OLD_CONFIG_NAME).exists():
         config["quantization_config"] = {"quant_method": "gptq"} | read_json(directory / OLD_CONFIG_NAME)
     block = config.get("quantization_config")
     if block is not None and not isinstance(block, dict):
-        raise CheckpointError(f"{directory / 'config.json'}: quantization_config is {block!r}, not a JSON object")
+        raise CheckpointError(f"{directory / config_name}: quantization_config is {block!r}, not a JSON object")
     entries: dict[str, TensorEntry] = {}
     for path in _tensor_files(directory):
         for name, entry in read_entries(path).items():
@@ -76,20 +85,7 @@ def open_checkpoint(directory: Path) -> Checkpoint:
                 raise CheckpointError(f"tensor {name!r} stands both in {entries[name].path} and in {path}")
             entries[name] = entry
     _check_index(directory, entries)
-    return Checkpoint(directory, config, entries)
-
-
-def read_json(path: Path, pairs: Callable[[list[tuple[str, Any]]], Any] = dict) -> dict[str, Any]:
-    """The JSON object in `path`, `pairs` making its objects. CheckpointError where it is missing or no object."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=pairs)
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: missing; a model directory holds config.json and *.safetensors files") from None
-    except (UnicodeDecodeError, ValueError) as error:
-        raise CheckpointError(f"{path}: not JSON ({error})") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: a JSON object is expected, not {type(value).__name__}")
-    return value
+    return Checkpoint(directory, config, entries, files)
 
 
 def _tensor_files(directory: Path) -> list[Path]:
@@ -114,7 +110,7 @@ def _tensor_files(directory: Path) -> list[Path]:
 
 
 def _weight_map(directory: Path) -> dict[str, str]:
-    weight_map = read_json(directory / INDEX_NAME, unique).get("weight_map")
+    weight_map = read_json(directory / INDEX_NAME).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{directory / INDEX_NAME}: no weight_map")
     return weight_map
@@ -166,22 +162,57 @@ def verify_checksums(checkpoint: Checkpoint) -> int:
     return checked
 
 
+def require_same_source(checkpoint: Checkpoint, sums: Mapping[str, str]) -> None:
+    """Raise Unfinished where a file of `checkpoint` is no longer what it was when it was opened.
+
+    sums  SHA-256 of files as they were read, by name: one of the same content was only moved, or got another link
+    """
+    for name, identity in checkpoint.files.items():
+        path = checkpoint.directory / name
+        if not is_same(path, identity) and not (name in sums and path.is_file() and sha256_of(path) == sums[name]):
+            raise Unfinished(changed(path))
+
+
 def _known_sums(directory: Path) -> dict[str, str]:
+    """SHA-256 by file name, as SHA256SUMS says; none without it. CheckpointError names a line that says none."""
     path = directory / SUMS_NAME
     if not path.exists():
         return {}
-    lines = (line.split(maxsplit=1) for line in path.read_text(encoding="utf-8").splitlines())
-    return {parts[1].lstrip("*").strip(): parts[0].lower() for parts in lines if len(parts) == 2}
+    sums = {}
+    for number, line in enumerate(read_text(path).splitlines(), 1):
+        found = SUM_LINE.fullmatch(line)
+        if found:
+            sums[posixpath.normpath(found[2])] = found[1].lower()
+        elif line.strip() and not line.startswith("#"):
+            raise CheckpointError(f"{path}:{number}: no line of `sha256sum`, which has 64 digits and a name")
+    return sums
 
 
 def sha256_of(path: Path) -> str:
     """The SHA-256 of a file, as hexadecimal digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    with open_regular(path) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
 
 
 def write_sums(directory: Path) -> None:
     """SHA256SUMS over every file of `directory`, in the form `sha256sum -c` reads."""
-    files = sorted(path for path in directory.iterdir() if path.is_file() and path.name != SUMS_NAME)
-    text = "".join(f"{sha256_of(path)}  {path.name}\n" for path in files)
-    (directory / SUMS_NAME).write_text(text, encoding="utf-8")
+    files = {str(path.relative_to(directory)): path for path in directory.rglob("*") if path.is_file()}
+    sums = {name: sha256_of(path) for name, path in files.items() if name != SUMS_NAME}
+    _say_sums(directory, {CONFIG_NAME if name == UNSEALED_CONFIG else name: digest for name, digest in sums.items()})
+
+
+def _say_sums(directory: Path, sums: Mapping[str, str]) -> None:
+    write_text(directory / SUMS_NAME, "".join(f"{sums[name]}  {name}\n" for name in sorted(sums)))
+
+
+def seal(directory: Path) -> None:
+    """Make a written directory a checkpoint: SHA256SUMS over all its files and, last of all, config.json its name."""
+    write_sums(directory)
+    (directory / UNSEALED_CONFIG).rename(directory / CONFIG_NAME)
+
+
+def refresh_sums(directory: Path, names: Iterable[str]) -> None:
+    """Correct the lines of SHA256SUMS for the files `names`; nothing where the directory has no sums."""
+    if not (directory / SUMS_NAME).exists():
+        return
+    _say_sums(directory, _known_sums(directory) | {name: sha256_of(directory / name) for name in names})

@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lowbit.errors import CheckpointError
-from lowbit.export.checkpoint import open_checkpoint
+from lowbit.export.checkpoint import CONFIG_NAME, UNSEALED_CONFIG, open_checkpoint, require_same_source
 from lowbit.export.format import Format
 from lowbit.export.formats import LogicalTensors, require_fit, write_config
 from lowbit.export.writer import ShardedWriter
@@ -34,18 +34,27 @@ class Conversion:
     rewrites: Counter[str] = field(default_factory=Counter)
 
 
-def convert(source: LogicalTensors, fmt: Format, unquantized: Iterable[str], output: Path, shard: int) -> Conversion:
+def convert(
+    source: LogicalTensors,
+    fmt: Format,
+    unquantized: Iterable[str],
+    output: Path,
+    shard: int,
+    config_name: str = CONFIG_NAME,
+) -> Conversion:
     """Write the checkpoint of `source` in the format `fmt` into the existing, empty directory `output`.
 
     unquantized  names of the linears that keep their weight
     shard        bytes of the largest weight file
 
-    config.json and the weights are written, then read back and compared. Raises CheckpointError with the reason where
-    the format cannot hold a weight, or where a scale has no place in its scale type.
+    The weights are written, then read back and compared; the configuration gets `config_name` last. Raises
+    CheckpointError with the reason where the format cannot hold a weight, where a scale has no place in its scale type,
+    and where another tensor of the checkpoint has a name that the format gives to a linear's.
     """
     done = Conversion(target_schemes(source, fmt))
     shapes = {name: source.shape(name) for name in done.schemes}
     require_fit(fmt, done.schemes, shapes)
+    _refuse_clashes(source, fmt, done.schemes)
     writer = ShardedWriter(output, shard)
     for name in source.names:
         linear = name.removesuffix(".weight")
@@ -56,9 +65,24 @@ def convert(source: LogicalTensors, fmt: Format, unquantized: Iterable[str], out
         for key, tensor in fmt.write(linear, weight).items():
             writer.add(key, tensor)
     writer.finish()
-    write_config(output, source.checkpoint.config, fmt, fmt.quantization_config(done.schemes, unquantized))
+    block = fmt.quantization_config(done.schemes, unquantized)
+    write_config(output, source.checkpoint.config, fmt, block, UNSEALED_CONFIG)
     _verify(source, fmt, done, output)
+    require_same_source(source.checkpoint, {})
+    (output / UNSEALED_CONFIG).rename(output / config_name)
     return done
+
+
+def _refuse_clashes(source: LogicalTensors, fmt: Format, schemes: Mapping[str, Scheme]) -> None:
+    """Raise CheckpointError where a tensor that is copied has a name that a converted linear's tensor will have."""
+    written = {f"{name}.{suffix}" for name in schemes for suffix in fmt.suffixes}
+    weights = {f"{name}.weight" for name in schemes}
+    clashing = [name for name in source.names if name in written and name not in weights]
+    if clashing:
+        raise CheckpointError(
+            f"{source.checkpoint.directory}: {clashing[0]!r} belongs to none of its quantized weights, and has "
+            f"the name of a part of a {fmt.name} weight; take it out of the file"
+        )
 
 
 def target_schemes(source: LogicalTensors, fmt: Format) -> dict[str, Scheme]:
@@ -168,7 +192,7 @@ def _largest_change(name: str, before: Tensor, after: Tensor) -> float:
 
 def _verify(source: LogicalTensors, fmt: Format, done: Conversion, output: Path) -> None:
     """Raise CheckpointError where the files do not read back as the weights of `source`."""
-    written = LogicalTensors(open_checkpoint(output))
+    written = LogicalTensors(open_checkpoint(output, UNSEALED_CONFIG))
     if written.format is not fmt or written.schemes != done.schemes:
         raise CheckpointError(f"{output}: its configuration does not read back as it was written")
     for name in done.schemes:

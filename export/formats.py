@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lowbit.errors import CheckpointError
 from lowbit.export.awq import AWQ
-from lowbit.export.checkpoint import Checkpoint
+from lowbit.export.checkpoint import CONFIG_NAME, Checkpoint
 from lowbit.export.compressed_tensors import COMPRESSED_TENSORS
 from lowbit.export.format import Format
 from lowbit.export.gptq import GPTQ, GPTQ_V2
@@ -45,9 +45,15 @@ def describe_schemes(schemes: Mapping[str, Scheme]) -> str:
     return ", ".join(f"{scheme} ({count} linears)" for scheme, count in counts.most_common())
 
 
-def write_config(directory: Path, config: Mapping[str, Any], fmt: Format, quantization: Mapping[str, Any]) -> None:
+def write_config(
+    directory: Path,
+    config: Mapping[str, Any],
+    fmt: Format,
+    quantization: Mapping[str, Any],
+    config_name: str = CONFIG_NAME,
+) -> None:
     """Write config.json, `config` with `quantization` in it, and what else the format keeps beside it."""
-    write_json(directory / "config.json", dict(config) | {"quantization_config": quantization})
+    write_json(directory / config_name, dict(config) | {"quantization_config": quantization})
     if fmt.sidecar:
         write_json(directory / fmt.sidecar, quantization)
 

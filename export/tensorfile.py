@@ -16,7 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowbit.errors import CheckpointError
+from lowbit.errors import CheckpointError, Unfinished
+from lowbit.export.files import Identity, changed, create, identity_of, open_regular
+from lowbit.export.plain import parse_json, require_object
 
 DTYPES = {
     "F64": torch.float64,
@@ -34,11 +36,13 @@ DTYPES = {
 }
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 MAX_HEADER_BYTES = 100_000_000  # the reference implementation's limit
+MOST_DIMENSIONS = 16
+MOST_ELEMENTS = 1 << 63  # that a shape can count, whatever its dimensions of zero: torch's limit
 
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """Where one tensor lies: `nbytes` at byte `offset` of `path`."""
+    """Where one tensor lies: `nbytes` at byte `offset` of `path`, a file of that identity."""
 
     name: str
     path: Path
@@ -46,6 +50,7 @@ class TensorEntry:
     shape: tuple[int, ...]
     offset: int
     nbytes: int
+    identity: Identity
 
     @property
     def numel(self) -> int:
@@ -58,9 +63,8 @@ def read_entries(path: Path) -> dict[str, TensorEntry]:
     Raises CheckpointError where the file is truncated, where the header is no safetensors header, or where tensors
     overlap, leave gaps, or have bytes that contradict dtype and shape.
     """
-    size = path.stat().st_size
-    header, start = _read_header(path, size)
-    entries = [_entry(path, name, spec, start) for name, spec in header.items() if name != "__metadata__"]
+    header, identity, start = _read_header(path)
+    entries = [_entry(path, name, spec, start, identity) for name, spec in header.items() if name != "__metadata__"]
     position = start
     for entry in sorted(entries, key=lambda entry: (entry.offset, entry.nbytes)):
         if entry.offset != position:
@@ -69,50 +73,39 @@ def read_entries(path: Path) -> dict[str, TensorEntry]:
                 "overlapping or missing data; the file is damaged"
             )
         position += entry.nbytes
-    if position != size:
+    if position != identity.size:
         raise CheckpointError(
-            f"{path}: {size} bytes on disk, {position} promised by its header: the file is truncated or damaged; "
-            "download or copy it again"
+            f"{path}: {identity.size} bytes on disk, {position} promised by its header: the file is truncated or "
+            "damaged; download or copy it again"
         )
     return {entry.name: entry for entry in entries}
 
 
-def _read_header(path: Path, size: int) -> tuple[dict[str, Any], int]:
-    with path.open("rb") as file:
+def _read_header(path: Path) -> tuple[dict[str, Any], Identity, int]:
+    """The header, the file's identity, and the byte at which the data begins."""
+    with open_regular(path) as file:
+        identity = identity_of(os.fstat(file.fileno()))
+        size = identity.size
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
             raise CheckpointError(
                 f"{path}: {size} bytes, but its header alone should take {length}: not a safetensors file, or truncated"
             )
         raw = file.read(length)
-    try:
-        header = json.loads(raw, object_pairs_hook=unique)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: its header is not JSON ({error}): the file is damaged") from error
-    if not isinstance(header, dict):
-        raise CheckpointError(
-            f"{path}: its header is a JSON {type(header).__name__}, not an object: the file is damaged"
-        )
-    return header, 8 + length
+    where = f"{path}: the header, so the file is damaged"
+    return require_object(parse_json(raw, where), where), identity, 8 + length
 
 
-def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object. ValueError where a key stands in it twice: one reader would take the first, another the last."""
-    found: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in found:
-            raise ValueError(f"{key!r} stands in it twice")
-        found[key] = value
-    return found
-
-
-def _entry(path: Path, name: str, spec: Any, start: int) -> TensorEntry:
+def _entry(path: Path, name: str, spec: Any, start: int, identity: Identity) -> TensorEntry:
     try:
         dtype, shape, (begin, end) = DTYPES[spec["dtype"]], tuple(map(index, spec["shape"])), spec["data_offsets"]
-        entry = TensorEntry(name, path, dtype, shape, start + index(begin), index(end) - index(begin))
+        entry = TensorEntry(name, path, dtype, shape, start + index(begin), index(end) - index(begin), identity)
     except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path}: the header's entry for {name!r} makes no sense ({spec!r})") from error
-    if min(shape, default=0) < 0 or entry.nbytes != entry.numel * dtype.itemsize:
+        raise CheckpointError(f"{path}: the header's entry for {name!r} makes no sense ({str(spec)[:200]})") from error
+    possible = len(shape) <= MOST_DIMENSIONS and min(shape, default=0) >= 0
+    if not possible or math.prod(size for size in shape if size) >= MOST_ELEMENTS:
+        raise CheckpointError(f"{path}: tensor {name!r} cannot be {str(list(shape))[:200]}: the file is damaged")
+    if entry.nbytes != entry.numel * dtype.itemsize:
         raise CheckpointError(
             f"{path}: tensor {name!r} of {spec['dtype']} {list(shape)} has {entry.nbytes} bytes, not "
             f"{entry.numel * dtype.itemsize}: the file is damaged"
@@ -121,15 +114,21 @@ def _entry(path: Path, name: str, spec: Any, start: int) -> TensorEntry:
 
 
 def read_tensor(entry: TensorEntry) -> Tensor:
-    """The tensor of `entry`, in memory of its own (nothing stays mapped)."""
-    if not entry.nbytes:
-        return torch.empty(entry.shape, dtype=entry.dtype)
+    """The tensor of `entry`, in memory of its own (nothing stays mapped).
+
+    Raises Unfinished where the file is no longer the one whose header was read, until the last byte is.
+    """
     buffer = bytearray(entry.nbytes)
-    with entry.path.open("rb") as file:
+    with open_regular(entry.path) as file:
         file.seek(entry.offset)
-        got = file.readinto(buffer)
+        got = file.readinto(buffer)  # type: ignore[attr-defined]
+        identity = identity_of(os.fstat(file.fileno()))
     if got != entry.nbytes:
         raise CheckpointError(f"{entry.path}: {entry.nbytes} bytes of {entry.name!r} expected, {got} read")
+    if identity != entry.identity:
+        raise Unfinished(changed(entry.path))
+    if not entry.nbytes:
+        return torch.empty(entry.shape, dtype=entry.dtype)
     return torch.frombuffer(buffer, dtype=torch.uint8).view(entry.dtype).reshape(entry.shape)
 
 
@@ -152,7 +151,7 @@ class TensorFileWriter:
         self.nbytes = 0
         self._header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         self._data_path = path.with_name(path.name + ".data")
-        self._data = self._data_path.open("wb")
+        self._data = create(self._data_path)
 
     def add(self, name: str, tensor: Tensor) -> None:
         """Append `tensor`; its name must be new to the file."""
@@ -172,7 +171,7 @@ class TensorFileWriter:
         self._data.close()
         header = json.dumps(self._header, separators=(",", ":")).encode()
         header += b" " * (-len(header) % 8)
-        with self.path.open("wb") as file, self._data_path.open("rb") as data:
+        with create(self.path) as file, open_regular(self._data_path) as data:
             file.write(len(header).to_bytes(8, "little"))
             file.write(header)
             shutil.copyfileobj(data, file, 1 << 24)

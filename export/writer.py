@@ -2,12 +2,14 @@
 
 import json
 import shutil
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from lowbit.export.checkpoint import INDEX_NAME, SINGLE_NAME, SUMS_NAME
+from lowbit.export.files import open_regular, replacing, survey, write_text
 from lowbit.export.tensorfile import TensorFileWriter
 
 # Everything a model directory may hold beside its weights that readers of the quantized one need too.
@@ -60,14 +62,22 @@ class ShardedWriter:
 
 def write_json(path: Path, value: Any) -> None:
     """`value` as indented JSON with a final newline."""
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def copy_companions(source: Path, target: Path, with_code: bool) -> list[str]:
-    """Names of the tokenizer, template, generation and licence files copied; *.py too where `with_code`."""
+    """Names of the tokenizer, template, generation and licence files copied; *.py too where `with_code`.
+
+    Raises CheckpointError where one is a link to somewhere else (`survey`).
+    """
     patterns = COMPANIONS + (("*.py",) if with_code else ())
-    skipped = {path for pattern in NOT_COMPANIONS for path in source.glob(pattern)}
-    files = {path for pattern in patterns for path in source.glob(pattern) if path.is_file()} - skipped
-    for path in sorted(files):
-        shutil.copyfile(path, target / path.name)
-    return sorted(path.name for path in files)
+    copied = [name for name in survey(source) if _matches(name, patterns) and not _matches(name, NOT_COMPANIONS)]
+    for name in copied:
+        (target / name).parent.mkdir(exist_ok=True)
+        with open_regular(source / name) as original, replacing(target / name) as copy:
+            shutil.copyfileobj(original, copy)
+    return copied
+
+
+def _matches(name: str, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatch(name, pattern) for pattern in patterns)

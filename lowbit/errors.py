@@ -25,6 +25,10 @@ class CheckpointError(LowbitError):
     """A model or checkpoint that cannot be used: the message names the file, the numbers and the next step."""
 
 
+class Unfinished(CheckpointError):
+    """A run that had to stop through no fault of what it had finished: that is kept, for --resume."""
+
+
 class DatasetError(LowbitError):
     """A text, prompt or problem file that cannot be used: the message names the file and the row."""
 

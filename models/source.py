@@ -1,6 +1,6 @@
 """Where a model comes from: a directory, a hub id, or `demo`."""
 
-import json
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,17 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from lowbit.errors import CheckpointError
-from lowbit.export.checkpoint import Checkpoint, open_checkpoint
+from lowbit.export.checkpoint import CONFIG_NAME, Checkpoint, open_checkpoint
+from lowbit.export.untrusted import untrusted
+from lowbit.export.writer import write_json
 from lowbit.models.demo import demo_model_dir
 
 DEMO = "demo"
 HUB_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "LICENSE*", "NOTICE*")
+# Keys of a configuration by which transformers takes kernels from a hub, or reads another file in its place.
+IMPLEMENTATIONS = ("attn_implementation", "experts_implementation")
+FETCHING = frozenset(form for key in IMPLEMENTATIONS for form in (key, f"_{key}", f"_{key}_internal"))
+FETCHING |= {"configuration_files"}
 
 
 @dataclass(frozen=True)
@@ -38,12 +44,10 @@ class Source:
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The model's tokenizer. CheckpointError where there is none."""
-        try:
-            return AutoTokenizer.from_pretrained(self.directory, trust_remote_code=self.trust_remote_code)
-        except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
-            raise CheckpointError(
-                f"{self.directory}: no tokenizer that transformers can load ({_line(error)})"
-            ) from error
+        with untrusted(self.directory, "no tokenizer that transformers can load"):
+            return AutoTokenizer.from_pretrained(
+                self.directory, config=self.config, trust_remote_code=self.trust_remote_code
+            )
 
     @property
     def vocabulary(self) -> int:
@@ -65,14 +69,18 @@ class Source:
             )
 
 
-def open_source(name: str, trust_remote_code: bool = False, revision: str | None = None) -> Source:
+def open_source(
+    name: str, trust_remote_code: bool = False, revision: str | None = None, config_name: str = CONFIG_NAME
+) -> Source:
     """The model called `name`: a directory, `demo`, or an id on the hub (downloaded into its cache).
+
+    config_name  what the configuration is called in a directory that is not finished
 
     Remote code runs only where `trust_remote_code` is passed. Raises CheckpointError where there is no such model,
     where its files are damaged, or where it is no decoder language model.
     """
     directory = model_directory(name, trust_remote_code, revision)
-    checkpoint = open_checkpoint(directory)
+    checkpoint = open_checkpoint(directory, config_name)
     refuse_remote_code(checkpoint, trust_remote_code)
     config = _config(checkpoint, trust_remote_code)
     refuse_encoder(directory, config)
@@ -107,21 +115,32 @@ def refuse_remote_code(checkpoint: Checkpoint, trusted: bool) -> None:
 
 
 def _config(checkpoint: Checkpoint, trust_remote_code: bool) -> PretrainedConfig:
-    try:
-        config = AutoConfig.from_pretrained(checkpoint.directory, trust_remote_code=trust_remote_code)
-    except (ValueError, KeyError, OSError, TypeError) as error:
-        kind = checkpoint.config.get("model_type")
-        raise CheckpointError(
-            f"{checkpoint.directory}: transformers cannot read this configuration (model_type {kind!r}): {_line(error)}"
-        ) from error
+    """transformers' reading of the configuration as it was checked here, never of the file itself.
+
+    Without the user's trust it names no code that transformers would fetch: of kernels, which it takes from a hub, or
+    of another configuration.
+    """
+    plain = checkpoint.config if trust_remote_code else _without(checkpoint.config, FETCHING)
+    kind = checkpoint.config.get("model_type")
+    what = f"transformers cannot read this configuration (model_type {str(kind)[:40]!r})"
+    with untrusted(checkpoint.directory, what):
+        if trust_remote_code and "auto_map" in plain:  # its code lies beside the file
+            config = AutoConfig.from_pretrained(checkpoint.directory, trust_remote_code=True)
+        else:
+            with tempfile.TemporaryDirectory() as directory:
+                write_json(Path(directory, CONFIG_NAME), plain)
+                config = AutoConfig.from_pretrained(directory)
+        config._name_or_path = str(checkpoint.directory)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     return config
 
 
-def _line(error: Exception) -> str:
-    """The beginning of an error's text, on one line."""
-    return " ".join(str(error).split())[:300]
+def _without(value: Any, keys: frozenset[str]) -> Any:
+    """A JSON value whose objects, at any depth, lack `keys`."""
+    if isinstance(value, dict):
+        return {key: _without(inner, keys) for key, inner in value.items() if key not in keys}
+    return [_without(inner, keys) for inner in value] if isinstance(value, list) else value
 
 
 def refuse_encoder(directory: Path, config: Any) -> None:

@@ -11,11 +11,13 @@ from typing import Any
 import torch
 
 from lowbit.errors import CheckpointError
-from lowbit.evaluation.record import FILE, merge_rows, read_rows
+from lowbit.evaluation.record import FILE, merge_rows
 from lowbit.evaluation.report.family import families_of, family_of
 from lowbit.export.card import published_name
-from lowbit.export.checkpoint import Checkpoint, open_checkpoint, read_json
+from lowbit.export.checkpoint import CONFIG_NAME, Checkpoint, open_checkpoint
+from lowbit.export.files import read_text
 from lowbit.export.formats import LogicalTensors
+from lowbit.export.plain import read_json, read_rows
 
 REPORT = "quantization_report.json"
 RECIPE = "recipe.toml"
@@ -48,13 +50,18 @@ EVALUATIONS = {  # what a report shows of the rows of each evaluation; None wher
 }
 
 
-def facts_of(directory: Path, extra_rows: Iterable[dict[str, Any]] = (), name: str | None = None) -> dict[str, Any]:
+def facts_of(
+    directory: Path,
+    extra_rows: Iterable[dict[str, Any]] = (),
+    name: str | None = None,
+    config_name: str = CONFIG_NAME,
+) -> dict[str, Any]:
     """What is known of the checkpoint in `directory`, called `name`, or as the directory is.
 
     extra_rows  measurements kept elsewhere (speed rows of a benchmark), beside those in the checkpoint
     Sections that nobody measured or recorded are None or empty: a report says so, it does not guess.
     """
-    checkpoint = open_checkpoint(directory)
+    checkpoint = open_checkpoint(directory, config_name)
     run = read_json(directory / REPORT) if (directory / REPORT).exists() else {}
     recipe_text = _read_text(directory / RECIPE)
     recipe = _recipe(directory / RECIPE, recipe_text)
@@ -93,7 +100,7 @@ def facts_of(directory: Path, extra_rows: Iterable[dict[str, Any]] = (), name: s
 
 
 def _read_text(path: Path) -> str | None:
-    return path.read_text(encoding="utf-8") if path.exists() else None
+    return read_text(path) if path.exists() else None
 
 
 def _recipe(path: Path, text: str | None) -> dict[str, Any]:

@@ -1,5 +1,9 @@
 """A run that is killed and goes on writes the bytes of one that never stopped; a journal of another run is refused."""
 
+import json
+import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,7 +14,7 @@ from lowbit.calibrate.blocks import BlockLoop
 from lowbit.calibrate.data import CalibrationSet
 from lowbit.calibrate.methods import complete_recipe
 from lowbit.calibrate.pipeline import BlockReport, prepare, run
-from lowbit.calibrate.resume import journal_of, journaled
+from lowbit.calibrate.resume import Journal, journal_of, journaled, key_of
 from lowbit.errors import CheckpointError
 from lowbit.models.source import open_source
 from tests.builders import calibration, save_family
@@ -149,11 +153,143 @@ def test_another_version_is_refused(sources, stopped, monkeypatch):
         quantize(sources("llama"), stopped, "awq")
 
 
-def test_a_damaged_block_is_refused(sources, stopped):
-    path = journal_of(stopped) / "block-00000.safetensors"
+def truncate(journal: Path) -> None:
+    path = journal / "block-00001.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(CheckpointError, match="truncated"):
-        quantize(sources("llama"), stopped, "awq")
+
+
+def flip_a_bit(journal: Path) -> None:
+    path = journal / "block-00001.safetensors"
+    raw = path.read_bytes()
+    path.write_bytes(raw[:-1] + bytes([raw[-1] ^ 1]))
+
+
+def lose_a_linear(journal: Path) -> None:
+    """A row that is sound JSON and says one weight less."""
+    path = journal / "block-00001.json"
+    row = json.loads(path.read_text())
+    row["weights"].pop(next(iter(row["weights"])))
+    path.write_text(json.dumps(row))
+
+
+def cut_the_row(journal: Path) -> None:
+    (journal / "block-00001.json").write_text('{"wei')
+
+
+def lose_the_tensors(journal: Path) -> None:
+    (journal / "block-00001.safetensors").unlink()
+
+
+def lose_the_key(journal: Path) -> None:
+    (journal / "key.json").write_text("")
+
+
+def take_anothers_block(journal: Path) -> None:
+    """The block of a run with another recipe, as two runs to one output would leave it."""
+    for path in (journal.parent / ".other.journal").glob("block-00001.*"):
+        path.replace(journal / path.name)
+
+
+@pytest.mark.parametrize(
+    ("harm", "kept", "said"),
+    [
+        (truncate, 1, "block 2 in .* is damaged: block-00001.safetensors is not what was written"),
+        (flip_a_bit, 1, "block 2 in .* is damaged: block-00001.safetensors is not what was written"),
+        (lose_a_linear, 1, "block 2 in .* is damaged: block-00001.json is not what was written"),
+        (cut_the_row, 1, "block 2 in .* is damaged: .*not JSON"),
+        (lose_the_tensors, 1, "block 2 in .* is damaged: block-00001.safetensors is missing"),
+        (take_anothers_block, 1, "block 2 in .* is damaged: it is of another run"),
+        (lose_the_key, 2, "key.json: not JSON"),
+    ],
+)
+def test_a_damaged_journal_keeps_what_is_sound(sources, tmp_path, harm, kept, said):
+    """The rest is done again, to the bytes of a run that never stopped."""
+    source, output, recipe = sources("llama"), tmp_path / "out", {"method": "rtn", **QUICK}
+    for name, changes in (("out", {}), ("other", {"seed": 5})):
+        with pytest.raises(Killed):
+            quantize(source, tmp_path / name, recipe | changes, kill_after(2))
+    harm(journal_of(output))
+    for path in output.iterdir():
+        path.unlink()
+    job = prepare(open_source(str(source)), complete_recipe(recipe), "cpu")
+    with journaled(output, job, None, resume=True) as journal:
+        assert journal.finished == kept
+        assert re.search(said, journal.damage or "")
+        run(job, output, None, lambda report: None, journal)
+    assert {path.name: path.read_bytes() for path in output.iterdir()} == quantize(
+        source, tmp_path / "straight", recipe
+    )
+
+
+def test_blocks_behind_one_that_was_done_again_do_not_count(sources, tmp_path):
+    """A block that came out otherwise is not followed by what belonged to the old one."""
+    source, recipe = sources("llama"), {"method": "rtn", **QUICK}
+    with pytest.raises(Killed):
+        quantize(source, tmp_path / "out", recipe, kill_after(3))
+    job = prepare(open_source(str(source)), complete_recipe(recipe), "cpu")
+    journal = Journal(journal_of(tmp_path / "out"), key_of(job, None))
+    journal.resume()
+    outcome = journal.read(1)
+    assert (journal.finished, journal.damage) == (3, None)
+    flip_a_bit(journal.directory)
+    again = Journal(journal.directory, key_of(job, None))
+    again.resume()
+    next(iter(outcome.weights.values())).scales.mul_(2)
+    again.add(1, outcome)
+    last = Journal(journal.directory, key_of(job, None))
+    last.resume()
+    assert (again.finished, last.finished) == (1, 2)
+    assert "it is of another run" in last.damage
+
+
+def test_a_second_run_to_the_same_output_is_refused(sources, tmp_path):
+    """Also one that would go on from the first one's blocks, in another process."""
+    job = prepare(open_source(str(sources("llama"))), complete_recipe({"method": "rtn", **QUICK}), "cpu")
+    arguments = [sources("llama"), "--method", "rtn", "--group-size", 32, "--eval-windows", 0, "--resume"]
+    with journaled(tmp_path / "out", job, None, resume=False):
+        code = "from lowbit.commands.quantize import main; main()"
+        command = [sys.executable, "-c", code, *map(str, arguments), "-o", str(tmp_path / "out")]
+        second = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert second.returncode == 2
+    assert (
+        second.stderr == f"Error: {tmp_path / 'out'}: another run is writing there; wait, or name another directory\n"
+    )
+
+
+def test_a_journal_that_is_a_link_is_not_followed(sources, stopped, tmp_path):
+    elsewhere = tmp_path / "elsewhere"
+    journal_of(stopped).rename(elsewhere)
+    before = names(elsewhere)
+    journal_of(stopped).symlink_to(elsewhere)
+    for path in stopped.iterdir():
+        path.unlink()
+    quantize(sources("llama"), stopped, "awq")
+    assert names(elsewhere) == before
+
+
+def test_a_source_that_changes_is_no_result(tmp_path):
+    """Another model's weights under the same name, half-way: neither model comes out, and finished blocks stay."""
+    source = save_family("llama", tmp_path / "model", torch.bfloat16, num_hidden_layers=BLOCKS)
+    other = save_family("llama", tmp_path / "other", torch.bfloat16, num_hidden_layers=BLOCKS, seed=9)
+
+    def change(report: BlockReport) -> None:
+        if report.index == 0:
+            (other / "model.safetensors").replace(source / "model.safetensors")
+
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: changed while it was read"):
+        quantize(source, tmp_path / "out", {"method": "int8"}, change)
+    assert "block-00000.json" in names(journal_of(tmp_path / "out"))
+
+
+def test_a_configuration_that_changes_is_noticed(tmp_path):
+    source = save_family("llama", tmp_path / "model", torch.bfloat16, num_hidden_layers=BLOCKS)
+
+    def change(report: BlockReport) -> None:
+        (source / "tokenizer_config.json").write_text("{}")
+
+    with pytest.raises(CheckpointError, match=r"tokenizer_config\.json: changed while it was read"):
+        quantize(source, tmp_path / "out", {"method": "int8"}, change)
+    assert "config.json" not in names(tmp_path / "out")
 
 
 def test_a_block_whose_row_was_not_written_is_done_again(sources, stopped, tmp_path):

@@ -7,7 +7,7 @@ import xml.etree.ElementTree as ET
 import pytest
 
 from lowbit.errors import CheckpointError
-from lowbit.evaluation.record import FILE, merge_rows, read_rows, record
+from lowbit.evaluation.record import FILE, merge_rows, record
 from lowbit.evaluation.report.compare import comparison
 from lowbit.evaluation.report.facts import EVALUATIONS, bytes_by_kind, facts_of, group_of, kind_of
 from lowbit.evaluation.report.family import families_of, family_of
@@ -15,6 +15,7 @@ from lowbit.evaluation.report.page import figures_of, render, render_comparison
 from lowbit.evaluation.report.plots import HEAT_STEPS, heat_step, megabytes, pareto_front, pareto_plot
 from lowbit.export.checkpoint import open_checkpoint
 from lowbit.export.formats import LogicalTensors
+from lowbit.export.plain import read_rows
 from tests.builders import make_model, save_family
 from tests.e2e.cli import run_quantize, run_quantize_eval, run_quantize_report
 

@@ -182,11 +182,28 @@ def test_sums_of_the_binary_form_are_read(tmp_path):
 
 def test_a_link_into_a_hub_cache_is_held_against_its_name(tmp_path):
     model(tmp_path / "m")
-    blob = tmp_path / ("0" * 64)
+    blob = tmp_path / "models--org--m" / "blobs" / ("0" * 64)
+    blob.parent.mkdir(parents=True)
     (tmp_path / "m" / "model.safetensors").rename(blob)
     (tmp_path / "m" / "model.safetensors").symlink_to(blob)
     with pytest.raises(CheckpointError, match="SHA-256 is"):
         verify_checksums(open_checkpoint(tmp_path / "m"))
+
+
+@pytest.mark.parametrize("name", ["./model.safetensors", "x/../model.safetensors"])
+def test_a_sum_counts_however_its_file_is_named(tmp_path, name):
+    model(tmp_path)
+    (tmp_path / "SHA256SUMS").write_text(f"{'0' * 64}  {name}\n")
+    with pytest.raises(CheckpointError, match="SHA-256 is"):
+        verify_checksums(open_checkpoint(tmp_path))
+
+
+@pytest.mark.parametrize("raw", [b"\xff" * 64 + b"  model.safetensors\n", b"abc  model.safetensors\n", b"0" * 64])
+def test_sums_that_are_none_are_refused(tmp_path, raw):
+    model(tmp_path)
+    (tmp_path / "SHA256SUMS").write_bytes(raw)
+    with pytest.raises(CheckpointError, match="SHA256SUMS"):
+        verify_checksums(open_checkpoint(tmp_path))
 
 
 def test_without_sums_nothing_is_claimed(tmp_path):

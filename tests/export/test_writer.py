@@ -3,16 +3,19 @@
 import errno
 import json
 import os
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from lowbit.errors import CheckpointError
+from lowbit.errors import CheckpointError, Unfinished
 from lowbit.export import writer as writer_module
 from lowbit.export.checkpoint import INDEX_NAME, open_checkpoint
-from lowbit.export.staging import require_space, staged
+from lowbit.export.staging import exchange, only_run, refuse_output, require_space, staged
 from lowbit.export.writer import ShardedWriter, copy_companions
 
 TENSORS = {f"t{i}": torch.full((25,), float(i)) for i in range(5)}  # 100 bytes each
@@ -85,10 +88,11 @@ def test_a_block_that_ends_well_is_published(tmp_path):
     assert output.stat().st_mode & 0o777 == 0o755
 
 
-def fill_and_fail(output: Path, failure: BaseException, overwrite: bool = False) -> None:
+def fill_and_fail(output: Path, failure: BaseException | None, overwrite: bool = False) -> None:
     with staged(output, overwrite) as staging:
         (staging / "new").write_text("x")
-        raise failure
+        if failure is not None:
+            raise failure
 
 
 @pytest.mark.parametrize("failure", [ValueError("x"), KeyboardInterrupt(), SystemExit(1), OSError(errno.EIO, "x")])
@@ -143,7 +147,13 @@ def test_overwriting_keeps_the_old_until_the_new_is_whole(tmp_path):
     assert names(tmp_path) == ["out"]
 
 
-def test_a_rename_that_fails_puts_the_old_back(tmp_path, monkeypatch):
+@pytest.fixture
+def no_exchange(monkeypatch) -> None:
+    """A file system that cannot swap two names in one step."""
+    monkeypatch.setattr("lowbit.export.staging.exchange", lambda one, other: False)
+
+
+def test_a_rename_that_fails_puts_the_old_back(tmp_path, monkeypatch, no_exchange):
     output = tmp_path / "out"
     output.mkdir()
     (output / "old").write_text("x")
@@ -172,14 +182,138 @@ def test_what_a_killed_run_left_is_removed_by_the_next(tmp_path):
     assert names(tmp_path) == [".other.partial-abc123", "out"]
 
 
-def test_a_link_as_output_is_followed_or_refused_but_its_target_is_kept(tmp_path):
-    real = tmp_path / "real"
-    real.mkdir()
-    (tmp_path / "out").symlink_to(real)
+@pytest.mark.parametrize("old", [[], ["old"], None])
+def test_a_link_as_output_stays_and_what_it_leads_to_is_the_result(tmp_path, old):
+    """Another disk is often named so: the result must lie there, and be whole there."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if old is not None:
+        (disk / "real").mkdir()
+    for name in old or ():
+        (disk / "real" / name).write_text("x")
+    (tmp_path / "out").symlink_to(disk / "real")
     with staged(tmp_path / "out", overwrite=True) as staging:
+        assert staging.parent == disk
         (staging / "a").write_text("x")
+    assert (tmp_path / "out").readlink() == disk / "real"
+    assert names(disk / "real") == ["a"]
+    assert names(tmp_path) == ["disk", "out"]
+    assert names(disk) == ["real"]
+
+
+def test_what_turns_up_at_the_output_stays_and_the_result_too(tmp_path):
+    with pytest.raises(Unfinished, match="something was put there during the run"):
+        publish_over(tmp_path / "out", lambda output: (output / "mine").write_text("precious"))
+    [aside] = tmp_path.glob(".out.result-*")
+    assert names(aside) == ["new"]
+    assert (tmp_path / "out" / "mine").read_text() == "precious"
+    assert names(tmp_path) == [aside.name, "out"]
+
+
+def publish_over(output: Path, put: Callable[[Path], object]) -> None:
+    with staged(output, overwrite=False) as staging:
+        (staging / "new").write_text("x")
+        output.mkdir()
+        put(output)
+
+
+@pytest.mark.parametrize("name", ["*", "[a-z]*", "out?"])
+def test_a_name_is_no_pattern(tmp_path, name):
+    """Another run's staging directory stays, whatever the output is called."""
+    others = [".other.partial-abcdefgh", ".outs.partial-abcdefgh"]
+    for other in others:
+        (tmp_path / other).mkdir()
+    with staged(tmp_path / name, overwrite=False):
+        pass
+    assert names(tmp_path) == sorted([*others, name])
+
+
+def test_another_runs_directory_is_not_taken_for_ones_own(tmp_path):
+    with staged(tmp_path / "a.partial-bcdefgh", overwrite=False) as theirs, staged(tmp_path / "a", overwrite=False):
+        assert theirs.is_dir()
+
+
+@pytest.mark.parametrize("stage", ["moved", "placed"])
+def test_a_run_killed_between_two_renames_loses_nothing(tmp_path, no_exchange, stage):
+    """What the file system cannot do in one step is put right by the next run."""
+    output, old = tmp_path / "out", tmp_path / ".out.replaced-abcdefgh"
+    old.mkdir()
+    (old / "old").write_text("x")
+    (tmp_path / ".out.partial-abcdefgh").mkdir()
+    if stage == "placed":
+        output.mkdir()
+        (output / "new").write_text("x")
+    with pytest.raises(CheckpointError, match="not empty; pass --overwrite"), staged(output, overwrite=False):
+        pytest.fail("the block must not run")
+    assert names(output) == (["old"] if stage == "moved" else ["new"])
+    assert names(tmp_path) == ["out"]
+
+
+def test_replacing_is_one_step_where_the_system_can(tmp_path, monkeypatch):
+    for name in ("one", "other"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / name).write_text("x")
+    if not exchange(tmp_path / "one", tmp_path / "other"):
+        pytest.skip("this file system cannot swap names")
+    assert names(tmp_path / "one") == ["other"]
+    assert names(tmp_path / "other") == ["one"]
+    with pytest.raises(OSError, match="No such file"):
+        exchange(tmp_path / "one", tmp_path / "none")
+
+
+def test_two_runs_do_not_write_one_output(tmp_path):
+    """The second is refused at once, before it has done any work, and leaves the first alone."""
+    code = "import sys, pathlib, lowbit.export.staging as s\nwith s.staged(pathlib.Path(sys.argv[1]), True): pass"
+    with only_run(tmp_path / "out"), staged(tmp_path / "out", overwrite=False) as staging:
+        (staging / "a").write_text("x")
+        command = [sys.executable, "-c", code, str(tmp_path / "out")]
+        second = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert "out: another run is writing there; wait" in second.stderr
+        assert names(staging) == ["a"]
+    assert names(tmp_path) == ["out"]
     assert names(tmp_path / "out") == ["a"]
-    assert real.is_dir()
+
+
+def test_a_lock_of_a_killed_run_holds_nobody_up(tmp_path):
+    (tmp_path / ".out.lock").write_text("")
+    with staged(tmp_path / "out", overwrite=False):
+        pass
+    assert names(tmp_path) == ["out"]
+
+
+def test_an_interrupt_says_what_is_true(tmp_path, monkeypatch):
+    """Before the rename nothing was written; after it the output is whole, and says so."""
+    with pytest.raises(KeyboardInterrupt) as before:
+        fill_and_fail(tmp_path / "out", KeyboardInterrupt())
+    assert str(before.value) == ""
+    monkeypatch.setattr("lowbit.export.staging.sync", interrupted_in(tmp_path))
+    with pytest.raises(KeyboardInterrupt, match=r"out was written before that and is whole"):
+        fill_and_fail(tmp_path / "out", None)
+    assert names(tmp_path / "out") == ["new"]
+
+
+def interrupted_in(parent: Path) -> Callable[[Path], None]:
+    """A sync that a signal ends once it is the parent's turn: after the rename."""
+
+    def sync(path: Path) -> None:
+        if path == parent:
+            raise KeyboardInterrupt
+
+    return sync
+
+
+def test_a_mount_point_is_refused_before_the_run(tmp_path):
+    output = tmp_path / "a disk"
+    output.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=10k", "lowbit-test", str(output)]
+    if subprocess.run(command, capture_output=True, check=False).returncode:
+        pytest.skip("mounting is not allowed here")
+    try:
+        with pytest.raises(CheckpointError, match="a mount point, which cannot be replaced"):
+            refuse_output(output, overwrite=True)
+    finally:
+        subprocess.run(["umount", str(output)], check=True)
+    refuse_output(output, overwrite=True)
 
 
 def test_a_relative_output(tmp_path, monkeypatch):
