@@ -26,7 +26,7 @@ def main() -> None:
 @click.option("--system", help="System message, for --chat.")
 @click.option("--stream", is_flag=True, help="Print text as it is written (one prompt).")
 @click.option("--max-new-tokens", "--max-tokens", type=int, default=128, show_default=True)
-@click.option("--min-new-tokens", "--min-tokens", type=int, default=0)
+@click.option("--min-new-tokens", "--min-tokens", type=int, default=0, help="No stop token or string ends it before.")
 @click.option("--temperature", type=float, default=0.0, show_default=True, help="0 takes the likeliest token.")
 @click.option("--top-k", type=int, default=0, help="Sample among the k likeliest.")
 @click.option("--top-p", type=float, default=1.0, help="Sample among the fewest with p of the mass.")
@@ -35,7 +35,12 @@ def main() -> None:
 @click.option("--presence-penalty", type=float, default=0.0)
 @click.option("--frequency-penalty", type=float, default=0.0)
 @click.option("--stop", multiple=True, help="String that ends the text; may be given several times.")
-@click.option("--bad-word", "bad_words", multiple=True, help="String that is not written; several times.")
+@click.option(
+    "--bad-word",
+    "bad_words",
+    multiple=True,
+    help="Word that is not written, alone or after a space; a part of a longer word may be.",
+)
 @click.option("--ignore-eos", is_flag=True, help="Write on after the model's own stop tokens.")
 @click.option("--seed", type=int, help="Same seed, same text.")
 @click.option("--beams", type=int, default=1, help="Beam search over so many.")

@@ -86,7 +86,7 @@ class Request:
             if token in self.fresh.stop_tokens:
                 self.finish_reason = "stop"
             else:
-                text += self.stream.push(token)
+                text += self.stream.push(token, len(self.tokens) > self.sampling.min_new_tokens)
                 if self.stream.stopped:
                     self.finish_reason = "stop"
                 elif len(self.tokens) >= self.most:

@@ -18,10 +18,11 @@ class Sampling:
                         the likeliest's probability; in this order, each of what the one before left
     repetition_penalty  divides positive and multiplies negative logits of tokens in prompt or output
     presence_penalty    is subtracted from the logits of tokens in the output; frequency_penalty once per occurrence
-    min_new_tokens      stop tokens are not chosen before
+    min_new_tokens      stop tokens are not chosen before, and a stop string that ends before is text like any other
     stop, stop_tokens   strings (not part of the text) and tokens that end it, beside the model's own stop tokens
     ignore_eos          the model's own stop tokens are tokens like others
-    bad_words           strings, or sequences of tokens, that are not written
+    bad_words           sequences of tokens that are not written; of a string its tokens, alone and after a space: in
+                        other tokens, as a part of a longer word, the same letters may be written
     seed                of this request; same seed, same tokens, whatever else is in the batch; None for a new one
     beams               beam search over so many; length_penalty is its exponent of the length
     logprobs            of each token written, with those of so many alternatives; None for none
@@ -77,6 +78,9 @@ class Sampling:
         for name, words in (("stop", self.stop), ("bad_words", self.bad_words)):
             if not isinstance(words, tuple | list) or not all(words):
                 return f"{name} is {words!r}: a list of strings that are not empty is needed"
+        blank = next((word for word in self.bad_words if isinstance(word, str) and not word.strip()), None)
+        if blank is not None:
+            return f"bad word {blank!r} is white space, which stands within most tokens: give tokens instead"
         if not all(isinstance(word, str) for word in self.stop):
             return f"stop is {self.stop!r}: a list of strings is needed; tokens go to stop_tokens"
         if self.lookup and (self.temperature or self.penalized or self.beams > 1 or self.logprobs is not None):

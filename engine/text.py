@@ -19,10 +19,11 @@ class TextStream:
         self.decoded = len(self.tokens)  # the prompt's, and those whose text is in `text`
         self.text = ""
         self.given = 0  # characters of `text` that were handed out
+        self.ignored = 0  # characters of `text` in which a stop string may end
         self.stopped = False
 
-    def push(self, token: int) -> str:
-        """Takes a token, gives the text that is now final."""
+    def push(self, token: int, stopping: bool = True) -> str:
+        """Takes a token, gives the text that is now final. Not `stopping`: a stop string may end in its text."""
         self.tokens.append(token)
         if self.tokenizer is None or self.stopped:
             return ""
@@ -32,6 +33,8 @@ class TextStream:
             return ""
         self.decoded = len(self.tokens)
         self.text += whole[len(known) :]
+        if not stopping:
+            self.ignored = len(self.text)
         return self.release()
 
     def decode(self, tokens: list[int]) -> str:
@@ -41,7 +44,8 @@ class TextStream:
 
     def release(self) -> str:
         """What of `text` is final: up to a stop string, or to what may be the beginning of one."""
-        found = [at for at in (self.text.find(stop) for stop in self.stop) if at >= 0]
+        places = (self.text.find(stop, max(self.ignored + 1 - len(stop), 0)) for stop in self.stop)
+        found = [at for at in places if at >= 0]
         if found:
             self.text, self.stopped = self.text[: min(found)], True
             return self.hand_out(len(self.text))

@@ -1,5 +1,7 @@
 """What is generated: transformers' tokens where it generates the same, and what each setting promises."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from transformers import GenerationConfig
@@ -209,3 +211,23 @@ def test_drafts_are_accepted_up_to_the_first_that_differs():
     assert accepted([4, 5, 6], [4, 5, 7, 8]) == [4, 5, 7]
     assert accepted([4, 5], [4, 5, 6]) == [4, 5, 6]
     assert accepted([], [3]) == [3]
+
+
+def test_no_stop_ends_a_text_before_its_least_tokens(model):
+    free = model.generate([PROMPTS[0]], max_new_tokens=20, ignore_eos=True)[0]
+    early = next(text for text in (free.text[i] for i in range(3, 8)) if text in free.text[:8] and text != "\ufffd")
+    short = model.generate([PROMPTS[0]], max_new_tokens=20, ignore_eos=True, stop=(early,))[0]
+    late = model.generate([PROMPTS[0]], max_new_tokens=20, ignore_eos=True, stop=(early,), min_new_tokens=20)[0]
+    assert len(short.tokens) < 10
+    assert short.finish_reason == "stop"
+    assert late.text == free.text
+    assert late.finish_reason == "length"
+
+
+def test_a_bad_word_is_its_tokens_and_no_more(model):
+    """A token a byte: "ab" is two tokens, which may still stand apart."""
+    free = model.generate([PROMPTS[0]], max_new_tokens=12, ignore_eos=True)[0].tokens
+    banned = model.generate([PROMPTS[0]], max_new_tokens=12, ignore_eos=True, bad_words=(free[2:4],))[0].tokens
+    assert banned[:3] == free[:3]
+    assert banned[3] != free[3]
+    assert all(pair != free[2:4] for pair in pairwise(banned))

@@ -34,6 +34,8 @@ def model(tmp_path_factory):
         ([[1]], {"stop_tokens": (999,)}, "stop token 999 is none of the model's 260"),
         ([[1]], {"bad_words": ((1,) * 9,)}, "has 9 tokens; at most 8"),
         ([[1]], {"bad_words": ((-4,),)}, "token -4 of a bad word"),
+        ([[1]], {"bad_words": (" ",)}, "bad word ' ' is white space, which stands within most tokens"),
+        ([[1]], {"bad_words": ("\n\t",)}, "is white space"),
         ([[1]], {"beams": 2, "temperature": 1.0}, "beam search samples nothing"),
         ([[1]], {"seed": 1 << 70}, "seed is 1180591620717411303424: it must lie between"),
         ([[1]], {"lookup": 3, "temperature": 1.0}, "lookup checks drafts greedily"),

@@ -38,6 +38,14 @@ def test_what_may_become_a_stop_string_is_held_back(tokenizer):
     assert given[4] == "E,"
 
 
+def test_a_stop_string_that_ends_too_early_is_text(tokenizer):
+    stream = TextStream(tokenizer, ("END", "x"))
+    text = "an END, EN" + "D. END"
+    given = [stream.push(token, stopping=count >= 10) for count, token in enumerate(tokenizer.encode(text))]
+    assert "".join(given) == "an END, "  # the second one began before, and ends after
+    assert stream.stopped
+
+
 def test_what_was_held_back_is_given_at_the_end(tokenizer):
     stream = TextStream(tokenizer, ("END",))
     assert "".join(stream.push(token) for token in tokenizer.encode("the EN")) + stream.finish() == "the EN"
