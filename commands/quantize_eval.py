@@ -166,10 +166,13 @@ def _print_divergence(session: Session, found: Divergence, row: dict[str, Any]) 
 @click.option("--include", type=click.Path(path_type=Path), help="Directory with task files of yours.")
 @click.option("--fewshot", type=click.IntRange(min=0), help="Examples before a question.  [default: the task's]")
 @click.option("--limit", type=click.IntRange(min=1), help="Questions of each task.  [default: all]")
-def tasks(names: str, include: Path | None, fewshot: int | None, limit: int | None, **options: Any) -> None:
+@click.option("--allow-code", is_flag=True, help="Yes, run the Python that task files of mine bring.")
+def tasks(
+    names: str, include: Path | None, fewshot: int | None, limit: int | None, allow_code: bool, **options: Any
+) -> None:
     """Tasks of lm-evaluation-harness; the last line is JSON."""
     session = make_session(options)
-    known = TaskList([name.strip() for name in names.split(",") if name.strip()], include)
+    known = TaskList([name.strip() for name in names.split(",") if name.strip()], include, allow_code)
     found: list[list[dict[str, Any]]] = []
     for name in session.models():
         backend = session.open(session.source(name))

@@ -1,18 +1,21 @@
 """Benchmarks through lm-evaluation-harness: its tasks, its prompts, its metrics; our backends compute.
 
 The harness is an optional extra (`pip install "lowbit[tasks]"`) and is imported when it is first asked for something.
+Task files that run code are refused, and templates of others kept in Jinja's sandbox, unless the user allows them.
 Its own adapter to transformers is what ours is tested against, number by number.
 """
 
 import logging
 import warnings
-from collections.abc import Iterable, Sequence
-from contextlib import redirect_stderr
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, redirect_stderr
 from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
+from jinja2.sandbox import SandboxedEnvironment
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
@@ -20,11 +23,11 @@ from lowbit.errors import CheckpointError, LowbitError, UsageError
 from lowbit.evaluation.backend import Backend, token_log_likelihoods
 from lowbit.evaluation.journal import Journal, Library
 from lowbit.evaluation.perplexity import OnStep, silent
+from lowbit.evaluation.task_files import YAML, require_data_alone
 from lowbit.evaluation.text import BATCH_LOGITS, BATCH_TOKENS
 from lowbit.quant.recipe import nearest
 
 LONGEST = 4096  # tokens of context and continuation, where the model has positions for as many
-YAML = (".yaml", ".yml")
 MOST_WRITTEN = 256  # tokens of an answer, where a task does not say
 
 
@@ -164,8 +167,10 @@ def import_harness() -> Any:
     """The package lm_eval. CheckpointError says how to install it where it is missing."""
     try:
         import lm_eval
+        import lm_eval.api.metrics
         import lm_eval.api.model
         import lm_eval.tasks
+        import lm_eval.utils
     except ImportError as error:
         raise UsageError(
             f'tasks need lm-evaluation-harness, which is not here ({error}): pip install "lowbit[tasks]"'
@@ -178,17 +183,22 @@ def import_harness() -> Any:
 class TaskList:
     """The tasks called `names`: of `folder`, of the harness, or in YAML files of those paths.
 
-    CheckpointError names the nearest task to one that there is not.
+    Raises CheckpointError, with the nearest name, where there is no such task; UsageError where one of the user's files
+    runs code and `allow_code` is False.
     """
 
-    def __init__(self, names: Sequence[str], folder: Path | None = None) -> None:
+    def __init__(self, names: Sequence[str], folder: Path | None = None, allow_code: bool = False) -> None:
         if folder is not None and not folder.is_dir():
             raise UsageError(f"{folder}: no such directory of task files")
         self.harness = import_harness()
-        self._folder = folder
+        self._folder, self.allow_code = folder, allow_code
         gone = [name for name in names if name.endswith(YAML) and not Path(name).is_file()]
         if gone:
             raise UsageError(f"unknown task {gone[0]!r}; no such file")
+        if not allow_code:
+            files = [Path(name) for name in names if name.endswith(YAML)] + ([folder] if folder else [])
+            own = frozenset(self.harness.api.registry.metric_registry.keys())
+            require_data_alone(files, Path(self.harness.__file__).parent, own)
         self.manager = self._manager(include_defaults=False)
         found = self._expanded(names)
         if "" in found:  # reading the harness's own thousands of files takes seconds
@@ -227,8 +237,9 @@ def run_tasks(
     Raises CheckpointError where a task's data cannot be had.
     """
     model = harness_model(backend, library, on_step)
+    templates = nullcontext() if tasks.allow_code else _templates_in_sandbox(tasks.harness)
     try:
-        with warnings.catch_warnings(), redirect_stderr(StringIO()):  # bars of its own, beside ours
+        with templates, warnings.catch_warnings(), redirect_stderr(StringIO()):  # bars of its own, beside ours
             warnings.simplefilter("ignore")
             found: Any = tasks.harness.simple_evaluate(
                 model,
@@ -241,13 +252,28 @@ def run_tasks(
             )
     except LowbitError:
         raise
-    except (OSError, ValueError, KeyError, AssertionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AssertionError, TemplateError) as error:
         reason = " ".join(str(error).split())[:300]
         raise CheckpointError(
             f"{', '.join(tasks.names)}: the harness could not run it ({type(error).__name__}: {reason}); a data set "
             "that is not in the hub's cache needs the network, a local one is named in the task (dataset_path: json)"
         ) from error
     return [row for task, values in sorted(found["results"].items()) for row in _rows(task, values, found)]
+
+
+@contextmanager
+def _templates_in_sandbox(harness: Any) -> Iterator[None]:
+    """Have the harness render the templates of tasks in Jinja's sandbox: they reach data, and no Python behind it."""
+    theirs = harness.utils.env
+    ours = SandboxedEnvironment(
+        loader=theirs.loader, undefined=theirs.undefined, keep_trailing_newline=theirs.keep_trailing_newline
+    )
+    ours.filters |= theirs.filters
+    harness.utils.env = ours
+    try:
+        yield
+    finally:
+        harness.utils.env = theirs
 
 
 def _rows(task: str, values: dict[str, Any], found: dict[str, Any]) -> Iterable[dict[str, Any]]:
