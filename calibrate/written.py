@@ -38,7 +38,9 @@ class RecordingWriter:
             self._meant[name] = _digest((weight.codes, weight.scales, weight.zeros, weight.input_scale))
         for name, placement in block.tensors.items():
             if name.removesuffix(".weight") not in weights and not covered(block, placement.parameter, weights):
-                self._add(name, kept[name] if name in kept else self._source(name))
+                value = kept[name] if name in kept else self._source(name)
+                for single, part in (_biases(block, placement.parameter, value, weights) or {name: value}).items():
+                    self._add(single, part)
 
     def add_others(self) -> None:
         """Write the tensors outside the blocks; a copy of tied embeddings is dropped."""
@@ -80,6 +82,16 @@ class RecordingWriter:
             if found != meant:
                 raise CheckpointError(f"{output}: {name} does not read back as it was written; the disk may be failing")
         return written.nbytes
+
+
+def _biases(block: Block, parameter: str, value: Tensor, weights: dict[str, QTensor]) -> dict[str, Tensor]:
+    """The experts' biases in the stack `parameter`, by the names they have alone; none where it is no such stack."""
+    stacked = {spec.name: spec.bias for spec in block.linears if spec.bias and spec.bias.expert is not None}
+    return {
+        f"{name}.bias": bias.view(value).contiguous()
+        for name, bias in stacked.items()
+        if bias.parameter == parameter and name in weights
+    }
 
 
 def _digest(tensors: Iterable[Tensor | None]) -> str:

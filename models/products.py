@@ -21,6 +21,7 @@ MULTIPLICATIONS = {
     torch.Tensor.matmul,
     torch.Tensor.__matmul__,
 }
+STACKED = {torch.bmm, torch.matmul, torch.Tensor.bmm, torch.Tensor.matmul, torch.Tensor.__matmul__}
 
 OnInput = Callable[[tuple[str, ...], Tensor], Tensor | None]
 
@@ -38,17 +39,33 @@ class LinearInputs(TorchFunctionMode):
         super().__init__()
         self._on_input = on_input
         self._names: dict[int, list[str]] = {}
+        self._stacks: dict[int, list[int]] = {}  # all of a stack's matrices, by its own address
         for spec in block.linears:
             place = spec.placement
             whole = parameter(place.parameter)
             address = (whole if place.expert is None else whole[place.expert]).data_ptr()
             self._names.setdefault(address, []).append(spec.name)
+            if place.expert is not None:
+                self._stacks[whole.data_ptr()] = [expert.data_ptr() for expert in whole]
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func in MULTIPLICATIONS:
+        if func in STACKED and len(args) == 2 and args[1].ndim == 3 and args[1].data_ptr() in self._stacks:
+            args = (self._seen_by_each(args[0], self._stacks[args[1].data_ptr()]), args[1])
+        elif func in MULTIPLICATIONS:
             args, kwargs = self._seen(args, kwargs)
         return func(*args, **kwargs)
+
+    def _seen_by_each(self, x: Tensor, weights: list[int]) -> Tensor:
+        """`x` (experts, tokens, k) with what `on_input` makes of each expert's own tokens; others' are zeros."""
+        parts = list(x)
+        for expert, (part, address) in enumerate(zip(x, weights, strict=True)):
+            routed = part.any(-1)
+            if address in self._names and bool(routed.any()):
+                changed = self._on_input(tuple(self._names[address]), part[routed])
+                if changed is not None:
+                    parts[expert] = part.masked_scatter(routed[:, None], changed)
+        return torch.stack(parts)
 
     def _seen(self, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         """The arguments, the activations among them replaced where `on_input` says so."""

@@ -1,0 +1,87 @@
+"""Experts that a file holds stacked in one tensor and transformers knows no single names for: cut, quantized, written
+under the names that vLLM reads, and left whole where the user says so."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from lowbit.calibrate.methods import complete_recipe
+from lowbit.calibrate.pipeline import prepare, run
+from lowbit.evaluation.backend import load_dense
+from lowbit.models.source import open_source
+from tests.builders import calibration, logits_of
+from tests.families.tiny import save_tiny
+
+IDS = calibration(2, 24, seed=9).ids
+ROLES = {"gate_proj", "up_proj", "down_proj"}
+EXPERTS = {
+    "gpt_oss": ("mlp.experts", {"gate_up_proj", "down_proj"}),  # gate and up take turns, as vLLM wants them
+    "llama4_text": ("feed_forward.experts", ROLES),
+    "granitemoe": ("block_sparse_moe.experts", ROLES),
+    "aria_text": ("mlp.experts", ROLES),
+    "jetmoe": ("mlp.experts", {"input_linear", "output_linear"}),
+}
+RECIPES: dict[str, dict[str, Any]] = {
+    "rtn": {"method": "rtn", "bits": 8, "group_size": 32},
+    "awq": {"method": "awq", "bits": 8, "group_size": 32},
+    "smoothquant": {"method": "smoothquant"},
+}
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("stacked")
+    return {kind: save_tiny(kind, root / kind) for kind in EXPERTS}
+
+
+def quantize(source: Path, output: Path, recipe: dict[str, Any]) -> dict[str, torch.Tensor]:
+    job = prepare(open_source(str(source)), complete_recipe(recipe), "cpu")
+    output.mkdir()
+    run(job, output, calibration() if job.recipe.dataset else None, lambda report: None)
+    return load_file(output / "model.safetensors")
+
+
+@pytest.mark.parametrize("recipe", list(RECIPES))
+@pytest.mark.parametrize("kind", list(EXPERTS))
+def test_each_expert_is_quantized_under_a_name_of_its_own(sources, tmp_path, kind, recipe):
+    tensors = quantize(sources[kind], tmp_path / "out", RECIPES[recipe])
+    home, roles = EXPERTS[kind]
+    found = {match.groups() for name in tensors if (match := re.search(rf"{home}\.(\d)\.(\w+)\.weight_scale$", name))}
+    assert found == {(str(expert), role) for expert in range(4) for role in roles}
+    before, after = (load_dense(open_source(str(path))) for path in (sources[kind], tmp_path / "out"))
+    wanted = logits_of(before, IDS)
+    assert (
+        0 < (logits_of(after, IDS) - wanted).norm() < 0.25 * wanted.norm()
+    )  # a token near a tie may go to another expert
+
+
+def test_biases_of_stacked_experts_come_apart_with_them(sources, tmp_path):
+    stack = load_file(sources["gpt_oss"] / "model.safetensors")["model.layers.1.mlp.experts.gate_up_proj_bias"]
+    tensors = quantize(sources["gpt_oss"], tmp_path / "out", RECIPES["rtn"])
+    assert not any(name.endswith("_bias") for name in tensors)
+    for expert in range(4):
+        assert torch.equal(tensors[f"model.layers.1.mlp.experts.{expert}.gate_up_proj.bias"], stack[expert])
+
+
+@pytest.mark.parametrize("kind", list(EXPERTS))
+def test_experts_left_alone_stay_stacked(sources, tmp_path, kind):
+    tensors = quantize(sources[kind], tmp_path / "out", RECIPES["rtn"] | {"ignore": ("re:\\.experts\\.",)})
+    before = load_file(sources[kind] / "model.safetensors")
+    stacks = [name for name, value in before.items() if value.ndim == 3]
+    assert stacks
+    assert all(torch.equal(tensors[name], before[name]) for name in stacks)
+    assert any(name.endswith("weight_packed") for name in tensors) or kind == "jetmoe"
+
+
+def test_each_expert_sees_its_own_tokens_where_all_are_multiplied_at_once(sources, tmp_path):
+    """Llama 4 multiplies every token with every expert and zeros those of the others: they are no tokens of it."""
+    job = prepare(open_source(str(sources["llama4_text"])), complete_recipe(RECIPES["awq"]), "cpu")
+    tmp_path.joinpath("out").mkdir()
+    result = run(job, tmp_path / "out", calibration(16, 24), lambda report: None)
+    rows = result.blocks[1].linears
+    seen = [rows[f"model.layers.1.feed_forward.experts.{expert}.up_proj"]["tokens"] for expert in range(4)]
+    assert sum(seen) == 2 * 16 * 24  # two experts a token
