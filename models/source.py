@@ -9,6 +9,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
@@ -105,8 +106,8 @@ def model_directory(name: str, trust_remote_code: bool = False, revision: str | 
 
 
 def refuse_remote_code(checkpoint: Checkpoint, trusted: bool) -> None:
-    """Raise CheckpointError where the configuration asks for code of its own and the user did not allow it."""
-    if checkpoint.config.get("auto_map") and not trusted:
+    """Raise CheckpointError where only code that the model brings can run it, and the user did not allow that."""
+    if checkpoint.config.get("auto_map") and not is_native(checkpoint) and not trusted:
         files = ", ".join(sorted(path.name for path in checkpoint.directory.glob("*.py"))) or "not in the directory"
         raise CheckpointError(
             f"{checkpoint.directory}: the model brings Python code of its own ({files}). Read it, and pass "
@@ -114,13 +115,18 @@ def refuse_remote_code(checkpoint: Checkpoint, trusted: bool) -> None:
         )
 
 
+def is_native(checkpoint: Checkpoint) -> bool:
+    """Whether transformers itself has classes for the model: those of its repository are then not needed."""
+    return checkpoint.config.get("model_type") in CONFIG_MAPPING_NAMES
+
+
 def _config(checkpoint: Checkpoint, trust_remote_code: bool) -> PretrainedConfig:
     """transformers' reading of the configuration as it was checked here, never of the file itself.
 
-    Without the user's trust it names no code that transformers would fetch: of kernels, which it takes from a hub, or
-    of another configuration.
+    Without the user's trust it names no code that transformers would fetch: of the model, of kernels, which it takes
+    from a hub, or of another configuration.
     """
-    plain = checkpoint.config if trust_remote_code else _without(checkpoint.config, FETCHING)
+    plain = checkpoint.config if trust_remote_code else _without(checkpoint.config, FETCHING | {"auto_map"})
     kind = checkpoint.config.get("model_type")
     what = f"transformers cannot read this configuration (model_type {str(kind)[:40]!r})"
     with untrusted(checkpoint.directory, what):

@@ -249,9 +249,12 @@ def test_an_architecture_that_nobody_knows(refused, model, kind):
     assert str(model) in refused(model, *FAST)
 
 
-def test_code_of_the_models_own(refused, model):
+def test_code_of_the_models_own(refused, model, tmp_path):
     changed_config(model, lambda config: config.update(auto_map={"AutoModelForCausalLM": "evil.Model"}))
     (model / "evil.py").write_text("raise SystemExit('must never run')")
+    done = run_quantize(model, *FAST, "-o", tmp_path / "native")  # a family that transformers has: no need of the code
+    assert done.code == 0, done.err
+    changed_config(model, lambda config: config.update(model_type="theirs"))
     line = refused(model, *FAST)
     assert "evil.py" in line
     assert "--trust-remote-code" in line

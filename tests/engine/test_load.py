@@ -243,3 +243,22 @@ def test_stop_tokens_that_the_model_cannot_write_are_left_out(tmp_path):
     model = engine.load(tmp_path, device="cpu")
     assert model.options.stop_tokens == (257,)
     assert len(model.generate([[1, 2]], max_new_tokens=3, min_new_tokens=3)[0].tokens) == 3
+
+
+AUTO_MAP = {"AutoConfig": "configuration_theirs.Config", "AutoModelForCausalLM": "modeling_theirs.Model"}
+
+
+def test_code_that_a_known_family_brings_is_not_needed_and_not_run(tmp_path):
+    model, _ = tiny(tmp_path)
+    expected = model.logits(IDS)
+    changed_config(tmp_path, lambda config: config.update(auto_map=AUTO_MAP))
+    for name in ("configuration_theirs.py", "modeling_theirs.py"):
+        (tmp_path / name).write_text("raise RuntimeError('this code was run')\n")
+    assert torch.equal(engine.load(tmp_path, device="cpu").logits(IDS), expected)
+
+
+def test_code_of_an_unknown_family_stays_refused(tmp_path):
+    save_family("opt", tmp_path)
+    changed_config(tmp_path, lambda config: config.update(model_type="theirs", auto_map=AUTO_MAP))
+    with pytest.raises(CheckpointError, match="no family 'theirs'"):
+        engine.load(tmp_path, device="cpu")
