@@ -135,7 +135,8 @@ def extensions() -> list[Extension]:
 
 def packages() -> list[str]:
     """Every package by its import name."""
-    return ["lowbit"] + [f"lowbit.{name}" for name in find_packages(include=[*FOLDERS, *(f"{f}.*" for f in FOLDERS)])]
+    below = find_packages(include=[*FOLDERS, *(f"{folder}.*" for folder in FOLDERS)])
+    return ["lowbit", "lowbit.api", *(f"lowbit.{name}" for name in below)]
 
 
 setup(

@@ -22,8 +22,9 @@ import transformers
 
 from benchmarks.measure import run_facts, write_rows
 from lowbit.calibrate.data import CalibrationSet
+from lowbit.calibrate.job import prepare
 from lowbit.calibrate.methods import complete_recipe
-from lowbit.calibrate.pipeline import prepare, run
+from lowbit.calibrate.pipeline import run
 from lowbit.calibrate.report import BlockReport
 from lowbit.models.source import Source, open_source
 

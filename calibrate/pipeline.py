@@ -9,7 +9,7 @@ from lowbit.calibrate import ranks
 from lowbit.calibrate.blocks import BlockLoop, Blocks, DataFreeBlocks
 from lowbit.calibrate.data import CalibrationSet
 from lowbit.calibrate.distill import distill
-from lowbit.calibrate.job import Job, prepare
+from lowbit.calibrate.job import Job
 from lowbit.calibrate.outcome import BlockOutcome
 from lowbit.calibrate.report import BlockReport, Result, report_of
 from lowbit.calibrate.resume import Journal
@@ -18,8 +18,6 @@ from lowbit.export.checkpoint import CONFIG_NAME, UNSEALED_CONFIG, require_same_
 from lowbit.export.files import write_text
 from lowbit.export.formats import FORMATS, write_config
 from lowbit.export.writer import ShardedWriter, copy_companions, write_json
-
-__all__ = ["BlockReport", "Job", "Result", "assist", "prepare", "run"]
 
 OnBlock = Callable[[BlockReport], None]
 

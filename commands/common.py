@@ -15,7 +15,7 @@ from rich.console import Console
 from transformers.utils import logging as transformers_logging
 
 from lowbit.calibrate import ranks
-from lowbit.errors import DeviceError, LowbitError
+from lowbit.errors import LowbitError
 
 SETTINGS = {
     "help_option_names": ["-h", "--help"],
@@ -44,19 +44,6 @@ class Size(click.ParamType):
         if not match or not float(match[1]):
             self.fail(f"{value!r} is no size; write 5GB or 500MB", param, ctx)
         return int(float(match[1]) * UNITS[match[2] or ""])
-
-
-def check_device(device: str) -> str:
-    """`device` in torch's spelling, with `auto` resolved. DeviceError where it is not there."""
-    if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        kind = torch.device(device).type
-    except RuntimeError:
-        raise DeviceError(f"device {device!r}: write cpu, cuda, or cuda:1") from None
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise DeviceError(f"device {device!r}: torch {torch.__version__} sees no GPU here; use --device cpu")
-    return device
 
 
 def run_command(command: click.Command, interrupted: str = "Interrupted; nothing was written.") -> NoReturn:

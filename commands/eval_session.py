@@ -17,7 +17,7 @@ from lowbit import __version__
 from lowbit.calibrate.data import builtin_text
 from lowbit.calibrate.documents import SEPARATOR, Reading, documents
 from lowbit.calibrate.tables import TABLES, kind_of, local_rows, read_utf8
-from lowbit.commands.common import check_device, make_console
+from lowbit.commands.common import make_console
 from lowbit.errors import UsageError
 from lowbit.evaluation.after import HELDOUT
 from lowbit.evaluation.backend import BACKENDS, Backend, choose_backend, open_backend
@@ -26,6 +26,7 @@ from lowbit.evaluation.perplexity import OnStep
 from lowbit.evaluation.record import record
 from lowbit.evaluation.text import Cut
 from lowbit.models.demo import cache_dir
+from lowbit.models.devices import check_device
 from lowbit.models.source import Source, open_source
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -8,13 +8,14 @@ import torch
 from rich.table import Table
 
 from lowbit import __version__, engine
-from lowbit.commands.common import SETTINGS, check_device, make_console, run_command
+from lowbit.commands.common import SETTINGS, make_console, run_command
 from lowbit.engine.decoder import Decoder
 from lowbit.engine.engine import Engine
 from lowbit.engine.options import Options
 from lowbit.engine.shapes import METHODS, SHAPES, random_weights
 from lowbit.engine.speed import Speed, kernels_of_step, measure, read_rate
 from lowbit.errors import EngineError
+from lowbit.models.devices import check_device
 
 COLUMNS = ("method", "batch", "prompt", "tokens/s", "ms/token", "floor ms", "share of floor", "memory GiB")
 

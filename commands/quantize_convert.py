@@ -6,18 +6,11 @@ import click
 from rich.console import Console
 
 from lowbit import __version__
-from lowbit.calibrate.plan import unquantized_linears
+from lowbit.api import converting as api
 from lowbit.commands.common import SETTINGS, Size, make_console, run_command
-from lowbit.errors import RecipeError
-from lowbit.export.card import note_conversion
-from lowbit.export.checkpoint import UNSEALED_CONFIG, seal, verify_checksums
-from lowbit.export.convert import Conversion, convert
-from lowbit.export.formats import FORMATS, LogicalTensors, describe_schemes
-from lowbit.export.staging import refuse_output, refuse_to_replace, require_space, staged, told_whole
-from lowbit.export.writer import copy_companions
-from lowbit.models.skeleton import open_skeleton
-from lowbit.models.source import open_source
-from lowbit.quant.recipe import Recipe, nearest
+from lowbit.export.formats import FORMATS, describe_schemes
+from lowbit.export.staging import told_whole
+from lowbit.quant.recipe import Recipe
 
 
 def main() -> None:
@@ -38,37 +31,30 @@ def quantize_convert(
 ) -> None:
     """Write CHECKPOINT, a quantized model, to OUTPUT in another format; codes and scales stay what they are."""
     console = make_console()
-    if format_name not in FORMATS:
-        raise RecipeError(f"unknown format {format_name!r}; {nearest(format_name, FORMATS)}")
-    refuse_output(output, overwrite)
-    source = open_source(checkpoint, trust_remote_code)
-    refuse_to_replace(output, source.directory)
-    logical, fmt = LogicalTensors(source.checkpoint), FORMATS[format_name]
-    left = unquantized_linears(open_skeleton(source), logical.schemes)
-    require_space(output, int(source.checkpoint.nbytes * 1.1) + 50_000_000)
-    verify_checksums(source.checkpoint)
-    with staged(output, overwrite) as staging:
-        with console.status("converting"):
-            done = convert(logical, fmt, left, staging, max_shard_size, UNSEALED_CONFIG)
-        copy_companions(source.directory, staging, with_code=trust_remote_code)
-        assert logical.format is not None
-        note_conversion(staging, source.directory, logical.format.name, fmt, __version__)
-        seal(staging)
+    with console.status("converting"):
+        done = api.convert(
+            checkpoint,
+            output,
+            format=format_name,
+            max_shard_size=max_shard_size,
+            overwrite=overwrite,
+            trust_remote_code=trust_remote_code,
+        )
     with told_whole(output):
-        _print(console, logical, done, output, format_name)
+        _print(console, done)
 
 
-def _print(console: Console, source: LogicalTensors, done: Conversion, output: Path, format_name: str) -> None:
-    """What was read, what was written, and where the two are not the same to the bit."""
-    assert source.format is not None
-    console.print(f"{source.checkpoint.directory}: {source.format.name}, {describe_schemes(source.schemes)}")
-    console.print(f"{output}: {format_name}, {describe_schemes(done.schemes)}")
-    for rewrite, count in done.rewrites.items():
+def _print(console: Console, done: api.Converted) -> None:
+    """Both checkpoints, and where the two are not the same to the bit."""
+    conversion = done.conversion
+    console.print(f"{done.source}: {done.source_format}, {describe_schemes(done.source_schemes)}")
+    console.print(f"{done.output}: {done.format}, {describe_schemes(conversion.schemes)}")
+    for rewrite, count in conversion.rewrites.items():
         console.print(f"  {rewrite}: {count} linears, the same weights")
-    console.print(f"{done.exact} linears stand for the same weights bit for bit")
-    if done.rounded:
-        name, change = max(done.rounded.items(), key=lambda item: item[1])
+    console.print(f"{conversion.exact} linears stand for the same weights bit for bit")
+    if conversion.rounded:
+        name, change = max(conversion.rounded.items(), key=lambda item: item[1])
         console.print(
-            f"{len(done.rounded)} linears have scales that are rounded to {FORMATS[format_name].scale_dtype}: the "
-            f"format has no other; the largest relative change is {change:.2g}, in {name}"
+            f"{len(conversion.rounded)} linears have scales that are rounded to {FORMATS[done.format].scale_dtype}: "
+            f"the format has no other; the largest relative change is {change:.2g}, in {name}"
         )

@@ -7,10 +7,11 @@ from typing import Any
 import click
 
 from lowbit import __version__, engine
-from lowbit.commands.common import SETTINGS, check_device, run_command
+from lowbit.commands.common import SETTINGS, run_command
 from lowbit.engine.engine import Engine
 from lowbit.engine.sampling import Completion, Sampling
 from lowbit.errors import EngineError
+from lowbit.models.devices import check_device
 
 
 def main() -> None:

@@ -1,21 +1,16 @@
 """`quantize-inspect DIR`: what a quantized checkpoint holds, and who can run it."""
 
 import json
-from typing import Any
 
 import click
 from rich.console import Console
 from rich.table import Table
 
 from lowbit import __version__
-from lowbit.calibrate.plan import unquantized_linears
+from lowbit.api import inspecting as api
 from lowbit.commands.common import SETTINGS, make_console, run_command
-from lowbit.export.checkpoint import verify_checksums
 from lowbit.export.engines import ENGINES
-from lowbit.export.formats import LogicalTensors
-from lowbit.export.inspection import Inspection, inspect_checkpoint
-from lowbit.models.skeleton import Skeleton, open_skeleton
-from lowbit.models.source import open_source
+from lowbit.export.inspection import Inspection
 
 MOST_NAMED = 8
 
@@ -33,45 +28,15 @@ def main() -> None:
 @click.version_option(__version__, prog_name="lowbit")
 def quantize_inspect(checkpoint: str, as_json: bool, check: bool, trust_remote_code: bool) -> None:
     """Say what CHECKPOINT holds: schemes, sizes, coverage, and which engines run it with which kernels."""
-    source = open_source(checkpoint, trust_remote_code)
-    logical = LogicalTensors(source.checkpoint)
-    skeleton = open_skeleton(source)
-    found = inspect_checkpoint(logical, _linears(skeleton, logical), _heads(source.config.get_text_config()))
-    checked = _check(logical) if check else None
+    found = api.inspect(checkpoint, check=check, trust_remote_code=trust_remote_code)
     if as_json:
         click.echo(json.dumps(found.as_json()))
         return
     console = make_console()
     _print_weights(console, found)
     _print_engines(console, found)
-    if checked is not None:
-        console.print(f"read: {len(found.linears)} weights, {checked} files with known checksums")
-
-
-def _linears(skeleton: Skeleton, logical: LogicalTensors) -> dict[str, int]:
-    """Parameters of every linear of the model, by its name in the file; none for a tied head or another's name."""
-    sizes = {spec.name: spec.n * spec.k for block in skeleton.blocks for spec in block.linears}
-    entries = logical.checkpoint.entries
-    for name in unquantized_linears(skeleton, logical.schemes):
-        entry = entries.get(f"{name}.weight")
-        sizes.setdefault(name, 0 if entry is None else entry.numel)
-    return sizes
-
-
-def _heads(config: Any) -> tuple[int, int] | None:
-    """Query heads, and those of keys and values, where the configuration says them."""
-    queries = getattr(config, "num_attention_heads", None)
-    if not isinstance(queries, int):
-        return None
-    values = getattr(config, "num_key_value_heads", None)
-    return queries, values if isinstance(values, int) else queries
-
-
-def _check(logical: LogicalTensors) -> int:
-    """Files whose checksum was known and right; CheckpointError where one is wrong or a weight is none."""
-    for name in logical.schemes:
-        logical.qtensor(name)
-    return verify_checksums(logical.checkpoint)
+    if found.checked_files is not None:
+        console.print(f"read: {len(found.linears)} weights, {found.checked_files} files with known checksums")
 
 
 def _print_weights(console: Console, found: Inspection) -> None:

@@ -50,6 +50,16 @@ class Engine:
         """What `generate` writes, as it is written. The iterator may be dropped at any piece."""
         return self.serve(self.requests(prompts, sampling, **changes))
 
+    def chat(
+        self, messages: Sequence[Mapping[str, str]], sampling: Sampling | None = None, **changes: Any
+    ) -> Completion:
+        """The assistant's answer to a conversation, by the model's chat template.
+
+        messages  [{"role": "user", "content": "..."}]
+        """
+        [answer] = self.generate(self.encode_chat(messages), sampling, **changes)
+        return answer
+
     def encode(self, text: str) -> list[int]:
         """The tokens of a prompt, as the tokenizer makes them."""
         with self.lock:

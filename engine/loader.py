@@ -33,6 +33,12 @@ def load(
 ) -> Engine:
     """An engine for the checkpoint `name`: a directory, `demo`, or an id on the hub.
 
+    >>> import lowbit
+    >>> model = lowbit.load("my-model", device="cpu")
+    >>> [completion] = model.generate(["Once"], max_new_tokens=4)
+    >>> len(completion.tokens)
+    4
+
     device   "auto" takes the GPU where there is one
     dtype    of activations; on a CPU float32, on a GPU the model's own half precision where nothing is said
     context  positions that a sequence may have, prompt and output; 4096, or what the model allows where that is less

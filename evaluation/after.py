@@ -1,5 +1,6 @@
 """What `quantize` measures of its own result: original and checkpoint on text that calibration never takes."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,12 +37,17 @@ class Measured:
 
 
 def parse_measures(text: str) -> tuple[str, ...]:
-    """`ppl,kl` as names; CheckpointError names the nearest to one that is unknown."""
+    """`ppl,kl` as names; UsageError names the nearest to one that is unknown."""
     names = tuple(name.strip() for name in text.split(",") if name.strip())
+    require_measures(names)
+    return names
+
+
+def require_measures(names: Sequence[str]) -> None:
+    """UsageError names the nearest measure to one that is unknown."""
     for name in names:
         if name not in MEASURES:
             raise UsageError(f"--eval {name!r}: {nearest(name, MEASURES)}")
-    return names
 
 
 def measure(

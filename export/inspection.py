@@ -47,6 +47,7 @@ class Inspection:
     parallel     for each number of GPUs, why the linears cannot be split between them, or None
     kernels      machine -> engine -> kernel (None: none takes them) -> linears or fused sets that it takes
     refusals     machine -> engine -> reason -> linears or fused sets that no kernel takes
+    checked_files  files whose checksums were known and right, all weights read; None where that was not asked for
     """
 
     format: str
@@ -57,6 +58,7 @@ class Inspection:
     parallel: dict[int, str | None]
     kernels: dict[str, dict[str, Counter[str | None]]]
     refusals: dict[str, dict[str, Counter[str]]]
+    checked_files: int | None = None
 
     @property
     def coverage(self) -> float:

@@ -1,6 +1,42 @@
 """lowbit: language models in few bits.
 
-The parts are the folders beside this one: quant is imported as lowbit.quant, engine as lowbit.engine.
+lowbit.quantize, lowbit.load and the other public functions are imported when they are first used. The parts are the
+folders beside this one: quant is imported as lowbit.quant, engine as lowbit.engine.
 """
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lowbit.api.converting import convert as convert
+    from lowbit.api.inspecting import inspect as inspect
+    from lowbit.api.quantizing import quantize as quantize
+    from lowbit.api.reporting import report as report
+    from lowbit.engine.loader import load as load
+    from lowbit.engine.sampling import Sampling as Sampling
+    from lowbit.quant.recipe import Recipe as Recipe
+
 __version__ = "0.1.0"
+
+# Public name -> the module that has it.
+_PUBLIC = {
+    "Recipe": "lowbit.quant.recipe",
+    "Sampling": "lowbit.engine.sampling",
+    "convert": "lowbit.api.converting",
+    "inspect": "lowbit.api.inspecting",
+    "load": "lowbit.engine.loader",
+    "quantize": "lowbit.api.quantizing",
+    "report": "lowbit.api.reporting",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'lowbit' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_PUBLIC[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_PUBLIC])

@@ -9,9 +9,9 @@ from pathlib import Path
 from lowbit.calibrate import ranks
 from lowbit.calibrate.budget import spend
 from lowbit.calibrate.data import CalibrationSet
-from lowbit.calibrate.job import Job
+from lowbit.calibrate.job import Job, prepare
 from lowbit.calibrate.methods import complete_recipe
-from lowbit.calibrate.pipeline import assist, prepare, run
+from lowbit.calibrate.pipeline import assist, run
 from lowbit.calibrate.resume import journaled
 from lowbit.models.source import open_source
 from tests.builders import calibration

@@ -12,8 +12,9 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from lowbit.calibrate.budget import spend
+from lowbit.calibrate.job import prepare
 from lowbit.calibrate.methods import complete_recipe
-from lowbit.calibrate.pipeline import prepare, run
+from lowbit.calibrate.pipeline import run
 from lowbit.evaluation.backend import load_dense
 from lowbit.export.checkpoint import Checkpoint, open_checkpoint
 from lowbit.models.source import open_source

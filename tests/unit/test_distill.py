@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from lowbit.calibrate.distill import BETAS, EPSILON, Adam, TunedLinear
+from lowbit.calibrate.job import prepare
 from lowbit.calibrate.methods import complete_recipe
-from lowbit.calibrate.pipeline import prepare, run
+from lowbit.calibrate.pipeline import run
 from lowbit.models.source import open_source
 from lowbit.quant.qtensor import round_to_nearest
 from lowbit.quant.scheme import make_scheme

@@ -1,0 +1,99 @@
+"""What `quantize` prints: the events of a run as lines, and the table at its end."""
+
+import time
+
+import click
+from rich.console import Console
+from rich.status import Status
+from rich.table import Table
+
+from lowbit.api.quantizing import BlockDone, Calibrated, Completed, Event, Note, Planned, Quantized, Stage
+from lowbit.calibrate.data import CalibrationSet
+from lowbit.calibrate.job import Job
+from lowbit.evaluation.perplexity import describe_difference
+from lowbit.export.formats import describe_schemes
+
+MOST_LEFT = 8
+
+
+class Printer:
+    """Prints each event of a run as it comes; a stage is a spinner on a terminal."""
+
+    def __init__(self, console: Console, verbose: bool = False) -> None:
+        self.console, self.verbose = console, verbose
+        self.status = Status("", console=console)
+        self.begun = time.monotonic()
+
+    def __call__(self, event: Event) -> None:
+        match event:
+            case Completed(recipe):
+                self.console.print(f"[bold]recipe[/bold]\n{recipe.to_toml()}", end="")
+            case Planned(job, bits):
+                self.status.stop()
+                self.plan(job, bits)
+            case Calibrated(calibration):
+                self.readings(calibration)
+            case Stage(text):
+                self.begun = time.monotonic()
+                self.status.update(text)
+                self.status.start()
+            case BlockDone():
+                self.block(event)
+            case Note(text, warning):
+                if warning:
+                    click.echo(f"Warning: {text}", err=True)
+                else:
+                    self.console.print(f"  note: {text}")
+
+    def plan(self, job: Job, bits: float | None) -> None:
+        """Schemes, what is left and why, and what to know before loading the result elsewhere."""
+        exempt = sum(left.exempt for left in job.plan.left.values())
+        self.console.print(
+            f"[bold]plan[/bold] {describe_schemes(job.plan.schemes)}; {len(job.plan.left)} left ({exempt} on purpose); "
+            f"coverage {job.plan.coverage:.2%}; "
+            f"weights {job.source.checkpoint.nbytes / 1e6:.1f} MB -> {job.output_bytes() / 1e6:.1f} MB"
+        )
+        for name, left in list(job.plan.left.items())[:MOST_LEFT]:
+            self.console.print(f"  left {name}: {left.reason}")
+        for warning in job.warnings():
+            self.console.print(f"  note: {warning}")
+        if bits is not None:
+            self.console.print(f"  {bits:.4f} bits a weight, scales counted; {job.recipe.target_bits} allowed")
+
+    def readings(self, calibration: CalibrationSet) -> None:
+        """What was skipped or folded in the calibration data; each row of it with --verbose."""
+        for reading in calibration.readings:
+            if text := reading.describe():
+                self.console.print(f"  note: {text}", markup=False)
+            for line in reading.skipped if self.verbose else ():
+                self.console.print(f"  {reading.label}, {line}", markup=False)
+
+    def block(self, event: BlockDone) -> None:
+        """A finished block: its loss, its time, and the time that is left."""
+        report, done = event.report, event.report.index + 1
+        left = (time.monotonic() - self.begun) / done * (event.total - done)
+        loss = "" if report.loss is None else f"loss {report.loss:.5f}  "
+        peak = f"peak {report.peak_bytes / 1e9:.2f} GB"
+        self.console.print(f"block {done:3}/{event.total}  {loss}{report.seconds:6.1f} s  left {clock(left)}  {peak}")
+
+    def result(self, done: Quantized) -> None:
+        """Sizes and scores before and after."""
+        self.status.stop()
+        table = Table(title=str(done.output), title_justify="left")
+        for column in ("", "original", "quantized"):
+            table.add_column(column)
+        table.add_row("weights", f"{done.source_bytes / 1e6:.1f} MB", f"{done.output_bytes / 1e6:.1f} MB")
+        if done.scores:
+            before, after = done.scores
+            table.add_row("perplexity", f"{before.perplexity:.4f}", f"{after.perplexity:.4f}")
+            table.add_row("loss, nats", f"{before.nll:.5f}", f"{after.nll:.5f} ({describe_difference(before, after)})")
+        self.console.print(table)
+        if done.scores:
+            tokens, context = done.scores[0].tokens, done.scores[0].context
+            self.console.print(f"{tokens} tokens of builtin held-out text, {context} a window, float32")
+        self.console.print(f"{clock(done.seconds)} minutes")
+
+
+def clock(seconds: float) -> str:
+    """Minutes and seconds, as 4:05."""
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02}"

@@ -1,0 +1,81 @@
+"""`lowbit.convert`: the same weights in another format, nothing requantized."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from lowbit import __version__
+from lowbit.calibrate.plan import unquantized_linears
+from lowbit.errors import RecipeError
+from lowbit.export.card import note_conversion
+from lowbit.export.checkpoint import UNSEALED_CONFIG, seal, verify_checksums
+from lowbit.export.convert import Conversion
+from lowbit.export.convert import convert as convert_weights
+from lowbit.export.formats import FORMATS, LogicalTensors
+from lowbit.export.staging import refuse_output, refuse_to_replace, require_space, staged
+from lowbit.export.writer import copy_companions
+from lowbit.models.skeleton import open_skeleton
+from lowbit.models.source import open_source
+from lowbit.quant.recipe import Recipe, nearest
+from lowbit.quant.scheme import Scheme
+
+MARGIN = 1.1  # another format may store more bytes a weight: zeros, shapes, wider scales
+PAPERS_BYTES = 50_000_000
+
+
+@dataclass(frozen=True)
+class Converted:
+    """A finished conversion.
+
+    output            the new checkpoint's directory
+    format            its format
+    source            the directory that was read
+    source_format, source_schemes  of the checkpoint that was read
+    conversion        exact, rounded and rewritten linears
+    """
+
+    output: Path
+    format: str
+    source: Path
+    source_format: str
+    source_schemes: dict[str, Scheme]
+    conversion: Conversion
+
+
+def convert(
+    checkpoint: str | Path,
+    output: str | Path,
+    *,
+    format: str,
+    max_shard_size: int = Recipe.max_shard_size,
+    overwrite: bool = False,
+    trust_remote_code: bool = False,
+) -> Converted:
+    """Write `checkpoint`, a quantized model, to `output` in another format. Codes and scales stay what they are.
+
+    >>> import lowbit
+    >>> done = lowbit.quantize("my-model", "my-model-w4", method="rtn", group_size=32, eval_windows=0)
+    >>> lowbit.convert("my-model-w4", "my-model-gptq", format="gptq").conversion.exact
+    14
+
+    format          "compressed-tensors", "gptq", "gptq_v2" or "awq"
+    max_shard_size  bytes of the largest weight file
+
+    Raises RecipeError for an unknown format, CheckpointError where the format cannot hold a weight.
+    """
+    if format not in FORMATS:
+        raise RecipeError(f"unknown format {format!r}; {nearest(format, FORMATS)}")
+    target = Path(output)
+    refuse_output(target, overwrite)
+    source = open_source(str(checkpoint), trust_remote_code)
+    refuse_to_replace(target, source.directory)
+    logical, fmt = LogicalTensors(source.checkpoint), FORMATS[format]
+    left = unquantized_linears(open_skeleton(source), logical.schemes)
+    require_space(target, int(source.checkpoint.nbytes * MARGIN) + PAPERS_BYTES)
+    verify_checksums(source.checkpoint)
+    with staged(target, overwrite) as staging:
+        done = convert_weights(logical, fmt, left, staging, max_shard_size, UNSEALED_CONFIG)
+        copy_companions(source.directory, staging, with_code=trust_remote_code)
+        assert logical.format is not None
+        note_conversion(staging, source.directory, logical.format.name, fmt, __version__)
+        seal(staging)
+    return Converted(target, format, source.directory, logical.format.name, logical.schemes, done)

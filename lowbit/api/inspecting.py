@@ -1,0 +1,58 @@
+"""`lowbit.inspect`: the contents of a quantized checkpoint, and the engines that run it."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from lowbit.calibrate.plan import unquantized_linears
+from lowbit.export.checkpoint import verify_checksums
+from lowbit.export.formats import LogicalTensors
+from lowbit.export.inspection import Inspection, inspect_checkpoint
+from lowbit.models.skeleton import Skeleton, open_skeleton
+from lowbit.models.source import open_source
+
+
+def inspect(checkpoint: str | Path, *, check: bool = False, trust_remote_code: bool = False) -> Inspection:
+    """Schemes, sizes, coverage of `checkpoint`, and which engines run it with which kernels.
+
+    >>> import lowbit
+    >>> done = lowbit.quantize("my-model", "my-model-w4", method="rtn", group_size=32, eval_windows=0)
+    >>> found = lowbit.inspect("my-model-w4")
+    >>> found.format, len(found.linears), round(found.bits_per_weight, 2)
+    ('compressed-tensors', 14, 4.5...)
+
+    check  read every weight and checksum too, not the headers alone
+
+    Raises CheckpointError for a checkpoint that is damaged or not quantized.
+    """
+    source = open_source(str(checkpoint), trust_remote_code)
+    logical = LogicalTensors(source.checkpoint)
+    skeleton = open_skeleton(source)
+    found = inspect_checkpoint(logical, _linears(skeleton, logical), _heads(source.config.get_text_config()))
+    return replace(found, checked_files=_check(logical)) if check else found
+
+
+def _linears(skeleton: Skeleton, logical: LogicalTensors) -> dict[str, int]:
+    """Parameters of every linear of the model, by its name in the file; none for a tied head or another's name."""
+    sizes = {spec.name: spec.n * spec.k for block in skeleton.blocks for spec in block.linears}
+    entries = logical.checkpoint.entries
+    for name in unquantized_linears(skeleton, logical.schemes):
+        entry = entries.get(f"{name}.weight")
+        sizes.setdefault(name, 0 if entry is None else entry.numel)
+    return sizes
+
+
+def _heads(config: Any) -> tuple[int, int] | None:
+    """Query heads, and those of keys and values, where the configuration says them."""
+    queries = getattr(config, "num_attention_heads", None)
+    if not isinstance(queries, int):
+        return None
+    values = getattr(config, "num_key_value_heads", None)
+    return queries, values if isinstance(values, int) else queries
+
+
+def _check(logical: LogicalTensors) -> int:
+    """Files whose checksum was known and right; CheckpointError where one is wrong or a weight is none."""
+    for name in logical.schemes:
+        logical.qtensor(name)
+    return verify_checksums(logical.checkpoint)

@@ -1,0 +1,318 @@
+"""`lowbit.quantize`: a language model in, a checkpoint that engines load out."""
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from lowbit import __version__
+from lowbit.calibrate import ranks
+from lowbit.calibrate.budget import average_bits, spend
+from lowbit.calibrate.data import CalibrationSet, builtin_text, calibration_tokens
+from lowbit.calibrate.job import Job, prepare
+from lowbit.calibrate.methods import complete_recipe
+from lowbit.calibrate.pipeline import assist, run
+from lowbit.calibrate.plan import Plan
+from lowbit.calibrate.report import BlockReport, Result
+from lowbit.calibrate.resume import Journal, journaled
+from lowbit.errors import RecipeError, UsageError
+from lowbit.evaluation.after import Measured, measure, require_measures
+from lowbit.evaluation.perplexity import Score
+from lowbit.evaluation.record import record
+from lowbit.evaluation.report.facts import facts_of
+from lowbit.evaluation.report.page import render
+from lowbit.export.card import write_card
+from lowbit.export.checkpoint import UNSEALED_CONFIG, seal
+from lowbit.export.files import write_text
+from lowbit.export.formats import FORMATS, describe_schemes
+from lowbit.export.staging import only_run, refuse_output, refuse_to_replace, require_space, staged
+from lowbit.models.devices import check_device
+from lowbit.models.source import Source, open_source
+from lowbit.quant.recipe import Recipe, nearest, read_recipe
+
+# The journal, the staged output and an output that is replaced stand on the disk at the same time; the rest is papers.
+COPIES_ON_DISK = 3.05
+PAPERS_BYTES = 50_000_000
+
+
+@dataclass(frozen=True)
+class Completed:
+    """The recipe, with the method's own settings filled in."""
+
+    recipe: Recipe
+
+
+@dataclass(frozen=True)
+class Planned:
+    """The plan. `average_bits` is set after --target-bits has been spent."""
+
+    job: Job
+    average_bits: float | None = None
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """The calibration tokens, and what was read and skipped for them."""
+
+    calibration: CalibrationSet
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A long step begins: `text` says which."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class BlockDone:
+    """A block is finished, of `total`."""
+
+    report: BlockReport
+    total: int
+
+
+@dataclass(frozen=True)
+class Note:
+    """A sentence that the user should read; `warning` where a result is at stake."""
+
+    text: str
+    warning: bool = False
+
+
+Event = Completed | Planned | Calibrated | Stage | BlockDone | Note
+OnEvent = Callable[[Event], None]
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """A finished run.
+
+    output        the checkpoint's directory; None after a dry run, and on ranks that do not write
+    recipe        complete, with the hash of the calibration tokens
+    plan          scheme of every quantized linear, and the reason for every other
+    blocks        a report for each block
+    source_bytes, output_bytes  weights before and after
+    scores        of the original and of the checkpoint; empty where nothing was measured
+    rows          the same as rows of evaluation.jsonl
+    warnings      sentences for whoever loads the checkpoint elsewhere
+    seconds       wall time from the first weight on
+    """
+
+    output: Path | None
+    recipe: Recipe
+    plan: Plan
+    blocks: tuple[BlockReport, ...]
+    source_bytes: int
+    output_bytes: int
+    scores: tuple[Score, ...]
+    rows: tuple[dict[str, Any], ...]
+    warnings: tuple[str, ...]
+    seconds: float
+
+
+def ignore(event: Event) -> None:
+    """Report nothing."""
+
+
+def quantize(
+    model: str | Path,
+    output: str | Path | None = None,
+    *,
+    recipe: Recipe | Mapping[str, Any] | str | Path | None = None,
+    device: str = "auto",
+    revision: str | None = None,
+    eval_windows: int = 4,
+    measures: Sequence[str] = ("ppl",),
+    dry_run: bool = False,
+    resume: bool = False,
+    overwrite: bool = False,
+    trust_remote_code: bool = False,
+    progress: OnEvent = ignore,
+    **settings: Any,
+) -> Quantized:
+    """Quantize `model` and write the checkpoint to `output`.
+
+    >>> import lowbit
+    >>> done = lowbit.quantize("my-model", "my-model-int8", method="int8", eval_windows=0)
+    >>> done.output_bytes < done.source_bytes
+    True
+
+    model         a directory with safetensors, a hub id, or "demo"
+    output        the directory to write; may be left out for a dry run
+    recipe        a Recipe, a mapping, or the path of a TOML file; `settings` win over it
+    settings      any key of a Recipe: method, bits, group_size, dataset, ignore, format, ...
+    eval_windows  windows of held-out text to score before and after; 0 for none
+    measures      of "ppl" and "kl"
+    dry_run       stop before a weight is read
+    resume        go on where an interrupted run to the same output stopped
+    progress      called with each Event
+
+    Raises RecipeError, UsageError and DeviceError for bad arguments, CheckpointError for a model that cannot be used,
+    DatasetError for bad calibration text. Nothing half-written is left behind.
+    """
+    ranks.join()
+    complete = _complete(recipe, settings)
+    require_measures(measures)
+    if output is None and not dry_run:
+        raise UsageError("say where to write: --output DIR")
+    target = None if output is None else Path(output)
+    with _reserved(target, overwrite):
+        progress(Completed(complete))
+        with ranks.leader_first():
+            source = open_source(str(model), trust_remote_code, revision)
+        if target is not None:
+            refuse_to_replace(target, source.directory)
+        job = prepare(source, complete, ranks.own_device(check_device(device)))
+        progress(Planned(job))
+        if target is None or dry_run:
+            return _unwritten(job)
+        with ranks.leader_first():
+            calibration = _calibration(complete, source, progress)
+        job = _spent(job, calibration, progress)
+        require_space(target, int(job.output_bytes() * COPIES_ON_DISK) + PAPERS_BYTES)
+        with journaled(target, job, calibration, resume) as journal:
+            this = _Run(job, calibration, journal, progress)
+            if not ranks.leads():
+                return _assisted(this)
+            _tell_journal(journal, resume, progress)
+            return _written(this, target, overwrite, (eval_windows, tuple(measures)))
+
+
+@dataclass(frozen=True)
+class _Run:
+    """A job with all that it needs besides the place to write to."""
+
+    job: Job
+    calibration: CalibrationSet | None
+    journal: Journal
+    progress: OnEvent
+
+
+@contextmanager
+def _reserved(output: Path | None, overwrite: bool) -> Iterator[None]:
+    """A block that keeps other runs away from `output`. Refused where `output` cannot become the result."""
+    with ExitStack() as held:
+        if output is not None:
+            if ranks.leads() and output.parent.is_dir():
+                held.enter_context(only_run(output))
+            refuse_output(output, overwrite)
+        yield
+
+
+def _complete(recipe: Recipe | Mapping[str, Any] | str | Path | None, settings: dict[str, Any]) -> Recipe:
+    """The recipe that the arguments ask for, complete."""
+    if isinstance(recipe, str | Path):
+        values = read_recipe(Path(recipe))
+    else:
+        values = asdict(recipe) if isinstance(recipe, Recipe) else dict(recipe or {})
+        values = {key: value for key, value in values.items() if value is not None}
+    complete = complete_recipe(values | settings)
+    if complete.format not in FORMATS:
+        raise RecipeError(f"unknown format {complete.format!r}; {nearest(complete.format, FORMATS)}")
+    return complete
+
+
+def _calibration(recipe: Recipe, source: Source, progress: OnEvent) -> CalibrationSet | None:
+    if recipe.dataset is None:
+        return None
+    tokens = calibration_tokens(
+        recipe.dataset, source.tokenizer(), recipe.num_samples, recipe.seqlen, recipe.seed, recipe.text_column
+    )
+    source.require_known(tokens.ids)
+    progress(Calibrated(tokens))
+    if recipe.calibration_sha256 not in (None, tokens.sha256):
+        progress(
+            Note(
+                f"the recipe was made with calibration tokens {recipe.calibration_sha256}, these are {tokens.sha256}: "
+                "another tokenizer, text or Python version; the weights will differ",
+                warning=True,
+            )
+        )
+    return tokens
+
+
+def _spent(job: Job, calibration: CalibrationSet | None, progress: OnEvent) -> Job:
+    """`job` with its target bits spent, where it has any."""
+    if job.recipe.target_bits is None or calibration is None:
+        return job
+    progress(Stage("measuring what each scheme costs"))
+    job = spend(job, calibration)
+    progress(Planned(job, average_bits(job)))
+    return job
+
+
+def _tell_journal(journal: Journal, resume: bool, progress: OnEvent) -> None:
+    place = journal.directory
+    if journal.damage:
+        progress(Note(f"{journal.damage}; the blocks from there on are done again"))
+    if journal.finished:
+        progress(Note(f"{journal.finished} blocks were finished before, in {place}"))
+    elif place.exists() and not resume:
+        progress(Note(f"{place} is of an interrupted run; stop and add --resume to go on there"))
+
+
+def _written(this: _Run, output: Path, overwrite: bool, evaluation: tuple[int, tuple[str, ...]]) -> Quantized:
+    """Quantize, measure, and put the whole at `output`."""
+    begun, job = time.monotonic(), this.job
+    total = len(job.skeleton.blocks)
+    with staged(output, overwrite) as staging:
+        this.progress(Stage("quantizing"))
+        on_block = lambda done: this.progress(BlockDone(done, total))  # noqa: E731
+        result = run(job, staging, this.calibration, on_block, this.journal, UNSEALED_CONFIG)
+        ranks.leave()
+        this.progress(Stage("measuring what was lost"))
+        written = open_source(str(staging), job.source.trust_remote_code, config_name=UNSEALED_CONFIG)
+        measured = measure(job.source, written, builtin_text("heldout"), *evaluation, job.device)
+        _write_papers(staging, job, result, measured, output.resolve().name)
+    return Quantized(
+        output,
+        result.recipe,
+        result.plan,
+        tuple(result.blocks),
+        result.source_bytes,
+        result.output_bytes,
+        measured.scores,
+        tuple(measured.rows),
+        tuple(job.warnings()),
+        time.monotonic() - begun,
+    )
+
+
+def _assisted(this: _Run) -> Quantized:
+    """Do this rank's part of the work, and write nothing."""
+    assist(this.job, this.calibration, this.journal)
+    ranks.leave()
+    return _unwritten(this.job)
+
+
+def _unwritten(job: Job) -> Quantized:
+    """What is known of a job that this process does not write."""
+    nbytes = job.source.checkpoint.nbytes
+    return Quantized(
+        None, job.recipe, job.plan, (), nbytes, job.output_bytes(), (), (), tuple(job.warnings()), seconds=0.0
+    )
+
+
+def _write_papers(staging: Path, job: Job, result: Result, measured: Measured, name: str) -> None:
+    """The measurements, the report where there are any, the model card and the sums; `name` is the checkpoint's."""
+    labels = (Path(job.source.name).name, f"{result.recipe.method} {result.recipe.scheme}")
+    record(staging, measured.labelled(*labels))
+    facts = {
+        "version": __version__,
+        "schemes": describe_schemes(result.plan.schemes),
+        "source_bytes": result.source_bytes,
+        "output_bytes": result.output_bytes,
+        "coverage": result.plan.coverage,
+        "scores": [score.as_json() | {"model": label} for score, label in zip(measured.scores, labels, strict=False)],
+        "divergence": measured.divergence,
+        "text": "held-out part of the documentation that ships with CPython (pydoc_data)",
+        "warnings": job.warnings(),
+    }
+    write_card(staging, job.source.directory, job.source.name, result.recipe, facts)
+    if measured.rows:
+        facts = facts_of(staging, name=name, config_name=UNSEALED_CONFIG)
+        write_text(staging / "report.html", render(facts, "html"))
+    seal(staging)
