@@ -128,6 +128,8 @@ def _require_sense(method: Method, recipe: Recipe) -> None:
         raise RecipeError("rotate mixes the channels that other transforms scale: name it first")
     if recipe.dataset is not None and (recipe.num_samples < 1 or recipe.seqlen < 2):
         raise RecipeError(f"{recipe.num_samples} samples of {recipe.seqlen} tokens: at least 1 of 2 are needed")
+    if not 0 <= recipe.seed < 1 << 63:
+        raise RecipeError(f"seed {recipe.seed}: a seed lies between 0 and {(1 << 63) - 1}")
     if recipe.alpha is not None and not 0 <= recipe.alpha <= 1:
         raise RecipeError(f"alpha is {recipe.alpha}: a migration strength lies between 0 and 1")
     if recipe.damping <= 0 or recipe.iters < 0 or recipe.distill_steps < 0:

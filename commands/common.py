@@ -71,6 +71,10 @@ def run_command(command: click.Command, interrupted: str = "Interrupted; nothing
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+    except OSError as error:  # a directory that cannot be made, a file that cannot be read, a disk that is full
+        if error.filename is None or error.strerror is None:
+            raise
+        _fail(f"Error: {error.filename}: {error.strerror}", 2)
     sys.exit(0)
 
 

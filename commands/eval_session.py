@@ -1,10 +1,11 @@
 """What the subcommands of `quantize-eval` share: options, the models they open, a progress bar, where rows go."""
 
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -65,8 +66,13 @@ class Session:
         return open_backend(name, source, device, dtype)
 
     @property
+    def kept_in(self) -> Path:
+        """The directory of what is kept."""
+        return cache_dir() / "evaluations"
+
+    @property
     def library(self) -> Library:
-        return Library(cache_dir() / "evaluations" if self.keep else None)
+        return Library(self.kept_in if self.keep else None)
 
     @contextmanager
     def progress(self, *backends: Backend) -> Iterator[OnStep]:
@@ -128,7 +134,21 @@ def session_options(command: Callable[..., Any]) -> Callable[..., Any]:
 def make_session(options: dict[str, Any]) -> Session:
     """The session that the keywords of `session_options` describe; it takes them out of `options`."""
     names = ("checkpoint", "baseline", "backend", "device", "dtype", "trust_remote_code", "keep", "store")
-    return Session(**{name: options.pop(name) for name in names}, console=make_console())
+    session = Session(**{name: options.pop(name) for name in names}, console=make_console())
+    reason = reason_against(session.kept_in) if session.keep else None
+    if reason is None:
+        return session
+    session.console.print(f"note: {session.kept_in}: {reason}; what is finished is not kept", markup=False)
+    return replace(session, keep=False)
+
+
+def reason_against(directory: Path) -> str | None:
+    """Why nothing can be kept in `directory`, which is made where it is missing; or None."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        return error.strerror
+    return None if os.access(directory, os.W_OK) else "it cannot be written to"
 
 
 def read_text(text: str, column: str | None, source: Source) -> tuple[str, Reading | None]:

@@ -18,9 +18,9 @@ from transformers import PreTrainedModel
 
 from lowbit import engine
 from lowbit.engine.engine import Engine
+from lowbit.engine.loader import stop_tokens_of
 from lowbit.errors import UsageError
 from lowbit.evaluation.vllm_backend import VllmModel
-from lowbit.export.plain import read_json
 from lowbit.models.products import input_rounding, rounded_inputs
 from lowbit.models.skeleton import Block, Skeleton, fill, open_skeleton
 from lowbit.models.source import Source
@@ -72,13 +72,11 @@ class Backend(ABC):
             yield ids
 
     def end_tokens(self) -> frozenset[int]:
-        """Ids that end a text, from the generation config and the tokenizer."""
-        config = self.source.config.get_text_config()
-        ends = [getattr(config, "eos_token_id", None), self.source.tokenizer().eos_token_id]
-        path = self.source.directory / "generation_config.json"
-        if path.exists():
-            ends.append(read_json(path).get("eos_token_id"))
-        return frozenset(int(e) for end in ends for e in (end if isinstance(end, list) else [end]) if e is not None)
+        """Ids that end a text, from the generation config, the configuration and the tokenizer."""
+        own = getattr(self.source.config.get_text_config(), "eos_token_id", None)
+        ends = [*stop_tokens_of(self.source.checkpoint, self.source.vocabulary), self.source.tokenizer().eos_token_id]
+        ends += own if isinstance(own, list) else [own]
+        return frozenset(end for end in ends if end is not None)
 
 
 class TransformersBackend(Backend):

@@ -3,7 +3,7 @@
 import hashlib
 import posixpath
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from lowbit.errors import CheckpointError, Unfinished
-from lowbit.export.files import Identity, changed, is_same, open_regular, read_text, survey, write_text
+from lowbit.export.files import Identity, changed, is_same, open_regular, read_bytes, read_text, survey, write_text
 from lowbit.export.plain import read_json
 from lowbit.export.tensorfile import TensorEntry, read_entries, read_tensor
 
@@ -22,6 +22,10 @@ CONFIG_NAME = "config.json"
 UNSEALED_CONFIG = "config.json.unfinished"  # what it is called until the directory is whole: no reader takes that
 SUM_LINE = re.compile(r"([0-9a-fA-F]{64})[ \t]+\*?(.+)")
 OLD_CONFIG_NAME = "quantize_config.json"  # AutoGPTQ's, from before config.json had a quantization_config
+ADAPTER_NAME = "adapter_config.json"  # peft's
+LARGE_FILES = (".safetensors", ".json", ".model")  # what repositories keep in Git LFS
+POINTER_BYTES = 1024  # more than such a line has
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
 
@@ -72,7 +76,9 @@ def open_checkpoint(directory: Path, config_name: str = CONFIG_NAME) -> Checkpoi
     if not directory.is_dir():
         raise CheckpointError(f"{directory}: no such directory")
     files = survey(directory)
-    config = read_json(directory / config_name)
+    _refuse_adapter(directory, files)
+    _refuse_pointers(directory, files)
+    config = _lifted(read_json(directory / config_name))
     if "quantization_config" not in config and (directory / OLD_CONFIG_NAME).exists():
         config["quantization_config"] = {"quant_method": "gptq"} | read_json(directory / OLD_CONFIG_NAME)
     block = config.get("quantization_config")
@@ -86,6 +92,33 @@ def open_checkpoint(directory: Path, config_name: str = CONFIG_NAME) -> Checkpoi
             entries[name] = entry
     _check_index(directory, entries)
     return Checkpoint(directory, config, entries, files)
+
+
+def _refuse_adapter(directory: Path, files: Container[str]) -> None:
+    """Raise CheckpointError where the directory holds a LoRA adapter and no model."""
+    if ADAPTER_NAME in files and INDEX_NAME not in files and SINGLE_NAME not in files:
+        base = read_json(directory / ADAPTER_NAME).get("base_model_name_or_path")
+        raise CheckpointError(
+            f"{directory}: a LoRA adapter of {base!r}, not a model: merge the two first (peft's merge_and_unload, then "
+            "save_pretrained)"
+        )
+
+
+def _refuse_pointers(directory: Path, files: Mapping[str, Identity]) -> None:
+    """Raise CheckpointError where a file was cloned without Git LFS, which leaves a line in its place."""
+    small = (directory / name for name, identity in files.items() if identity.size < POINTER_BYTES)
+    for path in (path for path in small if path.suffix in LARGE_FILES):
+        if read_bytes(path).startswith(LFS_POINTER):
+            raise CheckpointError(f"{path}: a Git LFS pointer, not the file: run git lfs pull in that directory")
+
+
+def _lifted(config: dict[str, Any]) -> dict[str, Any]:
+    """The configuration with a quantization_config of its text model, as some wrappers have it, in the usual place."""
+    inner = config.get("text_config")
+    if not isinstance(inner, dict) or inner.get("quantization_config") is None or config.get("quantization_config"):
+        return config
+    rest = {key: value for key, value in inner.items() if key != "quantization_config"}
+    return config | {"text_config": rest, "quantization_config": inner["quantization_config"]}
 
 
 def _tensor_files(directory: Path) -> list[Path]:

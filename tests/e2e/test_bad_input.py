@@ -302,6 +302,42 @@ def test_the_model_is_not_overwritten_by_its_own_quantization(model, output):
     assert "quantization_config" not in json.loads((model / "config.json").read_text())
 
 
+def test_an_adapter(refused, tmp_path, model):
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    shutil.copy(model / "model.safetensors", adapter / "adapter_model.safetensors")
+    (adapter / "adapter_config.json").write_text('{"base_model_name_or_path": "org/base", "peft_type": "LORA"}')
+    assert "a LoRA adapter of 'org/base', not a model: merge the two first" in refused(adapter, *FAST)
+    shutil.copy(model / "config.json", adapter)
+    assert "a LoRA adapter of 'org/base'" in refused(adapter, *FAST)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "config.json"])
+def test_a_file_that_git_lfs_has_not_fetched(refused, model, name):
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:" + "0" * 64 + "\nsize 216816\n"
+    (model / name).write_text(pointer)
+    assert f"{name}: a Git LFS pointer, not the file: run git lfs pull" in refused(model, *AWQ)
+
+
+def test_a_model_whose_text_part_is_quantized_already(refused, model):
+    block = {"quant_method": "compressed-tensors", "config_groups": {}}
+    changed_config(model, lambda config: config.update(text_config={"quantization_config": block}))
+    assert "already quantized (compressed-tensors)" in refused(model, *FAST)
+
+
+@pytest.mark.parametrize("seed", [-1, 1 << 63, 1180591620717411303424])
+def test_a_seed_out_of_range(refused, model, seed):
+    assert f"seed {seed}: a seed lies between 0 and" in refused(model, *AWQ, "--seed", seed)
+
+
+def test_an_output_that_cannot_be_made(model, monkeypatch):
+    assert "Error: /proc" in run_quantize(model, *FAST, "-o", "/proc/nowhere/out").complaint
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1 << 40))
+    line = run_quantize(model, *FAST, "-o", "/proc/nowhere/out").complaint
+    assert line.startswith("Error: /proc/nowhere")
+    assert "No such file or directory" in line
+
+
 def test_too_little_room(refused, model, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1_000_000))
     line = refused(model, *FAST)

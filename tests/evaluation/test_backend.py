@@ -1,5 +1,7 @@
 """Backends agree: the same logits whoever computes them, and what one cannot do it says."""
 
+import shutil
+
 import pytest
 import torch
 
@@ -7,7 +9,7 @@ from lowbit.errors import CheckpointError, UsageError
 from lowbit.evaluation.backend import choose_backend, load_dense, open_backend, until_end
 from lowbit.models.source import open_source
 from tests.builders import FAMILIES, calibration, logits_of, make_tokenizer
-from tests.e2e.cli import run_quantize
+from tests.e2e.cli import run_quantize, run_quantize_eval
 
 IDS = calibration(3, 20).ids
 
@@ -83,6 +85,19 @@ def test_it_writes_what_transformers_writes(models, name):
 def test_an_end_token_is_not_written(models):
     assert until_end([1, 2, 257, 4], frozenset({257})) == [1, 2]
     assert open_backend("transformers", open_source(str(models("llama")[1])), "cpu").end_tokens() == {257}
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ('{"eos_token_id": "</s>"}', "generation_config.json: eos_token_id is '</s>'; a token id"),
+        ("[]", "generation_config.json: a JSON object is expected, not list"),
+    ],
+)
+def test_a_generation_config_of_another_shape_is_one_line(models, tmp_path, text, told):
+    directory = shutil.copytree(models("llama")[1], tmp_path / "model")
+    (directory / "generation_config.json").write_text(text)
+    assert told in run_quantize_eval("generate", directory, "--prompt", ">", "--tokens", 1).complaint
 
 
 def test_what_fits_no_memory_is_read_block_by_block(models, monkeypatch):

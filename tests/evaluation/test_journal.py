@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -106,3 +107,15 @@ def test_an_interruption_says_what_was_kept(models, monkeypatch):
     done = run_quantize_eval("perplexity", models("llama")[1], "--context", 64, "--windows", 1)
     assert done.code == 130
     assert "goes on from there" in done.err
+
+
+def test_a_cache_that_cannot_be_written_is_gone_without(models, monkeypatch):
+    monkeypatch.setattr("lowbit.commands.eval_session.cache_dir", lambda: Path("/proc/nowhere/lowbit"))
+    done = run_quantize_eval("perplexity", models("llama")[1], "--context", 64, "--windows", 2)
+    assert done.code == 0, done.err
+    [note] = [line for line in done.out.splitlines() if line.startswith("note: ")]
+    assert note.startswith("note: /proc/nowhere/lowbit/evaluations: ")
+    assert note.endswith("; what is finished is not kept")
+    assert "perplexity" in json.loads(done.out.splitlines()[-1])
+    quiet = run_quantize_eval("perplexity", models("llama")[1], "--context", 64, "--windows", 2, "--no-cache")
+    assert "note" not in quiet.out
