@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from lowbit.calibrate.tables import BadRow, Numbered, Row
 from lowbit.errors import DatasetError
+from lowbit.models.chat import TemplateRefusal, render_chat
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -269,10 +270,10 @@ class ChatTemplate:
 
     def _rendered(self, turns: list[dict[str, Any]], tools: list[Any] | None) -> str:
         try:
-            return str(self.tokenizer.apply_chat_template(turns, tools=tools, tokenize=False))
-        except Exception as error:  # a template is a program of the model's, and may raise anything
+            return render_chat(self.tokenizer, turns, tools)
+        except TemplateRefusal as error:
             roles = [turn["role"] for turn in turns]
-            raise BadRow(f"the model's chat template refuses a chat with roles {roles}: {error}") from error
+            raise BadRow(f"the model's chat template refuses a chat with roles {roles}: {error.reason}") from error
 
 
 def as_parts(text: str) -> list[dict[str, str]]:

@@ -20,7 +20,8 @@ from lowbit.engine.request import Request
 from lowbit.engine.sampler import features_of
 from lowbit.engine.sampling import LONGEST_BAD_WORD, Completion, Piece, Sampling
 from lowbit.engine.workspace import Workspace, Workspaces
-from lowbit.errors import EngineError
+from lowbit.errors import CheckpointError, EngineError
+from lowbit.models.chat import render_chat
 
 Prompt = str | Sequence[int]
 
@@ -69,11 +70,15 @@ class Engine:
         """The tokens of a conversation by the model's chat template, the assistant's turn begun.
 
         messages  [{"role": "user", "content": "..."}]
+        EngineError where the template refuses them, or takes more time or memory than it may.
         """
         tokenizer = self.require_tokenizer()
         if not tokenizer.chat_template:
             raise EngineError("the model has no chat template: give it a plain prompt")
-        text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+        try:
+            text = render_chat(tokenizer, messages, add_generation_prompt=True)
+        except CheckpointError as error:
+            raise EngineError(str(error)) from error
         with self.lock:
             return list(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
 

@@ -10,6 +10,7 @@ from lowbit.errors import CheckpointError, DatasetError
 from lowbit.evaluation.backend import Backend
 from lowbit.evaluation.journal import Library
 from lowbit.evaluation.perplexity import OnStep, silent
+from lowbit.models.chat import render_chat
 
 PROMPT = "The capital of France is"
 
@@ -27,8 +28,8 @@ class Prompt:
             return list(tokenizer(self.text).input_ids)
         if not tokenizer.chat_template:
             raise CheckpointError("a prompt has messages, but the model's tokenizer has no chat template; pass text")
-        ids = tokenizer.apply_chat_template(list(self.messages or ()), add_generation_prompt=True, return_dict=False)
-        return list(ids)
+        text = render_chat(tokenizer, self.messages or (), add_generation_prompt=True)
+        return list(tokenizer(text, add_special_tokens=False).input_ids)
 
     def as_text(self) -> str:
         """For people: the text, or the chat's last message."""

@@ -25,6 +25,7 @@ from lowbit.evaluation.journal import Journal, Library
 from lowbit.evaluation.perplexity import OnStep, silent
 from lowbit.evaluation.task_files import YAML, require_data_alone
 from lowbit.evaluation.text import BATCH_LOGITS, BATCH_TOKENS
+from lowbit.models.chat import render_chat
 from lowbit.quant.recipe import nearest
 
 LONGEST = 4096  # tokens of context and continuation, where the model has positions for as many
@@ -59,13 +60,11 @@ class Adapter:
         return str(self.scored.source.directory.name)
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        return str(
-            self.tokenizer.apply_chat_template(
-                chat_history,
-                tokenize=False,
-                add_generation_prompt=add_generation_prompt,
-                continue_final_message=not add_generation_prompt,
-            )
+        return render_chat(
+            self.tokenizer,
+            chat_history,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=not add_generation_prompt,
         )
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:

@@ -1,0 +1,135 @@
+"""Chats as text, by the model's own template: a program from somewhere else, rendered by a process with limits.
+
+transformers renders in Jinja's sandbox, which keeps a template from Python but not from looping for ever or filling
+memory. The process (template_child.py) starts with the first chat and serves all that follow.
+"""
+
+import json
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from lowbit.errors import CheckpointError
+
+SECONDS = 5  # of processor time for one chat
+NBYTES = 512 << 20  # of memory beside the interpreter's own
+CHARACTERS = 16 << 20  # of text that one chat may become
+LIMITS = {
+    "memory": f"takes more than {NBYTES >> 20} MiB of memory",
+    "text": f"writes more than {CHARACTERS >> 20} million characters",
+    "time": f"takes more than {SECONDS} s, or ended the process that renders it",
+}
+
+
+class TemplateRefusal(CheckpointError):
+    """The template itself raised `reason`: these messages are none that it takes."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"the model's chat template refuses these messages: {reason}")
+        self.reason = reason
+
+
+def render_chat(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Mapping[str, Any]],
+    tools: Sequence[Any] | None = None,
+    add_generation_prompt: bool = False,
+    continue_final_message: bool = False,
+) -> str:
+    """The text of `messages` as `tokenizer.apply_chat_template` makes it, within limits.
+
+    Raises TemplateRefusal where the template raises or a message holds what is not JSON, and CheckpointError where
+    there is no template or it takes more than it may.
+    """
+    options = {"add_generation_prompt": add_generation_prompt, "continue_final_message": continue_final_message}
+    if type(tokenizer).apply_chat_template is not PreTrainedTokenizerBase.apply_chat_template:  # code, and no template
+        return _by_itself(tokenizer, messages, tools, options)
+    try:
+        template = tokenizer.get_chat_template(tools=tools)
+    except ValueError as error:
+        raise CheckpointError(
+            f"the model has no chat template ({str(error).split('. ')[0]}); pass plain text"
+        ) from error
+    settings = {
+        "chat_template": template,
+        "tools": tools,
+        **options,
+        **{name: str(token) for name, token in tokenizer.special_tokens_map.items()},
+    }
+    kept = [{key: value for key, value in message.items() if value is not None} for message in messages]
+    return _renderer().render({"messages": kept, "settings": settings})
+
+
+def _by_itself(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Any], tools: Any, options: dict[str, bool]
+) -> str:
+    try:
+        return str(tokenizer.apply_chat_template(list(messages), tools=tools, tokenize=False, **options))
+    except Exception as error:  # a tokenizer of its own kind may raise anything
+        raise TemplateRefusal(str(error)) from error
+
+
+class Renderer:
+    """The process that renders, started when it is needed and again after a template ended it."""
+
+    def __init__(self) -> None:
+        self._lock = Lock()
+        self._child: subprocess.Popen[str] | None = None
+
+    def render(self, request: dict[str, Any]) -> str:
+        """The text that the process answers. CheckpointError as `render_chat` has it."""
+        try:
+            line = json.dumps(request)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise TemplateRefusal(f"they hold what is not JSON ({error})") from error
+        with self._lock:
+            answer = self._asked(line + "\n")
+        if "refused" in answer:
+            raise TemplateRefusal(answer["refused"])
+        if "limit" in answer:
+            raise CheckpointError(f"the model's chat template {LIMITS[answer['limit']]}; pass plain text, without it")
+        return str(answer["text"])
+
+    def _asked(self, line: str) -> dict[str, Any]:
+        """The answer to one line. Whatever the template does, the child ends or answers in time."""
+        if self._child is None or self._child.poll() is not None:
+            self._child = _started()
+        assert self._child.stdin is not None
+        assert self._child.stdout is not None
+        try:
+            self._child.stdin.write(line)
+            self._child.stdin.flush()
+            answer = self._child.stdout.readline()
+        except BrokenPipeError:
+            answer = ""
+        if not answer.endswith("\n"):
+            self._child.kill()
+            self._child.wait()
+            return {"limit": "time"}
+        found: dict[str, Any] = json.loads(answer)
+        return found
+
+
+@cache
+def _renderer() -> Renderer:
+    return Renderer()
+
+
+def _started() -> subprocess.Popen[str]:
+    script = Path(__file__).with_name("template_child.py")
+    found = json.dumps([path for path in sys.path if path])
+    return subprocess.Popen(
+        [sys.executable, "-I", "-S", str(script), found, str(NBYTES), str(SECONDS), str(CHARACTERS)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        encoding="utf-8",
+        start_new_session=True,  # Ctrl-C ends an answer, not this
+    )
