@@ -8,13 +8,36 @@ from typing import Any
 
 from torch import Tensor
 
-from lowbit.export.checkpoint import INDEX_NAME, SINGLE_NAME, SUMS_NAME
+from lowbit.export.checkpoint import INDEX_NAME, OLD_CONFIG_NAME, PICKLES, SINGLE_NAME, SUMS_NAME, UNSEALED_CONFIG
 from lowbit.export.files import open_regular, replacing, survey, write_text
 from lowbit.export.tensorfile import TensorFileWriter
 
-# Everything a model directory may hold beside its weights that readers of the quantized one need too.
-COMPANIONS = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "*.spm", "LICENSE*", "NOTICE*")
-NOT_COMPANIONS = ("config.json", INDEX_NAME, SUMS_NAME, "*.index.json", "quantize_config.json", "requirements.txt")
+# What a model directory holds beside its weights is carried along, so that a reader of the quantized one finds the same
+# tokenizer, templates, licences and policies of use. Left behind: weights in any program's form, what is written anew,
+# code, pictures of a model card, and what is too large to be any of those.
+WEIGHTS: tuple[str, ...] = (
+    "*.safetensors",
+    *(f"*{ending}" for ending in PICKLES),
+    "*.pkl",
+    "*.gguf",
+    "*.h5",
+    "*.msgpack",
+    "*.onnx*",
+)
+WEIGHTS += ("*.np[yz]", "*.ot", "*.tflite", "*.mlmodel", "*.zip", "*.tar*", "events.out.*")
+WRITTEN_ANEW: tuple[str, ...] = (
+    "config.json",
+    SUMS_NAME,
+    "*.index.json",
+    OLD_CONFIG_NAME,
+    "README.md",
+    "recipe.toml",
+    "report.html",
+)
+WRITTEN_ANEW += ("evaluation.jsonl", UNSEALED_CONFIG)
+CODE = ("*.py", "*.pyc", "*.sh", "*.ipynb", "requirements.txt")
+PICTURES = ("*.png", "*.jp*g", "*.gif", "*.svg", "*.webp", "*.mp[34]", "*.wav")
+LARGEST_COMPANION = 100_000_000  # bytes; the largest tokenizers take a third of it
 
 
 class ShardedWriter:
@@ -66,12 +89,13 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def copy_companions(source: Path, target: Path, with_code: bool) -> list[str]:
-    """Names of the tokenizer, template, generation and licence files copied; *.py too where `with_code`.
+    """Names of the files copied that are small and no weights (see above); *.py too where `with_code`.
 
     Raises CheckpointError where one is a link to somewhere else (`survey`).
     """
-    patterns = COMPANIONS + (("*.py",) if with_code else ())
-    copied = [name for name in survey(source) if _matches(name, patterns) and not _matches(name, NOT_COMPANIONS)]
+    left = WEIGHTS + WRITTEN_ANEW + PICTURES + tuple(pattern for pattern in CODE if pattern != "*.py" or not with_code)
+    files = {name: identity.size for name, identity in survey(source).items() if not _matches(name, left)}
+    copied = [name for name, size in files.items() if size <= LARGEST_COMPANION]
     for name in copied:
         (target / name).parent.mkdir(exist_ok=True)
         with open_regular(source / name) as original, replacing(target / name) as copy:

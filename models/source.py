@@ -23,7 +23,17 @@ from lowbit.export.writer import write_json
 from lowbit.models.demo import demo_model_dir
 
 DEMO = "demo"
-HUB_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "LICENSE*", "NOTICE*")
+HUB_FILES: tuple[str, ...] = (
+    "*.safetensors",
+    "*.json",
+    "*.jinja",
+    "*.txt",
+    "*.md",
+    "LICENSE*",
+    "NOTICE*",
+    "USE_POLICY*",
+)
+HUB_FILES += ("*.model", "*.model.v*", "*.tiktoken", "*.bpe", "*.spm")
 # Keys of a configuration by which transformers takes kernels from a hub, or reads another file in its place.
 IMPLEMENTATIONS = ("attn_implementation", "experts_implementation")
 FETCHING = frozenset(form for key in IMPLEMENTATIONS for form in (key, f"_{key}", f"_{key}_internal"))

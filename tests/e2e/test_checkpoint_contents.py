@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from lowbit.calibrate.job import prepare
 from lowbit.calibrate.methods import complete_recipe
+from lowbit.calibrate.plan import Left
 from lowbit.errors import CheckpointError
 from lowbit.evaluation.backend import open_backend
 from lowbit.export.checkpoint import open_checkpoint
@@ -253,10 +254,18 @@ def test_group_sizes_fall_back_together_where_engines_fuse(tmp_path):
     assert {str(scheme) for name, scheme in plan.schemes.items() if ".experts." in name} == {"int4-g32"}
 
 
-def test_the_coverage_gate_fails_where_a_large_linear_outside_the_blocks_is_left(tmp_path):
+def test_the_coverage_gate_fails_where_a_large_linear_is_left(tmp_path):
+    plan = plan_of(save_family("llama", tmp_path))
+    missed = plan.left | {"model.wide": Left(10**6, "of a kind that is not read here", exempt=False)}
+    with pytest.raises(CheckpointError, match=r"only .*% of the linear.*model.wide: of a kind that is not.*--ignore"):
+        replace(plan, left=missed).require_coverage()
+
+
+def test_the_head_is_left_where_nobody_says_so(tmp_path):
     recipe = replace(complete_recipe({"method": "rtn", "group_size": 32}), ignore=())
-    with pytest.raises(CheckpointError, match=r"only .*% of the linear.*lm_head: outside the decoder blocks.*--ignore"):
-        prepare(open_source(str(save_family("llama", tmp_path))), recipe, "cpu")
+    plan = prepare(open_source(str(save_family("llama", tmp_path))), recipe, "cpu").plan
+    assert plan.left["lm_head"].reason == "outside the decoder blocks"
+    assert plan.coverage == 1
 
 
 def test_nothing_left_to_quantize_is_an_error(tmp_path):

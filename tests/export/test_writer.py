@@ -63,14 +63,28 @@ def test_companions_are_carried_and_code_is_not(tmp_path):
     target.mkdir()
     wanted = ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json", "LICENSE"]
     wanted += ["vocab.txt", "merges.txt", "tokenizer.model", "special_tokens_map.json", "NOTICE.md"]
+    wanted += ["tokenizer.model.v3", "vocab.bpe", "USE_POLICY.md", "additional_chat_templates/tool_use.jinja"]
     unwanted = ["config.json", INDEX_NAME, "model.safetensors", "SHA256SUMS", "modeling_x.py", "pytorch_model.bin"]
-    unwanted += ["README.md", "pytorch_model.bin.index.json", "optimizer.pt", "requirements.txt"]
+    unwanted += ["README.md", "pytorch_model.bin.index.json", "optimizer.pt", "requirements.txt", "model.gguf"]
+    unwanted += ["figures/loss.json", "loss.png", ".gitattributes", "recipe.toml", "report.html", "training.bin"]
     for name in wanted + unwanted:
+        (source / name).parent.mkdir(exist_ok=True)
         (source / name).write_text(name)
     (source / "folder.json").mkdir()
-    assert copy_companions(source, target, with_code=False) == sorted(wanted)
-    assert sorted(path.name for path in target.iterdir()) == sorted(wanted)
+    assert sorted(copy_companions(source, target, with_code=False)) == sorted(wanted)
+    files = (path for path in target.rglob("*") if path.is_file())
+    assert sorted(str(path.relative_to(target)) for path in files) == sorted(wanted)
     assert "modeling_x.py" in copy_companions(source, target, with_code=True)
+
+
+def test_a_companion_that_is_too_large_is_left(tmp_path):
+    source, target = tmp_path / "source", tmp_path / "target"
+    source.mkdir()
+    target.mkdir()
+    for size, name in ((100_000_000, "a.json"), (100_000_001, "b.json")):
+        with (source / name).open("wb") as file:
+            file.truncate(size)  # takes no room
+    assert copy_companions(source, target, with_code=False) == ["a.json"]
 
 
 def names(directory: Path) -> list[str]:
