@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from lowbit.commands import quantize, quantize_convert, quantize_eval, quantize_inspect, quantize_report
+from lowbit.commands import lowbit, quantize, quantize_convert, quantize_eval, quantize_inspect, quantize_report
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,11 @@ class Outcome:
         lines = [line for line in self.err.splitlines() if line.strip()]
         assert len(lines) == 1, self.err
         return lines[0]
+
+
+def run_lowbit(*args: object) -> Outcome:
+    """`lowbit ARGS`."""
+    return _run(lowbit.main, "lowbit", args)
 
 
 def run_quantize(*args: object) -> Outcome:

@@ -1,5 +1,6 @@
 """Which kernel takes which problem, and what the others have against it."""
 
+import re
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -7,7 +8,7 @@ import pytest
 import torch
 
 from lowbit.quant.kernels import extension, reference, wna16_gemm, wna16_gemv
-from lowbit.quant.kernels.__main__ import describe_build, describe_problem, main
+from lowbit.quant.kernels.describe import EXAMPLES, describe_examples, describe_problem
 from lowbit.quant.kernels.extension import reason_against_capability
 from lowbit.quant.kernels.problem import Problem
 from lowbit.quant.kernels.registry import KERNELS, choose_kernel
@@ -69,9 +70,12 @@ def test_launches_are_possible(m: int, n: int, k: int, bits: int) -> None:
     assert choose_launch(replace(ON_H100, m=m, n=n, k=k, bits=bits, capability=(8, 0))).cluster == 1
 
 
-def test_the_report_names_what_was_built(capsys: pytest.CaptureFixture[str]) -> None:
-    main()
-    assert capsys.readouterr().out.startswith(describe_build())
+def test_every_example_names_its_kernel() -> None:
+    texts = describe_examples()
+    assert len(texts) == len(EXAMPLES)
+    first, *reasons = texts[0].splitlines()
+    assert re.fullmatch(r"m    1  4096 x 4096  w4 g128 float16: (reference|wna16_gemv)", first)
+    assert "    not wna16_gemm: 1 rows: wna16_gemv is faster" in reasons
 
 
 def test_a_norm_leaves_room_for_the_sums_on_every_gpu() -> None:

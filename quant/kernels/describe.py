@@ -1,4 +1,4 @@
-"""`python -m lowbit.quant.kernels`: what was built, and which kernel each of a list of shapes would get, and why."""
+"""The build of the extension, and the kernel that each of a list of shapes gets, with the reasons, as text."""
 
 from collections.abc import Callable
 
@@ -62,16 +62,10 @@ def describe_problem(problem: Problem) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    """Prints the build and the examples."""
-    print(describe_build())
+def describe_examples() -> list[str]:
+    """The choice of a kernel for each of EXAMPLES on this machine's GPU, or else on an H100."""
     device, capability, processors = local_gpu()
-    if not torch.cuda.is_available():
-        print("no GPU here: everything runs on the reference. An H100 would take:")
-    for m, n, k, bits, group_size, int8_inputs in EXAMPLES:
-        problem = Problem(m, n, k, bits, group_size, torch.float16, device, capability, processors, int8_inputs)
-        print(describe_problem(problem))
-
-
-if __name__ == "__main__":
-    main()
+    return [
+        describe_problem(Problem(m, n, k, bits, group_size, torch.float16, device, capability, processors, int8_inputs))
+        for m, n, k, bits, group_size, int8_inputs in EXAMPLES
+    ]

@@ -1,0 +1,66 @@
+"""`lowbit COMMAND`: one name for every command."""
+
+import importlib
+import os
+import subprocess
+import sys
+
+import pytest
+
+from lowbit import __version__
+from lowbit.commands.lowbit import COMMANDS
+from tests.e2e.cli import run_lowbit, run_quantize
+from tests.house.tree import ROOT
+
+PROGRAM = "from lowbit.commands.lowbit import main; main()"
+
+
+def test_help_lists_every_command_without_importing_one() -> None:
+    code = f"import sys; sys.argv = ['lowbit', '--help']\ntry:\n    exec({PROGRAM!r})\nexcept SystemExit: pass\n"
+    code += "print('torch' in sys.modules)"
+    found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert found.stdout.endswith("False\n")
+    for name, (_, _, line) in COMMANDS.items():
+        assert f"{name} {line}" in " ".join(found.stdout.split())
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_command_is_the_one_of_its_own_script(name: str) -> None:
+    module, attribute, _ = COMMANDS[name]
+    command = getattr(importlib.import_module(f"lowbit.commands.{module}"), attribute)
+    found = run_lowbit(name, "--help")
+    assert found.code == 0
+    assert f"lowbit {name} [OPTIONS]" in found.out.splitlines()[0]
+    assert command.help.split("\n")[0].split(".")[0] in " ".join(found.out.split())
+
+
+def test_errors_and_exit_codes_are_those_of_the_command(tmp_path) -> None:
+    ours = run_lowbit("quantize", tmp_path, "-o", tmp_path / "out")
+    theirs = run_quantize(tmp_path, "-o", tmp_path / "out")
+    assert (ours.code, ours.complaint) == (theirs.code, theirs.complaint)
+    unknown = run_lowbit("quantise")
+    assert unknown.code == 2
+    assert "No such command 'quantise'" in unknown.err
+    assert run_lowbit("--version").out == f"lowbit, version {__version__}\n"
+
+
+def test_the_shell_completes_commands_and_options() -> None:
+    def completed(words: str, index: int) -> list[str]:
+        environment = {"_LOWBIT_COMPLETE": "bash_complete", "COMP_WORDS": words, "COMP_CWORD": str(index)}
+        code = f"import sys; sys.argv = ['lowbit']; {PROGRAM}"
+        command = [sys.executable, "-c", code]
+        found = subprocess.run(
+            command, cwd=ROOT, capture_output=True, text=True, check=False, env=os.environ | environment
+        )
+        return [line.partition(",")[2] for line in found.stdout.splitlines()]
+
+    assert completed("lowbit in", 1) == ["inspect"]
+    assert completed("lowbit inspect --ch", 2) == ["--check"]
+
+
+def test_the_doctor_says_what_is_here_and_what_is_not() -> None:
+    found = run_lowbit("doctor", "--kernels")
+    assert found.code == 0, found.err
+    assert f"lowbit {__version__}, Python {sys.version.split()[0]}" in found.out
+    assert "lowbit.quant._C" in found.out
+    assert "gptqmodel" in found.out
