@@ -8,6 +8,7 @@ from torch import nn
 
 from lowbit.errors import CheckpointError, RecipeError
 from lowbit.export.engines import fused_set
+from lowbit.export.patterns import PatternError, Patterns
 from lowbit.export.tensorfile import TensorEntry
 from lowbit.models.placement import stacked_names, tensor_of
 from lowbit.models.skeleton import Block, LinearSpec, Skeleton
@@ -142,11 +143,18 @@ def _require_whole_sets(block: Block, wanted: dict[str, Scheme]) -> None:
 
 
 def ignored_by(name: str, patterns: Iterable[str]) -> str | None:
-    """The pattern that `name` falls under: the whole name, its last parts, or a `re:` pattern."""
+    """The pattern that `name` falls under: the whole name, its last parts, or a `re:` pattern.
+
+    RecipeError where a pattern takes too long.
+    """
+    limited = Patterns(seconds=1)
     for pattern in patterns:
         if pattern.startswith("re:"):
-            if re.search(pattern[3:], name):
-                return pattern
+            try:
+                if limited.occurs(pattern[3:], name):
+                    return pattern
+            except PatternError as error:
+                raise RecipeError(f"recipe: {error}") from error
         elif name == pattern or name.endswith("." + pattern):
             return pattern
     return None

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from lowbit.errors import CheckpointError
 from lowbit.export.format import Format, Reader, Shapes, require_words
+from lowbit.export.patterns import Patterns
 from lowbit.quant.packing import pack, unpack
 from lowbit.quant.qtensor import QTensor
 from lowbit.quant.scheme import Activations, Scheme, make_scheme
@@ -217,11 +218,15 @@ def schemes_of(config: Mapping[str, Any], names: Iterable[str]) -> dict[str, Sch
     read here.
     """
     try:
-        groups = [(group["targets"], _group_scheme(group, config)) for group in config["config_groups"].values()]
-        return {name: _scheme_of(name, groups) for name in names}
+        targets = _Targets(
+            (target, _group_scheme(group, config))
+            for group in config["config_groups"].values()
+            for target in group["targets"]
+        )
+        return {name: targets.scheme_of(name) for name in names}
     except CheckpointError:
         raise
-    except (KeyError, TypeError, AttributeError, ValueError, re.error) as error:
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise CheckpointError(f"config.json: its quantization_config cannot be followed ({error!r})") from error
 
 
@@ -254,18 +259,31 @@ def _activations(args: Mapping[str, Any] | None) -> Activations | None:
     )
 
 
-def _scheme_of(name: str, groups: list[tuple[list[str], Scheme]]) -> Scheme:
-    for exact in (True, False):
-        for targets, scheme in groups:
-            if any(_matches(name, target, exact) for target in targets):
+class _Targets:
+    """What config groups target, in order: the first that names a linear or fits it, else the class `Linear`."""
+
+    def __init__(self, targets: Iterable[tuple[str, Scheme]]) -> None:
+        self._named: dict[str, tuple[int, Scheme]] = {}
+        self._fitted: list[tuple[int, str, Scheme]] = []
+        self._patterns = Patterns()
+        for place, (target, scheme) in enumerate(targets):
+            if target.startswith("re:"):
+                self._fitted.append((place, target[3:], scheme))
+            else:
+                self._named.setdefault(target, (place, scheme))
+
+    def scheme_of(self, name: str) -> Scheme:
+        """The scheme of the linear `name`. CheckpointError where nothing targets it."""
+        named = self._named.get(name)
+        for place, pattern, scheme in self._fitted:
+            if named is not None and named[0] < place:
+                break
+            if self._patterns.begins(pattern, name):
                 return scheme
-    raise CheckpointError(f"config.json: no config group targets the quantized linear {name!r}")
-
-
-def _matches(name: str, target: str, exact: bool) -> bool:
-    if target.startswith("re:"):
-        return exact and re.match(target[3:], name) is not None
-    return name == target if exact else target == "Linear"
+        found = named or self._named.get("Linear")
+        if found is None:
+            raise CheckpointError(f"config.json: no config group targets the quantized linear {name!r}")
+        return found[1]
 
 
 def recognizes(config: Mapping[str, Any]) -> bool:

@@ -22,6 +22,7 @@ from torch import Tensor
 from lowbit import __version__
 from lowbit.errors import CheckpointError
 from lowbit.export.format import Format, Reader, Shapes, require_words
+from lowbit.export.patterns import Patterns
 from lowbit.quant.packing import pack, unpack
 from lowbit.quant.qtensor import QTensor
 from lowbit.quant.scheme import Scheme, make_scheme
@@ -179,8 +180,9 @@ def schemes_of(config: Mapping[str, Any], names: Iterable[str]) -> dict[str, Sch
     """
     try:
         _scheme_from(config)
-        return {name: _scheme_from(dict(config) | _overrides(config.get("dynamic") or {}, name)) for name in names}
-    except (KeyError, TypeError, AttributeError, ValueError, re.error) as error:
+        dynamic, patterns = config.get("dynamic") or {}, Patterns()
+        return {name: _scheme_from(dict(config) | _overrides(dynamic, patterns, name)) for name in names}
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise CheckpointError(f"config.json: its quantization_config cannot be followed ({error!r})") from error
 
 
@@ -190,10 +192,10 @@ def _scheme_from(config: Mapping[str, Any]) -> Scheme:
     return make_scheme(config["bits"], config["group_size"], config["sym"])
 
 
-def _overrides(dynamic: Mapping[str, Any], name: str) -> dict[str, Any]:
+def _overrides(dynamic: Mapping[str, Any], patterns: Patterns, name: str) -> dict[str, Any]:
     """What the first positive pattern that fits `name` changes."""
     for pattern, changes in dynamic.items():
-        if not pattern.startswith("-:") and re.match(pattern.removeprefix("+:"), name):
+        if not pattern.startswith("-:") and patterns.begins(pattern.removeprefix("+:"), name):
             return dict(changes)
     return {}
 
