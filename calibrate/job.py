@@ -3,11 +3,11 @@
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 
 from lowbit.calibrate.plan import Plan, make_plan
 from lowbit.errors import CheckpointError
 from lowbit.export.formats import FORMATS, require_fit
+from lowbit.models.rehearsal import reader_of_weights
 from lowbit.models.skeleton import LinearSpec, Skeleton, open_skeleton
 from lowbit.models.source import Source
 from lowbit.quant.recipe import Recipe
@@ -63,21 +63,24 @@ class Job:
 
     def warnings(self) -> list[str]:
         """What the user should know before loading the result elsewhere."""
-        quantized = [spec for name, spec in self.linears.items() if name in self.plan.schemes]
-        modules = (self.skeleton.model.get_submodule(spec.placement.parameter.rpartition(".")[0]) for spec in quantized)
-        kinds = {type(module) for module in modules}
+        quantized = [
+            (spec, self.plan.schemes[name]) for name, spec in self.linears.items() if name in self.plan.schemes
+        ]
+        reader = reader_of_weights(self.skeleton, self.plan.schemes)
         seqlen, positions = self.recipe.seqlen, self.source.positions
         found = {
             f"calibration windows of {seqlen} tokens are longer than the {positions} positions that the model was made "
             "for: what it computes beyond them is not what it does in use": seqlen > (positions or seqlen),
             "this family stores its weights transposed (Conv1D), which compressed-tensors readers do not know: "
-            "lowbit reads the checkpoint, transformers and vLLM will not": any(spec.transposed for spec in quantized),
-            "transformers needs CompressedTensorsConfig(dequantize=True) to load it: this family's linears are a class "
-            "of their own": any(issubclass(kind, nn.Linear) and kind is not nn.Linear for kind in kinds),
+            "lowbit reads the checkpoint, transformers and vLLM will not": any(
+                spec.transposed for spec, _ in quantized
+            ),
+            f"transformers needs CompressedTensorsConfig(dequantize=True) to load it: {reader} reads weights "
+            "of its linears itself": reader is not None,
             "static int8 activations lose much on models of this kind (2 to 3 times the perplexity has been seen on "
             "Llama 2): --activations token costs the engines next to nothing": self.recipe.activations == "tensor",
-            "transformers keeps experts fused and does not load them packed; vLLM does": any(
-                spec.placement.expert is not None for spec in quantized
+            "transformers keeps experts fused and does not load those whose inputs are quantized; vLLM does": any(
+                spec.placement.expert is not None and scheme.activations is not None for spec, scheme in quantized
             ),
         }
         caveat = FORMATS[self.recipe.format].caveat(self.recipe.scheme)

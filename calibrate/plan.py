@@ -1,7 +1,7 @@
 """What becomes of each linear: a scheme, or a reason why it is left alone. Decided from names and shapes alone."""
 
 import re
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from torch import nn
@@ -11,6 +11,7 @@ from lowbit.export.engines import fused_set
 from lowbit.export.patterns import PatternError, Patterns
 from lowbit.export.tensorfile import TensorEntry
 from lowbit.models.placement import stacked_names, tensor_of
+from lowbit.models.rehearsal import choosers
 from lowbit.models.skeleton import Block, LinearSpec, Skeleton
 from lowbit.quant.recipe import HEAD, Recipe, nearest
 from lowbit.quant.scheme import Scheme, fitting_group_size, parse_scheme
@@ -71,8 +72,9 @@ def make_plan(skeleton: Skeleton, recipe: Recipe) -> Plan:
     wanted: dict[str, Scheme] = {}
     parameters: dict[str, int] = {}
     left = dict(_outside_blocks(skeleton, recipe.ignore))
+    roles = choosers(skeleton)
     for block in skeleton.blocks:
-        reasons = {spec.name: _reason_against(spec, block, recipe.ignore) for spec in block.linears}
+        reasons = {spec.name: _reason_against(spec, block, recipe.ignore, roles) for spec in block.linears}
         _spread_over_fused(reasons)
         wanted |= {spec.name: named.get(spec.name, recipe.scheme) for spec in block.linears}
         _require_whole_sets(block, wanted)
@@ -160,14 +162,18 @@ def ignored_by(name: str, patterns: Iterable[str]) -> str | None:
     return None
 
 
-def _reason_against(spec: LinearSpec, block: Block, ignore: Iterable[str]) -> str | None:
+def _reason_against(spec: LinearSpec, block: Block, ignore: Iterable[str], roles: Mapping[str, str]) -> str | None:
+    """Why a linear stays in 16 bits, or None.
+
+    roles  of linears whose outputs choose, as far as running the model's code showed them
+    """
     pattern = ignored_by(spec.name, ignore)
     if pattern:
         return f"ignored by {pattern!r}"
     experts = spec.name.rpartition(".")[0] + ".experts."
-    if spec.n == 1 or any(other.name.startswith(experts) for other in block.linears):
-        return f"a router with {spec.n} outputs: engines keep it in 16 bits"
-    return None
+    gate = spec.n == 1 or any(other.name.startswith(experts) for other in block.linears)
+    role = roles.get(spec.name, "router" if gate else None)
+    return None if role is None else f"a {role} with {spec.n} outputs: engines keep it in 16 bits"
 
 
 def _spread_over_fused(reasons: dict[str, str | None]) -> None:

@@ -1,0 +1,232 @@
+"""A model's blocks run on nothing: what its linears are for, seen before a weight is read.
+
+Every parameter is a zero that takes no memory, and products with the blocks' weights are not computed: an activation is
+followed back to the linear that it comes from. One block of each kind is run.
+"""
+
+from collections.abc import Callable, Container, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+from transformers import PreTrainedModel
+
+from lowbit.models.products import MULTIPLICATIONS
+from lowbit.models.skeleton import Block, LinearSpec, Skeleton, empty, hollow
+from lowbit.models.states import States
+from lowbit.models.walk import Walk
+
+TOKENS = 8
+LOADED = "_is_hf_initialized"  # transformers' mark on loaded tensors: setting a module up does not write to them
+# What a family's own code may raise where it is given nothing: then there is no rehearsal, and nothing is learned.
+FAILURES = (RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError, NotImplementedError)
+
+CHOICES = {
+    *(torch.topk, torch.argmax, torch.argsort, torch.sort, torch.max),
+    *(Tensor.topk, Tensor.argmax, Tensor.argsort, Tensor.sort, Tensor.max),
+}
+MIXTURES = {
+    torch.mul,
+    Tensor.mul,
+    Tensor.__mul__,
+    torch.einsum,
+    torch.bmm,
+    torch.matmul,
+    Tensor.matmul,
+    Tensor.__matmul__,
+}
+
+
+@dataclass(frozen=True)
+class Origin:
+    """A linear that an activation comes from.
+
+    products  how many products with other activations lie between
+    weighs    one of them was with scores, which are such products themselves
+    """
+
+    linear: str
+    n: int
+    products: int = 0
+    weighs: bool = False
+
+
+class Choosers(TorchFunctionMode):
+    """Finds linears whose outputs choose, and computes no product with a weight.
+
+    found  what each of them is: a choice is made among its outputs, or by scores that they weigh
+    """
+
+    def __init__(self, block: Block, parameter: Callable[[str], Tensor]) -> None:
+        super().__init__()
+        self.found: dict[str, str] = {}
+        self._names = {parameter(spec.placement.parameter).data_ptr(): spec for spec in block.linears}
+        self._origins: dict[int, frozenset[Origin]] = {}
+        self._alive: list[Any] = []  # or addresses and ids would be used again
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        spec = next((found for t in tensors if (found := self._names.get(_address(t)))), None)
+        if func in MULTIPLICATIONS and spec is not None:
+            like = pytree.tree_map(lambda leaf: leaf.to("meta") if isinstance(leaf, Tensor) else leaf, (args, kwargs))
+            result = torch.zeros(func(*like[0], **like[1]).shape, dtype=tensors[0].dtype)
+            origins = frozenset({Origin(spec.name, result.shape[-1])})
+        else:
+            origins = self._mixed([self._origins.get(id(t), frozenset()) for t in tensors], func in MIXTURES)
+            if func in CHOICES and tensors:
+                self._chosen(origins, tensors[0])
+            result = func(*args, **kwargs)
+        self._remember(result, origins)
+        return result
+
+    def _mixed(self, sources: list[frozenset[Origin]], product: bool) -> frozenset[Origin]:
+        """The origins of what is made of tensors with these."""
+        every = frozenset[Origin]().union(*sources)
+        if not product or sum(map(bool, sources)) < 2:
+            return every
+        scores = [any(origin.products for origin in source) for source in sources]
+        return frozenset(
+            replace(origin, products=origin.products + 1, weighs=origin.weighs or (any(scores) and not is_score))
+            for source, is_score in zip(sources, scores, strict=True)
+            for origin in source
+        )
+
+    def _chosen(self, origins: Iterable[Origin], among: Tensor) -> None:
+        for origin in origins:
+            if origin.weighs:
+                self.found[origin.linear] = "weight of an indexer's heads"
+            elif not origin.products and origin.n in among.shape:
+                self.found[origin.linear] = "router"
+
+    def _remember(self, result: Any, origins: frozenset[Origin]) -> None:
+        if origins:
+            for leaf in pytree.tree_leaves(result):
+                if isinstance(leaf, Tensor):
+                    self._origins[id(leaf)] = origins
+                    self._alive.append(leaf)
+
+
+def _address(tensor: Tensor) -> int:
+    return tensor.data_ptr() if tensor.ndim >= 2 and tensor.numel() else 0
+
+
+class _Rehearsal(Walk):
+    """A walk in which nothing is loaded."""
+
+    def loaded(self, index: int) -> AbstractContextManager[Any]:
+        return nullcontext()
+
+    @contextmanager
+    def _entrance(self) -> Iterator[None]:
+        yield
+
+
+@contextmanager
+def rehearsed(skeleton: Skeleton) -> Iterator[tuple[Walk, States]]:
+    """A walk through `skeleton` on zeros, and what enters its first block."""
+    modules = list(skeleton.model.modules())
+    try:
+        hollow(modules, "cpu", torch.float32)
+        walk = _Rehearsal(skeleton, "cpu", torch.float32)
+        (states,) = walk.start([torch.arange(2 * TOKENS).view(2, TOKENS)])
+        yield walk, states
+    finally:
+        empty(modules)
+
+
+def kinds(skeleton: Skeleton) -> list[tuple[int, list[int]]]:
+    """The first block of each kind, and all blocks that are alike."""
+    found: dict[Any, list[int]] = {}
+    for index, block in enumerate(skeleton.blocks):
+        found.setdefault(block.signature(), []).append(index)
+    return [(alike[0], alike) for alike in found.values()]
+
+
+@torch.no_grad()
+def choosers(skeleton: Skeleton) -> dict[str, str]:
+    """The linears whose outputs choose experts for a token, or positions that it sees: what each is, in words.
+
+    Empty where the model's code cannot be run on nothing.
+    """
+    found: dict[str, str] = {}
+    try:
+        with rehearsed(skeleton) as (walk, states):
+            for first, alike in kinds(skeleton):
+                block, mode = skeleton.blocks[first], _mode(skeleton, first)
+                with mode:
+                    states = walk.run(first, states)
+                for index in alike:
+                    names = block.names_in(skeleton.blocks[index])
+                    found |= {names[linear]: role for linear, role in mode.found.items()}
+    except FAILURES:
+        return {}
+    return found
+
+
+@torch.no_grad()
+def reader_of_weights(skeleton: Skeleton, quantized: Container[str]) -> str | None:
+    """The class of a block whose code reads the weight of one of `quantized` itself, or None.
+
+    Where a packed one stands there is none to read. None too where the code cannot be run on nothing.
+    """
+    try:
+        with rehearsed(skeleton) as (walk, states):
+            for first, _ in kinds(skeleton):
+                block = skeleton.blocks[first]
+                with _mode(skeleton, first):
+                    with _packed(skeleton.model, [spec for spec in block.linears if spec.name in quantized]):
+                        reads = _reads_weights(skeleton.model, block.module, partial(walk.run, first, states))
+                    if reads:
+                        return type(block.module).__name__
+                    states = walk.run(first, states)
+    except FAILURES:
+        return None
+    return None
+
+
+def _mode(skeleton: Skeleton, index: int) -> Choosers:
+    return Choosers(skeleton.blocks[index], skeleton.model.get_parameter)
+
+
+def _reads_weights(model: PreTrainedModel, block: nn.Module, run: Callable[[], States]) -> bool:
+    """Whether code misses a weight as the block is set up and run."""
+    for tensor in (*block.parameters(), *block.buffers()):
+        setattr(tensor, LOADED, True)
+    try:
+        for module in block.modules():
+            if next(module.children(), None) is not None:
+                model._init_weights(module)
+        run()
+    except AttributeError as error:
+        return "no attribute 'weight'" in str(error)
+    return False
+
+
+@contextmanager
+def _packed(model: PreTrainedModel, specs: Iterable[LinearSpec]) -> Iterator[None]:
+    """A context in which the modules of `specs` are as readers of packed weights leave them: without a weight."""
+    weights: dict[nn.Module, nn.Parameter | None] = {}
+    model.config._is_quantized = True  # as transformers says to code that asks
+    for spec in specs:
+        module = model.get_submodule(spec.placement.parameter.rpartition(".")[0])
+        if spec.placement.expert is None and not spec.transposed:
+            weights[module] = module._parameters.pop("weight")
+            if type(module).forward is nn.Linear.forward:
+                module.forward = partial(_zeros, spec.n)
+    try:
+        yield
+    finally:
+        del model.config._is_quantized
+        for module, weight in weights.items():
+            module.__dict__.pop("forward", None)
+            module._parameters = {"weight": weight} | module._parameters
+
+
+def _zeros(n: int, x: Tensor) -> Tensor:
+    return x.new_zeros(*x.shape[:-1], n)
