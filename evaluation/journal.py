@@ -2,12 +2,13 @@
 
 A journal is a file of JSON lines, one for each finished piece (a window, a problem, a prompt), named by a hash of all
 that decides the result: the checkpoint's weights, the token ids, the protocol, the backend and the versions. A line
-that a killed process left unfinished is dropped.
+that a killed process left unfinished, or that is damaged, is dropped with all that follow.
 """
 
 import hashlib
 import json
 from collections.abc import Mapping
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,14 @@ import torch
 import transformers
 
 from lowbit import __version__
+from lowbit.errors import CheckpointError
 from lowbit.evaluation.backend import Backend
 from lowbit.export.checkpoint import sha256_of
+from lowbit.export.files import changed, is_same, survey, write_text
+from lowbit.export.plain import parse_json, read_json, require_object
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "generation_config.json")
+COMPUTING = (".safetensors", ".json", ".jinja", ".model", ".tiktoken", ".txt", ".py")
+RESULTS = ("report.json", "quantization_report.json")  # written beside the weights, and read by people
 
 
 class Journal:
@@ -58,21 +63,33 @@ class Library:
         return Journal(self.directory / f"{kind}-{key[:32]}.jsonl")
 
     def fingerprint(self, directory: Path) -> str:
-        """A hash of a checkpoint's weights, configuration and tokenizer. Files that kept size and time are not read."""
+        """A hash of what computes in a checkpoint: weights, configuration, tokenizer, templates and code.
+
+        A file is hashed again unless it is the one that was: the same inode, size, time of writing and time of change,
+        which nobody sets back. CheckpointError where one changes while it is hashed.
+        """
         assert self.directory is not None
-        files = [*sorted(directory.glob("*.safetensors")), directory / "config.json"]
-        files += [directory / name for name in TOKENIZER_FILES if (directory / name).exists()]
         known_path = self.directory / "hashes.json"
-        known: dict[str, str] = json.loads(known_path.read_text()) if known_path.exists() else {}
+        known = _known_hashes(known_path)
         sums = {}
-        for path in files:
-            stat = path.stat()
-            identity = f"{path.resolve()}:{stat.st_size}:{stat.st_mtime_ns}"
-            sums[path.name] = known[identity] = known.get(identity) or sha256_of(path)
-        partial = known_path.with_suffix(".partial")
-        partial.write_text(json.dumps(known, indent=0))
-        partial.replace(known_path)
+        for name, identity in survey(directory).items():
+            if Path(name).suffix not in COMPUTING or name in RESULTS:
+                continue
+            path = directory / name
+            key = f"{path.resolve()}:{':'.join(map(str, astuple(identity)))}"
+            sums[name] = known[key] = known.get(key) or sha256_of(path)
+            if not is_same(path, identity):
+                raise CheckpointError(changed(path))
+        write_text(known_path, json.dumps(known, indent=0))
         return hash_of(sums)
+
+
+def _known_hashes(path: Path) -> dict[str, str]:
+    """The hashes that were kept; none where the file is damaged."""
+    try:
+        return {key: str(value) for key, value in read_json(path).items()}
+    except CheckpointError:
+        return {}
 
 
 def hash_of(value: Mapping[str, Any]) -> str:
@@ -82,8 +99,16 @@ def hash_of(value: Mapping[str, Any]) -> str:
 
 def _whole_lines(path: Path) -> list[dict[str, Any]]:
     """The lines that are whole; the file is cut back to them, so that the next one begins on a line of its own."""
-    data = path.read_bytes()
-    whole = data[: data.rfind(b"\n") + 1]
-    if len(whole) < len(data):
-        path.write_bytes(whole)
-    return [json.loads(line) for line in whole.splitlines()]
+    data, rows, whole = path.read_bytes(), [], 0
+    for line in data.splitlines(keepends=True):
+        try:
+            row = require_object(parse_json(line, path), path)
+        except CheckpointError:
+            break
+        if not line.endswith(b"\n") or not isinstance(row.get("piece"), int):
+            break
+        rows.append(row)
+        whole += len(line)
+    if whole < len(data):
+        path.write_bytes(data[:whole])
+    return rows

@@ -1,11 +1,13 @@
 """Results are kept under what decides them, and an interrupted evaluation goes on where it stopped."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
 import pytest
 
+from lowbit.errors import CheckpointError
 from lowbit.evaluation.backend import TransformersBackend, open_backend
 from lowbit.evaluation.journal import Journal, Library
 from lowbit.evaluation.perplexity import perplexity
@@ -74,6 +76,50 @@ def test_what_decides_the_result_decides_the_journal(source, tmp_path):
     assert same != path(backend, ids="b")
     assert same != path(open_backend("blocks", source, "cpu"), ids="a")
     assert same != path(backend, backend, ids="a")
+
+
+def test_weights_changed_under_the_same_size_and_time_are_seen(source, tmp_path):
+    copy, library = tmp_path / "copy", Library(tmp_path)
+    shutil.copytree(source.directory, copy)
+    weights = copy / "model.safetensors"
+    before, first = weights.stat(), library.fingerprint(copy)
+    assert library.fingerprint(copy) == first
+    with weights.open("r+b") as file:
+        file.seek(-1, 2)
+        file.write(b"\x01")
+    os.utime(weights, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert (weights.stat().st_size, weights.stat().st_mtime_ns) == (before.st_size, before.st_mtime_ns)
+    second = library.fingerprint(copy)
+    assert second != first
+    (copy / "chat_template.jinja").write_text("another")
+    assert library.fingerprint(copy) != second
+    kept = library.fingerprint(copy)
+    (copy / "report.json").write_text("{}")
+    (tmp_path / "hashes.json").write_text("[damaged")
+    assert library.fingerprint(copy) == kept
+
+
+def test_a_checkpoint_that_changes_while_it_is_hashed_is_refused(source, tmp_path, monkeypatch):
+    copy = tmp_path / "copy"
+    shutil.copytree(source.directory, copy)
+
+    def hashed(path):
+        path.write_bytes(path.read_bytes() + b" ")
+        return "0" * 64
+
+    monkeypatch.setattr("lowbit.evaluation.journal.sha256_of", hashed)
+    with pytest.raises(CheckpointError, match="changed while it was read"):
+        Library(tmp_path).fingerprint(copy)
+
+
+@pytest.mark.parametrize("damaged", [b"nonsense\n", b'{"nll": 1}\n', b"[1]\n", b"\xff\n"])
+def test_a_damaged_line_is_measured_again(tmp_path, damaged):
+    path = tmp_path / "journal.jsonl"
+    Journal(path).add(0, {"nll": 1.5})
+    with path.open("ab") as file:
+        file.write(damaged + b'{"piece": 2, "nll": 3.5}\n')
+    assert Journal(path).rows == {0: {"nll": 1.5}}
+    assert len(path.read_bytes().splitlines()) == 1
 
 
 def test_a_line_that_was_cut_off_is_dropped(tmp_path):
