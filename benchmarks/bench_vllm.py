@@ -161,7 +161,7 @@ def random_weight(scheme: Any, n: int, k: int, deviation: float, generator: Any)
 
     from lowbit.quant.qtensor import QTensor
 
-    limit, device = scheme.qtype.max, {"generator": generator, "device": generator.device}
+    limit, device = int(scheme.number.high), {"generator": generator, "device": generator.device}
     codes = torch.randint(-limit, limit + 1, (n, k), dtype=torch.int8, **device)
     scales = (0.75 + 0.5 * torch.rand(n, scheme.groups(k), **device)) * deviation / (2**scheme.bits * 0.29)
     return QTensor(codes, scales.to(torch.bfloat16), None, scheme)

@@ -27,7 +27,7 @@ def measure(n: int, k: int, bits: int) -> list[dict]:
     scheme = make_scheme(bits, 128 if bits == 4 else -1, symmetric=True)
     weight = round_to_nearest(torch.randn(n, k, device="cuda"), scheme, torch.float16)
     packed = prepack(weight, torch.float16)
-    codes = weight.codes.view(torch.uint8) + scheme.qtype.bias
+    codes = weight.codes.view(torch.uint8) + scheme.number.bias
     calls = {
         "prepack": (lambda: pack_codes(codes, bits, 16), packed.nbytes),
         "unprepack": (lambda: unpack_codes(packed.words, n, k, bits, 16), packed.nbytes),

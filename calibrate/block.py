@@ -12,17 +12,16 @@ from lowbit.calibrate import ranks
 from lowbit.calibrate.capture import SiteStats
 from lowbit.errors import CheckpointError
 from lowbit.export.engines import EXPERT, expert_role
-from lowbit.models.products import LinearInputs, bias_view, input_rounding, rounded_inputs, taped, weight_view
+from lowbit.models.products import InputRounding, LinearInputs, bias_view, rounded_inputs, taped, weight_view
 from lowbit.models.skeleton import Block
 from lowbit.models.states import States
 from lowbit.models.walk import Walk
 from lowbit.quant.algos.rotate import rotation, turned_inputs, turned_outputs
+from lowbit.quant.numerics import input_rounding, input_scale_of
 from lowbit.quant.qtensor import QTensor
-from lowbit.quant.scheme import Activations, Scheme
+from lowbit.quant.scheme import Scheme
 from lowbit.quant.site import Fold, Heads, Site
 from lowbit.quant.stats import Stats, output_energy
-
-InputRounding = dict[str, Callable[[Tensor], Tensor]]
 
 # An expert that sees fewer tokens, or a smaller part of all, is rounded to nearest: what it saw decides nothing.
 EXPERT_TOKENS, EXPERT_SHARE = 32, 0.005
@@ -36,7 +35,7 @@ class BlockWork:
     """A loaded block while it is quantized.
 
     index, walk  the block is `walk.skeleton.blocks[index]`, and must be loaded
-    schemes      scheme of each linear to quantize; kept as the schemes of their weights, and `activations` of inputs
+    schemes      scheme of each linear to quantize; kept as the schemes of their weights, and `inputs` of their inputs
     scale_dtype  dtype of scales
     kept_dtype   dtype of the weights that are stored unquantized; where None, that of the scales
 
@@ -58,7 +57,7 @@ class BlockWork:
     ) -> None:
         self.block: Block = walk.skeleton.blocks[index]
         self.schemes = {name: scheme.weights_only for name, scheme in schemes.items()}
-        self.activations = {name: scheme.activations for name, scheme in schemes.items() if scheme.activations}
+        self.inputs = {name: scheme.inputs for name, scheme in schemes.items() if scheme.inputs}
         self.scale_dtype = scale_dtype
         self.kept_dtype = kept_dtype or scale_dtype
         self.stats: dict[str, Stats] = {}
@@ -99,39 +98,45 @@ class BlockWork:
 
     def run_quantized(self, batches: Iterable[States]) -> list[States]:
         """The same, inputs rounded where the schemes say so."""
-        with self.int8_inputs(self.input_rounding()):
+        with self.rounded_inputs(self.input_rounding()):
             return self.run(batches)
 
     def input_scale(self, linear: str, columns: Tensor | float = 1.0) -> Tensor | None:
-        """The one scale () float32 of the inputs of `linear`, divided by `columns` (k,): max |x| / 127.
+        """The one scale () float32 of the inputs of `linear`, divided by `columns` (k,): it spans all that was seen.
 
         None where each token has its own. An expert that saw too few tokens takes the largest of the other experts';
         1 where none saw any.
         """
-        if self.activations.get(linear) is not Activations.TENSOR:
+        inputs = self.inputs.get(linear)
+        if inputs is None or not inputs.static:
             return None
         alike = [linear] if linear in self.stats else [n for n in self.stats if expert_role(n) == expert_role(linear)]
         if not alike:
             return torch.ones((), device=self.weight(linear).device)
         largest = torch.stack([self.stats[name].abs_max for name in alike]).amax(0)
-        return ((largest / columns).amax() / 127).clamp(min=torch.finfo(torch.float32).tiny)
+        scale = input_scale_of((largest / columns).amax(), inputs.number)
+        return scale.clamp(min=torch.finfo(torch.float32).tiny)
 
-    def input_rounding(self) -> InputRounding:
+    def input_rounding(self) -> dict[str, Callable[[Tensor], Tensor]]:
         """What rounds the inputs of each linear whose scheme quantizes them."""
-        return {name: input_rounding(self.input_scale(name)) for name in self.activations}
+        return {name: self.rounding_of(name) for name in self.inputs}
+
+    def rounding_of(self, linear: str, columns: Tensor | float = 1.0) -> Callable[[Tensor], Tensor]:
+        """What rounds the inputs of `linear`, which its scheme quantizes, once they are divided by `columns` (k,)."""
+        return input_rounding(self.inputs[linear], self.input_scale(linear, columns))
 
     def finished(self, weights: dict[str, QTensor]) -> dict[str, QTensor]:
         """`weights` on the CPU, saying also how their inputs are quantized."""
         return {
             name: replace(
                 weight,
-                scheme=replace(weight.scheme, activations=self.activations.get(name)),
+                scheme=replace(weight.scheme, inputs=self.inputs.get(name)),
                 input_scale=self.input_scale(name),
             ).to("cpu")
             for name, weight in weights.items()
         }
 
-    def int8_inputs(self, rounds: InputRounding) -> AbstractContextManager[None]:
+    def rounded_inputs(self, rounds: InputRounding) -> AbstractContextManager[None]:
         """A context in which linears compute with rounded inputs."""
         return rounded_inputs(self.block, self.model, rounds)
 
@@ -172,7 +177,7 @@ class BlockWork:
 
         for place, states in ranks.mine(enumerate(batches)):
             seen.next_batch(with_gram=place * size < gram_tokens)
-            with suppress(_Seen), self.int8_inputs(rounds), LinearInputs(self.block, self.parameter, see):
+            with suppress(_Seen), self.rounded_inputs(rounds), LinearInputs(self.block, self.parameter, see):
                 self._walk.run(self.index, states)
             site = seen.broken()
             if site is not None:

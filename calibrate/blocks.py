@@ -165,10 +165,11 @@ class BlockLoop:
         """Apply the recipe's transforms; return a row of the report for each fold."""
         recipe = self._job.recipe
         rows = self._rotate(work, structure) if "rotate" in recipe.transforms else []
-        if recipe.transforms or recipe.activations == "tensor" or recipe.rounder != "gptq":
+        static = any(inputs.static for inputs in work.inputs.values())
+        if recipe.transforms or static or recipe.rounder != "gptq":
             experts = any(EXPERT.search(name) for name in work.specs)
             # a range search looks at the tokens of the second moments alone; scales look at all, and experts need all
-            all_tokens = recipe.transforms or recipe.activations == "tensor" or experts
+            all_tokens = recipe.transforms or static or experts
             work.observe(entering, structure.sites, GRAM_TOKENS, up_to=None if all_tokens else GRAM_TOKENS)
         for transform in (name for name in recipe.transforms if name != "rotate"):
             for fold in structure.folds:

@@ -20,7 +20,7 @@ from torch import Tensor
 from lowbit.calibrate import ranks
 from lowbit.calibrate.blocks import BlockLoop
 from lowbit.calibrate.job import Job
-from lowbit.calibrate.outcome import BlockOutcome, hold, int8_inputs
+from lowbit.calibrate.outcome import BlockOutcome, hold, quantized_inputs
 from lowbit.models.products import taped, weight_view
 from lowbit.models.states import States, pulled
 from lowbit.models.walk import Walk
@@ -69,7 +69,7 @@ class TunedLinear:
 
     def step(self, gradient: Tensor, rate: float) -> None:
         """gradient (n, k) of the loss by the rounded weight."""
-        by_scale = numerics.grouped(self._weight.steps() * gradient, self._weight.scheme).sum(-1)
+        by_scale = numerics.grouped(self._weight.values() * gradient, self._weight.scheme).sum(-1)
         self._scales.step(by_scale, rate)
 
 
@@ -92,7 +92,7 @@ class TunedBlock:
 
     def run(self, states: States) -> States:
         """What the block returns."""
-        with int8_inputs(self._walk, self._index, self._outcome.weights):
+        with quantized_inputs(self._walk, self._index, self._outcome.weights):
             return self._walk.run(self._index, states)
 
     def backward(self, states: States, gradient: list[Tensor | None], rate: float) -> list[Tensor | None]:

@@ -66,7 +66,7 @@ class Job:
         quantized = [
             (spec, self.plan.schemes[name]) for name, spec in self.linears.items() if name in self.plan.schemes
         ]
-        reader = reader_of_weights(self.skeleton, self.plan.schemes)
+        reader, default = reader_of_weights(self.skeleton, self.plan.schemes), self.recipe.default_scheme
         seqlen, positions = self.recipe.seqlen, self.source.positions
         found = {
             f"calibration windows of {seqlen} tokens are longer than the {positions} positions that the model was made "
@@ -78,12 +78,13 @@ class Job:
             f"transformers needs CompressedTensorsConfig(dequantize=True) to load it: {reader} reads weights "
             "of its linears itself": reader is not None,
             "static int8 activations lose much on models of this kind (2 to 3 times the perplexity has been seen on "
-            "Llama 2): --activations token costs the engines next to nothing": self.recipe.activations == "tensor",
+            "Llama 2): --activations token costs the engines next to nothing": default.static_inputs
+            and default.number.is_integer,
             "transformers keeps experts fused and does not load those whose inputs are quantized; vLLM does": any(
-                spec.placement.expert is not None and scheme.activations is not None for spec, scheme in quantized
+                spec.placement.expert is not None and scheme.inputs is not None for spec, scheme in quantized
             ),
         }
-        caveat = FORMATS[self.recipe.format].caveat(self.recipe.scheme)
+        caveat = FORMATS[self.recipe.format].caveat(default)
         return [text for text, holds in found.items() if holds] + ([caveat] if caveat else [])
 
 
@@ -95,10 +96,10 @@ def prepare(source: Source, recipe: Recipe, device: str) -> Job:
     if source.checkpoint.quantization is not None:
         method = source.checkpoint.quantization.get("quant_method")
         raise CheckpointError(f"{source.directory}: already quantized ({method}); quantize the original model instead")
-    fmt = FORMATS[recipe.format]
-    reason = fmt.reason_against(recipe.scheme) or fmt.risk_of(recipe.scheme)
+    fmt, scheme = FORMATS[recipe.format], recipe.default_scheme
+    reason = fmt.reason_against(scheme) or fmt.risk_of(scheme)
     if reason:
-        raise CheckpointError(f"format {fmt.name} cannot hold {recipe.scheme}: {reason}")
+        raise CheckpointError(f"format {fmt.name} cannot hold {scheme}: {reason}")
     skeleton = open_skeleton(source)
     plan = make_plan(skeleton, recipe)
     plan.require_coverage()

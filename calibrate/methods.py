@@ -5,7 +5,7 @@ from typing import Any
 
 from lowbit.errors import RecipeError
 from lowbit.quant.recipe import ACTIVATIONS, HEAD, Recipe, nearest
-from lowbit.quant.scheme import parse_scheme
+from lowbit.quant.scheme import Scheme, parse_scheme
 
 # Transforms move scales or rotate channels and leave what a block computes alone; then one rounder chooses the codes.
 TRANSFORMS = {
@@ -27,12 +27,14 @@ class Method:
     summary    one line for --list-methods
     settings   of the recipe, where they differ from its defaults
     only_bits  the one width that makes sense, or None
+    only_weights  the one scheme of weights that makes sense, or None
     """
 
     name: str
     summary: str
     settings: dict[str, Any] = field(default_factory=dict)
     only_bits: int | None = None
+    only_weights: str | None = None
 
 
 W8A8 = {"bits": 8, "group_size": -1, "activations": "token"}
@@ -44,6 +46,14 @@ METHODS = {
             "weight-only int8, one scale per output channel; needs no data",
             {"bits": 8, "group_size": -1},
             only_bits=8,
+            only_weights="int8-channel",
+        ),
+        Method(
+            "fp8",
+            "8-bit floats, weights per output channel, inputs per token; needs no data",
+            {"scheme": "fp8"},
+            only_bits=8,
+            only_weights="fp8-channel",
         ),
         Method("rtn", "plain rounding to 4 or 8 bits; the baseline, needs no data"),
         Method("awq", "activation-aware scales, then clipping", {"transforms": ("awq",), "clip": True}),
@@ -74,7 +84,7 @@ def find_method(name: str) -> Method:
 
 def calibrated(recipe: Recipe) -> bool:
     """Whether anything in `recipe` looks at activations."""
-    static = recipe.activations == "tensor"
+    static = any(parse_scheme(text).static_inputs for text in (str(recipe.default_scheme), *recipe.schemes.values()))
     learned = recipe.rounder != "rtn" or recipe.distill_steps > 0 or recipe.target_bits is not None
     return static or learned or recipe.clip or bool(recipe.transforms)
 
@@ -86,15 +96,43 @@ def complete_recipe(values: dict[str, Any]) -> Recipe:
     """
     method = find_method(values.get("method", Recipe.method))
     recipe = Recipe().merged({"method": method.name, **method.settings}).merged(values)
+    _require_known(recipe)
+    _require_schemes(recipe)
+    recipe = _told_by_scheme(recipe, values)
     if calibrated(recipe):
         recipe = recipe.merged(CALIBRATION).merged(values)
     else:
         recipe = replace(recipe, dataset=None, num_samples=0, seqlen=0, text_column=None)
     if HEAD not in recipe.ignore:
         recipe = replace(recipe, ignore=(HEAD, *recipe.ignore))
-    _require_known(recipe)
     _require_sense(method, recipe)
     return recipe
+
+
+def _require_schemes(recipe: Recipe) -> None:
+    """RecipeError where a scheme is none."""
+    try:
+        for text in (str(recipe.default_scheme), *recipe.schemes.values()):
+            parse_scheme(text)
+    except ValueError as error:
+        raise RecipeError(str(error)) from error
+
+
+def _told_by_scheme(recipe: Recipe, values: dict[str, Any]) -> Recipe:
+    """`recipe`, the keys that its `scheme` decides as that has them. RecipeError where `values` have them otherwise."""
+    if recipe.scheme is None:
+        return recipe
+    scheme = recipe.default_scheme
+    told: dict[str, Any] = {
+        "bits": scheme.bits,
+        "group_size": scheme.group_size,
+        "symmetric": scheme.symmetric,
+        "activations": "none" if scheme.inputs is None else str(scheme.inputs.granularity),
+    }
+    for key, value in told.items():
+        if values.get(key, value) != value:
+            raise RecipeError(f"scheme {recipe.scheme} has {key} {value}, not {values[key]}: say one of the two")
+    return replace(recipe, **told)
 
 
 def _require_known(recipe: Recipe) -> None:
@@ -114,15 +152,10 @@ def _require_known(recipe: Recipe) -> None:
 def _require_sense(method: Method, recipe: Recipe) -> None:
     if method.only_bits not in (None, recipe.bits):
         raise RecipeError(f"method {method.name} is {method.only_bits} bits; {recipe.bits} bits are what rtn or awq do")
-    try:
-        scheme = recipe.scheme
-        for text in recipe.schemes.values():
-            parse_scheme(text)
-    except ValueError as error:
-        raise RecipeError(str(error)) from error
-    if method.name == "int8" and (scheme.group_size != -1 or not scheme.symmetric):
+    weights = str(recipe.default_scheme.weights_only)
+    if method.only_weights not in (None, weights):
         raise RecipeError(
-            "method int8 is symmetric with one scale per channel; for 8-bit groups use --method rtn --bits 8"
+            f"method {method.name} is {method.only_weights}; for {weights} use --method rtn --bits {recipe.bits}"
         )
     if "rotate" in recipe.transforms[1:]:
         raise RecipeError("rotate mixes the channels that other transforms scale: name it first")
@@ -141,5 +174,10 @@ def _require_sense(method: Method, recipe: Recipe) -> None:
         raise RecipeError(
             f"target bits {recipe.target_bits}: between 4 and 8 bits a weight, scales counted, are to spend"
         )
-    if recipe.target_bits is not None and recipe.activations != "none":
-        raise RecipeError("target bits are for weights alone: int8 activations go with 8-bit weights")
+    if recipe.target_bits is not None and not _integers_alone(recipe.default_scheme):
+        raise RecipeError("target bits choose between integer weights of 4 and 8 bits, inputs in 16: no other scheme")
+
+
+def _integers_alone(scheme: Scheme) -> bool:
+    """Whether weights are integers, and inputs stay in 16 bits."""
+    return scheme.number.is_integer and scheme.inputs is None

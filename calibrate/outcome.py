@@ -8,9 +8,10 @@ from torch import Tensor
 
 from lowbit.calibrate import ranks
 from lowbit.calibrate.report import BlockReport
-from lowbit.models.products import input_rounding, rounded_inputs, weight_view
+from lowbit.models.products import rounded_inputs, weight_view
 from lowbit.models.states import States
 from lowbit.models.walk import Walk
+from lowbit.quant.numerics import input_rounding
 from lowbit.quant.qtensor import QTensor
 
 
@@ -39,12 +40,12 @@ def hold(walk: Walk, index: int, weights: Mapping[str, QTensor], kept: Mapping[s
         weight_view(parameter, specs[name]).copy_(weight.to(parameter.device).dequantize())
 
 
-def int8_inputs(walk: Walk, index: int, weights: Mapping[str, QTensor]) -> AbstractContextManager[None]:
+def quantized_inputs(walk: Walk, index: int, weights: Mapping[str, QTensor]) -> AbstractContextManager[None]:
     """A context in which block `index` rounds the inputs of those `weights` whose schemes say so."""
     rounds = {
-        name: input_rounding(None if weight.input_scale is None else weight.input_scale.to(walk.device))
+        name: input_rounding(weight.scheme.inputs, weight.input_scale)
         for name, weight in weights.items()
-        if weight.scheme.activations is not None
+        if weight.scheme.inputs is not None
     }
     return rounded_inputs(walk.skeleton.blocks[index], walk.skeleton.model, rounds)
 
@@ -61,5 +62,5 @@ def run_stored(walk: Walk, index: int, outcome: BlockOutcome, batches: list[Stat
     The block holds it from then on, rounded as on disk: a run that goes on from the files sees the same numbers.
     """
     hold(walk, index, outcome.weights, outcome.kept)
-    with int8_inputs(walk, index, outcome.weights):
+    with quantized_inputs(walk, index, outcome.weights):
         return run_shared(walk, index, batches)

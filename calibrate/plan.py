@@ -76,7 +76,7 @@ def make_plan(skeleton: Skeleton, recipe: Recipe) -> Plan:
     for block in skeleton.blocks:
         reasons = {spec.name: _reason_against(spec, block, recipe.ignore, roles) for spec in block.linears}
         _spread_over_fused(reasons)
-        wanted |= {spec.name: named.get(spec.name, recipe.scheme) for spec in block.linears}
+        wanted |= {spec.name: named.get(spec.name, recipe.default_scheme) for spec in block.linears}
         _require_whole_sets(block, wanted)
         sizes = _group_sizes(block, wanted)
         for spec in block.linears:

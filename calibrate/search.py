@@ -8,8 +8,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from lowbit.calibrate import ranks
-from lowbit.calibrate.block import BlockWork, InputRounding
-from lowbit.models.products import input_rounding
+from lowbit.calibrate.block import BlockWork
+from lowbit.models.products import InputRounding
 from lowbit.models.states import States
 from lowbit.quant.algos.awq import ScaleChoice, search_scales, weight_magnitude
 from lowbit.quant.algos.smooth import SmoothChoice, search_alpha
@@ -91,7 +91,7 @@ class FoldSearch:
         """
         name = self._quantized[0]
         tokens = sum(states.tokens for states in self.sample)
-        exact_inputs = name not in self.work.activations
+        exact_inputs = name not in self.work.inputs
         if len(self.fold.columns) == 1 and exact_inputs and self.work.specs[name].k <= tokens:
             return self._linear_losses(name)
         calls = self._record(self._common_module())
@@ -127,7 +127,7 @@ class FoldSearch:
         for name in self._quantized:
             if name in rounds:
                 columns = self.fold.column_scales(scales, name)
-                rounds[name] = _rescaled(input_rounding(self.work.input_scale(name, columns)), columns)
+                rounds[name] = _rescaled(self.work.rounding_of(name, columns), columns)
         return rounds
 
     @contextmanager
@@ -135,7 +135,7 @@ class FoldSearch:
         for name in self._quantized:
             self.work.weight(name).copy_(self._rounded(name, scales))
         try:
-            with self.work.int8_inputs(self._input_rounding(scales)):
+            with self.work.rounded_inputs(self._input_rounding(scales)):
                 yield
         finally:
             for name in self._quantized:

@@ -14,6 +14,7 @@ from lowbit.commands.quantize_console import Printer
 from lowbit.evaluation.after import MEASURES, parse_measures
 from lowbit.export.formats import FORMATS
 from lowbit.export.staging import told_whole
+from lowbit.quant.scheme import SHORT
 
 RECIPE_FLAGS = [
     "method",
@@ -24,6 +25,7 @@ RECIPE_FLAGS = [
     "group_size",
     "symmetric",
     "activations",
+    "scheme",
     "target_bits",
     "alpha",
     "damping",
@@ -67,6 +69,7 @@ def _list_methods(context: click.Context, option: click.Parameter, wanted: bool)
 @click.option("--rounder", help=f"One of {', '.join(ROUNDERS)}.")
 @click.option("--clip/--no-clip", default=None, help="Search each group's range on the output error.")
 @click.option("--activations", help="Inputs of linears: none (16 bits), token (int8 per token), tensor (int8, static).")
+@click.option("--scheme", help=f"All four at once: {', '.join(SHORT)}, int4-g64, int8-channel-a8token, fp8-channel ...")
 @click.option("--alpha", "--smoothing-strength", type=float, help="SmoothQuant's strength, 0 to 1; searched if unsaid.")
 @click.option("--damping", "--damp-percent", "--percdamp", type=float, help="GPTQ's damping, a fraction: 0.01.")
 @click.option("--iters", type=int, help="Steps of learned rounding a block.")

@@ -11,12 +11,15 @@ from lowbit.quant.kernels.reference import activate
 from lowbit.quant.kernels.registry import defers
 from lowbit.quant.kernels.row_norm import Rows
 from lowbit.quant.kernels.w8a8 import Int8Weight
+from lowbit.quant.numbers import INT8, Number
+from lowbit.quant.numerics import fake_quantize_inputs
 
 
 @dataclass(frozen=True)
-class Int8Inputs:
-    """Inputs are rounded to int8 before the product: by `scale`, or, where it is None, by each token's absmax / 127."""
+class RoundedInputs:
+    """Inputs are rounded to `number` before the product: by `scale`, or, where it is None, by each token's own."""
 
+    number: Number
     scale: Tensor | None = None
 
 
@@ -29,7 +32,7 @@ class Linear:
 
     weight: PackedWeight | Int8Weight | Tensor
     bias: Tensor | None = None
-    inputs: Int8Inputs | None = None
+    inputs: RoundedInputs | None = None
     next_weight: Tensor | None = None
 
     @property
@@ -127,12 +130,16 @@ def taken(x: Tensor | Hidden, linear: Linear, norm: Norm | None, dependent: bool
 def prepared(x: Tensor, linear: Linear | None, norm: Norm | None, dependent: bool = False) -> Tensor:
     """x (m, k) as the product takes it: normed, and rounded where the linear says so."""
     inputs = None if linear is None else linear.inputs
+    if inputs is not None and inputs.number != INT8:  # which no kernel rounds to: plain torch
+        return fake_quantize_inputs(prepared(x, None, norm, dependent), inputs.number, inputs.scale)
     if norm is None and inputs is None:
         return x
     return ops.normalize(rows_of(x, inputs, norm, dependent))
 
 
-def rows_of(x: Tensor, inputs: Int8Inputs | None, norm: Norm | None, dependent: bool, activation: str = "none") -> Rows:
+def rows_of(
+    x: Tensor, inputs: RoundedInputs | None, norm: Norm | None, dependent: bool, activation: str = "none"
+) -> Rows:
     """What happens to x (m, k) before a product."""
     int8 = "none" if inputs is None else "token" if inputs.scale is None else "tensor"
     scale = None if inputs is None else inputs.scale

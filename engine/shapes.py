@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lowbit.engine.architecture import Architecture, Layer, Rope
 from lowbit.engine.families import NO_ROPE, plain_frequencies
-from lowbit.engine.products import Int8Inputs, Linear, Norm
+from lowbit.engine.products import Linear, Norm, RoundedInputs
 from lowbit.engine.weights import LayerWeights, Weights, packed
 from lowbit.quant.kernels.packed import TILE_ROWS
 from lowbit.quant.qtensor import QTensor
@@ -76,12 +76,13 @@ def random_linear(
     zeros = torch.zeros(n, dtype=like.dtype, device=like.device) if bias else None
     if scheme is None:
         return Linear(torch.randn(n, k, dtype=like.dtype, device=like.device) / k**0.5, zeros)
-    high = scheme.qtype.max
+    high = int(scheme.number.high)
     codes = torch.randint(-high, high + 1, (n, k), dtype=torch.int8, device=like.device)
     scale = 1.73 / high / k**0.5  # uniform codes deviate by high / sqrt(3)
     scales = torch.full((n, scheme.groups(k)), scale, dtype=like.dtype, device=like.device)
     weight = QTensor(codes, scales, None, scheme)
-    return Linear(packed(weight, like.dtype, pair_block), zeros, None if scheme.activations is None else Int8Inputs())
+    inputs = None if scheme.inputs is None else RoundedInputs(scheme.inputs.number)
+    return Linear(packed(weight, like.dtype, pair_block), zeros, inputs)
 
 
 def random_weights(

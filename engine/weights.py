@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lowbit.engine.architecture import Architecture, Names, Rope
-from lowbit.engine.products import Int8Inputs, Linear, Norm
+from lowbit.engine.products import Linear, Norm, RoundedInputs
 from lowbit.errors import CheckpointError
 from lowbit.export.checkpoint import Checkpoint
 from lowbit.export.formats import LogicalTensors
@@ -324,7 +324,7 @@ def stacked(matrices: list[QTensor | Tensor], dtype: torch.dtype) -> QTensor | T
     if len(matrices) == 1:
         return matrices[0]
     quantized = [matrix for matrix in matrices if isinstance(matrix, QTensor)]
-    rounding = [matrix.scheme.activations if isinstance(matrix, QTensor) else None for matrix in matrices]
+    rounding = [matrix.scheme.inputs if isinstance(matrix, QTensor) else None for matrix in matrices]
     if len(set(rounding)) > 1:
         raise CheckpointError(
             "linears that share an input (q, k and v; gate and up) round it differently here: the engine multiplies "
@@ -340,11 +340,12 @@ def stacked(matrices: list[QTensor | Tensor], dtype: torch.dtype) -> QTensor | T
     return QTensor(codes, scales, torch.cat(zeros) if zeros else None, quantized[0].scheme, scale)
 
 
-def inputs_of(weight: QTensor | Tensor) -> Int8Inputs | None:
+def inputs_of(weight: QTensor | Tensor) -> RoundedInputs | None:
     """How the weight's scheme rounds inputs, or None."""
-    if isinstance(weight, Tensor) or weight.scheme.activations is None:
+    inputs = None if isinstance(weight, Tensor) else weight.scheme.inputs
+    if isinstance(weight, Tensor) or inputs is None:
         return None
-    return Int8Inputs(weight.input_scale)
+    return RoundedInputs(inputs.number, weight.input_scale)
 
 
 def moved(weight: QTensor | Tensor, rows: Tensor) -> QTensor | Tensor:
@@ -356,13 +357,15 @@ def moved(weight: QTensor | Tensor, rows: Tensor) -> QTensor | Tensor:
 
 
 def packed(weight: QTensor | Tensor, dtype: torch.dtype, pair_block: int) -> PackedWeight | Int8Weight | Tensor:
-    """`weight` for the kernels where it is quantized, dtype is half and they take its shape; else dense in `dtype`."""
+    """`weight` for the kernels where it holds integers, dtype is half and its shape fits; else dense in `dtype`."""
     if isinstance(weight, Tensor):
         return weight.to(dtype).contiguous()
     (n, k), group_size = weight.shape, weight.scheme.group_size
-    if dtype in HALF and weight.scheme.activations is not None and not reason_against_int8(n, k):
+    if dtype not in HALF or not weight.scheme.number.is_integer:
+        return weight.dequantize(dtype)
+    if weight.scheme.inputs is not None and not reason_against_int8(n, k):
         return pack_int8(weight)
-    if dtype not in HALF or reason_against_packing(n, k, group_size, TILE_ROWS):
+    if reason_against_packing(n, k, group_size, TILE_ROWS):
         return weight.dequantize(dtype)
     if reason_against_packing(n, k, group_size, pair_block):
         pair_block = TILE_ROWS

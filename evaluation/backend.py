@@ -21,7 +21,7 @@ from lowbit.engine.engine import Engine
 from lowbit.engine.loader import stop_tokens_of
 from lowbit.errors import UsageError
 from lowbit.evaluation.vllm_backend import VllmModel
-from lowbit.models.products import input_rounding, rounded_inputs
+from lowbit.models.products import rounded_inputs
 from lowbit.models.skeleton import Block, Skeleton, fill, open_skeleton
 from lowbit.models.source import Source
 from lowbit.models.walk import Walk
@@ -80,7 +80,7 @@ class Backend(ABC):
 
 
 class TransformersBackend(Backend):
-    """transformers' own model with every weight in memory, packed ones dequantized; 8-bit inputs are rounded."""
+    """transformers' own model with every weight in memory, packed ones dequantized; inputs are rounded."""
 
     name = "transformers"
 
@@ -91,7 +91,7 @@ class TransformersBackend(Backend):
     @torch.no_grad()
     def logits(self, batches: Iterable[Tensor]) -> Iterator[Tensor]:
         for ids in self.known(batches):
-            with _int8_inputs(self._skeleton):
+            with _file_inputs(self._skeleton):
                 logits = self._skeleton.model(input_ids=ids.to(self.device), use_cache=False).logits
             yield logits.float()
 
@@ -102,7 +102,7 @@ class TransformersBackend(Backend):
         # Greedy decoding is asked for here alone; a model's own sampling settings would only draw warnings.
         greedy = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None, "max_length": None}
         stopping = {"stop_strings": list(stops), "tokenizer": self.source.tokenizer()} if stops else {}
-        with _int8_inputs(self._skeleton):
+        with _file_inputs(self._skeleton):
             output = self._skeleton.model.generate(
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),
@@ -222,11 +222,10 @@ def fill_all(skeleton: Skeleton, device: str, dtype: torch.dtype) -> Skeleton:
     return skeleton
 
 
-def _int8_inputs(skeleton: Skeleton) -> AbstractContextManager[Any]:
-    """A context in which the filled model's linears compute with int8 inputs, where its file says so."""
+def _file_inputs(skeleton: Skeleton) -> AbstractContextManager[Any]:
+    """A context in which the filled model's linears compute with rounded inputs, where its file says so."""
     linears = [spec for block in skeleton.blocks for spec in block.linears]
-    rounds = {name: input_rounding(scale) for name, scale in skeleton.inputs.items()}
-    return rounded_inputs(Block("", skeleton.model, linears=linears), skeleton.model, rounds)
+    return rounded_inputs(Block("", skeleton.model, linears=linears), skeleton.model, skeleton.inputs)
 
 
 def token_log_likelihoods(logits: Tensor, ids: Tensor) -> Tensor:

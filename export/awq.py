@@ -30,7 +30,7 @@ SUFFIXES = ("qweight", "qzeros", "scales")
 
 def reason_against(scheme: Scheme) -> str | None:
     """Why AWQ files cannot hold a scheme, or None."""
-    if scheme.bits != BITS or scheme.activations is not None:
+    if not scheme.number.is_integer or scheme.bits != BITS or scheme.inputs is not None:
         return "AWQ files hold 4-bit weights and nothing else"
     if scheme.symmetric:
         return "AWQ files hold asymmetric codes: engines ignore zero_point: false; use --asym"

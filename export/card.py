@@ -86,7 +86,7 @@ def write_card(directory: Path, source: Path, base: str, recipe: Recipe, facts: 
     environment = Environment(undefined=StrictUndefined, keep_trailing_newline=True, autoescape=False)
     text = environment.from_string(TEMPLATE).render(
         front_matter=data.to_yaml(),
-        title=f"{Path(label).name}, {recipe.method} {recipe.scheme}",
+        title=f"{Path(label).name}, {recipe.method} {recipe.default_scheme}",
         base=label,
         recipe=recipe,
         loading=fmt.loading,

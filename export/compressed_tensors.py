@@ -1,4 +1,5 @@
-"""The compressed-tensors layouts `pack-quantized` and `int-quantized`: what vLLM, SGLang and transformers load.
+"""The compressed-tensors layouts `pack-quantized`, `int-quantized` and `float-quantized`: what vLLM, SGLang and
+transformers load.
 
 For a linear P with weight (n, k), b bits and g groups, weight-only (pack-quantized):
 
@@ -7,11 +8,11 @@ For a linear P with weight (n, k), b bits and g groups, weight-only (pack-quanti
     P.weight_shape       int64  (2,)                  n, k
     P.weight_zero_point  int32  (ceil(n b / 32), g)   asymmetric only; zero + 2^(b-1), packed along the outputs
 
-With 8-bit activations (int-quantized):
+Integers with 8-bit activations (int-quantized), and floats with or without (float-quantized):
 
-    P.weight             int8     (n, k)
-    P.weight_scale       float    (n, 1)
-    P.input_scale        float32  (1,)                where one calibrated scale serves all tokens
+    P.weight             int8 or float8_e4m3fn  (n, k)
+    P.weight_scale       float                  (n, 1)
+    P.input_scale        float32                (1,)   where one calibrated scale serves all tokens
 
 Symmetric files hold no zero points. Codes and zeros are signed in this dialect: an unsigned code u of ours is
 u - 2^(b-1) here, which packs to u again, so the packed words are the same for both.
@@ -27,12 +28,13 @@ from torch import Tensor
 from lowbit.errors import CheckpointError
 from lowbit.export.format import Format, Reader, Shapes, require_words
 from lowbit.export.patterns import Patterns
+from lowbit.quant.numbers import Number, float_of, integer_of
 from lowbit.quant.packing import pack, unpack
 from lowbit.quant.qtensor import QTensor
-from lowbit.quant.scheme import Activations, Scheme, make_scheme
+from lowbit.quant.scheme import INPUTS, Scheme, Side, granularity_of
 
 NAME = "compressed-tensors"
-PACKED, PLAIN, MIXED = "pack-quantized", "int-quantized", "mixed-precision"
+PACKED, PLAIN, FLOAT, MIXED = "pack-quantized", "int-quantized", "float-quantized", "mixed-precision"
 SUFFIXES = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight", "input_scale")
 
 
@@ -40,6 +42,8 @@ def reason_against(scheme: Scheme) -> str | None:
     """Why this layout cannot hold a scheme that our own types can write, or None."""
     if not scheme.symmetric and scheme.bits == 8:
         return "asymmetric 8-bit weights have no kernel in the engines that read compressed-tensors; use --sym"
+    if layout_of(scheme) == FLOAT and scheme.group_size != -1:
+        return f"engines read {scheme.number.name} weights with one scale per channel, not per group"
     return None
 
 
@@ -55,17 +59,19 @@ def caveat(scheme: Scheme) -> str | None:
 
 def layout_of(scheme: Scheme) -> str:
     """The name of the layout that holds a scheme."""
-    return PACKED if scheme.activations is None else PLAIN
+    if not scheme.number.is_integer:
+        return FLOAT
+    return PACKED if scheme.inputs is None else PLAIN
 
 
 def write(name: str, weight: QTensor) -> dict[str, Tensor]:
     """The file's tensors for the linear `name`."""
-    if layout_of(weight.scheme) == PLAIN:
+    if layout_of(weight.scheme) != PACKED:
         tensors = {f"{name}.weight": weight.codes, f"{name}.weight_scale": weight.scales}
         if weight.input_scale is not None:
             tensors[f"{name}.input_scale"] = weight.input_scale.reshape(1)
         return tensors
-    bits, bias = weight.scheme.bits, weight.scheme.qtype.bias
+    bits, bias = weight.scheme.bits, weight.scheme.number.bias
     tensors = {
         f"{name}.weight_packed": pack(weight.codes.to(torch.int32) + bias, bits),
         f"{name}.weight_scale": weight.scales,
@@ -82,7 +88,7 @@ def read(name: str, tensor: Reader, scheme: Scheme) -> QTensor:
     Raises CheckpointError where packed words, scales and shape contradict one another or the scheme.
     """
     try:
-        return (_read_plain if layout_of(scheme) == PLAIN else _read_packed)(name, tensor, scheme)
+        return (_read_packed if layout_of(scheme) == PACKED else _read_plain)(name, tensor, scheme)
     except ValueError as error:
         raise CheckpointError(f"{name}: {error}") from error
 
@@ -92,7 +98,7 @@ def _read_plain(name: str, tensor: Reader, scheme: Scheme) -> QTensor:
     if tuple(scales.shape) in ((), (1,)) and codes.ndim == 2:
         scales = scales.reshape(1, 1).repeat(codes.shape[0], 1)  # one scale for the whole weight: every row's
     input_scale = None
-    if scheme.activations is Activations.TENSOR:
+    if scheme.static_inputs:
         input_scale = tensor(f"{name}.input_scale").float()
         if input_scale.numel() != 1:
             raise ValueError(f"input_scale has the shape {list(input_scale.shape)}; one number is needed")
@@ -107,7 +113,7 @@ def _read_packed(name: str, tensor: Reader, scheme: Scheme) -> QTensor:
     codes = unpack(packed, scheme.bits, k)
     zeros = None
     if scheme.symmetric:
-        codes = (codes.to(torch.int16) - scheme.qtype.bias).to(torch.int8)
+        codes = (codes.to(torch.int16) - scheme.number.bias).to(torch.int8)
     else:
         words = tensor(f"{name}.weight_zero_point")
         require_words(words, "weight_zero_point", (None, scheme.groups(k)))
@@ -155,7 +161,7 @@ def quantization_config(schemes: Mapping[str, Scheme], unquantized: Iterable[str
         groups[f"group_{i}"] = {
             "targets": targets,
             "weights": _weight_args(scheme),
-            "input_activations": _input_args(scheme.activations),
+            "input_activations": None if scheme.inputs is None else _input_args(scheme.inputs),
             "output_activations": None,
             "format": layout_of(scheme),
         }
@@ -173,22 +179,16 @@ def quantization_config(schemes: Mapping[str, Scheme], unquantized: Iterable[str
 
 def _weight_args(scheme: Scheme) -> dict[str, Any]:
     grouped = scheme.group_size > 0
-    args: dict[str, Any] = {
-        "num_bits": scheme.bits,
-        "type": "int",
-        "symmetric": scheme.symmetric,
-        "strategy": "group" if grouped else "channel",
-        "dynamic": False,
-    }
+    args = _number_args(scheme.number) | {"strategy": "group" if grouped else "channel", "dynamic": False}
     return args | ({"group_size": scheme.group_size} if grouped else {})
 
 
-def _input_args(activations: Activations | None) -> dict[str, Any] | None:
-    if activations is None:
-        return None
-    token = activations is Activations.TOKEN
-    strategy = "token" if token else "tensor"
-    return {"num_bits": 8, "type": "int", "symmetric": True, "strategy": strategy, "dynamic": token}
+def _input_args(inputs: Side) -> dict[str, Any]:
+    return _number_args(inputs.number) | {"strategy": str(inputs.granularity), "dynamic": not inputs.static}
+
+
+def _number_args(number: Number) -> dict[str, Any]:
+    return {"num_bits": number.bits, "type": "int" if number.is_integer else "float", "symmetric": number.signed}
 
 
 def _targets(names: list[str], schemes: Mapping[str, Scheme]) -> list[str]:
@@ -233,29 +233,36 @@ def schemes_of(config: Mapping[str, Any], names: Iterable[str]) -> dict[str, Sch
 def _group_scheme(group: Mapping[str, Any], config: Mapping[str, Any]) -> Scheme:
     """The scheme of a config group. ValueError where no scheme of ours, or no layout read here, is what it says."""
     weights, layout = group["weights"], group.get("format") or config.get("format")
-    if weights.get("type", "int") != "int" or weights.get("dynamic") or group.get("output_activations"):
-        raise ValueError("only integer weights are read, static, their outputs not quantized")
+    if weights.get("dynamic") or group.get("output_activations"):
+        raise ValueError("only static weights are read, their outputs not quantized")
     if weights.get("strategy") not in (None, "group", "channel", "tensor"):
         raise ValueError(f"weights with strategy {weights['strategy']!r} are not read")
     if weights.get("actorder") in ("group", "dynamic", True):
         raise ValueError("inputs were put in groups in another order (actorder 'group'), which engines dropped")
-    plain = make_scheme(weights["num_bits"], weights.get("group_size") or -1, weights["symmetric"])
-    scheme = Scheme(plain.qtype, plain.granularity, _activations(group.get("input_activations")))
+    side = Side(_number_of(weights), granularity_of(weights.get("group_size") or -1))
+    scheme = Scheme(side, _inputs_of(group.get("input_activations")))
     if layout not in (None, MIXED, layout_of(scheme)):
         raise ValueError(f"{scheme} stored as {layout!r}; it is read as {layout_of(scheme)!r}")
     return scheme
 
 
-def _activations(args: Mapping[str, Any] | None) -> Activations | None:
-    """What a group's input_activations ask for. ValueError where it is not symmetric int8 per token or per tensor."""
+def _number_of(args: Mapping[str, Any]) -> Number:
+    """The number of a group's weights. ValueError where there is none such."""
+    kind, bits, symmetric = args.get("type", "int"), args["num_bits"], args["symmetric"]
+    if kind not in ("int", "float") or (kind == "float" and not symmetric):
+        raise ValueError(f"{'' if symmetric else 'asymmetric '}weights of type {kind!r} are not read")
+    return integer_of(bits, symmetric) if kind == "int" else float_of(bits)
+
+
+def _inputs_of(args: Mapping[str, Any] | None) -> Side | None:
+    """What a group's input_activations ask for. ValueError where no scheme's inputs are that."""
     if not args:
         return None
-    for activations in Activations:
-        wanted = _input_args(activations) or {}
-        if all(args.get(key) == value for key, value in wanted.items()):
-            return activations
+    for inputs in INPUTS.values():
+        if all(args.get(key) == value for key, value in _input_args(inputs).items()):
+            return inputs
     raise ValueError(
-        f"inputs quantized as {dict(args)}: symmetric int8, dynamic per token or static per tensor, is read"
+        f"inputs quantized as {dict(args)}: symmetric int8 or fp8, dynamic per token or static per tensor, is read"
     )
 
 

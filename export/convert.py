@@ -15,7 +15,7 @@ from lowbit.export.format import Format
 from lowbit.export.formats import LogicalTensors, require_fit, write_config
 from lowbit.export.writer import ShardedWriter
 from lowbit.quant.qtensor import QTensor
-from lowbit.quant.scheme import Scheme, make_scheme
+from lowbit.quant.scheme import Scheme
 
 
 @dataclass
@@ -95,27 +95,20 @@ def target_schemes(source: LogicalTensors, fmt: Format) -> dict[str, Scheme]:
         raise CheckpointError(f"{source.checkpoint.directory}: not quantized; `quantize --format {fmt.name}` does that")
     schemes = dict(source.schemes)
     if _all_middle(source):
-        schemes = {name: _with_symmetry(scheme, True) for name, scheme in schemes.items()}
+        schemes = {name: scheme.with_zeros(False) for name, scheme in schemes.items()}
     wants_zeros = all(_refuses_symmetric(fmt, scheme) for scheme in schemes.values())
     if fmt.uniform:
         wants_zeros = wants_zeros or not all(scheme.symmetric for scheme in schemes.values())
         size = _common_group_size(source)
-        schemes = {
-            name: scheme if scheme.activations else scheme.with_group_size(size) for name, scheme in schemes.items()
-        }
+        schemes = {name: scheme if scheme.inputs else scheme.with_group_size(size) for name, scheme in schemes.items()}
     if wants_zeros:
-        schemes = {name: _with_symmetry(scheme, False) for name, scheme in schemes.items()}
+        schemes = {name: scheme.with_zeros(True) for name, scheme in schemes.items()}
     return schemes
 
 
 def _refuses_symmetric(fmt: Format, scheme: Scheme) -> bool:
     """Whether the format takes the scheme only with zeros."""
-    return bool(fmt.reason_against(scheme)) and not fmt.reason_against(_with_symmetry(scheme, False))
-
-
-def _with_symmetry(scheme: Scheme, symmetric: bool) -> Scheme:
-    """The scheme with or without zeros; one with quantized activations is symmetric whatever is asked."""
-    return scheme if scheme.activations else make_scheme(scheme.bits, scheme.group_size, symmetric)
+    return bool(fmt.reason_against(scheme)) and not fmt.reason_against(scheme.with_zeros(True))
 
 
 def _all_middle(source: LogicalTensors) -> bool:
@@ -159,7 +152,7 @@ def express(weight: QTensor, scheme: Scheme) -> tuple[QTensor, list[str]]:
     and back where every zero is that.
     """
     old, k = weight.scheme, weight.shape[1]
-    assert (old.bits, old.activations) == (scheme.bits, scheme.activations), (old, scheme)
+    assert (old.bits, old.number.is_integer, old.inputs) == (scheme.bits, scheme.number.is_integer, scheme.inputs)
     codes, scales, zeros, rewrites = weight.codes, weight.scales, weight.zeros, []
     bias = 1 << (scheme.bits - 1)
     if old.symmetric and not scheme.symmetric:
@@ -200,5 +193,7 @@ def _verify(source: LogicalTensors, fmt: Format, done: Conversion, output: Path)
         found = written.qtensor(name)
         scales = meant.scales.to(found.scales.dtype)
         same_zeros = meant.zeros is None or (found.zeros is not None and torch.equal(meant.zeros, found.zeros))
-        if not (torch.equal(meant.codes, found.codes) and torch.equal(scales, found.scales) and same_zeros):
+        # as bytes: torch compares no float8
+        same_codes = torch.equal(meant.codes.view(torch.uint8), found.codes.view(torch.uint8))
+        if not (same_codes and torch.equal(scales, found.scales) and same_zeros):
             raise CheckpointError(f"{output}: {name} does not read back as it was written; the disk may be failing")

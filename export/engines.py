@@ -134,7 +134,17 @@ def _on_gpu(since: int, until: int = 999) -> Callable[[Layer, int | None], str |
 
 
 def _weight_only(layer: Layer, capability: int | None) -> str | None:
-    return "takes weights only" if layer.scheme.activations else None
+    if not layer.scheme.number.is_integer:
+        return "takes integers only"
+    return "takes weights only" if layer.scheme.inputs else None
+
+
+def _float(layer: Layer, capability: int | None) -> str | None:
+    return "takes floats only" if layer.scheme.number.is_integer else None
+
+
+def _float_inputs(layer: Layer, capability: int | None) -> str | None:
+    return _float(layer, capability) or (None if layer.scheme.inputs else "takes quantized activations only")
 
 
 def _known_to_vllm(layer: Layer, capability: int | None) -> str | None:
@@ -174,7 +184,9 @@ def _cpu_wna16(layer: Layer, capability: int | None) -> str | None:
 
 
 def _int8(layer: Layer, capability: int | None) -> str | None:
-    return None if layer.scheme.activations else "takes quantized activations only"
+    if not layer.scheme.number.is_integer:
+        return "takes integers only"
+    return None if layer.scheme.inputs else "takes quantized activations only"
 
 
 def _cpu_int8(layer: Layer, capability: int | None) -> str | None:
@@ -204,6 +216,10 @@ def _our_int8(layer: Layer, capability: int | None) -> str | None:
     return w8a8.reason_against_packing(layer.n, layer.k)
 
 
+def _on_cpu(layer: Layer, capability: int | None) -> str | None:
+    return NEEDS_CPU if capability else None
+
+
 def _all(*reasons: Callable[[Layer, int | None], str | None]) -> Callable[[Layer, int | None], str | None]:
     """The first thing that any of `reasons` has against a layer."""
 
@@ -218,6 +234,8 @@ ENGINES: dict[str, tuple[EngineKernel, ...]] = {
     "vLLM": (
         EngineKernel("CUTLASS int8", _all(_int8, _on_gpu(75, 90))),
         EngineKernel("CPU int8", _cpu_int8),
+        EngineKernel("CUTLASS fp8", _all(_float_inputs, _on_gpu(89))),
+        EngineKernel("Marlin fp8", _all(_float, _on_gpu(75))),
         EngineKernel("Machete", _all(_weight_only, _known_to_vllm, _on_gpu(90, 90), _machete)),
         EngineKernel("Marlin", _all(_weight_only, _known_to_vllm, _on_gpu(75), _marlin)),
         EngineKernel("Triton W4A16", _all(_weight_only, _known_to_vllm, _on_gpu(75), _triton)),
@@ -230,6 +248,9 @@ ENGINES: dict[str, tuple[EngineKernel, ...]] = {
     "lowbit": (
         EngineKernel("w8a8", _all(_int8, _our_int8, _on_gpu(80))),
         EngineKernel("wna16", _all(_weight_only, _ours, _on_gpu(80))),
-        EngineKernel("reference", _all(_ours, lambda layer, capability: NEEDS_CPU if capability else None)),
+        EngineKernel("expanded to 16 bits", _float),
+        EngineKernel(
+            "reference", _all(_weight_only, _ours, lambda layer, capability: NEEDS_CPU if capability else None)
+        ),
     ),
 }

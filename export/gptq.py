@@ -35,8 +35,8 @@ SUFFIXES = ("qweight", "qzeros", "scales", "g_idx")
 
 def reason_against(scheme: Scheme) -> str | None:
     """Why GPTQ files cannot hold a scheme, or None."""
-    if scheme.activations is not None:
-        return "GPTQ files have no quantized activations"
+    if not scheme.number.is_integer or scheme.inputs is not None:
+        return "GPTQ files hold integers and nothing else: no floats, no quantized activations"
     return None
 
 
@@ -63,7 +63,7 @@ def reason_against_shape(scheme: Scheme, n: int, k: int) -> str | None:
 def write(version: str, name: str, weight: QTensor) -> dict[str, Tensor]:
     """The file's tensors for the linear `name`. CheckpointError for a zero of 0 in version 1."""
     scheme, k = weight.scheme, weight.shape[1]
-    bits, bias = scheme.bits, scheme.qtype.bias
+    bits, bias = scheme.bits, scheme.number.bias
     zeros = torch.full_like(weight.scales, bias, dtype=torch.int32) if weight.zeros is None else weight.zeros
     stored = zeros - STORED_LESS[version]
     if bool((stored < 0).any()):
@@ -102,7 +102,7 @@ def _read(version: str, name: str, tensor: Reader, scheme: Scheme) -> QTensor:
     codes = unpack(words.T.contiguous(), scheme.bits, k)
     scales = tensor(f"{name}.scales").T.contiguous()
     if scheme.symmetric:
-        bias = scheme.qtype.bias
+        bias = scheme.number.bias
         _require_middle(version, stored + STORED_LESS[version], bias)
         codes, zeros = (codes.to(torch.int16) - bias).to(torch.int8), None
     return QTensor(codes, scales, zeros, scheme)

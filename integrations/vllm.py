@@ -38,7 +38,7 @@ from lowbit.export import compressed_tensors
 from lowbit.quant.kernels import ops, w8a8
 from lowbit.quant.kernels.packed import TILE_ROWS, PackedWeight, prepack, reason_against_packing
 from lowbit.quant.qtensor import QTensor
-from lowbit.quant.scheme import Activations, Scheme, make_scheme
+from lowbit.quant.scheme import INPUTS, Scheme, make_scheme
 
 NAME = "lowbit"
 
@@ -82,8 +82,8 @@ def scheme_for(theirs: CompressedTensorsScheme, prefix: str) -> "LowbitScheme":
     if type(theirs) is CompressedTensorsWNA16 and theirs.num_bits in (4, 8) and in_order:
         return PackedWeights(make_scheme(theirs.num_bits, theirs.group_size, bool(theirs.symmetric)))
     if type(theirs) is CompressedTensorsW8A8Int8 and theirs.input_symmetric:
-        activations = Activations.TENSOR if theirs.is_static_input_scheme else Activations.TOKEN
-        return PlainWeights(replace(make_scheme(8, -1, True), activations=activations), theirs.strategy == "tensor")
+        inputs = INPUTS["a8tensor" if theirs.is_static_input_scheme else "a8token"]
+        return PlainWeights(replace(make_scheme(8, -1, True), inputs=inputs), theirs.strategy == "tensor")
     raise ValueError(
         f"{prefix}: lowbit has no kernel for {type(theirs).__name__}; start vLLM without --quantization lowbit"
     )
@@ -234,7 +234,7 @@ class PlainWeights(LowbitScheme):
             found["weight_scale"] = PerTensorScaleParameter(data=per_linear, **loader)
         else:
             found["weight_scale"] = ChannelQuantScaleParameter(data=per_row, output_dim=0, **loader)
-        if self.scheme.activations is Activations.TENSOR:
+        if self.scheme.static_inputs:
             found["input_scale"] = PerTensorScaleParameter(data=per_linear.clone(), **loader)
         return found
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import partial
 from typing import Any
 
 import torch
@@ -10,7 +9,6 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from lowbit.models.skeleton import Block, LinearSpec
-from lowbit.quant.numerics import fake_quantize_inputs
 
 # Modules call one of these in the end: Linear, Conv1D (addmm), experts' slices, weights multiplied with @.
 MULTIPLICATIONS = {
@@ -84,15 +82,16 @@ class LinearInputs(TorchFunctionMode):
         return tuple(values[i] for i in range(len(args))), {key: values[key] for key in kwargs}
 
 
-class QuantizedInputs(LinearInputs):
-    """Linears compute with int8 inputs, as an engine would: those that `rounds` names.
+InputRounding = Mapping[str, Callable[[Tensor], Tensor]]  # linear's name -> what rounds its inputs, and back
 
-    rounds  linear's name -> what rounds its inputs; on the way back rounding counts as the identity
+
+class QuantizedInputs(LinearInputs):
+    """Linears compute with rounded inputs, as an engine would: those that `rounds` names.
+
+    On the way back rounding counts as the identity.
     """
 
-    def __init__(
-        self, block: Block, parameter: Callable[[str], Tensor], rounds: Mapping[str, Callable[[Tensor], Tensor]]
-    ) -> None:
+    def __init__(self, block: Block, parameter: Callable[[str], Tensor], rounds: InputRounding) -> None:
         super().__init__(block, parameter, self._rounded)
         self._rounds = rounds
 
@@ -104,9 +103,7 @@ class QuantizedInputs(LinearInputs):
         return x + (rounded - x).detach() if x.requires_grad else rounded
 
 
-def rounded_inputs(
-    block: Block, model: nn.Module, rounds: Mapping[str, Callable[[Tensor], Tensor]]
-) -> AbstractContextManager[Any]:
+def rounded_inputs(block: Block, model: nn.Module, rounds: InputRounding) -> AbstractContextManager[Any]:
     """A context in which the linears of `block` that `rounds` names compute with rounded inputs; a plain one for none.
 
     model  where the block's parameters are found by name
@@ -127,11 +124,6 @@ def taped(parameters: Iterable[Tensor]) -> Iterator[None]:
         for parameter in parameters:
             parameter.requires_grad_(False)
             parameter.grad = None
-
-
-def input_rounding(scale: Tensor | None) -> Callable[[Tensor], Tensor]:
-    """Rounds activations to int8 and back, with the one `scale` () or, where it is None, a scale per token."""
-    return partial(fake_quantize_inputs, scale=scale)
 
 
 def weight_view(parameter: Tensor, spec: LinearSpec) -> Tensor:

@@ -1,6 +1,6 @@
 """A model without its weights, and the map from its file's tensors to the places where they belong."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -19,7 +19,7 @@ from lowbit.errors import CheckpointError
 from lowbit.export.formats import LogicalTensors
 from lowbit.models.placement import Conversion, Placement, Reader, bias_of, experts_in, place, tensor_of
 from lowbit.models.source import Source
-from lowbit.quant.scheme import Activations
+from lowbit.quant.numerics import input_rounding
 
 CHECK_ELEMENTS = 1 << 22
 
@@ -78,7 +78,7 @@ class Skeleton:
     blocks   its decoder blocks, in order
     others   the file's tensors outside the blocks, by name
     read     tensor of the file by its logical name
-    inputs   linears whose inputs the file has quantized: the one scale of all tokens, or None for a scale per token
+    inputs   linear -> what rounds its inputs and back, where the file has them quantized
     """
 
     source: Source
@@ -86,7 +86,7 @@ class Skeleton:
     blocks: list[Block]
     others: dict[str, Placement]
     read: Reader
-    inputs: dict[str, Tensor | None] = field(default_factory=dict)
+    inputs: dict[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)
 
     def towers(self) -> list[str]:
         """Names of the models of their own beside the decoder, which see or hear: text alone never runs them."""
@@ -142,11 +142,11 @@ def open_skeleton(source: Source) -> Skeleton:
     return Skeleton(source, model, blocks, others, read, _quantized_inputs(tensors))
 
 
-def _quantized_inputs(tensors: LogicalTensors) -> dict[str, Tensor | None]:
+def _quantized_inputs(tensors: LogicalTensors) -> dict[str, Callable[[Tensor], Tensor]]:
     return {
-        name: tensors.qtensor(name).input_scale if scheme.activations is Activations.TENSOR else None
+        name: input_rounding(scheme.inputs, tensors.qtensor(name).input_scale if scheme.static_inputs else None)
         for name, scheme in tensors.schemes.items()
-        if scheme.activations is not None
+        if scheme.inputs is not None
     }
 
 

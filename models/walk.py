@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lowbit.errors import CheckpointError
 from lowbit.models.placement import Placement
-from lowbit.models.products import input_rounding, rounded_inputs
+from lowbit.models.products import rounded_inputs
 from lowbit.models.skeleton import Skeleton, empty, fill, hollow
 from lowbit.models.states import Call, Recording, States, Wiring, alike, wiring_of
 
@@ -87,9 +87,8 @@ class Walk:
         return self.skeleton.loaded(block.name, block.tensors, self.device, self.dtype)
 
     def _quantized_inputs(self, index: int) -> Any:
-        """A context in which the block computes with int8 inputs where its file says so."""
-        rounds = {name: input_rounding(scale) for name, scale in self.skeleton.inputs.items()}
-        return rounded_inputs(self.skeleton.blocks[index], self.skeleton.model, rounds)
+        """A context in which the block rounds its linears' inputs where its file says so."""
+        return rounded_inputs(self.skeleton.blocks[index], self.skeleton.model, self.skeleton.inputs)
 
     def _require_positions(self, length: int) -> None:
         """CheckpointError where the model looks positions up in a table (GPT-2, OPT) that ends before `length`."""

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lowbit.quant import numerics
-from lowbit.quant.scheme import Activations, Scheme
+from lowbit.quant.scheme import Scheme
 
 SCALE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -15,10 +15,10 @@ SCALE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 class QTensor:
     """A weight as codes and scales: `w ~ (code - zero) * scale`.
 
-    codes        (n, k)  int8 where the scheme is symmetric, else uint8; unpacked
-    scales       (n, g)  float16, bfloat16 or float32, finite and not zero; positive with 8 bits
-    zeros        (n, g)  int32 in the code's range; None where the scheme is symmetric
-    input_scale  ()      float32, positive: `x ~ code * input_scale` where the scheme's activations share one scale
+    codes        (n, k)  in the number's storage; unpacked
+    scales       (n, g)  float16, bfloat16 or float32, finite and not zero; positive unless the number has signed scales
+    zeros        (n, g)  int32 between the number's limits; None where the scheme is symmetric
+    input_scale  ()      float32, positive: `x ~ code * input_scale` where the scheme's inputs share one scale
 
     Checked at birth: ValueError with the numbers where shapes, dtypes or values contradict the scheme.
     """
@@ -36,8 +36,8 @@ class QTensor:
 
     def reason_against(self) -> str | None:
         """Why these tensors are no weight of this scheme, or None."""
-        qtype = self.scheme.qtype
-        dtype = torch.int8 if qtype.signed else torch.uint8
+        number = self.scheme.number
+        dtype = number.storage
         if self.codes.ndim != 2 or self.codes.dtype != dtype:
             return f"codes must be 2-dimensional {dtype}, not {self.codes.ndim}-dimensional {self.codes.dtype}"
         n, k = self.codes.shape
@@ -52,18 +52,19 @@ class QTensor:
             return "zeros belong to asymmetric schemes alone"
         if self.zeros is not None and tuple(self.zeros.shape) != sides:
             return f"zeros have shape {tuple(self.zeros.shape)}, not {sides}"
-        if (self.input_scale is None) == (self.scheme.activations is Activations.TENSOR):
-            return "an input scale belongs to schemes whose activations share one scale (a8tensor), and only there"
+        if (self.input_scale is None) == self.scheme.static_inputs:
+            return "an input scale belongs to schemes whose inputs share one scale (a8tensor), and only there"
         if self.codes.is_meta or not n * k:
             return None
         if self.input_scale is not None and not bool((self.input_scale > 0) & torch.isfinite(self.input_scale)):
             return f"its input scale is {self.input_scale.tolist()}; one finite, positive number is needed"
-        size = self.scales.abs() if self.scheme.bits == 4 else self.scales
+        size = self.scales.abs() if number.signed_scales else self.scales
         if not bool((torch.isfinite(size) & (size > 0)).all()):
-            return f"a scale is zero{'' if self.scheme.bits == 4 else ', negative'} or not finite"
+            return f"a scale is zero{'' if number.signed_scales else ', negative'} or not finite"
         for name, values in (("code", self.codes), ("zero", self.zeros)):
-            if values is not None and not (qtype.min <= int(values.min()) and int(values.max()) <= qtype.max):
-                return f"a {name} lies outside [{qtype.min}, {qtype.max}]"
+            reason = None if values is None else number.reason_against_codes(values)
+            if reason:
+                return f"a {name} {reason}"
         return None
 
     @property
@@ -76,10 +77,10 @@ class QTensor:
         side = self.scales.element_size() + (0 if self.zeros is None else self.scheme.bits / 8)
         return int(self.codes.numel() * self.scheme.bits / 8 + self.scales.numel() * side)
 
-    def steps(self) -> Tensor:
+    def values(self) -> Tensor:
         """code - zero, (n, k) float32: the weight in units of its scales."""
-        steps = self.codes.float()
-        return steps if self.zeros is None else steps - numerics.per_weight(self.zeros, self.scheme, steps)
+        values = self.scheme.number.decode(self.codes)
+        return values if self.zeros is None else values - numerics.per_weight(self.zeros, self.scheme, values)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight (n, k) it stands for, computed in float32 and rounded once to `dtype`."""

@@ -11,9 +11,9 @@ from typing import Any
 import tomli_w
 
 from lowbit.errors import RecipeError
-from lowbit.quant.scheme import Activations, Scheme, make_scheme
+from lowbit.quant.scheme import INPUTS, Scheme, make_scheme, parse_scheme
 
-ACTIVATIONS = {"none": None, "token": Activations.TOKEN, "tensor": Activations.TENSOR}
+ACTIVATIONS = {"none": None, "token": INPUTS["a8token"], "tensor": INPUTS["a8tensor"]}
 HEAD = "lm_head"  # what recipes call the output embeddings, whatever the model does: no engine has them packed
 MOST_NAMED = 24  # words in a line of what is known
 NEVER_FROM_A_FILE = {"trust_remote_code": "code of a model runs only where you say so on the command line"}
@@ -30,6 +30,7 @@ class Recipe:
     bits, group_size    of the weights; group_size -1 is one scale per output channel
     symmetric           signed codes without zeros, or unsigned codes with integer zeros
     activations         none (16 bits), token (int8, a scale per token), tensor (int8, one calibrated scale)
+    scheme              all four at once, by a scheme's text ("fp8", "int4-g64"); None where they say it
     schemes             schemes of single linears, by exact name, last parts of a name, or `re:` pattern
     target_bits         average bits per linear weight, to be spent where they help most; None for one scheme
     alpha               smooth: the migration strength; None to search it
@@ -55,6 +56,7 @@ class Recipe:
     group_size: int = 128
     symmetric: bool = True
     activations: str = "none"
+    scheme: str | None = None
     schemes: dict[str, str] = field(default_factory=dict)
     target_bits: float | None = None
     alpha: float | None = None
@@ -73,10 +75,11 @@ class Recipe:
     calibration_sha256: str | None = None
 
     @property
-    def scheme(self) -> Scheme:
+    def default_scheme(self) -> Scheme:
         """The scheme of every linear whose inputs divide by the group size, and that `schemes` says nothing of."""
-        scheme = make_scheme(self.bits, self.group_size, self.symmetric)
-        return replace(scheme, activations=ACTIVATIONS[self.activations])
+        if self.scheme is not None:
+            return parse_scheme(self.scheme)
+        return replace(make_scheme(self.bits, self.group_size, self.symmetric), inputs=ACTIVATIONS[self.activations])
 
     def merged(self, values: Mapping[str, Any]) -> "Recipe":
         """This recipe with `values` in place; RecipeError names the nearest key for one that does not exist."""

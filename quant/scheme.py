@@ -1,18 +1,14 @@
-"""How a weight is quantized: an integer type, and who shares a scale."""
+"""How a linear is quantized: the numbers of its weights and of its inputs, and who shares a scale."""
 
 import re
 from dataclasses import dataclass, replace
-from enum import Enum
 
-from lowbit.quant.qtypes import QTYPES, QType, qtype_of
+from lowbit.quant.numbers import FP8, INT8, NUMBERS, Number, integer_of
 
 
 @dataclass(frozen=True)
 class PerChannel:
-    """One scale per output row."""
-
-    def groups(self, k: int) -> int:
-        return 1
+    """Weights: one scale per output row."""
 
     def __str__(self) -> str:
         return "channel"
@@ -20,7 +16,7 @@ class PerChannel:
 
 @dataclass(frozen=True)
 class PerGroup:
-    """One scale per `size` consecutive inputs of a row."""
+    """Weights: one scale per `size` consecutive inputs of a row."""
 
     size: int
 
@@ -28,64 +24,106 @@ class PerGroup:
         if not isinstance(self.size, int) or self.size < 1 or self.size % 32:
             raise ValueError(f"group size {self.size!r}: engines take multiples of 32, or -1 for one scale per channel")
 
-    def groups(self, k: int) -> int:
-        if k % self.size:
-            raise ValueError(f"{k} inputs do not divide into groups of {self.size}")
-        return k // self.size
-
     def __str__(self) -> str:
         return f"g{self.size}"
 
 
-Granularity = PerChannel | PerGroup
+@dataclass(frozen=True)
+class PerToken:
+    """Inputs: one scale per token, found as the tokens come."""
+
+    def __str__(self) -> str:
+        return "token"
 
 
-def granularity_of(group_size: int) -> Granularity:
+@dataclass(frozen=True)
+class PerTensor:
+    """Inputs: one scale for all tokens, fixed by calibration."""
+
+    def __str__(self) -> str:
+        return "tensor"
+
+
+Granularity = PerChannel | PerGroup | PerToken | PerTensor
+
+
+def granularity_of(group_size: int) -> PerChannel | PerGroup:
     """PerGroup(group_size), or PerChannel where group_size is -1."""
     return PerChannel() if group_size == -1 else PerGroup(group_size)
 
 
-class Activations(Enum):
-    """How the inputs of a linear are quantized: symmetric int8, who shares a scale being the value's name."""
+@dataclass(frozen=True)
+class Side:
+    """One side of a product: the number that its values are rounded to, and who shares a scale."""
 
-    TOKEN = "a8token"  # one scale per token, found as the tokens come
-    TENSOR = "a8tensor"  # one scale for all, fixed by calibration
+    number: Number
+    granularity: Granularity
+
+    @property
+    def static(self) -> bool:
+        """Whether one scale serves all tokens, fixed by calibration."""
+        return isinstance(self.granularity, PerTensor)
+
+
+# The inputs that schemes can ask for, by what their text ends in.
+INPUTS = {
+    "a8token": Side(INT8, PerToken()),
+    "a8tensor": Side(INT8, PerTensor()),
+    "afp8token": Side(FP8, PerToken()),
+    "afp8tensor": Side(FP8, PerTensor()),
+}
+# Short names of whole schemes.
+SHORT = {"fp8": "fp8-channel-afp8token"}
 
 
 @dataclass(frozen=True)
 class Scheme:
     """A linear's quantization: `w ~ (code - zero) * scale`, and how its inputs are quantized, if they are.
 
-    Symmetric schemes have signed codes and no zeros; asymmetric ones unsigned codes and one integer zero beside each
-    scale. Text form: "int4-g128", "int8-channel", "uint4-g64", "int8-channel-a8token".
+    Symmetric schemes have signed numbers and no zeros; the others unsigned integers and one integer zero beside each
+    scale. Text form: "int4-g128", "int8-channel", "uint4-g64", "int8-channel-a8token", "fp8-channel-afp8token".
     """
 
-    qtype: QType
-    granularity: Granularity
-    activations: Activations | None = None
+    weights: Side
+    inputs: Side | None = None
 
     def __post_init__(self) -> None:
-        plain = self.qtype.name == "int8" and isinstance(self.granularity, PerChannel)
-        if self.activations is not None and not plain:
-            raise ValueError(f"{self}: quantized activations go with symmetric 8-bit weights, one scale per channel")
+        alike = self.inputs is None or self.inputs.number == self.weights.number
+        if self.inputs is not None and not (alike and self.group_size == -1):
+            raise ValueError(f"{self}: quantized inputs go with weights of the same number, one scale per channel")
 
     @property
     def weights_only(self) -> "Scheme":
         """The scheme of the weight alone."""
-        return replace(self, activations=None)
+        return replace(self, inputs=None)
+
+    @property
+    def number(self) -> Number:
+        """The weights' number."""
+        return self.weights.number
+
+    @property
+    def granularity(self) -> Granularity:
+        """Who shares a scale of the weights."""
+        return self.weights.granularity
+
+    @property
+    def static_inputs(self) -> bool:
+        """Whether inputs are rounded by one scale that calibration fixes."""
+        return self.inputs is not None and self.inputs.static
 
     @property
     def symmetric(self) -> bool:
-        return self.qtype.signed
+        return self.number.signed
 
     @property
     def signed_scales(self) -> bool:
-        """Whether rounding chooses scales below zero too; with 8 bits the one code more on a side is worth nothing."""
-        return self.symmetric and self.bits == 4
+        """Whether rounding chooses scales below zero too."""
+        return self.symmetric and self.number.signed_scales
 
     @property
     def bits(self) -> int:
-        return self.qtype.bits
+        return self.number.bits
 
     @property
     def group_size(self) -> int:
@@ -94,10 +132,21 @@ class Scheme:
 
     def groups(self, k: int) -> int:
         """Scales per row of `k` inputs. ValueError where k does not divide."""
-        return self.granularity.groups(k)
+        if self.group_size == -1:
+            return 1
+        if k % self.group_size:
+            raise ValueError(f"{k} inputs do not divide into groups of {self.group_size}")
+        return k // self.group_size
 
     def with_group_size(self, group_size: int) -> "Scheme":
-        return replace(self, granularity=granularity_of(group_size))
+        return replace(self, weights=replace(self.weights, granularity=granularity_of(group_size)))
+
+    def with_zeros(self, zeros: bool) -> "Scheme":
+        """The scheme of integers with or without zeros; the same where there is no such one: of floats, and of
+        quantized inputs."""
+        if not self.number.is_integer or self.inputs is not None:
+            return self
+        return replace(self, weights=replace(self.weights, number=integer_of(self.bits, signed=not zeros)))
 
     def bits_per_weight(self, k: int, scale_bits: int = 16) -> float:
         """Stored bits per weight of a row of `k`, scales and zeros counted."""
@@ -105,25 +154,32 @@ class Scheme:
         return self.bits + side * self.groups(k) / k
 
     def __str__(self) -> str:
-        return "-".join(
-            [self.qtype.name, str(self.granularity)] + ([self.activations.value] if self.activations else [])
-        )
+        ending = "" if self.inputs is None else f"-{inputs_text(self.inputs)}"
+        return f"{self.number.name}-{self.granularity}{ending}"
+
+
+def inputs_text(inputs: Side) -> str:
+    """What the text of a scheme with such inputs ends in."""
+    return next(text for text, side in INPUTS.items() if side == inputs)
 
 
 def make_scheme(bits: int, group_size: int, symmetric: bool) -> Scheme:
-    """Scheme(bits, group_size, symmetric); group_size -1 is per channel. ValueError for what no format holds."""
-    return Scheme(qtype_of(bits, symmetric), granularity_of(group_size))
+    """A scheme of integers; group_size -1 is per channel. ValueError for what no format holds."""
+    return Scheme(Side(integer_of(bits, symmetric), granularity_of(group_size)))
 
 
 def parse_scheme(text: str) -> Scheme:
-    """The scheme that `str(scheme)` printed."""
-    match = re.fullmatch("(?P<name>[a-z]+[0-9]+)-(channel|g(?P<size>[0-9]+))(-(?P<activations>a8[a-z]+))?", text)
-    known = {activations.value: activations for activations in Activations}
-    if match is None or match["name"] not in QTYPES or match["activations"] not in {None, *known}:
-        raise ValueError(f"{text!r} is no scheme: write int4-g128, uint4-g64, int8-channel, int8-channel-a8token")
-    granularity = granularity_of(int(match["size"] or -1))
-    activations = known[match["activations"]] if match["activations"] else None
-    return Scheme(QTYPES[match["name"]], granularity, activations)
+    """The scheme that `str(scheme)` printed, or that SHORT has under this name."""
+    match = re.fullmatch(
+        "(?P<name>[a-z]+[0-9]+)-(channel|g(?P<size>[0-9]+))(-(?P<inputs>a[a-z0-9]+))?", SHORT.get(text, text)
+    )
+    if match is None or match["name"] not in NUMBERS or match["inputs"] not in {None, *INPUTS}:
+        raise ValueError(
+            f"{text!r} is no scheme: write int4-g128, uint4-g64, int8-channel, int8-channel-a8token, fp8-channel or "
+            f"{' or '.join(SHORT)}"
+        )
+    weights = Side(NUMBERS[match["name"]], granularity_of(int(match["size"] or -1)))
+    return Scheme(weights, INPUTS[match["inputs"]] if match["inputs"] else None)
 
 
 # Tried in this order where a layer's inputs do not divide by the size asked for.

@@ -12,9 +12,10 @@ from lowbit.export.checkpoint import open_checkpoint
 from lowbit.export.convert import express
 from lowbit.export.formats import FORMATS, LogicalTensors, write_config
 from lowbit.models.source import open_source
+from lowbit.quant.numbers import Number
 from lowbit.quant.numerics import fake_quantize_inputs
 from lowbit.quant.qtensor import QTensor, round_to_nearest
-from lowbit.quant.scheme import Activations, Scheme, make_scheme, parse_scheme
+from lowbit.quant.scheme import make_scheme, parse_scheme
 
 
 def quantize_files(directory: Path, fmt: str, text: str, left: tuple[str, ...] = ("lm_head",)) -> None:
@@ -32,11 +33,9 @@ def quantize_files(directory: Path, fmt: str, text: str, left: tuple[str, ...] =
     ]
     for name in names:
         w = tensors.pop(f"{name}.weight").float()
-        plain = round_to_nearest(
-            w, Scheme(scheme.qtype, scheme.granularity), FORMATS[fmt].scale_dtype or torch.bfloat16
-        )
+        plain = round_to_nearest(w, scheme.weights_only, FORMATS[fmt].scale_dtype or torch.bfloat16)
         zeros = None if plain.zeros is None else plain.zeros.clamp(min=1)
-        input_scale = torch.tensor(0.01) if scheme.activations is Activations.TENSOR else None
+        input_scale = torch.tensor(0.01) if scheme.static_inputs else None
         weight, _ = express(QTensor(plain.codes, plain.scales, zeros, scheme, input_scale), stored)
         tensors |= FORMATS[fmt].write(name, weight)
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
@@ -50,11 +49,13 @@ def dense(directory: Path) -> PreTrainedModel:
     model = AutoModelForCausalLM.from_config(open_source(str(directory)).config, dtype=torch.float32)
     model.load_state_dict({name: logical.read(name).float() for name in logical.names}, strict=False)
     for name, scheme in logical.schemes.items():
-        if scheme.activations is not None:
+        if scheme.inputs is not None:
             input_scale = logical.qtensor(name).input_scale
-            model.get_submodule(name).register_forward_pre_hook(partial(rounded, input_scale))
+            model.get_submodule(name).register_forward_pre_hook(partial(rounded, scheme.inputs.number, input_scale))
     return model.eval()
 
 
-def rounded(input_scale: torch.Tensor | None, module: torch.nn.Module, args: tuple[torch.Tensor]) -> torch.Tensor:
-    return fake_quantize_inputs(args[0], input_scale)
+def rounded(
+    number: Number, input_scale: torch.Tensor | None, module: torch.nn.Module, args: tuple[torch.Tensor]
+) -> torch.Tensor:
+    return fake_quantize_inputs(args[0], number, input_scale)

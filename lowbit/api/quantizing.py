@@ -298,7 +298,7 @@ def _unwritten(job: Job) -> Quantized:
 
 def _write_papers(staging: Path, job: Job, result: Result, measured: Measured, name: str) -> None:
     """The measurements, the report where there are any, the model card and the sums; `name` is the checkpoint's."""
-    labels = (Path(job.source.name).name, f"{result.recipe.method} {result.recipe.scheme}")
+    labels = (Path(job.source.name).name, f"{result.recipe.method} {result.recipe.default_scheme}")
     record(staging, measured.labelled(*labels))
     facts = {
         "version": __version__,

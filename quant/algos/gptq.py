@@ -125,13 +125,13 @@ def _sweep(w: Tensor, factor: Tensor, params: QTensor, order: Tensor) -> Tensor:
     group = order // (k // params.scales.shape[1])
     scales = params.scales.float()
     zeros = torch.zeros_like(scales) if params.zeros is None else params.zeros.float()
-    qtype = params.scheme.qtype
+    number = params.scheme.number
     for start in range(0, k, BLOCK):
         part = slice(start, min(start + BLOCK, k))
         columns = group[part]
         rounded, errors = ops.round_block(
             w[:, part].contiguous(), factor[part, part].contiguous(), scales[:, columns], zeros[:, columns],
-            qtype.min, qtype.max,
+            number,
         )  # fmt: skip
         codes[:, part] = rounded.to(codes.dtype)
         w[:, part.stop :].addmm_(errors, factor[part, part.stop :], alpha=-1)

@@ -30,6 +30,7 @@ from lowbit.quant.kernels.problem import PART, Call, Deferred, NextNorm, Rotary,
 from lowbit.quant.kernels.registry import choose_kernel
 from lowbit.quant.kernels.row_norm import Rows
 from lowbit.quant.kernels.w8a8 import Int8Call, Int8Weight
+from lowbit.quant.numbers import Number
 
 LIBRARY = torch.library.Library("lowbit", "DEF")
 WEIGHT = "Tensor words, Tensor scales, Tensor? zeros, int n, int k, int bits, int group_size, int pair_block"
@@ -52,7 +53,8 @@ LIBRARY.define(
 LIBRARY.define(f"logits_argmax(Tensor x, {WEIGHT}, {NORM}, {LAUNCH}) -> (Tensor, Tensor)")
 LIBRARY.define(f"dequantize({WEIGHT}) -> Tensor")
 LIBRARY.define(
-    "gptq_block(Tensor w, Tensor factor, Tensor scales, Tensor zeros, int low, int high) -> (Tensor, Tensor)"
+    "gptq_block(Tensor w, Tensor factor, Tensor scales, Tensor zeros, float low, float high, float fineness, "
+    "float least) -> (Tensor, Tensor)"
 )
 LIBRARY.define(
     "row_norm(Tensor x, str norm, Tensor? weight, Tensor? bias, float eps, str int8, Tensor? input_scale, "
@@ -710,6 +712,6 @@ def choose(call: Choice) -> None:
     torch.ops.lowbit.choose_tokens(call.scores, call.tokens, call.written, *places, *draws, call.dependent)
 
 
-def round_block(w: Tensor, factor: Tensor, scales: Tensor, zeros: Tensor, low: int, high: int) -> tuple[Tensor, Tensor]:
+def round_block(w: Tensor, factor: Tensor, scales: Tensor, zeros: Tensor, number: Number) -> tuple[Tensor, Tensor]:
     """Codes and scaled errors (n, b) of a block of columns, rounded by GPTQ; kernels/gptq_block.py says more."""
-    return torch.ops.lowbit.gptq_block(w, factor, scales, zeros, low, high)
+    return torch.ops.lowbit.gptq_block(w, factor, scales, zeros, *number.grid)

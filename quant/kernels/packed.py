@@ -84,7 +84,7 @@ def prepack(weight: QTensor, dtype: torch.dtype, pair_block: int = TILE_ROWS) ->
         reason = f"activations in {dtype}: the kernels take torch.float16 and torch.bfloat16"
     if reason:
         raise ValueError(f"a {scheme} weight of shape ({n}, {k}) cannot be packed: {reason}")
-    unsigned = weight.codes.view(torch.uint8) + scheme.qtype.bias  # wraps: a negative code's byte is 256 more
+    unsigned = weight.codes.view(torch.uint8) + scheme.number.bias  # wraps: a negative code's byte is 256 more
     words = pack_codes(unsigned, scheme.bits, pair_block)
     scales = pack_sides(weight.scales.to(dtype), k, scheme.group_size, pair_block)
     zeros = weight.zeros
@@ -98,7 +98,7 @@ def unprepack(packed: PackedWeight) -> QTensor:
     scheme = make_scheme(packed.bits, packed.group_size, packed.zeros is None)
     codes = unpack_codes(packed.words, packed.n, packed.k, packed.bits, packed.pair_block)
     if scheme.symmetric:
-        codes = (codes - scheme.qtype.bias).view(torch.int8)
+        codes = (codes - scheme.number.bias).view(torch.int8)
     scales = unpack_sides(packed.scales, packed.n, packed.k, packed.group_size, packed.pair_block)
     zeros = packed.zeros
     if zeros is not None:

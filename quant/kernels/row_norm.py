@@ -10,6 +10,7 @@ from torch.nn import functional
 from lowbit.quant.kernels.extension import EXTENSION, reason_against_device
 from lowbit.quant.kernels.problem import ACTIVATIONS, NORMS
 from lowbit.quant.kernels.reference import activate
+from lowbit.quant.numbers import INT8
 from lowbit.quant.numerics import fake_quantize_inputs, quantize_inputs
 
 MAX_K = 32768
@@ -138,10 +139,10 @@ def reference(call: Rows) -> Tensor:
     y = prepared(call)
     if call.int8 == "none":
         return y.clone() if y is call.x else y
-    return fake_quantize_inputs(y, call.input_scale)
+    return fake_quantize_inputs(y, INT8, call.input_scale)
 
 
 def reference_codes(call: Rows) -> tuple[Tensor, Tensor]:
     """Codes and scales of `call` in plain torch."""
-    codes, scales = quantize_inputs(prepared(call), call.input_scale)
+    codes, scales = quantize_inputs(prepared(call), INT8, call.input_scale)
     return codes, scales.reshape(-1).expand(call.shape[0]).contiguous()

@@ -22,6 +22,7 @@ RECIPES = {
     "awq": {"method": "awq", **QUICK},
     "gptq": {"method": "gptq", "symmetric": False, "transforms": ("rotate",), **QUICK},
     "smoothquant": {"method": "smoothquant"},
+    "fp8": {"method": "gptq", "scheme": "fp8"},
     "signround": {"method": "signround", "iters": 8, **QUICK},
     "best": {"method": "best", "iters": 4, "distill_steps": 4, **QUICK},
     "target_bits": {"method": "awq", "target_bits": 5.5, **QUICK},

@@ -11,7 +11,7 @@ from lowbit import engine
 from lowbit.engine.engine import Engine
 from lowbit.export.formats import FORMATS, write_config
 from lowbit.quant.qtensor import QTensor, round_to_nearest
-from lowbit.quant.scheme import Activations, Scheme
+from lowbit.quant.scheme import Scheme
 from tests.builders import make_model, save
 
 
@@ -47,6 +47,6 @@ def quantized(
 
 def rounded(weight: torch.Tensor, scheme: Scheme) -> QTensor:
     """`weight` to the nearest codes, scales in float16; inputs that share a scale get one that fits a normed input."""
-    plain = round_to_nearest(weight, Scheme(scheme.qtype, scheme.granularity), torch.float16)
-    scale = torch.tensor(0.05) if scheme.activations is Activations.TENSOR else None
+    plain = round_to_nearest(weight, scheme.weights_only, torch.float16)
+    scale = torch.tensor(0.05) if scheme.static_inputs else None
     return QTensor(plain.codes, plain.scales, plain.zeros, scheme, scale)

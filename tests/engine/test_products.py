@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from lowbit.engine.products import Int8Inputs, Linear, Norm, activate, gated_product, product, rounds_late
+from lowbit.engine.products import Linear, Norm, RoundedInputs, activate, gated_product, product, rounds_late
 from lowbit.quant.kernels.w8a8 import pack_int8
+from lowbit.quant.numbers import INT8
 from lowbit.quant.numerics import fake_quantize_inputs
 from lowbit.quant.qtensor import round_to_nearest
 from lowbit.quant.scheme import parse_scheme
@@ -16,7 +17,7 @@ NORM = Norm("rms", torch.rand(K, dtype=torch.float16) + 0.5, None, 1e-5)
 def int8_linear(scale: float | None = None) -> tuple[Linear, torch.Tensor]:
     """A linear for int8 inputs, by a scale of all or by each token's, and its weight in float32."""
     weight = round_to_nearest(torch.randn(N, K) / 8, parse_scheme("int8-channel"), torch.float16)
-    inputs = Int8Inputs(None if scale is None else torch.tensor(scale))
+    inputs = RoundedInputs(INT8, None if scale is None else torch.tensor(scale))
     return Linear(pack_int8(weight), torch.randn(N).half(), inputs), weight.dequantize(torch.float32)
 
 
@@ -28,7 +29,7 @@ def test_int8_products(norm, scale, activation, residual):
     linear, weight = int8_linear(scale)
     x = torch.randn(M, K).half()
     normed = x if norm is None else torch.nn.functional.rms_norm(x.float(), (K,), norm.weight.float(), norm.eps).half()
-    rounded = fake_quantize_inputs(normed.float(), linear.inputs.scale)
+    rounded = fake_quantize_inputs(normed.float(), INT8, linear.inputs.scale)
     wanted = activate(rounded @ weight.T + linear.bias.float(), activation)
     wanted = wanted if residual is None else wanted + residual.float()
     got = product(x, linear, norm, activation, residual)
@@ -44,7 +45,7 @@ def test_an_activation_may_wait_for_the_rounding(activation):
     x = torch.randn(M, width).half()
     gate, factor = (x[:, :K], x[:, K:]) if activation == "silu_mul" else (x, torch.ones(M, K).half())
     active = (activate(gate.float(), activation.removesuffix("_mul")) * factor.float()).half()
-    wanted = fake_quantize_inputs(active.float(), None) @ weight.T + down.bias.float()
+    wanted = fake_quantize_inputs(active.float(), INT8) @ weight.T + down.bias.float()
     torch.testing.assert_close(product(x, down, before=activation).float(), wanted, atol=4e-3, rtol=4e-3)
 
 

@@ -46,9 +46,9 @@ def test_packed_weights_are_the_dense_ones_dequantized(int4):
     torch.testing.assert_close(packed, dense, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("activations", ["token", "tensor"])
-def test_int8_inputs_are_rounded_by_every_backend(models, tmp_path, activations):
-    args = ("--method", "smoothquant", "--activations", activations, "--num-samples", 4, "--seqlen", 32)
+@pytest.mark.parametrize("scheme", ["int8-channel-a8token", "int8-channel-a8tensor", "fp8", "fp8-channel-afp8tensor"])
+def test_inputs_are_rounded_by_every_backend(models, tmp_path, scheme):
+    args = ("--method", "smoothquant", "--scheme", scheme, "--num-samples", 4, "--seqlen", 32)
     done = run_quantize(models("llama")[1], *args, "--eval-windows", 0, "-o", tmp_path / "w8a8")
     assert done.code == 0, done.err
     source = open_source(str(tmp_path / "w8a8"))

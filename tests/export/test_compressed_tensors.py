@@ -7,9 +7,10 @@ from lowbit.errors import CheckpointError
 from lowbit.export import compressed_tensors as dialect
 from lowbit.export.formats import FORMATS
 from lowbit.quant.qtensor import QTensor, round_to_nearest
-from lowbit.quant.scheme import Activations, Scheme, make_scheme, parse_scheme
+from lowbit.quant.scheme import Scheme, make_scheme, parse_scheme
 
 DYNAMIC, STATIC = parse_scheme("int8-channel-a8token"), parse_scheme("int8-channel-a8tensor")
+FLOATS = [parse_scheme(f"fp8-channel{inputs}") for inputs in ("", "-afp8token", "-afp8tensor")]
 SCHEMES = [
     make_scheme(4, 32, True),
     make_scheme(4, 64, True),
@@ -23,8 +24,8 @@ SCHEMES = [
 
 def quantized(scheme: Scheme, n: int = 16, dtype: torch.dtype = torch.float32) -> QTensor:
     """A weight (n, 128) of `scheme`."""
-    plain = round_to_nearest(torch.randn(n, 128) + 0.3, Scheme(scheme.qtype, scheme.granularity), dtype)
-    scale = torch.tensor(0.03) if scheme.activations is Activations.TENSOR else None
+    plain = round_to_nearest(torch.randn(n, 128) + 0.3, scheme.weights_only, dtype)
+    scale = torch.tensor(0.03) if scheme.static_inputs else None
     return QTensor(plain.codes, plain.scales, plain.zeros, scheme, scale)
 
 
@@ -85,14 +86,35 @@ def test_int8_activations_to_the_letter():
     assert list(dialect.write("a.b", QTensor(codes, scales, None, DYNAMIC))) == ["a.b.weight", "a.b.weight_scale"]
 
 
-@pytest.mark.parametrize("scheme", [*SCHEMES, DYNAMIC, STATIC], ids=str)
+def test_fp8_to_the_letter():
+    codes = torch.tensor([[448.0, -0.5], [2**-9, 0.0]]).to(torch.float8_e4m3fn)
+    scales = torch.tensor([[0.5], [0.25]], dtype=torch.bfloat16)
+    tensors = dialect.write("a.b", QTensor(codes, scales, None, FLOATS[1]))
+    assert list(tensors) == ["a.b.weight", "a.b.weight_scale"]
+    assert tensors["a.b.weight"].dtype == torch.float8_e4m3fn
+    assert tensors["a.b.weight"].view(torch.uint8).tolist() == [[0x7E, 0xB0], [0x01, 0x00]]
+    assert tensors["a.b.weight_scale"].tolist() == [[0.5], [0.25]]
+    config = dialect.quantization_config({"a.b": FLOATS[1]}, ["lm_head"])
+    group = config["config_groups"]["group_0"]
+    common = {"num_bits": 8, "type": "float", "symmetric": True}
+    assert config["format"] == group["format"] == "float-quantized"
+    assert group["weights"] == common | {"strategy": "channel", "dynamic": False}
+    assert group["input_activations"] == common | {"strategy": "token", "dynamic": True}
+
+
+def test_floats_in_groups_are_refused():
+    scheme = FLOATS[0].with_group_size(128)
+    assert "one scale per channel, not per group" in dialect.reason_against(scheme)
+
+
+@pytest.mark.parametrize("scheme", [*SCHEMES, DYNAMIC, STATIC, *FLOATS], ids=str)
 @pytest.mark.parametrize("n", [1, 7, 8, 13])
 def test_round_trip_bit_for_bit(scheme, n):
     weight = quantized(scheme, n, torch.bfloat16)
     tensors = dialect.write("x.y", weight)
     assert dialect.linears([*tensors, "x.norm.weight", "x.y.bias"]) == ["x.y"]
     back = dialect.read("x.y", tensors.__getitem__, scheme)
-    assert torch.equal(back.codes, weight.codes)
+    assert torch.equal(back.codes.view(torch.uint8), weight.codes.view(torch.uint8))
     assert torch.equal(back.scales, weight.scales)
     assert (back.zeros is None) == (weight.zeros is None)
     assert weight.zeros is None or torch.equal(back.zeros, weight.zeros)
@@ -246,7 +268,8 @@ def test_a_scheme_per_channel_has_no_group_size():
 
 def test_int8_activations_are_declared_in_their_group():
     groups = {
-        scheme.activations: dialect.quantization_config({"a": scheme}, ["lm_head"]) for scheme in (DYNAMIC, STATIC)
+        str(scheme.inputs.granularity): dialect.quantization_config({"a": scheme}, ["lm_head"])
+        for scheme in (DYNAMIC, STATIC)
     }
     assert {config["format"] for config in groups.values()} == {"int-quantized"}
     inputs = {
@@ -255,8 +278,8 @@ def test_int8_activations_are_declared_in_their_group():
         for key, config in groups.items()
     }
     common = {"num_bits": 8, "type": "int", "symmetric": True, "layout": "int-quantized"}
-    assert inputs[Activations.TOKEN] == common | {"strategy": "token", "dynamic": True}
-    assert inputs[Activations.TENSOR] == common | {"strategy": "tensor", "dynamic": False}
+    assert inputs["token"] == common | {"strategy": "token", "dynamic": True}
+    assert inputs["tensor"] == common | {"strategy": "tensor", "dynamic": False}
 
 
 def test_two_layouts_in_one_checkpoint():
@@ -329,7 +352,9 @@ def test_the_least_that_a_group_can_say():
         {"config_groups": {"group_0": {"weights": {"num_bits": 4, "symmetric": True}}}},
         {"config_groups": {"group_0": {"targets": ["Linear"], "weights": {"num_bits": 3, "symmetric": True}}}},
         {"config_groups": {"group_0": {"targets": ["Linear"], "weights": {"symmetric": True}}}},
-        {"config_groups": {"group_0": GROUP | {"weights": WEIGHTS | {"type": "float"}}}},
+        {"config_groups": {"group_0": GROUP | {"weights": WEIGHTS | {"type": "float", "num_bits": 4}}}},
+        {"config_groups": {"group_0": GROUP | {"weights": WEIGHTS | {"type": "float", "symmetric": False}}}},
+        {"config_groups": {"group_0": GROUP | {"weights": WEIGHTS | {"type": "posit"}}}},
         {"config_groups": {"group_0": GROUP | {"weights": WEIGHTS | {"actorder": "group"}}}},
         {"config_groups": {"group_0": GROUP | {"weights": WEIGHTS | {"strategy": "block"}}}},
         {"config_groups": {"group_0": GROUP | {"weights": WEIGHTS | {"dynamic": True}}}},

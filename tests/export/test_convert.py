@@ -13,7 +13,7 @@ from lowbit.export.checkpoint import open_checkpoint
 from lowbit.export.convert import convert, express
 from lowbit.export.formats import FORMATS, LogicalTensors, write_config
 from lowbit.quant.qtensor import QTensor, round_to_nearest
-from lowbit.quant.scheme import Activations, Scheme, parse_scheme
+from lowbit.quant.scheme import parse_scheme
 
 SHARD = 1 << 30
 NAMES = ("m.layers.0.up", "m.layers.0.down")
@@ -22,9 +22,9 @@ NAMES = ("m.layers.0.up", "m.layers.0.down")
 def quantized(text: str, scale_dtype: torch.dtype = torch.float16, k: int = 128) -> QTensor:
     """A weight (16, k) whose zeros are at least 1."""
     scheme = parse_scheme(text)
-    plain = round_to_nearest(torch.randn(16, k), Scheme(scheme.qtype, scheme.granularity), scale_dtype)
+    plain = round_to_nearest(torch.randn(16, k), scheme.weights_only, scale_dtype)
     zeros = None if plain.zeros is None else plain.zeros.clamp(min=1)
-    scale = torch.tensor(0.1) if scheme.activations is Activations.TENSOR else None
+    scale = torch.tensor(0.1) if scheme.static_inputs else None
     return QTensor(plain.codes, plain.scales, zeros, scheme, scale)
 
 

@@ -16,7 +16,7 @@ W4, W8A8 = parse_scheme("int4-g32"), parse_scheme("int8-channel-a8token")
 
 
 def weight(scheme: Scheme) -> QTensor:
-    plain = round_to_nearest(torch.randn(16, 64), Scheme(scheme.qtype, scheme.granularity), torch.float32)
+    plain = round_to_nearest(torch.randn(16, 64), scheme.weights_only, torch.float32)
     return QTensor(plain.codes, plain.scales, plain.zeros, scheme)
 
 

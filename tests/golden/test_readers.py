@@ -33,6 +33,8 @@ SIZES = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32}  # what v
 WINDOWS = torch.randint(0, 256, (3, 40), generator=torch.Generator().manual_seed(5)).tolist()
 SYMMETRIC = [("compressed-tensors", "int4-g32"), ("compressed-tensors", "int8-channel"), ("gptq", "int8-g32")]
 W8A8 = [("compressed-tensors", "int8-channel-a8token"), ("compressed-tensors", "int8-channel-a8tensor")]
+FP8 = [("compressed-tensors", "fp8-channel"), ("compressed-tensors", "fp8-channel-afp8token")]
+FP8 += [("compressed-tensors", "fp8-channel-afp8tensor")]
 W4 = [
     ("compressed-tensors", "int4-g32"),
     ("gptq", "int4-g32"),
@@ -80,19 +82,22 @@ def quantized(directory: Path, fmt: str, text: str) -> Path:
     return directory
 
 
-def require_same(found: torch.Tensor, wanted: torch.Tensor) -> None:
-    """Log-probabilities of a model in bfloat16 against float32: what rounding explains, and no more."""
+def require_same(found: torch.Tensor, wanted: torch.Tensor, slack: float = 1) -> None:
+    """Log-probabilities of a model in bfloat16 against float32: what rounding explains, and no more.
+
+    slack  how much more rounding explains: an input that bfloat16 moves past a tie of fp8 changes by 6%
+    """
     assert found.shape == wanted.shape
-    assert (found - wanted).abs().mean() < 0.02
-    assert (found - wanted).abs().max() < 0.12
+    assert (found - wanted).abs().mean() < 0.02 * slack
+    assert (found - wanted).abs().max() < 0.12 * slack
 
 
-@pytest.mark.parametrize(("fmt", "text"), [*SYMMETRIC[:2], *W8A8])
+@pytest.mark.parametrize(("fmt", "text"), [*SYMMETRIC[:2], *W8A8, *FP8])
 @pytest.mark.parametrize("name", ["here", "gptqmodel", "llmc"])
 def test_transformers_with_compressed_tensors(tmp_path, name, fmt, text):
     """The newest compressed-tensors here, 0.17 beside gptqmodel, llm-compressor's own."""
     directory = quantized(tmp_path / "m", fmt, text)
-    require_same(found_by(name, "transformers", directory), meant(directory))
+    require_same(found_by(name, "transformers", directory), meant(directory), 2.5 if "afp8" in text else 1)
 
 
 @pytest.mark.parametrize(("fmt", "text"), GPTQ)

@@ -14,8 +14,8 @@ FLOORS |= {"integrations": 6}  # beside commands: other programs import it, noth
 OWN = {"errors": -1, "api": 5}  # modules of lowbit/ itself
 
 # On the ground floor a module imports what stands before it here ...
-CHAIN = ("qtypes", "scheme", "numerics", "packing", "qtensor", "kernels", "linear")
-TYPES = ("qtypes", "scheme")
+CHAIN = ("numbers", "scheme", "numerics", "packing", "qtensor", "kernels", "linear")
+TYPES = ("numbers", "scheme")
 # ... or, off the chain, what is listed for it.
 BESIDE = {
     "site": TYPES,
@@ -104,9 +104,9 @@ def test_every_package_has_a_floor() -> None:
 @pytest.mark.parametrize(
     ("importer", "line"),
     [
-        ("lowbit.quant.qtypes", "from lowbit.quant.scheme import Scheme"),
-        ("lowbit.quant.qtypes", "import lowbit.quant.scheme"),
-        ("lowbit.quant.qtypes", "import torch\nimport quant.numerics"),
+        ("lowbit.quant.numbers", "from lowbit.quant.scheme import Scheme"),
+        ("lowbit.quant.numbers", "import lowbit.quant.scheme"),
+        ("lowbit.quant.numbers", "import torch\nimport quant.numerics"),
         ("lowbit.quant.numerics", "from lowbit.quant import SOMETHING"),
         ("lowbit.quant.algos.awq", "from lowbit.quant.kernels.registry import KERNELS"),
         ("lowbit.quant.linear", "import lowbit.quant._C"),

@@ -21,6 +21,7 @@ FORMATS_AND_SCHEMES = [
     ("compressed-tensors", "int8-channel"),
     ("compressed-tensors", "int8-channel-a8token"),
     ("compressed-tensors", "int8-channel-a8tensor"),
+    ("compressed-tensors", "fp8-channel-afp8token"),
     ("gptq", "int4-g32"),
     ("gptq_v2", "uint4-channel"),
     ("awq", "uint4-g32"),
@@ -44,13 +45,14 @@ def test_logits_are_those_of_the_dequantized_model(ours, tmp_path, fmt, text, fa
     directory = save(make_model(family), tmp_path / "m", torch.bfloat16)
     quantize_files(directory, fmt, text)
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16)
-    kind = ours.Int8Linear if "a8" in text else QLinear
+    kind = ours.DenseLinear if "fp8" in text else ours.Int8Linear if "a8" in text else QLinear
     linears = [module for name, module in model.named_modules() if name.endswith("_proj")]
     assert len(linears) == 14
     assert all(isinstance(module, kind) for module in linears)
     ids = torch.randint(0, 256, (2, 12), generator=torch.Generator().manual_seed(3))
     found, wanted = logits_of(model, ids), logits_of(dense(directory), ids)
-    assert (found - wanted).norm() < 0.03 * wanted.norm()
+    slack = 2 if "fp8" in text else 1  # an input that bfloat16 moves past a tie of fp8 changes by 6%
+    assert (found - wanted).norm() < 0.03 * slack * wanted.norm()
 
 
 def test_linears_left_alone_stay_transformers_own(ours, tmp_path):
@@ -89,7 +91,7 @@ def test_a_linear_that_the_model_does_not_have_is_named(ours, tmp_path):
 def test_what_our_readers_do_not_know_is_left_to_transformers(ours):
     floats = {
         "quant_method": "compressed-tensors",
-        "config_groups": {"g": {"targets": ["Linear"], "weights": {"type": "float", "num_bits": 8, "symmetric": True}}},
+        "config_groups": {"g": {"targets": ["Linear"], "weights": {"type": "float", "num_bits": 4, "symmetric": True}}},
     }
     assert not ours.is_read_here(floats)
     assert not ours.is_read_here({"quant_method": "bitsandbytes"})

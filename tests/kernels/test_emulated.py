@@ -38,6 +38,7 @@ from lowbit.quant.kernels.packed import PackedWeight
 from lowbit.quant.kernels.problem import PART, Call, Deferred, NextNorm, Problem, Rotary, check, problem_of
 from lowbit.quant.kernels.row_norm import Rows
 from lowbit.quant.kernels.w8a8 import Int8Call, Int8Weight
+from lowbit.quant.numbers import FP8, INT8, UINT4
 from lowbit.quant.qtensor import QTensor
 from lowbit.quant.scheme import make_scheme
 from tests.kernels.emulator import build
@@ -61,12 +62,13 @@ def library() -> Path:
 def random_weight(pick: random.Random, n: int, k: int, bits: int, dtype: torch.dtype, pair_block: int) -> PackedWeight:
     """Codes, zeros and scales over their whole range; of 4 bits the scales have signs."""
     scheme = make_scheme(bits, pick.choice([size for size in GROUPS if k % size == 0]), pick.random() < 0.5)
-    qtype, groups = scheme.qtype, scheme.groups(k)
-    codes = torch.randint(qtype.min, qtype.max + 1, (n, k)).to(torch.int8 if qtype.signed else torch.uint8)
+    number, groups = scheme.number, scheme.groups(k)
+    low, above = int(number.low), int(number.high) + 1
+    codes = torch.randint(low, above, (n, k)).to(number.storage)
     scales = torch.rand(n, groups) * 0.02 + 0.001
     if bits == 4:
         scales *= torch.randint(0, 2, (n, groups)) * 2 - 1
-    zeros = None if scheme.symmetric else torch.randint(qtype.min, qtype.max + 1, (n, groups), dtype=torch.int32)
+    zeros = None if scheme.symmetric else torch.randint(low, above, (n, groups), dtype=torch.int32)
     return packed.prepack(QTensor(codes, scales.to(dtype), zeros, scheme), dtype, pair_block)
 
 
@@ -246,12 +248,13 @@ def check_gptq(gpu: Gpu, seeds: range) -> None:
         n, b = pick.choice([1, 7, 8, 20]), pick.choice([1, 31, 32, 33, 100, 128])
         factor = torch.triu(torch.randn(b, b) * 0.05) + torch.eye(b) * (0.5 + torch.rand(b))
         scales = (torch.rand(n, b) * 0.2 + 0.1) * (torch.randint(0, 2, (n, b)) * 2 - 1)
-        zeros = torch.randint(0, 16, (n, b)).float()
+        number = pick.choice([UINT4, INT8, FP8])
+        zeros = torch.randint(0, 16, (n, b)).float() * (not number.signed)
         tensors = [gpu.put(tensor, 4) for tensor in (torch.randn(n, b), factor, scales, zeros)]
         gpu.start(seed, (n, b))
         with gpu:
-            codes, errors = gptq_block.gptq_block(*tensors, 0, 15)
-        wanted_codes, wanted_errors = gptq_block.gptq_block(*tensors, 0, 15)
+            codes, errors = gptq_block.gptq_block(*tensors, *number.grid)
+        wanted_codes, wanted_errors = gptq_block.gptq_block(*tensors, *number.grid)
         same = (codes == wanted_codes).all(1)  # the order of two roundings may turn a code, and all that follow
         assert same.float().mean() >= 0.8
         assert torch.allclose(errors[same], wanted_errors[same], atol=1e-4)

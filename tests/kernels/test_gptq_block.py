@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from lowbit.quant.kernels import ops
+from lowbit.quant.numbers import INT4, UINT4
 
 
 def block(n: int, b: int, device: str = "cpu", zero: float = 0.0) -> tuple[torch.Tensor, ...]:
@@ -25,21 +26,21 @@ def block(n: int, b: int, device: str = "cpu", zero: float = 0.0) -> tuple[torch
 )
 def test_what_does_not_fit_is_refused(change, message):
     with pytest.raises(ValueError, match=message):
-        ops.round_block(*change(*block(4, 8)), -8, 7)
+        ops.round_block(*change(*block(4, 8)), INT4)
 
 
 def test_a_block_too_wide_is_refused():
     with pytest.raises(ValueError, match="a block of 129 columns; at most 128 fit"):
-        ops.round_block(*block(2, 129), -8, 7)
+        ops.round_block(*block(2, 129), INT4)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("zero", [0.0, 7.0])
 @pytest.mark.parametrize(("n", "b"), [(1, 128), (7, 128), (64, 96), (300, 33), (4096, 128), (5, 1)])
 def test_the_kernel_rounds_as_the_loop_does(n, b, zero):
-    low, high = (0, 15) if zero else (-8, 7)
-    codes, errors = ops.round_block(*block(n, b, "cuda", zero), low, high)
-    wanted_codes, wanted_errors = ops.round_block(*block(n, b, "cpu", zero), low, high)
+    number = UINT4 if zero else INT4
+    codes, errors = ops.round_block(*block(n, b, "cuda", zero), number)
+    wanted_codes, wanted_errors = ops.round_block(*block(n, b, "cpu", zero), number)
     same = (codes.cpu() == wanted_codes).all(1)
     # a fused multiply-add may tip a value that lies between two codes; the rest of its row then differs rightly
     assert same.float().mean() > 0.98

@@ -10,6 +10,7 @@ from lowbit.errors import CheckpointError
 from lowbit.export import compressed_tensors
 from lowbit.quant.kernels import ops
 from lowbit.quant.kernels.w8a8 import MOST_K, Int8Weight, pack_int8
+from lowbit.quant.numbers import INT8
 from lowbit.quant.numerics import quantize_inputs
 from lowbit.quant.qtensor import QTensor
 from lowbit.quant.scheme import parse_scheme
@@ -18,7 +19,7 @@ from tests.kernels.make import make_int8_weight, make_qtensor, make_x
 
 def expected(x: Tensor, weight: Int8Weight, input_scale: Tensor | None = None) -> Tensor:
     """The product in float64, its inputs rounded by quant.numerics."""
-    codes, scales = quantize_inputs(x, input_scale)
+    codes, scales = quantize_inputs(x, INT8, input_scale)
     return (codes.double() @ weight.codes.double().T) * scales.double() * weight.scales.double()
 
 
@@ -96,7 +97,7 @@ def test_the_operators_pass_opcheck() -> None:
     for args in (
         (x, None, None, *tensors, None, x.new_zeros(3, 16), torch.float16, False),
         (x, None, torch.tensor(0.1), *tensors, x.new_zeros(16), None, torch.float16, True),
-        (*quantize_inputs(x)[:1], torch.ones(3), None, *tensors, None, None, torch.float32, False),
+        (*quantize_inputs(x, INT8)[:1], torch.ones(3), None, *tensors, None, None, torch.float32, False),
     ):
         torch.library.opcheck(torch.ops.lowbit.w8a8_linear.default, args)
 

@@ -7,10 +7,12 @@ from lowbit.quant import numerics
 from lowbit.quant.algos import gptq as module
 from lowbit.quant.algos.gptq import gptq, inverse_factor, output_loss
 from lowbit.quant.kernels import ops
+from lowbit.quant.numbers import INT4
 from lowbit.quant.qtensor import round_to_nearest
-from lowbit.quant.scheme import make_scheme
+from lowbit.quant.scheme import make_scheme, parse_scheme
 
 SCHEMES = [make_scheme(4, 32, True), make_scheme(4, 32, False), make_scheme(8, -1, True), make_scheme(4, -1, True)]
+SCHEMES += [parse_scheme("fp8-channel")]
 F32 = torch.float32
 
 
@@ -38,7 +40,7 @@ def obvious_gptq(w, moment, scheme, damping):
         inverse = torch.linalg.inv(damped[left][:, left])
         scale = scales[:, j // size].double()
         zero = 0.0 if zeros is None else zeros[:, j // size].double()
-        codes[:, j] = ((w[:, j] / scale).round() + zero).clamp(scheme.qtype.min, scheme.qtype.max)
+        codes[:, j] = scheme.number.encode((w[:, j] / scale).float(), None if zeros is None else zero).double()
         error = (w[:, j] - (codes[:, j] - zero) * scale) / inverse[0, 0]
         w[:, left] -= error[:, None] * inverse[0]
         left = left[1:]
@@ -166,7 +168,7 @@ def test_float64_is_the_last_rung(monkeypatch):
 def test_the_block_operator_traces():
     w = torch.randn(8, 32)
     args = (w, torch.linalg.cholesky(moment_of(inputs(32)) + torch.eye(32), upper=True), torch.ones(8, 32))
-    torch.library.opcheck(torch.ops.lowbit.gptq_block, (*args, torch.zeros(8, 32), -8, 7))
-    codes, errors = ops.round_block(*args, torch.zeros(8, 32), -8, 7)
+    torch.library.opcheck(torch.ops.lowbit.gptq_block, (*args, torch.zeros(8, 32), *INT4.grid))
+    codes, errors = ops.round_block(*args, torch.zeros(8, 32), INT4)
     assert -8 <= codes.min() <= codes.max() <= 7
     assert torch.equal(errors[:, 0], (w[:, 0] - codes[:, 0]) / args[1][0, 0])

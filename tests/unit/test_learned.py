@@ -5,10 +5,11 @@ import torch
 
 from lowbit.quant import numerics
 from lowbit.quant.algos.learned import OFFSET_LIMIT, LearnedWeight
+from lowbit.quant.numbers import round_to_grid
 from lowbit.quant.qtensor import round_to_nearest
-from lowbit.quant.scheme import make_scheme
+from lowbit.quant.scheme import make_scheme, parse_scheme
 
-SCHEMES = [make_scheme(4, 32, True), make_scheme(4, 32, False), make_scheme(8, -1, True)]
+SCHEMES = [make_scheme(4, 32, True), make_scheme(4, 32, False), make_scheme(8, -1, True), parse_scheme("fp8-channel")]
 F32 = torch.float32
 
 
@@ -17,8 +18,12 @@ def test_it_starts_at_nearest(scheme):
     w = torch.randn(12, 64)
     weight = LearnedWeight(w, scheme, torch.bfloat16).rounded()
     wanted = round_to_nearest(w, scheme, torch.bfloat16)
-    assert torch.equal(weight.codes, wanted.codes)
+    assert torch.equal(weight.values(), wanted.values())
     assert torch.equal(weight.scales, wanted.scales)
+
+
+def rounded(values, number):
+    return round_to_grid(values.clone(), number.fineness, number.least)
 
 
 def straight_through(w, offsets, shrink, scheme, gradient):
@@ -29,12 +34,15 @@ def straight_through(w, offsets, shrink, scheme, gradient):
     scale = numerics.grouped(w, scheme).mul(0) + (base * shrink).unsqueeze(-1)
     scale = scale.reshape(w.shape)
     zero = 0.0 if zeros is None else zeros.repeat_interleave(w.shape[1] // zeros.shape[1], 1)
-    position = w / scale + offsets
-    position = position + (position.round() - position).detach()
-    codes = (position + zero).clamp(scheme.qtype.min, scheme.qtype.max)
+    spacing = scheme.number.spacing((w / scale).detach())
+    position = w / scale + offsets * spacing
+    position = position + (rounded(position.detach(), scheme.number) - position).detach()
+    codes = (position + zero).clamp(scheme.number.low, scheme.number.high)
     ((codes - zero) * scale * gradient).sum().backward()
-    # multipliers act by their share of the scale, so their gradients are those of the scale's logarithm
-    return tuple((g / g.abs().mean()).clamp(-1, 1) for g in (offsets.grad, shrink.grad * shrink.detach()))
+    # multipliers act by their share of the scale, so their gradients are those of the scale's logarithm; offsets by the
+    # loss's slope over its curvature, which goes with the square of a step
+    found = offsets.grad / spacing**2, shrink.grad * shrink.detach() * scheme.number.is_integer
+    return tuple((g / g.abs().mean().clamp(min=1e-30)).clamp(-1, 1) for g in found)
 
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)

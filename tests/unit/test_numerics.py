@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from lowbit.quant import numerics
+from lowbit.quant.numbers import INT8
 from lowbit.quant.scheme import make_scheme
 
 SYMMETRIC = [make_scheme(4, 32, True), make_scheme(8, 32, True), make_scheme(4, -1, True), make_scheme(8, -1, True)]
@@ -198,5 +199,5 @@ def test_compressed_tensors_own_parameters_agree():
 
 
 def test_inputs_beyond_a_given_scale_end_at_the_codes_of_int8():
-    codes, _ = numerics.quantize_inputs(torch.tensor([-1000.0, -128.4, 126.5, 127.5]), torch.tensor(1.0))
+    codes, _ = numerics.quantize_inputs(torch.tensor([-1000.0, -128.4, 126.5, 127.5]), INT8, torch.tensor(1.0))
     assert codes.tolist() == [-128, -128, 126, 127]

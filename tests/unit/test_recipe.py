@@ -108,12 +108,12 @@ def test_defaults_of_every_method():
         recipe = complete_recipe({"method": name})
         assert recipe.method == name
         assert recipe.symmetric
-        needs_data = name not in ("int8", "rtn")
+        needs_data = name not in ("int8", "fp8", "rtn")
         assert (recipe.dataset is not None) == needs_data
         assert (recipe.num_samples > 0) == (recipe.seqlen > 0) == needs_data
-    assert str(complete_recipe({"method": "int8"}).scheme) == "int8-channel"
-    assert str(complete_recipe({"method": "awq"}).scheme) == "int4-g128"
-    assert str(complete_recipe({"method": "rtn"}).scheme) == "int4-g128"
+    assert str(complete_recipe({"method": "int8"}).default_scheme) == "int8-channel"
+    assert str(complete_recipe({"method": "awq"}).default_scheme) == "int4-g128"
+    assert str(complete_recipe({"method": "rtn"}).default_scheme) == "int4-g128"
     assert complete_recipe({}).method == "awq"
 
 
@@ -133,7 +133,7 @@ def test_a_method_without_calibration_forgets_the_data():
         ({"method": "awk"}, "unknown method 'awk'; did you mean 'awq'"),
         ({"method": "int8", "bits": 4}, "method int8 is 8 bits"),
         ({"method": "int8", "group_size": 128}, "--method rtn --bits 8"),
-        ({"method": "int8", "symmetric": False}, "method int8 is symmetric"),
+        ({"method": "int8", "symmetric": False}, "method int8 is int8-channel; for uint8-channel use"),
         ({"method": "rtn", "bits": 3}, "no 3-bit type"),
         ({"method": "awq", "group_size": 48}, "group size 48"),
         ({"method": "awq", "num_samples": 0}, "0 samples of 512 tokens"),

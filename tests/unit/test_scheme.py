@@ -1,19 +1,28 @@
-"""quant/qtypes.py and quant/scheme.py: what can be said, and what cannot."""
+"""quant/numbers.py and quant/scheme.py: what can be said, and what cannot."""
 
 import pytest
 
-from lowbit.quant.qtypes import INT4, INT8, QTYPES, UINT4, UINT8, qtype_of
-from lowbit.quant.scheme import Activations, PerChannel, PerGroup, Scheme, fitting_group_size, make_scheme, parse_scheme
+from lowbit.quant.numbers import FP8, INT4, INT8, NUMBERS, UINT4, UINT8, float_of, integer_of
+from lowbit.quant.scheme import (
+    INPUTS,
+    PerChannel,
+    PerGroup,
+    Scheme,
+    Side,
+    fitting_group_size,
+    make_scheme,
+    parse_scheme,
+)
 
 
 @pytest.mark.parametrize(
-    ("qtype", "low", "high", "bias"),
-    [(INT4, -8, 7, 8), (INT8, -128, 127, 128), (UINT4, 0, 15, 0), (UINT8, 0, 255, 0)],
+    ("number", "low", "high", "bias"),
+    [(INT4, -8, 7, 8), (INT8, -128, 127, 128), (UINT4, 0, 15, 0), (UINT8, 0, 255, 0), (FP8, -448, 448, 448)],
 )
-def test_a_type_knows_its_limits(qtype, low, high, bias):
-    assert (qtype.min, qtype.max, qtype.bias) == (low, high, bias)
-    assert QTYPES[qtype.name] is qtype
-    assert qtype_of(qtype.bits, qtype.signed) is qtype
+def test_a_number_knows_its_limits(number, low, high, bias):
+    assert (number.low, number.high, number.bias) == (low, high, bias)
+    assert NUMBERS[number.name] is number
+    assert (integer_of(number.bits, number.signed) if number.is_integer else float_of(number.bits)) is number
 
 
 @pytest.mark.parametrize("bits", [0, 2, 3, 5, 6, 7, 16])
@@ -69,22 +78,37 @@ def test_text_form_keeps_the_rules_of_groups():
         parse_scheme("int4-g48")
 
 
-@pytest.mark.parametrize("activations", list(Activations))
-def test_quantized_activations_go_with_int8_channels_alone(activations):
-    scheme = Scheme(INT8, PerChannel(), activations)
+@pytest.mark.parametrize("ending", INPUTS)
+def test_quantized_inputs_go_with_channels_of_the_same_number_alone(ending):
+    inputs = INPUTS[ending]
+    scheme = Scheme(Side(inputs.number, PerChannel()), inputs)
     assert parse_scheme(str(scheme)) == scheme
-    assert str(scheme) == f"int8-channel-{activations.value}"
-    with pytest.raises(ValueError, match="symmetric 8-bit weights"):
-        Scheme(INT4, PerChannel(), activations)
-    with pytest.raises(ValueError, match="symmetric 8-bit weights"):
-        Scheme(INT8, PerGroup(64), activations)
+    assert str(scheme) == f"{inputs.number.name}-channel-{ending}"
+    assert scheme.static_inputs == ending.endswith("tensor")
+    with pytest.raises(ValueError, match="weights of the same number, one scale per channel"):
+        Scheme(Side(INT4, PerChannel()), inputs)
+    with pytest.raises(ValueError, match="weights of the same number, one scale per channel"):
+        Scheme(Side(inputs.number, PerGroup(64)), inputs)
+
+
+def test_a_short_name_stands_for_a_whole_scheme():
+    scheme = parse_scheme("fp8")
+    assert str(scheme) == "fp8-channel-afp8token"
+    assert (scheme.number, scheme.group_size, scheme.symmetric) == (FP8, -1, True)
+
+
+def test_zeros_come_and_go_with_integers_alone():
+    assert str(parse_scheme("int4-g64").with_zeros(True)) == "uint4-g64"
+    assert str(parse_scheme("uint4-g64").with_zeros(False)) == "int4-g64"
+    for text in ("fp8-channel", "int8-channel-a8token"):
+        assert str(parse_scheme(text).with_zeros(True)) == text
 
 
 def test_groups_of_a_row():
-    assert Scheme(INT4, PerGroup(32)).groups(96) == 3
-    assert Scheme(INT4, PerChannel()).groups(97) == 1
+    assert make_scheme(4, 32, True).groups(96) == 3
+    assert make_scheme(4, -1, True).groups(97) == 1
     with pytest.raises(ValueError, match="100 inputs do not divide into groups of 32"):
-        Scheme(INT4, PerGroup(32)).groups(100)
+        make_scheme(4, 32, True).groups(100)
 
 
 def test_stored_bits_count_scales_and_zeros():

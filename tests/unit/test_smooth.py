@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from lowbit.quant.algos.smooth import ALPHAS, search_alpha, smoothing_scales
+from lowbit.quant.numbers import INT8
 from lowbit.quant.numerics import fake_quantize, fake_quantize_inputs, quantize_inputs
 from lowbit.quant.scheme import make_scheme
 
@@ -32,7 +33,7 @@ def layer() -> tuple[torch.Tensor, torch.Tensor]:
 def loss_under(scales: torch.Tensor | None) -> float:
     x, w = layer()
     moved = torch.ones(64) if scales is None else scales
-    y = fake_quantize_inputs(x / moved) @ fake_quantize(w * moved, W8, torch.float32).T
+    y = fake_quantize_inputs(x / moved, INT8) @ fake_quantize(w * moved, W8, torch.float32).T
     return float((y - x @ w.T).square().mean())
 
 
@@ -58,16 +59,16 @@ def test_nothing_is_moved_where_nothing_helps():
 
 def test_int8_inputs_by_hand():
     x = torch.tensor([[127.0, 0.5, -1.5, 2.5], [0.0, 0.0, 0.0, 0.0]])
-    codes, scales = quantize_inputs(x)
+    codes, scales = quantize_inputs(x, INT8)
     assert codes.tolist() == [[127, 0, -2, 2], [0, 0, 0, 0]]
     assert scales.tolist() == [[1.0], [1.0]]
-    static, _ = quantize_inputs(x, torch.tensor(0.5))
+    static, _ = quantize_inputs(x, INT8, torch.tensor(0.5))
     assert static.tolist() == [[127, 1, -3, 5], [0, 0, 0, 0]]
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_rounding_inputs_keeps_their_dtype_and_loses_little(dtype):
     x = torch.randn(5, 64).to(dtype)
-    rounded = fake_quantize_inputs(x)
+    rounded = fake_quantize_inputs(x, INT8)
     assert rounded.dtype == dtype
     assert (rounded.float() - x.float()).abs().max() <= x.float().abs().max() * (0.5 / 127 + 2**-8)

@@ -196,6 +196,7 @@ void bind_gptq(py::module_& module) {
   bind_pointer(args, "errors", &Args::errors);
   args.def_readwrite("n", &Args::n).def_readwrite("columns", &Args::columns);
   args.def_readwrite("low", &Args::low).def_readwrite("high", &Args::high);
+  args.def_readwrite("fineness", &Args::fineness).def_readwrite("least", &Args::least);
   module.def("gptq_block", &gptq_block);
 }
 

@@ -21,6 +21,14 @@ __device__ void load_row(const void* row_of, int64_t first, int columns, int lan
   }
 }
 
+// The value nearest to `x`, which is in units of a scale: quant/numbers.py's round_to_grid.
+__device__ float on_grid(float x, const GptqBlockArgs& args) {
+  if (args.fineness == 0.f) return rintf(x);
+  const float power = __int_as_float(__float_as_int(x) & 0x7f800000);
+  const float spacing = fmaxf(power * args.fineness, args.least);
+  return rintf(__fdiv_rn(x, spacing)) * spacing;
+}
+
 __global__ void gptq_block_kernel(const __grid_constant__ GptqBlockArgs args) {
   LOWBIT_DYNAMIC_SHARED(float, factor);
   const int columns = args.columns, lane = threadIdx.x % 32;
@@ -41,7 +49,7 @@ __global__ void gptq_block_kernel(const __grid_constant__ GptqBlockArgs args) {
       if (j >= columns) break;
       const float value = __shfl_sync(~0u, w[turn], from);
       const float step = __shfl_sync(~0u, scale[turn], from), offset = __shfl_sync(~0u, zero[turn], from);
-      const float chosen = fminf(fmaxf(rintf(__fdiv_rn(value, step)) + offset, args.low), args.high);
+      const float chosen = fminf(fmaxf(on_grid(__fdiv_rn(value, step), args) + offset, args.low), args.high);
       const float pushed = __fdiv_rn(__fsub_rn(value, __fmul_rn(chosen - offset, step)), factor[j * columns + j]);
       if (lane == from) code[turn] = chosen, error[turn] = pushed;
 #pragma unroll

@@ -13,7 +13,9 @@ struct GptqBlockArgs {
   void* codes;          // (n, columns)
   void* errors;         // (n, columns)
   int n, columns;
-  float low, high;  // limits of the codes
+  float low, high;        // limits of the codes
+  float fineness, least;  // a float's steps: the power of two at or below a value times `fineness`, `least` at least;
+                          // fineness 0: integers
 };
 
 constexpr int kGptqColumns = 128;  // most columns of a block
