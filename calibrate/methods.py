@@ -94,7 +94,7 @@ def complete_recipe(values: dict[str, Any]) -> Recipe:
 
     RecipeError where the values contradict the method or no format can hold them.
     """
-    method = find_method(values.get("method", Recipe.method))
+    method = find_method(Recipe().merged(values).method)
     recipe = Recipe().merged({"method": method.name, **method.settings}).merged(values)
     _require_known(recipe)
     _require_schemes(recipe)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from lowbit.arguments import typed
 from lowbit.engine.beam import run_beams
 from lowbit.engine.cache import Cache
 from lowbit.engine.decoder import Decoder
@@ -33,6 +34,7 @@ class Engine:
         self.decoder, self.tokenizer, self.options = decoder, tokenizer, options
         self.spaces, self.lock = Workspaces(decoder, options), threading.Lock()
 
+    @typed(EngineError)
     def generate(
         self, prompts: Prompt | Sequence[Prompt], sampling: Sampling | Sequence[Sampling] | None = None, **changes: Any
     ) -> list[Completion]:
@@ -45,6 +47,7 @@ class Engine:
             pass
         return [request.completion() for request in requests]
 
+    @typed(EngineError)
     def stream(
         self, prompts: Prompt | Sequence[Prompt], sampling: Sampling | Sequence[Sampling] | None = None, **changes: Any
     ) -> Iterator[Piece]:
@@ -52,7 +55,7 @@ class Engine:
         return self.serve(self.requests(prompts, sampling, **changes))
 
     def chat(
-        self, messages: Sequence[Mapping[str, str]], sampling: Sampling | None = None, **changes: Any
+        self, messages: Sequence[Mapping[str, Any]], sampling: Sampling | None = None, **changes: Any
     ) -> Completion:
         """The assistant's answer to a conversation, by the model's chat template.
 
@@ -61,12 +64,14 @@ class Engine:
         [answer] = self.generate(self.encode_chat(messages), sampling, **changes)
         return answer
 
+    @typed(EngineError)
     def encode(self, text: str) -> list[int]:
         """The tokens of a prompt, as the tokenizer makes them."""
         with self.lock:
             return list(self.require_tokenizer()(text, verbose=False).input_ids)
 
-    def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+    @typed(EngineError)
+    def encode_chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
         """The tokens of a conversation by the model's chat template, the assistant's turn begun.
 
         messages  [{"role": "user", "content": "..."}]
@@ -179,11 +184,14 @@ class Engine:
                 yield from run_lookup(space.runner(1, 1, length), space.runner(1 + drafts, 1, length), request)
 
     @torch.inference_mode()
+    @typed(EngineError)
     def logits(self, ids: Tensor | Sequence[Sequence[int]]) -> Tensor:
         """Logits (B, T, vocabulary) float32 for token ids (B, T): row t is what follows tokens 0 to t.
 
         EngineError where T exceeds the engine's context, or where an id is no token.
         """
+        if isinstance(ids, Tensor) and (ids.ndim != 2 or ids.is_floating_point()):
+            raise EngineError(f"token ids of shape (B, T) are needed, not {ids.dtype} of shape {list(ids.shape)}")
         rows = ids.tolist() if isinstance(ids, Tensor) else [list(row) for row in ids]
         if not rows or len({len(row) for row in rows}) != 1:
             raise EngineError(f"token ids of shape (B, T) are needed, not {len(rows)} rows of different lengths")

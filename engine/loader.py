@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from lowbit.arguments import typed
 from lowbit.engine.architecture import Architecture
 from lowbit.engine.decoder import Decoder
 from lowbit.engine.engine import Engine
@@ -17,12 +18,14 @@ from lowbit.engine.weights import HALF, Settings, load_weights
 from lowbit.errors import CheckpointError, DeviceError, UsageError
 from lowbit.export.checkpoint import Checkpoint, open_checkpoint
 from lowbit.export.plain import read_json
+from lowbit.models.devices import check_device
 from lowbit.models.source import Source, model_directory, open_source
 from lowbit.quant.kernels.extension import reason_against_device
 
 DEFAULT_CONTEXT = 4096
 
 
+@typed()
 def load(
     name: str | Path,
     device: str = "auto",
@@ -48,10 +51,12 @@ def load(
     Raises CheckpointError for a family that is not known (the known are listed) and for files that are damaged or
     contradict their configuration.
     """
+    if dtype is not None and dtype not in (torch.float32, *HALF):
+        raise UsageError(f"dtype {dtype}: float32, float16 or bfloat16 is what activations are computed in")
     directory = model_directory(str(name))
     checkpoint = open_checkpoint(directory)
     family = family_of(checkpoint)
-    place = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    place = torch.device(check_device(device))
     kind = dtype or default_dtype(checkpoint, place)
     require_build(place)
     require_memory(checkpoint, place)

@@ -1,8 +1,10 @@
 """What a request asks for, and what it gets."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from lowbit.arguments import require_types
 from lowbit.errors import EngineError
 
 LONGEST_BAD_WORD = 8  # tokens
@@ -39,10 +41,10 @@ class Sampling:
     repetition_penalty: float = 1.0
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
-    stop: tuple[str, ...] = ()
-    stop_tokens: tuple[int, ...] = ()
+    stop: Sequence[str] = ()
+    stop_tokens: Sequence[int] = ()
     ignore_eos: bool = False
-    bad_words: tuple[str | tuple[int, ...], ...] = ()
+    bad_words: Sequence[str | Sequence[int]] = ()
     seed: int | None = None
     beams: int = 1
     length_penalty: float = 1.0
@@ -51,6 +53,7 @@ class Sampling:
     lookup: int = 0
 
     def __post_init__(self) -> None:
+        require_types(vars(self), Sampling, EngineError)
         reason = self.reason_against()
         if reason:
             raise EngineError(reason)
@@ -81,8 +84,6 @@ class Sampling:
         blank = next((word for word in self.bad_words if isinstance(word, str) and not word.strip()), None)
         if blank is not None:
             return f"bad word {blank!r} is white space, which stands within most tokens: give tokens instead"
-        if not all(isinstance(word, str) for word in self.stop):
-            return f"stop is {self.stop!r}: a list of strings is needed; tokens go to stop_tokens"
         if self.lookup and (self.temperature or self.penalized or self.beams > 1 or self.logprobs is not None):
             return "lookup checks drafts greedily: it goes with no temperature, penalty, beams or logprobs"
         if self.beams > 1 and (self.temperature or self.logprobs is not None):

@@ -10,9 +10,13 @@ def check_device(device: str) -> str:
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        kind = torch.device(device).type
+        named = torch.device(device)
     except RuntimeError:
         raise DeviceError(f"device {device!r}: write cpu, cuda, or cuda:1") from None
-    if kind == "cuda" and not torch.cuda.is_available():
+    if named.type not in ("cpu", "cuda"):
+        raise DeviceError(f"device {device!r}: nothing here computes on {named.type}; write cpu, cuda, or cuda:1")
+    if named.type == "cuda" and not torch.cuda.is_available():
         raise DeviceError(f"device {device!r}: torch {torch.__version__} sees no GPU here; use --device cpu")
+    if named.type == "cuda" and (named.index or 0) >= torch.cuda.device_count():
+        raise DeviceError(f"device {device!r}: there are {torch.cuda.device_count()} GPUs, counted from cuda:0")
     return device

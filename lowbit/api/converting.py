@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lowbit import __version__
+from lowbit.arguments import typed
 from lowbit.calibrate.plan import unquantized_linears
 from lowbit.errors import RecipeError
 from lowbit.export.card import note_conversion
@@ -41,6 +42,7 @@ class Converted:
     conversion: Conversion
 
 
+@typed()
 def convert(
     checkpoint: str | Path,
     output: str | Path,

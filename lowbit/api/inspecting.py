@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from lowbit.arguments import typed
 from lowbit.calibrate.plan import unquantized_linears
 from lowbit.export.checkpoint import verify_checksums
 from lowbit.export.formats import LogicalTensors
@@ -12,6 +13,7 @@ from lowbit.models.skeleton import Skeleton, open_skeleton
 from lowbit.models.source import open_source
 
 
+@typed()
 def inspect(checkpoint: str | Path, *, check: bool = False, trust_remote_code: bool = False) -> Inspection:
     """Schemes, sizes, coverage of `checkpoint`, and which engines run it with which kernels.
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lowbit import __version__
+from lowbit.arguments import typed
 from lowbit.calibrate import ranks
 from lowbit.calibrate.budget import average_bits, spend
 from lowbit.calibrate.data import CalibrationSet, builtin_text, calibration_tokens
@@ -117,6 +118,7 @@ def ignore(event: Event) -> None:
     """Report nothing."""
 
 
+@typed()
 def quantize(
     model: str | Path,
     output: str | Path | None = None,

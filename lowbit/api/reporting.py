@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from lowbit.arguments import typed
 from lowbit.errors import UsageError
 from lowbit.evaluation.record import replace_text
 from lowbit.evaluation.report.compare import comparison
@@ -13,6 +14,7 @@ from lowbit.evaluation.report.page import render, render_comparison
 from lowbit.export.checkpoint import refresh_sums
 
 
+@typed()
 def report(
     *checkpoints: str | Path, output: str | Path | None = None, rows: Sequence[dict[str, Any]] = ()
 ) -> tuple[Path, ...]:

@@ -30,7 +30,7 @@ def model(tmp_path_factory):
         ([[1]], {"min_new_tokens": 9, "max_new_tokens": 8}, "min_new_tokens is 9: it must lie between 0 and 8"),
         ([[1]], {"stop": "end"}, "stop is 'end': a list"),
         ([[1]], {"stop": ("",)}, "strings that are not empty"),
-        ([[1]], {"stop": (7,)}, "tokens go to stop_tokens"),
+        ([[1]], {"stop": (7,)}, r"stop is \(7,\): Sequence\[str\] is needed"),
         ([[1]], {"stop_tokens": (999,)}, "stop token 999 is none of the model's 260"),
         ([[1]], {"bad_words": ((1,) * 9,)}, "has 9 tokens; at most 8"),
         ([[1]], {"bad_words": ((-4,),)}, "token -4 of a bad word"),
