@@ -9,6 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lowbit.api.converting import convert as convert
+    from lowbit.api.evaluating import divergence as divergence
+    from lowbit.api.evaluating import evaluate as evaluate
+    from lowbit.api.evaluating import perplexity as perplexity
     from lowbit.api.inspecting import inspect as inspect
     from lowbit.api.quantizing import quantize as quantize
     from lowbit.api.reporting import report as report
@@ -23,8 +26,11 @@ _PUBLIC = {
     "Recipe": "lowbit.quant.recipe",
     "Sampling": "lowbit.engine.sampling",
     "convert": "lowbit.api.converting",
+    "divergence": "lowbit.api.evaluating",
+    "evaluate": "lowbit.api.evaluating",
     "inspect": "lowbit.api.inspecting",
     "load": "lowbit.engine.loader",
+    "perplexity": "lowbit.api.evaluating",
     "quantize": "lowbit.api.quantizing",
     "report": "lowbit.api.reporting",
 }

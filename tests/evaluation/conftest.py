@@ -40,5 +40,5 @@ def int4(models: ModelOf, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty cache of this test's own."""
     directory = tmp_path / "lowbit-cache"
-    monkeypatch.setattr("lowbit.commands.eval_session.cache_dir", lambda: directory)
+    monkeypatch.setattr("lowbit.api.session.cache_dir", lambda: directory)
     return directory

@@ -149,14 +149,14 @@ def test_an_interruption_says_what_was_kept(models, monkeypatch):
     def interrupted(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("lowbit.commands.quantize_eval.score_text", interrupted)
+    monkeypatch.setattr("lowbit.api.evaluating.score_text", interrupted)
     done = run_quantize_eval("perplexity", models("llama")[1], "--context", 64, "--windows", 1)
     assert done.code == 130
     assert "goes on from there" in done.err
 
 
 def test_a_cache_that_cannot_be_written_is_gone_without(models, monkeypatch):
-    monkeypatch.setattr("lowbit.commands.eval_session.cache_dir", lambda: Path("/proc/nowhere/lowbit"))
+    monkeypatch.setattr("lowbit.api.session.cache_dir", lambda: Path("/proc/nowhere/lowbit"))
     done = run_quantize_eval("perplexity", models("llama")[1], "--context", 64, "--windows", 2)
     assert done.code == 0, done.err
     [note] = [line for line in done.out.splitlines() if line.startswith("note: ")]

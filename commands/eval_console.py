@@ -1,0 +1,73 @@
+"""Options and output that the subcommands of `quantize-eval` share."""
+
+import json
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from lowbit.api.session import DTYPES, Event, Note, Scored, Step
+from lowbit.commands.common import make_console
+from lowbit.evaluation.backend import BACKENDS
+from lowbit.evaluation.perplexity import Score
+
+
+class Printer:
+    """Prints notes and scores as they come; a bar with the time that is left, on a terminal alone."""
+
+    def __init__(self) -> None:
+        self.console = make_console()
+        shown = Console(file=sys.stderr)
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+        times = (TimeElapsedColumn(), TimeRemainingColumn())
+        self.bar = Progress(*columns, *times, console=shown, transient=True, disable=not shown.is_terminal)
+        self.task = self.bar.add_task("", total=None)
+
+    def __call__(self, event: Event) -> None:
+        if isinstance(event, Step):
+            self.bar.start()
+            self.bar.update(self.task, description=event.title, completed=event.done, total=event.total)
+            return
+        self.bar.stop()
+        if isinstance(event, Note):
+            self.console.print(f"note: {event.text}", markup=False)
+        elif isinstance(event, Scored):
+            self.console.print(_line(event.score))
+
+    def last(self, row: dict[str, Any]) -> None:
+        """Print `row` as JSON: the last line."""
+        self.bar.stop()
+        click.echo(json.dumps(row))
+
+
+def _line(score: Score) -> str:
+    return (
+        f"{score.model}: perplexity {score.perplexity:.4f} (loss {score.nll:.5f}) on {score.tokens} tokens, "
+        f"{len(score.window_nll)} windows of {score.context}; {score.protocol}; {score.backend}"
+    )
+
+
+def setup_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The options and the argument of every subcommand; they arrive as the keywords of lowbit.api.session.Setup."""
+    options = (
+        click.argument("checkpoint"),
+        click.option("--baseline", help="Model measured in the same run: directory, hub id, or demo."),
+        click.option(
+            "--backend",
+            type=click.Choice(["auto", *BACKENDS]),
+            default="auto",
+            show_default=True,
+            help="What computes; auto is transformers, or blocks where memory is short.",
+        ),
+        click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1."),
+        click.option("--dtype", type=click.Choice(list(DTYPES)), default="float32", show_default=True),
+        click.option("--trust-remote-code", is_flag=True, help="Run Python code that the model brings."),
+        click.option("--cache/--no-cache", "keep", default=True, help="Go on where an earlier run stopped."),
+        click.option("--record", "store", is_flag=True, help="Also write the result into CHECKPOINT."),
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command
