@@ -18,8 +18,9 @@ from lowbit.calibrate.structure import Prober
 from lowbit.calibrate.written import covered
 from lowbit.errors import CheckpointError
 from lowbit.export.engines import EXPERT
+from lowbit.export.survey import checked
 from lowbit.models.placement import Placement
-from lowbit.models.skeleton import Block, LinearSpec, checked
+from lowbit.models.skeleton import Block, LinearSpec
 from lowbit.models.states import States
 from lowbit.models.walk import Walk
 from lowbit.quant.numerics import reason_against_scales

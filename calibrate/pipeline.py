@@ -38,7 +38,8 @@ def run(
     """
     unspent = job.recipe.target_bits is not None and set(job.plan.schemes) - job.plan.named
     assert not unspent, "target bits are spent (calibrate.budget) before a run"
-    verify_checksums(job.source.checkpoint)
+    sums = journal.sums if journal else {}
+    verify_checksums(job.source.checkpoint, sums)
     recipe = replace(job.recipe, calibration_sha256=calibration.sha256 if calibration else None)
     result = Result(job.plan, recipe, job.dtype, source_bytes=job.source.checkpoint.nbytes)
     writer = RecordingWriter(ShardedWriter(output, recipe.max_shard_size), job)
@@ -49,7 +50,7 @@ def run(
     writer.finish()
     _write_companions(job, output, result)
     result.output_bytes = writer.verify(output)
-    require_same_source(job.source.checkpoint, journal.sums if journal else {})
+    require_same_source(job.source.checkpoint, sums)
     (output / UNSEALED_CONFIG).rename(output / config_name)
     return result
 

@@ -8,10 +8,11 @@ beside it, written last, has the file's hash, that of the block before, the hash
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -42,8 +43,11 @@ def journal_of(output: Path) -> Path:
     return place.with_name(f".{place.name}.journal")
 
 
-def key_of(job: Job, calibration: CalibrationSet | None) -> dict[str, Any]:
-    """All that decides a block's bytes, as JSON values: model files by hash, recipe, calibration tokens, programs."""
+def key_of(job: Job, calibration: CalibrationSet | None, sums: Mapping[str, str]) -> dict[str, Any]:
+    """All that decides a block's bytes, as JSON values: model files by hash, recipe, calibration tokens, programs.
+
+    sums  SHA-256 of files that were read already, by name
+    """
     directory = job.source.directory
     files = {entry.path for entry in job.source.checkpoint.entries.values()} | {directory / "config.json"}
     recipe = asdict(replace(job.recipe, calibration_sha256=None))
@@ -51,7 +55,7 @@ def key_of(job: Job, calibration: CalibrationSet | None) -> dict[str, Any]:
         "lowbit": __version__,
         "torch": torch.__version__,
         "device": torch.device(job.device).type,
-        "model": {path.name: sha256_of(path) for path in sorted(files)},
+        "model": {path.name: sums.get(path.name) or sha256_of(path) for path in sorted(files)},
         "calibration": calibration.sha256 if calibration else None,
         "recipe": recipe,
     }
@@ -179,9 +183,16 @@ class Journal:
 
 
 @contextmanager
-def journaled(output: Path, job: Job, calibration: CalibrationSet | None, resume: bool) -> Iterator[Journal]:
+def journaled(
+    output: Path,
+    job: Job,
+    calibration: CalibrationSet | None,
+    resume: bool,
+    sums: Mapping[str, str] = MappingProxyType({}),
+) -> Iterator[Journal]:
     """The journal of a run that writes `output`, for as long as the run lasts.
 
+    sums    SHA-256 of the model's files that were read already, by name
     resume  take up what an interrupted run left; else that is dropped when the first block is finished
 
     It goes where the run ends well or is refused, and stays where the run is interrupted, killed or crashes, or
@@ -191,7 +202,7 @@ def journaled(output: Path, job: Job, calibration: CalibrationSet | None, resume
         yield _followed(output)
         return
     with only_run(output):
-        key = key_of(job, calibration)
+        key = key_of(job, calibration, sums)
         journal = Journal(journal_of(output), key)
         if resume:
             journal.resume()

@@ -10,9 +10,10 @@ from lowbit.calibrate.job import Job
 from lowbit.errors import CheckpointError
 from lowbit.export.checkpoint import UNSEALED_CONFIG, open_checkpoint
 from lowbit.export.formats import FORMATS, LogicalTensors
+from lowbit.export.survey import checked, count_broken
 from lowbit.export.tensorfile import raw_bytes
 from lowbit.export.writer import ShardedWriter
-from lowbit.models.skeleton import Block, checked, count_broken, tied_weights
+from lowbit.models.skeleton import Block, tied_weights
 from lowbit.quant.qtensor import QTensor
 
 

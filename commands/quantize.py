@@ -124,8 +124,7 @@ def quantize(
 ) -> None:
     """Quantize MODEL and write a checkpoint that vLLM, SGLang and transformers load."""
     settings = {key: flags.pop(key) for key in RECIPE_FLAGS}
-    printer = Printer(make_console(), flags.pop("verbose"))
-    with printer.status:
+    with Printer(make_console(), flags.pop("verbose")) as printer:
         done = api.quantize(
             _model_name(model_argument, model),
             output,

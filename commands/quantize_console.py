@@ -4,10 +4,11 @@ import time
 
 import click
 from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.status import Status
 from rich.table import Table
 
-from lowbit.api.quantizing import BlockDone, Calibrated, Completed, Event, Note, Planned, Quantized, Stage
+from lowbit.api.quantizing import BlockDone, Calibrated, Checked, Completed, Event, Note, Planned, Quantized, Stage
 from lowbit.calibrate.data import CalibrationSet
 from lowbit.calibrate.job import Job
 from lowbit.evaluation.perplexity import describe_difference
@@ -22,7 +23,16 @@ class Printer:
     def __init__(self, console: Console, verbose: bool = False) -> None:
         self.console, self.verbose = console, verbose
         self.status = Status("", console=console)
+        columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn()
+        self.checking = Progress(*columns, console=console, disable=not console.is_terminal)
         self.begun = time.monotonic()
+
+    def __enter__(self) -> "Printer":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.status.stop()
+        self.checking.stop()
 
     def __call__(self, event: Event) -> None:
         match event:
@@ -37,6 +47,8 @@ class Printer:
                 self.begun = time.monotonic()
                 self.status.update(text)
                 self.status.start()
+            case Checked():
+                self.check(event)
             case BlockDone():
                 self.block(event)
             case Note(text, warning):
@@ -67,6 +79,16 @@ class Printer:
                 self.console.print(f"  note: {text}", markup=False)
             for line in reading.skipped if self.verbose else ():
                 self.console.print(f"  {reading.label}, {line}", markup=False)
+
+    def check(self, event: Checked) -> None:
+        """How far the reading of the model's files has come: a bar on a terminal."""
+        if not self.checking.tasks:
+            self.status.stop()
+            self.checking.start()
+            self.checking.add_task("checking the model's files", total=event.total)
+        self.checking.update(self.checking.task_ids[0], completed=event.done)
+        if event.done == event.total:
+            self.checking.stop()
 
     def block(self, event: BlockDone) -> None:
         """A finished block: its loss, its time, and the time that is left."""

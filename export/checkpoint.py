@@ -6,6 +6,7 @@ import re
 from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor
@@ -173,8 +174,10 @@ def _check_index(directory: Path, entries: dict[str, TensorEntry]) -> None:
             raise CheckpointError(f"{directory / INDEX_NAME}: {name!r} should be in {file} and is {where}")
 
 
-def verify_checksums(checkpoint: Checkpoint) -> int:
+def verify_checksums(checkpoint: Checkpoint, read: Mapping[str, str] = MappingProxyType({})) -> int:
     """How many weight files were compared with a SHA-256 known for them; a mismatch raises CheckpointError.
+
+    read  SHA-256 of files that were read already, by name
 
     Known sums are those of a SHA256SUMS file in the directory, and of files that are links into a hub cache, where a
     blob's name is its SHA-256.
@@ -186,7 +189,7 @@ def verify_checksums(checkpoint: Checkpoint) -> int:
         expected = sums.get(path.name) or (blob if re.fullmatch(r"[0-9a-f]{64}", blob) else None)
         if expected is None:
             continue
-        actual = sha256_of(path)
+        actual = read.get(path.name) or sha256_of(path)
         if actual != expected:
             raise CheckpointError(
                 f"{path}: SHA-256 is {actual}, {expected} was recorded: the file changed or is damaged; get it again"

@@ -17,11 +17,10 @@ from transformers.pytorch_utils import Conv1D
 
 from lowbit.errors import CheckpointError
 from lowbit.export.formats import LogicalTensors
+from lowbit.export.survey import checked
 from lowbit.models.placement import Conversion, Placement, Reader, bias_of, experts_in, place, tensor_of
 from lowbit.models.source import Source
 from lowbit.quant.numerics import input_rounding
-
-CHECK_ELEMENTS = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -323,23 +322,6 @@ def _put(owner: nn.Module, leaf: str, value: Tensor, device: str, dtype: torch.d
     else:
         held = owner._parameters[leaf] = nn.Parameter(held, requires_grad=False)
     return held
-
-
-def checked(name: str, value: Tensor) -> Tensor:
-    """`value`, which must be finite. CheckpointError names the tensor and counts what is not."""
-    broken = count_broken(value)
-    if broken:
-        raise CheckpointError(
-            f"{name}: {broken} of {value.numel()} values are NaN or infinite; the weights are damaged"
-        )
-    return value
-
-
-def count_broken(value: Tensor) -> int:
-    """How many values are NaN or infinite; counted in pieces, for the largest tensors barely fit once."""
-    if not value.is_floating_point():
-        return 0
-    return sum(int((~torch.isfinite(part)).sum()) for part in value.flatten().split(CHECK_ELEMENTS))
 
 
 def hollow(modules: Iterable[nn.Module], device: str, dtype: torch.dtype) -> None:

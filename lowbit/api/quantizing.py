@@ -29,6 +29,7 @@ from lowbit.export.checkpoint import UNSEALED_CONFIG, seal
 from lowbit.export.files import write_text
 from lowbit.export.formats import FORMATS, describe_schemes
 from lowbit.export.staging import only_run, refuse_output, refuse_to_replace, require_space, staged
+from lowbit.export.survey import survey
 from lowbit.models.devices import check_device
 from lowbit.models.source import Source, open_source
 from lowbit.quant.recipe import Recipe, nearest, read_recipe
@@ -68,6 +69,14 @@ class Stage:
 
 
 @dataclass(frozen=True)
+class Checked:
+    """So many bytes of the model's files, of `total`, were read and found sound."""
+
+    done: int
+    total: int
+
+
+@dataclass(frozen=True)
 class BlockDone:
     """A block is finished, of `total`."""
 
@@ -83,7 +92,7 @@ class Note:
     warning: bool = False
 
 
-Event = Completed | Planned | Calibrated | Stage | BlockDone | Note
+Event = Completed | Planned | Calibrated | Stage | Checked | BlockDone | Note
 OnEvent = Callable[[Event], None]
 
 
@@ -172,10 +181,11 @@ def quantize(
         if target is None or dry_run:
             return _unwritten(job)
         with ranks.leader_first():
+            sums = _surveyed(source, progress) if ranks.leads() else {}
             calibration = _calibration(complete, source, progress)
         job = _spent(job, calibration, progress)
         require_space(target, int(job.output_bytes() * COPIES_ON_DISK) + PAPERS_BYTES)
-        with journaled(target, job, calibration, resume) as journal:
+        with journaled(target, job, calibration, resume, sums) as journal:
             this = _Run(job, calibration, journal, progress)
             if not ranks.leads():
                 return _assisted(this)
@@ -215,6 +225,18 @@ def _complete(recipe: Recipe | Mapping[str, Any] | str | Path | None, settings: 
     if complete.format not in FORMATS:
         raise RecipeError(f"unknown format {complete.format!r}; {nearest(complete.format, FORMATS)}")
     return complete
+
+
+def _surveyed(source: Source, progress: OnEvent) -> dict[str, str]:
+    """The SHA-256 of the model's files, all read and sound."""
+    done = 0
+
+    def told(count: int) -> None:
+        nonlocal done
+        done += count
+        progress(Checked(done, source.checkpoint.nbytes))
+
+    return survey(source.checkpoint, told)
 
 
 def _calibration(recipe: Recipe, source: Source, progress: OnEvent) -> CalibrationSet | None:

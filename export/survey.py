@@ -1,0 +1,96 @@
+"""Every byte of a checkpoint's weights, read once: hashed, and its values held against NaN and infinity."""
+
+import hashlib
+import os
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from threading import Lock
+
+import torch
+from torch import Tensor
+
+from lowbit.errors import CheckpointError, Unfinished
+from lowbit.export.checkpoint import Checkpoint, verify_checksums
+from lowbit.export.files import changed, identity_of, open_regular
+from lowbit.export.tensorfile import TensorEntry
+
+PIECE = 1 << 24  # bytes read at once; a multiple of every dtype's size
+READERS = 4  # files read at the same time: hashing takes a processor each, disks want several requests
+
+
+def survey(checkpoint: Checkpoint, on_bytes: Callable[[int], None] = lambda count: None) -> dict[str, str]:
+    """The SHA-256 of every weight file, by name.
+
+    on_bytes  told how many bytes more were read, by several threads, one at a time
+
+    Raises CheckpointError where a sum is not the one known for the file, and where a value is NaN or infinite, naming
+    the tensor and counting them; Unfinished where a file changes meanwhile.
+    """
+    files: dict[Path, list[TensorEntry]] = {}
+    for entry in checkpoint.entries.values():
+        files.setdefault(entry.path, []).append(entry)
+    told = Lock()
+
+    def tell(count: int) -> None:
+        with told:
+            on_bytes(count)
+
+    with ThreadPoolExecutor(READERS) as readers:
+        read = list(readers.map(lambda path: _read(path, files[path], tell), files))
+    sums = {path.name: digest for path, (digest, _) in zip(files, read, strict=True)}
+    verify_checksums(checkpoint, sums)
+    for _, broken in read:
+        if broken is not None:
+            raise CheckpointError(broken)
+    return sums
+
+
+def _read(path: Path, entries: Iterable[TensorEntry], tell: Callable[[int], None]) -> tuple[str, str | None]:
+    """The SHA-256 of a file, and what is wrong with the first tensor of it that has bad values."""
+    digest, complaint = hashlib.sha256(), None
+    with open_regular(path) as file:
+        for entry in sorted(entries, key=lambda entry: (entry.offset, entry.nbytes)):
+            digest.update(file.read(entry.offset - file.tell()))
+            broken, left = 0, entry.nbytes
+            while left:
+                piece = bytearray(file.read(min(left, PIECE)))
+                if not piece:
+                    raise Unfinished(changed(path))
+                digest.update(piece)
+                broken += count_broken(torch.frombuffer(piece, dtype=torch.uint8).view(entry.dtype))
+                left -= len(piece)
+                tell(len(piece))
+            complaint = complaint or (what_is_broken(entry.name, broken, entry.numel) if broken else None)
+        if identity_of(os.fstat(file.fileno())) != entry.identity:
+            raise Unfinished(changed(path))
+    return digest.hexdigest(), complaint
+
+
+def what_is_broken(name: str, count: int, numel: int) -> str:
+    """A line about a tensor with `count` bad values."""
+    return f"{name}: {count} of {numel} values are NaN or infinite; the weights are damaged"
+
+
+def checked(name: str, value: Tensor) -> Tensor:
+    """`value`, which must be finite. CheckpointError names the tensor and counts what is not."""
+    broken = count_broken(value)
+    if broken:
+        raise CheckpointError(what_is_broken(name, broken, value.numel()))
+    return value
+
+
+def count_broken(value: Tensor) -> int:
+    """How many values are NaN or infinite; counted in pieces, for the largest tensors barely fit once.
+
+    The least and the largest value say for a piece whether there are any, 50 times as fast as looking at each.
+    """
+    if not value.is_floating_point():
+        return 0
+    narrow = value.element_size() == 1  # float8: torch computes nothing with it
+    pieces = (piece.float() if narrow else piece for piece in value.flatten().split(PIECE // value.element_size()))
+    return sum(int((~torch.isfinite(piece)).sum()) for piece in pieces if not _finite(piece))
+
+
+def _finite(piece: Tensor) -> bool:
+    return not piece.numel() or bool(torch.isfinite(torch.stack(torch.aminmax(piece))).all())
