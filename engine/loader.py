@@ -14,13 +14,14 @@ from lowbit.engine.engine import Engine
 from lowbit.engine.families import FAMILIES, Family
 from lowbit.engine.fields import Fields, NotComputed
 from lowbit.engine.options import Options
-from lowbit.engine.weights import HALF, Settings, load_weights
+from lowbit.engine.weights import Settings, load_weights
 from lowbit.errors import CheckpointError, DeviceError, UsageError
 from lowbit.export.checkpoint import Checkpoint, open_checkpoint
 from lowbit.export.plain import read_json
 from lowbit.models.devices import check_device
 from lowbit.models.source import Source, model_directory, open_source
 from lowbit.quant.kernels.extension import reason_against_device
+from lowbit.quant.kernels.weight import HALF
 
 DEFAULT_CONTEXT = 4096
 

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from lowbit.engine.cache import Cache
-from lowbit.engine.decoder import Decoder, Step
+from lowbit.engine.decoder import Decoder
+from lowbit.engine.step import Step
 from lowbit.errors import EngineError
 
 CHUNK = 4096  # rows that go through the layers together; docs/LOG.md, section 31

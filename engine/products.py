@@ -1,53 +1,14 @@
-"""The products of a decoder: over a packed weight (one fused operator), int8 by int8, or dense."""
+"""The products of a layer: a linear with the norm before it and all that is planned at load."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
 from lowbit.quant.kernels import ops
-from lowbit.quant.kernels.packed import PackedWeight
-from lowbit.quant.kernels.problem import ACTIVATIONS, PART, PARTS, Deferred, Problem, place_of
-from lowbit.quant.kernels.reference import activate
+from lowbit.quant.kernels.problem import ACTIVATIONS, Deferred, Rotary
 from lowbit.quant.kernels.registry import defers
 from lowbit.quant.kernels.row_norm import Rows
-from lowbit.quant.kernels.w8a8 import Int8Weight
-from lowbit.quant.numbers import INT8, Number
-from lowbit.quant.numerics import fake_quantize_inputs
-
-
-@dataclass(frozen=True)
-class RoundedInputs:
-    """Inputs are rounded to `number` before the product: by `scale`, or, where it is None, by each token's own."""
-
-    number: Number
-    scale: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class Linear:
-    """y = x W^T + bias; a dense weight is (n, k) in the activations' dtype, an Int8Weight is for int8 inputs.
-
-    next_weight  what the product that follows in a step reads: kernels ask for its first bytes ahead
-    """
-
-    weight: PackedWeight | Int8Weight | Tensor
-    bias: Tensor | None = None
-    inputs: RoundedInputs | None = None
-    next_weight: Tensor | None = None
-
-    @property
-    def bulk(self) -> Tensor | None:
-        """The tensor that is most of what a product reads, where it is one run of memory."""
-        weight = self.weight
-        if isinstance(weight, PackedWeight):
-            return weight.words
-        tensor = weight.codes if isinstance(weight, Int8Weight) else weight
-        return tensor if tensor.is_contiguous() else None
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes that a product reads."""
-        return self.weight.nbytes + (0 if self.bias is None else self.bias.nbytes)
+from lowbit.quant.kernels.weight import ALONE, Epilogue, Hints, Int8, Linear, Weight, activated
 
 
 @dataclass(frozen=True)
@@ -59,10 +20,14 @@ class Norm:
     bias: Tensor | None
     eps: float
 
+    def of(self, rows: Rows) -> Rows:
+        """The rows, normed."""
+        return replace(rows, norm=self.kind, weight=self.weight, bias=self.bias, eps=self.eps)
+
 
 @dataclass(frozen=True)
-class Begun:
-    """A norm of h (m, hidden) that the product which made h has begun: `z` and `deferred` are the next one's inputs."""
+class HalfNorm:
+    """A half-applied RMS norm of h (m, hidden): z = h * its weight; `deferred` is what the next product divides by."""
 
     norm: Norm
     z: Tensor
@@ -71,160 +36,97 @@ class Begun:
 
 @dataclass(frozen=True)
 class Hidden:
-    """h (m, hidden), and its next norm where that was begun."""
+    """h (m, hidden), and its next norm where the product that made h has applied half of it."""
 
     h: Tensor
-    begun: Begun | None = None
+    half: HalfNorm | None = None
 
 
 @dataclass(frozen=True)
-class Reader:
-    """The product that reads what another one makes, and the norm between them."""
+class Consumer:
+    """The product that reads another one's output through an RMS norm, which the two can share."""
+
+    norm: Norm
+    weight: Weight
+
+
+@dataclass(frozen=True)
+class Product:
+    """activation(norm(before(x)) W^T + bias), planned for its place.
+
+    norm      of the input, or None
+    before    an activation of the input, which its rounding to int8 applies on the way
+    after     a norm of the output, or None
+    hints     of the launch
+    consumer  the product that reads the output, where the norm between them may be shared
+    """
 
     linear: Linear
-    norm: Norm | None
+    norm: Norm | None = None
+    activation: str = "none"
+    before: str = "none"
+    after: Norm | None = None
+    float32_out: bool = False
+    hints: Hints = ALONE
+    consumer: Consumer | None = None
+
+    @property
+    def weight(self) -> Weight:
+        return self.linear.weight
+
+    def __call__(self, x: Tensor | Hidden, residual: Tensor | None = None) -> Tensor:
+        """The product (m, n) of x (m, k), plus residual (m, n)."""
+        rows, deferred = self.taken(x)
+        end = Epilogue(self.linear.bias, residual, self.activation, self.float32_out)
+        if self.weight.fuses(self.activation):
+            return self.weight.multiply(rows, end, self.hints, deferred)
+        plain = replace(end, residual=None, activation="none")
+        y = activated(self.weight.multiply(rows, plain, self.hints, deferred), self.activation)
+        return y if residual is None else y + residual
+
+    def onto(self, residual: Tensor, x: Tensor) -> Hidden:
+        """residual + the product of x, the next norm half applied where that saves a launch."""
+        if self.after is not None:
+            y = self(x)
+            return Hidden(residual + ops.normalize(self.after.of(Rows(y, dependent=self.hints.dependent))))
+        if self.consumer is None or not self.shares(self.consumer, len(x)):
+            return Hidden(self(x, residual))
+        rows, _ = self.taken(x)
+        norm, end = self.consumer.norm, Epilogue(self.linear.bias, residual)
+        h, z, squares = self.weight.multiply_beginning(rows, end, self.hints, norm.weight)
+        return Hidden(h, HalfNorm(norm, z, Deferred(squares, norm.eps)))
+
+    def turned(self, x: Hidden, rotary: Rotary) -> Tensor:
+        """q (m, heads * head_dim) turned, of the product that makes q, k and v; k and v go to the cache."""
+        rows, deferred = self.taken(x)
+        return self.weight.multiply_turning(rows, Epilogue(self.linear.bias), self.hints, rotary, deferred)
+
+    def taken(self, x: Tensor | Hidden) -> tuple[Rows, Deferred | None]:
+        """x on its way into the product, and the norm that it still lacks."""
+        if isinstance(x, Hidden):
+            half = x.half
+            if half is not None and half.norm is self.norm and self.linear.inputs is None:
+                return Rows(half.z), half.deferred
+            x = x.h
+        rows = Rows(x, dependent=self.hints.dependent, activation=self.before)
+        return self.linear.rounded(rows if self.norm is None else self.norm.of(rows)), None
+
+    def shares(self, consumer: Consumer, m: int) -> bool:
+        """Whether the kernels for m rows, of this product and of `consumer`, share the norm at a gain."""
+        problems = self.weight.problem(m), consumer.weight.problem(m)
+        return all(problem is not None and defers(problem) for problem in problems)
 
 
-def problem_of(linear: Linear, m: int) -> Problem:
-    """What the kernel for m rows of x is chosen by; the weight is packed or dense."""
-    w = linear.weight
-    if isinstance(w, PackedWeight):
-        return Problem(m, w.n, w.k, w.bits, w.group_size, w.dtype, *place_of(w.words.device))
-    assert isinstance(w, Tensor)
-    n, k = w.shape
-    return Problem(m, n, k, 16, -1, w.dtype, *place_of(w.device))
-
-
-def begins_norm(linear: Linear, reader: Reader, m: int) -> bool:
-    """Whether `linear` shall begin the norm of `reader`: an RMS norm, and kernels on both sides that share it out."""
-    norm, made, read = reader.norm, linear.weight, reader.linear.weight
-    if norm is None or norm.kind != "rms" or norm.bias is not None:
-        return False
-    if not isinstance(made, PackedWeight) or made.n % (PART * PARTS):
-        return False
-    if isinstance(read, Int8Weight) or reader.linear.inputs is not None or norm.weight.dtype != made.dtype:
-        return False
-    return defers(problem_of(linear, m)) and defers(problem_of(reader.linear, m))
-
-
-def beginning_product(x: Tensor, linear: Linear, residual: Tensor, norm: Norm, dependent: bool = False) -> Hidden:
-    """x W^T + bias + residual (m, n), and its norm begun; the weight is packed: see begins_norm."""
-    assert isinstance(linear.weight, PackedWeight)
-    x = prepared(x, linear, None, dependent)
-    sides = linear.bias, residual
-    ahead = linear.next_weight
-    h, z, squares = ops.linear_deferring(x, linear.weight, norm.weight, *sides, dependent=dependent, next_weight=ahead)
-    return Hidden(h, Begun(norm, z, Deferred(squares, norm.eps)))
-
-
-def taken(x: Tensor | Hidden, linear: Linear, norm: Norm | None, dependent: bool) -> tuple[Tensor, Deferred | None]:
-    """x as the product takes it, and what that lacks of the norm."""
-    if isinstance(x, Hidden):
-        begun = x.begun
-        if begun is not None and begun.norm is norm and linear.inputs is None:
-            return begun.z, begun.deferred
-        x = x.h
-    return prepared(x, linear, norm, dependent), None
-
-
-def prepared(x: Tensor, linear: Linear | None, norm: Norm | None, dependent: bool = False) -> Tensor:
-    """x (m, k) as the product takes it: normed, and rounded where the linear says so."""
-    inputs = None if linear is None else linear.inputs
-    if inputs is not None and inputs.number != INT8:  # which no kernel rounds to: plain torch
-        return fake_quantize_inputs(prepared(x, None, norm, dependent), inputs.number, inputs.scale)
-    if norm is None and inputs is None:
-        return x
-    return ops.normalize(rows_of(x, inputs, norm, dependent))
-
-
-def rows_of(
-    x: Tensor, inputs: RoundedInputs | None, norm: Norm | None, dependent: bool, activation: str = "none"
-) -> Rows:
-    """What happens to x (m, k) before a product."""
-    int8 = "none" if inputs is None else "token" if inputs.scale is None else "tensor"
-    scale = None if inputs is None else inputs.scale
-    if norm is None:
-        return Rows(x, int8=int8, input_scale=scale, dependent=dependent, activation=activation)
-    return Rows(x, norm.kind, norm.weight, norm.bias, norm.eps, int8, scale, dependent, activation)
+def consumer_of(made: Linear, reader: Product) -> Consumer | None:
+    """`reader` as the consumer of what `made` makes, where weights and norm are such that they can share the norm."""
+    norm = reader.norm
+    if norm is None or norm.kind != "rms" or norm.bias is not None or reader.linear.inputs is not None:
+        return None
+    if not made.weight.begins_norms or norm.weight.dtype != made.weight.dtype:
+        return None
+    return Consumer(norm, reader.weight)
 
 
 def rounds_late(up: Linear, down: Linear, activation: str) -> bool:
     """Whether `down` takes what `up` makes as it is: its rounding to int8 then applies the activation on the way."""
-    return isinstance(up.weight, Int8Weight) and isinstance(down.weight, Int8Weight) and activation in ACTIVATIONS
-
-
-def product(
-    x: Tensor | Hidden,
-    linear: Linear,
-    norm: Norm | None = None,
-    activation: str = "none",
-    residual: Tensor | None = None,
-    dependent: bool = False,
-    float32_out: bool = False,
-    before: str = "none",
-) -> Tensor:
-    """activation(norm(x) W^T + bias) + residual: x (m, k), residual (m, n); returns (m, n) in x's dtype or float32.
-
-    before  an activation of x itself, where the weight takes int8 inputs: see rounds_late
-    """
-    if isinstance(linear.weight, Int8Weight):
-        rows = rows_of(x.h if isinstance(x, Hidden) else x, linear.inputs, norm, dependent, before)
-        if activation == "none":
-            y = int8_product(rows, linear.weight, linear.bias, residual)
-        else:
-            y = with_residual(activate(int8_product(rows, linear.weight, linear.bias), activation), residual)
-        return y.float() if float32_out else y
-    inputs, deferred = taken(x, linear, norm, dependent)
-    if isinstance(linear.weight, PackedWeight):
-        return ops.linear(
-            inputs,
-            linear.weight,
-            linear.bias,
-            residual,
-            activation=activation,
-            float32_out=float32_out,
-            dependent=dependent,
-            next_weight=linear.next_weight,
-            deferred=deferred,
-        )
-    return ops.dense_linear(
-        inputs,
-        linear.weight,
-        linear.bias,
-        residual,
-        activation=activation,
-        float32_out=float32_out,
-        dependent=dependent,
-        deferred=deferred,
-    )
-
-
-def int8_product(rows: Rows, weight: Int8Weight, bias: Tensor | None, residual: Tensor | None = None) -> Tensor:
-    """The rows, rounded to int8, times W^T, plus bias and residual: (m, n) in the rows' dtype."""
-    codes, scales = ops.quantize_rows(rows)
-    dtype, dependent = rows.x.dtype, rows.dependent
-    return ops.w8a8_linear(codes, weight, bias, residual, x_scales=scales, dtype=dtype, dependent=dependent)
-
-
-def with_residual(y: Tensor, residual: Tensor | None) -> Tensor:
-    """y + residual, where there is one."""
-    return y if residual is None else y + residual
-
-
-def gated_product(
-    x: Tensor | Hidden, linear: Linear, norm: Norm | None, activation: str, dependent: bool = False
-) -> Tensor:
-    """act(gate) * up (m, n / 2): the weight is gate's rows over up's; `activation` is "silu_mul" or "gelu_tanh_mul"."""
-    if isinstance(linear.weight, PackedWeight) and linear.weight.pair_block == linear.weight.n:
-        inputs, deferred = taken(x, linear, norm, dependent)
-        ahead = linear.next_weight
-        return ops.gated_linear(
-            inputs, linear.weight, linear.bias, dependent=dependent, next_weight=ahead, deferred=deferred
-        )
-    if isinstance(linear.weight, Tensor) and activation == "silu_mul":
-        inputs, deferred = taken(x, linear, norm, dependent)
-        return ops.dense_linear(
-            inputs, linear.weight, linear.bias, activation=activation, dependent=dependent, deferred=deferred
-        )
-    gate, up = product(x, linear, norm, dependent=dependent).chunk(2, -1)
-    return activate(gate, activation.removesuffix("_mul")) * up
+    return isinstance(up.weight, Int8) and isinstance(down.weight, Int8) and activation in ACTIVATIONS

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from lowbit.engine.cache import Cache
-from lowbit.engine.decoder import Decoder, Step
+from lowbit.engine.decoder import Decoder
 from lowbit.engine.sampler import Chosen, Sampler
+from lowbit.engine.step import Step
 from lowbit.quant.kernels.choose_tokens import Cursor
 from lowbit.quant.kernels.decode_attention import reason_against
 

@@ -7,9 +7,11 @@ from torch import Tensor
 
 from lowbit.engine.architecture import Architecture, Layer, Rope
 from lowbit.engine.families import NO_ROPE, plain_frequencies
-from lowbit.engine.products import Linear, Norm, RoundedInputs
-from lowbit.engine.weights import LayerWeights, Weights, packed
+from lowbit.engine.layers import build_block
+from lowbit.engine.products import Norm, Product
+from lowbit.engine.weights import Weights
 from lowbit.quant.kernels.packed import TILE_ROWS
+from lowbit.quant.kernels.weight import Dense, Linear, inputs_of, load_weight
 from lowbit.quant.qtensor import QTensor
 from lowbit.quant.scheme import Scheme, parse_scheme
 
@@ -75,14 +77,35 @@ def random_linear(
     """A linear (n, k) whose outputs are about as large as its inputs; dtype and device are those of `like`."""
     zeros = torch.zeros(n, dtype=like.dtype, device=like.device) if bias else None
     if scheme is None:
-        return Linear(torch.randn(n, k, dtype=like.dtype, device=like.device) / k**0.5, zeros)
+        return Linear(Dense(torch.randn(n, k, dtype=like.dtype, device=like.device) / k**0.5), zeros)
     high = int(scheme.number.high)
     codes = torch.randint(-high, high + 1, (n, k), dtype=torch.int8, device=like.device)
     scale = 1.73 / high / k**0.5  # uniform codes deviate by high / sqrt(3)
     scales = torch.full((n, scheme.groups(k)), scale, dtype=like.dtype, device=like.device)
     weight = QTensor(codes, scales, None, scheme)
-    inputs = None if scheme.inputs is None else RoundedInputs(scheme.inputs.number)
-    return Linear(packed(weight, like.dtype, pair_block), zeros, inputs)
+    return Linear(load_weight(weight, like.dtype, pair_block), zeros, inputs_of(weight))
+
+
+class RandomParts:
+    """Random parts of layers without norms of heads or outputs: see layers.Parts."""
+
+    def __init__(self, architecture: Architecture, scheme: Scheme | None, like: Tensor) -> None:
+        self.scheme, self.like, self.biased = scheme, like, architecture.norm == "layer"
+        ones = torch.ones(architecture.hidden, dtype=like.dtype, device=like.device)
+        bias = torch.zeros_like(ones) if self.biased else None
+        self.plain = Norm(architecture.norm, ones, bias, architecture.norm_eps)
+
+    def linear(self, part: str, n: int, k: int, pair_block: int = TILE_ROWS) -> Linear:
+        """See random_linear."""
+        return random_linear(n, k, self.scheme, self.like, pair_block, self.biased)
+
+    def norm(self, part: str) -> Norm | None:
+        """A norm that changes no direction; none of outputs."""
+        return None if part.endswith("out_norm") else self.plain
+
+    def head_norm(self, part: str) -> Tensor | None:
+        """None."""
+        return None
 
 
 def random_weights(
@@ -93,27 +116,9 @@ def random_weights(
     head, fused_append  as in weights.Settings
     """
     a = architecture
-    scheme = None if METHODS[method] is None else parse_scheme(str(METHODS[method]))
-    biased = a.norm == "layer"
-    ones = torch.ones(a.hidden, dtype=like.dtype, device=like.device)
-    norm = Norm(a.norm, ones, torch.zeros_like(ones) if biased else None, a.norm_eps)
-    inner = a.inner * (2 if a.gated else 1)
-
-    def layer() -> LayerWeights:
-        return LayerWeights(
-            attention_norm=norm,
-            qkv=random_linear(a.qkv_rows, a.hidden, scheme, like, a.head_dim if fused_append else TILE_ROWS, biased),
-            q_norm=None,
-            k_norm=None,
-            o=random_linear(a.hidden, a.heads * a.head_dim, scheme, like, bias=biased),
-            attention_out_norm=None,
-            mlp_norm=norm,
-            up=random_linear(inner, a.hidden, scheme, like, inner if a.activation == "silu_mul" else TILE_ROWS, biased),
-            down=random_linear(a.hidden, a.inner, scheme, like, bias=biased),
-            mlp_out_norm=None,
-        )
-
+    parts = RandomParts(a, None if METHODS[method] is None else parse_scheme(str(METHODS[method])), like)
     embedding = torch.randn(a.vocabulary, a.hidden, dtype=like.dtype, device=like.device)
     positions = torch.zeros(a.max_positions, a.hidden, dtype=like.dtype, device=like.device) if a.positions else None
     final = random_linear(a.vocabulary, a.hidden, None if head == "dense" else parse_scheme(head), like)
-    return Weights(embedding, positions, tuple(layer() for _ in a.layers), norm, final)
+    layers = tuple(build_block(parts, a, index, fused_append) for index in range(len(a.layers)))
+    return Weights(embedding, positions, layers, Product(final, parts.norm("norm"), float32_out=True))

@@ -10,33 +10,15 @@ import torch
 from torch import Tensor
 
 from lowbit.engine.architecture import Architecture, Names, Rope
-from lowbit.engine.products import Linear, Norm, RoundedInputs
+from lowbit.engine.layers import Block, build_block
+from lowbit.engine.products import Norm, Product
 from lowbit.errors import CheckpointError
 from lowbit.export.checkpoint import Checkpoint
 from lowbit.export.formats import LogicalTensors
-from lowbit.quant.kernels.packed import TILE_ROWS, PackedWeight, prepack, reason_against_packing
-from lowbit.quant.kernels.w8a8 import Int8Weight, pack_int8
-from lowbit.quant.kernels.w8a8 import reason_against_packing as reason_against_int8
+from lowbit.quant.kernels.packed import TILE_ROWS
+from lowbit.quant.kernels.weight import Linear, inputs_of, load_weight
 from lowbit.quant.qtensor import QTensor, round_to_nearest
 from lowbit.quant.scheme import parse_scheme
-
-HALF = (torch.float16, torch.bfloat16)
-
-
-@dataclass(frozen=True)
-class LayerWeights:
-    """One layer's. A norm that the family lacks is None."""
-
-    attention_norm: Norm
-    qkv: Linear
-    q_norm: Tensor | None
-    k_norm: Tensor | None
-    o: Linear
-    attention_out_norm: Norm | None
-    mlp_norm: Norm | None
-    up: Linear
-    down: Linear
-    mlp_out_norm: Norm | None
 
 
 @dataclass(frozen=True)
@@ -44,13 +26,13 @@ class Weights:
     """A decoder's.
 
     embedding  (vocabulary, hidden); positions (max_positions, hidden) where they are learned
+    head       with the norm before it
     """
 
     embedding: Tensor
     positions: Tensor | None
-    layers: tuple[LayerWeights, ...]
-    norm: Norm
-    head: Linear
+    layers: tuple[Block, ...]
+    head: Product
 
     @property
     def device(self) -> torch.device:
@@ -63,27 +45,8 @@ class Weights:
     @property
     def step_nbytes(self) -> int:
         """Bytes that every decode step reads: all products' weights, the head's included."""
-        return sum(product.nbytes for product in self.products)
-
-    @property
-    def products(self) -> list[Linear]:
-        """All, as a step comes to them."""
-        layers = [product for layer in self.layers for product in (layer.qkv, layer.o, layer.up, layer.down)]
-        return [*layers, self.head]
-
-
-def chained(weights: Weights) -> Weights:
-    """`weights`, each product told what the one after it reads; the head, what the next step's first one does."""
-    products = weights.products
-    following = iter([*products[1:], products[0]])
-
-    def told(product: Linear) -> Linear:
-        return replace(product, next_weight=next(following).bulk)
-
-    def told_of(layer: LayerWeights) -> LayerWeights:
-        return replace(layer, qkv=told(layer.qkv), o=told(layer.o), up=told(layer.up), down=told(layer.down))
-
-    return replace(weights, layers=tuple(told_of(layer) for layer in weights.layers), head=told(weights.head))
+        products = [product for layer in self.layers for product in layer.products]
+        return sum(product.linear.nbytes for product in [*products, self.head])
 
 
 @dataclass(frozen=True)
@@ -120,8 +83,10 @@ def load_weights(checkpoint: Checkpoint, names: Names, architecture: Architectur
     positions = None
     if names.positions is not None:
         positions = reader.tensor(f"{names.positions}.weight", (a.max_positions, a.hidden))
-    layers = tuple(reader.layer(i) for i in range(len(a.layers)))
-    weights = Weights(embedding, positions, layers, reader.norm(names.norm), reader.head(embedding))
+    fused = settings.fused_append
+    layers = tuple(build_block(LayerParts(reader, i), a, i, fused) for i in range(len(a.layers)))
+    head = Product(reader.head(embedding), reader.norm(names.norm), float32_out=True)
+    weights = Weights(embedding, positions, layers, head)
     reader.refuse_leftovers()
     return weights
 
@@ -201,10 +166,8 @@ class Reader:
         bias = self.optional(f"{name}.bias", (a.hidden,)) if a.norm == "layer" else None
         return Norm(a.norm, weight + a.norm_offset, bias, a.norm_eps)
 
-    def head_norm(self, name: str | None, rope: Rope) -> Tensor | None:
+    def head_norm(self, name: str, rope: Rope) -> Tensor:
         """The weight of the norm of q's or k's heads, in the order of their rows."""
-        if name is None:
-            return None
         a = self.architecture
         weight = self.tensor(f"{name}.weight", (a.head_dim,)) + a.norm_offset
         return weight[head_order(a.head_dim, rope).to(weight.device)].contiguous()
@@ -222,8 +185,8 @@ class Reader:
         parts: tuple[str, ...],
         n: int,
         k: int,
+        pair_block: int,
         rows: Tensor | None = None,
-        pair_block: int = 0,
         biased: bool | None = None,
     ) -> Linear:
         """The linears `parts` as one of shape (n, k), rows moved so that row i is row `rows[i]` of theirs.
@@ -243,34 +206,7 @@ class Reader:
             rows = rows.to(self.settings.device)
             weight = moved(weight, rows)
             bias = None if bias is None else bias[rows]
-        return Linear(packed(weight, dtype, pair_block or TILE_ROWS), bias, inputs_of(weight))
-
-    def layer(self, index: int) -> LayerWeights:
-        """Layer `index`."""
-        a, names = self.architecture, self.names
-        prefix, rope = names.layer.format(index), a.layers[index].rope
-
-        def norm(name: str | None) -> Norm | None:
-            return None if name is None else self.norm(prefix + name)
-
-        fused = self.settings.fused_append and names.q_norm is None
-        rows = qkv_order(a, rope, names.per_head)
-        pair = a.head_dim if fused else 0
-        qkv = self.linear(within(prefix, names.qkv), a.qkv_rows, a.hidden, rows, pair, a.attention_bias)
-        inner = a.inner * (2 if a.gated else 1)
-        pair_block = inner if a.activation == "silu_mul" else 0
-        return LayerWeights(
-            attention_norm=self.norm(prefix + names.attention_norm),
-            qkv=qkv,
-            q_norm=self.head_norm(names.q_norm and prefix + names.q_norm, rope),
-            k_norm=self.head_norm(names.k_norm and prefix + names.k_norm, rope),
-            o=self.linear(within(prefix, (names.o,)), a.hidden, a.heads * a.head_dim, biased=a.attention_bias),
-            attention_out_norm=norm(names.attention_out_norm),
-            mlp_norm=norm(names.mlp_norm),
-            up=self.linear(within(prefix, names.up), inner, a.hidden, pair_block=pair_block, biased=a.mlp_bias),
-            down=self.linear(within(prefix, (names.down,)), a.hidden, a.inner, biased=a.mlp_bias),
-            mlp_out_norm=norm(names.mlp_out_norm),
-        )
+        return Linear(load_weight(weight, dtype, pair_block), bias, inputs_of(weight))
 
     def head(self, embedding: Tensor) -> Linear:
         """The head: its own weight, or the embedding where they are tied; rounded where the settings say so.
@@ -285,7 +221,7 @@ class Reader:
         if settings.head != "dense" and isinstance(weight, Tensor):
             weight = round_to_nearest(weight, parse_scheme(settings.head), settings.dtype)
         bias = self.optional(f"{name}.bias", (a.vocabulary,))
-        return Linear(packed(weight, settings.dtype, TILE_ROWS), bias, inputs_of(weight))
+        return Linear(load_weight(weight, settings.dtype), bias, inputs_of(weight))
 
     def matrix_of_head(self, name: str) -> QTensor | Tensor:
         """The head's weight, (vocabulary, hidden) in every family's files."""
@@ -306,9 +242,30 @@ class Reader:
             )
 
 
-def within(prefix: str, names: tuple[str, ...]) -> tuple[str, ...]:
-    """`names` of a layer in full."""
-    return tuple(prefix + name for name in names)
+class LayerParts:
+    """The parts of layer `index` of a checkpoint: see layers.Parts."""
+
+    def __init__(self, reader: Reader, index: int) -> None:
+        self.reader, self.names, self.rope = reader, reader.names, reader.architecture.layers[index].rope
+        self.prefix = self.names.layer.format(index)
+
+    def linear(self, part: str, n: int, k: int, pair_block: int = TILE_ROWS) -> Linear:
+        """A linear, or several as one; of q, k and v the rows in the decoder's order."""
+        a, found = self.reader.architecture, getattr(self.names, part)
+        names = tuple(self.prefix + name for name in ((found,) if isinstance(found, str) else found))
+        rows = qkv_order(a, self.rope, self.names.per_head) if part == "qkv" else None
+        biased = a.attention_bias if part in ("qkv", "o") else a.mlp_bias
+        return self.reader.linear(names, n, k, pair_block, rows, biased)
+
+    def norm(self, part: str) -> Norm | None:
+        """A norm of hidden states."""
+        name = getattr(self.names, part)
+        return None if name is None else self.reader.norm(self.prefix + name)
+
+    def head_norm(self, part: str) -> Tensor | None:
+        """The weight of a norm of heads, in the order of their rows."""
+        name = getattr(self.names, part)
+        return None if name is None else self.reader.head_norm(self.prefix + name, self.rope)
 
 
 def len_of(matrix: QTensor | Tensor) -> int:
@@ -340,33 +297,9 @@ def stacked(matrices: list[QTensor | Tensor], dtype: torch.dtype) -> QTensor | T
     return QTensor(codes, scales, torch.cat(zeros) if zeros else None, quantized[0].scheme, scale)
 
 
-def inputs_of(weight: QTensor | Tensor) -> RoundedInputs | None:
-    """How the weight's scheme rounds inputs, or None."""
-    inputs = None if isinstance(weight, Tensor) else weight.scheme.inputs
-    if isinstance(weight, Tensor) or inputs is None:
-        return None
-    return RoundedInputs(inputs.number, weight.input_scale)
-
-
 def moved(weight: QTensor | Tensor, rows: Tensor) -> QTensor | Tensor:
     """Row i of the result is row `rows[i]`."""
     if isinstance(weight, Tensor):
         return weight[rows]
     zeros = None if weight.zeros is None else weight.zeros[rows]
     return replace(weight, codes=weight.codes[rows], scales=weight.scales[rows], zeros=zeros)
-
-
-def packed(weight: QTensor | Tensor, dtype: torch.dtype, pair_block: int) -> PackedWeight | Int8Weight | Tensor:
-    """`weight` for the kernels where it holds integers, dtype is half and its shape fits; else dense in `dtype`."""
-    if isinstance(weight, Tensor):
-        return weight.to(dtype).contiguous()
-    (n, k), group_size = weight.shape, weight.scheme.group_size
-    if dtype not in HALF or not weight.scheme.number.is_integer:
-        return weight.dequantize(dtype)
-    if weight.scheme.inputs is not None and not reason_against_int8(n, k):
-        return pack_int8(weight)
-    if reason_against_packing(n, k, group_size, TILE_ROWS):
-        return weight.dequantize(dtype)
-    if reason_against_packing(n, k, group_size, pair_block):
-        pair_block = TILE_ROWS
-    return prepack(weight, dtype, pair_block)

@@ -1,9 +1,9 @@
 """transformers on our kernels: after `import lowbit.integrations.transformers`, quantized linears stay packed.
 
 `AutoModelForCausalLM.from_pretrained(DIR)` then reads compressed-tensors, GPTQ and AWQ checkpoints with our own
-readers, so neither compressed-tensors nor gptqmodel has to be installed. Floats are expanded to 16 bits: no kernel of
-ours takes them. What our readers do not know (other bits) goes to transformers' own quantizers as before. Importing
-this module is the switch; it changes two tables of transformers.
+readers, so neither compressed-tensors nor gptqmodel has to be installed. What our readers do not know (floats, other
+bits) goes to transformers' own quantizers as before. Importing this module is the switch; it changes two tables of
+transformers.
 """
 
 import re
@@ -22,10 +22,7 @@ from lowbit.errors import CheckpointError
 from lowbit.export.checkpoint import open_checkpoint
 from lowbit.export.formats import FORMATS, LogicalTensors
 from lowbit.models.placement import place
-from lowbit.quant.kernels import ops
-from lowbit.quant.kernels.w8a8 import Int8Weight, pack_int8
 from lowbit.quant.linear import QLinear
-from lowbit.quant.numerics import input_rounding
 from lowbit.quant.qtensor import QTensor
 
 METHODS = ("compressed-tensors", "gptq", "awq")
@@ -45,46 +42,6 @@ class AwaitingLinear(nn.Module):
     def __init__(self, bias: nn.Parameter | None) -> None:
         super().__init__()
         self.bias = bias
-
-
-class Int8Linear(nn.Module):
-    """y = x W^T + bias with int8 weights, x rounded to int8 and multiplied as such."""
-
-    codes: Tensor
-    scales: Tensor
-    input_scale: Tensor | None
-    bias: Tensor | None
-
-    def __init__(self, weight: QTensor, bias: Tensor | None, dtype: torch.dtype) -> None:
-        super().__init__()
-        tensors = vars(pack_int8(weight)) | {
-            "input_scale": weight.input_scale,
-            "bias": None if bias is None else bias.to(dtype),
-        }
-        for name, tensor in tensors.items():
-            self.register_buffer(name, tensor)
-
-    def forward(self, x: Tensor) -> Tensor:
-        weight = Int8Weight(self.codes, self.scales)
-        rows = x.reshape(-1, weight.k).contiguous()
-        return ops.w8a8_linear(rows, weight, self.bias, input_scale=self.input_scale).view(*x.shape[:-1], weight.n)
-
-
-class DenseLinear(nn.Module):
-    """y = x W^T + bias with a weight that no kernel takes as it is: dense, x rounded as its scheme says."""
-
-    weight: Tensor
-    bias: Tensor | None
-
-    def __init__(self, weight: QTensor, bias: Tensor | None, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.inputs, self.input_scale = weight.scheme.inputs, weight.input_scale
-        self.register_buffer("weight", weight.dequantize(dtype))
-        self.register_buffer("bias", None if bias is None else bias.to(dtype))
-
-    def forward(self, x: Tensor) -> Tensor:
-        rounded = x if self.inputs is None else input_rounding(self.inputs, self.input_scale)(x)
-        return nn.functional.linear(rounded, self.weight, self.bias)
 
 
 class LowbitQuantizer(HfQuantizer):
@@ -151,11 +108,7 @@ class LowbitQuantizer(HfQuantizer):
 def linear_for(weight: QTensor, bias: Tensor | None, dtype: torch.dtype) -> nn.Module:
     """The module that multiplies with `weight`. CheckpointError where no kernel takes it."""
     try:
-        if not weight.scheme.number.is_integer:
-            return DenseLinear(weight, bias, dtype)
-        if weight.scheme.inputs is None:
-            return QLinear.from_qtensor(weight, bias, dtype)
-        return Int8Linear(weight, bias, dtype)
+        return QLinear.from_qtensor(weight, bias, dtype)
     except ValueError as error:
         raise CheckpointError(f"a {weight.scheme} weight {tuple(weight.shape)}: {error}") from error
 

@@ -35,8 +35,10 @@ from vllm.model_executor.parameter import (
 )
 
 from lowbit.export import compressed_tensors
-from lowbit.quant.kernels import ops, w8a8
-from lowbit.quant.kernels.packed import TILE_ROWS, PackedWeight, prepack, reason_against_packing
+from lowbit.quant.kernels import w8a8
+from lowbit.quant.kernels.packed import TILE_ROWS, prepack, reason_against_packing
+from lowbit.quant.kernels.weight import Int8, Linear, Packed, RoundedInputs
+from lowbit.quant.numbers import INT8
 from lowbit.quant.qtensor import QTensor
 from lowbit.quant.scheme import INPUTS, Scheme, make_scheme
 
@@ -208,9 +210,7 @@ class PackedWeights(LowbitScheme):
         """x W^T + bias."""
         part, scheme = layer.lowbit_part, self.scheme
         tensors = layer.weight_packed, layer.weight_scale, layer.weight_zero_point
-        weight = PackedWeight(*tensors, part.n, part.k, scheme.bits, scheme.group_size)
-        rows = x.reshape(-1, part.k).contiguous()
-        return ops.linear(rows, weight, bias, dependent=True).view(*x.shape[:-1], part.n)
+        return Linear(Packed(*tensors, part.n, part.k, scheme.bits, scheme.group_size), bias)(x, dependent=True)
 
 
 class PlainWeights(LowbitScheme):
@@ -262,10 +262,9 @@ class PlainWeights(LowbitScheme):
 
     def apply_weights(self, layer: Any, x: Tensor, bias: Tensor | None) -> Tensor:
         """x W^T + bias, x rounded to int8 and multiplied as such."""
-        part, weight = layer.lowbit_part, w8a8.Int8Weight(layer.weight, layer.weight_scale)
-        rows = x.reshape(-1, part.k).contiguous()
-        y = ops.w8a8_linear(rows, weight, bias, input_scale=layer.input_scale, dependent=True)
-        return y.view(*x.shape[:-1], part.n)
+        return Linear(Int8(layer.weight, layer.weight_scale), bias, RoundedInputs(INT8, layer.input_scale))(
+            x, dependent=True
+        )
 
 
 def register() -> None:

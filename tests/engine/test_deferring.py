@@ -10,12 +10,14 @@ import torch
 from torch import Tensor
 
 from lowbit import engine
-from lowbit.engine import products
 from lowbit.engine.decoder import Decoder
 from lowbit.engine.engine import Engine
 from lowbit.engine.options import Options
+from lowbit.engine.products import HalfNorm, Hidden, Norm, Product
 from lowbit.engine.shapes import decoder_shape, random_weights
 from lowbit.quant.kernels import ops
+from lowbit.quant.kernels.problem import Deferred
+from lowbit.quant.kernels.weight import Dense, Linear
 from lowbit.quant.scheme import parse_scheme
 from tests.builders import logits_of
 from tests.engine.make import quantized
@@ -29,7 +31,7 @@ NOT_SHARED = ["gemma2", "gemma3", "gpt2", "gpt_neox"]
 
 def decoded(model: Engine, deferring: bool) -> Tensor:
     """Logits (steps, rows, vocabulary) of a batch, a token a step."""
-    model.decoder.deferring = deferring
+    model.decoder.plan(deferring)
     cache = model.spaces.make_cache(ROWS, STEPS)
     starts = torch.tensor([cache.start(b) for b in range(ROWS)])
     rows = []
@@ -94,20 +96,19 @@ def test_what_is_packed_begins_a_norm(method: str, head: str) -> None:
 
 
 def test_a_norm_is_taken_by_its_reader_alone() -> None:
-    norm, other = (products.Norm("rms", torch.rand(64).half(), None, 1e-5) for _ in range(2))
-    h, linear = torch.randn(2, 64).half(), products.Linear(torch.randn(8, 64).half())
-    begun = products.Begun(norm, h * norm.weight, products.Deferred(h.float().square().view(2, 4, 16).sum(-1), 1e-5))
-    hidden = products.Hidden(h, begun)
-    torch.testing.assert_close(
-        products.product(hidden, linear, norm), products.product(h, linear, norm), atol=0.03, rtol=0.01
-    )
-    assert torch.equal(products.product(hidden, linear, other), products.product(h, linear, other))
-    assert torch.equal(products.product(hidden, linear), products.product(h, linear))
+    norm, other = (Norm("rms", torch.rand(64).half(), None, 1e-5) for _ in range(2))
+    h, linear = torch.randn(2, 64).half(), Linear(Dense(torch.randn(8, 64).half()))
+    half = HalfNorm(norm, h * norm.weight, Deferred(h.float().square().view(2, 4, 16).sum(-1), 1e-5))
+    hidden = Hidden(h, half)
+    product = Product(linear, norm)
+    torch.testing.assert_close(product(hidden), product(h), atol=0.03, rtol=0.01)
+    for product in (Product(linear, other), Product(linear)):
+        assert torch.equal(product(hidden), product(h))
 
 
 def test_prompts_keep_their_norms(tmp_path: Path) -> None:
     quantized(tmp_path, parse_scheme("int4-g32"))
     model = engine.load(tmp_path, device="cpu", dtype=torch.float16)
-    model.decoder.deferring = True
+    model.decoder.plan(deferring=True)
     with mock.patch.object(ops, "linear_deferring", side_effect=AssertionError("a norm was begun")):
         model.logits(TOKENS)

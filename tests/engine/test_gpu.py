@@ -10,12 +10,11 @@ from lowbit.engine.decoder import Decoder
 from lowbit.engine.engine import Engine
 from lowbit.engine.options import Options
 from lowbit.engine.prefill import read_prompt
-from lowbit.engine.products import Linear
 from lowbit.engine.sampling import Sampling
 from lowbit.engine.shapes import METHODS, codegeex_shape, decoder_shape, random_weights
 from lowbit.engine.workspace import Workspace
-from lowbit.quant.kernels.packed import PackedWeight, dequantize_packed
-from lowbit.quant.kernels.w8a8 import Int8Weight
+from lowbit.quant.kernels.packed import dequantize_packed
+from lowbit.quant.kernels.weight import Dense, Int8, Packed
 
 pytestmark = pytest.mark.gpu
 
@@ -29,11 +28,11 @@ PROMPTS = [list(range(7, 90)), [5], list(range(300, 320))]
 
 def in_float32(value):
     """Weights on the CPU in float32, whatever their packing."""
-    if isinstance(value, PackedWeight):
+    if isinstance(value, Packed):
         cpu = replace(value, words=value.words.cpu(), scales=value.scales.cpu())
-        return dequantize_packed(cpu)
-    if isinstance(value, Int8Weight):
-        return (value.codes * value.scales.unsqueeze(1)).cpu()
+        return Dense(dequantize_packed(cpu))
+    if isinstance(value, Int8):
+        return Dense((value.codes * value.scales.unsqueeze(1)).cpu())
     if isinstance(value, Tensor):
         return value.float().cpu()
     if isinstance(value, tuple):
@@ -71,7 +70,6 @@ def test_learned_positions_and_layer_norms_too(method):
 
 
 def check(gpu: Engine, cpu: Engine, tolerance: float) -> None:
-    assert isinstance(gpu.decoder.weights.layers[0].down, Linear)
     wanted = cpu.logits([PROMPTS[0]])[0]
     assert relative(gpu.logits([PROMPTS[0]])[0], wanted) < tolerance
     with torch.inference_mode():
@@ -117,7 +115,7 @@ def test_norms_shared_out_between_products_are_norms(method, dtype, rows):
     gpu, _ = engines(LLAMA, method, dtype)
     logits = []
     for deferring in (True, False):
-        gpu.decoder.deferring = deferring
+        gpu.decoder.plan(deferring)
         runner, steps = Workspace(gpu.spaces).runner(rows, rows, CONTEXT), []
         starts = [runner.cache.start(b) for b in range(rows)]
         for position, token in enumerate(PROMPTS[0][:40]):

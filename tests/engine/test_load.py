@@ -12,8 +12,7 @@ from lowbit import engine
 from lowbit.engine.loader import require_build, require_memory
 from lowbit.errors import CheckpointError, DeviceError, UsageError
 from lowbit.export.checkpoint import open_checkpoint
-from lowbit.quant.kernels.packed import PackedWeight
-from lowbit.quant.kernels.w8a8 import Int8Weight
+from lowbit.quant.kernels.weight import Dense, Int8, Packed
 from lowbit.quant.scheme import parse_scheme
 from tests.builders import changed_config, logits_of, save_family
 from tests.engine.make import quantized, tiny
@@ -47,7 +46,9 @@ def test_quantized_checkpoints_compute_what_they_stand_for(fmt, scheme, tmp_path
 def test_packed_weights_run_in_half_precision(family, cache, tmp_path):
     reference = quantized(tmp_path, parse_scheme("int4-g32"), family=family)
     model = engine.load(tmp_path, device="cpu", dtype=torch.float16, cache=cache)
-    assert all(isinstance(layer.down.weight, PackedWeight) for layer in model.decoder.weights.layers)
+    assert all(
+        isinstance(product.weight, Packed) for layer in model.decoder.weights.layers for product in layer.products
+    )
     check_half(model, logits_of(reference, IDS))
     written = model.generate([IDS[0].tolist()] * 2, max_new_tokens=6, ignore_eos=True)
     assert written[0].tokens == written[1].tokens
@@ -56,13 +57,13 @@ def test_packed_weights_run_in_half_precision(family, cache, tmp_path):
 def test_every_product_knows_what_the_next_one_reads(tmp_path):
     quantized(tmp_path, parse_scheme("int4-g32"))
     weights = engine.load(tmp_path, device="cpu", dtype=torch.float16).decoder.weights
-    first, second = weights.layers
-    order = (first.qkv, first.o, first.up, first.down, second.qkv, second.o, second.up, second.down)
+    order = [product for layer in weights.layers for product in layer.products]
     for product, following in pairwise(order):
-        assert isinstance(following.weight, PackedWeight)
-        assert product.next_weight is following.weight.words
-    assert second.down.next_weight is weights.head.weight
-    assert weights.head.next_weight is first.qkv.weight.words
+        assert isinstance(following.weight, Packed)
+        assert product.hints.next_weight is following.weight.words
+    assert isinstance(weights.head.weight, Dense)
+    assert order[-1].hints.next_weight is weights.head.weight.matrix
+    assert weights.head.hints.next_weight is order[0].weight.bulk
 
 
 def test_linears_of_one_product_may_have_different_schemes(tmp_path):
@@ -102,7 +103,7 @@ def test_in_half_precision_int8_meets_int8(scheme, tmp_path):
     quantized(tmp_path, parse_scheme(scheme))
     model = engine.load(tmp_path, device="cpu", dtype=torch.float16)
     for layer in model.decoder.weights.layers:
-        assert all(isinstance(each.weight, Int8Weight) for each in (layer.qkv, layer.o, layer.up, layer.down))
+        assert all(isinstance(product.weight, Int8) for product in layer.products)
     expected = engine.load(tmp_path, device="cpu").logits(IDS)
     # a last bit of an input may turn its code by one, here 0.05 of inputs of about 1: seen, 0.063
     assert (model.logits(IDS) - expected).abs().mean() < 0.1 * expected.abs().mean()

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from lowbit.engine.products import Linear, Norm, RoundedInputs, activate, gated_product, product, rounds_late
-from lowbit.quant.kernels.w8a8 import pack_int8
+from lowbit.engine.products import Norm, Product, rounds_late
+from lowbit.quant.kernels.reference import activate
+from lowbit.quant.kernels.weight import Dense, Linear, RoundedInputs, pack
 from lowbit.quant.numbers import INT8
 from lowbit.quant.numerics import fake_quantize_inputs
 from lowbit.quant.qtensor import round_to_nearest
@@ -16,9 +17,9 @@ NORM = Norm("rms", torch.rand(K, dtype=torch.float16) + 0.5, None, 1e-5)
 
 def int8_linear(scale: float | None = None) -> tuple[Linear, torch.Tensor]:
     """A linear for int8 inputs, by a scale of all or by each token's, and its weight in float32."""
-    weight = round_to_nearest(torch.randn(N, K) / 8, parse_scheme("int8-channel"), torch.float16)
+    weight = round_to_nearest(torch.randn(N, K) / 8, parse_scheme("int8-channel-a8token"), torch.float16)
     inputs = RoundedInputs(INT8, None if scale is None else torch.tensor(scale))
-    return Linear(pack_int8(weight), torch.randn(N).half(), inputs), weight.dequantize(torch.float32)
+    return Linear(pack(weight, torch.float16), torch.randn(N).half(), inputs), weight.dequantize(torch.float32)
 
 
 @pytest.mark.parametrize("residual", [None, torch.linspace(-2, 2, M * N).view(M, N).half()])
@@ -32,7 +33,7 @@ def test_int8_products(norm, scale, activation, residual):
     rounded = fake_quantize_inputs(normed.float(), INT8, linear.inputs.scale)
     wanted = activate(rounded @ weight.T + linear.bias.float(), activation)
     wanted = wanted if residual is None else wanted + residual.float()
-    got = product(x, linear, norm, activation, residual)
+    got = Product(linear, norm, activation)(x, residual)
     assert got.dtype == torch.float16
     torch.testing.assert_close(got.float(), wanted, atol=4e-3, rtol=4e-3)
 
@@ -46,15 +47,15 @@ def test_an_activation_may_wait_for_the_rounding(activation):
     gate, factor = (x[:, :K], x[:, K:]) if activation == "silu_mul" else (x, torch.ones(M, K).half())
     active = (activate(gate.float(), activation.removesuffix("_mul")) * factor.float()).half()
     wanted = fake_quantize_inputs(active.float(), INT8) @ weight.T + down.bias.float()
-    torch.testing.assert_close(product(x, down, before=activation).float(), wanted, atol=4e-3, rtol=4e-3)
+    torch.testing.assert_close(Product(down, before=activation)(x).float(), wanted, atol=4e-3, rtol=4e-3)
 
 
 def test_an_activation_waits_for_nobody_else():
-    (int8, _), dense = int8_linear(), Linear(torch.randn(N, K).half())
+    (int8, _), dense = int8_linear(), Linear(Dense(torch.randn(N, K).half()))
     assert not rounds_late(int8, dense, "silu_mul")
     assert not rounds_late(dense, int8, "silu_mul")
     assert not rounds_late(int8, int8, "gelu_tanh_mul")
     x = torch.randn(M, K).half()
-    gate, up = product(x, int8).float().chunk(2, -1)
-    got = gated_product(x, int8, None, "gelu_tanh_mul").float()
+    gate, up = Product(int8)(x).float().chunk(2, -1)
+    got = Product(int8, activation="gelu_tanh_mul")(x).float()
     torch.testing.assert_close(got, activate(gate, "gelu_tanh") * up, atol=4e-3, rtol=4e-3)

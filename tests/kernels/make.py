@@ -7,8 +7,9 @@ from torch import Tensor
 
 from lowbit.quant.kernels.packed import PackedWeight, prepack
 from lowbit.quant.kernels.w8a8 import Int8Weight, pack_int8
+from lowbit.quant.kernels.weight import Linear, inputs_of, pack
 from lowbit.quant.qtensor import QTensor, round_to_nearest
-from lowbit.quant.scheme import make_scheme
+from lowbit.quant.scheme import make_scheme, parse_scheme
 
 
 def make_qtensor(n: int, k: int, bits: int, group_size: int, symmetric: bool, device: str = "cpu") -> QTensor:
@@ -30,6 +31,15 @@ def make_packed(
     pair_block: int = 16,
 ) -> PackedWeight:
     return prepack(make_qtensor(n, k, bits, group_size, symmetric, device), dtype, pair_block)
+
+
+def make_linear(scheme: str, n: int = 64, k: int = 128) -> tuple[Linear, Tensor]:
+    """A linear in half precision with a bias, and its weight in float32; inputs that share a scale have 0.03."""
+    kind = parse_scheme(scheme)
+    plain = round_to_nearest(torch.randn(n, k) / 8, kind.weights_only, torch.float16)
+    scale = torch.tensor(0.03) if scheme.endswith("a8tensor") else None
+    weight = QTensor(plain.codes, plain.scales, plain.zeros, kind, scale)
+    return Linear(pack(weight, torch.float16), torch.randn(n).half(), inputs_of(weight)), weight.dequantize()
 
 
 def make_x(m: int, k: int, dtype: torch.dtype, device: str = "cpu", outliers: bool = False) -> Tensor:

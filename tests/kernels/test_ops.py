@@ -8,7 +8,7 @@ import torch
 from lowbit.quant.kernels import ops
 from lowbit.quant.kernels.problem import Rotary
 from lowbit.quant.linear import QLinear
-from tests.kernels.make import make_packed, make_qtensor, make_x
+from tests.kernels.make import make_linear, make_packed, make_qtensor, make_x
 
 NO_NORM = ("none", None, None, 0.0)
 
@@ -28,7 +28,7 @@ def test_linear_is_the_dense_product(m: int) -> None:
     layer = QLinear.from_qtensor(weight, bias, torch.float16)
     expected = torch.nn.functional.linear(x.float(), weight.dequantize(), bias.float())
     assert torch.equal(layer(x), expected.half())
-    with_residual = ops.linear(x, layer.packed, bias, residual, activation="gelu", float32_out=True)
+    with_residual = ops.linear(x, layer.linear.weight, bias, residual, activation="gelu", float32_out=True)
     assert torch.allclose(with_residual, torch.nn.functional.gelu(expected) + residual.float(), atol=1e-5)
 
 
@@ -120,8 +120,9 @@ def test_opcheck() -> None:
     check(lowbit.dequantize.default, ops.weight_args(plain))
 
 
-def test_one_graph_under_compile() -> None:
-    layer = QLinear.from_qtensor(make_qtensor(32, 128, 4, 32, symmetric=True), None, torch.float16)
+@pytest.mark.parametrize("scheme", ["int4-g32", "uint8-g64", "int8-channel-a8token", "int8-channel-a8tensor"])
+def test_one_graph_under_compile(scheme: str) -> None:
+    layer = QLinear(make_linear(scheme)[0])
     x = make_x(2, 128, torch.float16)
     compiled = torch.compile(lambda x: layer(x) * 2, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(x), layer(x) * 2)

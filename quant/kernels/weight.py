@@ -1,0 +1,331 @@
+"""A weight of any kind, as what multiplies with it sees it: packed integers, int8 for int8 inputs, or dense.
+
+The decode engine, vLLM and transformers hold a Linear; which kernels there are for its weight is known here alone.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from lowbit.quant.kernels import ops
+from lowbit.quant.kernels.packed import TILE_ROWS, PackedWeight, prepack, reason_against_packing
+from lowbit.quant.kernels.problem import PART, PARTS, Deferred, Problem, Rotary, place_of
+from lowbit.quant.kernels.reference import activate
+from lowbit.quant.kernels.row_norm import Rows
+from lowbit.quant.kernels.w8a8 import Int8Weight, pack_int8
+from lowbit.quant.kernels.w8a8 import reason_against_packing as reason_against_int8
+from lowbit.quant.numbers import INT8, Number
+from lowbit.quant.numerics import fake_quantize_inputs
+from lowbit.quant.qtensor import QTensor
+
+HALF = (torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class Hints:
+    """What a launch may know of its neighbours. No result depends on it.
+
+    dependent    launch without waiting for the previous kernel (programmatic dependent launch)
+    next_weight  a tensor that the next product reads: its first bytes are asked for ahead
+    """
+
+    dependent: bool = False
+    next_weight: Tensor | None = None
+
+
+ALONE = Hints()
+
+
+@dataclass(frozen=True)
+class Epilogue:
+    """y = activation(sums + bias) + residual; float32 where asked, else in x's dtype."""
+
+    bias: Tensor | None = None
+    residual: Tensor | None = None
+    activation: str = "none"
+    float32_out: bool = False
+
+
+class Weight(Protocol):
+    """W (n, k), in the order of its kernels."""
+
+    @property
+    def n(self) -> int: ...
+
+    @property
+    def k(self) -> int: ...
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The activations'."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that a product reads."""
+
+    @property
+    def bulk(self) -> Tensor | None:
+        """The tensor that is most of them, where it is one run of memory."""
+
+    @property
+    def begins_norms(self) -> bool:
+        """Whether `multiply_beginning` is there."""
+
+    def problem(self, m: int) -> Problem | None:
+        """What the kernel for m rows is chosen by; None where none finishes a deferred norm."""
+
+    def fuses(self, activation: str) -> bool:
+        """Whether `multiply` takes this activation."""
+
+    def turns(self, head_dim: int) -> bool:
+        """Whether `multiply_turning` takes heads of this width."""
+
+    def multiply(self, rows: Rows, end: Epilogue, hints: Hints, deferred: Deferred | None = None) -> Tensor:
+        """y of rows (m, k); `deferred` is the norm that they still lack."""
+
+    def multiply_beginning(
+        self, rows: Rows, end: Epilogue, hints: Hints, norm_weight: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """y, and what the product with rms_norm(y) takes: see ops.linear_deferring."""
+
+    def multiply_turning(
+        self, rows: Rows, end: Epilogue, hints: Hints, rotary: Rotary, deferred: Deferred | None = None
+    ) -> Tensor:
+        """q (m, heads * head_dim), turned; k and v go to the cache: see ops.qkv_rotary_append."""
+
+
+class Plain:
+    """What a weight without kernels of its own for norms and heads says."""
+
+    begins_norms = False
+
+    def turns(self, head_dim: int) -> bool:
+        """No."""
+        return False
+
+    def multiply_beginning(
+        self, rows: Rows, end: Epilogue, hints: Hints, norm_weight: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Not there."""
+        raise NotImplementedError("begins_norms is False")
+
+    def multiply_turning(
+        self, rows: Rows, end: Epilogue, hints: Hints, rotary: Rotary, deferred: Deferred | None = None
+    ) -> Tensor:
+        """Not there."""
+        raise NotImplementedError("turns() is False")
+
+
+@dataclass(frozen=True)
+class Packed(PackedWeight):
+    """4- or 8-bit codes in the kernels' order; inputs in half precision."""
+
+    @property
+    def bulk(self) -> Tensor:
+        return self.words
+
+    @property
+    def begins_norms(self) -> bool:
+        return self.n % (PART * PARTS) == 0
+
+    def problem(self, m: int) -> Problem:
+        return Problem(m, self.n, self.k, self.bits, self.group_size, self.dtype, *place_of(self.words.device))
+
+    def fuses(self, activation: str) -> bool:
+        if activation == "silu_mul":
+            return self.pair_block == self.n
+        return self.pair_block == TILE_ROWS and not activation.endswith("_mul")
+
+    def turns(self, head_dim: int) -> bool:
+        return self.pair_block == head_dim
+
+    def multiply(self, rows: Rows, end: Epilogue, hints: Hints, deferred: Deferred | None = None) -> Tensor:
+        x, dependent, ahead = prepared(rows), hints.dependent, hints.next_weight
+        if end.activation == "silu_mul":
+            return ops.gated_linear(x, self, end.bias, dependent=dependent, next_weight=ahead, deferred=deferred)
+        return ops.linear(
+            x,
+            self,
+            end.bias,
+            end.residual,
+            activation=end.activation,
+            float32_out=end.float32_out,
+            dependent=dependent,
+            next_weight=ahead,
+            deferred=deferred,
+        )
+
+    def multiply_beginning(
+        self, rows: Rows, end: Epilogue, hints: Hints, norm_weight: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        x, dependent, ahead = prepared(rows), hints.dependent, hints.next_weight
+        sides = end.bias, end.residual
+        return ops.linear_deferring(x, self, norm_weight, *sides, dependent=dependent, next_weight=ahead)
+
+    def multiply_turning(
+        self, rows: Rows, end: Epilogue, hints: Hints, rotary: Rotary, deferred: Deferred | None = None
+    ) -> Tensor:
+        x, dependent, ahead = prepared(rows), hints.dependent, hints.next_weight
+        return ops.qkv_rotary_append(
+            x, self, rotary, end.bias, dependent=dependent, next_weight=ahead, deferred=deferred
+        )
+
+
+@dataclass(frozen=True)
+class Int8(Int8Weight, Plain):
+    """int8 codes for inputs that are rounded to int8."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.codes.dtype
+
+    @property
+    def bulk(self) -> Tensor:
+        return self.codes
+
+    def problem(self, m: int) -> Problem | None:
+        return None
+
+    def fuses(self, activation: str) -> bool:
+        return activation == "none"
+
+    def multiply(self, rows: Rows, end: Epilogue, hints: Hints, deferred: Deferred | None = None) -> Tensor:
+        codes, scales = ops.quantize_rows(rows)
+        # it may always start early: it waits for the rounding, which has waited for all that came before
+        y = ops.w8a8_linear(codes, self, end.bias, end.residual, x_scales=scales, dtype=rows.x.dtype, dependent=True)
+        return y.float() if end.float32_out else y
+
+
+@dataclass(frozen=True)
+class Dense(Plain):
+    """A matrix (n, k) in the activations' dtype, as torch.nn.Linear holds it."""
+
+    matrix: Tensor
+
+    @property
+    def n(self) -> int:
+        return self.matrix.shape[0]
+
+    @property
+    def k(self) -> int:
+        return self.matrix.shape[1]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.matrix.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return self.matrix.nbytes
+
+    @property
+    def bulk(self) -> Tensor | None:
+        return self.matrix if self.matrix.is_contiguous() else None
+
+    def problem(self, m: int) -> Problem:
+        return Problem(m, self.n, self.k, 16, -1, self.dtype, *place_of(self.matrix.device))
+
+    def fuses(self, activation: str) -> bool:
+        return activation == "silu_mul" or not activation.endswith("_mul")
+
+    def multiply(self, rows: Rows, end: Epilogue, hints: Hints, deferred: Deferred | None = None) -> Tensor:
+        return ops.dense_linear(
+            prepared(rows),
+            self.matrix,
+            end.bias,
+            end.residual,
+            activation=end.activation,
+            float32_out=end.float32_out,
+            dependent=hints.dependent,
+            deferred=deferred,
+        )
+
+
+def prepared(rows: Rows) -> Tensor:
+    """The rows (m, k) in their own dtype, normed and rounded where they shall be."""
+    return rows.x if rows.is_done else ops.normalize(rows)
+
+
+@dataclass(frozen=True)
+class RoundedInputs:
+    """Inputs are rounded to `number` before the product: by `scale`, or, where it is None, by each token's own."""
+
+    number: Number
+    scale: Tensor | None = None
+
+    def of(self, rows: Rows) -> Rows:
+        """The rows, rounded last: by plain torch where no kernel rounds to the number."""
+        if self.number != INT8:
+            return Rows(fake_quantize_inputs(prepared(rows), self.number, self.scale), dependent=rows.dependent)
+        return replace(rows, int8="token" if self.scale is None else "tensor", input_scale=self.scale)
+
+
+@dataclass(frozen=True)
+class Linear:
+    """y = x W^T + bias, the inputs rounded first where the scheme says so."""
+
+    weight: Weight
+    bias: Tensor | None = None
+    inputs: RoundedInputs | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that a product reads."""
+        return self.weight.nbytes + (0 if self.bias is None else self.bias.nbytes)
+
+    def rounded(self, rows: Rows) -> Rows:
+        """The rows on their way into the product."""
+        return rows if self.inputs is None else self.inputs.of(rows)
+
+    def __call__(self, x: Tensor, dependent: bool = False) -> Tensor:
+        """y (..., n) of x (..., k); `dependent` as in Hints."""
+        rows = self.rounded(Rows(x.reshape(-1, self.weight.k).contiguous(), dependent=dependent))
+        y = self.weight.multiply(rows, Epilogue(self.bias), Hints(dependent))
+        return y.view(*x.shape[:-1], self.weight.n)
+
+
+def inputs_of(weight: QTensor | Tensor) -> RoundedInputs | None:
+    """How the weight's scheme rounds inputs, or None."""
+    if isinstance(weight, Tensor) or weight.scheme.inputs is None:
+        return None
+    return RoundedInputs(weight.scheme.inputs.number, weight.input_scale)
+
+
+def pack(weight: QTensor, dtype: torch.dtype, pair_block: int = TILE_ROWS) -> Weight:
+    """`weight` for the kernels, on its device; dense where none is for its number. ValueError where they refuse it."""
+    if not weight.scheme.number.is_integer:
+        return Dense(weight.dequantize(dtype))
+    if weight.scheme.inputs is not None:
+        return Int8(**vars(pack_int8(weight)))
+    return Packed(**vars(prepack(weight, dtype, pair_block)))
+
+
+def load_weight(weight: QTensor | Tensor, dtype: torch.dtype, pair_block: int = TILE_ROWS) -> Weight:
+    """`weight` for the kernels where it holds integers, dtype is half and its shape fits; else dense in `dtype`."""
+    if isinstance(weight, Tensor):
+        return Dense(weight.to(dtype).contiguous())
+    (n, k), group_size = weight.shape, weight.scheme.group_size
+    if dtype not in HALF or not weight.scheme.number.is_integer:
+        return Dense(weight.dequantize(dtype))
+    if weight.scheme.inputs is not None and not reason_against_int8(n, k):
+        return pack(weight, dtype)
+    if reason_against_packing(n, k, group_size, TILE_ROWS):
+        return Dense(weight.dequantize(dtype))
+    if reason_against_packing(n, k, group_size, pair_block):
+        pair_block = TILE_ROWS
+    return Packed(**vars(prepack(weight, dtype, pair_block)))
+
+
+def activated(y: Tensor, activation: str) -> Tensor:
+    """act(y), or act(first half) * second half, in y's dtype and by torch: where no product does it."""
+    if not activation.endswith("_mul"):
+        return activate(y, activation)
+    gate, up = y.chunk(2, -1)
+    return activate(gate, activation.removesuffix("_mul")) * up
+
+
+def with_tensors(weight: Weight, tensors: dict[str, Tensor | None]) -> Weight:
+    """`weight` with other tensors in the place of its own, by their fields' names."""
+    return replace(weight, **tensors)  # type: ignore[type-var]

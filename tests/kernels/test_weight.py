@@ -1,0 +1,95 @@
+"""A Linear multiplies alike whatever holds its weight, and a QLinear holds any."""
+
+import pytest
+import torch
+
+from lowbit.quant.kernels.reference import activate
+from lowbit.quant.kernels.row_norm import Rows
+from lowbit.quant.kernels.weight import (
+    ALONE,
+    Dense,
+    Epilogue,
+    Int8,
+    Packed,
+    activated,
+    load_weight,
+    pack,
+)
+from lowbit.quant.linear import QLinear
+from lowbit.quant.numbers import INT8
+from lowbit.quant.numerics import fake_quantize_inputs
+from lowbit.quant.qtensor import QTensor, round_to_nearest
+from lowbit.quant.scheme import parse_scheme
+from tests.kernels.make import make_linear, make_x
+
+SCHEMES = {"int4-g32": Packed, "uint8-g64": Packed, "int8-channel-a8token": Int8, "int8-channel-a8tensor": Int8}
+N, K = 64, 128
+
+
+def rounded(scheme: str, n: int = N, k: int = K) -> QTensor:
+    return round_to_nearest(torch.randn(n, k) / 8, parse_scheme(scheme).weights_only, torch.float16)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_linear_and_its_module_compute_what_the_codes_stand_for(scheme):
+    linear, dense = make_linear(scheme)
+    x = make_x(3, K, torch.float16).view(3, 1, K)
+    assert type(linear.weight) is SCHEMES[scheme]
+    inputs = x.float() if linear.inputs is None else fake_quantize_inputs(x.float(), INT8, linear.inputs.scale)
+    wanted = inputs @ dense.T + linear.bias.float()
+    torch.testing.assert_close(linear(x).float(), wanted, atol=4e-3, rtol=4e-3)
+    assert torch.equal(QLinear(linear)(x), linear(x))
+    assert torch.equal(linear(x, dependent=True), linear(x))
+
+
+def test_the_tensors_of_a_module_are_its_buffers():
+    for scheme in SCHEMES:
+        module = QLinear(make_linear(scheme)[0])
+        held = {name for name, _ in module.named_buffers()}
+        assert held >= {"bias"} | ({"codes", "scales"} if "a8" in scheme else {"words", "scales"})
+        assert not list(module.parameters())
+        for buffer in module.buffers():
+            buffer.zero_()
+        assert not module(make_x(2, K, torch.float16)).any()
+
+
+@pytest.mark.parametrize(
+    ("scheme", "dtype", "k", "kind"),
+    [
+        ("int4-g32", torch.float16, 128, Packed),
+        ("int4-g32", torch.float32, 128, Dense),
+        ("int8-channel-a8token", torch.bfloat16, 128, Int8),
+        ("int8-channel-a8token", torch.float32, 128, Dense),
+        ("int8-channel", torch.float16, 40, Dense),
+    ],
+)
+def test_what_no_kernel_takes_is_dense(scheme, dtype, k, kind):
+    weight = round_to_nearest(torch.randn(N, k) / 8, parse_scheme(scheme), torch.float16)
+    assert type(load_weight(weight, dtype)) is kind
+    if kind is Dense and dtype != torch.float32:
+        with pytest.raises(ValueError, match="40 inputs"):
+            pack(weight, dtype)
+
+
+def test_a_pairing_that_does_not_divide_the_rows_is_left_out():
+    assert load_weight(rounded("int4-g32"), torch.float16, pair_block=N).fuses("silu_mul")
+    assert not load_weight(rounded("int4-g32"), torch.float16, pair_block=48).fuses("silu_mul")
+
+
+@pytest.mark.parametrize("activation", ["gelu", "silu_mul", "gelu_tanh_mul"])
+@pytest.mark.parametrize("kind", ["packed", "dense"])
+def test_activations_that_are_fused_are_those_by_torch(kind, activation):
+    weight = rounded("int4-g32")
+    paired = N if activation == "silu_mul" else 16
+    dense = Dense(weight.dequantize(torch.float16))
+    held = load_weight(weight, torch.float16, paired) if kind == "packed" else dense
+    x = make_x(3, K, torch.float16)
+    plain = dense.multiply(Rows(x), Epilogue(), ALONE)
+    wanted = activated(plain, activation)
+    assert held.fuses(activation) == (activation != "gelu_tanh_mul")
+    if held.fuses(activation):
+        got = held.multiply(Rows(x), Epilogue(activation=activation), ALONE)
+        torch.testing.assert_close(got, wanted, atol=4e-3, rtol=4e-3)
+    else:
+        gate, up = plain.chunk(2, -1)
+        assert torch.equal(wanted, activate(gate, "gelu_tanh") * up)
