@@ -85,7 +85,9 @@ def local_rows(path: Path, seed: int | None) -> Iterator[Numbered]:
         for index in table.order(None if seed is None else np.random.default_rng(seed)):
             try:
                 row: Row | BadRow = as_row(table[index])
-            except (ValueError, RecursionError, csv.Error) as error:
+            except _Damaged as error:
+                raise _unreadable(path, error) from error
+            except (ValueError, ArithmeticError, RecursionError, csv.Error, pyarrow.ArrowException) as error:
                 row = BadRow(str(error))
             yield index + 1, row
 
@@ -169,17 +171,30 @@ class _Parquet(_Table):
     def __getitem__(self, index: int) -> Any:
         group = bisect_right(self._firsts, index) - 1
         if self._group != group:
-            self._group, self._rows = group, self._file.read_row_group(group)
+            self._group, self._rows = group, self._read_group(group)
         return self._rows.slice(index - self._firsts[group], 1).to_pylist()[0]
+
+    def _read_group(self, group: int) -> pyarrow.Table:
+        try:
+            return self._file.read_row_group(group)
+        except (ValueError, OSError, pyarrow.ArrowException) as error:
+            raise _Damaged(str(error)) from error
+
+
+class _Damaged(Exception):
+    """A file of which more than a row cannot be read."""
+
+
+def _unreadable(path: Path, error: Exception) -> DatasetError:
+    return DatasetError(f"cannot read {path} as {kind_of(path.name)[1:]}: {' '.join(str(error).split())[:300]}")
 
 
 def _open_table(path: Path, file: IO[bytes]) -> _Table:
-    kind = kind_of(path.name)
     opened = {".parquet": _Parquet, ".csv": _csv, ".jsonl": _lines, ".json": _document}
     try:
-        return opened[kind](file)
+        return opened[kind_of(path.name)](file)
     except (ValueError, RecursionError, pyarrow.ArrowException, csv.Error, OSError) as error:
-        raise DatasetError(f"cannot read {path} as {kind[1:]}: {' '.join(str(error).split())[:300]}") from error
+        raise _unreadable(path, error) from error
 
 
 def _lines(file: IO[bytes]) -> _Table:
@@ -206,7 +221,8 @@ def _document(file: IO[bytes]) -> _Table:
     except ValueError:
         file.seek(0)
         lines = _lines(file)
-        lines[0]
+        if lines.size:
+            lines[0]  # raises where the file is no JSON at all
         return lines
     if isinstance(value, dict):
         value = next((value[name] for name in ROWS_NAMES if isinstance(value.get(name), list)), [value])

@@ -78,6 +78,15 @@ def test_parquet_is_read_a_group_at_a_time(tmp_path: Path) -> None:
     assert sorted(shuffled, key=lambda pair: pair[0]) == list(enumerate(ROWS, 1))
 
 
+def test_a_damaged_page_is_an_error_and_no_row(tmp_path: Path) -> None:
+    path = parquet(tmp_path / "a.parquet", group=7)
+    raw = bytearray(path.read_bytes())
+    raw[4:40] = b"\xff" * 36
+    path.write_bytes(raw)
+    with pytest.raises(DatasetError, match=r"cannot read .*a\.parquet as parquet: "):
+        list(local_rows(path, None))
+
+
 @pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".parquet"])
 def test_rows_are_shuffled_as_datasets_does(tmp_path: Path, suffix: str) -> None:
     """A recipe's calibration hash of an earlier version stays true."""
@@ -137,6 +146,7 @@ def test_a_bad_row_ends_nothing(tmp_path: Path, name: str, content: bytes, told:
         ("a.csv", b'a\n1\n"b\n2\n', "cannot read .*a.csv as csv: unexpected end of data"),
         ("a.csv", b"a\xff\n1\n", "cannot read .*a.csv as csv: .*can't decode"),
         ("a.csv", b"\n\n", None),
+        ("a.json", b" \n\t\n", None),
     ],
 )
 def test_a_file_that_is_no_table_is_refused(tmp_path: Path, name: str, content: bytes, told: str | None) -> None:
