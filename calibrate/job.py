@@ -7,6 +7,7 @@ import torch
 from lowbit.calibrate.plan import Plan, make_plan
 from lowbit.errors import CheckpointError
 from lowbit.export.formats import FORMATS, require_fit
+from lowbit.models.placement import stacked_only
 from lowbit.models.rehearsal import reader_of_weights
 from lowbit.models.skeleton import LinearSpec, Skeleton, open_skeleton
 from lowbit.models.source import Source
@@ -73,7 +74,7 @@ class Job:
             "for: what it computes beyond them is not what it does in use": seqlen > (positions or seqlen),
             "this family stores its weights transposed (Conv1D), which compressed-tensors readers do not know: "
             "lowbit reads the checkpoint, transformers and vLLM will not": any(
-                spec.transposed for spec, _ in quantized
+                spec.transposed and spec.placement.expert is None for spec, _ in quantized
             ),
             f"transformers needs CompressedTensorsConfig(dequantize=True) to load it: {reader} reads weights "
             "of its linears itself": reader is not None,
@@ -82,6 +83,10 @@ class Job:
             and default.number.is_integer,
             "transformers keeps experts fused and does not load those whose inputs are quantized; vLLM does": any(
                 spec.placement.expert is not None and scheme.inputs is not None for spec, scheme in quantized
+            ),
+            "transformers has no names for this family's experts one by one and would run random ones: lowbit reads "
+            "the checkpoint, and vLLM does where it knows the family": stacked_only(
+                self.skeleton.model, [spec.name for spec, _ in quantized if spec.placement.expert is not None]
             ),
         }
         caveat = FORMATS[self.recipe.format].caveat(default)

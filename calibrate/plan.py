@@ -170,8 +170,9 @@ def _reason_against(spec: LinearSpec, block: Block, ignore: Iterable[str], roles
     pattern = ignored_by(spec.name, ignore)
     if pattern:
         return f"ignored by {pattern!r}"
-    experts = spec.name.rpartition(".")[0] + ".experts."
-    gate = spec.n == 1 or any(other.name.startswith(experts) for other in block.linears)
+    home = spec.name.rpartition(".")[0] + ".experts."
+    beside = {other.name.removeprefix(home).split(".")[0] for other in block.linears if other.name.startswith(home)}
+    gate = spec.n == 1 or spec.n == len(beside)
     role = roles.get(spec.name, "router" if gate else None)
     return None if role is None else f"a {role} with {spec.n} outputs: engines keep it in 16 bits"
 

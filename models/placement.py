@@ -157,6 +157,16 @@ def experts_in(model: PreTrainedModel, name: str, placement: Placement) -> dict[
     }
 
 
+def stacked_only(model: PreTrainedModel, experts: list[str]) -> bool:
+    """Whether transformers has no place for the first of these linears of single experts, by their file's names."""
+    renamings, converters = _transforms(model)
+    state = model.state_dict(keep_vars=True)
+    names = (f"{name}.weight" for name in experts[:1])
+    return any(
+        rename_source_key(name, renamings, converters, model.base_model_prefix, state)[0] not in state for name in names
+    )
+
+
 def _slices(model: nn.Module, parameter: str, expert: int) -> Iterator[tuple[str, Placement]]:
     """What the linears of one expert in a stack are called, and where they lie; none where `parameter` is no stack."""
     owner_name, _, leaf = parameter.rpartition(".")

@@ -241,15 +241,17 @@ class Walk:
             empty([*owners.values(), *hollowed])
 
     def _head_tensors(self, head: nn.Module) -> dict[str, Placement]:
-        """The file's tensors of the head; the embeddings' where it is tied to them."""
-        names = {module: name for name, module in self.skeleton.model.named_modules()}
-        own, tied = f"{names[head]}.", f"{names[self.skeleton.model.get_input_embeddings()]}.weight"
-        found = {key: place for key, place in self.skeleton.others.items() if place.parameter.startswith(own)}
-        if any(place.parameter == f"{own}weight" for place in found.values()):
-            return found
-        return found | {
-            key: Placement(f"{own}weight") for key, place in self.skeleton.others.items() if place.parameter == tied
-        }
+        """The file's tensors of the head; for what it is tied to, the embeddings above all, that one's."""
+        name = next(name for name, module in self.skeleton.model.named_modules() if module is head)
+        keys = {place.parameter: key for key, place in self.skeleton.others.items()}
+        found = {}
+        for leaf in (leaf for leaf, parameter in head._parameters.items() if parameter is not None):
+            own = f"{name}.{leaf}"
+            source = own if own in keys else self.skeleton.model.all_tied_weights_keys.get(own)
+            if source in keys:
+                key = keys[source]
+                found[key] = self.skeleton.others[key] if source == own else Placement(own)
+        return found
 
 
 def _linear_head(model: Any) -> Any:

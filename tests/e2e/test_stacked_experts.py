@@ -9,8 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from lowbit.calibrate.job import prepare
 from lowbit.calibrate.methods import complete_recipe
-from lowbit.calibrate.pipeline import prepare, run
+from lowbit.calibrate.pipeline import run
 from lowbit.evaluation.backend import load_dense
 from lowbit.models.source import open_source
 from tests.builders import calibration, logits_of
@@ -85,3 +86,11 @@ def test_each_expert_sees_its_own_tokens_where_all_are_multiplied_at_once(source
     rows = result.blocks[1].linears
     seen = [rows[f"model.layers.1.feed_forward.experts.{expert}.up_proj"]["tokens"] for expert in range(4)]
     assert sum(seen) == 2 * 16 * 24  # two experts a token
+
+
+@pytest.mark.parametrize("kind", ["aria_text", "qwen3_moe"])
+def test_a_family_whose_single_experts_transformers_cannot_load_is_said_to_be_one(tmp_path, kind):
+    job = prepare(open_source(str(save_tiny(kind, tmp_path / kind))), complete_recipe(RECIPES["rtn"]), "cpu")
+    said = [warning for warning in job.warnings() if "experts one by one" in warning]
+    assert len(said) == (kind == "aria_text")
+    assert not any("Conv1D" in warning for warning in job.warnings())

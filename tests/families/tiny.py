@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -84,7 +85,60 @@ IMAGE_TOKENS = (
 TEXT_PARTS = ("text_config", "llm_config", "thinker_config", "language_config", "qformer_config", "decoder")
 
 # What shrinking leaves inconsistent, by type: fields of the configuration, or of one inside it.
-EXCEPTIONS: dict[str, Fields] = {"gemma3": {"mm_tokens_per_image": 4}}
+FULL_ROTARY, HALF_ROTARY = (
+    {
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 1e4,
+            "partial_rotary_factor": part,
+            "mrope_section": cut,
+        }
+    }
+    for part, cut in ((1.0, [2, 3, 3]), (0.5, [1, 1, 2]))
+)
+WITH_SECTIONS = (
+    "glm46v",
+    "glm4v",
+    "glmga",
+    "glm_ocr",
+    "paddleocr_vl",
+    "qwen2_vl",
+    "qwen2_5_vl",
+    "qwen2_5_omni_thinker",
+)
+TWO_LINEAR = {"layer_types": ["linear_attention", "linear_attention"]}
+EXCEPTIONS: dict[str, Fields] = {kind: {"text_config": FULL_ROTARY} for kind in WITH_SECTIONS} | {
+    "gemma3": {"mm_tokens_per_image": 4},
+    "glm4v_moe": {"text_config": HALF_ROTARY},
+    "hunyuan_v1_dense": {"head_dim": HEAD},
+    "hunyuan_v1_moe": {"head_dim": HEAD},
+    "hunyuan_vl": {"text_config": {"head_dim": HEAD}},
+    "ministral": {"head_dim": HEAD, "num_key_value_heads": 2},
+    "nemotron": {"head_dim": HEAD, "num_key_value_heads": 2},
+    "mistral4": {"num_key_value_heads": HEADS, "qk_head_dim": 2 * HEAD},
+    "mamba2": {"num_heads": 8, "head_dim": HEAD},
+    "lfm2_moe": {"num_hidden_layers": 3, "layer_types": ["conv", "full_attention", "conv"]},
+    "deepseek_v2": {"num_experts_per_tok": 2, "n_group": 1, "topk_group": 1},
+    "dots1": {
+        "n_routed_experts": 4,
+        "n_shared_experts": 1,
+        "num_experts_per_tok": 2,
+        "n_group": 1,
+        "topk_group": 1,
+        "moe_intermediate_size": 64,
+        "first_k_dense_replace": 1,
+    },
+    "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}},
+    "cohere_compass": {
+        "text_config": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}}
+    },
+    "qwen4_exp_text": TWO_LINEAR,
+    "qwen4_exp": {"text_config": TWO_LINEAR},
+    "zaya": {"num_experts_per_tok": 1},
+    "step3p7": {"text_config": {"sliding_window": 32}},
+    "chameleon": {"vocabulary_map": {"<image>": VOCABULARY - 20}},
+    "emu3": {"vocabulary_map": {"<image>": VOCABULARY - 20}},
+}
 
 
 def types() -> list[str]:
@@ -155,11 +209,21 @@ def _sections(rotary: Fields) -> list[int]:
     return [pairs // count + (place >= count - pairs % count) for place in range(count)]
 
 
+def tiny_size(kind: str) -> int:
+    """How many parameters the tiny model of a type has; some classes have parts that no configuration shrinks."""
+    with init_empty_weights():
+        return sum(parameter.numel() for parameter in _unwritten(kind).parameters())
+
+
+def _unwritten(kind: str) -> PreTrainedModel:
+    auto = AutoModelForImageTextToText if kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES else AutoModelForCausalLM
+    return auto.from_config(tiny_config(kind), dtype=torch.float32).eval()
+
+
 def tiny_model(kind: str, seed: int = 0) -> PreTrainedModel:
     """A random model of a type, whose products have unit variance and whose norms and biases are random too."""
-    auto = AutoModelForImageTextToText if kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES else AutoModelForCausalLM
     torch.manual_seed(seed)
-    model = auto.from_config(tiny_config(kind), dtype=torch.float32).eval()
+    model = _unwritten(kind)
     disturb(model, seed)
     return model
 

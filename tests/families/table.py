@@ -1,0 +1,268 @@
+"""docs/FAMILIES.md: what works for every type of transformers, tried on tiny random models.
+
+    python -m tests.families.table             all types, one after another (an hour of one core)
+    python -m tests.families.table llama aria  these again; the other rows stay
+    python -m tests.families.table --failing   those again that have a cell which does not work
+
+Rows are kept beside this file, in rows.json. Each type is tried in a process of its own, with a limit of time and of
+memory: a cell says "works", or in some words why not.
+"""
+
+import argparse
+import json
+import multiprocessing
+import re
+import resource
+import signal
+import tempfile
+import textwrap
+import warnings
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import click
+import compressed_tensors
+import torch
+import transformers
+
+from lowbit import engine
+from lowbit.calibrate.job import prepare
+from lowbit.calibrate.methods import complete_recipe
+from lowbit.calibrate.pipeline import run
+from lowbit.calibrate.plan import Plan
+from lowbit.errors import LowbitError
+from lowbit.evaluation.backend import load_dense
+from lowbit.models.skeleton import open_skeleton
+from lowbit.models.source import open_source
+from lowbit.models.walk import Walk
+from tests.builders import calibration
+from tests.families.tiny import save_tiny, tiny_model, tiny_size, types
+
+ROWS, PAGE = Path(__file__).with_name("rows.json"), Path(__file__).parents[2] / "docs" / "FAMILIES.md"
+WORKS = "works"
+SECONDS, MEMORY = 240, 8 << 30  # of one type
+LARGEST = 60_000_000  # parameters of a model that counts as tiny
+BATCHES = [calibration(2, 24, seed=seed).ids + 3 for seed in (11, 12)]
+# 8 bits show every mistake: a fold missing on one side moves the logits by more than half.
+METHODS: dict[str, dict[str, Any]] = {
+    "int8": {"method": "int8"},
+    "awq": {"method": "awq", "bits": 8, "group_size": 32},
+    "gptq": {"method": "gptq", "bits": 8, "group_size": 32},
+    "smoothquant": {"method": "smoothquant", "alpha": 0.5},
+}
+LIMIT = 0.25  # relative error of the logits: a token near a tie may go to another expert
+COLUMNS = ("linears", "blocks", *METHODS, "transformers", "engine")
+
+INTRODUCTION = """# Families
+
+Every causal and image-text type of transformers {} as a tiny random model: the default configuration of its class,
+shrunk. Made by `make families`, with compressed-tensors {}. All methods round to 8 bits here, where a mistake anywhere
+shows in the logits.
+
+- linears: how many are quantized; how many are left, each with its reason in the report
+- blocks: logits computed a block at a time are transformers', for two batches of different tokens
+- int8, awq, gptq, smoothquant: quantized, written and read again, the logits are the original's but for rounding
+- transformers: loads the int8 output into the class that it names, no weight missing, with the same logits
+- engine: lowbit's own computes the unquantized model's logits
+
+How many work:
+
+"""
+
+Row = dict[str, str]
+Logits = list[torch.Tensor]
+
+
+def row_of(kind: str, directory: Path) -> Row:
+    """The cells of a type, or under "none" why it has no row."""
+    try:
+        size = tiny_size(kind)
+        model = tiny_model(kind) if size <= LARGEST else None
+    except Exception as error:  # noqa: BLE001  # whatever a type may raise is a cell
+        return {"none": f"no tiny configuration ({type(error).__name__})"}
+    if model is None:
+        return {"none": "not tiny when shrunk"}
+    source = save_tiny(kind, directory / "model")
+    try:
+        open_source(str(source))
+    except LowbitError:
+        return {"none": "no decoder language model"}
+    try:
+        wanted = logits_of(model)
+    except Exception as error:  # noqa: BLE001  # whatever a type may raise is a cell
+        alone = "does not run on text alone" if "pixel" in str(error) or "image" in str(error) else "does not run"
+        return {"none": f"transformers {alone}"}
+    cells = {"blocks": cell(lambda: blocks_cell(source, wanted))}
+    for method in METHODS:
+        cells |= method_cells(method, source, directory / method, wanted)
+    cells["transformers"] = cell(lambda: transformers_cell(directory / "int8")) if works(cells, "int8") else "-"
+    cells["engine"] = cell(lambda: engine_cell(source, wanted))
+    return cells
+
+
+def cell(check: Callable[[], str | None]) -> str:
+    """What `check` returns, "works" for None; in words what it raised."""
+    try:
+        return check() or WORKS
+    except LowbitError as error:
+        return f"refused: {in_words(str(error))}"
+    except Exception as error:  # noqa: BLE001  # whatever a type may raise is a cell
+        return f"fails: {type(error).__name__}"
+
+
+def in_words(message: str) -> str:
+    """The beginning of an error's text without paths."""
+    return " ".join(re.sub(r"/\S+: ", "", message).split())[:60].rstrip(" ,:(")
+
+
+def works(row: Row, column: str) -> bool:
+    return row.get(column) == WORKS
+
+
+@torch.no_grad()
+def logits_of(model: Any) -> Logits:
+    return [model(input_ids=ids, use_cache=False).logits.float() for ids in BATCHES]
+
+
+def distance(found: Iterable[torch.Tensor], wanted: Logits) -> float:
+    """The largest relative distance of a batch's logits; infinite where they are no numbers."""
+    errors = [float((a.float() - b).norm() / b.norm()) for a, b in zip(found, wanted, strict=True)]
+    return max(error if error == error else float("inf") for error in errors)
+
+
+def blocks_cell(source: Path, wanted: Logits) -> str | None:
+    """Whether logits computed a block at a time are transformers'."""
+    walk = Walk(open_skeleton(open_source(str(source))), "cpu", torch.float32)
+    hidden = walk.start(BATCHES)
+    with torch.no_grad():
+        for index in range(len(walk.skeleton.blocks)):
+            with walk.loaded(index):
+                hidden = [walk.run(index, states) for states in hidden]
+        error = distance(walk.logits(BATCHES, hidden), wanted)
+    return None if error < 1e-4 else f"differs by {error:.1g}"
+
+
+def method_cells(method: str, source: Path, output: Path, wanted: Logits) -> Row:
+    """The cell of a method; of `int8` also what became of the linears."""
+    cells: Row = {}
+
+    def check() -> str | None:
+        job = prepare(open_source(str(source)), complete_recipe(METHODS[method]), "cpu")
+        cells["linears"] = linears_cell(job.plan)
+        output.mkdir()
+        run(job, output, calibration() if job.recipe.dataset else None, lambda report: None)
+        error = distance(logits_of(load_dense(open_source(str(output)))), wanted)
+        return None if error < LIMIT else f"differs by {error:.1g}"
+
+    cells[method] = cell(check)
+    return cells
+
+
+def linears_cell(plan: Plan) -> str:
+    """How many linears are quantized, and how many are left, each with its reason."""
+    return f"{len(plan.schemes)}, {len(plan.left)} left"
+
+
+def transformers_cell(output: Path) -> str | None:
+    """Whether transformers loads the quantized model into the class that it names, and computes the same."""
+    kind = getattr(transformers, open_source(str(output)).config.architectures[0])
+    theirs, info = kind.from_pretrained(output, dtype=torch.float32, output_loading_info=True)
+    if info["missing_keys"] or info["unexpected_keys"]:
+        return "experts have no single names there" if "experts" in str(info) else "weights missing"
+    error = distance(logits_of(theirs.eval()), logits_of(load_dense(open_source(str(output)))))
+    return None if error < 1e-3 else f"differs by {error:.1g}"
+
+
+def engine_cell(source: Path, wanted: Logits) -> str | None:
+    """Whether our engine computes the unquantized model's logits."""
+    try:
+        loaded = engine.load(str(source), "cpu", torch.float32)
+    except LowbitError:
+        return "none: not among its families"
+    error = distance((loaded.logits(ids) for ids in BATCHES), wanted)
+    return None if error < 1e-4 else f"differs by {error:.1g}"
+
+
+def try_type(kind: str) -> Row:
+    """The row of a type, tried in a process of its own."""
+    receiver, sender = multiprocessing.Pipe(duplex=False)
+    process = multiprocessing.get_context("fork").Process(target=_child, args=(kind, sender))
+    process.start()
+    row = receiver.recv() if receiver.poll(SECONDS + 10) else {"none": "took too long or too much memory"}
+    process.kill()
+    process.join()
+    return row
+
+
+def _child(kind: str, sender: Any) -> None:
+    signal.alarm(SECONDS)
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    with tempfile.TemporaryDirectory() as directory:
+        sender.send(row_of(kind, Path(directory)))
+
+
+def page_of(rows: dict[str, Row]) -> str:
+    """docs/FAMILIES.md from the rows."""
+    tried = {kind: row for kind, row in rows.items() if "none" not in row}
+    lines = [
+        *INTRODUCTION.format(transformers.__version__, compressed_tensors.__version__).splitlines(),
+        *(f"- {share_line(column, tried)}" for column in COLUMNS if column != "linears"),
+        "",
+        f"| type | {' | '.join(COLUMNS)} |",
+        "|---" * (len(COLUMNS) + 1) + "|",
+    ]
+    lines += [f"| {kind} | {' | '.join(word(row[c]) for c in COLUMNS)} |" for kind, row in sorted(tried.items())]
+    lines += ["", "## Why not", ""]
+    for column in (name for name in COLUMNS if name not in ("linears", "engine")):
+        lines += listed(column, {kind: row[column] for kind, row in tried.items() if not works(row, column)})
+    lines += ["", "## Types without a row", ""]
+    lines += listed("", {kind: row["none"] for kind, row in rows.items() if "none" in row})
+    return "\n".join(lines) + "\n"
+
+
+def word(text: str) -> str:
+    """A cell of the table: a count as it is, else the first word of what is said."""
+    return text if text[0].isdigit() else re.split(r"[ :]", text)[0]
+
+
+def listed(column: str, reasons: dict[str, str]) -> list[str]:
+    """A line for each reason with the types that it holds for."""
+    kinds: dict[str, list[str]] = {}
+    for kind, reason in sorted(reasons.items()):
+        kinds.setdefault(f"{column}: {reason}" if column else reason, []).append(kind)
+    items = [f"- {reason}: {', '.join(those)}" for reason, those in sorted(kinds.items())]
+    return [line for item in items for line in textwrap.wrap(item, 118, subsequent_indent="  ")]
+
+
+def share(column: str, rows: dict[str, Row]) -> float:
+    """The part of the rows whose cell in `column` works."""
+    return sum(works(row, column) for row in rows.values()) / max(len(rows), 1)
+
+
+def share_line(column: str, rows: dict[str, Row]) -> str:
+    return f"{column}: {sum(works(row, column) for row in rows.values())} of {len(rows)} ({share(column, rows):.1%})"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Make docs/FAMILIES.md.")
+    parser.add_argument("types", nargs="*", help="types to try again; all where none is named")
+    parser.add_argument("--failing", action="store_true", help="try those again that have a cell which does not work")
+    args = parser.parse_args()
+    rows: dict[str, Row] = json.loads(ROWS.read_text()) if ROWS.exists() else {}
+    chosen = args.types or types()
+    if args.failing:
+        chosen = [kind for kind in chosen if not all(works(rows.get(kind, {}), c) for c in ("blocks", *METHODS))]
+    for kind in chosen:
+        rows[kind] = try_type(kind)
+        click.echo(f"{kind}: {rows[kind]}")
+        ROWS.write_text(json.dumps(dict(sorted(rows.items())), indent=1) + "\n")
+        PAGE.write_text(page_of(rows), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
