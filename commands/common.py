@@ -5,17 +5,20 @@ import os
 import re
 import signal
 import sys
+from collections.abc import Iterable
 from types import FrameType
 from typing import Any, NoReturn
 
 import click
 import torch
 from datasets.utils.logging import disable_progress_bar
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.segment import Segment
 from transformers.utils import logging as transformers_logging
 
 from lowbit.calibrate import ranks
 from lowbit.errors import LowbitError
+from lowbit.export.escape import one_line, visible
 
 SETTINGS = {
     "help_option_names": ["-h", "--help"],
@@ -25,11 +28,28 @@ SETTINGS = {
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
-def make_console() -> Console:
+class Terminal(Console):
+    """A console on which text that others wrote does nothing: it has no markup, and nothing unseen in it is printed."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(markup=False, emoji=False, **settings)
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        """What is printed, piece by piece."""
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else segment._replace(text=visible(segment.text))
+
+
+def make_console() -> Terminal:
     """Where results are printed: plain lines, unfolded, where it is no terminal. One of several processes prints."""
     if sys.stdout.isatty() and ranks.leads():
-        return Console()
-    return Console(width=200, soft_wrap=True, highlight=False, quiet=not ranks.leads())
+        return Terminal()
+    return Terminal(width=200, soft_wrap=True, highlight=False, quiet=not ranks.leads())
+
+
+def say(text: str = "", nl: bool = True, err: bool = False) -> None:
+    """Print text that somebody else may have written, as it can be seen."""
+    click.echo(visible(text), nl=nl, err=err)
 
 
 class Size(click.ParamType):
@@ -57,6 +77,7 @@ def run_command(command: click.Command, interrupted: str = "Interrupted; nothing
         command(standalone_mode=False)
     except click.ClickException as error:
         if ranks.first_to_fail():
+            vars(error)["message"] = one_line(error.message)  # its usage and hints are ours, and may be several lines
             error.show()
         sys.exit(error.exit_code)
     except LowbitError as error:
@@ -80,7 +101,7 @@ def run_command(command: click.Command, interrupted: str = "Interrupted; nothing
 
 def _fail(message: str, code: int) -> NoReturn:
     if ranks.first_to_fail():
-        click.echo(message, err=True)
+        say(one_line(message), err=True)
     sys.exit(code)
 
 

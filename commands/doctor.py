@@ -39,12 +39,12 @@ def doctor(kernels: bool) -> None:
     console.print(f"lowbit {__version__}, Python {platform.python_version()} ({sys.prefix}), {platform.platform()}")
     console.print(", ".join(f"{name} {_version(name) or 'missing'}" for name in NEEDED))
     for line in _devices():
-        console.print(line, markup=False)
-    console.print(describe_build(), markup=False)
+        console.print(line)
+    console.print(describe_build())
     _print_optional(console)
     if kernels:
         for text in describe_examples():
-            console.print(text, markup=False)
+            console.print(text)
 
 
 def _version(package: str) -> str | None:

@@ -6,11 +6,10 @@ from collections.abc import Callable
 from typing import Any
 
 import click
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from lowbit.api.session import DTYPES, Event, Note, Scored, Step
-from lowbit.commands.common import make_console
+from lowbit.commands.common import Terminal, make_console
 from lowbit.evaluation.backend import BACKENDS
 from lowbit.evaluation.perplexity import Score
 
@@ -20,8 +19,8 @@ class Printer:
 
     def __init__(self) -> None:
         self.console = make_console()
-        shown = Console(file=sys.stderr)
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+        shown = Terminal(file=sys.stderr)
+        columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn())
         times = (TimeElapsedColumn(), TimeRemainingColumn())
         self.bar = Progress(*columns, *times, console=shown, transient=True, disable=not shown.is_terminal)
         self.task = self.bar.add_task("", total=None)
@@ -33,7 +32,7 @@ class Printer:
             return
         self.bar.stop()
         if isinstance(event, Note):
-            self.console.print(f"note: {event.text}", markup=False)
+            self.console.print(f"note: {event.text}")
         elif isinstance(event, Scored):
             self.console.print(_line(event.score))
 

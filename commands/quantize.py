@@ -9,7 +9,7 @@ import click
 from lowbit import __version__
 from lowbit.api import quantizing as api
 from lowbit.calibrate.methods import METHODS, ROUNDERS, TRANSFORMS
-from lowbit.commands.common import SETTINGS, Size, make_console, run_command
+from lowbit.commands.common import SETTINGS, Size, make_console, run_command, say
 from lowbit.commands.quantize_console import Printer
 from lowbit.evaluation.after import MEASURES, parse_measures
 from lowbit.export.formats import FORMATS
@@ -51,7 +51,7 @@ def main() -> None:
 def _list_methods(context: click.Context, option: click.Parameter, wanted: bool) -> None:
     if wanted:
         for method in METHODS.values():
-            click.echo(f"{method.name:8} {method.summary}")
+            say(f"{method.name:8} {method.summary}")
         context.exit()
 
 

@@ -8,7 +8,7 @@ import torch
 from rich.table import Table
 
 from lowbit import __version__, engine
-from lowbit.commands.common import SETTINGS, make_console, run_command
+from lowbit.commands.common import SETTINGS, make_console, run_command, say
 from lowbit.engine.decoder import Decoder
 from lowbit.engine.engine import Engine
 from lowbit.engine.options import Options
@@ -107,4 +107,4 @@ def columns(speed: Speed) -> list[str]:
 def show_profile(model: Engine, batch: int) -> None:
     """Prints the kernels of a step that take longest."""
     for name, calls, us in kernels_of_step(model, batch)[:12]:
-        click.echo(f"{us:9.1f} us  {calls:4d} x  {name[:100]}")
+        say(f"{us:9.1f} us  {calls:4d} x  {name[:100]}")

@@ -2,16 +2,18 @@
 
 import time
 
-import click
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.status import Status
 from rich.table import Table
+from rich.text import Text
 
 from lowbit.api.quantizing import BlockDone, Calibrated, Checked, Completed, Event, Note, Planned, Quantized, Stage
 from lowbit.calibrate.data import CalibrationSet
 from lowbit.calibrate.job import Job
+from lowbit.commands.common import say
 from lowbit.evaluation.perplexity import describe_difference
+from lowbit.export.escape import one_line
 from lowbit.export.formats import describe_schemes
 
 MOST_LEFT = 8
@@ -37,7 +39,8 @@ class Printer:
     def __call__(self, event: Event) -> None:
         match event:
             case Completed(recipe):
-                self.console.print(f"[bold]recipe[/bold]\n{recipe.to_toml()}", end="")
+                self.console.print("recipe", style="bold")
+                self.console.print(recipe.to_toml(), end="")
             case Planned(job, bits):
                 self.status.stop()
                 self.plan(job, bits)
@@ -45,7 +48,7 @@ class Printer:
                 self.readings(calibration)
             case Stage(text):
                 self.begun = time.monotonic()
-                self.status.update(text)
+                self.status.update(Text(text))
                 self.status.start()
             case Checked():
                 self.check(event)
@@ -53,18 +56,19 @@ class Printer:
                 self.block(event)
             case Note(text, warning):
                 if warning:
-                    click.echo(f"Warning: {text}", err=True)
+                    say(f"Warning: {one_line(text)}", err=True)
                 else:
                     self.console.print(f"  note: {text}")
 
     def plan(self, job: Job, bits: float | None) -> None:
         """Schemes, what is left and why, and what to know before loading the result elsewhere."""
         exempt = sum(left.exempt for left in job.plan.left.values())
-        self.console.print(
-            f"[bold]plan[/bold] {describe_schemes(job.plan.schemes)}; {len(job.plan.left)} left ({exempt} on purpose); "
+        found = (
+            f" {describe_schemes(job.plan.schemes)}; {len(job.plan.left)} left ({exempt} on purpose); "
             f"coverage {job.plan.coverage:.2%}; "
             f"weights {job.source.checkpoint.nbytes / 1e6:.1f} MB -> {job.output_bytes() / 1e6:.1f} MB"
         )
+        self.console.print(Text.assemble(("plan", "bold"), found))
         for name, left in list(job.plan.left.items())[:MOST_LEFT]:
             self.console.print(f"  left {name}: {left.reason}")
         for warning in job.warnings():
@@ -76,9 +80,9 @@ class Printer:
         """What was skipped or folded in the calibration data; each row of it with --verbose."""
         for reading in calibration.readings:
             if text := reading.describe():
-                self.console.print(f"  note: {text}", markup=False)
+                self.console.print(f"  note: {text}")
             for line in reading.skipped if self.verbose else ():
-                self.console.print(f"  {reading.label}, {line}", markup=False)
+                self.console.print(f"  {reading.label}, {line}")
 
     def check(self, event: Checked) -> None:
         """How far the reading of the model's files has come: a bar on a terminal."""

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import click
-from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
@@ -17,6 +16,7 @@ from lowbit.evaluation.divergence import Divergence
 from lowbit.evaluation.generate import PROMPT, Prompt, read_prompts
 from lowbit.evaluation.perplexity import Score, describe_difference
 from lowbit.evaluation.sandbox import Limits
+from lowbit.export.escape import one_line
 
 MOST_SHOWN = 8
 
@@ -137,7 +137,7 @@ def tasks(
 
 def _print_tasks(printer: Printer, rows: list[api.Row], models: list[str | None]) -> None:
     printer.bar.stop()
-    table = Table("task", "metric", "examples", *(escape(model) for model in models if model))
+    table = Table("task", "metric", "examples", *(model for model in models if model))
     for row in rows:
         measured = [row, row["baseline"]] if "baseline" in row else [row]
         values = [f"{each['value']:.4f}" + (f" ± {each['stderr']:.4f}" if each["stderr"] else "") for each in measured]
@@ -160,7 +160,7 @@ def generate(prompts: Path | None, prompt: tuple[str, ...], tokens: int, **optio
     for each in row["rows"]:
         printer.console.print(Text(each["prompt"], style="bold"))
         for name, text in zip(models, each["texts"], strict=True):
-            printer.console.print(Text(f"  {name}: {' '.join(text.split())}"))
+            printer.console.print(f"  {name}: {' '.join(text.split())}")
     if options["baseline"]:
         printer.console.print(f"{row['equal']} of {row['prompts']} continuations are the same")
     printer.last(row)
@@ -185,7 +185,7 @@ def code(
     for found in (row, row["baseline"]) if "baseline" in row else (row,):
         failed = [each for each in found["rows"] if not each["passed"]]
         passed = f"{len(found['rows']) - len(failed)} of {len(found['rows'])} problems"
-        printer.console.print(Text(f"{found['model']}: pass@1 {found['pass_at_1']:.4f}, {passed}"))
+        printer.console.print(f"{found['model']}: pass@1 {found['pass_at_1']:.4f}, {passed}")
         for each in failed[:MOST_SHOWN]:
-            printer.console.print(Text(f"  {each['task_id']}: {each['reason']}"))
+            printer.console.print(one_line(f"  {each['task_id']}: {each['reason']}"))
     printer.last(row)

@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from lowbit import __version__, engine
-from lowbit.commands.common import SETTINGS, run_command
+from lowbit.commands.common import SETTINGS, run_command, say
 from lowbit.engine.engine import Engine
 from lowbit.engine.sampling import Completion, Sampling
 from lowbit.errors import EngineError
@@ -81,9 +81,9 @@ def generate(
         else:
             inputs = [ask(model, text, system) if chat else text for text in prompts]
             for text, completion in zip(prompts, model.generate(inputs, sampling), strict=True):
-                click.echo(completion.text if chat else text + completion.text)
+                say(completion.text if chat else text + completion.text)
                 if verbose:
-                    click.echo(describe(completion), err=True)
+                    say(describe(completion), err=True)
     except EngineError as error:
         raise click.UsageError(str(error)) from error
 
@@ -104,10 +104,10 @@ def show(model: Engine, prompt: str | list[int], sampling: Sampling) -> str:
     try:
         for text in texts(model, prompt, sampling):
             written.append(text)
-            click.echo(text, nl=False)
+            say(text, nl=False)
     except KeyboardInterrupt:
-        click.echo(" [interrupted]", nl=False, err=True)
-    click.echo()
+        say(" [interrupted]", nl=False, err=True)
+    say()
     return "".join(written)
 
 
@@ -119,7 +119,7 @@ def texts(model: Engine, prompt: str | list[int], sampling: Sampling) -> Iterato
 def converse(model: Engine, sampling: Sampling, system: str | None) -> None:
     """Answers what is typed, until an empty line or the end of the input."""
     messages = opening(system)
-    click.echo("An empty line ends the conversation; Ctrl-C ends an answer.", err=True)
+    say("An empty line ends the conversation; Ctrl-C ends an answer.", err=True)
     while question := click.prompt(">", default="", show_default=False, prompt_suffix=" ", err=True).strip():
         messages.append({"role": "user", "content": question})
         answer = show(model, model.encode_chat(messages), sampling)

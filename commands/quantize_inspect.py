@@ -57,7 +57,7 @@ def _print_weights(console: Console, found: Inspection) -> None:
     if len(found.left) > MOST_NAMED:
         console.print(f"  and {len(found.left) - MOST_NAMED} others")
     for key, members in found.split.items():
-        console.print(f"  [bold]{key}: engines run {', '.join(members)} as one, and their schemes differ[/bold]")
+        console.print(f"  {key}: engines run {', '.join(members)} as one, and their schemes differ", style="bold")
     if not found.split:
         console.print("fused sets (q, k and v; gate and up; experts): one scheme each")
 

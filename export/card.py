@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCardData, metadata_load
-from jinja2 import Environment, StrictUndefined
+from jinja2 import StrictUndefined
 from yaml import YAMLError
 
+from lowbit.export.escape import Written, code, markdown_environment
 from lowbit.export.files import read_text, write_text
 from lowbit.export.format import Format
 from lowbit.export.formats import FORMATS
@@ -19,7 +20,7 @@ TEMPLATE = """---
 
 # {{ title }}
 
-{{ base }} quantized with lowbit {{ version }}: method `{{ recipe.method }}`, {{ schemes }}.
+{{ base }} quantized with lowbit {{ version }}: method {{ recipe.method|code }}, {{ schemes }}.
 Weights take {{ "%.1f"|format(output_bytes / 1e6) }} MB instead of {{ "%.1f"|format(source_bytes / 1e6) }} MB; \
 {{ "%.2f"|format(coverage * 100) }}% of the linear parameters that were not set aside are quantized.
 
@@ -55,9 +56,7 @@ Not measured in this run (`--eval-windows 0`). Measure with `quantize-eval perpl
 {% endfor %}
 ## How it was made
 
-```toml
-{{ recipe_toml -}}
-```
+{{ recipe_toml|code_block("toml") }}
 
 `quantization_report.json` has the scheme, the errors and every fallback of each layer, `SHA256SUMS` the hashes of all
 files.
@@ -83,13 +82,13 @@ def write_card(directory: Path, source: Path, base: str, recipe: Recipe, facts: 
         tags=["lowbit", fmt.name, recipe.method],
         **_carried_over(source / "README.md"),
     )
-    environment = Environment(undefined=StrictUndefined, keep_trailing_newline=True, autoescape=False)
+    environment = markdown_environment(undefined=StrictUndefined, keep_trailing_newline=True)
     text = environment.from_string(TEMPLATE).render(
-        front_matter=data.to_yaml(),
+        front_matter=Written(data.to_yaml()),
         title=f"{Path(label).name}, {recipe.method} {recipe.default_scheme}",
         base=label,
         recipe=recipe,
-        loading=fmt.loading,
+        loading=Written(fmt.loading),
         recipe_toml=recipe.to_toml(),
         **facts,
     )
@@ -100,7 +99,7 @@ def note_conversion(directory: Path, source: Path, before: str, fmt: Format, ver
     """Copy the model card of `source`, if it has one, into `directory`, and say at its end what was converted."""
     card = source / "README.md"
     text = read_text(card).rstrip("\n") + "\n\n" if card.exists() else ""
-    note = f"Converted from `{before}` to `{fmt.name}` by lowbit {version}, without requantizing."
+    note = f"Converted from {code(before)} to {code(fmt.name)} by lowbit {version}, without requantizing."
     write_text(directory / "README.md", f"{text}## Converted\n\n{note} {fmt.loading}\n")
 
 

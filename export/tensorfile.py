@@ -97,6 +97,10 @@ def _read_header(path: Path) -> tuple[dict[str, Any], Identity, int]:
 
 
 def _entry(path: Path, name: str, spec: Any, start: int, identity: Identity) -> TensorEntry:
+    if not name.isprintable():
+        raise CheckpointError(
+            f"{path}: a tensor is called {name[:200]!r}, which cannot be printed: the file is damaged"
+        )
     try:
         dtype, shape, (begin, end) = DTYPES[spec["dtype"]], tuple(map(index, spec["shape"])), spec["data_offsets"]
         entry = TensorEntry(name, path, dtype, shape, start + index(begin), index(end) - index(begin), identity)

@@ -2,6 +2,7 @@
 
 import math
 import re
+import shlex
 import tomllib
 from collections import Counter
 from collections.abc import Iterable
@@ -15,6 +16,7 @@ from lowbit.evaluation.record import FILE, merge_rows
 from lowbit.evaluation.report.family import families_of, family_of
 from lowbit.export.card import published_name
 from lowbit.export.checkpoint import CONFIG_NAME, Checkpoint, open_checkpoint
+from lowbit.export.escape import one_line
 from lowbit.export.files import read_text
 from lowbit.export.formats import LogicalTensors
 from lowbit.export.plain import read_json, read_rows
@@ -112,7 +114,9 @@ def _recipe(path: Path, text: str | None) -> dict[str, Any]:
 
 def _command(model: str | None, recipe: str | None) -> str | None:
     """The command that makes the checkpoint again; None where nothing says how it was made."""
-    return f"quantize {model or 'MODEL'} --recipe {RECIPE} --output DIR" if recipe else None
+    return (
+        shlex.join(["quantize", one_line(model or "MODEL"), "--recipe", RECIPE, "--output", "DIR"]) if recipe else None
+    )
 
 
 def kind_of(name: str) -> str:

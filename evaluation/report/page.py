@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from lowbit.evaluation.report.compare import comparison
 from lowbit.evaluation.report.facts import scored
@@ -20,6 +20,7 @@ from lowbit.evaluation.report.plots import (
     survival_plot,
     tuning_plot,
 )
+from lowbit.export.escape import html_environment, markdown_environment
 
 TEMPLATES = Path(__file__).parent / "templates"
 
@@ -28,7 +29,7 @@ def render(facts: dict[str, Any], kind: str) -> str:
     """The report of one checkpoint as `html` or `md`."""
     divergence = next((row for row in facts["evaluations"]["divergence"] if row["kl_mean"] is not None), None)
     figures = figures_of(facts, divergence) if kind == "html" else {}
-    template = _environment().get_template(f"checkpoint.{kind}.j2")
+    template = _environment(kind).get_template(f"checkpoint.{kind}.j2")
     return template.render(facts=facts, divergence=divergence, scores=scored(facts), figures=figures)
 
 
@@ -41,7 +42,7 @@ def render_comparison(all_facts: Sequence[dict[str, Any]], kind: str) -> str:
             "size": pareto_plot(compared["points"], "gigabytes", "GB on disk"),
             "speed": pareto_plot(compared["points"], "speed", "tokens a second", larger_is_better=True),
         }
-    template = _environment().get_template(f"comparison.{kind}.j2")
+    template = _environment(kind).get_template(f"comparison.{kind}.j2")
     return template.render(compared=compared, figures=figures)
 
 
@@ -58,16 +59,12 @@ def figures_of(facts: dict[str, Any], divergence: dict[str, Any] | None) -> dict
     }
 
 
-def _environment() -> Environment:
-    environment = Environment(
-        loader=FileSystemLoader(TEMPLATES),
-        autoescape=select_autoescape(["html.j2"]),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+def _environment(kind: str) -> Environment:
+    make = html_environment if kind == "html" else markdown_environment
+    loader = FileSystemLoader(TEMPLATES)
+    environment = make(loader=loader, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"megabytes": megabytes, "percent": _percent, "number": _number}
-    environment.filters |= {"cell": _cell, "flat": _flat, "visible": _visible}
+    environment.filters |= {"flat": _flat, "spaced": _spaced}
     return environment
 
 
@@ -79,16 +76,11 @@ def _number(value: float | None, form: str = ".4g") -> str:
     return "–" if value is None else format(value, form)
 
 
-def _cell(value: Any) -> str:
-    """Text in one cell of a Markdown table."""
-    return str(value).replace("|", "\\|").replace("\n", " ").replace("`", "'")
-
-
 def _flat(text: str) -> str:
     """Text on one line; a space at its end stays."""
     return re.sub(r"\s+", " ", text)
 
 
-def _visible(token: str) -> str:
+def _spaced(token: str) -> str:
     """A token whose white space can be seen."""
     return token.replace(" ", "␣").replace("\n", "⏎").replace("\t", "⇥") or "nothing"

@@ -30,6 +30,7 @@ STYLE: dict[Any, Any] = {
     "font.family": "sans-serif",
     "font.sans-serif": ["DejaVu Sans"],
     "font.size": 9,
+    "text.parse_math": False,  # a dollar in a module's name is a dollar
     "text.color": INK,
     "axes.labelcolor": MUTED,
     "axes.edgecolor": GRID,

@@ -6,6 +6,7 @@ from click.testing import CliRunner
 from lowbit import engine
 from lowbit.commands.quantize_generate import generate
 from lowbit.errors import CheckpointError
+from lowbit.export.escape import visible
 from tests.builders import save_family
 
 
@@ -19,7 +20,7 @@ def run(*arguments: str, stdin: str = ""):
 
 
 def test_a_prompt_is_continued_and_streaming_writes_the_same(directory):
-    expected = engine.load(directory, device="cpu").generate(["hello"], max_new_tokens=12)[0].text
+    expected = visible(engine.load(directory, device="cpu").generate(["hello"], max_new_tokens=12)[0].text)
     assert run(directory, "-p", "hello", "--max-new-tokens", "12").output == f"hello{expected}\n"
     assert run(directory, "-p", "hello", "--max-new-tokens", "12", "--stream").output == f"{expected}\n"
     assert run(directory, "-p", "-", "--max-new-tokens", "12", stdin="hello").output == f"hello{expected}\n"
@@ -28,7 +29,7 @@ def test_a_prompt_is_continued_and_streaming_writes_the_same(directory):
 def test_chat_answers_by_the_template(directory):
     model = engine.load(directory, device="cpu")
     messages = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "hi"}]
-    expected = model.generate([model.encode_chat(messages)], max_new_tokens=8)[0].text
+    expected = visible(model.generate([model.encode_chat(messages)], max_new_tokens=8)[0].text)
     got = run(directory, "--chat", "--system", "be brief", "-p", "hi", "--max-new-tokens", "8", "--verbose")
     assert got.stdout == f"{expected}\n"
     assert "tokens read, 8 written in 8 steps (length), seed" in got.stderr
@@ -42,7 +43,9 @@ def test_a_conversation_remembers(directory):
         messages += [{"role": "user", "content": question}] if question else []
         answers.append(model.generate([model.encode_chat(messages)], max_new_tokens=6)[0].text)
         messages.append({"role": "assistant", "content": answers[-1]})
-    assert run(directory, "--chat", "--max-new-tokens", "6", stdin="hi\nmore\n\n").stdout == "\n".join([*answers, ""])
+    assert run(directory, "--chat", "--max-new-tokens", "6", stdin="hi\nmore\n\n").stdout == "\n".join(
+        map(visible, [*answers, ""])
+    )
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Reports: every number is the files' own, what was not measured is not claimed, and the page needs nothing else."""
 
 import json
+import re
 import subprocess
 import xml.etree.ElementTree as ET
 
@@ -14,6 +15,7 @@ from lowbit.evaluation.report.family import families_of, family_of
 from lowbit.evaluation.report.page import figures_of, render, render_comparison
 from lowbit.evaluation.report.plots import HEAT_STEPS, heat_step, megabytes, pareto_front, pareto_plot
 from lowbit.export.checkpoint import open_checkpoint
+from lowbit.export.escape import one_line
 from lowbit.export.formats import LogicalTensors
 from lowbit.export.plain import read_rows
 from tests.builders import make_model, save_family
@@ -194,7 +196,48 @@ def test_text_of_the_evaluation_is_never_markup(copied):
     page = render(facts, "html")
     assert "<script>alert" not in page
     assert "&lt;script&gt;alert(1)" in page
-    assert "\\|'x'" in render(facts, "md")
+    assert "`` </table>\\|`x` ``" in render(facts, "md")
+
+
+def test_no_text_of_a_checkpoint_s_files_is_markup(copied):
+    """Every text in the report's own files but keys, kinds and hashes, replaced by markup."""
+    evil = "\x1b[2J<img src=x>\n# owned\n```\n[a](http://evil) | **b** $x{"
+
+    def spoiled(value, key=""):
+        if isinstance(value, dict):
+            return {name: spoiled(each, name) for name, each in value.items()}
+        if isinstance(value, list):
+            return [spoiled(each, key) for each in value]
+        told = (
+            "model",
+            "text",
+            "protocol",
+            "task",
+            "metric",
+            "problems",
+            "before",
+            "next",
+            "token",
+            "reason",
+            "baseline",
+        )
+        return evil if isinstance(value, str) and key in told else value
+
+    rows = [spoiled(row) for row in read_rows(copied / FILE)]
+    rows += [{"evaluation": "task", "task": evil, "metric": evil, "value": 0.5, "examples": 3, "baseline": None}]
+    rows += [{"evaluation": "code", "problems": evil, "pass_at_1": 0.5, "baseline": None}]
+    (copied / FILE).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    report = copied / "quantization_report.json"
+    report.write_text(json.dumps(spoiled(json.loads(report.read_text()))))
+    text, page = (render(facts_of(copied), kind) for kind in ("md", "html"))
+    assert "owned" in text
+    assert "owned" in page
+    assert "\x1b" not in text + page
+    assert "<img" not in page
+    bare = re.sub(r"(?ms)^(`{3,})\w*\n.*?^\1$|\\[!-/:-@\[-`{-~]", "", text)  # no blocks, nothing behind a backslash
+    bare = re.sub(r"(`+)(?!`).*?(?<!`)\1(?!`)", "", bare)
+    assert not re.search(r"<img|^# owned|\[a\]|://evil|\*\*b", bare, re.M)
+    assert "'" + one_line(evil)[:8] in text  # the command quotes the model's name
 
 
 def test_markdown_has_the_same_numbers(awq):
