@@ -102,3 +102,12 @@ def test_readme_lists_the_options_that_exist() -> None:
     section = (ROOT / "README.md").read_text().partition("## quantize\n")[2].partition("\n## ")[0]
     listed = {option for row in re.findall(r"^\| (`-.*?) \|", section, re.M) for option in re.findall(r"--[\w-]+", row)}
     assert listed == options((ROOT / "commands" / "quantize.py").read_text())
+
+
+def test_every_promise_of_security_names_a_test_that_exists() -> None:
+    text = (ROOT / "SECURITY.md").read_text()
+    promised = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", text)
+    promised += [("tests/evaluation/test_sandbox.py", name) for name in re.findall(r"`(test_\w+)`", text)]
+    assert len(promised) > 30
+    found = [f"{file}::{name}" for file, name in promised if f"def {name}(" not in (ROOT / file).read_text()]
+    assert not found, "promised in SECURITY.md, and no test: " + ", ".join(found)
