@@ -320,8 +320,9 @@ def _match(before: Tensor, after: Tensor, factors: Tensor) -> Tensor | None:
     if bool(((residual > COLUMN_TOLERANCE**2 * energy) & ~dead).any()) or bool(dead.all()):
         return None
     ordered, order = factors.sort()
-    right = torch.searchsorted(ordered, ratio).clamp(1, max(len(ordered) - 1, 1))
-    nearest = torch.where((ratio - ordered[right - 1]).abs() < (ordered[right] - ratio).abs(), right - 1, right)
+    right = torch.searchsorted(ordered, ratio).clamp(max=len(ordered) - 1)
+    left = (right - 1).clamp(min=0)
+    nearest = torch.where((ratio - ordered[left]).abs() < (ordered[right] - ratio).abs(), left, right)
     matched = (ordered[nearest] / ratio - 1).abs() < FACTOR_TOLERANCE
     channels = order[nearest]
     if len(factors) == before.shape[-1]:

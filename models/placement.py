@@ -80,7 +80,9 @@ def place(model: PreTrainedModel, names: list[str], shapes: Shapes | None = None
     conversions: dict[str, Conversion] = {}
 
     def renamed(name: str) -> tuple[str, str | None]:
-        return rename_source_key(name, renamings, converters, model.base_model_prefix, state)
+        target, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
+        # as transformers does: a renaming that leads nowhere was not meant for a name that the model has
+        return (name, None) if target not in state and name in state else (target, pattern)
 
     def placed(name: str) -> Placement | None:
         target, pattern = renamed(name)

@@ -51,7 +51,7 @@ class LinearInputs(TorchFunctionMode):
         if func in STACKED and len(args) == 2 and args[1].ndim == 3 and args[1].data_ptr() in self._stacks:
             args = (self._seen_by_each(args[0], self._stacks[args[1].data_ptr()]), args[1])
         elif func in MULTIPLICATIONS:
-            args, kwargs = self._seen(args, kwargs)
+            args, kwargs = self._seen(func, args, kwargs)
         return func(*args, **kwargs)
 
     def _seen_by_each(self, x: Tensor, weights: list[int]) -> Tensor:
@@ -65,21 +65,22 @@ class LinearInputs(TorchFunctionMode):
                     parts[expert] = part.masked_scatter(routed[:, None], changed)
         return torch.stack(parts)
 
-    def _seen(self, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    def _seen(self, func: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         """The arguments, the activations among them replaced where `on_input` says so."""
         values: dict[Any, Any] = {**dict(enumerate(args)), **kwargs}
         tensors = [key for key, value in values.items() if isinstance(value, Tensor)]
-        for i, key in enumerate(tensors):
-            weight = values[key]
-            names = self._names.get(weight.data_ptr()) if weight.ndim == 2 else None
-            if names:
-                # addmm(bias, x, weight): the activations stand just before the weight
-                x = tensors[i - 1] if i else tensors[1]
-                changed = self._on_input(tuple(names), values[x])
-                if changed is not None:
-                    values[x] = changed
-                break
+        left, right = tensors[-2:] if func is torch.addmm else tensors[:2]  # addmm(bias, x, weight)
+        if names := self._names_of(values[right]):
+            changed = self._on_input(names, values[left])
+            values[left] = values[left] if changed is None else changed
+        elif names := self._names_of(values[left]):
+            # weight @ x: tokens lie along the last dimension
+            changed = self._on_input(names, values[right].mT)
+            values[right] = values[right] if changed is None else changed.mT
         return tuple(values[i] for i in range(len(args))), {key: values[key] for key in kwargs}
+
+    def _names_of(self, factor: Tensor) -> tuple[str, ...]:
+        return tuple(self._names.get(factor.data_ptr(), ())) if factor.ndim == 2 else ()
 
 
 InputRounding = Mapping[str, Callable[[Tensor], Tensor]]  # linear's name -> what rounds its inputs, and back

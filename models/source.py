@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from torch import Tensor
@@ -22,6 +23,7 @@ from lowbit.export.untrusted import untrusted
 from lowbit.export.writer import write_json
 from lowbit.models.demo import demo_model_dir
 
+FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 DEMO = "demo"
 HUB_FILES: tuple[str, ...] = (
     "*.safetensors",
@@ -95,6 +97,7 @@ def open_source(
     refuse_remote_code(checkpoint, trust_remote_code)
     config = _config(checkpoint, trust_remote_code)
     refuse_encoder(directory, config)
+    refuse_scaled_float8(checkpoint)
     return Source(name, checkpoint, config, trust_remote_code)
 
 
@@ -173,4 +176,18 @@ def refuse_encoder(directory: Path, config: Any) -> None:
     if not (causal or remote) or (masked and not decoding):
         raise CheckpointError(
             f"{directory}: {', '.join(classes) or kind} is no decoder language model; encoders are not quantized here"
+        )
+
+
+def refuse_scaled_float8(checkpoint: Checkpoint) -> None:
+    """Raise CheckpointError where float8 weights have scales beside them that config.json says nothing of.
+
+    Without the scales the weights are others.
+    """
+    narrow = [name for name, entry in checkpoint.entries.items() if entry.dtype in FLOAT8]
+    scaled = [name for name in narrow if {f"{name}_scale", f"{name}_scale_inv"} & checkpoint.entries.keys()]
+    if scaled and checkpoint.quantization is None:
+        raise CheckpointError(
+            f"{checkpoint.directory}: {len(scaled)} float8 weights have scales beside them, the first {scaled[0]!r}, "
+            "and there is no quantization_config: take the model in 16 bits, or dequantize it"
         )

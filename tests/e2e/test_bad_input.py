@@ -220,6 +220,23 @@ def test_an_encoder_with_a_decoder(refused, tmp_path):
     assert "WhisperForConditionalGeneration is an encoder with a decoder" in complaint
 
 
+@pytest.mark.parametrize("suffix", ["_scale", "_scale_inv"])
+def test_float8_weights_whose_scales_the_configuration_does_not_know(refused, model, suffix):
+    def narrow(tensors: dict[str, torch.Tensor]) -> None:
+        for name in [name for name in tensors if name.endswith("_proj.weight")]:
+            tensors[name] = tensors[name].to(torch.float8_e4m3fn)
+            tensors[name + suffix] = torch.ones(1)
+
+    edited(model, narrow)
+    assert "14 float8 weights have scales beside them" in refused(model, *FAST)
+
+
+def test_float8_weights_without_scales_are_weights(model, tmp_path):
+    name = "model.layers.0.self_attn.q_proj.weight"
+    edited(model, lambda tensors: tensors.update({name: tensors[name].to(torch.float8_e4m3fn)}))
+    assert run_quantize(model, *FAST, "--eval-windows", 1, "-o", tmp_path / "out").code == 0
+
+
 @pytest.mark.parametrize("factor", [1e7, 1e-7])
 @pytest.mark.parametrize("flags", [["--dtype", "float16"], ["--format", "gptq", "--group-size", 32]])
 def test_scales_that_float16_cannot_hold(refused, model, factor, flags):

@@ -18,6 +18,7 @@ from lowbit.models.walk import Walk
 from tests.builders import (
     CONNECTED,
     FAMILIES,
+    UNUSUAL,
     calibration,
     changed_config,
     logits_of,
@@ -70,7 +71,7 @@ def test_batches_of_every_shape_are_walked(llama):
     assert [tuple(states.hidden.shape) for states in after] == [(3, 8, 64), (1, 17, 64), (5, 1, 64)]
 
 
-@pytest.mark.parametrize("family", [*FAMILIES, *CONNECTED])
+@pytest.mark.parametrize("family", [*FAMILIES, *CONNECTED, *UNUSUAL])
 def test_logits_by_blocks_are_the_models_for_two_batches_of_a_shape_and_one_of_another(family, tmp_path):
     model = make_model(family)
     directory = save(model, tmp_path)
@@ -81,7 +82,7 @@ def test_logits_by_blocks_are_the_models_for_two_batches_of_a_shape_and_one_of_a
         assert (logits - wanted).norm() <= 1e-5 * wanted.norm()
 
 
-@pytest.mark.parametrize("family", ["llama", *CONNECTED])
+@pytest.mark.parametrize("family", ["llama", *CONNECTED, "deepseek_v4"])
 def test_sequences_of_several_batches_make_a_batch(family, tmp_path):
     """Calibration draws sequences from all batches: what belongs to their tokens comes along."""
     model = make_model(family)
