@@ -1,9 +1,11 @@
 """What a decoder is: numbers that change its computation, and the names its tensors have in a file."""
 
+import math
 from dataclasses import dataclass
 
 from torch import Tensor
 
+SIZES = ("vocabulary", "hidden", "inner", "heads", "kv_heads", "head_dim", "max_positions")
 GATED_ACTIVATIONS = ("silu_mul", "gelu_tanh_mul")  # act(gate) * up; the others take one product
 
 
@@ -73,6 +75,28 @@ class Architecture:
     @property
     def gated(self) -> bool:
         return self.activation in GATED_ACTIVATIONS
+
+    def reason_against(self) -> str | None:
+        """Why no decoder has these sizes, or None."""
+        counts = {name: getattr(self, name) for name in SIZES} | {"layers": len(self.layers)}
+        wrong = next((name for name, value in counts.items() if type(value) is not int or value < 1), None)
+        if wrong is not None:
+            return f"{wrong} is {counts[wrong]!r}; a number from 1 is needed"
+        if self.head_dim % 2 or self.heads % self.kv_heads:
+            return f"{self.heads} heads of {self.head_dim} inputs cannot be even and share {self.kv_heads} of k and v"
+        if any(len(layer.rope.frequencies) > self.head_dim // 2 for layer in self.layers):
+            return f"its rope turns more than the {self.head_dim} inputs of a head"
+        if any(layer.window is not None and layer.window < 1 for layer in self.layers):
+            return "a window of attention that sees no position"
+        numbers = (
+            self.norm_eps,
+            self.softcap or 0.0,
+            self.logit_softcap or 0.0,
+            *(layer.scale for layer in self.layers),
+        )
+        if not all(isinstance(each, int | float) and math.isfinite(each) for each in numbers):
+            return "an eps, softcap or scale of attention that is no finite number"
+        return None
 
     @property
     def short(self) -> int | None:

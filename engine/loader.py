@@ -18,6 +18,7 @@ from lowbit.engine.weights import Settings, load_weights
 from lowbit.errors import CheckpointError, DeviceError, UsageError
 from lowbit.export.checkpoint import Checkpoint, open_checkpoint
 from lowbit.export.plain import read_json
+from lowbit.export.untrusted import untrusted
 from lowbit.models.devices import check_device
 from lowbit.models.source import Source, model_directory, open_source
 from lowbit.quant.kernels.extension import reason_against_device
@@ -115,12 +116,17 @@ def config_of(family: Family, checkpoint: Checkpoint) -> Any:
 
 def architecture_of(family: Family, config: Any, directory: Path) -> Architecture:
     """The family's reading of a configuration. CheckpointError where it makes no sense, or asks for more than that."""
-    try:
-        read = Fields(config)
-        architecture = family.architecture(read)
-        read.refuse_unread()
-    except (AttributeError, KeyError, TypeError, ZeroDivisionError, NotComputed) as error:
-        raise CheckpointError(f"{directory / 'config.json'}: no {family.name} ({error})") from error
+    where = directory / "config.json"
+    with untrusted(where, f"no {family.name}"):
+        try:
+            read = Fields(config)
+            architecture = family.architecture(read)
+            read.refuse_unread()
+        except NotComputed as error:
+            raise CheckpointError(f"{where}: no {family.name} ({error})") from error
+    reason = architecture.reason_against()
+    if reason is not None:
+        raise CheckpointError(f"{where}: no {family.name} ({reason})")
     return architecture
 
 

@@ -165,6 +165,8 @@ def _without(value: Any, keys: frozenset[str]) -> Any:
 def refuse_encoder(directory: Path, config: Any) -> None:
     """Raise CheckpointError where the model does not generate text left to right."""
     kind, classes = config.model_type, config.architectures or []
+    if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+        raise CheckpointError(f"{directory / CONFIG_NAME}: architectures is {classes!r:.80}, not a list of names")
     causal = kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
     remote = bool(getattr(config, "auto_map", None))
     masked = kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False)

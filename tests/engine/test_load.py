@@ -263,3 +263,27 @@ def test_code_of_an_unknown_family_stays_refused(tmp_path):
     changed_config(tmp_path, lambda config: config.update(model_type="theirs", auto_map=AUTO_MAP))
     with pytest.raises(CheckpointError, match="no family 'theirs'"):
         engine.load(tmp_path, device="cpu")
+
+
+ODD_SIZES = [
+    ("llama", {"head_dim": 3}, "4 heads of 3"),
+    ("llama", {"head_dim": -1}, "no llama"),
+    ("llama", {"num_key_value_heads": 3}, "4 heads of 16 inputs cannot be even and share 3"),
+    ("llama", {"max_position_embeddings": -1}, "max_positions is -1; a number from 1 is needed"),
+    ("llama", {"vocab_size": 0}, "vocabulary is 0"),
+    ("llama", {"architectures": 3}, "architectures is 3, not a list of names"),
+    ("llama", {"rms_norm_eps": float("inf")}, "no finite number"),
+    ("gemma3", {"query_pre_attn_scalar": -1}, "no gemma3_text .*no finite number"),
+    ("gemma3", {"sliding_window": -5}, "a window of attention that sees no position"),
+    ("gpt2", {"n_head": -1}, "heads is -1"),
+    ("phi3", {"num_attention_heads": 3}, "no phi3"),
+]
+
+
+@pytest.mark.parametrize(("family", "change", "message"), ODD_SIZES)
+def test_sizes_of_no_decoder_are_told(family, change, message, tmp_path):
+    save_family(family, tmp_path)
+    changed_config(tmp_path, lambda config: config.update(change))
+    with pytest.raises(CheckpointError, match=message) as caught:
+        engine.load(tmp_path, device="cpu")
+    assert "\n" not in str(caught.value)
