@@ -18,6 +18,7 @@ from lowbit.export.checkpoint import CONFIG_NAME, UNSEALED_CONFIG, require_same_
 from lowbit.export.files import write_text
 from lowbit.export.formats import FORMATS, write_config
 from lowbit.export.writer import ShardedWriter, copy_companions, write_json
+from lowbit.models.skeleton import tied_weights
 
 OnBlock = Callable[[BlockReport], None]
 
@@ -99,7 +100,7 @@ def _write_companions(job: Job, output: Path, result: Result) -> None:
     for key in ("torch_dtype", "dtype"):
         if key in config:
             config[key] = str(job.dtype).removeprefix("torch.")
-    if not getattr(job.source.config.get_text_config(), "tie_word_embeddings", False):
+    if not tied_weights(job.skeleton.model):
         # the file has the last word (models.skeleton), and readers of this one may ask config.json
         for part in (config, config.get("text_config", {})):
             part |= {key: False for key in ("tie_word_embeddings",) if part.get(key)}

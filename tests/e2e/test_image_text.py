@@ -142,3 +142,12 @@ def test_transformers_runs_it_on_an_image(sources, tmp_path, kind, recipe):
         blank = theirs(**inputs | {"pixel_values": 0 * inputs["pixel_values"]}, use_cache=False).logits
     assert (got - ours).norm() < 1e-4 * ours.norm()
     assert (got - blank).norm() > 1e-2 * ours.norm()
+
+
+def test_embeddings_tied_by_the_wrapper_alone_stay_tied(tmp_path):
+    """GOT-OCR's text configuration denies what the wrapper's says: transformers ties, and so does the output."""
+    source = save_tiny("got_ocr2", tmp_path / "source")
+    output = quantize(source, tmp_path / "out", "int8")
+    assert json.loads((output / "config.json").read_text())["tie_word_embeddings"] is True
+    assert "lm_head.weight" not in open_checkpoint(output).entries
+    assert load_dense(open_source(str(output))).get_output_embeddings().weight.device.type == "cpu"

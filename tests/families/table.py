@@ -96,6 +96,7 @@ def row_of(kind: str, directory: Path) -> Row:
     cells = {"blocks": cell(lambda: blocks_cell(source, wanted))}
     for method in METHODS:
         cells |= method_cells(method, source, directory / method, wanted)
+    cells.setdefault("linears", "-")
     cells["transformers"] = cell(lambda: transformers_cell(directory / "int8")) if works(cells, "int8") else "-"
     cells["engine"] = cell(lambda: engine_cell(source, wanted))
     return cells
@@ -216,10 +217,12 @@ def page_of(rows: dict[str, Row]) -> str:
         f"| type | {' | '.join(COLUMNS)} |",
         "|---" * (len(COLUMNS) + 1) + "|",
     ]
-    lines += [f"| {kind} | {' | '.join(word(row[c]) for c in COLUMNS)} |" for kind, row in sorted(tried.items())]
+    lines += [
+        f"| {kind} | {' | '.join(word(row.get(c, '-')) for c in COLUMNS)} |" for kind, row in sorted(tried.items())
+    ]
     lines += ["", "## Why not", ""]
     for column in (name for name in COLUMNS if name not in ("linears", "engine")):
-        lines += listed(column, {kind: row[column] for kind, row in tried.items() if not works(row, column)})
+        lines += listed(column, {kind: row.get(column, "-") for kind, row in tried.items() if not works(row, column)})
     lines += ["", "## Types without a row", ""]
     lines += listed("", {kind: row["none"] for kind, row in rows.items() if "none" in row})
     return "\n".join(lines) + "\n"
