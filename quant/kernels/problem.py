@@ -37,6 +37,7 @@ class Rotary:
         return self.k_cache.shape[1]
 
 
+FAST_MEMORY = 30e9  # bytes a second for each multiprocessor: an H200 has 37e9, an H100 25e9
 PART = 16  # neighbouring numbers of a row whose squares are summed together
 PARTS = 4  # a row has a multiple of so many
 
@@ -147,6 +148,16 @@ def place_of(device: torch.device) -> tuple[str, tuple[int, int] | None, int]:
         return device.type, None, 0
     properties = torch.cuda.get_device_properties(device)
     return device.type, (properties.major, properties.minor), properties.multi_processor_count
+
+
+def has_fast_memory(device: torch.device) -> bool:
+    """Whether the GPU's memory brings more than its multiprocessors' products of packed weights can take: an H200's.
+
+    Kernels that overlap there take memory's time from each other instead of using what lay idle.
+    """
+    properties = torch.cuda.get_device_properties(device)
+    kilohertz, bits = (getattr(properties, name, 0) for name in ("memory_clock_rate", "memory_bus_width"))
+    return 2e3 * kilohertz * bits / 8 > FAST_MEMORY * properties.multi_processor_count
 
 
 def check(call: Call) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor
 from lowbit.quant.kernels import decode_attention, ops
 from lowbit.quant.kernels.decode_attention import (
     MAX_SPLITS,
+    PLAIN_BYTES,
     SHORT,
     Append,
     Attention,
@@ -17,6 +18,7 @@ from lowbit.quant.kernels.decode_attention import (
     attend_reference,
     choose_splits,
     loaded,
+    most_bytes,
 )
 
 CONTEXT = 96
@@ -185,6 +187,14 @@ def test_a_cut_depends_on_sizes_alone():
         splits = [choose_splits(attention_of(call, q, longest=most), processors) for most in (0, 4096, SHORT)]
         assert splits == [long, long, short]
         assert choose_splits(attention_of(call, q, window=128), processors) == short
+
+
+def test_the_bytes_of_a_cache_are_those_of_its_longest_sequence():
+    call = make_append((32, 32, 128), [5] * 8, torch.float16, int8=False)
+    q = torch.zeros(8, 4096, dtype=torch.float16)
+    assert most_bytes(attention_of(call, q, longest=2176)) == 8 * 2176 * 32 * 128 * 2 * 2 > PLAIN_BYTES
+    assert most_bytes(attention_of(call, q, longest=2176, window=1024)) == 8 * 1024 * 32 * 128 * 2 * 2 < PLAIN_BYTES
+    assert most_bytes(attention_of(call, q)) == 0
 
 
 def test_operators_pass_opcheck():

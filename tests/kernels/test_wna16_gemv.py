@@ -1,6 +1,7 @@
 """The fused product for few rows: one operator, CPU reference against CUDA, and what graphs and streams do to it."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,10 +9,10 @@ from torch import Tensor
 
 from lowbit.quant.kernels import ops, reference
 from lowbit.quant.kernels.packed import PackedWeight
-from lowbit.quant.kernels.problem import Call, Problem, problem_of
+from lowbit.quant.kernels.problem import Call, Problem, has_fast_memory, problem_of
 from lowbit.quant.kernels.registry import choose_kernel
 from lowbit.quant.kernels.wna16_args import NEXT_BYTES, prepare
-from lowbit.quant.kernels.wna16_gemv import Launch, choose_launch, run
+from lowbit.quant.kernels.wna16_gemv import Launch, choose_launch, leaves_room, run, widened
 from tests.kernels.make import (
     assert_close_as_half,
     assert_dependence_changes_nothing,
@@ -32,6 +33,43 @@ def test_few_rows_get_the_fused_kernel_where_it_was_built() -> None:
     launch = choose_launch(problem)
     assert launch.k_warps * launch.row_warps <= 8
     assert choose_kernel(replace(problem, device="cpu", capability=None)).name == "reference"
+
+
+@pytest.mark.parametrize("m", [1, 8])
+def test_of_named_models_one_product_leaves_room_for_the_next_ones_blocks(m: int) -> None:
+    shapes = [(12288, 4096), (4096, 4096), (22016, 4096), (4096, 11008), (28672, 4096), (27648, 5120), (27392, 4096)]
+    problems = [Problem(m, n, k, 4, 128, torch.float16, "cuda", (9, 0), 132) for n, k in shapes]
+    assert [(p.n, p.k) for p in problems if leaves_room(choose_launch(p), p)] == [(22016, 4096)]
+    wide = replace(problems[2], m=16), replace(problems[2], bits=8)
+    assert not any(leaves_room(choose_launch(p), p) for p in wide)
+
+
+def test_blocks_of_five_to_eight_rows_are_wider_where_two_warps_share_k() -> None:
+    qkv = Problem(8, 12288, 4096, 4, 128, torch.float16, "cuda", (9, 0), 132)
+    assert widened(choose_launch(qkv), qkv) == Launch(1, 4, 2, 1)
+    for other in ({"m": 4}, {"m": 9}, {"bits": 8}, {"n": 4096}):
+        problem = replace(qkv, **other)
+        assert widened(choose_launch(problem), problem) == choose_launch(problem)
+
+
+@pytest.mark.parametrize(
+    ("kilohertz", "bits", "fast"),
+    [(3_201_000, 6144, True), (2_619_000, 5120, False), (1_593_000, 5120, False), (None, None, False)],
+)
+def test_memory_is_fast_beside_the_multiprocessors(kilohertz: int, bits: int, fast: bool, monkeypatch) -> None:
+    """An H200, an H100, an A100, and a torch that does not say."""
+    known = {} if kilohertz is None else {"memory_clock_rate": kilohertz, "memory_bus_width": bits}
+    properties = SimpleNamespace(multi_processor_count=132, **known)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    assert has_fast_memory(torch.device("cuda", 0)) == fast
+
+
+@pytest.mark.gpu
+def test_the_memory_of_an_h200_is_fast_and_an_h100s_is_not() -> None:
+    name = torch.cuda.get_device_name()
+    if name not in ("NVIDIA H200", "NVIDIA H100 80GB HBM3"):
+        pytest.skip(f"nothing is known of {name}")
+    assert has_fast_memory(torch.device("cuda", 0)) == (name == "NVIDIA H200")
 
 
 def exact(call: Call) -> Tensor:

@@ -405,14 +405,13 @@ __global__ void __launch_bounds__(S::kThreads, 1) wna16_gemm_kernel(const __grid
       barrier_init(layout.x_empty + stage * 8, S::kConsumers / 32);
     }
   }
+  __syncthreads();  // the one that all threads reach; W's barriers are their warps' own
   if (threadIdx.x >= S::kConsumers) {
-    __syncthreads();
     wait_for_previous_kernel();
     XProducer<S>(args, share, layout).run();
     return;
   }
   WeightStream<S> stream(args, share, layout);
-  __syncthreads();
   wait_for_previous_kernel();
   Sums<S> sums;
   if (share.first < share.end) consume<S>(share, layout, stream, sums);

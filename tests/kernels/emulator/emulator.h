@@ -148,6 +148,7 @@ inline uint32_t __byte_perm(uint32_t low, uint32_t high, uint32_t selectors) {
   return result;
 }
 inline float __uint_as_float(uint32_t bits) { return emulator::load<float>(&bits); }
+inline float __int_as_float(int bits) { return emulator::load<float>(&bits); }
 inline uint32_t __float_as_uint(float value) { return emulator::load<uint32_t>(&value); }
 inline int __float_as_int(float value) { return emulator::load<int>(&value); }
 inline float __expf(float x) { return expf(x); }
