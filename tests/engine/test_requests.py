@@ -57,10 +57,17 @@ def test_logits_need_rows_of_one_length(model):
         model.logits([[1, 2], [3]])
 
 
-def test_a_model_without_a_template_has_no_chat(model):
+def test_a_model_without_a_template_has_no_chat_and_a_hostile_one_ends_none(model):
     model.tokenizer.chat_template, kept = None, model.tokenizer.chat_template
     with pytest.raises(EngineError, match="no chat template"):
         model.encode_chat([{"role": "user", "content": "hello"}])
+    for hostile, message in (
+        ("{{ 'a' * 10000000000 }}", "MiB of memory"),
+        ("{{ raise_exception('no') }}", "messages: no"),
+    ):
+        model.tokenizer.chat_template = hostile
+        with pytest.raises(EngineError, match=message):
+            model.encode_chat([{"role": "user", "content": "hello"}])
     model.tokenizer.chat_template = kept
     ids = model.encode_chat([{"role": "user", "content": "hello"}])
     assert model.tokenizer.decode(ids) == "user: hello\n"

@@ -1,6 +1,7 @@
 """Imports point one way: down the floors, and down the ground floor's own order."""
 
 import ast
+import sys
 from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
 
@@ -85,6 +86,20 @@ def offences(module: Module) -> Iterator[str]:
 
 def test_imports_point_down() -> None:
     found = [offence for module in modules() for offence in offences(module)]
+    assert not found, "\n".join(found)
+
+
+def test_the_cell_needs_nothing_installed() -> None:
+    """It runs in an interpreter without site-packages."""
+    cell = [module for module in modules() if module.file.startswith("evaluation/cell/")]
+    named = {(module.file, each.target) for module in cell for each in imports(module.tree(), KNOWN)}
+    ours = f"{NAME}.evaluation.cell"
+    found = [
+        f"{file}: {target}"
+        for file, target in sorted(named)
+        if not is_inside(target, ours) and target.split(".")[0] not in sys.stdlib_module_names
+    ]
+    assert cell
     assert not found, "\n".join(found)
 
 
