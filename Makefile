@@ -1,6 +1,7 @@
 # make demo   quantize a real model and see what it cost
 # make test   lint, types and the CPU test suite
 # make families   docs/FAMILIES.md: every type of transformers tried as a tiny model, in about half an hour
+# make docs   the documentation as a site in build/site
 #
 # Both make the environment in .venv on their first run and reuse it afterwards. It needs Python 3.11 and a C++
 # compiler; where there is a GPU and nvcc too, setup.py builds the CUDA extension.
@@ -17,7 +18,7 @@ export LOWBIT_CUDA := $(shell nvidia-smi -L >/dev/null 2>&1 || echo 0)
 endif
 INSTALLED := pyproject.toml $(wildcard setup.py quant/kernels/csrc/* */__init__.py)
 
-.PHONY: help env demo test families lint format gpu-test clean
+.PHONY: help env demo test families docs lint format gpu-test clean
 
 help:
 	@sed -n 's/^# *\(make .*\)/\1/p' Makefile
@@ -43,6 +44,9 @@ lint: env
 format: env
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
+
+docs: env
+	$(BIN)/mkdocs build --strict
 
 gpu-test: env
 	$(BIN)/python -m pytest -q -m gpu --durations=10

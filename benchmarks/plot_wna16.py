@@ -12,6 +12,7 @@ import matplotlib.pyplot as plt
 from benchmarks.wna16 import SHAPES
 
 RESULTS = Path(__file__).with_name("results")
+IMAGES = Path(__file__).parents[1] / "docs" / "images"
 STEMS = ("wna16_gemv", "wna16_gemm")
 
 
@@ -51,7 +52,7 @@ def main() -> None:
         draw(axes, rows)
     grid.flat[0].legend(fontsize=7)
     figure.tight_layout()
-    figure.savefig(RESULTS / "wna16.png", dpi=70)
+    figure.savefig(IMAGES / "wna16.png", dpi=70)
 
 
 if __name__ == "__main__":

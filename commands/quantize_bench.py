@@ -30,12 +30,18 @@ def main() -> None:
 @click.argument("checkpoint", required=False)
 @click.option("--shape", type=click.Choice(list(SHAPES)), help="Random weights of this shape, and no CHECKPOINT.")
 @click.option("--method", "methods", type=click.Choice(list(METHODS)), multiple=True, help="Of --shape. [default: all]")
-@click.option("--batch", type=int, multiple=True, default=(1, 2, 4, 8, 16), show_default=True)
+@click.option("--batch", type=int, multiple=True, default=(1, 2, 4, 8, 16), show_default=True, help="Sequences.")
 @click.option("--prompt", type=int, multiple=True, default=(128, 2048), show_default=True, help="Tokens before.")
 @click.option("--output", type=click.IntRange(min=1), default=128, show_default=True, help="Tokens written.")
 @click.option("--cache", type=click.Choice(["same", "int8"]), default="same", help="Type of keys and values.")
 @click.option("--head", default="dense", help="Scheme to round the head to: int8-channel.")
-@click.option("--dtype", type=click.Choice(["float16", "bfloat16", "float32"]), default="float16", show_default=True)
+@click.option(
+    "--dtype",
+    type=click.Choice(["float16", "bfloat16", "float32"]),
+    default="float16",
+    show_default=True,
+    help="Of activations.",
+)
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1.")
 @click.option("--profile", is_flag=True, help="Print where a step's time goes (on a GPU).")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON lines, and no table.")

@@ -18,7 +18,7 @@ INT8_LIMIT = 127
 MAX_HEAD_DIM = 256
 BLOCK_HEADS = 8  # query heads of one key head that a block serves
 MAX_SPLITS = 8  # a cluster's blocks: as many fit everywhere
-# More splits help long sequences and hurt short ones. Section 18 of docs/LOG.md has the times of all cuts at 128 and at
+# More splits help long sequences and hurt short ones. docs/history has the times of all cuts at 128 and at
 # 2048 positions; those of a cut lie on a line between, and the lines of a few and of many splits cross near SHORT.
 SHORT = 1024  # positions
 SHORT_SPLITS = 4  # of a short sequence, at most

@@ -3,6 +3,7 @@
 import doctest
 import importlib
 import inspect
+import re
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import lowbit
 from lowbit.api.quantizing import BlockDone, Completed, Event, Planned, Quantized, Stage
 from lowbit.errors import CheckpointError, RecipeError, UsageError
 from tests.builders import save_family
+from tests.house.tree import ROOT
 
 FUNCTIONS = sorted(name for name in lowbit._PUBLIC if name[0].islower())
 
@@ -87,3 +89,10 @@ def test_a_loaded_model_chats(here: Path) -> None:
     messages = [{"role": "user", "content": "Hello"}]
     [wanted] = model.generate(model.encode_chat(messages), max_new_tokens=5)
     assert model.chat(messages, max_new_tokens=5).tokens == wanted.tokens
+
+
+def test_the_readmes_lines_of_python_run(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    block = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    assert block is not None
+    exec(block[1].replace('"demo"', '"my-model"'), {})
+    assert len(capsys.readouterr().out.splitlines()) >= 3

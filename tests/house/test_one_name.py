@@ -21,7 +21,7 @@ for place in sys.argv[1:]:
 TOP_LEVEL = {"benchmarks", "docs", "lowbit", "tests", ".ci", *PACKAGES}
 TOP_FILES = {
     ".gitignore", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "Makefile", "README.md", "SECURITY.md",
-    "constraints.txt", "pyproject.toml", "setup.py",
+    "constraints.txt", "mkdocs.yml", "pyproject.toml", "setup.py",
 }  # fmt: skip
 
 

@@ -1,6 +1,5 @@
 """The files around the code: what the README says, what is pinned, and what must not be written anywhere."""
 
-import ast
 import re
 import subprocess
 import sys
@@ -14,7 +13,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from tests.house.tree import NAME, ROOT, called, imports, modules
+from tests.house.tree import NAME, ROOT, imports, modules
 
 LARGEST = 4_000_000
 # Spelled so that this file does not match itself.
@@ -87,21 +86,6 @@ def test_every_import_is_declared() -> None:
         and not {canonicalize_name(distribution) for distribution in distributions.get(name, (name,))} & declared
     ]
     assert not found, "imported, but not among the dependencies:\n" + "\n".join(found)
-
-
-def options(source: str) -> set[str]:
-    """The long options that click is given in `source`, read without importing it."""
-    calls = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
-    given = [arg for call in calls if called(call) == "click.option" for arg in call.args]
-    names = [arg.value for arg in given if isinstance(arg, ast.Constant) and isinstance(arg.value, str)]
-    version = {"--version"} if any(called(call) == "click.version_option" for call in calls) else set()
-    return {part for name in names for part in name.split("/") if part.startswith("--")} | version
-
-
-def test_readme_lists_the_options_that_exist() -> None:
-    section = (ROOT / "README.md").read_text().partition("## quantize\n")[2].partition("\n## ")[0]
-    listed = {option for row in re.findall(r"^\| (`-.*?) \|", section, re.M) for option in re.findall(r"--[\w-]+", row)}
-    assert listed == options((ROOT / "commands" / "quantize.py").read_text())
 
 
 def test_every_promise_of_security_names_a_test_that_exists() -> None:
