@@ -21,7 +21,7 @@ import re
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -44,6 +44,7 @@ OVERSAMPLE = 4  # read this many times the tokens needed, where there are so man
 MAX_REUSE = 4  # windows may overlap until a token is seen this often on average
 PIECE_CHARS = 1 << 15  # a text file is shuffled and tokenized in pieces of about this size
 BATCH = 64  # documents tokenized at once
+LONGEST = 1 << 20  # characters of a document, and of all that are tokenized at once: a long novel
 
 BuiltinPart = Literal["calibration", "heldout", "all"]
 
@@ -337,13 +338,26 @@ def leading_bos(tokenizer: "PreTrainedTokenizerBase") -> Tensor:
 
 
 def token_stream(documents: Iterable[str], tokenizer: "PreTrainedTokenizerBase", enough: int) -> Tensor:
-    """Tokens of the documents one after another, (t,) int64; no more documents are read once t >= `enough`."""
+    """Tokens of the documents one after another, (t,) int64; no more documents are read once t >= `enough`.
+
+    Nor is more of a document than LONGEST characters: one of gigabytes would be tokens in memory before they are few.
+    """
     ids: list[int] = []
-    texts = (text.rstrip() + SEPARATOR for text in documents if text.strip())
-    while len(ids) < enough and (batch := list(islice(texts, BATCH))):
+    texts = (text[:LONGEST].rstrip() + SEPARATOR for text in documents if text[:LONGEST].strip())
+    while len(ids) < enough and (batch := _some(texts)):
         encoded = tokenizer(batch, add_special_tokens=False, truncation=False, verbose=False)["input_ids"]
         ids.extend(chain.from_iterable(encoded))
     return torch.tensor(ids, dtype=torch.int64)
+
+
+def _some(texts: Iterator[str]) -> list[str]:
+    """The next texts, BATCH of them or as many as hold LONGEST characters."""
+    batch: list[str] = []
+    size = 0
+    while len(batch) < BATCH and size < LONGEST and (text := next(texts, None)) is not None:
+        batch.append(text)
+        size += len(text)
+    return batch
 
 
 def require_tokens(reading: Reading, found: int, samples: int, length: int) -> None:

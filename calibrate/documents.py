@@ -11,7 +11,7 @@ import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import chain, islice
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from lowbit.calibrate.tables import BadRow, Numbered, Row
@@ -30,6 +30,7 @@ CONTEXTS = ("input", "context")  # what a question is asked of
 SYSTEMS = ("system", "system_prompt")
 ROLES = {"human": "user", "prompter": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant"}
 SAMPLE = 64  # rows that are looked at before the columns are chosen
+SAMPLE_CHARS = 1 << 24  # of texts in them: the rows are in memory together
 MOST_BAD = 1000  # rows without a good one among them, before a source is given up
 PROBE = "calibration"
 SEPARATOR = "\n\n"  # between documents, as the usual perplexity protocol joins them, and between parts of one
@@ -114,13 +115,24 @@ def _sample(rows: Iterator[Numbered]) -> tuple[list[Numbered], Row]:
     """The first rows, as many as it takes to see a text, and from each column the first value that may be one."""
     sample: list[Numbered] = []
     merged: Row = {}
-    while len(sample) < MOST_BAD and (batch := list(islice(rows, SAMPLE))):
+    while len(sample) < MOST_BAD and (batch := _some(rows)):
         sample += batch
         for row in (row for _, row in batch if isinstance(row, dict)):
             merged |= {name: value for name, value in row.items() if not is_text(merged.get(name))}
         if any(map(is_text, merged.values())):
             break
     return sample, merged
+
+
+def _some(rows: Iterator[Numbered]) -> list[Numbered]:
+    """The next rows, SAMPLE of them or as many as hold SAMPLE_CHARS characters."""
+    batch: list[Numbered] = []
+    size = 0
+    while len(batch) < SAMPLE and size < SAMPLE_CHARS and (numbered := next(rows, None)) is not None:
+        batch.append(numbered)
+        row = numbered[1]
+        size += sum(len(value) for value in row.values() if isinstance(value, str)) if isinstance(row, dict) else 0
+    return batch
 
 
 def is_text(value: Any) -> bool:

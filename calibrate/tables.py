@@ -29,6 +29,8 @@ from pyarrow import parquet
 
 from lowbit.errors import DatasetError
 
+MOST_HELD, MOST_EXPANSION = 1 << 28, 1000  # bytes of a row group in memory, and how many times those in the file
+TEXT = "BYTE_ARRAY"  # parquet's type of strings
 TABLES = (".jsonl", ".json", ".parquet", ".csv")
 COMPRESSED = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}
 ROWS_NAMES = ("data", "train", "rows")  # of the list of rows, where an object holds several lists
@@ -153,10 +155,17 @@ class _Records(_Table):
 
 
 class _Parquet(_Table):
-    """A row group in memory at a time: groups are shuffled, then the rows in each."""
+    """A row group in memory at a time: groups are shuffled, then the rows in each.
+
+    Texts stay as the file has them, each once however many rows repeat it: two kilobytes can say gigabytes otherwise.
+    """
 
     def __init__(self, file: IO[bytes]) -> None:
-        self._file = parquet.ParquetFile(file)
+        metadata = parquet.ParquetFile(file).metadata
+        _refuse_bomb(metadata)
+        schema = metadata.schema
+        columns = [schema.column(index) for index in range(len(schema))]
+        self._file = parquet.ParquetFile(file, read_dictionary=[c.path for c in columns if c.physical_type == TEXT])
         sizes = [self._file.metadata.row_group(group).num_rows for group in range(self._file.num_row_groups)]
         self._firsts = [0, *accumulate(sizes)]
         self._group, self._rows = -1, pyarrow.table({})
@@ -187,6 +196,17 @@ class _Damaged(Exception):
 
 def _unreadable(path: Path, error: Exception) -> DatasetError:
     return DatasetError(f"cannot read {path} as {kind_of(path.name)[1:]}: {' '.join(str(error).split())[:300]}")
+
+
+def _refuse_bomb(metadata: parquet.FileMetaData) -> None:
+    """DatasetError where a row group takes more memory than its bytes can honestly hold."""
+    for group in (metadata.row_group(index) for index in range(metadata.num_row_groups)):
+        columns = [group.column(index) for index in range(group.num_columns)]
+        stored, held = (
+            sum(getattr(c, f"total_{kind}_size") for c in columns) for kind in ("compressed", "uncompressed")
+        )
+        if held > MOST_HELD and held > MOST_EXPANSION * stored:
+            raise DatasetError(f"{stored} bytes of a row group expand to {held}: not what texts do; pass another file")
 
 
 def _open_table(path: Path, file: IO[bytes]) -> _Table:

@@ -18,6 +18,7 @@ from lowbit.engine.weights import Settings, load_weights
 from lowbit.errors import CheckpointError, DeviceError, UsageError
 from lowbit.export.checkpoint import Checkpoint, open_checkpoint
 from lowbit.export.plain import read_json
+from lowbit.export.sizes import SLACK
 from lowbit.export.untrusted import untrusted
 from lowbit.models.devices import check_device
 from lowbit.models.source import Source, model_directory, open_source
@@ -67,13 +68,16 @@ def load(
     source = None if family.own_config else open_source(str(directory))
     config = config_of(family, checkpoint) if source is None else source.config
     architecture = architecture_of(family, config, directory)
+    require_rows(architecture, checkpoint)
     positions = context_of(architecture, directory, context)
     settings = Settings(place, kind, fused_append=cache == "same", head=head)
-    weights = load_weights(checkpoint, family.names, architecture, settings)
+    with untrusted(directory / "config.json", f"no {family.name} that the engine can run"):
+        weights = load_weights(checkpoint, family.names, architecture, settings)
+        decoder = Decoder(architecture, weights, positions)
     tokenizer = None if source is None else tokenizer_of(source)
     stop_tokens = stop_tokens_of(checkpoint, architecture.vocabulary)
     options = Options(context=positions, int8_cache=cache == "int8", stop_tokens=stop_tokens)
-    return Engine(Decoder(architecture, weights, positions), tokenizer, options)
+    return Engine(decoder, tokenizer, options)
 
 
 def require_build(device: torch.device) -> None:
@@ -99,7 +103,7 @@ def require_memory(checkpoint: Checkpoint, device: torch.device) -> None:
 def family_of(checkpoint: Checkpoint) -> Family:
     """The row of FAMILIES for a checkpoint. CheckpointError lists the known ones."""
     kind = checkpoint.config.get("model_type")
-    if kind not in FAMILIES:
+    if not isinstance(kind, str) or kind not in FAMILIES:
         raise CheckpointError(
             f"{checkpoint.directory}: the engine has no family {kind!r}; it knows {', '.join(FAMILIES)}. Other models "
             "are quantized and exported all the same: transformers and vLLM load them"
@@ -128,6 +132,16 @@ def architecture_of(family: Family, config: Any, directory: Path) -> Architectur
     if reason is not None:
         raise CheckpointError(f"{where}: no {family.name} ({reason})")
     return architecture
+
+
+def require_rows(architecture: Architecture, checkpoint: Checkpoint) -> None:
+    """Raises CheckpointError where q, k and v would have more rows than any tensor of the files."""
+    widest = max((size for entry in checkpoint.entries.values() for size in entry.shape), default=0)
+    if architecture.qkv_rows > 3 * SLACK * widest:
+        raise CheckpointError(
+            f"{checkpoint.directory / 'config.json'}: {architecture.qkv_rows} rows of q, k and v, and no tensor "
+            f"of the files has more than {widest}"
+        )
 
 
 def context_of(architecture: Architecture, directory: Path, wanted: int | None) -> int:

@@ -14,6 +14,7 @@ from torch import Tensor
 from lowbit.errors import CheckpointError, Unfinished
 from lowbit.export.files import Identity, changed, is_same, open_regular, read_bytes, read_text, survey, write_text
 from lowbit.export.plain import read_json
+from lowbit.export.sizes import require_sizes
 from lowbit.export.tensorfile import TensorEntry, read_entries, read_tensor
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -92,6 +93,7 @@ def open_checkpoint(directory: Path, config_name: str = CONFIG_NAME) -> Checkpoi
                 raise CheckpointError(f"tensor {name!r} stands both in {entries[name].path} and in {path}")
             entries[name] = entry
     _check_index(directory, entries)
+    require_sizes(config, entries, directory / config_name)
     return Checkpoint(directory, config, entries, files)
 
 

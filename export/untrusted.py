@@ -3,6 +3,8 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
+
 from lowbit.errors import CheckpointError, LowbitError
 
 
@@ -13,11 +15,11 @@ def untrusted(where: object, what: str) -> Iterator[None]:
     where  the file or directory, for the message
     what   what it turns out not to be: "no tokenizer that transformers can load"
 
-    Libraries in Rust panic with an exception that is no Exception.
+    Libraries in Rust panic with an exception that is no Exception. A GPU whose memory is full is no fault of the file.
     """
     try:
         yield
-    except LowbitError:
+    except (LowbitError, torch.OutOfMemoryError):
         raise
     except BaseException as error:
         if isinstance(error, Exception) or type(error).__module__ == "pyo3_runtime":

@@ -1,7 +1,7 @@
 """A model without its weights, and the map from its file's tensors to the places where they belong."""
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -9,6 +9,7 @@ import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PretrainedConfig, PreTrainedModel
+from transformers.models.auto.auto_factory import _BaseAutoModelClass
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
@@ -17,10 +18,15 @@ from transformers.pytorch_utils import Conv1D
 
 from lowbit.errors import CheckpointError
 from lowbit.export.formats import LogicalTensors
+from lowbit.export.sizes import SLACK
 from lowbit.export.survey import checked
+from lowbit.export.untrusted import untrusted
 from lowbit.models.placement import Conversion, Placement, Reader, bias_of, experts_in, place, tensor_of
 from lowbit.models.source import Source
 from lowbit.quant.numerics import input_rounding
+
+SMALL = 1 << 24  # parameters that no memory needs to be held against
+MOST_BUFFERS = 256 << 20  # bytes; a table of a million positions takes half of it
 
 
 @dataclass(frozen=True)
@@ -153,9 +159,30 @@ def _empty_model(source: Source) -> PreTrainedModel:
     config = source.config
     config._experts_implementation = "eager"  # one F.linear an expert: what calibration can see
     auto = AutoModelForImageTextToText if _sees_images(config) else AutoModelForCausalLM
-    with init_empty_weights(include_buffers=False):
-        model = auto.from_config(config, trust_remote_code=source.trust_remote_code, dtype=torch.float32)
+    with untrusted(source.directory, "transformers cannot make the model of this configuration"):
+        _require_held(source, auto)
+        with init_empty_weights(include_buffers=False):
+            model = auto.from_config(config, trust_remote_code=source.trust_remote_code, dtype=torch.float32)
     return model.eval()
+
+
+def _require_held(source: Source, auto: type[_BaseAutoModelClass]) -> None:
+    """Raise CheckpointError where the model of config.json is far larger than its files could fill.
+
+    Made once without any memory for that, its buffers (tables of positions) too, which the model itself has. A class
+    that cannot be made so has the sizes of config.json held against the files alone (`export.sizes`).
+    """
+    parameters = buffers = 0
+    with suppress(Exception), torch.device("meta"), init_empty_weights():
+        model = auto.from_config(source.config, trust_remote_code=source.trust_remote_code, dtype=torch.float32)
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        buffers = sum(buffer.nbytes for buffer in model.buffers())
+    held = sum(entry.numel for entry in source.checkpoint.entries.values())
+    if parameters > SLACK * held + SMALL or buffers > source.checkpoint.nbytes + MOST_BUFFERS:
+        raise CheckpointError(
+            f"{source.directory}: the model of config.json has {parameters} parameters and {buffers} bytes of tables, "
+            f"the files hold {held} values: config.json belongs to another model"
+        )
 
 
 def _sees_images(config: PretrainedConfig) -> bool:

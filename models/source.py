@@ -58,9 +58,11 @@ class Source:
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The model's tokenizer. CheckpointError where there is none."""
         with untrusted(self.directory, "no tokenizer that transformers can load"):
-            return AutoTokenizer.from_pretrained(
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
                 self.directory, config=self.config, trust_remote_code=self.trust_remote_code
             )
+            tokenizer.decode(tokenizer("A text.").input_ids)  # what is wrong with one often shows only in its use
+        return tokenizer
 
     @property
     def vocabulary(self) -> int:
@@ -152,6 +154,9 @@ def _config(checkpoint: Checkpoint, trust_remote_code: bool) -> PretrainedConfig
         config._name_or_path = str(checkpoint.directory)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
+    classes = config.architectures
+    if not (classes is None or (isinstance(classes, list) and all(isinstance(name, str) for name in classes))):
+        raise CheckpointError(f"{checkpoint.directory}: architectures is {classes!r}; a list of names is expected")
     return config
 
 

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from lowbit.evaluation.report.facts import conditions, scored
+from lowbit.evaluation.report.facts import as_written, conditions, scored
 
 SPEED_CONDITIONS = ("device", "batch", "prompt", "output")
 
@@ -17,6 +17,11 @@ def comparison(all_facts: Sequence[dict[str, Any]]) -> dict[str, Any]:
     points      a row for each checkpoint, and one for the unquantized model where it was measured under the same
     speed       SPEED_CONDITIONS that most were timed under, or None
     """
+    with as_written(", ".join(str(facts["name"]) for facts in all_facts)):
+        return _compared(all_facts)
+
+
+def _compared(all_facts: Sequence[dict[str, Any]]) -> dict[str, Any]:
     shared = _most_common([{conditions(row): row for row in scored(facts)} for facts in all_facts])
     speed = _most_common(
         [{_speed_conditions(row): row for row in facts["evaluations"]["speed"]} for facts in all_facts]

@@ -5,7 +5,8 @@ import re
 import shlex
 import tomllib
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from lowbit.export.escape import one_line
 from lowbit.export.files import read_text
 from lowbit.export.formats import LogicalTensors
 from lowbit.export.plain import read_json, read_rows
+from lowbit.export.untrusted import untrusted
 
 REPORT = "quantization_report.json"
 RECIPE = "recipe.toml"
@@ -61,9 +63,24 @@ def facts_of(
     """What is known of the checkpoint in `directory`, called `name`, or as the directory is.
 
     extra_rows  measurements kept elsewhere (speed rows of a benchmark), beside those in the checkpoint
-    Sections that nobody measured or recorded are None or empty: a report says so, it does not guess.
+    Sections that nobody measured or recorded are None or empty: a report says so, it does not guess. Raises
+    CheckpointError where a file holds something else than lowbit writes there.
     """
     checkpoint = open_checkpoint(directory, config_name)
+    with as_written(directory):
+        return _facts(directory, checkpoint, extra_rows, name)
+
+
+@contextmanager
+def as_written(where: Path | str) -> Iterator[None]:
+    """A block that takes the values of a report's files for what lowbit writes in them."""
+    with untrusted(where, f"{REPORT}, {FILE} or {RECIPE} is not as lowbit writes it"):
+        yield
+
+
+def _facts(
+    directory: Path, checkpoint: Checkpoint, extra_rows: Iterable[dict[str, Any]], name: str | None
+) -> dict[str, Any]:
     run = read_json(directory / REPORT) if (directory / REPORT).exists() else {}
     recipe_text = _read_text(directory / RECIPE)
     recipe = _recipe(directory / RECIPE, recipe_text)
@@ -108,7 +125,7 @@ def _read_text(path: Path) -> str | None:
 def _recipe(path: Path, text: str | None) -> dict[str, Any]:
     try:
         return tomllib.loads(text or "")
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise CheckpointError(f"{path}: not TOML ({error})") from error
 
 

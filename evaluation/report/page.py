@@ -8,7 +8,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from lowbit.evaluation.report.compare import comparison
-from lowbit.evaluation.report.facts import scored
+from lowbit.evaluation.report.facts import as_written, scored
 from lowbit.evaluation.report.plots import (
     bytes_plot,
     heat_map,
@@ -27,6 +27,11 @@ TEMPLATES = Path(__file__).parent / "templates"
 
 def render(facts: dict[str, Any], kind: str) -> str:
     """The report of one checkpoint as `html` or `md`."""
+    with as_written(str(facts["name"])):
+        return _rendered(facts, kind)
+
+
+def _rendered(facts: dict[str, Any], kind: str) -> str:
     divergence = next((row for row in facts["evaluations"]["divergence"] if row["kl_mean"] is not None), None)
     figures = figures_of(facts, divergence) if kind == "html" else {}
     template = _environment(kind).get_template(f"checkpoint.{kind}.j2")
@@ -37,13 +42,14 @@ def render_comparison(all_facts: Sequence[dict[str, Any]], kind: str) -> str:
     """Several checkpoints side by side as `html` or `md`."""
     compared = comparison(all_facts)
     figures: dict[str, str | None] = {}
-    if kind == "html":
-        figures = {
-            "size": pareto_plot(compared["points"], "gigabytes", "GB on disk"),
-            "speed": pareto_plot(compared["points"], "speed", "tokens a second", larger_is_better=True),
-        }
-    template = _environment(kind).get_template(f"comparison.{kind}.j2")
-    return template.render(compared=compared, figures=figures)
+    with as_written(", ".join(str(facts["name"]) for facts in all_facts)):
+        if kind == "html":
+            figures = {
+                "size": pareto_plot(compared["points"], "gigabytes", "GB on disk"),
+                "speed": pareto_plot(compared["points"], "speed", "tokens a second", larger_is_better=True),
+            }
+        template = _environment(kind).get_template(f"comparison.{kind}.j2")
+        return template.render(compared=compared, figures=figures)
 
 
 def figures_of(facts: dict[str, Any], divergence: dict[str, Any] | None) -> dict[str, str | None]:

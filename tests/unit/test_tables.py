@@ -155,3 +155,26 @@ def test_a_file_that_is_no_table_is_refused(tmp_path: Path, name: str, content: 
         return
     with pytest.raises(DatasetError, match=told):
         rows_of(tmp_path / name, content)
+
+
+def test_a_text_that_every_row_repeats_is_in_memory_once(tmp_path: Path) -> None:
+    """Kilobytes that say gigabytes: 600 rows of one text of 4 MB, which the file holds once."""
+    path = tmp_path / "a.parquet"
+    text = pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * 600, pyarrow.int32()), ["x" * (1 << 22)])
+    pyarrow.parquet.write_table(pyarrow.table({"text": text}), path, compression="zstd")
+    assert path.stat().st_size < 10_000
+    before = pyarrow.total_allocated_bytes()
+    rows = local_rows(path, None)
+    assert len(next(rows)[1]["text"]) == 1 << 22
+    assert pyarrow.total_allocated_bytes() - before < 1 << 26
+
+
+def test_a_row_group_that_expands_beyond_measure_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(
+        pyarrow.table({"text": [f"{i}" + "x" * (1 << 20) for i in range(8)]}), path, compression="zstd"
+    )
+    assert len(list(local_rows(path, None))) == 8
+    monkeypatch.setattr("lowbit.calibrate.tables.MOST_HELD", 1 << 20)
+    with pytest.raises(DatasetError, match=r"bytes of a row group expand to \d+"):
+        list(local_rows(path, None))

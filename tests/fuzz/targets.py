@@ -1,0 +1,247 @@
+"""What is fuzzed: for each target an honest model, what of it is spoiled, and what then reads it.
+
+A target is a strategy of files (name -> content) laid over a model directory, and a reader that may refuse them with
+our error and nothing else.
+"""
+
+import json
+import shutil
+from collections.abc import Callable
+from contextlib import nullcontext, suppress
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+
+import torch
+from hypothesis import strategies as st
+
+from lowbit import engine
+from lowbit.calibrate.job import prepare
+from lowbit.calibrate.methods import complete_recipe
+from lowbit.errors import LowbitError
+from lowbit.evaluation.record import FILE
+from lowbit.evaluation.report.compare import comparison
+from lowbit.evaluation.report.facts import RECIPE, REPORT, facts_of
+from lowbit.evaluation.report.page import render, render_comparison
+from lowbit.export.checkpoint import open_checkpoint, verify_checksums
+from lowbit.export.formats import LogicalTensors
+from lowbit.export.plain import parse_json, read_rows
+from lowbit.export.tensorfile import read_entries, read_tensor
+from lowbit.models.source import open_source
+from lowbit.quant.recipe import read_recipe
+from tests.builders import make_model, save
+from tests.fuzz.documents import ODD, spoiled, turned
+from tests.quantized import quantize_files
+
+Files = dict[str, bytes]
+SEEDS = Path(__file__).parent / "seeds"
+PACKED = {"ct": ("compressed-tensors", "uint4-g32"), "gptq": ("gptq", "int4-g32"), "awq": ("awq", "uint4-g32")}
+FAMILIES = ("llama", "gpt2", "gemma3", "mixtral", "phi3", "opt")
+
+
+@dataclass(frozen=True)
+class Target:
+    """One kind of input.
+
+    models  makes the honest directories, by name, below a directory that is given
+    files   files to lay over the honest model of that name, in its directory
+    read    reads the result; LowbitError is an answer, anything else a finding
+    """
+
+    models: Callable[[Path], dict[str, Path]]
+    files: Callable[[Path], st.SearchStrategy[Files]]
+    read: Callable[[Path], None]
+    without: tuple[str, ...] = field(default=())
+
+
+def attempt(target: Target, honest: Path, files: Files, place: Path, strict: bool = False) -> None:
+    """Read `files` laid over a copy of `honest` at `place`; raises what is a finding, with `strict` every error."""
+    shutil.copytree(honest, place, ignore=lambda directory, names: [name for name in names if name in target.without])
+    try:
+        for name, content in files.items():
+            (place / name).write_bytes(content)
+        with nullcontext() if strict else suppress(LowbitError):
+            target.read(place)
+    finally:
+        shutil.rmtree(place)
+
+
+def _dense(base: Path) -> dict[str, Path]:
+    return {family: save(make_model(family), base / family, torch.bfloat16) for family in FAMILIES}
+
+
+def _known_to_the_engine(base: Path) -> dict[str, Path]:
+    return {name: directory for name, directory in _dense(base).items() if name not in ("mixtral", "opt")}
+
+
+def _packed(base: Path) -> dict[str, Path]:
+    made = {}
+    for name, (fmt, scheme) in PACKED.items():
+        made[name] = save(make_model("llama", num_hidden_layers=1), base / name, torch.bfloat16)
+        quantize_files(made[name], fmt, scheme)
+    return made
+
+
+def _one(base: Path) -> dict[str, Path]:
+    return {"llama": save(make_model("llama", num_hidden_layers=1), base / "llama", torch.bfloat16)}
+
+
+def _json(name: str) -> Callable[[Path], st.SearchStrategy[Files]]:
+    """Spoiled values of one JSON file, and now and then spoiled bytes."""
+
+    def files(honest: Path) -> st.SearchStrategy[Files]:
+        raw = (honest / name).read_bytes()
+        values = spoiled(json.loads(raw)).map(lambda value: json.dumps(value).encode())
+        return st.one_of(values, values, values, turned(raw)).map(lambda content: {name: content})
+
+    return files
+
+
+def _header(honest: Path) -> st.SearchStrategy[Files]:
+    """model.safetensors with a spoiled header, or spoiled bytes around it."""
+    raw = (honest / "model.safetensors").read_bytes()
+    length = int.from_bytes(raw[:8], "little")
+    header, data = raw[8 : 8 + length], raw[8 + length :]
+
+    def joined(text: bytes) -> Files:
+        return {"model.safetensors": len(text).to_bytes(8, "little") + text + data}
+
+    values = spoiled(json.loads(header)).map(lambda value: joined(json.dumps(value).encode()))
+    return st.one_of(
+        values, turned(header).map(joined), turned(raw[:200]).map(lambda start: {"model.safetensors": start})
+    )
+
+
+def _either(*strategies: Callable[[Path], st.SearchStrategy[Files]]) -> Callable[[Path], st.SearchStrategy[Files]]:
+    return lambda honest: st.one_of(*(strategy(honest) for strategy in strategies))
+
+
+def read_weights(place: Path) -> None:
+    """Every tensor of the file, by its header."""
+    for entry in read_entries(place / "model.safetensors").values():
+        read_tensor(entry)
+
+
+def read_json_text(place: Path) -> None:
+    """The text as a value, and as rows."""
+    raw = (place / "x.json").read_bytes()
+    with suppress(LowbitError):
+        json.dumps(parse_json(raw, "x")).encode()
+    read_rows(place / "x.json")
+
+
+def plan_model(place: Path) -> None:
+    """All that `quantize --dry-run` does."""
+    job = prepare(open_source(str(place)), complete_recipe({"method": "int8"}), "cpu")
+    job.output_bytes()
+    job.warnings()
+
+
+def load_engine(place: Path) -> None:
+    """The engine, and what it writes after two tokens."""
+    engine.load(str(place), "cpu").generate([[1, 2]], max_new_tokens=1)
+
+
+def read_packed(place: Path) -> None:
+    """Every weight, as convert and inspect read them."""
+    tensors = LogicalTensors(open_checkpoint(place))
+    for name in tensors.schemes:
+        with suppress(LowbitError):
+            tensors.shape(name)
+            tensors.qtensor(name)
+    for name in tensors.names:
+        with suppress(LowbitError):
+            tensors.read(name)
+
+
+def use_tokenizer(place: Path) -> None:
+    """A text to tokens and back, and a chat through the template."""
+    tokenizer = open_source(str(place)).tokenizer()
+    ids = tokenizer("hello, world").input_ids
+    tokenizer.decode(ids, skip_special_tokens=True)
+
+
+def read_report(place: Path) -> None:
+    """The page about a checkpoint, and one that compares it with itself."""
+    facts = facts_of(place)
+    for kind in ("html", "md"):
+        render(facts, kind)
+    comparison([facts, facts | {"name": "other"}])
+    render_comparison([facts, facts | {"name": "other"}], "html")
+
+
+def read_settings(place: Path) -> None:
+    """A recipe, and the sums of the files."""
+    with suppress(LowbitError):
+        complete_recipe(read_recipe(place / RECIPE))
+    verify_checksums(open_checkpoint(place))
+
+
+def _reported(base: Path) -> dict[str, Path]:
+    """A checkpoint with everything that a report reads."""
+    directory = _packed(base)["ct"]
+    shutil.copytree(SEEDS / "report", directory, dirs_exist_ok=True)
+    return {"ct": directory}
+
+
+def _text(name: str) -> Callable[[Path], st.SearchStrategy[Files]]:
+    return lambda honest: turned((honest / name).read_bytes()).map(lambda content: {name: content})
+
+
+def _rows(name: str) -> Callable[[Path], st.SearchStrategy[Files]]:
+    """Spoiled rows of a file of JSON lines."""
+
+    def files(honest: Path) -> st.SearchStrategy[Files]:
+        rows = [json.loads(line) for line in (honest / name).read_text().splitlines()]
+        return spoiled(rows).map(lambda rows: {name: "".join(json.dumps(row) + "\n" for row in rows or []).encode()})
+
+    return files
+
+
+def _loose(base: Path) -> dict[str, Path]:
+    (base / "loose").mkdir()
+    return {"loose": base / "loose"}
+
+
+def _any_json(honest: Path) -> st.SearchStrategy[Files]:
+    leaves = st.one_of(st.sampled_from(ODD), st.text(), st.integers(), st.floats())
+    values = st.recursive(leaves, lambda inner: st.one_of(st.lists(inner), st.dictionaries(st.text(), inner)))
+    texts = values.map(lambda value: json.dumps(value, ensure_ascii=False).encode("utf-8", "surrogatepass"))
+    return st.one_of(texts, st.binary(), texts.flatmap(turned)).map(lambda raw: {"x.json": raw})
+
+
+def _sums(honest: Path) -> st.SearchStrategy[Files]:
+    line = st.tuples(
+        st.sampled_from(["0" * 64, "abc", "F" * 64]), st.sampled_from(["  ", " *", "\t", ""]), st.text(max_size=9)
+    )
+    texts = st.lists(st.one_of(line.map("".join), st.text())).map("\n".join)
+    return texts.map(lambda text: {"SHA256SUMS": text.encode("utf-8", "surrogatepass")})
+
+
+TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
+TARGETS = {
+    "header": Target(_one, _header, read_weights),
+    "json": Target(_loose, _any_json, read_json_text),
+    "config": Target(_dense, _json("config.json"), plan_model),
+    "engine": Target(_known_to_the_engine, _either(_json("config.json"), _json("generation_config.json")), load_engine),
+    "packed": Target(_packed, _either(_header, _json("config.json")), read_packed),
+    "tokenizer": Target(_one, _either(*map(_json, TOKENIZER)), use_tokenizer),
+    "tokenless": Target(_one, _json("config.json"), use_tokenizer, TOKENIZER),
+    "report": Target(_reported, _either(_json(REPORT), _rows(FILE), _text(RECIPE)), read_report),
+    "settings": Target(_reported, _either(_text(RECIPE), _sums), read_settings),
+}
+
+
+@cache
+def honest(name: str, base: Path) -> dict[str, Path]:
+    """The honest directories of a target, made once."""
+    (base / name).mkdir(parents=True)
+    return TARGETS[name].models(base / name)
+
+
+def inputs(name: str, base: Path) -> st.SearchStrategy[tuple[str, Files]]:
+    """(honest directory's name, files to lay over it) of a target."""
+    made = honest(name, base)
+    return st.sampled_from(sorted(made)).flatmap(
+        lambda model: TARGETS[name].files(made[model]).map(lambda files: (model, files))
+    )
