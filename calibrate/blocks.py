@@ -55,7 +55,7 @@ class DataFreeBlocks:
         rows: dict[str, dict[str, Any]] = {}
         for name, placement in block.tensors.items():
             specs = [spec for spec in _linears_in(block, name, placement) if spec.name in job.plan.schemes]
-            value = checked(name, job.source.checkpoint.read(name)) if specs else torch.empty(0)
+            value = checked(name, self._read(name, placement)) if specs else torch.empty(0)
             for spec in specs:
                 w = _cut(value, placement, spec).to(job.device)
                 require_scales(spec.name, w, job.plan.schemes[spec.name], job.scale_dtype)
@@ -65,6 +65,13 @@ class DataFreeBlocks:
         seconds = time.monotonic() - begun
         report = BlockReport(index, block.name, None, seconds, peak_memory(job.device), [], rows)
         return BlockOutcome(weights, {}, report)
+
+    def _read(self, name: str, placement: Placement) -> Tensor:
+        """The file's tensor `name`, or what transformers makes of it where it makes a parameter of its own."""
+        read = self._job.source.checkpoint.read
+        if placement.conversion is None:
+            return read(name)
+        return placement.conversion.parameters(self._job.skeleton.model, read)[placement.parameter]
 
     def replay(self, index: int, outcome: BlockOutcome) -> None:
         """No block depends on another."""

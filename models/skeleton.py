@@ -233,7 +233,8 @@ def _linears(model: PreTrainedModel, block: Block) -> Iterator[LinearSpec]:
 def _single(model: PreTrainedModel, tensors: dict[str, Placement]) -> Iterator[tuple[str, Placement]]:
     """`tensors`, stacks of experts taken apart."""
     for name, placement in tensors.items():
-        stacked = placement.expert is None and tensor_of(model, placement).ndim == 3
+        whole = placement.conversion is None or len(placement.conversion.converter.target_patterns) == 1
+        stacked = placement.expert is None and tensor_of(model, placement).ndim == 3 and whole
         experts = experts_in(model, name, placement) if stacked else {}
         yield from (experts or {name: placement}).items()
 

@@ -60,6 +60,16 @@ def test_each_expert_is_quantized_under_a_name_of_its_own(sources, tmp_path, kin
     )  # a token near a tie may go to another expert
 
 
+def test_experts_that_transformers_reorders_are_cut_from_what_it_makes(tmp_path):
+    """Inkling's file has gate and up by turns, transformers one after the other."""
+    source = save_tiny("inkling2_text", tmp_path / "source")
+    assert any(name.endswith("experts.w13_weight") for name in load_file(source / "model.safetensors"))
+    quantize(source, tmp_path / "out", {"method": "int8"})
+    before, after = (load_dense(open_source(str(path))) for path in (source, tmp_path / "out"))
+    wanted = logits_of(before, IDS)
+    assert 0 < (logits_of(after, IDS) - wanted).norm() < 0.25 * wanted.norm()
+
+
 def test_biases_of_stacked_experts_come_apart_with_them(sources, tmp_path):
     stack = load_file(sources["gpt_oss"] / "model.safetensors")["model.layers.1.mlp.experts.gate_up_proj_bias"]
     tensors = quantize(sources["gpt_oss"], tmp_path / "out", RECIPES["rtn"])
