@@ -30,6 +30,7 @@ from lowbit.export.tensorfile import read_entries, read_tensor
 from lowbit.models.source import open_source
 from lowbit.quant.recipe import read_recipe
 from tests.builders import make_model, save
+from tests.fuzz import datasets, recipes
 from tests.fuzz.documents import ODD, spoiled, turned
 from tests.quantized import quantize_files
 
@@ -84,6 +85,17 @@ def _packed(base: Path) -> dict[str, Path]:
 
 def _one(base: Path) -> dict[str, Path]:
     return {"llama": save(make_model("llama", num_hidden_layers=1), base / "llama", torch.bfloat16)}
+
+
+def _with(add: Callable[[Path], None]) -> Callable[[Path], dict[str, Path]]:
+    """The model of `_one`, with the files that `add` leaves beside it."""
+
+    def models(base: Path) -> dict[str, Path]:
+        made = _one(base)
+        add(made["llama"])
+        return made
+
+    return models
 
 
 def _json(name: str) -> Callable[[Path], st.SearchStrategy[Files]]:
@@ -228,6 +240,10 @@ TARGETS = {
     "tokenizer": Target(_one, _either(*map(_json, TOKENIZER)), use_tokenizer),
     "tokenless": Target(_one, _json("config.json"), use_tokenizer, TOKENIZER),
     "report": Target(_reported, _either(_json(REPORT), _rows(FILE), _text(RECIPE)), read_report),
+    "dataset": Target(_with(datasets.honest), datasets.files, datasets.calibrate),
+    "text": Target(_with(datasets.honest), datasets.files, datasets.read),
+    "recipe": Target(_with(recipes.honest), recipes.files, recipes.read),
+    "sources": Target(_with(recipes.honest), recipes.files, recipes.read_spec),
     "settings": Target(_reported, _either(_text(RECIPE), _sums), read_settings),
 }
 
