@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from transformers import PreTrainedModel
 
+from lowbit.errors import LowbitError
 from lowbit.models.products import MULTIPLICATIONS
 from lowbit.models.skeleton import Block, LinearSpec, Skeleton, empty, hollow
 from lowbit.models.states import States
@@ -24,7 +25,7 @@ from lowbit.models.walk import Walk
 TOKENS = 8
 LOADED = "_is_hf_initialized"  # transformers' mark on loaded tensors: setting a module up does not write to them
 # What a family's own code may raise where it is given nothing: then there is no rehearsal, and nothing is learned.
-FAILURES = (RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError, NotImplementedError)
+FAILURES = (LowbitError, RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError)
 
 CHOICES = {
     *(torch.topk, torch.argmax, torch.argsort, torch.sort, torch.max),
@@ -79,7 +80,7 @@ class Choosers(TorchFunctionMode):
             origins = frozenset({Origin(spec.name, result.shape[-1])})
         else:
             origins = self._mixed([self._origins.get(id(t), frozenset()) for t in tensors], func in MIXTURES)
-            if func in CHOICES and tensors:
+            if func in CHOICES and len(tensors) == 1:  # the larger of two tensors is no choice
                 self._chosen(origins, tensors[0])
             result = func(*args, **kwargs)
         self._remember(result, origins)

@@ -189,7 +189,7 @@ class Wiring:
 
     def leaving(self, index: int, output: Any, stores: dict[str, Any], states: States) -> States:
         """`states` after block `index`, which returned `output`."""
-        first, *rest = output if isinstance(output, tuple) else (output,)
+        first, *rest = output if isinstance(output, tuple | list) else (output,)
         wanted = {name for (i, _), name in self.returned.items() if i > index}
         carried = {name: value for name, value in states.carried.items() if name in wanted or name in self._store_names}
         carried |= {name: dict(store) for name, store in stores.items()}

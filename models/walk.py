@@ -152,16 +152,41 @@ class Walk:
         length = min(LOOK_TOKENS, batch.shape[1])
         tokens = batch.flatten()[torch.arange(3 * length, device=batch.device) % batch.numel()].view(3, length)
         self._returned = self._count_returned(tokens[:1])
+        self._require_one_run_each(tokens[:1])
         vocabulary = self.skeleton.model.get_input_embeddings().weight.shape[0]
         others = (tokens + 1) % vocabulary
         self._wiring = wiring_of(self._record(tokens[:2]), self._record(others[:2]), self._record(tokens))
+
+    def _require_one_run_each(self, batch: Tensor) -> None:
+        """CheckpointError where the model does not run its blocks one after another, each once."""
+        order: list[int] = []
+
+        def passed(index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            order.append(index)
+            return self._wrapped(args[0] if args else kwargs["hidden_states"])
+
+        def stop(module: nn.Module, args: Any) -> None:
+            raise _Stop
+
+        handle = _linear_head(self.skeleton.model).register_forward_pre_hook(stop)
+        try:
+            with self._stubs(passed):
+                self._run_until_stop(batch)
+        finally:
+            handle.remove()
+        if order != list(range(len(self.skeleton.blocks))):
+            raise CheckpointError(
+                f"{type(self.skeleton.model).__name__} does not run its {len(self.skeleton.blocks)} blocks one after "
+                f"another, each once, but {len(order)} times: it cannot be run block by block. Methods without "
+                "calibration take it (int8, rtn), with --eval-windows 0"
+            )
 
     def _count_returned(self, batch: Tensor) -> int | None:
         """How many values blocks return, hidden states first; None for a bare tensor. The first one is run to see."""
         found: list[int | None] = []
 
         def look(module: nn.Module, args: Any, output: Any) -> None:
-            found.append(len(output) if isinstance(output, tuple) else None)
+            found.append(len(output) if isinstance(output, tuple | list) else None)
             raise _Stop
 
         handle = self.skeleton.blocks[0].module.register_forward_hook(look)

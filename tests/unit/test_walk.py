@@ -8,7 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
+from lowbit.calibrate.job import prepare
+from lowbit.calibrate.methods import complete_recipe
 from lowbit.errors import CheckpointError
 from lowbit.models.placement import Placement, place
 from lowbit.models.skeleton import open_skeleton
@@ -26,6 +29,7 @@ from tests.builders import (
     save,
     save_family,
 )
+from tests.families.tiny import save_tiny
 
 
 @pytest.fixture(scope="module")
@@ -108,6 +112,22 @@ def walked(
         with walk.loaded(index), torch.no_grad():
             batches = [walk.run(index, states) for states in batches]
     return walk, batches
+
+
+def test_a_model_that_runs_its_blocks_again_and_again_is_refused_by_the_walk_alone(tmp_path):
+    source = open_source(str(save_tiny("hrm_text", tmp_path)))
+    with pytest.raises(CheckpointError, match="does not run its 2 blocks one after another, each once, but 12 times"):
+        Walk(open_skeleton(source), "cpu", torch.float32).start([calibration(1, 9).ids])
+    assert prepare(source, complete_recipe({"method": "int8"}), "cpu").plan.schemes
+
+
+def test_blocks_that_return_lists(tmp_path):
+    ids = [calibration(2, 9).ids]
+    directory = save_tiny("openai-gpt", tmp_path)
+    walk, left = walked(directory, ids)
+    (logits,) = walk.logits(ids, left)
+    wanted = logits_of(AutoModelForCausalLM.from_pretrained(directory), ids[0])
+    assert (logits - wanted).norm() <= 1e-5 * wanted.norm()
 
 
 def test_what_blocks_hand_each_other_can_be_sent_to_another_process(tmp_path):
