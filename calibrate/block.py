@@ -11,12 +11,12 @@ from torch import Tensor
 from lowbit.calibrate import ranks
 from lowbit.calibrate.capture import SiteStats
 from lowbit.errors import CheckpointError
-from lowbit.export.engines import EXPERT, expert_role
 from lowbit.models.products import InputRounding, LinearInputs, bias_view, rounded_inputs, taped, weight_view
 from lowbit.models.skeleton import Block
 from lowbit.models.states import States
 from lowbit.models.walk import Walk
 from lowbit.quant.algos.rotate import rotation, turned_inputs, turned_outputs
+from lowbit.quant.naming import EXPERT, expert_role
 from lowbit.quant.numerics import input_rounding, input_scale_of
 from lowbit.quant.qtensor import QTensor
 from lowbit.quant.scheme import Scheme

@@ -17,12 +17,12 @@ from lowbit.calibrate.search import FoldSearch
 from lowbit.calibrate.structure import Prober
 from lowbit.calibrate.written import covered
 from lowbit.errors import CheckpointError
-from lowbit.export.engines import EXPERT
 from lowbit.export.survey import checked
 from lowbit.models.placement import Placement
 from lowbit.models.skeleton import Block, LinearSpec
 from lowbit.models.states import States
 from lowbit.models.walk import Walk
+from lowbit.quant.naming import EXPERT
 from lowbit.quant.numerics import reason_against_scales
 from lowbit.quant.qtensor import QTensor, round_to_nearest
 from lowbit.quant.scheme import Scheme

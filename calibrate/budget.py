@@ -19,12 +19,12 @@ from lowbit.calibrate.data import CalibrationSet
 from lowbit.calibrate.job import Job
 from lowbit.calibrate.plan import make_plan, scheme_pattern
 from lowbit.errors import RecipeError
-from lowbit.export.engines import fused_set
 from lowbit.export.formats import FORMATS
 from lowbit.models.products import weight_view
 from lowbit.models.skeleton import LinearSpec
 from lowbit.models.states import States, pulled
 from lowbit.models.walk import Walk
+from lowbit.quant.naming import fused_set
 from lowbit.quant.qtensor import round_to_nearest
 from lowbit.quant.scheme import FALLBACK_GROUP_SIZES, Scheme, make_scheme
 

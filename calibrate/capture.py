@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lowbit.calibrate import ranks
-from lowbit.export.engines import EXPERT
+from lowbit.quant.naming import EXPERT
 from lowbit.quant.site import Site
 from lowbit.quant.stats import Stats, nothing_seen, stats_of
 

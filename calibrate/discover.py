@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from lowbit.calibrate.capture import sites_of
-from lowbit.export.engines import EXPERT
 from lowbit.models.products import LinearInputs, bias_view, weight_view
 from lowbit.models.skeleton import Block
 from lowbit.quant.algos.rotate import rotation, turned_inputs, turned_outputs
+from lowbit.quant.naming import EXPERT
 from lowbit.quant.site import Fold, Heads, Site
 
 # Relative change of the block's contribution that float32 rounding explains; a wrong fold changes it by over 1%.

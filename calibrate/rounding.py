@@ -7,11 +7,11 @@ from torch import Tensor
 
 from lowbit.calibrate import ranks
 from lowbit.calibrate.block import BlockWork
-from lowbit.export.engines import EXPERT, expert_role
 from lowbit.models.states import States, joined
 from lowbit.quant.algos.clip import group_moments, search_shrink
 from lowbit.quant.algos.gptq import gptq
 from lowbit.quant.algos.learned import LearnedWeight
+from lowbit.quant.naming import EXPERT, expert_role
 from lowbit.quant.qtensor import QTensor, round_to_nearest
 from lowbit.quant.recipe import Recipe
 from lowbit.quant.site import Site

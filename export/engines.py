@@ -1,24 +1,18 @@
-"""What engines do with a checkpoint: which linears they fuse, how they split them, and which kernel takes which.
+"""What engines do with a checkpoint: how they split its linears, and which kernel takes which.
 
 The rules are those of vLLM 0.32 (its `kernels/linear` and `layers/quantization`), of transformers 5.23 with
 compressed-tensors 0.20, gptqmodel 7.7 and optimum 2.3, and of our own kernels.
 """
 
-import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from lowbit.export.format import Format
 from lowbit.quant.kernels import w8a8
 from lowbit.quant.kernels.packed import TILE_ROWS, reason_against_packing
+from lowbit.quant.naming import EXPERT, ROW_PARALLEL, fused_set
 from lowbit.quant.scheme import Scheme
 
-# Linears that engines fuse into one matrix, by the last part of their names: they must share a scheme.
-ENGINE_FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
-# Every expert of a layer runs in one kernel, so all their linears share a scheme.
-EXPERT = re.compile(r"\.experts\.\d+\.")
-# Linears whose inputs are split between GPUs; the outputs of the others are.
-ROW_PARALLEL = ("o_proj", "down_proj", "out_proj", "wo", "w2", "fc2", "c_proj", "dense", "dense_4h_to_h")
 PARALLEL_SIZES = (1, 2, 4, 8, 16)
 # Compute capability of each generation; None is a CPU.
 MACHINES: dict[str, int | None] = {
@@ -56,27 +50,6 @@ class EngineKernel:
 
     name: str
     reason_against: Callable[[Layer, int | None], str | None]
-
-
-def expert_role(name: str) -> str:
-    """`name` without the expert's number: the same for linears that play the same part in all experts of a layer."""
-    return EXPERT.sub(".experts.*.", name)
-
-
-def fused_set(name: str) -> str:
-    """A key that linears share where engines run them as one matrix."""
-    if EXPERT.search(name):
-        return EXPERT.split(name)[0] + ".experts"
-    parent, _, leaf = name.rpartition(".")
-    return next((f"{parent}.{'+'.join(group)}" for group in ENGINE_FUSED if leaf in group), name)
-
-
-def split_sets(names: Iterable[str], schemes: Mapping[str, Scheme]) -> dict[str, list[str]]:
-    """The fused sets of `names` whose members differ in scheme, some having none: engines refuse those."""
-    sets: dict[str, list[str]] = {}
-    for name in names:
-        sets.setdefault(fused_set(name), []).append(name)
-    return {key: members for key, members in sets.items() if len({schemes.get(name) for name in members}) > 1}
 
 
 def layers_of(fmt: Format, schemes: Mapping[str, Scheme], shapes: Mapping[str, tuple[int, int]]) -> dict[str, Layer]:

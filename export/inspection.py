@@ -15,9 +15,9 @@ from lowbit.export.engines import (
     choose,
     layers_of,
     reason_against_parallel,
-    split_sets,
 )
 from lowbit.export.formats import LogicalTensors
+from lowbit.quant.naming import split_sets
 from lowbit.quant.scheme import Scheme
 
 

@@ -16,9 +16,9 @@ from lowbit.calibrate.methods import complete_recipe
 from lowbit.calibrate.pipeline import run
 from lowbit.evaluation.backend import load_dense
 from lowbit.export.checkpoint import open_checkpoint
-from lowbit.export.engines import EXPERT
 from lowbit.export.formats import LogicalTensors
 from lowbit.models.source import open_source
+from lowbit.quant.naming import EXPERT
 from lowbit.quant.qtensor import round_to_nearest
 from lowbit.quant.scheme import parse_scheme
 from tests.builders import calibration, logits_of, make_model, save

@@ -13,9 +13,9 @@ from lowbit.calibrate.methods import complete_recipe
 from lowbit.calibrate.plan import scheme_pattern
 from lowbit.errors import RecipeError
 from lowbit.export.checkpoint import open_checkpoint
-from lowbit.export.engines import fused_set, split_sets
 from lowbit.export.formats import LogicalTensors
 from lowbit.models.source import open_source
+from lowbit.quant.naming import fused_set, split_sets
 from lowbit.quant.scheme import parse_scheme
 from tests.builders import calibration, save_family
 from tests.e2e.cli import run_quantize

@@ -1,4 +1,4 @@
-"""export/engines.py: which kernel takes what, what is fused, and between how many GPUs it can be split."""
+"""export/engines.py: which kernel takes what, and between how many GPUs it can be split."""
 
 import pytest
 
@@ -7,16 +7,14 @@ from lowbit.export.engines import (
     MACHINES,
     Layer,
     choose,
-    fused_set,
     layers_of,
     reason_against_parallel,
-    split_sets,
 )
 from lowbit.export.formats import FORMATS
 from lowbit.quant.scheme import parse_scheme
 
 CT = "compressed-tensors"
-W4, W8A8 = parse_scheme("int4-g128"), parse_scheme("int8-channel-a8token")
+W4 = parse_scheme("int4-g128")
 
 
 @pytest.mark.parametrize(
@@ -70,20 +68,10 @@ def test_every_machine_has_a_place_in_the_table():
     assert set(MACHINES.values()) == {75, 80, 86, 89, 90, 100, 120, None}
 
 
-def test_what_runs_as_one():
-    assert fused_set("m.0.self_attn.k_proj") == fused_set("m.0.self_attn.q_proj")
-    assert fused_set("m.0.mlp.up_proj") != fused_set("m.1.mlp.up_proj")
-    assert fused_set("m.0.mlp.experts.1.w2") == fused_set("m.0.mlp.experts.7.w1")
+def test_what_is_fused_is_one_layer():
     shapes = {"m.q_proj": (64, 32), "m.k_proj": (16, 32), "m.o_proj": (32, 64), "m.experts.0.w1": (8, 32)}
     layers = layers_of(FORMATS[CT], dict.fromkeys(shapes, W4), shapes)
     assert [(layer.n, layer.k) for layer in layers.values()] == [(80, 32), (32, 64), (8, 32)]
-
-
-def test_a_set_that_is_split():
-    names = ["m.q_proj", "m.k_proj", "m.v_proj", "m.o_proj"]
-    assert split_sets(names, dict.fromkeys(names, W4)) == {}
-    assert split_sets(names, dict.fromkeys(names[1:], W4)) == {"m.q_proj+k_proj+v_proj": names[:3]}
-    assert list(split_sets(names, dict.fromkeys(names, W4) | {"m.v_proj": W8A8})) == ["m.q_proj+k_proj+v_proj"]
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ CHAIN = ("numbers", "scheme", "numerics", "packing", "qtensor", "kernels", "line
 TYPES = ("numbers", "scheme")
 # ... or, off the chain, what is listed for it.
 BESIDE = {
+    "naming": TYPES,
     "site": TYPES,
     "stats": (*TYPES, "site"),
     "recipe": TYPES,
