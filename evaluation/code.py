@@ -7,18 +7,18 @@ which calls the function and compares what comes back: plain values (numbers, te
 dictionaries, ranges; an iterator as what it yields).
 """
 
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lowbit.errors import DatasetError
+from lowbit.errors import CheckpointError, DatasetError
 from lowbit.evaluation.backend import Backend
 from lowbit.evaluation.journal import Library
 from lowbit.evaluation.perplexity import OnStep, silent
 from lowbit.evaluation.sandbox import Limits, Program, run_program
+from lowbit.export.plain import parse_json
 
 FIELDS = ("task_id", "prompt", "entry_point", "test")
 # A line that begins at the margin ends the function: what Chen et al. stop at, and a Markdown fence.
@@ -59,9 +59,9 @@ def read_problems(path: Path) -> list[Problem]:
 
 def _parsed(where: str, line: str) -> Problem:
     try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise DatasetError(f"{where}: not JSON ({error})") from error
+        row = parse_json(line.encode("utf-8", "surrogatepass"), where)
+    except CheckpointError as error:
+        raise DatasetError(str(error)) from error
     lacking = [name for name in FIELDS if not isinstance(row, dict) or not isinstance(row.get(name), str)]
     if lacking:
         raise DatasetError(f"{where}: no text called {', '.join(lacking)}; HumanEval's layout has {', '.join(FIELDS)}")

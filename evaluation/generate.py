@@ -1,6 +1,5 @@
 """What both models write after the same prompts: the quickest look at whether the quantized one still makes sense."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from lowbit.errors import CheckpointError, DatasetError
 from lowbit.evaluation.backend import Backend
 from lowbit.evaluation.journal import Library
 from lowbit.evaluation.perplexity import OnStep, silent
+from lowbit.export.plain import parse_json
 from lowbit.models.chat import render_chat
 
 PROMPT = "The capital of France is"
@@ -57,9 +57,9 @@ def read_prompts(path: Path) -> list[Prompt]:
 
 def _parsed(where: str, line: str) -> Prompt:
     try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise DatasetError(f"{where}: not JSON ({error})") from error
+        row = parse_json(line.encode("utf-8", "surrogatepass"), where)
+    except CheckpointError as error:
+        raise DatasetError(str(error)) from error
     if isinstance(row, dict) and isinstance(row.get("prompt"), str) and row["prompt"]:
         return Prompt(row["prompt"])
     messages = row.get("messages") if isinstance(row, dict) else None

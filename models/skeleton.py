@@ -127,6 +127,7 @@ def open_skeleton(source: Source) -> Skeleton:
     tensors = LogicalTensors(source.checkpoint)
     placements = place(model, tensors.names, {name: entry.shape for name, entry in source.checkpoint.entries.items()})
     _untie(model, placements, tensors.read)
+    _require_experts(model, placements)
     blocks = [Block(name, module) for name, module in find_blocks(model)]
     others: dict[str, Placement] = {}
     for name, placement in placements.items():
@@ -287,6 +288,14 @@ def _conversions(placements: dict[str, Placement]) -> list[Conversion]:
 def _unread(source: Source, name: str) -> Tensor:
     """A tensor of the file without its values."""
     return torch.empty(source.checkpoint.entries[name].shape, device="meta")
+
+
+def _require_experts(model: PreTrainedModel, placements: dict[str, Placement]) -> None:
+    """Raise CheckpointError where the file has an expert that config.json knows nothing of."""
+    for name, placement in placements.items():
+        experts = tensor_of(model, placement).shape[:1]
+        if placement.expert is not None and placement.expert >= experts[0]:
+            raise CheckpointError(f"{name}: the model of config.json has {experts[0]} experts, the file has more")
 
 
 def _require_shapes(source: Source, model: PreTrainedModel, placements: dict[str, Placement]) -> None:
