@@ -1,6 +1,7 @@
 """Block after block, each quantized on what the quantized blocks before it return."""
 
 import time
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -8,12 +9,12 @@ from torch import Tensor
 
 from lowbit.calibrate.block import BlockWork
 from lowbit.calibrate.data import CalibrationSet
-from lowbit.calibrate.discover import Structure
 from lowbit.calibrate.job import Job
 from lowbit.calibrate.outcome import BlockOutcome, run_shared, run_stored
+from lowbit.calibrate.parts import BlockTask, Rows
 from lowbit.calibrate.report import BlockReport, Stopwatch, calibrated_rows, linear_row, peak_memory
-from lowbit.calibrate.rounding import RoundingLearner, round_gptq, round_nearest, spread
-from lowbit.calibrate.search import FoldSearch
+from lowbit.calibrate.rounding import spread
+from lowbit.calibrate.settings import rounder_of, transforms_of
 from lowbit.calibrate.structure import Prober
 from lowbit.calibrate.written import covered
 from lowbit.errors import CheckpointError
@@ -113,7 +114,9 @@ class BlockLoop:
         self.states = self.walk.start(self.ids)
         self.exact = self.states
         self._job = job
-        self._two_streams = job.recipe.rounder == "signround" or job.recipe.distill_steps > 0
+        self._transforms, self._rounder = transforms_of(job.recipe), rounder_of(job.recipe)
+        parts = (*self._transforms, self._rounder)
+        self._two_streams = any(part.needs.second_stream for part in parts) or job.recipe.distill_steps > 0
         probes = Walk(job.skeleton, job.device, torch.float32)
         self._prober = Prober(probes, calibration.ids, job.recipe.seed)
 
@@ -141,12 +144,14 @@ class BlockLoop:
             sample = [spread(entering)]
             before = work.run(sample)
             targets = self._targets(index)
+            heads = partial(self._prober.heads, index, structure)
+            task = BlockTask(work, structure, heads, entering, sample, targets, job.recipe)
         with watch.phase("transforms"):
-            folds = self._transform(work, structure, entering, sample)
+            folds = self._transform(task)
         with watch.phase("rounding"):
             for name, scheme in work.schemes.items():
                 require_scales(name, work.masters[name], scheme, work.scale_dtype)
-            weights = self._round(work, structure, entering, targets)
+            weights = self._rounder.round(task)
         with watch.phase("report"):
             kept = _kept_tensors(job, block, weights)
             loss = _relative_loss(work.run_quantized(sample), before, sample)
@@ -167,58 +172,18 @@ class BlockLoop:
         self.states = run_stored(self.walk, index, outcome, self.states)
         self.exact = targets or self.states
 
-    def _transform(
-        self, work: BlockWork, structure: Structure, entering: list[States], sample: list[States]
-    ) -> list[dict[str, Any]]:
-        """Apply the recipe's transforms; return a row of the report for each fold."""
-        recipe = self._job.recipe
-        rows = self._rotate(work, structure) if "rotate" in recipe.transforms else []
+    def _transform(self, task: BlockTask) -> Rows:
+        """Apply the transforms; a row of the report for each place. Statistics are gathered behind those that mix."""
+        work, structure = task.work, task.structure
+        rows = [row for part in self._transforms if part.mixes_channels for row in part.apply(task)]
         static = any(inputs.static for inputs in work.inputs.values())
-        if recipe.transforms or static or recipe.rounder != "gptq":
+        if self._transforms or static or self._rounder.needs.statistics:
             experts = any(EXPERT.search(name) for name in work.specs)
             # a range search looks at the tokens of the second moments alone; scales look at all, and experts need all
-            all_tokens = recipe.transforms or static or experts
-            work.observe(entering, structure.sites, GRAM_TOKENS, up_to=None if all_tokens else GRAM_TOKENS)
-        for transform in (name for name in recipe.transforms if name != "rotate"):
-            for fold in structure.folds:
-                search = FoldSearch(work, fold, sample)
-                reason = search.reason_against()
-                row: dict[str, Any] = {"fold": fold.describe(), "transform": transform}
-                if reason:
-                    row["skipped"] = reason
-                else:
-                    row |= (search.awq() if transform == "awq" else search.smooth(recipe.alpha)).as_json()
-                rows.append(row)
+            all_tokens = self._transforms or static or experts
+            work.observe(task.entering, structure.sites, GRAM_TOKENS, up_to=None if all_tokens else GRAM_TOKENS)
+        rows += [row for part in self._transforms if not part.mixes_channels for row in part.apply(task)]
         return rows + [{"fold": name, "skipped": "failed its proof on this block"} for name in structure.rejected]
-
-    def _rotate(self, work: BlockWork, structure: Structure) -> list[dict[str, Any]]:
-        """Rotate every head that can be; a row of the report for each fold between heads, or one that says why not."""
-        found = self._prober.heads(work.index, structure)
-        rows: list[dict[str, Any]] = []
-        for heads in found:
-            row: dict[str, Any] = {"fold": heads.fold.describe(), "transform": "rotate"}
-            if work.schemes.keys() & {heads.fold.producer, heads.consumer}:
-                work.rotate(heads)
-                row["heads"], row["head_size"] = heads.channels.shape
-            else:
-                row["skipped"] = "neither of its linears is quantized"
-            rows.append(row)
-        reason = "between no two of its linears do channels travel alike, as values do in attention"
-        return rows or [{"fold": work.block.name, "transform": "rotate", "skipped": reason}]
-
-    def _round(
-        self, work: BlockWork, structure: Structure, entering: list[States], targets: list[States]
-    ) -> dict[str, QTensor]:
-        recipe = self._job.recipe
-        if recipe.rounder == "gptq":
-            return round_gptq(work, entering, structure.sites, recipe)
-        if recipe.rounder == "signround":
-            generator = torch.Generator().manual_seed(recipe.seed + work.index)
-            learner = RoundingLearner(work, recipe, generator)
-            return learner.learn(entering, [states.at(work.index) for states in targets])
-        weights = round_nearest(work, recipe.clip)
-        work.use(weights)
-        return weights
 
 
 def _relative_loss(after: list[States], before: list[States], inputs: list[States]) -> float:

@@ -3,21 +3,12 @@
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from lowbit.calibrate.rounding import ROUNDERS
+from lowbit.calibrate.settings import completed, merged, rounder_of, transforms_of
+from lowbit.calibrate.transforms import TRANSFORMS
 from lowbit.errors import RecipeError
 from lowbit.quant.recipe import ACTIVATIONS, HEAD, Recipe, nearest
 from lowbit.quant.scheme import Scheme, parse_scheme
-
-# Transforms move scales or rotate channels and leave what a block computes alone; then one rounder chooses the codes.
-TRANSFORMS = {
-    "rotate": "values rotated within their attention heads",
-    "awq": "scales that protect the channels with large activations",
-    "smooth": "outliers moved from activations into weights",
-}
-ROUNDERS = {
-    "rtn": "to nearest",
-    "gptq": "column by column, each error made up for by the columns that follow",
-    "signround": "learned by descent on the block's output error",
-}
 
 
 @dataclass(frozen=True)
@@ -85,8 +76,8 @@ def find_method(name: str) -> Method:
 def calibrated(recipe: Recipe) -> bool:
     """Whether anything in `recipe` looks at activations."""
     static = any(parse_scheme(text).static_inputs for text in (str(recipe.default_scheme), *recipe.schemes.values()))
-    learned = recipe.rounder != "rtn" or recipe.distill_steps > 0 or recipe.target_bits is not None
-    return static or learned or recipe.clip or bool(recipe.transforms)
+    parts = any(part.needs.calibration for part in (*transforms_of(recipe), rounder_of(recipe)))
+    return static or parts or recipe.clip or recipe.distill_steps > 0 or recipe.target_bits is not None
 
 
 def complete_recipe(values: dict[str, Any]) -> Recipe:
@@ -94,13 +85,14 @@ def complete_recipe(values: dict[str, Any]) -> Recipe:
 
     RecipeError where the values contradict the method or no format can hold them.
     """
-    method = find_method(Recipe().merged(values).method)
-    recipe = Recipe().merged({"method": method.name, **method.settings}).merged(values)
+    method = find_method(merged(Recipe(), values).method)
+    recipe = merged(merged(Recipe(), {"method": method.name, **method.settings}), values)
     _require_known(recipe)
+    recipe = completed(recipe)
     _require_schemes(recipe)
     recipe = _told_by_scheme(recipe, values)
     if calibrated(recipe):
-        recipe = recipe.merged(CALIBRATION).merged(values)
+        recipe = recipe.merged(CALIBRATION | {key: values[key] for key in values.keys() & CALIBRATION.keys()})
     else:
         recipe = replace(recipe, dataset=None, num_samples=0, seqlen=0, text_column=None)
     if HEAD not in recipe.ignore:
@@ -157,19 +149,15 @@ def _require_sense(method: Method, recipe: Recipe) -> None:
         raise RecipeError(
             f"method {method.name} is {method.only_weights}; for {weights} use --method rtn --bits {recipe.bits}"
         )
-    if "rotate" in recipe.transforms[1:]:
-        raise RecipeError("rotate mixes the channels that other transforms scale: name it first")
+    late = next((name for name in recipe.transforms[1:] if TRANSFORMS[name].mixes_channels), None)
+    if late is not None:
+        raise RecipeError(f"{late} mixes the channels that other transforms scale: name it first")
     if recipe.dataset is not None and (recipe.num_samples < 1 or recipe.seqlen < 2):
         raise RecipeError(f"{recipe.num_samples} samples of {recipe.seqlen} tokens: at least 1 of 2 are needed")
     if not 0 <= recipe.seed < 1 << 63:
         raise RecipeError(f"seed {recipe.seed}: a seed lies between 0 and {(1 << 63) - 1}")
-    if recipe.alpha is not None and not 0 <= recipe.alpha <= 1:
-        raise RecipeError(f"alpha is {recipe.alpha}: a migration strength lies between 0 and 1")
-    if recipe.damping <= 0 or recipe.iters < 0 or recipe.distill_steps < 0:
-        raise RecipeError(
-            f"damping {recipe.damping}, iters {recipe.iters}, distill_steps {recipe.distill_steps}: damping must be "
-            "above 0, and none may be negative"
-        )
+    if recipe.distill_steps < 0:
+        raise RecipeError(f"distill_steps is {recipe.distill_steps}: there is no negative number of steps")
     if recipe.target_bits is not None and not 4 < recipe.target_bits <= 9:
         raise RecipeError(
             f"target bits {recipe.target_bits}: between 4 and 8 bits a weight, scales counted, are to spend"

@@ -1,19 +1,22 @@
 """The rounders at work on a block: to nearest, by GPTQ, or learned."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from lowbit.calibrate import ranks
 from lowbit.calibrate.block import BlockWork
+from lowbit.calibrate.parts import BlockTask, Needs, Rounder, setting
 from lowbit.models.states import States, joined
 from lowbit.quant.algos.clip import group_moments, search_shrink
-from lowbit.quant.algos.gptq import gptq
+from lowbit.quant.algos.gptq import DAMPING, gptq
 from lowbit.quant.algos.learned import LearnedWeight
 from lowbit.quant.naming import EXPERT, expert_role
 from lowbit.quant.qtensor import QTensor, round_to_nearest
-from lowbit.quant.recipe import Recipe
 from lowbit.quant.site import Site
 
 # Tokens a second moment is estimated from: at least so many, and so many for each input.
@@ -46,8 +49,75 @@ def _range(work: BlockWork, name: str, clip: bool) -> Tensor:
     return search_shrink(master, scheme, work.scale_dtype, group_moments(stats.second_moment(), scheme))
 
 
-def round_gptq(work: BlockWork, entering: list[States], sites: list[Site], recipe: Recipe) -> dict[str, QTensor]:
+@dataclass(frozen=True)
+class Nearest(Rounder):
+    """Every linear to the nearest codes; with the recipe's `clip`, each range searched first."""
+
+    name: ClassVar[str] = "rtn"
+    help: ClassVar[str] = "to nearest"
+    needs: ClassVar[Needs] = Needs(calibration=False)
+
+    def round(self, task: BlockTask) -> dict[str, QTensor]:
+        """All at once."""
+        weights = round_nearest(task.work, task.recipe.clip)
+        task.work.use(weights)
+        return weights
+
+
+@dataclass(frozen=True)
+class Gptq(Rounder):
+    """Every linear by GPTQ, in the order in which the block uses them."""
+
+    name: ClassVar[str] = "gptq"
+    help: ClassVar[str] = "column by column, each error made up for by the columns that follow"
+    needs: ClassVar[Needs] = Needs(statistics=False)  # it gathers its own, stage by stage
+
+    damping: float = setting(
+        DAMPING,
+        f"GPTQ's damping, a fraction of the mean diagonal: {DAMPING}",
+        "--damp-percent",
+        "--percdamp",
+        valid=lambda value: value > 0,
+        rule="damping must be above 0",
+    )
+
+    def round(self, task: BlockTask) -> dict[str, QTensor]:
+        """Stage by stage."""
+        sites, clip = task.structure.sites, task.recipe.clip
+        return round_gptq(task.work, task.entering, sites, partial(_gptq, task.work, clip, self.damping))
+
+
+@dataclass(frozen=True)
+class SignRound(Rounder):
+    """Every linear by learned rounding."""
+
+    name: ClassVar[str] = "signround"
+    help: ClassVar[str] = "learned by descent on the block's output error"
+    needs: ClassVar[Needs] = Needs(second_stream=True)
+
+    iters: int = setting(
+        200,
+        "steps of learned rounding a block",
+        valid=lambda value: value >= 0,
+        rule="there is no negative number of steps",
+    )
+
+    def round(self, task: BlockTask) -> dict[str, QTensor]:
+        """The best iterate."""
+        generator = torch.Generator().manual_seed(task.recipe.seed + task.work.index)
+        learner = RoundingLearner(task.work, task.recipe.clip, self.iters, generator)
+        return learner.learn(task.entering, [states.at(task.work.index) for states in task.targets])
+
+
+ROUNDERS: dict[str, type[Rounder]] = {part.name: part for part in (Nearest, Gptq, SignRound)}
+
+
+def round_gptq(
+    work: BlockWork, entering: list[States], sites: list[Site], one: Callable[[str], tuple[Tensor, ...]]
+) -> dict[str, QTensor]:
     """Every linear that has a scheme, rounded by GPTQ, in the order in which the block uses them.
+
+    one  rounds a linear: see `_gptq`
 
     Each stage's inputs are seen with the stages before it rounded already, so that it makes up for them too.
     """
@@ -57,17 +127,17 @@ def round_gptq(work: BlockWork, entering: list[States], sites: list[Site], recip
         tokens = max(MOMENT_TOKENS, TOKENS_PER_INPUT * width)
         experts = any(EXPERT.search(site.linears[0]) for site in stage)
         work.observe(entering, stage, tokens, up_to=None if experts else tokens)
-        rounded = _all_by_gptq(work, [name for site in stage for name in site.linears if name in work.schemes], recipe)
+        rounded = _all_by_gptq(work, [name for site in stage for name in site.linears if name in work.schemes], one)
         work.use(rounded)
         weights |= rounded
-    unseen = _all_by_gptq(work, [name for name in work.schemes if name not in weights], recipe)
+    unseen = _all_by_gptq(work, [name for name in work.schemes if name not in weights], one)
     work.use(unseen)
     return weights | unseen
 
 
-def _all_by_gptq(work: BlockWork, names: list[str], recipe: Recipe) -> dict[str, QTensor]:
+def _all_by_gptq(work: BlockWork, names: list[str], one: Callable[[str], tuple[Tensor, ...]]) -> dict[str, QTensor]:
     weights = {}
-    found = ranks.each_several(names, lambda name: _gptq(work, name, recipe))
+    found = ranks.each_several(names, one)
     for name, (said, codes, scales, *zeros) in zip(names, found, strict=True):
         weights[name] = QTensor(codes, scales, zeros[0] if zeros else None, work.schemes[name])
         for fallback in bytes(said.tolist()).decode().splitlines():
@@ -75,13 +145,13 @@ def _all_by_gptq(work: BlockWork, names: list[str], recipe: Recipe) -> dict[str,
     return weights
 
 
-def _gptq(work: BlockWork, name: str, recipe: Recipe) -> tuple[Tensor, ...]:
+def _gptq(work: BlockWork, clip: bool, damping: float, name: str) -> tuple[Tensor, ...]:
     """What the linear's rounding fell back to, a line each, as bytes; then its codes, scales and, if any, zeros."""
     master, scheme, stats = work.masters[name], work.schemes[name], work.stats.get(name)
     if stats is None:
         weight, said = round_to_nearest(master, scheme, work.scale_dtype), ""
     else:
-        result = gptq(master, stats.second_moment(), scheme, work.scale_dtype, recipe.clip, recipe.damping)
+        result = gptq(master, stats.second_moment(), scheme, work.scale_dtype, clip, damping)
         weight, said = result.weight, "\n".join(result.fallbacks)
     as_bytes = torch.tensor(list(said.encode()), dtype=torch.uint8)
     return as_bytes, weight.codes, weight.scales, *(() if weight.zeros is None else (weight.zeros,))
@@ -109,9 +179,9 @@ def _rows(batches: list[States]) -> list[States]:
 class RoundingLearner:
     """Learned rounding of a block."""
 
-    def __init__(self, work: BlockWork, recipe: Recipe, generator: torch.Generator) -> None:
-        self._work, self._iters, self._generator = work, recipe.iters, generator
-        shrinks = ranges(work, recipe.clip)
+    def __init__(self, work: BlockWork, clip: bool, iters: int, generator: torch.Generator) -> None:
+        self._work, self._iters, self._generator = work, iters, generator
+        shrinks = ranges(work, clip)
         self._learned = {
             name: LearnedWeight(work.masters[name], scheme, work.scale_dtype, shrinks[name])
             for name, scheme in work.schemes.items()

@@ -11,11 +11,9 @@ from lowbit.calibrate import ranks
 from lowbit.calibrate.block import BlockWork
 from lowbit.models.products import InputRounding
 from lowbit.models.states import States
-from lowbit.quant.algos.awq import ScaleChoice, search_scales, weight_magnitude
-from lowbit.quant.algos.smooth import SmoothChoice, search_alpha
 from lowbit.quant.numerics import fake_quantize
 from lowbit.quant.site import Fold
-from lowbit.quant.stats import output_energy
+from lowbit.quant.stats import Stats, output_energy
 
 Losses = Callable[[Sequence[Tensor | None]], list[float]]
 
@@ -49,47 +47,33 @@ class FoldSearch:
 
     def reason_against(self) -> str | None:
         """Why there is nothing to search here, or None."""
-        if not self._quantized:
+        if not self.quantized:
             return "none of its consumers is quantized"
         if not any(name in self.work.stats for name in self.fold.columns):
             return "too few calibration tokens reached its consumers"
         return None
 
-    def awq(self) -> ScaleChoice:
-        """AWQ's scale, applied where it beats none."""
-        masters, schemes = self.work.masters, self.work.schemes
-        magnitudes = {name: weight_magnitude(masters[name], schemes[name]) for name in self._quantized}
-        activation = self.fold.per_channel({name: stats.abs_mean for name, stats in self._reached()}, "mean")
-        choice = search_scales(activation, self.fold.per_channel(magnitudes, "mean"), self._losses())
-        self._apply(choice.scales)
-        return choice
-
-    def smooth(self, alpha: float | None) -> SmoothChoice:
-        """SmoothQuant's scale of strength `alpha`, or, where that is None, of the best strength; applied."""
-        largest = {name: self.work.masters[name].abs().amax(0) for name in self._quantized}
-        activation = self.fold.per_channel({name: stats.abs_max for name, stats in self._reached()}, "amax")
-        choice = search_alpha(activation, self.fold.per_channel(largest, "amax"), self._losses(), alpha)
-        self._apply(choice.scales)
-        return choice
-
     @property
-    def _quantized(self) -> list[str]:
+    def quantized(self) -> list[str]:
+        """The consumers that have a scheme."""
         return [name for name in self.fold.columns if name in self.work.schemes]
 
-    def _reached(self) -> Iterable[tuple[str, Any]]:
+    def reached(self) -> Iterable[tuple[str, Stats]]:
+        """The consumers that calibration tokens reached, and what was seen there."""
         return [(name, self.work.stats[name]) for name in self.fold.columns if name in self.work.stats]
 
-    def _apply(self, scales: Tensor | None) -> None:
+    def apply(self, scales: Tensor | None) -> None:
+        """Move `scales` (channels,) from the producer into the consumers; nothing for None."""
         if scales is not None:
             self.work.apply(self.fold, self.fold.on_used_channels(ranks.leaders(scales)))
 
-    def _losses(self) -> Losses:
+    def losses(self) -> Losses:
         """The losses of candidates: error of the output of the smallest module that holds all consumers.
 
         The run's processes share the candidates out. Where the module is one linear of few inputs, its second moment
         gives the error over all tokens at once, for less.
         """
-        name = self._quantized[0]
+        name = self.quantized[0]
         tokens = sum(states.tokens for states in self.sample)
         exact_inputs = name not in self.work.inputs
         if len(self.fold.columns) == 1 and exact_inputs and self.work.specs[name].k <= tokens:
@@ -124,7 +108,7 @@ class FoldSearch:
         rounds = self.work.input_rounding()
         if scales is None:
             return rounds
-        for name in self._quantized:
+        for name in self.quantized:
             if name in rounds:
                 columns = self.fold.column_scales(scales, name)
                 rounds[name] = _rescaled(self.work.rounding_of(name, columns), columns)
@@ -132,13 +116,13 @@ class FoldSearch:
 
     @contextmanager
     def _trial(self, scales: Tensor | None) -> Iterator[None]:
-        for name in self._quantized:
+        for name in self.quantized:
             self.work.weight(name).copy_(self._rounded(name, scales))
         try:
             with self.work.rounded_inputs(self._input_rounding(scales)):
                 yield
         finally:
-            for name in self._quantized:
+            for name in self.quantized:
                 self.work.weight(name).copy_(self.work.masters[name])
 
     def _common_module(self) -> nn.Module:

@@ -1,6 +1,7 @@
 """`quantize MODEL --method awq --output DIR`: a language model in, a checkpoint that engines load out."""
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,10 @@ import click
 
 from lowbit import __version__
 from lowbit.api import quantizing as api
-from lowbit.calibrate.methods import METHODS, ROUNDERS, TRANSFORMS
+from lowbit.calibrate.methods import METHODS
+from lowbit.calibrate.rounding import ROUNDERS
+from lowbit.calibrate.settings import OWNERS, type_of
+from lowbit.calibrate.transforms import TRANSFORMS
 from lowbit.commands.common import SETTINGS, Size, make_console, run_command, say
 from lowbit.commands.quantize_console import Printer
 from lowbit.evaluation.after import MEASURES, parse_measures
@@ -27,9 +31,6 @@ RECIPE_FLAGS = [
     "activations",
     "scheme",
     "target_bits",
-    "alpha",
-    "damping",
-    "iters",
     "distill_steps",
     "ignore",
     "dataset",
@@ -40,6 +41,7 @@ RECIPE_FLAGS = [
     "dtype",
     "seed",
     "max_shard_size",
+    *OWNERS,
 ]
 
 
@@ -53,6 +55,16 @@ def _list_methods(context: click.Context, option: click.Parameter, wanted: bool)
         for method in METHODS.values():
             say(f"{method.name:8} {method.summary}")
         context.exit()
+
+
+def _part_options(command: Callable[..., None]) -> Callable[..., None]:
+    """`command` with an option for every setting of a part."""
+    for name, part in reversed(OWNERS.items()):
+        about = part.settings()[name].metadata
+        text = f"{about['text'][0].upper()}{about['text'][1:]}."
+        flags = (f"--{name.replace('_', '-')}", *about["flags"])
+        command = click.option(*flags, name, type=type_of(part, name), help=text)(command)
+    return command
 
 
 @click.command(context_settings=SETTINGS)
@@ -70,9 +82,7 @@ def _list_methods(context: click.Context, option: click.Parameter, wanted: bool)
 @click.option("--clip/--no-clip", default=None, help="Search each group's range on the output error.")
 @click.option("--activations", help="Inputs of linears: none (16 bits), token (int8 per token), tensor (int8, static).")
 @click.option("--scheme", help=f"All four at once: {', '.join(SHORT)}, int4-g64, int8-channel-a8token, fp8-channel ...")
-@click.option("--alpha", "--smoothing-strength", type=float, help="SmoothQuant's strength, 0 to 1; searched if unsaid.")
-@click.option("--damping", "--damp-percent", "--percdamp", type=float, help="GPTQ's damping, a fraction: 0.01.")
-@click.option("--iters", type=int, help="Steps of learned rounding a block.")
+@_part_options
 @click.option("--distill-steps", type=int, help="Steps of tuning scales and norms on the whole model's output.")
 @click.option("--target-bits", type=float, help="Average bits per linear weight, spent where they help most.")
 @click.option(

@@ -33,9 +33,6 @@ class Recipe:
     scheme              all four at once, by a scheme's text ("fp8", "int4-g64"); None where they say it
     schemes             schemes of single linears, by exact name, last parts of a name, or `re:` pattern
     target_bits         average bits per linear weight, to be spent where they help most; None for one scheme
-    alpha               smooth: the migration strength; None to search it
-    damping             gptq: fraction of the mean diagonal added to a second moment
-    iters               signround: steps a block
     distill_steps       steps of tuning all scales and norms on the model's own output, after all blocks are rounded
     ignore              linears left alone: exact names, or `re:` patterns, or the last parts of a name; the head always
     dataset             calibration text, as calibrate/data.py reads it; None for methods that need none
@@ -46,6 +43,7 @@ class Recipe:
     seed                of everything random
     max_shard_size      bytes
     calibration_sha256  hash of the calibration tokens, written by a run; a later run that gets others says so
+    settings            those of its transforms and its rounder, by part; in a file each part has a table
     """
 
     method: str = "awq"
@@ -59,9 +57,6 @@ class Recipe:
     scheme: str | None = None
     schemes: dict[str, str] = field(default_factory=dict)
     target_bits: float | None = None
-    alpha: float | None = None
-    damping: float = 0.01
-    iters: int = 200
     distill_steps: int = 0
     ignore: tuple[str, ...] = (HEAD,)
     dataset: str | None = None
@@ -73,6 +68,7 @@ class Recipe:
     seed: int = 42
     max_shard_size: int = 5_000_000_000
     calibration_sha256: str | None = None
+    settings: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @property
     def default_scheme(self) -> Scheme:
@@ -81,19 +77,22 @@ class Recipe:
             return parse_scheme(self.scheme)
         return replace(make_scheme(self.bits, self.group_size, self.symmetric), inputs=ACTIVATIONS[self.activations])
 
-    def merged(self, values: Mapping[str, Any]) -> "Recipe":
-        """This recipe with `values` in place; RecipeError names the nearest key for one that does not exist."""
-        checked = {key: _checked(key, value) for key, value in values.items()}
+    def merged(self, values: Mapping[str, Any], others: Iterable[str] = ()) -> "Recipe":
+        """This recipe with `values` in place; RecipeError names the nearest key for one that does not exist.
+
+        others  keys of a recipe that are not its own fields, to be named too
+        """
+        checked = {key: _checked(key, value, others) for key, value in values.items()}
         return replace(self, **checked)
 
     def to_toml(self) -> str:
         """The recipe as a TOML file that `read_recipe` reads back equal."""
         values = {key: value for key, value in asdict(self).items() if value is not None and value != {}}
-        return tomli_w.dumps(values)
+        return tomli_w.dumps(values | values.pop("settings", {}))
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
-    """The keys that a TOML file sets, checked. RecipeError where it is no TOML or a key is unknown."""
+    """The keys that a TOML file sets. RecipeError where it is no TOML, or where a key is not for files."""
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -102,7 +101,9 @@ def read_recipe(path: Path) -> dict[str, Any]:
         raise RecipeError(f"{path}: cannot be read ({error.strerror})") from error
     except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise RecipeError(f"{path}: not TOML ({error})") from error
-    return {key: _checked(key, value) for key, value in values.items()}
+    for key in values.keys() & NEVER_FROM_A_FILE.keys():
+        raise RecipeError(f"{key!r} is not read from a recipe: {NEVER_FROM_A_FILE[key]}")
+    return values
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
@@ -113,12 +114,10 @@ def nearest(word: str, known: Iterable[str]) -> str:
     return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(shown)}"
 
 
-def _checked(key: str, value: Any) -> Any:
-    types = {field.name: field.type for field in fields(Recipe)}
-    if key in NEVER_FROM_A_FILE:
-        raise RecipeError(f"{key!r} is not read from a recipe: {NEVER_FROM_A_FILE[key]}")
+def _checked(key: str, value: Any, others: Iterable[str] = ()) -> Any:
+    types = {field.name: field.type for field in fields(Recipe) if field.name != "settings"}
     if key not in types:
-        raise RecipeError(f"unknown recipe key {key!r}; {nearest(key, types)}")
+        raise RecipeError(f"unknown recipe key {key!r}; {nearest(key, [*types, *others])}")
     wanted: Any = types[key]
     if wanted == tuple[str, ...] and isinstance(value, list | tuple) and all(isinstance(item, str) for item in value):
         return tuple(_pattern(key, item) for item in value)

@@ -17,7 +17,7 @@ from lowbit.errors import CheckpointError
 from lowbit.evaluation.backend import open_backend
 from lowbit.export.checkpoint import open_checkpoint
 from lowbit.models.source import open_source
-from lowbit.quant.recipe import Recipe, read_recipe
+from lowbit.quant.recipe import read_recipe
 from tests.builders import calibration, changed_config, logits_of, save_family
 from tests.e2e.cli import names, run_quantize
 
@@ -124,7 +124,7 @@ def test_the_saved_recipe_gives_the_same_bytes(awq, llama, tmp_path):
     assert done.code == 0, done.err
     assert weights(tmp_path / "again") == weights(awq)
     assert (tmp_path / "again" / "recipe.toml").read_text() == (awq / "recipe.toml").read_text()
-    assert Recipe().merged(read_recipe(awq / "recipe.toml")).calibration_sha256
+    assert read_recipe(awq / "recipe.toml")["calibration_sha256"]
 
 
 def test_flags_override_the_recipe(awq, llama, tmp_path):

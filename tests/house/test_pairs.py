@@ -14,8 +14,8 @@ from tests.house.tree import ROOT
 # by one that runs through the whole table.
 TABLES = (
     ("lowbit.calibrate.methods", "METHODS"),
-    ("lowbit.calibrate.methods", "TRANSFORMS"),
-    ("lowbit.calibrate.methods", "ROUNDERS"),
+    ("lowbit.calibrate.transforms", "TRANSFORMS"),
+    ("lowbit.calibrate.rounding", "ROUNDERS"),
     ("lowbit.export.formats", "FORMATS"),
     ("lowbit.engine.families", "FAMILIES"),
 )

@@ -13,6 +13,7 @@ from lowbit.calibrate.block import BlockWork
 from lowbit.calibrate.discover import Workbench, prove
 from lowbit.calibrate.search import FoldSearch
 from lowbit.calibrate.structure import Prober
+from lowbit.calibrate.transforms import Awq
 from lowbit.models.skeleton import Skeleton, open_skeleton
 from lowbit.models.source import open_source
 from lowbit.models.walk import Walk
@@ -252,8 +253,9 @@ def logits_with_folds(skeleton: Skeleton, ids: torch.Tensor) -> tuple[torch.Tens
             work.observe(batches, structure.sites, 1 << 20)
             for fold in structure.folds:
                 search = FoldSearch(work, fold, batches)
-                choice = None if search.reason_against() else search.awq()
-                scaled += choice is not None and choice.scales is not None
+                scales = None if search.reason_against() else Awq().choose(search).scales
+                search.apply(scales)
+                scaled += scales is not None
             batches = work.run(batches)
     return torch.cat(list(walk.logits([ids], batches))), scaled
 

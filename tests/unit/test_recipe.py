@@ -1,8 +1,12 @@
 """quant/recipe.py and the defaults of calibrate/methods.py: what is asked, said once and read back."""
 
+from dataclasses import fields
+
 import pytest
 
 from lowbit.calibrate.methods import METHODS, complete_recipe, find_method
+from lowbit.calibrate.rounding import Gptq
+from lowbit.calibrate.settings import OWNERS, PARTS, rounder_of
 from lowbit.errors import RecipeError
 from lowbit.quant.recipe import Recipe, nearest, read_recipe
 
@@ -54,7 +58,7 @@ def test_an_unknown_key_names_the_nearest(key, hint, tmp_path):
     path = tmp_path / "recipe.toml"
     path.write_text(f"{key} = 1\n")
     with pytest.raises(RecipeError, match=hint):
-        read_recipe(path)
+        complete_recipe(read_recipe(path))
 
 
 @pytest.mark.parametrize("value", ["true", "false"])
@@ -140,6 +144,18 @@ def test_a_method_without_calibration_forgets_the_data():
         ({"method": "awq", "num_samples": -1}, "-1 samples"),
         ({"method": "awq", "seqlen": 1}, "128 samples of 1 tokens"),
         ({"method": "rtn", "dtype": "int8"}, "dtype 'int8'; known: auto"),
+        ({"method": "rtn", "distill_steps": -1}, "distill_steps is -1: there is no negative number of steps"),
+        ({"transforms": ("awq", "rotate")}, "rotate mixes the channels that other transforms scale: name it first"),
+        ({"transforms": ("awk",)}, "unknown transform 'awk'; did you mean 'awq'"),
+        ({"rounder": "gptqq"}, "unknown rounder 'gptqq'; did you mean 'gptq'"),
+        ({"alpha": 1.5}, "alpha is 1.5: a migration strength lies between 0 and 1"),
+        ({"damping": 0}, "damping is 0.0: damping must be above 0"),
+        ({"damping": "0.1"}, "recipe key 'damping' is '0.1'; expected float"),
+        ({"iters": True}, "recipe key 'iters' is True; expected int"),
+        ({"gptq": {"dampening": 0.1}}, "gptq has no setting 'dampening'; did you mean 'damping'"),
+        ({"gptq": 0.1}, "recipe key 'gptq' is 0.1; expected a table of the settings of gptq"),
+        ({"gptqq": {"damping": 0.1}}, "unknown recipe key 'gptqq'; did you mean 'gptq'"),
+        ({"dampin": 0.1}, "unknown recipe key 'dampin'; did you mean 'damping'"),
     ],
 )
 def test_recipes_that_cannot_be_followed(values, message):
@@ -149,3 +165,30 @@ def test_recipes_that_cannot_be_followed(values, message):
 
 def test_a_method_is_found_by_name():
     assert find_method("int8").only_bits == 8
+
+
+@pytest.mark.parametrize(
+    "values", [{"damping": 0.02}, {"gptq": {"damping": 0.02}}, {"settings": {"gptq": {"damping": 0.02}}}]
+)
+def test_a_setting_is_said_by_its_name_or_in_its_parts_table(values, tmp_path):
+    recipe = complete_recipe({"method": "gptq", **values})
+    assert recipe.settings == {"gptq": {"damping": 0.02}}
+    assert rounder_of(recipe) == Gptq(damping=0.02)
+    path = tmp_path / "recipe.toml"
+    path.write_text(recipe.to_toml())
+    assert "[gptq]\ndamping = 0.02" in path.read_text()
+    assert complete_recipe(read_recipe(path)) == recipe
+
+
+def test_a_recipe_has_the_settings_of_its_parts_and_of_no_other():
+    old = {"method": "awq", "damping": 0.01, "iters": 200}  # as recipes were written before parts had tables
+    assert complete_recipe(old).settings == {}
+    assert complete_recipe({"method": "best"}).settings == {"signround": {"iters": 20}}
+    assert complete_recipe({"method": "best", "iters": 3}).settings == {"signround": {"iters": 3}}
+    assert complete_recipe({"method": "smoothquant", "alpha": 1}).settings == {"smooth": {"alpha": 1.0}}
+
+
+def test_a_setting_belongs_to_one_part():
+    names = [name for part in PARTS.values() for name in part.settings()]
+    assert sorted(names) == sorted(OWNERS)
+    assert not set(names) & {*PARTS, *(each.name for each in fields(Recipe))}

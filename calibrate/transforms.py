@@ -1,0 +1,111 @@
+"""The transforms at work on a block: heads rotated, or scales moved from activations into weights."""
+
+from abc import abstractmethod
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
+
+from torch import Tensor
+
+from lowbit.calibrate.parts import BlockTask, Needs, Rows, Transform, setting
+from lowbit.calibrate.search import FoldSearch
+from lowbit.quant.algos.awq import ScaleChoice, search_scales, weight_magnitude
+from lowbit.quant.algos.smooth import SmoothChoice, search_alpha
+
+
+@dataclass(frozen=True)
+class Rotate(Transform):
+    """Every head that can be is rotated."""
+
+    name: ClassVar[str] = "rotate"
+    help: ClassVar[str] = "values rotated within their attention heads"
+    needs: ClassVar[Needs] = Needs(statistics=False)
+    mixes_channels: ClassVar[bool] = True
+
+    def apply(self, task: BlockTask) -> Rows:
+        """A row for each fold between heads, or one that says why there is none."""
+        rows: Rows = []
+        for heads in task.heads():
+            row: dict[str, Any] = {"fold": heads.fold.describe(), "transform": self.name}
+            if task.work.schemes.keys() & {heads.fold.producer, heads.consumer}:
+                task.work.rotate(heads)
+                row["heads"], row["head_size"] = heads.channels.shape
+            else:
+                row["skipped"] = "neither of its linears is quantized"
+            rows.append(row)
+        reason = "between no two of its linears do channels travel alike, as values do in attention"
+        return rows or [{"fold": task.work.block.name, "transform": self.name, "skipped": reason}]
+
+
+class Choice(Protocol):
+    """What a search at a fold found: the scales to move, None for none."""
+
+    @property
+    def scales(self) -> Tensor | None:
+        """Of the producer's channels."""
+
+    def as_json(self) -> dict[str, Any]:
+        """The choice for the report."""
+
+
+class FoldTransform(Transform):
+    """At every fold, the scale that a search chooses is moved from activations into weights."""
+
+    def apply(self, task: BlockTask) -> Rows:
+        """A row for each fold."""
+        rows: Rows = []
+        for fold in task.structure.folds:
+            search = FoldSearch(task.work, fold, task.sample)
+            row: dict[str, Any] = {"fold": fold.describe(), "transform": self.name}
+            reason = search.reason_against()
+            if reason:
+                row["skipped"] = reason
+            else:
+                choice = self.choose(search)
+                search.apply(choice.scales)
+                row |= choice.as_json()
+            rows.append(row)
+        return rows
+
+    @abstractmethod
+    def choose(self, search: FoldSearch) -> Choice:
+        """The scale of the search's fold."""
+
+
+@dataclass(frozen=True)
+class Awq(FoldTransform):
+    """AWQ's scale, where it beats none."""
+
+    name: ClassVar[str] = "awq"
+    help: ClassVar[str] = "scales that protect the channels with large activations"
+
+    def choose(self, search: FoldSearch) -> ScaleChoice:
+        """The best of AWQ's candidates."""
+        work = search.work
+        magnitudes = {name: weight_magnitude(work.masters[name], work.schemes[name]) for name in search.quantized}
+        activation = search.fold.per_channel({name: stats.abs_mean for name, stats in search.reached()}, "mean")
+        return search_scales(activation, search.fold.per_channel(magnitudes, "mean"), search.losses())
+
+
+@dataclass(frozen=True)
+class Smooth(FoldTransform):
+    """SmoothQuant's scale."""
+
+    name: ClassVar[str] = "smooth"
+    help: ClassVar[str] = "outliers moved from activations into weights"
+
+    alpha: float | None = setting(
+        None,
+        "SmoothQuant's strength, 0 to 1; searched where nothing is said",
+        "--smoothing-strength",
+        valid=lambda value: value is None or 0 <= value <= 1,
+        rule="a migration strength lies between 0 and 1",
+    )
+
+    def choose(self, search: FoldSearch) -> SmoothChoice:
+        """The scale of strength `alpha`, or, where that is None, of the best strength."""
+        largest = {name: search.work.masters[name].abs().amax(0) for name in search.quantized}
+        activation = search.fold.per_channel({name: stats.abs_max for name, stats in search.reached()}, "amax")
+        return search_alpha(activation, search.fold.per_channel(largest, "amax"), search.losses(), self.alpha)
+
+
+TRANSFORMS: dict[str, type[Transform]] = {part.name: part for part in (Rotate, Awq, Smooth)}
