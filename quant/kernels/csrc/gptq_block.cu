@@ -24,7 +24,7 @@ __device__ void load_row(const void* row_of, int64_t first, int columns, int lan
 // The value nearest to `x`, which is in units of a scale: quant/numbers.py's round_to_grid.
 __device__ float on_grid(float x, const GptqBlockArgs& args) {
   if (args.fineness == 0.f) return rintf(x);
-  const float power = __int_as_float(__float_as_int(x) & 0x7f800000);
+  const float power = __uint_as_float(__float_as_uint(x) & 0x7f800000u);
   const float spacing = fmaxf(power * args.fineness, args.least);
   return rintf(__fdiv_rn(x, spacing)) * spacing;
 }
