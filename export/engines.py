@@ -207,6 +207,7 @@ ENGINES: dict[str, tuple[EngineKernel, ...]] = {
     "vLLM": (
         EngineKernel("CUTLASS int8", _all(_int8, _on_gpu(75, 90))),
         EngineKernel("CPU int8", _cpu_int8),
+        EngineKernel("CPU fp8", _all(_float_inputs, _on_cpu)),
         EngineKernel("CUTLASS fp8", _all(_float_inputs, _on_gpu(89))),
         EngineKernel("Marlin fp8", _all(_float, _on_gpu(75))),
         EngineKernel("Machete", _all(_weight_only, _known_to_vllm, _on_gpu(90, 90), _machete)),

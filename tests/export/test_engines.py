@@ -37,6 +37,7 @@ W4 = parse_scheme("int4-g128")
         (CT, "fp8-channel-afp8token", 4096, 4096, 86, "vLLM", "Marlin fp8"),
         (CT, "fp8-channel", 4096, 4096, 90, "vLLM", "Marlin fp8"),
         (CT, "fp8-channel", 4096, 4096, None, "vLLM", None),
+        (CT, "fp8-channel-afp8token", 4096, 4096, None, "vLLM", "CPU fp8"),
         (CT, "fp8-channel-afp8token", 4096, 4096, 90, "lowbit", "expanded to 16 bits"),
         (CT, "fp8-channel-afp8token", 4096, 4096, None, "lowbit", "expanded to 16 bits"),
         (CT, "fp8-channel", 4096, 4096, None, "transformers", "expanded to 16 bits"),

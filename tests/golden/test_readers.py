@@ -106,10 +106,11 @@ def test_transformers_with_gptqmodel(tmp_path, fmt, text):
     require_same(found_by("gptqmodel", "transformers", directory), meant(directory))
 
 
-@pytest.mark.parametrize(("fmt", "text"), [*W4, ("compressed-tensors", "uint4-g32"), *W8A8])
+@pytest.mark.parametrize(("fmt", "text"), [*W4, ("compressed-tensors", "uint4-g32"), *W8A8, FP8[1]])
 def test_vllm_on_a_cpu(tmp_path, fmt, text):
+    """Of fp8 the CPU build of vLLM has no weight-only kernel, and its product with one scale for all tokens fails."""
     directory = quantized(tmp_path / "m", fmt, text)
-    require_same(found_by("vllm", "vllm", directory), meant(directory))
+    require_same(found_by("vllm", "vllm", directory), meant(directory), 2.5 if "afp8" in text else 1)
 
 
 @pytest.mark.parametrize(
