@@ -57,11 +57,15 @@ def type_of(part: type[Part], name: str) -> type:
 def _separated(values: Mapping[str, Any]) -> tuple[dict[str, Any], Tables]:
     """The recipe's own keys, and the tables of parts; a setting by its own name stands above its table."""
     plain = {key: value for key, value in values.items() if key not in PARTS and key not in OWNERS}
-    tables: Tables = {name: dict(table) for name, table in plain.pop("settings", {}).items()}
-    for name in values.keys() & PARTS.keys():
-        if not isinstance(values[name], Mapping):
-            raise RecipeError(f"recipe key {name!r} is {values[name]!r}; expected a table of the settings of {name}")
-        tables[name] = tables.get(name, {}) | dict(values[name])
+    tables: Tables = {}
+    together = plain.pop("settings", {})
+    given = [*together.items()] if isinstance(together, Mapping) else [("settings", together)]
+    for name, table in given + [(name, values[name]) for name in PARTS if name in values]:
+        if not isinstance(table, Mapping):
+            raise RecipeError(f"recipe key {name!r} is {table!r}; expected a table of settings")
+        if name not in PARTS:
+            raise RecipeError(f"settings of an unknown part {name!r}; {nearest(name, PARTS)}")
+        tables[name] = tables.get(name, {}) | dict(table)
     for name in values.keys() & OWNERS.keys():
         tables.setdefault(OWNERS[name].name, {})[name] = values[name]
     return plain, tables
