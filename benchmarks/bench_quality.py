@@ -14,7 +14,6 @@ import argparse
 import json
 import os
 import subprocess
-import sys
 import time
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,6 +21,7 @@ from typing import Any
 
 import torch
 
+import lowbit
 from benchmarks.measure import write_rows
 from lowbit.calibrate.data import builtin_text, calibration_tokens
 from lowbit.evaluation.backend import BlocksBackend
@@ -34,25 +34,27 @@ RESULTS = HERE / "results" / "quality.jsonl"
 SHARE = 0.6  # of the text, to calibrate on
 SAMPLES, LENGTH, SEED = 128, 512, 42
 SCORED = Protocol(context=1024, windows=16)
-W4 = "--bits 4 --group-size 64"
-OURS = {
-    "rtn": f"--method rtn {W4}",
-    "rtn-asymmetric": f"--method rtn {W4} --asym",
-    "awq": f"--method awq {W4}",
-    "gptq": f"--method gptq {W4}",
-    "gptq-rotated": f"--method gptq {W4} --transforms rotate",
-    "gptq-asymmetric": f"--method gptq {W4} --asym",
-    "signround": f"--method signround {W4} --iters 20",
-    "signround-200": f"--method signround {W4} --iters 200",
-    "best": f"--method best {W4}",
-    "best-rotated": f"--method best {W4} --transforms rotate",
-    "best-asymmetric": f"--method best {W4} --asym",
-    "best-mixed": f"--method best {W4} --target-bits 4.75",
-    "int8": "--method int8",
-    "smoothquant": "--method smoothquant",
-    "smoothquant-gptq": "--method smoothquant --rounder gptq",
-    "smoothquant-tuned": "--method smoothquant --rounder gptq --distill-steps 24",
-    "smoothquant-static": "--method smoothquant --activations tensor",
+W4 = {"bits": 4, "group_size": 64}
+ASYMMETRIC, ROTATED = W4 | {"symmetric": False}, W4 | {"transforms": ["rotate"]}
+# What lowbit.quantize is given.
+OURS: dict[str, dict[str, Any]] = {
+    "rtn": {"method": "rtn"} | W4,
+    "rtn-asymmetric": {"method": "rtn"} | ASYMMETRIC,
+    "awq": {"method": "awq"} | W4,
+    "gptq": {"method": "gptq"} | W4,
+    "gptq-rotated": {"method": "gptq"} | ROTATED,
+    "gptq-asymmetric": {"method": "gptq"} | ASYMMETRIC,
+    "signround": {"method": "signround", "iters": 20} | W4,
+    "signround-200": {"method": "signround", "iters": 200} | W4,
+    "best": {"method": "best"} | W4,
+    "best-rotated": {"method": "best"} | ROTATED,
+    "best-asymmetric": {"method": "best"} | ASYMMETRIC,
+    "best-mixed": {"method": "best", "target_bits": 4.75} | W4,
+    "int8": {"method": "int8"},
+    "smoothquant": {"method": "smoothquant"},
+    "smoothquant-gptq": {"method": "smoothquant", "rounder": "gptq"},
+    "smoothquant-tuned": {"method": "smoothquant", "rounder": "gptq", "distill_steps": 24},
+    "smoothquant-static": {"method": "smoothquant", "activations": "tensor"},
 }
 THEIRS = {
     "llm-compressor-awq": "--method awq",
@@ -109,15 +111,18 @@ def scores(source: Source, texts: dict[str, str], device: str) -> dict[str, Scor
 
 
 def make(name: str, model: Source, dataset: str, output: Path, args: argparse.Namespace) -> dict[str, Any]:
-    """Quantize into `output`; who did it, and how long the command took, loading and writing included."""
+    """Quantize into `output`; the program that did it, and its seconds, loading and writing included."""
     begun = time.monotonic()
     if name in OURS:
-        program = Path(sys.executable).with_name("quantize")
-        data = [] if name in ("rtn", "rtn-asymmetric", "int8") else ["--dataset", dataset, "--num-samples", SAMPLES]
-        data += ["--seqlen", LENGTH, "--seed", SEED] if data else []
-        command = [program, args.model, *OURS[name].split(), *data, "--eval-windows", 0, "--device", args.device]
-        run([*command, "--overwrite", "--output", output])
-        return {"by": "lowbit", "settings": OURS[name], "seconds": round(time.monotonic() - begun, 1)}
+        calibrated = name not in ("rtn", "rtn-asymmetric", "int8")
+        data = {"dataset": dataset, "num_samples": SAMPLES, "seqlen": LENGTH, "seed": SEED} if calibrated else {}
+        settings = {"eval_windows": 0, "device": args.device, "overwrite": True}
+        lowbit.quantize(args.model, output, **settings, **data, **OURS[name])
+        return {
+            "by": "lowbit",
+            "settings": " ".join(f"{key}={value}" for key, value in OURS[name].items()),
+            "seconds": round(time.monotonic() - begun, 1),
+        }
     toolkit = "autoround" if name.startswith("autoround") else "llm-compressor"
     python = dict(pair.split("=", 1) for pair in args.python)[toolkit]
     script = HERE / "peers" / f"quantize_{toolkit.replace('-', '')}.py"

@@ -2,14 +2,16 @@
 
 import ast
 import os
+import shutil
 import subprocess
 import sys
 import tomllib
+import zipfile
 from pathlib import Path
 
 import pytest
 
-from tests.house.tree import NAME, PACKAGES, ROOT
+from tests.house.tree import NAME, PACKAGES, ROOT, modules
 
 SCRIPTS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
 LOADS = """
@@ -65,6 +67,22 @@ def test_an_old_import_says_the_new_name(name: str) -> None:
         [sys.executable, "-c", f"import {name}"], cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert f"write {NAME}.{name} instead of {name}" in found.stderr
+
+
+def test_a_wheel_holds_one_name_and_everything_below_it(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    ignored = shutil.ignore_patterns(".git", ".venv", "build", "*.so", "__pycache__", ".*_cache")
+    shutil.copytree(ROOT, source, symlinks=True, ignore=ignored)
+    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", "..", "."]
+    environment = os.environ | {"LOWBIT_CUDA": "0"}
+    found = subprocess.run(command, cwd=source, capture_output=True, text=True, check=False, env=environment)
+    assert found.returncode == 0, found.stdout + found.stderr
+    [wheel] = tmp_path.glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {name.partition("/")[0] for name in names if ".dist-info/" not in name} == {NAME}
+    missing = {module.file for module in modules()} - {name.removeprefix(f"{NAME}/") for name in names} - set(names)
+    assert not missing
+    assert {f"{NAME}/quant/kernels/csrc/bindings.cpp", f"{NAME}/py.typed"} <= set(names)
 
 
 def test_links_and_setup_agree() -> None:
