@@ -57,8 +57,8 @@ COLUMNS = ("linears", "blocks", *METHODS, "transformers", "engine")
 INTRODUCTION = """# Families
 
 Every causal and image-text type of transformers {} as a tiny random model: the default configuration of its class,
-shrunk. Made by `make families`, with compressed-tensors {}. All methods round to 8 bits here, where a mistake anywhere
-shows in the logits.
+shrunk. Made by `make families`, with compressed-tensors {}. All methods round to 8 bits here: any mistake shows in
+their logits.
 
 - linears: how many are quantized; how many are left, each with its reason in the report
 - blocks: logits computed a block at a time are transformers', for two batches of different tokens
@@ -239,7 +239,7 @@ def listed(column: str, reasons: dict[str, str]) -> list[str]:
     for kind, reason in sorted(reasons.items()):
         kinds.setdefault(f"{column}: {reason}" if column else reason, []).append(kind)
     items = [f"- {reason}: {', '.join(those)}" for reason, those in sorted(kinds.items())]
-    return [line for item in items for line in textwrap.wrap(item, 118, subsequent_indent="  ")]
+    return [line for item in items for line in textwrap.wrap(item, 118, subsequent_indent="  ", break_on_hyphens=False)]
 
 
 def share(column: str, rows: dict[str, Row]) -> float:
