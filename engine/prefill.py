@@ -11,7 +11,7 @@ from lowbit.engine.decoder import Decoder
 from lowbit.engine.step import Step
 from lowbit.errors import EngineError
 
-CHUNK = 4096  # rows that go through the layers together; docs/history has the times
+CHUNK = 4096  # rows that go through the layers together; docs/kernels/wna16_dequantize.md has the times
 LEAST = 128  # rows that go together at least, where memory is short
 
 

@@ -18,8 +18,8 @@ INT8_LIMIT = 127
 MAX_HEAD_DIM = 256
 BLOCK_HEADS = 8  # query heads of one key head that a block serves
 MAX_SPLITS = 8  # a cluster's blocks: as many fit everywhere
-# More splits help long sequences and hurt short ones. docs/history has the times of all cuts at 128 and at
-# 2048 positions; those of a cut lie on a line between, and the lines of a few and of many splits cross near SHORT.
+# More splits help long sequences and hurt short ones (docs/kernels/decode_attention.md). The times of a cut at 128 and
+# at 2048 positions lie on a line, and the lines of a few and of many splits cross near SHORT.
 SHORT = 1024  # positions
 SHORT_SPLITS = 4  # of a short sequence, at most
 # Beyond so many bytes of cache attention is better launched plainly where memory is fast: it reads for longer than a

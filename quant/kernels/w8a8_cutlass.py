@@ -13,7 +13,8 @@ from lowbit.quant.kernels.w8a8 import Int8Call
 LEAST_M = 129  # below, w8a8_gemm reads W once
 N_STEP = 8  # outputs: what a store writes
 TILES = ((128, 128), (128, 256))  # rows of x and of W: csrc/w8a8_cutlass.cu's tiles, in its order
-# From a sweep of both tiles and four swizzles over four shapes, with 256 to 4096 rows, on one H100 (docs/history).
+# From a sweep of both tiles and four swizzles over four shapes, with 256 to 4096 rows, on one H100:
+# docs/kernels/w8a8_cutlass.md.
 MANY_ROWS = 512  # more want the wide tile, which reads less for each product
 NARROW_Y = 8192  # outputs: with fewer, tiles that neighbour each other in y share more of what they read
 

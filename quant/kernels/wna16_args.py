@@ -12,7 +12,7 @@ from lowbit.quant.kernels.packed import CHUNK_K, padded, scale_shift
 from lowbit.quant.kernels.problem import ACTIVATIONS, NORMS, Call, check_alignment
 
 # Of the next product's weight, asked for ahead: 2 MB take 2.6% off a step of Llama-2-7B in 4 bits, 3 MB 3.4, 4 MB 3.9
-# (docs/history); an earlier form lost with 8 MB what it gained with 3.
+# (docs/kernels/wna16_gemv.md); an earlier form lost with 8 MB what it gained with 3.
 NEXT_BYTES = 4 << 20
 
 

@@ -11,9 +11,12 @@ import click
 import pytest
 
 from lowbit.commands.lowbit import COMMANDS
-from tests.house.tree import ROOT
+from tests.house.test_pairs import STEMS
+from tests.house.tree import PACKAGES, ROOT
 
 MOST_README_LINES = 120
+KERNEL_HEADINGS = ["## Design", "## Figures now", "## Tried and left", "## Open questions"]
+CODE = {".py", ".cu", ".cuh", ".cpp"}
 
 
 def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
@@ -35,6 +38,27 @@ def test_links_of_pages_at_the_top_lead_somewhere(page: str) -> None:
 
 def test_the_readme_is_short() -> None:
     assert len((ROOT / "README.md").read_text().splitlines()) <= MOST_README_LINES
+
+
+def test_every_kernel_has_its_page() -> None:
+    pages = {path.stem: path.read_text().splitlines() for path in (ROOT / "docs" / "kernels").glob("*.md")}
+    assert sorted(pages) == STEMS
+    for stem, lines in pages.items():
+        assert lines[0] == f"# {stem}"
+        assert [line for line in lines if line.startswith("## ")] == KERNEL_HEADINGS, stem
+
+
+def test_pages_that_the_code_cites_exist() -> None:
+    files = [path for package in (*PACKAGES, "benchmarks") for path in (ROOT / package).rglob("*.*")]
+    cited = {
+        (str(path.relative_to(ROOT)), page)
+        for path in files
+        if path.suffix in CODE
+        for page in re.findall(r"\bdocs/[\w./-]*\w", path.read_text())
+    }
+    assert cited
+    assert not [(file, page) for file, page in sorted(cited) if not (ROOT / page).is_file()]
+    assert not [file for file, page in sorted(cited) if page.startswith("docs/history")]  # the diary is no reference
 
 
 def options_of(command: click.Command, name: str) -> list[tuple[str, click.Option]]:

@@ -8,7 +8,7 @@
 // block its part of the elements that the block merges, in a fixed order, so the same input gives the same bits.
 //
 // FlashDecoding++'s unified maximum would save the running one, but overflows where a score strays from its guess;
-// docs/history has what it would save.
+// docs/kernels/decode_attention.md says how much it would save.
 #include <type_traits>
 
 #include "decode_attention.cuh"

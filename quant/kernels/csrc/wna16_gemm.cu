@@ -9,9 +9,9 @@
 // one into the other. Blocks of a cluster split k; each sums its columns of y out of the others' shared memory, in rank
 // order. W's stream starts before the previous kernel has finished: W is constant, x is not.
 //
-// Tried and slower on one H100 (docs/history has the figures): scales read to registers a chunk ahead (DRAM's latency
-// stood in every chunk), x asked for one chunk ahead, two blocks of two warpgroups on a multiprocessor, sums read from
-// the cluster one float at a time.
+// Tried and slower on one H100 (docs/kernels/wna16_gemm.md has figures): scales read to registers a chunk ahead (DRAM's
+// latency stood in every chunk), x asked for one chunk ahead, two blocks of two warpgroups on a multiprocessor, sums
+// read from the cluster one float at a time.
 #include "epilogue.cuh"
 #include "launch.cuh"
 #include "next_weight.cuh"

@@ -7,8 +7,8 @@
 // started before the previous kernel has finished: W is constant, x is not.
 //
 // Tried and slower on one H100: a ring of shared memory filled by cp.async (more instructions per chunk), x copied to
-// shared memory first (its latency stands before everything), x read a chunk ahead. docs/history has the figures, and
-// what is still lost here: the compiler gives all refills one scoreboard, so the oldest waits for the newest.
+// shared memory first (its latency stands before everything), x read a chunk ahead. docs/kernels/wna16_gemv.md has the
+// figures. Still lost here: the compiler gives all refills one scoreboard, so the oldest waits for the newest.
 #include "epilogue.cuh"
 #include "launch.cuh"
 #include "next_weight.cuh"
