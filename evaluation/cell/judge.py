@@ -12,10 +12,15 @@ from lowbit.evaluation.cell.values import pack, unpack
 
 GONE = "gone"  # a reason that the launcher replaces by what became of the program's process
 MEMORY = "memory"
+NOT_RAISED = (UnicodeError, StopIteration, StopAsyncIteration)  # one cannot be made of a message, two end a loop
 
 
 class Gone(BaseException):
     """The program's process ended; no `except Exception` of a test catches that."""
+
+
+class Raised(Exception):
+    """An exception of the program that is not raised here as what it is: the message begins with its name."""
 
 
 class Candidate:
@@ -51,11 +56,14 @@ class Candidate:
         return reply
 
     def _error(self, name: str, message: str) -> Exception:
-        """The exception of that name: Python's, or one that the helpers define, so that tests can expect it."""
+        """The exception of that name: Python's, or one that the helpers define, so that tests can expect it.
+
+        Not one that ends an iteration: `all(map(check, cases))` would take it for the end of the cases, and pass.
+        """
         kind = self._scope.get(name, getattr(builtins, name, None))
-        if isinstance(kind, type) and issubclass(kind, Exception) and not issubclass(kind, UnicodeError):
+        if isinstance(kind, type) and issubclass(kind, Exception) and not issubclass(kind, NOT_RAISED):
             return kind(message)
-        return RuntimeError(f"{name}: {message}")
+        return Raised(f"{name}: {message}")
 
 
 def _take_over(ours: Any, theirs: Any) -> None:
@@ -69,8 +77,8 @@ def _take_over(ours: Any, theirs: Any) -> None:
         ours.update(theirs)
 
 
-def judge(order: dict[str, str], requests: BinaryIO, replies: BinaryIO) -> str:
-    """Why the program does not pass; nothing where it does.
+def judge(order: dict[str, str], requests: BinaryIO, replies: BinaryIO) -> str | None:
+    """Why the program does not pass; None where it does.
 
     order  helpers: what of the prompt stands before the function; tests: what is run with the function in reach
     """
@@ -85,8 +93,8 @@ def judge(order: dict[str, str], requests: BinaryIO, replies: BinaryIO) -> str:
         return GONE
     except MemoryError:
         return MEMORY
-    except RuntimeError as error:
-        return str(error) if type(error) is RuntimeError else f"{type(error).__name__}: {error}"
+    except Raised as error:
+        return str(error)
     except BaseException as error:  # noqa: BLE001  # whatever tests nobody has read may raise
         return f"{type(error).__name__}: {error}"
-    return ""
+    return None

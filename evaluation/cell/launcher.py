@@ -68,8 +68,8 @@ def _run(settings: Settings) -> dict[str, Any]:
     _tell(order, {name: parts[name] for name in ("entry_point", "helpers", "tests")})
     reason = _reason(_all_of(judged), worker, court, settings)
     return {
-        "passed": not reason,
-        "reason": reason,
+        "passed": reason is None,
+        "reason": reason or "",
         "walls": [wall for wall in reports[0]["walls"] if wall in reports[1]["walls"]],
     }
 
@@ -77,12 +77,14 @@ def _run(settings: Settings) -> dict[str, Any]:
 def _judge(ordered: int, ask: int, replied: int, verdict: int) -> None:
     order = json.loads(_all_of(ordered, None))
     reason = judge(order, os.fdopen(ask, "wb"), os.fdopen(replied, "rb"))
-    os.write(verdict, json.dumps({"reason": reason[:300]}).encode())
+    os.write(verdict, json.dumps({"reason": reason and reason[:300]}).encode())
 
 
-def _reason(said: bytes, worker: int, court: int, settings: Settings) -> str:
-    """Why the program does not pass, nothing where it does; where a process ended too early, what became of it."""
-    reason = str(json.loads(said)["reason"]) if said else GONE
+def _reason(said: bytes, worker: int, court: int, settings: Settings) -> str | None:
+    """Why the program does not pass, None where it does; where a process ended too early, what became of it."""
+    reason: str | None = json.loads(said)["reason"] if said else GONE
+    if reason is None:
+        return None
     if reason == MEMORY or reason.startswith("MemoryError"):
         return _memory(settings)
     return _fate(worker if said else court, settings) if reason == GONE else reason

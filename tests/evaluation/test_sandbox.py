@@ -394,12 +394,16 @@ builtins.compile = builtins.exec = lambda *a, **k: None
 def main(): return 41
 """,
     "an end that looks well": "import os\ndef main(): os._exit(0)",
+    "an exception without a word": "def main(): raise RuntimeError",
+    "an exception that says gone": "def main(): raise RuntimeError('gone')",
+    "a class without a name": "def main(): raise type('', (Exception,), {})",
+    "an end of the loop of tests": "def main(): raise StopIteration",
 }
 
 
 @pytest.mark.parametrize("how", FORGERIES)
 def test_no_verdict_is_forged(how):
-    outcome = outcome_of(FORGERIES[how], tests="assert main() == 42, '42 is right'")
+    outcome = outcome_of(FORGERIES[how], tests="assert all(map(lambda right: main() == right, [42])), '42 is right'")
     assert not outcome.passed
     assert outcome.reason
 
