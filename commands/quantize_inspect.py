@@ -9,7 +9,7 @@ from rich.table import Table
 from lowbit import __version__
 from lowbit.api import inspecting as api
 from lowbit.commands.common import SETTINGS, make_console, run_command
-from lowbit.export.engines import ENGINES
+from lowbit.export.engines.table import ENGINES
 from lowbit.export.inspection import Inspection
 
 MOST_NAMED = 8

@@ -132,6 +132,8 @@ def schemes_of(config: Mapping[str, Any], names: Iterable[str]) -> dict[str, Sch
 
 AWQ = Format(
     name=NAME,
+    method=NAME,
+    package="gptqmodel",
     recognizes=recognizes,
     reason_against=reason_against,
     reason_against_shape=reason_against_shape,
@@ -144,6 +146,7 @@ AWQ = Format(
     suffixes=SUFFIXES,
     loading="The files follow AutoAWQ's GEMM layout. vLLM and SGLang load the directory as it is; transformers does "
     "with the package `gptqmodel` installed.",
+    through_marlin=True,
     uniform=True,
     scale_dtype=torch.float16,
 )

@@ -57,6 +57,13 @@ def caveat(scheme: Scheme) -> str | None:
     )
 
 
+def reason_in(engine: str, scheme: Scheme) -> str | None:
+    """Why an engine loads no weights of a scheme, or None."""
+    if engine == "transformers" and not scheme.symmetric:
+        return "with compressed-tensors 0.20 it loads asymmetric weights only with dequantize=True"
+    return None
+
+
 def layout_of(scheme: Scheme) -> str:
     """The name of the layout that holds a scheme."""
     if not scheme.number.is_integer:
@@ -300,6 +307,8 @@ def recognizes(config: Mapping[str, Any]) -> bool:
 
 COMPRESSED_TENSORS = Format(
     name=NAME,
+    method=NAME,
+    package="compressed-tensors",
     recognizes=recognizes,
     reason_against=reason_against,
     write=write,
@@ -310,6 +319,7 @@ COMPRESSED_TENSORS = Format(
     schemes_of=schemes_of,
     suffixes=SUFFIXES,
     caveat=caveat,
+    reason_in=reason_in,
     loading="The files follow the compressed-tensors layout. vLLM and SGLang load the directory as it is; transformers "
     "does with the package `compressed-tensors` installed.",
 )

@@ -18,6 +18,8 @@ Shapes = Callable[[str], tuple[int, ...]]
 class Format:
     """A dialect of quantized checkpoint.
 
+    method               the quant_method by which config.json and other libraries know it
+    package              the package that transformers reads it with
     recognizes           whether a quantization_config is of this dialect
     reason_against       why it cannot hold a scheme, or None
     reason_against_shape  why it cannot hold a scheme's weight of (n, k), or None
@@ -31,6 +33,8 @@ class Format:
     quantization_config  schemes and unquantized linears -> the block in config.json
     schemes_of           that block and linear names -> scheme of each
     suffixes             what the tensors of a linear are called
+    reason_in            why an engine, by name, loads no weights of a scheme from it, or None
+    through_marlin       vLLM loads it on GPUs by its Marlin configuration alone: Marlin's limits hold for every kernel
     loading              a sentence for the model card: what loads it
     uniform              one scheme serves all linears
     scale_dtype          the one type that scales have, or None where they have the model's
@@ -38,6 +42,8 @@ class Format:
     """
 
     name: str
+    method: str
+    package: str
     recognizes: Callable[[Mapping[str, Any]], bool]
     reason_against: Callable[[Scheme], str | None]
     write: Callable[[str, QTensor], dict[str, Tensor]]
@@ -51,6 +57,8 @@ class Format:
     reason_against_shape: Callable[[Scheme, int, int], str | None] = lambda scheme, n, k: None
     risk_of: Callable[[Scheme], str | None] = lambda scheme: None
     caveat: Callable[[Scheme], str | None] = lambda scheme: None
+    reason_in: Callable[[str, Scheme], str | None] = lambda engine, scheme: None
+    through_marlin: bool = False
     uniform: bool = False
     scale_dtype: torch.dtype | None = None
     sidecar: str | None = None

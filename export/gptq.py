@@ -30,6 +30,7 @@ from lowbit.quant.scheme import Scheme, make_scheme
 METHOD = "gptq"
 V1, V2 = "gptq", "gptq_v2"
 STORED_LESS = {V1: 1, V2: 0}  # what a stored zero falls short of the zero
+SYMMETRIC_ONLY = "vLLM takes GPTQ files only where they are symmetric"
 SUFFIXES = ("qweight", "qzeros", "scales", "g_idx")
 
 
@@ -49,7 +50,12 @@ def risk_of(version: str, scheme: Scheme) -> str | None:
 
 def caveat(scheme: Scheme) -> str | None:
     """What one should know before loading it elsewhere."""
-    return None if scheme.symmetric else "vLLM takes GPTQ files only where they are symmetric; GPTQModel takes these"
+    return None if scheme.symmetric else f"{SYMMETRIC_ONLY}; GPTQModel takes these"
+
+
+def reason_in(engine: str, scheme: Scheme) -> str | None:
+    """Why an engine loads no weights of a scheme, or None."""
+    return SYMMETRIC_ONLY if engine == "vLLM" and not scheme.symmetric else None
 
 
 def reason_against_shape(scheme: Scheme, n: int, k: int) -> str | None:
@@ -203,11 +209,15 @@ def _overrides(dynamic: Mapping[str, Any], patterns: Patterns, name: str) -> dic
 def _version(version: str) -> Format:
     return Format(
         name=version,
+        method=METHOD,
+        package="gptqmodel",
         recognizes=partial(recognizes, version),
         reason_against=reason_against,
         reason_against_shape=reason_against_shape,
         risk_of=partial(risk_of, version),
         caveat=caveat,
+        reason_in=reason_in,
+        through_marlin=True,
         write=partial(write, version),
         read=partial(read, version),
         shape=shape,

@@ -7,12 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from lowbit.errors import CheckpointError
-from lowbit.export.engines import (
-    ELSEWHERE,
+from lowbit.export.engines.engine import ELSEWHERE
+from lowbit.export.engines.table import (
     ENGINES,
     MACHINES,
     PARALLEL_SIZES,
-    choose,
     layers_of,
     reason_against_parallel,
 )
@@ -150,13 +149,13 @@ def _kernels(
     kernels: dict[str, dict[str, Counter[str | None]]] = {}
     refusals: dict[str, dict[str, Counter[str]]] = {}
     for machine, capability in MACHINES.items():
-        for engine in ENGINES:
-            taken = kernels.setdefault(machine, {}).setdefault(engine, Counter())
-            refused = refusals.setdefault(machine, {}).setdefault(engine, Counter())
+        for name, engine in ENGINES.items():
+            taken = kernels.setdefault(machine, {}).setdefault(name, Counter())
+            refused = refusals.setdefault(machine, {}).setdefault(name, Counter())
             for layer, count in layers.items():
-                kernel, reasons = choose(engine, layer, capability)
+                kernel, reasons = engine.choose(layer, capability)
                 taken[kernel] += count
                 if kernel is None:
-                    told = {name: reason for name, reason in reasons.items() if reason != ELSEWHERE[capability is None]}
-                    refused["; ".join(f"{name}: {reason}" for name, reason in told.items())] += count
+                    told = {each: reason for each, reason in reasons.items() if reason != ELSEWHERE[capability is None]}
+                    refused["; ".join(f"{each}: {reason}" for each, reason in told.items())] += count
     return kernels, refusals

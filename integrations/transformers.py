@@ -25,7 +25,6 @@ from lowbit.models.placement import place
 from lowbit.quant.linear import QLinear
 from lowbit.quant.qtensor import QTensor
 
-METHODS = ("compressed-tensors", "gptq", "awq")
 HALVES = (torch.float16, torch.bfloat16)
 
 
@@ -149,7 +148,7 @@ def is_read_here(values: Mapping[str, Any]) -> bool:
     return False
 
 
-for _method in METHODS:
+for _method in {fmt.method for fmt in FORMATS.values()}:
     if not isinstance(AUTO_QUANTIZER_MAPPING[_method], _Quantizers):
         AUTO_QUANTIZATION_CONFIG_MAPPING[_method] = _Configs(AUTO_QUANTIZATION_CONFIG_MAPPING[_method])
         AUTO_QUANTIZER_MAPPING[_method] = _Quantizers(AUTO_QUANTIZER_MAPPING[_method])

@@ -1,18 +1,16 @@
-"""export/engines.py: which kernel takes what, and between how many GPUs it can be split."""
+"""export/engines: which kernel takes what, and between how many GPUs it can be split."""
+
+from pathlib import Path
 
 import pytest
 
-from lowbit.export.engines import (
-    ENGINES,
-    MACHINES,
-    Layer,
-    choose,
-    layers_of,
-    reason_against_parallel,
-)
+from lowbit.export.engines.engine import Layer
+from lowbit.export.engines.table import ENGINES, MACHINES, layers_of, reason_against_parallel
+from lowbit.export.engines.transformers import TRANSFORMERS
 from lowbit.export.formats import FORMATS
 from lowbit.quant.scheme import parse_scheme
 
+CONSTRAINTS = Path(__file__).parents[2] / "constraints.txt"
 CT = "compressed-tensors"
 W4 = parse_scheme("int4-g128")
 
@@ -58,15 +56,30 @@ W4 = parse_scheme("int4-g128")
     ],
 )
 def test_which_kernel_takes_a_layer(fmt, text, n, k, capability, engine, kernel):
-    chosen, reasons = choose(engine, Layer(fmt, parse_scheme(text), n, k), capability)
+    chosen, reasons = ENGINES[engine].choose(Layer(FORMATS[fmt], parse_scheme(text), n, k), capability)
     assert chosen == kernel
     assert all(reasons.values())
     if kernel is None:
-        assert set(reasons) == {each.name for each in ENGINES[engine]}
+        assert set(reasons) == {each.name for each in ENGINES[engine].kernels}
 
 
 def test_every_machine_has_a_place_in_the_table():
     assert set(MACHINES.values()) == {75, 80, 86, 89, 90, 100, 120, None}
+
+
+def test_rules_are_those_of_the_versions_that_we_test_with():
+    """A new pin asks for a new look at the rules."""
+    pins = dict(line.split("==") for line in CONSTRAINTS.read_text().splitlines() if "==" in line)
+    for package in ("transformers", "compressed-tensors"):
+        minor = ".".join(pins[package].split(".")[:2])
+        assert minor in TRANSFORMERS.version, package
+
+
+@pytest.mark.parametrize("fmt", FORMATS.values(), ids=FORMATS)
+def test_some_kernel_of_transformers_takes_a_format_s_usual_scheme(fmt):
+    scheme = next(each for each in (W4, parse_scheme("uint4-g128")) if fmt.reason_against(each) is None)
+    kernel, _ = TRANSFORMERS.choose(Layer(fmt, scheme, 4096, 4096), None)
+    assert kernel is not None
 
 
 def test_what_is_fused_is_one_layer():

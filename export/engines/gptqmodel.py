@@ -1,0 +1,12 @@
+"""gptqmodel's rules: transformers runs GPTQ and AWQ files with its kernels."""
+
+from lowbit.export.engines.engine import Engine, EngineKernel, Layer
+
+NAME = "gptqmodel"
+
+
+def _reads(layer: Layer, capability: int | None) -> str | None:
+    return None if layer.fmt.package == NAME else "another format"
+
+
+GPTQMODEL = Engine(NAME, "7.7", (EngineKernel(NAME, _reads),))

@@ -1,0 +1,36 @@
+"""The rules of our own kernels."""
+
+from lowbit import __version__
+from lowbit.export.engines.engine import (
+    Engine,
+    EngineKernel,
+    Layer,
+    all_of,
+    floats,
+    integers,
+    on_cpu,
+    on_gpu,
+    weight_only,
+)
+from lowbit.quant.kernels import w8a8
+from lowbit.quant.kernels.packed import TILE_ROWS, reason_against_packing
+
+
+def _packed(layer: Layer, capability: int | None) -> str | None:
+    return reason_against_packing(layer.n, layer.k, layer.scheme.group_size, TILE_ROWS)
+
+
+def _int8(layer: Layer, capability: int | None) -> str | None:
+    return w8a8.reason_against_packing(layer.n, layer.k)
+
+
+LOWBIT = Engine(
+    "lowbit",
+    __version__,
+    (
+        EngineKernel("w8a8", all_of(integers, _int8, on_gpu(80))),
+        EngineKernel("wna16", all_of(weight_only, _packed, on_gpu(80))),
+        EngineKernel("expanded to 16 bits", floats),
+        EngineKernel("reference", all_of(weight_only, _packed, on_cpu)),
+    ),
+)

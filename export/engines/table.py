@@ -1,0 +1,57 @@
+"""The engines, the machines that they run on, and the layers that they make of a checkpoint's linears."""
+
+from collections.abc import Mapping
+
+from lowbit.export.engines.engine import Layer
+from lowbit.export.engines.lowbit import LOWBIT
+from lowbit.export.engines.transformers import TRANSFORMERS
+from lowbit.export.engines.vllm import VLLM
+from lowbit.export.format import Format
+from lowbit.quant.naming import EXPERT, ROW_PARALLEL, fused_set
+from lowbit.quant.scheme import Scheme
+
+ENGINES = {engine.name: engine for engine in (VLLM, TRANSFORMERS, LOWBIT)}
+PARALLEL_SIZES = (1, 2, 4, 8, 16)
+# Compute capability of each generation; None is a CPU.
+MACHINES: dict[str, int | None] = {
+    "Turing, sm_75": 75,
+    "Ampere, sm_80": 80,
+    "Ampere, sm_86": 86,
+    "Ada, sm_89": 89,
+    "Hopper, sm_90": 90,
+    "Blackwell, sm_100": 100,
+    "Blackwell, sm_120": 120,
+    "CPU": None,
+}
+
+
+def layers_of(fmt: Format, schemes: Mapping[str, Scheme], shapes: Mapping[str, tuple[int, int]]) -> dict[str, Layer]:
+    """The layers that engines run, by the key of the fused set; each expert stays alone."""
+    layers: dict[str, Layer] = {}
+    for name, scheme in schemes.items():
+        n, k = shapes[name]
+        key = name if EXPERT.search(name) else fused_set(name)
+        wider = layers[key].n + n if key in layers else n
+        layers[key] = Layer(fmt, scheme, wider, k)
+    return layers
+
+
+def reason_against_parallel(
+    size: int, schemes: Mapping[str, Scheme], shapes: Mapping[str, tuple[int, int]], heads: tuple[int, int] | None
+) -> str | None:
+    """Why the linears cannot be split between `size` GPUs, or None.
+
+    heads  query heads, and those of keys and values, where they are known
+    """
+    if heads is not None:
+        queries, values = heads
+        if queries % size or (values % size and size % values):
+            return f"{queries} query heads and {values} of keys and values"
+    for name, scheme in schemes.items():
+        n, k = shapes[name]
+        leaf = name.rpartition(".")[2]
+        if leaf in ROW_PARALLEL and (k % size or (k // size) % max(scheme.group_size, 1)):
+            return f"{name}: {k} inputs in parts of {k / size:g}, in groups of {scheme.granularity}"
+        if leaf not in ROW_PARALLEL and n % size:
+            return f"{name}: {n} outputs"
+    return None

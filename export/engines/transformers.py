@@ -1,0 +1,20 @@
+"""transformers' rules, from its `quantizers`: each format goes to a package that reads it."""
+
+from lowbit.export.engines.engine import Engine, EngineKernel, Layer
+from lowbit.export.engines.gptqmodel import GPTQMODEL
+
+NAME = "transformers"
+
+
+def _expanded(layer: Layer, capability: int | None) -> str | None:
+    """compressed-tensors: dense weights, made on the first forward pass."""
+    if layer.fmt.package != "compressed-tensors":
+        return "another format"
+    return layer.fmt.reason_in(NAME, layer.scheme)
+
+
+TRANSFORMERS = Engine(
+    NAME,
+    "5.23 with compressed-tensors 0.20 and optimum 2.3",
+    (EngineKernel("expanded to 16 bits", _expanded), *GPTQMODEL.kernels),
+)

@@ -1,0 +1,71 @@
+"""vLLM's rules, from its `kernels/linear` and `layers/quantization`."""
+
+from lowbit.export.engines.engine import (
+    Engine,
+    EngineKernel,
+    Layer,
+    Reason,
+    all_of,
+    float_inputs,
+    floats,
+    integers,
+    on_cpu,
+    on_gpu,
+    weight_only,
+)
+
+NAME = "vLLM"
+
+
+def _known(layer: Layer, capability: int | None) -> str | None:
+    """What vLLM refuses before it looks for a kernel."""
+    reason = layer.fmt.reason_in(NAME, layer.scheme)
+    if reason is None and layer.fmt.through_marlin and capability is not None:
+        return _marlin(layer, capability)
+    return reason
+
+
+def _machete(layer: Layer, capability: int | None) -> str | None:
+    if layer.scheme.group_size not in (-1, 64, 128):
+        return f"{layer.scheme}: groups of 64, 128 or a row"
+    return None if not layer.k % 64 and not layer.n % 128 else f"{layer.n} x {layer.k}: multiples of 128 x 64"
+
+
+def _marlin(layer: Layer, capability: int | None) -> str | None:
+    if layer.scheme.bits == 8 and not layer.scheme.symmetric:
+        return "8 bits with zeros"
+    sizes = (-1, 32, 64, 128)
+    return None if layer.scheme.group_size in sizes else f"{layer.scheme}: groups of 32, 64, 128 or a row"
+
+
+def _triton(layer: Layer, capability: int | None) -> str | None:
+    if layer.scheme.bits != 4 or layer.n % 8:
+        return f"{layer.scheme} of {layer.n} outputs: 4 bits, multiples of 8"
+    return None if layer.scheme.group_size in (-1, 32, 64, 128, 256) else f"{layer.scheme}: no such groups"
+
+
+def _cpu_wna16(layer: Layer, capability: int | None) -> str | None:
+    if layer.scheme.bits != 4 or layer.n % 32 or layer.k % 32:
+        return f"{layer.scheme} of {layer.n} x {layer.k}: on a CPU vLLM takes 4 bits, multiples of 32 x 32"
+    return None
+
+
+def _wna16(*reasons: Reason) -> Reason:
+    return all_of(weight_only, _known, *reasons)
+
+
+VLLM = Engine(
+    NAME,
+    "0.32",
+    (
+        EngineKernel("CUTLASS int8", all_of(integers, on_gpu(75, 90))),
+        EngineKernel("CPU int8", all_of(on_cpu, integers)),
+        EngineKernel("CPU fp8", all_of(float_inputs, on_cpu)),
+        EngineKernel("CUTLASS fp8", all_of(float_inputs, on_gpu(89))),
+        EngineKernel("Marlin fp8", all_of(floats, on_gpu(75))),
+        EngineKernel("Machete", _wna16(on_gpu(90, 90), _machete)),
+        EngineKernel("Marlin", _wna16(on_gpu(75), _marlin)),
+        EngineKernel("Triton W4A16", _wna16(on_gpu(75), _triton)),
+        EngineKernel("CPU WNA16", _wna16(on_cpu, _cpu_wna16)),
+    ),
+)
