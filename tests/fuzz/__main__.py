@@ -1,16 +1,21 @@
 """`python -m tests.fuzz TARGET --minutes 60`: spoiled inputs for as long as is asked, and what they brought to light.
 
 Findings (what is raised besides our error, more than 10 seconds, more than 1 GiB) go to --findings, a directory each,
-with the files and what happened; they become seeds once mended. With `atheris` installed inputs are chosen by the code
-that they reach; without it by chance.
+with the files and what happened; they become seeds once mended. Inputs are chosen by chance, or with --guided by the
+code that they reach, which needs the package `atheris` (`pip install "lowbit[fuzz]"`).
 """
 
 import argparse
+import importlib
+import os
 import random
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
+from types import FunctionType, ModuleType
+from typing import Any
 
 from hypothesis import HealthCheck, Phase, given, seed, settings
 
@@ -30,12 +35,14 @@ def main() -> None:
     parser.add_argument("target", choices=[*TARGETS, "all"])
     parser.add_argument("--minutes", type=float, default=1)
     parser.add_argument("--findings", type=Path, default=Path(tempfile.gettempdir()) / "lowbit-findings")
+    parser.add_argument("--guided", action="store_true", help="by coverage; one target")
     options = parser.parse_args()
     names = list(TARGETS) if options.target == "all" else [options.target]
     for name in names:
         with tempfile.TemporaryDirectory() as work:
             watch = Watch(name, Path(work), options.findings)
-            fuzz(name, Path(work), watch, time.monotonic() + 60 * options.minutes)
+            search = guided if options.guided else fuzz
+            search(name, Path(work), watch, time.monotonic() + 60 * options.minutes)
             print(watch.summary(), flush=True)
     sys.exit(0)
 
@@ -62,6 +69,36 @@ def fuzz(name: str, work: Path, watch: Watch, end: float) -> None:
             one_round()
         except Over:
             return
+
+
+def guided(name: str, work: Path, watch: Watch, end: float) -> None:
+    """Inputs until `end` that libFuzzer mutates towards branches of ours not seen before. Ends the process."""
+    atheris = importlib.import_module("atheris")
+
+    @settings(deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    @given(inputs(name, work / "honest"))
+    def one(found: tuple[str, Files]) -> None:
+        watch.attempt(*found)
+
+    def attempt(data: bytes) -> None:
+        if time.monotonic() > end:  # libFuzzer never returns
+            print(watch.summary(), flush=True)
+            os._exit(0)
+        one.hypothesis.fuzz_one_input(data)
+
+    for module in [module for name, module in sys.modules.items() if name.startswith("lowbit.")]:
+        instrument(module, atheris.instrument_func)
+    atheris.Setup([sys.argv[0], "-rss_limit_mb=0", "-timeout=0"], attempt)
+    atheris.Fuzz()
+
+
+def instrument(module: ModuleType, trace: Callable[[Any], Any]) -> None:
+    """Have every function and method that `module` defines tell the branches it takes."""
+    holders = [module, *(value for value in vars(module).values() if isinstance(value, type))]
+    for holder in holders:
+        for function in list(vars(holder).values()):
+            if isinstance(function, FunctionType) and function.__module__ == module.__name__:
+                trace(function)
 
 
 if __name__ == "__main__":
