@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from lowbit.errors import CheckpointError, Unfinished
+from lowbit.export.dialects import SIDECARS
 from lowbit.export.files import Identity, changed, is_same, open_regular, read_bytes, read_text, survey, write_text
 from lowbit.export.plain import read_json
 from lowbit.export.sizes import require_sizes
@@ -23,7 +24,6 @@ SUMS_NAME = "SHA256SUMS"
 CONFIG_NAME = "config.json"
 UNSEALED_CONFIG = "config.json.unfinished"  # what it is called until the directory is whole: no reader takes that
 SUM_LINE = re.compile(r"([0-9a-fA-F]{64})[ \t]+\*?(.+)")
-OLD_CONFIG_NAME = "quantize_config.json"  # AutoGPTQ's, from before config.json had a quantization_config
 ADAPTER_NAME = "adapter_config.json"  # peft's
 LARGE_FILES = (".safetensors", ".json", ".model")  # what repositories keep in Git LFS
 POINTER_BYTES = 1024  # more than such a line has
@@ -80,9 +80,7 @@ def open_checkpoint(directory: Path, config_name: str = CONFIG_NAME) -> Checkpoi
     files = survey(directory)
     _refuse_adapter(directory, files)
     _refuse_pointers(directory, files)
-    config = _lifted(read_json(directory / config_name))
-    if "quantization_config" not in config and (directory / OLD_CONFIG_NAME).exists():
-        config["quantization_config"] = {"quant_method": "gptq"} | read_json(directory / OLD_CONFIG_NAME)
+    config = _with_sidecar(directory, _lifted(read_json(directory / config_name)))
     block = config.get("quantization_config")
     if block is not None and not isinstance(block, dict):
         raise CheckpointError(f"{directory / config_name}: quantization_config is {block!r}, not a JSON object")
@@ -122,6 +120,14 @@ def _lifted(config: dict[str, Any]) -> dict[str, Any]:
         return config
     rest = {key: value for key, value in inner.items() if key != "quantization_config"}
     return config | {"text_config": rest, "quantization_config": inner["quantization_config"]}
+
+
+def _with_sidecar(directory: Path, config: dict[str, Any]) -> dict[str, Any]:
+    """The configuration with a quantization_config from the file beside it, where it has none of its own."""
+    for name, method in SIDECARS.items():
+        if "quantization_config" not in config and (directory / name).exists():
+            config = config | {"quantization_config": {"quant_method": method} | read_json(directory / name)}
+    return config
 
 
 def _tensor_files(directory: Path) -> list[Path]:

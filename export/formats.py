@@ -1,4 +1,4 @@
-"""The formats that quantized weights are written in and read from, one line each."""
+"""The formats that quantized weights are written in and read from, by name."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -8,16 +8,14 @@ from typing import Any
 from torch import Tensor
 
 from lowbit.errors import CheckpointError
-from lowbit.export.awq import AWQ
 from lowbit.export.checkpoint import CONFIG_NAME, Checkpoint
-from lowbit.export.compressed_tensors import COMPRESSED_TENSORS
+from lowbit.export.dialects import DIALECTS
 from lowbit.export.format import Format
-from lowbit.export.gptq import GPTQ, GPTQ_V2
 from lowbit.export.writer import write_json
 from lowbit.quant.qtensor import QTensor
 from lowbit.quant.scheme import Scheme
 
-FORMATS = {fmt.name: fmt for fmt in (COMPRESSED_TENSORS, GPTQ, GPTQ_V2, AWQ)}
+FORMATS = {fmt.name: fmt for fmt in DIALECTS}
 
 
 def require_fit(fmt: Format, schemes: Mapping[str, Scheme], shapes: Mapping[str, tuple[int, int]]) -> None:

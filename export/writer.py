@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from lowbit.export.checkpoint import INDEX_NAME, OLD_CONFIG_NAME, PICKLES, SINGLE_NAME, SUMS_NAME, UNSEALED_CONFIG
+from lowbit.export.checkpoint import INDEX_NAME, PICKLES, SINGLE_NAME, SUMS_NAME, UNSEALED_CONFIG
+from lowbit.export.dialects import SIDECARS
 from lowbit.export.files import open_regular, replacing, survey, write_text
 from lowbit.export.tensorfile import TensorFileWriter
 
@@ -29,7 +30,7 @@ WRITTEN_ANEW: tuple[str, ...] = (
     "config.json",
     SUMS_NAME,
     "*.index.json",
-    OLD_CONFIG_NAME,
+    *SIDECARS,
     "README.md",
     "recipe.toml",
     "report.html",

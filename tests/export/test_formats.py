@@ -9,6 +9,7 @@ from safetensors.torch import save_file
 from lowbit.errors import CheckpointError
 from lowbit.export.checkpoint import open_checkpoint
 from lowbit.export.formats import FORMATS, LogicalTensors, require_fit, write_config
+from lowbit.export.writer import WRITTEN_ANEW
 from lowbit.quant.qtensor import QTensor, round_to_nearest
 from lowbit.quant.scheme import Scheme, parse_scheme
 
@@ -73,6 +74,10 @@ def test_a_block_beside_the_configuration_is_enough(tmp_path):
     block = {"bits": 4, "group_size": 32, "sym": True, "desc_act": False}
     (tmp_path / "quantize_config.json").write_text(json.dumps(block))
     assert LogicalTensors(open_checkpoint(tmp_path)).schemes == {"a": W4}
+    assert "quantize_config.json" in WRITTEN_ANEW  # a copy in another format must not carry it along
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": block | {"quant_method": "other"}}))
+    with pytest.raises(CheckpointError, match="quantized as 'other'"):
+        LogicalTensors(open_checkpoint(tmp_path))
 
 
 def test_what_does_not_fit_is_said_with_the_way_out():
