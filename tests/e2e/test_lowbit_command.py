@@ -9,6 +9,7 @@ import pytest
 
 from lowbit import __version__
 from lowbit.commands.lowbit import COMMANDS
+from lowbit.commands.quantize_options import PARTS
 from tests.e2e.cli import run_lowbit, run_quantize
 from tests.house.tree import ROOT
 
@@ -64,3 +65,12 @@ def test_the_doctor_says_what_is_here_and_what_is_not() -> None:
     assert f"lowbit {__version__}, Python {sys.version.split()[0]}" in found.out
     assert "lowbit.quant._C" in found.out
     assert "gptqmodel" in found.out
+
+
+def test_the_help_of_quantize_goes_by_part() -> None:
+    text = run_lowbit("quantize", "--help").out
+    places = [text.index(f"\n{part}:\n") for part in PARTS]
+    assert places == sorted(places)
+    shown = text[: places[1]].split()
+    assert {"--method", "--bits", "--output", "--dataset"} <= {word.strip(",") for word in shown}
+    assert "Other" not in text

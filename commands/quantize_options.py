@@ -1,0 +1,136 @@
+"""The options of `quantize` by part: its help shows those that people set first, then part by part."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+
+from lowbit import __version__
+from lowbit.calibrate.methods import METHODS
+from lowbit.calibrate.rounding import ROUNDERS
+from lowbit.calibrate.settings import OWNERS, type_of
+from lowbit.calibrate.transforms import TRANSFORMS
+from lowbit.commands.common import Size, say
+from lowbit.evaluation.after import MEASURES, parse_measures
+from lowbit.export.formats import FORMATS
+from lowbit.quant.scheme import SHORT
+
+Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
+PATH = click.Path(path_type=Path)
+
+
+def _list_methods(context: click.Context, option: click.Parameter, wanted: bool) -> None:
+    if wanted:
+        for method in METHODS.values():
+            say(f"{method.name:8} {method.summary}")
+        context.exit()
+
+
+def _settings_of_parts() -> Iterator[Decorator]:
+    """An option for every setting of a transform or rounder."""
+    for name, part in OWNERS.items():
+        about = part.settings()[name].metadata
+        text = f"{about['text'][0].upper()}{about['text'][1:]}."
+        yield click.option(f"--{name.replace('_', '-')}", *about["flags"], name, type=type_of(part, name), help=text)
+
+
+def _flag(name: str, text: str, **more: Any) -> Decorator:
+    return click.option(name, is_flag=True, help=text, **more)
+
+
+PARTS: dict[str, tuple[Decorator, ...]] = {
+    "Options that people set first": (
+        click.option("--model", "-m", "--model-path", help="Directory, hub id, or demo. Also the first argument."),
+        click.option("--method", help=f"One of {', '.join(METHODS)}.  [default: awq]"),
+        click.option("--output", "-o", "--output-dir", type=PATH, help="Directory to write."),
+        click.option("--bits", "--w-bit", "--wbits", type=int, help="Bits per weight: 4 or 8."),
+        click.option(
+            "--group-size", "--q-group-size", "--groupsize", type=int, help="Weights that share a scale; -1 a channel."
+        ),
+        click.option(
+            "--dataset", help="Calibration text: builtin, a file, NAME:CONFIG:SPLIT:N of a hub; several with commas."
+        ),
+        click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1."),
+        click.option("--recipe", "--config", "recipe_file", type=PATH, help="TOML file; flags override it."),
+        _flag("--dry-run", "Say what would be done, and stop before reading a weight."),
+    ),
+    "Numbers": (
+        click.option("--sym/--asym", "symmetric", default=None, help="Symmetric codes, or integer zero points."),
+        click.option("--activations", help="Inputs of linears: none (16 bits), token or tensor (int8, static)."),
+        click.option("--scheme", help=f"Bits, group and inputs at once: {', '.join(SHORT)}, int4-g64 ..."),
+        click.option("--target-bits", type=float, help="Average bits per linear weight, spent where they help most."),
+        click.option(
+            "--ignore", "--ignore-layers", multiple=True, help="Linears to leave: names, parts of names, re:PATTERN."
+        ),
+    ),
+    "Parts of a method": (
+        click.option("--transforms", help=f"Before rounding, in order: {', '.join(TRANSFORMS)}; none for none."),
+        click.option("--rounder", help=f"One of {', '.join(ROUNDERS)}."),
+        click.option("--clip/--no-clip", default=None, help="Search each group's range on the output error."),
+        *_settings_of_parts(),
+        click.option("--distill-steps", type=int, help="Steps of tuning scales and norms on the model's output."),
+        click.option("--seed", type=int, help="Of everything random.  [default: 42]"),
+    ),
+    "Calibration": (
+        click.option(
+            "--num-samples", "--nsamples", "--num-calibration-samples", "--calib-size", type=int, help="Windows."
+        ),
+        click.option("--seqlen", "--max-seq-length", "--calib-seq", type=int, help="Tokens in a window."),
+        click.option("--text-column", help="Column of the dataset that holds the text."),
+        click.option("--verbose", "-v", is_flag=True, help="Name every row of a dataset that is skipped."),
+    ),
+    "Files": (
+        click.option("--format", "format", help=f"One of {', '.join(FORMATS)}."),
+        click.option("--dtype", help="Of scales and unquantized weights: auto, bfloat16, float16, float32."),
+        click.option("--max-shard-size", type=Size(), help="Of a weight file.  [default: 5GB]"),
+        click.option("--revision", help="Branch, tag or commit of a hub id."),
+        _flag("--resume", "Go on where an interrupted run to the same output stopped."),
+        _flag("--overwrite", "Replace an output directory that is not empty."),
+        _flag("--trust-remote-code", "Run Python code that the model brings."),
+    ),
+    "Measuring": (
+        click.option(
+            "--eval-windows",
+            type=click.IntRange(min=0),
+            default=4,
+            show_default=True,
+            help="Windows of held-out builtin text to score before and after; 0 for none.",
+        ),
+        click.option(
+            "--eval",
+            "measures",
+            default="ppl",
+            show_default=True,
+            callback=lambda context, option, value: parse_measures(value),
+            help=f"What to measure then: {', '.join(MEASURES)}. A report is written too.",
+        ),
+    ),
+    "About": (
+        _flag("--list-methods", "Show every method.", is_eager=True, expose_value=False, callback=_list_methods),
+        click.version_option(__version__, prog_name="lowbit"),
+    ),
+}
+
+
+class ByPart(click.Command):
+    """A command whose help shows its options under the part that `quantize_options` gave them."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        sections: dict[str, list[tuple[str, str]]] = {part: [] for part in PARTS}
+        for param in self.get_params(ctx):
+            record = param.get_help_record(ctx)
+            if record is not None and isinstance(param, click.Option):
+                sections[getattr(param, "part", "About")].append(record)
+        for part, records in sections.items():
+            with formatter.section(part):
+                formatter.write_dl(records)
+
+
+def quantize_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """`command` with every option of PARTS, each with its part."""
+    for part, options in reversed(PARTS.items()):
+        for option in reversed(options):
+            command = option(command)
+            command.__click_params__[-1].part = part  # type: ignore[attr-defined]
+    return command
