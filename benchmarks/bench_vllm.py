@@ -100,7 +100,7 @@ def write_model(directory: Path, kind: str, net: Network = LLAMA_2_7B) -> None:
     """A checkpoint with random codes, written by our own writer from tensors made on the network's device."""
     import torch
 
-    from lowbit.export.compressed_tensors import quantization_config, write
+    from lowbit.export.compressed_tensors import COMPRESSED_TENSORS
     from lowbit.export.tensorfile import TensorFileWriter
     from lowbit.quant.scheme import parse_scheme
 
@@ -121,7 +121,9 @@ def write_model(directory: Path, kind: str, net: Network = LLAMA_2_7B) -> None:
         for role, (n, k) in linears.items():
             name = f"model.layers.{layer}.{role}"
             deviation = net.weights * (net.branch if role in BRANCH_ENDS else 1)
-            for key, tensor in write(name, random_weight(scheme, n, k, deviation, generator)).items():
+            for key, tensor in COMPRESSED_TENSORS.write(
+                name, random_weight(scheme, n, k, deviation, generator)
+            ).items():
                 writer.add(key, tensor)
             names[name] = scheme
         for norm in ("input_layernorm", "post_attention_layernorm"):
@@ -130,7 +132,7 @@ def write_model(directory: Path, kind: str, net: Network = LLAMA_2_7B) -> None:
     writer.add("lm_head.weight", net.head * noise(net.vocabulary, net.hidden))
     writer.add("model.norm.weight", 1 + 0.1 * noise(net.hidden))
     writer.close()
-    config = config_of(net) | {"quantization_config": quantization_config(names, ["lm_head"])}
+    config = config_of(net) | {"quantization_config": COMPRESSED_TENSORS.quantization_config(names, ["lm_head"])}
     (directory / "config.json").write_text(json.dumps(config))
 
 

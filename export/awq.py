@@ -28,30 +28,6 @@ INVERSE = tuple(ORDER.index(i) for i in range(8))
 SUFFIXES = ("qweight", "qzeros", "scales")
 
 
-def reason_against(scheme: Scheme) -> str | None:
-    """Why AWQ files cannot hold a scheme, or None."""
-    if not scheme.number.is_integer or scheme.bits != BITS or scheme.inputs is not None:
-        return "AWQ files hold 4-bit weights and nothing else"
-    if scheme.symmetric:
-        return "AWQ files hold asymmetric codes: engines ignore zero_point: false; use --asym"
-    return None
-
-
-def reason_against_shape(scheme: Scheme, n: int, k: int) -> str | None:
-    """Why no such weight (n, k) can be packed, or None."""
-    return f"{n} outputs: AWQ files take multiples of 8" if n % 8 else None
-
-
-def write(name: str, weight: QTensor) -> dict[str, Tensor]:
-    """The file's tensors for the linear `name`."""
-    assert weight.zeros is not None
-    return {
-        f"{name}.qweight": _interleave(weight.codes.T),
-        f"{name}.qzeros": _interleave(weight.zeros.T),
-        f"{name}.scales": weight.scales.T.contiguous(),
-    }
-
-
 def _interleave(values: Tensor) -> Tensor:
     """Words (rows, n / 8) of `values` (rows, n) in AutoAWQ's order."""
     return pack(values.unflatten(-1, (-1, 8))[..., ORDER].flatten(-2), BITS)
@@ -62,91 +38,102 @@ def _deinterleave(words: Tensor) -> Tensor:
     return unpack(words, BITS, words.shape[1] * 8).unflatten(-1, (-1, 8))[..., INVERSE].flatten(-2)
 
 
-def read(name: str, tensor: Reader, scheme: Scheme) -> QTensor:
-    """The weight of the linear `name`. CheckpointError where its tensors contradict one another or the scheme."""
-    try:
-        words, zeros = tensor(f"{name}.qweight"), tensor(f"{name}.qzeros")
-        require_words(words, "qweight", (None, None))
-        require_words(zeros, "qzeros", (scheme.groups(words.shape[0]), words.shape[1]))
-        codes, scales = _deinterleave(words).T.contiguous(), tensor(f"{name}.scales").T.contiguous()
-        return QTensor(codes, scales, _deinterleave(zeros).T.to(torch.int32), scheme)
-    except ValueError as error:
-        raise CheckpointError(f"{name}: {error}") from error
+class Awq(Format):
+    """The format `awq`."""
+
+    name = NAME
+    method = NAME
+    package = "gptqmodel"
+    suffixes = SUFFIXES
+    marker = "qweight"
+    loading = (
+        "The files follow AutoAWQ's GEMM layout. vLLM and SGLang load the directory as it is; transformers does with "
+        "the package `gptqmodel` installed."
+    )
+    through_marlin = True
+    uniform = True
+    scale_dtype = torch.float16
+
+    def recognizes(self, config: Mapping[str, Any]) -> bool:
+        """Whether a quantization_config is of AutoAWQ's GEMM version, which is also what one without a version is."""
+        return config.get("quant_method") == NAME and str(config.get("version", "gemm")).lower() == "gemm"
+
+    def reason_against(self, scheme: Scheme) -> str | None:
+        """Why AWQ files cannot hold a scheme, or None."""
+        if not scheme.number.is_integer or scheme.bits != BITS or scheme.inputs is not None:
+            return "AWQ files hold 4-bit weights and nothing else"
+        if scheme.symmetric:
+            return "AWQ files hold asymmetric codes: engines ignore zero_point: false; use --asym"
+        return None
+
+    def reason_against_shape(self, scheme: Scheme, n: int, k: int) -> str | None:
+        """Why no such weight (n, k) can be packed, or None."""
+        return f"{n} outputs: AWQ files take multiples of 8" if n % 8 else None
+
+    def write(self, name: str, weight: QTensor) -> dict[str, Tensor]:
+        """The file's tensors for the linear `name`."""
+        assert weight.zeros is not None
+        return {
+            f"{name}.qweight": _interleave(weight.codes.T),
+            f"{name}.qzeros": _interleave(weight.zeros.T),
+            f"{name}.scales": weight.scales.T.contiguous(),
+        }
+
+    def read(self, name: str, tensor: Reader, scheme: Scheme) -> QTensor:
+        """The weight of the linear `name`. CheckpointError where its tensors contradict one another or the scheme."""
+        try:
+            words, zeros = tensor(f"{name}.qweight"), tensor(f"{name}.qzeros")
+            require_words(words, "qweight", (None, None))
+            require_words(zeros, "qzeros", (scheme.groups(words.shape[0]), words.shape[1]))
+            codes, scales = _deinterleave(words).T.contiguous(), tensor(f"{name}.scales").T.contiguous()
+            return QTensor(codes, scales, _deinterleave(zeros).T.to(torch.int32), scheme)
+        except ValueError as error:
+            raise CheckpointError(f"{name}: {error}") from error
+
+    def shape(self, name: str, shapes: Shapes, tensor: Reader, scheme: Scheme) -> tuple[int, int]:
+        """(n, k) of the linear `name`."""
+        k, words = shapes(f"{name}.qweight")
+        return words * 8, k
+
+    def quantization_config(self, schemes: Mapping[str, Scheme], unquantized: Iterable[str]) -> dict[str, Any]:
+        """The quantization_config of config.json.
+
+        schemes      the one scheme of every quantized linear, by its name in the file
+        unquantized  names of linears that keep their weight
+
+        Engines take a linear for unquantized where its name contains an entry of modules_to_not_convert.
+        CheckpointError where a quantized one's does.
+        """
+        (scheme,) = set(schemes.values())
+        left = sorted(set(unquantized))
+        for name in left:
+            caught = next((other for other in schemes if name in other), None)
+            if caught is not None:
+                raise CheckpointError(
+                    f"AWQ files cannot leave {name} alone: engines would leave {caught} alone with it"
+                )
+        return {
+            "quant_method": NAME,
+            "bits": BITS,
+            "group_size": scheme.group_size,
+            "zero_point": True,
+            "version": "gemm",
+            "modules_to_not_convert": left,
+        }
+
+    def schemes_of(self, config: Mapping[str, Any], names: Iterable[str]) -> dict[str, Scheme]:
+        """The scheme of each quantized linear. CheckpointError where the block says what is not read here.
+
+        `zero_point: false` changes nothing: GPTQModel writes it where all zeros are 8, and writes the zeros too.
+        """
+        try:
+            bits = config["w_bit"] if "w_bit" in config else config["bits"]
+            size = config["q_group_size"] if "q_group_size" in config else config["group_size"]
+            if bits != BITS:
+                raise ValueError(f"{bits} bits; AWQ files hold {BITS}")
+            return dict.fromkeys(names, make_scheme(bits, size, False))
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise CheckpointError(f"config.json: its quantization_config cannot be followed ({error!r})") from error
 
 
-def shape(name: str, shapes: Shapes, tensor: Reader, scheme: Scheme) -> tuple[int, int]:
-    """(n, k) of the linear `name`."""
-    k, words = shapes(f"{name}.qweight")
-    return words * 8, k
-
-
-def linears(names: Iterable[str]) -> list[str]:
-    """The quantized linears among a file's tensor names."""
-    return [name.removesuffix(".qweight") for name in names if name.endswith(".qweight")]
-
-
-def quantization_config(schemes: Mapping[str, Scheme], unquantized: Iterable[str]) -> dict[str, Any]:
-    """The quantization_config of config.json.
-
-    schemes      the one scheme of every quantized linear, by its name in the file
-    unquantized  names of linears that keep their weight
-
-    Engines take a linear for unquantized where its name contains an entry of modules_to_not_convert. CheckpointError
-    where a quantized one's does.
-    """
-    (scheme,) = set(schemes.values())
-    left = sorted(set(unquantized))
-    for name in left:
-        caught = next((other for other in schemes if name in other), None)
-        if caught is not None:
-            raise CheckpointError(f"AWQ files cannot leave {name} alone: engines would leave {caught} alone with it")
-    return {
-        "quant_method": NAME,
-        "bits": BITS,
-        "group_size": scheme.group_size,
-        "zero_point": True,
-        "version": "gemm",
-        "modules_to_not_convert": left,
-    }
-
-
-def recognizes(config: Mapping[str, Any]) -> bool:
-    """Whether a quantization_config is of AutoAWQ's GEMM version, which is also what one without a version is."""
-    return config.get("quant_method") == NAME and str(config.get("version", "gemm")).lower() == "gemm"
-
-
-def schemes_of(config: Mapping[str, Any], names: Iterable[str]) -> dict[str, Scheme]:
-    """The scheme of each quantized linear. CheckpointError where the block says what is not read here.
-
-    `zero_point: false` changes nothing: GPTQModel writes it where all zeros are 8, and writes the zeros too.
-    """
-    try:
-        bits = config["w_bit"] if "w_bit" in config else config["bits"]
-        size = config["q_group_size"] if "q_group_size" in config else config["group_size"]
-        if bits != BITS:
-            raise ValueError(f"{bits} bits; AWQ files hold {BITS}")
-        return dict.fromkeys(names, make_scheme(bits, size, False))
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise CheckpointError(f"config.json: its quantization_config cannot be followed ({error!r})") from error
-
-
-AWQ = Format(
-    name=NAME,
-    method=NAME,
-    package="gptqmodel",
-    recognizes=recognizes,
-    reason_against=reason_against,
-    reason_against_shape=reason_against_shape,
-    write=write,
-    read=read,
-    shape=shape,
-    linears=linears,
-    quantization_config=quantization_config,
-    schemes_of=schemes_of,
-    suffixes=SUFFIXES,
-    loading="The files follow AutoAWQ's GEMM layout. vLLM and SGLang load the directory as it is; transformers does "
-    "with the package `gptqmodel` installed.",
-    through_marlin=True,
-    uniform=True,
-    scale_dtype=torch.float16,
-)
+AWQ = Awq()

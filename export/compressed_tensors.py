@@ -38,66 +38,11 @@ PACKED, PLAIN, FLOAT, MIXED = "pack-quantized", "int-quantized", "float-quantize
 SUFFIXES = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight", "input_scale")
 
 
-def reason_against(scheme: Scheme) -> str | None:
-    """Why this layout cannot hold a scheme that our own types can write, or None."""
-    if not scheme.symmetric and scheme.bits == 8:
-        return "asymmetric 8-bit weights have no kernel in the engines that read compressed-tensors; use --sym"
-    if layout_of(scheme) == FLOAT and scheme.group_size != -1:
-        return f"engines read {scheme.number.name} weights with one scale per channel, not per group"
-    return None
-
-
-def caveat(scheme: Scheme) -> str | None:
-    """What one should know before loading it elsewhere."""
-    if scheme.symmetric:
-        return None
-    return (
-        "transformers 5.23 with compressed-tensors 0.20 does not load asymmetric weights unless told "
-        "CompressedTensorsConfig(dequantize=True); vLLM does"
-    )
-
-
-def reason_in(engine: str, scheme: Scheme) -> str | None:
-    """Why an engine loads no weights of a scheme, or None."""
-    if engine == "transformers" and not scheme.symmetric:
-        return "with compressed-tensors 0.20 it loads asymmetric weights only with dequantize=True"
-    return None
-
-
 def layout_of(scheme: Scheme) -> str:
     """The name of the layout that holds a scheme."""
     if not scheme.number.is_integer:
         return FLOAT
     return PACKED if scheme.inputs is None else PLAIN
-
-
-def write(name: str, weight: QTensor) -> dict[str, Tensor]:
-    """The file's tensors for the linear `name`."""
-    if layout_of(weight.scheme) != PACKED:
-        tensors = {f"{name}.weight": weight.codes, f"{name}.weight_scale": weight.scales}
-        if weight.input_scale is not None:
-            tensors[f"{name}.input_scale"] = weight.input_scale.reshape(1)
-        return tensors
-    bits, bias = weight.scheme.bits, weight.scheme.number.bias
-    tensors = {
-        f"{name}.weight_packed": pack(weight.codes.to(torch.int32) + bias, bits),
-        f"{name}.weight_scale": weight.scales,
-        f"{name}.weight_shape": torch.tensor(weight.shape, dtype=torch.int64),
-    }
-    if weight.zeros is not None:
-        tensors[f"{name}.weight_zero_point"] = pack((weight.zeros + bias).T, bits).T.contiguous()
-    return tensors
-
-
-def read(name: str, tensor: Reader, scheme: Scheme) -> QTensor:
-    """The weight of the linear `name`; `tensor` reads a tensor of the file by name.
-
-    Raises CheckpointError where packed words, scales and shape contradict one another or the scheme.
-    """
-    try:
-        return (_read_packed if layout_of(scheme) == PACKED else _read_plain)(name, tensor, scheme)
-    except ValueError as error:
-        raise CheckpointError(f"{name}: {error}") from error
 
 
 def _read_plain(name: str, tensor: Reader, scheme: Scheme) -> QTensor:
@@ -136,54 +81,6 @@ def _declared_shape(name: str, tensor: Reader) -> tuple[int, int]:
     return int(found[0]), int(found[1])
 
 
-def shape(name: str, shapes: Shapes, tensor: Reader, scheme: Scheme) -> tuple[int, int]:
-    """(n, k) of the linear `name`."""
-    if layout_of(scheme) == PACKED:
-        return _declared_shape(name, tensor)
-    sizes = shapes(f"{name}.weight")
-    if len(sizes) != 2:
-        raise CheckpointError(f"{name}: its shape is {sizes}, not outputs and inputs")
-    return sizes[0], sizes[1]
-
-
-def linears(names: Iterable[str]) -> list[str]:
-    """The quantized linears among a file's tensor names: each has scales."""
-    return [name.removesuffix(".weight_scale") for name in names if name.endswith(".weight_scale")]
-
-
-def quantization_config(schemes: Mapping[str, Scheme], unquantized: Iterable[str]) -> dict[str, Any]:
-    """The quantization_config of config.json.
-
-    schemes      scheme of every quantized linear, by its name in the file
-    unquantized  names of the linears that keep their weight: each is listed under `ignore`
-
-    One scheme targets the class `Linear`; several target their linears by patterns, or by name where no pattern fits.
-    """
-    by_scheme: dict[Scheme, list[str]] = {}
-    for name, scheme in schemes.items():
-        by_scheme.setdefault(scheme, []).append(name)
-    groups = {}
-    for i, (scheme, names) in enumerate(by_scheme.items()):
-        targets = ["Linear"] if len(by_scheme) == 1 else _targets(names, schemes)
-        groups[f"group_{i}"] = {
-            "targets": targets,
-            "weights": _weight_args(scheme),
-            "input_activations": None if scheme.inputs is None else _input_args(scheme.inputs),
-            "output_activations": None,
-            "format": layout_of(scheme),
-        }
-    layouts = {layout_of(scheme) for scheme in by_scheme}
-    return {
-        "quant_method": NAME,
-        "format": layouts.pop() if len(layouts) == 1 else MIXED,
-        "quantization_status": "compressed",
-        "global_compression_ratio": None,
-        "kv_cache_scheme": None,
-        "ignore": sorted(unquantized),
-        "config_groups": groups,
-    }
-
-
 def _weight_args(scheme: Scheme) -> dict[str, Any]:
     grouped = scheme.group_size > 0
     args = _number_args(scheme.number) | {"strategy": "group" if grouped else "channel", "dynamic": False}
@@ -216,25 +113,6 @@ def _targets(names: list[str], schemes: Mapping[str, Scheme]) -> list[str]:
 def _role(name: str) -> str:
     """`self_attn.q_proj` of `model.layers.3.self_attn.q_proj`: what follows the last number."""
     return re.split(r"\.\d+\.", name)[-1]
-
-
-def schemes_of(config: Mapping[str, Any], names: Iterable[str]) -> dict[str, Scheme]:
-    """The scheme that a quantization_config gives each quantized linear of `names`.
-
-    Raises CheckpointError where no group targets one of them, or where a group makes no sense or asks for what is not
-    read here.
-    """
-    try:
-        targets = _Targets(
-            (target, _group_scheme(group, config))
-            for group in config["config_groups"].values()
-            for target in group["targets"]
-        )
-        return {name: targets.scheme_of(name) for name in names}
-    except CheckpointError:
-        raise
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise CheckpointError(f"config.json: its quantization_config cannot be followed ({error!r})") from error
 
 
 def _group_scheme(group: Mapping[str, Any], config: Mapping[str, Any]) -> Scheme:
@@ -300,26 +178,127 @@ class _Targets:
         return found[1]
 
 
-def recognizes(config: Mapping[str, Any]) -> bool:
-    """Whether a quantization_config is of this dialect."""
-    return config.get("quant_method") == NAME
+class CompressedTensors(Format):
+    """The format `compressed-tensors`."""
+
+    name = NAME
+    method = NAME
+    package = "compressed-tensors"
+    suffixes = SUFFIXES
+    marker = "weight_scale"
+    loading = (
+        "The files follow the compressed-tensors layout. vLLM and SGLang load the directory as it is; transformers "
+        "does with the package `compressed-tensors` installed."
+    )
+
+    def reason_against(self, scheme: Scheme) -> str | None:
+        """Why this layout cannot hold a scheme that our own types can write, or None."""
+        if not scheme.symmetric and scheme.bits == 8:
+            return "asymmetric 8-bit weights have no kernel in the engines that read compressed-tensors; use --sym"
+        if layout_of(scheme) == FLOAT and scheme.group_size != -1:
+            return f"engines read {scheme.number.name} weights with one scale per channel, not per group"
+        return None
+
+    def caveat(self, scheme: Scheme) -> str | None:
+        """What one should know before loading it elsewhere."""
+        if scheme.symmetric:
+            return None
+        return (
+            "transformers 5.23 with compressed-tensors 0.20 does not load asymmetric weights unless told "
+            "CompressedTensorsConfig(dequantize=True); vLLM does"
+        )
+
+    def reason_in(self, engine: str, scheme: Scheme) -> str | None:
+        """Why an engine loads no weights of a scheme, or None."""
+        if engine == "transformers" and not scheme.symmetric:
+            return "with compressed-tensors 0.20 it loads asymmetric weights only with dequantize=True"
+        return None
+
+    def write(self, name: str, weight: QTensor) -> dict[str, Tensor]:
+        """The file's tensors for the linear `name`."""
+        if layout_of(weight.scheme) != PACKED:
+            tensors = {f"{name}.weight": weight.codes, f"{name}.weight_scale": weight.scales}
+            if weight.input_scale is not None:
+                tensors[f"{name}.input_scale"] = weight.input_scale.reshape(1)
+            return tensors
+        bits, bias = weight.scheme.bits, weight.scheme.number.bias
+        tensors = {
+            f"{name}.weight_packed": pack(weight.codes.to(torch.int32) + bias, bits),
+            f"{name}.weight_scale": weight.scales,
+            f"{name}.weight_shape": torch.tensor(weight.shape, dtype=torch.int64),
+        }
+        if weight.zeros is not None:
+            tensors[f"{name}.weight_zero_point"] = pack((weight.zeros + bias).T, bits).T.contiguous()
+        return tensors
+
+    def read(self, name: str, tensor: Reader, scheme: Scheme) -> QTensor:
+        """The weight of the linear `name`; `tensor` reads a tensor of the file by name.
+
+        Raises CheckpointError where packed words, scales and shape contradict one another or the scheme.
+        """
+        try:
+            return (_read_packed if layout_of(scheme) == PACKED else _read_plain)(name, tensor, scheme)
+        except ValueError as error:
+            raise CheckpointError(f"{name}: {error}") from error
+
+    def shape(self, name: str, shapes: Shapes, tensor: Reader, scheme: Scheme) -> tuple[int, int]:
+        """(n, k) of the linear `name`."""
+        if layout_of(scheme) == PACKED:
+            return _declared_shape(name, tensor)
+        sizes = shapes(f"{name}.weight")
+        if len(sizes) != 2:
+            raise CheckpointError(f"{name}: its shape is {sizes}, not outputs and inputs")
+        return sizes[0], sizes[1]
+
+    def quantization_config(self, schemes: Mapping[str, Scheme], unquantized: Iterable[str]) -> dict[str, Any]:
+        """The quantization_config of config.json.
+
+        schemes      scheme of every quantized linear, by its name in the file
+        unquantized  names of the linears that keep their weight: each is listed under `ignore`
+
+        One scheme targets the class `Linear`; several target their linears by patterns, or by name where none fits.
+        """
+        by_scheme: dict[Scheme, list[str]] = {}
+        for name, scheme in schemes.items():
+            by_scheme.setdefault(scheme, []).append(name)
+        groups = {}
+        for i, (scheme, names) in enumerate(by_scheme.items()):
+            targets = ["Linear"] if len(by_scheme) == 1 else _targets(names, schemes)
+            groups[f"group_{i}"] = {
+                "targets": targets,
+                "weights": _weight_args(scheme),
+                "input_activations": None if scheme.inputs is None else _input_args(scheme.inputs),
+                "output_activations": None,
+                "format": layout_of(scheme),
+            }
+        layouts = {layout_of(scheme) for scheme in by_scheme}
+        return {
+            "quant_method": NAME,
+            "format": layouts.pop() if len(layouts) == 1 else MIXED,
+            "quantization_status": "compressed",
+            "global_compression_ratio": None,
+            "kv_cache_scheme": None,
+            "ignore": sorted(unquantized),
+            "config_groups": groups,
+        }
+
+    def schemes_of(self, config: Mapping[str, Any], names: Iterable[str]) -> dict[str, Scheme]:
+        """The scheme that a quantization_config gives each quantized linear of `names`.
+
+        Raises CheckpointError where no group targets one of them, or where a group makes no sense or asks for what is
+        not read here.
+        """
+        try:
+            targets = _Targets(
+                (target, _group_scheme(group, config))
+                for group in config["config_groups"].values()
+                for target in group["targets"]
+            )
+            return {name: targets.scheme_of(name) for name in names}
+        except CheckpointError:
+            raise
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise CheckpointError(f"config.json: its quantization_config cannot be followed ({error!r})") from error
 
 
-COMPRESSED_TENSORS = Format(
-    name=NAME,
-    method=NAME,
-    package="compressed-tensors",
-    recognizes=recognizes,
-    reason_against=reason_against,
-    write=write,
-    read=read,
-    shape=shape,
-    linears=linears,
-    quantization_config=quantization_config,
-    schemes_of=schemes_of,
-    suffixes=SUFFIXES,
-    caveat=caveat,
-    reason_in=reason_in,
-    loading="The files follow the compressed-tensors layout. vLLM and SGLang load the directory as it is; transformers "
-    "does with the package `compressed-tensors` installed.",
-)
+COMPRESSED_TENSORS = CompressedTensors()

@@ -1,7 +1,7 @@
-"""What a format of quantized checkpoint is: a value, one for each dialect's file."""
+"""What a format of quantized checkpoint is: a class, and one file for each dialect."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,28 +14,15 @@ Reader = Callable[[str], Tensor]
 Shapes = Callable[[str], tuple[int, ...]]
 
 
-@dataclass(frozen=True)
-class Format:
-    """A dialect of quantized checkpoint.
+class Format(ABC):
+    """A dialect of quantized checkpoint. One file is one subclass; the defaults suit dialects without limits.
 
     method               the quant_method by which config.json and other libraries know it
     package              the package that transformers reads it with
-    recognizes           whether a quantization_config is of this dialect
-    reason_against       why it cannot hold a scheme, or None
-    reason_against_shape  why it cannot hold a scheme's weight of (n, k), or None
-    risk_of              why freshly rounded weights of a scheme may turn out not to fit, or None
-    caveat               what one should know before loading a scheme's weights elsewhere, or None
-    write                linear name and weight -> the file's tensors; the scales must have `scale_dtype`
-    read                 linear name, tensor reader, scheme -> weight; CheckpointError where the tensors contradict
-                         one another
-    shape                (n, k) of a linear, from its name, its tensors' shapes by name, a tensor reader and its scheme
-    linears              tensor names -> names of the quantized linears
-    quantization_config  schemes and unquantized linears -> the block in config.json
-    schemes_of           that block and linear names -> scheme of each
-    suffixes             what the tensors of a linear are called
-    reason_in            why an engine, by name, loads no weights of a scheme from it, or None
-    through_marlin       vLLM loads it on GPUs by its Marlin configuration alone: Marlin's limits hold for every kernel
+    suffixes             names of a linear's tensors
+    marker               the suffix that every quantized linear has
     loading              a sentence for the model card: what loads it
+    through_marlin       vLLM loads it on GPUs by its Marlin configuration alone: Marlin's limits hold for every kernel
     uniform              one scheme serves all linears
     scale_dtype          the one type that scales have, or None where they have the model's
     sidecar              a file beside config.json that repeats the block
@@ -44,24 +31,62 @@ class Format:
     name: str
     method: str
     package: str
-    recognizes: Callable[[Mapping[str, Any]], bool]
-    reason_against: Callable[[Scheme], str | None]
-    write: Callable[[str, QTensor], dict[str, Tensor]]
-    read: Callable[[str, Reader, Scheme], QTensor]
-    shape: Callable[[str, Shapes, Reader, Scheme], tuple[int, int]]
-    linears: Callable[[Iterable[str]], list[str]]
-    quantization_config: Callable[[Mapping[str, Scheme], Iterable[str]], dict[str, Any]]
-    schemes_of: Callable[[Mapping[str, Any], Iterable[str]], dict[str, Scheme]]
     suffixes: tuple[str, ...]
+    marker: str
     loading: str
-    reason_against_shape: Callable[[Scheme, int, int], str | None] = lambda scheme, n, k: None
-    risk_of: Callable[[Scheme], str | None] = lambda scheme: None
-    caveat: Callable[[Scheme], str | None] = lambda scheme: None
-    reason_in: Callable[[str, Scheme], str | None] = lambda engine, scheme: None
     through_marlin: bool = False
     uniform: bool = False
     scale_dtype: torch.dtype | None = None
     sidecar: str | None = None
+
+    @abstractmethod
+    def reason_against(self, scheme: Scheme) -> str | None:
+        """Why it cannot hold a scheme, or None."""
+
+    @abstractmethod
+    def write(self, name: str, weight: QTensor) -> dict[str, Tensor]:
+        """The file's tensors for the linear `name`; the scales must have `scale_dtype`."""
+
+    @abstractmethod
+    def read(self, name: str, tensor: Reader, scheme: Scheme) -> QTensor:
+        """The weight of the linear `name`. CheckpointError where its tensors contradict one another."""
+
+    @abstractmethod
+    def shape(self, name: str, shapes: Shapes, tensor: Reader, scheme: Scheme) -> tuple[int, int]:
+        """(n, k) of the linear `name`, from its tensors' shapes by name, a tensor reader and its scheme."""
+
+    @abstractmethod
+    def quantization_config(self, schemes: Mapping[str, Scheme], unquantized: Iterable[str]) -> dict[str, Any]:
+        """The block in config.json for schemes and unquantized linears."""
+
+    @abstractmethod
+    def schemes_of(self, config: Mapping[str, Any], names: Iterable[str]) -> dict[str, Scheme]:
+        """The scheme that the block gives each of the linears."""
+
+    def recognizes(self, config: Mapping[str, Any]) -> bool:
+        """Whether a quantization_config is of this dialect."""
+        return config.get("quant_method") == self.method
+
+    def linears(self, names: Iterable[str]) -> list[str]:
+        """The quantized linears among a file's tensor names."""
+        suffix = f".{self.marker}"
+        return [name.removesuffix(suffix) for name in names if name.endswith(suffix)]
+
+    def reason_against_shape(self, scheme: Scheme, n: int, k: int) -> str | None:
+        """Why it cannot hold a scheme's weight of (n, k), or None."""
+        return None
+
+    def risk_of(self, scheme: Scheme) -> str | None:
+        """Why freshly rounded weights of a scheme may turn out not to fit, or None."""
+        return None
+
+    def caveat(self, scheme: Scheme) -> str | None:
+        """A warning for loading a scheme's weights elsewhere, or None."""
+        return None
+
+    def reason_in(self, engine: str, scheme: Scheme) -> str | None:
+        """Why an engine, by name, loads no weights of a scheme from it, or None."""
+        return None
 
 
 def require_words(words: Tensor, what: str, shape: tuple[int | None, int | None]) -> None:

@@ -13,7 +13,6 @@ All four stand in every file. A symmetric weight's codes are shifted by 2^(b-1),
 
 import re
 from collections.abc import Iterable, Mapping
-from functools import partial
 from typing import Any
 
 import torch
@@ -32,67 +31,6 @@ V1, V2 = "gptq", "gptq_v2"
 STORED_LESS = {V1: 1, V2: 0}  # what a stored zero falls short of the zero
 SYMMETRIC_ONLY = "vLLM takes GPTQ files only where they are symmetric"
 SUFFIXES = ("qweight", "qzeros", "scales", "g_idx")
-
-
-def reason_against(scheme: Scheme) -> str | None:
-    """Why GPTQ files cannot hold a scheme, or None."""
-    if not scheme.number.is_integer or scheme.inputs is not None:
-        return "GPTQ files hold integers and nothing else: no floats, no quantized activations"
-    return None
-
-
-def risk_of(version: str, scheme: Scheme) -> str | None:
-    """Why rounded weights may turn out not to fit: a zero of 0 is what a group without negative weights gets."""
-    if version == V1 and not scheme.symmetric:
-        return "version 1 cannot store a zero of 0, which rounding may choose; use --format gptq_v2, or --sym"
-    return None
-
-
-def caveat(scheme: Scheme) -> str | None:
-    """What one should know before loading it elsewhere."""
-    return None if scheme.symmetric else f"{SYMMETRIC_ONLY}; GPTQModel takes these"
-
-
-def reason_in(engine: str, scheme: Scheme) -> str | None:
-    """Why an engine loads no weights of a scheme, or None."""
-    return SYMMETRIC_ONLY if engine == "vLLM" and not scheme.symmetric else None
-
-
-def reason_against_shape(scheme: Scheme, n: int, k: int) -> str | None:
-    """Why no such weight (n, k) can be packed, or None."""
-    per_word = 32 // scheme.bits
-    if k % 32 or n % per_word:
-        return f"{n} outputs and {k} inputs: GPTQ files take multiples of {per_word} and of 32"
-    return None
-
-
-def write(version: str, name: str, weight: QTensor) -> dict[str, Tensor]:
-    """The file's tensors for the linear `name`. CheckpointError for a zero of 0 in version 1."""
-    scheme, k = weight.scheme, weight.shape[1]
-    bits, bias = scheme.bits, scheme.number.bias
-    zeros = torch.full_like(weight.scales, bias, dtype=torch.int32) if weight.zeros is None else weight.zeros
-    stored = zeros - STORED_LESS[version]
-    if bool((stored < 0).any()):
-        count = int((stored < 0).sum())
-        raise CheckpointError(
-            f"{name}: {count} of {stored.numel()} zeros are 0, which version 1 of GPTQ cannot store: it holds "
-            "zero - 1, and -1 would borrow from the next one; use --format gptq_v2"
-        )
-    group_size = k if scheme.group_size == -1 else scheme.group_size
-    return {
-        f"{name}.qweight": pack(weight.codes.to(torch.int32) + bias, bits).T.contiguous(),
-        f"{name}.qzeros": pack(stored.T, bits),
-        f"{name}.scales": weight.scales.T.contiguous(),
-        f"{name}.g_idx": torch.arange(k, dtype=torch.int32) // group_size,
-    }
-
-
-def read(version: str, name: str, tensor: Reader, scheme: Scheme) -> QTensor:
-    """The weight of the linear `name`. CheckpointError where its tensors contradict one another or the scheme."""
-    try:
-        return _read(version, name, tensor, scheme)
-    except ValueError as error:
-        raise CheckpointError(f"{name}: {error}") from error
 
 
 def _read(version: str, name: str, tensor: Reader, scheme: Scheme) -> QTensor:
@@ -135,63 +73,6 @@ def _require_middle(version: str, zeros: Tensor, bias: int) -> None:
     raise ValueError(f"symmetric by config.json, but its zeros run from {low} to {high} instead of being {bias}")
 
 
-def shape(name: str, shapes: Shapes, tensor: Reader, scheme: Scheme) -> tuple[int, int]:
-    """(n, k) of the linear `name`."""
-    rows, n = shapes(f"{name}.qweight")
-    return n, rows * (32 // scheme.bits)
-
-
-def linears(names: Iterable[str]) -> list[str]:
-    """The quantized linears among a file's tensor names."""
-    return [name.removesuffix(".qweight") for name in names if name.endswith(".qweight")]
-
-
-def quantization_config(version: str, schemes: Mapping[str, Scheme], unquantized: Iterable[str]) -> dict[str, Any]:
-    """The quantization_config of config.json, and the whole of quantize_config.json.
-
-    schemes      the one scheme of every quantized linear, by its name in the file
-    unquantized  names of linears that keep their weight
-
-    Linears left alone inside a list of blocks, the decoder's or a tower's, are declared twice, and what is left beside
-    them with them: transformers and vLLM read the list of those that are quantized, GPTQModel the negative patterns.
-    """
-    (scheme,) = set(schemes.values())
-    config: dict[str, Any] = {
-        "quant_method": METHOD,
-        "bits": scheme.bits,
-        "group_size": scheme.group_size,
-        "desc_act": False,
-        "sym": scheme.symmetric,
-        "lm_head": False,
-        "checkpoint_format": version,
-        "pack_dtype": "int32",
-        "meta": {"quantizer": [f"lowbit:{__version__}"]},
-    }
-    left = sorted(unquantized)
-    if any(re.search(r"\.\d+\.", name) for name in left):
-        config["modules_in_block_to_quantize"] = [sorted(schemes)]
-        config["dynamic"] = {rf"-:^{re.escape(name)}$": {} for name in left}
-    return config
-
-
-def recognizes(version: str, config: Mapping[str, Any]) -> bool:
-    """Whether a quantization_config is of this version; a file that names none is of the first."""
-    return config.get("quant_method") == METHOD and config.get("checkpoint_format", V1) == version
-
-
-def schemes_of(config: Mapping[str, Any], names: Iterable[str]) -> dict[str, Scheme]:
-    """The scheme of each quantized linear, the `dynamic` overrides of GPTQModel heeded.
-
-    Raises CheckpointError where the block lacks a number, or asks for what is not read here.
-    """
-    try:
-        _scheme_from(config)
-        dynamic, patterns = config.get("dynamic") or {}, Patterns()
-        return {name: _scheme_from(dict(config) | _overrides(dynamic, patterns, name)) for name in names}
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise CheckpointError(f"config.json: its quantization_config cannot be followed ({error!r})") from error
-
-
 def _scheme_from(config: Mapping[str, Any]) -> Scheme:
     if config.get("pack_dtype", "int32") != "int32":
         raise ValueError(f"words of {config['pack_dtype']}; int32 is read")
@@ -206,31 +87,127 @@ def _overrides(dynamic: Mapping[str, Any], patterns: Patterns, name: str) -> dic
     return {}
 
 
-def _version(version: str) -> Format:
-    return Format(
-        name=version,
-        method=METHOD,
-        package="gptqmodel",
-        recognizes=partial(recognizes, version),
-        reason_against=reason_against,
-        reason_against_shape=reason_against_shape,
-        risk_of=partial(risk_of, version),
-        caveat=caveat,
-        reason_in=reason_in,
-        through_marlin=True,
-        write=partial(write, version),
-        read=partial(read, version),
-        shape=shape,
-        linears=linears,
-        quantization_config=partial(quantization_config, version),
-        schemes_of=schemes_of,
-        suffixes=SUFFIXES,
-        loading=f"The files follow the GPTQ layout, checkpoint_format `{version}`. GPTQModel loads the directory, vLLM "
-        "where the scheme is symmetric, transformers with the packages `gptqmodel` and `optimum` installed.",
-        uniform=True,
-        scale_dtype=torch.float16,
-        sidecar="quantize_config.json",
-    )
+class Gptq(Format):
+    """The formats `gptq` and `gptq_v2`, which are named as checkpoint_format has them."""
+
+    method = METHOD
+    package = "gptqmodel"
+    suffixes = SUFFIXES
+    marker = "qweight"
+    through_marlin = True
+    uniform = True
+    scale_dtype = torch.float16
+    sidecar = "quantize_config.json"
+
+    def __init__(self, version: str) -> None:
+        self.name = version
+        self.loading = (
+            f"The files follow the GPTQ layout, checkpoint_format `{version}`. GPTQModel loads the directory, vLLM "
+            "where the scheme is symmetric, transformers with the packages `gptqmodel` and `optimum` installed."
+        )
+
+    def recognizes(self, config: Mapping[str, Any]) -> bool:
+        """Whether a quantization_config is of this version; a file that names none is of the first."""
+        return config.get("quant_method") == METHOD and config.get("checkpoint_format", V1) == self.name
+
+    def reason_against(self, scheme: Scheme) -> str | None:
+        """Why GPTQ files cannot hold a scheme, or None."""
+        if not scheme.number.is_integer or scheme.inputs is not None:
+            return "GPTQ files hold integers and nothing else: no floats, no quantized activations"
+        return None
+
+    def reason_against_shape(self, scheme: Scheme, n: int, k: int) -> str | None:
+        """Why no such weight (n, k) can be packed, or None."""
+        per_word = 32 // scheme.bits
+        if k % 32 or n % per_word:
+            return f"{n} outputs and {k} inputs: GPTQ files take multiples of {per_word} and of 32"
+        return None
+
+    def risk_of(self, scheme: Scheme) -> str | None:
+        """Why rounded weights may turn out not to fit: a zero of 0 is what a group without negative weights gets."""
+        if self.name == V1 and not scheme.symmetric:
+            return "version 1 cannot store a zero of 0, which rounding may choose; use --format gptq_v2, or --sym"
+        return None
+
+    def caveat(self, scheme: Scheme) -> str | None:
+        """What one should know before loading it elsewhere."""
+        return None if scheme.symmetric else f"{SYMMETRIC_ONLY}; GPTQModel takes these"
+
+    def reason_in(self, engine: str, scheme: Scheme) -> str | None:
+        """Why an engine loads no weights of a scheme, or None."""
+        return SYMMETRIC_ONLY if engine == "vLLM" and not scheme.symmetric else None
+
+    def write(self, name: str, weight: QTensor) -> dict[str, Tensor]:
+        """The file's tensors for the linear `name`. CheckpointError for a zero of 0 in version 1."""
+        scheme, k = weight.scheme, weight.shape[1]
+        bits, bias = scheme.bits, scheme.number.bias
+        zeros = torch.full_like(weight.scales, bias, dtype=torch.int32) if weight.zeros is None else weight.zeros
+        stored = zeros - STORED_LESS[self.name]
+        if bool((stored < 0).any()):
+            count = int((stored < 0).sum())
+            raise CheckpointError(
+                f"{name}: {count} of {stored.numel()} zeros are 0, which version 1 of GPTQ cannot store: it holds "
+                "zero - 1, and -1 would borrow from the next one; use --format gptq_v2"
+            )
+        group_size = k if scheme.group_size == -1 else scheme.group_size
+        return {
+            f"{name}.qweight": pack(weight.codes.to(torch.int32) + bias, bits).T.contiguous(),
+            f"{name}.qzeros": pack(stored.T, bits),
+            f"{name}.scales": weight.scales.T.contiguous(),
+            f"{name}.g_idx": torch.arange(k, dtype=torch.int32) // group_size,
+        }
+
+    def read(self, name: str, tensor: Reader, scheme: Scheme) -> QTensor:
+        """The weight of the linear `name`. CheckpointError where its tensors contradict one another or the scheme."""
+        try:
+            return _read(self.name, name, tensor, scheme)
+        except ValueError as error:
+            raise CheckpointError(f"{name}: {error}") from error
+
+    def shape(self, name: str, shapes: Shapes, tensor: Reader, scheme: Scheme) -> tuple[int, int]:
+        """(n, k) of the linear `name`."""
+        rows, n = shapes(f"{name}.qweight")
+        return n, rows * (32 // scheme.bits)
+
+    def quantization_config(self, schemes: Mapping[str, Scheme], unquantized: Iterable[str]) -> dict[str, Any]:
+        """The quantization_config of config.json, and the whole of quantize_config.json.
+
+        schemes      the one scheme of every quantized linear, by its name in the file
+        unquantized  names of linears that keep their weight
+
+        Linears left alone inside a list of blocks, the decoder's or a tower's, are declared twice, and what is left
+        beside them with them: transformers and vLLM read the list of those that are quantized, GPTQModel the negative
+        patterns.
+        """
+        (scheme,) = set(schemes.values())
+        config: dict[str, Any] = {
+            "quant_method": METHOD,
+            "bits": scheme.bits,
+            "group_size": scheme.group_size,
+            "desc_act": False,
+            "sym": scheme.symmetric,
+            "lm_head": False,
+            "checkpoint_format": self.name,
+            "pack_dtype": "int32",
+            "meta": {"quantizer": [f"lowbit:{__version__}"]},
+        }
+        left = sorted(unquantized)
+        if any(re.search(r"\.\d+\.", name) for name in left):
+            config["modules_in_block_to_quantize"] = [sorted(schemes)]
+            config["dynamic"] = {rf"-:^{re.escape(name)}$": {} for name in left}
+        return config
+
+    def schemes_of(self, config: Mapping[str, Any], names: Iterable[str]) -> dict[str, Scheme]:
+        """The scheme of each quantized linear, the `dynamic` overrides of GPTQModel heeded.
+
+        Raises CheckpointError where the block lacks a number, or asks for what is not read here.
+        """
+        try:
+            _scheme_from(config)
+            dynamic, patterns = config.get("dynamic") or {}, Patterns()
+            return {name: _scheme_from(dict(config) | _overrides(dynamic, patterns, name)) for name in names}
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise CheckpointError(f"config.json: its quantization_config cannot be followed ({error!r})") from error
 
 
-GPTQ, GPTQ_V2 = _version(V1), _version(V2)
+GPTQ, GPTQ_V2 = Gptq(V1), Gptq(V2)

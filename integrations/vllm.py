@@ -34,7 +34,7 @@ from vllm.model_executor.parameter import (
     PerTensorScaleParameter,
 )
 
-from lowbit.export import compressed_tensors
+from lowbit.export.compressed_tensors import COMPRESSED_TENSORS
 from lowbit.quant.kernels import w8a8
 from lowbit.quant.kernels.packed import TILE_ROWS, prepack, reason_against_packing
 from lowbit.quant.kernels.weight import Int8, Linear, Packed, RoundedInputs
@@ -67,7 +67,7 @@ class LowbitConfig(CompressedTensorsConfig):
         cls, hf_quant_cfg: dict[str, Any], user_quant: str | None, hf_config: Any = None
     ) -> str | None:
         """`lowbit` where the user asked for it and the checkpoint is of compressed-tensors; else None."""
-        ours = user_quant == NAME and hf_quant_cfg.get("quant_method") == compressed_tensors.NAME
+        ours = user_quant == NAME and hf_quant_cfg.get("quant_method") == COMPRESSED_TENSORS.method
         return NAME if ours else None
 
     def get_quant_method(self, layer: Any, prefix: str) -> Any:
@@ -159,7 +159,7 @@ class LowbitScheme(CompressedTensorsScheme):
     def process_weights_after_loading(self, layer: Any) -> None:
         """Put the weight into our kernels' order. CheckpointError where what was loaded is no weight."""
         loaded = self.whole({name: getattr(layer, name).data for name in layer.lowbit_loaded}, layer.lowbit_part)
-        weight = compressed_tensors.read("", lambda name: loaded[name.removeprefix(".")], self.scheme)
+        weight = COMPRESSED_TENSORS.read("", lambda name: loaded[name.removeprefix(".")], self.scheme)
         tensors = self.packed(weight, layer.lowbit_part)
         for name in layer.lowbit_loaded:
             delattr(layer, name)

@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from lowbit.errors import CheckpointError
-from lowbit.export import awq
 from lowbit.export.awq import AWQ
 from lowbit.quant.qtensor import QTensor, round_to_nearest
 from lowbit.quant.scheme import Scheme, make_scheme
@@ -111,8 +110,8 @@ def test_a_name_that_would_take_another_with_it():
 
 
 def test_names_that_autoawq_once_used():
-    assert awq.schemes_of({"w_bit": 4, "q_group_size": 128, "zero_point": True}, ["a"]) == {"a": SCHEMES[1]}
-    assert awq.schemes_of({"bits": 4, "group_size": 128, "zero_point": False}, ["a"]) == {"a": SCHEMES[1]}
+    assert AWQ.schemes_of({"w_bit": 4, "q_group_size": 128, "zero_point": True}, ["a"]) == {"a": SCHEMES[1]}
+    assert AWQ.schemes_of({"bits": 4, "group_size": 128, "zero_point": False}, ["a"]) == {"a": SCHEMES[1]}
     assert AWQ.recognizes({"quant_method": "awq", "version": "GEMM"})
     assert not AWQ.recognizes({"quant_method": "awq", "version": "gemv"})
 
@@ -129,4 +128,4 @@ def test_names_that_autoawq_once_used():
 )
 def test_a_configuration_that_makes_no_sense_is_refused(config):
     with pytest.raises(CheckpointError):
-        awq.schemes_of(config, ["a"])
+        AWQ.schemes_of(config, ["a"])

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lowbit.errors import CheckpointError
-from lowbit.export import compressed_tensors as dialect
+from lowbit.export.compressed_tensors import COMPRESSED_TENSORS as DIALECT
 from lowbit.export.formats import FORMATS
 from lowbit.quant.qtensor import QTensor, round_to_nearest
 from lowbit.quant.scheme import Scheme, make_scheme, parse_scheme
@@ -30,7 +30,7 @@ def quantized(scheme: Scheme, n: int = 16, dtype: torch.dtype = torch.float32) -
 
 
 def test_the_table_has_it():
-    assert FORMATS["compressed-tensors"].write is dialect.write
+    assert FORMATS["compressed-tensors"] is DIALECT
 
 
 def test_a_symmetric_linear_to_the_letter():
@@ -38,7 +38,7 @@ def test_a_symmetric_linear_to_the_letter():
     codes[0, :8] = torch.tensor([-8, -7, -6, -5, -4, -3, -2, -1])
     codes[1, :8] = torch.tensor([7, 6, 5, 4, 3, 2, 1, 0])
     scales = torch.tensor([[0.5], [0.25]], dtype=torch.bfloat16)
-    tensors = dialect.write("a.b", QTensor(codes, scales, None, make_scheme(4, 32, True)))
+    tensors = DIALECT.write("a.b", QTensor(codes, scales, None, make_scheme(4, 32, True)))
     assert list(tensors) == ["a.b.weight_packed", "a.b.weight_scale", "a.b.weight_shape"]
     zeros = 0x88888888 - (1 << 32)  # a code 0 is 8 in the word
     packed = tensors["a.b.weight_packed"]
@@ -55,7 +55,7 @@ def test_an_asymmetric_linear_to_the_letter():
     codes = torch.arange(9 * 64).reshape(9, 64).remainder(16).to(torch.uint8)
     zeros = torch.stack([torch.arange(9), 15 - torch.arange(9)], dim=1).to(torch.int32)
     scales = torch.full((9, 2), 0.5, dtype=torch.float16)
-    tensors = dialect.write("p", QTensor(codes, scales, zeros, make_scheme(4, 32, False)))
+    tensors = DIALECT.write("p", QTensor(codes, scales, zeros, make_scheme(4, 32, False)))
     assert set(tensors) == {f"p.weight_{suffix}" for suffix in ("packed", "scale", "shape", "zero_point")}
     words = [0x76543210, 0xFEDCBA98 - (1 << 32)] * 4
     assert tensors["p.weight_packed"].tolist() == [words] * 9
@@ -67,7 +67,7 @@ def test_an_asymmetric_linear_to_the_letter():
 def test_an_int8_linear_to_the_letter():
     codes = torch.zeros(1, 32, dtype=torch.int8)
     codes[0, :4] = torch.tensor([-128, -1, 0, 127])
-    tensors = dialect.write("p", QTensor(codes, torch.ones(1, 1), None, make_scheme(8, -1, True)))
+    tensors = DIALECT.write("p", QTensor(codes, torch.ones(1, 1), None, make_scheme(8, -1, True)))
     assert tensors["p.weight_packed"][0, 0] == 0xFF807F00 - (1 << 32)
     assert tensors["p.weight_packed"][0, 1] == 0x80808080 - (1 << 32)
 
@@ -75,7 +75,7 @@ def test_an_int8_linear_to_the_letter():
 def test_int8_activations_to_the_letter():
     codes = torch.tensor([[-128, 127], [3, -4]], dtype=torch.int8)
     scales = torch.tensor([[0.5], [0.25]], dtype=torch.bfloat16)
-    tensors = dialect.write("a.b", QTensor(codes, scales, None, STATIC, torch.tensor(0.125)))
+    tensors = DIALECT.write("a.b", QTensor(codes, scales, None, STATIC, torch.tensor(0.125)))
     assert list(tensors) == ["a.b.weight", "a.b.weight_scale", "a.b.input_scale"]
     assert tensors["a.b.weight"].dtype == torch.int8
     assert tensors["a.b.weight"].tolist() == [[-128, 127], [3, -4]]
@@ -83,18 +83,21 @@ def test_int8_activations_to_the_letter():
     assert tensors["a.b.weight_scale"].tolist() == [[0.5], [0.25]]
     assert tensors["a.b.input_scale"].dtype == torch.float32
     assert tensors["a.b.input_scale"].tolist() == [0.125]
-    assert list(dialect.write("a.b", QTensor(codes, scales, None, DYNAMIC))) == ["a.b.weight", "a.b.weight_scale"]
+    assert list(DIALECT.write("a.b", QTensor(codes, scales, None, DYNAMIC))) == [
+        "a.b.weight",
+        "a.b.weight_scale",
+    ]
 
 
 def test_fp8_to_the_letter():
     codes = torch.tensor([[448.0, -0.5], [2**-9, 0.0]]).to(torch.float8_e4m3fn)
     scales = torch.tensor([[0.5], [0.25]], dtype=torch.bfloat16)
-    tensors = dialect.write("a.b", QTensor(codes, scales, None, FLOATS[1]))
+    tensors = DIALECT.write("a.b", QTensor(codes, scales, None, FLOATS[1]))
     assert list(tensors) == ["a.b.weight", "a.b.weight_scale"]
     assert tensors["a.b.weight"].dtype == torch.float8_e4m3fn
     assert tensors["a.b.weight"].view(torch.uint8).tolist() == [[0x7E, 0xB0], [0x01, 0x00]]
     assert tensors["a.b.weight_scale"].tolist() == [[0.5], [0.25]]
-    config = dialect.quantization_config({"a.b": FLOATS[1]}, ["lm_head"])
+    config = DIALECT.quantization_config({"a.b": FLOATS[1]}, ["lm_head"])
     group = config["config_groups"]["group_0"]
     common = {"num_bits": 8, "type": "float", "symmetric": True}
     assert config["format"] == group["format"] == "float-quantized"
@@ -104,16 +107,16 @@ def test_fp8_to_the_letter():
 
 def test_floats_in_groups_are_refused():
     scheme = FLOATS[0].with_group_size(128)
-    assert "one scale per channel, not per group" in dialect.reason_against(scheme)
+    assert "one scale per channel, not per group" in DIALECT.reason_against(scheme)
 
 
 @pytest.mark.parametrize("scheme", [*SCHEMES, DYNAMIC, STATIC, *FLOATS], ids=str)
 @pytest.mark.parametrize("n", [1, 7, 8, 13])
 def test_round_trip_bit_for_bit(scheme, n):
     weight = quantized(scheme, n, torch.bfloat16)
-    tensors = dialect.write("x.y", weight)
-    assert dialect.linears([*tensors, "x.norm.weight", "x.y.bias"]) == ["x.y"]
-    back = dialect.read("x.y", tensors.__getitem__, scheme)
+    tensors = DIALECT.write("x.y", weight)
+    assert DIALECT.linears([*tensors, "x.norm.weight", "x.y.bias"]) == ["x.y"]
+    back = DIALECT.read("x.y", tensors.__getitem__, scheme)
     assert torch.equal(back.codes.view(torch.uint8), weight.codes.view(torch.uint8))
     assert torch.equal(back.scales, weight.scales)
     assert (back.zeros is None) == (weight.zeros is None)
@@ -123,8 +126,8 @@ def test_round_trip_bit_for_bit(scheme, n):
 
 
 def test_one_scale_for_a_whole_weight_is_every_rows():
-    tensors = dialect.write("p", quantized(DYNAMIC)) | {"p.weight_scale": torch.tensor([0.5])}
-    assert dialect.read("p", tensors.__getitem__, DYNAMIC).scales.tolist() == [[0.5]] * 16
+    tensors = DIALECT.write("p", quantized(DYNAMIC)) | {"p.weight_scale": torch.tensor([0.5])}
+    assert DIALECT.read("p", tensors.__getitem__, DYNAMIC).scales.tolist() == [[0.5]] * 16
 
 
 @pytest.mark.peer
@@ -133,7 +136,7 @@ def test_one_scale_for_a_whole_weight_is_every_rows():
 def test_the_library_packs_to_the_same_words_and_reads_the_same_values(scheme, n):
     helpers = pytest.importorskip("compressed_tensors.compressors.pack_quantized.helpers")
     weight = round_to_nearest(torch.randn(n, 128) + 0.3, scheme, torch.float32)
-    tensors = dialect.write("p", weight)
+    tensors = DIALECT.write("p", weight)
     offset = 0 if scheme.symmetric else 1 << (scheme.bits - 1)
     signed = (weight.codes.to(torch.int16) - offset).to(torch.int8)
     assert torch.equal(helpers.pack_to_int32(signed, scheme.bits), tensors["p.weight_packed"])
@@ -151,8 +154,8 @@ def test_the_library_decompresses_ours_to_our_weight(scheme):
     from compressed_tensors.quantization import QuantizationScheme
 
     weight = round_to_nearest(torch.randn(16, 128) + 0.3, scheme, torch.float32)
-    tensors = {key.removeprefix("p."): value for key, value in dialect.write("p", weight).items()}
-    group = dialect.quantization_config({"p": scheme}, [])["config_groups"]["group_0"]
+    tensors = {key.removeprefix("p."): value for key, value in DIALECT.write("p", weight).items()}
+    group = DIALECT.quantization_config({"p": scheme}, [])["config_groups"]["group_0"]
     theirs = base.PackedQuantizationCompressor.decompress(tensors, QuantizationScheme.model_validate(group))
     torch.testing.assert_close(theirs["weight"], weight.dequantize(), rtol=0, atol=0)
 
@@ -164,8 +167,8 @@ def test_the_library_decompresses_int8_to_our_weight(scheme):
     from compressed_tensors.quantization import QuantizationScheme
 
     weight = quantized(scheme)
-    tensors = {key.removeprefix("p."): value for key, value in dialect.write("p", weight).items()}
-    group = dialect.quantization_config({"p": scheme}, [])["config_groups"]["group_0"]
+    tensors = {key.removeprefix("p."): value for key, value in DIALECT.write("p", weight).items()}
+    group = DIALECT.quantization_config({"p": scheme}, [])["config_groups"]["group_0"]
     theirs = base.IntQuantizationCompressor.decompress(tensors, QuantizationScheme.model_validate(group))
     torch.testing.assert_close(theirs["weight"], weight.dequantize(), rtol=0, atol=0)
 
@@ -196,9 +199,9 @@ def changed(tensors: dict[str, torch.Tensor], **changes: torch.Tensor) -> dict[s
 )
 def test_files_that_contradict_themselves_are_refused(changes):
     scheme = make_scheme(4, 32, False)
-    tensors = changed(dialect.write("p", round_to_nearest(torch.randn(3, 64), scheme, torch.float32)), **changes)
+    tensors = changed(DIALECT.write("p", round_to_nearest(torch.randn(3, 64), scheme, torch.float32)), **changes)
     with pytest.raises(CheckpointError, match=r"^p: "):
-        dialect.read("p", tensors.__getitem__, scheme)
+        DIALECT.read("p", tensors.__getitem__, scheme)
 
 
 @pytest.mark.parametrize(
@@ -215,14 +218,14 @@ def test_files_that_contradict_themselves_are_refused(changes):
     ids=lambda changes: "-".join(f"{key}-{list(value.shape)}" for key, value in changes.items()),
 )
 def test_int8_files_that_contradict_themselves_are_refused(changes):
-    tensors = changed(dialect.write("p", quantized(STATIC)), **changes)
+    tensors = changed(DIALECT.write("p", quantized(STATIC)), **changes)
     with pytest.raises(CheckpointError, match=r"^p: "):
-        dialect.read("p", tensors.__getitem__, STATIC)
+        DIALECT.read("p", tensors.__getitem__, STATIC)
 
 
 def test_asymmetric_8_bits_have_no_kernel_anywhere():
-    assert "--sym" in dialect.reason_against(make_scheme(8, -1, False))
-    assert all(dialect.reason_against(scheme) is None for scheme in SCHEMES)
+    assert "--sym" in DIALECT.reason_against(make_scheme(8, -1, False))
+    assert all(DIALECT.reason_against(scheme) is None for scheme in SCHEMES)
 
 
 def layers(count: int, **roles: Scheme) -> dict[str, Scheme]:
@@ -232,7 +235,7 @@ def layers(count: int, **roles: Scheme) -> dict[str, Scheme]:
 
 
 def test_one_scheme_targets_every_linear():
-    config = dialect.quantization_config(layers(2, mlp__up_proj=SCHEMES[0]), ["lm_head"])
+    config = DIALECT.quantization_config(layers(2, mlp__up_proj=SCHEMES[0]), ["lm_head"])
     assert config == {
         "quant_method": "compressed-tensors",
         "format": "pack-quantized",
@@ -260,7 +263,7 @@ def test_one_scheme_targets_every_linear():
 
 
 def test_a_scheme_per_channel_has_no_group_size():
-    config = dialect.quantization_config({"a": make_scheme(8, -1, True)}, [])
+    config = DIALECT.quantization_config({"a": make_scheme(8, -1, True)}, [])
     weights = config["config_groups"]["group_0"]["weights"]
     assert weights["strategy"] == "channel"
     assert "group_size" not in weights
@@ -268,7 +271,7 @@ def test_a_scheme_per_channel_has_no_group_size():
 
 def test_int8_activations_are_declared_in_their_group():
     groups = {
-        str(scheme.inputs.granularity): dialect.quantization_config({"a": scheme}, ["lm_head"])
+        str(scheme.inputs.granularity): DIALECT.quantization_config({"a": scheme}, ["lm_head"])
         for scheme in (DYNAMIC, STATIC)
     }
     assert {config["format"] for config in groups.values()} == {"int-quantized"}
@@ -284,10 +287,10 @@ def test_int8_activations_are_declared_in_their_group():
 
 def test_two_layouts_in_one_checkpoint():
     schemes = layers(2, mlp__up_proj=SCHEMES[0], mlp__down_proj=DYNAMIC)
-    config = dialect.quantization_config(schemes, [])
+    config = DIALECT.quantization_config(schemes, [])
     assert config["format"] == "mixed-precision"
     assert [group["format"] for group in config["config_groups"].values()] == ["pack-quantized", "int-quantized"]
-    assert dialect.schemes_of(config, schemes) == schemes
+    assert DIALECT.schemes_of(config, schemes) == schemes
 
 
 MIXED = {
@@ -307,7 +310,7 @@ MIXED = {
 
 @pytest.mark.parametrize("schemes", MIXED.values(), ids=MIXED)
 def test_targets_lead_back_to_every_scheme(schemes):
-    assert dialect.schemes_of(dialect.quantization_config(schemes, []), schemes) == schemes
+    assert DIALECT.schemes_of(DIALECT.quantization_config(schemes, []), schemes) == schemes
 
 
 @pytest.mark.peer
@@ -322,7 +325,7 @@ def test_the_library_resolves_targets_to_the_same_schemes(schemes):
             if part not in module._modules:
                 module.add_module(part, torch.nn.Linear(1, 1) if f".{name}".endswith(f".{part}") else torch.nn.Module())
             module = module._modules[part]
-    config = dialect.quantization_config(schemes, [])
+    config = DIALECT.quantization_config(schemes, [])
     for group in config["config_groups"].values():
         linears = {name for name, _ in match.match_named_modules(root, group["targets"]) if name in schemes}
         assert linears
@@ -331,9 +334,9 @@ def test_the_library_resolves_targets_to_the_same_schemes(schemes):
 
 
 def test_a_linear_that_no_group_targets_is_refused():
-    config = dialect.quantization_config(MIXED["by role"], [])
+    config = DIALECT.quantization_config(MIXED["by role"], [])
     with pytest.raises(CheckpointError, match=r"no config group targets.*layers\.0\.mlp\.gate_proj"):
-        dialect.schemes_of(config, ["model.layers.0.mlp.gate_proj"])
+        DIALECT.schemes_of(config, ["model.layers.0.mlp.gate_proj"])
 
 
 WEIGHTS = {"num_bits": 8, "symmetric": True, "type": "int", "strategy": "channel"}
@@ -341,7 +344,7 @@ GROUP = {"targets": ["Linear"], "weights": WEIGHTS}
 
 
 def test_the_least_that_a_group_can_say():
-    assert dialect.schemes_of({"config_groups": {"group_0": GROUP}}, ["a"]) == {"a": make_scheme(8, -1, True)}
+    assert DIALECT.schemes_of({"config_groups": {"group_0": GROUP}}, ["a"]) == {"a": make_scheme(8, -1, True)}
 
 
 @pytest.mark.parametrize(
@@ -375,4 +378,4 @@ def test_the_least_that_a_group_can_say():
 )
 def test_a_configuration_that_makes_no_sense_is_refused(config):
     with pytest.raises(CheckpointError):
-        dialect.schemes_of(config, ["a"])
+        DIALECT.schemes_of(config, ["a"])

@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from lowbit.errors import CheckpointError
-from lowbit.export import gptq
 from lowbit.export.gptq import GPTQ, GPTQ_V2
 from lowbit.quant.qtensor import QTensor, round_to_nearest
 from lowbit.quant.scheme import Scheme, make_scheme, parse_scheme
@@ -186,9 +185,9 @@ def test_the_configuration_leads_back_to_the_scheme(scheme):
 def test_overrides_of_gptqmodel_are_heeded():
     base = {"quant_method": "gptq", "bits": 4, "group_size": 128, "sym": True, "desc_act": False}
     dynamic = {r"-:.*mlp\.gate$": {}, r"+:.*\.1\..*": {"bits": 8, "group_size": 32}, r".*down_proj": {"sym": False}}
-    schemes = gptq.schemes_of(base | {"dynamic": dynamic}, ["m.0.up", "m.1.up", "m.0.down_proj"])
+    schemes = GPTQ.schemes_of(base | {"dynamic": dynamic}, ["m.0.up", "m.1.up", "m.0.down_proj"])
     assert [str(scheme) for scheme in schemes.values()] == ["int4-g128", "int8-g32", "uint4-g128"]
-    assert gptq.schemes_of(base | {"dynamic": None}, ["m.0.up"]) == {"m.0.up": make_scheme(4, 128, True)}
+    assert GPTQ.schemes_of(base | {"dynamic": None}, ["m.0.up"]) == {"m.0.up": make_scheme(4, 128, True)}
 
 
 @pytest.mark.parametrize(
@@ -205,7 +204,7 @@ def test_overrides_of_gptqmodel_are_heeded():
 )
 def test_a_configuration_that_makes_no_sense_is_refused(config):
     with pytest.raises(CheckpointError):
-        gptq.schemes_of(config, ["a"])
+        GPTQ.schemes_of(config, ["a"])
 
 
 @pytest.mark.parametrize("scheme", [s for s in SCHEMES if s.symmetric], ids=str)

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from benchmarks.readers import path_of_ours, read_by
 from lowbit.export.checkpoint import open_checkpoint
-from lowbit.export.compressed_tensors import quantization_config
+from lowbit.export.compressed_tensors import COMPRESSED_TENSORS
 from lowbit.export.formats import LogicalTensors
 from lowbit.quant.scheme import parse_scheme
 from tests.builders import make_model, save
@@ -148,7 +148,7 @@ def layers_in_vllm(directory: Path, text: str, tensors: dict[str, torch.Tensor])
     """What benchmarks/peers/vllm_layer.py finds for a scheme's tensors."""
     save_file(tensors, directory / "tensors.safetensors")
     names = [f"model.layers.0.{name}_proj" for name in "qkv"]
-    config = quantization_config(dict.fromkeys(names, parse_scheme(text)), [])
+    config = COMPRESSED_TENSORS.quantization_config(dict.fromkeys(names, parse_scheme(text)), [])
     (directory / "config.json").write_text(json.dumps(config))
     files = directory / "tensors.safetensors", directory / "config.json"
     run_peer("vllm", "vllm_layer.py", *files, "--out", directory / "out", PYTHONPATH=path_of_ours(directory))

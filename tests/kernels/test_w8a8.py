@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lowbit.errors import CheckpointError
-from lowbit.export import compressed_tensors
+from lowbit.export.compressed_tensors import COMPRESSED_TENSORS
 from lowbit.quant.kernels import ops
 from lowbit.quant.kernels.w8a8 import MOST_K, Int8Weight, pack_int8
 from lowbit.quant.numbers import INT8
@@ -88,7 +88,7 @@ def test_impossible_scales_are_refused(bad: float) -> None:
         QTensor(qtensor.codes, qtensor.scales, None, scheme, torch.tensor(bad))
     file = {"layers.0.up.weight": qtensor.codes, "layers.0.up.weight_scale": scales}
     with pytest.raises(CheckpointError, match=r"^layers.0.up: .* a scale is zero, negative or not finite"):
-        compressed_tensors.read("layers.0.up", file.__getitem__, parse_scheme("int8-channel-a8token"))
+        COMPRESSED_TENSORS.read("layers.0.up", file.__getitem__, parse_scheme("int8-channel-a8token"))
 
 
 def test_the_operators_pass_opcheck() -> None:
