@@ -1,6 +1,7 @@
 """A model and a recipe that fit each other: everything decided, and refused, before a weight is read."""
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -43,8 +44,13 @@ class Job:
         Its own, unless the recipe asks for another one than most weights have: then those that are no wider take it.
         """
         own = self.source.checkpoint.entries[name].dtype
-        wider = own.itemsize > main_dtype(self.source).itemsize
+        wider = own.itemsize > self._main_dtype.itemsize
         return own if self.recipe.dtype == "auto" or wider or not own.is_floating_point else self.dtype
+
+    @cached_property
+    def _main_dtype(self) -> torch.dtype:
+        """Counted once: a model of many experts has 100,000 tensors, each of which asks."""
+        return main_dtype(self.source)
 
     @property
     def linears(self) -> dict[str, LinearSpec]:

@@ -156,6 +156,8 @@ def _require_sense(method: Method, recipe: Recipe) -> None:
         raise RecipeError(f"{recipe.num_samples} samples of {recipe.seqlen} tokens: at least 1 of 2 are needed")
     if not 0 <= recipe.seed < 1 << 63:
         raise RecipeError(f"seed {recipe.seed}: a seed lies between 0 and {(1 << 63) - 1}")
+    if recipe.max_shard_size < 1:
+        raise RecipeError(f"max_shard_size is {recipe.max_shard_size}: a file of weights has at least a byte")
     if recipe.distill_steps < 0:
         raise RecipeError(f"distill_steps is {recipe.distill_steps}: there is no negative number of steps")
     if recipe.target_bits is not None and not 4 < recipe.target_bits <= 9:

@@ -1,5 +1,6 @@
 """The rounders at work on a block: to nearest, by GPTQ, or learned."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -77,8 +78,8 @@ class Gptq(Rounder):
         f"GPTQ's damping, a fraction of the mean diagonal: {DAMPING}",
         "--damp-percent",
         "--percdamp",
-        valid=lambda value: value > 0,
-        rule="damping must be above 0",
+        valid=lambda value: 0 < value < math.inf,
+        rule="damping must be above 0, and finite",
     )
 
     def round(self, task: BlockTask) -> dict[str, QTensor]:

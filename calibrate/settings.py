@@ -8,7 +8,7 @@ from lowbit.calibrate.parts import Part, Rounder, Transform
 from lowbit.calibrate.rounding import ROUNDERS
 from lowbit.calibrate.transforms import TRANSFORMS
 from lowbit.errors import RecipeError
-from lowbit.quant.recipe import Recipe, nearest
+from lowbit.quant.recipe import Recipe, nearest, widened
 
 PARTS: dict[str, type[Part]] = {**TRANSFORMS, **ROUNDERS}
 OWNERS = {name: part for part in PARTS.values() for name in part.settings()}  # of each setting; no two share a name
@@ -78,7 +78,7 @@ def _checked(part: type[Part], table: Mapping[str, Any]) -> dict[str, Any]:
         if name not in known:
             raise RecipeError(f"{part.name} has no setting {name!r}; {nearest(name, known)}")
         kind, about = type_of(part, name), known[name]
-        value = float(value) if kind is float and type(value) is int else value
+        value = widened(value) if kind is float else value
         if not (type(value) is kind or (value is None and about.default is None)):
             raise RecipeError(f"recipe key {name!r} is {value!r}; expected {kind.__name__}")
         if not about.metadata["valid"](value):

@@ -61,7 +61,7 @@ class Size(click.ParamType):
         if isinstance(value, int):
             return value
         match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?B)?", value.strip().upper())
-        if not match or not float(match[1]):
+        if not match or not 0 < float(match[1]) < float("inf"):
             self.fail(f"{value!r} is no size; write 5GB or 500MB", param, ctx)
         return int(float(match[1]) * UNITS[match[2] or ""])
 

@@ -5,6 +5,7 @@ itself or in a hub cache's store. What is written never goes through a name that
 """
 
 import os
+import re
 import secrets
 import stat
 from collections.abc import Iterator
@@ -24,6 +25,10 @@ KINDS = {
     stat.S_IFDIR: "a directory",
 }
 TEMPLATES = "additional_chat_templates"  # the one directory inside a model's that readers look into
+
+
+# In a name: what ends or forges a line of SHA256SUMS, moves a terminal's cursor, or cannot be written as UTF-8.
+UNSAYABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -88,9 +93,9 @@ def _require_regular(path: Path, mode: int) -> None:
 def survey(directory: Path) -> dict[str, Identity]:
     """The identity of every file in a model directory, by its name; hidden files are nobody's.
 
-    Raises CheckpointError where there is a pipe, a socket or a device, and where a link leads outside: what such a link
-    names could be anything on this machine, and would be read or carried into the output. Links into a hub cache's
-    store are how that cache is made.
+    Raises CheckpointError where there is a pipe, a socket or a device, where a name cannot be said, and where a link
+    leads outside: what such a link names could be anything on this machine, and would be read or carried into the
+    output. Links into a hub cache's store are how that cache is made.
     """
     found = _surveyed(directory, "")
     if (directory / TEMPLATES).is_dir():
@@ -104,6 +109,8 @@ def _surveyed(directory: Path, prefix: str) -> dict[str, Identity]:
     for path in sorted(directory.iterdir()):
         if path.name.startswith("."):
             continue
+        if UNSAYABLE.search(path.name):
+            raise CheckpointError(f"{path}: a name with line ends, control characters or broken UTF-8; rename it")
         refuse_link_outside(path, home)
         try:
             status = os.stat(path)

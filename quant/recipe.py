@@ -99,17 +99,17 @@ def read_recipe(path: Path) -> dict[str, Any]:
         raise RecipeError(f"{path}: no such recipe") from None
     except OSError as error:
         raise RecipeError(f"{path}: cannot be read ({error.strerror})") from error
-    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # a number of 5,000 digits, and lists in lists, are no error of TOML
         raise RecipeError(f"{path}: not TOML ({error})") from error
     for key in values.keys() & NEVER_FROM_A_FILE.keys():
         raise RecipeError(f"{key!r} is not read from a recipe: {NEVER_FROM_A_FILE[key]}")
     return values
 
 
-def nearest(word: str, known: Iterable[str]) -> str:
+def nearest(word: object, known: Iterable[str]) -> str:
     """A sentence naming the known word nearest to `word`, or all of them, as far as a line has room."""
     known = list(known)
-    close = difflib.get_close_matches(word, known, n=1)
+    close = difflib.get_close_matches(str(word), known, n=1)
     shown = known[:MOST_NAMED] + ["..."] * (len(known) > MOST_NAMED)
     return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(shown)}"
 
@@ -119,16 +119,28 @@ def _checked(key: str, value: Any, others: Iterable[str] = ()) -> Any:
     if key not in types:
         raise RecipeError(f"unknown recipe key {key!r}; {nearest(key, [*types, *others])}")
     wanted: Any = types[key]
-    if wanted == tuple[str, ...] and isinstance(value, list | tuple) and all(isinstance(item, str) for item in value):
+    if wanted == tuple[str, ...] and isinstance(value, list | tuple) and _is_text(*value):
         return tuple(_pattern(key, item) for item in value)
-    if wanted == dict[str, str] and isinstance(value, dict) and all(isinstance(v, str) for v in value.values()):
+    if wanted == dict[str, str] and isinstance(value, dict) and _is_text(*value, *value.values()):
         return {_pattern(key, name): scheme for name, scheme in value.items()}
-    if wanted in (float, float | None) and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+    if wanted in (float, float | None):
+        value = widened(value)
     generic = wanted in (tuple[str, ...], dict[str, str])
     if generic or not isinstance(value, wanted) or (isinstance(value, bool) and wanted is int):
         raise RecipeError(f"recipe key {key!r} is {value!r}; expected {getattr(wanted, '__name__', wanted)}")
     return value
+
+
+def widened(value: Any) -> Any:
+    """`value`, as a float where it is an integer that a float holds."""
+    try:
+        return float(value) if type(value) is int else value
+    except OverflowError:
+        return value
+
+
+def _is_text(*values: Any) -> bool:
+    return all(isinstance(value, str) for value in values)
 
 
 def _pattern(key: str, text: str) -> str:

@@ -104,6 +104,13 @@ def test_what_is_no_file_is_refused_at_once(model, name, make: Callable[[Path], 
     assert time.monotonic() - begun < 1
 
 
+@pytest.mark.parametrize("name", [f"a\n{'0' * 64}  model.safetensors", "\x1b[2J.txt", "\udcff.txt", "a\u2028.json"])
+def test_a_name_that_cannot_be_said_is_refused(model, name):
+    (model / name).write_text("{}")
+    with pytest.raises(CheckpointError, match="a name with line ends, control characters or broken UTF-8; rename it"):
+        open_checkpoint(model)
+
+
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
 def test_a_directory_in_a_files_place_is_refused(model, name):
     (model / name).unlink()

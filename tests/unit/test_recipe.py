@@ -81,6 +81,8 @@ def test_remote_code_is_never_allowed_by_a_file(tmp_path, value):
         ("method", 8),
         ("dataset", ["builtin"]),
         ("seed", "x"),
+        ("schemes", {1: "int4-g32"}),
+        ("target_bits", 10**400),
     ],
 )
 def test_a_value_of_the_wrong_type_is_refused(key, value):
@@ -98,6 +100,10 @@ def test_a_file_that_is_missing_or_no_toml(tmp_path):
     path.write_bytes(b"method = '\xff'")
     with pytest.raises(RecipeError, match="not TOML"):
         read_recipe(path)
+    for text in ("seed = " + "9" * 5000, "ignore = " + "[" * 20000):
+        path.write_text(text)
+        with pytest.raises(RecipeError, match="not TOML"):
+            read_recipe(path)
     with pytest.raises(RecipeError, match="cannot be read"):
         read_recipe(tmp_path)
 
@@ -150,6 +156,11 @@ def test_a_method_without_calibration_forgets_the_data():
         ({"rounder": "gptqq"}, "unknown rounder 'gptqq'; did you mean 'gptq'"),
         ({"alpha": 1.5}, "alpha is 1.5: a migration strength lies between 0 and 1"),
         ({"damping": 0}, "damping is 0.0: damping must be above 0"),
+        ({"damping": float("inf")}, "damping is inf: damping must be above 0, and finite"),
+        ({"damping": float("nan")}, "damping is nan: damping must be above 0, and finite"),
+        ({"damping": 10**400}, "recipe key 'damping' is 10{400}; expected float"),
+        ({"gptq": {1: 2}}, "gptq has no setting 1; known: damping"),
+        ({"max_shard_size": 0}, "max_shard_size is 0: a file of weights has at least a byte"),
         ({"damping": "0.1"}, "recipe key 'damping' is '0.1'; expected float"),
         ({"iters": True}, "recipe key 'iters' is True; expected int"),
         ({"gptq": {"dampening": 0.1}}, "gptq has no setting 'dampening'; did you mean 'damping'"),
