@@ -108,6 +108,14 @@ def test_rotated_scaled_and_rounded_by_gptq(originals, tmp_path, family):
     assert 0 < error < LIMITS["rotated"]
 
 
+# Linears outside the blocks, and the one that chooses positions.
+LEFT = {
+    "gemma4": ("re:^model\\.per_layer_model",),
+    "gemma3n": ("re:^model\\.(per_layer_model|altup_)",),
+    "glm_moe_dsa": ("weights_proj",),
+}
+
+
 @pytest.mark.parametrize(
     ("family", "recipe"),
     [
@@ -122,7 +130,7 @@ def test_blocks_that_hand_each_other_more_than_hidden_states(originals, tmp_path
     """Several batches: each has its own embeddings per layer, keys and values, and choice of positions."""
     monkeypatch.setattr("lowbit.calibrate.blocks.BATCH_TOKENS", 48)
     model, source = originals(family)
-    fitted = RECIPES[recipe] | {"ignore": ("lm_head", "re:^model\\.(per_layer_model|altup_)", "weights_proj")}
+    fitted = RECIPES[recipe] | {"ignore": LEFT[family]}
     job = prepare(open_source(str(source)), complete_recipe(fitted), "cpu")
     tokens = calibration()
     if job.recipe.target_bits:

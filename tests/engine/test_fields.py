@@ -138,6 +138,7 @@ REFUSED = {
     ("hidden_activation", "gelu"): "activation 'gelu' is not computed here; known with a gate: silu",
     ("attn_logit_softcapping", 5.0): "attn_logit_softcapping is 5.0; the engine computes None alone",
     ("add_cross_attention", True): "add_cross_attention is True; the engine computes False alone",
+    ("is_encoder_decoder", True): "is an encoder with a decoder; those are not quantized here",
     ("use_bidirectional_attention", True): "use_bidirectional_attention is True; the engine computes",
 }
 

@@ -271,7 +271,7 @@ ODD_SIZES = [
     ("llama", {"num_key_value_heads": 3}, "4 heads of 16 inputs cannot be even and share 3"),
     ("llama", {"max_position_embeddings": -1}, "max_positions is -1; a number from 1 is needed"),
     ("llama", {"vocab_size": 0}, "vocabulary is 0"),
-    ("llama", {"architectures": 3}, "architectures is 3, not a list of names"),
+    ("llama", {"architectures": 3}, "architectures is 3; a list of names is expected"),
     ("llama", {"rms_norm_eps": float("inf")}, "no finite number"),
     ("gemma3", {"query_pre_attn_scalar": -1}, "no gemma3_text .*no finite number"),
     ("gemma3", {"sliding_window": -5}, "a window of attention that sees no position"),
