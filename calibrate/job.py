@@ -92,7 +92,8 @@ class Job:
             ),
             "transformers has no names for this family's experts one by one and would run random ones: lowbit reads "
             "the checkpoint, and vLLM does where it knows the family": stacked_only(
-                self.skeleton.model, [spec.name for spec, _ in quantized if spec.placement.expert is not None]
+                self.skeleton.model,
+                {spec.name: spec.placement for spec, _ in quantized if spec.placement.expert is not None},
             ),
         }
         caveat = FORMATS[self.recipe.format].caveat(default)

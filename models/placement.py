@@ -4,12 +4,14 @@ import copy
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import dot_natural_key, rename_source_key
+from transformers.quantizers.base import MODULES_TO_PATCH_FOR_QUANTIZATION
 
 Reader = Callable[[str], Tensor]
 Shapes = Mapping[str, tuple[int, ...]]
@@ -159,14 +161,20 @@ def experts_in(model: PreTrainedModel, name: str, placement: Placement) -> dict[
     }
 
 
-def stacked_only(model: PreTrainedModel, experts: list[str]) -> bool:
-    """Whether transformers has no place for the first of these linears of single experts, by their file's names."""
+def stacked_only(model: PreTrainedModel, experts: Mapping[str, Placement]) -> bool:
+    """Whether transformers has no place for single experts, by their names in the file: it knows stacks of them alone.
+
+    Classes that its quantizers take apart themselves (Llama 4's) have places for them.
+    """
     renamings, converters = _transforms(model)
     state = model.state_dict(keep_vars=True)
-    names = (f"{name}.weight" for name in experts[:1])
-    return any(
-        rename_source_key(name, renamings, converters, model.base_model_prefix, state)[0] not in state for name in names
-    )
+
+    def lost(name: str, placement: Placement) -> bool:
+        owner = model.get_submodule(placement.parameter.rpartition(".")[0])
+        target = rename_source_key(f"{name}.weight", renamings, converters, model.base_model_prefix, state)[0]
+        return target not in state and type(owner).__name__ not in MODULES_TO_PATCH_FOR_QUANTIZATION
+
+    return any(lost(name, placement) for name, placement in islice(experts.items(), 1))
 
 
 def _slices(model: nn.Module, parameter: str, expert: int) -> Iterator[tuple[str, Placement]]:

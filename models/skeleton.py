@@ -200,11 +200,11 @@ def find_blocks(model: PreTrainedModel) -> list[tuple[str, nn.Module]]:
     outermost; the one that holds the most parameters.
     """
     decoder, depth = model.get_decoder(), getattr(model.config.get_text_config(), "num_hidden_layers", None)
-    lists = [
-        (name, module)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) and any(module is inner for inner in decoder.modules())
+    every = [
+        (name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module)
     ]
+    # what some classes call their decoder is their head
+    lists = [found for found in every if any(found[1] is inner for inner in decoder.modules())] or every
     if not lists:
         raise CheckpointError(f"{type(model).__name__}: no list of decoder blocks found in it")
 

@@ -98,7 +98,7 @@ def test_each_expert_sees_its_own_tokens_where_all_are_multiplied_at_once(source
     assert sum(seen) == 2 * 16 * 24  # two experts a token
 
 
-@pytest.mark.parametrize("kind", ["aria_text", "qwen3_moe"])
+@pytest.mark.parametrize("kind", ["aria_text", "qwen3_moe", "llama4_text"])
 def test_a_family_whose_single_experts_transformers_cannot_load_is_said_to_be_one(tmp_path, kind):
     job = prepare(open_source(str(save_tiny(kind, tmp_path / kind))), complete_recipe(RECIPES["rtn"]), "cpu")
     said = [warning for warning in job.warnings() if "experts one by one" in warning]

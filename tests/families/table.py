@@ -86,8 +86,9 @@ def row_of(kind: str, directory: Path) -> Row:
     source = save_tiny(kind, directory / "model")
     try:
         open_source(str(source))
-    except LowbitError:
-        return {"none": "no decoder language model"}
+    except LowbitError as error:
+        if "no decoder language model" in str(error):
+            return {"none": "no decoder language model"}
     try:
         wanted = logits_of(model)
     except Exception as error:  # noqa: BLE001  # whatever a type may raise is a cell

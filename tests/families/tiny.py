@@ -32,7 +32,7 @@ def _named(value: int, names: str) -> dict[str, int]:
 
 
 TEXT: dict[str, int] = (
-    _named(VOCABULARY, "vocab_size vocab_size_per_layer_input")
+    _named(VOCABULARY, "vocab_size vocab_size_per_layer_input unpadded_vocab_size")
     | _named(HIDDEN, "hidden_size n_embd d_model word_embed_proj_dim lru_width embedding_size text_hidden_size")
     | _named(128, "intermediate_size ffn_dim n_inner attention_hidden_size dense_intermediate_size d_ff mamba_d_ssm")
     | _named(128, "ffn_hidden_size decoder_ffn_dim")
