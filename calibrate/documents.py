@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 TEXT_COLUMNS = (
     *("text", "messages", "conversations", "conversation", "content", "document", "article", "code", "sentence"),
 )
+CHAT_COLUMNS = ("messages", "conversations", "conversation")
 QUESTIONS = ("instruction", "question", "prompt", "query", "problem")
 ANSWERS = ("output", "response", "answer", "completion", "solution")
 CONTEXTS = ("input", "context")  # what a question is asked of
@@ -168,7 +169,18 @@ def row_text(row: Row, layout: Layout, template: "ChatTemplate") -> str:
     if layout.text is None:
         return exchange_text(row, layout, template)
     value = row.get(layout.text)
+    if isinstance(value, str) and layout.text in CHAT_COLUMNS:
+        value = _parsed(value)
     return value if isinstance(value, str) else template.render(turns_of(value, "user"), row.get("tools"))
+
+
+def _parsed(text: str) -> Any:
+    """The chat that `text` is as JSON, which is how tables without nested columns hold one; else `text`."""
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return text
+    return value if isinstance(value, list) and is_text(value) else text
 
 
 def exchange_text(row: Row, layout: Layout, template: "ChatTemplate") -> str:

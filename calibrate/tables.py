@@ -12,7 +12,6 @@ place and ends nothing. Nothing is written but a temporary file for what was com
 
 import csv
 import json
-import shutil
 import sys
 import tempfile
 from array import array
@@ -29,6 +28,7 @@ from pyarrow import parquet
 
 from lowbit.errors import DatasetError
 
+MOST_UNPACKED = 100  # times the bytes of a compressed file, beyond MOST_HELD; texts pack to a tenth at best
 MOST_HELD, MOST_EXPANSION = 1 << 28, 1000  # bytes of a row group in memory, and how many times those in the file
 TEXT = "BYTE_ARRAY"  # parquet's type of strings
 TABLES = (".jsonl", ".json", ".parquet", ".csv")
@@ -58,11 +58,19 @@ def open_bytes(path: Path) -> IO[bytes]:
             return path.open("rb")
         file: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115, closed by the caller
         with pyarrow.input_stream(str(path), compression=COMPRESSED[path.suffix.lower()]) as stream:
-            shutil.copyfileobj(stream, file)
+            _unpack(stream, file, max(MOST_HELD, MOST_UNPACKED * path.stat().st_size), path)
         file.seek(0)
         return file
     except OSError as error:
         raise DatasetError(f"cannot read {path}: {error.strerror or error}") from error
+
+
+def _unpack(stream: IO[bytes], file: IO[bytes], most: int, path: Path) -> None:
+    """Write what `stream` holds into `file`. DatasetError where that is more than `most` bytes."""
+    while chunk := stream.read(1 << 20):
+        if file.tell() + len(chunk) > most:
+            raise DatasetError(f"{path} expands to more than {most} bytes: not what texts do; pass another file")
+        file.write(chunk)
 
 
 def read_utf8(path: Path) -> str:
@@ -271,6 +279,7 @@ def _csv(file: IO[bytes]) -> _Table:
     file.seek(starts[0])
     names = _record(file)
     names[:1] = [name.removeprefix("\ufeff") for name in names[:1]]
+    _require_names(names)
 
     def read(file: IO[bytes]) -> Row:
         fields = _record(file)
@@ -279,6 +288,16 @@ def _csv(file: IO[bytes]) -> _Table:
         return dict(zip(names, fields, strict=False))
 
     return _Records(file, starts[1:], read)
+
+
+def _require_names(names: list[str]) -> None:
+    """Raise csv.Error where a column is not the only one of its name, or where no comma separates the columns."""
+    twice = next((name for name in names if name and names.count(name) > 1), None)
+    if twice is not None:
+        raise csv.Error(f"two columns are called {twice!r}; rename one")
+    separator = next((each for each in (";", "\t") if each in names[0]), None)
+    if len(names) == 1 and separator is not None:
+        raise csv.Error(f"its columns are separated by {separator!r}; commas are read")
 
 
 def _require_closed(file: IO[bytes], last: int) -> None:

@@ -1,5 +1,6 @@
 """calibrate/documents.py: which columns hold the text, chats through the template, and rows that are no use."""
 
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -119,7 +120,9 @@ def test_without_a_template_they_are_plain_text() -> None:
 )
 def test_chats_go_through_the_template(turn: Callable[[str, str], dict]) -> None:
     chat = [turn("human", "Who?"), turn("gpt", "Me.")]
-    assert read({"prompt": "not this", "messages": chat})[0] == ["[user]Who?[assistant]Me."]
+    for told in (chat, json.dumps(chat)):
+        assert read({"prompt": "not this", "messages": told})[0] == ["[user]Who?[assistant]Me."]
+    assert read({"text": json.dumps(chat)})[0] == [json.dumps(chat)]
 
 
 def test_a_list_of_parts_is_its_text() -> None:

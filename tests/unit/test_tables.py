@@ -10,6 +10,7 @@ import datasets
 import pyarrow
 import pytest
 
+from lowbit.calibrate import tables
 from lowbit.calibrate.tables import BadRow, local_rows, read_utf8
 from lowbit.errors import DatasetError
 
@@ -145,6 +146,8 @@ def test_a_bad_row_ends_nothing(tmp_path: Path, name: str, content: bytes, told:
         ("a.parquet", b"no parquet", "cannot read .*a.parquet as parquet: "),
         ("a.csv", b'a\n1\n"b\n2\n', "cannot read .*a.csv as csv: unexpected end of data"),
         ("a.csv", b"a\xff\n1\n", "cannot read .*a.csv as csv: .*can't decode"),
+        ("a.csv", b"a,b,a\n1,2,3\n", "cannot read .*a.csv as csv: two columns are called 'a'; rename one"),
+        ("a.csv", b"a;b\n1;2\n", "cannot read .*a.csv as csv: its columns are separated by ';'; commas are read"),
         ("a.csv", b"\n\n", None),
         ("a.json", b" \n\t\n", None),
     ],
@@ -155,6 +158,14 @@ def test_a_file_that_is_no_table_is_refused(tmp_path: Path, name: str, content: 
         return
     with pytest.raises(DatasetError, match=told):
         rows_of(tmp_path / name, content)
+
+
+def test_a_compressed_file_that_expands_beyond_measure_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tables, "MOST_HELD", 1 << 16)
+    with pytest.raises(DatasetError, match=r"a\.jsonl\.gz expands to more than 65536 bytes"):
+        rows_of(tmp_path / "a.jsonl.gz", gzip.compress(b" " * (1 << 17)))
 
 
 def test_a_text_that_every_row_repeats_is_in_memory_once(tmp_path: Path) -> None:
