@@ -61,8 +61,8 @@ def open_bytes(path: Path) -> IO[bytes]:
             _unpack(stream, file, max(MOST_HELD, MOST_UNPACKED * path.stat().st_size), path)
         file.seek(0)
         return file
-    except OSError as error:
-        raise DatasetError(f"cannot read {path}: {error.strerror or error}") from error
+    except (OSError, ValueError) as error:  # a ValueError is a name with a zero byte
+        raise DatasetError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
 
 
 def _unpack(stream: IO[bytes], file: IO[bytes], most: int, path: Path) -> None:

@@ -67,8 +67,7 @@ class Engine:
     @typed(EngineError)
     def encode(self, text: str) -> list[int]:
         """The tokens of a prompt, as the tokenizer makes them."""
-        with self.lock:
-            return list(self.require_tokenizer()(text, verbose=False).input_ids)
+        return self._tokens(text, add_special_tokens=True)
 
     @typed(EngineError)
     def encode_chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
@@ -84,8 +83,19 @@ class Engine:
             text = render_chat(tokenizer, messages, add_generation_prompt=True)
         except CheckpointError as error:
             raise EngineError(str(error)) from error
+        return self._tokens(text, add_special_tokens=False)
+
+    def _tokens(self, text: str, add_special_tokens: bool) -> list[int]:
+        """The tokens of `text`. EngineError where it holds what no tokenizer reads: a terminal passes bytes as such."""
+        tokenizer = self.require_tokenizer()
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise EngineError(
+                f"character {error.start} of {text[:60]!r} is half a surrogate pair, no Unicode"
+            ) from error
         with self.lock:
-            return list(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
+            return list(tokenizer(text, add_special_tokens=add_special_tokens, verbose=False).input_ids)
 
     def require_tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer. EngineError where the model came without one."""
@@ -137,9 +147,7 @@ class Engine:
             if not isinstance(word, str):
                 words.append(tuple(word))
                 continue
-            tokenizer = self.require_tokenizer()
-            with self.lock:
-                forms = [tokenizer.encode(form, add_special_tokens=False) for form in (word, f" {word}")]
+            forms = [self._tokens(form, add_special_tokens=False) for form in (word, f" {word}")]
             words += [tuple(tokens) for tokens in forms if tokens]
         for tokens in words:
             if len(tokens) > LONGEST_BAD_WORD:

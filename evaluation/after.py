@@ -43,8 +43,10 @@ def parse_measures(text: str) -> tuple[str, ...]:
     return names
 
 
-def require_measures(names: Sequence[str]) -> None:
-    """UsageError names the nearest measure to one that is unknown."""
+def require_measures(names: Sequence[str], windows: int = 0) -> None:
+    """UsageError names the nearest measure to one that is unknown; there is no negative number of windows either."""
+    if windows < 0:
+        raise UsageError(f"eval_windows is {windows}: a number of windows is needed, 0 for none")
     for name in names:
         if name not in MEASURES:
             raise UsageError(f"--eval {name!r}: {nearest(name, MEASURES)}")

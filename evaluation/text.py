@@ -39,6 +39,9 @@ class Protocol:
         if self.stride is not None and not 1 <= self.stride < self.context:
             raise UsageError(f"a stride of {self.stride} tokens: between 1 and {self.context - 1}, the context's")
 
+        if self.windows is not None and self.windows < 1:
+            raise UsageError(f"{self.windows} windows: at least 1 is needed")
+
     @property
     def name(self) -> str:
         return "gptq" if self.stride is None else "strided"

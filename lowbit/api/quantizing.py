@@ -166,7 +166,7 @@ def quantize(
     """
     ranks.join()
     complete = _complete(recipe, settings)
-    require_measures(measures)
+    require_measures(measures, eval_windows)
     if output is None and not dry_run:
         raise UsageError("say where to write: --output DIR")
     target = None if output is None else Path(output)

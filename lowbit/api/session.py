@@ -120,7 +120,7 @@ class Text:
         if self.stride is not None and self.protocol != "strided":
             raise UsageError("--stride belongs to --protocol strided")
         step = (self.stride or max(self.context // 2, 1)) if self.protocol == "strided" else None
-        windows = self.windows or (BUILTIN_WINDOWS if self.text == "builtin" else None)
+        windows = BUILTIN_WINDOWS if self.windows is None and self.text == "builtin" else self.windows
         return Protocol(self.context, step, windows, self.bos == "every")
 
     def read(self, source: Source) -> tuple[str, Reading | None]:

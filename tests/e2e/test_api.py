@@ -79,6 +79,10 @@ def test_bad_arguments_are_told_from_bad_files(here: Path) -> None:
         lowbit.quantize("my-model", "out", group_sise=32)
     with pytest.raises(UsageError, match="say where to write"):
         lowbit.quantize("my-model")
+    with pytest.raises(UsageError, match="eval_windows is -1"):
+        lowbit.quantize("my-model", "out", eval_windows=-1)
+    with pytest.raises(UsageError, match="0 windows: at least 1 is needed"):
+        lowbit.perplexity("my-model", windows=0, keep=False)
     with pytest.raises(UsageError, match="did you mean 'ppl'"):
         lowbit.quantize("my-model", "out", measures=("pll",))
     with pytest.raises(CheckpointError):

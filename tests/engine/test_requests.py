@@ -36,6 +36,8 @@ def model(tmp_path_factory):
         ([[1]], {"bad_words": ((-4,),)}, "token -4 of a bad word"),
         ([[1]], {"bad_words": (" ",)}, "bad word ' ' is white space, which stands within most tokens"),
         ([[1]], {"bad_words": ("\n\t",)}, "is white space"),
+        (["a\udcff"], {}, r"character 1 of 'a\\udcff' is half a surrogate pair"),
+        ([[1]], {"bad_words": ("\ud800",)}, r"character 0 of '\\ud800' is half a surrogate pair"),
         ([[1]], {"beams": 2, "temperature": 1.0}, "beam search samples nothing"),
         ([[1]], {"seed": 1 << 70}, "seed is 1180591620717411303424: it must lie between"),
         ([[1]], {"lookup": 3, "temperature": 1.0}, "lookup checks drafts greedily"),
