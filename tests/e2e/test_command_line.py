@@ -110,7 +110,8 @@ def test_help_and_version_as_installed():
 
 def started(model: Path, output: Path) -> subprocess.Popen[str]:
     """A run of quantize in a process of its own, in the middle of its work."""
-    code = "from lowbit.commands.quantize import main; main()"
+    code = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"  # a background shell ignores it
+    code += "; from lowbit.commands.quantize import main; main()"
     process = subprocess.Popen(
         [sys.executable, "-c", code, str(model), *SLOW, "-o", str(output)],
         stdout=subprocess.PIPE,
