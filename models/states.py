@@ -131,14 +131,19 @@ class Call:
 class Recording:
     """One forward pass of the model with its blocks stubbed.
 
-    hidden  what enters the first block, as the model lays it out
-    calls   what each block was called with
-    handed  what each stub returned beside hidden states
+    entered  the hidden states that enter each block, as the model lays them out
+    calls    what each block was called with
+    handed   what each stub returned beside hidden states
     """
 
-    hidden: Tensor
+    entered: list[Tensor]
     calls: list[Call]
     handed: list[tuple[Tensor, ...]]
+
+    @property
+    def hidden(self) -> Tensor:
+        """What enters the first block."""
+        return self.entered[0]
 
 
 @dataclass(frozen=True)
@@ -160,6 +165,10 @@ class Wiring:
     def carries(self) -> bool:
         """Whether blocks hand each other more than hidden states."""
         return bool(self.returned or self.stores)
+
+    def is_given(self, index: int, at: int) -> bool:
+        """Whether the model gives block `index` this argument, and no block before it."""
+        return (index, at) not in self.returned and (index, at) not in self.stores
 
     def template(self, recording: Recording) -> list[Call]:
         """The calls of `recording` without what belongs to its tokens."""

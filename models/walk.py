@@ -20,6 +20,9 @@ from lowbit.models.skeleton import Skeleton, empty, fill, hollow
 from lowbit.models.states import Call, Recording, States, Wiring, alike, wiring_of
 
 HEAD_SLICE = 1 << 25  # elements of the head converted at once: 128 MiB in float32
+NOT_BY_BLOCKS = (
+    "it cannot be run block by block. Methods without calibration take it (int8, rtn), with --eval-windows 0"
+)
 LOOK_TOKENS = 8  # tokens of a sequence that the wiring of blocks is learned from
 
 
@@ -109,27 +112,26 @@ class Walk:
         self._require_alike(self.calls.setdefault(shape, calls), calls)
         return self.wiring.states(recording, shape)
 
-    def _record(self, batch: Tensor) -> Recording:
-        """What blocks are called with for a batch, on the way to the last of them."""
+    def _record(self, batch: Tensor, change: float = 0.0) -> Recording:
+        """The calls of blocks for a batch, up to the last of them; stubs add `change` to hidden states."""
         calls: list[Call] = []
-        first: list[Tensor] = []
+        entered: list[Tensor] = []
         handed: list[tuple[Tensor, ...]] = []
 
         def record(index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             kwargs = dict(kwargs)
             hidden = args[0] if args else kwargs.pop("hidden_states")
             calls.append(Call.of(tuple(args[1:]), kwargs))
-            if index == 0:
-                first.append(hidden)
+            entered.append(hidden)
             if index == len(self.skeleton.blocks) - 1:
                 raise _Stop
             # tensors of nobody's: where one turns up among a later block's arguments, the model hands it on
             handed.append(tuple(hidden.new_empty(0) for _ in range((self._returned or 1) - 1)))
-            return self._wrapped(hidden, handed[-1])
+            return self._wrapped(hidden + change if change else hidden, handed[-1])
 
         with self._stubs(record):
             self._run_until_stop(batch)
-        return Recording(first[0], calls, handed)
+        return Recording(entered, calls, handed)
 
     def _require_alike(self, known: list[Call], calls: list[Call]) -> None:
         """CheckpointError where a batch calls blocks otherwise than one before it of the same shape."""
@@ -155,17 +157,57 @@ class Walk:
         self._require_one_run_each(tokens[:1])
         vocabulary = self.skeleton.model.get_input_embeddings().weight.shape[0]
         others = (tokens + 1) % vocabulary
-        self._wiring = wiring_of(self._record(tokens[:2]), self._record(others[:2]), self._record(tokens))
+        plain = self._record(tokens[:2])
+        self._wiring = wiring_of(plain, self._record(others[:2]), self._record(tokens))
+        self._require_direct(tokens[:2], others[:2], plain)
+
+    def _require_direct(self, tokens: Tensor, others: Tensor, plain: Recording) -> None:
+        """CheckpointError where the model itself computes with what blocks return, and hands a later block the result.
+
+        others  as many tokens, each another
+        plain   the recording of `tokens`
+        """
+        changed = self._record(tokens, change=1.0)
+        for index, (one, other) in enumerate(zip(plain.calls, changed.calls, strict=True)):
+            passed_on = index == 0 or torch.equal(changed.entered[index], changed.entered[index - 1] + 1.0)
+            pairs = enumerate(zip(one.leaves, other.leaves, strict=True))
+            if not passed_on or not all(alike(*pair) for at, pair in pairs if self.wiring.is_given(index, at)):
+                raise CheckpointError(
+                    f"{type(self.skeleton.model).__name__} computes with the outputs of its blocks before it calls "
+                    f"{self.skeleton.blocks[index].name}: {NOT_BY_BLOCKS}"
+                )
+        heads = [self._before_head(*asked)[1][0] for asked in ((tokens, 0.0), (tokens, 1.0), (others, 0.0))]
+        if not all(torch.allclose(heads[0], other, equal_nan=True) for other in heads[1:]):
+            raise CheckpointError(
+                f"{type(self.skeleton.model).__name__} makes its head's input of more than what its last block "
+                f"returns: {NOT_BY_BLOCKS}"
+            )
 
     def _require_one_run_each(self, batch: Tensor) -> None:
         """CheckpointError where the model does not run its blocks one after another, each once."""
+        order, _ = self._before_head(batch, change=0.0)
+        if order != list(range(len(self.skeleton.blocks))):
+            raise CheckpointError(
+                f"{type(self.skeleton.model).__name__} does not run its {len(self.skeleton.blocks)} blocks one after "
+                f"another, each once, but {len(order)} times: {NOT_BY_BLOCKS}"
+            )
+
+    def _before_head(self, batch: Tensor, change: float) -> tuple[list[int], list[Tensor]]:
+        """The order of blocks in a forward pass, and the tensor that enters the head.
+
+        Every stub adds `change` to its hidden states, but for the last one, which returns ones.
+        """
         order: list[int] = []
+        entering: list[Tensor] = []
 
         def passed(index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             order.append(index)
-            return self._wrapped(args[0] if args else kwargs["hidden_states"])
+            hidden = args[0] if args else kwargs["hidden_states"]
+            last = index == len(self.skeleton.blocks) - 1
+            return self._wrapped(torch.ones_like(hidden) if last else hidden + change)
 
         def stop(module: nn.Module, args: Any) -> None:
+            entering.append(args[0])
             raise _Stop
 
         handle = _linear_head(self.skeleton.model).register_forward_pre_hook(stop)
@@ -174,12 +216,7 @@ class Walk:
                 self._run_until_stop(batch)
         finally:
             handle.remove()
-        if order != list(range(len(self.skeleton.blocks))):
-            raise CheckpointError(
-                f"{type(self.skeleton.model).__name__} does not run its {len(self.skeleton.blocks)} blocks one after "
-                f"another, each once, but {len(order)} times: it cannot be run block by block. Methods without "
-                "calibration take it (int8, rtn), with --eval-windows 0"
-            )
+        return order, entering
 
     def _count_returned(self, batch: Tensor) -> int | None:
         """How many values blocks return, hidden states first; None for a bare tensor. The first one is run to see."""

@@ -121,6 +121,21 @@ def test_a_model_that_runs_its_blocks_again_and_again_is_refused_by_the_walk_alo
     assert prepare(source, complete_recipe({"method": "int8"}), "cpu").plan.schemes
 
 
+@pytest.mark.parametrize("place", ["block", "head"])
+def test_a_model_that_computes_with_embeddings_or_outputs_behind_its_blocks_is_refused(llama, place):
+    """Inkling 2 attends to the inputs of earlier blocks, between blocks and before its head."""
+    skeleton = open_skeleton(open_source(str(llama)))
+    seen = []
+    skeleton.model.get_input_embeddings().register_forward_hook(lambda module, args, output: seen.append(output))
+    decoder = skeleton.model.model
+    behind = decoder.norm if place == "head" else decoder.layers[1]
+    behind.register_forward_pre_hook(
+        lambda module, args, kwargs: ((args[0] + seen[-1], *args[1:]), kwargs), with_kwargs=True
+    )
+    with pytest.raises(CheckpointError, match=r"LlamaForCausalLM .* it cannot be run block by block"):
+        Walk(skeleton, "cpu", torch.float32).start([torch.arange(16).view(2, 8)])
+
+
 def test_blocks_that_return_lists(tmp_path):
     ids = [calibration(2, 9).ids]
     directory = save_tiny("openai-gpt", tmp_path)
