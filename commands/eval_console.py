@@ -8,7 +8,8 @@ from typing import Any
 import click
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from lowbit.api.session import DTYPES, Event, Note, Scored, Step
+from lowbit.api.session import DTYPES, Event, Scored, Step
+from lowbit.api.shared import Note
 from lowbit.commands.common import Terminal, make_console
 from lowbit.evaluation.backend import BACKENDS
 from lowbit.evaluation.perplexity import Score

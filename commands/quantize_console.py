@@ -8,7 +8,8 @@ from rich.status import Status
 from rich.table import Table
 from rich.text import Text
 
-from lowbit.api.quantizing import BlockDone, Calibrated, Checked, Completed, Event, Note, Planned, Quantized, Stage
+from lowbit.api.quantizing import BlockDone, Calibrated, Checked, Completed, Event, Planned, Quantized, Stage
+from lowbit.api.shared import Note
 from lowbit.calibrate.data import CalibrationSet
 from lowbit.calibrate.job import Job
 from lowbit.commands.common import say

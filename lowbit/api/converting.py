@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lowbit import __version__
+from lowbit.api.shared import PAPERS_BYTES
 from lowbit.arguments import typed
 from lowbit.calibrate.plan import unquantized_linears
 from lowbit.errors import RecipeError
@@ -20,7 +21,6 @@ from lowbit.quant.recipe import Recipe, nearest
 from lowbit.quant.scheme import Scheme
 
 MARGIN = 1.1  # another format may store more bytes a weight: zeros, shapes, wider scales
-PAPERS_BYTES = 50_000_000
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lowbit import __version__
+from lowbit.api.shared import PAPERS_BYTES, Note, ignore
 from lowbit.arguments import typed
 from lowbit.calibrate import ranks
 from lowbit.calibrate.budget import average_bits, spend
@@ -36,7 +37,6 @@ from lowbit.quant.recipe import Recipe, nearest, read_recipe
 
 # The journal, the staged output and an output that is replaced stand on the disk at the same time; the rest is papers.
 COPIES_ON_DISK = 3.05
-PAPERS_BYTES = 50_000_000
 
 
 @dataclass(frozen=True)
@@ -84,14 +84,6 @@ class BlockDone:
     total: int
 
 
-@dataclass(frozen=True)
-class Note:
-    """A sentence that the user should read; `warning` where a result is at stake."""
-
-    text: str
-    warning: bool = False
-
-
 Event = Completed | Planned | Calibrated | Stage | Checked | BlockDone | Note
 OnEvent = Callable[[Event], None]
 
@@ -121,10 +113,6 @@ class Quantized:
     rows: tuple[dict[str, Any], ...]
     warnings: tuple[str, ...]
     seconds: float
-
-
-def ignore(event: Event) -> None:
-    """Report nothing."""
 
 
 @typed()

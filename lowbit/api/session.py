@@ -10,6 +10,7 @@ from typing import Any, Literal, TypedDict
 import torch
 
 from lowbit import __version__
+from lowbit.api.shared import Note, ignore
 from lowbit.calibrate.data import builtin_text
 from lowbit.calibrate.documents import SEPARATOR, Reading, documents
 from lowbit.calibrate.tables import TABLES, kind_of, local_rows, read_utf8
@@ -45,19 +46,8 @@ class Scored:
     score: Score
 
 
-@dataclass(frozen=True)
-class Note:
-    """A sentence that a reader of the numbers should know."""
-
-    text: str
-
-
 Event = Step | Scored | Note
 OnEvent = Callable[[Event], None]
-
-
-def ignore(event: Event) -> None:
-    """Report nothing."""
 
 
 class Setup(TypedDict, total=False):
