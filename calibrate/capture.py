@@ -37,7 +37,7 @@ class SiteStats:
 
     @property
     def complete(self) -> bool:
-        """Whether every site has been seen since `next_batch`."""
+        """True if every site has been seen since `next_batch`."""
         return not self._missing
 
     def next_batch(self, with_gram: bool) -> None:

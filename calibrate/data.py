@@ -65,7 +65,7 @@ class DatasetSpec:
 
     @property
     def is_table(self) -> bool:
-        """Whether rows and columns are expected of it: everything but the builtin text and text files."""
+        """True if rows and columns are expected of it: everything but the builtin text and text files."""
         return self.name != BUILTIN and self.kind != ".txt"
 
     @property

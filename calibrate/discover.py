@@ -335,5 +335,5 @@ def _match(before: Tensor, after: Tensor, factors: Tensor) -> Tensor | None:
 
 
 def same(before: Tensor, after: Tensor) -> bool:
-    """Whether two outputs of the block differ by no more than float32 rounding explains."""
+    """True if two outputs of the block differ by no more than float32 rounding explains."""
     return bool((after - before).norm() <= PROOF_TOLERANCE * before.norm())

@@ -137,7 +137,7 @@ def _some(rows: Iterator[Numbered]) -> list[Numbered]:
 
 
 def is_text(value: Any) -> bool:
-    """Whether a cell may be a text or a chat."""
+    """True if a cell may be a text or a chat."""
     if isinstance(value, str):
         return bool(value.strip())
     return isinstance(value, list) and bool(value) and all(isinstance(turn, dict) for turn in value)
@@ -252,12 +252,12 @@ class ChatTemplate:
 
     @property
     def missing(self) -> bool:
-        """Whether there is none."""
+        """True if there is none."""
         return not self.tokenizer.chat_template
 
     @cached_property
     def wants_parts(self) -> bool:
-        """Whether it reads a turn's content as a list of parts alone, as those of models that see images may."""
+        """True if it reads a turn's content as a list of parts alone, as those of models that see images may."""
         return not self._shows(PROBE) and self._shows(as_parts(PROBE))
 
     def render(self, turns: list[dict[str, Any]], tools: Any = None) -> str:

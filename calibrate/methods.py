@@ -74,7 +74,7 @@ def find_method(name: str) -> Method:
 
 
 def calibrated(recipe: Recipe) -> bool:
-    """Whether anything in `recipe` looks at activations."""
+    """True if anything in `recipe` looks at activations."""
     static = any(parse_scheme(text).static_inputs for text in (str(recipe.default_scheme), *recipe.schemes.values()))
     parts = any(part.needs.calibration for part in (*transforms_of(recipe), rounder_of(recipe)))
     return static or parts or recipe.clip or recipe.distill_steps > 0 or recipe.target_bits is not None
@@ -169,5 +169,5 @@ def _require_sense(method: Method, recipe: Recipe) -> None:
 
 
 def _integers_alone(scheme: Scheme) -> bool:
-    """Whether weights are integers, and inputs stay in 16 bits."""
+    """True if weights are integers, and inputs stay in 16 bits."""
     return scheme.number.is_integer and scheme.inputs is None

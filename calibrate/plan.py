@@ -163,7 +163,7 @@ def ignored_by(name: str, patterns: Iterable[str]) -> str | None:
 
 
 def _reason_against(spec: LinearSpec, block: Block, ignore: Iterable[str], roles: Mapping[str, str]) -> str | None:
-    """Why a linear stays in 16 bits, or None.
+    """The reason why a linear stays in 16 bits, or None.
 
     roles  of linears whose outputs choose, as far as running the model's code showed them
     """

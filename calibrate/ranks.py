@@ -50,7 +50,7 @@ def leave() -> None:
 
 
 def count() -> int:
-    """How many processes there are."""
+    """The number of processes."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
@@ -60,12 +60,12 @@ def index() -> int:
 
 
 def leads() -> bool:
-    """Whether this is the process that writes and prints."""
+    """True if this is the process that writes and prints."""
     return index() == 0
 
 
 def first_to_fail() -> bool:
-    """Whether no other process has failed yet, so that this one's message is the one to print."""
+    """True if no other process has failed yet, so that this one's message is the one to print."""
     return not dist.is_torchelastic_launched() or next(rendezvous("env://"))[0].add("failed", 1) == 1
 
 

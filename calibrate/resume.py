@@ -104,7 +104,7 @@ class Journal:
             self.finished += 1
 
     def _reason_against(self, index: int) -> str | None:
-        """Why block `index`, which has a row, does not count."""
+        """The reason why block `index`, which has a row, does not count."""
         try:
             row = read_json(self._row(index))
             if row.pop("sha256", None) != _hash_of(row):

@@ -46,7 +46,7 @@ class FoldSearch:
     sample: list[States]
 
     def reason_against(self) -> str | None:
-        """Why there is nothing to search here, or None."""
+        """The reason why there is nothing to search here, or None."""
         if not self.quantized:
             return "none of its consumers is quantized"
         if not any(name in self.work.stats for name in self.fold.columns):

@@ -18,7 +18,7 @@ from lowbit.quant.qtensor import QTensor
 
 
 def covered(block: Block, parameter: str, weights: dict[str, QTensor]) -> bool:
-    """Whether a fused parameter lives on entirely in the quantized experts cut from it."""
+    """True if a fused parameter lives on entirely in the quantized experts cut from it."""
     inside = [spec.name for spec in block.linears if spec.placement.parameter == parameter]
     return bool(inside) and all(name in weights for name in inside)
 
@@ -51,7 +51,7 @@ class RecordingWriter:
                 self._add(name, self._source(name))
 
     def _is_tied_copy(self, name: str) -> bool:
-        """Whether the file's tensor `name` is another of its tensors once more."""
+        """True if the file's tensor `name` is another of its tensors once more."""
         places = self._job.skeleton.others
         origin = tied_weights(self._job.skeleton.model).get(places[name].parameter) if name in places else None
         return any(place.parameter == origin for place in places.values())

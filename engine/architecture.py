@@ -77,7 +77,7 @@ class Architecture:
         return self.activation in GATED_ACTIVATIONS
 
     def reason_against(self) -> str | None:
-        """Why no decoder has these sizes, or None."""
+        """The reason why no decoder has these sizes, or None."""
         counts = {name: getattr(self, name) for name in SIZES} | {"layers": len(self.layers)}
         wrong = next((name for name, value in counts.items() if type(value) is not int or value < 1), None)
         if wrong is not None:

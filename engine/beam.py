@@ -31,7 +31,7 @@ class Finished:
         self.found = sorted(self.found, key=lambda entry: -entry[0])[: self.beams]
 
     def closed_to(self, logprob: float, length: int) -> bool:
-        """Whether a running beam of this log-probability and length can no longer get in."""
+        """True if a running beam of this log-probability and length can no longer get in."""
         return len(self.found) == self.beams and self.found[-1][0] >= logprob / length**self.length_penalty
 
 

@@ -112,7 +112,7 @@ class Product:
         return self.linear.rounded(rows if self.norm is None else self.norm.of(rows)), None
 
     def shares(self, consumer: Consumer, m: int) -> bool:
-        """Whether the kernels for m rows, of this product and of `consumer`, share the norm at a gain."""
+        """True if the kernels for m rows, of this product and of `consumer`, share the norm at a gain."""
         problems = self.weight.problem(m), consumer.weight.problem(m)
         return all(problem is not None and defers(problem) for problem in problems)
 
@@ -128,5 +128,5 @@ def consumer_of(made: Linear, reader: Product) -> Consumer | None:
 
 
 def rounds_late(up: Linear, down: Linear, activation: str) -> bool:
-    """Whether `down` takes what `up` makes as it is: its rounding to int8 then applies the activation on the way."""
+    """True if `down` takes what `up` makes as it is: its rounding to int8 then applies the activation on the way."""
     return isinstance(up.weight, Int8) and isinstance(down.weight, Int8) and activation in ACTIVATIONS

@@ -62,12 +62,12 @@ class Request:
 
     @property
     def before_turn(self) -> bool:
-        """Whether the sequence is still short, and will not stay so."""
+        """True if the sequence is still short, and will not stay so."""
         return self.short is not None and len(self.sequence) <= self.short
 
     @property
     def wants_prompt_logprobs(self) -> bool:
-        """Whether the prompt's log-probabilities were asked for and are not known yet."""
+        """True if the prompt's log-probabilities were asked for and are not known yet."""
         return self.sampling.prompt_logprobs and self.prompt_logprobs is None
 
     def begin(self) -> None:

@@ -59,7 +59,7 @@ class Sampling:
             raise EngineError(reason)
 
     def reason_against(self) -> str | None:
-        """Why nothing can be generated so, or None."""
+        """The reason why nothing can be generated so, or None."""
         ranges = {
             "max_new_tokens": (self.max_new_tokens, 1, math.inf),
             "min_new_tokens": (self.min_new_tokens, 0, self.max_new_tokens),
@@ -92,13 +92,13 @@ class Sampling:
 
     @property
     def penalized(self) -> bool:
-        """Whether what was written, or may not be, changes the logits."""
+        """True if what was written, or may not be, changes the logits."""
         neutral = (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) == (1.0, 0.0, 0.0)
         return not neutral or bool(self.bad_words) or self.min_new_tokens > 0
 
     @property
     def truncated(self) -> bool:
-        """Whether unlikely tokens are left out."""
+        """True if unlikely tokens are left out."""
         return self.temperature > 0 and (self.top_k > 0 or self.top_p < 1 or self.min_p > 0)
 
 

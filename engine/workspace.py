@@ -98,7 +98,7 @@ class Workspaces:
 
 
 def on_gpu(device: torch.device) -> bool:
-    """Whether memory is that of a GPU: scarce, and torch says how much there is."""
+    """True if memory is that of a GPU: scarce, and torch says how much there is."""
     return device.type == "cuda"
 
 

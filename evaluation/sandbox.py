@@ -79,7 +79,7 @@ class Program:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Whether the tests passed, in a few words why not, and behind which walls the program ran."""
+    """True if the tests passed, in a few words why not, and behind which walls the program ran."""
 
     passed: bool
     reason: str = ""

@@ -55,11 +55,11 @@ class Awq(Format):
     scale_dtype = torch.float16
 
     def recognizes(self, config: Mapping[str, Any]) -> bool:
-        """Whether a quantization_config is of AutoAWQ's GEMM version, which is also what one without a version is."""
+        """True if a quantization_config is of AutoAWQ's GEMM version, which is also what one without a version is."""
         return config.get("quant_method") == NAME and str(config.get("version", "gemm")).lower() == "gemm"
 
     def reason_against(self, scheme: Scheme) -> str | None:
-        """Why AWQ files cannot hold a scheme, or None."""
+        """The reason why AWQ files cannot hold a scheme, or None."""
         if not scheme.number.is_integer or scheme.bits != BITS or scheme.inputs is not None:
             return "AWQ files hold 4-bit weights and nothing else"
         if scheme.symmetric:
@@ -67,7 +67,7 @@ class Awq(Format):
         return None
 
     def reason_against_shape(self, scheme: Scheme, n: int, k: int) -> str | None:
-        """Why no such weight (n, k) can be packed, or None."""
+        """The reason why no such weight (n, k) can be packed, or None."""
         return f"{n} outputs: AWQ files take multiples of 8" if n % 8 else None
 
     def write(self, name: str, weight: QTensor) -> dict[str, Tensor]:

@@ -183,7 +183,7 @@ def _check_index(directory: Path, entries: dict[str, TensorEntry]) -> None:
 
 
 def verify_checksums(checkpoint: Checkpoint, read: Mapping[str, str] = MappingProxyType({})) -> int:
-    """How many weight files were compared with a SHA-256 known for them; a mismatch raises CheckpointError.
+    """The number of weight files compared with a known SHA-256; a mismatch raises CheckpointError.
 
     read  SHA-256 of files that were read already, by name
 

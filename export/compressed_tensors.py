@@ -192,7 +192,7 @@ class CompressedTensors(Format):
     )
 
     def reason_against(self, scheme: Scheme) -> str | None:
-        """Why this layout cannot hold a scheme that our own types can write, or None."""
+        """The reason why this layout cannot hold a scheme that our own types can write, or None."""
         if not scheme.symmetric and scheme.bits == 8:
             return "asymmetric 8-bit weights have no kernel in the engines that read compressed-tensors; use --sym"
         if layout_of(scheme) == FLOAT and scheme.group_size != -1:
@@ -209,7 +209,7 @@ class CompressedTensors(Format):
         )
 
     def reason_in(self, engine: str, scheme: Scheme) -> str | None:
-        """Why an engine loads no weights of a scheme, or None."""
+        """The reason why an engine loads no weights of a scheme, or None."""
         if engine == "transformers" and not scheme.symmetric:
             return "with compressed-tensors 0.20 it loads asymmetric weights only with dequantize=True"
         return None

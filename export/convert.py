@@ -107,12 +107,12 @@ def target_schemes(source: LogicalTensors, fmt: Format) -> dict[str, Scheme]:
 
 
 def _refuses_symmetric(fmt: Format, scheme: Scheme) -> bool:
-    """Whether the format takes the scheme only with zeros."""
+    """True if the format takes the scheme only with zeros."""
     return bool(fmt.reason_against(scheme)) and not fmt.reason_against(scheme.with_zeros(True))
 
 
 def _all_middle(source: LogicalTensors) -> bool:
-    """Whether the checkpoint has zeros, and every one stands in the middle of the codes."""
+    """True if the checkpoint has zeros, and every one stands in the middle of the codes."""
     with_zeros = [name for name, scheme in source.schemes.items() if not scheme.symmetric]
     return bool(with_zeros) and all(_is_middle(source.qtensor(name)) for name in with_zeros)
 

@@ -136,7 +136,7 @@ def refuse_link_outside(path: Path, home: Path) -> None:
 
 
 def is_same(path: Path, identity: Identity) -> bool:
-    """Whether the file at `path` is the one of that identity, unchanged."""
+    """True if the file at `path` is the one of that identity, unchanged."""
     try:
         return identity_of(os.stat(path)) == identity
     except OSError:

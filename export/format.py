@@ -41,7 +41,7 @@ class Format(ABC):
 
     @abstractmethod
     def reason_against(self, scheme: Scheme) -> str | None:
-        """Why it cannot hold a scheme, or None."""
+        """The reason why it cannot hold a scheme, or None."""
 
     @abstractmethod
     def write(self, name: str, weight: QTensor) -> dict[str, Tensor]:
@@ -64,7 +64,7 @@ class Format(ABC):
         """The scheme that the block gives each of the linears."""
 
     def recognizes(self, config: Mapping[str, Any]) -> bool:
-        """Whether a quantization_config is of this dialect."""
+        """True if a quantization_config is of this dialect."""
         return config.get("quant_method") == self.method
 
     def linears(self, names: Iterable[str]) -> list[str]:
@@ -73,11 +73,11 @@ class Format(ABC):
         return [name.removesuffix(suffix) for name in names if name.endswith(suffix)]
 
     def reason_against_shape(self, scheme: Scheme, n: int, k: int) -> str | None:
-        """Why it cannot hold a scheme's weight of (n, k), or None."""
+        """The reason why it cannot hold a scheme's weight of (n, k), or None."""
         return None
 
     def risk_of(self, scheme: Scheme) -> str | None:
-        """Why freshly rounded weights of a scheme may turn out not to fit, or None."""
+        """The reason why freshly rounded weights of a scheme may turn out not to fit, or None."""
         return None
 
     def caveat(self, scheme: Scheme) -> str | None:
@@ -85,7 +85,7 @@ class Format(ABC):
         return None
 
     def reason_in(self, engine: str, scheme: Scheme) -> str | None:
-        """Why an engine, by name, loads no weights of a scheme from it, or None."""
+        """The reason why an engine, by name, loads no weights of a scheme from it, or None."""
         return None
 
 

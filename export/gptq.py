@@ -107,24 +107,24 @@ class Gptq(Format):
         )
 
     def recognizes(self, config: Mapping[str, Any]) -> bool:
-        """Whether a quantization_config is of this version; a file that names none is of the first."""
+        """True if a quantization_config is of this version; a file that names none is of the first."""
         return config.get("quant_method") == METHOD and config.get("checkpoint_format", V1) == self.name
 
     def reason_against(self, scheme: Scheme) -> str | None:
-        """Why GPTQ files cannot hold a scheme, or None."""
+        """The reason why GPTQ files cannot hold a scheme, or None."""
         if not scheme.number.is_integer or scheme.inputs is not None:
             return "GPTQ files hold integers and nothing else: no floats, no quantized activations"
         return None
 
     def reason_against_shape(self, scheme: Scheme, n: int, k: int) -> str | None:
-        """Why no such weight (n, k) can be packed, or None."""
+        """The reason why no such weight (n, k) can be packed, or None."""
         per_word = 32 // scheme.bits
         if k % 32 or n % per_word:
             return f"{n} outputs and {k} inputs: GPTQ files take multiples of {per_word} and of 32"
         return None
 
     def risk_of(self, scheme: Scheme) -> str | None:
-        """Why rounded weights may turn out not to fit: a zero of 0 is what a group without negative weights gets."""
+        """The reason why rounded weights may not fit, or None. A group without negative weights gets a zero of 0."""
         if self.name == V1 and not scheme.symmetric:
             return "version 1 cannot store a zero of 0, which rounding may choose; use --format gptq_v2, or --sym"
         return None
@@ -134,7 +134,7 @@ class Gptq(Format):
         return None if scheme.symmetric else f"{SYMMETRIC_ONLY}; GPTQModel takes these"
 
     def reason_in(self, engine: str, scheme: Scheme) -> str | None:
-        """Why an engine loads no weights of a scheme, or None."""
+        """The reason why an engine loads no weights of a scheme, or None."""
         return SYMMETRIC_ONLY if engine == "vLLM" and not scheme.symmetric else None
 
     def write(self, name: str, weight: QTensor) -> dict[str, Tensor]:

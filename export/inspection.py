@@ -72,7 +72,7 @@ class Inspection:
         return 8 * sum(linear.nbytes for linear in self.linears.values()) / max(weights, 1)
 
     def roles(self) -> dict[tuple[str, Scheme, int, int], int]:
-        """How many linears share a name but for its numbers, a scheme and a shape."""
+        """The number of linears per (name without its numbers, scheme, shape)."""
         return Counter(
             (re.sub(r"\.\d+\.", ".*.", name), linear.scheme, linear.n, linear.k)
             for name, linear in self.linears.items()

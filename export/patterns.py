@@ -23,11 +23,11 @@ class Patterns:
         self._end = thread_time() + (SECONDS if seconds is None else seconds)
 
     def begins(self, pattern: str, text: str) -> bool:
-        """Whether `text` begins with what `pattern` fits. PatternError where that cannot be told in time."""
+        """True if `text` begins with what `pattern` fits. PatternError where that cannot be told in time."""
         return self._fits(pattern, text, anchored=True)
 
     def occurs(self, pattern: str, text: str) -> bool:
-        """Whether `pattern` fits anywhere in `text`. PatternError where that cannot be told in time."""
+        """True if `pattern` fits anywhere in `text`. PatternError where that cannot be told in time."""
         return self._fits(pattern, text, anchored=False)
 
     def _fits(self, pattern: str, text: str, anchored: bool) -> bool:

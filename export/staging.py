@@ -206,7 +206,7 @@ def exchange(one: Path, other: Path) -> bool:
 
 
 def _is_mount_point(place: Path) -> bool:
-    """Whether a disk, or a bound directory, is mounted at `place`."""
+    """True if a disk, or a bound directory, is mounted at `place`."""
     mounts = Path("/proc/self/mountinfo")
     lines = mounts.read_text(encoding="utf-8", errors="replace").splitlines() if mounts.exists() else []
     return place.is_mount() or str(place) in {_unescaped(line.split()[4]) for line in lines}

@@ -81,7 +81,7 @@ def checked(name: str, value: Tensor) -> Tensor:
 
 
 def count_broken(value: Tensor) -> int:
-    """How many values are NaN or infinite; counted in pieces, for the largest tensors barely fit once.
+    """The number of NaN and infinite values, counted in pieces: the largest tensors barely fit in memory once.
 
     The least and the largest value say for a piece whether there are any, 50 times as fast as looking at each.
     """

@@ -137,7 +137,7 @@ class _Quantizers:
 
 
 def is_read_here(values: Mapping[str, Any]) -> bool:
-    """Whether our readers can follow a quantization_config."""
+    """True if our readers can follow a quantization_config."""
     for fmt in FORMATS.values():
         if fmt.recognizes(values):
             try:

@@ -127,7 +127,7 @@ class LowbitScheme(CompressedTensorsScheme):
 
     @abstractmethod
     def reason_against(self, part: Part) -> str | None:
-        """Why our kernels cannot multiply with the part, or None."""
+        """The reason why our kernels cannot multiply with the part, or None."""
 
     @abstractmethod
     def parameters(self, part: Part) -> dict[str, BasevLLMParameter]:
@@ -198,7 +198,7 @@ class PackedWeights(LowbitScheme):
         return loaded | {"weight_shape": torch.tensor([part.n, part.k])}
 
     def reason_against(self, part: Part) -> str | None:
-        """Why the part cannot be packed, or None."""
+        """The reason why the part cannot be packed, or None."""
         return reason_against_packing(part.n, part.k, self.scheme.group_size, TILE_ROWS)
 
     def packed(self, weight: QTensor, part: Part) -> dict[str, Tensor | None]:
@@ -252,7 +252,7 @@ class PlainWeights(LowbitScheme):
         return found
 
     def reason_against(self, part: Part) -> str | None:
-        """Why the part cannot be multiplied in int8, or None."""
+        """The reason why the part cannot be multiplied in int8, or None."""
         return w8a8.reason_against_packing(part.n, part.k)
 
     def packed(self, weight: QTensor, part: Part) -> dict[str, Tensor | None]:

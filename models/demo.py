@@ -117,7 +117,7 @@ def demo_model_dir(cache: Path | None = None) -> Path:
 
 
 def is_complete(final: Path) -> bool:
-    """Whether every file that SHA256SUMS names is in `final`; their content was verified when they were written."""
+    """True if every file that SHA256SUMS names is in `final`; their content was verified when they were written."""
     try:
         lines = (final / "SHA256SUMS").read_text().splitlines()
     except OSError:

@@ -124,12 +124,12 @@ def _operations(converter: Any) -> list[str]:
 
 
 def _stacks(converter: Any) -> bool:
-    """Whether a conversion stacks experts, one source each, or two that are joined first."""
+    """True if a conversion stacks experts, one source each, or two that are joined first."""
     return _operations(converter) in (["MergeModulelist"], ["MergeModulelist", "Concatenate"])
 
 
 def _swaps(converter: Any) -> bool:
-    """Whether a conversion exchanges a tensor's last two dimensions and does nothing else."""
+    """True if a conversion exchanges a tensor's last two dimensions and does nothing else."""
     return _operations(converter) == ["Transpose"] and len(converter.target_patterns) == 1
 
 
@@ -162,7 +162,7 @@ def experts_in(model: PreTrainedModel, name: str, placement: Placement) -> dict[
 
 
 def stacked_only(model: PreTrainedModel, experts: Mapping[str, Placement]) -> bool:
-    """Whether transformers has no place for single experts, by their names in the file: it knows stacks of them alone.
+    """True if transformers has no place for single experts, by their names in the file: it knows stacks of them alone.
 
     Classes that its quantizers take apart themselves (Llama 4's) have places for them.
     """

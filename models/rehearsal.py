@@ -196,7 +196,7 @@ def _mode(skeleton: Skeleton, index: int) -> Choosers:
 
 
 def _reads_weights(model: PreTrainedModel, block: nn.Module, run: Callable[[], States]) -> bool:
-    """Whether code misses a weight as the block is set up and run."""
+    """True if code misses a weight as the block is set up and run."""
     for tensor in (*block.parameters(), *block.buffers()):
         setattr(tensor, LOADED, True)
     try:

@@ -187,7 +187,7 @@ def _require_held(source: Source, auto: type[_BaseAutoModelClass]) -> None:
 
 
 def _sees_images(config: PretrainedConfig) -> bool:
-    """Whether the class that the configuration names takes images too; it decides where a type has one without."""
+    """True if the class that the configuration names takes images too; it decides where a type has one without."""
     kind, classes = config.model_type, config.architectures or []
     wrapper = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(kind)
     return wrapper is not None and (kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or wrapper in classes)

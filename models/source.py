@@ -131,7 +131,7 @@ def refuse_remote_code(checkpoint: Checkpoint, trusted: bool) -> None:
 
 
 def is_native(checkpoint: Checkpoint) -> bool:
-    """Whether transformers itself has classes for the model: those of its repository are then not needed."""
+    """True if transformers itself has classes for the model: those of its repository are then not needed."""
     return checkpoint.config.get("model_type") in CONFIG_MAPPING_NAMES
 
 

@@ -163,11 +163,11 @@ class Wiring:
 
     @property
     def carries(self) -> bool:
-        """Whether blocks hand each other more than hidden states."""
+        """True if blocks hand each other more than hidden states."""
         return bool(self.returned or self.stores)
 
     def is_given(self, index: int, at: int) -> bool:
-        """Whether the model gives block `index` this argument, and no block before it."""
+        """True if the model gives block `index` this argument, and no block before it."""
         return (index, at) not in self.returned and (index, at) not in self.stores
 
     def template(self, recording: Recording) -> list[Call]:
@@ -237,7 +237,7 @@ def wiring_of(one: Recording, other: Recording, longer: Recording) -> Wiring:
 
 
 def alike(one: Any, other: Any) -> bool:
-    """Whether two arguments say the same to a block."""
+    """True if two arguments say the same to a block."""
     if isinstance(one, Tensor) and isinstance(other, Tensor):
         return one is other or (one.shape == other.shape and torch.equal(one, other))
     plain = (bool, int, float, str, type(None), Tensor)

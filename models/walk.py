@@ -219,7 +219,7 @@ class Walk:
         return order, entering
 
     def _count_returned(self, batch: Tensor) -> int | None:
-        """How many values blocks return, hidden states first; None for a bare tensor. The first one is run to see."""
+        """The number of values a block returns, hidden states first; None for a bare tensor. Runs the first block."""
         found: list[int | None] = []
 
         def look(module: nn.Module, args: Any, output: Any) -> None:
@@ -336,5 +336,5 @@ def _sliced_linear(x: Tensor, linear: nn.Linear) -> Tensor:
 
 
 def _within(name: str, outer: set[str]) -> bool:
-    """Whether the module `name` is one of `outer` or inside one."""
+    """True if the module `name` is one of `outer` or inside one."""
     return any(name == other or name.startswith(other + ".") for other in outer)

@@ -42,7 +42,7 @@ class Number:
 
     @property
     def is_integer(self) -> bool:
-        """Whether the values are consecutive integers."""
+        """True if the values are consecutive integers."""
         return self.mantissa is None
 
     @property
@@ -74,7 +74,7 @@ class Number:
         return self.least if self.is_integer else steps_at(values, self.fineness, self.least)
 
     def reason_against_codes(self, codes: Tensor) -> str | None:
-        """Why `codes` (of the dtype `storage`, not empty) are none of this number, or None."""
+        """The reason why `codes` (of the dtype `storage`, not empty) are none of this number, or None."""
         if self.is_integer:
             inside = self.low <= int(codes.min()) and int(codes.max()) <= self.high
             return None if inside else f"lies outside [{self.low:g}, {self.high:g}]"

@@ -74,7 +74,7 @@ def stored_scale(scale: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def reason_against_scales(w: Tensor, scheme: Scheme, scale_dtype: torch.dtype) -> str | None:
-    """Why the scales of `w` (n, k) have no place in `scale_dtype`, in words, or None.
+    """The reason why the scales of `w` (n, k) have no place in `scale_dtype`, in words, or None.
 
     None may be too large for it. Scales too small are raised to the smallest it has, which loses the weights of their
     groups: those may have LOST_ENERGY of the whole at most.

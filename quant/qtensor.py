@@ -35,7 +35,7 @@ class QTensor:
             raise ValueError(f"a {self.scheme} weight of shape {tuple(self.codes.shape)} is impossible: {reason}")
 
     def reason_against(self) -> str | None:
-        """Why these tensors are no weight of this scheme, or None."""
+        """The reason why these tensors are no weight of this scheme, or None."""
         number = self.scheme.number
         dtype = number.storage
         if self.codes.ndim != 2 or self.codes.dtype != dtype:

@@ -61,7 +61,7 @@ class Side:
 
     @property
     def static(self) -> bool:
-        """Whether one scale serves all tokens, fixed by calibration."""
+        """True if one scale serves all tokens, fixed by calibration."""
         return isinstance(self.granularity, PerTensor)
 
 
@@ -109,7 +109,7 @@ class Scheme:
 
     @property
     def static_inputs(self) -> bool:
-        """Whether inputs are rounded by one scale that calibration fixes."""
+        """True if inputs are rounded by one scale that calibration fixes."""
         return self.inputs is not None and self.inputs.static
 
     @property
@@ -118,7 +118,7 @@ class Scheme:
 
     @property
     def signed_scales(self) -> bool:
-        """Whether rounding chooses scales below zero too."""
+        """True if rounding chooses scales below zero too."""
         return self.symmetric and self.number.signed_scales
 
     @property

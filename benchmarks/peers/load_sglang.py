@@ -124,7 +124,7 @@ def wrong_parameters(model: Any, tensors: dict[str, torch.Tensor]) -> list[str]:
 
 
 def same(parameter: torch.Tensor, parts: list[torch.Tensor], dim: int) -> bool:
-    """Whether the parameter is `parts`, in its own type, along `dim`."""
+    """True if the parameter is `parts`, in its own type, along `dim`."""
     if dim >= parts[0].dim() or any(part.select(dim, 0).shape != parts[0].select(dim, 0).shape for part in parts):
         return False
     together = torch.cat(parts, dim) if parameter.shape != parts[0].shape else parts[0]

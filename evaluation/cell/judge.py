@@ -78,7 +78,7 @@ def _take_over(ours: Any, theirs: Any) -> None:
 
 
 def judge(order: dict[str, str], requests: BinaryIO, replies: BinaryIO) -> str | None:
-    """Why the program does not pass; None where it does.
+    """The reason why the program does not pass; None where it does.
 
     order  helpers: what of the prompt stands before the function; tests: what is run with the function in reach
     """

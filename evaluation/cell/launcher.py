@@ -81,7 +81,7 @@ def _judge(ordered: int, ask: int, replied: int, verdict: int) -> None:
 
 
 def _reason(said: bytes, worker: int, court: int, settings: Settings) -> str | None:
-    """Why the program does not pass, None where it does; where a process ended too early, what became of it."""
+    """The reason why the program does not pass, or None. A process that ended early: how it ended."""
     reason: str | None = json.loads(said)["reason"] if said else GONE
     if reason is None:
         return None

@@ -52,7 +52,7 @@ def readable() -> list[str]:
 
 
 def enter_namespaces(empty: str) -> bool:
-    """Whether this process now has a world of its own: nobody in it, no network, and no files but readable().
+    """True if this process now has a world of its own: nobody in it, no network, and no files but readable().
 
     empty  a directory to build that world's root in
     The next child is the first process of the new PID namespace. False where the kernel refuses any of it.
@@ -88,7 +88,7 @@ def _change_root(empty: str) -> None:
 
 
 def enter_landlock() -> bool:
-    """Whether from now on this process may read readable() alone, bind and connect nowhere, and signal nobody."""
+    """True if from now on this process may read readable() alone, bind and connect nowhere, and signal nobody."""
     try:
         version = system_call(LANDLOCK_CREATE, None, 0, 1)
     except OSError:

@@ -257,7 +257,7 @@ def outliers(run: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def expert_tokens(run: dict[str, Any]) -> dict[str, int] | None:
-    """How many calibration tokens reached an expert's linear: how many linears, and the least, median and most tokens.
+    """Calibration tokens of experts' linears: number of linears; fewest, median and most tokens.
     None without experts, or where nothing was calibrated."""
     rows = [row for block in run.get("blocks", []) for name, row in block["linears"].items() if "experts." in name]
     tokens = sorted(row["tokens"] for row in rows if row.get("tokens") is not None)

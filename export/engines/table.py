@@ -39,7 +39,7 @@ def layers_of(fmt: Format, schemes: Mapping[str, Scheme], shapes: Mapping[str, t
 def reason_against_parallel(
     size: int, schemes: Mapping[str, Scheme], shapes: Mapping[str, tuple[int, int]], heads: tuple[int, int] | None
 ) -> str | None:
-    """Why the linears cannot be split between `size` GPUs, or None.
+    """The reason why the linears cannot be split between `size` GPUs, or None.
 
     heads  query heads, and those of keys and values, where they are known
     """

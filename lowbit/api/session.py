@@ -237,7 +237,7 @@ def split_text(options: dict[str, Any]) -> tuple[Text, dict[str, Any]]:
 
 
 def reason_against(directory: Path) -> str | None:
-    """Why nothing can be kept in `directory`, which is made where it is missing; or None."""
+    """The reason why nothing can be kept in `directory`, which is made where it is missing; or None."""
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:

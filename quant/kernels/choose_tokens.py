@@ -122,7 +122,7 @@ def check(call: Choice) -> None:
 
 
 def reason_against(call: Choice) -> str | None:
-    """Why the kernel cannot take the rows, or None."""
+    """The reason why the kernel cannot take the rows, or None."""
     scores = call.scores
     if scores.device.type != "cuda":
         return f"the tensors are on the {scores.device.type}"

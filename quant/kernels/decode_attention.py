@@ -249,7 +249,7 @@ def choose_splits(call: Attention, processors: int) -> int:
 
 
 def reason_against(heads: Tensor, cache: KVCache) -> str | None:
-    """Why the kernels cannot take these tensors, or None."""
+    """The reason why the kernels cannot take these tensors, or None."""
     if heads.device.type != "cuda":
         return f"the tensors are on the {heads.device.type}"
     if heads.dtype not in (torch.float16, torch.bfloat16):

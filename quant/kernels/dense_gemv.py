@@ -16,7 +16,7 @@ GATED_STEP = 8  # gate's rows beside up's: n is a multiple of this
 
 
 def reason_against(problem: Problem) -> str | None:
-    """Why this kernel cannot take the problem, or None."""
+    """The reason why this kernel cannot take the problem, or None."""
     if problem.dtype not in (torch.float16, torch.bfloat16):
         return f"it is for float16 and bfloat16, not {problem.dtype}"
     if problem.m > MAX_M:
@@ -32,7 +32,7 @@ def choose_launch(problem: Problem) -> Launch:
 
 
 def reason_against_memory(call: DenseCall) -> str | None:
-    """Why the copy engine cannot read these tensors where they lie, or None."""
+    """The reason why the copy engine cannot read these tensors where they lie, or None."""
     for name, tensor in (("x", call.x), ("weight", call.weight)):
         pitch = pitch_of(tensor)
         if tensor.stride(1) != 1 or pitch < tensor.shape[1] * 2 or pitch % STEP_BYTES or tensor.data_ptr() % STEP_BYTES:

@@ -11,14 +11,14 @@ except ImportError:
 
 
 def reason_against_device(capability: tuple[int, int]) -> str | None:
-    """Why no built code runs on a GPU of this compute capability, or None."""
+    """The reason why no built code runs on a GPU of this compute capability, or None."""
     if EXTENSION is None:
         return "lowbit.quant._C was not built (pip install --no-build-isolation -e . with nvcc on PATH)"
     return reason_against_capability(capability, EXTENSION.architectures)
 
 
 def reason_against_90a() -> str | None:
-    """Why code that is for sm_90a alone does not run on a GPU of compute capability 9.0, or None."""
+    """The reason why code that is for sm_90a alone does not run on a GPU of compute capability 9.0, or None."""
     reason = reason_against_device((9, 0))
     if reason is None and EXTENSION is not None and "90a" not in EXTENSION.architectures.split():
         return f"it needs code for 90a, lowbit.quant._C was built for {EXTENSION.architectures}"
@@ -26,7 +26,7 @@ def reason_against_90a() -> str | None:
 
 
 def reason_against_capability(capability: tuple[int, int], architectures: str) -> str | None:
-    """Why nothing of `architectures` ("80 90a 90+PTX") runs on this compute capability, or None.
+    """The reason why nothing of `architectures` ("80 90a 90+PTX") runs on this compute capability, or None.
 
     Machine code runs from its own version on within the major one ("90a" on 9.0 alone), PTX on all newer GPUs. But PTX
     from before 9.0 does not on 9.0 and newer: there the launchers use clusters and dependent launch, and the barriers

@@ -61,7 +61,7 @@ def scale_shift(group_size: int) -> int:
 
 
 def reason_against_packing(n: int, k: int, group_size: int, pair_block: int) -> str | None:
-    """Why no weight of this shape can be packed, or None."""
+    """The reason why no weight of this shape can be packed, or None."""
     if group_size not in GROUP_SIZES:
         return f"groups of {group_size} inputs: the kernels take 32, 64, 128, 256 or -1 (one per channel)"
     if k % 32:

@@ -151,7 +151,7 @@ def place_of(device: torch.device) -> tuple[str, tuple[int, int] | None, int]:
 
 
 def has_fast_memory(device: torch.device) -> bool:
-    """Whether the GPU's memory brings more than its multiprocessors' products of packed weights can take: an H200's.
+    """True if the GPU's memory brings more than its multiprocessors' products of packed weights can take: an H200's.
 
     Kernels that overlap there take memory's time from each other instead of using what lay idle.
     """
@@ -175,7 +175,7 @@ def check_alignment(**tensors: Tensor | None) -> None:
 
 
 def reason_against_weight(call: Call) -> str | None:
-    """Why the packed tensors are not the weight that the numbers say, or None."""
+    """The reason why the packed tensors are not the weight that the numbers say, or None."""
     w = call.weight
     if call.x.ndim != 2 or call.x.shape[1] != w.k:
         return f"x must have the shape (m, {w.k})"
@@ -228,7 +228,7 @@ def reason_against_tensors(call: Call) -> str | None:
 
 
 def reason_against_squares(x: Tensor, width: int, norm: Deferred | NextNorm | None) -> str | None:
-    """Why these are no sums of squares of rows of `width` beside x, or None."""
+    """The reason why these are no sums of squares of rows of `width` beside x, or None."""
     if norm is None:
         return None
     squares, shape = norm.squares, (x.shape[0], width // PART)
@@ -241,7 +241,7 @@ def reason_against_squares(x: Tensor, width: int, norm: Deferred | NextNorm | No
 
 
 def reason_against_epilogue(call: Call) -> str | None:
-    """Why norm, activation, residual and rotary do not go together, or None."""
+    """The reason why norm, activation, residual and rotary do not go together, or None."""
     if call.norm not in NORMS or (call.norm == "none") != (call.norm_weight is None):
         return f"norm {call.norm!r} is one of {NORMS}, and has a norm_weight unless it is 'none'"
     if call.activation not in ACTIVATIONS:
@@ -263,7 +263,7 @@ def reason_against_epilogue(call: Call) -> str | None:
 
 
 def reason_against_rotary(call: Call, rotary: Rotary) -> str | None:
-    """Why these heads, positions and caches do not fit the weight, or None."""
+    """The reason why these heads, positions and caches do not fit the weight, or None."""
     m, head_dim = call.x.shape[0], rotary.head_dim
     if call.activation != "none":
         return f"rotary with activation {call.activation!r}: there is no such kernel"

@@ -11,7 +11,7 @@ from lowbit.quant.kernels.problem import PART, Call, Deferred, NextNorm, Problem
 
 
 def reason_against(problem: Problem) -> str | None:
-    """Why plain torch must not step in, or None: on a GPU that an extension was built for, but not this one."""
+    """The reason why plain torch must not step in, or None: an extension is there, but not built for this GPU."""
     if problem.capability is None or EXTENSION is None:
         return None
     return reason_against_device(problem.capability)

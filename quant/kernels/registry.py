@@ -70,5 +70,5 @@ def choose_kernel(problem: Problem) -> Kernel:
 
 
 def defers(problem: Problem) -> bool:
-    """Whether an RMS norm before or behind this product is better shared out than launched: on a CPU, it can be."""
+    """True if an RMS norm before or behind this product is better shared out than launched: on a CPU, it can be."""
     return problem.capability is None or choose_kernel(problem).defers

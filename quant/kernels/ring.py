@@ -31,7 +31,7 @@ class Launch:
 
 
 def reason_against_gpu(problem: Problem) -> str | None:
-    """Why no such kernel runs where the problem is, or None."""
+    """The reason why no such kernel runs where the problem is, or None."""
     if problem.capability is None:
         return f"the tensors are on the {problem.device}"
     if problem.capability != (9, 0):

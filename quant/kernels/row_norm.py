@@ -40,7 +40,7 @@ class Rows:
 
     @property
     def is_done(self) -> bool:
-        """Whether y is x."""
+        """True if y is x."""
         return (self.norm, self.int8, self.activation) == ("none", "none", "none")
 
     @property
@@ -112,7 +112,7 @@ def check(call: Rows) -> None:
 
 
 def reason_against(call: Rows) -> str | None:
-    """Why the kernel cannot take these rows, or None."""
+    """The reason why the kernel cannot take these rows, or None."""
     x = call.x
     if x.device.type != "cuda":
         return f"the tensors are on the {x.device.type}"

@@ -69,7 +69,7 @@ class Int8Call:
 
 
 def reason_against_packing(n: int, k: int) -> str | None:
-    """Why no weight of this shape can be packed, or None."""
+    """The reason why no weight of this shape can be packed, or None."""
     if k % K_STEP:
         return f"{k} inputs: the int8 kernels take multiples of {K_STEP}"
     return f"{k} inputs: beyond {MOST_K} a sum may not fit in int32" if k > MOST_K else None

@@ -28,7 +28,7 @@ class Launch:
 
 
 def reason_against(problem: Problem) -> str | None:
-    """Why this kernel cannot take the problem, or should not, or None."""
+    """The reason why this kernel cannot take the problem, or should not, or None."""
     if reason := w8a8_gemm.reason_against(problem):
         return reason
     if problem.m < LEAST_M:

@@ -14,7 +14,7 @@ OUTPUTS = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def reason_against(problem: Problem) -> str | None:
-    """Why this kernel cannot take the problem, or None."""
+    """The reason why this kernel cannot take the problem, or None."""
     return ring.reason_against_gpu(problem)
 
 

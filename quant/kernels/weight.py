@@ -71,16 +71,16 @@ class Weight(Protocol):
 
     @property
     def begins_norms(self) -> bool:
-        """Whether `multiply_beginning` is there."""
+        """True if `multiply_beginning` is there."""
 
     def problem(self, m: int) -> Problem | None:
         """What the kernel for m rows is chosen by; None where none finishes a deferred norm."""
 
     def fuses(self, activation: str) -> bool:
-        """Whether `multiply` takes this activation."""
+        """True if `multiply` takes this activation."""
 
     def turns(self, head_dim: int) -> bool:
-        """Whether `multiply_turning` takes heads of this width."""
+        """True if `multiply_turning` takes heads of this width."""
 
     def multiply(self, rows: Rows, end: Epilogue, hints: Hints, deferred: Deferred | None = None) -> Tensor:
         """y of rows (m, k); `deferred` is the norm that they still lack."""

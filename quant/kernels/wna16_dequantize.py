@@ -15,7 +15,7 @@ LAUNCHES_US, WRITE_RATE, READ_RATE, PRODUCT_RATE = 1.0, 2.3e6, 3.0e6, 800e6
 
 
 def reason_against(problem: Problem) -> str | None:
-    """Why the product with a dequantized weight cannot take this problem, or None."""
+    """The reason why the product with a dequantized weight cannot take this problem, or None."""
     if problem.capability is None:
         return f"the tensors are on the {problem.device}"
     return reason_against_device(problem.capability)

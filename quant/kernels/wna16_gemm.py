@@ -51,7 +51,7 @@ class Launch:
 
 
 def reason_against(problem: Problem) -> str | None:
-    """Why this kernel cannot take the problem, or should not, or None."""
+    """The reason why this kernel cannot take the problem, or should not, or None."""
     if problem.capability is None:
         return f"the tensors are on the {problem.device}"
     if problem.capability != (9, 0):
@@ -66,7 +66,7 @@ def reason_against(problem: Problem) -> str | None:
 
 
 def beats_gemv(problem: Problem) -> bool:
-    """Whether few rows too are faster here: of 8 bits per channel, where wna16_gemv's warps leave GPU time unused."""
+    """True if few rows too are faster here: of 8 bits per channel, where wna16_gemv's warps leave GPU time unused."""
     if problem.bits != 8 or problem.group_size != -1 or problem.norm:
         return False
     return estimated_us(problem) < wna16_gemv.estimated_us(problem)

@@ -44,7 +44,7 @@ class Launch:
 
 
 def reason_against(problem: Problem) -> str | None:
-    """Why this kernel cannot take the problem, or None."""
+    """The reason why this kernel cannot take the problem, or None."""
     if problem.capability is None:
         return f"the tensors are on the {problem.device}"
     if problem.m > MAX_M:
@@ -101,7 +101,7 @@ def estimated_us(problem: Problem) -> float:
 
 
 def leaves_room(launch: Launch, problem: Problem) -> bool:
-    """Whether a plain launch may be the faster one: 4 bits, few rows, a wide weight whose blocks are too few."""
+    """True if a plain launch may be the faster one: 4 bits, few rows, a wide weight whose blocks are too few."""
     groups = -(-problem.n // (TILE_ROWS * launch.row_tiles * launch.row_warps))
     warps = groups * launch.row_warps * launch.cluster
     free = 1 - warps / (ROOM * max(problem.processors, 1))

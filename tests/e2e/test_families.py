@@ -61,7 +61,7 @@ def relative(got: torch.Tensor, wanted: torch.Tensor) -> float:
 
 
 def matrices(model: nn.Module) -> int:
-    """How many weights the model multiplies with: linears, and experts one by one (gate, up and down)."""
+    """The number of weights the model multiplies with: linears, and experts one by one (gate, up and down)."""
     linears = [module for module in model.modules() if isinstance(module, nn.Linear | Conv1D)]
     stacks = [parameter for parameter in model.parameters() if parameter.ndim == 3]
     routers = [name for name, p in model.named_parameters() if p.ndim == 2 and name.endswith("mlp.gate.weight")]

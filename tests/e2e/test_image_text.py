@@ -82,7 +82,7 @@ def test_all_but_the_text_part_is_copied_bit_for_bit(sources, tmp_path, kind):
 
 
 def declared(config: dict[str, Any], linear: str) -> bool:
-    """Whether a reader of this quantization_config leaves the linear alone."""
+    """True if a reader of this quantization_config leaves the linear alone."""
     if config["quant_method"] == "compressed-tensors":
         return linear in config["ignore"]
     if config["quant_method"] == "awq":

@@ -134,7 +134,7 @@ def distance(found: Iterable[torch.Tensor], wanted: Logits) -> float:
 
 
 def blocks_cell(source: Path, wanted: Logits) -> str | None:
-    """Whether logits computed a block at a time are transformers'."""
+    """True if logits computed a block at a time are transformers'."""
     walk = Walk(open_skeleton(open_source(str(source))), "cpu", torch.float32)
     hidden = walk.start(BATCHES)
     with torch.no_grad():
@@ -162,12 +162,12 @@ def method_cells(method: str, source: Path, output: Path, wanted: Logits) -> Row
 
 
 def linears_cell(plan: Plan) -> str:
-    """How many linears are quantized, and how many are left, each with its reason."""
+    """Counts of quantized linears and of those left in 16 bits, as text."""
     return f"{len(plan.schemes)}, {len(plan.left)} left"
 
 
 def transformers_cell(output: Path) -> str | None:
-    """Whether transformers loads the quantized model into the class that it names, and computes the same."""
+    """True if transformers loads the quantized model into the class that it names, and computes the same."""
     kind = getattr(transformers, open_source(str(output)).config.architectures[0])
     theirs, info = kind.from_pretrained(output, dtype=torch.float32, output_loading_info=True)
     if info["missing_keys"] or info["unexpected_keys"]:
@@ -177,7 +177,7 @@ def transformers_cell(output: Path) -> str | None:
 
 
 def engine_cell(source: Path, wanted: Logits) -> str | None:
-    """Whether our engine computes the unquantized model's logits."""
+    """True if our engine computes the unquantized model's logits."""
     try:
         loaded = engine.load(str(source), "cpu", torch.float32)
     except LowbitError:

@@ -210,7 +210,7 @@ def _sections(rotary: Fields) -> list[int]:
 
 
 def tiny_size(kind: str) -> int:
-    """How many parameters the tiny model of a type has; some classes have parts that no configuration shrinks."""
+    """The number of parameters the tiny model of a type has; some classes have parts that no configuration shrinks."""
     with init_empty_weights():
         return sum(parameter.numel() for parameter in _unwritten(kind).parameters())
 

@@ -33,7 +33,7 @@ INITS = frozenset(module.name for module in modules() if module.is_package)
 
 
 def reason_against(importer: str, found: Import) -> str | None:
-    """Why `importer` must not hold this import, or None."""
+    """The reason why `importer` must not hold this import, or None."""
     if found.target.startswith("."):
         return "a relative import"
     first, *target = found.target.split(".")
@@ -59,7 +59,7 @@ def reason_against(importer: str, found: Import) -> str | None:
 
 
 def reason_on_the_ground(source: list[str], target: list[str]) -> str | None:
-    """Why quant's module `source` must not import its module `target`, or None."""
+    """The reason why quant's module `source` must not import its module `target`, or None."""
     if len(source) == 1:
         return "quant/__init__.py imports nothing: import quant stays cheap"
     if source[1] == target[1]:
@@ -75,7 +75,7 @@ def reason_on_the_ground(source: list[str], target: list[str]) -> str | None:
 
 
 def is_inside(name: str, *packages: str) -> bool:
-    """Whether `name` is one of `packages` or lies below one."""
+    """True if `name` is one of `packages` or lies below one."""
     return any(name == package or name.startswith(f"{package}.") for package in packages)
 
 

@@ -50,12 +50,12 @@ def parameters(function: Function) -> int:
 
 
 def is_command(function: Function) -> bool:
-    """Whether click calls it: its parameters are then the command line's options."""
+    """True if click calls it: its parameters are then the command line's options."""
     return any("click." in ast.unparse(decorator) for decorator in function.decorator_list)
 
 
 def is_public_api(module: Module, function: Function) -> bool:
-    """Whether `function` is offered to programs: its keywords are then options, as a command's are."""
+    """True if `function` is offered to programs: its keywords are then options, as a command's are."""
     return module.name.startswith("lowbit.api.") and bool(function.args.kwonlyargs)
 
 

@@ -40,7 +40,7 @@ class Mutant:
 
 
 def reason_against() -> str | None:
-    """Why the emulator cannot be built here, or None."""
+    """The reason why the emulator cannot be built here, or None."""
     if platform.machine() != "x86_64" or platform.system() != "Linux":
         return f"fibers are written for Linux on x86_64, this is {platform.system()} on {platform.machine()}"
     if shutil.which("g++") is None:
