@@ -1,4 +1,4 @@
-"""Mixed precision: 4 or 8 bits for each set of linears that engines fuse, where an average is to be kept.
+"""Mixed precision: a width for each set of linears that engines fuse, where an average is to be kept.
 
 What a scheme costs is estimated in the model's output, in nats a token: half the square of what the error of the
 block's output does to the log-probability of a token drawn from the model itself, which is the divergence to second
@@ -26,7 +26,7 @@ from lowbit.models.states import States, pulled
 from lowbit.models.walk import Walk
 from lowbit.quant.naming import fused_set
 from lowbit.quant.qtensor import round_to_nearest
-from lowbit.quant.scheme import FALLBACK_GROUP_SIZES, Scheme, make_scheme
+from lowbit.quant.scheme import Scheme, widths_of
 
 PROBE_TOKENS = 2048
 
@@ -120,13 +120,9 @@ def _bits(job: Job, specs: list[LinearSpec], scheme: Scheme) -> float:
 
 
 def _candidates(job: Job, specs: list[LinearSpec]) -> Iterator[Scheme]:
-    """4 bits in groups of every size that divides, and 8 bits by channel, as far as the format holds them."""
+    """The scheme's other widths, as far as the format holds them."""
     fmt = FORMATS[job.recipe.format]
-    fitting = [size for size in FALLBACK_GROUP_SIZES[:-1] if not any(spec.k % size for spec in specs)]
-    for scheme in (
-        *(make_scheme(4, size, job.recipe.symmetric) for size in fitting or (-1,)),
-        make_scheme(8, -1, True),
-    ):
+    for scheme in widths_of(job.recipe.default_scheme, [spec.k for spec in specs]):
         shapes = (fmt.reason_against_shape(scheme, spec.n, spec.k) for spec in specs)
         if not (fmt.reason_against(scheme) or any(shapes)):
             yield scheme

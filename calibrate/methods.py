@@ -7,6 +7,7 @@ from lowbit.calibrate.rounding import ROUNDERS
 from lowbit.calibrate.settings import completed, merged, rounder_of, transforms_of
 from lowbit.calibrate.transforms import TRANSFORMS
 from lowbit.errors import RecipeError
+from lowbit.quant.numbers import NUMBERS
 from lowbit.quant.recipe import ACTIVATIONS, HEAD, Recipe, nearest
 from lowbit.quant.scheme import Scheme, parse_scheme
 
@@ -160,14 +161,17 @@ def _require_sense(method: Method, recipe: Recipe) -> None:
         raise RecipeError(f"max_shard_size is {recipe.max_shard_size}: a file of weights has at least a byte")
     if recipe.distill_steps < 0:
         raise RecipeError(f"distill_steps is {recipe.distill_steps}: there is no negative number of steps")
-    if recipe.target_bits is not None and not 4 < recipe.target_bits <= 9:
+    if recipe.target_bits is not None:
+        _require_widths(recipe.target_bits, recipe.default_scheme)
+
+
+def _require_widths(target: float, scheme: Scheme) -> None:
+    """RecipeError where no mixture of integers has `target` bits a weight, or `scheme` is none of integers alone."""
+    widths = sorted({number.bits for number in NUMBERS.values() if number.is_integer})
+    named = f"{', '.join(map(str, widths[:-1]))} and {widths[-1]} bits"
+    if not widths[0] < target <= widths[-1] + 1:
         raise RecipeError(
-            f"target bits {recipe.target_bits}: between 4 and 8 bits a weight, scales counted, are to spend"
+            f"target bits {target}: between {widths[0]} and {widths[-1]} bits a weight, scales counted, are to spend"
         )
-    if recipe.target_bits is not None and not _integers_alone(recipe.default_scheme):
-        raise RecipeError("target bits choose between integer weights of 4 and 8 bits, inputs in 16: no other scheme")
-
-
-def _integers_alone(scheme: Scheme) -> bool:
-    """True if weights are integers, and inputs stay in 16 bits."""
-    return scheme.number.is_integer and scheme.inputs is None
+    if not scheme.number.is_integer or scheme.inputs is not None:
+        raise RecipeError(f"target bits choose between integer weights of {named}, inputs in 16: no other scheme")

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 EXPONENT_BITS = 0x7F800000  # of a float32
+BYTE = 8  # bits
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,11 @@ class Number:
     def is_integer(self) -> bool:
         """True if the values are consecutive integers."""
         return self.mantissa is None
+
+    @property
+    def coarse(self) -> bool:
+        """True if there are so few values that weights want a scale for each group: fewer bits than a byte."""
+        return self.bits < BYTE
 
     @property
     def fineness(self) -> float:

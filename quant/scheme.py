@@ -1,6 +1,7 @@
 """How a linear is quantized: the numbers of its weights and of its inputs, and who shares a scale."""
 
 import re
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 
 from lowbit.quant.numbers import FP8, INT8, NUMBERS, Number, integer_of
@@ -191,3 +192,16 @@ def fitting_group_size(k: int, wanted: int) -> int:
     if wanted == -1 or k % wanted == 0:
         return wanted
     return next(size for size in FALLBACK_GROUP_SIZES if size == -1 or (size < wanted and k % size == 0))
+
+
+def widths_of(scheme: Scheme, inputs: Collection[int]) -> Iterator[Scheme]:
+    """The schemes between which bits are spent: of every width of integer, for linears of so many `inputs`.
+
+    Coarse numbers have the sign of `scheme` and groups of every size that divides all inputs, or a scale per channel
+    where none does. The others are signed and have a scale per channel.
+    """
+    sizes = [size for size in FALLBACK_GROUP_SIZES if size != -1 and not any(k % size for k in inputs)] or [-1]
+    for number in NUMBERS.values():
+        if number.is_integer and number.signed == (scheme.symmetric or not number.coarse):
+            for size in sizes if number.coarse else (-1,):
+                yield Scheme(Side(number, granularity_of(size)))

@@ -1,5 +1,7 @@
 """quant/numbers.py and quant/scheme.py: what can be said, and what cannot."""
 
+from dataclasses import replace
+
 import pytest
 
 from lowbit.quant.numbers import FP8, INT4, INT8, NUMBERS, UINT4, UINT8, float_of, integer_of
@@ -12,6 +14,7 @@ from lowbit.quant.scheme import (
     fitting_group_size,
     make_scheme,
     parse_scheme,
+    widths_of,
 )
 
 
@@ -135,3 +138,15 @@ def test_stored_bits_count_scales_and_zeros():
 )
 def test_a_group_size_that_does_not_divide_falls_back(k, wanted, size):
     assert fitting_group_size(k, wanted) == size
+
+
+def test_bits_are_spent_between_all_widths_of_integers(monkeypatch):
+    def found(text: str, *inputs: int) -> list[str]:
+        return sorted(str(scheme) for scheme in widths_of(parse_scheme(text), inputs))
+
+    assert found("int4-g128", 256, 192) == ["int4-g32", "int4-g64", "int8-channel"]
+    assert found("uint4-g128", 256) == ["int8-channel", "uint4-g128", "uint4-g32", "uint4-g64"]
+    assert found("int8-channel", 48) == ["int4-channel", "int8-channel"]
+    six = replace(INT4, name="int6", bits=6, low=-32, high=31)
+    monkeypatch.setitem(NUMBERS, "int6", six)
+    assert found("int4-g128", 32) == ["int4-g32", "int6-g32", "int8-channel"]
