@@ -1,4 +1,4 @@
-"""What the console scripts share: errors as one line, aliases, sizes, quiet libraries."""
+"""Helpers of the console scripts: errors as one line, aliases, sizes, quiet libraries."""
 
 import logging
 import os
@@ -29,26 +29,26 @@ UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
 class Terminal(Console):
-    """A console on which text that others wrote does nothing: it has no markup, and nothing unseen in it is printed."""
+    """A console for untrusted text: markup is not interpreted, control characters are shown escaped."""
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(markup=False, emoji=False, **settings)
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
-        """What is printed, piece by piece."""
+        """The segments to print, with control characters escaped."""
         for segment in super().render(renderable, options):
             yield segment if segment.control else segment._replace(text=visible(segment.text))
 
 
 def make_console() -> Terminal:
-    """Where results are printed: plain lines, unfolded, where it is no terminal. One of several processes prints."""
+    """The console for results. A pipe gets plain lines without folding. Only the leading rank prints."""
     if sys.stdout.isatty() and ranks.leads():
         return Terminal()
     return Terminal(width=200, soft_wrap=True, highlight=False, quiet=not ranks.leads())
 
 
 def say(text: str = "", nl: bool = True, err: bool = False) -> None:
-    """Print text that somebody else may have written, as it can be seen."""
+    """Print untrusted text with its control characters escaped."""
     click.echo(visible(text), nl=nl, err=err)
 
 
@@ -67,7 +67,7 @@ class Size(click.ParamType):
 
 
 def run_command(command: click.Command, interrupted: str = "Interrupted; nothing was written.") -> NoReturn:
-    """Run a console script: exit 2 with one line for what the user can mend, 130 when interrupted."""
+    """Run a console script: exit 2 with a one-line error that the user can fix, 130 when interrupted."""
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     disable_progress_bar()
@@ -77,7 +77,7 @@ def run_command(command: click.Command, interrupted: str = "Interrupted; nothing
         command(standalone_mode=False)
     except click.ClickException as error:
         if ranks.first_to_fail():
-            vars(error)["message"] = one_line(error.message)  # its usage and hints are ours, and may be several lines
+            vars(error)["message"] = one_line(error.message)  # usage and hints are ours, of several lines
             error.show()
         sys.exit(error.exit_code)
     except LowbitError as error:
@@ -87,12 +87,12 @@ def run_command(command: click.Command, interrupted: str = "Interrupted; nothing
     except ranks.Lost as error:
         _fail(f"Error: {error}", 1)
     except (click.Abort, KeyboardInterrupt) as error:
-        told = error.__cause__ or error  # click raises its Abort from the interrupt
+        told = error.__cause__ or error  # click raises Abort from the interrupt
         _fail(str(told) or interrupted, 130)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
-    except OSError as error:  # a directory that cannot be made, a file that cannot be read, a disk that is full
+    except OSError as error:  # a directory that cannot be created, a file that cannot be read, a full disk
         if error.filename is None or error.strerror is None:
             raise
         _fail(f"Error: {error.filename}: {error.strerror}", 2)

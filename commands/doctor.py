@@ -31,7 +31,7 @@ def main() -> None:
 
 
 @click.command(context_settings=SETTINGS)
-@click.option("--kernels", is_flag=True, help="Also show the kernel that each of a list of shapes gets, and why.")
+@click.option("--kernels", is_flag=True, help="Also list common shapes with the kernel chosen for each, and why.")
 @click.version_option(__version__, prog_name="lowbit")
 def doctor(kernels: bool) -> None:
     """Show versions, the GPU, the CUDA extension and optional packages, with what to install."""
@@ -55,7 +55,7 @@ def _version(package: str) -> str | None:
 
 
 def _devices() -> list[str]:
-    """A line for each GPU, with the reason where our kernels do not run on it."""
+    """One line per GPU; if our kernels do not run on it, with the reason."""
     if not torch.cuda.is_available():
         return ["GPU: none that torch sees; everything runs on the CPU, decoding at a fraction of a GPU's speed"]
     lines = []

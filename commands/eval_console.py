@@ -16,7 +16,7 @@ from lowbit.evaluation.perplexity import Score
 
 
 class Printer:
-    """Prints notes and scores as they come; a bar with the time that is left, on a terminal alone."""
+    """Prints notes and scores as they come. A terminal also gets a progress bar with the time left."""
 
     def __init__(self) -> None:
         self.console = make_console()
@@ -38,7 +38,7 @@ class Printer:
             self.console.print(_line(event.score))
 
     def last(self, row: dict[str, Any]) -> None:
-        """Print `row` as JSON: the last line."""
+        """Print `row` as JSON, the last line of the output."""
         self.bar.stop()
         click.echo(json.dumps(row))
 
@@ -51,7 +51,7 @@ def _line(score: Score) -> str:
 
 
 def setup_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """The options and the argument of every subcommand; they arrive as the keywords of lowbit.api.session.Setup."""
+    """Add the options common to all subcommands: the keywords of lowbit.api.session.Setup."""
     options = (
         click.argument("checkpoint"),
         click.option("--baseline", help="Model measured in the same run: directory, hub id, or demo."),
@@ -60,7 +60,7 @@ def setup_options(command: Callable[..., Any]) -> Callable[..., Any]:
             type=click.Choice(["auto", *BACKENDS]),
             default="auto",
             show_default=True,
-            help="What computes; auto is transformers, or blocks where memory is short.",
+            help="Backend; auto is transformers, or blocks (one block in memory at a time) if memory is short.",
         ),
         click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1."),
         click.option(
@@ -70,8 +70,8 @@ def setup_options(command: Callable[..., Any]) -> Callable[..., Any]:
             show_default=True,
             help="Type to compute in.",
         ),
-        click.option("--trust-remote-code", is_flag=True, help="Run Python code that the model brings."),
-        click.option("--cache/--no-cache", "keep", default=True, help="Go on where an earlier run stopped."),
+        click.option("--trust-remote-code", is_flag=True, help="Run Python code from the model's repository."),
+        click.option("--cache/--no-cache", "keep", default=True, help="Reuse finished windows of an earlier run."),
         click.option("--record", "store", is_flag=True, help="Also write the result into CHECKPOINT."),
     )
     for option in reversed(options):

@@ -21,7 +21,7 @@ COMMANDS = {
 
 
 class Commands(click.Group):
-    """A group that imports a command when it is used, and lists all without importing any."""
+    """A group that imports a command on use, and lists commands without importing them."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)
@@ -41,14 +41,14 @@ class Commands(click.Group):
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(__version__, prog_name="lowbit")
 def lowbit() -> None:
-    """Quantize language models, measure what that cost, and decode them.
+    """Quantize language models, measure the loss in quality, and generate text with them.
 
     Shell completion: eval "$(_LOWBIT_COMPLETE=bash_source lowbit)"; zsh_source and fish_source likewise.
     """
 
 
 def main() -> None:
-    """Entry point of the console script: a command's own entry point, or the help that lists them."""
+    """Entry point of the console script: calls the entry point of the named command, or shows help."""
     name = sys.argv[1] if len(sys.argv) > 1 else None
     if name in COMMANDS:
         sys.argv[:2] = [f"{sys.argv[0]} {name}"]

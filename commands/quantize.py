@@ -1,4 +1,4 @@
-"""`quantize MODEL --method awq --output DIR`: a language model in, a checkpoint that engines load out."""
+"""`quantize MODEL --method awq --output DIR`: quantize a language model and write a checkpoint that engines load."""
 
 import re
 from dataclasses import fields
@@ -45,7 +45,7 @@ def quantize(
 
 
 def _given(settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings that were given, with lists in place of commas."""
+    """The options given by the user, with comma-separated names as tuples."""
     given = {key: value for key, value in settings.items() if value not in (None, ())}
     if "ignore" in given:
         given["ignore"] = _names(*given["ignore"])
@@ -55,7 +55,7 @@ def _given(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def _names(*texts: str) -> tuple[str, ...]:
-    """The names in texts that separate them by commas; one inside the brackets of a pattern separates nothing."""
+    """The comma-separated names in `texts`. Commas inside the brackets of a pattern do not separate."""
     parts = (part.strip() for text in texts for part in re.split(r",(?![^\[({]*[\])}])", text))
     return tuple(part for part in parts if part)
 

@@ -1,4 +1,4 @@
-"""`quantize-bench`: tokens a second, and what share of the memory's speed that is."""
+"""`quantize-bench`: decode speed in tokens per second, and as a share of memory bandwidth."""
 
 import json
 from itertools import product
@@ -28,11 +28,11 @@ def main() -> None:
 @click.command(context_settings=SETTINGS)
 @click.version_option(__version__, prog_name="lowbit")
 @click.argument("checkpoint", required=False)
-@click.option("--shape", type=click.Choice(list(SHAPES)), help="Random weights of this shape, and no CHECKPOINT.")
+@click.option("--shape", type=click.Choice(list(SHAPES)), help="Random weights of this shape, instead of a CHECKPOINT.")
 @click.option("--method", "methods", type=click.Choice(list(METHODS)), multiple=True, help="Of --shape. [default: all]")
 @click.option("--batch", type=int, multiple=True, default=(1, 2, 4, 8, 16), show_default=True, help="Sequences.")
-@click.option("--prompt", type=int, multiple=True, default=(128, 2048), show_default=True, help="Tokens before.")
-@click.option("--output", type=click.IntRange(min=1), default=128, show_default=True, help="Tokens written.")
+@click.option("--prompt", type=int, multiple=True, default=(128, 2048), show_default=True, help="Prompt tokens.")
+@click.option("--output", type=click.IntRange(min=1), default=128, show_default=True, help="Tokens to generate.")
 @click.option("--cache", type=click.Choice(["same", "int8"]), default="same", help="Type of keys and values.")
 @click.option("--head", default="dense", help="Scheme to round the head to: int8-channel.")
 @click.option(
@@ -40,11 +40,11 @@ def main() -> None:
     type=click.Choice(["float16", "bfloat16", "float32"]),
     default="float16",
     show_default=True,
-    help="Of activations.",
+    help="Type of activations.",
 )
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1.")
-@click.option("--profile", is_flag=True, help="Print where a step's time goes (on a GPU).")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON lines, and no table.")
+@click.option("--profile", is_flag=True, help="Print the slowest kernels of a step (GPU only).")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON lines instead of a table.")
 def bench(
     checkpoint: str | None,
     shape: str | None,
@@ -61,7 +61,7 @@ def bench(
 ) -> None:
     """Measure the decode speed of CHECKPOINT, or of a named shape with random weights.
 
-    The floor is the time that reading a step's bytes takes, at the rate at which a torch reduction reads memory here.
+    The floor is the time to read all bytes of a decode step at the bandwidth that a torch reduction reaches here.
     """
     if (checkpoint is None) == (shape is None):
         raise click.UsageError("name a CHECKPOINT, or a --shape; not both")
@@ -98,7 +98,7 @@ def random_engine(
 
 
 def columns(speed: Speed) -> list[str]:
-    """A row of the table."""
+    """The cells of one table row."""
     return [
         str(speed.batch),
         str(speed.prompt),
@@ -111,6 +111,6 @@ def columns(speed: Speed) -> list[str]:
 
 
 def show_profile(model: Engine, batch: int) -> None:
-    """Prints the kernels of a step that take longest."""
+    """Print the slowest kernels of a step."""
     for name, calls, us in kernels_of_step(model, batch)[:12]:
         say(f"{us:9.1f} us  {calls:4d} x  {name[:100]}")

@@ -1,4 +1,4 @@
-"""What `quantize` prints: the events of a run as lines, and the table at its end."""
+"""Output of `quantize`: the events of a run as lines, and a table at the end."""
 
 import time
 
@@ -21,7 +21,7 @@ MOST_LEFT = 8
 
 
 class Printer:
-    """Prints each event of a run as it comes; a stage is a spinner on a terminal."""
+    """Prints each event of a run as it comes. A stage shows a spinner on a terminal."""
 
     def __init__(self, console: Console, verbose: bool = False) -> None:
         self.console, self.verbose = console, verbose
@@ -62,7 +62,7 @@ class Printer:
                     self.console.print(f"  note: {text}")
 
     def plan(self, job: Job, bits: float | None) -> None:
-        """Schemes, what is left and why, and what to know before loading the result elsewhere."""
+        """Print schemes, linears left in 16 bits with the reason, and limits of other engines."""
         exempt = sum(left.exempt for left in job.plan.left.values())
         found = (
             f" {describe_schemes(job.plan.schemes)}; {len(job.plan.left)} left ({exempt} on purpose); "
@@ -78,7 +78,7 @@ class Printer:
             self.console.print(f"  {bits:.4f} bits a weight, scales counted; {job.recipe.target_bits} allowed")
 
     def readings(self, calibration: CalibrationSet) -> None:
-        """What was skipped or folded in the calibration data; each row of it with --verbose."""
+        """Print counts of skipped or folded calibration rows; with --verbose, each row."""
         for reading in calibration.readings:
             if text := reading.describe():
                 self.console.print(f"  note: {text}")
@@ -86,7 +86,7 @@ class Printer:
                 self.console.print(f"  {reading.label}, {line}")
 
     def check(self, event: Checked) -> None:
-        """How far the reading of the model's files has come: a bar on a terminal."""
+        """Show the progress of the check of the model's files as a bar on a terminal."""
         if not self.checking.tasks:
             self.status.stop()
             self.checking.start()
@@ -96,7 +96,7 @@ class Printer:
             self.checking.stop()
 
     def block(self, event: BlockDone) -> None:
-        """A finished block: its loss, its time, and the time that is left."""
+        """Print a finished block: loss, time, time left and peak memory."""
         report, done = event.report, event.report.index + 1
         left = (time.monotonic() - self.begun) / done * (event.total - done)
         loss = "" if report.loss is None else f"loss {report.loss:.5f}  "
@@ -104,7 +104,7 @@ class Printer:
         self.console.print(f"block {done:3}/{event.total}  {loss}{report.seconds:6.1f} s  left {clock(left)}  {peak}")
 
     def result(self, done: Quantized) -> None:
-        """Sizes and scores before and after."""
+        """Print sizes and scores before and after."""
         self.status.stop()
         table = Table(title=str(done.output), title_justify="left")
         for column in ("", "original", "quantized"):

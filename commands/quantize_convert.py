@@ -1,4 +1,4 @@
-"""`quantize-convert IN OUT --format gptq`: the same weights in another format, nothing requantized."""
+"""`quantize-convert IN OUT --format gptq`: rewrite a checkpoint in another format, without requantizing."""
 
 from pathlib import Path
 
@@ -22,14 +22,16 @@ def main() -> None:
 @click.argument("checkpoint")
 @click.argument("output", type=click.Path(path_type=Path))
 @click.option("--format", "format_name", required=True, help=f"One of {', '.join(FORMATS)}.")
-@click.option("--max-shard-size", type=Size(), default=Recipe.max_shard_size, help="Of a weight file.  [default: 5GB]")
+@click.option(
+    "--max-shard-size", type=Size(), default=Recipe.max_shard_size, help="Largest weight file.  [default: 5GB]"
+)
 @click.option("--overwrite", is_flag=True, help="Replace an output directory that is not empty.")
-@click.option("--trust-remote-code", is_flag=True, help="Run Python code that the model brings.")
+@click.option("--trust-remote-code", is_flag=True, help="Run Python code from the model's repository.")
 @click.version_option(__version__, prog_name="lowbit")
 def quantize_convert(
     checkpoint: str, output: Path, format_name: str, max_shard_size: int, overwrite: bool, trust_remote_code: bool
 ) -> None:
-    """Write CHECKPOINT, a quantized model, to OUTPUT in another format; codes and scales stay what they are."""
+    """Write CHECKPOINT, a quantized model, to OUTPUT in another format; codes and scales do not change."""
     console = make_console()
     with console.status("converting"):
         done = api.convert(
@@ -45,13 +47,13 @@ def quantize_convert(
 
 
 def _print(console: Console, done: api.Converted) -> None:
-    """Both checkpoints, and where the two are not the same to the bit."""
+    """Print both checkpoints, and every difference in the weights."""
     conversion = done.conversion
     console.print(f"{done.source}: {done.source_format}, {describe_schemes(done.source_schemes)}")
     console.print(f"{done.output}: {done.format}, {describe_schemes(conversion.schemes)}")
     for rewrite, count in conversion.rewrites.items():
         console.print(f"  {rewrite}: {count} linears, the same weights")
-    console.print(f"{conversion.exact} linears stand for the same weights bit for bit")
+    console.print(f"{conversion.exact} linears have bit-identical weights")
     if conversion.rounded:
         name, change = max(conversion.rounded.items(), key=lambda item: item[1])
         console.print(

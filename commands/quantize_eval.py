@@ -1,4 +1,4 @@
-"""`quantize-eval`: what a checkpoint lost."""
+"""`quantize-eval`: measure the quality of a checkpoint."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +23,7 @@ MOST_SHOWN = 8
 
 def main() -> None:
     """Entry point of the console script."""
-    run_command(evaluate, "Interrupted; what was finished is kept: the same command goes on from there.")
+    run_command(evaluate, "Interrupted; finished work is kept: the same command continues from there.")
 
 
 @click.group(context_settings=SETTINGS)
@@ -33,7 +33,7 @@ def evaluate() -> None:
 
 
 def text_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Options of the subcommands that score a text; they arrive as keywords of TextSetup."""
+    """Add the options for scoring a text: the keywords of TextSetup."""
     options = (
         click.option(
             "--text",
@@ -50,7 +50,7 @@ def text_options(command: Callable[..., Any]) -> Callable[..., Any]:
             help="gptq: windows that do not overlap. strided: windows --stride apart, each token scored once.",
         ),
         click.option(
-            "--context", "--length", "--seqlen", type=int, default=512, show_default=True, help="Tokens a window."
+            "--context", "--length", "--seqlen", type=int, default=512, show_default=True, help="Tokens per window."
         ),
         click.option("--stride", type=int, help="Tokens between windows.  [default: half of --context]"),
         click.option(
@@ -58,12 +58,12 @@ def text_options(command: Callable[..., Any]) -> Callable[..., Any]:
             type=click.Choice(["first", "every"]),
             default="first",
             show_default=True,
-            help="Windows that begin with the BOS that the model's tokenizer puts before a text.",
+            help="Windows that begin with BOS, if the model's tokenizer puts BOS before a text.",
         ),
         click.option(
             "--windows",
             type=click.IntRange(min=1),
-            help="Score only the first so many.  [default: 16 of builtin, all of a file]",
+            help="Number of windows to score.  [default: 16 of builtin, all of a file]",
         ),
     )
     for option in reversed(options):
@@ -92,9 +92,9 @@ def _print_loss(printer: Printer, score: Score, baseline: Score) -> None:
 @setup_options
 @text_options
 def divergence(**options: Any) -> None:
-    """How far CHECKPOINT's distributions are from those of --baseline; the last line is JSON."""
+    """KL divergence of CHECKPOINT from --baseline, token by token; the last line is JSON."""
     if options["baseline"] is None:
-        raise click.UsageError("say what CHECKPOINT is compared with: --baseline MODEL")
+        raise click.UsageError("name the model to compare with: --baseline MODEL")
     printer = Printer()
     found = api.divergence(progress=printer, **options)
     _print_loss(printer, found.divergence.quantized, found.divergence.baseline)
@@ -119,10 +119,10 @@ def _print_divergence(printer: Printer, found: Divergence, row: dict[str, Any]) 
 @evaluate.command()
 @setup_options
 @click.option("--tasks", "names", required=True, help="Names, patterns or YAML files, with commas.")
-@click.option("--include", type=click.Path(path_type=Path), help="Directory with task files of yours.")
+@click.option("--include", type=click.Path(path_type=Path), help="Directory with your own task files.")
 @click.option("--fewshot", type=click.IntRange(min=0), help="Examples before a question.  [default: the task's]")
-@click.option("--limit", type=click.IntRange(min=1), help="Questions of each task.  [default: all]")
-@click.option("--allow-code", is_flag=True, help="Yes, run the Python that task files of mine bring.")
+@click.option("--limit", type=click.IntRange(min=1), help="Questions per task.  [default: all]")
+@click.option("--allow-code", is_flag=True, help="Run the Python code in task files.")
 def tasks(
     names: str, include: Path | None, fewshot: int | None, limit: int | None, allow_code: bool, **options: Any
 ) -> None:
@@ -151,7 +151,7 @@ def _print_tasks(printer: Printer, rows: list[api.Row], models: list[str | None]
 @click.option("--prompt", multiple=True, help=f"A prompt; may be given again.  [default: {PROMPT}]")
 @click.option("--tokens", type=click.IntRange(min=1), default=40, show_default=True, help="Tokens to write.")
 def generate(prompts: Path | None, prompt: tuple[str, ...], tokens: int, **options: Any) -> None:
-    """What CHECKPOINT writes, greedily, beside what the baseline does; the last line is JSON."""
+    """Greedy continuations by CHECKPOINT and by the baseline; the last line is JSON."""
     printer = Printer()
     asked = [Prompt(text) for text in prompt] + (read_prompts(prompts) if prompts else [])
     row = api.continuations(prompts=asked, tokens=tokens, progress=printer, **options)
@@ -169,10 +169,10 @@ def generate(prompts: Path | None, prompt: tuple[str, ...], tokens: int, **optio
 @evaluate.command()
 @setup_options
 @click.option("--problems", type=click.Path(path_type=Path), required=True, help=".jsonl in HumanEval's layout.")
-@click.option("--allow-code", is_flag=True, help="Yes, run here what the model writes.")
-@click.option("--tokens", type=click.IntRange(min=1), default=512, show_default=True, help="Tokens of an answer.")
-@click.option("--seconds", type=click.IntRange(min=1), default=10, show_default=True, help="Of a program's life.")
-@click.option("--memory", type=Size(), default="1GB", show_default=True, help="Of a program.")
+@click.option("--allow-code", is_flag=True, help="Run the programs that the model writes, in a sandbox.")
+@click.option("--tokens", type=click.IntRange(min=1), default=512, show_default=True, help="Longest answer in tokens.")
+@click.option("--seconds", type=click.IntRange(min=1), default=10, show_default=True, help="Time limit of a program.")
+@click.option("--memory", type=Size(), default="1GB", show_default=True, help="Memory limit of a program.")
 @click.option("--limit", type=click.IntRange(min=1), help="Problems.  [default: all]")
 def code(
     problems: Path, allow_code: bool, tokens: int, seconds: int, memory: int, limit: int | None, **options: Any

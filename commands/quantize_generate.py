@@ -1,4 +1,4 @@
-"""`quantize-generate`: a checkpoint writes."""
+"""`quantize-generate`: continue a text, or chat, with a checkpoint."""
 
 import sys
 from collections.abc import Iterator
@@ -23,35 +23,37 @@ def main() -> None:
 @click.version_option(__version__, prog_name="lowbit")
 @click.argument("checkpoint")
 @click.option("--prompt", "-p", multiple=True, help="Text to continue; may be given several times. '-' reads stdin.")
-@click.option("--chat", is_flag=True, help="The prompt is a user's message; without one, a conversation.")
+@click.option("--chat", is_flag=True, help="The prompt is a user message; without a prompt, start a conversation.")
 @click.option("--system", help="System message, for --chat.")
 @click.option("--stream", is_flag=True, help="Print text as it is written (one prompt).")
 @click.option("--max-new-tokens", "--max-tokens", type=int, default=128, show_default=True, help="Tokens to write.")
-@click.option("--min-new-tokens", "--min-tokens", type=int, default=0, help="No stop token or string ends it before.")
-@click.option("--temperature", type=float, default=0.0, show_default=True, help="0 takes the likeliest token.")
-@click.option("--top-k", type=int, default=0, help="Sample among the k likeliest.")
-@click.option("--top-p", type=float, default=1.0, help="Sample among the fewest with p of the mass.")
-@click.option("--min-p", type=float, default=0.0, help="Leave out what is p times less likely than the likeliest.")
+@click.option("--min-new-tokens", "--min-tokens", type=int, default=0, help="Ignore stop tokens and strings before.")
+@click.option("--temperature", type=float, default=0.0, show_default=True, help="0 is greedy decoding.")
+@click.option("--top-k", type=int, default=0, help="Sample from the k likeliest tokens; 0 for all.")
+@click.option("--top-p", type=float, default=1.0, help="Sample from the smallest set with total probability p.")
+@click.option(
+    "--min-p", type=float, default=0.0, help="Drop tokens with less than p times the probability of the likeliest."
+)
 @click.option("--repetition-penalty", type=float, default=1.0, help="Divides the logits of tokens seen; 1 for none.")
-@click.option("--presence-penalty", type=float, default=0.0, help="Taken from the logit of a token that was written.")
-@click.option("--frequency-penalty", type=float, default=0.0, help="Taken for each time that it was written.")
+@click.option("--presence-penalty", type=float, default=0.0, help="Subtracted from the logit of every generated token.")
+@click.option("--frequency-penalty", type=float, default=0.0, help="Subtracted once for each occurrence.")
 @click.option("--stop", multiple=True, help="String that ends the text; may be given several times.")
 @click.option(
     "--bad-word",
     "bad_words",
     multiple=True,
-    help="Word that is not written, alone or after a space; a part of a longer word may be.",
+    help="Word to avoid, alone or after a space; longer words that contain it stay possible.",
 )
-@click.option("--ignore-eos", is_flag=True, help="Write on after the model's own stop tokens.")
+@click.option("--ignore-eos", is_flag=True, help="Do not stop at the model's own stop tokens.")
 @click.option("--seed", type=int, help="Same seed, same text.")
-@click.option("--beams", type=int, default=1, help="Beam search over so many.")
+@click.option("--beams", type=int, default=1, help="Beams of beam search; 1 for none.")
 @click.option("--length-penalty", type=float, default=1.0, help="Exponent of the length, for --beams.")
-@click.option("--lookup", type=int, default=0, help="Draft tokens a step, looked up in the text so far; at most 7.")
+@click.option("--lookup", type=int, default=0, help="Draft tokens per step for prompt-lookup decoding; at most 7.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1.")
 @click.option("--context", type=int, help="Longest sequence, prompt and output.  [default: 4096, or the model's]")
 @click.option("--cache", type=click.Choice(["same", "int8"]), default="same", help="Type of keys and values.")
-@click.option("--head", default="dense", help="Scheme to round the head to: int8-channel.")
-@click.option("--verbose", "-v", is_flag=True, help="Say how many tokens and steps it took, on stderr.")
+@click.option("--head", default="dense", help="Scheme of the output head: dense or int8-channel.")
+@click.option("--verbose", "-v", is_flag=True, help="Print token and step counts on stderr.")
 def generate(
     checkpoint: str,
     prompt: tuple[str, ...],
@@ -65,7 +67,7 @@ def generate(
     verbose: bool,
     **settings: Any,
 ) -> None:
-    """CHECKPOINT (a directory, demo, or a hub id) continues a text, or answers."""
+    """Continue a text, or chat, with CHECKPOINT (a directory, demo, or a hub id)."""
     try:
         sampling = Sampling(**settings)
         prompts = [sys.stdin.read() if text == "-" else text for text in prompt]
@@ -89,17 +91,17 @@ def generate(
 
 
 def ask(model: Engine, text: str, system: str | None) -> list[int]:
-    """One user's message as the model's template has it."""
+    """Token ids of one user message in the model's chat template."""
     return model.encode_chat([*opening(system), {"role": "user", "content": text}])
 
 
 def opening(system: str | None) -> list[dict[str, str]]:
-    """A conversation's first messages."""
+    """The system message as a list; empty without one."""
     return [] if system is None else [{"role": "system", "content": system}]
 
 
 def show(model: Engine, prompt: str | list[int], sampling: Sampling) -> str:
-    """Prints the continuation as it is written; returns it. Ctrl-C ends it early, at what was printed."""
+    """Print the continuation token by token, and return it. Ctrl-C ends it early."""
     written: list[str] = []
     try:
         for text in texts(model, prompt, sampling):
@@ -112,12 +114,12 @@ def show(model: Engine, prompt: str | list[int], sampling: Sampling) -> str:
 
 
 def texts(model: Engine, prompt: str | list[int], sampling: Sampling) -> Iterator[str]:
-    """The pieces of one continuation's text."""
+    """The text of one continuation, piece by piece."""
     return (piece.text for piece in model.stream([prompt], sampling))
 
 
 def converse(model: Engine, sampling: Sampling, system: str | None) -> None:
-    """Answers what is typed, until an empty line or the end of the input."""
+    """Chat on the terminal until an empty line or the end of the input."""
     messages = opening(system)
     say("An empty line ends the conversation; Ctrl-C ends an answer.", err=True)
     while question := click.prompt(">", default="", show_default=False, prompt_suffix=" ", err=True).strip():
@@ -127,7 +129,7 @@ def converse(model: Engine, sampling: Sampling, system: str | None) -> None:
 
 
 def describe(completion: Completion) -> str:
-    """How much was written, and why it ended."""
+    """Token and step counts, and the reason for the end."""
     count = len(completion.tokens)
     return (
         f"{completion.prompt_tokens} tokens read, {count} written in {completion.steps} steps "

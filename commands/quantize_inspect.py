@@ -1,4 +1,4 @@
-"""`quantize-inspect DIR`: what a quantized checkpoint holds, and who can run it."""
+"""`quantize-inspect DIR`: show the contents of a quantized checkpoint, and the engines that run it."""
 
 import json
 
@@ -22,12 +22,12 @@ def main() -> None:
 
 @click.command(context_settings=SETTINGS)
 @click.argument("checkpoint")
-@click.option("--json", "as_json", is_flag=True, help="One JSON object, every linear by name, and nothing else.")
-@click.option("--check", is_flag=True, help="Read every weight and checksum too, not the headers alone.")
-@click.option("--trust-remote-code", is_flag=True, help="Run Python code that the model brings.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead, with every linear by name.")
+@click.option("--check", is_flag=True, help="Also read every weight and verify every checksum.")
+@click.option("--trust-remote-code", is_flag=True, help="Run Python code from the model's repository.")
 @click.version_option(__version__, prog_name="lowbit")
 def quantize_inspect(checkpoint: str, as_json: bool, check: bool, trust_remote_code: bool) -> None:
-    """Say what CHECKPOINT holds: schemes, sizes, coverage, and which engines run it with which kernels."""
+    """Show schemes, sizes and coverage of CHECKPOINT, and the kernels with which engines run it."""
     found = api.inspect(checkpoint, check=check, trust_remote_code=trust_remote_code)
     if as_json:
         click.echo(json.dumps(found.as_json()))
@@ -40,7 +40,7 @@ def quantize_inspect(checkpoint: str, as_json: bool, check: bool, trust_remote_c
 
 
 def _print_weights(console: Console, found: Inspection) -> None:
-    """Schemes by role, sizes, and what is left alone."""
+    """Print schemes by role, sizes, and linears left in 16 bits."""
     table = Table(title=f"{found.format}, {len(found.linears)} quantized linears", title_justify="left")
     for column in ("linears", "scheme", "outputs x inputs", "count"):
         table.add_column(column)
@@ -63,7 +63,7 @@ def _print_weights(console: Console, found: Inspection) -> None:
 
 
 def _print_engines(console: Console, found: Inspection) -> None:
-    """Which kernel takes the linears on which machine, and between how many GPUs they can be split."""
+    """Print kernels by machine and engine, and the possible sizes of tensor parallelism."""
     table = Table(title="kernels (linears, those that run fused as one)", title_justify="left")
     for column in ("machine", *ENGINES):
         table.add_column(column)

@@ -1,4 +1,4 @@
-"""The options of `quantize` by part: its help shows those that people set first, then part by part."""
+"""The options of `quantize`, grouped by part for its help: common ones first."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -28,7 +28,7 @@ def _list_methods(context: click.Context, option: click.Parameter, wanted: bool)
 
 
 def _settings_of_parts() -> Iterator[Decorator]:
-    """An option for every setting of a transform or rounder."""
+    """One option per setting of a transform or rounder."""
     for name, part in OWNERS.items():
         about = part.settings()[name].metadata
         text = f"{about['text'][0].upper()}{about['text'][1:]}."
@@ -46,35 +46,55 @@ PARTS: dict[str, tuple[Decorator, ...]] = {
         click.option("--output", "-o", "--output-dir", type=PATH, help="Directory to write."),
         click.option("--bits", "--w-bit", "--wbits", type=int, help="Bits per weight: 4 or 8."),
         click.option(
-            "--group-size", "--q-group-size", "--groupsize", type=int, help="Weights that share a scale; -1 a channel."
+            "--group-size",
+            "--q-group-size",
+            "--groupsize",
+            type=int,
+            help="Weights that share a scale; -1 for a whole channel.",
         ),
         click.option(
             "--dataset", help="Calibration text: builtin, a file, NAME:CONFIG:SPLIT:N of a hub; several with commas."
         ),
         click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1."),
         click.option("--recipe", "--config", "recipe_file", type=PATH, help="TOML file; flags override it."),
-        _flag("--dry-run", "Say what would be done, and stop before reading a weight."),
+        _flag("--dry-run", "Print the plan, and stop before reading any weight."),
     ),
     "Numbers": (
         click.option("--sym/--asym", "symmetric", default=None, help="Symmetric codes, or integer zero points."),
         click.option("--activations", help="Inputs of linears: none (16 bits), token or tensor (int8, static)."),
         click.option("--scheme", help=f"Bits, group and inputs at once: {', '.join(SHORT)}, int4-g64 ..."),
-        click.option("--target-bits", type=float, help="Average bits per linear weight, spent where they help most."),
         click.option(
-            "--ignore", "--ignore-layers", multiple=True, help="Linears to leave: names, parts of names, re:PATTERN."
+            "--target-bits",
+            type=float,
+            help="Average bits per linear weight; wider schemes go to the linears that gain most.",
+        ),
+        click.option(
+            "--ignore",
+            "--ignore-layers",
+            multiple=True,
+            help="Linears to leave in 16 bits: names, parts of names, re:PATTERN.",
         ),
     ),
     "Parts of a method": (
         click.option("--transforms", help=f"Before rounding, in order: {', '.join(TRANSFORMS)}; none for none."),
         click.option("--rounder", help=f"One of {', '.join(ROUNDERS)}."),
-        click.option("--clip/--no-clip", default=None, help="Search each group's range on the output error."),
+        click.option(
+            "--clip/--no-clip", default=None, help="Search each group's clipping range for the least output error."
+        ),
         *_settings_of_parts(),
-        click.option("--distill-steps", type=int, help="Steps of tuning scales and norms on the model's output."),
-        click.option("--seed", type=int, help="Of everything random.  [default: 42]"),
+        click.option(
+            "--distill-steps", type=int, help="Steps of tuning scales and norms on the model's output logits."
+        ),
+        click.option("--seed", type=int, help="Seed of all random choices.  [default: 42]"),
     ),
     "Calibration": (
         click.option(
-            "--num-samples", "--nsamples", "--num-calibration-samples", "--calib-size", type=int, help="Windows."
+            "--num-samples",
+            "--nsamples",
+            "--num-calibration-samples",
+            "--calib-size",
+            type=int,
+            help="Number of calibration windows.",
         ),
         click.option("--seqlen", "--max-seq-length", "--calib-seq", type=int, help="Tokens in a window."),
         click.option("--text-column", help="Column of the dataset that holds the text."),
@@ -82,12 +102,12 @@ PARTS: dict[str, tuple[Decorator, ...]] = {
     ),
     "Files": (
         click.option("--format", "format", help=f"One of {', '.join(FORMATS)}."),
-        click.option("--dtype", help="Of scales and unquantized weights: auto, bfloat16, float16, float32."),
-        click.option("--max-shard-size", type=Size(), help="Of a weight file.  [default: 5GB]"),
+        click.option("--dtype", help="Type of scales and unquantized weights: auto, bfloat16, float16, float32."),
+        click.option("--max-shard-size", type=Size(), help="Largest weight file.  [default: 5GB]"),
         click.option("--revision", help="Branch, tag or commit of a hub id."),
-        _flag("--resume", "Go on where an interrupted run to the same output stopped."),
+        _flag("--resume", "Continue an interrupted run to the same output."),
         _flag("--overwrite", "Replace an output directory that is not empty."),
-        _flag("--trust-remote-code", "Run Python code that the model brings."),
+        _flag("--trust-remote-code", "Run Python code from the model's repository."),
     ),
     "Measuring": (
         click.option(
@@ -103,7 +123,7 @@ PARTS: dict[str, tuple[Decorator, ...]] = {
             default="ppl",
             show_default=True,
             callback=lambda context, option, value: parse_measures(value),
-            help=f"What to measure then: {', '.join(MEASURES)}. A report is written too.",
+            help=f"Measurements with --eval-windows: {', '.join(MEASURES)}. A report is written too.",
         ),
     ),
     "About": (

@@ -1,4 +1,4 @@
-"""`quantize-report DIR`: what is known of a checkpoint, as a page to look at; of several, side by side."""
+"""`quantize-report DIR`: write a page about a checkpoint, or about several side by side."""
 
 from pathlib import Path
 
@@ -26,11 +26,11 @@ def main() -> None:
 @click.option(
     "--rows",
     type=click.Path(path_type=Path, exists=True, dir_okay=False),
-    help=".jsonl of measurements kept elsewhere: what quantize-bench --json prints, with the device in `device`.",
+    help=".jsonl with more measurements: rows of quantize-bench --json, with the device in `device`.",
 )
 @click.version_option(__version__, prog_name="lowbit")
 def report(checkpoints: tuple[Path, ...], output: Path | None, rows: Path | None) -> None:
-    """One page about a checkpoint, or several checkpoints side by side; also as Markdown and JSON."""
+    """Write a page about one checkpoint, or about several side by side, as HTML, Markdown and JSON."""
     console = make_console()
     for path in api.report(*checkpoints, output=output, rows=read_rows(rows) if rows else []):
         console.print(str(path))

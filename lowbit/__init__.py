@@ -1,7 +1,7 @@
 """lowbit: language models in few bits.
 
-lowbit.quantize, lowbit.load and the other public functions are imported when they are first used. The parts are the
-folders beside this one: quant is imported as lowbit.quant, engine as lowbit.engine.
+The public functions (lowbit.quantize, lowbit.load, ...) are imported at their first use. Each folder of the repository
+is a subpackage: quant is lowbit.quant, engine is lowbit.engine.
 """
 
 import importlib

@@ -1,6 +1,6 @@
-"""What a program passes, checked against the annotations where public functions begin: a wrong type is a line.
+"""Type checks at the entry of public functions: an argument of a wrong type raises one line of text.
 
-The commands parse what they pass themselves; a notebook passes anything.
+Commands parse their own options, so only calls from Python need this.
 """
 
 import inspect
@@ -21,7 +21,7 @@ hints_of = cache(get_type_hints)
 
 
 def typed(error: type[LowbitError] = UsageError) -> Callable[[Callable[P, T]], Callable[P, T]]:
-    """A decorator: `error` where an argument is not of the type that the function's annotation says."""
+    """A decorator that raises `error` for an argument whose type differs from the function's annotation."""
 
     def decorate(function: Callable[P, T]) -> Callable[P, T]:
         signature = inspect.signature(function)
@@ -44,13 +44,13 @@ def typed(error: type[LowbitError] = UsageError) -> Callable[[Callable[P, T]], C
 
 
 def require_types(values: Mapping[str, Any], kind: type, error: type[LowbitError] = UsageError) -> None:
-    """`error` where one of `values`, by name, is not of the type that the class `kind` says of that field."""
+    """Raise `error` for a value whose type differs from the annotation of the field of class `kind` with its name."""
     for name, hint in hints_of(kind).items():
         require_type(name, values[name], hint, error)
 
 
 def require_type(name: str, value: Any, hint: Any, error: type[LowbitError] = UsageError) -> None:
-    """`error` where `value`, passed as `name`, is not of the type `hint`."""
+    """Raise `error` if `value`, passed as `name`, is not of type `hint`."""
     try:
         check_type(value, hint, collection_check_strategy=CollectionCheckStrategy.ALL_ITEMS)
     except TypeCheckError:

@@ -10,15 +10,15 @@ class LowbitError(ValueError):
 
 
 class UsageError(LowbitError):
-    """An argument or option that makes no sense: an unknown name, a number out of range, two that conflict."""
+    """A bad argument or option: an unknown name, a number out of range, two options that conflict."""
 
 
 class RecipeError(UsageError):
-    """A recipe that cannot be followed; the message says which key, and what would do."""
+    """A recipe that cannot be followed. The message names the key and a value that works."""
 
 
 class DeviceError(UsageError):
-    """A device that does not exist here, or that cannot run what was asked for."""
+    """A device that does not exist on this machine, or cannot run the request."""
 
 
 class CheckpointError(LowbitError):
@@ -26,7 +26,7 @@ class CheckpointError(LowbitError):
 
 
 class Unfinished(CheckpointError):
-    """A run that had to stop through no fault of what it had finished: that is kept, for --resume."""
+    """A run that stopped early. Its finished blocks are valid and kept for --resume."""
 
 
 class DatasetError(LowbitError):

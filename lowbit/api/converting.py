@@ -1,4 +1,4 @@
-"""`lowbit.convert`: the same weights in another format, nothing requantized."""
+"""`lowbit.convert`: rewrite a checkpoint in another format, without requantizing."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +20,7 @@ from lowbit.models.source import open_source
 from lowbit.quant.recipe import Recipe, nearest
 from lowbit.quant.scheme import Scheme
 
-MARGIN = 1.1  # another format may store more bytes a weight: zeros, shapes, wider scales
+MARGIN = 1.1  # a target format may store more bytes per weight: zeros, shapes, wider scales
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ def convert(
     overwrite: bool = False,
     trust_remote_code: bool = False,
 ) -> Converted:
-    """Write `checkpoint`, a quantized model, to `output` in another format. Codes and scales stay what they are.
+    """Write `checkpoint`, a quantized model, to `output` in another format. Codes and scales do not change.
 
     >>> import lowbit
     >>> done = lowbit.quantize("my-model", "my-model-w4", method="rtn", group_size=32, eval_windows=0)
@@ -62,7 +62,7 @@ def convert(
     format          "compressed-tensors", "gptq", "gptq_v2" or "awq"
     max_shard_size  bytes of the largest weight file
 
-    Raises RecipeError for an unknown format, CheckpointError where the format cannot hold a weight.
+    Raises RecipeError for an unknown format, CheckpointError if the format cannot hold a weight.
     """
     if format not in FORMATS:
         raise RecipeError(f"unknown format {format!r}; {nearest(format, FORMATS)}")

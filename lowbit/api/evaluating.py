@@ -64,7 +64,7 @@ def perplexity(
     >>> found.score.tokens
     126
 
-    baseline  a model measured on the same tokens
+    baseline  a second model, scored on the same tokens
     options   the keywords of Setup and TextSetup
 
     Raises UsageError for bad arguments, CheckpointError for a model, DatasetError for a text that cannot be used.
@@ -98,7 +98,7 @@ def divergence(checkpoint: str | Path, *, baseline: str | Path, **options: Unpac
 
     options  the keywords of Setup and TextSetup
 
-    Raises UsageError for bad arguments, CheckpointError for models that cannot be compared.
+    Raises UsageError for bad arguments, CheckpointError for models that do not share a tokenization.
     """
     text, setup = split_text(dict(options))
     session, protocol = make_session(checkpoint, baseline, setup), text.cut_by()
@@ -137,12 +137,12 @@ def evaluate(
 
     tasks       names, patterns or YAML files
     include     a directory with task files
-    fewshot     examples before a question; the task's own number where it is not given
-    limit       questions of each task; all where it is not given
-    allow_code  run the Python that task files bring
+    fewshot     examples before a question; default: the task's own number
+    limit       questions per task; default: all
+    allow_code  run the Python code in task files
     options     the keywords of Setup
 
-    Raises UsageError where the harness or a task is missing, CheckpointError where a task cannot be run.
+    Raises UsageError if the harness or a task is missing, CheckpointError if a task cannot be run.
     """
     session = make_session(checkpoint, baseline, dict(options))
     known = TaskList(list(tasks), None if include is None else Path(include), allow_code)
@@ -167,7 +167,7 @@ def continuations(
     baseline: str | Path | None = None,
     **options: Unpack[Setup],
 ) -> Row:
-    """The greedy continuations of `prompts`, beside those of the baseline, as a row."""
+    """One row with the greedy continuations of `prompts`, by the checkpoint and by the baseline."""
     session = make_session(checkpoint, baseline, dict(options))
     asked = list(prompts) or [Prompt(PROMPT)]
     sources = [session.source(name) for name in session.models()]
@@ -198,10 +198,10 @@ def programs(
 ) -> Row:
     """pass@1 on programming problems in HumanEval's layout, as a row.
 
-    allow_code  has to be True: programs that the model writes run here, behind the walls that SECURITY.md names
-    tokens      of an answer
-    limits      seconds and bytes of a program; 10 s and 1 GB where it is not given
-    limit       problems; all where it is not given
+    allow_code  must be True: programs that the model writes run on this machine, in the sandbox of SECURITY.md
+    tokens      longest answer
+    limits      seconds and bytes of a program; default: 10 s and 1 GB
+    limit       number of problems; default: all
     """
     if not allow_code:
         raise UsageError(
@@ -238,5 +238,5 @@ def _score_row(scores: list[Score]) -> Row:
 
 
 def _rows_of(read: Reading | None) -> dict[str, int]:
-    """Rows of the table that the text is made of."""
+    """Counts of table rows that were read and skipped; empty for plain text."""
     return {"text_rows": read.rows - len(read.skipped), "text_rows_skipped": len(read.skipped)} if read else {}

@@ -15,7 +15,7 @@ from lowbit.models.source import open_source
 
 @typed()
 def inspect(checkpoint: str | Path, *, check: bool = False, trust_remote_code: bool = False) -> Inspection:
-    """Schemes, sizes, coverage of `checkpoint`, and which engines run it with which kernels.
+    """Schemes, sizes and coverage of `checkpoint`, and the kernels with which each engine runs it.
 
     >>> import lowbit
     >>> done = lowbit.quantize("my-model", "my-model-w4", method="rtn", group_size=32, eval_windows=0)
@@ -23,7 +23,7 @@ def inspect(checkpoint: str | Path, *, check: bool = False, trust_remote_code: b
     >>> found.format, len(found.linears), round(found.bits_per_weight, 2)
     ('compressed-tensors', 14, 4.5...)
 
-    check  read every weight and checksum too, not the headers alone
+    check  also read every weight and verify every checksum; otherwise only headers are read
 
     Raises CheckpointError for a checkpoint that is damaged or not quantized.
     """
@@ -35,7 +35,7 @@ def inspect(checkpoint: str | Path, *, check: bool = False, trust_remote_code: b
 
 
 def _linears(skeleton: Skeleton, logical: LogicalTensors) -> dict[str, int]:
-    """Parameters of every linear of the model, by its name in the file; none for a tied head or another's name."""
+    """Parameters of every linear by its name in the file; 0 for a linear without a tensor of its own (a tied head)."""
     sizes = {spec.name: spec.n * spec.k for block in skeleton.blocks for spec in block.linears}
     entries = logical.checkpoint.entries
     for name in unquantized_linears(skeleton, logical.schemes):
@@ -45,7 +45,7 @@ def _linears(skeleton: Skeleton, logical: LogicalTensors) -> dict[str, int]:
 
 
 def _heads(config: Any) -> tuple[int, int] | None:
-    """Query heads, and those of keys and values, where the configuration says them."""
+    """(query heads, key and value heads) from the configuration, or None."""
     queries = getattr(config, "num_attention_heads", None)
     if not isinstance(queries, int):
         return None
@@ -54,7 +54,7 @@ def _heads(config: Any) -> tuple[int, int] | None:
 
 
 def _check(logical: LogicalTensors) -> int:
-    """Files whose checksum was known and right; CheckpointError where one is wrong or a weight is none."""
+    """The number of files with a known, correct checksum. CheckpointError for a wrong one or a damaged weight."""
     for name in logical.schemes:
         logical.qtensor(name)
     return verify_checksums(logical.checkpoint)

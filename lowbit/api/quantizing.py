@@ -1,4 +1,4 @@
-"""`lowbit.quantize`: a language model in, a checkpoint that engines load out."""
+"""`lowbit.quantize`: quantize a language model and write a checkpoint that engines load."""
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -35,7 +35,7 @@ from lowbit.models.devices import check_device
 from lowbit.models.source import Source, open_source
 from lowbit.quant.recipe import Recipe, nearest, read_recipe
 
-# The journal, the staged output and an output that is replaced stand on the disk at the same time; the rest is papers.
+# The journal, the staged output and the output that is replaced are on disk at once; 0.05 is for everything else.
 COPIES_ON_DISK = 3.05
 
 
@@ -48,7 +48,7 @@ class Completed:
 
 @dataclass(frozen=True)
 class Planned:
-    """The plan. `average_bits` is set after --target-bits has been spent."""
+    """The plan. `average_bits` is set once --target-bits has been distributed over the linears."""
 
     job: Job
     average_bits: float | None = None
@@ -56,21 +56,21 @@ class Planned:
 
 @dataclass(frozen=True)
 class Calibrated:
-    """The calibration tokens, and what was read and skipped for them."""
+    """The calibration tokens, with counts of rows read and skipped."""
 
     calibration: CalibrationSet
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A long step begins: `text` says which."""
+    """The start of a long step, named by `text`."""
 
     text: str
 
 
 @dataclass(frozen=True)
 class Checked:
-    """So many bytes of the model's files, of `total`, were read and found sound."""
+    """Progress of the check of the model's files: `done` of `total` bytes were read and are sound."""
 
     done: int
     total: int
@@ -78,7 +78,7 @@ class Checked:
 
 @dataclass(frozen=True)
 class BlockDone:
-    """A block is finished, of `total`."""
+    """One finished block of `total`."""
 
     report: BlockReport
     total: int
@@ -94,13 +94,13 @@ class Quantized:
 
     output        the checkpoint's directory; None after a dry run, and on ranks that do not write
     recipe        complete, with the hash of the calibration tokens
-    plan          scheme of every quantized linear, and the reason for every other
-    blocks        a report for each block
-    source_bytes, output_bytes  weights before and after
-    scores        of the original and of the checkpoint; empty where nothing was measured
-    rows          the same as rows of evaluation.jsonl
-    warnings      sentences for whoever loads the checkpoint elsewhere
-    seconds       wall time from the first weight on
+    plan          scheme of every quantized linear; reason for every linear left in 16 bits
+    blocks        one report per block
+    source_bytes, output_bytes  bytes of weights before and after
+    scores        perplexity of the original and of the checkpoint; empty if not measured
+    rows          all measurements, as in evaluation.jsonl
+    warnings      limits of other engines with this checkpoint, as sentences
+    seconds       wall time from the first weight to the end
     """
 
     output: Path | None
@@ -141,7 +141,7 @@ def quantize(
 
     model         a directory with safetensors, a hub id, or "demo"
     output        the directory to write; may be left out for a dry run
-    recipe        a Recipe, a mapping, or the path of a TOML file; `settings` win over it
+    recipe        a Recipe, a mapping, or the path of a TOML file; `settings` override it
     settings      any key of a Recipe: method, bits, group_size, dataset, ignore, format, ...
     eval_windows  windows of held-out text to score before and after; 0 for none
     measures      of "ppl" and "kl"
@@ -183,7 +183,7 @@ def quantize(
 
 @dataclass(frozen=True)
 class _Run:
-    """A job with all that it needs besides the place to write to."""
+    """A job with its calibration tokens, journal and progress callback."""
 
     job: Job
     calibration: CalibrationSet | None
@@ -193,7 +193,7 @@ class _Run:
 
 @contextmanager
 def _reserved(output: Path | None, overwrite: bool) -> Iterator[None]:
-    """A block that keeps other runs away from `output`. Refused where `output` cannot become the result."""
+    """A context that locks `output` against other runs. Raises if `output` cannot be written."""
     with ExitStack() as held:
         if output is not None:
             if ranks.leads() and output.parent.is_dir():
@@ -203,7 +203,7 @@ def _reserved(output: Path | None, overwrite: bool) -> Iterator[None]:
 
 
 def _complete(recipe: Recipe | Mapping[str, Any] | str | Path | None, settings: dict[str, Any]) -> Recipe:
-    """The recipe that the arguments ask for, complete."""
+    """The complete recipe from `recipe` and the overriding `settings`."""
     if isinstance(recipe, str | Path):
         values = read_recipe(Path(recipe))
     else:
@@ -216,7 +216,7 @@ def _complete(recipe: Recipe | Mapping[str, Any] | str | Path | None, settings: 
 
 
 def _surveyed(source: Source, progress: OnEvent) -> dict[str, str]:
-    """The SHA-256 of the model's files, all read and sound."""
+    """SHA-256 of each of the model's files, after reading and checking all of them."""
     done = 0
 
     def told(count: int) -> None:
@@ -247,7 +247,7 @@ def _calibration(recipe: Recipe, source: Source, progress: OnEvent) -> Calibrati
 
 
 def _spent(job: Job, calibration: CalibrationSet | None, progress: OnEvent) -> Job:
-    """`job` with its target bits spent, where it has any."""
+    """`job` with its target bits distributed over the linears; unchanged without a target."""
     if job.recipe.target_bits is None or calibration is None:
         return job
     progress(Stage("measuring what each scheme costs"))
@@ -294,14 +294,14 @@ def _written(this: _Run, output: Path, overwrite: bool, evaluation: tuple[int, t
 
 
 def _assisted(this: _Run) -> Quantized:
-    """Do this rank's part of the work, and write nothing."""
+    """Run this rank's share of the work. The leader writes the result."""
     assist(this.job, this.calibration, this.journal)
     ranks.leave()
     return _unwritten(this.job)
 
 
 def _unwritten(job: Job) -> Quantized:
-    """What is known of a job that this process does not write."""
+    """The result of a dry run, or on a rank that does not write."""
     nbytes = job.source.checkpoint.nbytes
     return Quantized(
         None, job.recipe, job.plan, (), nbytes, job.output_bytes(), (), (), tuple(job.warnings()), seconds=0.0
@@ -309,7 +309,7 @@ def _unwritten(job: Job) -> Quantized:
 
 
 def _write_papers(staging: Path, job: Job, result: Result, measured: Measured, name: str) -> None:
-    """The measurements, the report where there are any, the model card and the sums; `name` is the checkpoint's."""
+    """Write evaluation rows, HTML report (if measured), model card and checksums. `name` is the checkpoint's name."""
     labels = (Path(job.source.name).name, f"{result.recipe.method} {result.recipe.default_scheme}")
     record(staging, measured.labelled(*labels))
     facts = {

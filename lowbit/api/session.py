@@ -1,4 +1,4 @@
-"""Everything that evaluations share: the models they open, the text they read, progress, and where rows are kept."""
+"""Setup shared by all evaluations: models, text, progress, and the place of results."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -41,7 +41,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Scored:
-    """A model's score on the text is known."""
+    """The final score of one model on the text."""
 
     score: Score
 
@@ -51,13 +51,13 @@ OnEvent = Callable[[Event], None]
 
 
 class Setup(TypedDict, total=False):
-    """How models are measured; every evaluation takes these keywords.
+    """Keywords of every evaluation.
 
     backend   "auto", "transformers", "blocks", "engine" or "vllm"
     device    "auto", "cpu", "cuda", "cuda:1"
     dtype     "float32", "bfloat16" or "float16"
-    keep      keep finished pieces in the cache, and go on where an earlier run stopped
-    store     also write the result into the checkpoint
+    keep      cache finished windows, and continue an interrupted run
+    store     also append the result to the checkpoint's evaluation.jsonl
     progress  called with each Event
     """
 
@@ -77,9 +77,9 @@ class TextSetup(Setup, total=False):
     text_column  column of the table
     protocol     "gptq": windows that do not overlap; "strided": windows `stride` apart, each token scored once
     context      tokens in a window
-    stride       tokens between windows; half of `context` where it is not given
-    windows      score only the first so many; 16 of builtin, all of a file
-    bos          "first" or "every": the windows that begin with BOS
+    stride       tokens between windows; default: half of `context`
+    windows      number of windows to score; default: 16 of builtin, all of a file
+    bos          "first" or "every": whether only the first window or every window begins with BOS
     """
 
     text: str
@@ -104,7 +104,7 @@ class Text:
     bos: str = "first"
 
     def cut_by(self) -> Protocol:
-        """The protocol. UsageError for a stride that no protocol asks for."""
+        """The protocol. UsageError for an unknown protocol, or for a stride with protocol "gptq"."""
         if self.protocol not in ("gptq", "strided"):
             raise UsageError(f"--protocol {self.protocol!r}: write gptq or strided")
         if self.stride is not None and self.protocol != "strided":
@@ -114,7 +114,7 @@ class Text:
         return Protocol(self.context, step, windows, self.bos == "every")
 
     def read(self, source: Source) -> tuple[str, Reading | None]:
-        """The text, and the account of a table's rows, whose chats `source` renders. DatasetError without a file."""
+        """The text, and for a table the rows read and skipped. Chats are rendered by the template of `source`."""
         path = Path(self.text)
         if kind_of(self.text) in TABLES:
             reading = Reading(path.name)
@@ -131,7 +131,7 @@ class Text:
 
 @dataclass(frozen=True)
 class Session:
-    """One evaluation: a checkpoint, the baseline measured beside it, and the keywords of Setup."""
+    """One evaluation: a checkpoint, an optional baseline, and the keywords of Setup."""
 
     checkpoint: str
     baseline: str | None = None
@@ -144,14 +144,14 @@ class Session:
     progress: OnEvent = ignore
 
     def models(self) -> list[str]:
-        """The checkpoint, and the baseline where there is one."""
+        """The checkpoint, then the baseline if there is one."""
         return [self.checkpoint] + ([self.baseline] if self.baseline else [])
 
     def source(self, name: str) -> Source:
         return open_source(name, self.trust_remote_code)
 
     def open(self, source: Source, together: int = 1) -> Backend:
-        """A backend for `source`; `together` models have to be in memory at once."""
+        """A backend for `source`; `together` is the number of models in memory at once."""
         device, dtype = check_device(self.device), DTYPES[self.dtype]
         name = choose_backend(source, device, dtype, together) if self.backend == "auto" else self.backend
         return open_backend(name, source, device, dtype)
@@ -162,7 +162,7 @@ class Session:
 
     @contextmanager
     def watched(self, *backends: Backend) -> Iterator[OnStep]:
-        """A block in which `backends` work; yields the callback for their steps."""
+        """A context that reports the progress of `backends`; yields the callback for their steps."""
         title = " and ".join(backend.source.name for backend in backends)
         self.progress(Step(title, 0, None))
         for backend in backends:
@@ -170,28 +170,28 @@ class Session:
         yield lambda done, total: self.progress(Step(title, done, total))
 
     def note(self, text: str) -> None:
-        """Tell `text` to whoever watches."""
+        """Report `text` to the progress callback."""
         self.progress(Note(text))
 
     def note_text(self, cut: Cut, read: Reading | None) -> None:
-        """Tell what a reader of the numbers should know of the text."""
+        """Report skipped rows, and a missing BOS that changes the numbers."""
         if text := read and read.describe():
             self.note(text)
         if cut.begun:
             self.note(
-                "the model's tokenizer puts BOS before a text, and here only the first window has it; --bos every "
-                "gives it to all, which is how such a model is used and calibrated"
+                "this model's tokenizer puts BOS before each text, but only the first window has one; --bos every "
+                "gives it to every window, which is how such a model is used and calibrated"
             )
 
     def finish(self, row: dict[str, Any], rows: list[dict[str, Any]] | None = None) -> dict[str, Any]:
-        """`row`; with `store` it, or `rows` in its place, is also written into the checkpoint."""
+        """Return `row`. With `store`, also write `rows` (default: [row]) into the checkpoint."""
         if self.store:
             stored = [self._shareable(each | {"version": __version__}) for each in rows or [row]]
             record(self.source(self.checkpoint).directory, stored)
         return row
 
     def _shareable(self, row: dict[str, Any]) -> dict[str, Any]:
-        """`row` without the places of files, which do not belong in a published checkpoint."""
+        """`row` with bare file names: a published checkpoint must not show local paths."""
         labels = {name: Path(name).resolve().name for name in self.models() if Path(name).is_dir()}
         shown = dict(row)
         if isinstance(row.get("baseline"), dict):
@@ -205,12 +205,12 @@ class Session:
 
 
 def kept_in() -> Path:
-    """The directory of finished pieces."""
+    """The cache directory for finished windows."""
     return cache_dir() / "evaluations"
 
 
 def make_session(checkpoint: str | Path, baseline: str | Path | None, options: dict[str, Any]) -> Session:
-    """The session that keywords of Setup describe. UsageError names the nearest to one that is unknown."""
+    """The session for these keywords of Setup. UsageError for an unknown keyword, with the nearest known one."""
     known = [field.name for field in fields(Session)][2:]
     for key in options:
         if key not in known:
@@ -230,14 +230,14 @@ def make_session(checkpoint: str | Path, baseline: str | Path | None, options: d
 
 
 def split_text(options: dict[str, Any]) -> tuple[Text, dict[str, Any]]:
-    """The keywords of the text, and all others."""
+    """The keywords of Text, and all other keywords."""
     names = {field.name for field in fields(Text)}
     text = Text(**{key: value for key, value in options.items() if key in names})
     return text, {key: value for key, value in options.items() if key not in names}
 
 
 def reason_against(directory: Path) -> str | None:
-    """The reason why nothing can be kept in `directory`, which is made where it is missing; or None."""
+    """The reason why `directory` cannot be written, or None. Creates it if it is missing."""
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:

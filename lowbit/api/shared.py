@@ -1,13 +1,13 @@
-"""The pieces that several public functions share."""
+"""Notes, progress and disk space shared by the public functions."""
 
 from dataclasses import dataclass
 
-PAPERS_BYTES = 50_000_000  # room for everything in a checkpoint that is no weight
+PAPERS_BYTES = 50_000_000  # bytes for all files of a checkpoint that are not weights
 
 
 @dataclass(frozen=True)
 class Note:
-    """A sentence that the user should read; `warning` where a result is at stake."""
+    """A sentence for the user. `warning` is True if it may change the result."""
 
     text: str
     warning: bool = False

@@ -67,7 +67,7 @@ def test_the_same_codes_whatever_the_format(llama, checkpoints):
 def test_convert_keeps_weights_and_company(checkpoints, tmp_path, before, after):
     done = run_quantize_convert(checkpoints[before], tmp_path / "out", "--format", after)
     assert done.code == 0, done.err
-    assert "13 linears stand for the same weights bit for bit" in done.out
+    assert "13 linears have bit-identical weights" in done.out
     source, result = logical(checkpoints[before]), logical(tmp_path / "out")
     assert result.format.name == after
     for name in source.schemes:

@@ -117,4 +117,4 @@ def test_the_command(pair, tmp_path):
     assert row["top1_agreement"] == found.as_json()["top1_agreement"]
     assert row["baseline"]["nll"] == round(found.baseline.nll, 6)
     assert f"KL {found.mean:.5f}" in done.out
-    assert "say what CHECKPOINT is compared with" in run_quantize_eval("divergence", pair[3]).err
+    assert "name the model to compare with" in run_quantize_eval("divergence", pair[3]).err

@@ -152,7 +152,7 @@ def test_an_interruption_says_what_was_kept(models, monkeypatch):
     monkeypatch.setattr("lowbit.api.evaluating.score_text", interrupted)
     done = run_quantize_eval("perplexity", models("llama")[1], "--context", 64, "--windows", 1)
     assert done.code == 130
-    assert "goes on from there" in done.err
+    assert "the same command continues from there" in done.err
 
 
 def test_a_cache_that_cannot_be_written_is_gone_without(models, monkeypatch):
