@@ -6,9 +6,9 @@ from typing import Any
 from lowbit.calibrate.rounding import ROUNDERS
 from lowbit.calibrate.settings import completed, merged, rounder_of, transforms_of
 from lowbit.calibrate.transforms import TRANSFORMS
-from lowbit.errors import RecipeError
+from lowbit.errors import RecipeError, nearest
 from lowbit.quant.numbers import NUMBERS
-from lowbit.quant.recipe import ACTIVATIONS, HEAD, Recipe, nearest
+from lowbit.quant.recipe import ACTIVATIONS, HEAD, Recipe
 from lowbit.quant.scheme import Scheme, parse_scheme
 
 
@@ -38,14 +38,14 @@ METHODS = {
             "weight-only int8, one scale per output channel; needs no data",
             {"bits": 8, "group_size": -1},
             only_bits=8,
-            only_weights="int8-channel",
+            only_weights="int8",
         ),
         Method(
             "fp8",
             "8-bit floats, weights per output channel, inputs per token; needs no data",
             {"scheme": "fp8"},
             only_bits=8,
-            only_weights="fp8-channel",
+            only_weights="fp8-a16",
         ),
         Method("rtn", "plain rounding to 4 or 8 bits; the baseline, needs no data"),
         Method("awq", "activation-aware scales, then clipping", {"transforms": ("awq",), "clip": True}),
@@ -147,9 +147,7 @@ def _require_sense(method: Method, recipe: Recipe) -> None:
         raise RecipeError(f"method {method.name} is {method.only_bits} bits; {recipe.bits} bits are what rtn or awq do")
     weights = str(recipe.default_scheme.weights_only)
     if method.only_weights not in (None, weights):
-        raise RecipeError(
-            f"method {method.name} is {method.only_weights}; for {weights} use --method rtn --bits {recipe.bits}"
-        )
+        raise RecipeError(f"method {method.name} has weights of {method.only_weights}; for {weights} use --method rtn")
     late = next((name for name in recipe.transforms[1:] if TRANSFORMS[name].mixes_channels), None)
     if late is not None:
         raise RecipeError(f"{late} mixes the channels that other transforms scale: name it first")

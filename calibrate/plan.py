@@ -6,14 +6,14 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from lowbit.errors import CheckpointError, RecipeError
+from lowbit.errors import CheckpointError, RecipeError, nearest
 from lowbit.export.patterns import PatternError, Patterns
 from lowbit.export.tensorfile import TensorEntry
 from lowbit.models.placement import stacked_names, tensor_of
 from lowbit.models.rehearsal import choosers
 from lowbit.models.skeleton import Block, LinearSpec, Skeleton
 from lowbit.quant.naming import fused_set
-from lowbit.quant.recipe import HEAD, Recipe, nearest
+from lowbit.quant.recipe import HEAD, Recipe
 from lowbit.quant.scheme import Scheme, fitting_group_size, parse_scheme
 
 MINIMUM_COVERAGE = 0.99

@@ -7,8 +7,8 @@ from typing import Any, get_args, get_type_hints
 from lowbit.calibrate.parts import Part, Rounder, Transform
 from lowbit.calibrate.rounding import ROUNDERS
 from lowbit.calibrate.transforms import TRANSFORMS
-from lowbit.errors import RecipeError
-from lowbit.quant.recipe import Recipe, nearest, widened
+from lowbit.errors import RecipeError, nearest
+from lowbit.quant.recipe import Recipe, widened
 
 PARTS: dict[str, type[Part]] = {**TRANSFORMS, **ROUNDERS}
 OWNERS = {name: part for part in PARTS.values() for name in part.settings()}  # of each setting; no two share a name

@@ -34,7 +34,7 @@ def main() -> None:
 @click.option("--prompt", type=int, multiple=True, default=(128, 2048), show_default=True, help="Prompt tokens.")
 @click.option("--output", type=click.IntRange(min=1), default=128, show_default=True, help="Tokens to generate.")
 @click.option("--cache", type=click.Choice(["same", "int8"]), default="same", help="Type of keys and values.")
-@click.option("--head", default="dense", help="Scheme to round the head to: int8-channel.")
+@click.option("--head", default="dense", help="Scheme to round the head to: int8.")
 @click.option(
     "--dtype",
     type=click.Choice(["float16", "bfloat16", "float32"]),

@@ -52,7 +52,7 @@ def main() -> None:
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1.")
 @click.option("--context", type=int, help="Longest sequence, prompt and output.  [default: 4096, or the model's]")
 @click.option("--cache", type=click.Choice(["same", "int8"]), default="same", help="Type of keys and values.")
-@click.option("--head", default="dense", help="Scheme of the output head: dense or int8-channel.")
+@click.option("--head", default="dense", help="Scheme of the output head: dense or int8.")
 @click.option("--verbose", "-v", is_flag=True, help="Print token and step counts on stderr.")
 def generate(
     checkpoint: str,

@@ -14,7 +14,7 @@ from lowbit.calibrate.transforms import TRANSFORMS
 from lowbit.commands.common import Size, say
 from lowbit.evaluation.after import MEASURES, parse_measures
 from lowbit.export.formats import FORMATS
-from lowbit.quant.scheme import SHORT
+from lowbit.quant.scheme import NAMED
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 PATH = click.Path(path_type=Path)
@@ -44,14 +44,7 @@ PARTS: dict[str, tuple[Decorator, ...]] = {
         click.option("--model", "-m", "--model-path", help="Directory, hub id, or demo. Also the first argument."),
         click.option("--method", help=f"One of {', '.join(METHODS)}.  [default: awq]"),
         click.option("--output", "-o", "--output-dir", type=PATH, help="Directory to write."),
-        click.option("--bits", "--w-bit", "--wbits", type=int, help="Bits per weight: 4 or 8."),
-        click.option(
-            "--group-size",
-            "--q-group-size",
-            "--groupsize",
-            type=int,
-            help="Weights that share a scale; -1 for a whole channel.",
-        ),
+        click.option("--scheme", help=f"Numbers by name: {', '.join(NAMED)}, int4-g128, uint4-g64 ..."),
         click.option(
             "--dataset", help="Calibration text: builtin, a file, NAME:CONFIG:SPLIT:N of a hub; several with commas."
         ),
@@ -60,9 +53,16 @@ PARTS: dict[str, tuple[Decorator, ...]] = {
         _flag("--dry-run", "Print the plan, and stop before reading any weight."),
     ),
     "Numbers": (
+        click.option("--bits", "--w-bit", "--wbits", type=int, help="Of an integer weight: 4 or 8."),
+        click.option(
+            "--group-size",
+            "--q-group-size",
+            "--groupsize",
+            type=int,
+            help="Weights that share a scale; -1 for a whole channel.",
+        ),
         click.option("--sym/--asym", "symmetric", default=None, help="Symmetric codes, or integer zero points."),
         click.option("--activations", help="Inputs of linears: none (16 bits), token or tensor (int8, static)."),
-        click.option("--scheme", help=f"Bits, group and inputs at once: {', '.join(SHORT)}, int4-g64 ..."),
         click.option(
             "--target-bits",
             type=float,

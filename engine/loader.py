@@ -49,7 +49,7 @@ def load(
     dtype    of activations; on a CPU float32, on a GPU the model's own half precision where nothing is said
     context  positions that a sequence may have, prompt and output; 4096, or what the model allows where that is less
     cache    keys and values as "same" (dtype) or "int8"
-    head     "dense", or a scheme ("int8-channel") that the head is rounded to as it is loaded
+    head     "dense", or a scheme ("int8") that the head is rounded to as it is loaded
 
     Raises CheckpointError for a family that is not known (the known are listed) and for files that are damaged or
     contradict their configuration.

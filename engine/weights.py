@@ -66,7 +66,7 @@ class Settings:
 
     dtype         of activations and dense weights; packed weights need float16 or bfloat16, in float32 all are dense
     fused_append  q, k and v are made, turned and stored by one operator: for a cache in `dtype`
-    head          "dense", or the scheme to round the head to ("int8-channel", "int4-g128")
+    head          "dense", or the scheme to round the head to ("int8", "int4-g128")
     """
 
     device: torch.device

@@ -5,13 +5,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from lowbit.calibrate.data import leading_bos
-from lowbit.errors import CheckpointError, UsageError
+from lowbit.errors import CheckpointError, UsageError, nearest
 from lowbit.evaluation.backend import Backend, open_backend
 from lowbit.evaluation.divergence import divergence
 from lowbit.evaluation.perplexity import Score, difference, perplexity
 from lowbit.evaluation.text import Protocol, cut
 from lowbit.models.source import Source
-from lowbit.quant.recipe import nearest
 
 CONTEXT = 512
 MEASURES = ("ppl", "kl")

@@ -19,13 +19,12 @@ from transformers import PreTrainedModel
 from lowbit import engine
 from lowbit.engine.engine import Engine
 from lowbit.engine.loader import stop_tokens_of
-from lowbit.errors import UsageError
+from lowbit.errors import UsageError, nearest
 from lowbit.evaluation.vllm_backend import VllmModel
 from lowbit.models.products import rounded_inputs
 from lowbit.models.skeleton import Block, Skeleton, fill, open_skeleton
 from lowbit.models.source import Source
 from lowbit.models.walk import Walk
-from lowbit.quant.recipe import nearest
 
 LONGEST_CONTEXT = 16384  # positions that the engine is loaded with
 MEMORY_SHARE = 0.6  # of free memory that weights may take; the rest is for logits

@@ -19,14 +19,13 @@ from jinja2.sandbox import SandboxedEnvironment
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from lowbit.errors import CheckpointError, LowbitError, UsageError
+from lowbit.errors import CheckpointError, LowbitError, UsageError, nearest
 from lowbit.evaluation.backend import Backend, token_log_likelihoods
 from lowbit.evaluation.journal import Journal, Library
 from lowbit.evaluation.perplexity import OnStep, silent
 from lowbit.evaluation.task_files import YAML, require_data_alone
 from lowbit.evaluation.text import BATCH_LOGITS, BATCH_TOKENS
 from lowbit.models.chat import render_chat
-from lowbit.quant.recipe import nearest
 
 LONGEST = 4096  # tokens of context and continuation, where the model has positions for as many
 MOST_WRITTEN = 256  # tokens of an answer, where a task does not say

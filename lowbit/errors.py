@@ -4,6 +4,11 @@ LowbitError is the base. A program that calls lowbit can tell a bad argument (Us
 bad data (CheckpointError, DatasetError) and from a request that the engine cannot serve (EngineError).
 """
 
+import difflib
+from collections.abc import Iterable
+
+MOST_NAMED = 24  # words in a line of what is known
+
 
 class LowbitError(ValueError):
     """Base of every error whose text is meant for the user. Exit status 2 of the commands."""
@@ -35,3 +40,11 @@ class DatasetError(LowbitError):
 
 class EngineError(LowbitError):
     """A request that the engine cannot serve. The engine stays usable."""
+
+
+def nearest(word: object, known: Iterable[str], most: int = 1) -> str:
+    """A sentence naming the `most` known words nearest to `word`, or all of them, as far as a line has room."""
+    known = list(known)
+    close = difflib.get_close_matches(str(word), known, n=most)
+    shown = known[:MOST_NAMED] + ["..."] * (len(known) > MOST_NAMED)
+    return f"did you mean {' or '.join(map(repr, close))}?" if close else f"known: {', '.join(shown)}"

@@ -1,6 +1,5 @@
 """A recipe: everything that decides the bytes of a quantized checkpoint, as a value and as a TOML file."""
 
-import difflib
 import re
 import tomllib
 from collections.abc import Iterable, Mapping
@@ -10,12 +9,12 @@ from typing import Any
 
 import tomli_w
 
-from lowbit.errors import RecipeError
+from lowbit.errors import RecipeError, nearest
 from lowbit.quant.scheme import INPUTS, Scheme, make_scheme, parse_scheme
 
 ACTIVATIONS = {"none": None, "token": INPUTS["a8token"], "tensor": INPUTS["a8tensor"]}
+TOLD = ("bits", "group_size", "symmetric", "activations")  # what a scheme's name tells
 HEAD = "lm_head"  # what recipes call the output embeddings, whatever the model does: no engine has them packed
-MOST_NAMED = 24  # words in a line of what is known
 NEVER_FROM_A_FILE = {"trust_remote_code": "code of a model runs only where you say so on the command line"}
 
 
@@ -30,7 +29,7 @@ class Recipe:
     bits, group_size    of the weights; group_size -1 is one scale per output channel
     symmetric           signed codes without zeros, or unsigned codes with integer zeros
     activations         none (16 bits), token (int8, a scale per token), tensor (int8, one calibrated scale)
-    scheme              all four at once, by a scheme's text ("fp8", "int4-g64"); None where they say it
+    scheme              those four at once, by a scheme's name ("fp8", "int4-g64"); None where they say it
     schemes             schemes of single linears, by exact name, last parts of a name, or `re:` pattern
     target_bits         average bits per linear weight, to be spent where they help most; None for one scheme
     distill_steps       steps of tuning all scales and norms on the model's own output, after all blocks are rounded
@@ -87,7 +86,9 @@ class Recipe:
 
     def to_toml(self) -> str:
         """The recipe as a TOML file that `read_recipe` reads back equal."""
-        values = {key: value for key, value in asdict(self).items() if value is not None and value != {}}
+        told = TOLD if self.scheme else ()
+        found = {key: value for key, value in asdict(self).items() if key not in told}
+        values = {key: value for key, value in found.items() if value is not None and value != {}}
         return tomli_w.dumps(values | values.pop("settings", {}))
 
 
@@ -104,14 +105,6 @@ def read_recipe(path: Path) -> dict[str, Any]:
     for key in values.keys() & NEVER_FROM_A_FILE.keys():
         raise RecipeError(f"{key!r} is not read from a recipe: {NEVER_FROM_A_FILE[key]}")
     return values
-
-
-def nearest(word: object, known: Iterable[str]) -> str:
-    """A sentence naming the known word nearest to `word`, or all of them, as far as a line has room."""
-    known = list(known)
-    close = difflib.get_close_matches(str(word), known, n=1)
-    shown = known[:MOST_NAMED] + ["..."] * (len(known) > MOST_NAMED)
-    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(shown)}"
 
 
 def _checked(key: str, value: Any, others: Iterable[str] = ()) -> Any:

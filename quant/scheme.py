@@ -4,6 +4,7 @@ import re
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 
+from lowbit.errors import nearest
 from lowbit.quant.numbers import FP8, INT8, NUMBERS, Number, integer_of
 
 
@@ -73,8 +74,6 @@ INPUTS = {
     "afp8token": Side(FP8, PerToken()),
     "afp8tensor": Side(FP8, PerTensor()),
 }
-# Short names of whole schemes.
-SHORT = {"fp8": "fp8-channel-afp8token"}
 
 
 @dataclass(frozen=True)
@@ -82,7 +81,8 @@ class Scheme:
     """A linear's quantization: `w ~ (code - zero) * scale`, and how its inputs are quantized, if they are.
 
     Symmetric schemes have signed numbers and no zeros; the others unsigned integers and one integer zero beside each
-    scale. Text form: "int4-g128", "int8-channel", "uint4-g64", "int8-channel-a8token", "fp8-channel-afp8token".
+    scale. Text form: a name of NAMED ("int8", "fp8"), else number, who shares a scale, and inputs: "int4-g128",
+    "uint4-g64", "int4-channel".
     """
 
     weights: Side
@@ -155,13 +155,25 @@ class Scheme:
         return self.bits + side * self.groups(k) / k
 
     def __str__(self) -> str:
-        ending = "" if self.inputs is None else f"-{inputs_text(self.inputs)}"
-        return f"{self.number.name}-{self.granularity}{ending}"
+        named = next((name for name, scheme in NAMED.items() if scheme == self), None)
+        return named or f"{self.number.name}-{self.granularity}{self._ending}"
+
+    @property
+    def _ending(self) -> str:
+        return next((f"-{text}" for text, side in INPUTS.items() if side == self.inputs), "")
 
 
-def inputs_text(inputs: Side) -> str:
-    """What the text of a scheme with such inputs ends in."""
-    return next(text for text, side in INPUTS.items() if side == inputs)
+# The schemes that people ask for by a name.
+NAMED = {
+    "int8": Scheme(Side(INT8, PerChannel())),
+    "int8-a8": Scheme(Side(INT8, PerChannel()), INPUTS["a8token"]),
+    "int8-a8-static": Scheme(Side(INT8, PerChannel()), INPUTS["a8tensor"]),
+    "fp8": Scheme(Side(FP8, PerChannel()), INPUTS["afp8token"]),
+    "fp8-static": Scheme(Side(FP8, PerChannel()), INPUTS["afp8tensor"]),
+    "fp8-a16": Scheme(Side(FP8, PerChannel())),
+}
+# Of the others, the groups that an error proposes.
+USUAL_GROUPS = (128, 64, 32)
 
 
 def make_scheme(bits: int, group_size: int, symmetric: bool) -> Scheme:
@@ -170,17 +182,21 @@ def make_scheme(bits: int, group_size: int, symmetric: bool) -> Scheme:
 
 
 def parse_scheme(text: str) -> Scheme:
-    """The scheme that `str(scheme)` printed, or that SHORT has under this name."""
-    match = re.fullmatch(
-        "(?P<name>[a-z]+[0-9]+)-(channel|g(?P<size>[0-9]+))(-(?P<inputs>a[a-z0-9]+))?", SHORT.get(text, text)
-    )
+    """The scheme of this name, or of this text form. ValueError names the nearest."""
+    if text in NAMED:
+        return NAMED[text]
+    match = re.fullmatch("(?P<name>[a-z]+[0-9]+)-(channel|g(?P<size>[0-9]+))(-(?P<inputs>a[a-z0-9]+))?", text)
     if match is None or match["name"] not in NUMBERS or match["inputs"] not in {None, *INPUTS}:
-        raise ValueError(
-            f"{text!r} is no scheme: write int4-g128, uint4-g64, int8-channel, int8-channel-a8token, fp8-channel or "
-            f"{' or '.join(SHORT)}"
-        )
+        begun = [name for name in scheme_names() if name.startswith(text)]
+        raise ValueError(f"{text!r} is no scheme; {nearest(text, begun or scheme_names(), most=3)}")
     weights = Side(NUMBERS[match["name"]], granularity_of(int(match["size"] or -1)))
     return Scheme(weights, INPUTS[match["inputs"]] if match["inputs"] else None)
+
+
+def scheme_names() -> list[str]:
+    """Names to propose: those of NAMED, and integers in the usual groups."""
+    integers = [number.name for number in NUMBERS.values() if number.is_integer and number.bits < 8]
+    return [*NAMED, *(f"{name}-g{size}" for name in integers for size in USUAL_GROUPS)]
 
 
 # Tried in this order where a layer's inputs do not divide by the size asked for.

@@ -7,7 +7,7 @@ from lowbit import __version__
 from lowbit.api.shared import PAPERS_BYTES
 from lowbit.arguments import typed
 from lowbit.calibrate.plan import unquantized_linears
-from lowbit.errors import RecipeError
+from lowbit.errors import RecipeError, nearest
 from lowbit.export.card import note_conversion
 from lowbit.export.checkpoint import UNSEALED_CONFIG, seal, verify_checksums
 from lowbit.export.convert import Conversion
@@ -17,7 +17,7 @@ from lowbit.export.staging import refuse_output, refuse_to_replace, require_spac
 from lowbit.export.writer import copy_companions
 from lowbit.models.skeleton import open_skeleton
 from lowbit.models.source import open_source
-from lowbit.quant.recipe import Recipe, nearest
+from lowbit.quant.recipe import Recipe
 from lowbit.quant.scheme import Scheme
 
 MARGIN = 1.1  # a target format may store more bytes per weight: zeros, shapes, wider scales

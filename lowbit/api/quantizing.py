@@ -19,7 +19,7 @@ from lowbit.calibrate.pipeline import assist, run
 from lowbit.calibrate.plan import Plan
 from lowbit.calibrate.report import BlockReport, Result
 from lowbit.calibrate.resume import Journal, journaled
-from lowbit.errors import RecipeError, UsageError
+from lowbit.errors import RecipeError, UsageError, nearest
 from lowbit.evaluation.after import Measured, measure, require_measures
 from lowbit.evaluation.perplexity import Score
 from lowbit.evaluation.record import record
@@ -33,7 +33,7 @@ from lowbit.export.staging import only_run, refuse_output, refuse_to_replace, re
 from lowbit.export.survey import survey
 from lowbit.models.devices import check_device
 from lowbit.models.source import Source, open_source
-from lowbit.quant.recipe import Recipe, nearest, read_recipe
+from lowbit.quant.recipe import Recipe, read_recipe
 
 # The journal, the staged output and the output that is replaced are on disk at once; 0.05 is for everything else.
 COPIES_ON_DISK = 3.05

@@ -14,7 +14,7 @@ from lowbit.api.shared import Note, ignore
 from lowbit.calibrate.data import builtin_text
 from lowbit.calibrate.documents import SEPARATOR, Reading, documents
 from lowbit.calibrate.tables import TABLES, kind_of, local_rows, read_utf8
-from lowbit.errors import UsageError
+from lowbit.errors import UsageError, nearest
 from lowbit.evaluation.after import HELDOUT
 from lowbit.evaluation.backend import BACKENDS, Backend, choose_backend, open_backend
 from lowbit.evaluation.journal import Library
@@ -24,7 +24,6 @@ from lowbit.evaluation.text import Cut, Protocol
 from lowbit.models.demo import cache_dir
 from lowbit.models.devices import check_device
 from lowbit.models.source import Source, open_source
-from lowbit.quant.recipe import nearest
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 BUILTIN_WINDOWS = 16

@@ -29,7 +29,7 @@ def test_transformers_loads_what_was_meant(model, tmp_path, method):
     done = run_quantize(model, "--method", method, *args, *QUICK, "-o", tmp_path / "q")
     assert done.code == 0, done.err
     logical = LogicalTensors(open_checkpoint(tmp_path / "q"))
-    assert {str(scheme) for scheme in logical.schemes.values()} == {"fp8-channel-afp8token"}
+    assert {str(scheme) for scheme in logical.schemes.values()} == {"fp8"}
     assert len(logical.schemes) == 14
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "q", dtype=torch.float32)
     found = logits_of(theirs, IDS)  # the first pass expands the weights
@@ -44,10 +44,10 @@ def test_what_contradicts_the_scheme_is_refused(model, tmp_path):
         return run_quantize(model, *args, *QUICK, "-o", tmp_path / "q").complaint
 
     assert "scheme fp8 has bits 8, not 4" in complaint("--scheme", "fp8", "--bits", 4)
-    assert "method int8 is int8-channel; for fp8-channel use --method rtn" in complaint(
+    assert "method int8 has weights of int8; for fp8-a16 use --method rtn" in complaint(
         "--method", "int8", "--scheme", "fp8"
     )
-    assert "'fp9' is no scheme" in complaint("--scheme", "fp9")
+    assert "'fp9' is no scheme; did you mean 'fp8'?" in complaint("--scheme", "fp9")
     assert "GPTQ files hold integers" in complaint("--scheme", "fp8", "--format", "gptq")
     assert "choose between integer weights" in complaint("--scheme", "fp8-channel", "--target-bits", 5)
 
@@ -55,5 +55,5 @@ def test_what_contradicts_the_scheme_is_refused(model, tmp_path):
 def test_inspect_says_what_engines_do_with_it(model, tmp_path):
     assert run_quantize(model, "--method", "fp8", *QUICK, "-o", tmp_path / "q").code == 0
     told = run_quantize_inspect(tmp_path / "q").out
-    assert "fp8-channel-afp8token" in told
+    assert "fp8" in told
     assert "CUTLASS fp8" in told

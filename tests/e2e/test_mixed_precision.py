@@ -45,7 +45,7 @@ def test_the_average_is_kept_and_sets_stay_whole(sources, family):
         assert split_sets(job.plan.schemes, job.plan.schemes) == {}
         assert set(job.plan.schemes) == job.plan.named
         kinds = {str(scheme) for scheme in job.plan.schemes.values()}
-        assert "int8-channel" in kinds or target < 5
+        assert "int8" in kinds or target < 5
         assert len(kinds) > 1
     assert averages == sorted(averages)
     assert averages[-1] > averages[0]

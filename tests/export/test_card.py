@@ -109,4 +109,4 @@ def test_a_strange_card_of_the_original_does_not_stop_a_run(tmp_path, original):
 
 def test_schemes_are_counted():
     schemes = {"a": make_scheme(8, -1, True), "b": make_scheme(4, 64, True), "c": make_scheme(4, 64, True)}
-    assert describe_schemes(schemes) == "int4-g64 (2 linears), int8-channel (1 linears)"
+    assert describe_schemes(schemes) == "int4-g64 (2 linears), int8 (1 linears)"

@@ -7,8 +7,8 @@ import pytest
 from lowbit.calibrate.methods import METHODS, complete_recipe, find_method
 from lowbit.calibrate.rounding import Gptq
 from lowbit.calibrate.settings import OWNERS, PARTS, rounder_of
-from lowbit.errors import RecipeError
-from lowbit.quant.recipe import Recipe, nearest, read_recipe
+from lowbit.errors import RecipeError, nearest
+from lowbit.quant.recipe import Recipe, read_recipe
 
 
 def test_toml_round_trip(tmp_path):
@@ -113,6 +113,19 @@ def test_nearest_gives_all_where_nothing_is_near():
     assert nearest("zzzz", ["awq", "rtn"]) == "known: awq, rtn"
 
 
+def test_a_scheme_is_written_by_its_name_alone_and_another_may_replace_it(tmp_path):
+    recipe, path = complete_recipe({"method": "rtn", "scheme": "fp8"}), tmp_path / "recipe.toml"
+    path.write_text(recipe.to_toml())
+    values = read_recipe(path)
+    assert values["scheme"] == "fp8"
+    assert not values.keys() & {"bits", "group_size", "symmetric", "activations"}
+    assert complete_recipe(values) == recipe
+    other = complete_recipe(values | {"scheme": "uint4-g64"})
+    assert (other.bits, other.group_size, other.symmetric, other.activations) == (4, 64, False, "none")
+    with pytest.raises(RecipeError, match="scheme fp8 has bits 8, not 4: say one of the two"):
+        complete_recipe(values | {"bits": 4})
+
+
 def test_defaults_of_every_method():
     for name in METHODS:
         recipe = complete_recipe({"method": name})
@@ -121,7 +134,7 @@ def test_defaults_of_every_method():
         needs_data = name not in ("int8", "fp8", "rtn")
         assert (recipe.dataset is not None) == needs_data
         assert (recipe.num_samples > 0) == (recipe.seqlen > 0) == needs_data
-    assert str(complete_recipe({"method": "int8"}).default_scheme) == "int8-channel"
+    assert str(complete_recipe({"method": "int8"}).default_scheme) == "int8"
     assert str(complete_recipe({"method": "awq"}).default_scheme) == "int4-g128"
     assert str(complete_recipe({"method": "rtn"}).default_scheme) == "int4-g128"
     assert complete_recipe({}).method == "awq"
@@ -142,8 +155,8 @@ def test_a_method_without_calibration_forgets_the_data():
     [
         ({"method": "awk"}, "unknown method 'awk'; did you mean 'awq'"),
         ({"method": "int8", "bits": 4}, "method int8 is 8 bits"),
-        ({"method": "int8", "group_size": 128}, "--method rtn --bits 8"),
-        ({"method": "int8", "symmetric": False}, "method int8 is int8-channel; for uint8-channel use"),
+        ({"method": "int8", "group_size": 128}, "for int8-g128 use --method rtn"),
+        ({"method": "int8", "symmetric": False}, "method int8 has weights of int8; for uint8-channel use --method rtn"),
         ({"method": "rtn", "bits": 3}, "no 3-bit type"),
         ({"method": "awq", "group_size": 48}, "group size 48"),
         ({"method": "awq", "num_samples": 0}, "0 samples of 512 tokens"),

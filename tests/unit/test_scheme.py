@@ -7,6 +7,7 @@ import pytest
 from lowbit.quant.numbers import FP8, INT4, INT8, NUMBERS, UINT4, UINT8, float_of, integer_of
 from lowbit.quant.scheme import (
     INPUTS,
+    NAMED,
     PerChannel,
     PerGroup,
     Scheme,
@@ -14,6 +15,7 @@ from lowbit.quant.scheme import (
     fitting_group_size,
     make_scheme,
     parse_scheme,
+    scheme_names,
     widths_of,
 )
 
@@ -45,7 +47,8 @@ def test_a_group_size_that_no_engine_takes_is_refused(size):
     [
         ("int4-g128", 4, 128, True),
         ("uint4-g64", 4, 64, False),
-        ("int8-channel", 8, -1, True),
+        ("int4-channel", 4, -1, True),
+        ("int8", 8, -1, True),
         ("uint8-g32", 8, 32, False),
     ],
 )
@@ -76,6 +79,15 @@ def test_text_that_is_no_scheme(text):
         parse_scheme(text)
 
 
+@pytest.mark.parametrize(
+    ("text", "meant"), [("int4", "int4-g"), ("fp9", "fp8"), ("int8-a4", "int8-a8"), ("uint4-g", "uint4-g"), ("???", "")]
+)
+def test_an_error_names_the_nearest_schemes(text, meant):
+    with pytest.raises(ValueError, match=f"no scheme; did you mean '{meant}|known: int8, int8-a8"):
+        parse_scheme(text)
+    assert all(str(parse_scheme(name)) == name for name in scheme_names())
+
+
 def test_text_form_keeps_the_rules_of_groups():
     with pytest.raises(ValueError, match="multiples of 32"):
         parse_scheme("int4-g48")
@@ -85,8 +97,8 @@ def test_text_form_keeps_the_rules_of_groups():
 def test_quantized_inputs_go_with_channels_of_the_same_number_alone(ending):
     inputs = INPUTS[ending]
     scheme = Scheme(Side(inputs.number, PerChannel()), inputs)
-    assert parse_scheme(str(scheme)) == scheme
-    assert str(scheme) == f"{inputs.number.name}-channel-{ending}"
+    assert parse_scheme(str(scheme)) == scheme == parse_scheme(f"{inputs.number.name}-channel-{ending}")
+    assert str(scheme) in NAMED
     assert scheme.static_inputs == ending.endswith("tensor")
     with pytest.raises(ValueError, match="weights of the same number, one scale per channel"):
         Scheme(Side(INT4, PerChannel()), inputs)
@@ -96,14 +108,14 @@ def test_quantized_inputs_go_with_channels_of_the_same_number_alone(ending):
 
 def test_a_short_name_stands_for_a_whole_scheme():
     scheme = parse_scheme("fp8")
-    assert str(scheme) == "fp8-channel-afp8token"
+    assert str(parse_scheme("fp8-channel-afp8token")) == "fp8"
     assert (scheme.number, scheme.group_size, scheme.symmetric) == (FP8, -1, True)
 
 
 def test_zeros_come_and_go_with_integers_alone():
     assert str(parse_scheme("int4-g64").with_zeros(True)) == "uint4-g64"
     assert str(parse_scheme("uint4-g64").with_zeros(False)) == "int4-g64"
-    for text in ("fp8-channel", "int8-channel-a8token"):
+    for text in ("fp8-a16", "int8-a8"):
         assert str(parse_scheme(text).with_zeros(True)) == text
 
 
