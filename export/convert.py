@@ -177,7 +177,7 @@ def _largest_change(name: str, before: Tensor, after: Tensor) -> float:
     if lost:
         low, high = float(before.min()), float(before.max())
         raise CheckpointError(
-            f"{name}: {lost} of {before.numel()} scales ({low:.3g} to {high:.3g}) have no place in {after.dtype}, the "
+            f"{name}: {lost} of {before.numel()} scales ({low:.3g} to {high:.3g}) do not fit {after.dtype}, the "
             "type of this format's scales"
         )
     return float(((after.double() - before.double()) / before.double()).abs().max())

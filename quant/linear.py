@@ -10,10 +10,10 @@ from lowbit.quant.qtensor import QTensor
 
 
 class QLinear(nn.Module):
-    """y = x W^T + bias with a weight for the kernels: nn.Linear's place in a model that was loaded for them.
+    """A linear module with a packed weight, in the place of nn.Linear: y = x W^T + bias.
 
-    x (..., k) float16 or bfloat16, the dtype the weight was packed for; returns (..., n). The tensors of the linear are
-    buffers, so that they move with the module; they hold no gradient.
+    x is (..., k) in float16 or bfloat16, the dtype that the weight was packed for; y is (..., n). The tensors are
+    buffers without gradients, so that they move with the module.
     """
 
     bias: Tensor | None
@@ -30,7 +30,7 @@ class QLinear(nn.Module):
 
     @classmethod
     def from_qtensor(cls, weight: QTensor, bias: Tensor | None, dtype: torch.dtype) -> "QLinear":
-        """The layer for activations in `dtype`; ValueError where the kernels cannot pack the weight."""
+        """The layer for activations in `dtype`. ValueError if the kernels cannot pack the weight."""
         return cls(Linear(pack(weight, dtype), None if bias is None else bias.to(dtype), inputs_of(weight)))
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,25 +1,25 @@
-"""What names of linears say of a model's structure: which are experts, and which run as one matrix."""
+"""Model structure that follows from the names of linears: experts, fused sets, tensor-parallel direction."""
 
 import re
 from collections.abc import Iterable, Mapping
 
 from lowbit.quant.scheme import Scheme
 
-# Linears that engines fuse into one matrix, by the last part of their names: they must share a scheme.
+# Linears that engines fuse into one matrix, by the last part of their names. They must share a scheme.
 ENGINE_FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
-# Every expert of a layer runs in one kernel, so all their linears share a scheme.
+# One kernel runs all experts of a layer, so all their linears share a scheme.
 EXPERT = re.compile(r"\.experts\.\d+\.")
-# Linears whose inputs are split between GPUs; the outputs of the others are.
+# Row-parallel linears: tensor parallelism splits their inputs. All others are column-parallel.
 ROW_PARALLEL = ("o_proj", "down_proj", "out_proj", "wo", "w2", "fc2", "c_proj", "dense", "dense_4h_to_h")
 
 
 def expert_role(name: str) -> str:
-    """`name` without the expert's number: the same for linears that play the same part in all experts of a layer."""
+    """`name` without the expert's number: linears with the same role in all experts of a layer share it."""
     return EXPERT.sub(".experts.*.", name)
 
 
 def fused_set(name: str) -> str:
-    """A key that linears share where engines run them as one matrix."""
+    """A key shared by all linears that engines run as one matrix."""
     if EXPERT.search(name):
         return EXPERT.split(name)[0] + ".experts"
     parent, _, leaf = name.rpartition(".")
@@ -27,7 +27,7 @@ def fused_set(name: str) -> str:
 
 
 def split_sets(names: Iterable[str], schemes: Mapping[str, Scheme]) -> dict[str, list[str]]:
-    """The fused sets of `names` whose members differ in scheme, some having none: engines refuse those."""
+    """Fused sets of `names` whose members have different schemes, or partly none. Engines reject them."""
     sets: dict[str, list[str]] = {}
     for name in names:
         sets.setdefault(fused_set(name), []).append(name)

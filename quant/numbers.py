@@ -1,29 +1,30 @@
-"""The numbers that weights and inputs are rounded to: one row each."""
+"""The number types that weights and inputs are rounded to, one row each."""
 
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-EXPONENT_BITS = 0x7F800000  # of a float32
+EXPONENT_BITS = 0x7F800000  # exponent field of a float32
 BYTE = 8  # bits
 
 
 @dataclass(frozen=True)
 class Number:
-    """A type of number: a grid of values between two limits, in units of a scale.
+    """A number type: a grid of values between two limits, in units of a scale.
 
-    name           as schemes spell it
-    bits           in a file
-    storage        the dtype that holds codes in memory; a code cast to float32 is its value
-    low, high      the limits, both on the grid
-    mantissa       bits behind the leading one of a float, whose steps double with every power of two; None where all
-                   steps are `least`
-    least          the smallest step between neighbours
-    signed         whether values lie on both sides of zero; the others need a zero point
-    signed_scales  whether scales may lie below zero: where a side has one value more, it is worth choosing which side
+    name           its name in a scheme's text
+    bits           bits of a stored code
+    storage        dtype of codes in memory; a code cast to float32 is its value
+    low, high      smallest and largest value
+    mantissa       explicit mantissa bits of a float, whose step doubles with every power of two; None for integers,
+                   whose step is always `least`
+    least          smallest step between neighbouring values
+    signed         True if values lie on both sides of zero; unsigned numbers need a zero point
+    signed_scales  True if a scale may be negative. Useful if the grid has one value more on one side: the sign chooses
+                   the side
 
-    Rounding is to the nearest value, of two to the one whose last bit is zero.
+    Rounding is to nearest, ties to even.
     """
 
     name: str
@@ -38,7 +39,7 @@ class Number:
 
     @property
     def bias(self) -> int:
-        """What makes an integer's codes unsigned when added."""
+        """The offset that makes an integer's codes unsigned."""
         return -int(self.low)
 
     @property
@@ -48,12 +49,12 @@ class Number:
 
     @property
     def coarse(self) -> bool:
-        """True if there are so few values that weights want a scale for each group: fewer bits than a byte."""
+        """True if the number has so few values that weights need a scale per group: fewer than 8 bits."""
         return self.bits < BYTE
 
     @property
     def fineness(self) -> float:
-        """A step as a fraction of the power of two at or below a value; 0 where all steps are alike."""
+        """The relative step of a float, as a fraction of the power of two at or below a value; 0 for integers."""
         return 0.0 if self.mantissa is None else 2.0**-self.mantissa
 
     @property
@@ -64,7 +65,7 @@ class Number:
     def encode(self, values: Tensor, zeros: Tensor | None = None) -> Tensor:
         """Codes of `values` (float32, overwritten), in `storage`: clamp(round(value) + zero).
 
-        zeros  integers of a shape that broadcasts; None for no zero points
+        zeros  integer zero points, broadcast to `values`; None for none
         """
         codes = round_to_grid(values, self.fineness, self.least)
         if zeros is not None:
@@ -76,11 +77,11 @@ class Number:
         return codes.float()
 
     def spacing(self, values: Tensor) -> Tensor | float:
-        """The step of the grid at each of `values`, float32: a number where all steps are alike."""
+        """The grid's step at each of `values` (float32); one number for integers."""
         return self.least if self.is_integer else steps_at(values, self.fineness, self.least)
 
     def reason_against_codes(self, codes: Tensor) -> str | None:
-        """The reason why `codes` (of the dtype `storage`, not empty) are none of this number, or None."""
+        """The reason why `codes` (dtype `storage`, not empty) are not valid codes of this number, or None."""
         if self.is_integer:
             inside = self.low <= int(codes.min()) and int(codes.max()) <= self.high
             return None if inside else f"lies outside [{self.low:g}, {self.high:g}]"
@@ -90,9 +91,9 @@ class Number:
 
 
 def round_to_grid(values: Tensor, fineness: float, least: float) -> Tensor:
-    """`values` (float32), overwritten by the nearest points of the grid that goes on beyond any limits.
+    """`values` (float32), overwritten with the nearest points of an unbounded grid.
 
-    fineness  a step as a fraction of the power of two at or below a value; 0 where all steps are `least`
+    fineness  step as a fraction of the power of two at or below a value; 0 if all steps are `least`
     least     the smallest step
     """
     if fineness == 0 and least == 1:
@@ -102,7 +103,7 @@ def round_to_grid(values: Tensor, fineness: float, least: float) -> Tensor:
 
 
 def steps_at(values: Tensor, fineness: float, least: float) -> Tensor:
-    """The step at each value: the power of two at or below it times `fineness`, and `least` at least."""
+    """The step at each value: `fineness` times the power of two at or below it, but at least `least`."""
     powers = (values.view(torch.int32) & EXPONENT_BITS).view(torch.float32)
     return powers.mul_(fineness).clamp_(min=least)
 
@@ -116,8 +117,8 @@ def _integer(bits: int, signed: bool, signed_scales: bool = False) -> Number:
 
 
 INT4 = _integer(4, signed=True, signed_scales=True)
-INT8 = _integer(8, signed=True)  # the one code more on a side is worth nothing
-UINT4 = _integer(4, signed=False, signed_scales=True)  # what INT4 stands for, it can say
+INT8 = _integer(8, signed=True)  # the extra code on one side is not worth a signed scale
+UINT4 = _integer(4, signed=False, signed_scales=True)  # a zero point can express everything that INT4 can
 UINT8 = _integer(8, signed=False)
 # e4m3 without infinities: 4 bits of exponent, 3 of mantissa
 FP8 = Number("fp8", 8, torch.float8_e4m3fn, -448, 448, mantissa=3, least=2**-9)
@@ -126,7 +127,7 @@ NUMBERS = {number.name: number for number in (INT4, INT8, UINT4, UINT8, FP8)}
 
 
 def integer_of(bits: int, signed: bool) -> Number:
-    """The integer of so many bits. ValueError names the widths that exist."""
+    """The integer type of `bits` bits. ValueError lists the existing widths."""
     for number in NUMBERS.values():
         if number.is_integer and (number.bits, number.signed) == (bits, signed):
             return number
@@ -134,7 +135,7 @@ def integer_of(bits: int, signed: bool) -> Number:
 
 
 def float_of(bits: int) -> Number:
-    """The float of so many bits. ValueError names those that exist."""
+    """The float type of `bits` bits. ValueError lists the existing widths."""
     floats = [number for number in NUMBERS.values() if not number.is_integer]
     for number in floats:
         if number.bits == bits:

@@ -1,8 +1,7 @@
-"""The reference arithmetic of quantization: slow where it must be, the same on every device, float32 throughout.
+"""Reference arithmetic of quantization: float32, identical on every device, not optimized.
 
-Shapes: w (n, k) weight as nn.Linear stores it; scales, zeros (n, g) with g = k / group_size (1 per channel); codes
-(n, k), each standing for its number's value. `w ~ (code - zero) * scale`. Every kernel and every exported file is held
-against these functions.
+Shapes: w (n, k), the weight as in nn.Linear; scales and zeros (n, g) with g = k / group_size (1 per channel); codes (n,
+k). `w ~ (code - zero) * scale`. Kernels and exported files are tested against these functions.
 """
 
 from collections.abc import Callable
@@ -14,7 +13,7 @@ from torch import Tensor
 from lowbit.quant.numbers import Number
 from lowbit.quant.scheme import Scheme, Side
 
-LOST_ENERGY = 1e-3  # of a weight's squares: what rounding to 4 bits loses anyway
+LOST_ENERGY = 1e-3  # fraction of a weight's energy (sum of squares) that rounding to 4 bits loses anyway
 
 
 def grouped(w: Tensor, scheme: Scheme) -> Tensor:
@@ -25,12 +24,12 @@ def grouped(w: Tensor, scheme: Scheme) -> Tensor:
 
 
 def per_weight(values: Tensor, scheme: Scheme, like: Tensor) -> Tensor:
-    """Values (n, g) of groups spread over their weights: float32, of the shape (n, k) of `like`."""
+    """Per-group values (n, g) expanded to every weight: float32, shape (n, k) of `like`."""
     return values.float().unsqueeze(-1).expand_as(grouped(like, scheme)).reshape(like.shape)
 
 
 def step_sizes(w: Tensor, scheme: Scheme, scales: Tensor) -> Tensor:
-    """The step of the scheme's grid at each weight, float32 (n, k): a scale times the number's step there."""
+    """The grid's step at each weight, float32 (n, k): scale times the step of the number type."""
     wide = per_weight(scales, scheme, w)
     return wide if scheme.number.is_integer else wide * scheme.number.spacing(w / wide)
 
@@ -42,15 +41,14 @@ def choose_params(
 
     w            (n, k)  float
     shrink       scalar or (n, g)  fraction of the range kept, in (0, 1]
-    return       scales (n, g) in scale_dtype, zeros (n, g) int32 or None where the scheme is symmetric
+    return       scales (n, g) in scale_dtype, zeros (n, g) int32 or None if the scheme is symmetric
 
-    symmetric    scale = 2 absmax / (high - low) of the number: integers use both ends of their range, as in
-                 compressed-tensors; a float's largest value stands for absmax
-    signed       symmetric too, scale = extreme / low: the weight of largest magnitude has the lowest code, of which
-                 there is one more than of positive ones, whatever its sign; a scale below zero turns it round
-    asymmetric   scale = (max - min) / (high - low), zero = round(-min / scale), the range widened to include 0
-    The scale is rounded to scale_dtype before anything is divided by it, so the codes fit what is stored. A group of
-    zeros gets scale 1.
+    symmetric    scale = 2 absmax / (high - low) of the number. Integers use both ends of their range, as in
+                 compressed-tensors; for floats absmax maps to the largest value
+    signed       symmetric with signed scales: scale = extreme / low. The weight of largest magnitude, of either sign,
+                 gets the lowest code, since there is one more negative code than positive ones
+    asymmetric   scale = (max - min) / (high - low), zero = round(-min / scale); the range is widened to include 0
+    The scale is rounded to scale_dtype before use, so that codes match the stored scale. A group of zeros gets scale 1.
     """
     values, number = grouped(w.float(), scheme), scheme.number
     low, high = values.amin(-1), values.amax(-1)
@@ -67,17 +65,17 @@ def choose_params(
 
 
 def stored_scale(scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """`scale` as it will be stored: rounded to `dtype`, kept within its normal range, and 1 where it is zero."""
+    """`scale` as it is stored: rounded to `dtype`, clamped to its normal range, and 1 if zero."""
     limits = torch.finfo(dtype)
     magnitude = scale.abs().clamp(max=limits.max).to(dtype).clamp(min=limits.tiny)
     return torch.where(scale == 0, torch.ones_like(magnitude), magnitude.copysign(scale.to(dtype)))
 
 
 def reason_against_scales(w: Tensor, scheme: Scheme, scale_dtype: torch.dtype) -> str | None:
-    """The reason why the scales of `w` (n, k) have no place in `scale_dtype`, in words, or None.
+    """The reason why `scale_dtype` cannot hold the scales of `w` (n, k), with numbers, or None.
 
-    None may be too large for it. Scales too small are raised to the smallest it has, which loses the weights of their
-    groups: those may have LOST_ENERGY of the whole at most.
+    No scale may be too large. Scales that are too small are raised to the smallest normal number, which loses the
+    weights of their groups: these may hold at most LOST_ENERGY of the weight's energy.
     """
     limits = torch.finfo(scale_dtype)
     wanted = choose_params(w, scheme, torch.float32)[0].abs()
@@ -88,7 +86,7 @@ def reason_against_scales(w: Tensor, scheme: Scheme, scale_dtype: torch.dtype) -
     count, low, high = large + int(small.sum()), float(wanted.min()), float(wanted.max())
     return (
         f"{count} of {wanted.numel()} scales ({low:.3g} to {high:.3g}) "
-        f"have no place in {scale_dtype} ({limits.tiny:.3g} to {limits.max:.6g})"
+        f"do not fit {scale_dtype} ({limits.tiny:.3g} to {limits.max:.6g})"
     )
 
 
@@ -97,10 +95,10 @@ def quantize(w: Tensor, scheme: Scheme, scales: Tensor, zeros: Tensor | None = N
 
     w       (n, k)  float
     scales  (n, g)  not zero
-    zeros   (n, g)  integer, None when the scheme is symmetric
+    zeros   (n, g)  integer; None if the scheme is symmetric
     return  (n, k)  in the number's storage, between its limits
 
-    code = clamp(round(w / scale) + zero), ties to even. ValueError where k does not divide into groups.
+    code = clamp(round(w / scale) + zero), ties to even. ValueError if k is not divisible by the group size.
     """
     values = grouped(w.float(), scheme) / scales.float().unsqueeze(-1)
     codes = scheme.number.encode(values, None if zeros is None else zeros.unsqueeze(-1))
@@ -116,25 +114,25 @@ def dequantize(codes: Tensor, scheme: Scheme, scales: Tensor, zeros: Tensor | No
 
 
 def fake_quantize(w: Tensor, scheme: Scheme, scale_dtype: torch.dtype, shrink: Tensor | float = 1.0) -> Tensor:
-    """`w` after quantization and back, float32: what the exported checkpoint will compute with."""
+    """`w` quantized and dequantized, float32: the weight that the exported checkpoint computes with."""
     scales, zeros = choose_params(w, scheme, scale_dtype, shrink)
     return dequantize(quantize(w, scheme, scales, zeros), scheme, scales, zeros)
 
 
 def input_scale_of(largest: Tensor, number: Number) -> Tensor:
-    """The scale at which `largest`, a magnitude, is the number's largest value."""
+    """The scale that maps the magnitude `largest` to the number's largest value."""
     return largest / number.high
 
 
 def quantize_inputs(x: Tensor, number: Number, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Codes of activations `x` (..., k), and their scales.
+    """Codes and scales of activations `x` (..., k).
 
-    number  what they are rounded to; signed
-    scale   ()  the one scale of all tokens; None for a scale of each token's own: its max |x| is the largest value
-    return  codes (..., k) in the number's storage, scales (..., 1) float32, or () where `scale` was given
+    number  number type of the codes; signed
+    scale   ()  one scale for all tokens; None for a scale per token, which maps its max |x| to the largest value
+    return  codes (..., k) in the number's storage; scales (..., 1) float32, or () if `scale` is given
 
-    Computed in float32, ties to even. A token of zeros gets scale 1. One that holds a NaN gets scale NaN: integer codes
-    have none.
+    Computed in float32, ties to even. An all-zero token gets scale 1. A token with a NaN gets scale NaN, since integer
+    codes cannot carry it.
     """
     wide = x.float()
     if scale is None:
@@ -146,11 +144,11 @@ def quantize_inputs(x: Tensor, number: Number, scale: Tensor | None = None) -> t
 
 
 def fake_quantize_inputs(x: Tensor, number: Number, scale: Tensor | None = None) -> Tensor:
-    """`x` after quantize_inputs and back, in its own dtype."""
+    """`x` quantized and dequantized, in its own dtype."""
     codes, scales = quantize_inputs(x, number, scale)
     return (number.decode(codes) * scales).to(x.dtype)
 
 
 def input_rounding(inputs: Side, scale: Tensor | None) -> Callable[[Tensor], Tensor]:
-    """What rounds activations as `inputs` says, and back: by `scale` (), or by one a token where that is None."""
+    """A function that rounds activations to the grid of `inputs`, with scale () or, if None, one scale per token."""
     return partial(fake_quantize_inputs, number=inputs.number, scale=scale)

@@ -1,14 +1,14 @@
-"""The canonical bit order: unsigned codes in int32 words, lowest bits first. The only Python that shifts bits."""
+"""The canonical bit order: unsigned codes in int32 words, lowest bits first. No other Python code shifts bits."""
 
 import torch
 from torch import Tensor
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
-    """Words of `codes` along the last dimension.
+    """`codes` packed into words along the last dimension.
 
     codes   (..., k)  unsigned values below 2^bits, any integer dtype
-    return  (..., ceil(k * bits / 32))  int32; element i of a word sits at bit i * bits; the tail is zero
+    return  (..., ceil(k * bits / 32))  int32; element i of a word starts at bit i * bits; unused bits are zero
     """
     per_word = 32 // bits
     padding = -codes.shape[-1] % per_word
@@ -20,7 +20,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 
 
 def unpack(words: Tensor, bits: int, k: int) -> Tensor:
-    """The first `k` codes of each row of words, uint8: the inverse of pack.
+    """The first `k` codes of each row of words, uint8. The inverse of `pack`.
 
     words   (..., ceil(k * bits / 32))  int32
     return  (..., k)  uint8

@@ -17,10 +17,10 @@ class QTensor:
 
     codes        (n, k)  in the number's storage; unpacked
     scales       (n, g)  float16, bfloat16 or float32, finite and not zero; positive unless the number has signed scales
-    zeros        (n, g)  int32 between the number's limits; None where the scheme is symmetric
-    input_scale  ()      float32, positive: `x ~ code * input_scale` where the scheme's inputs share one scale
+    zeros        (n, g)  int32 between the number's limits; None if the scheme is symmetric
+    input_scale  ()      float32, positive: `x ~ code * input_scale`; only in schemes with one scale for all inputs
 
-    Checked at birth: ValueError with the numbers where shapes, dtypes or values contradict the scheme.
+    Checked on construction: ValueError, with numbers, if shapes, dtypes or values contradict the scheme.
     """
 
     codes: Tensor
@@ -35,7 +35,7 @@ class QTensor:
             raise ValueError(f"a {self.scheme} weight of shape {tuple(self.codes.shape)} is impossible: {reason}")
 
     def reason_against(self) -> str | None:
-        """The reason why these tensors are no weight of this scheme, or None."""
+        """The reason why these tensors are not a weight of this scheme, or None."""
         number = self.scheme.number
         dtype = number.storage
         if self.codes.ndim != 2 or self.codes.dtype != dtype:
@@ -47,13 +47,13 @@ class QTensor:
         if tuple(self.scales.shape) != sides:
             return f"scales have shape {tuple(self.scales.shape)}, not {sides}"
         if self.scales.dtype not in SCALE_DTYPES:
-            return f"scales are {self.scales.dtype}, no floating-point numbers of 16 or 32 bits"
+            return f"scales are {self.scales.dtype}, not float16, bfloat16 or float32"
         if (self.zeros is None) != self.scheme.symmetric:
-            return "zeros belong to asymmetric schemes alone"
+            return "only asymmetric schemes have zeros, and they must have them"
         if self.zeros is not None and tuple(self.zeros.shape) != sides:
             return f"zeros have shape {tuple(self.zeros.shape)}, not {sides}"
         if (self.input_scale is None) == self.scheme.static_inputs:
-            return "an input scale belongs to schemes whose inputs share one scale (a8tensor), and only there"
+            return "an input scale is required by schemes with one scale for all inputs (a8tensor), and only by them"
         if self.codes.is_meta or not n * k:
             return None
         if self.input_scale is not None and not bool((self.input_scale > 0) & torch.isfinite(self.input_scale)):
@@ -73,7 +73,7 @@ class QTensor:
 
     @property
     def nbytes(self) -> int:
-        """Bytes the weight takes when packed: codes, scales and zeros."""
+        """Packed size in bytes: codes, scales and zeros."""
         side = self.scales.element_size() + (0 if self.zeros is None else self.scheme.bits / 8)
         return int(self.codes.numel() * self.scheme.bits / 8 + self.scales.numel() * side)
 
@@ -83,7 +83,7 @@ class QTensor:
         return values if self.zeros is None else values - numerics.per_weight(self.zeros, self.scheme, values)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The weight (n, k) it stands for, computed in float32 and rounded once to `dtype`."""
+        """The weight (n, k), computed in float32 and rounded once to `dtype`."""
         return numerics.dequantize(self.codes, self.scheme, self.scales, self.zeros).to(dtype)
 
     def to(self, device: torch.device | str) -> "QTensor":

@@ -1,4 +1,4 @@
-"""A recipe: everything that decides the bytes of a quantized checkpoint, as a value and as a TOML file."""
+"""Recipe: all settings that determine the bytes of a quantized checkpoint, as a dataclass and as a TOML file."""
 
 import re
 import tomllib
@@ -20,29 +20,29 @@ NEVER_FROM_A_FILE = {"trust_remote_code": "code of a model runs only where you s
 
 @dataclass(frozen=True)
 class Recipe:
-    """What to do with a model.
+    """Settings of a quantization run.
 
-    method              a row of the table of methods; what follows is its to set, and the user's to change
-    transforms          rows of the table of transforms, in order
-    rounder             a row of the table of rounders
-    clip                search each group's range on the output error
+    method              row of METHODS; it sets defaults for all fields below, which the user may override
+    transforms          rows of TRANSFORMS, in order
+    rounder             row of ROUNDERS
+    clip                search each group's clipping range for the least output error
     bits, group_size    of the weights; group_size -1 is one scale per output channel
     symmetric           signed codes without zeros, or unsigned codes with integer zeros
     activations         none (16 bits), token (int8, a scale per token), tensor (int8, one calibrated scale)
     scheme              those four at once, by a scheme's name ("fp8", "int4-g64"); None where they say it
     schemes             schemes of single linears, by exact name, last parts of a name, or `re:` pattern
-    target_bits         average bits per linear weight, to be spent where they help most; None for one scheme
-    distill_steps       steps of tuning all scales and norms on the model's own output, after all blocks are rounded
-    ignore              linears left alone: exact names, or `re:` patterns, or the last parts of a name; the head always
-    dataset             calibration text, as calibrate/data.py reads it; None for methods that need none
-    num_samples, seqlen  calibration windows and tokens in each
-    text_column         column of a dataset that holds the text; None to find it
-    format              a row of the table of formats
+    target_bits         average bits per linear weight, distributed for the least loss; None for one scheme
+    distill_steps       steps of tuning all scales and norms on the model's output, after all blocks are rounded
+    ignore              linears left in 16 bits: exact names, last parts of a name, or `re:` patterns; always the head
+    dataset             calibration text, in the notation of calibrate/data.py; None for methods without calibration
+    num_samples, seqlen  number of calibration windows, and tokens in each
+    text_column         column of a dataset that holds the text; None to detect it
+    format              row of FORMATS
     dtype               of scales and unquantized weights: auto (the model's), bfloat16, float16, float32
-    seed                of everything random
-    max_shard_size      bytes
-    calibration_sha256  hash of the calibration tokens, written by a run; a later run that gets others says so
-    settings            those of its transforms and its rounder, by part; in a file each part has a table
+    seed                seed of all random choices
+    max_shard_size      bytes of the largest weight file
+    calibration_sha256  hash of the calibration tokens, written by a run; a later run warns if its tokens differ
+    settings            settings of the transforms and the rounder, by part; a table per part in a file
     """
 
     method: str = "awq"
@@ -71,15 +71,15 @@ class Recipe:
 
     @property
     def default_scheme(self) -> Scheme:
-        """The scheme of every linear whose inputs divide by the group size, and that `schemes` says nothing of."""
+        """The scheme of every linear that `schemes` does not name and whose inputs are divisible by the group size."""
         if self.scheme is not None:
             return parse_scheme(self.scheme)
         return replace(make_scheme(self.bits, self.group_size, self.symmetric), inputs=ACTIVATIONS[self.activations])
 
     def merged(self, values: Mapping[str, Any], others: Iterable[str] = ()) -> "Recipe":
-        """This recipe with `values` in place; RecipeError names the nearest key for one that does not exist.
+        """A copy of this recipe with `values` replaced. RecipeError for an unknown key names the nearest known one.
 
-        others  keys of a recipe that are not its own fields, to be named too
+        others  keys of parts' settings, to be suggested too
         """
         checked = {key: _checked(key, value, others) for key, value in values.items()}
         return replace(self, **checked)
@@ -93,14 +93,14 @@ class Recipe:
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
-    """The keys that a TOML file sets. RecipeError where it is no TOML, or where a key is not for files."""
+    """The keys set in a TOML file. RecipeError for invalid TOML, or for a key that files may not set."""
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise RecipeError(f"{path}: no such recipe") from None
     except OSError as error:
         raise RecipeError(f"{path}: cannot be read ({error.strerror})") from error
-    except (ValueError, RecursionError) as error:  # a number of 5,000 digits, and lists in lists, are no error of TOML
+    except (ValueError, RecursionError) as error:  # deep lists and numbers of 5,000 digits too
         raise RecipeError(f"{path}: not TOML ({error})") from error
     for key in values.keys() & NEVER_FROM_A_FILE.keys():
         raise RecipeError(f"{key!r} is not read from a recipe: {NEVER_FROM_A_FILE[key]}")
@@ -125,7 +125,7 @@ def _checked(key: str, value: Any, others: Iterable[str] = ()) -> Any:
 
 
 def widened(value: Any) -> Any:
-    """`value`, as a float where it is an integer that a float holds."""
+    """`value` converted to float if it is an integer that a float can represent."""
     try:
         return float(value) if type(value) is int else value
     except OverflowError:
@@ -137,7 +137,7 @@ def _is_text(*values: Any) -> bool:
 
 
 def _pattern(key: str, text: str) -> str:
-    """`text`, a name or a `re:` pattern. RecipeError where there is no such pattern."""
+    """`text`, a name or a `re:` pattern. RecipeError for an invalid regular expression."""
     if text.startswith("re:"):
         try:
             re.compile(text[3:])

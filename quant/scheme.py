@@ -1,4 +1,4 @@
-"""How a linear is quantized: the numbers of its weights and of its inputs, and who shares a scale."""
+"""Quantization scheme of a linear: number types of weights and inputs, and granularity of their scales."""
 
 import re
 from collections.abc import Collection, Iterator
@@ -32,7 +32,7 @@ class PerGroup:
 
 @dataclass(frozen=True)
 class PerToken:
-    """Inputs: one scale per token, found as the tokens come."""
+    """Inputs: one scale per token, computed at run time."""
 
     def __str__(self) -> str:
         return "token"
@@ -50,13 +50,13 @@ Granularity = PerChannel | PerGroup | PerToken | PerTensor
 
 
 def granularity_of(group_size: int) -> PerChannel | PerGroup:
-    """PerGroup(group_size), or PerChannel where group_size is -1."""
+    """PerGroup(group_size), or PerChannel if group_size is -1."""
     return PerChannel() if group_size == -1 else PerGroup(group_size)
 
 
 @dataclass(frozen=True)
 class Side:
-    """One side of a product: the number that its values are rounded to, and who shares a scale."""
+    """One side of a product: the number type of its values, and the granularity of its scales."""
 
     number: Number
     granularity: Granularity
@@ -67,7 +67,7 @@ class Side:
         return isinstance(self.granularity, PerTensor)
 
 
-# The inputs that schemes can ask for, by what their text ends in.
+# Quantized inputs, by the last part of a scheme's text.
 INPUTS = {
     "a8token": Side(INT8, PerToken()),
     "a8tensor": Side(INT8, PerTensor()),
@@ -78,7 +78,7 @@ INPUTS = {
 
 @dataclass(frozen=True)
 class Scheme:
-    """A linear's quantization: `w ~ (code - zero) * scale`, and how its inputs are quantized, if they are.
+    """Quantization of a linear: `w ~ (code - zero) * scale`, and optionally quantized inputs.
 
     Symmetric schemes have signed numbers and no zeros; the others unsigned integers and one integer zero beside each
     scale. Text form: a name of NAMED ("int8", "fp8"), else number, who shares a scale, and inputs: "int4-g128",
@@ -105,12 +105,12 @@ class Scheme:
 
     @property
     def granularity(self) -> Granularity:
-        """Who shares a scale of the weights."""
+        """The granularity of the weights' scales."""
         return self.weights.granularity
 
     @property
     def static_inputs(self) -> bool:
-        """True if inputs are rounded by one scale that calibration fixes."""
+        """True if inputs have one scale, fixed by calibration."""
         return self.inputs is not None and self.inputs.static
 
     @property
@@ -119,7 +119,7 @@ class Scheme:
 
     @property
     def signed_scales(self) -> bool:
-        """True if rounding chooses scales below zero too."""
+        """True if rounding may choose negative scales."""
         return self.symmetric and self.number.signed_scales
 
     @property
@@ -132,7 +132,7 @@ class Scheme:
         return self.granularity.size if isinstance(self.granularity, PerGroup) else -1
 
     def groups(self, k: int) -> int:
-        """Scales per row of `k` inputs. ValueError where k does not divide."""
+        """Scales per row of `k` inputs. ValueError if k is not divisible by the group size."""
         if self.group_size == -1:
             return 1
         if k % self.group_size:
@@ -143,14 +143,14 @@ class Scheme:
         return replace(self, weights=replace(self.weights, granularity=granularity_of(group_size)))
 
     def with_zeros(self, zeros: bool) -> "Scheme":
-        """The scheme of integers with or without zeros; the same where there is no such one: of floats, and of
-        quantized inputs."""
+        """The integer scheme with or without zeros. Schemes of floats and of quantized inputs have no such variant and
+        are returned unchanged."""
         if not self.number.is_integer or self.inputs is not None:
             return self
         return replace(self, weights=replace(self.weights, number=integer_of(self.bits, signed=not zeros)))
 
     def bits_per_weight(self, k: int, scale_bits: int = 16) -> float:
-        """Stored bits per weight of a row of `k`, scales and zeros counted."""
+        """Stored bits per weight in a row of `k`, including scales and zeros."""
         side = scale_bits + (0 if self.symmetric else self.bits)
         return self.bits + side * self.groups(k) / k
 
@@ -177,7 +177,7 @@ USUAL_GROUPS = (128, 64, 32)
 
 
 def make_scheme(bits: int, group_size: int, symmetric: bool) -> Scheme:
-    """A scheme of integers; group_size -1 is per channel. ValueError for what no format holds."""
+    """An integer scheme; group_size -1 is per channel. ValueError for a width that no format can store."""
     return Scheme(Side(integer_of(bits, symmetric), granularity_of(group_size)))
 
 
@@ -211,10 +211,10 @@ def fitting_group_size(k: int, wanted: int) -> int:
 
 
 def widths_of(scheme: Scheme, inputs: Collection[int]) -> Iterator[Scheme]:
-    """The schemes between which bits are spent: of every width of integer, for linears of so many `inputs`.
+    """Candidate schemes for mixed precision: one per integer width and group size, for linears with these `inputs`.
 
-    Coarse numbers have the sign of `scheme` and groups of every size that divides all inputs, or a scale per channel
-    where none does. The others are signed and have a scale per channel.
+    Coarse numbers keep the symmetry of `scheme`, with every group size that divides all inputs, or per channel if none
+    does. Other numbers are signed and per channel.
     """
     sizes = [size for size in FALLBACK_GROUP_SIZES if size != -1 and not any(k % size for k in inputs)] or [-1]
     for number in NUMBERS.values():

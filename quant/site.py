@@ -1,4 +1,5 @@
-"""Sites, folds and heads: which linears read one input, which scales and rotations can move between neighbours."""
+"""Sites, folds and heads: linears with a common input, and places where scales and rotations can move between
+layers."""
 
 from dataclasses import dataclass
 
@@ -8,7 +9,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Site:
-    """Linears that multiply one and the same input.
+    """Linears that multiply the same input.
 
     linears  their names
     width    k, the inputs of each
@@ -20,14 +21,14 @@ class Site:
 
 @dataclass(frozen=True)
 class Fold:
-    """A place where a scale can be moved from activations into weights without changing what the block computes.
+    """A place where scales can move from activations into weights without changing the block's output.
 
-    producer   name of the norm or linear whose outputs are divided by the scale
-    offset     what the norm adds to its weight (1.0 in Gemma's (1 + w)); 0.0 for plain norms and linears
-    is_linear  the producer is a linear: rows of its weight are divided
-    channels   outputs of the producer
-    columns    consumer's name -> (k,) int64: the producer's channel that feeds each input column. Under grouped-query
-               attention several columns share a channel; channels in no column keep scale 1
+    producer   the norm or linear whose outputs are divided by the scale
+    offset     constant that the norm adds to its weight (1.0 in Gemma's (1 + w)); 0.0 for plain norms and linears
+    is_linear  True if the producer is a linear: then rows of its weight are divided
+    channels   number of the producer's outputs
+    columns    consumer's name -> (k,) int64: the producer's channel behind each input column. With grouped-query
+               attention several columns share a channel. Channels without columns keep scale 1
     """
 
     producer: str
@@ -41,16 +42,17 @@ class Fold:
         return scales[self.columns[consumer].to(scales.device)]
 
     def on_used_channels(self, scales: Tensor) -> Tensor:
-        """`scales` (channels,) where a channel feeds some column, 1 elsewhere (queries and keys beside values)."""
+        """`scales` (channels,) for channels that feed a column, 1 for others (queries and keys of a fused qkv
+        linear)."""
         used = torch.zeros(self.channels, dtype=torch.bool, device=scales.device)
         for columns in self.columns.values():
             used[columns.to(scales.device)] = True
         return torch.where(used, scales, torch.ones_like(scales))
 
     def per_channel(self, values: dict[str, Tensor], reduce: str) -> Tensor:
-        """Values per input column (consumer -> (k,)) brought to the producer's channels by `reduce` ("mean", "amax").
+        """Values per input column (consumer -> (k,)), reduced to the producer's channels by `reduce` ("mean", "amax").
 
-        Channels that feed no column get 1.
+        Channels without columns get 1.
         """
         first = next(iter(values.values()))
         index = torch.cat([self.columns[name].to(first.device) for name in values])
@@ -66,9 +68,9 @@ class Fold:
 
 @dataclass(frozen=True)
 class Heads:
-    """A fold from one linear to another whose channels can also be rotated within heads.
+    """A fold between two linears whose channels can also be rotated within each head.
 
-    fold      columns come in runs of a head's size, each the channels of one head
+    fold      its columns come in runs of the head size, one head per run
     channels  (h, size) int64: the producer's channels of each head
     """
 
@@ -77,5 +79,5 @@ class Heads:
 
     @property
     def consumer(self) -> str:
-        """The linear whose inputs are the heads' channels."""
+        """The linear that reads the heads' channels."""
         return next(iter(self.fold.columns))

@@ -1,4 +1,4 @@
-"""What calibration saw at a site."""
+"""Calibration statistics of a site."""
 
 from dataclasses import dataclass
 
@@ -10,11 +10,11 @@ from torch import Tensor
 class Stats:
     """Sums over the tokens that reached a site of width k; `a + b` merges two shards.
 
-    tokens       how many
+    tokens       number of tokens
     abs_sum      (k,)    float64  sum of |x|
     abs_max      (k,)    float32  max of |x|
-    gram         (k, k)  float32  sum of x x^T over gram_tokens of the tokens, or None where nobody asked for it
-    gram_tokens  how many tokens the Gram matrix saw
+    gram         (k, k)  float32  sum of x x^T over gram_tokens of the tokens; None if not requested
+    gram_tokens  number of tokens in the Gram matrix
     """
 
     tokens: int
@@ -25,11 +25,11 @@ class Stats:
 
     @property
     def abs_mean(self) -> Tensor:
-        """Mean of |x| per input, float32 (k,); zeros where no token came."""
+        """Mean of |x| per input, float32 (k,); zeros without tokens."""
         return (self.abs_sum / max(self.tokens, 1)).float()
 
     def outlier_ratio(self) -> float:
-        """The largest channel over the median one, by max |x|: what a scale per tensor or per token has to span."""
+        """Largest over median channel, by max |x|: the range that a scale per tensor or per token must cover."""
         median = float(self.abs_max.median())
         return float(self.abs_max.max()) / max(median, 1e-30)
 
@@ -72,12 +72,12 @@ def stats_of(x: Tensor, with_gram: bool) -> Stats:
 
 
 def output_energy(w: Tensor, moment: Tensor) -> float:
-    """tr(w moment w^T): the mean square of `x w^T` per token, summed over outputs, for inputs of that second moment."""
+    """tr(w moment w^T): the mean squared norm of `x w^T` per token, for inputs with this second moment."""
     return float(((w @ moment) * w).sum())
 
 
 def _gram(flat: Tensor) -> Tensor:
-    """x^T x in float32, where a product of two half-precision numbers is exact: a GPU multiplies them as they are."""
+    """x^T x in float32. Products of half-precision numbers are exact there, so a GPU multiplies them without a cast."""
     if flat.is_cuda and flat.dtype in (torch.bfloat16, torch.float16):
         return torch.mm(flat.T, flat, out_dtype=torch.float32)
     wide = flat.float()

@@ -1,9 +1,9 @@
-"""Activation-aware weight quantization: which scale to move from activations into weights.
+"""Activation-aware weight quantization (AWQ): candidate scales to move from activations into weights.
 
 Channels with large activations deserve finer weights. Scaling a channel's weights up by s before rounding, and its
-activations down by s, gives it that; one exponent decides how far to go (Lin et al., AWQ, MLSys 2024, section 3.2).
-The candidates here are the published family, with and without the weight's own magnitude ("duo scaling"), and no
-scaling at all; the caller measures each with the rounding that will be exported.
+activations down by s, gives them a finer grid. One exponent sets the strength (Lin et al., AWQ, MLSys 2024, section
+3.2). The candidates are the published ones, with and without the weight's own magnitude ("duo scaling"), and no
+scaling. The caller measures the loss of each with the rounding that will be exported.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,9 +22,9 @@ GRID = 20
 class ScaleChoice:
     """The winner of a search.
 
-    scales     (channels,) float32, geometric centre 1; None where no scaling won
-    ratio, duo  the exponent and the family it came from
-    loss       its loss; `unscaled_loss` is that of no scaling
+    scales     (channels,) float32, geometric centre 1; None if no scaling won
+    ratio, duo  exponent and family of the winner
+    loss       loss of the winner; `unscaled_loss` is the loss without scaling
     """
 
     scales: Tensor | None
@@ -38,7 +38,7 @@ class ScaleChoice:
 
 
 def weight_magnitude(w: Tensor, scheme: Scheme) -> Tensor:
-    """How large each input's weights are within their groups: mean over rows of |w| / max |w| of the group, (k,)."""
+    """Relative size of each input's weights: mean over rows of |w| / max |w| of its group, (k,)."""
     values = grouped(w.float().abs(), scheme)
     return (values / values.amax(-1, keepdim=True).clamp(min=1e-12)).flatten(1).mean(0)
 
@@ -47,7 +47,7 @@ def scales_at(ratio: float, duo: bool, activation: Tensor, weight: Tensor) -> Te
     """The scales (channels,) of one candidate.
 
     activation  (channels,)  mean |x|
-    weight      (channels,)  weight_magnitude, brought to channels
+    weight      (channels,)  weight_magnitude, reduced to channels
 
     plain  s = activation^ratio
     duo    s = activation^ratio / (weight^(1 - ratio) + 1e-4)
@@ -65,10 +65,10 @@ def _centred(scales: Tensor) -> Tensor:
 def search_scales(
     activation: Tensor, weight: Tensor, losses_of: Callable[[Sequence[Tensor | None]], list[float]]
 ) -> ScaleChoice:
-    """The candidate with the least loss; that of None is the loss without scaling, which wins ties.
+    """The candidate with the least loss. No scaling (None) wins ties.
 
-    Every second point of the grid is tried in both families, then the best one's two neighbours: the loss is smooth
-    enough in the ratio that this finds what the whole grid finds in half the time.
+    Both families are tried at every second point of the grid, then at the two neighbours of the best point. The loss is
+    smooth in the ratio, so this finds the optimum of the full grid in half the time.
     """
     (unscaled,) = losses_of([None])
 

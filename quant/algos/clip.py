@@ -1,8 +1,8 @@
-"""How much of each group's range to keep: the fraction that loses least in the linear's output.
+"""Clipping search: the fraction of each group's range with the least error in the linear's output.
 
-A group's share of the output is x_g . (q - w)_g, so its expected squared error is (q - w)_g^T M_g (q - w)_g with M_g
-the second moment of the group's inputs. That needs no activations in memory, and every token counts (AWQ's own weight
-clipping measures the same error on a sample of tokens).
+A group contributes x_g . (q - w)_g to the output error, so its expected squared error is (q - w)_g^T M_g (q - w)_g with
+M_g the second moment of the group's inputs. No activations are kept in memory, and every token counts. (AWQ's own
+clipping measures the same error on a sample of tokens.)
 """
 
 from collections.abc import Sequence
@@ -25,12 +25,13 @@ def group_moments(second_moment: Tensor, scheme: Scheme) -> Tensor:
 
 
 def diagonal_moments(second_moment: Tensor, scheme: Scheme) -> Tensor:
-    """The same with all but the diagonal zero: inputs weighed one by one, for rounding that fits them to each other."""
+    """group_moments with off-diagonal entries set to zero: inputs weighted one by one, for rounding that corrects
+    itself."""
     return torch.diag_embed(group_moments(second_moment, scheme).diagonal(dim1=1, dim2=2)).contiguous()
 
 
 def group_losses(error: Tensor, moments: Tensor) -> Tensor:
-    """Squared output error (n, g) of a weight error (n, k), group by group, cross terms between groups left out."""
+    """Squared output error (n, g) of a weight error (n, k) per group, without cross terms between groups."""
     g, size, _ = moments.shape
     parts = error.view(-1, g, size).transpose(0, 1)
     return (torch.bmm(parts, moments) * parts).sum(-1).T
@@ -39,7 +40,7 @@ def group_losses(error: Tensor, moments: Tensor) -> Tensor:
 def search_shrink(
     w: Tensor, scheme: Scheme, scale_dtype: torch.dtype, moments: Tensor, shrinks: Sequence[float] = SHRINKS
 ) -> Tensor:
-    """The fraction (n, g) of each group's range that rounds best.
+    """The fraction (n, g) of each group's range with the least output error.
 
     w        (n, k)  float
     moments  (g, group_size, group_size) float32, from group_moments

@@ -1,9 +1,9 @@
-"""Rounding that makes up for itself: each column's rounding error is pushed onto the columns not rounded yet.
+"""GPTQ: rounding with error compensation. Each column's rounding error is moved to the columns not rounded yet.
 
-The output error of a linear with weight error D is tr(D H D^T), H the second moment of its inputs. Rounding a column
-and then moving the rest of the row along the inverse of H keeps that error as small as a fixed column order allows
-(Frantar et al., GPTQ, ICLR 2023). Columns go by falling diagonal of H, so that the ones that matter most are rounded
-while most others are still free to compensate; the groups stay where they are, so no index is stored.
+The output error of a linear with weight error D is tr(D H D^T), with H the second moment of its inputs. Rounding a
+column and then updating the rest of the row with the inverse of H minimizes that error for a fixed column order
+(Frantar et al., GPTQ, ICLR 2023). Columns are processed by falling diagonal of H: the ones that matter most are rounded
+while most others can still compensate. Groups keep their place, so no index is stored.
 """
 
 from collections.abc import Iterator
@@ -18,11 +18,11 @@ from lowbit.quant.qtensor import QTensor, round_to_nearest
 from lowbit.quant.scheme import Scheme
 from lowbit.quant.stats import output_energy
 
-BLOCK = 128  # columns rounded before the errors reach the columns behind them
-DAMPING = 0.01  # of the mean diagonal of H
-# Multiples of the damping tried in turn where H cannot be factored, then with a floor under the diagonal, in float64.
+BLOCK = 128  # columns rounded before their errors are applied to the columns behind
+DAMPING = 0.01  # fraction of the mean diagonal of H
+# Factors of the damping, tried in turn until H can be factored. Then a floor under the diagonal, and float64.
 LADDER = (1.0, 4.0, 16.0, 64.0)
-DIAGONAL_FLOOR = 1e-4  # of the mean diagonal
+DIAGONAL_FLOOR = 1e-4  # fraction of the mean diagonal
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class GptqResult:
 
     weight     codes, scales and zeros
     loss       tr(D H D^T) / n, D = rounded - original, over the undamped H
-    fallbacks  what had to be done beyond the plain algorithm; empty where nothing was
+    fallbacks  steps beyond the plain algorithm, as sentences; empty if none was needed
     """
 
     weight: QTensor
@@ -42,16 +42,16 @@ class GptqResult:
 def gptq(
     w: Tensor, moment: Tensor, scheme: Scheme, scale_dtype: torch.dtype, clip: bool = True, damping: float = DAMPING
 ) -> GptqResult:
-    """`w` rounded so that the output error over inputs of second moment `moment` is small.
+    """`w` rounded for a small output error over inputs with second moment `moment`.
 
     w        (n, k)  float
     moment   (k, k)  float32, per token; symmetric
-    clip     search each group's range on the output error first
-    damping  fraction of the mean diagonal added to it
+    clip     first search each group's clipping range
+    damping  fraction of the mean diagonal that is added to the diagonal
 
-    Inputs that never fired keep no weight: their columns round to nearest and take no part. Where no factor of the
-    damped moment exists on the whole ladder, or rounding to nearest has the smaller loss, the weight is rounded to
-    nearest; `fallbacks` says so. ValueError where `moment` is not finite.
+    Columns of inputs that never fired are rounded to nearest and take no part. The whole weight is rounded to nearest
+    if its moment cannot be factored with any damping, or if that has the smaller loss; `fallbacks` records it.
+    ValueError if `moment` is not finite.
     """
     w = w.float()
     if not bool(torch.isfinite(moment).all()):
@@ -72,14 +72,14 @@ def gptq(
 
 
 def output_loss(weight: QTensor, w: Tensor, moment: Tensor) -> float:
-    """Mean squared error of an output: tr(D H D^T) / n with D = rounded - w."""
+    """Mean squared error per output: tr(D H D^T) / n with D = rounded - w."""
     return output_energy(weight.dequantize() - w, moment) / max(w.shape[0], 1)
 
 
 def inverse_factor(moment: Tensor, damping: float) -> tuple[Tensor | None, tuple[str, ...]]:
-    """The upper U (k, k) with U^T U = (moment + damping)^-1, and what it took; None where nothing helps.
+    """The upper U (k, k) with U^T U = (moment + damping)^-1, and the fallbacks used; None if every attempt fails.
 
-    Row j of U, divided by its diagonal, says how columns j.. must move to make up for an error in column j.
+    Row j of U over its diagonal entry: the update of columns j.. that compensates an error in column j.
     """
     fallbacks: list[str] = []
     dead = moment.diagonal() <= 0
@@ -97,7 +97,7 @@ def inverse_factor(moment: Tensor, damping: float) -> tuple[Tensor | None, tuple
 
 
 def _attempts(moment: Tensor, dead: Tensor, mean: float, damping: float) -> Iterator[tuple[str, Tensor]]:
-    """Moments to factor, each with what to report of it; the first is the plain algorithm."""
+    """Moments to try to factor, each with its fallback's description ("" for the plain algorithm)."""
     eye = torch.eye(len(moment), device=moment.device)
     alive = moment + eye * dead * mean
     for step in LADDER:
@@ -118,7 +118,7 @@ def _factor(moment: Tensor) -> Tensor | None:
 
 
 def _sweep(w: Tensor, factor: Tensor, params: QTensor, order: Tensor) -> Tensor:
-    """Codes (n, k) of the columns of `w` in their order, with the groups' scales and zeros of `params`."""
+    """Codes (n, k) of the columns of `w`, in the order given, with the scales and zeros of `params`."""
     n, k = w.shape
     w = w.clone()
     codes = torch.empty(n, k, dtype=params.codes.dtype, device=w.device)

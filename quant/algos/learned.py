@@ -1,21 +1,22 @@
-"""Learned rounding: which way to round, and how much of each range to keep, by descent on an output's error.
+"""Learned rounding: gradient descent on rounding directions and clipping ranges, for the least output error.
 
-Each weight has an offset v in [-1/2, 1/2], in steps of its number's grid, that is added before rounding; each group has
-a multiplier of its range:
+Each weight has an offset v in [-1/2, 1/2], in steps of its number's grid, added before rounding. Each group has a
+multiplier of its range:
 
     code = clamp(round(w / scale + v step) + zero),  rounded = (code - zero) * scale,  scale = multiplier * range / span
 
-On the way back rounding counts as the identity (straight-through; Cheng et al., SignRound, EMNLP 2024). SignRound steps
-by the sign of the gradient. Here a step is the gradient in units of its mean magnitude, held within [-1, 1]: the sign
-where a gradient is large, and little where it is small. Under the sign every weight ends up hovering where its code
-flips, whether that matters or not. After 20 steps on blocks 4 and 14 of the demo model, on windows not learned from,
-0.58 and 0.55 of nearest rounding's error are left, where signs (1 / iterations, falling to 0) leave 0.69 and 0.72.
+In the backward pass rounding counts as the identity (straight-through; Cheng et al., SignRound, EMNLP 2024). SignRound
+steps by the sign of the gradient. Here a step is the gradient over its mean magnitude, clamped to [-1, 1]: the sign
+where a gradient is large, and a small step where it is small. With signs, every weight ends up hovering around the
+point where its code flips, even if that does not matter. After 20 steps on blocks 4 and 14 of the demo model, on
+held-out windows, 0.58 and 0.55 of nearest rounding's error are left; signs (1 / iterations, falling to 0) leave 0.69
+and 0.72.
 
-Ranges of floats stay: their steps follow the weights, and a range that moves turns codes at random. On a toy layer (64
-inputs, fp8) offsets alone leave 0.78 of nearest rounding's error, with ranges 0.96.
+Ranges of floats are not learned: the step of a float follows the weight, so a moving range changes codes at random. On
+a toy layer (64 inputs, fp8) offsets alone leave 0.78 of nearest rounding's error, offsets with ranges 0.96.
 
-The model computes with the rounded weight as an ordinary parameter and its gradient comes in here, so that quantization
-itself needs no tape.
+The model computes with the rounded weight as an ordinary parameter; its gradient is passed in here, so that
+quantization needs no autograd.
 """
 
 import torch
@@ -32,7 +33,7 @@ SHRINK_LIMITS = (0.3, 1.1)
 class LearnedWeight:
     """A weight (n, k) under learned rounding.
 
-    offsets  (n, k) float32  added to w / scale before rounding, in steps of the grid there
+    offsets  (n, k) float32  added to w / scale before rounding, in steps of the grid
     shrink   (n, g) float32  multiplier of each group's range, as in numerics.choose_params
     """
 
@@ -42,25 +43,26 @@ class LearnedWeight:
         self.shrink = torch.ones(w.shape[0], scheme.groups(w.shape[1]), device=w.device) * shrink
 
     def rounded(self) -> QTensor:
-        """The weight as it rounds now."""
+        """The weight rounded with the current offsets and multipliers."""
         scales, zeros = numerics.choose_params(self._w, self._scheme, self._scale_dtype, self.shrink)
         shifted = torch.addcmul(self._w, self.offsets, numerics.step_sizes(self._w, self._scheme, scales))
         return QTensor(numerics.quantize(shifted, self._scheme, scales, zeros), scales, zeros, self._scheme)
 
     def step(self, weight: QTensor, gradient: Tensor, rate: float) -> None:
-        """Move offsets and multipliers against their gradients, by at most `rate`.
+        """One descent step of offsets and multipliers, each changed by at most `rate`.
 
-        weight    what `rounded` returned, and the model computed with
-        gradient  (n, k)  of the loss by the rounded weight
+        weight    the result of `rounded` that the model computed with
+        gradient  (n, k)  gradient of the loss with respect to the rounded weight
         """
         gradient = gradient.float()
         scales = numerics.per_weight(weight.scales, self._scheme, self._w)
         plain, values, number = self._w / scales, weight.values(), self._scheme.number
         step = number.spacing(plain)
         shifted = torch.add(plain, self.offsets * step)
-        # a code that the limits hold back follows the range alone, and an offset would do nothing
+        # a code clamped by the limits depends on the range alone; its offset has no effect
         free = (shifted - values).abs_() <= number.spacing(shifted) * (0.5 + 1e-4)
-        # over the step's square, which the loss bends by: a float's large steps would drown its small ones
+        # divided by the squared step, the curvature of the loss: otherwise a float's large steps would outweigh small
+        # ones
         by_offset = gradient.mul(scales).mul_(free).div_(step)
         self.offsets.sub_(_bounded(by_offset), alpha=rate).clamp_(-OFFSET_LIMIT, OFFSET_LIMIT)
         if not number.is_integer:
@@ -71,6 +73,6 @@ class LearnedWeight:
 
 
 def _bounded(gradient: Tensor) -> Tensor:
-    """`gradient` over its mean magnitude, within [-1, 1]; zeros where it is zero."""
+    """`gradient` over its mean magnitude, clamped to [-1, 1]; zeros stay zero."""
     size = gradient.abs().mean().clamp(min=torch.finfo(torch.float32).tiny)
     return (gradient / size).clamp_(-1, 1)

@@ -1,9 +1,10 @@
-"""A rotation between two linears: channels of a head mixed by the first, unmixed by the second, and no one the wiser.
+"""Rotation between two linears: the first mixes the channels of each head, the second unmixes them; the output is
+equal.
 
-Attention adds up a head's values over tokens, each channel with the same weights, so an orthogonal matrix passes
-through it. Values turned by R^T, and an output projection whose columns are turned by R, compute what they did; but a
-channel's outliers are spread over all channels of its head, and rounding has less to span (Ashkboos et al., QuaRot,
-NeurIPS 2024, section 4.2; Liu et al., SpinQuant, ICLR 2025, R2).
+Attention sums a head's values over tokens with the same weights for each channel, so an orthogonal matrix commutes with
+it. Values rotated by R^T, and an output projection whose columns are rotated by R, compute the same result. But a
+channel's outliers are spread over all channels of its head, so that the range to round is smaller (Ashkboos et al.,
+QuaRot, NeurIPS 2024, section 4.2; Liu et al., SpinQuant, ICLR 2025, R2).
 """
 
 import math
@@ -11,14 +12,14 @@ import math
 import torch
 from torch import Tensor
 
-SEED = 0  # of the part of a rotation that is no Hadamard matrix
+SEED = 0  # of the random factor for sizes that are no power of two
 
 
 def rotation(size: int) -> Tensor:
-    """An orthogonal matrix (size, size) float64 that mixes all channels: Hadamard's for powers of two.
+    """An orthogonal matrix (size, size) float64 that mixes all channels: a Hadamard matrix if size is a power of two.
 
-    For others it is the Kronecker product of the largest Hadamard matrix whose size divides and a random rotation of
-    the rest, always the same: 80 is 16 x 5.
+    For other sizes it is the Kronecker product of the largest Hadamard matrix that divides the size and a fixed random
+    rotation of the rest: 80 is 16 x 5.
     """
     odd = size // (size & -size)
     matrix = _random_rotation(odd)
@@ -35,10 +36,10 @@ def _random_rotation(size: int) -> Tensor:
 
 
 def turned_outputs(w: Tensor, heads: Tensor, matrix: Tensor) -> Tensor:
-    """`w` with the outputs of each head turned: R^T w[head].
+    """`w` with the outputs of each head rotated: R^T w[head].
 
     w       (n, k) or (n,)  a weight, or a bias
-    heads   (h, size)  int64, on any device: the outputs of each head; no output twice, those in none stay
+    heads   (h, size)  int64, on any device: the outputs of each head, each output at most once; others stay unchanged
     matrix  (size, size)  R
     """
     turned, heads = w.clone(), heads.to(w.device)
@@ -48,6 +49,6 @@ def turned_outputs(w: Tensor, heads: Tensor, matrix: Tensor) -> Tensor:
 
 
 def turned_inputs(w: Tensor, matrix: Tensor) -> Tensor:
-    """`w` (n, k) with each run of `size` inputs turned, as suits inputs turned by `turned_outputs`: w[:, run] R."""
+    """`w` (n, k) with each run of `size` inputs rotated, w[:, run] R: the counterpart of `turned_outputs`."""
     n, k = w.shape
     return (w.reshape(n, k // len(matrix), len(matrix)) @ matrix.to(w)).reshape(n, k)

@@ -1,7 +1,7 @@
-"""SmoothQuant: outliers moved from activations, which int8 spans badly, into weights, which it spans well.
+"""SmoothQuant: outliers move from activations, which int8 represents badly, into weights, which it represents well.
 
-Dividing an input channel by s and multiplying its weights by s changes nothing before rounding; s balances the largest
-activation of the channel against its largest weight (Xiao et al., SmoothQuant, ICML 2023, equation 4).
+Dividing an input channel by s and multiplying its weights by s leaves the output unchanged. s balances the channel's
+largest activation against its largest weight (Xiao et al., SmoothQuant, ICML 2023, equation 4).
 """
 
 from collections.abc import Callable, Sequence
@@ -18,9 +18,9 @@ ALPHAS = tuple(step / 20 for step in range(6, 19))  # 0.3 to 0.9
 class SmoothChoice:
     """The winner of a search.
 
-    scales  (channels,) float32; None where leaving the activations alone won
-    alpha   the migration strength it came from
-    loss    its loss; `unscaled_loss` is that of no migration
+    scales  (channels,) float32; None if no migration won
+    alpha   migration strength of the winner
+    loss    loss of the winner; `unscaled_loss` is the loss without migration
     """
 
     scales: Tensor | None
@@ -51,9 +51,9 @@ def search_alpha(
     losses_of: Callable[[Sequence[Tensor | None]], list[float]],
     fixed: float | None = None,
 ) -> SmoothChoice:
-    """The migration strength with the least loss; that of None, no migration at all, wins ties.
+    """The migration strength with the least loss. No migration (None) wins ties.
 
-    fixed  take this strength unseen
+    fixed  use this strength without a search
     """
     alphas = ALPHAS if fixed is None else (fixed,)
     candidates = [smoothing_scales(alpha, activation, weight) for alpha in alphas]

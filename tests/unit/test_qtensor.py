@@ -32,8 +32,8 @@ def changed(tensor: torch.Tensor, value: float) -> torch.Tensor:
         (CODES, SCALES[:, :1], None, INT4, r"scales have shape \(3, 1\), not \(3, 2\)"),
         (CODES, SCALES.T, None, INT4, r"scales have shape \(2, 3\)"),
         (CODES, SCALES.int(), None, INT4, "scales are torch.int32"),
-        (CODES, SCALES, ZEROS, INT4, "zeros belong to asymmetric"),
-        (UCODES, SCALES, None, UINT4, "zeros belong to asymmetric"),
+        (CODES, SCALES, ZEROS, INT4, "only asymmetric schemes have zeros"),
+        (UCODES, SCALES, None, UINT4, "only asymmetric schemes have zeros"),
         (UCODES, SCALES, ZEROS[:2], UINT4, r"zeros have shape \(2, 2\)"),
         (CODES, changed(SCALES, 0.0), None, INT4, "scale is zero or not finite"),
         (CODES, changed(SCALES, -1.0), None, make_scheme(8, 32, True), "scale is zero, negative"),
@@ -59,7 +59,7 @@ def test_an_input_scale_belongs_to_static_activations():
     assert weight.input_scale == torch.tensor(0.1)
     assert QTensor(CODES, scales, None, dynamic).input_scale is None
     for scheme, input_scale in ((static, None), (dynamic, torch.tensor(0.1))):
-        with pytest.raises(ValueError, match="an input scale belongs to schemes whose inputs share one"):
+        with pytest.raises(ValueError, match="an input scale is required by schemes with one scale for all inputs"):
             QTensor(CODES, scales, None, scheme, input_scale)
     with pytest.raises(ValueError, match=r"its input scale is 0\.0; one finite, positive number"):
         QTensor(CODES, scales, None, static, torch.tensor(0.0))
