@@ -13,9 +13,9 @@ from lowbit.errors import RecipeError, nearest
 from lowbit.quant.scheme import INPUTS, Scheme, make_scheme, parse_scheme
 
 ACTIVATIONS = {"none": None, "token": INPUTS["a8token"], "tensor": INPUTS["a8tensor"]}
-TOLD = ("bits", "group_size", "symmetric", "activations")  # what a scheme's name tells
-HEAD = "lm_head"  # what recipes call the output embeddings, whatever the model does: no engine has them packed
-NEVER_FROM_A_FILE = {"trust_remote_code": "code of a model runs only where you say so on the command line"}
+TOLD = ("bits", "group_size", "symmetric", "activations")  # the fields that a scheme's text sets
+HEAD = "lm_head"  # the recipe's name for the output embeddings of any model; no engine loads them packed
+NEVER_FROM_A_FILE = {"trust_remote_code": "a model's own code runs only with --trust-remote-code on the command line"}
 
 
 @dataclass(frozen=True)
@@ -28,8 +28,8 @@ class Recipe:
     clip                search each group's clipping range for the least output error
     bits, group_size    of the weights; group_size -1 is one scale per output channel
     symmetric           signed codes without zeros, or unsigned codes with integer zeros
-    activations         none (16 bits), token (int8, a scale per token), tensor (int8, one calibrated scale)
-    scheme              those four at once, by a scheme's name ("fp8", "int4-g64"); None where they say it
+    activations         none (16 bits), token (int8, one scale per token), tensor (int8, one calibrated scale)
+    scheme              bits, group_size, symmetric and activations in one text ("fp8", "int4-g64"); None to use those
     schemes             schemes of single linears, by exact name, last parts of a name, or `re:` pattern
     target_bits         average bits per linear weight, distributed for the least loss; None for one scheme
     distill_steps       steps of tuning all scales and norms on the model's output, after all blocks are rounded
@@ -85,7 +85,7 @@ class Recipe:
         return replace(self, **checked)
 
     def to_toml(self) -> str:
-        """The recipe as a TOML file that `read_recipe` reads back equal."""
+        """The recipe as TOML text. `read_recipe` reads it back without loss."""
         told = TOLD if self.scheme else ()
         found = {key: value for key, value in asdict(self).items() if key not in told}
         values = {key: value for key, value in found.items() if value is not None and value != {}}

@@ -80,8 +80,8 @@ INPUTS = {
 class Scheme:
     """Quantization of a linear: `w ~ (code - zero) * scale`, and optionally quantized inputs.
 
-    Symmetric schemes have signed numbers and no zeros; the others unsigned integers and one integer zero beside each
-    scale. Text form: a name of NAMED ("int8", "fp8"), else number, who shares a scale, and inputs: "int4-g128",
+    Symmetric schemes have signed numbers and no zeros. Asymmetric schemes have unsigned integers and one integer zero
+    per scale. Text form: a name of NAMED ("int8", "fp8"), or else number, granularity and inputs: "int4-g128",
     "uint4-g64", "int4-channel".
     """
 
@@ -163,7 +163,7 @@ class Scheme:
         return next((f"-{text}" for text, side in INPUTS.items() if side == self.inputs), "")
 
 
-# The schemes that people ask for by a name.
+# Schemes with a short name.
 NAMED = {
     "int8": Scheme(Side(INT8, PerChannel())),
     "int8-a8": Scheme(Side(INT8, PerChannel()), INPUTS["a8token"]),
@@ -172,7 +172,7 @@ NAMED = {
     "fp8-static": Scheme(Side(FP8, PerChannel()), INPUTS["afp8tensor"]),
     "fp8-a16": Scheme(Side(FP8, PerChannel())),
 }
-# Of the others, the groups that an error proposes.
+# Group sizes that an error message proposes.
 USUAL_GROUPS = (128, 64, 32)
 
 
@@ -182,7 +182,7 @@ def make_scheme(bits: int, group_size: int, symmetric: bool) -> Scheme:
 
 
 def parse_scheme(text: str) -> Scheme:
-    """The scheme of this name, or of this text form. ValueError names the nearest."""
+    """The scheme with this name or text. ValueError for an unknown one names the nearest."""
     if text in NAMED:
         return NAMED[text]
     match = re.fullmatch("(?P<name>[a-z]+[0-9]+)-(channel|g(?P<size>[0-9]+))(-(?P<inputs>a[a-z0-9]+))?", text)
@@ -194,7 +194,7 @@ def parse_scheme(text: str) -> Scheme:
 
 
 def scheme_names() -> list[str]:
-    """Names to propose: those of NAMED, and integers in the usual groups."""
+    """Names to suggest in errors: NAMED, and integers with usual group sizes."""
     integers = [number.name for number in NUMBERS.values() if number.is_integer and number.bits < 8]
     return [*NAMED, *(f"{name}-g{size}" for name in integers for size in USUAL_GROUPS)]
 
