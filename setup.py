@@ -9,11 +9,13 @@ Environment:
 
 import importlib.util
 import os
+import runpy
 import shutil
 import subprocess
 import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
@@ -23,26 +25,7 @@ FOLDERS = ("quant", "export", "models", "calibrate", "engine", "evaluation", "co
 
 SOURCES = Path("quant/kernels/csrc")
 DEFAULT_ARCHITECTURES = "80 86 89 90a 90+PTX"
-
-# A translation unit is a source and its defines: the same file once per type, so that they compile in parallel.
-TYPES = [(f"LOWBIT_T={dtype}", f"LOWBIT_BITS={bits}") for dtype in ("__half", "__nv_bfloat16") for bits in (4, 8)]
-UNITS = [(source, defines) for source in ("wna16_gemv.cu", "wna16_gemm.cu") for defines in TYPES]
-UNITS += [
-    (source, (f"LOWBIT_T={dtype}",))
-    for source in ("decode_attention.cu", "row_norm.cu", "dense_gemv.cu")
-    for dtype in ("__half", "__nv_bfloat16")
-]
-UNITS += [(source, ()) for source in ("w8a8_gemm.cu", "wna16_dequantize.cu", "gptq_block.cu", "choose_tokens.cu")]
-UNITS += [("bindings.cpp", ())]
-# A CUTLASS product costs forty seconds of nvcc.
-TILES = [
-    (f"LOWBIT_T={dtype}", f"LOWBIT_TILE={tile}", "NDEBUG", "CUTLASS_ENABLE_GDC_FOR_SM90")
-    for dtype in ("__half", "__nv_bfloat16")
-    for tile in range(2)
-]
-UNITS = [("w8a8_cutlass.cu", defines) for defines in TILES] + UNITS  # the longest first
-# Empty elsewhere: compiled for 90a alone, or for what there is.
-HOPPER_ONLY = ("w8a8_cutlass.cu", "w8a8_gemm.cu", "wna16_gemm.cu", "dense_gemv.cu")
+UNITS = runpy.run_path("quant/kernels/units.py")["units_in"](SOURCES)
 
 
 def find_nvcc() -> str | None:
@@ -54,7 +37,7 @@ def find_nvcc() -> str | None:
 
 
 def cutlass_flags() -> list[str]:
-    """Where CUTLASS's headers are. RuntimeError where they are nowhere."""
+    """Flags of what is made of CUTLASS: where its headers are. RuntimeError where they are nowhere."""
     home = os.environ.get("CUTLASS_PATH")
     package = importlib.util.find_spec("cutlass_library")
     if home is None and package is not None and package.origin is not None:
@@ -66,7 +49,15 @@ def cutlass_flags() -> list[str]:
             f"CUTLASS's headers are {where}: pip install nvidia-cutlass, set CUTLASS_PATH to a copy of CUTLASS 4, or "
             "set LOWBIT_CUDA=0 for an install without CUDA"
         )
-    return ["--expt-relaxed-constexpr", "-I", str(include), "-I", str(include.parent / "tools" / "util" / "include")]
+    macros = ["-DNDEBUG", "-DCUTLASS_ENABLE_GDC_FOR_SM90"]
+    return [
+        *macros,
+        "--expt-relaxed-constexpr",
+        "-I",
+        str(include),
+        "-I",
+        str(include.parent / "tools" / "util" / "include"),
+    ]
 
 
 def architecture_flags(names: list[str]) -> list[str]:
@@ -90,26 +81,34 @@ class BuildCuda(build_ext):
         temporary = Path(self.build_temp)
         temporary.mkdir(parents=True, exist_ok=True)
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            jobs = [pool.submit(self.compile, nvcc, architectures, temporary, *unit) for unit in UNITS]
+            jobs = [pool.submit(self.compile, nvcc, architectures, temporary, unit) for unit in UNITS]
             objects = [job.result() for job in jobs]
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
         self.call([nvcc, "-shared", "--cudart", "static", "-o", str(target), *map(str, objects)])
 
-    def compile(
-        self, nvcc: str, architectures: list[str], temporary: Path, source: str, defines: tuple[str, ...]
-    ) -> Path:
+    def compile(self, nvcc: str, architectures: list[str], temporary: Path, unit: Any) -> Path:
+        """The object of one of UNITS."""
         import pybind11  # asked for at build time alone
 
-        target = temporary / ("-".join([source, *defines]).replace("=", "_") + ".o")
-        command = [nvcc, "-std=c++20", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-c", str(SOURCES / source)]
-        command += [f"-D{define}" for define in (*defines, f'LOWBIT_ARCHITECTURES="{" ".join(architectures)}"')]
+        target = temporary / ("-".join([unit.source, *unit.defines]).replace("=", "_") + ".o")
+        command = [
+            nvcc,
+            "-std=c++20",
+            "-O3",
+            "-Xcompiler",
+            "-fPIC,-fvisibility=hidden",
+            "-c",
+            str(SOURCES / unit.source),
+        ]
+        command += [f"-D{define}" for define in (*unit.defines, f'LOWBIT_ARCHITECTURES="{" ".join(architectures)}"')]
         command += ["-I", pybind11.get_include(), "-I", sysconfig.get_path("include"), "-o", str(target)]
-        if source == "w8a8_cutlass.cu":
+        if unit.cutlass:
             command += cutlass_flags()
-        if source in HOPPER_ONLY:
+        # empty elsewhere: compiled for 90a alone, or for what there is
+        if unit.hopper:
             command += architecture_flags([name for name in architectures if name == "90a"] or architectures[:1])
-        elif source.endswith(".cu"):
+        elif unit.source.endswith(".cu"):
             command += architecture_flags(architectures)
         self.call(command)
         return target
@@ -130,7 +129,7 @@ def extensions() -> list[Extension]:
     wanted = os.environ.get("LOWBIT_CUDA")
     if wanted == "0" or (wanted != "1" and find_nvcc() is None):
         return []
-    return [Extension("lowbit.quant._C", [str(SOURCES / source) for source, _ in dict.fromkeys(UNITS)])]
+    return [Extension("lowbit.quant._C", [str(SOURCES / unit.source) for unit in UNITS])]
 
 
 def packages() -> list[str]:

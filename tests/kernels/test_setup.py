@@ -43,10 +43,20 @@ def test_a_failed_command_names_itself_and_its_output(setup_module: dict) -> Non
         setup_module["BuildCuda"].call(None, command)
 
 
-def test_every_source_is_a_unit(setup_module: dict) -> None:
+def test_a_source_is_compiled_once_for_each_value_of_the_macros_that_it_names(setup_module: dict) -> None:
+    units = setup_module["UNITS"]
     files = (SETUP.parent / "quant/kernels/csrc").iterdir()
-    sources = {path.name for path in files if path.suffix in (".cu", ".cpp")}
-    assert {source for source, _ in setup_module["UNITS"]} == sources
+    assert {unit.source for unit in units} == {path.name for path in files if path.suffix in (".cu", ".cpp")}
+    assert len(set(units)) == len(units)
+    assert [unit.cutlass for unit in units[:5]] == [True, True, True, True, False]
+    found = {unit.source: sorted(other.defines for other in units if other.source == unit.source) for unit in units}
+    halves = [("LOWBIT_T=__half",), ("LOWBIT_T=__nv_bfloat16",)]
+    assert found["row_norm.cu"] == halves
+    assert found["wna16_gemv.cu"] == [(*half, f"LOWBIT_BITS={bits}") for half in halves for bits in (4, 8)]
+    assert found["w8a8_cutlass.cu"] == [(*half, f"LOWBIT_TILE={tile}") for half in halves for tile in (0, 1)]
+    assert found["gptq_block.cu"] == found["bindings.cpp"] == [()]
+    hopper = {"w8a8_cutlass.cu", "w8a8_gemm.cu", "wna16_gemm.cu", "dense_gemv.cu"}
+    assert {unit.source for unit in units if unit.hopper} == hopper
 
 
 def test_cutlass_is_found_or_its_absence_explained(

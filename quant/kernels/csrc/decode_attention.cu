@@ -1,4 +1,4 @@
-// Compiled once per T: LOWBIT_T comes from setup.py.
+// Compiled once per T: LOWBIT_T comes from units.py.
 //
 // Attention of few tokens over a long cache is a read of the cache. A warp takes 16 positions at a time, on the tensor
 // instructions: keys are the left operand of scores = K q, values (transposed on the way, by pairing rows) that of

@@ -1,4 +1,4 @@
-// Code for sm_90a alone; empty elsewhere. Compiled once per T: LOWBIT_T comes from setup.py. ring.cuh has the design.
+// Code for sm_90a alone; empty elsewhere. Compiled once per T: LOWBIT_T comes from units.py. ring.cuh has the design.
 //
 // For the gated epilogue half of a block's rows are the gate's and half are up's, so that both sums of an output are in
 // one block.

@@ -1,4 +1,4 @@
-// Compiled once per T: LOWBIT_T comes from setup.py.
+// Compiled once per T: LOWBIT_T comes from units.py.
 //
 // A block a row, the row in registers: activation, norm, rounding to int8, each where asked. It stands alone because
 // the product's own prologue, which norms the same row in every block, costs the product more than this launch:

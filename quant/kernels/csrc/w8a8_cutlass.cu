@@ -1,4 +1,4 @@
-// Compiled once per tile: LOWBIT_TILE comes from setup.py, because a CUTLASS product costs a minute of nvcc. Code for
+// Compiled once per tile: LOWBIT_TILE comes from units.py, because a CUTLASS product costs a minute of nvcc. Code for
 // sm_90a alone.
 //
 // The product is CUTLASS's own (TMA, warpgroup instructions, persistent blocks); what is ours is the choice of two

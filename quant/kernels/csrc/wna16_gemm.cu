@@ -1,4 +1,4 @@
-// Compiled once per (T, bits): LOWBIT_T and LOWBIT_BITS come from setup.py. Code for sm_90a alone; empty elsewhere.
+// Compiled once per (T, bits): LOWBIT_T and LOWBIT_BITS come from units.py. Code for sm_90a alone; empty elsewhere.
 //
 // Design. W is the left operand of wgmma, dequantized in registers; x, up to 64 rows, is the right one, in shared
 // memory. So a weight is expanded once however many rows x has, and the tensor cores run at their full rate. Of more

@@ -1,4 +1,4 @@
-// Compiled once per (T, bits): LOWBIT_T and LOWBIT_BITS come from setup.py, so that the four build in parallel.
+// Compiled once per (T, bits): LOWBIT_T and LOWBIT_BITS come from units.py, so that the four build in parallel.
 //
 // Design. W's rows are the 16 rows of mma.m16n8k16's A operand and x's rows its 8 columns, so 1 to 8 rows of x cost
 // the same. Each warp streams its own chunks (16 rows x 128 inputs) from global memory into registers, a refill

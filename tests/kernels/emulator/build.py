@@ -12,19 +12,17 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+from lowbit.quant.kernels.units import units_in
+
 HERE = Path(__file__).parent
 ROOT = HERE.parents[2]
 CSRC = ROOT / "quant" / "kernels" / "csrc"
 KEPT = ROOT / "build" / "emulator"
 SUFFIXES = {".cu", ".cuh", ".cpp", ".h"}
-HALVES = ("LOWBIT_T=__half", "LOWBIT_T=__nv_bfloat16")
-PAIRS = tuple((dtype, f"LOWBIT_BITS={bits}") for dtype in HALVES for bits in (4, 8))
-UNITS = (
-    *((source, pair) for source in ("wna16_gemm.cu", "wna16_gemv.cu") for pair in PAIRS),
-    *((source, (dtype,)) for source in ("decode_attention.cu", "row_norm.cu", "dense_gemv.cu") for dtype in HALVES),
-    *((source, ()) for source in ("w8a8_gemm.cu", "wna16_dequantize.cu", "gptq_block.cu", "choose_tokens.cu")),
-    *((source, ()) for source in ("bindings.cpp", "scheduler.cpp", "tensor.cpp", "left_out.cpp")),
-)
+UNITS = [
+    *((unit.source, unit.defines) for unit in units_in(CSRC) if not unit.cutlass),
+    *((source, ()) for source in ("scheduler.cpp", "tensor.cpp", "left_out.cpp")),
+]
 FLAGS = ("-std=c++20", "-O1", "-fPIC", "-w", "-fvisibility=hidden", "-fno-strict-aliasing", "-x", "c++")
 # Hopper's code, whatever `architectures` says to Python: it is what the emulated GPU claims to be.
 DEFINES = ("-D__CUDA_ARCH_FEAT_SM90_ALL", '-DLOWBIT_ARCHITECTURES="90a"')
