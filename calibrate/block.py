@@ -1,4 +1,4 @@
-"""One block being quantized: its weights in float32, the running copy, and what happens to both."""
+"""One block during quantization: float32 master weights, the running copy, and all changes to both."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator
@@ -23,28 +23,28 @@ from lowbit.quant.scheme import Scheme
 from lowbit.quant.site import Fold, Heads, Site
 from lowbit.quant.stats import Stats, output_energy
 
-# An expert that sees fewer tokens, or a smaller part of all, is rounded to nearest: what it saw decides nothing.
+# Experts below either threshold are rounded to nearest: their statistics are too thin to trust.
 EXPERT_TOKENS, EXPERT_SHARE = 32, 0.005
 
 
 class _Seen(Exception):
-    """Ends a run of the block whose rest nobody looks at."""
+    """Stops a run of the block early, once all needed inputs were seen."""
 
 
 class BlockWork:
-    """A loaded block while it is quantized.
+    """A loaded block during quantization.
 
-    index, walk  the block is `walk.skeleton.blocks[index]`, and must be loaded
-    schemes      scheme of each linear to quantize; kept as the schemes of their weights, and `inputs` of their inputs
+    index, walk  the block is `walk.skeleton.blocks[index]`; it must be loaded
+    schemes      scheme of each linear to quantize; split into `schemes` (weights only) and `inputs` (quantized inputs)
     scale_dtype  dtype of scales
-    kept_dtype   dtype of the weights that are stored unquantized; where None, that of the scales
+    kept_dtype   dtype of weights that are stored unquantized; None for scale_dtype
 
-    masters    the linears' weights in float32, transforms applied; the module computes with them in the walk's dtype
-    stats      what calibration saw at each linear, experts that saw too little left out
-    tokens     how many tokens of calibration reached each linear
-    scarce     linear -> why what calibration saw there decides nothing, in words
-    outliers   outlier_ratio of each linear's input before any transform
-    fallbacks  linear -> what was done otherwise than asked, in words
+    masters    float32 weights with transforms applied; the module computes with a copy in the walk's dtype
+    stats      calibration statistics of each linear, without experts in `scarce`
+    tokens     number of calibration tokens at each linear
+    scarce     linears with too few calibration tokens, with the reason
+    outliers   outlier_ratio of each linear's input, before transforms
+    fallbacks  linear -> deviations from the requested treatment, as sentences
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class BlockWork:
         self.index, self._walk = index, walk
 
     def parameter(self, name: str) -> Tensor:
-        """The running parameter of that name in the model."""
+        """The running parameter with this name in the model."""
         return self.model.get_parameter(name).data
 
     def weight(self, linear: str) -> Tensor:
@@ -80,32 +80,33 @@ class BlockWork:
         return weight_view(self.parameter(spec.placement.parameter), spec)
 
     def bias(self, linear: str) -> Tensor | None:
-        """The running bias (n,) of `linear`, a view; None where it has none."""
+        """The running bias (n,) of `linear`, a view; None without a bias."""
         return bias_view(self.parameter, self.specs[linear])
 
     def use(self, weights: dict[str, QTensor]) -> None:
-        """Let the module compute with `weights`."""
+        """Load the dequantized `weights` into the module."""
         for name, weight in weights.items():
             self.weight(name).copy_(weight.dequantize())
 
     def note(self, linear: str, fallback: str) -> None:
-        """Record that `linear` was treated otherwise than asked."""
+        """Record a deviation from the requested treatment of `linear`."""
         self.fallbacks.setdefault(linear, []).append(fallback)
 
     def run(self, batches: Iterable[States]) -> list[States]:
-        """What the block makes of batches, inputs in 16 bits."""
+        """The block's outputs for `batches`, with inputs in 16 bits."""
         return [self._walk.run(self.index, states) for states in batches]
 
     def run_quantized(self, batches: Iterable[States]) -> list[States]:
-        """The same, inputs rounded where the schemes say so."""
+        """The block's outputs for `batches`, with inputs rounded according to the schemes."""
         with self.rounded_inputs(self.input_rounding()):
             return self.run(batches)
 
     def input_scale(self, linear: str, columns: Tensor | float = 1.0) -> Tensor | None:
-        """The one scale () float32 of the inputs of `linear`, divided by `columns` (k,): it spans all that was seen.
+        """The static input scale () float32 of `linear` after division by `columns` (k,); it covers the largest input
+        seen.
 
-        None where each token has its own. An expert that saw too few tokens takes the largest of the other experts';
-        1 where none saw any.
+        None if each token has its own scale. An expert with too few tokens takes the largest scale of the other
+        experts, or 1 if no expert saw any.
         """
         inputs = self.inputs.get(linear)
         if inputs is None or not inputs.static:
@@ -118,15 +119,15 @@ class BlockWork:
         return scale.clamp(min=torch.finfo(torch.float32).tiny)
 
     def input_rounding(self) -> dict[str, Callable[[Tensor], Tensor]]:
-        """What rounds the inputs of each linear whose scheme quantizes them."""
+        """The input rounding function of each linear with quantized inputs."""
         return {name: self.rounding_of(name) for name in self.inputs}
 
     def rounding_of(self, linear: str, columns: Tensor | float = 1.0) -> Callable[[Tensor], Tensor]:
-        """What rounds the inputs of `linear`, which its scheme quantizes, once they are divided by `columns` (k,)."""
+        """The input rounding function of `linear` after division by `columns` (k,). Its scheme must quantize inputs."""
         return input_rounding(self.inputs[linear], self.input_scale(linear, columns))
 
     def finished(self, weights: dict[str, QTensor]) -> dict[str, QTensor]:
-        """`weights` on the CPU, saying also how their inputs are quantized."""
+        """`weights` on the CPU, with the inputs' scheme and scale added."""
         return {
             name: replace(
                 weight,
@@ -137,14 +138,14 @@ class BlockWork:
         }
 
     def rounded_inputs(self, rounds: InputRounding) -> AbstractContextManager[None]:
-        """A context in which linears compute with rounded inputs."""
+        """A context in which the given linears round their inputs."""
         return rounded_inputs(self.block, self.model, rounds)
 
     @contextmanager
     def gradients(self, linears: Iterable[str]) -> Iterator[Callable[[], Iterator[tuple[str, Tensor]]]]:
-        """A context that tapes what the block computes, by the weights of `linears`.
+        """A context with gradients for the weights of `linears`.
 
-        Yields a function: name and gradient (n, k) of each of them that a loss has reached since.
+        Yields a function that returns (name, gradient (n, k)) for each weight with a gradient so far.
         """
         parameters = {name: self.model.get_parameter(self.specs[name].placement.parameter) for name in linears}
 
@@ -158,12 +159,12 @@ class BlockWork:
             yield reached
 
     def observe(self, entering: list[States], sites: list[Site], gram_tokens: int, up_to: int | None = None) -> None:
-        """Gather the statistics of every site over all batches, which the run's processes share out.
+        """Gather the statistics of every site over all batches, split over the ranks.
 
-        gram_tokens  tokens of the batches that second moments are estimated from; experts' see all that reach them
-        up_to        stop after at least so many tokens, and leave each batch where all sites have seen it
+        gram_tokens  tokens used for second moments; experts use all tokens routed to them
+        up_to        stop after at least this many tokens, and leave a batch once all sites have seen it
 
-        CheckpointError names the site and the sample where an input is NaN or infinite.
+        CheckpointError names the site and the samples if an input is NaN or infinite.
         """
         seen = SiteStats(sites)
         count, size = entering[0].shape[0], entering[0].tokens
@@ -193,7 +194,7 @@ class BlockWork:
                 self._believe(name, seen.of(name), tokens)
 
     def _believe(self, name: str, stats: Stats | None, tokens: int) -> None:
-        """Keep what was seen at a linear, unless it is an expert that too few of all `tokens` were routed to."""
+        """Keep a linear's statistics, unless it is an expert with too few of all `tokens`."""
         seen = stats.tokens if stats else 0
         self.tokens[name] = seen
         least = max(EXPERT_TOKENS, math.ceil(EXPERT_SHARE * tokens)) if EXPERT.search(name) else 1
@@ -204,7 +205,8 @@ class BlockWork:
         self.outliers.setdefault(name, stats.outlier_ratio())
 
     def rotate(self, heads: Heads) -> None:
-        """Rotate the producer's outputs within `heads`, its consumer's inputs with them; statistics come later."""
+        """Rotate the producer's outputs within `heads`, and the consumer's inputs to match. Must come before
+        statistics."""
         assert not self.stats, "rotations come before statistics"
         producer, matrix = heads.fold.producer, rotation(heads.channels.shape[1])
         bias = self.bias(producer)
@@ -228,14 +230,14 @@ class BlockWork:
                 self.stats[name] = moved.setdefault(id(before), before.scaled(columns))
 
     def _divide_norm(self, fold: Fold, scales: Tensor) -> Tensor:
-        """Divide a norm; return the scales that its rounded weight really has, so that consumers undo them exactly."""
+        """Divide a norm. Returns the scales that its rounded weight really has, so that consumers undo them exactly."""
         norm = self.model.get_submodule(fold.producer)
         weight = norm.get_parameter("weight").data
         before = weight.float() + fold.offset
         stored = (before / scales - fold.offset).to(self.kept_dtype)
         after = stored.float() + fold.offset
         exact = torch.where(after != 0, before / after, torch.ones_like(before))
-        sane = (exact / scales - 1).abs() < 0.5  # a channel that rounding to zero would lose keeps its weight
+        sane = (exact / scales - 1).abs() < 0.5  # a channel that would round to zero keeps its weight
         weight.copy_(torch.where(sane, stored.float(), weight.float()))
         exact = torch.where(sane, exact, torch.ones_like(exact))
         bias = norm._parameters.get("bias")
@@ -252,7 +254,7 @@ class BlockWork:
         return scales
 
     def output_error(self, name: str, weight: QTensor) -> float | None:
-        """Relative squared error of the linear's output over the tokens its second moment saw; None without any."""
+        """Relative squared error of the linear's output over the tokens of its second moment; None without one."""
         stats = self.stats.get(name)
         if stats is None or stats.gram is None:
             return None

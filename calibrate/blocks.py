@@ -1,4 +1,4 @@
-"""Block after block, each quantized on what the quantized blocks before it return."""
+"""The loop over blocks: each is quantized on the outputs of the quantized blocks before it."""
 
 import time
 from functools import partial
@@ -28,28 +28,28 @@ from lowbit.quant.numerics import reason_against_scales
 from lowbit.quant.qtensor import QTensor, round_to_nearest
 from lowbit.quant.scheme import Scheme
 
-BATCH_TOKENS = 2048  # tokens run through a block at once, and tokens that module outputs are compared on
-GRAM_TOKENS = 16384  # tokens that the second moments of transforms and clipping are estimated from
+BATCH_TOKENS = 2048  # tokens per forward pass of a block, and tokens used to compare module outputs
+GRAM_TOKENS = 16384  # tokens used for the second moments of transforms and clipping
 
 
 class Blocks(Protocol):
-    """The blocks of a job in order, each to be quantized or, where an earlier run did it, to be passed."""
+    """All blocks of a job in order, each quantized now or replayed from an earlier run."""
 
     def quantize(self, index: int) -> BlockOutcome:
-        """The outcome of block `index`."""
+        """The outcome of block `index`, quantized now."""
 
     def replay(self, index: int, outcome: BlockOutcome) -> None:
-        """Go past block `index`, whose outcome an earlier run found."""
+        """Skip block `index`, whose `outcome` comes from an earlier run."""
 
 
 class DataFreeBlocks:
-    """Each block's weights rounded to nearest, a tensor of the file in memory at a time."""
+    """Blocks whose weights are rounded to nearest, with one tensor of the file in memory at a time."""
 
     def __init__(self, job: Job) -> None:
         self._job = job
 
     def quantize(self, index: int) -> BlockOutcome:
-        """The outcome of block `index`."""
+        """The outcome of block `index`, quantized now."""
         begun = time.monotonic()
         job, block = self._job, self._job.skeleton.blocks[index]
         weights: dict[str, QTensor] = {}
@@ -68,25 +68,25 @@ class DataFreeBlocks:
         return BlockOutcome(weights, {}, report)
 
     def _read(self, name: str, placement: Placement) -> Tensor:
-        """The file's tensor `name`, or what transformers makes of it where it makes a parameter of its own."""
+        """The file's tensor `name`, or the parameter that transformers converts it to."""
         read = self._job.source.checkpoint.read
         if placement.conversion is None:
             return read(name)
         return placement.conversion.parameters(self._job.skeleton.model, read)[placement.parameter]
 
     def replay(self, index: int, outcome: BlockOutcome) -> None:
-        """No block depends on another."""
+        """Nothing to do: no block depends on another."""
 
 
 def require_scales(name: str, w: Tensor, scheme: Scheme, scale_dtype: torch.dtype) -> None:
-    """Raise CheckpointError where the scales of the weight `w` of `name` have no place in their type."""
+    """Raise CheckpointError if `scale_dtype` cannot hold the scales of the weight `w` of `name`."""
     reason = reason_against_scales(w, scheme, scale_dtype)
     if reason:
         raise CheckpointError(f"{name}: {reason}; use --dtype bfloat16, or a format whose scales may have it")
 
 
 def _linears_in(block: Block, name: str, placement: Placement) -> list[LinearSpec]:
-    """The linears whose weights the file's tensor `name` holds: one, or every expert of a stacked parameter."""
+    """The linears stored in the file's tensor `name`: one, or every expert of a stacked parameter."""
     alone = [spec for spec in block.linears if f"{spec.name}.weight" == name]
     stacked = placement.expert is None
     return alone or [spec for spec in block.linears if stacked and spec.placement.parameter == placement.parameter]
@@ -102,8 +102,8 @@ def _cut(value: Tensor, placement: Placement, spec: LinearSpec) -> Tensor:
 class BlockLoop:
     """Quantizes the blocks of `job` one after another.
 
-    states  what the quantized model returns up to here, for every batch of calibration tokens
-    exact   what the unquantized model returns up to here; the same list where nothing asks for it
+    states  outputs of the quantized model so far, one per batch of calibration tokens
+    exact   outputs of the unquantized model so far; the same list as `states` if no part needs them
     """
 
     def __init__(self, job: Job, calibration: CalibrationSet) -> None:
@@ -121,12 +121,12 @@ class BlockLoop:
         self._prober = Prober(probes, calibration.ids, job.recipe.seed)
 
     def quantize(self, index: int) -> BlockOutcome:
-        """The outcome of block `index`; both streams move on behind it."""
+        """The outcome of block `index`. Moves both streams past it."""
         with self.walk.loaded(index), torch.no_grad():
             return self._quantize(index)
 
     def replay(self, index: int, outcome: BlockOutcome) -> None:
-        """Both streams move on behind block `index`, as they did when an earlier run found its `outcome`."""
+        """Move both streams past block `index`, with its `outcome` from an earlier run."""
         with self.walk.loaded(index), torch.no_grad():
             self._prober.learn(index)
             targets = self._targets(index)
@@ -164,22 +164,23 @@ class BlockLoop:
         return outcome
 
     def _targets(self, index: int) -> list[States]:
-        """What block `index`, loaded and as in the file, returns for the exact stream, where that is kept."""
+        """Outputs of the unmodified block `index` (loaded) for the exact stream; empty if that is not kept."""
         return run_shared(self.walk, index, self.exact) if self._two_streams else []
 
     def _move_on(self, index: int, outcome: BlockOutcome, targets: list[States]) -> None:
-        """The quantized stream runs through the stored block, the exact one has become `targets` where it is kept."""
+        """Run the quantized stream through the stored block; the exact stream becomes `targets`, if kept."""
         self.states = run_stored(self.walk, index, outcome, self.states)
         self.exact = targets or self.states
 
     def _transform(self, task: BlockTask) -> Rows:
-        """Apply the transforms; a row of the report for each place. Statistics are gathered behind those that mix."""
+        """Apply the transforms. Returns one report row per fold. Statistics are gathered after transforms that mix
+        channels."""
         work, structure = task.work, task.structure
         rows = [row for part in self._transforms if part.mixes_channels for row in part.apply(task)]
         static = any(inputs.static for inputs in work.inputs.values())
         if self._transforms or static or self._rounder.needs.statistics:
             experts = any(EXPERT.search(name) for name in work.specs)
-            # a range search looks at the tokens of the second moments alone; scales look at all, and experts need all
+            # clipping needs only the tokens of the second moments; scales and experts need all tokens
             all_tokens = self._transforms or static or experts
             work.observe(task.entering, structure.sites, GRAM_TOKENS, up_to=None if all_tokens else GRAM_TOKENS)
         rows += [row for part in self._transforms if not part.mixes_channels for row in part.apply(task)]
@@ -197,7 +198,7 @@ def _energy(one: list[States], other: list[States]) -> float:
 
 
 def _kept_tensors(job: Job, block: Block, weights: dict[str, QTensor]) -> dict[str, Tensor]:
-    """The block's tensors that stay unquantized: as transforms left them, or to the bit as in the file."""
+    """The block's unquantized tensors: changed by transforms, or bit-identical to the file."""
     done = {f"{name}.weight" for name in weights}
     kept = {}
     for name, placement in block.tensors.items():

@@ -1,9 +1,9 @@
-"""Mixed precision: a width for each set of linears that engines fuse, where an average is to be kept.
+"""Mixed precision: a scheme for each set of fused linears, for a given average of bits.
 
-What a scheme costs is estimated in the model's output, in nats a token: half the square of what the error of the
-block's output does to the log-probability of a token drawn from the model itself, which is the divergence to second
-order (the Fisher information), each token's error taken alone. One backward pass serves all sets and schemes. The bits
-are then spent where a bit saves most, along the convex hull of each set's choices.
+The cost of a scheme is its estimated effect on the model's output, in nats per token. Let e be the change in the
+log-probability of a token drawn from the model itself, to first order in the error of the block's output. The cost is
+the mean of e^2 / 2: the divergence to second order (Fisher information), with each token's error taken alone. One
+backward pass serves all sets and schemes. Bits are then spent greedily along the convex hull of each set's options.
 """
 
 from collections.abc import Iterable, Iterator
@@ -33,7 +33,7 @@ PROBE_TOKENS = 2048
 
 @dataclass(frozen=True)
 class Option:
-    """A scheme for a fused set: the bits it takes, scales counted, and the divergence it costs in nats a token."""
+    """A candidate scheme of a fused set: stored bits including scales, and cost in nats per token."""
 
     scheme: Scheme
     bits: float
@@ -41,10 +41,10 @@ class Option:
 
 
 def spend(job: Job, calibration: CalibrationSet) -> Job:
-    """`job` with a scheme for every fused set in its recipe, the average kept below `target_bits`.
+    """`job` with a scheme for every fused set, whose average does not exceed `target_bits`.
 
-    Sets that the recipe's `schemes` name keep theirs; where it names all, nothing is left to choose. RecipeError where
-    the target cannot be kept, or the format holds one scheme only.
+    Sets named in the recipe's `schemes` keep their scheme. RecipeError if the target is too low, or if the format
+    allows one scheme only.
     """
     assert job.recipe.target_bits is not None
     if FORMATS[job.recipe.format].uniform:
@@ -65,16 +65,16 @@ def spend(job: Job, calibration: CalibrationSet) -> Job:
 
 
 def average_bits(job: Job) -> float:
-    """Stored bits of a quantized linear weight, scales and zeros counted, on average."""
+    """Average stored bits per quantized weight, including scales and zeros."""
     sets = _sets(job)
     bits = sum(_bits(job, specs, job.plan.schemes[specs[0].name]) for specs in sets.values())
     return bits / sum(spec.n * spec.k for specs in sets.values() for spec in specs)
 
 
 def choose(options: dict[str, list[Option]], budget: float) -> dict[str, Option]:
-    """One option of each set, at most `budget` bits in all; more bits never cost more divergence.
+    """One option per set, with at most `budget` bits in total. An option with more bits never costs more.
 
-    options  by set, each list on its convex hull, as `hull` leaves it
+    options  by set; each list must come from `hull`
     """
     steps = [
         ((low.divergence - high.divergence) / (high.bits - low.bits), key, place)
@@ -91,7 +91,7 @@ def choose(options: dict[str, list[Option]], budget: float) -> dict[str, Option]
 
 
 def hull(options: Iterable[Option]) -> list[Option]:
-    """Those that no mixture of others beats, in order of bits: each step saves less a bit than the one before."""
+    """The convex hull of options, by rising bits: each step saves less per bit than the one before."""
     kept: list[Option] = []
     for option in sorted(options, key=lambda option: (option.bits, option.divergence)):
         if kept and option.divergence >= kept[-1].divergence:
@@ -107,7 +107,7 @@ def _slope(low: Option, high: Option) -> float:
 
 
 def _sets(job: Job) -> dict[str, list[LinearSpec]]:
-    """The quantized linears, by fused set."""
+    """The quantized linears by fused set."""
     sets: dict[str, list[LinearSpec]] = {}
     linears = job.linears
     for name in job.plan.schemes:
@@ -120,7 +120,7 @@ def _bits(job: Job, specs: list[LinearSpec], scheme: Scheme) -> float:
 
 
 def _candidates(job: Job, specs: list[LinearSpec]) -> Iterator[Scheme]:
-    """The scheme's other widths, as far as the format holds them."""
+    """The schemes of other widths that the format can store."""
     fmt = FORMATS[job.recipe.format]
     for scheme in widths_of(job.recipe.default_scheme, [spec.k for spec in specs]):
         shapes = (fmt.reason_against_shape(scheme, spec.n, spec.k) for spec in specs)
@@ -132,7 +132,8 @@ def _candidates(job: Job, specs: list[LinearSpec]) -> Iterator[Scheme]:
 def _measured(
     job: Job, calibration: CalibrationSet, sets: dict[str, list[LinearSpec]]
 ) -> Iterator[tuple[str, list[Option]]]:
-    """The options of every set that the recipe leaves open, on one batch of calibration tokens, last block first."""
+    """The options of every set without a scheme in the recipe, measured on one batch of calibration tokens, last block
+    first."""
     names = {name for name in job.plan.schemes if name not in job.plan.named}
     if not names:
         return
@@ -163,7 +164,7 @@ def _measured(
 def _cost(
     walk: Walk, index: int, specs: list[LinearSpec], seen: tuple[Job, States, Tensor, Tensor | None], scheme: Scheme
 ) -> float:
-    """The divergence that `scheme` costs where it rounds `specs` of the loaded block alone, to nearest."""
+    """The cost of rounding only `specs` of the loaded block to `scheme`."""
     job, states, exact, gradient = seen
     assert gradient is not None
     views = [weight_view(walk.skeleton.model.get_parameter(spec.placement.parameter).data, spec) for spec in specs]
@@ -177,12 +178,13 @@ def _cost(
 
 
 def _drawn(walk: Walk, ids: Tensor, hidden: Tensor, generator: torch.Generator) -> Tensor:
-    """The gradient, by the last block's output, of the log-probability of tokens drawn from the model's own answer."""
+    """Gradient of the log-probability of tokens drawn from the model itself, with respect to the last block's
+    output."""
     hidden = hidden.detach().requires_grad_()
     with torch.enable_grad():
         scores = walk.logits_of(ids, hidden).float().log_softmax(-1)
         flat = scores.flatten(0, -2)
-        # drawn on the CPU: one seed draws the same on every device
+        # drawn on the CPU, so that a seed gives the same tokens on every device
         drawn = torch.multinomial(flat.detach().exp().cpu(), 1, generator=generator).to(flat.device)
         (gradient,) = torch.autograd.grad(flat.gather(1, drawn).sum(), hidden)
     return gradient

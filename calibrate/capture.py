@@ -1,4 +1,4 @@
-"""What calibration sees while a block runs: which linears share an input, and the statistics of it."""
+"""Observation of a running block: linears with a common input, and statistics of that input."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -13,9 +13,9 @@ from lowbit.quant.stats import Stats, nothing_seen, stats_of
 
 
 def sites_of(calls: Iterable[tuple[tuple[str, ...], Tensor]]) -> list[Site]:
-    """Linears grouped by the input they were seen with, in order of first use.
+    """Linears grouped by input tensor, in order of first use.
 
-    calls  names and inputs as LinearInputs reported them; the inputs must all still be alive, or addresses repeat
+    calls  names and inputs from LinearInputs; all inputs must still be alive, since groups are told apart by address
     """
     groups: dict[tuple[Any, ...], list[str]] = {}
     widths: dict[tuple[Any, ...], int] = {}
@@ -41,15 +41,15 @@ class SiteStats:
         return not self._missing
 
     def next_batch(self, with_gram: bool) -> None:
-        """A batch begins, in which no site has been seen.
+        """Start a new batch: no site has been seen in it yet.
 
-        with_gram  whether it adds to Gram matrices, and not to the other sums alone; experts' see every batch
+        with_gram  True to add to Gram matrices too; those of experts get every batch
         """
         self._missing = set(self._first)
         self._with_gram = with_gram
 
     def see(self, names: tuple[str, ...], x: Tensor) -> None:
-        """Add the tokens of `x`; linears of a site after the first see the same tokens and are passed over."""
+        """Add the tokens of `x`. Only the first linear of a site counts; the others see the same tokens."""
         for name in names:
             if name in self._first:
                 self._missing.discard(name)
@@ -58,13 +58,13 @@ class SiteStats:
                 self._stats[name] = fresh if known is None else known + fresh
 
     def broken(self) -> Site | None:
-        """A site that has seen an input that is NaN or infinite, or None."""
+        """A site with NaN or infinite inputs, or None."""
         return next(
             (self._first[name] for name, stats in self._stats.items() if not bool(stats.abs_max.isfinite().all())), None
         )
 
     def add_up(self, device: str) -> None:
-        """Add what the run's other processes have seen; afterwards all know the same."""
+        """Sum the statistics over all ranks; afterwards every rank has the same."""
         for name, site in self._first.items() if ranks.count() > 1 else ():
             known = self._stats.get(name) or nothing_seen(site.width, device)
             tokens, gram_tokens = ranks.total(torch.tensor([known.tokens, known.gram_tokens])).tolist()
@@ -79,7 +79,7 @@ class SiteStats:
                 )
 
     def of(self, linear: str) -> Stats | None:
-        """The statistics of the site that `linear` belongs to; None where no token reached it."""
+        """The statistics of the site that `linear` belongs to; None if no token reached it."""
         for first, site in self._first.items():
             if linear in site.linears:
                 return self._stats.get(first)

@@ -1,18 +1,18 @@
-"""Calibration data: from what the user names to a matrix of token ids that two runs agree on bit by bit.
+"""Calibration data: from dataset names to a matrix of token ids, reproducible bit by bit.
 
     dataset := source {"," source}
     source  := name [":" config] [":" split] [":" windows]
 
     builtin                                CPython's English documentation, in every Python: no network, no package
     notes.txt chats.jsonl rows.csv.gz      a local .txt, .jsonl, .json, .parquet or .csv file, compressed or not
-    org/name:config:split                  a data set on the hub, streamed; `split` is `train` where nothing is said
-    builtin:64,chats.jsonl:64              a mixture; a bare number says how many windows a source gives
+    org/name:config:split                  a dataset on the hub, streamed; the default `split` is `train`
+    builtin:64,chats.jsonl:64              a mixture; a bare number is the number of windows from that source
 
-A single word after a hub id is a split where it begins like one (train, validation, test, ...) and a config elsewhere;
-`config=`, `split=` and `num=` say it outright. Sources without a number share what `num_samples` leaves; where every
-source has its own number, those decide. Colons inside brackets belong to the split: `org/name:train[:1000]`.
+A single word after a hub id is a split if it starts like one (train, validation, test, ...), otherwise a config;
+`config=`, `split=` and `num=` are explicit. Sources without a number share the rest of `num_samples`. If every source
+has a number, `num_samples` is ignored. Colons inside brackets belong to the split: `org/name:train[:1000]`.
 
-`calibrate/tables.py` says what files hold rows, `calibrate/documents.py` what is taken for the text of one.
+`calibrate/tables.py` documents the file types, `calibrate/documents.py` the columns that hold the text.
 """
 
 import hashlib
@@ -39,19 +39,19 @@ if TYPE_CHECKING:
 BUILTIN = "builtin"
 SUFFIXES = (".txt", *TABLES)
 SPLIT_WORDS = ("train", "valid", "val", "test", "dev", "eval", "all")
-CALIBRATION_SHARE = 0.8  # of the builtin topics; the others are never calibrated on
-OVERSAMPLE = 4  # read this many times the tokens needed, where there are so many, and draw from them
-MAX_REUSE = 4  # windows may overlap until a token is seen this often on average
-PIECE_CHARS = 1 << 15  # a text file is shuffled and tokenized in pieces of about this size
-BATCH = 64  # documents tokenized at once
-LONGEST = 1 << 20  # characters of a document, and of all that are tokenized at once: a long novel
+CALIBRATION_SHARE = 0.8  # of the builtin topics; the rest is held out
+OVERSAMPLE = 4  # read up to this many times the tokens needed, and draw from them
+MAX_REUSE = 4  # windows may overlap until each token is used this often on average
+PIECE_CHARS = 1 << 15  # approximate size of the pieces in which a text file is shuffled and tokenized
+BATCH = 64  # documents per tokenizer call
+LONGEST = 1 << 20  # most characters of a document, and of all documents in one tokenizer call: a long novel
 
 BuiltinPart = Literal["calibration", "heldout", "all"]
 
 
 @dataclass(frozen=True)
 class DatasetSpec:
-    """One source, as asked for. `samples` is None until the windows are shared out."""
+    """One requested source. `samples` is None until windows are distributed over sources."""
 
     name: str
     config: str | None = None
@@ -60,28 +60,28 @@ class DatasetSpec:
 
     @property
     def kind(self) -> str:
-        """The ending that says what a file of that name holds."""
+        """The file name's ending without compression, such as ".jsonl"."""
         return kind_of(self.name)
 
     @property
     def is_table(self) -> bool:
-        """True if rows and columns are expected of it: everything but the builtin text and text files."""
+        """True for sources with rows and columns: everything but the builtin text and text files."""
         return self.name != BUILTIN and self.kind != ".txt"
 
     @property
     def label(self) -> str:
-        """The name for people: no directories, which are nobody's business in a published recipe."""
+        """The name for reports, without directories, which would disclose local paths in a published recipe."""
         name = Path(self.name).name if self.kind in SUFFIXES else self.name
         return ":".join(filter(None, (name, self.config, self.split)))
 
 
 @dataclass(frozen=True)
 class CalibrationSet:
-    """Token ids to calibrate on, and where they came from.
+    """Token ids for calibration, and their origin.
 
     ids     (samples, seqlen) int64
-    source  for people: each source with its windows, and whether they overlap
-    readings  what became of the rows of each source
+    source  text for people: each source with its windows, and whether they overlap
+    readings  rows read and skipped, per source
     """
 
     ids: Tensor
@@ -94,11 +94,12 @@ class CalibrationSet:
 
     @property
     def sha256(self) -> str:
-        """SHA-256 of the ids as little-endian int64, row after row: equal where two runs calibrate on the same."""
+        """SHA-256 of the ids as little-endian int64, row by row. Runs with equal hashes calibrate on the same
+        tokens."""
         return hashlib.sha256(self.ids.numpy().astype("<i8").tobytes()).hexdigest()
 
     def save(self, path: Path) -> None:
-        """Writes `ids` as a safetensors file, so that another tool can calibrate on exactly these."""
+        """Write `ids` as a safetensors file, for calibration with another tool on the same tokens."""
         save_file({"ids": self.ids}, path, metadata={"source": self.source, "sha256": self.sha256})
 
 
@@ -110,16 +111,16 @@ def calibration_tokens(
     seed: int,
     text_column: str | None = None,
 ) -> CalibrationSet:
-    """Token ids drawn from the data sets that `spec` names; the module's docstring has the grammar.
+    """Token ids drawn from the datasets in `spec`; the module's docstring has its grammar.
 
-    num_samples  windows in all, where `spec` does not say it itself
-    seqlen       tokens a window, including the BOS token where the tokenizer begins every text with one
-    seed         of the order of documents and of the windows taken: same seed and data, same ids
-    text_column  of tables; found by itself where None
+    num_samples  total number of windows, unless every source in `spec` has its own
+    seqlen       tokens per window, including BOS if the tokenizer starts every text with it
+    seed         of the order of documents and the choice of windows; same seed and data give the same ids
+    text_column  column of tables with the text; None to detect it
 
-    Documents are shuffled, joined by a blank line and cut into windows that do not overlap; where the text is too short
-    for that they overlap evenly, down to a quarter of the text needed. Raises DatasetError where the text is shorter
-    still, where a source cannot be read, or where it has no such column.
+    Documents are shuffled, joined by a blank line and cut into windows without overlap. If the text is too short,
+    windows overlap evenly; a quarter of the tokens is the least. DatasetError if the text is shorter still, if a source
+    cannot be read, or if the column does not exist.
     """
     parts = share_samples(parse_datasets(spec), num_samples)
     if seqlen < 2:
@@ -140,18 +141,18 @@ def calibration_tokens(
     return CalibrationSet(shuffled, " + ".join(sources), tuple(readings))
 
 
-# What was asked.
+# Parsing of dataset names.
 
 
 def parse_datasets(spec: str) -> tuple[DatasetSpec, ...]:
-    """The sources in `spec`, in their order. DatasetError where it does not follow the grammar."""
+    """The sources in `spec`, in order. DatasetError for a syntax error."""
     items = [spec] if os.path.isfile(spec) else re.split(r",(?![^\[]*\])", spec)
     return tuple(parse_dataset(item.strip()) for item in items)
 
 
 def parse_dataset(item: str) -> DatasetSpec:
     """One source of a mixture."""
-    if os.path.isfile(item):  # False, not an error, for what is too long to be a path
+    if os.path.isfile(item):  # False, not an error, if too long for a path
         return DatasetSpec(item)
     name, *fields = re.split(r":(?![^\[]*\])", item)
     if not name:
@@ -165,7 +166,7 @@ def parse_dataset(item: str) -> DatasetSpec:
 
 
 def with_field(part: DatasetSpec, field: str, item: str, last: bool) -> DatasetSpec:
-    """`part` with what one colon-separated `field` of `item` says."""
+    """`part` with one colon-separated `field` of `item` applied."""
     key, equals, value = field.partition("=")
     if not equals:
         key, value = meaning(part, field, last), field
@@ -183,7 +184,7 @@ def with_field(part: DatasetSpec, field: str, item: str, last: bool) -> DatasetS
 
 
 def meaning(part: DatasetSpec, field: str, last: bool) -> str:
-    """What a bare `field` stands for: samples, split or config."""
+    """The meaning of a bare `field`: "samples", "split" or "config"."""
     if last and re.fullmatch("-?[0-9]+", field):
         return "samples"
     config_known = part.config is not None or part.split is not None
@@ -191,7 +192,7 @@ def meaning(part: DatasetSpec, field: str, last: bool) -> str:
 
 
 def share_samples(parts: tuple[DatasetSpec, ...], num_samples: int) -> tuple[DatasetSpec, ...]:
-    """`parts` with a number of windows each: their own, or an even share of what the others leave of `num_samples`."""
+    """`parts` with a number of windows each: their own, or an equal share of the rest of `num_samples`."""
     open_parts = [index for index, part in enumerate(parts) if part.samples is None]
     left = num_samples - sum(part.samples or 0 for part in parts)
     if open_parts and left < len(open_parts):
@@ -204,18 +205,18 @@ def share_samples(parts: tuple[DatasetSpec, ...], num_samples: int) -> tuple[Dat
     return tuple(shared)
 
 
-# From sources to documents.
+# Sources to documents.
 
 
 def builtin_text(part: BuiltinPart = "all") -> str:
-    """English prose and code from CPython's own documentation, the topics that `help()` prints.
+    """English prose and code from CPython's own documentation: the topics that `help()` prints.
 
-    part    "calibration": the first 80% of the topics by name; "heldout": the others, without the paragraphs that also
+    part    "calibration": the first 80% of the topics by name; "heldout": the others, without paragraphs that also
             occur in the first 80% (some topics quote others); "all": every topic
 
-    It is the text of the running interpreter (`pydoc_data.topics`, about 460 KB), and every version of Python changes
-    it a little: compare runs by the hash of their tokens. Licensed as CPython (PSF-2.0). DatasetError where this Python
-    was stripped of it.
+    The text comes from the running interpreter (`pydoc_data.topics`, about 460 KB), and changes a little with every
+    version of Python: compare the hash of the tokens between runs. License as CPython (PSF-2.0). DatasetError if this
+    Python lacks the module.
     """
     return SEPARATOR.join(builtin_documents(part))
 
@@ -238,7 +239,7 @@ def builtin_documents(part: BuiltinPart) -> list[str]:
 
 
 def squeeze(text: str) -> str:
-    """`text` without its indentation and line breaks, which quoting changes."""
+    """`text` without indentation and line breaks, which differ between quotations."""
     return " ".join(text.split())
 
 
@@ -249,7 +250,7 @@ def shuffled_documents(
     reading: Reading,
     text_column: str | None,
 ) -> Iterator[str]:
-    """The texts of one source in a seeded order; chats are rendered."""
+    """The texts of one source in a seeded order, with chats rendered."""
     if part.is_table:
         seed = int(torch.randint(2**31, (1,), generator=generator))
         yield from documents(table_rows(part, seed), tokenizer, reading, text_column)
@@ -270,7 +271,7 @@ def text_pieces(path: Path) -> list[str]:
 
 
 def table_rows(part: DatasetSpec, seed: int) -> Iterator[Numbered]:
-    """The rows of a local file or a hub data set, shuffled. DatasetError where it cannot be read."""
+    """The shuffled rows of a local file or a hub dataset. DatasetError if it cannot be read."""
     if part.kind in TABLES or os.path.exists(part.name):
         yield from local_rows(local_table(part), seed)
         return
@@ -278,7 +279,7 @@ def table_rows(part: DatasetSpec, seed: int) -> Iterator[Numbered]:
 
     try:
         yield from hub_rows(part.name, part.config, part.split or "train", seed)
-    except (OSError, ValueError, RuntimeError, StopIteration, DatasetsError) as error:  # StopIteration: no rows at all
+    except (OSError, ValueError, RuntimeError, StopIteration, DatasetsError) as error:  # StopIteration: no rows
         reason = " ".join(str(error).split())[:400]
         raise DatasetError(
             f"cannot read the dataset {part.label} ({type(error).__name__}: {reason}). Pass a file "
@@ -287,7 +288,7 @@ def table_rows(part: DatasetSpec, seed: int) -> Iterator[Numbered]:
 
 
 def local_table(part: DatasetSpec) -> Path:
-    """The file `part.name`. DatasetError where it is none, or none that is read."""
+    """The path `part.name`. DatasetError if it is not a file, or not of a known type."""
     path = Path(part.name)
     if path.is_dir():
         raise DatasetError(f"{path} is a directory; name the file in it")
@@ -301,7 +302,7 @@ def local_table(part: DatasetSpec) -> Path:
     return path
 
 
-# From documents to windows.
+# Documents to windows.
 
 
 def draw(
@@ -312,7 +313,7 @@ def draw(
     seqlen: int,
     generator: torch.Generator,
 ) -> tuple[Tensor, str]:
-    """The windows of one source, (part.samples, seqlen) int64, and what to say of them."""
+    """The windows of one source, (part.samples, seqlen) int64, and their description."""
     samples = part.samples or 0
     bos = leading_bos(tokenizer)
     stream = token_stream(documents, tokenizer, OVERSAMPLE * samples * seqlen)
@@ -328,9 +329,9 @@ def draw(
 
 
 def leading_bos(tokenizer: "PreTrainedTokenizerBase") -> Tensor:
-    """The BOS token that this tokenizer puts before every text, as (1,) or, where it puts none, (0,) int64.
+    """The BOS token that this tokenizer puts before every text, (1,) int64, or an empty tensor if none.
 
-    Models trained with one (Gemma above all) see activations without it that they never see in use.
+    Models trained with BOS (Gemma above all) have unusual activations without it.
     """
     ids = tokenizer("a")["input_ids"]
     begins = bool(ids) and tokenizer.bos_token_id is not None and ids[0] == tokenizer.bos_token_id
@@ -338,9 +339,9 @@ def leading_bos(tokenizer: "PreTrainedTokenizerBase") -> Tensor:
 
 
 def token_stream(documents: Iterable[str], tokenizer: "PreTrainedTokenizerBase", enough: int) -> Tensor:
-    """Tokens of the documents one after another, (t,) int64; no more documents are read once t >= `enough`.
+    """Tokens of the documents in order, (t,) int64. Reading stops once t >= `enough`.
 
-    Nor is more of a document than LONGEST characters: one of gigabytes would be tokens in memory before they are few.
+    At most LONGEST characters of a document are read, since a document of gigabytes would not fit in memory as tokens.
     """
     ids: list[int] = []
     texts = (text[:LONGEST].rstrip() + SEPARATOR for text in documents if text[:LONGEST].strip())
@@ -351,7 +352,7 @@ def token_stream(documents: Iterable[str], tokenizer: "PreTrainedTokenizerBase",
 
 
 def _some(texts: Iterator[str]) -> list[str]:
-    """The next texts, BATCH of them or as many as hold LONGEST characters."""
+    """The next texts: at most BATCH, with about LONGEST characters in total."""
     batch: list[str] = []
     size = 0
     while len(batch) < BATCH and size < LONGEST and (text := next(texts, None)) is not None:
@@ -361,7 +362,7 @@ def _some(texts: Iterator[str]) -> list[str]:
 
 
 def require_tokens(reading: Reading, found: int, samples: int, length: int) -> None:
-    """DatasetError where the `found` tokens do not make `samples` windows of `length`, even overlapping."""
+    """DatasetError if `found` tokens cannot fill `samples` windows of `length`, even with overlap."""
     needed = samples * length
     if found >= length and found * MAX_REUSE >= needed:
         return
@@ -380,7 +381,8 @@ def require_tokens(reading: Reading, found: int, samples: int, length: int) -> N
 
 
 def cut_windows(stream: Tensor, samples: int, length: int, generator: torch.Generator) -> Tensor:
-    """Windows of a stream, (samples, length): a seeded choice of disjoint ones, else as many evenly overlapping."""
+    """Windows of a stream, (samples, length): a seeded choice of disjoint ones, or evenly overlapping ones if too
+    short."""
     disjoint = len(stream) // length
     if disjoint >= samples:
         starts = torch.randperm(disjoint, generator=generator)[:samples] * length

@@ -1,12 +1,12 @@
-"""Finding where scales can move: by trying, and by proof.
+"""Discovery of folds (places where scales can move), by trial and proof.
 
-Nothing here knows an architecture. A producer (a norm, or rows of a linear) is scaled by random factors; a linear whose
-input columns come out multiplied by exactly those factors reads that producer. Its columns are divided by them, and the
-block is run again: linears that were hidden behind the change (experts behind a router) show themselves, until the
-block's output is what it was. Then the fold is proved; where it never is, there is none.
+No knowledge of architectures is used. A producer (a norm, or rows of a linear) is scaled by random factors. A linear
+reads that producer if its input columns come out multiplied by exactly these factors. Its columns are divided by them,
+and the block runs again: this reveals linears hidden behind the change (experts behind a router). Once the block's
+output equals the original, the fold is proved. Otherwise there is no fold.
 
-The experts of a layer are one function with several weights: what was found of one holds for those that no probe token
-was routed to.
+All experts of a layer are one function with different weights. The findings for one expert are copied to experts that
+no probe token was routed to.
 """
 
 import copy
@@ -23,31 +23,31 @@ from lowbit.quant.algos.rotate import rotation, turned_inputs, turned_outputs
 from lowbit.quant.naming import EXPERT
 from lowbit.quant.site import Fold, Heads, Site
 
-# Relative change of the block's contribution that float32 rounding explains; a wrong fold changes it by over 1%.
+# Largest relative change of the block's contribution due to float32 rounding; a wrong fold changes it by over 1%.
 PROOF_TOLERANCE = 1e-4
 COLUMN_TOLERANCE = 1e-3  # residual of a column against its best multiple
-FACTOR_TOLERANCE = 2e-5  # distance from the producer's factor; factors lie further apart than this
-ROUNDS = 4  # consumers found in rounds: direct ones, then those behind a router
+FACTOR_TOLERANCE = 2e-5  # relative distance from the producer's factor; factors are further apart than this
+ROUNDS = 4  # rounds of search: direct consumers first, then those behind a router
 
 Inputs = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
 class Probe:
-    """One way to run the block: `run(module)` returns its output minus its input, flat, and what it leaves for others;
-    the hidden states are fixed and random."""
+    """A fixed input for the block: `run(module)` returns output minus input, flat, with everything the block leaves for
+    later blocks. Hidden states are random but fixed."""
 
     run: Callable[[nn.Module], Tensor]
 
 
 @dataclass(frozen=True)
 class Structure:
-    """What was found in a block.
+    """Structure of a block.
 
-    sites      linears by shared input
+    sites      linears by common input
     folds      proved folds
-    unreached  linears that no probe token reached, and that no expert like theirs was reached for
-    rejected   folds of blocks alike that failed their proof on this one
+    unreached  linears without probe tokens, and without a reached expert of the same role
+    rejected   folds found on a similar block that failed their proof on this one
     """
 
     sites: list[Site]
@@ -56,7 +56,7 @@ class Structure:
     rejected: list[str] = field(default_factory=list)
 
     def renamed(self, names: dict[str, str]) -> "Structure":
-        """The same structure for a block alike, whose names `names` gives."""
+        """The same structure for a similar block; `names` maps names of this block to names of that one."""
         sites = [Site(tuple(names[linear] for linear in site.linears), site.width) for site in self.sites]
         folds = [
             replace(
@@ -68,7 +68,7 @@ class Structure:
 
 
 class Workbench:
-    """A float32 copy of a block on which factors are tried and taken back."""
+    """A float32 copy of a block, for trying factors and taking them back."""
 
     def __init__(self, block: Block) -> None:
         self.module = copy.deepcopy(block.module).float()
@@ -77,7 +77,7 @@ class Workbench:
         self._specs = {spec.name: spec for spec in block.linears}
 
     def parameter(self, name: str) -> Tensor:
-        """The parameter with that name in the model."""
+        """The parameter with this name in the model."""
         return self.module.get_parameter(name.removeprefix(self._prefix)).data
 
     def weight(self, linear: str) -> Tensor:
@@ -89,14 +89,14 @@ class Workbench:
         return bias_view(self.parameter, self._specs[linear])
 
     def inputs(self, probe: Probe) -> tuple[list[tuple[tuple[str, ...], Tensor]], Tensor]:
-        """Every product's names and input, and the output, of one run."""
+        """Names and input of every product in one run, and the block's output."""
         calls: list[tuple[tuple[str, ...], Tensor]] = []
         with LinearInputs(self.block, self.parameter, lambda names, x: calls.append((names, x))):
             output = probe.run(self.module)
         return calls, output
 
     def scale(self, fold: Fold, factors: Tensor) -> None:
-        """Multiply the producer's outputs by `factors` (channels,) and divide its consumers' columns by them."""
+        """Multiply the producer's outputs by `factors` (channels,), and divide its consumers' columns by them."""
         for weight, bias in self._producers(fold):
             if weight.ndim == 2:
                 weight.mul_(factors[:, None])
@@ -108,7 +108,7 @@ class Workbench:
             self.weight(name).div_(fold.column_scales(factors, name))
 
     def turn(self, heads: Heads) -> None:
-        """Rotate the producer's outputs within `heads`, and the consumer's inputs with them."""
+        """Rotate the producer's outputs within `heads`, and the consumer's inputs to match."""
         matrix = rotation(heads.channels.shape[1])
         for tensor in (self.weight(heads.fold.producer), self.bias(heads.fold.producer)):
             if tensor is not None:
@@ -125,7 +125,7 @@ class Workbench:
             yield norm.get_parameter("weight").data, None if bias is None else bias.data
 
     def keep(self, fold: Fold) -> Callable[[], None]:
-        """A function that puts back everything `scale(fold)`, or `turn` of its heads, changes, to the bit."""
+        """A function that restores, to the bit, everything that `scale(fold)` or `turn` of its heads changes."""
         tensors = [self.weight(name) for name in fold.columns]
         tensors += [tensor for pair in self._producers(fold) for tensor in pair if tensor is not None]
         saved = [tensor.clone() for tensor in tensors]
@@ -142,7 +142,7 @@ def discover(bench: Workbench, probe: Probe, single: Probe, seed: int) -> Struct
     """Sites and proved folds of a block.
 
     probe   several tokens in a row
-    single  many sequences of one token: there attention passes its values through, whatever queries and keys are
+    single  many sequences of one token each, for which attention passes values through whatever queries and keys are
     """
     calls, output = bench.inputs(probe)
     search = _Search(bench, probe, single, _by_name(calls), output, torch.Generator().manual_seed(seed))
@@ -156,7 +156,7 @@ def discover(bench: Workbench, probe: Probe, single: Probe, seed: int) -> Struct
 
 
 def _twins(unreached: list[str], reached: set[str]) -> Iterator[dict[str, str]]:
-    """For each expert that no token reached, what the linears of one that some did are called in it."""
+    """For each expert without tokens: a map from the linears of a reached expert of its layer to its own."""
     for prefix in dict.fromkeys(name[: found.end()] for name in unreached if (found := EXPERT.search(name))):
         layer = prefix.removesuffix(EXPERT.findall(prefix)[-1])
         own = [name.removeprefix(prefix) for name in unreached if name.startswith(prefix)]
@@ -167,7 +167,7 @@ def _twins(unreached: list[str], reached: set[str]) -> Iterator[dict[str, str]]:
 
 
 def _with_twin(structure: Structure, names: dict[str, str]) -> Structure:
-    """`structure` with what it says of an expert said of another too; `names` says what that one's linears are."""
+    """Copy the findings for one expert to its twin; `names` maps the expert's linears to the twin's."""
     sites = [
         Site(tuple(names[linear] for linear in site.linears), site.width)
         for site in structure.sites
@@ -187,7 +187,7 @@ def _with_twin(structure: Structure, names: dict[str, str]) -> Structure:
 
 @torch.no_grad()
 def prove(bench: Workbench, folds: list[Fold], probe: Probe, seed: int) -> list[Fold]:
-    """Those of `folds` (found on a block of the same structure) that leave this block's output unchanged."""
+    """The `folds` (found on a block of the same structure) that leave this block's output unchanged."""
     output = probe.run(bench.module)
     generator = torch.Generator().manual_seed(seed)
 
@@ -223,7 +223,7 @@ class _Search:
         return None
 
     def _row_choices(self, producer: Fold) -> Iterator[Tensor]:
-        """Which channels to scale: all; for linears that fuse several roles, those behind single tokens, slices."""
+        """Candidate channels to scale: all; for fused linears also those seen by single tokens, and slices."""
         channels = torch.arange(producer.channels)
         yield channels
         if not producer.is_linear:
@@ -241,7 +241,7 @@ class _Search:
         return torch.cat(list(found.values())).unique() if found else None
 
     def _consumers(self, fold: Fold, rows: Tensor, probe: Probe, before: Inputs) -> dict[str, Tensor]:
-        """Linears not yet in `fold` whose input columns are multiples, by the factors, of what they were."""
+        """Linears not yet in `fold` whose input columns are multiplied by the factors."""
         factors = self._random(fold.channels, rows)
         after = _by_name(self._tried(fold, factors, probe)[0])
         found = {}
@@ -279,7 +279,7 @@ class _Search:
 
 
 def _producers(bench: Workbench) -> Iterator[Fold]:
-    """Every norm, plain and as (1 + w), and every linear, as folds that have no consumers yet."""
+    """Every norm, as plain and as (1 + w), and every linear, as folds without consumers."""
     linears = {spec.placement.parameter for spec in bench.block.linears}
     for name, module in bench.module.named_modules():
         weight = module._parameters.get("weight")
@@ -292,9 +292,9 @@ def _producers(bench: Workbench) -> Iterator[Fold]:
 
 
 def _factors(count: int, generator: torch.Generator) -> Tensor:
-    """`count` distinct factors in random order, from 1/2 to 0.84 and from 1.19 to 2, evenly spaced in logarithm.
+    """`count` distinct factors in random order, from 1/2 to 0.84 and from 1.19 to 2, evenly spaced in the logarithm.
 
-    None is near 1: however many there are, an input that did not change must not look like one that was scaled.
+    None is near 1, so that an unchanged input cannot look like a scaled one.
     """
     half = (count + 1) // 2
     magnitudes = torch.linspace(0.25, 1, half)
@@ -303,7 +303,7 @@ def _factors(count: int, generator: torch.Generator) -> Tensor:
 
 
 def _by_name(calls: list[tuple[tuple[str, ...], Tensor]]) -> Inputs:
-    """The input (tokens, k) that each linear was first seen with."""
+    """The first input (tokens, k) of each linear."""
     inputs: Inputs = {}
     for names, x in calls:
         for name in names:
@@ -312,7 +312,8 @@ def _by_name(calls: list[tuple[tuple[str, ...], Tensor]]) -> Inputs:
 
 
 def _match(before: Tensor, after: Tensor, factors: Tensor) -> Tensor | None:
-    """The channel whose factor multiplies each column of `before` (tokens, k) in `after`; None where one has none."""
+    """For each column of `before` (tokens, k): the channel whose factor multiplies it in `after`. None if a column has
+    none."""
     energy = before.square().sum(0)
     dead = energy == 0
     ratio = (before * after).sum(0) / energy.clamp(min=1e-30)
@@ -326,7 +327,7 @@ def _match(before: Tensor, after: Tensor, factors: Tensor) -> Tensor | None:
     matched = (ordered[nearest] / ratio - 1).abs() < FACTOR_TOLERANCE
     channels = order[nearest]
     if len(factors) == before.shape[-1]:
-        # a column that never fired (ReLU) follows its neighbours' rule where that rule is the identity
+        # if the other columns map to themselves, so does a column that never fired (ReLU)
         straight = torch.arange(len(factors), device=channels.device)
         channels = torch.where(dead & bool((channels == straight)[~dead].all()), straight, channels)
         matched = matched | (dead & (channels == straight))
@@ -335,5 +336,5 @@ def _match(before: Tensor, after: Tensor, factors: Tensor) -> Tensor | None:
 
 
 def same(before: Tensor, after: Tensor) -> bool:
-    """True if two outputs of the block differ by no more than float32 rounding explains."""
+    """True if two outputs of the block are equal up to float32 rounding."""
     return bool((after - before).norm() <= PROOF_TOLERANCE * before.norm())

@@ -1,12 +1,12 @@
-"""Tuning what is cheap to change on what the model finally says.
+"""Distillation: tuning scales and norms on the output of the whole model.
 
-Blocks are rounded one by one against their own outputs; what their errors add up to only shows at the end. Here the
-codes stay, and every scale and every tensor that was left unquantized inside the blocks (norms, biases) is moved to
-bring the quantized model's distribution over the next token near the unquantized one's: Adam on the Kullback-Leibler
-divergence (Chen et al., EfficientQAT, ACL 2025, section 3.3, which tunes scales on the task's loss).
+Blocks are rounded one by one against their own outputs; the sum of their errors only shows at the end of the model.
+Here codes stay fixed. Every scale, and every unquantized tensor inside the blocks (norms, biases), is tuned to bring
+the quantized model's next-token distribution close to the unquantized one's: Adam on the Kullback-Leibler divergence
+(Chen et al., EfficientQAT, ACL 2025, section 3.3, which tunes scales on the task's loss).
 
-The whole model is in memory in half precision, and one block's gradients at a time: a step runs forward keeping what
-enters each block, then backward block by block, running each again.
+Memory holds the whole model in half precision, and gradients of one block at a time. A step runs forward and keeps each
+block's input, then backward block by block, recomputing each block.
 """
 
 import math
@@ -27,15 +27,15 @@ from lowbit.models.walk import Walk
 from lowbit.quant import numerics
 from lowbit.quant.qtensor import QTensor
 
-RATE = 1e-3  # of each value's own size, or of its tensor's; falls to 0 along a cosine
+RATE = 1e-3  # relative to the size of each value or tensor; falls to 0 along a cosine
 BETAS, EPSILON = (0.9, 0.99), 1e-12
 
 
 class Adam:
-    """Adam on one tensor, in float32 (torch.optim.Adam on its change, in units of `size`).
+    """Adam on one tensor, in float32: torch.optim.Adam on the change in units of `size`.
 
-    value  what is tuned
-    size   (or broadcastable)  the unit of the rate: a step moves `value` by about rate * size
+    value  the tuned tensor
+    size   (or broadcastable)  unit of the rate: a step moves `value` by about rate * size
     """
 
     def __init__(self, value: Tensor, size: Tensor) -> None:
@@ -48,14 +48,14 @@ class Adam:
         return self._start + self._change * self._size
 
     def step(self, gradient: Tensor, rate: float) -> None:
-        """Move against `gradient`, that of the loss by `value`."""
+        """One step; `gradient` is the gradient of the loss with respect to `value`."""
         self._change.grad = gradient.float() * self._size
         self._optimizer.param_groups[0]["lr"] = rate
         self._optimizer.step()
 
 
 class TunedLinear:
-    """A rounded weight whose codes stay and whose scales are tuned."""
+    """A rounded weight with fixed codes and tuned scales."""
 
     def __init__(self, weight: QTensor, device: str) -> None:
         self._weight = weight.to(device)
@@ -63,18 +63,18 @@ class TunedLinear:
         self._scales = Adam(scales, scales)
 
     def weight(self) -> QTensor:
-        """The weight with its scales as they will be stored."""
+        """The weight with its scales rounded as stored."""
         scales = numerics.stored_scale(self._scales.value, self._weight.scales.dtype)
         return replace(self._weight, scales=scales)
 
     def step(self, gradient: Tensor, rate: float) -> None:
-        """gradient (n, k) of the loss by the rounded weight."""
+        """One step; `gradient` (n, k) is the gradient of the loss with respect to the rounded weight."""
         by_scale = numerics.grouped(self._weight.values() * gradient, self._weight.scheme).sum(-1)
         self._scales.step(by_scale, rate)
 
 
 class TunedBlock:
-    """A loaded block whose scales, norms and biases are tuned; it always computes with what they are now."""
+    """A loaded block whose scales, norms and biases are tuned. The module always holds their current values."""
 
     def __init__(self, walk: Walk, index: int, outcome: BlockOutcome) -> None:
         self._walk, self._index, self._outcome = walk, index, outcome
@@ -85,18 +85,19 @@ class TunedBlock:
         self._refresh()
 
     def outcome(self) -> BlockOutcome:
-        """The block as tuned, on the CPU."""
+        """The tuned block, on the CPU."""
         weights = {name: linear.weight().to("cpu") for name, linear in self._linears.items()}
         kept = {name: other.value.to("cpu", self._outcome.kept[name].dtype) for name, other in self._others.items()}
         return replace(self._outcome, weights=weights, kept=kept)
 
     def run(self, states: States) -> States:
-        """What the block returns."""
+        """The block's outputs."""
         with quantized_inputs(self._walk, self._index, self._outcome.weights):
             return self._walk.run(self._index, states)
 
     def backward(self, states: States, gradient: list[Tensor | None], rate: float) -> list[Tensor | None]:
-        """The gradient by `states`, which enter the block, from that by what it returns; the block has moved."""
+        """The gradient with respect to the block's input `states`, from the gradient of its output. Tunes the block on
+        the way."""
         names = {spec.placement.parameter for spec in self._specs.values()} | {
             self._block.tensors[name].parameter for name in self._others
         }
@@ -110,7 +111,7 @@ class TunedBlock:
 
     @torch.no_grad()
     def _step(self, gradients: dict[str, Tensor | None], rate: float) -> None:
-        """gradients  by the model's parameters; None where the loss did not reach one."""
+        """One step; `gradients` are by the model's parameters, None without a gradient."""
         for name, linear in self._linears.items():
             grad = gradients[self._specs[name].placement.parameter]
             if grad is not None:
@@ -122,7 +123,7 @@ class TunedBlock:
                 other.step(place.view(grad), rate)
 
     def _refresh(self) -> None:
-        """Let the module compute with the tuned values."""
+        """Load the tuned values into the module."""
         weights = {name: linear.weight() for name, linear in self._linears.items()}
         hold(self._walk, self._index, weights, {name: other.value for name, other in self._others.items()})
 
@@ -135,12 +136,12 @@ def _others_adam(value: Tensor) -> Adam:
 def distill(
     job: Job, loop: BlockLoop, outcomes: list[BlockOutcome], on_step: Callable[[float], None]
 ) -> list[BlockOutcome]:
-    """`outcomes` of the first pass, tuned together in the recipe's `distill_steps` steps.
+    """The `outcomes` of the first pass, tuned together in the recipe's `distill_steps` steps.
 
-    loop     the first pass at its end: it holds the tokens, and what the unquantized model's last block returned
-    on_step  called with each step's loss, the mean divergence per token in nats
+    loop     the first pass at its end: it holds the tokens and the outputs of the unquantized model's last block
+    on_step  called with each step's loss: the mean divergence per token, in nats
 
-    Batches of calibration tokens come in random order, none twice before all came once.
+    Batches of calibration tokens come in random order; all are used once before any is used again.
     """
     walk, steps = loop.walk, job.recipe.distill_steps
     own = [_own_part(ids, exact) for ids, exact in zip(loop.ids, loop.exact, strict=True)]
@@ -170,17 +171,17 @@ def distill(
 
 
 def _own_part(ids: Tensor, exact: States) -> tuple[Tensor, Tensor, float]:
-    """This process's sequences of a batch, token ids and exact states, and which share of the batch they are.
+    """This rank's sequences of a batch: token ids, exact states, and their share of the batch.
 
-    A process that no sequence falls to takes the first with a share of 0, so that all compute in step.
+    A rank without sequences takes the first one with share 0, so that all ranks run the same steps.
     """
     rows = ranks.mine(range(len(ids)))
     return ids[rows or [0]], exact.hidden[rows or [0]], len(rows) / len(ids)
 
 
 def _divergence(walk: Walk, ids: Tensor, exact: Tensor, share: float, hidden: Tensor) -> tuple[Tensor, Tensor]:
-    """`share` of the mean divergence of the logits of `hidden` from those of `exact`, in nats a token, float64 (); its
-    gradient by `hidden`."""
+    """`share` times the mean divergence of the logits of `hidden` from those of `exact`, in nats per token, float64 ();
+    and its gradient with respect to `hidden`."""
     with torch.no_grad():
         wanted = walk.logits_of(ids, exact).float().log_softmax(-1)
     hidden = hidden.detach().requires_grad_()

@@ -1,10 +1,9 @@
-"""From the rows of a table to texts: which columns hold them, and how a chat is rendered.
+"""From table rows to texts: choice of columns, and rendering of chats.
 
-The text is the column that the caller names, else the first of TEXT_COLUMNS that the rows have, else a question and
-its answer (QUESTIONS, ANSWERS), else the only column with words in it. A text is a string, or a chat: turns of role and
-content, or of from and value. Chats go through the tokenizer's chat template, with the row's `tools`; a question and
-its answer do too where there is a template. A row without a text is passed over; one that cannot be rendered is skipped
-and counted in a Reading.
+The text column is the caller's, or the first of TEXT_COLUMNS in the rows, or a question and its answer (QUESTIONS,
+ANSWERS), or the only column with words. A text is a string, or a chat: turns of role and content, or of from and value.
+Chats are rendered with the tokenizer's chat template and the row's `tools`. So are a question and its answer if there
+is a template. Empty rows are passed over. Rows that cannot be rendered are skipped and counted in a Reading.
 """
 
 import json
@@ -27,24 +26,24 @@ TEXT_COLUMNS = (
 CHAT_COLUMNS = ("messages", "conversations", "conversation")
 QUESTIONS = ("instruction", "question", "prompt", "query", "problem")
 ANSWERS = ("output", "response", "answer", "completion", "solution")
-CONTEXTS = ("input", "context")  # what a question is asked of
+CONTEXTS = ("input", "context")  # text that a question refers to
 SYSTEMS = ("system", "system_prompt")
 ROLES = {"human": "user", "prompter": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant"}
-SAMPLE = 64  # rows that are looked at before the columns are chosen
-SAMPLE_CHARS = 1 << 24  # of texts in them: the rows are in memory together
-MOST_BAD = 1000  # rows without a good one among them, before a source is given up
+SAMPLE = 64  # rows read before columns are chosen
+SAMPLE_CHARS = 1 << 24  # characters in these rows, which are in memory together
+MOST_BAD = 1000  # leading bad rows before a source is given up
 PROBE = "calibration"
-SEPARATOR = "\n\n"  # between documents, as the usual perplexity protocol joins them, and between parts of one
+SEPARATOR = "\n\n"  # between documents, as in the usual perplexity protocol, and between parts of one
 
 
 @dataclass
 class Reading:
-    """What became of a source's rows so far.
+    """Rows read and skipped so far, for one source.
 
-    label    what people call the source
-    rows     read
-    skipped  a line for each that could not be used: which, and why
-    folded   chats whose system turn the template refuses, and that were rendered with it in the user's first
+    label    the source's name for people
+    rows     number of rows read
+    skipped  one line per skipped row: number and reason
+    folded   number of chats whose system turn was merged into the first user turn, because the template rejects it
     """
 
     label: str
@@ -53,7 +52,7 @@ class Reading:
     folded: int = 0
 
     def describe(self) -> str:
-        """What a user should know, in a line; empty where there is nothing."""
+        """One line for the user about skipped and folded rows; empty if there are none."""
         parts = []
         if self.skipped:
             parts.append(f"{len(self.skipped)} of {self.rows} rows read skipped ({self.skipped[0]})")
@@ -64,7 +63,7 @@ class Reading:
 
 @dataclass(frozen=True)
 class Layout:
-    """Which columns hold the text: one, or a question's and its answer's, with what may stand beside them."""
+    """The columns that hold the text: one, or a question and an answer, with optional context and system prompt."""
 
     text: str | None = None
     question: str = ""
@@ -74,7 +73,7 @@ class Layout:
 
     @property
     def label(self) -> str:
-        """For people."""
+        """The column names, for messages."""
         return f"column {self.text!r}" if self.text else f"columns {self.question!r} and {self.answer!r}"
 
 
@@ -84,9 +83,9 @@ def documents(
     reading: Reading,
     text_column: str | None = None,
 ) -> Iterator[str]:
-    """The texts of the rows of a source, in their order; `reading` is told what becomes of them.
+    """The texts of a source's rows, in order. `reading` counts rows read and skipped.
 
-    DatasetError where there are no rows, where no column is the text's, or where none of the rows can be used.
+    DatasetError if there are no rows, no text column, or no usable row.
     """
     label, remaining = reading.label, iter(rows)
     sample, merged = _sample(remaining)
@@ -100,7 +99,7 @@ def documents(
             if isinstance(row, BadRow):
                 raise row
             text = row_text(row, layout, template)
-            text.encode()  # ValueError where it holds half of a surrogate pair
+            text.encode()  # ValueError for half of a surrogate pair
             yield text
         except DatasetError:
             raise
@@ -113,7 +112,7 @@ def documents(
 
 
 def _sample(rows: Iterator[Numbered]) -> tuple[list[Numbered], Row]:
-    """The first rows, as many as it takes to see a text, and from each column the first value that may be one."""
+    """The first rows, until one has a text, and the first text-like value of each column."""
     sample: list[Numbered] = []
     merged: Row = {}
     while len(sample) < MOST_BAD and (batch := _some(rows)):
@@ -126,7 +125,7 @@ def _sample(rows: Iterator[Numbered]) -> tuple[list[Numbered], Row]:
 
 
 def _some(rows: Iterator[Numbered]) -> list[Numbered]:
-    """The next rows, SAMPLE of them or as many as hold SAMPLE_CHARS characters."""
+    """The next rows: at most SAMPLE, with about SAMPLE_CHARS characters in total."""
     batch: list[Numbered] = []
     size = 0
     while len(batch) < SAMPLE and size < SAMPLE_CHARS and (numbered := next(rows, None)) is not None:
@@ -144,7 +143,7 @@ def is_text(value: Any) -> bool:
 
 
 def choose_layout(row: Row, wanted: str | None, label: str) -> Layout:
-    """Which columns hold the text, by one row. DatasetError, with the columns there are, where that is not clear."""
+    """The text columns, judged by one row. DatasetError lists the columns if the choice is not clear."""
     columns = ", ".join(row)
     if wanted is not None:
         if wanted not in row:
@@ -158,14 +157,14 @@ def choose_layout(row: Row, wanted: str | None, label: str) -> Layout:
     if text is None and question and answer:
         return Layout(None, question, answer, first(CONTEXTS), first(SYSTEMS))
     strings = [name for name, value in row.items() if isinstance(value, str) and value.strip()]
-    worded = [name for name in strings if any(map(str.isalpha, row[name]))] or strings  # a table's ids may be strings
+    worded = [name for name in strings if any(map(str.isalpha, row[name]))] or strings  # ids may be strings too
     if text is None and len(worded) != 1:
         raise DatasetError(f"{label}: which column is the text? Name one of: {columns}")
     return Layout(text or worded[0])
 
 
 def row_text(row: Row, layout: Layout, template: "ChatTemplate") -> str:
-    """The text of a row, empty where its cells are. BadRow where they hold neither text nor a chat."""
+    """The text of a row; empty if its cells are empty. BadRow if they hold neither text nor a chat."""
     if layout.text is None:
         return exchange_text(row, layout, template)
     value = row.get(layout.text)
@@ -175,7 +174,7 @@ def row_text(row: Row, layout: Layout, template: "ChatTemplate") -> str:
 
 
 def _parsed(text: str) -> Any:
-    """The chat that `text` is as JSON, which is how tables without nested columns hold one; else `text`."""
+    """The chat in `text` as JSON (tables without nested columns store chats so), or `text` itself."""
     try:
         value = json.loads(text)
     except ValueError:
@@ -184,7 +183,7 @@ def _parsed(text: str) -> Any:
 
 
 def exchange_text(row: Row, layout: Layout, template: "ChatTemplate") -> str:
-    """The text of a question and its answer: a chat where there is a template for one. Empty where either is."""
+    """The text of a question and its answer, as a chat if there is a template. Empty if either is empty."""
     question, answer = turns_of(row.get(layout.question), "user"), turns_of(row.get(layout.answer), "assistant")
     if not question or not answer:
         return ""
@@ -198,7 +197,7 @@ def exchange_text(row: Row, layout: Layout, template: "ChatTemplate") -> str:
 
 
 def turns_of(value: Any, role: str) -> list[dict[str, Any]]:
-    """A cell as turns of role and content; a string is one of `role`. BadRow where it is neither."""
+    """A cell as turns of role and content. A string becomes one turn of `role`. BadRow for anything else."""
     if value is None or value == "" or value == []:
         return []
     if isinstance(value, str):
@@ -209,18 +208,18 @@ def turns_of(value: Any, role: str) -> list[dict[str, Any]]:
 
 
 def standard_turn(turn: dict[str, Any]) -> dict[str, Any]:
-    """One turn as role and content, from that or from ShareGPT's from and value; what else it holds stays."""
+    """One turn with role and content, converted from ShareGPT's from and value if needed. Other keys are kept."""
     for who, said in (("role", "content"), ("from", "value")):
         if isinstance(turn.get(who), str) and turn[who] and said in turn:
             rest = without_nulls({key: value for key, value in turn.items() if key not in (who, said)})
-            called = turn[said] is None and rest.get("tool_calls")  # and says nothing
+            called = turn[said] is None and rest.get("tool_calls")  # a tool call without text
             content = None if called else content_text(turn[said])
             return {"role": ROLES.get(turn[who], turn[who]), "content": content, **rest}
     raise BadRow(f"a turn has {', '.join(turn)}, expected role and content, or from and value")
 
 
 def content_text(content: Any) -> str:
-    """The text of a turn's content, which may come as a list of parts. BadRow where a part is no text."""
+    """The text of a turn's content, which may be a list of parts. BadRow for a part that is not text."""
     if content is None or isinstance(content, str):
         return content or ""
     if isinstance(content, list):
@@ -238,33 +237,33 @@ def _part_text(part: Any) -> str:
 
 
 def without_nulls(value: Any) -> Any:
-    """`value` without the keys that hold nothing, which tables add to make all rows alike."""
+    """`value` without keys whose value is None: tables add them to give all rows the same columns."""
     if isinstance(value, dict):
         return {key: without_nulls(inner) for key, inner in value.items() if inner is not None}
     return [without_nulls(inner) for inner in value] if isinstance(value, list) else value
 
 
 class ChatTemplate:
-    """A tokenizer's chat template, for the chats of the source called `label`."""
+    """A tokenizer's chat template, applied to the chats of the source `label`."""
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase", label: str, reading: Reading) -> None:
         self.tokenizer, self.label, self.reading = tokenizer, label, reading
 
     @property
     def missing(self) -> bool:
-        """True if there is none."""
+        """True if the tokenizer has no chat template."""
         return not self.tokenizer.chat_template
 
     @cached_property
     def wants_parts(self) -> bool:
-        """True if it reads a turn's content as a list of parts alone, as those of models that see images may."""
+        """True if the template accepts content only as a list of parts, as templates of vision models may."""
         return not self._shows(PROBE) and self._shows(as_parts(PROBE))
 
     def render(self, turns: list[dict[str, Any]], tools: Any = None) -> str:
-        """The chat as the model sees it, empty where it has no turns.
+        """The rendered chat; empty without turns.
 
-        A system turn that the template refuses goes into the user's that follows. BadRow where it refuses more than
-        that, DatasetError where there is no template.
+        A system turn that the template rejects is merged into the following user turn. BadRow if the template rejects
+        the chat anyway, DatasetError if there is no template.
         """
         if not turns:
             return ""
@@ -301,12 +300,12 @@ class ChatTemplate:
 
 
 def as_parts(text: str) -> list[dict[str, str]]:
-    """A turn's content as a list of one part."""
+    """A turn's content as a list with one text part."""
     return [{"type": "text", "text": text}]
 
 
 def tools_of(value: Any) -> list[Any] | None:
-    """The tools that a row offers, which may come as JSON text; None for none. BadRow where they are no list."""
+    """The tools of a row, which may be JSON text; None without tools. BadRow if they are not a list of objects."""
     if isinstance(value, str) and value:
         value = json.loads(value)
     if not value:

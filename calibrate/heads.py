@@ -1,8 +1,8 @@
-"""Finding where channels can be rotated: between a linear and the one reader of its outputs, by trying.
+"""Discovery of channels that can be rotated, between a linear and the only reader of its outputs, by trial.
 
-Attention's values can be rotated within their heads; what is multiplied channel by channel on its way (up and down
-projections) cannot. Nothing here knows how large a head is: pairs of channels are tried first, then all sizes from the
-largest, and what leaves the block's output alone is taken.
+Attention values can be rotated within their heads. Channels that are multiplied elementwise on the way (up and down
+projections) cannot. The head size is not known here: pairs of channels are tried first, then all sizes from the
+largest. The first size that leaves the block's output unchanged wins.
 """
 
 import torch
@@ -13,7 +13,7 @@ from lowbit.quant.site import Fold, Heads
 
 @torch.no_grad()
 def find_heads(bench: Workbench, folds: list[Fold], probe: Probe) -> list[Heads]:
-    """Those of `folds` whose channels can be rotated, each with the largest heads that can."""
+    """The `folds` whose channels can be rotated, each with the largest head size that works."""
     output = probe.run(bench.module)
 
     def holds(heads: Heads) -> bool:
@@ -32,7 +32,7 @@ def find_heads(bench: Workbench, folds: list[Fold], probe: Probe) -> list[Heads]
 
 
 def _cuts(fold: Fold) -> list[Heads]:
-    """The ways to cut the channels of `fold` into heads of one even size, from the largest."""
+    """All ways to cut the channels of `fold` into heads of one even size, largest first."""
     if not fold.is_linear or len(fold.columns) != 1:
         return []
     (columns,) = fold.columns.values()
@@ -41,6 +41,6 @@ def _cuts(fold: Fold) -> list[Heads]:
 
 
 def _cut(fold: Fold, columns: torch.Tensor, size: int) -> Heads | None:
-    """Heads of `size` channels, where no two of them share a channel; several runs of columns may read one head."""
+    """Heads of `size` channels, or None if two heads share a channel. Several runs of columns may read one head."""
     channels = columns.view(-1, size).unique(dim=0)
     return Heads(fold, channels) if len(channels.unique()) == channels.numel() else None

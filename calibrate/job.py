@@ -1,4 +1,4 @@
-"""A model and a recipe that fit each other: everything decided, and refused, before a weight is read."""
+"""A model and a recipe, checked against each other: every decision and refusal comes before a weight is read."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,10 +20,10 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 
 @dataclass(frozen=True)
 class Job:
-    """What is to be done to a model.
+    """A quantization job.
 
-    dtype   of most weights that stay unquantized, and of scales where the format leaves them a choice
-    device  where blocks run
+    dtype   of most unquantized weights, and of scales if the format leaves them a choice
+    device  device that blocks run on
     """
 
     source: Source
@@ -35,13 +35,13 @@ class Job:
 
     @property
     def scale_dtype(self) -> torch.dtype:
-        """The dtype of scales: the format's own, or that of the unquantized weights."""
+        """The dtype of scales: fixed by the format, or that of unquantized weights."""
         return FORMATS[self.recipe.format].scale_dtype or self.dtype
 
     def kept_dtype(self, name: str) -> torch.dtype:
-        """The dtype in which the file's tensor `name` is written where it stays unquantized.
+        """The dtype in which the file's tensor `name` is written if it stays unquantized.
 
-        Its own, unless the recipe asks for another one than most weights have: then those that are no wider take it.
+        This is its own dtype, unless the recipe asks for another one. Then tensors wider than most weights keep theirs.
         """
         own = self.source.checkpoint.entries[name].dtype
         wider = own.itemsize > self._main_dtype.itemsize
@@ -49,7 +49,7 @@ class Job:
 
     @cached_property
     def _main_dtype(self) -> torch.dtype:
-        """Counted once: a model of many experts has 100,000 tensors, each of which asks."""
+        """Cached: a model with many experts asks for 100,000 tensors."""
         return main_dtype(self.source)
 
     @property
@@ -58,7 +58,7 @@ class Job:
         return {spec.name: spec for block in self.skeleton.blocks for spec in block.linears}
 
     def output_bytes(self) -> int:
-        """Bytes of the weights that the run will write."""
+        """Estimated bytes of the weights that the run will write."""
         linears = self.linears
         bits = sum(spec.n * spec.k * scheme.bits_per_weight(spec.k) for spec, scheme in self._quantized(linears))
         parameters = sum(entry.numel for entry in self.source.checkpoint.entries.values())
@@ -69,24 +69,23 @@ class Job:
         return [(linears[name], scheme) for name, scheme in self.plan.schemes.items()]
 
     def warnings(self) -> list[str]:
-        """What the user should know before loading the result elsewhere."""
+        """Limits of other programs with the result, as sentences."""
         quantized = [
             (spec, self.plan.schemes[name]) for name, spec in self.linears.items() if name in self.plan.schemes
         ]
         reader, default = reader_of_weights(self.skeleton, self.plan.schemes), self.recipe.default_scheme
         seqlen, positions = self.recipe.seqlen, self.source.positions
         found = {
-            f"calibration windows of {seqlen} tokens are longer than the {positions} positions that the model was made "
-            "for: what it computes beyond them is not what it does in use": seqlen > (positions or seqlen),
+            f"calibration windows of {seqlen} tokens are longer than the {positions} positions that the model "
+            "supports; statistics beyond them do not match real use": seqlen > (positions or seqlen),
             "this family stores its weights transposed (Conv1D), which compressed-tensors readers do not know: "
             "lowbit reads the checkpoint, transformers and vLLM will not": any(
                 spec.transposed and spec.placement.expert is None for spec, _ in quantized
             ),
             f"transformers needs CompressedTensorsConfig(dequantize=True) to load it: {reader} reads weights "
             "of its linears itself": reader is not None,
-            "static int8 activations lose much on models of this kind (2 to 3 times the perplexity has been seen on "
-            "Llama 2): --activations token costs the engines next to nothing": default.static_inputs
-            and default.number.is_integer,
+            "static int8 activations lose much quality on such models (2 to 3 times the perplexity, measured on "
+            "Llama 2): --activations token is almost as fast": default.static_inputs and default.number.is_integer,
             "transformers keeps experts fused and does not load those whose inputs are quantized; vLLM does": any(
                 spec.placement.expert is not None and scheme.inputs is not None for spec, scheme in quantized
             ),
@@ -101,9 +100,9 @@ class Job:
 
 
 def prepare(source: Source, recipe: Recipe, device: str) -> Job:
-    """Everything that can be decided, and refused, before a weight is read.
+    """The checked job for `source` and `recipe`; no weight is read.
 
-    Raises CheckpointError or RecipeError where the model is quantized already, damaged, or cannot be covered.
+    CheckpointError or RecipeError if the model is already quantized, damaged, or cannot be covered.
     """
     if source.checkpoint.quantization is not None:
         method = source.checkpoint.quantization.get("quant_method")
@@ -127,7 +126,7 @@ def _dtype(source: Source, recipe: Recipe) -> torch.dtype:
 
 
 def main_dtype(source: Source) -> torch.dtype:
-    """The dtype of most of a model's weights, bfloat16 where that is none that weights are computed in."""
+    """The most frequent dtype of a model's weights; bfloat16 if none of them is a dtype to compute in."""
     counts: dict[torch.dtype, int] = {}
     for entry in source.checkpoint.entries.values():
         if entry.dtype in DTYPES.values():

@@ -1,4 +1,4 @@
-"""The methods, one line each: what a name on the command line stands for. A recipe may change any of it."""
+"""Methods, one row each: a name on the command line for a set of recipe settings. A recipe may override any of them."""
 
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -14,12 +14,12 @@ from lowbit.quant.scheme import Scheme, parse_scheme
 
 @dataclass(frozen=True)
 class Method:
-    """A way to quantize: a name for a recipe's settings.
+    """A method: a name for recipe settings.
 
     summary    one line for --list-methods
-    settings   of the recipe, where they differ from its defaults
-    only_bits  the one width that makes sense, or None
-    only_weights  the one scheme of weights that makes sense, or None
+    settings   recipe keys that differ from the defaults
+    only_bits  the only valid width, or None
+    only_weights  the only valid scheme of weights, or None
     """
 
     name: str
@@ -49,7 +49,7 @@ METHODS = {
         ),
         Method("rtn", "plain rounding to 4 or 8 bits; the baseline, needs no data"),
         Method("awq", "activation-aware scales, then clipping", {"transforms": ("awq",), "clip": True}),
-        Method("gptq", "columns rounded in order of importance, errors made up for", {"rounder": "gptq", "clip": True}),
+        Method("gptq", "columns rounded by importance, errors compensated", {"rounder": "gptq", "clip": True}),
         Method(
             "smoothquant",
             "int8 weights and int8 activations, outliers moved into the weights",
@@ -68,23 +68,23 @@ CALIBRATION = {"dataset": "builtin", "num_samples": 128, "seqlen": 512}
 
 
 def find_method(name: str) -> Method:
-    """The method called `name`; RecipeError names the nearest."""
+    """The method `name`. RecipeError for an unknown one names the nearest."""
     if name not in METHODS:
         raise RecipeError(f"unknown method {name!r}; {nearest(name, METHODS)}")
     return METHODS[name]
 
 
 def calibrated(recipe: Recipe) -> bool:
-    """True if anything in `recipe` looks at activations."""
+    """True if any part of `recipe` needs calibration data."""
     static = any(parse_scheme(text).static_inputs for text in (str(recipe.default_scheme), *recipe.schemes.values()))
     parts = any(part.needs.calibration for part in (*transforms_of(recipe), rounder_of(recipe)))
     return static or parts or recipe.clip or recipe.distill_steps > 0 or recipe.target_bits is not None
 
 
 def complete_recipe(values: dict[str, Any]) -> Recipe:
-    """The recipe that `values` (from a file, then from flags) ask for, the method's own settings where they are silent.
+    """The complete recipe: `values` (from a file, then from flags), and the method's settings for all other keys.
 
-    RecipeError where the values contradict the method or no format can hold them.
+    RecipeError if values contradict the method, or if no format can store the result.
     """
     method = find_method(merged(Recipe(), values).method)
     recipe = merged(merged(Recipe(), {"method": method.name, **method.settings}), values)
@@ -103,7 +103,7 @@ def complete_recipe(values: dict[str, Any]) -> Recipe:
 
 
 def _require_schemes(recipe: Recipe) -> None:
-    """RecipeError where a scheme is none."""
+    """RecipeError for an invalid scheme."""
     try:
         for text in (str(recipe.default_scheme), *recipe.schemes.values()):
             parse_scheme(text)
@@ -112,7 +112,7 @@ def _require_schemes(recipe: Recipe) -> None:
 
 
 def _told_by_scheme(recipe: Recipe, values: dict[str, Any]) -> Recipe:
-    """`recipe`, the keys that its `scheme` decides as that has them. RecipeError where `values` have them otherwise."""
+    """`recipe` with the keys that its `scheme` determines. RecipeError if `values` contradict the scheme."""
     if recipe.scheme is None:
         return recipe
     scheme = recipe.default_scheme
@@ -129,7 +129,7 @@ def _told_by_scheme(recipe: Recipe, values: dict[str, Any]) -> Recipe:
 
 
 def _require_known(recipe: Recipe) -> None:
-    """RecipeError where a row of a table is named that does not exist."""
+    """RecipeError for the name of an unknown transform, rounder, dtype or kind of activations."""
     for name in recipe.transforms:
         if name not in TRANSFORMS:
             raise RecipeError(f"unknown transform {name!r}; {nearest(name, TRANSFORMS)}")
@@ -144,32 +144,33 @@ def _require_known(recipe: Recipe) -> None:
 
 def _require_sense(method: Method, recipe: Recipe) -> None:
     if method.only_bits not in (None, recipe.bits):
-        raise RecipeError(f"method {method.name} is {method.only_bits} bits; {recipe.bits} bits are what rtn or awq do")
+        raise RecipeError(f"method {method.name} is {method.only_bits} bits; for {recipe.bits} bits use rtn or awq")
     weights = str(recipe.default_scheme.weights_only)
     if method.only_weights not in (None, weights):
         raise RecipeError(f"method {method.name} has weights of {method.only_weights}; for {weights} use --method rtn")
     late = next((name for name in recipe.transforms[1:] if TRANSFORMS[name].mixes_channels), None)
     if late is not None:
-        raise RecipeError(f"{late} mixes the channels that other transforms scale: name it first")
+        raise RecipeError(f"{late} mixes the channels that other transforms scale: put it first")
     if recipe.dataset is not None and (recipe.num_samples < 1 or recipe.seqlen < 2):
         raise RecipeError(f"{recipe.num_samples} samples of {recipe.seqlen} tokens: at least 1 of 2 are needed")
     if not 0 <= recipe.seed < 1 << 63:
         raise RecipeError(f"seed {recipe.seed}: a seed lies between 0 and {(1 << 63) - 1}")
     if recipe.max_shard_size < 1:
-        raise RecipeError(f"max_shard_size is {recipe.max_shard_size}: a file of weights has at least a byte")
+        raise RecipeError(f"max_shard_size is {recipe.max_shard_size}: at least 1 byte is needed")
     if recipe.distill_steps < 0:
-        raise RecipeError(f"distill_steps is {recipe.distill_steps}: there is no negative number of steps")
+        raise RecipeError(f"distill_steps is {recipe.distill_steps}: steps cannot be negative")
     if recipe.target_bits is not None:
         _require_widths(recipe.target_bits, recipe.default_scheme)
 
 
 def _require_widths(target: float, scheme: Scheme) -> None:
-    """RecipeError where no mixture of integers has `target` bits a weight, or `scheme` is none of integers alone."""
+    """RecipeError if no mix of integers has `target` bits per weight, or if `scheme` is not integer, 16-bit inputs."""
     widths = sorted({number.bits for number in NUMBERS.values() if number.is_integer})
     named = f"{', '.join(map(str, widths[:-1]))} and {widths[-1]} bits"
     if not widths[0] < target <= widths[-1] + 1:
         raise RecipeError(
-            f"target bits {target}: between {widths[0]} and {widths[-1]} bits a weight, scales counted, are to spend"
+            f"target bits {target}: more than {widths[0]} and at most {widths[-1] + 1} bits per weight are possible, "
+            "scales included"
         )
     if not scheme.number.is_integer or scheme.inputs is not None:
-        raise RecipeError(f"target bits choose between integer weights of {named}, inputs in 16: no other scheme")
+        raise RecipeError(f"target bits mix integer weights of {named} with 16-bit inputs; no other scheme is possible")

@@ -1,4 +1,4 @@
-"""What quantizing a block came to, and the block as it will be stored."""
+"""The outcome of quantizing a block, and the block as it will be stored."""
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
@@ -19,8 +19,8 @@ from lowbit.quant.qtensor import QTensor
 class BlockOutcome:
     """A quantized block, on the CPU.
 
-    weights  its quantized linears
-    kept     its other tensors, as transforms left them, in the job's dtype
+    weights  quantized linears
+    kept     all other tensors, after transforms, in the dtype they are written in
     """
 
     weights: dict[str, QTensor]
@@ -29,7 +29,7 @@ class BlockOutcome:
 
 
 def hold(walk: Walk, index: int, weights: Mapping[str, QTensor], kept: Mapping[str, Tensor]) -> None:
-    """Let block `index`, which must be loaded, compute with these weights and other tensors, by their file's names."""
+    """Load these weights and other tensors, by their file names, into block `index`, which must be loaded."""
     model, block = walk.skeleton.model, walk.skeleton.blocks[index]
     specs = {spec.name: spec for spec in block.linears}
     for name, value in kept.items():
@@ -41,7 +41,7 @@ def hold(walk: Walk, index: int, weights: Mapping[str, QTensor], kept: Mapping[s
 
 
 def quantized_inputs(walk: Walk, index: int, weights: Mapping[str, QTensor]) -> AbstractContextManager[None]:
-    """A context in which block `index` rounds the inputs of those `weights` whose schemes say so."""
+    """A context in which block `index` rounds the inputs of `weights` with quantized inputs."""
     rounds = {
         name: input_rounding(weight.scheme.inputs, weight.input_scale)
         for name, weight in weights.items()
@@ -51,15 +51,15 @@ def quantized_inputs(walk: Walk, index: int, weights: Mapping[str, QTensor]) -> 
 
 
 def run_shared(walk: Walk, index: int, batches: list[States]) -> list[States]:
-    """What block `index`, which must be loaded, makes of `batches`, which the run's processes share out."""
+    """Outputs of block `index`, which must be loaded, for `batches`; the batches are split over the ranks."""
     found = ranks.each_several(batches, lambda states: walk.run(index, states).packed())
     return [states.unpacked(parts) for states, parts in zip(batches, found, strict=True)]
 
 
 def run_stored(walk: Walk, index: int, outcome: BlockOutcome, batches: list[States]) -> list[States]:
-    """What block `index`, which must be loaded, makes of `batches` once it holds `outcome`.
+    """Outputs of block `index`, which must be loaded, for `batches`, after loading `outcome` into it.
 
-    The block holds it from then on, rounded as on disk: a run that goes on from the files sees the same numbers.
+    The block keeps `outcome`, rounded as on disk, so that a resumed run sees the same numbers.
     """
     hold(walk, index, outcome.weights, outcome.kept)
     with quantized_inputs(walk, index, outcome.weights):

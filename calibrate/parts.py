@@ -1,7 +1,7 @@
-"""Parts of a recipe: a transform or a rounder says its name, its settings and its needs, and does its work.
+"""Parts of a recipe: base classes of transforms and rounders, with their names, settings and needs.
 
-A part is a frozen dataclass whose fields are its settings. Recipe tables, command-line options and the tables of the
-documents are made from them.
+A part is a frozen dataclass whose fields are its settings. Recipe tables, command-line options and tables in the
+documents are generated from them.
 """
 
 from abc import ABC, abstractmethod
@@ -16,16 +16,16 @@ from lowbit.quant.qtensor import QTensor
 from lowbit.quant.recipe import Recipe
 from lowbit.quant.site import Heads
 
-Rows = list[dict[str, Any]]  # of the report
+Rows = list[dict[str, Any]]  # rows of the report
 
 
 @dataclass(frozen=True)
 class Needs:
-    """What a part looks at.
+    """Inputs that a part needs.
 
-    calibration    tokens run through the model
-    statistics     those of every linear's inputs, before the part begins
-    second_stream  what the unquantized model returns behind the block
+    calibration    calibration tokens
+    statistics     statistics of every linear's inputs, before the part starts
+    second_stream  the unquantized model's outputs after each block
     """
 
     calibration: bool = True
@@ -35,12 +35,12 @@ class Needs:
 
 @dataclass(frozen=True)
 class BlockTask:
-    """A loaded block, and what parts may look at.
+    """A loaded block with everything that parts may use.
 
-    heads     the heads that channels can be rotated within; costs a proof
-    entering  hidden states that enter the block, all batches
-    sample    one batch, spread over all
-    targets   what the unquantized model returns behind the block; empty where nothing needs the second stream
+    heads     returns folds whose channels can be rotated within heads; expensive: it proves each on the block
+    entering  the block's input states, all batches
+    sample    one batch, spread over all batches
+    targets   the unquantized model's outputs of the block; empty if no part needs the second stream
     """
 
     work: BlockWork
@@ -55,17 +55,17 @@ class BlockTask:
 def setting(
     default: Any, text: str, *flags: str, valid: Callable[[Any], bool] = lambda value: True, rule: str = ""
 ) -> Any:
-    """A field of a part: a setting of it.
+    """A field of a part that is one of its settings.
 
-    text   what it is, for --help and the documents
-    flags  other names of its option, beside its own
-    valid  whether a value makes sense; `rule` says when
+    text   description for --help and the documents
+    flags  further names of its option
+    valid  True for valid values; `rule` describes them
     """
     return field(default=default, metadata={"text": text, "flags": flags, "valid": valid, "rule": rule})
 
 
 class Part(ABC):
-    """A part of a recipe: its name, a line of help, its needs; its settings are the fields of the dataclass it is."""
+    """A part of a recipe, with a name, a line of help, and needs. The fields of its dataclass are its settings."""
 
     name: ClassVar[str]
     help: ClassVar[str]
@@ -73,26 +73,26 @@ class Part(ABC):
 
     @classmethod
     def settings(cls) -> dict[str, "Field[Any]"]:
-        """Its settings, by name."""
+        """Its settings by name."""
         return {each.name: each for each in fields(cls)} if is_dataclass(cls) else {}
 
 
 class Transform(Part):
-    """Changes weights without changing what the block computes before rounding.
+    """A change of weights that leaves the block's output unchanged before rounding.
 
-    mixes_channels  it must come before transforms that scale channels, and before statistics are gathered
+    mixes_channels  True if it must come before statistics and before transforms that scale channels
     """
 
     mixes_channels: ClassVar[bool] = False
 
     @abstractmethod
     def apply(self, task: BlockTask) -> Rows:
-        """Change the block; a row of the report for each place."""
+        """Transform the block. Returns one report row per fold."""
 
 
 class Rounder(Part):
-    """Chooses the codes of a block's weights."""
+    """A choice of codes for a block's weights."""
 
     @abstractmethod
     def round(self, task: BlockTask) -> dict[str, QTensor]:
-        """Every linear that has a scheme, rounded; the block computes with the rounded weights from then on."""
+        """Round every linear with a scheme. Afterwards the block computes with the rounded weights."""

@@ -1,4 +1,4 @@
-"""From a model's files to a quantized checkpoint, one block in memory at a time."""
+"""Pipeline from a model's files to a quantized checkpoint, with one block in memory at a time."""
 
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -31,11 +31,11 @@ def run(
     journal: Journal | None = None,
     config_name: str = CONFIG_NAME,
 ) -> Result:
-    """Quantize `job` into the existing, empty directory `output`; blocks that `journal` holds are not done again.
+    """Quantize `job` into the existing, empty directory `output`. Blocks in `journal` are not quantized again.
 
-    Writes weights, recipe.toml and quantization_report.json, and copies tokenizer and templates. What was written is
-    read again and compared with what was meant, and the configuration gets `config_name` last. Raises CheckpointError
-    where something differs, and Unfinished where the model's files changed meanwhile.
+    Writes weights, recipe.toml and quantization_report.json, and copies tokenizer and templates. Every written tensor
+    is read back and compared; the configuration is renamed to `config_name` last. CheckpointError if a tensor differs,
+    Unfinished if the model's files changed during the run.
     """
     unspent = job.recipe.target_bits is not None and set(job.plan.schemes) - job.plan.named
     assert not unspent, "target bits are spent (calibrate.budget) before a run"
@@ -57,7 +57,7 @@ def run(
 
 
 def assist(job: Job, calibration: CalibrationSet | None, journal: Journal | None = None) -> None:
-    """Do this process's part of the `run` of the leading one, and write nothing."""
+    """Run this rank's share of the leader's `run`. Writes nothing."""
     if calibration is not None:
         result = Result(job.plan, job.recipe, job.dtype)
         deque(_outcomes(job, calibration, result, lambda report: None, journal), maxlen=0)
@@ -66,7 +66,7 @@ def assist(job: Job, calibration: CalibrationSet | None, journal: Journal | None
 def _outcomes(
     job: Job, calibration: CalibrationSet | None, result: Result, on_block: OnBlock, journal: Journal | None
 ) -> Iterator[BlockOutcome]:
-    """Every block's outcome, told to `result` and `on_block`; all at the end where they are tuned together."""
+    """Every block's outcome, also reported to `result` and `on_block`. With distillation, all come at the end."""
     loop = BlockLoop(job, calibration) if calibration else None
     blocks: Blocks = loop or DataFreeBlocks(job)
     held = []
@@ -83,7 +83,7 @@ def _outcomes(
 
 
 def _outcome(blocks: Blocks, index: int, journal: Journal | None) -> BlockOutcome:
-    """What became of block `index`: out of `journal`, or found now and put there."""
+    """The outcome of block `index`: read from `journal`, or computed now and added to it."""
     outcome = journal.read(index) if journal else None
     if outcome is not None:
         blocks.replay(index, outcome)
@@ -101,7 +101,7 @@ def _write_companions(job: Job, output: Path, result: Result) -> None:
         if key in config:
             config[key] = str(job.dtype).removeprefix("torch.")
     if not tied_weights(job.skeleton.model):
-        # the file has the last word (models.skeleton), and readers of this one may ask config.json
+        # the file decides about tied weights (models.skeleton), but readers may look at config.json alone
         for part in (config, config.get("text_config", {})):
             part |= {key: False for key in ("tie_word_embeddings",) if part.get(key)}
     fmt = FORMATS[job.recipe.format]

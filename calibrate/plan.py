@@ -1,4 +1,4 @@
-"""What becomes of each linear: a scheme, or a reason why it is left alone. Decided from names and shapes alone."""
+"""The plan: for each linear a scheme, or the reason why it stays in 16 bits. Decided from names and shapes alone."""
 
 import re
 from collections.abc import Container, Iterable, Iterator, Mapping
@@ -21,7 +21,7 @@ MINIMUM_COVERAGE = 0.99
 
 @dataclass(frozen=True)
 class Left:
-    """A linear that keeps its weight: its size, why, and whether the user or its nature exempts it from coverage."""
+    """A linear left in 16 bits: its size, the reason, and whether it is exempt from coverage."""
 
     parameters: int
     reason: str
@@ -30,10 +30,10 @@ class Left:
 
 @dataclass(frozen=True)
 class Plan:
-    """Schemes of the linears to quantize, sizes of them, and those that are left.
+    """Schemes and sizes of linears to quantize, and the linears left in 16 bits.
 
-    wanted  the scheme asked for, by linear, before any group size fell back
-    named   linears whose scheme the recipe names one by one
+    wanted  requested scheme by linear, before group sizes fell back
+    named   linears whose scheme is set by name in the recipe
     """
 
     schemes: dict[str, Scheme]
@@ -50,7 +50,7 @@ class Plan:
         return quantized / max(quantized + missed, 1)
 
     def require_coverage(self) -> None:
-        """Raise CheckpointError where less than 99% would be quantized, naming what is left and why."""
+        """Raise CheckpointError, with the linears left and why, if less than 99% would be quantized."""
         if self.schemes and self.coverage >= MINIMUM_COVERAGE:
             return
         reasons = [f"{name}: {left.reason}" for name, left in self.left.items() if not left.exempt]
@@ -63,8 +63,8 @@ class Plan:
 def make_plan(skeleton: Skeleton, recipe: Recipe) -> Plan:
     """The plan for every linear of the model.
 
-    Group sizes that do not divide a linear's inputs fall back (quant.scheme.FALLBACK_GROUP_SIZES), together for linears
-    that engines fuse and for all experts of a layer.
+    A group size that does not divide a linear's inputs falls back (quant.scheme.FALLBACK_GROUP_SIZES). Fused linears,
+    and all experts of a layer, fall back together.
     """
     _require_fits(skeleton, recipe.ignore)
     named = _named_schemes(skeleton, recipe)
@@ -92,7 +92,7 @@ def make_plan(skeleton: Skeleton, recipe: Recipe) -> Plan:
 
 
 def scheme_pattern(fused: str) -> str:
-    """The pattern that names, in a recipe, every linear of the set that `fused_set` calls `fused`."""
+    """The recipe pattern that matches every linear of the set with key `fused` (from `fused_set`)."""
     if fused.endswith(".experts"):
         return f"re:^{re.escape(fused)}\\.[0-9]+\\."
     parent, _, leaves = fused.rpartition(".")
@@ -100,40 +100,40 @@ def scheme_pattern(fused: str) -> str:
 
 
 def _require_fits(skeleton: Skeleton, ignore: Iterable[str]) -> None:
-    """RecipeError, with the nearest names, where one of `ignore` fits nothing that the model has."""
+    """RecipeError, with the nearest names, if a pattern of `ignore` matches nothing in the model."""
     linears = [spec.name for block in skeleton.blocks for spec in block.linears]
     dense = {name.rpartition(".")[0] for name in (*skeleton.others, *skeleton.source.checkpoint.entries)}
     for pattern in ignore:
         if pattern != HEAD and not any(ignored_by(name, [pattern]) for name in dense.union(linears)):
-            raise RecipeError(f"ignore: {pattern!r} fits no linear of this model; {_advice(pattern, linears)}")
+            raise RecipeError(f"ignore: {pattern!r} matches no linear of this model; {_advice(pattern, linears)}")
 
 
 def _advice(pattern: str, names: list[str]) -> str:
-    """A line on what to write for a `pattern` that fits none of the linears `names`."""
+    """A hint for the user whose `pattern` matches none of the linears `names`."""
     if "*" in pattern and not pattern.startswith("re:"):
         expression = re.escape(pattern).replace(r"\*", ".*")
-        return f"there are no wildcards but regular expressions: re:^{expression}$"
+        return f"wildcards do not work, regular expressions do: re:^{expression}$"
     if any(name.startswith(f"{pattern}.") for name in names):
-        return f"names begin so: for all of them, re:^{re.escape(pattern)}\\."
+        return f"some names start with it; to match them write re:^{re.escape(pattern)}\\."
     endings = (".".join(name.split(".")[-parts:]) for parts in (1, 2) for name in names)
     wanted = pattern.removeprefix("re:")
     return nearest(wanted, names if wanted.count(".") > 1 else dict.fromkeys(endings))
 
 
 def _named_schemes(skeleton: Skeleton, recipe: Recipe) -> dict[str, Scheme]:
-    """The schemes that `recipe.schemes` gives single linears, the first pattern that fits each.
+    """The schemes that `recipe.schemes` sets for single linears; the first matching pattern wins.
 
-    RecipeError where a pattern fits none.
+    RecipeError if a pattern matches none.
     """
     found = {spec.name: ignored_by(spec.name, recipe.schemes) for block in skeleton.blocks for spec in block.linears}
     unused = recipe.schemes.keys() - set(found.values())
     if unused:
-        raise RecipeError(f"schemes: {min(unused)!r} fits no linear of this model that another does not fit before")
+        raise RecipeError(f"schemes: {min(unused)!r} matches no linear that an earlier pattern leaves")
     return {name: parse_scheme(recipe.schemes[pattern]) for name, pattern in found.items() if pattern is not None}
 
 
 def _require_whole_sets(block: Block, wanted: dict[str, Scheme]) -> None:
-    """RecipeError where linears that engines fuse are to have different schemes."""
+    """RecipeError if linears that engines fuse would get different schemes."""
     first: dict[str, str] = {}
     for spec in block.linears:
         other = first.setdefault(fused_set(spec.name), spec.name)
@@ -145,9 +145,9 @@ def _require_whole_sets(block: Block, wanted: dict[str, Scheme]) -> None:
 
 
 def ignored_by(name: str, patterns: Iterable[str]) -> str | None:
-    """The pattern that `name` falls under: the whole name, its last parts, or a `re:` pattern.
+    """The first of `patterns` that matches `name`: its whole name, its last parts, or a `re:` pattern.
 
-    RecipeError where a pattern takes too long.
+    RecipeError if a pattern takes too long.
     """
     limited = Patterns(seconds=1)
     for pattern in patterns:
@@ -165,7 +165,7 @@ def ignored_by(name: str, patterns: Iterable[str]) -> str | None:
 def _reason_against(spec: LinearSpec, block: Block, ignore: Iterable[str], roles: Mapping[str, str]) -> str | None:
     """The reason why a linear stays in 16 bits, or None.
 
-    roles  of linears whose outputs choose, as far as running the model's code showed them
+    roles  of linears whose outputs select something (routers), found by running the model's code
     """
     pattern = ignored_by(spec.name, ignore)
     if pattern:
@@ -178,7 +178,7 @@ def _reason_against(spec: LinearSpec, block: Block, ignore: Iterable[str], roles
 
 
 def _spread_over_fused(reasons: dict[str, str | None]) -> None:
-    """Leave all of a fused set where one member is left: engines refuse half of one."""
+    """Leave a whole fused set in 16 bits if one member is ignored, since engines reject partly quantized sets."""
     for name, reason in list(reasons.items()):
         if reason is not None and reason.startswith("ignored"):
             for other in reasons:
@@ -196,8 +196,8 @@ def _group_sizes(block: Block, wanted: dict[str, Scheme]) -> dict[str, int]:
 
 
 def _outside_blocks(skeleton: Skeleton, ignore: Iterable[str]) -> Iterator[tuple[str, Left]]:
-    """Linears that belong to no block, by every name: of the head, also a tied one without a tensor of its own, of
-    towers and projectors, and those of the file that the model's class has no module for (prediction of later tokens).
+    """Linears outside the blocks: the head (even if tied and without a tensor of its own), towers and projectors, and
+    linears in the file without a module in the model's class (multi-token prediction).
     """
     by_parameter = {place.parameter: name for name, place in skeleton.others.items() if place.conversion is None}
     head = skeleton.model.get_output_embeddings()
@@ -212,11 +212,11 @@ def _outside_blocks(skeleton: Skeleton, ignore: Iterable[str]) -> Iterator[tuple
     kind = type(skeleton.model).__name__
     for name, entry in _homeless(skeleton):
         for linear in stacked_names(name, entry.shape):
-            yield linear, Left(entry.numel, f"no module of {kind} by itself: copied as it is", exempt=True)
+            yield linear, Left(entry.numel, f"no module of {kind} has it: copied unchanged", exempt=True)
 
 
 def _homeless(skeleton: Skeleton) -> Iterator[tuple[str, TensorEntry]]:
-    """The file's matrices, and stacks of them, that are no parameter of the model as they are."""
+    """Matrices in the file, and stacks of them, that do not directly match a parameter of the model."""
     placed = skeleton.placed()
     for name, entry in skeleton.source.checkpoint.entries.items():
         alone, stacked = (
@@ -228,23 +228,23 @@ def _homeless(skeleton: Skeleton) -> Iterator[tuple[str, TensorEntry]]:
 
 
 def unquantized_linears(skeleton: Skeleton, quantized: Container[str]) -> list[str]:
-    """The linears of the model that are not among `quantized`, by every name that a reader may know them by."""
+    """The linears of the model that are not in `quantized`, by every name that a reader may use."""
     inside = [spec.name for block in skeleton.blocks for spec in block.linears]
     names = [name for name in (*inside, *dict(_outside_blocks(skeleton, ()))) if name not in quantized]
     return names + [name for name, _ in _renamed(skeleton, names)]
 
 
 def _renamed(skeleton: Skeleton, left: Iterable[str]) -> Iterator[tuple[str, Left]]:
-    """Those of `left` that transformers calls otherwise than the file does: readers ignore them by either name."""
+    """The linears in `left` that transformers renames, by its name: readers of the file may ignore them by either."""
     tensors = skeleton.placed()
     for name in left:
         place = tensors.get(f"{name}.weight")
         if place is not None and place.expert is None and place.parameter != f"{name}.weight":
-            yield place.parameter.removesuffix(".weight"), Left(0, f"{name}, as transformers calls it", exempt=True)
+            yield place.parameter.removesuffix(".weight"), Left(0, f"{name}, renamed by transformers", exempt=True)
 
 
 def _unsplit_experts(skeleton: Skeleton, block: Block) -> dict[str, Left]:
-    """Three-dimensional parameters that no expert's own name is known for; a convolution is none and no linear."""
+    """Three-dimensional parameters (not convolutions) whose experts have no known names of their own."""
     covered = {spec.placement.parameter for spec in block.linears}
     left = {}
     for name, placement in block.tensors.items():
@@ -253,5 +253,5 @@ def _unsplit_experts(skeleton: Skeleton, block: Block) -> dict[str, Left]:
         if parameter.ndim == 3 and placement.parameter not in covered and not isinstance(owner, nn.Conv1d):
             experts = getattr(owner, "num_experts", None) == parameter.shape[0]
             reason = "experts fused in one tensor whose separate names are unknown"
-            left[name] = Left(parameter.numel(), reason if experts else "no single matrix: kept as it is", not experts)
+            left[name] = Left(parameter.numel(), reason if experts else "not one matrix: copied unchanged", not experts)
     return left

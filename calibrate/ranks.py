@@ -1,10 +1,10 @@
-"""One run by several processes, as torchrun starts them: what each does of it, and what all know.
+"""Data-parallel runs under torchrun: split work over ranks, and replicate its results.
 
-All know everything: each process holds the block at work, the statistics and the hidden states. What is shared out is
-work. An item of it (a batch, a candidate, a linear) is done by one process and what came of it is sent to all; sums
-over batches are added up. So all decide alike, and the first process, the leader, can write for all.
+State is replicated on every rank: the current block, statistics and hidden states. Only work is split. Each item (a
+batch, a candidate, a linear) runs on one rank and its result is broadcast; sums over batches are all-reduced. So all
+ranks make the same decisions, and rank 0, the leader, can write for all.
 
-Where torchrun did not start this process there is one, and everything here costs nothing.
+Without torchrun there is one rank, and all functions here cost nothing.
 """
 
 import time
@@ -22,20 +22,20 @@ from lowbit.errors import CheckpointError
 
 Item = TypeVar("Item")
 
-# torchrun ends the others where a process dies, so nobody has to give up waiting: the leader may be at a long download.
+# torchrun stops the other ranks if one dies, so a long timeout is safe: the leader may be at a long download.
 PATIENCE = timedelta(hours=24)
 POLL_SECONDS = 1e-4
 FLOATS, INTS = (torch.float32, torch.bfloat16, torch.float16), (torch.int32, torch.int8, torch.uint8)
-DTYPES = (*FLOATS, *INTS, torch.float8_e4m3fn)  # that results come in
+DTYPES = (*FLOATS, *INTS, torch.float8_e4m3fn)  # dtypes of results
 MOST_DIMENSIONS = 4
 
 
 class Lost(RuntimeError):
-    """Another process of the run has ended."""
+    """Another rank of this run has ended."""
 
 
 def join() -> None:
-    """Join the processes that torchrun started beside this one, if it did."""
+    """Join the process group, if torchrun started this process."""
     if dist.is_torchelastic_launched():
         store, rank, size = next(rendezvous("env://"))
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
@@ -43,41 +43,41 @@ def join() -> None:
 
 
 def leave() -> None:
-    """Wait for the others once more; from here on each process is alone."""
+    """Wait for all ranks once more, then leave the process group."""
     if dist.is_initialized():
         wait()
         dist.destroy_process_group()
 
 
 def count() -> int:
-    """The number of processes."""
+    """The number of ranks."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def index() -> int:
-    """Which of them this one is, from 0."""
+    """This process's rank, from 0."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def leads() -> bool:
-    """True if this is the process that writes and prints."""
+    """True on the rank that writes and prints."""
     return index() == 0
 
 
 def first_to_fail() -> bool:
-    """True if no other process has failed yet, so that this one's message is the one to print."""
+    """True if no other rank has failed before: only the first failure is printed."""
     return not dist.is_torchelastic_launched() or next(rendezvous("env://"))[0].add("failed", 1) == 1
 
 
 def own_device(device: str) -> str:
-    """`device`, where that is cuda the GPU that is this process's own. CheckpointError where there is none."""
+    """`device`, or this rank's own GPU for "cuda". CheckpointError if there is none."""
     if count() == 1 or device == "cpu":
         return device
     own, there = dist.get_node_local_rank(), torch.cuda.device_count()
     if device != "cuda" or own >= there:
         raise CheckpointError(
-            f"device {device!r} for process {own} of this machine, which has {there} GPUs: each process takes one, "
-            f"so pass --device cuda or none, and --nproc-per-node {there} at most"
+            f"device {device!r} for local rank {own} on a machine with {there} GPUs: each rank needs its own,  "
+            f"so use --device cuda (or omit it) and --nproc-per-node {there} at most"
         )
     torch.cuda.set_device(own)
     return f"cuda:{own}"
@@ -85,7 +85,7 @@ def own_device(device: str) -> str:
 
 @contextmanager
 def leader_first() -> Iterator[None]:
-    """A block that the leader goes through alone (it may download), then the others (they find it done)."""
+    """A context that the leader passes first (it may download), then the other ranks (which find it done)."""
     if not leads():
         wait()
     yield
@@ -94,17 +94,17 @@ def leader_first() -> Iterator[None]:
 
 
 def mine(items: Iterable[Item]) -> list[Item]:
-    """The items that are this process's to do: every `count`-th."""
+    """This rank's items: every `count`-th."""
     return list(items)[index() :: count()]
 
 
 def each(items: Sequence[Item], work: Callable[[Item], Tensor]) -> list[Tensor]:
-    """What `work` makes of each item, known to all."""
+    """The results of `work` for all items, on every rank."""
     return [only for (only,) in each_several(items, lambda item: (work(item),))]
 
 
 def each_number(items: Sequence[Item], work: Callable[[Item], float]) -> list[float]:
-    """The same for work that ends in a number."""
+    """Like `each`, for work that returns a number."""
     found = torch.zeros(len(items), dtype=torch.float64)
     for place in mine(range(len(items))):
         found[place] = work(items[place])
@@ -112,7 +112,7 @@ def each_number(items: Sequence[Item], work: Callable[[Item], float]) -> list[fl
 
 
 def each_several(items: Sequence[Item], work: Callable[[Item], tuple[Tensor, ...]]) -> list[tuple[Tensor, ...]]:
-    """The same for work that ends in several tensors; they are on the CPU, or all on this process's device."""
+    """Like `each`, for work that returns several tensors, all on the CPU or all on this rank's device."""
     done = {place: work(items[place]) for place in mine(range(len(items)))}
     if count() == 1:
         return list(done.values())
@@ -120,7 +120,7 @@ def each_several(items: Sequence[Item], work: Callable[[Item], tuple[Tensor, ...
 
 
 def leaders(value: Tensor) -> Tensor:
-    """The leader's `value`, contiguous and of the same shape for all; it overwrites the others'."""
+    """The leader's `value`, broadcast in place; contiguous, with the same shape on every rank."""
     _from(0, value)
     return value
 
@@ -131,17 +131,17 @@ def leaders_number(value: float) -> float:
 
 
 def total(value: Tensor) -> Tensor:
-    """The sum of every process's `value`, the same to the bit for all; `value` is overwritten."""
+    """The sum of `value` over all ranks, in place, bit-identical on every rank."""
     return _reduced(value, dist.ReduceOp.SUM)
 
 
 def largest(value: Tensor) -> Tensor:
-    """The largest of every process's `value`, element by element; `value` is overwritten."""
+    """The elementwise maximum of `value` over all ranks, in place."""
     return _reduced(value, dist.ReduceOp.MAX)
 
 
 def total_gradients(parameters: Iterable[Tensor]) -> None:
-    """Every parameter's gradient becomes the sum of all processes'; none where none has one."""
+    """Sum every parameter's gradient over all ranks. A parameter without a gradient on any rank keeps none."""
     if count() == 1:
         return
     unique = list(dict.fromkeys(parameters))
@@ -153,7 +153,7 @@ def total_gradients(parameters: Iterable[Tensor]) -> None:
 
 
 def wait() -> None:
-    """Wait until all processes are here."""
+    """Barrier: wait until all ranks are here."""
     total(torch.zeros(1))
 
 
@@ -164,14 +164,14 @@ def _reduced(value: Tensor, how: dist.ReduceOp.RedOpType) -> Tensor:
 
 
 def _from(owner: int, value: Tensor) -> None:
-    """Overwrite `value`, contiguous, by that of process `owner`."""
+    """Overwrite the contiguous `value` with the one of rank `owner`."""
     if count() > 1 and value.numel():
-        # as bytes: not every backend moves every dtype
+        # sent as bytes: not every backend supports every dtype
         _finish(lambda: dist.broadcast(value.view(-1).view(torch.uint8), owner, async_op=True))
 
 
 def _sent(values: tuple[Tensor, ...] | None, owner: int) -> tuple[Tensor, ...]:
-    """The `values` of process `owner`; for it they are what it has, for the others None."""
+    """The `values` of rank `owner`, which passes them; the others pass None."""
     number = int(_header([len(values or ())], owner)[0])
     return tuple(_sent_one(values[place] if values else None, owner) for place in range(number))
 
@@ -188,7 +188,7 @@ def _sent_one(value: Tensor | None, owner: int) -> Tensor:
 
 
 def _header(numbers: Sequence[int], owner: int) -> list[int]:
-    """The few `numbers` of process `owner`, zeros behind them."""
+    """The few integers of rank `owner`, padded with zeros."""
     header = torch.zeros(3 + MOST_DIMENSIONS, dtype=torch.int64)
     header[: len(numbers)] = torch.tensor(numbers, dtype=torch.int64)
     _from(owner, header)
@@ -196,11 +196,11 @@ def _header(numbers: Sequence[int], owner: int) -> list[int]:
 
 
 def _finish(begin: Callable[[], dist.Work]) -> None:
-    """Begin something that all processes do and wait for it in Python, where a signal can end the wait."""
+    """Start a collective operation and poll for its end, so that a signal can interrupt the wait."""
     try:
         work = begin()
         while not work.is_completed():
             time.sleep(POLL_SECONDS)
         work.wait()
     except RuntimeError as error:
-        raise Lost("another process of this run has ended; what it printed, if anything, says why") from error
+        raise Lost("another rank of this run has ended; see its output for the reason") from error

@@ -1,4 +1,4 @@
-"""What a run says of itself: a report per block, and the JSON file beside the weights."""
+"""Reports of a run: one per block, and the JSON file next to the weights."""
 
 import resource
 import sys
@@ -22,13 +22,13 @@ from lowbit.quant.recipe import Recipe
 
 @dataclass(frozen=True)
 class BlockReport:
-    """What happened to one block.
+    """Results of one block.
 
-    loss     squared error of the block's output, relative to what the block adds to its input; None without calibration
-    seconds, peak_bytes  time it took, and the process's (or GPU's) peak memory so far
-    phases   seconds of each part of the work, what follows the report included
-    folds    proved folds with the scale chosen for each
-    linears  per linear: scheme, errors, tokens seen, fallbacks
+    loss     squared error of the block's output, relative to the block's change of its input; None without calibration
+    seconds, peak_bytes  wall time, and peak memory of the process (or GPU) so far
+    phases   seconds per phase of the work, including the time after this report
+    folds    one row per proved fold, with the chosen scale
+    linears  per linear: scheme, errors, tokens, fallbacks
     """
 
     index: int
@@ -42,7 +42,7 @@ class BlockReport:
 
 
 class Stopwatch:
-    """Seconds of a block's phases on `device`, whose queued work is waited for at their ends."""
+    """Seconds per phase of a block on `device`. Each phase ends with a synchronization."""
 
     def __init__(self, device: str) -> None:
         self.seconds: dict[str, float] = {}
@@ -57,15 +57,15 @@ class Stopwatch:
         self.seconds[name] = time.monotonic() - begun
 
     def elapsed(self) -> float:
-        """Seconds since it was made."""
+        """Seconds since construction."""
         return time.monotonic() - self._begun
 
 
 @dataclass
 class Result:
-    """What a run did: the plan it followed, its recipe (calibration hash filled in), a report per block.
+    """Results of a run: plan, recipe (with the calibration hash), one report per block.
 
-    distilled  the divergence from the unquantized model, nats a token, that each step of the distillation began with
+    distilled  divergence from the unquantized model in nats per token, before each step of distillation
     """
 
     plan: Plan
@@ -78,7 +78,7 @@ class Result:
 
 
 def report_of(job: Job, result: Result) -> dict[str, Any]:
-    """The per-layer report as JSON values: no times or memory, so that equal runs write equal files."""
+    """The report as JSON values, without times or memory, so that equal runs write equal files."""
     return {
         "model": published_name(job.source.name),
         "lowbit": __version__,
@@ -97,7 +97,7 @@ def report_of(job: Job, result: Result) -> dict[str, Any]:
 
 
 def linear_row(job: Job, name: str, weight: QTensor, original: Tensor) -> dict[str, Any]:
-    """What the report says of a linear: scheme, size, relative error of its weight against `original` (n, k)."""
+    """The report row of a linear: scheme, size, relative error of its weight against `original` (n, k)."""
     error = weight.dequantize() - original
     row: dict[str, Any] = {
         "scheme": str(weight.scheme),
@@ -108,17 +108,17 @@ def linear_row(job: Job, name: str, weight: QTensor, original: Tensor) -> dict[s
     wanted = job.plan.wanted[name].group_size
     if weight.scheme.group_size != wanted:
         k = weight.shape[1]
-        add_fallback(row, f"group size {wanted} does not divide {k} inputs, or those of a linear beside it")
+        add_fallback(row, f"group size {wanted} does not divide {k} inputs, or those of a linear fused with it")
     return row
 
 
 def add_fallback(row: dict[str, Any], text: str) -> None:
-    """Say in a linear's row that it was treated otherwise than asked."""
+    """Record in a linear's row a deviation from the requested treatment."""
     row["fallback"] = f"{row['fallback']}; {text}" if "fallback" in row else text
 
 
 def calibrated_rows(job: Job, work: BlockWork, weights: dict[str, QTensor]) -> dict[str, dict[str, Any]]:
-    """The rows of a calibrated block: the same, with tokens seen, outliers, and the relative error of each output."""
+    """The report rows of a calibrated block: linear_row, plus tokens, outliers and relative output error."""
     rows = {}
     for name, weight in weights.items():
         stats = work.stats.get(name)
@@ -135,7 +135,7 @@ def calibrated_rows(job: Job, work: BlockWork, weights: dict[str, QTensor]) -> d
 
 
 def peak_memory(device: str) -> int:
-    """Peak memory in bytes: of the GPU where one is used, else of this process."""
+    """Peak memory in bytes, of the GPU if one is used, else of this process."""
     if device != "cpu":
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024

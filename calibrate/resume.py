@@ -1,8 +1,8 @@
-"""What an interrupted run had finished: a journal beside the output, a block at a time.
+"""Journal of a run: its finished blocks, in a directory next to the output, for --resume.
 
-A block's file is laid out as compressed-tensors lays out its linears, whatever format the output has; the JSON row
-beside it, written last, has the file's hash, that of the block before, the hash of what the run was made from
-(`key.json` says it in full) and a hash of itself. A block counts where all are right.
+A block's tensors are stored as compressed-tensors, whatever the output's format. Its JSON row is written last. It holds
+the hash of the tensors, the hash of the block before, the hash of `key.json` (everything that determines the bytes),
+and a hash of itself. A block counts only if all hashes match.
 """
 
 import hashlib
@@ -38,15 +38,15 @@ START_OVER = "run without --resume to start over"
 
 
 def journal_of(output: Path) -> Path:
-    """Where the journal of a run that writes `output` lies."""
+    """The directory of the journal for `output`."""
     place = place_of(output)
     return place.with_name(f".{place.name}.journal")
 
 
 def key_of(job: Job, calibration: CalibrationSet | None, sums: Mapping[str, str]) -> dict[str, Any]:
-    """All that decides a block's bytes, as JSON values: model files by hash, recipe, calibration tokens, programs.
+    """Everything that determines a block's bytes, as JSON values: hashes of model files, recipe, tokens, versions.
 
-    sums  SHA-256 of files that were read already, by name
+    sums  known SHA-256 of files, by name
     """
     directory = job.source.directory
     files = {entry.path for entry in job.source.checkpoint.entries.values()} | {directory / "config.json"}
@@ -66,26 +66,26 @@ def key_of(job: Job, calibration: CalibrationSet | None, sums: Mapping[str, str]
 class Journal:
     """The finished blocks of a run.
 
-    directory  made with the first block that is added
-    key        what `key_of` says of the run
-    finished   how many blocks an earlier run of the same key left, sound from the first on
-    damage     what is wrong with the block after those, where it is there
+    directory  created with the first block
+    key        the run's `key_of`
+    finished   number of valid blocks from an earlier run with the same key, counted from the first block
+    damage     the reason why the next block is invalid; None if it is just missing
     """
 
     def __init__(self, directory: Path, key: dict[str, Any]) -> None:
         self.directory, self._key = directory, key
         self._bound = _hash_of(key)
-        self._before = ""  # the hash of the latest block's tensors
+        self._before = ""  # hash of the latest block's tensors
         self.finished = 0
         self.damage: str | None = None
 
     @property
     def sums(self) -> dict[str, str]:
-        """SHA-256 of the model's files by name, as the run began."""
+        """SHA-256 of the model's files by name, at the start of the run."""
         return self._key.get("model", {})
 
     def resume(self) -> None:
-        """Take up what an earlier run left, if anything; CheckpointError where that run was another."""
+        """Use the blocks of an earlier run, if there are any. CheckpointError if that run had another key."""
         if self.directory.is_symlink() or not self.directory.is_dir():
             return
         try:
@@ -104,7 +104,7 @@ class Journal:
             self.finished += 1
 
     def _reason_against(self, index: int) -> str | None:
-        """The reason why block `index`, which has a row, does not count."""
+        """The reason why block `index`, which has a row, is invalid, or None."""
         try:
             row = read_json(self._row(index))
             if row.pop("sha256", None) != _hash_of(row):
@@ -121,7 +121,7 @@ class Journal:
         return None
 
     def read(self, index: int) -> BlockOutcome | None:
-        """What became of block `index`; None where it is still to do. CheckpointError where the files are damaged."""
+        """The outcome of block `index`, or None if it is not finished. CheckpointError for damaged files."""
         if index >= self.finished:
             return None
         entries = read_entries(self._tensors(index))
@@ -137,7 +137,7 @@ class Journal:
             raise CheckpointError(f"{self._tensors(index)}: no finished block ({error}); {START_OVER}") from error
 
     def add(self, index: int, outcome: BlockOutcome) -> None:
-        """Keep the outcome of block `index`, durable on disk when this returns."""
+        """Add the outcome of block `index`. It is durable on disk on return."""
         if index == 0:
             self._begin()
         part = self._tensors(index).with_suffix(".part")
@@ -165,7 +165,7 @@ class Journal:
         sync(self.directory)
 
     def remove(self) -> None:
-        """Delete it."""
+        """Delete the journal."""
         shutil.rmtree(self.directory, ignore_errors=True)
 
     def _begin(self) -> None:
@@ -190,13 +190,13 @@ def journaled(
     resume: bool,
     sums: Mapping[str, str] = MappingProxyType({}),
 ) -> Iterator[Journal]:
-    """The journal of a run that writes `output`, for as long as the run lasts.
+    """A context with the journal of a run that writes `output`.
 
-    sums    SHA-256 of the model's files that were read already, by name
-    resume  take up what an interrupted run left; else that is dropped when the first block is finished
+    sums    known SHA-256 of the model's files, by name
+    resume  use an interrupted run's blocks; otherwise they are deleted once the first new block is finished
 
-    It goes where the run ends well or is refused, and stays where the run is interrupted, killed or crashes, or
-    the disk is full. Of several processes the leader keeps it, and the others read in it what the leader took up.
+    The journal is deleted if the run succeeds or is refused. It is kept if the run is interrupted, killed or crashes,
+    or if the disk is full. Only the leader writes it; other ranks read the blocks that the leader resumed.
     """
     if not ranks.leads():
         yield _followed(output)
@@ -220,7 +220,7 @@ def journaled(
 
 
 def _followed(output: Path) -> Journal:
-    """The leader's journal, for another process to read."""
+    """The leader's journal, read-only for another rank."""
     journal = Journal(journal_of(output), {})
     journal.finished = int(ranks.leaders_number(0))
     return journal
@@ -231,7 +231,7 @@ def _hash_of(value: dict[str, Any]) -> str:
 
 
 def _difference(found: dict[str, Any], wanted: dict[str, Any]) -> str:
-    """In what two keys differ, in words."""
+    """The differences between two keys, as text."""
     theirs, ours = found.get("recipe", {}), wanted["recipe"]
     if found.get("model") != wanted["model"]:
         names = [name for name, digest in wanted["model"].items() if found.get("model", {}).get(name) != digest]

@@ -1,4 +1,4 @@
-"""The rounders at work on a block: to nearest, by GPTQ, or learned."""
+"""The rounders applied to a block: to nearest, by GPTQ, or learned."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator
@@ -20,15 +20,15 @@ from lowbit.quant.naming import EXPERT, expert_role
 from lowbit.quant.qtensor import QTensor, round_to_nearest
 from lowbit.quant.site import Site
 
-# Tokens a second moment is estimated from: at least so many, and so many for each input.
+# Least tokens for a second moment: in total, and per input.
 MOMENT_TOKENS, TOKENS_PER_INPUT = 32768, 16
-STEP_TOKENS = 4096  # tokens of a step of learned rounding
-TRAVEL = 0.2  # how far a weight's offset comes at most, rates summed
-LOOKS = 8  # times a run of learned rounding is held against the held sample, to keep the best
+STEP_TOKENS = 4096  # tokens per step of learned rounding
+TRAVEL = 0.2  # largest total change of an offset: the sum of all rates
+LOOKS = 8  # evaluations on the held sample per block, to keep the best iterate
 
 
 def round_nearest(work: BlockWork, clip: bool) -> dict[str, QTensor]:
-    """Every linear that has a scheme, rounded to nearest; with `clip`, each range searched first."""
+    """Every linear with a scheme, rounded to nearest. With `clip`, each range is searched first."""
     shrinks = ranges(work, clip)
     return {
         name: round_to_nearest(work.masters[name], scheme, work.scale_dtype, shrinks[name])
@@ -43,7 +43,7 @@ def ranges(work: BlockWork, clip: bool) -> dict[str, Tensor]:
 
 
 def _range(work: BlockWork, name: str, clip: bool) -> Tensor:
-    """The fraction of each group's range that loses least over the inputs seen; 1 where none were."""
+    """The fraction of each group's range with the least output error; 1 without statistics."""
     stats, scheme, master = work.stats.get(name), work.schemes[name], work.masters[name]
     if stats is None or not clip:
         return master.new_ones(len(master), scheme.groups(master.shape[1]))
@@ -52,14 +52,14 @@ def _range(work: BlockWork, name: str, clip: bool) -> Tensor:
 
 @dataclass(frozen=True)
 class Nearest(Rounder):
-    """Every linear to the nearest codes; with the recipe's `clip`, each range searched first."""
+    """Rounds every linear to nearest. With the recipe's `clip`, each range is searched first."""
 
     name: ClassVar[str] = "rtn"
-    help: ClassVar[str] = "to nearest"
+    help: ClassVar[str] = "to the nearest code"
     needs: ClassVar[Needs] = Needs(calibration=False)
 
     def round(self, task: BlockTask) -> dict[str, QTensor]:
-        """All at once."""
+        """Round all linears at once."""
         weights = round_nearest(task.work, task.recipe.clip)
         task.work.use(weights)
         return weights
@@ -67,11 +67,11 @@ class Nearest(Rounder):
 
 @dataclass(frozen=True)
 class Gptq(Rounder):
-    """Every linear by GPTQ, in the order in which the block uses them."""
+    """Rounds every linear by GPTQ, in the order of use."""
 
     name: ClassVar[str] = "gptq"
-    help: ClassVar[str] = "column by column, each error made up for by the columns that follow"
-    needs: ClassVar[Needs] = Needs(statistics=False)  # it gathers its own, stage by stage
+    help: ClassVar[str] = "column by column; the following columns compensate each error"
+    needs: ClassVar[Needs] = Needs(statistics=False)  # it gathers its own statistics per stage
 
     damping: float = setting(
         DAMPING,
@@ -83,14 +83,14 @@ class Gptq(Rounder):
     )
 
     def round(self, task: BlockTask) -> dict[str, QTensor]:
-        """Stage by stage."""
+        """Round stage by stage."""
         sites, clip = task.structure.sites, task.recipe.clip
         return round_gptq(task.work, task.entering, sites, partial(_gptq, task.work, clip, self.damping))
 
 
 @dataclass(frozen=True)
 class SignRound(Rounder):
-    """Every linear by learned rounding."""
+    """Rounds every linear by learned rounding."""
 
     name: ClassVar[str] = "signround"
     help: ClassVar[str] = "learned by descent on the block's output error"
@@ -98,13 +98,13 @@ class SignRound(Rounder):
 
     iters: int = setting(
         200,
-        "steps of learned rounding a block",
+        "steps of learned rounding per block",
         valid=lambda value: value >= 0,
-        rule="there is no negative number of steps",
+        rule="steps cannot be negative",
     )
 
     def round(self, task: BlockTask) -> dict[str, QTensor]:
-        """The best iterate."""
+        """Round to the best iterate."""
         generator = torch.Generator().manual_seed(task.recipe.seed + task.work.index)
         learner = RoundingLearner(task.work, task.recipe.clip, self.iters, generator)
         return learner.learn(task.entering, [states.at(task.work.index) for states in task.targets])
@@ -116,11 +116,11 @@ ROUNDERS: dict[str, type[Rounder]] = {part.name: part for part in (Nearest, Gptq
 def round_gptq(
     work: BlockWork, entering: list[States], sites: list[Site], one: Callable[[str], tuple[Tensor, ...]]
 ) -> dict[str, QTensor]:
-    """Every linear that has a scheme, rounded by GPTQ, in the order in which the block uses them.
+    """Every linear with a scheme, rounded by GPTQ in the order of use.
 
-    one  rounds a linear: see `_gptq`
+    one  rounds one linear: see `_gptq`
 
-    Each stage's inputs are seen with the stages before it rounded already, so that it makes up for them too.
+    Each stage's statistics are gathered with earlier stages already rounded, so that it compensates their errors too.
     """
     weights: dict[str, QTensor] = {}
     for stage in stages(sites):
@@ -147,7 +147,7 @@ def _all_by_gptq(work: BlockWork, names: list[str], one: Callable[[str], tuple[T
 
 
 def _gptq(work: BlockWork, clip: bool, damping: float, name: str) -> tuple[Tensor, ...]:
-    """What the linear's rounding fell back to, a line each, as bytes; then its codes, scales and, if any, zeros."""
+    """The rounding's fallbacks as UTF-8 bytes, one per line; then codes, scales and, if any, zeros."""
     master, scheme, stats = work.masters[name], work.schemes[name], work.stats.get(name)
     if stats is None:
         weight, said = round_to_nearest(master, scheme, work.scale_dtype), ""
@@ -159,7 +159,7 @@ def _gptq(work: BlockWork, clip: bool, damping: float, name: str) -> tuple[Tenso
 
 
 def stages(sites: list[Site]) -> Iterator[list[Site]]:
-    """Sites in order of use; those of all experts of a layer that play the same part come together."""
+    """Sites in order of use. Sites with the same role in all experts of a layer come together."""
     together: dict[tuple[str, ...], list[Site]] = {}
     for site in sites:
         together.setdefault(tuple(expert_role(name) for name in site.linears), []).append(site)
@@ -167,13 +167,13 @@ def stages(sites: list[Site]) -> Iterator[list[Site]]:
 
 
 def spread(batches: list[States]) -> States:
-    """One batch of sequences, shaped as the first of `batches`, spread evenly over all."""
+    """One batch, shaped like the first of `batches`, of sequences spread evenly over all of them."""
     rows, count = _rows(batches), batches[0].shape[0]
     return joined(rows[i * len(rows) // count] for i in range(count))
 
 
 def _rows(batches: list[States]) -> list[States]:
-    """Every sequence of them alone."""
+    """Every sequence of `batches` on its own."""
     return [row for batch in batches for row in batch.rows()]
 
 
@@ -189,11 +189,11 @@ class RoundingLearner:
         }
 
     def learn(self, inputs: list[States], targets: list[States]) -> dict[str, QTensor]:
-        """The weights of the best iterate: the block's outputs for `inputs` brought near `targets`.
+        """The weights of the best iterate, which brings the block's outputs for `inputs` closest to `targets`.
 
-        inputs   batches that reach the block
-        targets  what the unquantized model returned here
-        Iterates are compared on one batch of sequences spread over all.
+        inputs   the block's input batches
+        targets  the unquantized model's outputs of the block
+        Iterates are compared on one batch of sequences, spread over all.
         """
         held = spread(inputs), spread(targets)
         weights = self._rounded()
@@ -231,7 +231,7 @@ class RoundingLearner:
                 self._learned[name].step(weights[name], gradient, rate)
 
     def _minibatch(self, pairs: list[tuple[States, States]], size: int) -> Iterator[tuple[States, States]]:
-        """Batches of `size` random sequences of `pairs`, of STEP_TOKENS tokens in all."""
+        """Batches of `size` random sequences from `pairs`, with STEP_TOKENS tokens in total."""
         for _ in range(max(STEP_TOKENS // (size * pairs[0][0].tokens), 1)):
             chosen = torch.randperm(len(pairs), generator=self._generator)[:size].tolist()
             yield joined(pairs[row][0] for row in chosen), joined(pairs[row][1] for row in chosen)

@@ -1,4 +1,4 @@
-"""Choosing the scale of a fold: candidates of a transform, each tried with the rounding that will be exported."""
+"""Search for a fold's scale: a transform's candidates, each tried with the rounding that will be exported."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,13 +20,13 @@ Losses = Callable[[Sequence[Tensor | None]], list[float]]
 
 @dataclass(frozen=True)
 class ModuleCalls:
-    """A module's calls as they happened: arguments, and the first tensor it returned, in float32."""
+    """Recorded calls of a module: arguments, and the first returned tensor in float32."""
 
     module: nn.Module
     calls: list[tuple[tuple[Any, ...], dict[str, Any], Tensor]]
 
     def error(self) -> float:
-        """Mean squared difference of what the module returns now from what it returned then."""
+        """Mean squared difference between the module's outputs now and the recorded ones."""
         total = sum(
             float((_first(self.module(*args, **kwargs)).float() - then).square().mean())
             for args, kwargs, then in self.calls
@@ -38,7 +38,7 @@ class ModuleCalls:
 class FoldSearch:
     """The search at one fold of a block.
 
-    sample  the batches that module outputs are compared on
+    sample  batches for comparing module outputs
     """
 
     work: BlockWork
@@ -55,23 +55,23 @@ class FoldSearch:
 
     @property
     def quantized(self) -> list[str]:
-        """The consumers that have a scheme."""
+        """The consumers with a scheme."""
         return [name for name in self.fold.columns if name in self.work.schemes]
 
     def reached(self) -> Iterable[tuple[str, Stats]]:
-        """The consumers that calibration tokens reached, and what was seen there."""
+        """The consumers with statistics, and these."""
         return [(name, self.work.stats[name]) for name in self.fold.columns if name in self.work.stats]
 
     def apply(self, scales: Tensor | None) -> None:
-        """Move `scales` (channels,) from the producer into the consumers; nothing for None."""
+        """Move `scales` (channels,) from the producer into the consumers. None does nothing."""
         if scales is not None:
             self.work.apply(self.fold, self.fold.on_used_channels(ranks.leaders(scales)))
 
     def losses(self) -> Losses:
-        """The losses of candidates: error of the output of the smallest module that holds all consumers.
+        """A function from candidates to losses: the output error of the smallest module that holds all consumers.
 
-        The run's processes share the candidates out. Where the module is one linear of few inputs, its second moment
-        gives the error over all tokens at once, for less.
+        Candidates are split over the ranks. If the only consumer is a linear with few inputs in 16 bits, its second
+        moment gives the error over all tokens, for less work.
         """
         name = self.quantized[0]
         tokens = sum(states.tokens for states in self.sample)
@@ -95,7 +95,7 @@ class FoldSearch:
         return lambda candidates: ranks.each_number(candidates, loss)
 
     def _rounded(self, name: str, scales: Tensor | None) -> Tensor:
-        """The consumer's weight as it would act on unscaled inputs, were it rounded under `scales`."""
+        """The consumer's weight after rounding under `scales`, in the terms of unscaled inputs."""
         work = self.work
         master, scheme = work.masters[name], work.schemes[name]
         if scales is None:
@@ -104,7 +104,7 @@ class FoldSearch:
         return fake_quantize(master * columns, scheme, work.scale_dtype) / columns
 
     def _input_rounding(self, scales: Tensor | None) -> InputRounding:
-        """What would round each linear's inputs under `scales`, as it acts on unscaled ones."""
+        """Each linear's input rounding under `scales`, in the terms of unscaled inputs."""
         rounds = self.work.input_rounding()
         if scales is None:
             return rounds
@@ -149,7 +149,7 @@ class FoldSearch:
 
 
 def _rescaled(rounding: Callable[[Tensor], Tensor], columns: Tensor) -> Callable[[Tensor], Tensor]:
-    """`rounding` as it acts on inputs divided by `columns` (k,), seen from undivided ones."""
+    """`rounding` of inputs divided by `columns` (k,), as a function of undivided inputs."""
     return lambda x: (rounding(x.float() / columns) * columns).to(x.dtype)
 
 

@@ -1,4 +1,4 @@
-"""The settings of parts in recipes: in tables (`[gptq]`) or by their own names (`damping`), checked and completed."""
+"""Settings of parts in recipes, in tables (`[gptq]`) or by their own names (`damping`): checks and defaults."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -11,15 +11,15 @@ from lowbit.errors import RecipeError, nearest
 from lowbit.quant.recipe import Recipe, widened
 
 PARTS: dict[str, type[Part]] = {**TRANSFORMS, **ROUNDERS}
-OWNERS = {name: part for part in PARTS.values() for name in part.settings()}  # of each setting; no two share a name
+OWNERS = {name: part for part in PARTS.values() for name in part.settings()}  # setting -> its part; names are unique
 
 Tables = dict[str, dict[str, Any]]  # part -> setting -> value
 
 
 def merged(recipe: Recipe, values: Mapping[str, Any]) -> Recipe:
-    """`recipe` with `values` in place: its own keys, tables of parts, and settings by their own names.
+    """`recipe` with `values` replaced: its own keys, tables of parts, and settings by their own names.
 
-    RecipeError names the nearest key for one that does not exist, and what a setting may be.
+    RecipeError for an unknown key names the nearest; for a bad value it names the valid ones.
     """
     plain, tables = _separated(values)
     settings = dict(recipe.settings)
@@ -29,7 +29,7 @@ def merged(recipe: Recipe, values: Mapping[str, Any]) -> Recipe:
 
 
 def transforms_of(recipe: Recipe) -> tuple[Transform, ...]:
-    """The recipe's transforms, in order, with its settings."""
+    """The recipe's transforms in order, with their settings."""
     return tuple(TRANSFORMS[name](**recipe.settings.get(name, {})) for name in recipe.transforms)
 
 
@@ -39,7 +39,7 @@ def rounder_of(recipe: Recipe) -> Rounder:
 
 
 def completed(recipe: Recipe) -> Recipe:
-    """`recipe` with every setting of the parts that it uses, and of no other."""
+    """`recipe` with all settings of the parts that it uses, and no others."""
     tables: Tables = {}
     for part in (*transforms_of(recipe), rounder_of(recipe)):
         told = {name: getattr(part, name) for name in part.settings()}
@@ -48,14 +48,14 @@ def completed(recipe: Recipe) -> Recipe:
 
 
 def type_of(part: type[Part], name: str) -> type:
-    """The type of a part's setting, None aside."""
+    """The type of a part's setting, without None."""
     hint = get_type_hints(part)[name]
     kind: type = next((each for each in get_args(hint) if each is not type(None)), hint)
     return kind
 
 
 def _separated(values: Mapping[str, Any]) -> tuple[dict[str, Any], Tables]:
-    """The recipe's own keys, and the tables of parts; a setting by its own name stands above its table."""
+    """The recipe's own keys, and the tables of parts. A setting by its own name overrides its table."""
     plain = {key: value for key, value in values.items() if key not in PARTS and key not in OWNERS}
     tables: Tables = {}
     together = plain.pop("settings", {})
@@ -72,7 +72,7 @@ def _separated(values: Mapping[str, Any]) -> tuple[dict[str, Any], Tables]:
 
 
 def _checked(part: type[Part], table: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of `part` in `table`. RecipeError for an unknown one, and for a value that makes no sense."""
+    """The settings of `part` in `table`. RecipeError for an unknown one and for an invalid value."""
     known, found = part.settings(), {}
     for name, value in table.items():
         if name not in known:

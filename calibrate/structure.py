@@ -1,4 +1,4 @@
-"""The structure of a model's blocks: found once for all blocks alike, proved on each."""
+"""Structure of a model's blocks: discovered once per kind of block, proved on each."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -19,7 +19,7 @@ SINGLE_PROBES = 48
 
 
 class Prober:
-    """Finds the structure of blocks, once for all blocks alike, and proves it on each."""
+    """Finds the structure of blocks, once for similar ones, and proves it on each block."""
 
     def __init__(self, walk: Walk, ids: Tensor, seed: int) -> None:
         self._walk, self._seed = walk, seed
@@ -30,7 +30,8 @@ class Prober:
         self._entering = [walk.start([probe, single])]
 
     def structure(self, index: int) -> Structure:
-        """The structure of block `index`, which must be loaded; folds that fail on this block are named as rejected."""
+        """The structure of block `index`, which must be loaded. Folds that fail on this block are listed as
+        rejected."""
         block = self._walk.skeleton.blocks[index]
         bench = Workbench(block)
         probe, single = self._probes(index)
@@ -46,11 +47,11 @@ class Prober:
         return replace(structure, folds=proved, rejected=rejected)
 
     def heads(self, index: int, structure: Structure) -> list[Heads]:
-        """The folds of block `index`, which must be loaded, whose channels can be rotated too."""
+        """The folds of block `index`, which must be loaded, whose channels can also be rotated."""
         return find_heads(Workbench(self._walk.skeleton.blocks[index]), structure.folds, self._probes(index)[0])
 
     def learn(self, index: int) -> None:
-        """Find the structure of block `index`, loaded and as in the file, if it is the first of its kind."""
+        """Discover the structure of block `index`, loaded and unmodified, if it is the first of its kind."""
         block = self._walk.skeleton.blocks[index]
         if block.signature() not in self._known:
             self.structure(index)
@@ -58,13 +59,13 @@ class Prober:
             self._hand_on(Workbench(block), index)
 
     def _hand_on(self, bench: Workbench, index: int) -> None:
-        """Let block `index` leave what the blocks behind it ask for beside hidden states, where models do that."""
+        """Run the probes through block `index`, if later blocks need more of it than hidden states."""
         if self._walk.wiring.carries and len(self._entering) == index + 1:
             probes = self._probe_states(index)
             self._entering.append([self._walk.run_module(bench.module, index, states) for states in probes])
 
     def _probes(self, index: int) -> tuple[Probe, Probe]:
-        """Random hidden states that enter block `index`: two sequences, and many of one token."""
+        """Random hidden states as inputs of block `index`: two sequences, and many of one token."""
         probe, single = (self._probe(index, states) for states in self._probe_states(index))
         return probe, single
 
@@ -77,7 +78,7 @@ class Prober:
     def _probe(self, index: int, states: States) -> Probe:
         def run(module: nn.Module) -> Tensor:
             after = self._walk.run_module(module, index, states)
-            # what blocks leave for others must not change either
+            # values that blocks leave for later blocks must not change either
             return torch.cat([(after.hidden - states.hidden).flatten(), *(left.flatten() for left in after.flow[1:])])
 
         return Probe(run)

@@ -1,13 +1,13 @@
-"""The rows of a local table, in the file's order or a seeded one, and of a data set on the hub.
+"""Rows of a local table, in the file's order or a seeded one, and of a hub dataset.
 
-    .jsonl             a JSON value a line
-    .json              one list of rows, alone or in an object ({"data": [...]}); or lines, as .jsonl
+    .jsonl             one JSON value per line
+    .json              one list of rows, alone or in an object ({"data": [...]}); or lines, as in .jsonl
     .csv               a line of names, then rows
     .parquet
-    .gz, .zst, .bz2    behind any of them: compressed
+    .gz, .zst, .bz2    compressed, after any of the above
 
-A row is an object, a string (a text) or a list of objects (a chat). One that cannot be read comes as a BadRow in its
-place and ends nothing. Nothing is written but a temporary file for what was compressed.
+A row is an object, a string (a text) or a list of objects (a chat). A row that cannot be read is returned as a BadRow
+and stops nothing. Nothing is written except a temporary file for decompression.
 """
 
 import csv
@@ -28,31 +28,31 @@ from pyarrow import parquet
 
 from lowbit.errors import DatasetError
 
-MOST_UNPACKED = 100  # times the bytes of a compressed file, beyond MOST_HELD; texts pack to a tenth at best
-MOST_HELD, MOST_EXPANSION = 1 << 28, 1000  # bytes of a row group in memory, and how many times those in the file
-TEXT = "BYTE_ARRAY"  # parquet's type of strings
+MOST_UNPACKED = 100  # largest ratio of decompression beyond MOST_HELD; texts compress to a tenth at best
+MOST_HELD, MOST_EXPANSION = 1 << 28, 1000  # bytes of a row group in memory, and largest ratio to its size in the file
+TEXT = "BYTE_ARRAY"  # parquet's type for strings
 TABLES = (".jsonl", ".json", ".parquet", ".csv")
 COMPRESSED = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}
-ROWS_NAMES = ("data", "train", "rows")  # of the list of rows, where an object holds several lists
+ROWS_NAMES = ("data", "train", "rows")  # names of the list of rows in an object with several lists
 
 Row = dict[str, Any]
 
 
 class BadRow(ValueError):
-    """A row that is no use: the message says why."""
+    """A row that cannot be used; the message gives the reason."""
 
 
-Numbered = tuple[int, Row | BadRow]  # a row's number, from 1, and the row
+Numbered = tuple[int, Row | BadRow]  # a row's number from 1, and the row
 
 
 def kind_of(name: str) -> str:
-    """The ending that says what a file holds: that of the name without the ending of a compression."""
+    """The file name's ending without compression, in lower case."""
     path = Path(name)
     return Path(path.stem if path.suffix.lower() in COMPRESSED else path.name).suffix.lower()
 
 
 def open_bytes(path: Path) -> IO[bytes]:
-    """The file's bytes, decompressed where its name says so. DatasetError where they cannot be had."""
+    """The file's bytes, decompressed according to its name. DatasetError if it cannot be read."""
     try:
         if path.suffix.lower() not in COMPRESSED:
             return path.open("rb")
@@ -61,20 +61,20 @@ def open_bytes(path: Path) -> IO[bytes]:
             _unpack(stream, file, max(MOST_HELD, MOST_UNPACKED * path.stat().st_size), path)
         file.seek(0)
         return file
-    except (OSError, ValueError) as error:  # a ValueError is a name with a zero byte
+    except (OSError, ValueError) as error:  # ValueError for a name with a zero byte
         raise DatasetError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
 
 
 def _unpack(stream: IO[bytes], file: IO[bytes], most: int, path: Path) -> None:
-    """Write what `stream` holds into `file`. DatasetError where that is more than `most` bytes."""
+    """Copy `stream` into `file`. DatasetError beyond `most` bytes."""
     while chunk := stream.read(1 << 20):
         if file.tell() + len(chunk) > most:
-            raise DatasetError(f"{path} expands to more than {most} bytes: not what texts do; pass another file")
+            raise DatasetError(f"{path} expands to more than {most} bytes: too much for text; pass another file")
         file.write(chunk)
 
 
 def read_utf8(path: Path) -> str:
-    """The text of a file. DatasetError where it cannot be read or is no UTF-8."""
+    """The text of a file. DatasetError if it cannot be read or is not UTF-8."""
     try:
         with open_bytes(path) as file:
             return file.read().decode("utf-8")
@@ -83,9 +83,9 @@ def read_utf8(path: Path) -> str:
 
 
 def local_rows(path: Path, seed: int | None) -> Iterator[Numbered]:
-    """Every row of the table in `path`, shuffled by `seed`, or in the file's order where that is None.
+    """Every row of the table in `path`, shuffled by `seed`, or in the file's order if `seed` is None.
 
-    DatasetError where the file is none of those that the module's docstring lists.
+    DatasetError for a file type that the module's docstring does not list.
     """
     with open_bytes(path) as file:
         if not file.read(1):
@@ -103,9 +103,9 @@ def local_rows(path: Path, seed: int | None) -> Iterator[Numbered]:
 
 
 def hub_rows(name: str, config: str | None, split: str, seed: int) -> Iterator[Numbered]:
-    """The rows of a data set on the hub in a seeded order, streamed, because C4 has 300 GB.
+    """The rows of a hub dataset in a seeded order, streamed because C4 has 300 GB.
 
-    Offline there is only what an earlier download left in the cache.
+    Offline, only datasets from an earlier download are available.
     """
     import datasets
 
@@ -115,7 +115,7 @@ def hub_rows(name: str, config: str | None, split: str, seed: int) -> Iterator[N
 
 
 def as_row(value: Any) -> Row:
-    """A JSON value as a row. BadRow where it is none."""
+    """A JSON value as a row. BadRow for any other type."""
     if isinstance(value, dict):
         return value
     if isinstance(value, str):
@@ -126,13 +126,13 @@ def as_row(value: Any) -> Row:
 
 
 class _Table:
-    """Rows that are read when they are asked for."""
+    """Rows read on demand."""
 
     def __init__(self, size: int) -> None:
         self.size = size
 
     def order(self, generator: np.random.Generator | None) -> Iterator[int]:
-        """Every row's index, shuffled where there is a generator."""
+        """Every row's index, shuffled if there is a generator."""
         yield from range(self.size) if generator is None else map(int, generator.permutation(self.size))
 
     def __getitem__(self, index: int) -> Any:
@@ -151,7 +151,7 @@ class _Listed(_Table):
 
 
 class _Records(_Table):
-    """Records of a file, each read by `read` from where it begins."""
+    """Records of a file; `read` parses each from its start position."""
 
     def __init__(self, file: IO[bytes], starts: Sequence[int], read: Callable[[IO[bytes]], Any]) -> None:
         super().__init__(len(starts))
@@ -163,9 +163,10 @@ class _Records(_Table):
 
 
 class _Parquet(_Table):
-    """A row group in memory at a time: groups are shuffled, then the rows in each.
+    """Parquet with one row group in memory at a time: groups are shuffled, then the rows in each.
 
-    Texts stay as the file has them, each once however many rows repeat it: two kilobytes can say gigabytes otherwise.
+    Strings stay dictionary-encoded as in the file. Otherwise two kilobytes with one repeated string could expand to
+    gigabytes.
     """
 
     def __init__(self, file: IO[bytes]) -> None:
@@ -199,7 +200,7 @@ class _Parquet(_Table):
 
 
 class _Damaged(Exception):
-    """A file of which more than a row cannot be read."""
+    """A file of which more than a single row is unreadable."""
 
 
 def _unreadable(path: Path, error: Exception) -> DatasetError:
@@ -207,14 +208,14 @@ def _unreadable(path: Path, error: Exception) -> DatasetError:
 
 
 def _refuse_bomb(metadata: parquet.FileMetaData) -> None:
-    """DatasetError where a row group takes more memory than its bytes can honestly hold."""
+    """DatasetError for a row group whose size in memory is implausible for its size in the file."""
     for group in (metadata.row_group(index) for index in range(metadata.num_row_groups)):
         columns = [group.column(index) for index in range(group.num_columns)]
         stored, held = (
             sum(getattr(c, f"total_{kind}_size") for c in columns) for kind in ("compressed", "uncompressed")
         )
         if held > MOST_HELD and held > MOST_EXPANSION * stored:
-            raise DatasetError(f"{stored} bytes of a row group expand to {held}: not what texts do; pass another file")
+            raise DatasetError(f"{stored} bytes of a row group expand to {held}: too much for text; pass another file")
 
 
 def _open_table(path: Path, file: IO[bytes]) -> _Table:
@@ -226,7 +227,7 @@ def _open_table(path: Path, file: IO[bytes]) -> _Table:
 
 
 def _lines(file: IO[bytes]) -> _Table:
-    """A row a line; lines of spaces are none."""
+    """One row per line; blank lines are skipped."""
     starts, position = array("q"), 0
     for line in file:
         if not line.isspace():
@@ -243,14 +244,14 @@ def _json_line(file: IO[bytes]) -> Any:
 
 
 def _document(file: IO[bytes]) -> _Table:
-    """The rows of one JSON value, or of lines where the file has several."""
+    """The rows of one JSON value, or of lines if the file has several values."""
     try:
         value = json.load(file)
     except ValueError:
         file.seek(0)
         lines = _lines(file)
         if lines.size:
-            lines[0]  # raises where the file is no JSON at all
+            lines[0]  # raises if the file is not JSON at all
         return lines
     if isinstance(value, dict):
         value = next((value[name] for name in ROWS_NAMES if isinstance(value.get(name), list)), [value])
@@ -258,7 +259,7 @@ def _document(file: IO[bytes]) -> _Table:
 
 
 def _csv(file: IO[bytes]) -> _Table:
-    """A row a record: quoted fields may hold line ends. The first record has the names."""
+    """One row per record; quoted fields may contain line ends. The first record has the names."""
     starts, end = array("q"), 0
 
     def lines() -> Iterator[str]:
@@ -291,17 +292,17 @@ def _csv(file: IO[bytes]) -> _Table:
 
 
 def _require_names(names: list[str]) -> None:
-    """Raise csv.Error where a column is not the only one of its name, or where no comma separates the columns."""
+    """Raise csv.Error for duplicate column names, or for columns separated by something else than commas."""
     twice = next((name for name in names if name and names.count(name) > 1), None)
     if twice is not None:
         raise csv.Error(f"two columns are called {twice!r}; rename one")
     separator = next((each for each in (";", "\t") if each in names[0]), None)
     if len(names) == 1 and separator is not None:
-        raise csv.Error(f"its columns are separated by {separator!r}; commas are read")
+        raise csv.Error(f"its columns are separated by {separator!r}; only commas are supported")
 
 
 def _require_closed(file: IO[bytes], last: int) -> None:
-    """Raise csv.Error where the record at `last` opens a quote that nothing closes, and so took all that follows."""
+    """Raise csv.Error if the record at `last` opens a quote that is never closed, and so swallows the rest."""
     file.seek(last)
     try:
         _record(file)
@@ -313,14 +314,14 @@ def _require_closed(file: IO[bytes], last: int) -> None:
 
 
 def _record(file: IO[bytes]) -> list[str]:
-    """The fields of the record that begins at the file's position."""
+    """The fields of the record at the file's position."""
     with _long_fields():
         return next(csv.reader((line.decode("utf-8") for line in file), strict=True))
 
 
 @contextmanager
 def _long_fields() -> Iterator[None]:
-    """csv without its limit of 128 KB a field, restored afterwards."""
+    """A context without csv's limit of 128 KB per field."""
     limit = csv.field_size_limit(sys.maxsize)
     try:
         yield

@@ -1,4 +1,4 @@
-"""The transforms at work on a block: heads rotated, or scales moved from activations into weights."""
+"""The transforms applied to a block: rotation of heads, and scales moved from activations into weights."""
 
 from abc import abstractmethod
 from dataclasses import dataclass
@@ -14,15 +14,15 @@ from lowbit.quant.algos.smooth import SmoothChoice, search_alpha
 
 @dataclass(frozen=True)
 class Rotate(Transform):
-    """Every head that can be is rotated."""
+    """Rotates every head that can be rotated."""
 
     name: ClassVar[str] = "rotate"
-    help: ClassVar[str] = "values rotated within their attention heads"
+    help: ClassVar[str] = "rotation of values within attention heads"
     needs: ClassVar[Needs] = Needs(statistics=False)
     mixes_channels: ClassVar[bool] = True
 
     def apply(self, task: BlockTask) -> Rows:
-        """A row for each fold between heads, or one that says why there is none."""
+        """One row per fold between heads, or one row with the reason if there is none."""
         rows: Rows = []
         for heads in task.heads():
             row: dict[str, Any] = {"fold": heads.fold.describe(), "transform": self.name}
@@ -32,26 +32,26 @@ class Rotate(Transform):
             else:
                 row["skipped"] = "neither of its linears is quantized"
             rows.append(row)
-        reason = "between no two of its linears do channels travel alike, as values do in attention"
+        reason = "no two of its linears are connected like values and output projection in attention"
         return rows or [{"fold": task.work.block.name, "transform": self.name, "skipped": reason}]
 
 
 class Choice(Protocol):
-    """What a search at a fold found: the scales to move, None for none."""
+    """The result of a search at a fold: scales to move, or None."""
 
     @property
     def scales(self) -> Tensor | None:
-        """Of the producer's channels."""
+        """Scales of the producer's channels."""
 
     def as_json(self) -> dict[str, Any]:
-        """The choice for the report."""
+        """The choice as JSON, for the report."""
 
 
 class FoldTransform(Transform):
-    """At every fold, the scale that a search chooses is moved from activations into weights."""
+    """At every fold, moves the scale found by a search from activations into weights."""
 
     def apply(self, task: BlockTask) -> Rows:
-        """A row for each fold."""
+        """One row per fold."""
         rows: Rows = []
         for fold in task.structure.folds:
             search = FoldSearch(task.work, fold, task.sample)
@@ -68,15 +68,15 @@ class FoldTransform(Transform):
 
     @abstractmethod
     def choose(self, search: FoldSearch) -> Choice:
-        """The scale of the search's fold."""
+        """The scale for the search's fold."""
 
 
 @dataclass(frozen=True)
 class Awq(FoldTransform):
-    """AWQ's scale, where it beats none."""
+    """AWQ: scales for channels with large activations, if they beat no scaling."""
 
     name: ClassVar[str] = "awq"
-    help: ClassVar[str] = "scales that protect the channels with large activations"
+    help: ClassVar[str] = "scales that protect channels with large activations"
 
     def choose(self, search: FoldSearch) -> ScaleChoice:
         """The best of AWQ's candidates."""
@@ -88,21 +88,21 @@ class Awq(FoldTransform):
 
 @dataclass(frozen=True)
 class Smooth(FoldTransform):
-    """SmoothQuant's scale."""
+    """SmoothQuant: scales that move outliers into weights."""
 
     name: ClassVar[str] = "smooth"
     help: ClassVar[str] = "outliers moved from activations into weights"
 
     alpha: float | None = setting(
         None,
-        "SmoothQuant's strength, 0 to 1; searched where nothing is said",
+        "SmoothQuant's strength, 0 to 1; default: searched",
         "--smoothing-strength",
         valid=lambda value: value is None or 0 <= value <= 1,
         rule="a migration strength lies between 0 and 1",
     )
 
     def choose(self, search: FoldSearch) -> SmoothChoice:
-        """The scale of strength `alpha`, or, where that is None, of the best strength."""
+        """The scale with strength `alpha`, or with the best strength if `alpha` is None."""
         largest = {name: search.work.masters[name].abs().amax(0) for name in search.quantized}
         activation = search.fold.per_channel({name: stats.abs_max for name, stats in search.reached()}, "amax")
         return search_alpha(activation, search.fold.per_channel(largest, "amax"), search.losses(), self.alpha)

@@ -1,4 +1,4 @@
-"""Writing what was quantized, and holding the files against what was meant."""
+"""Writing a quantized checkpoint, and verifying the files against the tensors in memory."""
 
 import hashlib
 from collections.abc import Iterable
@@ -18,13 +18,13 @@ from lowbit.quant.qtensor import QTensor
 
 
 def covered(block: Block, parameter: str, weights: dict[str, QTensor]) -> bool:
-    """True if a fused parameter lives on entirely in the quantized experts cut from it."""
+    """True if all of a fused parameter is contained in its quantized experts."""
     inside = [spec.name for spec in block.linears if spec.placement.parameter == parameter]
     return bool(inside) and all(name in weights for name in inside)
 
 
 class RecordingWriter:
-    """Writes the checkpoint's tensors, remembering a digest of each so that the files can be held against them."""
+    """Writes the checkpoint's tensors, and keeps a digest of each for verification."""
 
     def __init__(self, writer: ShardedWriter, job: Job) -> None:
         self._writer, self._job = writer, job
@@ -32,7 +32,7 @@ class RecordingWriter:
         self._meant: dict[str, str] = {}
 
     def add_block(self, block: Block, weights: dict[str, QTensor], kept: dict[str, Tensor]) -> None:
-        """Write a block: packed weights, then every other tensor of it, changed or as in the source."""
+        """Write a block: packed weights, then all other tensors, changed or from the source."""
         for name, weight in weights.items():
             for key, tensor in self._format.write(name, weight).items():
                 self._writer.add(key, tensor)
@@ -44,14 +44,14 @@ class RecordingWriter:
                     self._add(single, part)
 
     def add_others(self) -> None:
-        """Write the tensors outside the blocks; a copy of tied embeddings is dropped."""
+        """Write the tensors outside the blocks, without copies of tied embeddings."""
         in_blocks = {name for block in self._job.skeleton.blocks for name in block.tensors}
         for name in self._job.source.checkpoint.entries:
             if name not in in_blocks and not self._is_tied_copy(name):
                 self._add(name, self._source(name))
 
     def _is_tied_copy(self, name: str) -> bool:
-        """True if the file's tensor `name` is another of its tensors once more."""
+        """True if the file's tensor `name` is a copy of a tied tensor."""
         places = self._job.skeleton.others
         origin = tied_weights(self._job.skeleton.model).get(places[name].parameter) if name in places else None
         return any(place.parameter == origin for place in places.values())
@@ -71,7 +71,7 @@ class RecordingWriter:
         self._writer.finish()
 
     def verify(self, output: Path) -> int:
-        """Bytes of the weights on disk, after reading every tensor back and comparing it with what was meant."""
+        """Read every tensor back and compare its digest. Returns the bytes of the weights on disk."""
         written = open_checkpoint(output, UNSEALED_CONFIG)
         logical = LogicalTensors(written)
         for name, meant in self._meant.items():
@@ -86,7 +86,7 @@ class RecordingWriter:
 
 
 def _biases(block: Block, parameter: str, value: Tensor, weights: dict[str, QTensor]) -> dict[str, Tensor]:
-    """The experts' biases in the stack `parameter`, by the names they have alone; none where it is no such stack."""
+    """The quantized experts' biases in the stack `parameter`, by their own names; empty for any other parameter."""
     stacked = {spec.name: spec.bias for spec in block.linears if spec.bias and spec.bias.expert is not None}
     return {
         f"{name}.bias": bias.view(value).contiguous()

@@ -49,13 +49,13 @@ def test_a_recipe_that_names_one_keeps_the_head(model, tmp_path):
 @pytest.mark.parametrize(
     ("pattern", "told"),
     [
-        ("model.layers.0", r"for all of them, re:^model\.layers\.0\."),
-        ("model.layers.0.*", r"no wildcards but regular expressions: re:^model\.layers\.0\..*$"),
+        ("model.layers.0", r"to match them write re:^model\.layers\.0\."),
+        ("model.layers.0.*", r"wildcards do not work, regular expressions do: re:^model\.layers\.0\..*$"),
         ("LlamaMLP", "known: down_proj, gate_proj, up_proj, k_proj, o_proj, q_proj, v_proj"),
         ("dwn_proj", "did you mean 'down_proj'?"),
         ("model.layers.0.mlp.dwn_proj", "did you mean 'model.layers.0.mlp.down_proj'?"),
-        ("re:^nothing$", "fits no linear of this model"),
-        (r"re:layers\.12\.", "fits no linear of this model"),
+        ("re:^nothing$", "matches no linear of this model"),
+        (r"re:layers\.12\.", "matches no linear of this model"),
     ],
 )
 def test_a_pattern_that_fits_nothing_is_refused(model, tmp_path, pattern, told):

@@ -104,7 +104,7 @@ def test_what_cannot_be_kept_is_refused(sources):
         spend(job_of(sources["llama"], target_bits=4.01), TOKENS)
     with pytest.raises(RecipeError, match="which engines fuse"):
         job_of(sources["llama"], schemes={"q_proj": "int8-channel"})
-    with pytest.raises(RecipeError, match="'nothing' fits no linear"):
+    with pytest.raises(RecipeError, match="'nothing' matches no linear"):
         job_of(sources["llama"], schemes={"nothing": "int8-channel"})
     with pytest.raises(RecipeError, match="holds one scheme"):
         spend(job_of(sources["llama"], target_bits=5.0, format="gptq"), TOKENS)

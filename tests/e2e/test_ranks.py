@@ -124,7 +124,7 @@ def test_a_process_without_a_gpu_of_its_own_is_refused(monkeypatch, device, own)
     monkeypatch.setattr(ranks, "count", lambda: 3)
     monkeypatch.setattr("torch.distributed.get_node_local_rank", lambda: own)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
-    with pytest.raises(CheckpointError, match=f"device '{device}' for process {own} .* 2 GPUs.*--nproc-per-node 2"):
+    with pytest.raises(CheckpointError, match=f"device '{device}' for local rank {own} .* 2 GPUs.*--nproc-per-node 2"):
         ranks.own_device(device)
     assert ranks.own_device("cpu") == "cpu"
 

@@ -123,6 +123,6 @@ def test_wrong_heads_change_what_the_block_computes(block):
 
 
 def test_rotate_comes_first():
-    with pytest.raises(RecipeError, match="rotate mixes the channels that other transforms scale: name it first"):
+    with pytest.raises(RecipeError, match="rotate mixes the channels that other transforms scale: put it first"):
         complete_recipe({"transforms": ("awq", "rotate")})
     assert complete_recipe({"transforms": ("rotate", "awq")}).transforms == ("rotate", "awq")
