@@ -41,7 +41,12 @@ def run(
     assert not unspent, "target bits are spent (calibrate.budget) before a run"
     sums = journal.sums if journal else {}
     verify_checksums(job.source.checkpoint, sums)
-    recipe = replace(job.recipe, calibration_sha256=calibration.sha256 if calibration else None)
+    snapshot = job.source.snapshot
+    recipe = replace(
+        job.recipe,
+        calibration_sha256=calibration.sha256 if calibration else None,
+        model_commit=snapshot.commit if snapshot else None,
+    )
     result = Result(job.plan, recipe, job.dtype, source_bytes=job.source.checkpoint.nbytes)
     writer = RecordingWriter(ShardedWriter(output, recipe.max_shard_size), job)
     outcomes = _outcomes(job, calibration, result, on_block, journal)

@@ -50,7 +50,7 @@ def key_of(job: Job, calibration: CalibrationSet | None, sums: Mapping[str, str]
     """
     directory = job.source.directory
     files = {entry.path for entry in job.source.checkpoint.entries.values()} | {directory / "config.json"}
-    recipe = asdict(replace(job.recipe, calibration_sha256=None))
+    recipe = asdict(replace(job.recipe, calibration_sha256=None, model_commit=None))  # files are told apart by hash
     key = {
         "lowbit": __version__,
         "torch": torch.__version__,

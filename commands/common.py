@@ -12,6 +12,8 @@ from typing import Any, NoReturn
 import click
 import torch
 from datasets.utils.logging import disable_progress_bar
+from huggingface_hub import constants
+from huggingface_hub.utils.tqdm import enable_progress_bars
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.segment import Segment
 from transformers.utils import logging as transformers_logging
@@ -25,6 +27,7 @@ SETTINGS = {
     "token_normalize_func": lambda token: token.replace("_", "-"),
     "max_content_width": 110,
 }
+REVISION = click.option("--revision", help="Branch, tag or commit of a hub id.")
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
@@ -70,6 +73,8 @@ def run_command(command: click.Command, interrupted: str = "Interrupted; nothing
     """Run a console script: exit 2 with a one-line error that the user can fix, 130 when interrupted."""
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
+    if not constants.HF_HUB_DISABLE_PROGRESS_BARS:  # transformers' switch turns off those of downloads too
+        enable_progress_bars()
     disable_progress_bar()
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     signal.signal(signal.SIGTERM, _interrupt)

@@ -10,7 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from lowbit.api.session import DTYPES, Event, Scored, Step
 from lowbit.api.shared import Note
-from lowbit.commands.common import Terminal, make_console
+from lowbit.commands.common import REVISION, Terminal, make_console
 from lowbit.evaluation.backend import BACKENDS
 from lowbit.evaluation.perplexity import Score
 
@@ -70,6 +70,8 @@ def setup_options(command: Callable[..., Any]) -> Callable[..., Any]:
             show_default=True,
             help="Type to compute in.",
         ),
+        REVISION,
+        click.option("--baseline-revision", help="Branch, tag or commit of --baseline."),
         click.option("--trust-remote-code", is_flag=True, help="Run Python code from the model's repository."),
         click.option("--cache/--no-cache", "keep", default=True, help="Reuse finished windows of an earlier run."),
         click.option("--record", "store", is_flag=True, help="Also write the result into CHECKPOINT."),

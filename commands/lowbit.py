@@ -16,6 +16,7 @@ COMMANDS = {
     "convert": ("quantize_convert", "quantize_convert", "Write a quantized checkpoint in another format."),
     "inspect": ("quantize_inspect", "quantize_inspect", "Show schemes, sizes, coverage and kernels of a checkpoint."),
     "report": ("quantize_report", "report", "Write a page about a checkpoint, or compare several."),
+    "push": ("push", "push", "Upload a checkpoint and its card to the hub."),
     "doctor": ("doctor", "doctor", "Show versions, GPU, kernels and optional packages of this installation."),
 }
 

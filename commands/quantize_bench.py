@@ -8,7 +8,7 @@ import torch
 from rich.table import Table
 
 from lowbit import __version__, engine
-from lowbit.commands.common import SETTINGS, make_console, run_command, say
+from lowbit.commands.common import REVISION, SETTINGS, make_console, run_command, say
 from lowbit.engine.decoder import Decoder
 from lowbit.engine.engine import Engine
 from lowbit.engine.options import Options
@@ -43,6 +43,7 @@ def main() -> None:
     help="Type of activations.",
 )
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1.")
+@REVISION
 @click.option("--profile", is_flag=True, help="Print the slowest kernels of a step (GPU only).")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON lines instead of a table.")
 def bench(
@@ -56,6 +57,7 @@ def bench(
     head: str,
     dtype: str,
     device: str,
+    revision: str | None,
     profile: bool,
     as_json: bool,
 ) -> None:
@@ -72,7 +74,7 @@ def bench(
     try:
         for method in methods or (METHODS if shape else ("checkpoint",)):
             if shape is None:
-                model = engine.load(str(checkpoint), str(place), kind, context, cache, head)
+                model = engine.load(str(checkpoint), str(place), kind, context, cache, head, revision)
             else:
                 model = random_engine(shape, method, kind, place, Options(context, cache == "int8"), head)
             for rows, before in product(batch, prompt):

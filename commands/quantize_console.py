@@ -13,6 +13,7 @@ from lowbit.api.shared import Note
 from lowbit.calibrate.data import CalibrationSet
 from lowbit.calibrate.job import Job
 from lowbit.commands.common import say
+from lowbit.commands.push import describe_pushed
 from lowbit.evaluation.perplexity import describe_difference
 from lowbit.export.escape import one_line
 from lowbit.export.formats import describe_schemes
@@ -119,6 +120,8 @@ class Printer:
             tokens, context = done.scores[0].tokens, done.scores[0].context
             self.console.print(f"{tokens} tokens of builtin held-out text, {context} a window, float32")
         self.console.print(f"{clock(done.seconds)} minutes")
+        if done.pushed is not None:
+            self.console.print(describe_pushed(done.pushed))
 
 
 def clock(seconds: float) -> str:

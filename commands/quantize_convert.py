@@ -7,7 +7,7 @@ from rich.console import Console
 
 from lowbit import __version__
 from lowbit.api import converting as api
-from lowbit.commands.common import SETTINGS, Size, make_console, run_command
+from lowbit.commands.common import REVISION, SETTINGS, Size, make_console, run_command
 from lowbit.export.formats import FORMATS, describe_schemes
 from lowbit.export.staging import told_whole
 from lowbit.quant.recipe import Recipe
@@ -25,11 +25,18 @@ def main() -> None:
 @click.option(
     "--max-shard-size", type=Size(), default=Recipe.max_shard_size, help="Largest weight file.  [default: 5GB]"
 )
+@REVISION
 @click.option("--overwrite", is_flag=True, help="Replace an output directory that is not empty.")
 @click.option("--trust-remote-code", is_flag=True, help="Run Python code from the model's repository.")
 @click.version_option(__version__, prog_name="lowbit")
 def quantize_convert(
-    checkpoint: str, output: Path, format_name: str, max_shard_size: int, overwrite: bool, trust_remote_code: bool
+    checkpoint: str,
+    output: Path,
+    format_name: str,
+    max_shard_size: int,
+    revision: str | None,
+    overwrite: bool,
+    trust_remote_code: bool,
 ) -> None:
     """Write CHECKPOINT, a quantized model, to OUTPUT in another format; codes and scales do not change."""
     console = make_console()
@@ -39,6 +46,7 @@ def quantize_convert(
             output,
             format=format_name,
             max_shard_size=max_shard_size,
+            revision=revision,
             overwrite=overwrite,
             trust_remote_code=trust_remote_code,
         )

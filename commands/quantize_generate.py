@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from lowbit import __version__, engine
-from lowbit.commands.common import SETTINGS, run_command, say
+from lowbit.commands.common import REVISION, SETTINGS, run_command, say
 from lowbit.engine.engine import Engine
 from lowbit.engine.sampling import Completion, Sampling
 from lowbit.errors import EngineError
@@ -53,6 +53,7 @@ def main() -> None:
 @click.option("--context", type=int, help="Longest sequence, prompt and output.  [default: 4096, or the model's]")
 @click.option("--cache", type=click.Choice(["same", "int8"]), default="same", help="Type of keys and values.")
 @click.option("--head", default="dense", help="Scheme of the output head: dense or int8.")
+@REVISION
 @click.option("--verbose", "-v", is_flag=True, help="Print token and step counts on stderr.")
 def generate(
     checkpoint: str,
@@ -64,6 +65,7 @@ def generate(
     context: int | None,
     cache: str,
     head: str,
+    revision: str | None,
     verbose: bool,
     **settings: Any,
 ) -> None:
@@ -75,7 +77,7 @@ def generate(
             raise EngineError(f"--stream prints one text as it is written; {len(prompts)} prompts were given")
         if not prompts and not chat:
             raise EngineError("no prompt: pass --prompt TEXT, or --chat for a conversation")
-        model = engine.load(checkpoint, check_device(device), context=context, cache=cache, head=head)
+        model = engine.load(checkpoint, check_device(device), None, context, cache, head, revision)
         if not prompts:
             converse(model, sampling, system)
         elif stream:

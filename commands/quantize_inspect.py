@@ -8,7 +8,7 @@ from rich.table import Table
 
 from lowbit import __version__
 from lowbit.api import inspecting as api
-from lowbit.commands.common import SETTINGS, make_console, run_command
+from lowbit.commands.common import REVISION, SETTINGS, make_console, run_command
 from lowbit.export.engines.table import ENGINES
 from lowbit.export.inspection import Inspection
 
@@ -24,11 +24,14 @@ def main() -> None:
 @click.argument("checkpoint")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead, with every linear by name.")
 @click.option("--check", is_flag=True, help="Also read every weight and verify every checksum.")
+@REVISION
 @click.option("--trust-remote-code", is_flag=True, help="Run Python code from the model's repository.")
 @click.version_option(__version__, prog_name="lowbit")
-def quantize_inspect(checkpoint: str, as_json: bool, check: bool, trust_remote_code: bool) -> None:
+def quantize_inspect(
+    checkpoint: str, as_json: bool, check: bool, revision: str | None, trust_remote_code: bool
+) -> None:
     """Show schemes, sizes and coverage of CHECKPOINT, and the kernels with which engines run it."""
-    found = api.inspect(checkpoint, check=check, trust_remote_code=trust_remote_code)
+    found = api.inspect(checkpoint, check=check, revision=revision, trust_remote_code=trust_remote_code)
     if as_json:
         click.echo(json.dumps(found.as_json()))
         return

@@ -11,7 +11,7 @@ from lowbit.calibrate.methods import METHODS
 from lowbit.calibrate.rounding import ROUNDERS
 from lowbit.calibrate.settings import OWNERS, type_of
 from lowbit.calibrate.transforms import TRANSFORMS
-from lowbit.commands.common import Size, say
+from lowbit.commands.common import REVISION, Size, say
 from lowbit.evaluation.after import MEASURES, parse_measures
 from lowbit.export.formats import FORMATS
 from lowbit.quant.scheme import NAMED
@@ -104,9 +104,10 @@ PARTS: dict[str, tuple[Decorator, ...]] = {
         click.option("--format", "format", help=f"One of {', '.join(FORMATS)}."),
         click.option("--dtype", help="Type of scales and unquantized weights: auto, bfloat16, float16, float32."),
         click.option("--max-shard-size", type=Size(), help="Largest weight file.  [default: 5GB]"),
-        click.option("--revision", help="Branch, tag or commit of a hub id."),
+        REVISION,
         _flag("--resume", "Continue an interrupted run to the same output."),
         _flag("--overwrite", "Replace an output directory that is not empty."),
+        click.option("--push-to-hub", metavar="NAME/MODEL", help="Upload the result to this repository, private."),
         _flag("--trust-remote-code", "Run Python code from the model's repository."),
     ),
     "Measuring": (

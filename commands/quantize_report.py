@@ -6,7 +6,7 @@ import click
 
 from lowbit import __version__
 from lowbit.api import reporting as api
-from lowbit.commands.common import SETTINGS, make_console, run_command
+from lowbit.commands.common import REVISION, SETTINGS, make_console, run_command
 from lowbit.export.plain import read_rows
 
 
@@ -16,7 +16,7 @@ def main() -> None:
 
 
 @click.command(context_settings=SETTINGS)
-@click.argument("checkpoints", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="DIR [DIR ...]")
+@click.argument("checkpoints", nargs=-1, required=True, metavar="CHECKPOINT [CHECKPOINT ...]")
 @click.option(
     "--output",
     "-o",
@@ -28,9 +28,10 @@ def main() -> None:
     type=click.Path(path_type=Path, exists=True, dir_okay=False),
     help=".jsonl with more measurements: rows of quantize-bench --json, with the device in `device`.",
 )
+@REVISION
 @click.version_option(__version__, prog_name="lowbit")
-def report(checkpoints: tuple[Path, ...], output: Path | None, rows: Path | None) -> None:
+def report(checkpoints: tuple[str, ...], output: Path | None, rows: Path | None, revision: str | None) -> None:
     """Write a page about one checkpoint, or about several side by side, as HTML, Markdown and JSON."""
     console = make_console()
-    for path in api.report(*checkpoints, output=output, rows=read_rows(rows) if rows else []):
+    for path in api.report(*checkpoints, output=output, rows=read_rows(rows) if rows else [], revision=revision):
         console.print(str(path))

@@ -36,6 +36,7 @@ def load(
     context: int | None = None,
     cache: str = "same",
     head: str = "dense",
+    revision: str | None = None,
 ) -> Engine:
     """An engine for the checkpoint `name`: a directory, `demo`, or an id on the hub.
 
@@ -49,6 +50,7 @@ def load(
     dtype    of activations; on a CPU float32, on a GPU the model's own half precision where nothing is said
     context  positions that a sequence may have, prompt and output; 4096, or what the model allows where that is less
     cache    keys and values as "same" (dtype) or "int8"
+    revision  branch, tag or commit of a hub id
     head     "dense", or a scheme ("int8") that the head is rounded to as it is loaded
 
     Raises CheckpointError for a family that is not known (the known are listed) and for files that are damaged or
@@ -56,7 +58,7 @@ def load(
     """
     if dtype is not None and dtype not in (torch.float32, *HALF):
         raise UsageError(f"dtype {dtype}: float32, float16 or bfloat16 is what activations are computed in")
-    directory = model_directory(str(name))
+    directory = model_directory(str(name), revision=revision)
     checkpoint = open_checkpoint(directory)
     family = family_of(checkpoint)
     place = torch.device(check_device(device))

@@ -8,6 +8,7 @@ from lowbit.errors import CheckpointError
 from lowbit.export.checkpoint import refresh_sums
 from lowbit.export.files import write_text
 from lowbit.export.plain import read_rows
+from lowbit.export.snapshot import refuse_to_write_into
 
 FILE = "evaluation.jsonl"
 # What tells two measurements apart: a later row with all of these equal takes the place of the earlier one.
@@ -30,6 +31,7 @@ def record(directory: Path, rows: list[dict[str, Any]]) -> None:
     """Add `rows` to the checkpoint in `directory`, and correct its SHA256SUMS; nothing where there are none."""
     if not rows:
         return
+    refuse_to_write_into(directory)
     path = directory / FILE
     merged = merge_rows(read_rows(path), rows)
     replace_text(path, "".join(json.dumps(row) + "\n" for row in merged))

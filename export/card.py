@@ -12,6 +12,7 @@ from lowbit.export.escape import Written, code, markdown_environment
 from lowbit.export.files import read_text, write_text
 from lowbit.export.format import Format
 from lowbit.export.formats import FORMATS
+from lowbit.export.snapshot import snapshot_at
 from lowbit.quant.recipe import Recipe
 
 TEMPLATE = """---
@@ -104,7 +105,10 @@ def note_conversion(directory: Path, source: Path, before: str, fmt: Format, ver
 
 
 def published_name(model: str) -> str:
-    """What others may read as a model's name: a directory's own name, for its path is nobody's business."""
+    """The name of a model for others: the id of a snapshot, a directory's own name, for its path is the user's."""
+    snapshot = snapshot_at(Path(model))
+    if snapshot is not None:
+        return snapshot.repo
     return Path(model).resolve().name if Path(model).is_dir() else model
 
 

@@ -80,7 +80,7 @@ def open_checkpoint(directory: Path, config_name: str = CONFIG_NAME) -> Checkpoi
     files = survey(directory)
     _refuse_adapter(directory, files)
     _refuse_pointers(directory, files)
-    config = _with_sidecar(directory, _lifted(read_json(directory / config_name)))
+    config = _complete(directory, read_json(directory / config_name))
     block = config.get("quantization_config")
     if block is not None and not isinstance(block, dict):
         raise CheckpointError(f"{directory / config_name}: quantization_config is {block!r}, not a JSON object")
@@ -111,6 +111,16 @@ def _refuse_pointers(directory: Path, files: Mapping[str, Identity]) -> None:
     for path in (path for path in small if path.suffix in LARGE_FILES):
         if read_bytes(path).startswith(LFS_POINTER):
             raise CheckpointError(f"{path}: a Git LFS pointer, not the file: run git lfs pull in that directory")
+
+
+def quantization_of(directory: Path, config: dict[str, Any]) -> Any:
+    """What is said of the quantization of the model in `directory`, whose config.json is `config`; None for nothing."""
+    return _complete(directory, config).get("quantization_config")
+
+
+def _complete(directory: Path, config: dict[str, Any]) -> dict[str, Any]:
+    """The configuration with its quantization_config in the usual place, wherever `directory` has it."""
+    return _with_sidecar(directory, _lifted(config))
 
 
 def _lifted(config: dict[str, Any]) -> dict[str, Any]:

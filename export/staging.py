@@ -22,6 +22,7 @@ from filelock import FileLock, Timeout
 
 from lowbit.errors import CheckpointError, Unfinished
 from lowbit.export.files import sync
+from lowbit.export.snapshot import refuse_to_write_into
 
 TAKEN = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR)
 CANNOT_SWAP = (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP)
@@ -29,13 +30,14 @@ RENAME_EXCHANGE = 2
 
 
 def refuse_output(output: Path, overwrite: bool) -> None:
-    """Raise CheckpointError where `output` cannot become the result: it is a file, a mount point, or not empty."""
+    """Raise CheckpointError where `output` cannot become the result: a file, a mount point, not empty, or others'."""
     if output.exists() and not output.is_dir():
         raise CheckpointError(f"{output}: a file is in the way; name another output directory")
     if output.is_dir() and _is_mount_point(place_of(output)):
         raise CheckpointError(f"{output}: a mount point, which cannot be replaced; name a directory inside it")
     if output.is_dir() and any(output.iterdir()) and not overwrite:
         raise CheckpointError(f"{output}: not empty; pass --overwrite to replace it, or name another directory")
+    refuse_to_write_into(output)
 
 
 def refuse_to_replace(output: Path, source: Path) -> None:

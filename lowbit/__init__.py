@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from lowbit.api.evaluating import evaluate as evaluate
     from lowbit.api.evaluating import perplexity as perplexity
     from lowbit.api.inspecting import inspect as inspect
+    from lowbit.api.pushing import push as push
     from lowbit.api.quantizing import quantize as quantize
     from lowbit.api.reporting import report as report
     from lowbit.engine.loader import load as load
@@ -31,6 +32,7 @@ _PUBLIC = {
     "inspect": "lowbit.api.inspecting",
     "load": "lowbit.engine.loader",
     "perplexity": "lowbit.api.evaluating",
+    "push": "lowbit.api.pushing",
     "quantize": "lowbit.api.quantizing",
     "report": "lowbit.api.reporting",
 }

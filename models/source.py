@@ -6,8 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
@@ -17,11 +15,13 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
 )
 
-from lowbit.errors import CheckpointError
+from lowbit.errors import CheckpointError, UsageError, nearest
 from lowbit.export.checkpoint import CONFIG_NAME, Checkpoint, open_checkpoint
+from lowbit.export.snapshot import Snapshot, snapshot_at
 from lowbit.export.untrusted import untrusted
 from lowbit.export.writer import write_json
 from lowbit.models.demo import demo_model_dir
+from lowbit.models.hub import download
 
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 DEMO = "demo"
@@ -35,7 +35,7 @@ HUB_FILES: tuple[str, ...] = (
     "NOTICE*",
     "USE_POLICY*",
 )
-HUB_FILES += ("*.model", "*.model.v*", "*.tiktoken", "*.bpe", "*.spm")
+HUB_FILES += ("*.model", "*.model.v*", "*.tiktoken", "*.bpe", "*.spm", "SHA256SUMS", "recipe.toml", "evaluation.jsonl")
 # Keys of a configuration by which transformers takes kernels from a hub, or reads another file in its place.
 IMPLEMENTATIONS = ("attn_implementation", "experts_implementation")
 FETCHING = frozenset(form for key in IMPLEMENTATIONS for form in (key, f"_{key}", f"_{key}_internal"))
@@ -54,6 +54,11 @@ class Source:
     @property
     def directory(self) -> Path:
         return self.checkpoint.directory
+
+    @property
+    def snapshot(self) -> Snapshot | None:
+        """The hub's repository and commit that the files are of; None for a directory of the user's."""
+        return snapshot_at(self.directory)
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The model's tokenizer. CheckpointError where there is none."""
@@ -104,20 +109,31 @@ def open_source(
 
 
 def model_directory(name: str, trust_remote_code: bool = False, revision: str | None = None) -> Path:
-    """The directory that holds the model `name`, downloaded or made first where needed."""
+    """The directory that holds the model `name`, downloaded or made first where needed.
+
+    revision  branch, tag or commit, of a model of the hub alone
+    """
+    if revision is not None and (name == DEMO or Path(name).exists()):
+        raise UsageError(f"--revision {revision}: {name} is no model of the hub; only those have revisions")
     if Path(name).is_dir():
         return Path(name)
     if name == DEMO:
         return demo_model_dir()
-    patterns = HUB_FILES + (("*.py",) if trust_remote_code else ())
-    try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=list(patterns)))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise CheckpointError(
-            f"{name!r} is no directory here and could not be had from the hub ({type(error).__name__}: {reason}). "
-            "Name a directory with config.json and *.safetensors, a hub id such as org/model, or demo"
-        ) from error
+    _refuse_path(name)
+    return download(name, revision, HUB_FILES + (("*.py",) if trust_remote_code else ()))
+
+
+def _refuse_path(name: str) -> None:
+    """Raise CheckpointError where `name` is the path of a file, or of nothing, and so no id on the hub."""
+    path = Path(name)
+    if path.is_file():
+        cure = "its original, unquantized model is what is read" if path.suffix == ".gguf" else "name the directory"
+        raise CheckpointError(f"{name}: a file; a model is a directory with config.json and *.safetensors: {cure}")
+    if name.startswith((".", "/", "~")) or name.endswith("/") or name.count("/") > 1:
+        parent = path.parent
+        beside = sorted(each.name for each in parent.iterdir() if each.is_dir()) if parent.is_dir() else []
+        near = f"; {nearest(path.name, beside)}" if beside else ""
+        raise CheckpointError(f"{name}: no such directory{near}")
 
 
 def refuse_remote_code(checkpoint: Checkpoint, trusted: bool) -> None:

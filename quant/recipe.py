@@ -42,6 +42,7 @@ class Recipe:
     seed                seed of all random choices
     max_shard_size      bytes of the largest weight file
     calibration_sha256  hash of the calibration tokens, written by a run; a later run warns if its tokens differ
+    model_commit        commit of the hub repository of the model, written by a run; a later run warns if it differs
     settings            settings of the transforms and the rounder, by part; a table per part in a file
     """
 
@@ -67,6 +68,7 @@ class Recipe:
     seed: int = 42
     max_shard_size: int = 5_000_000_000
     calibration_sha256: str | None = None
+    model_commit: str | None = None
     settings: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @property

@@ -49,6 +49,7 @@ def convert(
     *,
     format: str,
     max_shard_size: int = Recipe.max_shard_size,
+    revision: str | None = None,
     overwrite: bool = False,
     trust_remote_code: bool = False,
 ) -> Converted:
@@ -61,6 +62,7 @@ def convert(
 
     format          "compressed-tensors", "gptq", "gptq_v2" or "awq"
     max_shard_size  bytes of the largest weight file
+    revision        branch, tag or commit of a hub id
 
     Raises RecipeError for an unknown format, CheckpointError if the format cannot hold a weight.
     """
@@ -68,7 +70,7 @@ def convert(
         raise RecipeError(f"unknown format {format!r}; {nearest(format, FORMATS)}")
     target = Path(output)
     refuse_output(target, overwrite)
-    source = open_source(str(checkpoint), trust_remote_code)
+    source = open_source(str(checkpoint), trust_remote_code, revision)
     refuse_to_replace(target, source.directory)
     logical, fmt = LogicalTensors(source.checkpoint), FORMATS[format]
     left = unquantized_linears(open_skeleton(source), logical.schemes)

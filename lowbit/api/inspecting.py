@@ -14,7 +14,9 @@ from lowbit.models.source import open_source
 
 
 @typed()
-def inspect(checkpoint: str | Path, *, check: bool = False, trust_remote_code: bool = False) -> Inspection:
+def inspect(
+    checkpoint: str | Path, *, check: bool = False, revision: str | None = None, trust_remote_code: bool = False
+) -> Inspection:
     """Schemes, sizes and coverage of `checkpoint`, and the kernels with which each engine runs it.
 
     >>> import lowbit
@@ -23,11 +25,12 @@ def inspect(checkpoint: str | Path, *, check: bool = False, trust_remote_code: b
     >>> found.format, len(found.linears), round(found.bits_per_weight, 2)
     ('compressed-tensors', 14, 4.5...)
 
-    check  also read every weight and verify every checksum; otherwise only headers are read
+    revision  branch, tag or commit of a hub id
+    check     also read every weight and verify every checksum; otherwise only headers are read
 
     Raises CheckpointError for a checkpoint that is damaged or not quantized.
     """
-    source = open_source(str(checkpoint), trust_remote_code)
+    source = open_source(str(checkpoint), trust_remote_code, revision)
     logical = LogicalTensors(source.checkpoint)
     skeleton = open_skeleton(source)
     found = inspect_checkpoint(logical, _linears(skeleton, logical), _heads(source.config.get_text_config()))

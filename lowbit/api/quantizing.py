@@ -3,11 +3,12 @@
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from lowbit import __version__
+from lowbit.api.pushing import Pushed, push
 from lowbit.api.shared import PAPERS_BYTES, Note, ignore
 from lowbit.arguments import typed
 from lowbit.calibrate import ranks
@@ -19,7 +20,7 @@ from lowbit.calibrate.pipeline import assist, run
 from lowbit.calibrate.plan import Plan
 from lowbit.calibrate.report import BlockReport, Result
 from lowbit.calibrate.resume import Journal, journaled
-from lowbit.errors import RecipeError, UsageError, nearest
+from lowbit.errors import CheckpointError, RecipeError, Unfinished, UsageError, nearest
 from lowbit.evaluation.after import Measured, measure, require_measures
 from lowbit.evaluation.perplexity import Score
 from lowbit.evaluation.record import record
@@ -29,9 +30,10 @@ from lowbit.export.card import write_card
 from lowbit.export.checkpoint import UNSEALED_CONFIG, seal
 from lowbit.export.files import write_text
 from lowbit.export.formats import FORMATS, describe_schemes
-from lowbit.export.staging import only_run, refuse_output, refuse_to_replace, require_space, staged
+from lowbit.export.staging import only_run, refuse_output, refuse_to_replace, require_space, staged, told_whole
 from lowbit.export.survey import survey
 from lowbit.models.devices import check_device
+from lowbit.models.hub import require_account
 from lowbit.models.source import Source, open_source
 from lowbit.quant.recipe import Recipe, read_recipe
 
@@ -101,6 +103,7 @@ class Quantized:
     rows          all measurements, as in evaluation.jsonl
     warnings      limits of other engines with this checkpoint, as sentences
     seconds       wall time from the first weight to the end
+    pushed        the repository that it was uploaded to, if any
     """
 
     output: Path | None
@@ -113,6 +116,7 @@ class Quantized:
     rows: tuple[dict[str, Any], ...]
     warnings: tuple[str, ...]
     seconds: float
+    pushed: Pushed | None = None
 
 
 @typed()
@@ -129,6 +133,7 @@ def quantize(
     resume: bool = False,
     overwrite: bool = False,
     trust_remote_code: bool = False,
+    push_to_hub: str | None = None,
     progress: OnEvent = ignore,
     **settings: Any,
 ) -> Quantized:
@@ -147,6 +152,8 @@ def quantize(
     measures      of "ppl" and "kl"
     dry_run       stop before a weight is read
     resume        go on where an interrupted run to the same output stopped
+    revision      branch, tag or commit of a hub id
+    push_to_hub   upload the result to this repository, NAME/MODEL, as `push` does
     progress      called with each Event
 
     Raises RecipeError, UsageError and DeviceError for bad arguments, CheckpointError for a model that cannot be used,
@@ -157,11 +164,14 @@ def quantize(
     require_measures(measures, eval_windows)
     if output is None and not dry_run:
         raise UsageError("say where to write: --output DIR")
+    if push_to_hub is not None:
+        require_account(push_to_hub)  # hours before there is something to upload
     target = None if output is None else Path(output)
     with _reserved(target, overwrite):
         progress(Completed(complete))
         with ranks.leader_first():
             source = open_source(str(model), trust_remote_code, revision)
+        _tell_commit(complete, source, progress)
         if target is not None:
             refuse_to_replace(target, source.directory)
         job = prepare(source, complete, ranks.own_device(check_device(device)))
@@ -178,7 +188,8 @@ def quantize(
             if not ranks.leads():
                 return _assisted(this)
             _tell_journal(journal, resume, progress)
-            return _written(this, target, overwrite, (eval_windows, tuple(measures)))
+            done = _written(this, target, overwrite, (eval_windows, tuple(measures)))
+    return done if push_to_hub is None else _pushed(done, target, push_to_hub, progress)
 
 
 @dataclass(frozen=True)
@@ -213,6 +224,19 @@ def _complete(recipe: Recipe | Mapping[str, Any] | str | Path | None, settings: 
     if complete.format not in FORMATS:
         raise RecipeError(f"unknown format {complete.format!r}; {nearest(complete.format, FORMATS)}")
     return complete
+
+
+def _tell_commit(recipe: Recipe, source: Source, progress: OnEvent) -> None:
+    """Warn where the recipe was made with another commit of the model."""
+    snapshot = source.snapshot
+    if snapshot is not None and recipe.model_commit not in (None, snapshot.commit):
+        progress(
+            Note(
+                f"the recipe was made with commit {recipe.model_commit} of a model, this is {snapshot.repo} at "
+                f"{snapshot.commit}: the weights may differ; --revision takes that commit",
+                warning=True,
+            )
+        )
 
 
 def _surveyed(source: Source, progress: OnEvent) -> dict[str, str]:
@@ -291,6 +315,15 @@ def _written(this: _Run, output: Path, overwrite: bool, evaluation: tuple[int, t
         tuple(job.warnings()),
         time.monotonic() - begun,
     )
+
+
+def _pushed(done: Quantized, output: Path, repo: str, progress: OnEvent) -> Quantized:
+    """`done`, uploaded."""
+    with told_whole(output):
+        try:
+            return replace(done, pushed=push(output, repo, progress=progress))
+        except CheckpointError as error:
+            raise Unfinished(f"{output} is whole, but {error}: lowbit push {output} {repo}") from error
 
 
 def _assisted(this: _Run) -> Quantized:

@@ -12,11 +12,16 @@ from lowbit.evaluation.report.compare import comparison
 from lowbit.evaluation.report.facts import facts_of
 from lowbit.evaluation.report.page import render, render_comparison
 from lowbit.export.checkpoint import refresh_sums
+from lowbit.export.snapshot import refuse_to_write_into
+from lowbit.models.source import model_directory
 
 
 @typed()
 def report(
-    *checkpoints: str | Path, output: str | Path | None = None, rows: Sequence[dict[str, Any]] = ()
+    *checkpoints: str | Path,
+    output: str | Path | None = None,
+    rows: Sequence[dict[str, Any]] = (),
+    revision: str | None = None,
 ) -> tuple[Path, ...]:
     """Write a report about a checkpoint, or about several side by side; the files written: .html, .md and .json.
 
@@ -25,14 +30,17 @@ def report(
     >>> [path.name for path in lowbit.report("my-model-int8")]
     ['report.html', 'report.md', 'report.json']
 
-    output  path without a suffix; DIR/report of a single checkpoint, or `comparison`, where it is not given
-    rows    measurements kept elsewhere, as `quantize-bench --json` prints them
+    output    path without a suffix; DIR/report of a single checkpoint, or `comparison`, where it is not given
+    rows      measurements kept elsewhere, as `quantize-bench --json` prints them
+    revision  branch, tag or commit of a hub id
 
     Raises UsageError for bad arguments, CheckpointError for a damaged checkpoint.
     """
-    paths = [Path(checkpoint) for checkpoint in checkpoints]
-    if not paths:
+    if not checkpoints:
         raise UsageError("name a checkpoint")
+    if revision is not None and len(checkpoints) > 1:
+        raise UsageError(f"--revision {revision} is of one checkpoint, and {len(checkpoints)} are named")
+    paths = [model_directory(str(checkpoint), revision=revision) for checkpoint in checkpoints]
     if len({path.resolve() for path in paths}) < len(paths):
         raise UsageError("the same checkpoint is named twice")
     found = [facts_of(path, _rows_of(path, rows)) for path in paths]
@@ -60,6 +68,7 @@ def _rows_of(path: Path, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]
 def _write(target: Path, texts: dict[str, str]) -> tuple[Path, ...]:
     if not target.parent.is_dir():
         raise UsageError(f"{target.parent}: no such directory to write the report to")
+    refuse_to_write_into(target.parent)
     for kind, text in texts.items():
         replace_text(target.with_name(f"{target.name}.{kind}"), text)
     return tuple(target.with_name(f"{target.name}.{kind}") for kind in texts)

@@ -21,9 +21,10 @@ from lowbit.evaluation.journal import Library
 from lowbit.evaluation.perplexity import OnStep, Score
 from lowbit.evaluation.record import record
 from lowbit.evaluation.text import Cut, Protocol
+from lowbit.export.snapshot import refuse_to_write_into
 from lowbit.models.demo import cache_dir
 from lowbit.models.devices import check_device
-from lowbit.models.source import Source, open_source
+from lowbit.models.source import Source, model_directory, open_source
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 BUILTIN_WINDOWS = 16
@@ -55,6 +56,7 @@ class Setup(TypedDict, total=False):
     backend   "auto", "transformers", "blocks", "engine" or "vllm"
     device    "auto", "cpu", "cuda", "cuda:1"
     dtype     "float32", "bfloat16" or "float16"
+    revision, baseline_revision  branch, tag or commit of the checkpoint and the baseline, where they are hub ids
     keep      cache finished windows, and continue an interrupted run
     store     also append the result to the checkpoint's evaluation.jsonl
     progress  called with each Event
@@ -63,6 +65,8 @@ class Setup(TypedDict, total=False):
     backend: str
     device: str
     dtype: str
+    revision: str | None
+    baseline_revision: str | None
     trust_remote_code: bool
     keep: bool
     store: bool
@@ -137,6 +141,8 @@ class Session:
     backend: str = "auto"
     device: str = "auto"
     dtype: str = "float32"
+    revision: str | None = None
+    baseline_revision: str | None = None
     trust_remote_code: bool = False
     keep: bool = True
     store: bool = False
@@ -147,7 +153,8 @@ class Session:
         return [self.checkpoint] + ([self.baseline] if self.baseline else [])
 
     def source(self, name: str) -> Source:
-        return open_source(name, self.trust_remote_code)
+        revision = self.revision if name == self.checkpoint else self.baseline_revision
+        return open_source(name, self.trust_remote_code, revision)
 
     def open(self, source: Source, together: int = 1) -> Backend:
         """A backend for `source`; `together` is the number of models in memory at once."""
@@ -221,6 +228,8 @@ def make_session(checkpoint: str | Path, baseline: str | Path | None, options: d
     ):
         if value not in choices:
             raise UsageError(f"{what} {value!r}: {nearest(value, choices)}")
+    if session.store:
+        refuse_to_write_into(model_directory(session.checkpoint, session.trust_remote_code, session.revision))
     reason = reason_against(kept_in()) if session.keep else None
     if reason is None:
         return session

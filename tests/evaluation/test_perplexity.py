@@ -191,7 +191,7 @@ def test_a_baseline_of_another_vocabulary_is_refused(models, tmp_path):
         (["--text", "gone.txt"], "cannot read gone.txt: No such file"),
         (["--context", 1000, "--text", ".gitignore"], "shorter than one window"),
         (["--device", "abacus"], "write cpu, cuda"),
-        (["--baseline", "./gone"], "is no directory here"),
+        (["--baseline", "./gone"], "no such directory"),
         (["--stride", 8], "--protocol strided"),
         (["--text-column", "text"], "plain text has no column 'text'"),
         (["--bos", "every"], "its tokenizer puts no BOS before a text"),

@@ -392,7 +392,7 @@ def test_sizes_for_people():
 
 
 def test_mistakes(awq, copied, tmp_path):
-    assert "no such directory" in run_quantize_report("gone").complaint
+    assert "no directory here" in run_quantize_report("gone").complaint
     assert "named twice" in run_quantize_report(awq, awq).complaint
     assert "no such directory to write" in run_quantize_report(awq, "-o", tmp_path / "gone" / "x").complaint
     (tmp_path / "rows.jsonl").write_text("[1]\n")

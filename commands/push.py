@@ -1,0 +1,47 @@
+"""`lowbit push DIR NAME/MODEL`: a checkpoint on the hub."""
+
+from pathlib import Path
+
+import click
+
+from lowbit import __version__
+from lowbit.api import pushing as api
+from lowbit.api.shared import Note
+from lowbit.commands.common import SETTINGS, run_command, say
+from lowbit.export.escape import one_line
+
+
+def main() -> None:
+    """Entry point of `lowbit push`."""
+    run_command(push, "Interrupted; what was uploaded stays: the same command goes on from there.")
+
+
+@click.command(context_settings=SETTINGS)
+@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.argument("repo", metavar="NAME/MODEL")
+@click.option("--public", is_flag=True, help="Let everybody see a repository that is made.  [default: private]")
+@click.option("--message", help="Of the commit.")
+@click.option("--dry-run", is_flag=True, help="Say what would be uploaded where, and upload nothing.")
+@click.version_option(__version__, prog_name="lowbit")
+def push(checkpoint: Path, repo: str, public: bool, message: str | None, dry_run: bool) -> None:
+    """Upload the directory CHECKPOINT, with its card, to the repository NAME/MODEL of the hub.
+
+    The repository is made where there is none, private. An interrupted upload goes on with the same command.
+    """
+    done = api.push(checkpoint, repo, private=not public, message=message, dry_run=dry_run, progress=tell)
+    if dry_run:
+        for name, size in done.files.items():
+            say(f"{size:>15,}  {name}")
+    say(describe_pushed(done))
+
+
+def tell(note: Note) -> None:
+    """Print a note of an upload."""
+    say(f"{'Warning' if note.warning else 'note'}: {one_line(note.text)}", err=True)
+
+
+def describe_pushed(done: api.Pushed) -> str:
+    """A line on what was uploaded, or would be."""
+    kind = f"{'private' if done.private else 'public'}{', new' if done.created else ''}"
+    size = f"{len(done.files)} files, {sum(done.files.values()) / 1e6:.1f} MB"
+    return f"{done.url} ({kind}): {size}" + (f", commit {done.commit[:12]}" if done.commit else ", not uploaded")

@@ -1,0 +1,57 @@
+"""Directories that others own: a snapshot in the hub's cache, and the original weights of a model."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from lowbit.errors import CheckpointError
+from lowbit.export.checkpoint import CONFIG_NAME, quantization_of
+from lowbit.export.plain import read_json
+
+COMMIT = re.compile(r"[0-9a-f]{40}")
+STORES = ("models--", "datasets--", "spaces--")  # how the folders of the hub's cache begin
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A repository of the hub at one commit.
+
+    repo    its id, as org/model
+    commit  40 hexadecimal digits
+    """
+
+    repo: str
+    commit: str
+
+
+def snapshot_at(directory: Path) -> Snapshot | None:
+    """The snapshot that `directory` is, by the layout of the hub's cache: models--org--model/snapshots/COMMIT."""
+    place = directory.absolute()
+    store, middle = place.parent.parent.name, place.parent.name
+    if middle != "snapshots" or not store.startswith("models--") or not COMMIT.fullmatch(place.name):
+        return None
+    return Snapshot(store.removeprefix("models--").replace("--", "/"), place.name)
+
+
+def refuse_to_write_into(directory: Path) -> None:
+    """Raise CheckpointError where `directory` lies in the hub's cache, or holds a model that is not quantized."""
+    parts = (*directory.absolute().parts, *directory.resolve().parts)
+    if any(part.startswith(STORES) for part in parts):
+        raise CheckpointError(
+            f"{directory}: in the hub's cache, which other programs share; copy the model to a directory of yours, or "
+            "name another output"
+        )
+    if _holds_original(directory):
+        raise CheckpointError(
+            f"{directory}: a model that is not quantized lies there, and stays as it is; name another directory"
+        )
+
+
+def _holds_original(directory: Path) -> bool:
+    """Whether safetensors lie there beside a config.json that says nothing of quantization."""
+    if not any(directory.glob("*.safetensors")):
+        return False
+    try:
+        return quantization_of(directory, read_json(directory / CONFIG_NAME)) is None
+    except CheckpointError:  # half a model, or none
+        return False

@@ -1,0 +1,148 @@
+"""The hub: models downloaded into its cache and checkpoints uploaded, with the cure in each message of failure."""
+
+import difflib
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from huggingface_hub import DryRunFileInfo, HfApi, constants, get_token, snapshot_download
+from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError is of the library under the hub's
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    HTTPError,
+    LocalEntryNotFoundError,
+    LocalTokenNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.utils.tqdm import are_progress_bars_disabled
+from rich.console import Console
+
+from lowbit.errors import CheckpointError, UsageError, nearest
+
+FAILURES = (HTTPError, HFValidationError, OSError)
+LOG_IN = "log in with `hf auth login`, or set HF_TOKEN"
+MOST_SEARCHED = 100  # names that are asked for where one is unknown
+
+
+def download(name: str, revision: str | None, patterns: Iterable[str]) -> Path:
+    """The snapshot of the model `name` in the hub's cache, downloaded where it is not there yet.
+
+    Bars on a terminal, one line elsewhere, nothing where the hub's bars are switched off. Files that an interrupted
+    download finished are kept. CheckpointError says what failed and what to do.
+    """
+    try:
+        _announce(name, revision, list(patterns))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=list(patterns)))
+    except FAILURES as error:
+        raise CheckpointError(_reason(name, revision, error)) from error
+
+
+def _announce(name: str, revision: str | None, patterns: list[str]) -> None:
+    """A line on what will be downloaded, where no bar will show it."""
+    if sys.stderr.isatty() or are_progress_bars_disabled() or constants.HF_HUB_OFFLINE:
+        return
+    try:
+        found = snapshot_download(name, revision=revision, allow_patterns=patterns, dry_run=True)
+    except FAILURES:  # the download itself meets the same, or is served from the cache
+        return
+    wanted = [file for file in found if isinstance(file, DryRunFileInfo) and file.will_download]
+    if wanted:
+        size = sum(file.file_size or 0 for file in wanted)
+        commit = wanted[0].commit_hash[:12]
+        line = f"downloading {name} at {commit} from {constants.ENDPOINT}: {len(wanted)} files, {size / 1e6:.1f} MB"
+        Console(file=sys.stderr, markup=False, soft_wrap=True).print(line, highlight=False)
+
+
+def _reason(name: str, revision: str | None, error: Exception) -> str:
+    """Why the model `name` could not be downloaded, and what to do."""
+    page = f"{constants.ENDPOINT}/{name}"
+    if isinstance(error, HFValidationError):
+        return f"{name!r} is no directory here, and no hub id (org/model)"
+    if isinstance(error, GatedRepoError):
+        if get_token() is None:
+            return f"{name!r} is gated: accept its licence at {page}, then {LOG_IN}"
+        return (
+            f"{name!r} is gated, and the account of your token has no access: accept its licence at {page}, or wait "
+            "until its owners grant it"
+        )
+    if isinstance(error, RepositoryNotFoundError):
+        unseen = f"if it is private, {LOG_IN}" if get_token() is None else "if it is private, your token has no access"
+        return f"{name!r} is no directory here and no model that the hub shows you{_like(name)}; {unseen}"
+    if isinstance(error, RevisionNotFoundError):
+        return f"{name!r} has no revision {revision!r}; {nearest(revision, _revisions(name))}"
+    if isinstance(error, LocalEntryNotFoundError):
+        return _unreached(name, revision)
+    return _failed("downloading", name, error) + "; files that came whole are kept: the same command goes on from there"
+
+
+def _unreached(name: str, revision: str | None) -> str:
+    """Why neither the hub nor its cache has the model."""
+    what = f"{name!r}" + (f" at {revision}" if revision else "")
+    if constants.HF_HUB_OFFLINE:
+        return (
+            f"{what} is no directory here, and not whole in the cache ({constants.HF_HUB_CACHE}); HF_HUB_OFFLINE keeps "
+            f"it from being downloaded: unset it, or run `hf download {name}` where there is a network"
+        )
+    return (
+        f"{what} is no directory here, not whole in the cache ({constants.HF_HUB_CACHE}), and {constants.ENDPOINT} "
+        "cannot be reached: check the network, the proxy and HF_ENDPOINT"
+    )
+
+
+def _failed(doing: str, name: str, error: Exception) -> str:
+    said = getattr(error, "strerror", None) or (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return f"{doing} {name!r} failed ({said})"
+
+
+def _like(name: str) -> str:
+    """A question after the model of the hub whose name is nearest; nothing where none is near, or none can be had."""
+    owner, _, model = name.rpartition("/")
+    try:
+        api = HfApi()
+        asked = {"author": owner} if owner else {"search": model}
+        known = [found.id for found in api.list_models(**asked, limit=MOST_SEARCHED)]  # type: ignore[arg-type]
+    except FAILURES:
+        return ""
+    close = difflib.get_close_matches(name, known, n=1) or [each for each in known if each.endswith(f"/{model}")]
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def _revisions(name: str) -> list[str]:
+    """Branches and tags of a repository; main where they cannot be had."""
+    try:
+        refs = HfApi().list_repo_refs(name)
+    except FAILURES:
+        return ["main"]
+    return [ref.name for ref in (*refs.branches, *refs.tags)]
+
+
+def require_account(repo: str) -> None:
+    """Raise UsageError where no token is set, or where `repo` is not its account's to write."""
+    owner, _, model = repo.rpartition("/")
+    if not owner or not model or "/" in owner:
+        raise UsageError(
+            f"{repo!r} is no repository of the hub; write NAME/MODEL, with your account's or an org's name"
+        )
+    try:
+        found = HfApi().whoami()
+    except LocalTokenNotFoundError:
+        raise UsageError(f"uploading to {repo!r} needs an account: {LOG_IN} (a token that may write)") from None
+    except FAILURES as error:
+        raise UsageError(_failed("asking for the account that uploads", repo, error) + f"; {LOG_IN}") from error
+    names = [found["name"], *(org["name"] for org in found.get("orgs", ()))]
+    if owner not in names:
+        raise UsageError(f"{repo!r}: your token is of {names[0]}, who writes under {', '.join(names)}")
+
+
+@contextmanager
+def uploading(repo: str) -> Iterator[HfApi]:
+    """A block that writes to `repo`. CheckpointError where the hub refuses, or cannot be reached."""
+    try:
+        yield HfApi()
+    except FAILURES as error:
+        forbidden = isinstance(error, HfHubHTTPError) and error.response.status_code in (401, 403)
+        cure = "the token may not write there" if forbidden else "the same command goes on with what is missing"
+        raise CheckpointError(f"{_failed('uploading to', repo, error)}; {cure}") from error
