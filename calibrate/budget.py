@@ -19,7 +19,7 @@ from lowbit.calibrate.data import CalibrationSet
 from lowbit.calibrate.job import Job
 from lowbit.calibrate.plan import make_plan, scheme_pattern
 from lowbit.errors import RecipeError
-from lowbit.export.formats import FORMATS
+from lowbit.export.dialects import FORMATS
 from lowbit.models.products import weight_view
 from lowbit.models.skeleton import LinearSpec
 from lowbit.models.states import States, pulled

@@ -7,7 +7,8 @@ import torch
 
 from lowbit.calibrate.plan import Plan, make_plan
 from lowbit.errors import CheckpointError
-from lowbit.export.formats import FORMATS, require_fit
+from lowbit.export.dialects import FORMATS
+from lowbit.export.formats import require_fit
 from lowbit.models.placement import stacked_only
 from lowbit.models.rehearsal import reader_of_weights
 from lowbit.models.skeleton import LinearSpec, Skeleton, open_skeleton

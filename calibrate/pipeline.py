@@ -4,6 +4,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from lowbit.calibrate import ranks
 from lowbit.calibrate.blocks import BlockLoop, Blocks, DataFreeBlocks
@@ -14,10 +15,11 @@ from lowbit.calibrate.outcome import BlockOutcome
 from lowbit.calibrate.report import BlockReport, Result, report_of
 from lowbit.calibrate.resume import Journal
 from lowbit.calibrate.written import RecordingWriter
-from lowbit.export.checkpoint import CONFIG_NAME, UNSEALED_CONFIG, require_same_source, verify_checksums
+from lowbit.export.checkpoint import require_same_source, verify_checksums
+from lowbit.export.dialects import FORMATS
 from lowbit.export.files import write_text
-from lowbit.export.formats import FORMATS, write_config
-from lowbit.export.writer import ShardedWriter, copy_companions, write_json
+from lowbit.export.plain import write_json
+from lowbit.export.writer import CheckpointWriter, carry_along
 from lowbit.models.skeleton import tied_weights
 
 OnBlock = Callable[[BlockReport], None]
@@ -29,13 +31,15 @@ def run(
     calibration: CalibrationSet | None,
     on_block: OnBlock,
     journal: Journal | None = None,
-    config_name: str = CONFIG_NAME,
+    finished: bool = True,
 ) -> Result:
     """Quantize `job` into the existing, empty directory `output`. Blocks in `journal` are not quantized again.
 
+    finished  False leaves the sealing to the caller
+
     Writes weights, recipe.toml and quantization_report.json, and copies tokenizer and templates. Every written tensor
-    is read back and compared; the configuration is renamed to `config_name` last. CheckpointError if a tensor differs,
-    Unfinished if the model's files changed during the run.
+    is read back and compared. CheckpointError if a tensor differs, Unfinished if the model's files changed during the
+    run.
     """
     unspent = job.recipe.target_bits is not None and set(job.plan.schemes) - job.plan.named
     assert not unspent, "target bits are spent (calibrate.budget) before a run"
@@ -48,16 +52,20 @@ def run(
         model_commit=snapshot.commit if snapshot else None,
     )
     result = Result(job.plan, recipe, job.dtype, source_bytes=job.source.checkpoint.nbytes)
-    writer = RecordingWriter(ShardedWriter(output, recipe.max_shard_size), job)
+    fmt = FORMATS[recipe.format]
+    writer = RecordingWriter(CheckpointWriter(fmt, output, recipe.max_shard_size), job)
     outcomes = _outcomes(job, calibration, result, on_block, journal)
     for block, outcome in zip(job.skeleton.blocks, outcomes, strict=True):
         writer.add_block(block, outcome.weights, outcome.kept)
     writer.add_others()
-    writer.finish()
-    _write_companions(job, output, result)
+    carry_along(job.source.checkpoint, output, with_code=job.source.trust_remote_code)
+    writer.finish(_config(job))
+    write_text(output / "recipe.toml", result.recipe.to_toml())
+    write_json(output / "quantization_report.json", report_of(job, result))
     result.output_bytes = writer.verify(output)
     require_same_source(job.source.checkpoint, sums)
-    (output / UNSEALED_CONFIG).rename(output / config_name)
+    if finished:
+        fmt.container.seal(output)
     return result
 
 
@@ -99,8 +107,8 @@ def _outcome(blocks: Blocks, index: int, journal: Journal | None) -> BlockOutcom
     return outcome
 
 
-def _write_companions(job: Job, output: Path, result: Result) -> None:
-    copy_companions(job.source.directory, output, with_code=job.source.trust_remote_code)
+def _config(job: Job) -> dict[str, Any]:
+    """config.json of the result, but for its quantization_config."""
     config = dict(job.source.checkpoint.config)
     for key in ("torch_dtype", "dtype"):
         if key in config:
@@ -109,7 +117,4 @@ def _write_companions(job: Job, output: Path, result: Result) -> None:
         # the file decides about tied weights (models.skeleton), but readers may look at config.json alone
         for part in (config, config.get("text_config", {})):
             part |= {key: False for key in ("tie_word_embeddings",) if part.get(key)}
-    fmt = FORMATS[job.recipe.format]
-    write_config(output, config, fmt, fmt.quantization_config(job.plan.schemes, job.plan.left), UNSEALED_CONFIG)
-    write_text(output / "recipe.toml", result.recipe.to_toml())
-    write_json(output / "quantization_report.json", report_of(job, result))
+    return config

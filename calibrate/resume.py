@@ -27,10 +27,9 @@ from lowbit.errors import CheckpointError, LowbitError, Unfinished
 from lowbit.export.checkpoint import sha256_of
 from lowbit.export.compressed_tensors import COMPRESSED_TENSORS
 from lowbit.export.files import sync
-from lowbit.export.plain import read_json
+from lowbit.export.plain import read_json, write_json
 from lowbit.export.staging import only_run, place_of, told_whole
 from lowbit.export.tensorfile import TensorFileWriter, read_entries, read_tensor
-from lowbit.export.writer import write_json
 from lowbit.quant.scheme import parse_scheme
 
 KEY = "key.json"
@@ -48,8 +47,7 @@ def key_of(job: Job, calibration: CalibrationSet | None, sums: Mapping[str, str]
 
     sums  known SHA-256 of files, by name
     """
-    directory = job.source.directory
-    files = {entry.path for entry in job.source.checkpoint.entries.values()} | {directory / "config.json"}
+    files = {entry.path for entry in job.source.checkpoint.entries.values()} | {job.source.checkpoint.head}
     recipe = asdict(replace(job.recipe, calibration_sha256=None, model_commit=None))  # files are told apart by hash
     key = {
         "lowbit": __version__,

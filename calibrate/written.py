@@ -1,18 +1,19 @@
 """Writing a quantized checkpoint, and verifying the files against the tensors in memory."""
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
 from lowbit.calibrate.job import Job
 from lowbit.errors import CheckpointError
-from lowbit.export.checkpoint import UNSEALED_CONFIG, open_checkpoint
-from lowbit.export.formats import FORMATS, LogicalTensors
+from lowbit.export.checkpoint import open_checkpoint
+from lowbit.export.formats import LogicalTensors
 from lowbit.export.survey import checked, count_broken
 from lowbit.export.tensorfile import raw_bytes
-from lowbit.export.writer import ShardedWriter
+from lowbit.export.writer import CheckpointWriter
 from lowbit.models.skeleton import Block, tied_weights
 from lowbit.quant.qtensor import QTensor
 
@@ -26,16 +27,14 @@ def covered(block: Block, parameter: str, weights: dict[str, QTensor]) -> bool:
 class RecordingWriter:
     """Writes the checkpoint's tensors, and keeps a digest of each for verification."""
 
-    def __init__(self, writer: ShardedWriter, job: Job) -> None:
+    def __init__(self, writer: CheckpointWriter, job: Job) -> None:
         self._writer, self._job = writer, job
-        self._format = FORMATS[job.recipe.format]
         self._meant: dict[str, str] = {}
 
     def add_block(self, block: Block, weights: dict[str, QTensor], kept: dict[str, Tensor]) -> None:
         """Write a block: packed weights, then all other tensors, changed or from the source."""
         for name, weight in weights.items():
-            for key, tensor in self._format.write(name, weight).items():
-                self._writer.add(key, tensor)
+            self._writer.add_weight(name, weight)
             self._meant[name] = _digest((weight.codes, weight.scales, weight.zeros, weight.input_scale))
         for name, placement in block.tensors.items():
             if name.removesuffix(".weight") not in weights and not covered(block, placement.parameter, weights):
@@ -66,13 +65,13 @@ class RecordingWriter:
         self._writer.add(name, tensor)
         self._meant[name] = _digest((tensor,))
 
-    def finish(self) -> None:
-        """Close the files."""
-        self._writer.finish()
+    def finish(self, config: Mapping[str, Any]) -> None:
+        """Close the files and write the configuration."""
+        self._writer.finish(config, self._job.plan.schemes, self._job.plan.left)
 
     def verify(self, output: Path) -> int:
         """Read every tensor back and compare its digest. Returns the bytes of the weights on disk."""
-        written = open_checkpoint(output, UNSEALED_CONFIG)
+        written = open_checkpoint(output, finished=False)
         logical = LogicalTensors(written)
         for name, meant in self._meant.items():
             if name in logical.schemes:

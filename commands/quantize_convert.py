@@ -8,7 +8,8 @@ from rich.console import Console
 from lowbit import __version__
 from lowbit.api import converting as api
 from lowbit.commands.common import REVISION, SETTINGS, Size, make_console, run_command
-from lowbit.export.formats import FORMATS, describe_schemes
+from lowbit.export.dialects import FORMATS
+from lowbit.export.formats import describe_schemes
 from lowbit.export.staging import told_whole
 from lowbit.quant.recipe import Recipe
 

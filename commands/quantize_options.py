@@ -13,7 +13,7 @@ from lowbit.calibrate.settings import OWNERS, type_of
 from lowbit.calibrate.transforms import TRANSFORMS
 from lowbit.commands.common import REVISION, Size, say
 from lowbit.evaluation.after import MEASURES, parse_measures
-from lowbit.export.formats import FORMATS
+from lowbit.export.dialects import FORMATS
 from lowbit.quant.scheme import NAMED
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]

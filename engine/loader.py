@@ -141,7 +141,7 @@ def require_rows(architecture: Architecture, checkpoint: Checkpoint) -> None:
     widest = max((size for entry in checkpoint.entries.values() for size in entry.shape), default=0)
     if architecture.qkv_rows > 3 * SLACK * widest:
         raise CheckpointError(
-            f"{checkpoint.directory / 'config.json'}: {architecture.qkv_rows} rows of q, k and v, and no tensor "
+            f"{checkpoint.head}: {architecture.qkv_rows} rows of q, k and v, and no tensor "
             f"of the files has more than {widest}"
         )
 
@@ -175,9 +175,10 @@ def stop_tokens_of(checkpoint: Checkpoint, vocabulary: int) -> tuple[int, ...]:
 
     CheckpointError where they are no token ids.
     """
-    path = checkpoint.directory / "generation_config.json"
-    generation = read_json(path) if path.exists() else {}
-    named = path if "eos_token_id" in generation else checkpoint.directory / "config.json"
+    with checkpoint.companions() as companions:
+        path = companions / "generation_config.json"
+        generation = read_json(path) if path.exists() else {}
+    named = path if "eos_token_id" in generation else checkpoint.head
     found = generation.get("eos_token_id", checkpoint.config.get("eos_token_id"))
     tokens = found if isinstance(found, list) else [] if found is None else [found]
     if not all(type(token) is int for token in tokens):  # a bool is an int to isinstance

@@ -9,6 +9,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import astuple
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,11 @@ from lowbit import __version__
 from lowbit.errors import CheckpointError
 from lowbit.evaluation.backend import Backend
 from lowbit.export.checkpoint import sha256_of
+from lowbit.export.dialects import containers
 from lowbit.export.files import changed, is_same, survey, write_text
 from lowbit.export.plain import parse_json, read_json, require_object
 
-COMPUTING = (".safetensors", ".json", ".jinja", ".model", ".tiktoken", ".txt", ".py")
+COMPUTING = ("*.json", "*.jinja", "*.model", "*.tiktoken", "*.txt", "*.py")  # and weights
 RESULTS = ("report.json", "quantization_report.json")  # written beside the weights, and read by people
 
 
@@ -72,8 +74,9 @@ class Library:
         known_path = self.directory / "hashes.json"
         known = _known_hashes(known_path)
         sums = {}
+        computing = (*COMPUTING, *(pattern for each in containers() for pattern in each.weights))
         for name, identity in survey(directory).items():
-            if Path(name).suffix not in COMPUTING or name in RESULTS:
+            if name in RESULTS or not any(fnmatch(name, pattern) for pattern in computing):
                 continue
             path = directory / name
             key = f"{path.resolve()}:{':'.join(map(str, astuple(identity)))}"

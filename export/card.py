@@ -8,10 +8,10 @@ from huggingface_hub import ModelCardData, metadata_load
 from jinja2 import StrictUndefined
 from yaml import YAMLError
 
+from lowbit.export.dialects import FORMATS
 from lowbit.export.escape import Written, code, markdown_environment
 from lowbit.export.files import read_text, write_text
 from lowbit.export.format import Format
-from lowbit.export.formats import FORMATS
 from lowbit.export.snapshot import snapshot_at
 from lowbit.quant.recipe import Recipe
 

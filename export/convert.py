@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from lowbit.errors import CheckpointError
-from lowbit.export.checkpoint import CONFIG_NAME, UNSEALED_CONFIG, open_checkpoint, require_same_source
+from lowbit.export.checkpoint import open_checkpoint, require_same_source
 from lowbit.export.format import Format
-from lowbit.export.formats import LogicalTensors, require_fit, write_config
-from lowbit.export.writer import ShardedWriter
+from lowbit.export.formats import LogicalTensors, require_fit
+from lowbit.export.writer import CheckpointWriter
 from lowbit.quant.qtensor import QTensor
 from lowbit.quant.scheme import Scheme
 
@@ -40,14 +40,16 @@ def convert(
     unquantized: Iterable[str],
     output: Path,
     shard: int,
-    config_name: str = CONFIG_NAME,
+    finished: bool = True,
 ) -> Conversion:
-    """Write the checkpoint of `source` in the format `fmt` into the existing, empty directory `output`.
+    """Write the checkpoint of `source` in the format `fmt` into the existing directory `output`.
 
     unquantized  names of the linears that keep their weight
     shard        bytes of the largest weight file
 
-    The weights are written, then read back and compared; the configuration gets `config_name` last. Raises
+    finished     False leaves the sealing to the caller
+
+    `output` holds nothing but what is carried along. The weights are written, then read back and compared. Raises
     CheckpointError with the reason where the format cannot hold a weight, where a scale has no place in its scale type,
     and where another tensor of the checkpoint has a name that the format gives to a linear's.
     """
@@ -55,21 +57,18 @@ def convert(
     shapes = {name: source.shape(name) for name in done.schemes}
     require_fit(fmt, done.schemes, shapes)
     _refuse_clashes(source, fmt, done.schemes)
-    writer = ShardedWriter(output, shard)
+    writer = CheckpointWriter(fmt, output, shard)
     for name in source.names:
         linear = name.removesuffix(".weight")
         if linear == name or linear not in done.schemes:
             writer.add(name, source.checkpoint.read(name))
             continue
-        weight = _converted(source.qtensor(linear), linear, fmt, done)
-        for key, tensor in fmt.write(linear, weight).items():
-            writer.add(key, tensor)
-    writer.finish()
-    block = fmt.quantization_config(done.schemes, unquantized)
-    write_config(output, source.checkpoint.config, fmt, block, UNSEALED_CONFIG)
+        writer.add_weight(linear, _converted(source.qtensor(linear), linear, fmt, done))
+    writer.finish(source.checkpoint.config, done.schemes, unquantized)
     _verify(source, fmt, done, output)
     require_same_source(source.checkpoint, {})
-    (output / UNSEALED_CONFIG).rename(output / config_name)
+    if finished:
+        fmt.container.seal(output)
     return done
 
 
@@ -185,7 +184,7 @@ def _largest_change(name: str, before: Tensor, after: Tensor) -> float:
 
 def _verify(source: LogicalTensors, fmt: Format, done: Conversion, output: Path) -> None:
     """Raise CheckpointError where the files do not read back as the weights of `source`."""
-    written = LogicalTensors(open_checkpoint(output, UNSEALED_CONFIG))
+    written = LogicalTensors(open_checkpoint(output, finished=False))
     if written.format is not fmt or written.schemes != done.schemes:
         raise CheckpointError(f"{output}: its configuration does not read back as it was written")
     for name in done.schemes:

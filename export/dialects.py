@@ -1,9 +1,19 @@
-"""The dialects of quantized checkpoints, one line each, and the files that some keep beside config.json."""
+"""The dialects of quantized checkpoints, one line each, and what follows from them."""
 
 from lowbit.export.awq import AWQ
 from lowbit.export.compressed_tensors import COMPRESSED_TENSORS
+from lowbit.export.container import Container
+from lowbit.export.format import Format
 from lowbit.export.gptq import GPTQ, GPTQ_V2
 
-DIALECTS = (COMPRESSED_TENSORS, GPTQ, GPTQ_V2, AWQ)
-# File name -> quant_method. Old tools wrote such a file alone, and no quantization_config into config.json.
-SIDECARS = {fmt.sidecar: fmt.method for fmt in DIALECTS if fmt.sidecar}
+FORMATS: dict[str, Format] = {fmt.name: fmt for fmt in (COMPRESSED_TENSORS, GPTQ, GPTQ_V2, AWQ)}
+
+
+def containers() -> tuple[Container, ...]:
+    """The containers that formats are stored in, each once. The first that holds a directory reads it."""
+    return tuple(dict.fromkeys(fmt.container for fmt in FORMATS.values()))
+
+
+def sidecars() -> dict[str, str]:
+    """File name -> quant_method. Old tools wrote such a file alone, and no quantization_config into config.json."""
+    return {fmt.sidecar: fmt.method for fmt in FORMATS.values() if fmt.sidecar}

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lowbit.export.container import Container
+from lowbit.export.sharded import SAFETENSORS
 from lowbit.quant.qtensor import QTensor
 from lowbit.quant.scheme import Scheme
 
@@ -26,6 +28,7 @@ class Format(ABC):
     uniform              one scheme serves all linears
     scale_dtype          the one type that scales have, or None where they have the model's
     sidecar              a file beside config.json that repeats the block
+    container            the files that it is stored in
     """
 
     name: str
@@ -38,6 +41,7 @@ class Format(ABC):
     uniform: bool = False
     scale_dtype: torch.dtype | None = None
     sidecar: str | None = None
+    container: Container = SAFETENSORS
 
     @abstractmethod
     def reason_against(self, scheme: Scheme) -> str | None:

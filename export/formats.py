@@ -2,20 +2,15 @@
 
 from collections import Counter
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
 from lowbit.errors import CheckpointError
-from lowbit.export.checkpoint import CONFIG_NAME, Checkpoint
-from lowbit.export.dialects import DIALECTS
+from lowbit.export.checkpoint import Checkpoint
+from lowbit.export.dialects import FORMATS
 from lowbit.export.format import Format
-from lowbit.export.writer import write_json
 from lowbit.quant.qtensor import QTensor
 from lowbit.quant.scheme import Scheme
-
-FORMATS = {fmt.name: fmt for fmt in DIALECTS}
 
 
 def require_fit(fmt: Format, schemes: Mapping[str, Scheme], shapes: Mapping[str, tuple[int, int]]) -> None:
@@ -41,19 +36,6 @@ def describe_schemes(schemes: Mapping[str, Scheme]) -> str:
     """`int4-g128 (210 linears)`, most frequent first."""
     counts = Counter(map(str, schemes.values()))
     return ", ".join(f"{scheme} ({count} linears)" for scheme, count in counts.most_common())
-
-
-def write_config(
-    directory: Path,
-    config: Mapping[str, Any],
-    fmt: Format,
-    quantization: Mapping[str, Any],
-    config_name: str = CONFIG_NAME,
-) -> None:
-    """Write config.json, `config` with `quantization` in it, and what else the format keeps beside it."""
-    write_json(directory / config_name, dict(config) | {"quantization_config": quantization})
-    if fmt.sidecar:
-        write_json(directory / fmt.sidecar, quantization)
 
 
 class LogicalTensors:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lowbit.errors import CheckpointError
-from lowbit.export.files import read_bytes
+from lowbit.export.files import read_bytes, write_text
 
 DEEPEST = 64  # levels of lists and objects; configurations have 6
 LARGEST = 1 << 64  # of a whole number: sizes, counts and offsets have 64 bits
@@ -55,6 +55,11 @@ def rows_of(lines: list[bytes], path: Path) -> Iterator[tuple[str, dict[str, Any
         if line.strip():
             where = f"{path}:{number}"
             yield where, require_object(parse_json(line, where), where)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """`value` as indented JSON with a final newline."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def require_object(value: Any, where: object) -> dict[str, Any]:

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lowbit.errors import CheckpointError
-from lowbit.export.checkpoint import CONFIG_NAME, quantization_of
+from lowbit.export.checkpoint import quantization_of
 from lowbit.export.plain import read_json
+from lowbit.export.sharded import CONFIG_NAME
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
 STORES = ("models--", "datasets--", "spaces--")  # how the folders of the hub's cache begin

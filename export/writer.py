@@ -1,92 +1,71 @@
-"""Writing the files of a checkpoint: weights in shards, JSON, and what is carried along."""
+"""Writing a checkpoint in a format, and what is carried along."""
 
-import json
 import shutil
+from collections.abc import Iterable, Mapping
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from lowbit.export.checkpoint import INDEX_NAME, PICKLES, SINGLE_NAME, SUMS_NAME, UNSEALED_CONFIG
-from lowbit.export.dialects import SIDECARS
-from lowbit.export.files import open_regular, replacing, survey, write_text
-from lowbit.export.tensorfile import TensorFileWriter
+from lowbit.export.checkpoint import SUMS_NAME, Checkpoint
+from lowbit.export.container import UNFINISHED
+from lowbit.export.dialects import containers, sidecars
+from lowbit.export.files import open_regular, replacing, survey
+from lowbit.export.format import Format
+from lowbit.export.plain import write_json
+from lowbit.export.sharded import PICKLES
+from lowbit.quant.qtensor import QTensor
+from lowbit.quant.scheme import Scheme
 
 # What a model directory holds beside its weights is carried along, so that a reader of the quantized one finds the same
 # tokenizer, templates, licences and policies of use. Left behind: weights in any program's form, what is written anew,
 # code, pictures of a model card, and what is too large to be any of those.
-WEIGHTS: tuple[str, ...] = (
-    "*.safetensors",
-    *(f"*{ending}" for ending in PICKLES),
-    "*.pkl",
-    "*.gguf",
-    "*.h5",
-    "*.msgpack",
-    "*.onnx*",
-)
-WEIGHTS += ("*.np[yz]", "*.ot", "*.tflite", "*.mlmodel", "*.zip", "*.tar*", "events.out.*")
-WRITTEN_ANEW: tuple[str, ...] = (
-    "config.json",
-    SUMS_NAME,
+WEIGHTS = (*(f"*{ending}" for ending in PICKLES), "*.pkl", "*.gguf", "*.h5", "*.msgpack", "*.onnx*", "*.np[yz]", "*.ot")
+WEIGHTS += ("*.tflite", "*.mlmodel", "*.zip", "*.tar*", "events.out.*")
+WRITTEN_ANEW = (
     "*.index.json",
-    *SIDECARS,
     "README.md",
     "recipe.toml",
     "report.html",
+    "evaluation.jsonl",
+    f"*{UNFINISHED}",
+    SUMS_NAME,
 )
-WRITTEN_ANEW += ("evaluation.jsonl", UNSEALED_CONFIG)
 CODE = ("*.py", "*.pyc", "*.sh", "*.ipynb", "requirements.txt")
 PICTURES = ("*.png", "*.jp*g", "*.gif", "*.svg", "*.webp", "*.mp[34]", "*.wav")
 LARGEST_COMPANION = 100_000_000  # bytes; the largest tokenizers take a third of it
 
 
-class ShardedWriter:
-    """Writes tensors as they come into `model-0000i-of-0000N.safetensors` and an index, or one model.safetensors.
+class CheckpointWriter:
+    """Writes a checkpoint in a format: tensors as they come, the configuration last."""
 
-    directory        where; it must exist
-    max_shard_bytes  a file is closed before it would grow beyond this (a single larger tensor gets a file of its own)
-    """
-
-    def __init__(self, directory: Path, max_shard_bytes: int) -> None:
-        self.directory = directory
-        self.max_shard_bytes = max_shard_bytes
-        self._done: list[tuple[Path, list[str]]] = []
-        self._open: TensorFileWriter | None = None
-        self._total = 0
+    def __init__(self, fmt: Format, directory: Path, max_shard_bytes: int) -> None:
+        self.format, self.directory = fmt, directory
+        self._files = fmt.container.writer(directory, max_shard_bytes)
 
     def add(self, name: str, tensor: Tensor) -> None:
-        """Write one tensor."""
-        nbytes = tensor.numel() * tensor.element_size()
-        if self._open and self._open.nbytes and self._open.nbytes + nbytes > self.max_shard_bytes:
-            self._close_shard()
-        if self._open is None:
-            self._open = TensorFileWriter(self.directory / f"shard-{len(self._done):05d}")
-        self._open.add(name, tensor)
-        self._total += nbytes
+        """Write a tensor that is no part of a quantized weight."""
+        self._files.add(name, tensor)
 
-    def _close_shard(self) -> None:
-        if self._open is not None:
-            self._open.close()
-            self._done.append((self._open.path, self._open.names()))
-            self._open = None
+    def add_weight(self, name: str, weight: QTensor) -> None:
+        """Write the quantized linear `name`."""
+        for key, tensor in self.format.write(name, weight).items():
+            self._files.add(key, tensor)
 
-    def finish(self) -> None:
-        """Give the files their final names and write the index where there are several."""
-        self._close_shard()
-        count = len(self._done)
-        weight_map: dict[str, str] = {}
-        for i, (path, names) in enumerate(self._done, start=1):
-            final = SINGLE_NAME if count == 1 else f"model-{i:05d}-of-{count:05d}.safetensors"
-            path.rename(self.directory / final)
-            weight_map |= dict.fromkeys(names, final)
-        if count > 1:
-            write_json(self.directory / INDEX_NAME, {"metadata": {"total_size": self._total}, "weight_map": weight_map})
+    def finish(self, config: Mapping[str, Any], schemes: Mapping[str, Scheme], unquantized: Iterable[str]) -> None:
+        """Close the files and write the configuration, under a name that no reader takes: the container seals it."""
+        block = self.format.quantization_config(schemes, unquantized)
+        self._files.finish(dict(config) | {"quantization_config": block})
+        if self.format.sidecar:
+            write_json(self.directory / self.format.sidecar, block)
 
 
-def write_json(path: Path, value: Any) -> None:
-    """`value` as indented JSON with a final newline."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+def carry_along(checkpoint: Checkpoint, target: Path, with_code: bool) -> None:
+    """Copy the companions of a checkpoint, those inside its files too, into the directory `target`."""
+    with checkpoint.companions() as companions:
+        for place in dict.fromkeys((checkpoint.directory, companions)):
+            copy_companions(place, target, with_code)
 
 
 def copy_companions(source: Path, target: Path, with_code: bool) -> list[str]:
@@ -94,7 +73,9 @@ def copy_companions(source: Path, target: Path, with_code: bool) -> list[str]:
 
     Raises CheckpointError where one is a link to somewhere else (`survey`).
     """
-    left = WEIGHTS + WRITTEN_ANEW + PICTURES + tuple(pattern for pattern in CODE if pattern != "*.py" or not with_code)
+    stored = tuple(pattern for each in containers() for pattern in (*each.weights, each.head))
+    code = tuple(pattern for pattern in CODE if pattern != "*.py" or not with_code)
+    left = stored + WEIGHTS + WRITTEN_ANEW + tuple(sidecars()) + PICTURES + code
     files = {name: identity.size for name, identity in survey(source).items() if not _matches(name, left)}
     copied = [name for name, size in files.items() if size <= LARGEST_COMPANION]
     for name in copied:

@@ -20,7 +20,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lowbit.errors import CheckpointError
 from lowbit.export.checkpoint import open_checkpoint
-from lowbit.export.formats import FORMATS, LogicalTensors
+from lowbit.export.dialects import FORMATS
+from lowbit.export.formats import LogicalTensors
 from lowbit.models.placement import place
 from lowbit.quant.linear import QLinear
 from lowbit.quant.qtensor import QTensor
@@ -148,7 +149,7 @@ def is_read_here(values: Mapping[str, Any]) -> bool:
     return False
 
 
-for _method in {fmt.method for fmt in FORMATS.values()}:
+for _method in {fmt.method for fmt in FORMATS.values()} & AUTO_QUANTIZER_MAPPING.keys():
     if not isinstance(AUTO_QUANTIZER_MAPPING[_method], _Quantizers):
         AUTO_QUANTIZATION_CONFIG_MAPPING[_method] = _Configs(AUTO_QUANTIZATION_CONFIG_MAPPING[_method])
         AUTO_QUANTIZER_MAPPING[_method] = _Quantizers(AUTO_QUANTIZER_MAPPING[_method])

@@ -16,10 +16,11 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from lowbit.errors import CheckpointError, UsageError, nearest
-from lowbit.export.checkpoint import CONFIG_NAME, Checkpoint, open_checkpoint
+from lowbit.export.checkpoint import Checkpoint, open_checkpoint
+from lowbit.export.plain import write_json
+from lowbit.export.sharded import CONFIG_NAME
 from lowbit.export.snapshot import Snapshot, snapshot_at
 from lowbit.export.untrusted import untrusted
-from lowbit.export.writer import write_json
 from lowbit.models.demo import demo_model_dir
 from lowbit.models.hub import download
 
@@ -62,9 +63,10 @@ class Source:
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The model's tokenizer. CheckpointError where there is none."""
-        with untrusted(self.directory, "no tokenizer that transformers can load"):
+        unusable = untrusted(self.directory, "no tokenizer that transformers can load")
+        with unusable, self.checkpoint.companions() as companions:
             tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-                self.directory, config=self.config, trust_remote_code=self.trust_remote_code
+                companions, config=self.config, trust_remote_code=self.trust_remote_code
             )
             tokenizer.decode(tokenizer("A text.").input_ids)  # what is wrong with one often shows only in its use
         return tokenizer
@@ -90,17 +92,17 @@ class Source:
 
 
 def open_source(
-    name: str, trust_remote_code: bool = False, revision: str | None = None, config_name: str = CONFIG_NAME
+    name: str, trust_remote_code: bool = False, revision: str | None = None, finished: bool = True
 ) -> Source:
     """The model called `name`: a directory, `demo`, or an id on the hub (downloaded into its cache).
 
-    config_name  what the configuration is called in a directory that is not finished
+    finished  False: a directory that was written and is not sealed yet
 
     Remote code runs only where `trust_remote_code` is passed. Raises CheckpointError where there is no such model,
     where its files are damaged, or where it is no decoder language model.
     """
     directory = model_directory(name, trust_remote_code, revision)
-    checkpoint = open_checkpoint(directory, config_name)
+    checkpoint = open_checkpoint(directory, finished)
     refuse_remote_code(checkpoint, trust_remote_code)
     config = _config(checkpoint, trust_remote_code)
     refuse_encoder(directory, config)

@@ -1,8 +1,10 @@
 """Quantized checkpoints of tiny models in any format, and the dense model that each stands for."""
 
 import json
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -10,7 +12,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lowbit.export.checkpoint import open_checkpoint
 from lowbit.export.convert import express
-from lowbit.export.formats import FORMATS, LogicalTensors, write_config
+from lowbit.export.dialects import FORMATS
+from lowbit.export.format import Format
+from lowbit.export.formats import LogicalTensors
 from lowbit.models.source import open_source
 from lowbit.quant.numbers import Number
 from lowbit.quant.numerics import fake_quantize_inputs
@@ -41,6 +45,13 @@ def quantize_files(directory: Path, fmt: str, text: str, left: tuple[str, ...] =
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
     block = FORMATS[fmt].quantization_config(dict.fromkeys(names, stored), left)
     write_config(directory, json.loads((directory / "config.json").read_text()), FORMATS[fmt], block)
+
+
+def write_config(directory: Path, config: Mapping[str, Any], fmt: Format, block: Mapping[str, Any]) -> None:
+    """config.json and what the format keeps beside it, for files that a test wrote itself."""
+    for name in filter(None, ("config.json", fmt.sidecar)):
+        value = block if name == fmt.sidecar else dict(config) | {"quantization_config": block}
+        (directory / name).write_text(json.dumps(value))
 
 
 def dense(directory: Path) -> PreTrainedModel:

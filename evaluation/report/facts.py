@@ -16,7 +16,7 @@ from lowbit.errors import CheckpointError
 from lowbit.evaluation.record import FILE, merge_rows
 from lowbit.evaluation.report.family import families_of, family_of
 from lowbit.export.card import published_name
-from lowbit.export.checkpoint import CONFIG_NAME, Checkpoint, open_checkpoint
+from lowbit.export.checkpoint import Checkpoint, open_checkpoint
 from lowbit.export.escape import one_line
 from lowbit.export.files import read_text
 from lowbit.export.formats import LogicalTensors
@@ -58,7 +58,7 @@ def facts_of(
     directory: Path,
     extra_rows: Iterable[dict[str, Any]] = (),
     name: str | None = None,
-    config_name: str = CONFIG_NAME,
+    finished: bool = True,
 ) -> dict[str, Any]:
     """What is known of the checkpoint in `directory`, called `name`, or as the directory is.
 
@@ -66,7 +66,7 @@ def facts_of(
     Sections that nobody measured or recorded are None or empty: a report says so, it does not guess. Raises
     CheckpointError where a file holds something else than lowbit writes there.
     """
-    checkpoint = open_checkpoint(directory, config_name)
+    checkpoint = open_checkpoint(directory, finished)
     with as_written(directory):
         return _facts(directory, checkpoint, extra_rows, name)
 

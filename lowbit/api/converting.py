@@ -9,12 +9,13 @@ from lowbit.arguments import typed
 from lowbit.calibrate.plan import unquantized_linears
 from lowbit.errors import RecipeError, nearest
 from lowbit.export.card import note_conversion
-from lowbit.export.checkpoint import UNSEALED_CONFIG, seal, verify_checksums
+from lowbit.export.checkpoint import seal, verify_checksums
 from lowbit.export.convert import Conversion
 from lowbit.export.convert import convert as convert_weights
-from lowbit.export.formats import FORMATS, LogicalTensors
+from lowbit.export.dialects import FORMATS
+from lowbit.export.formats import LogicalTensors
 from lowbit.export.staging import refuse_output, refuse_to_replace, require_space, staged
-from lowbit.export.writer import copy_companions
+from lowbit.export.writer import carry_along
 from lowbit.models.skeleton import open_skeleton
 from lowbit.models.source import open_source
 from lowbit.quant.recipe import Recipe
@@ -77,9 +78,9 @@ def convert(
     require_space(target, int(source.checkpoint.nbytes * MARGIN) + PAPERS_BYTES)
     verify_checksums(source.checkpoint)
     with staged(target, overwrite) as staging:
-        done = convert_weights(logical, fmt, left, staging, max_shard_size, UNSEALED_CONFIG)
-        copy_companions(source.directory, staging, with_code=trust_remote_code)
+        carry_along(source.checkpoint, staging, with_code=trust_remote_code)
+        done = convert_weights(logical, fmt, left, staging, max_shard_size, finished=False)
         assert logical.format is not None
         note_conversion(staging, source.directory, logical.format.name, fmt, __version__)
-        seal(staging)
+        seal(staging, fmt.container)
     return Converted(target, format, source.directory, logical.format.name, logical.schemes, done)

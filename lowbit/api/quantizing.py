@@ -27,9 +27,10 @@ from lowbit.evaluation.record import record
 from lowbit.evaluation.report.facts import facts_of
 from lowbit.evaluation.report.page import render
 from lowbit.export.card import write_card
-from lowbit.export.checkpoint import UNSEALED_CONFIG, seal
+from lowbit.export.checkpoint import seal
+from lowbit.export.dialects import FORMATS
 from lowbit.export.files import write_text
-from lowbit.export.formats import FORMATS, describe_schemes
+from lowbit.export.formats import describe_schemes
 from lowbit.export.staging import only_run, refuse_output, refuse_to_replace, require_space, staged, told_whole
 from lowbit.export.survey import survey
 from lowbit.models.devices import check_device
@@ -297,10 +298,10 @@ def _written(this: _Run, output: Path, overwrite: bool, evaluation: tuple[int, t
     with staged(output, overwrite) as staging:
         this.progress(Stage("quantizing"))
         on_block = lambda done: this.progress(BlockDone(done, total))  # noqa: E731
-        result = run(job, staging, this.calibration, on_block, this.journal, UNSEALED_CONFIG)
+        result = run(job, staging, this.calibration, on_block, this.journal, finished=False)
         ranks.leave()
         this.progress(Stage("measuring what was lost"))
-        written = open_source(str(staging), job.source.trust_remote_code, config_name=UNSEALED_CONFIG)
+        written = open_source(str(staging), job.source.trust_remote_code, finished=False)
         measured = measure(job.source, written, builtin_text("heldout"), *evaluation, job.device)
         _write_papers(staging, job, result, measured, output.resolve().name)
     return Quantized(
@@ -358,6 +359,6 @@ def _write_papers(staging: Path, job: Job, result: Result, measured: Measured, n
     }
     write_card(staging, job.source.directory, job.source.name, result.recipe, facts)
     if measured.rows:
-        facts = facts_of(staging, name=name, config_name=UNSEALED_CONFIG)
+        facts = facts_of(staging, name=name, finished=False)
         write_text(staging / "report.html", render(facts, "html"))
-    seal(staging)
+    seal(staging, FORMATS[result.recipe.format].container)

@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertForMaskedLM, WhisperConfig, WhisperForConditionalGeneration
 
 from lowbit.export import tensorfile
-from lowbit.export.checkpoint import INDEX_NAME, write_sums
+from lowbit.export.checkpoint import write_sums
+from lowbit.export.sharded import INDEX_NAME
 from tests.builders import changed_config, make_tokenizer, save_family
 from tests.e2e.cli import names, run_quantize, run_quantize_eval
 

@@ -9,10 +9,11 @@ from transformers import PreTrainedModel
 
 from lowbit import engine
 from lowbit.engine.engine import Engine
-from lowbit.export.formats import FORMATS, write_config
+from lowbit.export.dialects import FORMATS
 from lowbit.quant.qtensor import QTensor, round_to_nearest
 from lowbit.quant.scheme import Scheme
 from tests.builders import make_model, save
+from tests.quantized import write_config
 
 
 def tiny(directory: Path, family: str = "llama", **changes) -> tuple[Engine, PreTrainedModel]:

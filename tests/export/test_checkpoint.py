@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import save_file
 
 from lowbit.errors import CheckpointError
-from lowbit.export.checkpoint import INDEX_NAME, open_checkpoint, verify_checksums, write_sums
+from lowbit.export.checkpoint import open_checkpoint, verify_checksums, write_sums
+from lowbit.export.sharded import INDEX_NAME
 
 
 def model(directory: Path, shards: int = 1) -> Path:

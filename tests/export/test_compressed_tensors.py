@@ -5,7 +5,7 @@ import torch
 
 from lowbit.errors import CheckpointError
 from lowbit.export.compressed_tensors import COMPRESSED_TENSORS as DIALECT
-from lowbit.export.formats import FORMATS
+from lowbit.export.dialects import FORMATS
 from lowbit.quant.qtensor import QTensor, round_to_nearest
 from lowbit.quant.scheme import Scheme, make_scheme, parse_scheme
 

@@ -11,9 +11,11 @@ from safetensors.torch import save_file
 from lowbit.errors import CheckpointError
 from lowbit.export.checkpoint import open_checkpoint
 from lowbit.export.convert import convert, express
-from lowbit.export.formats import FORMATS, LogicalTensors, write_config
+from lowbit.export.dialects import FORMATS
+from lowbit.export.formats import LogicalTensors
 from lowbit.quant.qtensor import QTensor, round_to_nearest
 from lowbit.quant.scheme import parse_scheme
+from tests.quantized import write_config
 
 SHARD = 1 << 30
 NAMES = ("m.layers.0.up", "m.layers.0.down")

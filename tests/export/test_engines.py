@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
+from lowbit.export.dialects import FORMATS
 from lowbit.export.engines.engine import Layer
 from lowbit.export.engines.table import ENGINES, MACHINES, layers_of, reason_against_parallel
 from lowbit.export.engines.transformers import TRANSFORMERS
-from lowbit.export.formats import FORMATS
 from lowbit.quant.scheme import parse_scheme
 
 CONSTRAINTS = Path(__file__).parents[2] / "constraints.txt"

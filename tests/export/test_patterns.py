@@ -8,7 +8,7 @@ import pytest
 
 from lowbit.calibrate.plan import ignored_by
 from lowbit.errors import CheckpointError, RecipeError
-from lowbit.export.formats import FORMATS
+from lowbit.export.dialects import FORMATS
 from lowbit.export.patterns import LONGEST, PatternError, Patterns
 
 NAME = "model.layers.13.self_attn.q_proj"

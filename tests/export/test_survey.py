@@ -10,7 +10,8 @@ from safetensors.torch import save_file
 
 from lowbit.errors import CheckpointError, Unfinished
 from lowbit.export import survey as module
-from lowbit.export.checkpoint import INDEX_NAME, Checkpoint, open_checkpoint
+from lowbit.export.checkpoint import Checkpoint, open_checkpoint
+from lowbit.export.sharded import INDEX_NAME
 from lowbit.export.survey import count_broken, survey
 
 

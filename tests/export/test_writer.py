@@ -14,9 +14,10 @@ from safetensors.torch import load_file
 
 from lowbit.errors import CheckpointError, Unfinished
 from lowbit.export import writer as writer_module
-from lowbit.export.checkpoint import INDEX_NAME, open_checkpoint
+from lowbit.export.checkpoint import open_checkpoint
+from lowbit.export.sharded import INDEX_NAME, ShardedWriter
 from lowbit.export.staging import exchange, only_run, refuse_output, require_space, staged
-from lowbit.export.writer import ShardedWriter, copy_companions
+from lowbit.export.writer import copy_companions
 
 TENSORS = {f"t{i}": torch.full((25,), float(i)) for i in range(5)}  # 100 bytes each
 
@@ -25,7 +26,10 @@ def written(directory: Path, limit: int) -> list[str]:
     writer = ShardedWriter(directory, limit)
     for name, tensor in TENSORS.items():
         writer.add(name, tensor)
-    writer.finish()
+    writer.finish({"model_type": "llama"})
+    config = directory / "config.json.unfinished"
+    assert json.loads(config.read_text()) == {"model_type": "llama"}
+    config.unlink()
     return sorted(path.name for path in directory.iterdir())
 
 

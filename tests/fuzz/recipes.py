@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 import lowbit
 from lowbit.calibrate.data import parse_datasets, share_samples
 from lowbit.calibrate.methods import METHODS, ROUNDERS, TRANSFORMS, complete_recipe
-from lowbit.export.formats import FORMATS
+from lowbit.export.dialects import FORMATS
 from lowbit.quant.recipe import ACTIVATIONS, read_recipe
 from tests.fuzz.documents import ODD, turned
 

@@ -16,7 +16,7 @@ TABLES = (
     ("lowbit.calibrate.methods", "METHODS"),
     ("lowbit.calibrate.transforms", "TRANSFORMS"),
     ("lowbit.calibrate.rounding", "ROUNDERS"),
-    ("lowbit.export.formats", "FORMATS"),
+    ("lowbit.export.dialects", "FORMATS"),
     ("lowbit.engine.families", "FAMILIES"),
 )
 KERNELS = ROOT / "quant" / "kernels"
