@@ -1,12 +1,12 @@
-"""AutoAWQ's GEMM layout: what AutoAWQ wrote, and what vLLM, SGLang and transformers (with gptqmodel) load.
+"""AutoAWQ's GEMM layout, read by vLLM, SGLang and transformers (with gptqmodel).
 
-For a linear P with weight (n, k), 4 bits and g groups, everything transposed beside nn.Linear:
+For a linear P with weight (n, k), 4 bits and g groups; all tensors are transposed relative to nn.Linear:
 
-    P.qweight  int32    (k, n / 8)  unsigned codes along the outputs, interleaved
-    P.qzeros   int32    (g, n / 8)  zeros as they are, interleaved alike
+    P.qweight  int32    (k, n / 8)  unsigned codes, packed along the outputs, interleaved
+    P.qzeros   int32    (g, n / 8)  zeros, packed and interleaved alike
     P.scales   float16  (g, n)
 
-Nibble i of a word, counted from the lowest bits, holds output 8 word + ORDER[i].
+Nibble i of a word, from the lowest bits, holds output 8 word + ORDER[i].
 """
 
 from collections.abc import Iterable, Mapping
@@ -29,12 +29,12 @@ SUFFIXES = ("qweight", "qzeros", "scales")
 
 
 def _interleave(values: Tensor) -> Tensor:
-    """Words (rows, n / 8) of `values` (rows, n) in AutoAWQ's order."""
+    """Packed words (rows, n / 8) of `values` (rows, n), in AutoAWQ's order."""
     return pack(values.unflatten(-1, (-1, 8))[..., ORDER].flatten(-2), BITS)
 
 
 def _deinterleave(words: Tensor) -> Tensor:
-    """Values (rows, n) uint8: the inverse of _interleave."""
+    """Values (rows, n) uint8 of packed words. The inverse of _interleave."""
     return unpack(words, BITS, words.shape[1] * 8).unflatten(-1, (-1, 8))[..., INVERSE].flatten(-2)
 
 
@@ -55,19 +55,19 @@ class Awq(Format):
     scale_dtype = torch.float16
 
     def recognizes(self, config: Mapping[str, Any]) -> bool:
-        """True if a quantization_config is of AutoAWQ's GEMM version, which is also what one without a version is."""
+        """True for a quantization_config of AutoAWQ's GEMM version, the default if no version is given."""
         return config.get("quant_method") == NAME and str(config.get("version", "gemm")).lower() == "gemm"
 
     def reason_against(self, scheme: Scheme) -> str | None:
         """The reason why AWQ files cannot hold a scheme, or None."""
         if not scheme.number.is_integer or scheme.bits != BITS or scheme.inputs is not None:
-            return "AWQ files hold 4-bit weights and nothing else"
+            return "AWQ files hold only 4-bit weights"
         if scheme.symmetric:
             return "AWQ files hold asymmetric codes: engines ignore zero_point: false; use --asym"
         return None
 
     def reason_against_shape(self, scheme: Scheme, n: int, k: int) -> str | None:
-        """The reason why no such weight (n, k) can be packed, or None."""
+        """The reason why a weight of this shape (n, k) cannot be packed, or None."""
         return f"{n} outputs: AWQ files take multiples of 8" if n % 8 else None
 
     def write(self, name: str, weight: QTensor) -> dict[str, Tensor]:
@@ -80,7 +80,7 @@ class Awq(Format):
         }
 
     def read(self, name: str, tensor: Reader, scheme: Scheme) -> QTensor:
-        """The weight of the linear `name`. CheckpointError where its tensors contradict one another or the scheme."""
+        """The weight of the linear `name`. CheckpointError if its tensors contradict each other or the scheme."""
         try:
             words, zeros = tensor(f"{name}.qweight"), tensor(f"{name}.qzeros")
             require_words(words, "qweight", (None, None))
@@ -98,11 +98,11 @@ class Awq(Format):
     def quantization_config(self, schemes: Mapping[str, Scheme], unquantized: Iterable[str]) -> dict[str, Any]:
         """The quantization_config of config.json.
 
-        schemes      the one scheme of every quantized linear, by its name in the file
-        unquantized  names of linears that keep their weight
+        schemes      the scheme of every quantized linear, by its name in the file; all are equal
+        unquantized  names of linears left in 16 bits
 
-        Engines take a linear for unquantized where its name contains an entry of modules_to_not_convert.
-        CheckpointError where a quantized one's does.
+        Engines treat a linear as unquantized if its name contains an entry of modules_to_not_convert. CheckpointError
+        if that would affect a quantized linear.
         """
         (scheme,) = set(schemes.values())
         left = sorted(set(unquantized))
@@ -122,9 +122,9 @@ class Awq(Format):
         }
 
     def schemes_of(self, config: Mapping[str, Any], names: Iterable[str]) -> dict[str, Scheme]:
-        """The scheme of each quantized linear. CheckpointError where the block says what is not read here.
+        """The scheme of each quantized linear. CheckpointError for a configuration that is not supported.
 
-        `zero_point: false` changes nothing: GPTQModel writes it where all zeros are 8, and writes the zeros too.
+        `zero_point: false` is ignored: GPTQModel writes it if all zeros are 8, but writes the zeros too.
         """
         try:
             bits = config["w_bit"] if "w_bit" in config else config["bits"]

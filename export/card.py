@@ -1,4 +1,4 @@
-"""The model card: README.md of a quantized checkpoint, with what was measured and how."""
+"""Model card: README.md of a quantized checkpoint, with measurements and how they were made."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -67,13 +67,13 @@ files.
 def write_card(directory: Path, source: Path, base: str, recipe: Recipe, facts: Mapping[str, Any]) -> None:
     """Write README.md into `directory`.
 
-    source  the original model's directory, whose card's licence is carried over
-    base    what the user called the original model
+    source  the original model's directory; its card's licence is copied
+    base    the original model's name as given by the user
     facts   version, schemes (text), source_bytes, output_bytes, coverage, scores (list of dicts),
             divergence (row of evaluation.jsonl, or None), text, warnings (list)
     """
     fmt = FORMATS[recipe.format]
-    local = Path(base).is_dir()  # then its name is no id on the hub
+    local = Path(base).is_dir()  # then it is not a hub id
     label = published_name(base)
     data = ModelCardData(
         base_model=base if "/" in base and not local else None,
@@ -97,7 +97,8 @@ def write_card(directory: Path, source: Path, base: str, recipe: Recipe, facts: 
 
 
 def note_conversion(directory: Path, source: Path, before: str, fmt: Format, version: str) -> None:
-    """Copy the model card of `source`, if it has one, into `directory`, and say at its end what was converted."""
+    """Copy the model card of `source`, if there is one, into `directory`, with a note about the conversion at its
+    end."""
     card = source / "README.md"
     text = read_text(card).rstrip("\n") + "\n\n" if card.exists() else ""
     note = f"Converted from {code(before)} to {code(fmt.name)} by lowbit {version}, without requantizing."
@@ -113,7 +114,7 @@ def published_name(model: str) -> str:
 
 
 def _carried_over(card: Path) -> dict[str, Any]:
-    """Licence and language of the original's card; nothing where it has none that can be read."""
+    """Licence and language of the original's card; empty if it has no readable card."""
     try:
         metadata = metadata_load(card) if card.exists() else None
     except (ValueError, YAMLError):

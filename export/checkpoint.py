@@ -1,4 +1,4 @@
-"""A checkpoint directory: its configuration and its tensors, checked before they are believed."""
+"""A checkpoint directory: configuration and tensors, validated on opening."""
 
 import hashlib
 import posixpath
@@ -49,7 +49,7 @@ class Checkpoint:
     head: Path
 
     def read(self, name: str) -> Tensor:
-        """The tensor called `name`, as stored. CheckpointError where no file holds it."""
+        """The tensor `name`, as stored. CheckpointError if no file holds it."""
         return read_tensor(self._entry(name))
 
     def companions(self) -> AbstractContextManager[Path]:
@@ -57,7 +57,7 @@ class Checkpoint:
         return self.container.companions(self.directory)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """The shape of the tensor called `name`, from its header. CheckpointError where no file holds it."""
+        """The shape of the tensor `name`, from its header. CheckpointError if no file holds it."""
         return self._entry(name).shape
 
     def _entry(self, name: str) -> TensorEntry:
@@ -99,7 +99,7 @@ def open_checkpoint(directory: Path, finished: bool = True) -> Checkpoint:
 
 
 def _refuse_pointers(directory: Path, files: Mapping[str, Identity]) -> None:
-    """Raise CheckpointError where a file was cloned without Git LFS, which leaves a line in its place."""
+    """Raise CheckpointError for a file cloned without Git LFS, which is only a pointer."""
     small = (directory / name for name, identity in files.items() if identity.size < POINTER_BYTES)
     large = (*LARGE_FILES, *(pattern for each in containers() for pattern in each.weights))
     for path in (path for path in small if any(fnmatch(path.name, pattern) for pattern in large)):
@@ -118,7 +118,7 @@ def _complete(directory: Path, config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _lifted(config: dict[str, Any]) -> dict[str, Any]:
-    """The configuration with a quantization_config of its text model, as some wrappers have it, in the usual place."""
+    """`config` with the text model's quantization_config, as some wrappers have it, moved to the top level."""
     inner = config.get("text_config")
     if not isinstance(inner, dict) or inner.get("quantization_config") is None or config.get("quantization_config"):
         return config
@@ -137,10 +137,10 @@ def _with_sidecar(directory: Path, config: dict[str, Any]) -> dict[str, Any]:
 def verify_checksums(checkpoint: Checkpoint, read: Mapping[str, str] = MappingProxyType({})) -> int:
     """The number of weight files compared with a known SHA-256; a mismatch raises CheckpointError.
 
-    read  SHA-256 of files that were read already, by name
+    read  known SHA-256 of files, by name
 
-    Known sums are those of a SHA256SUMS file in the directory, and of files that are links into a hub cache, where a
-    blob's name is its SHA-256.
+    Expected sums come from SHA256SUMS in the directory, and from links into a hub cache, where a blob's name is its
+    SHA-256.
     """
     sums = _known_sums(checkpoint.directory)
     checked = 0
@@ -159,9 +159,9 @@ def verify_checksums(checkpoint: Checkpoint, read: Mapping[str, str] = MappingPr
 
 
 def require_same_source(checkpoint: Checkpoint, sums: Mapping[str, str]) -> None:
-    """Raise Unfinished where a file of `checkpoint` is no longer what it was when it was opened.
+    """Raise Unfinished if a file of `checkpoint` has changed since it was opened.
 
-    sums  SHA-256 of files as they were read, by name: one of the same content was only moved, or got another link
+    sums  SHA-256 of files when they were read, by name: a file with equal content was only moved or linked again
     """
     for name, identity in checkpoint.files.items():
         path = checkpoint.directory / name
@@ -170,7 +170,7 @@ def require_same_source(checkpoint: Checkpoint, sums: Mapping[str, str]) -> None
 
 
 def _known_sums(directory: Path) -> dict[str, str]:
-    """SHA-256 by file name, as SHA256SUMS says; none without it. CheckpointError names a line that says none."""
+    """SHA-256 by file name from SHA256SUMS; empty without it. CheckpointError names a malformed line."""
     path = directory / SUMS_NAME
     if not path.exists():
         return {}
@@ -191,7 +191,7 @@ def sha256_of(path: Path) -> str:
 
 
 def write_sums(directory: Path) -> None:
-    """SHA256SUMS over every file of `directory`, in the form `sha256sum -c` reads."""
+    """Write SHA256SUMS over every file of `directory`, in the format of `sha256sum -c`."""
     files = {str(path.relative_to(directory)): path for path in directory.rglob("*") if path.is_file()}
     sums = {name: sha256_of(path) for name, path in files.items() if name != SUMS_NAME}
     _say_sums(directory, {name.removesuffix(UNFINISHED): digest for name, digest in sums.items()})
@@ -208,7 +208,7 @@ def seal(directory: Path, container: Container) -> None:
 
 
 def refresh_sums(directory: Path, names: Iterable[str]) -> None:
-    """Correct the lines of SHA256SUMS for the files `names`; nothing where the directory has no sums."""
+    """Update the lines of SHA256SUMS for the files `names`; does nothing if the directory has no sums."""
     if not (directory / SUMS_NAME).exists():
         return
     _say_sums(directory, _known_sums(directory) | {name: sha256_of(directory / name) for name in names})

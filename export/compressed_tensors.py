@@ -1,21 +1,21 @@
-"""The compressed-tensors layouts `pack-quantized`, `int-quantized` and `float-quantized`: what vLLM, SGLang and
-transformers load.
+"""The compressed-tensors layouts `pack-quantized`, `int-quantized` and `float-quantized`, read by vLLM, SGLang and
+transformers.
 
 For a linear P with weight (n, k), b bits and g groups, weight-only (pack-quantized):
 
-    P.weight_packed      int32  (n, ceil(k b / 32))   code + 2^(b-1), lowest bits first, along the inputs
+    P.weight_packed      int32  (n, ceil(k b / 32))   code + 2^(b-1), packed along the inputs, lowest bits first
     P.weight_scale       float  (n, g)                g = 1 per channel
     P.weight_shape       int64  (2,)                  n, k
     P.weight_zero_point  int32  (ceil(n b / 32), g)   asymmetric only; zero + 2^(b-1), packed along the outputs
 
-Integers with 8-bit activations (int-quantized), and floats with or without (float-quantized):
+Integers with 8-bit activations (int-quantized), and floats with or without quantized activations (float-quantized):
 
     P.weight             int8 or float8_e4m3fn  (n, k)
     P.weight_scale       float                  (n, 1)
-    P.input_scale        float32                (1,)   where one calibrated scale serves all tokens
+    P.input_scale        float32                (1,)   only with one calibrated scale for all tokens
 
-Symmetric files hold no zero points. Codes and zeros are signed in this dialect: an unsigned code u of ours is
-u - 2^(b-1) here, which packs to u again, so the packed words are the same for both.
+Symmetric files have no zero points. Codes and zeros are signed in this dialect: an unsigned code u of ours is u -
+2^(b-1) here, which is packed as u again. So the packed words are equal.
 """
 
 import re
@@ -39,7 +39,7 @@ SUFFIXES = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point"
 
 
 def layout_of(scheme: Scheme) -> str:
-    """The name of the layout that holds a scheme."""
+    """The name of the layout for a scheme."""
     if not scheme.number.is_integer:
         return FLOAT
     return PACKED if scheme.inputs is None else PLAIN
@@ -48,7 +48,9 @@ def layout_of(scheme: Scheme) -> str:
 def _read_plain(name: str, tensor: Reader, scheme: Scheme) -> QTensor:
     codes, scales = tensor(f"{name}.weight"), tensor(f"{name}.weight_scale")
     if tuple(scales.shape) in ((), (1,)) and codes.ndim == 2:
-        scales = scales.reshape(1, 1).repeat(codes.shape[0], 1)  # one scale for the whole weight: every row's
+        scales = scales.reshape(1, 1).repeat(
+            codes.shape[0], 1
+        )  # one scale for the whole weight, repeated for every row
     input_scale = None
     if scheme.static_inputs:
         input_scale = tensor(f"{name}.input_scale").float()
@@ -74,7 +76,7 @@ def _read_packed(name: str, tensor: Reader, scheme: Scheme) -> QTensor:
 
 
 def _declared_shape(name: str, tensor: Reader) -> tuple[int, int]:
-    """weight_shape as numbers. CheckpointError where it is not two integers."""
+    """weight_shape as two integers. CheckpointError if it is anything else."""
     found = tensor(f"{name}.weight_shape")
     if found.dtype not in (torch.int64, torch.int32) or tuple(found.shape) != (2,):
         raise CheckpointError(f"{name}: weight_shape is {found.dtype} {list(found.shape)}; int64, n and k, fits")
@@ -96,7 +98,8 @@ def _number_args(number: Number) -> dict[str, Any]:
 
 
 def _targets(names: list[str], schemes: Mapping[str, Scheme]) -> list[str]:
-    """Patterns for role names (the part behind the block's number) whose linears all belong here, else exact names."""
+    """Target patterns: a role (the name after the block number) if all its linears belong here, exact names
+    otherwise."""
     here = set(names)
     roles: dict[str, list[str]] = {}
     for name in schemes:
@@ -105,25 +108,26 @@ def _targets(names: list[str], schemes: Mapping[str, Scheme]) -> list[str]:
     for role, members in roles.items():
         inside = [name for name in members if name in here]
         whole = inside and len(inside) == len(members) and role != members[0]
-        # the number belongs to the pattern: `.*\.down_proj$` would also match a shared expert's
+        # with the number in the pattern: `.*\.down_proj$` would also match the linear of a shared expert
         targets += [rf"re:.*\.\d+\.{re.escape(role)}$"] if whole else inside
     return targets
 
 
 def _role(name: str) -> str:
-    """`self_attn.q_proj` of `model.layers.3.self_attn.q_proj`: what follows the last number."""
+    """The role of a linear: `self_attn.q_proj` for `model.layers.3.self_attn.q_proj`, the name after the last
+    number."""
     return re.split(r"\.\d+\.", name)[-1]
 
 
 def _group_scheme(group: Mapping[str, Any], config: Mapping[str, Any]) -> Scheme:
-    """The scheme of a config group. ValueError where no scheme of ours, or no layout read here, is what it says."""
+    """The scheme of a config group. ValueError for a group that no scheme or layout of ours matches."""
     weights, layout = group["weights"], group.get("format") or config.get("format")
     if weights.get("dynamic") or group.get("output_activations"):
-        raise ValueError("only static weights are read, their outputs not quantized")
+        raise ValueError("only static weights with unquantized outputs are supported")
     if weights.get("strategy") not in (None, "group", "channel", "tensor"):
-        raise ValueError(f"weights with strategy {weights['strategy']!r} are not read")
+        raise ValueError(f"weights with strategy {weights['strategy']!r} are not supported")
     if weights.get("actorder") in ("group", "dynamic", True):
-        raise ValueError("inputs were put in groups in another order (actorder 'group'), which engines dropped")
+        raise ValueError("inputs are grouped in another order (actorder 'group'), which engines no longer support")
     side = Side(_number_of(weights), granularity_of(weights.get("group_size") or -1))
     scheme = Scheme(side, _inputs_of(group.get("input_activations")))
     if layout not in (None, MIXED, layout_of(scheme)):
@@ -132,27 +136,28 @@ def _group_scheme(group: Mapping[str, Any], config: Mapping[str, Any]) -> Scheme
 
 
 def _number_of(args: Mapping[str, Any]) -> Number:
-    """The number of a group's weights. ValueError where there is none such."""
+    """The number type of a group's weights. ValueError for an unsupported type."""
     kind, bits, symmetric = args.get("type", "int"), args["num_bits"], args["symmetric"]
     if kind not in ("int", "float") or (kind == "float" and not symmetric):
-        raise ValueError(f"{'' if symmetric else 'asymmetric '}weights of type {kind!r} are not read")
+        raise ValueError(f"{'' if symmetric else 'asymmetric '}weights of type {kind!r} are not supported")
     return integer_of(bits, symmetric) if kind == "int" else float_of(bits)
 
 
 def _inputs_of(args: Mapping[str, Any] | None) -> Side | None:
-    """What a group's input_activations ask for. ValueError where no scheme's inputs are that."""
+    """The quantized inputs in a group's input_activations. ValueError for unsupported ones."""
     if not args:
         return None
     for inputs in INPUTS.values():
         if all(args.get(key) == value for key, value in _input_args(inputs).items()):
             return inputs
     raise ValueError(
-        f"inputs quantized as {dict(args)}: symmetric int8 or fp8, dynamic per token or static per tensor, is read"
+        f"inputs quantized as {dict(args)}: symmetric int8 or fp8, dynamic per token or static per tensor, is supported"
     )
 
 
 class _Targets:
-    """What config groups target, in order: the first that names a linear or fits it, else the class `Linear`."""
+    """Targets of config groups, in order: the first name or pattern that matches a linear, or else the class
+    `Linear`."""
 
     def __init__(self, targets: Iterable[tuple[str, Scheme]]) -> None:
         self._named: dict[str, tuple[int, Scheme]] = {}
@@ -165,7 +170,7 @@ class _Targets:
                 self._named.setdefault(target, (place, scheme))
 
     def scheme_of(self, name: str) -> Scheme:
-        """The scheme of the linear `name`. CheckpointError where nothing targets it."""
+        """The scheme of the linear `name`. CheckpointError if no group targets it."""
         named = self._named.get(name)
         for place, pattern, scheme in self._fitted:
             if named is not None and named[0] < place:
@@ -192,7 +197,7 @@ class CompressedTensors(Format):
     )
 
     def reason_against(self, scheme: Scheme) -> str | None:
-        """The reason why this layout cannot hold a scheme that our own types can write, or None."""
+        """The reason why this layout cannot hold a scheme, or None."""
         if not scheme.symmetric and scheme.bits == 8:
             return "asymmetric 8-bit weights have no kernel in the engines that read compressed-tensors; use --sym"
         if layout_of(scheme) == FLOAT and scheme.group_size != -1:
@@ -200,7 +205,7 @@ class CompressedTensors(Format):
         return None
 
     def caveat(self, scheme: Scheme) -> str | None:
-        """What one should know before loading it elsewhere."""
+        """A warning about loading the scheme in other programs, or None."""
         if scheme.symmetric:
             return None
         return (
@@ -209,7 +214,7 @@ class CompressedTensors(Format):
         )
 
     def reason_in(self, engine: str, scheme: Scheme) -> str | None:
-        """The reason why an engine loads no weights of a scheme, or None."""
+        """The reason why an engine cannot load weights of a scheme, or None."""
         if engine == "transformers" and not scheme.symmetric:
             return "with compressed-tensors 0.20 it loads asymmetric weights only with dequantize=True"
         return None
@@ -232,9 +237,9 @@ class CompressedTensors(Format):
         return tensors
 
     def read(self, name: str, tensor: Reader, scheme: Scheme) -> QTensor:
-        """The weight of the linear `name`; `tensor` reads a tensor of the file by name.
+        """The weight of the linear `name`; `tensor` reads a tensor of the file by its name.
 
-        Raises CheckpointError where packed words, scales and shape contradict one another or the scheme.
+        CheckpointError if packed words, scales and shape contradict each other or the scheme.
         """
         try:
             return (_read_packed if layout_of(scheme) == PACKED else _read_plain)(name, tensor, scheme)
@@ -254,9 +259,10 @@ class CompressedTensors(Format):
         """The quantization_config of config.json.
 
         schemes      scheme of every quantized linear, by its name in the file
-        unquantized  names of the linears that keep their weight: each is listed under `ignore`
+        unquantized  names of linears left in 16 bits; each is listed under `ignore`
 
-        One scheme targets the class `Linear`; several target their linears by patterns, or by name where none fits.
+        A single scheme targets the class `Linear`. Several schemes target their linears by patterns, or by name if none
+        fits.
         """
         by_scheme: dict[Scheme, list[str]] = {}
         for name, scheme in schemes.items():
@@ -285,8 +291,7 @@ class CompressedTensors(Format):
     def schemes_of(self, config: Mapping[str, Any], names: Iterable[str]) -> dict[str, Scheme]:
         """The scheme that a quantization_config gives each quantized linear of `names`.
 
-        Raises CheckpointError where no group targets one of them, or where a group makes no sense or asks for what is
-        not read here.
+        CheckpointError if no group targets a linear, or if a group is malformed or not supported.
         """
         try:
             targets = _Targets(

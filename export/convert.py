@@ -1,4 +1,4 @@
-"""From one format to another without requantizing: codes, zeros and scales are expressed anew, not computed anew."""
+"""Conversion between formats without requantizing: codes, zeros and scales are re-encoded, not recomputed."""
 
 import math
 from collections import Counter
@@ -20,12 +20,12 @@ from lowbit.quant.scheme import Scheme
 
 @dataclass
 class Conversion:
-    """What became of the linears.
+    """Results of a conversion.
 
-    schemes   the scheme that each has now
-    exact     how many stand for the same weight, bit for bit
+    schemes   new scheme by linear
+    exact     number of linears with bit-identical weights
     rounded   for each of the others, the largest relative change of a scale
-    rewrites  how often something was said in other words ("symmetric codes as unsigned ones with a zero of 8")
+    rewrites  counts of changed encodings ("symmetric codes as unsigned ones with a zero of 8")
     """
 
     schemes: dict[str, Scheme]
@@ -44,7 +44,7 @@ def convert(
 ) -> Conversion:
     """Write the checkpoint of `source` in the format `fmt` into the existing directory `output`.
 
-    unquantized  names of the linears that keep their weight
+    unquantized  names of linears left in 16 bits
     shard        bytes of the largest weight file
 
     finished     False leaves the sealing to the caller
@@ -73,7 +73,7 @@ def convert(
 
 
 def _refuse_clashes(source: LogicalTensors, fmt: Format, schemes: Mapping[str, Scheme]) -> None:
-    """Raise CheckpointError where a tensor that is copied has a name that a converted linear's tensor will have."""
+    """Raise CheckpointError if a copied tensor has the name of a converted linear's tensor."""
     written = {f"{name}.{suffix}" for name in schemes for suffix in fmt.suffixes}
     weights = {f"{name}.weight" for name in schemes}
     clashing = [name for name in source.names if name in written and name not in weights]
@@ -85,10 +85,11 @@ def _refuse_clashes(source: LogicalTensors, fmt: Format, schemes: Mapping[str, S
 
 
 def target_schemes(source: LogicalTensors, fmt: Format) -> dict[str, Scheme]:
-    """The scheme that each quantized linear will have in `fmt`: the same weight, said in the words of that format.
+    """The scheme of each quantized linear in `fmt`, for the same weights.
 
-    Zeros that all stand in the middle make a symmetric scheme where the format has those. A format that holds one
-    scheme gets the widest group that divides every linear's groups, and zeros for all where one linear has them.
+    If all zeros are in the middle of the codes, the scheme becomes symmetric, if the format has symmetric ones. A
+    format with one scheme for all linears gets the largest group size that divides every linear's, and zeros for all if
+    any linear has them.
     """
     if not source.schemes:
         raise CheckpointError(f"{source.checkpoint.directory}: not quantized; `quantize --format {fmt.name}` does that")
@@ -106,12 +107,12 @@ def target_schemes(source: LogicalTensors, fmt: Format) -> dict[str, Scheme]:
 
 
 def _refuses_symmetric(fmt: Format, scheme: Scheme) -> bool:
-    """True if the format takes the scheme only with zeros."""
+    """True if the format accepts the scheme only with zeros."""
     return bool(fmt.reason_against(scheme)) and not fmt.reason_against(scheme.with_zeros(True))
 
 
 def _all_middle(source: LogicalTensors) -> bool:
-    """True if the checkpoint has zeros, and every one stands in the middle of the codes."""
+    """True if the checkpoint has zeros, all in the middle of the codes."""
     with_zeros = [name for name, scheme in source.schemes.items() if not scheme.symmetric]
     return bool(with_zeros) and all(_is_middle(source.qtensor(name)) for name in with_zeros)
 
@@ -121,7 +122,7 @@ def _is_middle(weight: QTensor) -> bool:
 
 
 def _common_group_size(source: LogicalTensors) -> int:
-    """The widest group that divides every linear's groups; -1 where all have one scale a row."""
+    """The largest group size that divides every linear's; -1 if all are per channel."""
     sizes = {name: scheme.group_size for name, scheme in source.schemes.items()}
     if set(sizes.values()) == {-1}:
         return -1
@@ -129,7 +130,7 @@ def _common_group_size(source: LogicalTensors) -> int:
 
 
 def _converted(weight: QTensor, name: str, fmt: Format, done: Conversion) -> QTensor:
-    """`weight` in its new scheme and the format's scale type, and what that took noted in `done`."""
+    """`weight` in its new scheme and the format's scale type; changes are recorded in `done`."""
     weight, rewrites = express(weight, done.schemes[name])
     done.rewrites.update(rewrites)
     change = 0.0
@@ -145,10 +146,10 @@ def _converted(weight: QTensor, name: str, fmt: Format, done: Conversion) -> QTe
 
 
 def express(weight: QTensor, scheme: Scheme) -> tuple[QTensor, list[str]]:
-    """The same weight in another scheme, and what was said in other words; nothing is rounded.
+    """The same weight in another scheme, and the list of changed encodings. Nothing is rounded.
 
-    Narrower groups repeat a wider group's scale and zero. Signed codes become unsigned ones with a zero of 2^(bits-1),
-    and back where every zero is that.
+    Smaller groups repeat a larger group's scale and zero. Signed codes become unsigned codes with a zero of 2^(bits-1),
+    and back if every zero is that.
     """
     old, k = weight.scheme, weight.shape[1]
     assert (old.bits, old.number.is_integer, old.inputs) == (scheme.bits, scheme.number.is_integer, scheme.inputs)
@@ -171,7 +172,7 @@ def express(weight: QTensor, scheme: Scheme) -> tuple[QTensor, list[str]]:
 
 
 def _largest_change(name: str, before: Tensor, after: Tensor) -> float:
-    """The largest relative change of a scale. CheckpointError where one becomes zero or infinite."""
+    """The largest relative change of a scale. CheckpointError if one becomes zero or infinite."""
     lost = int((~torch.isfinite(after) | (after == 0)).sum())
     if lost:
         low, high = float(before.min()), float(before.max())
@@ -192,7 +193,7 @@ def _verify(source: LogicalTensors, fmt: Format, done: Conversion, output: Path)
         found = written.qtensor(name)
         scales = meant.scales.to(found.scales.dtype)
         same_zeros = meant.zeros is None or (found.zeros is not None and torch.equal(meant.zeros, found.zeros))
-        # as bytes: torch compares no float8
+        # compared as bytes: torch cannot compare float8
         same_codes = torch.equal(meant.codes.view(torch.uint8), found.codes.view(torch.uint8))
         if not (same_codes and torch.equal(scales, found.scales) and same_zeros):
             raise CheckpointError(f"{output}: {name} does not read back as it was written; the disk may be failing")

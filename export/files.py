@@ -1,7 +1,7 @@
-"""Files in directories that somebody else may have prepared: read where they are files, written under fresh names.
+"""File access in untrusted directories: only regular files are read, and only fresh names are written.
 
-A model directory may hold links to files elsewhere, pipes and devices. What is read is a regular file, in the directory
-itself or in a hub cache's store. What is written never goes through a name that was there before.
+A model directory may contain links to other places, pipes and devices. Only regular files are read, in the directory
+itself or in a hub cache's store. Writing never follows a name that existed before.
 """
 
 import os
@@ -16,7 +16,7 @@ from typing import BinaryIO
 
 from lowbit.errors import CheckpointError
 
-MOST_BYTES = 100_000_000  # of a file that is read whole; the largest tokenizers and indexes take a third of it
+MOST_BYTES = 100_000_000  # of a file that is read as a whole; the largest tokenizers and indexes take a third
 KINDS = {
     stat.S_IFIFO: "a pipe",
     stat.S_IFSOCK: "a socket",
@@ -24,16 +24,17 @@ KINDS = {
     stat.S_IFBLK: "a device",
     stat.S_IFDIR: "a directory",
 }
-TEMPLATES = "additional_chat_templates"  # the one directory inside a model's that readers look into
+TEMPLATES = "additional_chat_templates"  # the only subdirectory that readers look into
 
 
-# In a name: what ends or forges a line of SHA256SUMS, moves a terminal's cursor, or cannot be written as UTF-8.
+# Characters not allowed in file names: they forge lines of SHA256SUMS, move a terminal's cursor, or are not UTF-8.
 UNSAYABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
 class Identity:
-    """What tells a file from one that took its place or its content: nobody sets the time of a change back."""
+    """The identity of an unchanged file. A replaced or rewritten file differs, since the change time cannot be set
+    back."""
 
     device: int
     inode: int
@@ -43,21 +44,21 @@ class Identity:
 
 
 def identity_of(found: os.stat_result) -> Identity:
-    """The identity in what `os.stat` found."""
+    """The identity from the result of `os.stat`."""
     return Identity(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
 
 
 def open_regular(path: Path) -> BinaryIO:
-    """The file at `path`, open for reading. CheckpointError at once where it is a pipe, a device or a directory.
+    """The file at `path`, open for reading. CheckpointError for a pipe, a device or a directory, without blocking.
 
-    FileNotFoundError where nothing is there.
+    FileNotFoundError if the file does not exist.
     """
     try:
         _require_regular(path, os.stat(path).st_mode)
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except FileNotFoundError:
         raise
-    except (OSError, ValueError) as error:  # a ValueError is a name with a zero byte
+    except (OSError, ValueError) as error:  # ValueError for a name with a zero byte
         raise CheckpointError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from error
     file = os.fdopen(descriptor, "rb")
     try:
@@ -69,7 +70,7 @@ def open_regular(path: Path) -> BinaryIO:
 
 
 def read_bytes(path: Path, most: int = MOST_BYTES) -> bytes:
-    """The content of the file at `path`. CheckpointError where it is no file, or larger than `most` bytes."""
+    """The content of the file at `path`. CheckpointError if it is not a regular file, or larger than `most` bytes."""
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
         if size > most:
@@ -78,7 +79,7 @@ def read_bytes(path: Path, most: int = MOST_BYTES) -> bytes:
 
 
 def read_text(path: Path, most: int = MOST_BYTES) -> str:
-    """The text of the file at `path`. CheckpointError as in `read_bytes`, and where it is not UTF-8."""
+    """The text of the file at `path`. CheckpointError as in `read_bytes`, and if it is not UTF-8."""
     try:
         return read_bytes(path, most).decode("utf-8")
     except UnicodeDecodeError as error:
@@ -91,11 +92,11 @@ def _require_regular(path: Path, mode: int) -> None:
 
 
 def survey(directory: Path) -> dict[str, Identity]:
-    """The identity of every file in a model directory, by its name; hidden files are nobody's.
+    """The identity of every file in a model directory, by name, without hidden files.
 
-    Raises CheckpointError where there is a pipe, a socket or a device, where a name cannot be said, and where a link
-    leads outside: what such a link names could be anything on this machine, and would be read or carried into the
-    output. Links into a hub cache's store are how that cache is made.
+    CheckpointError for a pipe, a socket or a device, for an unprintable name, and for a link to a place outside, which
+    could expose any file of this machine. Links into a hub cache's store are allowed, since that cache consists of
+    them.
     """
     found = _surveyed(directory, "")
     if (directory / TEMPLATES).is_dir():
@@ -114,7 +115,7 @@ def _surveyed(directory: Path, prefix: str) -> dict[str, Identity]:
         refuse_link_outside(path, home)
         try:
             status = os.stat(path)
-        except FileNotFoundError:  # a link to a file that was deleted: to readers there is no such file
+        except FileNotFoundError:  # a dangling link counts as missing
             continue
         if not stat.S_ISDIR(status.st_mode):
             _require_regular(path, status.st_mode)
@@ -123,7 +124,7 @@ def _surveyed(directory: Path, prefix: str) -> dict[str, Identity]:
 
 
 def refuse_link_outside(path: Path, home: Path) -> None:
-    """Raise CheckpointError where `path` is a link that leads neither into `home` nor into a hub cache's store."""
+    """Raise CheckpointError if `path` is a link to a place outside of `home` and of a hub cache's store."""
     if not path.is_symlink():
         return
     target = Path(os.path.realpath(path))
@@ -136,7 +137,7 @@ def refuse_link_outside(path: Path, home: Path) -> None:
 
 
 def is_same(path: Path, identity: Identity) -> bool:
-    """True if the file at `path` is the one of that identity, unchanged."""
+    """True if the file at `path` has this identity."""
     try:
         return identity_of(os.stat(path)) == identity
     except OSError:
@@ -144,22 +145,22 @@ def is_same(path: Path, identity: Identity) -> bool:
 
 
 def changed(path: Path) -> str:
-    """What is said of a file that changed under a run."""
+    """The error text for a file that changed during a run."""
     return f"{path}: changed while it was read, so the result would be of two models; leave it alone, and run again"
 
 
 def create(path: Path, directory: int | None = None) -> BinaryIO:
-    """A new file at `path` (in an open `directory`, where one is given), for writing; FileExistsError where one is."""
+    """A new file at `path` (relative to an open `directory`, if given), for writing. FileExistsError if it exists."""
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     return os.fdopen(os.open(path, flags, 0o666, dir_fd=directory), "wb")
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A new file, for writing, that stands at `path` once the block ends well, whole and durable.
+    """A context with a new file that replaces `path` when the block succeeds, atomically and durably.
 
-    It is made under a fresh name in the directory as it was opened. What stood at `path`, a link included, is replaced
-    by one rename; a link's target stays as it is.
+    The file is written under a fresh name in the opened directory, then renamed. If `path` was a link, the link is
+    replaced and its target stays unchanged.
     """
     directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     fresh = f".{secrets.token_hex(8)}.partial"
@@ -178,13 +179,13 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Put `text` at `path`: it holds the old content or the new, whole."""
+    """Write `text` to `path` atomically: readers see the old or the new content."""
     with replacing(path) as file:
         file.write(text.encode("utf-8"))
 
 
 def sync(path: Path) -> None:
-    """Force a file's content, or a directory's entries, to the disk."""
+    """Flush a file's content, or a directory's entries, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

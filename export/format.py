@@ -1,4 +1,4 @@
-"""What a format of quantized checkpoint is: a class, and one file for each dialect."""
+"""The interface of a format of quantized checkpoints; each dialect is one file."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
@@ -17,10 +17,10 @@ Shapes = Callable[[str], tuple[int, ...]]
 
 
 class Format(ABC):
-    """A dialect of quantized checkpoint. One file is one subclass; the defaults suit dialects without limits.
+    """A dialect of quantized checkpoints. The defaults suit a dialect without limits.
 
-    method               the quant_method by which config.json and other libraries know it
-    package              the package that transformers reads it with
+    method               quant_method in config.json
+    package              package that transformers needs to read it
     suffixes             names of a linear's tensors
     marker               the suffix that every quantized linear has
     loading              a sentence for the model card: what loads it
@@ -45,30 +45,30 @@ class Format(ABC):
 
     @abstractmethod
     def reason_against(self, scheme: Scheme) -> str | None:
-        """The reason why it cannot hold a scheme, or None."""
+        """The reason why the format cannot hold a scheme, or None."""
 
     @abstractmethod
     def write(self, name: str, weight: QTensor) -> dict[str, Tensor]:
-        """The file's tensors for the linear `name`; the scales must have `scale_dtype`."""
+        """The file's tensors for the linear `name`. Scales must have `scale_dtype`."""
 
     @abstractmethod
     def read(self, name: str, tensor: Reader, scheme: Scheme) -> QTensor:
-        """The weight of the linear `name`. CheckpointError where its tensors contradict one another."""
+        """The weight of the linear `name`. CheckpointError if its tensors contradict each other."""
 
     @abstractmethod
     def shape(self, name: str, shapes: Shapes, tensor: Reader, scheme: Scheme) -> tuple[int, int]:
-        """(n, k) of the linear `name`, from its tensors' shapes by name, a tensor reader and its scheme."""
+        """(n, k) of the linear `name`, from the shapes of its tensors, a tensor reader and its scheme."""
 
     @abstractmethod
     def quantization_config(self, schemes: Mapping[str, Scheme], unquantized: Iterable[str]) -> dict[str, Any]:
-        """The block in config.json for schemes and unquantized linears."""
+        """The quantization_config of config.json."""
 
     @abstractmethod
     def schemes_of(self, config: Mapping[str, Any], names: Iterable[str]) -> dict[str, Scheme]:
-        """The scheme that the block gives each of the linears."""
+        """The scheme of each linear, from the quantization_config."""
 
     def recognizes(self, config: Mapping[str, Any]) -> bool:
-        """True if a quantization_config is of this dialect."""
+        """True for a quantization_config of this dialect."""
         return config.get("quant_method") == self.method
 
     def linears(self, names: Iterable[str]) -> list[str]:
@@ -77,24 +77,24 @@ class Format(ABC):
         return [name.removesuffix(suffix) for name in names if name.endswith(suffix)]
 
     def reason_against_shape(self, scheme: Scheme, n: int, k: int) -> str | None:
-        """The reason why it cannot hold a scheme's weight of (n, k), or None."""
+        """The reason why the format cannot hold a weight (n, k) of this scheme, or None."""
         return None
 
     def risk_of(self, scheme: Scheme) -> str | None:
-        """The reason why freshly rounded weights of a scheme may turn out not to fit, or None."""
+        """The reason why freshly rounded weights of a scheme may not fit the format, or None."""
         return None
 
     def caveat(self, scheme: Scheme) -> str | None:
-        """A warning for loading a scheme's weights elsewhere, or None."""
+        """A warning about loading a scheme in other programs, or None."""
         return None
 
     def reason_in(self, engine: str, scheme: Scheme) -> str | None:
-        """The reason why an engine, by name, loads no weights of a scheme from it, or None."""
+        """The reason why the named engine cannot load weights of a scheme in this format, or None."""
         return None
 
 
 def require_words(words: Tensor, what: str, shape: tuple[int | None, int | None]) -> None:
-    """ValueError where `words` are no int32 matrix of `shape`, None standing for any size."""
+    """ValueError if `words` is not an int32 matrix of `shape`, in which None allows any size."""
     fits = words.ndim == 2 and all(want in (None, size) for want, size in zip(shape, words.shape, strict=True))
     if words.dtype != torch.int32 or not fits:
         sizes = " x ".join("any" if size is None else str(size) for size in shape)

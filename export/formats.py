@@ -1,4 +1,4 @@
-"""The formats that quantized weights are written in and read from, by name."""
+"""The formats for writing and reading quantized weights, by name."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -14,9 +14,9 @@ from lowbit.quant.scheme import Scheme
 
 
 def require_fit(fmt: Format, schemes: Mapping[str, Scheme], shapes: Mapping[str, tuple[int, int]]) -> None:
-    """Raise CheckpointError, with the reason, where `fmt` cannot hold these linears.
+    """Raise CheckpointError with the reason if `fmt` cannot hold these linears.
 
-    schemes, shapes  scheme and (n, k) of each linear, by name
+    schemes, shapes  scheme and (n, k) by linear
     """
     for name, scheme in schemes.items():
         reason = fmt.reason_against(scheme) or fmt.reason_against_shape(scheme, *shapes[name])
@@ -33,13 +33,13 @@ def require_fit(fmt: Format, schemes: Mapping[str, Scheme], shapes: Mapping[str,
 
 
 def describe_schemes(schemes: Mapping[str, Scheme]) -> str:
-    """`int4-g128 (210 linears)`, most frequent first."""
+    """Counts of schemes as text, most frequent first: `int4-g128 (210 linears)`."""
     counts = Counter(map(str, schemes.values()))
     return ", ".join(f"{scheme} ({count} linears)" for scheme, count in counts.most_common())
 
 
 class LogicalTensors:
-    """A checkpoint's tensors under the names an unquantized model has: `P.weight` whether packed or not."""
+    """A checkpoint's tensors under the names of an unquantized model: `P.weight`, packed or not."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint = checkpoint
@@ -49,7 +49,7 @@ class LogicalTensors:
 
     @property
     def names(self) -> list[str]:
-        """Names of all tensors, `P.weight` standing for a quantized linear's several."""
+        """Names of all tensors, with `P.weight` in place of a quantized linear's tensors."""
         hidden = {
             f"{name}.{suffix}" for name in self.schemes for suffix in (self.format.suffixes if self.format else ())
         }
@@ -58,7 +58,7 @@ class LogicalTensors:
         ]
 
     def shape(self, linear: str) -> tuple[int, int]:
-        """Outputs and inputs of the quantized linear, from the files' headers."""
+        """Outputs and inputs of a quantized linear, from the file headers."""
         assert self.format is not None
         checkpoint = self.checkpoint
         try:
@@ -72,7 +72,7 @@ class LogicalTensors:
         return self.format.read(linear, self.checkpoint.read, self.schemes[linear])
 
     def read(self, name: str) -> Tensor:
-        """The tensor called `name`; a quantized weight comes dequantized, in its scales' dtype."""
+        """The tensor `name`. A quantized weight is dequantized, in the dtype of its scales."""
         linear = name.removesuffix(".weight")
         if linear not in self.schemes or linear == name:
             return self.checkpoint.read(name)

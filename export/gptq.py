@@ -1,14 +1,14 @@
-"""The GPTQ layouts, `gptq` (v1) and `gptq_v2`: what GPTQModel, vLLM, SGLang and transformers load.
+"""The GPTQ layouts `gptq` (v1) and `gptq_v2`, read by GPTQModel, vLLM, SGLang and transformers.
 
-For a linear P with weight (n, k), b bits and g groups, everything transposed beside nn.Linear:
+For a linear P with weight (n, k), b bits and g groups; all tensors are transposed relative to nn.Linear:
 
-    P.qweight  int32    (k b / 32, n)  unsigned codes, lowest bits first, along the inputs
-    P.qzeros   int32    (g, n b / 32)  zeros, lowest bits first, along the outputs; v1 stores zero - 1
+    P.qweight  int32    (k b / 32, n)  unsigned codes, packed along the inputs, lowest bits first
+    P.qzeros   int32    (g, n b / 32)  zeros, packed along the outputs, lowest bits first; v1 stores zero - 1
     P.scales   float16  (g, n)
     P.g_idx    int32    (k)            the group of each input: i // group_size
 
-All four stand in every file. A symmetric weight's codes are shifted by 2^(b-1), which is then its zero. In v1 a zero of
-0 would be stored as -1 and borrow from its neighbour in the word, so only v2 holds it.
+All four are always present. A symmetric weight's codes are shifted by 2^(b-1), which becomes its zero. In v1 a zero of
+0 would be stored as -1 and borrow from its neighbour in the word, so only v2 can hold it.
 """
 
 import re
@@ -28,8 +28,8 @@ from lowbit.quant.scheme import Scheme, make_scheme
 
 METHOD = "gptq"
 V1, V2 = "gptq", "gptq_v2"
-STORED_LESS = {V1: 1, V2: 0}  # what a stored zero falls short of the zero
-SYMMETRIC_ONLY = "vLLM takes GPTQ files only where they are symmetric"
+STORED_LESS = {V1: 1, V2: 0}  # zero minus stored zero
+SYMMETRIC_ONLY = "vLLM loads only symmetric GPTQ files"
 SUFFIXES = ("qweight", "qzeros", "scales", "g_idx")
 
 
@@ -53,16 +53,16 @@ def _read(version: str, name: str, tensor: Reader, scheme: Scheme) -> QTensor:
 
 
 def _require_order(g_idx: Tensor, k: int, groups: int) -> None:
-    """ValueError where inputs are not in the order of their groups: what act-order without static groups leaves."""
+    """ValueError if inputs are not in the order of their groups, as after act-order without static groups."""
     if g_idx.shape != (k,) or not torch.equal(g_idx.long(), torch.arange(k) // (k // groups)):
         raise ValueError(
-            "g_idx does not number the inputs group by group (desc_act without static groups); vLLM takes such files "
-            "no more, nor do we"
+            "g_idx does not number the inputs group by group (desc_act without static groups); vLLM does not "
+            "load such files any more, and lowbit does not either"
         )
 
 
 def _require_middle(version: str, zeros: Tensor, bias: int) -> None:
-    """ValueError where a file that calls itself symmetric has other zeros than the middle."""
+    """ValueError if a symmetric file has zeros other than the middle of the codes."""
     if bool((zeros == bias).all()):
         return
     other = {V1: bias + 1, V2: bias - 1}[version]
@@ -75,12 +75,12 @@ def _require_middle(version: str, zeros: Tensor, bias: int) -> None:
 
 def _scheme_from(config: Mapping[str, Any]) -> Scheme:
     if config.get("pack_dtype", "int32") != "int32":
-        raise ValueError(f"words of {config['pack_dtype']}; int32 is read")
+        raise ValueError(f"words of {config['pack_dtype']}; only int32 is supported")
     return make_scheme(config["bits"], config["group_size"], config["sym"])
 
 
 def _overrides(dynamic: Mapping[str, Any], patterns: Patterns, name: str) -> dict[str, Any]:
-    """What the first positive pattern that fits `name` changes."""
+    """The overrides of the first positive pattern that matches `name`."""
     for pattern, changes in dynamic.items():
         if not pattern.startswith("-:") and patterns.begins(pattern.removeprefix("+:"), name):
             return dict(changes)
@@ -88,7 +88,7 @@ def _overrides(dynamic: Mapping[str, Any], patterns: Patterns, name: str) -> dic
 
 
 class Gptq(Format):
-    """The formats `gptq` and `gptq_v2`, which are named as checkpoint_format has them."""
+    """The formats `gptq` and `gptq_v2`, named after their checkpoint_format."""
 
     method = METHOD
     package = "gptqmodel"
@@ -107,17 +107,17 @@ class Gptq(Format):
         )
 
     def recognizes(self, config: Mapping[str, Any]) -> bool:
-        """True if a quantization_config is of this version; a file that names none is of the first."""
+        """True for a quantization_config of this version; version 1 is the default."""
         return config.get("quant_method") == METHOD and config.get("checkpoint_format", V1) == self.name
 
     def reason_against(self, scheme: Scheme) -> str | None:
         """The reason why GPTQ files cannot hold a scheme, or None."""
         if not scheme.number.is_integer or scheme.inputs is not None:
-            return "GPTQ files hold integers and nothing else: no floats, no quantized activations"
+            return "GPTQ files hold only integer weights: no floats, no quantized activations"
         return None
 
     def reason_against_shape(self, scheme: Scheme, n: int, k: int) -> str | None:
-        """The reason why no such weight (n, k) can be packed, or None."""
+        """The reason why a weight of this shape (n, k) cannot be packed, or None."""
         per_word = 32 // scheme.bits
         if k % 32 or n % per_word:
             return f"{n} outputs and {k} inputs: GPTQ files take multiples of {per_word} and of 32"
@@ -130,11 +130,11 @@ class Gptq(Format):
         return None
 
     def caveat(self, scheme: Scheme) -> str | None:
-        """What one should know before loading it elsewhere."""
+        """A warning about loading the scheme in other programs, or None."""
         return None if scheme.symmetric else f"{SYMMETRIC_ONLY}; GPTQModel takes these"
 
     def reason_in(self, engine: str, scheme: Scheme) -> str | None:
-        """The reason why an engine loads no weights of a scheme, or None."""
+        """The reason why an engine cannot load weights of a scheme, or None."""
         return SYMMETRIC_ONLY if engine == "vLLM" and not scheme.symmetric else None
 
     def write(self, name: str, weight: QTensor) -> dict[str, Tensor]:
@@ -158,7 +158,7 @@ class Gptq(Format):
         }
 
     def read(self, name: str, tensor: Reader, scheme: Scheme) -> QTensor:
-        """The weight of the linear `name`. CheckpointError where its tensors contradict one another or the scheme."""
+        """The weight of the linear `name`. CheckpointError if its tensors contradict each other or the scheme."""
         try:
             return _read(self.name, name, tensor, scheme)
         except ValueError as error:
@@ -170,14 +170,13 @@ class Gptq(Format):
         return n, rows * (32 // scheme.bits)
 
     def quantization_config(self, schemes: Mapping[str, Scheme], unquantized: Iterable[str]) -> dict[str, Any]:
-        """The quantization_config of config.json, and the whole of quantize_config.json.
+        """The quantization_config of config.json, which is also the content of quantize_config.json.
 
-        schemes      the one scheme of every quantized linear, by its name in the file
-        unquantized  names of linears that keep their weight
+        schemes      the scheme of every quantized linear, by its name in the file; all are equal
+        unquantized  names of linears left in 16 bits
 
-        Linears left alone inside a list of blocks, the decoder's or a tower's, are declared twice, and what is left
-        beside them with them: transformers and vLLM read the list of those that are quantized, GPTQModel the negative
-        patterns.
+        If a linear inside a list of blocks (the decoder's or a tower's) is unquantized, all unquantized linears are
+        declared twice: transformers and vLLM read the list of quantized ones, GPTQModel reads negative patterns.
         """
         (scheme,) = set(schemes.values())
         config: dict[str, Any] = {
@@ -198,9 +197,9 @@ class Gptq(Format):
         return config
 
     def schemes_of(self, config: Mapping[str, Any], names: Iterable[str]) -> dict[str, Scheme]:
-        """The scheme of each quantized linear, the `dynamic` overrides of GPTQModel heeded.
+        """The scheme of each quantized linear, including GPTQModel's `dynamic` overrides.
 
-        Raises CheckpointError where the block lacks a number, or asks for what is not read here.
+        CheckpointError if a number is missing, or for a configuration that is not supported.
         """
         try:
             _scheme_from(config)

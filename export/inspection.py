@@ -1,4 +1,4 @@
-"""What a quantized checkpoint holds, from its headers alone."""
+"""Inspection of a quantized checkpoint from its headers."""
 
 import re
 from collections import Counter
@@ -36,17 +36,17 @@ class Linear:
 
 @dataclass(frozen=True)
 class Inspection:
-    """What was found.
+    """Results of an inspection.
 
     format       the format's name
-    linears      the quantized linears by name
-    left         parameters of each linear that is not quantized, by name
-    other_bytes  bytes of everything that is no quantized linear
-    split        fused sets whose members differ in scheme
-    parallel     for each number of GPUs, why the linears cannot be split between them, or None
-    kernels      machine -> engine -> kernel (None: none takes them) -> linears or fused sets that it takes
-    refusals     machine -> engine -> reason -> linears or fused sets that no kernel takes
-    checked_files  files whose checksums were known and right, all weights read; None where that was not asked for
+    linears      quantized linears by name
+    left         parameters of each linear left in 16 bits, by name
+    other_bytes  bytes of all tensors that do not belong to a quantized linear
+    split        fused sets whose members have different schemes
+    parallel     number of GPUs -> the reason why the linears cannot be split between them, or None
+    kernels      machine -> engine -> kernel (None: no kernel) -> number of linears or fused sets it runs
+    refusals     machine -> engine -> reason -> number of linears or fused sets without a kernel
+    checked_files  files with a known, correct checksum, after reading all weights; None if not checked
     """
 
     format: str
@@ -61,13 +61,13 @@ class Inspection:
 
     @property
     def coverage(self) -> float:
-        """Quantized parameters as a fraction of those of all linears."""
+        """Quantized parameters as a fraction of all linear parameters."""
         quantized = sum(linear.n * linear.k for linear in self.linears.values())
         return quantized / max(quantized + sum(self.left.values()), 1)
 
     @property
     def bits_per_weight(self) -> float:
-        """Stored bits per weight of the quantized linears, scales, zeros and shapes counted."""
+        """Stored bits per weight of the quantized linears, including scales, zeros and shapes."""
         weights = sum(linear.n * linear.k for linear in self.linears.values())
         return 8 * sum(linear.nbytes for linear in self.linears.values()) / max(weights, 1)
 
@@ -79,7 +79,7 @@ class Inspection:
         )
 
     def as_json(self) -> dict[str, Any]:
-        """Everything as plain values."""
+        """All fields as JSON values."""
         linears = {
             name: {
                 "scheme": str(linear.scheme),
@@ -111,12 +111,12 @@ class Inspection:
 
 
 def inspect_checkpoint(source: LogicalTensors, linears: Mapping[str, int], heads: tuple[int, int] | None) -> Inspection:
-    """What `source` holds.
+    """The inspection of `source`.
 
-    linears  parameters of every linear of the model by its name in the file
-    heads    query heads, and those of keys and values
+    linears  parameters of every linear of the model, by its name in the file
+    heads    numbers of query heads, and of key and value heads
 
-    Raises CheckpointError where it is not quantized, or where shapes contradict the format.
+    CheckpointError if it is not quantized, or if shapes contradict the format.
     """
     if source.format is None or not source.schemes:
         raise CheckpointError(f"{source.checkpoint.directory}: not quantized: there is nothing to inspect")
@@ -143,7 +143,7 @@ def inspect_checkpoint(source: LogicalTensors, linears: Mapping[str, int], heads
 def _kernels(
     source: LogicalTensors, shapes: Mapping[str, tuple[int, int]]
 ) -> tuple[dict[str, dict[str, Counter[str | None]]], dict[str, dict[str, Counter[str]]]]:
-    """Which kernels take the layers on each machine, and why none does."""
+    """The kernels of the layers on each machine, and the reasons where there is none."""
     assert source.format is not None
     layers = Counter(layers_of(source.format, source.schemes, shapes).values())
     kernels: dict[str, dict[str, Counter[str | None]]] = {}

@@ -1,6 +1,6 @@
-"""Regular expressions that a file brings, matched in bounded time.
+"""Matching of untrusted regular expressions in bounded time.
 
-Python's own `re` has no limit: `(a+)+$` runs for longer than anybody waits. `regex` reads the same syntax, and has one.
+Python's `re` has no time limit: `(a+)+$` can run for hours. The package `regex` has the same syntax, and a limit.
 """
 
 from functools import cache
@@ -8,26 +8,26 @@ from time import thread_time
 
 import regex
 
-SECONDS = 5.0  # of processor time for all that is matched of one file
-LONGEST = 1000  # characters of a pattern, and of what it is matched with; real ones have a few dozen
+SECONDS = 5.0  # of processor time for all matches of one file
+LONGEST = 1000  # characters of a pattern or a text; real ones have a few dozen
 
 
 class PatternError(ValueError):
-    """A pattern that cannot be read, or that takes too long; the message quotes it."""
+    """A pattern that is invalid or takes too long. The message quotes it."""
 
 
 class Patterns:
-    """The patterns of one file, which have `seconds` of processor time together (SECONDS), from now on."""
+    """Patterns of one file, with `seconds` (default SECONDS) of processor time in total, from construction on."""
 
     def __init__(self, seconds: float | None = None) -> None:
         self._end = thread_time() + (SECONDS if seconds is None else seconds)
 
     def begins(self, pattern: str, text: str) -> bool:
-        """True if `text` begins with what `pattern` fits. PatternError where that cannot be told in time."""
+        """True if `pattern` matches at the start of `text`. PatternError after the time limit."""
         return self._fits(pattern, text, anchored=True)
 
     def occurs(self, pattern: str, text: str) -> bool:
-        """True if `pattern` fits anywhere in `text`. PatternError where that cannot be told in time."""
+        """True if `pattern` matches anywhere in `text`. PatternError after the time limit."""
         return self._fits(pattern, text, anchored=False)
 
     def _fits(self, pattern: str, text: str, anchored: bool) -> bool:

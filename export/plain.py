@@ -1,4 +1,4 @@
-"""JSON from files that may be hostile: read in one place, within limits that no honest file reaches."""
+"""Parsing of untrusted JSON, within limits that no honest file reaches."""
 
 import json
 from collections.abc import Iterator
@@ -9,15 +9,14 @@ from lowbit.errors import CheckpointError
 from lowbit.export.files import read_bytes, write_text
 
 DEEPEST = 64  # levels of lists and objects; configurations have 6
-LARGEST = 1 << 64  # of a whole number: sizes, counts and offsets have 64 bits
+LARGEST = 1 << 64  # limit of integers: sizes, counts and offsets have 64 bits
 
 
 def parse_json(raw: bytes, where: object) -> Any:
-    """The JSON value in `raw`; `where` is its name in messages.
+    """The JSON value in `raw`. `where` names it in messages.
 
-    Raises CheckpointError where it is no UTF-8 or no JSON, where a key stands twice with different values (one reader
-    takes the first, another the last), where it is nested deeper than DEEPEST, where a whole number has more than 64
-    bits, and where text holds half a surrogate pair.
+    CheckpointError for invalid UTF-8 or JSON, for a duplicate key with different values (readers disagree about which
+    one counts), for nesting deeper than DEEPEST, for an integer of more than 64 bits, and for half a surrogate pair.
     """
     try:
         value = json.loads(raw.decode("utf-8"), object_pairs_hook=_object)
@@ -32,7 +31,7 @@ def parse_json(raw: bytes, where: object) -> Any:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in `path`. CheckpointError where it is missing, no object, or as in `parse_json`."""
+    """The JSON object in `path`. CheckpointError if it is missing, not an object, or invalid (`parse_json`)."""
     try:
         value = parse_json(read_bytes(path), path)
     except FileNotFoundError:
@@ -41,7 +40,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The JSON objects in `path`, one a line; none without a file. CheckpointError names a line that is none."""
+    """The JSON objects in `path`, one per line; empty without a file. CheckpointError names an invalid line."""
     try:
         lines = read_bytes(path).splitlines()
     except FileNotFoundError:
@@ -50,7 +49,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def rows_of(lines: list[bytes], path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(file:line, object) for each of the lines that is not blank."""
+    """(file:line, object) for each non-blank line."""
     for number, line in enumerate(lines, 1):
         if line.strip():
             where = f"{path}:{number}"
@@ -63,7 +62,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def require_object(value: Any, where: object) -> dict[str, Any]:
-    """`value`, which must be a JSON object."""
+    """`value` if it is a JSON object. CheckpointError otherwise."""
     if not isinstance(value, dict):
         raise CheckpointError(f"{where}: a JSON object is expected, not {type(value).__name__}")
     return value
@@ -79,7 +78,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _require_plain(value: Any, where: object) -> None:
-    """Raise CheckpointError where a value that JSON can say is more than our readers take."""
+    """Raise CheckpointError for a JSON value beyond the limits."""
     waiting = [(value, 1)]
     while waiting:
         item, depth = waiting.pop()
@@ -91,7 +90,7 @@ def _require_plain(value: Any, where: object) -> None:
                 waiting.extend((inner, depth + 1) for inner in item.values())
         elif isinstance(item, str):
             if not (item.isascii() or _is_text(item)):
-                raise CheckpointError(f"{where}: {item[:40]!r} holds half a surrogate pair, which no file can say")
+                raise CheckpointError(f"{where}: {item[:40]!r} holds half a surrogate pair, which is not valid text")
         elif isinstance(item, int) and not -LARGEST < item < LARGEST:
             raise CheckpointError(f"{where}: a number of {item.bit_length()} bits, where 64 at most are expected")
 

@@ -1,4 +1,4 @@
-"""Sizes that a configuration claims, held against the files before anything of that size is made."""
+"""Plausibility of sizes in a configuration, checked against the files before anything of that size is allocated."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -8,21 +8,21 @@ from typing import Any
 from lowbit.errors import CheckpointError
 from lowbit.export.tensorfile import TensorEntry
 
-# Keys that say how many layers there are, and how wide something is: their numbers end up as lists and tensors.
+# Keys for numbers of layers, and for widths: lists and tensors of these sizes are allocated.
 DEPTH = re.compile(r"(?:^|_)(?:layers?|depth|blocks)$")
 WIDTH = re.compile(
     r"(?:vocab|hidden|intermediate|embed|embedding|ffn|inner)\w*_(?:size|dim)$|(?:^|_)(?:dim|heads?|experts|labels)$"
     r"|^n_(?:embd|inner)$|^d_(?:model|ff|kv|inner)$"
 )
-SLACK = 8  # int32 words of packed weights stand for up to eight; heads and groups are parts of a width
-LEAST_DEPTH, LEAST_WIDTH = 256, 1 << 13  # below these a claim costs nothing, whatever the files hold
+SLACK = 8  # an int32 word holds up to 8 packed weights; heads and groups are fractions of a width
+LEAST_DEPTH, LEAST_WIDTH = 256, 1 << 13  # smaller claims are harmless, whatever the files hold
 
 
 def require_sizes(config: Mapping[str, Any], entries: Mapping[str, TensorEntry], where: Path) -> None:
-    """Raise CheckpointError where `config`, read from `where`, claims far more layers or width than `entries` hold.
+    """Raise CheckpointError if `config`, from the file `where`, claims far more layers or width than `entries` hold.
 
-    What contradicts the files by less is found when the model's parameters are compared with them, tensor by
-    tensor. This is for a number like ten million, which no loop over layers survives.
+    Smaller contradictions are found later, when the model's parameters are compared with the files tensor by tensor.
+    This check is for numbers like ten million, with which no loop over layers ends.
     """
     numbers = {number for name in entries for number in re.findall(r"(?<=\.)\d+(?=\.|$)", name)}
     widest = max((size for entry in entries.values() for size in entry.shape), default=0)
@@ -37,7 +37,7 @@ def require_sizes(config: Mapping[str, Any], entries: Mapping[str, TensorEntry],
 
 
 def _numbers(value: Any) -> Iterator[tuple[str, int]]:
-    """Every key with a whole number, at any depth."""
+    """Every integer with its key, at any depth."""
     if isinstance(value, list):
         for inner in value:
             yield from _numbers(inner)

@@ -1,11 +1,11 @@
-"""A directory that is either whole or not there.
+"""Atomic creation of output directories: complete or absent.
 
-Everything that a run leaves beside its output begins with a point and the output's name:
+All other files and directories that a run creates start with a dot and the output's name:
 
     .NAME.lock               held while a run writes NAME
-    .NAME.partial-xxxxxxxx   what the run has written so far
-    .NAME.replaced-xxxxxxxx  what --overwrite replaces, on file systems that cannot swap two names in one step
-    .NAME.result-xxxxxxxx    a finished checkpoint whose place was taken during the run
+    .NAME.partial-xxxxxxxx   staging directory of a run
+    .NAME.replaced-xxxxxxxx  directory replaced by --overwrite, on file systems without an atomic exchange of names
+    .NAME.result-xxxxxxxx    a finished checkpoint whose name was taken during the run
 """
 
 import ctypes
@@ -41,14 +41,14 @@ def refuse_output(output: Path, overwrite: bool) -> None:
 
 
 def refuse_to_replace(output: Path, source: Path) -> None:
-    """Raise CheckpointError where writing `output` would delete the model in `source`: there, or somewhere below it."""
+    """Raise CheckpointError if writing `output` would delete the model in `source`, there or below."""
     target, original = output.resolve(), source.resolve()
     if target == original or target in original.parents:
-        raise CheckpointError(f"{output}: the original model is there ({source}); name a directory beside it")
+        raise CheckpointError(f"{output}: the original model is there ({source}); name another directory")
 
 
 def require_space(output: Path, nbytes: int) -> None:
-    """Raise CheckpointError where the disk that `output` is on has less than `nbytes` free."""
+    """Raise CheckpointError if the disk of `output` has less than `nbytes` free."""
     parent = next(path for path in place_of(output).parents if path.exists())
     free = shutil.disk_usage(parent).free
     if free < nbytes:
@@ -58,16 +58,16 @@ def require_space(output: Path, nbytes: int) -> None:
 
 
 def place_of(output: Path) -> Path:
-    """Where `output` really lies: a link that stands there stays, and what it leads to becomes the result."""
+    """The real path of `output`. A link to a directory is kept, and its target is replaced."""
     return Path(os.path.realpath(output))
 
 
 @contextmanager
 def only_run(output: Path) -> Iterator[None]:
-    """A block that no other process is in for the same `output`. CheckpointError at once where one is.
+    """A context that holds the lock of `output`. CheckpointError at once if another process holds it.
 
-    The system lets go of the lock even where the process is killed. A process may enter the block again inside it; on
-    the first entry what a killed run left is put in order.
+    The system releases the lock even if the process is killed. The context may be nested. The outermost one first
+    cleans up after a killed run.
     """
     place = place_of(output)
     path = place.with_name(f".{place.name}.lock")
@@ -85,18 +85,18 @@ def only_run(output: Path) -> Iterator[None]:
             _put_in_order(place)
         yield
     finally:
-        if outermost:  # unlinked while it is held: whoever opened it meanwhile sees that, and makes another
+        if outermost:  # removed while held: a process that has it open notices, and creates another
             path.unlink(missing_ok=True)
         lock.release()
 
 
 @contextmanager
 def staged(output: Path, overwrite: bool) -> Iterator[Path]:
-    """A temporary sibling of `output` that becomes `output` where the block ends well, and vanishes where it does not.
+    """A temporary sibling of `output` that becomes `output` if the block succeeds, and is deleted if it fails.
 
-    Whatever stood at `output` stays until that moment. Without `overwrite`, what turns up there meanwhile stays for
-    good, and the result is left beside it. A process that is killed outright leaves the sibling, whose name and missing
-    config.json say what it is; the next run to the same output removes it.
+    An existing `output` stays until then. Without `overwrite`, an `output` that appears during the run is kept, and the
+    result stays under another name. A killed process leaves the sibling, which has no config.json; the next run to the
+    same output deletes it.
     """
     with only_run(output):
         refuse_output(output, overwrite)
@@ -116,7 +116,7 @@ def staged(output: Path, overwrite: bool) -> Iterator[Path]:
 
 @contextmanager
 def told_whole(output: Path) -> Iterator[None]:
-    """A block after which nothing is left to write: an interrupt says that `output` is whole."""
+    """A context after all writing: an interrupt reports that `output` is complete."""
     try:
         yield
     except KeyboardInterrupt as error:
@@ -125,7 +125,7 @@ def told_whole(output: Path) -> Iterator[None]:
 
 @contextmanager
 def _truthful(output: Path, inode: int) -> Iterator[None]:
-    """The same where `output` is the directory with that inode number; else an interrupt is only that."""
+    """The same if `output` is the directory with that inode number. Otherwise an interrupt is passed on."""
     try:
         yield
     except KeyboardInterrupt:
@@ -145,13 +145,15 @@ def _sibling(place: Path, kind: str) -> Path:
 
 
 def _siblings(place: Path, kind: str) -> list[Path]:
-    """What `_sibling` made, by earlier runs too: names are compared, for a name may be a pattern."""
+    """Directories made by `_sibling`, also in earlier runs. Names are compared, not globbed: a name may contain
+    wildcards."""
     wanted = re.compile(rf"{re.escape(f'.{place.name}.{kind}-')}[a-z0-9_]+")
     return [path for path in place.parent.iterdir() if wanted.fullmatch(path.name)]
 
 
 def _put_in_order(place: Path) -> None:
-    """Put back what a killed run had moved out of its way, where nothing took its place; remove the rest it left."""
+    """Restore a directory that a killed run had moved away, if nothing took its place, and delete the run's
+    leftovers."""
     replaced = _siblings(place, "replaced")
     if replaced and not (place.exists() and any(place.iterdir())):
         latest = max(replaced, key=lambda path: path.stat().st_mtime_ns)
@@ -161,7 +163,7 @@ def _put_in_order(place: Path) -> None:
 
 
 def _publish(staging: Path, place: Path, overwrite: bool) -> None:
-    """Give `staging` the name `place`. What --overwrite replaces ends up at `staging`, or nowhere."""
+    """Rename `staging` to `place`. A directory replaced by --overwrite ends up at `staging`, or is deleted."""
     sync(staging)
     if overwrite and place.is_dir() and any(place.iterdir()):
         _swap(staging, place)
@@ -180,7 +182,8 @@ def _publish(staging: Path, place: Path, overwrite: bool) -> None:
 
 
 def _swap(staging: Path, place: Path) -> None:
-    """Let two directories change names: in one step, or, where the file system cannot, in two that can be undone."""
+    """Exchange the names of two directories, atomically, or by two renames with a rollback if the file system
+    cannot."""
     if exchange(staging, place):
         return
     old = _sibling(place, "replaced")
@@ -194,7 +197,7 @@ def _swap(staging: Path, place: Path) -> None:
 
 
 def exchange(one: Path, other: Path) -> bool:
-    """Let two directories change names in one step. False, and nothing done, where the system cannot."""
+    """Exchange the names of two directories atomically. False, without any change, if the system cannot."""
     library = ctypes.CDLL(None, use_errno=True)
     if not hasattr(library, "renameat2"):
         return False
@@ -208,12 +211,12 @@ def exchange(one: Path, other: Path) -> bool:
 
 
 def _is_mount_point(place: Path) -> bool:
-    """True if a disk, or a bound directory, is mounted at `place`."""
+    """True if a file system or a bind mount is mounted at `place`."""
     mounts = Path("/proc/self/mountinfo")
     lines = mounts.read_text(encoding="utf-8", errors="replace").splitlines() if mounts.exists() else []
     return place.is_mount() or str(place) in {_unescaped(line.split()[4]) for line in lines}
 
 
 def _unescaped(field: str) -> str:
-    r"""A path of mountinfo, whose blanks are written \040."""
+    r"""A path of mountinfo with its octal escapes (\040 for a blank) decoded."""
     return re.sub(r"\\([0-7]{3})", lambda found: chr(int(found[1], 8)), field)

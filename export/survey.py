@@ -1,4 +1,4 @@
-"""Every byte of a checkpoint's weights, read once: hashed, and its values held against NaN and infinity."""
+"""One pass over all weights of a checkpoint: hashes, and a check for NaN and infinity."""
 
 import hashlib
 import os
@@ -15,17 +15,17 @@ from lowbit.export.checkpoint import Checkpoint, verify_checksums
 from lowbit.export.files import changed, identity_of, open_regular
 from lowbit.export.tensorfile import TensorEntry
 
-PIECE = 1 << 24  # bytes read at once; a multiple of every dtype's size
-READERS = 4  # files read at the same time: hashing takes a processor each, disks want several requests
+PIECE = 1 << 24  # bytes per read; a multiple of every dtype's size
+READERS = 4  # concurrent files: hashing takes one core each, and disks need several requests
 
 
 def survey(checkpoint: Checkpoint, on_bytes: Callable[[int], None] = lambda count: None) -> dict[str, str]:
-    """The SHA-256 of every weight file, by name.
+    """SHA-256 of every weight file, by name.
 
-    on_bytes  told how many bytes more were read, by several threads, one at a time
+    on_bytes  called with the number of bytes just read; never concurrently
 
-    Raises CheckpointError where a sum is not the one known for the file, and where a value is NaN or infinite, naming
-    the tensor and counting them; Unfinished where a file changes meanwhile.
+    CheckpointError for a wrong checksum, and for NaN or infinite values, with the tensor's name and their count.
+    Unfinished if a file changes during the pass.
     """
     files: dict[Path, list[TensorEntry]] = {}
     for entry in checkpoint.entries.values():
@@ -47,7 +47,7 @@ def survey(checkpoint: Checkpoint, on_bytes: Callable[[int], None] = lambda coun
 
 
 def _read(path: Path, entries: Iterable[TensorEntry], tell: Callable[[int], None]) -> tuple[str, str | None]:
-    """The SHA-256 of a file, and what is wrong with the first tensor of it that has bad values."""
+    """The SHA-256 of a file, and a complaint about its first tensor with bad values, or None."""
     digest, complaint = hashlib.sha256(), None
     with open_regular(path) as file:
         for entry in sorted(entries, key=lambda entry: (entry.offset, entry.nbytes)):
@@ -68,12 +68,12 @@ def _read(path: Path, entries: Iterable[TensorEntry], tell: Callable[[int], None
 
 
 def what_is_broken(name: str, count: int, numel: int) -> str:
-    """A line about a tensor with `count` bad values."""
+    """The error text for a tensor with `count` bad values."""
     return f"{name}: {count} of {numel} values are NaN or infinite; the weights are damaged"
 
 
 def checked(name: str, value: Tensor) -> Tensor:
-    """`value`, which must be finite. CheckpointError names the tensor and counts what is not."""
+    """`value` if all of it is finite. CheckpointError names the tensor and counts bad values."""
     broken = count_broken(value)
     if broken:
         raise CheckpointError(what_is_broken(name, broken, value.numel()))
@@ -83,11 +83,11 @@ def checked(name: str, value: Tensor) -> Tensor:
 def count_broken(value: Tensor) -> int:
     """The number of NaN and infinite values, counted in pieces: the largest tensors barely fit in memory once.
 
-    The least and the largest value say for a piece whether there are any, 50 times as fast as looking at each.
+    A piece is first tested by its minimum and maximum, which is 50 times as fast as testing each value.
     """
     if not value.is_floating_point():
         return 0
-    narrow = value.element_size() == 1  # float8: torch computes nothing with it
+    narrow = value.element_size() == 1  # torch has no arithmetic for float8
     pieces = (piece.float() if narrow else piece for piece in value.flatten().split(PIECE // value.element_size()))
     return sum(int((~torch.isfinite(piece)).sum()) for piece in pieces if not _finite(piece))
 

@@ -1,7 +1,7 @@
-"""Safetensors files read and written a tensor at a time, so that no file is ever whole in memory.
+"""Reading and writing of safetensors files one tensor at a time, so that no whole file is in memory.
 
 A file is an 8-byte little-endian header length, a JSON header {name: {dtype, shape, data_offsets}}, then the data. The
-header is checked in full before any byte of data is believed (format: huggingface/safetensors, README "Format").
+whole header is checked before any data is used (format: huggingface/safetensors, README "Format").
 """
 
 import json
@@ -37,12 +37,12 @@ DTYPES = {
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 MAX_HEADER_BYTES = 100_000_000  # the reference implementation's limit
 MOST_DIMENSIONS = 16
-MOST_ELEMENTS = 1 << 63  # that a shape can count, whatever its dimensions of zero: torch's limit
+MOST_ELEMENTS = 1 << 63  # most elements of a shape, not counting dimensions of 0: torch's limit
 
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """Where one tensor lies: `nbytes` at byte `offset` of `path`, a file of that identity."""
+    """The location of a tensor: `nbytes` at byte `offset` of `path`, in a file with this identity."""
 
     name: str
     path: Path
@@ -58,10 +58,10 @@ class TensorEntry:
 
 
 def read_entries(path: Path) -> dict[str, TensorEntry]:
-    """The tensors of a safetensors file, by name, from its header alone.
+    """The tensors of a safetensors file by name, from its header.
 
-    Raises CheckpointError where the file is truncated, where the header is no safetensors header, or where tensors
-    overlap, leave gaps, or have bytes that contradict dtype and shape.
+    CheckpointError if the file is truncated, if the header is invalid, or if tensors overlap, leave gaps, or have a
+    size that contradicts dtype and shape.
     """
     header, identity, start = _read_header(path)
     entries = [_entry(path, name, spec, start, identity) for name, spec in header.items() if name != "__metadata__"]
@@ -82,7 +82,7 @@ def read_entries(path: Path) -> dict[str, TensorEntry]:
 
 
 def _read_header(path: Path) -> tuple[dict[str, Any], Identity, int]:
-    """The header, the file's identity, and the byte at which the data begins."""
+    """The header, the file's identity, and the offset of the data."""
     with open_regular(path) as file:
         identity = identity_of(os.fstat(file.fileno()))
         size = identity.size
@@ -118,9 +118,9 @@ def _entry(path: Path, name: str, spec: Any, start: int, identity: Identity) -> 
 
 
 def read_tensor(entry: TensorEntry) -> Tensor:
-    """The tensor of `entry`, in memory of its own (nothing stays mapped).
+    """The tensor of `entry`, copied into memory (nothing stays mapped).
 
-    Raises Unfinished where the file is no longer the one whose header was read, until the last byte is.
+    Unfinished if the file changed since its header was read, or changes while it is read.
     """
     buffer = bytearray(entry.nbytes)
     with open_regular(entry.path) as file:
@@ -137,7 +137,7 @@ def read_tensor(entry: TensorEntry) -> Tensor:
 
 
 def raw_bytes(tensor: Tensor) -> memoryview:
-    """The bytes of a contiguous tensor in host memory, not copied."""
+    """The bytes of a contiguous tensor in host memory, without a copy."""
     if not tensor.numel():
         return memoryview(b"")
     array: Any = tensor.reshape(-1).view(torch.uint8).numpy()
@@ -145,9 +145,9 @@ def raw_bytes(tensor: Tensor) -> memoryview:
 
 
 class TensorFileWriter:
-    """Writes one safetensors file as its tensors arrive.
+    """Writes one safetensors file, tensor by tensor.
 
-    The data goes to `path` + ".data" first, because the header that precedes it is complete only at the end.
+    Data is first written to `path` + ".data", since the header before it is complete only at the end.
     """
 
     def __init__(self, path: Path) -> None:
@@ -158,7 +158,7 @@ class TensorFileWriter:
         self._data = create(self._data_path)
 
     def add(self, name: str, tensor: Tensor) -> None:
-        """Append `tensor`; its name must be new to the file."""
+        """Append `tensor` under a new name."""
         assert name not in self._header, name
         raw = tensor.detach().cpu().contiguous()
         begin = self.nbytes
@@ -171,7 +171,7 @@ class TensorFileWriter:
         return [name for name in self._header if name != "__metadata__"]
 
     def close(self) -> None:
-        """Put header and data together at `path`, durable on disk."""
+        """Write header and data to `path`, durably."""
         self._data.close()
         header = json.dumps(self._header, separators=(",", ":")).encode()
         header += b" " * (-len(header) % 8)

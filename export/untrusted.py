@@ -1,4 +1,4 @@
-"""The one place where what libraries raise on files that may be hostile becomes our error."""
+"""Conversion of library errors on untrusted files into CheckpointError."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,12 +10,13 @@ from lowbit.errors import CheckpointError, LowbitError
 
 @contextmanager
 def untrusted(where: object, what: str) -> Iterator[None]:
-    """A block in which a library reads a file that may be hostile: whatever it raises becomes a CheckpointError.
+    """A context for a library that reads an untrusted file: any exception becomes a CheckpointError.
 
     where  the file or directory, for the message
-    what   what it turns out not to be: "no tokenizer that transformers can load"
+    what   complaint for the message: "no tokenizer that transformers can load"
 
-    Libraries in Rust panic with an exception that is no Exception. A GPU whose memory is full is no fault of the file.
+    Panics of Rust libraries, which do not derive from Exception, are caught too. A full GPU is not the file's fault and
+    passes through.
     """
     try:
         yield
@@ -28,6 +29,6 @@ def untrusted(where: object, what: str) -> Iterator[None]:
 
 
 def said_by(error: BaseException) -> str:
-    """An error's kind and the beginning of its text, on one line."""
+    """An error's type and the beginning of its text, on one line."""
     text = " ".join(str(error).split())[:300]
     return f"{type(error).__name__}: {text}" if text else type(error).__name__

@@ -69,9 +69,9 @@ def carry_along(checkpoint: Checkpoint, target: Path, with_code: bool) -> None:
 
 
 def copy_companions(source: Path, target: Path, with_code: bool) -> list[str]:
-    """Names of the files copied that are small and no weights (see above); *.py too where `with_code`.
+    """Copy small files that are not weights (see above), with *.py only if `with_code`. Returns their names.
 
-    Raises CheckpointError where one is a link to somewhere else (`survey`).
+    CheckpointError for a link to a place outside (`survey`).
     """
     stored = tuple(pattern for each in containers() for pattern in (*each.weights, each.head))
     code = tuple(pattern for pattern in CODE if pattern != "*.py" or not with_code)

@@ -1,1 +1,2 @@
-"""Which engines run a checkpoint: one file for each, with the version that its rules were read from."""
+"""Rules of the engines that run quantized checkpoints: one file per engine, with the version the rules were read
+from."""

@@ -1,4 +1,4 @@
-"""gptqmodel's rules: transformers runs GPTQ and AWQ files with its kernels."""
+"""Rules of gptqmodel, whose kernels transformers uses for GPTQ and AWQ files."""
 
 from lowbit.export.engines.engine import Engine, EngineKernel, Layer
 

@@ -1,4 +1,4 @@
-"""The rules of our own kernels."""
+"""Rules of lowbit's own kernels."""
 
 from lowbit import __version__
 from lowbit.export.engines.engine import (

@@ -1,4 +1,4 @@
-"""The engines, the machines that they run on, and the layers that they make of a checkpoint's linears."""
+"""The engines, the machines they run on, and the layers they form from a checkpoint's linears."""
 
 from collections.abc import Mapping
 
@@ -26,7 +26,7 @@ MACHINES: dict[str, int | None] = {
 
 
 def layers_of(fmt: Format, schemes: Mapping[str, Scheme], shapes: Mapping[str, tuple[int, int]]) -> dict[str, Layer]:
-    """The layers that engines run, by the key of the fused set; each expert stays alone."""
+    """The layers that engines run, by the key of the fused set; each expert counts alone."""
     layers: dict[str, Layer] = {}
     for name, scheme in schemes.items():
         n, k = shapes[name]
@@ -41,7 +41,7 @@ def reason_against_parallel(
 ) -> str | None:
     """The reason why the linears cannot be split between `size` GPUs, or None.
 
-    heads  query heads, and those of keys and values, where they are known
+    heads  numbers of query heads, and of key and value heads; None if unknown
     """
     if heads is not None:
         queries, values = heads

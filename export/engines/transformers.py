@@ -1,4 +1,4 @@
-"""transformers' rules, from its `quantizers`: each format goes to a package that reads it."""
+"""Rules of transformers, from its `quantizers`: each format is read by a package."""
 
 from lowbit.export.engines.engine import Engine, EngineKernel, Layer
 from lowbit.export.engines.gptqmodel import GPTQMODEL
@@ -7,7 +7,7 @@ NAME = "transformers"
 
 
 def _expanded(layer: Layer, capability: int | None) -> str | None:
-    """compressed-tensors: dense weights, made on the first forward pass."""
+    """compressed-tensors: expanded to dense weights on the first forward pass."""
     if layer.fmt.package != "compressed-tensors":
         return "another format"
     return layer.fmt.reason_in(NAME, layer.scheme)

@@ -1,4 +1,4 @@
-"""vLLM's rules, from its `kernels/linear` and `layers/quantization`."""
+"""Rules of vLLM, from its `kernels/linear` and `layers/quantization`."""
 
 from lowbit.export.engines.engine import (
     Engine,
@@ -18,7 +18,7 @@ NAME = "vLLM"
 
 
 def _known(layer: Layer, capability: int | None) -> str | None:
-    """What vLLM refuses before it looks for a kernel."""
+    """Objections of vLLM before it chooses a kernel."""
     reason = layer.fmt.reason_in(NAME, layer.scheme)
     if reason is None and layer.fmt.through_marlin and capability is not None:
         return _marlin(layer, capability)

@@ -48,7 +48,7 @@ def test_what_contradicts_the_scheme_is_refused(model, tmp_path):
         "--method", "int8", "--scheme", "fp8"
     )
     assert "'fp9' is no scheme; did you mean 'fp8'?" in complaint("--scheme", "fp9")
-    assert "GPTQ files hold integers" in complaint("--scheme", "fp8", "--format", "gptq")
+    assert "GPTQ files hold only integer weights" in complaint("--scheme", "fp8", "--format", "gptq")
     assert "mix integer weights" in complaint("--scheme", "fp8-channel", "--target-bits", 5)
 
 

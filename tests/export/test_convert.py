@@ -88,7 +88,7 @@ def test_activations_travel_between_layouts_of_one_dialect_alone(tmp_path):
     source = written(tmp_path / "in", "compressed-tensors", quantized("int8-channel-a8tensor"))
     result = converted(source, "compressed-tensors", tmp_path / "out")[1]
     assert torch.equal(result.qtensor(NAMES[0]).input_scale, torch.tensor(0.1))
-    for fmt, reason in (("gptq", "no quantized activations"), ("awq", "4-bit weights and nothing else")):
+    for fmt, reason in (("gptq", "no quantized activations"), ("awq", "only 4-bit weights")):
         with pytest.raises(CheckpointError, match=reason):
             converted(source, fmt, tmp_path / fmt)
 
@@ -131,7 +131,7 @@ def test_a_zero_of_0_has_no_place_in_version_1(tmp_path):
 
 def test_8_bits_have_no_place_in_awq(tmp_path):
     source = written(tmp_path / "in", "gptq", quantized("int8-g32"))
-    with pytest.raises(CheckpointError, match="4-bit weights and nothing else"):
+    with pytest.raises(CheckpointError, match="only 4-bit weights"):
         converted(source, "awq", tmp_path / "out")
 
 
