@@ -1,4 +1,4 @@
-"""Our kernels inside other people's programs; nothing of ours imports this."""
+"""lowbit's kernels inside other programs. Nothing in lowbit imports this package."""
 
 if __name__ == "integrations":
     raise ImportError("the import name is lowbit: write lowbit.integrations instead of integrations")

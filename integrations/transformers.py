@@ -1,9 +1,8 @@
-"""transformers on our kernels: after `import lowbit.integrations.transformers`, quantized linears stay packed.
+"""transformers with lowbit's kernels: after `import lowbit.integrations.transformers`, quantized linears stay packed.
 
-`AutoModelForCausalLM.from_pretrained(DIR)` then reads compressed-tensors, GPTQ and AWQ checkpoints with our own
-readers, so neither compressed-tensors nor gptqmodel has to be installed. What our readers do not know (floats, other
-bits) goes to transformers' own quantizers as before. Importing this module is the switch; it changes two tables of
-transformers.
+`AutoModelForCausalLM.from_pretrained(DIR)` then reads compressed-tensors, GPTQ and AWQ checkpoints with lowbit's
+readers; neither compressed-tensors nor gptqmodel is needed. Unsupported checkpoints (floats, other widths) still go to
+transformers' own quantizers. The import itself is the switch: it replaces entries in two tables of transformers.
 """
 
 import re
@@ -30,14 +29,14 @@ HALVES = (torch.float16, torch.bfloat16)
 
 
 class LowbitQuantizationConfig(QuantizationConfigMixin):
-    """A quantization_config as config.json has it."""
+    """A quantization_config from config.json."""
 
     def __init__(self, **values: Any) -> None:
         self.__dict__.update(values)
 
 
 class AwaitingLinear(nn.Module):
-    """Stands where a quantized linear will, and keeps its bias while transformers loads the rest."""
+    """Placeholder for a quantized linear. Keeps its bias while transformers loads the rest."""
 
     def __init__(self, bias: nn.Parameter | None) -> None:
         super().__init__()
@@ -45,7 +44,7 @@ class AwaitingLinear(nn.Module):
 
 
 class LowbitQuantizer(HfQuantizer):
-    """Puts our linears in the place of the quantized ones and fills them from the files."""
+    """Replaces quantized linears by lowbit's, and fills them from the files."""
 
     requires_calibration = True
 
@@ -56,7 +55,7 @@ class LowbitQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: list[str], device_map: Mapping[str, Any] | None = None, **kwargs: Any
     ) -> None:
-        """Make room. CheckpointError where a quantized tensor belongs to no linear of the model."""
+        """Insert placeholders. CheckpointError if a quantized tensor does not belong to a linear of the model."""
         self._tensors = LogicalTensors(open_checkpoint(Path(checkpoint_files[0]).parent))
         self._devices = dict(device_map or {})
         linears = list(self._tensors.schemes)
@@ -78,7 +77,7 @@ class LowbitQuantizer(HfQuantizer):
         model._keys_to_ignore_on_load_unexpected = set(model._keys_to_ignore_on_load_unexpected or ()) | ours
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-        """Read, pack and place the quantized weights. CheckpointError where the dtype is none of our kernels'."""
+        """Read, pack and insert the quantized weights. CheckpointError for a dtype that the kernels do not support."""
         if model.dtype not in HALVES:
             raise CheckpointError(
                 f"the model is in {model.dtype}: lowbit computes in 16 bits; pass dtype=torch.bfloat16"
@@ -90,23 +89,23 @@ class LowbitQuantizer(HfQuantizer):
         return model
 
     def _device(self, module_name: str) -> Any:
-        """Where the device map puts a module: its longest prefix decides."""
+        """The device of a module: the longest matching prefix in the device map."""
         parts = module_name.split(".")
         prefixes = [".".join(parts[:i]) for i in range(len(parts), -1, -1)]
         return next((self._devices[prefix] for prefix in prefixes if prefix in self._devices), "cpu")
 
     def is_serializable(self) -> bool:
-        """No: the checkpoint on disk is the serialized form."""
+        """False: the checkpoint on disk is the serialized form."""
         return False
 
     @property
     def is_trainable(self) -> bool:
-        """No: packed weights hold no gradient."""
+        """False: packed weights have no gradient."""
         return False
 
 
 def linear_for(weight: QTensor, bias: Tensor | None, dtype: torch.dtype) -> nn.Module:
-    """The module that multiplies with `weight`. CheckpointError where no kernel takes it."""
+    """The module that multiplies with `weight`. CheckpointError if no kernel supports it."""
     try:
         return QLinear.from_qtensor(weight, bias, dtype)
     except ValueError as error:
@@ -114,7 +113,7 @@ def linear_for(weight: QTensor, bias: Tensor | None, dtype: torch.dtype) -> nn.M
 
 
 class _Configs:
-    """In transformers' table of configurations: ours where our readers know the dialect, else what stood there."""
+    """An entry in transformers' table of configurations: lowbit's for known dialects, otherwise the original one."""
 
     def __init__(self, theirs: Any) -> None:
         self.theirs = theirs
@@ -127,7 +126,8 @@ class _Configs:
 
 
 class _Quantizers:
-    """In transformers' table of quantizers: ours for our configurations, else what stood there."""
+    """An entry in transformers' table of quantizers: lowbit's for its own configurations, otherwise the original
+    one."""
 
     def __init__(self, theirs: Any) -> None:
         self.theirs = theirs
@@ -138,7 +138,7 @@ class _Quantizers:
 
 
 def is_read_here(values: Mapping[str, Any]) -> bool:
-    """True if our readers can follow a quantization_config."""
+    """True if lowbit's readers support a quantization_config."""
     for fmt in FORMATS.values():
         if fmt.recognizes(values):
             try:

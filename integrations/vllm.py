@@ -1,10 +1,10 @@
-"""vLLM's quantization `lowbit`: compressed-tensors checkpoints on our kernels.
+"""vLLM's quantization method `lowbit`: compressed-tensors checkpoints with lowbit's kernels.
 
     vllm serve DIR --quantization lowbit
 
-vLLM finds `register` through the entry point `vllm.general_plugins`. Its own CompressedTensorsConfig decides which
-linear has which scheme; only what stores and multiplies a linear's weight is ours, so tensor parallelism, batching,
-caching, LoRA and speculative decoding stay vLLM's. Experts and quantized embeddings stay vLLM's too.
+vLLM finds `register` through the entry point `vllm.general_plugins`. Its own CompressedTensorsConfig decides the scheme
+of each linear. Only storage and multiplication of a linear's weight are replaced; tensor parallelism, batching,
+caching, LoRA and speculative decoding stay vLLM's. So do experts and quantized embeddings.
 """
 
 from abc import abstractmethod
@@ -46,32 +46,33 @@ NAME = "lowbit"
 
 
 class LowbitConfig(CompressedTensorsConfig):
-    """compressed-tensors' configuration, its linears given to our kernels."""
+    """compressed-tensors' configuration, with linears run by lowbit's kernels."""
 
     def get_name(self) -> str:
-        """What the user asks for."""
+        """The name that the user passes."""
         return NAME
 
     @classmethod
     def get_min_capability(cls) -> int:
-        """What our kernels are built for."""
+        """The lowest compute capability of the kernels."""
         return 80
 
     @classmethod
     def get_supported_act_dtypes(cls) -> list[torch.dtype]:
-        """What our kernels multiply."""
+        """The activation dtypes of the kernels."""
         return [torch.float16, torch.bfloat16]
 
     @classmethod
     def override_quantization_method(
         cls, hf_quant_cfg: dict[str, Any], user_quant: str | None, hf_config: Any = None
     ) -> str | None:
-        """`lowbit` where the user asked for it and the checkpoint is of compressed-tensors; else None."""
+        """`lowbit` if the user asks for it and the checkpoint is in compressed-tensors format, otherwise None."""
         ours = user_quant == NAME and hf_quant_cfg.get("quant_method") == COMPRESSED_TENSORS.method
         return NAME if ours else None
 
     def get_quant_method(self, layer: Any, prefix: str) -> Any:
-        """vLLM's method for the layer; a linear's scheme is replaced by ours. ValueError where we have none."""
+        """vLLM's method for the layer, with a linear's scheme replaced by ours. ValueError if there is no kernel for
+        it."""
         method = super().get_quant_method(layer, prefix)
         if isinstance(method, CompressedTensorsLinearMethod):
             layer.scheme = scheme_for(layer.scheme, prefix)
@@ -79,7 +80,7 @@ class LowbitConfig(CompressedTensorsConfig):
 
 
 def scheme_for(theirs: CompressedTensorsScheme, prefix: str) -> "LowbitScheme":
-    """Our scheme in the place of vLLM's. ValueError names the linear and what it asks for."""
+    """lowbit's scheme in place of vLLM's. ValueError with the linear's name if there is no kernel for it."""
     in_order = not getattr(theirs, "has_g_idx", False)
     if type(theirs) is CompressedTensorsWNA16 and theirs.num_bits in (4, 8) and in_order:
         return PackedWeights(make_scheme(theirs.num_bits, theirs.group_size, bool(theirs.symmetric)))
@@ -93,12 +94,12 @@ def scheme_for(theirs: CompressedTensorsScheme, prefix: str) -> "LowbitScheme":
 
 @dataclass(frozen=True)
 class Part:
-    """This GPU's part of a linear, or of several that vLLM runs as one.
+    """This rank's shard of a linear, or of several that vLLM fuses.
 
-    widths  outputs of each
+    widths  outputs of each fused linear
     k       inputs
     dtype   of activations
-    loader  puts a tensor of the checkpoint into a parameter, whichever part of it belongs here
+    loader  loads this shard's part of a checkpoint tensor into a parameter
     """
 
     widths: list[int]
@@ -112,9 +113,9 @@ class Part:
 
 
 class LowbitScheme(CompressedTensorsScheme):
-    """A quantized linear on our kernels: loaded as the checkpoint has it, packed, multiplied.
+    """A quantized linear with lowbit's kernels: load, pack, multiply.
 
-    What the checkpoint's tensors are loaded into, what they become and how that is multiplied is a subclass's to say.
+    Subclasses define the parameters to load, their packed form, and the product.
     """
 
     def __init__(self, scheme: Scheme) -> None:
@@ -122,20 +123,21 @@ class LowbitScheme(CompressedTensorsScheme):
 
     @classmethod
     def get_min_capability(cls) -> int:
-        """What our kernels are built for."""
+        """The lowest compute capability of the kernels."""
         return LowbitConfig.get_min_capability()
 
     @abstractmethod
     def reason_against(self, part: Part) -> str | None:
-        """The reason why our kernels cannot multiply with the part, or None."""
+        """The reason why the kernels cannot multiply with the shard, or None."""
 
     @abstractmethod
     def parameters(self, part: Part) -> dict[str, BasevLLMParameter]:
-        """What the checkpoint's tensors are loaded into, by their names."""
+        """The parameters that the checkpoint's tensors are loaded into, by name."""
 
     @abstractmethod
     def packed(self, weight: QTensor, part: Part) -> dict[str, Tensor | None]:
-        """What the layer keeps, named as in vLLM's own schemes: its LoRA looks for the weight there."""
+        """The packed tensors that the layer keeps, named as in vLLM's own schemes, where its LoRA looks for the
+        weight."""
 
     def create_weights(
         self,
@@ -146,7 +148,7 @@ class LowbitScheme(CompressedTensorsScheme):
         weight_loader: Callable[..., None],
         **kwargs: Any,
     ) -> None:
-        """Give `layer` the parameters of its part. ValueError where our kernels cannot pack the part."""
+        """Register the shard's parameters on `layer`. ValueError if the kernels cannot pack the shard."""
         part = Part(output_partition_sizes, input_size_per_partition, params_dtype, weight_loader)
         reason = self.reason_against(part)
         if reason:
@@ -157,7 +159,8 @@ class LowbitScheme(CompressedTensorsScheme):
         layer.lowbit_part, layer.lowbit_loaded = part, tuple(parameters)
 
     def process_weights_after_loading(self, layer: Any) -> None:
-        """Put the weight into our kernels' order. CheckpointError where what was loaded is no weight."""
+        """Repack the loaded weight into the kernels' layout. CheckpointError if the loaded tensors are not a valid
+        weight."""
         loaded = self.whole({name: getattr(layer, name).data for name in layer.lowbit_loaded}, layer.lowbit_part)
         weight = COMPRESSED_TENSORS.read("", lambda name: loaded[name.removeprefix(".")], self.scheme)
         tensors = self.packed(weight, layer.lowbit_part)
@@ -167,7 +170,7 @@ class LowbitScheme(CompressedTensorsScheme):
             layer.register_parameter(name, None if tensor is None else nn.Parameter(tensor, requires_grad=False))
 
     def whole(self, loaded: dict[str, Tensor], part: Part) -> dict[str, Tensor]:
-        """The tensors of a linear as a file would hold them, of what was loaded into the part's."""
+        """The tensors of the shard in the form of a file, from the loaded ones."""
         return loaded
 
 
@@ -175,7 +178,7 @@ class PackedWeights(LowbitScheme):
     """4- or 8-bit weights and 16-bit activations: `pack-quantized`."""
 
     def parameters(self, part: Part) -> dict[str, BasevLLMParameter]:
-        """Words, scales and zeros, split as vLLM splits its own."""
+        """Packed words, scales and zeros, sharded as in vLLM's own scheme."""
         scheme, per_word, loader = self.scheme, 32 // self.scheme.bits, {"weight_loader": part.loader}
         words: dict[str, Any] = {"packed_factor": per_word, **loader}
         packed = torch.empty(part.n, -(-part.k // per_word), dtype=torch.int32)
@@ -185,7 +188,7 @@ class PackedWeights(LowbitScheme):
             "weight_packed": PackedvLLMParameter(data=packed, input_dim=1, output_dim=0, packed_dim=1, **words),
             "weight_shape": BasevLLMParameter(data=torch.empty(2, dtype=torch.int64), **loader),
         }
-        if scheme.group_size == -1:  # every part of the inputs needs the row's scale
+        if scheme.group_size == -1:  # every shard of the inputs needs the row's scale
             found["weight_scale"] = ChannelQuantScaleParameter(data=scales, output_dim=0, **loader)
             zero: Any = PackedColumnParameter(data=zeros, output_dim=0, packed_dim=0, **words)
         else:
@@ -194,15 +197,15 @@ class PackedWeights(LowbitScheme):
         return found if scheme.symmetric else found | {"weight_zero_point": zero}
 
     def whole(self, loaded: dict[str, Tensor], part: Part) -> dict[str, Tensor]:
-        """With the part's own shape: the file's is that of the whole linear."""
+        """With the shard's own shape: the file has the shape of the whole linear."""
         return loaded | {"weight_shape": torch.tensor([part.n, part.k])}
 
     def reason_against(self, part: Part) -> str | None:
-        """The reason why the part cannot be packed, or None."""
+        """The reason why the shard cannot be packed, or None."""
         return reason_against_packing(part.n, part.k, self.scheme.group_size, TILE_ROWS)
 
     def packed(self, weight: QTensor, part: Part) -> dict[str, Tensor | None]:
-        """Words, scales and zeros in our kernels' order."""
+        """Words, scales and zeros in the kernels' layout."""
         packed = prepack(weight, part.dtype)
         return {"weight_packed": packed.words, "weight_scale": packed.scales, "weight_zero_point": packed.zeros}
 
@@ -214,17 +217,18 @@ class PackedWeights(LowbitScheme):
 
 
 class PlainWeights(LowbitScheme):
-    """int8 weights and activations: `int-quantized`. With `one_scale`, each linear's weight has a single one."""
+    """int8 weights and activations: `int-quantized`. With `one_scale`, each linear has a single scale for its
+    weight."""
 
     def __init__(self, scheme: Scheme, one_scale: bool) -> None:
         super().__init__(scheme)
         self.one_scale = one_scale
 
     def parameters(self, part: Part) -> dict[str, BasevLLMParameter]:
-        """Codes, scales, and a calibrated scale of the inputs for each linear.
+        """Codes and scales, and a calibrated input scale for each linear.
 
-        Scales are float32 whatever the file has, and said to be: torch's default is the model's dtype in here, in
-        which a calibrated scale would be rounded.
+        Scales are declared float32 whatever the file has: the default here would be the model's dtype, which would
+        round a calibrated scale.
         """
         loader: dict[str, Any] = {"weight_loader": part.loader}
         codes = torch.empty(part.n, part.k, dtype=torch.int8)
@@ -239,9 +243,9 @@ class PlainWeights(LowbitScheme):
         return found
 
     def whole(self, loaded: dict[str, Tensor], part: Part) -> dict[str, Tensor]:
-        """With a scale for every row, and one for the inputs of linears that run as one: the widest.
+        """With a scale for every row, and the largest input scale among fused linears.
 
-        vLLM's own keeps the scale that came last: the same wherever what shares inputs was calibrated together.
+        vLLM's own scheme keeps the scale loaded last, which is equal if fused linears were calibrated together.
         """
         found = dict(loaded)
         if self.one_scale:
@@ -252,21 +256,21 @@ class PlainWeights(LowbitScheme):
         return found
 
     def reason_against(self, part: Part) -> str | None:
-        """The reason why the part cannot be multiplied in int8, or None."""
+        """The reason why the shard cannot be multiplied in int8, or None."""
         return w8a8.reason_against_packing(part.n, part.k)
 
     def packed(self, weight: QTensor, part: Part) -> dict[str, Tensor | None]:
-        """Codes and scales, and the inputs' scale where it is calibrated."""
+        """Codes and scales, and the calibrated input scale if there is one."""
         packed = w8a8.pack_int8(weight)
         return {"weight": packed.codes, "weight_scale": packed.scales, "input_scale": weight.input_scale}
 
     def apply_weights(self, layer: Any, x: Tensor, bias: Tensor | None) -> Tensor:
-        """x W^T + bias, x rounded to int8 and multiplied as such."""
+        """x W^T + bias, with x rounded to int8 and multiplied in int8."""
         return Linear(Int8(layer.weight, layer.weight_scale), bias, RoundedInputs(INT8, layer.input_scale))(
             x, dependent=True
         )
 
 
 def register() -> None:
-    """Make vLLM know the quantization `lowbit`; vLLM calls this in each of its processes."""
+    """Register the quantization `lowbit` with vLLM, which calls this in each of its processes."""
     register_quantization_config(NAME)(LowbitConfig)

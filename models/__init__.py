@@ -1,4 +1,4 @@
-"""What transformers knows of a model: its skeleton, its blocks, where each file tensor belongs, and the demo model."""
+"""Models as transformers defines them: skeleton, blocks, placement of the file's tensors, and the demo model."""
 
 if __name__ == "models":
     raise ImportError("the import name is lowbit: write lowbit.models instead of models")

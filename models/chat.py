@@ -1,7 +1,7 @@
-"""Chats as text, by the model's own template: a program from somewhere else, rendered by a process with limits.
+"""Chat templates, rendered in a child process with limits, since a template is a program from an untrusted source.
 
-transformers renders in Jinja's sandbox, which keeps a template from Python but not from looping for ever or filling
-memory. The process (template_child.py) starts with the first chat and serves all that follow.
+transformers renders in Jinja's sandbox. That keeps a template from Python, but not from endless loops or from filling
+memory. The child process (template_child.py) starts with the first chat and serves all later ones.
 """
 
 import json
@@ -17,9 +17,9 @@ from transformers import PreTrainedTokenizerBase
 
 from lowbit.errors import CheckpointError
 
-SECONDS = 5  # of processor time for one chat
-NBYTES = 512 << 20  # of memory beside the interpreter's own
-CHARACTERS = 16 << 20  # of text that one chat may become
+SECONDS = 5  # limit of processor time per chat
+NBYTES = 512 << 20  # limit of memory beyond the interpreter's own
+CHARACTERS = 16 << 20  # limit of rendered text per chat
 LIMITS = {
     "memory": f"takes more than {NBYTES >> 20} MiB of memory",
     "text": f"writes more than {CHARACTERS >> 20} million characters",
@@ -28,7 +28,7 @@ LIMITS = {
 
 
 class TemplateRefusal(CheckpointError):
-    """The template itself raised `reason`: these messages are none that it takes."""
+    """The template itself rejected the messages with `reason`."""
 
     def __init__(self, reason: str) -> None:
         super().__init__(f"the model's chat template refuses these messages: {reason}")
@@ -42,13 +42,13 @@ def render_chat(
     add_generation_prompt: bool = False,
     continue_final_message: bool = False,
 ) -> str:
-    """The text of `messages` as `tokenizer.apply_chat_template` makes it, within limits.
+    """`messages` rendered like `tokenizer.apply_chat_template`, within limits.
 
-    Raises TemplateRefusal where the template raises or a message holds what is not JSON, and CheckpointError where
-    there is no template or it takes more than it may.
+    TemplateRefusal if the template raises, or if a message holds values that are not JSON. CheckpointError if there is
+    no template, or if it exceeds a limit.
     """
     options = {"add_generation_prompt": add_generation_prompt, "continue_final_message": continue_final_message}
-    if type(tokenizer).apply_chat_template is not PreTrainedTokenizerBase.apply_chat_template:  # code, and no template
+    if type(tokenizer).apply_chat_template is not PreTrainedTokenizerBase.apply_chat_template:  # own code
         return _by_itself(tokenizer, messages, tools, options)
     try:
         template = tokenizer.get_chat_template(tools=tools)
@@ -71,19 +71,19 @@ def _by_itself(
 ) -> str:
     try:
         return str(tokenizer.apply_chat_template(list(messages), tools=tools, tokenize=False, **options))
-    except Exception as error:  # a tokenizer of its own kind may raise anything
+    except Exception as error:  # such code may raise anything
         raise TemplateRefusal(str(error)) from error
 
 
 class Renderer:
-    """The process that renders, started when it is needed and again after a template ended it."""
+    """The child process that renders. Started on demand, and again after a template killed it."""
 
     def __init__(self) -> None:
         self._lock = Lock()
         self._child: subprocess.Popen[str] | None = None
 
     def render(self, request: dict[str, Any]) -> str:
-        """The text that the process answers. CheckpointError as `render_chat` has it."""
+        """The rendered text. CheckpointError as in `render_chat`."""
         try:
             line = json.dumps(request)
         except (TypeError, ValueError, RecursionError) as error:
@@ -97,7 +97,7 @@ class Renderer:
         return str(answer["text"])
 
     def _asked(self, line: str) -> dict[str, Any]:
-        """The answer to one line. Whatever the template does, the child ends or answers in time."""
+        """The answer to one line. Whatever the template does, the child answers or ends in time."""
         if self._child is None or self._child.poll() is not None:
             self._child = _started()
         assert self._child.stdin is not None
@@ -131,5 +131,5 @@ def _started() -> subprocess.Popen[str]:
         stderr=subprocess.DEVNULL,
         text=True,
         encoding="utf-8",
-        start_new_session=True,  # Ctrl-C ends an answer, not this
+        start_new_session=True,  # Ctrl-C must end an answer, not this process
     )

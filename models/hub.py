@@ -1,4 +1,4 @@
-"""The hub: models downloaded into its cache and checkpoints uploaded, with the cure in each message of failure."""
+"""The hub: download of models into its cache, and upload of checkpoints, with advice in every error."""
 
 import difflib
 import sys
@@ -24,14 +24,14 @@ from lowbit.errors import CheckpointError, UsageError, nearest
 
 FAILURES = (HTTPError, HFValidationError, OSError)
 LOG_IN = "log in with `hf auth login`, or set HF_TOKEN"
-MOST_SEARCHED = 100  # names that are asked for where one is unknown
+MOST_SEARCHED = 100  # models listed to find the nearest name
 
 
 def download(name: str, revision: str | None, patterns: Iterable[str]) -> Path:
-    """The snapshot of the model `name` in the hub's cache, downloaded where it is not there yet.
+    """The snapshot of the model `name` in the hub's cache, downloaded if it is not there.
 
-    Bars on a terminal, one line elsewhere, nothing where the hub's bars are switched off. Files that an interrupted
-    download finished are kept. CheckpointError says what failed and what to do.
+    Shows progress bars on a terminal and one line elsewhere, unless the hub's bars are disabled. Files finished by an
+    interrupted download are kept. CheckpointError with the reason and advice.
     """
     try:
         _announce(name, revision, list(patterns))
@@ -41,12 +41,12 @@ def download(name: str, revision: str | None, patterns: Iterable[str]) -> Path:
 
 
 def _announce(name: str, revision: str | None, patterns: list[str]) -> None:
-    """A line on what will be downloaded, where no bar will show it."""
+    """Print one line about the download, if no bar will show it."""
     if sys.stderr.isatty() or are_progress_bars_disabled() or constants.HF_HUB_OFFLINE:
         return
     try:
         found = snapshot_download(name, revision=revision, allow_patterns=patterns, dry_run=True)
-    except FAILURES:  # the download itself meets the same, or is served from the cache
+    except FAILURES:  # the download itself fails in the same way, or is served from the cache
         return
     wanted = [file for file in found if isinstance(file, DryRunFileInfo) and file.will_download]
     if wanted:
@@ -57,7 +57,7 @@ def _announce(name: str, revision: str | None, patterns: list[str]) -> None:
 
 
 def _reason(name: str, revision: str | None, error: Exception) -> str:
-    """Why the model `name` could not be downloaded, and what to do."""
+    """The reason why the model `name` could not be downloaded, with advice."""
     page = f"{constants.ENDPOINT}/{name}"
     if isinstance(error, HFValidationError):
         return f"{name!r} is no directory here, and no hub id (org/model)"
@@ -79,7 +79,7 @@ def _reason(name: str, revision: str | None, error: Exception) -> str:
 
 
 def _unreached(name: str, revision: str | None) -> str:
-    """Why neither the hub nor its cache has the model."""
+    """The reason why neither the hub nor its cache has the model."""
     what = f"{name!r}" + (f" at {revision}" if revision else "")
     if constants.HF_HUB_OFFLINE:
         return (
@@ -98,7 +98,7 @@ def _failed(doing: str, name: str, error: Exception) -> str:
 
 
 def _like(name: str) -> str:
-    """A question after the model of the hub whose name is nearest; nothing where none is near, or none can be had."""
+    """A question with the nearest name of a model on the hub; empty if there is none."""
     owner, _, model = name.rpartition("/")
     try:
         api = HfApi()
@@ -111,7 +111,7 @@ def _like(name: str) -> str:
 
 
 def _revisions(name: str) -> list[str]:
-    """Branches and tags of a repository; main where they cannot be had."""
+    """Branches and tags of a repository; only main if they are not available."""
     try:
         refs = HfApi().list_repo_refs(name)
     except FAILURES:
@@ -120,7 +120,7 @@ def _revisions(name: str) -> list[str]:
 
 
 def require_account(repo: str) -> None:
-    """Raise UsageError where no token is set, or where `repo` is not its account's to write."""
+    """Raise UsageError if there is no token, or if its account cannot write to `repo`."""
     owner, _, model = repo.rpartition("/")
     if not owner or not model or "/" in owner:
         raise UsageError(
@@ -139,7 +139,7 @@ def require_account(repo: str) -> None:
 
 @contextmanager
 def uploading(repo: str) -> Iterator[HfApi]:
-    """A block that writes to `repo`. CheckpointError where the hub refuses, or cannot be reached."""
+    """A context for writing to `repo`. CheckpointError if the hub refuses or cannot be reached."""
     try:
         yield HfApi()
     except FAILURES as error:

@@ -1,4 +1,4 @@
-"""Where a file's tensors lie inside a model: renamed, stacked, fused or converted on the way in."""
+"""Placement of a file's tensors inside a model: renamed, stacked, fused or converted during loading."""
 
 import copy
 import re
@@ -16,18 +16,18 @@ from transformers.quantizers.base import MODULES_TO_PATCH_FOR_QUANTIZATION
 Reader = Callable[[str], Tensor]
 Shapes = Mapping[str, tuple[int, ...]]
 
-# An expert on its own, as engines name it, and the stack that it is cut from.
+# The name of a single expert's tensor, as engines use it; in the model it is a slice of a stack.
 EXPERT_TENSOR = re.compile(r"(?P<home>.+)\.experts\.(?P<expert>\d+)\.(?P<role>\w+)\.(?P<leaf>weight|bias)")
 JOINED, HALVES = "gate_up_proj", ("gate_proj", "up_proj")
 
 
 @dataclass(frozen=True, eq=False)
 class Conversion:
-    """Parameters that transformers makes out of tensors of the file by an operation which is not undone here.
+    """Parameters that transformers computes from tensors of the file by an operation that is not inverted here.
 
-    converter  transformers' own
-    target     the first of the parameters, by which transformers calls the conversion
-    sources    the file's tensors, each with the pattern of `converter` that it falls under
+    converter  transformers' converter
+    target     the first of the parameters, which is the conversion's name in transformers
+    sources    the file's tensors, each with the matching pattern of `converter`
     """
 
     converter: Any
@@ -35,7 +35,7 @@ class Conversion:
     sources: list[tuple[str, str]] = field(default_factory=list)
 
     def parameters(self, model: PreTrainedModel, read: Reader) -> dict[str, Tensor]:
-        """The parameters by name, made of the tensors that `read` returns."""
+        """The parameters by name, computed from the tensors that `read` returns."""
         converter = copy.deepcopy(self.converter)
         for name, pattern in sorted(self.sources, key=lambda source: dot_natural_key(source[0])):
             converter.add_tensor(self.target, name, pattern, lambda name=name: read(name))
@@ -45,13 +45,13 @@ class Conversion:
 
 @dataclass(frozen=True)
 class Placement:
-    """Where a file's tensor lies inside the model: all of a parameter, or a part of a fused one.
+    """The place of a file's tensor inside the model: a whole parameter, or a part of a fused one.
 
     parameter   the parameter's (or buffer's) name in the model
-    expert      index in its first dimension, for experts that are stacked in one 3-dimensional parameter
-    part        which of `parts` equal slices of dimension `axis` of what is left (gate and up share one parameter)
-    swapped     the file has the last two dimensions in the other order
-    conversion  what makes the parameter out of the file's tensor, where the tensor is no view of it
+    expert      index in the first dimension, for experts stacked in one 3-dimensional parameter
+    part        index among `parts` equal slices of dimension `axis` of the rest (gate and up share one parameter)
+    swapped     True if the file has the last two dimensions exchanged
+    conversion  computes the parameter from the file's tensor, if the tensor is not a view of it
     """
 
     parameter: str
@@ -63,19 +63,19 @@ class Placement:
     conversion: Conversion | None = None
 
     def view(self, parameter: Tensor) -> Tensor:
-        """The slice of `parameter` that the file's tensor fills."""
+        """The slice of `parameter` that holds the file's tensor."""
         inner = parameter if self.expert is None else parameter[self.expert]
         inner = inner.mT if self.swapped else inner
         return inner.chunk(self.parts, self.axis)[self.part] if self.parts > 1 else inner
 
 
 def place(model: PreTrainedModel, names: list[str], shapes: Shapes | None = None) -> dict[str, Placement]:
-    """The placement of each of a file's tensors; names the model has no use for are left out.
+    """The placement of each of a file's tensors. Names without a place in the model are left out.
 
-    transformers' own renamings are applied, its two fusions of experts (stacking, and joining gate with up), and its
-    transpositions; experts on their own are found in stacks that transformers knows no single experts of.
+    Applies transformers' renamings, its two fusions of experts (stacking, and concatenation of gate and up) and its
+    transpositions. Single experts are also found in stacks for which transformers knows no single names.
 
-    shapes  of the file's tensors: some are transposed only where their shape asks for it
+    shapes  of the file's tensors: some are transposed only if their shape requires it
     """
     renamings, converters = _transforms(model)
     state = dict(model.state_dict(keep_vars=True))
@@ -83,7 +83,7 @@ def place(model: PreTrainedModel, names: list[str], shapes: Shapes | None = None
 
     def renamed(name: str) -> tuple[str, str | None]:
         target, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
-        # as transformers does: a renaming that leads nowhere was not meant for a name that the model has
+        # as in transformers: a renaming without a target in the model does not apply to a name that the model has
         return (name, None) if target not in state and name in state else (target, pattern)
 
     def placed(name: str) -> Placement | None:
@@ -107,7 +107,7 @@ def place(model: PreTrainedModel, names: list[str], shapes: Shapes | None = None
 
 
 def tensor_of(model: nn.Module, placement: Placement) -> Tensor:
-    """The whole parameter or buffer that `placement` lies in."""
+    """The whole parameter or buffer of `placement`."""
     owner, _, leaf = placement.parameter.rpartition(".")
     return getattr(model.get_submodule(owner), leaf)
 
@@ -124,21 +124,20 @@ def _operations(converter: Any) -> list[str]:
 
 
 def _stacks(converter: Any) -> bool:
-    """True if a conversion stacks experts, one source each, or two that are joined first."""
+    """True if a conversion stacks experts, each from one source or from two concatenated ones."""
     return _operations(converter) in (["MergeModulelist"], ["MergeModulelist", "Concatenate"])
 
 
 def _swaps(converter: Any) -> bool:
-    """True if a conversion exchanges a tensor's last two dimensions and does nothing else."""
+    """True if a conversion only exchanges a tensor's last two dimensions."""
     return _operations(converter) == ["Transpose"] and len(converter.target_patterns) == 1
 
 
 def experts_in(model: PreTrainedModel, name: str, placement: Placement) -> dict[str, Placement]:
-    """The slices of a stack of experts that the file holds as one tensor `name`, by the names experts have alone.
+    """The slices of a stack of experts (one tensor `name` in the file), by the names of single experts.
 
-    transformers' own mapping from single experts to the stack, read backwards, and believed where reading the names
-    forwards leads to the same slices; where it has none, the names that vLLM gives them. Empty where the tensor is no
-    such stack.
+    The names come from transformers' own mapping of single experts to the stack, inverted, if loading by these names
+    gives the same slices; otherwise they are vLLM's names. Empty if the tensor is not such a stack.
     """
     count = tensor_of(model, placement).shape[0]
     for converter in _transforms(model)[1]:
@@ -162,9 +161,9 @@ def experts_in(model: PreTrainedModel, name: str, placement: Placement) -> dict[
 
 
 def stacked_only(model: PreTrainedModel, experts: Mapping[str, Placement]) -> bool:
-    """True if transformers has no place for single experts, by their names in the file: it knows stacks of them alone.
+    """True if transformers cannot load single experts by their names in the file, but only stacks of them.
 
-    Classes that its quantizers take apart themselves (Llama 4's) have places for them.
+    Classes that its quantizers split themselves (Llama 4's) can load single experts.
     """
     renamings, converters = _transforms(model)
     state = model.state_dict(keep_vars=True)
@@ -178,7 +177,7 @@ def stacked_only(model: PreTrainedModel, experts: Mapping[str, Placement]) -> bo
 
 
 def _slices(model: nn.Module, parameter: str, expert: int) -> Iterator[tuple[str, Placement]]:
-    """What the linears of one expert in a stack are called, and where they lie; none where `parameter` is no stack."""
+    """Names and placements of the linears of one expert in a stack; none if `parameter` is not a stack of experts."""
     owner_name, _, leaf = parameter.rpartition(".")
     owner = model.get_submodule(owner_name)
     stack = owner._parameters.get(leaf)
@@ -193,7 +192,7 @@ def _slices(model: nn.Module, parameter: str, expert: int) -> Iterator[tuple[str
 
 
 def _output_axis(owner: nn.Module, leaf: str, stack: Tensor) -> int | None:
-    """Which dimension of each matrix in a stack of experts holds the outputs; None where it is no stack, or unclear."""
+    """The output dimension of the matrices in a stack of experts; None if it is not one, or if that is unclear."""
     if stack.ndim != 3 or getattr(owner, "num_experts", None) != stack.shape[0]:
         return None
     if hasattr(owner, "is_transposed"):
@@ -206,7 +205,7 @@ def _output_axis(owner: nn.Module, leaf: str, stack: Tensor) -> int | None:
 
 
 def stacked_names(name: str, shape: tuple[int, ...]) -> list[str]:
-    """What engines call the linears in a file's tensor that no model explains: itself, or experts in a stack."""
+    """Engines' names for the linears in a file's tensor that the model lacks: its own, or experts in a stack."""
     linear = name.removesuffix(".weight")
     home, _, leaf = linear.rpartition(".")
     if len(shape) != 3 or not home.endswith(".experts"):
@@ -215,7 +214,7 @@ def stacked_names(name: str, shape: tuple[int, ...]) -> list[str]:
 
 
 def _in_stack(model: nn.Module, name: str, renamed: Callable[[str], str]) -> Placement | None:
-    """Where the weight or bias of one expert lies in a stack that transformers knows no single experts of, or None."""
+    """The placement of one expert's weight or bias in a stack without single names in transformers, or None."""
     found = EXPERT_TENSOR.fullmatch(name)
     if found is None:
         return None
@@ -231,7 +230,7 @@ def _in_stack(model: nn.Module, name: str, renamed: Callable[[str], str]) -> Pla
 
 
 def bias_of(model: nn.Module, weight: Placement) -> Placement | None:
-    """Where the bias of the linear whose weight lies in `weight` is; None where it has none."""
+    """The placement of the bias that belongs to the weight at `weight`; None without a bias."""
     stacked = weight.expert is not None
     name = f"{weight.parameter}_bias" if stacked else weight.parameter.removesuffix("weight") + "bias"
     owner, _, leaf = name.rpartition(".")

@@ -1,4 +1,4 @@
-"""Seeing, and changing, the inputs of every multiplication by a weight, whatever module or function performs it."""
+"""Hooks on the inputs of every product with a weight, whatever module or function computes it."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -10,7 +10,7 @@ from torch.overrides import TorchFunctionMode
 
 from lowbit.models.skeleton import Block, LinearSpec
 
-# Modules call one of these in the end: Linear, Conv1D (addmm), experts' slices, weights multiplied with @.
+# Functions that modules finally call: Linear, Conv1D (addmm), slices of experts, weights multiplied with @.
 MULTIPLICATIONS = {
     torch.nn.functional.linear,
     torch.addmm,
@@ -27,17 +27,17 @@ OnInput = Callable[[tuple[str, ...], Tensor], Tensor | None]
 class LinearInputs(TorchFunctionMode):
     """Calls `on_input(names, x)` before each product of activations `x` (..., k) with a weight of the block.
 
-    names  linears that lie in the weight: one, or gate and up where a fused expert multiplies both at once
+    names  linears in the weight: one, or gate and up if a fused expert multiplies both at once
 
-    Where it returns a tensor, that takes the place of `x`. Weights are told apart by their address, so they must stay
-    where they are while the mode is active.
+    A returned tensor replaces `x`. Weights are identified by their addresses, so they must not move while the mode is
+    active.
     """
 
     def __init__(self, block: Block, parameter: Callable[[str], Tensor], on_input: OnInput) -> None:
         super().__init__()
         self._on_input = on_input
         self._names: dict[int, list[str]] = {}
-        self._stacks: dict[int, list[int]] = {}  # all of a stack's matrices, by its own address
+        self._stacks: dict[int, list[int]] = {}  # addresses of all matrices of a stack, by the stack's own address
         for spec in block.linears:
             place = spec.placement
             whole = parameter(place.parameter)
@@ -55,7 +55,7 @@ class LinearInputs(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def _seen_by_each(self, x: Tensor, weights: list[int]) -> Tensor:
-        """`x` (experts, tokens, k) with what `on_input` makes of each expert's own tokens; others' are zeros."""
+        """`x` (experts, tokens, k) with `on_input` applied to each expert's own tokens; all other rows are zero."""
         parts = list(x)
         for expert, (part, address) in enumerate(zip(x, weights, strict=True)):
             routed = part.any(-1)
@@ -66,7 +66,7 @@ class LinearInputs(TorchFunctionMode):
         return torch.stack(parts)
 
     def _seen(self, func: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        """The arguments, the activations among them replaced where `on_input` says so."""
+        """The arguments, with the activations replaced if `on_input` returns a tensor."""
         values: dict[Any, Any] = {**dict(enumerate(args)), **kwargs}
         tensors = [key for key, value in values.items() if isinstance(value, Tensor)]
         left, right = tensors[-2:] if func is torch.addmm else tensors[:2]  # addmm(bias, x, weight)
@@ -74,7 +74,7 @@ class LinearInputs(TorchFunctionMode):
             changed = self._on_input(names, values[left])
             values[left] = values[left] if changed is None else changed
         elif names := self._names_of(values[left]):
-            # weight @ x: tokens lie along the last dimension
+            # weight @ x: tokens are in the last dimension
             changed = self._on_input(names, values[right].mT)
             values[right] = values[right] if changed is None else changed.mT
         return tuple(values[i] for i in range(len(args))), {key: values[key] for key in kwargs}
@@ -83,13 +83,13 @@ class LinearInputs(TorchFunctionMode):
         return tuple(self._names.get(factor.data_ptr(), ())) if factor.ndim == 2 else ()
 
 
-InputRounding = Mapping[str, Callable[[Tensor], Tensor]]  # linear's name -> what rounds its inputs, and back
+InputRounding = Mapping[str, Callable[[Tensor], Tensor]]  # linear's name -> rounding function of its inputs
 
 
 class QuantizedInputs(LinearInputs):
-    """Linears compute with rounded inputs, as an engine would: those that `rounds` names.
+    """A context in which the linears named in `rounds` compute with rounded inputs, as an engine would.
 
-    On the way back rounding counts as the identity.
+    In the backward pass rounding counts as the identity.
     """
 
     def __init__(self, block: Block, parameter: Callable[[str], Tensor], rounds: InputRounding) -> None:
@@ -105,16 +105,16 @@ class QuantizedInputs(LinearInputs):
 
 
 def rounded_inputs(block: Block, model: nn.Module, rounds: InputRounding) -> AbstractContextManager[Any]:
-    """A context in which the linears of `block` that `rounds` names compute with rounded inputs; a plain one for none.
+    """A context in which the linears of `block` named in `rounds` round their inputs; a null context if there are none.
 
-    model  where the block's parameters are found by name
+    model  owner of the block's parameters
     """
     return QuantizedInputs(block, model.get_parameter, rounds) if rounds else nullcontext()
 
 
 @contextmanager
 def taped(parameters: Iterable[Tensor]) -> Iterator[None]:
-    """A context that tapes what is computed by `parameters`; their gradients are gone behind it."""
+    """A context that records gradients of `parameters`, and deletes them at the end."""
     parameters = list(parameters)
     for parameter in parameters:
         parameter.requires_grad_(True)
@@ -128,11 +128,11 @@ def taped(parameters: Iterable[Tensor]) -> Iterator[None]:
 
 
 def weight_view(parameter: Tensor, spec: LinearSpec) -> Tensor:
-    """The weight (n, k) of `spec` inside its parameter; writing to the view writes to the model."""
+    """The weight (n, k) of `spec` as a view of its parameter: writing to the view writes to the model."""
     view = spec.placement.view(parameter)
     return view.T if spec.transposed else view
 
 
 def bias_view(parameter: Callable[[str], Tensor], spec: LinearSpec) -> Tensor | None:
-    """The bias (n,) of `spec` inside its parameter, found by name; None where the linear has none."""
+    """The bias (n,) of `spec` as a view of its parameter, found by name; None without a bias."""
     return None if spec.bias is None else spec.bias.view(parameter(spec.bias.parameter))

@@ -1,7 +1,7 @@
-"""A model's blocks run on nothing: what its linears are for, seen before a weight is read.
+"""Dry runs of a model's blocks, which show the use of linears before any weight is read.
 
-Every parameter is a zero that takes no memory, and products with the blocks' weights are not computed: an activation is
-followed back to the linear that it comes from. One block of each kind is run.
+Every parameter is an expanded zero without memory, and products with the blocks' weights are not computed. Activations
+are traced back to the linears that they come from. One block of each kind is run.
 """
 
 from collections.abc import Callable, Container, Iterable, Iterator
@@ -23,8 +23,8 @@ from lowbit.models.states import States
 from lowbit.models.walk import Walk
 
 TOKENS = 8
-LOADED = "_is_hf_initialized"  # transformers' mark on loaded tensors: setting a module up does not write to them
-# What a family's own code may raise where it is given nothing: then there is no rehearsal, and nothing is learned.
+LOADED = "_is_hf_initialized"  # transformers' flag on loaded tensors, which module setup does not overwrite
+# Errors of a family's own code in a dry run. After one, the dry run yields no findings.
 FAILURES = (LowbitError, RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError)
 
 CHOICES = {
@@ -45,10 +45,10 @@ MIXTURES = {
 
 @dataclass(frozen=True)
 class Origin:
-    """A linear that an activation comes from.
+    """A linear that an activation is computed from.
 
-    products  how many products with other activations lie between
-    weighs    one of them was with scores, which are such products themselves
+    products  number of products with other activations in between
+    weighs    True if one of them was a product with scores, which are such products themselves
     """
 
     linear: str
@@ -58,9 +58,9 @@ class Origin:
 
 
 class Choosers(TorchFunctionMode):
-    """Finds linears whose outputs choose, and computes no product with a weight.
+    """Finds linears whose outputs make choices. Computes no product with a weight.
 
-    found  what each of them is: a choice is made among its outputs, or by scores that they weigh
+    found  linear -> "router" if a choice is made among its outputs; or its role if it weighs the scores of a choice
     """
 
     def __init__(self, block: Block, parameter: Callable[[str], Tensor]) -> None:
@@ -68,7 +68,7 @@ class Choosers(TorchFunctionMode):
         self.found: dict[str, str] = {}
         self._names = {parameter(spec.placement.parameter).data_ptr(): spec for spec in block.linears}
         self._origins: dict[int, frozenset[Origin]] = {}
-        self._alive: list[Any] = []  # or addresses and ids would be used again
+        self._alive: list[Any] = []  # keeps objects alive, so that addresses and ids are not reused
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -80,14 +80,14 @@ class Choosers(TorchFunctionMode):
             origins = frozenset({Origin(spec.name, result.shape[-1])})
         else:
             origins = self._mixed([self._origins.get(id(t), frozenset()) for t in tensors], func in MIXTURES)
-            if func in CHOICES and len(tensors) == 1:  # the larger of two tensors is no choice
+            if func in CHOICES and len(tensors) == 1:  # torch.max of two tensors is not a choice
                 self._chosen(origins, tensors[0])
             result = func(*args, **kwargs)
         self._remember(result, origins)
         return result
 
     def _mixed(self, sources: list[frozenset[Origin]], product: bool) -> frozenset[Origin]:
-        """The origins of what is made of tensors with these."""
+        """The origins of a result of tensors with these origins."""
         every = frozenset[Origin]().union(*sources)
         if not product or sum(map(bool, sources)) < 2:
             return every
@@ -118,7 +118,7 @@ def _address(tensor: Tensor) -> int:
 
 
 class _Rehearsal(Walk):
-    """A walk in which nothing is loaded."""
+    """A walk without loading any weight."""
 
     def loaded(self, index: int) -> AbstractContextManager[Any]:
         return nullcontext()
@@ -130,7 +130,7 @@ class _Rehearsal(Walk):
 
 @contextmanager
 def rehearsed(skeleton: Skeleton) -> Iterator[tuple[Walk, States]]:
-    """A walk through `skeleton` on zeros, and what enters its first block."""
+    """A context with a walk through `skeleton` on zeros, and the input states of its first block."""
     modules = list(skeleton.model.modules())
     try:
         hollow(modules, "cpu", torch.float32)
@@ -142,7 +142,7 @@ def rehearsed(skeleton: Skeleton) -> Iterator[tuple[Walk, States]]:
 
 
 def kinds(skeleton: Skeleton) -> list[tuple[int, list[int]]]:
-    """The first block of each kind, and all blocks that are alike."""
+    """The first block of each kind, with the indices of all blocks of that kind."""
     found: dict[Any, list[int]] = {}
     for index, block in enumerate(skeleton.blocks):
         found.setdefault(block.signature(), []).append(index)
@@ -151,9 +151,9 @@ def kinds(skeleton: Skeleton) -> list[tuple[int, list[int]]]:
 
 @torch.no_grad()
 def choosers(skeleton: Skeleton) -> dict[str, str]:
-    """The linears whose outputs choose experts for a token, or positions that it sees: what each is, in words.
+    """Linears whose outputs choose experts for a token, or positions for it to attend to, each with its role.
 
-    Empty where the model's code cannot be run on nothing.
+    Empty if the model's code fails in a dry run.
     """
     found: dict[str, str] = {}
     try:
@@ -172,9 +172,9 @@ def choosers(skeleton: Skeleton) -> dict[str, str]:
 
 @torch.no_grad()
 def reader_of_weights(skeleton: Skeleton, quantized: Container[str]) -> str | None:
-    """The class of a block whose code reads the weight of one of `quantized` itself, or None.
+    """The class of a block whose code reads the weight of one of the `quantized` linears directly, or None.
 
-    Where a packed one stands there is none to read. None too where the code cannot be run on nothing.
+    Such code fails with packed weights. None also if the model's code fails in a dry run.
     """
     try:
         with rehearsed(skeleton) as (walk, states):
@@ -196,7 +196,7 @@ def _mode(skeleton: Skeleton, index: int) -> Choosers:
 
 
 def _reads_weights(model: PreTrainedModel, block: nn.Module, run: Callable[[], States]) -> bool:
-    """True if code misses a weight as the block is set up and run."""
+    """True if the block's setup or run fails because a weight is missing."""
     for tensor in (*block.parameters(), *block.buffers()):
         setattr(tensor, LOADED, True)
     try:
@@ -211,9 +211,9 @@ def _reads_weights(model: PreTrainedModel, block: nn.Module, run: Callable[[], S
 
 @contextmanager
 def _packed(model: PreTrainedModel, specs: Iterable[LinearSpec]) -> Iterator[None]:
-    """A context in which the modules of `specs` are as readers of packed weights leave them: without a weight."""
+    """A context in which the modules of `specs` have no weight, as after loading packed weights."""
     weights: dict[nn.Module, nn.Parameter | None] = {}
-    model.config._is_quantized = True  # as transformers says to code that asks
+    model.config._is_quantized = True  # set as transformers does, for code that checks it
     for spec in specs:
         module = model.get_submodule(spec.placement.parameter.rpartition(".")[0])
         if spec.placement.expert is None and not spec.transposed:

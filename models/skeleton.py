@@ -1,4 +1,4 @@
-"""A model without its weights, and the map from its file's tensors to the places where they belong."""
+"""A model without its weights, with the placement of every tensor of its files."""
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -25,18 +25,18 @@ from lowbit.models.placement import Conversion, Placement, Reader, bias_of, expe
 from lowbit.models.source import Source
 from lowbit.quant.numerics import input_rounding
 
-SMALL = 1 << 24  # parameters that no memory needs to be held against
+SMALL = 1 << 24  # parameters that are harmless to allocate, whatever the files hold
 MOST_BUFFERS = 256 << 20  # bytes; a table of a million positions takes half of it
 
 
 @dataclass(frozen=True)
 class LinearSpec:
-    """A linear of a block, known from headers alone.
+    """A linear of a block, known from file headers alone.
 
-    name         as in the file, without ".weight"
-    placement    where its weight lies in the model
-    bias         where its bias lies, or None
-    transposed   stored (k, n), as transformers' Conv1D and some stacks of experts do
+    name         its name in the file, without ".weight"
+    placement    placement of its weight in the model
+    bias         placement of its bias, or None
+    transposed   True if stored as (k, n), like transformers' Conv1D and some stacks of experts
     n, k         outputs and inputs
     """
 
@@ -50,7 +50,7 @@ class LinearSpec:
 
 @dataclass
 class Block:
-    """One decoder block: its place in the model, the file's tensors that fill it, and its linears."""
+    """One decoder block: its module, the file's tensors for it, and its linears."""
 
     name: str
     module: nn.Module
@@ -58,13 +58,13 @@ class Block:
     linears: list[LinearSpec] = field(default_factory=list)
 
     def signature(self) -> tuple[Any, ...]:
-        """What two blocks have in common where one's structure is the other's."""
+        """A key that is equal for blocks of the same structure."""
         shapes = tuple((name, tuple(p.shape)) for name, p in self.module.named_parameters())
         kinds = tuple((name, type(module).__name__) for name, module in self.module.named_modules())
         return shapes, kinds, getattr(self.module, "attention_type", None)
 
     def names_in(self, other: "Block") -> dict[str, str]:
-        """For each linear and module of this block, what the same one is called in `other`, a block alike."""
+        """For each linear and module of this block, its counterpart's name in the similar block `other`."""
 
         def seat(block: Block, spec: LinearSpec) -> Placement:
             return replace(spec.placement, parameter=spec.placement.parameter.removeprefix(block.name))
@@ -82,8 +82,8 @@ class Skeleton:
     model    transformers' model; parameters have shapes but no memory
     blocks   its decoder blocks, in order
     others   the file's tensors outside the blocks, by name
-    read     tensor of the file by its logical name
-    inputs   linear -> what rounds its inputs and back, where the file has them quantized
+    read     reads a tensor of the file by its logical name
+    inputs   linear -> rounding function of its inputs, if they are quantized in the file
     """
 
     source: Source
@@ -94,7 +94,7 @@ class Skeleton:
     inputs: dict[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)
 
     def towers(self) -> list[str]:
-        """Names of the models of their own beside the decoder, which see or hear: text alone never runs them."""
+        """Names of submodels next to the decoder (vision, audio), which text alone never runs."""
         return [
             name
             for name, module in self.model.named_modules()
@@ -102,14 +102,14 @@ class Skeleton:
         ]
 
     def placed(self) -> dict[str, Placement]:
-        """Every tensor of the file that the model has a place for, by name."""
+        """Every tensor of the file with a place in the model, by name."""
         return self.others | {name: at for block in self.blocks for name, at in block.tensors.items()}
 
     @contextmanager
     def loaded(
         self, module_name: str, tensors: dict[str, Placement], device: str, dtype: torch.dtype
     ) -> Iterator[nn.Module]:
-        """The module `module_name` filled from the file for as long as the block lasts."""
+        """A context with the module `module_name` filled from the file."""
         module = self.model.get_submodule(module_name)
         try:
             fill(self.model, module.modules(), tensors, self.read, device, dtype)
@@ -119,9 +119,9 @@ class Skeleton:
 
 
 def open_skeleton(source: Source) -> Skeleton:
-    """The skeleton of `source`, every tensor of its files placed; packed weights are dequantized as they are read.
+    """The skeleton of `source`, with every tensor of its files placed. Packed weights are dequantized when read.
 
-    Raises CheckpointError where the model has no blocks, or where the file lacks or contradicts a parameter.
+    CheckpointError if the model has no blocks, or if the file lacks a parameter or contradicts it.
     """
     model = _empty_model(source)
     tensors = LogicalTensors(source.checkpoint)
@@ -138,7 +138,7 @@ def open_skeleton(source: Source) -> Skeleton:
     _require_parameters(source, model, placements)
     dense = {name: at for name, at in placements.items() if name.removesuffix(".weight") not in tensors.schemes}
     _require_shapes(source, model, dense)
-    # a packed weight is (n, k) whatever the module's own habit
+    # a packed weight is (n, k), whatever the layout of the module's own weight
     turned = {f"{spec.name}.weight" for block in blocks for spec in block.linears if spec.transposed}
     turned &= {f"{name}.weight" for name in tensors.schemes}
 
@@ -158,7 +158,7 @@ def _quantized_inputs(tensors: LogicalTensors) -> dict[str, Callable[[Tensor], T
 
 def _empty_model(source: Source) -> PreTrainedModel:
     config = source.config
-    config._experts_implementation = "eager"  # one F.linear an expert: what calibration can see
+    config._experts_implementation = "eager"  # one F.linear per expert, visible to calibration
     auto = AutoModelForImageTextToText if _sees_images(config) else AutoModelForCausalLM
     with untrusted(source.directory, "transformers cannot make the model of this configuration"):
         _require_held(source, auto)
@@ -168,10 +168,10 @@ def _empty_model(source: Source) -> PreTrainedModel:
 
 
 def _require_held(source: Source, auto: type[_BaseAutoModelClass]) -> None:
-    """Raise CheckpointError where the model of config.json is far larger than its files could fill.
+    """Raise CheckpointError if the model of config.json is far larger than its files.
 
-    Made once without any memory for that, its buffers (tables of positions) too, which the model itself has. A class
-    that cannot be made so has the sizes of config.json held against the files alone (`export.sizes`).
+    The model is built without memory, buffers included (tables of positions). If a class cannot be built so, only the
+    sizes in config.json are checked against the files (`export.sizes`).
     """
     parameters = buffers = 0
     with suppress(Exception), torch.device("meta"), init_empty_weights():
@@ -187,7 +187,8 @@ def _require_held(source: Source, auto: type[_BaseAutoModelClass]) -> None:
 
 
 def _sees_images(config: PretrainedConfig) -> bool:
-    """True if the class that the configuration names takes images too; it decides where a type has one without."""
+    """True if the model's class takes images. For a type with several classes, the configuration's `architectures`
+    decides."""
     kind, classes = config.model_type, config.architectures or []
     wrapper = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(kind)
     return wrapper is not None and (kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or wrapper in classes)
@@ -196,14 +197,14 @@ def _sees_images(config: PretrainedConfig) -> bool:
 def find_blocks(model: PreTrainedModel) -> list[tuple[str, nn.Module]]:
     """Names and modules of the decoder blocks.
 
-    Of the text decoder's ModuleLists: one as long as the configuration says the model is deep, before others; the
-    outermost; the one that holds the most parameters.
+    Chosen from the text decoder's ModuleLists: first one as long as the configuration's depth, then the outermost, then
+    the one with the most parameters.
     """
     decoder, depth = model.get_decoder(), getattr(model.config.get_text_config(), "num_hidden_layers", None)
     every = [
         (name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module)
     ]
-    # what some classes call their decoder is their head
+    # in some classes get_decoder() returns the head
     lists = [found for found in every if any(found[1] is inner for inner in decoder.modules())] or every
     if not lists:
         raise CheckpointError(f"{type(model).__name__}: no list of decoder blocks found in it")
@@ -217,7 +218,7 @@ def find_blocks(model: PreTrainedModel) -> list[tuple[str, nn.Module]]:
 
 
 def _linears(model: PreTrainedModel, block: Block) -> Iterator[LinearSpec]:
-    """The block's weights that multiply activations: of Linear and Conv1D modules, and of experts one by one."""
+    """The block's weights that multiply activations: of Linear and Conv1D modules, and of single experts."""
     for name, placement in _single(model, block.tensors):
         parameter = model.get_parameter(placement.parameter) if _is_parameter(model, placement.parameter) else None
         if parameter is None or placement.conversion or (not name.endswith("weight") and parameter.ndim != 3):
@@ -232,7 +233,7 @@ def _linears(model: PreTrainedModel, block: Block) -> Iterator[LinearSpec]:
 
 
 def _single(model: PreTrainedModel, tensors: dict[str, Placement]) -> Iterator[tuple[str, Placement]]:
-    """`tensors`, stacks of experts taken apart."""
+    """`tensors`, with stacks of experts split."""
     for name, placement in tensors.items():
         whole = placement.conversion is None or len(placement.conversion.converter.target_patterns) == 1
         stacked = placement.expert is None and tensor_of(model, placement).ndim == 3 and whole
@@ -241,7 +242,7 @@ def _single(model: PreTrainedModel, tensors: dict[str, Placement]) -> Iterator[t
 
 
 def _multiplies(owner: nn.Module, placement: Placement) -> bool:
-    """Experts' slices and bare 2-dimensional weights (routers) multiply too; embeddings are looked up."""
+    """True for slices of experts and bare 2-dimensional weights (routers), False for embeddings and convolutions."""
     return placement.expert is not None or not isinstance(owner, nn.Embedding | nn.Conv1d)
 
 
@@ -251,14 +252,14 @@ def _is_parameter(model: nn.Module, name: str) -> bool:
 
 
 def tied_weights(model: PreTrainedModel) -> dict[str, str]:
-    """Parameters that are others: the name of each, and of the one that it is."""
+    """Tied parameters: the name of each, and of the parameter that it equals."""
     return getattr(model, "all_tied_weights_keys", None) or {}
 
 
 def _untie(model: PreTrainedModel, placements: dict[str, Placement], read: Reader) -> None:
-    """Believe the file, not config.json, where it holds two different values for weights that are said to be one.
+    """Untie weights that config.json declares tied, if the file holds two different values for them.
 
-    So does transformers. The configuration says so from here on.
+    transformers does the same. The configuration is changed accordingly.
     """
     names = {place.parameter: name for name, place in placements.items()}
     for target, origin in list(tied_weights(model).items()):
@@ -286,12 +287,12 @@ def _conversions(placements: dict[str, Placement]) -> list[Conversion]:
 
 
 def _unread(source: Source, name: str) -> Tensor:
-    """A tensor of the file without its values."""
+    """A tensor of the file on the meta device, without its values."""
     return torch.empty(source.checkpoint.entries[name].shape, device="meta")
 
 
 def _require_experts(model: PreTrainedModel, placements: dict[str, Placement]) -> None:
-    """Raise CheckpointError where the file has an expert that config.json knows nothing of."""
+    """Raise CheckpointError if the file has more experts than config.json."""
     for name, placement in placements.items():
         experts = tensor_of(model, placement).shape[:1]
         if placement.expert is not None and placement.expert >= experts[0]:
@@ -299,7 +300,7 @@ def _require_experts(model: PreTrainedModel, placements: dict[str, Placement]) -
 
 
 def _require_shapes(source: Source, model: PreTrainedModel, placements: dict[str, Placement]) -> None:
-    """Raise CheckpointError where a tensor's shape in its header contradicts config.json."""
+    """Raise CheckpointError if a tensor's shape in the file contradicts config.json."""
     for name, placement in placements.items():
         entry = source.checkpoint.entries.get(name)
         wanted = tuple(placement.view(tensor_of(model, placement)).shape)
@@ -317,10 +318,10 @@ def fill(
     device: str,
     dtype: torch.dtype | None,
 ) -> None:
-    """Give the parameters that `tensors` fill memory and their values, and move the buffers of `modules` to `device`.
+    """Fill the parameters with a place in `tensors`, and move the buffers of `modules` to `device`.
 
-    dtype None keeps the file's. Parameters without a tensor of their own (a tied head) stay on the meta device. Raises
-    CheckpointError where a shape contradicts the model, or where a value is NaN or infinite.
+    dtype None keeps the file's dtype. Parameters without a tensor (a tied head) stay on the meta device.
+    CheckpointError if a shape contradicts the model, or if a value is NaN or infinite.
     """
     for owner in modules:
         for leaf, buffer in owner._buffers.items():
@@ -343,7 +344,7 @@ def fill(
                 f"{name}: {list(value.shape)} in the file, {list(expected)} in the model of config.json"
             )
         if leaf in owner._parameters and whole.is_meta:
-            # a parameter that one tensor fills is that tensor; one put together from several is allocated first
+            # a parameter from a single tensor becomes that tensor; one assembled from several is allocated first
             if placement.expert is None:
                 _put(owner, leaf, value.mT if placement.swapped else value, device, dtype)
                 continue
@@ -352,7 +353,7 @@ def fill(
 
 
 def _put(owner: nn.Module, leaf: str, value: Tensor, device: str, dtype: torch.dtype | None) -> Tensor:
-    """The parameter or buffer `leaf` of `owner`, which is `value` from now on."""
+    """Set the parameter or buffer `leaf` of `owner` to `value`, and return it."""
     held = value.to(device, dtype or value.dtype).contiguous()
     if leaf in owner._buffers:
         owner._buffers[leaf] = held
@@ -362,7 +363,8 @@ def _put(owner: nn.Module, leaf: str, value: Tensor, device: str, dtype: torch.d
 
 
 def hollow(modules: Iterable[nn.Module], device: str, dtype: torch.dtype) -> None:
-    """Give the parameters of `modules` zeros that take no memory: a forward pass may ask for their device, no more."""
+    """Fill the parameters of `modules` with expanded zeros without memory, so that a forward pass finds their
+    device."""
     for owner in modules:
         for leaf, parameter in owner._parameters.items():
             if parameter is not None:
@@ -371,7 +373,7 @@ def hollow(modules: Iterable[nn.Module], device: str, dtype: torch.dtype) -> Non
 
 
 def empty(modules: Iterable[nn.Module]) -> None:
-    """Give back the memory of the parameters that `modules` own outright."""
+    """Free the memory of the parameters that `modules` own directly."""
     for owner in modules:
         for leaf, parameter in owner._parameters.items():
             if parameter is not None:

@@ -1,4 +1,4 @@
-"""Where a model comes from: a directory, a hub id, or `demo`."""
+"""Location of a model: a directory, a hub id, or `demo`."""
 
 import tempfile
 from dataclasses import dataclass
@@ -37,7 +37,7 @@ HUB_FILES: tuple[str, ...] = (
     "USE_POLICY*",
 )
 HUB_FILES += ("*.model", "*.model.v*", "*.tiktoken", "*.bpe", "*.spm", "SHA256SUMS", "recipe.toml", "evaluation.jsonl")
-# Keys of a configuration by which transformers takes kernels from a hub, or reads another file in its place.
+# Keys by which transformers loads kernels from a hub, or reads another configuration file instead.
 IMPLEMENTATIONS = ("attn_implementation", "experts_implementation")
 FETCHING = frozenset(form for key in IMPLEMENTATIONS for form in (key, f"_{key}", f"_{key}_internal"))
 FETCHING |= {"configuration_files"}
@@ -45,7 +45,7 @@ FETCHING |= {"configuration_files"}
 
 @dataclass(frozen=True)
 class Source:
-    """A model found: what the user called it, its files, and transformers' configuration of it."""
+    """A located model: the user's name for it, its files, and transformers' configuration."""
 
     name: str
     checkpoint: Checkpoint
@@ -58,31 +58,31 @@ class Source:
 
     @property
     def snapshot(self) -> Snapshot | None:
-        """The hub's repository and commit that the files are of; None for a directory of the user's."""
+        """The repository and commit of the files on the hub; None for a local directory."""
         return snapshot_at(self.directory)
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The model's tokenizer. CheckpointError where there is none."""
+        """The model's tokenizer. CheckpointError without a usable one."""
         unusable = untrusted(self.directory, "no tokenizer that transformers can load")
         with unusable, self.checkpoint.companions() as companions:
             tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
                 companions, config=self.config, trust_remote_code=self.trust_remote_code
             )
-            tokenizer.decode(tokenizer("A text.").input_ids)  # what is wrong with one often shows only in its use
+            tokenizer.decode(tokenizer("A text.").input_ids)  # a broken tokenizer often fails only in use
         return tokenizer
 
     @property
     def vocabulary(self) -> int:
-        """Outputs of the model's head, as config.json says."""
+        """Outputs of the model's head, from config.json."""
         return int(self.config.get_text_config().vocab_size)
 
     @property
     def positions(self) -> int | None:
-        """Positions that the model was made for, as config.json says; None where it says nothing."""
+        """Positions that the model supports, from config.json; None if unknown."""
         return getattr(self.config.get_text_config(), "max_position_embeddings", None)
 
     def require_known(self, ids: Tensor) -> None:
-        """CheckpointError where a token id is none of the model's."""
+        """CheckpointError if a token id is outside the model's vocabulary."""
         wrong = ids[(ids < 0) | (ids >= self.vocabulary)]
         if len(wrong):
             raise CheckpointError(
@@ -94,12 +94,12 @@ class Source:
 def open_source(
     name: str, trust_remote_code: bool = False, revision: str | None = None, finished: bool = True
 ) -> Source:
-    """The model called `name`: a directory, `demo`, or an id on the hub (downloaded into its cache).
+    """The model `name`: a directory, `demo`, or a hub id (downloaded into the hub's cache).
 
-    finished  False: a directory that was written and is not sealed yet
+    finished  False for a directory that is written but not sealed yet
 
-    Remote code runs only where `trust_remote_code` is passed. Raises CheckpointError where there is no such model,
-    where its files are damaged, or where it is no decoder language model.
+    Remote code runs only if `trust_remote_code` is True. CheckpointError if there is no such model, if its files are
+    damaged, or if it is not a decoder language model.
     """
     directory = model_directory(name, trust_remote_code, revision)
     checkpoint = open_checkpoint(directory, finished)
@@ -111,9 +111,9 @@ def open_source(
 
 
 def model_directory(name: str, trust_remote_code: bool = False, revision: str | None = None) -> Path:
-    """The directory that holds the model `name`, downloaded or made first where needed.
+    """The directory of the model `name`, downloaded or created first if needed.
 
-    revision  branch, tag or commit, of a model of the hub alone
+    revision  branch, tag or commit; only for a model on the hub
     """
     if revision is not None and (name == DEMO or Path(name).exists()):
         raise UsageError(f"--revision {revision}: {name} is no model of the hub; only those have revisions")
@@ -126,7 +126,7 @@ def model_directory(name: str, trust_remote_code: bool = False, revision: str | 
 
 
 def _refuse_path(name: str) -> None:
-    """Raise CheckpointError where `name` is the path of a file, or of nothing, and so no id on the hub."""
+    """Raise CheckpointError if `name` is the path of a file or of nothing, and so cannot be a hub id."""
     path = Path(name)
     if path.is_file():
         cure = "its original, unquantized model is what is read" if path.suffix == ".gguf" else "name the directory"
@@ -139,7 +139,7 @@ def _refuse_path(name: str) -> None:
 
 
 def refuse_remote_code(checkpoint: Checkpoint, trusted: bool) -> None:
-    """Raise CheckpointError where only code that the model brings can run it, and the user did not allow that."""
+    """Raise CheckpointError if the model needs its own code to run, and the user did not allow that."""
     if checkpoint.config.get("auto_map") and not is_native(checkpoint) and not trusted:
         files = ", ".join(sorted(path.name for path in checkpoint.directory.glob("*.py"))) or "not in the directory"
         raise CheckpointError(
@@ -149,21 +149,20 @@ def refuse_remote_code(checkpoint: Checkpoint, trusted: bool) -> None:
 
 
 def is_native(checkpoint: Checkpoint) -> bool:
-    """True if transformers itself has classes for the model: those of its repository are then not needed."""
+    """True if transformers has classes for the model, so that code from its repository is not needed."""
     return checkpoint.config.get("model_type") in CONFIG_MAPPING_NAMES
 
 
 def _config(checkpoint: Checkpoint, trust_remote_code: bool) -> PretrainedConfig:
-    """transformers' reading of the configuration as it was checked here, never of the file itself.
+    """transformers' view of the validated configuration. It never rereads the file, except for trusted remote code.
 
-    Without the user's trust it names no code that transformers would fetch: of the model, of kernels, which it takes
-    from a hub, or of another configuration.
+    Without trust, keys are removed by which transformers would fetch code or another configuration.
     """
     plain = checkpoint.config if trust_remote_code else _without(checkpoint.config, FETCHING | {"auto_map"})
     kind = checkpoint.config.get("model_type")
     what = f"transformers cannot read this configuration (model_type {str(kind)[:40]!r})"
     with untrusted(checkpoint.directory, what):
-        if trust_remote_code and "auto_map" in plain:  # its code lies beside the file
+        if trust_remote_code and "auto_map" in plain:  # its code is next to the file
             config = AutoConfig.from_pretrained(checkpoint.directory, trust_remote_code=True)
         else:
             with tempfile.TemporaryDirectory() as directory:
@@ -179,14 +178,14 @@ def _config(checkpoint: Checkpoint, trust_remote_code: bool) -> PretrainedConfig
 
 
 def _without(value: Any, keys: frozenset[str]) -> Any:
-    """A JSON value whose objects, at any depth, lack `keys`."""
+    """A JSON value without `keys` in its objects, at any depth."""
     if isinstance(value, dict):
         return {key: _without(inner, keys) for key, inner in value.items() if key not in keys}
     return [_without(inner, keys) for inner in value] if isinstance(value, list) else value
 
 
 def refuse_encoder(directory: Path, config: Any) -> None:
-    """Raise CheckpointError where the model does not generate text left to right."""
+    """Raise CheckpointError if the model does not generate text left to right."""
     kind, classes = config.model_type, config.architectures or []
     if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
         raise CheckpointError(f"{directory / CONFIG_NAME}: architectures is {classes!r:.80}, not a list of names")
@@ -205,9 +204,9 @@ def refuse_encoder(directory: Path, config: Any) -> None:
 
 
 def refuse_scaled_float8(checkpoint: Checkpoint) -> None:
-    """Raise CheckpointError where float8 weights have scales beside them that config.json says nothing of.
+    """Raise CheckpointError for float8 weights whose scales are not declared in config.json.
 
-    Without the scales the weights are others.
+    Without the scales the weights would be wrong.
     """
     narrow = [name for name, entry in checkpoint.entries.items() if entry.dtype in FLOAT8]
     scaled = [name for name in narrow if {f"{name}_scale", f"{name}_scale_inv"} & checkpoint.entries.keys()]

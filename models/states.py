@@ -1,12 +1,12 @@
-"""What goes through a model from block to block, and what its blocks are called with.
+"""States that flow from block to block, and the arguments that blocks are called with.
 
-A block's arguments beside its hidden states are of four kinds. Two recordings of the model's own forward pass, blocks
-stubbed, tell them apart:
+A block's arguments other than its hidden states are of four kinds. They are told apart by recordings of the model's own
+forward pass with stubbed blocks:
 
-- the same for all batches of one shape (masks, rotary tables): held once a shape
-- different with the tokens (Gemma 4's embedding per layer): held with the batch
-- returned by an earlier block beside its hidden states (the indices of an indexer): handed on
-- an empty mapping in which blocks leave values for each other (shared keys and values): a copy for each batch
+- equal for all batches of one shape (masks, rotary tables): stored once per shape
+- dependent on the tokens (Gemma 4's embedding per layer): stored with the batch
+- returned by an earlier block next to its hidden states (the indices of an indexer): passed on
+- an empty mapping in which blocks store values for each other (shared keys and values): copied for each batch
 """
 
 from collections.abc import Callable, Iterable, MutableMapping
@@ -19,17 +19,17 @@ from torch.utils import _pytree as pytree
 
 from lowbit.errors import CheckpointError
 
-Place = tuple[int, int]  # a block, and which of its arguments, nested ones counted through
+Place = tuple[int, int]  # a block, and the index of its argument after flattening
 
 
 @dataclass(frozen=True)
 class States:
-    """What enters a block for one batch of sequences. Sequences lie along the first dimension of every tensor.
+    """The input of a block for one batch of sequences. The first dimension of every tensor is the sequence.
 
     hidden   (B, T, width), or (B, ..., T, width) for models with several streams
     shape    (B, T)
-    own      arguments of blocks that depend on these tokens
-    carried  what earlier blocks handed on, by name: tensors (B, ...) or (B * T, ...), in dicts and tuples
+    own      arguments of blocks that depend on the tokens
+    carried  values from earlier blocks, by name: tensors (B, ...) or (B * T, ...), in dicts and tuples
     """
 
     hidden: Tensor
@@ -43,15 +43,15 @@ class States:
 
     @property
     def flow(self) -> list[Tensor]:
-        """Every tensor that a block computes and a gradient runs through: the hidden states first."""
+        """All tensors that blocks compute and gradients flow through, hidden states first."""
         return [self.hidden, *(leaf for leaf in pytree.tree_leaves(self.carried) if leaf.is_floating_point())]
 
     def at(self, index: int) -> "States":
-        """The same for block `index` alone."""
+        """The states with the arguments of block `index` only."""
         return replace(self, own={place: value for place, value in self.own.items() if place[0] == index})
 
     def rows(self) -> list["States"]:
-        """Each sequence alone."""
+        """The states of each sequence on its own."""
         count, length = self.shape
         leaves, spec = pytree.tree_flatten((self.hidden, self.own, self.carried))
         if any(len(leaf) % count for leaf in leaves):
@@ -61,7 +61,7 @@ class States:
         return [_states(spec, part, (1, length)) for part in parts]
 
     def taped(self) -> "States":
-        """The same as the start of a tape."""
+        """The states as leaves of a new autograd graph."""
 
         def leaf(value: Tensor) -> Tensor:
             return value.detach().requires_grad_(value.is_floating_point())
@@ -69,20 +69,20 @@ class States:
         return replace(self, hidden=leaf(self.hidden), carried=pytree.tree_map(leaf, self.carried))
 
     def packed(self) -> tuple[Tensor, ...]:
-        """What changes from block to block as tensors alone, which another process can be sent."""
+        """The tensors that change from block to block, as a tuple that can be sent to another rank."""
         leaves, spec = pytree.tree_flatten(self.carried)
         said = torch.tensor(list(pytree.treespec_dumps(spec).encode()), dtype=torch.uint8)
         return said, self.hidden, *leaves
 
     def unpacked(self, parts: tuple[Tensor, ...]) -> "States":
-        """These states after a block that returned what `packed` made `parts` of."""
+        """These states after a block that returned `parts`, which come from `packed`."""
         said, hidden, *leaves = parts
         spec = pytree.treespec_loads(bytes(said.tolist()).decode())
         return replace(self, hidden=hidden, carried=pytree.tree_unflatten(leaves, spec))
 
 
 def joined(rows: Iterable[States]) -> States:
-    """One batch of several, all of one length."""
+    """One batch from several of equal length."""
     rows = list(rows)
     flat = [pytree.tree_flatten((row.hidden, row.own, row.carried)) for row in rows]
     leaves = [torch.cat(column) for column in zip(*(leaves for leaves, _ in flat), strict=True)]
@@ -95,9 +95,9 @@ def _states(spec: pytree.TreeSpec, leaves: Iterable[Tensor], shape: tuple[int, i
 
 
 def pulled(run: Callable[[States], States], states: States, gradient: list[Tensor | None]) -> list[Tensor | None]:
-    """The gradient by the flow of `states`, from that by the flow of what `run` makes of it; None where none reaches.
-
-    Parameters that are taped get theirs too.
+    """The gradient with respect to the flow of `states`, from that of the flow of `run(states)`; None where none
+    arrives.
+    Parameters with requires_grad get their gradients too.
     """
     states = states.taped()
     with torch.enable_grad():
@@ -112,7 +112,7 @@ def pulled(run: Callable[[States], States], states: States, gradient: list[Tenso
 
 @dataclass(frozen=True)
 class Call:
-    """The arguments of a block beside its hidden states: `leaves`, nested as `spec` says."""
+    """A block's arguments other than its hidden states: `leaves`, nested as in `spec`."""
 
     leaves: list[Any]
     spec: pytree.TreeSpec
@@ -122,18 +122,18 @@ class Call:
         return cls(*pytree.tree_flatten((args, kwargs)))
 
     def arguments(self, leaves: list[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Positional and keyword arguments, `leaves` in the places of these."""
+        """Positional and keyword arguments, with `leaves` in place of the original ones."""
         args, kwargs = pytree.tree_unflatten(leaves, self.spec)
         return args, kwargs
 
 
 @dataclass(frozen=True)
 class Recording:
-    """One forward pass of the model with its blocks stubbed.
+    """One forward pass of the model with stubbed blocks.
 
-    entered  the hidden states that enter each block, as the model lays them out
-    calls    what each block was called with
-    handed   what each stub returned beside hidden states
+    entered  the hidden states that enter each block, in the model's layout
+    calls    the other arguments of each block
+    handed   the values that each stub returned next to hidden states
     """
 
     entered: list[Tensor]
@@ -142,18 +142,18 @@ class Recording:
 
     @property
     def hidden(self) -> Tensor:
-        """What enters the first block."""
+        """The hidden states that enter the first block."""
         return self.entered[0]
 
 
 @dataclass(frozen=True)
 class Wiring:
-    """How a model's blocks are connected beside their hidden states.
+    """Connections between a model's blocks other than hidden states.
 
-    rows      the dimension of the model's hidden states that sequences lie along
-    own       the arguments that depend on the tokens, and the dimension that sequences lie along in each
-    returned  the arguments that an earlier block returned, by the name States.carried has for them
-    stores    the arguments that are mappings for blocks to leave things in, by that name
+    rows      the sequence dimension of the model's hidden states
+    own       arguments that depend on the tokens, with the sequence dimension of each
+    returned  arguments returned by an earlier block, with their names in States.carried
+    stores    arguments that are mappings for blocks to store values in, with their names there
     """
 
     rows: int
@@ -163,22 +163,22 @@ class Wiring:
 
     @property
     def carries(self) -> bool:
-        """True if blocks hand each other more than hidden states."""
+        """True if blocks pass on more than hidden states."""
         return bool(self.returned or self.stores)
 
     def is_given(self, index: int, at: int) -> bool:
-        """True if the model gives block `index` this argument, and no block before it."""
+        """True if the model itself computes this argument of block `index`."""
         return (index, at) not in self.returned and (index, at) not in self.stores
 
     def template(self, recording: Recording) -> list[Call]:
-        """The calls of `recording` without what belongs to its tokens."""
+        """The calls of `recording` without the arguments that depend on its tokens."""
         return [
             Call([None if (i, at) in self.own else leaf for at, leaf in enumerate(call.leaves)], call.spec)
             for i, call in enumerate(recording.calls)
         ]
 
     def states(self, recording: Recording, shape: tuple[int, int]) -> States:
-        """What `recording` says of a batch of `shape`."""
+        """The states for `recording` of a batch of `shape`."""
         own = {(i, at): recording.calls[i].leaves[at].movedim(dimension, 0) for (i, at), dimension in self.own.items()}
         return States(recording.hidden.movedim(self.rows, 0), shape, own)
 
@@ -216,9 +216,9 @@ def _name(index: int, number: int) -> str:
 
 
 def wiring_of(one: Recording, other: Recording, longer: Recording) -> Wiring:
-    """The wiring that three recordings show.
+    """The wiring derived from three recordings.
 
-    one, other  of two batches of one shape that differ in every token
+    one, other  of two batches of equal shape that differ in every token
     longer      of a batch with more sequences
     """
     handed = {id(value): _name(i, number) for i, row in enumerate(one.handed) for number, value in enumerate(row)}
@@ -237,7 +237,7 @@ def wiring_of(one: Recording, other: Recording, longer: Recording) -> Wiring:
 
 
 def alike(one: Any, other: Any) -> bool:
-    """True if two arguments say the same to a block."""
+    """True if two arguments are equal for a block."""
     if isinstance(one, Tensor) and isinstance(other, Tensor):
         return one is other or (one.shape == other.shape and torch.equal(one, other))
     plain = (bool, int, float, str, type(None), Tensor)
@@ -245,7 +245,7 @@ def alike(one: Any, other: Any) -> bool:
 
 
 def _rows(short: Any, long: Any) -> int:
-    """The dimension that grows with the number of sequences. CheckpointError where none does, or several do."""
+    """The dimension that grows with the number of sequences. CheckpointError if there is none, or several."""
     both = isinstance(short, Tensor) and isinstance(long, Tensor) and short.ndim == long.ndim
     grown = [i for i in range(short.ndim) if short.shape[i] != long.shape[i]] if both else []
     if len(grown) != 1:

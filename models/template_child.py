@@ -1,7 +1,7 @@
-"""The child of models/chat.py: renders chat templates as transformers does, within limits.
+"""Child process of models/chat.py: renders chat templates as transformers does, within limits.
 
-Run as a script by a bare interpreter. argv: where modules are found, as JSON; bytes of memory, seconds of processor
-time and characters that one chat may take. A line of JSON in, a line of JSON out.
+Run as a script by a bare interpreter. argv: module paths as JSON, bytes of memory, seconds of processor time and
+characters per chat. Reads and answers one line of JSON at a time.
 """
 
 import json
@@ -16,7 +16,7 @@ from transformers.utils.chat_template_utils import render_jinja_template  # noqa
 
 
 def main(nbytes: int, seconds: int, characters: int) -> None:
-    """Answer each line; the kernel ends this process where one takes too long."""
+    """Answer each line. The kernel kills this process if one takes too long."""
     with open("/proc/self/statm") as file:
         taken = int(file.read().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (taken + nbytes, taken + nbytes))
@@ -34,7 +34,7 @@ def _answer(request: dict[str, Any], characters: int) -> dict[str, Any]:
         text = render_jinja_template([request["messages"]], **request["settings"])[0][0]
     except MemoryError:
         return {"limit": "memory"}
-    except Exception as error:  # noqa: BLE001  # a template is a program of the model's, and may raise anything
+    except Exception as error:  # noqa: BLE001  # a template is untrusted code, and may raise anything
         return {"refused": (str(error) or type(error).__name__)[:300]}
     return {"text": text} if len(text) <= characters else {"limit": "text"}
 

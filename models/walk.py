@@ -1,8 +1,8 @@
-"""Running a model block by block: one block in memory at a time, whatever the architecture.
+"""Block-by-block execution of a model of any architecture, with one block in memory at a time.
 
-The model's own forward pass is run twice with its blocks stubbed out: once to learn what each block is called with
-(hidden states, masks, rotary tables), once to turn the last hidden states into logits. Between the two, each block is
-called directly with those arguments (models/states.py tells what they depend on).
+The model's own forward pass runs twice with stubbed blocks: once to record the arguments of each block (hidden states,
+masks, rotary tables), once to turn the last hidden states into logits. In between, each block is called directly with
+those arguments (models/states.py describes their kinds).
 """
 
 from collections.abc import Callable, Iterator
@@ -19,22 +19,22 @@ from lowbit.models.products import rounded_inputs
 from lowbit.models.skeleton import Skeleton, empty, fill, hollow
 from lowbit.models.states import Call, Recording, States, Wiring, alike, wiring_of
 
-HEAD_SLICE = 1 << 25  # elements of the head converted at once: 128 MiB in float32
+HEAD_SLICE = 1 << 25  # elements of the head converted at a time: 128 MiB in float32
 NOT_BY_BLOCKS = (
     "it cannot be run block by block. Methods without calibration take it (int8, rtn), with --eval-windows 0"
 )
-LOOK_TOKENS = 8  # tokens of a sequence that the wiring of blocks is learned from
+LOOK_TOKENS = 8  # tokens per sequence for learning the wiring of blocks
 
 
 class _Stop(Exception):
-    """Ends a forward pass whose rest is not needed."""
+    """Stops a forward pass early."""
 
 
 @dataclass
 class Walk:
     """A walk through the blocks of `skeleton` on `device` in `dtype`.
 
-    calls  what blocks are called with, by the (batch, length) it holds for; filled by `start`
+    calls  arguments of blocks by (batch, length); filled by `start`
     """
 
     skeleton: Skeleton
@@ -46,24 +46,24 @@ class Walk:
 
     @property
     def wiring(self) -> Wiring:
-        """How the blocks are connected; known once a walk has started."""
+        """The connections between blocks, known after `start`."""
         assert self._wiring is not None, "a walk starts before its blocks run"
         return self._wiring
 
     @torch.no_grad()
     def start(self, batches: list[Tensor]) -> list[States]:
-        """What enters the first block, for each batch of token ids (B, T)."""
+        """The input states of the first block, for each batch of token ids (B, T)."""
         self._require_positions(max(batch.shape[1] for batch in batches))
         with self._entrance():
             self._learn(batches[0].to(self.device))
             return [self._embed(batch.to(self.device)) for batch in batches]
 
     def run(self, index: int, states: States) -> States:
-        """What block `index`, whose module must be loaded, makes of `states`."""
+        """The output states of block `index`, whose module must be loaded."""
         return self.run_module(self.skeleton.blocks[index].module, index, states)
 
     def run_module(self, module: nn.Module, index: int, states: States) -> States:
-        """What `module`, a copy of block `index` called as that block would be, makes of `states`."""
+        """The output states of `module`, a copy of block `index` that is called like that block."""
         wiring, call = self.wiring, self.calls[states.shape][index]
         leaves, stores = wiring.entering(index, call, states)
         args, kwargs = call.arguments(leaves)
@@ -73,28 +73,29 @@ class Walk:
 
     @torch.no_grad()
     def logits(self, ids: list[Tensor], left: list[States]) -> Iterator[Tensor]:
-        """The logits (B, T, vocabulary) for each batch of `ids`, from what `left` the last block."""
+        """The logits (B, T, vocabulary) for each batch of `ids`, from the last block's output states `left`."""
         with self.head_loaded():
             for batch, states in zip(ids, left, strict=True):
                 yield self.logits_of(batch, states.hidden)
 
     def logits_of(self, ids: Tensor, hidden: Tensor) -> Tensor:
-        """The logits (B, T, vocabulary) for one batch; the head must be loaded. A tape runs through it to `hidden`."""
+        """The logits (B, T, vocabulary) of one batch, differentiable with respect to `hidden`. The head must be
+        loaded."""
         answer = self._wrapped(hidden.movedim(0, self.wiring.rows))
         with self._stubs(lambda index, args, kwargs: answer):
             return self.skeleton.model(input_ids=ids.to(self.device), use_cache=False).logits
 
     def loaded(self, index: int) -> Any:
-        """A context in which block `index` is in memory."""
+        """A context with block `index` in memory."""
         block = self.skeleton.blocks[index]
         return self.skeleton.loaded(block.name, block.tensors, self.device, self.dtype)
 
     def _quantized_inputs(self, index: int) -> Any:
-        """A context in which the block rounds its linears' inputs where its file says so."""
+        """A context in which the block rounds its linears' inputs if its file has them quantized."""
         return rounded_inputs(self.skeleton.blocks[index], self.skeleton.model, self.skeleton.inputs)
 
     def _require_positions(self, length: int) -> None:
-        """CheckpointError where the model looks positions up in a table (GPT-2, OPT) that ends before `length`."""
+        """CheckpointError if the model has a table of positions (GPT-2, OPT) shorter than `length`."""
         model = self.skeleton.model
         limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or length
         tables = [module for module in model.modules() if isinstance(module, nn.Embedding)]
@@ -113,7 +114,7 @@ class Walk:
         return self.wiring.states(recording, shape)
 
     def _record(self, batch: Tensor, change: float = 0.0) -> Recording:
-        """The calls of blocks for a batch, up to the last of them; stubs add `change` to hidden states."""
+        """The calls of all blocks for a batch. Stubs add `change` to hidden states."""
         calls: list[Call] = []
         entered: list[Tensor] = []
         handed: list[tuple[Tensor, ...]] = []
@@ -125,7 +126,7 @@ class Walk:
             entered.append(hidden)
             if index == len(self.skeleton.blocks) - 1:
                 raise _Stop
-            # tensors of nobody's: where one turns up among a later block's arguments, the model hands it on
+            # unique tensors: if one turns up among a later block's arguments, the model passes it on
             handed.append(tuple(hidden.new_empty(0) for _ in range((self._returned or 1) - 1)))
             return self._wrapped(hidden + change if change else hidden, handed[-1])
 
@@ -134,7 +135,7 @@ class Walk:
         return Recording(entered, calls, handed)
 
     def _require_alike(self, known: list[Call], calls: list[Call]) -> None:
-        """CheckpointError where a batch calls blocks otherwise than one before it of the same shape."""
+        """CheckpointError if a batch calls blocks with other arguments than an earlier one of the same shape."""
         compared: dict[tuple[int, int], bool] = {}
         for index, (one, other) in enumerate(zip(known, calls, strict=True)):
             for pair in zip(one.leaves, other.leaves, strict=True):
@@ -143,12 +144,12 @@ class Walk:
                     compared[key] = alike(*pair)
                 if not compared[key]:
                     raise CheckpointError(
-                        f"{self.skeleton.blocks[index].name} is called with an argument that is another for every "
-                        "batch, and was not on a few tokens: the model cannot be run block by block"
+                        f"{self.skeleton.blocks[index].name} is called with an argument that changes with every  "
+                        "batch, but did not on a few tokens: the model cannot be run block by block"
                     )
 
     def _learn(self, batch: Tensor) -> None:
-        """What blocks return, and how they are connected."""
+        """Learn the return values of blocks, and their wiring."""
         if self._wiring is not None:
             return
         length = min(LOOK_TOKENS, batch.shape[1])
@@ -162,9 +163,9 @@ class Walk:
         self._require_direct(tokens[:2], others[:2], plain)
 
     def _require_direct(self, tokens: Tensor, others: Tensor, plain: Recording) -> None:
-        """CheckpointError where the model itself computes with what blocks return, and hands a later block the result.
+        """CheckpointError if the model computes with block outputs between its blocks, or between blocks and head.
 
-        others  as many tokens, each another
+        others  as many tokens, all different
         plain   the recording of `tokens`
         """
         changed = self._record(tokens, change=1.0)
@@ -184,7 +185,7 @@ class Walk:
             )
 
     def _require_one_run_each(self, batch: Tensor) -> None:
-        """CheckpointError where the model does not run its blocks one after another, each once."""
+        """CheckpointError if the model does not run its blocks in order, each once."""
         order, _ = self._before_head(batch, change=0.0)
         if order != list(range(len(self.skeleton.blocks))):
             raise CheckpointError(
@@ -193,9 +194,9 @@ class Walk:
             )
 
     def _before_head(self, batch: Tensor, change: float) -> tuple[list[int], list[Tensor]]:
-        """The order of blocks in a forward pass, and the tensor that enters the head.
+        """The order of blocks in a forward pass, and the input of the head.
 
-        Every stub adds `change` to its hidden states, but for the last one, which returns ones.
+        Every stub adds `change` to its hidden states, except the last one, which returns ones.
         """
         order: list[int] = []
         entering: list[Tensor] = []
@@ -241,14 +242,14 @@ class Walk:
             return
 
     def _wrapped(self, hidden: Tensor, rest: tuple[Any, ...] | None = None) -> Any:
-        """`hidden` as blocks return it; `rest`, or nothing, in the other places."""
+        """`hidden` in the form that blocks return, with `rest` or None in the other places."""
         if self._returned is None:
             return hidden
         return hidden, *(rest if rest is not None else (None,) * (self._returned - 1))
 
     @contextmanager
     def _stubs(self, answer: Callable[[int, tuple[Any, ...], dict[str, Any]], Any]) -> Iterator[None]:
-        """Blocks answer with `answer(index, args, kwargs)` instead of computing."""
+        """A context in which blocks return `answer(index, args, kwargs)` instead of computing."""
         modules = [block.module for block in self.skeleton.blocks]
         for index, module in enumerate(modules):
             module.forward = lambda *args, _index=index, **kwargs: answer(_index, args, kwargs)
@@ -260,16 +261,16 @@ class Walk:
 
     @contextmanager
     def _entrance(self) -> Iterator[None]:
-        """In memory: all of the model but its blocks and its head."""
+        """A context with the model in memory, without its blocks and its head."""
         with self._filled(self.skeleton.model.get_output_embeddings()):
             yield
 
     @contextmanager
     def head_loaded(self) -> Iterator[None]:
-        """In memory: all of the model but its blocks and its embeddings, which are zeros.
+        """A context with the model in memory, without its blocks, and with zeros as embeddings.
 
-        The head is often the largest matrix of all: it keeps the file's dtype, and is brought to the walk's a slice at
-        a time while it multiplies.
+        The head is often the largest matrix: it stays in the file's dtype, and is converted in slices during the
+        product.
         """
         model = self.skeleton.model
         head, embeddings = _linear_head(model), model.get_input_embeddings()
@@ -284,7 +285,7 @@ class Walk:
 
     @contextmanager
     def _filled(self, *skipped: nn.Module | None) -> Iterator[None]:
-        """In memory: every module but the blocks, the towers and `skipped`."""
+        """A context with all modules in memory except blocks, towers and `skipped`."""
         model = self.skeleton.model
         stubs = set(self.skeleton.towers())
         stubs |= {name for name, module in model.named_modules() if any(module is other for other in skipped)}
@@ -303,7 +304,7 @@ class Walk:
             empty([*owners.values(), *hollowed])
 
     def _head_tensors(self, head: nn.Module) -> dict[str, Placement]:
-        """The file's tensors of the head; for what it is tied to, the embeddings above all, that one's."""
+        """The file's tensors for the head, or for the parameter it is tied to (usually the embeddings)."""
         name = next(name for name, module in self.skeleton.model.named_modules() if module is head)
         keys = {place.parameter: key for key, place in self.skeleton.others.items()}
         found = {}
@@ -324,7 +325,7 @@ def _linear_head(model: Any) -> Any:
 
 
 def _sliced_linear(x: Tensor, linear: nn.Linear) -> Tensor:
-    """`linear(x)` in the dtype of `x`, the weight converted HEAD_SLICE elements at a time."""
+    """`linear(x)` in the dtype of `x`, with the weight converted HEAD_SLICE elements at a time."""
     n, k = linear.weight.shape
     rows = max(HEAD_SLICE // k, 1)
     result = x.new_empty(*x.shape[:-1], n)
@@ -336,5 +337,5 @@ def _sliced_linear(x: Tensor, linear: nn.Linear) -> Tensor:
 
 
 def _within(name: str, outer: set[str]) -> bool:
-    """True if the module `name` is one of `outer` or inside one."""
+    """True if the module `name` is in `outer`, or inside a module in it."""
     return any(name == other or name.startswith(other + ".") for other in outer)

@@ -108,5 +108,5 @@ def test_what_cannot_be_kept_is_refused(sources):
         job_of(sources["llama"], schemes={"nothing": "int8-channel"})
     with pytest.raises(RecipeError, match="holds one scheme"):
         spend(job_of(sources["llama"], target_bits=5.0, format="gptq"), TOKENS)
-    with pytest.raises(RecipeError, match="inputs in 16"):
+    with pytest.raises(RecipeError, match="16-bit inputs"):
         complete_recipe({"method": "smoothquant", "target_bits": 6.0})

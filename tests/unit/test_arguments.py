@@ -123,7 +123,7 @@ def test_what_is_quantized(model: Path, name: str, value: Any, kind: type[Lowbit
 
 @pytest.mark.parametrize("device", ["mps", "meta", "xpu:0"])
 def test_devices_that_nothing_computes_on(device: str) -> None:
-    with pytest.raises(DeviceError, match=f"device '{device}': nothing here computes on"):
+    with pytest.raises(DeviceError, match=f"device '{device}': .* is not supported"):
         check_device(device)
 
 
