@@ -1,4 +1,4 @@
-"""What `quantize` measures of its own result: original and checkpoint on text that calibration never takes."""
+"""Measurements that `quantize` makes of its own result, on text that calibration never uses."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,36 +14,36 @@ from lowbit.models.source import Source
 
 CONTEXT = 512
 MEASURES = ("ppl", "kl")
-HELDOUT = "builtin held-out"  # what rows call that text
+HELDOUT = "builtin held-out"  # name of that text in rows
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Scores of the original and of the checkpoint, and the rows that the checkpoint keeps; both empty for nothing."""
+    """Scores of the original and of the checkpoint, and rows for the checkpoint; both empty if nothing was measured."""
 
     scores: tuple[Score, ...]
     rows: tuple[dict[str, Any], ...]
 
     @property
     def divergence(self) -> dict[str, Any] | None:
-        """The row of the divergence, where it was measured."""
+        """The row of the divergence, if measured."""
         return next((row for row in self.rows if row["evaluation"] == "divergence"), None)
 
     def labelled(self, original: str, quantized: str) -> list[dict[str, Any]]:
-        """The rows with the two models under names that may be published."""
+        """The rows with publishable names for the two models."""
         names = {"model": quantized, "text": HELDOUT}
         return [row | names | {"baseline": row["baseline"] | {"model": original}} for row in self.rows]
 
 
 def parse_measures(text: str) -> tuple[str, ...]:
-    """`ppl,kl` as names; UsageError names the nearest to one that is unknown."""
+    """The names in `ppl,kl`. UsageError for an unknown one names the nearest."""
     names = tuple(name.strip() for name in text.split(",") if name.strip())
     require_measures(names)
     return names
 
 
 def require_measures(names: Sequence[str], windows: int = 0) -> None:
-    """UsageError names the nearest measure to one that is unknown; there is no negative number of windows either."""
+    """UsageError for an unknown measure, with the nearest name, or for a negative number of windows."""
     if windows < 0:
         raise UsageError(f"eval_windows is {windows}: a number of windows is needed, 0 for none")
     for name in names:
@@ -54,13 +54,13 @@ def require_measures(names: Sequence[str], windows: int = 0) -> None:
 def measure(
     original: Source, written: Source, text: str, windows: int, measures: tuple[str, ...], device: str
 ) -> Measured:
-    """What `measures` ask for on the first `windows` of `text`, a block in memory at a time; nothing for 0 windows.
+    """The `measures` on the first `windows` of `text`, one block in memory at a time. Empty for 0 windows.
 
-    CheckpointError where a loss is not finite.
+    CheckpointError if a loss is not finite.
     """
     if not windows or not measures:
         return Measured((), ())
-    begins = len(leading_bos(original.tokenizer())) > 0  # such a model is never used without
+    begins = len(leading_bos(original.tokenizer())) > 0  # such a model is always used with BOS
     protocol = Protocol(context_for(original), windows=windows, bos=begins)
     before, after = (open_backend("blocks", source, device) for source in (original, written))
     if "kl" in measures:
@@ -79,7 +79,7 @@ def measure(
 
 
 def context_for(source: Source) -> int:
-    """Tokens in a scored window: CONTEXT, or what the model has positions for."""
+    """Tokens per scored window: CONTEXT, or the model's positions if there are fewer."""
     return min(CONTEXT, source.positions or CONTEXT)
 
 

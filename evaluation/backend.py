@@ -1,7 +1,7 @@
-"""What computes logits for an evaluation: one small interface, and a table of who offers it.
+"""Backends that compute logits for evaluations: one small interface, and a table of implementations.
 
-An evaluation never asks who computes. It hands over batches of token ids and takes float32 logits, or log-likelihoods
-where that is all a backend has.
+Evaluations do not depend on the backend. They pass batches of token ids and receive float32 logits, or only
+log-likelihoods if a backend has nothing else.
 """
 
 from abc import ABC, abstractmethod
@@ -26,19 +26,19 @@ from lowbit.models.skeleton import Block, Skeleton, fill, open_skeleton
 from lowbit.models.source import Source
 from lowbit.models.walk import Walk
 
-LONGEST_CONTEXT = 16384  # positions that the engine is loaded with
-MEMORY_SHARE = 0.6  # of free memory that weights may take; the rest is for logits
-HIDDEN_BYTES = 1 << 30  # hidden states that a walk through the blocks keeps at once
-LOSS_ROWS = 256  # tokens whose log-likelihoods are taken at once: more falls out of the processor's cache
+LONGEST_CONTEXT = 16384  # longest context that the engine is loaded with
+MEMORY_SHARE = 0.6  # of free memory that weights may use; the rest is for logits
+HIDDEN_BYTES = 1 << 30  # hidden states kept at once during a walk through the blocks
+LOSS_ROWS = 256  # tokens per call of the loss: more falls out of the processor's cache
 
 
 class Backend(ABC):
-    """A model that is evaluated.
+    """A model under evaluation.
 
     source   its files
-    device   where it computes
-    dtype    of weights and activations; logits are float32 whatever it is
-    on_block  told of blocks done and blocks in all, by backends that hold one block at a time
+    device   device it computes on
+    dtype    of weights and activations; logits are always float32
+    on_block  called with (blocks done, blocks in total) by backends that hold one block at a time
     """
 
     name: ClassVar[str]
@@ -49,29 +49,29 @@ class Backend(ABC):
 
     @abstractmethod
     def logits(self, batches: Iterable[Tensor]) -> Iterator[Tensor]:
-        """float32 logits (B, T, vocabulary) for each batch of ids (B, T) int64, in order, as they are ready."""
+        """float32 logits (B, T, vocabulary) for each batch of ids (B, T) int64, in order, yielded as computed."""
 
     @abstractmethod
     def generate(self, prompt: Sequence[int], tokens: int, stops: Sequence[str] = ()) -> list[int]:
-        """At most `tokens` ids that the model writes greedily after `prompt`; an end token is not among them.
+        """The greedy continuation of `prompt`, at most `tokens` ids, without the end token.
 
-        stops  it may stop once one of these strings is written; some backends write on, so the caller cuts
+        stops  generation may stop after one of these strings; some backends ignore them, so the caller must cut
         """
 
     def log_likelihoods(self, batches: Iterable[Tensor]) -> Iterator[Tensor]:
-        """float32 log-likelihoods (B, T - 1) on the CPU of each batch's ids (B, T) after the first, in nats."""
+        """float32 log-likelihoods (B, T - 1) in nats, on the CPU, of each batch's ids (B, T) after the first."""
         kept: list[Tensor] = []
         for logits in self.logits(_remembered(batches, kept)):
             yield token_log_likelihoods(logits, kept.pop(0).to(logits.device)).cpu()
 
     def known(self, batches: Iterable[Tensor]) -> Iterator[Tensor]:
-        """The batches. CheckpointError at one with an id that is none of the model's."""
+        """The batches. CheckpointError for an id outside the vocabulary."""
         for ids in batches:
             self.source.require_known(ids)
             yield ids
 
     def end_tokens(self) -> frozenset[int]:
-        """Ids that end a text, from the generation config, the configuration and the tokenizer."""
+        """Ids of end tokens, from the generation config, the configuration and the tokenizer."""
         own = getattr(self.source.config.get_text_config(), "eos_token_id", None)
         ends = [*stop_tokens_of(self.source.checkpoint, self.source.vocabulary), self.source.tokenizer().eos_token_id]
         ends += own if isinstance(own, list) else [own]
@@ -79,7 +79,7 @@ class Backend(ABC):
 
 
 class TransformersBackend(Backend):
-    """transformers' own model with every weight in memory, packed ones dequantized; inputs are rounded."""
+    """transformers' model with all weights in memory. Packed weights are dequantized, inputs are rounded."""
 
     name = "transformers"
 
@@ -98,7 +98,7 @@ class TransformersBackend(Backend):
     def generate(self, prompt: Sequence[int], tokens: int, stops: Sequence[str] = ()) -> list[int]:
         [ids] = self.known([torch.tensor([list(prompt)], device=self.device)])
         ends = self.end_tokens()
-        # Greedy decoding is asked for here alone; a model's own sampling settings would only draw warnings.
+        # Only greedy decoding is requested; a model's own sampling settings would cause warnings.
         greedy = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None, "max_length": None}
         stopping = {"stop_strings": list(stops), "tokenizer": self.source.tokenizer()} if stops else {}
         with _file_inputs(self._skeleton):
@@ -115,7 +115,7 @@ class TransformersBackend(Backend):
 
 
 class BlocksBackend(Backend):
-    """transformers' model a block at a time, straight from the files: slower, and no model is too large for it."""
+    """transformers' model one block at a time, straight from the files: slower, but for models of any size."""
 
     name = "blocks"
 
@@ -140,7 +140,7 @@ class BlocksBackend(Backend):
 
 
 class EngineBackend(Backend):
-    """lowbit's own engine, which computes with packed weights and 8-bit activations as they are."""
+    """lowbit's own engine, which computes with packed weights and 8-bit activations directly."""
 
     name = "engine"
 
@@ -160,7 +160,7 @@ class EngineBackend(Backend):
 
 
 class VllmBackend(Backend):
-    """vLLM, which knows the log-likelihoods of given tokens but hands no distribution out."""
+    """vLLM, which returns log-likelihoods of given tokens but no distributions."""
 
     name = "vllm"
 
@@ -188,16 +188,16 @@ BACKENDS: dict[str, type[Backend]] = {
 
 
 def open_backend(name: str, source: Source, device: str, dtype: torch.dtype = torch.float32) -> Backend:
-    """The backend called `name` for `source`; nothing is loaded before it is asked for something."""
+    """The backend `name` for `source`. Weights are loaded on first use."""
     if name not in BACKENDS:
         raise UsageError(f"unknown backend {name!r}; {nearest(name, BACKENDS)}")
     return BACKENDS[name](source, device, dtype)
 
 
 def choose_backend(source: Source, device: str, dtype: torch.dtype, together: int = 1) -> str:
-    """`transformers` where `together` such models fit the free memory of `device`; else `blocks`."""
+    """ "transformers" if `together` such models fit the free memory of `device`, otherwise "blocks"."""
     parameters = sum(entry.numel for entry in source.checkpoint.entries.values())
-    packed = 8 if source.checkpoint.quantization else 1  # int32 words hold up to eight weights
+    packed = 8 if source.checkpoint.quantization else 1  # an int32 word holds up to eight weights
     need = parameters * packed * dtype.itemsize * together
     if torch.device(device).type == "cuda":
         free = torch.cuda.mem_get_info(device)[0]
@@ -207,12 +207,12 @@ def choose_backend(source: Source, device: str, dtype: torch.dtype, together: in
 
 
 def load_dense(source: Source, device: str = "cpu", dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """transformers' model with every weight in memory, packed ones dequantized."""
+    """transformers' model with all weights in memory, packed ones dequantized."""
     return fill_all(open_skeleton(source), device, dtype).model
 
 
 def fill_all(skeleton: Skeleton, device: str, dtype: torch.dtype) -> Skeleton:
-    """`skeleton` with every weight of its model in memory, in `dtype` on `device`."""
+    """`skeleton` with all weights of its model in memory, in `dtype` on `device`."""
     tensors = dict(skeleton.others)
     for block in skeleton.blocks:
         tensors |= block.tensors
@@ -222,13 +222,13 @@ def fill_all(skeleton: Skeleton, device: str, dtype: torch.dtype) -> Skeleton:
 
 
 def _file_inputs(skeleton: Skeleton) -> AbstractContextManager[Any]:
-    """A context in which the filled model's linears compute with rounded inputs, where its file says so."""
+    """A context in which the filled model's linears round their inputs if the file has them quantized."""
     linears = [spec for block in skeleton.blocks for spec in block.linears]
     return rounded_inputs(Block("", skeleton.model, linears=linears), skeleton.model, skeleton.inputs)
 
 
 def token_log_likelihoods(logits: Tensor, ids: Tensor) -> Tensor:
-    """float32 (B, T - 1): the log-likelihood of every id (B, T) but the first under logits (B, T, vocabulary)."""
+    """float32 (B, T - 1): log-likelihoods of all ids (B, T) but the first, from logits (B, T, vocabulary)."""
     rows = logits[:, :-1].reshape(-1, logits.shape[-1])
     targets = ids[:, 1:].reshape(-1)
     parts = zip(rows.split(LOSS_ROWS), targets.split(LOSS_ROWS), strict=True)
@@ -248,7 +248,7 @@ def _remembered(batches: Iterable[Tensor], kept: list[Tensor]) -> Iterator[Tenso
 
 
 def _piece(batches: Iterator[Tensor], tokens: int) -> list[Tensor]:
-    """The next batches that hold at most `tokens` tokens, at least one; empty at the end."""
+    """The next batches with at most `tokens` tokens in total, but at least one; empty at the end."""
     piece = list(islice(batches, 1))
     while piece and sum(batch.numel() for batch in piece) + piece[0].numel() <= tokens:
         following = list(islice(batches, 1))

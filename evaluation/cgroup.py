@@ -1,4 +1,4 @@
-"""A control group that bounds the memory of all processes in it together, where this user may make one."""
+"""A control group that limits the total memory of its processes, if this user may create one."""
 
 import os
 import secrets
@@ -8,12 +8,13 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 ROOT = Path("/sys/fs/cgroup")
-PATIENCE = 2.0  # seconds that killed processes get to be gone
+PATIENCE = 2.0  # seconds to wait for killed processes
 
 
 @contextmanager
 def memory_group(nbytes: int) -> Iterator[Path | None]:
-    """A new group in this process's own, limited to `nbytes` without swap; None where none can be made."""
+    """A context with a new group inside this process's own, limited to `nbytes` without swap; None if it cannot be
+    created."""
     group = next((made for parent in _parents() if (made := _made(parent, nbytes)) is not None), None)
     try:
         yield group
@@ -45,7 +46,7 @@ def _made(parent: Path, nbytes: int) -> Path | None:
     except OSError:
         group.rmdir()
         return None
-    with suppress(OSError):  # no swap to bound, or none that is counted
+    with suppress(OSError):  # no swap, or swap without accounting
         (group / "memory.swap.max").write_text("0")
     return group
 
@@ -56,5 +57,5 @@ def _remove(group: Path) -> None:
         try:
             group.rmdir()
             return
-        except OSError:  # processes that were killed are still going
+        except OSError:  # killed processes are still exiting
             time.sleep(0.01)

@@ -1,10 +1,10 @@
-"""pass@1: does the function that the model writes do what its tests ask?
+"""pass@1 on programming problems: the share of generated functions that pass their tests.
 
 Problems are JSON lines in HumanEval's layout (Chen et al. 2021, section 2): a prompt that ends in a function's
 signature and docstring, tests that define check(candidate), and the function's name. The model completes the prompt
-once, greedily; what it wrote is cut where the function ends. The program runs in one process and its tests in another,
-which calls the function and compares what comes back: plain values (numbers, texts, bytes, lists, tuples, sets,
-dictionaries, ranges; an iterator as what it yields).
+once, greedily; its text is cut at the end of the function. The program runs in one process and its tests in another.
+The test process calls the function and compares plain values (numbers, texts, bytes, lists, tuples, sets, dictionaries,
+ranges; an iterator as the values it yields).
 """
 
 import re
@@ -21,7 +21,7 @@ from lowbit.evaluation.sandbox import Limits, Program, run_program
 from lowbit.export.plain import parse_json
 
 FIELDS = ("task_id", "prompt", "entry_point", "test")
-# A line that begins at the margin ends the function: what Chen et al. stop at, and a Markdown fence.
+# A line at the margin ends the function: the stop strings of Chen et al., and a Markdown fence.
 MARGIN = re.compile(r"^(?:class |def |#|if |print|@|assert |import |from |```)", re.MULTILINE)
 
 
@@ -35,18 +35,18 @@ class Problem:
     test: str
 
     def program(self, completion: str) -> Program:
-        """The prompt with its completion, and the tests that pass where it is right."""
+        """The prompt with its completion, and the tests that a correct one passes."""
         tests = f"{self.test}\n\ncheck({self.entry_point})\n"
         return Program(self.prompt + completion, self.entry_point, tests, self._helpers())
 
     def _helpers(self) -> str:
-        """What of the prompt stands before the function: imports, and functions that the tests may call too."""
+        """The part of the prompt before the function: imports, and functions that tests may call too."""
         heads = list(re.finditer(rf"^(?:@.*\n)*(?:async )?def {self.entry_point}\b", self.prompt, re.MULTILINE))
         return self.prompt[: heads[-1].start()] if heads else ""
 
 
 def read_problems(path: Path) -> list[Problem]:
-    """The problems in a .jsonl file. CheckpointError names the line and what it lacks."""
+    """The problems in a .jsonl file. DatasetError names the line and the missing fields."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -84,11 +84,11 @@ def solve(
     library: Library | None = None,
     on_step: OnStep = silent,
 ) -> list[dict[str, Any]]:
-    """A row for each problem: task_id, passed, the reason where it did not, and the completion.
+    """One row per problem: task_id, passed, the reason if it failed, and the completion.
 
-    tokens   most that the model writes for one problem
-    limits   what each program may use
-    library  where finished problems are kept, and found again
+    tokens   longest completion
+    limits   of each program
+    library  cache of finished problems
     """
     facts = {"problems": [vars(problem) for problem in problems], "tokens": tokens, "limits": vars(limits)}
     journal = (library or Library()).journal("programs", [backend], **facts)
@@ -107,5 +107,5 @@ def solve(
 
 
 def pass_at_1(rows: Sequence[dict[str, Any]]) -> float:
-    """Share of problems whose one completion passes."""
+    """Share of problems whose completion passes."""
     return sum(row["passed"] for row in rows) / len(rows)

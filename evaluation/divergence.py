@@ -1,7 +1,8 @@
-"""How far the distributions drift apart: Kullback-Leibler divergence from the unquantized model, token by token.
+"""Kullback-Leibler divergence from the unquantized model, token by token.
 
-Perplexity sees the probability of one token; this sees all of them, and nothing cancels: KL(P || Q) = sum p log(p / q)
-is 0 only where the quantized model Q predicts exactly what the original P does. Both models read the same windows.
+Perplexity depends on the probability of one token, KL on all of them, and errors cannot cancel: KL(P || Q) = sum p
+log(p / q) is 0 only if the quantized model Q predicts exactly what the original P does. Both models read the same
+windows.
 """
 
 from collections.abc import Iterator
@@ -20,18 +21,18 @@ from lowbit.evaluation.perplexity import OnStep, Score, score_of, silent
 from lowbit.evaluation.text import Cut, require_same_tokens
 
 QUANTILES = {"median": 0.5, "p90": 0.9, "p99": 0.99, "p999": 0.999}
-WORST = 24  # tokens reported with their text, at most WORST_A_WINDOW of them from one window
+WORST = 24  # worst tokens reported with their text, at most WORST_A_WINDOW per window
 WORST_A_WINDOW = 4
-CONTEXT_SHOWN = 24  # tokens of text before a worst token
+CONTEXT_SHOWN = 24  # tokens of text shown before a worst token
 
 
 @dataclass(frozen=True)
 class Divergence:
-    """What two models make of the same windows.
+    """The comparison of two models on the same windows.
 
-    kl        (windows,) list of float32 (scored,)  KL of every scored position, in nats
-    agree     (windows,) list of bool (scored,)     whether both find the same token most likely
-    worst     rows of the worst tokens: kl, window, position, text before, the next token, what each model expected
+    kl        (windows,) list of float32 (scored,)  KL at every scored position, in nats
+    agree     (windows,) list of bool (scored,)     True if both models have the same most likely token
+    worst     rows of the worst tokens: kl, window, position, text before, next token, expectations of each model
     baseline, quantized  the losses of both on the same tokens
     """
 
@@ -43,7 +44,7 @@ class Divergence:
 
     @cached_property
     def all_kl(self) -> Tensor:
-        """Every scored position, float64."""
+        """KL at every scored position, float64."""
         return torch.cat(self.kl).double()
 
     @property
@@ -52,7 +53,7 @@ class Divergence:
 
     @property
     def mean_error(self) -> float | None:
-        """Standard error of the mean over windows, which are less dependent than tokens; None for one."""
+        """Standard error of the mean over windows, which are less dependent than tokens; None for a single window."""
         if len(self.kl) < 2:
             return None
         weight = len(self.kl) / len(self.all_kl)
@@ -61,11 +62,11 @@ class Divergence:
 
     @property
     def top1(self) -> float:
-        """Share of positions where both models find the same token most likely."""
+        """Share of positions at which both models have the same most likely token."""
         return float(torch.cat(self.agree).double().mean())
 
     def by_position(self, buckets: int = 16) -> list[dict[str, float]]:
-        """Mean KL and agreement of equal ranges of positions in a window."""
+        """Mean KL and agreement for equal ranges of positions in a window."""
         positions = torch.cat([torch.arange(first, len(ids)) for ids, first in _windows(self.baseline.cut)])
         agree, context = torch.cat(self.agree).double(), self.baseline.context
         edges = torch.linspace(1, context, min(buckets, context - 1) + 1).round().long().tolist()
@@ -78,7 +79,7 @@ class Divergence:
         return rows
 
     def survival(self, points: int = 60) -> list[tuple[float, float]]:
-        """(KL, share of tokens beyond it) at evenly spread ranks, the tail as fine as the body: for the plot."""
+        """(KL, share of tokens beyond it) at ranks spaced evenly in the logarithm, for a plot with a detailed tail."""
         ordered = self.all_kl.sort(descending=True).values
         ranks = torch.logspace(0, torch.log10(torch.tensor(float(len(ordered)))), points).round().long().unique() - 1
         return [(_round(float(ordered[rank])), _round((int(rank) + 1) / len(ordered))) for rank in ranks]
@@ -104,9 +105,9 @@ class Divergence:
 def divergence(
     quantized: Backend, baseline: Backend, cut: Cut, library: Library | None = None, on_step: OnStep = silent
 ) -> Divergence:
-    """The divergence of `quantized` from `baseline` on the windows of `cut`, which both must tokenize alike.
+    """The divergence of `quantized` from `baseline` on the windows of `cut`. Both must tokenize alike.
 
-    CheckpointError where vocabularies differ. Logits beyond the smaller vocabulary (padding rows) are an error too.
+    CheckpointError if the vocabularies differ.
     """
     require_same_vocabulary(quantized, baseline)
     journal = (library or Library()).journal("divergence", [quantized, baseline], ids=cut.ids_sha256)
@@ -127,7 +128,7 @@ def divergence(
 
 
 def require_same_vocabulary(quantized: Backend, baseline: Backend) -> None:
-    """Raise CheckpointError where the two heads have different outputs."""
+    """Raise CheckpointError if the two heads have different numbers of outputs."""
     ours, theirs = quantized.source.vocabulary, baseline.source.vocabulary
     if ours != theirs:
         raise CheckpointError(
@@ -137,7 +138,7 @@ def require_same_vocabulary(quantized: Backend, baseline: Backend) -> None:
 
 
 def _compare(p: Tensor, q: Tensor, ids: Tensor, first: int) -> dict[str, Any]:
-    """One window's row: p and q are logits (T, vocabulary) of the original and of the quantized model."""
+    """One window's row; p and q are logits (T, vocabulary) of the original and the quantized model."""
     q = q.to(p.device)
     targets = ids[first:].to(p.device)
     kls, agrees, losses_p, losses_q = [], [], [], []
@@ -150,7 +151,7 @@ def _compare(p: Tensor, q: Tensor, ids: Tensor, first: int) -> dict[str, Any]:
         agrees.append(rows_p.argmax(-1) == rows_q.argmax(-1))
         losses_p.append(-log_p.gather(-1, wanted[:, None])[:, 0])
         losses_q.append(-log_q.gather(-1, wanted[:, None])[:, 0])
-    kl = torch.cat(kls).clamp(min=0).cpu()  # rounding may take a divergence of nothing below it
+    kl = torch.cat(kls).clamp(min=0).cpu()  # rounding may make a zero divergence slightly negative
     worst = kl.topk(min(WORST_A_WINDOW, len(kl))).indices.tolist()
     return {
         "kl": [float(f"{value:.9g}") for value in kl.tolist()],
@@ -162,7 +163,8 @@ def _compare(p: Tensor, q: Tensor, ids: Tensor, first: int) -> dict[str, Any]:
 
 
 def _expected(at: int, kl: Tensor, p: Tensor, q: Tensor, wanted: int) -> dict[str, Any]:
-    """What both models expected at scored position `at`: the likeliest tokens with their probabilities."""
+    """The expectations of both models at scored position `at`: most likely token with its probability, and the next
+    token's."""
     row: dict[str, Any] = {"at": at, "kl": _round(float(kl[at]))}
     for name, logits in (("baseline", p), ("quantized", q)):
         chances = logits.softmax(-1)
@@ -187,7 +189,7 @@ def _collect(quantized: Backend, baseline: Backend, cut: Cut, journal: Journal) 
 
 
 def _in_words(decode: Any, cut: Cut, window: int, entry: dict[str, Any]) -> dict[str, Any]:
-    """A worst token with the text before it, and what each model expected as text."""
+    """A worst token with the text before it, and each model's expectation as text."""
     ids, position = cut.windows[window], cut.first[window] + entry["at"]
     row = {
         "kl": entry["kl"],
@@ -206,11 +208,11 @@ def _windows(cut: Cut) -> Iterator[tuple[Tensor, int]]:
 
 
 def _round(value: float) -> float:
-    """Six significant digits: what a reader may need, and the same on a second run."""
+    """Six significant digits: enough for readers, and reproducible."""
     return float(f"{value:.6g}")
 
 
 def require_comparable(quantized: Backend, baseline: Backend, ours: Cut, theirs: Cut) -> None:
-    """Raise CheckpointError where the two models cut a text into different tokens, or know different vocabularies."""
+    """Raise CheckpointError if the two models tokenize the text differently, or have different vocabularies."""
     require_same_tokens(quantized.source, baseline.source, ours, theirs)
     require_same_vocabulary(quantized, baseline)

@@ -1,4 +1,4 @@
-"""What both models write after the same prompts: the quickest look at whether the quantized one still makes sense."""
+"""Greedy continuations by both models for the same prompts: a quick check that the quantized one still makes sense."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,13 +17,13 @@ PROMPT = "The capital of France is"
 
 @dataclass(frozen=True)
 class Prompt:
-    """A text to go on from, or the messages of a chat."""
+    """A text to continue, or the messages of a chat."""
 
     text: str | None = None
     messages: tuple[dict[str, str], ...] | None = None
 
     def ids(self, tokenizer: Any) -> list[int]:
-        """Token ids, through the chat template where it is a chat."""
+        """Token ids of the prompt; chats go through the chat template."""
         if self.text is not None:
             return list(tokenizer(self.text).input_ids)
         if not tokenizer.chat_template:
@@ -32,14 +32,14 @@ class Prompt:
         return list(tokenizer(text, add_special_tokens=False).input_ids)
 
     def as_text(self) -> str:
-        """For people: the text, or the chat's last message."""
+        """The prompt for reports: the text, or the chat's last message."""
         return self.text if self.text is not None else (self.messages or ({"content": ""},))[-1]["content"]
 
 
 def read_prompts(path: Path) -> list[Prompt]:
-    """The prompts in a .txt file (one a line) or in a .jsonl file (objects with `prompt`, or with chat `messages`).
+    """The prompts in a .txt file (one per line) or a .jsonl file (objects with `prompt`, or with chat `messages`).
 
-    CheckpointError where the file has another layout; it names the line.
+    DatasetError with the line for any other layout.
     """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
@@ -78,9 +78,9 @@ def _is_message(value: Any) -> bool:
 def continuations(
     backend: Backend, prompts: Sequence[Prompt], tokens: int, library: Library | None = None, on_step: OnStep = silent
 ) -> list[list[int]]:
-    """What the model writes greedily after each prompt, at most `tokens` ids.
+    """The greedy continuation of each prompt, at most `tokens` ids.
 
-    library  where finished prompts are kept, and found again
+    library  cache of finished prompts
     """
     ids = [prompt.ids(backend.source.tokenizer()) for prompt in prompts]
     journal = (library or Library()).journal("generate", [backend], prompts=ids, tokens=tokens)
@@ -93,9 +93,9 @@ def continuations(
 
 
 def side_by_side(prompt: Prompt, written: list[list[int]], tokenizers: Sequence[Any]) -> dict[str, Any]:
-    """One prompt's row: the text of each model, and where there are two, for how many tokens they are the same.
+    """One prompt's row: each model's text and, for two models, the length of their common beginning.
 
-    agreed  tokens before the first that differs; `common` is their text
+    agreed  tokens before the first difference; `common` is their text
     """
     texts = [
         tokenizer.decode(ids, skip_special_tokens=True) for tokenizer, ids in zip(tokenizers, written, strict=True)

@@ -1,8 +1,8 @@
-"""What was measured is kept: an interrupted evaluation goes on where it stopped, and a finished one is not repeated.
+"""Cache of measurements: an interrupted evaluation continues where it stopped, and a finished one is not repeated.
 
-A journal is a file of JSON lines, one for each finished piece (a window, a problem, a prompt), named by a hash of all
-that decides the result: the checkpoint's weights, the token ids, the protocol, the backend and the versions. A line
-that a killed process left unfinished, or that is damaged, is dropped with all that follow.
+A journal is a file of JSON lines, one per finished piece (a window, a problem, a prompt). Its name is a hash of
+everything that determines the result: weights, token ids, protocol, backend and versions. An incomplete or damaged line
+is dropped together with all lines after it.
 """
 
 import hashlib
@@ -24,12 +24,19 @@ from lowbit.export.dialects import containers
 from lowbit.export.files import changed, is_same, survey, write_text
 from lowbit.export.plain import parse_json, read_json, require_object
 
-COMPUTING = ("*.json", "*.jinja", "*.model", "*.tiktoken", "*.txt", "*.py")  # and weights
-RESULTS = ("report.json", "quantization_report.json")  # written beside the weights, and read by people
+COMPUTING = (
+    "*.json",
+    "*.jinja",
+    "*.model",
+    "*.tiktoken",
+    "*.txt",
+    "*.py",
+)  # files that affect results, and weights
+RESULTS = ("report.json", "quantization_report.json")  # written next to the weights, for people
 
 
 class Journal:
-    """The finished pieces of one measurement. `path` None keeps them in memory alone."""
+    """The finished pieces of one measurement. With `path` None they are kept in memory only."""
 
     def __init__(self, path: Path | None = None) -> None:
         self._path = path
@@ -38,7 +45,7 @@ class Journal:
             self.rows = {row.pop("piece"): row for row in _whole_lines(path)}
 
     def add(self, piece: int, row: dict[str, Any]) -> None:
-        """Keep the result of `piece`: in the file before this returns."""
+        """Add the result of `piece`; it is in the file on return."""
         self.rows[piece] = row
         if self._path is not None:
             with self._path.open("a", encoding="utf-8") as file:
@@ -46,13 +53,13 @@ class Journal:
 
 
 class Library:
-    """The journals in `directory`; None keeps nothing on disk."""
+    """The journals in `directory`; with None nothing is written to disk."""
 
     def __init__(self, directory: Path | None = None) -> None:
         self.directory = directory
 
     def journal(self, kind: str, backends: list[Backend], **facts: Any) -> Journal:
-        """The journal of the measurement called `kind` of `backends`, decided by `facts` (JSON values) besides."""
+        """The journal of a measurement `kind` of `backends`, keyed by `facts` (JSON values) too."""
         if self.directory is None:
             return Journal()
         self.directory.mkdir(parents=True, exist_ok=True)
@@ -65,10 +72,11 @@ class Library:
         return Journal(self.directory / f"{kind}-{key[:32]}.jsonl")
 
     def fingerprint(self, directory: Path) -> str:
-        """A hash of what computes in a checkpoint: weights, configuration, tokenizer, templates and code.
+        """A hash of all files of a checkpoint that affect results: weights, configuration, tokenizer, templates and
+        code.
 
-        A file is hashed again unless it is the one that was: the same inode, size, time of writing and time of change,
-        which nobody sets back. CheckpointError where one changes while it is hashed.
+        A known file is not hashed again if inode, size, modification time and change time are equal; the change time
+        cannot be forged. CheckpointError if a file changes while it is hashed.
         """
         assert self.directory is not None
         known_path = self.directory / "hashes.json"
@@ -88,7 +96,7 @@ class Library:
 
 
 def _known_hashes(path: Path) -> dict[str, str]:
-    """The hashes that were kept; none where the file is damaged."""
+    """The stored hashes; empty if the file is damaged."""
     try:
         return {key: str(value) for key, value in read_json(path).items()}
     except CheckpointError:
@@ -96,12 +104,12 @@ def _known_hashes(path: Path) -> dict[str, str]:
 
 
 def hash_of(value: Mapping[str, Any]) -> str:
-    """SHA-256 of JSON values, whatever the order of the keys."""
+    """SHA-256 of JSON values, independent of the order of keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def _whole_lines(path: Path) -> list[dict[str, Any]]:
-    """The lines that are whole; the file is cut back to them, so that the next one begins on a line of its own."""
+    """The complete lines. Truncates the file after them, so that the next line starts on its own."""
     data, rows, whole = path.read_bytes(), [], 0
     for line in data.splitlines(keepends=True):
         try:

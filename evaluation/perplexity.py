@@ -1,4 +1,4 @@
-"""Perplexity: the protocol everybody compares, said beside the number."""
+"""Perplexity, always together with the protocol that it depends on."""
 
 import math
 from collections.abc import Callable
@@ -13,22 +13,22 @@ from lowbit.evaluation.backend import Backend
 from lowbit.evaluation.journal import Journal, Library
 from lowbit.evaluation.text import Cut
 
-MOST_NATS = 700.0  # beyond it exp() overflows
+MOST_NATS = 700.0  # exp() overflows beyond it
 OnStep = Callable[[int, int], None]
 
 
 def silent(done: int, total: int) -> None:
-    """Tells nobody."""
+    """Report nothing."""
 
 
 @dataclass(frozen=True)
 class Score:
     """A model's loss on a text.
 
-    window_nll     (windows,) float64  mean negative log-likelihood of the tokens each window scores, in nats
-    window_tokens  (windows,) int64    how many it scores
+    window_nll     (windows,) float64  mean negative log-likelihood per scored token of each window, in nats
+    window_tokens  (windows,) int64    number of scored tokens of each window
     cut            the windows, and the protocol that cut them
-    backend, dtype  who computed, and in what
+    backend, dtype  the backend, and the dtype it computed in
     """
 
     model: str
@@ -58,7 +58,7 @@ class Score:
 
     @property
     def protocol(self) -> str:
-        """In words, what it was computed in included."""
+        """The protocol in words, including the dtype."""
         return self.cut.describe(self.dtype)
 
     def as_json(self) -> dict[str, Any]:
@@ -76,7 +76,7 @@ class Score:
 
 
 def difference(score: Score, baseline: Score) -> tuple[float, float | None]:
-    """Mean paired difference of the losses in nats per token, and its standard error; None for a single window."""
+    """Mean paired difference of the losses in nats per token, and its standard error (None for a single window)."""
     weight = score.window_tokens / score.window_tokens.double().mean()
     delta = (score.window_nll - baseline.window_nll) * weight
     error = float(delta.std() / math.sqrt(len(delta))) if len(delta) > 1 else None
@@ -92,8 +92,8 @@ def describe_difference(baseline: Score, score: Score) -> str:
 def perplexity(backend: Backend, cut: Cut, library: Library | None = None, on_step: OnStep = silent) -> Score:
     """The score of a model on the windows of `cut`.
 
-    library  where finished windows are kept, and found again
-    on_step  called with windows done and windows in all
+    library  cache of finished windows
+    on_step  called with (windows done, windows in total)
     """
     journal = (library or Library()).journal("perplexity", [backend], ids=cut.ids_sha256)
     on_step(len(journal.rows), len(cut.windows))
@@ -107,7 +107,7 @@ def perplexity(backend: Backend, cut: Cut, library: Library | None = None, on_st
 
 
 def score_of(backend: Backend, cut: Cut, journal: Journal, column: str = "nll") -> Score:
-    """The score that a finished journal holds in `column`."""
+    """The score from `column` of a finished journal."""
     losses = torch.tensor([journal.rows[i][column] for i in range(len(cut.windows))], dtype=torch.float64)
     tokens = torch.tensor([len(ids) - first for ids, first in zip(cut.windows, cut.first, strict=True)])
     dtype = str(backend.dtype).removeprefix("torch.")

@@ -1,4 +1,4 @@
-"""Measurements beside the weights: `evaluation.jsonl` in a checkpoint, one row for each."""
+"""Measurements stored with a checkpoint: `evaluation.jsonl`, one row each."""
 
 import json
 from pathlib import Path
@@ -11,7 +11,7 @@ from lowbit.export.plain import read_rows
 from lowbit.export.snapshot import refuse_to_write_into
 
 FILE = "evaluation.jsonl"
-# What tells two measurements apart: a later row with all of these equal takes the place of the earlier one.
+# Keys that identify a measurement: a later row with equal values replaces the earlier one.
 IDENTITY = (
     *("evaluation", "text", "text_sha256", "protocol", "context", "windows", "backend", "device", "dtype"),
     *("task", "metric", "fewshot", "problems_sha256", "batch", "prompt", "output"),
@@ -19,7 +19,7 @@ IDENTITY = (
 
 
 def merge_rows(earlier: list[dict[str, Any]], later: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Both, in order; of two rows that measure the same thing the later one."""
+    """All rows in order; of two rows for the same measurement only the later one."""
     kept = {_identity(row): row for row in earlier}
     for row in later:
         kept.pop(_identity(row), None)
@@ -28,7 +28,7 @@ def merge_rows(earlier: list[dict[str, Any]], later: list[dict[str, Any]]) -> li
 
 
 def record(directory: Path, rows: list[dict[str, Any]]) -> None:
-    """Add `rows` to the checkpoint in `directory`, and correct its SHA256SUMS; nothing where there are none."""
+    """Add `rows` to the checkpoint in `directory`, and update its SHA256SUMS. Does nothing without rows."""
     if not rows:
         return
     refuse_to_write_into(directory)
@@ -39,7 +39,7 @@ def record(directory: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Write a file so that it is either the old one or the new one, whole; a link in its place is replaced."""
+    """Write a file atomically. A link at `path` is replaced."""
     try:
         write_text(path, text)
     except OSError as error:

@@ -1,8 +1,8 @@
-"""Running a program that nobody has read: behind walls, in time, and judged by a process that it cannot reach.
+"""Sandbox for generated programs: isolated, limited in time, and judged by a process that they cannot reach.
 
-A bare interpreter (cell/launcher.py) starts two processes, without this process's environment and files: one runs the
-program, the other its tests, which call the program's function through pipes. Each first gives up for good what it
-could do harm with (cell/walls.py). SECURITY.md says what then holds, and how each promise is tested.
+A bare interpreter (cell/launcher.py) without this process's environment and files starts two processes. One runs the
+program; the other runs its tests, which call the program's function through pipes. Each first drops its privileges for
+good (cell/walls.py). SECURITY.md lists the guarantees, and the test of each.
 """
 
 import json
@@ -30,10 +30,10 @@ sys.path.pop()
 wanted, standing = (tuple(filter(None, text.split(","))) for text in sys.argv[5:7])
 main(int(sys.argv[2]), Settings(int(sys.argv[3]), int(sys.argv[4]), wanted, standing))
 """
-SLACK = 2  # seconds of wall clock beside the program's own: two interpreters start and end
-LOOSE = 128 << 20  # bytes of a control group beside the program's own: its judge, and interpreters
+SLACK = 2  # seconds of wall clock beyond the program's own, to start and end two interpreters
+LOOSE = 128 << 20  # bytes of the control group beyond the program's own, for its judge and the interpreters
 
-# Tests that pass where the program works, cannot do what it tries, and is not told of the tests.
+# A self-test: it passes if the program runs, all its forbidden attempts fail, and it cannot see the tests.
 PROBE = """
 import collections, math, os, typing
 def attempts():
@@ -51,10 +51,10 @@ PROBED = "assert attempts() == [], f'it could do what it must not: {attempts()}'
 
 @dataclass(frozen=True)
 class Limits:
-    """What a program may use.
-
-    seconds  of wall clock, and of processor time
-    nbytes   of address space
+    """Limits of a program.
+    seconds  of wall clock and of processor time
+        seconds  of wall clock, and of processor time
+        nbytes   of address space
     """
 
     seconds: int = 10
@@ -63,12 +63,12 @@ class Limits:
 
 @dataclass(frozen=True)
 class Program:
-    """What is run, and what judges it.
-
+    """A program with its tests.
     text         the program
-    entry_point  the function of it that the tests call
-    tests        run in another process, where that name calls the program's function; they pass by reaching their end
-    helpers      run before the tests, in their process
+        entry_point  the function that the tests call
+        tests        run in another process, where that name calls the function; they pass by reaching their end
+        helpers      run before the tests, in the test process
+        helpers      run before the tests, in their process
     """
 
     text: str
@@ -79,7 +79,7 @@ class Program:
 
 @dataclass(frozen=True)
 class Outcome:
-    """True if the tests passed, in a few words why not, and behind which walls the program ran."""
+    """The result: whether the tests passed, the reason if not, and the walls that were active."""
 
     passed: bool
     reason: str = ""
@@ -88,7 +88,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Containment:
-    """How programs are held: walls that are put up where the kernel gives them, and whether bubblewrap puts up some."""
+    """A way of isolation: walls to set up if the kernel supports them, and whether bubblewrap is used."""
 
     wanted: tuple[str, ...] = (NAMESPACES, LANDLOCK)
     wrapped: bool = False
@@ -102,10 +102,10 @@ class Containment:
 
 
 def run_program(program: Program, limits: Limits, containment: Containment | None = None) -> Outcome:
-    """The outcome of a program under its tests. Whatever it does, this returns in time.
+    """The outcome of a program under its tests. It always returns in time, whatever the program does.
 
-    containment  how it is held; None for the best that there is here
-    Raises CheckpointError where it cannot be held, and has not been run.
+    containment  way of isolation; None for the best available
+    CheckpointError if the program cannot be isolated; then it was not run.
     """
     containment = containment or best_containment()
     parts = {"program": program.text, "entry_point": program.entry_point}
@@ -129,7 +129,7 @@ def run_program(program: Program, limits: Limits, containment: Containment | Non
 
 @cache
 def best_containment() -> Containment:
-    """Own namespaces; where the kernel gives none to us but bubblewrap has them, bubblewrap's."""
+    """Our own namespaces, or those of bubblewrap if the kernel allows them only there."""
     own, wrapped = Containment(), Containment((LANDLOCK,), wrapped=True)
     if shutil.which("bwrap") and NAMESPACES not in require_containment(own, strict=False):
         return wrapped if WRAPPED in require_containment(wrapped, strict=False) else own
@@ -137,9 +137,9 @@ def best_containment() -> Containment:
 
 
 def require_containment(containment: Containment | None = None, strict: bool = True) -> tuple[str, ...]:
-    """The walls that hold programs here, proved by a program that tries what it must not.
+    """The walls that hold on this machine, proved by a program that tries forbidden operations.
 
-    Raises CheckpointError where they do not hold; none of them where `strict` is False.
+    CheckpointError if they do not hold; with `strict` False an empty tuple instead.
     """
     try:
         outcome = run_program(Program(PROBE, "attempts", PROBED), Limits(seconds=20), containment)
@@ -153,7 +153,7 @@ def require_containment(containment: Containment | None = None, strict: bool = T
 
 
 def _launched(command: list[str], order: bytes, directory: str, limits: Limits, group: Path | None) -> bytes | None:
-    """What the launcher says; None where its time ran out."""
+    """The launcher's output; None if it ran out of time."""
     child = subprocess.Popen(
         command,
         cwd=directory,
@@ -176,14 +176,14 @@ def _launched(command: list[str], order: bytes, directory: str, limits: Limits, 
 
 
 def _bubblewrap(root: str) -> list[str]:
-    """bubblewrap's command line: namespaces, and no files but Python's own, the system's libraries, and ours."""
+    """bubblewrap's command line: namespaces, and no files except Python's own, the system's libraries, and ours."""
     shown = [word for path in (*readable(), root) for word in ("--ro-bind", path, path)]
     interpreter = [word for path in _interpreter() for word in ("--ro-bind-try", path, path)]
     return ["bwrap", "--unshare-all", "--die-with-parent", "--new-session", *shown, *interpreter, "--dev", "/dev"]
 
 
 def _interpreter() -> list[str]:
-    """Where the interpreter lies, and all that its links lead through."""
+    """Directories of the interpreter, along all links that lead to it."""
     found, at = [], Path(sys.executable)
     while True:
         found += [str(at.parent), str(at.parent.parent / "pyvenv.cfg")]

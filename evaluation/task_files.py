@@ -1,6 +1,6 @@
-"""What a task file would run: lm-evaluation-harness takes Python from it in several ways, and each is found here first.
+"""Detection of code in task files: lm-evaluation-harness would run Python from several kinds of entries.
 
-The files are looked at as a tree of YAML nodes; nothing is built from them. Files of the installed harness are its own.
+Files are parsed as trees of YAML nodes, without constructing objects. Files of the installed harness are trusted.
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,16 +15,16 @@ STANDARD = "tag:yaml.org,2002:"
 PLAIN_TAGS = frozenset(
     STANDARD + name for name in ("str", "int", "float", "bool", "null", "map", "seq", "timestamp", "merge", "value")
 )
-PICKLED = "pandas"  # the reader of data sets that unpickles
+PICKLED = "pandas"  # the dataset reader that unpickles
 Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 def require_data_alone(paths: Sequence[Path], trusted: Path, metrics: frozenset[str]) -> None:
-    """Raise UsageError where a task file, or one that it includes, would run code.
+    """Raise UsageError if a task file, or a file it includes, would run code.
 
-    paths    YAML files, and folders of them
-    trusted  the harness's own folder, whose files may
-    metrics  names that the harness has a metric for; it would load any other as a script
+    paths    YAML files, and directories of them
+    trusted  the harness's own directory
+    metrics  known metrics of the harness; it would load any other name as a script
     """
     waiting = [file for path in paths for file in (_files_in(path) if path.is_dir() else [path])]
     seen: set[Path] = set()
@@ -47,7 +47,7 @@ def _files_in(folder: Path) -> Iterator[Path]:
 
 
 def _nodes(path: Path) -> Iterator[tuple[str, yaml.Node]]:
-    """Every node of the file, with the key that it is the value of."""
+    """Every node of the file, with the key of its parent mapping."""
     try:
         root = yaml.compose(path.read_bytes(), Loader=Loader)
     except (OSError, yaml.YAMLError, RecursionError, ValueError) as error:
@@ -56,7 +56,7 @@ def _nodes(path: Path) -> Iterator[tuple[str, yaml.Node]]:
     seen: set[int] = set()
     while waiting:
         key, node = waiting.pop()
-        if id(node) in seen:  # an alias: one node in two places
+        if id(node) in seen:  # an alias: the same node in two places
             continue
         seen.add(id(node))
         yield key, node
@@ -67,7 +67,7 @@ def _nodes(path: Path) -> Iterator[tuple[str, yaml.Node]]:
 
 
 def _reason_against(key: str, node: yaml.Node, metrics: frozenset[str]) -> str | None:
-    """What of a node would run, or None."""
+    """The reason why a node would run code, or None."""
     if node.tag not in PLAIN_TAGS:
         return f"it has {' '.join([node.tag.replace(STANDARD, '!!'), *_texts(node)[:1]])}"
     if key in ("class", "use_prompt"):
@@ -82,6 +82,6 @@ def _reason_against(key: str, node: yaml.Node, metrics: frozenset[str]) -> str |
 
 
 def _texts(node: yaml.Node) -> list[str]:
-    """The scalars of a node that is one, or a list of them."""
+    """The scalar values of a node: itself, or the items of a list."""
     nodes = node.value if isinstance(node, yaml.SequenceNode) else [node]
     return [each.value for each in nodes if isinstance(each, yaml.ScalarNode)]

@@ -1,8 +1,8 @@
-"""Benchmarks through lm-evaluation-harness: its tasks, its prompts, its metrics; our backends compute.
+"""Benchmarks of lm-evaluation-harness, with its tasks, prompts and metrics, computed by our backends.
 
-The harness is an optional extra (`pip install "lowbit[tasks]"`) and is imported when it is first asked for something.
-Task files that run code are refused, and templates of others kept in Jinja's sandbox, unless the user allows them.
-Its own adapter to transformers is what ours is tested against, number by number.
+The harness is an optional extra (`pip install "lowbit[tasks]"`), imported on first use. Unless the user allows code,
+task files that run code are refused, and the templates of tasks run in Jinja's sandbox. Tests compare the results,
+number by number, with the harness's own adapter for transformers.
 """
 
 import logging
@@ -27,14 +27,14 @@ from lowbit.evaluation.task_files import YAML, require_data_alone
 from lowbit.evaluation.text import BATCH_LOGITS, BATCH_TOKENS
 from lowbit.models.chat import render_chat
 
-LONGEST = 4096  # tokens of context and continuation, where the model has positions for as many
-MOST_WRITTEN = 256  # tokens of an answer, where a task does not say
+LONGEST = 4096  # longest context with continuation, if the model has enough positions
+MOST_WRITTEN = 256  # longest answer in tokens, unless a task sets it
 
 
 class Adapter:
-    """A backend in the shape that the harness asks for; made a subclass of its TemplateLM by `harness_model`.
+    """A backend with the interface of the harness; `harness_model` makes it a subclass of the harness's TemplateLM.
 
-    Requests are scored longest first in batches padded on the right, where causal attention never looks.
+    Requests are scored longest first, in batches padded on the right, which causal attention does not see.
     """
 
     def __init__(self, backend: Backend, library: Library, on_step: OnStep) -> None:
@@ -67,7 +67,8 @@ class Adapter:
         )
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """The tokenizer's own special tokens, unless told otherwise or `string` begins with BOS as text."""
+        """Token ids with the tokenizer's own special tokens, unless told otherwise or `string` already begins with
+        BOS."""
         if add_special_tokens is None and self.tokenizer.bos_token and string.startswith(self.tokenizer.bos_token):
             add_special_tokens = False
         special = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
@@ -76,9 +77,10 @@ class Adapter:
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **kwargs: Any
     ) -> list[tuple[float, bool]]:
-        """For each (_, context, continuation): the continuation's log-likelihood, and whether it is what is likeliest.
+        """For each (_, context, continuation): log-likelihood of the continuation, and whether greedy decoding gives
+        it.
 
-        As much of the context counts as fits before it. CheckpointError where a continuation alone does not fit.
+        A long context is cut on the left. CheckpointError if a continuation alone is too long.
         """
         tokens = [(context + answer)[-(self.max_length + 1) :] for _, context, answer in requests]
         answers = [len(answer) for _, _, answer in requests]
@@ -104,7 +106,7 @@ class Adapter:
             order = order[count:]
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
-        """The log-likelihood of each text, in windows that do not overlap, its first token after BOS."""
+        """The log-likelihood of each text, in windows without overlap, with BOS before its first token."""
         from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
         owners, windows = [], []
@@ -119,7 +121,7 @@ class Adapter:
         return totals
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        """What the model writes greedily for each request, up to the first of its stop strings."""
+        """The greedy answer to each request, up to the first of its stop strings."""
         asked = [(text, *_greedy(settings)) for text, settings in (request.args for request in requests)]
         journal: Journal = self.library.journal("tasks-written", [self.scored], asked=asked)
         for index, (text, stops, most) in enumerate(asked):
@@ -133,7 +135,7 @@ class Adapter:
 
 
 def _answer_row(logits: Tensor, ids: Tensor, answer: int) -> dict[str, Any]:
-    """Log-likelihood of the last `answer` of ids (T,) under logits (T, vocabulary), and whether each is likeliest."""
+    """Log-likelihood of the last `answer` of ids (T,), from logits (T, vocabulary), and whether all are most likely."""
     begin = len(ids) - answer
     wanted = ids[begin:].to(logits.device)
     likelihoods = token_log_likelihoods(logits[None, begin - 1 :], ids[None, begin - 1 :].to(logits.device))
@@ -141,7 +143,7 @@ def _answer_row(logits: Tensor, ids: Tensor, answer: int) -> dict[str, Any]:
 
 
 def _greedy(settings: dict[str, Any]) -> tuple[tuple[str, ...], int]:
-    """Stop strings and most tokens of a request; CheckpointError where it asks for sampling."""
+    """Stop strings and longest answer of a request. UsageError if it asks for sampling."""
     if settings.get("do_sample") and settings.get("temperature") != 0:
         raise UsageError("the task asks for sampled answers; this evaluation writes greedily, so that runs agree")
     until = settings.get("until") or []
@@ -155,14 +157,14 @@ def _until(text: str, stops: Sequence[str]) -> str:
 
 
 def harness_model(backend: Backend, library: Library | None = None, on_step: OnStep = silent) -> Any:
-    """`backend` as a model that lm_eval.simple_evaluate takes."""
+    """`backend` as a model for lm_eval.simple_evaluate."""
     harness = import_harness()
     model = type("LowbitLM", (Adapter, harness.api.model.TemplateLM), {})
     return model(backend, library or Library(), on_step)
 
 
 def import_harness() -> Any:
-    """The package lm_eval. CheckpointError says how to install it where it is missing."""
+    """The package lm_eval. UsageError with install instructions if it is missing."""
     try:
         import lm_eval
         import lm_eval.api.metrics
@@ -179,10 +181,9 @@ def import_harness() -> Any:
 
 
 class TaskList:
-    """The tasks called `names`: of `folder`, of the harness, or in YAML files of those paths.
+    """The tasks `names`: from `folder`, from the harness, or from YAML files with these paths.
 
-    Raises CheckpointError, with the nearest name, where there is no such task; UsageError where one of the user's files
-    runs code and `allow_code` is False.
+    UsageError with the nearest name for an unknown task, and for a user's file that runs code if `allow_code` is False.
     """
 
     def __init__(self, names: Sequence[str], folder: Path | None = None, allow_code: bool = False) -> None:
@@ -199,7 +200,7 @@ class TaskList:
             require_data_alone(files, Path(self.harness.__file__).parent, own)
         self.manager = self._manager(include_defaults=False)
         found = self._expanded(names)
-        if "" in found:  # reading the harness's own thousands of files takes seconds
+        if "" in found:  # the harness's thousands of files take seconds to read
             self.manager = self._manager(include_defaults=True)
             found = self._expanded(names)
         if "" in found:
@@ -211,7 +212,7 @@ class TaskList:
         return self.harness.tasks.TaskManager(include_path=folder, include_defaults=include_defaults)
 
     def _expanded(self, names: Sequence[str]) -> list[Any]:
-        """For each name the tasks it stands for, or "" where there is none."""
+        """The matching tasks of each name, or "" if there are none."""
         return [[name] if name.endswith(YAML) else self.manager.match_tasks([name]) or "" for name in names]
 
 
@@ -228,16 +229,16 @@ def run_tasks(
     library: Library | None = None,
     on_step: OnStep = silent,
 ) -> list[dict[str, Any]]:
-    """A row for each task and metric: task, metric, value, standard error, version, examples, few-shot examples.
+    """One row per task and metric: task, metric, value, standard error, version, examples, few-shot examples.
 
-    fewshot  examples before each question; None for what the task says
-    limit    most questions of each task; None for all
-    Raises CheckpointError where a task's data cannot be had.
+    fewshot  examples before each question; None for the task's own number
+    limit    most questions per task; None for all
+    CheckpointError if a task's data are not available.
     """
     model = harness_model(backend, library, on_step)
     templates = nullcontext() if tasks.allow_code else _templates_in_sandbox(tasks.harness)
     try:
-        with templates, warnings.catch_warnings(), redirect_stderr(StringIO()):  # bars of its own, beside ours
+        with templates, warnings.catch_warnings(), redirect_stderr(StringIO()):  # its own progress bars, besides ours
             warnings.simplefilter("ignore")
             found: Any = tasks.harness.simple_evaluate(
                 model,
@@ -261,7 +262,7 @@ def run_tasks(
 
 @contextmanager
 def _templates_in_sandbox(harness: Any) -> Iterator[None]:
-    """Have the harness render the templates of tasks in Jinja's sandbox: they reach data, and no Python behind it."""
+    """A context in which the harness renders templates in Jinja's sandbox: they see data, but no Python objects."""
     theirs = harness.utils.env
     ours = SandboxedEnvironment(
         loader=theirs.loader, undefined=theirs.undefined, keep_trailing_newline=theirs.keep_trailing_newline

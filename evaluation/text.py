@@ -1,4 +1,4 @@
-"""A text cut into windows that models are scored on: the protocol is part of every number."""
+"""Windows of a text for scoring, and the protocol that cuts them: part of every number."""
 
 import hashlib
 from collections.abc import Iterator
@@ -12,20 +12,20 @@ from lowbit.errors import CheckpointError, UsageError
 from lowbit.models.source import Source
 
 BATCH_TOKENS = 2048
-BATCH_LOGITS = 1 << 27  # logits of one batch: 512 MiB in float32
+BATCH_LOGITS = 1 << 27  # elements of a batch's logits: 512 MiB in float32
 
 
 @dataclass(frozen=True)
 class Protocol:
-    """How a text becomes scores.
+    """The way from a text to scores.
 
-    context  tokens that the model sees at once
-    stride   None: windows that do not overlap, each scored from its second token on, the rest of the text left out
-             (what GPTQ and most papers report). Else windows begin `stride` tokens apart and each scores only what the
-             one before did not reach, so that every token but the text's first is scored once.
-    windows  at most so many, from the start of the text; None for all
-    bos      every window begins with the tokenizer's BOS, as calibration's do, and all else in it may be scored; else
-             only the first window has the one that the tokenizer puts before the text
+    context  tokens per window
+    stride   None: windows without overlap, each scored from its second token, with the rest of the text dropped (what
+             GPTQ and most papers report). Otherwise windows start `stride` tokens apart, and each scores only tokens
+             that the one before did not reach: every token but the first is scored once.
+    windows  number of windows from the start of the text; None for all
+    bos      True: every window starts with the tokenizer's BOS, as in calibration, and all its other tokens may be
+             scored. False: only the first window has the BOS that the tokenizer puts before the text
     """
 
     context: int = 512
@@ -47,7 +47,7 @@ class Protocol:
         return "gptq" if self.stride is None else "strided"
 
     def describe(self, dtype: str = "float32") -> str:
-        """What a reader needs to repeat the number, context aside; `dtype` is what the model computed in."""
+        """The protocol in words, without the context; `dtype` is the dtype of the computation."""
         begun = ", BOS before every window" if self.bos else ""
         if self.stride is None:
             return f"non-overlapping windows{begun}, {dtype}, first token of a window not scored"
@@ -60,8 +60,8 @@ class Cut:
     """The windows of a text for one tokenizer.
 
     windows   token ids (T,) int64 of each; T is the context, shorter in the last strided one
-    first     for each window, the position of the first token scored: 1 or more
-    begun     whether only the first window begins with a BOS that the tokenizer puts before every text
+    first     position of the first scored token in each window, at least 1
+    begun     True if only the first window starts with a BOS that the tokenizer puts before every text
     """
 
     protocol: Protocol
@@ -71,7 +71,7 @@ class Cut:
     begun: bool = False
 
     def describe(self, dtype: str) -> str:
-        """The protocol in words, and where BOS stands."""
+        """The protocol in words, including the position of BOS."""
         return self.protocol.describe(dtype) + (", BOS before the first window alone" if self.begun else "")
 
     @property
@@ -81,14 +81,14 @@ class Cut:
 
     @property
     def ids_sha256(self) -> str:
-        """Of all windows' ids, one after the other, with their first scored positions."""
+        """SHA-256 of all windows' ids and first scored positions."""
         digest = hashlib.sha256()
         for ids, first in zip(self.windows, self.first, strict=True):
             digest.update(first.to_bytes(8, "little") + ids.numpy().tobytes())
         return digest.hexdigest()
 
     def batches(self, vocabulary: int, skipped: frozenset[int]) -> Iterator[tuple[list[int], Tensor]]:
-        """Indices of windows and their ids (B, T): windows of one length together, those in `skipped` left out."""
+        """Indices and ids (B, T) of windows of equal length, without those in `skipped`."""
         most = min(BATCH_TOKENS, BATCH_LOGITS // vocabulary)
         taken: list[int] = []
         for index, ids in enumerate(self.windows):
@@ -104,9 +104,9 @@ class Cut:
 
 
 def cut(text: str, source: Source, protocol: Protocol) -> Cut:
-    """`text` tokenized once as the model's tokenizer does it (a BOS where it adds one), and cut by `protocol`.
+    """`text` tokenized once by the model's tokenizer (with its BOS, if any), and cut by `protocol`.
 
-    UsageError where there is not one window, or no BOS where the protocol wants one before each.
+    UsageError if there is not a single window, or no BOS for a protocol that needs it.
     """
     tokenizer = source.tokenizer()
     ids = torch.tensor(tokenizer(text, verbose=False).input_ids, dtype=torch.int64)
@@ -133,7 +133,8 @@ def cut(text: str, source: Source, protocol: Protocol) -> Cut:
 
 
 def _spans(length: int, before: int, protocol: Protocol) -> list[tuple[int, int, int]]:
-    """Begin and end of every window over `length` tokens, and its first scored position behind `before` others."""
+    """Begin, end and first scored position of every window over `length` tokens, with `before` tokens prepended to
+    each."""
     size = protocol.context - before
     if protocol.stride is None:
         return [(begin, begin + size, 1) for begin in range(0, length - size + 1, size)]
@@ -148,7 +149,7 @@ def _spans(length: int, before: int, protocol: Protocol) -> list[tuple[int, int,
 
 
 def require_same_tokens(ours: Source, other: Source, cut_here: Cut, cut_there: Cut) -> None:
-    """Raise CheckpointError where two models cut the text into different tokens: their losses mean different things."""
+    """Raise CheckpointError if two models tokenize the text differently: their losses are not comparable."""
     if cut_here.ids_sha256 != cut_there.ids_sha256:
         raise CheckpointError(
             f"{ours.name} and {other.name} cut the text into different tokens (vocabularies of "

@@ -1,4 +1,4 @@
-"""vLLM behind two functions; the only module that knows it, and it imports it when it is first used."""
+"""vLLM behind two functions. Only this module uses vLLM, and imports it on first use."""
 
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from lowbit.errors import CheckpointError
 
 
 class VllmModel:
-    """A checkpoint loaded by vLLM. CheckpointError where vLLM is not installed, or does not take the checkpoint."""
+    """A checkpoint loaded by vLLM. CheckpointError if vLLM is missing or rejects the checkpoint."""
 
     def __init__(self, directory: Path, dtype: torch.dtype) -> None:
         try:
@@ -28,19 +28,19 @@ class VllmModel:
             raise CheckpointError(f"vLLM does not load {directory}: {' '.join(str(error).split())[:300]}") from error
 
     def log_likelihoods(self, ids: Tensor) -> Tensor:
-        """float32 (B, T - 1) of ids (B, T) after each row's first."""
+        """float32 log-likelihoods (B, T - 1) of ids (B, T) after each row's first."""
         settings = self._sampling(max_tokens=1, temperature=0, prompt_logprobs=0)
         prompts = [{"prompt_token_ids": row} for row in ids.tolist()]
         outputs = self._model.generate(prompts, settings, use_tqdm=False)
         return torch.tensor([_given(row, output) for row, output in zip(ids.tolist(), outputs, strict=True)])
 
     def generate(self, prompt: list[int], tokens: int, stops: list[str]) -> list[int]:
-        """What it writes greedily after `prompt`, until one of `stops` is written."""
+        """The greedy continuation of `prompt`, until one of `stops` appears."""
         settings = self._sampling(max_tokens=tokens, temperature=0, stop=stops or None, include_stop_str_in_output=True)
         [output] = self._model.generate([{"prompt_token_ids": prompt}], settings, use_tqdm=False)
         return list(output.outputs[0].token_ids)
 
 
 def _given(row: list[int], output: Any) -> list[float]:
-    """The log-likelihood of each token of `row` but the first."""
+    """The log-likelihoods of all tokens in `row` but the first."""
     return [float(output.prompt_logprobs[i][token].logprob) for i, token in enumerate(row) if i]

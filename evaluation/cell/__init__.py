@@ -1,4 +1,4 @@
-"""The processes in which programs nobody has read run: their walls, and how a verdict comes out of them.
+"""The processes that run generated programs: their walls, and the verdict.
 
-Imported by a bare interpreter, so all of it needs the standard library alone.
+They run in a bare interpreter, so this package imports only the standard library.
 """

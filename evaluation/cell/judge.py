@@ -1,7 +1,7 @@
-"""The process that holds the tests: it calls the program's function in another process, and alone gives the verdict.
+"""The judge: a process that runs the tests, which call the program's function in another process.
 
-The program never shares a process with what judges it: there is no frame, no file and no memory of the verdict that it
-could reach. Only plain values come back from it.
+The program never shares a process with its judge, so no frame, file or memory of the verdict is within its reach. It
+can return only plain values.
 """
 
 import builtins
@@ -10,28 +10,32 @@ from typing import Any, BinaryIO
 
 from lowbit.evaluation.cell.values import pack, unpack
 
-GONE = "gone"  # a reason that the launcher replaces by what became of the program's process
+GONE = "gone"  # placeholder that the launcher replaces with the fate of the program's process
 MEMORY = "memory"
-NOT_RAISED = (UnicodeError, StopIteration, StopAsyncIteration)  # one cannot be made of a message, two end a loop
+NOT_RAISED = (
+    UnicodeError,
+    StopIteration,
+    StopAsyncIteration,
+)  # no message alone makes the first; two end a loop
 
 
 class Gone(BaseException):
-    """The program's process ended; no `except Exception` of a test catches that."""
+    """The program's process ended. Not an Exception, so that tests cannot catch it by accident."""
 
 
 class Raised(Exception):
-    """An exception of the program that is not raised here as what it is: the message begins with its name."""
+    """An exception of the program without an equivalent here; its message starts with the exception's name."""
 
 
 class Candidate:
-    """The program's function, at the other end of two pipes."""
+    """The program's function, called through two pipes."""
 
     def __init__(self, name: str, requests: BinaryIO, replies: BinaryIO, scope: dict[str, Any]) -> None:
         self.__name__ = name
         self._requests, self._replies, self._scope = requests, replies, scope
 
     def loaded(self) -> None:
-        """Wait until the program has run; raises what it raised."""
+        """Wait until the program has run. Raises the program's exception, if any."""
         self._answer()
 
     def __call__(self, *arguments: Any, **named: Any) -> Any:
@@ -56,9 +60,10 @@ class Candidate:
         return reply
 
     def _error(self, name: str, message: str) -> Exception:
-        """The exception of that name: Python's, or one that the helpers define, so that tests can expect it.
+        """The exception with this name: Python's own, or one defined by the helpers, so that tests can expect it.
 
-        Not one that ends an iteration: `all(map(check, cases))` would take it for the end of the cases, and pass.
+        Exceptions that end an iteration are excluded: `all(map(check, cases))` would take one for the end of the cases,
+        and pass.
         """
         kind = self._scope.get(name, getattr(builtins, name, None))
         if isinstance(kind, type) and issubclass(kind, Exception) and not issubclass(kind, NOT_RAISED):
@@ -67,7 +72,7 @@ class Candidate:
 
 
 def _take_over(ours: Any, theirs: Any) -> None:
-    """Give a mutable argument the contents that the call left in it."""
+    """Copy the contents of a mutable argument after the call into the test's own object."""
     if type(ours) is not type(theirs) or ours == theirs:
         return
     if isinstance(ours, list | bytearray):
@@ -78,9 +83,9 @@ def _take_over(ours: Any, theirs: Any) -> None:
 
 
 def judge(order: dict[str, str], requests: BinaryIO, replies: BinaryIO) -> str | None:
-    """The reason why the program does not pass; None where it does.
+    """The reason why the program does not pass, or None.
 
-    order  helpers: what of the prompt stands before the function; tests: what is run with the function in reach
+    order  helpers: the part of the prompt before the function; tests: code that may call the function
     """
     scope: dict[str, Any] = {"__name__": "__main__"}
     candidate = Candidate(order["entry_point"], requests, replies, scope)
@@ -95,6 +100,6 @@ def judge(order: dict[str, str], requests: BinaryIO, replies: BinaryIO) -> str |
         return MEMORY
     except Raised as error:
         return str(error)
-    except BaseException as error:  # noqa: BLE001  # whatever tests nobody has read may raise
+    except BaseException as error:  # noqa: BLE001  # untrusted tests may raise anything
         return f"{type(error).__name__}: {error}"
     return None

@@ -1,10 +1,10 @@
-"""The process that starts a program's and its judge's, each behind walls of its own, and reports the judge's verdict.
+"""The launcher: starts the program's process and the judge's, each behind its own walls, and reports the verdict.
 
-It runs nothing of the program. Its standard input is one JSON object, its standard output another:
+It never runs code of the program. Standard input and output are one JSON object each:
 
-program, entry_point, helpers, tests  ->  passed, reason, walls;  or  refused: why nothing was run
+program, entry_point, helpers, tests  ->  passed, reason, walls;  or  refused: the reason why nothing was run
 
-The program's process is forked before the tests are read, so that they are nowhere in its memory.
+The program's process is forked before the tests are read, so that they are not in its memory.
 """
 
 import json
@@ -22,16 +22,16 @@ from lowbit.evaluation.cell.judge import GONE, MEMORY, judge
 from lowbit.evaluation.cell.walls import NAMESPACES, close_in, die_with_parent, enter_namespaces
 from lowbit.evaluation.cell.worker import work
 
-MOST = 1 << 16  # bytes of what a process behind walls says to this one
+MOST = 1 << 16  # most bytes read from a process behind walls
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What every cell gets.
-
-    seconds, nbytes  processor time and memory
-    wanted           walls to put up where the kernel gives them
-    standing         walls that stand already
+    """Settings of both processes.
+    seconds, nbytes  limits of processor time and memory
+        wanted           walls to set up if the kernel supports them
+        wanted           walls to put up where the kernel gives them
+        standing         walls that are already active
     """
 
     seconds: int
@@ -41,7 +41,7 @@ class Settings:
 
 
 def main(parent: int, settings: Settings) -> None:
-    """Run the order on standard input. `parent` is the process that must be alive, 0 where it cannot be seen."""
+    """Run the order from standard input. `parent` is the process that must still be alive; 0 if it is not visible."""
     die_with_parent()
     if parent and os.getppid() != parent:
         return
@@ -91,7 +91,7 @@ def _reason(said: bytes, worker: int, court: int, settings: Settings) -> str | N
 
 
 def _fate(cell: int, settings: Settings) -> str:
-    """What ended a process, in a few words. It waits for that end."""
+    """The way in which a process ended, in a few words. Waits for its end."""
     _, status, used = os.wait4(cell, 0)
     if not os.WIFSIGNALED(status):
         return "it ended before its tests did"
@@ -107,9 +107,9 @@ def _memory(settings: Settings) -> str:
 
 
 def _start(settings: Settings, stand: int, kept: Sequence[int], act: Callable[[], None]) -> int:
-    """The number of a new process that does `act` behind walls, holding the descriptors `kept` alone.
+    """The PID of a new process that runs `act` behind walls, with only the descriptors `kept`.
 
-    It says on `stand` which walls they are, or why there are none; without them it does nothing.
+    It reports on `stand` its walls, or the reason why there are none. Without walls it runs nothing.
     """
     cell = os.fork()
     if cell:
@@ -123,7 +123,7 @@ def _start(settings: Settings, stand: int, kept: Sequence[int], act: Callable[[]
         standing = list(settings.standing)
         if NAMESPACES in settings.wanted and enter_namespaces(os.getcwd()):
             standing.append(NAMESPACES)
-            die_with_parent()  # entering them made the kernel forget
+            die_with_parent()  # the kernel resets this on entering namespaces
         inner = os.fork()
         if inner:
             _keep_only([])
@@ -145,7 +145,7 @@ def _enter(settings: Settings, standing: list[str], stand: int) -> None:
 
 
 def _share_fate(child: int) -> None:
-    """Wait for `child`, then end as it ended."""
+    """Wait for `child`, then end in the same way."""
     _, status = os.waitpid(child, 0)
     if os.WIFSIGNALED(status):
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -155,7 +155,7 @@ def _share_fate(child: int) -> None:
 
 
 def _keep_only(kept: Sequence[int]) -> None:
-    """Close every descriptor but `kept` and 0, 1, 2."""
+    """Close all descriptors except `kept` and 0, 1, 2."""
     edges = [2, *sorted(kept), 1 << 20]
     for low, high in pairwise(edges):
         os.closerange(low + 1, high)
@@ -167,7 +167,7 @@ def _all_of(descriptor: int, most: int | None = MOST) -> bytes:
 
 
 def _tell(descriptor: int, message: dict[str, Any]) -> None:
-    """One line of JSON; the reader may be gone, which is found out later."""
+    """Write one line of JSON. A missing reader is detected later."""
     try:
         with os.fdopen(descriptor, "wb") as file:
             file.write(json.dumps(message).encode() + b"\n")

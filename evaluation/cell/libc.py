@@ -1,4 +1,4 @@
-"""Functions of the C library and system calls that Python has no name for."""
+"""C library functions and system calls without an equivalent in Python."""
 
 import ctypes
 import os
@@ -6,14 +6,14 @@ import platform
 from typing import Any
 
 LIBC = ctypes.CDLL(None, use_errno=True)
-# Numbers on x86_64 and aarch64; those of Landlock are the same everywhere.
+# System call numbers on x86_64 and aarch64; those of Landlock are the same everywhere.
 PIVOT_ROOT = {"x86_64": 155, "aarch64": 41}
 CAPSET = {"x86_64": 126, "aarch64": 91}
 LANDLOCK_CREATE, LANDLOCK_ADD, LANDLOCK_RESTRICT = 444, 445, 446
 
 
 def call(name: str, *arguments: Any) -> int:
-    """What the C library's function returns. OSError where that is negative."""
+    """The result of a C library function. OSError if it is negative."""
     result = int(getattr(LIBC, name)(*map(_wide, arguments)))
     if result < 0:
         number = ctypes.get_errno()
@@ -22,7 +22,7 @@ def call(name: str, *arguments: Any) -> int:
 
 
 def system_call(numbers: dict[str, int] | int, *arguments: Any) -> int:
-    """What a system call returns, `numbers` its number, or that of each machine. OSError where it fails."""
+    """The result of a system call with one number, or one per machine. OSError if it fails."""
     number = numbers if isinstance(numbers, int) else numbers.get(platform.machine(), -1)
     return call("syscall", number, *arguments)
 

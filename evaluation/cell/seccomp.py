@@ -1,10 +1,10 @@
-"""The system calls that a contained program may make. All others are answered with EPERM.
+"""Allow-list of system calls for contained programs. All others fail with EPERM.
 
-The filter is a short program for the kernel's packet-filter machine. It holds for the process's life: nothing takes it
-off again (Linux, Documentation/userspace-api/seccomp_filter.rst).
+The filter is a BPF program for the kernel. It cannot be removed for the life of the process (Linux,
+Documentation/userspace-api/seccomp_filter.rst).
 
-What is listed reads files, asks about the process itself, waits, or manages its memory. Nothing listed makes a process,
-a thread, a file, a socket or another descriptor that holds memory, and nothing reaches another process.
+The allowed calls read files, query the process itself, wait, or manage its memory. None creates a process, a thread, a
+file, a socket or another descriptor with memory, and none reaches another process.
 """
 
 import ctypes
@@ -18,13 +18,13 @@ from lowbit.evaluation.cell.libc import call
 PR_SET_NO_NEW_PRIVS, PR_SET_SECCOMP, SECCOMP_MODE_FILTER = 38, 22, 2
 LOAD, JUMP_EQUAL, JUMP_ANY_BIT, RETURN = 0x20, 0x15, 0x45, 0x06
 ALLOW, REFUSE, KILL = 0x7FFF0000, 0x00050001, 0x80000000  # refuse: errno 1, EPERM
-NUMBER, ARCHITECTURE, ARGUMENTS = 0, 4, 16  # byte offsets of what the filter sees; each argument takes 8 bytes
+NUMBER, ARCHITECTURE, ARGUMENTS = 0, 4, 16  # byte offsets in the filter's input; each argument takes 8 bytes
 
 READING = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_DIRECTORY | os.O_NOFOLLOW | 0o100000 | 0o400000
 F_DUPFD, F_GETFD, F_SETFD, F_GETFL, F_DUPFD_CLOEXEC = 0, 1, 2, 3, 1030
-TCGETS, TCGETS2, FIOCLEX = 0x5401, 0x802C542A, 0x5451  # is this a terminal; close it in a new program
+TCGETS, TCGETS2, FIOCLEX = 0x5401, 0x802C542A, 0x5451  # isatty; close on exec
 
-# By machine: the kernel's name for it, and the calls by number.
+# Per machine: the kernel's identifier, and the numbers of the allowed calls.
 MACHINES = {
     "x86_64": (
         0xC000003E,
@@ -170,32 +170,32 @@ MACHINES = {
 
 @dataclass(frozen=True)
 class OneOf:
-    """The lower half of argument `position` is one of `values`; its upper half where `upper`."""
+    """A check that the lower half (or the upper half, with `upper`) of argument `position` is one of `values`."""
 
     position: int
     values: tuple[int, ...]
     upper: bool = False
 
     def code(self) -> list[tuple[int, int, int, int]]:
-        """Instructions that refuse the call, or go on behind them."""
+        """BPF instructions that refuse the call, or fall through."""
         tests = [(JUMP_EQUAL, len(self.values) - i, 0, value) for i, value in enumerate(self.values)]
         return [(LOAD, 0, 0, ARGUMENTS + 8 * self.position + 4 * self.upper), *tests, (RETURN, 0, 0, REFUSE)]
 
 
 @dataclass(frozen=True)
 class Within:
-    """Argument `position` has no bit outside `bits`."""
+    """A check that argument `position` has no bits outside `bits`."""
 
     position: int
     bits: int
 
     def code(self) -> list[tuple[int, int, int, int]]:
-        """Instructions that refuse the call, or go on behind them."""
+        """BPF instructions that refuse the call, or fall through."""
         load = (LOAD, 0, 0, ARGUMENTS + 8 * self.position)
         return [load, (JUMP_ANY_BIT, 0, 1, ~self.bits & 0xFFFFFFFF), (RETURN, 0, 0, REFUSE)]
 
 
-# What a listed call must look like besides: files are opened for reading alone, a limit is read and not set.
+# Further checks on allowed calls: files are opened read-only, limits are read but not set.
 CHECKS: dict[str, tuple[OneOf | Within, ...]] = {
     "open": (Within(1, READING),),
     "openat": (Within(2, READING),),
@@ -210,10 +210,10 @@ class _Program(ctypes.Structure):
 
 
 def filter_program(machine: str) -> bytes:
-    """The filter's instructions for `machine`, 8 bytes each: operation, two jump distances, a constant.
+    """The filter's instructions for `machine`, 8 bytes each: operation, two jump offsets, a constant.
 
-    A call of another architecture ends the process. The second numbering that x86-64 has for its calls (x32) is not
-    listed, and so refused. KeyError where `machine` is not in MACHINES.
+    A call with another architecture's numbering kills the process. x86-64's second numbering (x32) is not listed, and
+    so refused. KeyError if `machine` is not in MACHINES.
     """
     architecture, numbers = MACHINES[machine]
     code = [(LOAD, 0, 0, ARCHITECTURE), (JUMP_EQUAL, 1, 0, architecture), (RETURN, 0, 0, KILL), (LOAD, 0, 0, NUMBER)]
@@ -224,7 +224,7 @@ def filter_program(machine: str) -> bytes:
 
 
 def refuse_other_calls() -> None:
-    """Put the filter on this process for good. OSError where the machine or the kernel does not take it."""
+    """Install the filter on this process for good. OSError if the machine or the kernel does not support it."""
     if platform.machine() not in MACHINES:
         raise OSError(f"no list of system calls for {platform.machine()}, only for {' and '.join(MACHINES)}")
     instructions = filter_program(platform.machine())

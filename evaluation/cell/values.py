@@ -1,7 +1,7 @@
-"""Plain Python values as JSON, so that two processes exchange data and never behaviour.
+"""Plain Python values as JSON, so that two processes exchange data but no behaviour.
 
-What is no plain value is refused. An object that claims to equal everything therefore stays in the process that made
-it, and a subclass of a plain type arrives as that type.
+Other values are refused. So an object that claims to equal everything stays in the process that made it, and a subclass
+of a plain type arrives as that type.
 """
 
 from collections.abc import Callable, Iterator
@@ -26,7 +26,7 @@ FLAT: dict[str, Callable[..., Any]] = {
 
 
 def pack(value: Any) -> Any:
-    """`value` in terms of JSON. TypeError where it is no plain value; an iterator is read to its end."""
+    """`value` as JSON. TypeError if it is not a plain value. An iterator is read to its end."""
     if value is None or isinstance(value, bool | str):
         return value
     for kind, parts in (
@@ -52,7 +52,8 @@ def pack(value: Any) -> Any:
 
 
 def unpack(value: Any) -> Any:
-    """The value that `pack` had. ValueError, KeyError or TypeError where `value` is nothing that `pack` writes."""
+    """The value that was passed to `pack`. ValueError, KeyError or TypeError for anything that `pack` does not
+    write."""
     if value is None or isinstance(value, bool | str):
         return value
     kind, *parts = value

@@ -1,7 +1,7 @@
-"""Walls around a process, put up by itself and for good: namespaces, Landlock, capabilities, limits, seccomp.
+"""Walls that a process sets up around itself for good: namespaces, Landlock, capabilities, limits, seccomp.
 
-Which of them the kernel gives differs. seccomp and the limits are always needed, and of the two that hide files
-(namespaces, Landlock) one at least. Where both are, a fault in one still leaves the other.
+Kernels support different ones. seccomp and limits are required, and at least one of the two that hide files
+(namespaces, Landlock). With both, a flaw in one leaves the other.
 """
 
 import ctypes
@@ -23,39 +23,39 @@ from lowbit.evaluation.cell.libc import (
 )
 from lowbit.evaluation.cell.seccomp import PR_SET_NO_NEW_PRIVS, refuse_other_calls
 
-NAMESPACES, LANDLOCK, WRAPPED = "namespaces", "Landlock", "bubblewrap"  # those that hide files
+NAMESPACES, LANDLOCK, WRAPPED = "namespaces", "Landlock", "bubblewrap"  # walls that hide files
 NOBODY = 65534
 
 # user, mount, PID, network, IPC, host name, cgroups
 CLONE_NEW = 0x10000000 | 0x00020000 | 0x20000000 | 0x40000000 | 0x08000000 | 0x04000000 | 0x02000000
 MS_RDONLY, MS_NOSUID, MS_NODEV, MS_REMOUNT, MS_BIND, MS_REC, MS_PRIVATE = 1, 2, 4, 32, 4096, 16384, 1 << 18
-KEPT = 2 | 4 | 8  # nosuid, nodev, noexec: a mount that has them keeps them
+KEPT = 2 | 4 | 8  # nosuid, nodev, noexec: flags that a remount must keep
 MNT_DETACH = 2
 PR_SET_PDEATHSIG, PR_CAPBSET_DROP = 1, 24
 CAPABILITIES_V3 = 0x20080522
 
 READ_FILE, READ_DIRECTORY, RULE_PATH_BENEATH = 1 << 2, 1 << 3, 1
-# By version of Landlock, the first that knows it: bits of file rights, of network rights, of scopes.
+# First version of Landlock -> number of file rights, network rights, and scopes that it knows.
 FILE_RIGHTS = {1: 13, 2: 14, 3: 15, 5: 16}
 NETWORK_RIGHTS, SCOPES = {4: 2}, {6: 2}
 
 
 def die_with_parent() -> None:
-    """Have the kernel kill this process when the one that started it is gone."""
+    """Ask the kernel to kill this process if its parent dies."""
     call("prctl", PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 
 
 def readable() -> list[str]:
-    """What a contained program may read: Python's own library and the system's libraries."""
+    """Directories that a contained program may read: Python's own library and the system's libraries."""
     found = (f"{sys.base_prefix}/lib", "/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/share/zoneinfo")
     return [path for path in dict.fromkeys((*found, os.path.dirname(os.__file__))) if os.path.isdir(path)]
 
 
 def enter_namespaces(empty: str) -> bool:
-    """True if this process now has a world of its own: nobody in it, no network, and no files but readable().
+    """Move this process to namespaces of its own: no other processes, no network, no files except readable().
 
-    empty  a directory to build that world's root in
-    The next child is the first process of the new PID namespace. False where the kernel refuses any of it.
+    empty  a directory to mount the new root on
+    The next child becomes the first process of the new PID namespace. Returns False if the kernel refuses.
     """
     user, group = os.geteuid(), os.getegid()
     names = (("setgroups", "deny"), ("uid_map", f"{NOBODY} {user} 1"), ("gid_map", f"{NOBODY} {group} 1"))
@@ -71,7 +71,7 @@ def enter_namespaces(empty: str) -> bool:
 
 
 def _change_root(empty: str) -> None:
-    """Make a new root of readable() alone, all of it read-only."""
+    """Switch to a new root with only readable() in it, mounted read-only."""
     call("mount", b"none", b"/", None, MS_REC | MS_PRIVATE, None)
     call("mount", b"none", os.fsencode(empty), b"tmpfs", MS_NOSUID | MS_NODEV, b"size=1m,mode=755")
     for path in readable():
@@ -88,7 +88,8 @@ def _change_root(empty: str) -> None:
 
 
 def enter_landlock() -> bool:
-    """True if from now on this process may read readable() alone, bind and connect nowhere, and signal nobody."""
+    """Restrict this process to reading readable(), without network and signals. Returns False without kernel
+    support."""
     try:
         version = system_call(LANDLOCK_CREATE, None, 0, 1)
     except OSError:
@@ -112,17 +113,17 @@ def _known(table: dict[int, int], version: int) -> int:
 
 
 def drop_capabilities() -> None:
-    """Give up root's powers, now and for every program; a user who had none is not changed."""
+    """Drop root's capabilities for this process and every program it starts. No effect for other users."""
     for number in range(64):
         try:
             call("prctl", PR_CAPBSET_DROP, number, 0, 0, 0)
-        except OSError:  # none with that number, or not ours to drop
+        except OSError:  # no capability with this number, or not allowed
             continue
     system_call(CAPSET, struct.pack("Ii", CAPABILITIES_V3, 0), ctypes.create_string_buffer(24))
 
 
 def limit(seconds: int, nbytes: int) -> None:
-    """Bound processor time and memory; files can be neither made longer nor opened by the dozen."""
+    """Limit processor time and memory, forbid growing files, and allow few open ones."""
     resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
     resource.setrlimit(resource.RLIMIT_AS, (nbytes, nbytes))
     resource.setrlimit(resource.RLIMIT_NOFILE, (32, 32))
@@ -131,9 +132,9 @@ def limit(seconds: int, nbytes: int) -> None:
 
 
 def close_in(standing: Sequence[str], wanted: Sequence[str], seconds: int, nbytes: int) -> list[str]:
-    """The walls that stand around this process: `standing` and those put up here.
+    """The active walls of this process: `standing` and those set up here.
 
-    OSError where the kernel gives no seccomp, or nothing that hides files.
+    OSError if the kernel supports no seccomp, or nothing that hides files.
     """
     walls = list(standing)
     limit(seconds, nbytes)

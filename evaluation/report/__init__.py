@@ -1,1 +1,1 @@
-"""What is known of a checkpoint, gathered from its files, and shown: a page to look at, Markdown, and JSON."""
+"""Reports about checkpoints: facts gathered from their files, shown as an HTML page, Markdown, and JSON."""

@@ -1,4 +1,4 @@
-"""Checkpoints side by side: what each costs, and what each lost, where that can be compared at all."""
+"""Comparison of checkpoints: the cost and the loss of each, under equal conditions."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -12,10 +12,10 @@ SPEED_CONDITIONS = ("device", "batch", "prompt", "output")
 def comparison(all_facts: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The rows of a comparison, as JSON values.
 
-    conditions  text, protocol and context that most of the checkpoints were scored under; perplexities and divergences
-                under others are not shown, and `apart` names the checkpoints that have no other
-    points      a row for each checkpoint, and one for the unquantized model where it was measured under the same
-    speed       SPEED_CONDITIONS that most were timed under, or None
+    conditions  text, protocol and context shared by most checkpoints; perplexities and divergences under other
+                conditions are not shown, and `apart` names the checkpoints without any under these
+    points      one row per checkpoint, and one for the unquantized model if measured under the same conditions
+    speed       the SPEED_CONDITIONS shared by most checkpoints, or None
     """
     with as_written(", ".join(str(facts["name"]) for facts in all_facts)):
         return _compared(all_facts)
@@ -37,7 +37,7 @@ def _compared(all_facts: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _most_common(found: Sequence[dict[tuple[Any, ...], dict[str, Any]]]) -> tuple[Any, ...] | None:
-    """The key that most of the dicts have; None where there is none."""
+    """The most frequent key of the dicts; None if all are empty."""
     counts = Counter(key for each in found for key in each)
     return counts.most_common(1)[0][0] if counts else None
 
@@ -68,7 +68,8 @@ def _point(facts: dict[str, Any], shared: tuple[Any, ...] | None, speed: tuple[A
 
 
 def _baseline(all_facts: Sequence[dict[str, Any]], shared: tuple[Any, ...] | None) -> dict[str, Any] | None:
-    """The unquantized model's row, from the first checkpoint that measured it; None where models differ."""
+    """The unquantized model's row, from the first checkpoint that measured it; None if the checkpoints' models
+    differ."""
     models = {facts["model"] for facts in all_facts if facts["model"]}
     for facts in all_facts:
         for row in scored(facts):
@@ -89,7 +90,7 @@ def _baseline(all_facts: Sequence[dict[str, Any]], shared: tuple[Any, ...] | Non
 
 
 def _described(all_facts: Sequence[dict[str, Any]], shared: tuple[Any, ...] | None) -> dict[str, Any] | None:
-    """The conditions in words, from a row that has them."""
+    """The conditions in words, from the first row under them."""
     for facts in all_facts:
         for row in scored(facts):
             if conditions(row) == shared:

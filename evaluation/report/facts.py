@@ -1,4 +1,4 @@
-"""Everything a report says, as JSON values: read from a checkpoint's files, computed nowhere else."""
+"""All facts of a report as JSON values, read from a checkpoint's files."""
 
 import math
 import re
@@ -25,7 +25,7 @@ from lowbit.export.untrusted import untrusted
 
 REPORT = "quantization_report.json"
 RECIPE = "recipe.toml"
-GROUPS = {  # the part of a model that a kind of module belongs to, by what its name holds
+GROUPS = {  # part of a model -> substrings of module names that belong to it
     "experts": ("experts.", "shared_expert"),
     "norms": ("norm", "ln_", "layernorm"),
     "embeddings": ("embed", "wte", "wpe"),
@@ -34,7 +34,7 @@ GROUPS = {  # the part of a model that a kind of module belongs to, by what its 
     "feed-forward": ("mlp", "feed_forward", "ffn", "fc1", "fc2", "gate", "up_proj", "down_proj"),
 }
 SCORE = ("text", "perplexity", "delta_nll", "delta_nll_se", "tokens", "windows", "context", "protocol", "backend")
-EVALUATIONS = {  # what a report shows of the rows of each evaluation; None where a row does not have it
+EVALUATIONS = {  # keys shown from the rows of each evaluation; None for a missing one
     "perplexity": (*SCORE, "baseline"),
     "divergence": (
         *SCORE,
@@ -60,11 +60,11 @@ def facts_of(
     name: str | None = None,
     finished: bool = True,
 ) -> dict[str, Any]:
-    """What is known of the checkpoint in `directory`, called `name`, or as the directory is.
+    """The facts about the checkpoint in `directory`, under `name` or the directory's own.
 
-    extra_rows  measurements kept elsewhere (speed rows of a benchmark), beside those in the checkpoint
-    Sections that nobody measured or recorded are None or empty: a report says so, it does not guess. Raises
-    CheckpointError where a file holds something else than lowbit writes there.
+    extra_rows  measurements from elsewhere (speed rows of a benchmark), besides those in the checkpoint
+    Sections without measurements are None or empty, and shown as such. CheckpointError if a file was not written by
+    lowbit.
     """
     checkpoint = open_checkpoint(directory, finished)
     with as_written(directory):
@@ -73,7 +73,7 @@ def facts_of(
 
 @contextmanager
 def as_written(where: Path | str) -> Iterator[None]:
-    """A block that takes the values of a report's files for what lowbit writes in them."""
+    """A context that expects the values of a report's files in the form that lowbit writes."""
     with untrusted(where, f"{REPORT}, {FILE} or {RECIPE} is not as lowbit writes it"):
         yield
 
@@ -130,28 +130,28 @@ def _recipe(path: Path, text: str | None) -> dict[str, Any]:
 
 
 def _command(model: str | None, recipe: str | None) -> str | None:
-    """The command that makes the checkpoint again; None where nothing says how it was made."""
+    """The command that reproduces the checkpoint; None without a recipe."""
     return (
         shlex.join(["quantize", one_line(model or "MODEL"), "--recipe", RECIPE, "--output", "DIR"]) if recipe else None
     )
 
 
 def kind_of(name: str) -> str:
-    """A module's name without its numbers: `model.layers.3.mlp.gate_proj` is mlp.gate_proj, as all its likes are."""
+    """A module's name without numbers, the same for all blocks: mlp.gate_proj for `model.layers.3.mlp.gate_proj`."""
     parts = re.sub(r"\.\d+(?=\.|$)", "", name).split(".")
     return ".".join(parts[-3:] if "experts" in parts[-3:] else parts[-2:])
 
 
 def group_of(kind: str) -> str:
-    """The part of a model that a kind belongs to."""
+    """The part of a model that a kind of module belongs to."""
     found = (group for group, marks in GROUPS.items() if any(mark in kind.lower() for mark in marks))
     return next(found, "other")
 
 
 def bytes_by_kind(tensors: LogicalTensors, dtype: str | None) -> list[dict[str, Any]]:
-    """A row for each kind of module: group, scheme, parameters, bytes in the files, bits a parameter; largest first.
+    """One row per kind of module: group, scheme, parameters, bytes in the files, bits per parameter; largest first.
 
-    dtype  of the original's weights; `before` is what the parameters take in it, the files' own where it is unknown
+    dtype  of the original's weights, for the bytes in `before`; None if unknown, then `before` is None
     """
     entries = tensors.checkpoint.entries
     rows: dict[str, dict[str, Any]] = {}
@@ -177,7 +177,7 @@ def bytes_by_kind(tensors: LogicalTensors, dtype: str | None) -> list[dict[str, 
 
 
 def _owners(tensors: LogicalTensors) -> dict[str, tuple[str, str]]:
-    """Tensor of the file -> the quantized linear it belongs to, and its scheme."""
+    """Tensor of the file -> its quantized linear and that linear's scheme."""
     suffixes = tensors.format.suffixes if tensors.format else ()
     return {f"{name}.{suffix}": (name, str(scheme)) for name, scheme in tensors.schemes.items() for suffix in suffixes}
 
@@ -193,7 +193,7 @@ def _sizes(checkpoint: Checkpoint, run: dict[str, Any], kinds: list[dict[str, An
 
 
 def _left(run: dict[str, Any]) -> list[dict[str, Any]]:
-    """Linears that kept their weights, those with one reason together."""
+    """Linears left in 16 bits, grouped by reason."""
     rows: dict[str, dict[str, Any]] = {}
     for name, left in run.get("left", {}).items():
         row = rows.setdefault(left["reason"], {"reason": left["reason"], "count": 0, "parameters": 0, "names": []})
@@ -204,7 +204,7 @@ def _left(run: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _fallbacks(run: dict[str, Any]) -> list[dict[str, Any]]:
-    """Linears that did not get what the recipe asks for, those with one reason and kind together."""
+    """Linears that differ from the recipe, grouped by kind and reason."""
     rows: dict[tuple[str, str], dict[str, Any]] = {}
     for block in run.get("blocks", []):
         for name, linear in block["linears"].items():
@@ -217,12 +217,12 @@ def _fallbacks(run: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def error_map(run: dict[str, Any]) -> dict[str, Any] | None:
-    """Blocks x kinds of linear: the error each was left with; None where no run recorded any.
+    """Errors by block and kind of linear; None if none were recorded.
 
-    metric  output_error: squared error of the outputs relative to the outputs, over calibration tokens; where that was
-            not measured, weight_error: error of the weights relative to the weights
-    values  a row for each block, None where a block has no such linear; experts of one kind are averaged
-    low, high  between which 96% of the values lie
+    metric  output_error: squared error of the outputs relative to the outputs, over calibration tokens. If not measured
+            everywhere, weight_error: error of the weights relative to the weights
+    values  one row per block, None for a missing linear; experts of one kind are averaged
+    low, high  the range of 96% of the values
     """
     blocks = run.get("blocks", [])
     linears = [linear for block in blocks for linear in block["linears"].values()]
@@ -239,8 +239,8 @@ def error_map(run: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def outliers(run: dict[str, Any]) -> list[dict[str, Any]]:
-    """For each input that linears share: largest channel over the median one, before and after what was moved, a value
-    a block. Kinds with equal values read the same input and stand together."""
+    """For each shared input of linears: largest over median channel, before and after transforms, one value per block.
+    Kinds with equal values read the same input and are merged."""
     blocks = run.get("blocks", [])
     found: dict[str, dict[str, Any]] = {}
     for side in ("before", "after"):
@@ -258,7 +258,7 @@ def outliers(run: dict[str, Any]) -> list[dict[str, Any]]:
 
 def expert_tokens(run: dict[str, Any]) -> dict[str, int] | None:
     """Calibration tokens of experts' linears: number of linears; fewest, median and most tokens.
-    None without experts, or where nothing was calibrated."""
+    None without experts or calibration."""
     rows = [row for block in run.get("blocks", []) for name, row in block["linears"].items() if "experts." in name]
     tokens = sorted(row["tokens"] for row in rows if row.get("tokens") is not None)
     if not tokens:
@@ -267,7 +267,7 @@ def expert_tokens(run: dict[str, Any]) -> dict[str, int] | None:
 
 
 def _by_kind(block: dict[str, Any], *keys: str) -> dict[str, list[float]]:
-    """Kind -> what its linears in `block` have under `keys`, one inside the other; those without it left out."""
+    """Kind -> values of its linears in `block` under the nested `keys`; linears without a value are left out."""
     cells: dict[str, list[float]] = {}
     for name, linear in block["linears"].items():
         found: Any = linear
@@ -283,13 +283,13 @@ def _mean(values: list[float]) -> float | None:
 
 
 def calibration_marks(families: list[str], evaluations: dict[str, list[dict[str, Any]]]) -> list[str]:
-    """Texts of the evaluation that are of a family that was calibrated on."""
+    """Texts of the evaluation that belong to a family of the calibration data."""
     texts = [row.get("text") for name in ("perplexity", "divergence") for row in evaluations[name]]
     return sorted({text for text in texts if text and family_of(text) in families})
 
 
 def scored(facts: dict[str, Any]) -> list[dict[str, Any]]:
-    """Rows that hold a perplexity: of divergences, which measure it too, and of scores alone on other texts."""
+    """Rows with a perplexity: divergences, which include it, and perplexities on other texts."""
     rows = [*facts["evaluations"]["divergence"], *facts["evaluations"]["perplexity"]]
     seen: dict[tuple[Any, ...], dict[str, Any]] = {}
     for row in rows:
@@ -299,5 +299,5 @@ def scored(facts: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def conditions(row: dict[str, Any]) -> tuple[Any, ...]:
-    """What two perplexities must have in common to be compared."""
+    """The conditions that two perplexities must share to be comparable."""
     return row.get("text_sha256") or row.get("text"), row.get("protocol"), row.get("context"), row.get("windows")

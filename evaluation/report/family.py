@@ -1,9 +1,9 @@
-"""Which texts are of one kind: a model calibrated on one scores well on the other, and its reader should know."""
+"""Families of similar texts: a model calibrated on one text does better on others of its family."""
 
 import re
 from collections.abc import Iterable
 
-# A name that holds one of the words belongs to the family. Names in no family stand for themselves.
+# A name that contains one of the words belongs to the family. Other names are families of their own.
 FAMILIES = {
     "Wikipedia": ("wikitext", "wiki"),
     "Python documentation": ("builtin", "pydoc"),
@@ -18,7 +18,7 @@ SUFFIX = re.compile(r"\.(?:txt|jsonl?|parquet|csv)$")
 
 
 def family_of(name: str) -> str:
-    """The family of a text by its name: a data set, a file, or `builtin`."""
+    """The family of a text by its name: a dataset, a file, or `builtin`."""
     stem = SUFFIX.sub("", name.lower().rpartition("/")[2].split(":")[0])
     whole = re.sub(r"[^a-z0-9]", "", name.lower())
     words = re.findall(r"[a-z]+\d*|\d+", stem)
@@ -30,7 +30,7 @@ def family_of(name: str) -> str:
 
 
 def families_of(dataset: str | None) -> list[str]:
-    """The families of a calibration set as a recipe names it: sources with commas; none where there is no such set."""
+    """The families of a recipe's calibration dataset (sources separated by commas); empty without one."""
     return sorted({family_of(source) for source in _sources(dataset or "")})
 
 

@@ -1,4 +1,4 @@
-"""Facts shown: as one HTML page that needs no network, and as Markdown."""
+"""Rendering of facts: one HTML page that needs no network, and Markdown."""
 
 import re
 from collections.abc import Sequence
@@ -53,7 +53,7 @@ def render_comparison(all_facts: Sequence[dict[str, Any]], kind: str) -> str:
 
 
 def figures_of(facts: dict[str, Any], divergence: dict[str, Any] | None) -> dict[str, str | None]:
-    """The figures of one checkpoint's page; None where nothing was measured."""
+    """The figures of one checkpoint's page; None for those without data."""
     return {
         "survival": survival_plot(divergence) if divergence else None,
         "position": position_plot(divergence) if divergence else None,
@@ -88,5 +88,5 @@ def _flat(text: str) -> str:
 
 
 def _spaced(token: str) -> str:
-    """A token whose white space can be seen."""
+    """A token with visible white space."""
     return token.replace(" ", "␣").replace("\n", "⏎").replace("\t", "⇥") or "nothing"

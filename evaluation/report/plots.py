@@ -1,7 +1,7 @@
-"""Figures as SVG by matplotlib, in colours that the page decides: one drawing serves the light and the dark theme.
+"""Figures as SVG by matplotlib, with colours set by the page: one drawing serves the light and the dark theme.
 
-Marks are drawn in colours that stand for the page's CSS variables and are replaced by them in the finished text; marks
-with a name get a tooltip. Text stays text, in the page's own font.
+Marks are drawn in placeholder colours, which are replaced by the page's CSS variables in the finished SVG. Marks with a
+name get a tooltip. Text stays text, in the page's own font.
 """
 
 import math
@@ -30,7 +30,7 @@ STYLE: dict[Any, Any] = {
     "font.family": "sans-serif",
     "font.sans-serif": ["DejaVu Sans"],
     "font.size": 9,
-    "text.parse_math": False,  # a dollar in a module's name is a dollar
+    "text.parse_math": False,  # no TeX: a dollar in a module's name is a dollar
     "text.color": INK,
     "axes.labelcolor": MUTED,
     "axes.edgecolor": GRID,
@@ -53,15 +53,15 @@ STYLE: dict[Any, Any] = {
     "lines.solid_capstyle": "round",
     "legend.frameon": False,
 }
-WIDTH = 5.2  # inches, 72 points each: the width of a card on a desk, and of a phone held upright
-WIDE = 10.6  # of a card over the whole page; on a phone it scrolls
+WIDTH = 5.2  # inches of 72 points: a card on a desktop, or a phone held upright
+WIDE = 10.6  # a card over the whole page; it scrolls on a phone
 
 
 class Drawing:
-    """A figure being drawn.
+    """A figure under construction.
 
-    label    what it shows, for those who do not see it
-    tooltips  text by the name of a mark
+    label    description for people who cannot see it
+    tooltips  mark's name -> text
     """
 
     def __init__(self, label: str, height: float = 2.9, width: float = WIDTH, rows: int = 1, columns: int = 1) -> None:
@@ -72,13 +72,13 @@ class Drawing:
             self.axes: list[Axes] = list(self.figure.subplots(rows, columns, squeeze=False).flat)
 
     def name(self, text: str) -> str:
-        """The name for a mark that gets `text` as its tooltip."""
+        """A new name for a mark with `text` as its tooltip."""
         key = f"mark-{len(self.tooltips)}"
         self.tooltips[key] = text
         return key
 
     def svg(self) -> str:
-        """The finished figure, to stand in a page."""
+        """The finished figure as an SVG element."""
         buffer = StringIO()
         with mpl.rc_context(STYLE):
             self.figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
@@ -100,7 +100,7 @@ def _for_page(svg: str, label: str, tooltips: dict[str, str]) -> str:
 
 
 def survival_plot(row: dict[str, Any]) -> str | None:
-    """Share of tokens whose divergence exceeds x: the tail is the damage that a mean hides."""
+    """Share of tokens whose divergence exceeds x: the tail shows damage that a mean hides."""
     points = [(kl, share) for kl, share in row.get("survival") or [] if kl > 0]
     if len(points) < 3:
         return None
@@ -133,7 +133,7 @@ def survival_plot(row: dict[str, Any]) -> str | None:
 
 
 def _share_at(points: Sequence[tuple[float, float]], value: float) -> float:
-    """The share of tokens beyond `value`, between the points that are known."""
+    """The share of tokens beyond `value`, interpolated between known points."""
     ordered = sorted(points)
     for (below, more), (above, fewer) in pairwise(ordered):
         if below <= value <= above:
@@ -180,7 +180,7 @@ def position_plot(row: dict[str, Any]) -> str | None:
 
 
 def bytes_plot(kinds: Sequence[dict[str, Any]]) -> str:
-    """Bytes of each kind of module, before and after; small ones together."""
+    """Bytes of each kind of module before and after; small kinds are merged."""
     rows = [*kinds[:10]]
     rest = kinds[10:]
     if rest:
@@ -230,7 +230,7 @@ def heat_map(errors: dict[str, Any]) -> str:
 
 
 def heat_step(value: float, least: float, most: float) -> int:
-    """Which of HEAT_STEPS colours shows `value`: on a logarithmic scale where the values span more than threefold."""
+    """The index of the colour for `value`, on a logarithmic scale if the values span more than a factor of three."""
     if most <= least:
         return HEAT_STEPS // 2 if value == least else (HEAT_STEPS - 1) * (value > most)
     if least > 0 and most / least > 3:
@@ -241,7 +241,7 @@ def heat_step(value: float, least: float, most: float) -> int:
 
 
 def loss_plot(losses: Sequence[float | None]) -> str | None:
-    """What rounding did to each block's output."""
+    """Relative squared error of each block's output."""
     points = [(index, loss) for index, loss in enumerate(losses) if loss is not None]
     if not points:
         return None
@@ -271,7 +271,7 @@ def tuning_plot(values: Sequence[float]) -> str | None:
 
 
 def outlier_plot(rows: Sequence[dict[str, Any]]) -> str | None:
-    """Largest input channel over the median one, before and after what was moved into weights."""
+    """Largest over median input channel, before and after transforms."""
     if not rows:
         return None
     columns = 2 if len(rows) > 1 else 1
@@ -305,16 +305,16 @@ def _gaps(values: Iterable[float | None]) -> list[float]:
 
 
 def short_kinds(kinds: Sequence[str]) -> str:
-    """`q, k, v` for self_attn.q_proj and its likes; names in full where there is one."""
+    """A short form such as `q, k, v` for several kinds; the full name for a single one."""
     if len(kinds) == 1:
         return kinds[0]
     return ", ".join(kind.rpartition(".")[2].removesuffix("_proj") for kind in kinds)
 
 
 def pareto_plot(points: Sequence[dict[str, Any]], x: str, label: str, larger_is_better: bool = False) -> str | None:
-    """Perplexity over what it costs, and the line of those that nothing beats in both.
+    """Perplexity over a cost, with the Pareto front.
 
-    points  rows with `name`, `perplexity` and a number under `x`; the unquantized model has `baseline` true
+    points  rows with `name`, `perplexity` and a number under `x`; the unquantized model has `baseline` True
     """
     known = [point for point in points if point.get(x) is not None and point.get("perplexity") is not None]
     if len(known) < 2:
@@ -337,7 +337,7 @@ def pareto_plot(points: Sequence[dict[str, Any]], x: str, label: str, larger_is_
 
 
 def pareto_front(points: Sequence[tuple[float, float]], larger_is_better: bool) -> list[tuple[float, float]]:
-    """Those of (cost, loss) that no other beats in one and equals in the other, in the order of their cost."""
+    """The points (cost, loss) that no other dominates, by cost."""
     best: list[tuple[float, float]] = []
     for point in sorted(points, key=lambda p: (-p[0] if larger_is_better else p[0], p[1])):
         if not best or point[1] < best[-1][1]:
