@@ -1,9 +1,9 @@
-"""The decode engine: load a checkpoint, quantized or not, and generate at the speed of memory.
+"""The decode engine: loads a checkpoint, quantized or not, and generates at the speed of memory.
 
 from lowbit import engine
-model = engine.load("DIR", device="cpu")     # lowbit.engine.loader.load says what else it takes
+model = engine.load("DIR", device="cpu")     # lowbit.engine.loader.load has all options
 model.logits(ids)                            # (B, T, vocabulary) float32 for token ids (B, T)
-model.generate(["Hello"])                    # a list of Completions, one a prompt
+model.generate(["Hello"])                    # a list of Completions, one per prompt
 """
 
 if __name__ == "engine":

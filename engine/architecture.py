@@ -1,4 +1,4 @@
-"""What a decoder is: numbers that change its computation, and the names its tensors have in a file."""
+"""Architecture of a decoder: the numbers that affect its computation, and the names of its tensors in a file."""
 
 import math
 from dataclasses import dataclass
@@ -6,16 +6,17 @@ from dataclasses import dataclass
 from torch import Tensor
 
 SIZES = ("vocabulary", "hidden", "inner", "heads", "kv_heads", "head_dim", "max_positions")
-GATED_ACTIVATIONS = ("silu_mul", "gelu_tanh_mul")  # act(gate) * up; the others take one product
+GATED_ACTIVATIONS = ("silu_mul", "gelu_tanh_mul")  # act(gate) * up; other activations have a single product
 
 
 @dataclass(frozen=True)
 class Rope:
-    """A rotary embedding. Pair j of a head turns by position * frequencies[j]; cosines and sines are times `scaling`.
+    """A rotary embedding. Pair j of a head rotates by position * frequencies[j]; cosines and sines are scaled by
+    `scaling`.
 
-    frequencies  (pairs,) float64  none where positions are learned
-    adjacent     inputs 2 j and 2 j + 1 are a pair (GPT-J, GLM), else j and j + pairs (NeoX, Llama)
-    long         (pairs,) frequencies of sequences of more than `short` positions (longrope), or None
+    frequencies  (pairs,) float64  empty with learned positions
+    adjacent     True: inputs 2 j and 2 j + 1 form a pair (GPT-J, GLM); False: j and j + pairs (NeoX, Llama)
+    long         (pairs,) frequencies for sequences longer than `short` positions (longrope), or None
     """
 
     frequencies: Tensor
@@ -27,10 +28,10 @@ class Rope:
 
 @dataclass(frozen=True)
 class Layer:
-    """What may differ between layers.
+    """Values that may differ between layers.
 
-    window  positions that a token sees, its own included; None for all
-    scale   of attention scores, before the softmax
+    window  number of positions a token attends to, including its own; None for all
+    scale   factor of attention scores before the softmax
     """
 
     window: int | None
@@ -40,14 +41,14 @@ class Layer:
 
 @dataclass(frozen=True)
 class Architecture:
-    """A decoder's sizes and the choices of its family.
+    """A decoder's sizes, and the choices of its family.
 
     norm               "rms" or "layer"; norm_offset is added to stored norm weights (Gemma keeps weight - 1)
-    activation         one of GATED_ACTIVATIONS, or of quant.kernels.problem's without a gate
-    parallel           the MLP reads what the attention read, and both are added (GPT-J, NeoX)
-    softcap            bounds scores by cap * tanh(score / cap), logit_softcap the logits
-    positions          learned position embeddings are added to the tokens'
-    attention_bias, mlp_bias  False: biases in the file are refused; else the file's are used
+    activation         one of GATED_ACTIVATIONS, or an ungated one of quant.kernels.problem
+    parallel           True: attention and MLP read the same input, and both outputs are added (GPT-J, NeoX)
+    softcap            limits scores to cap * tanh(score / cap); logit_softcap does the same for logits
+    positions          True: learned position embeddings are added to the token embeddings
+    attention_bias, mlp_bias  False: a bias in the file is an error; True or None: it is used
     """
 
     family: str
@@ -77,7 +78,7 @@ class Architecture:
         return self.activation in GATED_ACTIVATIONS
 
     def reason_against(self) -> str | None:
-        """The reason why no decoder has these sizes, or None."""
+        """The reason why these sizes are invalid, or None."""
         counts = {name: getattr(self, name) for name in SIZES} | {"layers": len(self.layers)}
         wrong = next((name for name, value in counts.items() if type(value) is not int or value < 1), None)
         if wrong is not None:
@@ -100,25 +101,26 @@ class Architecture:
 
     @property
     def short(self) -> int | None:
-        """Positions of a sequence up to which ropes turn by their `frequencies`; None where they always do."""
+        """Longest sequence for which the ropes use `frequencies`; None if they always do."""
         return next((layer.rope.short for layer in self.layers if layer.rope.long is not None), None)
 
     @property
     def qkv_rows(self) -> int:
-        """Outputs of the product that makes q, k and v."""
+        """Number of outputs of the fused qkv product."""
         return (self.heads + 2 * self.kv_heads) * self.head_dim
 
 
 @dataclass(frozen=True)
 class Names:
-    """What a family's tensors are called. Those of a layer follow `layer`; a norm or position that is None is absent.
+    """A family's tensor names. Names of a layer's tensors follow `layer`. None: the family has no such norm or
+    position.
 
-    qkv          linears whose rows, one below the other, are q, k and v
-    per_head     the rows are q, k and v of head 0, then of head 1, ...
-    up           linears whose rows are gate over up, or the one without a gate
-    transposed   dense weights are stored (k, n)
-    ignored      last parts of names of tensors that are computed, not loaded
-    others       first parts of names of tensors that other parts of the model have (what sees images)
+    qkv          linears whose stacked rows are q, k and v
+    per_head     True: the rows are q, k and v of head 0, then of head 1, ...
+    up           linears whose stacked rows are gate and up, or up alone without a gate
+    transposed   True: dense weights are stored as (k, n)
+    ignored      suffixes of tensors that are computed instead of loaded
+    others       prefixes of tensors that belong to other parts of the model (vision)
     """
 
     embedding: str = "model.embed_tokens"

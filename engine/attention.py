@@ -9,7 +9,7 @@ from lowbit.engine.architecture import Architecture, Layer
 
 
 def prompt_attention(q: Tensor, k: Tensor, v: Tensor, architecture: Architecture, layer: Layer) -> Tensor:
-    """softmax(scale q k^T) v for the last T of L positions, each seeing itself and those before it.
+    """softmax(scale q k^T) v for the last T of L positions, causal.
 
     q       (T, heads * head_dim)
     k, v    (L, kv_heads, head_dim), L >= T
@@ -32,26 +32,26 @@ def prompt_attention(q: Tensor, k: Tensor, v: Tensor, architecture: Architecture
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """The same without a window: q (1, heads, T, head_dim); k, v (1, kv_heads, L, head_dim)."""
+    """Causal attention without a window: q (1, heads, T, head_dim); k, v (1, kv_heads, L, head_dim)."""
     count, length = q.shape[2], k.shape[2]
     if count == length:
         return functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
     if q.is_cuda and can_use_flash_attention(SDPAParams(q, k, v, None, 0.0, False, True)):
-        # The flash kernel aligns a causal mask with the last key, and makes no mask. torch.nn.attention.bias does the
-        # same, but its import takes seconds.
+        # The flash kernel aligns a causal mask with the last key, and needs no mask tensor. torch.nn.attention.bias
+        # does the same, but takes seconds to import.
         return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, is_causal=True, scale=scale)[0]
     seen = visible(count, length, None, q.device)
     return functional.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale, enable_gqa=True)
 
 
 def visible(count: int, length: int, window: int | None, device: torch.device) -> Tensor:
-    """(T, L) bool: which of L positions each of the last T sees."""
+    """(T, L) bool: True where one of the last T positions attends to one of L positions."""
     behind = torch.arange(length - count, length, device=device).unsqueeze(1) - torch.arange(length, device=device)
     return (behind >= 0) & (behind < window) if window is not None else behind >= 0
 
 
 def capped_attention(q: Tensor, k: Tensor, v: Tensor, architecture: Architecture, layer: Layer) -> Tensor:
-    """The same with bounded scores, which torch's fused attention lacks; (T, heads * head_dim)."""
+    """Causal attention with a softcap on scores, which torch's fused attention lacks; (T, heads * head_dim)."""
     a = architecture
     assert a.softcap is not None
     count, length = q.shape[2], k.shape[2]

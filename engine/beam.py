@@ -1,7 +1,7 @@
-"""Beam search: the sequence of highest log-probability / length^length_penalty among those that beams reach.
+"""Beam search: the sequence with the highest log-probability / length^length_penalty among those the beams reach.
 
-The rules are transformers': twice as many candidates as beams, so that as many go on as there are beams even where
-half of them end; a search is over when no running beam can beat the worst finished one.
+The rules are those of transformers: twice as many candidates as beams, so that enough beams go on even if half of the
+candidates end. The search ends when no running beam can beat the worst finished one.
 """
 
 from collections.abc import Iterator
@@ -19,31 +19,31 @@ from lowbit.engine.sampling import Piece
 
 @dataclass
 class Finished:
-    """The best `beams` ended sequences: (score, tokens), best first."""
+    """The best `beams` finished sequences: (score, tokens), best first."""
 
     beams: int
     length_penalty: float
     found: list[tuple[float, list[int]]] = field(default_factory=list)
 
     def add(self, logprob: float, tokens: list[int]) -> None:
-        """A sequence that ended, if it is among the best."""
+        """Add a finished sequence, if it is among the best."""
         self.found.append((logprob / len(tokens) ** self.length_penalty, tokens))
         self.found = sorted(self.found, key=lambda entry: -entry[0])[: self.beams]
 
     def closed_to(self, logprob: float, length: int) -> bool:
-        """True if a running beam of this log-probability and length can no longer get in."""
+        """True if a running beam with this log-probability and length can no longer get in."""
         return len(self.found) == self.beams and self.found[-1][0] >= logprob / length**self.length_penalty
 
 
 def run_beams(runner: Runner, sampler: Sampler, request: Request) -> Iterator[Piece]:
-    """Serves one request with a beam a row of the runner; the text comes whole, at the end."""
+    """Serve one request, with one beam per row of the runner. The text comes in one piece, at the end."""
     beams, cache, device = request.sampling.beams, runner.cache, runner.tokens.device
     stops = torch.tensor(sorted(set(request.constraints.stop_tokens)), dtype=torch.int64, device=device)
     finished = Finished(beams, request.sampling.length_penalty)
     sampler.start([request.constraints] * beams)
     logits = last_logits(runner.decoder, cache, [request.prompt]).expand(beams, -1)
     cache.reorder(torch.zeros(beams, dtype=torch.int64, device=device))
-    # all beams start alike: only the first may go on, or all would be the same
+    # all beams start equal: only the first may go on, otherwise all would stay equal
     totals = torch.full((beams, 1), float("-inf"), device=device)
     totals[0] = 0.0
     written: list[list[int]] = [[] for _ in range(beams)]
@@ -70,13 +70,13 @@ def run_beams(runner: Runner, sampler: Sampler, request: Request) -> Iterator[Pi
 def extend(
     logits: Tensor, totals: Tensor, sampler: Sampler, stops: Tensor, finished: Finished, written: list[list[int]]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The beams that go on, best first: log-probabilities (beams, 1), the rows they come from, their new tokens.
+    """The beams that go on, best first: log-probabilities (beams, 1), their previous rows, and their new tokens.
 
-    Candidates that end with a stop token, and are among the best `beams`, are added to `finished`.
+    Candidates among the best `beams` that end with a stop token are added to `finished`.
     """
     beams, vocabulary = logits.shape
     scores = sampler.penalize(logits.log_softmax(-1)) if sampler.features.penalized else logits.log_softmax(-1)
-    # enough candidates that `beams` are left when every stop token of every beam is among them
+    # enough candidates that `beams` remain even if every beam's stop tokens are all among them
     candidates = min((1 + max(len(stops), 1)) * beams, beams * vocabulary)
     best, places = (totals + scores).flatten().topk(candidates)
     rows, tokens = places // vocabulary, places % vocabulary

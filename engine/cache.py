@@ -1,4 +1,4 @@
-"""The static key-value cache: memory for every position of every sequence, taken once."""
+"""The static key-value cache: memory for all positions of all sequences, allocated once."""
 
 from dataclasses import dataclass
 
@@ -11,9 +11,9 @@ from lowbit.quant.kernels.decode_attention import KVCache, loaded
 
 @dataclass(frozen=True)
 class Cache:
-    """Keys and values of `batch` sequences of at most `context` positions: sequence b has slots [b context, ...).
+    """Keys and values of `batch` sequences of at most `context` positions. Sequence b has slots [b context, ...).
 
-    layers  one KVCache a layer, in the activations' dtype or int8 with a scale per token and head
+    layers  one KVCache per layer, in the activations' dtype, or int8 with one scale per token and head
     """
 
     layers: tuple[KVCache, ...]
@@ -36,9 +36,9 @@ class Cache:
         return loaded(kv.k[slots], kv.k_scales[slots]).to(dtype), loaded(kv.v[slots], kv.v_scales[slots]).to(dtype)
 
     def reorder(self, sequences: Tensor) -> None:
-        """Sequence b becomes a copy of what sequence `sequences[b]` was: beams that go on from others.
+        """Replace sequence b by a copy of sequence `sequences[b]`, for beam search.
 
-        sequences  as many as there are beams, from the cache's first sequence on
+        sequences  one per beam, from the cache's first sequence on
         """
         for layer in self.layers:
             for part in parts_of(layer):
@@ -47,12 +47,12 @@ class Cache:
 
 
 def parts_of(layer: KVCache) -> list[Tensor]:
-    """The layer's tensors that exist."""
+    """The layer's tensors that are not None."""
     return [part for part in (layer.k, layer.v, layer.k_scales, layer.v_scales) if part is not None]
 
 
 def cache_nbytes(architecture: Architecture, batch: int, context: int, dtype: torch.dtype, int8: bool) -> int:
-    """Bytes that `make_cache` takes."""
+    """The bytes that `make_cache` allocates."""
     per_head = architecture.head_dim + dtype.itemsize if int8 else architecture.head_dim * dtype.itemsize
     return 2 * len(architecture.layers) * batch * context * architecture.kv_heads * per_head
 
@@ -60,7 +60,7 @@ def cache_nbytes(architecture: Architecture, batch: int, context: int, dtype: to
 def make_cache(
     architecture: Architecture, batch: int, context: int, dtype: torch.dtype, int8: bool, device: torch.device
 ) -> Cache:
-    """An empty cache; positions hold zeros until they are written."""
+    """An empty cache, filled with zeros."""
     sides = (batch * context, architecture.kv_heads)
 
     def layer() -> KVCache:

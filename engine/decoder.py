@@ -1,7 +1,7 @@
-"""The one decoder: every family's step, prompts and decode alike.
+"""The decoder: the forward pass of every family, for prompts and decode steps alike.
 
-A step takes m rows, each a token of some sequence at some position. Everything but attention treats rows alone; where
-they stand is in the step's tensors, so that one captured graph serves every position.
+A step takes m rows, each a token of some sequence at some position. Everything but attention treats rows independently.
+Positions are in the step's tensors, so that one captured graph serves every position.
 """
 
 from dataclasses import replace
@@ -19,11 +19,12 @@ from lowbit.engine.weights import Weights
 
 
 class Decoder:
-    """A model's weights and its computation. Nothing here changes after construction; caches are passed in."""
+    """A model's weights and its forward pass. It is immutable after construction, except for `plan`; caches are passed
+    in."""
 
     def __init__(self, architecture: Architecture, weights: Weights, context: int) -> None:
         self.architecture, self.context = architecture, context
-        # ropes are shared among layers: one table each
+        # layers share ropes: one table per rope
         tables: dict[int, Turns] = {}
         for layer in architecture.layers:
             rope = layer.rope
@@ -31,23 +32,23 @@ class Decoder:
                 tables[id(rope)] = turns_of(rope, architecture.head_dim, context, weights.device)
         self.turns = [tables[id(layer.rope)] for layer in architecture.layers]
         short = architecture.short
-        # sequences longer than this turn otherwise (longrope); None where all that fit the context turn alike
+        # sequences longer than this use other rotations (longrope); None if no sequence within the context does
         self.short = short if short is not None and short < context else None
-        # dependent launches are for captured graphs; on a CPU the operators ignore them
+        # programmatic dependent launches, for captured graphs; ignored on a CPU
         self.dependent = weights.device.type == "cuda"
         layers, head = planned(weights.layers, weights.head, self.dependent, shared=False)
         self.weights = replace(weights, layers=layers, head=head)
         self.plan(self.dependent)
 
     def plan(self, deferring: bool) -> None:
-        """Plans the layers of decode steps; `deferring`: norms are shared between products.
+        """Plan the layers of decode steps. `deferring` True fuses norms into the products around them.
 
-        Sharing a norm saves a GPU its launch; on a CPU it is work and nothing else.
+        Fusing norms into products saves kernel launches on a GPU; on a CPU it is pure overhead.
         """
         self.blocks, _ = planned(self.weights.layers, self.weights.head, self.dependent, deferring)
 
     def hidden(self, step: Step, cache: Cache) -> Hidden:
-        """The last layer's output (m, hidden); the cache holds the rows' keys and values afterwards."""
+        """The last layer's output (m, hidden). Also writes the rows' keys and values to the cache."""
         x = Hidden(self.embed(step))
         blocks = self.blocks if step.prompt is None else self.weights.layers
         for block, turns in zip(blocks, self.turns, strict=True):
@@ -60,13 +61,14 @@ class Decoder:
         return block.feed_forward(x if self.architecture.parallel else h, h.h)
 
     def turns_at(self, positions: Tensor, lengths: Tensor | int) -> Tensor:
-        """The places (m) in the tables of turns for rows at `positions` (m) of sequences of `lengths` (m, or one)."""
+        """Indices (m) into the rope tables for rows at `positions` (m) of sequences of `lengths` (m, or one for
+        all)."""
         if self.short is None:
             return positions
         return positions + self.context * (lengths > self.short)
 
     def step(self, tokens: Tensor, positions: Tensor, starts: Tensor) -> Step:
-        """The step of rows of which each is the last of its sequence."""
+        """A decode step: each row is the last position of its sequence."""
         return Step(tokens, positions, self.turns_at(positions, positions + 1), starts, starts + positions)
 
     def embed(self, step: Step) -> Tensor:
@@ -79,6 +81,6 @@ class Decoder:
         return x
 
     def logits(self, hidden: Tensor | Hidden) -> Tensor:
-        """The logits (m, vocabulary) float32 of rows of the last layer's output (m, hidden)."""
+        """The logits (m, vocabulary) float32 for rows of the last layer's output (m, hidden)."""
         logits, cap = self.weights.head(hidden), self.architecture.logit_softcap
         return logits if cap is None else cap * torch.tanh(logits / cap)

@@ -1,4 +1,4 @@
-"""An engine: a decoder, its tokenizer and its caches."""
+"""The engine: a decoder with its tokenizer and caches."""
 
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,7 +28,7 @@ Prompt = str | Sequence[int]
 
 
 class Engine:
-    """A loaded model. Any number of calls and threads may be under way; an error leaves it as it was."""
+    """A loaded model. Any number of calls and threads may run at a time. An error leaves it usable."""
 
     def __init__(self, decoder: Decoder, tokenizer: PreTrainedTokenizerBase | None, options: Options) -> None:
         self.decoder, self.tokenizer, self.options = decoder, tokenizer, options
@@ -38,9 +38,10 @@ class Engine:
     def generate(
         self, prompts: Prompt | Sequence[Prompt], sampling: Sampling | Sequence[Sampling] | None = None, **changes: Any
     ) -> list[Completion]:
-        """Continues each prompt (text, or token ids); `sampling` for all or one each, `changes` are fields of it.
+        """Continue each prompt (text, or token ids). `sampling` is for all or one per prompt; `changes` override its
+        fields.
 
-        EngineError for a prompt or a setting that cannot be served; the engine stays usable.
+        EngineError for an invalid prompt or setting; the engine stays usable.
         """
         requests = self.requests(prompts, sampling, **changes)
         for _ in self.serve(requests):
@@ -51,13 +52,13 @@ class Engine:
     def stream(
         self, prompts: Prompt | Sequence[Prompt], sampling: Sampling | Sequence[Sampling] | None = None, **changes: Any
     ) -> Iterator[Piece]:
-        """What `generate` writes, as it is written. The iterator may be dropped at any piece."""
+        """The results of `generate`, token by token. The iterator may be abandoned at any point."""
         return self.serve(self.requests(prompts, sampling, **changes))
 
     def chat(
         self, messages: Sequence[Mapping[str, Any]], sampling: Sampling | None = None, **changes: Any
     ) -> Completion:
-        """The assistant's answer to a conversation, by the model's chat template.
+        """The assistant's answer to a conversation, using the model's chat template.
 
         messages  [{"role": "user", "content": "..."}]
         """
@@ -66,15 +67,15 @@ class Engine:
 
     @typed(EngineError)
     def encode(self, text: str) -> list[int]:
-        """The tokens of a prompt, as the tokenizer makes them."""
+        """The token ids of a prompt."""
         return self._tokens(text, add_special_tokens=True)
 
     @typed(EngineError)
     def encode_chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
-        """The tokens of a conversation by the model's chat template, the assistant's turn begun.
+        """The token ids of a conversation in the model's chat template, up to the start of the assistant's turn.
 
         messages  [{"role": "user", "content": "..."}]
-        EngineError where the template refuses them, or takes more time or memory than it may.
+        EngineError if the template rejects the messages, or exceeds its limits of time or memory.
         """
         tokenizer = self.require_tokenizer()
         if not tokenizer.chat_template:
@@ -86,21 +87,22 @@ class Engine:
         return self._tokens(text, add_special_tokens=False)
 
     def _tokens(self, text: str, add_special_tokens: bool) -> list[int]:
-        """The tokens of `text`. EngineError where it holds what no tokenizer reads: a terminal passes bytes as such."""
+        """The token ids of `text`. EngineError for half a surrogate pair, which a terminal may pass for invalid
+        bytes."""
         tokenizer = self.require_tokenizer()
         try:
             text.encode()
         except UnicodeEncodeError as error:
             raise EngineError(
-                f"character {error.start} of {text[:60]!r} is half a surrogate pair, no Unicode"
+                f"character {error.start} of {text[:60]!r} is half a surrogate pair, not valid Unicode"
             ) from error
         with self.lock:
             return list(tokenizer(text, add_special_tokens=add_special_tokens, verbose=False).input_ids)
 
     def require_tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer. EngineError where the model came without one."""
+        """The tokenizer. EngineError if the model has none."""
         if self.tokenizer is None:
-            raise EngineError("the model has no tokenizer that can be loaded: give token ids, and no strings")
+            raise EngineError("the model has no tokenizer that can be loaded: give token ids instead of strings")
         return self.tokenizer
 
     def requests(
@@ -141,7 +143,7 @@ class Engine:
         return request
 
     def bad_words(self, sampling: Sampling) -> tuple[tuple[int, ...], ...]:
-        """The bad words as tokens; a string with and without a space before it, as a text may have it."""
+        """The bad words as tokens; a string is tokenized with and without a space before it."""
         words: list[tuple[int, ...]] = []
         for word in sampling.bad_words:
             if not isinstance(word, str):
@@ -158,14 +160,14 @@ class Engine:
         return tuple(dict.fromkeys(words))
 
     def serve(self, requests: Sequence[Request]) -> Iterator[Piece]:
-        """Pieces of all requests. The engine computes one piece at a time, whoever asks."""
+        """The pieces of all requests. Only one piece is computed at a time, for all threads."""
         with self.spaces.lent() as space:
             pieces = self.pieces(requests, space)
             while (piece := self.advance(pieces, requests)) is not None:
                 yield piece
 
     def advance(self, pieces: Iterator[Piece], requests: Sequence[Request]) -> Piece | None:
-        """The next piece, or None after the last. EngineError where memory is short."""
+        """The next piece, or None after the last. EngineError if memory is short."""
         with self.lock, torch.inference_mode():
             try:
                 return next(pieces, None)
@@ -173,7 +175,7 @@ class Engine:
                 raise EngineError(f"{len(requests)} sequences do not fit: {shortage(error)}") from None
 
     def pieces(self, requests: Sequence[Request], space: Workspace) -> Iterator[Piece]:
-        """Plain requests in batches, those with beams or drafts one by one."""
+        """The pieces of all requests: plain ones in batches, those with beams or drafts one by one."""
         waiting = [request for request in requests if request.sampling.beams == 1 and not request.sampling.lookup]
         while waiting:
             batch = waiting[: self.options.batch]
@@ -194,9 +196,9 @@ class Engine:
     @torch.inference_mode()
     @typed(EngineError)
     def logits(self, ids: Tensor | Sequence[Sequence[int]]) -> Tensor:
-        """Logits (B, T, vocabulary) float32 for token ids (B, T): row t is what follows tokens 0 to t.
+        """Logits (B, T, vocabulary) float32 for token ids (B, T). Row t predicts the token after tokens 0 to t.
 
-        EngineError where T exceeds the engine's context, or where an id is no token.
+        EngineError if T exceeds the engine's context, or if an id is not in the vocabulary.
         """
         if isinstance(ids, Tensor) and (ids.ndim != 2 or ids.is_floating_point()):
             raise EngineError(f"token ids of shape (B, T) are needed, not {ids.dtype} of shape {list(ids.shape)}")
@@ -213,7 +215,7 @@ class Engine:
                 raise EngineError(f"{asked} do not fit: {shortage(error)}") from None
 
     def read_logits(self, rows: list[list[int]], cache: Cache) -> Tensor:
-        """Logits (B, T, vocabulary) float32 of rows of one length, each as the cache's sequence 0."""
+        """Logits (B, T, vocabulary) float32 for rows of equal length, each computed as the cache's sequence 0."""
         shape = len(rows), len(rows[0]), self.decoder.architecture.vocabulary
         logits = torch.empty(shape, dtype=torch.float32, device=self.decoder.weights.device)
         for row, into in zip(rows, logits, strict=True):
@@ -224,7 +226,7 @@ class Engine:
         return logits
 
     def check_prompt(self, prompt: Sequence[int], room: int = 0) -> None:
-        """Raises EngineError for a prompt that is empty, too long for the context, or holds what is no token."""
+        """EngineError for a prompt that is empty, too long for the context, or has ids outside the vocabulary."""
         vocabulary, context = self.decoder.architecture.vocabulary, self.options.context
         if not prompt:
             raise EngineError("the prompt is empty: give it at least one token")
@@ -239,5 +241,5 @@ class Engine:
 
 
 def longest(requests: Sequence[Request]) -> int:
-    """Positions that the longest of the requests may come to."""
+    """The most positions that any of the requests may need."""
     return max(len(request.prompt) + request.most for request in requests)

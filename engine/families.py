@@ -1,6 +1,6 @@
-"""The families the engine knows: one row each, names as data and a configuration read into an Architecture.
+"""The engine's model families, one row each: tensor names, and a function from configuration to Architecture.
 
-A configuration is transformers' own object where transformers knows the family, else a dataclass here.
+A configuration is transformers' own object, or a dataclass here if transformers does not know the family.
 """
 
 import math
@@ -29,9 +29,9 @@ GATED, UNGATED = ("silu", "gelu_tanh"), ("gelu", "gelu_tanh", "quick_gelu")
 
 @dataclass(frozen=True)
 class Family:
-    """How a family's files are read.
+    """Rules for reading a family's files.
 
-    own_config  the fields of config.json, for a family that transformers has no class for
+    own_config  fields of config.json, for a family without a class in transformers
     """
 
     name: str
@@ -41,7 +41,7 @@ class Family:
 
 
 def activation_of(name: str, gated: bool) -> str:
-    """The operators' name of an activation. NotComputed names the known ones."""
+    """The operators' name of an activation. NotComputed for an unknown one lists the known ones."""
     computed = GATED if gated else UNGATED
     known = [each for each, ours in ACTIVATIONS.items() if ours in computed]
     if name not in known:
@@ -51,12 +51,12 @@ def activation_of(name: str, gated: bool) -> str:
 
 
 def plain_frequencies(dims: int, theta: float) -> Tensor:
-    """theta^(-2 j / dims) for the dims / 2 pairs, float32 as transformers computes them."""
+    """theta^(-2 j / dims) for dims / 2 pairs, in float32 as in transformers."""
     return 1.0 / theta ** (torch.arange(0, dims, 2, dtype=torch.int64).float() / dims)
 
 
 def rope_of(config: Fields, dims: int, kind: str | None = None, adjacent: bool = False) -> Rope:
-    """The rotary embedding of `config`, for `dims` inputs of a head; `kind` where layers differ (Gemma 3)."""
+    """The rotary embedding of `config` for `dims` inputs of a head. `kind` selects one if layers differ (Gemma 3)."""
     parameters = config.rope_parameters
     nested = kind is not None and kind in parameters
     if nested:
@@ -78,14 +78,14 @@ NO_ROPE = Rope(torch.empty(0))
 
 
 def turned_dims(config: Fields, head_dim: int) -> int:
-    """Inputs of a head that turn, in families that may turn a part."""
+    """Number of rotated inputs of a head, for families with partial rotation."""
     return int(head_dim * config.rope_parameters.get("partial_rotary_factor", 1.0))
 
 
 def llama(config: Fields, partly: bool = False, adjacent: bool = False) -> Architecture:
-    """Llama 2 and 3, and families that depart from them in a few numbers.
+    """Llama 2 and 3, and families that differ only in a few numbers.
 
-    partly    rope_parameters may turn a part of each head
+    partly    True if rope_parameters may rotate only a part of each head
     adjacent  as in Rope
     """
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -112,9 +112,9 @@ def llama(config: Fields, partly: bool = False, adjacent: bool = False) -> Archi
 
 
 def gemma(config: Fields, capped: bool = True) -> Architecture:
-    """Gemma 2 and 3: scaled embeddings, norms after the products too, softcaps, two ropes (Gemma 3).
+    """Gemma 2 and 3: scaled embeddings, norms after products too, softcaps, two ropes (Gemma 3).
 
-    capped  the scores are bounded where the configuration says so
+    capped  True to use the configuration's softcap of scores
     """
     config = config.get_text_config()
     ropes = {kind: rope_of(config, config.head_dim, kind) for kind in set(config.layer_types)}
@@ -142,7 +142,7 @@ def gemma(config: Fields, capped: bool = True) -> Architecture:
 
 
 def gpt2(config: Fields) -> Architecture:
-    """GPT-2, and CodeGeeX's shape: learned positions, LayerNorm, one product before the activation."""
+    """GPT-2: learned positions, LayerNorm, one product before the activation."""
     head_dim = config.n_embd // config.n_head
     scale = head_dim**-0.5 if config.declared("scale_attn_weights", True) else 1.0
     by_index = config.declared("scale_attn_by_inverse_layer_idx", False)
@@ -166,7 +166,7 @@ def gpt2(config: Fields) -> Architecture:
 
 
 def gptj(config: Fields) -> Architecture:
-    """GPT-J: one norm for attention and MLP side by side, adjacent pairs turned."""
+    """GPT-J: one norm for parallel attention and MLP, and rotation of adjacent pairs."""
     plain = gpt2(config)
     rope = Rope(plain_frequencies(config.rotary_dim or plain.head_dim, 10000.0), adjacent=True)
     layers = tuple(replace(layer, rope=rope) for layer in plain.layers)
@@ -174,7 +174,7 @@ def gptj(config: Fields) -> Architecture:
 
 
 def gpt_neox(config: Fields) -> Architecture:
-    """GPT-NeoX and Pythia: attention and MLP side by side, each with its norm, a quarter of each head turned."""
+    """GPT-NeoX and Pythia: parallel attention and MLP, each with its norm; a quarter of each head is rotated."""
     head_dim = config.hidden_size // config.num_attention_heads
     layer = Layer(None, rope_of(config, turned_dims(config, head_dim)), head_dim**-0.5)
     return Architecture(
@@ -198,7 +198,7 @@ def gpt_neox(config: Fields) -> Architecture:
 
 @dataclass
 class ChatGLMConfig:
-    """The fields of ChatGLM's config.json and their defaults. Biases are used where the file has them."""
+    """The fields of ChatGLM's config.json, with defaults. Biases are used if the file has them."""
 
     model_type: str = "chatglm"
     padded_vocab_size: int = 65024
@@ -223,7 +223,7 @@ class ChatGLMConfig:
 
 
 def chatglm(config: Fields) -> Architecture:
-    """ChatGLM2-6B, ChatGLM3 and GLM-4 in their own files: two heads of k and v, half of each head turned."""
+    """ChatGLM2-6B, ChatGLM3 and GLM-4 in their original files: two heads of k and v, half of each head rotated."""
     head_dim, groups = config.kv_channels, config.multi_query_group_num
     rope = Rope(plain_frequencies(head_dim // 2, 10000.0 * config.rope_ratio), adjacent=True)
     return Architecture(
@@ -241,7 +241,7 @@ def chatglm(config: Fields) -> Architecture:
 
 
 def with_head_norms(names: Names) -> Names:
-    """`names` of a family that norms the heads of q and k."""
+    """`names` for a family with norms on the heads of q and k."""
     return replace(names, q_norm="self_attn.q_norm", k_norm="self_attn.k_norm")
 
 

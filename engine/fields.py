@@ -1,12 +1,12 @@
-"""The fields of a configuration: those that a family's reader used, those that change no logits, and the rest.
+"""Fields of a configuration: those that a family's reader uses, those without effect on logits, and the rest.
 
-A field of the rest must have its default. Otherwise the model computes something that the engine does not know of.
+Every field of the rest must have its default value. Otherwise the model computes something unknown to the engine.
 """
 
 from dataclasses import MISSING, fields, is_dataclass
 from typing import Any
 
-# Fields that change no logits of a decoder: training, generation, labels, other heads, images, records.
+# Fields without effect on a decoder's logits: training, generation, labels, other heads, images, records.
 NEUTRAL = frozenset(
     (
         *("architectures", "dtype", "transformers_version", "return_dict", "output_hidden_states", "use_cache"),
@@ -18,25 +18,25 @@ NEUTRAL = frozenset(
         *("image_token_index", "reorder_and_upcast_attn"),
     )
 )
-# Fields that transformers' classes turn into other fields, which the readers use: layer_types, rope_parameters.
+# Fields that transformers' classes translate into fields used by the readers: layer_types, rope_parameters.
 RESOLVED = frozenset(
     {"num_hidden_layers", "use_sliding_window", "max_window_layers", "original_max_position_embeddings"}
 )
-# Fields that no class declares and transformers obeys all the same, with the one value that is computed.
+# Fields that no class declares but transformers obeys, with the only supported value.
 UNDECLARED = {"is_causal": True}
 
 
 class NotComputed(ValueError):
-    """A configuration that asks for something the engine does not compute."""
+    """A configuration with something that the engine does not compute."""
 
 
 class Fields:
-    """A configuration that remembers which of its fields were read."""
+    """A configuration that records which of its fields were read."""
 
     def __init__(self, config: Any) -> None:
-        """Raises NotComputed where layers have sizes of their own."""
+        """NotComputed if layers have individual sizes."""
         if getattr(config, "is_heterogeneous", False):
-            raise NotComputed("per_layer_config gives layers sizes of their own; the engine's layers are alike")
+            raise NotComputed("per_layer_config gives layers individual sizes; the engine needs equal ones")
         self._config, self._read = config, set[str]()
         self._text: Fields | None = None
 
@@ -45,12 +45,12 @@ class Fields:
         return getattr(self._config, name)
 
     def declared(self, name: str, default: Any = None) -> Any:
-        """A field; `default` where the configuration's class has no such field, whatever config.json says."""
+        """A field; `default` if the configuration's class has no such field, even if config.json has it."""
         names = {field.name for field in fields(self._config)} if is_dataclass(self._config) else vars(self._config)
         return getattr(self, name) if name in names else default
 
     def get_text_config(self) -> "Fields":
-        """The fields of the text part of a model that sees images, else these."""
+        """The fields of a vision model's text part, or of the model itself."""
         text = self._config.get_text_config()
         if text is self._config:
             return self
@@ -58,16 +58,16 @@ class Fields:
         return self._text
 
     def refuse_unread(self) -> None:
-        """Raise NotComputed where a field that nothing read departs from its default."""
+        """NotComputed if an unread field differs from its default."""
         for name, default in self._assumed().items():
             value = getattr(self._config, name, default)
-            if value != default and (value or default):  # None and False say the same
-                raise NotComputed(f"{name} is {value!r}; the engine computes {default!r} alone")
+            if value != default and (value or default):  # None and False are equivalent
+                raise NotComputed(f"{name} is {value!r}; the engine computes only {default!r}")
         if self._text is not None:
             self._text.refuse_unread()
 
     def _assumed(self) -> dict[str, Any]:
-        """The fields that must have their defaults, with those."""
+        """The fields that must have their default value, with these values."""
         known = NEUTRAL | RESOLVED | self._read
         declared = fields(self._config) if is_dataclass(self._config) else ()
         defaults = {field.name: field.default for field in declared if field.name not in known}

@@ -1,4 +1,4 @@
-"""The loop: prompts in, pieces of text out, a batch of requests at a time."""
+"""The generation loop: from prompts to pieces of text, one batch of requests at a time."""
 
 from collections.abc import Iterator, Sequence
 
@@ -13,11 +13,11 @@ from lowbit.engine.runner import Runner
 from lowbit.engine.sampler import Chosen, Sampler
 from lowbit.engine.sampling import Piece, TokenLogprob
 
-SCORED_ROWS = 256  # prompt positions whose logits are in memory together
+SCORED_ROWS = 256  # prompt positions with logits in memory at a time
 
 
 def run_batch(runner: Runner, sampler: Sampler, requests: Sequence[Request]) -> Iterator[Piece]:
-    """Serves `requests`, one a row of the runner, until each is finished or must be read again."""
+    """Serve `requests`, one per row of the runner, until each is finished or must be read again."""
     cache, decoder = runner.cache, runner.decoder
     for request in requests:
         request.begin()
@@ -37,7 +37,7 @@ def run_batch(runner: Runner, sampler: Sampler, requests: Sequence[Request]) -> 
 
 
 def deliver(requests: Sequence[Request], chosen: Chosen) -> Iterator[Piece]:
-    """Hands a step's tokens to the requests that still wait for one."""
+    """Pass a step's tokens to the requests that still need one."""
     for row, (request, token) in enumerate(zip(requests, chosen.tokens.tolist(), strict=True)):
         if request.left:
             if chosen.logprobs is not None and chosen.top is not None:
@@ -46,7 +46,7 @@ def deliver(requests: Sequence[Request], chosen: Chosen) -> Iterator[Piece]:
 
 
 def read_prompts(decoder: Decoder, cache: Cache, requests: Sequence[Request]) -> Tensor:
-    """Logits (B, vocabulary) after each sequence; the prompts' log-probabilities where they were asked for."""
+    """Logits (B, vocabulary) after each sequence. Also sets the prompts' log-probabilities if requested."""
     if not any(request.wants_prompt_logprobs for request in requests):
         return last_logits(decoder, cache, [request.sequence for request in requests])
     rows = []
@@ -61,7 +61,7 @@ def read_prompts(decoder: Decoder, cache: Cache, requests: Sequence[Request]) ->
 def scored_prompt(
     decoder: Decoder, cache: Cache, sequence: int, prompt: Sequence[int], wanted: int
 ) -> tuple[list[TokenLogprob], Tensor]:
-    """The log-probability of each token of a prompt but the first, and the logits (vocabulary) after the last."""
+    """The log-probabilities of all prompt tokens but the first, and the logits (vocabulary) after the last."""
     scores: list[TokenLogprob] = []
     logits = torch.empty(0)
     following = prompt[1:]

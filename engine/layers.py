@@ -1,4 +1,4 @@
-"""What a layer is made of: attention and feed-forward, built from named parts and planned once."""
+"""The layers: attention and feed-forward as values, built from named parts and planned once at load."""
 
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -19,10 +19,10 @@ from lowbit.quant.kernels.weight import Hints, Linear
 
 @dataclass(frozen=True)
 class Attention:
-    """x + the attention of norm(x). One product makes q, k and v, another takes the heads back.
+    """x + attention(norm(x)). One product computes q, k and v, another projects the heads back.
 
-    q_norm, k_norm  (head_dim) weights of RMS norms of the heads, or None
-    index           of the layer, in the cache
+    q_norm, k_norm  (head_dim) weights of RMS norms on heads, or None
+    index           index of the layer in the cache
     """
 
     qkv: Product
@@ -34,16 +34,16 @@ class Attention:
 
     @property
     def layer(self) -> Layer:
-        """How this layer attends."""
+        """The attention parameters of this layer."""
         return self.architecture.layers[self.index]
 
     def __call__(self, x: Hidden, step: Step, turns: Turns, cache: Cache) -> Hidden:
-        """x plus what its rows (m, hidden) see; the cache holds their keys and values afterwards."""
+        """x + attention for rows (m, hidden). Also writes their keys and values to the cache."""
         q = self.heads(x, step, turns, cache.layers[self.index])
         return self.o.onto(x.h, self.attend(q, step, cache))
 
     def heads(self, x: Hidden, step: Step, turns: Turns, kv: KVCache) -> Tensor:
-        """q (m, heads * head_dim), turned; k and v are in the cache."""
+        """q (m, heads * head_dim), rotated; k and v go to the cache."""
         places = step.turns, step.slots, turns.cosines, turns.sines
         if kv.k_scales is None and self.q_norm is None and self.qkv.weight.turns(kv.head_dim):
             return self.qkv.turned(x, Rotary(*places, kv.k, kv.v))
@@ -73,13 +73,13 @@ class Attention:
 
 @dataclass(frozen=True)
 class FeedForward:
-    """residual + down(act(up(norm(x)))), the gate's rows over up's where there is one."""
+    """residual + down(act(up(norm(x)))), with the gate's rows stacked on those of up if there is a gate."""
 
     up: Product
     down: Product
 
     def __call__(self, x: Hidden, residual: Tensor) -> Hidden:
-        """residual (m, hidden) plus what is made of x (m, hidden)."""
+        """residual (m, hidden) + the feed-forward of x (m, hidden)."""
         return self.down.onto(residual, self.up(x))
 
 
@@ -92,25 +92,25 @@ class Block:
 
     @property
     def products(self) -> tuple[Product, Product, Product, Product]:
-        """All, as a step comes to them."""
+        """All products, in the order of use."""
         return self.attention.qkv, self.attention.o, self.feed_forward.up, self.feed_forward.down
 
     def with_products(self, qkv: Product, o: Product, up: Product, down: Product) -> "Block":
-        """The same with these."""
+        """A copy with these products."""
         return Block(replace(self.attention, qkv=qkv, o=o), FeedForward(up, down))
 
 
 class Parts(Protocol):
-    """Where a layer's parts come from. They are called as in architecture.Names."""
+    """A source of a layer's parts, by the names in architecture.Names."""
 
     def linear(self, part: str, n: int, k: int, pair_block: int = TILE_ROWS) -> Linear:
-        """A linear (n, k), its rows paired within blocks of `pair_block` where that is possible."""
+        """A linear (n, k), with rows paired within blocks of `pair_block` if possible."""
 
     def norm(self, part: str) -> Norm | None:
-        """A norm of hidden states, None where the family has none."""
+        """A norm of hidden states; None if the family has none."""
 
     def head_norm(self, part: str) -> Tensor | None:
-        """The weight of a norm of heads, None where the family has none."""
+        """The weight of a norm of heads; None if the family has none."""
 
 
 def build_block(parts: Parts, architecture: Architecture, index: int, fused_append: bool) -> Block:
@@ -138,10 +138,11 @@ def build_block(parts: Parts, architecture: Architecture, index: int, fused_appe
 def planned(
     blocks: tuple[Block, ...], head: Product, dependent: bool, shared: bool
 ) -> tuple[tuple[Block, ...], Product]:
-    """Blocks and head whose launches know their neighbours; the head's next is the next step's first.
+    """Blocks and head with launch hints set: each product prefetches the weight of the product after it, the head that
+    of the first layer.
 
-    dependent  launches start before the one before has ended
-    shared     norms may be shared between the products on both sides
+    dependent  True: a launch starts before the one before it has ended
+    shared     True: norms may be fused into the products before and after them
     """
     products = [*(product for block in blocks for product in block.products), head]
     following = [*products[1:], products[0]]

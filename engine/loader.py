@@ -1,4 +1,4 @@
-"""From a directory to an engine."""
+"""Loading: from a checkpoint directory to an engine."""
 
 from dataclasses import fields
 from pathlib import Path
@@ -46,15 +46,15 @@ def load(
     >>> len(completion.tokens)
     4
 
-    device   "auto" takes the GPU where there is one
-    dtype    of activations; on a CPU float32, on a GPU the model's own half precision where nothing is said
-    context  positions that a sequence may have, prompt and output; 4096, or what the model allows where that is less
+    device   "auto" uses the GPU if there is one
+    dtype    of activations; default: float32 on a CPU, the model's own half precision on a GPU
+    context  longest sequence, prompt and output; default: 4096, or the model's limit if that is less
     cache    keys and values as "same" (dtype) or "int8"
     revision  branch, tag or commit of a hub id
-    head     "dense", or a scheme ("int8") that the head is rounded to as it is loaded
+    head     "dense", or a scheme ("int8") to round the head to while loading
 
-    Raises CheckpointError for a family that is not known (the known are listed) and for files that are damaged or
-    contradict their configuration.
+    CheckpointError for an unknown family (known ones are listed), and for files that are damaged or contradict their
+    configuration.
     """
     if dtype is not None and dtype not in (torch.float32, *HALF):
         raise UsageError(f"dtype {dtype}: float32, float16 or bfloat16 is what activations are computed in")
@@ -83,14 +83,14 @@ def load(
 
 
 def require_build(device: torch.device) -> None:
-    """Raises CheckpointError where there is a GPU, and no code of ours for it."""
+    """DeviceError if the extension has no code for this GPU."""
     reason = reason_against_device(torch.cuda.get_device_capability(device)) if device.type == "cuda" else None
     if reason is not None:
         raise DeviceError(f"{device}: {reason}; or use device='cpu'")
 
 
 def require_memory(checkpoint: Checkpoint, device: torch.device) -> None:
-    """Raises CheckpointError where a GPU has not the memory that the weights take as stored."""
+    """CheckpointError if a GPU lacks the memory for the weights as stored."""
     if device.type != "cuda":
         return
     free, total = torch.cuda.mem_get_info(device)
@@ -103,7 +103,7 @@ def require_memory(checkpoint: Checkpoint, device: torch.device) -> None:
 
 
 def family_of(checkpoint: Checkpoint) -> Family:
-    """The row of FAMILIES for a checkpoint. CheckpointError lists the known ones."""
+    """The row of FAMILIES for a checkpoint. CheckpointError for an unknown one lists the known ones."""
     kind = checkpoint.config.get("model_type")
     if not isinstance(kind, str) or kind not in FAMILIES:
         raise CheckpointError(
@@ -114,14 +114,15 @@ def family_of(checkpoint: Checkpoint) -> Family:
 
 
 def config_of(family: Family, checkpoint: Checkpoint) -> Any:
-    """config.json as the family's own class has it."""
+    """config.json as the family's own class."""
     assert family.own_config is not None
     names = [field.name for field in fields(family.own_config)]
     return family.own_config(**{name: checkpoint.config[name] for name in names if name in checkpoint.config})
 
 
 def architecture_of(family: Family, config: Any, directory: Path) -> Architecture:
-    """The family's reading of a configuration. CheckpointError where it makes no sense, or asks for more than that."""
+    """The architecture for a configuration. CheckpointError if it is invalid, or if it needs more than the engine
+    computes."""
     where = directory / "config.json"
     with untrusted(where, f"no {family.name}"):
         try:
@@ -137,7 +138,7 @@ def architecture_of(family: Family, config: Any, directory: Path) -> Architectur
 
 
 def require_rows(architecture: Architecture, checkpoint: Checkpoint) -> None:
-    """Raises CheckpointError where q, k and v would have more rows than any tensor of the files."""
+    """CheckpointError if q, k and v would have more rows than any tensor of the files can hold."""
     widest = max((size for entry in checkpoint.entries.values() for size in entry.shape), default=0)
     if architecture.qkv_rows > 3 * SLACK * widest:
         raise CheckpointError(
@@ -147,7 +148,7 @@ def require_rows(architecture: Architecture, checkpoint: Checkpoint) -> None:
 
 
 def context_of(architecture: Architecture, directory: Path, wanted: int | None) -> int:
-    """Positions to be ready for: what was asked, within what the model allows."""
+    """The engine's context: the wanted one, within the model's limit."""
     most = architecture.max_positions
     if wanted is not None and not 1 <= wanted <= most:
         raise UsageError(f"context {wanted}: {directory} has positions for 1 to {most} tokens")
@@ -155,7 +156,7 @@ def context_of(architecture: Architecture, directory: Path, wanted: int | None) 
 
 
 def default_dtype(checkpoint: Checkpoint, device: torch.device) -> torch.dtype:
-    """float32 on a CPU; on a GPU the configuration's dtype where it is half precision, else float16."""
+    """float32 on a CPU. On a GPU, the configuration's dtype if that is half precision, otherwise float16."""
     if device.type == "cpu":
         return torch.float32
     name = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype")
@@ -163,7 +164,7 @@ def default_dtype(checkpoint: Checkpoint, device: torch.device) -> torch.dtype:
 
 
 def tokenizer_of(source: Source) -> PreTrainedTokenizerBase | None:
-    """The model's tokenizer, or None: an engine without one takes and gives token ids."""
+    """The model's tokenizer, or None: an engine without one takes and returns token ids."""
     try:
         return source.tokenizer()
     except CheckpointError:
@@ -171,9 +172,9 @@ def tokenizer_of(source: Source) -> PreTrainedTokenizerBase | None:
 
 
 def stop_tokens_of(checkpoint: Checkpoint, vocabulary: int) -> tuple[int, ...]:
-    """The tokens that end a text: generation_config.json's, else config.json's, those that the model can write.
+    """The end tokens: from generation_config.json, or else config.json, within the vocabulary.
 
-    CheckpointError where they are no token ids.
+    CheckpointError if they are not token ids.
     """
     with checkpoint.companions() as companions:
         path = companions / "generation_config.json"
@@ -181,6 +182,6 @@ def stop_tokens_of(checkpoint: Checkpoint, vocabulary: int) -> tuple[int, ...]:
     named = path if "eos_token_id" in generation else checkpoint.head
     found = generation.get("eos_token_id", checkpoint.config.get("eos_token_id"))
     tokens = found if isinstance(found, list) else [] if found is None else [found]
-    if not all(type(token) is int for token in tokens):  # a bool is an int to isinstance
+    if not all(type(token) is int for token in tokens):  # isinstance would accept a bool
         raise CheckpointError(f"{named}: eos_token_id is {found!r}; a token id or a list of them is needed")
     return tuple(token for token in tokens if 0 <= token < vocabulary)

@@ -1,7 +1,8 @@
-"""Speculative decoding without a draft model: what followed the last tokens when they stood in the text before.
+"""Prompt lookup: speculative decoding without a draft model. Drafts are copied from an earlier occurrence of the last
+tokens.
 
-Drafts are checked in one step, a row each, and kept as far as greedy decoding would have written them, so the tokens
-are those of greedy decoding (on a GPU to the rounding of products with more rows).
+All tokens of a draft are checked in one step, one row each, and kept as far as greedy decoding agrees. The result
+equals greedy decoding (on a GPU up to the rounding of products with more rows).
 """
 
 from collections.abc import Iterator, Sequence
@@ -11,11 +12,11 @@ from lowbit.engine.request import Request
 from lowbit.engine.runner import Runner
 from lowbit.engine.sampling import Piece
 
-LENGTHS = (3, 2)  # of the tokens looked up, longest first
+LENGTHS = (3, 2)  # lengths of the token runs to look up, longest first
 
 
 class Index:
-    """Where each run of LENGTHS tokens ended last, before the end of the text."""
+    """The last position at which each run of LENGTHS tokens ended, before the end of the text."""
 
     def __init__(self, tokens: Sequence[int]) -> None:
         self.tokens: list[int] = []
@@ -23,7 +24,7 @@ class Index:
         self.extend(tokens)
 
     def extend(self, tokens: Sequence[int]) -> None:
-        """More text. Its last token ends no run yet: a run must not find itself."""
+        """Append tokens. The last one ends no run yet, so that a run cannot find itself."""
         for token in tokens:
             end = len(self.tokens)
             for length in LENGTHS:
@@ -32,7 +33,7 @@ class Index:
             self.tokens.append(token)
 
     def draft(self, most: int) -> list[int]:
-        """What followed the longest run that ends the text, when it stood there last: at most `most` tokens."""
+        """At most `most` tokens that followed the longest run at the end of the text, at its previous occurrence."""
         for length in LENGTHS:
             end = self.ends.get(tuple(self.tokens[-length:])) if len(self.tokens) > length else None
             if end is not None:
@@ -41,9 +42,9 @@ class Index:
 
 
 def run_lookup(single: Runner, several: Runner, request: Request) -> Iterator[Piece]:
-    """Serves one request until it is finished or must be read again.
+    """Serve one request until it is finished or must be read again.
 
-    single   a runner of one row; `several` has a row more than drafts; both have the cache's sequence 0
+    single   a runner with one row; `several` has one row more than drafts; both use the cache's sequence 0
     """
     cache, most = single.cache, request.sampling.lookup
     request.begin()
@@ -70,6 +71,6 @@ def run_lookup(single: Runner, several: Runner, request: Request) -> Iterator[Pi
 
 
 def accepted(draft: Sequence[int], chosen: Sequence[int]) -> list[int]:
-    """The model's own tokens: one after each draft token that it would have written, and one more."""
+    """The model's own tokens: one for each draft token that it agrees with, and one more."""
     right = next((i for i, token in enumerate(draft) if token != chosen[i]), len(draft))
     return list(chosen[: right + 1])

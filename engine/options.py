@@ -1,16 +1,16 @@
-"""How an engine serves."""
+"""Options of an engine."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Options:
-    """How an engine serves.
+    """Options of an engine.
 
-    context      positions of a sequence
-    int8_cache   keys and values with 8 bits
-    stop_tokens  the model's own
-    batch        requests served together; more are served in turn
+    context      longest sequence in positions
+    int8_cache   True for 8-bit keys and values
+    stop_tokens  the model's own end tokens
+    batch        requests served at a time; more are served one batch after another
     """
 
     context: int

@@ -1,4 +1,5 @@
-"""Reading prompts: one sequence at a time, in chunks, so that no tensor grows with the square of the prompt."""
+"""Prefill: prompts are read one sequence at a time, in chunks, so that no tensor grows with the square of the
+prompt."""
 
 import re
 from collections.abc import Iterator, Sequence
@@ -11,14 +12,15 @@ from lowbit.engine.decoder import Decoder
 from lowbit.engine.step import Step
 from lowbit.errors import EngineError
 
-CHUNK = 4096  # rows that go through the layers together; docs/kernels/wna16_dequantize.md has the times
-LEAST = 128  # rows that go together at least, where memory is short
+CHUNK = 4096  # rows per pass through the layers; docs/kernels/wna16_dequantize.md has the times
+LEAST = 128  # smallest chunk if memory is short
 
 
 def read_prompt(
     decoder: Decoder, cache: Cache, sequence: int, tokens: Sequence[int], start: int = 0, chunk: int = CHUNK
 ) -> Iterator[Tensor]:
-    """Hidden states (rows, hidden) chunk by chunk; the cache then holds positions start to start + len(tokens)."""
+    """Hidden states (rows, hidden), chunk by chunk. Afterwards the cache holds positions start to start +
+    len(tokens)."""
     device = decoder.weights.device
     ids = torch.tensor(list(tokens), dtype=torch.int64, device=device)
     first = 0
@@ -38,7 +40,8 @@ def read_prompt(
 
 
 def hidden_if_it_fits(decoder: Decoder, step: Step, cache: Cache) -> Tensor | None:
-    """The rows' hidden states, or None where memory is short and fewer rows may do. EngineError where none would."""
+    """The rows' hidden states, or None if memory is short and fewer rows may fit. EngineError if even LEAST rows do not
+    fit."""
     try:
         return decoder.hidden(step, cache).h
     except torch.OutOfMemoryError as error:
@@ -52,14 +55,14 @@ def hidden_if_it_fits(decoder: Decoder, step: Step, cache: Cache) -> Tensor | No
 
 
 def shortage(error: torch.OutOfMemoryError) -> str:
-    """What was asked for and what there is, of torch's report, and what to do."""
+    """The requested and free memory from torch's error, with advice."""
     said = re.search(r"Tried to allocate ([\d.]+ \w+).*?([\d.]+ \w+) is free", " ".join(str(error).split()))
     numbers = f"{said[1]} more were asked for, {said[2]} are free" if said else "the device has no memory left"
     return f"{numbers}; shorten the prompts, serve fewer at once, or load with a smaller context or cache='int8'"
 
 
 def last_logits(decoder: Decoder, cache: Cache, prompts: Sequence[Sequence[int]]) -> Tensor:
-    """Logits (len(prompts), vocabulary) after each prompt's last token; prompt b becomes sequence b of the cache."""
+    """Logits (len(prompts), vocabulary) after each prompt's last token. Prompt b becomes sequence b of the cache."""
     rows = []
     for sequence, prompt in enumerate(prompts):
         *_, last = read_prompt(decoder, cache, sequence, prompt)

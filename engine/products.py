@@ -1,4 +1,4 @@
-"""The products of a layer: a linear with the norm before it and all that is planned at load."""
+"""The products of a layer: a linear with the norm before it, and everything that is planned at load."""
 
 from dataclasses import dataclass, replace
 
@@ -13,7 +13,7 @@ from lowbit.quant.kernels.weight import ALONE, Epilogue, Hints, Int8, Linear, We
 
 @dataclass(frozen=True)
 class Norm:
-    """An RMS ("rms") or layer norm ("layer")."""
+    """An RMS norm ("rms") or a layer norm ("layer")."""
 
     kind: str
     weight: Tensor
@@ -21,13 +21,14 @@ class Norm:
     eps: float
 
     def of(self, rows: Rows) -> Rows:
-        """The rows, normed."""
+        """The rows with this norm set."""
         return replace(rows, norm=self.kind, weight=self.weight, bias=self.bias, eps=self.eps)
 
 
 @dataclass(frozen=True)
 class HalfNorm:
-    """A half-applied RMS norm of h (m, hidden): z = h * its weight; `deferred` is what the next product divides by."""
+    """A half-applied RMS norm of h (m, hidden): z = h * weight; `deferred` is the division that the next product must
+    do."""
 
     norm: Norm
     z: Tensor
@@ -36,7 +37,7 @@ class HalfNorm:
 
 @dataclass(frozen=True)
 class Hidden:
-    """h (m, hidden), and its next norm where the product that made h has applied half of it."""
+    """h (m, hidden), with its next RMS norm half applied if the product that computed h did so."""
 
     h: Tensor
     half: HalfNorm | None = None
@@ -44,7 +45,7 @@ class Hidden:
 
 @dataclass(frozen=True)
 class Consumer:
-    """The product that reads another one's output through an RMS norm, which the two can share."""
+    """The product that reads another one's output through an RMS norm, which may be fused into both."""
 
     norm: Norm
     weight: Weight
@@ -52,13 +53,13 @@ class Consumer:
 
 @dataclass(frozen=True)
 class Product:
-    """activation(norm(before(x)) W^T + bias), planned for its place.
+    """activation(norm(before(x)) W^T + bias), with its launch planned.
 
-    norm      of the input, or None
-    before    an activation of the input, which its rounding to int8 applies on the way
-    after     a norm of the output, or None
-    hints     of the launch
-    consumer  the product that reads the output, where the norm between them may be shared
+    norm      norm of the input, or None
+    before    activation of the input, fused into its rounding to int8
+    after     norm of the output, or None
+    hints     launch hints
+    consumer  the product that reads the output, if the norm in between may be fused
     """
 
     linear: Linear
@@ -85,7 +86,7 @@ class Product:
         return y if residual is None else y + residual
 
     def onto(self, residual: Tensor, x: Tensor) -> Hidden:
-        """residual + the product of x, the next norm half applied where that saves a launch."""
+        """residual + the product of x, with the next norm half applied if that saves a launch."""
         if self.after is not None:
             y = self(x)
             return Hidden(residual + ops.normalize(self.after.of(Rows(y, dependent=self.hints.dependent))))
@@ -97,12 +98,12 @@ class Product:
         return Hidden(h, HalfNorm(norm, z, Deferred(squares, norm.eps)))
 
     def turned(self, x: Hidden, rotary: Rotary) -> Tensor:
-        """q (m, heads * head_dim) turned, of the product that makes q, k and v; k and v go to the cache."""
+        """The qkv product: q (m, heads * head_dim), rotated; k and v go to the cache."""
         rows, deferred = self.taken(x)
         return self.weight.multiply_turning(rows, Epilogue(self.linear.bias), self.hints, rotary, deferred)
 
     def taken(self, x: Tensor | Hidden) -> tuple[Rows, Deferred | None]:
-        """x on its way into the product, and the norm that it still lacks."""
+        """The tensor to multiply, and the norm the product must finish (None if x is fully normalized)."""
         if isinstance(x, Hidden):
             half = x.half
             if half is not None and half.norm is self.norm and self.linear.inputs is None:
@@ -112,13 +113,13 @@ class Product:
         return self.linear.rounded(rows if self.norm is None else self.norm.of(rows)), None
 
     def shares(self, consumer: Consumer, m: int) -> bool:
-        """True if the kernels for m rows, of this product and of `consumer`, share the norm at a gain."""
+        """True if, for m rows, fusing the norm into this product and `consumer` is faster than a norm kernel."""
         problems = self.weight.problem(m), consumer.weight.problem(m)
         return all(problem is not None and defers(problem) for problem in problems)
 
 
 def consumer_of(made: Linear, reader: Product) -> Consumer | None:
-    """`reader` as the consumer of what `made` makes, where weights and norm are such that they can share the norm."""
+    """`reader` as the consumer of the output of `made`, if weights and norm allow fusing the norm between them."""
     norm = reader.norm
     if norm is None or norm.kind != "rms" or norm.bias is not None or reader.linear.inputs is not None:
         return None
@@ -128,5 +129,6 @@ def consumer_of(made: Linear, reader: Product) -> Consumer | None:
 
 
 def rounds_late(up: Linear, down: Linear, activation: str) -> bool:
-    """True if `down` takes what `up` makes as it is: its rounding to int8 then applies the activation on the way."""
+    """True if `down` can read the output of `up` without an activation: its rounding to int8 then applies the
+    activation."""
     return isinstance(up.weight, Int8) and isinstance(down.weight, Int8) and activation in ACTIVATIONS

@@ -1,4 +1,4 @@
-"""One request on its way: what was written so far, and whether it is finished."""
+"""One request: its prompt and sampling, the tokens so far, and its end."""
 
 import secrets
 from collections.abc import Sequence
@@ -15,8 +15,8 @@ from lowbit.engine.text import TextStream
 class Request:
     """A prompt with its sampling.
 
-    room   tokens that may be written at most
-    short  positions after which the ropes turn otherwise: what was written until then is read again; None: never
+    room   most tokens to generate
+    short  position after which the ropes change (longrope): the sequence is then read again; None: never
     """
 
     def __init__(
@@ -47,37 +47,37 @@ class Request:
 
     @property
     def sequence(self) -> list[int]:
-        """The prompt, and what was written."""
+        """The prompt and the generated tokens."""
         return self.prompt + self.tokens
 
     @property
     def constraints(self) -> Constraints:
-        """What the sampler starts with, or goes on from."""
+        """The sampler's input for this request, at its start or after a restart."""
         return replace(self.fresh, written=tuple(self.tokens))
 
     @property
     def left(self) -> int:
-        """Tokens that may still be written before the sequence is read again, or at all."""
+        """Tokens still to generate before the sequence is finished or read again."""
         return 0 if self.finish_reason else self.goal - len(self.tokens)
 
     @property
     def before_turn(self) -> bool:
-        """True if the sequence is still short, and will not stay so."""
+        """True if the sequence has not reached `short` yet, but may."""
         return self.short is not None and len(self.sequence) <= self.short
 
     @property
     def wants_prompt_logprobs(self) -> bool:
-        """True if the prompt's log-probabilities were asked for and are not known yet."""
+        """True if the prompt's log-probabilities were requested and are not known yet."""
         return self.sampling.prompt_logprobs and self.prompt_logprobs is None
 
     def begin(self) -> None:
-        """Sets the goal: as far as one reading of the sequence holds."""
+        """Set the goal: the length that one reading of the sequence allows."""
         self.goal = self.most
         if self.short is not None and self.before_turn:
             self.goal = self.short + 1 - len(self.prompt)
 
     def take(self, tokens: Sequence[int], steps: int = 1) -> Piece:
-        """Takes the tokens of a step, up to one that ends the request."""
+        """Append the tokens of a step, up to one that ends the request."""
         text, taken = "", 0
         self.steps += steps
         for token in tokens:
@@ -97,13 +97,13 @@ class Request:
         return Piece(self.index, text, tuple(tokens[:taken]), self.finish_reason)
 
     def note(self, token: int, logprobs: Tensor, top: Tensor) -> None:
-        """Remembers a token's log-probability and the likeliest alternatives': logprobs (1 + n), top (n)."""
+        """Record log-probabilities of a token and its likeliest alternatives: logprobs (1 + n), top (n)."""
         wanted = self.sampling.logprobs
         if wanted is not None:
             self.logprobs.append(token_logprob(token, logprobs, top, wanted))
 
     def completion(self) -> Completion:
-        """What the request got."""
+        """The finished request's result."""
         assert self.finish_reason is not None
         return Completion(
             text=self.stream.text,
@@ -119,6 +119,6 @@ class Request:
 
 
 def token_logprob(token: int, logprobs: Tensor, top: Tensor, wanted: int) -> TokenLogprob:
-    """A token's log-probability, and the first `wanted` alternatives'."""
+    """A token's log-probability, and those of the first `wanted` alternatives."""
     alternatives = dict(zip(top[:wanted].tolist(), logprobs[1 : wanted + 1].tolist(), strict=True))
     return TokenLogprob(token, float(logprobs[0]), alternatives)

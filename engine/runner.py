@@ -1,7 +1,7 @@
-"""One decode step for a fixed number of rows, again and again: plainly, or as a captured CUDA graph.
+"""Runner: repeats a decode step for a fixed number of rows, directly or as a captured CUDA graph.
 
-Everything a step needs to know stands in the runner's tensors, so one graph serves every position and every request of
-the same kind. The host may run one step ahead: what it waits for is only the read-back of the tokens.
+All inputs of a step are in the runner's tensors, so one graph serves every position and every request of the same kind.
+The host may launch one step ahead: it waits only for the tokens to be copied back.
 """
 
 from collections import deque
@@ -18,27 +18,27 @@ from lowbit.engine.step import Step
 from lowbit.quant.kernels.choose_tokens import Cursor
 from lowbit.quant.kernels.decode_attention import reason_against
 
-WARM_UP = 2  # steps before a capture: they load kernels and let libraries take their workspaces
+WARM_UP = 2  # steps before a capture, in which kernels are loaded and libraries allocate workspaces
 
 
 @dataclass(frozen=True)
 class Written:
-    """One step's result on the host, once `ready` has passed: tokens (rows); logprobs and top as in Chosen."""
+    """One step's result in host memory, valid after `ready`: tokens (rows); logprobs and top as in Chosen."""
 
     chosen: Chosen
     ready: torch.cuda.Event | None
 
     def wait(self) -> Chosen:
-        """The result, when it has arrived."""
+        """Wait for the result and return it."""
         if self.ready is not None:
             self.ready.synchronize()
         return self.chosen
 
 
 class Runner:
-    """`rows` tokens a step. With a sampler, a step writes the next step's tokens; without, it ends with logits.
+    """Runs steps of `rows` tokens. With a sampler, a step writes the next step's tokens; without, it ends with logits.
 
-    longest  positions that no sequence comes beyond, at most the cache's
+    longest  upper bound on every sequence's length, at most the cache's context
     """
 
     def __init__(self, decoder: Decoder, cache: Cache, rows: int, longest: int, sampler: Sampler | None = None) -> None:
@@ -47,28 +47,28 @@ class Runner:
         self.tokens, self.positions, self.starts, self.slots = (
             torch.zeros(rows, dtype=torch.int64, device=device) for _ in range(4)
         )
-        # a row that is finished waits at its last position
+        # a finished row stays at its last position
         self.cursor = Cursor(self.positions, self.slots, cache.context - 1)
         self.result: Chosen | None = None
         self.logits: Tensor | None = None
         self.graph: torch.cuda.CUDAGraph | None = None
-        # what the attention kernel does not take runs as plain torch, whose shapes follow the positions
+        # without the attention kernel, plain torch runs, whose shapes depend on positions and cannot be captured
         heads = torch.empty(0, dtype=decoder.weights.dtype, device=device)
         self.captures = reason_against(heads, cache.layers[0]) is None
 
     @property
     def ahead(self) -> int:
-        """Steps that are launched before the first one's tokens are waited for."""
+        """Steps launched before the first one's tokens are waited for."""
         return 1 if self.captures else 0
 
     def place(self, tokens: Sequence[int], positions: Sequence[int], starts: Sequence[int]) -> None:
-        """What the next step computes."""
+        """Set the inputs of the next step."""
         for into, values in ((self.tokens, tokens), (self.positions, positions), (self.starts, starts)):
             into.copy_(torch.tensor(list(values), dtype=torch.int64))
         torch.add(self.starts, self.positions, out=self.slots)
 
     def compute(self) -> None:
-        """One step."""
+        """Run one step."""
         turns = self.decoder.turns_at(self.positions, self.positions + 1)
         step = Step(self.tokens, self.positions, turns, self.starts, self.slots, self.longest)
         self.logits = self.decoder.logits(self.decoder.hidden(step, self.cache))
@@ -76,7 +76,7 @@ class Runner:
             self.result = self.sampler(self.logits, self.tokens, self.cursor)
 
     def advance(self) -> None:
-        """One step, as a replayed graph where a GPU's kernels take it."""
+        """Run one step, as a replayed graph if the GPU's kernels allow it."""
         if not self.captures:
             self.compute()
             return
@@ -86,7 +86,7 @@ class Runner:
         self.graph.replay()
 
     def capture(self) -> None:
-        """Records the step. The tensors it advances are put back; what it wrote to the cache is written again."""
+        """Capture the step. Its tensors are restored afterwards; its cache entries will be written again."""
         kept = [self.tokens, self.positions, self.slots] + ([] if self.sampler is None else self.sampler.state)
         before = [tensor.clone() for tensor in kept]
         stream = torch.cuda.Stream()
@@ -104,11 +104,11 @@ class Runner:
             tensor.copy_(value)
 
     def launch(self) -> Written:
-        """One step, and its tokens on their way to the host."""
+        """Run one step, and start copying its tokens to the host."""
         self.advance()
         assert self.result is not None
         if not self.captures:
-            # the sampler's tensors are written again by the next step
+            # copied, since the next step overwrites the sampler's tensors
             return Written(Chosen(self.result.tokens.clone(), self.result.logprobs, self.result.top), None)
         host = on_host(self.result)
         ready = torch.cuda.Event()
@@ -116,7 +116,7 @@ class Runner:
         return Written(host, ready)
 
     def steps(self, most: int) -> Iterator[Chosen]:
-        """Up to `most` steps' results in order."""
+        """The results of up to `most` steps, in order."""
         waiting: deque[Written] = deque()
         for _ in range(most):
             waiting.append(self.launch())
@@ -127,7 +127,7 @@ class Runner:
 
 
 def on_host(chosen: Chosen) -> Chosen:
-    """`chosen` in pinned memory, once the stream has come so far."""
+    """A copy of `chosen` in pinned memory, valid once the stream reaches this point."""
     if chosen.logprobs is None or chosen.top is None:
         return Chosen(chosen.tokens.to("cpu", non_blocking=True))
     tokens, logprobs, top = (part.to("cpu", non_blocking=True) for part in (chosen.tokens, chosen.logprobs, chosen.top))

@@ -1,6 +1,6 @@
-"""From logits to tokens, for a batch of requests that each ask for something else; all on the logits' device.
+"""Sampling: from logits to tokens, for a batch of requests with different settings, on the logits' device.
 
-Nothing here depends on values that only the device knows, so a captured graph holds it.
+Nothing depends on values known only to the device, so a graph can capture it.
 """
 
 from collections.abc import Sequence
@@ -16,20 +16,20 @@ from lowbit.quant.kernels.choose_tokens import Choice, Cursor, Noise
 
 @dataclass(frozen=True)
 class Features:
-    """What a batch needs beside the likeliest token. Equal features can share a captured graph."""
+    """Features that a batch needs beyond greedy decoding. Batches with equal features can share a captured graph."""
 
     sampled: bool = False
     truncated: bool = False
     penalized: bool = False
     bad_words: int = 0  # rounded up to a power of two
-    logprobs: bool = False  # of as many alternatives as may be asked for: who wants fewer takes the first
+    logprobs: bool = False  # of MOST_LOGPROBS alternatives: requests for fewer use the first ones
 
 
 @dataclass(frozen=True)
 class Constraints:
-    """A request's sampling with its words as tokens: stop tokens (the model's own too), and bad words.
+    """A request's sampling with its words as tokens: stop tokens (also the model's own) and bad words.
 
-    written  tokens that it has already
+    written  tokens generated so far
     """
 
     sampling: Sampling
@@ -42,7 +42,7 @@ class Constraints:
 
 @dataclass(frozen=True)
 class Chosen:
-    """tokens (B) int64; logprobs (B, 1 + n) float32 of the token and the n likeliest (B, n), where asked for."""
+    """tokens (B) int64; logprobs (B, 1 + n) float32 of the token and the n likeliest ones, top (B, n), if requested."""
 
     tokens: Tensor
     logprobs: Tensor | None = None
@@ -50,7 +50,7 @@ class Chosen:
 
 
 def features_of(requests: Sequence[Constraints]) -> Features:
-    """What the batch needs."""
+    """The features that the batch needs."""
     settings = [request.sampling for request in requests]
     words = max((len(request.bad_words) for request in requests), default=0)
     return Features(
@@ -63,7 +63,7 @@ def features_of(requests: Sequence[Constraints]) -> Features:
 
 
 class Sampler:
-    """The tensors of `batch` requests with `features`; `start` fills them, a call chooses tokens and remembers them."""
+    """The tensors of `batch` requests with `features`. `start` fills them; a call chooses and records tokens."""
 
     def __init__(self, features: Features, batch: int, vocabulary: int, device: torch.device) -> None:
         self.features, self.vocabulary = features, vocabulary
@@ -78,18 +78,19 @@ class Sampler:
             self.minimum = tensor(1, dtype=torch.int64)
             self.seen, self.stops = (tensor(vocabulary, dtype=torch.bool) for _ in range(2))
             self.counts = tensor(vocabulary)
-            # tokens of bad words before the last, aligned right, -1 where any will do; a last of `vocabulary` is none
+            # bad words: all tokens but the last, right-aligned, -1 for padding; a last token of `vocabulary` matches
+            # nothing
             self.before = tensor(features.bad_words, LONGEST_BAD_WORD - 1, dtype=torch.int64)
             self.last = tensor(features.bad_words, dtype=torch.int64)
             self.recent = tensor(LONGEST_BAD_WORD - 1, dtype=torch.int64)
 
     @property
     def state(self) -> list[Tensor]:
-        """What a step changes."""
+        """The tensors that a step changes."""
         return [self.written, self.seen, self.counts, self.recent] if self.features.penalized else [self.written]
 
     def start(self, requests: Sequence[Constraints]) -> None:
-        """Begins these requests, each after what it has written."""
+        """Start these requests, each after the tokens it has so far."""
         settings = [request.sampling for request in requests]
         vocabulary = self.vocabulary
 
@@ -113,7 +114,7 @@ class Sampler:
             self.start_words(requests)
 
     def start_words(self, requests: Sequence[Constraints]) -> None:
-        """The requests' bad words, and the ends of their prompts."""
+        """Set the requests' bad words, and the last tokens of their sequences."""
         room = LONGEST_BAD_WORD - 1
         before = torch.full(self.before.shape, -1, dtype=torch.int64)
         last = torch.full(self.last.shape, self.vocabulary, dtype=torch.int64)
@@ -132,8 +133,8 @@ class Sampler:
     def __call__(self, logits: Tensor, tokens: Tensor | None = None, cursor: Cursor | None = None) -> Chosen:
         """The next tokens for logits (B, vocabulary) float32.
 
-        tokens  (B) int64, where they are written; a new tensor where none is given
-        cursor  moves on by a position
+        tokens  (B) int64 to write them to; None for a new tensor
+        cursor  advances by one position
         """
         scores = self.penalize(logits) if self.features.penalized else logits
         if self.features.sampled and self.features.truncated:
@@ -150,7 +151,8 @@ class Sampler:
         return Chosen(tokens, torch.cat([logprobs.gather(1, tokens.unsqueeze(1)), best], 1), top)
 
     def penalize(self, logits: Tensor) -> Tensor:
-        """Logits after repetition, presence and frequency penalties; -inf for bad words and, too early, for stops."""
+        """Logits after repetition, presence and frequency penalties; -inf for bad words, and for stop tokens that are
+        too early."""
         divided = torch.where(logits > 0, logits / self.repetition, logits * self.repetition)
         scores = torch.where(self.seen, divided, logits)
         scores = scores - self.presence * (self.counts > 0) - self.frequency * self.counts
@@ -163,13 +165,13 @@ class Sampler:
         return scores.masked_fill(banned, float("-inf"))
 
     def truncate(self, scores: Tensor) -> Tensor:
-        """Scores of which top-k, top-p and min-p leave some, -inf the others; a row without a temperature is whole."""
+        """Scores with -inf outside top-k, top-p and min-p. A row without a temperature stays unchanged."""
         warm = self.temperature > 0
         scaled = scores / torch.where(warm, self.temperature, 1.0)
         return scores.masked_fill(warm & (scaled < self.threshold(scaled)), float("-inf"))
 
     def threshold(self, scaled: Tensor) -> Tensor:
-        """The least score (B, 1) that top-k, then top-p, then min-p leave."""
+        """The least score (B, 1) that is left by top-k, then top-p, then min-p."""
         ordered = scaled.sort(-1, descending=True).values
         rank = torch.arange(self.vocabulary, device=scaled.device)
         mass = ordered.masked_fill(rank >= self.top_k, float("-inf")).softmax(-1)
@@ -178,7 +180,7 @@ class Sampler:
         return ordered.masked_fill(~kept, float("inf")).amin(-1, keepdim=True)
 
     def remember(self, tokens: Tensor) -> None:
-        """Counts the chosen tokens where that matters."""
+        """Record the chosen tokens for penalties and bad words."""
         if self.features.penalized:
             column = tokens.unsqueeze(1)
             self.seen.scatter_(1, column, True)
@@ -186,7 +188,7 @@ class Sampler:
             self.recent.copy_(torch.cat([self.recent[:, 1:], column], 1))
 
     def reorder(self, rows: Tensor, tokens: Tensor) -> None:
-        """Row b goes on from what row `rows[b]` was, with `tokens[b]` written: beams."""
+        """Replace the state of row b by that of row `rows[b]`, followed by `tokens[b]`, for beam search."""
         self.written += 1
         if self.features.penalized:
             for kept in (self.seen, self.counts, self.recent):
@@ -195,13 +197,13 @@ class Sampler:
 
 
 def counts_of(rows: Sequence[Sequence[int]], vocabulary: int) -> Tensor:
-    """(B, vocabulary) float32: how often tokens stand in each row."""
+    """(B, vocabulary) float32: number of occurrences of each token in each row."""
     found = [torch.bincount(torch.tensor(row, dtype=torch.int64), minlength=vocabulary) for row in rows]
     return torch.stack(found).float()
 
 
 def marks(rows: Sequence[Sequence[int]], vocabulary: int) -> Tensor:
-    """(B, vocabulary) bool: which tokens stand in each row."""
+    """(B, vocabulary) bool: True for tokens that occur in a row."""
     found = torch.zeros(len(rows), vocabulary, dtype=torch.bool)
     for row, tokens in zip(found, rows, strict=True):
         row[torch.tensor(sorted(set(tokens)), dtype=torch.int64)] = True

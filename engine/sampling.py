@@ -1,4 +1,4 @@
-"""What a request asks for, and what it gets."""
+"""Requests and their results: sampling settings, pieces and completions."""
 
 import math
 from collections.abc import Sequence
@@ -13,23 +13,23 @@ MOST_LOGPROBS = 100  # alternatives of a token
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a prompt is continued. The values here leave the model's distribution as it is, and take its likeliest token.
+    """Settings for the continuation of a prompt. The defaults are greedy decoding without penalties.
 
     temperature         0 is greedy
-    top_k, top_p, min_p sample among the k likeliest, the fewest that have p of the mass, those with at least p times
-                        the likeliest's probability; in this order, each of what the one before left
+    top_k, top_p, min_p sample from the k likeliest tokens; from the smallest set with total probability p; from tokens
+    with at least p times the likeliest's probability. Applied in this order, each to the rest of the one before
     repetition_penalty  divides positive and multiplies negative logits of tokens in prompt or output
-    presence_penalty    is subtracted from the logits of tokens in the output; frequency_penalty once per occurrence
-    min_new_tokens      stop tokens are not chosen before, and a stop string that ends before is text like any other
-    stop, stop_tokens   strings (not part of the text) and tokens that end it, beside the model's own stop tokens
-    ignore_eos          the model's own stop tokens are tokens like others
-    bad_words           sequences of tokens that are not written; of a string its tokens, alone and after a space: in
-                        other tokens, as a part of a longer word, the same letters may be written
-    seed                of this request; same seed, same tokens, whatever else is in the batch; None for a new one
-    beams               beam search over so many; length_penalty is its exponent of the length
-    logprobs            of each token written, with those of so many alternatives; None for none
-    prompt_logprobs     of each token of the prompt but the first
-    lookup              draft tokens a step, found in the text so far: greedy, one sequence
+    presence_penalty    subtracted from the logits of tokens in the output; frequency_penalty once per occurrence
+    min_new_tokens      before it, stop tokens are not chosen, and stop strings do not end the text
+    stop, stop_tokens   strings (not part of the text) and tokens that end the text, besides the model's own stop tokens
+    ignore_eos          True: the model's own stop tokens do not end the text
+    bad_words           sequences of tokens to avoid; a string is tokenized alone and after a space. The same letters
+                        may still appear through other tokens, as a part of a longer word
+    seed                same seed, same tokens, whatever else is in the batch; None for a random one
+    beams               number of beams of beam search; length_penalty is its exponent of the length
+    logprobs            number of alternatives with log-probabilities, besides each generated token; None for none
+    prompt_logprobs     True for the log-probability of each token of the prompt but the first
+    lookup              draft tokens per step of prompt lookup: greedy, one sequence
     """
 
     max_new_tokens: int = 128
@@ -59,7 +59,7 @@ class Sampling:
             raise EngineError(reason)
 
     def reason_against(self) -> str | None:
-        """The reason why nothing can be generated so, or None."""
+        """The reason why these settings are invalid, or None."""
         ranges = {
             "max_new_tokens": (self.max_new_tokens, 1, math.inf),
             "min_new_tokens": (self.min_new_tokens, 0, self.max_new_tokens),
@@ -76,7 +76,7 @@ class Sampling:
             "seed": (self.seed or 0, -(1 << 63), (1 << 63) - 1),
         }
         for name, (value, low, high) in ranges.items():
-            if not low <= value <= high:  # a NaN is in no range
+            if not low <= value <= high:  # false for a NaN
                 return f"{name} is {value}: it must lie between {low} and {high}"
         for name, words in (("stop", self.stop), ("bad_words", self.bad_words)):
             if not isinstance(words, tuple | list) or not all(words):
@@ -92,7 +92,7 @@ class Sampling:
 
     @property
     def penalized(self) -> bool:
-        """True if what was written, or may not be, changes the logits."""
+        """True if generated or forbidden tokens change the logits."""
         neutral = (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) == (1.0, 0.0, 0.0)
         return not neutral or bool(self.bad_words) or self.min_new_tokens > 0
 
@@ -104,7 +104,7 @@ class Sampling:
 
 @dataclass(frozen=True)
 class TokenLogprob:
-    """A token's log-probability before penalties and temperature, and the likeliest alternatives'."""
+    """A token's log-probability before penalties and temperature, and those of the likeliest alternatives."""
 
     token: int
     logprob: float
@@ -113,7 +113,7 @@ class TokenLogprob:
 
 @dataclass(frozen=True)
 class Piece:
-    """What one step added to one request: text that is final, the tokens, and why it ended, if it did."""
+    """The result of one step for one request: final text, tokens, and the reason if it ended."""
 
     request: int
     text: str
@@ -126,10 +126,10 @@ class Completion:
     """A finished request.
 
     text             without stop strings and special tokens
-    tokens           all that were written, a stop token included
-    finish_reason    "stop", or "length" where max_new_tokens or the engine's context ended it
-    steps            decode steps that it took: fewer than tokens where drafts were accepted
-    score            of beam search: the sum of log-probabilities / length^length_penalty
+    tokens           all generated tokens, including a stop token
+    finish_reason    "stop", or "length" at max_new_tokens or the engine's context
+    steps            number of decode steps: fewer than tokens if drafts were accepted
+    score            beam search only: the sum of log-probabilities / length^length_penalty
     """
 
     text: str

@@ -1,4 +1,5 @@
-"""Named shapes with random weights: what a step costs depends on sizes alone, so nobody needs a download to measure."""
+"""Named shapes with random weights for benchmarks: the cost of a step depends on sizes alone, so no download is
+needed."""
 
 from dataclasses import replace
 
@@ -15,7 +16,7 @@ from lowbit.quant.kernels.weight import Dense, Linear, inputs_of, load_weight
 from lowbit.quant.qtensor import QTensor
 from lowbit.quant.scheme import Scheme, parse_scheme
 
-# What a shape's linears can be; None is dense.
+# Schemes of a shape's linears; None is dense.
 METHODS: dict[str, str | None] = {
     "dense": None,
     "int8": "int8-channel",
@@ -27,7 +28,7 @@ METHODS: dict[str, str | None] = {
 def decoder_shape(
     vocabulary: int, hidden: int, inner: int, heads: int, layers: int, kv_heads: int = 0, theta: float = 1e4
 ) -> Architecture:
-    """Llama's architecture in these sizes."""
+    """Llama's architecture with these sizes."""
     head_dim = hidden // heads
     rope = Rope(plain_frequencies(head_dim, theta))
     return Architecture(
@@ -44,13 +45,13 @@ def decoder_shape(
 
 
 def chatglm2_shape() -> Architecture:
-    """ChatGLM2-6B: half of each head turns, in adjacent pairs."""
+    """ChatGLM2-6B: half of each head is rotated, in adjacent pairs."""
     rope = Rope(plain_frequencies(64, 1e4), adjacent=True)
     return replace(decoder_shape(65024, 4096, 13696, 32, 28, kv_heads=2), layers=(Layer(None, rope, 128**-0.5),) * 28)
 
 
 def codegeex_shape() -> Architecture:
-    """CodeGeeX-13B's sizes: LayerNorm, quick GELU and learned positions; its last layer's own query is left out."""
+    """CodeGeeX-13B's sizes: LayerNorm, quick GELU, learned positions; without the last layer's special query."""
     return replace(
         decoder_shape(52224, 5120, 20480, 40, 40),
         family="codegeex",
@@ -74,7 +75,7 @@ SHAPES = {
 def random_linear(
     n: int, k: int, scheme: Scheme | None, like: Tensor, pair_block: int = TILE_ROWS, bias: bool = False
 ) -> Linear:
-    """A linear (n, k) whose outputs are about as large as its inputs; dtype and device are those of `like`."""
+    """A random linear (n, k) that preserves the scale of its inputs, with the dtype and device of `like`."""
     zeros = torch.zeros(n, dtype=like.dtype, device=like.device) if bias else None
     if scheme is None:
         return Linear(Dense(torch.randn(n, k, dtype=like.dtype, device=like.device) / k**0.5), zeros)
@@ -87,7 +88,7 @@ def random_linear(
 
 
 class RandomParts:
-    """Random parts of layers without norms of heads or outputs: see layers.Parts."""
+    """Random parts of layers, without norms on heads or outputs: see layers.Parts."""
 
     def __init__(self, architecture: Architecture, scheme: Scheme | None, like: Tensor) -> None:
         self.scheme, self.like, self.biased = scheme, like, architecture.norm == "layer"
@@ -100,18 +101,18 @@ class RandomParts:
         return random_linear(n, k, self.scheme, self.like, pair_block, self.biased)
 
     def norm(self, part: str) -> Norm | None:
-        """A norm that changes no direction; none of outputs."""
+        """A norm with weight 1; None for norms of outputs."""
         return None if part.endswith("out_norm") else self.plain
 
     def head_norm(self, part: str) -> Tensor | None:
-        """None."""
+        """None: no norms on heads."""
         return None
 
 
 def random_weights(
     architecture: Architecture, method: str, like: Tensor, head: str = "dense", fused_append: bool = True
 ) -> Weights:
-    """Weights of this architecture: linears as METHODS[method] says, dtype and device those of `like`.
+    """Random weights of this architecture, with linears as in METHODS[method], and the dtype and device of `like`.
 
     head, fused_append  as in weights.Settings
     """

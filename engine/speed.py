@@ -1,4 +1,4 @@
-"""How long a decode step takes, and how long the memory alone would need for what it reads."""
+"""Decode speed: time per step, and the time that memory alone needs for a step's bytes."""
 
 import statistics
 import time
@@ -19,10 +19,10 @@ CEILING_BYTES = {"cuda": 4 << 30, "cpu": 256 << 20}
 class Speed:
     """A batch's decode speed over `output` tokens after `prompt` tokens.
 
-    ms_per_token  milliseconds of a step, the read-back of its tokens included
-    floor_ms      the bytes that a step must read (products' weights, and the cache at its mean length) over read_gbs
-    read_gbs      the rate, GB/s, at which this device reads memory
-    memory_gib    weights, cache and what the step needs besides
+    ms_per_token  milliseconds per step, including the copy of its tokens to the host
+    floor_ms      bytes that a step must read (weights of products, and the cache at its mean length) over read_gbs
+    read_gbs      memory read bandwidth of this device, GB/s
+    memory_gib    weights, cache and workspaces
     """
 
     batch: int
@@ -57,7 +57,7 @@ class Speed:
 
 
 def measure(engine: Engine, batch: int, prompt: int, output: int, read_gbs: float) -> Speed:
-    """The speed of `batch` greedy sequences. Nothing is read before: the cache holds zeros, which cost as much."""
+    """The decode speed of `batch` greedy sequences. No prompt is read: the cache holds zeros, which cost the same."""
     with torch.inference_mode(), engine.spaces.lent() as space:
         runner = space.runner(batch, batch, prompt + output, Features())
         start(runner, batch, prompt)
@@ -69,12 +69,12 @@ def measure(engine: Engine, batch: int, prompt: int, output: int, read_gbs: floa
 
 
 def start(runner: Runner, batch: int, prompt: int) -> None:
-    """Puts every sequence after its prompt."""
+    """Set every sequence to the end of its prompt."""
     runner.place([1] * batch, [prompt] * batch, [runner.cache.start(b) for b in range(batch)])
 
 
 def run_seconds(runner: Runner, batch: int, prompt: int, output: int) -> float:
-    """Wall time of `output` steps, every step's tokens read back."""
+    """Wall time of `output` steps, with every step's tokens copied to the host."""
     start(runner, batch, prompt)
     synchronize(runner.tokens.device)
     begin = time.perf_counter()
@@ -91,7 +91,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def step_bytes(engine: Engine, batch: int, length: float) -> float:
-    """Bytes that a step reads with `length` positions in the cache of each of `batch` sequences."""
+    """Bytes read by a step with `length` positions in the cache of each of `batch` sequences."""
     weights, architecture = engine.decoder.weights, engine.decoder.architecture
     per_layer = cache_nbytes(architecture, 1, 1, weights.dtype, engine.options.int8_cache) / len(architecture.layers)
     seen = sum(min(length, layer.window or length) for layer in architecture.layers)
@@ -99,7 +99,7 @@ def step_bytes(engine: Engine, batch: int, length: float) -> float:
 
 
 def memory_gib(engine: Engine, cache: Cache) -> float:
-    """Memory in use: on a GPU what torch has taken from it, on a CPU weights and cache."""
+    """Memory in use: on a GPU all that torch has reserved, on a CPU weights and cache."""
     device = engine.decoder.weights.device
     if device.type == "cuda":
         return torch.cuda.memory_reserved(device) / 2**30
@@ -107,7 +107,7 @@ def memory_gib(engine: Engine, cache: Cache) -> float:
 
 
 def read_rate(device: torch.device) -> float:
-    """GB/s at which a torch reduction reads memory far larger than any cache: the best of several runs."""
+    """The bandwidth in GB/s of a torch reduction over memory larger than any cache: the best of several runs."""
     data = torch.zeros(CEILING_BYTES[device.type] // 4, dtype=torch.float32, device=device)
     best = 0.0
     for _ in range(5):
@@ -120,7 +120,7 @@ def read_rate(device: torch.device) -> float:
 
 
 def kernels_of_step(engine: Engine, batch: int) -> list[tuple[str, int, float]]:
-    """(name, calls, microseconds) of what a GPU step runs, longest first; dependent launches overlap."""
+    """(name, calls, microseconds) of a GPU step's kernels, longest first. Dependent launches overlap."""
     with torch.inference_mode(), engine.spaces.lent() as space:
         runner = space.runner(batch, batch, 1, Features())
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:

@@ -1,4 +1,4 @@
-"""The rows of one pass through the decoder, and how their heads turn."""
+"""The rows of one pass through the decoder, and their rotary embeddings."""
 
 from dataclasses import dataclass
 
@@ -11,15 +11,15 @@ from lowbit.engine.architecture import Rope
 
 @dataclass(frozen=True)
 class Step:
-    """What one pass computes.
+    """The input of one pass.
 
     tokens, positions  (m) int64
-    turns              (m) int64  each row's place in the tables of turns: see Decoder.turns_at
-    starts             (m) int64  the cache's slot of position 0 of each row's sequence
-    slots              (m) int64  starts + positions: where each row's keys and values go
-    longest            positions that no row's sequence comes beyond; 0 where nobody knows
-    prompt             (sequence, length): the rows are the last of `length` positions of one sequence; None where each
-                       row attends by itself
+    turns              (m) int64  each row's index in the rope tables: see Decoder.turns_at
+    starts             (m) int64  the cache slot of position 0 of each row's sequence
+    slots              (m) int64  starts + positions: the cache slot of each row's keys and values
+    longest            upper bound on every row's sequence length; 0 if unknown
+    prompt             (sequence, length): the rows are the last of `length` positions of one sequence; None if each row
+                       is a sequence's last position
     """
 
     tokens: Tensor
@@ -33,14 +33,14 @@ class Step:
 
 @dataclass(frozen=True)
 class Turns:
-    """cosines, sines (places, head_dim / 2) float32 of one rope; 1 and 0 for inputs that do not turn."""
+    """Tables of one rope: cosines, sines (indices, head_dim / 2) float32; 1 and 0 for inputs that are not rotated."""
 
     cosines: Tensor
     sines: Tensor
 
 
 def turns_of(rope: Rope, head_dim: int, positions: int, device: torch.device) -> Turns:
-    """The table of a rope for positions below `positions`; the long frequencies' below it, where they can be needed."""
+    """The rope's table for positions below `positions`, followed by one for the long frequencies if needed."""
     counted = torch.arange(positions, dtype=torch.float32).unsqueeze(1)
     angles = counted * rope.frequencies.float()
     if rope.long is not None and positions > rope.short:

@@ -1,29 +1,30 @@
-"""Tokens to text as they come: characters that are whole, and nothing that may yet become a stop string."""
+"""Incremental detokenization: whole characters only, and nothing that may still become a stop string."""
 
 from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase
 
-UNFINISHED = "\ufffd"  # what a tokenizer makes of bytes that are no whole character yet
-CONTEXT = 5  # tokens before new ones that are decoded with them: some tokenizers write a token by its neighbours
+UNFINISHED = "\ufffd"  # a tokenizer's text for an incomplete character
+CONTEXT = 5  # tokens decoded together with new ones: some tokenizers' text depends on neighbouring tokens
 
 
 class TextStream:
-    """The text of one request. `text` is all so far, without what follows a stop string."""
+    """The text of one request. `text` is all text so far, cut at a stop string."""
 
     def __init__(
         self, tokenizer: PreTrainedTokenizerBase | None, stop: Sequence[str] = (), prompt: Sequence[int] = ()
     ) -> None:
         self.tokenizer, self.stop = tokenizer, tuple(stop)
         self.tokens = list(prompt[-CONTEXT:])
-        self.decoded = len(self.tokens)  # the prompt's, and those whose text is in `text`
+        self.decoded = len(self.tokens)  # tokens of the prompt, and those with their text in `text`
         self.text = ""
-        self.given = 0  # characters of `text` that were handed out
-        self.ignored = 0  # characters of `text` in which a stop string may end
+        self.given = 0  # number of characters of `text` that were returned
+        self.ignored = 0  # number of characters of `text` in which a stop string is ignored
         self.stopped = False
 
     def push(self, token: int, stopping: bool = True) -> str:
-        """Takes a token, gives the text that is now final. Not `stopping`: a stop string may end in its text."""
+        """Add a token, return the text that is now final. With `stopping` False, stop strings in its text are
+        ignored."""
         self.tokens.append(token)
         if self.tokenizer is None or self.stopped:
             return ""
@@ -38,12 +39,12 @@ class TextStream:
         return self.release()
 
     def decode(self, tokens: list[int]) -> str:
-        """The tokenizer's text of `tokens`."""
+        """The tokenizer's text for `tokens`."""
         assert self.tokenizer is not None
         return str(self.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
     def release(self) -> str:
-        """What of `text` is final: up to a stop string, or to what may be the beginning of one."""
+        """The final part of `text`: up to a stop string, or up to a possible beginning of one."""
         places = (self.text.find(stop, max(self.ignored + 1 - len(stop), 0)) for stop in self.stop)
         found = [at for at in places if at >= 0]
         if found:
@@ -53,12 +54,12 @@ class TextStream:
         return self.hand_out(len(self.text) - held)
 
     def hand_out(self, end: int) -> str:
-        """The text from where it was last handed out up to `end`."""
+        """The text from the last returned character up to `end`."""
         new, self.given = self.text[self.given : end], max(end, self.given)
         return new
 
     def finish(self) -> str:
-        """The rest: bytes that never became a character, and what was held back."""
+        """The rest: bytes that never became a character, and text held back for a stop string."""
         if self.tokenizer is not None and not self.stopped and self.decoded < len(self.tokens):
             before = self.tokens[max(self.decoded - CONTEXT, 0) : self.decoded]
             self.text += self.decode(before + self.tokens[self.decoded :])[len(self.decode(before)) :]
@@ -67,5 +68,5 @@ class TextStream:
 
 
 def overlap(text: str, stop: str) -> int:
-    """Characters at the end of `text` that are a beginning of `stop`."""
+    """Length of the longest end of `text` that is a beginning of `stop`."""
     return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)

@@ -1,7 +1,7 @@
-"""A checkpoint's tensors as the decoder takes them: rows put in the decoder's order, packed where they are quantized.
+"""A checkpoint's tensors in the decoder's layout: rows reordered, quantized weights packed.
 
-The decoder knows one arrangement: rows of q over k over v, and pairs that turn together half a head apart. Whatever a
-family's files do else (heads interleaved, adjacent pairs, a part of the head turned) is undone here by moving rows.
+The decoder has a fixed layout: rows of q, k and v stacked, and rotary pairs half a head apart. Other layouts of a
+family's files (interleaved heads, adjacent pairs, partly rotated heads) are converted here by reordering rows.
 """
 
 from dataclasses import dataclass, replace
@@ -23,10 +23,10 @@ from lowbit.quant.scheme import parse_scheme
 
 @dataclass(frozen=True)
 class Weights:
-    """A decoder's.
+    """A decoder's weights.
 
-    embedding  (vocabulary, hidden); positions (max_positions, hidden) where they are learned
-    head       with the norm before it
+    embedding  (vocabulary, hidden); positions (max_positions, hidden) if learned
+    head       the output head, with the norm before it
     """
 
     embedding: Tensor
@@ -44,7 +44,7 @@ class Weights:
 
     @property
     def step_nbytes(self) -> int:
-        """Bytes that every decode step reads: all products' weights, the head's included."""
+        """Bytes that every decode step reads: the weights of all products and of the head."""
         products = [product for layer in self.layers for product in layer.products]
         return sum(product.linear.nbytes for product in [*products, self.head])
 
@@ -56,16 +56,17 @@ class Placed(Checkpoint):
     device: torch.device
 
     def read(self, name: str) -> Tensor:
-        """The tensor called `name`, as stored, on the device."""
+        """The tensor `name`, as stored, on the device."""
         return super().read(name).to(self.device)
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How weights are held.
+    """Settings for loading weights.
 
-    dtype         of activations and dense weights; packed weights need float16 or bfloat16, in float32 all are dense
-    fused_append  q, k and v are made, turned and stored by one operator: for a cache in `dtype`
+    dtype         of activations and dense weights; with float32 all weights are dense, since packed ones need half
+                  precision
+    fused_append  True: one operator computes q, k and v, rotates them and writes the cache; needs a cache in `dtype`
     head          "dense", or the scheme to round the head to ("int8", "int4-g128")
     """
 
@@ -76,7 +77,7 @@ class Settings:
 
 
 def load_weights(checkpoint: Checkpoint, names: Names, architecture: Architecture, settings: Settings) -> Weights:
-    """The weights of `checkpoint`. CheckpointError where a tensor is missing, left over or of a wrong shape."""
+    """The weights of `checkpoint`. CheckpointError if a tensor is missing, left over, or has a wrong shape."""
     reader = Reader(checkpoint, names, architecture, settings)
     a = architecture
     embedding = reader.tensor(f"{names.embedding}.weight", (a.vocabulary, a.hidden))
@@ -92,7 +93,7 @@ def load_weights(checkpoint: Checkpoint, names: Names, architecture: Architectur
 
 
 def head_order(head_dim: int, rope: Rope) -> Tensor:
-    """Which input of a head of the file stands at each place of ours: pair j at places j and j + head_dim / 2."""
+    """For each place in our head: the file's input there. Pair j goes to places j and j + head_dim / 2."""
     pairs, half = len(rope.frequencies), head_dim // 2
     first = torch.arange(pairs)
     low, high = (2 * first, 2 * first + 1) if rope.adjacent else (first, first + pairs)
@@ -101,7 +102,7 @@ def head_order(head_dim: int, rope: Rope) -> Tensor:
 
 
 def qkv_order(architecture: Architecture, rope: Rope, per_head: bool) -> Tensor:
-    """Which row of the file's q, k and v stands at each row of ours."""
+    """For each of our rows of q, k and v: the file's row there."""
     a, d = architecture, architecture.head_dim
     heads = torch.arange(a.heads + 2 * a.kv_heads)
     if per_head:  # q, k, v of head 0, then of head 1: 3 h + part
@@ -113,7 +114,7 @@ def qkv_order(architecture: Architecture, rope: Rope, per_head: bool) -> Tensor:
 
 
 class Reader:
-    """Reads one checkpoint's tensors by the family's names, and remembers which were read."""
+    """Reads a checkpoint's tensors by the family's names, and records which were read."""
 
     def __init__(self, checkpoint: Checkpoint, names: Names, architecture: Architecture, settings: Settings) -> None:
         placed = Placed(**vars(checkpoint), device=settings.device)
@@ -124,11 +125,11 @@ class Reader:
         self.directory = checkpoint.directory
 
     def found(self, name: str) -> str | None:
-        """The file's name of a tensor: `name`, or without its first part, as base models are saved."""
+        """The file's name of a tensor: `name`, or without its first part, as in files of base models."""
         return next((each for each in (name, name.partition(".")[2]) if each in self.known), None)
 
     def require(self, name: str) -> str:
-        """The file's name of a tensor that must be there. CheckpointError where it is not."""
+        """The file's name of a required tensor. CheckpointError if it is missing."""
         found = self.found(name)
         if found is None:
             raise CheckpointError(
@@ -139,12 +140,12 @@ class Reader:
         return found
 
     def tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        """A tensor in the activations' dtype. CheckpointError for another shape."""
+        """A tensor in the activations' dtype. CheckpointError for a wrong shape."""
         found = self.require(name)
         return self.shaped(found, self.tensors.read(found), shape).to(self.settings.dtype)
 
     def shaped(self, name: str, value: Tensor, shape: tuple[int, ...]) -> Tensor:
-        """`value`, which must have this shape."""
+        """`value` if it has this shape. CheckpointError otherwise."""
         if tuple(value.shape) != shape:
             raise CheckpointError(
                 f"{self.directory}: {name} has shape {list(value.shape)}, config.json asks for {list(shape)}"
@@ -152,28 +153,28 @@ class Reader:
         return value
 
     def optional(self, name: str, shape: tuple[int, ...]) -> Tensor | None:
-        """A tensor that a model may lack."""
+        """An optional tensor, or None."""
         return None if self.found(name) is None else self.tensor(name, shape)
 
     def bias(self, name: str, n: int, biased: bool | None) -> Tensor | None:
-        """A linear's bias (n), where the file has it and the configuration does not exclude it."""
+        """A linear's bias (n), if the file has it and the configuration does not exclude it."""
         return None if biased is False else self.optional(name, (n,))
 
     def norm(self, name: str) -> Norm:
-        """The norm called `name`, over the hidden states."""
+        """The norm `name` of hidden states."""
         a = self.architecture
         weight = self.tensor(f"{name}.weight", (a.hidden,))
         bias = self.optional(f"{name}.bias", (a.hidden,)) if a.norm == "layer" else None
         return Norm(a.norm, weight + a.norm_offset, bias, a.norm_eps)
 
     def head_norm(self, name: str, rope: Rope) -> Tensor:
-        """The weight of the norm of q's or k's heads, in the order of their rows."""
+        """The weight of the norm on heads of q or k, reordered like their rows."""
         a = self.architecture
         weight = self.tensor(f"{name}.weight", (a.head_dim,)) + a.norm_offset
         return weight[head_order(a.head_dim, rope).to(weight.device)].contiguous()
 
     def matrix(self, linear: str) -> QTensor | Tensor:
-        """The weight of a linear as (n, k): quantized as the file has it, or dense in the activations' dtype."""
+        """The weight of a linear (n, k): quantized as in the file, or dense in the activations' dtype."""
         found = self.require(f"{linear}.weight")
         if found.removesuffix(".weight") in self.tensors.schemes:
             return self.tensors.qtensor(found.removesuffix(".weight"))
@@ -189,9 +190,9 @@ class Reader:
         rows: Tensor | None = None,
         biased: bool | None = None,
     ) -> Linear:
-        """The linears `parts` as one of shape (n, k), rows moved so that row i is row `rows[i]` of theirs.
+        """The linears `parts` stacked to shape (n, k), with row i of the result taken from row `rows[i]`.
 
-        biased  False: a bias in the file is left over
+        biased  False: a bias in the file counts as left over
         """
         dtype = self.settings.dtype
         matrices = [self.matrix(part) for part in parts]
@@ -209,9 +210,9 @@ class Reader:
         return Linear(load_weight(weight, dtype, pair_block), bias, inputs_of(weight))
 
     def head(self, embedding: Tensor) -> Linear:
-        """The head: its own weight, or the embedding where they are tied; rounded where the settings say so.
+        """The head: its own weight, or the embedding if tied; rounded if the settings say so.
 
-        As in transformers, a head in the file that differs from the embedding is not tied, whatever config.json says.
+        As in transformers, a head that the file has is used, whatever config.json says about tying.
         """
         a, settings = self.architecture, self.settings
         name = self.names.head if self.found(f"{self.names.head}.weight") else "lm_head"
@@ -224,7 +225,7 @@ class Reader:
         return Linear(load_weight(weight, settings.dtype), bias, inputs_of(weight))
 
     def matrix_of_head(self, name: str) -> QTensor | Tensor:
-        """The head's weight, (vocabulary, hidden) in every family's files."""
+        """The head's weight, (vocabulary, hidden) in all families."""
         found = self.require(f"{name}.weight")
         if name in self.tensors.schemes:
             return self.tensors.qtensor(name)
@@ -232,12 +233,12 @@ class Reader:
         return self.shaped(found, self.tensors.read(found), shape).to(self.settings.dtype)
 
     def refuse_leftovers(self) -> None:
-        """Raise CheckpointError where the files hold tensors that this architecture has no place for."""
+        """CheckpointError if the files hold tensors without a place in this architecture."""
         names = self.names
         left = sorted(n for n in self.left if not n.endswith(names.ignored) and not n.startswith(names.others))
         if left:
             raise CheckpointError(
-                f"{self.directory}: {len(left)} tensors have no place in {self.architecture.family} with "
+                f"{self.directory}: {len(left)} tensors do not belong to {self.architecture.family} with "
                 f"{len(self.architecture.layers)} layers, the first {left[0]!r}: config.json belongs to another model"
             )
 
@@ -250,7 +251,7 @@ class LayerParts:
         self.prefix = self.names.layer.format(index)
 
     def linear(self, part: str, n: int, k: int, pair_block: int = TILE_ROWS) -> Linear:
-        """A linear, or several as one; of q, k and v the rows in the decoder's order."""
+        """A linear, or several stacked; rows of q, k and v in the decoder's order."""
         a, found = self.reader.architecture, getattr(self.names, part)
         names = tuple(self.prefix + name for name in ((found,) if isinstance(found, str) else found))
         rows = qkv_order(a, self.rope, self.names.per_head) if part == "qkv" else None
@@ -263,7 +264,7 @@ class LayerParts:
         return None if name is None else self.reader.norm(self.prefix + name)
 
     def head_norm(self, part: str) -> Tensor | None:
-        """The weight of a norm of heads, in the order of their rows."""
+        """The weight of a norm on heads, reordered like their rows."""
         name = getattr(self.names, part)
         return None if name is None else self.reader.head_norm(self.prefix + name, self.rope)
 
@@ -274,9 +275,9 @@ def len_of(matrix: QTensor | Tensor) -> int:
 
 
 def stacked(matrices: list[QTensor | Tensor], dtype: torch.dtype) -> QTensor | Tensor:
-    """The matrices one below the other; dense where their schemes differ.
+    """The matrices stacked; dense if their schemes differ.
 
-    CheckpointError where only some of them round their inputs: what is one product has one input.
+    CheckpointError if only some of them round their inputs, since the fused product has one input.
     """
     if len(matrices) == 1:
         return matrices[0]
@@ -292,13 +293,13 @@ def stacked(matrices: list[QTensor | Tensor], dtype: torch.dtype) -> QTensor | T
     zeros = [matrix.zeros for matrix in quantized if matrix.zeros is not None]
     codes, scales = (torch.cat(list(parts)) for parts in zip(*((m.codes, m.scales) for m in quantized), strict=True))
     inputs = [matrix.input_scale for matrix in quantized if matrix.input_scale is not None]
-    # what is multiplied together is rounded together: by the widest range, as vLLM does
+    # one input scale for the fused product: the largest, as in vLLM
     scale = torch.stack(inputs).max() if inputs else None
     return QTensor(codes, scales, torch.cat(zeros) if zeros else None, quantized[0].scheme, scale)
 
 
 def moved(weight: QTensor | Tensor, rows: Tensor) -> QTensor | Tensor:
-    """Row i of the result is row `rows[i]`."""
+    """`weight` with row i taken from row `rows[i]`."""
     if isinstance(weight, Tensor):
         return weight[rows]
     zeros = None if weight.zeros is None else weight.zeros[rows]

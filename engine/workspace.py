@@ -1,4 +1,4 @@
-"""What a call works in: a cache and runners over it. Each call that is under way has its own."""
+"""Workspaces: a cache and runners for each call in progress."""
 
 import threading
 from collections import OrderedDict
@@ -15,12 +15,12 @@ from lowbit.engine.sampler import Features, Sampler
 from lowbit.errors import EngineError
 from lowbit.quant.kernels.decode_attention import SHORT
 
-RUNNERS = 16  # of a workspace: on a GPU each holds a captured graph and its memory
-IDLE = 4  # workspaces that are kept for later calls
+RUNNERS = 16  # per workspace: on a GPU each has a captured graph and its memory
+IDLE = 4  # workspaces kept for later calls
 
 
 class Workspace:
-    """A cache that grows with what is asked, and the runners over it; the least recently used runners go."""
+    """A cache that grows on demand, and runners for it. The least recently used runners are dropped."""
 
     def __init__(self, pool: "Workspaces") -> None:
         self.pool, self.decoder, self.options = pool, pool.decoder, pool.options
@@ -28,9 +28,9 @@ class Workspace:
         self.runners: OrderedDict[tuple[int, Features | None, int], Runner] = OrderedDict()
 
     def runner(self, rows: int, batch: int, length: int, features: Features | None = None) -> Runner:
-        """The runner of `rows` rows over a cache for `batch` sequences of at least `length` positions.
+        """The runner with `rows` rows, for a cache of `batch` sequences of at least `length` positions.
 
-        Sequences of up to SHORT positions have a runner of their own, whose attention is cut for them.
+        Sequences of up to SHORT positions get their own runner, with an attention kernel split for them.
         """
         cache = self.roomy_cache(batch, length)
         reach = SHORT if length <= SHORT else cache.context
@@ -48,15 +48,15 @@ class Workspace:
         return Sampler(features, rows, self.decoder.architecture.vocabulary, self.decoder.weights.device)
 
     def roomy_cache(self, batch: int, length: int) -> Cache:
-        """The cache, made anew where it is smaller than asked: on a GPU for the whole context at once."""
+        """The cache, reallocated if too small. On a GPU it has the whole context from the start."""
         if self.cache is None or self.cache.batch < batch or self.cache.context < length:
-            self.clear()  # the runners' graphs hold the old cache's addresses
+            self.clear()  # the runners' graphs contain the old cache's addresses
             whole = on_gpu(self.decoder.weights.device)
             self.cache = self.pool.make_cache(batch, self.options.context if whole else length)
         return self.cache
 
     def clear(self) -> None:
-        """Gives the memory back."""
+        """Free the memory."""
         self.cache = None
         self.runners.clear()
 
@@ -71,7 +71,7 @@ class Workspaces:
 
     @contextmanager
     def lent(self) -> Iterator[Workspace]:
-        """A workspace that nobody else has meanwhile."""
+        """A context with a workspace for exclusive use."""
         with self.lock:
             space = self.idle.pop() if self.idle else Workspace(self)
         try:
@@ -81,7 +81,8 @@ class Workspaces:
                 self.idle = [*self.idle, space][-IDLE:]
 
     def make_cache(self, batch: int, context: int) -> Cache:
-        """A cache for `batch` sequences. EngineError where the GPU has no room for it, idle workspaces given back."""
+        """A cache for `batch` sequences. Frees idle workspaces if needed. EngineError if the GPU has too little
+        memory."""
         weights, architecture = self.decoder.weights, self.decoder.architecture
         need = cache_nbytes(architecture, batch, context, weights.dtype, self.options.int8_cache)
         if on_gpu(weights.device) and need > free_nbytes(weights.device)[0]:
@@ -98,11 +99,11 @@ class Workspaces:
 
 
 def on_gpu(device: torch.device) -> bool:
-    """True if memory is that of a GPU: scarce, and torch says how much there is."""
+    """True for a GPU, whose memory is scarce and can be queried."""
     return device.type == "cuda"
 
 
 def free_nbytes(device: torch.device) -> tuple[int, int]:
-    """Bytes that a GPU has free, what torch keeps for later given back, and its memory in all."""
+    """Free bytes of a GPU after releasing torch's cached memory, and its total bytes."""
     torch.cuda.empty_cache()
     return torch.cuda.mem_get_info(device)

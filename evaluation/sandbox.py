@@ -52,9 +52,9 @@ PROBED = "assert attempts() == [], f'it could do what it must not: {attempts()}'
 @dataclass(frozen=True)
 class Limits:
     """Limits of a program.
-    seconds  of wall clock and of processor time
-        seconds  of wall clock, and of processor time
-        nbytes   of address space
+
+    seconds  of wall clock, and of processor time
+    nbytes   of address space
     """
 
     seconds: int = 10
@@ -64,11 +64,11 @@ class Limits:
 @dataclass(frozen=True)
 class Program:
     """A program with its tests.
+
     text         the program
-        entry_point  the function that the tests call
-        tests        run in another process, where that name calls the function; they pass by reaching their end
-        helpers      run before the tests, in the test process
-        helpers      run before the tests, in their process
+    entry_point  the function that the tests call
+    tests        run in another process, where that name calls the function; they pass by reaching their end
+    helpers      run before the tests, in the test process
     """
 
     text: str

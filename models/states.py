@@ -95,9 +95,9 @@ def _states(spec: pytree.TreeSpec, leaves: Iterable[Tensor], shape: tuple[int, i
 
 
 def pulled(run: Callable[[States], States], states: States, gradient: list[Tensor | None]) -> list[Tensor | None]:
-    """The gradient with respect to the flow of `states`, from that of the flow of `run(states)`; None where none
-    arrives.
-    Parameters with requires_grad get their gradients too.
+    """The gradient with respect to the flow of `states`, from that of the flow of `run(states)`.
+
+    Entries are None where no gradient arrives. Parameters with requires_grad get their gradients too.
     """
     states = states.taped()
     with torch.enable_grad():

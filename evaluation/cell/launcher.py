@@ -28,10 +28,10 @@ MOST = 1 << 16  # most bytes read from a process behind walls
 @dataclass(frozen=True)
 class Settings:
     """Settings of both processes.
+
     seconds, nbytes  limits of processor time and memory
-        wanted           walls to set up if the kernel supports them
-        wanted           walls to put up where the kernel gives them
-        standing         walls that are already active
+    wanted           walls to set up if the kernel supports them
+    standing         walls that are already active
     """
 
     seconds: int

@@ -188,7 +188,7 @@ def test_fields_of_other_families_say_nothing(tmp_path: Path) -> None:
     ("extra", "message"),
     [
         ({"is_causal": False}, "is_causal is False; the engine computes True alone"),
-        ({"per_layer_config": {"1": {"intermediate_size": 32}}}, "layers sizes of their own"),
+        ({"per_layer_config": {"1": {"intermediate_size": 32}}}, "layers individual sizes"),
     ],
 )
 def test_what_transformers_obeys_undeclared_is_refused(extra: dict[str, Any], message: str, tmp_path: Path) -> None:
@@ -204,7 +204,7 @@ def test_what_transformers_obeys_undeclared_is_refused(extra: dict[str, Any], me
 def test_biases_that_the_configuration_excludes_are_not_added(family: str, field: str, tmp_path: Path) -> None:
     tiny(family, **{field: True}).save_pretrained(tmp_path)
     changed_config(tmp_path, lambda config: config.update({field: False}))
-    with pytest.raises(CheckpointError, match=r"have no place in .*bias"):
+    with pytest.raises(CheckpointError, match=r"do not belong to .*bias"):
         engine.load(tmp_path, device="cpu")
 
 

@@ -155,7 +155,7 @@ def edited(directory: Path, change) -> None:
 FIRST = "model.layers.0.mlp.down_proj.weight"
 WRONG = {
     "is in no file": lambda tensors: tensors.pop(FIRST),
-    "have no place": lambda tensors: tensors.update({"model.layers.2.mlp.down_proj.weight": torch.zeros(64, 96)}),
+    "do not belong": lambda tensors: tensors.update({"model.layers.2.mlp.down_proj.weight": torch.zeros(64, 96)}),
     "has shape": lambda tensors: tensors.update({FIRST: torch.zeros(64, 64)}),
 }
 
