@@ -8,6 +8,8 @@ import torch
 from lowbit.calibrate.plan import Plan, make_plan
 from lowbit.errors import CheckpointError
 from lowbit.export.dialects import FORMATS
+from lowbit.export.engines.transformers import NAME as TRANSFORMERS
+from lowbit.export.engines.vllm import NAME as VLLM
 from lowbit.export.formats import require_fit
 from lowbit.models.placement import stacked_only
 from lowbit.models.rehearsal import reader_of_weights
@@ -71,33 +73,41 @@ class Job:
 
     def warnings(self) -> list[str]:
         """Limits of other programs with the result, as sentences."""
+        return list(self.caveats())
+
+    def caveats(self) -> dict[str, tuple[str, ...]]:
+        """The same, with the names of the engines (export/engines) that cannot load the result as it is for that."""
         quantized = [
             (spec, self.plan.schemes[name]) for name, spec in self.linears.items() if name in self.plan.schemes
         ]
         reader, default = reader_of_weights(self.skeleton, self.plan.schemes), self.recipe.default_scheme
         seqlen, positions = self.recipe.seqlen, self.source.positions
-        found = {
+        conv1d = any(spec.transposed and spec.placement.expert is None for spec, _ in quantized)
+        fused = any(spec.placement.expert is not None and scheme.inputs is not None for spec, scheme in quantized)
+        experts = {spec.name: spec.placement for spec, _ in quantized if spec.placement.expert is not None}
+        static = default.static_inputs and default.number.is_integer
+        found: dict[str, tuple[bool, tuple[str, ...]]] = {
             f"calibration windows of {seqlen} tokens are longer than the {positions} positions that the model "
-            "supports; statistics beyond them do not match real use": seqlen > (positions or seqlen),
+            "supports; statistics beyond them do not match real use": (seqlen > (positions or seqlen), ()),
             "this family stores its weights transposed (Conv1D), which compressed-tensors readers do not know: "
-            "lowbit reads the checkpoint, transformers and vLLM will not": any(
-                spec.transposed and spec.placement.expert is None for spec, _ in quantized
-            ),
+            "lowbit reads the checkpoint, transformers and vLLM will not": (conv1d, (TRANSFORMERS, VLLM)),
             f"transformers needs CompressedTensorsConfig(dequantize=True) to load it: {reader} reads weights "
-            "of its linears itself": reader is not None,
+            "of its linears itself": (reader is not None, (TRANSFORMERS,)),
             "static int8 activations lose much quality on such models (2 to 3 times the perplexity, measured on "
-            "Llama 2): --activations token is almost as fast": default.static_inputs and default.number.is_integer,
-            "transformers keeps experts fused and does not load those whose inputs are quantized; vLLM does": any(
-                spec.placement.expert is not None and scheme.inputs is not None for spec, scheme in quantized
+            "Llama 2): --activations token is almost as fast": (static, ()),
+            "transformers keeps experts fused and does not load those whose inputs are quantized; vLLM does": (
+                fused,
+                (TRANSFORMERS,),
             ),
             "transformers has no names for this family's experts one by one and would run random ones: lowbit reads "
-            "the checkpoint, and vLLM does where it knows the family": stacked_only(
-                self.skeleton.model,
-                {spec.name: spec.placement for spec, _ in quantized if spec.placement.expert is not None},
+            "the checkpoint, and vLLM does where it knows the family": (
+                stacked_only(self.skeleton.model, experts),
+                (TRANSFORMERS,),
             ),
         }
         caveat = FORMATS[self.recipe.format].caveat(default)
-        return [text for text, holds in found.items() if holds] + ([caveat] if caveat else [])
+        kept = {text: engines for text, (holds, engines) in found.items() if holds}
+        return kept | ({caveat: ()} if caveat else {})
 
 
 def prepare(source: Source, recipe: Recipe, device: str) -> Job:

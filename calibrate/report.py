@@ -15,7 +15,7 @@ from lowbit import __version__
 from lowbit.calibrate.block import BlockWork
 from lowbit.calibrate.job import Job
 from lowbit.calibrate.plan import Plan
-from lowbit.export.card import published_name
+from lowbit.export.snapshot import published_name
 from lowbit.quant.qtensor import QTensor
 from lowbit.quant.recipe import Recipe
 

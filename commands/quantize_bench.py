@@ -2,12 +2,14 @@
 
 import json
 from itertools import product
+from pathlib import Path
 
 import click
 import torch
 from rich.table import Table
 
 from lowbit import __version__, engine
+from lowbit.api.recording import store
 from lowbit.commands.common import REVISION, SETTINGS, make_console, run_command, say
 from lowbit.engine.decoder import Decoder
 from lowbit.engine.engine import Engine
@@ -15,6 +17,7 @@ from lowbit.engine.options import Options
 from lowbit.engine.shapes import METHODS, SHAPES, random_weights
 from lowbit.engine.speed import Speed, kernels_of_step, measure, read_rate
 from lowbit.errors import EngineError
+from lowbit.export.snapshot import refuse_to_write_into
 from lowbit.models.devices import check_device
 
 COLUMNS = ("method", "batch", "prompt", "tokens/s", "ms/token", "floor ms", "share of floor", "memory GiB")
@@ -45,6 +48,7 @@ def main() -> None:
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1.")
 @REVISION
 @click.option("--profile", is_flag=True, help="Print the slowest kernels of a step (GPU only).")
+@click.option("--record", is_flag=True, help="Also write the rows into CHECKPOINT, its card and its page.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON lines instead of a table.")
 def bench(
     checkpoint: str | None,
@@ -59,6 +63,7 @@ def bench(
     device: str,
     revision: str | None,
     profile: bool,
+    record: bool,
     as_json: bool,
 ) -> None:
     """Measure the decode speed of CHECKPOINT, or of a named shape with random weights.
@@ -67,9 +72,12 @@ def bench(
     """
     if (checkpoint is None) == (shape is None):
         raise click.UsageError("name a CHECKPOINT, or a --shape; not both")
+    if record:
+        refuse_to_write_into(Path(required(checkpoint, "--record")))
     place, context = torch.device(check_device(device)), max(prompt) + output
     kind = getattr(torch, dtype)
     read_gbs = read_rate(place)
+    measured = []
     table = Table(*COLUMNS, title=f"{checkpoint or shape}, {dtype}, {read_gbs:.0f} GB/s read", box=None)
     try:
         for method in methods or (METHODS if shape else ("checkpoint",)):
@@ -79,15 +87,31 @@ def bench(
                 model = random_engine(shape, method, kind, place, Options(context, cache == "int8"), head)
             for rows, before in product(batch, prompt):
                 speed = measure(model, rows, before, output, read_gbs)
+                measured.append({"shape": checkpoint or shape, "method": method} | speed.as_row())
                 if as_json:
-                    click.echo(json.dumps({"shape": checkpoint or shape, "method": method} | speed.as_row()))
+                    click.echo(json.dumps(measured[-1]))
                 table.add_row(method, *columns(speed))
             if profile and place.type == "cuda":
                 show_profile(model, batch[-1])
     except EngineError as error:
         raise click.UsageError(str(error)) from error
+    if record:
+        about = {"evaluation": "speed", "device": name_of(place), "dtype": dtype}
+        store(Path(str(checkpoint)), [row | about | {"shape": Path(str(checkpoint)).name} for row in measured])
     if not as_json:
         make_console().print(table)
+
+
+def required(checkpoint: str | None, option: str) -> str:
+    """The directory CHECKPOINT, which `option` writes into; a usage error where none is named."""
+    if checkpoint is None or not Path(checkpoint).is_dir():
+        raise click.UsageError(f"{option} writes into a directory: name that as CHECKPOINT")
+    return checkpoint
+
+
+def name_of(device: torch.device) -> str:
+    """What a row calls the device: the GPU's name, or CPU."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
 
 
 def random_engine(

@@ -107,6 +107,7 @@ PARTS: dict[str, tuple[Decorator, ...]] = {
         REVISION,
         _flag("--resume", "Continue an interrupted run to the same output."),
         _flag("--overwrite", "Replace an output directory that is not empty."),
+        click.option("--base-model", metavar="ORG/MODEL", help="Hub id of a model in a directory, for the card."),
         click.option("--push-to-hub", metavar="NAME/MODEL", help="Upload the result to this repository, private."),
         _flag("--trust-remote-code", "Run Python code from the model's repository."),
     ),

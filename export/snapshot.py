@@ -56,3 +56,11 @@ def _holds_original(directory: Path) -> bool:
         return quantization_of(directory, read_json(directory / CONFIG_NAME)) is None
     except CheckpointError:  # half a model, or none
         return False
+
+
+def published_name(model: str) -> str:
+    """The name of a model for others: the id of a snapshot, a directory's own name, for its path is the user's."""
+    snapshot = snapshot_at(Path(model))
+    if snapshot is not None:
+        return snapshot.repo
+    return Path(model).resolve().name if Path(model).is_dir() else model

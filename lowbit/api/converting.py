@@ -3,13 +3,12 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from lowbit import __version__
 from lowbit.api.shared import PAPERS_BYTES
 from lowbit.arguments import typed
 from lowbit.calibrate.plan import unquantized_linears
 from lowbit.errors import RecipeError, nearest
-from lowbit.export.card import note_conversion
-from lowbit.export.checkpoint import seal, verify_checksums
+from lowbit.evaluation.report.card import convert_card
+from lowbit.export.checkpoint import open_checkpoint, seal, verify_checksums
 from lowbit.export.convert import Conversion
 from lowbit.export.convert import convert as convert_weights
 from lowbit.export.dialects import FORMATS
@@ -81,6 +80,7 @@ def convert(
         carry_along(source.checkpoint, staging, with_code=trust_remote_code)
         done = convert_weights(logical, fmt, left, staging, max_shard_size, finished=False)
         assert logical.format is not None
-        note_conversion(staging, source.directory, logical.format.name, fmt, __version__)
+        written = LogicalTensors(open_checkpoint(staging, finished=False))
+        convert_card(staging, source.directory, written, logical.format.name)
         seal(staging, fmt.container)
     return Converted(target, format, source.directory, logical.format.name, logical.schemes, done)

@@ -12,11 +12,10 @@ from lowbit import __version__
 from lowbit.api.shared import Note, ignore
 from lowbit.arguments import typed
 from lowbit.errors import CheckpointError
+from lowbit.evaluation.report.card import CARD, name_card
 from lowbit.export.checkpoint import SUMS_NAME, open_checkpoint, refresh_sums, verify_checksums
 from lowbit.export.files import survey
 from lowbit.models.hub import require_account, uploading
-
-CARD = "README.md"
 
 
 @dataclass(frozen=True)
@@ -50,6 +49,12 @@ def push(
 ) -> Pushed:
     """Upload the quantized checkpoint in the directory `checkpoint` to `repo` on the hub, its card included.
 
+    >>> import lowbit
+    >>> lowbit.push("my-model", "me/my-model")
+    Traceback (most recent call last):
+        ...
+    lowbit.errors.CheckpointError: my-model: not quantized; only what was made here is published
+
     repo      as NAME/MODEL; made where it does not exist
     private   of a repository that is made; one that exists stays what it is
     message   of the commit
@@ -60,7 +65,7 @@ def push(
     there, CheckpointError for a checkpoint that is damaged, and where the hub refuses.
     """
     directory = Path(checkpoint)
-    files = _whole(directory)
+    files = _whole(directory, None if dry_run else repo)
     require_account(repo)
     for lack in _lacks(directory):
         progress(Note(lack, warning=True))
@@ -80,12 +85,14 @@ def push(
     return Pushed(repo, url, files, private, created, commit)
 
 
-def _whole(directory: Path) -> dict[str, int]:
+def _whole(directory: Path, repo: str | None) -> dict[str, int]:
     """Bytes of each file of a quantized checkpoint whose weights are what was written. Sums of edited papers follow."""
     opened = open_checkpoint(directory)
     if opened.quantization is None:
         raise CheckpointError(f"{directory}: not quantized; only what was made here is published")
     verify_checksums(opened)
+    if repo is not None:
+        name_card(directory, repo)
     weights = {entry.path.name for entry in opened.entries.values()}
     refresh_sums(directory, opened.files.keys() - weights - {SUMS_NAME})
     return {name: identity.size for name, identity in survey(directory).items()}

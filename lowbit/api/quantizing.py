@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lowbit import __version__
 from lowbit.api.pushing import Pushed, push
 from lowbit.api.shared import PAPERS_BYTES, Note, ignore
 from lowbit.arguments import typed
@@ -24,13 +23,13 @@ from lowbit.errors import CheckpointError, RecipeError, Unfinished, UsageError, 
 from lowbit.evaluation.after import Measured, measure, require_measures
 from lowbit.evaluation.perplexity import Score
 from lowbit.evaluation.record import record
+from lowbit.evaluation.report.card import Original, original_of, write_card
 from lowbit.evaluation.report.facts import facts_of
 from lowbit.evaluation.report.page import render
-from lowbit.export.card import write_card
-from lowbit.export.checkpoint import seal
+from lowbit.export.checkpoint import open_checkpoint, seal
 from lowbit.export.dialects import FORMATS
 from lowbit.export.files import write_text
-from lowbit.export.formats import describe_schemes
+from lowbit.export.formats import LogicalTensors
 from lowbit.export.staging import only_run, refuse_output, refuse_to_replace, require_space, staged, told_whole
 from lowbit.export.survey import survey
 from lowbit.models.devices import check_device
@@ -134,6 +133,7 @@ def quantize(
     resume: bool = False,
     overwrite: bool = False,
     trust_remote_code: bool = False,
+    base_model: str | None = None,
     push_to_hub: str | None = None,
     progress: OnEvent = ignore,
     **settings: Any,
@@ -154,6 +154,7 @@ def quantize(
     dry_run       stop before a weight is read
     resume        go on where an interrupted run to the same output stopped
     revision      branch, tag or commit of a hub id
+    base_model    id on the hub of the model in a local directory, for the card
     push_to_hub   upload the result to this repository, NAME/MODEL, as `push` does
     progress      called with each Event
 
@@ -177,6 +178,7 @@ def quantize(
             refuse_to_replace(target, source.directory)
         job = prepare(source, complete, ranks.own_device(check_device(device)))
         progress(Planned(job))
+        original = original_of(source, base_model)
         if target is None or dry_run:
             return _unwritten(job)
         with ranks.leader_first():
@@ -185,19 +187,21 @@ def quantize(
         job = _spent(job, calibration, progress)
         require_space(target, int(job.output_bytes() * COPIES_ON_DISK) + PAPERS_BYTES)
         with journaled(target, job, calibration, resume, sums) as journal:
-            this = _Run(job, calibration, journal, progress)
+            this = _Run(job, original, calibration, journal, progress)
             if not ranks.leads():
                 return _assisted(this)
             _tell_journal(journal, resume, progress)
+            _tell_base(original, progress)
             done = _written(this, target, overwrite, (eval_windows, tuple(measures)))
     return done if push_to_hub is None else _pushed(done, target, push_to_hub, progress)
 
 
 @dataclass(frozen=True)
 class _Run:
-    """A job with its calibration tokens, journal and progress callback."""
+    """A job with what its card says of the original, its calibration tokens, journal and progress callback."""
 
     job: Job
+    original: Original
     calibration: CalibrationSet | None
     journal: Journal
     progress: OnEvent
@@ -237,6 +241,15 @@ def _tell_commit(recipe: Recipe, source: Source, progress: OnEvent) -> None:
                 f"{snapshot.commit}: the weights may differ; --revision takes that commit",
                 warning=True,
             )
+        )
+
+
+def _tell_base(original: Original, progress: OnEvent) -> None:
+    """Say that the card cannot name the model that was quantized, where it cannot."""
+    if not original.is_base:
+        known = f"names {original.base_model}, from the model's own card," if original.base_model else "names none"
+        progress(
+            Note(f"the card {known} as base model; --base-model ORG/MODEL says which model of the hub this one is")
         )
 
 
@@ -303,7 +316,7 @@ def _written(this: _Run, output: Path, overwrite: bool, evaluation: tuple[int, t
         this.progress(Stage("measuring what was lost"))
         written = open_source(str(staging), job.source.trust_remote_code, finished=False)
         measured = measure(job.source, written, builtin_text("heldout"), *evaluation, job.device)
-        _write_papers(staging, job, result, measured, output.resolve().name)
+        _write_papers(staging, this, result, measured, output.resolve().name)
     return Quantized(
         output,
         result.recipe,
@@ -342,23 +355,13 @@ def _unwritten(job: Job) -> Quantized:
     )
 
 
-def _write_papers(staging: Path, job: Job, result: Result, measured: Measured, name: str) -> None:
+def _write_papers(staging: Path, this: _Run, result: Result, measured: Measured, name: str) -> None:
     """Write evaluation rows, HTML report (if measured), model card and checksums. `name` is the checkpoint's name."""
-    labels = (Path(job.source.name).name, f"{result.recipe.method} {result.recipe.default_scheme}")
+    labels = (Path(this.job.source.name).name, f"{result.recipe.method} {result.recipe.default_scheme}")
     record(staging, measured.labelled(*labels))
-    facts = {
-        "version": __version__,
-        "schemes": describe_schemes(result.plan.schemes),
-        "source_bytes": result.source_bytes,
-        "output_bytes": result.output_bytes,
-        "coverage": result.plan.coverage,
-        "scores": [score.as_json() | {"model": label} for score, label in zip(measured.scores, labels, strict=False)],
-        "divergence": measured.divergence,
-        "text": "held-out part of the documentation that ships with CPython (pydoc_data)",
-        "warnings": job.warnings(),
-    }
-    write_card(staging, job.source.directory, job.source.name, result.recipe, facts)
+    facts = facts_of(staging, name=name, finished=False)
+    tensors = LogicalTensors(open_checkpoint(staging, finished=False))
+    write_card(staging, facts, tensors, this.original, this.job.caveats())
     if measured.rows:
-        facts = facts_of(staging, name=name, finished=False)
         write_text(staging / "report.html", render(facts, "html"))
     seal(staging, FORMATS[result.recipe.format].container)

@@ -8,6 +8,7 @@ from typing import Any
 from lowbit.arguments import typed
 from lowbit.errors import UsageError
 from lowbit.evaluation.record import replace_text
+from lowbit.evaluation.report.card import CARD, refresh_card
 from lowbit.evaluation.report.compare import comparison
 from lowbit.evaluation.report.facts import facts_of
 from lowbit.evaluation.report.page import render, render_comparison
@@ -55,7 +56,8 @@ def report(
     texts["json"] = json.dumps(values, indent=1) + "\n"
     written = _write(target, texts)
     if target.parent.resolve() == paths[0].resolve():
-        refresh_sums(paths[0], [path.name for path in written])
+        refresh_card(paths[0], found[0])
+        refresh_sums(paths[0], [CARD, *(path.name for path in written)])
     return written
 
 

@@ -10,6 +10,7 @@ from typing import Any, Literal, TypedDict
 import torch
 
 from lowbit import __version__
+from lowbit.api.recording import store
 from lowbit.api.shared import Note, ignore
 from lowbit.calibrate.data import builtin_text
 from lowbit.calibrate.documents import SEPARATOR, Reading, documents
@@ -19,7 +20,6 @@ from lowbit.evaluation.after import HELDOUT
 from lowbit.evaluation.backend import BACKENDS, Backend, choose_backend, open_backend
 from lowbit.evaluation.journal import Library
 from lowbit.evaluation.perplexity import OnStep, Score
-from lowbit.evaluation.record import record
 from lowbit.evaluation.text import Cut, Protocol
 from lowbit.export.snapshot import refuse_to_write_into
 from lowbit.models.demo import cache_dir
@@ -193,7 +193,7 @@ class Session:
         """Return `row`. With `store`, also write `rows` (default: [row]) into the checkpoint."""
         if self.store:
             stored = [self._shareable(each | {"version": __version__}) for each in rows or [row]]
-            record(self.source(self.checkpoint).directory, stored)
+            store(self.source(self.checkpoint).directory, stored)
         return row
 
     def _shareable(self, row: dict[str, Any]) -> dict[str, Any]:

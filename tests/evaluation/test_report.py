@@ -271,7 +271,7 @@ def test_quantize_writes_what_it_measured(awq):
     assert [row["evaluation"] for row in rows] == ["divergence"]
     assert rows[0]["text"] == "builtin held-out"
     assert (rows[0]["model"], rows[0]["baseline"]["model"]) == ("awq int4-g64", "model")
-    assert f"mean {rows[0]['kl_mean']:.4g} nats" in " ".join((awq / "README.md").read_text().split())
+    assert f"mean {rows[0]['kl_mean']:.4g}, 99.9% of tokens below" in " ".join((awq / "README.md").read_text().split())
     assert "<h1>llama-awq</h1>" in (awq / "report.html").read_text()
     assert "--eval 'kll': did you mean 'kl'" in run_quantize(awq, "--eval", "kll", "-o", "x").complaint
 

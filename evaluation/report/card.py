@@ -1,0 +1,231 @@
+"""The model card: README.md of a checkpoint. What is measured later takes its place in it; what a user writes stays."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData, metadata_load
+from yaml import YAMLError
+
+from lowbit import __version__
+from lowbit.evaluation.report.facts import headline, scored
+from lowbit.evaluation.report.page import environment_of
+from lowbit.export.engines.readers import readers_of
+from lowbit.export.escape import Written, code
+from lowbit.export.files import read_text, write_text
+from lowbit.export.formats import LogicalTensors
+from lowbit.export.snapshot import published_name
+from lowbit.models.demo import BASE_MODEL
+from lowbit.models.source import DEMO, Source
+from lowbit.quant.scheme import Scheme
+
+CARD = "README.md"
+LICENCE = ("license", "license_name", "license_link", "language")  # what a derivative takes over
+HUB_DATASET = re.compile(r"(?!builtin\b)(?:[\w.-]+/)?[\w-]+(?=:|$)")
+
+
+@dataclass(frozen=True)
+class Original:
+    """The unquantized model, as a card speaks of it.
+
+    name        for readers
+    base_model  its id on the hub, or that of the model that its own card names; None where nothing says
+    is_base     True if `base_model` is the very model that was quantized
+    pipeline    what the hub calls its task
+    carried     licence and language, from its own card
+    """
+
+    name: str
+    base_model: str | None = None
+    is_base: bool = False
+    pipeline: str = "text-generation"
+    carried: dict[str, Any] = field(default_factory=dict)
+
+
+def original_of(source: Source, base_model: str | None = None) -> Original:
+    """What is known of the model `source`; `base_model` is its id on the hub, where the user says it."""
+    own = _metadata(source.directory / CARD)
+    named = base_model or (source.snapshot.repo if source.snapshot else BASE_MODEL if source.name == DEMO else None)
+    inherited = own.get("base_model")
+    sees = getattr(source.config, "vision_config", None) is not None
+    return Original(
+        name=named or published_name(source.name),
+        base_model=named or (inherited if isinstance(inherited, str) else None),
+        is_base=named is not None,
+        pipeline=str(own.get("pipeline_tag") or ("image-text-to-text" if sees else "text-generation")),
+        carried={key: own[key] for key in LICENCE if key in own},
+    )
+
+
+def _metadata(card: Path) -> dict[str, Any]:
+    """The front matter of a card; nothing where there is none that can be read."""
+    try:
+        return (metadata_load(card) if card.exists() else None) or {}
+    except (ValueError, YAMLError):
+        return {}
+
+
+def write_card(
+    directory: Path, facts: dict[str, Any], tensors: LogicalTensors, original: Original, caveats: Mapping[str, Any]
+) -> None:
+    """Write README.md of the checkpoint in `directory`.
+
+    facts     of the checkpoint, as `facts_of` reads them
+    original  the model that was quantized
+    caveats   sentence for whoever loads it elsewhere -> names of the engines that therefore do not load it
+    """
+    refused = {name for names in caveats.values() for name in names}
+    readers = _readers(tensors, refused)
+    dataset = facts["calibration"]["dataset"] or ""
+    data = ModelCardData(
+        base_model=original.base_model,
+        base_model_relation="quantized" if original.is_base else None,
+        library_name="transformers",
+        pipeline_tag=original.pipeline,
+        tags=["quantized", *_short_names(tensors), facts["format"], *_tags(readers), "lowbit", facts["method"]],
+        datasets=[found[0] for each in dataset.split(",") if (found := HUB_DATASET.match(each.strip()))] or None,
+        **original.carried,
+    )
+    _measured_into(data, facts)
+    environment = environment_of("md")
+    text = environment.get_template("card.md.j2").render(
+        facts=facts,
+        original=original,
+        measured=_measured(facts),
+        name=Written(_plain(facts["name"])),
+        use=_use(_plain(facts["name"]), tensors, readers, original.pipeline),
+        warnings=list(caveats),
+        version=__version__,
+    )
+    write_text(directory / CARD, f"---\n{data.to_yaml()}\n---\n\n{text}")
+
+
+def refresh_card(directory: Path, facts: dict[str, Any]) -> bool:
+    """Put what was measured since into README.md, where lowbit wrote its section of measurements; True if it did."""
+    path = directory / CARD
+    text = read_text(path) if path.exists() else ""
+    if not _section("measured").search(text):
+        return False
+    card = ModelCard(_put(text, "measured", _measured(facts)), ignore_metadata_errors=True)
+    _measured_into(card.data, facts)
+    write_text(path, str(card))
+    return True
+
+
+def name_card(directory: Path, name: str) -> bool:
+    """Let the commands in README.md load the checkpoint by `name`, its id on the hub; True if that changed the file."""
+    path = directory / CARD
+    text = read_text(path) if path.exists() else ""
+    found = _section("use").search(text)
+    if found is None or found["name"] == name:
+        return False
+    write_text(path, _put(text, "use", Written(found["text"].replace(found["name"], name)), name))
+    return True
+
+
+def convert_card(directory: Path, source: Path, tensors: LogicalTensors, before: str) -> None:
+    """Write the card of `source` into `directory`, which holds the same weights in another format than `before`."""
+    assert tensors.format is not None
+    text = read_text(source / CARD) if (source / CARD).exists() else ""
+    own = _section("use").search(text)
+    card: Any = ModelCard(text, ignore_metadata_errors=True)
+    if own:
+        pipeline = str(card.data.pipeline_tag)
+        card.text = _put(card.text, "use", _use(own["name"], tensors, _readers(tensors), pipeline), own["name"])
+    card.data.tags = [tensors.format.name if tag == before else tag for tag in card.data.tags or []] or None
+    name = tensors.format.name
+    note = f"Converted from {code(before)} to {code(name)} by lowbit {__version__}, without requantizing."
+    ending = "" if own else f" {tensors.format.loading}"
+    write_text(directory / CARD, f"{str(card).strip()}\n\n## Converted\n\n{note}{ending}\n".lstrip())
+
+
+def _readers(tensors: LogicalTensors, refused: set[str] | None = None) -> tuple[str, ...]:
+    assert tensors.format is not None
+    shapes = {name: tensors.shape(name) for name in tensors.schemes}
+    return readers_of(tensors.format, tensors.schemes, shapes, refused or ())
+
+
+def _tags(readers: tuple[str, ...]) -> list[str]:
+    return [name.lower() for name in readers if name not in ("transformers", "lowbit")]
+
+
+def _short_names(tensors: LogicalTensors) -> list[str]:
+    """The schemes as the hub's tags have them: w4a16, w8a8, fp8; each once."""
+    return list(dict.fromkeys(map(_short_name, tensors.schemes.values())))
+
+
+def _short_name(scheme: Scheme) -> str:
+    inputs = 16 if scheme.inputs is None else scheme.inputs.number.bits
+    return f"w{scheme.bits}a{inputs}" if scheme.number.is_integer else f"fp{scheme.bits}"
+
+
+def _section(part: str) -> re.Pattern[str]:
+    """What finds a section that lowbit wrote in a card, between two comments; the first may say a name."""
+    return re.compile(
+        rf"<!-- lowbit:{part}(?: (?P<name>[^\n]*?))? -->\n(?P<text>.*?)\n<!-- /lowbit:{part} -->", re.DOTALL
+    )
+
+
+def _put(text: str, part: str, content: str, name: str = "") -> str:
+    """`text` with `content` in its section `part`."""
+    opening = f"<!-- lowbit:{part} {name}".rstrip()
+    whole = f"{opening} -->\n{content}\n<!-- /lowbit:{part} -->"
+    return _section(part).sub(lambda found: whole, text, count=1)
+
+
+def _measured(facts: dict[str, Any]) -> Written:
+    """What was lost, and sizes, as Markdown."""
+    template = environment_of("md").get_template("measured.md.j2")
+    return Written(template.render(facts=facts, scores=scored(facts), headline=headline(facts)).strip())
+
+
+def _use(name: str, tensors: LogicalTensors, readers: tuple[str, ...], pipeline: str) -> Written:
+    """The commands with which each of `readers` loads the checkpoint called `name`, whose task is `pipeline`."""
+    assert tensors.format is not None
+    package = {"gptqmodel": "gptqmodel optimum"}.get(tensors.format.package, tensors.format.package)
+    kind = "AutoModelForImageTextToText" if pipeline == "image-text-to-text" else "AutoModelForCausalLM"
+    template = environment_of("md").get_template("use.md.j2")
+    values = {"name": Written(name), "readers": readers, "package": Written(package), "kind": Written(kind)}
+    return Written(template.render(values).strip())
+
+
+def _plain(name: str) -> str:
+    """`name` for a command, where it needs no quotes; else what stands for it."""
+    return name if re.fullmatch(r"[\w./-]+", name, re.ASCII) else "DIR"
+
+
+def _measured_into(data: Any, facts: dict[str, Any]) -> None:
+    """Let a card's front matter say what was measured (the hub's model-index)."""
+    results = _results(facts)
+    data.eval_results, data.model_name = (results, facts["name"]) if results else (None, None)
+    data.metrics = list(dict.fromkeys(each.metric_type for each in results)) or None
+
+
+def _results(facts: dict[str, Any]) -> list[EvalResult]:
+    """Every measurement as the hub knows it."""
+    rows: list[tuple[str, str, Any, str]] = []
+    for row in scored(facts):
+        text = str(row["text"] or "text")
+        how = f"{row['tokens']} tokens, {row['context']} a window, {row['protocol']}"
+        rows.append(("perplexity", f"Perplexity ({how})", row["perplexity"], text))
+        if row.get("kl_mean") is not None:
+            rows.append(("kl_divergence", f"KL divergence from the original ({how})", row["kl_mean"], text))
+    for row in facts["evaluations"]["task"]:
+        rows.append((str(row["metric"]), str(row["metric"]), row["value"], str(row["task"])))
+    for row in facts["evaluations"]["code"]:
+        rows.append(("pass@1", "pass@1", row["pass_at_1"], str(row["problems"])))
+    return [_result(*row) for row in rows]
+
+
+def _result(kind: str, title: str, value: Any, text: str) -> EvalResult:
+    return EvalResult(
+        task_type="text-generation",
+        task_name="Text Generation",
+        dataset_type=re.sub(r"[^\w./-]+", "-", text),
+        dataset_name=text,
+        metric_type=kind,
+        metric_name=title,
+        metric_value=value,
+    )

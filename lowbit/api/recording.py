@@ -1,0 +1,29 @@
+"""Measurements put into a checkpoint: its rows, its card and its page say the same."""
+
+from pathlib import Path
+from typing import Any
+
+from lowbit.evaluation.record import record, replace_text
+from lowbit.evaluation.report.card import CARD, refresh_card
+from lowbit.evaluation.report.facts import facts_of
+from lowbit.evaluation.report.page import render
+from lowbit.export.checkpoint import refresh_sums
+
+PAGES = {"report.html": "html", "report.md": "md"}
+
+
+def store(directory: Path, rows: list[dict[str, Any]]) -> None:
+    """Add `rows` to the checkpoint in `directory`. Its card, and its pages where it has some, are written anew."""
+    record(directory, rows)
+    refresh_papers(directory)
+
+
+def refresh_papers(directory: Path) -> None:
+    """Write card and pages of the checkpoint in `directory` anew, those that are there, from what is measured now."""
+    facts = facts_of(directory)
+    renewed = [CARD] if refresh_card(directory, facts) else []
+    for name, kind in PAGES.items():
+        if (directory / name).exists():
+            replace_text(directory / name, render(facts, kind))
+            renewed.append(name)
+    refresh_sums(directory, renewed)
