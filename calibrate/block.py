@@ -16,8 +16,8 @@ from lowbit.models.skeleton import Block
 from lowbit.models.states import States
 from lowbit.models.walk import Walk
 from lowbit.quant.algos.rotate import rotation, turned_inputs, turned_outputs
-from lowbit.quant.naming import EXPERT, expert_role
-from lowbit.quant.numerics import input_rounding, input_scale_of
+from lowbit.quant.naming import EXPERT, expert_role, parent_set
+from lowbit.quant.numerics import divisor_of, input_rounding, input_scale_of
 from lowbit.quant.qtensor import QTensor
 from lowbit.quant.scheme import Scheme
 from lowbit.quant.site import Fold, Heads, Site
@@ -69,6 +69,7 @@ class BlockWork:
         self.specs = {spec.name: spec for spec in self.block.linears}
         self.masters = {spec.name: self.weight(spec.name).to(torch.float32, copy=True) for spec in self.block.linears}
         self.index, self._walk = index, walk
+        self._divisors: dict[str, Tensor] = {}
 
     def parameter(self, name: str) -> Tensor:
         """The running parameter with this name in the model."""
@@ -115,8 +116,21 @@ class BlockWork:
         if not alike:
             return torch.ones((), device=self.weight(linear).device)
         largest = torch.stack([self.stats[name].abs_max for name in alike]).amax(0)
-        scale = input_scale_of((largest / columns).amax(), inputs.number)
-        return scale.clamp(min=torch.finfo(torch.float32).tiny)
+        limits = torch.finfo(torch.float32)
+        return input_scale_of((largest / columns).amax(), inputs).clamp(limits.tiny, limits.max)
+
+    def divisor(self, linear: str) -> Tensor | None:
+        """The divisor () of the scales of `linear`, one for all that share a parent; None where scales have none."""
+        scheme = self.schemes[linear]
+        if not scheme.weights.parent:
+            return None
+        if not self._divisors:
+            largest: dict[str, Tensor] = {}
+            for name in self.schemes:
+                found, key = self.masters[name].abs().amax(), parent_set(name)
+                largest[key] = torch.maximum(largest.get(key, found), found)
+            self._divisors = {name: divisor_of(largest[parent_set(name)], scheme.weights) for name in self.schemes}
+        return self._divisors[linear]
 
     def input_rounding(self) -> dict[str, Callable[[Tensor], Tensor]]:
         """The input rounding function of each linear with quantized inputs."""
@@ -208,6 +222,7 @@ class BlockWork:
         """Rotate the producer's outputs within `heads`, and the consumer's inputs to match. Must come before
         statistics."""
         assert not self.stats, "rotations come before statistics"
+        self._divisors = {}
         producer, matrix = heads.fold.producer, rotation(heads.channels.shape[1])
         bias = self.bias(producer)
         if bias is not None:
@@ -219,6 +234,7 @@ class BlockWork:
 
     def apply(self, fold: Fold, scales: Tensor) -> None:
         """Divide the producer by `scales` and multiply its consumers, in masters, running weights and statistics."""
+        self._divisors = {}
         exact = self._divide_linear(fold, scales) if fold.is_linear else self._divide_norm(fold, scales)
         moved: dict[int, Stats] = {}
         for name in fold.columns:

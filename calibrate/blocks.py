@@ -1,6 +1,7 @@
 """The loop over blocks: each is quantized on the outputs of the quantized blocks before it."""
 
 import time
+from collections.abc import Iterator
 from functools import partial
 from typing import Any, Protocol
 
@@ -23,8 +24,9 @@ from lowbit.models.placement import Placement
 from lowbit.models.skeleton import Block, LinearSpec
 from lowbit.models.states import States
 from lowbit.models.walk import Walk
-from lowbit.quant.naming import EXPERT
-from lowbit.quant.numerics import reason_against_scales
+from lowbit.quant.algos.clip import plain_shrink
+from lowbit.quant.naming import EXPERT, parent_set
+from lowbit.quant.numerics import divisor_of, reason_against_scales
 from lowbit.quant.qtensor import QTensor, round_to_nearest
 from lowbit.quant.scheme import Scheme
 
@@ -54,18 +56,37 @@ class DataFreeBlocks:
         job, block = self._job, self._job.skeleton.blocks[index]
         weights: dict[str, QTensor] = {}
         rows: dict[str, dict[str, Any]] = {}
-        for name, placement in block.tensors.items():
-            specs = [spec for spec in _linears_in(block, name, placement) if spec.name in job.plan.schemes]
-            value = checked(name, self._read(name, placement)) if specs else torch.empty(0)
-            for spec in specs:
-                w = _cut(value, placement, spec).to(job.device)
-                require_scales(spec.name, w, job.plan.schemes[spec.name], job.scale_dtype)
-                weight = round_to_nearest(w, job.plan.schemes[spec.name], job.scale_dtype)
-                rows[spec.name] = linear_row(job, spec.name, weight, w.float())
-                weights[spec.name] = weight.to("cpu")
+        largest = self._largest(block)
+        for spec, w in self._linears(block):
+            scheme = job.plan.schemes[spec.name]
+            require_scales(spec.name, w, scheme, job.scale_dtype)
+            shared = largest.get(parent_set(spec.name))
+            divisor = None if shared is None else divisor_of(shared, scheme.weights)
+            shrink = plain_shrink(w, scheme, job.scale_dtype, divisor)
+            weight = round_to_nearest(w, scheme, job.scale_dtype, shrink, divisor)
+            rows[spec.name] = linear_row(job, spec.name, weight, w.float())
+            weights[spec.name] = weight.to("cpu")
         seconds = time.monotonic() - begun
         report = BlockReport(index, block.name, None, seconds, peak_memory(job.device), [], rows)
         return BlockOutcome(weights, {}, report)
+
+    def _linears(self, block: Block) -> Iterator[tuple[LinearSpec, Tensor]]:
+        """Every linear of the block that has a scheme, and its weight on the job's device."""
+        for name, placement in block.tensors.items():
+            specs = [spec for spec in _linears_in(block, name, placement) if spec.name in self._job.plan.schemes]
+            value = checked(name, self._read(name, placement)) if specs else torch.empty(0)
+            for spec in specs:
+                yield spec, _cut(value, placement, spec).to(self._job.device)
+
+    def _largest(self, block: Block) -> dict[str, Tensor]:
+        """The largest magnitude of weights whose scales share a parent, by `parent_set`; nothing where none have."""
+        schemes, largest = self._job.plan.schemes, dict[str, Tensor]()
+        if not any(spec.name in schemes and schemes[spec.name].weights.parent for spec in block.linears):
+            return largest
+        for spec, w in self._linears(block):
+            found, key = w.float().abs().amax(), parent_set(spec.name)
+            largest[key] = torch.maximum(largest.get(key, found), found)
+        return largest
 
     def _read(self, name: str, placement: Placement) -> Tensor:
         """The file's tensor `name`, or the parameter that transformers converts it to."""

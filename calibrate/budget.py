@@ -24,6 +24,7 @@ from lowbit.models.products import weight_view
 from lowbit.models.skeleton import LinearSpec
 from lowbit.models.states import States, pulled
 from lowbit.models.walk import Walk
+from lowbit.quant.algos.clip import plain_shrink
 from lowbit.quant.naming import fused_set
 from lowbit.quant.qtensor import round_to_nearest
 from lowbit.quant.scheme import Scheme, widths_of
@@ -170,7 +171,8 @@ def _cost(
     views = [weight_view(walk.skeleton.model.get_parameter(spec.placement.parameter).data, spec) for spec in specs]
     saved = [view.clone() for view in views]
     for view, w in zip(views, saved, strict=True):
-        view.copy_(round_to_nearest(w, scheme, job.scale_dtype).dequantize())
+        shrink = plain_shrink(w, scheme, job.scale_dtype)
+        view.copy_(round_to_nearest(w, scheme, job.scale_dtype, shrink).dequantize())
     change = ((walk.run(index, states).hidden - exact) * gradient).sum(-1)
     for view, w in zip(views, saved, strict=True):
         view.copy_(w)

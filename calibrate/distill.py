@@ -55,7 +55,7 @@ class Adam:
 
 
 class TunedLinear:
-    """A rounded weight with fixed codes and tuned scales."""
+    """A rounded weight with fixed codes and tuned scales; scales of few bits are fixed too."""
 
     def __init__(self, weight: QTensor, device: str) -> None:
         self._weight = weight.to(device)
@@ -64,13 +64,16 @@ class TunedLinear:
 
     def weight(self) -> QTensor:
         """The weight with its scales rounded as stored."""
+        if self._weight.scheme.weights.scales is not None:
+            return self._weight
         scales = numerics.stored_scale(self._scales.value, self._weight.scales.dtype)
         return replace(self._weight, scales=scales)
 
     def step(self, gradient: Tensor, rate: float) -> None:
         """One step; `gradient` (n, k) is the gradient of the loss with respect to the rounded weight."""
-        by_scale = numerics.grouped(self._weight.values() * gradient, self._weight.scheme).sum(-1)
-        self._scales.step(by_scale, rate)
+        scheme = self._weight.scheme
+        by_row = numerics.grouped(self._weight.values() * gradient, scheme).sum(-1)
+        self._scales.step(numerics.per_scale(by_row, scheme), rate)
 
 
 class TunedBlock:

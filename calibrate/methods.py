@@ -7,9 +7,8 @@ from lowbit.calibrate.rounding import ROUNDERS
 from lowbit.calibrate.settings import completed, merged, rounder_of, transforms_of
 from lowbit.calibrate.transforms import TRANSFORMS
 from lowbit.errors import RecipeError, nearest
-from lowbit.quant.numbers import NUMBERS
 from lowbit.quant.recipe import ACTIVATIONS, HEAD, Recipe
-from lowbit.quant.scheme import Scheme, parse_scheme
+from lowbit.quant.scheme import Scheme, bits_between, parse_scheme
 
 
 @dataclass(frozen=True)
@@ -135,7 +134,7 @@ def _require_known(recipe: Recipe) -> None:
             raise RecipeError(f"unknown transform {name!r}; {nearest(name, TRANSFORMS)}")
     for kind, name, known in (
         ("rounder", recipe.rounder, ROUNDERS),
-        ("activations", recipe.activations, ACTIVATIONS),
+        ("activations", recipe.activations if recipe.scheme is None else "none", ACTIVATIONS),
         ("dtype", recipe.dtype, ("auto", "bfloat16", "float16", "float32")),
     ):
         if name not in known:
@@ -165,7 +164,7 @@ def _require_sense(method: Method, recipe: Recipe) -> None:
 
 def _require_widths(target: float, scheme: Scheme) -> None:
     """RecipeError if no mix of integers has `target` bits per weight, or if `scheme` is not integer, 16-bit inputs."""
-    widths = sorted({number.bits for number in NUMBERS.values() if number.is_integer})
+    widths = bits_between(scheme)
     named = f"{', '.join(map(str, widths[:-1]))} and {widths[-1]} bits"
     if not widths[0] < target <= widths[-1] + 1:
         raise RecipeError(

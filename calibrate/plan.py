@@ -14,7 +14,7 @@ from lowbit.models.rehearsal import choosers
 from lowbit.models.skeleton import Block, LinearSpec, Skeleton
 from lowbit.quant.naming import fused_set
 from lowbit.quant.recipe import HEAD, Recipe
-from lowbit.quant.scheme import Scheme, fitting_group_size, parse_scheme
+from lowbit.quant.scheme import Scheme, parse_scheme
 
 MINIMUM_COVERAGE = 0.99
 
@@ -63,8 +63,8 @@ class Plan:
 def make_plan(skeleton: Skeleton, recipe: Recipe) -> Plan:
     """The plan for every linear of the model.
 
-    A group size that does not divide a linear's inputs falls back (quant.scheme.FALLBACK_GROUP_SIZES). Fused linears,
-    and all experts of a layer, fall back together.
+    A scheme whose groups or blocks do not divide a linear falls back (Scheme.fallback), together for fused linears and
+    for all experts of a layer. Without a fallback they keep 16 bits.
     """
     _require_fits(skeleton, recipe.ignore)
     named = _named_schemes(skeleton, recipe)
@@ -78,14 +78,17 @@ def make_plan(skeleton: Skeleton, recipe: Recipe) -> Plan:
         _spread_over_fused(reasons)
         wanted |= {spec.name: named.get(spec.name, recipe.default_scheme) for spec in block.linears}
         _require_whole_sets(block, wanted)
-        sizes = _group_sizes(block, wanted)
+        fitted = _fitted(block, wanted)
         for spec in block.linears:
             parameters[spec.name] = spec.n * spec.k
-            reason = reasons[spec.name]
-            if reason is None:
-                schemes[spec.name] = wanted[spec.name].with_group_size(sizes[spec.name])
-            else:
+            reason, scheme = reasons[spec.name], fitted[spec.name]
+            if reason is not None:
                 left[spec.name] = Left(spec.n * spec.k, reason, exempt=True)
+            elif scheme is not None:
+                schemes[spec.name] = scheme
+            else:
+                why = wanted[spec.name].reason_against_shape(spec.n, spec.k) or "a linear that engines fuse it with"
+                left[spec.name] = Left(spec.n * spec.k, f"no {wanted[spec.name]}: {why}", exempt=False)
         left |= _unsplit_experts(skeleton, block)
     left |= dict(_renamed(skeleton, left))
     return Plan(schemes, parameters, left, wanted, frozenset(named))
@@ -186,13 +189,12 @@ def _spread_over_fused(reasons: dict[str, str | None]) -> None:
                     reasons[other] = f"engines fuse it with {name}, which is {reason}"
 
 
-def _group_sizes(block: Block, wanted: dict[str, Scheme]) -> dict[str, int]:
-    sizes: dict[str, int] = {}
+def _fitted(block: Block, wanted: dict[str, Scheme]) -> dict[str, Scheme | None]:
+    """The scheme that fits all of each linear's fused set; None where there is none."""
+    shapes: dict[str, set[tuple[int, int]]] = {}
     for spec in block.linears:
-        key, size = fused_set(spec.name), fitting_group_size(spec.k, wanted[spec.name].group_size)
-        known = sizes.get(key, size)
-        sizes[key] = -1 if -1 in (known, size) else min(known, size)
-    return {spec.name: sizes[fused_set(spec.name)] for spec in block.linears}
+        shapes.setdefault(fused_set(spec.name), set()).add((spec.n, spec.k))
+    return {spec.name: wanted[spec.name].fitting(shapes[fused_set(spec.name)]) for spec in block.linears}
 
 
 def _outside_blocks(skeleton: Skeleton, ignore: Iterable[str]) -> Iterator[tuple[str, Left]]:

@@ -105,10 +105,10 @@ def linear_row(job: Job, name: str, weight: QTensor, original: Tensor) -> dict[s
         "bits_per_weight": round(weight.scheme.bits_per_weight(weight.shape[1]), 4),
         "weight_error": float(error.norm() / original.norm().clamp(min=1e-30)),
     }
-    wanted = job.plan.wanted[name].group_size
-    if weight.scheme.group_size != wanted:
-        k = weight.shape[1]
-        add_fallback(row, f"group size {wanted} does not divide {k} inputs, or those of a linear fused with it")
+    wanted = job.plan.wanted[name].weights_only
+    if weight.scheme.weights_only != wanted:
+        reason = wanted.reason_against_shape(*weight.shape) or "a linear that engines fuse it with does not divide"
+        add_fallback(row, f"{wanted} does not fit: {reason}")
     return row
 
 

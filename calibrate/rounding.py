@@ -13,7 +13,7 @@ from lowbit.calibrate import ranks
 from lowbit.calibrate.block import BlockWork
 from lowbit.calibrate.parts import BlockTask, Needs, Rounder, setting
 from lowbit.models.states import States, joined
-from lowbit.quant.algos.clip import group_moments, search_shrink
+from lowbit.quant.algos.clip import group_moments, plain_shrink, search_shrink
 from lowbit.quant.algos.gptq import DAMPING, gptq
 from lowbit.quant.algos.learned import LearnedWeight
 from lowbit.quant.naming import EXPERT, expert_role
@@ -31,7 +31,7 @@ def round_nearest(work: BlockWork, clip: bool) -> dict[str, QTensor]:
     """Every linear with a scheme, rounded to nearest. With `clip`, each range is searched first."""
     shrinks = ranges(work, clip)
     return {
-        name: round_to_nearest(work.masters[name], scheme, work.scale_dtype, shrinks[name])
+        name: round_to_nearest(work.masters[name], scheme, work.scale_dtype, shrinks[name], work.divisor(name))
         for name, scheme in work.schemes.items()
     }
 
@@ -45,9 +45,11 @@ def ranges(work: BlockWork, clip: bool) -> dict[str, Tensor]:
 def _range(work: BlockWork, name: str, clip: bool) -> Tensor:
     """The fraction of each group's range with the least output error; 1 without statistics."""
     stats, scheme, master = work.stats.get(name), work.schemes[name], work.masters[name]
-    if stats is None or not clip:
-        return master.new_ones(len(master), scheme.groups(master.shape[1]))
-    return search_shrink(master, scheme, work.scale_dtype, group_moments(stats.second_moment(), scheme))
+    divisor = work.divisor(name)
+    if stats is not None and clip:
+        moments = group_moments(stats.second_moment(), scheme)
+        return search_shrink(master, scheme, work.scale_dtype, moments, divisor)
+    return master.new_ones(scheme.sides(*master.shape)) * plain_shrink(master, scheme, work.scale_dtype, divisor)
 
 
 @dataclass(frozen=True)
@@ -140,7 +142,8 @@ def _all_by_gptq(work: BlockWork, names: list[str], one: Callable[[str], tuple[T
     weights = {}
     found = ranks.each_several(names, one)
     for name, (said, codes, scales, *zeros) in zip(names, found, strict=True):
-        weights[name] = QTensor(codes, scales, zeros[0] if zeros else None, work.schemes[name])
+        scheme = work.schemes[name]
+        weights[name] = QTensor(codes, scales, zeros[0] if zeros else None, scheme, divisor=work.divisor(name))
         for fallback in bytes(said.tolist()).decode().splitlines():
             work.note(name, f"gptq: {fallback}")
     return weights
@@ -149,10 +152,12 @@ def _all_by_gptq(work: BlockWork, names: list[str], one: Callable[[str], tuple[T
 def _gptq(work: BlockWork, clip: bool, damping: float, name: str) -> tuple[Tensor, ...]:
     """The rounding's fallbacks as UTF-8 bytes, one per line; then codes, scales and, if any, zeros."""
     master, scheme, stats = work.masters[name], work.schemes[name], work.stats.get(name)
+    divisor = work.divisor(name)
     if stats is None:
-        weight, said = round_to_nearest(master, scheme, work.scale_dtype), ""
+        shrink = plain_shrink(master, scheme, work.scale_dtype, divisor)
+        weight, said = round_to_nearest(master, scheme, work.scale_dtype, shrink, divisor), ""
     else:
-        result = gptq(master, stats.second_moment(), scheme, work.scale_dtype, clip, damping)
+        result = gptq(master, stats.second_moment(), scheme, work.scale_dtype, clip, damping, divisor)
         weight, said = result.weight, "\n".join(result.fallbacks)
     as_bytes = torch.tensor(list(said.encode()), dtype=torch.uint8)
     return as_bytes, weight.codes, weight.scales, *(() if weight.zeros is None else (weight.zeros,))
@@ -184,7 +189,7 @@ class RoundingLearner:
         self._work, self._iters, self._generator = work, iters, generator
         shrinks = ranges(work, clip)
         self._learned = {
-            name: LearnedWeight(work.masters[name], scheme, work.scale_dtype, shrinks[name])
+            name: LearnedWeight(work.masters[name], scheme, work.scale_dtype, shrinks[name], work.divisor(name))
             for name, scheme in work.schemes.items()
         }
 

@@ -35,7 +35,7 @@ class RecordingWriter:
         """Write a block: packed weights, then all other tensors, changed or from the source."""
         for name, weight in weights.items():
             self._writer.add_weight(name, weight)
-            self._meant[name] = _digest((weight.codes, weight.scales, weight.zeros, weight.input_scale))
+            self._meant[name] = _digest_of(weight)
         for name, placement in block.tensors.items():
             if name.removesuffix(".weight") not in weights and not covered(block, placement.parameter, weights):
                 value = kept[name] if name in kept else self._source(name)
@@ -76,7 +76,7 @@ class RecordingWriter:
         for name, meant in self._meant.items():
             if name in logical.schemes:
                 weight = logical.qtensor(name)
-                found = _digest((weight.codes, weight.scales, weight.zeros, weight.input_scale))
+                found = _digest_of(weight)
             else:
                 found = _digest((written.read(name),))
             if found != meant:
@@ -92,6 +92,10 @@ def _biases(block: Block, parameter: str, value: Tensor, weights: dict[str, QTen
         for name, bias in stacked.items()
         if bias.parameter == parameter and name in weights
     }
+
+
+def _digest_of(weight: QTensor) -> str:
+    return _digest((weight.codes, weight.scales, weight.zeros, weight.input_scale, weight.divisor))
 
 
 def _digest(tensors: Iterable[Tensor | None]) -> str:

@@ -16,7 +16,7 @@ from lowbit.errors import CheckpointError
 from lowbit.export.checkpoint import Checkpoint
 from lowbit.export.formats import LogicalTensors
 from lowbit.quant.kernels.packed import TILE_ROWS
-from lowbit.quant.kernels.weight import Linear, inputs_of, load_weight
+from lowbit.quant.kernels.weight import Linear, RoundedInputs, inputs_of, load_weight
 from lowbit.quant.qtensor import QTensor, round_to_nearest
 from lowbit.quant.scheme import parse_scheme
 
@@ -196,7 +196,7 @@ class Reader:
         """
         dtype = self.settings.dtype
         matrices = [self.matrix(part) for part in parts]
-        weight = stacked(matrices, dtype)
+        weight, inputs = stacked(matrices, dtype), shared_inputs(matrices)
         self.shaped(" + ".join(parts), weight.codes if isinstance(weight, QTensor) else weight, (n, k))
         biases = [self.bias(f"{part}.bias", len_of(m), biased) for part, m in zip(parts, matrices, strict=True)]
         bias = None
@@ -205,9 +205,9 @@ class Reader:
             bias = torch.cat([absent[i] if each is None else each for i, each in enumerate(biases)])
         if rows is not None:
             rows = rows.to(self.settings.device)
-            weight = moved(weight, rows)
+            weight = moved(weight, rows, dtype)
             bias = None if bias is None else bias[rows]
-        return Linear(load_weight(weight, dtype, pair_block), bias, inputs_of(weight))
+        return Linear(load_weight(weight, dtype, pair_block), bias, inputs)
 
     def head(self, embedding: Tensor) -> Linear:
         """The head: its own weight, or the embedding if tied; rounded if the settings say so.
@@ -275,32 +275,52 @@ def len_of(matrix: QTensor | Tensor) -> int:
 
 
 def stacked(matrices: list[QTensor | Tensor], dtype: torch.dtype) -> QTensor | Tensor:
-    """The matrices stacked; dense if their schemes differ.
-
-    CheckpointError if only some of them round their inputs, since the fused product has one input.
-    """
+    """The matrices stacked; dense if their schemes differ, or if rows share scales."""
     if len(matrices) == 1:
         return matrices[0]
-    quantized = [matrix for matrix in matrices if isinstance(matrix, QTensor)]
-    rounding = [matrix.scheme.inputs if isinstance(matrix, QTensor) else None for matrix in matrices]
-    if len(set(rounding)) > 1:
-        raise CheckpointError(
-            "linears that share an input (q, k and v; gate and up) round it differently here: the engine multiplies "
-            "them together; quantize the model anew with one scheme for them"
-        )
+    quantized = [matrix for matrix in matrices if isinstance(matrix, QTensor) and has_rows(matrix)]
     if len(quantized) < len(matrices) or len({str(matrix.scheme) for matrix in quantized}) > 1:
         return torch.cat([matrix.dequantize(dtype) if isinstance(matrix, QTensor) else matrix for matrix in matrices])
     zeros = [matrix.zeros for matrix in quantized if matrix.zeros is not None]
     codes, scales = (torch.cat(list(parts)) for parts in zip(*((m.codes, m.scales) for m in quantized), strict=True))
-    inputs = [matrix.input_scale for matrix in quantized if matrix.input_scale is not None]
-    # one input scale for the fused product: the largest, as in vLLM
-    scale = torch.stack(inputs).max() if inputs else None
-    return QTensor(codes, scales, torch.cat(zeros) if zeros else None, quantized[0].scheme, scale)
+    inputs = shared_inputs(matrices)
+    return QTensor(
+        codes,
+        scales,
+        torch.cat(zeros) if zeros else None,
+        quantized[0].scheme,
+        None if inputs is None else inputs.scale,
+    )
 
 
-def moved(weight: QTensor | Tensor, rows: Tensor) -> QTensor | Tensor:
-    """`weight` with row i taken from row `rows[i]`."""
+def shared_inputs(matrices: list[QTensor | Tensor]) -> RoundedInputs | None:
+    """The rounding of the input that the matrices share: by the largest of their scales, as in vLLM.
+
+    CheckpointError if they round it differently, since the fused product has one input.
+    """
+    found = [inputs_of(matrix) for matrix in matrices]
+    if len({None if inputs is None else inputs.side for inputs in found}) > 1:
+        raise CheckpointError(
+            "linears that share an input (q, k and v; gate and up) round it differently here: the engine multiplies "
+            "them together; quantize the model anew with one scheme for them"
+        )
+    scales = [inputs.scale for inputs in found if inputs is not None and inputs.scale is not None]
+    if found[0] is None or not scales:
+        return found[0]
+    every = torch.stack(scales)
+    return RoundedInputs(found[0].side, every.min() if found[0].side.parent else every.max())
+
+
+def has_rows(weight: QTensor | Tensor) -> bool:
+    """True if each row of the weight stands by itself: none shares a scale, or a divisor of scales, with others."""
+    return isinstance(weight, Tensor) or (weight.scheme.rows == 1 and weight.divisor is None)
+
+
+def moved(weight: QTensor | Tensor, rows: Tensor, dtype: torch.dtype) -> QTensor | Tensor:
+    """`weight` with row i taken from row `rows[i]`; dense if rows share scales."""
     if isinstance(weight, Tensor):
         return weight[rows]
+    if not has_rows(weight):
+        return weight.dequantize(dtype)[rows]
     zeros = None if weight.zeros is None else weight.zeros[rows]
     return replace(weight, codes=weight.codes[rows], scales=weight.scales[rows], zeros=zeros)

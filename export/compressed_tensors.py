@@ -3,7 +3,8 @@ transformers.
 
 For a linear P with weight (n, k), b bits and g groups, weight-only (pack-quantized):
 
-    P.weight_packed      int32  (n, ceil(k b / 32))   code + 2^(b-1), packed along the inputs, lowest bits first
+    P.weight_packed      int32  (n, ceil(k b / 32))   code + 2^(b-1), packed along the inputs, lowest bits first;
+                                                      codes of 3, 5, 6 and 7 bits may lie in two words
     P.weight_scale       float  (n, g)                g = 1 per channel
     P.weight_shape       int64  (2,)                  n, k
     P.weight_zero_point  int32  (ceil(n b / 32), g)   asymmetric only; zero + 2^(b-1), packed along the outputs
@@ -198,8 +199,13 @@ class CompressedTensors(Format):
 
     def reason_against(self, scheme: Scheme) -> str | None:
         """The reason why this layout cannot hold a scheme, or None."""
-        if not scheme.symmetric and scheme.bits == 8:
-            return "asymmetric 8-bit weights have no kernel in the engines that read compressed-tensors; use --sym"
+        if not scheme.symmetric and scheme.bits != 4:
+            return (
+                f"asymmetric {scheme.bits}-bit weights have no kernel in the engines that read compressed-tensors; "
+                "use --sym"
+            )
+        if scheme.weights.scales is not None:
+            return f"scales of {scheme.weights.scales.name} are not written"
         if layout_of(scheme) == FLOAT and scheme.group_size != -1:
             return f"engines read {scheme.number.name} weights with one scale per channel, not per group"
         return None

@@ -1,6 +1,6 @@
 """The GPTQ layouts `gptq` (v1) and `gptq_v2`, read by GPTQModel, vLLM, SGLang and transformers.
 
-For a linear P with weight (n, k), b bits and g groups; all tensors are transposed relative to nn.Linear:
+For a linear P with weight (n, k), b bits (2, 3, 4 or 8) and g groups; all tensors are transposed relative to nn.Linear:
 
     P.qweight  int32    (k b / 32, n)  unsigned codes, packed along the inputs, lowest bits first
     P.qzeros   int32    (g, n b / 32)  zeros, packed along the outputs, lowest bits first; v1 stores zero - 1
@@ -11,6 +11,7 @@ All four are always present. A symmetric weight's codes are shifted by 2^(b-1), 
 0 would be stored as -1 and borrow from its neighbour in the word, so only v2 can hold it.
 """
 
+import math
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -22,7 +23,7 @@ from lowbit import __version__
 from lowbit.errors import CheckpointError
 from lowbit.export.format import Format, Reader, Shapes, require_words
 from lowbit.export.patterns import Patterns
-from lowbit.quant.packing import pack, unpack
+from lowbit.quant.packing import WORD, pack, unpack, words_of
 from lowbit.quant.qtensor import QTensor
 from lowbit.quant.scheme import Scheme, make_scheme
 
@@ -30,17 +31,20 @@ METHOD = "gptq"
 V1, V2 = "gptq", "gptq_v2"
 STORED_LESS = {V1: 1, V2: 0}  # zero minus stored zero
 SYMMETRIC_ONLY = "vLLM loads only symmetric GPTQ files"
+BITS = (2, 3, 4, 8)
+# gptqmodel's convert_gptq_v1_to_v2_format adds 4 to the first ten zeros of a run of three words, other loaders add 1.
+DISPUTED = "programs disagree on what version 1 stores for zeros of 3 bits; use --format gptq_v2"
 SUFFIXES = ("qweight", "qzeros", "scales", "g_idx")
 
 
 def _read(version: str, name: str, tensor: Reader, scheme: Scheme) -> QTensor:
-    words, per_word = tensor(f"{name}.qweight"), 32 // scheme.bits
+    words = tensor(f"{name}.qweight")
     require_words(words, "qweight", (None, None))
-    k, n = words.shape[0] * per_word, words.shape[1]
+    k, n = words.shape[0] * WORD // scheme.bits, words.shape[1]
     groups = scheme.groups(k)
     _require_order(tensor(f"{name}.g_idx"), k, groups)
     packed_zeros = tensor(f"{name}.qzeros")
-    require_words(packed_zeros, "qzeros", (groups, -(-n // per_word)))
+    require_words(packed_zeros, "qzeros", (groups, words_of(n, scheme.bits)))
     stored = unpack(packed_zeros, scheme.bits, n).T.to(torch.int32)
     zeros: Tensor | None = stored + STORED_LESS[version]
     codes = unpack(words.T.contiguous(), scheme.bits, k)
@@ -114,13 +118,15 @@ class Gptq(Format):
         """The reason why GPTQ files cannot hold a scheme, or None."""
         if not scheme.number.is_integer or scheme.inputs is not None:
             return "GPTQ files hold only integer weights: no floats, no quantized activations"
-        return None
+        if scheme.bits not in BITS:
+            return f"GPTQ files hold {', '.join(map(str, BITS))} bits, not {scheme.bits}"
+        return DISPUTED if scheme.bits == 3 and self.name == V1 else None
 
     def reason_against_shape(self, scheme: Scheme, n: int, k: int) -> str | None:
         """The reason why a weight of this shape (n, k) cannot be packed, or None."""
-        per_word = 32 // scheme.bits
-        if k % 32 or n % per_word:
-            return f"{n} outputs and {k} inputs: GPTQ files take multiples of {per_word} and of 32"
+        whole = WORD // math.gcd(WORD, scheme.bits)
+        if k % 32 or n % whole:
+            return f"{n} outputs and {k} inputs: GPTQ files take multiples of {whole} and of 32"
         return None
 
     def risk_of(self, scheme: Scheme) -> str | None:
@@ -167,7 +173,7 @@ class Gptq(Format):
     def shape(self, name: str, shapes: Shapes, tensor: Reader, scheme: Scheme) -> tuple[int, int]:
         """(n, k) of the linear `name`."""
         rows, n = shapes(f"{name}.qweight")
-        return n, rows * (32 // scheme.bits)
+        return n, rows * WORD // scheme.bits
 
     def quantization_config(self, schemes: Mapping[str, Scheme], unquantized: Iterable[str]) -> dict[str, Any]:
         """The quantization_config of config.json, which is also the content of quantize_config.json.

@@ -38,7 +38,6 @@ from lowbit.export.compressed_tensors import COMPRESSED_TENSORS
 from lowbit.quant.kernels import w8a8
 from lowbit.quant.kernels.packed import TILE_ROWS, prepack, reason_against_packing
 from lowbit.quant.kernels.weight import Int8, Linear, Packed, RoundedInputs
-from lowbit.quant.numbers import INT8
 from lowbit.quant.qtensor import QTensor
 from lowbit.quant.scheme import INPUTS, Scheme, make_scheme
 
@@ -266,9 +265,9 @@ class PlainWeights(LowbitScheme):
 
     def apply_weights(self, layer: Any, x: Tensor, bias: Tensor | None) -> Tensor:
         """x W^T + bias, with x rounded to int8 and multiplied in int8."""
-        return Linear(Int8(layer.weight, layer.weight_scale), bias, RoundedInputs(INT8, layer.input_scale))(
-            x, dependent=True
-        )
+        assert self.scheme.inputs is not None
+        inputs = RoundedInputs(self.scheme.inputs, layer.input_scale)
+        return Linear(Int8(layer.weight, layer.weight_scale), bias, inputs)(x, dependent=True)
 
 
 def register() -> None:

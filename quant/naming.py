@@ -26,6 +26,13 @@ def fused_set(name: str) -> str:
     return next((f"{parent}.{'+'.join(group)}" for group in ENGINE_FUSED if leaf in group), name)
 
 
+def parent_set(name: str) -> str:
+    """A key that linears share whose scales have one parent: those that engines fuse, in all experts of a layer."""
+    layer, _, leaf = name.rpartition(".")
+    group = next(("+".join(group) for group in ENGINE_FUSED if leaf in group), leaf)
+    return expert_role(f"{layer}.{group}")
+
+
 def split_sets(names: Iterable[str], schemes: Mapping[str, Scheme]) -> dict[str, list[str]]:
     """Fused sets of `names` whose members have different schemes, or partly none. Engines reject them."""
     sets: dict[str, list[str]] = {}

@@ -116,14 +116,19 @@ def _integer(bits: int, signed: bool, signed_scales: bool = False) -> Number:
     return Number(name, bits, storage, low, high, signed=signed, signed_scales=signed_scales)
 
 
-INT4 = _integer(4, signed=True, signed_scales=True)
-INT8 = _integer(8, signed=True)  # the extra code on one side is not worth a signed scale
-UINT4 = _integer(4, signed=False, signed_scales=True)  # a zero point can express everything that INT4 can
-UINT8 = _integer(8, signed=False)
+WIDTHS = range(2, 9)  # bits of integers
+# With 8 bits the extra code on one side is not worth a signed scale. A zero point can express all that a signed scale
+# can.
+INTEGERS = tuple(_integer(bits, signed, bits < BYTE) for bits in WIDTHS for signed in (True, False))
 # e4m3 without infinities: 4 bits of exponent, 3 of mantissa
 FP8 = Number("fp8", 8, torch.float8_e4m3fn, -448, 448, mantissa=3, least=2**-9)
+# e2m1: 0, 0.5, 1, 1.5, 2, 3, 4, 6; e4m3 holds them all
+FP4 = Number("fp4", 4, torch.float8_e4m3fn, -6, 6, mantissa=1, least=0.5)
+# e8m0, powers of two: a number of scales alone, which bfloat16 holds
+E8M0 = Number("e8m0", 8, torch.bfloat16, 2.0**-127, 2.0**127, mantissa=0, least=2.0**-127)
 
-NUMBERS = {number.name: number for number in (INT4, INT8, UINT4, UINT8, FP8)}
+NUMBERS = {number.name: number for number in (*INTEGERS, FP8, FP4)}
+INT4, INT8, UINT4, UINT8 = (NUMBERS[name] for name in ("int4", "int8", "uint4", "uint8"))
 
 
 def integer_of(bits: int, signed: bool) -> Number:
@@ -131,7 +136,7 @@ def integer_of(bits: int, signed: bool) -> Number:
     for number in NUMBERS.values():
         if number.is_integer and (number.bits, number.signed) == (bits, signed):
             return number
-    raise ValueError(f"no {bits}-bit type: formats that engines load hold 4 or 8 bits")
+    raise ValueError(f"no {bits}-bit type: there are integers of {WIDTHS[0]} to {WIDTHS[-1]} bits")
 
 
 def float_of(bits: int) -> Number:

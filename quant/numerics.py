@@ -1,31 +1,77 @@
 """Reference arithmetic of quantization: float32, identical on every device, not optimized.
 
-Shapes: w (n, k), the weight as in nn.Linear; scales and zeros (n, g) with g = k / group_size (1 per channel); codes (n,
-k). `w ~ (code - zero) * scale`. Kernels and exported files are tested against these functions.
+Shapes: w (n, k), the weight as in nn.Linear; scales and zeros (n, g) with g = k / group_size (1 per channel), fewer
+rows if blocks of rows share a scale; codes (n, k). `w ~ (code - zero) * scale`. Scales relative to a tensor's divisor
+are `scale / divisor`: such weights are multiplied by it first (`in_parts`). Kernels and exported files are tested
+against these functions.
 """
 
+import math
 from collections.abc import Callable
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from lowbit.quant.numbers import Number
+from lowbit.quant.numbers import E8M0, Number, round_to_grid, steps_at
 from lowbit.quant.scheme import Scheme, Side
 
+PARENT_TOP = 256  # scale of the largest group: twice it is still below e4m3's 448 (as in ModelOpt and four-over-six)
 LOST_ENERGY = 1e-3  # fraction of a weight's energy (sum of squares) that rounding to 4 bits loses anyway
 
 
 def grouped(w: Tensor, scheme: Scheme) -> Tensor:
-    """`w` viewed as (n, g, group_size)."""
+    """`w` viewed as (n, g, group_size); with zeros behind it where the last block is cut off."""
     n, k = w.shape
     g = scheme.groups(k)
-    return w.reshape(n, g, k // g)
+    size = k if scheme.group_size == -1 else scheme.group_size
+    if k % max(size, 1):
+        w = torch.nn.functional.pad(w, (0, -k % size))
+    return w.reshape(n, g, size)
+
+
+def ungrouped(values: Tensor, k: int) -> Tensor:
+    """The weights (n, k) that `grouped` viewed as groups."""
+    return values.flatten(1)[:, :k]
+
+
+def per_row(values: Tensor, scheme: Scheme, n: int) -> Tensor:
+    """Values of scales for each of `n` rows, (n, g): those of a block are repeated."""
+    return values if scheme.rows == 1 else values.repeat_interleave(scheme.rows, 0)[:n]
+
+
+def per_scale(values: Tensor, scheme: Scheme, largest: bool = False) -> Tensor:
+    """Values (n, g) of rows' groups, those that share a scale added up, or the largest of them."""
+    if scheme.rows == 1:
+        return values
+    blocks = torch.nn.functional.pad(values, (0, 0, 0, -len(values) % scheme.rows)).unflatten(0, (-1, scheme.rows))
+    return blocks.amax(1) if largest else blocks.sum(1)
 
 
 def per_weight(values: Tensor, scheme: Scheme, like: Tensor) -> Tensor:
-    """Per-group values (n, g) expanded to every weight: float32, shape (n, k) of `like`."""
-    return values.float().unsqueeze(-1).expand_as(grouped(like, scheme)).reshape(like.shape)
+    """Values per scale expanded to every weight: float32, shape (n, k) of `like`."""
+    n, k = like.shape
+    wide = per_row(values.float(), scheme, n).unsqueeze(-1)
+    size = k if scheme.group_size == -1 else scheme.group_size
+    return ungrouped(wide.expand(*wide.shape[:2], size), k)
+
+
+def divisor_of(largest: Tensor, weights: Side) -> Tensor:
+    """The divisor () float32 of a tensor's scales: the group with the magnitude `largest` gets the scale PARENT_TOP."""
+    largest = torch.where(largest > 0, largest.float(), torch.ones_like(largest, dtype=torch.float32))
+    return (PARENT_TOP * weights.number.high / largest).clamp(max=torch.finfo(torch.float32).max)
+
+
+def in_parts(w: Tensor, scheme: Scheme, divisor: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    """`w` in float32 times the divisor of its scales, and that divisor; (w, None) if the scheme has none.
+
+    divisor  ()  one shared with other weights; None for the weight's own
+    """
+    if not scheme.weights.parent:
+        return w.float(), None
+    if divisor is None:
+        divisor = divisor_of(w.abs().amax(), scheme.weights)
+    return w.float() * divisor, divisor
 
 
 def step_sizes(w: Tensor, scheme: Scheme, scales: Tensor) -> Tensor:
@@ -39,8 +85,8 @@ def choose_params(
 ) -> tuple[Tensor, Tensor | None]:
     """Scales and zeros that cover each group's range times `shrink`.
 
-    w            (n, k)  float
-    shrink       scalar or (n, g)  fraction of the range kept, in (0, 1]
+    w            (n, k)  float; in parts (`in_parts`)
+    shrink       scalar or (n, g)  fraction of the range kept
     return       scales (n, g) in scale_dtype, zeros (n, g) int32 or None if the scheme is symmetric
 
     symmetric    scale = 2 absmax / (high - low) of the number. Integers use both ends of their range, as in
@@ -48,7 +94,8 @@ def choose_params(
     signed       symmetric with signed scales: scale = extreme / low. The weight of largest magnitude, of either sign,
                  gets the lowest code, since there is one more negative code than positive ones
     asymmetric   scale = (max - min) / (high - low), zero = round(-min / scale); the range is widened to include 0
-    The scale is rounded to scale_dtype before use, so that codes match the stored scale. A group of zeros gets scale 1.
+    The scale is rounded to scale_dtype, or to the scheme's number of scales (in bfloat16, which represents it exactly),
+    before use, so that codes match the stored scale. A group of zeros gets scale 1.
     """
     values, number = grouped(w.float(), scheme), scheme.number
     low, high = values.amin(-1), values.amax(-1)
@@ -56,8 +103,10 @@ def choose_params(
         extreme = torch.where(high > -low, high, low)
         return stored_scale(extreme * shrink / number.low, scale_dtype), None
     if scheme.symmetric:
-        span = torch.maximum(high, -low) * 2
-        return stored_scale(span * shrink / (number.high - number.low), scale_dtype), None
+        span = per_scale(torch.maximum(high, -low), scheme, largest=True) * 2
+        wanted = span * shrink / (number.high - number.low)
+        coarse = scheme.weights.scales
+        return (stored_scale(wanted, scale_dtype) if coarse is None else coarse_scale(wanted, coarse)), None
     low = low.clamp(max=0)
     scales = stored_scale((high.clamp(min=0) - low) * shrink / (number.high - number.low), scale_dtype)
     zeros = (number.low - low * shrink / scales.float()).round().clamp(number.low, number.high)
@@ -71,16 +120,25 @@ def stored_scale(scale: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.where(scale == 0, torch.ones_like(magnitude), magnitude.copysign(scale.to(dtype)))
 
 
+def coarse_scale(scale: Tensor, number: Number) -> Tensor:
+    """`scale`, not negative, rounded to `number`, in bfloat16; 1 where it is zero."""
+    least = max(number.least, number.low)
+    rounded = round_to_grid(scale.float().clamp(least, number.high), number.fineness, number.least)
+    return torch.where(scale == 0, torch.ones_like(rounded), rounded.clamp_(least, number.high)).to(torch.bfloat16)
+
+
 def reason_against_scales(w: Tensor, scheme: Scheme, scale_dtype: torch.dtype) -> str | None:
     """The reason why `scale_dtype` cannot hold the scales of `w` (n, k), with numbers, or None.
 
     No scale may be too large. Scales that are too small are raised to the smallest normal number, which loses the
     weights of their groups: these may hold at most LOST_ENERGY of the weight's energy.
     """
+    if scheme.weights.scales is not None:
+        return None  # within the range of 32 bits, which weights have
     limits = torch.finfo(scale_dtype)
     wanted = choose_params(w, scheme, torch.float32)[0].abs()
     large, small = int((wanted > limits.max).sum()), wanted < limits.tiny
-    lost = grouped(w.float(), scheme).square().sum(-1)
+    lost = per_scale(grouped(w.float(), scheme).square().sum(-1), scheme)
     if not large and float(lost[small].sum()) <= LOST_ENERGY * float(lost.sum()):
         return None
     count, low, high = large + int(small.sum()), float(wanted.min()), float(wanted.max())
@@ -100,9 +158,9 @@ def quantize(w: Tensor, scheme: Scheme, scales: Tensor, zeros: Tensor | None = N
 
     code = clamp(round(w / scale) + zero), ties to even. ValueError if k is not divisible by the group size.
     """
-    values = grouped(w.float(), scheme) / scales.float().unsqueeze(-1)
+    values = grouped(w.float(), scheme) / per_row(scales.float(), scheme, len(w)).unsqueeze(-1)
     codes = scheme.number.encode(values, None if zeros is None else zeros.unsqueeze(-1))
-    return codes.reshape(w.shape)
+    return ungrouped(codes, w.shape[1])
 
 
 def dequantize(codes: Tensor, scheme: Scheme, scales: Tensor, zeros: Tensor | None = None) -> Tensor:
@@ -110,18 +168,31 @@ def dequantize(codes: Tensor, scheme: Scheme, scales: Tensor, zeros: Tensor | No
     values = grouped(scheme.number.decode(codes), scheme)
     if zeros is not None:
         values = values - zeros.unsqueeze(-1)
-    return (values * scales.float().unsqueeze(-1)).reshape(codes.shape)
+    return ungrouped(values * per_row(scales.float(), scheme, len(codes)).unsqueeze(-1), codes.shape[1])
 
 
 def fake_quantize(w: Tensor, scheme: Scheme, scale_dtype: torch.dtype, shrink: Tensor | float = 1.0) -> Tensor:
     """`w` quantized and dequantized, float32: the weight that the exported checkpoint computes with."""
+    parts, divisor = in_parts(w, scheme)
+    rounded = rounded_parts(parts, scheme, scale_dtype, shrink)
+    return rounded if divisor is None else rounded / divisor
+
+
+def rounded_parts(w: Tensor, scheme: Scheme, scale_dtype: torch.dtype, shrink: Tensor | float = 1.0) -> Tensor:
+    """The same for `w` in parts (`in_parts`), float32."""
     scales, zeros = choose_params(w, scheme, scale_dtype, shrink)
     return dequantize(quantize(w, scheme, scales, zeros), scheme, scales, zeros)
 
 
-def input_scale_of(largest: Tensor, number: Number) -> Tensor:
-    """The scale that maps the magnitude `largest` to the number's largest value."""
-    return largest / number.high
+def input_scale_of(largest: Tensor, inputs: Side) -> Tensor:
+    """The scale that maps the magnitude `largest` to the number's largest value; or the divisor of group scales.
+
+    The divisor maps that scale to the largest one that its number has, so that no calibration token exceeds it.
+    """
+    if not inputs.parent:
+        return largest / inputs.number.high
+    assert inputs.scales is not None
+    return inputs.scales.high * inputs.number.high / largest
 
 
 def quantize_inputs(x: Tensor, number: Number, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -137,7 +208,7 @@ def quantize_inputs(x: Tensor, number: Number, scale: Tensor | None = None) -> t
     wide = x.float()
     if scale is None:
         largest = wide.abs().amax(-1, keepdim=True)
-        scales = torch.where(largest == 0, torch.ones_like(largest), input_scale_of(largest, number))
+        scales = torch.where(largest == 0, torch.ones_like(largest), largest / number.high)
     else:
         scales = scale.float()
     return number.encode(wide / scales), scales
@@ -149,6 +220,31 @@ def fake_quantize_inputs(x: Tensor, number: Number, scale: Tensor | None = None)
     return (number.decode(codes) * scales).to(x.dtype)
 
 
+def fake_quantize_groups(x: Tensor, inputs: Side, divisor: Tensor | None = None) -> Tensor:
+    """`x` (..., k) after rounding in groups, each by a scale of its own, and back, in its own dtype.
+
+    divisor  ()  of the scales, where they have a parent
+
+    absmax of a group becomes the number's largest value. Powers of two: the exponent of absmax less that of the largest
+    value, and one more from 1.75 on, as the microscaling formats' writers have it.
+    """
+    wide, number = x.float().unflatten(-1, (-1, inputs.group_size)), inputs.number
+    largest = wide.abs().amax(-1, keepdim=True)
+    wanted = largest / number.high if divisor is None else largest / number.high * divisor
+    if inputs.scales == E8M0:
+        wanted = steps_at((largest * (8 / 7)), 1.0, E8M0.least) * 2.0 ** -math.floor(math.log2(number.high))
+    scales = wanted if inputs.scales is None else coarse_scale(wanted, inputs.scales).float()
+    scales = torch.where(largest == 0, torch.ones_like(scales), scales)
+    scales = scales if divisor is None else scales / divisor
+    codes = number.encode(wide / scales)
+    return (number.decode(codes) * scales).flatten(-2).to(x.dtype)
+
+
 def input_rounding(inputs: Side, scale: Tensor | None) -> Callable[[Tensor], Tensor]:
-    """A function that rounds activations to the grid of `inputs`, with scale () or, if None, one scale per token."""
+    """A function that rounds activations to the grid of `inputs`.
+
+    scale  ()  the static scale, or the static divisor of group scales; None if each token has its own scale
+    """
+    if inputs.group_size != -1:
+        return partial(fake_quantize_groups, inputs=inputs, divisor=scale)
     return partial(fake_quantize_inputs, number=inputs.number, scale=scale)

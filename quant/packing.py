@@ -1,34 +1,94 @@
-"""The canonical bit order: unsigned codes in int32 words, lowest bits first. No other Python code shifts bits."""
+"""The canonical bit order: unsigned codes in int32 words, lowest bits first; fp4 and e8m0 in bytes.
+
+The only Python that shifts bits.
+"""
+
+import math
 
 import torch
 from torch import Tensor
 
+WORD = 32  # bits
+
+
+def words_of(codes: int, bits: int) -> int:
+    """Words that a row of so many codes takes."""
+    return -(-codes * bits // WORD)
+
+
+def _run(bits: int) -> tuple[int, int]:
+    """Codes and words of the shortest run that ends with a word."""
+    common = math.gcd(bits, WORD)
+    return WORD // common, bits // common
+
 
 def pack(codes: Tensor, bits: int) -> Tensor:
-    """`codes` packed into words along the last dimension.
+    """Words of `codes` along the last dimension.
 
     codes   (..., k)  unsigned values below 2^bits, any integer dtype
-    return  (..., ceil(k * bits / 32))  int32; element i of a word starts at bit i * bits; unused bits are zero
+    return  (..., ceil(k * bits / 32))  int32; element i sits at bits i * bits and up of the row, in two words where the
+            border of one cuts it; the tail is zero
     """
-    per_word = 32 // bits
-    padding = -codes.shape[-1] % per_word
-    values = torch.nn.functional.pad(codes.to(torch.int32), (0, padding)).unflatten(-1, (-1, per_word))
-    words = torch.zeros(values.shape[:-1], dtype=torch.int32, device=codes.device)
-    for i in range(per_word):
-        words |= values[..., i] << (i * bits)
-    return words
+    count, k = _run(bits)[0], codes.shape[-1]
+    values = torch.nn.functional.pad(codes.to(torch.int32), (0, -k % count)).unflatten(-1, (-1, count))
+    words = torch.zeros(*values.shape[:-1], _run(bits)[1], dtype=torch.int32, device=codes.device)
+    for i in range(count):
+        word, shift = divmod(i * bits, WORD)
+        words[..., word] |= values[..., i] << shift
+        if shift + bits > WORD:
+            words[..., word + 1] |= values[..., i] >> (WORD - shift)
+    return words.flatten(-2)[..., : words_of(k, bits)].contiguous()
 
 
 def unpack(words: Tensor, bits: int, k: int) -> Tensor:
-    """The first `k` codes of each row of words, uint8. The inverse of `pack`.
+    """The first `k` codes of each row of words, uint8: the inverse of pack.
 
     words   (..., ceil(k * bits / 32))  int32
     return  (..., k)  uint8
     """
-    per_word = 32 // bits
-    expected = -(-k // per_word)
+    expected = words_of(k, bits)
     if words.shape[-1] != expected:
         raise ValueError(f"{words.shape[-1]} words a row cannot hold {k} codes of {bits} bits: {expected} are needed")
-    shifts = torch.arange(0, 32, bits, device=words.device, dtype=torch.int32)
-    values = (words.unsqueeze(-1) >> shifts) & ((1 << bits) - 1)
-    return values.flatten(-2)[..., :k].to(torch.uint8)
+    count, length = _run(bits)
+    runs = torch.nn.functional.pad(words, (0, -expected % length)).unflatten(-1, (-1, length))
+    codes = torch.empty(*runs.shape[:-1], count, dtype=torch.uint8, device=words.device)
+    for i in range(count):
+        word, shift = divmod(i * bits, WORD)
+        value = runs[..., word] >> shift
+        if shift + bits > WORD:  # the shift has filled up with the sign
+            value = value & ((1 << (WORD - shift)) - 1) | runs[..., word + 1] << (WORD - shift)
+        codes[..., i] = value & ((1 << bits) - 1)
+    return codes.flatten(-2)[..., :k]
+
+
+FP4_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # of the three bits below the sign
+E8M0_BIAS, E8M0_NAN = 127, 255
+
+
+def pack_fp4(codes: Tensor) -> Tensor:
+    """Bytes (..., k / 2) uint8 of fp4 `codes` (..., k) as floats, k even: element 2 j is the low half of byte j."""
+    values = codes.float()
+    table = torch.tensor(FP4_VALUES, device=codes.device)
+    halves = torch.bucketize(values.abs(), table).to(torch.uint8) | torch.signbit(values).to(torch.uint8) << 3
+    return halves[..., ::2] | halves[..., 1::2] << 4
+
+
+def unpack_fp4(packed: Tensor) -> Tensor:
+    """The fp4 codes (..., k) float8_e4m3fn in bytes (..., k / 2): the inverse of pack_fp4."""
+    halves = torch.stack([packed & 15, packed >> 4], -1).flatten(-2)
+    table = torch.tensor((*FP4_VALUES, *(-value for value in FP4_VALUES)), device=packed.device)
+    return table[halves.long()].to(torch.float8_e4m3fn)
+
+
+def pack_e8m0(scales: Tensor) -> Tensor:
+    """The exponents of `scales`, powers of two from 2^-127 on, as bytes uint8: 127 more than they are."""
+    return (torch.frexp(scales.float())[1] - 1 + E8M0_BIAS).to(torch.uint8)
+
+
+def unpack_e8m0(exponents: Tensor) -> Tensor:
+    """The powers of two, bfloat16, that bytes stand for: the inverse of pack_e8m0. ValueError for a NaN."""
+    missing = int((exponents == E8M0_NAN).sum())
+    if missing:
+        raise ValueError(f"{missing} of {exponents.numel()} scales are {E8M0_NAN}, which e8m0 has for NaN")
+    ones = torch.ones(exponents.shape, dtype=torch.float32, device=exponents.device)
+    return torch.ldexp(ones, exponents.to(torch.int32) - E8M0_BIAS).to(torch.bfloat16)

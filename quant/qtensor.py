@@ -13,12 +13,15 @@ SCALE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 @dataclass(frozen=True)
 class QTensor:
-    """A weight as codes and scales: `w ~ (code - zero) * scale`.
+    """A weight as codes and scales: `w ~ (code - zero) * scale`, or `code * scale / divisor`.
 
     codes        (n, k)  in the number's storage; unpacked
-    scales       (n, g)  float16, bfloat16 or float32, finite and not zero; positive unless the number has signed scales
+    scales       (n, g)  float16, bfloat16 or float32, finite and not zero; positive unless the number has signed
+                         scales; fewer rows if rows share scales; values of the scheme's number of scales, if any
     zeros        (n, g)  int32 between the number's limits; None if the scheme is symmetric
-    input_scale  ()      float32, positive: `x ~ code * input_scale`; only in schemes with one scale for all inputs
+    input_scale  ()      float32, positive: `x ~ code * input_scale`, or the divisor of the inputs' group scales; only
+                         in schemes with static inputs
+    divisor      ()      float32, positive: of the scales, only in schemes whose scales are relative to one
 
     Checked on construction: ValueError, with numbers, if shapes, dtypes or values contradict the scheme.
     """
@@ -28,6 +31,7 @@ class QTensor:
     zeros: Tensor | None
     scheme: Scheme
     input_scale: Tensor | None = None
+    divisor: Tensor | None = None
 
     def __post_init__(self) -> None:
         reason = self.reason_against()
@@ -41,9 +45,9 @@ class QTensor:
         if self.codes.ndim != 2 or self.codes.dtype != dtype:
             return f"codes must be 2-dimensional {dtype}, not {self.codes.ndim}-dimensional {self.codes.dtype}"
         n, k = self.codes.shape
-        if self.scheme.group_size > 0 and k % self.scheme.group_size:
+        if self.scheme.group_size > 0 and k % self.scheme.group_size and self.scheme.rows == 1:
             return f"{k} inputs do not divide into groups of {self.scheme.group_size}"
-        sides = (n, self.scheme.groups(k))
+        sides = self.scheme.sides(n, k)
         if tuple(self.scales.shape) != sides:
             return f"scales have shape {tuple(self.scales.shape)}, not {sides}"
         if self.scales.dtype not in SCALE_DTYPES:
@@ -53,14 +57,22 @@ class QTensor:
         if self.zeros is not None and tuple(self.zeros.shape) != sides:
             return f"zeros have shape {tuple(self.zeros.shape)}, not {sides}"
         if (self.input_scale is None) == self.scheme.static_inputs:
-            return "an input scale is required by schemes with one scale for all inputs (a8tensor), and only by them"
+            return "an input scale is required by schemes with static inputs, and only by them"
+        if (self.divisor is None) == self.scheme.weights.parent:
+            return "a divisor of scales is required by schemes whose scales are relative to one, and only by them"
         if self.codes.is_meta or not n * k:
             return None
-        if self.input_scale is not None and not bool((self.input_scale > 0) & torch.isfinite(self.input_scale)):
-            return f"its input scale is {self.input_scale.tolist()}; one finite, positive number is needed"
+        for name, one in (("input scale", self.input_scale), ("divisor of scales", self.divisor)):
+            if one is not None and not (one.numel() == 1 and bool((one > 0) & torch.isfinite(one))):
+                return f"its {name} is {one.tolist()}; one finite, positive number is needed"
         size = self.scales.abs() if number.signed_scales else self.scales
         if not bool((torch.isfinite(size) & (size > 0)).all()):
             return f"a scale is zero{'' if number.signed_scales else ', negative'} or not finite"
+        coarse = self.scheme.weights.scales
+        if coarse is not None and not torch.equal(
+            numerics.coarse_scale(self.scales, coarse).float(), self.scales.float()
+        ):
+            return f"a scale is no {coarse.name}"
         for name, values in (("code", self.codes), ("zero", self.zeros)):
             reason = None if values is None else number.reason_against_codes(values)
             if reason:
@@ -74,8 +86,15 @@ class QTensor:
     @property
     def nbytes(self) -> int:
         """Packed size in bytes: codes, scales and zeros."""
-        side = self.scales.element_size() + (0 if self.zeros is None else self.scheme.bits / 8)
+        coarse = self.scheme.weights.scales
+        side = self.scales.element_size() if coarse is None else coarse.bits / 8
+        side += 0 if self.zeros is None else self.scheme.bits / 8
         return int(self.codes.numel() * self.scheme.bits / 8 + self.scales.numel() * side)
+
+    @property
+    def steps(self) -> Tensor:
+        """What a code of 1 stands for, (n, g) float32: the scales, over their divisor."""
+        return self.scales.float() if self.divisor is None else self.scales.float() / self.divisor
 
     def values(self) -> Tensor:
         """code - zero, (n, k) float32: the weight in units of its scales."""
@@ -84,15 +103,23 @@ class QTensor:
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight (n, k), computed in float32 and rounded once to `dtype`."""
-        return numerics.dequantize(self.codes, self.scheme, self.scales, self.zeros).to(dtype)
+        return numerics.dequantize(self.codes, self.scheme, self.steps, self.zeros).to(dtype)
 
     def to(self, device: torch.device | str) -> "QTensor":
-        zeros = None if self.zeros is None else self.zeros.to(device)
-        input_scale = None if self.input_scale is None else self.input_scale.to(device)
-        return QTensor(self.codes.to(device), self.scales.to(device), zeros, self.scheme, input_scale)
+        zeros, input_scale, divisor = (
+            None if each is None else each.to(device) for each in (self.zeros, self.input_scale, self.divisor)
+        )
+        return QTensor(self.codes.to(device), self.scales.to(device), zeros, self.scheme, input_scale, divisor)
 
 
-def round_to_nearest(w: Tensor, scheme: Scheme, scale_dtype: torch.dtype, shrink: Tensor | float = 1.0) -> QTensor:
-    """`w` (n, k) rounded to the nearest code; `shrink` as in numerics.choose_params."""
+def round_to_nearest(
+    w: Tensor,
+    scheme: Scheme,
+    scale_dtype: torch.dtype,
+    shrink: Tensor | float = 1.0,
+    divisor: Tensor | None = None,
+) -> QTensor:
+    """`w` (n, k) rounded to the nearest code; `shrink` as in numerics.choose_params, `divisor` as in in_parts."""
+    w, divisor = numerics.in_parts(w, scheme, divisor)
     scales, zeros = numerics.choose_params(w, scheme, scale_dtype, shrink)
-    return QTensor(numerics.quantize(w, scheme, scales, zeros), scales, zeros, scheme)
+    return QTensor(numerics.quantize(w, scheme, scales, zeros), scales, zeros, scheme, divisor=divisor)

@@ -5,7 +5,9 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 
 from lowbit.errors import nearest
-from lowbit.quant.numbers import FP8, INT8, NUMBERS, Number, integer_of
+from lowbit.quant.numbers import E8M0, FP4, FP8, INT8, NUMBERS, Number, integer_of
+
+GROUP_RULE = "engines take multiples of 32, or -1 for one scale per channel"
 
 
 @dataclass(frozen=True)
@@ -18,16 +20,27 @@ class PerChannel:
 
 @dataclass(frozen=True)
 class PerGroup:
-    """Weights: one scale per `size` consecutive inputs of a row."""
+    """One scale per `size` consecutive inputs, of a row of weights or of a token."""
 
     size: int
 
     def __post_init__(self) -> None:
-        if not isinstance(self.size, int) or self.size < 1 or self.size % 32:
-            raise ValueError(f"group size {self.size!r}: engines take multiples of 32, or -1 for one scale per channel")
+        if not isinstance(self.size, int) or self.size < 1 or self.size % 16:
+            raise ValueError(f"group size {self.size!r}: {GROUP_RULE}")
 
     def __str__(self) -> str:
         return f"g{self.size}"
+
+
+@dataclass(frozen=True)
+class PerBlock:
+    """Weights: one scale per `rows` outputs and `columns` inputs."""
+
+    rows: int
+    columns: int
+
+    def __str__(self) -> str:
+        return f"b{self.rows}x{self.columns}"
 
 
 @dataclass(frozen=True)
@@ -46,7 +59,7 @@ class PerTensor:
         return "tensor"
 
 
-Granularity = PerChannel | PerGroup | PerToken | PerTensor
+Granularity = PerChannel | PerGroup | PerBlock | PerToken | PerTensor
 
 
 def granularity_of(group_size: int) -> PerChannel | PerGroup:
@@ -56,17 +69,34 @@ def granularity_of(group_size: int) -> PerChannel | PerGroup:
 
 @dataclass(frozen=True)
 class Side:
-    """One side of a product: the number type of its values, and the granularity of its scales."""
+    """One side of a product: the number type of its values, and the granularity of its scales.
+
+    scales  number type of the scales; None for the floating-point type of the checkpoint
+    parent  True if scales are relative to one float32 per tensor, the divisor: scale = stored scale / divisor
+    """
 
     number: Number
     granularity: Granularity
+    scales: Number | None = None
+    parent: bool = False
 
     @property
     def static(self) -> bool:
-        """True if one scale serves all tokens, fixed by calibration."""
-        return isinstance(self.granularity, PerTensor)
+        """True if one scale, or one divisor of scales, serves all tokens, fixed by calibration."""
+        return self.parent or isinstance(self.granularity, PerTensor)
+
+    @property
+    def group_size(self) -> int:
+        """Inputs that share a scale; -1 for all."""
+        match self.granularity:
+            case PerGroup(size):
+                return size
+            case PerBlock(_, columns):
+                return columns
+        return -1
 
 
+KNOWN = "fp8, fp8-block, nvfp4, mxfp4, mxfp8 and their kin"
 # Quantized inputs, by the last part of a scheme's text.
 INPUTS = {
     "a8token": Side(INT8, PerToken()),
@@ -89,9 +119,18 @@ class Scheme:
     inputs: Side | None = None
 
     def __post_init__(self) -> None:
-        alike = self.inputs is None or self.inputs.number == self.weights.number
-        if self.inputs is not None and not (alike and self.group_size == -1):
-            raise ValueError(f"{self}: quantized inputs go with weights of the same number, one scale per channel")
+        number, size = self.number, self.group_size
+        if number.is_integer and size % 32 and size != -1:
+            raise ValueError(f"group size {size}: {GROUP_RULE}")
+        plain = not number.is_integer and self.weights.scales is None and self.rows == 1
+        if plain and (size != -1 or number.coarse):
+            raise ValueError(f"{number.name} per {self.granularity} is no scheme: floats are {KNOWN}")
+        if self.inputs is None:
+            return
+        if self.inputs.number != number or self.inputs.group_size != size or self.inputs.scales != self.weights.scales:
+            raise ValueError(
+                f"{self}: quantized inputs go with weights of the same number, one scale per channel, or groups alike"
+            )
 
     @property
     def weights_only(self) -> "Scheme":
@@ -129,15 +168,47 @@ class Scheme:
     @property
     def group_size(self) -> int:
         """Inputs that share a scale; -1 for the whole row."""
-        return self.granularity.size if isinstance(self.granularity, PerGroup) else -1
+        return self.weights.group_size
+
+    @property
+    def rows(self) -> int:
+        """Outputs that share a scale."""
+        return self.granularity.rows if isinstance(self.granularity, PerBlock) else 1
 
     def groups(self, k: int) -> int:
-        """Scales per row of `k` inputs. ValueError if k is not divisible by the group size."""
+        """Scales per row of `k` inputs. ValueError if k is not divisible by the group size of rows."""
         if self.group_size == -1:
             return 1
-        if k % self.group_size:
+        if k % self.group_size and self.rows == 1:
             raise ValueError(f"{k} inputs do not divide into groups of {self.group_size}")
-        return k // self.group_size
+        return -(-k // self.group_size)
+
+    def sides(self, n: int, k: int) -> tuple[int, int]:
+        """The shape of the scales of a weight (n, k)."""
+        return -(-n // self.rows), self.groups(k)
+
+    def reason_against_shape(self, n: int, k: int) -> str | None:
+        """The reason why a weight (n, k) cannot have this scheme, or None."""
+        size = self.group_size
+        if size != -1 and k % size:
+            return f"{k} inputs do not divide into groups of {size}"
+        return f"{n} outputs do not divide into blocks of {self.rows}" if n % self.rows else None
+
+    def fallback(self) -> "Scheme | None":
+        """The scheme to try if this one does not fit a shape; None if none is left."""
+        if self.rows > 1:
+            inputs = None if self.inputs is None else INPUTS["afp8token"]
+            return replace(self, weights=replace(self.weights, granularity=PerChannel()), inputs=inputs)
+        if self.weights.scales is not None or self.group_size == -1:
+            return None
+        return self.with_group_size(next(size for size in FALLBACK_GROUP_SIZES if size < self.group_size))
+
+    def fitting(self, shapes: Collection[tuple[int, int]]) -> "Scheme | None":
+        """This scheme, or the first fallback that fits all `shapes` (n, k); None if none does."""
+        scheme: Scheme | None = self
+        while scheme is not None and any(scheme.reason_against_shape(n, k) for n, k in shapes):
+            scheme = scheme.fallback()
+        return scheme
 
     def with_group_size(self, group_size: int) -> "Scheme":
         return replace(self, weights=replace(self.weights, granularity=granularity_of(group_size)))
@@ -151,8 +222,9 @@ class Scheme:
 
     def bits_per_weight(self, k: int, scale_bits: int = 16) -> float:
         """Stored bits per weight in a row of `k`, including scales and zeros."""
-        side = scale_bits + (0 if self.symmetric else self.bits)
-        return self.bits + side * self.groups(k) / k
+        own = scale_bits if self.weights.scales is None else self.weights.scales.bits
+        side = own + (0 if self.symmetric else self.bits)
+        return self.bits + side * self.groups(k) / (k * self.rows)
 
     def __str__(self) -> str:
         named = next((name for name, scheme in NAMED.items() if scheme == self), None)
@@ -163,6 +235,10 @@ class Scheme:
         return next((f"-{text}" for text, side in INPUTS.items() if side == self.inputs), "")
 
 
+FP8_BLOCK = Side(FP8, PerBlock(128, 128))
+NVFP4 = Side(FP4, PerGroup(16), scales=FP8, parent=True)
+MXFP4 = Side(FP4, PerGroup(32), scales=E8M0)
+MXFP8 = Side(FP8, PerGroup(32), scales=E8M0)
 # Schemes with a short name.
 NAMED = {
     "int8": Scheme(Side(INT8, PerChannel())),
@@ -171,6 +247,14 @@ NAMED = {
     "fp8": Scheme(Side(FP8, PerChannel()), INPUTS["afp8token"]),
     "fp8-static": Scheme(Side(FP8, PerChannel()), INPUTS["afp8tensor"]),
     "fp8-a16": Scheme(Side(FP8, PerChannel())),
+    "fp8-block": Scheme(FP8_BLOCK, Side(FP8, PerGroup(128))),
+    "fp8-block-a16": Scheme(FP8_BLOCK),
+    "nvfp4": Scheme(NVFP4, NVFP4),
+    "nvfp4-a16": Scheme(NVFP4),
+    "mxfp4": Scheme(MXFP4, MXFP4),
+    "mxfp4-a16": Scheme(MXFP4),
+    "mxfp8": Scheme(MXFP8, MXFP8),
+    "mxfp8-a16": Scheme(MXFP8),
 }
 # Group sizes that an error message proposes.
 USUAL_GROUPS = (128, 64, 32)
@@ -199,25 +283,25 @@ def scheme_names() -> list[str]:
     return [*NAMED, *(f"{name}-g{size}" for name in integers for size in USUAL_GROUPS)]
 
 
+COMMON_BITS = (4, 8)
 # Tried in this order where a layer's inputs do not divide by the size asked for.
 FALLBACK_GROUP_SIZES = (128, 64, 32, -1)
 
 
-def fitting_group_size(k: int, wanted: int) -> int:
-    """The largest size of FALLBACK_GROUP_SIZES at most `wanted` (or `wanted` itself) that divides k; -1 as the last."""
-    if wanted == -1 or k % wanted == 0:
-        return wanted
-    return next(size for size in FALLBACK_GROUP_SIZES if size == -1 or (size < wanted and k % size == 0))
+def bits_between(scheme: Scheme) -> list[int]:
+    """Integer widths for mixed precision: those that all engines run, and that of `scheme`."""
+    return sorted({*COMMON_BITS, scheme.bits})
 
 
 def widths_of(scheme: Scheme, inputs: Collection[int]) -> Iterator[Scheme]:
-    """Candidate schemes for mixed precision: one per integer width and group size, for linears with these `inputs`.
+    """Candidate schemes for mixed precision: widths of `bits_between`, all group sizes that divide `inputs`.
 
     Coarse numbers keep the symmetry of `scheme`, with every group size that divides all inputs, or per channel if none
     does. Other numbers are signed and per channel.
     """
     sizes = [size for size in FALLBACK_GROUP_SIZES if size != -1 and not any(k % size for k in inputs)] or [-1]
+    widths = bits_between(scheme)
     for number in NUMBERS.values():
-        if number.is_integer and number.signed == (scheme.symmetric or not number.coarse):
+        if number.is_integer and number.bits in widths and number.signed == (scheme.symmetric or not number.coarse):
             for size in sizes if number.coarse else (-1,):
                 yield Scheme(Side(number, granularity_of(size)))

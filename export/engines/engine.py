@@ -92,14 +92,28 @@ def integers(layer: Layer, capability: int | None) -> str | None:
     """A rule against floats and against inputs in 16 bits."""
     if not layer.scheme.number.is_integer:
         return "takes integers only"
+    return rounds_inputs(layer, capability)
+
+
+def of_bits(*bits: int) -> Reason:
+    """A rule against integers of other widths."""
+
+    def reason_against(layer: Layer, capability: int | None) -> str | None:
+        return None if layer.scheme.bits in bits else f"takes {' and '.join(map(str, bits))} bits only"
+
+    return reason_against
+
+
+def floats(*kinds: str) -> Reason:
+    """A rule against integers and against floats of other kinds; a kind is the name of a scheme with inputs."""
+
+    def reason_against(layer: Layer, capability: int | None) -> str | None:
+        kind = str(layer.scheme.weights_only).removesuffix("-a16")
+        return None if kind in kinds and not layer.scheme.number.is_integer else f"takes {' and '.join(kinds)} only"
+
+    return reason_against
+
+
+def rounds_inputs(layer: Layer, capability: int | None) -> str | None:
+    """A rule against inputs in 16 bits."""
     return None if layer.scheme.inputs else "takes quantized activations only"
-
-
-def floats(layer: Layer, capability: int | None) -> str | None:
-    """A rule against integers."""
-    return "takes floats only" if layer.scheme.number.is_integer else None
-
-
-def float_inputs(layer: Layer, capability: int | None) -> str | None:
-    """A rule against integers and against inputs in 16 bits."""
-    return floats(layer, capability) or (None if layer.scheme.inputs else "takes quantized activations only")

@@ -6,18 +6,23 @@ from lowbit.export.engines.engine import (
     EngineKernel,
     Layer,
     all_of,
-    floats,
     integers,
     on_cpu,
     on_gpu,
     weight_only,
 )
 from lowbit.quant.kernels import w8a8
-from lowbit.quant.kernels.packed import TILE_ROWS, reason_against_packing
+from lowbit.quant.kernels.packed import TILE_ROWS, has_kernel, reason_against_packing
 
 
 def _packed(layer: Layer, capability: int | None) -> str | None:
+    if not has_kernel(layer.scheme):
+        return "takes integers of 4 and 8 bits only"
     return reason_against_packing(layer.n, layer.k, layer.scheme.group_size, TILE_ROWS)
+
+
+def _without_kernel(layer: Layer, capability: int | None) -> str | None:
+    return "takes only numbers that have no kernel" if has_kernel(layer.scheme) else None
 
 
 def _int8(layer: Layer, capability: int | None) -> str | None:
@@ -30,7 +35,7 @@ LOWBIT = Engine(
     (
         EngineKernel("w8a8", all_of(integers, _int8, on_gpu(80))),
         EngineKernel("wna16", all_of(weight_only, _packed, on_gpu(80))),
-        EngineKernel("expanded to 16 bits", floats),
+        EngineKernel("expanded to 16 bits", _without_kernel),
         EngineKernel("reference", all_of(weight_only, _packed, on_cpu)),
     ),
 )

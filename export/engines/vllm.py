@@ -6,11 +6,12 @@ from lowbit.export.engines.engine import (
     Layer,
     Reason,
     all_of,
-    float_inputs,
     floats,
     integers,
+    of_bits,
     on_cpu,
     on_gpu,
+    rounds_inputs,
     weight_only,
 )
 
@@ -50,8 +51,19 @@ def _cpu_wna16(layer: Layer, capability: int | None) -> str | None:
     return None
 
 
+def _humming(layer: Layer, capability: int | None) -> str | None:
+    return None if layer.scheme.symmetric else "takes symmetric weights only"
+
+
+def _whole_blocks(layer: Layer, capability: int | None) -> str | None:
+    """The reason why blocks do not divide the layer, or None; vLLM asks that of inputs, and of fused outputs."""
+    rows, columns = layer.scheme.rows, layer.scheme.group_size
+    whole = not layer.k % columns and not layer.n % rows
+    return None if whole else f"{layer.n} x {layer.k}: multiples of {rows} x {columns}"
+
+
 def _wna16(*reasons: Reason) -> Reason:
-    return all_of(weight_only, _known, *reasons)
+    return all_of(weight_only, of_bits(4, 8), _known, *reasons)
 
 
 VLLM = Engine(
@@ -60,9 +72,18 @@ VLLM = Engine(
     (
         EngineKernel("CUTLASS int8", all_of(integers, on_gpu(75, 90))),
         EngineKernel("CPU int8", all_of(on_cpu, integers)),
-        EngineKernel("CPU fp8", all_of(float_inputs, on_cpu)),
-        EngineKernel("CUTLASS fp8", all_of(float_inputs, on_gpu(89))),
-        EngineKernel("Marlin fp8", all_of(floats, on_gpu(75))),
+        EngineKernel("CPU fp8", all_of(floats("fp8"), rounds_inputs, on_cpu)),
+        EngineKernel("CUTLASS fp8", all_of(floats("fp8"), rounds_inputs, on_gpu(89))),
+        EngineKernel("block fp8", all_of(floats("fp8-block"), rounds_inputs, on_gpu(89), _whole_blocks)),
+        EngineKernel("Marlin fp8", all_of(floats("fp8"), on_gpu(75))),
+        EngineKernel("Marlin block fp8", all_of(floats("fp8-block"), on_gpu(75), _whole_blocks)),
+        EngineKernel("CUTLASS nvfp4", all_of(floats("nvfp4"), rounds_inputs, on_gpu(100))),
+        EngineKernel("Marlin nvfp4, weights alone", all_of(floats("nvfp4"), on_gpu(75))),
+        EngineKernel("Marlin mxfp4, weights alone", all_of(floats("mxfp4"), on_gpu(80))),
+        EngineKernel("FlashInfer mxfp8", all_of(floats("mxfp8"), rounds_inputs, on_gpu(100))),
+        EngineKernel(
+            "Humming (package humming-kernels)", all_of(weight_only, of_bits(2, 3, 5, 6, 7), on_gpu(75), _humming)
+        ),
         EngineKernel("Machete", _wna16(on_gpu(90, 90), _machete)),
         EngineKernel("Marlin", _wna16(on_gpu(75), _marlin)),
         EngineKernel("Triton W4A16", _wna16(on_gpu(75), _triton)),

@@ -14,6 +14,10 @@ from lowbit.quant import numerics
 from lowbit.quant.scheme import Scheme
 
 SHRINKS = tuple(1 - step / 40 for step in range(25))  # 1 down to 0.4
+# Scales of few bits are chosen among their numbers. Those below and above that of the whole range: all numbers of e4m3
+# from half of it to twice (four-over-six takes two of them, 1 and 1.5); of powers of two, one on each side.
+AROUND = (1.0, *(step / 16 for step in range(8, 33) if step != 16))
+POWERS = (1.0, 0.5, 2.0)
 CHUNK_ELEMENTS = 1 << 22  # weights handled at once
 
 
@@ -30,6 +34,22 @@ def diagonal_moments(second_moment: Tensor, scheme: Scheme) -> Tensor:
     return torch.diag_embed(group_moments(second_moment, scheme).diagonal(dim1=1, dim2=2)).contiguous()
 
 
+def shrinks_for(scheme: Scheme) -> Sequence[float]:
+    """The fractions of a range to search for the scheme's scales."""
+    coarse = scheme.weights.scales
+    if coarse is None:
+        return SHRINKS
+    return AROUND if coarse.mantissa else POWERS
+
+
+def plain_shrink(w: Tensor, scheme: Scheme, scale_dtype: torch.dtype, divisor: Tensor | None = None) -> Tensor | float:
+    """The fractions of ranges to keep where nothing is known of inputs.
+
+    All of each, where scales are of a floating-point type; those of few bits are searched on the error of the weight.
+    """
+    return 1.0 if scheme.weights.scales is None else search_shrink(w, scheme, scale_dtype, None, divisor)
+
+
 def group_losses(error: Tensor, moments: Tensor) -> Tensor:
     """Squared output error (n, g) of a weight error (n, k) per group, without cross terms between groups."""
     g, size, _ = moments.shape
@@ -38,24 +58,26 @@ def group_losses(error: Tensor, moments: Tensor) -> Tensor:
 
 
 def search_shrink(
-    w: Tensor, scheme: Scheme, scale_dtype: torch.dtype, moments: Tensor, shrinks: Sequence[float] = SHRINKS
+    w: Tensor, scheme: Scheme, scale_dtype: torch.dtype, moments: Tensor | None, divisor: Tensor | None = None
 ) -> Tensor:
     """The fraction (n, g) of each group's range with the least output error.
 
     w        (n, k)  float
-    moments  (g, group_size, group_size) float32, from group_moments
+    moments  (g, group_size, group_size) float32, from group_moments; None to round for the weight itself
+    divisor  ()      of scales that have a parent; None for the weight's own
     """
-    rows = max(CHUNK_ELEMENTS // w.shape[1], 1)
-    return torch.cat([_search_rows(part, scheme, scale_dtype, moments, shrinks) for part in w.float().split(rows)])
+    w, _ = numerics.in_parts(w, scheme, divisor)
+    blocks = max(CHUNK_ELEMENTS // (w.shape[1] * scheme.rows), 1)
+    return torch.cat([_search_rows(part, scheme, scale_dtype, moments) for part in w.split(blocks * scheme.rows)])
 
 
-def _search_rows(
-    w: Tensor, scheme: Scheme, scale_dtype: torch.dtype, moments: Tensor, shrinks: Sequence[float]
-) -> Tensor:
-    best = torch.full((w.shape[0], moments.shape[0]), torch.inf, device=w.device)
+def _search_rows(w: Tensor, scheme: Scheme, scale_dtype: torch.dtype, moments: Tensor | None) -> Tensor:
+    best = torch.full(scheme.sides(*w.shape), torch.inf, device=w.device)
     chosen = torch.ones_like(best)
-    for shrink in shrinks:
-        loss = group_losses(numerics.fake_quantize(w, scheme, scale_dtype, shrink) - w, moments)
+    for shrink in shrinks_for(scheme):
+        error = numerics.rounded_parts(w, scheme, scale_dtype, shrink) - w
+        by_row = numerics.grouped(error, scheme).square().sum(-1) if moments is None else group_losses(error, moments)
+        loss = numerics.per_scale(by_row, scheme)
         better = loss < best
         best = torch.where(better, loss, best)
         chosen = torch.where(better, shrink, chosen)

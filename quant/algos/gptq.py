@@ -7,12 +7,13 @@ while most others can still compensate. Groups keep their place, so no index is 
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from lowbit.quant.algos.clip import diagonal_moments, search_shrink
+from lowbit.quant import numerics
+from lowbit.quant.algos.clip import diagonal_moments, plain_shrink, search_shrink
 from lowbit.quant.kernels import ops
 from lowbit.quant.qtensor import QTensor, round_to_nearest
 from lowbit.quant.scheme import Scheme
@@ -40,7 +41,13 @@ class GptqResult:
 
 
 def gptq(
-    w: Tensor, moment: Tensor, scheme: Scheme, scale_dtype: torch.dtype, clip: bool = True, damping: float = DAMPING
+    w: Tensor,
+    moment: Tensor,
+    scheme: Scheme,
+    scale_dtype: torch.dtype,
+    clip: bool = True,
+    damping: float = DAMPING,
+    divisor: Tensor | None = None,
 ) -> GptqResult:
     """`w` rounded for a small output error over inputs with second moment `moment`.
 
@@ -48,6 +55,7 @@ def gptq(
     moment   (k, k)  float32, per token; symmetric
     clip     first search each group's clipping range
     damping  fraction of the mean diagonal that is added to the diagonal
+    divisor  ()  of the scales, if they are relative to a tensor's; None for the weight's own
 
     Columns of inputs that never fired are rounded to nearest and take no part. The whole weight is rounded to nearest
     if its moment cannot be factored with any damping, or if that has the smaller loss; `fallbacks` records it.
@@ -58,13 +66,18 @@ def gptq(
         raise ValueError("the second moment of its inputs is not finite")
     order = moment.diagonal().argsort(descending=True, stable=True)
     factor, fallbacks = inverse_factor(moment[order][:, order], damping)
-    shrink = search_shrink(w, scheme, scale_dtype, diagonal_moments(moment, scheme)) if clip else 1.0
-    nearest = round_to_nearest(w, scheme, scale_dtype, shrink)
+    shrink = (
+        search_shrink(w, scheme, scale_dtype, diagonal_moments(moment, scheme), divisor)
+        if clip
+        else plain_shrink(w, scheme, scale_dtype, divisor)
+    )
+    nearest = round_to_nearest(w, scheme, scale_dtype, shrink, divisor)
     plain = output_loss(nearest, w, moment)
     if factor is None:
         return GptqResult(nearest, plain, fallbacks)
-    codes = _sweep(w[:, order], factor, nearest, order)
-    weight = QTensor(codes[:, order.argsort()].contiguous(), nearest.scales, nearest.zeros, scheme)
+    parts, _ = numerics.in_parts(w, scheme, nearest.divisor)
+    codes = _sweep(parts[:, order], factor, nearest, order)
+    weight = replace(nearest, codes=codes[:, order.argsort()].contiguous())
     loss = output_loss(weight, w, moment)
     if plain < loss:
         return GptqResult(nearest, plain, (*fallbacks, "rounding to nearest had the smaller loss, and was kept"))
@@ -122,10 +135,11 @@ def _sweep(w: Tensor, factor: Tensor, params: QTensor, order: Tensor) -> Tensor:
     n, k = w.shape
     w = w.clone()
     codes = torch.empty(n, k, dtype=params.codes.dtype, device=w.device)
-    group = order // (k // params.scales.shape[1])
-    scales = params.scales.float()
+    scheme = params.scheme
+    group = order // (k if scheme.group_size == -1 else scheme.group_size)
+    scales = numerics.per_row(params.scales.float(), scheme, n)
     zeros = torch.zeros_like(scales) if params.zeros is None else params.zeros.float()
-    number = params.scheme.number
+    number = scheme.number
     for start in range(0, k, BLOCK):
         part = slice(start, min(start + BLOCK, k))
         columns = group[part]

@@ -14,6 +14,7 @@ and 0.72.
 
 Ranges of floats are not learned: the step of a float follows the weight, so a moving range changes codes at random. On
 a toy layer (64 inputs, fp8) offsets alone leave 0.78 of nearest rounding's error, offsets with ranges 0.96.
+Scales of few bits are not learned either.
 
 The model computes with the rounded weight as an ordinary parameter; its gradient is passed in here, so that
 quantization needs no autograd.
@@ -37,16 +38,25 @@ class LearnedWeight:
     shrink   (n, g) float32  multiplier of each group's range, as in numerics.choose_params
     """
 
-    def __init__(self, w: Tensor, scheme: Scheme, scale_dtype: torch.dtype, shrink: Tensor | float = 1.0) -> None:
-        self._w, self._scheme, self._scale_dtype = w.float(), scheme, scale_dtype
+    def __init__(
+        self,
+        w: Tensor,
+        scheme: Scheme,
+        scale_dtype: torch.dtype,
+        shrink: Tensor | float = 1.0,
+        divisor: Tensor | None = None,
+    ) -> None:
+        self._w, self._divisor = numerics.in_parts(w, scheme, divisor)
+        self._scheme, self._scale_dtype = scheme, scale_dtype
         self.offsets = torch.zeros_like(self._w)
-        self.shrink = torch.ones(w.shape[0], scheme.groups(w.shape[1]), device=w.device) * shrink
+        self.shrink = torch.ones(scheme.sides(*w.shape), device=w.device) * shrink
 
     def rounded(self) -> QTensor:
         """The weight rounded with the current offsets and multipliers."""
         scales, zeros = numerics.choose_params(self._w, self._scheme, self._scale_dtype, self.shrink)
         shifted = torch.addcmul(self._w, self.offsets, numerics.step_sizes(self._w, self._scheme, scales))
-        return QTensor(numerics.quantize(shifted, self._scheme, scales, zeros), scales, zeros, self._scheme)
+        codes = numerics.quantize(shifted, self._scheme, scales, zeros)
+        return QTensor(codes, scales, zeros, self._scheme, divisor=self._divisor)
 
     def step(self, weight: QTensor, gradient: Tensor, rate: float) -> None:
         """One descent step of offsets and multipliers, each changed by at most `rate`.

@@ -15,11 +15,12 @@ from torch import Tensor
 
 from lowbit.quant import numerics
 from lowbit.quant.qtensor import QTensor
-from lowbit.quant.scheme import make_scheme
+from lowbit.quant.scheme import Scheme, make_scheme
 
 TILE_ROWS = 16
 CHUNK_K = 128
 GROUP_SIZES = (32, 64, 128, 256, -1)
+KERNEL_BITS = (4, 8)
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,11 @@ def reason_against_packing(n: int, k: int, group_size: int, pair_block: int) -> 
     return None
 
 
+def has_kernel(scheme: Scheme) -> bool:
+    """True if the kernels know the weights' number."""
+    return scheme.number.is_integer and scheme.bits in KERNEL_BITS
+
+
 def prepack(weight: QTensor, dtype: torch.dtype, pair_block: int = TILE_ROWS) -> PackedWeight:
     """`weight` in the kernels' order, on its device; scales rounded to `dtype`, the activations' (float16, bfloat16).
 
@@ -80,6 +86,8 @@ def prepack(weight: QTensor, dtype: torch.dtype, pair_block: int = TILE_ROWS) ->
     n, k = weight.shape
     scheme = weight.scheme
     reason = reason_against_packing(n, k, scheme.group_size, pair_block)
+    if not has_kernel(scheme):
+        reason = f"the kernels take integers of {' and '.join(map(str, KERNEL_BITS))} bits"
     if dtype not in (torch.float16, torch.bfloat16):
         reason = f"activations in {dtype}: the kernels take torch.float16 and torch.bfloat16"
     if reason:

@@ -10,15 +10,16 @@ import torch
 from torch import Tensor
 
 from lowbit.quant.kernels import ops
-from lowbit.quant.kernels.packed import TILE_ROWS, PackedWeight, prepack, reason_against_packing
+from lowbit.quant.kernels.packed import TILE_ROWS, PackedWeight, has_kernel, prepack, reason_against_packing
 from lowbit.quant.kernels.problem import PART, PARTS, Deferred, Problem, Rotary, place_of
 from lowbit.quant.kernels.reference import activate
 from lowbit.quant.kernels.row_norm import Rows
 from lowbit.quant.kernels.w8a8 import Int8Weight, pack_int8
 from lowbit.quant.kernels.w8a8 import reason_against_packing as reason_against_int8
-from lowbit.quant.numbers import INT8, Number
-from lowbit.quant.numerics import fake_quantize_inputs
+from lowbit.quant.numbers import INT8
+from lowbit.quant.numerics import input_rounding
 from lowbit.quant.qtensor import QTensor
+from lowbit.quant.scheme import Side
 
 HALF = (torch.float16, torch.bfloat16)
 
@@ -250,15 +251,15 @@ def prepared(rows: Rows) -> Tensor:
 
 @dataclass(frozen=True)
 class RoundedInputs:
-    """Inputs are rounded to `number` before the product: by `scale`, or, where it is None, by each token's own."""
+    """Inputs are rounded before the product as `side` has it: by `scale`, or, where it is None, by each token's own."""
 
-    number: Number
+    side: Side
     scale: Tensor | None = None
 
     def of(self, rows: Rows) -> Rows:
         """The rows, rounded last: by plain torch where no kernel rounds to the number."""
-        if self.number != INT8:
-            return Rows(fake_quantize_inputs(prepared(rows), self.number, self.scale), dependent=rows.dependent)
+        if self.side.number != INT8:
+            return Rows(input_rounding(self.side, self.scale)(prepared(rows)), dependent=rows.dependent)
         return replace(rows, int8="token" if self.scale is None else "tensor", input_scale=self.scale)
 
 
@@ -290,12 +291,12 @@ def inputs_of(weight: QTensor | Tensor) -> RoundedInputs | None:
     """How the weight's scheme rounds inputs, or None."""
     if isinstance(weight, Tensor) or weight.scheme.inputs is None:
         return None
-    return RoundedInputs(weight.scheme.inputs.number, weight.input_scale)
+    return RoundedInputs(weight.scheme.inputs, weight.input_scale)
 
 
 def pack(weight: QTensor, dtype: torch.dtype, pair_block: int = TILE_ROWS) -> Weight:
     """`weight` for the kernels, on its device; dense where none is for its number. ValueError where they refuse it."""
-    if not weight.scheme.number.is_integer:
+    if not has_kernel(weight.scheme):
         return Dense(weight.dequantize(dtype))
     if weight.scheme.inputs is not None:
         return Int8(**vars(pack_int8(weight)))
@@ -307,7 +308,7 @@ def load_weight(weight: QTensor | Tensor, dtype: torch.dtype, pair_block: int = 
     if isinstance(weight, Tensor):
         return Dense(weight.to(dtype).contiguous())
     (n, k), group_size = weight.shape, weight.scheme.group_size
-    if dtype not in HALF or not weight.scheme.number.is_integer:
+    if dtype not in HALF or not has_kernel(weight.scheme):
         return Dense(weight.dequantize(dtype))
     if weight.scheme.inputs is not None and not reason_against_int8(n, k):
         return pack(weight, dtype)

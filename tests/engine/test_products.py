@@ -18,7 +18,7 @@ NORM = Norm("rms", torch.rand(K, dtype=torch.float16) + 0.5, None, 1e-5)
 def int8_linear(scale: float | None = None) -> tuple[Linear, torch.Tensor]:
     """A linear for int8 inputs, by a scale of all or by each token's, and its weight in float32."""
     weight = round_to_nearest(torch.randn(N, K) / 8, parse_scheme("int8-channel-a8token"), torch.float16)
-    inputs = RoundedInputs(INT8, None if scale is None else torch.tensor(scale))
+    inputs = RoundedInputs(weight.scheme.inputs, None if scale is None else torch.tensor(scale))
     return Linear(pack(weight, torch.float16), torch.randn(N).half(), inputs), weight.dequantize(torch.float32)
 
 

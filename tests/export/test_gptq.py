@@ -8,11 +8,11 @@ from lowbit.export.gptq import GPTQ, GPTQ_V2
 from lowbit.quant.qtensor import QTensor, round_to_nearest
 from lowbit.quant.scheme import Scheme, make_scheme, parse_scheme
 
-SCHEMES = [make_scheme(bits, size, sym) for bits in (4, 8) for size in (32, 128, -1) for sym in (True, False)]
+SCHEMES = [make_scheme(bits, size, sym) for bits in (2, 3, 4, 8) for size in (32, 128, -1) for sym in (True, False)]
 INT4, UINT4 = make_scheme(4, 32, True), make_scheme(4, 32, False)
 
 
-def quantized(scheme: Scheme, n: int = 16, k: int = 256) -> QTensor:
+def quantized(scheme: Scheme, n: int = 32, k: int = 256) -> QTensor:
     """A weight of `scheme` whose zeros, where it has them, are at least 1."""
     weight = round_to_nearest(torch.randn(n, k), scheme, torch.float16)
     zeros = None if weight.zeros is None else weight.zeros.clamp(min=1)
@@ -70,14 +70,22 @@ def test_round_trip_bit_for_bit(fmt, scheme):
     assert weight.zeros is None or torch.equal(back.zeros, weight.zeros)
 
 
+def _along(words: torch.Tensor, bits: int) -> torch.Tensor:
+    """The codes along each row of words; three bits go on from a word to the next, in runs of three words."""
+    if bits != 3:
+        shifts = torch.arange(0, 32, bits, dtype=torch.int32)
+        return ((words.unsqueeze(2) >> shifts) & ((1 << bits) - 1)).flatten(1)
+    first, second, third = (words.long()[:, i::3] & 0xFFFFFFFF for i in range(3))
+    parts = [first >> 3 * i & 7 for i in range(10)] + [(first >> 30) | (second & 1) << 2]
+    parts += [second >> 3 * i + 1 & 7 for i in range(10)] + [(second >> 31) | (third & 3) << 1]
+    parts += [third >> 3 * i + 2 & 7 for i in range(10)]
+    return torch.stack(parts, -1).flatten(1)
+
+
 def unpacked_as_autogptq_did(tensors: dict[str, torch.Tensor], bits: int) -> torch.Tensor:
     """The dense weight (k, n) by AutoGPTQ's arithmetic for version 1, which later loaders repeat."""
-    shifts = torch.arange(0, 32, bits, dtype=torch.int32)
-    mask = (1 << bits) - 1
-    zeros = (tensors["p.qzeros"].unsqueeze(2) >> shifts) & mask
-    zeros = (zeros + 1).reshape(tensors["p.scales"].shape)
-    codes = (tensors["p.qweight"].unsqueeze(1) >> shifts.unsqueeze(1)) & mask
-    codes = codes.reshape(-1, codes.shape[2])
+    zeros = (_along(tensors["p.qzeros"], bits) + 1).reshape(tensors["p.scales"].shape)
+    codes = _along(tensors["p.qweight"].T, bits).T
     groups = tensors["p.g_idx"].long()
     return tensors["p.scales"].float()[groups] * (codes - zeros[groups]).float()
 
@@ -99,8 +107,12 @@ def test_a_zero_of_0_is_for_version_2_alone():
 
 def test_what_no_gptq_file_holds():
     assert "no quantized activations" in GPTQ.reason_against(parse_scheme("int8-channel-a8token"))
-    assert all(GPTQ.reason_against(scheme) is None for scheme in SCHEMES)
+    assert all(GPTQ_V2.reason_against(scheme) is None for scheme in SCHEMES)
+    assert all(GPTQ.reason_against(scheme) is None for scheme in SCHEMES if scheme.bits != 3)
+    assert "zeros of 3 bits; use --format gptq_v2" in GPTQ.reason_against(make_scheme(3, 32, True))
+    assert "2, 3, 4, 8 bits, not 5" in GPTQ.reason_against(make_scheme(5, 32, True))
     assert GPTQ.reason_against_shape(INT4, 16, 64) is None
+    assert "16 outputs and 64 inputs" in GPTQ.reason_against_shape(make_scheme(3, 32, True), 16, 64)
     assert "12 outputs and 64 inputs" in GPTQ.reason_against_shape(INT4, 12, 64)
     assert GPTQ.reason_against_shape(make_scheme(8, 32, True), 12, 64) is None
     assert "16 outputs and 48 inputs" in GPTQ.reason_against_shape(INT4, 16, 48)
@@ -195,7 +207,7 @@ def test_overrides_of_gptqmodel_are_heeded():
     [
         {},
         {"bits": 4, "sym": True},
-        {"bits": 3, "group_size": 128, "sym": True},
+        {"bits": 9, "group_size": 128, "sym": True},
         {"bits": 4, "group_size": 16, "sym": True},
         {"bits": 4, "group_size": 128, "sym": True, "pack_dtype": "int16"},
         {"bits": 4, "group_size": 128, "sym": True, "dynamic": {"+:(": {}}},
@@ -207,9 +219,9 @@ def test_a_configuration_that_makes_no_sense_is_refused(config):
         GPTQ.schemes_of(config, ["a"])
 
 
-@pytest.mark.parametrize("scheme", [s for s in SCHEMES if s.symmetric], ids=str)
+@pytest.mark.parametrize("scheme", [s for s in SCHEMES if s.symmetric and s.bits != 3], ids=str)
 def test_one_added_to_every_zero_of_a_word_at_once_makes_version_2(scheme):
     """That is how GPTQModel converts version 1: no zero may carry into its neighbour."""
-    ones = {4: 0x11111111, 8: 0x01010101}[scheme.bits]
+    ones = {2: 0x55555555, 4: 0x11111111, 8: 0x01010101}[scheme.bits]
     words = GPTQ.write("p", quantized(scheme))["p.qzeros"]
     assert torch.equal((words.long() + ones).to(torch.int32), GPTQ_V2.write("p", quantized(scheme))["p.qzeros"])

@@ -17,7 +17,7 @@ from lowbit.calibrate.transforms import Awq
 from lowbit.models.skeleton import Skeleton, open_skeleton
 from lowbit.models.source import open_source
 from lowbit.models.walk import Walk
-from lowbit.quant.scheme import fitting_group_size, make_scheme
+from lowbit.quant.scheme import make_scheme
 from lowbit.quant.site import Fold
 from tests.builders import FAMILIES, UNUSUAL, calibration, logits_of, make_model, save, save_family
 
@@ -246,7 +246,7 @@ def logits_with_folds(skeleton: Skeleton, ids: torch.Tensor) -> tuple[torch.Tens
     for index, block in enumerate(skeleton.blocks):
         with walk.loaded(index), torch.no_grad():
             structure = prober.structure(index)
-            schemes = {s.name: make_scheme(4, fitting_group_size(s.k, 32), True) for s in block.linears}
+            schemes = {s.name: make_scheme(4, 32, True).fitting([(s.n, s.k)]) for s in block.linears}
             work = BlockWork(walk, index, schemes, torch.float32)
             for heads in prober.heads(index, structure):
                 work.rotate(heads)

@@ -10,6 +10,7 @@ from lowbit.quant.qtensor import round_to_nearest
 from lowbit.quant.scheme import make_scheme, parse_scheme
 
 SCHEMES = [make_scheme(4, 32, True), make_scheme(4, 32, False), make_scheme(8, -1, True), parse_scheme("fp8-channel")]
+SCHEMES += [parse_scheme(name) for name in ("nvfp4-a16", "mxfp4-a16", "int3-g32", "int2-g32")]
 F32 = torch.float32
 
 
@@ -28,6 +29,7 @@ def rounded(values, number):
 
 def straight_through(w, offsets, shrink, scheme, gradient):
     """Steps by offsets and multipliers: bounded gradients, by autograd through rounding as the identity."""
+    w, _ = numerics.in_parts(w, scheme)
     scales, zeros = numerics.choose_params(w, scheme, F32, shrink)
     base = scales / shrink
     offsets, shrink = offsets.clone().requires_grad_(), shrink.clone().requires_grad_()

@@ -1,9 +1,9 @@
-"""quant/packing.py: literal words, both widths, and the way back."""
+"""quant/packing.py: literal words, every width, fp4 and e8m0, and the way back; compressed-tensors packs the same."""
 
 import pytest
 import torch
 
-from lowbit.quant.packing import pack, unpack
+from lowbit.quant.packing import pack, pack_e8m0, pack_fp4, unpack, unpack_e8m0, unpack_fp4
 
 
 def signed(word: int) -> int:
@@ -21,6 +21,7 @@ def signed(word: int) -> int:
         ([0xEF, 0xBE, 0xAD, 0xDE], 8, 0xDEADBEEF),
         ([255, 0, 255, 0], 8, 0x00FF00FF),
         ([128] * 4, 8, 0x80808080),
+        ([0, 1, 2, 3] * 4, 2, 0xE4E4E4E4),
     ],
 )
 def test_words_to_the_letter(codes, bits, word):
@@ -36,7 +37,7 @@ def test_the_tail_of_the_last_word_is_zero():
     assert unpack(packed, 4, 10).tolist() == [[1, 2, 3, 4, 5, 6, 7, 8, 9, 10]]
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", range(2, 9))
 @pytest.mark.parametrize("k", [1, 3, 4, 7, 8, 9, 31, 32, 33, 100])
 def test_round_trip(bits, k):
     codes = torch.randint(0, 2**bits, (3, 5, k), dtype=torch.int32)
@@ -62,3 +63,49 @@ def test_empty():
 def test_words_that_cannot_hold_the_codes_are_refused(words, k):
     with pytest.raises(ValueError, match=f"{words} words a row cannot hold {k} codes of 4 bits"):
         unpack(torch.zeros(2, words, dtype=torch.int32), 4, k)
+
+
+def test_codes_that_the_border_of_a_word_cuts_to_the_letter():
+    """Bits 30, 31 and 32 are code 10 of three bits: its lowest two end the first word, the last begins the second."""
+    codes = [0] * 10 + [5, 7] + [0] * 20
+    packed = pack(torch.tensor([codes]), 3)
+    assert packed.tolist() == [[signed(0x40000000), 0b1111, 0]]
+    assert unpack(packed, 3, 32).tolist() == [codes]
+    assert pack(torch.tensor([[0] * 5 + [0b101101]]), 6).tolist() == [[signed(0x40000000), 0b1011]]
+
+
+@pytest.mark.peer
+@pytest.mark.parametrize("bits", range(2, 9))
+@pytest.mark.parametrize("k", [32, 100, 96])
+def test_compressed_tensors_packs_the_same(bits, k):
+    helpers = pytest.importorskip("compressed_tensors.compressors.pack_quantized.helpers")
+    codes = torch.randint(-(2 ** (bits - 1)), 2 ** (bits - 1), (5, k), dtype=torch.int8)
+    theirs = helpers.pack_to_int32(codes, bits)
+    assert torch.equal(pack(codes.to(torch.int32) + 2 ** (bits - 1), bits), theirs)
+
+
+def test_fp4_to_the_letter():
+    codes = torch.tensor([[0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0]])
+    packed = pack_fp4(codes.to(torch.float8_e4m3fn))
+    assert packed.tolist() == [[0x10, 0x32, 0x54, 0x76, 0x98, 0xBA, 0xDC, 0xFE]]
+    every = torch.arange(256, dtype=torch.uint8).view(4, 64)
+    assert torch.equal(pack_fp4(unpack_fp4(every)), every)
+    assert torch.equal(unpack_fp4(packed).view(torch.uint8), codes.to(torch.float8_e4m3fn).view(torch.uint8))
+
+
+@pytest.mark.peer
+def test_compressed_tensors_packs_the_same_fp4():
+    helpers = pytest.importorskip("compressed_tensors.compressors.nvfp4.helpers")
+    packed = torch.randint(0, 256, (8, 32), dtype=torch.uint8)
+    codes = unpack_fp4(packed)
+    assert torch.equal(helpers.unpack_fp4_from_uint8(packed, 8, 64).float(), codes.float())
+    assert torch.equal(helpers.pack_fp4_to_uint8(codes.float()), pack_fp4(codes))
+
+
+def test_exponents_to_the_letter():
+    scales = torch.tensor([2.0**-127, 2.0**-126, 0.5, 1.0, 2.0, 2.0**127])
+    assert pack_e8m0(scales).tolist() == [0, 1, 126, 127, 128, 254]
+    every = torch.arange(255, dtype=torch.uint8)
+    assert torch.equal(pack_e8m0(unpack_e8m0(every)), every)
+    with pytest.raises(ValueError, match="1 of 3 scales are 255, which e8m0 has for NaN"):
+        unpack_e8m0(torch.tensor([1, 255, 3], dtype=torch.uint8))

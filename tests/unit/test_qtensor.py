@@ -59,7 +59,7 @@ def test_an_input_scale_belongs_to_static_activations():
     assert weight.input_scale == torch.tensor(0.1)
     assert QTensor(CODES, scales, None, dynamic).input_scale is None
     for scheme, input_scale in ((static, None), (dynamic, torch.tensor(0.1))):
-        with pytest.raises(ValueError, match="an input scale is required by schemes with one scale for all inputs"):
+        with pytest.raises(ValueError, match="an input scale is required by schemes with static inputs"):
             QTensor(CODES, scales, None, scheme, input_scale)
     with pytest.raises(ValueError, match=r"its input scale is 0\.0; one finite, positive number"):
         QTensor(CODES, scales, None, static, torch.tensor(0.0))

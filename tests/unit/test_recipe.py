@@ -157,7 +157,7 @@ def test_a_method_without_calibration_forgets_the_data():
         ({"method": "int8", "bits": 4}, "method int8 is 8 bits"),
         ({"method": "int8", "group_size": 128}, "for int8-g128 use --method rtn"),
         ({"method": "int8", "symmetric": False}, "method int8 has weights of int8; for uint8-channel use --method rtn"),
-        ({"method": "rtn", "bits": 3}, "no 3-bit type"),
+        ({"method": "rtn", "bits": 9}, "no 9-bit type"),
         ({"method": "awq", "group_size": 48}, "group size 48"),
         ({"method": "awq", "num_samples": 0}, "0 samples of 512 tokens"),
         ({"method": "awq", "num_samples": -1}, "-1 samples"),
