@@ -136,10 +136,10 @@ def difference(model: PreTrainedModel, directory: Path) -> float | str:
 REFUSED = {
     ("hidden_act", "gelu"): "activation 'gelu' is not computed here; known with a gate: silu",
     ("hidden_activation", "gelu"): "activation 'gelu' is not computed here; known with a gate: silu",
-    ("attn_logit_softcapping", 5.0): "attn_logit_softcapping is 5.0; the engine computes None alone",
-    ("add_cross_attention", True): "add_cross_attention is True; the engine computes False alone",
+    ("attn_logit_softcapping", 5.0): "attn_logit_softcapping is 5.0; the engine computes only None",
+    ("add_cross_attention", True): "add_cross_attention is True; the engine computes only False",
     ("is_encoder_decoder", True): "is an encoder with a decoder; those are not quantized here",
-    ("use_bidirectional_attention", True): "use_bidirectional_attention is True; the engine computes",
+    ("use_bidirectional_attention", True): "use_bidirectional_attention is True; the engine computes only",
 }
 
 
@@ -187,7 +187,7 @@ def test_fields_of_other_families_say_nothing(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
-        ({"is_causal": False}, "is_causal is False; the engine computes True alone"),
+        ({"is_causal": False}, "is_causal is False; the engine computes only True"),
         ({"per_layer_config": {"1": {"intermediate_size": 32}}}, "layers individual sizes"),
     ],
 )
