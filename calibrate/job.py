@@ -82,10 +82,14 @@ class Job:
         ]
         reader, default = reader_of_weights(self.skeleton, self.plan.schemes), self.recipe.default_scheme
         seqlen, positions = self.recipe.seqlen, self.source.positions
+        fmt = FORMATS[self.recipe.format]
         conv1d = any(spec.transposed and spec.placement.expert is None for spec, _ in quantized)
         fused = any(spec.placement.expert is not None and scheme.inputs is not None for spec, scheme in quantized)
         experts = {spec.name: spec.placement for spec, _ in quantized if spec.placement.expert is not None}
         static = default.static_inputs and default.number.is_integer
+        joined = fmt.package == "compressed-tensors" and any(
+            place.conversion is not None and place.conversion.of_weights for place in self.skeleton.placed().values()
+        )
         found: dict[str, tuple[bool, tuple[str, ...]]] = {
             f"calibration windows of {seqlen} tokens are longer than the {positions} positions that the model "
             "supports; statistics beyond them do not match real use": (seqlen > (positions or seqlen), ()),
@@ -104,8 +108,10 @@ class Job:
                 stacked_only(self.skeleton.model, experts),
                 (TRANSFORMERS,),
             ),
+            "transformers joins or splits weights of this family as it loads them, and cannot where any is packed: "
+            "lowbit reads the checkpoint, and vLLM does where it knows the family": (joined, (TRANSFORMERS,)),
         }
-        caveat = FORMATS[self.recipe.format].caveat(default)
+        caveat = fmt.caveat(default)
         kept = {text: engines for text, (holds, engines) in found.items() if holds}
         return kept | ({caveat: ()} if caveat else {})
 

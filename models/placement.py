@@ -34,6 +34,14 @@ class Conversion:
     target: str
     sources: list[tuple[str, str]] = field(default_factory=list)
 
+    @property
+    def of_weights(self) -> bool:
+        """Whether it takes weights alone.
+
+        Where any weight is packed, transformers 5.23 looks for packed ones in the place of each, and loses the others.
+        """
+        return all(source.endswith(".weight") for source in self.converter.source_patterns)
+
     def parameters(self, model: PreTrainedModel, read: Reader) -> dict[str, Tensor]:
         """The parameters by name, computed from the tensors that `read` returns."""
         converter = copy.deepcopy(self.converter)

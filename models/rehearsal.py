@@ -201,7 +201,8 @@ def _reads_weights(model: PreTrainedModel, block: nn.Module, run: Callable[[], S
         setattr(tensor, LOADED, True)
     try:
         for module in block.modules():
-            if next(module.children(), None) is not None:
+            packed = isinstance(module, nn.Linear) and "weight" not in module._parameters
+            if packed or next(module.children(), None) is not None:
                 model._init_weights(module)
         run()
     except AttributeError as error:

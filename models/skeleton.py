@@ -242,8 +242,12 @@ def _single(model: PreTrainedModel, tensors: dict[str, Placement]) -> Iterator[t
 
 
 def _multiplies(owner: nn.Module, placement: Placement) -> bool:
-    """True for slices of experts and bare 2-dimensional weights (routers), False for embeddings and convolutions."""
-    return placement.expert is not None or not isinstance(owner, nn.Embedding | nn.Conv1d)
+    """True for slices of experts and bare 2-dimensional weights (routers).
+
+    False for embeddings, convolutions, and norms, some of which have a row of values for each head.
+    """
+    scales = "norm" in type(owner).__name__.lower()
+    return placement.expert is not None or not (scales or isinstance(owner, nn.Embedding | nn.Conv1d))
 
 
 def _is_parameter(model: nn.Module, name: str) -> bool:

@@ -1,5 +1,6 @@
 """models/rehearsal.py: what linears are for, and whose code reads their weights, seen on a model without weights."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from lowbit.models.rehearsal import choosers
 from lowbit.models.skeleton import open_skeleton
 from lowbit.models.source import open_source
 from tests.builders import FAMILIES, GATED, save, save_family
+from tests.families.tiny import save_tiny
 
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "head_dim": 16}
 ROUTED: dict[str, tuple[str, dict[str, Any], str]] = {
@@ -26,6 +28,7 @@ ROUTED: dict[str, tuple[str, dict[str, Any], str]] = {
 READERS: dict[str, tuple[str, dict[str, Any]]] = {
     "MambaBlock": ("MambaConfig", {"hidden_size": 64, "num_hidden_layers": 2, "state_size": 16}),
     "NanoChatDecoderLayer": ("NanoChatConfig", GATED),
+    "xLSTMBlock": ("xLSTMConfig", {"hidden_size": 64, "num_blocks": 2, "num_heads": 4}),
     "GPTBigCodeBlock": ("GPTBigCodeConfig", {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64}),
 }
 
@@ -89,3 +92,21 @@ def test_what_transformers_loads_packed_has_no_warning(tmp_path, family, method,
     recipe = complete_recipe({"method": method} | ({"group_size": 32} if method == "rtn" else {}))
     warnings = prepare(open_source(str(save_family(family, tmp_path))), recipe, "cpu").warnings()
     assert any("transformers" in warning for warning in warnings) == said
+
+
+@pytest.mark.parametrize(("kind", "said"), [("olmo_hybrid", True), ("kimi_k25", False)])
+def test_weights_that_transformers_joins_on_loading_are_said_before_the_work(tmp_path, kind, said):
+    """Of kimi_k25 it splits tensors too, but by a name that biases share: those it finds."""
+    job = prepare(open_source(str(save_tiny(kind, tmp_path))), complete_recipe({"method": "int8"}), "cpu")
+    assert any("joins or splits weights" in warning for warning in job.warnings()) == said
+    elsewhere = replace(job, recipe=replace(job.recipe, format="gptq"))  # read without compressed-tensors
+    assert not any("joins or splits weights" in warning for warning in elsewhere.warnings())
+
+
+def test_a_norm_with_a_row_for_each_head_is_no_linear(tmp_path):
+    """Command R+ scales the queries of each head by values of its own."""
+    source = open_source(str(saved("CohereConfig", GATED | {"use_qk_norm": True}, tmp_path)))
+    plan = prepare(source, complete_recipe({"method": "int8"}), "cpu").plan
+    assert source.checkpoint.entries["model.layers.0.self_attn.q_norm.weight"].shape == (4, 16)
+    assert not any("norm" in name for name in (*plan.schemes, *plan.left))
+    assert len(plan.schemes) == 14
