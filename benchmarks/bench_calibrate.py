@@ -1,12 +1,12 @@
-"""How long each method takes on a GPU: a model of Llama-2-7B's shape, random weights, 128 x 2048 random tokens.
+"""Calibration time of each method on a GPU: a model of Llama-2-7B's shape, random weights, 128 x 2048 random tokens.
 
     python -m benchmarks.bench_calibrate [--blocks 3] [--methods gptq awq smoothquant signround] [--commit HASH] \\
         [--output benchmarks/results/calibrate.jsonl]
 
-A few blocks are quantized and written, and the time of the model's 32 is told from that: 32 times a block's median and
-the median time between blocks (reading one, packing and writing it), once what comes before the first, and what comes
-after the last (the rest of the files, reading all of it again) by the bytes written. Prints where a block's time goes,
-and peak GPU memory; a row a method.
+A few blocks are quantized and written, and the time for the model's 32 blocks is extrapolated: 32 times the median time
+of a block and of the step between blocks (reading, packing, writing), plus the time before the first block, plus the
+time after the last one (other tensors, verification) scaled by the bytes written. Prints the phases of a block and peak
+GPU memory; one row per method.
 """
 
 import argparse

@@ -101,7 +101,7 @@ def plot(path: Path) -> None:
 
 
 def label_of(row: dict) -> str:
-    """What a bar of the plot is."""
+    """The label of a bar in the plot."""
     kind = row["dtype"] if row["method"] == "dense" else row["method"]
     extras = ["int8 cache"] * (row["cache"] == "int8") + [f"{row['head']} head"] * (row["head"] != "dense")
     return ", ".join([f"{row['shape']} {kind}", *extras, f"{row['batch']} x {row['prompt']}"])

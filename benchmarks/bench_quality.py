@@ -1,4 +1,4 @@
-"""What each method loses, ours and other toolkits', on the same calibration ids and the same scored windows.
+"""Quality of each method, ours and other toolkits', with the same calibration ids and the same scored windows.
 
     python -m benchmarks.bench_quality demo --text FILE --calibrate text --run gptq best llm-compressor-gptq \\
         --python llm-compressor=/path/bin/python --python autoround=/path/bin/python [--device cuda] --work DIR
@@ -135,7 +135,7 @@ def make(name: str, model: Source, dataset: str, output: Path, args: argparse.Na
 
 
 def run(command: list[Any]) -> str:
-    """What the command prints; SystemExit with its last words where it fails."""
+    """The command's output. SystemExit with its last lines if it fails."""
     done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"{' '.join(map(str, command))} failed:\n{done.stdout[-1000:]}\n{done.stderr[-2000:]}")

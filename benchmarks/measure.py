@@ -1,4 +1,4 @@
-"""How every kernel is timed here: CUDA-graph replays over rotating copies of the weight, and the floor beside them."""
+"""Kernel timing: CUDA-graph replays over rotating copies of the weight, with a memory floor from the same process."""
 
 import argparse
 import ctypes
@@ -104,7 +104,7 @@ def arguments(description: str | None, results: Path) -> argparse.Namespace:
 
 
 def run_facts(commit: str) -> dict[str, str]:
-    """What every row says of the machine and the code."""
+    """Facts about the machine and the code, for every row."""
     smi = subprocess.run(
         ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
         check=True,

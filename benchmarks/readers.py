@@ -14,7 +14,7 @@ ENTRY_POINTS = "[vllm.general_plugins]\nlowbit = lowbit.integrations.vllm:regist
 
 
 class ReaderError(Exception):
-    """What a reader said before it failed."""
+    """The error output of a reader that failed."""
 
     @property
     def last_words(self) -> str:

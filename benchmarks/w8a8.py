@@ -1,4 +1,4 @@
-"""What the benchmarks of the int8 products share: their cases, peers, rows.
+"""Cases, peers and rows shared by the benchmarks of int8 products.
 
 `part` says what a row times: "product" from int8 x on, "rounding + product" from half-precision x on, and "norm +
 rounding + product" from x before its norm. Kernel and launch come from the one rule. `dependent` rows are launched with
@@ -38,7 +38,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Inputs:
-    """What all cases of a shape multiply: x (m, k) in half precision, a norm's weight (k), copies of W."""
+    """Inputs of all cases of a shape: x (m, k) in half precision, a norm's weight (k), copies of W."""
 
     x: torch.Tensor
     gamma: torch.Tensor
@@ -111,7 +111,7 @@ def describe(row: dict) -> str:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a benchmark measures: rows of x, of the named shapes those that are kept, and random ones beside them."""
+    """The cases of a benchmark: rows of x, selected named shapes, and additional random shapes."""
 
     stem: str
     rows: tuple[int, ...]

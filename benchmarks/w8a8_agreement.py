@@ -1,4 +1,4 @@
-"""How far apart two right ways to compute a W8A8 model lie: vLLM's kernels, ours inside vLLM, and exact arithmetic.
+"""Distance between correct implementations of a W8A8 model: vLLM's kernels, ours inside vLLM, and exact arithmetic.
 
     python -m benchmarks.w8a8_agreement --peers DIR --work DIR --commit $(git rev-parse --short HEAD) \\
         [--checkpoint "LABEL=DIR"] ...

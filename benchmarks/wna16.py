@@ -1,4 +1,4 @@
-"""What the benchmarks of the products with a packed weight share: shapes, timing, peers, rows.
+"""Shapes, timing, peers and rows shared by the benchmarks of products with a packed weight.
 
 Kernel and launch come from the one rule, choose_kernel and its choose_launch; nothing is searched. `dependent` rows are
 launched with programmatic dependent launch, in the same chain of calls on other copies of the weight; the floor is a
@@ -199,8 +199,8 @@ def describe(row: dict) -> str:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a benchmark measures: rows of x that only ours is timed with, rows of the main scheme and of W8 per channel,
-    rows of the variants on two shapes, and whether a block's projections come last."""
+    """The cases of a benchmark: rows of x for our kernel alone, rows for the main scheme and for W8 per channel, rows
+    of the variants on two shapes, and whether a block's projections come last."""
 
     stem: str
     baseline: tuple[int, ...]

@@ -110,7 +110,7 @@ def required(checkpoint: str | None, option: str) -> str:
 
 
 def name_of(device: torch.device) -> str:
-    """What a row calls the device: the GPU's name, or CPU."""
+    """The device's name in rows: the GPU's name, or CPU."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
 
 

@@ -108,7 +108,7 @@ def _refuse_pointers(directory: Path, files: Mapping[str, Identity]) -> None:
 
 
 def quantization_of(directory: Path, config: dict[str, Any]) -> Any:
-    """What is said of the quantization of the model in `directory`, whose config.json is `config`; None for nothing."""
+    """The quantization_config of the model in `directory`, whose config.json is `config`; None without one."""
     return _complete(directory, config).get("quantization_config")
 
 

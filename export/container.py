@@ -59,7 +59,7 @@ class Container(ABC):
         yield directory
 
     def holds(self, directory: Path, finished: bool = True) -> bool:
-        """Whether a checkpoint in `directory` is stored so."""
+        """True if the checkpoint in `directory` is stored in this container."""
         return self.head_in(directory, finished).exists()
 
     def head_in(self, directory: Path, finished: bool = True) -> Path:

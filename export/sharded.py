@@ -25,7 +25,7 @@ class Safetensors(Container):
     weights = ("*.safetensors",)
 
     def holds(self, directory: Path, finished: bool = True) -> bool:
-        """Whether there are such weights: config.json alone stands beside files of other containers too."""
+        """True if there are safetensors files: config.json alone may accompany other containers too."""
         return any(directory.glob("*.safetensors"))
 
     def read(self, directory: Path, head: Path) -> tuple[dict[str, Any], dict[str, TensorEntry]]:

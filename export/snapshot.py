@@ -49,7 +49,7 @@ def refuse_to_write_into(directory: Path) -> None:
 
 
 def _holds_original(directory: Path) -> bool:
-    """Whether safetensors lie there beside a config.json that says nothing of quantization."""
+    """True if there are safetensors with a config.json that declares no quantization."""
     if not any(directory.glob("*.safetensors")):
         return False
     try:

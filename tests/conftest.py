@@ -1,4 +1,4 @@
-"""What every test stands on: no hub, one seed, the demo model, and @gpu tests skipped where there is no GPU."""
+"""Common setup of all tests: no hub, one seed, the demo model, and @gpu tests skipped without a GPU."""
 
 import os
 from pathlib import Path

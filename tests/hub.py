@@ -23,7 +23,7 @@ CUT_BYTES = 10_000  # what is sent of a file whose download is cut
 
 @dataclass
 class Hub:
-    """What the server holds, and what it was asked.
+    """A local server with the contents of a hub, and a log of its requests.
 
     root     a directory with ORG/MODEL below it
     gated, hidden  ids that need an account with access, that need an account at all

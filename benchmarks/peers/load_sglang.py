@@ -1,4 +1,5 @@
-"""What SGLang makes of a Llama checkpoint without a GPU: each linear's scheme, and where the file's tensors end up.
+"""Check without a GPU of how SGLang loads a Llama checkpoint: each linear's scheme, and the place of the file's
+tensors.
 
     PYTHON load_sglang.py CHECKPOINT --out FILE
 
@@ -102,7 +103,7 @@ def load(models: ModuleType, checkpoint: Path) -> Any:
 
 
 def schemes_of(model: Any) -> dict[str, str]:
-    """What SGLang will multiply each linear of the blocks with."""
+    """The classes with which SGLang multiplies each linear of the blocks."""
     linears = {name: module for name, module in model.named_modules() if name.endswith("_proj")}
     return {
         name: type(getattr(module, "scheme", None) or module.quant_method).__name__ for name, module in linears.items()

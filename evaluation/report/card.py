@@ -45,7 +45,7 @@ class Original:
 
 
 def original_of(source: Source, base_model: str | None = None) -> Original:
-    """What is known of the model `source`; `base_model` is its id on the hub, where the user says it."""
+    """The facts about the model `source`. `base_model` is its id on the hub, if the user gives one."""
     own = _metadata(source.directory / CARD)
     named = base_model or (source.snapshot.repo if source.snapshot else BASE_MODEL if source.name == DEMO else None)
     inherited = own.get("base_model")
@@ -162,7 +162,7 @@ def _short_name(scheme: Scheme) -> str:
 
 
 def _section(part: str) -> re.Pattern[str]:
-    """What finds a section that lowbit wrote in a card, between two comments; the first may say a name."""
+    """A pattern for a section written by lowbit in a card, between two comments. The first comment may have a name."""
     return re.compile(
         rf"<!-- lowbit:{part}(?: (?P<name>[^\n]*?))? -->\n(?P<text>.*?)\n<!-- /lowbit:{part} -->", re.DOTALL
     )
@@ -176,7 +176,7 @@ def _put(text: str, part: str, content: str, name: str = "") -> str:
 
 
 def _measured(facts: dict[str, Any]) -> Written:
-    """What was lost, and sizes, as Markdown."""
+    """Scores and sizes as Markdown."""
     template = environment_of("md").get_template("measured.md.j2")
     return Written(template.render(facts=facts, scores=scored(facts), headline=headline(facts)).strip())
 

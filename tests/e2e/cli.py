@@ -15,7 +15,7 @@ from lowbit.commands import lowbit, quantize, quantize_convert, quantize_eval, q
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a command ended: its exit status and what it printed."""
+    """A finished command: its exit status and output."""
 
     code: int
     out: str
@@ -76,5 +76,5 @@ def _run(main: Callable[[], None], name: str, args: tuple[object, ...]) -> Outco
 
 
 def names(directory: Path) -> list[str]:
-    """What a directory holds, hidden names too."""
+    """The names in a directory, including hidden ones."""
     return sorted(path.name for path in directory.iterdir())

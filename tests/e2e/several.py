@@ -31,7 +31,7 @@ SAMPLES, LENGTH = 10, 512  # batches of 4, 4 and 2 sequences
 
 
 def job_of(name: str, source: Path, device: str) -> tuple[Job, CalibrationSet | None]:
-    """What the recipe called `name` does to the model in `source`, and its calibration tokens."""
+    """The job of the recipe called `name` on the model in `source`, and its calibration tokens."""
     job = prepare(open_source(str(source)), complete_recipe(RECIPES[name]), ranks.own_device(device))
     tokens = calibration(SAMPLES, LENGTH) if job.recipe.dataset else None
     return (spend(job, tokens) if job.recipe.target_bits and tokens else job), tokens

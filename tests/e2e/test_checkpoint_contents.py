@@ -1,4 +1,4 @@
-"""What a finished checkpoint holds: tied heads stay tied, companions come along, sums verify, equal runs are equal."""
+"""Contents of a finished checkpoint: tied heads stay tied, companions are copied, sums verify, equal runs are equal."""
 
 import json
 import subprocess
@@ -114,7 +114,7 @@ def test_the_card_has_the_measured_perplexities(awq):
 
 
 def test_no_file_says_where_the_model_lay(awq, llama):
-    """What a checkpoint holds may be published; the directories of the one who made it may not."""
+    """A checkpoint may be published, so it must not contain its maker's directories."""
     for path in awq.iterdir():
         assert str(llama.parent).encode() not in path.read_bytes(), path.name
 

@@ -42,7 +42,7 @@ def divergence(got: torch.Tensor, wanted: torch.Tensor) -> float:
 def loss_of(
     source: Path, output: Path, measure: Measure = relative_error, samples: int = 64, **settings: object
 ) -> float:
-    """What the logits of `source` lose, quantized as `settings` say and calibrated on `samples` other windows."""
+    """The loss of the logits of `source` when quantized with `settings` and calibrated on `samples` other windows."""
     ids = calibration(4, 24, seed=77).ids
     recipe = complete_recipe({"group_size": 32, **settings})
     job = prepare(open_source(str(source)), recipe, "cpu")

@@ -44,7 +44,7 @@ def torchrun(*args: object, processes: int = 2) -> subprocess.CompletedProcess[s
 
 @dataclass(frozen=True)
 class Outputs:
-    """Where one process wrote, and where several did."""
+    """Output directories of a run with one process, and of one with several."""
 
     alone: Path
     together: Path
@@ -57,7 +57,7 @@ class Outputs:
 
 
 class Killed(BaseException):
-    """What stands for a signal in these tests."""
+    """A stand-in for a signal."""
 
 
 def stop_after_a_block(source: Path, output: Path, device: str) -> None:

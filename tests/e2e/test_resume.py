@@ -39,7 +39,7 @@ BLOCKS = 3
 
 
 class Killed(BaseException):
-    """What stands for a signal in these tests."""
+    """A stand-in for a signal."""
 
 
 def kill_after(blocks: int) -> Callable[[BlockReport], None]:

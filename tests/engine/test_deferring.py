@@ -44,7 +44,7 @@ def decoded(model: Engine, deferring: bool) -> Tensor:
 
 @contextmanager
 def counted() -> Iterator[dict[str, int]]:
-    """How often norms are launched, and begun by products."""
+    """Counts of norm kernels, and of products that apply half a norm."""
     counts: dict[str, int] = {}
     with mock.patch.multiple(ops, normalize=mock.DEFAULT, linear_deferring=mock.DEFAULT) as mocks:
         for name, each in mocks.items():

@@ -121,7 +121,8 @@ def perturbations(family: str) -> list[tuple[str, Any]]:
 
 
 def difference(model: PreTrainedModel, directory: Path) -> float | str:
-    """How far the engine's logits are from transformers', relative to the largest; or the engine's refusal."""
+    """Largest difference of the engine's logits from transformers', relative to the largest; or the engine's
+    refusal."""
     model.save_pretrained(directory)
     model.config.return_dict = True  # transformers' own classes need it
     expected = logits_of(model, IDS)

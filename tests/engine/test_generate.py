@@ -1,4 +1,4 @@
-"""What is generated: transformers' tokens where it generates the same, and what each setting promises."""
+"""Generation: transformers' tokens for settings that both have, and the promise of each setting."""
 
 from itertools import pairwise
 

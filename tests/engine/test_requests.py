@@ -1,4 +1,4 @@
-"""What cannot be served is refused before anything is computed, with the numbers; long prompts go in chunks."""
+"""Requests that cannot be served are refused before any computation, with numbers; long prompts go in chunks."""
 
 import pytest
 import torch

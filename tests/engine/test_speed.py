@@ -1,4 +1,4 @@
-"""What the bench counts, and that it runs where there is no GPU."""
+"""Counts of the benchmark, and its run without a GPU."""
 
 import json
 

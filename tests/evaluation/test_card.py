@@ -100,7 +100,7 @@ def test_the_body_says_loss_sizes_use_and_how_to_make_it(measured):
 
 
 def test_a_directory_is_called_by_its_name_alone(measured):
-    """Where a model lay on somebody's disk is nobody's business in a published card."""
+    """A published card must not show the model's local path."""
     assert str(measured.parent) not in (measured / "README.md").read_text()
 
 

@@ -143,7 +143,7 @@ FOREIGN = {"x86_64": 0xC00000B7, "aarch64": 0xC000003E}
 
 
 def decide(machine, number, arguments=(0,) * 6, architecture=None):
-    """What the filter of `machine` answers: its instructions, carried out here."""
+    """The answer of the filter for `machine`: its instructions are interpreted here."""
     architecture = architecture or seccomp.MACHINES[machine][0]
     data = struct.pack("<IIQ6Q", number & 0xFFFFFFFF, architecture, 0, *arguments)
     program = list(struct.iter_unpack("HBBI", seccomp.filter_program(machine)))
@@ -288,7 +288,7 @@ def test_no_file_is_read_or_changed(hold, tmp_path):
 
 
 def test_no_handle_opens_a_file(hold, tmp_path):
-    """What root could do past every path: open a file by its number in the file system."""
+    """root could open a file by its number in the file system, past every path."""
     before = "handle = ctypes.create_string_buffer(128)\nat = ctypes.c_int()"
     attempts = ["system_call(303, -100, b'/etc', ctypes.addressof(handle), ctypes.addressof(at), 0)"]
     attempts += ["system_call(304, -100, ctypes.addressof(handle), 0)"]

@@ -221,7 +221,7 @@ def test_a_configuration_that_makes_no_sense_is_refused(config):
 
 @pytest.mark.parametrize("scheme", [s for s in SCHEMES if s.symmetric and s.bits != 3], ids=str)
 def test_one_added_to_every_zero_of_a_word_at_once_makes_version_2(scheme):
-    """That is how GPTQModel converts version 1: no zero may carry into its neighbour."""
+    """GPTQModel converts version 1 in this way: no zero may carry into its neighbour."""
     ones = {2: 0x55555555, 4: 0x11111111, 8: 0x01010101}[scheme.bits]
     words = GPTQ.write("p", quantized(scheme))["p.qzeros"]
     assert torch.equal((words.long() + ones).to(torch.int32), GPTQ_V2.write("p", quantized(scheme))["p.qzeros"])

@@ -253,7 +253,7 @@ def test_another_runs_directory_is_not_taken_for_ones_own(tmp_path):
 
 @pytest.mark.parametrize("stage", ["moved", "placed"])
 def test_a_run_killed_between_two_renames_loses_nothing(tmp_path, no_exchange, stage):
-    """What the file system cannot do in one step is put right by the next run."""
+    """On file systems without an atomic exchange, the next run repairs the half-done one."""
     output, old = tmp_path / "out", tmp_path / ".out.replaced-abcdefgh"
     old.mkdir()
     (old / "old").write_text("x")

@@ -104,7 +104,7 @@ def row_of(kind: str, directory: Path) -> Row:
 
 
 def cell(check: Callable[[], str | None]) -> str:
-    """What `check` returns, "works" for None; in words what it raised."""
+    """The result of `check`: "works" for None, or the exception in words."""
     try:
         return check() or WORKS
     except LowbitError as error:

@@ -1,7 +1,7 @@
-"""What is fuzzed: for each target an honest model, what of it is spoiled, and what then reads it.
+"""Fuzz targets: for each an honest model, the files to spoil, and the code that then reads it.
 
-A target is a strategy of files (name -> content) laid over a model directory, and a reader that may refuse them with
-our error and nothing else.
+A target is a strategy of files (name -> content) laid over a model directory, and a reader that may only fail with an
+error of ours.
 """
 
 import json

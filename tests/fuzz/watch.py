@@ -1,4 +1,4 @@
-"""What one input did: raised, took too long, or took too much memory."""
+"""The effect of one input: an exception, too much time, or too much memory."""
 
 import json
 import resource
@@ -87,7 +87,7 @@ def _hang(number: int, frame: FrameType | None) -> None:
 
 
 def _kind_of(error: BaseException) -> str:
-    """What tells two findings apart: the error's type, and the last place of ours that it went through."""
+    """A key for findings: the error's type, and the innermost line of our code in its traceback."""
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "/tests/" not in frame.filename]
     ours = [frame for frame in frames if "site-packages" not in frame.filename and "lowbit" in frame.filename] or frames
     last = ours[-1] if ours else None

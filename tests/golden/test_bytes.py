@@ -94,7 +94,7 @@ def test_every_format_has_its_files_here() -> None:
 
 @pytest.fixture(scope="module")
 def found() -> dict[str, Any]:
-    """What a pinned process finds, with one thread and with two. It fails where the two differ."""
+    """The results of a pinned process. It fails if one thread and two threads give different results."""
     command = [sys.executable, "-m", "tests.golden.whole_runs"]
     done = subprocess.run(command, env=os.environ | PINNED, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]

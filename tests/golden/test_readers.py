@@ -145,7 +145,7 @@ def test_a_w8a8_linear_is_vllms_own_but_for_the_last_bit(tmp_path, text):
 
 
 def layers_in_vllm(directory: Path, text: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """What benchmarks/peers/vllm_layer.py finds for a scheme's tensors."""
+    """The result of benchmarks/peers/vllm_layer.py for a scheme's tensors."""
     save_file(tensors, directory / "tensors.safetensors")
     names = [f"model.layers.0.{name}_proj" for name in "qkv"]
     config = COMPRESSED_TENSORS.quantization_config(dict.fromkeys(names, parse_scheme(text)), [])

@@ -1,4 +1,4 @@
-"""What must come together does: a kernel with its test and benchmark, a table's row with a test."""
+"""Things that belong together: a kernel with its test and benchmark, a table's row with a test."""
 
 import ast
 import importlib

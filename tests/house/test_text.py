@@ -61,7 +61,7 @@ def test_readme_says_the_two_commands_first() -> None:
 
 
 def requirements(*extras: str) -> list[Requirement]:
-    """What pyproject.toml asks for: the dependencies, and those of `extras`."""
+    """The requirements in pyproject.toml: the dependencies, and those of `extras`."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     optional = [line for extra in extras for line in project["optional-dependencies"][extra]]
     return [Requirement(line) for line in (*project["dependencies"], *optional)]

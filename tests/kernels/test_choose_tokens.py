@@ -41,7 +41,7 @@ def awkward_scores(n: int) -> Tensor:
 
 
 def first_largest(row: Tensor) -> int:
-    """What NaN above all and the lower index of equals make the choice, number by number."""
+    """The index chosen if NaN is above all numbers and the lower index wins ties, number by number."""
     values = row.tolist()
     return min(range(len(values)), key=lambda i: (values[i] == values[i], -values[i] if values[i] == values[i] else 0))
 

@@ -475,7 +475,7 @@ def check_append(gpu: Gpu, call: Append) -> None:
 
 
 def check_attention(gpu: Gpu, seeds: range) -> None:
-    """What the kernel before wrote, m rows, comes late; what no token may see is NaN."""
+    """The rows that the kernel before writes arrive late; positions that no token may see hold NaN."""
     for seed in seeds:
         torch.manual_seed(seed)
         pick = random.Random(seed)

@@ -1,4 +1,4 @@
-"""Which kernel takes which problem, and what the others have against it."""
+"""The kernel chosen for each problem, and the objections of the others."""
 
 import re
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""What setup.py does with and without a compiler."""
+"""setup.py with and without a compiler."""
 
 import runpy
 import sys

@@ -29,7 +29,7 @@ def test_both_devices_agree_bitwise(bits: int, group_size: int, dtype: torch.dty
 
 
 def epilogues(m: int, n: int, dtype: torch.dtype, device: str) -> list[dict]:
-    """What may follow a product: each alone, and some together."""
+    """Epilogues of a product: each alone, and some combined."""
     bias: Tensor = make_x(1, n, dtype, device)[0]
     residual, gamma = make_x(m, n, dtype, device), make_x(1, 128, dtype, device)[0]
     parts = [{}, {"bias": bias}, {"residual": residual}, {"bias": bias, "residual": residual}, {"float32_out": True}]

@@ -17,7 +17,7 @@ from tests.builders import save_family
 
 @typed(EngineError)
 def called(one: int | Path, *rest: str, many: Sequence[int] = (), **others: Any) -> str:
-    """What it was called with."""
+    """The arguments of the call."""
     return f"{one} {rest} {many} {others}"
 
 

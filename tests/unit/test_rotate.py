@@ -38,7 +38,7 @@ def test_other_sizes_mix_every_channel_into_all(size):
 
 
 def attention(x: Tensor, v: Tensor, bias: Tensor, o: Tensor, heads: Tensor) -> Tensor:
-    """What grouped-query attention with these weights returns, for attention weights that do not matter here.
+    """The output of grouped-query attention with these weights, for arbitrary attention scores.
 
     heads  (query heads, size): the values that each query head reads
     """

@@ -1,4 +1,4 @@
-"""What commands print: text of others does nothing on a terminal, and there is one way to print it."""
+"""Output of commands: untrusted text has no effect on a terminal, and there is one function to print it."""
 
 import ast
 import io

@@ -101,7 +101,7 @@ def compile_unit(folder: Path, sources: dict[str, str], source: str, defines: tu
 
 @cache
 def compiler() -> str:
-    """What g++ calls itself, and what it reads of CUDA."""
+    """The version of g++, and the CUDA headers it reads."""
     version = subprocess.run(["g++", "--version"], check=True, capture_output=True, text=True).stdout
     return f"{version} {cuda_headers()}"
 

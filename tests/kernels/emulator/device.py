@@ -50,7 +50,8 @@ class Gpu(TorchFunctionMode):
             function.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 
     def start(self, seed: int, case: Any = "") -> None:
-        """What comes next runs in the order of `seed`; in every third, copies land at once. Failures name `case`."""
+        """Run everything that follows in the order of `seed`; in every third, copies land at once. Failures name
+        `case`."""
         sys.stderr.write(f"seed {seed}: {case}\n")
         self.library.emulator_start(seed, ctypes.c_bool(seed % 3 == 0))
 
@@ -118,7 +119,7 @@ def load(library: Path) -> ModuleType:
 
 
 def failure_of(library: Path, check: Callable, *args: Any) -> str | None:
-    """What stopped check(gpu, *args), which runs in a process of its own, or None where nothing did."""
+    """The failure of check(gpu, *args), run in a process of its own, or None."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch"])
     with tempfile.TemporaryDirectory() as folder:
