@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import replace
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -181,8 +182,8 @@ class BlockWork:
         CheckpointError names the site and the samples if an input is NaN or infinite.
         """
         seen = SiteStats(sites)
-        count, size = entering[0].shape[0], entering[0].tokens
-        batches = entering if up_to is None else entering[: math.ceil(up_to / size)]
+        before = [0, *accumulate(states.tokens for states in entering)]
+        batches = [states for states, begun in zip(entering, before, strict=False) if up_to is None or begun < up_to]
         rounds = self.input_rounding() if self.stats else {}
 
         def see(names: tuple[str, ...], x: Tensor) -> None:
@@ -191,12 +192,12 @@ class BlockWork:
                 raise _Seen
 
         for place, states in ranks.mine(enumerate(batches)):
-            seen.next_batch(with_gram=place * size < gram_tokens)
+            seen.next_batch(with_gram=before[place] < gram_tokens)
             with suppress(_Seen), self.rounded_inputs(rounds), LinearInputs(self.block, self.parameter, see):
                 self._walk.run(self.index, states)
             site = seen.broken()
             if site is not None:
-                first = place * count
+                first = sum(states.shape[0] for states in batches[:place])
                 raise CheckpointError(
                     f"{site.linears[0]}: its inputs are NaN or infinite for calibration samples {first} to "
                     f"{first + states.shape[0] - 1}; drop them from the dataset, or calibrate with --dtype float32"

@@ -30,7 +30,7 @@ from lowbit.quant.numerics import divisor_of, reason_against_scales
 from lowbit.quant.qtensor import QTensor, round_to_nearest
 from lowbit.quant.scheme import Scheme
 
-BATCH_TOKENS = 2048  # tokens per forward pass of a block, and tokens used to compare module outputs
+BATCH_TOKENS = 2048  # tokens per forward pass of a block
 GRAM_TOKENS = 16384  # tokens used for the second moments of transforms and clipping
 
 
@@ -129,17 +129,16 @@ class BlockLoop:
 
     def __init__(self, job: Job, calibration: CalibrationSet) -> None:
         compute = torch.float32 if job.device == "cpu" and job.dtype == torch.float16 else job.dtype
-        size = max(BATCH_TOKENS // calibration.ids.shape[1], 1)
-        self.ids = list(calibration.ids.split(size))
+        self.batches = calibration.batches(BATCH_TOKENS)
         self.walk = Walk(job.skeleton, job.device, compute)
-        self.states = self.walk.start(self.ids)
+        self.states = self.walk.start(self.batches)
         self.exact = self.states
         self._job = job
         self._transforms, self._rounder = transforms_of(job.recipe), rounder_of(job.recipe)
         parts = (*self._transforms, self._rounder)
         self._two_streams = any(part.needs.second_stream for part in parts) or job.recipe.distill_steps > 0
         probes = Walk(job.skeleton, job.device, torch.float32)
-        self._prober = Prober(probes, calibration.ids, job.recipe.seed)
+        self._prober = Prober(probes, calibration.words, job.recipe.seed)
 
     def quantize(self, index: int) -> BlockOutcome:
         """The outcome of block `index`. Moves both streams past it."""
@@ -162,7 +161,7 @@ class BlockLoop:
             structure = self._prober.structure(index)
         with watch.phase("targets"):
             entering = [states.at(index) for states in self.states]
-            sample = [spread(entering)]
+            sample = spread(entering)
             before = work.run(sample)
             targets = self._targets(index)
             heads = partial(self._prober.heads, index, structure)

@@ -20,6 +20,7 @@ from lowbit.calibrate.job import Job
 from lowbit.calibrate.plan import make_plan, scheme_pattern
 from lowbit.errors import RecipeError
 from lowbit.export.dialects import FORMATS
+from lowbit.models.imagetext import Batch, ids_of
 from lowbit.models.products import weight_view
 from lowbit.models.skeleton import LinearSpec
 from lowbit.models.states import States, pulled
@@ -134,20 +135,20 @@ def _measured(
     job: Job, calibration: CalibrationSet, sets: dict[str, list[LinearSpec]]
 ) -> Iterator[tuple[str, list[Option]]]:
     """The options of every set without a scheme in the recipe, measured on one batch of calibration tokens, last block
-    first."""
+    first. Samples with images are not batched: if there is no text, the longest one is measured."""
     names = {name for name in job.plan.schemes if name not in job.plan.named}
     if not names:
         return
-    ids = calibration.ids[: max(PROBE_TOKENS // calibration.ids.shape[1], 1)]
+    batch = max(calibration.batches(PROBE_TOKENS), key=lambda batch: ids_of(batch).numel())
     walk = Walk(job.skeleton, job.device, torch.float32)
-    entering = walk.start([ids])
+    entering = walk.start([batch])
     gradient: list[Tensor | None]
     for index in range(len(job.skeleton.blocks)):
         with walk.loaded(index):
             entering.append(walk.run(index, entering[-1]))
     with walk.head_loaded():
         left = entering.pop()
-        slope = _drawn(walk, ids, left.hidden, torch.Generator().manual_seed(job.recipe.seed))
+        slope = _drawn(walk, batch, left.hidden, torch.Generator().manual_seed(job.recipe.seed))
     gradient = [slope, *(None for _ in left.flow[1:])]
     for index in reversed(range(len(job.skeleton.blocks))):
         block = job.skeleton.blocks[index]
@@ -179,12 +180,12 @@ def _cost(
     return float(change.square().mean()) / 2
 
 
-def _drawn(walk: Walk, ids: Tensor, hidden: Tensor, generator: torch.Generator) -> Tensor:
+def _drawn(walk: Walk, batch: Batch, hidden: Tensor, generator: torch.Generator) -> Tensor:
     """Gradient of the log-probability of tokens drawn from the model itself, with respect to the last block's
     output."""
     hidden = hidden.detach().requires_grad_()
     with torch.enable_grad():
-        scores = walk.logits_of(ids, hidden).float().log_softmax(-1)
+        scores = walk.logits_of(batch, hidden).float().log_softmax(-1)
         flat = scores.flatten(0, -2)
         # drawn on the CPU, so that a seed gives the same tokens on every device
         drawn = torch.multinomial(flat.detach().exp().cpu(), 1, generator=generator).to(flat.device)

@@ -13,6 +13,8 @@ A single word after a hub id is a split if it starts like one (train, validation
 has a number, `num_samples` is ignored. Colons inside brackets belong to the split: `org/name:train[:1000]`.
 
 `calibrate/tables.py` documents the file types, `calibrate/documents.py` the columns that hold the text.
+For a model that takes images, rows with images become samples of both (`calibrate/seeing.py`), one row each, at most a
+window long.
 """
 
 import hashlib
@@ -29,9 +31,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lowbit.calibrate.documents import SEPARATOR, Reading, documents
+from lowbit.calibrate.documents import SEPARATOR, Reading, Table, open_table, texts
+from lowbit.calibrate.seeing import Viewer, has_images, marks_of, samples_of
 from lowbit.calibrate.tables import COMPRESSED, TABLES, Numbered, hub_rows, kind_of, local_rows, read_utf8
 from lowbit.errors import DatasetError
+from lowbit.models.imagetext import Batch, ImageText, words_of
+from lowbit.models.source import Source
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -82,21 +87,36 @@ class CalibrationSet:
     ids     (samples, seqlen) int64
     source  text for people: each source with its windows, and whether they overlap
     readings  rows read and skipped, per source
+    seen    samples with images, in addition to the windows of text
     """
 
     ids: Tensor
     source: str
     readings: tuple[Reading, ...] = ()
+    seen: tuple[ImageText, ...] = ()
 
     @property
     def tokens(self) -> int:
-        return self.ids.numel()
+        return self.ids.numel() + sum(sample.ids.numel() for sample in self.seen)
 
     @property
     def sha256(self) -> str:
-        """SHA-256 of the ids as little-endian int64, row by row. Runs with equal hashes calibrate on the same
-        tokens."""
-        return hashlib.sha256(self.ids.numpy().astype("<i8").tobytes()).hexdigest()
+        """SHA-256 of the ids as little-endian int64, row by row, then of every sample with images. Runs with equal
+        hashes calibrate on the same tokens."""
+        digest = hashlib.sha256(self.ids.numpy().astype("<i8").tobytes())
+        for sample in self.seen:
+            digest.update(bytes.fromhex(sample.sha256))
+        return digest.hexdigest()
+
+    @property
+    def words(self) -> Tensor:
+        """All token ids (t,) of text."""
+        return torch.cat([self.ids.flatten(), *map(words_of, self.seen)])
+
+    def batches(self, tokens: int) -> list[Batch]:
+        """All samples in batches of about `tokens` tokens. A sample with images is a batch of its own."""
+        windows = self.ids.split(max(tokens // self.ids.shape[1], 1)) if len(self.ids) else ()
+        return [*windows, *self.seen]
 
     def save(self, path: Path) -> None:
         """Write `ids` as a safetensors file, for calibration with another tool on the same tokens."""
@@ -110,13 +130,15 @@ def calibration_tokens(
     seqlen: int,
     seed: int,
     text_column: str | None = None,
+    eyes: Source | None = None,
 ) -> CalibrationSet:
     """Token ids drawn from the datasets in `spec`; the module's docstring has its grammar.
 
     num_samples  total number of windows, unless every source in `spec` has its own
     seqlen       tokens per window, including BOS if the tokenizer starts every text with it
     seed         of the order of documents and the choice of windows; same seed and data give the same ids
-    text_column  column of tables with the text; None to detect it
+    text_column  column of tables with the text; None to detect it, and to read images if a table has any
+    eyes         the model if it takes images, else None
 
     Documents are shuffled, joined by a blank line and cut into windows without overlap. If the text is too short,
     windows overlap evenly; a quarter of the tokens is the least. DatasetError if the text is shorter still, if a source
@@ -128,17 +150,22 @@ def calibration_tokens(
     if text_column is not None and not any(part.is_table for part in parts):
         raise DatasetError(f"{spec}: plain text has no column {text_column!r}; leave the text column out")
     generator = torch.Generator().manual_seed(seed)
-    windows, sources, readings = [], [], []
+    windows, seen, sources, readings = [torch.empty(0, seqlen, dtype=torch.int64)], [], [], []
     for part in parts:
         reading = Reading(part.label)
-        texts = shuffled_documents(part, tokenizer, generator, reading, text_column)
-        ids, source = draw(part, texts, reading, tokenizer, seqlen, generator)
-        windows.append(ids)
+        table = shuffled_table(part, generator, text_column) if part.is_table else None
+        if table and eyes and text_column is None and has_images(table):
+            seen += view(part, table, reading, eyes, seqlen)
+            source = f"{part.label} ({part.samples} samples with their images, of {seqlen} tokens at most)"
+        else:
+            documents = texts(table, tokenizer, reading) if table else shuffled_texts(part, generator)
+            ids, source = draw(part, documents, reading, tokenizer, seqlen, generator)
+            windows.append(ids)
         sources.append(source)
         readings.append(reading)
     ids = torch.cat(windows)
     shuffled = ids[torch.randperm(len(ids), generator=generator)].contiguous()
-    return CalibrationSet(shuffled, " + ".join(sources), tuple(readings))
+    return CalibrationSet(shuffled, " + ".join(sources), tuple(readings), tuple(seen))
 
 
 # Parsing of dataset names.
@@ -243,20 +270,23 @@ def squeeze(text: str) -> str:
     return " ".join(text.split())
 
 
-def shuffled_documents(
-    part: DatasetSpec,
-    tokenizer: "PreTrainedTokenizerBase",
-    generator: torch.Generator,
-    reading: Reading,
-    text_column: str | None,
-) -> Iterator[str]:
-    """The texts of one source in a seeded order, with chats rendered."""
-    if part.is_table:
-        seed = int(torch.randint(2**31, (1,), generator=generator))
-        yield from documents(table_rows(part, seed), tokenizer, reading, text_column)
-    else:
-        texts = builtin_documents("calibration") if part.name == BUILTIN else text_pieces(Path(part.name))
-        yield from (texts[index] for index in torch.randperm(len(texts), generator=generator))
+def shuffled_table(part: DatasetSpec, generator: torch.Generator, text_column: str | None) -> Table:
+    """The rows of one source in a seeded order."""
+    seed = int(torch.randint(2**31, (1,), generator=generator))
+    return open_table(table_rows(part, seed), part.label, text_column)
+
+
+def shuffled_texts(part: DatasetSpec, generator: torch.Generator) -> Iterator[str]:
+    """The texts of a source without rows in a seeded order."""
+    pieces = builtin_documents("calibration") if part.name == BUILTIN else text_pieces(Path(part.name))
+    return (pieces[index] for index in torch.randperm(len(pieces), generator=generator))
+
+
+def view(part: DatasetSpec, table: Table, reading: Reading, eyes: Source, seqlen: int) -> list[ImageText]:
+    """The samples of one source with images in its rows."""
+    home = Path(part.name).parent if os.path.exists(part.name) else Path()
+    viewer = Viewer(eyes.processor(), marks_of(eyes.config), seqlen, home)
+    return samples_of(table, viewer, reading, part.samples or 0)
 
 
 def text_pieces(path: Path) -> list[str]:

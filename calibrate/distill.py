@@ -21,6 +21,7 @@ from lowbit.calibrate import ranks
 from lowbit.calibrate.blocks import BlockLoop
 from lowbit.calibrate.job import Job
 from lowbit.calibrate.outcome import BlockOutcome, hold, quantized_inputs
+from lowbit.models.imagetext import Batch
 from lowbit.models.products import taped, weight_view
 from lowbit.models.states import States, pulled
 from lowbit.models.walk import Walk
@@ -147,8 +148,8 @@ def distill(
     Batches of calibration tokens come in random order; all are used once before any is used again.
     """
     walk, steps = loop.walk, job.recipe.distill_steps
-    own = [_own_part(ids, exact) for ids, exact in zip(loop.ids, loop.exact, strict=True)]
-    entering = walk.start([ids for ids, _, _ in own])
+    own = [_own_part(batch, exact) for batch, exact in zip(loop.batches, loop.exact, strict=True)]
+    entering = walk.start([batch for batch, _, _ in own])
     generator = torch.Generator().manual_seed(job.recipe.seed)
     order: list[int] = []
     with ExitStack() as stack:
@@ -173,23 +174,25 @@ def distill(
         return [block.outcome() for block in blocks]
 
 
-def _own_part(ids: Tensor, exact: States) -> tuple[Tensor, Tensor, float]:
-    """This rank's sequences of a batch: token ids, exact states, and their share of the batch.
+def _own_part(batch: Batch, exact: States) -> tuple[Batch, Tensor, float]:
+    """This rank's sequences of a batch, their exact states, and their share of the batch.
 
     A rank without sequences takes the first one with share 0, so that all ranks run the same steps.
     """
-    rows = ranks.mine(range(len(ids)))
-    return ids[rows or [0]], exact.hidden[rows or [0]], len(rows) / len(ids)
+    size = exact.shape[0]
+    rows = ranks.mine(range(size))
+    own = batch[rows or [0]] if isinstance(batch, Tensor) else batch
+    return own, exact.hidden[rows or [0]], len(rows) / size
 
 
-def _divergence(walk: Walk, ids: Tensor, exact: Tensor, share: float, hidden: Tensor) -> tuple[Tensor, Tensor]:
+def _divergence(walk: Walk, batch: Batch, exact: Tensor, share: float, hidden: Tensor) -> tuple[Tensor, Tensor]:
     """`share` times the mean divergence of the logits of `hidden` from those of `exact`, in nats per token, float64 ();
     and its gradient with respect to `hidden`."""
     with torch.no_grad():
-        wanted = walk.logits_of(ids, exact).float().log_softmax(-1)
+        wanted = walk.logits_of(batch, exact).float().log_softmax(-1)
     hidden = hidden.detach().requires_grad_()
     with torch.enable_grad():
-        found = walk.logits_of(ids, hidden).float().log_softmax(-1)
+        found = walk.logits_of(batch, hidden).float().log_softmax(-1)
         loss = share * (wanted.exp() * (wanted - found)).sum(-1).mean()
     (gradient,) = torch.autograd.grad(loss, hidden)
     return loss.detach().double().cpu(), gradient

@@ -7,11 +7,11 @@ is a template. Empty rows are passed over. Rows that cannot be rendered are skip
 """
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from lowbit.calibrate.tables import BadRow, Numbered, Row
 from lowbit.errors import DatasetError
@@ -19,6 +19,8 @@ from lowbit.models.chat import TemplateRefusal, render_chat
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+Made = TypeVar("Made")
 
 TEXT_COLUMNS = (
     *("text", "messages", "conversations", "conversation", "content", "document", "article", "code", "sentence"),
@@ -77,6 +79,19 @@ class Layout:
         return f"column {self.text!r}" if self.text else f"columns {self.question!r} and {self.answer!r}"
 
 
+@dataclass(frozen=True)
+class Table:
+    """The rows of a source, with the text columns chosen.
+
+    sample     the first rows
+    remaining  the others, to be read once
+    """
+
+    sample: list[Numbered]
+    remaining: Iterator[Numbered]
+    layout: Layout
+
+
 def documents(
     rows: Iterable[Numbered],
     tokenizer: "PreTrainedTokenizerBase",
@@ -87,20 +102,43 @@ def documents(
 
     DatasetError if there are no rows, no text column, or no usable row.
     """
-    label, remaining = reading.label, iter(rows)
+    yield from texts(open_table(rows, reading.label, text_column), tokenizer, reading)
+
+
+def open_table(rows: Iterable[Numbered], label: str, text_column: str | None = None) -> Table:
+    """The rows, with the text columns chosen. DatasetError if there are no rows or no text column."""
+    remaining = iter(rows)
     sample, merged = _sample(remaining)
     if not sample:
         raise DatasetError(f"{label} has no rows; pass another file or split")
-    layout = choose_layout(merged, text_column, label) if merged else Layout("text")
-    template = ChatTemplate(tokenizer, f"{label}, {layout.label}", reading)
-    for number, row in chain(sample, remaining):
+    return Table(sample, remaining, choose_layout(merged, text_column, label) if merged else Layout("text"))
+
+
+def texts(table: Table, tokenizer: "PreTrainedTokenizerBase", reading: Reading) -> Iterator[str]:
+    """The texts of the rows, in order. DatasetError if no row is usable."""
+    template = ChatTemplate(tokenizer, f"{reading.label}, {table.layout.label}", reading)
+
+    def text_of(row: Row) -> str:
+        text = row_text(row, table.layout, template)
+        text.encode()  # ValueError for half of a surrogate pair
+        return text
+
+    return usable(table, reading, text_of)
+
+
+def usable(table: Table, reading: Reading, make: Callable[[Row], Made | None]) -> Iterator[Made]:
+    """The result of `make` for each row, without None. `reading` counts rows read and skipped.
+
+    A row is skipped if `make` raises ValueError. DatasetError if no row is usable.
+    """
+    for number, row in chain(table.sample, table.remaining):
         reading.rows += 1
         try:
             if isinstance(row, BadRow):
                 raise row
-            text = row_text(row, layout, template)
-            text.encode()  # ValueError for half of a surrogate pair
-            yield text
+            made = make(row)
+            if made is not None:
+                yield made
         except DatasetError:
             raise
         except ValueError as error:
@@ -108,7 +146,9 @@ def documents(
         if len(reading.skipped) == reading.rows == MOST_BAD:
             break
     if len(reading.skipped) == reading.rows:
-        raise DatasetError(f"{label}, {layout.label}: none of {reading.rows} rows can be used; {reading.skipped[0]}")
+        raise DatasetError(
+            f"{reading.label}, {table.layout.label}: none of {reading.rows} rows can be used; {reading.skipped[0]}"
+        )
 
 
 def _sample(rows: Iterator[Numbered]) -> tuple[list[Numbered], Row]:
@@ -167,10 +207,21 @@ def row_text(row: Row, layout: Layout, template: "ChatTemplate") -> str:
     """The text of a row; empty if its cells are empty. BadRow if they hold neither text nor a chat."""
     if layout.text is None:
         return exchange_text(row, layout, template)
-    value = row.get(layout.text)
-    if isinstance(value, str) and layout.text in CHAT_COLUMNS:
-        value = _parsed(value)
+    value = cell(row, layout.text)
     return value if isinstance(value, str) else template.render(turns_of(value, "user"), row.get("tools"))
+
+
+def row_turns(row: Row, layout: Layout, content: Callable[[Any], Any]) -> list[dict[str, Any]]:
+    """The text of a row as turns, their contents mapped by `content`; none if its cells are empty."""
+    if layout.text is not None:
+        return turns_of(cell(row, layout.text), "user", content)
+    return [turn | {"content": content(turn["content"])} for turn in exchange_turns(row, layout)]
+
+
+def cell(row: Row, column: str) -> Any:
+    """The cell in a column: a text, or a chat, which may be stored as JSON."""
+    value = row.get(column)
+    return _parsed(value) if isinstance(value, str) and column in CHAT_COLUMNS else value
 
 
 def _parsed(text: str) -> Any:
@@ -184,38 +235,21 @@ def _parsed(text: str) -> Any:
 
 def exchange_text(row: Row, layout: Layout, template: "ChatTemplate") -> str:
     """The text of a question and its answer, as a chat if there is a template. Empty if either is empty."""
-    question, answer = turns_of(row.get(layout.question), "user"), turns_of(row.get(layout.answer), "assistant")
-    if not question or not answer:
-        return ""
-    context = content_text(row.get(layout.context or ""))
-    if context:
-        question[-1]["content"] += SEPARATOR + context
-    turns = turns_of(row.get(layout.system or ""), "system") + question + answer
+    turns = exchange_turns(row, layout)
     if template.missing:
         return SEPARATOR.join(turn["content"] for turn in turns)
     return template.render(turns, row.get("tools"))
 
 
-def turns_of(value: Any, role: str) -> list[dict[str, Any]]:
-    """A cell as turns of role and content. A string becomes one turn of `role`. BadRow for anything else."""
-    if value is None or value == "" or value == []:
+def exchange_turns(row: Row, layout: Layout) -> list[dict[str, Any]]:
+    """A question and its answer as turns, none if either is empty."""
+    question, answer = turns_of(row.get(layout.question), "user"), turns_of(row.get(layout.answer), "assistant")
+    if not question or not answer:
         return []
-    if isinstance(value, str):
-        return [{"role": role, "content": value}]
-    if isinstance(value, list) and all(isinstance(turn, dict) for turn in value):
-        return [standard_turn(turn) for turn in value]
-    raise BadRow(f"holds {type(value).__name__}, neither text nor a chat; name another column")
-
-
-def standard_turn(turn: dict[str, Any]) -> dict[str, Any]:
-    """One turn with role and content, converted from ShareGPT's from and value if needed. Other keys are kept."""
-    for who, said in (("role", "content"), ("from", "value")):
-        if isinstance(turn.get(who), str) and turn[who] and said in turn:
-            rest = without_nulls({key: value for key, value in turn.items() if key not in (who, said)})
-            called = turn[said] is None and rest.get("tool_calls")  # a tool call without text
-            content = None if called else content_text(turn[said])
-            return {"role": ROLES.get(turn[who], turn[who]), "content": content, **rest}
-    raise BadRow(f"a turn has {', '.join(turn)}, expected role and content, or from and value")
+    context = content_text(row.get(layout.context or ""))
+    if context:
+        question[-1]["content"] += SEPARATOR + context
+    return turns_of(row.get(layout.system or ""), "system") + question + answer
 
 
 def content_text(content: Any) -> str:
@@ -225,6 +259,29 @@ def content_text(content: Any) -> str:
     if isinstance(content, list):
         return "\n".join(map(_part_text, content))
     raise BadRow(f"a turn's content is {type(content).__name__}, expected text")
+
+
+def turns_of(value: Any, role: str, content: Callable[[Any], Any] = content_text) -> list[dict[str, Any]]:
+    """A cell as turns of role and content, mapped by `content`. A string becomes one turn of `role`. BadRow for other
+    values."""
+    if value is None or value == "" or value == []:
+        return []
+    if isinstance(value, str):
+        return [{"role": role, "content": content(value)}]
+    if isinstance(value, list) and all(isinstance(turn, dict) for turn in value):
+        return [standard_turn(turn, content) for turn in value]
+    raise BadRow(f"holds {type(value).__name__}, neither text nor a chat; name another column")
+
+
+def standard_turn(turn: dict[str, Any], content: Callable[[Any], Any] = content_text) -> dict[str, Any]:
+    """One turn with role and content, converted from ShareGPT's from and value if needed. Other keys are kept."""
+    for who, said in (("role", "content"), ("from", "value")):
+        if isinstance(turn.get(who), str) and turn[who] and said in turn:
+            rest = without_nulls({key: value for key, value in turn.items() if key not in (who, said)})
+            called = turn[said] is None and rest.get("tool_calls")  # a tool call without text
+            words = None if called else content(turn[said])
+            return {"role": ROLES.get(turn[who], turn[who]), "content": words, **rest}
+    raise BadRow(f"a turn has {', '.join(turn)}, expected role and content, or from and value")
 
 
 def _part_text(part: Any) -> str:
@@ -267,8 +324,7 @@ class ChatTemplate:
         """
         if not turns:
             return ""
-        if self.missing:
-            raise DatasetError(f"{self.label}: holds chats, and this tokenizer has no chat template; pass plain text")
+        self._require()
         tools = tools_of(tools)
         try:
             return self._apply(turns, tools)
@@ -279,6 +335,15 @@ class ChatTemplate:
         text = self._apply([turns[1] | {"content": content}, *turns[2:]], tools)
         self.reading.folded += 1
         return text
+
+    def render_parts(self, turns: list[dict[str, Any]], tools: Any = None) -> str:
+        """The rendered chat; its contents are lists of parts."""
+        self._require()
+        return self._rendered(turns, tools_of(tools))
+
+    def _require(self) -> None:
+        if self.missing:
+            raise DatasetError(f"{self.label}: holds chats, and this tokenizer has no chat template; pass plain text")
 
     def _apply(self, turns: list[dict[str, Any]], tools: list[Any] | None) -> str:
         if self.wants_parts:

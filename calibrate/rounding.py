@@ -12,7 +12,7 @@ from torch import Tensor
 from lowbit.calibrate import ranks
 from lowbit.calibrate.block import BlockWork
 from lowbit.calibrate.parts import BlockTask, Needs, Rounder, setting
-from lowbit.models.states import States, joined
+from lowbit.models.states import States, batched
 from lowbit.quant.algos.clip import group_moments, plain_shrink, search_shrink
 from lowbit.quant.algos.gptq import DAMPING, gptq
 from lowbit.quant.algos.learned import LearnedWeight
@@ -22,6 +22,7 @@ from lowbit.quant.site import Site
 
 # Least tokens for a second moment: in total, and per input.
 MOMENT_TOKENS, TOKENS_PER_INPUT = 32768, 16
+SAMPLE_TOKENS = 2048  # tokens used to compare module outputs
 STEP_TOKENS = 4096  # tokens per step of learned rounding
 TRAVEL = 0.2  # largest total change of an offset: the sum of all rates
 LOOKS = 8  # evaluations on the held sample per block, to keep the best iterate
@@ -171,10 +172,11 @@ def stages(sites: list[Site]) -> Iterator[list[Site]]:
     yield from together.values()
 
 
-def spread(batches: list[States]) -> States:
-    """One batch, shaped like the first of `batches`, of sequences spread evenly over all of them."""
-    rows, count = _rows(batches), batches[0].shape[0]
-    return joined(rows[i * len(rows) // count] for i in range(count))
+def spread(batches: list[States]) -> list[States]:
+    """Sequences spread evenly over all `batches`: as many as the first has, or about SAMPLE_TOKENS tokens."""
+    rows = _rows(batches)
+    count = min(max(batches[0].shape[0], SAMPLE_TOKENS * len(rows) // sum(row.tokens for row in rows)), len(rows))
+    return batched(rows[i * len(rows) // count] for i in range(count))
 
 
 def _rows(batches: list[States]) -> list[States]:
@@ -200,7 +202,7 @@ class RoundingLearner:
         targets  the unquantized model's outputs of the block
         Iterates are compared on one batch of sequences, spread over all.
         """
-        held = spread(inputs), spread(targets)
+        held = list(zip(spread(inputs), spread(targets), strict=True))
         weights = self._rounded()
         pairs = list(zip(_rows(inputs), _rows(targets), strict=True))
         best, least = weights, float("inf")
@@ -208,7 +210,7 @@ class RoundingLearner:
         for step in range(self._iters + 1):
             self._work.use(weights)
             if step % look == 0 or step == self._iters:
-                loss = ranks.leaders_number(float(self._loss(*held)))
+                loss = ranks.leaders_number(sum(float(self._loss(*pair)) for pair in held))
                 if loss < least:
                     best, least = weights, loss
             if step < self._iters:
@@ -236,7 +238,8 @@ class RoundingLearner:
                 self._learned[name].step(weights[name], gradient, rate)
 
     def _minibatch(self, pairs: list[tuple[States, States]], size: int) -> Iterator[tuple[States, States]]:
-        """Batches of `size` random sequences from `pairs`, with STEP_TOKENS tokens in total."""
-        for _ in range(max(STEP_TOKENS // (size * pairs[0][0].tokens), 1)):
+        """Batches of `size` random sequences from `pairs`, with about STEP_TOKENS tokens in total."""
+        mean = sum(x.tokens for x, _ in pairs) // len(pairs)
+        for _ in range(max(STEP_TOKENS // (size * mean), 1)):
             chosen = torch.randperm(len(pairs), generator=self._generator)[:size].tolist()
-            yield joined(pairs[row][0] for row in chosen), joined(pairs[row][1] for row in chosen)
+            yield from zip(*(batched(pairs[row][side] for row in chosen) for side in (0, 1)), strict=True)

@@ -21,12 +21,12 @@ SINGLE_PROBES = 48
 class Prober:
     """Finds the structure of blocks, once for similar ones, and proves it on each block."""
 
-    def __init__(self, walk: Walk, ids: Tensor, seed: int) -> None:
+    def __init__(self, walk: Walk, words: Tensor, seed: int) -> None:
         self._walk, self._seed = walk, seed
         self._known: dict[Any, tuple[Block, Structure]] = {}
-        flat = ids.flatten()
-        probe = flat[: PROBE_LENGTH * 2].view(2, -1)
-        single = flat[:SINGLE_PROBES].view(-1, 1)
+        flat = words.flatten()
+        flat = flat[torch.arange(2 * PROBE_LENGTH) % len(flat)]  # samples with images may hold few words
+        probe, single = flat.view(2, -1), flat[:SINGLE_PROBES].view(-1, 1)
         self._entering = [walk.start([probe, single])]
 
     def structure(self, index: int) -> Structure:

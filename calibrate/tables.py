@@ -110,8 +110,10 @@ def hub_rows(name: str, config: str | None, split: str, seed: int) -> Iterator[N
     import datasets
 
     streaming = not datasets.config.HF_HUB_OFFLINE
-    table = datasets.load_dataset(name, config, split=split, streaming=streaming)
-    yield from enumerate(table.shuffle(seed=seed), 1)
+    table = datasets.load_dataset(name, config, split=split, streaming=streaming).shuffle(seed=seed)
+    rows = table if streaming else table.to_iterable_dataset()
+    # images stay the bytes of their files: they are opened under limits, or not at all (calibrate/pictures.py)
+    yield from enumerate(rows.decode(False) if rows.features else rows, 1)
 
 
 def as_row(value: Any) -> Row:

@@ -80,6 +80,8 @@ class Printer:
 
     def readings(self, calibration: CalibrationSet) -> None:
         """Print counts of skipped or folded calibration rows; with --verbose, each row."""
+        if calibration.seen:
+            self.console.print(f"  note: calibrated on {calibration.source}")
         for reading in calibration.readings:
             if text := reading.describe():
                 self.console.print(f"  note: {text}")

@@ -56,7 +56,7 @@ def open_regular(path: Path) -> BinaryIO:
     try:
         _require_regular(path, os.stat(path).st_mode)
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    except FileNotFoundError:
+    except (FileNotFoundError, CheckpointError):
         raise
     except (OSError, ValueError) as error:  # ValueError for a name with a zero byte
         raise CheckpointError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from error

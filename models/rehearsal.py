@@ -124,7 +124,7 @@ class _Rehearsal(Walk):
         return nullcontext()
 
     @contextmanager
-    def _entrance(self) -> Iterator[None]:
+    def _entrance(self, seeing: bool) -> Iterator[None]:
         yield
 
 

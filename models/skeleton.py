@@ -8,12 +8,8 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 from transformers.models.auto.auto_factory import _BaseAutoModelClass
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
-)
 from transformers.pytorch_utils import Conv1D
 
 from lowbit.errors import CheckpointError
@@ -159,7 +155,7 @@ def _quantized_inputs(tensors: LogicalTensors) -> dict[str, Callable[[Tensor], T
 def _empty_model(source: Source) -> PreTrainedModel:
     config = source.config
     config._experts_implementation = "eager"  # one F.linear per expert, visible to calibration
-    auto = AutoModelForImageTextToText if _sees_images(config) else AutoModelForCausalLM
+    auto = AutoModelForImageTextToText if source.sees else AutoModelForCausalLM
     with untrusted(source.directory, "transformers cannot make the model of this configuration"):
         _require_held(source, auto)
         with init_empty_weights(include_buffers=False):
@@ -184,14 +180,6 @@ def _require_held(source: Source, auto: type[_BaseAutoModelClass]) -> None:
             f"{source.directory}: the model of config.json has {parameters} parameters and {buffers} bytes of tables, "
             f"the files hold {held} values: config.json belongs to another model"
         )
-
-
-def _sees_images(config: PretrainedConfig) -> bool:
-    """True if the model's class takes images. For a type with several classes, the configuration's `architectures`
-    decides."""
-    kind, classes = config.model_type, config.architectures or []
-    wrapper = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(kind)
-    return wrapper is not None and (kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or wrapper in classes)
 
 
 def find_blocks(model: PreTrainedModel) -> list[tuple[str, nn.Module]]:

@@ -7,7 +7,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoProcessor,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+)
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -70,6 +77,25 @@ class Source:
             )
             tokenizer.decode(tokenizer("A text.").input_ids)  # a broken tokenizer often fails only in use
         return tokenizer
+
+    def processor(self) -> ProcessorMixin:
+        """The model's processor of texts and images. CheckpointError if there is none."""
+        what = "no processor that transformers can load, and images need one (text alone does not: --text-column)"
+        with untrusted(self.directory, what):
+            found = AutoProcessor.from_pretrained(self.directory, trust_remote_code=self.trust_remote_code)
+            if not isinstance(found, ProcessorMixin) or not hasattr(found, "image_processor"):
+                raise TypeError(
+                    f"{type(found).__name__} takes no images: preprocessor_config.json is missing or another's"
+                )
+        return found
+
+    @property
+    def sees(self) -> bool:
+        """True if the model's class takes images. For a type with several classes, the configuration's `architectures`
+        decides."""
+        kind, classes = self.config.model_type, self.config.architectures or []
+        wrapper = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(kind)
+        return wrapper is not None and (kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or wrapper in classes)
 
     @property
     def vocabulary(self) -> int:

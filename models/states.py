@@ -7,8 +7,11 @@ forward pass with stubbed blocks:
 - dependent on the tokens (Gemma 4's embedding per layer): stored with the batch
 - returned by an earlier block next to its hidden states (the indices of an indexer): passed on
 - an empty mapping in which blocks store values for each other (shared keys and values): copied for each batch
+
+A sample with images has a call of its own, and additions of the model between blocks (Qwen3-VL's deep features).
 """
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable, MutableMapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -20,6 +23,7 @@ from torch.utils import _pytree as pytree
 from lowbit.errors import CheckpointError
 
 Place = tuple[int, int]  # a block, and the index of its argument after flattening
+ADDED = -1  # in place of an argument: the model's addition to the hidden states after the block
 
 
 @dataclass(frozen=True)
@@ -30,12 +34,14 @@ class States:
     shape    (B, T)
     own      arguments of blocks that depend on the tokens
     carried  values from earlier blocks, by name: tensors (B, ...) or (B * T, ...), in dicts and tuples
+    label    hash of a sample with images, which has a call of its own; empty for texts
     """
 
     hidden: Tensor
     shape: tuple[int, int]
     own: dict[Place, Tensor] = field(default_factory=dict)
     carried: dict[str, Any] = field(default_factory=dict)
+    label: str = ""
 
     @property
     def tokens(self) -> int:
@@ -58,7 +64,7 @@ class States:
             shapes = sorted({tuple(leaf.shape) for leaf in leaves if len(leaf) % count})
             raise CheckpointError(f"blocks hand on {shapes[0]} for {count} sequences: no even part for each")
         parts = zip(*(leaf.chunk(count) for leaf in leaves), strict=True)
-        return [_states(spec, part, (1, length)) for part in parts]
+        return [_states(spec, part, (1, length), self.label) for part in parts]
 
     def taped(self) -> "States":
         """The states as leaves of a new autograd graph."""
@@ -82,16 +88,24 @@ class States:
 
 
 def joined(rows: Iterable[States]) -> States:
-    """One batch from several of equal length."""
+    """One batch from several of equal length and label."""
     rows = list(rows)
     flat = [pytree.tree_flatten((row.hidden, row.own, row.carried)) for row in rows]
     leaves = [torch.cat(column) for column in zip(*(leaves for leaves, _ in flat), strict=True)]
-    return _states(flat[0][1], leaves, (sum(row.shape[0] for row in rows), rows[0].shape[1]))
+    return _states(flat[0][1], leaves, (sum(row.shape[0] for row in rows), rows[0].shape[1]), rows[0].label)
 
 
-def _states(spec: pytree.TreeSpec, leaves: Iterable[Tensor], shape: tuple[int, int]) -> States:
+def batched(rows: Iterable[States]) -> list[States]:
+    """Sequences in batches, one for each length and label."""
+    alike: dict[tuple[int, str], list[States]] = defaultdict(list)
+    for row in rows:
+        alike[row.shape[1], row.label].append(row)
+    return [joined(group) for group in alike.values()]
+
+
+def _states(spec: pytree.TreeSpec, leaves: Iterable[Tensor], shape: tuple[int, int], label: str) -> States:
     hidden, own, carried = pytree.tree_unflatten(list(leaves), spec)
-    return States(hidden, shape, own, carried)
+    return States(hidden, shape, own, carried, label)
 
 
 def pulled(run: Callable[[States], States], states: States, gradient: list[Tensor | None]) -> list[Tensor | None]:
@@ -204,7 +218,8 @@ class Wiring:
         carried |= {name: dict(store) for name, store in stores.items()}
         named = {_name(index, number): value for number, value in enumerate(rest)}
         carried |= {name: value for name, value in named.items() if name in wanted and value is not None}
-        return replace(states, hidden=first.movedim(self.rows, 0), carried=carried)
+        hidden, added = first.movedim(self.rows, 0), states.own.get((index, ADDED))
+        return replace(states, hidden=hidden if added is None else hidden + added, carried=carried)
 
     @property
     def _store_names(self) -> set[str]:
@@ -221,19 +236,28 @@ def wiring_of(one: Recording, other: Recording, longer: Recording) -> Wiring:
     one, other  of two batches of equal shape that differ in every token
     longer      of a batch with more sequences
     """
-    handed = {id(value): _name(i, number) for i, row in enumerate(one.handed) for number, value in enumerate(row)}
-    own, returned, stores = {}, {}, {}
-    for i, call in enumerate(one.calls):
+    alone = wiring_alone(one, _rows(one.hidden, longer.hidden))
+    own = {
+        (i, at): _rows(leaf, longer.calls[i].leaves[at])
+        for i, call in enumerate(one.calls)
+        for at, leaf in enumerate(call.leaves)
+        if alone.is_given(i, at) and not alike(leaf, other.calls[i].leaves[at])
+    }
+    return replace(alone, own=own)
+
+
+def wiring_alone(recording: Recording, rows: int) -> Wiring:
+    """The wiring of one sample with a call of its own. Sequences are stacked along dimension `rows`."""
+    handed = {id(value): _name(i, number) for i, row in enumerate(recording.handed) for number, value in enumerate(row)}
+    returned, stores = {}, {}
+    for i, call in enumerate(recording.calls):
         for at, leaf in enumerate(call.leaves):
             if id(leaf) in handed:
                 returned[i, at] = handed[id(leaf)]
             elif isinstance(leaf, MutableMapping) and not leaf:
-                stores[i, at] = f"store {id(leaf)}"
-            elif not alike(leaf, other.calls[i].leaves[at]):
-                own[i, at] = _rows(leaf, longer.calls[i].leaves[at])
-    names = {name: f"store {number}" for number, name in enumerate(dict.fromkeys(stores.values()))}
-    stores = {place: names[name] for place, name in stores.items()}
-    return Wiring(_rows(one.hidden, longer.hidden), own, returned, stores)
+                stores[i, at] = id(leaf)
+    names = {store: f"store {number}" for number, store in enumerate(dict.fromkeys(stores.values()))}
+    return Wiring(rows, {}, returned, {place: names[store] for place, store in stores.items()})
 
 
 def alike(one: Any, other: Any) -> bool:

@@ -3,9 +3,10 @@
 The model's own forward pass runs twice with stubbed blocks: once to record the arguments of each block (hidden states,
 masks, rotary tables), once to turn the last hidden states into logits. In between, each block is called directly with
 those arguments (models/states.py describes their kinds).
+Samples with images pass the towers before the first block, in the walk's dtype.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,10 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from lowbit.errors import CheckpointError
+from lowbit.export.untrusted import untrusted
+from lowbit.models.imagetext import Batch, ImageText, ids_of, words_of
 from lowbit.models.placement import Placement
 from lowbit.models.products import rounded_inputs
 from lowbit.models.skeleton import Skeleton, empty, fill, hollow
-from lowbit.models.states import Call, Recording, States, Wiring, alike, wiring_of
+from lowbit.models.states import ADDED, Call, Recording, States, Wiring, alike, wiring_alone, wiring_of
 
 HEAD_SLICE = 1 << 25  # elements of the head converted at a time: 128 MiB in float32
 NOT_BY_BLOCKS = (
@@ -30,18 +33,24 @@ class _Stop(Exception):
     """Stops a forward pass early."""
 
 
+@dataclass(frozen=True)
+class _Route:
+    """The calls of all blocks, and their wiring, for batches of one shape or one sample with images."""
+
+    calls: list[Call]
+    wiring: Wiring
+
+
 @dataclass
 class Walk:
-    """A walk through the blocks of `skeleton` on `device` in `dtype`.
-
-    calls  arguments of blocks by (batch, length); filled by `start`
-    """
+    """A walk through the blocks of `skeleton` on `device` in `dtype`."""
 
     skeleton: Skeleton
     device: str
     dtype: torch.dtype
-    calls: dict[tuple[int, int], list[Call]] = field(default_factory=dict)
+    _routes: dict[tuple[tuple[int, int], str], _Route] = field(default_factory=dict)  # by shape and label
     _returned: int | None = None
+    _sees: bool = False  # True after the check that samples with images can run block by block
     _wiring: Wiring | None = None
 
     @property
@@ -51,12 +60,15 @@ class Walk:
         return self._wiring
 
     @torch.no_grad()
-    def start(self, batches: list[Tensor]) -> list[States]:
-        """The input states of the first block, for each batch of token ids (B, T)."""
-        self._require_positions(max(batch.shape[1] for batch in batches))
-        with self._entrance():
-            self._learn(batches[0].to(self.device))
-            return [self._embed(batch.to(self.device)) for batch in batches]
+    def start(self, batches: Sequence[Batch]) -> list[States]:
+        """The input states of the first block, for each batch."""
+        self._require_positions(max(ids_of(batch).shape[1] for batch in batches))
+        with self._entrance(seeing=any(isinstance(batch, ImageText) for batch in batches)):
+            self._learn(words_of(batches[0]).to(self.device), ids_of(batches[0]).shape[1])
+            return [
+                self._see(batch) if isinstance(batch, ImageText) else self._embed(batch.to(self.device))
+                for batch in batches
+            ]
 
     def run(self, index: int, states: States) -> States:
         """The output states of block `index`, whose module must be loaded."""
@@ -64,7 +76,8 @@ class Walk:
 
     def run_module(self, module: nn.Module, index: int, states: States) -> States:
         """The output states of `module`, a copy of block `index` that is called like that block."""
-        wiring, call = self.wiring, self.calls[states.shape][index]
+        route = self._routes[states.shape, states.label]
+        wiring, call = route.wiring, route.calls[index]
         leaves, stores = wiring.entering(index, call, states)
         args, kwargs = call.arguments(leaves)
         with self._quantized_inputs(index):
@@ -72,18 +85,18 @@ class Walk:
         return wiring.leaving(index, output, stores, states)
 
     @torch.no_grad()
-    def logits(self, ids: list[Tensor], left: list[States]) -> Iterator[Tensor]:
-        """The logits (B, T, vocabulary) for each batch of `ids`, from the last block's output states `left`."""
+    def logits(self, batches: Sequence[Batch], left: list[States]) -> Iterator[Tensor]:
+        """The logits (B, T, vocabulary) for each batch, from the last block's output states `left`."""
         with self.head_loaded():
-            for batch, states in zip(ids, left, strict=True):
+            for batch, states in zip(batches, left, strict=True):
                 yield self.logits_of(batch, states.hidden)
 
-    def logits_of(self, ids: Tensor, hidden: Tensor) -> Tensor:
+    def logits_of(self, batch: Batch, hidden: Tensor) -> Tensor:
         """The logits (B, T, vocabulary) of one batch, differentiable with respect to `hidden`. The head must be
         loaded."""
         answer = self._wrapped(hidden.movedim(0, self.wiring.rows))
         with self._stubs(lambda index, args, kwargs: answer):
-            return self.skeleton.model(input_ids=ids.to(self.device), use_cache=False).logits
+            return self.skeleton.model(input_ids=ids_of(batch).to(self.device), use_cache=False).logits
 
     def loaded(self, index: int) -> Any:
         """A context with block `index` in memory."""
@@ -110,14 +123,56 @@ class Walk:
         recording = self._record(batch)
         shape = batch.shape[0], batch.shape[1]
         calls = self.wiring.template(recording)
-        self._require_alike(self.calls.setdefault(shape, calls), calls)
+        self._require_alike(self._routes.setdefault((shape, ""), _Route(calls, self.wiring)).calls, calls)
         return self.wiring.states(recording, shape)
 
-    def _record(self, batch: Tensor, change: float = 0.0) -> Recording:
-        """The calls of all blocks for a batch. Stubs add `change` to hidden states."""
+    def _see(self, sample: ImageText) -> States:
+        """The input states of the first block for a sample with images, and the additions between blocks."""
+        name = type(self.skeleton.model).__name__
+        with untrusted(name, "cannot take a sample with images as its processor makes it"):
+            recording = self._record(sample, level=0.0)
+            if not self._sees:
+                self._require_added(sample, recording)
+        wiring = wiring_alone(recording, self.wiring.rows)
+        length = sample.ids.shape[1]
+        self._routes[(1, length), sample.sha256] = _Route(recording.calls, wiring)
+        added = {
+            (index, ADDED): entered.movedim(wiring.rows, 0)
+            for index, entered in enumerate(recording.entered[1:])
+            if bool(entered.any())
+        }
+        return States(recording.hidden.movedim(wiring.rows, 0), (1, length), added, label=sample.sha256)
+
+    def _require_added(self, sample: ImageText, zeros: Recording) -> None:
+        """CheckpointError if a block's input is not the output of the block before plus a constant, or if the head's
+        input depends on the images directly.
+
+        zeros  the recording of `sample` with stubs that return 0
+        """
+        ones = self._record(sample, level=1.0)
+        for index, pair in enumerate(zip(zeros.entered, ones.entered, strict=True)):
+            if index and not torch.allclose(pair[0] + 1.0, pair[1], rtol=1e-2, atol=1e-2):
+                raise self._not_by_blocks(index)
+        seen, read = (self._before_head(batch, change=0.0)[1][0] for batch in (sample, sample.ids.to(self.device)))
+        if not torch.allclose(seen, read, equal_nan=True):
+            raise self._not_by_blocks(None)
+        self._sees = True
+
+    def _not_by_blocks(self, index: int | None) -> CheckpointError:
+        """The error for block `index`, or the head if None, with other inputs than the last block's output."""
+        name = type(self.skeleton.model).__name__
+        if index is None:
+            how = "makes its head's input of more than what its last block returns"
+        else:
+            how = f"computes with the outputs of its blocks before it calls {self.skeleton.blocks[index].name}"
+        return CheckpointError(f"{name} {how}: {NOT_BY_BLOCKS}")
+
+    def _record(self, batch: Batch, change: float = 0.0, level: float | None = None) -> Recording:
+        """The calls of all blocks for a batch. Stubs add `change` to hidden states, or return `level` everywhere."""
         calls: list[Call] = []
         entered: list[Tensor] = []
         handed: list[tuple[Tensor, ...]] = []
+        flat: dict[str, Tensor] = {}
 
         def record(index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             kwargs = dict(kwargs)
@@ -128,6 +183,8 @@ class Walk:
                 raise _Stop
             # unique tensors: if one turns up among a later block's arguments, the model passes it on
             handed.append(tuple(hidden.new_empty(0) for _ in range((self._returned or 1) - 1)))
+            if level is not None:  # one tensor for all blocks: there may be a hundred
+                hidden = flat.setdefault("", torch.full_like(hidden, level))
             return self._wrapped(hidden + change if change else hidden, handed[-1])
 
         with self._stubs(record):
@@ -148,12 +205,12 @@ class Walk:
                         "batch, but did not on a few tokens: the model cannot be run block by block"
                     )
 
-    def _learn(self, batch: Tensor) -> None:
-        """Learn the return values of blocks, and their wiring."""
+    def _learn(self, words: Tensor, length: int) -> None:
+        """Learn the return values of blocks, and their wiring, on tokens of `words`, at most `length` per sequence."""
         if self._wiring is not None:
             return
-        length = min(LOOK_TOKENS, batch.shape[1])
-        tokens = batch.flatten()[torch.arange(3 * length, device=batch.device) % batch.numel()].view(3, length)
+        length = min(LOOK_TOKENS, length)
+        tokens = words[torch.arange(3 * length, device=words.device) % words.numel()].view(3, length)
         self._returned = self._count_returned(tokens[:1])
         self._require_one_run_each(tokens[:1])
         vocabulary = self.skeleton.model.get_input_embeddings().weight.shape[0]
@@ -173,16 +230,10 @@ class Walk:
             passed_on = index == 0 or torch.equal(changed.entered[index], changed.entered[index - 1] + 1.0)
             pairs = enumerate(zip(one.leaves, other.leaves, strict=True))
             if not passed_on or not all(alike(*pair) for at, pair in pairs if self.wiring.is_given(index, at)):
-                raise CheckpointError(
-                    f"{type(self.skeleton.model).__name__} computes with the outputs of its blocks before it calls "
-                    f"{self.skeleton.blocks[index].name}: {NOT_BY_BLOCKS}"
-                )
+                raise self._not_by_blocks(index)
         heads = [self._before_head(*asked)[1][0] for asked in ((tokens, 0.0), (tokens, 1.0), (others, 0.0))]
         if not all(torch.allclose(heads[0], other, equal_nan=True) for other in heads[1:]):
-            raise CheckpointError(
-                f"{type(self.skeleton.model).__name__} makes its head's input of more than what its last block "
-                f"returns: {NOT_BY_BLOCKS}"
-            )
+            raise self._not_by_blocks(None)
 
     def _require_one_run_each(self, batch: Tensor) -> None:
         """CheckpointError if the model does not run its blocks in order, each once."""
@@ -193,7 +244,7 @@ class Walk:
                 f"another, each once, but {len(order)} times: {NOT_BY_BLOCKS}"
             )
 
-    def _before_head(self, batch: Tensor, change: float) -> tuple[list[int], list[Tensor]]:
+    def _before_head(self, batch: Batch, change: float) -> tuple[list[int], list[Tensor]]:
         """The order of blocks in a forward pass, and the input of the head.
 
         Every stub adds `change` to its hidden states, except the last one, which returns ones.
@@ -235,9 +286,10 @@ class Walk:
             handle.remove()
         return found[0]
 
-    def _run_until_stop(self, batch: Tensor) -> None:
+    def _run_until_stop(self, batch: Batch) -> None:
+        seen = batch.arguments(self.device, self.dtype) if isinstance(batch, ImageText) else {"input_ids": batch}
         try:
-            self.skeleton.model(input_ids=batch, use_cache=False)
+            self.skeleton.model(**seen, use_cache=False)
         except _Stop:
             return
 
@@ -260,9 +312,9 @@ class Walk:
                 del module.forward
 
     @contextmanager
-    def _entrance(self) -> Iterator[None]:
-        """A context with the model in memory, without its blocks and its head."""
-        with self._filled(self.skeleton.model.get_output_embeddings()):
+    def _entrance(self, seeing: bool) -> Iterator[None]:
+        """A context with the model in memory, without its blocks and its head; with its towers if `seeing`."""
+        with self._filled(self.skeleton.model.get_output_embeddings(), towers=seeing):
             yield
 
     @contextmanager
@@ -284,10 +336,10 @@ class Walk:
             del head.forward
 
     @contextmanager
-    def _filled(self, *skipped: nn.Module | None) -> Iterator[None]:
-        """A context with all modules in memory except blocks, towers and `skipped`."""
+    def _filled(self, *skipped: nn.Module | None, towers: bool = False) -> Iterator[None]:
+        """A context with all modules in memory except blocks, `skipped`, and (without `towers`) the towers."""
         model = self.skeleton.model
-        stubs = set(self.skeleton.towers())
+        stubs = set() if towers else set(self.skeleton.towers())
         stubs |= {name for name, module in model.named_modules() if any(module is other for other in skipped)}
         outside = stubs | {block.name for block in self.skeleton.blocks}
         head = model.get_output_embeddings()

@@ -269,9 +269,16 @@ def _calibration(recipe: Recipe, source: Source, progress: OnEvent) -> Calibrati
     if recipe.dataset is None:
         return None
     tokens = calibration_tokens(
-        recipe.dataset, source.tokenizer(), recipe.num_samples, recipe.seqlen, recipe.seed, recipe.text_column
+        recipe.dataset,
+        source.tokenizer(),
+        recipe.num_samples,
+        recipe.seqlen,
+        recipe.seed,
+        recipe.text_column,
+        source if source.sees else None,
     )
-    source.require_known(tokens.ids)
+    for batch in (tokens.ids, *(sample.ids for sample in tokens.seen)):
+        source.require_known(batch)
     progress(Calibrated(tokens))
     if recipe.calibration_sha256 not in (None, tokens.sha256):
         progress(

@@ -146,8 +146,8 @@ def types() -> list[str]:
     return sorted({*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES})
 
 
-def tiny_config(kind: str) -> Any:
-    """The tiny configuration of a type."""
+def tiny_config(kind: str, **changes: Any) -> Any:
+    """The tiny configuration of a type, with `changes`."""
     cls = CONFIG_MAPPING[kind]
     default = cls().to_dict()
     parts = {name: part for name, part in (cls.sub_configs or {}).items() if default.get(name) or name in TEXT_PARTS}
@@ -160,7 +160,7 @@ def tiny_config(kind: str) -> Any:
             fields[name]["model_type"] = inner["model_type"]
     for place, token in enumerate(name for name in IMAGE_TOKENS if default.get(name) is not None):
         fields[token] = VOCABULARY - 20 + place
-    return cls(**_merged(fields, EXCEPTIONS.get(kind, {})))
+    return cls(**_merged(_merged(fields, EXCEPTIONS.get(kind, {})), changes))
 
 
 def _merged(fields: Fields, changes: Fields) -> Fields:
@@ -215,15 +215,15 @@ def tiny_size(kind: str) -> int:
         return sum(parameter.numel() for parameter in _unwritten(kind).parameters())
 
 
-def _unwritten(kind: str) -> PreTrainedModel:
+def _unwritten(kind: str, **changes: Any) -> PreTrainedModel:
     auto = AutoModelForImageTextToText if kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES else AutoModelForCausalLM
-    return auto.from_config(tiny_config(kind), dtype=torch.float32).eval()
+    return auto.from_config(tiny_config(kind, **changes), dtype=torch.float32).eval()
 
 
-def tiny_model(kind: str, seed: int = 0) -> PreTrainedModel:
+def tiny_model(kind: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
     """A random model of a type, whose products have unit variance and whose norms and biases are random too."""
     torch.manual_seed(seed)
-    model = _unwritten(kind)
+    model = _unwritten(kind, **changes)
     disturb(model, seed)
     return model
 
