@@ -1,1 +1,2 @@
-"""Kernels for quantized weights: one operator, a plain-torch reference on every device, CUDA where it was built."""
+"""Kernels for quantized weights: one operator per task, with a plain-torch reference on every device, and CUDA if
+built."""

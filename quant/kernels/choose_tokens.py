@@ -1,6 +1,6 @@
-"""The end of a decode step in one kernel: each row's token, and the row moved on: csrc/choose_tokens.cu.
+"""Token selection at the end of a decode step, in one kernel with the advance of positions: csrc/choose_tokens.cu.
 
-Random numbers are a hash of (seed, tokens written so far, token): a row draws the same ones whoever stands beside it.
+Random numbers are a hash of (seed, tokens written so far, token), so a row's draws do not depend on the batch.
 """
 
 from dataclasses import dataclass
@@ -11,10 +11,10 @@ from torch import Tensor
 
 from lowbit.quant.kernels.extension import EXTENSION, reason_against_device
 
-BLOCK_SCORES = 16384  # that a block asks for at once
-BLOCK_DRAWS = 4096  # the same where each takes noise: some hundred instructions
-MAX_BLOCKS = 8  # of a cluster, which share a row
-MAX_ROWS = 65535  # of a grid
+BLOCK_SCORES = 16384  # scores per block
+BLOCK_DRAWS = 4096  # scores per block with noise, which costs some hundred instructions each
+MAX_BLOCKS = 8  # of a cluster that shares a row
+MAX_ROWS = 65535  # largest grid
 
 GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)
 MIX = ((30, 0xBF58476D1CE4E5B9 - (1 << 64)), (27, 0x94D049BB133111EB - (1 << 64)))
@@ -22,11 +22,11 @@ MIX = ((30, 0xBF58476D1CE4E5B9 - (1 << 64)), (27, 0x94D049BB133111EB - (1 << 64)
 
 @dataclass(frozen=True)
 class Cursor:
-    """Where rows stand in their sequences.
+    """Positions of the rows in their sequences.
 
     positions  (m) int64  each row's position
-    slots      (m) int64  and its place in the cache
-    last       the last position: a row that has come there stays
+    slots      (m) int64  each row's place in the cache
+    last       the last position; a row that has reached it does not move
     """
 
     positions: Tensor
@@ -36,9 +36,9 @@ class Cursor:
 
 @dataclass(frozen=True)
 class Noise:
-    """What makes the largest score a draw from softmax(scores / temperature): the Gumbel-max trick.
+    """Noise that turns the argmax into a draw from softmax(scores / temperature): the Gumbel-max trick.
 
-    temperature  (m) float32  0: the row takes its likeliest token
+    temperature  (m) float32  0 for greedy decoding of that row
     seed         (m) int64
     """
 
@@ -48,14 +48,14 @@ class Noise:
 
 @dataclass(frozen=True)
 class Choice:
-    """What a step ends with. All but the scores are written in place.
+    """The inputs of a token selection. Everything but the scores is written in place.
 
     scores   (m, n) float32  contiguous
-    tokens   (m)    int64    becomes the index of each row's largest score: the first where there are more, the first
-                             NaN where there is one, as Tensor.argmax has it
-    written  (m)    int64    becomes one more
-    cursor   moves on by one position; None: rows stay
-    noise    added to the scores over their temperatures before they are compared; None: none is
+    tokens   (m)    int64    written: index of each row's largest score; the first one of several, or the first NaN, as
+                             in Tensor.argmax
+    written  (m)    int64    incremented
+    cursor   advanced by one position; None: rows stay
+    noise    added to scores / temperature before the comparison; None for greedy decoding
     dependent  launch without waiting for the previous kernel (programmatic dependent launch)
     """
 
@@ -68,7 +68,7 @@ class Choice:
 
 
 def choose(call: Choice) -> None:
-    """Writes the tokens of `call`, and moves its rows on. ValueError where the tensors do not fit together."""
+    """Write the tokens of `call` and advance its rows. ValueError if the tensors do not fit together."""
     check(call)
     if reason_against(call):
         reference(call)
@@ -77,7 +77,7 @@ def choose(call: Choice) -> None:
 
 
 def launch(call: Choice) -> None:
-    """Runs the kernel on `call`, which `check` has passed."""
+    """Run the kernel on `call`, which `check` has passed."""
     assert EXTENSION is not None
     args: Any = EXTENSION.ChooseTokensArgs()
     args.scores, args.last = call.scores.data_ptr(), call.cursor.last if call.cursor else 0
@@ -93,12 +93,12 @@ def launch(call: Choice) -> None:
 
 
 def choose_blocks(n: int, noise: bool, capability: tuple[int, int]) -> int:
-    """Blocks that share a row of n scores."""
+    """Number of blocks that share a row of n scores."""
     return min(MAX_BLOCKS, -(-n // (BLOCK_DRAWS if noise else BLOCK_SCORES))) if capability >= (9, 0) else 1
 
 
 def rows_of(call: Choice) -> dict[str, Tensor]:
-    """The tensors that have a number for each row, by name."""
+    """The tensors with one value per row, by name."""
     rows = {"tokens": call.tokens, "written": call.written}
     if call.cursor is not None:
         rows |= {"positions": call.cursor.positions, "slots": call.cursor.slots}
@@ -108,7 +108,7 @@ def rows_of(call: Choice) -> dict[str, Tensor]:
 
 
 def check(call: Choice) -> None:
-    """Raises ValueError where the parts of `call` do not go together."""
+    """ValueError if the parts of `call` do not fit together."""
     scores = call.scores
     if scores.ndim != 2 or scores.dtype != torch.float32 or not scores.is_contiguous() or not scores.shape[1]:
         shape, strides = tuple(scores.shape), scores.stride()
@@ -122,7 +122,7 @@ def check(call: Choice) -> None:
 
 
 def reason_against(call: Choice) -> str | None:
-    """The reason why the kernel cannot take the rows, or None."""
+    """The reason why the kernel cannot run on these rows, or None."""
     scores = call.scores
     if scores.device.type != "cuda":
         return f"the tensors are on the {scores.device.type}"
@@ -143,7 +143,7 @@ def reference(call: Choice) -> None:
 
 
 def perturbed(call: Choice) -> Tensor:
-    """The scores that are compared, in plain torch."""
+    """The scores to compare, in plain torch."""
     if call.noise is None:
         return call.scores
     temperature, seed = call.noise.temperature.unsqueeze(1), call.noise.seed.unsqueeze(1)
@@ -153,7 +153,7 @@ def perturbed(call: Choice) -> Tensor:
 
 
 def mix(values: Tensor) -> Tensor:
-    """SplitMix64's finalizer of int64: every bit of the result depends on every bit of the value."""
+    """SplitMix64's finalizer on int64: every bit of the result depends on every bit of the value."""
     for shift, factor in MIX:
         values = (values ^ ((values >> shift) & ((1 << (64 - shift)) - 1))) * factor
     return values ^ ((values >> 31) & ((1 << 33) - 1))

@@ -1,7 +1,8 @@
-"""What stands between a decode step's products: new heads into the key-value cache, and attention over it.
+"""Decode attention: new heads are appended to the key-value cache, then attend to it.
 
-`append` norms, rotates and stores the heads of new tokens; `attend` is softmax(q k^T) v for few tokens against a long
-cache. On a GPU csrc/decode_attention.cu, elsewhere plain torch, which is also what the kernels are held against.
+`append` applies norm and rotation to the heads of new tokens and stores them; `attend` is softmax(q k^T) v for few
+tokens and a long cache. A GPU runs csrc/decode_attention.cu. Elsewhere plain torch runs, which is also the reference
+for the kernels.
 """
 
 from collections.abc import Mapping
@@ -16,23 +17,23 @@ from lowbit.quant.kernels.problem import check_alignment, has_fast_memory
 
 INT8_LIMIT = 127
 MAX_HEAD_DIM = 256
-BLOCK_HEADS = 8  # query heads of one key head that a block serves
-MAX_SPLITS = 8  # a cluster's blocks: as many fit everywhere
-# More splits help long sequences and hurt short ones (docs/kernels/decode_attention.md). The times of a cut at 128 and
-# at 2048 positions lie on a line, and the lines of a few and of many splits cross near SHORT.
+BLOCK_HEADS = 8  # query heads of one key head per block
+MAX_SPLITS = 8  # blocks of a cluster: 8 fit on every GPU with clusters
+# More splits help long sequences and hurt short ones (docs/kernels/decode_attention.md). Times with a split tuned at
+# 128 and one tuned at 2048 positions are linear in the length; the lines for few and many splits cross near SHORT.
 SHORT = 1024  # positions
-SHORT_SPLITS = 4  # of a short sequence, at most
-# Beyond so many bytes of cache attention is better launched plainly where memory is fast: it reads for longer than a
-# launch takes, and beside the product before it many blocks would begin late. Llama-2-7B on an H200, 8 x 2048, 285 MB
-# a layer: 3.837 ms a step, else 4.063; 1 x 2048, 36 MB: 1.970, else 1.886.
+SHORT_SPLITS = 4  # most splits of a short sequence
+# With fast memory and more bytes of cache than this, attention is launched without overlap: it reads for longer than a
+# launch takes, and next to the previous product many of its blocks would start late. Llama-2-7B on an H200, 8 x 2048,
+# 285 MB per layer: 3.837 ms per step, 4.063 with overlap; 1 x 2048, 36 MB: 1.970 and 1.886.
 PLAIN_BYTES = 200e6
-SHORT_BLOCKS, LONG_BLOCKS = 1.95, 2.5  # that sequences are split into for each multiprocessor, at most
+SHORT_BLOCKS, LONG_BLOCKS = 1.95, 2.5  # most blocks per multiprocessor after splitting
 APPEND_TENSORS = ("qkv", "positions", "slots", "cosines", "sines", "q_norm", "k_norm")
 
 
 @dataclass(frozen=True)
 class KVCache:
-    """One layer's keys and values. A sequence owns consecutive slots, one a position.
+    """One layer's keys and values. A sequence has consecutive slots, one per position.
 
     k, v                (slots, kv_heads, head_dim)  the activations' dtype, or int8
     k_scales, v_scales  (slots, kv_heads)            the activations' dtype, one per token and head; None without int8
@@ -54,12 +55,12 @@ class KVCache:
 
 @dataclass(frozen=True)
 class Append:
-    """New tokens' heads on their way into the cache.
+    """New tokens' heads, to be appended to the cache.
 
     qkv             (m, (heads + 2 kv_heads) * head_dim)  the heads of q, of k, of v
-    positions       (m) int64            slots (m) int64, each token's place in the cache
-    cosines, sines  (max position, head_dim / 2) float32; inputs j and j + head_dim / 2 of a head turn together
-    q_norm, k_norm  (head_dim)           weights of an RMS norm of each head of q and k before it turns, or None
+    positions       (m) int64            slots (m) int64, each token's slot in the cache
+    cosines, sines  (max position, head_dim / 2) float32; inputs j and j + head_dim / 2 of a head are rotated together
+    q_norm, k_norm  (head_dim)           weights of an RMS norm on each head of q and k before rotation, or None
     """
 
     qkv: Tensor
@@ -80,16 +81,16 @@ class Append:
 
 @dataclass(frozen=True)
 class Attention:
-    """softmax(scale q k^T) v, each token over its own sequence up to and with its own position.
+    """softmax(scale q k^T) v: each token attends to its own sequence, up to and including its own position.
 
     q          (m, heads * head_dim)
     starts     (m) int64  the slot of position 0 of each token's sequence
     positions  (m) int64
-    window     positions that are seen, the token's own included; 0 for all
-    softcap    scores become softcap * tanh(score / softcap); 0 for no bound
-    longest    positions that no sequence comes beyond: how work is cut follows it; 0 where nobody knows
-    dependent  as in problem.Call; starts, positions, and a sequence's cache before its last m positions are read
-               before the kernel before has finished: nothing that this launch may overlap writes them
+    window     number of positions attended to, including the token's own; 0 for all
+    softcap    scores become softcap * tanh(score / softcap); 0 for none
+    longest    upper bound on every sequence's length, which determines the splits; 0 if unknown
+    dependent  as in problem.Call. starts, positions and all of a sequence's cache but its last m positions are read
+               before the previous kernel has finished, so no kernel that this launch may overlap may write them
     """
 
     q: Tensor
@@ -108,7 +109,7 @@ class Attention:
 
 
 def check_append(call: Append) -> None:
-    """Raises ValueError, with the numbers, where the tensors do not fit together."""
+    """ValueError, with numbers, if the tensors do not fit together."""
     cache, m, qkv = call.cache, call.qkv.shape[0], call.qkv
     check_cache(cache, qkv)
     angles = (call.cosines.shape[0], cache.head_dim // 2)
@@ -130,7 +131,7 @@ def check_append(call: Append) -> None:
 
 
 def check_attention(call: Attention) -> None:
-    """Raises ValueError, with the numbers, where the tensors do not fit together."""
+    """ValueError, with numbers, if the tensors do not fit together."""
     cache, m, q = call.cache, call.q.shape[0], call.q
     check_cache(cache, q)
     wanted = {
@@ -146,7 +147,7 @@ def check_attention(call: Attention) -> None:
 def check_tensors(
     wanted: Mapping[str, tuple[Tensor | None, tuple[int, ...], torch.dtype]], device: torch.device
 ) -> None:
-    """Raises ValueError for a tensor that is not of the shape and dtype beside it, on `device`, and contiguous."""
+    """ValueError for a tensor that is not contiguous, on `device`, and of the shape and dtype given with it."""
     for name, (tensor, shape, dtype) in wanted.items():
         if tensor is None:
             continue
@@ -159,7 +160,7 @@ def check_tensors(
 
 
 def check_cache(cache: KVCache, heads: Tensor) -> None:
-    """Raises ValueError where the cache contradicts itself or the dtype of `heads`."""
+    """ValueError if the cache is inconsistent, or does not fit the dtype of `heads`."""
     quantized = cache.k_scales is not None
     dtype = torch.int8 if quantized else heads.dtype
     if cache.k.dtype != dtype or cache.v.dtype != dtype or quantized != (cache.v_scales is not None):
@@ -178,7 +179,7 @@ def check_cache(cache: KVCache, heads: Tensor) -> None:
 
 
 def append(call: Append) -> Tensor:
-    """q (m, heads * head_dim), normed and rotated; k (so treated) and v are in the cache afterwards."""
+    """q (m, heads * head_dim), normalized and rotated. k (treated alike) and v are written to the cache."""
     check_append(call)
     if len(call.qkv) == 0 or reason_against(call.qkv, call.cache):
         return append_reference(call)
@@ -198,7 +199,7 @@ def append(call: Append) -> Tensor:
 def attend(call: Attention) -> Tensor:
     """The attention's output (m, heads * head_dim) in q's dtype.
 
-    ValueError where the tensors do not fit together, or on a GPU where q, k or v is not aligned to 16 bytes.
+    ValueError if the tensors do not fit together, or, on a GPU, if q, k or v is not aligned to 16 bytes.
     """
     check_attention(call)
     if len(call.q) == 0:
@@ -226,17 +227,17 @@ def attend(call: Attention) -> Tensor:
 
 
 def most_bytes(call: Attention) -> int:
-    """Of keys and values that a call reads at its longest; 0 where that is not known."""
+    """Bytes of keys and values that a call reads at most; 0 if unknown."""
     bounds = [bound for bound in (call.longest, call.window) if bound]
     row = call.cache.kv_heads * call.cache.head_dim * call.cache.k.element_size()
     return 2 * row * call.q.shape[0] * (min(bounds) if bounds else 0)
 
 
 def choose_splits(call: Attention, processors: int) -> int:
-    """Blocks that share a sequence, whatever its position: a captured graph serves all up to `longest`.
+    """Number of blocks that share a sequence, independent of its position: a captured graph serves all up to `longest`.
 
-    Where not nearly all whole sequences run at once, halves even out the last wave. processors 0 stands for a GPU
-    without clusters: nothing is split there.
+    If whole sequences do not all run in one wave, at least two splits even out the last wave. processors 0 means a GPU
+    without clusters: no splits.
     """
     blocks = call.q.shape[0] * call.cache.kv_heads * -(-call.heads // call.cache.kv_heads // BLOCK_HEADS)
     bounds = [bound for bound in (call.longest, call.window) if bound]
@@ -249,7 +250,7 @@ def choose_splits(call: Attention, processors: int) -> int:
 
 
 def reason_against(heads: Tensor, cache: KVCache) -> str | None:
-    """The reason why the kernels cannot take these tensors, or None."""
+    """The reason why the kernels cannot run on these tensors, or None."""
     if heads.device.type != "cuda":
         return f"the tensors are on the {heads.device.type}"
     if heads.dtype not in (torch.float16, torch.bfloat16):
@@ -262,7 +263,7 @@ def reason_against(heads: Tensor, cache: KVCache) -> str | None:
 
 
 def cache_of(cache: KVCache) -> Any:
-    """The kernels' form of a cache."""
+    """The kernels' struct of a cache."""
     assert EXTENSION is not None
     kv = EXTENSION.KvCache()
     kv.k, kv.v, kv.kv_heads, kv.head_dim = cache.k.data_ptr(), cache.v.data_ptr(), cache.kv_heads, cache.head_dim
@@ -272,7 +273,7 @@ def cache_of(cache: KVCache) -> Any:
 
 
 def append_reference(call: Append) -> Tensor:
-    """`append` in plain torch, float32 inside."""
+    """`append` in plain torch, computed in float32."""
     cache, dtype = call.cache, call.qkv.dtype
     heads = call.qkv.float().unflatten(-1, (-1, cache.head_dim))
     q, k, v = heads.split([call.heads, cache.kv_heads, cache.kv_heads], dim=1)
@@ -285,20 +286,21 @@ def append_reference(call: Append) -> Tensor:
 
 
 def normed(heads: Tensor, weight: Tensor | None, eps: float) -> Tensor:
-    """The RMS norm of each head, or the heads where there is no weight."""
+    """The RMS norm of each head, or the heads if `weight` is None."""
     if weight is None:
         return heads
     return torch.nn.functional.rms_norm(heads, heads.shape[-1:], weight.float(), eps)
 
 
 def rotate(heads: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
-    """Heads (m, h, head_dim) with inputs j and j + head_dim / 2 turned by angle j of (m, 1, head_dim / 2)."""
+    """Heads (m, h, head_dim) with inputs j and j + head_dim / 2 rotated by angle j of (m, 1, head_dim / 2)."""
     low, high = heads.chunk(2, -1)
     return torch.cat([low * cosines - high * sines, high * cosines + low * sines], -1)
 
 
 def store(into: Tensor, scales: Tensor | None, slots: Tensor, heads: Tensor) -> None:
-    """`heads` (m, kv_heads, head_dim) float32 to their slots; with scales, as int8: absmax / 127, rounded first."""
+    """Store `heads` (m, kv_heads, head_dim) float32 in their slots; with scales, as int8 with absmax / 127 rounded
+    first."""
     if scales is None:
         into[slots] = heads.to(into.dtype)
         return
@@ -310,12 +312,12 @@ def store(into: Tensor, scales: Tensor | None, slots: Tensor, heads: Tensor) -> 
 
 
 def loaded(stored: Tensor, scales: Tensor | None) -> Tensor:
-    """What `store` kept, float32."""
+    """The stored values in float32."""
     return stored.float() if scales is None else stored.float() * scales.float().unsqueeze(-1)
 
 
 def attend_reference(call: Attention) -> Tensor:
-    """`attend` in plain torch: every sequence's slots up to the longest, gathered, masked, float32 inside."""
+    """`attend` in plain torch: slots of all sequences up to the longest position, gathered and masked, in float32."""
     cache = call.cache
     positions = torch.arange(int(call.positions.max()) + 1, device=call.q.device)
     slots = (call.starts.unsqueeze(1) + positions).clamp(max=cache.k.shape[0] - 1)

@@ -1,4 +1,4 @@
-"""The product with a dense weight: its tensors, what is wrong with them, and the same by torch's own functions."""
+"""The product with a dense weight: its tensors, their validation, and the reference by torch's own functions."""
 
 from dataclasses import dataclass
 
@@ -15,14 +15,14 @@ class DenseCall:
     """y = activation(x W^T + bias) + residual.
 
     x           (m, k)  floating point
-    weight      (n, k)  x's dtype: as torch.nn.Linear holds it, so that every kernel, for any m, reads the same
+    weight      (n, k)  x's dtype, in the layout of torch.nn.Linear, which kernels for any m read
     bias        (n)     x's dtype, or None
     residual    (m, n)  x's dtype, or None
-    activation  "silu_mul": silu(first n / 2 outputs) * the others
-    float32_out  y in float32
-    dependent   launch without waiting for the previous kernel (programmatic dependent launch): the weight must not have
-                been written by that kernel
-    deferred    what x lacks of a norm
+    activation  "silu_mul": silu(first n / 2 outputs) * the other outputs
+    float32_out  True for y in float32
+    dependent   launch without waiting for the previous kernel (programmatic dependent launch): the weight must not be
+                written by that kernel
+    deferred    the norm still to finish on x
     """
 
     x: Tensor
@@ -45,20 +45,20 @@ class DenseCall:
 
 
 def problem_of(call: DenseCall) -> Problem:
-    """What `call` is chosen by; asks the GPU for its capability."""
+    """The Problem of `call`, for the choice of a kernel. Queries the GPU's capability."""
     m, (n, k) = call.x.shape[0], call.weight.shape
     return Problem(m, n, k, 16, -1, call.x.dtype, *place_of(call.x.device))
 
 
 def check(call: DenseCall) -> None:
-    """Raises ValueError, with the numbers, where the tensors do not fit together."""
+    """ValueError, with numbers, if the tensors do not fit together."""
     reason = reason_against_tensors(call)
     if reason:
         raise ValueError(f"x of shape {tuple(call.x.shape)} with a weight {tuple(call.weight.shape)}: {reason}")
 
 
 def reason_against_tensors(call: DenseCall) -> str | None:
-    """Every tensor's shape, dtype and device, and whether the epilogue's parts go together."""
+    """The first mismatch in shape, dtype, device or epilogue, or None."""
     x, w = call.x, call.weight
     if x.ndim != 2 or w.ndim != 2 or x.shape[1] != w.shape[1]:
         return f"x must have the shape (m, {w.shape[-1]})"
@@ -81,7 +81,7 @@ def reason_against_tensors(call: DenseCall) -> str | None:
 
 
 def reference(call: DenseCall) -> Tensor:
-    """y of `call` by torch's product and functions, each rounded to x's dtype."""
+    """y of `call` by torch's functions, with each step rounded to x's dtype."""
     x, w, residual = call.x, call.weight, call.residual
     if call.deferred is not None:
         x = divided(x, call.deferred)

@@ -1,4 +1,4 @@
-"""The product of a few rows with a dense weight in halves, W read once as torch holds it: csrc/dense_gemv.cu."""
+"""The product of few rows with a dense weight in half precision, in torch's layout, W read once: csrc/dense_gemv.cu."""
 
 import torch
 from torch import Tensor
@@ -10,13 +10,13 @@ from lowbit.quant.kernels.problem import ACTIVATIONS, Problem
 from lowbit.quant.kernels.ring import Launch
 
 MAX_M = 64
-WARPGROUPS = (1, 2)  # that multiply, in a block
-STEP_BYTES = 16  # of the copy engine: rows' lengths, addresses and distances are multiples
-GATED_STEP = 8  # gate's rows beside up's: n is a multiple of this
+WARPGROUPS = (1, 2)  # multiplying warpgroups per block
+STEP_BYTES = 16  # granularity of the copy engine (TMA): lengths, addresses and pitches of rows are multiples
+GATED_STEP = 8  # n is a multiple of this for a weight with gate rows followed by up rows
 
 
 def reason_against(problem: Problem) -> str | None:
-    """The reason why this kernel cannot take the problem, or None."""
+    """The reason why this kernel cannot run the problem, or None."""
     if problem.dtype not in (torch.float16, torch.bfloat16):
         return f"it is for float16 and bfloat16, not {problem.dtype}"
     if problem.m > MAX_M:
@@ -27,12 +27,13 @@ def reason_against(problem: Problem) -> str | None:
 
 
 def choose_launch(problem: Problem) -> Launch:
-    """How the work is cut. A block of a model takes 6% less time than where half of the GPU is left to what follows."""
+    """The launch for `problem`. It uses the whole GPU: 6% faster in a model's block than half of it, with the rest left
+    to the next kernel."""
     return ring.choose_launch(problem.m, problem.n, problem.k * 2, problem.processors, room=problem.processors)
 
 
 def reason_against_memory(call: DenseCall) -> str | None:
-    """The reason why the copy engine cannot read these tensors where they lie, or None."""
+    """The reason why the copy engine cannot read these tensors, or None."""
     for name, tensor in (("x", call.x), ("weight", call.weight)):
         pitch = pitch_of(tensor)
         if tensor.stride(1) != 1 or pitch < tensor.shape[1] * 2 or pitch % STEP_BYTES or tensor.data_ptr() % STEP_BYTES:
@@ -49,7 +50,7 @@ def reason_against_memory(call: DenseCall) -> str | None:
 
 
 def run(call: DenseCall, problem: Problem, launch: Launch | None = None) -> Tensor:
-    """y of `call`, which dense.check has passed; by torch where its tensors lie as the copy engine cannot read them."""
+    """y of `call`, which dense.check has passed; by torch if the copy engine cannot read its tensors."""
     assert EXTENSION is not None
     if reason_against_memory(call):
         return dense.reference(call)
@@ -62,7 +63,7 @@ def run(call: DenseCall, problem: Problem, launch: Launch | None = None) -> Tens
 
 
 def args_of(call: DenseCall, y: Tensor) -> object:
-    """csrc/dense_gemv.cuh's struct: addresses (0 for what is absent) and sizes."""
+    """csrc/dense_gemv.cuh's struct: addresses (0 for None) and sizes."""
     assert EXTENSION is not None
     args = EXTENSION.DenseArgs()
     tensors = {"x": call.x, "w": call.weight, "bias": call.bias, "residual": call.residual, "y": y}
@@ -80,5 +81,5 @@ def args_of(call: DenseCall, y: Tensor) -> object:
 
 
 def pitch_of(tensor: Tensor) -> int:
-    """Bytes from one row to the next; of a single row its length, whatever its stride."""
+    """Bytes from one row to the next. For a single row this is its length, whatever its stride."""
     return (tensor.stride(0) if tensor.shape[0] > 1 else tensor.shape[1]) * tensor.element_size()

@@ -1,4 +1,4 @@
-"""The build of the extension, and the kernel that each of a list of shapes gets, with the reasons, as text."""
+"""Text about the extension's build, and about the kernel chosen for each of a list of shapes, with reasons."""
 
 from collections.abc import Callable
 
@@ -9,7 +9,7 @@ from lowbit.quant.kernels.extension import EXTENSION
 from lowbit.quant.kernels.problem import Problem
 from lowbit.quant.kernels.registry import choose_kernel, kernels_for
 
-# (m, n, k, bits, group size, int8 inputs): a layer of a 7B model, the largest of a 70B one, and what falls through.
+# (m, n, k, bits, group size, int8 inputs): a layer of a 7B model, the largest of a 70B one, and special cases.
 EXAMPLES = (
     (1, 4096, 4096, 4, 128, False),
     (8, 12288, 4096, 4, 128, False),
@@ -32,7 +32,7 @@ LAUNCHES: dict[str, Callable[[Problem], object]] = {
 
 
 def describe_build() -> str:
-    """One line: which CUDA and architectures lowbit.quant._C was built with, or that it was not."""
+    """One line with the CUDA version and architectures of lowbit.quant._C, or a note that it is not built."""
     if EXTENSION is None:
         return "lowbit.quant._C: not built; the plain-torch reference runs everywhere"
     major, minor = divmod(EXTENSION.cuda_version // 10, 100)
@@ -40,7 +40,8 @@ def describe_build() -> str:
 
 
 def local_gpu() -> tuple[str, tuple[int, int], int]:
-    """Device type, compute capability and multiprocessors of this machine's first GPU, or else of an H100."""
+    """Device type, compute capability and multiprocessors of this machine's first GPU, or of an H100 if there is
+    none."""
     if not torch.cuda.is_available():
         return H100
     properties = torch.cuda.get_device_properties(0)
@@ -48,7 +49,7 @@ def local_gpu() -> tuple[str, tuple[int, int], int]:
 
 
 def describe_problem(problem: Problem) -> str:
-    """The chosen kernel, how it cuts the work, and what those before it have against the problem; or why none is."""
+    """The chosen kernel, its launch, and the objections of all kernels before it; or the reason why there is none."""
     try:
         chosen = choose_kernel(problem)
     except RuntimeError as error:
@@ -63,7 +64,7 @@ def describe_problem(problem: Problem) -> str:
 
 
 def describe_examples() -> list[str]:
-    """The choice of a kernel for each of EXAMPLES on this machine's GPU, or else on an H100."""
+    """The kernel chosen for each of EXAMPLES on this machine's GPU, or on an H100 if there is none."""
     device, capability, processors = local_gpu()
     return [
         describe_problem(Problem(m, n, k, bits, group_size, torch.float16, device, capability, processors, int8_inputs))

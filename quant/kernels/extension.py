@@ -1,4 +1,4 @@
-"""The compiled extension lowbit.quant._C, or None where it was not built."""
+"""The compiled extension lowbit.quant._C, or None if it is not built."""
 
 import importlib
 from types import ModuleType
@@ -11,14 +11,14 @@ except ImportError:
 
 
 def reason_against_device(capability: tuple[int, int]) -> str | None:
-    """The reason why no built code runs on a GPU of this compute capability, or None."""
+    """The reason why no built code runs on a GPU with this compute capability, or None."""
     if EXTENSION is None:
         return "lowbit.quant._C was not built (pip install --no-build-isolation -e . with nvcc on PATH)"
     return reason_against_capability(capability, EXTENSION.architectures)
 
 
 def reason_against_90a() -> str | None:
-    """The reason why code that is for sm_90a alone does not run on a GPU of compute capability 9.0, or None."""
+    """The reason why code for sm_90a does not run on a GPU with compute capability 9.0, or None."""
     reason = reason_against_device((9, 0))
     if reason is None and EXTENSION is not None and "90a" not in EXTENSION.architectures.split():
         return f"it needs code for 90a, lowbit.quant._C was built for {EXTENSION.architectures}"
@@ -26,11 +26,11 @@ def reason_against_90a() -> str | None:
 
 
 def reason_against_capability(capability: tuple[int, int], architectures: str) -> str | None:
-    """The reason why nothing of `architectures` ("80 90a 90+PTX") runs on this compute capability, or None.
+    """The reason why no code in `architectures` ("80 90a 90+PTX") runs on this compute capability, or None.
 
-    Machine code runs from its own version on within the major one ("90a" on 9.0 alone), PTX on all newer GPUs. But PTX
-    from before 9.0 does not on 9.0 and newer: there the launchers use clusters and dependent launch, and the barriers
-    and waits that belong to them are not in it.
+    Machine code runs on its own version and on newer ones of the same major version ("90a" only on 9.0); PTX runs on
+    all newer GPUs. Exception: PTX from before 9.0 does not run on 9.0 or newer. There the launchers use clusters and
+    dependent launch, whose barriers and waits this PTX lacks.
     """
     for name in architectures.split():
         number, _, ptx = name.partition("+")

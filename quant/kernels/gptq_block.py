@@ -1,7 +1,7 @@
-"""Rounding a block of columns one after another, each column's error pushed onto those behind it: GPTQ's inner loop.
+"""GPTQ's inner loop: a block of columns is rounded one by one, with each error compensated in the columns behind it.
 
-On a GPU one warp keeps a row of the block in registers through all columns (csrc/gptq_block.cu), so that a block is one
-launch instead of some hundred; elsewhere plain torch, which is also what the kernel is held against.
+On a GPU one warp keeps a row of the block in registers through all columns (csrc/gptq_block.cu), so that a block takes
+one launch instead of some hundred. Elsewhere plain torch runs, which is also the reference.
 """
 
 import torch
@@ -22,12 +22,12 @@ def gptq_block(
 
     w                (n, b)  float32, b at most 128
     factor           (b, b)  float32, upper triangular: GPTQ's factor of the inverse second moment
-    scales, zeros    (n, b)  float32, each column's group's
-    low, high        the codes' limits
-    fineness, least  the codes' steps, as in numbers.round_to_grid
-    return           codes (n, b) float32; errors (n, b) float32, (w_j - rounded_j) / factor_jj when it was rounded
+    scales, zeros    (n, b)  float32, those of each column's group
+    low, high        smallest and largest code
+    fineness, least  step of the grid, as in numbers.round_to_grid
+    return           codes (n, b) float32; errors (n, b) float32: (w_j - rounded_j) / factor_jj at the time of rounding
 
-    ValueError where dtypes or shapes differ from these.
+    ValueError for other dtypes or shapes.
     """
     n, b = w.shape
     if b > MOST_COLUMNS:
@@ -59,7 +59,7 @@ def _launch(w: Tensor, factor: Tensor, scales: Tensor, zeros: Tensor, grid: Grid
 
 
 def _loop(w: Tensor, factor: Tensor, scales: Tensor, zeros: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
-    """The same, a column at a time: the reference."""
+    """The reference: one column at a time."""
     low, high, fineness, least = grid
     w = w.clone()
     codes, errors = torch.empty_like(w), torch.empty_like(w)

@@ -1,8 +1,8 @@
-"""The torch operators of `lowbit`: schemas, one implementation for every device, shapes for tracing.
+"""The torch operators of `lowbit`: schemas, one implementation for all devices, and shape functions for torch.compile.
 
-Each operator takes a PackedWeight's tensors and numbers one by one, as torch.library wants; the functions below take
-the PackedWeight. On the CPU the registry's last kernel, the plain-torch reference, is what runs: a kernel's test is one
-operator on two devices.
+Each operator takes the tensors and numbers of a PackedWeight separately, as torch.library requires; the functions below
+take the PackedWeight. On a CPU the registry's last kernel runs, the plain-torch reference, so that a kernel is tested
+by running one operator on two devices.
 """
 
 from collections.abc import Callable
@@ -88,7 +88,7 @@ LIBRARY.define(
 
 
 def compute(call: Call) -> Tensor:
-    """y of `call` by the first kernel that takes it. ValueError where the tensors do not fit together."""
+    """y of `call` by the first kernel that accepts it. ValueError if the tensors do not fit together."""
     check(call)
     if call.x.shape[0] == 0:
         return call.x.new_empty(call.y_shape, dtype=call.y_dtype)
@@ -103,13 +103,13 @@ def compute(call: Call) -> Tensor:
 
 
 def shape_of(call: Call) -> Tensor:
-    """An empty y of `call`: what tracing needs."""
+    """Shape function for torch.compile (fake tensor): an empty y of `call`."""
     check(call)
     return call.x.new_empty(call.y_shape, dtype=call.y_dtype)
 
 
 def deferred_of(squares: Tensor | None, eps: float) -> Deferred | None:
-    """The Deferred of an operator's last arguments."""
+    """The Deferred from an operator's last arguments."""
     return None if squares is None else Deferred(squares, eps)
 
 
@@ -136,7 +136,7 @@ def linear_call(
     squares: Tensor | None = None,
     squares_eps: float = 0.0,
 ) -> Call:
-    """The Call of lowbit::linear's arguments."""
+    """The Call from lowbit::linear's arguments."""
     weight = PackedWeight(words, scales, zeros, n, k, bits, group_size, pair_block)
     sides = bias, residual, norm, norm_weight, norm_bias, norm_eps
     deferred = deferred_of(squares, squares_eps)
@@ -159,7 +159,7 @@ def deferring_call(
     dependent: bool,
     next_weight: Tensor | None = None,
 ) -> tuple[Call, NextNorm]:
-    """The Call of lowbit::linear_deferring's arguments, and what it writes beside y."""
+    """The Call from lowbit::linear_deferring's arguments, and its additional outputs."""
     weight = PackedWeight(words, scales, zeros, n, k, bits, group_size, pair_block)
     m = x.shape[0]
     norm = NextNorm(next_norm, x.new_empty(m, n), x.new_empty(m, n // PART, dtype=torch.float32))
@@ -167,7 +167,7 @@ def deferring_call(
 
 
 def with_norm(run: Callable[[Call], Tensor], call: Call, norm: NextNorm) -> tuple[Tensor, Tensor, Tensor]:
-    """y of `call`, z and sums of squares."""
+    """y of `call`, z, and sums of squares."""
     return run(call), norm.z, norm.squares
 
 
@@ -191,7 +191,7 @@ def gated_call(
     squares: Tensor | None = None,
     squares_eps: float = 0.0,
 ) -> Call:
-    """The Call of lowbit::gated_linear's arguments."""
+    """The Call from lowbit::gated_linear's arguments."""
     weight = PackedWeight(words, scales, zeros, n, k, bits, group_size, pair_block)
     sides = bias, None, norm, norm_weight, norm_bias, norm_eps
     deferred = deferred_of(squares, squares_eps)
@@ -224,7 +224,7 @@ def rotary_call(
     squares: Tensor | None = None,
     squares_eps: float = 0.0,
 ) -> Call:
-    """The Call of lowbit::qkv_rotary_append's arguments."""
+    """The Call from lowbit::qkv_rotary_append's arguments."""
     rotary = Rotary(positions, slots, cosines, sines, k_cache, v_cache)
     weight = PackedWeight(words, scales, zeros, n, k, bits, group_size, pair_block)
     sides = bias, None, norm, norm_weight, norm_bias, norm_eps
@@ -249,14 +249,14 @@ def logits_call(
     dependent: bool,
     next_weight: Tensor | None = None,
 ) -> Call:
-    """The Call of lowbit::logits_argmax's arguments."""
+    """The Call from lowbit::logits_argmax's arguments."""
     weight = PackedWeight(words, scales, zeros, n, k, bits, group_size, pair_block)
     sides = None, None, norm, norm_weight, norm_bias, norm_eps
     return Call(x, weight, *sides, float32_out=True, dependent=dependent, next_weight=next_weight)
 
 
 def with_argmax(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits and the index of each row's largest."""
+    """The logits, and the index of each row's largest."""
     return logits, logits.argmax(-1)
 
 
@@ -270,7 +270,7 @@ def dequantize_impl(
 def dequantize_shape(
     words: Tensor, scales: Tensor, zeros: Tensor | None, n: int, k: int, bits: int, group_size: int, pair_block: int
 ) -> Tensor:
-    """An empty result of lowbit::dequantize: what tracing needs."""
+    """Shape function for torch.compile (fake tensor): an empty dense weight."""
     return scales.new_empty(n, k)
 
 
@@ -289,13 +289,13 @@ def append_call(
     norm_eps: float,
     dependent: bool,
 ) -> Append:
-    """The Append of lowbit::append_heads's arguments."""
+    """The Append from lowbit::append_heads's arguments."""
     cache = KVCache(k_cache, v_cache, k_scales, v_scales)
     return Append(qkv, positions, slots, cosines, sines, cache, q_norm, k_norm, norm_eps, dependent)
 
 
 def append_shape(call: Append) -> Tensor:
-    """An empty q of `call`: what tracing needs."""
+    """Shape function for torch.compile (fake tensor): an empty q of `call`."""
     return call.qkv.new_empty(call.qkv.shape[0], call.heads * call.cache.head_dim)
 
 
@@ -313,7 +313,7 @@ def attention_call(
     longest: int,
     dependent: bool,
 ) -> Attention:
-    """The Attention of lowbit::decode_attention's arguments."""
+    """The Attention from lowbit::decode_attention's arguments."""
     cache = KVCache(k_cache, v_cache, k_scales, v_scales)
     return Attention(q, cache, starts, positions, scale, window, softcap, longest, dependent)
 
@@ -329,9 +329,9 @@ def int8_call(
     dtype: torch.dtype,
     dependent: bool,
 ) -> Int8Call:
-    """The Int8Call of lowbit::w8a8_linear's arguments, x rounded to int8 where it is not yet.
+    """The Int8Call from lowbit::w8a8_linear's arguments. x is rounded to int8 here, if it is not int8 already.
 
-    The product may then always start early: the rounding, which it waits for, waits for all that came before.
+    After such a rounding the product may always start early: the rounding kernel has waited for all previous work.
     """
     weight = Int8Weight(codes, scales)
     if x.dtype == torch.int8:
@@ -346,9 +346,9 @@ def int8_call(
 
 
 def compute_by(kind: ModuleType, call: Int8Call | DenseCall) -> Tensor:
-    """y of `call` by the first kernel that takes it; `kind`, w8a8 or dense, is what knows such calls.
+    """y of `call` by the first kernel that accepts it; `kind` is the module of such calls, w8a8 or dense.
 
-    ValueError where the tensors do not fit together.
+    ValueError if the tensors do not fit together.
     """
     kind.check(call)
     if 0 in call.y_shape:
@@ -368,13 +368,13 @@ def dense_call(
     squares: Tensor | None = None,
     squares_eps: float = 0.0,
 ) -> DenseCall:
-    """The DenseCall of lowbit::dense_linear's arguments."""
+    """The DenseCall from lowbit::dense_linear's arguments."""
     deferred = deferred_of(squares, squares_eps)
     return DenseCall(x, weight, bias, residual, activation, float32_out, dependent, deferred)
 
 
 def dense_shape(call: DenseCall) -> Tensor:
-    """An empty y of `call`: what tracing needs."""
+    """Shape function for torch.compile (fake tensor): an empty y of `call`."""
     dense.check(call)
     return call.x.new_empty(call.y_shape, dtype=call.y_dtype)
 
@@ -390,19 +390,19 @@ def choice_of(
     seed: Tensor | None,
     dependent: bool,
 ) -> Choice:
-    """The Choice of lowbit::choose_tokens's arguments."""
+    """The Choice from lowbit::choose_tokens's arguments."""
     cursor = None if positions is None or slots is None else Cursor(positions, slots, last)
     noise = None if temperature is None or seed is None else Noise(temperature, seed)
     return Choice(scores, tokens, written, cursor, noise, dependent)
 
 
 def codes_shape(call: Rows) -> tuple[Tensor, Tensor]:
-    """Empty codes and scales of `call`: what tracing needs."""
+    """Shape function for torch.compile (fake tensor): empty codes and scales of `call`."""
     return call.x.new_empty(call.shape, dtype=torch.int8), call.x.new_empty(call.shape[0], dtype=torch.float32)
 
 
 def register(name: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> None:
-    """Gives an operator its implementation, the same on both devices, and its shapes."""
+    """Register an operator's implementation, the same for both devices, and its shape function."""
     for device in ("CPU", "CUDA"):
         LIBRARY.impl(name, implementation, device)
     torch.library.register_fake(f"lowbit::{name}", fake, lib=LIBRARY)
@@ -455,13 +455,13 @@ register(
 
 
 def weight_args(weight: PackedWeight) -> tuple[Tensor, Tensor, Tensor | None, int, int, int, int, int]:
-    """The weight as the operators take it."""
+    """The weight as separate arguments."""
     sizes = weight.n, weight.k, weight.bits, weight.group_size, weight.pair_block
     return weight.words, weight.scales, weight.zeros, *sizes
 
 
 def deferred_args(deferred: Deferred | None) -> tuple[Tensor | None, float]:
-    """The deferred norm as the operators take it."""
+    """The deferred norm as separate arguments."""
     return (None, 0.0) if deferred is None else (deferred.squares, deferred.eps)
 
 
@@ -485,7 +485,7 @@ def linear(
 
     x (m, k), weight (n, k) packed in x's dtype, bias (n), residual (m, n); returns (m, n) in x's dtype or float32.
     norm: "none", "rms", "layer"; activation: "none", "gelu", "gelu_tanh", "quick_gelu". Everything between x and y is
-    float32. ValueError with the numbers where the tensors do not fit together. problem.Call says more.
+    float32. ValueError with numbers if the tensors do not fit together. See problem.Call.
     """
     return torch.ops.lowbit.linear(
         x,
@@ -514,10 +514,11 @@ def linear_deferring(
     dependent: bool = False,
     next_weight: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """h = x W^T + bias + residual, and what the product with rms_norm(h) takes instead of it, with no launch between.
+    """h = x W^T + bias + residual, and the inputs of the next product with rms_norm(h), without a norm kernel in
+    between.
 
     x (m, k), weight (n, k), n a multiple of 64, next_norm (n) the norm's weight. Returns h (m, n), z = h * next_norm
-    (m, n), and sums of h's squares (m, n / 16) float32: the next product's x and Deferred. problem.NextNorm says more.
+    (m, n), and sums of h's squares (m, n / 16) float32: x and Deferred of the next product. See problem.NextNorm.
     """
     weights = weight_args(weight)
     return torch.ops.lowbit.linear_deferring(x, *weights, bias, residual, next_norm, dependent, next_weight)
@@ -536,7 +537,7 @@ def gated_linear(
     next_weight: Tensor | None = None,
     deferred: Deferred | None = None,
 ) -> Tensor:
-    """silu(gate) * up, (m, n / 2): `weight` is gate's rows over up's, packed with pair_block = n."""
+    """silu(gate) * up, (m, n / 2). `weight` has gate's rows followed by up's, packed with pair_block = n."""
     norms, last = (norm, norm_weight, norm_bias, norm_eps), deferred_args(deferred)
     return torch.ops.lowbit.gated_linear(x, *weight_args(weight), bias, *norms, dependent, next_weight, *last)
 
@@ -557,7 +558,7 @@ def qkv_rotary_append(
 ) -> Tensor:
     """q (m, q_heads * head_dim), rotated; k (rotated) and v are written to rotary's caches.
 
-    `weight` is the rows of q over those of k over those of v, packed with pair_block = head_dim.
+    `weight` has the rows of q, then k, then v, packed with pair_block = head_dim.
     """
     return torch.ops.lowbit.qkv_rotary_append(
         x,
@@ -590,7 +591,8 @@ def logits_argmax(
     dependent: bool = False,
     next_weight: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """norm(x) W^T as float32 (m, n), and the index of each row's largest, int64 (m): a greedy step's last product."""
+    """norm(x) W^T as float32 (m, n), and the index of each row's largest value, int64 (m): the last product of a greedy
+    step."""
     norms = norm, norm_weight, norm_bias, norm_eps
     return torch.ops.lowbit.logits_argmax(x, *weight_args(weight), *norms, dependent, next_weight)
 
@@ -601,17 +603,17 @@ def dequantize(weight: PackedWeight) -> Tensor:
 
 
 def rows_args(call: Rows) -> tuple[Any, ...]:
-    """The rows as the operators take them."""
+    """The rows as separate arguments."""
     return tuple(vars(call).values())
 
 
 def normalize(call: Rows) -> Tensor:
-    """Rows normed, and rounded to int8 where asked, (m, k) in x's dtype. See Rows."""
+    """Rows (m, k) in x's dtype after activation, norm and rounding to int8, each if requested. See Rows."""
     return torch.ops.lowbit.row_norm(*rows_args(call))
 
 
 def quantize_rows(call: Rows) -> tuple[Tensor, Tensor]:
-    """Rows as codes (m, k) int8 and a scale for each, (m) float32: what several products may share. See Rows."""
+    """Codes (m, k) int8 and one scale per row, (m) float32, which several products may share. See Rows."""
     return torch.ops.lowbit.quantize_rows(*rows_args(call))
 
 
@@ -626,17 +628,17 @@ def w8a8_linear(
     dtype: torch.dtype | None = None,
     dependent: bool = False,
 ) -> Tensor:
-    """x W^T + bias + residual (m, n), x and W in int8: the sums are exact, and rounded once to `dtype`.
+    """x W^T + bias + residual (m, n), with x and W in int8: the sums are exact, and rounded once to `dtype`.
 
-    x            (m, k)  float16 or bfloat16, rounded here: by `input_scale`, one float32 number, or, without it, by
-                         each row's absmax / 127; or int8 with x_scales (m) float32, as quantize_rows gives them
+    x            (m, k)  float16 or bfloat16, rounded here by `input_scale` (one float32 number), or by each row's
+                         absmax / 127 without it; or int8 with x_scales (m) float32 from quantize_rows
     bias         (n)     of y's dtype
     residual     (m, n)  of y's dtype
-    dtype        of y: x's own where nothing is said; for x in int8 float16, bfloat16, or float32 where there is neither
-                 bias nor residual
-    dependent    launch without waiting for the previous kernel (programmatic dependent launch), which must have written
+    dtype        of y, by default x's dtype; for x in int8 it must be given: float16, bfloat16, or float32 without bias
+                 and residual
+    dependent    launch without waiting for the previous kernel (programmatic dependent launch), which must write
                  neither the weight nor the bias
-    ValueError with the numbers where the tensors do not fit together.
+    ValueError with numbers if the tensors do not fit together.
     """
     if dtype is None and x.dtype == torch.int8:
         raise ValueError("x in int8: say y's dtype")
@@ -657,24 +659,24 @@ def dense_linear(
     dependent: bool = False,
     deferred: Deferred | None = None,
 ) -> Tensor:
-    """activation(x W^T + bias) + residual, of a weight (n, k) as torch.nn.Linear holds it, in x's dtype.
+    """activation(x W^T + bias) + residual, for a weight (n, k) in the layout of torch.nn.Linear, in x's dtype.
 
     x (m, k), bias (n), residual (m, n); returns (m, n) in x's dtype or float32. activation: "none", "gelu",
-    "gelu_tanh", "quick_gelu", or "silu_mul", silu(gate) * up, (m, n / 2), of gate's rows over up's. Few rows in half
-    precision on Hopper are one kernel, in float32 between x and y; all others are torch's functions. ValueError with
-    the numbers where the tensors do not fit together. dense.DenseCall says more.
+    "gelu_tanh", "quick_gelu", or "silu_mul": silu(gate) * up, (m, n / 2), for gate's rows followed by up's. Few rows in
+    half precision on Hopper run as one kernel, in float32 between x and y; all others run as torch's functions.
+    ValueError with numbers if the tensors do not fit together. See dense.DenseCall.
     """
     last = deferred_args(deferred)
     return torch.ops.lowbit.dense_linear(x, weight, bias, residual, activation, float32_out, dependent, *last)
 
 
 def cache_args(cache: KVCache) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """The cache as the operators take it."""
+    """The cache as separate arguments."""
     return cache.k, cache.v, cache.k_scales, cache.v_scales
 
 
 def append_heads(call: Append) -> Tensor:
-    """q (m, heads * head_dim), normed and rotated; k, so treated, and v go to the cache. See Append."""
+    """q (m, heads * head_dim), normalized and rotated; k (treated alike) and v are written to the cache. See Append."""
     return torch.ops.lowbit.append_heads(
         call.qkv,
         call.positions,
@@ -690,7 +692,7 @@ def append_heads(call: Append) -> Tensor:
 
 
 def attend(call: Attention) -> Tensor:
-    """Attention of few tokens over their sequences' cache, (m, heads * head_dim). See Attention."""
+    """Attention of few tokens over their sequences' caches, (m, heads * head_dim). See Attention."""
     return torch.ops.lowbit.decode_attention(
         call.q,
         *cache_args(call.cache),
@@ -705,7 +707,7 @@ def attend(call: Attention) -> Tensor:
 
 
 def choose(call: Choice) -> None:
-    """Each row's token is written, and the row moved on. See Choice."""
+    """Write each row's token and advance the row. See Choice."""
     cursor, noise = call.cursor, call.noise
     places = (None, None, 0) if cursor is None else (cursor.positions, cursor.slots, cursor.last)
     draws = (None, None) if noise is None else (noise.temperature, noise.seed)
@@ -713,5 +715,5 @@ def choose(call: Choice) -> None:
 
 
 def round_block(w: Tensor, factor: Tensor, scales: Tensor, zeros: Tensor, number: Number) -> tuple[Tensor, Tensor]:
-    """Codes and scaled errors (n, b) of a block of columns, rounded by GPTQ; kernels/gptq_block.py says more."""
+    """Codes and scaled errors (n, b) of a block of columns, rounded by GPTQ. See kernels/gptq_block.py."""
     return torch.ops.lowbit.gptq_block(w, factor, scales, zeros, *number.grid)

@@ -1,11 +1,11 @@
-"""The kernels' element order of a weight: made at load by prepack, undone by unprepack, never written to a file.
+"""The kernels' element order of a weight: made at load by prepack, inverted by unprepack, never written to a file.
 
-W (n, k) is cut into tiles of 16 rows and chunks of 128 inputs, both padded. A chunk of a tile is one run of memory,
-2 bytes x bits / 4 per lane and load, in the order in which the 32 lanes of a warp read it: lane 4 g + t has rows g and
-g + 8 and, of each block of 32 inputs, inputs 8 t to 8 t + 7: the k order of mma.m16n8k16's operands is free as long as
-both have the same one, and this one makes every lane's inputs neighbours. Rows i and i + pair_block / 2 of a block of
-`pair_block` rows become rows g and g + 8 of a tile: 16 is the plain order, n pairs gate with up, the head dimension
-pairs what rotary embedding rotates.
+W (n, k) is cut into tiles of 16 rows and chunks of 128 inputs, both padded. A chunk of a tile is contiguous in memory,
+2 bytes x bits / 4 per lane and load, in the order in which the 32 lanes of a warp read it. Lane 4 g + t has rows g and
+g + 8 and, of each block of 32 inputs, inputs 8 t to 8 t + 7: mma.m16n8k16 allows any order of k that both operands
+share, and this one makes each lane's inputs adjacent. Rows i and i + pair_block / 2 within a block of `pair_block` rows
+become rows g and g + 8 of a tile. pair_block 16 is the plain order, n pairs gate with up, and the head dimension pairs
+the inputs that rotary embedding rotates together.
 """
 
 from dataclasses import dataclass
@@ -28,8 +28,8 @@ class PackedWeight:
     """A weight in the kernels' order.
 
     words   (tiles, chunks, 64 * bits)           int32   codes
-    scales  (tiles, scale_rows, 8, per_chunk, 2)  float16 or bfloat16: rows g, g + 8 side by side; 0 in the padding
-    zeros   as scales                             uint8   None where the scheme is symmetric
+    scales  (tiles, scale_rows, 8, per_chunk, 2)  float16 or bfloat16; rows g, g + 8 adjacent; 0 in the padding
+    zeros   as scales                             uint8   None if the scheme is symmetric
     """
 
     words: Tensor
@@ -47,22 +47,22 @@ class PackedWeight:
 
     @property
     def nbytes(self) -> int:
-        """Bytes in memory, padding included."""
+        """Bytes in memory, including padding."""
         return sum(t.numel() * t.element_size() for t in (self.words, self.scales, self.zeros) if t is not None)
 
 
 def groups_per_chunk(group_size: int) -> int:
-    """Scales that a row has in 128 inputs; 1 where a group is wider."""
+    """Scales per row in 128 inputs; 1 if a group is wider."""
     return 1 if group_size in (-1, 256) else CHUNK_K // group_size
 
 
 def scale_shift(group_size: int) -> int:
-    """chunk >> scale_shift is the chunk's row of scales: 0, but 1 where two chunks share it, 31 where all do."""
+    """The shift from a chunk's index to its row of scales: 0, or 1 if two chunks share a scale, or 31 if all do."""
     return {-1: 31, 256: 1}.get(group_size, 0)
 
 
 def reason_against_packing(n: int, k: int, group_size: int, pair_block: int) -> str | None:
-    """The reason why no weight of this shape can be packed, or None."""
+    """The reason why a weight of this shape cannot be packed, or None."""
     if group_size not in GROUP_SIZES:
         return f"groups of {group_size} inputs: the kernels take 32, 64, 128, 256 or -1 (one per channel)"
     if k % 32:
@@ -73,15 +73,15 @@ def reason_against_packing(n: int, k: int, group_size: int, pair_block: int) -> 
 
 
 def has_kernel(scheme: Scheme) -> bool:
-    """True if the kernels know the weights' number."""
+    """True if the kernels support the weights' number type."""
     return scheme.number.is_integer and scheme.bits in KERNEL_BITS
 
 
 def prepack(weight: QTensor, dtype: torch.dtype, pair_block: int = TILE_ROWS) -> PackedWeight:
-    """`weight` in the kernels' order, on its device; scales rounded to `dtype`, the activations' (float16, bfloat16).
+    """`weight` in the kernels' order, on its device, with scales rounded to `dtype` (float16 or bfloat16).
 
-    Raises ValueError for a group size other than 32, 64, 128, 256 and -1, k not a multiple of 32, another dtype, or a
-    pair_block that does not divide n. Codes come back bit for bit from `unprepack`.
+    ValueError for a group size other than 32, 64, 128, 256 and -1, for k not a multiple of 32, for another dtype, or
+    for a pair_block that does not divide n. `unprepack` returns the codes bit for bit.
     """
     n, k = weight.shape
     scheme = weight.scheme
@@ -92,7 +92,7 @@ def prepack(weight: QTensor, dtype: torch.dtype, pair_block: int = TILE_ROWS) ->
         reason = f"activations in {dtype}: the kernels take torch.float16 and torch.bfloat16"
     if reason:
         raise ValueError(f"a {scheme} weight of shape ({n}, {k}) cannot be packed: {reason}")
-    unsigned = weight.codes.view(torch.uint8) + scheme.number.bias  # wraps: a negative code's byte is 256 more
+    unsigned = weight.codes.view(torch.uint8) + scheme.number.bias  # wraps around: a negative code's byte is 256 more
     words = pack_codes(unsigned, scheme.bits, pair_block)
     scales = pack_sides(weight.scales.to(dtype), k, scheme.group_size, pair_block)
     zeros = weight.zeros
@@ -102,7 +102,7 @@ def prepack(weight: QTensor, dtype: torch.dtype, pair_block: int = TILE_ROWS) ->
 
 
 def unprepack(packed: PackedWeight) -> QTensor:
-    """The weight that was packed: codes and zeros bit for bit, scales as rounded to the activations' dtype."""
+    """The original weight: codes and zeros bit for bit, scales as rounded to the activations' dtype."""
     scheme = make_scheme(packed.bits, packed.group_size, packed.zeros is None)
     codes = unpack_codes(packed.words, packed.n, packed.k, packed.bits, packed.pair_block)
     if scheme.symmetric:
@@ -137,15 +137,15 @@ def lanes_of(codes: Tensor, bits: int, pair_block: int) -> Tensor:
     return rows.unflatten(-1, (-1, loads, 4 // loads, 4, 8))
 
 
-# lanes_of's dimensions in the order of memory, up to the 8 inputs: tile, chunk, load, g, t, block, half.
+# Dimensions of lanes_of in memory order, without the 8 inputs: tile, chunk, load, g, t, block, half.
 MEMORY_ORDER = (0, 2, 4, 5, 3, 7, 6, 1)
 
 
 def pack_codes(codes: Tensor, bits: int, pair_block: int) -> Tensor:
-    """Words (tiles, chunks, 64 * bits) of unsigned `codes` (n, k) uint8.
+    """Packed words (tiles, chunks, 64 * bits) of unsigned `codes` (n, k) uint8.
 
-    8-bit: the 8 inputs' bytes in order. 4-bit: inputs 0, 2, 4, 6, 1, 3, 5, 7 from the lowest nibble up, that is
-    bytes (0, 2), (4, 6), (1, 3), (5, 7): csrc/dequant.cuh says why.
+    8-bit: the 8 inputs' bytes in order. 4-bit: inputs 0, 2, 4, 6, 1, 3, 5, 7 from the lowest nibble, that is bytes (0,
+    2), (4, 6), (1, 3), (5, 7), for the reason in csrc/dequant.cuh.
     """
     n, k = codes.shape
     tiles, chunks = padded(n, TILE_ROWS) // TILE_ROWS, padded(k, CHUNK_K) // CHUNK_K
@@ -161,7 +161,7 @@ def pack_codes(codes: Tensor, bits: int, pair_block: int) -> Tensor:
 
 
 def unpack_codes(words: Tensor, n: int, k: int, bits: int, pair_block: int) -> Tensor:
-    """Unsigned codes (n, k) uint8: the inverse of pack_codes."""
+    """Unsigned codes (n, k) uint8. The inverse of pack_codes."""
     tiles, chunks, _ = words.shape
     loads = bits // 2
     sizes = (tiles * TILE_ROWS // pair_block, pair_block // TILE_ROWS, chunks, loads, 8, 4, 4 // loads, 2)
@@ -186,7 +186,7 @@ def pack_sides(values: Tensor, k: int, group_size: int, pair_block: int) -> Tens
 
 
 def unpack_sides(packed: Tensor, n: int, k: int, group_size: int, pair_block: int) -> Tensor:
-    """Scales or zeros (n, g): the inverse of pack_sides."""
+    """Scales or zeros (n, g). The inverse of pack_sides."""
     tiles, scale_rows, _, per_chunk, _ = packed.shape
     lanes = packed.unflatten(0, (-1, pair_block // TILE_ROWS)).permute(0, 5, 1, 3, 2, 4)
     groups = 1 if group_size == -1 else k // group_size

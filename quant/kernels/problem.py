@@ -1,4 +1,4 @@
-"""What a product with a quantized weight is: its tensors (Call) and what a kernel is chosen by (Problem)."""
+"""The product with a packed weight: its tensors (Call), and the properties that select a kernel (Problem)."""
 
 from dataclasses import dataclass
 
@@ -13,10 +13,10 @@ ACTIVATIONS = ("none", "silu_mul", "gelu", "gelu_tanh", "quick_gelu")
 
 @dataclass(frozen=True)
 class Rotary:
-    """Rotary embedding of q and k, and where k and v are kept.
+    """Rotary embedding of q and k, and the caches for k and v.
 
     positions       (m)                           int64    each row's position
-    slots           (m)                           int64    each row's place in the caches
+    slots           (m)                           int64    each row's slot in the caches
     cosines, sines  (max position, head_dim / 2)  float32
     k_cache, v_cache  (slots, kv_heads, head_dim)  the activations' dtype; written in place
     """
@@ -37,17 +37,17 @@ class Rotary:
         return self.k_cache.shape[1]
 
 
-FAST_MEMORY = 30e9  # bytes a second for each multiprocessor: an H200 has 37e9, an H100 25e9
-PART = 16  # neighbouring numbers of a row whose squares are summed together
-PARTS = 4  # a row has a multiple of so many
+FAST_MEMORY = 30e9  # bytes per second and multiprocessor: an H200 has 37e9, an H100 25e9
+PART = 16  # adjacent values of a row whose squares are summed together
+PARTS = 4  # a row has a multiple of this many such parts
 
 
 @dataclass(frozen=True)
 class Deferred:
-    """What x lacks of an RMS norm of h, where x is h * the norm's weight: to be divided by h's deviation.
+    """A half-applied RMS norm: x is already h * weight, and the product must still divide its sums by rms(h).
 
-    squares  (m, k / 16)  float32: sums of the squares of 16 neighbours of h
-    eps      the deviation is sqrt(mean(h^2) + eps)
+    squares  (m, k / 16)  float32: sums of 16 adjacent squares of h
+    eps      rms(h) is sqrt(mean(h^2) + eps)
     """
 
     squares: Tensor
@@ -56,11 +56,11 @@ class Deferred:
 
 @dataclass(frozen=True)
 class NextNorm:
-    """What is made of y for an RMS norm that the next product has deferred; y is rounded first.
+    """Additional outputs of a product that start an RMS norm of y, which the next product finishes. y is rounded first.
 
     weight   (n)          y's dtype
-    z        (m, n)       y's dtype; written: y * weight, of a finite y at most the dtype's largest number
-    squares  (m, n / 16)  float32; written: sums of the squares of 16 neighbours
+    z        (m, n)       y's dtype; written: y * weight, clamped to the dtype's largest number for finite y
+    squares  (m, n / 16)  float32; written: sums of 16 adjacent squares
     """
 
     weight: Tensor
@@ -70,20 +70,21 @@ class NextNorm:
 
 @dataclass(frozen=True)
 class Call:
-    """y = activation(norm(x) W^T + bias) + residual, everything between x and y in float32.
+    """y = activation(norm(x) W^T + bias) + residual, with everything between x and y in float32.
 
     x           (m, k)   float16 or bfloat16, contiguous
     bias        (n)      x's dtype, or None
     residual    (m, n)   x's dtype, or None
-    norm        "rms": x / sqrt(mean(x^2) + eps) * norm_weight; "layer": minus the mean first; rounded to x's dtype
-    activation  "silu_mul": silu(first n / 2 outputs) * the others, for a weight packed with pair_block = n
-    rotary      outputs are the heads of q, k and v; q is returned, k and v are stored
-    dependent   launch without waiting for the previous kernel (programmatic dependent launch): the weight must not have
-                been written by that kernel
-    next_weight a tensor that the next product reads, of any dtype: its first bytes are asked for ahead, where the
-                kernel does so; no result depends on it
-    deferred    what x lacks of a norm, of which there is no other
-    next_norm   what is made of y beside it
+    norm        "rms": x / sqrt(mean(x^2) + eps) * norm_weight; "layer": after subtracting the mean; rounded to x's
+                dtype
+    activation  "silu_mul": silu(first n / 2 outputs) * the other outputs, for a weight packed with pair_block = n
+    rotary      the outputs are heads of q, k and v; q is returned, k and v are stored
+    dependent   launch without waiting for the previous kernel (programmatic dependent launch): the weight must not be
+                written by that kernel
+    next_weight a tensor that the next product reads, of any dtype: its first bytes are prefetched if the kernel does
+    so; no result depends on it
+    deferred    the norm still to finish on x (excludes `norm`)
+    next_norm   extra outputs that start the norm after y
     """
 
     x: Tensor
@@ -115,12 +116,12 @@ class Call:
 
 @dataclass(frozen=True)
 class Problem:
-    """What a kernel is chosen by."""
+    """The properties that select a kernel."""
 
     m: int
     n: int
     k: int
-    bits: int  # 16: a dense weight, of any dtype
+    bits: int  # 16 for a dense weight of any dtype
     group_size: int
     dtype: torch.dtype
     device: str  # "cuda" or "cpu"
@@ -136,14 +137,14 @@ class Problem:
 
 
 def problem_of(call: Call) -> Problem:
-    """What `call` is chosen by; asks the GPU for its capability."""
+    """The Problem of `call`. Queries the GPU's capability."""
     w, m = call.weight, call.x.shape[0]
     sizes = (m, w.n, w.k, w.bits, w.group_size, call.x.dtype)
     return Problem(*sizes, *place_of(call.x.device), norm=call.norm != "none")
 
 
 def place_of(device: torch.device) -> tuple[str, tuple[int, int] | None, int]:
-    """A Problem's device, capability and processors."""
+    """Device, capability and multiprocessors for a Problem."""
     if device.type != "cuda":
         return device.type, None, 0
     properties = torch.cuda.get_device_properties(device)
@@ -151,9 +152,10 @@ def place_of(device: torch.device) -> tuple[str, tuple[int, int] | None, int]:
 
 
 def has_fast_memory(device: torch.device) -> bool:
-    """True if the GPU's memory brings more than its multiprocessors' products of packed weights can take: an H200's.
+    """True if memory bandwidth exceeds what the multiprocessors can consume in products of packed weights, as on an
+    H200.
 
-    Kernels that overlap there take memory's time from each other instead of using what lay idle.
+    Overlapping kernels then compete for memory instead of filling gaps.
     """
     properties = torch.cuda.get_device_properties(device)
     kilohertz, bits = (getattr(properties, name, 0) for name in ("memory_clock_rate", "memory_bus_width"))
@@ -161,21 +163,21 @@ def has_fast_memory(device: torch.device) -> bool:
 
 
 def check(call: Call) -> None:
-    """Raises ValueError, with the numbers, where the tensors do not fit together."""
+    """ValueError, with numbers, if the tensors do not fit together."""
     reason = reason_against_weight(call) or reason_against_tensors(call) or reason_against_epilogue(call)
     if reason:
         raise ValueError(f"x of shape {tuple(call.x.shape)} with a weight ({call.weight.n}, {call.weight.k}): {reason}")
 
 
 def check_alignment(**tensors: Tensor | None) -> None:
-    """Raises ValueError for a tensor that does not start at a multiple of 16 bytes: what the kernels read at a time."""
+    """ValueError for a tensor that does not start at a multiple of 16 bytes, the size of the kernels' reads."""
     for name, tensor in tensors.items():
         if tensor is not None and tensor.data_ptr() % 16:
             raise ValueError(f"{name} starts at {tensor.data_ptr():#x}: the kernels read 16 bytes at a time, aligned")
 
 
 def reason_against_weight(call: Call) -> str | None:
-    """The reason why the packed tensors are not the weight that the numbers say, or None."""
+    """The reason why the packed tensors do not match the weight's sizes, or None."""
     w = call.weight
     if call.x.ndim != 2 or call.x.shape[1] != w.k:
         return f"x must have the shape (m, {w.k})"
@@ -194,7 +196,7 @@ def reason_against_weight(call: Call) -> str | None:
 
 
 def reason_against_tensors(call: Call) -> str | None:
-    """Every tensor's dtype, device and contiguity; the halves must share x's dtype."""
+    """The first mismatch in dtype, device or contiguity, or None. Half-precision tensors must share x's dtype."""
     x, w, m, n, k = call.x, call.weight, call.x.shape[0], call.weight.n, call.weight.k
     if x.dtype not in (torch.float16, torch.bfloat16):
         return f"x is {x.dtype}: torch.float16 or torch.bfloat16 are needed"
@@ -228,7 +230,7 @@ def reason_against_tensors(call: Call) -> str | None:
 
 
 def reason_against_squares(x: Tensor, width: int, norm: Deferred | NextNorm | None) -> str | None:
-    """The reason why these are no sums of squares of rows of `width` beside x, or None."""
+    """The reason why the sums of squares do not fit rows of `width`, or None."""
     if norm is None:
         return None
     squares, shape = norm.squares, (x.shape[0], width // PART)
@@ -241,7 +243,7 @@ def reason_against_squares(x: Tensor, width: int, norm: Deferred | NextNorm | No
 
 
 def reason_against_epilogue(call: Call) -> str | None:
-    """The reason why norm, activation, residual and rotary do not go together, or None."""
+    """The reason why norm, activation, residual and rotary exclude each other, or None."""
     if call.norm not in NORMS or (call.norm == "none") != (call.norm_weight is None):
         return f"norm {call.norm!r} is one of {NORMS}, and has a norm_weight unless it is 'none'"
     if call.activation not in ACTIVATIONS:
@@ -252,7 +254,7 @@ def reason_against_epilogue(call: Call) -> str | None:
     if (gated or call.rotary is not None) and (call.residual is not None or call.float32_out):
         return "silu_mul and rotary take no residual and no float32 output"
     if call.deferred is not None and call.norm != "none":
-        return f"x has lost its deviation to a deferred norm: it takes no norm {call.norm!r}"
+        return f"x has a deferred norm: norm {call.norm!r} cannot be applied too"
     if call.next_norm is not None and (gated or call.rotary is not None or call.float32_out):
         return "silu_mul, rotary and float32 output leave no y for a next norm"
     if call.rotary is not None:
@@ -263,7 +265,7 @@ def reason_against_epilogue(call: Call) -> str | None:
 
 
 def reason_against_rotary(call: Call, rotary: Rotary) -> str | None:
-    """The reason why these heads, positions and caches do not fit the weight, or None."""
+    """The reason why heads, positions and caches do not fit the weight, or None."""
     m, head_dim = call.x.shape[0], rotary.head_dim
     if call.activation != "none":
         return f"rotary with activation {call.activation!r}: there is no such kernel"

@@ -1,4 +1,4 @@
-"""The same product in plain torch: what every kernel is held against, and what runs where none does."""
+"""The product with a packed weight in plain torch: the reference for all kernels, and the fallback."""
 
 from dataclasses import replace
 
@@ -11,19 +11,20 @@ from lowbit.quant.kernels.problem import PART, Call, Deferred, NextNorm, Problem
 
 
 def reason_against(problem: Problem) -> str | None:
-    """The reason why plain torch must not step in, or None: an extension is there, but not built for this GPU."""
+    """The reason why plain torch must not be used, or None: an extension exists, but not for this GPU."""
     if problem.capability is None or EXTENSION is None:
         return None
     return reason_against_device(problem.capability)
 
 
 def run(call: Call) -> Tensor:
-    """y of `call`, the product in float32."""
+    """y of `call`, with the product in float32."""
     return compute(call, dequantize_packed(call.weight))
 
 
 def compute(call: Call, w: Tensor) -> Tensor:
-    """y of `call` with the dense weight `w` (n, k); the product is taken in w's dtype, all else in float32."""
+    """y of `call` with the dense weight `w` (n, k). The product is computed in w's dtype, everything else in
+    float32."""
     sums = (normalize(call).to(w.dtype) @ w.T).float()
     if call.deferred is not None:
         sums = sums * inverse_deviation(call.deferred)
@@ -41,13 +42,13 @@ def compute(call: Call, w: Tensor) -> Tensor:
 
 
 def inverse_deviation(deferred: Deferred) -> Tensor:
-    """1 / deviation (m, 1) float32."""
+    """1 / rms(h), (m, 1) float32."""
     squares = deferred.squares
     return torch.rsqrt(squares.sum(-1, keepdim=True) / (squares.shape[1] * PART) + deferred.eps)
 
 
 def begin_norm(y: Tensor, norm: NextNorm) -> None:
-    """Writes the norm's z and squares of y (m, n)."""
+    """Write z and squares of the norm of y (m, n)."""
     h, most = y.float(), torch.finfo(y.dtype).max
     z = h * norm.weight.float()
     norm.z.copy_(torch.where(h.isfinite(), z.clamp(-most, most), z))
@@ -55,12 +56,12 @@ def begin_norm(y: Tensor, norm: NextNorm) -> None:
 
 
 def divided(x: Tensor, deferred: Deferred) -> Tensor:
-    """x (m, k) with what it lacks of the norm, in its dtype: for kernels that do not divide sums."""
+    """x (m, k) with its deferred norm finished, in its dtype: for kernels that cannot divide sums."""
     return (x.float() * inverse_deviation(deferred)).to(x.dtype)
 
 
 def whole(call: Call) -> Call:
-    """`call` without norms shared out between products; what a next one takes is left to begin_norm."""
+    """`call` with its deferred norm applied to x, and without next_norm, which `begin_norm` computes."""
     x = call.x if call.deferred is None else divided(call.x, call.deferred)
     return replace(call, x=x, deferred=None, next_norm=None)
 
@@ -79,7 +80,7 @@ def normalize(call: Call) -> Tensor:
 
 
 def activate(sums: Tensor, activation: str) -> Tensor:
-    """The activation of sums (m, n), in their dtype; silu_mul halves n."""
+    """The activation of sums (m, n), in their dtype. silu_mul halves n."""
     if activation == "silu_mul":
         gate, up = sums.chunk(2, -1)
         return torch.nn.functional.silu(gate) * up
@@ -93,7 +94,7 @@ def activate(sums: Tensor, activation: str) -> Tensor:
 
 
 def rotate_and_store(sums: Tensor, rotary: Rotary, dtype: torch.dtype) -> Tensor:
-    """q rotated (m, q_heads * head_dim); k rotated and v go to rotary's slots of the caches."""
+    """q rotated, (m, q_heads * head_dim). k (rotated) and v are written to rotary's slots of the caches."""
     heads = sums.unflatten(-1, (-1, rotary.head_dim))
     turning, v = heads[:, : -rotary.kv_heads], heads[:, -rotary.kv_heads :]
     low, high = turning.chunk(2, -1)

@@ -1,4 +1,4 @@
-"""The kernels in the order in which they are tried."""
+"""The kernels, in the order in which they are tried."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,9 +22,10 @@ from lowbit.quant.kernels.problem import Problem
 
 @dataclass(frozen=True)
 class Kernel:
-    """A way to compute a call, of whatever kind: why it cannot take a Problem (or None), and how it is run.
+    """A kernel for a kind of call: the reason why it cannot run a Problem (or None), and the function that runs it.
 
-    defers  it takes calls with a deferred norm and, over a packed weight, with a next one, at no cost worth a launch
+    defers  True if it finishes the norm before this product and (packed weights) starts the one after it, faster than a
+            norm kernel
     """
 
     name: str
@@ -53,14 +54,14 @@ DENSE_KERNELS = (
 
 
 def kernels_for(problem: Problem) -> tuple[Kernel, ...]:
-    """The kernels that may take the problem, in the order in which they are tried."""
+    """The candidate kernels for the problem, in the order in which they are tried."""
     if problem.bits == 16:
         return DENSE_KERNELS
     return INT8_KERNELS if problem.int8_inputs else KERNELS
 
 
 def choose_kernel(problem: Problem) -> Kernel:
-    """The first kernel with nothing against the problem. RuntimeError with all reasons where there is none."""
+    """The first kernel without an objection to the problem. RuntimeError with all objections if there is none."""
     kernels = kernels_for(problem)
     for kernel in kernels:
         if kernel.reason_against(problem) is None:
@@ -70,5 +71,5 @@ def choose_kernel(problem: Problem) -> Kernel:
 
 
 def defers(problem: Problem) -> bool:
-    """True if an RMS norm before or behind this product is better shared out than launched: on a CPU, it can be."""
+    """True if fusing the neighbouring RMS norm beats a separate norm kernel. Always possible on a CPU."""
     return problem.capability is None or choose_kernel(problem).defers

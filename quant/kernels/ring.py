@@ -1,4 +1,4 @@
-"""How the products are cut that read W through rings of boxes: csrc/ring.cuh, for int8 and for dense weights."""
+"""Launches of the kernels that stream W through a ring of boxes: csrc/ring.cuh, for int8 and for dense weights."""
 
 from dataclasses import dataclass
 from itertools import product
@@ -7,22 +7,22 @@ from typing import Any
 from lowbit.quant.kernels.extension import EXTENSION, reason_against_90a
 from lowbit.quant.kernels.problem import Problem
 
-CHUNK_BYTES = 128  # of a row
-ROWS = 64  # of W, that a warpgroup has
+CHUNK_BYTES = 128  # of a row per stage
+ROWS = 64  # of W per warpgroup
 CLUSTERS = (1, 2, 4, 8)
-COLUMNS = (8, 16, 32, 64, 128)  # rows of x that read W once, padded
-MOST_BLOCKS = 4  # on a multiprocessor
-SOME_ROWS = 16  # of x: with more, x takes so much of a ring that it is better not halved
-RING_BYTES = 222 << 10  # of a multiprocessor's shared memory, for all its blocks' rings
+COLUMNS = (8, 16, 32, 64, 128)  # rows of x per pass over W, padded
+MOST_BLOCKS = 4  # per multiprocessor
+SOME_ROWS = 16  # rows of x: with more, x takes so much of a ring that the ring is better not halved
+RING_BYTES = 222 << 10  # shared memory of a multiprocessor for the rings of all its blocks
 
 
 @dataclass(frozen=True)
 class Launch:
-    """How the work is cut.
+    """A launch configuration.
 
-    warpgroups  of a block that multiply: each has 64 rows of W
-    cluster     blocks that share k and sum through each other's shared memory
-    stages      chunks of 128 bytes a row that a block has asked for at most
+    warpgroups  multiplying warpgroups per block, with 64 rows of W each
+    cluster     blocks that split k and sum through distributed shared memory
+    stages      chunks of 128 bytes per row in flight per block
     """
 
     warpgroups: int
@@ -31,7 +31,7 @@ class Launch:
 
 
 def reason_against_gpu(problem: Problem) -> str | None:
-    """The reason why no such kernel runs where the problem is, or None."""
+    """The reason why such kernels cannot run on the problem's device, or None."""
     if problem.capability is None:
         return f"the tensors are on the {problem.device}"
     if problem.capability != (9, 0):
@@ -40,10 +40,10 @@ def reason_against_gpu(problem: Problem) -> str | None:
 
 
 def choose_launch(m: int, n: int, row_bytes: int, processors: int, room: int) -> Launch:
-    """One rule for all shapes: rings that fill the multiprocessors, and room beside them for the next kernel's blocks.
+    """The launch for any shape: rings that fill the multiprocessors, with room left for the next kernel's blocks.
 
-    Blocks of one warpgroup, but two, which halve the reads of x, where they fill every multiprocessor several times or
-    x has many rows. Few blocks share k until there are `room` of them.
+    Blocks have one warpgroup. They have two, which halves the reads of x, if blocks fill every multiprocessor several
+    times or x has many rows. With few blocks, k is split over clusters until there are `room` blocks.
     """
     processors = max(processors, 1)
     many = m > COLUMNS[-1] // 2 or n > (MOST_BLOCKS - 1) * ROWS * processors
@@ -60,13 +60,13 @@ def choose_launch(m: int, n: int, row_bytes: int, processors: int, room: int) ->
 
 
 def stages_of(m: int, warpgroups: int, shared: int) -> int:
-    """Stages of a ring where `shared` blocks are on a multiprocessor."""
+    """Stages of a ring if `shared` blocks are on a multiprocessor."""
     columns = next(c for c in COLUMNS if c >= min(m, COLUMNS[-1]))
     return RING_BYTES // shared // ((ROWS * warpgroups + columns) * CHUNK_BYTES)
 
 
 def cuts_of(m: int, n: int, row_bytes: int, processors: int) -> list[Launch]:
-    """Cuts that are worth timing against choose_launch's: every number of blocks on a multiprocessor, every cluster."""
+    """Launches worth timing against choose_launch's: every number of blocks per multiprocessor, every cluster size."""
     chunks = -(-row_bytes // CHUNK_BYTES)
     cuts: dict[Launch, None] = {}
     for warpgroups, cluster, shared in product((1, 2), CLUSTERS, range(1, MOST_BLOCKS + 1)):

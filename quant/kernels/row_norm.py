@@ -1,4 +1,4 @@
-"""Rows on their way into a product: activation, norm, rounding to int8, each where asked, in one kernel."""
+"""Preparation of a product's input rows in one kernel: activation, norm and rounding to int8, each if requested."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -20,12 +20,12 @@ MAX_K = 32768
 class Rows:
     """y = rounded(norm(activation(x))), in x's dtype.
 
-    x           (m, k); for "silu_mul" (m, 2 k), the gate beside what it is multiplied with
+    x           (m, k); for "silu_mul" (m, 2 k), the gate followed by the values it multiplies
     norm        "none", "rms" or "layer", with its weight, bias (k) and eps
-    int8        "none"; "token": to multiples of each row's absmax / 127; "tensor": of input_scale, a float32 number.
-                -128 to 127 of them; `run` gives the values that the codes stand for (numerics.quantize_inputs),
-                `quantize` the codes and each row's scale
-    activation  of problem.ACTIVATIONS, rounded to x's dtype
+    int8        "none"; "token": rounds to multiples of each row's absmax / 127; "tensor": of input_scale, one float32
+                number. Codes are -128 to 127. `run` returns the rounded values (numerics.quantize_inputs), `quantize`
+                the codes and one scale per row
+    activation  one of problem.ACTIVATIONS, with its result rounded to x's dtype
     """
 
     x: Tensor
@@ -51,7 +51,7 @@ class Rows:
 
 
 def run(call: Rows) -> Tensor:
-    """y of `call`. ValueError where its parts do not go together."""
+    """y of `call`. ValueError if its parts do not fit together."""
     check(call)
     if reason_against(call):
         return reference(call)
@@ -61,7 +61,7 @@ def run(call: Rows) -> Tensor:
 
 
 def quantize(call: Rows) -> tuple[Tensor, Tensor]:
-    """Codes (m, k) int8 and scales (m) float32 of `call`. ValueError where its parts do not go together."""
+    """Codes (m, k) int8 and scales (m) float32 of `call`. ValueError if its parts do not fit together."""
     check(call)
     if call.int8 == "none":
         raise ValueError("int8 is 'none': codes need 'token' or 'tensor'")
@@ -74,7 +74,7 @@ def quantize(call: Rows) -> tuple[Tensor, Tensor]:
 
 
 def launch(call: Rows, **outputs: Tensor) -> None:
-    """Runs the kernel on `call`, which `check` has passed."""
+    """Run the kernel on `call`, which `check` has passed."""
     assert EXTENSION is not None
     x = call.x
     args: Any = EXTENSION.RowNormArgs()
@@ -90,7 +90,7 @@ def launch(call: Rows, **outputs: Tensor) -> None:
 
 
 def check(call: Rows) -> None:
-    """Raises ValueError where the parts of `call` do not go together."""
+    """ValueError if the parts of `call` do not fit together."""
     if call.activation not in ACTIVATIONS:
         raise ValueError(f"activation {call.activation!r} is none of {ACTIVATIONS}")
     if call.x.ndim != 2 or (call.activation == "silu_mul" and call.x.shape[1] % 2):
@@ -112,7 +112,7 @@ def check(call: Rows) -> None:
 
 
 def reason_against(call: Rows) -> str | None:
-    """The reason why the kernel cannot take these rows, or None."""
+    """The reason why the kernel cannot run on these rows, or None."""
     x = call.x
     if x.device.type != "cuda":
         return f"the tensors are on the {x.device.type}"

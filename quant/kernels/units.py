@@ -1,4 +1,4 @@
-"""The units that the extension is compiled from: setup.py and the tests' emulator both ask here. Needs no torch."""
+"""The compilation units of the extension, for setup.py and the tests' emulator. Needs no torch."""
 
 import re
 from collections.abc import Iterator
@@ -6,17 +6,17 @@ from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
-# A source is compiled once for every value of each of these macros that it names, so that they compile in parallel.
+# A source is compiled once for every combination of values of the macros it mentions, so that they compile in parallel.
 AXES = {"LOWBIT_T": ("__half", "__nv_bfloat16"), "LOWBIT_BITS": ("4", "8"), "LOWBIT_TILE": ("0", "1")}
-HOPPER = "LOWBIT_WGMMA"  # this macro is in a source that is for sm_90a alone, and empty elsewhere
+HOPPER = "LOWBIT_WGMMA"  # in sources for sm_90a alone; defined empty elsewhere
 CUTLASS = "#include <cutlass/"
 
 
 class Unit(NamedTuple):
-    """A source and its macros.
+    """A source with its macros.
 
     hopper   True if the code is for sm_90a alone
-    cutlass  True if it is made of CUTLASS's headers: such a product costs forty seconds of nvcc
+    cutlass  True if it includes CUTLASS's headers, which cost forty seconds of nvcc per unit
     """
 
     source: str
@@ -26,7 +26,7 @@ class Unit(NamedTuple):
 
 
 def units_in(folder: Path) -> list[Unit]:
-    """The units of the sources in `folder`, those of CUTLASS first and then the longest, which take the most time."""
+    """The units of the sources in `folder`: CUTLASS first, then by length, since these take the longest to compile."""
     sources = sorted((path for path in folder.iterdir() if path.suffix in (".cu", ".cpp")), key=lambda path: path.name)
     texts = {path.name: path.read_text() for path in sources}
     units = [unit for source, text in texts.items() for unit in _units_of(source, text)]

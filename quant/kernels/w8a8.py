@@ -1,4 +1,4 @@
-"""The product of int8 rows with an int8 weight: its tensors, what is wrong with them, and the same in plain torch."""
+"""The product of int8 rows with an int8 weight: its tensors, their validation, and the reference in plain torch."""
 
 from dataclasses import dataclass
 
@@ -8,17 +8,17 @@ from torch import Tensor
 from lowbit.quant.kernels.problem import Problem
 from lowbit.quant.qtensor import QTensor
 
-K_STEP = 16  # inputs: what the copy engine and CUTLASS read at a time
-MOST_K = (1 << 17) - K_STEP  # inputs: 2^17 products of -128 and -128 are more than int32 holds
+K_STEP = 16  # inputs per read of the copy engine and CUTLASS
+MOST_K = (1 << 17) - K_STEP  # inputs: 2^17 products of -128 and -128 overflow int32
 LEAST_ROWS, N_STEP = 17, 8  # of cuBLAS's int8 product
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 @dataclass(frozen=True)
 class Int8Weight:
-    """A weight with one scale per row, in its plain order: every kernel, for whatever number of rows, reads the same.
+    """A weight with one scale per row, in its plain order, which all kernels read for any number of rows.
 
-    codes   (n, k)  int8, contiguous, from an address that is a multiple of 16
+    codes   (n, k)  int8, contiguous, aligned to 16 bytes
     scales  (n)     float32
     """
 
@@ -40,15 +40,15 @@ class Int8Weight:
 
 @dataclass(frozen=True)
 class Int8Call:
-    """y = (x W^T) * x_scales * scales + bias + residual: the sums exact in int32, all that follows in float32.
+    """y = (x W^T) * x_scales * scales + bias + residual, with exact sums in int32 and everything after them in float32.
 
     x          (m, k)  int8, contiguous
-    x_scales   (m)     float32: what a code of 1 stands for in each row
+    x_scales   (m)     float32: the value of a code of 1 in each row
     bias       (n)     of y's dtype, or None
     residual   (m, n)  of y's dtype, or None
-    dtype      of y: float16 or bfloat16; float32 where there is neither bias nor residual
-    dependent  launch without waiting for the previous kernel (programmatic dependent launch): neither the weight nor
-               the bias must have been written by that kernel
+    dtype      of y: float16 or bfloat16, or float32 without bias and residual
+    dependent  launch without waiting for the previous kernel (programmatic dependent launch), which must write neither
+               the weight nor the bias
     """
 
     x: Tensor
@@ -69,17 +69,17 @@ class Int8Call:
 
 
 def reason_against_packing(n: int, k: int) -> str | None:
-    """The reason why no weight of this shape can be packed, or None."""
+    """The reason why a weight of this shape cannot be packed, or None."""
     if k % K_STEP:
         return f"{k} inputs: the int8 kernels take multiples of {K_STEP}"
     return f"{k} inputs: beyond {MOST_K} a sum may not fit in int32" if k > MOST_K else None
 
 
 def pack_int8(weight: QTensor) -> Int8Weight:
-    """`weight` as the kernels take it, on its device: symmetric, 8 bits, one scale per row.
+    """`weight` in the kernels' form, on its device: symmetric, 8 bits, one scale per row.
 
-    ValueError for another scheme or a k that is no multiple of 16, or above MOST_K. QTensor has refused scales that are
-    zero, negative or not finite; the codes stay as they are, bit for bit.
+    ValueError for another scheme, for k not a multiple of 16, or for k above MOST_K. QTensor has already rejected
+    scales that are zero, negative or not finite. The codes are unchanged.
     """
     n, k = weight.shape
     scheme = weight.scheme
@@ -92,7 +92,7 @@ def pack_int8(weight: QTensor) -> Int8Weight:
 
 
 def problem_of(call: Int8Call) -> Problem:
-    """What `call` is chosen by; asks the GPU for its capability."""
+    """The Problem of `call`, for the choice of a kernel. Queries the GPU's capability."""
     device, (m, n), k = call.x.device, call.y_shape, call.weight.k
     capability, processors = None, 0
     if device.type == "cuda":
@@ -102,14 +102,14 @@ def problem_of(call: Int8Call) -> Problem:
 
 
 def check(call: Int8Call) -> None:
-    """Raises ValueError, with the numbers, where the tensors do not fit together."""
+    """ValueError, with numbers, if the tensors do not fit together."""
     reason = reason_against_tensors(call)
     if reason:
         raise ValueError(f"int8 rows {tuple(call.x.shape)} with a weight {tuple(call.weight.codes.shape)}: {reason}")
 
 
 def reason_against_tensors(call: Int8Call) -> str | None:
-    """Every tensor's shape, dtype, device and contiguity."""
+    """The first mismatch in shape, dtype, device or contiguity, or None."""
     x, w = call.x, call.weight
     if x.ndim != 2 or w.codes.ndim != 2 or x.shape[1] != w.k:
         return f"x must have the shape (m, {w.codes.shape[-1]})"
@@ -140,7 +140,7 @@ def reason_against_tensors(call: Int8Call) -> str | None:
 
 
 def finish(call: Int8Call, sums: Tensor) -> Tensor:
-    """y of the integer sums (m, n)."""
+    """y from the integer sums (m, n)."""
     y = sums.float() * (call.x_scales.unsqueeze(1) * call.weight.scales)
     if call.bias is not None:
         y = y + call.bias.float()
@@ -150,7 +150,7 @@ def finish(call: Int8Call, sums: Tensor) -> Tensor:
 
 
 def reference(call: Int8Call) -> Tensor:
-    """y of `call` by torch's own integer product: on a GPU cuBLAS, which wants 17 rows and takes n in steps of 8."""
+    """y of `call` by torch's integer product: cuBLAS on a GPU, which needs at least 17 rows, and n in steps of 8."""
     m, n = call.y_shape
     x, codes = call.x, call.weight.codes
     if x.is_cuda:

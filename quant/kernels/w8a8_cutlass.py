@@ -10,25 +10,25 @@ from lowbit.quant.kernels.extension import EXTENSION
 from lowbit.quant.kernels.problem import Problem
 from lowbit.quant.kernels.w8a8 import Int8Call
 
-LEAST_M = 129  # below, w8a8_gemm reads W once
-N_STEP = 8  # outputs: what a store writes
-TILES = ((128, 128), (128, 256))  # rows of x and of W: csrc/w8a8_cutlass.cu's tiles, in its order
+LEAST_M = 129  # with fewer rows, w8a8_gemm reads W only once
+N_STEP = 8  # outputs per store
+TILES = ((128, 128), (128, 256))  # rows of x and of W per tile, in the order of csrc/w8a8_cutlass.cu
 # From a sweep of both tiles and four swizzles over four shapes, with 256 to 4096 rows, on one H100:
 # docs/kernels/w8a8_cutlass.md.
-MANY_ROWS = 512  # more want the wide tile, which reads less for each product
-NARROW_Y = 8192  # outputs: with fewer, tiles that neighbour each other in y share more of what they read
+MANY_ROWS = 512  # with more, the wide tile is faster: it reads less per product
+NARROW_Y = 8192  # outputs: with fewer, swizzled tiles share more of their reads
 
 
 @dataclass(frozen=True)
 class Launch:
-    """Which of TILES, and how many tiles of y neighbour each other in time: 1, 2, 4 or 8."""
+    """A launch configuration: the index in TILES, and the swizzle (1, 2, 4 or 8 adjacent tiles of y in sequence)."""
 
     tile: int
     swizzle: int
 
 
 def reason_against(problem: Problem) -> str | None:
-    """The reason why this kernel cannot take the problem, or should not, or None."""
+    """The reason why this kernel cannot run the problem, or should not, or None."""
     if reason := w8a8_gemm.reason_against(problem):
         return reason
     if problem.m < LEAST_M:
@@ -41,14 +41,14 @@ def reason_against(problem: Problem) -> str | None:
 
 
 def choose_launch(problem: Problem) -> Launch:
-    """One rule for all shapes."""
+    """The launch for any shape."""
     if problem.m <= MANY_ROWS:
         return Launch(tile=0, swizzle=1)
     return Launch(tile=1, swizzle=8 if problem.n <= NARROW_Y else 1)
 
 
 def run(call: Int8Call, problem: Problem, launch: Launch | None = None) -> Tensor:
-    """y of `call`, which w8a8.check has passed. ValueError where a tensor is not aligned to 16 bytes."""
+    """y of `call`, which w8a8.check has passed. ValueError if a tensor is not aligned to 16 bytes."""
     assert EXTENSION is not None
     y = torch.empty(call.y_shape, dtype=call.dtype, device=call.x.device)
     chosen = launch or choose_launch(problem)

@@ -9,24 +9,24 @@ from lowbit.quant.kernels.problem import Problem, check_alignment
 from lowbit.quant.kernels.ring import Launch
 from lowbit.quant.kernels.w8a8 import Int8Call
 
-WARPGROUPS = (1, 2, 4)  # that multiply, in a block
+WARPGROUPS = (1, 2, 4)  # multiplying warpgroups per block
 OUTPUTS = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def reason_against(problem: Problem) -> str | None:
-    """The reason why this kernel cannot take the problem, or None."""
+    """The reason why this kernel cannot run the problem, or None."""
     return ring.reason_against_gpu(problem)
 
 
 def choose_launch(problem: Problem) -> Launch:
-    """How the work is cut. Up to 64 rows of x half of the GPU is left to the next product, launched early, to read its
-    own weight on: measured, that is worth more than the other half."""
+    """The launch for `problem`. With up to 64 rows of x, half of the GPU is left to the next product, which is launched
+    early and reads its own weight there: measured faster than using all of it."""
     room = problem.processors if problem.m > ring.COLUMNS[-1] // 2 else problem.processors // 2
     return ring.choose_launch(problem.m, problem.n, problem.k, problem.processors, room)
 
 
 def run(call: Int8Call, problem: Problem, launch: Launch | None = None) -> Tensor:
-    """y of `call`, which w8a8.check has passed. ValueError where a tensor is not aligned to 16 bytes."""
+    """y of `call`, which w8a8.check has passed. ValueError if a tensor is not aligned to 16 bytes."""
     assert EXTENSION is not None
     y = torch.empty(call.y_shape, dtype=call.dtype, device=call.x.device)
     cut = ring.launch_of(launch or choose_launch(problem), y.device.index, call.dependent)
@@ -37,7 +37,7 @@ def run(call: Int8Call, problem: Problem, launch: Launch | None = None) -> Tenso
 
 
 def args_of(call: Int8Call, y: Tensor) -> object:
-    """csrc/w8a8_args.cuh's struct: addresses (0 for what is absent) and sizes."""
+    """csrc/w8a8_args.cuh's struct: addresses (0 for None) and sizes."""
     assert EXTENSION is not None
     weight = call.weight
     tensors = {"x": call.x, "codes": weight.codes, "bias": call.bias, "residual": call.residual, "y": y}

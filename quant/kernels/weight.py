@@ -1,6 +1,6 @@
-"""A weight of any kind, as what multiplies with it sees it: packed integers, int8 for int8 inputs, or dense.
+"""Weights in the kernels' form, of three kinds: packed integers, int8 for int8 inputs, or dense.
 
-The decode engine, vLLM and transformers hold a Linear; which kernels there are for its weight is known here alone.
+The decode engine, vLLM and transformers hold a Linear. Only this module knows the kernels for its weight.
 """
 
 from dataclasses import dataclass, replace
@@ -26,10 +26,10 @@ HALF = (torch.float16, torch.bfloat16)
 
 @dataclass(frozen=True)
 class Hints:
-    """What a launch may know of its neighbours. No result depends on it.
+    """Launch hints about the neighbouring kernels. No result depends on them.
 
     dependent    launch without waiting for the previous kernel (programmatic dependent launch)
-    next_weight  a tensor that the next product reads: its first bytes are asked for ahead
+    next_weight  a tensor that the next product reads: its first bytes are prefetched
     """
 
     dependent: bool = False
@@ -41,7 +41,7 @@ ALONE = Hints()
 
 @dataclass(frozen=True)
 class Epilogue:
-    """y = activation(sums + bias) + residual; float32 where asked, else in x's dtype."""
+    """y = activation(sums + bias) + residual, in x's dtype or float32."""
 
     bias: Tensor | None = None
     residual: Tensor | None = None
@@ -60,62 +60,62 @@ class Weight(Protocol):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The activations'."""
+        """The activations' dtype."""
 
     @property
     def nbytes(self) -> int:
-        """Bytes that a product reads."""
+        """Bytes read by a product."""
 
     @property
     def bulk(self) -> Tensor | None:
-        """The tensor that is most of them, where it is one run of memory."""
+        """The tensor with most of these bytes, if it is contiguous; to be prefetched."""
 
     @property
     def begins_norms(self) -> bool:
-        """True if `multiply_beginning` is there."""
+        """True if `multiply_beginning` is supported."""
 
     def problem(self, m: int) -> Problem | None:
-        """What the kernel for m rows is chosen by; None where none finishes a deferred norm."""
+        """The Problem for m rows; None if no kernel can finish a deferred norm."""
 
     def fuses(self, activation: str) -> bool:
-        """True if `multiply` takes this activation."""
+        """True if `multiply` can fuse this activation."""
 
     def turns(self, head_dim: int) -> bool:
-        """True if `multiply_turning` takes heads of this width."""
+        """True if `multiply_turning` supports heads of this width."""
 
     def multiply(self, rows: Rows, end: Epilogue, hints: Hints, deferred: Deferred | None = None) -> Tensor:
-        """y of rows (m, k); `deferred` is the norm that they still lack."""
+        """y of rows (m, k); `deferred` is the norm still to finish on them."""
 
     def multiply_beginning(
         self, rows: Rows, end: Epilogue, hints: Hints, norm_weight: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """y, and what the product with rms_norm(y) takes: see ops.linear_deferring."""
+        """y, and the inputs of the product with rms_norm(y): see ops.linear_deferring."""
 
     def multiply_turning(
         self, rows: Rows, end: Epilogue, hints: Hints, rotary: Rotary, deferred: Deferred | None = None
     ) -> Tensor:
-        """q (m, heads * head_dim), turned; k and v go to the cache: see ops.qkv_rotary_append."""
+        """q (m, heads * head_dim), rotated; k and v are written to the cache: see ops.qkv_rotary_append."""
 
 
 class Plain:
-    """What a weight without kernels of its own for norms and heads says."""
+    """Defaults for a weight without fused kernels for norms and heads."""
 
     begins_norms = False
 
     def turns(self, head_dim: int) -> bool:
-        """No."""
+        """False: there is no such kernel."""
         return False
 
     def multiply_beginning(
         self, rows: Rows, end: Epilogue, hints: Hints, norm_weight: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Not there."""
+        """Not supported."""
         raise NotImplementedError("begins_norms is False")
 
     def multiply_turning(
         self, rows: Rows, end: Epilogue, hints: Hints, rotary: Rotary, deferred: Deferred | None = None
     ) -> Tensor:
-        """Not there."""
+        """Not supported."""
         raise NotImplementedError("turns() is False")
 
 
@@ -176,7 +176,7 @@ class Packed(PackedWeight):
 
 @dataclass(frozen=True)
 class Int8(Int8Weight, Plain):
-    """int8 codes for inputs that are rounded to int8."""
+    """int8 codes, for inputs rounded to int8."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -194,14 +194,14 @@ class Int8(Int8Weight, Plain):
 
     def multiply(self, rows: Rows, end: Epilogue, hints: Hints, deferred: Deferred | None = None) -> Tensor:
         codes, scales = ops.quantize_rows(rows)
-        # it may always start early: it waits for the rounding, which has waited for all that came before
+        # may always start early: it waits for the rounding kernel, which has waited for all previous work
         y = ops.w8a8_linear(codes, self, end.bias, end.residual, x_scales=scales, dtype=rows.x.dtype, dependent=True)
         return y.float() if end.float32_out else y
 
 
 @dataclass(frozen=True)
 class Dense(Plain):
-    """A matrix (n, k) in the activations' dtype, as torch.nn.Linear holds it."""
+    """A matrix (n, k) in the activations' dtype, in the layout of torch.nn.Linear."""
 
     matrix: Tensor
 
@@ -245,19 +245,20 @@ class Dense(Plain):
 
 
 def prepared(rows: Rows) -> Tensor:
-    """The rows (m, k) in their own dtype, normed and rounded where they shall be."""
+    """The rows (m, k) in their own dtype, with norm and rounding applied."""
     return rows.x if rows.is_done else ops.normalize(rows)
 
 
 @dataclass(frozen=True)
 class RoundedInputs:
-    """Inputs are rounded before the product as `side` has it: by `scale`, or, where it is None, by each token's own."""
+    """Rounding of inputs before the product to the grid of `side`, by `scale`, or, if that is None, by one scale per
+    token."""
 
     side: Side
     scale: Tensor | None = None
 
     def of(self, rows: Rows) -> Rows:
-        """The rows, rounded last: by plain torch where no kernel rounds to the number."""
+        """The rows with this rounding added; by plain torch for a number type without a kernel."""
         if self.side.number != INT8:
             return Rows(input_rounding(self.side, self.scale)(prepared(rows)), dependent=rows.dependent)
         return replace(rows, int8="token" if self.scale is None else "tensor", input_scale=self.scale)
@@ -265,7 +266,7 @@ class RoundedInputs:
 
 @dataclass(frozen=True)
 class Linear:
-    """y = x W^T + bias, the inputs rounded first where the scheme says so."""
+    """y = x W^T + bias, with rounded inputs if the scheme says so."""
 
     weight: Weight
     bias: Tensor | None = None
@@ -273,11 +274,11 @@ class Linear:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that a product reads."""
+        """Bytes read by a product."""
         return self.weight.nbytes + (0 if self.bias is None else self.bias.nbytes)
 
     def rounded(self, rows: Rows) -> Rows:
-        """The rows on their way into the product."""
+        """The rows with the rounding of inputs added."""
         return rows if self.inputs is None else self.inputs.of(rows)
 
     def __call__(self, x: Tensor, dependent: bool = False) -> Tensor:
@@ -288,14 +289,15 @@ class Linear:
 
 
 def inputs_of(weight: QTensor | Tensor) -> RoundedInputs | None:
-    """How the weight's scheme rounds inputs, or None."""
+    """The rounding of inputs in the weight's scheme, or None."""
     if isinstance(weight, Tensor) or weight.scheme.inputs is None:
         return None
     return RoundedInputs(weight.scheme.inputs, weight.input_scale)
 
 
 def pack(weight: QTensor, dtype: torch.dtype, pair_block: int = TILE_ROWS) -> Weight:
-    """`weight` for the kernels, on its device; dense where none is for its number. ValueError where they refuse it."""
+    """`weight` in the kernels' form, on its device; dense if no kernel supports its number type. ValueError if it
+    cannot be packed."""
     if not has_kernel(weight.scheme):
         return Dense(weight.dequantize(dtype))
     if weight.scheme.inputs is not None:
@@ -304,7 +306,8 @@ def pack(weight: QTensor, dtype: torch.dtype, pair_block: int = TILE_ROWS) -> We
 
 
 def load_weight(weight: QTensor | Tensor, dtype: torch.dtype, pair_block: int = TILE_ROWS) -> Weight:
-    """`weight` for the kernels where it holds integers, dtype is half and its shape fits; else dense in `dtype`."""
+    """`weight` packed if the kernels support its number type and shape and `dtype` is half precision; otherwise dense
+    in `dtype`."""
     if isinstance(weight, Tensor):
         return Dense(weight.to(dtype).contiguous())
     (n, k), group_size = weight.shape, weight.scheme.group_size
@@ -320,7 +323,7 @@ def load_weight(weight: QTensor | Tensor, dtype: torch.dtype, pair_block: int = 
 
 
 def activated(y: Tensor, activation: str) -> Tensor:
-    """act(y), or act(first half) * second half, in y's dtype and by torch: where no product does it."""
+    """act(y), or act(first half) * second half, by torch in y's dtype: for products that do not fuse it."""
     if not activation.endswith("_mul"):
         return activate(y, activation)
     gate, up = y.chunk(2, -1)
@@ -328,5 +331,5 @@ def activated(y: Tensor, activation: str) -> Tensor:
 
 
 def with_tensors(weight: Weight, tensors: dict[str, Tensor | None]) -> Weight:
-    """`weight` with other tensors in the place of its own, by their fields' names."""
+    """`weight` with its tensors replaced, by field name."""
     return replace(weight, **tensors)  # type: ignore[type-var]

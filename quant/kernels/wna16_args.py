@@ -1,4 +1,4 @@
-"""What the products with a packed weight are given: csrc/wna16_args.cuh's struct, filled from a Call."""
+"""Arguments of the products with a packed weight: csrc/wna16_args.cuh's struct, filled from a Call."""
 
 from dataclasses import replace
 from typing import Any
@@ -11,13 +11,14 @@ from lowbit.quant.kernels.extension import EXTENSION
 from lowbit.quant.kernels.packed import CHUNK_K, padded, scale_shift
 from lowbit.quant.kernels.problem import ACTIVATIONS, NORMS, Call, check_alignment
 
-# Of the next product's weight, asked for ahead: 2 MB take 2.6% off a step of Llama-2-7B in 4 bits, 3 MB 3.4, 4 MB 3.9
-# (docs/kernels/wna16_gemv.md); an earlier form lost with 8 MB what it gained with 3.
+# Bytes of the next product's weight to prefetch. Of a step of Llama-2-7B in 4 bits, 2 MB save 2.6%, 3 MB 3.4%, 4 MB
+# 3.9% (docs/kernels/wna16_gemv.md). In an earlier form, 8 MB lost what 3 MB gained.
 NEXT_BYTES = 4 << 20
 
 
 def prepare(call: Call, most_staged: int) -> Call:
-    """`call` as the kernels take it: whole chunks of k, at most `most_staged` bytes for the norm of x, aligned."""
+    """`call` adapted to the kernels: k padded to whole chunks, norms applied that need more than `most_staged` bytes,
+    alignment checked."""
     m, k = call.x.shape
     whole = padded(k, CHUNK_K)
     if call.deferred is not None and call.deferred.squares.nbytes > most_staged:
@@ -36,7 +37,7 @@ def prepare(call: Call, most_staged: int) -> Call:
 
 
 def args_of(call: Call, y: Tensor) -> Any:
-    """The kernels' arguments: addresses (0 for what is absent) and sizes."""
+    """The kernels' struct: addresses (0 for None) and sizes."""
     assert EXTENSION is not None
     weight = call.weight
     args = EXTENSION.Wna16Args()

@@ -1,4 +1,5 @@
-"""A packed weight as a dense half-precision matrix, and the product with many rows of x that starts from it."""
+"""Dequantization of a packed weight to a dense half-precision matrix, and the product with many rows of x that uses
+it."""
 
 import torch
 from torch import Tensor
@@ -9,30 +10,30 @@ from lowbit.quant.kernels.packed import PackedWeight, dequantize_packed, groups_
 from lowbit.quant.kernels.problem import Call, Problem, check_alignment
 from lowbit.quant.kernels.row_norm import Rows
 
-# Of one H100, fitted within 6% (rms): launches (microseconds), bytes read packed and written dense a microsecond, then
-# the dense product's bytes and operations a microsecond.
+# Fitted on one H100 within 6% (rms): microseconds per launch; bytes per microsecond of reading packed and writing dense
+# weights; then the dense product's bytes and operations per microsecond.
 LAUNCHES_US, WRITE_RATE, READ_RATE, PRODUCT_RATE = 1.0, 2.3e6, 3.0e6, 800e6
 
 
 def reason_against(problem: Problem) -> str | None:
-    """The reason why the product with a dequantized weight cannot take this problem, or None."""
+    """The reason why the product with a dequantized weight cannot run the problem, or None."""
     if problem.capability is None:
         return f"the tensors are on the {problem.device}"
     return reason_against_device(problem.capability)
 
 
 def estimated_us(problem: Problem) -> float:
-    """Microseconds on an H100, without an epilogue."""
+    """Estimated microseconds on an H100, without an epilogue."""
     numbers = problem.n * problem.k
     product = max(2 * numbers / READ_RATE, 2 * numbers * problem.m / PRODUCT_RATE)
     return LAUNCHES_US + numbers * (2 + problem.bits / 8) / WRITE_RATE + product
 
 
 def run(call: Call) -> Tensor:
-    """y of `call`: the weight is written out in x's dtype once, then the vendor's matrix product reads it.
+    """y of `call`: the weight is dequantized to x's dtype once, then the vendor's matrix product reads it.
 
-    What the product itself or one kernel behind it can add makes no way through float32 in memory: that costs 12 bytes
-    for each number of y, a third of the product's time for 4096 inputs.
+    An epilogue that the product itself, or one kernel after it, can apply does not go through float32 in memory: that
+    would cost 12 bytes per element of y, a third of the product's time for 4096 inputs.
     """
     w = dequantize(call.weight)
     active = call.activation != "none"
@@ -44,9 +45,9 @@ def run(call: Call) -> Tensor:
 
 
 def dequantize(weight: PackedWeight) -> Tensor:
-    """(code - zero) * scale rounded once to the scales' dtype, (n, k), on the weight's device.
+    """(code - zero) * scale, rounded once to the scales' dtype, (n, k), on the weight's device.
 
-    ValueError where the packed tensors are not aligned to 16 bytes.
+    ValueError if the packed tensors are not aligned to 16 bytes.
     """
     if EXTENSION is None or weight.words.device.type != "cuda":
         return dequantize_packed(weight).to(weight.dtype)

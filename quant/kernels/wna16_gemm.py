@@ -1,7 +1,7 @@
-"""The product of rows of x with a 4- or 8-bit weight on Hopper's warpgroup instructions: csrc/wna16_gemm.cu.
+"""The product of rows of x with a 4- or 8-bit weight by Hopper's warpgroup instructions: csrc/wna16_gemm.cu.
 
-Up to 64 rows a block has all of them. More are cut into slabs of 128, which read W after one another, mostly from L2:
-for as many rows as that beats writing the weight out dense.
+A block takes up to 64 rows of x. More rows are cut into slabs of 128, which read W one after another, mostly from L2,
+as long as that is faster than dequantizing the weight first.
 """
 
 from dataclasses import dataclass
@@ -17,33 +17,35 @@ from lowbit.quant.kernels.packed import CHUNK_K, TILE_ROWS, groups_per_chunk, pa
 from lowbit.quant.kernels.problem import Call, Problem
 from lowbit.quant.kernels.wna16_args import args_of, prepare
 
-ONE_SLAB_M, SLAB = 64, 128  # rows that one block has; of a slab, where there are more
-FEW_M, SOME_M = 8, 16  # rows that wna16_gemv takes nearly always, and where W is small
+ONE_SLAB_M, SLAB = 64, 128  # most rows of one block; rows of a slab
+FEW_M, SOME_M = 8, 16  # rows for which wna16_gemv is nearly always faster, or faster for a small W
 SMALL_WEIGHT = 30 << 20  # bytes of codes
-WARPGROUPS = (4, 3, 2)  # that multiply, in a block
-SLAB_WARPGROUPS = (3, 2)  # where there are slabs: a fourth would leave the sums too few registers
-ROWS = 4 * TILE_ROWS  # of W, that one of them has
-# Clusters of 1, 2, ... 8 blocks that 132 multiprocessors hold at once, a block each: cudaOccupancyMaxActiveClusters
-# on an H100. Another card's differ with its working multiprocessors; a wrong guess costs time alone.
+WARPGROUPS = (4, 3, 2)  # multiplying warpgroups per block
+SLAB_WARPGROUPS = (3, 2)  # with slabs: a fourth would leave too few registers for the sums
+ROWS = 4 * TILE_ROWS  # of W per warpgroup
+# Clusters of 1, 2, ... 8 blocks that fit on 132 multiprocessors at once, with one block each:
+# cudaOccupancyMaxActiveClusters on an H100. Other cards differ with their working multiprocessors; a wrong guess only
+# costs time.
 CLUSTERS = (132, 66, 39, 30, 22, 17, 15, 15)
-# What a chunk costs a block of w warpgroups is proportional to w + STEP, and meeting in a cluster to that of SETTLE
-# chunks of one warpgroup for each block: fitted to nine shapes of one H100.
+# Cost model: a chunk costs a block of w warpgroups w + STEP, and the reduction in a cluster costs SETTLE chunks of one
+# warpgroup per block. Fitted to nine shapes on one H100.
 STEP, SETTLE = 2.0, 8.0
-# Microseconds of a weight of 8 bits per channel with dependent launch, up to 16 rows of x: a launch, a unit of cost, a
-# megabyte. Fitted to 17 shapes on one H100, within 2% (rms).
+# Microseconds for a weight of 8 bits per channel with dependent launch and up to 16 rows of x: per launch, per unit of
+# cost, per megabyte. Fitted to 17 shapes on one H100, within 2% (rms).
 CHANNEL_US = (2.6, 0.0257, 0.293)
-# With slabs, where every wave of blocks meets: STEP, SETTLE, then microseconds of a launch, and of a unit of cost by
-# the weight's bits. Fitted to one H100: of 96 problems, 0.2% behind the best cut on average, 7% at most.
+# With slabs, where every wave of blocks ends with a reduction: STEP, SETTLE, then microseconds per launch, and per unit
+# of cost by the weight's bits. Fitted on one H100: for 96 problems 0.2% slower than the best launch on average, 7% at
+# most.
 SLAB_STEP, SLAB_SETTLE = 1.0, 3.0
 SLAB_LAUNCH_US, SLAB_UNIT_US = 3.0, {4: 0.35, 8: 0.41}
 
 
 @dataclass(frozen=True)
 class Launch:
-    """How the work is cut.
+    """A launch configuration.
 
-    warpgroups  of a block that multiply: each has 64 rows of W
-    cluster     blocks that share k and sum through each other's shared memory
+    warpgroups  multiplying warpgroups per block, with 64 rows of W each
+    cluster     blocks that split k and sum through distributed shared memory
     """
 
     warpgroups: int
@@ -51,7 +53,7 @@ class Launch:
 
 
 def reason_against(problem: Problem) -> str | None:
-    """The reason why this kernel cannot take the problem, or should not, or None."""
+    """The reason why this kernel cannot run the problem, or should not, or None."""
     if problem.capability is None:
         return f"the tensors are on the {problem.device}"
     if problem.capability != (9, 0):
@@ -66,31 +68,32 @@ def reason_against(problem: Problem) -> str | None:
 
 
 def beats_gemv(problem: Problem) -> bool:
-    """True if few rows too are faster here: of 8 bits per channel, where wna16_gemv's warps leave GPU time unused."""
+    """True if this kernel is faster even for few rows: at 8 bits per channel, where wna16_gemv's warps leave the GPU
+    partly idle."""
     if problem.bits != 8 or problem.group_size != -1 or problem.norm:
         return False
     return estimated_us(problem) < wna16_gemv.estimated_us(problem)
 
 
 def estimated_us(problem: Problem) -> float:
-    """Microseconds that a weight of 8 bits per channel takes, for 1 to 16 rows of x."""
+    """Estimated microseconds for a weight of 8 bits per channel and 1 to 16 rows of x."""
     launch, unit, megabyte = CHANNEL_US
     return launch + unit * cost_of(choose_launch(problem), problem) + megabyte * problem.n * problem.k / 1e6
 
 
 def slabs_us(problem: Problem) -> float:
-    """Microseconds that more than 64 rows of x take."""
+    """Estimated microseconds for more than 64 rows of x."""
     return SLAB_LAUNCH_US + SLAB_UNIT_US[problem.bits] * cost_of(choose_launch(problem), problem)
 
 
 def warpgroups_for(m: int) -> tuple[int, ...]:
-    """The numbers of multiplying warpgroups that there is code for."""
+    """The compiled numbers of multiplying warpgroups."""
     return WARPGROUPS if m <= ONE_SLAB_M else SLAB_WARPGROUPS
 
 
 @lru_cache(4096)
 def choose_launch(problem: Problem) -> Launch:
-    """One rule for all shapes: the cut that the fullest multiprocessor finishes first."""
+    """The launch for any shape: the one with the least cost on the fullest multiprocessor."""
     chunks = -(-problem.k // CHUNK_K)
     clusters = [c for c in range(1, len(CLUSTERS) + 1) if c == 1 or 2 * c <= chunks]
     cuts = [Launch(w, c) for w in warpgroups_for(problem.m) for c in clusters]
@@ -98,7 +101,7 @@ def choose_launch(problem: Problem) -> Launch:
 
 
 def cost_of(launch: Launch, problem: Problem) -> float:
-    """Time in units of a chunk of one warpgroup: waves of blocks, chunks of a block, and the meeting at its end."""
+    """Cost in units of a chunk of one warpgroup: waves of blocks, chunks per block, and the final reduction."""
     groups = padded(problem.n, launch.warpgroups * ROWS) // (launch.warpgroups * ROWS)
     at_once = max(1, CLUSTERS[launch.cluster - 1] * problem.processors // CLUSTERS[0])
     chunks = padded(padded(problem.k, CHUNK_K) // CHUNK_K, launch.cluster) // launch.cluster
@@ -109,7 +112,7 @@ def cost_of(launch: Launch, problem: Problem) -> float:
 
 
 def run(call: Call, problem: Problem, launch: Launch | None = None) -> Tensor:
-    """y of `call`, which problem.check has passed. ValueError where a tensor is not aligned to 16 bytes."""
+    """y of `call`, which problem.check has passed. ValueError if a tensor is not aligned to 16 bytes."""
     assert EXTENSION is not None
     call = prepare(call, most_staged=0)
     y = torch.empty(call.y_shape, dtype=call.y_dtype, device=call.x.device)
@@ -122,7 +125,7 @@ def run(call: Call, problem: Problem, launch: Launch | None = None) -> Tensor:
 
 
 def launch_of(launch: Launch, call: Call, device: int) -> Any:
-    """The kernel's launch: the cut, the device, and what the call says of groups and dependence."""
+    """The kernel's launch struct."""
     assert EXTENSION is not None
     cut = EXTENSION.Wna16GemmLaunch()
     cut.warpgroups, cut.cluster = launch.warpgroups, launch.cluster

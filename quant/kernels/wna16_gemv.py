@@ -1,4 +1,4 @@
-"""The product of a few rows (m <= 64) with a 4- or 8-bit weight, prologue and epilogue fused: csrc/wna16_gemv.cu."""
+"""The product of few rows (m <= 64) with a 4- or 8-bit weight, prologue and epilogue fused: csrc/wna16_gemv.cu."""
 
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -13,28 +13,30 @@ from lowbit.quant.kernels.problem import Call, Problem, has_fast_memory
 from lowbit.quant.kernels.wna16_args import args_of, prepare
 
 MAX_M, FEW_ROWS = 64, 8
-MAX_WARPS = 8  # in a block
+MAX_WARPS = 8  # per block
 LONG_K = 64  # chunks
-# Fitted to 29 cuts of 9 shapes on one H100 at m = 1: 2.4 us + rounds x tiles x 35 ns x (4.2 + warps), within 3% (rms).
+# Fitted to 29 launches of 9 shapes on one H100 at m = 1: 2.4 us + rounds x tiles x 35 ns x (4.2 + warps), within 3%
+# (rms).
 START = 4.2
-ROOM = 16  # warps of up to 16 rows that a multiprocessor holds
-# A product that leaves more of a GPU's room free than this, each warp with all of k, is better launched plainly where
-# memory is fast: the next one's blocks fill it, and what they read ahead delays this one. On an H200 gate and up of
-# Llama-2-7B leave 35%: plainly 1.559 ms a step, else 1.619. Those of 13B and of Llama-3-8B, 18 and 15%, lose 2% by it.
+ROOM = 16  # warps per multiprocessor, with up to 16 rows of x
+# If a launch leaves more of the GPU's room free than this, and no warps share k, it is faster without overlap on a GPU
+# with fast memory: the next kernel's blocks would fill the room, and their prefetch delays this kernel. On an H200,
+# gate and up of Llama-2-7B leave 35%: 1.559 ms per step, 1.619 with overlap. Those of 13B and of Llama-3-8B, which
+# leave 18 and 15%, would lose 2%.
 MOST_FREE = 0.3
-# Microseconds of a weight of 8 bits per channel with dependent launch, m = 1: a launch, a unit of cost, a megabyte.
-# Fitted to 25 shapes on one H100, within 4% (rms).
+# Microseconds for a weight of 8 bits per channel with dependent launch, m = 1: per launch, per unit of cost, per
+# megabyte. Fitted to 25 shapes on one H100, within 4% (rms).
 CHANNEL_US = (1.7, 0.0301, 0.193)
 
 
 @dataclass(frozen=True)
 class Launch:
-    """How the work is cut.
+    """A launch configuration.
 
-    row_tiles  tiles of 16 rows that a warp multiplies with one read of x
-    row_warps  warps of a block side by side over n, a power of two
-    k_warps    warps of a block that share k
-    cluster    blocks that share k and sum through each other's shared memory
+    row_tiles  tiles of 16 rows that a warp multiplies per read of x
+    row_warps  warps of a block along n, a power of two
+    k_warps    warps of a block that split k
+    cluster    blocks that split k and sum through distributed shared memory
     """
 
     row_tiles: int
@@ -44,7 +46,7 @@ class Launch:
 
 
 def reason_against(problem: Problem) -> str | None:
-    """The reason why this kernel cannot take the problem, or None."""
+    """The reason why this kernel cannot run the problem, or None."""
     if problem.capability is None:
         return f"the tensors are on the {problem.device}"
     if problem.m > MAX_M:
@@ -54,15 +56,15 @@ def reason_against(problem: Problem) -> str | None:
 
 @lru_cache(4096)
 def choose_launch(problem: Problem) -> Launch:
-    """One rule for all shapes: of the cuts that make one wave of blocks, the one whose warps are done first."""
+    """The launch for any shape: among those with one wave of blocks, the one whose warps finish first."""
     return min(cuts_of(problem), key=lambda launch: cost_of(launch, problem))
 
 
 def cuts_of(problem: Problem) -> list[Launch]:
-    """Cuts that one wave of blocks can have.
+    """Launches with a single wave of blocks.
 
-    128 registers a thread leave room for 16 warps on a multiprocessor, 255 (more than 16 rows of x) for 8. Two blocks
-    share k where k is long and there would be fewer blocks than multiprocessors.
+    With 128 registers per thread 16 warps fit on a multiprocessor, with 255 (more than 16 rows of x) 8. Two blocks
+    split k if k is long and there would be fewer blocks than multiprocessors.
     """
     tiles, chunks = -(-problem.n // TILE_ROWS), -(-problem.k // CHUNK_K)
     processors = max(problem.processors, 1)
@@ -79,7 +81,7 @@ def cuts_of(problem: Problem) -> list[Launch]:
 
 
 def row_tiles_of(problem: Problem, tiles: int, chunks: int) -> tuple[int, ...]:
-    """Tiles that a warp may have: two halve the reads of x, but of 8 bits, or in groups of 32, crowd the ring."""
+    """Possible tiles per warp. Two halve the reads of x, but overfill the ring with 8 bits or groups of 32."""
     if problem.m <= 8:
         return (1,) if problem.bits == 8 or problem.group_size == 32 else (1, 2)
     one_wave = tiles * MAX_WARPS <= 16 * problem.processors
@@ -87,7 +89,7 @@ def row_tiles_of(problem: Problem, tiles: int, chunks: int) -> tuple[int, ...]:
 
 
 def cost_of(launch: Launch, problem: Problem) -> float:
-    """A warp's rounds times what a tile costs it in one: START, and 1 for each warp that a multiprocessor holds."""
+    """The rounds of a warp times the cost of a tile: START, plus 1 for each warp on the multiprocessor."""
     groups = -(-problem.n // (TILE_ROWS * launch.row_tiles))
     rounds = -(-problem.k // (CHUNK_K * launch.k_warps * launch.cluster))
     warps = groups * launch.k_warps * launch.cluster / max(problem.processors, 1)
@@ -95,13 +97,13 @@ def cost_of(launch: Launch, problem: Problem) -> float:
 
 
 def estimated_us(problem: Problem) -> float:
-    """Microseconds that a weight of 8 bits per channel takes, for 1 to 8 rows of x."""
+    """Estimated microseconds for a weight of 8 bits per channel and 1 to 8 rows of x."""
     launch, unit, megabyte = CHANNEL_US
     return launch + unit * cost_of(choose_launch(problem), problem) + megabyte * problem.n * problem.k / 1e6
 
 
 def leaves_room(launch: Launch, problem: Problem) -> bool:
-    """True if a plain launch may be the faster one: 4 bits, few rows, a wide weight whose blocks are too few."""
+    """True if a launch without overlap may be faster: 4 bits, few rows, a wide weight with too few blocks."""
     groups = -(-problem.n // (TILE_ROWS * launch.row_tiles * launch.row_warps))
     warps = groups * launch.row_warps * launch.cluster
     free = 1 - warps / (ROOM * max(problem.processors, 1))
@@ -109,23 +111,23 @@ def leaves_room(launch: Launch, problem: Problem) -> bool:
 
 
 def widened(launch: Launch, problem: Problem) -> Launch:
-    """`launch` in blocks twice as wide, for 5 to 8 rows where memory is fast and two warps share k: the same sums.
+    """`launch` with blocks twice as wide, for 5 to 8 rows, fast memory and two warps along k. The sums are the same.
 
-    More warps find x in their L1. QKV of Llama-2-7B at batch 8 on an H200: 1.871 ms a step, else 1.909.
+    More warps then find x in L1. QKV of Llama-2-7B at batch 8 on an H200: 1.871 ms per step, 1.909 otherwise.
     """
     wide = problem.bits == 4 and FEW_ROWS // 2 < problem.m <= FEW_ROWS and launch.k_warps == 2
     return replace(launch, row_warps=2 * launch.row_warps) if wide else launch
 
 
 def most_staged_bytes(capability: tuple[int, int] | None) -> int:
-    """Shared memory for a norm, of x or of its sums of squares: what a block has left beside 73 KB of partial sums."""
+    """Shared memory for a norm (x, or its sums of squares): the rest of a block's, after 73 KB of partial sums."""
     if capability is None or capability < (9, 0):
         return (64 if capability == (8, 0) else 24) << 10
     return 96 << 10
 
 
 def run(call: Call, problem: Problem, launch: Launch | None = None) -> Tensor:
-    """y of `call`, which problem.check has passed. ValueError where a tensor is not aligned to 16 bytes."""
+    """y of `call`, which problem.check has passed. ValueError if a tensor is not aligned to 16 bytes."""
     assert EXTENSION is not None
     fast = has_fast_memory(call.x.device)
     if launch is None:
@@ -143,7 +145,7 @@ def run(call: Call, problem: Problem, launch: Launch | None = None) -> Tensor:
 
 
 def launch_of(launch: Launch, call: Call, device: int) -> Any:
-    """The kernel's launch: the cut, the device, and what the call says of groups and dependence."""
+    """The kernel's launch struct."""
     assert EXTENSION is not None
     cut = EXTENSION.Wna16GemvLaunch()
     for name, value in vars(launch).items():
