@@ -1,6 +1,7 @@
 # make demo   quantize a real model and see what it cost
 # make test   lint, types and the CPU test suite
 # make families   docs/FAMILIES.md: every type of transformers tried as a tiny model, in about half an hour
+# make tables   the documents' tables of figures, from the rows in benchmarks/results
 # make docs   the documentation as a site in build/site
 #
 # Both make the environment in .venv on their first run and reuse it afterwards. It needs Python 3.11 and a C++
@@ -18,7 +19,7 @@ export LOWBIT_CUDA := $(shell nvidia-smi -L >/dev/null 2>&1 || echo 0)
 endif
 INSTALLED := pyproject.toml $(wildcard setup.py quant/kernels/csrc/* */__init__.py)
 
-.PHONY: help env demo test families docs lint format gpu-test clean
+.PHONY: help env demo test families tables docs lint format gpu-test clean
 
 help:
 	@sed -n 's/^# *\(make .*\)/\1/p' Makefile
@@ -44,6 +45,9 @@ lint: env
 format: env
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
+
+tables: env
+	$(BIN)/python -m benchmarks.tables
 
 docs: env
 	$(BIN)/mkdocs build --strict

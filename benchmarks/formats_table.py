@@ -18,13 +18,13 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from string import ascii_uppercase
 from typing import Any
 
 from benchmarks.readers import ReaderError, read_by
+from benchmarks.tables import readers
 from lowbit.calibrate.data import builtin_text
 from lowbit.evaluation.backend import TransformersBackend
 from lowbit.evaluation.text import Cut, Protocol, cut
@@ -88,7 +88,7 @@ def main() -> None:
             for reader, measure in measures(args, label, directory, source, windows):
                 if (label, reader) not in known and re.search(args.readers, reader):
                     keep({"checkpoint": label, "reader": reader, "commit": args.commit}, measure)
-    print_table(read_rows())
+    print(readers(), end="")
 
 
 def parse() -> argparse.Namespace:
@@ -164,39 +164,6 @@ def ours(source: Source, windows: Cut) -> list[list[float]]:
 def theirs(python: str, kind: str, directory: Path, windows: Cut) -> list[list[float]]:
     """Log-probabilities by another program. ReaderError where it fails."""
     return read_by(python, kind, directory, [window.tolist() for window in windows.windows])
-
-
-def print_table(rows: Sequence[Mapping[str, Any]]) -> None:
-    """Markdown: a line for each checkpoint, with the commit of our own reading, and a column for each reader.
-
-    Readers and errors are spelled out below. A checkpoint that was made anew, which our own reading shows, has lost
-    what others read of the old one.
-    """
-    cells: dict[tuple[str, str], Mapping[str, Any]] = {}
-    for row in rows:
-        name, reader = pair = row["checkpoint"], row["reader"]
-        if reader == OURS and pair in cells and cells[pair]["perplexity"] != row["perplexity"]:
-            cells = {(other, by): cell for (other, by), cell in cells.items() if other != name}
-        cells[pair] = row
-    names = sorted({name for name, _ in cells})
-    readers = list(dict.fromkeys(reader for _, reader in cells))
-    errors = list(dict.fromkeys(row["error"] for row in cells.values() if row["error"]))
-
-    def text(row: Mapping[str, Any] | None) -> str:
-        if row is None:
-            return ""
-        return f"error {errors.index(row['error']) + 1}" if row["error"] else f"{row['perplexity']:.3f}"
-
-    lines = [
-        [name, cells[name, OURS]["commit"], *(text(cells.get((name, reader))) for reader in readers)] for name in names
-    ]
-    for line in (["checkpoint", "at", *ascii_uppercase[: len(readers)]], ["---"] * (len(readers) + 2), *lines):
-        print("| " + " | ".join(line) + " |")
-    print()
-    for letter, reader in zip(ascii_uppercase, readers, strict=False):
-        print(f"- {letter}: {reader}")
-    for number, error in enumerate(errors, 1):
-        print(f"- error {number}: {error.replace('`', chr(39))}")
 
 
 if __name__ == "__main__":

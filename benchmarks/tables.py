@@ -1,0 +1,495 @@
+"""The tables of figures in the documents, made from the rows in benchmarks/results.
+
+python -m benchmarks.tables            write every table anew, between its marks
+python -m benchmarks.tables --check    only say what would change, and fail if something would
+
+A document holds <!-- table: NAME --> and <!-- end of table -->, each on a line of its own. What lies between is what
+TABLES[NAME] returns. tests/house/test_figures.py holds the documents to it.
+"""
+
+import argparse
+import difflib
+import json
+import re
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from decimal import ROUND_HALF_UP, Decimal
+from functools import cache
+from pathlib import Path
+from string import ascii_uppercase
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+MARKED = re.compile(r"(<!-- table: ([\w-]+) -->\n)(.*?)(<!-- end of table -->\n)", re.DOTALL)
+
+Row = Mapping[str, Any]
+ROUGH = "0ceb7e1"  # the commit of ENGINE's rows that have no mark
+H100, H200, CORES = "NVIDIA H100 80GB HBM3", "NVIDIA H200", "2 CPU cores"
+
+
+@cache
+def rows(stem: str) -> tuple[Row, ...]:
+    """The rows of a file of benchmarks/results, in the order in which they were measured."""
+    lines = (ROOT / "benchmarks" / "results" / f"{stem}.jsonl").read_text(encoding="utf-8").splitlines()
+    return tuple(json.loads(line) for line in lines)
+
+
+def matching(stem: str, **wanted: Any) -> list[Row]:
+    return [row for row in rows(stem) if all(row.get(key) == value for key, value in wanted.items())]
+
+
+def first(stem: str, **wanted: Any) -> Row:
+    """The first row with these values: a sweep measures its main shape again beside each variant."""
+    found = matching(stem, **wanted)
+    if not found:
+        raise LookupError(f"no row of {stem}.jsonl has {wanted}")
+    return found[0]
+
+
+def fixed(value: float, places: int) -> str:
+    """`value` with so many decimals, halves rounded up as on paper."""
+    return str(Decimal(str(value)).quantize(Decimal(1).scaleb(-places), ROUND_HALF_UP))
+
+
+def three_digits(value: float) -> str:
+    """`value` with one decimal below 100."""
+    return fixed(value, 0 if value >= 99.95 else 1)
+
+
+def table(head: str, lines: Iterable[Iterable[str]]) -> str:
+    """A table in Markdown; `head` names the columns, divided by |."""
+    names = [name.strip() for name in head.split("|")]
+    return "".join((_line(names), "|" + "---|" * len(names) + "\n", *map(_line, lines)))
+
+
+def _line(cells: Iterable[str]) -> str:
+    return "|" + "|".join(f" {cell} " if cell else " " for cell in cells) + "|\n"
+
+
+# Loss
+
+
+def by_hand(method: str, calibration: str | None, by: str = "lowbit") -> dict[str, Any]:
+    """The columns of the first rows, from before bench_quality: another name for each text, and no machine."""
+    return {"method": method, "calibration": calibration, "by": by, "device": None}
+
+
+def on(device: str, method: str, calibration: str = "text", by: str = "lowbit") -> dict[str, Any]:
+    return {"method": method, "calibration": calibration, "by": by, "device": device}
+
+
+PEER, ROUND = "llm-compressor 0.14.0.1", "AutoRound 0.16.1"
+RESULTS: tuple[tuple[str, str, dict[str, Any]], ...] = (
+    ("bfloat16", "", by_hand("none", None, "")),
+    ("`int8`, per channel", "none", by_hand("int8", None)),
+    ("`awq` int4-g64", "builtin, 128 x 512", by_hand("awq", "builtin 128 x 512, seed 42")),
+    ("`awq` int4-g64", "builtin, 32 x 512", by_hand("awq", "builtin 32 x 512, seed 42")),
+    (
+        "llm-compressor 0.14 AWQ, int4-g64",
+        "the same 32 x 512 tokens",
+        by_hand("awq", "builtin 32 x 512, seed 42", PEER),
+    ),
+    ("`smoothquant` W8A8", "WikiText-2's other part, 128 x 512", on(CORES, "smoothquant")),
+    ("the same, `--rounder gptq --distill-steps 24`", "the same", on(CORES, "smoothquant-tuned")),
+    (
+        "llm-compressor 0.14 SmoothQuant, GPTQ, W8A8",
+        "the same tokens",
+        on(CORES, "llm-compressor-smoothquant", by=PEER),
+    ),
+    ("bfloat16, on the H100", "", {}),
+    ("`gptq` int4-g64", "WikiText-2's other part, 128 x 512", on(H100, "gptq")),
+    ("llm-compressor 0.14 GPTQ, int4-g64", "the same tokens", on(H100, "llm-compressor-gptq", by=PEER)),
+    ("`best` int4-g64", "the same", on(H100, "best")),
+    ("AutoRound 0.16.1, 20 iterations, int4-g64", "the same tokens", on(H100, "autoround-20", by=ROUND)),
+    ("AutoRound 0.16.1, 200 iterations, int4-g64", "the same tokens", on(H100, "autoround-200", by=ROUND)),
+    ("`best` int4-g64", "builtin, 128 x 512", on(H100, "best", "builtin")),
+    ("AutoRound 0.16.1, 20 iterations, int4-g64", "the same tokens", on(H100, "autoround-20", "builtin", ROUND)),
+)
+ASIDE = "text"  # WikiText-2's other part, as bench_quality calls it
+METHODS: tuple[tuple[str, str, str, str], ...] = (
+    ("`gptq`", H100, "gptq", "lowbit"),
+    ("llm-compressor 0.14, GPTQ", H100, "llm-compressor-gptq", PEER),
+    ("`signround --iters 20`", H100, "signround", "lowbit"),
+    ("AutoRound 0.16.1, 20 iterations", H100, "autoround-20", ROUND),
+    ("AutoRound 0.16.1, 200 iterations", H100, "autoround-200", ROUND),
+    ("`best`", H100, "best", "lowbit"),
+    ("`gptq --transforms rotate`", CORES, "gptq-rotated", "lowbit"),
+    ("`best --transforms rotate`", CORES, "best-rotated", "lowbit"),
+    ("`gptq --asym`", H100, "gptq-asymmetric", "lowbit"),
+    ("`best --asym`", H100, "best-asymmetric", "lowbit"),
+    ("`best --target-bits 4.75`", H100, "best-mixed", "lowbit"),
+    ("W8A8: `smoothquant`", CORES, "smoothquant", "lowbit"),
+    ("W8A8: llm-compressor, SmoothQuant 0.8, GPTQ", CORES, "llm-compressor-smoothquant", PEER),
+    ("W8A8: `smoothquant --rounder gptq`", H100, "smoothquant-gptq", "lowbit"),
+    ("W8A8: that, `--distill-steps 24`", CORES, "smoothquant-tuned", "lowbit"),
+)
+BOLD = "`best`"
+
+
+def scored(wanted: Mapping[str, Any], text: str) -> Row | None:
+    """The row of a model on the text whose name begins so, in whatever case."""
+    found = [row for row in matching("quality", **wanted) if row["text"].lower().startswith(text)]
+    return found[-1] if found else None
+
+
+def loss(row: Row | None) -> str:
+    """+0.089 ± 0.006: nats a token above the unquantized model, as many decimals as the error needs."""
+    if row is None or row["method"] == "none":
+        return ""
+    mean, error = row["delta_nll"], row["delta_nll_se"]
+    places = 4 if mean < 0.005 else 3
+    return f"+{fixed(mean, places)} ± {fixed(error, places)}"
+
+
+def results() -> str:
+    lines = []
+    for label, calibrated, wanted in RESULTS:
+        found = [scored(wanted or on(H100, "best"), text) for text in ("wikitext", "builtin")]
+        cells = [label, calibrated]
+        for row in found:
+            assert row is not None, label
+            cells += [fixed(row["perplexity"], 3), loss(row)] if wanted else [fixed(row["base_perplexity"], 3), ""]
+        lines.append(cells)
+    return table("weights | calibration | WikiText-2 | loss | builtin held-out | loss", lines)
+
+
+def methods() -> str:
+    """A line's first cells are of its own machine, those on the cores marked; the others are of the H100."""
+    lines = []
+    for label, device, method, by in METHODS:
+        star = " *" if device == CORES else ""
+        own = [loss(scored(on(device, method, ASIDE, by), text)) + star for text in ("wikitext", "builtin")]
+        other = [loss(scored(on(H100, method, "builtin", by), text)) for text in ("wikitext", "builtin")]
+        cells = [f"**{cell}**" if label == BOLD else cell for cell in own + other]
+        lines.append([label, *cells])
+    head = "calibrated on | WikiText-2 | | documentation | "
+    return table(head, [["scored on", "WikiText-2", "documentation", "WikiText-2", "documentation"], *lines])
+
+
+# Speed
+
+
+DECODE: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("Llama-2-7B, W4", {"shape": "llama2-7b", "method": "w4"}),
+    ("the same, int8 cache", {"shape": "llama2-7b", "method": "w4", "cache": "int8"}),
+    ("Llama-2-7B, int8", {"shape": "llama2-7b", "method": "int8"}),
+    ("Llama-2-7B, W8A8", {"shape": "llama2-7b", "method": "w8a8"}),
+    ("Llama-2-7B, bfloat16", {"shape": "llama2-7b", "method": "dense", "dtype": "bfloat16"}),
+    ("Llama-2-7B, float16", {"shape": "llama2-7b", "method": "dense"}),
+    ("Llama-3-8B, W4, int8 head", {"shape": "llama3-8b", "method": "w4", "head": "int8-channel"}),
+    ("Llama-2-13B, W4", {"shape": "llama2-13b", "method": "w4"}),
+    ("Llama-2-13B, float16", {"shape": "llama2-13b", "method": "dense"}),
+    ("CodeGeeX-13B, int8", {"shape": "codegeex-13b", "method": "int8"}),
+    ("ChatGLM2-6B, W4", {"shape": "chatglm2-6b", "method": "w4"}),
+    ("ChatGLM2-6B, float16", {"shape": "chatglm2-6b", "method": "dense"}),
+)
+USUAL = {"dtype": "float16", "cache": "same", "head": "dense", "gpu": H100}
+MARKS = {ROUGH: "", "9b88251": " a", "14bfcca": " b"}
+
+
+def decode() -> str:
+    """Tokens a second, the share of the floor, and the mark of the commit."""
+
+    def cell(wanted: Mapping[str, Any], batch: int, prompt: int) -> str:
+        found = matching("decode", **USUAL | dict(wanted) | {"batch": batch, "prompt": prompt})
+        if not found:
+            return ""
+        row = found[-1]
+        return f"{fixed(row['tokens_per_s'], 0)} ({fixed(100 * row['share_of_floor'], 0)}%){MARKS[row['commit']]}"
+
+    sizes = [(batch, prompt) for batch in (1, 8) for prompt in (128, 2048)]
+    head = "shape and weights | " + " | ".join(f"{batch} x {prompt}" for batch, prompt in sizes)
+    return table(head, [[label, *(cell(wanted, *size) for size in sizes)] for label, wanted in DECODE])
+
+
+def lookup() -> str:
+    texts = {"code": "code: modules of the standard library", "prose": "prose: CPython's documentation"}
+    lines = [
+        [label, *(fixed(first("lookup", text=text, drafts=n)["tokens_per_step"], 2) for n in (3, 7))]
+        for text, label in texts.items()
+    ]
+    return table("text | tokens a step with 3 drafts | with 7", lines)
+
+
+def spread(row: Row) -> str:
+    return f"{fixed(min(row['block_s_all']), 1)} to {fixed(max(row['block_s_all']), 1)}"
+
+
+CALIBRATED = {
+    "gptq": ("`gptq` int4-g128", "{}, of which rounding {rounding}"),
+    "awq": ("`awq` int4-g128", "{}: scales {transforms}, ranges {rounding}"),
+    "smoothquant": ("`smoothquant`", "{}: scales {transforms}, next inputs {next inputs}"),
+    "signround": ("`signround --iters 200` int4-g128", "{}, of which rounding {rounding}"),
+}
+
+
+def calibrate() -> str:
+    lines = []
+    for method, (label, said) in CALIBRATED.items():
+        row = first("calibrate", method=method)
+        block = said.format(spread(row), **{phase: fixed(took, 1) for phase, took in row["phases_s"].items()})
+        between = fixed(row["between_s"], 1) if "between_s" in row else ""
+        whole = ("" if between else "at most ") + fixed(row["model_s"], 0)
+        lines.append([label, block, between, whole, fixed(row["peak_gpu_gib"], 1)])
+    head = "method | a block | between blocks | 32 blocks, files read and written | GPU memory, GiB"
+    return table(head, lines)
+
+
+VLLM = {
+    "w4": ("W4A16, groups of 128", "Marlin"),
+    "w8": ("W8A16, per channel", "Marlin"),
+    "w8a8": ("W8A8, per token", "CUTLASS"),
+}
+
+
+def vllm() -> str:
+    """Milliseconds of a step inside vLLM."""
+    lines = []
+    for model, (label, kernel) in VLLM.items():
+        steps = [first("vllm", engine=f"{model} {by}")["step_ms"] for by in (kernel.lower(), "lowbit")]
+        lines.append([label, kernel, *(fixed(step[batch], 2) for step in steps for batch in ("1", "8"))])
+    return table("checkpoint | vLLM's kernel | batch 1 | batch 8 | ours, batch 1 | batch 8", lines)
+
+
+def agreement() -> str:
+    """Mean distances of log-probabilities, for three models."""
+    exact = "exact, float64"
+    pairs = [(exact, "exact, float32"), (exact, "exact, bfloat16"), (exact, "vLLM"), (exact, "vLLM, our linears")]
+    pairs += [("vLLM", "vLLM, our linears")]
+    models = ("wild", "tame", "smoothquant int8-channel-a8token")
+    lines = [
+        [f"{b} and {a}", *(fixed(first("w8a8_agreement", checkpoint=m, one=a, other=b)["mean"], 2) for m in models)]
+        for a, b in pairs
+    ]
+    return table(
+        "between | `wild`: random, as at 06fe4eb | `tame`: random, as in that run | the demo, `smoothquant`, a text",
+        lines,
+    )
+
+
+# Kernels
+
+
+GEMV_SHAPES = ((4096, 4096), (12288, 4096), (22016, 4096), (28672, 4096), (4096, 14336), (5120, 13824), (57344, 8192))
+GEMM_SHAPES = ((4096, 4096), (12288, 4096), (22016, 4096), (28672, 4096), (5120, 13824), (57344, 8192))
+DENSE_SHAPES = ((4096, 4096), (12288, 4096), (22016, 4096), (4096, 11008), (15360, 5120), (5120, 13824), (32000, 4096))
+ALL_SHAPES = (
+    *((4096, 4096), (12288, 4096), (22016, 4096), (4096, 11008), (6144, 4096), (28672, 4096), (4096, 14336)),
+    *((5120, 5120), (15360, 5120), (20480, 5120), (5120, 20480), (27648, 5120), (5120, 13824), (57344, 8192)),
+    (8192, 28672),
+)
+W4 = {"ours": True, "bits": 4, "group_size": 128, "dtype": "float16", "symmetric": True}
+W8 = {"ours": True, "bits": 8, "group_size": -1, "dtype": "float16", "symmetric": True}
+
+
+def ours(stem: str, scheme: Mapping[str, Any], m: int, n: int, k: int, dependent: bool = True) -> Row:
+    return first(stem, **scheme, m=m, n=n, k=k, dependent=dependent)
+
+
+def peer(stem: str, bits: int, m: int, n: int, k: int) -> str:
+    """The time of the fastest other kernel for weights of these bits, or for dense ones."""
+    found = [row for row in matching(stem, ours=False, m=m, n=n, k=k) if row["bits"] in (bits, 16)]
+    return fixed(min(row["us"] for row in found), 2)
+
+
+def kernels() -> str:
+    lines = []
+    for n, k in ALL_SHAPES:
+        plain = ours("wna16_gemv", W4, 1, n, k, dependent=False)
+        cells = [f"{n} x {k}", fixed(plain["floor_us"], 2), fixed(plain["us"], 2)]
+        for m in (1, 8, 16, 32, 64):
+            stem = "wna16_gemv" if m <= 8 else "wna16_gemm"
+            cells += [fixed(ours(stem, W4, m, n, k)["us"], 2), peer(stem, 4, m, n, k)]
+        lines.append(cells)
+    head = "n x k | floor | m = 1 | pdl | peer | " + " | ".join(f"m = {m} | peer" for m in (8, 16, 32, 64))
+    return table(head, lines)
+
+
+def gemv() -> str:
+    lines = []
+    for n, k in GEMV_SHAPES:
+        cells = [f"{n} x {k}"]
+        for bits, scheme, counts in ((4, W4, (1, 8)), (8, W8, (1,))):
+            cells.append(fixed(ours("wna16_gemv", scheme, 1, n, k)["floor_us"], 2))
+            for m in counts:
+                cells += [fixed(ours("wna16_gemv", scheme, m, n, k)["us"], 2), peer("wna16_gemv", bits, m, n, k)]
+        lines.append(cells)
+    return table("n x k | W4 g128 floor | m = 1 | peer | m = 8 | peer | W8 floor | m = 1 | peer", lines)
+
+
+def gemm() -> str:
+    """A star where the rule takes wna16_gemv."""
+    lines = []
+    for n, k in GEMM_SHAPES:
+        cells = [f"{n} x {k}", fixed(ours("wna16_gemm", W4, 16, n, k)["floor_us"], 2)]
+        for m in (16, 32, 64):
+            row = ours("wna16_gemm", W4, m, n, k)
+            star = "*" if row["kernel"] == "wna16_gemv" else ""
+            cells += [fixed(row["us"], 2) + star, peer("wna16_gemm", 4, m, n, k)]
+        lines.append(cells)
+    return table("n x k | floor | m = 16 | peer | m = 32 | peer | m = 64 | peer", lines)
+
+
+def prefill() -> str:
+    lines = []
+    names = ("wna16_gemm", "wna16_dequantize", "vllm machete w4", "vllm marlin w4", "cublas")
+    for n, k in GEMM_SHAPES[:4]:
+        for m in (128, 512):
+            size = {"m": m, "n": n, "k": k}
+            found = [first("wna16_prefill", kernel=name, bits=16 if name == "cublas" else 4, **size) for name in names]
+            label = f"{n} x {k}" if m == 128 else ""
+            lines.append([label, str(m), *(three_digits(row["us"]) for row in found)])
+    return table("n x k | m | slabs | copy + cuBLAS | Machete | Marlin | cuBLAS, dense weight", lines)
+
+
+def dense() -> str:
+    lines = []
+    for n, k in DENSE_SHAPES:
+        cells = [f"{n} x {k}", fixed(first("dense_gemv", m=1, n=n, k=k)["floor_us"], 1)]
+        for m in (1, 16, 64):
+            for wanted in ({"kernel": "dense_gemv", "dependent": True}, {"kernel": "cublas"}):
+                cells.append(fixed(first("dense_gemv", m=m, n=n, k=k, **wanted)["us"], 1))
+        lines.append(cells)
+    return table("n x k | floor | m = 1 | cuBLAS | m = 16 | cuBLAS | m = 64 | cuBLAS", lines)
+
+
+def dequantize() -> str:
+    lines = []
+    for n, k in ((4096, 4096), (4096, 14336), (28672, 4096)):
+        found = [first("wna16_dequantize", kernel="wna16_dequantize", n=n, k=k, bits=bits) for bits in (4, 8)]
+        lines.append([f"{n} x {k}", *(cell for row in found for cell in (fixed(row["us"], 1), fixed(row["gbs"], 0)))])
+    return table("n x k | W4 g128, us | GB/s | W8 per channel, us | GB/s", lines)
+
+
+def gptq_block() -> str:
+    lines = [[str(n), fixed(took("gptq_block", n), 1), fixed(took("loop", n) / 1000, 1)] for n in (4096, 11008)]
+    return table("rows of the weight | kernel, us | torch's loop, ms", lines)
+
+
+def took(kernel: str, n: int) -> float:
+    return float(first("gptq_block", kernel=kernel, n=n)["us"])
+
+
+# Readers
+
+
+def readers() -> str:
+    """A line for each checkpoint, with the commit of our own reading, and a column for each reader.
+
+    Readers and errors are spelled out below. A checkpoint that was made anew, which our own reading shows, has lost
+    what others read of the old one.
+    """
+    cells: dict[tuple[str, str], Row] = {}
+    for row in rows("formats"):
+        name, reader = pair = row["checkpoint"], row["reader"]
+        if reader == "lowbit" and pair in cells and cells[pair]["perplexity"] != row["perplexity"]:
+            cells = {(other, by): cell for (other, by), cell in cells.items() if other != name}
+        cells[pair] = row
+    programs = list(dict.fromkeys(reader for _, reader in cells))
+    errors = list(dict.fromkeys(row["error"] for row in cells.values() if row["error"]))
+
+    def text(row: Row | None) -> str:
+        if row is None:
+            return ""
+        return f"error {errors.index(row['error']) + 1}" if row["error"] else fixed(row["perplexity"], 3)
+
+    lines = [
+        [name, cells[name, "lowbit"]["commit"], *(text(cells.get((name, reader))) for reader in programs)]
+        for name in sorted({name for name, _ in cells})
+    ]
+    said = [f"- {letter}: {reader}\n" for letter, reader in zip(ascii_uppercase, programs, strict=False)]
+    said += [f"- error {number}: {error.replace('`', chr(39))}\n" for number, error in enumerate(errors, 1)]
+    head = " | ".join(["checkpoint", "at", *ascii_uppercase[: len(programs)]])
+    return table(head, lines) + "\n" + "".join(said)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "results": results,
+    "methods": methods,
+    "decode": decode,
+    "lookup": lookup,
+    "calibrate": calibrate,
+    "readers": readers,
+    "vllm": vllm,
+    "agreement": agreement,
+    "kernels": kernels,
+    "wna16_gemv": gemv,
+    "wna16_gemm": gemm,
+    "wna16_prefill": prefill,
+    "wna16_dequantize": dequantize,
+    "dense_gemv": dense,
+    "gptq_block": gptq_block,
+}
+
+
+def sentences() -> dict[str, tuple[str, ...]]:
+    """Parts of sentences that a document must have, with their figures from the rows."""
+
+    def rate(batch: int = 1, shape: str = "llama2-7b", **wanted: Any) -> str:
+        row = matching("decode", **USUAL | wanted | {"shape": shape, "batch": batch, "prompt": 128})[-1]
+        return fixed(row["tokens_per_s"], 0)
+
+    def cost(*wanted: Any) -> str:
+        row = scored(on(H100, *wanted), "wikitext")
+        assert row is not None, wanted
+        return fixed(row["delta_nll"], 2)
+
+    w4, w8, bf16 = rate(method="w4"), rate(method="int8"), rate(method="dense", dtype="bfloat16")
+    larger = [rate(batch, "llama2-13b", method="w4") for batch in (1, 8)]
+    step = [fixed(first("vllm", engine=f"w4 {by}")["step_ms"]["1"], 2) for by in ("lowbit", "marlin")]
+    memory = [fixed(first("memory", method=method)["peak_host_gib"], 1) for method in ("int8", "awq")]
+    return {
+        "README.md": (
+            f"decodes at {w4} tokens a second with 4-bit weights",
+            f"bfloat16 reaches {bf16}",
+            f"`gptq` at 4 bits costs {cost('gptq')} nats a token",
+            f"a peer's GPTQ {cost('llm-compressor-gptq', ASIDE, PEER)} on",
+        ),
+        "docs/RESULTS.md": (
+            f"Llama-2-7B {w4} with 4 bits, {w8} with int8 weights, {bf16} in bfloat16",
+            f"13B {larger[0]} with 4 bits, {larger[1]} at batch 8",
+            f"takes {step[0]} ms on our 4-bit kernels, {step[1]} on Marlin's",
+            f"`int8` {memory[0]} GiB on",
+            f"`awq` with 16 x 512 tokens {memory[1]} GiB",
+        ),
+    }
+
+
+def unsaid() -> list[str]:
+    """What documents should say by `sentences`, and do not."""
+    texts = {name: " ".join((ROOT / name).read_text(encoding="utf-8").split()) for name in sentences()}
+    return [f"{name}: {part}" for name, parts in sentences().items() for part in parts if part not in texts[name]]
+
+
+def documents() -> list[Path]:
+    """The README and the pages of the site, in order; not the diary."""
+    pages = (ROOT / "docs").rglob("*.md")
+    return sorted(path for path in (ROOT / "README.md", *pages) if path.parent.name != "history")
+
+
+def rendered(text: str) -> str:
+    """A document's text with every marked table made from the rows."""
+    return MARKED.sub(lambda found: found[1] + "\n" + TABLES[found[2]]() + "\n" + found[4], text)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="the documents' tables of figures, from the rows")
+    parser.add_argument("--check", action="store_true", help="write nothing; fail where a document would change")
+    check = parser.parse_args().check
+    changed = bool(unsaid())
+    sys.stdout.writelines(f"{line}\n" for line in unsaid())
+    for path in documents():
+        old = path.read_text(encoding="utf-8")
+        new = rendered(old)
+        if new == old:
+            continue
+        changed = True
+        names = [str(path.relative_to(ROOT))] * 2
+        sys.stdout.writelines(difflib.unified_diff(old.splitlines(True), new.splitlines(True), *names, n=0))
+        if not check:
+            path.write_text(new, encoding="utf-8")
+    sys.exit(check and changed)
+
+
+if __name__ == "__main__":
+    main()
