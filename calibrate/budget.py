@@ -25,6 +25,7 @@ from lowbit.models.products import weight_view
 from lowbit.models.skeleton import LinearSpec
 from lowbit.models.states import States, pulled
 from lowbit.models.walk import Walk
+from lowbit.progress import Step, tell
 from lowbit.quant.algos.clip import plain_shrink
 from lowbit.quant.naming import fused_set
 from lowbit.quant.qtensor import round_to_nearest
@@ -150,7 +151,8 @@ def _measured(
         left = entering.pop()
         slope = _drawn(walk, batch, left.hidden, torch.Generator().manual_seed(job.recipe.seed))
     gradient = [slope, *(None for _ in left.flow[1:])]
-    for index in reversed(range(len(job.skeleton.blocks))):
+    for number, index in enumerate(reversed(range(len(job.skeleton.blocks)))):
+        tell(Step("measuring what each scheme costs", number, len(job.skeleton.blocks)))
         block = job.skeleton.blocks[index]
         inside = {fused_set(spec.name) for spec in block.linears if spec.name in names}
         with walk.loaded(index):

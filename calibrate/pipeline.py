@@ -21,6 +21,7 @@ from lowbit.export.files import write_text
 from lowbit.export.plain import write_json
 from lowbit.export.writer import CheckpointWriter, carry_along
 from lowbit.models.skeleton import tied_weights
+from lowbit.progress import Part, Step, tell
 
 OnBlock = Callable[[BlockReport], None]
 
@@ -56,7 +57,9 @@ def run(
     writer = RecordingWriter(CheckpointWriter(fmt, output, recipe.max_shard_size), job)
     outcomes = _outcomes(job, calibration, result, on_block, journal)
     for block, outcome in zip(job.skeleton.blocks, outcomes, strict=True):
+        tell(Part(f"writing {block.name}"))
         writer.add_block(block, outcome.weights, outcome.kept)
+    tell(Step("writing what stays as it is", 0, None))
     writer.add_others()
     carry_along(job.source.checkpoint, output, with_code=job.source.trust_remote_code)
     writer.finish(_config(job))
@@ -92,7 +95,12 @@ def _outcomes(
         else:
             yield outcome
     if loop and held:
-        yield from distill(job, loop, held, result.distilled.append)
+
+        def on_step(loss: float) -> None:
+            result.distilled.append(loss)
+            tell(Step("tuning scales and norms", len(result.distilled), job.recipe.distill_steps))
+
+        yield from distill(job, loop, held, on_step)
 
 
 def _outcome(blocks: Blocks, index: int, journal: Journal | None) -> BlockOutcome:

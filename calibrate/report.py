@@ -16,6 +16,7 @@ from lowbit.calibrate.block import BlockWork
 from lowbit.calibrate.job import Job
 from lowbit.calibrate.plan import Plan
 from lowbit.export.snapshot import published_name
+from lowbit.progress import Part, tell
 from lowbit.quant.qtensor import QTensor
 from lowbit.quant.recipe import Recipe
 
@@ -51,6 +52,7 @@ class Stopwatch:
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         begun = time.monotonic()
+        tell(Part(name))
         yield
         if self._device != "cpu":
             torch.cuda.synchronize(self._device)

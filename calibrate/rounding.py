@@ -13,6 +13,7 @@ from lowbit.calibrate import ranks
 from lowbit.calibrate.block import BlockWork
 from lowbit.calibrate.parts import BlockTask, Needs, Rounder, setting
 from lowbit.models.states import States, batched
+from lowbit.progress import Part, tell
 from lowbit.quant.algos.clip import group_moments, plain_shrink, search_shrink
 from lowbit.quant.algos.gptq import DAMPING, gptq
 from lowbit.quant.algos.learned import LearnedWeight
@@ -152,6 +153,7 @@ def _all_by_gptq(work: BlockWork, names: list[str], one: Callable[[str], tuple[T
 
 def _gptq(work: BlockWork, clip: bool, damping: float, name: str) -> tuple[Tensor, ...]:
     """The rounding's fallbacks as UTF-8 bytes, one per line; then codes, scales and, if any, zeros."""
+    tell(Part(f"rounding {name}"))
     master, scheme, stats = work.masters[name], work.schemes[name], work.stats.get(name)
     divisor = work.divisor(name)
     if stats is None:
@@ -208,6 +210,7 @@ class RoundingLearner:
         best, least = weights, float("inf")
         look = max(self._iters // LOOKS, 1)
         for step in range(self._iters + 1):
+            tell(Part("learned rounding", step, self._iters))
             self._work.use(weights)
             if step % look == 0 or step == self._iters:
                 loss = ranks.leaders_number(sum(float(self._loss(*pair)) for pair in held))

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from lowbit.calibrate.parts import BlockTask, Needs, Rows, Transform, setting
 from lowbit.calibrate.search import FoldSearch
+from lowbit.progress import Part, tell
 from lowbit.quant.algos.awq import ScaleChoice, search_scales, weight_magnitude
 from lowbit.quant.algos.smooth import SmoothChoice, search_alpha
 
@@ -53,7 +54,8 @@ class FoldTransform(Transform):
     def apply(self, task: BlockTask) -> Rows:
         """One row per fold."""
         rows: Rows = []
-        for fold in task.structure.folds:
+        for number, fold in enumerate(task.structure.folds, 1):
+            tell(Part(f"{self.name}: searching scales", number, len(task.structure.folds)))
             search = FoldSearch(task.work, fold, task.sample)
             row: dict[str, Any] = {"fold": fold.describe(), "transform": self.name}
             reason = search.reason_against()

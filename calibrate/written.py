@@ -15,6 +15,7 @@ from lowbit.export.survey import checked, count_broken
 from lowbit.export.tensorfile import raw_bytes
 from lowbit.export.writer import CheckpointWriter
 from lowbit.models.skeleton import Block, tied_weights
+from lowbit.progress import Step, tell
 from lowbit.quant.qtensor import QTensor
 
 
@@ -73,7 +74,8 @@ class RecordingWriter:
         """Read every tensor back and compare its digest. Returns the bytes of the weights on disk."""
         written = open_checkpoint(output, finished=False)
         logical = LogicalTensors(written)
-        for name, meant in self._meant.items():
+        for number, (name, meant) in enumerate(self._meant.items(), 1):
+            tell(Step("reading back what was written", number, len(self._meant)))
             if name in logical.schemes:
                 weight = logical.qtensor(name)
                 found = _digest_of(weight)

@@ -43,11 +43,11 @@ class Terminal(Console):
             yield segment if segment.control else segment._replace(text=visible(segment.text))
 
 
-def make_console() -> Terminal:
+def make_console(quiet: bool = False) -> Terminal:
     """The console for results. A pipe gets plain lines without folding. Only the leading rank prints."""
     if sys.stdout.isatty() and ranks.leads():
-        return Terminal()
-    return Terminal(width=200, soft_wrap=True, highlight=False, quiet=not ranks.leads())
+        return Terminal(quiet=quiet)
+    return Terminal(width=200, soft_wrap=True, highlight=False, quiet=quiet or not ranks.leads())
 
 
 def say(text: str = "", nl: bool = True, err: bool = False) -> None:

@@ -1,45 +1,45 @@
 """Options and output that the subcommands of `quantize-eval` share."""
 
 import json
-import sys
 from collections.abc import Callable
 from typing import Any
 
 import click
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from lowbit.api.session import DTYPES, Event, Scored, Step
+from lowbit.api.session import DTYPES, Event, Scored
 from lowbit.api.shared import Note
-from lowbit.commands.common import REVISION, Terminal, make_console
+from lowbit.commands.common import REVISION
+from lowbit.commands.display import OUTPUT_OPTIONS, Display
 from lowbit.evaluation.backend import BACKENDS
 from lowbit.evaluation.perplexity import Score
+from lowbit.progress import Step
 
 
 class Printer:
-    """Prints notes and scores as they come. A terminal also gets a progress bar with the time left."""
+    """Prints notes and scores as they come; progress goes to the display. It ends with the command.
 
-    def __init__(self) -> None:
-        self.console = make_console()
-        shown = Terminal(file=sys.stderr)
-        columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn())
-        times = (TimeElapsedColumn(), TimeRemainingColumn())
-        self.bar = Progress(*columns, *times, console=shown, transient=True, disable=not shown.is_terminal)
-        self.task = self.bar.add_task("", total=None)
+    options  of the command; --quiet and --json are taken out
+    """
+
+    def __init__(self, options: dict[str, Any]) -> None:
+        display = Display(options.pop("quiet"), options.pop("as_json"))
+        self.display = click.get_current_context().with_resource(display)
+        self.console = display.console
 
     def __call__(self, event: Event) -> None:
-        if isinstance(event, Step):
-            self.bar.start()
-            self.bar.update(self.task, description=event.title, completed=event.done, total=event.total)
-            return
-        self.bar.stop()
-        if isinstance(event, Note):
-            self.console.print(f"note: {event.text}")
-        elif isinstance(event, Scored):
-            self.console.print(_line(event.score))
+        match event:
+            case Step():
+                self.display(event)
+            case Note(text):
+                self.display.emit("note", vars(event))
+                self.display.line(f"note: {text}")
+            case Scored(score):
+                self.display.emit("scored", score.as_json())
+                self.display.line(_line(score))
 
     def last(self, row: dict[str, Any]) -> None:
         """Print `row` as JSON, the last line of the output."""
-        self.bar.stop()
+        self.display.stop()
         click.echo(json.dumps(row))
 
 
@@ -75,6 +75,7 @@ def setup_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--trust-remote-code", is_flag=True, help="Run Python code from the model's repository."),
         click.option("--cache/--no-cache", "keep", default=True, help="Reuse finished windows of an earlier run."),
         click.option("--record", "store", is_flag=True, help="Also write the result into CHECKPOINT."),
+        *OUTPUT_OPTIONS,
     )
     for option in reversed(options):
         command = option(command)

@@ -9,7 +9,8 @@ import click
 
 from lowbit.api import quantizing as api
 from lowbit.calibrate.settings import OWNERS
-from lowbit.commands.common import SETTINGS, make_console, run_command
+from lowbit.commands.common import SETTINGS, run_command
+from lowbit.commands.display import Display
 from lowbit.commands.quantize_console import Printer
 from lowbit.commands.quantize_options import ByPart, quantize_options
 from lowbit.export.staging import told_whole
@@ -30,7 +31,8 @@ def quantize(
     """Quantize MODEL and write a checkpoint that vLLM, SGLang and transformers load."""
     keys = {field.name for field in fields(Recipe)} | set(OWNERS)
     settings = {key: flags.pop(key) for key in keys & set(flags)}
-    with Printer(make_console(), flags.pop("verbose")) as printer:
+    display = Display(flags.pop("quiet"), flags.pop("as_json"))
+    with Printer(display, flags.pop("verbose"), flags["dry_run"]) as printer:
         done = api.quantize(
             _model_name(model_argument, model),
             output,

@@ -1,10 +1,10 @@
 """Output of `quantize`: the events of a run as lines, and a table at the end."""
 
 import time
+from dataclasses import asdict
+from functools import partial
+from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.status import Status
 from rich.table import Table
 from rich.text import Text
 
@@ -12,55 +12,64 @@ from lowbit.api.quantizing import BlockDone, Calibrated, Checked, Completed, Eve
 from lowbit.api.shared import Note
 from lowbit.calibrate.data import CalibrationSet
 from lowbit.calibrate.job import Job
+from lowbit.calibrate.report import peak_memory
 from lowbit.commands.common import say
+from lowbit.commands.display import Display, clock, left_of
 from lowbit.commands.push import describe_pushed
 from lowbit.evaluation.perplexity import describe_difference
 from lowbit.export.escape import one_line
 from lowbit.export.formats import describe_schemes
+from lowbit.progress import Part, Step
 
 MOST_LEFT = 8
+WORTH_SAYING = 60.0  # seconds left after the first block from which an estimate is a line of its own
 
 
 class Printer:
-    """Prints each event of a run as it comes. A stage shows a spinner on a terminal."""
+    """Prints each event of a run as it comes; stages, steps and parts go to the display."""
 
-    def __init__(self, console: Console, verbose: bool = False) -> None:
-        self.console, self.verbose = console, verbose
-        self.status = Status("", console=console)
-        columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn()
-        self.checking = Progress(*columns, console=console, disable=not console.is_terminal)
-        self.begun = time.monotonic()
+    def __init__(self, display: Display, verbose: bool = False, dry_run: bool = False) -> None:
+        self.display, self.console, self.verbose, self.dry_run = display, display.console, verbose, dry_run
+        self.begun, self.tuned = time.monotonic(), 0
 
     def __enter__(self) -> "Printer":
+        self.display.__enter__()
         return self
 
     def __exit__(self, *error: object) -> None:
-        self.status.stop()
-        self.checking.stop()
+        self.display.__exit__(*error)
 
     def __call__(self, event: Event) -> None:
         match event:
             case Completed(recipe):
-                self.console.print("recipe", style="bold")
-                self.console.print(recipe.to_toml(), end="")
+                self.tuned = recipe.distill_steps
+                self.display.emit("recipe", asdict(recipe))
+                if self.dry_run:  # otherwise it lies beside the weights
+                    self.display.line(recipe.to_toml(), end="")
             case Planned(job, bits):
-                self.status.stop()
+                self.display.peak = partial(peak_memory, job.device)
                 self.plan(job, bits)
             case Calibrated(calibration):
                 self.readings(calibration)
             case Stage(text):
                 self.begun = time.monotonic()
-                self.status.update(Text(text))
-                self.status.start()
-            case Checked():
-                self.check(event)
+                self.display(Step(text, 0, None))
+            case Checked(done, total):
+                self.display(Step("checking the model's files, MB", done // 10**6, total // 10**6))
             case BlockDone():
                 self.block(event)
-            case Note(text, warning):
-                if warning:
-                    say(f"Warning: {one_line(text)}", err=True)
-                else:
-                    self.console.print(f"  note: {text}")
+            case Note():
+                self.note(event)
+            case Step() | Part():
+                self.display(event)
+
+    def note(self, note: Note) -> None:
+        """A note, or a warning on stderr."""
+        self.display.emit("note", vars(note))
+        if note.warning:
+            say(f"Warning: {one_line(note.text)}", err=True)
+        else:
+            self.display.line(f"  note: {note.text}")
 
     def plan(self, job: Job, bits: float | None) -> None:
         """Print schemes, linears left in 16 bits with the reason, and limits of other engines."""
@@ -70,13 +79,13 @@ class Printer:
             f"coverage {job.plan.coverage:.2%}; "
             f"weights {job.source.checkpoint.nbytes / 1e6:.1f} MB -> {job.output_bytes() / 1e6:.1f} MB"
         )
-        self.console.print(Text.assemble(("plan", "bold"), found))
+        self.display.line(Text.assemble(("plan", "bold"), found))
         for name, left in list(job.plan.left.items())[:MOST_LEFT]:
-            self.console.print(f"  left {name}: {left.reason}")
+            self.display.line(f"  left {name}: {left.reason}")
         for warning in job.warnings():
-            self.console.print(f"  note: {warning}")
+            self.display.line(f"  note: {warning}")
         if bits is not None:
-            self.console.print(f"  {bits:.4f} bits a weight, scales counted; {job.recipe.target_bits} allowed")
+            self.display.line(f"  {bits:.4f} bits a weight, scales counted; {job.recipe.target_bits} allowed")
 
     def readings(self, calibration: CalibrationSet) -> None:
         """Print counts of skipped or folded calibration rows; with --verbose, each row."""
@@ -84,31 +93,27 @@ class Printer:
             self.console.print(f"  note: calibrated on {calibration.source}")
         for reading in calibration.readings:
             if text := reading.describe():
-                self.console.print(f"  note: {text}")
+                self.display.line(f"  note: {text}")
             for line in reading.skipped if self.verbose else ():
-                self.console.print(f"  {reading.label}, {line}")
-
-    def check(self, event: Checked) -> None:
-        """Show the progress of the check of the model's files as a bar on a terminal."""
-        if not self.checking.tasks:
-            self.status.stop()
-            self.checking.start()
-            self.checking.add_task("checking the model's files", total=event.total)
-        self.checking.update(self.checking.task_ids[0], completed=event.done)
-        if event.done == event.total:
-            self.checking.stop()
+                self.display.line(f"  {reading.label}, {line}")
 
     def block(self, event: BlockDone) -> None:
-        """Print a finished block: loss, time, time left and peak memory."""
+        """A finished block: its loss, time, and time left; after the first one, what to expect of all."""
         report, done = event.report, event.report.index + 1
-        left = (time.monotonic() - self.begun) / done * (event.total - done)
+        self.display.emit("block", {"total": event.total} | asdict(report))
+        left = left_of(time.monotonic() - self.begun, done, event.total) or 0.0
         loss = "" if report.loss is None else f"loss {report.loss:.5f}  "
         peak = f"peak {report.peak_bytes / 1e9:.2f} GB"
-        self.console.print(f"block {done:3}/{event.total}  {loss}{report.seconds:6.1f} s  left {clock(left)}  {peak}")
+        self.display(Step("quantizing", done, event.total))
+        self.display.line(f"block {done:3}/{event.total}  {loss}{report.seconds:6.1f} s  left {clock(left)}  {peak}")
+        if done == 1 and left > WORTH_SAYING:
+            then = f"; {self.tuned} steps of tuning follow" if self.tuned else ""
+            self.display.line(f"  about {clock(left + report.seconds)} for {event.total} blocks, by the first{then}")
 
     def result(self, done: Quantized) -> None:
-        """Print sizes and scores before and after."""
-        self.status.stop()
+        """What was made and where; sizes and scores before and after; how to load it."""
+        self.display.stop()
+        self.display.emit("done", result_row(done))
         table = Table(title=str(done.output), title_justify="left")
         for column in ("", "original", "quantized"):
             table.add_column(column)
@@ -117,15 +122,27 @@ class Printer:
             before, after = done.scores
             table.add_row("perplexity", f"{before.perplexity:.4f}", f"{after.perplexity:.4f}")
             table.add_row("loss, nats", f"{before.nll:.5f}", f"{after.nll:.5f} ({describe_difference(before, after)})")
-        self.console.print(table)
+        self.display.line(table)
         if done.scores:
             tokens, context = done.scores[0].tokens, done.scores[0].context
-            self.console.print(f"{tokens} tokens of builtin held-out text, {context} a window, float32")
-        self.console.print(f"{clock(done.seconds)} minutes")
+            self.display.line(f"{tokens} tokens of builtin held-out text, {context} a window, float32")
+        self.display.line(f"{done.recipe.method}, {describe_schemes(done.plan.schemes)}, in {clock(done.seconds)}")
+        self.display.line(f"use    lowbit generate {done.output} --chat, or vllm serve {done.output}")
+        page = f"{done.output}/report.html, " if done.scores else ""
+        self.display.line(f"look   {page}{done.output}/README.md (model card), {done.output}/recipe.toml")
         if done.pushed is not None:
-            self.console.print(describe_pushed(done.pushed))
+            self.display.line(describe_pushed(done.pushed))
 
 
-def clock(seconds: float) -> str:
-    """Minutes and seconds, as 4:05."""
-    return f"{int(seconds) // 60}:{int(seconds) % 60:02}"
+def result_row(done: Quantized) -> dict[str, Any]:
+    """A finished run as JSON values."""
+    return {
+        "output": str(done.output),
+        "source_bytes": done.source_bytes,
+        "output_bytes": done.output_bytes,
+        "scores": [score.as_json() for score in done.scores],
+        "rows": list(done.rows),
+        "warnings": list(done.warnings),
+        "seconds": round(done.seconds, 1),
+        "pushed": None if done.pushed is None else vars(done.pushed),
+    }

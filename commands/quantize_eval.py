@@ -76,7 +76,7 @@ def text_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @text_options
 def perplexity(**options: Any) -> None:
     """Perplexity of CHECKPOINT on a text; the last line is JSON."""
-    printer = Printer()
+    printer = Printer(options)
     found = api.perplexity(progress=printer, **options)
     if found.baseline is not None:
         _print_loss(printer, found.score, found.baseline)
@@ -95,7 +95,7 @@ def divergence(**options: Any) -> None:
     """KL divergence of CHECKPOINT from --baseline, token by token; the last line is JSON."""
     if options["baseline"] is None:
         raise click.UsageError("name the model to compare with: --baseline MODEL")
-    printer = Printer()
+    printer = Printer(options)
     found = api.divergence(progress=printer, **options)
     _print_loss(printer, found.divergence.quantized, found.divergence.baseline)
     _print_divergence(printer, found.divergence, found.row)
@@ -127,7 +127,7 @@ def tasks(
     names: str, include: Path | None, fewshot: int | None, limit: int | None, allow_code: bool, **options: Any
 ) -> None:
     """Tasks of lm-evaluation-harness; the last line is JSON."""
-    printer = Printer()
+    printer = Printer(options)
     wanted = [name.strip() for name in names.split(",") if name.strip()]
     settings: dict[str, Any] = {"include": include, "fewshot": fewshot, "limit": limit, "allow_code": allow_code}
     rows = api.evaluate(tasks=wanted, progress=printer, **settings, **options)
@@ -136,7 +136,7 @@ def tasks(
 
 
 def _print_tasks(printer: Printer, rows: list[api.Row], models: list[str | None]) -> None:
-    printer.bar.stop()
+    printer.display.stop()
     table = Table("task", "metric", "examples", *(model for model in models if model))
     for row in rows:
         measured = [row, row["baseline"]] if "baseline" in row else [row]
@@ -152,10 +152,10 @@ def _print_tasks(printer: Printer, rows: list[api.Row], models: list[str | None]
 @click.option("--tokens", type=click.IntRange(min=1), default=40, show_default=True, help="Tokens to write.")
 def generate(prompts: Path | None, prompt: tuple[str, ...], tokens: int, **options: Any) -> None:
     """Greedy continuations by CHECKPOINT and by the baseline; the last line is JSON."""
-    printer = Printer()
+    printer = Printer(options)
     asked = [Prompt(text) for text in prompt] + (read_prompts(prompts) if prompts else [])
     row = api.continuations(prompts=asked, tokens=tokens, progress=printer, **options)
-    printer.bar.stop()
+    printer.display.stop()
     models = [name for name in (options["checkpoint"], options["baseline"]) if name]
     for each in row["rows"]:
         printer.console.print(Text(each["prompt"], style="bold"))
@@ -178,10 +178,10 @@ def code(
     problems: Path, allow_code: bool, tokens: int, seconds: int, memory: int, limit: int | None, **options: Any
 ) -> None:
     """pass@1 on programming problems; the last line is JSON."""
-    printer = Printer()
+    printer = Printer(options)
     settings: dict[str, Any] = {"problems": problems, "allow_code": allow_code, "tokens": tokens, "limit": limit}
     row = api.programs(limits=Limits(seconds, memory), progress=printer, **settings, **options)
-    printer.bar.stop()
+    printer.display.stop()
     for found in (row, row["baseline"]) if "baseline" in row else (row,):
         failed = [each for each in found["rows"] if not each["passed"]]
         passed = f"{len(found['rows']) - len(failed)} of {len(found['rows'])} problems"

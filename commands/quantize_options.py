@@ -12,6 +12,7 @@ from lowbit.calibrate.rounding import ROUNDERS
 from lowbit.calibrate.settings import OWNERS, type_of
 from lowbit.calibrate.transforms import TRANSFORMS
 from lowbit.commands.common import REVISION, Size, say
+from lowbit.commands.display import OUTPUT_OPTIONS
 from lowbit.evaluation.after import MEASURES, parse_measures
 from lowbit.export.dialects import FORMATS
 from lowbit.quant.scheme import NAMED
@@ -128,6 +129,7 @@ PARTS: dict[str, tuple[Decorator, ...]] = {
             help=f"Measurements with --eval-windows: {', '.join(MEASURES)}. A report is written too.",
         ),
     ),
+    "Output on the screen": OUTPUT_OPTIONS,
     "About": (
         _flag("--list-methods", "Show every method.", is_eager=True, expose_value=False, callback=_list_methods),
         click.version_option(__version__, prog_name="lowbit"),

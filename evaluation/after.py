@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from lowbit.calibrate.data import leading_bos
@@ -11,6 +12,7 @@ from lowbit.evaluation.divergence import divergence
 from lowbit.evaluation.perplexity import Score, difference, perplexity
 from lowbit.evaluation.text import Protocol, cut
 from lowbit.models.source import Source
+from lowbit.progress import Step, tell
 
 CONTEXT = 512
 MEASURES = ("ppl", "kl")
@@ -63,6 +65,8 @@ def measure(
     begins = len(leading_bos(original.tokenizer())) > 0  # such a model is always used with BOS
     protocol = Protocol(context_for(original), windows=windows, bos=begins)
     before, after = (open_backend("blocks", source, device) for source in (original, written))
+    for backend, what in ((before, "original"), (after, "checkpoint")):
+        backend.on_block = partial(_tell_block, f"scoring the {what}")
     if "kl" in measures:
         found = divergence(after, before, cut(text, original, protocol))
         scores, row = (found.baseline, found.quantized), {"evaluation": "divergence"} | found.as_json()
@@ -76,6 +80,10 @@ def measure(
     delta, error = difference(scores[1], scores[0])
     row |= {"delta_nll": round(delta, 6), "delta_nll_se": None if error is None else round(error, 6)}
     return Measured(scores, (row,))
+
+
+def _tell_block(title: str, done: int, total: int) -> None:
+    tell(Step(title, done, total))
 
 
 def context_for(source: Source) -> int:

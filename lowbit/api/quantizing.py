@@ -35,6 +35,7 @@ from lowbit.export.survey import survey
 from lowbit.models.devices import check_device
 from lowbit.models.hub import require_account
 from lowbit.models.source import Source, open_source
+from lowbit.progress import Part, Step, watched_by
 from lowbit.quant.recipe import Recipe, read_recipe
 
 # The journal, the staged output and the output that is replaced are on disk at once; 0.05 is for everything else.
@@ -86,7 +87,7 @@ class BlockDone:
     total: int
 
 
-Event = Completed | Planned | Calibrated | Stage | Checked | BlockDone | Note
+Event = Completed | Planned | Calibrated | Stage | Checked | BlockDone | Note | Step | Part
 OnEvent = Callable[[Event], None]
 
 
@@ -169,7 +170,7 @@ def quantize(
     if push_to_hub is not None:
         require_account(push_to_hub)  # hours before there is something to upload
     target = None if output is None else Path(output)
-    with _reserved(target, overwrite):
+    with watched_by(progress), _reserved(target, overwrite):
         progress(Completed(complete))
         with ranks.leader_first():
             source = open_source(str(model), trust_remote_code, revision)

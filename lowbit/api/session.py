@@ -25,18 +25,10 @@ from lowbit.export.snapshot import refuse_to_write_into
 from lowbit.models.demo import cache_dir
 from lowbit.models.devices import check_device
 from lowbit.models.source import Source, model_directory, open_source
+from lowbit.progress import Step
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 BUILTIN_WINDOWS = 16
-
-
-@dataclass(frozen=True)
-class Step:
-    """Progress on `title`: `done` pieces of `total`. `total` is None before it is known."""
-
-    title: str
-    done: int
-    total: int | None
 
 
 @dataclass(frozen=True)
@@ -172,7 +164,7 @@ class Session:
         title = " and ".join(backend.source.name for backend in backends)
         self.progress(Step(title, 0, None))
         for backend in backends:
-            backend.on_block = lambda done, total: self.progress(Step(f"{title}: block {done}/{total}", done, total))
+            backend.on_block = lambda done, total: self.progress(Step(f"{title}, by block", done, total))
         yield lambda done, total: self.progress(Step(title, done, total))
 
     def note(self, text: str) -> None:

@@ -72,5 +72,5 @@ def test_the_help_of_quantize_goes_by_part() -> None:
     places = [text.index(f"\n{part}:\n") for part in PARTS]
     assert places == sorted(places)
     shown = text[: places[1]].split()
-    assert {"--method", "--bits", "--output", "--dataset"} <= {word.strip(",") for word in shown}
+    assert {"--method", "--scheme", "--output", "--dataset"} <= {word.strip(",") for word in shown}
     assert "Other" not in text
