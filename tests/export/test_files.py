@@ -170,6 +170,7 @@ def test_recording_follows_no_planted_link(model, secret):
     with pytest.raises(CheckpointError, match=f"{FILE}: a link to"):
         open_checkpoint(model)
     (model / FILE).unlink()
+    (model / "config.json").write_text('{"quantization_config": {"quant_method": "gptq"}}')  # else nothing is recorded
     record(model, [{"evaluation": "perplexity", "perplexity": 3.0}])
     assert secret.read_text() == SECRET
     assert (model / FILE).read_text() == '{"evaluation": "perplexity", "perplexity": 3.0}\n'
