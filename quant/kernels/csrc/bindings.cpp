@@ -1,5 +1,5 @@
-// lowbit.quant._C: launchers on raw device pointers and a stream. Knows nothing of torch: addresses come in as
-// integers, 0 meaning none, and shapes have been checked by quant/kernels. A CUDA error becomes a RuntimeError.
+// lowbit.quant._C: launchers that take raw device pointers and a stream. It does not depend on torch: addresses come as
+// integers, with 0 for none, and shapes were checked by quant/kernels. A CUDA error becomes a RuntimeError.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <pybind11/pybind11.h>
@@ -30,7 +30,7 @@ void check(cudaError_t error, const char* kernel) {
   throw std::runtime_error(std::string(kernel) + ": " + cudaGetErrorString(error));
 }
 
-// Calls `launch.template operator()<T, bits>()` for the pair that the arguments name.
+// Calls `launch.template operator()<T, bits>()` for the pair in the arguments.
 template <typename Launch>
 cudaError_t for_type(bool bfloat16, int bits, Launch launch) {
   switch (bits * 2 + bfloat16) {
@@ -118,7 +118,7 @@ void w8a8_cutlass(bool bfloat16, const lowbit::W8a8Args& args, const lowbit::W8a
   check(run(args, launch, static_cast<cudaStream_t>(pointer(stream))), "w8a8_cutlass");
 }
 
-// A struct's fields become keyword-settable attributes; `field` casts an address to the field's pointer type.
+// A struct's fields become attributes settable by keyword; `field` casts an address to the field's pointer type.
 template <typename Struct, typename Pointer>
 void bind_pointer(py::class_<Struct>& type, const char* name, Pointer Struct::*field) {
   type.def_property(

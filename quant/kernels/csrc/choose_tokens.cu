@@ -1,8 +1,8 @@
-// Each row's token, likeliest or drawn, and the row moved on to its next step: one launch for what torch needs six for,
-// or fifty more where it makes the noise.
+// Selection of each row's token, likeliest or drawn, and the row's advance: one launch instead of torch's six, or about
+// fifty more with noise.
 //
-// A score and its index are one number, so that the largest is the same whatever the order of comparing. Blocks of a
-// cluster share a row; each sends its best to the first one, which alone writes.
+// A score and its index are combined in one number, so that the largest does not depend on the order of comparisons.
+// The blocks of a cluster share a row; each sends its best to the first one, which alone writes.
 #include "choose_tokens.cuh"
 #include "launch.cuh"
 #include "ptx.cuh"
@@ -21,7 +21,7 @@ __device__ inline uint64_t mix(uint64_t value) {
   return value ^ value >> 31;
 }
 
-// What a row's scores become before they are compared; without noise, themselves.
+// The transformation of a row's scores before the comparison; the identity without noise.
 template <bool kNoise>
 struct Perturbed {
   float temperature = 0.f;
@@ -32,7 +32,7 @@ struct Perturbed {
     temperature = args.temperature[row];
     stream = mix(mix(args.seed[row] * kGolden + 1) + args.written[row] * kGolden);
   }
-  // Scaled, plus Gumbel noise out of 23 bits: never of 0, never of 1.
+  // The scaled score plus Gumbel noise from 23 bits, whose uniform is never 0 or 1.
   __device__ float operator()(float score, uint32_t index) const {
     if (!kNoise || !(temperature > 0.f)) return score;
     const uint32_t bits = mix(stream + index * kGolden) >> 41;
@@ -41,7 +41,8 @@ struct Perturbed {
   }
 };
 
-// Larger for the larger score, for NaN above all as torch has it, and of equal scores for the lower index. Never 0.
+// A key that is larger for a larger score, largest for NaN (as in torch), and larger for the lower of equal scores'
+// indices. Never 0.
 __device__ inline uint64_t candidate_of(float score, uint32_t index) {
   const uint32_t bits = __float_as_uint(score + 0.f);  // -0 is 0
   const uint32_t order = bits & 0x80000000u ? ~bits : bits | 0x80000000u;
@@ -58,7 +59,7 @@ __device__ inline uint64_t best_of_warp(uint64_t best) {
 // The thread's best of the scores [begin, end) of a row.
 template <bool kNoise>
 __device__ uint64_t best_of_thread(const float* row, const Perturbed<kNoise>& perturbed, int begin, int end) {
-  constexpr int kLoads = kNoise ? 4 : 16;  // scores on their way
+  constexpr int kLoads = kNoise ? 4 : 16;  // scores in flight
   uint64_t best = 0;
   for (int first = begin + threadIdx.x; first < end; first += kThreads * kLoads) {
     float scores[kLoads];
@@ -91,7 +92,7 @@ __global__ void __launch_bounds__(kThreads) choose_tokens_kernel(const __grid_co
   LOWBIT_SHARED(Meeting, meeting);
   const bool cluster = gridDim.x > 1;
   allow_next_kernel();
-  if (cluster) cluster_arrive();  // the others may write to a block's memory once it has begun
+  if (cluster) cluster_arrive();  // other blocks may write to a block's memory once it has started
   wait_for_previous_kernel();
   const int begin = int64_t(args.n) * blockIdx.x / gridDim.x, end = int64_t(args.n) * (blockIdx.x + 1) / gridDim.x;
   const Perturbed<kNoise> perturbed(args, blockIdx.y);

@@ -1,4 +1,4 @@
-// The end of a decode step: what the launcher takes. quant/kernels/choose_tokens.py describes it.
+// Arguments of the token selection at the end of a decode step. quant/kernels/choose_tokens.py describes it.
 #pragma once
 
 #include <cstdint>
@@ -8,12 +8,12 @@ namespace lowbit {
 
 struct ChooseTokensArgs {
   const float* scores;       // (m, n)
-  const float* temperature;  // (m), 0 for a row without noise; null with seed where no row has any
+  const float* temperature;  // (m), 0 for a row without noise; null, with seed, if no row has noise
   const int64_t* seed;       // (m)
   int64_t* tokens;           // (m): the index of each row's largest score
-  int64_t* written;          // (m): one more
-  int64_t* positions;        // (m): one on, up to `last`; null with slots where rows do not move
-  int64_t* slots;            // (m): as far on as the position
+  int64_t* written;          // (m): incremented
+  int64_t* positions;        // (m): incremented up to `last`; null, with slots, if rows do not move
+  int64_t* slots;            // (m): moved with the position
   int64_t last;
   int m, n;
 };

@@ -1,14 +1,14 @@
 // Compiled once per T: LOWBIT_T comes from units.py.
 //
-// Attention of few tokens over a long cache is a read of the cache. A warp takes 16 positions at a time, on the tensor
-// instructions: keys are the left operand of scores = K q, values (transposed on the way, by pairing rows) that of
-// out += V^T weights, and up to 8 query heads that share a key head are the 8 columns, at the price of one. Nothing
-// passes through shared memory in the loop. Rows are read before the kernel before has finished, but for those that it
-// may still write. Warps, and blocks of a cluster, meet once at the end by the log-sum-exp rule: every warp sends each
-// block its part of the elements that the block merges, in a fixed order, so the same input gives the same bits.
+// Attention of few tokens over a long cache is bound by reading the cache. A warp takes 16 positions at a time on the
+// tensor cores: keys are the left operand of scores = K q, values (transposed on the way, by pairing rows) that of out
+// += V^T weights. Up to 8 query heads that share a key head are the 8 columns, at the cost of one. Nothing passes
+// through shared memory in the loop. Rows are read before the previous kernel has finished, except those that it may
+// still write. At the end, warps and blocks of a cluster merge by the log-sum-exp rule: every warp sends each block the
+// elements that this block merges, in a fixed order, so equal inputs give equal bits.
 //
-// FlashDecoding++'s unified maximum would save the running one, but overflows where a score strays from its guess;
-// docs/kernels/decode_attention.md says how much it would save.
+// FlashDecoding++'s unified maximum would avoid the running maximum, but overflows if a score strays from its estimate;
+// docs/kernels/decode_attention.md has the saving.
 #include <type_traits>
 
 #include "decode_attention.cuh"
@@ -20,10 +20,10 @@ namespace {
 
 constexpr int kThreads = 128, kWarps = kThreads / 32;
 constexpr int kMostSplits = 8;          // a cluster that fits everywhere
-constexpr int kHeads = 8;               // query heads of a block at most: the columns of the tensor instruction
-constexpr int kRows = 16;               // positions of a warp's chunk
-constexpr int kGroup = 8;               // neighbouring elements of the result that are merged together
-constexpr float kNothing = -1e30f;      // a maximum that any score exceeds; finite, so that differences are
+constexpr int kHeads = 8;               // most query heads per block: the columns of the tensor instruction
+constexpr int kRows = 16;               // positions per chunk of a warp
+constexpr int kGroup = 8;               // adjacent elements of the result that are merged together
+constexpr float kNothing = -1e30f;      // a maximum below any score; finite, so that differences are finite
 constexpr float kLog2E = 1.44269504f;
 constexpr float kInt8Limit = 127.f;
 constexpr float kLeastScale = 7.8886e-31f;  // 2^-100: its inverse can still be summed
@@ -40,9 +40,9 @@ __device__ inline float warp_max(float value) {
 
 // ---- append ----
 
-constexpr int kPairs = 4;  // that a lane has: heads are at most 256 wide
+constexpr int kPairs = 4;  // per lane: heads are at most 256 wide
 
-// A head as a warp holds it: lane's pair i is inputs j and j + head_dim / 2, j = lane + 32 i.
+// A head in a warp: a lane's pair i has inputs j and j + head_dim / 2, with j = lane + 32 i.
 struct Head {
   float low[kPairs], high[kPairs];
 };
@@ -82,7 +82,7 @@ __device__ void store_head(const Head& head, Target* target, int half, int lane,
   }
 }
 
-// The head as int8, by absmax / 127 rounded to T and kept in T's normal range; NaN where an input is.
+// A head as int8, by absmax / 127 rounded to T and clamped to T's normal range; NaN if an input is NaN.
 template <typename T>
 __device__ void store_int8(const Head& head, int8_t* target, T* scale, int half, int lane) {
   float largest = 0.f;
@@ -137,34 +137,34 @@ __global__ void __launch_bounds__(kThreads) append_heads_kernel(const __grid_con
 template <typename T_, bool kInt8_, int kDim_>
 struct Shape {
   using T = T_;
-  // What is multiplied: int8 codes are whole numbers of float16, and q is float16 beside them.
+  // The type of the product: int8 codes are exact in float16, and q is then converted to float16.
   using Product = std::conditional_t<kInt8_, __half, T_>;
   static constexpr bool kInt8 = kInt8_;
   static constexpr int kDim = kDim_;                        // at least head_dim
   static constexpr int kVector = kInt8 ? 16 : 8;            // elements in 16 bytes
-  static constexpr int kKeyVectors = kDim / kVector / 4;    // of one position that a lane has
+  static constexpr int kKeyVectors = kDim / kVector / 4;    // vectors of one position per lane
   static constexpr int kValueVectors = kDim / kVector / 8;
-  static constexpr int kWords = kValueVectors * 4;          // of a row of values that a lane has
-  static constexpr int kPairs = kInt8 ? 4 : 2;              // of elements that two rows' words make
-  static constexpr int kBlocks = kDim / 16;                 // of 16 elements of the result
-  static constexpr bool kAhead = kDim <= 128;               // the next chunk is read while this one is computed
+  static constexpr int kWords = kValueVectors * 4;          // words of a row of values per lane
+  static constexpr int kPairs = kInt8 ? 4 : 2;              // pairs of elements from two rows' words
+  static constexpr int kBlocks = kDim / 16;                 // blocks of 16 elements of the result
+  static constexpr bool kAhead = kDim <= 128;               // True if the next chunk is read while this one is computed
 };
 
-// The warp's place in the mma fragments: rows `group` and group + 8 of the left operand, columns 2 member and the next.
+// The lane's place in mma fragments: rows `group` and group + 8 of the left operand, columns 2 member and 2 member + 1.
 struct Lane {
   int group, member;
   __device__ Lane() : group(threadIdx.x % 32 / 4), member(threadIdx.x % 4) {}
 };
 
-// The positions of one token's sequence that a warp works on, relative to the first that is seen.
+// The positions of one token's sequence that a warp processes, relative to the first visible one.
 struct Span {
   const char* k;  // of position 0 of the span
   const char* v;
   const void* k_scales;
   const void* v_scales;
-  int64_t pitch;        // bytes from a position to the next
-  int scale_pitch;      // scales from a position to the next
-  int length, settled;  // positions; those that no kernel in flight writes
+  int64_t pitch;        // bytes between positions
+  int scale_pitch;      // scales between positions
+  int length, settled;  // positions; positions that no running kernel writes
   int head_dim;
 };
 
@@ -190,11 +190,11 @@ __device__ Span span_of(const DecodeAttentionArgs& args, int kv_head) {
   return span;
 }
 
-// A chunk of 16 positions in registers, each lane its part of the fragments. `read_` takes the rows in [from, to).
+// A chunk of 16 positions in registers, as each lane's part of the fragments. `read_` loads the rows in [from, to).
 template <typename S>
 struct Chunk {
-  uint4 k[2][S::kKeyVectors];      // rows group, group + 8; vector member of each four
-  uint4 v[4][S::kValueVectors];    // rows 2 member, + 1, + 8, + 9; vector group of each eight
+  uint4 k[2][S::kKeyVectors];      // rows group, group + 8; vector `member` of each four
+  uint4 v[4][S::kValueVectors];    // rows 2 member, + 1, + 8, + 9; vector `group` of each eight
   float scale;                     // int8: of k for lanes 0 to 15, the others log2 of v's: position lane % 16
 
   __device__ void read_keys(const Span& span, Lane lane, int first, int from, int to) {
@@ -231,7 +231,7 @@ struct Chunk {
       const int lane = threadIdx.x % 32, row = first + lane % kRows;
       if (row < from || row >= to) return;
       const void* scales = lane < kRows ? span.k_scales : span.v_scales;
-      // Past L1, which may hold the line as it was when a neighbour was read before the wait.
+      // Bypasses L1, which may hold an outdated line from a read of a neighbour before the wait.
       scale = to_float(__ldcg(static_cast<const T*>(scales) + static_cast<int64_t>(row) * span.scale_pitch));
       if (lane >= kRows) scale = __log2f(max_or_nan(scale, kLeastScale));
     }
@@ -247,7 +247,7 @@ struct Chunk {
   }
 };
 
-// Four codes, a byte each, as two pairs of float16: 0x6400 | u is 1024 + u, and u is the code + 128.
+// Four one-byte codes as two pairs of float16: 0x6400 | u is 1024 + u, and u is the code + 128.
 __device__ inline void widen_codes(uint32_t word, uint32_t (&pairs)[2]) {
   const __half2 bias = as_half2(0x64806480u);
   word ^= 0x80808080u;
@@ -255,7 +255,7 @@ __device__ inline void widen_codes(uint32_t word, uint32_t (&pairs)[2]) {
   pairs[1] = bits_of(__hsub2(as_half2(__byte_perm(word, 0x64646464u, 0x4342)), bias));
 }
 
-// Element i of one row beside element i of another, for the elements of a word of each.
+// Pairs of element i of one row with element i of another, for the elements of one word of each.
 template <bool kInt8, int kPairs>
 __device__ void pair_rows(uint32_t first, uint32_t second, uint32_t (&pairs)[kPairs]) {
   if constexpr (kInt8) {
@@ -269,7 +269,7 @@ __device__ void pair_rows(uint32_t first, uint32_t second, uint32_t (&pairs)[kPa
   }
 }
 
-// The query heads as the right operand: head `group`, the inputs that the lane has of a key, in pairs.
+// The query heads as the right operand: head `group`, in pairs of the inputs that the lane has of a key.
 template <typename S>
 struct Queries {
   uint32_t pairs[S::kDim / 8];
@@ -280,7 +280,7 @@ struct Queries {
     const T* head = static_cast<const T*>(args.q) + (first_head + lane.group) * head_dim;
 #pragma unroll
     for (int i = 0; i < S::kDim / 32; ++i) {
-      constexpr int kQuads = S::kVector / 8;  // 16-byte vectors of q beside one of k
+      constexpr int kQuads = S::kVector / 8;  // 16-byte vectors of q per one of k
       const int d = (i / kQuads * 4 + lane.member) * S::kVector + i % kQuads * 8;
       uint4 raw = {};
       if (lane.group < heads && d < head_dim) raw = __ldcg(reinterpret_cast<const uint4*>(head + d));
@@ -290,7 +290,8 @@ struct Queries {
     }
   }
 
-  // A pair of T as a pair of Product. What float16 cannot hold is held at its largest: no q comes near. NaN stays.
+  // A pair of T as a pair of Product. Numbers beyond float16 are clamped to its largest, which no real q reaches. NaN
+  // stays.
   __device__ static uint32_t product_pair(uint32_t word) {
     if constexpr (std::is_same_v<typename S::T, typename S::Product>) {
       return word;
@@ -301,10 +302,10 @@ struct Queries {
   }
 };
 
-// Scores of the lane: rows group (0, 1) and group + 8 (2, 3), heads 2 member (0, 2) and 2 member + 1 (1, 3).
+// The lane's scores: rows group (0, 1) and group + 8 (2, 3), heads 2 member (0, 2) and 2 member + 1 (1, 3).
 template <typename S>
 __device__ void multiply_keys(const Chunk<S>& chunk, const Queries<S>& q, float (&scores)[4]) {
-  float odd[4] = {};  // two chains: a tensor instruction takes as long as several are apart
+  float odd[4] = {};  // two chains: the latency of a tensor instruction is several issue slots
   for (float& score : scores) score = 0.f;
 #pragma unroll
   for (int i = 0; i < S::kKeyVectors; ++i) {
@@ -332,15 +333,15 @@ __device__ void multiply_keys(const Chunk<S>& chunk, const Queries<S>& q, float 
   for (int i = 0; i < 4; ++i) scores[i] += odd[i];
 }
 
-// What a warp has summed, for heads 2 member and 2 member + 1: weights are relative to 2^maximum. `sum` is the lane's.
+// A warp's sums for heads 2 member and 2 member + 1. Weights are relative to 2^maximum. `sum` is per lane.
 template <typename S>
 struct Running {
   float maximum[2] = {kNothing, kNothing}, sum[2] = {};
   float out[S::kBlocks][4] = {};  // elements i (0, 1) and i + kBlocks (2, 3) of the lane's 2 kBlocks, for both heads
 };
 
-// Scores to weights of the values, which join the sums: exp2 of score (with int8, of score + log2 of v's scale) less
-// the maximum, so that float16 holds them whatever the scales are.
+// Converts scores to weights of the values, and adds these to the sums: exp2 of score (with int8, of score + log2 of
+// v's scale) minus the maximum, so that float16 can hold them for any scale.
 template <typename S>
 __device__ void weigh(const DecodeAttentionArgs& args, const Chunk<S>& chunk, Lane lane, int first, int length,
                       float (&scores)[4], Running<S>& running) {
@@ -404,7 +405,8 @@ __device__ void multiply_values(const Chunk<S>& chunk, const float (&weights)[4]
   }
 }
 
-// Where a cluster's warps meet. Block r merges groups r, r + blocks, ... of kGroup elements, of every head.
+// Shared memory for merging a cluster's warps. Block r merges groups r, r + blocks, ... of kGroup elements, of every
+// head.
 template <typename S>
 struct Meeting {
   static constexpr int kGroups = S::kDim / kGroup;
@@ -414,7 +416,7 @@ struct Meeting {
   __device__ static int groups_of_block(int blocks) { return (kGroups + blocks - 1) / blocks; }
 };
 
-// The lane's 8 elements `part` of its 2 kBlocks, of head h, to the block that merges them.
+// Sends part `part` (8 elements) of the lane's 2 kBlocks elements of head h to the block that merges them.
 template <typename S>
 __device__ void send_part(Meeting<S>& meeting, const Running<S>& running, Lane lane, int heads, int part, int h) {
   const int blocks = gridDim.x, slot = blockIdx.x * kWarps + threadIdx.x / 32;
@@ -449,7 +451,7 @@ __device__ void send(Meeting<S>& meeting, Running<S>& running, Lane lane, int he
   }
 }
 
-// The block's elements of the result, from what all warps sent.
+// Merges the block's elements of the result from all warps' contributions.
 template <typename S>
 __device__ void merge(const DecodeAttentionArgs& args, const Meeting<S>& meeting, int64_t first_head, int heads) {
   using T = typename S::T;
@@ -471,7 +473,7 @@ __device__ void merge(const DecodeAttentionArgs& args, const Meeting<S>& meeting
   }
 }
 
-// The warp's chunks: every `step` rows from `first` on.
+// The loop over the warp's chunks: every `step` rows from `first` on.
 template <typename S>
 __device__ void attend_span(const DecodeAttentionArgs& args, const Span& span, Lane lane, int64_t first_head, int heads,
                             Running<S>& running) {
@@ -514,9 +516,9 @@ __global__ void __launch_bounds__(kThreads, S::kAhead ? 3 : 2)
   const Lane lane;
   allow_next_kernel();
   const bool cluster = gridDim.x > 1;
-  if (cluster) cluster_arrive();  // the others may write to a block's memory once it has begun
+  if (cluster) cluster_arrive();  // other blocks may write to a block's memory once it has started
 
-  // positions and starts are a step's, not the previous kernel's: they are read before it has finished
+  // positions and starts are inputs of the step, not of the previous kernel: they are read before it has finished
   const Span span = span_of<S>(args, kv_head);
   Running<S> running;
   attend_span<S>(args, span, lane, first_head, heads, running);

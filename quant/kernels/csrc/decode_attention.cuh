@@ -1,5 +1,5 @@
-// What stands between a decode step's products: what the launchers take. quant/kernels/decode_attention.py describes
-// the tensors; all are contiguous, T is half precision.
+// Arguments of decode attention and of the cache append before it. quant/kernels/decode_attention.py describes the
+// tensors; all are contiguous, T is half precision.
 #pragma once
 
 #include <cstdint>
@@ -30,7 +30,7 @@ struct AppendHeadsArgs {
   float norm_eps;
 };
 
-// Positions of a sequence before its last m must have been written before the kernels that this one may overlap.
+// Positions of a sequence before its last m must not be written by a kernel that this one may overlap.
 struct DecodeAttentionArgs {
   const void* q;             // (m, heads, head_dim)
   const int64_t* starts;     // (m) slot of position 0

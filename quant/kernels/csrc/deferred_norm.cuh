@@ -1,9 +1,10 @@
-// An RMS norm shared out between the product that makes h and the one that reads it, with no launch between them:
+// A deferred RMS norm: fused into the product that computes h and the one that reads it, without a kernel in between:
 //
 //   rms_norm(h) W^T = ((h * weight) W^T) / deviation,  deviation = sqrt(mean(h^2) + eps)
 //
-// The first stores z = h * weight, and of each row the sums of the squares of kTileRows neighbours. The second takes z
-// for x, and divides its finished sums. Every sum has one order, so a result does not depend on timing or on the cut.
+// The first product stores z = h * weight, and for each row the sums of kTileRows adjacent squares. The second product
+// uses z as its x, and divides its finished sums. Every sum has a fixed order, so results do not depend on timing or
+// launch configuration.
 #pragma once
 
 #include "dequant.cuh"
@@ -18,7 +19,7 @@ constexpr float kLargest<__half> = 65504.f;
 template <>
 constexpr float kLargest<__nv_bfloat16> = 3.38953139e38f;
 
-// h * weight. Of a finite h it is finite: at most T's largest number. What is infinite or NaN is not hidden.
+// h * weight, clamped to T's largest number for a finite h. Infinities and NaN are passed on.
 template <typename T>
 __device__ T weighted(float h, float weight) {
   const float product = h * weight;
@@ -26,8 +27,8 @@ __device__ T weighted(float h, float weight) {
   return from_float<T>(too_large ? copysignf(kLargest<T>, product) : product);
 }
 
-// 1 / deviation of the row whose `count` sums of squares, a multiple of 4, four_at(index) gives. The warp's lanes call
-// it together, and each gets it.
+// 1 / deviation of the row whose `count` sums of squares, a multiple of 4, are four_at(index). All lanes of the warp
+// must call it, and each gets the result.
 template <typename FourAt>
 __device__ float inverse_deviation(int count, float eps, FourAt four_at) {
   float sum = 0.f;
@@ -40,11 +41,11 @@ __device__ float inverse_deviation(int count, float eps, FourAt four_at) {
   return rsqrtf(sum / (count * kTileRows) + eps);
 }
 
-// A row's sum of squares over a tile whose rows r and r + 8 are low and high of 8 neighbouring lanes, and z of both.
-// All lanes of a warp call it together; those that have no row are not `stored`.
+// Sum of squares of a row over a tile, and z. Rows r and r + 8 of the tile are low and high of 8 adjacent lanes. All
+// lanes of a warp must call it; lanes without a row are not `stored`.
 template <typename T>
 __device__ void store_deferred(const Wna16Args& args, bool stored, int column, int low, float2 sums, float2 weights) {
-  const T low_h = from_float<T>(sums.x), high_h = from_float<T>(sums.y);  // as y has them
+  const T low_h = from_float<T>(sums.x), high_h = from_float<T>(sums.y);  // rounded as in y
   float square = 0.f;
   if (stored) {
     T* z = static_cast<T*>(args.z) + static_cast<int64_t>(column) * args.n + low;

@@ -1,7 +1,7 @@
 // Code for sm_90a alone; empty elsewhere. Compiled once per T: LOWBIT_T comes from units.py. ring.cuh has the design.
 //
-// For the gated epilogue half of a block's rows are the gate's and half are up's, so that both sums of an output are in
-// one block.
+// For the gated epilogue, half of a block's rows are gate's and half are up's, so that both sums of an output are in
+// the same block.
 #include "dense_gemv.cuh"
 #include "epilogue.cuh"
 #include "ring.cuh"
@@ -9,12 +9,12 @@
 namespace lowbit {
 namespace {
 
-// scales[row of x] = 1 / deviation where a norm was deferred, else 1.
+// scales[row of x] = 1 / deviation for a deferred norm, otherwise 1.
 template <typename S>
 __device__ void make_scales(const DenseArgs& args, float* scales) {
   const int parts = args.k / kTileRows;
   for (int row = threadIdx.x / 32; row < args.m; row += S::kConsumers / 32) {
-    // past L1, which may hold what was there before
+    // bypasses L1, which may hold outdated data
     const float* squares = args.x_squares + row * parts;
     const auto four_at = [&](int i) { return __ldcg(reinterpret_cast<const float4*>(squares + i)); };
     const float scale = args.x_squares == nullptr ? 1.f : inverse_deviation(parts, args.norm_eps, four_at);
@@ -28,7 +28,7 @@ __device__ void multiply(float (&sums)[kWidth], float factor) {
   for (int i = 0; i < kWidth; ++i) sums[i] *= factor;
 }
 
-// Of columns [0, m), each four neighbouring rows of the block, or of its halves: sums over the cluster, then y.
+// Sums over the cluster, then y, for columns [0, m) and four adjacent rows of the block, or of each of its halves.
 template <typename S>
 __device__ void finish(const DenseArgs& args, const RingShare& share, const float* scales, const float* partial) {
   using T = typename S::Operand;
@@ -65,7 +65,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kMinBlocks)
     return;
   }
   wait_for_previous_kernel();
-  make_scales<S>(args, scales);  // while x is on its way
+  make_scales<S>(args, scales);  // while x is in flight
   RingSums<S> sums = {};
   consume<S>(share, ring, sums);
   float* partial = reinterpret_cast<float*>(smem);

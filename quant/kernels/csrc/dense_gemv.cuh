@@ -1,4 +1,4 @@
-// y = epilogue(x W^T) for few rows of x and a W in halves, in its plain order.
+// y = epilogue(x W^T) for few rows of x and a half-precision W in its plain order.
 #pragma once
 
 #include "ring_launch.cuh"
@@ -18,10 +18,10 @@ struct DenseArgs {
   int64_t x_pitch, w_pitch;  // bytes from one row to the next, multiples of 16
   Activation activation;
   bool float32_out;
-  bool vectors;  // n is a multiple of 4 and what lies in y's type starts at a multiple of 8 bytes
+  bool vectors;  // n is a multiple of 4, and tensors of y's type start at multiples of 8 bytes
 };
 
-// For 1 to 64 rows of x. cudaErrorInvalidDeviceFunction where the code was not built for sm_90a.
+// For 1 to 64 rows of x. cudaErrorInvalidDeviceFunction if the code was not built for sm_90a.
 template <typename T>
 cudaError_t launch_dense_gemv(const DenseArgs& args, const RingLaunch& launch, cudaStream_t stream);
 

@@ -1,17 +1,17 @@
-// Codes to half-precision values, exactly: what leaves here is code - zero, an integer that the type holds without
-// rounding, so the only rounding of a product is the tensor core's float32 accumulation.
+// Exact conversion of codes to half precision: the result is code - zero, an integer that the type represents without
+// rounding. So the only rounding of a product is the tensor core's float32 accumulation.
 //
-// A code's bits are put under a constant exponent: 0x6400 | q is the float16 number 1024 + q, 0x4300 | q the bfloat16
-// number 128 + q. Subtracting (1024 + zero) is then exact. The trick is from Kim et al., "Who says elephants can't
-// run" (2022); the order of nibbles in a word is ours, so that one shift serves eight codes.
+// A code's bits are placed under a constant exponent: 0x6400 | q is the float16 number 1024 + q, 0x4300 | q the
+// bfloat16 number 128 + q. Subtracting (1024 + zero) is then exact. The trick is from Kim et al., "Who says elephants
+// can't run" (2022); the order of nibbles in a word is ours, and lets one shift serve eight codes.
 #pragma once
 
 #include "ptx.cuh"
 
 namespace lowbit {
 
-// Eight consecutive codes of one row become four registers, two values each, first code in the low half.
-// kWords: 32-bit words that hold the eight codes. Zeros: what `expand` needs to know of the row's zero point.
+// Converts eight consecutive codes of a row to four registers of two values each, first code in the low half. kWords:
+// number of 32-bit words with the eight codes. Zeros: the row's zero point in the form that `expand` needs.
 template <typename T, int kBits>
 struct Dequant;
 
@@ -42,7 +42,7 @@ struct Dequant<__half, 4> {
   }
 };
 
-// bfloat16 has 7 bits below the exponent's last one: the high nibbles must be shifted down first.
+// bfloat16 has only 7 bits of mantissa: the high nibbles must be shifted down first.
 template <>
 struct Dequant<__nv_bfloat16, 4> {
   static constexpr int kWords = 1;
@@ -74,8 +74,8 @@ struct Dequant<__half, 8> {
   }
 };
 
-// An 8-bit code does not fit under a bfloat16 exponent, but code - zero (at most 8 significant bits) is a bfloat16
-// number: go through float32 (2^23 + q, less 2^23 + zero) and keep the upper halves, which loses nothing.
+// An 8-bit code does not fit into a bfloat16 mantissa, but code - zero (at most 8 significant bits) is a bfloat16
+// number. So it goes through float32 (2^23 + q, minus 2^23 + zero), and the upper halves are kept without loss.
 template <>
 struct Dequant<__nv_bfloat16, 8> {
   static constexpr int kWords = 2;

@@ -9,7 +9,7 @@ namespace lowbit {
 
 __device__ inline float silu(float value) { return value / (1.f + __expf(-value)); }
 
-// Called, not inlined: eight neighbours need it at once, and most calls have no activation.
+// Not inlined: eight neighbours need it at once, and most calls have no activation.
 static __device__ __noinline__ float activate(Activation activation, float value) {
   switch (activation) {
     case Activation::kGelu: return 0.5f * value * (1.f + erff(value * 0.70710678f));
@@ -20,7 +20,7 @@ static __device__ __noinline__ float activate(Activation activation, float value
   }
 }
 
-// kWidth numbers that lie side by side: 1, or 4 halves in one 8-byte access where `vectors` says that they may.
+// kWidth adjacent numbers: 1, or 4 halves in one 8-byte access if `vectors` allows it.
 template <typename T, int kWidth>
 __device__ void add_halves(const void* values, int64_t index, bool vectors, int count, float (&sums)[kWidth]) {
   if (values == nullptr) return;
@@ -49,7 +49,7 @@ __device__ void store_halves(void* values, int64_t index, bool vectors, int coun
     if (i < count) first[i] = rounded[i];
 }
 
-// kWidth neighbouring rows of W from `low` on and as many from `high` on that share lanes: one column of y's sums.
+// One column of y's sums for kWidth adjacent rows of W from `low` on, and kWidth from `high` on, which share lanes.
 template <int kWidth>
 struct Pairs {
   int low, high, column;
@@ -75,7 +75,7 @@ __device__ void store_rows(const Args& args, int column, int row, bool vectors, 
     if (i < count) static_cast<float*>(args.y)[index + i] = sums[i];
 }
 
-// silu(gate) * up: the gate's rows are the lower half of W.
+// silu(gate) * up; the gate's rows are the lower half of W.
 template <typename T, int kWidth, typename Args>
 __device__ void store_gated(const Args& args, Pairs<kWidth>& pairs) {
   add_halves<T>(args.bias, pairs.low, pairs.vectors, kWidth, pairs.low_sums);
@@ -86,7 +86,7 @@ __device__ void store_gated(const Args& args, Pairs<kWidth>& pairs) {
   store_halves<T>(args.y, index, pairs.vectors, kWidth, pairs.low_sums);
 }
 
-// Rotates q and k by their position and writes q to y, k and v to the caches. Heads of W: q, then k, then v.
+// Rotates q and k by their position, and writes q to y, k and v to the caches. Heads of W: q, then k, then v.
 template <typename T, int kWidth>
 __device__ void store_rotated(const Wna16Args& args, Pairs<kWidth>& pairs) {
   add_halves<T>(args.bias, pairs.low, pairs.vectors, kWidth, pairs.low_sums);
@@ -123,8 +123,8 @@ __device__ void store_pairs(const Wna16Args& args, Pairs<kWidth>& pairs) {
   store_rows<T>(args, pairs.column, pairs.high, pairs.vectors, pairs.high_sums);
 }
 
-// The results of `group_tiles` tiles of this group, blockIdx.y, in columns [begin, end) of y: a column a warp, kWidth
-// (1 or 4) pairs of rows a lane. sum_of(column of y, row of the group) is a finished sum.
+// Stores results of `group_tiles` tiles of this group, blockIdx.y, in columns [begin, end) of y: one column per warp,
+// kWidth (1 or 4) pairs of rows per lane. sum_of(column of y, row of the group) returns a finished sum.
 template <typename T, int kWidth, typename SumOf>
 __device__ void store_group(const Wna16Args& args, int group_tiles, int begin, int end, int warp, int warps,
                             SumOf sum_of) {

@@ -1,5 +1,6 @@
-// One warp rounds one row: each lane keeps four columns of it in registers, and the column whose turn it is goes to all
-// lanes by a shuffle. Rows never meet, so nothing is synchronised; the factor is in shared memory, read by every warp.
+// One warp rounds one row: each lane keeps four of its columns in registers, and the current column is shared with all
+// lanes by a shuffle. Rows are independent, so nothing is synchronised; the factor is in shared memory, read by every
+// warp.
 #include "gptq_block.cuh"
 #include "launch.cuh"
 #include "ptx.cuh"
@@ -11,7 +12,7 @@ constexpr int kWarps = 8;
 constexpr int kPerLane = kGptqColumns / 32;
 constexpr int kSharedBytes = kGptqColumns * kGptqColumns * sizeof(float);
 
-// Column 32 * i + lane of the row that begins at `first`, `other` beyond its end.
+// Column 32 * i + lane of the row that starts at `first`; `other` beyond its end.
 __device__ void load_row(const void* row_of, int64_t first, int columns, int lane, float other,
                          float (&values)[kPerLane]) {
   const float* row = static_cast<const float*>(row_of) + first;
@@ -21,7 +22,7 @@ __device__ void load_row(const void* row_of, int64_t first, int columns, int lan
   }
 }
 
-// The value nearest to `x`, which is in units of a scale: quant/numbers.py's round_to_grid.
+// The grid value nearest to `x`, in units of a scale: quant/numbers.py's round_to_grid.
 __device__ float on_grid(float x, const GptqBlockArgs& args) {
   if (args.fineness == 0.f) return rintf(x);
   const float power = __uint_as_float(__float_as_uint(x) & 0x7f800000u);

@@ -1,4 +1,4 @@
-// GPTQ's inner loop over a block of columns: what makes it one launch instead of some hundred.
+// Arguments of GPTQ's inner loop over a block of columns, in one launch instead of some hundred.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -8,7 +8,7 @@ namespace lowbit {
 struct GptqBlockArgs {
   const void* w;        // (n, columns) float32, as all below
   const void* factor;   // (columns, columns), upper triangular
-  const void* scales;   // (n, columns): each column's group's
+  const void* scales;   // (n, columns): scales of each column's group
   const void* zeros;    // (n, columns)
   void* codes;          // (n, columns)
   void* errors;         // (n, columns)

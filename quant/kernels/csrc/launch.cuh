@@ -1,4 +1,4 @@
-// How every kernel but CUTLASS's is launched.
+// Launch of all kernels except CUTLASS's.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -9,13 +9,13 @@ struct LaunchPlan {
   int device;
   cudaStream_t stream;
   dim3 blocks, threads;
-  size_t shared_bytes = 0;  // that the blocks' number of stages, rows, ... decides
-  int cluster = 0;          // blocks along x that make one; 0: a launch without clusters, which GPUs before sm_90 lack
-  bool dependent = false;   // programmatic dependent launch, where the GPU has it
+  size_t shared_bytes = 0;  // dynamic shared memory, which depends on stages, rows, ...
+  int cluster = 0;          // blocks per cluster along x; 0: a launch without clusters, which GPUs before sm_90 lack
+  bool dependent = false;   // programmatic dependent launch, if the GPU has it
 };
 
-// Whether the GPU has dependent launch. NVIDIA does not say what asking for it does elsewhere, and code for those GPUs
-// has no wait for the previous kernel.
+// True if the GPU has programmatic dependent launch. NVIDIA does not document the effect of requesting it elsewhere,
+// and code for other GPUs has no wait for the previous kernel.
 inline bool has_dependent_launch(int device) {
   int major = 0;
   return cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess && major >= 9;

@@ -1,12 +1,13 @@
-// What a product asks L2 for while it ends: the first bytes of the weight that the next product reads, so that memory
-// works through this one's epilogue and the next one's start. A hint: nothing waits for it, no result depends on it.
+// Prefetch into L2, at the end of a product, of the first bytes of the weight that the next product reads. Memory stays
+// busy during this epilogue and the start of the next kernel. Nothing waits for it, and no result depends on it.
 #pragma once
 
 #include "ptx.cuh"
 
 namespace lowbit {
 
-// The part of `bytes` bytes at `weight`, both multiples of 16, that falls to warp `warp` of `warps`. One lane calls.
+// Prefetches the part of `bytes` bytes at `weight`, both multiples of 16, of warp `warp` of `warps`. Called by one
+// lane.
 __device__ inline void prefetch_next_weight(const void* weight, int bytes, int warp, int warps) {
   const int part = (bytes / 16 + warps - 1) / warps * 16;
   const int begin = warp * part;

@@ -1,7 +1,7 @@
-// The few PTX instructions that the kernels use, each under its own name, and a block's shared memory.
+// PTX instructions used by the kernels, each as a function, and dynamic shared memory.
 //
-// tests/kernels/emulator has a header of the same name, and of those of wgmma and of tensor maps, for the CPU: what is
-// not C++ stays in these.
+// tests/kernels/emulator replaces this header, and those of wgmma and of tensor maps, on the CPU. Everything that is
+// not C++ must stay in these headers.
 #pragma once
 
 #include <cstdint>
@@ -10,7 +10,7 @@
 
 namespace lowbit {
 
-// Shared memory under `name`: one T, and as many as the launch gives bytes for.
+// Dynamic shared memory named `name`: an array of T, whose size the launch sets.
 #define LOWBIT_SHARED(T, name) __shared__ T name
 #define LOWBIT_DYNAMIC_SHARED(T, name) extern __shared__ __align__(128) T name[]
 
@@ -18,7 +18,7 @@ __device__ inline uint32_t smem_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
-// 16 bytes that nobody will read again: past L1, which keeps x. Volatile, so that it stays where it is written: ahead.
+// Reads 16 bytes that are used once: bypasses L1, which keeps x. Volatile, so that the compiler does not delay it.
 __device__ inline uint4 read_once(const uint4* pointer) {
   uint4 value;
   asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
@@ -37,7 +37,7 @@ __device__ inline uint4 read_cached(const void* pointer) {
   return value;
 }
 
-// Shared memory by its address. Volatile: between the waits that it stands between.
+// Access to shared memory by address. Volatile, so that it stays between the waits around it.
 template <typename Value>
 __device__ inline Value read_shared(uint32_t address);
 template <>
@@ -62,29 +62,29 @@ __device__ inline uint16_t read_shared<uint16_t>(uint32_t address) {
   return value;
 }
 
-// Not volatile: the compiler may move it among the arithmetic that surrounds it.
+// Not volatile: the compiler may move it among the arithmetic around it.
 __device__ inline uint32_t and_or(uint32_t value, uint32_t mask, uint32_t bits) {
   uint32_t result;
   asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(result) : "r"(value), "r"(mask), "r"(bits));
   return result;
 }
 
-// The larger one, or NaN where one is: fmaxf would give the other.
+// The larger number, or NaN if one is NaN: fmaxf would return the other.
 __device__ inline float max_or_nan(float a, float b) {
   float larger;
   asm("max.NaN.f32 %0, %1, %2;" : "=f"(larger) : "f"(a), "f"(b));
   return larger;
 }
 
-// 2^value, subnormal ones as zero.
+// 2^value; subnormal results become zero.
 __device__ inline float exp2_fast(float value) {
   float result;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(value));
   return result;
 }
 
-// c (16 x 8, float32) += a (16 x 16) * b (16 x 8). The lane's share of each operand is the PTX ISA's fragment of
-// mma.m16n8k16: a0 row g, a1 row g + 8, a2 and a3 the same rows eight columns on, where g = lane / 4.
+// c (16 x 8, float32) += a (16 x 16) * b (16 x 8). Each lane's registers are the PTX ISA's fragments of mma.m16n8k16:
+// a0 row g, a1 row g + 8, a2 and a3 the same rows eight columns on, with g = lane / 4.
 template <typename T>
 __device__ inline void mma_16x8x16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
 
@@ -102,14 +102,15 @@ __device__ inline void mma_16x8x16<__nv_bfloat16>(float (&c)[4], const uint32_t 
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-// Lets the next kernel of the stream start: it may only touch what no kernel in flight writes until it waits.
+// Lets the next kernel of the stream start. Until that kernel waits, it may only touch memory that no running kernel
+// writes.
 __device__ inline void allow_next_kernel() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
 }
 
-// Waits until the previous kernel has finished and its writes are visible. Nothing where that was a plain launch.
+// Waits until the previous kernel has finished and its writes are visible. Returns at once after a plain launch.
 __device__ inline void wait_for_previous_kernel() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
@@ -124,7 +125,7 @@ __device__ inline uint32_t cluster_rank() {
   return rank;
 }
 
-// A barrier over the cluster's blocks that also orders their shared memory, in two halves.
+// A barrier over the cluster's blocks that also orders their shared memory; split into arrive and wait.
 __device__ inline void cluster_arrive() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("barrier.cluster.arrive.release;" ::: "memory");
@@ -167,7 +168,7 @@ __device__ inline float read_cluster_float(uint32_t smem, uint32_t rank) {
   return value;
 }
 
-// Four floats, or one, to `smem` in the shared memory of block `rank` of this cluster, which must have begun.
+// Writes four floats, or one, to `smem` in the shared memory of block `rank` of this cluster, which must have started.
 __device__ inline void write_cluster_floats(uint32_t smem, uint32_t rank, float4 value) {
 #if __CUDA_ARCH__ >= 900
   uint32_t remote;
@@ -192,14 +193,15 @@ __device__ inline void write_cluster_float(uint32_t smem, uint32_t rank, float v
 #endif
 }
 
-// The warp's 8 x 8 matrix of halves, transposed: lane l has columns 2 (l % 4) and the next of row l / 4.
+// The warp's 8 x 8 matrix of halves, transposed: lane l gets columns 2 (l % 4) and 2 (l % 4) + 1 of row l / 4.
 __device__ inline uint32_t transpose_matrix(uint32_t pair) {
   uint32_t result;
   asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(result) : "r"(pair));
   return result;
 }
 
-// Barriers in shared memory (mbarrier): a phase ends when `arrivals` threads have arrived and what was announced is in.
+// Barriers in shared memory (mbarrier): a phase ends when `arrivals` threads have arrived and all announced bytes are
+// in.
 __device__ inline void barrier_init(uint32_t barrier, int arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
 }
@@ -215,7 +217,7 @@ __device__ inline void barrier_arrive(uint32_t barrier) {
   asm volatile("{\n.reg .b64 state;\nmbarrier.arrive.shared::cta.b64 state, [%0];\n}" ::"r"(barrier) : "memory");
 }
 
-// Returns once the phase of parity `parity` (0 for the first, then 1, 0, ...) has ended.
+// Returns when the phase with parity `parity` (0 for the first, then 1, 0, ...) has ended.
 __device__ inline void barrier_wait(uint32_t barrier, uint32_t parity) {
 #if __CUDA_ARCH__ >= 900
   asm volatile(
@@ -226,14 +228,14 @@ __device__ inline void barrier_wait(uint32_t barrier, uint32_t parity) {
 #endif
 }
 
-// Arrives and announces `bytes` that copies will bring.
+// Arrives, and announces `bytes` that copies will bring.
 __device__ inline void barrier_expect(uint32_t barrier, uint32_t bytes) {
 #if __CUDA_ARCH__ >= 900
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 #endif
 }
 
-// Starts a copy of `bytes`, a multiple of 16, of global memory that nobody reads again; its end counts at `barrier`.
+// Starts a copy of `bytes`, a multiple of 16, of global memory that is read once; its end counts at `barrier`.
 __device__ inline void copy_bulk(uint32_t smem, const void* global, uint32_t bytes, uint32_t barrier) {
 #if __CUDA_ARCH__ >= 900
   asm volatile(
@@ -245,22 +247,22 @@ __device__ inline void copy_bulk(uint32_t smem, const void* global, uint32_t byt
 #endif
 }
 
-// Starts a copy of 16 bytes of global memory, past L1, that wait_for_copies of the same thread waits for.
+// Starts a copy of 16 bytes of global memory, bypassing L1; wait_for_copies of the same thread waits for it.
 __device__ inline void copy_16(uint32_t smem, const void* global) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(smem), "l"(global) : "memory");
 }
 
 __device__ inline void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
-// Asks L2 for `bytes`, a multiple of 16, of global memory that will be read later.
+// Prefetches `bytes`, a multiple of 16, of global memory into L2.
 __device__ inline void prefetch_bulk(const void* global, uint32_t bytes) {
 #if __CUDA_ARCH__ >= 900
   asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(global), "r"(bytes) : "memory");
 #endif
 }
 
-// Four 8 x 8 matrices of halves to shared memory: lane l's register i is columns 2 (l % 4) and the next of row l / 4 of
-// matrix i, whose 16-byte row r goes to the address that lane 8 i + r gives.
+// Stores four 8 x 8 matrices of halves to shared memory. Lane l's register i has columns 2 (l % 4) and 2 (l % 4) + 1 of
+// row l / 4 of matrix i; the address from lane 8 i + r is that of matrix i's 16-byte row r.
 __device__ inline void store_matrices(uint32_t address, const uint4& values) {
 #if __CUDA_ARCH__ >= 900
   asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(address), "r"(values.x),
@@ -269,14 +271,14 @@ __device__ inline void store_matrices(uint32_t address, const uint4& values) {
 #endif
 }
 
-// Orders this thread's writes to shared memory before what the copy engine or the tensor cores read of it.
+// Orders this thread's writes to shared memory before reads by the copy engine or the tensor cores.
 __device__ inline void fence_async_proxy() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 #endif
 }
 
-// A barrier of some of the block's warps.
+// A barrier for some of the block's warps.
 __device__ inline void named_sync(int barrier, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }

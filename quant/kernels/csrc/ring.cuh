@@ -1,11 +1,11 @@
 // Products of few rows of x with a W in its plain order, for sm_90a alone: w8a8_gemm.cu and dense_gemv.cu.
 //
-// Design. W's rows are the 64 rows of wgmma's left operand and x's rows its 8 to 128 columns, so that few rows of x
-// waste nothing but columns. Both come by the copy engine, in boxes of 128 bytes a row, straight from their plain order
-// into shared memory, where the tensor cores read them: no instruction touches a weight. One warp asks for boxes, one
-// or more warpgroups multiply; several such blocks share a multiprocessor, so that one reads while another finishes.
-// Blocks of a cluster split k and sum through each other's shared memory, each number in one order. W's stream starts
-// before the previous kernel has finished: W is constant, x is not.
+// Design. W's rows are the 64 rows of wgmma's left operand, and x's rows its 8 to 128 columns, so that few rows of x
+// waste only columns. The copy engine brings both, in boxes of 128 bytes per row, from their plain order to shared
+// memory, where the tensor cores read them: no instruction touches a weight. One warp requests boxes, and one or more
+// warpgroups multiply; several such blocks share a multiprocessor, so that one reads while another finishes. Blocks of
+// a cluster split k and sum through distributed shared memory, in a fixed order. W's stream starts before the previous
+// kernel has finished: W is constant, x is not.
 #pragma once
 
 #include "launch.cuh"
@@ -15,15 +15,15 @@
 
 namespace lowbit {
 
-constexpr int kGroupRows = 64;  // of W, that a warpgroup has
+constexpr int kGroupRows = 64;  // of W per warpgroup
 
-// kParts: runs of neighbouring rows of W that a block has.
+// kParts: runs of adjacent rows of W per block.
 template <typename Operand_, int kColumns_, int kWarpgroups_, int kParts_ = 1>
 struct RingShape {
   using Operand = Operand_;  // int8_t or a half
   using Sum = typename SumOf<Operand>::Type;
   static constexpr int kColumns = kColumns_;        // rows of x, padded
-  static constexpr int kWarpgroups = kWarpgroups_;  // that multiply
+  static constexpr int kWarpgroups = kWarpgroups_;  // multiplying warpgroups
   static constexpr int kParts = kParts_;
   static constexpr int kRows = kWarpgroups * kGroupRows;
   static constexpr int kConsumers = kWarpgroups * 128;  // threads
@@ -32,7 +32,7 @@ struct RingShape {
   static constexpr int kWeightBytes = kRows * kBoxBytes;
   static constexpr int kStageBytes = kWeightBytes + kColumns * kBoxBytes;
   static constexpr int kPitch = kRows + 4;  // numbers between columns of sums: no bank conflicts
-  // A stage is given back when the next is in use, and in the end the sums take the ring's place.
+  // A stage is released once the next is in use; at the end, the sums reuse the ring's memory.
   static constexpr int kSumStages = (kPitch * kColumns * 4 + kStageBytes - 1) / kStageBytes;
   static constexpr int kLeastStages = kSumStages > 2 ? kSumStages : 2;
 };
@@ -42,7 +42,7 @@ struct RingMaps {
   CUtensorMap w, x;
 };
 
-// The chunks of 128 bytes a row that this block has, [first, end), and the first row of its first part of W.
+// This block's chunks of 128 bytes per row, [first, end), and the first row of its first part of W.
 struct RingShare {
   int first, end, row;
   __device__ RingShare(int row_bytes, int rows) {
@@ -53,7 +53,7 @@ struct RingShare {
   }
 };
 
-// A stage of the ring and the parity of the phase that fills it.
+// A stage of the ring, and the parity of the phase that fills it.
 struct Turn {
   int stages;
   int stage = 0;
@@ -84,15 +84,15 @@ struct Ring {
   }
 };
 
-// A block's shared memory: the ring, two barriers a stage, what lies behind them, and room to start at a multiple of
+// A block's shared memory: the ring, two barriers per stage, kernel-specific data behind them, and padding to align to
 // 1024.
 template <typename S>
 size_t ring_bytes(int stages, size_t behind) {
   return stages * size_t(S::kStageBytes + 16) + behind + 1024;
 }
 
-// One lane keeps the ring full. W's first boxes are asked for before the previous kernel has ended, x's after it.
-// Parts of W lie `part_rows` apart.
+// One lane keeps the ring full. The first boxes of W are requested before the previous kernel has ended, those of x
+// after it. Parts of W are `part_rows` apart.
 template <typename S>
 __device__ void produce(const RingMaps& maps, const RingShare& share, int part_rows, const Ring<S>& ring) {
   const auto ask_w = [&](int chunk, int stage) {
@@ -119,15 +119,15 @@ __device__ void produce(const RingMaps& maps, const RingShare& share, int part_r
 }
 
 template <typename S>
-using RingSums = typename S::Sum[S::kColumns / 2];  // a lane's, of 64 rows of W x columns
+using RingSums = typename S::Sum[S::kColumns / 2];  // of a lane, for 64 rows of W x columns
 
-// sums = the block's share of W x. A stage is given back once the products after it are on their way.
+// sums = the block's share of W x. A stage is released once the products after it have been issued.
 template <typename S>
 __device__ void consume(const RingShare& share, const Ring<S>& ring, RingSums<S>& sums) {
   const bool leader = threadIdx.x % 128 == 0;
   const int group = threadIdx.x / 128;
   Turn turn{ring.stages};
-  uint32_t before = 0;  // the barrier of the stage before
+  uint32_t before = 0;  // the barrier of the previous stage
   for (int chunk = share.first; chunk < share.end; ++chunk) {
     const SwizzledAt w(ring.w(turn.stage) + group * (kGroupRows * kBoxBytes)), x(ring.x(turn.stage));
     barrier_wait(ring.full(turn.stage), turn.parity);
@@ -144,7 +144,7 @@ __device__ void consume(const RingShare& share, const Ring<S>& ring, RingSums<S>
   wgmma_wait<0>();
 }
 
-// A lane's sums to shared memory: partial[row of x][row of W in the block].
+// Stores a lane's sums to shared memory: partial[row of x][row of W in the block].
 template <typename S>
 __device__ void store_partial(const RingSums<S>& sums, typename S::Sum* partial) {
   const int lane = threadIdx.x % 32;
@@ -162,8 +162,8 @@ __device__ inline void add_bits(float (&sums)[4], const float4& bits) {
   sums[0] += bits.x, sums[1] += bits.y, sums[2] += bits.z, sums[3] += bits.w;
 }
 
-// sums += four neighbouring sums of the whole cluster. Which block adds them depends on how many rows x has; a sum of
-// floats must not, so it goes by rank.
+// sums += four adjacent sums of all blocks in the cluster, in rank order. The number of rows of x decides which block
+// adds them, but must not change a sum of floats.
 __device__ inline void sum_over_cluster(const float* partial, float (&sums)[4]) {
 #pragma unroll 4
   for (int rank = 0; rank < gridDim.x; ++rank) {
@@ -180,8 +180,8 @@ __device__ inline void sum_over_cluster(const int* partial, int (&sums)[4]) {
   }
 }
 
-// Calls store(column of the block, row of the block) for this thread's share of `fours` times four rows of each of
-// `columns` columns; the cluster's blocks share them out.
+// Calls store(column of the block, row of the block) for this thread's share of `fours` times four rows in each of
+// `columns` columns. The cluster's blocks split the columns.
 template <typename S, typename Store>
 __device__ void for_fours(int columns, int fours, Store store) {
   const int count = columns * fours;
@@ -189,7 +189,8 @@ __device__ void for_fours(int columns, int fours, Store store) {
   for (int i = begin + threadIdx.x; i < end; i += S::kConsumers) store(i / fours, i % fours * 4);
 }
 
-// The block's sums to `partial`, which takes the ring's place, and finish() once the whole cluster's are there.
+// Stores the block's sums to `partial`, which reuses the ring's memory, and calls finish() once the whole cluster's are
+// there.
 template <typename S, typename Finish>
 __device__ void share_sums(const RingSums<S>& sums, typename S::Sum* partial, Finish finish) {
   named_sync(1, S::kConsumers);  // no warpgroup reads the ring any more
@@ -200,7 +201,7 @@ __device__ void share_sums(const RingSums<S>& sums, typename S::Sum* partial, Fi
   if (gridDim.x > 1) cluster_sync();  // no block leaves while others read from it
 }
 
-// What a ring's launch asks for: blocks over the cluster, `row_blocks` and x's `m` rows.
+// The grid and shared memory of a ring's launch: blocks along the cluster, `row_blocks`, and x's `m` rows.
 template <typename S>
 LaunchPlan ring_plan(const RingLaunch& launch, int row_blocks, int m, size_t bytes, cudaStream_t stream) {
   return {

@@ -1,13 +1,13 @@
-// How a product that reads W through rings of shared memory is launched: ring.cuh says what such a product is.
+// Launch configuration of a product that streams W through rings of shared memory; ring.cuh has the design.
 #pragma once
 
 namespace lowbit {
 
 struct RingLaunch {
   int device;
-  int warpgroups;  // of a block that multiply: each has 64 rows of W
-  int cluster;     // blocks that share k
-  int stages;      // of the ring: chunks of 128 bytes a row that a block has asked for at most
+  int warpgroups;  // multiplying warpgroups per block, with 64 rows of W each
+  int cluster;     // blocks that split k
+  int stages;      // of the ring: chunks of 128 bytes per row in flight per block
   bool dependent;  // launched with programmatic dependent launch
 };
 

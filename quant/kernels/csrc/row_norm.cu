@@ -1,8 +1,8 @@
 // Compiled once per T: LOWBIT_T comes from units.py.
 //
-// A block a row, the row in registers: activation, norm, rounding to int8, each where asked. It stands alone because
-// the product's own prologue, which norms the same row in every block, costs the product more than this launch:
-// docs/ENGINE.md has the figures.
+// One block per row, with the row in registers: activation, norm and rounding to int8, each if requested. It is a
+// kernel of its own because a fused prologue, which normalizes the same row in every block, costs the product more than
+// this launch: docs/ENGINE.md has the figures.
 #include "epilogue.cuh"
 #include "launch.cuh"
 #include "row_norm.cuh"
@@ -12,7 +12,7 @@ namespace {
 
 constexpr int kMaxThreads = 1024;
 constexpr int kVector = 8;
-constexpr int kVectors = 4;  // of a thread at most: rows of up to 32768
+constexpr int kVectors = 4;  // most per thread: rows of up to 32768
 constexpr int kManyRows = 256;
 
 struct Add {
@@ -22,11 +22,11 @@ struct Max {
   __device__ float operator()(float a, float b) const { return max_or_nan(a, b); }
 };
 
-// The block's values combined, in all threads; `scratch` holds a number a warp. Values are 0 where there is nothing.
+// A reduction of the block's values, returned to all threads. `scratch` holds one number per warp. Unused values are 0.
 template <typename Combine>
 __device__ float reduce(float value, float* scratch, Combine combine) {
   for (int offset = 16; offset > 0; offset /= 2) value = combine(value, __shfl_xor_sync(~0u, value, offset));
-  __syncthreads();  // the scratch of the last reduction has been read
+  __syncthreads();  // all threads have read the scratch of the previous reduction
   if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = value;
   __syncthreads();
   float total = threadIdx.x % 32 < blockDim.x / 32 ? scratch[threadIdx.x % 32] : 0.f;
@@ -41,7 +41,7 @@ __device__ void unpack(const uint4& raw, float (&values)[kVector]) {
   for (int i = 0; i < kVector; ++i) values[i] = to_float(elements[i]);
 }
 
-// (x - mean) / deviation * weight + bias, rounded to T as a norm of its own would be.
+// (x - mean) / deviation * weight + bias, rounded to T as by a separate norm.
 template <typename T, int kCount>
 __device__ void norm_row(const RowNormArgs& args, float (&x)[kCount][kVector], const uint4 (&weights)[kCount],
                          int vectors, float* scratch) {
@@ -73,7 +73,7 @@ __device__ void norm_row(const RowNormArgs& args, float (&x)[kCount][kVector], c
   }
 }
 
-// What a code of 1 stands for in this row: NaN where the row holds one, which no code could say.
+// The scale of this row; NaN if the row has a NaN, since codes cannot carry it.
 template <int kCount>
 __device__ float scale_of(const RowNormArgs& args, const float (&x)[kCount][kVector], float* scratch) {
   if (args.input_scale != nullptr) return *args.input_scale;
@@ -86,14 +86,15 @@ __device__ float scale_of(const RowNormArgs& args, const float (&x)[kCount][kVec
   return largest == 0.f ? 1.f : largest / 127.f;
 }
 
-// What a code of 1 stands for, and what to divide by it with.
+// A scale, and its inverse for divisions.
 struct Step {
   float scale, inverse;
-  // The quotient, as rounded by IEEE 754: a step of Newton's from scale's correctly rounded inverse (Markstein, 1990).
-  // On a CPU, for every float16 x and every float16 that may be its row's largest, 504 million pairs, none came out
-  // otherwise; of 49 million of bfloat16 and 584 million with other scales some quotients did, by a bit, but no code.
+  // The quotient rounded as in IEEE 754, by a Newton step from the correctly rounded inverse of scale (Markstein,
+  // 1990). Checked on a CPU: for every float16 x and every float16 that may be its row's largest, 504 million pairs,
+  // all quotients were equal. Of 49 million in bfloat16, and of 584 million with other scales, some quotients differed
+  // by a bit, but no code.
   __device__ float divide(float x) const {
-    if (scale < 1e-36f) return x / scale;  // whose inverse may overflow
+    if (scale < 1e-36f) return x / scale;  // the inverse may overflow
     const float guess = x * inverse;
     if (fabsf(guess) >= 128.f) return guess;  // beyond all codes, and perhaps infinite
     return fmaf(fmaf(-guess, scale, x), inverse, guess);
@@ -101,7 +102,7 @@ struct Step {
   __device__ float code_of(float x) const { return fminf(fmaxf(rintf(divide(x)), -128.f), 127.f); }
 };
 
-// The row as numbers of T, or as codes.
+// Stores the row as numbers of T, or as codes.
 template <typename T>
 __device__ void store(const RowNormArgs& args, int64_t index, const float (&x)[kVector], const Step& step) {
   if (args.codes != nullptr) {
@@ -118,8 +119,8 @@ __device__ void store(const RowNormArgs& args, int64_t index, const float (&x)[k
   static_cast<uint4*>(args.y)[index] = raw;
 }
 
-// The thread's numbers of a row, the activation taken and rounded to T as a product of its own would be. All is asked
-// for before anything is used.
+// The thread's numbers of a row, with the activation applied and rounded to T as by a separate product. All loads are
+// issued before any value is used.
 template <typename T, int kCount>
 __device__ void load(const RowNormArgs& args, int vectors, float (&x)[kCount][kVector]) {
   const bool gated = args.activation == Activation::kSiluMul;
@@ -175,7 +176,7 @@ template <typename T>
 cudaError_t launch_row_norm(const RowNormArgs& args, int device, bool dependent, cudaStream_t stream) {
   const int vectors = args.k / kVector;
   if (args.k % kVector != 0 || vectors > kMaxThreads * kVectors) return cudaErrorInvalidValue;
-  // Few rows want all their threads, many rows many loads on their way.
+  // Few rows need all threads; many rows need many loads in flight.
   const int count = vectors <= kMaxThreads && args.m < kManyRows ? 1 : kVectors;
   const LaunchPlan plan = {
       .device = device,

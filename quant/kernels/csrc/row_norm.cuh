@@ -1,4 +1,4 @@
-// Rows on their way into a product: what the launcher takes. quant/kernels/row_norm.py describes it.
+// Arguments of the preparation of a product's input rows. quant/kernels/row_norm.py describes it.
 #pragma once
 
 #include <cstdint>
@@ -9,18 +9,18 @@
 namespace lowbit {
 
 struct RowNormArgs {
-  const void* x;             // (m, k), k a multiple of 8; (m, 2 k), gate beside up, for silu_mul
+  const void* x;             // (m, k), k a multiple of 8; (m, 2 k), gate followed by up, for silu_mul
   const void* weight;        // (k), null without a norm
   const void* bias;          // (k) or null
-  const float* input_scale;  // one number that all tokens share, or null: each token's absmax / 127
-  void* y;                   // (m, k), or null where codes and scales are wanted
+  const float* input_scale;  // one number for all tokens, or null: each token's absmax / 127
+  void* y;                   // (m, k), or null to get codes and scales
   int8_t* codes;             // (m, k)
   float* scales;             // (m)
   int m, k;
   Norm norm;
   float eps;
   Activation activation;  // before the norm
-  bool int8;              // round to input_scale's multiples, -128 to 127 of them
+  bool int8;              // round to multiples of the scale, -128 to 127
 };
 
 template <typename T>

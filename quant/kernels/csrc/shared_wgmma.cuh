@@ -1,16 +1,16 @@
-// wgmma with both operands in shared memory (sm_90a): c (64 x kColumns) += a (64 rows) * b (kColumns rows), 32 bytes a
-// row: 32 inputs of int8, whose sums are int32, or 16 halves, whose sums are float32.
+// wgmma with both operands in shared memory (sm_90a): c (64 x kColumns) += a (64 rows) * b (kColumns rows), with 32
+// bytes per row: 32 inputs of int8 and int32 sums, or 16 halves and float32 sums.
 //
-// Operands lie as the copy engine leaves a box of 128 bytes a row under its 128-byte swizzle: eight rows, 1024 bytes,
-// to an atom, atoms one after another. c is as elsewhere: warp w of the four has rows 16 w to 16 w + 15, as kColumns /
-// 8 of mma.m16n8's C operands.
+// Operands have the layout of the copy engine's boxes of 128 bytes per row with 128-byte swizzle: eight rows (1024
+// bytes) form an atom, atoms follow each other. c is as in wgmma.cuh: warp w of the four has rows 16 w to 16 w + 15, as
+// kColumns / 8 of mma.m16n8's C operands.
 #pragma once
 
 #include "wgmma.cuh"
 
 namespace lowbit {
 
-// What the products of an operand's numbers add up in.
+// The type of the sums for an operand's type.
 template <typename Operand>
 struct SumOf {
   using Type = float;
@@ -20,10 +20,11 @@ struct SumOf<int8_t> {
   using Type = int;
 };
 
-// Where an operand is. Adding to it moves along its inputs, within the 128 bytes of a row.
+// The location of an operand. Adding to it moves along its inputs, within the 128 bytes of a row.
 struct SwizzledAt {
   uint32_t low;
-  // The address without the block's rank in its cluster, and from one lane, so that it may stay in a uniform register.
+  // The address without the block's rank in its cluster. Taken from one lane, so that it may stay in a uniform
+  // register.
   __device__ explicit SwizzledAt(uint32_t smem) : low(__shfl_sync(~0u, smem % (1u << 18) / 16 | 1u << 16, 0)) {}
   __device__ uint64_t after(int bytes) const { return uint64_t(1u << 30 | 1024 / 16) << 32 | (low + bytes / 16); }
 };
@@ -32,8 +33,8 @@ template <typename Operand, int kColumns>
 __device__ inline void wgmma_shared(typename SumOf<Operand>::Type (&c)[kColumns / 2], uint64_t a, uint64_t b);
 
 #if LOWBIT_WGMMA
-// One specialization: kColumns, wgmma's name of the types, the numbers of c's kColumns / 2 registers and of what
-// follows them, what ends the instruction, and c's operands.
+// One specialization: kColumns, wgmma's name of the types, the numbers of c's kColumns / 2 registers and of the
+// operands after them, the end of the instruction, and c's operands.
 #define LOWBIT_WGMMA_SHARED(OPERAND, NAME, COLUMNS, C, AB, END, ...)                                              \
   template <>                                                                                                     \
   __device__ inline void wgmma_shared<OPERAND, COLUMNS>(typename SumOf<OPERAND>::Type (&c)[COLUMNS / 2],          \

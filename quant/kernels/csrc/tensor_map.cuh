@@ -1,4 +1,4 @@
-// The copy engine's view of a matrix of bytes (sm_90): boxes of 128 bytes a row, swizzled for wgmma.
+// Tensor maps of the copy engine for a matrix of bytes (sm_90): boxes of 128 bytes per row, swizzled for wgmma.
 #pragma once
 
 #include <cstdint>
@@ -11,9 +11,9 @@ namespace lowbit {
 
 constexpr int kBoxBytes = 128;  // of a row
 
-// Rows of `row_bytes`, `pitch` bytes apart, both multiples of 16, from an address that is one; boxes of `box_rows`, at
-// most 256. What lies past the matrix reads as zero. The driver's function is looked up at run time: nothing links
-// against libcuda.
+// Rows of `row_bytes`, `pitch` bytes apart, both multiples of 16, from an aligned address; boxes of `box_rows`, at most
+// 256. Memory beyond the matrix reads as zero. The driver's function is looked up at run time, so nothing links against
+// libcuda.
 inline cudaError_t make_tensor_map(CUtensorMap& map, const void* data, int rows, int row_bytes, int64_t pitch,
                                    int box_rows) {
   using Encode = decltype(&cuTensorMapEncodeTiled);
@@ -36,14 +36,14 @@ inline cudaError_t make_tensor_map(CUtensorMap& map, const void* data, int rows,
   return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
 
-// Brings the map itself, so that its first box does not wait for it.
+// Prefetches the map itself, so that its first box does not wait for it.
 __device__ inline void prefetch_map(const CUtensorMap& map) {
 #if __CUDA_ARCH__ >= 900
   asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
 #endif
 }
 
-enum class Reuse { kNone, kSome };  // whether others read the same bytes soon
+enum class Reuse { kNone, kSome };  // whether other blocks read the same bytes soon
 
 // Starts the copy of the box at (`byte` of the rows, `row`) to `smem`; its end counts at `barrier`.
 template <Reuse kReuse>

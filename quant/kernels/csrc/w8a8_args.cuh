@@ -1,5 +1,5 @@
-// What the products of int8 rows with an int8 weight compute, whichever kernel does:
-// y = (x W^T) * x_scales * scales + bias + residual, the sums exact in int32, all that follows in float32.
+// Arguments of all products of int8 rows with an int8 weight:
+// y = (x W^T) * x_scales * scales + bias + residual, with exact int32 sums and float32 for everything after them.
 #pragma once
 
 #include <cstdint>

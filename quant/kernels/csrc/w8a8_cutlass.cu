@@ -1,10 +1,9 @@
-// Compiled once per tile: LOWBIT_TILE comes from units.py, because a CUTLASS product costs a minute of nvcc. Code for
+// Compiled once per tile, with LOWBIT_TILE from units.py, because a CUTLASS product takes nvcc a minute. Code for
 // sm_90a alone.
 //
-// The product is CUTLASS's own (TMA, warpgroup instructions, persistent blocks); what is ours is the choice of two
-// tiles and the epilogue, a tree of visitors over the int32 sums: times the weight's scale of the column, times x's
-// scale of the row, plus bias, plus residual, each where there is one. quant/kernels/w8a8_cutlass.py has the table
-// that chooses the tile, by measurement.
+// The product is CUTLASS's own (TMA, warpgroup instructions, persistent blocks). Ours are the choice of two tiles and
+// the epilogue, a visitor tree over the int32 sums: times the column's weight scale, times the row's x scale, plus
+// bias, plus residual, if present. quant/kernels/w8a8_cutlass.py has the measured table that chooses the tile.
 #include <cute/tensor.hpp>
 #include <cutlass/epilogue/collective/collective_builder.hpp>
 #include <cutlass/epilogue/fusion/sm90_visitor_compute_tma_warpspecialized.hpp>
@@ -37,7 +36,7 @@ struct CutlassType<__nv_bfloat16> {
 };
 
 // Tile of y (rows of x, rows of W) and of k; two blocks share a tile's columns of W by multicast. Cooperative: two
-// warpgroups halve a tile. Ping-pong: each has its own, and one multiplies while the other stores.
+// warpgroups split a tile. Ping-pong: each has its own tile, and one multiplies while the other stores.
 template <int kTile>
 struct Tile;
 template <>

@@ -1,4 +1,4 @@
-// Code for sm_90a alone; empty elsewhere. ring.cuh has the design; sums are int32, so that their order cannot matter.
+// Code for sm_90a alone; empty elsewhere. ring.cuh has the design. Sums are int32, so their order does not matter.
 #include "epilogue.cuh"
 #include "ring.cuh"
 #include "w8a8_gemm.cuh"
@@ -9,14 +9,13 @@ namespace {
 template <int kColumns, int kWarpgroups>
 using Shape = RingShape<int8_t, kColumns, kWarpgroups>;
 
-// What lies behind the ring: the scales of the block's rows of W and of x.
+// Shared memory behind the ring: the scales of the block's rows of W and of x.
 template <typename S>
 struct Sides {
   float scales[S::kRows], x_scales[S::kColumns];
 };
 
-// y of row `column` of x and four rows of W from `row` on, in halves; in float, without bias and residual, where
-// asked.
+// y of row `column` of x and four rows of W from `row` on, in half precision; or in float32, without bias and residual.
 template <typename T>
 __device__ void store_four(const W8a8Args& args, bool float_out, int column, int row, float (&y)[4]) {
   const int count = min(args.n - row, 4);
@@ -29,7 +28,8 @@ __device__ void store_four(const W8a8Args& args, bool float_out, int column, int
   for (int i = 0; i < count; ++i) static_cast<float*>(args.y)[index + i] = y[i];
 }
 
-// Scales to shared memory, W's before the previous kernel has ended: what comes last must not wait for memory.
+// Copies scales to shared memory, those of W before the previous kernel has ended: the epilogue must not wait for
+// memory.
 template <typename S>
 __device__ void load_sides(const W8a8Args& args, const RingShare& share, Sides<S>& sides) {
   const int column = blockIdx.z * S::kColumns + threadIdx.x;

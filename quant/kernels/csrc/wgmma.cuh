@@ -1,7 +1,7 @@
 // wgmma, the tensor instruction of a warpgroup (sm_90a): c (64 x kColumns) += a (64 x 16) * b (16 x kColumns).
 //
-// Warp w of the four has rows 16 w to 16 w + 15, in registers, as fragments of mma.m16n8k16: a as its A operand, c as
-// kColumns / 8 of its C operands. b lies in shared memory as blocks of 8 columns x 8 inputs, 128 bytes each.
+// Warp w of the four has rows 16 w to 16 w + 15 in registers, as fragments of mma.m16n8k16: a as its A operand, c as
+// kColumns / 8 of its C operands. b is in shared memory, in blocks of 8 columns x 8 inputs of 128 bytes each.
 #pragma once
 
 #include "ptx.cuh"
@@ -14,17 +14,18 @@ namespace lowbit {
 #define LOWBIT_WGMMA 0
 #endif
 
-// Where b is: 16 bytes a unit, kAlongInputs and kAlongColumns bytes from one block to the next. Adding to it moves b.
+// The location of b: units of 16 bytes, kAlongInputs and kAlongColumns bytes between blocks. Adding to it moves b.
 template <int kAlongInputs, int kAlongColumns>
 struct MatrixAt {
   uint32_t low;
-  // The address without the block's rank in its cluster, and from one lane, so that it may stay in a uniform register.
+  // The address without the block's rank in its cluster. Taken from one lane, so that it may stay in a uniform
+  // register.
   __device__ explicit MatrixAt(uint32_t smem)
       : low(__shfl_sync(~0u, smem % (1u << 18) / 16 | kAlongInputs / 16 << 16, 0)) {}
   __device__ uint64_t after(int bytes) const { return uint64_t(kAlongColumns / 16) << 32 | (low + bytes / 16); }
 };
 
-// Before the first product, and whenever registers of one were written since the last.
+// Needed before the first product, and whenever its registers were written since the last one.
 __device__ inline void wgmma_fence() {
 #if LOWBIT_WGMMA
   asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
@@ -37,7 +38,7 @@ __device__ inline void wgmma_commit() {
 #endif
 }
 
-// Returns once all but the last kPending groups of products are done with their registers and shared memory.
+// Returns when all but the last kPending groups of products are done with their registers and shared memory.
 template <int kPending>
 __device__ inline void wgmma_wait() {
 #if LOWBIT_WGMMA
@@ -45,13 +46,13 @@ __device__ inline void wgmma_wait() {
 #endif
 }
 
-// Without `add`, c = a * b, whatever c held.
+// Without `add`, c = a * b, whatever c contained.
 template <typename T, int kColumns>
 __device__ inline void wgmma(float (&c)[kColumns / 2], const uint32_t (&a)[4], uint64_t b, bool add);
 
 #if LOWBIT_WGMMA
-// One specialization: kColumns, wgmma's name of T, the numbers of c's kColumns / 2 registers and of what follows them,
-// and c's operands.
+// One specialization: kColumns, wgmma's name of T, the numbers of c's kColumns / 2 registers and of the operands after
+// them, and c's operands.
 #define LOWBIT_WGMMA_OF(T, NAME, COLUMNS, C, AB, ADD, ...)                                                    \
   template <>                                                                                               \
   __device__ inline void wgmma<T, COLUMNS>(float (&c)[COLUMNS / 2], const uint32_t (&a)[4], uint64_t b,       \

@@ -1,5 +1,5 @@
-// One warp expands one tile's chunk (16 rows x 128 inputs): the same 16-byte reads as the product's, and 16-byte
-// writes of eight consecutive inputs of a row. Bound by the writes, so nothing is staged in shared memory.
+// One warp expands one tile's chunk (16 rows x 128 inputs), with the same 16-byte reads as the product's, and 16-byte
+// writes of eight consecutive inputs of a row. It is bound by the writes, so nothing is staged in shared memory.
 #include "dequant.cuh"
 #include "launch.cuh"
 #include "wna16_dequantize.cuh"
@@ -9,7 +9,7 @@ namespace {
 
 constexpr int kWarps = 8;
 
-// value * scale rounded once: `values` holds eight integers in T.
+// value * scale, rounded once. `values` holds eight integers in T.
 template <typename T>
 __device__ uint4 scaled(const uint32_t (&values)[4], float scale) {
   uint4 result;

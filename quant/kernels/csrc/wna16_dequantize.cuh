@@ -1,4 +1,4 @@
-// A packed weight as a dense half-precision matrix: what products with many rows of x start from.
+// Dequantization of a packed weight to a dense half-precision matrix, for products with many rows of x.
 #pragma once
 
 #include <cuda_runtime.h>

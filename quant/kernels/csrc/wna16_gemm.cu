@@ -1,16 +1,16 @@
 // Compiled once per (T, bits): LOWBIT_T and LOWBIT_BITS come from units.py. Code for sm_90a alone; empty elsewhere.
 //
 // Design. W is the left operand of wgmma, dequantized in registers; x, up to 64 rows, is the right one, in shared
-// memory. So a weight is expanded once however many rows x has, and the tensor cores run at their full rate. Of more
-// rows a block has 128: blockIdx.z's, its slab; the slabs read W after one another, mostly from L2. Each warp streams
-// its own 16 rows of W, with their scales, through a ring of shared memory that the copy engine fills: one lane asks
-// for the next slot as soon as the warp has read one. One more warpgroup brings x, which all others share, and reorders
-// it on the way: packed.py lets a lane own eight neighbouring inputs, wgmma wants two of each eight, and stmatrix turns
-// one into the other. Blocks of a cluster split k; each sums its columns of y out of the others' shared memory, in rank
-// order. W's stream starts before the previous kernel has finished: W is constant, x is not.
+// memory. So a weight is expanded once for any number of rows of x, and the tensor cores run at full rate. With more
+// rows of x, a block has a slab of 128 (blockIdx.z); the slabs read W one after another, mostly from L2. Each warp
+// streams its own 16 rows of W, with their scales, through a ring of shared memory that the copy engine fills: one lane
+// requests the next slot as soon as the warp has read one. One more warpgroup loads x, which all others share, and
+// reorders it on the way: packed.py gives a lane eight adjacent inputs, wgmma needs two of each eight, and stmatrix
+// converts one to the other. Blocks of a cluster split k; each sums its columns of y from the others' shared memory, in
+// rank order. W's stream starts before the previous kernel has finished: W is constant, x is not.
 //
-// Tried and slower on one H100 (docs/kernels/wna16_gemm.md has figures): scales read to registers a chunk ahead (DRAM's
-// latency stood in every chunk), x asked for one chunk ahead, two blocks of two warpgroups on a multiprocessor, sums
+// Tried and slower on one H100 (docs/kernels/wna16_gemm.md has figures): scales read to registers one chunk ahead
+// (every chunk waited for DRAM), x requested one chunk ahead, two blocks of two warpgroups per multiprocessor, sums
 // read from the cluster one float at a time.
 #include "epilogue.cuh"
 #include "launch.cuh"
@@ -27,17 +27,17 @@ struct Shape {
   static constexpr int kBits = kBits_;
   static constexpr int kGroups = kGroups_;          // scales per row and chunk
   static constexpr bool kChannel = kChannel_;       // one scale per row: applied to the sums
-  static constexpr int kColumns = kColumns_;        // rows of x that a block has, padded
-  static constexpr int kWarpgroups = kWarpgroups_;  // that multiply
+  static constexpr int kColumns = kColumns_;        // rows of x per block, padded
+  static constexpr int kWarpgroups = kWarpgroups_;  // multiplying warpgroups
   static constexpr int kTiles = kWarpgroups * 4;
   static constexpr int kConsumers = kWarpgroups * 128;  // threads
   static constexpr int kThreads = kConsumers + 128;
-  // Rows of x, in eights, that a producing warp asks for at once, and how many such requests it has on their way.
+  // Rows of x, in eights, that a producing warp requests at once, and the number of such requests in flight.
   static constexpr int kBatch = kColumns <= 32 ? kColumns / 8 : 4;
   static constexpr int kBatches = kColumns == 32 ? 3 : 4;
-  static constexpr int kLoads = kBits / 2;  // 16-byte loads of a lane that make a chunk
+  static constexpr int kLoads = kBits / 2;  // 16-byte loads per lane and chunk
   static constexpr int kChunkBytes = kLoads * 512;
-  // A warp's ring, scales and zeros apart: less where x takes the memory and each chunk much time. A slot of it has
+  // Size of a warp's ring without scales and zeros; smaller if x takes the memory and each chunk takes long. A slot has
   // words, then scales and zeros, of kSlotChunks chunks.
   static constexpr int kRingBytes = kColumns == 128 ? 6144 : 8192;
   static constexpr int kSlotChunks = (kColumns == 128 ? 8 : 16) / kBits;
@@ -47,18 +47,18 @@ struct Shape {
   static constexpr int kZerosAt = kScalesAt + kSlotChunks * kScaleBytes;
   static constexpr int kSlotBytes = kZerosAt + kSlotChunks * kZeroBytes;
   static constexpr int kSlots = kRingBytes / kScalesAt;
-  static constexpr int kXStages = 4;  // a chunk each
+  static constexpr int kXStages = 4;  // of one chunk each
   static constexpr int kXBytes = kColumns * kChunkK * 2;
   static constexpr int kPitch = kTiles * kTileRows + 4;  // floats between columns of sums: no bank conflicts
 };
 
-// Keeps the compiler from computing `value` again wherever it is used.
+// Keeps the compiler from recomputing `value` at each use.
 __device__ inline uint32_t keep(uint32_t value) {
   asm volatile("" : "+r"(value));
   return value;
 }
 
-// Shared memory of a block. The sums take the rings' place once all products are done.
+// A block's shared memory. The sums reuse the rings' memory once all products are done.
 template <typename S>
 struct Layout {
   static constexpr int kX = S::kTiles * S::kSlots * S::kSlotBytes;
@@ -75,7 +75,7 @@ struct Layout {
   }
 };
 
-// A place in a ring and the parity of the phase that fills it.
+// A place in a ring, and the parity of the phase that fills it.
 template <int kSlots>
 struct Turn {
   int slot = 0;
@@ -88,14 +88,14 @@ struct Turn {
   }
 };
 
-// The chunks of k that this block has: [first, end).
+// This block's chunks of k: [first, end).
 struct Share {
   int first, end;
   __device__ explicit Share(const Wna16Args& args)
       : first(args.chunks * blockIdx.x / gridDim.x), end(args.chunks * (blockIdx.x + 1) / gridDim.x) {}
 };
 
-// Of x, the first row that this block has: column 0 of its sums.
+// This block's first row of x: column 0 of its sums.
 template <typename S>
 __device__ int first_row() {
   return blockIdx.z * S::kColumns;
@@ -108,20 +108,20 @@ struct Sides {
   uint16_t zeros[S::kGroups];
 };
 
-// One warp's rows of W: a ring that its first lane keeps full.
+// One warp's rows of W: a ring that the warp's first lane keeps full.
 template <typename S>
 struct WeightStream {
-  const uint8_t* words;   // of the chunk that is asked for next
+  const uint8_t* words;   // of the chunk to request next
   const uint8_t* scales;  // of the tile
   const uint8_t* zeros;
-  int next, end;  // chunk that is asked for next; no lane but the first asks
+  int next, end;  // chunk to request next; only the first lane requests
   int shift;
   uint32_t ring, full;
   Turn<S::kSlots> turn;
 
   __device__ WeightStream(const Wna16Args& args, const Share& share, const Layout<S>& smem) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    // The last group of tiles may reach past the last one: it reads that one again, and nothing is stored.
+    // The last group of tiles may extend beyond the last tile: it then reads that one again, and stores nothing.
     const int64_t tile = min(static_cast<int>(blockIdx.y) * S::kTiles + warp, args.tiles - 1);
     words = static_cast<const uint8_t*>(args.words) + (tile * args.chunks + share.first) * S::kChunkBytes;
     scales = static_cast<const uint8_t*>(args.scales) + tile * args.scale_rows * (32 * S::kGroups);
@@ -155,7 +155,7 @@ struct WeightStream {
 
   __device__ void wait() const { barrier_wait(full + turn.slot * 8, turn.parity); }
 
-  // The lane's words of chunk `index` of the slot, and its scales and zeros, `row` rows on.
+  // Reads the lane's words of chunk `index` of the slot, and its scales and zeros `row` rows on.
   __device__ void read(int index, int row, uint4 (&lane_words)[S::kLoads], Sides<S>& sides) const {
     const int lane = threadIdx.x % 32;
     const uint32_t slot = ring + turn.slot * S::kSlotBytes;
@@ -178,7 +178,7 @@ struct WeightStream {
     turn.next();
   }
 
-  // The two scales of a lane's rows where W has one per row, else 1.
+  // The two scales of a lane's rows if W has one per row, otherwise 1.
   __device__ float2 channel_scales() const {
     if (!S::kChannel) return make_float2(1.f, 1.f);
     const auto* pair = reinterpret_cast<const typename S::T*>(scales) + threadIdx.x % 32 / 4 * 2;
@@ -186,16 +186,16 @@ struct WeightStream {
   }
 };
 
-// Brings x, batch by batch: each of the four warps a block of 32 inputs of kBatch x 8 rows, whose reads have been on
-// their way for kBatches - 1 batches when they are needed.
+// Loads x batch by batch: each of the four warps loads a block of 32 inputs of kBatch x 8 rows. The reads are issued
+// kBatches - 1 batches ahead.
 template <typename S>
 struct XProducer {
   static constexpr int kParts = S::kColumns / 8 / S::kBatch;  // batches of a chunk
   static_assert(S::kBatches % kParts == 0);
   using Values = uint4[S::kBatch];
-  const uint8_t* next;  // the lane's inputs in the chunk that is asked for next
+  const uint8_t* next;  // the lane's inputs in the chunk to request next
   uint32_t target, full;
-  int rows, eight_rows;  // that are left from the lane's first on; bytes from one row to the eighth after it
+  int rows, eight_rows;  // rows left from the lane's first on; bytes from a row to the eighth after it
   int wanted;
   Turn<S::kXStages> turn;
 
@@ -211,7 +211,7 @@ struct XProducer {
     wanted = share.end - share.first;
   }
 
-  // Rows past m are not read: their columns of y, which nobody stores, hold anything.
+  // Rows past m are not read: their columns of y are never stored.
   __device__ void read(int part, Values& values) {
 #pragma unroll
     for (int i = 0; i < S::kBatch; ++i) {
@@ -253,7 +253,7 @@ struct XProducer {
   }
 };
 
-// The fragments of two products: 16 rows and 32 inputs of W as halves, scaled unless its scales are one per row.
+// The fragments of two products: 16 rows and 32 inputs of W as halves, scaled unless there is one scale per row.
 template <typename S>
 __device__ void expand_block(const uint4 (&lane_words)[S::kLoads], const Sides<S>& sides, int block,
                              uint32_t (*a)[4]) {
@@ -280,11 +280,11 @@ __device__ void expand_block(const uint4 (&lane_words)[S::kLoads], const Sides<S
 }
 
 template <typename S>
-using Sums = float[S::kColumns / 2];  // a lane's, of 64 rows of W x columns
+using Sums = float[S::kColumns / 2];  // of a lane, for 64 rows of W x columns
 
-// sums += the product of one chunk, whose x lies at `x_matrix`; of the `first`, sums = it: registers that anything but
-// wgmma has written make the compiler wait for every product before the next. Behind the first products all those of
-// the chunk before are done, and `on_chunk_before` is called.
+// sums += the product of one chunk, whose x is at `x_matrix`; for the `first` chunk, sums = it, since registers written
+// by anything but wgmma make the compiler wait for every product before the next. After the first products, all of the
+// previous chunk are done, and `on_chunk_before` is called.
 template <typename S, typename OnChunkBefore>
 __device__ void multiply_chunk(const uint4 (&words)[S::kLoads], const Sides<S>& sides, MatrixAt<128, 2048> x_matrix,
                                uint32_t x_full, uint32_t parity, bool first, Sums<S>& sums,
@@ -301,7 +301,7 @@ __device__ void multiply_chunk(const uint4 (&words)[S::kLoads], const Sides<S>& 
       wgmma<typename S::T, S::kColumns>(sums, a[part][i], x_matrix.after((part * 4 + i) * 256),
                                         part > 0 || i > 0 || !first);
     wgmma_commit();
-    wgmma_wait<1>();  // the registers of the part before are free again
+    wgmma_wait<1>();  // the registers of the previous part are free again
     if (part == 0) on_chunk_before();
   }
 }
@@ -312,7 +312,7 @@ __device__ void clear(Sums<S>& sums) {
   for (int e = 0; e < S::kColumns / 2; ++e) sums[e] = 0.f;
 }
 
-// sums = the block's share of W x, which is not empty.
+// sums = the block's share of W x, which must not be empty.
 template <typename S>
 __device__ void consume(const Share& share, const Layout<S>& smem, WeightStream<S>& stream, Sums<S>& sums) {
   const bool leader = threadIdx.x % 32 == 0;
@@ -332,14 +332,14 @@ __device__ void consume(const Share& share, const Layout<S>& smem, WeightStream<
       };
       multiply_chunk<S>(words, sides, MatrixAt<128, 2048>(smem.x + i * S::kXBytes), smem.x_full + i * 8, parity,
                         chunk == share.first, sums, release_x);
-      // Not before its words were used: a copy does not wait for reads that are still on their way.
+      // Only after its words were used: a copy does not wait for reads in flight.
       if (index == S::kSlotChunks - 1) stream.release();
     }
   }
   wgmma_wait<0>();
 }
 
-// A lane's sums to shared memory: partial[column of y][row of the group].
+// Stores a lane's sums to shared memory: partial[column of y][row of the group].
 template <typename S>
 __device__ void store_partial(const Wna16Args& args, const Sums<S>& sums, float2 scales, float* partial) {
   const int lane = threadIdx.x % 32;
@@ -352,7 +352,7 @@ __device__ void store_partial(const Wna16Args& args, const Sums<S>& sums, float2
   }
 }
 
-// Columns [begin, end) of `partial` become their sums over the cluster's blocks, in rank order.
+// Replaces columns [begin, end) of `partial` by their sums over the cluster's blocks, in rank order.
 template <typename S>
 __device__ void sum_over_cluster(float* partial, int begin, int end) {
   for (int i = begin * S::kPitch + threadIdx.x * 4; i < end * S::kPitch; i += S::kConsumers * 4) {
@@ -383,7 +383,7 @@ __device__ void finish_group(const Wna16Args& args, float* partial) {
   if (gridDim.x > 1) cluster_wait();  // no block leaves while others read from it
 }
 
-// Once a warp's loop is over: before, the weight would compete with this product's own.
+// At the end of a warp's loop: earlier, the prefetch would compete with this product's own weight.
 template <typename S>
 __device__ void ask_for_next_weight(const Wna16Args& args) {
   constexpr int kWarps = S::kConsumers / 32;
@@ -405,7 +405,7 @@ __global__ void __launch_bounds__(S::kThreads, 1) wna16_gemm_kernel(const __grid
       barrier_init(layout.x_empty + stage * 8, S::kConsumers / 32);
     }
   }
-  __syncthreads();  // the one that all threads reach; W's barriers are their warps' own
+  __syncthreads();  // all threads reach this one; barriers for W belong to single warps
   if (threadIdx.x >= S::kConsumers) {
     wait_for_previous_kernel();
     XProducer<S>(args, share, layout).run();

@@ -1,4 +1,4 @@
-// y = epilogue(x W^T) for some rows of x with Hopper's warpgroup instructions: what the launcher takes.
+// y = epilogue(x W^T) for some rows of x, with Hopper's warpgroup instructions: launch parameters.
 #pragma once
 
 #include "wna16_args.cuh"
@@ -8,12 +8,12 @@ namespace lowbit {
 struct Wna16GemmLaunch {
   int device;
   int groups_per_chunk;  // 1, 2 or 4: scales per row in 128 inputs
-  int warpgroups;        // that multiply: each has 64 rows of W. 2 to 4, above 64 rows of x 2 or 3
-  int cluster;           // blocks that share k
+  int warpgroups;        // multiplying warpgroups, with 64 rows of W each: 2 to 4, or 2 to 3 above 64 rows of x
+  int cluster;           // blocks that split k
   bool dependent;        // launched with programmatic dependent launch
 };
 
-// For code built for sm_90a: elsewhere the kernel is empty, or there is none (extension.reason_against_90a asks).
+// Needs code built for sm_90a (extension.reason_against_90a checks it): elsewhere the kernel is empty or missing.
 template <typename T, int kBits>
 cudaError_t launch_wna16_gemm(const Wna16Args& args, const Wna16GemmLaunch& launch, cudaStream_t stream);
 

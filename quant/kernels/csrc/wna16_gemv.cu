@@ -1,14 +1,14 @@
 // Compiled once per (T, bits): LOWBIT_T and LOWBIT_BITS come from units.py, so that the four build in parallel.
 //
-// Design. W's rows are the 16 rows of mma.m16n8k16's A operand and x's rows its 8 columns, so 1 to 8 rows of x cost
-// the same. Each warp streams its own chunks (16 rows x 128 inputs) from global memory into registers, a refill
-// following each use, so no barrier stands in the main loop. Warps split k, and blocks of a cluster split it further;
-// partial sums meet in shared memory in a fixed order, so a result does not depend on timing. Only W's stream is
-// started before the previous kernel has finished: W is constant, x is not.
+// Design. W's rows are the 16 rows of mma.m16n8k16's A operand, and x's rows its 8 columns, so that 1 to 8 rows of x
+// cost the same. Each warp streams its own chunks (16 rows x 128 inputs) from global memory into registers, with a
+// refill after each use, so the main loop has no barrier. Warps split k, and blocks of a cluster split it further;
+// partial sums are added in shared memory in a fixed order, so results do not depend on timing. Only W's stream starts
+// before the previous kernel has finished: W is constant, x is not.
 //
 // Tried and slower on one H100: a ring of shared memory filled by cp.async (more instructions per chunk), x copied to
-// shared memory first (its latency stands before everything), x read a chunk ahead. docs/kernels/wna16_gemv.md has the
-// figures. Still lost here: the compiler gives all refills one scoreboard, so the oldest waits for the newest.
+// shared memory first (its latency delays everything), x read one chunk ahead. docs/kernels/wna16_gemv.md has the
+// figures. Remaining loss: the compiler assigns one scoreboard to all refills, so the oldest waits for the newest.
 #include "epilogue.cuh"
 #include "launch.cuh"
 #include "next_weight.cuh"
@@ -17,11 +17,11 @@
 namespace lowbit {
 namespace {
 
-// Shapes of more than 16 rows of x have no code on Hopper, and their members no use.
+// Shapes with more than 16 rows of x have no code on Hopper, so some of their members are unused.
 #pragma nv_diag_suppress 177
 
 constexpr int kMaxThreads = 256;
-// Bytes of codes that a warp must have for it to ask L2 for more than its registers hold while it waits.
+// Least bytes of codes per warp for a prefetch into L2, beyond its registers, while it waits.
 constexpr int kLongShare = 32 << 10;
 
 template <typename T_, int kBits_, bool kZeros_, int kGroups_, int kRowTiles_, int kColBlocks_>
@@ -32,17 +32,17 @@ struct Shape {
   static constexpr int kGroups = kGroups_;        // scales per row and chunk
   static constexpr int kRowTiles = kRowTiles_;    // tiles per warp
   static constexpr int kColBlocks = kColBlocks_;  // blocks of 8 rows of x
-  static constexpr int kLoads = kBits / 2;        // 16-byte loads of a lane that make a chunk
+  static constexpr int kLoads = kBits / 2;        // 16-byte loads per lane and chunk
   static constexpr int kChunkBytes = kLoads * 512;
-  // Loads of W on their way per lane: what 128 registers leave room for beside x and the sums.
+  // Loads of W in flight per lane: the most that fit in 128 registers with x and the sums.
   static constexpr int kRing = kColBlocks == 1 ? 12 : kColBlocks == 2 ? 8 : 4;
   static constexpr int kAhead = kRing >= 4 * kLoads * kRowTiles ? 4 : (kRing - 1) / (kLoads * kRowTiles) + 1;  // chunks
   static constexpr int kXBlocks = kColBlocks >= 4 ? 1 : 4 / kColBlocks;  // blocks of 32 inputs of x read together
-  static constexpr int kChains = kColBlocks == 1 ? 2 : 1;     // chains of tensor instructions for each sum
-  static constexpr int kMinBlocks = kColBlocks <= 2 ? 2 : 1;  // 128 registers a thread, or 255
+  static constexpr int kChains = kColBlocks == 1 ? 2 : 1;     // chains of tensor instructions per sum
+  static constexpr int kMinBlocks = kColBlocks <= 2 ? 2 : 1;  // 128 registers per thread, or 255
 };
 
-// Which part of the problem a warp has: `tile` and those after it, every `step`-th chunk of [first, end).
+// A warp's part of the problem: `tile` and the tiles after it, every `step`-th chunk of [first, end).
 struct Share {
   int tile, first, end, step;
   int group_tiles;  // tiles that the block's cluster computes
@@ -75,7 +75,7 @@ struct Stream {
   const uint16_t* zeros;
 
   __device__ void open(const Wna16Args& args, int tile, int lane) {
-    // The last group of tiles may reach past the last one: it reads that one again, and nothing is stored.
+    // The last group of tiles may extend beyond the last tile: it then reads that one again, and stores nothing.
     tile = min(tile, args.tiles - 1);
     words = static_cast<const uint4*>(args.words) + static_cast<int64_t>(tile) * args.chunks * (S::kLoads * 32) + lane;
     const int64_t side = (static_cast<int64_t>(tile) * args.scale_rows * 8 + lane / 4) * S::kGroups;
@@ -101,19 +101,19 @@ struct Stream {
   }
 };
 
-// Rows of x in shared memory are this far apart: 64 bytes more than a multiple of 128, so that the eight lanes that
-// read together, four from each of two rows, touch all banks once.
+// Pitch of rows of x in shared memory: 64 bytes more than a multiple of 128, so that eight lanes that read together,
+// four from each of two rows, touch all banks once.
 __host__ __device__ inline int staged_pitch(int chunks) { return chunks * kChunkK * 2 + 64; }
 
-// Chunks of the block of a cluster that has most of them.
+// The largest number of chunks of a cluster's block.
 __host__ __device__ inline int largest_slice(int chunks, int cluster) { return (chunks + cluster - 1) / cluster; }
 
-// A block is 32 lanes x row warps x k warps: no index below needs a division.
+// A block is 32 lanes x row warps x k warps, so that no index below needs a division.
 __device__ inline int warp_of_block() { return threadIdx.z * blockDim.y + threadIdx.y; }
 __device__ inline int thread_of_block() { return warp_of_block() * 32 + threadIdx.x; }
 __device__ inline int threads_of_block() { return 32 * blockDim.y * blockDim.z; }
 
-// Mean (0 for RMS) and 1 / deviation of each row of x, float32, one warp a row.
+// Mean (0 for RMS) and 1 / deviation of each row of x, float32, one warp per row.
 template <typename T>
 __device__ void norm_statistics(const Wna16Args& args, float2* statistics) {
   const int lane = threadIdx.x;
@@ -149,7 +149,7 @@ __device__ uint4 normalized(const Wna16Args& args, uint4 raw, float2 statistics,
   return raw;
 }
 
-// The block's inputs, chunks [begin, end) of every row of x, to shared memory, normalized where asked.
+// Copies the block's inputs, chunks [begin, end) of every row of x, to shared memory, normalized if requested.
 template <typename T>
 __device__ void stage_x(const Wna16Args& args, int begin, int end, uint8_t* x_smem, const float2* statistics) {
   const int vectors = (end - begin) * (kChunkK / 8);
@@ -176,7 +176,7 @@ __device__ float2 halves_of(uint32_t bits) {
   return make_float2(to_float(values[0]), to_float(values[1]));
 }
 
-// Zero point of row g (half 0) or g + 8 (half 1), as expand() wants it.
+// Zero point of row g (half 0) or g + 8 (half 1), in the form for expand().
 template <typename S>
 __device__ auto zeros_of(const Chunk<S>& chunk, int group, int half) {
   int zero = 1 << (S::kBits - 1);
@@ -184,11 +184,11 @@ __device__ auto zeros_of(const Chunk<S>& chunk, int group, int half) {
   return Dequant<typename S::T, S::kBits>::zeros_of(zero);
 }
 
-// The lane's 8 inputs of a block of x, for each 8 columns, in the order that expand() gives the weights.
+// The lane's 8 inputs of a block of x for each 8 columns, in the order that expand() gives the weights.
 template <typename S>
 using XBlock = uint4[S::kColBlocks];
 
-// x as a lane reads it, through L1: from global memory, or from the copy that a norm made in shared memory.
+// x as read by a lane through L1: from global memory, or from the normalized copy in shared memory.
 template <typename S>
 struct LaneX {
   const uint8_t* lane;
@@ -198,7 +198,7 @@ struct LaneX {
     for (int j = 0; j < S::kColBlocks; ++j)
       row_offsets[j] = min(j * 8 + static_cast<int>(threadIdx.x) / 4, m - 1) * pitch;  // columns past m are dropped
   }
-  // kXBlocks blocks at once: left alone, the compiler puts each read beside its use, and every block waits for L1.
+  // kXBlocks blocks at once: otherwise the compiler places each read next to its use, and every block waits for L1.
   __device__ void read(int chunk, int block, XBlock<S> (&values)[S::kXBlocks]) const {
     const uint8_t* first = lane + chunk * (kChunkK * 2) + block * 64;
 #pragma unroll
@@ -207,8 +207,8 @@ struct LaneX {
   }
 };
 
-// even + odd += (codes - zeros) x for 16 rows and 32 inputs: `words` holds row g's codes, then row g + 8's. The two may
-// be one; apart, their tensor instructions do not wait for each other.
+// even + odd += (codes - zeros) x for 16 rows and 32 inputs; `words` has row g's codes, then row g + 8's. even and odd
+// may be the same; if not, their tensor instructions do not wait for each other.
 template <typename S, typename Zeros>
 __device__ void multiply_block(const uint32_t* words, const Zeros (&zeros)[2], const XBlock<S>& x,
                                float (&even)[S::kColBlocks][4], float (&odd)[S::kColBlocks][4]) {
@@ -225,14 +225,14 @@ __device__ void multiply_block(const uint32_t* words, const Zeros (&zeros)[2], c
   }
 }
 
-// sums += scale * (codes - zeros) x for one chunk; the scale is applied in float32 once a group is summed. Each load's
-// registers are refilled from chunk `next` as soon as they are used up.
+// sums += scale * (codes - zeros) x for one chunk; the scale is applied in float32 once a group is summed. The
+// registers of each load are refilled from chunk `next` as soon as they were used.
 template <typename S>
 __device__ void multiply_chunk(Chunks<S>& chunks, const Stream<S>* streams, int current, int next, bool refill,
                                const LaneX<S>& lane_x, Sums<S>& sums) {
   using D = Dequant<typename S::T, S::kBits>;
-  constexpr int kBlocks = kChunkK / 32 / S::kGroups;  // of 32 inputs, in a group
-  constexpr int kBlocksPerLoad = 8 / S::kBits;        // whose codes are in a lane's 16 bytes
+  constexpr int kBlocks = kChunkK / 32 / S::kGroups;  // blocks of 32 inputs in a group
+  constexpr int kBlocksPerLoad = 8 / S::kBits;        // blocks with codes in a lane's 16 bytes
   XBlock<S> x[S::kXBlocks];
 #pragma unroll
   for (int group = 0; group < S::kGroups; ++group) {
@@ -265,7 +265,7 @@ __device__ void multiply_chunk(Chunks<S>& chunks, const Stream<S>* streams, int 
   }
 }
 
-// x where this block reads it: its shared memory, after staging, or global memory.
+// The source of x for this block: shared memory after staging, or global memory.
 template <typename S>
 __device__ LaneX<S> prepare_x(const Wna16Args& args, const Share& share, uint8_t* free_smem) {
   if (!args.stage_x) return LaneX<S>(static_cast<const uint8_t*>(args.x), args.k * 2, args.m);
@@ -279,7 +279,7 @@ __device__ LaneX<S> prepare_x(const Wna16Args& args, const Share& share, uint8_t
   return LaneX<S>(staged - begin * (kChunkK * 2), staged_pitch(largest_slice(args.chunks, gridDim.x)), args.m);
 }
 
-// A warp's sums to shared memory: partial[k warp][column of y][row of the group].
+// Stores a warp's sums to shared memory: partial[k warp][column of y][row of the group].
 template <typename S>
 __device__ void store_partial(int group_tiles, int m, const Sums<S>& sums, float* partial) {
   const int rows = group_tiles * kTileRows;
@@ -309,8 +309,8 @@ __device__ inline float sum_over_cluster(const float* totals, int index) {
   return sum;
 }
 
-// What a deferred norm leaves to this product: each row's sums of squares come to `squares` beside the main loop, and
-// give way to 1 / deviation in their first place. A lane copies what it will add up: no other needs to know.
+// A deferred norm to finish: each row's sums of squares are copied to `squares` during the main loop, and later
+// replaced by 1 / deviation in the first place. A lane copies only what it will add up.
 __device__ inline void copy_squares(const Wna16Args& args, float* squares) {
 #pragma unroll 1
   for (int row = warp_of_block(); row < args.m; row += blockDim.y * blockDim.z)
@@ -329,8 +329,8 @@ __device__ inline void finish_squares(const Wna16Args& args, float* squares) {
   }
 }
 
-// Sums over warps and cluster, then the epilogue. `partial` holds the warps' sums, with room for one more set behind,
-// and then what finish_squares left.
+// Sums over warps and cluster, then the epilogue. `partial` has the warps' sums, room for one more set, and the results
+// of finish_squares.
 template <typename T>
 __device__ void finish_group(const Wna16Args& args, int group_tiles, float* partial) {
   const int rows = group_tiles * kTileRows;
@@ -358,7 +358,7 @@ __device__ void finish_group(const Wna16Args& args, int group_tiles, float* part
   cluster_sync();  // no block leaves while rank 0 reads from it
 }
 
-// Asks L2 for as many chunks again as the registers hold.
+// Prefetches into L2 as many chunks again as the registers hold.
 template <typename S>
 __device__ void prefetch_chunks(const Stream<S>* streams, const Share& share) {
   for (int a = S::kAhead; a < 2 * S::kAhead; ++a) {
@@ -368,7 +368,7 @@ __device__ void prefetch_chunks(const Stream<S>* streams, const Share& share) {
   }
 }
 
-// Once a warp's loop is over: before, the weight would compete with this product's own.
+// At the end of a warp's loop: earlier, the prefetch would compete with this product's own weight.
 __device__ inline void ask_for_next_weight(const Wna16Args& args) {
   const int block_warps = blockDim.y * blockDim.z;
   const int warp = (blockIdx.y * gridDim.x + blockIdx.x) * block_warps + warp_of_block();
@@ -376,8 +376,9 @@ __device__ inline void ask_for_next_weight(const Wna16Args& args) {
   if (threadIdx.x == 0) prefetch_next_weight(args.next_weight, args.next_bytes, warp, warps);
 }
 
-// The weight of the next norm is constant, and far away by the time that epilogues read it: one lane asks for all of
-// it. A block asking for its own part would share terms with the epilogue, which the main loop would have to carry.
+// The next norm's weight is constant, and is evicted by the time that epilogues read it: one lane prefetches all of it.
+// If each block prefetched its own part, the address terms shared with the epilogue would occupy registers in the main
+// loop.
 __device__ inline void ask_for_next_norm(const Wna16Args& args) {
   if (args.next_norm == nullptr || blockIdx.y > 0) return;
   if (threadIdx.x == 0 && threadIdx.y == 0 && threadIdx.z == 0) prefetch_bulk(args.next_norm, args.n * 2);
@@ -407,7 +408,7 @@ __device__ void compute_group(const Wna16Args& args, bool prefetch, uint8_t* sme
   if (prefetch) prefetch_chunks<S>(streams, share);
   wait_for_previous_kernel();
 
-  float* squares = partial + count * (blockDim.z + 1);  // or what prepare_x needs: never both
+  float* squares = partial + count * (blockDim.z + 1);  // or the memory of prepare_x: never both
   if (args.x_squares != nullptr) copy_squares(args, squares);
   const LaneX<S> x = prepare_x<S>(args, share, reinterpret_cast<uint8_t*>(squares));
   Sums<S> sums = {};
@@ -429,7 +430,7 @@ __device__ void compute_group(const Wna16Args& args, bool prefetch, uint8_t* sme
 }
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-constexpr int kMostColBlocks = 2;  // more rows of x are wna16_gemm's
+constexpr int kMostColBlocks = 2;  // more rows of x go to wna16_gemm
 #else
 constexpr int kMostColBlocks = 8;
 #endif
@@ -459,7 +460,8 @@ cudaError_t launch_shape(const Wna16Args& args, const Wna16GemvLaunch& launch, c
       .cluster = launch.cluster > 1 ? launch.cluster : 0,
       .dependent = launch.dependent,
   };
-  // Measured for one tile a warp and up to 8 rows of x, where it gains up to 3%; a shorter share loses as much.
+  // Measured for one tile per warp and up to 8 rows of x, where it gains up to 3%; with a shorter share it loses as
+  // much.
   const bool prefetch = launch.dependent && S::kRowTiles == 1 && S::kColBlocks == 1 &&
                         args.chunks / (launch.cluster * launch.k_warps) * S::kChunkBytes >= kLongShare;
   return launch_kernel(wna16_gemv_kernel<S>, plan, args, prefetch);
