@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from lowbit.engine.prefill import last_logits
 from lowbit.engine.request import Request
 from lowbit.engine.runner import Runner
 from lowbit.engine.sampler import Sampler
@@ -41,7 +40,7 @@ def run_beams(runner: Runner, sampler: Sampler, request: Request) -> Iterator[Pi
     stops = torch.tensor(sorted(set(request.constraints.stop_tokens)), dtype=torch.int64, device=device)
     finished = Finished(beams, request.sampling.length_penalty)
     sampler.start([request.constraints] * beams)
-    logits = last_logits(runner.decoder, cache, [request.prompt]).expand(beams, -1)
+    logits = runner.reader.last_logits([request.prompt]).expand(beams, -1)
     cache.reorder(torch.zeros(beams, dtype=torch.int64, device=device))
     # all beams start equal: only the first may go on, otherwise all would stay equal
     totals = torch.full((beams, 1), float("-inf"), device=device)

@@ -28,9 +28,13 @@ class Cache:
         """The slot of a sequence's position 0."""
         return sequence * self.context
 
-    def prefix(self, layer: int, sequence: int, length: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Keys and values (length, kv_heads, head_dim) of a sequence's first positions, in `dtype`."""
-        kv, slots = self.layers[layer], slice(self.start(sequence), self.start(sequence) + length)
+    def prefix(self, sequence: int, length: int) -> slice:
+        """The slots of a sequence's first positions."""
+        return slice(self.start(sequence), self.start(sequence) + length)
+
+    def heads_at(self, layer: int, slots: slice | Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Keys and values (slots, kv_heads, head_dim) in `dtype`."""
+        kv = self.layers[layer]
         if kv.k_scales is None or kv.v_scales is None:
             return kv.k[slots], kv.v[slots]
         return loaded(kv.k[slots], kv.k_scales[slots]).to(dtype), loaded(kv.v[slots], kv.v_scales[slots]).to(dtype)

@@ -50,7 +50,7 @@ class Decoder:
     def hidden(self, step: Step, cache: Cache) -> Hidden:
         """The last layer's output (m, hidden). Also writes the rows' keys and values to the cache."""
         x = Hidden(self.embed(step))
-        blocks = self.blocks if step.prompt is None else self.weights.layers
+        blocks = self.blocks if step.prefix is None else self.weights.layers
         for block, turns in zip(blocks, self.turns, strict=True):
             x = self.layer(x, block, step, turns, cache)
         return x

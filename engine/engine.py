@@ -11,12 +11,12 @@ from transformers import PreTrainedTokenizerBase
 
 from lowbit.arguments import typed
 from lowbit.engine.beam import run_beams
-from lowbit.engine.cache import Cache
 from lowbit.engine.decoder import Decoder
 from lowbit.engine.generate import run_batch
 from lowbit.engine.lookup import run_lookup
 from lowbit.engine.options import Options
-from lowbit.engine.prefill import read_prompt, shortage
+from lowbit.engine.passes import Reader
+from lowbit.engine.prefill import shortage
 from lowbit.engine.request import Request
 from lowbit.engine.sampler import features_of
 from lowbit.engine.sampling import LONGEST_BAD_WORD, Completion, Piece, Sampling
@@ -209,18 +209,18 @@ class Engine:
             self.check_prompt(row)
         with self.spaces.lent() as space, self.lock:
             try:
-                return self.read_logits(rows, space.roomy_cache(1, len(rows[0])))
+                return self.read_logits(rows, space.roomy_reader(1, len(rows[0])))
             except torch.OutOfMemoryError as error:
                 asked = f"logits of {len(rows)} x {len(rows[0])} tokens"
                 raise EngineError(f"{asked} do not fit: {shortage(error)}") from None
 
-    def read_logits(self, rows: list[list[int]], cache: Cache) -> Tensor:
+    def read_logits(self, rows: list[list[int]], reader: Reader) -> Tensor:
         """Logits (B, T, vocabulary) float32 for rows of equal length, each computed as the cache's sequence 0."""
         shape = len(rows), len(rows[0]), self.decoder.architecture.vocabulary
         logits = torch.empty(shape, dtype=torch.float32, device=self.decoder.weights.device)
         for row, into in zip(rows, logits, strict=True):
             start = 0
-            for hidden in read_prompt(self.decoder, cache, 0, row):
+            for hidden in reader.read(0, row):
                 into[start : start + len(hidden)] = self.decoder.logits(hidden)
                 start += len(hidden)
         return logits

@@ -5,9 +5,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from lowbit.engine.cache import Cache
-from lowbit.engine.decoder import Decoder
-from lowbit.engine.prefill import last_logits, read_prompt
+from lowbit.engine.passes import Reader
 from lowbit.engine.request import Request, token_logprob
 from lowbit.engine.runner import Runner
 from lowbit.engine.sampler import Chosen, Sampler
@@ -18,11 +16,11 @@ SCORED_ROWS = 256  # prompt positions with logits in memory at a time
 
 def run_batch(runner: Runner, sampler: Sampler, requests: Sequence[Request]) -> Iterator[Piece]:
     """Serve `requests`, one per row of the runner, until each is finished or must be read again."""
-    cache, decoder = runner.cache, runner.decoder
+    cache = runner.cache
     for request in requests:
         request.begin()
     sampler.start([request.constraints for request in requests])
-    logits = read_prompts(decoder, cache, requests)
+    logits = read_prompts(runner.reader, requests)
     chosen = sampler(logits)
     yield from deliver(requests, chosen)
     runner.place(
@@ -45,13 +43,13 @@ def deliver(requests: Sequence[Request], chosen: Chosen) -> Iterator[Piece]:
             yield request.take([token])
 
 
-def read_prompts(decoder: Decoder, cache: Cache, requests: Sequence[Request]) -> Tensor:
+def read_prompts(reader: Reader, requests: Sequence[Request]) -> Tensor:
     """Logits (B, vocabulary) after each sequence. Also sets the prompts' log-probabilities if requested."""
     if not any(request.wants_prompt_logprobs for request in requests):
-        return last_logits(decoder, cache, [request.sequence for request in requests])
+        return reader.last_logits([request.sequence for request in requests])
     rows = []
     for sequence, request in enumerate(requests):
-        scores, last = scored_prompt(decoder, cache, sequence, request.sequence, request.sampling.logprobs or 0)
+        scores, last = scored_prompt(reader, sequence, request.sequence, request.sampling.logprobs or 0)
         if request.wants_prompt_logprobs:
             request.prompt_logprobs = scores
         rows.append(last)
@@ -59,15 +57,15 @@ def read_prompts(decoder: Decoder, cache: Cache, requests: Sequence[Request]) ->
 
 
 def scored_prompt(
-    decoder: Decoder, cache: Cache, sequence: int, prompt: Sequence[int], wanted: int
+    reader: Reader, sequence: int, prompt: Sequence[int], wanted: int
 ) -> tuple[list[TokenLogprob], Tensor]:
     """The log-probabilities of all prompt tokens but the first, and the logits (vocabulary) after the last."""
     scores: list[TokenLogprob] = []
     logits = torch.empty(0)
     following = prompt[1:]
-    for hidden in read_prompt(decoder, cache, sequence, prompt):
+    for hidden in reader.read(sequence, prompt):
         for rows in hidden.split(SCORED_ROWS):
-            logits = decoder.logits(rows)
+            logits = reader.decoder.logits(rows)
             logprobs = logits.log_softmax(-1)
             best, top = logprobs.topk(min(wanted, logprobs.shape[1]))
             for row, token in enumerate(following[len(scores) : len(scores) + len(rows)]):

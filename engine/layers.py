@@ -53,9 +53,8 @@ class Attention:
     def attend(self, q: Tensor, step: Step, cache: Cache) -> Tensor:
         """The rows' attention (m, heads * head_dim)."""
         a, layer = self.architecture, self.layer
-        if step.prompt is not None:
-            sequence, length = step.prompt
-            return prompt_attention(q, *cache.prefix(self.index, sequence, length, q.dtype), a, layer)
+        if step.prefix is not None:
+            return prompt_attention(q, *cache.heads_at(self.index, step.prefix, q.dtype), a, layer)
         return ops.attend(
             decode_attention.Attention(
                 q,

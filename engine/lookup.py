@@ -7,7 +7,6 @@ equals greedy decoding (on a GPU up to the rounding of products with more rows).
 
 from collections.abc import Iterator, Sequence
 
-from lowbit.engine.prefill import last_logits
 from lowbit.engine.request import Request
 from lowbit.engine.runner import Runner
 from lowbit.engine.sampling import Piece
@@ -50,7 +49,7 @@ def run_lookup(single: Runner, several: Runner, request: Request) -> Iterator[Pi
     request.begin()
     reach = request.short if request.short is not None and request.before_turn else cache.context
     index = Index(request.sequence)
-    token = int(last_logits(single.decoder, cache, [request.sequence]).argmax())
+    token = int(single.reader.last_logits([request.sequence]).argmax())
     index.extend([token])
     yield request.take([token])
     position = len(request.sequence) - 1

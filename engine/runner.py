@@ -11,8 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lowbit.engine.cache import Cache
-from lowbit.engine.decoder import Decoder
+from lowbit.engine.passes import Reader
 from lowbit.engine.sampler import Chosen, Sampler
 from lowbit.engine.step import Step
 from lowbit.quant.kernels.choose_tokens import Cursor
@@ -38,11 +37,13 @@ class Written:
 class Runner:
     """Runs steps of `rows` tokens. With a sampler, a step writes the next step's tokens; without, it ends with logits.
 
+    reader   reads the prompts into the cache that the steps continue
     longest  upper bound on every sequence's length, at most the cache's context
     """
 
-    def __init__(self, decoder: Decoder, cache: Cache, rows: int, longest: int, sampler: Sampler | None = None) -> None:
-        self.decoder, self.cache, self.longest, self.sampler = decoder, cache, longest, sampler
+    def __init__(self, reader: Reader, rows: int, longest: int, sampler: Sampler | None = None) -> None:
+        self.reader, self.longest, self.sampler = reader, longest, sampler
+        decoder, cache = self.decoder, self.cache = reader.decoder, reader.cache
         device = decoder.weights.device
         self.tokens, self.positions, self.starts, self.slots = (
             torch.zeros(rows, dtype=torch.int64, device=device) for _ in range(4)

@@ -18,8 +18,8 @@ class Step:
     starts             (m) int64  the cache slot of position 0 of each row's sequence
     slots              (m) int64  starts + positions: the cache slot of each row's keys and values
     longest            upper bound on every row's sequence length; 0 if unknown
-    prompt             (sequence, length): the rows are the last of `length` positions of one sequence; None if each row
-                       is a sequence's last position
+    prefix             for a prompt: the cache slots of one sequence, whose last positions are the rows; None if each
+                       row is a sequence's last position
     """
 
     tokens: Tensor
@@ -28,7 +28,7 @@ class Step:
     starts: Tensor
     slots: Tensor
     longest: int = 0
-    prompt: tuple[int, int] | None = None
+    prefix: slice | Tensor | None = None
 
 
 @dataclass(frozen=True)

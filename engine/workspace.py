@@ -10,6 +10,7 @@ import torch
 from lowbit.engine.cache import Cache, cache_nbytes, make_cache
 from lowbit.engine.decoder import Decoder
 from lowbit.engine.options import Options
+from lowbit.engine.passes import Reader
 from lowbit.engine.runner import Runner
 from lowbit.engine.sampler import Features, Sampler
 from lowbit.errors import EngineError
@@ -24,7 +25,7 @@ class Workspace:
 
     def __init__(self, pool: "Workspaces") -> None:
         self.pool, self.decoder, self.options = pool, pool.decoder, pool.options
-        self.cache: Cache | None = None
+        self.reader: Reader | None = None
         self.runners: OrderedDict[tuple[int, Features | None, int], Runner] = OrderedDict()
 
     def runner(self, rows: int, batch: int, length: int, features: Features | None = None) -> Runner:
@@ -32,14 +33,14 @@ class Workspace:
 
         Sequences of up to SHORT positions get their own runner, with an attention kernel split for them.
         """
-        cache = self.roomy_cache(batch, length)
-        reach = SHORT if length <= SHORT else cache.context
+        reader = self.roomy_reader(batch, length)
+        reach = SHORT if length <= SHORT else reader.cache.context
         key = rows, features, reach
         if key not in self.runners:
             while len(self.runners) >= RUNNERS:
                 self.runners.popitem(last=False)
             sampler = None if features is None else self.sampler(features, rows)
-            self.runners[key] = Runner(self.decoder, cache, rows, reach, sampler)
+            self.runners[key] = Runner(reader, rows, reach, sampler)
         self.runners.move_to_end(key)
         return self.runners[key]
 
@@ -47,17 +48,23 @@ class Workspace:
         """An empty sampler."""
         return Sampler(features, rows, self.decoder.architecture.vocabulary, self.decoder.weights.device)
 
-    def roomy_cache(self, batch: int, length: int) -> Cache:
-        """The cache, reallocated if too small. On a GPU it has the whole context from the start."""
-        if self.cache is None or self.cache.batch < batch or self.cache.context < length:
-            self.clear()  # the runners' graphs contain the old cache's addresses
+    @property
+    def cache(self) -> Cache | None:
+        """The cache, or None before its first use."""
+        return None if self.reader is None else self.reader.cache
+
+    def roomy_reader(self, batch: int, length: int) -> Reader:
+        """The cache's reader, both reallocated if too small. On a GPU the cache has the whole context from the start."""
+        if self.reader is None or self.reader.cache.batch < batch or self.reader.cache.context < length:
+            self.clear()  # graphs contain the old cache's addresses
             whole = on_gpu(self.decoder.weights.device)
-            self.cache = self.pool.make_cache(batch, self.options.context if whole else length)
-        return self.cache
+            cache = self.pool.make_cache(batch, self.options.context if whole else length)
+            self.reader = Reader(self.decoder, cache)
+        return self.reader
 
     def clear(self) -> None:
         """Free the memory."""
-        self.cache = None
+        self.reader = None
         self.runners.clear()
 
 

@@ -5,9 +5,10 @@ import torch
 from torch import Tensor
 
 from lowbit.quant.kernels import reference, row_norm
+from lowbit.quant.kernels.decode_attention import Append, KVCache, append
 from lowbit.quant.kernels.extension import EXTENSION, reason_against_device
 from lowbit.quant.kernels.packed import PackedWeight, dequantize_packed, groups_per_chunk, scale_shift
-from lowbit.quant.kernels.problem import Call, Problem, check_alignment
+from lowbit.quant.kernels.problem import Call, Problem, Rotary, check_alignment
 from lowbit.quant.kernels.row_norm import Rows
 
 # Fitted on one H100 within 6% (rms): microseconds per launch; bytes per microsecond of reading packed and writing dense
@@ -33,15 +34,24 @@ def run(call: Call) -> Tensor:
     """y of `call`: the weight is dequantized to x's dtype once, then the vendor's matrix product reads it.
 
     An epilogue that the product itself, or one kernel after it, can apply does not go through float32 in memory: that
-    would cost 12 bytes per element of y, a third of the product's time for 4096 inputs.
+    would cost 12 bytes per element of y, a third of the product's time for 4096 inputs, and for rotary embedding seven
+    times as many.
     """
     w = dequantize(call.weight)
     active = call.activation != "none"
-    if call.rotary is not None or call.float32_out or (call.residual is not None and (active or call.bias is not None)):
+    if call.float32_out or (call.residual is not None and (active or call.bias is not None)):
         return reference.compute(call, w)
     x, addend = reference.normalize(call), call.bias if call.residual is None else call.residual
     sums = x @ w.T if addend is None else torch.addmm(addend, x, w.T)
+    if call.rotary is not None:
+        return append(appended(sums, call.rotary))
     return row_norm.run(Rows(sums, activation=call.activation)) if active else sums
+
+
+def appended(qkv: Tensor, rotary: Rotary) -> Append:
+    """The append of the heads `qkv` to the caches of `rotary`."""
+    cache = KVCache(rotary.k_cache, rotary.v_cache)
+    return Append(qkv, rotary.positions, rotary.slots, rotary.cosines, rotary.sines, cache)
 
 
 def dequantize(weight: PackedWeight) -> Tensor:

@@ -107,6 +107,33 @@ def test_a_captured_step_is_an_eager_one():
     assert [each.tokens for each in gpu.generate(PROMPTS, max_new_tokens=30)] == [each.tokens for each in captured]
 
 
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("int8", [False, True])
+def test_captured_prompts_are_those_launched_plainly(method, int8):
+    check_captured_prompts(LLAMA, method, int8)
+
+
+@pytest.mark.parametrize("changes", [{"window": 20}, {"softcap": 30.0}, {"window": 20, "softcap": 30.0}])
+def test_with_windows_and_bounded_scores_too(changes):
+    window = changes.pop("window", None)
+    layers = tuple(replace(layer, window=window) for layer in LLAMA.layers)
+    check_captured_prompts(replace(LLAMA, layers=layers, **changes), "w4", False)
+
+
+def check_captured_prompts(architecture, method: str, int8: bool) -> None:
+    """The first prompt of a length is launched plainly, the second captured, the third replayed."""
+    gpu, cpu = engines(architecture, method, int8=int8)
+    prompts = [PROMPTS[0], [5], PROMPTS[2], list(range(9, 209))]
+    runs = [[gpu.logits([prompt])[0] for prompt in prompts] for _ in range(3)]
+    reader = gpu.spaces.idle[0].reader
+    assert reader is not None
+    assert sorted(reader.passes) == [8, 32, 128, 256]
+    assert all(each.graph is not None for each in reader.passes.values())
+    for prompt, *found in zip(prompts, *runs, strict=True):
+        assert all(torch.equal(logits, found[0]) for logits in found)
+        assert relative(found[0], cpu.logits([prompt])[0]) < (0.05 if method == "w8a8" else 0.03)
+
+
 @pytest.mark.parametrize("method", ["w4", "int8"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("rows", [1, 3, 8, 16])

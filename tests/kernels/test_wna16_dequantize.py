@@ -1,12 +1,15 @@
 """A packed weight written out dense: one operator, two devices, compared bitwise; and the product that starts there."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
 
 from lowbit.quant.kernels import ops, reference, wna16_dequantize
-from lowbit.quant.kernels.problem import Call
+from lowbit.quant.kernels.problem import Call, Rotary
 from tests.kernels.make import assert_close_as_half, make_packed, make_x
+from tests.kernels.test_ops import make_rotary
 
 
 def test_the_cpu_rounds_the_exact_weight_once() -> None:
@@ -51,3 +54,21 @@ def test_every_epilogue_errs_no_more_than_when_it_follows_in_float32(dtype: torc
             assert y.dtype == call.y_dtype
             assert tuple(y.shape) == call.y_shape
             assert_close_as_half(y, reference.compute(call, dense).double(), reference.compute(call, dense.to(dtype)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_heads_turn_behind_the_product_and_go_to_the_cache(dtype: torch.dtype, device: str) -> None:
+    weight, x = make_packed(128, 128, dtype=dtype, device=device, pair_block=32), make_x(70, 128, dtype, device)
+    dense, bias = reference.dequantize_packed(weight), make_x(1, 128, dtype, device)[0]
+    found, wanted, plain = (make_rotary(70, 1, 32, dtype, device) for _ in range(3))
+    wanted, plain = (replace(found, k_cache=r.k_cache, v_cache=r.v_cache) for r in (wanted, plain))
+    heads = [wna16_dequantize.run(Call(x, weight, bias, rotary=found))]
+    heads.append(reference.compute(Call(x, weight, bias, rotary=wanted), dense))
+    heads.append(reference.compute(Call(x, weight, bias, rotary=plain), dense.to(dtype)))
+    for y, exact, torchs in (heads, *zip(caches_of(found), caches_of(wanted), caches_of(plain), strict=True)):
+        assert_close_as_half(y, exact.double(), torchs)
+
+
+def caches_of(rotary: Rotary) -> tuple[Tensor, Tensor]:
+    return rotary.k_cache, rotary.v_cache

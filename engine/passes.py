@@ -1,0 +1,98 @@
+"""Short prompts in one of a few lengths: on a GPU each length is a captured graph from its second use on.
+
+A short prompt is bound by the host, which launches a few hundred kernels for it. So it is padded at its end, where no
+token of its own sees the padding, and one graph serves all prompts of a length, wherever the cache has them. The first
+prompt of a length runs plainly: it warms up what a capture needs, and costs whoever asks once no capture. Both compute
+the same rows, so a prompt's numbers do not depend on what ran before.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from lowbit.engine.cache import Cache
+from lowbit.engine.decoder import Decoder
+from lowbit.engine.prefill import read_prompt
+from lowbit.engine.step import Step
+
+LENGTHS = (8, 16, 32, 64, 128, 192, 256, 384, 512)
+
+
+class Pass:
+    """Prompts of up to `rows` tokens, each a sequence from its first position on.
+
+    pool  the memory that captured passes share: only one runs at a time, and what it returns is copied out
+    """
+
+    def __init__(self, decoder: Decoder, cache: Cache, rows: int, pool: torch.cuda._POOL_HANDLE | None) -> None:
+        self.decoder, self.cache, self.pool = decoder, cache, pool
+        device = decoder.weights.device
+        self.places = torch.arange(rows, device=device)
+        tokens, turns, starts, slots = (torch.zeros_like(self.places) for _ in range(4))
+        self.step = Step(tokens, self.places, turns, starts, slots, prefix=slots)
+        self.hidden: Tensor | None = None
+        self.graph: torch.cuda.CUDAGraph | None = None
+
+    def __call__(self, sequence: int, tokens: Sequence[int]) -> Tensor:
+        """Hidden states (len(tokens), hidden); the cache's sequence then holds the tokens, and padding behind them."""
+        self.place(sequence, tokens)
+        if self.pool is not None and self.hidden is not None and self.graph is None:
+            self.capture()
+        if self.graph is None:
+            self.hidden = self.decoder.hidden(self.step, self.cache).h
+        else:
+            self.graph.replay()
+        assert self.hidden is not None
+        return self.hidden[: len(tokens)].clone()
+
+    def place(self, sequence: int, tokens: Sequence[int]) -> None:
+        """What the pass reads. The last token stands for the padding too: any would do."""
+        step, padding = self.step, len(self.places) - len(tokens)
+        step.tokens.copy_(torch.tensor([*tokens, *[tokens[-1]] * padding]))
+        step.turns.copy_(self.decoder.turns_at(self.places, len(tokens)))
+        torch.add(self.places, self.cache.start(sequence), out=step.slots)
+
+    def capture(self) -> None:
+        """Records the pass; nothing is computed."""
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self.pool):
+            hidden = self.decoder.hidden(self.step, self.cache).h
+        self.hidden, self.graph = hidden, graph
+
+
+class Reader:
+    """Reads prompts into a cache.
+
+    lengths  that short prompts are padded to; on a CPU none, since there padding is only work
+    """
+
+    def __init__(self, decoder: Decoder, cache: Cache) -> None:
+        self.decoder, self.cache = decoder, cache
+        on_gpu = decoder.weights.device.type == "cuda"
+        self.pool = torch.cuda.graph_pool_handle() if on_gpu else None
+        self.lengths = LENGTHS if on_gpu else ()
+        self.passes: dict[int, Pass] = {}
+
+    def read(self, sequence: int, tokens: Sequence[int]) -> Iterator[Tensor]:
+        """Hidden states (rows, hidden) chunk by chunk of a prompt that becomes the cache's `sequence`."""
+        rows = next((length for length in self.lengths if len(tokens) <= length <= self.cache.context), None)
+        if rows is None:
+            yield from read_prompt(self.decoder, self.cache, sequence, tokens)
+            return
+        if rows not in self.passes:
+            self.passes[rows] = Pass(self.decoder, self.cache, rows, self.pool)
+        try:
+            hidden = self.passes[rows](sequence, tokens)
+        except torch.OutOfMemoryError:  # in pieces it may fit
+            yield from read_prompt(self.decoder, self.cache, sequence, tokens)
+        else:
+            yield hidden
+
+    def last_logits(self, prompts: Sequence[Sequence[int]]) -> Tensor:
+        """Logits (len(prompts), vocabulary) after each prompt's last token; prompt b becomes sequence b."""
+        rows = []
+        for sequence, prompt in enumerate(prompts):
+            *_, last = self.read(sequence, prompt)
+            rows.append(last[-1:])
+        return self.decoder.logits(torch.cat(rows))

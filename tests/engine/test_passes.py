@@ -1,0 +1,81 @@
+"""Short prompts in padded passes: the rows that a prompt has alone, wherever it goes and whatever ran before."""
+
+import pytest
+import torch
+
+from lowbit import engine
+from lowbit.engine.engine import Engine
+from lowbit.engine.passes import LENGTHS, Reader
+from lowbit.engine.prefill import read_prompt
+from tests.builders import make_model, save
+from tests.engine.make import tiny
+
+PROMPT = list(range(3, 24))
+
+
+def reader_of(model: Engine, context: int = 64) -> Reader:
+    """A reader that pads on the CPU too, over a cache for two sequences."""
+    reader = Reader(model.decoder, model.spaces.make_cache(2, context))
+    assert reader.lengths == ()
+    reader.lengths = LENGTHS
+    return reader
+
+
+def alone(model: Engine, tokens: list[int]) -> torch.Tensor:
+    """The prompt's hidden states without padding."""
+    cache = model.spaces.make_cache(1, len(tokens))
+    return torch.cat(list(read_prompt(model.decoder, cache, 0, tokens)))
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma2", "gpt2", "gpt_neox"])
+def test_a_padded_pass_computes_the_prompt(family, tmp_path):
+    model, _ = tiny(tmp_path, family, **({"sliding_window": 8} if family in ("mistral", "gemma2") else {}))
+    reader = reader_of(model)
+    with torch.inference_mode():
+        for sequence, tokens in ((1, PROMPT), (0, PROMPT[:17]), (1, PROMPT[5:]), (0, [7])):
+            [hidden] = reader.read(sequence, tokens)
+            torch.testing.assert_close(hidden, alone(model, tokens), atol=2e-5, rtol=1e-4)
+    assert sorted(reader.passes) == [8, 16, 32]
+
+
+def test_the_cache_then_serves_steps(tmp_path):
+    model, _ = tiny(tmp_path)
+    wanted = [each.tokens for each in model.generate([PROMPT, [5, 6]], max_new_tokens=12, ignore_eos=True)]
+    space = model.spaces.idle[0]
+    space.roomy_reader(2, 64).lengths = LENGTHS
+    got = model.generate([PROMPT, [5, 6]], max_new_tokens=12, ignore_eos=True, logprobs=1, prompt_logprobs=True)
+    assert [each.tokens for each in got] == wanted
+    assert space.reader is not None
+    assert sorted(space.reader.passes) == [8, 32]
+    assert [len(each.prompt_logprobs or ()) for each in got] == [len(PROMPT) - 1, 1]
+
+
+def test_an_int8_cache_is_read_back_as_without_padding(tmp_path):
+    save(make_model("llama"), tmp_path)
+    model = engine.load(tmp_path, device="cpu", context=64, cache="int8")
+    with torch.inference_mode():
+        [hidden] = reader_of(model).read(1, PROMPT)
+        torch.testing.assert_close(hidden, alone(model, PROMPT), atol=2e-5, rtol=1e-4)
+
+
+def test_a_prompt_whose_padding_the_cache_has_no_room_for_goes_without(tmp_path):
+    model, _ = tiny(tmp_path)
+    reader = reader_of(model, context=30)
+    with torch.inference_mode():
+        [hidden] = reader.read(1, PROMPT)
+        assert not reader.passes
+        torch.testing.assert_close(hidden, alone(model, PROMPT))
+
+
+def test_a_pass_that_does_not_fit_goes_in_pieces(tmp_path, monkeypatch):
+    model, _ = tiny(tmp_path)
+    reader, hidden = reader_of(model), model.decoder.hidden
+
+    def short_of_memory(step, cache):
+        if isinstance(step.prefix, torch.Tensor):
+            raise torch.OutOfMemoryError
+        return hidden(step, cache)
+
+    monkeypatch.setattr(model.decoder, "hidden", short_of_memory)
+    with torch.inference_mode():
+        assert torch.equal(torch.cat(list(reader.read(1, PROMPT))), alone(model, PROMPT))
