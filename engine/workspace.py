@@ -54,7 +54,7 @@ class Workspace:
         return None if self.reader is None else self.reader.cache
 
     def roomy_reader(self, batch: int, length: int) -> Reader:
-        """The cache's reader, both reallocated if too small. On a GPU the cache has the whole context from the start."""
+        """The reader of the cache, reallocated if too small. On a GPU it has the whole context from the start."""
         if self.reader is None or self.reader.cache.batch < batch or self.reader.cache.context < length:
             self.clear()  # graphs contain the old cache's addresses
             whole = on_gpu(self.decoder.weights.device)

@@ -264,7 +264,7 @@ def random_rows(pick: random.Random) -> Rows:
     dtype, activation = pick.choice(HALVES), pick.choice(["none", "none", "gelu", "silu_mul"])
     m, k, norm = pick.choice([1, 3, 256]), pick.choice([8, 72, 520]), pick.choice(["none", "rms", "layer"])
     if m == 1:
-        k = pick.choice([k, 8200])
+        k = pick.choice([k, 8200, 16392])
     weight, bias = ((torch.randn(k) + 1).to(dtype) for _ in range(2))
     int8 = pick.choice(["none", "token", "tensor"])
     scale = torch.tensor(0.03) if int8 == "tensor" else None
@@ -580,6 +580,16 @@ MUTANTS = {
         Mutant("wna16_gemv.cu", "  wait_for_copies();\n", ""),
         (check_products, "wna16_gemv", range(60)),
         "AssertionError|left with copies",
+    ),
+    "results before the warps have met": (
+        Mutant("pair_ends.cuh", "    if (!met) __syncthreads();\n", ""),
+        (check_products, "wna16_gemv", range(60)),
+        "AssertionError",
+    ),
+    "a pair's second row past the last": (
+        Mutant("pair_ends.cuh", "if (first + apart < n)", "if (first < n)"),
+        (check_products, "wna16_gemv", range(60)),
+        "past the end of a tensor",
     ),
     "the next norm of sums before they are rounded": (
         Mutant("deferred_norm.cuh", "weighted<T>(to_float(low_h), weights.x)", "weighted<T>(sums.x, weights.x)"),

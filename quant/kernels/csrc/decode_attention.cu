@@ -14,6 +14,7 @@
 #include "decode_attention.cuh"
 #include "dequant.cuh"
 #include "launch.cuh"
+#include "stamps.cuh"
 
 namespace lowbit {
 namespace {
@@ -486,6 +487,7 @@ __device__ void attend_span(const DecodeAttentionArgs& args, const Span& span, L
   if (S::kAhead) chunk.read_values(span, lane, first, 0, span.settled);
   chunk.read_scales(span, first, 0, span.settled);
   wait_for_previous_kernel();
+  stamp(Stage::kWaited);
   const int rest = max(span.settled, 0);
   chunk.read_keys(span, lane, first, rest, span.length);
   if (S::kAhead) chunk.read_values(span, lane, first, rest, span.length);
@@ -514,6 +516,7 @@ __global__ void __launch_bounds__(kThreads, S::kAhead ? 3 : 2)
   const int64_t first_head = static_cast<int64_t>(blockIdx.z) * args.heads + kv_head * group + member;
   const int heads = min(kHeads, group - member);
   const Lane lane;
+  stamp(Stage::kBegun);
   allow_next_kernel();
   const bool cluster = gridDim.x > 1;
   if (cluster) cluster_arrive();  // other blocks may write to a block's memory once it has started
@@ -523,11 +526,13 @@ __global__ void __launch_bounds__(kThreads, S::kAhead ? 3 : 2)
   Running<S> running;
   attend_span<S>(args, span, lane, first_head, heads, running);
 
+  stamp(Stage::kComputed);
   if (cluster) cluster_wait();
   send<S>(meeting, running, lane, heads);
   if (cluster) cluster_sync();
   else __syncthreads();
   merge<S>(args, meeting, first_head, heads);
+  leave_stamps(args.heads, args.cache.head_dim);
 }
 
 // ---- launches ----

@@ -3,6 +3,7 @@
 // For the gated epilogue, half of a block's rows are gate's and half are up's, so that both sums of an output are in
 // the same block.
 #include "dense_gemv.cuh"
+#include "deferred_norm.cuh"
 #include "epilogue.cuh"
 #include "ring.cuh"
 

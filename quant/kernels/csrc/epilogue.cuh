@@ -1,7 +1,6 @@
 // From float32 sums to y: bias, activation, residual; gate times up; rotary embedding and cache append.
 #pragma once
 
-#include "deferred_norm.cuh"
 #include "dequant.cuh"
 #include "wna16_args.cuh"
 
@@ -124,37 +123,28 @@ __device__ void store_pairs(const Wna16Args& args, Pairs<kWidth>& pairs) {
 }
 
 // Stores results of `group_tiles` tiles of this group, blockIdx.y, in columns [begin, end) of y: one column per warp,
-// kWidth (1 or 4) pairs of rows per lane. sum_of(column of y, row of the group) returns a finished sum.
+// kWidth pairs of rows per lane. sum_of(column of y, row of the group) returns a finished sum.
 template <typename T, int kWidth, typename SumOf>
 __device__ void store_group(const Wna16Args& args, int group_tiles, int begin, int end, int warp, int warps,
                             SumOf sum_of) {
   const int block_tiles = args.pair_block / kTileRows;
-  const bool deferring = kWidth == 1 && args.next_norm != nullptr;
   for (int first = 0; first < group_tiles * 8; first += 32 * kWidth) {
     const int pair = first + threadIdx.x % 32 * kWidth;
     const int tile = blockIdx.y * group_tiles + pair / 8;
-    const bool stored = pair < group_tiles * 8 && tile < args.tiles;
-    if (!stored && !deferring) continue;
+    if (pair >= group_tiles * 8 || tile >= args.tiles) continue;
     Pairs<kWidth> pairs;
     pairs.low = tile / block_tiles * args.pair_block + tile % block_tiles * 8 + pair % 8;
     pairs.high = pairs.low + args.pair_block / 2;
     pairs.vectors = args.vectors;
     const int row = pair / 8 * kTileRows + pair % 8;
-    float2 weights = {};
-    if (deferring && stored) {
-      const T* norm = static_cast<const T*>(args.next_norm);
-      weights = make_float2(to_float(norm[pairs.low]), to_float(norm[pairs.high]));
-    }
     for (int column = begin + warp; column < end; column += warps) {
       pairs.column = column;
 #pragma unroll
-      for (int i = 0; stored && i < kWidth; ++i) {
+      for (int i = 0; i < kWidth; ++i) {
         pairs.low_sums[i] = sum_of(column, row + i);
         pairs.high_sums[i] = sum_of(column, row + i + 8);
       }
-      if (stored) store_pairs<T>(args, pairs);
-      if (deferring)
-        store_deferred<T>(args, stored, column, pairs.low, make_float2(pairs.low_sums[0], pairs.high_sums[0]), weights);
+      store_pairs<T>(args, pairs);
     }
   }
 }

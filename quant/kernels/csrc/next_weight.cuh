@@ -6,11 +6,12 @@
 
 namespace lowbit {
 
-// Prefetches the part of `bytes` bytes at `weight`, both multiples of 16, of warp `warp` of `warps`. Called by one
-// lane.
-__device__ inline void prefetch_next_weight(const void* weight, int bytes, int warp, int warps) {
-  const int part = (bytes / 16 + warps - 1) / warps * 16;
-  const int begin = warp * part;
+// Bytes per warp of `bytes` bytes that `warps` warps share, a multiple of 16.
+__host__ __device__ inline int part_of(int bytes, int warps) { return (bytes / 16 + warps - 1) / warps * 16; }
+
+// Prefetches part `index`, `part` bytes, of `bytes` bytes at `weight`. Called by one lane.
+__device__ inline void prefetch_part(const void* weight, int bytes, int index, int part) {
+  const int begin = index * part;
   if (begin < bytes) prefetch_bulk(static_cast<const uint8_t*>(weight) + begin, min(part, bytes - begin));
 }
 

@@ -177,7 +177,8 @@ cudaError_t launch_row_norm(const RowNormArgs& args, int device, bool dependent,
   const int vectors = args.k / kVector;
   if (args.k % kVector != 0 || vectors > kMaxThreads * kVectors) return cudaErrorInvalidValue;
   // Few rows need all threads; many rows need many loads in flight.
-  const int count = vectors <= kMaxThreads && args.m < kManyRows ? 1 : kVectors;
+  const int least = (vectors + kMaxThreads - 1) / kMaxThreads;
+  const int count = least > 2 || args.m >= kManyRows ? kVectors : least;
   const LaunchPlan plan = {
       .device = device,
       .stream = stream,
@@ -185,7 +186,8 @@ cudaError_t launch_row_norm(const RowNormArgs& args, int device, bool dependent,
       .threads = dim3((vectors + 32 * count - 1) / (32 * count) * 32),
       .dependent = dependent,
   };
-  return launch_kernel(count == 1 ? row_norm_kernel<T, 1> : row_norm_kernel<T, kVectors>, plan, args);
+  if (count > 2) return launch_kernel(row_norm_kernel<T, kVectors>, plan, args);
+  return launch_kernel(count == 1 ? row_norm_kernel<T, 1> : row_norm_kernel<T, 2>, plan, args);
 }
 
 template cudaError_t launch_row_norm<LOWBIT_T>(const RowNormArgs&, int, bool, cudaStream_t);

@@ -389,7 +389,8 @@ __device__ void ask_for_next_weight(const Wna16Args& args) {
   constexpr int kWarps = S::kConsumers / 32;
   const int block = (blockIdx.z * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x;
   const int warp = block * kWarps + threadIdx.x / 32, warps = gridDim.x * gridDim.y * gridDim.z * kWarps;
-  if (threadIdx.x % 32 == 0) prefetch_next_weight(args.next_weight, args.next_bytes, warp, warps);
+  const int part = part_of(args.next_bytes, warps);
+  if (threadIdx.x % 32 == 0) prefetch_part(args.next_weight, args.next_bytes, warp, part);
 }
 
 template <typename S>

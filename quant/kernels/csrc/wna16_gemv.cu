@@ -9,9 +9,10 @@
 // Tried and slower on one H100: a ring of shared memory filled by cp.async (more instructions per chunk), x copied to
 // shared memory first (its latency delays everything), x read one chunk ahead. docs/kernels/wna16_gemv.md has the
 // figures. Remaining loss: the compiler assigns one scoreboard to all refills, so the oldest waits for the newest.
-#include "epilogue.cuh"
 #include "launch.cuh"
 #include "next_weight.cuh"
+#include "pair_ends.cuh"
+#include "stamps.cuh"
 #include "wna16_gemv.cuh"
 
 namespace lowbit {
@@ -295,25 +296,32 @@ __device__ void store_partial(int group_tiles, int m, const Sums<S>& sums, float
   }
 }
 
-// The sum over the block's k warps of partial[index], in warp order.
-__device__ inline float sum_over_warps(const float* partial, int count, int index) {
-  float sum = partial[index];
-  for (int warp = 1; warp < blockDim.z; ++warp) sum += partial[warp * count + index];
+// The sum of `parts` sets of `count` sums at `index`, in order. Left to itself the compiler unrolls this loop by 16, 8
+// and 4, and code that runs once takes as long as its instructions take to fetch.
+__device__ inline float sum_of_parts(const float* sets, int parts, int count, int index) {
+  float sum = sets[index];
+#pragma unroll
+  for (int part = 1; part < kMaxThreads / 32; ++part)
+    if (part < parts) sum += sets[part * count + index];
   return sum;
 }
 
 // The sum over the cluster's blocks of totals[index], in rank order.
 __device__ inline float sum_over_cluster(const float* totals, int index) {
   float sum = totals[index];
+#pragma unroll 1
   for (int rank = 1; rank < gridDim.x; ++rank) sum += read_cluster_float(smem_address(totals + index), rank);
   return sum;
 }
 
 // A deferred norm to finish: each row's sums of squares are copied to `squares` during the main loop, and later
-// replaced by 1 / deviation in the first place. A lane copies only what it will add up.
+// replaced by 1 / deviation in the first place. A lane copies only what it will add up. The last warp has the first
+// row, since the first warp has that row's epilogue.
+__device__ inline int last_warp_first() { return blockDim.y * blockDim.z - 1 - warp_of_block(); }
+
 __device__ inline void copy_squares(const Wna16Args& args, float* squares) {
 #pragma unroll 1
-  for (int row = warp_of_block(); row < args.m; row += blockDim.y * blockDim.z)
+  for (int row = last_warp_first(); row < args.m; row += blockDim.y * blockDim.z)
 #pragma unroll 1
     for (int i = threadIdx.x * 4; i < args.x_parts; i += 128)
       copy_16(smem_address(squares + row * args.x_parts + i), args.x_squares + row * args.x_parts + i);
@@ -321,7 +329,8 @@ __device__ inline void copy_squares(const Wna16Args& args, float* squares) {
 
 __device__ inline void finish_squares(const Wna16Args& args, float* squares) {
   wait_for_copies();
-  for (int row = warp_of_block(); row < args.m; row += blockDim.y * blockDim.z) {
+#pragma unroll 1
+  for (int row = last_warp_first(); row < args.m; row += blockDim.y * blockDim.z) {
     float* parts = squares + row * args.x_parts;
     const auto four_at = [&](int i) { return *reinterpret_cast<const float4*>(parts + i); };
     const float inverse = inverse_deviation(args.x_parts, args.norm_eps, four_at);
@@ -335,27 +344,28 @@ template <typename T>
 __device__ void finish_group(const Wna16Args& args, int group_tiles, float* partial) {
   const int rows = group_tiles * kTileRows;
   const int count = rows * args.m;
-  const int warps = blockDim.y * blockDim.z;
-  float* totals = partial + blockDim.z * count;
-  const auto scale_of = [&](int column) {
-    return args.x_squares == nullptr ? 1.f : totals[count + column * args.x_parts];
-  };
-  __syncthreads();
-  if (gridDim.x == 1) {
-    const auto sum_of = [&](int column, int row) {
-      return sum_over_warps(partial, count, column * rows + row) * scale_of(column);
-    };
-    store_group<T, 1>(args, group_tiles, 0, args.m, warp_of_block(), warps, sum_of);
-    return;
+  const float* inverses = partial + (blockDim.z + 1) * count;
+  int parts = blockDim.z, columns = args.m;
+  if (gridDim.x > 1) {
+    float* totals = partial + blockDim.z * count;
+    __syncthreads();
+#pragma unroll 1
+    for (int i = thread_of_block(); i < count; i += threads_of_block())
+      totals[i] = sum_of_parts(partial, parts, count, i);
+    __syncthreads();  // orders nothing that the next line does not, but racecheck knows no cluster barriers
+    cluster_sync();
+    if (blockIdx.x > 0) columns = 0;
+#pragma unroll 1
+    for (int i = thread_of_block(); i < rows * columns; i += threads_of_block())
+      partial[i] = sum_over_cluster(totals, i);
+    parts = 1;
   }
-  for (int i = thread_of_block(); i < count; i += threads_of_block()) totals[i] = sum_over_warps(partial, count, i);
-  __syncthreads();  // orders nothing that the next line does not, but racecheck knows no cluster barriers
-  cluster_sync();
   const auto sum_of = [&](int column, int row) {
-    return sum_over_cluster(totals, column * rows + row) * scale_of(column);
+    const float sum = sum_of_parts(partial, parts, count, column * rows + row);
+    return args.x_squares == nullptr ? sum : sum * inverses[column * args.x_parts];
   };
-  if (blockIdx.x == 0) store_group<T, 1>(args, group_tiles, 0, args.m, warp_of_block(), warps, sum_of);
-  cluster_sync();  // no block leaves while rank 0 reads from it
+  meet_and_store<T>(args, group_tiles, columns, warp_of_block(), blockDim.y * blockDim.z, sum_of);
+  if (gridDim.x > 1) cluster_sync();  // no block leaves while rank 0 reads from it
 }
 
 // Prefetches into L2 as many chunks again as the registers hold.
@@ -369,11 +379,9 @@ __device__ void prefetch_chunks(const Stream<S>* streams, const Share& share) {
 }
 
 // At the end of a warp's loop: earlier, the prefetch would compete with this product's own weight.
-__device__ inline void ask_for_next_weight(const Wna16Args& args) {
-  const int block_warps = blockDim.y * blockDim.z;
-  const int warp = (blockIdx.y * gridDim.x + blockIdx.x) * block_warps + warp_of_block();
-  const int warps = gridDim.x * gridDim.y * block_warps;
-  if (threadIdx.x == 0) prefetch_next_weight(args.next_weight, args.next_bytes, warp, warps);
+__device__ inline void ask_for_next_weight(const Wna16Args& args, int part) {
+  const int warp = (blockIdx.y * gridDim.x + blockIdx.x) * (blockDim.y * blockDim.z) + warp_of_block();
+  if (threadIdx.x == 0) prefetch_part(args.next_weight, args.next_bytes, warp, part);
 }
 
 // The next norm's weight is constant, and is evicted by the time that epilogues read it: one lane prefetches all of it.
@@ -385,12 +393,13 @@ __device__ inline void ask_for_next_norm(const Wna16Args& args) {
 }
 
 template <typename S>
-__device__ void compute_group(const Wna16Args& args, bool prefetch, uint8_t* smem) {
+__device__ void compute_group(const Wna16Args& args, bool prefetch, int next_part, uint8_t* smem) {
   const Share share = share_of<S>(args);
   const int lane = threadIdx.x;
   const int count = share.group_tiles * kTileRows * args.m;
   float* partial = reinterpret_cast<float*>(smem);
 
+  stamp(Stage::kBegun);
   allow_next_kernel();
   ask_for_next_norm(args);
   Stream<S> streams[S::kRowTiles];
@@ -407,6 +416,7 @@ __device__ void compute_group(const Wna16Args& args, bool prefetch, uint8_t* sme
   }
   if (prefetch) prefetch_chunks<S>(streams, share);
   wait_for_previous_kernel();
+  stamp(Stage::kWaited);
 
   float* squares = partial + count * (blockDim.z + 1);  // or the memory of prepare_x: never both
   if (args.x_squares != nullptr) copy_squares(args, squares);
@@ -423,10 +433,12 @@ __device__ void compute_group(const Wna16Args& args, bool prefetch, uint8_t* sme
         for (int i = 0; i < S::kRowTiles; ++i) streams[i].read_sides(next, args.scale_shift, chunks[a][i]);
     }
   }
+  stamp(Stage::kComputed);
   store_partial<S>(share.group_tiles, args.m, sums, partial);
   if (args.x_squares != nullptr) finish_squares(args, squares);
-  ask_for_next_weight(args);
+  ask_for_next_weight(args, next_part);
   finish_group<typename S::T>(args, share.group_tiles, partial);
+  leave_stamps(args.n, args.k);
 }
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
@@ -437,9 +449,9 @@ constexpr int kMostColBlocks = 8;
 
 template <typename S>
 __global__ void __launch_bounds__(kMaxThreads, S::kMinBlocks)
-    wna16_gemv_kernel(const __grid_constant__ Wna16Args args, bool prefetch) {
+    wna16_gemv_kernel(const __grid_constant__ Wna16Args args, bool prefetch, int next_part) {
   LOWBIT_DYNAMIC_SHARED(uint8_t, smem);
-  if constexpr (S::kColBlocks <= kMostColBlocks) compute_group<S>(args, prefetch, smem);
+  if constexpr (S::kColBlocks <= kMostColBlocks) compute_group<S>(args, prefetch, next_part, smem);
   else __trap();
 }
 
@@ -464,7 +476,8 @@ cudaError_t launch_shape(const Wna16Args& args, const Wna16GemvLaunch& launch, c
   // much.
   const bool prefetch = launch.dependent && S::kRowTiles == 1 && S::kColBlocks == 1 &&
                         args.chunks / (launch.cluster * launch.k_warps) * S::kChunkBytes >= kLongShare;
-  return launch_kernel(wna16_gemv_kernel<S>, plan, args, prefetch);
+  const int warps = plan.blocks.x * plan.blocks.y * launch.row_warps * launch.k_warps;
+  return launch_kernel(wna16_gemv_kernel<S>, plan, args, prefetch, part_of(args.next_bytes, warps));
 }
 
 template <typename T, int kBits, bool kZeros, int kGroups>

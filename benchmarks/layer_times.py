@@ -1,0 +1,133 @@
+"""One layer's time line: `python -m benchmarks.layer_times --plot layer.png`.
+
+The extension must be built with -DLOWBIT_STAMPS=stamps_of_products for wna16_gemv.cu (float16, 4 bits) and
+-DLOWBIT_STAMPS=stamps_of_attention for decode_attention.cu (float16): csrc/stamps.cuh. Prints microseconds from the
+layer's first result asked for to each stage of each kernel: first block, median, last.
+"""
+
+import argparse
+import ctypes
+import json
+import statistics
+from pathlib import Path
+
+import torch
+
+from benchmarks.bench_decode import Case, engine_of
+from lowbit.engine.engine import Engine
+from lowbit.engine.sampler import Features
+from lowbit.engine.speed import start
+from lowbit.quant.kernels.extension import EXTENSION
+
+STAGES = ("begun", "waited", "computed", "ended")
+MOST = 1 << 17
+STEPS = 2
+LAYER = 16
+
+
+class StampRow(ctypes.Structure):
+    """csrc/stamps.cuh's."""
+
+    _fields_ = [*((name, ctypes.c_int) for name in ("n", "k", "block", "threads")), ("at", ctypes.c_ulonglong * 4)]
+
+
+def read_stamps(library: ctypes.CDLL, name: str) -> list[StampRow]:
+    """The rows that blocks left since the last call."""
+    rows = (StampRow * MOST)()
+    count = getattr(library, name)(rows, MOST)
+    if not 0 <= count <= MOST:
+        raise RuntimeError(f"{name}: {count} rows")
+    return list(rows[:count])
+
+
+def launches_of(rows: list[StampRow]) -> list[list[StampRow]]:
+    """The rows of each launch, in the order that they were asked for: a block's number comes once in each."""
+    launches: list[list[StampRow]] = []
+    by_kernel: dict[tuple[int, int], list[StampRow]] = {}
+    for row in rows:
+        by_kernel.setdefault((row.n, row.k), []).append(row)
+    for same in by_kernel.values():
+        same.sort(key=lambda row: row.at[0])
+        blocks = max(row.block for row in same) + 1
+        launches += [same[i : i + blocks] for i in range(0, len(same), blocks)]
+    return sorted(launches, key=lambda launch: statistics.median(row.at[3] for row in launch))
+
+
+def layer_of(engine: Engine, library: ctypes.CDLL, batch: int, prompt: int) -> list[list[StampRow]]:
+    """The launches of one layer, and the next layer's first, of a step that ran before."""
+    with torch.inference_mode(), engine.spaces.lent() as space:
+        runner = space.runner(batch, batch, prompt + 64, Features())
+        start(runner, batch, prompt)
+        for _ in range(8):
+            runner.advance()
+        names = ("stamps_of_products", "stamps_of_attention")
+        for name in names:
+            read_stamps(library, name)
+        for _ in range(STEPS):
+            runner.advance()
+        launches = launches_of([row for name in names for row in read_stamps(library, name)])
+    first = 5 * (len(engine.decoder.blocks) * (STEPS - 1) + LAYER)
+    return launches[first : first + 6]
+
+
+def times_of(launches: list[list[StampRow]]) -> list[dict]:
+    """For each launch the first, median and last time of each stage, us from the median wait of the first."""
+    zero = statistics.median(row.at[1] for row in launches[0])
+    found = []
+    for launch in launches:
+        row: dict = {"n": launch[0].n, "k": launch[0].k, "blocks": len(launch)}
+        for index, stage in enumerate(STAGES):
+            at = sorted((each.at[index] - zero) / 1e3 for each in launch)
+            row[stage] = [round(value, 2) for value in (at[0], statistics.median(at), at[-1])]
+        found.append(row)
+    return found
+
+
+def plot(rows: list[dict], path: Path) -> None:
+    """A bar a launch: waits, multiplies, ends."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(11, 3))
+    labels = ("qkv", "attention", "o", "gate/up", "down", "next qkv")
+    for place, row in enumerate(rows):
+        for index, (color, label) in enumerate((("#ddd", "waits"), ("#58c", "computes"), ("#c55", "sums, epilogue"))):
+            begin, end = row[STAGES[index]], row[STAGES[index + 1]]
+            name = label if place == 0 else None
+            axes.barh(place, end[1] - begin[1], left=begin[1], color=color, height=0.6, label=name)
+            axes.plot([end[0], end[2]], [place - 0.36 - 0.06 * index] * 2, color=color, linewidth=1.5)
+    axes.set_yticks(range(len(rows)), labels)
+    axes.invert_yaxis()
+    axes.set_xlabel("us; medians over blocks, thin lines from the first block to the last")
+    axes.legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    """Measures and draws."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--prompt", type=int, default=128)
+    parser.add_argument("--plot", type=Path)
+    parser.add_argument("--rows", type=Path, help="rows of an earlier run to draw, or where this run's go")
+    options = parser.parse_args()
+    if options.rows and options.rows.exists():
+        rows = json.loads(options.rows.read_text())
+    else:
+        assert EXTENSION is not None
+        library = ctypes.CDLL(str(EXTENSION.__file__))
+        engine = engine_of(Case("llama2-7b", "w4", (options.batch,), prompts=(options.prompt,)))
+        rows = times_of(layer_of(engine, library, options.batch, options.prompt))
+        if options.rows:
+            options.rows.write_text(json.dumps(rows))
+    for row in rows:
+        print(json.dumps(row))
+    if options.plot:
+        plot(rows, options.plot)
+
+
+if __name__ == "__main__":
+    main()
