@@ -30,6 +30,7 @@ from lowbit.export.snapshot import Snapshot, snapshot_at
 from lowbit.export.untrusted import untrusted
 from lowbit.models.demo import demo_model_dir
 from lowbit.models.hub import download
+from lowbit.models.tokenids import require_small_ids
 
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 DEMO = "demo"
@@ -72,6 +73,7 @@ class Source:
         """The model's tokenizer. CheckpointError without a usable one."""
         unusable = untrusted(self.directory, "no tokenizer that transformers can load")
         with unusable, self.checkpoint.companions() as companions:
+            require_small_ids(companions)
             tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
                 companions, config=self.config, trust_remote_code=self.trust_remote_code
             )
@@ -82,6 +84,7 @@ class Source:
         """The model's processor of texts and images. CheckpointError if there is none."""
         what = "no processor that transformers can load, and images need one (text alone does not: --text-column)"
         with untrusted(self.directory, what):
+            require_small_ids(self.directory)
             found = AutoProcessor.from_pretrained(self.directory, trust_remote_code=self.trust_remote_code)
             if not isinstance(found, ProcessorMixin) or not hasattr(found, "image_processor"):
                 raise TypeError(
