@@ -11,6 +11,7 @@ from lowbit.export.dialects import FORMATS
 from lowbit.export.engines.transformers import NAME as TRANSFORMERS
 from lowbit.export.engines.vllm import NAME as VLLM
 from lowbit.export.formats import require_fit
+from lowbit.export.plain import read_json
 from lowbit.models.placement import stacked_only
 from lowbit.models.rehearsal import reader_of_weights
 from lowbit.models.skeleton import LinearSpec, Skeleton, open_skeleton
@@ -122,8 +123,9 @@ def prepare(source: Source, recipe: Recipe, device: str) -> Job:
     CheckpointError or RecipeError if the model is already quantized, damaged, or cannot be covered.
     """
     if source.checkpoint.quantization is not None:
-        method = source.checkpoint.quantization.get("quant_method")
+        method = source.checkpoint.quantization.get("quant_method", "by a method that config.json does not name")
         raise CheckpointError(f"{source.directory}: already quantized ({method}); quantize the original model instead")
+    _require_generation_config(source)
     fmt, scheme = FORMATS[recipe.format], recipe.default_scheme
     reason = fmt.reason_against(scheme) or fmt.risk_of(scheme)
     if reason:
@@ -134,6 +136,14 @@ def prepare(source: Source, recipe: Recipe, device: str) -> Job:
     job = Job(source, skeleton, recipe, plan, _dtype(source, recipe), device)
     require_fit(fmt, plan.schemes, {name: (spec.n, spec.k) for name, spec in job.linears.items()})
     return job
+
+
+def _require_generation_config(source: Source) -> None:
+    """CheckpointError if generation_config.json, which is copied, is not a JSON object within limits."""
+    with source.checkpoint.companions() as companions:
+        path = companions / "generation_config.json"
+        if path.exists():
+            read_json(path)
 
 
 def _dtype(source: Source, recipe: Recipe) -> torch.dtype:

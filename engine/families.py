@@ -14,6 +14,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from lowbit.engine.architecture import Architecture, Layer, Names, Rope
 from lowbit.engine.fields import Fields, NotComputed
+from lowbit.errors import CheckpointError
 
 ACTIVATIONS = {
     "silu": "silu",
@@ -52,6 +53,8 @@ def activation_of(name: str, gated: bool) -> str:
 
 def plain_frequencies(dims: int, theta: float) -> Tensor:
     """theta^(-2 j / dims) for dims / 2 pairs, in float32 as in transformers."""
+    if not theta > 0:
+        raise CheckpointError(f"config.json: rope_theta is {theta}, and must be above 0: the file is damaged")
     return 1.0 / theta ** (torch.arange(0, dims, 2, dtype=torch.int64).float() / dims)
 
 

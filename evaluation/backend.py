@@ -8,7 +8,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from functools import cached_property
-from itertools import islice
 from typing import Any, ClassVar
 
 import psutil
@@ -121,11 +120,11 @@ class BlocksBackend(Backend):
 
     @torch.no_grad()
     def logits(self, batches: Iterable[Tensor]) -> Iterator[Tensor]:
-        width = self.source.config.get_text_config().hidden_size
         walk = Walk(open_skeleton(self.source), self.device, self.dtype)
         remaining = self.known(batches)
-        while piece := _piece(remaining, HIDDEN_BYTES // (width * self.dtype.itemsize)):
-            hidden = walk.start(piece)
+        while begun := walk.start_some(remaining, HIDDEN_BYTES):
+            piece, hidden = [ids for ids, _ in begun], [states for _, states in begun]
+            del begun
             total = len(walk.skeleton.blocks)
             for index in range(total):
                 with walk.loaded(index):
@@ -245,14 +244,3 @@ def _remembered(batches: Iterable[Tensor], kept: list[Tensor]) -> Iterator[Tenso
     for batch in batches:
         kept.append(batch)
         yield batch
-
-
-def _piece(batches: Iterator[Tensor], tokens: int) -> list[Tensor]:
-    """The next batches with at most `tokens` tokens in total, but at least one; empty at the end."""
-    piece = list(islice(batches, 1))
-    while piece and sum(batch.numel() for batch in piece) + piece[0].numel() <= tokens:
-        following = list(islice(batches, 1))
-        if not following:
-            break
-        piece += following
-    return piece

@@ -114,6 +114,8 @@ def quantization_of(directory: Path, config: dict[str, Any]) -> Any:
 
 def _complete(directory: Path, config: dict[str, Any]) -> dict[str, Any]:
     """The configuration with its quantization_config in the usual place, wherever `directory` has it."""
+    if config.get("quantization_config") in ({}, None):  # says nothing: not quantized
+        config = {key: value for key, value in config.items() if key != "quantization_config"}
     return _with_sidecar(directory, _lifted(config))
 
 

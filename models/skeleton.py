@@ -1,6 +1,6 @@
 """A model without its weights, with the placement of every tensor of its files."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -160,7 +160,18 @@ def _empty_model(source: Source) -> PreTrainedModel:
         _require_held(source, auto)
         with init_empty_weights(include_buffers=False):
             model = auto.from_config(config, trust_remote_code=source.trust_remote_code, dtype=torch.float32)
+    _require_frequencies(source, model)
     return model.eval()
+
+
+def _require_frequencies(source: Source, model: PreTrainedModel) -> None:
+    """CheckpointError if a rotary frequency is infinite or NaN, and with it every product of attention."""
+    for name, buffer in model.named_buffers():
+        if "inv_freq" in name and not bool(buffer.isfinite().all()):
+            raise CheckpointError(
+                f"{source.checkpoint.head}: the rotary frequencies of {name.rpartition('.')[0]} are infinite or NaN; "
+                "rope_theta must be above 0"
+            )
 
 
 def _require_held(source: Source, auto: type[_BaseAutoModelClass]) -> None:
@@ -342,6 +353,17 @@ def fill(
                 continue
             whole = _put(owner, leaf, torch.zeros(whole.shape, dtype=dtype or value.dtype), device, dtype)
         placement.view(whole).data.copy_(value)
+
+
+def share(model: PreTrainedModel, owners: Mapping[str, nn.Module]) -> None:
+    """Give the tied parameters of `owners`, modules by name, the values that they are tied to.
+
+    ProphetNet's decoder has its embeddings from the module around it.
+    """
+    for target, origin in tied_weights(model).items():
+        owner, _, leaf = target.rpartition(".")
+        if owner in owners and model.get_parameter(target).is_meta:
+            owners[owner]._parameters[leaf] = model.get_parameter(origin)
 
 
 def _put(owner: nn.Module, leaf: str, value: Tensor, device: str, dtype: torch.dtype | None) -> Tensor:

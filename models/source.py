@@ -33,6 +33,7 @@ from lowbit.models.hub import download
 from lowbit.models.tokenids import require_small_ids
 
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+EPSILONS = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_eps", "norm_epsilon", "layernorm_epsilon")
 DEMO = "demo"
 HUB_FILES: tuple[str, ...] = (
     "*.safetensors",
@@ -133,6 +134,7 @@ def open_source(
     directory = model_directory(name, trust_remote_code, revision)
     checkpoint = open_checkpoint(directory, finished)
     refuse_remote_code(checkpoint, trust_remote_code)
+    refuse_negative_epsilon(checkpoint.head, checkpoint.config)
     config = _config(checkpoint, trust_remote_code)
     refuse_encoder(directory, config)
     refuse_scaled_float8(checkpoint)
@@ -213,6 +215,17 @@ def _without(value: Any, keys: frozenset[str]) -> Any:
     return [_without(inner, keys) for inner in value] if isinstance(value, list) else value
 
 
+def refuse_negative_epsilon(head: Path, config: Any) -> None:
+    """CheckpointError if the epsilon of a norm, at any depth of the configuration, is negative: it gives NaN."""
+    waiting = [config]
+    while waiting:
+        value = waiting.pop()
+        waiting += value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+        for key in EPSILONS if isinstance(value, dict) else ():
+            if isinstance(value.get(key), int | float) and value[key] < 0:
+                raise CheckpointError(f"{head}: {key} is {value[key]}; a norm cannot compute with a negative one")
+
+
 def refuse_encoder(directory: Path, config: Any) -> None:
     """Raise CheckpointError if the model does not generate text left to right."""
     kind, classes = config.model_type, config.architectures or []
@@ -241,6 +254,7 @@ def refuse_scaled_float8(checkpoint: Checkpoint) -> None:
     scaled = [name for name in narrow if {f"{name}_scale", f"{name}_scale_inv"} & checkpoint.entries.keys()]
     if scaled and checkpoint.quantization is None:
         raise CheckpointError(
-            f"{checkpoint.directory}: {len(scaled)} float8 weights have scales beside them, the first {scaled[0]!r}, "
-            "and there is no quantization_config: take the model in 16 bits, or dequantize it"
+            f"{checkpoint.directory}: {len(scaled)} float8 weights with scales, the first {scaled[0]!r}, but "
+            "config.json has no quantization_config, which says what the scales mean: use the model's 16-bit version, "
+            "or restore its original config.json"
         )

@@ -48,6 +48,12 @@ class States:
         return self.shape[0] * self.shape[1]
 
     @property
+    def nbytes(self) -> int:
+        """Bytes of the hidden states and the batch's own arguments; views of one tensor count once."""
+        storages = [value.untyped_storage() for value in (self.hidden, *self.own.values())]
+        return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+    @property
     def flow(self) -> list[Tensor]:
         """All tensors that blocks compute and gradients flow through, hidden states first."""
         return [self.hidden, *(leaf for leaf in pytree.tree_leaves(self.carried) if leaf.is_floating_point())]

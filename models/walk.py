@@ -19,7 +19,7 @@ from lowbit.export.untrusted import untrusted
 from lowbit.models.imagetext import Batch, ImageText, ids_of, words_of
 from lowbit.models.placement import Placement
 from lowbit.models.products import rounded_inputs
-from lowbit.models.skeleton import Skeleton, empty, fill, hollow
+from lowbit.models.skeleton import Skeleton, empty, fill, hollow, share
 from lowbit.models.states import ADDED, Call, Recording, States, Wiring, alike, wiring_alone, wiring_of
 
 HEAD_SLICE = 1 << 25  # elements of the head converted at a time: 128 MiB in float32
@@ -69,6 +69,26 @@ class Walk:
                 self._see(batch) if isinstance(batch, ImageText) else self._embed(batch.to(self.device))
                 for batch in batches
             ]
+
+    @torch.no_grad()
+    def start_some(self, batches: Iterator[Tensor], nbytes: int) -> list[tuple[Tensor, States]]:
+        """The next batches of token ids with their input states of the first block; empty at the end.
+
+        nbytes  stop after a batch if the states then hold more than this minus those of a batch
+        """
+        begun: list[tuple[Tensor, States]] = []
+        ids, held = next(batches, None), 0
+        if ids is None:  # nothing to load the embeddings for
+            return begun
+        with self._entrance(seeing=False):
+            while ids is not None:
+                self._require_positions(ids.shape[1])
+                self._learn(ids.flatten().to(self.device), ids.shape[1])
+                begun.append((ids, self._embed(ids.to(self.device))))
+                last = begun[-1][1].nbytes
+                held += last
+                ids = next(batches, None) if held + last <= nbytes else None
+        return begun
 
     def run(self, index: int, states: States) -> States:
         """The output states of block `index`, whose module must be loaded."""
@@ -351,6 +371,7 @@ class Walk:
         try:
             hollow(hollowed, self.device, self.dtype)
             fill(model, owners.values(), tensors, self.skeleton.read, self.device, self.dtype)
+            share(model, owners)
             yield
         finally:
             empty([*owners.values(), *hollowed])

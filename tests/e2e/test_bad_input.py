@@ -12,6 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertForMaskedLM, WhisperConfig, WhisperForConditionalGeneration
 
+from lowbit import engine
+from lowbit.errors import CheckpointError
 from lowbit.export import tensorfile
 from lowbit.export.checkpoint import write_sums
 from lowbit.export.sharded import INDEX_NAME
@@ -229,7 +231,39 @@ def test_float8_weights_whose_scales_the_configuration_does_not_know(refused, mo
             tensors[name + suffix] = torch.ones(1)
 
     edited(model, narrow)
-    assert "14 float8 weights have scales beside them" in refused(model, *FAST)
+    complaint = refused(model, *FAST)
+    assert "14 float8 weights with scales" in complaint
+    assert "no quantization_config" in complaint
+
+
+@pytest.mark.parametrize("value", [0, -1.0])
+def test_rotary_positions_without_a_frequency(refused, model, value):
+    changed_config(model, lambda config: config["rope_parameters"].update(rope_theta=value))
+    assert "config.json: the rotary frequencies of model.rotary_emb are infinite or NaN; rope_theta" in refused(model)
+    with pytest.raises(CheckpointError, match=f"rope_theta is {value}, and must be above 0"):
+        engine.load(str(model), "cpu")
+
+
+def test_a_norm_with_a_negative_epsilon(refused, model):
+    changed_config(model, lambda config: config.update(rms_norm_eps=-1e-5))
+    assert "config.json: rms_norm_eps is -1e-05; a norm cannot" in refused(model)
+
+
+@pytest.mark.parametrize("text", ["[1]", '"text"', '{"a":' * 200 + "1" + "}" * 200, "[" * 100_000, "{"])
+def test_a_generation_config_that_is_none(refused, model, text):
+    (model / "generation_config.json").write_text(text)
+    assert "generation_config.json: " in refused(model, *FAST)
+
+
+def test_a_quantization_config_that_says_nothing(model, tmp_path):
+    changed_config(model, lambda config: config.update(quantization_config={}))
+    assert run_quantize(model, *FAST, "--eval-windows", 1, "-o", tmp_path / "out").code == 0
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["quant_method"]
+
+
+def test_a_quantization_config_without_a_method(refused, model):
+    changed_config(model, lambda config: config.update(quantization_config={"bits": 4}))
+    assert "already quantized (by a method that config.json does not name)" in refused(model, *FAST)
 
 
 def test_float8_weights_without_scales_are_weights(model, tmp_path):

@@ -8,7 +8,8 @@ import torch
 from lowbit.errors import CheckpointError, UsageError
 from lowbit.evaluation.backend import choose_backend, load_dense, open_backend, until_end
 from lowbit.models.source import open_source
-from tests.builders import FAMILIES, calibration, logits_of, make_tokenizer
+from lowbit.models.walk import Walk
+from tests.builders import FAMILIES, calibration, logits_of, make_tokenizer, save_family
 from tests.e2e.cli import run_quantize, run_quantize_eval
 
 IDS = calibration(3, 20).ids
@@ -31,6 +32,21 @@ def test_the_walk_through_blocks_gives_the_models_logits(models, family, monkeyp
     batches = [IDS[:1], IDS[1:2], IDS[2:]]
     found = list(backend.logits(iter(batches)))
     torch.testing.assert_close(torch.cat(found), logits_of(model, IDS), rtol=1e-5, atol=1e-6)
+
+
+def test_a_walk_takes_as_many_batches_as_their_states_allow(tmp_path, monkeypatch):
+    """Gemma 3n has four streams of hidden states, and an embedding per layer beside them."""
+    source = open_source(str(save_family("gemma3n", tmp_path)))
+    backend = open_backend("blocks", source, "cpu")
+    taken = []
+    start = Walk.start_some
+    monkeypatch.setattr(Walk, "start_some", lambda *args: taken.append(start(*args)) or taken[-1])
+    token = 4 * (4 * 64 + 4 * 16)  # bytes: streams by width, layers by embedding, in float32
+    batch = 20 * token
+    monkeypatch.setattr("lowbit.evaluation.backend.HIDDEN_BYTES", 3 * batch)
+    list(backend.logits([IDS[:1]] * 7))
+    assert [len(begun) for begun in taken] == [3, 3, 1, 0]
+    assert taken[0][0][1].nbytes == batch
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3", "gpt2"])

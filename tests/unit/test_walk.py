@@ -136,9 +136,10 @@ def test_a_model_that_computes_with_embeddings_or_outputs_behind_its_blocks_is_r
         Walk(skeleton, "cpu", torch.float32).start([torch.arange(16).view(2, 8)])
 
 
-def test_blocks_that_return_lists(tmp_path):
+@pytest.mark.parametrize("kind", ["openai-gpt", "prophetnet"])
+def test_blocks_that_return_lists_and_embeddings_that_are_tied_inside(kind, tmp_path):
     ids = [calibration(2, 9).ids]
-    directory = save_tiny("openai-gpt", tmp_path)
+    directory = save_tiny(kind, tmp_path)
     walk, left = walked(directory, ids)
     (logits,) = walk.logits(ids, left)
     wanted = logits_of(AutoModelForCausalLM.from_pretrained(directory), ids[0])
