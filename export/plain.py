@@ -12,11 +12,11 @@ DEEPEST = 64  # levels of lists and objects; configurations have 6
 LARGEST = 1 << 64  # limit of integers: sizes, counts and offsets have 64 bits
 
 
-def parse_json(raw: bytes, where: object) -> Any:
+def parse_json(raw: bytes, where: object, largest: int = LARGEST) -> Any:
     """The JSON value in `raw`. `where` names it in messages.
 
     CheckpointError for invalid UTF-8 or JSON, for a duplicate key with different values (readers disagree about which
-    one counts), for nesting deeper than DEEPEST, for an integer of more than 64 bits, and for half a surrogate pair.
+    one counts), for nesting deeper than DEEPEST, for an integer of `largest` or more, and for half a surrogate pair.
     """
     try:
         value = json.loads(raw.decode("utf-8"), object_pairs_hook=_object)
@@ -26,7 +26,7 @@ def parse_json(raw: bytes, where: object) -> Any:
         raise CheckpointError(f"{where}: nested too deeply") from error
     except ValueError as error:
         raise CheckpointError(f"{where}: not JSON ({error})") from error
-    _require_plain(value, where)
+    _require_plain(value, where, largest)
     return value
 
 
@@ -77,7 +77,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _require_plain(value: Any, where: object) -> None:
+def _require_plain(value: Any, where: object, largest: int) -> None:
     """Raise CheckpointError for a JSON value beyond the limits."""
     waiting = [(value, 1)]
     while waiting:
@@ -91,8 +91,8 @@ def _require_plain(value: Any, where: object) -> None:
         elif isinstance(item, str):
             if not (item.isascii() or _is_text(item)):
                 raise CheckpointError(f"{where}: {item[:40]!r} holds half a surrogate pair, which is not valid text")
-        elif isinstance(item, int) and not -LARGEST < item < LARGEST:
-            raise CheckpointError(f"{where}: a number of {item.bit_length()} bits, where 64 at most are expected")
+        elif isinstance(item, int) and not -largest < item < largest:
+            raise CheckpointError(f"{where}: a number of {item.bit_length()} bits, more than are expected")
 
 
 def _is_text(item: str) -> bool:

@@ -10,6 +10,7 @@ from lowbit.export.files import read_bytes
 from lowbit.export.plain import parse_json
 
 MOST_IDS = 10_000_000  # forty times the largest vocabulary of today
+LARGEST = 1 << 128  # transformers writes 10^30 for a length without limit
 LONG = re.compile(rb"[0-9]{8}")  # digits of MOST_IDS: files without such a number are not parsed
 
 
@@ -23,7 +24,7 @@ def require_small_ids(directory: Path) -> None:
         path = directory / name
         if not path.is_file() or not LONG.search(raw := read_bytes(path)):
             continue
-        largest = max((each for each in ids_of(parse_json(raw, path)) if isinstance(each, int)), default=0)
+        largest = max((each for each in ids_of(parse_json(raw, path, LARGEST)) if isinstance(each, int)), default=0)
         if largest >= MOST_IDS:
             raise CheckpointError(
                 f"{path}: token id {largest}; ids end below {MOST_IDS:,} here, since memory is taken for all of them"

@@ -16,7 +16,7 @@ HUGE = {
 HONEST = {
     "tokenizer.json": {"model": {"vocab": {"12345678901": 0, "b": 262_143}}, "added_tokens": [{"id": MOST_IDS - 1}]},
     "vocab.json": {"99999999": 7},
-    "tokenizer_config.json": {"model_max_length": 10**19, "added_tokens_decoder": {"5": {"content": "99999999"}}},
+    "tokenizer_config.json": {"model_max_length": int(1e30), "added_tokens_decoder": {"5": {"content": "99999999"}}},
 }
 
 
