@@ -1,5 +1,4 @@
-"""The compressed-tensors layouts `pack-quantized`, `int-quantized` and `float-quantized`, read by vLLM, SGLang and
-transformers.
+"""The compressed-tensors layouts, read by vLLM, SGLang and transformers.
 
 For a linear P with weight (n, k), b bits and g groups, weight-only (pack-quantized):
 
@@ -12,8 +11,16 @@ For a linear P with weight (n, k), b bits and g groups, weight-only (pack-quanti
 Integers with 8-bit activations (int-quantized), and floats with or without quantized activations (float-quantized):
 
     P.weight             int8 or float8_e4m3fn  (n, k)
-    P.weight_scale       float                  (n, 1)
+    P.weight_scale       float                  (n, 1), or one for each block (ceil(n / rows), ceil(k / columns))
     P.input_scale        float32                (1,)   only with one calibrated scale for all tokens
+
+Floats in groups (nvfp4-pack-quantized, mxfp4-pack-quantized, mxfp8-quantized):
+
+    P.weight_packed        uint8    (n, k / 2)  fp4: element 2 j in the low half of byte j; mxfp8: P.weight, as above
+    P.weight_scale         float8_e4m3fn (n, k / 16), or uint8 (n, k / 32): e8m0
+    P.weight_global_scale  float32  (1,)  nvfp4 only: a divisor, w = code * scale / global; engines that fuse linears
+                                          take one for all of them, so that it must be the same
+    P.input_global_scale   float32  (1,)  the divisor of the inputs' scales, only with quantized inputs
 
 Symmetric files have no zero points. Codes and zeros are signed in this dialect: an unsigned code u of ours is u -
 2^(b-1) here, which is packed as u again. So the packed words are equal.
@@ -28,37 +35,52 @@ from torch import Tensor
 
 from lowbit.errors import CheckpointError
 from lowbit.export.format import Format, Reader, Shapes, require_words
+from lowbit.export.microscaling import every_row, one_number, stored_codes, stored_scales, weight_of
 from lowbit.export.patterns import Patterns
-from lowbit.quant.numbers import Number, float_of, integer_of
+from lowbit.quant.numbers import E8M0, FP4, FP8, Number, float_of, integer_of
 from lowbit.quant.packing import pack, unpack
 from lowbit.quant.qtensor import QTensor
-from lowbit.quant.scheme import INPUTS, Scheme, Side, granularity_of
+from lowbit.quant.scheme import NAMED, PerBlock, PerGroup, Scheme, Side, granularity_of
 
 NAME = "compressed-tensors"
 PACKED, PLAIN, FLOAT, MIXED = "pack-quantized", "int-quantized", "float-quantized", "mixed-precision"
-SUFFIXES = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight", "input_scale")
+NVFP4, MXFP4, MXFP8 = "nvfp4-pack-quantized", "mxfp4-pack-quantized", "mxfp8-quantized"
+NAIVE = "naive-quantized"  # what `weight` and `weight_scale` are also called
+GLOBAL, INPUT_GLOBAL = "weight_global_scale", "input_global_scale"
+SUFFIXES = (
+    *("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight", "input_scale"),
+    *(GLOBAL, INPUT_GLOBAL),
+)
+SCALE_TYPES = {FP8: "torch.float8_e4m3fn", E8M0: "torch.uint8"}
+# The inputs that a group may ask for.
+KNOWN_INPUTS = {scheme.inputs: None for scheme in NAMED.values() if scheme.inputs}
 
 
 def layout_of(scheme: Scheme) -> str:
     """The name of the layout for a scheme."""
-    if not scheme.number.is_integer:
+    side = scheme.weights
+    if side.number.is_integer:
+        return PACKED if scheme.inputs is None else PLAIN
+    if side.scales is None:
         return FLOAT
-    return PACKED if scheme.inputs is None else PLAIN
+    return NVFP4 if side.parent else MXFP4 if side.number == FP4 else MXFP8
 
 
 def _read_plain(name: str, tensor: Reader, scheme: Scheme) -> QTensor:
     codes, scales = tensor(f"{name}.weight"), tensor(f"{name}.weight_scale")
-    if tuple(scales.shape) in ((), (1,)) and codes.ndim == 2:
-        scales = scales.reshape(1, 1).repeat(
-            codes.shape[0], 1
-        )  # one scale for the whole weight, repeated for every row
-    input_scale = None
-    if scheme.static_inputs:
-        input_scale = tensor(f"{name}.input_scale").float()
-        if input_scale.numel() != 1:
-            raise ValueError(f"input_scale has the shape {list(input_scale.shape)}; one number is needed")
-        input_scale = input_scale.reshape(())
-    return QTensor(codes, scales, None, scheme, input_scale)
+    input_scale = _one(name, "input_scale", tensor) if scheme.static_inputs else None
+    return weight_of(codes, every_row(codes, scales), scheme, input_scale)
+
+
+def _read_fp4(name: str, tensor: Reader, scheme: Scheme) -> QTensor:
+    codes, scales = tensor(f"{name}.weight_packed"), tensor(f"{name}.weight_scale")
+    input_scale = _one(name, INPUT_GLOBAL, tensor) if scheme.static_inputs else None
+    divisor = _one(name, GLOBAL, tensor) if scheme.weights.parent else None
+    return weight_of(codes, scales, scheme, input_scale, divisor)
+
+
+def _one(name: str, suffix: str, tensor: Reader) -> Tensor:
+    return one_number(tensor(f"{name}.{suffix}"), suffix)
 
 
 def _read_packed(name: str, tensor: Reader, scheme: Scheme) -> QTensor:
@@ -76,6 +98,26 @@ def _read_packed(name: str, tensor: Reader, scheme: Scheme) -> QTensor:
     return QTensor(codes, scales, zeros, scheme)
 
 
+READERS = {PACKED: _read_packed, NVFP4: _read_fp4, MXFP4: _read_fp4}
+
+
+def _written_plain(name: str, weight: QTensor) -> dict[str, Tensor]:
+    """The file's tensors of a linear whose codes are no words of 32 bits."""
+    inputs = INPUT_GLOBAL if weight.scheme.weights.parent else "input_scale"
+    tensors = {
+        "weight_packed" if weight.scheme.number == FP4 else "weight": stored_codes(weight),
+        "weight_scale": stored_scales(weight),
+        GLOBAL: weight.divisor,
+        inputs: weight.input_scale,
+    }
+    ones = (GLOBAL, inputs)
+    return {
+        f"{name}.{key}": value.reshape(1) if key in ones else value
+        for key, value in tensors.items()
+        if value is not None
+    }
+
+
 def _declared_shape(name: str, tensor: Reader) -> tuple[int, int]:
     """weight_shape as two integers. CheckpointError if it is anything else."""
     found = tensor(f"{name}.weight_shape")
@@ -85,17 +127,33 @@ def _declared_shape(name: str, tensor: Reader) -> tuple[int, int]:
 
 
 def _weight_args(scheme: Scheme) -> dict[str, Any]:
-    grouped = scheme.group_size > 0
-    args = _number_args(scheme.number) | {"strategy": "group" if grouped else "channel", "dynamic": False}
-    return args | ({"group_size": scheme.group_size} if grouped else {})
+    return _side_args(scheme.weights, False) | _scale_args(scheme.weights)
 
 
 def _input_args(inputs: Side) -> dict[str, Any]:
-    return _number_args(inputs.number) | {"strategy": str(inputs.granularity), "dynamic": not inputs.static}
+    return _side_args(inputs, "local" if inputs.parent else not inputs.static)
 
 
-def _number_args(number: Number) -> dict[str, Any]:
-    return {"num_bits": number.bits, "type": "int" if number.is_integer else "float", "symmetric": number.signed}
+def _written_inputs(inputs: Side) -> dict[str, Any]:
+    return _input_args(inputs) | _scale_args(inputs)
+
+
+def _side_args(side: Side, dynamic: bool | str) -> dict[str, Any]:
+    """Number and strategy of a side."""
+    number, more = side.number, dict[str, Any]()
+    args = {"num_bits": number.bits, "type": "int" if number.is_integer else "float", "symmetric": number.signed}
+    strategy = str(side.granularity)
+    match side.granularity:
+        case PerGroup(size):
+            strategy, more = "tensor_group" if side.parent else "group", {"group_size": size}
+        case PerBlock(rows, columns):
+            strategy, more = "block", {"block_structure": [rows, columns]}
+    return args | {"strategy": strategy, "dynamic": dynamic} | more
+
+
+def _scale_args(side: Side) -> dict[str, Any]:
+    """The type of scales that have few bits."""
+    return {} if side.scales is None else dict.fromkeys(("scale_dtype", "zp_dtype"), SCALE_TYPES[side.scales])
 
 
 def _targets(names: list[str], schemes: Mapping[str, Scheme]) -> list[str]:
@@ -125,15 +183,31 @@ def _group_scheme(group: Mapping[str, Any], config: Mapping[str, Any]) -> Scheme
     weights, layout = group["weights"], group.get("format") or config.get("format")
     if weights.get("dynamic") or group.get("output_activations"):
         raise ValueError("only static weights with unquantized outputs are supported")
-    if weights.get("strategy") not in (None, "group", "channel", "tensor"):
+    if weights.get("strategy") not in (None, "group", "channel", "tensor", "tensor_group", "block"):
         raise ValueError(f"weights with strategy {weights['strategy']!r} are not supported")
     if weights.get("actorder") in ("group", "dynamic", True):
         raise ValueError("inputs are grouped in another order (actorder 'group'), which engines no longer support")
-    side = Side(_number_of(weights), granularity_of(weights.get("group_size") or -1))
-    scheme = Scheme(side, _inputs_of(group.get("input_activations")))
-    if layout not in (None, MIXED, layout_of(scheme)):
+    scheme = Scheme(_weights_of(weights), _inputs_of(group.get("input_activations")))
+    naive = layout == NAIVE and layout_of(scheme) in (PLAIN, FLOAT)
+    if layout not in (None, MIXED, layout_of(scheme)) and not naive:
         raise ValueError(f"{scheme} stored as {layout!r}; it is read as {layout_of(scheme)!r}")
     return scheme
+
+
+def _weights_of(args: Mapping[str, Any]) -> Side:
+    """The side of a group's weights. ValueError if there is none like that."""
+    number = _number_of(args)
+    if args.get("strategy") == "block":
+        rows, columns = args["block_structure"]
+        return Side(number, PerBlock(rows, columns))
+    size = args.get("group_size") or -1
+    if number.is_integer or size == -1:
+        return Side(number, granularity_of(size))
+    parent = args.get("strategy") == "tensor_group"
+    side = Side(number, PerGroup(size), FP8 if parent else E8M0, parent)
+    if side not in {scheme.weights for scheme in NAMED.values()}:
+        raise ValueError(f"{number.name} in groups of {size} with strategy {args.get('strategy')!r} is not supported")
+    return side
 
 
 def _number_of(args: Mapping[str, Any]) -> Number:
@@ -148,12 +222,10 @@ def _inputs_of(args: Mapping[str, Any] | None) -> Side | None:
     """The quantized inputs in a group's input_activations. ValueError for unsupported ones."""
     if not args:
         return None
-    for inputs in INPUTS.values():
+    for inputs in KNOWN_INPUTS:
         if all(args.get(key) == value for key, value in _input_args(inputs).items()):
             return inputs
-    raise ValueError(
-        f"inputs quantized as {dict(args)}: symmetric int8 or fp8, dynamic per token or static per tensor, is supported"
-    )
+    raise ValueError(f"inputs quantized as {dict(args)}: only those of int8-a8, fp8, fp8-block, nvfp4, mxfp4 and mxfp8")
 
 
 class _Targets:
@@ -204,10 +276,6 @@ class CompressedTensors(Format):
                 f"asymmetric {scheme.bits}-bit weights have no kernel in the engines that read compressed-tensors; "
                 "use --sym"
             )
-        if scheme.weights.scales is not None:
-            return f"scales of {scheme.weights.scales.name} are not written"
-        if layout_of(scheme) == FLOAT and scheme.group_size != -1:
-            return f"engines read {scheme.number.name} weights with one scale per channel, not per group"
         return None
 
     def caveat(self, scheme: Scheme) -> str | None:
@@ -228,10 +296,7 @@ class CompressedTensors(Format):
     def write(self, name: str, weight: QTensor) -> dict[str, Tensor]:
         """The file's tensors for the linear `name`."""
         if layout_of(weight.scheme) != PACKED:
-            tensors = {f"{name}.weight": weight.codes, f"{name}.weight_scale": weight.scales}
-            if weight.input_scale is not None:
-                tensors[f"{name}.input_scale"] = weight.input_scale.reshape(1)
-            return tensors
+            return _written_plain(name, weight)
         bits, bias = weight.scheme.bits, weight.scheme.number.bias
         tensors = {
             f"{name}.weight_packed": pack(weight.codes.to(torch.int32) + bias, bits),
@@ -248,7 +313,7 @@ class CompressedTensors(Format):
         CheckpointError if packed words, scales and shape contradict each other or the scheme.
         """
         try:
-            return (_read_packed if layout_of(scheme) == PACKED else _read_plain)(name, tensor, scheme)
+            return READERS.get(layout_of(scheme), _read_plain)(name, tensor, scheme)
         except ValueError as error:
             raise CheckpointError(f"{name}: {error}") from error
 
@@ -256,10 +321,11 @@ class CompressedTensors(Format):
         """(n, k) of the linear `name`."""
         if layout_of(scheme) == PACKED:
             return _declared_shape(name, tensor)
-        sizes = shapes(f"{name}.weight")
+        packed = scheme.number == FP4
+        sizes = shapes(f"{name}.{'weight_packed' if packed else 'weight'}")
         if len(sizes) != 2:
             raise CheckpointError(f"{name}: its shape is {sizes}, not outputs and inputs")
-        return sizes[0], sizes[1]
+        return sizes[0], sizes[1] * (2 if packed else 1)
 
     def quantization_config(self, schemes: Mapping[str, Scheme], unquantized: Iterable[str]) -> dict[str, Any]:
         """The quantization_config of config.json.
@@ -279,7 +345,7 @@ class CompressedTensors(Format):
             groups[f"group_{i}"] = {
                 "targets": targets,
                 "weights": _weight_args(scheme),
-                "input_activations": None if scheme.inputs is None else _input_args(scheme.inputs),
+                "input_activations": None if scheme.inputs is None else _written_inputs(scheme.inputs),
                 "output_activations": None,
                 "format": layout_of(scheme),
             }

@@ -3,7 +3,7 @@
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -100,7 +100,9 @@ def target_schemes(source: LogicalTensors, fmt: Format) -> dict[str, Scheme]:
     if fmt.uniform:
         wants_zeros = wants_zeros or not all(scheme.symmetric for scheme in schemes.values())
         size = _common_group_size(source)
-        schemes = {name: scheme if scheme.inputs else scheme.with_group_size(size) for name, scheme in schemes.items()}
+        schemes = {
+            name: scheme.with_group_size(size) if _is_regrouped(scheme) else scheme for name, scheme in schemes.items()
+        }
     if wants_zeros:
         schemes = {name: scheme.with_zeros(True) for name, scheme in schemes.items()}
     return schemes
@@ -121,9 +123,14 @@ def _is_middle(weight: QTensor) -> bool:
     return weight.zeros is not None and bool((weight.zeros == 1 << (weight.scheme.bits - 1)).all())
 
 
+def _is_regrouped(scheme: Scheme) -> bool:
+    """True if wider groups may be said as narrower ones."""
+    return scheme.number.is_integer and scheme.inputs is None
+
+
 def _common_group_size(source: LogicalTensors) -> int:
     """The largest group size that divides every linear's; -1 if all are per channel."""
-    sizes = {name: scheme.group_size for name, scheme in source.schemes.items()}
+    sizes = {name: scheme.group_size for name, scheme in source.schemes.items() if _is_regrouped(scheme)} or {"": -1}
     if set(sizes.values()) == {-1}:
         return -1
     return math.gcd(*(source.shape(name)[1] if size == -1 else size for name, size in sizes.items()))
@@ -134,10 +141,11 @@ def _converted(weight: QTensor, name: str, fmt: Format, done: Conversion) -> QTe
     weight, rewrites = express(weight, done.schemes[name])
     done.rewrites.update(rewrites)
     change = 0.0
-    if fmt.scale_dtype is not None and weight.scales.dtype != fmt.scale_dtype:
+    floats = weight.scheme.weights.scales is None
+    if floats and fmt.scale_dtype is not None and weight.scales.dtype != fmt.scale_dtype:
         scales = weight.scales.to(fmt.scale_dtype)
         change = _largest_change(name, weight.scales, scales)
-        weight = QTensor(weight.codes, scales, weight.zeros, weight.scheme)
+        weight = replace(weight, scales=scales)
     if change:
         done.rounded[name] = change
     else:
@@ -168,7 +176,7 @@ def express(weight: QTensor, scheme: Scheme) -> tuple[QTensor, list[str]]:
         scales = scales.repeat_interleave(repeats, 1)
         zeros = None if zeros is None else zeros.repeat_interleave(repeats, 1)
         rewrites.append(f"each scale of {old.granularity} {repeats} times for {scheme.granularity}")
-    return QTensor(codes, scales, zeros, scheme, weight.input_scale), rewrites
+    return QTensor(codes, scales, zeros, scheme, weight.input_scale, weight.divisor), rewrites
 
 
 def _largest_change(name: str, before: Tensor, after: Tensor) -> float:
@@ -195,5 +203,7 @@ def _verify(source: LogicalTensors, fmt: Format, done: Conversion, output: Path)
         same_zeros = meant.zeros is None or (found.zeros is not None and torch.equal(meant.zeros, found.zeros))
         # compared as bytes: torch cannot compare float8
         same_codes = torch.equal(meant.codes.view(torch.uint8), found.codes.view(torch.uint8))
-        if not (same_codes and torch.equal(scales, found.scales) and same_zeros):
+        ones = ((meant.divisor, found.divisor), (meant.input_scale, found.input_scale))
+        same_ones = all(a is b is None or (a is not None and b is not None and torch.equal(a, b)) for a, b in ones)
+        if not (same_codes and torch.equal(scales, found.scales) and same_zeros and same_ones):
             raise CheckpointError(f"{output}: {name} does not read back as it was written; the disk may be failing")

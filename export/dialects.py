@@ -4,9 +4,11 @@ from lowbit.export.awq import AWQ
 from lowbit.export.compressed_tensors import COMPRESSED_TENSORS
 from lowbit.export.container import Container
 from lowbit.export.format import Format
+from lowbit.export.fp8 import BLOCK_FP8
 from lowbit.export.gptq import GPTQ, GPTQ_V2
+from lowbit.export.modelopt import MODELOPT
 
-FORMATS: dict[str, Format] = {fmt.name: fmt for fmt in (COMPRESSED_TENSORS, GPTQ, GPTQ_V2, AWQ)}
+FORMATS: dict[str, Format] = {fmt.name: fmt for fmt in (COMPRESSED_TENSORS, GPTQ, GPTQ_V2, AWQ, BLOCK_FP8, MODELOPT)}
 
 
 def containers() -> tuple[Container, ...]:

@@ -57,9 +57,18 @@ def per_weight(values: Tensor, scheme: Scheme, like: Tensor) -> Tensor:
 
 
 def divisor_of(largest: Tensor, weights: Side) -> Tensor:
-    """The divisor () float32 of a tensor's scales: the group with the magnitude `largest` gets the scale PARENT_TOP."""
+    """The divisor () float32 of a tensor's scales, by which that of the magnitude `largest` is PARENT_TOP or less."""
+    return _power_divisor(largest, weights, PARENT_TOP)
+
+
+def _power_divisor(largest: Tensor, side: Side, top: float) -> Tensor:
+    """The largest power of two by which the scale of the magnitude `largest` is at most `top`.
+
+    Its reciprocal is exact, and dividing by it rounds nothing.
+    """
     largest = torch.where(largest > 0, largest.float(), torch.ones_like(largest, dtype=torch.float32))
-    return (PARENT_TOP * weights.number.high / largest).clamp(max=torch.finfo(torch.float32).max)
+    wanted = (top * side.number.high / largest).clamp(max=torch.finfo(torch.float32).max)
+    return torch.ldexp(torch.ones_like(wanted), torch.frexp(wanted)[1] - 1)
 
 
 def in_parts(w: Tensor, scheme: Scheme, divisor: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
@@ -192,7 +201,7 @@ def input_scale_of(largest: Tensor, inputs: Side) -> Tensor:
     if not inputs.parent:
         return largest / inputs.number.high
     assert inputs.scales is not None
-    return inputs.scales.high * inputs.number.high / largest
+    return _power_divisor(largest, inputs, inputs.scales.high)
 
 
 def quantize_inputs(x: Tensor, number: Number, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -13,8 +13,17 @@ def _expanded(layer: Layer, capability: int | None) -> str | None:
     return layer.fmt.reason_in(NAME, layer.scheme)
 
 
+def _fine_grained(layer: Layer, capability: int | None) -> str | None:
+    """Block FP8: its own kernels on GPUs from Ada on, expanded elsewhere."""
+    return None if layer.fmt.method == "fp8" else "another format"
+
+
 TRANSFORMERS = Engine(
     NAME,
     "5.23 with compressed-tensors 0.20 and optimum 2.3",
-    (EngineKernel("expanded to 16 bits", _expanded), *GPTQMODEL.kernels),
+    (
+        EngineKernel("expanded to 16 bits", _expanded),
+        EngineKernel("fine-grained fp8", _fine_grained),
+        *GPTQMODEL.kernels,
+    ),
 )

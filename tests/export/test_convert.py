@@ -22,12 +22,13 @@ NAMES = ("m.layers.0.up", "m.layers.0.down")
 
 
 def quantized(text: str, scale_dtype: torch.dtype = torch.float16, k: int = 128) -> QTensor:
-    """A weight (16, k) whose zeros are at least 1."""
+    """A weight of k inputs whose zeros are at least 1."""
     scheme = parse_scheme(text)
-    plain = round_to_nearest(torch.randn(16, k), scheme.weights_only, scale_dtype)
+    n = {"fp8-block": 128, "int3-g32": 32}.get(text, 16)
+    plain = round_to_nearest(torch.randn(n, k), scheme.weights_only, scale_dtype)
     zeros = None if plain.zeros is None else plain.zeros.clamp(min=1)
-    scale = torch.tensor(0.1) if scheme.static_inputs else None
-    return QTensor(plain.codes, plain.scales, zeros, scheme, scale)
+    scale = torch.tensor(2.0**-4) if scheme.static_inputs else None
+    return QTensor(plain.codes, plain.scales, zeros, scheme, scale, plain.divisor)
 
 
 def written(directory: Path, fmt: str, *weights: QTensor) -> LogicalTensors:
@@ -49,12 +50,17 @@ def converted(source: LogicalTensors, fmt: str, directory: Path):
     return done, LogicalTensors(open_checkpoint(directory))
 
 
+INTEGERS = ("compressed-tensors", "gptq", "gptq_v2", "awq")
 WAYS = [
     (before, after, text)
-    for before, after in product(FORMATS, FORMATS)
+    for before, after in product(INTEGERS, INTEGERS)
     for text in ("int4-g32", "uint4-g32", "int4-channel", "uint4-channel", "int8-g32", "int8-channel")
     if FORMATS[before].reason_against(parse_scheme(text)) is None and not ("int8" in text and after == "awq")
 ]
+CT = "compressed-tensors"
+WAYS += [(CT, CT, text) for text in ("int3-g32", "fp8-block", "nvfp4", "mxfp4-a16", "mxfp8")]
+WAYS += [(CT, "fp8", "fp8-block"), ("fp8", CT, "fp8-block"), (CT, "gptq_v2", "int3-g32"), ("gptq_v2", CT, "int3-g32")]
+WAYS += [(*pair, text) for pair in ((CT, "modelopt"), ("modelopt", CT)) for text in ("nvfp4", "nvfp4-a16")]
 
 
 @pytest.mark.parametrize(("before", "after", "text"), WAYS, ids=str)
@@ -87,7 +93,7 @@ def test_there_and_back_gives_the_same_tensors(tmp_path, fmt):
 def test_activations_travel_between_layouts_of_one_dialect_alone(tmp_path):
     source = written(tmp_path / "in", "compressed-tensors", quantized("int8-channel-a8tensor"))
     result = converted(source, "compressed-tensors", tmp_path / "out")[1]
-    assert torch.equal(result.qtensor(NAMES[0]).input_scale, torch.tensor(0.1))
+    assert torch.equal(result.qtensor(NAMES[0]).input_scale, torch.tensor(2.0**-4))
     for fmt, reason in (("gptq", "no quantized activations"), ("awq", "only 4-bit weights")):
         with pytest.raises(CheckpointError, match=reason):
             converted(source, fmt, tmp_path / fmt)

@@ -22,6 +22,8 @@ import pytest
 import torch
 
 from lowbit.export.dialects import FORMATS
+from lowbit.quant.numerics import coarse_scale
+from lowbit.quant.packing import unpack_fp4
 from lowbit.quant.qtensor import QTensor
 from lowbit.quant.scheme import Scheme, parse_scheme
 from tests.golden.whole_runs import RUNS, digest
@@ -43,6 +45,14 @@ FILES = {
     ("compressed-tensors", "int8"): "fb224f706e86efc8",
     ("compressed-tensors", "int8-a8"): "bb420817313bce50",
     ("compressed-tensors", "fp8"): "a44ea2aa6d9399d0",
+    ("compressed-tensors", "int3-g32"): "8832327c042f0a38",
+    ("compressed-tensors", "fp8-static"): "9e048c60762c429a",
+    ("compressed-tensors", "fp8-block"): "e98019ec29a50ce6",
+    ("compressed-tensors", "nvfp4"): "39538c9377e3a54e",
+    ("compressed-tensors", "nvfp4-a16"): "ed9d520f3308cef0",
+    ("compressed-tensors", "mxfp4"): "929b986dbd30c17b",
+    ("compressed-tensors", "mxfp8"): "d99cfa2503fa5cbc",
+    ("gptq", "int2-g32"): "d3951b3e53af1c30",
     ("gptq", "int4-g32"): "2c2e534f47a85eda",
     ("gptq", "int4-channel"): "cb99a81ba5167ee8",
     ("gptq", "uint4-g32"): "3fb1b07f52f3b3b4",
@@ -57,6 +67,10 @@ FILES = {
     ("gptq_v2", "int8-g32"): "81c97342ac752da6",
     ("gptq_v2", "int8"): "87891ab92795fabb",
     ("gptq_v2", "uint8-g32"): "16bb2f94e49b8289",
+    ("gptq_v2", "int3-g32"): "58b917fa387a326a",
+    ("fp8", "fp8-block"): "6679249385f0764d",
+    ("modelopt", "nvfp4"): "31f427393e8a33a4",
+    ("modelopt", "nvfp4-a16"): "f0c5267ff42fbfe8",
     ("awq", "uint4-g32"): "ad2338615e5eadf1",
     ("awq", "uint4-channel"): "a7220c1de54d1390",
 }
@@ -64,15 +78,21 @@ FILES = {
 
 def weight(scheme: Scheme, dtype: torch.dtype) -> QTensor:
     """A weight (N, K) of every code there is, its scales exact in every type."""
-    number, groups = scheme.number, scheme.groups(K)
+    number = scheme.number
     if number.is_integer:
         counted = (torch.arange(N * K).reshape(N, K) * 7 + torch.arange(N).unsqueeze(1)) % (1 << number.bits)
         codes = (counted - (0 if not number.signed else 1 << (number.bits - 1))).to(number.storage)
+    elif number.coarse:
+        codes = unpack_fp4(((torch.arange(N * K // 2).reshape(N, K // 2) * 7) % 256).to(torch.uint8))
     else:
         codes = (((torch.arange(N * K).reshape(N, K) * 7) % 31 - 15) / 4).to(number.storage)
-    scales = ((torch.arange(N * groups).reshape(N, groups) % 9 + 8) / 1024).to(dtype)
+    rows, groups = scheme.sides(N, K)
+    scales = ((torch.arange(rows * groups).reshape(rows, groups) % 9 + 8) / 1024).to(dtype)
+    if scheme.weights.scales is not None:
+        scales = coarse_scale(scales, scheme.weights.scales)
     zeros = None if scheme.symmetric else (torch.arange(N * groups, dtype=torch.int32).reshape(N, groups) % 15) + 1
-    return QTensor(codes, scales, zeros, scheme, torch.tensor(0.0625) if scheme.static_inputs else None)
+    divisor = torch.tensor(512.0) if scheme.weights.parent else None
+    return QTensor(codes, scales, zeros, scheme, torch.tensor(0.0625) if scheme.static_inputs else None, divisor)
 
 
 def file_digest(fmt: str, text: str) -> str:

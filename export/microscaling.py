@@ -1,0 +1,79 @@
+"""The tensors of floats whose scales have few bits (NVFP4, MXFP4, MXFP8), as several formats store them.
+
+codes   uint8 (n, k / 2) of fp4, two to a byte, or float8_e4m3fn (n, k)
+scales  float8_e4m3fn (n, k / 16), or uint8 (n, k / 32) of e8m0
+parent  float32 (1,): the divisor of e4m3 scales, or its reciprocal, as the format has it
+"""
+
+import torch
+from torch import Tensor
+
+from lowbit.quant import numerics
+from lowbit.quant.numbers import FP4, FP8
+from lowbit.quant.packing import pack_e8m0, pack_fp4, unpack_e8m0, unpack_fp4
+from lowbit.quant.qtensor import QTensor
+from lowbit.quant.scheme import Scheme
+
+LARGEST_WEIGHT = 2.0**14  # beyond it, weights are none: the divisor is a factor
+
+
+def stored_codes(weight: QTensor) -> Tensor:
+    """The codes of `weight` as in a file."""
+    return pack_fp4(weight.codes) if weight.scheme.number == FP4 else weight.codes
+
+
+def stored_scales(weight: QTensor) -> Tensor:
+    """The scales of `weight` as in a file."""
+    if weight.scheme.weights.scales is None:
+        return weight.scales
+    return weight.scales.to(FP8.storage) if weight.scheme.weights.scales == FP8 else pack_e8m0(weight.scales)
+
+
+def weight_of(
+    codes: Tensor, scales: Tensor, scheme: Scheme, input_scale: Tensor | None = None, divisor: Tensor | None = None
+) -> QTensor:
+    """The weight of a file's codes and scales. ValueError if they are none of the scheme."""
+    if scheme.number == FP4:
+        codes = unpack_fp4(_typed(codes, torch.uint8, "its packed codes"))
+    if scheme.weights.scales == FP8:
+        scales = _typed(scales, FP8.storage, "its scales").to(torch.bfloat16)
+    elif scheme.weights.scales is not None:
+        scales = unpack_e8m0(_typed(scales, torch.uint8, "its scales"))
+    if scheme.weights.scales is not None and codes.ndim == 2 and scales.shape == scheme.sides(*codes.shape):
+        scales = torch.where(_empty(codes, scheme) & (scales == 0), torch.ones_like(scales), scales)
+    if divisor is not None:
+        _require_divisor(scales, divisor)
+    return QTensor(codes, scales, None, scheme, input_scale, divisor)
+
+
+def every_row(codes: Tensor, scales: Tensor) -> Tensor:
+    """`scales`, or the one scale of a whole weight repeated for every row of `codes`."""
+    return scales.reshape(1, 1).repeat(codes.shape[0], 1) if tuple(scales.shape) in ((), (1,)) else scales
+
+
+def one_number(value: Tensor, what: str) -> Tensor:
+    """`value` as () float32. ValueError unless it is one number."""
+    if value.numel() != 1:
+        raise ValueError(f"{what} has the shape {list(value.shape)}; one number is needed")
+    return value.float().reshape(())
+
+
+def _typed(value: Tensor, dtype: torch.dtype, what: str) -> Tensor:
+    if value.dtype != dtype:
+        raise ValueError(f"{what} are {value.dtype}; {dtype} fits")
+    return value
+
+
+def _empty(codes: Tensor, scheme: Scheme) -> Tensor:
+    """True for each group (n, g) of zeros: other programs store a scale of 0 there."""
+    return numerics.grouped(codes.float(), scheme).abs().amax(-1) == 0
+
+
+def _require_divisor(scales: Tensor, divisor: Tensor) -> None:
+    """ValueError if weights with such scales are too large to be any."""
+    largest = float(scales.float().amax()) * FP4.high / float(divisor) if scales.numel() and float(divisor) else 0.0
+    if largest > LARGEST_WEIGHT:
+        raise ValueError(
+            f"its global scale {float(divisor):g} makes weights of up to {largest:.3g}: it divides here, and this one "
+            "looks like a factor"
+        )
