@@ -44,7 +44,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "smoothquant": {},
     "signround": {"bits": 4, "group_size": 128, "iters": 200},
 }
-CHANNEL = 30.0  # how much louder every 64th input is: a model's outliers, which searches then have to weigh
+CHANNEL = 30.0  # gain of every 64th input: outliers as in a real model, which searches have to weigh
 
 
 def main() -> None:

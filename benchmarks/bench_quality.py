@@ -36,7 +36,7 @@ SAMPLES, LENGTH, SEED = 128, 512, 42
 SCORED = Protocol(context=1024, windows=16)
 W4 = {"bits": 4, "group_size": 64}
 ASYMMETRIC, ROTATED = W4 | {"symmetric": False}, W4 | {"transforms": ["rotate"]}
-# What lowbit.quantize is given.
+# Arguments of lowbit.quantize.
 OURS: dict[str, dict[str, Any]] = {
     "rtn": {"method": "rtn"} | W4,
     "rtn-asymmetric": {"method": "rtn"} | ASYMMETRIC,

@@ -456,7 +456,7 @@ def sentences() -> dict[str, tuple[str, ...]]:
 
 
 def unsaid() -> list[str]:
-    """What documents should say by `sentences`, and do not."""
+    """The `sentences` that are missing in the documents."""
     texts = {name: " ".join((ROOT / name).read_text(encoding="utf-8").split()) for name in sentences()}
     return [f"{name}: {part}" for name, parts in sentences().items() for part in parts if part not in texts[name]]
 

@@ -40,7 +40,7 @@ SHAPES = (
     (57344, 8192),
     (8192, 28672),
 )
-# Bits, group size, symmetric, dtype: the main scheme, and those beside it.
+# Bits, group size, symmetric, dtype: the main scheme, then its variants.
 MAIN = (4, 128, True, torch.float16)
 VARIANTS = (
     (4, 128, True, torch.bfloat16),
@@ -56,7 +56,7 @@ RESULTS = Path(__file__).with_name("results")
 
 
 def random_shapes(count: int) -> list[tuple[int, int]]:
-    """Shapes nobody tuned for: n a multiple of 64, k of 128."""
+    """Random shapes, not tuned for: n a multiple of 64, k of 128."""
     return [(64 * random.randint(32, 512), 128 * random.randint(16, 128)) for _ in range(count)]
 
 

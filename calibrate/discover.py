@@ -327,7 +327,7 @@ def _match(before: Tensor, after: Tensor, factors: Tensor) -> Tensor | None:
     matched = (ordered[nearest] / ratio - 1).abs() < FACTOR_TOLERANCE
     channels = order[nearest]
     if len(factors) == before.shape[-1]:
-        # if the other columns map to themselves, so does a column that never fired (ReLU)
+        # a column that never fired (ReLU) maps to itself, provided that all others do
         straight = torch.arange(len(factors), device=channels.device)
         channels = torch.where(dead & bool((channels == straight)[~dead].all()), straight, channels)
         matched = matched | (dead & (channels == straight))

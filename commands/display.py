@@ -131,7 +131,7 @@ class Display:
                     say(self.describe(), err=True)
 
     def describe(self) -> str:
-        """Where the work stands, as a line."""
+        """The state of the work, as a line."""
         step, elapsed = self._step, time.monotonic() - self._begun
         count = f" {step.done}/{step.total}" if step.total else ""
         part = describe_part(self._part)

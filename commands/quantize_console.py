@@ -111,7 +111,7 @@ class Printer:
             self.display.line(f"  about {clock(left + report.seconds)} for {event.total} blocks, by the first{then}")
 
     def result(self, done: Quantized) -> None:
-        """What was made and where; sizes and scores before and after; how to load it."""
+        """Print the output, sizes and scores before and after, and the way to load it."""
         self.display.stop()
         self.display.emit("done", result_row(done))
         table = Table(title=str(done.output), title_justify="left")

@@ -18,7 +18,7 @@ class VllmModel:
         except ImportError as error:
             raise CheckpointError(
                 f"--backend vllm: vLLM is not installed here ({error}); it pins a torch of its own, so it belongs in "
-                "an environment of its own, with lowbit beside it"
+                "an environment of its own, together with lowbit"
             ) from error
         self._sampling: Any = vllm.SamplingParams
         name = str(dtype).removeprefix("torch.")

@@ -24,7 +24,7 @@ from lowbit.export.tensorfile import TensorEntry, read_tensor
 
 SUMS_NAME = "SHA256SUMS"
 SUM_LINE = re.compile(r"([0-9a-fA-F]{64})[ \t]+\*?(.+)")
-LARGE_FILES = ("*.json", "*.model")  # what repositories keep in Git LFS, besides weights
+LARGE_FILES = ("*.json", "*.model")  # other file types that repositories keep in Git LFS
 POINTER_BYTES = 1024  # more than such a line has
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
@@ -129,7 +129,7 @@ def _lifted(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _with_sidecar(directory: Path, config: dict[str, Any]) -> dict[str, Any]:
-    """The configuration with a quantization_config from the file beside it, where it has none of its own."""
+    """`config` with the quantization_config from a separate file, if config.json has none."""
     for name, method in sidecars().items():
         if "quantization_config" not in config and (directory / name).exists():
             config = config | {"quantization_config": {"quant_method": method} | read_json(directory / name)}

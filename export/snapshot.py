@@ -10,7 +10,7 @@ from lowbit.export.plain import read_json
 from lowbit.export.sharded import CONFIG_NAME
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
-STORES = ("models--", "datasets--", "spaces--")  # how the folders of the hub's cache begin
+STORES = ("models--", "datasets--", "spaces--")  # prefix of folders in the hub's cache
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,9 @@ from lowbit.export.sharded import PICKLES
 from lowbit.quant.qtensor import QTensor
 from lowbit.quant.scheme import Scheme
 
-# What a model directory holds beside its weights is carried along, so that a reader of the quantized one finds the same
-# tokenizer, templates, licences and policies of use. Left behind: weights in any program's form, what is written anew,
-# code, pictures of a model card, and what is too large to be any of those.
+# Other files of the model directory are copied, so that readers of the quantized model find the same tokenizer,
+# templates, licences and policies. Not copied: weights in any format, files that are written anew, code, images of a
+# model card, and very large files.
 WEIGHTS = (*(f"*{ending}" for ending in PICKLES), "*.pkl", "*.gguf", "*.h5", "*.msgpack", "*.onnx*", "*.np[yz]", "*.ot")
 WEIGHTS += ("*.tflite", "*.mlmodel", "*.zip", "*.tar*", "events.out.*")
 WRITTEN_ANEW = (

@@ -36,9 +36,9 @@ class Conversion:
 
     @property
     def of_weights(self) -> bool:
-        """Whether it takes weights alone.
+        """True if all sources are weights.
 
-        Where any weight is packed, transformers 5.23 looks for packed ones in the place of each, and loses the others.
+        If any weight is packed, transformers 5.23 expects a packed one for each, and loses the others.
         """
         return all(source.endswith(".weight") for source in self.converter.source_patterns)
 

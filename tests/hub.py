@@ -18,7 +18,7 @@ from huggingface_hub import constants
 
 TOKEN = "hf_writer"
 OWNER = "acme"
-CUT_BYTES = 10_000  # what is sent of a file whose download is cut
+CUT_BYTES = 10_000  # bytes sent of a file whose download is cut
 
 
 @dataclass

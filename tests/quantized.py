@@ -48,7 +48,7 @@ def quantize_files(directory: Path, fmt: str, text: str, left: tuple[str, ...] =
 
 
 def write_config(directory: Path, config: Mapping[str, Any], fmt: Format, block: Mapping[str, Any]) -> None:
-    """config.json and what the format keeps beside it, for files that a test wrote itself."""
+    """Write config.json and the format's sidecar, for files that a test wrote itself."""
     for name in filter(None, ("config.json", fmt.sidecar)):
         value = block if name == fmt.sidecar else dict(config) | {"quantization_config": block}
         (directory / name).write_text(json.dumps(value))

@@ -116,7 +116,7 @@ def wrong_parameters(model: Any, tensors: dict[str, torch.Tensor]) -> list[str]:
     for name, parameter in model.named_parameters():
         owner, _, suffix = name.rpartition(".")
         parent, _, leaf = owner.rpartition(".")
-        if not leaf.endswith("_proj") or suffix == "weight_shape":  # a shape is that of the last part; nobody reads it
+        if not leaf.endswith("_proj") or suffix == "weight_shape":  # a shape is that of the last part, and unused
             continue
         parts = [tensors.get(f"{parent}.{part}.{suffix}") for part in FUSED.get(leaf, [leaf])]
         if any(part is None for part in parts) or not any(same(parameter.data, parts, dim) for dim in (0, 1)):

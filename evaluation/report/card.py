@@ -22,7 +22,7 @@ from lowbit.models.source import DEMO, Source
 from lowbit.quant.scheme import Scheme
 
 CARD = "README.md"
-LICENCE = ("license", "license_name", "license_link", "language")  # what a derivative takes over
+LICENCE = ("license", "license_name", "license_link", "language")  # keys copied to a derivative's card
 HUB_DATASET = re.compile(r"(?!builtin\b)(?:[\w.-]+/)?[\w-]+(?=:|$)")
 
 

@@ -19,10 +19,10 @@ LONG_K = 64  # chunks
 # (rms).
 START = 4.2
 ROOM = 16  # warps per multiprocessor, with up to 16 rows of x
-# If a launch leaves more of the GPU's room free than this, and no warps share k, it is faster without overlap on a GPU
-# with fast memory: the next kernel's blocks would fill the room, and their prefetch delays this kernel. On an H200,
-# gate and up of Llama-2-7B leave 35%: 1.559 ms per step, 1.619 with overlap. Those of 13B and of Llama-3-8B, which
-# leave 18 and 15%, would lose 2%.
+# A launch that leaves more of the GPU's room free than this, and whose warps do not split k, is faster without overlap
+# on a GPU with fast memory: the next kernel's blocks would fill the room, and their prefetch delays this kernel. On an
+# H200, gate and up of Llama-2-7B leave 35%: 1.559 ms per step, 1.619 with overlap. Those of 13B and of Llama-3-8B,
+# which leave 18 and 15%, would lose 2%.
 MOST_FREE = 0.3
 # Microseconds for a weight of 8 bits per channel with dependent launch, m = 1: per launch, per unit of cost, per
 # megabyte. Fitted to 25 shapes on one H100, within 4% (rms).

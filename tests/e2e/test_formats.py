@@ -77,7 +77,7 @@ def test_convert_keeps_weights_and_company(checkpoints, tmp_path, before, after)
     assert "layers.1.mlp.down_proj" in config.replace("\\", "")
 
 
-AUTOROUND = {  # what AutoRound 0.16 says of its GPTQ files, no checkpoint_format among it
+AUTOROUND = {  # as AutoRound 0.16 writes it for GPTQ files, without checkpoint_format
     "autoround_version": "0.16.1",
     "bits": 4,
     "damp_percent": 0.01,

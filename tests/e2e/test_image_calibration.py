@@ -52,7 +52,7 @@ def turns(*images: Any, text: str = TEXT) -> list[dict[str, Any]]:
 
 
 def rows_of(directory: Path, count: int = 6) -> Path:
-    """A file of chats, each with an image beside it."""
+    """A file of chats, each with an image."""
     for number in range(count):
         picture(number, 30 + 10 * number).save(directory / f"{number}.png")
     rows = [{"messages": turns(f"{number}.png", text=TEXT * (1 + number % 3))} for number in range(count)]

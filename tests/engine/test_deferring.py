@@ -24,7 +24,7 @@ from tests.engine.make import quantized
 
 ROWS, STEPS = 3, 4
 TOKENS = torch.tensor([[5, 77, 200, 31], [9, 100, 3, 60], [1, 2, 3, 4]])
-# where the norms of a layer, and the last one, can be shared out, and where no norm can
+# families whose norms can be fused into products, and one without such norms
 SHARED = ["llama", "mistral", "qwen2", "qwen3", "phi3"]
 NOT_SHARED = ["gemma2", "gemma3", "gpt2", "gpt_neox"]
 

@@ -17,7 +17,7 @@ LLAMA3 = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_fac
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64}
 PARTIAL = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
 LONG = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0, 1.5, 2.0, 3.0] * 2, "long_factor": [4.0] * 8}
-# What is built: a family of tests/builders with changes, or a configuration class of transformers with values.
+# Models to build: a family of tests/builders with changes, or a configuration class of transformers with values.
 CASES = {
     "llama": ("llama", {}),
     "llama3": ("llama", {"rope_parameters": LLAMA3 | {"original_max_position_embeddings": 64}}),

@@ -87,7 +87,7 @@ class Called(TorchDispatchMode):
 @pytest.mark.parametrize("temperature", [0.0, 0.01])
 def test_a_plain_step_ends_in_one_launch(temperature):
     sampler, logits = sampler_for(Sampling(), Sampling(temperature=temperature)), torch.randn(2, VOCABULARY)
-    logits[1] *= 10  # what is far likelier is drawn
+    logits[1] *= 10  # a far likelier token is drawn
     tokens, positions, slots = torch.zeros(3, 2, dtype=torch.int64)
     with Called() as called:
         chosen = sampler(logits, tokens, Cursor(positions, slots, 9))

@@ -1,4 +1,4 @@
-"""Perplexity: the number transformers itself computes, the protocol beside it, and what cannot be compared."""
+"""Perplexity: equal to transformers' number, reported with its protocol; comparisons that are refused."""
 
 import dataclasses
 import hashlib

@@ -1,4 +1,4 @@
-"""Programs nobody has read: what passes, what each wall holds, and that no verdict is forged: SECURITY.md's lines."""
+"""Untrusted programs, by the lines of SECURITY.md: those that pass, attempts that each wall stops, forged verdicts."""
 
 import json
 import os
@@ -22,14 +22,14 @@ from lowbit.evaluation.sandbox import Containment, Limits, Outcome, Program, req
 ROOT = Path(__file__).parents[2]
 LIMITS = Limits(seconds=1, nbytes=1 << 29)
 PATIENT = Limits(seconds=60)
-# How files are hidden, each alone, and both as it is done by default.
+# Ways to hide files: each alone, and both, which is the default.
 HOLDS = {
     "both": Containment(),
     "namespaces": Containment((NAMESPACES,)),
     "Landlock": Containment((LANDLOCK,)),
     "bubblewrap": Containment((), wrapped=True),
 }
-# What a program tries: `tried` gets what came of each attempt that was not refused.
+# Forbidden attempts of a program: `tried` collects the results of those that were not refused.
 ATTEMPTS = """
 import ctypes, errno, os
 libc = ctypes.CDLL(None, use_errno=True)
@@ -322,7 +322,7 @@ def test_root_has_no_powers(hold):
     os.geteuid() != 0, reason="only root can become another user; as any other user all tests are this one"
 )
 def test_it_holds_for_a_plain_user(tmp_path):
-    """The same probe as nobody, by an interpreter that nobody may run."""
+    """The same probe as the user nobody, with an interpreter that this user may not run."""
     python = shutil.which("python3", path="/usr/local/bin:/usr/bin:/bin")
     asked = [python, "-c", "import sys; raise SystemExit(sys.version_info < (3, 11))"] if python else ["false"]
     if subprocess.run(asked, user=65534, check=False, cwd="/").returncode or not os.access(ROOT, os.X_OK):

@@ -1,4 +1,4 @@
-"""Text that somebody else wrote does nothing where it is shown: terminal, Markdown, HTML."""
+"""Untrusted text has no effect when shown on a terminal, in Markdown or in HTML."""
 
 import re
 from html import unescape

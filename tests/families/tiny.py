@@ -84,7 +84,7 @@ IMAGE_TOKENS = (
 )
 TEXT_PARTS = ("text_config", "llm_config", "thinker_config", "language_config", "qformer_config", "decoder")
 
-# What shrinking leaves inconsistent, by type: fields of the configuration, or of one inside it.
+# Fields that shrinking leaves inconsistent, by type: fields of the configuration, or of one inside it.
 FULL_ROTARY, HALF_ROTARY = (
     {
         "rope_parameters": {

@@ -1,4 +1,4 @@
-"""`python -m tests.fuzz TARGET --minutes 60`: spoiled inputs for as long as is asked, and what they brought to light.
+"""`python -m tests.fuzz TARGET --minutes 60`: spoiled inputs for the given time, and their findings.
 
 Findings (what is raised besides our error, more than 10 seconds, more than 1 GiB) go to --findings, a directory each,
 with the files and what happened; they become seeds once mended. Inputs are chosen by chance, or with --guided by the

@@ -1,4 +1,4 @@
-"""Tables of texts as nobody should write them: every kind of file, rows of any shape, damaged bytes."""
+"""Malformed tables of texts: every kind of file, rows of any shape, damaged bytes."""
 
 import csv
 import gzip
@@ -120,7 +120,7 @@ def files(honest: Path) -> st.SearchStrategy[Files]:
 
 
 def honest(directory: Path) -> None:
-    """Leave a table that is in order, for where no other is laid beside it."""
+    """Write a valid table, for cases without another one."""
     (directory / HONEST).write_bytes(_jsonl([{"messages": [{"role": "user", "content": "some words"}]}] * 9))
 
 

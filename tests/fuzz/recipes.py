@@ -1,4 +1,4 @@
-"""Recipes that nobody should follow: every key with values of every kind, and sources of calibration text by name."""
+"""Malformed recipes: every key with values of every kind, and names of calibration datasets."""
 
 import tomllib
 from contextlib import suppress

@@ -88,7 +88,7 @@ def _one(base: Path) -> dict[str, Path]:
 
 
 def _with(add: Callable[[Path], None]) -> Callable[[Path], dict[str, Path]]:
-    """The model of `_one`, with the files that `add` leaves beside it."""
+    """The model of `_one`, with the files that `add` writes next to it."""
 
     def models(base: Path) -> dict[str, Path]:
         made = _one(base)

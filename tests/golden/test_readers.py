@@ -29,7 +29,7 @@ from tests.quantized import dense, quantize_files
 pytestmark = [pytest.mark.peer, pytest.mark.slow]
 
 SCRIPTS = ROOT / "benchmarks" / "peers"
-SIZES = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32}  # what vLLM's CPU kernels take
+SIZES = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32}  # schemes of vLLM's CPU kernels
 WINDOWS = torch.randint(0, 256, (3, 40), generator=torch.Generator().manual_seed(5)).tolist()
 SYMMETRIC = [("compressed-tensors", "int4-g32"), ("compressed-tensors", "int8-channel"), ("gptq", "int8-g32")]
 W8A8 = [("compressed-tensors", "int8-channel-a8token"), ("compressed-tensors", "int8-channel-a8tensor")]

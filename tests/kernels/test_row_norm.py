@@ -136,7 +136,7 @@ def test_the_kernel_gives_the_codes_of_the_reference(dtype):
             call.x[0, 0] = 60000 if int8 == "token" else torch.inf
             for got, wanted in zip(ops.quantize_rows(call), expected_codes(call), strict=True):
                 assert torch.equal(got.cpu(), wanted)
-            # of 200 at most: a product beyond float16 is infinite, and what codes a row with that in it has nobody says
+            # at most 200: a product beyond float16 is infinite, and codes of a row with infinity are undefined
             gated = replace(call, x=call.x.clamp(max=200).repeat(1, 2), activation="silu_mul")
             got, wanted = ops.quantize_rows(gated)[0].cpu(), expected_codes(gated)[0]
             error = (got.int() - wanted.int()).abs()  # an exponential's last bit may turn a code

@@ -75,7 +75,7 @@ def converter(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demo, "convert", convert)
 
 
-# Where.
+# The directory.
 
 
 @pytest.mark.parametrize(
@@ -194,7 +194,7 @@ def test_of_many_at_once_one_makes_it_and_the_others_wait(tmp_path: Path, monkey
     assert found == [tmp_path / NAME] * 4
 
 
-# What can go wrong.
+# Failures.
 
 
 @pytest.mark.usefixtures("pip")

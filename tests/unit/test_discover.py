@@ -78,7 +78,7 @@ FOLDS: dict[str, dict[str, str]] = {
     | experts("mlp.experts", "mlp.gate", "gate_proj", "up_proj", "down_proj"),
 }
 OFFSETS = {"gemma2": 1.0, "gemma3": 1.0}
-# Where values can be rotated: key-value heads, and their size.
+# Heads whose values can be rotated: number of key-value heads, and their size.
 HEADS = dict.fromkeys(FAMILIES, (2, 16)) | dict.fromkeys(("gpt2", "gpt_neox", "opt"), (4, 16)) | {"falcon_7b": (1, 16)}
 
 

@@ -43,7 +43,7 @@ __device__ inline void prefetch_map(const CUtensorMap& map) {
 #endif
 }
 
-enum class Reuse { kNone, kSome };  // whether other blocks read the same bytes soon
+enum class Reuse { kNone, kSome };  // kSome: other blocks read the same bytes soon
 
 // Starts the copy of the box at (`byte` of the rows, `row`) to `smem`; its end counts at `barrier`.
 template <Reuse kReuse>

@@ -56,7 +56,7 @@ class Gpu(TorchFunctionMode):
         self.library.emulator_start(seed, ctypes.c_bool(seed % 3 == 0))
 
     def put(self, value: Any, alignment: int = 16) -> Any:
-        """A tensor in memory that ends where a page begins that nobody may touch; of a dataclass, all its tensors."""
+        """A copy of the tensor that ends just before a page without access; for a dataclass, of all its tensors."""
         if isinstance(value, Tensor):
             made = self.allocate(value.shape, value.dtype, alignment)
             made.copy_(value)

@@ -1,4 +1,4 @@
-// What a kernel finds on a GPU, for g++: read before every source of csrc that is compiled for the emulator.
+// The environment of a kernel on a GPU, for g++: included before every source of csrc that the emulator compiles.
 //
 // Every thread is a fiber, which runs until it waits for others; scheduler.cpp says in which order. What PTX has beside
 // CUDA C++ is in the headers of csrc's names (ptx.cuh, wgmma.cuh, ...), which stand in their place.
@@ -62,7 +62,7 @@ void copy(const Copy& copy);
 // A thread's own copies of 16 bytes: the target holds NaN until the thread waits for them all.
 void copy_mine(uint32_t target, uint4 value);
 void wait_for_mine();
-// Where the copy engine puts byte `address` of a box whose rows have 128 bytes: its 128-byte swizzle.
+// The place of byte `address` of a box with rows of 128 bytes, under the copy engine's 128-byte swizzle.
 inline uint32_t swizzled(uint32_t address) { return address ^ (address >> 7 & 7) << 4; }
 
 // Products of a warpgroup, the calling lane's share: computed as late as a wait allows. tensor.cpp has the arithmetic.

@@ -1,4 +1,4 @@
-// What bindings.cpp names and the emulator has not been built with. Linked last: what has been built comes first.
+// Stubs for launchers named in bindings.cpp that the emulator is built without. Linked last, after the built ones.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 

@@ -28,7 +28,7 @@ namespace {
 constexpr size_t kPage = 4096, kStackBytes = 128 << 10, kStaticBytes = 48 << 10;
 constexpr int kWarpgroup = 128;
 constexpr uint32_t kFirstAddress = 1024;  // of shared memory: the system's lie before it
-constexpr int kPatience = 300;            // rounds without progress: nobody will ever wake
+constexpr int kPatience = 300;            // rounds without progress: a deadlock
 
 struct Warp {
   const char* operation;
@@ -154,8 +154,8 @@ void enter() {
 
 // ---- memory ----
 
-// `bytes` that begin at a multiple of `alignment` and end, but for what that costs, at a page that nobody may touch;
-// all ones, which is NaN in every float.
+// `bytes` at a multiple of `alignment`, ending as close as that allows before a page without access; all ones, which is
+// NaN in every float.
 uint8_t* allocate(size_t bytes, size_t alignment) {
   const size_t room = (bytes + alignment + kPage - 1) / kPage * kPage;
   void* map = mmap(nullptr, room + kPage, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
@@ -507,12 +507,12 @@ LOWBIT_EXPORT void emulator_start(unsigned seed, bool eager_copies) {
 
 LOWBIT_EXPORT void* emulator_allocate(size_t bytes, size_t alignment) { return emulator::allocate(bytes, alignment); }
 
-// What the previous kernel writes until the next launch, if that is a dependent one, has waited for it.
+// Memory that the previous kernel writes until the next launch, if dependent, has waited for it.
 LOWBIT_EXPORT void emulator_late(uint8_t* first, size_t bytes) {
   emulator::late.push_back({first, std::vector<uint8_t>(bytes)});
 }
 
-// What the next launch, if it is a dependent one, must not write before.
+// Memory that the next launch, if dependent, must not write before its wait.
 LOWBIT_EXPORT void emulator_untouched(uint8_t* first, size_t bytes) {
   emulator::untouched.push_back({first, std::vector<uint8_t>(bytes)});
 }
