@@ -47,7 +47,7 @@ class Pass:
         return self.hidden[: len(tokens)].clone()
 
     def place(self, sequence: int, tokens: Sequence[int]) -> None:
-        """What the pass reads. The last token stands for the padding too: any would do."""
+        """Set the inputs of the pass. The last token also serves as padding; any token would do."""
         step, padding = self.step, len(self.places) - len(tokens)
         step.tokens.copy_(torch.tensor([*tokens, *[tokens[-1]] * padding]))
         step.turns.copy_(self.decoder.turns_at(self.places, len(tokens)))
