@@ -45,7 +45,7 @@ from lowbit.quant.scheme import NAMED, PerBlock, PerGroup, Scheme, Side, granula
 NAME = "compressed-tensors"
 PACKED, PLAIN, FLOAT, MIXED = "pack-quantized", "int-quantized", "float-quantized", "mixed-precision"
 NVFP4, MXFP4, MXFP8 = "nvfp4-pack-quantized", "mxfp4-pack-quantized", "mxfp8-quantized"
-NAIVE = "naive-quantized"  # what `weight` and `weight_scale` are also called
+NAIVE = "naive-quantized"  # another name for the layout of `weight` and `weight_scale`
 GLOBAL, INPUT_GLOBAL = "weight_global_scale", "input_global_scale"
 SUFFIXES = (
     *("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight", "input_scale"),

@@ -141,7 +141,7 @@ def test_the_library_packs_the_same_and_reads_our_weight(scheme):
 
 
 def written(scheme: Scheme, **changes: torch.Tensor) -> QTensor:
-    """What is read where a tensor of the file is another one."""
+    """The tensor read from a file with some of its tensors replaced by `changes`."""
     tensors = DIALECT.write("p", quantized(scheme)) | {f"p.{key}": value for key, value in changes.items()}
     return DIALECT.read("p", tensors.__getitem__, scheme)
 
