@@ -12,7 +12,7 @@ from lowbit.export.engines.transformers import NAME as TRANSFORMERS
 from lowbit.export.engines.vllm import NAME as VLLM
 from lowbit.export.formats import require_fit
 from lowbit.export.plain import read_json
-from lowbit.models.placement import stacked_only
+from lowbit.models.placement import JOINED, stacked_only
 from lowbit.models.rehearsal import reader_of_weights
 from lowbit.models.skeleton import LinearSpec, Skeleton, open_skeleton
 from lowbit.models.source import Source
@@ -87,6 +87,7 @@ class Job:
         conv1d = any(spec.transposed and spec.placement.expert is None for spec, _ in quantized)
         fused = any(spec.placement.expert is not None and scheme.inputs is not None for spec, scheme in quantized)
         experts = {spec.name: spec.placement for spec, _ in quantized if spec.placement.expert is not None}
+        by_turns = any(name.endswith(f".{JOINED}") for name in experts)
         static = default.static_inputs and default.number.is_integer
         joined = fmt.package == "compressed-tensors" and any(
             place.conversion is not None and place.conversion.of_weights for place in self.skeleton.placed().values()
@@ -108,6 +109,11 @@ class Job:
             "the checkpoint, and vLLM does where it knows the family": (
                 stacked_only(self.skeleton.model, experts),
                 (TRANSFORMERS,),
+            ),
+            "vLLM 0.32 skips packed experts whose gate and up share a matrix (gpt-oss) and would run random ones: "
+            "lowbit reads the checkpoint; --ignore 're:\\.experts\\.' leaves them in 16 bits, which vLLM loads": (
+                by_turns,
+                (VLLM,),
             ),
             "transformers joins or splits weights of this family as it loads them, and cannot where any is packed: "
             "lowbit reads the checkpoint, and vLLM does where it knows the family": (joined, (TRANSFORMERS,)),

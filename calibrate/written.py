@@ -14,6 +14,7 @@ from lowbit.export.formats import LogicalTensors
 from lowbit.export.survey import checked, count_broken
 from lowbit.export.tensorfile import raw_bytes
 from lowbit.export.writer import CheckpointWriter
+from lowbit.models.placement import engine_names
 from lowbit.models.skeleton import Block, tied_weights
 from lowbit.progress import Step, tell
 from lowbit.quant.qtensor import QTensor
@@ -68,7 +69,7 @@ class RecordingWriter:
 
     def finish(self, config: Mapping[str, Any]) -> None:
         """Close the files and write the configuration."""
-        self._writer.finish(config, self._job.plan.schemes, self._job.plan.left)
+        self._writer.finish(config, self._job.plan.schemes, engine_names(self._job.plan.left))
 
     def verify(self, output: Path) -> int:
         """Read every tensor back and compare its digest. Returns the bytes of the weights on disk."""

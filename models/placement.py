@@ -2,7 +2,7 @@
 
 import copy
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
@@ -12,6 +12,8 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import dot_natural_key, rename_source_key
 from transformers.quantizers.base import MODULES_TO_PATCH_FOR_QUANTIZATION
+
+from lowbit.quant.naming import EXPERT
 
 Reader = Callable[[str], Tensor]
 Shapes = Mapping[str, tuple[int, ...]]
@@ -219,6 +221,20 @@ def stacked_names(name: str, shape: tuple[int, ...]) -> list[str]:
     if len(shape) != 3 or not home.endswith(".experts"):
         return [linear]
     return [f"{home}.{expert}.{role}" for expert in range(shape[0]) for role in (HALVES if leaf == JOINED else (leaf,))]
+
+
+def engine_names(linears: Iterable[str]) -> list[str]:
+    """Names of linears as engines look them up.
+
+    vLLM asks for an expert's gate and up by themselves, also if they share a matrix (gpt-oss, rows by turns).
+    """
+    named = []
+    for linear in linears:
+        named.append(linear)
+        home, _, leaf = linear.rpartition(".")
+        if leaf == JOINED and EXPERT.search(linear):
+            named += [f"{home}.{half}" for half in HALVES]
+    return named
 
 
 def _in_stack(model: nn.Module, name: str, renamed: Callable[[str], str]) -> Placement | None:

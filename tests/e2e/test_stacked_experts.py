@@ -1,6 +1,7 @@
 """Experts that a file holds stacked in one tensor and transformers knows no single names for: cut, quantized, written
 under the names that vLLM reads, and left whole where the user says so."""
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from lowbit.calibrate.job import prepare
 from lowbit.calibrate.methods import complete_recipe
 from lowbit.calibrate.pipeline import run
 from lowbit.evaluation.backend import load_dense
+from lowbit.export.engines.vllm import NAME as VLLM
 from lowbit.models.source import open_source
 from tests.builders import calibration, logits_of
 from tests.families.tiny import save_tiny
@@ -76,6 +78,20 @@ def test_biases_of_stacked_experts_come_apart_with_them(sources, tmp_path):
     assert not any(name.endswith("_bias") for name in tensors)
     for expert in range(4):
         assert torch.equal(tensors[f"model.layers.1.mlp.experts.{expert}.gate_up_proj.bias"], stack[expert])
+
+
+def test_vllm_is_told_of_experts_that_it_skips_and_finds_those_left_alone(sources, tmp_path):
+    """vLLM looks an expert's gate and up up by themselves; packed ones that share a matrix it skips without a word."""
+    source = open_source(str(sources["gpt_oss"]))
+    packed = prepare(source, complete_recipe(RECIPES["rtn"]), "cpu")
+    assert [text for text, engines in packed.caveats().items() if VLLM in engines and "vLLM 0.32 skips" in text]
+    left = RECIPES["rtn"] | {"ignore": ("re:\\.experts\\.",)}
+    quantize(sources["gpt_oss"], tmp_path / "out", left)
+    ignored = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["ignore"]
+    names = {name for name in ignored if ".experts." in name}
+    roles = ("gate_up_proj", "gate_proj", "up_proj", "down_proj")
+    assert names == {f"model.layers.{n}.mlp.experts.{e}.{r}" for n in range(2) for e in range(4) for r in roles}
+    assert not any("vLLM 0.32 skips" in text for text in prepare(source, complete_recipe(left), "cpu").warnings())
 
 
 @pytest.mark.parametrize("kind", list(EXPERTS))
