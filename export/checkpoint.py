@@ -25,7 +25,7 @@ from lowbit.export.tensorfile import TensorEntry, read_tensor
 SUMS_NAME = "SHA256SUMS"
 SUM_LINE = re.compile(r"([0-9a-fA-F]{64})[ \t]+\*?(.+)")
 LARGE_FILES = ("*.json", "*.model")  # other file types that repositories keep in Git LFS
-POINTER_BYTES = 1024  # more than such a line has
+POINTER_BYTES = 1024  # larger than any LFS pointer
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
@@ -33,10 +33,10 @@ LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 class Checkpoint:
     """A directory with a model's configuration and its tensors.
 
-    directory  where it lies
-    config     config.json as a dict
-    entries    every tensor by name
-    files      the identity of every file as it was opened, by name
+    directory  its path
+    config     contents of config.json
+    entries    all tensors by name
+    files      identity of every file when it was opened, by name
     container  how it is stored
     head       the file that config.json is in, for messages
     """
@@ -76,7 +76,7 @@ class Checkpoint:
 
 
 def open_checkpoint(directory: Path, finished: bool = True) -> Checkpoint:
-    """The checkpoint in `directory`; headers are read and checked, data is not.
+    """The checkpoint in `directory`. Headers are read and checked, data is not.
 
     finished  False: one that was written and is not sealed yet
 

@@ -192,7 +192,7 @@ def _largest_change(name: str, before: Tensor, after: Tensor) -> float:
 
 
 def _verify(source: LogicalTensors, fmt: Format, done: Conversion, output: Path) -> None:
-    """Raise CheckpointError where the files do not read back as the weights of `source`."""
+    """Raise CheckpointError if the files do not read back as the weights of `source`."""
     written = LogicalTensors(open_checkpoint(output, finished=False))
     if written.format is not fmt or written.schemes != done.schemes:
         raise CheckpointError(f"{output}: its configuration does not read back as it was written")

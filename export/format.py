@@ -23,11 +23,12 @@ class Format(ABC):
     package              package that transformers needs to read it
     suffixes             names of a linear's tensors
     marker               the suffix that every quantized linear has
-    loading              a sentence for the model card: what loads it
-    through_marlin       vLLM loads it on GPUs by its Marlin configuration alone: Marlin's limits hold for every kernel
-    uniform              one scheme serves all linears
-    scale_dtype          the one type that scales have, or None where they have the model's
-    sidecar              a file beside config.json that repeats the block
+    loading              sentence for the model card about programs that load it
+    through_marlin       True if vLLM loads it on GPUs only through its Marlin configuration, whose limits then apply to
+                         all kernels
+    uniform              True if all linears must have the same scheme
+    scale_dtype          fixed dtype of scales, or None for the model's
+    sidecar              name of an extra file that repeats the quantization_config
     container            the files that it is stored in
     """
 
