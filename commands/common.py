@@ -22,11 +22,6 @@ from lowbit.calibrate import ranks
 from lowbit.errors import LowbitError
 from lowbit.export.escape import one_line, visible
 
-SETTINGS = {
-    "help_option_names": ["-h", "--help"],
-    "token_normalize_func": lambda token: token.replace("_", "-"),
-    "max_content_width": 110,
-}
 REVISION = click.option("--revision", help="Branch, tag or commit of a hub id.")
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 

@@ -10,7 +10,8 @@ from rich.console import Console
 from rich.table import Table
 
 from lowbit import __version__
-from lowbit.commands.common import SETTINGS, make_console, run_command
+from lowbit.commands.common import make_console, run_command
+from lowbit.commands.parts import SETTINGS
 from lowbit.quant.kernels.describe import describe_build, describe_examples
 from lowbit.quant.kernels.extension import reason_against_device
 

@@ -2,10 +2,19 @@
 
 import importlib
 import sys
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
+from typing import NoReturn
 
 import click
 
 from lowbit import __version__
+from lowbit.commands import surface
+from lowbit.commands.parts import SETTINGS
+from lowbit.export.escape import one_line
+
+ASKS = {"--help", "-h", "--version"}
 
 # Name -> module in this folder, its click command, and a line of help. A command is imported when it is called.
 COMMANDS = {
@@ -22,24 +31,20 @@ COMMANDS = {
 
 
 class Commands(click.Group):
-    """A group that imports a command on use, and lists commands without importing them."""
+    """A group that lists all commands without importing any."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        if cmd_name not in COMMANDS:
-            return None
-        module, attribute, _ = COMMANDS[cmd_name]
-        command: click.Command = getattr(importlib.import_module(f"lowbit.commands.{module}"), attribute)
-        return command
+        return None if cmd_name not in COMMANDS else surface.read(cmd_name) or command(cmd_name)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
             formatter.write_dl([(name, help_line) for name, (_, _, help_line) in COMMANDS.items()])
 
 
-@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.group(cls=Commands, context_settings=SETTINGS)
 @click.version_option(__version__, prog_name="lowbit")
 def lowbit() -> None:
     """Quantize language models, measure the loss in quality, and generate text with them.
@@ -48,10 +53,54 @@ def lowbit() -> None:
     """
 
 
+def command(name: str) -> click.Command:
+    """The command itself, with all that it imports."""
+    module, attribute, _ = COMMANDS[name]
+    found: click.Command = getattr(importlib.import_module(f"lowbit.commands.{module}"), attribute)
+    return found
+
+
 def main() -> None:
-    """Entry point of the console script: calls the entry point of the named command, or shows help."""
+    """Entry point of the console script: calls the named command, or shows help."""
     name = sys.argv[1] if len(sys.argv) > 1 else None
     if name in COMMANDS:
         sys.argv[:2] = [f"{sys.argv[0]} {name}"]
-        importlib.import_module(f"lowbit.commands.{COMMANDS[name][0]}").main()
-    lowbit()
+        start(name)
+    finish(lowbit)
+
+
+def start(name: str) -> None:
+    """Call a command; its surface alone answers --help, --version, a misspelt option and the shell's completion."""
+    seen = surface.read(name)
+    if seen is not None:
+        answer(seen)
+    elif ASKS & set(sys.argv):
+        with suppress(OSError):  # a cache that cannot be written: the next one waits as long
+            surface.write(COMMANDS)
+    importlib.import_module(f"lowbit.commands.{COMMANDS[name][0]}").main()
+
+
+def answer(seen: click.Command) -> None:
+    """Exit if the surface of a command is enough for the arguments; return if they ask for its work."""
+    try:
+        done = seen.main(standalone_mode=False)
+    except click.ClickException as error:
+        vars(error)["message"] = one_line(error.message)  # usage and hints are ours, of several lines
+        error.show()
+        sys.exit(error.exit_code)
+    if done is not None:
+        sys.exit(done)
+
+
+def finish(group: click.Command) -> NoReturn:
+    """Let `group` answer, and exit."""
+    answer(group)
+    sys.exit(0)
+
+
+def __getattr__(name: str) -> Callable[[], None]:
+    """Entry points of the commands' own console scripts: quantize, quantize_eval and so on."""
+    for each, (module, _, _) in COMMANDS.items():
+        if module == name:
+            return partial(start, each)
+    raise AttributeError(name)

@@ -7,7 +7,8 @@ import click
 from lowbit import __version__
 from lowbit.api import pushing as api
 from lowbit.api.shared import Note
-from lowbit.commands.common import SETTINGS, run_command, say
+from lowbit.commands.common import run_command, say
+from lowbit.commands.parts import SETTINGS
 from lowbit.export.escape import one_line
 
 

@@ -9,10 +9,11 @@ import click
 
 from lowbit.api import quantizing as api
 from lowbit.calibrate.settings import OWNERS
-from lowbit.commands.common import SETTINGS, run_command
+from lowbit.commands.common import run_command
 from lowbit.commands.display import Display
+from lowbit.commands.parts import SETTINGS, ByPart
 from lowbit.commands.quantize_console import Printer
-from lowbit.commands.quantize_options import ByPart, quantize_options
+from lowbit.commands.quantize_options import quantize_options
 from lowbit.export.staging import told_whole
 from lowbit.quant.recipe import Recipe
 

@@ -10,7 +10,8 @@ from rich.table import Table
 
 from lowbit import __version__, engine
 from lowbit.api.recording import store
-from lowbit.commands.common import REVISION, SETTINGS, make_console, run_command, say
+from lowbit.commands.common import REVISION, make_console, run_command, say
+from lowbit.commands.parts import SETTINGS
 from lowbit.engine.decoder import Decoder
 from lowbit.engine.engine import Engine
 from lowbit.engine.options import Options

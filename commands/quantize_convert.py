@@ -7,7 +7,8 @@ from rich.console import Console
 
 from lowbit import __version__
 from lowbit.api import converting as api
-from lowbit.commands.common import REVISION, SETTINGS, Size, make_console, run_command
+from lowbit.commands.common import REVISION, Size, make_console, run_command
+from lowbit.commands.parts import SETTINGS
 from lowbit.export.dialects import FORMATS
 from lowbit.export.formats import describe_schemes
 from lowbit.export.staging import told_whole

@@ -10,8 +10,9 @@ from rich.text import Text
 
 from lowbit import __version__
 from lowbit.api import evaluating as api
-from lowbit.commands.common import SETTINGS, Size, run_command
+from lowbit.commands.common import Size, run_command
 from lowbit.commands.eval_console import Printer, setup_options
+from lowbit.commands.parts import SETTINGS
 from lowbit.evaluation.divergence import Divergence
 from lowbit.evaluation.generate import PROMPT, Prompt, read_prompts
 from lowbit.evaluation.perplexity import Score, describe_difference

@@ -7,7 +7,8 @@ from typing import Any
 import click
 
 from lowbit import __version__, engine
-from lowbit.commands.common import REVISION, SETTINGS, run_command, say
+from lowbit.commands.common import REVISION, run_command, say
+from lowbit.commands.parts import SETTINGS
 from lowbit.engine.engine import Engine
 from lowbit.engine.sampling import Completion, Sampling
 from lowbit.errors import EngineError

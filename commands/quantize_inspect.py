@@ -8,7 +8,8 @@ from rich.table import Table
 
 from lowbit import __version__
 from lowbit.api import inspecting as api
-from lowbit.commands.common import REVISION, SETTINGS, make_console, run_command
+from lowbit.commands.common import REVISION, make_console, run_command
+from lowbit.commands.parts import SETTINGS
 from lowbit.export.engines.table import ENGINES
 from lowbit.export.inspection import Inspection
 

@@ -137,20 +137,6 @@ PARTS: dict[str, tuple[Decorator, ...]] = {
 }
 
 
-class ByPart(click.Command):
-    """A command whose help shows its options under the part that `quantize_options` gave them."""
-
-    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        sections: dict[str, list[tuple[str, str]]] = {part: [] for part in PARTS}
-        for param in self.get_params(ctx):
-            record = param.get_help_record(ctx)
-            if record is not None and isinstance(param, click.Option):
-                sections[getattr(param, "part", "About")].append(record)
-        for part, records in sections.items():
-            with formatter.section(part):
-                formatter.write_dl(records)
-
-
 def quantize_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """`command` with every option of PARTS, each with its part."""
     for part, options in reversed(PARTS.items()):

@@ -6,7 +6,8 @@ import click
 
 from lowbit import __version__
 from lowbit.api import reporting as api
-from lowbit.commands.common import REVISION, SETTINGS, make_console, run_command
+from lowbit.commands.common import REVISION, make_console, run_command
+from lowbit.commands.parts import SETTINGS
 from lowbit.export.plain import read_rows
 
 

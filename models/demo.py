@@ -29,6 +29,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from lowbit.errors import CheckpointError
 from lowbit.export.files import sync
+from lowbit.models.cache import cache_dir
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -81,18 +82,6 @@ The demo model of lowbit: a real chat model of 135 million parameters, small eno
 """
 
 Advance = Callable[[int], None]
-
-
-def cache_dir() -> Path:
-    """The directory of the user's lowbit files: $LOWBIT_CACHE, or $XDG_CACHE_HOME/lowbit, or ~/.cache/lowbit.
-
-    No other code of the package reads these variables. A relative XDG_CACHE_HOME is ignored, as the XDG specification
-    requires.
-    """
-    if chosen := os.environ.get("LOWBIT_CACHE"):
-        return Path(chosen).expanduser().absolute()
-    base = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    return (base if base.is_absolute() else Path.home() / ".cache") / "lowbit"
 
 
 def demo_model_dir(cache: Path | None = None) -> Path:

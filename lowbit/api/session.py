@@ -22,7 +22,7 @@ from lowbit.evaluation.journal import Library
 from lowbit.evaluation.perplexity import OnStep, Score
 from lowbit.evaluation.text import Cut, Protocol
 from lowbit.export.snapshot import refuse_to_write_into
-from lowbit.models.demo import cache_dir
+from lowbit.models.cache import cache_dir
 from lowbit.models.devices import check_device
 from lowbit.models.source import Source, model_directory, open_source
 from lowbit.progress import Step

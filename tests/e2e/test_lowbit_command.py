@@ -4,10 +4,15 @@ import importlib
 import os
 import subprocess
 import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
 
+import click
 import pytest
 
 from lowbit import __version__
+from lowbit.commands import surface
 from lowbit.commands.lowbit import COMMANDS
 from lowbit.commands.quantize_options import PARTS
 from tests.e2e.cli import run_lowbit, run_quantize
@@ -74,3 +79,71 @@ def test_the_help_of_quantize_goes_by_part() -> None:
     shown = text[: places[1]].split()
     assert {"--method", "--scheme", "--output", "--dataset"} <= {word.strip(",") for word in shown}
     assert "Other" not in text
+
+
+@pytest.fixture
+def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache directory that holds the surface of every command."""
+    monkeypatch.setenv("LOWBIT_CACHE", str(tmp_path))
+    return surface.write(COMMANDS)
+
+
+def walked(command: click.Command, ctx: click.Context) -> Iterator[tuple[click.Command, click.Context]]:
+    yield command, ctx
+    if isinstance(command, click.Group):
+        for name, inner in command.commands.items():
+            yield from walked(inner, inner.make_context(name, [], ctx, resilient_parsing=True))
+
+
+def helps(command: click.Command) -> list[str]:
+    top = command.make_context("it", [], resilient_parsing=True, terminal_width=100)
+    return [found.get_help(ctx) for found, ctx in walked(command, top)]
+
+
+def test_a_surface_looks_like_its_command(kept: Path) -> None:
+    for name, (module, attribute, _) in COMMANDS.items():
+        real = getattr(importlib.import_module(f"lowbit.commands.{module}"), attribute)
+        seen = surface.read(name)
+        assert seen is not None
+        for shown, wanted in zip(helps(seen), helps(real), strict=True):
+            assert shown.splitlines() == wanted.splitlines()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("quantize --help", "Options that people set first"),
+        ("eval perplexity --help", "--protocol"),
+        ("quantize --version", __version__),
+        ("quantize demo --metod awq", "--method"),
+        ("bench --batch many", "many"),
+        ("generate", "CHECKPOINT"),
+    ],
+)
+def test_what_needs_no_torch_imports_none(kept: Path, words: str, said: str) -> None:
+    code = f"import sys; sys.argv = {['lowbit', *words.split()]!r}\n"
+    code += f"try:\n    exec({PROGRAM!r})\nexcept SystemExit as end:\n    print('torch' in sys.modules, end.code)\n"
+    found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    asked = {"--help", "--version"} & set(words.split())
+    assert found.stdout.endswith(f"False {0 if asked else 2}\n")
+    assert said in found.stdout + found.stderr
+
+
+def test_a_surface_of_other_sources_is_not_believed(kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(surface, "key", lambda: "another")
+    assert surface.read("quantize") is None
+    kept.write_text("no JSON")
+    monkeypatch.undo()
+    monkeypatch.setenv("LOWBIT_CACHE", str(kept.parent))
+    assert surface.read("quantize") is None
+
+
+def test_every_script_starts_its_command() -> None:
+    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+    for script, target in scripts.items():
+        module, _, name = target.partition(":")
+        entry = getattr(importlib.import_module(module), name)
+        assert callable(entry)
+        assert script == "lowbit" or entry.args[0] in script
+    with pytest.raises(AttributeError):
+        importlib.import_module("lowbit.commands.lowbit").nothing  # noqa: B018

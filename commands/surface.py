@@ -1,0 +1,154 @@
+"""The look of the commands from outside: help, completion and misspelt options without importing torch.
+
+The options of a command are written with the tables that they choose from, and those import torch for seconds. Their
+surface is kept as JSON, from the first time that they were imported, for as long as their sources stay the same: in the
+package (a wheel has it) or in the cache directory. Without it the commands themselves answer, later.
+"""
+
+import hashlib
+import importlib
+import json
+from collections.abc import Mapping
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import click
+
+from lowbit import __version__
+from lowbit.commands.parts import SETTINGS, ByPart
+from lowbit.models.cache import cache_dir
+
+PACKAGE = Path(__file__).parents[1]
+NAME = "surface.json"
+SOURCES = (
+    *("commands/*.py", "calibrate/methods.py", "calibrate/rounding.py", "calibrate/transforms.py"),
+    *("evaluation/after.py", "evaluation/backend.py", "evaluation/generate.py", "engine/shapes.py"),
+    *("export/dialects.py", "quant/scheme.py", "quant/numbers.py", "quant/recipe.py", "lowbit/__init__.py"),
+)
+
+
+def surface_of(command: click.Command) -> dict[str, Any]:
+    """All that help, completion and parsing take of a command, as JSON values."""
+    found: dict[str, Any] = {
+        "name": command.name,
+        "help": command.help,
+        "params": [_param(param) for param in command.params],
+    }
+    if isinstance(command, click.Group):
+        found["commands"] = {name: surface_of(inner) for name, inner in command.commands.items()}
+    return found
+
+
+def _param(param: click.Parameter) -> dict[str, Any]:
+    """A parameter; `kind` names the type as far as a value can be checked without the tables."""
+    found: dict[str, Any] = {
+        "names": [*param.opts, *(f"/{name}" for name in param.secondary_opts)],
+        "required": param.required,
+        "nargs": param.nargs,
+        "metavar": param.metavar,
+        "kind": _kind(param.type),
+    }
+    if isinstance(param, click.Option):
+        shown = param.default if isinstance(param.default, str | int | float | bool | list | tuple) else None
+        found |= {
+            "dest": param.name,
+            "flag": param.is_flag,
+            "multiple": param.multiple,
+            "help": param.help,
+            "show": bool(param.show_default),
+            "default": None if param.is_flag else shown,
+            "version": param.is_eager and "--version" in param.opts,
+            "part": getattr(param, "part", None),
+        }
+        if not param.is_flag and found["metavar"] is None and found["kind"] == "text":
+            found["metavar"] = param.type.name.upper()
+    return found
+
+
+def _kind(type_: click.ParamType) -> Any:
+    if isinstance(type_, click.Choice):
+        return {"choices": list(type_.choices)}
+    if isinstance(type_, click.IntRange):
+        return {"least": type_.min, "most": type_.max}
+    return {"INTEGER": "integer", "FLOAT": "float", "BOOLEAN": "boolean"}.get(type_.name.upper(), "text")
+
+
+def command_of(surface: Mapping[str, Any]) -> click.Command:
+    """A command that looks like the one of `surface`, and does nothing."""
+    params = [_param_of(each) for each in surface["params"]]
+    plain = {"help": surface["help"], "params": params, "context_settings": dict(SETTINGS)}
+    if "commands" in surface:
+        inner = {name: command_of(each) for name, each in surface["commands"].items()}
+        return click.Group(surface["name"], commands=inner, **plain)
+    return ByPart(surface["name"], **plain)
+
+
+def _param_of(found: Mapping[str, Any]) -> click.Parameter:
+    kind = _type_of(found["kind"])
+    if "flag" not in found:
+        [name] = found["names"]
+        return click.Argument(
+            [name], required=found["required"], nargs=found["nargs"], metavar=found["metavar"], type=kind
+        )
+    if found["version"]:
+        return click.version_option(__version__, prog_name="lowbit")(click.Command(None)).params[0]
+    on = [name for name in found["names"] if not name.startswith("/")]
+    off = [name.removeprefix("/") for name in found["names"] if name.startswith("/")]
+    flags = {"is_flag": True} if found["flag"] else {"type": kind, "nargs": found["nargs"]}
+    option = click.Option(
+        [f"{on[0]}/{off[0]}", *on[1:], found["dest"]] if off else [*on, found["dest"]],
+        required=found["required"],
+        multiple=found["multiple"],
+        help=found["help"],
+        metavar=found["metavar"],
+        show_default=found["show"],
+        **({} if found["default"] is None else {"default": found["default"]}),
+        **flags,
+    )
+    vars(option)["part"] = found["part"]
+    return option
+
+
+def _type_of(kind: Any) -> click.ParamType:
+    if isinstance(kind, dict):
+        return click.Choice(kind["choices"]) if "choices" in kind else click.IntRange(kind["least"], kind["most"])
+    types: dict[str, click.ParamType] = {"integer": click.INT, "float": click.FLOAT, "boolean": click.BOOL}
+    return types.get(kind, click.STRING)
+
+
+@cache
+def key() -> str:
+    """A hash of the sources that the surface is made from."""
+    digest = hashlib.sha256(f"{__version__} {version('click')}".encode())
+    for pattern in SOURCES:
+        for path in sorted(PACKAGE.glob(pattern)) or sorted(PACKAGE.parent.glob(pattern)):
+            digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def read(name: str) -> click.Command | None:
+    """The command `name` as its surface has it; None if there is none of these sources."""
+    for path in (PACKAGE / "commands" / NAME, cache_dir() / NAME):
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+            if found["key"] == key():
+                return command_of(found["commands"][name])
+        except (OSError, ValueError, KeyError, TypeError):  # none, or of other sources
+            continue
+    return None
+
+
+def write(commands: Mapping[str, tuple[str, str, str]], path: Path | None = None) -> Path:
+    """Keep the surface of every command: in `path`, or in the cache directory."""
+    found = {
+        name: surface_of(getattr(importlib.import_module(f"lowbit.commands.{module}"), attribute))
+        for name, (module, attribute, _) in commands.items()
+    }
+    path = path or cache_dir() / NAME
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fresh = path.with_suffix(".partial")
+    fresh.write_text(json.dumps({"key": key(), "commands": found}), encoding="utf-8")
+    fresh.replace(path)
+    return path
