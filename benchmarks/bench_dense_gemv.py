@@ -53,9 +53,9 @@ def measure(m: int, weights: list[Tensor], floor: Floor) -> Iterator[dict]:
     """Ours, launched plainly and with dependence, and torch's."""
     n, k = weights[0].shape
     x, read = torch.randn(m, k, dtype=DTYPE, device="cuda"), floor.time(2 * n * k)
-    name = choose_kernel(dense.problem_of(DenseCall(x, weights[0]))).name
+    name = choose_kernel(DenseCall(x, weights[0]).problem()).name
     for dependent in (False, True):
-        timing = time_calls([lambda w=w, d=dependent: ops.dense_linear(x, w, dependent=d) for w in weights])
+        timing = time_calls([lambda w=w, d=dependent: ops.dense_linear(DenseCall(x, w, dependent=d)) for w in weights])
         yield row_of(name, True, m, n, k, 16, -1, DTYPE, timing, read, dependent=dependent)
     timing = time_calls([lambda w=w: functional.linear(x, w) for w in weights])
     yield row_of("cublas", False, m, n, k, 16, -1, DTYPE, timing, read, dependent=False)
@@ -66,7 +66,7 @@ def sweep(m: int, weights: list[Tensor], floor: Floor) -> Iterator[dict]:
     n, k = weights[0].shape
     x, read = torch.randn(m, k, dtype=DTYPE, device="cuda"), floor.time(2 * n * k)
     calls = [DenseCall(x, w, dependent=True) for w in weights]
-    problem = dense.problem_of(calls[0])
+    problem = calls[0].problem()
     chosen = dense_gemv.choose_launch(problem)
     others = [cut for cut in ring.cuts_of(m, n, 2 * k, problem.processors) if cut != chosen]
     for cut in (chosen, *others):
@@ -86,7 +86,7 @@ def block(x: Tensor, weights: list[Tensor], compute: Callable[[DenseCall], Tenso
 
 def run_within(call: DenseCall, stages: int, cluster: int) -> Tensor:
     """y of `call` by the rule's launch, but at most `stages` and, where there is room, at least `cluster` blocks."""
-    problem = dense.problem_of(call)
+    problem = call.problem()
     cut = dense_gemv.choose_launch(problem)
     groups, chunks = -(-problem.n // (ring.ROWS * cut.warpgroups)), 2 * problem.k // ring.CHUNK_BYTES
     if groups * cluster <= problem.processors:

@@ -13,6 +13,8 @@ import torch
 
 from benchmarks.measure import run_facts, write_rows
 from lowbit.quant.kernels import gptq_block
+from lowbit.quant.kernels.gptq_block import BlockCall
+from lowbit.quant.numbers import INT4
 
 ROWS = (4096, 11008)
 COLUMNS = 128
@@ -28,9 +30,9 @@ def main() -> None:
         w, scales = torch.randn(n, COLUMNS, device="cuda"), torch.rand(n, COLUMNS, device="cuda") + 0.1
         x = torch.randn(512, COLUMNS, device="cuda", dtype=torch.float64)
         factor = torch.linalg.cholesky(torch.linalg.inv(x.T @ x / len(x)), upper=True).float()
-        args = (w, factor, scales, torch.zeros_like(w), -8, 7)
-        for name, run in (("gptq_block", gptq_block.gptq_block), ("loop", gptq_block._loop)):
-            times = sorted(microseconds(run, args) for _ in range(20))
+        call = BlockCall(w, factor, scales, torch.zeros_like(w), *INT4.grid)
+        for name, run in (("gptq_block", gptq_block.run), ("loop", gptq_block.reference)):
+            times = sorted(microseconds(run, call) for _ in range(20))
             row = {"kernel": name, "ours": True, "n": n, "columns": COLUMNS, "us": statistics.median(times)}
             rows.append(row | {"us_p10": times[2], "us_p90": times[17], **run_facts(arguments.commit)})
             print(f"{name:12} {n:6} x {COLUMNS}  {row['us']:9.1f} us")
@@ -38,12 +40,12 @@ def main() -> None:
         write_rows(arguments.output, rows)
 
 
-def microseconds(run, args) -> float:
+def microseconds(run, call) -> float:
     """Time of one call, by events."""
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    run(*args)
+    run(call)
     start.record()
-    run(*args)
+    run(call)
     end.record()
     end.synchronize()
     return start.elapsed_time(end) * 1000

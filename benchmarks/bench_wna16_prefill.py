@@ -23,7 +23,7 @@ from benchmarks.measure import Floor, run_facts, time_calls, write_rows
 from benchmarks.wna16 import bytes_of, describe, make_copies, measure_peer, row_of
 from lowbit.quant.kernels import wna16_dequantize, wna16_gemm
 from lowbit.quant.kernels.packed import PackedWeight
-from lowbit.quant.kernels.problem import Call, Problem, problem_of
+from lowbit.quant.kernels.problem import PackedCall, Problem
 from lowbit.quant.kernels.registry import choose_kernel
 from lowbit.quant.kernels.wna16_gemm import Launch
 
@@ -35,10 +35,10 @@ CALLS = 5  # at least, in a graph: of up to 5 milliseconds each
 CHUNK_BYTES = 16 << 20  # dense, of the 50 MB of an H100's L2
 RESULTS = Path(__file__).with_name("results")
 
-Way = Callable[[Call, Problem], Tensor]
+Way = Callable[[PackedCall, Problem], Tensor]
 
 
-def in_chunks(call: Call, problem: Problem) -> Tensor:
+def in_chunks(call: PackedCall, problem: Problem) -> Tensor:
     """x W^T, CHUNK_BYTES of the dense W at a time. Of rows in W's own order."""
     w, y = call.weight, torch.empty(call.y_shape, dtype=call.y_dtype, device=call.x.device)
     rows = max(128, CHUNK_BYTES // (2 * w.k) // 128 * 128)
@@ -66,7 +66,7 @@ def cuts_of(problem: Problem) -> list[tuple[str, Way, dict]]:
     """Every cut of wna16_gemm's work, with what a row says of it."""
     widths = wna16_gemm.warpgroups_for(problem.m)
     launches = [Launch(w, c) for w in widths for c in range(1, 9) if c == 1 or 2 * c * 128 <= problem.k]
-    return [("wna16_gemm", partial(wna16_gemm.run, launch=launch), asdict(launch)) for launch in launches]
+    return [("wna16_gemm", partial(wna16_gemm.run, cut=launch), asdict(launch)) for launch in launches]
 
 
 def ways_of(problem: Problem) -> list[tuple[str, Way, dict]]:
@@ -83,8 +83,8 @@ def measure_ours(floor: Floor, n: int, k: int, scheme: tuple, cuts: bool) -> lis
     read = floor.time(bytes_of(n, k, bits, group_size, symmetric))
     measured = []
     for m in CUT_ROWS if cuts else ROWS:
-        calls = [Call(torch.randn(m, k, dtype=dtype, device="cuda"), w) for w in copies]
-        problem = problem_of(calls[0])
+        calls = [PackedCall(torch.randn(m, k, dtype=dtype, device="cuda"), w) for w in copies]
+        problem = calls[0].problem()
         for name, way, more in cuts_of(problem) if cuts else ways_of(problem):
             timing = time_calls([partial(way, call, problem) for call in calls], calls_in_graph=CALLS)
             measured.append(row_of(name, True, m, n, k, bits, group_size, dtype, timing, read, **more))

@@ -7,7 +7,7 @@ programmatic dependent launch; the floor is a reader of W and its scales without
 
 import argparse
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -18,7 +18,7 @@ from benchmarks.wna16 import RESULTS, SHAPES, random_shapes, row_of
 from lowbit.quant.kernels import ops
 from lowbit.quant.kernels.registry import choose_kernel
 from lowbit.quant.kernels.row_norm import Rows
-from lowbit.quant.kernels.w8a8 import Int8Call, Int8Weight, problem_of
+from lowbit.quant.kernels.w8a8 import Int8Call, Int8Weight
 
 PRODUCT, ROUNDED, NORMED = "product", "rounding + product", "norm + rounding + product"
 DTYPE = torch.bfloat16  # as the peers have it
@@ -54,22 +54,23 @@ def make_inputs(m: int, n: int, k: int) -> Inputs:
 
 def our_cases(inputs: Inputs, launches: Sequence[bool]) -> Iterator[Case]:
     codes, scales = ops.quantize_rows(Rows(inputs.x, int8="token"))
-    name = choose_kernel(problem_of(Int8Call(codes, scales, inputs.weights[0], dtype=DTYPE))).name
+    name = choose_kernel(Int8Call(codes, scales, inputs.weights[0], dtype=DTYPE).problem()).name
 
-    def normed(weight: Int8Weight, dependent: bool) -> torch.Tensor:
-        rows = Rows(inputs.x, "rms", inputs.gamma, None, 1e-5, "token", None, dependent)
+    def multiplied(rows: Rows, weight: Int8Weight) -> torch.Tensor:
         x, x_scales = ops.quantize_rows(rows)
-        return ops.w8a8_linear(x, weight, x_scales=x_scales, dtype=DTYPE, dependent=True)
+        return ops.w8a8_linear(Int8Call(x, x_scales, weight, dtype=DTYPE, dependent=True))
 
     for d in launches:
         product = [
-            lambda w=w, d=d: ops.w8a8_linear(codes, w, x_scales=scales, dtype=DTYPE, dependent=d)
+            lambda w=w, d=d: ops.w8a8_linear(Int8Call(codes, scales, w, dtype=DTYPE, dependent=d))
             for w in inputs.weights
         ]
         yield Case(name, True, PRODUCT, product, d)
-        rounded = [lambda w=w, d=d: ops.w8a8_linear(inputs.x, w, dependent=d) for w in inputs.weights]
+        rows = Rows(inputs.x, int8="token", dependent=d)
+        rounded = [lambda w=w, rows=rows: multiplied(rows, w) for w in inputs.weights]
         yield Case(name, True, ROUNDED, rounded, d)
-        yield Case(name, True, NORMED, [lambda w=w, d=d: normed(w, d) for w in inputs.weights], d)
+        rows = replace(rows, norm="rms", weight=inputs.gamma, eps=1e-5)
+        yield Case(name, True, NORMED, [lambda w=w, rows=rows: multiplied(rows, w) for w in inputs.weights], d)
 
 
 def torch_cases(inputs: Inputs) -> Iterator[Case]:

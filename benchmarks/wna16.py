@@ -17,7 +17,7 @@ from benchmarks.kernel_peers import PEERS, Peer
 from benchmarks.measure import CALLS, Floor, Timing, copies_for, run_facts, time_calls, write_rows
 from lowbit.quant.kernels import ops
 from lowbit.quant.kernels.packed import PackedWeight, prepack
-from lowbit.quant.kernels.problem import Call, problem_of
+from lowbit.quant.kernels.problem import PackedCall
 from lowbit.quant.kernels.registry import choose_kernel
 from lowbit.quant.qtensor import round_to_nearest
 from lowbit.quant.scheme import make_scheme
@@ -90,8 +90,8 @@ def make_copies(n: int, k: int, bits: int, group_size: int, symmetric: bool, dty
 def time_ours(copies: Sequence[PackedWeight], m: int, dependent: bool) -> tuple[str, Timing]:
     """The kernel that the rule chooses, and its time."""
     x = torch.randn(m, copies[0].k, dtype=copies[0].dtype, device="cuda")
-    kernel = choose_kernel(problem_of(Call(x, copies[0]))).name
-    return kernel, time_calls([lambda w=w: ops.linear(x, w, dependent=dependent) for w in copies])
+    kernel = choose_kernel(PackedCall(x, copies[0]).problem()).name
+    return kernel, time_calls([lambda w=w: ops.linear(PackedCall(x, w, dependent=dependent)) for w in copies])
 
 
 def row_of(
@@ -165,9 +165,10 @@ def measure_chain(hidden: int, qkv: int, inner: int, floor: Floor) -> dict:
     state = [torch.randn(1, hidden, dtype=torch.float16, device="cuda") * 0.01]
 
     def run(block: list[PackedWeight]) -> None:
-        q = ops.linear(state[0], block[0], dependent=True)[:, :hidden]
-        h = ops.linear(q, block[1], residual=state[0], dependent=True)
-        state[0] = ops.linear(ops.gated_linear(h, block[2], dependent=True), block[3], residual=h, dependent=True)
+        q = ops.linear(PackedCall(state[0], block[0], dependent=True))[:, :hidden]
+        h = ops.linear(PackedCall(q, block[1], residual=state[0], dependent=True))
+        inner = ops.linear(PackedCall(h, block[2], activation="silu_mul", dependent=True))
+        state[0] = ops.linear(PackedCall(inner, block[3], residual=h, dependent=True))
 
     timing = time_calls([lambda block=block: run(block) for block in blocks])
     return row_of(

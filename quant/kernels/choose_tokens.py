@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowbit.quant.kernels.extension import EXTENSION, reason_against_device
+from lowbit.quant.kernels.extension import launch, reason_against_device
 
 BLOCK_SCORES = 16384  # scores per block
 BLOCK_DRAWS = 4096  # scores per block with noise, which costs some hundred instructions each
@@ -73,23 +73,16 @@ def choose(call: Choice) -> None:
     if reason_against(call):
         reference(call)
     else:
-        launch(call)
+        run_kernel(call)
 
 
-def launch(call: Choice) -> None:
+def run_kernel(call: Choice) -> None:
     """Run the kernel on `call`, which `check` has passed."""
-    assert EXTENSION is not None
-    args: Any = EXTENSION.ChooseTokensArgs()
-    args.scores, args.last = call.scores.data_ptr(), call.cursor.last if call.cursor else 0
-    for name, tensor in rows_of(call).items():
-        setattr(args, name, tensor.data_ptr())
-    args.m, args.n = call.scores.shape
-    device = call.scores.device
-    cut = EXTENSION.ChooseTokensLaunch()
-    cut.device, cut.dependent = device.index, call.dependent
-    cut.blocks = choose_blocks(args.n, call.noise is not None, torch.cuda.get_device_capability(device))
-    with torch.cuda.device(device):
-        EXTENSION.choose_tokens(args, cut, torch.cuda.current_stream().cuda_stream)
+    (m, n), device = call.scores.shape, call.scores.device
+    args: dict[str, Any] = dict.fromkeys(("positions", "slots", "temperature", "seed")) | rows_of(call)
+    args |= {"scores": call.scores, "m": m, "n": n, "last": call.cursor.last if call.cursor else 0}
+    blocks = choose_blocks(n, call.noise is not None, torch.cuda.get_device_capability(device))
+    launch("choose_tokens", device=device, args=args, blocks=blocks, dependent=call.dependent)
 
 
 def choose_blocks(n: int, noise: bool, capability: tuple[int, int]) -> int:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowbit.quant.kernels.extension import EXTENSION, reason_against_device
+from lowbit.quant.kernels.extension import launch, reason_against_device
 from lowbit.quant.kernels.problem import check_alignment, has_fast_memory
 
 INT8_LIMIT = 127
@@ -28,7 +28,8 @@ SHORT_SPLITS = 4  # most splits of a short sequence
 # 285 MB per layer: 3.837 ms per step, 4.063 with overlap; 1 x 2048, 36 MB: 1.970 and 1.886.
 PLAIN_BYTES = 200e6
 SHORT_BLOCKS, LONG_BLOCKS = 1.95, 2.5  # most blocks per multiprocessor after splitting
-APPEND_TENSORS = ("qkv", "positions", "slots", "cosines", "sines", "q_norm", "k_norm")
+APPEND_FIELDS = ("qkv", "positions", "slots", "cosines", "sines", "q_norm", "k_norm", "norm_eps")
+ATTENTION_FIELDS = ("q", "starts", "positions", "scale", "window", "softcap")
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,10 @@ class Append:
     def heads(self) -> int:
         return self.qkv.shape[1] // self.cache.head_dim - 2 * self.cache.kv_heads
 
+    def empty(self) -> Tensor:
+        """Memory for q."""
+        return self.qkv.new_empty(self.qkv.shape[0], self.heads * self.cache.head_dim)
+
 
 @dataclass(frozen=True)
 class Attention:
@@ -89,8 +94,8 @@ class Attention:
     window     number of positions attended to, including the token's own; 0 for all
     softcap    scores become softcap * tanh(score / softcap); 0 for none
     longest    upper bound on every sequence's length, which determines the splits; 0 if unknown
-    dependent  as in problem.Call. starts, positions and all of a sequence's cache but its last m positions are read
-               before the previous kernel has finished, so no kernel that this launch may overlap may write them
+    dependent  as in problem.PackedCall. starts, positions and all of a sequence's cache but its last m positions are
+               read before the previous kernel has finished, so no kernel that this launch may overlap may write them
     """
 
     q: Tensor
@@ -106,6 +111,10 @@ class Attention:
     @property
     def heads(self) -> int:
         return self.q.shape[1] // self.cache.head_dim
+
+    def empty(self) -> Tensor:
+        """Memory for the output."""
+        return torch.empty_like(self.q)
 
 
 def check_append(call: Append) -> None:
@@ -183,16 +192,10 @@ def append(call: Append) -> Tensor:
     check_append(call)
     if len(call.qkv) == 0 or reason_against(call.qkv, call.cache):
         return append_reference(call)
-    assert EXTENSION is not None
-    q = torch.empty(call.qkv.shape[0], call.heads * call.cache.head_dim, dtype=call.qkv.dtype, device=call.qkv.device)
-    args = EXTENSION.AppendHeadsArgs()
-    args.m, args.heads, args.norm_eps, args.cache = q.shape[0], call.heads, call.norm_eps, cache_of(call.cache)
-    addresses = {name: getattr(call, name) for name in APPEND_TENSORS} | {"q": q}
-    for name, tensor in addresses.items():
-        setattr(args, name, 0 if tensor is None else tensor.data_ptr())
-    with torch.cuda.device(q.device):
-        stream = torch.cuda.current_stream().cuda_stream
-        EXTENSION.append_heads(q.dtype == torch.bfloat16, args, q.device.index, call.dependent, stream)
+    q = call.empty()
+    args = {name: getattr(call, name) for name in APPEND_FIELDS}
+    args |= {"q": q, "m": q.shape[0], "heads": call.heads, "cache": cache_fields(call.cache)}
+    launch("append_heads", q.dtype, device=q.device, args=args, dependent=call.dependent)
     return q
 
 
@@ -203,26 +206,19 @@ def attend(call: Attention) -> Tensor:
     """
     check_attention(call)
     if len(call.q) == 0:
-        return torch.empty_like(call.q)
+        return call.empty()
     if reason_against(call.q, call.cache):
         return attend_reference(call)
-    assert EXTENSION is not None
     check_alignment(q=call.q, k=call.cache.k, v=call.cache.v)
-    out = torch.empty_like(call.q)
-    args = EXTENSION.DecodeAttentionArgs()
-    args.m, args.heads, args.cache = out.shape[0], call.heads, cache_of(call.cache)
-    args.scale, args.softcap, args.window = call.scale, call.softcap, call.window
-    for name, tensor in {"q": call.q, "starts": call.starts, "positions": call.positions, "out": out}.items():
-        setattr(args, name, tensor.data_ptr())
+    out = call.empty()
+    args = {name: getattr(call, name) for name in ATTENTION_FIELDS}
+    args |= {"out": out, "m": out.shape[0], "heads": call.heads, "cache": cache_fields(call.cache)}
     properties = torch.cuda.get_device_properties(out.device)
     clusters_exist = (properties.major, properties.minor) >= (9, 0)
-    cut = EXTENSION.DecodeAttentionLaunch()
+    splits = choose_splits(call, properties.multi_processor_count if clusters_exist else 0)
     plainly = most_bytes(call) > PLAIN_BYTES and has_fast_memory(out.device)
-    cut.device, cut.dependent = out.device.index, call.dependent and not plainly
-    cut.splits = choose_splits(call, properties.multi_processor_count if clusters_exist else 0)
-    with torch.cuda.device(out.device):
-        stream = torch.cuda.current_stream().cuda_stream
-        EXTENSION.decode_attention(out.dtype == torch.bfloat16, args, cut, stream)
+    cut = {"splits": splits, "dependent": call.dependent and not plainly}
+    launch("decode_attention", out.dtype, device=out.device, args=args, **cut)
     return out
 
 
@@ -262,14 +258,9 @@ def reason_against(heads: Tensor, cache: KVCache) -> str | None:
     return reason_against_device((properties.major, properties.minor))
 
 
-def cache_of(cache: KVCache) -> Any:
+def cache_fields(cache: KVCache) -> dict[str, Any]:
     """The kernels' struct of a cache."""
-    assert EXTENSION is not None
-    kv = EXTENSION.KvCache()
-    kv.k, kv.v, kv.kv_heads, kv.head_dim = cache.k.data_ptr(), cache.v.data_ptr(), cache.kv_heads, cache.head_dim
-    kv.k_scales = 0 if cache.k_scales is None else cache.k_scales.data_ptr()
-    kv.v_scales = 0 if cache.v_scales is None else cache.v_scales.data_ptr()
-    return kv
+    return vars(cache) | {"kv_heads": cache.kv_heads, "head_dim": cache.head_dim}
 
 
 def append_reference(call: Append) -> Tensor:

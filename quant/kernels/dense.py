@@ -43,18 +43,20 @@ class DenseCall:
     def y_dtype(self) -> torch.dtype:
         return torch.float32 if self.float32_out else self.x.dtype
 
+    def empty(self) -> Tensor:
+        """Memory for y."""
+        return self.x.new_empty(self.y_shape, dtype=self.y_dtype)
 
-def problem_of(call: DenseCall) -> Problem:
-    """The Problem of `call`, for the choice of a kernel. Queries the GPU's capability."""
-    m, (n, k) = call.x.shape[0], call.weight.shape
-    return Problem(m, n, k, 16, -1, call.x.dtype, *place_of(call.x.device))
+    def problem(self) -> Problem:
+        """The Problem of this call, for the choice of a kernel. Queries the GPU's capability."""
+        m, (n, k) = self.x.shape[0], self.weight.shape
+        return Problem(m, n, k, 16, -1, self.x.dtype, *place_of(self.x.device))
 
-
-def check(call: DenseCall) -> None:
-    """ValueError, with numbers, if the tensors do not fit together."""
-    reason = reason_against_tensors(call)
-    if reason:
-        raise ValueError(f"x of shape {tuple(call.x.shape)} with a weight {tuple(call.weight.shape)}: {reason}")
+    def check(self) -> None:
+        """ValueError, with numbers, if the tensors do not fit together."""
+        reason = reason_against_tensors(self)
+        if reason:
+            raise ValueError(f"x of shape {tuple(self.x.shape)} with a weight {tuple(self.weight.shape)}: {reason}")
 
 
 def reason_against_tensors(call: DenseCall) -> str | None:

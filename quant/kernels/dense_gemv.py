@@ -1,12 +1,14 @@
 """The product of few rows with a dense weight in half precision, in torch's layout, W read once: csrc/dense_gemv.cu."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from lowbit.quant.kernels import dense, ring
 from lowbit.quant.kernels.dense import DenseCall
-from lowbit.quant.kernels.extension import EXTENSION
-from lowbit.quant.kernels.problem import ACTIVATIONS, Problem
+from lowbit.quant.kernels.extension import launch
+from lowbit.quant.kernels.problem import Problem
 from lowbit.quant.kernels.ring import Launch
 
 MAX_M = 64
@@ -49,35 +51,37 @@ def reason_against_memory(call: DenseCall) -> str | None:
     return None
 
 
-def run(call: DenseCall, problem: Problem, launch: Launch | None = None) -> Tensor:
+def run(call: DenseCall, problem: Problem, cut: Launch | None = None) -> Tensor:
     """y of `call`, which dense.check has passed; by torch if the copy engine cannot read its tensors."""
-    assert EXTENSION is not None
     if reason_against_memory(call):
         return dense.reference(call)
-    y = torch.empty(call.y_shape, dtype=call.y_dtype, device=call.x.device)
-    cut = ring.launch_of(launch or choose_launch(problem), y.device.index, call.dependent)
-    with torch.cuda.device(y.device):
-        stream = torch.cuda.current_stream().cuda_stream
-        EXTENSION.dense_gemv(call.x.dtype == torch.bfloat16, args_of(call, y), cut, stream)
+    y = call.empty()
+    cut = cut or choose_launch(problem)
+    launch("dense_gemv", call.x.dtype, device=y.device, args=args_of(call, y), dependent=call.dependent, **vars(cut))
     return y
 
 
-def args_of(call: DenseCall, y: Tensor) -> object:
-    """csrc/dense_gemv.cuh's struct: addresses (0 for None) and sizes."""
-    assert EXTENSION is not None
-    args = EXTENSION.DenseArgs()
-    tensors = {"x": call.x, "w": call.weight, "bias": call.bias, "residual": call.residual, "y": y}
-    if call.deferred is not None:
-        tensors["x_squares"], args.norm_eps = call.deferred.squares, call.deferred.eps
-    for name, tensor in tensors.items():
-        setattr(args, name, 0 if tensor is None else tensor.data_ptr())
-    args.m, args.k = call.x.shape
-    args.n = call.weight.shape[0]
-    args.x_pitch, args.w_pitch = pitch_of(call.x), pitch_of(call.weight)
-    args.activation, args.float32_out = ACTIVATIONS.index(call.activation), call.float32_out
+def args_of(call: DenseCall, y: Tensor) -> dict[str, Any]:
+    """csrc/dense_gemv.cu's struct."""
+    (m, k), n, deferred = call.x.shape, call.weight.shape[0], call.deferred
     aligned = all(tensor is None or tensor.data_ptr() % 8 == 0 for tensor in (call.bias, call.residual, y))
-    args.vectors = aligned and args.n % 4 == 0
-    return args
+    return {
+        "x": call.x,
+        "w": call.weight,
+        "bias": call.bias,
+        "residual": call.residual,
+        "x_squares": None if deferred is None else deferred.squares,
+        "norm_eps": 0.0 if deferred is None else deferred.eps,
+        "y": y,
+        "m": m,
+        "n": n,
+        "k": k,
+        "x_pitch": pitch_of(call.x),
+        "w_pitch": pitch_of(call.weight),
+        "activation": call.activation,
+        "float32_out": call.float32_out,
+        "vectors": aligned and n % 4 == 0,
+    }
 
 
 def pitch_of(tensor: Tensor) -> int:

@@ -1,10 +1,7 @@
 """Text about the extension's build, and about the kernel chosen for each of a list of shapes, with reasons."""
 
-from collections.abc import Callable
-
 import torch
 
-from lowbit.quant.kernels import dense_gemv, w8a8_cutlass, w8a8_gemm, wna16_gemm, wna16_gemv
 from lowbit.quant.kernels.extension import EXTENSION
 from lowbit.quant.kernels.problem import Problem
 from lowbit.quant.kernels.registry import choose_kernel, kernels_for
@@ -22,13 +19,6 @@ EXAMPLES = (
     (8, 22016, 4096, 16, -1, False),
 )
 H100 = ("cuda", (9, 0), 132)
-LAUNCHES: dict[str, Callable[[Problem], object]] = {
-    "dense_gemv": dense_gemv.choose_launch,
-    "wna16_gemm": wna16_gemm.choose_launch,
-    "wna16_gemv": wna16_gemv.choose_launch,
-    "w8a8_cutlass": w8a8_cutlass.choose_launch,
-    "w8a8_gemm": w8a8_gemm.choose_launch,
-}
 
 
 def describe_build() -> str:
@@ -55,8 +45,8 @@ def describe_problem(problem: Problem) -> str:
     except RuntimeError as error:
         return str(error)
     lines = [f"{problem}: {chosen.name}"]
-    if chosen.name in LAUNCHES:
-        lines.append(f"    {LAUNCHES[chosen.name](problem)}")
+    if chosen.choose_launch is not None:
+        lines.append(f"    {chosen.choose_launch(problem)}")
     kernels = kernels_for(problem)
     for kernel in kernels[: kernels.index(chosen)]:
         lines.append(f"    not {kernel.name}: {kernel.reason_against(problem)}")

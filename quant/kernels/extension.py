@@ -1,13 +1,34 @@
 """The compiled extension lowbit.quant._C, or None if it is not built."""
 
 import importlib
+from collections.abc import Mapping
 from types import ModuleType
+from typing import Any
+
+import torch
 
 EXTENSION: ModuleType | None
 try:
     EXTENSION = importlib.import_module("lowbit.quant._C")
 except ImportError:
     EXTENSION = None
+
+
+def launch(kernel: str, *variant: torch.dtype | int, device: torch.device, args: Mapping[str, Any], **cut: Any) -> None:
+    """Launch a kernel on the device's current stream.
+
+    kernel, variant  the name and the types that csrc declares it with
+    args             a value for each field of its arguments, by name: a tensor, None for what is absent, a number, a
+                     text for an enum's value
+    cut              likewise for its launch, but for `device`
+
+    ValueError if a field has no value, or a value no field. RuntimeError, with CUDA's message, if the launch fails.
+    """
+    assert EXTENSION is not None
+    name = " ".join((kernel, *(str(part).removeprefix("torch.") for part in variant)))
+    with torch.cuda.device(device):
+        stream = torch.cuda.current_stream().cuda_stream
+        EXTENSION.launch(name, args, {"device": device.index, **cut}, stream)
 
 
 def reason_against_device(capability: tuple[int, int]) -> str | None:

@@ -4,69 +4,75 @@ On a GPU one warp keeps a row of the block in registers through all columns (csr
 one launch instead of some hundred. Elsewhere plain torch runs, which is also the reference.
 """
 
+from dataclasses import dataclass, replace
+
 import torch
 from torch import Tensor
 
-from lowbit.quant.kernels.extension import EXTENSION, reason_against_device
+from lowbit.quant.kernels.extension import EXTENSION, launch, reason_against_device
 from lowbit.quant.numbers import round_to_grid
 
 MOST_COLUMNS = 128
 
-Grid = tuple[float, float, float, float]  # low, high, fineness, least
 
-
-def gptq_block(
-    w: Tensor, factor: Tensor, scales: Tensor, zeros: Tensor, low: float, high: float, fineness: float, least: float
-) -> tuple[Tensor, Tensor]:
-    """Codes and scaled errors (n, b) of the columns of `w`, rounded in order.
+@dataclass(frozen=True)
+class BlockCall:
+    """A block of columns to round in order, each column's error pushed onto the later ones.
 
     w                (n, b)  float32, b at most 128
     factor           (b, b)  float32, upper triangular: GPTQ's factor of the inverse second moment
     scales, zeros    (n, b)  float32, those of each column's group
     low, high        smallest and largest code
     fineness, least  step of the grid, as in numbers.round_to_grid
-    return           codes (n, b) float32; errors (n, b) float32: (w_j - rounded_j) / factor_jj at the time of rounding
+    """
+
+    w: Tensor
+    factor: Tensor
+    scales: Tensor
+    zeros: Tensor
+    low: float
+    high: float
+    fineness: float
+    least: float
+
+    def empty(self) -> tuple[Tensor, Tensor]:
+        """Memory for codes and errors."""
+        return torch.empty_like(self.w), torch.empty_like(self.w)
+
+
+def run(call: BlockCall) -> tuple[Tensor, Tensor]:
+    """Codes (n, b) float32, and errors (n, b) float32: (w_j - rounded_j) / factor_jj at the time of rounding.
 
     ValueError for other dtypes or shapes.
     """
+    w = call.w
     n, b = w.shape
     if b > MOST_COLUMNS:
         raise ValueError(f"a block of {b} columns; at most {MOST_COLUMNS} fit")
-    wanted = (("w", w, (n, b)), ("factor", factor, (b, b)), ("scales", scales, (n, b)), ("zeros", zeros, (n, b)))
-    for name, tensor, shape in wanted:
+    wanted = {"w": (n, b), "factor": (b, b), "scales": (n, b), "zeros": (n, b)}
+    for name, shape in wanted.items():
+        tensor = getattr(call, name)
         if tuple(tensor.shape) != shape or tensor.dtype != torch.float32 or tensor.device != w.device:
             raise ValueError(
                 f"{name} is {tensor.dtype} {list(tensor.shape)} on {tensor.device}; float32 {list(shape)} "
                 f"on {w.device} fits"
             )
     if EXTENSION is None or not w.is_cuda or reason_against_device(torch.cuda.get_device_capability(w.device)):
-        return _loop(w, factor, scales, zeros, (low, high, fineness, least))
-    grid = low, high, fineness, least
-    return _launch(w.contiguous(), factor.contiguous(), scales.contiguous(), zeros.contiguous(), grid)
-
-
-def _launch(w: Tensor, factor: Tensor, scales: Tensor, zeros: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
-    assert EXTENSION is not None
-    codes, errors = torch.empty_like(w), torch.empty_like(w)
-    args = EXTENSION.GptqBlockArgs()
-    args.w, args.factor, args.scales, args.zeros = (t.data_ptr() for t in (w, factor, scales, zeros))
-    args.codes, args.errors = codes.data_ptr(), errors.data_ptr()
-    args.n, args.columns = w.shape
-    args.low, args.high, args.fineness, args.least = grid
-    with torch.cuda.device(w.device):
-        EXTENSION.gptq_block(args, w.device.index, torch.cuda.current_stream().cuda_stream)
+        return reference(call)
+    call = replace(call, **{name: getattr(call, name).contiguous() for name in wanted})
+    codes, errors = call.empty()
+    outputs = {"codes": codes, "errors": errors, "n": n, "columns": b}
+    launch("gptq_block", device=w.device, args=vars(call) | outputs)
     return codes, errors
 
 
-def _loop(w: Tensor, factor: Tensor, scales: Tensor, zeros: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+def reference(call: BlockCall) -> tuple[Tensor, Tensor]:
     """The reference: one column at a time."""
-    low, high, fineness, least = grid
-    w = w.clone()
-    codes, errors = torch.empty_like(w), torch.empty_like(w)
+    w, (codes, errors), (scales, zeros) = call.w.clone(), call.empty(), (call.scales, call.zeros)
     for j in range(w.shape[1]):
-        nearest = round_to_grid(w[:, j] / scales[:, j], fineness, least)
-        codes[:, j] = (nearest + zeros[:, j]).clamp(low, high)
+        nearest = round_to_grid(w[:, j] / scales[:, j], call.fineness, call.least)
+        codes[:, j] = (nearest + zeros[:, j]).clamp(call.low, call.high)
         rounded = (codes[:, j] - zeros[:, j]) * scales[:, j]
-        errors[:, j] = (w[:, j] - rounded) / factor[j, j]
-        w[:, j + 1 :].addr_(errors[:, j], factor[j, j + 1 :], alpha=-1)
+        errors[:, j] = (w[:, j] - rounded) / call.factor[j, j]
+        w[:, j + 1 :].addr_(errors[:, j], call.factor[j, j + 1 :], alpha=-1)
     return codes, errors

@@ -1,4 +1,4 @@
-"""The product with a packed weight: its tensors (Call), and the properties that select a kernel (Problem)."""
+"""The product with a packed weight: its tensors (PackedCall), and the properties that select a kernel (Problem)."""
 
 from dataclasses import dataclass
 
@@ -67,9 +67,15 @@ class NextNorm:
     z: Tensor
     squares: Tensor
 
+    @classmethod
+    def empty(cls, x: Tensor, weight: Tensor) -> "NextNorm":
+        """Memory for that of the product of x."""
+        m, n = x.shape[0], weight.shape[0]
+        return cls(weight, x.new_empty(m, n), x.new_empty(m, n // PART, dtype=torch.float32))
+
 
 @dataclass(frozen=True)
-class Call:
+class PackedCall:
     """y = activation(norm(x) W^T + bias) + residual, with everything between x and y in float32.
 
     x           (m, k)   float16 or bfloat16, contiguous
@@ -113,6 +119,23 @@ class Call:
     def y_dtype(self) -> torch.dtype:
         return torch.float32 if self.float32_out else self.x.dtype
 
+    def empty(self) -> Tensor:
+        """Memory for y."""
+        return self.x.new_empty(self.y_shape, dtype=self.y_dtype)
+
+    def problem(self) -> "Problem":
+        """The Problem of this call, for the choice of a kernel. Queries the GPU's capability."""
+        w, m = self.weight, self.x.shape[0]
+        sizes = (m, w.n, w.k, w.bits, w.group_size, self.x.dtype)
+        return Problem(*sizes, *place_of(self.x.device), norm=self.norm != "none")
+
+    def check(self) -> None:
+        """ValueError, with numbers, if the tensors do not fit together."""
+        reason = reason_against_weight(self) or reason_against_tensors(self) or reason_against_epilogue(self)
+        if reason:
+            w = self.weight
+            raise ValueError(f"x of shape {tuple(self.x.shape)} with a weight ({w.n}, {w.k}): {reason}")
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -136,13 +159,6 @@ class Problem:
         return f"m {self.m:>4}  {self.n} x {self.k}  {scheme} {str(self.dtype).removeprefix('torch.')}"
 
 
-def problem_of(call: Call) -> Problem:
-    """The Problem of `call`. Queries the GPU's capability."""
-    w, m = call.weight, call.x.shape[0]
-    sizes = (m, w.n, w.k, w.bits, w.group_size, call.x.dtype)
-    return Problem(*sizes, *place_of(call.x.device), norm=call.norm != "none")
-
-
 def place_of(device: torch.device) -> tuple[str, tuple[int, int] | None, int]:
     """Device, capability and multiprocessors for a Problem."""
     if device.type != "cuda":
@@ -162,13 +178,6 @@ def has_fast_memory(device: torch.device) -> bool:
     return 2e3 * kilohertz * bits / 8 > FAST_MEMORY * properties.multi_processor_count
 
 
-def check(call: Call) -> None:
-    """ValueError, with numbers, if the tensors do not fit together."""
-    reason = reason_against_weight(call) or reason_against_tensors(call) or reason_against_epilogue(call)
-    if reason:
-        raise ValueError(f"x of shape {tuple(call.x.shape)} with a weight ({call.weight.n}, {call.weight.k}): {reason}")
-
-
 def check_alignment(**tensors: Tensor | None) -> None:
     """ValueError for a tensor that does not start at a multiple of 16 bytes, the size of the kernels' reads."""
     for name, tensor in tensors.items():
@@ -176,7 +185,7 @@ def check_alignment(**tensors: Tensor | None) -> None:
             raise ValueError(f"{name} starts at {tensor.data_ptr():#x}: the kernels read 16 bytes at a time, aligned")
 
 
-def reason_against_weight(call: Call) -> str | None:
+def reason_against_weight(call: PackedCall) -> str | None:
     """The reason why the packed tensors do not match the weight's sizes, or None."""
     w = call.weight
     if call.x.ndim != 2 or call.x.shape[1] != w.k:
@@ -195,7 +204,7 @@ def reason_against_weight(call: Call) -> str | None:
     return None
 
 
-def reason_against_tensors(call: Call) -> str | None:
+def reason_against_tensors(call: PackedCall) -> str | None:
     """The first mismatch in dtype, device or contiguity, or None. Half-precision tensors must share x's dtype."""
     x, w, m, n, k = call.x, call.weight, call.x.shape[0], call.weight.n, call.weight.k
     if x.dtype not in (torch.float16, torch.bfloat16):
@@ -242,7 +251,7 @@ def reason_against_squares(x: Tensor, width: int, norm: Deferred | NextNorm | No
     return None if squares.is_contiguous() else f"sums of squares have strides {squares.stride()}: contiguous is needed"
 
 
-def reason_against_epilogue(call: Call) -> str | None:
+def reason_against_epilogue(call: PackedCall) -> str | None:
     """The reason why norm, activation, residual and rotary exclude each other, or None."""
     if call.norm not in NORMS or (call.norm == "none") != (call.norm_weight is None):
         return f"norm {call.norm!r} is one of {NORMS}, and has a norm_weight unless it is 'none'"
@@ -264,7 +273,7 @@ def reason_against_epilogue(call: Call) -> str | None:
     return None
 
 
-def reason_against_rotary(call: Call, rotary: Rotary) -> str | None:
+def reason_against_rotary(call: PackedCall, rotary: Rotary) -> str | None:
     """The reason why heads, positions and caches do not fit the weight, or None."""
     m, head_dim = call.x.shape[0], rotary.head_dim
     if call.activation != "none":

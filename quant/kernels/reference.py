@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lowbit.quant.kernels.extension import EXTENSION, reason_against_device
 from lowbit.quant.kernels.packed import dequantize_packed
-from lowbit.quant.kernels.problem import PART, Call, Deferred, NextNorm, Problem, Rotary
+from lowbit.quant.kernels.problem import PART, Deferred, NextNorm, PackedCall, Problem, Rotary
 
 
 def reason_against(problem: Problem) -> str | None:
@@ -17,12 +17,12 @@ def reason_against(problem: Problem) -> str | None:
     return reason_against_device(problem.capability)
 
 
-def run(call: Call) -> Tensor:
+def run(call: PackedCall) -> Tensor:
     """y of `call`, with the product in float32."""
     return compute(call, dequantize_packed(call.weight))
 
 
-def compute(call: Call, w: Tensor) -> Tensor:
+def compute(call: PackedCall, w: Tensor) -> Tensor:
     """y of `call` with the dense weight `w` (n, k). The product is computed in w's dtype, everything else in
     float32."""
     sums = (normalize(call).to(w.dtype) @ w.T).float()
@@ -60,13 +60,13 @@ def divided(x: Tensor, deferred: Deferred) -> Tensor:
     return (x.float() * inverse_deviation(deferred)).to(x.dtype)
 
 
-def whole(call: Call) -> Call:
+def whole(call: PackedCall) -> PackedCall:
     """`call` with its deferred norm applied to x, and without next_norm, which `begin_norm` computes."""
     x = call.x if call.deferred is None else divided(call.x, call.deferred)
     return replace(call, x=x, deferred=None, next_norm=None)
 
 
-def normalize(call: Call) -> Tensor:
+def normalize(call: PackedCall) -> Tensor:
     """norm(x), rounded to x's dtype."""
     if call.norm_weight is None:
         return call.x

@@ -17,38 +17,56 @@ from lowbit.quant.kernels import (
     wna16_gemm,
     wna16_gemv,
 )
-from lowbit.quant.kernels.problem import Problem
+from lowbit.quant.kernels.dense import DenseCall
+from lowbit.quant.kernels.problem import PackedCall, Problem
+from lowbit.quant.kernels.w8a8 import Int8Call
 
 
 @dataclass(frozen=True)
 class Kernel:
     """A kernel for a kind of call: the reason why it cannot run a Problem (or None), and the function that runs it.
 
-    defers  True if it finishes the norm before this product and (packed weights) starts the one after it, faster than a
-            norm kernel
+    choose_launch  the launch for a problem, if there is a choice
+    defers         True if it finishes the norm before this product and (packed weights) starts the one after it, faster
+                   than a norm kernel
     """
 
     name: str
     reason_against: Callable[[Problem], str | None]
     run: Callable[[Any, Problem], Tensor]
+    choose_launch: Callable[[Problem], object] | None = None
     defers: bool = False
 
 
+def with_whole_norms(run: Callable[[Any, Problem], Tensor]) -> Callable[[PackedCall, Problem], Tensor]:
+    """`run` for calls with half-applied norms: the deferred one is finished before it, the next one begun after it."""
+
+    def running(call: PackedCall, problem: Problem) -> Tensor:
+        if call.deferred is None and call.next_norm is None:
+            return run(call, problem)
+        y = run(reference.whole(call), problem)
+        if call.next_norm is not None:
+            reference.begin_norm(y, call.next_norm)
+        return y
+
+    return running
+
+
 KERNELS = (
-    Kernel("wna16_gemm", wna16_gemm.reason_against, wna16_gemm.run),
-    Kernel("wna16_gemv", wna16_gemv.reason_against, wna16_gemv.run, defers=True),
-    Kernel("wna16_dequantize", wna16_dequantize.reason_against, lambda call, problem: wna16_dequantize.run(call)),
+    Kernel("wna16_gemm", wna16_gemm.reason_against, with_whole_norms(wna16_gemm.run), wna16_gemm.choose_launch),
+    Kernel("wna16_gemv", wna16_gemv.reason_against, wna16_gemv.run, wna16_gemv.choose_launch, defers=True),
+    Kernel("wna16_dequantize", wna16_dequantize.reason_against, with_whole_norms(wna16_dequantize.run)),
     Kernel("reference", reference.reason_against, lambda call, problem: reference.run(call), defers=True),
 )
 # For x in int8.
 INT8_KERNELS = (
-    Kernel("w8a8_cutlass", w8a8_cutlass.reason_against, w8a8_cutlass.run),
-    Kernel("w8a8_gemm", w8a8_gemm.reason_against, w8a8_gemm.run),
+    Kernel("w8a8_cutlass", w8a8_cutlass.reason_against, w8a8_cutlass.run, w8a8_cutlass.choose_launch),
+    Kernel("w8a8_gemm", w8a8_gemm.reason_against, w8a8_gemm.run, w8a8_gemm.choose_launch),
     Kernel("torch._int_mm", lambda problem: None, lambda call, problem: w8a8.reference(call)),
 )
 # For W in half precision, or in float32.
 DENSE_KERNELS = (
-    Kernel("dense_gemv", dense_gemv.reason_against, dense_gemv.run, defers=True),
+    Kernel("dense_gemv", dense_gemv.reason_against, dense_gemv.run, dense_gemv.choose_launch, defers=True),
     Kernel("torch", lambda problem: None, lambda call, problem: dense.reference(call)),
 )
 
@@ -73,3 +91,12 @@ def choose_kernel(problem: Problem) -> Kernel:
 def defers(problem: Problem) -> bool:
     """True if fusing the neighbouring RMS norm beats a separate norm kernel. Always possible on a CPU."""
     return problem.capability is None or choose_kernel(problem).defers
+
+
+def compute(call: PackedCall | Int8Call | DenseCall) -> Tensor:
+    """y of `call` by the first kernel that takes it. ValueError where the tensors do not fit together."""
+    call.check()
+    if 0 in call.y_shape:
+        return call.empty()
+    problem = call.problem()
+    return choose_kernel(problem).run(call, problem)

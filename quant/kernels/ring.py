@@ -2,9 +2,8 @@
 
 from dataclasses import dataclass
 from itertools import product
-from typing import Any
 
-from lowbit.quant.kernels.extension import EXTENSION, reason_against_90a
+from lowbit.quant.kernels.extension import reason_against_90a
 from lowbit.quant.kernels.problem import Problem
 
 CHUNK_BYTES = 128  # of a row per stage
@@ -77,13 +76,3 @@ def cuts_of(m: int, n: int, row_bytes: int, processors: int) -> list[Launch]:
             stages = min(stages_of(m, warpgroups, shared), -(-chunks // cluster))
             cuts[Launch(warpgroups, cluster, stages)] = None
     return list(cuts)
-
-
-def launch_of(launch: Launch, device: int, dependent: bool) -> Any:
-    """csrc/ring_launch.cuh's struct."""
-    assert EXTENSION is not None
-    cut = EXTENSION.RingLaunch()
-    for name, value in vars(launch).items():
-        setattr(cut, name, value)
-    cut.device, cut.dependent = device, dependent
-    return cut

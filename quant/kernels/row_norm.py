@@ -1,13 +1,12 @@
 """Preparation of a product's input rows in one kernel: activation, norm and rounding to int8, each if requested."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from lowbit.quant.kernels.extension import EXTENSION, reason_against_device
+from lowbit.quant.kernels.extension import launch, reason_against_device
 from lowbit.quant.kernels.problem import ACTIVATIONS, NORMS
 from lowbit.quant.kernels.reference import activate
 from lowbit.quant.numbers import INT8
@@ -49,14 +48,23 @@ class Rows:
         m, width = self.x.shape
         return m, width // 2 if self.activation == "silu_mul" else width
 
+    def empty(self) -> Tensor:
+        """Memory for y."""
+        return self.x.new_empty(self.shape)
+
+    def empty_codes(self) -> tuple[Tensor, Tensor]:
+        """Memory for codes and scales."""
+        codes = self.x.new_empty(self.shape, dtype=torch.int8)
+        return codes, self.x.new_empty(self.shape[0], dtype=torch.float32)
+
 
 def run(call: Rows) -> Tensor:
     """y of `call`. ValueError if its parts do not fit together."""
     check(call)
     if reason_against(call):
         return reference(call)
-    y = call.x.new_empty(call.shape)
-    launch(call, y=y)
+    y = call.empty()
+    run_kernel(call, y=y)
     return y
 
 
@@ -67,26 +75,17 @@ def quantize(call: Rows) -> tuple[Tensor, Tensor]:
         raise ValueError("int8 is 'none': codes need 'token' or 'tensor'")
     if reason_against(call):
         return reference_codes(call)
-    codes = torch.empty(call.shape, dtype=torch.int8, device=call.x.device)
-    scales = torch.empty(call.shape[0], dtype=torch.float32, device=call.x.device)
-    launch(call, codes=codes, scales=scales)
+    codes, scales = call.empty_codes()
+    run_kernel(call, codes=codes, scales=scales)
     return codes, scales
 
 
-def launch(call: Rows, **outputs: Tensor) -> None:
+def run_kernel(call: Rows, y: Tensor | None = None, codes: Tensor | None = None, scales: Tensor | None = None) -> None:
     """Run the kernel on `call`, which `check` has passed."""
-    assert EXTENSION is not None
-    x = call.x
-    args: Any = EXTENSION.RowNormArgs()
-    tensors = {"x": x, "weight": call.weight, "bias": call.bias, "input_scale": call.input_scale, **outputs}
-    for name, tensor in tensors.items():
-        setattr(args, name, 0 if tensor is None else tensor.data_ptr())
-    args.m, args.k = call.shape
-    args.norm, args.eps, args.int8 = NORMS.index(call.norm), call.eps, call.int8 != "none"
-    args.activation = ACTIVATIONS.index(call.activation)
-    with torch.cuda.device(x.device):
-        stream = torch.cuda.current_stream().cuda_stream
-        EXTENSION.row_norm(x.dtype == torch.bfloat16, args, x.device.index, call.dependent, stream)
+    m, k = call.shape
+    args = {name: getattr(call, name) for name in ("x", "norm", "weight", "bias", "eps", "input_scale", "activation")}
+    args |= {"m": m, "k": k, "int8": call.int8 != "none", "y": y, "codes": codes, "scales": scales}
+    launch("row_norm", call.x.dtype, device=call.x.device, args=args, dependent=call.dependent)
 
 
 def check(call: Rows) -> None:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lowbit.quant.kernels.problem import Problem
+from lowbit.quant.kernels.problem import Problem, place_of
 from lowbit.quant.qtensor import QTensor
 
 K_STEP = 16  # inputs per read of the copy engine and CUTLASS
@@ -67,6 +67,22 @@ class Int8Call:
     def y_dtype(self) -> torch.dtype:
         return self.dtype
 
+    def empty(self) -> Tensor:
+        """Memory for y."""
+        return self.x.new_empty(self.y_shape, dtype=self.dtype)
+
+    def problem(self) -> Problem:
+        """The Problem of this call, for the choice of a kernel. Queries the GPU's capability."""
+        (m, n), k = self.y_shape, self.weight.k
+        return Problem(m, n, k, 8, -1, self.dtype, *place_of(self.x.device), int8_inputs=True)
+
+    def check(self) -> None:
+        """ValueError, with numbers, if the tensors do not fit together."""
+        reason = reason_against_tensors(self)
+        if reason:
+            shapes = tuple(self.x.shape), tuple(self.weight.codes.shape)
+            raise ValueError(f"int8 rows {shapes[0]} with a weight {shapes[1]}: {reason}")
+
 
 def reason_against_packing(n: int, k: int) -> str | None:
     """The reason why a weight of this shape cannot be packed, or None."""
@@ -89,23 +105,6 @@ def pack_int8(weight: QTensor) -> Int8Weight:
     if reason:
         raise ValueError(f"a {scheme} weight of shape ({n}, {k}) cannot be multiplied in int8: {reason}")
     return Int8Weight(weight.codes.contiguous(), weight.scales.reshape(-1).float().contiguous())
-
-
-def problem_of(call: Int8Call) -> Problem:
-    """The Problem of `call`, for the choice of a kernel. Queries the GPU's capability."""
-    device, (m, n), k = call.x.device, call.y_shape, call.weight.k
-    capability, processors = None, 0
-    if device.type == "cuda":
-        properties = torch.cuda.get_device_properties(device)
-        capability, processors = (properties.major, properties.minor), properties.multi_processor_count
-    return Problem(m, n, k, 8, -1, call.dtype, device.type, capability, processors, int8_inputs=True)
-
-
-def check(call: Int8Call) -> None:
-    """ValueError, with numbers, if the tensors do not fit together."""
-    reason = reason_against_tensors(call)
-    if reason:
-        raise ValueError(f"int8 rows {tuple(call.x.shape)} with a weight {tuple(call.weight.codes.shape)}: {reason}")
 
 
 def reason_against_tensors(call: Int8Call) -> str | None:

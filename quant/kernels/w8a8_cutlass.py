@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lowbit.quant.kernels import w8a8_gemm
-from lowbit.quant.kernels.extension import EXTENSION
+from lowbit.quant.kernels.extension import launch
 from lowbit.quant.kernels.problem import Problem
 from lowbit.quant.kernels.w8a8 import Int8Call
 
@@ -47,16 +47,10 @@ def choose_launch(problem: Problem) -> Launch:
     return Launch(tile=1, swizzle=8 if problem.n <= NARROW_Y else 1)
 
 
-def run(call: Int8Call, problem: Problem, launch: Launch | None = None) -> Tensor:
+def run(call: Int8Call, problem: Problem, cut: Launch | None = None) -> Tensor:
     """y of `call`, which w8a8.check has passed. ValueError if a tensor is not aligned to 16 bytes."""
-    assert EXTENSION is not None
-    y = torch.empty(call.y_shape, dtype=call.dtype, device=call.x.device)
-    chosen = launch or choose_launch(problem)
-    cut = EXTENSION.W8a8CutlassLaunch()
-    cut.tile, cut.swizzle = chosen.tile, chosen.swizzle
-    cut.device, cut.processors = y.device.index, problem.processors
-    args = w8a8_gemm.args_of(call, y)
-    with torch.cuda.device(y.device):
-        stream = torch.cuda.current_stream().cuda_stream
-        EXTENSION.w8a8_cutlass(call.dtype == torch.bfloat16, args, cut, stream)
+    y = call.empty()
+    cut, args = cut or choose_launch(problem), w8a8_gemm.args_of(call, y)
+    sizes = {"processors": problem.processors, "swizzle": cut.swizzle}
+    launch("w8a8_cutlass", y.dtype, cut.tile, device=y.device, args=args, **sizes)
     return y

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from lowbit.quant.kernels import ops
+from lowbit.quant.kernels.dense import DenseCall
 from lowbit.quant.kernels.packed import TILE_ROWS, PackedWeight, has_kernel, prepack, reason_against_packing
-from lowbit.quant.kernels.problem import PART, PARTS, Deferred, Problem, Rotary, place_of
+from lowbit.quant.kernels.problem import PART, PARTS, Deferred, PackedCall, Problem, Rotary, place_of
 from lowbit.quant.kernels.reference import activate
 from lowbit.quant.kernels.row_norm import Rows
-from lowbit.quant.kernels.w8a8 import Int8Weight, pack_int8
+from lowbit.quant.kernels.w8a8 import Int8Call, Int8Weight, pack_int8
 from lowbit.quant.kernels.w8a8 import reason_against_packing as reason_against_int8
 from lowbit.quant.numbers import INT8
 from lowbit.quant.numerics import input_rounding
@@ -94,7 +95,7 @@ class Weight(Protocol):
     def multiply_turning(
         self, rows: Rows, end: Epilogue, hints: Hints, rotary: Rotary, deferred: Deferred | None = None
     ) -> Tensor:
-        """q (m, heads * head_dim), rotated; k and v are written to the cache: see ops.qkv_rotary_append."""
+        """q (m, heads * head_dim), rotated; k and v are written to the cache: see problem.Rotary."""
 
 
 class Plain:
@@ -142,36 +143,22 @@ class Packed(PackedWeight):
     def turns(self, head_dim: int) -> bool:
         return self.pair_block == head_dim
 
+    def call(self, rows: Rows, end: Epilogue, hints: Hints, deferred: Deferred | None = None) -> PackedCall:
+        """The product as the operators take it."""
+        return PackedCall(prepared(rows), self, **vars(end), **vars(hints), deferred=deferred)
+
     def multiply(self, rows: Rows, end: Epilogue, hints: Hints, deferred: Deferred | None = None) -> Tensor:
-        x, dependent, ahead = prepared(rows), hints.dependent, hints.next_weight
-        if end.activation == "silu_mul":
-            return ops.gated_linear(x, self, end.bias, dependent=dependent, next_weight=ahead, deferred=deferred)
-        return ops.linear(
-            x,
-            self,
-            end.bias,
-            end.residual,
-            activation=end.activation,
-            float32_out=end.float32_out,
-            dependent=dependent,
-            next_weight=ahead,
-            deferred=deferred,
-        )
+        return ops.linear(self.call(rows, end, hints, deferred))
 
     def multiply_beginning(
         self, rows: Rows, end: Epilogue, hints: Hints, norm_weight: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        x, dependent, ahead = prepared(rows), hints.dependent, hints.next_weight
-        sides = end.bias, end.residual
-        return ops.linear_deferring(x, self, norm_weight, *sides, dependent=dependent, next_weight=ahead)
+        return ops.linear_deferring(self.call(rows, end, hints), norm_weight)
 
     def multiply_turning(
         self, rows: Rows, end: Epilogue, hints: Hints, rotary: Rotary, deferred: Deferred | None = None
     ) -> Tensor:
-        x, dependent, ahead = prepared(rows), hints.dependent, hints.next_weight
-        return ops.qkv_rotary_append(
-            x, self, rotary, end.bias, dependent=dependent, next_weight=ahead, deferred=deferred
-        )
+        return ops.linear(replace(self.call(rows, end, hints, deferred), rotary=rotary))
 
 
 @dataclass(frozen=True)
@@ -195,7 +182,7 @@ class Int8(Int8Weight, Plain):
     def multiply(self, rows: Rows, end: Epilogue, hints: Hints, deferred: Deferred | None = None) -> Tensor:
         codes, scales = ops.quantize_rows(rows)
         # may always start early: it waits for the rounding kernel, which has waited for all previous work
-        y = ops.w8a8_linear(codes, self, end.bias, end.residual, x_scales=scales, dtype=rows.x.dtype, dependent=True)
+        y = ops.w8a8_linear(Int8Call(codes, scales, self, end.bias, end.residual, rows.x.dtype, dependent=True))
         return y.float() if end.float32_out else y
 
 
@@ -232,16 +219,8 @@ class Dense(Plain):
         return activation == "silu_mul" or not activation.endswith("_mul")
 
     def multiply(self, rows: Rows, end: Epilogue, hints: Hints, deferred: Deferred | None = None) -> Tensor:
-        return ops.dense_linear(
-            prepared(rows),
-            self.matrix,
-            end.bias,
-            end.residual,
-            activation=end.activation,
-            float32_out=end.float32_out,
-            dependent=hints.dependent,
-            deferred=deferred,
-        )
+        call = DenseCall(prepared(rows), self.matrix, **vars(end), dependent=hints.dependent, deferred=deferred)
+        return ops.dense_linear(call)
 
 
 def prepared(rows: Rows) -> Tensor:

@@ -1,22 +1,24 @@
-"""Arguments of the products with a packed weight: csrc/wna16_args.cuh's struct, filled from a Call."""
+"""Arguments of the products with a packed weight: csrc/wna16_args.cuh's struct, filled from a PackedCall."""
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lowbit.quant.kernels import reference
-from lowbit.quant.kernels.extension import EXTENSION
-from lowbit.quant.kernels.packed import CHUNK_K, padded, scale_shift
-from lowbit.quant.kernels.problem import ACTIVATIONS, NORMS, Call, check_alignment
+from lowbit.quant.kernels.extension import launch
+from lowbit.quant.kernels.packed import CHUNK_K, groups_per_chunk, padded, scale_shift
+from lowbit.quant.kernels.problem import PackedCall, Rotary, check_alignment
 
 # Bytes of the next product's weight to prefetch. Of a step of Llama-2-7B in 4 bits, 2 MB save 2.6%, 3 MB 3.4%, 4 MB
 # 3.9% (docs/kernels/wna16_gemv.md). In an earlier form, 8 MB lost what 3 MB gained.
 NEXT_BYTES = 4 << 20
+# Fields of the struct that are the call's own.
+SAME = ["x", "bias", "residual", "norm", "norm_weight", "norm_bias", "activation", "float32_out", "next_weight"]
 
 
-def prepare(call: Call, most_staged: int) -> Call:
+def prepare(call: PackedCall, most_staged: int) -> PackedCall:
     """`call` adapted to the kernels: k padded to whole chunks, norms applied that need more than `most_staged` bytes,
     alignment checked."""
     m, k = call.x.shape
@@ -36,42 +38,42 @@ def prepare(call: Call, most_staged: int) -> Call:
     return call
 
 
-def args_of(call: Call, y: Tensor) -> Any:
-    """The kernels' struct: addresses (0 for None) and sizes."""
-    assert EXTENSION is not None
-    weight = call.weight
-    args = EXTENSION.Wna16Args()
-    tensors = {
-        "x": call.x,
+def args_of(call: PackedCall, y: Tensor) -> dict[str, Any]:
+    """The kernels' struct, by name."""
+    weight, deferred, following, rotary = call.weight, call.deferred, call.next_norm, call.rotary
+    (m, k), (tiles, chunks), ahead = call.x.shape, weight.words.shape[:2], call.next_weight
+    kv_heads = 0 if rotary is None else rotary.kv_heads
+    rows = (call.bias, call.residual, y, *((rotary.k_cache, rotary.v_cache) if rotary else ()))
+    return {
+        **{name: getattr(call, name) for name in SAME},
+        **{field.name: getattr(rotary, field.name, None) for field in fields(Rotary)},
         "words": weight.words,
         "scales": weight.scales,
         "zeros": weight.zeros,
-        "bias": call.bias,
-        "residual": call.residual,
-        "norm_weight": call.norm_weight,
-        "norm_bias": call.norm_bias,
         "y": y,
-        "next_weight": call.next_weight,
+        "m": m,
+        "n": weight.n,
+        "k": k,
+        "tiles": tiles,
+        "chunks": chunks,
+        "stage_x": call.norm != "none",
+        "pair_block": weight.pair_block,
+        "scale_rows": weight.scales.shape[1],
+        "scale_shift": scale_shift(weight.group_size),
+        "norm_eps": call.norm_eps if deferred is None else deferred.eps,
+        "vectors": weight.n % 8 == 0 and all(tensor is None or tensor.data_ptr() % 16 == 0 for tensor in rows),
+        "q_heads": 0 if rotary is None else weight.n // rotary.head_dim - 2 * kv_heads,
+        "kv_heads": kv_heads,
+        "next_bytes": 0 if ahead is None else min(NEXT_BYTES, ahead.nbytes) // 16 * 16,
+        "x_squares": None if deferred is None else deferred.squares,
+        "x_parts": 0 if deferred is None else deferred.squares.shape[1],
+        "next_norm": None if following is None else following.weight,
+        "z": None if following is None else following.z,
+        "squares": None if following is None else following.squares,
     }
-    args.next_bytes = 0 if call.next_weight is None else min(NEXT_BYTES, call.next_weight.nbytes) // 16 * 16
-    args.m, args.k = call.x.shape
-    args.n, args.pair_block = weight.n, weight.pair_block
-    args.tiles, args.chunks = weight.words.shape[:2]
-    args.stage_x = call.norm != "none"
-    args.scale_rows, args.scale_shift = weight.scales.shape[1], scale_shift(weight.group_size)
-    args.norm, args.norm_eps = NORMS.index(call.norm), call.norm_eps
-    args.activation, args.float32_out = ACTIVATIONS.index(call.activation), call.float32_out
-    if call.rotary is not None:
-        tensors |= vars(call.rotary)
-        args.kv_heads = call.rotary.kv_heads
-        args.q_heads = weight.n // call.rotary.head_dim - 2 * args.kv_heads
-    if call.deferred is not None:
-        tensors["x_squares"], args.norm_eps = call.deferred.squares, call.deferred.eps
-        args.x_parts = call.deferred.squares.shape[1]
-    if call.next_norm is not None:
-        tensors |= {"next_norm": call.next_norm.weight, "z": call.next_norm.z, "squares": call.next_norm.squares}
-    for name, tensor in tensors.items():
-        setattr(args, name, 0 if tensor is None else tensor.data_ptr())
-    rows = (call.bias, call.residual, y, *((call.rotary.k_cache, call.rotary.v_cache) if call.rotary else ()))
-    args.vectors = weight.n % 8 == 0 and all(tensor is None or tensor.data_ptr() % 16 == 0 for tensor in rows)
-    return args
+
+
+def launch_product(kernel: str, call: PackedCall, y: Tensor, **cut: Any) -> None:
+    """Run a kernel on `call`, which `prepare` has adapted. `cut` is its launch struct, without groups_per_chunk."""
+    groups, variant = groups_per_chunk(call.weight.group_size), (call.x.dtype, call.weight.bits)
+    launch(kernel, *variant, device=y.device, args=args_of(call, y), groups_per_chunk=groups, **cut)

@@ -6,9 +6,9 @@ from torch import Tensor
 
 from lowbit.quant.kernels import reference, row_norm
 from lowbit.quant.kernels.decode_attention import Append, KVCache, append
-from lowbit.quant.kernels.extension import EXTENSION, reason_against_device
+from lowbit.quant.kernels.extension import EXTENSION, launch, reason_against_device
 from lowbit.quant.kernels.packed import PackedWeight, dequantize_packed, groups_per_chunk, scale_shift
-from lowbit.quant.kernels.problem import Call, Problem, Rotary, check_alignment
+from lowbit.quant.kernels.problem import PackedCall, Problem, Rotary, check_alignment
 from lowbit.quant.kernels.row_norm import Rows
 
 # Fitted on one H100 within 6% (rms): microseconds per launch; bytes per microsecond of reading packed and writing dense
@@ -30,7 +30,7 @@ def estimated_us(problem: Problem) -> float:
     return LAUNCHES_US + numbers * (2 + problem.bits / 8) / WRITE_RATE + product
 
 
-def run(call: Call) -> Tensor:
+def run(call: PackedCall, problem: Problem | None = None) -> Tensor:
     """y of `call`: the weight is dequantized to x's dtype once, then the vendor's matrix product reads it.
 
     An epilogue that the product itself, or one kernel after it, can apply does not go through float32 in memory: that
@@ -54,6 +54,11 @@ def appended(qkv: Tensor, rotary: Rotary) -> Append:
     return Append(qkv, rotary.positions, rotary.slots, rotary.cosines, rotary.sines, cache)
 
 
+def empty(weight: PackedWeight) -> Tensor:
+    """Memory for the dense weight (n, k)."""
+    return weight.scales.new_empty(weight.n, weight.k)
+
+
 def dequantize(weight: PackedWeight) -> Tensor:
     """(code - zero) * scale, rounded once to the scales' dtype, (n, k), on the weight's device.
 
@@ -62,14 +67,18 @@ def dequantize(weight: PackedWeight) -> Tensor:
     if EXTENSION is None or weight.words.device.type != "cuda":
         return dequantize_packed(weight).to(weight.dtype)
     check_alignment(words=weight.words, scales=weight.scales)
-    w = torch.empty(weight.n, weight.k, dtype=weight.dtype, device=weight.words.device)
-    args = EXTENSION.Wna16DequantizeArgs()
-    args.words, args.scales, args.w = weight.words.data_ptr(), weight.scales.data_ptr(), w.data_ptr()
-    args.zeros = 0 if weight.zeros is None else weight.zeros.data_ptr()
-    args.n, args.k, args.pair_block = weight.n, weight.k, weight.pair_block
-    args.groups_per_chunk, args.scale_rows = groups_per_chunk(weight.group_size), weight.scales.shape[1]
-    args.scale_shift = scale_shift(weight.group_size)
-    with torch.cuda.device(w.device):
-        stream = torch.cuda.current_stream().cuda_stream
-        EXTENSION.wna16_dequantize(weight.dtype == torch.bfloat16, weight.bits, args, w.device.index, stream)
+    w = empty(weight)
+    args = {
+        "words": weight.words,
+        "scales": weight.scales,
+        "zeros": weight.zeros,
+        "w": w,
+        "n": weight.n,
+        "k": weight.k,
+        "pair_block": weight.pair_block,
+        "groups_per_chunk": groups_per_chunk(weight.group_size),
+        "scale_rows": weight.scales.shape[1],
+        "scale_shift": scale_shift(weight.group_size),
+    }
+    launch("wna16_dequantize", weight.dtype, weight.bits, device=w.device, args=args)
     return w

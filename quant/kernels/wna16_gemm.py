@@ -6,16 +6,14 @@ as long as that is faster than dequantizing the weight first.
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
 
-import torch
 from torch import Tensor
 
 from lowbit.quant.kernels import wna16_dequantize, wna16_gemv
-from lowbit.quant.kernels.extension import EXTENSION, reason_against_90a
-from lowbit.quant.kernels.packed import CHUNK_K, TILE_ROWS, groups_per_chunk, padded
-from lowbit.quant.kernels.problem import Call, Problem
-from lowbit.quant.kernels.wna16_args import args_of, prepare
+from lowbit.quant.kernels.extension import reason_against_90a
+from lowbit.quant.kernels.packed import CHUNK_K, TILE_ROWS, padded
+from lowbit.quant.kernels.problem import PackedCall, Problem
+from lowbit.quant.kernels.wna16_args import launch_product, prepare
 
 ONE_SLAB_M, SLAB = 64, 128  # most rows of one block; rows of a slab
 FEW_M, SOME_M = 8, 16  # rows for which wna16_gemv is nearly always faster, or faster for a small W
@@ -111,23 +109,9 @@ def cost_of(launch: Launch, problem: Problem) -> float:
     return waves * (chunks * (launch.warpgroups + SLAB_STEP) + launch.cluster * SLAB_SETTLE)
 
 
-def run(call: Call, problem: Problem, launch: Launch | None = None) -> Tensor:
+def run(call: PackedCall, problem: Problem, cut: Launch | None = None) -> Tensor:
     """y of `call`, which problem.check has passed. ValueError if a tensor is not aligned to 16 bytes."""
-    assert EXTENSION is not None
     call = prepare(call, most_staged=0)
-    y = torch.empty(call.y_shape, dtype=call.y_dtype, device=call.x.device)
-    args = args_of(call, y)
-    with torch.cuda.device(y.device):
-        stream = torch.cuda.current_stream().cuda_stream
-        cut = launch_of(launch or choose_launch(problem), call, y.device.index)
-        EXTENSION.wna16_gemm(call.x.dtype == torch.bfloat16, call.weight.bits, args, cut, stream)
+    y = call.empty()
+    launch_product("wna16_gemm", call, y, dependent=call.dependent, **vars(cut or choose_launch(problem)))
     return y
-
-
-def launch_of(launch: Launch, call: Call, device: int) -> Any:
-    """The kernel's launch struct."""
-    assert EXTENSION is not None
-    cut = EXTENSION.Wna16GemmLaunch()
-    cut.warpgroups, cut.cluster = launch.warpgroups, launch.cluster
-    cut.device, cut.groups_per_chunk, cut.dependent = device, groups_per_chunk(call.weight.group_size), call.dependent
-    return cut

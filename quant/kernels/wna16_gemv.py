@@ -2,15 +2,13 @@
 
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any
 
-import torch
 from torch import Tensor
 
-from lowbit.quant.kernels.extension import EXTENSION, reason_against_device
-from lowbit.quant.kernels.packed import CHUNK_K, TILE_ROWS, groups_per_chunk
-from lowbit.quant.kernels.problem import Call, Problem, has_fast_memory
-from lowbit.quant.kernels.wna16_args import args_of, prepare
+from lowbit.quant.kernels.extension import reason_against_device
+from lowbit.quant.kernels.packed import CHUNK_K, TILE_ROWS
+from lowbit.quant.kernels.problem import PackedCall, Problem, has_fast_memory
+from lowbit.quant.kernels.wna16_args import launch_product, prepare
 
 MAX_M, FEW_ROWS = 64, 8
 MAX_WARPS = 8  # per block
@@ -126,29 +124,13 @@ def most_staged_bytes(capability: tuple[int, int] | None) -> int:
     return 96 << 10
 
 
-def run(call: Call, problem: Problem, launch: Launch | None = None) -> Tensor:
+def run(call: PackedCall, problem: Problem, cut: Launch | None = None) -> Tensor:
     """y of `call`, which problem.check has passed. ValueError if a tensor is not aligned to 16 bytes."""
-    assert EXTENSION is not None
     fast = has_fast_memory(call.x.device)
-    if launch is None:
-        launch = widened(choose_launch(problem), problem) if fast else choose_launch(problem)
-    call = prepare(call, most_staged_bytes(problem.capability) * launch.cluster)
-    y = torch.empty(call.y_shape, dtype=call.y_dtype, device=call.x.device)
-    args = args_of(call, y)
-    with torch.cuda.device(y.device):
-        stream = torch.cuda.current_stream().cuda_stream
-        cut = launch_of(launch, call, y.device.index)
-        if fast and leaves_room(launch, problem):
-            cut.dependent = False
-        EXTENSION.wna16_gemv(call.x.dtype == torch.bfloat16, call.weight.bits, args, cut, stream)
+    if cut is None:
+        cut = widened(choose_launch(problem), problem) if fast else choose_launch(problem)
+    call = prepare(call, most_staged_bytes(problem.capability) * cut.cluster)
+    y = call.empty()
+    dependent = call.dependent and not (fast and leaves_room(cut, problem))
+    launch_product("wna16_gemv", call, y, dependent=dependent, **vars(cut))
     return y
-
-
-def launch_of(launch: Launch, call: Call, device: int) -> Any:
-    """The kernel's launch struct."""
-    assert EXTENSION is not None
-    cut = EXTENSION.Wna16GemvLaunch()
-    for name, value in vars(launch).items():
-        setattr(cut, name, value)
-    cut.device, cut.groups_per_chunk, cut.dependent = device, groups_per_chunk(call.weight.group_size), call.dependent
-    return cut

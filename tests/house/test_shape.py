@@ -11,8 +11,6 @@ MOST_LINES = 60  # of code, the docstring not counted
 MOST_PARAMETERS = 8  # self not counted
 # Environment variables are read here and in setup.py alone.
 READS_ENVIRONMENT = {"models/cache.py", "models/demo.py"}
-# The parameters of a torch operator are its schema, and a schema is flat.
-DECLARES_OPERATORS = {"quant/kernels/ops.py"}
 
 
 def undocumented(module: Module) -> Iterator[str]:
@@ -30,7 +28,7 @@ def too_big(module: Module) -> Iterator[str]:
         where = f"{module.file}:{function.lineno}: {function.name}"
         if (lines := lines_of(function)) > MOST_LINES:
             yield f"{where} has {lines} lines"
-        flat = is_command(function) or module.file in DECLARES_OPERATORS or is_public_api(module, function)
+        flat = is_command(function) or is_public_api(module, function)
         if not flat and (count := parameters(function)) > MOST_PARAMETERS:
             yield f"{where} has {count} parameters"
 

@@ -1,12 +1,17 @@
 """Weights, activations and tolerances that the kernels' tests share."""
 
 from collections.abc import Callable
+from dataclasses import fields, is_dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from lowbit.quant.kernels import ops
+from lowbit.quant.kernels.ops import Operator
 from lowbit.quant.kernels.packed import PackedWeight, prepack
-from lowbit.quant.kernels.w8a8 import Int8Weight, pack_int8
+from lowbit.quant.kernels.row_norm import Rows
+from lowbit.quant.kernels.w8a8 import Int8Call, Int8Weight, pack_int8
 from lowbit.quant.kernels.weight import Linear, inputs_of, pack
 from lowbit.quant.qtensor import QTensor, round_to_nearest
 from lowbit.quant.scheme import make_scheme, parse_scheme
@@ -63,7 +68,29 @@ def assert_close_as_half(y: Tensor, exact: Tensor, half: Tensor) -> None:
 
 
 def on_cpu(value):
-    return value.cpu() if isinstance(value, Tensor) else value
+    """A copy of a tensor, or of all that a call holds, on the CPU."""
+    if is_dataclass(value):
+        return replace(value, **{field.name: on_cpu(getattr(value, field.name)) for field in fields(value)})
+    return value.cpu().clone() if isinstance(value, Tensor) else value
+
+
+def opcheck(operator: Operator, call: Any) -> None:
+    """torch's checks of an operator: schema, shapes while tracing, aliases, dispatch."""
+    torch.library.opcheck(operator.torch, tuple(operator.arguments(call)))
+
+
+def int8_call(
+    x: Tensor,
+    weight: Int8Weight,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    input_scale: Tensor | None = None,
+    dependent: bool = False,
+) -> Int8Call:
+    """The product of rows x in halves, rounded to int8 by a kernel of its own, which the product waits for."""
+    kind = "token" if input_scale is None else "tensor"
+    rows = ops.quantize_rows(Rows(x, int8=kind, input_scale=input_scale, dependent=dependent))
+    return Int8Call(*rows, weight, bias, residual, x.dtype, dependent=True)
 
 
 def assert_devices_agree(y: Tensor, expected: Tensor) -> None:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from lowbit.quant.kernels import ops
 from lowbit.quant.kernels.choose_tokens import MAX_BLOCKS, Choice, Cursor, Noise, choose_blocks, mix, perturbed
+from tests.kernels.make import opcheck
 
 NAN, INF = float("nan"), float("inf")
 LAST = 9
@@ -106,13 +107,9 @@ def test_no_rows_are_no_work():
 def test_opcheck_and_compile():
     for moves in (True, False):
         call = make_choice(torch.randn(2, 9), moves)
-        cursor = call.cursor
-        places = (cursor.positions, cursor.slots, LAST) if cursor else (None, None, 0)
-        args = (call.scores, call.tokens, call.written, *places, None, None, False)
-        torch.library.opcheck(torch.ops.lowbit.choose_tokens.default, args)
+        opcheck(ops.choose, call)
     call = noisy(call)
-    args = (*args[:-3], call.noise.temperature, call.noise.seed, False)
-    torch.library.opcheck(torch.ops.lowbit.choose_tokens.default, args)
+    opcheck(ops.choose, call)
     call = replace(call, noise=None)
     torch.compile(ops.choose, fullgraph=True, backend="aot_eager")(call)
     assert torch.equal(call.tokens, call.scores.argmax(-1))

@@ -20,6 +20,7 @@ from lowbit.quant.kernels.decode_attention import (
     loaded,
     most_bytes,
 )
+from tests.kernels.make import opcheck
 
 CONTEXT = 96
 # heads, kv_heads, head_dim: multi-head, grouped (by 4, by 7, by 16), and widths that fill no lane count
@@ -199,11 +200,9 @@ def test_the_bytes_of_a_cache_are_those_of_its_longest_sequence():
 
 def test_operators_pass_opcheck():
     call = make_append((2, 2, 16), [7, 9], torch.float32, int8=True)
-    append = (call.qkv, call.positions, call.slots, call.cosines, call.sines, *ops.cache_args(call.cache))
-    torch.library.opcheck(torch.ops.lowbit.append_heads, (*append, call.q_norm, None, 1e-6, False))
-    q, starts = torch.randn(2, 32), call.slots - call.positions
-    attention = (q, *ops.cache_args(call.cache), starts, call.positions, 0.25, 4, 0.0, 64, False)
-    torch.library.opcheck(torch.ops.lowbit.decode_attention, attention)
+    opcheck(ops.append_heads, replace(call, k_norm=None))
+    attention = Attention(torch.randn(2, 32), call.cache, call.slots - call.positions, call.positions, 0.25, 4, 0.0, 64)
+    opcheck(ops.attend, attention)
 
 
 @pytest.mark.gpu
@@ -220,7 +219,7 @@ def test_kernels_compute_the_reference(shape, dtype, int8):
         (list(range(16)), {}),
     ):
         call = make_append(shape, positions, dtype, int8, "cuda")
-        parts = (None if part is None else part.clone() for part in ops.cache_args(call.cache))
+        parts = (None if part is None else part.clone() for part in vars(call.cache).values())
         reference = replace(call, cache=KVCache(*parts))
         q = ops.append_heads(call)
         wide = replace(reference, qkv=reference.qkv.float()) if not int8 else reference
@@ -252,7 +251,7 @@ def check_append(call: Append, q: Tensor, reference: Append, dtype: torch.dtype)
         torch.testing.assert_close(call.cache.v.float(), cache.v, atol=slack / 8, rtol=slack)
         return
     append_reference(reference)
-    for got, wanted in zip(ops.cache_args(call.cache), ops.cache_args(reference.cache), strict=True):
+    for got, wanted in zip(vars(call.cache).values(), vars(reference.cache).values(), strict=True):
         off = (got.float() - wanted.float()).abs()
         assert off.max() <= (1 if got.dtype == torch.int8 else 2.0**-7 * wanted.float().abs().max())
         assert (off > 0).float().mean() < 0.01

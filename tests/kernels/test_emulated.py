@@ -4,6 +4,7 @@ Every check runs on many seeded cases in a process of its own. The last tests pl
 """
 
 import random
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -19,6 +20,7 @@ from lowbit.quant.kernels import (
     decode_attention,
     dense,
     dense_gemv,
+    extension,
     gptq_block,
     packed,
     reference,
@@ -35,7 +37,16 @@ from lowbit.quant.kernels.choose_tokens import Choice, Cursor, Noise
 from lowbit.quant.kernels.decode_attention import Append, Attention, KVCache
 from lowbit.quant.kernels.dense import DenseCall
 from lowbit.quant.kernels.packed import PackedWeight
-from lowbit.quant.kernels.problem import PART, Call, Deferred, NextNorm, Problem, Rotary, check, problem_of
+from lowbit.quant.kernels.problem import (
+    ACTIVATIONS,
+    NORMS,
+    PART,
+    Deferred,
+    NextNorm,
+    PackedCall,
+    Problem,
+    Rotary,
+)
 from lowbit.quant.kernels.row_norm import Rows
 from lowbit.quant.kernels.w8a8 import Int8Call, Int8Weight
 from lowbit.quant.numbers import FP8, INT8, UINT4
@@ -78,7 +89,7 @@ def random_rotary(pick: random.Random, m: int, dtype: torch.dtype) -> Rotary:
     return Rotary(torch.randint(0, 50, (m,)), torch.randperm(m + 16)[:m], angles.cos(), angles.sin(), *caches)
 
 
-def random_call(pick: random.Random, kernel: ModuleType) -> Call:
+def random_call(pick: random.Random, kernel: ModuleType) -> PackedCall:
     """A product with some prologue and some epilogue: odd n, tails of k, every kind of group."""
     dtype, bits = pick.choice(HALVES), pick.choice([4, 8])
     m, k = pick.randint(*pick.choice(ROWS[kernel])), pick.choice([32, 96, 128, 160, 256, 512, 640, 1024])
@@ -102,10 +113,10 @@ def random_call(pick: random.Random, kernel: ModuleType) -> Call:
     weight, x = random_weight(pick, n, k, bits, dtype, pair_block), torch.randn(m, k).to(dtype)
     size = pick.choice([None, 7, 16, 5000, 100_000])
     tail |= {"next_weight": size and torch.zeros(size, dtype=torch.int8)}
-    return Call(x, weight, half and half(n), dependent=pick.random() < 0.6, **tail)
+    return PackedCall(x, weight, half and half(n), dependent=pick.random() < 0.6, **tail)
 
 
-def random_deferral(pick: random.Random, call: Call) -> Call:
+def random_deferral(pick: random.Random, call: PackedCall) -> PackedCall:
     """`call`, where it can have one, with a norm that was deferred or is the next one's; its outputs hold NaN."""
     (m, k), n, dtype = call.x.shape, call.weight.n, call.x.dtype
     if call.norm == "none" and k % 64 == 0 and pick.random() < 0.6:
@@ -132,9 +143,9 @@ def random_launch(pick: random.Random, kernel: ModuleType, m: int) -> Any:
     return wna16_gemv.Launch(pick.choice([1, 2]), row_warps, pick.randint(1, 8 // row_warps), pick.choice([1, 2, 3, 4]))
 
 
-def launched(gpu: Gpu, kernel: ModuleType, call: Call, launch: Any) -> Tensor:
+def launched(gpu: Gpu, kernel: ModuleType, call: PackedCall, launch: Any) -> Tensor:
     """y by the emulated kernel; of a dependent launch, while the previous kernel still writes all but the weight."""
-    check(call)
+    call.check()
     gpu.late(call.x, call.bias, call.residual, call.norm_weight, call.norm_bias)
     if call.rotary:
         gpu.late(call.rotary.positions, call.rotary.slots)
@@ -143,7 +154,7 @@ def launched(gpu: Gpu, kernel: ModuleType, call: Call, launch: Any) -> Tensor:
     if call.next_norm:
         gpu.untouched(call.next_norm.z, call.next_norm.squares)
     with gpu:
-        return kernel.run(call, problem_of(call), launch)
+        return kernel.run(call, call.problem(), launch)
 
 
 def assert_close(y: Tensor, expected: Tensor, dtype: torch.dtype, roundings: float = 4) -> None:
@@ -196,14 +207,16 @@ def check_cuts_of_products(gpu: Gpu, kernel_name: str) -> None:
         weight = gpu.put(random_weight(pick, n, k, 4, torch.float16, 16))
         for m, launch in cuts_of(kernel, n, k):
             gpu.start(m, (n, k, launch))
-            call = Call(gpu.put(torch.randn(m, k).half()), weight, dependent=True)
+            call = PackedCall(gpu.put(torch.randn(m, k).half()), weight, dependent=True)
             assert_close(launched(gpu, kernel, call, launch), reference.run(call), torch.float16)
 
 
 def check_schedules(gpu: Gpu) -> None:
     pick = random.Random(0)
     for kernel, launch in ((wna16_gemv, wna16_gemv.Launch(1, 1, 5, 3)), (wna16_gemm, wna16_gemm.Launch(2, 5))):
-        call = Call(torch.randn(7, 1536).half(), random_weight(pick, 136, 1536, 4, torch.float16, 16), dependent=True)
+        call = PackedCall(
+            torch.randn(7, 1536).half(), random_weight(pick, 136, 1536, 4, torch.float16, 16), dependent=True
+        )
         if kernel is wna16_gemv:
             call = replace(call, deferred=Deferred(torch.rand(7, 1536 // PART) * 40, 1e-3))
         call, following, results = gpu.put(call), gpu.put(torch.zeros(wna16_args.NEXT_BYTES + 64, dtype=torch.int8)), []
@@ -221,7 +234,7 @@ def check_overflow(gpu: Gpu) -> None:
         weight = random_weight(random.Random(0), 64, 128, 4, dtype, 16)
         residual = torch.tensor([0.9 * most, -0.9 * most, torch.inf, torch.nan]).repeat(16).to(dtype)[None]
         norm = NextNorm(torch.full((64,), 3, dtype=dtype), torch.empty_like(residual), torch.empty(1, 64 // PART))
-        call = gpu.put(Call(torch.zeros(1, 128, dtype=dtype), weight, residual=residual, next_norm=norm))
+        call = gpu.put(PackedCall(torch.zeros(1, 128, dtype=dtype), weight, residual=residual, next_norm=norm))
         gpu.start(seed, dtype)
         y = launched(gpu, wna16_gemv, call, wna16_gemv.Launch(1, 1, 1, 1))
         assert torch.equal(y.nan_to_num(1), residual.nan_to_num(1))
@@ -251,10 +264,11 @@ def check_gptq(gpu: Gpu, seeds: range) -> None:
         number = pick.choice([UINT4, INT8, FP8])
         zeros = torch.randint(0, 16, (n, b)).float() * (not number.signed)
         tensors = [gpu.put(tensor, 4) for tensor in (torch.randn(n, b), factor, scales, zeros)]
+        call = gptq_block.BlockCall(*tensors, *number.grid)
         gpu.start(seed, (n, b))
         with gpu:
-            codes, errors = gptq_block.gptq_block(*tensors, *number.grid)
-        wanted_codes, wanted_errors = gptq_block.gptq_block(*tensors, *number.grid)
+            codes, errors = gptq_block.run(call)
+        wanted_codes, wanted_errors = gptq_block.run(call)
         same = (codes == wanted_codes).all(1)  # the order of two roundings may turn a code, and all that follow
         assert same.float().mean() >= 0.8
         assert torch.allclose(errors[same], wanted_errors[same], atol=1e-4)
@@ -353,7 +367,7 @@ def check_int8_products(gpu: Gpu, seeds: range) -> None:
         gpu.start(seed, (call.y_shape, call.weight.k, call.dtype, launch))
         gpu.late(call.x, call.x_scales, call.residual)
         with gpu:
-            y = w8a8_gemm.run(call, w8a8.problem_of(call), launch)
+            y = w8a8_gemm.run(call, call.problem(), launch)
         assert_close(y, w8a8.reference(call), call.dtype)
 
 
@@ -395,10 +409,10 @@ def exact(call: DenseCall) -> Tensor:
 
 
 def launched_dense(gpu: Gpu, call: DenseCall, launch: ring.Launch) -> Tensor:
-    dense.check(call)
+    call.check()
     gpu.late(call.x, call.bias, call.residual, call.deferred and call.deferred.squares)
     with gpu:
-        return dense_gemv.run(call, dense.problem_of(call), launch)
+        return dense_gemv.run(call, call.problem(), launch)
 
 
 def check_dense_products(gpu: Gpu, seeds: range) -> None:
@@ -506,7 +520,41 @@ def hide_unseen(call: Attention) -> None:
         part.view(torch.uint8)[~seen] = 0xFF
 
 
+def check_names(gpu: Gpu) -> None:
+    """Enums have the values that Python has, whatever their order; a field is filled by its name or not at all."""
+    assert extension.EXTENSION is not None
+    names = ("row_norm float16", "wna16_gemv float16 4", "dense_gemv float16", "append_heads bfloat16")
+    found = {name: {**args, **cut} for name in names for args, cut in [extension.EXTENSION.fields(name)]}
+    for name, known in (("norm", NORMS), ("activation", ACTIVATIONS)):
+        values = {fields[name] for fields in found.values() if name in fields}
+        assert [set(text.split(", ")) for text in values] == [set(known)]
+    assert found["append_heads bfloat16"].keys() >= {"qkv", "cache", "norm_eps", "device", "dependent"}
+    x = gpu.put(torch.randn(2, 8).half())
+    args = {"x": x, "weight": None, "bias": None, "input_scale": None, "y": x.clone(), "codes": None, "scales": None}
+    args |= {"m": 2, "k": 8, "norm": "none", "eps": 0.0, "activation": "gelu", "int8": False}
+    for change, reason in (
+        ({}, None),
+        ({"norm": "max"}, "'max' is none of none, rms, layer"),
+        ({"width": 8}, "14 values for the fields x, weight, bias"),
+        ({"m": "2"}, "cast"),
+    ):
+        with pytest.raises((ValueError, RuntimeError), match=reason) if reason else nullcontext(), gpu:
+            extension.launch("row_norm", torch.float16, device=x.device, args=args | change, dependent=False)
+    with pytest.raises(ValueError, match="no value for dependent"), gpu:
+        extension.launch("row_norm", torch.float16, device=x.device, args=args)
+    with pytest.raises(RuntimeError, match=r"w8a8_cutlass float16 0: .* built without it"), gpu:
+        extension.launch("w8a8_cutlass", torch.float16, 0, device=x.device, args={}, processors=1, swizzle=1)
+
+
+DECLARED = (
+    "row_norm float16",
+    "wna16_gemv float16 4",
+    "wna16_gemm bfloat16 8",
+    "dense_gemv float16",
+    "append_heads bfloat16",
+)
 CHECKS = {
+    "the names of fields and values": (check_names,),
     "wna16_gemv": (check_products, "wna16_gemv", range(60)),
     "wna16_gemm": (check_products, "wna16_gemm", range(40)),
     "the cuts of wna16_gemv": (check_cuts_of_products, "wna16_gemv"),

@@ -6,11 +6,9 @@ import pytest
 import torch
 
 from lowbit.quant.kernels import ops
-from lowbit.quant.kernels.problem import Rotary
+from lowbit.quant.kernels.problem import Deferred, PackedCall, Rotary
 from lowbit.quant.linear import QLinear
-from tests.kernels.make import make_linear, make_packed, make_qtensor, make_x
-
-NO_NORM = ("none", None, None, 0.0)
+from tests.kernels.make import make_linear, make_packed, make_qtensor, make_x, opcheck
 
 
 def make_rotary(m: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device: str = "cpu") -> Rotary:
@@ -28,7 +26,7 @@ def test_linear_is_the_dense_product(m: int) -> None:
     layer = QLinear.from_qtensor(weight, bias, torch.float16)
     expected = torch.nn.functional.linear(x.float(), weight.dequantize(), bias.float())
     assert torch.equal(layer(x), expected.half())
-    with_residual = ops.linear(x, layer.linear.weight, bias, residual, activation="gelu", float32_out=True)
+    with_residual = ops.linear(PackedCall(x, layer.linear.weight, bias, residual, activation="gelu", float32_out=True))
     assert torch.allclose(with_residual, torch.nn.functional.gelu(expected) + residual.float(), atol=1e-5)
 
 
@@ -37,15 +35,16 @@ def test_gated_linear_is_silu_of_gate_times_up() -> None:
     x = make_x(3, 128, torch.float16)
     gate, up = (x.float() @ ops.dequantize(packed).float().T).chunk(2, -1)
     # The dense weight is rounded to half once: compare as half.
-    assert torch.allclose(ops.gated_linear(x, packed), (torch.nn.functional.silu(gate) * up).half(), atol=2e-2)
+    y = ops.linear(PackedCall(x, packed, activation="silu_mul"))
+    assert torch.allclose(y, (torch.nn.functional.silu(gate) * up).half(), atol=2e-2)
 
 
 def test_rms_norm_before_the_product() -> None:
     weight, x, gamma = make_packed(32, 128), make_x(2, 128, torch.bfloat16), torch.rand(128).bfloat16()
     weight = replace(weight, scales=weight.scales.bfloat16())
     normed = torch.nn.functional.rms_norm(x.float(), (128,), gamma.float(), 1e-5).bfloat16()
-    fused = ops.linear(x, weight, norm="rms", norm_weight=gamma, norm_eps=1e-5)
-    assert torch.equal(fused, ops.linear(normed, weight))
+    fused = ops.linear(PackedCall(x, weight, norm="rms", norm_weight=gamma, norm_eps=1e-5))
+    assert torch.equal(fused, ops.linear(PackedCall(normed, weight)))
 
 
 def test_layer_norm_before_the_product() -> None:
@@ -56,15 +55,16 @@ def test_layer_norm_before_the_product() -> None:
         torch.randn(128).half(),
     )
     normed = torch.nn.functional.layer_norm(x.float(), (128,), gamma.float(), beta.float(), 1e-5)
-    fused = ops.linear(x, weight, norm="layer", norm_weight=gamma, norm_bias=beta, norm_eps=1e-5, float32_out=True)
-    assert torch.allclose(fused, ops.linear(normed.half(), weight, float32_out=True), atol=2e-2)
+    norm = {"norm": "layer", "norm_weight": gamma, "norm_bias": beta, "norm_eps": 1e-5}
+    fused = ops.linear(PackedCall(x, weight, **norm, float32_out=True))
+    assert torch.allclose(fused, ops.linear(PackedCall(normed.half(), weight, float32_out=True)), atol=2e-2)
 
 
 def test_qkv_is_rotated_and_appended() -> None:
     head_dim, m = 32, 3
     weight = make_packed(6 * head_dim, 128, pair_block=head_dim)  # 2 heads of q, 2 of k, 2 of v
     x, rotary = make_x(m, 128, torch.float16), make_rotary(m, 2, head_dim, torch.float16)
-    q = ops.qkv_rotary_append(x, weight, rotary)
+    q = ops.linear(PackedCall(x, weight, rotary=rotary))
     heads = (x.float() @ ops.dequantize(weight).float().T).unflatten(-1, (6, head_dim))
     angle = rotary.positions[0]
     low, high = heads[0, 2, :16], heads[0, 2, 16:]
@@ -84,20 +84,13 @@ def test_the_next_weight_changes_nothing() -> None:
         make_packed(96, 128, pair_block=32),
     )
     rotary, ahead = make_rotary(2, 1, 32, torch.float16), torch.randn(3, 5)
-    assert torch.equal(ops.linear(x, plain, next_weight=ahead), ops.linear(x, plain))
-    assert torch.equal(ops.gated_linear(x, gated, next_weight=ahead), ops.gated_linear(x, gated))
-    turned = (ops.qkv_rotary_append(x, rotated, rotary, next_weight=each) for each in (ahead, None))
+    assert torch.equal(ops.linear(PackedCall(x, plain, next_weight=ahead)), ops.linear(PackedCall(x, plain)))
+    gates = PackedCall(x, gated, activation="silu_mul")
+    assert torch.equal(ops.linear(replace(gates, next_weight=ahead)), ops.linear(gates))
+    turned = (ops.linear(PackedCall(x, rotated, rotary=rotary, next_weight=each)) for each in (ahead, None))
     assert torch.equal(*turned)
     with pytest.raises(ValueError, match="next_weight has strides"):
-        ops.linear(x, plain, next_weight=ahead.T)
-
-
-def test_logits_come_with_their_argmax() -> None:
-    weight, x = make_packed(40, 128), make_x(3, 128, torch.float16)
-    logits, tokens = ops.logits_argmax(x, weight)
-    assert logits.dtype == torch.float32
-    assert torch.equal(logits, ops.linear(x, weight, float32_out=True))
-    assert torch.equal(tokens, logits.argmax(-1))
+        ops.linear(PackedCall(x, plain, next_weight=ahead.T))
 
 
 def test_opcheck() -> None:
@@ -107,17 +100,38 @@ def test_opcheck() -> None:
         make_packed(32, 128, pair_block=32),
         make_packed(96, 128, pair_block=32),
     )
-    check, lowbit = torch.library.opcheck, torch.ops.lowbit
-    check(lowbit.linear.default, (x, *ops.weight_args(plain), None, None, *NO_NORM, "gelu", False, False))
-    check(lowbit.linear.default, (x, *ops.weight_args(plain), None, None, *NO_NORM, "none", False, True, gated.words))
-    check(lowbit.gated_linear.default, (x, *ops.weight_args(gated), None, *NO_NORM, False, plain.words))
+    opcheck(ops.plain_linear, PackedCall(x, plain, activation="gelu"))
+    opcheck(ops.plain_linear, PackedCall(x, plain, dependent=True, next_weight=gated.words))
+    opcheck(ops.plain_linear, PackedCall(x, gated, activation="silu_mul", next_weight=plain.words))
     rotary = make_rotary(2, 1, 32, torch.float16)
-    check(
-        lowbit.qkv_rotary_append.default, (x, *ops.weight_args(rotated), None, *NO_NORM, *vars(rotary).values(), False)
+    opcheck(ops.turning_linear, PackedCall(x, rotated, rotary=rotary))
+    opcheck(ops.dequantize, plain)
+
+
+def test_a_call_goes_to_torch_and_comes_back() -> None:
+    """Every field, of dataclasses within it too; what is absent stays absent, and is no argument's default."""
+    x, weight = make_x(2, 128, torch.float16), make_packed(96, 128, symmetric=False, pair_block=32)
+    call = PackedCall(x, weight, norm_eps=0.5, rotary=make_rotary(2, 1, 32, torch.float16), dependent=True)
+    arguments = ops.turning_linear.arguments(call)
+    assert ops.turning_linear.call(*arguments) == call
+    assert len(arguments) == len(ops.turning_linear.torch._schema.arguments)
+    plain = replace(call, rotary=None, deferred=Deferred(torch.ones(2, 8), 0.25))
+    assert ops.plain_linear.call(*ops.plain_linear.arguments(plain)) == plain
+    with pytest.raises(ValueError, match="lowbit::linear takes no rotary"):
+        ops.plain_linear(call)
+
+
+def test_a_schema_follows_from_its_dataclass() -> None:
+    assert str(ops.choose.torch._schema) == (
+        "lowbit::choose_tokens(Tensor scores, Tensor(a!) tokens, Tensor(b!) written, Tensor(c!)? cursor_positions, "
+        "Tensor(d!)? cursor_slots, int? cursor_last, Tensor? noise_temperature, Tensor? noise_seed, "
+        "bool dependent) -> ()"
     )
-    check(lowbit.logits_argmax.default, (x, *ops.weight_args(plain), *NO_NORM, False))
-    check(lowbit.logits_argmax.default, (x, *ops.weight_args(plain), *NO_NORM, False, plain.words))
-    check(lowbit.dequantize.default, ops.weight_args(plain))
+    assert str(ops.w8a8_linear.torch._schema) == (
+        "lowbit::w8a8_linear(Tensor x, Tensor x_scales, Tensor weight_codes, Tensor weight_scales, Tensor? bias, "
+        "Tensor? residual, ScalarType dtype, bool dependent) -> Tensor"
+    )
+    assert str(ops.quantize_rows.torch._schema).endswith(") -> (Tensor, Tensor)")
 
 
 @pytest.mark.parametrize("scheme", ["int4-g32", "uint8-g64", "int8-channel-a8token", "int8-channel-a8tensor"])
@@ -144,16 +158,16 @@ def test_one_graph_under_compile(scheme: str) -> None:
 )
 def test_what_does_not_fit_is_named(change, reason) -> None:
     with pytest.raises((ValueError, RuntimeError), match=reason):
-        ops.linear(*change(make_x(4, 256, torch.float16), make_packed(32, 256)))
+        ops.linear(PackedCall(*change(make_x(4, 256, torch.float16), make_packed(32, 256))))
 
 
 def test_other_arguments_are_checked() -> None:
     x, weight = make_x(2, 256, torch.float16), make_packed(32, 256)
     with pytest.raises(ValueError, match="'tanh' is none of"):
-        ops.linear(x, weight, activation="tanh")
+        ops.linear(PackedCall(x, weight, activation="tanh"))
     with pytest.raises(ValueError, match=r"bias has the shape \(31,\), not \(32,\)"):
-        ops.linear(x, weight, torch.zeros(31).half())
+        ops.linear(PackedCall(x, weight, torch.zeros(31).half()))
     with pytest.raises(ValueError, match="has a norm_weight unless"):
-        ops.linear(x, weight, norm="rms")
+        ops.linear(PackedCall(x, weight, norm="rms"))
     with pytest.raises(ValueError, match="pair_block 32, not 16"):
-        ops.gated_linear(x, weight)
+        ops.linear(PackedCall(x, weight, activation="silu_mul"))

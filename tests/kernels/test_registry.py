@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from lowbit.quant.kernels import extension, reference, wna16_gemm, wna16_gemv
+from lowbit.quant.kernels import extension, reference, wna16_gemv
 from lowbit.quant.kernels.describe import EXAMPLES, describe_examples, describe_problem
 from lowbit.quant.kernels.extension import reason_against_capability
 from lowbit.quant.kernels.problem import Problem
@@ -32,7 +32,7 @@ def test_many_rows_are_declined_with_their_number() -> None:
 
 
 def test_a_gpu_that_nothing_was_built_for_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (extension, reference, wna16_gemm):
+    for module in (extension, reference):
         monkeypatch.setattr(module, "EXTENSION", SimpleNamespace(architectures="80 90a"))
     assert choose_kernel(replace(ON_H100, m=32)).name == "wna16_gemm"
     on_sm_120 = replace(ON_H100, capability=(12, 0))

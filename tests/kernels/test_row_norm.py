@@ -9,6 +9,7 @@ from torch.nn import functional
 
 from lowbit.quant.kernels import ops
 from lowbit.quant.kernels.row_norm import Rows, check, reference, reference_codes
+from tests.kernels.make import opcheck
 
 NORMS = ("none", "rms", "layer")
 INT8 = ("none", "token", "tensor")
@@ -95,9 +96,9 @@ def test_codes_stand_for_what_the_rounded_rows_are(int8):
 
 def test_the_operators_pass_opcheck():
     call = make_rows(2, 16, "rms", "token")
-    torch.library.opcheck(torch.ops.lowbit.row_norm, ops.rows_args(call))
+    opcheck(ops.normalize, call)
     gated = Rows(torch.randn(2, 16), int8="tensor", input_scale=torch.tensor(0.1), activation="silu_mul")
-    torch.library.opcheck(torch.ops.lowbit.quantize_rows, ops.rows_args(gated))
+    opcheck(ops.quantize_rows, gated)
 
 
 @pytest.mark.gpu

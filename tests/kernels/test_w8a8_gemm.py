@@ -11,12 +11,13 @@ from lowbit.quant.kernels import extension, ops, ring, w8a8_gemm
 from lowbit.quant.kernels.problem import Problem
 from lowbit.quant.kernels.registry import choose_kernel
 from lowbit.quant.kernels.ring import Launch
-from lowbit.quant.kernels.w8a8 import Int8Call, Int8Weight, problem_of
+from lowbit.quant.kernels.w8a8 import Int8Call, Int8Weight
 from lowbit.quant.kernels.w8a8_gemm import choose_launch, run
 from tests.kernels.make import (
     assert_dependence_changes_nothing,
     assert_devices_agree,
     assert_streams_agree,
+    int8_call,
     make_int8_weight,
     make_x,
     on_cpu,
@@ -69,8 +70,7 @@ def test_other_gpus_are_declined_by_name() -> None:
 def test_the_number_of_rows_decides(
     m: int, n: int, architectures: str, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in (extension, w8a8_gemm):
-        monkeypatch.setattr(module, "EXTENSION", SimpleNamespace(architectures=architectures))
+    monkeypatch.setattr(extension, "EXTENSION", SimpleNamespace(architectures=architectures))
     assert choose_kernel(replace(ON_H100, m=m, n=n)).name == name
 
 
@@ -83,7 +83,7 @@ def check_sums(m: int, n: int, k: int, launch: Launch | None = None) -> None:
     weight = Int8Weight(random_codes(n, k), torch.ones(n, device="cuda"))
     x = random_codes(m, k).clamp(min=-127)
     call = Int8Call(x, torch.ones(m, device="cuda"), weight, dtype=torch.float32)
-    y = run(call, problem_of(call), launch)
+    y = run(call, call.problem(), launch)
     assert torch.equal(y.double(), x.double() @ weight.codes.double().T)
 
 
@@ -116,26 +116,26 @@ def test_one_operator_on_two_devices(m: int, dtype: torch.dtype) -> None:
         weight = make_int8_weight(n, k, "cuda")
         x, bias, residual = make_x(m, k, dtype, "cuda"), make_x(1, n, dtype, "cuda")[0], make_x(m, n, dtype, "cuda")
         scale = torch.tensor(0.02, device="cuda")
-        codes, x_scales = ops.quantize_rows(ops.Rows(x, int8="token"))
-        for head in ((x, None, None), (x, None, scale), (codes, x_scales, None)):
+        for input_scale in (None, scale):
             for tail in ((None, None), (bias, None), (None, residual), (bias, residual)):
-                args = (*head, weight.codes, weight.scales, *tail, dtype, False)
-                expected = torch.ops.lowbit.w8a8_linear(*map(on_cpu, args))
-                assert_devices_agree(torch.ops.lowbit.w8a8_linear(*args), expected)
+                call = int8_call(x, weight, *tail, input_scale)
+                on_host = int8_call(*map(on_cpu, (x, weight, *tail, input_scale)))
+                assert_devices_agree(ops.w8a8_linear(call), ops.w8a8_linear(on_cpu(call)))
+                assert_devices_agree(ops.w8a8_linear(call), ops.w8a8_linear(on_host))
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("m", [1, 12, 64])
 def test_the_same_bits_every_time(m: int) -> None:
     weight, x = make_int8_weight(512, 8192, "cuda"), make_x(m, 8192, torch.float16, "cuda")
-    first = ops.w8a8_linear(x, weight)
-    assert all(torch.equal(first, ops.w8a8_linear(x, weight)) for _ in range(20))
+    first = ops.w8a8_linear(int8_call(x, weight))
+    assert all(torch.equal(first, ops.w8a8_linear(int8_call(x, weight))) for _ in range(20))
 
 
 def chain(x: Tensor, weights: list[Int8Weight], dependent: bool) -> Tensor:
     """Products with nothing between them, so that each launch depends on the kernel before it."""
     for weight in weights:
-        x = ops.w8a8_linear(x, weight, residual=x, dependent=dependent)
+        x = ops.w8a8_linear(int8_call(x, weight, residual=x, dependent=dependent))
     return x
 
 
@@ -153,7 +153,7 @@ def test_dependent_launch_changes_nothing_in_a_captured_graph(m: int, k: int) ->
 def test_another_stream_waits_for_nobody_else() -> None:
     weight = make_int8_weight(256, 512, "cuda")
     x = make_x(3, 512, torch.float16, "cuda")
-    assert_streams_agree(lambda: ops.w8a8_linear(x, weight))
+    assert_streams_agree(lambda: ops.w8a8_linear(int8_call(x, weight)))
 
 
 @pytest.mark.gpu
@@ -161,6 +161,6 @@ def test_misaligned_and_misplaced_tensors_are_named() -> None:
     weight = make_int8_weight(64, 256, "cuda")
     x = random_codes(3 * 256 + 1)[1:].view(3, 256)
     with pytest.raises(ValueError, match="16 bytes at a time"):
-        ops.w8a8_linear(x, weight, x_scales=torch.ones(3, device="cuda"), dtype=torch.float16)
+        ops.w8a8_linear(Int8Call(x, torch.ones(3, device="cuda"), weight))
     with pytest.raises((ValueError, RuntimeError), match="cpu"):
-        ops.w8a8_linear(make_x(3, 256, torch.float16, "cuda"), make_int8_weight(64, 256))
+        ops.w8a8_linear(int8_call(make_x(3, 256, torch.float16, "cuda"), make_int8_weight(64, 256)))

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from lowbit.quant.kernels import ops, reference, wna16_dequantize
-from lowbit.quant.kernels.problem import Call, Rotary
-from tests.kernels.make import assert_close_as_half, make_packed, make_x
+from lowbit.quant.kernels.problem import PackedCall, Rotary
+from tests.kernels.make import assert_close_as_half, make_packed, make_x, on_cpu
 from tests.kernels.test_ops import make_rotary
 
 
@@ -26,9 +26,7 @@ def test_both_devices_agree_bitwise(bits: int, group_size: int, dtype: torch.dty
     for symmetric in (True, False):
         for n, k, pair_block in ((40, 768, 16), (256, 512, 256), (96, 256, 32)):
             packed = make_packed(n, k, bits, group_size, symmetric, dtype, "cuda", pair_block)
-            args = [arg.cpu() if isinstance(arg, torch.Tensor) else arg for arg in ops.weight_args(packed)]
-            expected = torch.ops.lowbit.dequantize(*args)
-            assert torch.equal(ops.dequantize(packed).cpu(), expected)
+            assert torch.equal(ops.dequantize(packed).cpu(), ops.dequantize(on_cpu(packed)))
 
 
 def epilogues(m: int, n: int, dtype: torch.dtype, device: str) -> list[dict]:
@@ -49,7 +47,7 @@ def test_every_epilogue_errs_no_more_than_when_it_follows_in_float32(dtype: torc
         x, dense = make_x(m, k, dtype, device), reference.dequantize_packed(weight)
         gated = [{"activation": activation}, {"activation": activation, "bias": make_x(1, n, dtype, device)[0]}]
         for parts in gated if activation else epilogues(m, n, dtype, device):
-            call = Call(x, weight, **parts)
+            call = PackedCall(x, weight, **parts)
             y = wna16_dequantize.run(call)
             assert y.dtype == call.y_dtype
             assert tuple(y.shape) == call.y_shape
@@ -63,9 +61,9 @@ def test_heads_turn_behind_the_product_and_go_to_the_cache(dtype: torch.dtype, d
     dense, bias = reference.dequantize_packed(weight), make_x(1, 128, dtype, device)[0]
     found, wanted, plain = (make_rotary(70, 1, 32, dtype, device) for _ in range(3))
     wanted, plain = (replace(found, k_cache=r.k_cache, v_cache=r.v_cache) for r in (wanted, plain))
-    heads = [wna16_dequantize.run(Call(x, weight, bias, rotary=found))]
-    heads.append(reference.compute(Call(x, weight, bias, rotary=wanted), dense))
-    heads.append(reference.compute(Call(x, weight, bias, rotary=plain), dense.to(dtype)))
+    heads = [wna16_dequantize.run(PackedCall(x, weight, bias, rotary=found))]
+    heads.append(reference.compute(PackedCall(x, weight, bias, rotary=wanted), dense))
+    heads.append(reference.compute(PackedCall(x, weight, bias, rotary=plain), dense.to(dtype)))
     for y, exact, torchs in (heads, *zip(caches_of(found), caches_of(wanted), caches_of(plain), strict=True)):
         assert_close_as_half(y, exact.double(), torchs)
 

@@ -7,7 +7,7 @@ import torch
 
 from lowbit.quant.kernels import ops, reference, wna16_dequantize
 from lowbit.quant.kernels.packed import PackedWeight
-from lowbit.quant.kernels.problem import Call, Problem, problem_of
+from lowbit.quant.kernels.problem import PackedCall, Problem
 from lowbit.quant.kernels.wna16_gemm import (
     CLUSTERS,
     Launch,
@@ -70,9 +70,9 @@ def test_a_matrix_of_few_rows_is_cut_over_k() -> None:
 
 def check_product(m: int, weight: PackedWeight, launch: Launch | None = None, outliers: bool = False) -> None:
     x = make_x(m, weight.k, weight.dtype, "cuda", outliers)
-    call = Call(x, weight)
+    call = PackedCall(x, weight)
     dense = reference.dequantize_packed(weight)
-    y = run(call, problem_of(call), launch)
+    y = run(call, call.problem(), launch)
     assert_close_as_half(y, x.double() @ dense.double().T, x @ dense.to(weight.dtype).T)
 
 
@@ -124,9 +124,8 @@ def test_epilogues(m: int, n: int, dtype: torch.dtype) -> None:
     for norm in (("none", None, None, 0.0), ("rms", gamma, None, 1e-5)):
         for activation in ("none", "gelu", "gelu_tanh", "quick_gelu"):
             for float32_out in (False, True):
-                args = (x, *ops.weight_args(weight), bias, residual, *norm, activation, float32_out, False)
-                expected = torch.ops.lowbit.linear(*map(on_cpu, args))
-                assert_devices_agree(torch.ops.lowbit.linear(*args).to(dtype), expected.to(dtype))
+                call = PackedCall(x, weight, bias, residual, *norm, activation, float32_out=float32_out)
+                assert_devices_agree(ops.linear(call).to(dtype), ops.linear(on_cpu(call)).to(dtype))
 
 
 @pytest.mark.gpu
@@ -135,17 +134,14 @@ def test_epilogues(m: int, n: int, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_gated_and_rotated(m: int, dtype: torch.dtype) -> None:
     gated = make_packed(320, 512, dtype=dtype, device="cuda", pair_block=320)
-    args = (make_x(m, 512, dtype, "cuda"), *ops.weight_args(gated), None, "none", None, None, 0.0, False)
-    assert_devices_agree(torch.ops.lowbit.gated_linear(*args), torch.ops.lowbit.gated_linear(*map(on_cpu, args)))
+    call = PackedCall(make_x(m, 512, dtype, "cuda"), gated, activation="silu_mul")
+    assert_devices_agree(ops.linear(call), ops.linear(on_cpu(call)))
     weight = make_packed(6 * 64, 512, dtype=dtype, device="cuda", pair_block=64)
-    rotary = make_rotary(m, 2, 64, dtype, "cuda")
-    args = (make_x(m, 512, dtype, "cuda"), *ops.weight_args(weight), None, "none", None, None, 0.0)
-    args = (*args, *vars(rotary).values(), False)
-    args_cpu = [value.cpu().clone() if isinstance(value, torch.Tensor) else value for value in args]
-    expected = torch.ops.lowbit.qkv_rotary_append(*args_cpu)
-    assert_devices_agree(torch.ops.lowbit.qkv_rotary_append(*args), expected)
-    assert_devices_agree(rotary.k_cache, args_cpu[-3])
-    assert_devices_agree(rotary.v_cache, args_cpu[-2])
+    call = PackedCall(make_x(m, 512, dtype, "cuda"), weight, rotary=make_rotary(m, 2, 64, dtype, "cuda"))
+    copy = on_cpu(call)
+    assert_devices_agree(ops.linear(call), ops.linear(copy))
+    assert_devices_agree(call.rotary.k_cache, copy.rotary.k_cache)
+    assert_devices_agree(call.rotary.v_cache, copy.rotary.v_cache)
 
 
 @pytest.mark.gpu
@@ -154,6 +150,6 @@ def test_gated_and_rotated(m: int, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("launch", [Launch(3, 1), Launch(3, 5), Launch(2, 8)])
 def test_the_same_bits_every_time(m: int, launch: Launch) -> None:
     weight, x = make_packed(512, 8192, device="cuda"), make_x(m, 8192, torch.float16, "cuda")
-    call = Call(x, weight)
-    first = run(call, problem_of(call), launch)
-    assert all(torch.equal(first, run(call, problem_of(call), launch)) for _ in range(20))
+    call = PackedCall(x, weight)
+    first = run(call, call.problem(), launch)
+    assert all(torch.equal(first, run(call, call.problem(), launch)) for _ in range(20))

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lowbit.quant.kernels import ops, reference
 from lowbit.quant.kernels.packed import PackedWeight
-from lowbit.quant.kernels.problem import Call, Problem, has_fast_memory, problem_of
+from lowbit.quant.kernels.problem import PackedCall, Problem, has_fast_memory
 from lowbit.quant.kernels.registry import choose_kernel
 from lowbit.quant.kernels.wna16_args import NEXT_BYTES, prepare
 from lowbit.quant.kernels.wna16_gemv import Launch, choose_launch, leaves_room, run, widened
@@ -21,6 +21,7 @@ from tests.kernels.make import (
     make_packed,
     make_x,
     on_cpu,
+    opcheck,
 )
 from tests.kernels.test_ops import make_rotary
 
@@ -72,7 +73,7 @@ def test_the_memory_of_an_h200_is_fast_and_an_h100s_is_not() -> None:
     assert has_fast_memory(torch.device("cuda", 0)) == (name == "NVIDIA H200")
 
 
-def exact(call: Call) -> Tensor:
+def exact(call: PackedCall) -> Tensor:
     """`call` in float64 from the packed weight, and torch's half-precision result for the tolerance."""
     dense = reference.dequantize_packed(call.weight)
     return call.x.double() @ dense.double().T
@@ -80,8 +81,8 @@ def exact(call: Call) -> Tensor:
 
 def check_product(m: int, weight: PackedWeight, launch: Launch | None = None, outliers: bool = False) -> None:
     x = make_x(m, weight.k, weight.dtype, "cuda", outliers)
-    call = Call(x, weight)
-    y = run(call, problem_of(call), launch)
+    call = PackedCall(x, weight)
+    y = run(call, call.problem(), launch)
     half = x @ reference.dequantize_packed(weight).to(weight.dtype).T
     assert_close_as_half(y, exact(call), half)
 
@@ -123,8 +124,8 @@ def test_every_cut_of_the_work(m: int) -> None:
 @pytest.mark.parametrize(("bits", "group_size"), [(4, 128), (8, -1)])
 def test_a_long_share_is_asked_for_ahead_and_changes_nothing(m: int, bits: int, group_size: int) -> None:
     weight = make_packed(48, 8320, bits, group_size, device="cuda")
-    call = Call(make_x(m, 8320, torch.float16, "cuda"), weight)
-    plain, ahead = (run(replace(call, dependent=d), problem_of(call), Launch(1, 1, 1, 1)) for d in (False, True))
+    call = PackedCall(make_x(m, 8320, torch.float16, "cuda"), weight)
+    plain, ahead = (run(replace(call, dependent=d), call.problem(), Launch(1, 1, 1, 1)) for d in (False, True))
     assert torch.equal(plain, ahead)
 
 
@@ -133,10 +134,10 @@ def test_a_long_share_is_asked_for_ahead_and_changes_nothing(m: int, bits: int, 
 @pytest.mark.parametrize("dependent", [False, True])
 def test_the_next_weight_changes_no_bit(m: int, dependent: bool) -> None:
     weight, x = make_packed(512, 4096, device="cuda"), make_x(m, 4096, torch.float16, "cuda")
-    expected = ops.linear(x, weight)
+    expected = ops.linear(PackedCall(x, weight))
     for size in (0, 5, 4000, NEXT_BYTES - 3, NEXT_BYTES + 40):
         following = torch.zeros(size, dtype=torch.int8, device="cuda")
-        y = ops.linear(x, weight, dependent=dependent, next_weight=following)
+        y = ops.linear(PackedCall(x, weight, dependent=dependent, next_weight=following))
         torch.cuda.synchronize()  # the request, too, has been made and refused nothing
         assert torch.equal(y, expected)
 
@@ -152,12 +153,11 @@ def test_epilogues_and_norms(m: int, dtype: torch.dtype) -> None:
     gamma, beta = make_x(1, k, dtype, "cuda")[0], make_x(1, k, dtype, "cuda")[0]
     for norm in (("none", None, None, 0.0), ("rms", gamma, None, 1e-5), ("layer", gamma, beta, 1e-5)):
         for activation in ("none", "gelu", "gelu_tanh", "quick_gelu"):
-            args = (x, *ops.weight_args(weight), bias, residual, *norm, activation, False, False)
-            expected = torch.ops.lowbit.linear(*map(on_cpu, args))
-            assert_devices_agree(torch.ops.lowbit.linear(*args), expected)
+            call = PackedCall(x, weight, bias, residual, *norm, activation)
+            assert_devices_agree(ops.linear(call), ops.linear(on_cpu(call)))
         gated = make_packed(n, k, dtype=dtype, device="cuda", pair_block=n)
-        args = (x, *ops.weight_args(gated), bias, *norm, False)
-        assert_devices_agree(torch.ops.lowbit.gated_linear(*args), torch.ops.lowbit.gated_linear(*map(on_cpu, args)))
+        call = PackedCall(x, gated, bias, None, *norm, "silu_mul")
+        assert_devices_agree(ops.linear(call), ops.linear(on_cpu(call)))
 
 
 @pytest.mark.gpu
@@ -165,24 +165,18 @@ def test_epilogues_and_norms(m: int, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_qkv_rotary_append(m: int, dtype: torch.dtype) -> None:
     weight = make_packed(6 * 64, 512, dtype=dtype, device="cuda", pair_block=64)
-    rotary = make_rotary(m, 2, 64, dtype, "cuda")
-    x = make_x(m, 512, dtype, "cuda")
-    args = (x, *ops.weight_args(weight), None, "none", None, None, 0.0, *vars(rotary).values())
-    args_cpu = [value.cpu().clone() if isinstance(value, Tensor) else value for value in args]
-    expected = torch.ops.lowbit.qkv_rotary_append(*args_cpu, False)
-    assert_devices_agree(torch.ops.lowbit.qkv_rotary_append(*args, False), expected)
-    assert_devices_agree(rotary.k_cache, args_cpu[-2])
-    assert_devices_agree(rotary.v_cache, args_cpu[-1])
+    call = PackedCall(make_x(m, 512, dtype, "cuda"), weight, rotary=make_rotary(m, 2, 64, dtype, "cuda"))
+    copy = on_cpu(call)
+    assert_devices_agree(ops.linear(call), ops.linear(copy))
+    assert_devices_agree(call.rotary.k_cache, copy.rotary.k_cache)
+    assert_devices_agree(call.rotary.v_cache, copy.rotary.v_cache)
 
 
 @pytest.mark.gpu
-def test_logits_and_argmax() -> None:
+def test_logits() -> None:
     weight, x = make_packed(1000, 512, 8, -1, device="cuda"), make_x(4, 512, torch.float16, "cuda")
-    logits, tokens = ops.logits_argmax(x, weight)
-    args = (x, *ops.weight_args(weight), "none", None, None, 0.0, False)
-    expected, _ = torch.ops.lowbit.logits_argmax(*map(on_cpu, args))
-    assert torch.allclose(logits.cpu(), expected, rtol=1e-4, atol=1e-3)
-    assert torch.equal(tokens.cpu(), logits.cpu().argmax(-1))
+    call = PackedCall(x, weight, float32_out=True)
+    assert torch.allclose(ops.linear(call).cpu(), ops.linear(on_cpu(call)), rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.gpu
@@ -190,16 +184,16 @@ def test_logits_and_argmax() -> None:
 def test_the_same_bits_every_time(m: int) -> None:
     weight = make_packed(512, 8192, device="cuda")
     x = make_x(m, 8192, torch.float16, "cuda")
-    first = ops.linear(x, weight)
-    assert all(torch.equal(first, ops.linear(x, weight)) for _ in range(20))
+    first = ops.linear(PackedCall(x, weight))
+    assert all(torch.equal(first, ops.linear(PackedCall(x, weight))) for _ in range(20))
 
 
 def chain(x: Tensor, weights: list[PackedWeight], buffers: list[Tensor], dependent: bool) -> Tensor:
     """Products that feed each other through two buffers that are reused: stale reads would show."""
     buffers[0].copy_(x)
     for i, weight in enumerate(weights):
-        y = ops.linear(buffers[i % 2], weight, norm="none", dependent=dependent)
-        y = ops.linear(y, weight, residual=buffers[i % 2], dependent=dependent)
+        y = ops.linear(PackedCall(buffers[i % 2], weight, norm="none", dependent=dependent))
+        y = ops.linear(PackedCall(y, weight, residual=buffers[i % 2], dependent=dependent))
         buffers[(i + 1) % 2].copy_(y)
     return buffers[len(weights) % 2].clone()
 
@@ -207,7 +201,7 @@ def chain(x: Tensor, weights: list[PackedWeight], buffers: list[Tensor], depende
 def direct_chain(x: Tensor, weights: list[PackedWeight], dependent: bool) -> Tensor:
     """Products with nothing between them, so that each launch depends on the kernel before it."""
     for weight in weights:
-        x = ops.linear(x, weight, residual=x, dependent=dependent)
+        x = ops.linear(PackedCall(x, weight, residual=x, dependent=dependent))
     return x
 
 
@@ -227,18 +221,15 @@ def test_dependent_launch_changes_nothing_in_a_captured_graph(m: int, k: int) ->
 def test_another_stream_waits_for_nobody_else() -> None:
     weight = make_packed(256, 512, device="cuda")
     x = make_x(3, 512, torch.float16, "cuda")
-    assert_streams_agree(lambda: ops.linear(x, weight))
+    assert_streams_agree(lambda: ops.linear(PackedCall(x, weight)))
 
 
 @pytest.mark.gpu
 def test_compiled_on_the_gpu() -> None:
     weight, x = make_packed(64, 256, device="cuda"), make_x(2, 256, torch.float16, "cuda")
-    compiled = torch.compile(lambda x: ops.linear(x, weight).relu(), fullgraph=True, backend="aot_eager")
-    assert torch.equal(compiled(x), ops.linear(x, weight).relu())
-    torch.library.opcheck(
-        torch.ops.lowbit.linear.default,
-        (x, *ops.weight_args(weight), None, None, "none", None, None, 0.0, "none", False, False),
-    )
+    compiled = torch.compile(lambda x: ops.linear(PackedCall(x, weight)).relu(), fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(x), ops.linear(PackedCall(x, weight)).relu())
+    opcheck(ops.plain_linear, PackedCall(x, weight))
 
 
 @pytest.mark.parametrize("name", ["words", "scales", "zeros"])
@@ -246,7 +237,7 @@ def test_a_weight_that_is_not_aligned_is_named(name: str) -> None:
     weight = make_packed(32, 128, symmetric=False)
     tensor = getattr(weight, name)
     shifted = torch.empty(tensor.numel() + 1, dtype=tensor.dtype)[1:].view(tensor.shape)
-    call = Call(make_x(1, 128, torch.float16), replace(weight, **{name: shifted}))
+    call = PackedCall(make_x(1, 128, torch.float16), replace(weight, **{name: shifted}))
     with pytest.raises(ValueError, match=f"{name} starts at .*16 bytes at a time"):
         prepare(call, most_staged=0)
 
@@ -257,6 +248,6 @@ def test_misaligned_and_misplaced_tensors_are_named() -> None:
     x = make_x(3, 256, torch.float16, "cuda")
     shifted = torch.empty(3 * 256 + 1, dtype=torch.float16, device="cuda")[1:].view(3, 256)
     with pytest.raises(ValueError, match="16 bytes at a time"):
-        ops.linear(shifted, weight)
+        ops.linear(PackedCall(shifted, weight))
     with pytest.raises((ValueError, RuntimeError), match="cpu"):
-        ops.linear(x, make_packed(64, 256))
+        ops.linear(PackedCall(x, make_packed(64, 256)))

@@ -3,11 +3,33 @@
 //
 // A score and its index are combined in one number, so that the largest does not depend on the order of comparisons.
 // The blocks of a cluster share a row; each sends its best to the first one, which alone writes.
-#include "choose_tokens.cuh"
+#include "declare.cuh"
 #include "launch.cuh"
 #include "ptx.cuh"
 
 namespace lowbit {
+
+struct ChooseTokensArgs {
+  LOWBIT_STRUCT(ChooseTokensArgs);
+  FIELD(const float*, scores);       // (m, n)
+  FIELD(const float*, temperature);  // (m), 0 for a row without noise; null, with seed, if no row has noise
+  FIELD(const int64_t*, seed);       // (m)
+  FIELD(int64_t*, tokens);           // (m): the index of each row's largest score
+  FIELD(int64_t*, written);          // (m): incremented
+  FIELD(int64_t*, positions);        // (m): incremented up to `last`; null, with slots, if rows do not move
+  FIELD(int64_t*, slots);            // (m): moved with the position
+  FIELD(int64_t, last);
+  FIELD(int, m);
+  FIELD(int, n);
+};
+
+struct ChooseTokensLaunch {
+  LOWBIT_STRUCT(ChooseTokensLaunch);
+  FIELD(int, device);
+  FIELD(int, blocks);      // that share a row: at most 8; more than 1 needs sm_90
+  FIELD(bool, dependent);  // launched with programmatic dependent launch
+};
+
 namespace {
 
 constexpr int kThreads = 1024;
@@ -128,5 +150,7 @@ cudaError_t launch_choose_tokens(const ChooseTokensArgs& args, const ChooseToken
   };
   return launch_kernel(args.temperature ? choose_tokens_kernel<true> : choose_tokens_kernel<false>, plan, args);
 }
+
+const Kernel choose_tokens("choose_tokens", {}, launch_choose_tokens);
 
 }  // namespace lowbit

@@ -11,12 +11,62 @@
 // docs/kernels/decode_attention.md has the saving.
 #include <type_traits>
 
-#include "decode_attention.cuh"
+#include "declare.cuh"
 #include "dequant.cuh"
 #include "launch.cuh"
 #include "stamps.cuh"
 
 namespace lowbit {
+
+// One layer's keys and values: (slots, kv_heads, head_dim) in T, or int8 with scales (slots, kv_heads) in T.
+struct KvCache {
+  LOWBIT_STRUCT(KvCache);
+  FIELD(void*, k);
+  FIELD(void*, v);
+  FIELD(void*, k_scales);  // null: k and v are T
+  FIELD(void*, v_scales);
+  FIELD(int, kv_heads);
+  FIELD(int, head_dim);
+};
+
+struct AppendHeadsArgs {
+  LOWBIT_STRUCT(AppendHeadsArgs);
+  FIELD(const void*, qkv);           // (m, heads + 2 kv_heads, head_dim)
+  FIELD(const int64_t*, positions);  // (m)
+  FIELD(const int64_t*, slots);      // (m)
+  FIELD(const float*, cosines);      // (positions, head_dim / 2)
+  FIELD(const float*, sines);
+  FIELD(const void*, q_norm);        // (head_dim) or null
+  FIELD(const void*, k_norm);
+  FIELD(void*, q);                   // (m, heads, head_dim)
+  FIELD(KvCache, cache);
+  FIELD(int, m);
+  FIELD(int, heads);
+  FIELD(float, norm_eps);
+};
+
+// Positions of a sequence before its last m must not be written by a kernel that this one may overlap.
+struct DecodeAttentionArgs {
+  LOWBIT_STRUCT(DecodeAttentionArgs);
+  FIELD(const void*, q);             // (m, heads, head_dim)
+  FIELD(const int64_t*, starts);     // (m) slot of position 0
+  FIELD(const int64_t*, positions);  // (m)
+  FIELD(void*, out);                 // (m, heads, head_dim)
+  FIELD(KvCache, cache);
+  FIELD(int, m);
+  FIELD(int, heads);
+  FIELD(float, scale);
+  FIELD(float, softcap);             // 0: none
+  FIELD(int, window);                // 0: none
+};
+
+struct DecodeAttentionLaunch {
+  LOWBIT_STRUCT(DecodeAttentionLaunch);
+  FIELD(int, device);
+  FIELD(int, splits);      // blocks of a cluster that share a sequence; more than 1 needs sm_90
+  FIELD(bool, dependent);  // launched with programmatic dependent launch
+};
+
 namespace {
 
 constexpr int kThreads = 128, kWarps = kThreads / 32;
@@ -556,14 +606,14 @@ cudaError_t launch_shape(const DecodeAttentionArgs& args, const DecodeAttentionL
 }  // namespace
 
 template <typename T>
-cudaError_t launch_append_heads(const AppendHeadsArgs& args, int device, bool dependent, cudaStream_t stream) {
+cudaError_t launch_append_heads(const AppendHeadsArgs& args, const PlainLaunch& launch, cudaStream_t stream) {
   const int units = args.m * (args.heads + 2 * args.cache.kv_heads), warps = kThreads / 32;
   const LaunchPlan plan = {
-      .device = device,
+      .device = launch.device,
       .stream = stream,
       .blocks = dim3((units + warps - 1) / warps),
       .threads = dim3(kThreads),
-      .dependent = dependent,
+      .dependent = launch.dependent,
   };
   return launch_kernel(append_heads_kernel<T>, plan, args);
 }
@@ -581,8 +631,7 @@ cudaError_t launch_decode_attention(const DecodeAttentionArgs& args, const Decod
   return launch_shape<Shape<T, false, 256>>(args, launch, stream);
 }
 
-template cudaError_t launch_append_heads<LOWBIT_T>(const AppendHeadsArgs&, int, bool, cudaStream_t);
-template cudaError_t launch_decode_attention<LOWBIT_T>(const DecodeAttentionArgs&, const DecodeAttentionLaunch&,
-                                                       cudaStream_t);
+const Kernel append_heads("append_heads", {name_of<LOWBIT_T>}, launch_append_heads<LOWBIT_T>);
+const Kernel decode_attention("decode_attention", {name_of<LOWBIT_T>}, launch_decode_attention<LOWBIT_T>);
 
 }  // namespace lowbit

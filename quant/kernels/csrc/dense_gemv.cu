@@ -2,12 +2,34 @@
 //
 // For the gated epilogue, half of a block's rows are gate's and half are up's, so that both sums of an output are in
 // the same block.
-#include "dense_gemv.cuh"
+#include "declare.cuh"
 #include "deferred_norm.cuh"
 #include "epilogue.cuh"
 #include "ring.cuh"
+#include "ring_launch.cuh"
+#include "wna16_args.cuh"
 
 namespace lowbit {
+
+struct DenseArgs {
+  LOWBIT_STRUCT(DenseArgs);
+  FIELD(const void*, x);           // (m, k)
+  FIELD(const void*, w);           // (n, k)
+  FIELD(const void*, bias);        // (n) or null
+  FIELD(const void*, residual);    // (m, n) or null: added after the activation
+  FIELD(const float*, x_squares);  // (m, k / 16), or null: deferred_norm.cuh; k is then a multiple of 64
+  FIELD(float, norm_eps);
+  FIELD(void*, y);                 // (m, n), or (m, n / 2) for the gated epilogue
+  FIELD(int, m);                   // k a multiple of 8; n of 8 for the gated epilogue
+  FIELD(int, n);
+  FIELD(int, k);
+  FIELD(int64_t, x_pitch);         // bytes from one row to the next, multiples of 16
+  FIELD(int64_t, w_pitch);
+  FIELD(Activation, activation);
+  FIELD(bool, float32_out);
+  FIELD(bool, vectors);            // n is a multiple of 4, and tensors of y's type start at multiples of 8 bytes
+};
+
 namespace {
 
 // scales[row of x] = 1 / deviation for a deferred norm, otherwise 1.
@@ -98,13 +120,14 @@ cudaError_t launch_warpgroups(const DenseArgs& args, const RingLaunch& launch, c
 
 template <typename T, int kColumns>
 cudaError_t launch_columns(const DenseArgs& args, const RingLaunch& launch, cudaStream_t stream) {
-  const bool gated = args.activation == Activation::kSiluMul;
+  const bool gated = args.activation == Activation::silu_mul;
   return gated ? launch_warpgroups<T, kColumns, 2>(args, launch, stream)
                : launch_warpgroups<T, kColumns, 1>(args, launch, stream);
 }
 
 }  // namespace
 
+// For 1 to 64 rows of x. cudaErrorInvalidDeviceFunction if the code was not built for sm_90a.
 template <typename T>
 cudaError_t launch_dense_gemv(const DenseArgs& args, const RingLaunch& launch, cudaStream_t stream) {
   if (args.m <= 8) return launch_columns<T, 8>(args, launch, stream);
@@ -113,6 +136,6 @@ cudaError_t launch_dense_gemv(const DenseArgs& args, const RingLaunch& launch, c
   return args.m <= 64 ? launch_columns<T, 64>(args, launch, stream) : cudaErrorInvalidValue;
 }
 
-template cudaError_t launch_dense_gemv<LOWBIT_T>(const DenseArgs&, const RingLaunch&, cudaStream_t);
+const Kernel dense_gemv("dense_gemv", {name_of<LOWBIT_T>}, launch_dense_gemv<LOWBIT_T>);
 
 }  // namespace lowbit

@@ -11,10 +11,10 @@ __device__ inline float silu(float value) { return value / (1.f + __expf(-value)
 // Not inlined: eight neighbours need it at once, and most calls have no activation.
 static __device__ __noinline__ float activate(Activation activation, float value) {
   switch (activation) {
-    case Activation::kGelu: return 0.5f * value * (1.f + erff(value * 0.70710678f));
-    case Activation::kGeluTanh:
+    case Activation::gelu: return 0.5f * value * (1.f + erff(value * 0.70710678f));
+    case Activation::gelu_tanh:
       return 0.5f * value * (1.f + tanhf(0.79788456f * (value + 0.044715f * value * value * value)));
-    case Activation::kQuickGelu: return value / (1.f + __expf(-1.702f * value));
+    case Activation::quick_gelu: return value / (1.f + __expf(-1.702f * value));
     default: return value;
   }
 }
@@ -62,7 +62,7 @@ __device__ void store_rows(const Args& args, int column, int row, bool vectors, 
   const int count = min(args.n - row, kWidth);
   if (count <= 0) return;
   add_halves<T>(args.bias, row, vectors, count, sums);
-  if (args.activation != Activation::kNone) {
+  if (args.activation != Activation::none) {
 #pragma unroll
     for (int i = 0; i < kWidth; ++i) sums[i] = activate(args.activation, sums[i]);
   }
@@ -117,7 +117,7 @@ __device__ void store_rotated(const Wna16Args& args, Pairs<kWidth>& pairs) {
 template <typename T, int kWidth>
 __device__ void store_pairs(const Wna16Args& args, Pairs<kWidth>& pairs) {
   if (args.positions != nullptr) return store_rotated<T>(args, pairs);
-  if (args.activation == Activation::kSiluMul) return store_gated<T>(args, pairs);
+  if (args.activation == Activation::silu_mul) return store_gated<T>(args, pairs);
   store_rows<T>(args, pairs.column, pairs.low, pairs.vectors, pairs.low_sums);
   store_rows<T>(args, pairs.column, pairs.high, pairs.vectors, pairs.high_sums);
 }

@@ -1,11 +1,30 @@
 // One warp rounds one row: each lane keeps four of its columns in registers, and the current column is shared with all
 // lanes by a shuffle. Rows are independent, so nothing is synchronised; the factor is in shared memory, read by every
 // warp.
-#include "gptq_block.cuh"
+#include "declare.cuh"
 #include "launch.cuh"
 #include "ptx.cuh"
 
 namespace lowbit {
+
+struct GptqBlockArgs {
+  LOWBIT_STRUCT(GptqBlockArgs);
+  FIELD(const void*, w);       // (n, columns) float32, as all below
+  FIELD(const void*, factor);  // (columns, columns), upper triangular
+  FIELD(const void*, scales);  // (n, columns): scales of each column's group
+  FIELD(const void*, zeros);   // (n, columns)
+  FIELD(void*, codes);         // (n, columns)
+  FIELD(void*, errors);        // (n, columns)
+  FIELD(int, n);
+  FIELD(int, columns);
+  FIELD(float, low);           // limits of the codes
+  FIELD(float, high);
+  FIELD(float, fineness);      // step as a fraction of the power of two at or below a value; 0 for integers
+  FIELD(float, least);         // smallest step
+};
+
+constexpr int kGptqColumns = 128;  // most columns of a block
+
 namespace {
 
 constexpr int kWarps = 8;
@@ -70,9 +89,9 @@ __global__ void gptq_block_kernel(const __grid_constant__ GptqBlockArgs args) {
 
 }  // namespace
 
-cudaError_t launch_gptq_block(const GptqBlockArgs& args, int device, cudaStream_t stream) {
+cudaError_t launch_gptq_block(const GptqBlockArgs& args, const DeviceLaunch& launch, cudaStream_t stream) {
   const LaunchPlan plan = {
-      .device = device,
+      .device = launch.device,
       .stream = stream,
       .blocks = dim3((args.n + kWarps - 1) / kWarps),
       .threads = dim3(kWarps * 32),
@@ -80,5 +99,7 @@ cudaError_t launch_gptq_block(const GptqBlockArgs& args, int device, cudaStream_
   };
   return launch_kernel(gptq_block_kernel, plan, args);
 }
+
+const Kernel gptq_block("gptq_block", {}, launch_gptq_block);
 
 }  // namespace lowbit

@@ -1,9 +1,21 @@
 // Launch of all kernels except CUTLASS's.
 #pragma once
 
-#include <cuda_runtime.h>
+#include "declare.cuh"
 
 namespace lowbit {
+
+// Launches with nothing to choose.
+struct DeviceLaunch {
+  LOWBIT_STRUCT(DeviceLaunch);
+  FIELD(int, device);
+};
+
+struct PlainLaunch {
+  LOWBIT_STRUCT(PlainLaunch);
+  FIELD(int, device);
+  FIELD(bool, dependent);  // launched with programmatic dependent launch
+};
 
 struct LaunchPlan {
   int device;

@@ -76,7 +76,7 @@ __device__ void store_turned(const Wna16Args& args, const PairEnd<T>& end, int c
 template <typename T>
 __device__ float2 store_plain(const Wna16Args& args, const PairEnd<T>& end, int column, float2 sums) {
   const int high = end.low + args.pair_block / 2;
-  if (args.activation != Activation::kNone)
+  if (args.activation != Activation::none)
     sums = make_float2(activate(args.activation, sums.x), activate(args.activation, sums.y));
   const float2 residual = end.residual.floats();
   sums = make_float2(sums.x + residual.x, sums.y + residual.y);
@@ -97,7 +97,7 @@ __device__ void store_pair(const Wna16Args& args, bool stored, const PairEnd<T>&
   const float2 bias = end.bias.floats();
   sums = make_float2(sums.x + bias.x, sums.y + bias.y);
   if (stored && args.positions != nullptr) store_turned<T>(args, end, column, sums);
-  else if (stored && args.activation == Activation::kSiluMul)
+  else if (stored && args.activation == Activation::silu_mul)
     static_cast<T*>(args.y)[static_cast<int64_t>(column) * (args.n / 2) + end.low] =
         from_float<T>(silu(sums.x) * sums.y);
   else if (stored) sums = store_plain<T>(args, end, column, sums);

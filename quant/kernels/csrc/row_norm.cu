@@ -3,11 +3,30 @@
 // One block per row, with the row in registers: activation, norm and rounding to int8, each if requested. It is a
 // kernel of its own because a fused prologue, which normalizes the same row in every block, costs the product more than
 // this launch: docs/ENGINE.md has the figures.
+#include "declare.cuh"
 #include "epilogue.cuh"
 #include "launch.cuh"
-#include "row_norm.cuh"
+#include "wna16_args.cuh"
 
 namespace lowbit {
+
+struct RowNormArgs {
+  LOWBIT_STRUCT(RowNormArgs);
+  FIELD(const void*, x);             // (m, k), k a multiple of 8; (m, 2 k), gate followed by up, for silu_mul
+  FIELD(const void*, weight);        // (k), null without a norm
+  FIELD(const void*, bias);          // (k) or null
+  FIELD(const float*, input_scale);  // one number for all tokens, or null: each token's absmax / 127
+  FIELD(void*, y);                   // (m, k), or null to get codes and scales
+  FIELD(int8_t*, codes);             // (m, k)
+  FIELD(float*, scales);             // (m)
+  FIELD(int, m);
+  FIELD(int, k);
+  FIELD(Norm, norm);
+  FIELD(float, eps);
+  FIELD(Activation, activation);     // before the norm
+  FIELD(bool, int8);                 // round to multiples of the scale, -128 to 127
+};
+
 namespace {
 
 constexpr int kMaxThreads = 1024;
@@ -46,7 +65,7 @@ template <typename T, int kCount>
 __device__ void norm_row(const RowNormArgs& args, float (&x)[kCount][kVector], const uint4 (&weights)[kCount],
                          int vectors, float* scratch) {
   float mean = 0.f, sum = 0.f;
-  if (args.norm == Norm::kLayer) {
+  if (args.norm == Norm::layer) {
 #pragma unroll
     for (int v = 0; v < kCount; ++v)
 #pragma unroll
@@ -123,7 +142,7 @@ __device__ void store(const RowNormArgs& args, int64_t index, const float (&x)[k
 // issued before any value is used.
 template <typename T, int kCount>
 __device__ void load(const RowNormArgs& args, int vectors, float (&x)[kCount][kVector]) {
-  const bool gated = args.activation == Activation::kSiluMul;
+  const bool gated = args.activation == Activation::silu_mul;
   const uint4* row = static_cast<const uint4*>(args.x) + static_cast<int64_t>(blockIdx.x) * vectors * (gated ? 2 : 1);
   uint4 raw[kCount] = {}, up_raw[kCount] = {};
 #pragma unroll
@@ -135,7 +154,7 @@ __device__ void load(const RowNormArgs& args, int vectors, float (&x)[kCount][kV
 #pragma unroll
   for (int v = 0; v < kCount; ++v) {
     unpack<T>(raw[v], x[v]);
-    if (args.activation == Activation::kNone) continue;
+    if (args.activation == Activation::none) continue;
     float up[kVector];
     unpack<T>(up_raw[v], up);
 #pragma unroll
@@ -159,7 +178,7 @@ __global__ void __launch_bounds__(kMaxThreads) row_norm_kernel(const __grid_cons
   wait_for_previous_kernel();
   float x[kCount][kVector];
   load<T>(args, vectors, x);
-  if (args.norm != Norm::kNone) norm_row<T>(args, x, weights, vectors, scratch);
+  if (args.norm != Norm::none) norm_row<T>(args, x, weights, vectors, scratch);
   Step step = {1.f, 1.f};
   if (args.int8) step.scale = scale_of(args, x, scratch), step.inverse = 1.f / step.scale;
   if (args.scales != nullptr && threadIdx.x == 0) args.scales[blockIdx.x] = step.scale;
@@ -173,23 +192,23 @@ __global__ void __launch_bounds__(kMaxThreads) row_norm_kernel(const __grid_cons
 }  // namespace
 
 template <typename T>
-cudaError_t launch_row_norm(const RowNormArgs& args, int device, bool dependent, cudaStream_t stream) {
+cudaError_t launch_row_norm(const RowNormArgs& args, const PlainLaunch& launch, cudaStream_t stream) {
   const int vectors = args.k / kVector;
   if (args.k % kVector != 0 || vectors > kMaxThreads * kVectors) return cudaErrorInvalidValue;
   // Few rows need all threads; many rows need many loads in flight.
   const int least = (vectors + kMaxThreads - 1) / kMaxThreads;
   const int count = least > 2 || args.m >= kManyRows ? kVectors : least;
   const LaunchPlan plan = {
-      .device = device,
+      .device = launch.device,
       .stream = stream,
       .blocks = dim3(args.m),
       .threads = dim3((vectors + 32 * count - 1) / (32 * count) * 32),
-      .dependent = dependent,
+      .dependent = launch.dependent,
   };
   if (count > 2) return launch_kernel(row_norm_kernel<T, kVectors>, plan, args);
   return launch_kernel(count == 1 ? row_norm_kernel<T, 1> : row_norm_kernel<T, 2>, plan, args);
 }
 
-template cudaError_t launch_row_norm<LOWBIT_T>(const RowNormArgs&, int, bool, cudaStream_t);
+const Kernel row_norm("row_norm", {name_of<LOWBIT_T>}, launch_row_norm<LOWBIT_T>);
 
 }  // namespace lowbit

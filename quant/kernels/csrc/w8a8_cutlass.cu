@@ -16,9 +16,18 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
-#include "w8a8_cutlass.cuh"
+#include "declare.cuh"
+#include "w8a8_args.cuh"
 
 namespace lowbit {
+
+struct W8a8CutlassLaunch {
+  LOWBIT_STRUCT(W8a8CutlassLaunch);
+  FIELD(int, device);
+  FIELD(int, processors);  // multiprocessors of the device
+  FIELD(int, swizzle);     // adjacent tiles of y in sequence: 1, 2, 4 or 8 rows or columns of them
+};
+
 namespace {
 
 using namespace cute;
@@ -112,6 +121,8 @@ typename P::Gemm::Arguments arguments_of(const W8a8Args& args, const W8a8Cutlass
 
 }  // namespace
 
+// n must be a multiple of 8; y, bias and residual must start at multiples of 16 bytes. cudaErrorInvalidValue if CUTLASS
+// rejects the problem.
 template <typename T, int kTile>
 cudaError_t launch_w8a8_cutlass(const W8a8Args& args, const W8a8CutlassLaunch& launch, cudaStream_t stream) {
   using P = Product<T, kTile>;
@@ -126,7 +137,7 @@ cudaError_t launch_w8a8_cutlass(const W8a8Args& args, const W8a8CutlassLaunch& l
   return cudaSuccess;
 }
 
-template cudaError_t launch_w8a8_cutlass<LOWBIT_T, LOWBIT_TILE>(const W8a8Args&, const W8a8CutlassLaunch&,
-                                                                 cudaStream_t);
+const Kernel w8a8_cutlass("w8a8_cutlass", {name_of<LOWBIT_T>, std::to_string(LOWBIT_TILE)},
+                          launch_w8a8_cutlass<LOWBIT_T, LOWBIT_TILE>);
 
 }  // namespace lowbit

@@ -1,9 +1,14 @@
 // Code for sm_90a alone; empty elsewhere. ring.cuh has the design. Sums are int32, so their order does not matter.
+#include "declare.cuh"
 #include "epilogue.cuh"
 #include "ring.cuh"
-#include "w8a8_gemm.cuh"
+#include "ring_launch.cuh"
+#include "w8a8_args.cuh"
 
 namespace lowbit {
+
+enum class W8a8Output : int { kHalf, kBfloat16, kFloat };  // type of y, bias and residual
+
 namespace {
 
 template <int kColumns, int kWarpgroups>
@@ -106,12 +111,20 @@ cudaError_t launch_warpgroups(const W8a8Args& args, const RingLaunch& launch, W8
 
 }  // namespace
 
-cudaError_t launch_w8a8_gemm(const W8a8Args& args, const RingLaunch& launch, W8a8Output output, cudaStream_t stream) {
-  if (args.m <= 8) return launch_warpgroups<8>(args, launch, output, stream);
-  if (args.m <= 16) return launch_warpgroups<16>(args, launch, output, stream);
-  if (args.m <= 32) return launch_warpgroups<32>(args, launch, output, stream);
-  if (args.m <= 64) return launch_warpgroups<64>(args, launch, output, stream);
-  return launch_warpgroups<128>(args, launch, output, stream);
+// cudaErrorInvalidDeviceFunction if the code was not built for sm_90a.
+template <W8a8Output kOutput>
+cudaError_t launch_w8a8_gemm(const W8a8Args& args, const RingLaunch& launch, cudaStream_t stream) {
+  if (args.m <= 8) return launch_warpgroups<8>(args, launch, kOutput, stream);
+  if (args.m <= 16) return launch_warpgroups<16>(args, launch, kOutput, stream);
+  if (args.m <= 32) return launch_warpgroups<32>(args, launch, kOutput, stream);
+  if (args.m <= 64) return launch_warpgroups<64>(args, launch, kOutput, stream);
+  return launch_warpgroups<128>(args, launch, kOutput, stream);
 }
+
+const Kernel w8a8_gemm[] = {
+    {"w8a8_gemm", {name_of<__half>}, launch_w8a8_gemm<W8a8Output::kHalf>},
+    {"w8a8_gemm", {name_of<__nv_bfloat16>}, launch_w8a8_gemm<W8a8Output::kBfloat16>},
+    {"w8a8_gemm", {name_of<float>}, launch_w8a8_gemm<W8a8Output::kFloat>},
+};
 
 }  // namespace lowbit

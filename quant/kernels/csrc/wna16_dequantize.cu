@@ -1,10 +1,25 @@
 // One warp expands one tile's chunk (16 rows x 128 inputs), with the same 16-byte reads as the product's, and 16-byte
 // writes of eight consecutive inputs of a row. It is bound by the writes, so nothing is staged in shared memory.
+#include "declare.cuh"
 #include "dequant.cuh"
 #include "launch.cuh"
-#include "wna16_dequantize.cuh"
 
 namespace lowbit {
+
+struct Wna16DequantizeArgs {
+  LOWBIT_STRUCT(Wna16DequantizeArgs);
+  FIELD(const void*, words);  // as in Wna16Args
+  FIELD(const void*, scales);
+  FIELD(const void*, zeros);
+  FIELD(void*, w);            // (n, k), T
+  FIELD(int, n);
+  FIELD(int, k);
+  FIELD(int, pair_block);
+  FIELD(int, groups_per_chunk);
+  FIELD(int, scale_rows);
+  FIELD(int, scale_shift);
+};
+
 namespace {
 
 constexpr int kWarps = 8;
@@ -59,10 +74,10 @@ __global__ void wna16_dequantize_kernel(const __grid_constant__ Wna16DequantizeA
 }  // namespace
 
 template <typename T, int kBits>
-cudaError_t launch_wna16_dequantize(const Wna16DequantizeArgs& args, int device, cudaStream_t stream) {
+cudaError_t launch_wna16_dequantize(const Wna16DequantizeArgs& args, const DeviceLaunch& launch, cudaStream_t stream) {
   const int64_t units = static_cast<int64_t>((args.n + 15) / 16) * ((args.k + 127) / 128);
   const LaunchPlan plan = {
-      .device = device,
+      .device = launch.device,
       .stream = stream,
       .blocks = dim3((units + kWarps - 1) / kWarps),
       .threads = dim3(kWarps * 32),
@@ -70,9 +85,11 @@ cudaError_t launch_wna16_dequantize(const Wna16DequantizeArgs& args, int device,
   return launch_kernel(wna16_dequantize_kernel<T, kBits>, plan, args);
 }
 
-template cudaError_t launch_wna16_dequantize<__half, 4>(const Wna16DequantizeArgs&, int, cudaStream_t);
-template cudaError_t launch_wna16_dequantize<__half, 8>(const Wna16DequantizeArgs&, int, cudaStream_t);
-template cudaError_t launch_wna16_dequantize<__nv_bfloat16, 4>(const Wna16DequantizeArgs&, int, cudaStream_t);
-template cudaError_t launch_wna16_dequantize<__nv_bfloat16, 8>(const Wna16DequantizeArgs&, int, cudaStream_t);
+const Kernel wna16_dequantize[] = {
+    {"wna16_dequantize", {name_of<__half>, "4"}, launch_wna16_dequantize<__half, 4>},
+    {"wna16_dequantize", {name_of<__half>, "8"}, launch_wna16_dequantize<__half, 8>},
+    {"wna16_dequantize", {name_of<__nv_bfloat16>, "4"}, launch_wna16_dequantize<__nv_bfloat16, 4>},
+    {"wna16_dequantize", {name_of<__nv_bfloat16>, "8"}, launch_wna16_dequantize<__nv_bfloat16, 8>},
+};
 
 }  // namespace lowbit

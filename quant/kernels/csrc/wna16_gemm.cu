@@ -12,13 +12,24 @@
 // Tried and slower on one H100 (docs/kernels/wna16_gemm.md has figures): scales read to registers one chunk ahead
 // (every chunk waited for DRAM), x requested one chunk ahead, two blocks of two warpgroups per multiprocessor, sums
 // read from the cluster one float at a time.
+#include "declare.cuh"
 #include "epilogue.cuh"
 #include "launch.cuh"
 #include "next_weight.cuh"
 #include "wgmma.cuh"
-#include "wna16_gemm.cuh"
+#include "wna16_args.cuh"
 
 namespace lowbit {
+
+struct Wna16GemmLaunch {
+  LOWBIT_STRUCT(Wna16GemmLaunch);
+  FIELD(int, device);
+  FIELD(int, groups_per_chunk);  // 1, 2 or 4: scales per row in 128 inputs
+  FIELD(int, warpgroups);        // multiplying warpgroups, with 64 rows of W each: 2 to 4, or 2 to 3 above 64 rows of x
+  FIELD(int, cluster);           // blocks that split k
+  FIELD(bool, dependent);        // launched with programmatic dependent launch
+};
+
 namespace {
 
 template <typename T_, int kBits_, bool kZeros_, int kGroups_, bool kChannel_, int kColumns_, int kWarpgroups_>
@@ -473,12 +484,14 @@ cudaError_t launch_groups(const Wna16Args& args, const Wna16GemmLaunch& launch, 
 
 }  // namespace
 
+// Needs code built for sm_90a (extension.reason_against_90a checks it): elsewhere the kernel is empty or missing.
 template <typename T, int kBits>
 cudaError_t launch_wna16_gemm(const Wna16Args& args, const Wna16GemmLaunch& launch, cudaStream_t stream) {
   return args.zeros == nullptr ? launch_groups<T, kBits, false>(args, launch, stream)
                                : launch_groups<T, kBits, true>(args, launch, stream);
 }
 
-template cudaError_t launch_wna16_gemm<LOWBIT_T, LOWBIT_BITS>(const Wna16Args&, const Wna16GemmLaunch&, cudaStream_t);
+const Kernel wna16_gemm("wna16_gemm", {name_of<LOWBIT_T>, std::to_string(LOWBIT_BITS)},
+                        launch_wna16_gemm<LOWBIT_T, LOWBIT_BITS>);
 
 }  // namespace lowbit

@@ -9,13 +9,26 @@
 // Tried and slower on one H100: a ring of shared memory filled by cp.async (more instructions per chunk), x copied to
 // shared memory first (its latency delays everything), x read one chunk ahead. docs/kernels/wna16_gemv.md has the
 // figures. Remaining loss: the compiler assigns one scoreboard to all refills, so the oldest waits for the newest.
+#include "declare.cuh"
 #include "launch.cuh"
 #include "next_weight.cuh"
 #include "pair_ends.cuh"
 #include "stamps.cuh"
-#include "wna16_gemv.cuh"
+#include "wna16_args.cuh"
 
 namespace lowbit {
+
+struct Wna16GemvLaunch {
+  LOWBIT_STRUCT(Wna16GemvLaunch);
+  FIELD(int, device);
+  FIELD(int, groups_per_chunk);  // 1, 2 or 4: scales per row in 128 inputs
+  FIELD(int, row_tiles);         // tiles that a warp multiplies per read of x
+  FIELD(int, row_warps);         // warps of a block along n, a power of two
+  FIELD(int, k_warps);           // warps of a block that split k
+  FIELD(int, cluster);           // blocks that split k; more than 1 needs sm_90
+  FIELD(bool, dependent);        // launched with programmatic dependent launch
+};
+
 namespace {
 
 // Shapes with more than 16 rows of x have no code on Hopper, so some of their members are unused.
@@ -121,7 +134,7 @@ __device__ void norm_statistics(const Wna16Args& args, float2* statistics) {
   for (int row = warp_of_block(); row < args.m; row += blockDim.y * blockDim.z) {
     const T* x = static_cast<const T*>(args.x) + static_cast<int64_t>(row) * args.k;
     float mean = 0.f;
-    for (int pass = args.norm == Norm::kLayer ? 0 : 1; pass < 2; ++pass) {
+    for (int pass = args.norm == Norm::layer ? 0 : 1; pass < 2; ++pass) {
       float sum = 0.f;
       for (int i = lane * 8; i < args.k; i += 256) {
         const uint4 raw = __ldcg(reinterpret_cast<const uint4*>(x + i));
@@ -159,7 +172,7 @@ __device__ void stage_x(const Wna16Args& args, int begin, int end, uint8_t* x_sm
     uint8_t* target = x_smem + row * staged_pitch(largest_slice(args.chunks, gridDim.x));
     for (int i = thread_of_block(); i < vectors; i += threads_of_block()) {
       uint4 value = __ldcg(reinterpret_cast<const uint4*>(x) + i);
-      if (args.norm != Norm::kNone) value = normalized<T>(args, value, statistics[row], begin * kChunkK + i * 8);
+      if (args.norm != Norm::none) value = normalized<T>(args, value, statistics[row], begin * kChunkK + i * 8);
       *reinterpret_cast<uint4*>(target + i * 16) = value;
     }
   }
@@ -273,7 +286,7 @@ __device__ LaneX<S> prepare_x(const Wna16Args& args, const Share& share, uint8_t
   const int begin = share.first - threadIdx.z;
   float2* statistics = reinterpret_cast<float2*>(free_smem);
   uint8_t* staged = free_smem + (args.m + 1) / 2 * 16;
-  if (args.norm != Norm::kNone) norm_statistics<typename S::T>(args, statistics);
+  if (args.norm != Norm::none) norm_statistics<typename S::T>(args, statistics);
   __syncthreads();
   stage_x<typename S::T>(args, begin, share.end, staged, statistics);
   __syncthreads();
@@ -512,7 +525,7 @@ cudaError_t launch_wna16_gemv(const Wna16Args& args, const Wna16GemvLaunch& laun
                                : launch_zeros<T, kBits, true>(args, launch, stream);
 }
 
-template cudaError_t launch_wna16_gemv<LOWBIT_T, LOWBIT_BITS>(const Wna16Args&, const Wna16GemvLaunch&,
-                                                              cudaStream_t);
+const Kernel wna16_gemv("wna16_gemv", {name_of<LOWBIT_T>, std::to_string(LOWBIT_BITS)},
+                        launch_wna16_gemv<LOWBIT_T, LOWBIT_BITS>);
 
 }  // namespace lowbit

@@ -21,7 +21,7 @@ KEPT = ROOT / "build" / "emulator"
 SUFFIXES = {".cu", ".cuh", ".cpp", ".h"}
 UNITS = [
     *((unit.source, unit.defines) for unit in units_in(CSRC) if not unit.cutlass),
-    *((source, ()) for source in ("scheduler.cpp", "tensor.cpp", "left_out.cpp")),
+    *((source, ()) for source in ("scheduler.cpp", "tensor.cpp")),
 ]
 FLAGS = ("-std=c++20", "-O1", "-fPIC", "-w", "-fvisibility=hidden", "-fno-strict-aliasing", "-x", "c++")
 # Hopper's code, whatever `architectures` says to Python: it is what the emulated GPU claims to be.
