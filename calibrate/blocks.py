@@ -90,7 +90,7 @@ class DataFreeBlocks:
 
     def _read(self, name: str, placement: Placement) -> Tensor:
         """The file's tensor `name`, or the parameter that transformers converts it to."""
-        read = self._job.source.checkpoint.read
+        read = self._job.skeleton.read
         if placement.conversion is None:
             return read(name)
         return placement.conversion.parameters(self._job.skeleton.model, read)[placement.parameter]

@@ -10,7 +10,7 @@ from lowbit.errors import CheckpointError
 from lowbit.export.dialects import FORMATS
 from lowbit.export.engines.transformers import NAME as TRANSFORMERS
 from lowbit.export.engines.vllm import NAME as VLLM
-from lowbit.export.formats import require_fit
+from lowbit.export.formats import LogicalTensors, describe_schemes, require_fit
 from lowbit.export.plain import read_json
 from lowbit.models.placement import JOINED, stacked_only
 from lowbit.models.rehearsal import reader_of_weights
@@ -47,6 +47,8 @@ class Job:
 
         This is its own dtype, unless the recipe asks for another one. Then tensors wider than most weights keep theirs.
         """
+        if name.removesuffix(".weight") in self.skeleton.tensors.schemes:
+            return self.dtype
         own = self.source.checkpoint.entries[name].dtype
         wider = own.itemsize > self._main_dtype.itemsize
         return own if self.recipe.dtype == "auto" or wider or not own.is_floating_point else self.dtype
@@ -65,7 +67,7 @@ class Job:
         """Estimated bytes of the weights that the run will write."""
         linears = self.linears
         bits = sum(spec.n * spec.k * scheme.bits_per_weight(spec.k) for spec, scheme in self._quantized(linears))
-        parameters = sum(entry.numel for entry in self.source.checkpoint.entries.values())
+        parameters = self.skeleton.tensors.parameters
         kept = parameters - sum(spec.n * spec.k for spec, _ in self._quantized(linears))
         return int(bits / 8 + kept * self.dtype.itemsize)
 
@@ -92,7 +94,10 @@ class Job:
         joined = fmt.package == "compressed-tensors" and any(
             place.conversion is not None and place.conversion.of_weights for place in self.skeleton.placed().values()
         )
+        held = self.skeleton.tensors.schemes
         found: dict[str, tuple[bool, tuple[str, ...]]] = {
+            f"the model is quantized itself, as {describe_schemes(held)}: what its weights stand for is the original "
+            "here": (bool(held), ()),
             f"calibration windows of {seqlen} tokens are longer than the {positions} positions that the model "
             "supports; statistics beyond them do not match real use": (seqlen > (positions or seqlen), ()),
             "this family stores its weights transposed (Conv1D), which compressed-tensors readers do not know: "
@@ -128,15 +133,13 @@ def prepare(source: Source, recipe: Recipe, device: str) -> Job:
 
     CheckpointError or RecipeError if the model is already quantized, damaged, or cannot be covered.
     """
-    if source.checkpoint.quantization is not None:
-        method = source.checkpoint.quantization.get("quant_method", "by a method that config.json does not name")
-        raise CheckpointError(f"{source.directory}: already quantized ({method}); quantize the original model instead")
+    _require_original(source)
     _require_generation_config(source)
     fmt, scheme = FORMATS[recipe.format], recipe.default_scheme
     reason = fmt.reason_against(scheme) or fmt.risk_of(scheme)
     if reason:
         raise CheckpointError(f"format {fmt.name} cannot hold {scheme}: {reason}")
-    skeleton = open_skeleton(source)
+    skeleton = open_skeleton(source, original=True)
     plan = make_plan(skeleton, recipe)
     plan.require_coverage()
     job = Job(source, skeleton, recipe, plan, _dtype(source, recipe), device)
@@ -152,6 +155,19 @@ def _require_generation_config(source: Source) -> None:
             read_json(path)
 
 
+def _require_original(source: Source) -> None:
+    """CheckpointError if the weights are quantized already, unless all are floats: vendors publish such originals."""
+    config = source.checkpoint.quantization
+    if config is None:
+        return
+    method = config.get("quant_method", "by a method that config.json does not name")
+    if any(fmt.recognizes(config) for fmt in FORMATS.values()):
+        schemes = LogicalTensors(source.checkpoint).schemes.values()
+        if schemes and not any(scheme.number.is_integer for scheme in schemes):
+            return
+    raise CheckpointError(f"{source.directory}: already quantized ({method}); quantize the original model instead")
+
+
 def _dtype(source: Source, recipe: Recipe) -> torch.dtype:
     if recipe.dtype != "auto":
         return DTYPES[recipe.dtype]
@@ -161,7 +177,8 @@ def _dtype(source: Source, recipe: Recipe) -> torch.dtype:
 def main_dtype(source: Source) -> torch.dtype:
     """The most frequent dtype of a model's weights; bfloat16 if none of them is a dtype to compute in."""
     counts: dict[torch.dtype, int] = {}
-    for entry in source.checkpoint.entries.values():
+    entries = source.checkpoint.entries
+    for entry in (entries[name] for name in LogicalTensors(source.checkpoint).names if name in entries):
         if entry.dtype in DTYPES.values():
             counts[entry.dtype] = counts.get(entry.dtype, 0) + entry.numel
     return max(counts, key=lambda dtype: counts[dtype], default=torch.bfloat16)

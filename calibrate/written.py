@@ -47,7 +47,7 @@ class RecordingWriter:
     def add_others(self) -> None:
         """Write the tensors outside the blocks, without copies of tied embeddings."""
         in_blocks = {name for block in self._job.skeleton.blocks for name in block.tensors}
-        for name in self._job.source.checkpoint.entries:
+        for name in self._job.skeleton.tensors.names:
             if name not in in_blocks and not self._is_tied_copy(name):
                 self._add(name, self._source(name))
 
@@ -58,7 +58,7 @@ class RecordingWriter:
         return any(place.parameter == origin for place in places.values())
 
     def _source(self, name: str) -> Tensor:
-        value = checked(name, self._job.source.checkpoint.read(name))
+        value = checked(name, self._job.skeleton.tensors.exact(name))
         return value.to(self._job.kept_dtype(name))
 
     def _add(self, name: str, tensor: Tensor) -> None:

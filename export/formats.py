@@ -1,8 +1,10 @@
 """The formats for writing and reading quantized weights, by name."""
 
+import math
 from collections import Counter
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 
 from lowbit.errors import CheckpointError
@@ -38,6 +40,9 @@ def describe_schemes(schemes: Mapping[str, Scheme]) -> str:
     return ", ".join(f"{scheme} ({count} linears)" for scheme, count in counts.most_common())
 
 
+FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+
+
 class LogicalTensors:
     """A checkpoint's tensors under the names of an unquantized model: `P.weight`, packed or not."""
 
@@ -46,6 +51,18 @@ class LogicalTensors:
         self.format = _format_of(checkpoint)
         packed = self.format.linears(checkpoint.entries) if self.format else []
         self.schemes = self.format.schemes_of(checkpoint.quantization or {}, packed) if self.format else {}
+        if self.format:
+            self._refuse_unscaled(self.format)
+
+    def _refuse_unscaled(self, fmt: Format) -> None:
+        """CheckpointError for float8 weights without scales: beside quantized ones they are no weights of their own."""
+        for name, entry in self.checkpoint.entries.items():
+            linear = name.removesuffix(".weight")
+            if entry.dtype in FLOAT8 and linear != name and linear not in self.schemes:
+                raise CheckpointError(
+                    f"{self.checkpoint.directory}: {name} is {entry.dtype} and has no {fmt.marker}, which says what it "
+                    "stands for; the checkpoint is incomplete"
+                )
 
     @property
     def names(self) -> list[str]:
@@ -71,13 +88,27 @@ class LogicalTensors:
         assert self.format is not None
         return self.format.read(linear, self.checkpoint.read, self.schemes[linear])
 
+    @property
+    def parameters(self) -> int:
+        """Numbers in all tensors, scales and zeros of quantized linears aside."""
+        packed = {f"{linear}.weight" for linear in self.schemes}
+        dense = sum(self.checkpoint.entries[name].numel for name in self.names if name not in packed)
+        return dense + sum(math.prod(self.shape(linear)) for linear in self.schemes)
+
     def read(self, name: str) -> Tensor:
         """The tensor `name`. A quantized weight is dequantized, in the dtype of its scales."""
+        return self._read(name, exact=False)
+
+    def exact(self, name: str) -> Tensor:
+        """The tensor `name`. A quantized weight is dequantized in float32."""
+        return self._read(name, exact=True)
+
+    def _read(self, name: str, exact: bool) -> Tensor:
         linear = name.removesuffix(".weight")
         if linear not in self.schemes or linear == name:
             return self.checkpoint.read(name)
         weight = self.qtensor(linear)
-        return weight.dequantize(weight.scales.dtype)
+        return weight.dequantize(torch.float32 if exact else weight.scales.dtype)
 
 
 def _format_of(checkpoint: Checkpoint) -> Format | None:

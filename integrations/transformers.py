@@ -21,6 +21,7 @@ from lowbit.errors import CheckpointError
 from lowbit.export.checkpoint import open_checkpoint
 from lowbit.export.dialects import FORMATS
 from lowbit.export.formats import LogicalTensors
+from lowbit.export.fp8 import BLOCK_FP8
 from lowbit.models.placement import place
 from lowbit.quant.linear import QLinear
 from lowbit.quant.qtensor import QTensor
@@ -149,7 +150,8 @@ def is_read_here(values: Mapping[str, Any]) -> bool:
     return False
 
 
-for _method in {fmt.method for fmt in FORMATS.values()} & AUTO_QUANTIZER_MAPPING.keys():
+# transformers has kernels for block FP8, where ours would expand it to 16 bits
+for _method in ({fmt.method for fmt in FORMATS.values()} & AUTO_QUANTIZER_MAPPING.keys()) - {BLOCK_FP8.method}:
     if not isinstance(AUTO_QUANTIZER_MAPPING[_method], _Quantizers):
         AUTO_QUANTIZATION_CONFIG_MAPPING[_method] = _Configs(AUTO_QUANTIZATION_CONFIG_MAPPING[_method])
         AUTO_QUANTIZER_MAPPING[_method] = _Quantizers(AUTO_QUANTIZER_MAPPING[_method])

@@ -79,6 +79,7 @@ class Skeleton:
     blocks   its decoder blocks, in order
     others   the file's tensors outside the blocks, by name
     read     reads a tensor of the file by its logical name
+    tensors  the file's tensors by logical name
     inputs   linear -> rounding function of its inputs, if they are quantized in the file
     """
 
@@ -87,6 +88,7 @@ class Skeleton:
     blocks: list[Block]
     others: dict[str, Placement]
     read: Reader
+    tensors: LogicalTensors
     inputs: dict[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)
 
     def towers(self) -> list[str]:
@@ -114,8 +116,10 @@ class Skeleton:
             empty(module.modules())
 
 
-def open_skeleton(source: Source) -> Skeleton:
+def open_skeleton(source: Source, original: bool = False) -> Skeleton:
     """The skeleton of `source`, with every tensor of its files placed. Packed weights are dequantized when read.
+
+    original  the model is to be quantized anew: packed weights come in float32, and inputs are not rounded
 
     CheckpointError if the model has no blocks, or if the file lacks a parameter or contradicts it.
     """
@@ -138,10 +142,12 @@ def open_skeleton(source: Source) -> Skeleton:
     turned = {f"{spec.name}.weight" for block in blocks for spec in block.linears if spec.transposed}
     turned &= {f"{name}.weight" for name in tensors.schemes}
 
-    def read(name: str) -> Tensor:
-        return tensors.read(name).T if name in turned else tensors.read(name)
+    plain = tensors.exact if original else tensors.read
 
-    return Skeleton(source, model, blocks, others, read, _quantized_inputs(tensors))
+    def read(name: str) -> Tensor:
+        return plain(name).T if name in turned else plain(name)
+
+    return Skeleton(source, model, blocks, others, read, tensors, {} if original else _quantized_inputs(tensors))
 
 
 def _quantized_inputs(tensors: LogicalTensors) -> dict[str, Callable[[Tensor], Tensor]]:

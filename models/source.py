@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import (
     AutoConfig,
@@ -24,6 +23,7 @@ from transformers.models.auto.modeling_auto import (
 
 from lowbit.errors import CheckpointError, UsageError, nearest
 from lowbit.export.checkpoint import Checkpoint, open_checkpoint
+from lowbit.export.formats import FLOAT8
 from lowbit.export.plain import write_json
 from lowbit.export.sharded import CONFIG_NAME
 from lowbit.export.snapshot import Snapshot, snapshot_at
@@ -32,7 +32,6 @@ from lowbit.models.demo import demo_model_dir
 from lowbit.models.hub import download
 from lowbit.models.tokenids import require_small_ids
 
-FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 EPSILONS = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_eps", "norm_epsilon", "layernorm_epsilon")
 DEMO = "demo"
 HUB_FILES: tuple[str, ...] = (

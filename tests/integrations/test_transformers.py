@@ -97,7 +97,7 @@ def test_what_our_readers_do_not_know_is_left_to_transformers(ours):
     assert not ours.is_read_here(floats)
     assert not ours.is_read_here({"quant_method": "bitsandbytes"})
     assert ours.is_read_here({"quant_method": "awq", "bits": 4, "group_size": 128})
-    gptq = {"quant_method": "gptq", "bits": 3, "group_size": 128, "sym": True}
+    gptq = {"quant_method": "gptq", "bits": 4, "group_size": 16, "sym": True}
     assert not ours.is_read_here(gptq)
     theirs = AUTO_QUANTIZATION_CONFIG_MAPPING["gptq"].from_dict(gptq)
     assert type(theirs).__name__ == "GPTQConfig"
