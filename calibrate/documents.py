@@ -6,7 +6,6 @@ Chats are rendered with the tokenizer's chat template and the row's `tools`. So 
 is a template. Empty rows are passed over. Rows that cannot be rendered are skipped and counted in a Reading.
 """
 
-import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from lowbit.calibrate.tables import BadRow, Numbered, Row
 from lowbit.errors import DatasetError
+from lowbit.export.plain import plain_json
 from lowbit.models.chat import TemplateRefusal, render_chat
 
 if TYPE_CHECKING:
@@ -227,7 +227,7 @@ def cell(row: Row, column: str) -> Any:
 def _parsed(text: str) -> Any:
     """The chat in `text` as JSON (tables without nested columns store chats so), or `text` itself."""
     try:
-        value = json.loads(text)
+        value = plain_json(text.encode("utf-8", "surrogatepass"))
     except ValueError:
         return text
     return value if isinstance(value, list) and is_text(value) else text
@@ -372,7 +372,7 @@ def as_parts(text: str) -> list[dict[str, str]]:
 def tools_of(value: Any) -> list[Any] | None:
     """The tools of a row, which may be JSON text; None without tools. BadRow if they are not a list of objects."""
     if isinstance(value, str) and value:
-        value = json.loads(value)
+        value = plain_json(value.encode("utf-8", "surrogatepass"))
     if not value:
         return None
     if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):

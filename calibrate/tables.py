@@ -10,8 +10,8 @@ A row is an object, a string (a text) or a list of objects (a chat). A row that 
 and stops nothing. Nothing is written except a temporary file for decompression.
 """
 
+import codecs
 import csv
-import json
 import sys
 import tempfile
 from array import array
@@ -26,10 +26,13 @@ import numpy as np
 import pyarrow
 from pyarrow import parquet
 
-from lowbit.errors import DatasetError
+from lowbit.errors import CheckpointError, DatasetError
+from lowbit.export.files import open_regular
+from lowbit.export.plain import plain_json
 
 MOST_UNPACKED = 100  # largest ratio of decompression beyond MOST_HELD; texts compress to a tenth at best
 MOST_HELD, MOST_EXPANSION = 1 << 28, 1000  # bytes of a row group in memory, and largest ratio to its size in the file
+MOST_WHOLE = 1 << 30  # bytes of a text, a JSON document or a line: they are in memory at once
 TEXT = "BYTE_ARRAY"  # parquet's type for strings
 TABLES = (".jsonl", ".json", ".parquet", ".csv")
 COMPRESSED = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}
@@ -54,13 +57,16 @@ def kind_of(name: str) -> str:
 def open_bytes(path: Path) -> IO[bytes]:
     """The file's bytes, decompressed according to its name. DatasetError if it cannot be read."""
     try:
+        stored = open_regular(path)
         if path.suffix.lower() not in COMPRESSED:
-            return path.open("rb")
+            return stored
         file: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115, closed by the caller
-        with pyarrow.input_stream(str(path), compression=COMPRESSED[path.suffix.lower()]) as stream:
+        with stored, pyarrow.input_stream(stored, compression=COMPRESSED[path.suffix.lower()]) as stream:
             _unpack(stream, file, max(MOST_HELD, MOST_UNPACKED * path.stat().st_size), path)
         file.seek(0)
         return file
+    except CheckpointError as error:
+        raise DatasetError(str(error)) from error
     except (OSError, ValueError) as error:  # ValueError for a name with a zero byte
         raise DatasetError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
 
@@ -77,9 +83,17 @@ def read_utf8(path: Path) -> str:
     """The text of a file. DatasetError if it cannot be read or is not UTF-8."""
     try:
         with open_bytes(path) as file:
-            return file.read().decode("utf-8")
+            return read_whole(file, path).decode("utf-8")
     except UnicodeDecodeError as error:
         raise DatasetError(f"{path} is no UTF-8 text (byte {error.start}); convert it first") from error
+
+
+def read_whole(file: IO[bytes], path: object) -> bytes:
+    """All bytes of `file`, which is called `path`. DatasetError if there are more than MOST_WHOLE."""
+    content = file.read(MOST_WHOLE + 1)
+    if len(content) > MOST_WHOLE:
+        raise DatasetError(f"{path} is larger than {MOST_WHOLE >> 20} MiB, the most read at once; cut it into parts")
+    return content
 
 
 def local_rows(path: Path, seed: int | None) -> Iterator[Numbered]:
@@ -224,6 +238,8 @@ def _open_table(path: Path, file: IO[bytes]) -> _Table:
     opened = {".parquet": _Parquet, ".csv": _csv, ".jsonl": _lines, ".json": _document}
     try:
         return opened[kind_of(path.name)](file)
+    except DatasetError as error:
+        raise DatasetError(f"{path}: {error}") from error
     except (ValueError, RecursionError, pyarrow.ArrowException, csv.Error, OSError) as error:
         raise _unreadable(path, error) from error
 
@@ -231,29 +247,43 @@ def _open_table(path: Path, file: IO[bytes]) -> _Table:
 def _lines(file: IO[bytes]) -> _Table:
     """One row per line; blank lines are skipped."""
     starts, position = array("q"), 0
-    for line in file:
+    for line in _bounded(file):
         if not line.isspace():
             starts.append(position)
         position += len(line)
     return _Records(file, starts, _json_line)
 
 
+def _bounded(file: IO[bytes]) -> Iterator[bytes]:
+    """The lines of `file`. DatasetError for one of more than MOST_WHOLE bytes."""
+    number = 0
+    while line := file.readline(MOST_WHOLE + 1):
+        number += 1
+        if len(line) > MOST_WHOLE:
+            raise DatasetError(f"line {number} is larger than {MOST_WHOLE >> 20} MiB; cut it into rows")
+        yield line
+
+
 def _json_line(file: IO[bytes]) -> Any:
     try:
-        return json.loads(file.readline())
+        return plain_json(file.readline().removeprefix(codecs.BOM_UTF8))
     except ValueError as error:
-        raise BadRow(f"not JSON ({error})") from error
+        raise BadRow(str(error)) from error
 
 
 def _document(file: IO[bytes]) -> _Table:
     """The rows of one JSON value, or of lines if the file has several values."""
     try:
-        value = json.load(file)
-    except ValueError:
+        value = plain_json(read_whole(file, "the document").removeprefix(codecs.BOM_UTF8))
+    except DatasetError:
+        raise
+    except ValueError as error:
         file.seek(0)
         lines = _lines(file)
-        if lines.size:
-            lines[0]  # raises if the file is not JSON at all
+        try:
+            _ = lines[0] if lines.size else None
+        except BadRow:
+            raise error from None  # neither one value nor lines
         return lines
     if isinstance(value, dict):
         value = next((value[name] for name in ROWS_NAMES if isinstance(value.get(name), list)), [value])
@@ -266,7 +296,7 @@ def _csv(file: IO[bytes]) -> _Table:
 
     def lines() -> Iterator[str]:
         nonlocal end
-        for line in file:
+        for line in _bounded(file):
             end += len(line)
             yield line.decode("utf-8", "surrogateescape")
 

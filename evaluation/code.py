@@ -18,6 +18,7 @@ from lowbit.evaluation.backend import Backend
 from lowbit.evaluation.journal import Library
 from lowbit.evaluation.perplexity import OnStep, silent
 from lowbit.evaluation.sandbox import Limits, Program, run_program
+from lowbit.export.files import read_text
 from lowbit.export.plain import parse_json
 
 FIELDS = ("task_id", "prompt", "entry_point", "test")
@@ -48,8 +49,8 @@ class Problem:
 def read_problems(path: Path) -> list[Problem]:
     """The problems in a .jsonl file. DatasetError names the line and the missing fields."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        lines = read_text(path).splitlines()
+    except (FileNotFoundError, CheckpointError) as error:
         raise DatasetError(f"{path}: {error}; problems are a UTF-8 .jsonl file in HumanEval's layout") from error
     problems = [_parsed(f"{path}:{number}", line) for number, line in enumerate(lines, 1) if line.strip()]
     if not problems:

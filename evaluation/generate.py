@@ -9,6 +9,7 @@ from lowbit.errors import CheckpointError, DatasetError
 from lowbit.evaluation.backend import Backend
 from lowbit.evaluation.journal import Library
 from lowbit.evaluation.perplexity import OnStep, silent
+from lowbit.export.files import read_text
 from lowbit.export.plain import parse_json
 from lowbit.models.chat import render_chat
 
@@ -42,8 +43,8 @@ def read_prompts(path: Path) -> list[Prompt]:
     DatasetError with the line for any other layout.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        lines = read_text(path).splitlines()
+    except (FileNotFoundError, CheckpointError) as error:
         raise DatasetError(f"{path}: {error}; prompts are a UTF-8 .txt or .jsonl file") from error
     if path.suffix not in (".txt", ".jsonl"):
         raise DatasetError(f"{path}: prompts are a .txt file (one a line) or a .jsonl file, not {path.suffix!r}")

@@ -9,12 +9,14 @@ from pathlib import Path
 import yaml
 
 from lowbit.errors import UsageError
+from lowbit.export.files import read_bytes
 
 YAML = (".yaml", ".yml")
 STANDARD = "tag:yaml.org,2002:"
 PLAIN_TAGS = frozenset(
     STANDARD + name for name in ("str", "int", "float", "bool", "null", "map", "seq", "timestamp", "merge", "value")
 )
+MOST_BYTES = 10_000_000  # of a file; the harness's largest has a hundredth
 PICKLED = "pandas"  # the dataset reader that unpickles
 Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
@@ -49,7 +51,7 @@ def _files_in(folder: Path) -> Iterator[Path]:
 def _nodes(path: Path) -> Iterator[tuple[str, yaml.Node]]:
     """Every node of the file, with the key of its parent mapping."""
     try:
-        root = yaml.compose(path.read_bytes(), Loader=Loader)
+        root = yaml.compose(read_bytes(path, MOST_BYTES), Loader=Loader)
     except (OSError, yaml.YAMLError, RecursionError, ValueError) as error:
         raise UsageError(f"{path}: no YAML that can be read ({' '.join(str(error).split())[:200]})") from error
     waiting = [("", root)] if root is not None else []

@@ -13,20 +13,28 @@ LARGEST = 1 << 64  # limit of integers: sizes, counts and offsets have 64 bits
 
 
 def parse_json(raw: bytes, where: object, largest: int = LARGEST) -> Any:
-    """The JSON value in `raw`. `where` names it in messages.
+    """The JSON value in `raw`. `where` names it in messages. CheckpointError as `plain_json` raises ValueError."""
+    try:
+        return plain_json(raw, largest)
+    except ValueError as error:
+        raise CheckpointError(f"{where}: {error}") from error
 
-    CheckpointError for invalid UTF-8 or JSON, for a duplicate key with different values (readers disagree about which
-    one counts), for nesting deeper than DEEPEST, for an integer of `largest` or more, and for half a surrogate pair.
+
+def plain_json(raw: bytes, largest: int = LARGEST) -> Any:
+    """The JSON value in `raw`.
+
+    ValueError for invalid UTF-8 or JSON, for a duplicate key with different values (readers disagree about which one
+    counts), for nesting deeper than DEEPEST, for an integer of `largest` or more, and for half a surrogate pair.
     """
     try:
         value = json.loads(raw.decode("utf-8"), object_pairs_hook=_object)
     except UnicodeDecodeError as error:
-        raise CheckpointError(f"{where}: not UTF-8 text (byte {error.start})") from error
+        raise ValueError(f"not UTF-8 text (byte {error.start})") from error
     except RecursionError as error:
-        raise CheckpointError(f"{where}: nested too deeply") from error
+        raise ValueError("nested too deeply") from error
     except ValueError as error:
-        raise CheckpointError(f"{where}: not JSON ({error})") from error
-    _require_plain(value, where, largest)
+        raise ValueError(f"not JSON ({error})") from error
+    _require_plain(value, largest)
     return value
 
 
@@ -77,22 +85,22 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _require_plain(value: Any, where: object, largest: int) -> None:
-    """Raise CheckpointError for a JSON value beyond the limits."""
+def _require_plain(value: Any, largest: int) -> None:
+    """Raise ValueError for a JSON value beyond the limits."""
     waiting = [(value, 1)]
     while waiting:
         item, depth = waiting.pop()
         if isinstance(item, dict | list):
             if depth > DEEPEST:
-                raise CheckpointError(f"{where}: nested more than {DEEPEST} deep")
+                raise ValueError(f"nested more than {DEEPEST} deep")
             waiting.extend((inner, depth + 1) for inner in item)
             if isinstance(item, dict):
                 waiting.extend((inner, depth + 1) for inner in item.values())
         elif isinstance(item, str):
             if not (item.isascii() or _is_text(item)):
-                raise CheckpointError(f"{where}: {item[:40]!r} holds half a surrogate pair, which is not valid text")
+                raise ValueError(f"{item[:40]!r} holds half a surrogate pair, which is not valid text")
         elif isinstance(item, int) and not -largest < item < largest:
-            raise CheckpointError(f"{where}: a number of {item.bit_length()} bits, more than are expected")
+            raise ValueError(f"a number of {item.bit_length()} bits, more than are expected")
 
 
 def _is_text(item: str) -> bool:

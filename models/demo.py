@@ -29,6 +29,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from lowbit.errors import CheckpointError
 from lowbit.export.files import sync
+from lowbit.export.plain import read_json
 from lowbit.models.cache import cache_dir
 
 if TYPE_CHECKING:
@@ -403,7 +404,7 @@ def check_model(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerFast") 
 def tidy(model_dir: Path) -> None:
     """Make the tokenizer's configuration readable for older transformers, and the files readable for other users."""
     path = model_dir / "tokenizer_config.json"
-    config = json.loads(path.read_text())
+    config = read_json(path)
     for private in ("backend", "is_local", "local_files_only"):
         config.pop(private, None)
     config |= {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}

@@ -4,7 +4,6 @@ import re
 import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
-from pathlib import Path
 from typing import Any
 
 import tomli_w
@@ -15,6 +14,8 @@ from lowbit.quant.scheme import INPUTS, Scheme, make_scheme, parse_scheme
 ACTIVATIONS = {"none": None, "token": INPUTS["a8token"], "tensor": INPUTS["a8tensor"]}
 TOLD = ("bits", "group_size", "symmetric", "activations")  # the fields that a scheme's text sets
 HEAD = "lm_head"  # the recipe's name for the output embeddings of any model; no engine loads them packed
+MOST_PARTS = 32  # of a dotted name: tomllib takes the square of their number
+LONG_NAME = re.compile(rf"""(?<![\w-])(?:(?:[\w-]++|"[^"\n]*+"|'[^'\n]*+')[ \t]*+\.[ \t]*+){{{MOST_PARTS}}}""")
 NEVER_FROM_A_FILE = {"trust_remote_code": "a model's own code runs only with --trust-remote-code on the command line"}
 
 
@@ -87,23 +88,22 @@ class Recipe:
         return replace(self, **checked)
 
     def to_toml(self) -> str:
-        """The recipe as TOML text. `read_recipe` reads it back without loss."""
+        """The recipe as TOML text. `export.recipes.read_recipe` reads it back without loss."""
         told = TOLD if self.scheme else ()
         found = {key: value for key, value in asdict(self).items() if key not in told}
         values = {key: value for key, value in found.items() if value is not None and value != {}}
         return tomli_w.dumps(values | values.pop("settings", {}))
 
 
-def read_recipe(path: Path) -> dict[str, Any]:
-    """The keys set in a TOML file. RecipeError for invalid TOML, or for a key that files may not set."""
+def parse_recipe(text: str, where: object) -> dict[str, Any]:
+    """The keys set in TOML text; `where` names it in messages. RecipeError for invalid TOML, for names of too many
+    parts, or for a key that files may not set."""
+    if LONG_NAME.search(text):
+        raise RecipeError(f"{where}: not TOML of a recipe (a name of {MOST_PARTS} parts or more)")
     try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise RecipeError(f"{path}: no such recipe") from None
-    except OSError as error:
-        raise RecipeError(f"{path}: cannot be read ({error.strerror})") from error
+        values = tomllib.loads(text)
     except (ValueError, RecursionError) as error:  # deep lists and numbers of 5,000 digits too
-        raise RecipeError(f"{path}: not TOML ({error})") from error
+        raise RecipeError(f"{where}: not TOML ({error})") from error
     for key in values.keys() & NEVER_FROM_A_FILE.keys():
         raise RecipeError(f"{key!r} is not read from a recipe: {NEVER_FROM_A_FILE[key]}")
     return values

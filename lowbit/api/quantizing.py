@@ -30,13 +30,14 @@ from lowbit.export.checkpoint import open_checkpoint, seal
 from lowbit.export.dialects import FORMATS
 from lowbit.export.files import write_text
 from lowbit.export.formats import LogicalTensors
+from lowbit.export.recipes import read_recipe
 from lowbit.export.staging import only_run, refuse_output, refuse_to_replace, require_space, staged, told_whole
 from lowbit.export.survey import survey
 from lowbit.models.devices import check_device
 from lowbit.models.hub import require_account
 from lowbit.models.source import Source, open_source
 from lowbit.progress import Part, Step, watched_by
-from lowbit.quant.recipe import Recipe, read_recipe
+from lowbit.quant.recipe import Recipe
 
 # The journal, the staged output and the output that is replaced are on disk at once; 0.05 is for everything else.
 COPIES_ON_DISK = 3.05

@@ -16,8 +16,8 @@ from lowbit.calibrate.plan import Left
 from lowbit.errors import CheckpointError
 from lowbit.evaluation.backend import open_backend
 from lowbit.export.checkpoint import open_checkpoint
+from lowbit.export.recipes import read_recipe
 from lowbit.models.source import open_source
-from lowbit.quant.recipe import read_recipe
 from tests.builders import calibration, changed_config, logits_of, save_family
 from tests.e2e.cli import names, run_quantize
 

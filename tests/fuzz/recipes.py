@@ -12,7 +12,8 @@ import lowbit
 from lowbit.calibrate.data import parse_datasets, share_samples
 from lowbit.calibrate.methods import METHODS, ROUNDERS, TRANSFORMS, complete_recipe
 from lowbit.export.dialects import FORMATS
-from lowbit.quant.recipe import ACTIVATIONS, read_recipe
+from lowbit.export.recipes import read_recipe
+from lowbit.quant.recipe import ACTIVATIONS
 from tests.fuzz.documents import ODD, turned
 
 Files = dict[str, bytes]

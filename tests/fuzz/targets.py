@@ -26,9 +26,9 @@ from lowbit.evaluation.report.page import render, render_comparison
 from lowbit.export.checkpoint import open_checkpoint, verify_checksums
 from lowbit.export.formats import LogicalTensors
 from lowbit.export.plain import parse_json, read_rows
+from lowbit.export.recipes import read_recipe
 from lowbit.export.tensorfile import read_entries, read_tensor
 from lowbit.models.source import open_source
-from lowbit.quant.recipe import read_recipe
 from tests.builders import make_model, save
 from tests.fuzz import datasets, recipes
 from tests.fuzz.documents import ODD, spoiled, turned

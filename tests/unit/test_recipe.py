@@ -1,6 +1,8 @@
 """quant/recipe.py and the defaults of calibrate/methods.py: what is asked, said once and read back."""
 
+import time
 from dataclasses import fields
+from pathlib import Path
 
 import pytest
 
@@ -8,7 +10,8 @@ from lowbit.calibrate.methods import METHODS, complete_recipe, find_method
 from lowbit.calibrate.rounding import Gptq
 from lowbit.calibrate.settings import OWNERS, PARTS, rounder_of
 from lowbit.errors import RecipeError, nearest
-from lowbit.quant.recipe import Recipe, read_recipe
+from lowbit.export.recipes import read_recipe
+from lowbit.quant.recipe import Recipe
 
 
 def test_toml_round_trip(tmp_path):
@@ -98,14 +101,35 @@ def test_a_file_that_is_missing_or_no_toml(tmp_path):
     with pytest.raises(RecipeError, match="not TOML"):
         read_recipe(path)
     path.write_bytes(b"method = '\xff'")
-    with pytest.raises(RecipeError, match="not TOML"):
+    with pytest.raises(RecipeError, match="not UTF-8 text"):
         read_recipe(path)
     for text in ("seed = " + "9" * 5000, "ignore = " + "[" * 20000):
         path.write_text(text)
         with pytest.raises(RecipeError, match="not TOML"):
             read_recipe(path)
-    with pytest.raises(RecipeError, match="cannot be read"):
+    with pytest.raises(RecipeError, match="a directory, where a file is expected"):
         read_recipe(tmp_path)
+    with pytest.raises(RecipeError, match="a device, where a file is expected"):
+        read_recipe(Path("/dev/zero"))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        ".".join(["a"] * 400_000) + " = 1",
+        "[" + ".".join(["a"] * 400_000) + "]",
+        " . ".join(['"a b"'] * 100_000) + " = 1",
+        "x = {" + "\t.\t".join(["'a'"] * 100_000) + " = 1}",
+        "x" * (1 << 20) + " = 1",
+    ],
+)
+def test_a_name_of_many_parts_takes_no_time(tmp_path, text):
+    path = tmp_path / "recipe.toml"
+    path.write_text(text)
+    begun = time.process_time()
+    with pytest.raises(RecipeError, match=r"recipe\.toml: "):
+        read_recipe(path)
+    assert time.process_time() - begun < 2
 
 
 def test_nearest_gives_all_where_nothing_is_near():

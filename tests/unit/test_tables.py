@@ -3,6 +3,7 @@
 import bz2
 import gzip
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -121,7 +122,7 @@ def test_csv(tmp_path: Path, content: str, expected: list[dict[str, str]]) -> No
     [
         ("a.jsonl", b'{"a": 1}\n{"a": ', "row 2: not JSON .Expecting value"),
         ("a.jsonl", b'{"a": 1}\n5\n', "row 2: a JSON int, expected an object"),
-        ("a.jsonl", b'{"a": 1}\n{"a": "\xff"}\n', "row 2: not JSON .*can't decode"),
+        ("a.jsonl", b'{"a": 1}\n{"a": "\xff"}\n', "row 2: not UTF-8 text"),
         ("a.jsonl", b'{"a": 1}\n' + b"[" * 100_000, "row 2: "),
         ("a.json", b'[{"a": 1}, null]', "row 2: a JSON NoneType, expected an object"),
         ("a.csv", b"a\n1\n2,3\n", "row 2: 2 fields, but 1 names in the first line"),
@@ -193,3 +194,54 @@ def test_a_row_group_that_expands_beyond_measure_is_refused(tmp_path: Path, monk
     monkeypatch.setattr("lowbit.calibrate.tables.MOST_HELD", 1 << 20)
     with pytest.raises(DatasetError, match=r"bytes of a row group expand to \d+"):
         list(local_rows(path, None))
+
+
+def test_what_is_no_file_is_refused_at_once(tmp_path):
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    os.mkfifo(tmp_path / "pipe.txt.gz")
+    for path, kind in (
+        ("/dev/zero", "a device"),
+        (tmp_path / "pipe.jsonl", "a pipe"),
+        (tmp_path / "pipe.txt.gz", "a pipe"),
+    ):
+        with pytest.raises(DatasetError, match=f"^{path}: {kind}, where a file is expected"):
+            read_utf8(Path(path))
+    with pytest.raises(DatasetError, match="a pipe, where a file is expected"):
+        list(local_rows(tmp_path / "pipe.jsonl", None))
+
+
+def test_what_would_fill_memory_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(tables, "MOST_WHOLE", 1 << 20)
+    texts = {
+        "a.txt": b"x" * (1 << 20),
+        "b.json": b'["' + b"x" * (1 << 20) + b'"]',
+        "c.jsonl": b'{"a": 1}\n"' + b"x" * (1 << 20),
+    }
+    for name, content in texts.items():
+        (tmp_path / name).write_bytes(content)
+    assert len(read_utf8(tmp_path / "a.txt")) == 1 << 20
+    (tmp_path / "a.txt").write_bytes(b"x" * ((1 << 20) + 1))
+    with pytest.raises(DatasetError, match=r"a\.txt is larger than 1 MiB, the most read at once"):
+        read_utf8(tmp_path / "a.txt")
+    with pytest.raises(DatasetError, match=r"b\.json: the document is larger than 1 MiB"):
+        list(local_rows(tmp_path / "b.json", None))
+    with pytest.raises(DatasetError, match=r"c\.jsonl: line 2 is larger than 1 MiB"):
+        list(local_rows(tmp_path / "c.jsonl", None))
+
+
+def test_json_with_a_byte_order_mark(tmp_path):
+    for name, content in (("a.json", '[{"text": "a"}]'), ("a.jsonl", '{"text": "a"}\n')):
+        (tmp_path / name).write_text(content, encoding="utf-8-sig")
+        assert [row for _, row in local_rows(tmp_path / name, None)] == [{"text": "a"}]
+
+
+def test_a_row_deeper_or_larger_than_any_reader_takes_is_a_bad_row(tmp_path):
+    rows = ['{"text": "a"}', '{"a": ' * 70 + "1" + "}" * 70, '{"a": 1' + "0" * 30 + "}", '{"a": 1, "a": 2}']
+    (tmp_path / "a.jsonl").write_text("\n".join(rows))
+    found = [row for _, row in local_rows(tmp_path / "a.jsonl", None)]
+    assert found[0] == {"text": "a"}
+    assert [str(row) for row in found[1:]] == [
+        "nested more than 64 deep",
+        "a number of 100 bits, more than are expected",
+        "not JSON ('a' stands in it twice)",
+    ]
