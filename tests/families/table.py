@@ -1,6 +1,6 @@
 """docs/FAMILIES.md: what works for every type of transformers, tried on tiny random models.
 
-    python -m tests.families.table             all types, one after another (an hour of one core)
+    python -m tests.families.table             all types (an hour of one core; --jobs shares it out among several)
     python -m tests.families.table llama aria  these again; the other rows stay
     python -m tests.families.table --failing   those again that have a cell which does not work
 
@@ -18,6 +18,7 @@ import tempfile
 import textwrap
 import warnings
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ import click
 import compressed_tensors
 import torch
 import transformers
+from transformers import CompressedTensorsConfig
 
 from lowbit import engine
 from lowbit.calibrate.job import prepare
@@ -33,6 +35,7 @@ from lowbit.calibrate.pipeline import run
 from lowbit.calibrate.plan import Plan
 from lowbit.errors import LowbitError
 from lowbit.evaluation.backend import load_dense
+from lowbit.export.engines.transformers import NAME as TRANSFORMERS
 from lowbit.models.skeleton import open_skeleton
 from lowbit.models.source import open_source
 from lowbit.models.walk import Walk
@@ -53,6 +56,7 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 LIMIT = 0.25  # relative error of the logits: a token near a tie may go to another expert
 COLUMNS = ("linears", "blocks", *METHODS, "transformers", "engine")
+TOLD = "told"  # before a cell that repeats what the command says before the work
 
 INTRODUCTION = """# Families
 
@@ -63,7 +67,9 @@ their logits.
 - linears: how many are quantized; how many are left, each with its reason in the report
 - blocks: logits computed a block at a time are transformers', for two batches of different tokens
 - int8, awq, gptq, smoothquant: quantized, written and read again, the logits are the original's but for rounding
-- transformers: loads the int8 output into the class that it names, no weight missing, with the same logits
+- transformers: loads the int8 output into the class that it names, no weight missing, with the same logits;
+  dequantized: with CompressedTensorsConfig(dequantize=True) alone; told: not at all. The command says both before the
+  work
 - engine: lowbit's own computes the unquantized model's logits
 
 How many work:
@@ -98,7 +104,7 @@ def row_of(kind: str, directory: Path) -> Row:
     for method in METHODS:
         cells |= method_cells(method, source, directory / method, wanted)
     cells.setdefault("linears", "-")
-    cells["transformers"] = cell(lambda: transformers_cell(directory / "int8")) if works(cells, "int8") else "-"
+    cells["transformers"] = transformers_cell(source, directory / "int8") if works(cells, "int8") else "-"
     cells["engine"] = cell(lambda: engine_cell(source, wanted))
     return cells
 
@@ -114,12 +120,12 @@ def cell(check: Callable[[], str | None]) -> str:
 
 
 def in_words(message: str) -> str:
-    """The beginning of an error's text without paths."""
-    return " ".join(re.sub(r"/\S+: ", "", message).split())[:60].rstrip(" ,:(")
+    """The beginning of an error's text without paths, whole words of it."""
+    return textwrap.shorten(re.sub(r"/\S+: ", "", message), 60, placeholder="").rstrip(" ,:(")
 
 
 def works(row: Row, column: str) -> bool:
-    return row.get(column) == WORKS
+    return row.get(column, "").startswith(WORKS)
 
 
 @torch.no_grad()
@@ -166,12 +172,27 @@ def linears_cell(plan: Plan) -> str:
     return f"{len(plan.schemes)}, {len(plan.left)} left"
 
 
-def transformers_cell(output: Path) -> str | None:
-    """True if transformers loads the quantized model into the class that it names, and computes the same."""
+def transformers_cell(source: Path, output: Path) -> str:
+    """The result of loading the quantized model in transformers as the command says, or what the command says of it."""
+    caveats = prepare(open_source(str(source)), complete_recipe(METHODS["int8"]), "cpu").caveats()
+    told = [text for text, engines in caveats.items() if TRANSFORMERS in engines]
+    dense = any("dequantize=True" in text for text in told)
+    found = cell(lambda: loaded_cell(output, dense))
+    if found != WORKS:
+        return next((f"{TOLD}: {in_words(text)}" for text in told if "dequantize=True" not in text), found)
+    return f"{WORKS} dequantized" if dense else found
+
+
+def loaded_cell(output: Path, dense: bool) -> str | None:
+    """None if transformers loads the quantized model into the class that it names, and computes the same.
+
+    dense  weights as they were before they are packed, as the user asks of it
+    """
     kind = getattr(transformers, open_source(str(output)).config.architectures[0])
-    theirs, info = kind.from_pretrained(output, dtype=torch.float32, output_loading_info=True)
+    options = {"quantization_config": CompressedTensorsConfig(dequantize=True)} if dense else {}
+    theirs, info = kind.from_pretrained(output, dtype=torch.float32, output_loading_info=True, **options)
     if info["missing_keys"] or info["unexpected_keys"]:
-        return "experts have no single names there" if "experts" in str(info) else "weights missing"
+        return "weights missing"
     error = distance(logits_of(theirs.eval()), logits_of(load_dense(open_source(str(output)))))
     return None if error < 1e-3 else f"differs by {error:.1g}"
 
@@ -223,15 +244,16 @@ def page_of(rows: dict[str, Row]) -> str:
     ]
     lines += ["", "## Why not", ""]
     for column in (name for name in COLUMNS if name not in ("linears", "engine")):
-        lines += listed(column, {kind: row.get(column, "-") for kind, row in tried.items() if not works(row, column)})
+        asked = {kind: row[column] for kind, row in tried.items() if column in row}
+        lines += listed(column, {kind: text for kind, text in asked.items() if not text.startswith(WORKS)})
     lines += ["", "## Types without a row", ""]
     lines += listed("", {kind: row["none"] for kind, row in rows.items() if "none" in row})
     return "\n".join(lines) + "\n"
 
 
 def word(text: str) -> str:
-    """A cell of the table: a count as it is, else the first word of what is said."""
-    return text if text[0].isdigit() else re.split(r"[ :]", text)[0]
+    """A cell of the table: a count or a success as it is, else the first word of what is said."""
+    return text if text[0].isdigit() or text.startswith(WORKS) else re.split(r"[ :]", text)[0]
 
 
 def listed(column: str, reasons: dict[str, str]) -> list[str]:
@@ -244,28 +266,37 @@ def listed(column: str, reasons: dict[str, str]) -> list[str]:
 
 
 def share(column: str, rows: dict[str, Row]) -> float:
-    """The part of the rows whose cell in `column` works."""
-    return sum(works(row, column) for row in rows.values()) / max(len(rows), 1)
+    """The part of the rows whose cell in `column` works, of those that have one."""
+    asked = [row for row in rows.values() if column in row]
+    return sum(works(row, column) for row in asked) / max(len(asked), 1)
 
 
 def share_line(column: str, rows: dict[str, Row]) -> str:
-    return f"{column}: {sum(works(row, column) for row in rows.values())} of {len(rows)} ({share(column, rows):.1%})"
+    asked = sum(column in row for row in rows.values())
+    return f"{column}: {round(share(column, rows) * asked)} of {asked} ({share(column, rows):.1%})"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Make docs/FAMILIES.md.")
     parser.add_argument("types", nargs="*", help="types to try again; all where none is named")
     parser.add_argument("--failing", action="store_true", help="try those again that have a cell which does not work")
+    parser.add_argument("--jobs", type=int, default=1, help="types tried at once, each with a core and up to 8 GiB")
     args = parser.parse_args()
     rows: dict[str, Row] = json.loads(ROWS.read_text()) if ROWS.exists() else {}
     chosen = args.types or types()
     if args.failing:
         chosen = [kind for kind in chosen if not all(works(rows.get(kind, {}), c) for c in ("blocks", *METHODS))]
-    for kind in chosen:
-        rows[kind] = try_type(kind)
-        click.echo(f"{kind}: {rows[kind]}")
-        ROWS.write_text(json.dumps(dict(sorted(rows.items())), indent=1) + "\n")
-        PAGE.write_text(page_of(rows), encoding="utf-8")
+    with ThreadPoolExecutor(args.jobs) as pool:
+        for kind, row in zip(chosen, pool.map(try_type, chosen), strict=True):
+            keep(rows, kind, row)
+
+
+def keep(rows: dict[str, Row], kind: str, row: Row) -> None:
+    """Take a type's row into `rows`, their file and the page."""
+    rows[kind] = row
+    click.echo(f"{kind}: {row}")
+    ROWS.write_text(json.dumps(dict(sorted(rows.items())), indent=1) + "\n")
+    PAGE.write_text(page_of(rows), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -31,11 +31,22 @@ def _named(value: int, names: str) -> dict[str, int]:
     return dict.fromkeys(names.split(), value)
 
 
-TEXT: dict[str, int] = (
-    _named(VOCABULARY, "vocab_size vocab_size_per_layer_input unpadded_vocab_size")
-    | _named(HIDDEN, "hidden_size n_embd d_model word_embed_proj_dim lru_width embedding_size text_hidden_size")
+WIDTHS: dict[str, int] = (
+    _named(HIDDEN, "hidden_size n_embd d_model word_embed_proj_dim lru_width embedding_size text_hidden_size")
     | _named(128, "intermediate_size ffn_dim n_inner attention_hidden_size dense_intermediate_size d_ff mamba_d_ssm")
     | _named(128, "ffn_hidden_size decoder_ffn_dim")
+    | _named(HEAD, "head_dim kv_channels attention_head_dim qk_rope_head_dim qk_nope_head_dim v_head_dim rotary_dim")
+    | _named(
+        HEAD, "linear_key_head_dim linear_value_head_dim linear_head_dim mamba_d_head mamba_d_state mamba_head_dim"
+    )
+    | _named(HEAD, "ssm_state_size state_size swa_head_dim swa_v_head_dim global_head_dim d_kv")
+    | _named(64, "moe_intermediate_size shared_expert_intermediate_size shared_intermediate_size expert_hidden_size")
+    | _named(64, "expert_intermediate_size moe_shared_expert_intermediate_size expert_ffn_hidden_size")
+    | _named(32, "q_lora_rank kv_lora_rank o_lora_rank index_head_dim hidden_size_per_layer_input")
+)
+TEXT: dict[str, int] = (
+    WIDTHS
+    | _named(VOCABULARY, "vocab_size vocab_size_per_layer_input unpadded_vocab_size")
     | _named(2, "num_hidden_layers n_layer n_layers num_layers decoder_layers encoder_layers")
     | _named(
         HEADS, "num_attention_heads n_head n_heads num_heads decoder_attention_heads index_n_heads linear_num_heads"
@@ -44,38 +55,34 @@ TEXT: dict[str, int] = (
         2, "num_key_value_heads num_kv_heads linear_num_key_heads num_experts_per_tok moe_k top_k_experts moe_topk"
     )
     | _named(2, "num_experts_per_token mamba_expand expand")
-    | _named(HEAD, "head_dim kv_channels attention_head_dim qk_rope_head_dim qk_nope_head_dim v_head_dim rotary_dim")
-    | _named(
-        HEAD, "linear_key_head_dim linear_value_head_dim linear_head_dim mamba_d_head mamba_d_state mamba_head_dim"
-    )
-    | _named(HEAD, "ssm_state_size state_size swa_head_dim swa_v_head_dim global_head_dim d_kv")
     | _named(16, "mamba_chunk_size chunk_size block_size index_topk laurel_rank time_step_rank mamba_dt_rank")
     | _named(1024, "max_position_embeddings n_positions n_ctx max_seq_len max_seq_length max_sequence_length")
     | _named(4, "num_experts n_routed_experts num_local_experts moe_num_experts linear_num_value_heads conv_kernel")
-    | _named(64, "moe_intermediate_size shared_expert_intermediate_size shared_intermediate_size expert_hidden_size")
-    | _named(64, "expert_intermediate_size moe_shared_expert_intermediate_size expert_ffn_hidden_size")
     | _named(1, "n_group topk_group first_k_dense_replace num_dense_layers n_shared_experts mamba_n_groups n_groups")
-    | _named(32, "q_lora_rank kv_lora_rank o_lora_rank index_head_dim hidden_size_per_layer_input sliding_window")
-    | _named(32, "attention_window_size attention_chunk_size")
+    | _named(32, "sliding_window attention_window_size attention_chunk_size")
     | _named(8, "mamba_n_heads mamba_num_heads")
     | _named(0, "num_nextn_predict_layers num_mtp_layers mtp_num_hidden_layers pad_token_id num_kv_shared_layers")
     | {"bos_token_id": 1, "eos_token_id": 2}
 )
-VISION: dict[str, int] = (
+VISION_WIDTHS: dict[str, int] = (
     _named(48, "hidden_size embed_dim d_model projection_dim encoder_hidden_size")
     | _named(96, "intermediate_size encoder_ffn_dim ffn_dim")
+    | _named(12, "head_dim")
+    | _named(
+        HIDDEN, "out_hidden_size output_dim vision_output_dim projector_input_dim projector_output_dim text_hidden_size"
+    )
+)
+VISION: dict[str, int] = (
+    VISION_WIDTHS
     | _named(2, "num_hidden_layers depth num_layers encoder_layers mlp_ratio")
     | _named(4, "num_attention_heads num_heads encoder_attention_heads num_key_value_heads")
     | _named(28, "image_size img_size")
     | _named(14, "patch_size")
-    | _named(12, "head_dim")
     | _named(16, "num_position_embeddings")
     | _named(1, "num_global_layers temporal_patch_size")
-    | _named(
-        HIDDEN, "out_hidden_size output_dim vision_output_dim projector_input_dim projector_output_dim text_hidden_size"
-    )
     | _named(3, "num_channels in_channels in_chans")
 )
+GROWING = {*WIDTHS, *VISION_WIDTHS, "mrope_section", "qk_head_dim"}  # grow with the width
 LISTS: Fields = {"fullatt_block_indexes": [1], "deepstack_visual_indexes": [0, 1], "out_indices": None}
 IMAGE_TOKENS = (
     *("image_token_id", "image_token_index", "video_token_id", "vision_start_token_id", "vision_end_token_id"),
@@ -146,8 +153,8 @@ def types() -> list[str]:
     return sorted({*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES})
 
 
-def tiny_config(kind: str, **changes: Any) -> Any:
-    """The tiny configuration of a type, with `changes`."""
+def tiny_config(kind: str, times: int = 1, **changes: Any) -> Any:
+    """The tiny configuration of a type, every width `times` what it is by default, then with `changes`."""
     cls = CONFIG_MAPPING[kind]
     default = cls().to_dict()
     parts = {name: part for name, part in (cls.sub_configs or {}).items() if default.get(name) or name in TEXT_PARTS}
@@ -160,7 +167,16 @@ def tiny_config(kind: str, **changes: Any) -> Any:
             fields[name]["model_type"] = inner["model_type"]
     for place, token in enumerate(name for name in IMAGE_TOKENS if default.get(name) is not None):
         fields[token] = VOCABULARY - 20 + place
-    return cls(**_merged(_merged(fields, EXCEPTIONS.get(kind, {})), changes))
+    return cls(**_merged(_wider(_merged(fields, EXCEPTIONS.get(kind, {})), times), changes))
+
+
+def _wider(value: Any, times: int, grows: bool = False) -> Any:
+    """`value` with the numbers in it that are widths `times` as large."""
+    if isinstance(value, dict):
+        return {key: _wider(inner, times, key in GROWING) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_wider(inner, times, grows) for inner in value)
+    return value * times if grows and isinstance(value, int | float) else value
 
 
 def _merged(fields: Fields, changes: Fields) -> Fields:
@@ -242,6 +258,6 @@ def disturb(model: nn.Module, seed: int) -> None:
             parameter.copy_(0.5 * noise if "embed" in name or "wte" in name else noise / parameter.shape[-1] ** 0.5)
 
 
-def save_tiny(kind: str, directory: Path) -> Path:
-    """A tiny random model of a type saved in `directory`."""
-    return save(tiny_model(kind), directory)
+def save_tiny(kind: str, directory: Path, **changes: Any) -> Path:
+    """A tiny random model of a type, with `changes`, saved in `directory`."""
+    return save(tiny_model(kind, **changes), directory)
