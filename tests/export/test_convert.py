@@ -14,7 +14,7 @@ from lowbit.export.convert import convert, express
 from lowbit.export.dialects import FORMATS
 from lowbit.export.formats import LogicalTensors
 from lowbit.quant.qtensor import QTensor, round_to_nearest
-from lowbit.quant.scheme import parse_scheme
+from lowbit.quant.scheme import Scheme, parse_scheme
 from tests.quantized import write_config
 
 SHARD = 1 << 30
@@ -51,11 +51,18 @@ def converted(source: LogicalTensors, fmt: str, directory: Path):
 
 
 INTEGERS = ("compressed-tensors", "gptq", "gptq_v2", "awq")
+
+
+def holds(fmt: str, scheme: Scheme) -> bool:
+    """True if a format takes the scheme, or the same weights with zeros said."""
+    return any(FORMATS[fmt].reason_against(each) is None for each in (scheme, scheme.with_zeros(True)))
+
+
 WAYS = [
     (before, after, text)
     for before, after in product(INTEGERS, INTEGERS)
     for text in ("int4-g32", "uint4-g32", "int4-channel", "uint4-channel", "int8-g32", "int8-channel")
-    if FORMATS[before].reason_against(parse_scheme(text)) is None and not ("int8" in text and after == "awq")
+    if FORMATS[before].reason_against(parse_scheme(text)) is None and holds(after, parse_scheme(text))
 ]
 CT = "compressed-tensors"
 WAYS += [(CT, CT, text) for text in ("int3-g32", "fp8-block", "nvfp4", "mxfp4-a16", "mxfp8")]

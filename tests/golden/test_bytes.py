@@ -108,10 +108,6 @@ def test_codes_and_scales_are_stored_as_ever(fmt: str, text: str) -> None:
     assert file_digest(fmt, text) == FILES[fmt, text]
 
 
-def test_every_format_has_its_files_here() -> None:
-    assert {fmt for fmt, _ in FILES} == set(FORMATS)
-
-
 @pytest.fixture(scope="module")
 def found() -> dict[str, Any]:
     """The results of a pinned process. It fails if one thread and two threads give different results."""
