@@ -15,15 +15,15 @@ import platform
 import resource
 import shutil
 import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 from transformers import LlamaConfig
 
+import lowbit
 from lowbit.export.tensorfile import TensorFileWriter
 from lowbit.models.demo import demo_model_dir
 
@@ -74,13 +74,10 @@ def make_model(directory: Path, tokenizer: Path) -> None:
 
 def measure(model: Path, method: str, device: str) -> dict[str, object]:
     """One run's row."""
-    options = ["--method", method, "--device", device]
-    options += ["--num-samples", "16", "--seqlen", "512"] if method == "awq" else []
+    settings: dict[str, object] = {"method": method, "device": device}
+    settings |= {"num_samples": 16, "seqlen": 512} if method == "awq" else {}
     begun = time.monotonic()
-    script = "import sys; from lowbit.commands.quantize import main; sys.argv[0] = 'quantize'; main()"
-    subprocess.run(
-        [sys.executable, "-c", script, str(model), *options, "--output", str(model.parent / method)], check=True
-    )
+    in_a_process(lowbit.quantize, model, model.parent / method, **settings)
     seconds = time.monotonic() - begun
     # the largest child so far: runs are ordered from small to large
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
@@ -95,10 +92,19 @@ def measure(model: Path, method: str, device: str) -> dict[str, object]:
         "seconds": round(seconds, 1),
         "model_gib": round((model / "model.safetensors").stat().st_size / 2**30, 3),
         "torch": torch.__version__,
-        "command": " ".join(["quantize", "MODEL", *options, "--output", "DIR"]),
+        "settings": " ".join(f"{key}={value}" for key, value in settings.items()),
         "commit": commit(),
         "date": datetime.date.today().isoformat(),
     }
+
+
+def in_a_process(function: Callable, *args: object, **settings: object) -> None:
+    """Run in a process of its own: only a process has a peak, and a child's counts what its parent had at its start."""
+    child = multiprocessing.get_context("spawn").Process(target=function, args=args, kwargs=settings)
+    child.start()
+    child.join()
+    if child.exitcode:
+        raise SystemExit(f"{function.__name__} ended with {child.exitcode}")
 
 
 def commit() -> str:
@@ -118,10 +124,7 @@ def main() -> None:
     tokenizer = arguments.tokenizer or demo_model_dir()
     folder = arguments.folder or Path(tempfile.mkdtemp())
     if not (folder / "model").exists():
-        # in a process of its own: a child's peak counts what its parent had resident when it was started
-        maker = multiprocessing.get_context("spawn").Process(target=make_model, args=(folder / "model", tokenizer))
-        maker.start()
-        maker.join()
+        in_a_process(make_model, folder / "model", tokenizer)
     RESULTS.parent.mkdir(exist_ok=True)
     for method in arguments.method:
         row = measure(folder / "model", method, arguments.device)

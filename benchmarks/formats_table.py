@@ -15,7 +15,6 @@ import argparse
 import json
 import math
 import re
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -23,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import lowbit
 from benchmarks.readers import ReaderError, read_by
 from benchmarks.tables import readers
 from lowbit.calibrate.data import builtin_text
@@ -33,18 +33,18 @@ from lowbit.models.source import Source, open_source
 RESULTS = Path(__file__).parent / "results" / "formats.jsonl"
 WINDOWS = Protocol(256, windows=4)
 CT = "compressed-tensors"
-FEW = ("--num-samples", "4", "--seqlen", "128")  # enough to say what loads, not what a method loses
-G64 = ("--group-size", "64")
-METHODS: dict[str, tuple[str, ...]] = {
-    "int8": ("--method", "int8"),
-    "rtn int4-g64": ("--method", "rtn", *G64),
-    "rtn uint4-g64": ("--method", "rtn", "--asym", *G64),
-    "awq int4-g64": ("--method", "awq", *G64, "--num-samples", "32"),
-    "gptq int4-g64": ("--method", "gptq", *G64, *FEW),
-    "signround int4-g64": ("--method", "signround", *G64, "--iters", "4", *FEW),
-    "best int4-g64": ("--method", "best", *G64, "--iters", "2", "--distill-steps", "2", *FEW),
-    "smoothquant a8token": ("--method", "smoothquant", *FEW),
-    "smoothquant a8tensor": ("--method", "smoothquant", "--activations", "tensor", *FEW),
+FEW = {"num_samples": 4, "seqlen": 128}  # enough to show that it loads, not its loss
+G64 = {"group_size": 64}
+METHODS: dict[str, dict[str, Any]] = {
+    "int8": {"method": "int8"},
+    "rtn int4-g64": {"method": "rtn", **G64},
+    "rtn uint4-g64": {"method": "rtn", "symmetric": False, **G64},
+    "awq int4-g64": {"method": "awq", "num_samples": 32, **G64},
+    "gptq int4-g64": {"method": "gptq", **G64, **FEW},
+    "signround int4-g64": {"method": "signround", "iters": 4, **G64, **FEW},
+    "best int4-g64": {"method": "best", "iters": 2, "distill_steps": 2, **G64, **FEW},
+    "smoothquant a8token": {"method": "smoothquant", **FEW},
+    "smoothquant a8tensor": {"method": "smoothquant", "activations": "tensor", **FEW},
 }
 EVERY = (CT, "gptq", "gptq_v2", "awq")
 FORMATS = {
@@ -108,7 +108,7 @@ def read_rows() -> list[dict[str, Any]]:
 
 def checkpoints(work: Path, only: str) -> Iterator[tuple[str, Path]]:
     """Label and directory of each checkpoint whose label matches, made where it is not there."""
-    for method, flags in METHODS.items():
+    for method, settings in METHODS.items():
         formats = FORMATS.get(method, (CT,))
         directories = {fmt: work / f"{method}-{fmt}".replace(" ", "-") for fmt in formats}
         for fmt, directory in directories.items():
@@ -116,15 +116,10 @@ def checkpoints(work: Path, only: str) -> Iterator[tuple[str, Path]]:
                 continue
             first = directories[formats[0]]
             if not first.exists():
-                run("quantize", "demo", *flags, "--format", formats[0], "--eval-windows", "0", "-o", first)
+                lowbit.quantize("demo", first, format=formats[0], eval_windows=0, **settings)
             if not directory.exists():
-                run("quantize-convert", first, directory, "--format", fmt)
+                lowbit.convert(first, directory, format=fmt)
             yield f"{method}, {fmt}", directory
-
-
-def run(command: str, *args: object) -> None:
-    """One of our own commands; CalledProcessError where it fails."""
-    subprocess.run([Path(sys.executable).parent / command, *map(str, args)], check=True, stdout=subprocess.DEVNULL)
 
 
 def measures(
