@@ -232,18 +232,19 @@ class Walk:
         length = min(LOOK_TOKENS, length)
         tokens = words[torch.arange(3 * length, device=words.device) % words.numel()].view(3, length)
         self._returned = self._count_returned(tokens[:1])
-        self._require_one_run_each(tokens[:1])
+        head = self._require_one_run_each(tokens[:2])
         vocabulary = self.skeleton.model.get_input_embeddings().weight.shape[0]
         others = (tokens + 1) % vocabulary
         plain = self._record(tokens[:2])
         self._wiring = wiring_of(plain, self._record(others[:2]), self._record(tokens))
-        self._require_direct(tokens[:2], others[:2], plain)
+        self._require_direct(tokens[:2], others[:2], plain, head)
 
-    def _require_direct(self, tokens: Tensor, others: Tensor, plain: Recording) -> None:
+    def _require_direct(self, tokens: Tensor, others: Tensor, plain: Recording, head: Tensor) -> None:
         """CheckpointError if the model computes with block outputs between its blocks, or between blocks and head.
 
         others  as many tokens, all different
         plain   the recording of `tokens`
+        head    the head's input for `tokens`
         """
         changed = self._record(tokens, change=1.0)
         for index, (one, other) in enumerate(zip(plain.calls, changed.calls, strict=True)):
@@ -251,18 +252,19 @@ class Walk:
             pairs = enumerate(zip(one.leaves, other.leaves, strict=True))
             if not passed_on or not all(alike(*pair) for at, pair in pairs if self.wiring.is_given(index, at)):
                 raise self._not_by_blocks(index)
-        heads = [self._before_head(*asked)[1][0] for asked in ((tokens, 0.0), (tokens, 1.0), (others, 0.0))]
-        if not all(torch.allclose(heads[0], other, equal_nan=True) for other in heads[1:]):
+        heads = (self._before_head(*asked)[1][0] for asked in ((tokens, 1.0), (others, 0.0)))
+        if not all(torch.allclose(head, other, equal_nan=True) for other in heads):
             raise self._not_by_blocks(None)
 
-    def _require_one_run_each(self, batch: Tensor) -> None:
-        """CheckpointError if the model does not run its blocks in order, each once."""
-        order, _ = self._before_head(batch, change=0.0)
+    def _require_one_run_each(self, batch: Tensor) -> Tensor:
+        """The head's input. CheckpointError if the model does not run its blocks in order, each once."""
+        order, heads = self._before_head(batch, change=0.0)
         if order != list(range(len(self.skeleton.blocks))):
             raise CheckpointError(
                 f"{type(self.skeleton.model).__name__} does not run its {len(self.skeleton.blocks)} blocks one after "
                 f"another, each once, but {len(order)} times: {NOT_BY_BLOCKS}"
             )
+        return heads[0]
 
     def _before_head(self, batch: Batch, change: float) -> tuple[list[int], list[Tensor]]:
         """The order of blocks in a forward pass, and the input of the head.

@@ -64,6 +64,18 @@ def test_a_block_is_given_back_when_its_work_fails(llama):
     assert in_memory(skeleton.model) == set()
 
 
+def test_blocks_are_learned_in_eight_passes_and_once(llama):
+    """One with the first block, one through the stubs to the head, four that stop at the last block, two of the head's
+    input; then a pass for each batch."""
+    skeleton = open_skeleton(open_source(str(llama)))
+    walk, passes = Walk(skeleton, "cpu", torch.float32), []
+    skeleton.model.register_forward_pre_hook(lambda module, args: passes.append(module))
+    walk.start([calibration(1, 8).ids])
+    assert len(passes) == 8 + 1
+    walk.start([calibration(1, 8).ids, calibration(2, 8).ids])
+    assert len(passes) == 8 + 1 + 2
+
+
 def test_batches_of_every_shape_are_walked(llama):
     skeleton = open_skeleton(open_source(str(llama)))
     walk = Walk(skeleton, "cpu", torch.float32)
