@@ -8,8 +8,8 @@ import torch
 from lowbit.calibrate.plan import Plan, make_plan
 from lowbit.errors import CheckpointError
 from lowbit.export.dialects import FORMATS
-from lowbit.export.engines.transformers import NAME as TRANSFORMERS
-from lowbit.export.engines.vllm import NAME as VLLM
+from lowbit.export.engines.transformers import TRANSFORMERS
+from lowbit.export.engines.vllm import VLLM
 from lowbit.export.formats import LogicalTensors, describe_schemes, require_fit
 from lowbit.export.plain import read_json
 from lowbit.models.placement import JOINED, stacked_only
@@ -101,27 +101,27 @@ class Job:
             f"calibration windows of {seqlen} tokens are longer than the {positions} positions that the model "
             "supports; statistics beyond them do not match real use": (seqlen > (positions or seqlen), ()),
             "this family stores its weights transposed (Conv1D), which compressed-tensors readers do not know: "
-            "lowbit reads the checkpoint, transformers and vLLM will not": (conv1d, (TRANSFORMERS, VLLM)),
+            "lowbit reads the checkpoint, transformers and vLLM will not": (conv1d, (TRANSFORMERS.name, VLLM.name)),
             f"transformers needs CompressedTensorsConfig(dequantize=True) to load it: {reader} reads weights "
-            "of its linears itself": (reader is not None, (TRANSFORMERS,)),
+            "of its linears itself": (reader is not None, (TRANSFORMERS.name,)),
             "static int8 activations lose much quality on such models (2 to 3 times the perplexity, measured on "
             "Llama 2): --activations token is almost as fast": (static, ()),
             "transformers keeps experts fused and does not load those whose inputs are quantized; vLLM does": (
                 fused,
-                (TRANSFORMERS,),
+                (TRANSFORMERS.name,),
             ),
             "transformers has no names for this family's experts one by one and would run random ones: lowbit reads "
             "the checkpoint, and vLLM does where it knows the family": (
                 stacked_only(self.skeleton.model, experts),
-                (TRANSFORMERS,),
+                (TRANSFORMERS.name,),
             ),
             "vLLM 0.32 skips packed experts whose gate and up share a matrix (gpt-oss) and would run random ones: "
             "lowbit reads the checkpoint; --ignore 're:\\.experts\\.' leaves them in 16 bits, which vLLM loads": (
                 by_turns,
-                (VLLM,),
+                (VLLM.name,),
             ),
             "transformers joins or splits weights of this family as it loads them, and cannot where any is packed: "
-            "lowbit reads the checkpoint, and vLLM does where it knows the family": (joined, (TRANSFORMERS,)),
+            "lowbit reads the checkpoint, and vLLM does where it knows the family": (joined, (TRANSFORMERS.name,)),
         }
         caveat = fmt.caveat(default)
         kept = {text: engines for text, (holds, engines) in found.items() if holds}

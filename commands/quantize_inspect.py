@@ -77,6 +77,7 @@ def _print_engines(console: Console, found: Inspection) -> None:
         )
         table.add_row(machine, *cells)
     console.print(table)
+    console.print(f"by the rules of {', '.join(f'{engine.name} {engine.version}' for engine in ENGINES.values())}")
     reasons = {
         (engine, reason): machine
         for machine, row in found.refusals.items()

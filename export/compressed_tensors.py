@@ -34,6 +34,8 @@ import torch
 from torch import Tensor
 
 from lowbit.errors import CheckpointError
+from lowbit.export.engines.engine import Engine
+from lowbit.export.engines.transformers import TRANSFORMERS
 from lowbit.export.format import Format, Reader, Shapes, require_words
 from lowbit.export.microscaling import every_row, one_number, stored_codes, stored_scales, weight_of
 from lowbit.export.patterns import Patterns
@@ -287,9 +289,9 @@ class CompressedTensors(Format):
             "CompressedTensorsConfig(dequantize=True); vLLM does"
         )
 
-    def reason_in(self, engine: str, scheme: Scheme) -> str | None:
+    def reason_in(self, engine: Engine, scheme: Scheme) -> str | None:
         """The reason why an engine cannot load weights of a scheme, or None."""
-        if engine == "transformers" and not scheme.symmetric:
+        if engine is TRANSFORMERS and not scheme.symmetric:
             return "with compressed-tensors 0.20 it loads asymmetric weights only with dequantize=True"
         return None
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lowbit.export.container import Container
+from lowbit.export.engines.engine import Engine
 from lowbit.export.sharded import SAFETENSORS
 from lowbit.quant.qtensor import QTensor
 from lowbit.quant.scheme import Scheme
@@ -89,8 +90,8 @@ class Format(ABC):
         """A warning about loading a scheme in other programs, or None."""
         return None
 
-    def reason_in(self, engine: str, scheme: Scheme) -> str | None:
-        """The reason why the named engine cannot load weights of a scheme in this format, or None."""
+    def reason_in(self, engine: Engine, scheme: Scheme) -> str | None:
+        """The reason why an engine cannot load weights of a scheme in this format, or None."""
         return None
 
 

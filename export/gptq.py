@@ -21,6 +21,8 @@ from torch import Tensor
 
 from lowbit import __version__
 from lowbit.errors import CheckpointError
+from lowbit.export.engines.engine import Engine
+from lowbit.export.engines.vllm import VLLM
 from lowbit.export.format import Format, Reader, Shapes, require_words
 from lowbit.export.patterns import Patterns
 from lowbit.quant.packing import WORD, pack, unpack, words_of
@@ -139,9 +141,9 @@ class Gptq(Format):
         """A warning about loading the scheme in other programs, or None."""
         return None if scheme.symmetric else f"{SYMMETRIC_ONLY}; GPTQModel takes these"
 
-    def reason_in(self, engine: str, scheme: Scheme) -> str | None:
+    def reason_in(self, engine: Engine, scheme: Scheme) -> str | None:
         """The reason why an engine cannot load weights of a scheme, or None."""
-        return SYMMETRIC_ONLY if engine == "vLLM" and not scheme.symmetric else None
+        return SYMMETRIC_ONLY if engine is VLLM and not scheme.symmetric else None
 
     def write(self, name: str, weight: QTensor) -> dict[str, Tensor]:
         """The file's tensors for the linear `name`. CheckpointError for a zero of 0 in version 1."""

@@ -99,6 +99,7 @@ class Inspection:
             "left": self.left,
             "split_fused_sets": self.split,
             "tensor_parallel": {str(size): reason or "yes" for size, reason in self.parallel.items()},
+            "engines": {engine.name: engine.version for engine in ENGINES.values()},
             "kernels": {
                 machine: {engine: {kernel or "none": n for kernel, n in found.items()} for engine, found in row.items()}
                 for machine, row in self.kernels.items()

@@ -21,6 +21,8 @@ from torch import Tensor
 
 from lowbit import __version__
 from lowbit.errors import CheckpointError
+from lowbit.export.engines.engine import Engine
+from lowbit.export.engines.transformers import TRANSFORMERS
 from lowbit.export.format import Format, Reader, Shapes
 from lowbit.export.microscaling import every_row, one_number, stored_codes, stored_scales, weight_of
 from lowbit.quant.qtensor import QTensor
@@ -51,9 +53,9 @@ class ModelOpt(Format):
         """The reason why the layout cannot hold a scheme, or None."""
         return None if scheme in WRITTEN else f"modelopt files hold {' and '.join(map(str, WRITTEN))} and nothing else"
 
-    def reason_in(self, engine: str, scheme: Scheme) -> str | None:
-        """The reason why the named engine cannot load the files, or None."""
-        return "it does not know modelopt" if engine == "transformers" else None
+    def reason_in(self, engine: Engine, scheme: Scheme) -> str | None:
+        """The reason why an engine cannot load the files, or None."""
+        return "it does not know modelopt" if engine is TRANSFORMERS else None
 
     def write(self, name: str, weight: QTensor) -> dict[str, Tensor]:
         """The file's tensors for the linear `name`."""

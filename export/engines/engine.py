@@ -2,12 +2,28 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
-from lowbit.export.format import Format
 from lowbit.quant.scheme import Scheme
 
 NEEDS_CPU, NEEDS_GPU = "needs a CPU", "needs a GPU"
 ELSEWHERE = {True: NEEDS_GPU, False: NEEDS_CPU}  # refusals of kernels for the other kind of machine: on a CPU, on a GPU
+
+
+class Loaded(Protocol):
+    """The properties of a format that engines ask for; export/format.py describes them."""
+
+    @property
+    def method(self) -> str: ...
+
+    @property
+    def package(self) -> str: ...
+
+    @property
+    def through_marlin(self) -> bool: ...
+
+    def reason_in(self, engine: "Engine", scheme: Scheme) -> str | None:
+        """The reason why an engine cannot load weights of a scheme in this format, or None."""
 
 
 @dataclass(frozen=True)
@@ -19,7 +35,7 @@ class Layer:
     n, k    outputs (of the whole fused set) and inputs
     """
 
-    fmt: Format
+    fmt: Loaded
     scheme: Scheme
     n: int
     k: int

@@ -3,14 +3,12 @@
 from lowbit.export.engines.engine import Engine, EngineKernel, Layer
 from lowbit.export.engines.gptqmodel import GPTQMODEL
 
-NAME = "transformers"
-
 
 def _expanded(layer: Layer, capability: int | None) -> str | None:
     """compressed-tensors: expanded to dense weights on the first forward pass."""
     if layer.fmt.package != "compressed-tensors":
         return "another format"
-    return layer.fmt.reason_in(NAME, layer.scheme)
+    return layer.fmt.reason_in(TRANSFORMERS, layer.scheme)
 
 
 def _fine_grained(layer: Layer, capability: int | None) -> str | None:
@@ -19,7 +17,7 @@ def _fine_grained(layer: Layer, capability: int | None) -> str | None:
 
 
 TRANSFORMERS = Engine(
-    NAME,
+    "transformers",
     "5.23 with compressed-tensors 0.20 and optimum 2.3",
     (
         EngineKernel("expanded to 16 bits", _expanded),

@@ -15,12 +15,10 @@ from lowbit.export.engines.engine import (
     weight_only,
 )
 
-NAME = "vLLM"
-
 
 def _known(layer: Layer, capability: int | None) -> str | None:
     """Objections of vLLM before it chooses a kernel."""
-    reason = layer.fmt.reason_in(NAME, layer.scheme)
+    reason = layer.fmt.reason_in(VLLM, layer.scheme)
     if reason is None and layer.fmt.through_marlin and capability is not None:
         return _marlin(layer, capability)
     return reason
@@ -67,7 +65,7 @@ def _wna16(*reasons: Reason) -> Reason:
 
 
 VLLM = Engine(
-    NAME,
+    "vLLM",
     "0.32",
     (
         EngineKernel("CUTLASS int8", all_of(integers, on_gpu(75, 90))),

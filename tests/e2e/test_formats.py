@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lowbit.export.checkpoint import open_checkpoint, verify_checksums
+from lowbit.export.engines.table import ENGINES
 from lowbit.export.formats import LogicalTensors
 from tests.builders import changed_config, save_family
 from tests.e2e.cli import names, run_quantize, run_quantize_convert, run_quantize_inspect
@@ -181,6 +182,7 @@ def test_inspect_in_json(checkpoints, fmt):
     assert found["left"]["model.layers.1.mlp.down_proj"] == 64 * 96
     assert 0 < found["coverage"] < 1
     assert found["split_fused_sets"] == {}
+    assert found["engines"] == {engine.name: engine.version for engine in ENGINES.values()}
     assert found["tensor_parallel"]["1"] == "yes"
     assert "96 inputs in parts of 48" in found["tensor_parallel"]["2"]
     hopper = found["kernels"]["Hopper, sm_90"]
@@ -197,6 +199,7 @@ def test_inspect_for_people(checkpoints):
     assert done.code == 0, done.err
     assert "model.layers.*.mlp.up_proj" in done.out
     assert "fused sets (q, k and v; gate and up; experts): one scheme each" in done.out
+    assert "by the rules of vLLM 0.32, transformers 5.23" in done.out
     assert "read: 13 weights, 1 files with known checksums" in done.out
 
 

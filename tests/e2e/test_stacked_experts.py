@@ -14,7 +14,7 @@ from lowbit.calibrate.job import prepare
 from lowbit.calibrate.methods import complete_recipe
 from lowbit.calibrate.pipeline import run
 from lowbit.evaluation.backend import load_dense
-from lowbit.export.engines.vllm import NAME as VLLM
+from lowbit.export.engines.vllm import VLLM
 from lowbit.models.source import open_source
 from tests.builders import calibration, logits_of
 from tests.families.tiny import save_tiny
@@ -84,7 +84,7 @@ def test_vllm_is_told_of_experts_that_it_skips_and_finds_those_left_alone(source
     """vLLM looks an expert's gate and up up by themselves; packed ones that share a matrix it skips without a word."""
     source = open_source(str(sources["gpt_oss"]))
     packed = prepare(source, complete_recipe(RECIPES["rtn"]), "cpu")
-    assert [text for text, engines in packed.caveats().items() if VLLM in engines and "vLLM 0.32 skips" in text]
+    assert [text for text, engines in packed.caveats().items() if VLLM.name in engines and "vLLM 0.32 skips" in text]
     left = RECIPES["rtn"] | {"ignore": ("re:\\.experts\\.",)}
     quantize(sources["gpt_oss"], tmp_path / "out", left)
     ignored = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["ignore"]
