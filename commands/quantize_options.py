@@ -54,7 +54,7 @@ PARTS: dict[str, tuple[Decorator, ...]] = {
         _flag("--dry-run", "Print the plan, and stop before reading any weight."),
     ),
     "Numbers": (
-        click.option("--bits", "--w-bit", "--wbits", type=int, help="Of an integer weight: 4 or 8."),
+        click.option("--bits", "--w-bit", "--wbits", type=int, help="Of an integer weight: 2 to 8."),
         click.option(
             "--group-size",
             "--q-group-size",
