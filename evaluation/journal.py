@@ -20,7 +20,7 @@ from lowbit import __version__
 from lowbit.errors import CheckpointError
 from lowbit.evaluation.backend import Backend
 from lowbit.export.checkpoint import sha256_of
-from lowbit.export.dialects import containers
+from lowbit.export.dialects import weight_files
 from lowbit.export.files import changed, is_same, survey, write_text
 from lowbit.export.plain import parse_json, read_json, require_object
 
@@ -82,7 +82,7 @@ class Library:
         known_path = self.directory / "hashes.json"
         known = _known_hashes(known_path)
         sums = {}
-        computing = (*COMPUTING, *(pattern for each in containers() for pattern in each.weights))
+        computing = (*COMPUTING, *weight_files())
         for name, identity in survey(directory).items():
             if name in RESULTS or not any(fnmatch(name, pattern) for pattern in computing):
                 continue

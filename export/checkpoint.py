@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lowbit.errors import CheckpointError, Unfinished
 from lowbit.export.container import UNFINISHED, Container
-from lowbit.export.dialects import containers, sidecars
+from lowbit.export.dialects import containers, sidecars, weight_files
 from lowbit.export.files import Identity, changed, is_same, open_regular, read_bytes, read_text, survey, write_text
 from lowbit.export.plain import read_json
 from lowbit.export.sharded import SAFETENSORS
@@ -101,7 +101,7 @@ def open_checkpoint(directory: Path, finished: bool = True) -> Checkpoint:
 def _refuse_pointers(directory: Path, files: Mapping[str, Identity]) -> None:
     """Raise CheckpointError for a file cloned without Git LFS, which is only a pointer."""
     small = (directory / name for name, identity in files.items() if identity.size < POINTER_BYTES)
-    large = (*LARGE_FILES, *(pattern for each in containers() for pattern in each.weights))
+    large = (*LARGE_FILES, *weight_files())
     for path in (path for path in small if any(fnmatch(path.name, pattern) for pattern in large)):
         if read_bytes(path).startswith(LFS_POINTER):
             raise CheckpointError(f"{path}: a Git LFS pointer, not the file: run git lfs pull in that directory")

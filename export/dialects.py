@@ -16,6 +16,11 @@ def containers() -> tuple[Container, ...]:
     return tuple(dict.fromkeys(fmt.container for fmt in FORMATS.values()))
 
 
+def weight_files() -> tuple[str, ...]:
+    """Patterns of the names of files that hold tensors, in any container."""
+    return tuple(pattern for container in containers() for pattern in container.weights)
+
+
 def sidecars() -> dict[str, str]:
     """File name -> quant_method. Old tools wrote such a file alone, and no quantization_config into config.json."""
     return {fmt.sidecar: fmt.method for fmt in FORMATS.values() if fmt.sidecar}

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lowbit.export.checkpoint import SUMS_NAME, Checkpoint
 from lowbit.export.container import UNFINISHED
-from lowbit.export.dialects import containers, sidecars
+from lowbit.export.dialects import containers, sidecars, weight_files
 from lowbit.export.files import open_regular, replacing, survey
 from lowbit.export.format import Format
 from lowbit.export.plain import write_json
@@ -73,7 +73,7 @@ def copy_companions(source: Path, target: Path, with_code: bool) -> list[str]:
 
     CheckpointError for a link to a place outside (`survey`).
     """
-    stored = tuple(pattern for each in containers() for pattern in (*each.weights, each.head))
+    stored = (*weight_files(), *(container.head for container in containers()))
     code = tuple(pattern for pattern in CODE if pattern != "*.py" or not with_code)
     left = stored + WEIGHTS + WRITTEN_ANEW + tuple(sidecars()) + PICTURES + code
     files = {name: identity.size for name, identity in survey(source).items() if not _matches(name, left)}

@@ -23,6 +23,7 @@ from transformers.models.auto.modeling_auto import (
 
 from lowbit.errors import CheckpointError, UsageError, nearest
 from lowbit.export.checkpoint import Checkpoint, open_checkpoint
+from lowbit.export.dialects import weight_files
 from lowbit.export.formats import FLOAT8
 from lowbit.export.plain import write_json
 from lowbit.export.sharded import CONFIG_NAME
@@ -35,7 +36,6 @@ from lowbit.models.tokenids import require_small_ids
 EPSILONS = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_eps", "norm_epsilon", "layernorm_epsilon")
 DEMO = "demo"
 HUB_FILES: tuple[str, ...] = (
-    "*.safetensors",
     "*.json",
     "*.jinja",
     "*.txt",
@@ -83,9 +83,9 @@ class Source:
     def processor(self) -> ProcessorMixin:
         """The model's processor of texts and images. CheckpointError if there is none."""
         what = "no processor that transformers can load, and images need one (text alone does not: --text-column)"
-        with untrusted(self.directory, what):
-            require_small_ids(self.directory)
-            found = AutoProcessor.from_pretrained(self.directory, trust_remote_code=self.trust_remote_code)
+        with untrusted(self.directory, what), self.checkpoint.companions() as companions:
+            require_small_ids(companions)
+            found = AutoProcessor.from_pretrained(companions, trust_remote_code=self.trust_remote_code)
             if not isinstance(found, ProcessorMixin) or not hasattr(found, "image_processor"):
                 raise TypeError(
                     f"{type(found).__name__} takes no images: preprocessor_config.json is missing or another's"
@@ -152,7 +152,7 @@ def model_directory(name: str, trust_remote_code: bool = False, revision: str | 
     if name == DEMO:
         return demo_model_dir()
     _refuse_path(name)
-    return download(name, revision, HUB_FILES + (("*.py",) if trust_remote_code else ()))
+    return download(name, revision, (*weight_files(), *HUB_FILES, *(("*.py",) if trust_remote_code else ())))
 
 
 def _refuse_path(name: str) -> None:

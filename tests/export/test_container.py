@@ -207,3 +207,9 @@ def test_its_bytes_decide_what_was_measured_of_it(spoilt: Path, tmp_path: Path) 
     assert library.fingerprint(spoilt) != before
     with pytest.raises(CheckpointError, match="the file changed or is damaged"):
         lowbit.inspect(spoilt, check=True)
+
+
+def test_one_that_git_did_not_fetch_is_told_so(spoilt: Path) -> None:
+    (spoilt / "model.toy").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 5\n")
+    with pytest.raises(CheckpointError, match=r"model\.toy: a Git LFS pointer"):
+        open_checkpoint(spoilt)
