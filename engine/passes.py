@@ -1,9 +1,9 @@
-"""Short prompts in one of a few lengths: on a GPU each length is a captured graph from its second use on.
+"""Prefill of short prompts as CUDA graphs: each prompt is padded to one of a few lengths.
 
-A short prompt is bound by the host, which launches a few hundred kernels for it. So it is padded at its end, where no
-token of its own sees the padding, and one graph serves all prompts of a length, wherever the cache has them. The first
-prompt of a length runs plainly: it warms up what a capture needs, and costs whoever asks once no capture. Both compute
-the same rows, so a prompt's numbers do not depend on what ran before.
+A short prompt is bound by the host, which launches a few hundred kernels for it. Padding at the end does not change a
+causal prompt, so one graph per length serves all prompts, in every sequence of the cache. The first prompt of a length
+runs without a graph, as the warm-up of a capture; the second is captured. Both compute the same rows, so results do not
+depend on earlier prompts.
 """
 
 from collections.abc import Iterator, Sequence
@@ -20,9 +20,9 @@ LENGTHS = (8, 16, 32, 64, 128, 192, 256, 384, 512)
 
 
 class Pass:
-    """Prompts of up to `rows` tokens, each a sequence from its first position on.
+    """The pass over prompts of up to `rows` tokens, each a sequence from its first position on.
 
-    pool  the memory that captured passes share: only one runs at a time, and what it returns is copied out
+    pool  memory pool shared by all captured passes. One runs at a time, and its results are copied out; None on a CPU
     """
 
     def __init__(self, decoder: Decoder, cache: Cache, rows: int, pool: torch.cuda._POOL_HANDLE | None) -> None:
@@ -35,7 +35,7 @@ class Pass:
         self.graph: torch.cuda.CUDAGraph | None = None
 
     def __call__(self, sequence: int, tokens: Sequence[int]) -> Tensor:
-        """Hidden states (len(tokens), hidden); the cache's sequence then holds the tokens, and padding behind them."""
+        """Hidden states (len(tokens), hidden). The cache's sequence then holds the tokens, followed by padding."""
         self.place(sequence, tokens)
         if self.pool is not None and self.hidden is not None and self.graph is None:
             self.capture()
@@ -54,7 +54,7 @@ class Pass:
         torch.add(self.places, self.cache.start(sequence), out=step.slots)
 
     def capture(self) -> None:
-        """Records the pass; nothing is computed."""
+        """Capture the pass into a graph, without computing anything."""
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self.pool):
             hidden = self.decoder.hidden(self.step, self.cache).h
@@ -64,7 +64,7 @@ class Pass:
 class Reader:
     """Reads prompts into a cache.
 
-    lengths  that short prompts are padded to; on a CPU none, since there padding is only work
+    lengths  padded lengths of short prompts; none on a CPU, where padding saves nothing
     """
 
     def __init__(self, decoder: Decoder, cache: Cache) -> None:
@@ -75,7 +75,7 @@ class Reader:
         self.passes: dict[int, Pass] = {}
 
     def read(self, sequence: int, tokens: Sequence[int]) -> Iterator[Tensor]:
-        """Hidden states (rows, hidden) chunk by chunk of a prompt that becomes the cache's `sequence`."""
+        """Hidden states (rows, hidden) of a prompt, chunk by chunk. The prompt becomes the cache's `sequence`."""
         rows = next((length for length in self.lengths if len(tokens) <= length <= self.cache.context), None)
         if rows is None:
             yield from read_prompt(self.decoder, self.cache, sequence, tokens)
@@ -84,7 +84,7 @@ class Reader:
             self.passes[rows] = Pass(self.decoder, self.cache, rows, self.pool)
         try:
             hidden = self.passes[rows](sequence, tokens)
-        except torch.OutOfMemoryError:  # in pieces it may fit
+        except torch.OutOfMemoryError:  # smaller chunks may fit
             yield from read_prompt(self.decoder, self.cache, sequence, tokens)
         else:
             yield hidden

@@ -37,8 +37,8 @@ class Checkpoint:
     config     contents of config.json
     entries    all tensors by name
     files      identity of every file when it was opened, by name
-    container  how it is stored
-    head       the file that config.json is in, for messages
+    container  container of its files
+    head       the file that holds config.json, for messages
     """
 
     directory: Path
@@ -53,7 +53,7 @@ class Checkpoint:
         return read_tensor(self._entry(name))
 
     def companions(self) -> AbstractContextManager[Path]:
-        """A block with the directory in which its tokenizer, templates and generation config are files."""
+        """A context with a directory that holds the tokenizer, templates and generation config as files."""
         return self.container.companions(self.directory)
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -78,10 +78,10 @@ class Checkpoint:
 def open_checkpoint(directory: Path, finished: bool = True) -> Checkpoint:
     """The checkpoint in `directory`. Headers are read and checked, data is not.
 
-    finished  False: one that was written and is not sealed yet
+    finished  False for a checkpoint that is written but not sealed yet
 
-    Raises CheckpointError where there is none, where it is a pickle, where its files contradict each other, and where a
-    file is none or a link to somewhere else (`survey`).
+    Raises CheckpointError if there is no checkpoint, if it is a pickle, if its files contradict each other, or if a
+    file is not a regular one or a link to a place outside (`survey`).
     """
     if not directory.is_dir():
         raise CheckpointError(f"{directory}: no such directory")
@@ -108,13 +108,13 @@ def _refuse_pointers(directory: Path, files: Mapping[str, Identity]) -> None:
 
 
 def quantization_of(directory: Path, config: dict[str, Any]) -> Any:
-    """The quantization_config of the model in `directory`, whose config.json is `config`; None without one."""
+    """The quantization_config of the model in `directory` with the config.json `config`; None without one."""
     return _complete(directory, config).get("quantization_config")
 
 
 def _complete(directory: Path, config: dict[str, Any]) -> dict[str, Any]:
     """The configuration with its quantization_config in the usual place, wherever `directory` has it."""
-    if config.get("quantization_config") in ({}, None):  # says nothing: not quantized
+    if config.get("quantization_config") in ({}, None):  # empty: not quantized
         config = {key: value for key, value in config.items() if key != "quantization_config"}
     return _with_sidecar(directory, _lifted(config))
 

@@ -54,7 +54,7 @@ SUFFIXES = (
     *(GLOBAL, INPUT_GLOBAL),
 )
 SCALE_TYPES = {FP8: "torch.float8_e4m3fn", E8M0: "torch.uint8"}
-# The inputs that a group may ask for.
+# The quantized inputs that a group may declare.
 KNOWN_INPUTS = {scheme.inputs: None for scheme in NAMED.values() if scheme.inputs}
 
 
@@ -104,7 +104,7 @@ READERS = {PACKED: _read_packed, NVFP4: _read_fp4, MXFP4: _read_fp4}
 
 
 def _written_plain(name: str, weight: QTensor) -> dict[str, Tensor]:
-    """The file's tensors of a linear whose codes are no words of 32 bits."""
+    """The file's tensors of a linear whose codes are not packed into 32-bit words."""
     inputs = INPUT_GLOBAL if weight.scheme.weights.parent else "input_scale"
     tensors = {
         "weight_packed" if weight.scheme.number == FP4 else "weight": stored_codes(weight),
@@ -154,7 +154,7 @@ def _side_args(side: Side, dynamic: bool | str) -> dict[str, Any]:
 
 
 def _scale_args(side: Side) -> dict[str, Any]:
-    """The type of scales that have few bits."""
+    """The number type of scales of few bits."""
     return {} if side.scales is None else dict.fromkeys(("scale_dtype", "zp_dtype"), SCALE_TYPES[side.scales])
 
 

@@ -1,4 +1,4 @@
-"""A container: how a checkpoint lies in its directory, whatever its weights mean."""
+"""Containers: how a checkpoint is divided into files, independent of its format."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lowbit.export.tensorfile import TensorEntry
 
-UNFINISHED = ".unfinished"  # ends the head's name until the directory is whole: no reader takes that
+UNFINISHED = ".unfinished"  # suffix of the head's name until the directory is complete; readers ignore it
 
 
 class Writer(ABC):
@@ -26,16 +26,16 @@ class Writer(ABC):
 
         config  config.json, with its quantization_config
 
-        Tokenizer, templates and licences lie in the directory by then. A container of one file takes them in, and
-        removes what it took.
+        Tokenizer, templates and licences must be in the directory already. A container with a single file includes them
+        and deletes their files.
         """
 
 
 class Container(ABC):
-    """The files of a checkpoint. One instance serves every format that is stored so.
+    """The files of a checkpoint. One instance serves all formats with this container.
 
-    head     the file without which a directory is no checkpoint
-    weights  patterns of the names of the files that hold tensors
+    head     name of the file that every checkpoint in this container has
+    weights  name patterns of the files that hold tensors
     """
 
     head: str
@@ -45,17 +45,18 @@ class Container(ABC):
     def read(self, directory: Path, head: Path) -> tuple[dict[str, Any], dict[str, TensorEntry]]:
         """config.json and the tensors by name, from headers alone; `head` is the head's path, finished or not.
 
-        A tensor is plain bytes in a file: blocks of a kind that torch has no type for are bytes (uint8). Raises
-        CheckpointError where the files are damaged or contradict one another.
+        A tensor is bytes in a file. Block types that torch does not have are uint8. Raises CheckpointError if the files
+        are damaged or contradict each other.
         """
 
     @abstractmethod
     def writer(self, directory: Path, max_shard_bytes: int) -> Writer:
-        """A writer of a checkpoint in `directory`, in files of at most `max_shard_bytes` where there may be several."""
+        """A writer of a checkpoint in `directory`, in files of at most `max_shard_bytes` if the container has
+        several."""
 
     @contextmanager
     def companions(self, directory: Path) -> Iterator[Path]:
-        """A block with the directory in which tokenizer, templates and generation config are files."""
+        """A context with a directory that holds tokenizer, templates and generation config as files."""
         yield directory
 
     def holds(self, directory: Path, finished: bool = True) -> bool:
@@ -67,5 +68,5 @@ class Container(ABC):
         return directory / (self.head if finished else self.head + UNFINISHED)
 
     def seal(self, directory: Path) -> None:
-        """Give the head its name: the last step of a checkpoint."""
+        """Give the head its final name, the last step of writing a checkpoint."""
         self.head_in(directory, finished=False).rename(self.head_in(directory))

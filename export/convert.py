@@ -49,9 +49,9 @@ def convert(
 
     finished     False leaves the sealing to the caller
 
-    `output` holds nothing but what is carried along. The weights are written, then read back and compared. Raises
-    CheckpointError with the reason where the format cannot hold a weight, where a scale has no place in its scale type,
-    and where another tensor of the checkpoint has a name that the format gives to a linear's.
+    `output` holds only copied companions. The weights are written, then read back and compared. Raises CheckpointError
+    with the reason if the format cannot hold a weight, if a scale is outside the range of its dtype, or if another
+    tensor of the checkpoint has a name that the format gives to a linear's tensor.
     """
     done = Conversion(target_schemes(source, fmt))
     shapes = {name: source.shape(name) for name in done.schemes}
@@ -124,7 +124,7 @@ def _is_middle(weight: QTensor) -> bool:
 
 
 def _is_regrouped(scheme: Scheme) -> bool:
-    """True if wider groups may be said as narrower ones."""
+    """True if a wider group can be written as several narrower ones."""
     return scheme.number.is_integer and scheme.inputs is None
 
 

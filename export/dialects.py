@@ -12,7 +12,7 @@ FORMATS: dict[str, Format] = {fmt.name: fmt for fmt in (COMPRESSED_TENSORS, GPTQ
 
 
 def containers() -> tuple[Container, ...]:
-    """The containers that formats are stored in, each once. The first that holds a directory reads it."""
+    """All containers of the formats, each once. The first that recognises a directory reads it."""
     return tuple(dict.fromkeys(fmt.container for fmt in FORMATS.values()))
 
 
@@ -22,5 +22,5 @@ def weight_files() -> tuple[str, ...]:
 
 
 def sidecars() -> dict[str, str]:
-    """File name -> quant_method. Old tools wrote such a file alone, and no quantization_config into config.json."""
+    """File name -> quant_method. Old tools wrote such a file and no quantization_config in config.json."""
     return {fmt.sidecar: fmt.method for fmt in FORMATS.values() if fmt.sidecar}

@@ -1,4 +1,4 @@
-"""The interface of a format of quantized checkpoints; each dialect is one file."""
+"""The interface of a format of quantized checkpoints. Each dialect is one file."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
@@ -30,7 +30,7 @@ class Format(ABC):
     uniform              True if all linears must have the same scheme
     scale_dtype          fixed dtype of scales, or None for the model's
     sidecar              name of an extra file that repeats the quantization_config
-    container            the files that it is stored in
+    container            container of its files
     """
 
     name: str

@@ -55,7 +55,8 @@ class LogicalTensors:
             self._refuse_unscaled(self.format)
 
     def _refuse_unscaled(self, fmt: Format) -> None:
-        """CheckpointError for float8 weights without scales: beside quantized ones they are no weights of their own."""
+        """CheckpointError for float8 weights without scales, which are not complete weights in a quantized
+        checkpoint."""
         for name, entry in self.checkpoint.entries.items():
             linear = name.removesuffix(".weight")
             if entry.dtype in FLOAT8 and linear != name and linear not in self.schemes:

@@ -3,7 +3,7 @@
 For a linear P with weight (n, k):
 
     P.weight            float8_e4m3fn  (n, k)
-    P.weight_scale_inv  float32        (ceil(n / 128), ceil(k / 128))   w = code * scale, whatever its name says
+    P.weight_scale_inv  float32        (ceil(n / 128), ceil(k / 128))   w = code * scale, in spite of the name
 
 Inputs are rounded in groups of 128, each by a scale of its own. Blocks at the end of a weight may be cut off in files
 that are read; none is written.

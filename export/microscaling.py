@@ -1,8 +1,8 @@
-"""The tensors of floats whose scales have few bits (NVFP4, MXFP4, MXFP8), as several formats store them.
+"""The tensors of floats with scales of few bits (NVFP4, MXFP4, MXFP8), in the form that several formats share.
 
 codes   uint8 (n, k / 2) of fp4, two to a byte, or float8_e4m3fn (n, k)
 scales  float8_e4m3fn (n, k / 16), or uint8 (n, k / 32) of e8m0
-parent  float32 (1,): the divisor of e4m3 scales, or its reciprocal, as the format has it
+parent  float32 (1,): the divisor of e4m3 scales, or its reciprocal, depending on the format
 """
 
 import torch
@@ -14,16 +14,16 @@ from lowbit.quant.packing import pack_e8m0, pack_fp4, unpack_e8m0, unpack_fp4
 from lowbit.quant.qtensor import QTensor
 from lowbit.quant.scheme import Scheme
 
-LARGEST_WEIGHT = 2.0**14  # beyond it, weights are none: the divisor is a factor
+LARGEST_WEIGHT = 2.0**14  # larger weights are not plausible: the divisor must be a factor
 
 
 def stored_codes(weight: QTensor) -> Tensor:
-    """The codes of `weight` as in a file."""
+    """The codes of `weight` in their form on disk."""
     return pack_fp4(weight.codes) if weight.scheme.number == FP4 else weight.codes
 
 
 def stored_scales(weight: QTensor) -> Tensor:
-    """The scales of `weight` as in a file."""
+    """The scales of `weight` in their form on disk."""
     if weight.scheme.weights.scales is None:
         return weight.scales
     return weight.scales.to(FP8.storage) if weight.scheme.weights.scales == FP8 else pack_e8m0(weight.scales)
@@ -32,7 +32,7 @@ def stored_scales(weight: QTensor) -> Tensor:
 def weight_of(
     codes: Tensor, scales: Tensor, scheme: Scheme, input_scale: Tensor | None = None, divisor: Tensor | None = None
 ) -> QTensor:
-    """The weight of a file's codes and scales. ValueError if they are none of the scheme."""
+    """The weight of a file's codes and scales. ValueError if they do not fit the scheme."""
     if scheme.number == FP4:
         codes = unpack_fp4(_typed(codes, torch.uint8, "its packed codes"))
     if scheme.weights.scales == FP8:
@@ -47,7 +47,7 @@ def weight_of(
 
 
 def every_row(codes: Tensor, scales: Tensor) -> Tensor:
-    """`scales`, or the one scale of a whole weight repeated for every row of `codes`."""
+    """`scales`, with a single scale of the whole weight repeated for every row of `codes`."""
     return scales.reshape(1, 1).repeat(codes.shape[0], 1) if tuple(scales.shape) in ((), (1,)) else scales
 
 
@@ -65,12 +65,12 @@ def _typed(value: Tensor, dtype: torch.dtype, what: str) -> Tensor:
 
 
 def _empty(codes: Tensor, scheme: Scheme) -> Tensor:
-    """True for each group (n, g) of zeros: other programs store a scale of 0 there."""
+    """True for each group (n, g) of zeros; other programs store a scale of 0 there."""
     return numerics.grouped(codes.float(), scheme).abs().amax(-1) == 0
 
 
 def _require_divisor(scales: Tensor, divisor: Tensor) -> None:
-    """ValueError if weights with such scales are too large to be any."""
+    """ValueError if weights with such scales would be implausibly large."""
     largest = float(scales.float().amax()) * FP4.high / float(divisor) if scales.numel() and float(divisor) else 0.0
     if largest > LARGEST_WEIGHT:
         raise ValueError(

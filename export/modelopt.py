@@ -9,7 +9,7 @@ For a linear P with weight (n, k):
 
 FP8: P.weight float8_e4m3fn (n, k), P.weight_scale () and P.input_scale () float32, both factors.
 
-Our own divisors are powers of two, so that factors are exact. The block stands in config.json and in
+Our own divisors are powers of two, so that factors are exact. The quantization block is in config.json and in
 hf_quant_config.json; readers look for its keys at its top or under `quantization`.
 """
 
@@ -32,7 +32,7 @@ NAME = "modelopt"
 # quant_algo -> scheme; the first two are written
 ALGORITHMS = {"NVFP4": Scheme(NVFP4, NVFP4), "W4A16_NVFP4": Scheme(NVFP4), "FP8": parse_scheme("fp8-static")}
 WRITTEN = tuple(ALGORITHMS.values())[:2]
-MIXED = "MIXED_PRECISION"  # each layer says its own
+MIXED = "MIXED_PRECISION"  # each layer has its own algorithm
 FACTOR, INPUTS = "weight_scale_2", "input_scale"
 SUFFIXES = ("weight", "weight_scale", FACTOR, INPUTS)
 

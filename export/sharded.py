@@ -1,4 +1,4 @@
-"""Safetensors files with a config.json: one, or several with an index. What transformers writes and vLLM loads."""
+"""The container of transformers and vLLM: config.json, and one safetensors file, or several with an index."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,19 +19,19 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
 
 class Safetensors(Container):
-    """Weights in *.safetensors, the configuration in config.json, everything else in files of its own."""
+    """Weights in *.safetensors, the configuration in config.json, everything else in separate files."""
 
     head = CONFIG_NAME
     weights = ("*.safetensors",)
 
     def holds(self, directory: Path, finished: bool = True) -> bool:
-        """True if there are safetensors files: config.json alone may accompany other containers too."""
+        """True if there are safetensors files; other containers may have a config.json too."""
         return any(directory.glob("*.safetensors"))
 
     def read(self, directory: Path, head: Path) -> tuple[dict[str, Any], dict[str, TensorEntry]]:
         """config.json, and the tensors of every file.
 
-        Raises CheckpointError where there are only pickles, and where index and files contradict each other.
+        Raises CheckpointError if there are only pickles, or if index and files contradict each other.
         """
         _refuse_adapter(directory)
         config = read_json(head)
@@ -53,7 +53,7 @@ SAFETENSORS = Safetensors()
 
 
 def _refuse_adapter(directory: Path) -> None:
-    """Raise CheckpointError where the directory holds a LoRA adapter and no model."""
+    """Raise CheckpointError if the directory holds a LoRA adapter and no model."""
     here = {name: (directory / name).exists() for name in (ADAPTER_NAME, INDEX_NAME, SINGLE_NAME)}
     if here == {ADAPTER_NAME: True, INDEX_NAME: False, SINGLE_NAME: False}:
         base = read_json(directory / ADAPTER_NAME).get("base_model_name_or_path")
@@ -116,10 +116,11 @@ def _check_index(directory: Path, entries: dict[str, TensorEntry]) -> None:
 
 
 class ShardedWriter(Writer):
-    """Writes tensors as they come into `model-0000i-of-0000N.safetensors` and an index, or one model.safetensors.
+    """Writes tensors in order of arrival into `model-0000i-of-0000N.safetensors` and an index, or one
+    model.safetensors.
 
-    directory        where; it must exist
-    max_shard_bytes  a file is closed before it would grow beyond this (a single larger tensor gets a file of its own)
+    directory        an existing directory
+    max_shard_bytes  size limit of a file; a larger single tensor gets a file of its own
     """
 
     def __init__(self, directory: Path, max_shard_bytes: int) -> None:
@@ -146,7 +147,7 @@ class ShardedWriter(Writer):
             self._open = None
 
     def finish(self, config: Mapping[str, Any]) -> None:
-        """Give the files their final names, and write the index where there are several, and the configuration."""
+        """Give the files their final names, and write the configuration, and the index if there are several files."""
         self._close_shard()
         count = len(self._done)
         weight_map: dict[str, str] = {}

@@ -1,4 +1,4 @@
-"""Directories that others own: a snapshot in the hub's cache, and the original weights of a model."""
+"""Directories that must not be written to: snapshots in the hub's cache, and original models."""
 
 import re
 from dataclasses import dataclass
@@ -26,7 +26,8 @@ class Snapshot:
 
 
 def snapshot_at(directory: Path) -> Snapshot | None:
-    """The snapshot that `directory` is, by the layout of the hub's cache: models--org--model/snapshots/COMMIT."""
+    """The snapshot in `directory` by the layout of the hub's cache, models--org--model/snapshots/COMMIT; None for
+    others."""
     place = directory.absolute()
     store, middle = place.parent.parent.name, place.parent.name
     if middle != "snapshots" or not store.startswith("models--") or not COMMIT.fullmatch(place.name):
@@ -35,7 +36,7 @@ def snapshot_at(directory: Path) -> Snapshot | None:
 
 
 def refuse_to_write_into(directory: Path) -> None:
-    """Raise CheckpointError where `directory` lies in the hub's cache, or holds a model that is not quantized."""
+    """Raise CheckpointError if `directory` is in the hub's cache, or holds an unquantized model."""
     parts = (*directory.absolute().parts, *directory.resolve().parts)
     if any(part.startswith(STORES) for part in parts):
         raise CheckpointError(
@@ -49,17 +50,17 @@ def refuse_to_write_into(directory: Path) -> None:
 
 
 def _holds_original(directory: Path) -> bool:
-    """True if there are safetensors with a config.json that declares no quantization."""
+    """True for safetensors files with a config.json that declares no quantization."""
     if not any(directory.glob("*.safetensors")):
         return False
     try:
         return quantization_of(directory, read_json(directory / CONFIG_NAME)) is None
-    except CheckpointError:  # half a model, or none
+    except CheckpointError:  # an incomplete model, or none
         return False
 
 
 def published_name(model: str) -> str:
-    """The name of a model for others: the id of a snapshot, a directory's own name, for its path is the user's."""
+    """The name of a model for publication: the id of a snapshot, or the directory's name without the user's path."""
     snapshot = snapshot_at(Path(model))
     if snapshot is not None:
         return snapshot.repo

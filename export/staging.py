@@ -30,7 +30,8 @@ RENAME_EXCHANGE = 2
 
 
 def refuse_output(output: Path, overwrite: bool) -> None:
-    """Raise CheckpointError where `output` cannot become the result: a file, a mount point, not empty, or others'."""
+    """Raise CheckpointError if `output` cannot become the result: a file, a mount point, not empty, or others'
+    (`refuse_to_write_into`)."""
     if output.exists() and not output.is_dir():
         raise CheckpointError(f"{output}: a file is in the way; name another output directory")
     if output.is_dir() and _is_mount_point(place_of(output)):

@@ -1,4 +1,4 @@
-"""Writing a checkpoint in a format, and what is carried along."""
+"""Writing of a checkpoint in a format, and copying of a model's other files."""
 
 import shutil
 from collections.abc import Iterable, Mapping
@@ -34,11 +34,11 @@ WRITTEN_ANEW = (
 )
 CODE = ("*.py", "*.pyc", "*.sh", "*.ipynb", "requirements.txt")
 PICTURES = ("*.png", "*.jp*g", "*.gif", "*.svg", "*.webp", "*.mp[34]", "*.wav")
-LARGEST_COMPANION = 100_000_000  # bytes; the largest tokenizers take a third of it
+LARGEST_COMPANION = 100_000_000  # bytes; three times the largest tokenizers
 
 
 class CheckpointWriter:
-    """Writes a checkpoint in a format: tensors as they come, the configuration last."""
+    """Writes a checkpoint in a format: tensors in order of arrival, the configuration last."""
 
     def __init__(self, fmt: Format, directory: Path, max_shard_bytes: int) -> None:
         self.format, self.directory = fmt, directory
@@ -54,7 +54,8 @@ class CheckpointWriter:
             self._files.add(key, tensor)
 
     def finish(self, config: Mapping[str, Any], schemes: Mapping[str, Scheme], unquantized: Iterable[str]) -> None:
-        """Close the files and write the configuration, under a name that no reader takes: the container seals it."""
+        """Close the files and write the configuration under a name that readers ignore, until the container seals
+        it."""
         block = self.format.quantization_config(schemes, unquantized)
         self._files.finish(dict(config) | {"quantization_config": block})
         if self.format.sidecar:
@@ -62,7 +63,7 @@ class CheckpointWriter:
 
 
 def carry_along(checkpoint: Checkpoint, target: Path, with_code: bool) -> None:
-    """Copy the companions of a checkpoint, those inside its files too, into the directory `target`."""
+    """Copy a checkpoint's companions, including those inside its files, into the directory `target`."""
     with checkpoint.companions() as companions:
         for place in dict.fromkeys((checkpoint.directory, companions)):
             copy_companions(place, target, with_code)
