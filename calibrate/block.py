@@ -121,7 +121,8 @@ class BlockWork:
         return input_scale_of((largest / columns).amax(), inputs).clamp(limits.tiny, limits.max)
 
     def divisor(self, linear: str) -> Tensor | None:
-        """The divisor () of the scales of `linear`, one for all that share a parent; None where scales have none."""
+        """The divisor () of the scales of `linear`, shared by all linears with the same parent; None if scales have
+        none."""
         scheme = self.schemes[linear]
         if not scheme.weights.parent:
             return None

@@ -79,7 +79,8 @@ class DataFreeBlocks:
                 yield spec, _cut(value, placement, spec).to(self._job.device)
 
     def _largest(self, block: Block) -> dict[str, Tensor]:
-        """The largest magnitude of weights whose scales share a parent, by `parent_set`; nothing where none have."""
+        """The largest magnitude of weights whose scales share a parent, by `parent_set`; empty if no scales have
+        one."""
         schemes, largest = self._job.plan.schemes, dict[str, Tensor]()
         if not any(spec.name in schemes and schemes[spec.name].weights.parent for spec in block.linears):
             return largest

@@ -79,7 +79,7 @@ class Job:
         return list(self.caveats())
 
     def caveats(self) -> dict[str, tuple[str, ...]]:
-        """The same, with the names of the engines (export/engines) that cannot load the result as it is for that."""
+        """The same, with the names of the engines (export/engines) that therefore cannot load the result."""
         quantized = [
             (spec, self.plan.schemes[name]) for name, spec in self.linears.items() if name in self.plan.schemes
         ]
@@ -156,7 +156,7 @@ def _require_generation_config(source: Source) -> None:
 
 
 def _require_original(source: Source) -> None:
-    """CheckpointError if the weights are quantized already, unless all are floats: vendors publish such originals."""
+    """CheckpointError if the weights are already quantized, unless all are floats, as in vendors' originals."""
     config = source.checkpoint.quantization
     if config is None:
         return

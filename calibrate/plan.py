@@ -190,7 +190,7 @@ def _spread_over_fused(reasons: dict[str, str | None]) -> None:
 
 
 def _fitted(block: Block, wanted: dict[str, Scheme]) -> dict[str, Scheme | None]:
-    """The scheme that fits all of each linear's fused set; None where there is none."""
+    """The scheme that fits all members of each linear's fused set; None if there is none."""
     shapes: dict[str, set[tuple[int, int]]] = {}
     for spec in block.linears:
         shapes.setdefault(fused_set(spec.name), set()).add((spec.n, spec.k))

@@ -89,7 +89,7 @@ def read_utf8(path: Path) -> str:
 
 
 def read_whole(file: IO[bytes], path: object) -> bytes:
-    """All bytes of `file`, which is called `path`. DatasetError if there are more than MOST_WHOLE."""
+    """All bytes of `file`, whose name is `path`. DatasetError if there are more than MOST_WHOLE."""
     content = file.read(MOST_WHOLE + 1)
     if len(content) > MOST_WHOLE:
         raise DatasetError(f"{path} is larger than {MOST_WHOLE >> 20} MiB, the most read at once; cut it into parts")
@@ -126,7 +126,7 @@ def hub_rows(name: str, config: str | None, split: str, seed: int) -> Iterator[N
     streaming = not datasets.config.HF_HUB_OFFLINE
     table = datasets.load_dataset(name, config, split=split, streaming=streaming).shuffle(seed=seed)
     rows = table if streaming else table.to_iterable_dataset()
-    # images stay the bytes of their files: they are opened under limits, or not at all (calibrate/pictures.py)
+    # images stay undecoded bytes: calibrate/pictures.py opens them under limits, or not at all
     yield from enumerate(rows.decode(False) if rows.features else rows, 1)
 
 
@@ -255,7 +255,7 @@ def _lines(file: IO[bytes]) -> _Table:
 
 
 def _bounded(file: IO[bytes]) -> Iterator[bytes]:
-    """The lines of `file`. DatasetError for one of more than MOST_WHOLE bytes."""
+    """The lines of `file`. DatasetError for a line of more than MOST_WHOLE bytes."""
     number = 0
     while line := file.readline(MOST_WHOLE + 1):
         number += 1

@@ -1,4 +1,4 @@
-"""The display of a long command: a bar that is redrawn on a terminal, elsewhere a line at least every 30 seconds."""
+"""The display of a long command: a live bar on a terminal, elsewhere a line at least every 30 seconds."""
 
 import json
 import resource
@@ -18,8 +18,8 @@ from lowbit.calibrate import ranks
 from lowbit.commands.common import Terminal, make_console, say
 from lowbit.progress import Part, Step
 
-EVERY = 30.0  # seconds between two lines, at most
-# They arrive as the first arguments of Display.
+EVERY = 30.0  # most seconds between two lines
+# Passed to Display as its first arguments.
 OUTPUT_OPTIONS = (
     click.option("--quiet", "-q", is_flag=True, help="Print warnings and errors alone."),
     click.option("--json", "as_json", is_flag=True, help="Print a JSON object per event and line, and nothing else."),
@@ -27,16 +27,17 @@ OUTPUT_OPTIONS = (
 
 
 class Left(ProgressColumn):
-    """Time that is left of a stage, from the mean of its steps so far."""
+    """Time left in a stage, from the mean of its steps so far."""
 
     def render(self, task: Task) -> Text:
-        """`left 1:05`, or nothing before a step is done."""
+        """`left 1:05`; empty before the first step is done."""
         left = left_of(task.elapsed or 0.0, int(task.completed), task.total)
         return Text("" if left is None else f"left {clock(left)}")
 
 
 class Bar(Progress):
-    """A line with stage, bar, steps, times and memory; below it the part of the step under way. Neither ever wraps."""
+    """A line with stage, bar, steps, times and memory, and one with the current part of the step. Neither ever
+    wraps."""
 
     def __init__(self, console: Console) -> None:
         self.part = ""
@@ -53,7 +54,7 @@ class Bar(Progress):
 
 
 class Display:
-    """Shows stages, steps and parts, and prints lines between. One of several processes does.
+    """Shows stages, steps and parts, and prints lines between them. Only the leading rank does.
 
     console  where lines go; the bar goes there too, or to stderr if only that is a terminal
     peak     peak memory in bytes
@@ -100,7 +101,7 @@ class Display:
         self.console.print(text, **how)
 
     def emit(self, kind: str, values: dict[str, Any]) -> None:
-        """Print an event as a line of JSON, where the command's output is JSON."""
+        """Print an event as a line of JSON, if the command's output is JSON."""
         if self.as_json:
             self._spoke = time.monotonic()
             click.echo(json.dumps({"event": kind} | values))
@@ -121,7 +122,7 @@ class Display:
         bar.start()
 
     def _beat(self) -> None:
-        """Until the end, say where the work stands whenever nothing was printed for EVERY seconds."""
+        """Until the end, print the state of the work whenever nothing was printed for EVERY seconds."""
         while not self._ended.wait(max(self._spoke + EVERY - time.monotonic(), EVERY / 30)):
             if time.monotonic() - self._spoke >= EVERY and self._step.title:
                 if self.as_json:

@@ -16,9 +16,9 @@ from lowbit.progress import Step
 
 
 class Printer:
-    """Prints notes and scores as they come; progress goes to the display. It ends with the command.
+    """Prints notes and scores as they arrive; progress goes to the display, which ends with the command.
 
-    options  of the command; --quiet and --json are taken out
+    options  of the command; --quiet and --json are removed from them
     """
 
     def __init__(self, options: dict[str, Any]) -> None:

@@ -54,7 +54,7 @@ def lowbit() -> None:
 
 
 def command(name: str) -> click.Command:
-    """The command itself, with all that it imports."""
+    """The command itself. Imports everything that it needs."""
     module, attribute, _ = COMMANDS[name]
     found: click.Command = getattr(importlib.import_module(f"lowbit.commands.{module}"), attribute)
     return found
@@ -70,18 +70,18 @@ def main() -> None:
 
 
 def start(name: str) -> None:
-    """Call a command; its surface alone answers --help, --version, a misspelt option and the shell's completion."""
+    """Run a command. Its surface alone answers --help, --version, a misspelt option and shell completion."""
     seen = surface.read(name)
     if seen is not None:
         answer(seen)
     elif ASKS & set(sys.argv):
-        with suppress(OSError):  # a cache that cannot be written: the next one waits as long
+        with suppress(OSError):  # cache not writable: the next call is slow again
             surface.write(COMMANDS)
     importlib.import_module(f"lowbit.commands.{COMMANDS[name][0]}").main()
 
 
 def answer(seen: click.Command) -> None:
-    """Exit if the surface of a command is enough for the arguments; return if they ask for its work."""
+    """Exit if a command's surface can answer these arguments; return if they need the command itself."""
     try:
         done = seen.main(standalone_mode=False)
     except click.ClickException as error:

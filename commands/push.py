@@ -27,7 +27,7 @@ def main() -> None:
 def push(checkpoint: Path, repo: str, public: bool, message: str | None, dry_run: bool) -> None:
     """Upload the directory CHECKPOINT, with its card, to the repository NAME/MODEL of the hub.
 
-    The repository is made where there is none, private. An interrupted upload goes on with the same command.
+    A missing repository is created, as private. The same command resumes an interrupted upload.
     """
     done = api.push(checkpoint, repo, private=not public, message=message, dry_run=dry_run, progress=tell)
     if dry_run:

@@ -104,7 +104,7 @@ def bench(
 
 
 def required(checkpoint: str | None, option: str) -> str:
-    """The directory CHECKPOINT, which `option` writes into; a usage error where none is named."""
+    """The directory CHECKPOINT, for `option` to write into; a usage error without one."""
     if checkpoint is None or not Path(checkpoint).is_dir():
         raise click.UsageError(f"{option} writes into a directory: name that as CHECKPOINT")
     return checkpoint

@@ -22,11 +22,11 @@ from lowbit.export.formats import describe_schemes
 from lowbit.progress import Part, Step
 
 MOST_LEFT = 8
-WORTH_SAYING = 60.0  # seconds left after the first block from which an estimate is a line of its own
+WORTH_SAYING = 60.0  # seconds left after the first block from which the estimate gets its own line
 
 
 class Printer:
-    """Prints each event of a run as it comes; stages, steps and parts go to the display."""
+    """Prints each event of a run as it arrives; stages, steps and parts go to the display."""
 
     def __init__(self, display: Display, verbose: bool = False, dry_run: bool = False) -> None:
         self.display, self.console, self.verbose, self.dry_run = display, display.console, verbose, dry_run
@@ -44,7 +44,7 @@ class Printer:
             case Completed(recipe):
                 self.tuned = recipe.distill_steps
                 self.display.emit("recipe", asdict(recipe))
-                if self.dry_run:  # otherwise it lies beside the weights
+                if self.dry_run:  # otherwise it is stored with the weights
                     self.display.line(recipe.to_toml(), end="")
             case Planned(job, bits):
                 self.display.peak = partial(peak_memory, job.device)
@@ -98,7 +98,7 @@ class Printer:
                 self.display.line(f"  {reading.label}, {line}")
 
     def block(self, event: BlockDone) -> None:
-        """A finished block: its loss, time, and time left; after the first one, what to expect of all."""
+        """A finished block: its loss, time, and time left. The first one also gives an estimate for all."""
         report, done = event.report, event.report.index + 1
         self.display.emit("block", {"total": event.total} | asdict(report))
         left = left_of(time.monotonic() - self.begun, done, event.total) or 0.0

@@ -1,8 +1,9 @@
-"""The look of the commands from outside: help, completion and misspelt options without importing torch.
+"""Help, completion and option errors of the commands, without importing torch.
 
-The options of a command are written with the tables that they choose from, and those import torch for seconds. Their
-surface is kept as JSON, from the first time that they were imported, for as long as their sources stay the same: in the
-package (a wheel has it) or in the cache directory. Without it the commands themselves answer, later.
+The options of a command are defined with the tables that they choose from, which import torch and take seconds. So the
+visible part of each command, its surface, is stored as JSON when it is first imported, in the package (a wheel has it)
+or in the cache directory. It is valid while the sources are unchanged. Without it the commands themselves answer, more
+slowly.
 """
 
 import hashlib
@@ -30,7 +31,7 @@ SOURCES = (
 
 
 def surface_of(command: click.Command) -> dict[str, Any]:
-    """All that help, completion and parsing take of a command, as JSON values."""
+    """Everything about a command that help, completion and parsing need, as JSON values."""
     found: dict[str, Any] = {
         "name": command.name,
         "help": command.help,
@@ -42,7 +43,7 @@ def surface_of(command: click.Command) -> dict[str, Any]:
 
 
 def _param(param: click.Parameter) -> dict[str, Any]:
-    """A parameter; `kind` names the type as far as a value can be checked without the tables."""
+    """A parameter. `kind` names its type as far as values can be checked without the tables."""
     found: dict[str, Any] = {
         "names": [*param.opts, *(f"/{name}" for name in param.secondary_opts)],
         "required": param.required,
@@ -76,7 +77,7 @@ def _kind(type_: click.ParamType) -> Any:
 
 
 def command_of(surface: Mapping[str, Any]) -> click.Command:
-    """A command that looks like the one of `surface`, and does nothing."""
+    """A command that looks like the one of `surface` and does nothing."""
     params = [_param_of(each) for each in surface["params"]]
     plain = {"help": surface["help"], "params": params, "context_settings": dict(SETTINGS)}
     if "commands" in surface:
@@ -120,7 +121,7 @@ def _type_of(kind: Any) -> click.ParamType:
 
 @cache
 def key() -> str:
-    """A hash of the sources that the surface is made from."""
+    """A hash of the sources of all surfaces."""
     digest = hashlib.sha256(f"{__version__} {version('click')}".encode())
     for pattern in SOURCES:
         for path in sorted(PACKAGE.glob(pattern)) or sorted(PACKAGE.parent.glob(pattern)):
@@ -129,19 +130,19 @@ def key() -> str:
 
 
 def read(name: str) -> click.Command | None:
-    """The command `name` as its surface has it; None if there is none of these sources."""
+    """The command `name` from its stored surface; None if there is none for these sources."""
     for path in (PACKAGE / "commands" / NAME, cache_dir() / NAME):
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
             if found["key"] == key():
                 return command_of(found["commands"][name])
-        except (OSError, ValueError, KeyError, TypeError):  # none, or of other sources
+        except (OSError, ValueError, KeyError, TypeError):  # none, or for other sources
             continue
     return None
 
 
 def write(commands: Mapping[str, tuple[str, str, str]], path: Path | None = None) -> Path:
-    """Keep the surface of every command: in `path`, or in the cache directory."""
+    """Store the surface of every command in `path`, or in the cache directory."""
     found = {
         name: surface_of(getattr(importlib.import_module(f"lowbit.commands.{module}"), attribute))
         for name, (module, attribute, _) in commands.items()

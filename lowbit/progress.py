@@ -1,6 +1,6 @@
-"""Progress of long work, told to a watcher: steps of a stage, and parts of a step.
+"""Progress of long work, reported to a watcher: steps of a stage, and parts of a step.
 
-Whoever works calls `tell` and need not know who listens; without a watcher nothing happens.
+Code that works calls `tell`, with or without a watcher.
 """
 
 from collections.abc import Callable, Iterator

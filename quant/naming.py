@@ -27,7 +27,7 @@ def fused_set(name: str) -> str:
 
 
 def parent_set(name: str) -> str:
-    """A key that linears share whose scales have one parent: those that engines fuse, in all experts of a layer."""
+    """A key shared by all linears whose scales have the same parent: a fused set, in all experts of a layer."""
     layer, _, leaf = name.rpartition(".")
     group = next(("+".join(group) for group in ENGINE_FUSED if leaf in group), leaf)
     return expert_role(f"{layer}.{group}")

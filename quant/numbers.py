@@ -124,7 +124,7 @@ INTEGERS = tuple(_integer(bits, signed, bits < BYTE) for bits in WIDTHS for sign
 FP8 = Number("fp8", 8, torch.float8_e4m3fn, -448, 448, mantissa=3, least=2**-9)
 # e2m1: 0, 0.5, 1, 1.5, 2, 3, 4, 6; e4m3 holds them all
 FP4 = Number("fp4", 4, torch.float8_e4m3fn, -6, 6, mantissa=1, least=0.5)
-# e8m0, powers of two: a number of scales alone, which bfloat16 holds
+# e8m0, powers of two, only for scales; bfloat16 represents it exactly
 E8M0 = Number("e8m0", 8, torch.bfloat16, 2.0**-127, 2.0**127, mantissa=0, least=2.0**-127)
 
 NUMBERS = {number.name: number for number in (*INTEGERS, FP8, FP4)}

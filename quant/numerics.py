@@ -21,7 +21,7 @@ LOST_ENERGY = 1e-3  # fraction of a weight's energy (sum of squares) that roundi
 
 
 def grouped(w: Tensor, scheme: Scheme) -> Tensor:
-    """`w` viewed as (n, g, group_size); with zeros behind it where the last block is cut off."""
+    """`w` viewed as (n, g, group_size). An incomplete last block is padded with zeros."""
     n, k = w.shape
     g = scheme.groups(k)
     size = k if scheme.group_size == -1 else scheme.group_size
@@ -31,17 +31,17 @@ def grouped(w: Tensor, scheme: Scheme) -> Tensor:
 
 
 def ungrouped(values: Tensor, k: int) -> Tensor:
-    """The weights (n, k) that `grouped` viewed as groups."""
+    """The weights (n, k) from their view by `grouped`."""
     return values.flatten(1)[:, :k]
 
 
 def per_row(values: Tensor, scheme: Scheme, n: int) -> Tensor:
-    """Values of scales for each of `n` rows, (n, g): those of a block are repeated."""
+    """Values of scales for each of `n` rows, (n, g); rows of a block share values."""
     return values if scheme.rows == 1 else values.repeat_interleave(scheme.rows, 0)[:n]
 
 
 def per_scale(values: Tensor, scheme: Scheme, largest: bool = False) -> Tensor:
-    """Values (n, g) of rows' groups, those that share a scale added up, or the largest of them."""
+    """Values (n, g) of rows' groups, summed over the rows that share a scale, or their maximum."""
     if scheme.rows == 1:
         return values
     blocks = torch.nn.functional.pad(values, (0, 0, 0, -len(values) % scheme.rows)).unflatten(0, (-1, scheme.rows))
@@ -57,14 +57,14 @@ def per_weight(values: Tensor, scheme: Scheme, like: Tensor) -> Tensor:
 
 
 def divisor_of(largest: Tensor, weights: Side) -> Tensor:
-    """The divisor () float32 of a tensor's scales, by which that of the magnitude `largest` is PARENT_TOP or less."""
+    """The divisor () float32 of a tensor's scales: it makes the scale of the magnitude `largest` PARENT_TOP or less."""
     return _power_divisor(largest, weights, PARENT_TOP)
 
 
 def _power_divisor(largest: Tensor, side: Side, top: float) -> Tensor:
-    """The largest power of two by which the scale of the magnitude `largest` is at most `top`.
+    """The largest power of two that makes the scale of the magnitude `largest` at most `top`.
 
-    Its reciprocal is exact, and dividing by it rounds nothing.
+    Its reciprocal is exact, and division by it does not round.
     """
     largest = torch.where(largest > 0, largest.float(), torch.ones_like(largest, dtype=torch.float32))
     wanted = (top * side.number.high / largest).clamp(max=torch.finfo(torch.float32).max)
@@ -74,7 +74,7 @@ def _power_divisor(largest: Tensor, side: Side, top: float) -> Tensor:
 def in_parts(w: Tensor, scheme: Scheme, divisor: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
     """`w` in float32 times the divisor of its scales, and that divisor; (w, None) if the scheme has none.
 
-    divisor  ()  one shared with other weights; None for the weight's own
+    divisor  ()  shared with other weights; None for the weight's own
     """
     if not scheme.weights.parent:
         return w.float(), None
@@ -130,7 +130,7 @@ def stored_scale(scale: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def coarse_scale(scale: Tensor, number: Number) -> Tensor:
-    """`scale`, not negative, rounded to `number`, in bfloat16; 1 where it is zero."""
+    """`scale`, not negative, rounded to `number`, in bfloat16; 1 if it is zero."""
     least = max(number.least, number.low)
     rounded = round_to_grid(scale.float().clamp(least, number.high), number.fineness, number.least)
     return torch.where(scale == 0, torch.ones_like(rounded), rounded.clamp_(least, number.high)).to(torch.bfloat16)
@@ -188,7 +188,7 @@ def fake_quantize(w: Tensor, scheme: Scheme, scale_dtype: torch.dtype, shrink: T
 
 
 def rounded_parts(w: Tensor, scheme: Scheme, scale_dtype: torch.dtype, shrink: Tensor | float = 1.0) -> Tensor:
-    """The same for `w` in parts (`in_parts`), float32."""
+    """The same for `w` multiplied by its divisor (`in_parts`), float32."""
     scales, zeros = choose_params(w, scheme, scale_dtype, shrink)
     return dequantize(quantize(w, scheme, scales, zeros), scheme, scales, zeros)
 
@@ -196,7 +196,7 @@ def rounded_parts(w: Tensor, scheme: Scheme, scale_dtype: torch.dtype, shrink: T
 def input_scale_of(largest: Tensor, inputs: Side) -> Tensor:
     """The scale that maps the magnitude `largest` to the number's largest value; or the divisor of group scales.
 
-    The divisor maps that scale to the largest one that its number has, so that no calibration token exceeds it.
+    The divisor maps that scale to the largest value of the scales' number, so that no calibration token exceeds it.
     """
     if not inputs.parent:
         return largest / inputs.number.high
@@ -230,12 +230,13 @@ def fake_quantize_inputs(x: Tensor, number: Number, scale: Tensor | None = None)
 
 
 def fake_quantize_groups(x: Tensor, inputs: Side, divisor: Tensor | None = None) -> Tensor:
-    """`x` (..., k) after rounding in groups, each by a scale of its own, and back, in its own dtype.
+    """`x` (..., k) rounded in groups, each with its own scale, and dequantized, in its own dtype.
 
-    divisor  ()  of the scales, where they have a parent
+    divisor  ()  of the scales, if they have a parent
 
-    absmax of a group becomes the number's largest value. Powers of two: the exponent of absmax less that of the largest
-    value, and one more from 1.75 on, as the microscaling formats' writers have it.
+    absmax of a group becomes the number's largest value. Scales that are powers of two have the exponent of absmax
+    minus that of the largest value, plus one for a mantissa of absmax from 1.75 on, like the writers of microscaling
+    formats.
     """
     wide, number = x.float().unflatten(-1, (-1, inputs.group_size)), inputs.number
     largest = wide.abs().amax(-1, keepdim=True)

@@ -12,12 +12,12 @@ WORD = 32  # bits
 
 
 def words_of(codes: int, bits: int) -> int:
-    """Words that a row of so many codes takes."""
+    """The number of words for a row of so many codes."""
     return -(-codes * bits // WORD)
 
 
 def _run(bits: int) -> tuple[int, int]:
-    """Codes and words of the shortest run that ends with a word."""
+    """Codes and words of the shortest run that ends at the end of a word."""
     common = math.gcd(bits, WORD)
     return WORD // common, bits // common
 
@@ -26,8 +26,8 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     """Words of `codes` along the last dimension.
 
     codes   (..., k)  unsigned values below 2^bits, any integer dtype
-    return  (..., ceil(k * bits / 32))  int32; element i sits at bits i * bits and up of the row, in two words where the
-            border of one cuts it; the tail is zero
+    return  (..., ceil(k * bits / 32))  int32; element i has bits i * bits and up of the row, and may span two words;
+            the tail is zero
     """
     count, k = _run(bits)[0], codes.shape[-1]
     values = torch.nn.functional.pad(codes.to(torch.int32), (0, -k % count)).unflatten(-1, (-1, count))
@@ -55,13 +55,13 @@ def unpack(words: Tensor, bits: int, k: int) -> Tensor:
     for i in range(count):
         word, shift = divmod(i * bits, WORD)
         value = runs[..., word] >> shift
-        if shift + bits > WORD:  # the shift has filled up with the sign
+        if shift + bits > WORD:  # the shift has filled the upper bits with the sign
             value = value & ((1 << (WORD - shift)) - 1) | runs[..., word + 1] << (WORD - shift)
         codes[..., i] = value & ((1 << bits) - 1)
     return codes.flatten(-2)[..., :k]
 
 
-FP4_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # of the three bits below the sign
+FP4_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # values of the three bits below the sign
 E8M0_BIAS, E8M0_NAN = 127, 255
 
 
@@ -81,12 +81,12 @@ def unpack_fp4(packed: Tensor) -> Tensor:
 
 
 def pack_e8m0(scales: Tensor) -> Tensor:
-    """The exponents of `scales`, powers of two from 2^-127 on, as bytes uint8: 127 more than they are."""
+    """The exponents of `scales`, powers of two from 2^-127 on, as bytes uint8 with a bias of 127."""
     return (torch.frexp(scales.float())[1] - 1 + E8M0_BIAS).to(torch.uint8)
 
 
 def unpack_e8m0(exponents: Tensor) -> Tensor:
-    """The powers of two, bfloat16, that bytes stand for: the inverse of pack_e8m0. ValueError for a NaN."""
+    """The powers of two, bfloat16, from their bytes: the inverse of pack_e8m0. ValueError for a NaN."""
     missing = int((exponents == E8M0_NAN).sum())
     if missing:
         raise ValueError(f"{missing} of {exponents.numel()} scales are {E8M0_NAN}, which e8m0 has for NaN")

@@ -93,7 +93,7 @@ class QTensor:
 
     @property
     def steps(self) -> Tensor:
-        """The value of a code of 1, (n, g) float32: the scales, divided by their divisor."""
+        """The weight of one code step, (n, g) float32: the scales, divided by their divisor."""
         return self.scales.float() if self.divisor is None else self.scales.float() / self.divisor
 
     def values(self) -> Tensor:

@@ -1,4 +1,4 @@
-"""The model card: README.md of a checkpoint. What is measured later takes its place in it; what a user writes stays."""
+"""The model card, README.md of a checkpoint. Later measurements update their section; users' own text is kept."""
 
 import re
 from collections.abc import Mapping
@@ -28,12 +28,12 @@ HUB_DATASET = re.compile(r"(?!builtin\b)(?:[\w.-]+/)?[\w-]+(?=:|$)")
 
 @dataclass(frozen=True)
 class Original:
-    """The unquantized model, as a card speaks of it.
+    """The facts of the unquantized model for a card.
 
     name        for readers
-    base_model  its id on the hub, or that of the model that its own card names; None where nothing says
-    is_base     True if `base_model` is the very model that was quantized
-    pipeline    what the hub calls its task
+    base_model  its id on the hub, or the id that its own card names; None if unknown
+    is_base     True if `base_model` is exactly the model that was quantized
+    pipeline    the hub's name of its task
     carried     licence and language, from its own card
     """
 
@@ -60,7 +60,7 @@ def original_of(source: Source, base_model: str | None = None) -> Original:
 
 
 def _metadata(card: Path) -> dict[str, Any]:
-    """The front matter of a card; nothing where there is none that can be read."""
+    """The front matter of a card; empty if there is none or it cannot be read."""
     try:
         return (metadata_load(card) if card.exists() else None) or {}
     except (ValueError, YAMLError):
@@ -72,9 +72,9 @@ def write_card(
 ) -> None:
     """Write README.md of the checkpoint in `directory`.
 
-    facts     of the checkpoint, as `facts_of` reads them
+    facts     of the checkpoint, from `facts_of`
     original  the model that was quantized
-    caveats   sentence for whoever loads it elsewhere -> names of the engines that therefore do not load it
+    caveats   a warning for users of other programs -> names of the engines that therefore cannot load it
     """
     refused = {name for names in caveats.values() for name in names}
     readers = _readers(tensors, refused)
@@ -103,7 +103,7 @@ def write_card(
 
 
 def refresh_card(directory: Path, facts: dict[str, Any]) -> bool:
-    """Put what was measured since into README.md, where lowbit wrote its section of measurements; True if it did."""
+    """Update the section of measurements in README.md, if lowbit wrote one; True if it did."""
     path = directory / CARD
     text = read_text(path) if path.exists() else ""
     if not _section("measured").search(text):
@@ -115,7 +115,8 @@ def refresh_card(directory: Path, facts: dict[str, Any]) -> bool:
 
 
 def name_card(directory: Path, name: str) -> bool:
-    """Let the commands in README.md load the checkpoint by `name`, its id on the hub; True if that changed the file."""
+    """Make the commands in README.md load the checkpoint by `name`, its id on the hub; True if that changed the
+    file."""
     path = directory / CARD
     text = read_text(path) if path.exists() else ""
     found = _section("use").search(text)
@@ -126,7 +127,7 @@ def name_card(directory: Path, name: str) -> bool:
 
 
 def convert_card(directory: Path, source: Path, tensors: LogicalTensors, before: str) -> None:
-    """Write the card of `source` into `directory`, which holds the same weights in another format than `before`."""
+    """Write the card of `source` into `directory`, which has the same weights in another format than `before`."""
     assert tensors.format is not None
     text = read_text(source / CARD) if (source / CARD).exists() else ""
     own = _section("use").search(text)
@@ -152,7 +153,7 @@ def _tags(readers: tuple[str, ...]) -> list[str]:
 
 
 def _short_names(tensors: LogicalTensors) -> list[str]:
-    """The schemes as the hub's tags have them: w4a16, w8a8, fp8; each once."""
+    """The schemes in the notation of the hub's tags (w4a16, w8a8, fp8), each once."""
     return list(dict.fromkeys(map(_short_name, tensors.schemes.values())))
 
 
@@ -182,7 +183,7 @@ def _measured(facts: dict[str, Any]) -> Written:
 
 
 def _use(name: str, tensors: LogicalTensors, readers: tuple[str, ...], pipeline: str) -> Written:
-    """The commands with which each of `readers` loads the checkpoint called `name`, whose task is `pipeline`."""
+    """The commands with which each of `readers` loads the checkpoint called `name`, for the task `pipeline`."""
     assert tensors.format is not None
     package = {"gptqmodel": "gptqmodel optimum"}.get(tensors.format.package, tensors.format.package)
     kind = "AutoModelForImageTextToText" if pipeline == "image-text-to-text" else "AutoModelForCausalLM"
@@ -192,19 +193,19 @@ def _use(name: str, tensors: LogicalTensors, readers: tuple[str, ...], pipeline:
 
 
 def _plain(name: str) -> str:
-    """`name` for a command, where it needs no quotes; else what stands for it."""
+    """`name` if it needs no quotes in a command; otherwise a placeholder."""
     return name if re.fullmatch(r"[\w./-]+", name, re.ASCII) else "DIR"
 
 
 def _measured_into(data: Any, facts: dict[str, Any]) -> None:
-    """Let a card's front matter say what was measured (the hub's model-index)."""
+    """Add the measurements to a card's front matter (the hub's model-index)."""
     results = _results(facts)
     data.eval_results, data.model_name = (results, facts["name"]) if results else (None, None)
     data.metrics = list(dict.fromkeys(each.metric_type for each in results)) or None
 
 
 def _results(facts: dict[str, Any]) -> list[EvalResult]:
-    """Every measurement as the hub knows it."""
+    """Every measurement in the hub's notation."""
     rows: list[tuple[str, str, Any, str]] = []
     for row in scored(facts):
         text = str(row["text"] or "text")

@@ -24,8 +24,8 @@ class Pushed:
 
     repo, url  the repository's id, and its page
     files      bytes of each file, by name
-    private    whether others cannot see it
-    created    whether it did not exist before
+    private    True if the repository is not public
+    created    True if the repository did not exist before
     commit     of the repository afterwards; None after a dry run
     """
 
@@ -55,14 +55,14 @@ def push(
         ...
     lowbit.errors.CheckpointError: my-model: not quantized; only what was made here is published
 
-    repo      as NAME/MODEL; made where it does not exist
-    private   of a repository that is made; one that exists stays what it is
-    message   of the commit
-    dry_run   ask the hub, and upload nothing
+    repo      id NAME/MODEL; created if it does not exist
+    private   visibility of a new repository; that of an existing one does not change
+    message   commit message
+    dry_run   check with the hub, but upload nothing
     progress  called with each Note
 
-    What an interrupted upload had finished is not sent again. Raises UsageError without an account that may write
-    there, CheckpointError for a checkpoint that is damaged, and where the hub refuses.
+    Files that an interrupted upload has finished are not sent again. Raises UsageError without an account that can
+    write to `repo`, CheckpointError for a damaged checkpoint, or if the hub refuses.
     """
     directory = Path(checkpoint)
     files = _whole(directory, None if dry_run else repo)
@@ -86,7 +86,7 @@ def push(
 
 
 def _whole(directory: Path, repo: str | None) -> dict[str, int]:
-    """Bytes of each file of a quantized checkpoint whose weights are what was written. Sums of edited papers follow."""
+    """Bytes of each file of a quantized checkpoint with verified weights. Checksums of edited papers are updated."""
     opened = open_checkpoint(directory)
     if opened.quantization is None:
         raise CheckpointError(f"{directory}: not quantized; only what was made here is published")
@@ -99,7 +99,7 @@ def _whole(directory: Path, repo: str | None) -> dict[str, int]:
 
 
 def _lacks(directory: Path) -> list[str]:
-    """Sentences on what a reader of the card will miss. CheckpointError where the card is none that the hub takes."""
+    """Sentences about facts missing from the card. CheckpointError if the hub would reject the card."""
     path = directory / CARD
     try:
         metadata = (metadata_load(path) if path.exists() else None) or {}

@@ -169,7 +169,7 @@ def quantize(
     if output is None and not dry_run:
         raise UsageError("say where to write: --output DIR")
     if push_to_hub is not None:
-        require_account(push_to_hub)  # hours before there is something to upload
+        require_account(push_to_hub)  # better now than after hours of work
     target = None if output is None else Path(output)
     with watched_by(progress), _reserved(target, overwrite):
         progress(Completed(complete))
@@ -200,7 +200,7 @@ def quantize(
 
 @dataclass(frozen=True)
 class _Run:
-    """A job with what its card says of the original, its calibration tokens, journal and progress callback."""
+    """The job with the original's facts for its card, its calibration tokens, journal and progress callback."""
 
     job: Job
     original: Original
@@ -234,7 +234,7 @@ def _complete(recipe: Recipe | Mapping[str, Any] | str | Path | None, settings: 
 
 
 def _tell_commit(recipe: Recipe, source: Source, progress: OnEvent) -> None:
-    """Warn where the recipe was made with another commit of the model."""
+    """Warn if the recipe was made with another commit of the model."""
     snapshot = source.snapshot
     if snapshot is not None and recipe.model_commit not in (None, snapshot.commit):
         progress(
@@ -247,7 +247,7 @@ def _tell_commit(recipe: Recipe, source: Source, progress: OnEvent) -> None:
 
 
 def _tell_base(original: Original, progress: OnEvent) -> None:
-    """Say that the card cannot name the model that was quantized, where it cannot."""
+    """Warn if the card cannot name the original model."""
     if not original.is_base:
         known = f"names {original.base_model}, from the model's own card," if original.base_model else "names none"
         progress(
@@ -314,7 +314,7 @@ def _tell_journal(journal: Journal, resume: bool, progress: OnEvent) -> None:
 
 
 def _written(this: _Run, output: Path, overwrite: bool, evaluation: tuple[int, tuple[str, ...]]) -> Quantized:
-    """Quantize, measure, and put the whole at `output`."""
+    """Quantize, measure, and move the result to `output`."""
     begun, job = time.monotonic(), this.job
     total = len(job.skeleton.blocks)
     with staged(output, overwrite) as staging:
@@ -341,7 +341,7 @@ def _written(this: _Run, output: Path, overwrite: bool, evaluation: tuple[int, t
 
 
 def _pushed(done: Quantized, output: Path, repo: str, progress: OnEvent) -> Quantized:
-    """`done`, uploaded."""
+    """`done` after its upload."""
     with told_whole(output):
         try:
             return replace(done, pushed=push(output, repo, progress=progress))

@@ -1,4 +1,4 @@
-"""Measurements put into a checkpoint: its rows, its card and its page say the same."""
+"""Measurements added to a checkpoint: rows, card and page stay consistent."""
 
 from pathlib import Path
 from typing import Any
@@ -13,13 +13,13 @@ PAGES = {"report.html": "html", "report.md": "md"}
 
 
 def store(directory: Path, rows: list[dict[str, Any]]) -> None:
-    """Add `rows` to the checkpoint in `directory`. Its card, and its pages where it has some, are written anew."""
+    """Add `rows` to the checkpoint in `directory`, and rewrite its card and any pages."""
     record(directory, rows)
     refresh_papers(directory)
 
 
 def refresh_papers(directory: Path) -> None:
-    """Write card and pages of the checkpoint in `directory` anew, those that are there, from what is measured now."""
+    """Rewrite the existing card and pages of the checkpoint in `directory` from all measurements."""
     facts = facts_of(directory)
     renewed = [CARD] if refresh_card(directory, facts) else []
     for name, kind in PAGES.items():
