@@ -422,6 +422,29 @@ TABLES: dict[str, Callable[[], str]] = {
 }
 
 
+def leads() -> list[str]:
+    """On how many shapes the rows have our kernels, launched dependent, ahead of every other."""
+
+    def ahead(stem: str, m: int) -> str:
+        mine: dict[tuple[int, int], float] = {}
+        for row in matching(stem, **W4, m=m, dependent=True):
+            mine.setdefault((row["n"], row["k"]), row["us"])
+        won = sum(us < float(peer(stem, 4, m, *shape)) for shape, us in mine.items())
+        return f"{won} of {len(mine)}"
+
+    few = {ahead("wna16_gemv", m) for m in (1, 2, 4, 8)} | {ahead("wna16_gemm", m) for m in (16, 32)}
+    most = ahead("wna16_gemm", 64)
+    assert few == {"20 of 20"}, few
+    return [f"on all 20 shapes of each run up to m = 32, and on {most.split()[0]} at m = 64"]
+
+
+def chains() -> list[str]:
+    """The share of the floor that a block's four dense products reach."""
+    shares = [row["floor_us"] / row["us"] for row in rows("dense_gemv") if row["kernel"].endswith("block")]
+    mine, torch = (fixed(100 * share, 0) for share in shares[:2])
+    return [f"the four products of a block in a chain {mine}%, torch's {torch}%"]
+
+
 def sentences() -> dict[str, tuple[str, ...]]:
     """Parts of sentences that a document must have, with their figures from the rows."""
 
@@ -445,6 +468,7 @@ def sentences() -> dict[str, tuple[str, ...]]:
             f"`gptq` at 4 bits costs {cost('gptq')} nats a token",
             f"a peer's GPTQ {cost('llm-compressor-gptq', ASIDE, PEER)} on",
         ),
+        "docs/KERNELS.md": (*leads(), *chains()),
         "docs/RESULTS.md": (
             f"Llama-2-7B {w4} with 4 bits, {w8} with int8 weights, {bf16} in bfloat16",
             f"13B {larger[0]} with 4 bits, {larger[1]} at batch 8",
