@@ -86,7 +86,9 @@ class Job:
         reader, default = reader_of_weights(self.skeleton, self.plan.schemes), self.recipe.default_scheme
         seqlen, positions = self.recipe.seqlen, self.source.positions
         fmt = FORMATS[self.recipe.format]
-        conv1d = any(spec.transposed and spec.placement.expert is None for spec, _ in quantized)
+        conv1d = [scheme for spec, scheme in quantized if spec.transposed and spec.placement.expert is None]
+        plain = any(scheme.inputs is not None or not scheme.number.is_integer for scheme in conv1d)
+        neither = "reads the checkpoint, transformers and vLLM will not"  # vLLM turns what is called a weight
         fused = any(spec.placement.expert is not None and scheme.inputs is not None for spec, scheme in quantized)
         experts = {spec.name: spec.placement for spec, _ in quantized if spec.placement.expert is not None}
         by_turns = any(name.endswith(f".{JOINED}") for name in experts)
@@ -101,7 +103,10 @@ class Job:
             f"calibration windows of {seqlen} tokens are longer than the {positions} positions that the model "
             "supports; statistics beyond them do not match real use": (seqlen > (positions or seqlen), ()),
             "this family stores its weights transposed (Conv1D), which compressed-tensors readers do not know: "
-            "lowbit reads the checkpoint, transformers and vLLM will not": (conv1d, (TRANSFORMERS.name, VLLM.name)),
+            f"lowbit {neither if plain else 'and vLLM read the checkpoint, transformers will not'}": (
+                bool(conv1d),
+                (TRANSFORMERS.name, VLLM.name) if plain else (TRANSFORMERS.name,),
+            ),
             f"transformers needs CompressedTensorsConfig(dequantize=True) to load it: {reader} reads weights "
             "of its linears itself": (reader is not None, (TRANSFORMERS.name,)),
             "static int8 activations lose much quality on such models (2 to 3 times the perplexity, measured on "

@@ -194,8 +194,14 @@ def test_only_readers_that_load_it_are_named():
     assert readers("int4-g32", refused=("vLLM", "transformers")) == ("lowbit",)
 
 
-def test_a_family_that_others_do_not_read_has_no_command_for_them(tmp_path):
-    job = prepare(open_source(str(save_family("gpt2", tmp_path))), complete_recipe({"method": "int8"}), "cpu")
+@pytest.mark.parametrize(
+    ("recipe", "refusing"),
+    [({"method": "int8"}, ("transformers",)), ({"scheme": "int8-channel-a8token"}, ("transformers", "vLLM"))],
+)
+def test_a_family_that_others_do_not_read_has_no_command_for_them(tmp_path, recipe, refusing):
+    """GPT-2 in vLLM: packed weights are read as they are, and what is called a weight is transposed once more."""
+    source = open_source(str(save_family("gpt2", tmp_path)))
+    job = prepare(source, complete_recipe({"method": "rtn"} | recipe), "cpu")
     [engines] = [engines for text, engines in job.caveats().items() if "Conv1D" in text]
-    assert engines == ("transformers", "vLLM")
+    assert engines == refusing
     assert job.warnings() == list(job.caveats())
