@@ -11,7 +11,7 @@ import torch
 
 from benchmarks.measure import arguments, run_facts, time_calls, write_rows
 from lowbit.quant.kernels import ops
-from lowbit.quant.kernels.choose_tokens import Choice, Cursor, Noise, reference
+from lowbit.quant.kernels.choose_tokens import ChoiceCall, Cursor, Noise, reference
 
 RESULTS = Path(__file__).with_name("results") / "choose_tokens.jsonl"
 ROWS = (1, 8, 64)
@@ -21,7 +21,7 @@ VOCABULARIES = (32000, 65024, 128256)
 def row_of(m: int, n: int, noise: bool) -> dict:
     """One case's figures; torch's are those of the same step as plain operators."""
     tokens, written, positions, slots, seed = torch.zeros(5, m, dtype=torch.int64, device="cuda")
-    call = Choice(torch.randn(m, n, device="cuda"), tokens, written, Cursor(positions, slots, 1 << 40))
+    call = ChoiceCall(torch.randn(m, n, device="cuda"), tokens, written, Cursor(positions, slots, 1 << 40))
     if noise:
         call = replace(call, noise=Noise(torch.ones(m, device="cuda"), seed))
     row = {"m": m, "n": n, "noise": noise, "us": time_calls([lambda: ops.choose(call)]).us}

@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from benchmarks.measure import Floor, arguments, copies_for, run_facts, time_calls, write_rows
 from lowbit.quant.kernels import ops
-from lowbit.quant.kernels.decode_attention import Attention, KVCache
+from lowbit.quant.kernels.decode_attention import AttentionCall, KVCache
 
 RESULTS = Path(__file__).with_name("results") / "decode_attention.jsonl"
 # heads, kv_heads, head_dim of Llama-2-7B, Llama-3-8B, ChatGLM2-6B
@@ -23,7 +23,7 @@ BATCHES = (1, 8)
 LENGTHS = (128, 2048)
 
 
-def make_attention(shape: tuple[int, int, int], batch: int, length: int, int8: bool) -> Attention:
+def make_attention(shape: tuple[int, int, int], batch: int, length: int, int8: bool) -> AttentionCall:
     """A token of each of `batch` sequences at the last of `length` positions."""
     heads, kv_heads, head_dim = shape
     sides = (batch * length, kv_heads)
@@ -34,10 +34,10 @@ def make_attention(shape: tuple[int, int, int], batch: int, length: int, int8: b
         cache = KVCache((k * 40).to(torch.int8), (v * 40).to(torch.int8), scales, scales.clone())
     q = torch.randn(batch, heads * head_dim, dtype=torch.float16, device="cuda")
     starts = torch.arange(batch, device="cuda") * length
-    return Attention(q, cache, starts, torch.full_like(starts, length - 1), head_dim**-0.5, longest=length)
+    return AttentionCall(q, cache, starts, torch.full_like(starts, length - 1), head_dim**-0.5, longest=length)
 
 
-def torchs(call: Attention, batch: int) -> Callable[[], object]:
+def torchs(call: AttentionCall, batch: int) -> Callable[[], object]:
     """torch's attention on the same tensors."""
     cache = call.cache
     q = call.q.view(batch, 1, call.heads, cache.head_dim).transpose(1, 2)

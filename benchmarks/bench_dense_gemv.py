@@ -67,7 +67,7 @@ def sweep(m: int, weights: list[Tensor], floor: Floor) -> Iterator[dict]:
     x, read = torch.randn(m, k, dtype=DTYPE, device="cuda"), floor.time(2 * n * k)
     calls = [DenseCall(x, w, dependent=True) for w in weights]
     problem = calls[0].problem()
-    chosen = dense_gemv.choose_launch(problem)
+    chosen = dense_gemv.choose_cut(problem)
     others = [cut for cut in ring.cuts_of(m, n, 2 * k, problem.processors) if cut != chosen]
     for cut in (chosen, *others):
         timing = time_calls([lambda c=c, cut=cut: dense_gemv.run(c, problem, cut) for c in calls], target_ms=5.0)
@@ -87,7 +87,7 @@ def block(x: Tensor, weights: list[Tensor], compute: Callable[[DenseCall], Tenso
 def run_within(call: DenseCall, stages: int, cluster: int) -> Tensor:
     """y of `call` by the rule's launch, but at most `stages` and, where there is room, at least `cluster` blocks."""
     problem = call.problem()
-    cut = dense_gemv.choose_launch(problem)
+    cut = dense_gemv.choose_cut(problem)
     groups, chunks = -(-problem.n // (ring.ROWS * cut.warpgroups)), 2 * problem.k // ring.CHUNK_BYTES
     if groups * cluster <= problem.processors:
         cut = replace(cut, cluster=max(cut.cluster, cluster))

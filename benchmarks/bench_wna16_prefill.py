@@ -25,7 +25,7 @@ from lowbit.quant.kernels import wna16_dequantize, wna16_gemm
 from lowbit.quant.kernels.packed import PackedWeight
 from lowbit.quant.kernels.problem import PackedCall, Problem
 from lowbit.quant.kernels.registry import choose_kernel
-from lowbit.quant.kernels.wna16_gemm import Launch
+from lowbit.quant.kernels.wna16_gemm import GemmCut
 
 SHAPES = ((4096, 4096), (12288, 4096), (22016, 4096), (4096, 11008), (28672, 4096), (8192, 28672))
 ROWS = (96, 128, 192, 256, 512, 1024, 2048, 4096)
@@ -65,13 +65,13 @@ WAYS: dict[str, Way] = {
 def cuts_of(problem: Problem) -> list[tuple[str, Way, dict]]:
     """Every cut of wna16_gemm's work, with what a row says of it."""
     widths = wna16_gemm.warpgroups_for(problem.m)
-    launches = [Launch(w, c) for w in widths for c in range(1, 9) if c == 1 or 2 * c * 128 <= problem.k]
+    launches = [GemmCut(w, c) for w in widths for c in range(1, 9) if c == 1 or 2 * c * 128 <= problem.k]
     return [("wna16_gemm", partial(wna16_gemm.run, cut=launch), asdict(launch)) for launch in launches]
 
 
 def ways_of(problem: Problem) -> list[tuple[str, Way, dict]]:
     """The three ways, with what a row says of them."""
-    cut, chosen = asdict(wna16_gemm.choose_launch(problem)), choose_kernel(problem).name
+    cut, chosen = asdict(wna16_gemm.choose_cut(problem)), choose_kernel(problem).name
     return [
         (name, way, {"chosen": name == chosen, **(cut if name == "wna16_gemm" else {})}) for name, way in WAYS.items()
     ]

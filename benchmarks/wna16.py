@@ -1,6 +1,6 @@
 """Shapes, timing, peers and rows shared by the benchmarks of products with a packed weight.
 
-Kernel and launch come from the one rule, choose_kernel and its choose_launch; nothing is searched. `dependent` rows are
+Kernel and launch come from the one rule, choose_kernel and its choose_cut; nothing is searched. `dependent` rows are
 launched with programmatic dependent launch, in the same chain of calls on other copies of the weight; the floor is a
 reader without it.
 """

@@ -10,8 +10,8 @@ from lowbit.engine.attention import prompt_attention
 from lowbit.engine.cache import Cache
 from lowbit.engine.products import Hidden, Norm, Product, consumer_of, rounds_late
 from lowbit.engine.step import Step, Turns
-from lowbit.quant.kernels import decode_attention, ops
-from lowbit.quant.kernels.decode_attention import Append, KVCache
+from lowbit.quant.kernels import ops
+from lowbit.quant.kernels.decode_attention import AppendCall, AttentionCall, KVCache
 from lowbit.quant.kernels.packed import TILE_ROWS
 from lowbit.quant.kernels.problem import Rotary
 from lowbit.quant.kernels.weight import Hints, Linear
@@ -48,7 +48,7 @@ class Attention:
         if kv.k_scales is None and self.q_norm is None and self.qkv.weight.turns(kv.head_dim):
             return self.qkv.turned(x, Rotary(*places, kv.k, kv.v))
         norms = self.q_norm, self.k_norm, self.architecture.norm_eps
-        return ops.append_heads(Append(self.qkv(x), *places, kv, *norms, self.qkv.hints.dependent))
+        return ops.append_heads(AppendCall(self.qkv(x), *places, kv, *norms, self.qkv.hints.dependent))
 
     def attend(self, q: Tensor, step: Step, cache: Cache) -> Tensor:
         """The rows' attention (m, heads * head_dim)."""
@@ -56,7 +56,7 @@ class Attention:
         if step.prefix is not None:
             return prompt_attention(q, *cache.heads_at(self.index, step.prefix, q.dtype), a, layer)
         return ops.attend(
-            decode_attention.Attention(
+            AttentionCall(
                 q,
                 cache.layers[self.index],
                 step.starts,

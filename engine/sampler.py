@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lowbit.engine.sampling import LONGEST_BAD_WORD, MOST_LOGPROBS, Sampling
 from lowbit.quant.kernels import ops
-from lowbit.quant.kernels.choose_tokens import Choice, Cursor, Noise
+from lowbit.quant.kernels.choose_tokens import ChoiceCall, Cursor, Noise
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,7 @@ class Sampler:
         noise = Noise(self.temperature[:, 0], self.seed[:, 0]) if self.features.sampled else None
         if tokens is None:
             tokens = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
-        ops.choose(Choice(scores, tokens, self.written[:, 0], cursor, noise, dependent=True))
+        ops.choose(ChoiceCall(scores, tokens, self.written[:, 0], cursor, noise, dependent=True))
         self.remember(tokens)
         if not self.features.logprobs:
             return Chosen(tokens)

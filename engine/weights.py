@@ -78,7 +78,7 @@ class Settings:
 
 def load_weights(checkpoint: Checkpoint, names: Names, architecture: Architecture, settings: Settings) -> Weights:
     """The weights of `checkpoint`. CheckpointError if a tensor is missing, left over, or has a wrong shape."""
-    reader = Reader(checkpoint, names, architecture, settings)
+    reader = CheckpointReader(checkpoint, names, architecture, settings)
     a = architecture
     embedding = reader.tensor(f"{names.embedding}.weight", (a.vocabulary, a.hidden))
     positions = None
@@ -113,7 +113,7 @@ def qkv_order(architecture: Architecture, rope: Rope, per_head: bool) -> Tensor:
     return rows.flatten()
 
 
-class Reader:
+class CheckpointReader:
     """Reads a checkpoint's tensors by the family's names, and records which were read."""
 
     def __init__(self, checkpoint: Checkpoint, names: Names, architecture: Architecture, settings: Settings) -> None:
@@ -246,7 +246,7 @@ class Reader:
 class LayerParts:
     """The parts of layer `index` of a checkpoint: see layers.Parts."""
 
-    def __init__(self, reader: Reader, index: int) -> None:
+    def __init__(self, reader: CheckpointReader, index: int) -> None:
         self.reader, self.names, self.rope = reader, reader.names, reader.architecture.layers[index].rope
         self.prefix = self.names.layer.format(index)
 

@@ -27,7 +27,7 @@ MARGIN = re.compile(r"^(?:class |def |#|if |print|@|assert |import |from |```)",
 
 
 @dataclass(frozen=True)
-class Problem:
+class CodeProblem:
     """One problem; `entry_point` is the function that the tests call."""
 
     task_id: str
@@ -46,7 +46,7 @@ class Problem:
         return self.prompt[: heads[-1].start()] if heads else ""
 
 
-def read_problems(path: Path) -> list[Problem]:
+def read_problems(path: Path) -> list[CodeProblem]:
     """The problems in a .jsonl file. DatasetError names the line and the missing fields."""
     try:
         lines = read_text(path).splitlines()
@@ -58,7 +58,7 @@ def read_problems(path: Path) -> list[Problem]:
     return problems
 
 
-def _parsed(where: str, line: str) -> Problem:
+def _parsed(where: str, line: str) -> CodeProblem:
     try:
         row = parse_json(line.encode("utf-8", "surrogatepass"), where)
     except CheckpointError as error:
@@ -68,7 +68,7 @@ def _parsed(where: str, line: str) -> Problem:
         raise DatasetError(f"{where}: no text called {', '.join(lacking)}; HumanEval's layout has {', '.join(FIELDS)}")
     if not row["entry_point"].isidentifier():
         raise DatasetError(f"{where}: entry_point {row['entry_point']!r} is no function's name")
-    return Problem(*(row[name] for name in FIELDS))
+    return CodeProblem(*(row[name] for name in FIELDS))
 
 
 def function_body(text: str) -> str:
@@ -79,7 +79,7 @@ def function_body(text: str) -> str:
 
 def solve(
     backend: Backend,
-    problems: Sequence[Problem],
+    problems: Sequence[CodeProblem],
     tokens: int,
     limits: Limits,
     library: Library | None = None,

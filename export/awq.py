@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lowbit.errors import CheckpointError
-from lowbit.export.format import Format, Reader, Shapes, require_words
+from lowbit.export.format import Format, ShapeReader, TensorReader, require_words
 from lowbit.quant.packing import pack, unpack
 from lowbit.quant.qtensor import QTensor
 from lowbit.quant.scheme import Scheme, make_scheme
@@ -79,7 +79,7 @@ class Awq(Format):
             f"{name}.scales": weight.scales.T.contiguous(),
         }
 
-    def read(self, name: str, tensor: Reader, scheme: Scheme) -> QTensor:
+    def read(self, name: str, tensor: TensorReader, scheme: Scheme) -> QTensor:
         """The weight of the linear `name`. CheckpointError if its tensors contradict each other or the scheme."""
         try:
             words, zeros = tensor(f"{name}.qweight"), tensor(f"{name}.qzeros")
@@ -90,7 +90,7 @@ class Awq(Format):
         except ValueError as error:
             raise CheckpointError(f"{name}: {error}") from error
 
-    def shape(self, name: str, shapes: Shapes, tensor: Reader, scheme: Scheme) -> tuple[int, int]:
+    def shape(self, name: str, shapes: ShapeReader, tensor: TensorReader, scheme: Scheme) -> tuple[int, int]:
         """(n, k) of the linear `name`."""
         k, words = shapes(f"{name}.qweight")
         return words * 8, k

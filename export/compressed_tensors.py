@@ -36,7 +36,7 @@ from torch import Tensor
 from lowbit.errors import CheckpointError
 from lowbit.export.engines.engine import Engine
 from lowbit.export.engines.transformers import TRANSFORMERS
-from lowbit.export.format import Format, Reader, Shapes, require_words
+from lowbit.export.format import Format, ShapeReader, TensorReader, require_words
 from lowbit.export.microscaling import every_row, one_number, stored_codes, stored_scales, weight_of
 from lowbit.export.patterns import Patterns
 from lowbit.quant.numbers import E8M0, FP4, FP8, Number, float_of, integer_of
@@ -68,24 +68,24 @@ def layout_of(scheme: Scheme) -> str:
     return NVFP4 if side.parent else MXFP4 if side.number == FP4 else MXFP8
 
 
-def _read_plain(name: str, tensor: Reader, scheme: Scheme) -> QTensor:
+def _read_plain(name: str, tensor: TensorReader, scheme: Scheme) -> QTensor:
     codes, scales = tensor(f"{name}.weight"), tensor(f"{name}.weight_scale")
     input_scale = _one(name, "input_scale", tensor) if scheme.static_inputs else None
     return weight_of(codes, every_row(codes, scales), scheme, input_scale)
 
 
-def _read_fp4(name: str, tensor: Reader, scheme: Scheme) -> QTensor:
+def _read_fp4(name: str, tensor: TensorReader, scheme: Scheme) -> QTensor:
     codes, scales = tensor(f"{name}.weight_packed"), tensor(f"{name}.weight_scale")
     input_scale = _one(name, INPUT_GLOBAL, tensor) if scheme.static_inputs else None
     divisor = _one(name, GLOBAL, tensor) if scheme.weights.parent else None
     return weight_of(codes, scales, scheme, input_scale, divisor)
 
 
-def _one(name: str, suffix: str, tensor: Reader) -> Tensor:
+def _one(name: str, suffix: str, tensor: TensorReader) -> Tensor:
     return one_number(tensor(f"{name}.{suffix}"), suffix)
 
 
-def _read_packed(name: str, tensor: Reader, scheme: Scheme) -> QTensor:
+def _read_packed(name: str, tensor: TensorReader, scheme: Scheme) -> QTensor:
     packed, scales = tensor(f"{name}.weight_packed"), tensor(f"{name}.weight_scale")
     n, k = _declared_shape(name, tensor)
     require_words(packed, "weight_packed", (n, None))
@@ -120,7 +120,7 @@ def _written_plain(name: str, weight: QTensor) -> dict[str, Tensor]:
     }
 
 
-def _declared_shape(name: str, tensor: Reader) -> tuple[int, int]:
+def _declared_shape(name: str, tensor: TensorReader) -> tuple[int, int]:
     """weight_shape as two integers. CheckpointError if it is anything else."""
     found = tensor(f"{name}.weight_shape")
     if found.dtype not in (torch.int64, torch.int32) or tuple(found.shape) != (2,):
@@ -309,7 +309,7 @@ class CompressedTensors(Format):
             tensors[f"{name}.weight_zero_point"] = pack((weight.zeros + bias).T, bits).T.contiguous()
         return tensors
 
-    def read(self, name: str, tensor: Reader, scheme: Scheme) -> QTensor:
+    def read(self, name: str, tensor: TensorReader, scheme: Scheme) -> QTensor:
         """The weight of the linear `name`; `tensor` reads a tensor of the file by its name.
 
         CheckpointError if packed words, scales and shape contradict each other or the scheme.
@@ -319,7 +319,7 @@ class CompressedTensors(Format):
         except ValueError as error:
             raise CheckpointError(f"{name}: {error}") from error
 
-    def shape(self, name: str, shapes: Shapes, tensor: Reader, scheme: Scheme) -> tuple[int, int]:
+    def shape(self, name: str, shapes: ShapeReader, tensor: TensorReader, scheme: Scheme) -> tuple[int, int]:
         """(n, k) of the linear `name`."""
         if layout_of(scheme) == PACKED:
             return _declared_shape(name, tensor)

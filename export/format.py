@@ -13,8 +13,8 @@ from lowbit.export.sharded import SAFETENSORS
 from lowbit.quant.qtensor import QTensor
 from lowbit.quant.scheme import Scheme
 
-Reader = Callable[[str], Tensor]
-Shapes = Callable[[str], tuple[int, ...]]
+TensorReader = Callable[[str], Tensor]
+ShapeReader = Callable[[str], tuple[int, ...]]
 
 
 class Format(ABC):
@@ -54,11 +54,11 @@ class Format(ABC):
         """The file's tensors for the linear `name`. Scales must have `scale_dtype`."""
 
     @abstractmethod
-    def read(self, name: str, tensor: Reader, scheme: Scheme) -> QTensor:
+    def read(self, name: str, tensor: TensorReader, scheme: Scheme) -> QTensor:
         """The weight of the linear `name`. CheckpointError if its tensors contradict each other."""
 
     @abstractmethod
-    def shape(self, name: str, shapes: Shapes, tensor: Reader, scheme: Scheme) -> tuple[int, int]:
+    def shape(self, name: str, shapes: ShapeReader, tensor: TensorReader, scheme: Scheme) -> tuple[int, int]:
         """(n, k) of the linear `name`, from the shapes of its tensors, a tensor reader and its scheme."""
 
     @abstractmethod

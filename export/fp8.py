@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from lowbit.errors import CheckpointError
-from lowbit.export.format import Format, Reader, Shapes
+from lowbit.export.format import Format, ShapeReader, TensorReader
 from lowbit.quant.numbers import FP8
 from lowbit.quant.qtensor import QTensor
 from lowbit.quant.scheme import PerBlock, PerGroup, Scheme, Side, parse_scheme
@@ -48,14 +48,14 @@ class BlockFp8(Format):
         """The file's tensors for the linear `name`."""
         return {f"{name}.weight": weight.codes, f"{name}.weight_scale_inv": weight.scales}
 
-    def read(self, name: str, tensor: Reader, scheme: Scheme) -> QTensor:
+    def read(self, name: str, tensor: TensorReader, scheme: Scheme) -> QTensor:
         """The weight of the linear `name`. CheckpointError if its tensors contradict each other."""
         try:
             return QTensor(tensor(f"{name}.weight"), tensor(f"{name}.weight_scale_inv"), None, scheme)
         except ValueError as error:
             raise CheckpointError(f"{name}: {error}") from error
 
-    def shape(self, name: str, shapes: Shapes, tensor: Reader, scheme: Scheme) -> tuple[int, int]:
+    def shape(self, name: str, shapes: ShapeReader, tensor: TensorReader, scheme: Scheme) -> tuple[int, int]:
         """(n, k) of the linear `name`."""
         n, k = shapes(f"{name}.weight")
         return n, k

@@ -23,7 +23,7 @@ from lowbit import __version__
 from lowbit.errors import CheckpointError
 from lowbit.export.engines.engine import Engine
 from lowbit.export.engines.vllm import VLLM
-from lowbit.export.format import Format, Reader, Shapes, require_words
+from lowbit.export.format import Format, ShapeReader, TensorReader, require_words
 from lowbit.export.patterns import Patterns
 from lowbit.quant.packing import WORD, pack, unpack, words_of
 from lowbit.quant.qtensor import QTensor
@@ -39,7 +39,7 @@ DISPUTED = "programs disagree on what version 1 stores for zeros of 3 bits; use 
 SUFFIXES = ("qweight", "qzeros", "scales", "g_idx")
 
 
-def _read(version: str, name: str, tensor: Reader, scheme: Scheme) -> QTensor:
+def _read(version: str, name: str, tensor: TensorReader, scheme: Scheme) -> QTensor:
     words = tensor(f"{name}.qweight")
     require_words(words, "qweight", (None, None))
     k, n = words.shape[0] * WORD // scheme.bits, words.shape[1]
@@ -165,14 +165,14 @@ class Gptq(Format):
             f"{name}.g_idx": torch.arange(k, dtype=torch.int32) // group_size,
         }
 
-    def read(self, name: str, tensor: Reader, scheme: Scheme) -> QTensor:
+    def read(self, name: str, tensor: TensorReader, scheme: Scheme) -> QTensor:
         """The weight of the linear `name`. CheckpointError if its tensors contradict each other or the scheme."""
         try:
             return _read(self.name, name, tensor, scheme)
         except ValueError as error:
             raise CheckpointError(f"{name}: {error}") from error
 
-    def shape(self, name: str, shapes: Shapes, tensor: Reader, scheme: Scheme) -> tuple[int, int]:
+    def shape(self, name: str, shapes: ShapeReader, tensor: TensorReader, scheme: Scheme) -> tuple[int, int]:
         """(n, k) of the linear `name`."""
         rows, n = shapes(f"{name}.qweight")
         return n, rows * WORD // scheme.bits

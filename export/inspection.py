@@ -12,7 +12,7 @@ from lowbit.export.engines.table import (
     ENGINES,
     MACHINES,
     PARALLEL_SIZES,
-    layers_of,
+    fused_linears,
     reason_against_parallel,
 )
 from lowbit.export.formats import LogicalTensors
@@ -21,7 +21,7 @@ from lowbit.quant.scheme import Scheme
 
 
 @dataclass(frozen=True)
-class Linear:
+class InspectedLinear:
     """A quantized linear: its scheme, outputs, inputs and bytes."""
 
     scheme: Scheme
@@ -50,7 +50,7 @@ class Inspection:
     """
 
     format: str
-    linears: dict[str, Linear]
+    linears: dict[str, InspectedLinear]
     left: dict[str, int]
     other_bytes: int
     split: dict[str, list[str]]
@@ -123,10 +123,10 @@ def inspect_checkpoint(source: LogicalTensors, linears: Mapping[str, int], heads
         raise CheckpointError(f"{source.checkpoint.directory}: not quantized: there is nothing to inspect")
     entries, fmt = source.checkpoint.entries, source.format
     owned = {name: [f"{name}.{suffix}" for suffix in fmt.suffixes] for name in source.schemes}
-    found: dict[str, Linear] = {}
+    found: dict[str, InspectedLinear] = {}
     for name, scheme in source.schemes.items():
         nbytes = sum(entries[key].nbytes for key in owned[name] if key in entries)
-        found[name] = Linear(scheme, *source.shape(name), nbytes)
+        found[name] = InspectedLinear(scheme, *source.shape(name), nbytes)
     shapes = {name: (linear.n, linear.k) for name, linear in found.items()}
     kernels, refusals = _kernels(source, shapes)
     return Inspection(
@@ -146,7 +146,7 @@ def _kernels(
 ) -> tuple[dict[str, dict[str, Counter[str | None]]], dict[str, dict[str, Counter[str]]]]:
     """The kernels of the layers on each machine, and the reasons where there is none."""
     assert source.format is not None
-    layers = Counter(layers_of(source.format, source.schemes, shapes).values())
+    layers = Counter(fused_linears(source.format, source.schemes, shapes).values())
     kernels: dict[str, dict[str, Counter[str | None]]] = {}
     refusals: dict[str, dict[str, Counter[str]]] = {}
     for machine, capability in MACHINES.items():

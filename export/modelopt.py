@@ -23,7 +23,7 @@ from lowbit import __version__
 from lowbit.errors import CheckpointError
 from lowbit.export.engines.engine import Engine
 from lowbit.export.engines.transformers import TRANSFORMERS
-from lowbit.export.format import Format, Reader, Shapes
+from lowbit.export.format import Format, ShapeReader, TensorReader
 from lowbit.export.microscaling import every_row, one_number, stored_codes, stored_scales, weight_of
 from lowbit.quant.qtensor import QTensor
 from lowbit.quant.scheme import NVFP4, Scheme, parse_scheme
@@ -69,7 +69,7 @@ class ModelOpt(Format):
             tensors[f"{name}.{INPUTS}"] = _factor(name, weight.input_scale)
         return tensors
 
-    def read(self, name: str, tensor: Reader, scheme: Scheme) -> QTensor:
+    def read(self, name: str, tensor: TensorReader, scheme: Scheme) -> QTensor:
         """The weight of the linear `name`. CheckpointError if its tensors contradict each other."""
 
         def one(suffix: str) -> Tensor:
@@ -85,7 +85,7 @@ class ModelOpt(Format):
         except ValueError as error:
             raise CheckpointError(f"{name}: {error}") from error
 
-    def shape(self, name: str, shapes: Shapes, tensor: Reader, scheme: Scheme) -> tuple[int, int]:
+    def shape(self, name: str, shapes: ShapeReader, tensor: TensorReader, scheme: Scheme) -> tuple[int, int]:
         """(n, k) of the linear `name`."""
         n, packed = shapes(f"{name}.weight")
         return n, packed * (2 if scheme.weights.parent else 1)

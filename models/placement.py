@@ -13,9 +13,9 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import dot_natural_key, rename_source_key
 from transformers.quantizers.base import MODULES_TO_PATCH_FOR_QUANTIZATION
 
+from lowbit.export.format import TensorReader
 from lowbit.quant.naming import EXPERT
 
-Reader = Callable[[str], Tensor]
 Shapes = Mapping[str, tuple[int, ...]]
 
 # The name of a single expert's tensor, as engines use it; in the model it is a slice of a stack.
@@ -44,7 +44,7 @@ class Conversion:
         """
         return all(source.endswith(".weight") for source in self.converter.source_patterns)
 
-    def parameters(self, model: PreTrainedModel, read: Reader) -> dict[str, Tensor]:
+    def parameters(self, model: PreTrainedModel, read: TensorReader) -> dict[str, Tensor]:
         """The parameters by name, computed from the tensors that `read` returns."""
         converter = copy.deepcopy(self.converter)
         for name, pattern in sorted(self.sources, key=lambda source: dot_natural_key(source[0])):

@@ -13,11 +13,12 @@ from transformers.models.auto.auto_factory import _BaseAutoModelClass
 from transformers.pytorch_utils import Conv1D
 
 from lowbit.errors import CheckpointError
+from lowbit.export.format import TensorReader
 from lowbit.export.formats import LogicalTensors
 from lowbit.export.sizes import SLACK
 from lowbit.export.survey import checked
 from lowbit.export.untrusted import untrusted
-from lowbit.models.placement import Conversion, Placement, Reader, bias_of, experts_in, place, tensor_of
+from lowbit.models.placement import Conversion, Placement, bias_of, experts_in, place, tensor_of
 from lowbit.models.source import Source
 from lowbit.quant.numerics import input_rounding
 
@@ -87,7 +88,7 @@ class Skeleton:
     model: PreTrainedModel
     blocks: list[Block]
     others: dict[str, Placement]
-    read: Reader
+    read: TensorReader
     tensors: LogicalTensors
     inputs: dict[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)
 
@@ -265,7 +266,7 @@ def tied_weights(model: PreTrainedModel) -> dict[str, str]:
     return getattr(model, "all_tied_weights_keys", None) or {}
 
 
-def _untie(model: PreTrainedModel, placements: dict[str, Placement], read: Reader) -> None:
+def _untie(model: PreTrainedModel, placements: dict[str, Placement], read: TensorReader) -> None:
     """Untie weights that config.json declares tied, if the file holds two different values for them.
 
     transformers does the same. The configuration is changed accordingly.
@@ -323,7 +324,7 @@ def fill(
     model: nn.Module,
     modules: Iterable[nn.Module],
     tensors: dict[str, Placement],
-    read: Reader,
+    read: TensorReader,
     device: str,
     dtype: torch.dtype | None,
 ) -> None:

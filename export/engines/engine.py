@@ -27,7 +27,7 @@ class Loaded(Protocol):
 
 
 @dataclass(frozen=True)
-class Layer:
+class FusedLinear:
     """A quantized linear as an engine runs it: a fused set counts as one.
 
     fmt     format of its files
@@ -42,7 +42,7 @@ class Layer:
 
 
 # The reason why a kernel cannot run a layer on a compute capability (None: a CPU), or None.
-Reason = Callable[[Layer, int | None], str | None]
+Reason = Callable[[FusedLinear, int | None], str | None]
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Engine:
     version: str
     kernels: tuple[EngineKernel, ...]
 
-    def choose(self, layer: Layer, capability: int | None) -> tuple[str | None, dict[str, str]]:
+    def choose(self, layer: FusedLinear, capability: int | None) -> tuple[str | None, dict[str, str]]:
         """The first kernel that accepts the layer, or None; and the reasons of all kernels before it."""
         reasons: dict[str, str] = {}
         for kernel in self.kernels:
@@ -75,7 +75,7 @@ class Engine:
 def all_of(*reasons: Reason) -> Reason:
     """A rule that returns the first objection of any of `reasons`."""
 
-    def reason_against(layer: Layer, capability: int | None) -> str | None:
+    def reason_against(layer: FusedLinear, capability: int | None) -> str | None:
         return next((found for reason in reasons if (found := reason(layer, capability))), None)
 
     return reason_against
@@ -84,7 +84,7 @@ def all_of(*reasons: Reason) -> Reason:
 def on_gpu(since: int, until: int = 999) -> Reason:
     """A rule against CPUs, and against GPUs outside a range of compute capabilities."""
 
-    def reason_against(layer: Layer, capability: int | None) -> str | None:
+    def reason_against(layer: FusedLinear, capability: int | None) -> str | None:
         if capability is None:
             return NEEDS_GPU
         return None if since <= capability <= until else f"sm_{capability} is not among the GPUs it runs on"
@@ -92,19 +92,19 @@ def on_gpu(since: int, until: int = 999) -> Reason:
     return reason_against
 
 
-def on_cpu(layer: Layer, capability: int | None) -> str | None:
+def on_cpu(layer: FusedLinear, capability: int | None) -> str | None:
     """A rule against GPUs."""
     return None if capability is None else NEEDS_CPU
 
 
-def weight_only(layer: Layer, capability: int | None) -> str | None:
+def weight_only(layer: FusedLinear, capability: int | None) -> str | None:
     """A rule against floats and against quantized inputs."""
     if not layer.scheme.number.is_integer:
         return "takes integers only"
     return "takes weights only" if layer.scheme.inputs else None
 
 
-def integers(layer: Layer, capability: int | None) -> str | None:
+def integers(layer: FusedLinear, capability: int | None) -> str | None:
     """A rule against floats and against inputs in 16 bits."""
     if not layer.scheme.number.is_integer:
         return "takes integers only"
@@ -114,7 +114,7 @@ def integers(layer: Layer, capability: int | None) -> str | None:
 def of_bits(*bits: int) -> Reason:
     """A rule against integers of other widths."""
 
-    def reason_against(layer: Layer, capability: int | None) -> str | None:
+    def reason_against(layer: FusedLinear, capability: int | None) -> str | None:
         return None if layer.scheme.bits in bits else f"takes {' and '.join(map(str, bits))} bits only"
 
     return reason_against
@@ -123,13 +123,13 @@ def of_bits(*bits: int) -> Reason:
 def floats(*kinds: str) -> Reason:
     """A rule against integers and against floats of other kinds; a kind is the name of a scheme with inputs."""
 
-    def reason_against(layer: Layer, capability: int | None) -> str | None:
+    def reason_against(layer: FusedLinear, capability: int | None) -> str | None:
         kind = str(layer.scheme.weights_only).removesuffix("-a16")
         return None if kind in kinds and not layer.scheme.number.is_integer else f"takes {' and '.join(kinds)} only"
 
     return reason_against
 
 
-def rounds_inputs(layer: Layer, capability: int | None) -> str | None:
+def rounds_inputs(layer: FusedLinear, capability: int | None) -> str | None:
     """A rule against inputs in 16 bits."""
     return None if layer.scheme.inputs else "takes quantized activations only"

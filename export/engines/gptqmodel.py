@@ -1,11 +1,11 @@
 """Rules of gptqmodel, whose kernels transformers uses for GPTQ and AWQ files."""
 
-from lowbit.export.engines.engine import Engine, EngineKernel, Layer
+from lowbit.export.engines.engine import Engine, EngineKernel, FusedLinear
 
 NAME = "gptqmodel"
 
 
-def _reads(layer: Layer, capability: int | None) -> str | None:
+def _reads(layer: FusedLinear, capability: int | None) -> str | None:
     return None if layer.fmt.package == NAME else "another format"
 
 

@@ -4,7 +4,7 @@ from lowbit import __version__
 from lowbit.export.engines.engine import (
     Engine,
     EngineKernel,
-    Layer,
+    FusedLinear,
     all_of,
     integers,
     on_cpu,
@@ -15,17 +15,17 @@ from lowbit.quant.kernels import w8a8
 from lowbit.quant.kernels.packed import TILE_ROWS, has_kernel, reason_against_packing
 
 
-def _packed(layer: Layer, capability: int | None) -> str | None:
+def _packed(layer: FusedLinear, capability: int | None) -> str | None:
     if not has_kernel(layer.scheme):
         return "takes integers of 4 and 8 bits only"
     return reason_against_packing(layer.n, layer.k, layer.scheme.group_size, TILE_ROWS)
 
 
-def _without_kernel(layer: Layer, capability: int | None) -> str | None:
+def _without_kernel(layer: FusedLinear, capability: int | None) -> str | None:
     return "takes only numbers that have no kernel" if has_kernel(layer.scheme) else None
 
 
-def _int8(layer: Layer, capability: int | None) -> str | None:
+def _int8(layer: FusedLinear, capability: int | None) -> str | None:
     return w8a8.reason_against_packing(layer.n, layer.k)
 
 

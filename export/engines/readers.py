@@ -3,7 +3,7 @@
 from collections.abc import Container, Mapping
 
 from lowbit.export.engines.lowbit import LOWBIT
-from lowbit.export.engines.table import MACHINES, layers_of
+from lowbit.export.engines.table import MACHINES, fused_linears
 from lowbit.export.engines.transformers import TRANSFORMERS
 from lowbit.export.engines.vllm import VLLM
 from lowbit.export.format import Format
@@ -21,7 +21,7 @@ def readers_of(
 
     SGLang was read once without a GPU (docs/FORMATS.md): it takes what vLLM takes, but inputs of one calibrated scale.
     """
-    layers = layers_of(fmt, schemes, shapes).values()
+    layers = fused_linears(fmt, schemes, shapes).values()
     found = [
         engine.name
         for engine in (VLLM, TRANSFORMERS, LOWBIT)

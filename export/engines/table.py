@@ -1,8 +1,8 @@
-"""The engines, the machines they run on, and the layers they form from a checkpoint's linears."""
+"""The engines, the machines they run on, and the fused linears they form from a checkpoint's."""
 
 from collections.abc import Mapping
 
-from lowbit.export.engines.engine import Layer
+from lowbit.export.engines.engine import FusedLinear
 from lowbit.export.engines.lowbit import LOWBIT
 from lowbit.export.engines.transformers import TRANSFORMERS
 from lowbit.export.engines.vllm import VLLM
@@ -25,14 +25,16 @@ MACHINES: dict[str, int | None] = {
 }
 
 
-def layers_of(fmt: Format, schemes: Mapping[str, Scheme], shapes: Mapping[str, tuple[int, int]]) -> dict[str, Layer]:
-    """The layers that engines run, by the key of the fused set; each expert counts alone."""
-    layers: dict[str, Layer] = {}
+def fused_linears(
+    fmt: Format, schemes: Mapping[str, Scheme], shapes: Mapping[str, tuple[int, int]]
+) -> dict[str, FusedLinear]:
+    """The linears that engines run, by the key of the fused set; each expert counts alone."""
+    layers: dict[str, FusedLinear] = {}
     for name, scheme in schemes.items():
         n, k = shapes[name]
         key = name if EXPERT.search(name) else fused_set(name)
         wider = layers[key].n + n if key in layers else n
-        layers[key] = Layer(fmt, scheme, wider, k)
+        layers[key] = FusedLinear(fmt, scheme, wider, k)
     return layers
 
 

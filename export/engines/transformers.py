@@ -1,17 +1,17 @@
 """Rules of transformers, from its `quantizers`: each format is read by a package."""
 
-from lowbit.export.engines.engine import Engine, EngineKernel, Layer
+from lowbit.export.engines.engine import Engine, EngineKernel, FusedLinear
 from lowbit.export.engines.gptqmodel import GPTQMODEL
 
 
-def _expanded(layer: Layer, capability: int | None) -> str | None:
+def _expanded(layer: FusedLinear, capability: int | None) -> str | None:
     """compressed-tensors: expanded to dense weights on the first forward pass."""
     if layer.fmt.package != "compressed-tensors":
         return "another format"
     return layer.fmt.reason_in(TRANSFORMERS, layer.scheme)
 
 
-def _fine_grained(layer: Layer, capability: int | None) -> str | None:
+def _fine_grained(layer: FusedLinear, capability: int | None) -> str | None:
     """Block FP8: its own kernels on GPUs from Ada on, expanded elsewhere."""
     return None if layer.fmt.method == "fp8" else "another format"
 

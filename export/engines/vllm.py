@@ -3,7 +3,7 @@
 from lowbit.export.engines.engine import (
     Engine,
     EngineKernel,
-    Layer,
+    FusedLinear,
     Reason,
     all_of,
     floats,
@@ -16,7 +16,7 @@ from lowbit.export.engines.engine import (
 )
 
 
-def _known(layer: Layer, capability: int | None) -> str | None:
+def _known(layer: FusedLinear, capability: int | None) -> str | None:
     """Objections of vLLM before it chooses a kernel."""
     reason = layer.fmt.reason_in(VLLM, layer.scheme)
     if reason is None and layer.fmt.through_marlin and capability is not None:
@@ -24,36 +24,36 @@ def _known(layer: Layer, capability: int | None) -> str | None:
     return reason
 
 
-def _machete(layer: Layer, capability: int | None) -> str | None:
+def _machete(layer: FusedLinear, capability: int | None) -> str | None:
     if layer.scheme.group_size not in (-1, 64, 128):
         return f"{layer.scheme}: groups of 64, 128 or a row"
     return None if not layer.k % 64 and not layer.n % 128 else f"{layer.n} x {layer.k}: multiples of 128 x 64"
 
 
-def _marlin(layer: Layer, capability: int | None) -> str | None:
+def _marlin(layer: FusedLinear, capability: int | None) -> str | None:
     if layer.scheme.bits == 8 and not layer.scheme.symmetric:
         return "8 bits with zeros"
     sizes = (-1, 32, 64, 128)
     return None if layer.scheme.group_size in sizes else f"{layer.scheme}: groups of 32, 64, 128 or a row"
 
 
-def _triton(layer: Layer, capability: int | None) -> str | None:
+def _triton(layer: FusedLinear, capability: int | None) -> str | None:
     if layer.scheme.bits != 4 or layer.n % 8:
         return f"{layer.scheme} of {layer.n} outputs: 4 bits, multiples of 8"
     return None if layer.scheme.group_size in (-1, 32, 64, 128, 256) else f"{layer.scheme}: no such groups"
 
 
-def _cpu_wna16(layer: Layer, capability: int | None) -> str | None:
+def _cpu_wna16(layer: FusedLinear, capability: int | None) -> str | None:
     if layer.scheme.bits != 4 or layer.n % 32 or layer.k % 32:
         return f"{layer.scheme} of {layer.n} x {layer.k}: on a CPU vLLM takes 4 bits, multiples of 32 x 32"
     return None
 
 
-def _humming(layer: Layer, capability: int | None) -> str | None:
+def _humming(layer: FusedLinear, capability: int | None) -> str | None:
     return None if layer.scheme.symmetric else "takes symmetric weights only"
 
 
-def _whole_blocks(layer: Layer, capability: int | None) -> str | None:
+def _whole_blocks(layer: FusedLinear, capability: int | None) -> str | None:
     """The reason why blocks do not divide the layer, or None; vLLM asks that of inputs, and of fused outputs."""
     rows, columns = layer.scheme.rows, layer.scheme.group_size
     whole = not layer.k % columns and not layer.n % rows

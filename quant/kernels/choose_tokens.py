@@ -47,7 +47,7 @@ class Noise:
 
 
 @dataclass(frozen=True)
-class Choice:
+class ChoiceCall:
     """The inputs of a token selection. Everything but the scores is written in place.
 
     scores   (m, n) float32  contiguous
@@ -67,7 +67,7 @@ class Choice:
     dependent: bool = False
 
 
-def choose(call: Choice) -> None:
+def choose(call: ChoiceCall) -> None:
     """Write the tokens of `call` and advance its rows. ValueError if the tensors do not fit together."""
     check(call)
     if reason_against(call):
@@ -76,7 +76,7 @@ def choose(call: Choice) -> None:
         run_kernel(call)
 
 
-def run_kernel(call: Choice) -> None:
+def run_kernel(call: ChoiceCall) -> None:
     """Run the kernel on `call`, which `check` has passed."""
     (m, n), device = call.scores.shape, call.scores.device
     args: dict[str, Any] = dict.fromkeys(("positions", "slots", "temperature", "seed")) | rows_of(call)
@@ -90,7 +90,7 @@ def choose_blocks(n: int, noise: bool, capability: tuple[int, int]) -> int:
     return min(MAX_BLOCKS, -(-n // (BLOCK_DRAWS if noise else BLOCK_SCORES))) if capability >= (9, 0) else 1
 
 
-def rows_of(call: Choice) -> dict[str, Tensor]:
+def rows_of(call: ChoiceCall) -> dict[str, Tensor]:
     """The tensors with one value per row, by name."""
     rows = {"tokens": call.tokens, "written": call.written}
     if call.cursor is not None:
@@ -100,7 +100,7 @@ def rows_of(call: Choice) -> dict[str, Tensor]:
     return rows
 
 
-def check(call: Choice) -> None:
+def check(call: ChoiceCall) -> None:
     """ValueError if the parts of `call` do not fit together."""
     scores = call.scores
     if scores.ndim != 2 or scores.dtype != torch.float32 or not scores.is_contiguous() or not scores.shape[1]:
@@ -114,7 +114,7 @@ def check(call: Choice) -> None:
             raise ValueError(f"{name} is on {tensor.device}, the scores on {scores.device}")
 
 
-def reason_against(call: Choice) -> str | None:
+def reason_against(call: ChoiceCall) -> str | None:
     """The reason why the kernel cannot run on these rows, or None."""
     scores = call.scores
     if scores.device.type != "cuda":
@@ -124,7 +124,7 @@ def reason_against(call: Choice) -> str | None:
     return reason_against_device(torch.cuda.get_device_capability(scores.device))
 
 
-def reference(call: Choice) -> None:
+def reference(call: ChoiceCall) -> None:
     """`call` in plain torch."""
     call.tokens.copy_(perturbed(call).argmax(-1))
     call.written.add_(1)
@@ -135,7 +135,7 @@ def reference(call: Choice) -> None:
         call.cursor.slots.add_(moved)
 
 
-def perturbed(call: Choice) -> Tensor:
+def perturbed(call: ChoiceCall) -> Tensor:
     """The scores to compare, in plain torch."""
     if call.noise is None:
         return call.scores

@@ -55,7 +55,7 @@ class KVCache:
 
 
 @dataclass(frozen=True)
-class Append:
+class AppendCall:
     """New tokens' heads, to be appended to the cache.
 
     qkv             (m, (heads + 2 kv_heads) * head_dim)  the heads of q, of k, of v
@@ -85,7 +85,7 @@ class Append:
 
 
 @dataclass(frozen=True)
-class Attention:
+class AttentionCall:
     """softmax(scale q k^T) v: each token attends to its own sequence, up to and including its own position.
 
     q          (m, heads * head_dim)
@@ -117,7 +117,7 @@ class Attention:
         return torch.empty_like(self.q)
 
 
-def check_append(call: Append) -> None:
+def check_append(call: AppendCall) -> None:
     """ValueError, with numbers, if the tensors do not fit together."""
     cache, m, qkv = call.cache, call.qkv.shape[0], call.qkv
     check_cache(cache, qkv)
@@ -139,7 +139,7 @@ def check_append(call: Append) -> None:
         )
 
 
-def check_attention(call: Attention) -> None:
+def check_attention(call: AttentionCall) -> None:
     """ValueError, with numbers, if the tensors do not fit together."""
     cache, m, q = call.cache, call.q.shape[0], call.q
     check_cache(cache, q)
@@ -187,7 +187,7 @@ def check_cache(cache: KVCache, heads: Tensor) -> None:
     check_tensors(wanted, heads.device)
 
 
-def append(call: Append) -> Tensor:
+def append(call: AppendCall) -> Tensor:
     """q (m, heads * head_dim), normalized and rotated. k (treated alike) and v are written to the cache."""
     check_append(call)
     if len(call.qkv) == 0 or reason_against(call.qkv, call.cache):
@@ -199,7 +199,7 @@ def append(call: Append) -> Tensor:
     return q
 
 
-def attend(call: Attention) -> Tensor:
+def attend(call: AttentionCall) -> Tensor:
     """The attention's output (m, heads * head_dim) in q's dtype.
 
     ValueError if the tensors do not fit together, or, on a GPU, if q, k or v is not aligned to 16 bytes.
@@ -222,14 +222,14 @@ def attend(call: Attention) -> Tensor:
     return out
 
 
-def most_bytes(call: Attention) -> int:
+def most_bytes(call: AttentionCall) -> int:
     """Bytes of keys and values that a call reads at most; 0 if unknown."""
     bounds = [bound for bound in (call.longest, call.window) if bound]
     row = call.cache.kv_heads * call.cache.head_dim * call.cache.k.element_size()
     return 2 * row * call.q.shape[0] * (min(bounds) if bounds else 0)
 
 
-def choose_splits(call: Attention, processors: int) -> int:
+def choose_splits(call: AttentionCall, processors: int) -> int:
     """Number of blocks that share a sequence, independent of its position: a captured graph serves all up to `longest`.
 
     If whole sequences do not all run in one wave, at least two splits even out the last wave. processors 0 means a GPU
@@ -263,7 +263,7 @@ def cache_fields(cache: KVCache) -> dict[str, Any]:
     return vars(cache) | {"kv_heads": cache.kv_heads, "head_dim": cache.head_dim}
 
 
-def append_reference(call: Append) -> Tensor:
+def append_reference(call: AppendCall) -> Tensor:
     """`append` in plain torch, computed in float32."""
     cache, dtype = call.cache, call.qkv.dtype
     heads = call.qkv.float().unflatten(-1, (-1, cache.head_dim))
@@ -307,7 +307,7 @@ def loaded(stored: Tensor, scales: Tensor | None) -> Tensor:
     return stored.float() if scales is None else stored.float() * scales.float().unsqueeze(-1)
 
 
-def attend_reference(call: Attention) -> Tensor:
+def attend_reference(call: AttentionCall) -> Tensor:
     """`attend` in plain torch: slots of all sequences up to the longest position, gathered and masked, in float32."""
     cache = call.cache
     positions = torch.arange(int(call.positions.max()) + 1, device=call.q.device)

@@ -9,7 +9,7 @@ from lowbit.quant.kernels import dense, ring
 from lowbit.quant.kernels.dense import DenseCall
 from lowbit.quant.kernels.extension import launch
 from lowbit.quant.kernels.problem import Problem
-from lowbit.quant.kernels.ring import Launch
+from lowbit.quant.kernels.ring import RingCut
 
 MAX_M = 64
 WARPGROUPS = (1, 2)  # multiplying warpgroups per block
@@ -28,10 +28,10 @@ def reason_against(problem: Problem) -> str | None:
     return ring.reason_against_gpu(problem)
 
 
-def choose_launch(problem: Problem) -> Launch:
+def choose_cut(problem: Problem) -> RingCut:
     """The launch for `problem`. It uses the whole GPU: 6% faster in a model's block than half of it, with the rest left
     to the next kernel."""
-    return ring.choose_launch(problem.m, problem.n, problem.k * 2, problem.processors, room=problem.processors)
+    return ring.choose_cut(problem.m, problem.n, problem.k * 2, problem.processors, room=problem.processors)
 
 
 def reason_against_memory(call: DenseCall) -> str | None:
@@ -51,12 +51,12 @@ def reason_against_memory(call: DenseCall) -> str | None:
     return None
 
 
-def run(call: DenseCall, problem: Problem, cut: Launch | None = None) -> Tensor:
+def run(call: DenseCall, problem: Problem, cut: RingCut | None = None) -> Tensor:
     """y of `call`, which dense.check has passed; by torch if the copy engine cannot read its tensors."""
     if reason_against_memory(call):
         return dense.reference(call)
     y = call.empty()
-    cut = cut or choose_launch(problem)
+    cut = cut or choose_cut(problem)
     launch("dense_gemv", call.x.dtype, device=y.device, args=args_of(call, y), dependent=call.dependent, **vars(cut))
     return y
 

@@ -45,8 +45,8 @@ def describe_problem(problem: Problem) -> str:
     except RuntimeError as error:
         return str(error)
     lines = [f"{problem}: {chosen.name}"]
-    if chosen.choose_launch is not None:
-        lines.append(f"    {chosen.choose_launch(problem)}")
+    if chosen.choose_cut is not None:
+        lines.append(f"    {chosen.choose_cut(problem)}")
     kernels = kernels_for(problem)
     for kernel in kernels[: kernels.index(chosen)]:
         lines.append(f"    not {kernel.name}: {kernel.reason_against(problem)}")

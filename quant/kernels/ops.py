@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from lowbit.quant.kernels import choose_tokens, decode_attention, gptq_block, row_norm, wna16_dequantize
-from lowbit.quant.kernels.choose_tokens import Choice
-from lowbit.quant.kernels.decode_attention import Append, Attention
+from lowbit.quant.kernels.choose_tokens import ChoiceCall
+from lowbit.quant.kernels.decode_attention import AppendCall, AttentionCall
 from lowbit.quant.kernels.dense import DenseCall
 from lowbit.quant.kernels.gptq_block import BlockCall
 from lowbit.quant.kernels.packed import PackedWeight
@@ -42,7 +42,7 @@ R = TypeVar("R")
 
 
 @dataclass(frozen=True)
-class Part:
+class CallField:
     """A field of a call: one argument of the operator or, for a nested dataclass, those of its `parts`.
 
     name      of the field
@@ -55,28 +55,28 @@ class Part:
     argument: str
     schema: str
     kind: type | None = None
-    parts: tuple["Part", ...] = ()
+    parts: tuple["CallField", ...] = ()
 
 
-def parts_of(kind: type, without: tuple[str, ...] = (), prefix: str = "", absent: bool = False) -> Iterator[Part]:
+def parts_of(kind: type, without: tuple[str, ...] = (), prefix: str = "", absent: bool = False) -> Iterator[CallField]:
     """The parts of a dataclass, except the fields `without`. All are optional if the dataclass may be absent."""
     hints = get_type_hints(kind)
     for name in (field.name for field in fields(kind) if field.name not in without):
         optional = absent or NoneType in get_args(hints[name])
         inner: type = next(each for each in get_args(hints[name]) or (hints[name],) if each is not NoneType)
         if is_dataclass(inner):
-            yield Part(name, prefix + name, "", inner, tuple(parts_of(inner, (), f"{prefix}{name}_", optional)))
+            yield CallField(name, prefix + name, "", inner, tuple(parts_of(inner, (), f"{prefix}{name}_", optional)))
         else:
-            yield Part(name, prefix + name, SCHEMA_TYPES[inner] + "?" * optional)
+            yield CallField(name, prefix + name, SCHEMA_TYPES[inner] + "?" * optional)
 
 
-def leaves_of(parts: tuple[Part, ...]) -> Iterator[Part]:
+def leaves_of(parts: tuple[CallField, ...]) -> Iterator[CallField]:
     """The parts that are one argument each, in order."""
     for part in parts:
         yield from leaves_of(part.parts) if part.parts else (part,)
 
 
-def arguments_of(call: Any, parts: tuple[Part, ...]) -> list[Any]:
+def arguments_of(call: Any, parts: tuple[CallField, ...]) -> list[Any]:
     """The arguments for `call`; None for every field of an absent dataclass."""
     found: list[Any] = []
     for part in parts:
@@ -85,7 +85,7 @@ def arguments_of(call: Any, parts: tuple[Part, ...]) -> list[Any]:
     return found
 
 
-def call_of(kind: type[C], parts: tuple[Part, ...], arguments: Iterator[Any]) -> C | None:
+def call_of(kind: type[C], parts: tuple[CallField, ...], arguments: Iterator[Any]) -> C | None:
     """The call from `arguments`; None if its first field, a tensor, is absent."""
     found = {part.name: call_of(part.kind, part.parts, arguments) if part.kind else next(arguments) for part in parts}
     return None if found[parts[0].name] is None else kind(**found)
@@ -184,20 +184,20 @@ dequantize = Operator("dequantize", PackedWeight, wna16_dequantize.dequantize, w
 normalize = Operator("row_norm", Rows, row_norm.run, Rows.empty)
 # Rows as codes (m, k) int8 and a scale for each, (m) float32: for several products to share. See Rows.
 quantize_rows = Operator("quantize_rows", Rows, row_norm.quantize, Rows.empty_codes)
-# q (m, heads * head_dim), normed and rotated; k, so treated, and v go to the cache. See Append.
+# q (m, heads * head_dim), normed and rotated; k, so treated, and v go to the cache. See AppendCall.
 append_heads = Operator(
     "append_heads",
-    Append,
+    AppendCall,
     decode_attention.append,
-    Append.empty,
+    AppendCall.empty,
     writes=("cache_k", "cache_v", "cache_k_scales", "cache_v_scales"),
 )
-# Attention of few tokens over their sequences' cache, (m, heads * head_dim). See Attention.
-attend = Operator("decode_attention", Attention, decode_attention.attend, Attention.empty)
-# Each row's token is written, and the row moved on. See Choice.
+# Attention of few tokens over their sequences' cache, (m, heads * head_dim). See AttentionCall.
+attend = Operator("decode_attention", AttentionCall, decode_attention.attend, AttentionCall.empty)
+# Each row's token is written, and the row moved on. See ChoiceCall.
 choose = Operator(
     "choose_tokens",
-    Choice,
+    ChoiceCall,
     choose_tokens.choose,
     choose_tokens.check,
     writes=("tokens", "written", "cursor_positions", "cursor_slots"),

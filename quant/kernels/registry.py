@@ -26,7 +26,7 @@ from lowbit.quant.kernels.w8a8 import Int8Call
 class Kernel:
     """A kernel for a kind of call: the reason why it cannot run a Problem (or None), and the function that runs it.
 
-    choose_launch  the launch for a problem, if there is a choice
+    choose_cut  the launch for a problem, if there is a choice
     defers         True if it finishes the norm before this product and (packed weights) starts the one after it, faster
                    than a norm kernel
     """
@@ -34,7 +34,7 @@ class Kernel:
     name: str
     reason_against: Callable[[Problem], str | None]
     run: Callable[[Any, Problem], Tensor]
-    choose_launch: Callable[[Problem], object] | None = None
+    choose_cut: Callable[[Problem], object] | None = None
     defers: bool = False
 
 
@@ -53,20 +53,20 @@ def with_whole_norms(run: Callable[[Any, Problem], Tensor]) -> Callable[[PackedC
 
 
 KERNELS = (
-    Kernel("wna16_gemm", wna16_gemm.reason_against, with_whole_norms(wna16_gemm.run), wna16_gemm.choose_launch),
-    Kernel("wna16_gemv", wna16_gemv.reason_against, wna16_gemv.run, wna16_gemv.choose_launch, defers=True),
+    Kernel("wna16_gemm", wna16_gemm.reason_against, with_whole_norms(wna16_gemm.run), wna16_gemm.choose_cut),
+    Kernel("wna16_gemv", wna16_gemv.reason_against, wna16_gemv.run, wna16_gemv.choose_cut, defers=True),
     Kernel("wna16_dequantize", wna16_dequantize.reason_against, with_whole_norms(wna16_dequantize.run)),
     Kernel("reference", reference.reason_against, lambda call, problem: reference.run(call), defers=True),
 )
 # For x in int8.
 INT8_KERNELS = (
-    Kernel("w8a8_cutlass", w8a8_cutlass.reason_against, w8a8_cutlass.run, w8a8_cutlass.choose_launch),
-    Kernel("w8a8_gemm", w8a8_gemm.reason_against, w8a8_gemm.run, w8a8_gemm.choose_launch),
+    Kernel("w8a8_cutlass", w8a8_cutlass.reason_against, w8a8_cutlass.run, w8a8_cutlass.choose_cut),
+    Kernel("w8a8_gemm", w8a8_gemm.reason_against, w8a8_gemm.run, w8a8_gemm.choose_cut),
     Kernel("torch._int_mm", lambda problem: None, lambda call, problem: w8a8.reference(call)),
 )
 # For W in half precision, or in float32.
 DENSE_KERNELS = (
-    Kernel("dense_gemv", dense_gemv.reason_against, dense_gemv.run, dense_gemv.choose_launch, defers=True),
+    Kernel("dense_gemv", dense_gemv.reason_against, dense_gemv.run, dense_gemv.choose_cut, defers=True),
     Kernel("torch", lambda problem: None, lambda call, problem: dense.reference(call)),
 )
 

@@ -16,7 +16,7 @@ RING_BYTES = 222 << 10  # shared memory of a multiprocessor for the rings of all
 
 
 @dataclass(frozen=True)
-class Launch:
+class RingCut:
     """A launch configuration.
 
     warpgroups  multiplying warpgroups per block, with 64 rows of W each
@@ -38,7 +38,7 @@ def reason_against_gpu(problem: Problem) -> str | None:
     return reason_against_90a()
 
 
-def choose_launch(m: int, n: int, row_bytes: int, processors: int, room: int) -> Launch:
+def choose_cut(m: int, n: int, row_bytes: int, processors: int, room: int) -> RingCut:
     """The launch for any shape: rings that fill the multiprocessors, with room left for the next kernel's blocks.
 
     Blocks have one warpgroup. They have two, which halves the reads of x, if blocks fill every multiprocessor several
@@ -55,7 +55,7 @@ def choose_launch(m: int, n: int, row_bytes: int, processors: int, room: int) ->
     beside = m <= SOME_ROWS and cluster == 1 and 2 * blocks > processors
     shared = -(-blocks // processors) if blocks > processors else 1 + beside
     stages = stages_of(m, warpgroups, min(shared, MOST_BLOCKS // warpgroups))
-    return Launch(warpgroups, cluster, min(stages, -(-chunks // cluster)))
+    return RingCut(warpgroups, cluster, min(stages, -(-chunks // cluster)))
 
 
 def stages_of(m: int, warpgroups: int, shared: int) -> int:
@@ -64,15 +64,15 @@ def stages_of(m: int, warpgroups: int, shared: int) -> int:
     return RING_BYTES // shared // ((ROWS * warpgroups + columns) * CHUNK_BYTES)
 
 
-def cuts_of(m: int, n: int, row_bytes: int, processors: int) -> list[Launch]:
-    """Launches worth timing against choose_launch's: every number of blocks per multiprocessor, every cluster size."""
+def cuts_of(m: int, n: int, row_bytes: int, processors: int) -> list[RingCut]:
+    """Launches worth timing against choose_cut's: every number of blocks per multiprocessor, every cluster size."""
     chunks = -(-row_bytes // CHUNK_BYTES)
-    cuts: dict[Launch, None] = {}
+    cuts: dict[RingCut, None] = {}
     for warpgroups, cluster, shared in product((1, 2), CLUSTERS, range(1, MOST_BLOCKS + 1)):
         blocks = -(-n // (ROWS * warpgroups)) * cluster
         if shared * warpgroups <= MOST_BLOCKS and (
             cluster == 1 or (4 * cluster <= chunks and blocks <= 4 * processors)
         ):
             stages = min(stages_of(m, warpgroups, shared), -(-chunks // cluster))
-            cuts[Launch(warpgroups, cluster, stages)] = None
+            cuts[RingCut(warpgroups, cluster, stages)] = None
     return list(cuts)

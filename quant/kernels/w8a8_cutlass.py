@@ -20,7 +20,7 @@ NARROW_Y = 8192  # outputs: with fewer, swizzled tiles share more of their reads
 
 
 @dataclass(frozen=True)
-class Launch:
+class CutlassCut:
     """A launch configuration: the index in TILES, and the swizzle (1, 2, 4 or 8 adjacent tiles of y in sequence)."""
 
     tile: int
@@ -40,17 +40,17 @@ def reason_against(problem: Problem) -> str | None:
     return None
 
 
-def choose_launch(problem: Problem) -> Launch:
+def choose_cut(problem: Problem) -> CutlassCut:
     """The launch for any shape."""
     if problem.m <= MANY_ROWS:
-        return Launch(tile=0, swizzle=1)
-    return Launch(tile=1, swizzle=8 if problem.n <= NARROW_Y else 1)
+        return CutlassCut(tile=0, swizzle=1)
+    return CutlassCut(tile=1, swizzle=8 if problem.n <= NARROW_Y else 1)
 
 
-def run(call: Int8Call, problem: Problem, cut: Launch | None = None) -> Tensor:
+def run(call: Int8Call, problem: Problem, cut: CutlassCut | None = None) -> Tensor:
     """y of `call`, which w8a8.check has passed. ValueError if a tensor is not aligned to 16 bytes."""
     y = call.empty()
-    cut, args = cut or choose_launch(problem), w8a8_gemm.args_of(call, y)
+    cut, args = cut or choose_cut(problem), w8a8_gemm.args_of(call, y)
     sizes = {"processors": problem.processors, "swizzle": cut.swizzle}
     launch("w8a8_cutlass", y.dtype, cut.tile, device=y.device, args=args, **sizes)
     return y

@@ -7,7 +7,7 @@ from torch import Tensor
 from lowbit.quant.kernels import ring
 from lowbit.quant.kernels.extension import launch
 from lowbit.quant.kernels.problem import Problem, check_alignment
-from lowbit.quant.kernels.ring import Launch
+from lowbit.quant.kernels.ring import RingCut
 from lowbit.quant.kernels.w8a8 import Int8Call
 
 WARPGROUPS = (1, 2, 4)  # multiplying warpgroups per block
@@ -18,17 +18,17 @@ def reason_against(problem: Problem) -> str | None:
     return ring.reason_against_gpu(problem)
 
 
-def choose_launch(problem: Problem) -> Launch:
+def choose_cut(problem: Problem) -> RingCut:
     """The launch for `problem`. With up to 64 rows of x, half of the GPU is left to the next product, which is launched
     early and reads its own weight there: measured faster than using all of it."""
     room = problem.processors if problem.m > ring.COLUMNS[-1] // 2 else problem.processors // 2
-    return ring.choose_launch(problem.m, problem.n, problem.k, problem.processors, room)
+    return ring.choose_cut(problem.m, problem.n, problem.k, problem.processors, room)
 
 
-def run(call: Int8Call, problem: Problem, cut: Launch | None = None) -> Tensor:
+def run(call: Int8Call, problem: Problem, cut: RingCut | None = None) -> Tensor:
     """y of `call`, which w8a8.check has passed. ValueError if a tensor is not aligned to 16 bytes."""
     y = call.empty()
-    cut = cut or choose_launch(problem)
+    cut = cut or choose_cut(problem)
     launch("w8a8_gemm", y.dtype, device=y.device, args=args_of(call, y), dependent=call.dependent, **vars(cut))
     return y
 

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from lowbit.quant.kernels import reference, row_norm
-from lowbit.quant.kernels.decode_attention import Append, KVCache, append
+from lowbit.quant.kernels.decode_attention import AppendCall, KVCache, append
 from lowbit.quant.kernels.extension import EXTENSION, launch, reason_against_device
 from lowbit.quant.kernels.packed import PackedWeight, dequantize_packed, groups_per_chunk, scale_shift
 from lowbit.quant.kernels.problem import PackedCall, Problem, Rotary, check_alignment
@@ -48,10 +48,10 @@ def run(call: PackedCall, problem: Problem | None = None) -> Tensor:
     return row_norm.run(Rows(sums, activation=call.activation)) if active else sums
 
 
-def appended(qkv: Tensor, rotary: Rotary) -> Append:
+def appended(qkv: Tensor, rotary: Rotary) -> AppendCall:
     """The append of the heads `qkv` to the caches of `rotary`."""
     cache = KVCache(rotary.k_cache, rotary.v_cache)
-    return Append(qkv, rotary.positions, rotary.slots, rotary.cosines, rotary.sines, cache)
+    return AppendCall(qkv, rotary.positions, rotary.slots, rotary.cosines, rotary.sines, cache)
 
 
 def empty(weight: PackedWeight) -> Tensor:

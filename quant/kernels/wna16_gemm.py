@@ -39,7 +39,7 @@ SLAB_LAUNCH_US, SLAB_UNIT_US = 3.0, {4: 0.35, 8: 0.41}
 
 
 @dataclass(frozen=True)
-class Launch:
+class GemmCut:
     """A launch configuration.
 
     warpgroups  multiplying warpgroups per block, with 64 rows of W each
@@ -76,12 +76,12 @@ def beats_gemv(problem: Problem) -> bool:
 def estimated_us(problem: Problem) -> float:
     """Estimated microseconds for a weight of 8 bits per channel and 1 to 16 rows of x."""
     launch, unit, megabyte = CHANNEL_US
-    return launch + unit * cost_of(choose_launch(problem), problem) + megabyte * problem.n * problem.k / 1e6
+    return launch + unit * cost_of(choose_cut(problem), problem) + megabyte * problem.n * problem.k / 1e6
 
 
 def slabs_us(problem: Problem) -> float:
     """Estimated microseconds for more than 64 rows of x."""
-    return SLAB_LAUNCH_US + SLAB_UNIT_US[problem.bits] * cost_of(choose_launch(problem), problem)
+    return SLAB_LAUNCH_US + SLAB_UNIT_US[problem.bits] * cost_of(choose_cut(problem), problem)
 
 
 def warpgroups_for(m: int) -> tuple[int, ...]:
@@ -90,15 +90,15 @@ def warpgroups_for(m: int) -> tuple[int, ...]:
 
 
 @lru_cache(4096)
-def choose_launch(problem: Problem) -> Launch:
+def choose_cut(problem: Problem) -> GemmCut:
     """The launch for any shape: the one with the least cost on the fullest multiprocessor."""
     chunks = -(-problem.k // CHUNK_K)
     clusters = [c for c in range(1, len(CLUSTERS) + 1) if c == 1 or 2 * c <= chunks]
-    cuts = [Launch(w, c) for w in warpgroups_for(problem.m) for c in clusters]
+    cuts = [GemmCut(w, c) for w in warpgroups_for(problem.m) for c in clusters]
     return min(cuts, key=lambda launch: cost_of(launch, problem))
 
 
-def cost_of(launch: Launch, problem: Problem) -> float:
+def cost_of(launch: GemmCut, problem: Problem) -> float:
     """Cost in units of a chunk of one warpgroup: waves of blocks, chunks per block, and the final reduction."""
     groups = padded(problem.n, launch.warpgroups * ROWS) // (launch.warpgroups * ROWS)
     at_once = max(1, CLUSTERS[launch.cluster - 1] * problem.processors // CLUSTERS[0])
@@ -109,9 +109,9 @@ def cost_of(launch: Launch, problem: Problem) -> float:
     return waves * (chunks * (launch.warpgroups + SLAB_STEP) + launch.cluster * SLAB_SETTLE)
 
 
-def run(call: PackedCall, problem: Problem, cut: Launch | None = None) -> Tensor:
+def run(call: PackedCall, problem: Problem, cut: GemmCut | None = None) -> Tensor:
     """y of `call`, which problem.check has passed. ValueError if a tensor is not aligned to 16 bytes."""
     call = prepare(call, most_staged=0)
     y = call.empty()
-    launch_product("wna16_gemm", call, y, dependent=call.dependent, **vars(cut or choose_launch(problem)))
+    launch_product("wna16_gemm", call, y, dependent=call.dependent, **vars(cut or choose_cut(problem)))
     return y

@@ -28,7 +28,7 @@ CHANNEL_US = (1.7, 0.0301, 0.193)
 
 
 @dataclass(frozen=True)
-class Launch:
+class GemvCut:
     """A launch configuration.
 
     row_tiles  tiles of 16 rows that a warp multiplies per read of x
@@ -53,12 +53,12 @@ def reason_against(problem: Problem) -> str | None:
 
 
 @lru_cache(4096)
-def choose_launch(problem: Problem) -> Launch:
+def choose_cut(problem: Problem) -> GemvCut:
     """The launch for any shape: among those with one wave of blocks, the one whose warps finish first."""
     return min(cuts_of(problem), key=lambda launch: cost_of(launch, problem))
 
 
-def cuts_of(problem: Problem) -> list[Launch]:
+def cuts_of(problem: Problem) -> list[GemvCut]:
     """Launches with a single wave of blocks.
 
     With 128 registers per thread 16 warps fit on a multiprocessor, with 255 (more than 16 rows of x) 8. Two blocks
@@ -74,7 +74,7 @@ def cuts_of(problem: Problem) -> list[Launch]:
         cluster = 2 if clusters_exist and problem.m > 8 and chunks >= LONG_K and groups <= processors else 1
         blocks = -(-groups * cluster // processors)  # on the fullest multiprocessor
         most = max(1, min(MAX_WARPS, room // blocks, chunks // cluster))
-        cuts += [Launch(row_tiles, {1: 4, 2: 2}.get(warps, 1), warps, cluster) for warps in range(1, most + 1)]
+        cuts += [GemvCut(row_tiles, {1: 4, 2: 2}.get(warps, 1), warps, cluster) for warps in range(1, most + 1)]
     return cuts
 
 
@@ -86,7 +86,7 @@ def row_tiles_of(problem: Problem, tiles: int, chunks: int) -> tuple[int, ...]:
     return (1,) if problem.m <= 16 and one_wave and chunks < LONG_K else (2,)
 
 
-def cost_of(launch: Launch, problem: Problem) -> float:
+def cost_of(launch: GemvCut, problem: Problem) -> float:
     """The rounds of a warp times the cost of a tile: START, plus 1 for each warp on the multiprocessor."""
     groups = -(-problem.n // (TILE_ROWS * launch.row_tiles))
     rounds = -(-problem.k // (CHUNK_K * launch.k_warps * launch.cluster))
@@ -97,10 +97,10 @@ def cost_of(launch: Launch, problem: Problem) -> float:
 def estimated_us(problem: Problem) -> float:
     """Estimated microseconds for a weight of 8 bits per channel and 1 to 8 rows of x."""
     launch, unit, megabyte = CHANNEL_US
-    return launch + unit * cost_of(choose_launch(problem), problem) + megabyte * problem.n * problem.k / 1e6
+    return launch + unit * cost_of(choose_cut(problem), problem) + megabyte * problem.n * problem.k / 1e6
 
 
-def leaves_room(launch: Launch, problem: Problem) -> bool:
+def leaves_room(launch: GemvCut, problem: Problem) -> bool:
     """True if a launch without overlap may be faster: 4 bits, few rows, a wide weight with too few blocks."""
     groups = -(-problem.n // (TILE_ROWS * launch.row_tiles * launch.row_warps))
     warps = groups * launch.row_warps * launch.cluster
@@ -108,7 +108,7 @@ def leaves_room(launch: Launch, problem: Problem) -> bool:
     return problem.bits == 4 and problem.m <= FEW_ROWS and launch.k_warps == 1 and free > MOST_FREE
 
 
-def widened(launch: Launch, problem: Problem) -> Launch:
+def widened(launch: GemvCut, problem: Problem) -> GemvCut:
     """`launch` with blocks twice as wide, for 5 to 8 rows, fast memory and two warps along k. The sums are the same.
 
     More warps then find x in L1. QKV of Llama-2-7B at batch 8 on an H200: 1.871 ms per step, 1.909 otherwise.
@@ -124,11 +124,11 @@ def most_staged_bytes(capability: tuple[int, int] | None) -> int:
     return 96 << 10
 
 
-def run(call: PackedCall, problem: Problem, cut: Launch | None = None) -> Tensor:
+def run(call: PackedCall, problem: Problem, cut: GemvCut | None = None) -> Tensor:
     """y of `call`, which problem.check has passed. ValueError if a tensor is not aligned to 16 bytes."""
     fast = has_fast_memory(call.x.device)
     if cut is None:
-        cut = widened(choose_launch(problem), problem) if fast else choose_launch(problem)
+        cut = widened(choose_cut(problem), problem) if fast else choose_cut(problem)
     call = prepare(call, most_staged_bytes(problem.capability) * cut.cluster)
     y = call.empty()
     dependent = call.dependent and not (fast and leaves_room(cut, problem))

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from lowbit.export.dialects import FORMATS
-from lowbit.export.engines.engine import Layer
-from lowbit.export.engines.table import ENGINES, MACHINES, layers_of, reason_against_parallel
+from lowbit.export.engines.engine import FusedLinear
+from lowbit.export.engines.table import ENGINES, MACHINES, fused_linears, reason_against_parallel
 from lowbit.export.engines.transformers import TRANSFORMERS
 from lowbit.quant.scheme import parse_scheme
 
@@ -69,7 +69,7 @@ W4 = parse_scheme("int4-g128")
     ],
 )
 def test_which_kernel_takes_a_layer(fmt, text, n, k, capability, engine, kernel):
-    chosen, reasons = ENGINES[engine].choose(Layer(FORMATS[fmt], parse_scheme(text), n, k), capability)
+    chosen, reasons = ENGINES[engine].choose(FusedLinear(FORMATS[fmt], parse_scheme(text), n, k), capability)
     assert chosen == kernel
     assert all(reasons.values())
     if kernel is None:
@@ -92,13 +92,13 @@ def test_rules_are_those_of_the_versions_that_we_test_with():
 def test_some_kernel_of_transformers_takes_a_format_s_usual_scheme(fmt):
     usual = (W4, *map(parse_scheme, ("uint4-g128", "fp8-block", "nvfp4")))
     scheme = next(each for each in usual if fmt.reason_against(each) is None)
-    kernel, _ = TRANSFORMERS.choose(Layer(fmt, scheme, 4096, 4096), None)
+    kernel, _ = TRANSFORMERS.choose(FusedLinear(fmt, scheme, 4096, 4096), None)
     assert (kernel is None) == (fmt.name == "modelopt")
 
 
 def test_what_is_fused_is_one_layer():
     shapes = {"m.q_proj": (64, 32), "m.k_proj": (16, 32), "m.o_proj": (32, 64), "m.experts.0.w1": (8, 32)}
-    layers = layers_of(FORMATS[CT], dict.fromkeys(shapes, W4), shapes)
+    layers = fused_linears(FORMATS[CT], dict.fromkeys(shapes, W4), shapes)
     assert [(layer.n, layer.k) for layer in layers.values()] == [(80, 32), (32, 64), (8, 32)]
 
 

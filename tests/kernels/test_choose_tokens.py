@@ -7,19 +7,19 @@ import torch
 from torch import Tensor
 
 from lowbit.quant.kernels import ops
-from lowbit.quant.kernels.choose_tokens import MAX_BLOCKS, Choice, Cursor, Noise, choose_blocks, mix, perturbed
+from lowbit.quant.kernels.choose_tokens import MAX_BLOCKS, ChoiceCall, Cursor, Noise, choose_blocks, mix, perturbed
 from tests.kernels.make import opcheck
 
 NAN, INF = float("nan"), float("inf")
 LAST = 9
 
 
-def make_choice(scores: Tensor, moves: bool = True) -> Choice:
+def make_choice(scores: Tensor, moves: bool = True) -> ChoiceCall:
     """A choice among these scores, rows at positions 0, 1, ... of sequences a hundred slots apart."""
     m, device = len(scores), scores.device
     positions = torch.arange(m, device=device)
     cursor = Cursor(positions, positions * 101, LAST) if moves else None
-    return Choice(scores, torch.full((m,), -1, device=device), torch.arange(m, device=device) + 5, cursor)
+    return ChoiceCall(scores, torch.full((m,), -1, device=device), torch.arange(m, device=device) + 5, cursor)
 
 
 def awkward_scores(n: int) -> Tensor:
@@ -83,7 +83,7 @@ def test_the_hash_is_splitmix64s():
     assert [value % 2**64 for value in mix(values).tolist()] == [splitmix(value % 2**64) for value in values.tolist()]
 
 
-def noisy(call: Choice) -> Choice:
+def noisy(call: ChoiceCall) -> ChoiceCall:
     """Every third row without a temperature."""
     m, device = len(call.scores), call.scores.device
     temperature = 0.4 * (torch.arange(m, device=device) % 3).float()

@@ -11,8 +11,8 @@ from lowbit.quant.kernels.decode_attention import (
     MAX_SPLITS,
     PLAIN_BYTES,
     SHORT,
-    Append,
-    Attention,
+    AppendCall,
+    AttentionCall,
     KVCache,
     append_reference,
     attend_reference,
@@ -35,7 +35,7 @@ def make_cache(slots: int, kv_heads: int, head_dim: int, dtype: torch.dtype, int
     return KVCache(k, v, *(torch.zeros(slots, kv_heads, dtype=dtype, device=device) for _ in range(2)))
 
 
-def make_append(shape, positions: list[int], dtype: torch.dtype, int8: bool, device: str = "cpu") -> Append:
+def make_append(shape, positions: list[int], dtype: torch.dtype, int8: bool, device: str = "cpu") -> AppendCall:
     """Random heads for one token of each of several sequences; the rest of the cache is random too."""
     heads, kv_heads, head_dim = shape
     m, context = len(positions), max(*positions, CONTEXT) + 1
@@ -51,11 +51,13 @@ def make_append(shape, positions: list[int], dtype: torch.dtype, int8: bool, dev
     qkv = torch.randn(m, (heads + 2 * kv_heads) * head_dim).to(device, dtype)
     slots = where + torch.arange(m, device=device) * context
     q_norm, k_norm = (torch.rand(head_dim).to(device, dtype) + 0.5 for _ in range(2))
-    return Append(qkv, where, slots, angles.cos().to(device), angles.sin().to(device), cache, q_norm, k_norm, 1e-6)
+    return AppendCall(qkv, where, slots, angles.cos().to(device), angles.sin().to(device), cache, q_norm, k_norm, 1e-6)
 
 
-def attention_of(call: Append, q: Tensor, **settings) -> Attention:
-    return Attention(q, call.cache, call.slots - call.positions, call.positions, call.cache.head_dim**-0.5, **settings)
+def attention_of(call: AppendCall, q: Tensor, **settings) -> AttentionCall:
+    return AttentionCall(
+        q, call.cache, call.slots - call.positions, call.positions, call.cache.head_dim**-0.5, **settings
+    )
 
 
 @pytest.mark.parametrize("window", [0, 5])
@@ -201,7 +203,9 @@ def test_the_bytes_of_a_cache_are_those_of_its_longest_sequence():
 def test_operators_pass_opcheck():
     call = make_append((2, 2, 16), [7, 9], torch.float32, int8=True)
     opcheck(ops.append_heads, replace(call, k_norm=None))
-    attention = Attention(torch.randn(2, 32), call.cache, call.slots - call.positions, call.positions, 0.25, 4, 0.0, 64)
+    attention = AttentionCall(
+        torch.randn(2, 32), call.cache, call.slots - call.positions, call.positions, 0.25, 4, 0.0, 64
+    )
     opcheck(ops.attend, attention)
 
 
@@ -233,14 +237,14 @@ def test_kernels_compute_the_reference(shape, dtype, int8):
         assert torch.equal(got, again)
 
 
-def in_float32(call: Attention) -> Attention:
+def in_float32(call: AttentionCall) -> AttentionCall:
     """The same attention with the cache's values as float32: what its codes stand for."""
     cache = call.cache
     k, v = loaded(cache.k, cache.k_scales), loaded(cache.v, cache.v_scales)
     return replace(call, q=call.q.float(), cache=KVCache(k, v))
 
 
-def check_append(call: Append, q: Tensor, reference: Append, dtype: torch.dtype) -> None:
+def check_append(call: AppendCall, q: Tensor, reference: AppendCall, dtype: torch.dtype) -> None:
     """q and the cache after the kernel are the reference's to one rounding; int8 codes to one step."""
     if reference.qkv.dtype == torch.float32:
         cache = KVCache(reference.cache.k.float(), reference.cache.v.float())

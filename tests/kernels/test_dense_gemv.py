@@ -11,7 +11,7 @@ from lowbit.quant.kernels import dense_gemv, extension, ops, ring
 from lowbit.quant.kernels.dense import DenseCall
 from lowbit.quant.kernels.problem import Problem
 from lowbit.quant.kernels.registry import choose_kernel
-from lowbit.quant.kernels.ring import Launch
+from lowbit.quant.kernels.ring import RingCut
 from tests.kernels.make import (
     assert_close_as_half,
     assert_dependence_changes_nothing,
@@ -25,11 +25,11 @@ from tests.kernels.make import (
 ROWS = [1, 2, 7, 8, 9, 16, 17, 33, 64]
 DTYPES = [torch.float16, torch.bfloat16]
 BLOCK_BYTES = 227 << 10  # of shared memory, at most
-CUTS = [Launch(w, c, stages) for w in dense_gemv.WARPGROUPS for c in (1, 2, 3, 8) for stages in (2, 5)]
+CUTS = [RingCut(w, c, stages) for w in dense_gemv.WARPGROUPS for c in (1, 2, 3, 8) for stages in (2, 5)]
 ON_H100 = Problem(1, 4096, 4096, 16, -1, torch.bfloat16, "cuda", (9, 0), 132)
 
 
-def shared_bytes(launch: Launch, m: int) -> int:
+def shared_bytes(launch: RingCut, m: int) -> int:
     """A block's shared memory in csrc/ring.cuh: ring, barriers, scales of x, and room to align; the sums fit in the
     ring."""
     rows, columns = 64 * launch.warpgroups, next(c for c in (8, 16, 32, 64) if c >= m)
@@ -42,7 +42,7 @@ def shared_bytes(launch: Launch, m: int) -> int:
 @pytest.mark.parametrize("processors", [78, 114, 132])
 @pytest.mark.parametrize(("n", "k"), [(1, 8), (1000, 96), (4096, 4096), (5120, 13824), (50257, 768), (151936, 4096)])
 def test_launches_are_possible(m: int, n: int, k: int, processors: int) -> None:
-    chosen = dense_gemv.choose_launch(replace(ON_H100, m=m, n=n, k=k, processors=processors))
+    chosen = dense_gemv.choose_cut(replace(ON_H100, m=m, n=n, k=k, processors=processors))
     for launch in (chosen, *ring.cuts_of(m, n, 2 * k, processors)):
         assert launch.warpgroups in dense_gemv.WARPGROUPS
         assert launch.cluster <= -(-2 * k // ring.CHUNK_BYTES)
@@ -131,7 +131,7 @@ def test_opcheck(device: str, m: int) -> None:
         opcheck(ops.dense_linear, DenseCall(*args))
 
 
-def check_product(m: int, n: int, k: int, dtype: torch.dtype = torch.bfloat16, launch: Launch | None = None) -> None:
+def check_product(m: int, n: int, k: int, dtype: torch.dtype = torch.bfloat16, launch: RingCut | None = None) -> None:
     """The product alone, with outliers, against float64 and torch's own."""
     call = DenseCall(make_x(m, k, dtype, "cuda", outliers=True), make_x(n, k, dtype, "cuda") * 0.05)
     assert dense_gemv.reason_against_memory(call) is None

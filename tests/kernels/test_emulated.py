@@ -33,8 +33,8 @@ from lowbit.quant.kernels import (
     wna16_gemm,
     wna16_gemv,
 )
-from lowbit.quant.kernels.choose_tokens import Choice, Cursor, Noise
-from lowbit.quant.kernels.decode_attention import Append, Attention, KVCache
+from lowbit.quant.kernels.choose_tokens import ChoiceCall, Cursor, Noise
+from lowbit.quant.kernels.decode_attention import AppendCall, AttentionCall, KVCache
 from lowbit.quant.kernels.dense import DenseCall
 from lowbit.quant.kernels.packed import PackedWeight
 from lowbit.quant.kernels.problem import (
@@ -138,9 +138,11 @@ def assert_next_norm(y: Tensor, norm: NextNorm) -> None:
 def random_launch(pick: random.Random, kernel: ModuleType, m: int) -> Any:
     """Any cut that the kernel has code for, of more blocks than there are chunks too."""
     if kernel is wna16_gemm:
-        return wna16_gemm.Launch(pick.choice(wna16_gemm.warpgroups_for(m)), pick.randint(1, 8))
+        return wna16_gemm.GemmCut(pick.choice(wna16_gemm.warpgroups_for(m)), pick.randint(1, 8))
     row_warps = pick.choice([1, 2, 4])
-    return wna16_gemv.Launch(pick.choice([1, 2]), row_warps, pick.randint(1, 8 // row_warps), pick.choice([1, 2, 3, 4]))
+    return wna16_gemv.GemvCut(
+        pick.choice([1, 2]), row_warps, pick.randint(1, 8 // row_warps), pick.choice([1, 2, 3, 4])
+    )
 
 
 def launched(gpu: Gpu, kernel: ModuleType, call: PackedCall, launch: Any) -> Tensor:
@@ -197,7 +199,7 @@ def cuts_of(kernel: ModuleType, n: int, k: int) -> list[tuple[int, Any]]:
         for processors in (1, 4, 16, 40, 78, 132):
             if m <= ROWS[kernel][-1][1]:
                 problem = Problem(m, n, k, 4, 128, torch.float16, "cuda", (9, 0), processors)
-                cuts[kernel.choose_launch(problem), m > 8, m > 64] = m
+                cuts[kernel.choose_cut(problem), m > 8, m > 64] = m
     return [(m, launch) for (launch, *_), m in cuts.items()]
 
 
@@ -213,7 +215,7 @@ def check_cuts_of_products(gpu: Gpu, kernel_name: str) -> None:
 
 def check_schedules(gpu: Gpu) -> None:
     pick = random.Random(0)
-    for kernel, launch in ((wna16_gemv, wna16_gemv.Launch(1, 1, 5, 3)), (wna16_gemm, wna16_gemm.Launch(2, 5))):
+    for kernel, launch in ((wna16_gemv, wna16_gemv.GemvCut(1, 1, 5, 3)), (wna16_gemm, wna16_gemm.GemmCut(2, 5))):
         call = PackedCall(
             torch.randn(7, 1536).half(), random_weight(pick, 136, 1536, 4, torch.float16, 16), dependent=True
         )
@@ -236,7 +238,7 @@ def check_overflow(gpu: Gpu) -> None:
         norm = NextNorm(torch.full((64,), 3, dtype=dtype), torch.empty_like(residual), torch.empty(1, 64 // PART))
         call = gpu.put(PackedCall(torch.zeros(1, 128, dtype=dtype), weight, residual=residual, next_norm=norm))
         gpu.start(seed, dtype)
-        y = launched(gpu, wna16_gemv, call, wna16_gemv.Launch(1, 1, 1, 1))
+        y = launched(gpu, wna16_gemv, call, wna16_gemv.GemvCut(1, 1, 1, 1))
         assert torch.equal(y.nan_to_num(1), residual.nan_to_num(1))
         expected = torch.tensor([most, -most, torch.inf, torch.nan]).repeat(16)[None]
         assert torch.allclose(call.next_norm.z.float(), expected, equal_nan=True)
@@ -308,7 +310,7 @@ def check_rows(gpu: Gpu, seeds: range) -> None:
         assert turned.float().mean() < 0.2
 
 
-def random_choice(pick: random.Random) -> Choice:
+def random_choice(pick: random.Random) -> ChoiceCall:
     """Scores of which many are equal, some infinite or NaN; rows before, at and past the last position."""
     m, n = pick.choice([1, 1, 2, 5]), pick.choice([1, 31, 1000, 20_000, 70_000])
     scores = torch.randn(m, n) if pick.random() < 0.3 else torch.randint(-2, 3, (m, n)).float() * -0.5
@@ -320,7 +322,7 @@ def random_choice(pick: random.Random) -> Choice:
     noise = None
     if pick.random() < 0.4 and scores.isfinite().all():
         noise = Noise(torch.rand(m) * torch.randint(0, 2, (m,)), torch.randint(-(2**63), 2**63 - 1, (m,)))
-    return Choice(scores, tokens, written, cursor, noise, pick.random() < 0.7)
+    return ChoiceCall(scores, tokens, written, cursor, noise, pick.random() < 0.7)
 
 
 def check_choices(gpu: Gpu, seeds: range) -> None:
@@ -363,7 +365,7 @@ def check_int8_products(gpu: Gpu, seeds: range) -> None:
         torch.manual_seed(seed)
         pick = random.Random(seed)
         call = gpu.put(random_int8_call(pick))
-        launch = ring.Launch(pick.choice(w8a8_gemm.WARPGROUPS), pick.choice([1, 2, 3, 8]), pick.choice([1, 2, 4]))
+        launch = ring.RingCut(pick.choice(w8a8_gemm.WARPGROUPS), pick.choice([1, 2, 3, 8]), pick.choice([1, 2, 4]))
         gpu.start(seed, (call.y_shape, call.weight.k, call.dtype, launch))
         gpu.late(call.x, call.x_scales, call.residual)
         with gpu:
@@ -408,7 +410,7 @@ def exact(call: DenseCall) -> Tensor:
     return dense.reference(replace(call, **floats))
 
 
-def launched_dense(gpu: Gpu, call: DenseCall, launch: ring.Launch) -> Tensor:
+def launched_dense(gpu: Gpu, call: DenseCall, launch: ring.RingCut) -> Tensor:
     call.check()
     gpu.late(call.x, call.bias, call.residual, call.deferred and call.deferred.squares)
     with gpu:
@@ -420,7 +422,7 @@ def check_dense_products(gpu: Gpu, seeds: range) -> None:
         torch.manual_seed(seed)
         pick = random.Random(seed)
         call = random_dense_call(pick, gpu)
-        launch = ring.Launch(pick.choice(dense_gemv.WARPGROUPS), pick.choice([1, 2, 3, 8]), pick.choice([1, 2, 4]))
+        launch = ring.RingCut(pick.choice(dense_gemv.WARPGROUPS), pick.choice([1, 2, 3, 8]), pick.choice([1, 2, 4]))
         gpu.start(seed, (call.y_shape, call.weight.shape, call.x.stride(), call.activation, call.x.dtype, launch))
         assert dense_gemv.reason_against_memory(call) is None
         assert_close(launched_dense(gpu, call, launch), exact(call), call.x.dtype)
@@ -450,7 +452,7 @@ def random_cache(pick: random.Random, slots: int, dtype: torch.dtype) -> KVCache
     return KVCache(*(random_bytes(*shape) for _ in range(2)), *scales)
 
 
-def random_append(pick: random.Random) -> tuple[Append, Tensor]:
+def random_append(pick: random.Random) -> tuple[AppendCall, Tensor]:
     """New tokens, of one sequence or of several, and the slot of position 0 of each one's sequence."""
     dtype, m, context = pick.choice(HALVES), pick.choice([1, 2, 3, 5]), pick.choice([6, 17, 70, 300])
     if pick.random() < 0.5:
@@ -464,14 +466,14 @@ def random_append(pick: random.Random) -> tuple[Append, Tensor]:
     norms = [(torch.rand(cache.head_dim) + 0.5).to(dtype) if pick.random() < 0.5 else None for _ in range(2)]
     qkv = torch.randn(m, heads * cache.head_dim).to(dtype)
     tail = (cache, *norms, 1e-6, pick.random() < 0.6)
-    return Append(qkv, positions, positions + starts, angles.cos(), angles.sin(), *tail), starts
+    return AppendCall(qkv, positions, positions + starts, angles.cos(), angles.sin(), *tail), starts
 
 
 def parts_of(cache: KVCache) -> list[Tensor]:
     return [part for part in vars(cache).values() if part is not None]
 
 
-def check_append(gpu: Gpu, call: Append) -> None:
+def check_append(gpu: Gpu, call: AppendCall) -> None:
     """q and the cache, which the call changes, are the reference's."""
     copies = {name: part if part is None else part.clone() for name, part in vars(call.cache).items()}
     wanted = replace(call, cache=KVCache(**copies))
@@ -501,7 +503,7 @@ def check_attention(gpu: Gpu, seeds: range) -> None:
         q = torch.randn(len(starts), append.heads * cache.head_dim).to(append.qkv.dtype)
         window, softcap = pick.choice([0, 0, 1, 5, 33]), pick.choice([0.0, 0.0, 3.0])
         options = (cache.head_dim**-0.5, window, softcap, 0, append.dependent)
-        call = Attention(gpu.put(q), cache, gpu.put(starts), positions, *options)
+        call = AttentionCall(gpu.put(q), cache, gpu.put(starts), positions, *options)
         wanted = decode_attention.attend_reference(call)
         hide_unseen(call)
         gpu.late(call.q, *(part[slot] for part in parts_of(cache) for slot in append.slots.tolist()))
@@ -510,7 +512,7 @@ def check_attention(gpu: Gpu, seeds: range) -> None:
         assert_close(out, wanted, out.dtype, 8)
 
 
-def hide_unseen(call: Attention) -> None:
+def hide_unseen(call: AttentionCall) -> None:
     """Fills what no token of `call` may see with ones: NaN, but for codes."""
     seen = torch.zeros(len(call.cache.k), dtype=torch.bool)
     for start, position in zip(call.starts.tolist(), call.positions.tolist(), strict=True):

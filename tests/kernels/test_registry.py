@@ -12,7 +12,7 @@ from lowbit.quant.kernels.describe import EXAMPLES, describe_examples, describe_
 from lowbit.quant.kernels.extension import reason_against_capability
 from lowbit.quant.kernels.problem import Problem
 from lowbit.quant.kernels.registry import KERNELS, choose_kernel
-from lowbit.quant.kernels.wna16_gemv import MAX_WARPS, choose_launch, most_staged_bytes
+from lowbit.quant.kernels.wna16_gemv import MAX_WARPS, choose_cut, most_staged_bytes
 
 ON_CPU = Problem(1, 4096, 4096, 4, 128, torch.float16, "cpu")
 ON_H100 = replace(ON_CPU, device="cuda", capability=(9, 0), processors=132)
@@ -64,10 +64,10 @@ def test_built_architectures(capability, architectures, runs) -> None:
 @pytest.mark.parametrize(("n", "k"), [(16, 32), (1000, 96), (4096, 4096), (4096, 14336), (5120, 13824), (57344, 8192)])
 @pytest.mark.parametrize("bits", [4, 8])
 def test_launches_are_possible(m: int, n: int, k: int, bits: int) -> None:
-    launch = choose_launch(replace(ON_H100, m=m, n=n, k=k, bits=bits))
+    launch = choose_cut(replace(ON_H100, m=m, n=n, k=k, bits=bits))
     assert 1 <= launch.row_warps * launch.k_warps <= MAX_WARPS
     assert launch.k_warps * launch.cluster <= max(1, -(-k // 128))
-    assert choose_launch(replace(ON_H100, m=m, n=n, k=k, bits=bits, capability=(8, 0))).cluster == 1
+    assert choose_cut(replace(ON_H100, m=m, n=n, k=k, bits=bits, capability=(8, 0))).cluster == 1
 
 
 def test_every_example_names_its_kernel() -> None:

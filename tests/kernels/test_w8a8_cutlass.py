@@ -8,7 +8,7 @@ import torch
 from lowbit.quant.kernels import ops
 from lowbit.quant.kernels.problem import Problem
 from lowbit.quant.kernels.w8a8 import Int8Call, Int8Weight
-from lowbit.quant.kernels.w8a8_cutlass import TILES, Launch, choose_launch, reason_against, run
+from lowbit.quant.kernels.w8a8_cutlass import TILES, CutlassCut, choose_cut, reason_against, run
 from tests.kernels.make import assert_devices_agree, make_int8_weight, make_x, on_cpu
 from tests.kernels.test_w8a8_gemm import random_codes
 
@@ -25,7 +25,7 @@ def test_what_it_leaves_to_others_is_said(monkeypatch: pytest.MonkeyPatch) -> No
 
 @pytest.mark.parametrize("m", [129, 512, 4096])
 def test_the_rule_knows_its_tiles(m: int) -> None:
-    assert choose_launch(replace(ON_H100, m=m)).tile < len(TILES)
+    assert choose_cut(replace(ON_H100, m=m)).tile < len(TILES)
 
 
 @pytest.mark.gpu
@@ -38,7 +38,7 @@ def test_sums_are_exact_integers(tile: int, swizzle: int) -> None:
             weight = Int8Weight(random_codes(n, k).remainder(3), torch.ones(n, device="cuda"))
             x = random_codes(m, k).remainder(5) - 2
             call = Int8Call(x, torch.ones(m, device="cuda"), weight, dtype=dtype)
-            y = run(call, call.problem(), Launch(tile, swizzle))
+            y = run(call, call.problem(), CutlassCut(tile, swizzle))
             assert torch.equal(y.double(), x.double() @ weight.codes.double().T)
 
 
@@ -53,5 +53,5 @@ def test_scales_bias_and_residual(tile: int, dtype: torch.dtype) -> None:
     for tail in ((None, None), (bias, None), (None, residual), (bias, residual)):
         call = Int8Call(codes, x_scales, weight, *tail, dtype)
         expected = ops.w8a8_linear(on_cpu(call))
-        assert_devices_agree(run(call, call.problem(), Launch(tile, 1)), expected)
+        assert_devices_agree(run(call, call.problem(), CutlassCut(tile, 1)), expected)
         assert_devices_agree(ops.w8a8_linear(call), expected)

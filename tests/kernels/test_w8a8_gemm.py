@@ -10,9 +10,9 @@ from torch import Tensor
 from lowbit.quant.kernels import extension, ops, ring, w8a8_gemm
 from lowbit.quant.kernels.problem import Problem
 from lowbit.quant.kernels.registry import choose_kernel
-from lowbit.quant.kernels.ring import Launch
+from lowbit.quant.kernels.ring import RingCut
 from lowbit.quant.kernels.w8a8 import Int8Call, Int8Weight
-from lowbit.quant.kernels.w8a8_gemm import choose_launch, run
+from lowbit.quant.kernels.w8a8_gemm import choose_cut, run
 from tests.kernels.make import (
     assert_dependence_changes_nothing,
     assert_devices_agree,
@@ -25,11 +25,11 @@ from tests.kernels.make import (
 
 ROWS = [1, 2, 7, 8, 9, 16, 17, 33, 64, 100, 128, 255]
 BLOCK_BYTES = 227 << 10  # of shared memory, at most
-CUTS = [Launch(w, c, stages) for w in w8a8_gemm.WARPGROUPS for c in ring.CLUSTERS for stages in (2, 4)]
+CUTS = [RingCut(w, c, stages) for w in w8a8_gemm.WARPGROUPS for c in ring.CLUSTERS for stages in (2, 4)]
 ON_H100 = Problem(1, 4096, 4096, 8, -1, torch.float16, "cuda", (9, 0), 132, int8_inputs=True)
 
 
-def shared_bytes(launch: Launch, m: int) -> int:
+def shared_bytes(launch: RingCut, m: int) -> int:
     """A block's shared memory in csrc/ring.cuh: ring, barriers, scales, and room to align; sums fit in the ring."""
     rows, columns = 64 * launch.warpgroups, next(c for c in (8, 16, 32, 64, 128) if c >= min(m, 128))
     stage = (rows + columns) * 128
@@ -41,7 +41,7 @@ def shared_bytes(launch: Launch, m: int) -> int:
 @pytest.mark.parametrize("processors", [78, 114, 132])
 @pytest.mark.parametrize(("n", "k"), [(16, 32), (1000, 96), (4096, 4096), (4096, 14336), (5120, 13824), (57344, 8192)])
 def test_launches_are_possible(m: int, n: int, k: int, processors: int) -> None:
-    launch = choose_launch(replace(ON_H100, m=m, n=n, k=k, processors=processors))
+    launch = choose_cut(replace(ON_H100, m=m, n=n, k=k, processors=processors))
     assert launch.warpgroups in w8a8_gemm.WARPGROUPS
     assert launch.cluster <= -(-k // ring.CHUNK_BYTES)
     assert launch.stages >= 1
@@ -78,7 +78,7 @@ def random_codes(*shape: int, device: str = "cuda") -> Tensor:
     return torch.randint(-128, 128, shape, dtype=torch.int8, device=device)
 
 
-def check_sums(m: int, n: int, k: int, launch: Launch | None = None) -> None:
+def check_sums(m: int, n: int, k: int, launch: RingCut | None = None) -> None:
     """Every bit of the sums, which float32 holds: scales of 1, and inputs over the whole range."""
     weight = Int8Weight(random_codes(n, k), torch.ones(n, device="cuda"))
     x = random_codes(m, k).clamp(min=-127)

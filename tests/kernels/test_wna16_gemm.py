@@ -10,9 +10,9 @@ from lowbit.quant.kernels.packed import PackedWeight
 from lowbit.quant.kernels.problem import PackedCall, Problem
 from lowbit.quant.kernels.wna16_gemm import (
     CLUSTERS,
-    Launch,
+    GemmCut,
     beats_gemv,
-    choose_launch,
+    choose_cut,
     cost_of,
     reason_against,
     run,
@@ -48,11 +48,11 @@ def test_few_rows_of_8_bits_per_channel_are_taken_where_the_other_kernel_leaves_
 @pytest.mark.parametrize(("n", "k"), [(16, 32), (1000, 96), (4096, 4096), (4096, 14336), (5120, 13824), (57344, 8192)])
 def test_the_cheapest_cut_is_chosen(m: int, n: int, k: int) -> None:
     problem = replace(ON_H100, m=m, n=n, k=k)
-    launch = choose_launch(problem)
+    launch = choose_cut(problem)
     assert 1 <= launch.cluster <= len(CLUSTERS)
     assert launch.cluster == 1 or 2 * launch.cluster <= -(-k // 128)
     assert launch.warpgroups in warpgroups_for(m)
-    assert all(cost_of(launch, problem) <= cost_of(Launch(w, 1), problem) for w in warpgroups_for(m))
+    assert all(cost_of(launch, problem) <= cost_of(GemmCut(w, 1), problem) for w in warpgroups_for(m))
 
 
 def test_the_rows_of_which_a_weight_is_better_written_out_dense_have_a_beginning() -> None:
@@ -64,11 +64,11 @@ def test_the_rows_of_which_a_weight_is_better_written_out_dense_have_a_beginning
 
 
 def test_a_matrix_of_few_rows_is_cut_over_k() -> None:
-    assert choose_launch(replace(ON_H100, n=4096)).cluster > 1
-    assert choose_launch(replace(ON_H100, n=57344)).cluster == 1
+    assert choose_cut(replace(ON_H100, n=4096)).cluster > 1
+    assert choose_cut(replace(ON_H100, n=57344)).cluster == 1
 
 
-def check_product(m: int, weight: PackedWeight, launch: Launch | None = None, outliers: bool = False) -> None:
+def check_product(m: int, weight: PackedWeight, launch: GemmCut | None = None, outliers: bool = False) -> None:
     x = make_x(m, weight.k, weight.dtype, "cuda", outliers)
     call = PackedCall(x, weight)
     dense = reference.dequantize_packed(weight)
@@ -107,7 +107,7 @@ def test_every_cut_of_the_work(m: int, warpgroups: int) -> None:
         weights += [make_packed(456, k, 8, group_size, device="cuda") for group_size in (32, -1)]
         for cluster in range(1, 9):
             for weight in weights:
-                check_product(m, weight, Launch(warpgroups, cluster))
+                check_product(m, weight, GemmCut(warpgroups, cluster))
 
 
 @pytest.mark.gpu
@@ -147,8 +147,8 @@ def test_gated_and_rotated(m: int, dtype: torch.dtype) -> None:
 @pytest.mark.gpu
 @hopper
 @pytest.mark.parametrize("m", [48, 300])
-@pytest.mark.parametrize("launch", [Launch(3, 1), Launch(3, 5), Launch(2, 8)])
-def test_the_same_bits_every_time(m: int, launch: Launch) -> None:
+@pytest.mark.parametrize("launch", [GemmCut(3, 1), GemmCut(3, 5), GemmCut(2, 8)])
+def test_the_same_bits_every_time(m: int, launch: GemmCut) -> None:
     weight, x = make_packed(512, 8192, device="cuda"), make_x(m, 8192, torch.float16, "cuda")
     call = PackedCall(x, weight)
     first = run(call, call.problem(), launch)

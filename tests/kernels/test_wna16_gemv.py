@@ -12,7 +12,7 @@ from lowbit.quant.kernels.packed import PackedWeight
 from lowbit.quant.kernels.problem import PackedCall, Problem, has_fast_memory
 from lowbit.quant.kernels.registry import choose_kernel
 from lowbit.quant.kernels.wna16_args import NEXT_BYTES, prepare
-from lowbit.quant.kernels.wna16_gemv import Launch, choose_launch, leaves_room, run, widened
+from lowbit.quant.kernels.wna16_gemv import GemvCut, choose_cut, leaves_room, run, widened
 from tests.kernels.make import (
     assert_close_as_half,
     assert_dependence_changes_nothing,
@@ -31,7 +31,7 @@ DTYPES = [torch.float16, torch.bfloat16]
 
 def test_few_rows_get_the_fused_kernel_where_it_was_built() -> None:
     problem = Problem(1, 4096, 4096, 4, 128, torch.float16, "cuda", (9, 0), 132)
-    launch = choose_launch(problem)
+    launch = choose_cut(problem)
     assert launch.k_warps * launch.row_warps <= 8
     assert choose_kernel(replace(problem, device="cpu", capability=None)).name == "reference"
 
@@ -40,17 +40,17 @@ def test_few_rows_get_the_fused_kernel_where_it_was_built() -> None:
 def test_of_named_models_one_product_leaves_room_for_the_next_ones_blocks(m: int) -> None:
     shapes = [(12288, 4096), (4096, 4096), (22016, 4096), (4096, 11008), (28672, 4096), (27648, 5120), (27392, 4096)]
     problems = [Problem(m, n, k, 4, 128, torch.float16, "cuda", (9, 0), 132) for n, k in shapes]
-    assert [(p.n, p.k) for p in problems if leaves_room(choose_launch(p), p)] == [(22016, 4096)]
+    assert [(p.n, p.k) for p in problems if leaves_room(choose_cut(p), p)] == [(22016, 4096)]
     wide = replace(problems[2], m=16), replace(problems[2], bits=8)
-    assert not any(leaves_room(choose_launch(p), p) for p in wide)
+    assert not any(leaves_room(choose_cut(p), p) for p in wide)
 
 
 def test_blocks_of_five_to_eight_rows_are_wider_where_two_warps_share_k() -> None:
     qkv = Problem(8, 12288, 4096, 4, 128, torch.float16, "cuda", (9, 0), 132)
-    assert widened(choose_launch(qkv), qkv) == Launch(1, 4, 2, 1)
+    assert widened(choose_cut(qkv), qkv) == GemvCut(1, 4, 2, 1)
     for other in ({"m": 4}, {"m": 9}, {"bits": 8}, {"n": 4096}):
         problem = replace(qkv, **other)
-        assert widened(choose_launch(problem), problem) == choose_launch(problem)
+        assert widened(choose_cut(problem), problem) == choose_cut(problem)
 
 
 @pytest.mark.parametrize(
@@ -79,7 +79,7 @@ def exact(call: PackedCall) -> Tensor:
     return call.x.double() @ dense.double().T
 
 
-def check_product(m: int, weight: PackedWeight, launch: Launch | None = None, outliers: bool = False) -> None:
+def check_product(m: int, weight: PackedWeight, launch: GemvCut | None = None, outliers: bool = False) -> None:
     x = make_x(m, weight.k, weight.dtype, "cuda", outliers)
     call = PackedCall(x, weight)
     y = run(call, call.problem(), launch)
@@ -116,7 +116,7 @@ def test_every_cut_of_the_work(m: int) -> None:
     for row_tiles in (1, 2):
         for row_warps, k_warps in ((1, 1), (1, 8), (4, 2), (8, 1)):
             for cluster in (1, 2, 3, 8):
-                check_product(m, weight, Launch(row_tiles, row_warps, k_warps, cluster))
+                check_product(m, weight, GemvCut(row_tiles, row_warps, k_warps, cluster))
 
 
 @pytest.mark.gpu
@@ -125,7 +125,7 @@ def test_every_cut_of_the_work(m: int) -> None:
 def test_a_long_share_is_asked_for_ahead_and_changes_nothing(m: int, bits: int, group_size: int) -> None:
     weight = make_packed(48, 8320, bits, group_size, device="cuda")
     call = PackedCall(make_x(m, 8320, torch.float16, "cuda"), weight)
-    plain, ahead = (run(replace(call, dependent=d), call.problem(), Launch(1, 1, 1, 1)) for d in (False, True))
+    plain, ahead = (run(replace(call, dependent=d), call.problem(), GemvCut(1, 1, 1, 1)) for d in (False, True))
     assert torch.equal(plain, ahead)
 
 
