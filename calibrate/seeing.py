@@ -18,8 +18,10 @@ from lowbit.calibrate.documents import ChatTemplate, Reading, Table, as_parts, c
 from lowbit.calibrate.pictures import NAMES, open_picture
 from lowbit.calibrate.tables import BadRow, Row
 from lowbit.errors import CheckpointError, DatasetError
+from lowbit.export.limits import Exceeded, limited
 from lowbit.export.untrusted import untrusted
 from lowbit.models.imagetext import ImageText
+from lowbit.models.source import PROCESSOR_LIMITS
 
 COLUMNS = ("images", "image")
 PLACE = "<image>"  # placeholder of LLaVA's datasets
@@ -73,11 +75,14 @@ class Viewer:
         # the template wrote BOS; the tokenizer must not add another
         begun = self.processor.tokenizer.bos_token
         plain = {"add_special_tokens": False} if begun and text.startswith(begun) else {}
+        name = "the checkpoint's processor"
         try:
-            with untrusted("the checkpoint's processor", "it cannot take this row"):
+            with untrusted(name, "it cannot take this row"), limited(name, *PROCESSOR_LIMITS):
                 made = self.processor(text=[text], images=[images] if images else None, return_tensors="pt", **plain)
                 tensors = {name: value for name, value in made.items() if isinstance(value, Tensor)}
                 marks = self._marks(tensors)
+        except Exceeded as error:  # as it would be with the next row
+            raise DatasetError(str(error)) from error
         except CheckpointError as error:
             raise BadRow(str(error)) from error
         if bool(marks.any()) != bool(images):

@@ -25,7 +25,8 @@ from lowbit.errors import CheckpointError, UsageError, nearest
 from lowbit.export.checkpoint import Checkpoint, open_checkpoint
 from lowbit.export.dialects import weight_files
 from lowbit.export.formats import FLOAT8
-from lowbit.export.plain import write_json
+from lowbit.export.limits import limited
+from lowbit.export.plain import read_json, write_json
 from lowbit.export.sharded import CONFIG_NAME
 from lowbit.export.snapshot import Snapshot, snapshot_at
 from lowbit.export.untrusted import untrusted
@@ -34,6 +35,9 @@ from lowbit.models.hub import download
 from lowbit.models.tokenids import require_small_ids
 
 EPSILONS = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_eps", "norm_epsilon", "layernorm_epsilon")
+PROCESSOR_LIMITS = (4 << 30, 60.0)  # bytes and seconds, to load a processor or for one sample
+PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
+MOST_PLACES = 1 << 16  # tokens of an image; large ones have thousands
 DEMO = "demo"
 HUB_FILES: tuple[str, ...] = (
     "*.json",
@@ -83,8 +87,10 @@ class Source:
     def processor(self) -> ProcessorMixin:
         """The model's processor of texts and images. CheckpointError if there is none."""
         what = "no processor that transformers can load, and images need one (text alone does not: --text-column)"
-        with untrusted(self.directory, what), self.checkpoint.companions() as companions:
+        limits = limited(f"{self.directory}: its processor", *PROCESSOR_LIMITS)
+        with untrusted(self.directory, what), limits, self.checkpoint.companions() as companions:
             require_small_ids(companions)
+            require_small_counts(companions)
             found = AutoProcessor.from_pretrained(companions, trust_remote_code=self.trust_remote_code)
             if not isinstance(found, ProcessorMixin) or not hasattr(found, "image_processor"):
                 raise TypeError(
@@ -212,6 +218,20 @@ def _without(value: Any, keys: frozenset[str]) -> Any:
     if isinstance(value, dict):
         return {key: _without(inner, keys) for key, inner in value.items() if key not in keys}
     return [_without(inner, keys) for inner in value] if isinstance(value, list) else value
+
+
+def require_small_counts(directory: Path) -> None:
+    """CheckpointError if a processor would put more than MOST_PLACES tokens in the place of an image.
+
+    Texts of gigabytes end the tokenizers library, and this process with it.
+    """
+    for path in (directory / name for name in PROCESSOR_FILES if (directory / name).exists()):
+        for key, value in read_json(path).items():
+            counts = isinstance(value, int) and not any(part in key for part in ("_id", "size", "edge", "pixels"))
+            if counts and value > MOST_PLACES:
+                raise CheckpointError(
+                    f"{path}: {key} is {value}, {MOST_PLACES} at most are expected: the file is damaged"
+                )
 
 
 def refuse_negative_epsilon(head: Path, config: Any) -> None:

@@ -22,7 +22,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from lowbit.api.quantizing import quantize
 from lowbit.calibrate.data import CalibrationSet, calibration_tokens
 from lowbit.calibrate.seeing import Viewer, marks_of
-from lowbit.errors import CheckpointError, DatasetError
+from lowbit.errors import CheckpointError, DatasetError, LowbitError
 from lowbit.models.imagetext import ImageText
 from lowbit.models.skeleton import open_skeleton
 from lowbit.models.source import Source, open_source
@@ -328,6 +328,26 @@ def test_a_processor_of_the_models_own_runs_by_the_flag_alone(models, tmp_path):
     with pytest.raises(CheckpointError, match="no processor that transformers can load"):
         read(open_source(str(plain)), rows_of(tmp_path), 2)
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"image_processor": {"size": {"height": 100_000, "width": 100_000}}}, "takes more than 4096 MiB or 60 s"),
+        ({"image_processor": {"size": {"shortest_edge": 10**9}}}, "takes more than 4096 MiB or 60 s"),
+        ({"num_additional_image_tokens": 10**9}, "num_additional_image_tokens is 1000000000, 65536 at most"),
+        ({"num_additional_image_tokens": -1000}, "its 1 images take the places of 0 tokens"),
+        ({"patch_size": 0}, "it cannot take this row .ZeroDivisionError"),
+    ],
+)
+def test_a_damaged_processor_takes_neither_memory_nor_time(models, tmp_path, fields, said):
+    plain = shutil.copytree(models["llava"], tmp_path / "plain")
+    config = json.loads((plain / "processor_config.json").read_text())
+    for key, value in fields.items():
+        config[key] = config[key] | value if isinstance(value, dict) else value
+    (plain / "processor_config.json").write_text(json.dumps(config))
+    with pytest.raises(LowbitError, match=said):
+        read(open_source(str(plain)), rows_of(tmp_path), 2)
 
 
 def bomb(size: int) -> bytes:

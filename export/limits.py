@@ -1,0 +1,70 @@
+"""Limits of memory and time for a library that computes in this process with numbers from an untrusted file."""
+
+import resource
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from lowbit.errors import CheckpointError
+
+NO_MEMORY = "can't allocate memory"  # in torch's RuntimeError
+
+
+class Exceeded(CheckpointError):
+    """Memory or time is used up."""
+
+
+class _TimeUp(BaseException):
+    """Processor time is used up; no handler of Exception catches it."""
+
+
+@contextmanager
+def limited(what: str, nbytes: int, seconds: float) -> Iterator[None]:
+    """A context with `nbytes` of memory more than now, and `seconds` of processor time.
+
+    Exceeded for more of either, with `what` in front. Time is limited in the main thread only, where signals
+    are delivered.
+    """
+    reason = f"{what} takes more than {nbytes >> 20} MiB or {seconds:g} s: sizes in its configuration are damaged"
+    try:
+        with _memory(nbytes), _time(seconds):
+            yield
+    except (MemoryError, _TimeUp) as error:
+        raise Exceeded(reason) from error
+    except RuntimeError as error:
+        if NO_MEMORY not in str(error):
+            raise
+        raise Exceeded(reason) from error
+
+
+@contextmanager
+def _memory(nbytes: int) -> Iterator[None]:
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    wanted = pages * resource.getpagesize() + nbytes
+    resource.setrlimit(resource.RLIMIT_AS, (wanted if soft == resource.RLIM_INFINITY else min(wanted, soft), hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
+@contextmanager
+def _time(seconds: float) -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(number: int, frame: Any) -> None:
+        raise _TimeUp
+
+    before = signal.signal(signal.SIGPROF, end)
+    try:
+        signal.setitimer(signal.ITIMER_PROF, seconds)
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, before)
