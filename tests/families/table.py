@@ -35,7 +35,7 @@ from lowbit.calibrate.pipeline import run
 from lowbit.calibrate.plan import Plan
 from lowbit.errors import LowbitError
 from lowbit.evaluation.backend import load_dense
-from lowbit.export.engines.transformers import NAME as TRANSFORMERS
+from lowbit.export.engines.transformers import TRANSFORMERS
 from lowbit.models.skeleton import open_skeleton
 from lowbit.models.source import open_source
 from lowbit.models.walk import Walk
@@ -175,7 +175,7 @@ def linears_cell(plan: Plan) -> str:
 def transformers_cell(source: Path, output: Path) -> str:
     """The result of loading the quantized model in transformers as the command says, or what the command says of it."""
     caveats = prepare(open_source(str(source)), complete_recipe(METHODS["int8"]), "cpu").caveats()
-    told = [text for text, engines in caveats.items() if TRANSFORMERS in engines]
+    told = [text for text, engines in caveats.items() if TRANSFORMERS.name in engines]
     dense = any("dequantize=True" in text for text in told)
     found = cell(lambda: loaded_cell(output, dense))
     if found != WORKS:
