@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from lowbit.ahead import ahead
 from lowbit.calibrate.block import BlockWork
 from lowbit.calibrate.data import CalibrationSet
 from lowbit.calibrate.job import Job
@@ -72,11 +73,16 @@ class DataFreeBlocks:
 
     def _linears(self, block: Block) -> Iterator[tuple[LinearSpec, Tensor]]:
         """Every linear of the block that has a scheme, and its weight on the job's device."""
-        for name, placement in block.tensors.items():
-            specs = [spec for spec in _linears_in(block, name, placement) if spec.name in self._job.plan.schemes]
-            value = checked(name, self._read(name, placement)) if specs else torch.empty(0)
-            for spec in specs:
-                yield spec, _cut(value, placement, spec).to(self._job.device)
+        schemes = self._job.plan.schemes
+        wanted = {
+            name: [spec for spec in _linears_in(block, name, placement) if spec.name in schemes]
+            for name, placement in block.tensors.items()
+        }
+        names = [name for name, specs in wanted.items() if specs]
+        values = ahead(lambda name: checked(name, self._read(name, block.tensors[name])), names)
+        for name, value in zip(names, values, strict=True):
+            for spec in wanted[name]:
+                yield spec, _cut(value, block.tensors[name], spec).to(self._job.device)
 
     def _largest(self, block: Block) -> dict[str, Tensor]:
         """The largest magnitude of weights whose scales share a parent, by `parent_set`; empty if no scales have

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from lowbit.ahead import Behind
 from lowbit.calibrate import ranks
 from lowbit.calibrate.blocks import BlockLoop, Blocks, DataFreeBlocks
 from lowbit.calibrate.data import CalibrationSet
@@ -56,9 +57,10 @@ def run(
     fmt = FORMATS[recipe.format]
     writer = RecordingWriter(CheckpointWriter(fmt, output, recipe.max_shard_size), job)
     outcomes = _outcomes(job, calibration, result, on_block, journal)
-    for block, outcome in zip(job.skeleton.blocks, outcomes, strict=True):
-        tell(Part(f"writing {block.name}"))
-        writer.add_block(block, outcome.weights, outcome.kept)
+    with Behind() as behind:  # a block is packed and written while the next one is quantized
+        for block, outcome in zip(job.skeleton.blocks, outcomes, strict=True):
+            tell(Part(f"writing {block.name}"))
+            behind(writer.add_block, block, outcome.weights, outcome.kept)
     tell(Step("writing what stays as it is", 0, None))
     writer.add_others()
     carry_along(job.source.checkpoint, output, with_code=job.source.trust_remote_code)

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from lowbit.ahead import WORKERS, ahead
 from lowbit.calibrate.job import Job
 from lowbit.errors import CheckpointError
 from lowbit.export.checkpoint import open_checkpoint
@@ -75,13 +76,15 @@ class RecordingWriter:
         """Read every tensor back and compare its digest. Returns the bytes of the weights on disk."""
         written = open_checkpoint(output, finished=False)
         logical = LogicalTensors(written)
-        for number, (name, meant) in enumerate(self._meant.items(), 1):
+
+        def found_in(name: str) -> str:
+            if name not in logical.schemes:
+                return _digest((written.read(name),))
+            return _digest_of(logical.qtensor(name))
+
+        checked = zip(self._meant.items(), ahead(found_in, self._meant, WORKERS), strict=True)
+        for number, ((name, meant), found) in enumerate(checked, 1):
             tell(Step("reading back what was written", number, len(self._meant)))
-            if name in logical.schemes:
-                weight = logical.qtensor(name)
-                found = _digest_of(weight)
-            else:
-                found = _digest((written.read(name),))
             if found != meant:
                 raise CheckpointError(f"{output}: {name} does not read back as it was written; the disk may be failing")
         return written.nbytes

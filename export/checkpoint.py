@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
+from lowbit.ahead import WORKERS, ahead
 from lowbit.errors import CheckpointError, Unfinished
 from lowbit.export.container import UNFINISHED, Container
 from lowbit.export.dialects import containers, sidecars, weight_files
@@ -195,7 +196,8 @@ def sha256_of(path: Path) -> str:
 def write_sums(directory: Path) -> None:
     """Write SHA256SUMS over every file of `directory`, in the format of `sha256sum -c`."""
     files = {str(path.relative_to(directory)): path for path in directory.rglob("*") if path.is_file()}
-    sums = {name: sha256_of(path) for name, path in files.items() if name != SUMS_NAME}
+    named = [name for name in files if name != SUMS_NAME]
+    sums = dict(zip(named, ahead(sha256_of, [files[name] for name in named], WORKERS), strict=True))
     _say_sums(directory, {name.removesuffix(UNFINISHED): digest for name, digest in sums.items()})
 
 

@@ -1,0 +1,101 @@
+"""Seconds per gigabyte of source of `lowbit.quantize(method="rtn")` on a CPU, stage by stage: what is not calibration.
+
+    python -m benchmarks.bench_rtn [--layers 16] [--repeats 3] [--commit HASH] [--output benchmarks/results/rtn.jsonl]
+
+A model of Llama-3.2-1B's shape with random bfloat16 weights, warm in the page cache; nothing is measured of its loss.
+One row: the run of the median wall time, with the wall time of each stage.
+"""
+
+import argparse
+import json
+import os
+import tempfile
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+import lowbit
+from benchmarks.bench_commands import cpu_name
+from lowbit.api.quantizing import BlockDone, Checked, Event, Stage
+from lowbit.progress import Step
+
+SHAPE: dict[str, Any] = {
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 32000,
+    "tie_word_embeddings": False,
+}
+
+
+def main() -> None:
+    args = parse()
+    with tempfile.TemporaryDirectory() as folder:
+        source = make_model(Path(folder) / "model", args.layers)
+        nbytes = sum(path.stat().st_size for path in source.glob("*.safetensors"))
+        runs = sorted((run(source, Path(folder) / "out") for _ in range(args.repeats)), key=lambda row: row["seconds"])
+    row = {"method": "rtn", "source_gb": round(nbytes / 1e9, 3)} | runs[len(runs) // 2]
+    row["seconds_per_gb"] = round(row["seconds"] / row["source_gb"], 2)
+    row |= {"gpu": None, "cpu": cpu_name(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
+    row |= {"torch": torch.__version__, "commit": args.commit, "date": datetime.now(UTC).strftime("%Y-%m-%d")}
+    print(json.dumps(row))
+    if args.output:
+        args.output.write_text(json.dumps(row) + "\n")
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--layers", type=int, default=16)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--commit", default="unknown")
+    parser.add_argument("--output", type=Path)
+    return parser.parse_args()
+
+
+def make_model(directory: Path, layers: int) -> Path:
+    """A checkpoint with random weights; its shards are in the page cache, as they were just written."""
+    config = transformers.LlamaConfig(**SHAPE, num_hidden_layers=layers)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model.save_pretrained(directory, max_shard_size="1GB")
+    return directory
+
+
+def run(source: Path, output: Path) -> dict[str, Any]:
+    """Wall and CPU time of a run, and wall time of each stage."""
+    stages: dict[str, float] = {}
+    now, last = "opening", time.monotonic()
+
+    def watch(event: Event) -> None:
+        nonlocal now, last
+        title = stage_of(event)
+        if title is not None and title != now:
+            stages[now] = stages.get(now, 0.0) + time.monotonic() - last
+            now, last = title, time.monotonic()
+
+    begun, cpu = time.monotonic(), time.process_time()
+    lowbit.quantize(source, output, method="rtn", eval_windows=0, overwrite=True, progress=watch)
+    stages[now] = stages.get(now, 0.0) + time.monotonic() - last
+    row = {"seconds": round(time.monotonic() - begun, 2), "cpu_seconds": round(time.process_time() - cpu, 2)}
+    return row | {"stages": {title: round(seconds, 2) for title, seconds in stages.items()}}
+
+
+def stage_of(event: Event) -> str | None:
+    match event:
+        case Checked():
+            return "checking"
+        case Stage(text):
+            return text
+        case Step(title):
+            return title
+        case BlockDone():
+            return "quantizing"
+    return None
+
+
+if __name__ == "__main__":
+    main()
