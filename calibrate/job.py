@@ -98,7 +98,7 @@ class Job:
         )
         held = self.skeleton.tensors.schemes
         found: dict[str, tuple[bool, tuple[str, ...]]] = {
-            f"the model is quantized itself, as {describe_schemes(held)}: what its weights stand for is the original "
+            f"the model is quantized itself, as {describe_schemes(held)}: its dequantized weights are the original "
             "here": (bool(held), ()),
             f"calibration windows of {seqlen} tokens are longer than the {positions} positions that the model "
             "supports; statistics beyond them do not match real use": (seqlen > (positions or seqlen), ()),

@@ -52,13 +52,13 @@ def _content(value: Any, home: Path) -> tuple[bytes, str]:
         named = next((value[key] for key in NAMES if value.get(key)), None)
         return _content(named if isinstance(named, str | dict) else None, home)
     if not isinstance(value, str) or not value:
-        raise BadRow(f"its image is {type(value).__name__}; a file's name, or an object with bytes, is read")
+        raise BadRow(f"its image is {type(value).__name__}, expected a file name or an object with bytes")
     scheme = value.partition(":")[0].lower()
     if scheme == "data":
         return _inline(value), "its image"
     if "://" in value and scheme != "file":
         raise BadRow(
-            f"its image is at {value[:MOST_CHARS]!r}, and nothing is fetched: save it and name the file, or pass "
+            f"its image is at {value[:MOST_CHARS]!r}, and URLs are never fetched: save it and name the file, or pass "
             "--text-column to calibrate on the text alone"
         )
     path = home / (unquote(urlsplit(value).path) if scheme == "file" else value)
@@ -74,8 +74,8 @@ def _inline(address: str) -> bytes:
     """The bytes in a `data:` URL."""
     head, comma, body = address.partition(",")
     if not comma or not head.endswith(";base64") or len(body) > 2 * MOST_BYTES:
-        raise BadRow("its image is a data: address without base64, or too long a one")
+        raise BadRow("its image is a data: URL without base64, or too long")
     try:
         return base64.b64decode(body)
     except ValueError as error:
-        raise BadRow(f"its image is a data: address that is no base64 ({error})") from error
+        raise BadRow(f"its image is a data: URL with invalid base64 ({error})") from error

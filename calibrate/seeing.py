@@ -86,7 +86,7 @@ class Viewer:
         except CheckpointError as error:
             raise BadRow(str(error)) from error
         if bool(marks.any()) != bool(images):
-            raise BadRow(f"its {len(images)} images take the places of {int(marks.sum())} tokens")
+            raise BadRow(f"{len(images)} images, but {int(marks.sum())} placeholders in its tokens")
         return _cut(ImageText(tensors, marks), self.seqlen)
 
     def _marks(self, tensors: dict[str, Tensor]) -> Tensor:
@@ -110,7 +110,7 @@ def _cut(sample: ImageText, seqlen: int) -> ImageText:
     if length <= seqlen:
         return sample
     if seen > seqlen:
-        raise BadRow(f"its images end at token {seen}, and samples have {seqlen}: pass a --seqlen of {length}")
+        raise BadRow(f"its images end at token {seen}, beyond the sample's {seqlen} tokens: pass --seqlen {length}")
     tensors = {
         name: value[:, :seqlen].contiguous() if name in BY_TOKEN else value for name, value in sample.tensors.items()
     }
@@ -183,7 +183,7 @@ def placed(turns: list[dict[str, Any]], column: list[Any]) -> tuple[list[dict[st
         waiting = [{"type": "image", "source": None} for _ in column]
         turns = [turn | {"content": waiting + turn["content"]} if turn is asked else turn for turn in turns]
     if len(waiting) != len(column):
-        raise BadRow(f"{len(column)} images for {len(waiting)} places in its text")
+        raise BadRow(f"{len(column)} images, but {len(waiting)} placeholders in its text")
     if len(places) > MOST_IMAGES or len(column) > MOST_IMAGES:
         raise BadRow(f"{max(len(places), len(column))} images; {MOST_IMAGES} at most are read")
     remaining = iter(column)

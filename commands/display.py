@@ -21,8 +21,8 @@ from lowbit.progress import Part, Step
 EVERY = 30.0  # most seconds between two lines
 # Passed to Display as its first arguments.
 OUTPUT_OPTIONS = (
-    click.option("--quiet", "-q", is_flag=True, help="Print warnings and errors alone."),
-    click.option("--json", "as_json", is_flag=True, help="Print a JSON object per event and line, and nothing else."),
+    click.option("--quiet", "-q", is_flag=True, help="Print only warnings and errors."),
+    click.option("--json", "as_json", is_flag=True, help="Print only JSON, one event per line."),
 )
 
 

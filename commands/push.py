@@ -14,15 +14,15 @@ from lowbit.export.escape import one_line
 
 def main() -> None:
     """Entry point of `lowbit push`."""
-    run_command(push, "Interrupted; what was uploaded stays: the same command goes on from there.")
+    run_command(push, "Interrupted; finished uploads are kept, and the same command resumes.")
 
 
 @click.command(context_settings=SETTINGS)
 @click.argument("checkpoint", type=click.Path(path_type=Path))
 @click.argument("repo", metavar="NAME/MODEL")
-@click.option("--public", is_flag=True, help="Let everybody see a repository that is made.  [default: private]")
+@click.option("--public", is_flag=True, help="Make a new repository public.  [default: private]")
 @click.option("--message", help="Of the commit.")
-@click.option("--dry-run", is_flag=True, help="Say what would be uploaded where, and upload nothing.")
+@click.option("--dry-run", is_flag=True, help="Show what would be uploaded, without uploading it.")
 @click.version_option(__version__, prog_name="lowbit")
 def push(checkpoint: Path, repo: str, public: bool, message: str | None, dry_run: bool) -> None:
     """Upload the directory CHECKPOINT, with its card, to the repository NAME/MODEL of the hub.

@@ -108,7 +108,9 @@ class Printer:
         self.display.line(f"block {done:3}/{event.total}  {loss}{report.seconds:6.1f} s  left {clock(left)}  {peak}")
         if done == 1 and left > WORTH_SAYING:
             then = f"; {self.tuned} steps of tuning follow" if self.tuned else ""
-            self.display.line(f"  about {clock(left + report.seconds)} for {event.total} blocks, by the first{then}")
+            self.display.line(
+                f"  about {clock(left + report.seconds)} for {event.total} blocks, estimated from the first{then}"
+            )
 
     def result(self, done: Quantized) -> None:
         """Print the output, sizes and scores before and after, and the way to load it."""

@@ -54,7 +54,7 @@ PARTS: dict[str, tuple[Decorator, ...]] = {
         _flag("--dry-run", "Print the plan, and stop before reading any weight."),
     ),
     "Numbers": (
-        click.option("--bits", "--w-bit", "--wbits", type=int, help="Of an integer weight: 2 to 8."),
+        click.option("--bits", "--w-bit", "--wbits", type=int, help="Bits of integer weights: 2 to 8."),
         click.option(
             "--group-size",
             "--q-group-size",
@@ -109,7 +109,9 @@ PARTS: dict[str, tuple[Decorator, ...]] = {
         _flag("--resume", "Continue an interrupted run to the same output."),
         _flag("--overwrite", "Replace an output directory that is not empty."),
         click.option("--base-model", metavar="ORG/MODEL", help="Hub id of a model in a directory, for the card."),
-        click.option("--push-to-hub", metavar="NAME/MODEL", help="Upload the result to this repository, private."),
+        click.option(
+            "--push-to-hub", metavar="NAME/MODEL", help="Upload the result to this hub repository, private if new."
+        ),
         _flag("--trust-remote-code", "Run Python code from the model's repository."),
     ),
     "Measuring": (

@@ -142,7 +142,7 @@ def require_rows(architecture: Architecture, checkpoint: Checkpoint) -> None:
     widest = max((size for entry in checkpoint.entries.values() for size in entry.shape), default=0)
     if architecture.qkv_rows > 3 * SLACK * widest:
         raise CheckpointError(
-            f"{checkpoint.head}: {architecture.qkv_rows} rows of q, k and v, and no tensor "
+            f"{checkpoint.head}: {architecture.qkv_rows} rows of q, k and v, but no tensor "
             f"of the files has more than {widest}"
         )
 

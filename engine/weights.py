@@ -301,8 +301,8 @@ def shared_inputs(matrices: list[QTensor | Tensor]) -> RoundedInputs | None:
     found = [inputs_of(matrix) for matrix in matrices]
     if len({None if inputs is None else inputs.side for inputs in found}) > 1:
         raise CheckpointError(
-            "linears that share an input (q, k and v; gate and up) round it differently here: the engine multiplies "
-            "them together; quantize the model anew with one scheme for them"
+            "linears with one input (q, k and v; gate and up) round it differently here, but the engine multiplies "
+            "them together; quantize the model again with one scheme for them"
         )
     scales = [inputs.scale for inputs in found if inputs is not None and inputs.scale is not None]
     if found[0] is None or not scales:

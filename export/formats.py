@@ -61,8 +61,8 @@ class LogicalTensors:
             linear = name.removesuffix(".weight")
             if entry.dtype in FLOAT8 and linear != name and linear not in self.schemes:
                 raise CheckpointError(
-                    f"{self.checkpoint.directory}: {name} is {entry.dtype} and has no {fmt.marker}, which says what it "
-                    "stands for; the checkpoint is incomplete"
+                    f"{self.checkpoint.directory}: {name} is {entry.dtype} and has no {fmt.marker}; "
+                    "the checkpoint is incomplete"
                 )
 
     @property

@@ -39,7 +39,7 @@ class Safetensors(Container):
         for path in _tensor_files(directory):
             for name, entry in read_entries(path).items():
                 if name in entries:
-                    raise CheckpointError(f"tensor {name!r} stands both in {entries[name].path} and in {path}")
+                    raise CheckpointError(f"tensor {name!r} is both in {entries[name].path} and in {path}")
                 entries[name] = entry
         _check_index(directory, entries)
         return config, entries
@@ -100,8 +100,8 @@ def _indexed_files(directory: Path) -> list[Path]:
             raise CheckpointError(f"{directory / INDEX_NAME}: shard {name!r} is missing; the download is incomplete")
     if (directory / SINGLE_NAME).exists() and names != [SINGLE_NAME]:
         raise CheckpointError(
-            f"{directory}: {SINGLE_NAME} and, in {INDEX_NAME}, {names[0]}: transformers takes the one, vLLM the other; "
-            f"remove {INDEX_NAME} or {SINGLE_NAME}, whichever is left over from before"
+            f"{directory}: {SINGLE_NAME} and, in {INDEX_NAME}, {names[0]}: transformers loads the first, vLLM the "
+            f"second; remove {INDEX_NAME} or {SINGLE_NAME}, the outdated one"
         )
     return [directory / name for name in names]
 

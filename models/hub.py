@@ -60,7 +60,7 @@ def _reason(name: str, revision: str | None, error: Exception) -> str:
     """The reason why the model `name` could not be downloaded, with advice."""
     page = f"{constants.ENDPOINT}/{name}"
     if isinstance(error, HFValidationError):
-        return f"{name!r} is no directory here, and no hub id (org/model)"
+        return f"{name!r} is no directory here, and not a hub id (org/model)"
     if isinstance(error, GatedRepoError):
         if get_token() is None:
             return f"{name!r} is gated: accept its licence at {page}, then {LOG_IN}"

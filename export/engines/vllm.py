@@ -57,7 +57,7 @@ def _whole_blocks(layer: FusedLinear, capability: int | None) -> str | None:
     """The reason why blocks do not divide the layer, or None; vLLM asks that of inputs, and of fused outputs."""
     rows, columns = layer.scheme.rows, layer.scheme.group_size
     whole = not layer.k % columns and not layer.n % rows
-    return None if whole else f"{layer.n} x {layer.k}: multiples of {rows} x {columns}"
+    return None if whole else f"{layer.n} x {layer.k} is not a multiple of {rows} x {columns}"
 
 
 def _wna16(*reasons: Reason) -> Reason:

@@ -53,7 +53,7 @@ def push(
     >>> lowbit.push("my-model", "me/my-model")
     Traceback (most recent call last):
         ...
-    lowbit.errors.CheckpointError: my-model: not quantized; only what was made here is published
+    lowbit.errors.CheckpointError: my-model: not quantized; only quantized checkpoints are uploaded
 
     repo      id NAME/MODEL; created if it does not exist
     private   visibility of a new repository; that of an existing one does not change
@@ -89,7 +89,7 @@ def _whole(directory: Path, repo: str | None) -> dict[str, int]:
     """Bytes of each file of a quantized checkpoint with verified weights. Checksums of edited papers are updated."""
     opened = open_checkpoint(directory)
     if opened.quantization is None:
-        raise CheckpointError(f"{directory}: not quantized; only what was made here is published")
+        raise CheckpointError(f"{directory}: not quantized; only quantized checkpoints are uploaded")
     verify_checksums(opened)
     if repo is not None:
         name_card(directory, repo)
@@ -104,7 +104,7 @@ def _lacks(directory: Path) -> list[str]:
     try:
         metadata = (metadata_load(path) if path.exists() else None) or {}
     except (ValueError, YAMLError) as error:
-        raise CheckpointError(f"{path}: its front matter is no YAML of a model card ({error})") from error
+        raise CheckpointError(f"{path}: its front matter is not that of a model card ({error})") from error
     cures = {
         "license": "no licence: a derivative is published under its original's; write `license:` into the front matter",
         "base_model": "no base model: write `base_model:` into the front matter, or quantize with --base-model",

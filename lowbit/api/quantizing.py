@@ -240,7 +240,7 @@ def _tell_commit(recipe: Recipe, source: Source, progress: OnEvent) -> None:
         progress(
             Note(
                 f"the recipe was made with commit {recipe.model_commit} of a model, this is {snapshot.repo} at "
-                f"{snapshot.commit}: the weights may differ; --revision takes that commit",
+                f"{snapshot.commit}: the weights may differ; pass that commit as --revision",
                 warning=True,
             )
         )
@@ -346,7 +346,7 @@ def _pushed(done: Quantized, output: Path, repo: str, progress: OnEvent) -> Quan
         try:
             return replace(done, pushed=push(output, repo, progress=progress))
         except CheckpointError as error:
-            raise Unfinished(f"{output} is whole, but {error}: lowbit push {output} {repo}") from error
+            raise Unfinished(f"{output} is complete, but {error}; to upload it: lowbit push {output} {repo}") from error
 
 
 def _assisted(this: _Run) -> Quantized:

@@ -40,7 +40,7 @@ def report(
     if not checkpoints:
         raise UsageError("name a checkpoint")
     if revision is not None and len(checkpoints) > 1:
-        raise UsageError(f"--revision {revision} is of one checkpoint, and {len(checkpoints)} are named")
+        raise UsageError(f"--revision {revision} applies to one checkpoint, but {len(checkpoints)} are given")
     paths = [model_directory(str(checkpoint), revision=revision) for checkpoint in checkpoints]
     if len({path.resolve() for path in paths}) < len(paths):
         raise UsageError("the same checkpoint is named twice")

@@ -156,13 +156,13 @@ def test_a_path_is_no_hub_id(tmp_path, model) -> None:
 
 def test_what_others_own_is_not_written_into(hub, model, tmp_path) -> None:
     snapshot = model_directory("acme/tiny")
-    for place, why in ((snapshot, "in the hub's cache"), (snapshot / "out", "hub's cache"), (model, "not quantized")):
+    for place, why in ((snapshot, "in the hub's cache"), (snapshot / "out", "hub's cache"), (model, "unquantized")):
         with pytest.raises(CheckpointError, match=why):
             refuse_to_write_into(place)
     refuse_to_write_into(tmp_path)
     stored = run_lowbit("eval", "perplexity", "acme/tiny", "--windows", "1", "--context", "16", "--record")
     assert "in the hub's cache" in stored.complaint
-    assert "not quantized lies there" in run_quantize("acme/tiny", *FAST, "-o", model, "--overwrite").complaint
+    assert "holds an unquantized model" in run_quantize("acme/tiny", *FAST, "-o", model, "--overwrite").complaint
     assert not (model / "evaluation.jsonl").exists()
 
 

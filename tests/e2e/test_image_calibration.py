@@ -200,7 +200,7 @@ def test_a_text_is_cut_and_an_image_is_not(models, tmp_path):
     assert {sample.ids.shape[1] for sample in cut} == {40}
     assert {tuple(sample.ids[0, :40].tolist()) for sample in whole} == {tuple(sample.ids[0].tolist()) for sample in cut}
     assert all(int(sample.marks.sum()) == 4 for sample in cut)
-    with pytest.raises(DatasetError, match="its images end at token 10, and samples have 9: pass a --seqlen of"):
+    with pytest.raises(DatasetError, match="its images end at token 10, beyond the sample's 9 tokens: pass --seqlen"):
         read(source, path, 6, 9)
 
 
@@ -261,7 +261,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "none": ({"messages": turns("none.png")}, "no such image: .*none.png"),
     "cut": ({"messages": turns("cut.png")}, "cut.png: damaged, or none of PNG"),
     "no image": ({"messages": turns("rows.jsonl")}, "rows.jsonl: damaged, or none of PNG"),
-    "address": ({"messages": turns("https://a.b/c.png")}, "'https://a.b/c.png', and nothing is fetched"),
+    "address": ({"messages": turns("https://a.b/c.png")}, "'https://a.b/c.png', and URLs are never fetched"),
     "pipe": ({"messages": turns("pipe")}, "a pipe, where a file is expected"),
     "device": ({"messages": turns("/dev/zero")}, "a device, where a file is expected"),
     "directory": ({"messages": turns(".")}, "a directory, where a file is expected"),
@@ -269,18 +269,18 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "large": ({"messages": turns("large.png")}, "large.png: more than 67108864 pixels"),
     "more places": (
         {"messages": [{"role": "user", "content": "<image><image>?"}], "images": ["0.png"]},
-        "1 images for 2 places",
+        "1 images, but 2 placeholders",
     ),
     "more images": (
         {"messages": [{"role": "user", "content": "<image>?"}], "images": ["0.png", "0.png"]},
-        "2 images for 1 places",
+        "2 images, but 1 placeholders",
     ),
-    "no source": ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "0 images for 1 places"),
-    "another mark": ({"messages": turns(text="<image>")}, "its 0 images take|cannot take this row"),
-    "long": ({"messages": turns("0.png", "0.png", text="") * 30}, "its images end at token .* pass a --seqlen of"),
+    "no source": ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "0 images, but 1 placeholders"),
+    "another mark": ({"messages": turns(text="<image>")}, "0 images, but .* placeholders|cannot take this row"),
+    "long": ({"messages": turns("0.png", "0.png", text="") * 30}, "its images end at token .* pass --seqlen"),
     "number": ({"messages": turns(), "image": 7}, "its image is int"),
     "no base64": ({"messages": turns(), "image": "data:image/png;base64,?"}, "its image: damaged, or none"),
-    "no data": ({"messages": turns(), "image": "data:image/png,%00"}, "a data: address without base64"),
+    "no data": ({"messages": turns(), "image": "data:image/png,%00"}, "a data: URL without base64"),
     "many": ({"messages": turns(*["0.png"] * 65)}, "65 images; 64 at most are read"),
 }
 

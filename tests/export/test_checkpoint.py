@@ -127,7 +127,7 @@ def test_one_file_beside_the_shards_of_an_index(tmp_path):
     """transformers reads model.safetensors, vLLM the shards: which weights are meant cannot be told."""
     model(tmp_path, 2)
     save_file({"t0": torch.ones(2)}, tmp_path / "model.safetensors")
-    with pytest.raises(CheckpointError, match=r"model-00001-of-00002\.safetensors: transformers takes the one, vLLM"):
+    with pytest.raises(CheckpointError, match=r"model-00001-of-00002\.safetensors: transformers loads the first, vLLM"):
         open_checkpoint(tmp_path)
     (tmp_path / INDEX_NAME).unlink()
     assert list(open_checkpoint(tmp_path).entries) == ["t0"]
@@ -146,7 +146,7 @@ def test_an_index_without_a_map(tmp_path, wrong):
 def test_a_tensor_in_two_files(tmp_path):
     model(tmp_path, 2)
     save_file({"t0": torch.ones(2), "t1": torch.ones(2)}, tmp_path / "model-00002-of-00002.safetensors")
-    with pytest.raises(CheckpointError, match="'t0' stands both in"):
+    with pytest.raises(CheckpointError, match="'t0' is both in"):
         open_checkpoint(tmp_path)
 
 

@@ -163,7 +163,11 @@ def written(scheme: Scheme, **changes: torch.Tensor) -> QTensor:
         (NVFP4, {"weight_global_scale": torch.tensor([float("nan")])}, "its divisor of scales is nan"),
         (NVFP4, {"weight_global_scale": torch.tensor([-1.0])}, "its divisor of scales is -1.0"),
         (NVFP4, {"weight_global_scale": torch.tensor([1.0, 2.0])}, "weight_global_scale has the shape"),
-        (NVFP4, {"weight_global_scale": torch.tensor([1e-4])}, "it divides here, and this one looks like a factor"),
+        (
+            NVFP4,
+            {"weight_global_scale": torch.tensor([1e-4])},
+            "this format divides by it, but the value looks like a factor",
+        ),
         (MXFP4, {"weight_scale": torch.full((256, 4), 255, dtype=torch.uint8)}, "1024 of 1024 scales are 255"),
         (MXFP4, {"weight_scale": torch.ones(256, 4)}, "its scales are torch.float32; torch.uint8 fits"),
         (MXFP8, {"weight_scale": torch.ones(255, 4, dtype=torch.uint8)}, r"scales have shape \(255, 4\)"),
