@@ -146,7 +146,7 @@ def planned(
     products = [*(product for block in blocks for product in block.products), head]
     following = [*products[1:], products[0]]
     ready = [
-        replace(product, hints=Hints(dependent, after.weight.bulk))
+        replace(product, linear=replace(product.linear, hints=Hints(dependent, after.weight.bulk)))
         for product, after in zip(products, following, strict=True)
     ]
     layers = []

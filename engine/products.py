@@ -8,7 +8,7 @@ from lowbit.quant.kernels import ops
 from lowbit.quant.kernels.problem import ACTIVATIONS, Deferred, Rotary
 from lowbit.quant.kernels.registry import defers
 from lowbit.quant.kernels.row_norm import Rows
-from lowbit.quant.kernels.weight import ALONE, Epilogue, Hints, Int8, Linear, Weight, activated
+from lowbit.quant.kernels.weight import Epilogue, Hints, Linear, Weight, activated
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,6 @@ class Product:
     norm      norm of the input, or None
     before    activation of the input, fused into its rounding to int8
     after     norm of the output, or None
-    hints     launch hints
     consumer  the product that reads the output, if the norm in between may be fused
     """
 
@@ -68,12 +67,15 @@ class Product:
     before: str = "none"
     after: Norm | None = None
     float32_out: bool = False
-    hints: Hints = ALONE
     consumer: Consumer | None = None
 
     @property
     def weight(self) -> Weight:
         return self.linear.weight
+
+    @property
+    def hints(self) -> Hints:
+        return self.linear.hints
 
     def __call__(self, x: Tensor | Hidden, residual: Tensor | None = None) -> Tensor:
         """The product (m, n) of x (m, k), plus residual (m, n)."""
@@ -131,4 +133,4 @@ def consumer_of(made: Linear, reader: Product) -> Consumer | None:
 def rounds_late(up: Linear, down: Linear, activation: str) -> bool:
     """True if `down` can read the output of `up` without an activation: its rounding to int8 then applies the
     activation."""
-    return isinstance(up.weight, Int8) and isinstance(down.weight, Int8) and activation in ACTIVATIONS
+    return not up.weight.fuses(activation) and down.weight.rounds_inputs and activation in ACTIVATIONS

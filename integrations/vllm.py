@@ -37,11 +37,12 @@ from vllm.model_executor.parameter import (
 from lowbit.export.compressed_tensors import COMPRESSED_TENSORS
 from lowbit.quant.kernels import w8a8
 from lowbit.quant.kernels.packed import TILE_ROWS, prepack, reason_against_packing
-from lowbit.quant.kernels.weight import Int8, Linear, Packed, RoundedInputs
+from lowbit.quant.kernels.weight import Hints, Int8, Linear, Packed, RoundedInputs
 from lowbit.quant.qtensor import QTensor
 from lowbit.quant.scheme import INPUTS, Scheme, make_scheme
 
 NAME = "lowbit"
+DEPENDENT = Hints(dependent=True)
 
 
 class LowbitConfig(CompressedTensorsConfig):
@@ -212,7 +213,7 @@ class PackedWeights(LowbitScheme):
         """x W^T + bias."""
         part, scheme = layer.lowbit_part, self.scheme
         tensors = layer.weight_packed, layer.weight_scale, layer.weight_zero_point
-        return Linear(Packed(*tensors, part.n, part.k, scheme.bits, scheme.group_size), bias)(x, dependent=True)
+        return Linear(Packed(*tensors, part.n, part.k, scheme.bits, scheme.group_size), bias, hints=DEPENDENT)(x)
 
 
 class PlainWeights(LowbitScheme):
@@ -267,7 +268,7 @@ class PlainWeights(LowbitScheme):
         """x W^T + bias, with x rounded to int8 and multiplied in int8."""
         assert self.scheme.inputs is not None
         inputs = RoundedInputs(self.scheme.inputs, layer.input_scale)
-        return Linear(Int8(layer.weight, layer.weight_scale), bias, inputs)(x, dependent=True)
+        return Linear(Int8(layer.weight, layer.weight_scale), bias, inputs, DEPENDENT)(x)
 
 
 def register() -> None:

@@ -72,6 +72,10 @@ class Weight(Protocol):
         """The tensor with most of these bytes, if it is contiguous; to be prefetched."""
 
     @property
+    def rounds_inputs(self) -> bool:
+        """True if `multiply` rounds the rows to int8, whose kernel applies their activation and norm too."""
+
+    @property
     def begins_norms(self) -> bool:
         """True if `multiply_beginning` is supported."""
 
@@ -102,6 +106,7 @@ class Plain:
     """Defaults for a weight without fused kernels for norms and heads."""
 
     begins_norms = False
+    rounds_inputs = False
 
     def turns(self, head_dim: int) -> bool:
         """False: there is no such kernel."""
@@ -123,6 +128,8 @@ class Plain:
 @dataclass(frozen=True)
 class Packed(PackedWeight):
     """4- or 8-bit codes in the kernels' order; inputs in half precision."""
+
+    rounds_inputs = False
 
     @property
     def bulk(self) -> Tensor:
@@ -164,6 +171,8 @@ class Packed(PackedWeight):
 @dataclass(frozen=True)
 class Int8(Int8Weight, Plain):
     """int8 codes, for inputs rounded to int8."""
+
+    rounds_inputs = True
 
     @property
     def dtype(self) -> torch.dtype:
@@ -245,11 +254,12 @@ class RoundedInputs:
 
 @dataclass(frozen=True)
 class Linear:
-    """y = x W^T + bias, with rounded inputs if the scheme says so."""
+    """y = x W^T + bias, with rounded inputs if the scheme says so, and the launch hints of its place."""
 
     weight: Weight
     bias: Tensor | None = None
     inputs: RoundedInputs | None = None
+    hints: Hints = ALONE
 
     @property
     def nbytes(self) -> int:
@@ -260,10 +270,10 @@ class Linear:
         """The rows with the rounding of inputs added."""
         return rows if self.inputs is None else self.inputs.of(rows)
 
-    def __call__(self, x: Tensor, dependent: bool = False) -> Tensor:
-        """y (..., n) of x (..., k); `dependent` as in Hints."""
-        rows = self.rounded(Rows(x.reshape(-1, self.weight.k).contiguous(), dependent=dependent))
-        y = self.weight.multiply(rows, Epilogue(self.bias), Hints(dependent))
+    def __call__(self, x: Tensor) -> Tensor:
+        """y (..., n) of x (..., k)."""
+        rows = self.rounded(Rows(x.reshape(-1, self.weight.k).contiguous(), dependent=self.hints.dependent))
+        y = self.weight.multiply(rows, Epilogue(self.bias), self.hints)
         return y.view(*x.shape[:-1], self.weight.n)
 
 

@@ -1,5 +1,7 @@
 """A Linear multiplies alike whatever holds its weight, and a QLinear holds any."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -9,6 +11,7 @@ from lowbit.quant.kernels.weight import (
     ALONE,
     Dense,
     Epilogue,
+    Hints,
     Int8,
     Packed,
     activated,
@@ -39,7 +42,7 @@ def test_a_linear_and_its_module_compute_what_the_codes_stand_for(scheme):
     wanted = inputs @ dense.T + linear.bias.float()
     torch.testing.assert_close(linear(x).float(), wanted, atol=4e-3, rtol=4e-3)
     assert torch.equal(QLinear(linear)(x), linear(x))
-    assert torch.equal(linear(x, dependent=True), linear(x))
+    assert torch.equal(replace(linear, hints=Hints(dependent=True))(x), linear(x))
 
 
 def test_the_tensors_of_a_module_are_its_buffers():
