@@ -21,7 +21,10 @@ OPTIONAL = {
     "compressed-tensors": ("transformers loads our checkpoints", "pip install compressed-tensors"),
     "lm-eval": ("lowbit eval tasks", "pip install 'lowbit[tasks]'"),
     "gptqmodel": ("transformers loads the formats gptq and awq", "pip install gptqmodel optimum"),
-    "vllm": ("lowbit eval --backend vllm", "in an environment of its own: pip install vllm lowbit"),
+    "vllm": (
+        "lowbit eval --backend vllm",
+        "in an environment of its own: pip install vllm; in a clone of lowbit: pip install --no-deps .",
+    ),
     "nvidia-cutlass": ("building the CUDA extension", "pip install 'lowbit[kernels]'"),
 }
 

@@ -61,6 +61,13 @@ def test_pages_that_the_code_cites_exist() -> None:
     assert not [file for file, page in sorted(cited) if page.startswith("docs/history")]  # the diary is no reference
 
 
+def test_lowbit_is_installed_from_a_clone() -> None:
+    """It is in no package index: a bare name would find nothing there, or another project."""
+    pages = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "commands").rglob("*.py")]
+    bare = re.compile(r"pip install [^`\n#|;]*(?<![\w.'\"/-])lowbit(?![\w\[.-])")
+    assert not [(page.name, found[0]) for page in pages if (found := bare.search(page.read_text(encoding="utf-8")))]
+
+
 def options_of(command: click.Command, name: str) -> list[tuple[str, click.Option]]:
     """Every option of a command and of the commands below it, with the command's name."""
     found = [(name, option) for option in command.params if isinstance(option, click.Option)]
