@@ -18,8 +18,7 @@ from lowbit.calibrate.report import BlockReport, Stopwatch, calibrated_rows, lin
 from lowbit.calibrate.rounding import spread
 from lowbit.calibrate.settings import rounder_of, transforms_of
 from lowbit.calibrate.structure import Prober
-from lowbit.calibrate.written import covered
-from lowbit.errors import CheckpointError
+from lowbit.calibrate.written import covered, require_scales
 from lowbit.export.survey import checked
 from lowbit.models.placement import Placement
 from lowbit.models.skeleton import Block, LinearSpec
@@ -27,9 +26,8 @@ from lowbit.models.states import States
 from lowbit.models.walk import Walk
 from lowbit.quant.algos.clip import plain_shrink
 from lowbit.quant.naming import EXPERT, parent_set
-from lowbit.quant.numerics import divisor_of, reason_against_scales
+from lowbit.quant.numerics import divisor_of
 from lowbit.quant.qtensor import QTensor, round_to_nearest
-from lowbit.quant.scheme import Scheme
 
 BATCH_TOKENS = 2048  # tokens per forward pass of a block
 GRAM_TOKENS = 16384  # tokens used for the second moments of transforms and clipping
@@ -104,13 +102,6 @@ class DataFreeBlocks:
 
     def replay(self, index: int, outcome: BlockOutcome) -> None:
         """Nothing to do: no block depends on another."""
-
-
-def require_scales(name: str, w: Tensor, scheme: Scheme, scale_dtype: torch.dtype) -> None:
-    """Raise CheckpointError if `scale_dtype` cannot hold the scales of the weight `w` of `name`."""
-    reason = reason_against_scales(w, scheme, scale_dtype)
-    if reason:
-        raise CheckpointError(f"{name}: {reason}; use --dtype bfloat16, or a format whose scales may have it")
 
 
 def _linears_in(block: Block, name: str, placement: Placement) -> list[LinearSpec]:

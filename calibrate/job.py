@@ -69,6 +69,10 @@ class Job:
         bits = sum(spec.n * spec.k * scheme.bits_per_weight(spec.k) for spec, scheme in self._quantized(linears))
         parameters = self.skeleton.tensors.parameters
         kept = parameters - sum(spec.n * spec.k for spec, _ in self._quantized(linears))
+        head = self.plan.head
+        if head is not None:
+            bits += head.n * head.k * head.scheme.bits_per_weight(head.k)
+            kept -= 0 if head.tied else head.n * head.k
         return int(bits / 8 + kept * self.dtype.itemsize)
 
     def _quantized(self, linears: dict[str, LinearSpec]) -> list[tuple[LinearSpec, Scheme]]:
@@ -148,7 +152,12 @@ def prepare(source: Source, recipe: Recipe, device: str) -> Job:
     plan = make_plan(skeleton, recipe)
     plan.require_coverage()
     job = Job(source, skeleton, recipe, plan, _dtype(source, recipe), device)
-    require_fit(fmt, plan.schemes, {name: (spec.n, spec.k) for name, spec in job.linears.items()})
+    shapes = {name: (spec.n, spec.k) for name, spec in job.linears.items()}
+    if plan.head is not None:
+        if not fmt.holds_head:
+            raise CheckpointError(f"format {fmt.name} holds no quantized head; --format compressed-tensors does")
+        shapes[plan.head.name] = plan.head.n, plan.head.k
+    require_fit(fmt, plan.written, shapes)
     return job
 
 

@@ -95,8 +95,8 @@ def complete_recipe(values: dict[str, Any]) -> Recipe:
         recipe = recipe.merged(CALIBRATION | {key: values[key] for key in values.keys() & CALIBRATION.keys()})
     else:
         recipe = replace(recipe, dataset=None, num_samples=0, seqlen=0, text_column=None)
-    if HEAD not in recipe.ignore:
-        recipe = replace(recipe, ignore=(HEAD, *recipe.ignore))
+    others = tuple(name for name in recipe.ignore if name != HEAD)
+    recipe = replace(recipe, ignore=others if recipe.head else (HEAD, *others))
     _require_sense(method, recipe)
     return recipe
 
@@ -106,6 +106,8 @@ def _require_schemes(recipe: Recipe) -> None:
     try:
         for text in (str(recipe.default_scheme), *recipe.schemes.values()):
             parse_scheme(text)
+        if recipe.head and parse_scheme(recipe.head).static_inputs:
+            raise ValueError(f"head: {recipe.head} has calibrated inputs; take fp8, int8 or another of 16-bit inputs")
     except ValueError as error:
         raise RecipeError(str(error)) from error
 

@@ -123,7 +123,11 @@ def _config(job: Job) -> dict[str, Any]:
     for key in ("torch_dtype", "dtype"):
         if key in config:
             config[key] = str(job.dtype).removeprefix("torch.")
-    if not tied_weights(job.skeleton.model):
+    if job.plan.head is not None and job.plan.head.tied:
+        config["tie_word_embeddings"] = False
+        if isinstance(config.get("text_config"), dict):
+            config["text_config"] = config["text_config"] | {"tie_word_embeddings": False}
+    elif not tied_weights(job.skeleton.model):
         # the file decides about tied weights (models.skeleton), but readers may look at config.json alone
         for part in (config, config.get("text_config", {})):
             part |= {key: False for key in ("tie_word_embeddings",) if part.get(key)}

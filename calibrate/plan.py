@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from lowbit.calibrate.head import Head, head_of
 from lowbit.errors import CheckpointError, RecipeError, nearest
 from lowbit.export.patterns import PatternError, Patterns
 from lowbit.export.tensorfile import TensorEntry
@@ -33,6 +34,7 @@ class Plan:
     """Schemes and sizes of linears to quantize, and the linears left in 16 bits.
 
     wanted  requested scheme by linear, before group sizes fell back
+    head    the output embeddings, if they are quantized
     named   linears whose scheme is set by name in the recipe
     """
 
@@ -41,6 +43,12 @@ class Plan:
     left: dict[str, Left]
     wanted: dict[str, Scheme]
     named: frozenset[str] = frozenset()
+    head: Head | None = None
+
+    @property
+    def written(self) -> dict[str, Scheme]:
+        """The scheme of every quantized linear of the file, the head's too."""
+        return self.schemes if self.head is None else self.schemes | {self.head.name: self.head.scheme}
 
     @property
     def coverage(self) -> float:
@@ -90,8 +98,11 @@ def make_plan(skeleton: Skeleton, recipe: Recipe) -> Plan:
                 why = wanted[spec.name].reason_against_shape(spec.n, spec.k) or "a linear that engines fuse it with"
                 left[spec.name] = Left(spec.n * spec.k, f"no {wanted[spec.name]}: {why}", exempt=False)
         left |= _unsplit_experts(skeleton, block)
+    head = head_of(skeleton, recipe)
+    if head is not None:
+        left.pop(head.name, None)
     left |= dict(_renamed(skeleton, left))
-    return Plan(schemes, parameters, left, wanted, frozenset(named))
+    return Plan(schemes, parameters, left, wanted, frozenset(named), head)
 
 
 def scheme_pattern(fused: str) -> str:

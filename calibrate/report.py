@@ -90,6 +90,7 @@ def report_of(job: Job, result: Result) -> dict[str, Any]:
         "left": {
             name: {"reason": left.reason, "parameters": left.parameters} for name, left in result.plan.left.items()
         },
+        "head": None if job.plan.head is None else str(job.plan.head.scheme),
         "distilled": result.distilled,
         "blocks": [
             {"name": block.name, "loss": block.loss, "folds": block.folds, "linears": block.linears}

@@ -5,9 +5,11 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lowbit.ahead import WORKERS, ahead
+from lowbit.calibrate.head import Head
 from lowbit.calibrate.job import Job
 from lowbit.errors import CheckpointError
 from lowbit.export.checkpoint import open_checkpoint
@@ -18,13 +20,23 @@ from lowbit.export.writer import CheckpointWriter
 from lowbit.models.placement import engine_names
 from lowbit.models.skeleton import Block, tied_weights
 from lowbit.progress import Step, tell
-from lowbit.quant.qtensor import QTensor
+from lowbit.quant.algos.clip import plain_shrink
+from lowbit.quant.numerics import reason_against_scales
+from lowbit.quant.qtensor import QTensor, round_to_nearest
+from lowbit.quant.scheme import Scheme
 
 
 def covered(block: Block, parameter: str, weights: dict[str, QTensor]) -> bool:
     """True if all of a fused parameter is contained in its quantized experts."""
     inside = [spec.name for spec in block.linears if spec.placement.parameter == parameter]
     return bool(inside) and all(name in weights for name in inside)
+
+
+def require_scales(name: str, w: Tensor, scheme: Scheme, scale_dtype: torch.dtype) -> None:
+    """Raise CheckpointError if `scale_dtype` cannot hold the scales of the weight `w` of `name`."""
+    reason = reason_against_scales(w, scheme, scale_dtype)
+    if reason:
+        raise CheckpointError(f"{name}: {reason}; use --dtype bfloat16, or a format whose scales may have it")
 
 
 class RecordingWriter:
@@ -48,9 +60,23 @@ class RecordingWriter:
     def add_others(self) -> None:
         """Write the tensors outside the blocks, without copies of tied embeddings."""
         in_blocks = {name for block in self._job.skeleton.blocks for name in block.tensors}
+        head = self._job.plan.head
+        replaced = None if head is None else f"{head.name}.weight"
         for name in self._job.skeleton.tensors.names:
-            if name not in in_blocks and not self._is_tied_copy(name):
+            if name not in in_blocks and not self._is_tied_copy(name) and name != replaced:
                 self._add(name, self._source(name))
+        if head is not None:
+            self._add_head(head)
+
+    def _add_head(self, head: Head) -> None:
+        """Write the head, rounded to nearest."""
+        w, job = checked(head.tensor, self._job.skeleton.tensors.exact(head.tensor)), self._job
+        w = w.to(job.device)
+        require_scales(head.name, w, head.scheme, job.scale_dtype)
+        shrink = plain_shrink(w, head.scheme, job.scale_dtype)
+        weight = round_to_nearest(w, head.scheme, job.scale_dtype, shrink).to("cpu")
+        self._writer.add_weight(head.name, weight)
+        self._meant[head.name] = _digest_of(weight)
 
     def _is_tied_copy(self, name: str) -> bool:
         """True if the file's tensor `name` is a copy of a tied tensor."""
@@ -70,7 +96,7 @@ class RecordingWriter:
 
     def finish(self, config: Mapping[str, Any]) -> None:
         """Close the files and write the configuration."""
-        self._writer.finish(config, self._job.plan.schemes, engine_names(self._job.plan.left))
+        self._writer.finish(config, self._job.plan.written, engine_names(self._job.plan.left))
 
     def verify(self, output: Path) -> int:
         """Read every tensor back and compare its digest. Returns the bytes of the weights on disk."""

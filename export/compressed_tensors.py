@@ -170,8 +170,22 @@ def _targets(names: list[str], schemes: Mapping[str, Scheme]) -> list[str]:
         inside = [name for name in members if name in here]
         whole = inside and len(inside) == len(members) and role != members[0]
         # with the number in the pattern: `.*\.down_proj$` would also match the linear of a shared expert
-        targets += [rf"re:.*\.\d+\.{re.escape(role)}$"] if whole else inside
+        targets += (
+            [rf"re:.*\.\d+\.{re.escape(role)}$"] if whole else [_outside_pattern(name, schemes) for name in inside]
+        )
     return targets
+
+
+def _outside(names: Iterable[str], schemes: Iterable[str]) -> list[str]:
+    """Target patterns for linears outside the blocks: engines do not count a head among those of class Linear."""
+    return [_outside_pattern(name, schemes) for name in names if _role(name) == name]
+
+
+def _outside_pattern(name: str, schemes: Iterable[str]) -> str:
+    """A pattern for a linear outside the blocks under every prefix, if no other's name ends like it; else its name."""
+    leaf = name.rpartition(".")[2]
+    alone = _role(name) == name and sum(other.endswith(leaf) for other in schemes) == 1
+    return rf"re:.*{re.escape(leaf)}$" if alone else name
 
 
 def _role(name: str) -> str:
@@ -266,6 +280,7 @@ class CompressedTensors(Format):
     package = "compressed-tensors"
     suffixes = SUFFIXES
     marker = "weight_scale"
+    holds_head = True
     loading = (
         "The files follow the compressed-tensors layout. vLLM and SGLang load the directory as it is; transformers "
         "does with the package `compressed-tensors` installed."
@@ -343,7 +358,7 @@ class CompressedTensors(Format):
             by_scheme.setdefault(scheme, []).append(name)
         groups = {}
         for i, (scheme, names) in enumerate(by_scheme.items()):
-            targets = ["Linear"] if len(by_scheme) == 1 else _targets(names, schemes)
+            targets = ["Linear", *_outside(names, schemes)] if len(by_scheme) == 1 else _targets(names, schemes)
             groups[f"group_{i}"] = {
                 "targets": targets,
                 "weights": _weight_args(scheme),

@@ -30,6 +30,7 @@ class Format(ABC):
     uniform              True if all linears must have the same scheme
     scale_dtype          fixed dtype of scales, or None for the model's
     sidecar              name of an extra file that repeats the quantization_config
+    holds_head           readers take a quantized head
     container            container of its files
     """
 
@@ -43,6 +44,7 @@ class Format(ABC):
     uniform: bool = False
     scale_dtype: torch.dtype | None = None
     sidecar: str | None = None
+    holds_head: bool = False
     container: Container = SAFETENSORS
 
     @abstractmethod

@@ -32,6 +32,7 @@ class Recipe:
     activations         none (16 bits), token (int8, one scale per token), tensor (int8, one calibrated scale)
     scheme              bits, group_size, symmetric and activations in one text ("fp8", "int4-g64"); None to use those
     schemes             schemes of single linears, by exact name, last parts of a name, or `re:` pattern
+    head                scheme of the output embeddings ("int8", "fp8"), rounded to nearest; None for 16 bits
     target_bits         average bits per linear weight, distributed for the least loss; None for one scheme
     distill_steps       steps of tuning all scales and norms on the model's output, after all blocks are rounded
     ignore              linears left in 16 bits: exact names, last parts of a name, or `re:` patterns; always the head
@@ -57,6 +58,7 @@ class Recipe:
     activations: str = "none"
     scheme: str | None = None
     schemes: dict[str, str] = field(default_factory=dict)
+    head: str | None = None
     target_bits: float | None = None
     distill_steps: int = 0
     ignore: tuple[str, ...] = (HEAD,)
