@@ -6,7 +6,7 @@
 
 namespace lowbit {
 
-__device__ inline float silu(float value) { return value / (1.f + __expf(-value)); }
+__device__ inline float silu(float value) { return divide_fast(value, 1.f + __expf(-value)); }
 
 // Not inlined: eight neighbours need it at once, and most calls have no activation.
 static __device__ __noinline__ float activate(Activation activation, float value) {

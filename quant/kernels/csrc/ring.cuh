@@ -42,13 +42,19 @@ struct RingMaps {
   CUtensorMap w, x;
 };
 
+// The first item of block `rank`, if the cluster shares `count` items. A division costs forty instructions,
+// and clusters of one block are common.
+__device__ inline int share_begin(unsigned count, unsigned rank) {
+  return gridDim.x == 1 ? count * rank : count * rank / gridDim.x;
+}
+
 // This block's chunks of 128 bytes per row, [first, end), and the first row of its first part of W.
 struct RingShare {
   int first, end, row;
   __device__ RingShare(int row_bytes, int rows) {
     const int chunks = (row_bytes + kBoxBytes - 1) / kBoxBytes;
-    first = chunks * blockIdx.x / gridDim.x;
-    end = chunks * (blockIdx.x + 1) / gridDim.x;
+    first = share_begin(chunks, blockIdx.x);
+    end = share_begin(chunks, blockIdx.x + 1);
     row = blockIdx.y * rows;
   }
 };
@@ -165,7 +171,7 @@ __device__ inline void add_bits(float (&sums)[4], const float4& bits) {
 // sums += four adjacent sums of all blocks in the cluster, in rank order. The number of rows of x decides which block
 // adds them, but must not change a sum of floats.
 __device__ inline void sum_over_cluster(const float* partial, float (&sums)[4]) {
-#pragma unroll 4
+#pragma unroll 1
   for (int rank = 0; rank < gridDim.x; ++rank) {
     if (rank == blockIdx.x) add_bits(sums, *reinterpret_cast<const float4*>(partial));
     else add_bits(sums, read_cluster_floats(smem_address(partial), rank));
@@ -173,7 +179,7 @@ __device__ inline void sum_over_cluster(const float* partial, float (&sums)[4]) 
 }
 __device__ inline void sum_over_cluster(const int* partial, int (&sums)[4]) {
   add_bits(sums, *reinterpret_cast<const float4*>(partial));
-#pragma unroll 4
+#pragma unroll 1
   for (int i = 1; i < gridDim.x; ++i) {
     const int rank = (blockIdx.x + i) % gridDim.x;
     add_bits(sums, read_cluster_floats(smem_address(partial), rank));
@@ -185,7 +191,8 @@ __device__ inline void sum_over_cluster(const int* partial, int (&sums)[4]) {
 template <typename S, typename Store>
 __device__ void for_fours(int columns, int fours, Store store) {
   const int count = columns * fours;
-  const int begin = count * blockIdx.x / gridDim.x, end = count * (blockIdx.x + 1) / gridDim.x;
+  const int begin = share_begin(count, blockIdx.x), end = share_begin(count, blockIdx.x + 1);
+#pragma unroll 1
   for (int i = begin + threadIdx.x; i < end; i += S::kConsumers) store(i / fours, i % fours * 4);
 }
 

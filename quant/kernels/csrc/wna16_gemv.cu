@@ -67,8 +67,12 @@ __device__ Share share_of(const Wna16Args& args) {
   Share share;
   share.group_tiles = blockDim.y * S::kRowTiles;
   share.tile = blockIdx.y * share.group_tiles + threadIdx.y * S::kRowTiles;
-  share.first = (args.chunks * blockIdx.x) / gridDim.x + threadIdx.z;
-  share.end = (args.chunks * (blockIdx.x + 1)) / gridDim.x;
+  share.first = threadIdx.z;
+  share.end = args.chunks;
+  if (gridDim.x > 1) {  // a division before the first load only where it is needed
+    share.first += (args.chunks * blockIdx.x) / gridDim.x;
+    share.end = (args.chunks * (blockIdx.x + 1)) / gridDim.x;
+  }
   share.step = blockDim.z;
   return share;
 }

@@ -22,6 +22,7 @@ Value read_shared(uint32_t address) {
 inline uint32_t and_or(uint32_t value, uint32_t mask, uint32_t bits) { return (value & mask) | bits; }
 inline float max_or_nan(float a, float b) { return a != a || b != b ? NAN : fmaxf(a, b); }
 inline float exp2_fast(float value) { return exp2f(value); }
+inline float divide_fast(float a, float b) { return a / b; }
 
 template <typename T>
 void mma_16x8x16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
