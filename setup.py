@@ -1,10 +1,10 @@
 """Builds lowbit.quant._C from quant/kernels/csrc with nvcc and pybind11; without nvcc, a pure-Python install.
 
 Environment:
-  LOWBIT_CUDA_ARCHS  what to compile for, default "80 86 89 90a 90+PTX"; "90a" alone takes 4 minutes on 2 cores
-  LOWBIT_CUDA        "0" leaves the extension out, "1" makes a missing nvcc an error; unset builds where nvcc is found
-  CUDA_HOME          where nvcc is, before PATH
-  CUTLASS_PATH       a copy of CUTLASS, before the package nvidia-cutlass
+  LOWBIT_CUDA_ARCHS  architectures to compile for, default "80 86 89 90a 90+PTX"; "90a" alone takes 4 minutes on 2 cores
+  LOWBIT_CUDA        "0" leaves the extension out, "1" makes a missing nvcc an error; unset builds if there is an nvcc
+  CUDA_HOME          directory of nvcc, used before PATH
+  CUTLASS_PATH       a copy of CUTLASS, used before the package nvidia-cutlass
 """
 
 import importlib.util
@@ -37,7 +37,7 @@ def find_nvcc() -> str | None:
 
 
 def cutlass_flags() -> list[str]:
-    """Flags of what is made of CUTLASS: where its headers are. RuntimeError where they are nowhere."""
+    """nvcc's flags for CUTLASS: its include directories. RuntimeError without them."""
     home = os.environ.get("CUTLASS_PATH")
     package = importlib.util.find_spec("cutlass_library")
     if home is None and package is not None and package.origin is not None:
@@ -89,7 +89,7 @@ class BuildCuda(build_ext):
 
     def compile(self, nvcc: str, architectures: list[str], temporary: Path, unit: Any) -> Path:
         """The object of one of UNITS."""
-        import pybind11  # asked for at build time alone
+        import pybind11  # needed only for building
 
         target = temporary / ("-".join([unit.source, *unit.defines]).replace("=", "_") + ".o")
         command = [
@@ -114,7 +114,8 @@ class BuildCuda(build_ext):
         return target
 
     def call(self, command: list[str]) -> None:
-        """Runs `command`; where it fails, its last lines of output are the error. Prints what slows tensor products."""
+        """Run `command`. If it fails, its last lines of output are the error. Prints warnings that slow tensor
+        products."""
         result = subprocess.run(command, check=False, capture_output=True, text=True)
         lines = (result.stdout + result.stderr).strip().splitlines()
         if result.returncode:

@@ -45,7 +45,7 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
 
 
 def visible(count: int, length: int, window: int | None, device: torch.device) -> Tensor:
-    """(T, L) bool: True where one of the last T positions attends to one of L positions."""
+    """(T, L) bool: True if one of the last T positions attends to one of L positions."""
     behind = torch.arange(length - count, length, device=device).unsqueeze(1) - torch.arange(length, device=device)
     return (behind >= 0) & (behind < window) if window is not None else behind >= 0
 

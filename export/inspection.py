@@ -144,7 +144,7 @@ def inspect_checkpoint(source: LogicalTensors, linears: Mapping[str, int], heads
 def _kernels(
     source: LogicalTensors, shapes: Mapping[str, tuple[int, int]]
 ) -> tuple[dict[str, dict[str, Counter[str | None]]], dict[str, dict[str, Counter[str]]]]:
-    """The kernels of the layers on each machine, and the reasons where there is none."""
+    """The kernels of the layers on each machine, and the reasons if there is none."""
     assert source.format is not None
     layers = Counter(fused_linears(source.format, source.schemes, shapes).values())
     kernels: dict[str, dict[str, Counter[str | None]]] = {}

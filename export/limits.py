@@ -14,7 +14,7 @@ NO_MEMORY = "can't allocate memory"  # in torch's RuntimeError
 
 
 class Exceeded(CheckpointError):
-    """Memory or time is used up."""
+    """Memory or time is exhausted."""
 
 
 class _TimeUp(BaseException):
@@ -23,9 +23,9 @@ class _TimeUp(BaseException):
 
 @contextmanager
 def limited(what: str, nbytes: int, seconds: float) -> Iterator[None]:
-    """A context with `nbytes` of memory more than now, and `seconds` of processor time.
+    """A context with at most `nbytes` of additional memory and `seconds` of processor time.
 
-    Exceeded for more of either, with `what` in front. Time is limited in the main thread only, where signals
+    Exceeded for more of either; its message begins with `what`. Time is limited only in the main thread, where signals
     are delivered.
     """
     reason = f"{what} takes more than {nbytes >> 20} MiB or {seconds:g} s: sizes in its configuration are damaged"

@@ -1,7 +1,7 @@
-"""Work beside other work: tensors read before they are asked for, checks on several threads, writing behind the work.
+"""Overlap of work: items computed ahead of their use, and calls run behind the caller.
 
-Reading, hashing and torch's operations let go of the interpreter's lock, so threads are enough. What is held in memory
-at once stays bounded, and results come in order.
+Reading, hashing and torch's operations release the interpreter's lock, so threads are enough. The number of items in
+memory stays bounded, and results come in order.
 """
 
 import os
@@ -16,7 +16,7 @@ WORKERS = min(os.cpu_count() or 1, 4)
 
 
 def ahead(function: Callable[[T], R], items: Iterable[T], workers: int = 1) -> Iterator[R]:
-    """`function` of each item in order, up to `workers` of them computed before they are asked for."""
+    """`function` of each item in order, with up to `workers` of them computed ahead of use."""
     pool = ThreadPoolExecutor(workers, "ahead")
     waiting: deque[Future[R]] = deque()
     try:
@@ -31,9 +31,9 @@ def ahead(function: Callable[[T], R], items: Iterable[T], workers: int = 1) -> I
 
 
 class Behind:
-    """Runs what it is given on a thread of its own, in order, one call ahead of it at most: the next one waits.
+    """Runs calls on a thread of its own, in order. A call waits until the one before has finished.
 
-    An error of such a call is raised by the next one, or at the end of the context.
+    An error of a call is raised by the next one, or at the end of the context.
     """
 
     def __init__(self) -> None:
@@ -51,12 +51,12 @@ class Behind:
             self._pool.shutdown(wait=True, cancel_futures=True)
 
     def __call__(self, function: Callable[..., None], *arguments: object) -> None:
-        """Let `function` run with `arguments`, once what was given before has run."""
+        """Run `function` with `arguments` on the thread, after the call before has finished."""
         self.wait()
         self._last = self._pool.submit(function, *arguments)
 
     def wait(self) -> None:
-        """Wait until everything given has run."""
+        """Wait until all calls have finished."""
         last, self._last = self._last, None
         if last is not None:
             last.result()

@@ -7,7 +7,7 @@ bad data (CheckpointError, DatasetError) and from a request that the engine cann
 import difflib
 from collections.abc import Iterable
 
-MOST_NAMED = 24  # words in a line of what is known
+MOST_NAMED = 24  # words in a line of suggestions
 
 
 class LowbitError(ValueError):

@@ -120,7 +120,7 @@ class Skeleton:
 def open_skeleton(source: Source, original: bool = False) -> Skeleton:
     """The skeleton of `source`, with every tensor of its files placed. Packed weights are dequantized when read.
 
-    original  the model is to be quantized anew: packed weights come in float32, and inputs are not rounded
+    original  True if the model will be quantized again: packed weights are read in float32, inputs are not rounded
 
     CheckpointError if the model has no blocks, or if the file lacks a parameter or contradicts it.
     """

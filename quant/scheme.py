@@ -284,7 +284,7 @@ def scheme_names() -> list[str]:
 
 
 COMMON_BITS = (4, 8)
-# Tried in this order where a layer's inputs do not divide by the size asked for.
+# Tried in this order if the requested size does not divide a layer's inputs.
 FALLBACK_GROUP_SIZES = (128, 64, 32, -1)
 
 

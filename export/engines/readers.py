@@ -1,4 +1,4 @@
-"""The programs that load a checkpoint as it is, by the rules of their engines."""
+"""The programs that load a checkpoint without changes, by the rules of their engines."""
 
 from collections.abc import Container, Mapping
 
@@ -19,7 +19,7 @@ def readers_of(
 
     refused  engines that do not load the model's family
 
-    SGLang was read once without a GPU (docs/FORMATS.md): it takes what vLLM takes, but inputs of one calibrated scale.
+    SGLang was checked once without a GPU (docs/FORMATS.md): it takes what vLLM takes, except static scales of inputs.
     """
     layers = fused_linears(fmt, schemes, shapes).values()
     found = [

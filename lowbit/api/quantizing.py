@@ -154,7 +154,7 @@ def quantize(
     eval_windows  windows of held-out text to score before and after; 0 for none
     measures      of "ppl" and "kl"
     dry_run       stop before a weight is read
-    resume        go on where an interrupted run to the same output stopped
+    resume        continue an interrupted run to the same output
     revision      branch, tag or commit of a hub id
     base_model    id on the hub of the model in a local directory, for the card
     push_to_hub   upload the result to this repository, NAME/MODEL, as `push` does

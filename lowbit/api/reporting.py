@@ -31,7 +31,7 @@ def report(
     >>> [path.name for path in lowbit.report("my-model-int8")]
     ['report.html', 'report.md', 'report.json']
 
-    output    path without a suffix; DIR/report of a single checkpoint, or `comparison`, where it is not given
+    output    path without a suffix; default: DIR/report of a single checkpoint, or `comparison`
     rows      measurements kept elsewhere, as `quantize-bench --json` prints them
     revision  branch, tag or commit of a hub id
 

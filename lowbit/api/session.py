@@ -48,7 +48,7 @@ class Setup(TypedDict, total=False):
     backend   "auto", "transformers", "blocks", "engine" or "vllm"
     device    "auto", "cpu", "cuda", "cuda:1"
     dtype     "float32", "bfloat16" or "float16"
-    revision, baseline_revision  branch, tag or commit of the checkpoint and the baseline, where they are hub ids
+    revision, baseline_revision  branch, tag or commit of the checkpoint and the baseline, if they are hub ids
     keep      cache finished windows, and continue an interrupted run
     store     also append the result to the checkpoint's evaluation.jsonl
     progress  called with each Event

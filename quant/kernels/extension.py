@@ -17,10 +17,10 @@ except ImportError:
 def launch(kernel: str, *variant: torch.dtype | int, device: torch.device, args: Mapping[str, Any], **cut: Any) -> None:
     """Launch a kernel on the device's current stream.
 
-    kernel, variant  the name and the types that csrc declares it with
-    args             a value for each field of its arguments, by name: a tensor, None for what is absent, a number, a
-                     text for an enum's value
-    cut              likewise for its launch, but for `device`
+    kernel, variant  the name and the types in csrc's declaration of it
+    args             a value for each field of its arguments, by name: a tensor, None for an absent one, a number, or
+                     the text of an enum's value
+    cut              the same for its launch, except `device`
 
     ValueError if a field has no value, or a value no field. RuntimeError, with CUDA's message, if the launch fails.
     """

@@ -180,11 +180,11 @@ w8a8_linear = Operator("w8a8_linear", Int8Call, compute, checked)
 dense_linear = Operator("dense_linear", DenseCall, compute, checked)
 # The dense weight (n, k) in the packed scales' dtype.
 dequantize = Operator("dequantize", PackedWeight, wna16_dequantize.dequantize, wna16_dequantize.empty)
-# Rows normed, and rounded to int8 where asked, (m, k) in x's dtype. See Rows.
+# Rows after norm, and int8 rounding if requested, (m, k) in x's dtype. See Rows.
 normalize = Operator("row_norm", Rows, row_norm.run, Rows.empty)
-# Rows as codes (m, k) int8 and a scale for each, (m) float32: for several products to share. See Rows.
+# Rows as codes (m, k) int8 with a scale each, (m) float32, to be shared by several products. See Rows.
 quantize_rows = Operator("quantize_rows", Rows, row_norm.quantize, Rows.empty_codes)
-# q (m, heads * head_dim), normed and rotated; k, so treated, and v go to the cache. See AppendCall.
+# q (m, heads * head_dim), normed and rotated; k, normed and rotated, and v are written to the cache. See AppendCall.
 append_heads = Operator(
     "append_heads",
     AppendCall,
@@ -194,7 +194,7 @@ append_heads = Operator(
 )
 # Attention of few tokens over their sequences' cache, (m, heads * head_dim). See AttentionCall.
 attend = Operator("decode_attention", AttentionCall, decode_attention.attend, AttentionCall.empty)
-# Each row's token is written, and the row moved on. See ChoiceCall.
+# Writes each row's token and advances the row. See ChoiceCall.
 choose = Operator(
     "choose_tokens",
     ChoiceCall,

@@ -94,7 +94,7 @@ def defers(problem: Problem) -> bool:
 
 
 def compute(call: PackedCall | Int8Call | DenseCall) -> Tensor:
-    """y of `call` by the first kernel that takes it. ValueError where the tensors do not fit together."""
+    """y of `call` by the first kernel that takes it. ValueError if the tensors do not fit together."""
     call.check()
     if 0 in call.y_shape:
         return call.empty()
