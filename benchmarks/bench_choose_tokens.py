@@ -1,4 +1,4 @@
-"""The end of a step beside torch's, greedy and drawn: `python -m benchmarks.bench_choose_tokens --commit HASH`.
+"""The end of a step against torch's, greedy and sampled: `python -m benchmarks.bench_choose_tokens --commit HASH`.
 
 Rows go to benchmarks/results/choose_tokens.jsonl: microseconds in a graph, without and with dependent launch.
 """

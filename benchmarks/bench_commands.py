@@ -1,8 +1,8 @@
-"""Seconds until a command has answered what needs no model: help, version, a misspelt option, the shell's completion.
+"""Response time of commands that need no model: help, version, a misspelt option, shell completion.
 
     python -m benchmarks.bench_commands [--commit HASH] [--output benchmarks/results/commands.jsonl]
 
-Each is a process of its own, its surface in the cache; one row each: the median and the fastest.
+Each is a separate process, with its surface in the cache; one row each: the median and the fastest.
 """
 
 import os

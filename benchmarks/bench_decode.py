@@ -1,7 +1,7 @@
 """Decode speed of named shapes: `python -m benchmarks.bench_decode --commit $(git rev-parse --short HEAD)`.
 
-A row a case in benchmarks/results/decode.jsonl. Weights are random; the read ceiling is measured in the same run by
-the kernel that only reads. `--plot` draws the rows that are there.
+One row per case in benchmarks/results/decode.jsonl. Weights are random; the read ceiling is measured in the same run by
+a kernel that only reads. `--plot` draws the existing rows.
 """
 
 import argparse
@@ -38,7 +38,7 @@ class Case:
     prompts: tuple[int, ...] = PROMPTS
 
 
-# The rows that were wanted first come first: a lease may end.
+# The most important rows come first, since a lease may end.
 CASES = (
     Case("llama2-7b", "w4", (1, 8)),
     Case("llama2-7b", "w4", (8,), cache="int8"),
@@ -67,7 +67,7 @@ def engine_of(case: Case) -> Engine:
 
 
 def rows_of(case: Case, read_gbs: float, facts: dict[str, str], profile: bool) -> Iterator[dict]:
-    """The case's rows. Prints the kernels of a step where a profile is asked for."""
+    """The case's rows. Prints the kernels of a step if a profile is requested."""
     engine = engine_of(case)
     for batch in case.batches:
         for prompt in case.prompts:

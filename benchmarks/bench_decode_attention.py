@@ -1,4 +1,4 @@
-"""Decode attention beside the floor and torch's own: `python -m benchmarks.bench_decode_attention --commit HASH`.
+"""Decode attention against the floor and torch's: `python -m benchmarks.bench_decode_attention --commit HASH`.
 
 Rows go to benchmarks/results/decode_attention.jsonl: microseconds of one layer's attention in graphs over rotating
 caches, without and with dependent launch. torch's attention sees the exact length; ours a graph for every length.

@@ -3,10 +3,10 @@
     python -m benchmarks.bench_dense_gemv --commit $(git rev-parse --short HEAD)
     python -m benchmarks.bench_dense_gemv --commit $(git rev-parse --short HEAD) --sweep
 
-prints one table and writes benchmarks/results/dense_gemv.jsonl; with --sweep it times every cut of the work that is
-worth it, launched with dependence, beside the one that the rule chooses, and writes dense_gemv_sweep.jsonl. "block" is
-the four products of a block of Llama-2-7B, each fed by the one before it: swept over the most stages that a ring may
-have, and the fewest blocks that share k where multiprocessors would be idle.
+prints one table and writes benchmarks/results/dense_gemv.jsonl; with --sweep it times every reasonable split, with
+dependent launch, next to the one that the rule chooses, and writes dense_gemv_sweep.jsonl. "block" is the four products
+of a block of Llama-2-7B, each fed by the previous one: swept over the most stages of a ring, and the fewest blocks that
+share k if multiprocessors would be idle.
 """
 
 import argparse
@@ -44,13 +44,13 @@ BLOCK_CUTS = [(stages, cluster) for stages in (24, 11, 8, 5) for cluster in (1, 
 
 
 def make_weights(n: int, k: int) -> list[Tensor]:
-    """Copies of one weight, enough to leave nothing of one in L2 when it comes round again."""
+    """Copies of one weight, enough to evict each from L2 before its next use."""
     weight = torch.randn(n, k, dtype=DTYPE, device="cuda") * 0.02
     return [weight.clone() for _ in range(copies_for(2 * n * k))]
 
 
 def measure(m: int, weights: list[Tensor], floor: Floor) -> Iterator[dict]:
-    """Ours, launched plainly and with dependence, and torch's."""
+    """Our product, without and with dependent launch, and torch's."""
     n, k = weights[0].shape
     x, read = torch.randn(m, k, dtype=DTYPE, device="cuda"), floor.time(2 * n * k)
     name = choose_kernel(DenseCall(x, weights[0]).problem()).name
@@ -76,7 +76,7 @@ def sweep(m: int, weights: list[Tensor], floor: Floor) -> Iterator[dict]:
 
 
 def block(x: Tensor, weights: list[Tensor], compute: Callable[[DenseCall], Tensor]) -> Tensor:
-    """A block's products, dependent where that can be."""
+    """A block's products, with dependent launch if possible."""
     qkv, o, up, down = weights
     attended = compute(DenseCall(x, qkv, dependent=True))[:, :HIDDEN]
     h = compute(DenseCall(attended, o, None, x, dependent=True))
@@ -85,7 +85,7 @@ def block(x: Tensor, weights: list[Tensor], compute: Callable[[DenseCall], Tenso
 
 
 def run_within(call: DenseCall, stages: int, cluster: int) -> Tensor:
-    """y of `call` by the rule's launch, but at most `stages` and, where there is room, at least `cluster` blocks."""
+    """y of `call` by the rule's launch, but with at most `stages` and, if there is room, at least `cluster` blocks."""
     problem = call.problem()
     cut = dense_gemv.choose_cut(problem)
     groups, chunks = -(-problem.n // (ring.ROWS * cut.warpgroups)), 2 * problem.k // ring.CHUNK_BYTES

@@ -1,8 +1,8 @@
 """Prompt to first token: `python -m benchmarks.bench_first_token --commit $(git rev-parse --short HEAD)`.
 
-A row a case in benchmarks/results/first_token.jsonl: the first prompt of its length, the second (whose pass is
-captured) and the median of later ones, short prompts padded and captured, then the same launched plainly. Weights are
-random.
+One row per case in benchmarks/results/first_token.jsonl: the first prompt of its length, the second (whose pass is
+captured) and the median of later ones. Short prompts are padded and captured, then measured again without a graph.
+Weights are random.
 """
 
 import json
@@ -23,7 +23,7 @@ CASES = (Case("llama2-7b", "w4", (1,), prompts=(8192,)), Case("llama2-7b", "w8a8
 
 
 def first_token_ms(engine: Engine, batch: int, prompt: int) -> float:
-    """Wall time of one call that writes a token a prompt; the prompts differ."""
+    """Wall time of one call that writes one token per prompt; the prompts differ."""
     prompts = torch.randint(0, engine.decoder.architecture.vocabulary, (batch, prompt)).tolist()
     torch.cuda.synchronize()
     begin = time.perf_counter()
@@ -40,7 +40,7 @@ def times_of(engine: Engine, batch: int, prompt: int) -> dict[str, float]:
 
 
 def rows_of(case: Case) -> list[dict]:
-    """Rows of all prompts, short ones padded and captured, then those that can be, launched plainly."""
+    """Rows of all prompts, short ones padded and captured, then the short ones again without a graph."""
     engine, rows = engine_of(case), []
     first_token_ms(engine, max(batch for batch, _ in PROMPTS), 600)  # the cache, the libraries' handles
     reader = engine.spaces.idle[0].reader

@@ -1,8 +1,8 @@
-"""Tokens that a step of prompt lookup writes, on code and on prose: `python -m benchmarks.bench_lookup --commit HASH`.
+"""Tokens per step with prompt lookup, on code and on prose: `python -m benchmarks.bench_lookup --commit HASH`.
 
 Greedy, with the demo model or another, on texts that ship with Python: the standard library's source, and the builtin
-held-out documentation. A row a kind and number of drafts in benchmarks/results/lookup.jsonl; it needs no GPU, for what
-is counted is steps.
+held-out documentation. One row per kind and number of drafts in benchmarks/results/lookup.jsonl. It counts steps, so it
+needs no GPU.
 """
 
 import argparse

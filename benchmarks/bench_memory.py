@@ -99,7 +99,7 @@ def measure(model: Path, method: str, device: str) -> dict[str, object]:
 
 
 def in_a_process(function: Callable, *args: object, **settings: object) -> None:
-    """Run in a process of its own: only a process has a peak, and a child's counts what its parent had at its start."""
+    """Run in a separate process: the peak is per process, and a child's includes its parent's memory at the start."""
     child = multiprocessing.get_context("spawn").Process(target=function, args=args, kwargs=settings)
     child.start()
     child.join()
@@ -108,13 +108,13 @@ def in_a_process(function: Callable, *args: object, **settings: object) -> None:
 
 
 def commit() -> str:
-    """The commit measured, or nothing where the tree travelled without its history."""
+    """The measured commit; empty if the tree has no history."""
     command = ["git", "rev-parse", "--short", "HEAD"]
     return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
 
 
 def main() -> None:
-    """Measure each method asked for."""
+    """Measure each requested method."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--method", nargs="+", default=["int8", "awq"])
     parser.add_argument("--device", default="cpu")

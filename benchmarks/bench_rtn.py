@@ -1,8 +1,8 @@
-"""Seconds per gigabyte of source of `lowbit.quantize(method="rtn")` on a CPU, stage by stage: what is not calibration.
+"""Seconds per gigabyte of `lowbit.quantize(method="rtn")` on a CPU, by stage: the cost of everything but calibration.
 
     python -m benchmarks.bench_rtn [--layers 16] [--repeats 3] [--commit HASH] [--output benchmarks/results/rtn.jsonl]
 
-A model of Llama-3.2-1B's shape with random bfloat16 weights, warm in the page cache; nothing is measured of its loss.
+A model of Llama-3.2-1B's shape with random bfloat16 weights, warm in the page cache; its loss is not measured.
 One row: the run of the median wall time, with the wall time of each stage.
 """
 

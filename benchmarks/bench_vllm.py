@@ -1,18 +1,18 @@
-"""Our kernels inside vLLM beside vLLM's own, in the same run: milliseconds a token, and whether tokens are the same.
+"""Our kernels inside vLLM against vLLM's own, in the same run: milliseconds per token, and agreement of tokens.
 
     python -m benchmarks.bench_vllm --out DIR --limit 170 --commit $(git rev-parse --short HEAD) [ENGINE ...]
 
-ENGINE is a name of ENGINES; all where none is named. It needs a GPU, vLLM, and lowbit where vLLM finds its entry point.
-Checkpoints of Llama-2-7B's shapes are written with random codes first. All engines start side by side, then one is
-measured at a time:
+ENGINE is a name of ENGINES; default: all. It needs a GPU, vLLM, and lowbit installed in vLLM's environment. Checkpoints
+of Llama-2-7B's shapes are first written with random codes. All engines start at the same time, then they are measured
+one after another:
 
     step_ms     time of a decoding step at batch 1 and 8: 128 tokens written after 128, less one token after 128, over
                 127; the median of 5, with CUDA graphs and torch.compile as vLLM has them by default
-    greedy      tokens that 8 prompts are continued with, and the log-probabilities of the two likeliest at each step
-    forced      log-probabilities of fixed tokens: what prefill computes
+    greedy      tokens that continue 8 prompts, and the log-probabilities of the two likeliest at each step
+    forced      log-probabilities of fixed tokens, computed by prefill
 
-Engines of one checkpoint are compared with the first of it: greedy tokens up to the first difference, how close the two
-likeliest tokens lay there, and the largest difference of forced log-probabilities. Rows go to DIR/vllm.jsonl.
+Engines of one checkpoint are compared with its first engine: greedy tokens up to the first difference, the distance of
+the two likeliest tokens there, and the largest difference of forced log-probabilities. Rows go to DIR/vllm.jsonl.
 """
 
 import argparse
@@ -42,8 +42,8 @@ class Network:
     """A random Llama.
 
     weights  standard deviation of the linears' weights
-    branch   what of that the last linear of each branch has. 1/8: what a branch adds to the residual stream is small,
-             as GPT-2 begins; with 1, rounding grows from layer to layer until no two kernels say the same
+    branch   factor of that for the last linear of each branch. With 1/8 a branch adds little to the residual stream,
+             like GPT-2's initialisation; with 1, rounding grows from layer to layer until no two kernels agree
     head     standard deviation of lm_head's
     device   where its tensors are made
     """
@@ -170,9 +170,9 @@ def random_weight(scheme: Any, n: int, k: int, deviation: float, generator: Any)
 
 
 def run_engines(names: list[str], args: argparse.Namespace, deadline: float) -> Iterator[dict[str, Any]]:
-    """Each engine's row, measured one at a time once all have started, or most of the time is gone.
+    """Each engine's row, measured one at a time once all have started, or when most of the time is gone.
 
-    RuntimeError where one of ours dies on the way: what is left would have nothing to be compared with.
+    RuntimeError if one of ours dies on the way, since the others would have nothing to compare with.
     """
     kinds = dict.fromkeys(ENGINES[name][0] for name in names)
     with ThreadPoolExecutor() as pool:
@@ -199,7 +199,7 @@ def run_engines(names: list[str], args: argparse.Namespace, deadline: float) -> 
 
 
 def await_ready(children: dict[str, subprocess.Popen[bytes]], out: Path, until: float) -> set[str]:
-    """The engines that are ready, all of them or those at the time `until`. RuntimeError where one of ours died."""
+    """The ready engines: all of them, or those at the time `until`. RuntimeError if one of ours died."""
     ready: set[str] = set()
     while len(ready) < len(children) and time.monotonic() < until:
         time.sleep(0.5)
@@ -234,7 +234,7 @@ def start(name: str, args: argparse.Namespace) -> subprocess.Popen[bytes]:
 
 
 def end(child: subprocess.Popen[bytes]) -> None:
-    """Stop an engine, vLLM's own processes too: they outlive the one that started them."""
+    """Stop an engine and vLLM's own processes, which outlive their parent."""
     with suppress(ProcessLookupError):
         os.killpg(child.pid, signal.SIGKILL)
 

@@ -2,8 +2,8 @@
 
     python -m benchmarks.bench_wna16_gemm --commit $(git rev-parse --short HEAD)
 
-prints one table and writes benchmarks/results/wna16_gemm.jsonl; benchmarks.plot_wna16 draws it. Each shape has its row
-for m = 1 too: what the others are held against.
+prints one table and writes benchmarks/results/wna16_gemm.jsonl; benchmarks.plot_wna16 draws it. Each shape also has a
+row for m = 1, as the reference for the others.
 """
 
 from benchmarks.wna16 import Plan, run_plan

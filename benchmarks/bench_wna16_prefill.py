@@ -1,12 +1,12 @@
-"""Products of many rows of x, a prompt's, with a packed weight: each way of ours by its name, cuBLAS, Marlin, Machete.
+"""Products of many rows of x (a prompt's) with a packed weight: each of our methods by name, cuBLAS, Marlin, Machete.
 
     python -m benchmarks.bench_wna16_prefill --commit $(git rev-parse --short HEAD)
 
-writes benchmarks/results/wna16_prefill.jsonl. `chosen` marks the way that the rule takes. "chunks" is a way that the
-rule does not know: the weight is written out dense a part at a time, so that cuBLAS finds the part in L2. `--cuts`
-times wna16_gemm with every cut of the work instead, to fit its rule by. The last column is the best peer's time over
-ours: Marlin and Machete with as many bits, and cuBLAS on a weight that was never packed. All in bfloat16, which is the
-dtype of Marlin's and Machete's rows, and in which cuBLAS is faster.
+writes benchmarks/results/wna16_prefill.jsonl. `chosen` marks the method that the rule takes. "chunks" is a method that
+the rule does not have: the weight is dequantized in parts, so that cuBLAS finds each part in L2. `--cuts` instead times
+wna16_gemm with every split, to fit the rule. The last column is the best peer's time over ours: Marlin and Machete with
+as many bits, and cuBLAS on a dense weight. All in bfloat16, the dtype of Marlin's and Machete's rows, in which cuBLAS
+is faster.
 """
 
 import argparse
@@ -39,7 +39,7 @@ Way = Callable[[PackedCall, Problem], Tensor]
 
 
 def in_chunks(call: PackedCall, problem: Problem) -> Tensor:
-    """x W^T, CHUNK_BYTES of the dense W at a time. Of rows in W's own order."""
+    """x W^T, CHUNK_BYTES of the dense W at a time, in rows of W's own order."""
     w, y = call.weight, torch.empty(call.y_shape, dtype=call.y_dtype, device=call.x.device)
     rows = max(128, CHUNK_BYTES // (2 * w.k) // 128 * 128)
     for first in range(0, w.n, rows):
@@ -63,14 +63,14 @@ WAYS: dict[str, Way] = {
 
 
 def cuts_of(problem: Problem) -> list[tuple[str, Way, dict]]:
-    """Every cut of wna16_gemm's work, with what a row says of it."""
+    """Every split of wna16_gemm, with its fields for a row."""
     widths = wna16_gemm.warpgroups_for(problem.m)
     launches = [GemmCut(w, c) for w in widths for c in range(1, 9) if c == 1 or 2 * c * 128 <= problem.k]
     return [("wna16_gemm", partial(wna16_gemm.run, cut=launch), asdict(launch)) for launch in launches]
 
 
 def ways_of(problem: Problem) -> list[tuple[str, Way, dict]]:
-    """The three ways, with what a row says of them."""
+    """The three methods, with their fields for a row."""
     cut, chosen = asdict(wna16_gemm.choose_cut(problem)), choose_kernel(problem).name
     return [
         (name, way, {"chosen": name == chosen, **(cut if name == "wna16_gemm" else {})}) for name, way in WAYS.items()
@@ -92,14 +92,14 @@ def measure_ours(floor: Floor, n: int, k: int, scheme: tuple, cuts: bool) -> lis
 
 
 def peers() -> list[Peer]:
-    """cuBLAS on a dense weight, and vLLM's kernels where they are here."""
+    """cuBLAS on a dense weight, and vLLM's kernels if they are installed."""
     names = ("vllm marlin w4", "vllm marlin w8", "vllm machete w4")
     dense = Peer("cublas", 16, torch.bfloat16, partial(cublas, dtype=torch.bfloat16))
     return [replace(peer, most_rows=max(ROWS)) for peer in (dense, *PEERS) if peer is dense or peer.name in names]
 
 
 def gains(rows: Sequence[dict]) -> dict[tuple[int, int, int, int], float]:
-    """By m, n, k and bits, the best peer's time over that of the way which the rule takes."""
+    """By m, n, k and bits, the best peer's time over that of the chosen method."""
     found = {}
     for row in rows:
         if not row.get("chosen"):

@@ -3,12 +3,12 @@
     python -m benchmarks.formats_table --work DIR --peers DIR --commit $(git rev-parse --short HEAD) \\
         [--only REGEX] [--readers REGEX] [--missing]
 
-Makes the demo model's checkpoints that --work lacks, as METHODS and FORMATS say (a method's first format is quantized
-into, the others are converted to), and reads each with the programs of READERS that --peers has. --only and --readers
-take those whose name matches, --missing leaves pairs out that have a row. The first reader is our own: weights
-dequantized, all else in float32, activations rounded where the checkpoint says so. A cell is the perplexity, or the
-reader's own error. Rows are added to benchmarks/results/formats.jsonl; the table that is printed is made from the
-newest row of each pair there, so without --work nothing is measured.
+Creates the demo model's checkpoints that --work lacks, by METHODS and FORMATS (the first format of a method is
+quantized, the others are converted), and reads each with the programs of READERS that --peers has. --only and --readers
+select by name, --missing skips pairs that have a row. The first reader is our own: weights dequantized, everything else
+in float32, activations quantized if the checkpoint says so. A cell is the perplexity, or the reader's own error. Rows
+are added to benchmarks/results/formats.jsonl. The printed table has the newest row of each pair there, so without
+--work nothing is measured.
 """
 
 import argparse
@@ -60,7 +60,7 @@ FORMATS = {
 
 @dataclass(frozen=True)
 class ReaderProgram:
-    """A program that reads: its environment under --peers (none: ours), and what read_checkpoint.py calls it."""
+    """A reader: its environment under --peers (none for ours), and its name for read_checkpoint.py."""
 
     environment: str | None
     kind: str
@@ -107,7 +107,7 @@ def read_rows() -> list[dict[str, Any]]:
 
 
 def checkpoints(work: Path, only: str) -> Iterator[tuple[str, Path]]:
-    """Label and directory of each checkpoint whose label matches, made where it is not there."""
+    """Label and directory of each checkpoint whose label matches, created if missing."""
     for method, settings in METHODS.items():
         formats = FORMATS.get(method, (CT,))
         directories = {fmt: work / f"{method}-{fmt}".replace(" ", "-") for fmt in formats}
@@ -125,7 +125,7 @@ def checkpoints(work: Path, only: str) -> Iterator[tuple[str, Path]]:
 def measures(
     args: argparse.Namespace, label: str, directory: Path, source: Source, windows: Cut
 ) -> Iterator[tuple[str, Callable[[], list[list[float]]]]]:
-    """Each reader that is there and takes the format, and what measures by it."""
+    """Each available reader that takes the format, with its measuring function."""
     yield OURS, lambda: ours(source, windows)
     for name, reader in READERS.items():
         python = Path(sys.executable)
@@ -151,13 +151,13 @@ def keep(pair: Mapping[str, Any], measure: Callable[[], list[list[float]]]) -> N
 
 
 def ours(source: Source, windows: Cut) -> list[list[float]]:
-    """Log-probabilities by our own reading."""
+    """Log-probabilities by our own reader."""
     batches = TransformersBackend(source, "cpu").log_likelihoods(w.unsqueeze(0) for w in windows.windows)
     return [batch[0].tolist() for batch in batches]
 
 
 def theirs(python: str, kind: str, directory: Path, windows: Cut) -> list[list[float]]:
-    """Log-probabilities by another program. ReaderError where it fails."""
+    """Log-probabilities by another program. ReaderError if it fails."""
     return read_by(python, kind, directory, [window.tolist() for window in windows.windows])
 
 

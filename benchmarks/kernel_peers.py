@@ -1,5 +1,5 @@
-"""Other libraries' products with a quantized weight, each on random weights of a shape; those that are not here are
-left out. A peer gives the calls that time_calls rotates over, or None where it does not take the problem."""
+"""Other libraries' products with a quantized weight, each on random weights of a shape; missing libraries are left out.
+A peer gives the calls that time_calls rotates over, or None if it does not take the problem."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -28,7 +28,7 @@ Calls = list[Callable[[], object]]
 class Peer:
     """A kernel of another library: its name, the width of its weight, its dtype, and its calls for (m, n, k).
 
-    most_shapes  how many shapes it is timed on: few where it compiles for each
+    most_shapes  number of shapes that it is timed on: few if it compiles for each
     """
 
     name: str

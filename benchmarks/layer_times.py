@@ -1,4 +1,4 @@
-"""One layer's time line: `python -m benchmarks.layer_times --plot layer.png`.
+"""The time line of one layer: `python -m benchmarks.layer_times --plot layer.png`.
 
 The extension must be built with -DLOWBIT_STAMPS=stamps_of_products for wna16_gemv.cu (float16, 4 bits) and
 -DLOWBIT_STAMPS=stamps_of_attention for decode_attention.cu (float16): csrc/stamps.cuh. Prints microseconds from the
@@ -41,7 +41,7 @@ def read_stamps(library: ctypes.CDLL, name: str) -> list[StampRow]:
 
 
 def launches_of(rows: list[StampRow]) -> list[list[StampRow]]:
-    """The rows of each launch, in the order that they were asked for: a block's number comes once in each."""
+    """The rows of each launch, in launch order; each has a block's number once."""
     launches: list[list[StampRow]] = []
     by_kernel: dict[tuple[int, int], list[StampRow]] = {}
     for row in rows:
@@ -54,7 +54,7 @@ def launches_of(rows: list[StampRow]) -> list[list[StampRow]]:
 
 
 def layer_of(engine: Engine, library: ctypes.CDLL, batch: int, prompt: int) -> list[list[StampRow]]:
-    """The launches of one layer, and the next layer's first, of a step that ran before."""
+    """The launches of one layer, and the first of the next layer, from a step that ran before."""
     with torch.inference_mode(), engine.spaces.lent() as space:
         runner = space.runner(batch, batch, prompt + 64, Features())
         start(runner, batch, prompt)
@@ -71,7 +71,7 @@ def layer_of(engine: Engine, library: ctypes.CDLL, batch: int, prompt: int) -> l
 
 
 def times_of(launches: list[list[StampRow]]) -> list[dict]:
-    """For each launch the first, median and last time of each stage, us from the median wait of the first."""
+    """For each launch the first, median and last time of each stage, in us from the first launch's median wait."""
     zero = statistics.median(row.at[1] for row in launches[0])
     found = []
     for launch in launches:

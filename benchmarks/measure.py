@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-ROTATED_BYTES = 256 << 20  # copies of the weight that a graph walks through: over four times an H100's 50 MB of L2
+ROTATED_BYTES = 256 << 20  # copies of the weight that a graph cycles through: over four times an H100's 50 MB of L2
 CALLS = 20  # at least, in a graph
 READ_CEILING_BYTES = 2 << 30
 
@@ -32,7 +32,7 @@ def copies_for(nbytes: int) -> int:
 
 
 def time_calls(calls: Sequence[Callable[[], object]], target_ms: float = 10.0, calls_in_graph: int = CALLS) -> Timing:
-    """Time of one call. `calls` work on different copies of the weight; a graph holds so many at least, in turn."""
+    """Time of one call. `calls` use different copies of the weight; a graph has at least that many, in turn."""
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         for call in calls[:2]:
@@ -61,7 +61,7 @@ def replay_ms(graph: torch.cuda.CUDAGraph, replays: int) -> list[float]:
 
 
 class Floor:
-    """A kernel that only reads: the time of a shape's bytes in the same kind of graph."""
+    """A read-only kernel: the time of a shape's bytes in the same kind of graph."""
 
     def __init__(self) -> None:
         self.times: dict[int, Timing] = {}
@@ -82,7 +82,7 @@ class Floor:
             raise RuntimeError(f"read_floor: CUDA error {error}")
 
     def time(self, nbytes: int) -> Timing:
-        """Of reading `nbytes`, rounded up to 16."""
+        """The time to read `nbytes`, rounded up to 16."""
         nbytes = (nbytes + 15) // 16 * 16
         if nbytes not in self.times:
             sizes = [nbytes] * copies_for(nbytes)
@@ -96,7 +96,7 @@ class Floor:
 
 
 def arguments(description: str | None, results: Path) -> argparse.Namespace:
-    """The command line of a benchmark that has no choices: `commit`, and `output`, where the rows go."""
+    """The command line of a benchmark without choices: `commit`, and `output` for the rows."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--commit", default="unknown")
     parser.add_argument("--output", type=Path, default=results)

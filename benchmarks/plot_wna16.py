@@ -1,4 +1,4 @@
-"""Draws benchmarks/results/wna16_*.jsonl: rows of x against time, one picture a shape, the floor as a line.
+"""Plots of benchmarks/results/wna16_*.jsonl: time against rows of x, one picture per shape, with the floor as a line.
 
 python -m benchmarks.plot_wna16          (needs matplotlib)
 """

@@ -18,7 +18,7 @@ class ReaderError(Exception):
 
     @property
     def last_words(self) -> str:
-        """The last exception of a traceback on one line, shortened."""
+        """The last exception of a traceback, shortened to one line."""
         output = str(self)
         errors = re.findall(
             r"^(?:\(.*?\) *)?(?:ERROR .*?\] )?((?:\w+\.)*\w*(?:Error|Exception|Warning)\b: .+)$", output, re.M
@@ -35,10 +35,10 @@ class ReaderError(Exception):
 def read_by(
     python: str, kind: str, directory: str | Path, windows: list[list[int]], *flags: str, **environment: str
 ) -> list[list[float]]:
-    """Log-probabilities of the tokens of `windows`. ReaderError with all that was printed where the reader fails.
+    """Log-probabilities of the tokens of `windows`. ReaderError with all output if the reader fails.
 
     python       the reader's own
-    kind, flags  what read_checkpoint.py calls it, and what else it takes
+    kind, flags  its name for read_checkpoint.py, and further options
     environment  set for the reader
     """
     with tempfile.TemporaryDirectory() as scratch:
@@ -56,7 +56,7 @@ def read_by(
 
 
 def path_of_ours(scratch: Path) -> str:
-    """A path on which another Python finds this checkout, and its entry point for vLLM."""
+    """A path for another Python with this checkout and its entry point for vLLM."""
     info = scratch / "lowbit-0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: lowbit\nVersion: 0\n")

@@ -3,8 +3,8 @@
 python -m benchmarks.tables            write every table anew, between its marks
 python -m benchmarks.tables --check    only say what would change, and fail if something would
 
-A document holds <!-- table: NAME --> and <!-- end of table -->, each on a line of its own. What lies between is what
-TABLES[NAME] returns. tests/house/test_figures.py holds the documents to it.
+A document has <!-- table: NAME --> and <!-- end of table -->, each on its own line. The lines between them come from
+TABLES[NAME]. tests/house/test_figures.py compares the documents with it.
 """
 
 import argparse
@@ -127,7 +127,7 @@ BOLD = "`best`"
 
 
 def scored(wanted: Mapping[str, Any], text: str) -> Row | None:
-    """The row of a model on the text whose name begins so, in whatever case."""
+    """The row of a model on the text whose name begins with `text`, in upper or lower case."""
     found = [row for row in matching("quality", **wanted) if row["text"].lower().startswith(text)]
     return found[-1] if found else None
 
@@ -374,10 +374,10 @@ def took(kernel: str, n: int) -> float:
 
 
 def readers() -> str:
-    """A line for each checkpoint, with the commit of our own reading, and a column for each reader.
+    """A line per checkpoint, with the commit of our own reading, and a column per reader.
 
-    Readers and errors are spelled out below. A checkpoint that was made anew, which our own reading shows, has lost
-    what others read of the old one.
+    Readers and errors are listed below. If a checkpoint was made again, as our own reading shows, other readers'
+    results for the old one are dropped.
     """
     cells: dict[tuple[str, str], Row] = {}
     for row in rows("formats"):

@@ -74,7 +74,7 @@ def our_cases(inputs: Inputs, launches: Sequence[bool]) -> Iterator[Case]:
 
 
 def torch_cases(inputs: Inputs) -> Iterator[Case]:
-    """torch's int8 product, inputs rounded and padded beforehand, sums left as they are; cuBLAS in bfloat16."""
+    """torch's int8 product, inputs rounded and padded in advance, without scaling of the sums; cuBLAS in bfloat16."""
     m, k = inputs.x.shape
     n = inputs.weights[0].n
     x = random_words(max(m, 32), k, dtype=torch.int8)

@@ -38,7 +38,7 @@ from lowbit.export.formats import LogicalTensors
 from lowbit.models.source import open_source
 
 RESULTS = Path(__file__).parent / "results" / "w8a8_agreement.jsonl"
-WIDER = math.sqrt(4096 / 512)  # keeps what a layer adds, and the logits, as large as 4096 inputs make them
+WIDER = math.sqrt(4096 / 512)  # keeps the logits, and each layer's addition, as large as with 4096 inputs
 SMALL = partial(Network, 512, 1408, 8, vocabulary=4096, weights=0.02 * WIDER, head=0.1 * WIDER, device="cpu")
 NETWORKS = {"wild": SMALL(branch=1.0), "tame": SMALL()}
 DTYPES = (torch.float64, torch.float32, torch.bfloat16)
@@ -106,7 +106,7 @@ def exact(directory: Path, windows: list[list[int]], dtype: torch.dtype) -> list
 
 
 def product_by(codes: Tensor, scales: Tensor, input_scale: Tensor | None) -> Callable[[Tensor], Tensor]:
-    """x -> x W^T, x rounded to int8; in float64, where integers of this size are exact, and rounded once at the end."""
+    """x -> x W^T with x rounded to int8, in float64, where integers of this size are exact; rounded once at the end."""
 
     def product(x: Tensor) -> Tensor:
         wide = x.double()

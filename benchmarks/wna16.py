@@ -56,7 +56,7 @@ RESULTS = Path(__file__).with_name("results")
 
 
 def random_shapes(count: int) -> list[tuple[int, int]]:
-    """Random shapes, not tuned for: n a multiple of 64, k of 128."""
+    """Random shapes that nothing was tuned for: n a multiple of 64, k of 128."""
     return [(64 * random.randint(32, 512), 128 * random.randint(16, 128)) for _ in range(count)]
 
 
@@ -72,7 +72,7 @@ def make_weight(n: int, k: int, bits: int, group_size: int, symmetric: bool, dty
 
 
 def make_copies(n: int, k: int, bits: int, group_size: int, symmetric: bool, dtype: torch.dtype) -> list[PackedWeight]:
-    """Copies of one packed weight, enough to leave nothing of one in L2 when it comes round again."""
+    """Copies of one packed weight, enough to evict each from L2 before its next use."""
     packed = make_weight(n, k, bits, group_size, symmetric, dtype)
     count = copies_for(bytes_of(n, k, bits, group_size, symmetric))
     zeros = packed.zeros

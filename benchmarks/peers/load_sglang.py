@@ -1,11 +1,10 @@
-"""Check without a GPU of how SGLang loads a Llama checkpoint: each linear's scheme, and the place of the file's
-tensors.
+"""Check of SGLang's loading of a Llama checkpoint, without a GPU: each linear's scheme, and its tensors.
 
     PYTHON load_sglang.py CHECKPOINT --out FILE
 
-PYTHON has SGLang (0.5.23 was tried) and what it needs to be imported; packages of its that are missing are stood in for
-by empty ones, and the GPU that it asks for its capability is said to be an H100. SGLang's own model is built on the CPU
-and loads the checkpoint's tensors; its kernels, which would come next, need a GPU. FILE is a JSON object:
+PYTHON has SGLang (0.5.23 was tried) and its imports. Missing packages are replaced by empty ones, and the GPU whose
+capability it queries is reported as an H100. SGLang's own model is built on the CPU and loads the checkpoint's tensors;
+its kernels, the next step, need a GPU. FILE is a JSON object:
 
     schemes  linear (q, k and v as one; gate and up as one) -> class of SGLang's scheme or method
     wrong    parameters of linears that are not, side by side, the file's tensors of what they stand for

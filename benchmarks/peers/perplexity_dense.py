@@ -1,10 +1,10 @@
-"""Perplexity of a checkpoint with nothing but transformers: an independent figure to hold lowbit's own against.
+"""Perplexity of a checkpoint by transformers alone: an independent check of lowbit's own figure.
 
     python perplexity_dense.py CHECKPOINT --text FILE [--windows 16] [--length 1024] [--from-share 0.6]
 
 Windows do not overlap and start cold, no BOS token is added, every token but a window's first is scored, in float32. A
 quantized checkpoint is dequantized by transformers, which needs the package `compressed-tensors` for ours. Prints one
-JSON line. It imports nothing of lowbit, so that a mistake cannot be shared.
+JSON line. It imports nothing of lowbit, so the two share no mistakes.
 """
 
 import argparse

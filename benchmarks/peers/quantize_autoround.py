@@ -1,8 +1,8 @@
-"""AutoRound on a checkpoint, calibrated on token ids that lowbit drew, so that like is compared with like.
+"""AutoRound on a checkpoint, calibrated on the same token ids as lowbit, for a fair comparison.
 
     PYTHON quantize_autoround.py CHECKPOINT IDS.safetensors OUTPUT --iters 20 [--group-size 64] [--device cpu]
 
-Symmetric 4-bit weights in groups, lm_head left alone, everything else as AutoRound has it; the checkpoint is in GPTQ's
+Symmetric 4-bit weights in groups, lm_head unquantized, everything else AutoRound's default; the checkpoint is in GPTQ's
 layout. IDS is what `CalibrationSet.save` writes. Prints one JSON line. PYTHON is an environment of its own
 (`pip install auto-round==0.16.1`).
 """

@@ -1,4 +1,4 @@
-"""llm-compressor on a checkpoint, calibrated on token ids that lowbit drew, so that like is compared with like.
+"""llm-compressor on a checkpoint, calibrated on the same token ids as lowbit, for a fair comparison.
 
     PYTHON quantize_llmcompressor.py CHECKPOINT IDS.safetensors OUTPUT --method awq|gptq|smoothquant
 
@@ -33,7 +33,7 @@ def main() -> None:
     args = parse()
     ids = load_file(args.ids)["ids"]
     if not torch.accelerator.is_available():
-        # 0.14 pins the cached activations for faster copies to a GPU, and dies of it where there is none.
+        # 0.14 pins the cached activations for faster copies to a GPU, and crashes without one.
         IntermediatesCache.pin_memory = lambda *_, **__: None
     model = transformers.AutoModelForCausalLM.from_pretrained(args.checkpoint, dtype=torch.float32)
     tokenizer = transformers.AutoTokenizer.from_pretrained(args.checkpoint)
@@ -64,7 +64,7 @@ def parse() -> argparse.Namespace:
 
 
 def rows(ids: torch.Tensor) -> Dataset:
-    """The ids as llm-compressor takes tokenized data: one window a row, nothing masked."""
+    """The ids in llm-compressor's form of tokenized data: one window per row, nothing masked."""
     windows = ids.tolist()
     return Dataset.from_dict({"input_ids": windows, "attention_mask": [[1] * len(window) for window in windows]})
 

@@ -1,4 +1,4 @@
-"""Log-probabilities that another program gives the tokens of some windows: how it reads a checkpoint, as numbers.
+"""Log-probabilities of the tokens of some windows by another program: its reading of a checkpoint, as numbers.
 
     PYTHON read_checkpoint.py READER CHECKPOINT --windows FILE --out FILE [--dtype bfloat16] [--split N] [--lora DIR]
 

@@ -1,4 +1,4 @@
-"""One linear of a W8A8 checkpoint inside vLLM, once on vLLM's own kernel and once on ours, for the same inputs.
+"""One linear of a W8A8 checkpoint inside vLLM, on vLLM's own kernel and on ours, for the same inputs.
 
     PYTHON vllm_layer.py TENSORS CONFIG --out FILE
 
