@@ -13,7 +13,7 @@ from itertools import chain
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from lowbit.calibrate.tables import BadRow, Numbered, Row
-from lowbit.errors import DatasetError
+from lowbit.errors import DatasetError, LowbitError
 from lowbit.export.plain import plain_json
 from lowbit.models.chat import TemplateRefusal, render_chat
 
@@ -139,7 +139,7 @@ def usable(table: Table, reading: Reading, make: Callable[[Row], Made | None]) -
             made = make(row)
             if made is not None:
                 yield made
-        except DatasetError:
+        except LowbitError:  # a template beyond its limits takes as long for the next row
             raise
         except ValueError as error:
             reading.skipped.append(f"row {number}: {error}")

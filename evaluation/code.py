@@ -51,7 +51,7 @@ def read_problems(path: Path) -> list[CodeProblem]:
     try:
         lines = read_text(path).splitlines()
     except (FileNotFoundError, CheckpointError) as error:
-        raise DatasetError(f"{path}: {error}; problems are a UTF-8 .jsonl file in HumanEval's layout") from error
+        raise DatasetError(f"{error}; problems are a UTF-8 .jsonl file in HumanEval's layout") from error
     problems = [_parsed(f"{path}:{number}", line) for number, line in enumerate(lines, 1) if line.strip()]
     if not problems:
         raise DatasetError(f"{path}: no problem in it")

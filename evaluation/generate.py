@@ -45,7 +45,7 @@ def read_prompts(path: Path) -> list[Prompt]:
     try:
         lines = read_text(path).splitlines()
     except (FileNotFoundError, CheckpointError) as error:
-        raise DatasetError(f"{path}: {error}; prompts are a UTF-8 .txt or .jsonl file") from error
+        raise DatasetError(f"{error}; prompts are a UTF-8 .txt or .jsonl file") from error
     if path.suffix not in (".txt", ".jsonl"):
         raise DatasetError(f"{path}: prompts are a .txt file (one a line) or a .jsonl file, not {path.suffix!r}")
     numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]

@@ -7,7 +7,7 @@ is dropped together with all lines after it.
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import astuple
 from fnmatch import fnmatch
 from pathlib import Path
@@ -36,27 +36,38 @@ RESULTS = ("report.json", "quantization_report.json")  # written next to the wei
 
 
 class Journal:
-    """The finished pieces of one measurement. With `path` None they are kept in memory only."""
+    """The finished pieces of one measurement. With `path` None they are kept in memory only.
 
-    def __init__(self, path: Path | None = None) -> None:
-        self._path = path
+    lost  called with the error if the disk is full: the measurement goes on, in memory only
+    """
+
+    def __init__(self, path: Path | None = None, lost: Callable[[OSError], None] = lambda error: None) -> None:
+        self._path, self._lost = path, lost
         self.rows: dict[int, dict[str, Any]] = {}
         if path is not None and path.exists():
             self.rows = {row.pop("piece"): row for row in _whole_lines(path)}
 
     def add(self, piece: int, row: dict[str, Any]) -> None:
-        """Add the result of `piece`; it is in the file on return."""
+        """Add the result of `piece`; it is in the file on return, if that can be written."""
         self.rows[piece] = row
-        if self._path is not None:
+        if self._path is None:
+            return
+        try:
             with self._path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"piece": piece} | row) + "\n")
+        except OSError as error:
+            self._path = None
+            self._lost(error)
 
 
 class Library:
-    """The journals in `directory`; with None nothing is written to disk."""
+    """The journals in `directory`; with None nothing is written to disk.
 
-    def __init__(self, directory: Path | None = None) -> None:
-        self.directory = directory
+    note  called once with a sentence if the disk is full
+    """
+
+    def __init__(self, directory: Path | None = None, note: Callable[[str], None] = lambda text: None) -> None:
+        self.directory, self._note, self._full = directory, note, False
 
     def journal(self, kind: str, backends: list[Backend], **facts: Any) -> Journal:
         """The journal of a measurement `kind` of `backends`, keyed by `facts` (JSON values) too."""
@@ -69,7 +80,12 @@ class Library:
         ]
         versions = [__version__, torch.__version__, transformers.__version__]
         key = hash_of({"kind": kind, "models": models, "versions": versions} | facts)
-        return Journal(self.directory / f"{kind}-{key[:32]}.jsonl")
+        return Journal(self.directory / f"{kind}-{key[:32]}.jsonl", self._lose)
+
+    def _lose(self, error: OSError) -> None:
+        if not self._full:
+            self._note(f"{self.directory}: {error.strerror}; what is finished from here on is not kept")
+        self._full = True
 
     def fingerprint(self, directory: Path) -> str:
         """A hash of all files of a checkpoint that affect results: weights, configuration, tokenizer, templates and
@@ -91,7 +107,10 @@ class Library:
             sums[name] = known[key] = known.get(key) or sha256_of(path)
             if not is_same(path, identity):
                 raise CheckpointError(changed(path))
-        write_text(known_path, json.dumps(known, indent=0))
+        try:
+            write_text(known_path, json.dumps(known, indent=0))
+        except OSError as error:
+            self._lose(error)
         return hash_of(sums)
 
 

@@ -156,7 +156,7 @@ class Session:
 
     @property
     def library(self) -> Library:
-        return Library(kept_in() if self.keep else None)
+        return Library(kept_in() if self.keep else None, self.note)
 
     @contextmanager
     def watched(self, *backends: Backend) -> Iterator[OnStep]:

@@ -50,6 +50,27 @@ def test_an_interrupted_score_goes_on(source, tmp_path, monkeypatch):
     assert again.window_nll.tolist() == whole.window_nll.tolist()
 
 
+def test_a_full_disk_ends_the_keeping_and_not_the_evaluation(source, tmp_path, monkeypatch):
+    monkeypatch.setattr("lowbit.evaluation.text.BATCH_TOKENS", 64)
+    text_cut, notes = cut(TEXT, source, Protocol(64)), []
+    whole = perplexity(open_backend("transformers", source, "cpu"), text_cut)
+    library = Library(tmp_path, notes.append)
+    journal = library.journal("perplexity", [open_backend("transformers", source, "cpu")], ids=text_cut.ids_sha256)
+    add, full = Journal.add, tmp_path / "full"
+    full.symlink_to("/dev/full")
+
+    def until_full(self: Journal, piece: int, row: dict[str, object]) -> None:
+        if piece == 2:
+            self._path = full
+        add(self, piece, row)
+
+    monkeypatch.setattr(Journal, "add", until_full)
+    found = perplexity(open_backend("transformers", source, "cpu"), text_cut, library)
+    assert found.window_nll.tolist() == whole.window_nll.tolist()
+    assert len(journal._path.read_text().splitlines()) == 2
+    assert notes == [f"{tmp_path}: No space left on device; what is finished from here on is not kept"]
+
+
 def test_a_finished_score_is_not_repeated(source, tmp_path):
     text_cut, library = cut(TEXT, source, Protocol(64)), Library(tmp_path)
     first = perplexity(open_backend("transformers", source, "cpu"), text_cut, library)

@@ -279,6 +279,11 @@ def test_replacing_is_one_step_where_the_system_can(tmp_path, monkeypatch):
         exchange(tmp_path / "one", tmp_path / "none")
 
 
+def test_a_directory_that_takes_no_lock_is_not_called_taken():
+    with pytest.raises(CheckpointError, match="/proc/self/out: cannot be written"), only_run(Path("/proc/self/out")):
+        pass
+
+
 def test_two_runs_do_not_write_one_output(tmp_path):
     """The second is refused at once, before it has done any work, and leaves the first alone."""
     code = "import sys, pathlib, lowbit.export.staging as s\nwith s.staged(pathlib.Path(sys.argv[1]), True): pass"

@@ -8,7 +8,7 @@ import pytest
 
 from lowbit.calibrate.documents import Layout, Reading, choose_layout, documents
 from lowbit.calibrate.tables import BadRow
-from lowbit.errors import DatasetError
+from lowbit.errors import CheckpointError, DatasetError
 from tests.builders import make_tokenizer
 
 PLAIN = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
@@ -190,6 +190,17 @@ def test_a_source_without_a_good_row_is_given_up() -> None:
 
     with pytest.raises(DatasetError, match="none of 1000 rows can be used; row 7: holds int"):
         list(documents(endless(), make_tokenizer(), Reading("rows"), "text"))
+
+
+def test_a_template_beyond_its_limits_ends_the_reading_at_once() -> None:
+    """The next row would take as long: a thousand of them hours."""
+    rows = [{"messages": [USER]} for _ in range(3)]
+    reading = Reading("rows")
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = "{{ 'a' * 10**10 }}"
+    with pytest.raises(CheckpointError, match="takes more than 512 MiB of memory"):
+        list(documents(enumerate(rows, 1), tokenizer, reading))
+    assert reading.rows <= 1
 
 
 def test_chats_need_a_template() -> None:
