@@ -16,6 +16,7 @@ class Method:
     """A method: a name for recipe settings.
 
     summary    one line for --list-methods
+    cost, use  the same: what a run takes, and when to choose it
     settings   recipe keys that differ from the defaults
     only_bits  the only valid width, or None
     only_weights  the only valid scheme of weights, or None
@@ -26,8 +27,11 @@ class Method:
     settings: dict[str, Any] = field(default_factory=dict)
     only_bits: int | None = None
     only_weights: str | None = None
+    cost: str = "128 windows of calibration text, a forward pass per search"
+    use: str = ""
 
 
+ONE_READING = "the model is read once"
 W8A8 = {"bits": 8, "group_size": -1, "activations": "token"}
 METHODS = {
     method.name: method
@@ -38,6 +42,8 @@ METHODS = {
             {"bits": 8, "group_size": -1},
             only_bits=8,
             only_weights="int8",
+            cost=ONE_READING,
+            use="first: half the size, and a loss that is hard to measure",
         ),
         Method(
             "fp8",
@@ -45,21 +51,48 @@ METHODS = {
             {"scheme": "fp8"},
             only_bits=8,
             only_weights="fp8-a16",
+            cost=ONE_READING,
+            use="on GPUs that multiply 8-bit floats (Ada, Hopper and later), also for many users at once",
         ),
-        Method("rtn", "plain rounding to 4 or 8 bits; the baseline, needs no data"),
-        Method("awq", "activation-aware scales, then clipping", {"transforms": ("awq",), "clip": True}),
-        Method("gptq", "columns rounded by importance, errors compensated", {"rounder": "gptq", "clip": True}),
+        Method(
+            "rtn",
+            "plain rounding to 4 or 8 bits; the baseline, needs no data",
+            cost=ONE_READING,
+            use="to see at once what 4 bits cost a model",
+        ),
+        Method(
+            "awq",
+            "activation-aware scales, then clipping",
+            {"transforms": ("awq",), "clip": True},
+            use="4 bits that every engine loads; the default",
+        ),
+        Method(
+            "gptq",
+            "columns rounded by importance, errors compensated",
+            {"rounder": "gptq", "clip": True},
+            cost="128 windows of calibration text, second moments of each input",
+            use="4 bits: about half of the loss of awq on the demo model",
+        ),
         Method(
             "smoothquant",
             "int8 weights and int8 activations, outliers moved into the weights",
             {"transforms": ("smooth",), **W8A8},
             only_bits=8,
+            use="int8 products, for many users at once on GPUs before Ada",
         ),
-        Method("signround", "rounding learned block by block", {"rounder": "signround", "clip": True}),
+        Method(
+            "signround",
+            "rounding learned block by block",
+            {"rounder": "signround", "clip": True},
+            cost="200 steps of descent per block: about three times gptq",
+            use="4 bits, where minutes more on a GPU are worth a lower loss",
+        ),
         Method(
             "best",
             "learned rounding, then scales and norms tuned on the model's own output",
             {"rounder": "signround", "clip": True, "iters": 20, "distill_steps": 48},
+            cost="the whole model's gradients: the most time and memory of all",
+            use="4 bits of a model that many will use",
         ),
     )
 }

@@ -73,7 +73,13 @@ def setup_options(command: Callable[..., Any]) -> Callable[..., Any]:
         REVISION,
         click.option("--baseline-revision", help="Branch, tag or commit of --baseline."),
         click.option("--trust-remote-code", is_flag=True, help="Run Python code from the model's repository."),
-        click.option("--cache/--no-cache", "keep", default=True, help="Reuse finished windows of an earlier run."),
+        click.option(
+            "--keep/--no-keep",
+            "keep",
+            default=True,
+            show_default=True,
+            help="Reuse finished windows of an earlier run.",
+        ),
         click.option("--record", "store", is_flag=True, help="Also write the result into CHECKPOINT."),
         *OUTPUT_OPTIONS,
     )

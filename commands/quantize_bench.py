@@ -36,15 +36,15 @@ def main() -> None:
 @click.option("--method", "methods", type=click.Choice(list(METHODS)), multiple=True, help="Of --shape. [default: all]")
 @click.option("--batch", type=int, multiple=True, default=(1, 2, 4, 8, 16), show_default=True, help="Sequences.")
 @click.option("--prompt", type=int, multiple=True, default=(128, 2048), show_default=True, help="Prompt tokens.")
-@click.option("--output", type=click.IntRange(min=1), default=128, show_default=True, help="Tokens to generate.")
+@click.option(
+    "--new-tokens", "output", type=click.IntRange(min=1), default=128, show_default=True, help="Tokens to generate."
+)
 @click.option("--cache", type=click.Choice(["same", "int8"]), default="same", help="Type of keys and values.")
 @click.option("--head", default="dense", help="Scheme to round the head to: int8.")
 @click.option(
     "--dtype",
     type=click.Choice(["float16", "bfloat16", "float32"]),
-    default="float16",
-    show_default=True,
-    help="Type of activations.",
+    help="Type of activations.  [default: float16; float32 on a CPU]",
 )
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1.")
 @REVISION
@@ -60,7 +60,7 @@ def bench(
     output: int,
     cache: str,
     head: str,
-    dtype: str,
+    dtype: str | None,
     device: str,
     revision: str | None,
     profile: bool,
@@ -76,7 +76,9 @@ def bench(
     if record:
         refuse_to_write_into(Path(required(checkpoint, "--record")))
     place, context = torch.device(check_device(device)), max(prompt) + output
+    dtype = dtype or ("float32" if place.type == "cpu" else "float16")
     kind = getattr(torch, dtype)
+    say(f"measuring how fast {name_of(place)} reads memory, then decoding in {dtype}", err=True)
     read_gbs = read_rate(place)
     measured = []
     table = Table(*COLUMNS, title=f"{checkpoint or shape}, {dtype}, {read_gbs:.0f} GB/s read", box=None)

@@ -23,8 +23,11 @@ PATH = click.Path(path_type=Path)
 
 def _list_methods(context: click.Context, option: click.Parameter, wanted: bool) -> None:
     if wanted:
+        width = max(map(len, METHODS))
         for method in METHODS.values():
-            say(f"{method.name:8} {method.summary}")
+            say(f"{method.name:<{width}}  {method.summary}")
+            say(f"{'':<{width}}  cost: {method.cost}")
+            say(f"{'':<{width}}  use:  {method.use}")
         context.exit()
 
 

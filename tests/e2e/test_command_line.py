@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -96,7 +97,11 @@ def test_a_mistake_in_the_command(args, message):
 def test_the_methods_are_listed():
     done = run_quantize("--list-methods")
     assert done.code == 0
-    assert [line.split()[0] for line in done.out.splitlines()] == list(METHODS)
+    lines = done.out.splitlines()
+    assert [line.split()[0] for line in lines[::3]] == list(METHODS)
+    starts = {re.match(r"\S* +", line).end() for line in lines}  # aligned
+    assert len(starts) == 1
+    assert all("cost: " in cost and "use:  " in use for cost, use in zip(lines[1::3], lines[2::3], strict=True))
 
 
 def test_help_and_version_as_installed():

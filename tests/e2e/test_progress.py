@@ -102,7 +102,7 @@ def test_quiet_prints_nothing_and_json_only_events(source, tmp_path) -> None:
 
 
 def test_an_evaluation_is_quiet_but_for_its_row(source) -> None:
-    flags = ("perplexity", source, "--windows", 1, "--context", 64, "--no-cache")
+    flags = ("perplexity", source, "--windows", 1, "--context", 64, "--no-keep")
     quiet = run_quantize_eval(*flags, "--quiet")
     [line] = quiet.out.splitlines()
     told = [json.loads(line) for line in run_quantize_eval(*flags, "--json").out.splitlines()]

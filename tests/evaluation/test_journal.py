@@ -158,7 +158,7 @@ def test_a_line_that_was_cut_off_is_dropped(tmp_path):
 def test_the_command_keeps_and_need_not(models, tmp_path, cache):
     (tmp_path / "text.txt").write_text(TEXT)
     args = ["perplexity", models("llama")[1], "--text", tmp_path / "text.txt", "--context", 64]
-    without = run_quantize_eval(*args, "--no-cache")
+    without = run_quantize_eval(*args, "--no-keep")
     assert not cache.exists()
     kept = run_quantize_eval(*args)
     again = run_quantize_eval(*args)
@@ -184,5 +184,5 @@ def test_a_cache_that_cannot_be_written_is_gone_without(models, monkeypatch):
     assert note.startswith("note: /proc/nowhere/lowbit/evaluations: ")
     assert note.endswith("; what is finished is not kept")
     assert "perplexity" in json.loads(done.out.splitlines()[-1])
-    quiet = run_quantize_eval("perplexity", models("llama")[1], "--context", 64, "--windows", 2, "--no-cache")
+    quiet = run_quantize_eval("perplexity", models("llama")[1], "--context", 64, "--windows", 2, "--no-keep")
     assert "note" not in quiet.out

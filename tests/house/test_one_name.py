@@ -20,9 +20,10 @@ for place in sys.argv[1:]:
     module, _, function = place.partition(":")
     getattr(importlib.import_module(module), function)
 """
-TOP_LEVEL = {"benchmarks", "docs", "lowbit", "tests", ".ci", *PACKAGES}
+TOP_LEVEL = {"benchmarks", "docs", "lowbit", "scripts", "tests", ".ci", ".github", *PACKAGES}
 TOP_FILES = {
-    ".gitignore", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "Makefile", "README.md", "SECURITY.md",
+    ".dockerignore", ".gitignore", ".pre-commit-config.yaml", "CHANGELOG.md", "CITATION.cff", "CODE_OF_CONDUCT.md",
+    "Dockerfile", "CONTRIBUTING.md", "LICENSE", "Makefile", "README.md", "SECURITY.md",
     "constraints.txt", "mkdocs.yml", "pyproject.toml", "setup.py",
 }  # fmt: skip
 
