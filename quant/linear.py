@@ -5,7 +5,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from lowbit.quant.kernels.weight import Linear, inputs_of, pack, with_tensors
+from lowbit.quant.kernels.weight import ALONE, Linear, inputs_of, pack, with_tensors
 from lowbit.quant.qtensor import QTensor
 
 
@@ -38,4 +38,5 @@ class QLinear(nn.Module):
         inputs = self.linear.inputs
         if inputs is not None:
             inputs = replace(inputs, scale=self.input_scale)
-        return Linear(weight, self.bias, inputs)(x)
+        # torch.compile cannot trace a dataclass's default
+        return Linear(weight, self.bias, inputs, ALONE)(x)

@@ -6,7 +6,7 @@ registry's last kernel runs, the plain-torch reference, so that a kernel is test
 devices.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from types import NoneType
 from typing import Any, Generic, TypeVar, get_args, get_type_hints
@@ -49,6 +49,7 @@ class CallField:
     argument  name in the schema
     schema    type in the schema; "" for a dataclass
     kind      the nested dataclass, or None
+    count     number of arguments
     """
 
     name: str
@@ -56,6 +57,7 @@ class CallField:
     schema: str
     kind: type | None = None
     parts: tuple["CallField", ...] = ()
+    count: int = 1
 
 
 def parts_of(kind: type, without: tuple[str, ...] = (), prefix: str = "", absent: bool = False) -> Iterator[CallField]:
@@ -65,7 +67,8 @@ def parts_of(kind: type, without: tuple[str, ...] = (), prefix: str = "", absent
         optional = absent or NoneType in get_args(hints[name])
         inner: type = next(each for each in get_args(hints[name]) or (hints[name],) if each is not NoneType)
         if is_dataclass(inner):
-            yield CallField(name, prefix + name, "", inner, tuple(parts_of(inner, (), f"{prefix}{name}_", optional)))
+            parts = tuple(parts_of(inner, (), f"{prefix}{name}_", optional))
+            yield CallField(name, prefix + name, "", inner, parts, sum(part.count for part in parts))
         else:
             yield CallField(name, prefix + name, SCHEMA_TYPES[inner] + "?" * optional)
 
@@ -80,15 +83,23 @@ def arguments_of(call: Any, parts: tuple[CallField, ...]) -> list[Any]:
     """The arguments for `call`; None for every field of an absent dataclass."""
     found: list[Any] = []
     for part in parts:
-        value = None if call is None else getattr(call, part.name)
-        found += arguments_of(value, part.parts) if part.parts else [value]
+        value = getattr(call, part.name)
+        if not part.parts:
+            found.append(value)
+        else:
+            found += [None] * part.count if value is None else arguments_of(value, part.parts)
     return found
 
 
-def call_of(kind: type[C], parts: tuple[CallField, ...], arguments: Iterator[Any]) -> C | None:
-    """The call from `arguments`; None if its first field, a tensor, is absent."""
-    found = {part.name: call_of(part.kind, part.parts, arguments) if part.kind else next(arguments) for part in parts}
-    return None if found[parts[0].name] is None else kind(**found)
+def call_of(kind: type[C], parts: tuple[CallField, ...], arguments: Sequence[Any], place: int = 0) -> C:
+    """The call from `arguments`, from `place` on. A nested dataclass is absent if its first field, a tensor, is."""
+    found: dict[str, Any] = {}
+    for part in parts:
+        found[part.name] = arguments[place]
+        if part.kind is not None and arguments[place] is not None:
+            found[part.name] = call_of(part.kind, part.parts, arguments, place)
+        place += part.count
+    return kind(**found)
 
 
 class Operator(Generic[C, R]):
@@ -129,9 +140,7 @@ class Operator(Generic[C, R]):
 
     def call(self, *arguments: Any) -> C:
         """The call from torch's arguments."""
-        call = call_of(self.kind, self.parts, iter(arguments))
-        assert call is not None
-        return call
+        return call_of(self.kind, self.parts, arguments)
 
     def schema_of(self, writes: tuple[str, ...]) -> Iterator[str]:
         """Type and name of each argument; "Tensor(a!)" for those that are written."""
