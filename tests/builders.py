@@ -1,4 +1,4 @@
-"""Tiny real models that tests quantize: every family that the README names, with a few tens of thousands of weights."""
+"""Tiny real models for tests to quantize: every family in the README, each with a few tens of thousands of weights."""
 
 import json
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from lowbit.calibrate.data import CalibrationSet
 
-VOCABULARY = 260  # a token a byte, and three special ones, and one to spare
+VOCABULARY = 260  # one token per byte, three special ones, and one spare
 SPECIALS = ("<s>", "</s>", "<pad>")
 CHAT_TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
 
@@ -29,7 +29,7 @@ COMMON: dict[str, Any] = {
 }
 GATED = COMMON | {"intermediate_size": 96, "num_key_value_heads": 2, "max_position_embeddings": 1024}
 
-# Family -> transformers' configuration class and what it is given.
+# Family -> transformers' configuration class and its arguments.
 CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaConfig", GATED | {"head_dim": 16}),
     "mistral": ("MistralConfig", GATED | {"sliding_window": 8}),
@@ -81,8 +81,8 @@ CONNECTED: dict[str, tuple[str, dict[str, Any]]] = {
     "glm_moe_dsa": ("GlmMoeDsaConfig", FOUR | INDEXED),
 }
 
-# Families that ask for care elsewhere: a linear with one output, weights that stand before their inputs, experts that
-# token ids choose and names that transformers does not rename.
+# Families with special cases elsewhere: a linear with one output, weights stored before their inputs, experts chosen by
+# token ids, and names that transformers does not rename.
 UNUSUAL: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2_moe": (
         "Qwen2MoeConfig",

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-# Before anything imports huggingface_hub, which reads them once: a test that reaches for a hub is a broken test.
+# Must be set before anything imports huggingface_hub, which reads them once: no test may reach a real hub.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -14,7 +14,7 @@ import torch
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skips what is marked gpu where torch sees none."""
+    """Skips tests marked gpu if torch sees no GPU."""
     if torch.cuda.is_available():
         return
     for item in items:
@@ -29,8 +29,8 @@ def _seed() -> None:
 
 @pytest.fixture(scope="session")
 def demo_model() -> Path:
-    """Directory of the demo model, for tests marked demo. Skips where it cannot be fetched, but not in CI."""
-    # Here, not above: the kernels' tests then run with torch and pytest alone.
+    """Directory of the demo model, for tests marked demo. Skips if it cannot be fetched, except in CI."""
+    # Imported here, so that the kernels' tests run with only torch and pytest.
     from lowbit.errors import CheckpointError
     from lowbit.models.demo import demo_model_dir
 

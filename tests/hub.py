@@ -1,4 +1,4 @@
-"""A small hub on the loopback interface: models are directories, uploads come to lie in them."""
+"""A small hub on the loopback interface: models are directories, and uploads are stored in them."""
 
 import base64
 import hashlib
@@ -83,7 +83,7 @@ class Handler(BaseHTTPRequestHandler):
     hub: Hub
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Nothing: `Hub.asked` has it."""
+        """No log: `Hub.asked` has the requests."""
 
     def do_HEAD(self) -> None:
         self.answer()
@@ -98,7 +98,7 @@ class Handler(BaseHTTPRequestHandler):
         self.answer()
 
     def answer(self) -> None:
-        """Find what is asked for, and whether the account may have it."""
+        """Find the requested file, and check the account's access to it."""
         self.hub.asked.append((self.command, unquote(self.path), self.headers.get("Range")))
         parts = urlsplit(unquote(self.path))
         self.body = self.rfile.read(int(self.headers.get("Content-Length") or 0))

@@ -25,7 +25,7 @@ from lowbit.quant.scheme import make_scheme, parse_scheme
 def quantize_files(directory: Path, fmt: str, text: str, left: tuple[str, ...] = ("lm_head",)) -> None:
     """Rewrite a saved model: every linear of its blocks rounded to the scheme `text` in the format `fmt`.
 
-    AWQ says a symmetric weight with zeros in the middle.
+    In AWQ a symmetric weight has zeros in the middle.
     """
     scheme = parse_scheme(text)
     stored = make_scheme(scheme.bits, scheme.group_size, False) if fmt == "awq" else scheme

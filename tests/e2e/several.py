@@ -1,6 +1,6 @@
-"""A program for torchrun: one model quantized by each of RECIPES, by all processes that are started together.
+"""A program for torchrun: all ranks together quantize one model by each of RECIPES.
 
-Arguments: the model, a directory for what is written, a device.
+Arguments: the model, the output directory, a device.
 """
 
 import sys
@@ -38,7 +38,7 @@ def job_of(name: str, source: Path, device: str) -> tuple[Job, CalibrationSet | 
 
 
 def quantize_all(source: Path, output: Path, device: str) -> None:
-    """A checkpoint in `output` for each recipe; a journal that lies there is gone on from."""
+    """A checkpoint in `output` for each recipe. An existing journal is resumed."""
     for name in RECIPES:
         job, tokens = job_of(name, source, device)
         with journaled(output / name, job, tokens, resume=True) as journal:

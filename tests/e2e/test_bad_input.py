@@ -1,4 +1,4 @@
-"""Every kind of bad input: a status that is not zero, one clear line, and nothing left behind."""
+"""Every kind of bad input: a nonzero exit status, one clear line, and no files left behind."""
 
 import errno
 import json
@@ -31,13 +31,13 @@ def template(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def model(template, tmp_path) -> Path:
-    """A model of its own to damage."""
+    """A separate model to damage."""
     return Path(shutil.copytree(template, tmp_path / "model"))
 
 
 @pytest.fixture
 def refused(tmp_path) -> Callable[..., str]:
-    """Runs quantize, which must fail with one line and leave its output's directory as empty as it was."""
+    """Runs quantize, which must fail with one line and leave the directory of its output unchanged."""
     outputs = tmp_path / "outputs"
     outputs.mkdir()
 
@@ -212,7 +212,7 @@ def test_an_encoder(refused, tmp_path):
 
 
 def test_an_encoder_with_a_decoder(refused, tmp_path):
-    """Whisper's decoder alone would pass for a language model."""
+    """Whisper's decoder alone could be mistaken for a language model."""
     sizes = {"d_model": 64, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64}
     heads = {"encoder_attention_heads": 4, "decoder_attention_heads": 4, "vocab_size": 260, "max_target_positions": 64}
     tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
@@ -281,7 +281,7 @@ def test_scales_that_float16_cannot_hold(refused, model, factor, flags):
 
 
 def test_a_group_that_float16_loses_is_no_reason_to_refuse(model, tmp_path):
-    """Groups that are all but zero are found in real models: what they lose is nothing."""
+    """Groups of almost only zeros occur in real models; losing them costs nothing."""
 
     def shrink(tensors: dict[str, torch.Tensor]) -> None:
         tensors["model.layers.0.self_attn.q_proj.weight"][3, :32] *= 1e-7
@@ -348,7 +348,7 @@ def test_an_output_that_is_not_empty(model, tmp_path):
 
 @pytest.mark.parametrize("output", ["model", "model/../model", "."])
 def test_the_model_is_not_overwritten_by_its_own_quantization(model, output):
-    """Neither by an output that is the model's directory nor by one that holds it."""
+    """Neither an output that is the model's directory nor one that contains it deletes the model."""
     outcome = run_quantize(model, *FAST, "-o", model.parent / output, "--overwrite")
     assert outcome.code != 0
     assert "Traceback" not in outcome.err

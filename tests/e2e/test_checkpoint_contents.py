@@ -172,7 +172,7 @@ def test_a_tied_copy_on_disk_is_dropped(tmp_path):
 
 
 def with_another_head(directory: Path) -> tuple[Path, torch.nn.Module]:
-    """A model whose configuration says that its head is tied, with another in its file; as transformers has it."""
+    """A model whose configuration ties its head, but whose file has another one; and transformers' model of it."""
     source = save_family("llama", directory)
     changed_config(source, lambda config: config.update(tie_word_embeddings=True))
     model = AutoModelForCausalLM.from_pretrained(source)
@@ -201,7 +201,7 @@ def test_a_head_of_its_own_is_written_though_it_is_said_to_be_tied(tmp_path, met
 @pytest.mark.parametrize(("dtype", "head"), [("auto", torch.bfloat16), ("float16", torch.float16)])
 @pytest.mark.parametrize("method", ["int8", "awq"])
 def test_float32_tensors_among_bfloat16_ones_keep_their_dtype(tmp_path, method, dtype, head):
-    """And, where nothing folds into them, their values to the bit."""
+    """Unquantized linears that nothing is folded into keep their values bit for bit."""
     source = save_family("qwen3", tmp_path / "source", torch.bfloat16)
     tensors = load_file(source / "model.safetensors")
     kept = [name for name in tensors if name.endswith(("q_norm.weight", "model.norm.weight", "input_layernorm.weight"))]
@@ -223,7 +223,7 @@ def plan_of(source: Path, **values: object):
 
 
 def test_ignoring_one_of_a_fused_set_leaves_all_of_it(tmp_path):
-    """Engines run q, k and v as one matrix. Half of it left is 12% of this model: too much, unless it is asked for."""
+    """Engines run q, k and v as one matrix. Leaving it unquantized is 12% of this model, refused unless requested."""
     plan = plan_of(save_family("llama", tmp_path), ignore=("lm_head", "q_proj"))
     for i in range(2):
         prefix = f"model.layers.{i}.self_attn"

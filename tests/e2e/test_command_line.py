@@ -1,4 +1,4 @@
-"""The options of `quantize`: aliases that people type, --dry-run, what is said of a mistake."""
+"""The options of `quantize`: common aliases, --dry-run, and messages about mistakes."""
 
 import json
 import os
@@ -105,7 +105,7 @@ def test_the_methods_are_listed():
 
 
 def test_help_and_version_as_installed():
-    """The console script itself, in a process of its own."""
+    """The console script itself, in a separate process."""
     script = Path(sys.executable).with_name("quantize")
     done = subprocess.run([script, "--help"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -114,7 +114,7 @@ def test_help_and_version_as_installed():
 
 
 def started(model: Path, output: Path) -> subprocess.Popen[str]:
-    """A run of quantize in a process of its own, in the middle of its work."""
+    """A run of quantize in a separate process, in the middle of its work."""
     code = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"  # a background shell ignores it
     code += "; from lowbit.commands.quantize import main; main()"
     process = subprocess.Popen(
@@ -144,7 +144,7 @@ def test_interrupted(model, tmp_path, number):
 
 
 def test_killed(model, tmp_path):
-    """Nothing can be cleaned up then: what stays does not look finished, and the next run removes it."""
+    """A killed run cannot clean up: its remains do not look finished, and the next run removes them."""
     process = started(model, tmp_path / "out")
     process.kill()
     process.communicate(timeout=60)

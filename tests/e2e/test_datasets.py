@@ -1,4 +1,4 @@
-"""Calibration data as people have it, from file to checkpoint: what is used, what is skipped, what is said."""
+"""Calibration data of many kinds, from file to checkpoint: rows used, rows skipped, and messages."""
 
 import gzip
 import json
@@ -30,7 +30,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def run(model: Path, tmp_path: Path) -> Run:
-    """Quantizes with a dataset: a file of that name with that content, or an option's value."""
+    """Quantizes with a dataset: a file with this name and content, or an option's value."""
 
     def run(name: str, content: bytes | str, *flags: object) -> Outcome:
         path = tmp_path / name

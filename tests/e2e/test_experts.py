@@ -1,5 +1,5 @@
-"""Mixtures of experts under every method: what each expert saw is reported, and one that saw too little is rounded to
-nearest, with the reason."""
+"""Mixtures of experts under every method: the report says how many tokens each expert saw, and an expert with too few
+is rounded to nearest, with the reason."""
 
 import json
 import math
@@ -106,7 +106,7 @@ def test_an_expert_that_nobody_routes_to_is_rounded_to_nearest(sources, tmp_path
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
 @pytest.mark.parametrize("method", ["awq", "smoothquant"])
 def test_it_takes_part_in_the_folds_of_its_layer(sources, tmp_path, family, method):
-    """A norm that was divided reaches an expert that no token was routed to, too: its columns must be multiplied."""
+    """A norm that was divided also feeds experts without tokens, so their columns must be multiplied too."""
     source = sources(family, False)
     recipe = {"method": "awq", "bits": 8, "group_size": 32} if method == "awq" else {"method": method, "alpha": 0.5}
     quantized(source, tmp_path / "out", recipe)

@@ -1,5 +1,5 @@
-"""Every family quantized, written, read again: nothing is left without a reason, and fine rounding hardly moves the
-logits, which shows that every fold reached its norms, biases and weights on disk."""
+"""Every family quantized, written and read again. No linear is left out without a reason. Fine rounding hardly changes
+the logits, so every fold reached its norms, biases and weights on disk."""
 
 import json
 from collections.abc import Callable
@@ -30,8 +30,8 @@ RECIPES = {
     "learned": {"method": "signround", "bits": 8, "group_size": 32, "iters": 2, "distill_steps": 2},
     "spent": {"method": "rtn", "target_bits": 8.2, "group_size": 32, "dataset": "builtin"},
 }
-# Relative error of the logits. A fold missing on one side moves them by more than half; routers near a tie may send a
-# token to another expert whatever the rounding.
+# Relative error of the logits. A fold missing on one side changes them by more than half; a router near a tie may send
+# a token to another expert with any rounding.
 LIMITS = {"awq": 0.03, "rotated": 0.03, "awq asymmetric": 0.5, "rtn": 0.03, "int8": 0.05, "learned": 0.05, "spent": 0.1}
 ROUTED = {"mixtral", "qwen3_moe"}
 
@@ -69,7 +69,7 @@ def matrices(model: nn.Module) -> int:
 
 
 def reported(output: Path) -> tuple[set[str], dict[str, dict[str, object]]]:
-    """Linears quantized and left, as quantization_report.json has them."""
+    """Counts of quantized linears and of others, from quantization_report.json."""
     report = json.loads((output / "quantization_report.json").read_text())
     return {name for block in report["blocks"] for name in block["linears"]}, report["left"]
 
@@ -97,7 +97,7 @@ def test_a_family(originals, tmp_path, family, recipe):
 
 @pytest.mark.parametrize("family", ["qwen2", "phi3", "gpt2"])
 def test_rotated_scaled_and_rounded_by_gptq(originals, tmp_path, family):
-    """Biases, fused projections, transposed weights: what the two transforms leave on disk is one model."""
+    """Biases, fused projections, transposed weights: both transforms leave a consistent model on disk."""
     model, source = originals(family)
     output = quantize(source, tmp_path / "out", "rotated")
     for block in json.loads((output / "quantization_report.json").read_text())["blocks"]:
@@ -183,7 +183,7 @@ def test_experts_stacked_on_disk_are_written_one_by_one(originals, tmp_path, fam
 @pytest.mark.parametrize("name", ["q_proj", "o_proj", "v_proj", "down_proj", "up_proj", "re:layers\\.0\\."])
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
 def test_linears_left_alone_take_part_in_folds(originals, tmp_path, family, name):
-    """A linear that keeps its weight still has it multiplied or divided where its neighbours were scaled."""
+    """A linear that stays unquantized is still scaled together with its neighbours."""
     model, source = originals(family)
     recipe = complete_recipe(RECIPES["awq"] | {"ignore": ("lm_head", name)})
     job = prepare(open_source(str(source)), recipe, "cpu")
@@ -196,8 +196,8 @@ def test_linears_left_alone_take_part_in_folds(originals, tmp_path, family, name
 @pytest.mark.parametrize("recipe", ["rtn", "int8", "awq"])
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family != "gpt2"])
 def test_transformers_loads_it_with_compressed_tensors(originals, tmp_path, family, recipe):
-    """GPT-2's Conv1D is what no reader of this layout knows, and the run says so. transformers' Falcon computes with
-    `weight` itself, so it must be asked to unpack while loading."""
+    """No reader of this layout supports GPT-2's Conv1D, and the run says so. transformers' Falcon computes with
+    `weight` itself, so it must be told to unpack while loading."""
     pytest.importorskip("compressed_tensors")
     from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 

@@ -24,7 +24,7 @@ def llama(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def checkpoints(llama, tmp_path_factory) -> dict[str, Path]:
-    """The model quantized into every format, one linear's block left alone."""
+    """The model quantized into every format, with one unquantized linear."""
     root, made = tmp_path_factory.mktemp("quantized"), {}
     for fmt, flags in FLAGS.items():
         done = run_quantize(
@@ -78,7 +78,7 @@ def test_convert_keeps_weights_and_company(checkpoints, tmp_path, before, after)
     assert "layers.1.mlp.down_proj" in config.replace("\\", "")
 
 
-AUTOROUND = {  # as AutoRound 0.16 writes it for GPTQ files, without checkpoint_format
+AUTOROUND = {  # AutoRound 0.16's form for GPTQ files, without checkpoint_format
     "autoround_version": "0.16.1",
     "bits": 4,
     "damp_percent": 0.01,

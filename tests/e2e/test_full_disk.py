@@ -1,4 +1,4 @@
-"""A file system of 200 kB that really is full: skipped where mounting one is not allowed."""
+"""A file system of 200 kB that really is full; skipped if mounting one is not allowed."""
 
 import subprocess
 from collections.abc import Iterator

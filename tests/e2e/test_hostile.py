@@ -82,7 +82,7 @@ def longer_than_its_bytes(directory: Path) -> None:
 
 
 def said_twice(directory: Path) -> None:
-    """A header that gives one tensor two shapes: which one counts is the reader's habit."""
+    """A header that gives one tensor two shapes; readers differ in the one they use."""
     path = directory / "model.safetensors"
     raw = path.read_bytes()
     length = int.from_bytes(raw[:8], "little")
@@ -122,7 +122,7 @@ def other_bits(directory: Path) -> None:
 
 
 def configured(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
-    """Another quantization_config in config.json: what `change` makes of it."""
+    """A quantization_config in config.json changed by `change`."""
 
     def spoil(directory: Path) -> None:
         config = json.loads((directory / "config.json").read_text())

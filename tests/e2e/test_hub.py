@@ -1,4 +1,4 @@
-"""A model of the hub: downloaded, refused with the cure, gone on with, quantized, published; against tests/hub.py."""
+"""Models of the hub: download, refusals with advice, resumption, quantization and upload, against tests/hub.py."""
 
 import tomllib
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""--ignore: what it leaves, and what is said of a pattern that fits nothing."""
+"""--ignore: the linears that it excludes, and messages about patterns that match nothing."""
 
 import json
 from pathlib import Path

@@ -1,5 +1,5 @@
-"""Models that see images: the text part is quantized, all else is copied bit for bit and declared in every format, so
-that the class which config.json names runs the output, image prompts included."""
+"""Multimodal models: the text part is quantized, the rest is copied bit for bit and declared in every format, so that
+the class named in config.json runs the output, including image prompts."""
 
 import json
 import re
@@ -145,7 +145,7 @@ def test_transformers_runs_it_on_an_image(sources, tmp_path, kind, recipe):
 
 
 def test_embeddings_tied_by_the_wrapper_alone_stay_tied(tmp_path):
-    """GOT-OCR's text configuration denies what the wrapper's says: transformers ties, and so does the output."""
+    """GOT-OCR's text configuration contradicts its wrapper's about tying. transformers ties, so the output does too."""
     source = save_tiny("got_ocr2", tmp_path / "source")
     output = quantize(source, tmp_path / "out", "int8")
     assert json.loads((output / "config.json").read_text())["tie_word_embeddings"] is True

@@ -1,4 +1,4 @@
-"""--target-bits: the average is kept, fused sets stay whole, more bits cost less, the saved recipe does it again."""
+"""--target-bits: the average is met, fused sets stay whole, more bits cost less, the saved recipe reproduces it."""
 
 import random
 from itertools import product

@@ -1,4 +1,4 @@
-"""Methods do what they are for: on activations with a few loud channels each loses less than plain rounding."""
+"""Methods serve their purpose: on activations with a few large channels each loses less than plain rounding."""
 
 import json
 from collections.abc import Callable, Iterator

@@ -1,4 +1,4 @@
-"""Several processes, started by torchrun, write what one writes; where one fails, all end with its message."""
+"""Several ranks under torchrun write the same files as one; if one rank fails, all end with its message."""
 
 import json
 import os
@@ -23,7 +23,7 @@ from tests.e2e.cli import names
 from tests.e2e.several import LENGTH, RECIPES, SAMPLES, job_of, quantize_all
 
 ROOT = Path(__file__).parents[2]
-# Sums over batches are added in another order, so float32 rounding differs, and a code may fall the other way at a tie.
+# Summation order differs, so float32 rounding does, and a code at a tie may too.
 EQUAL_CODES, WEIGHT_ERROR = 0.999, 1e-2
 KEPT_ERROR = 1e-5
 
@@ -130,7 +130,7 @@ def test_a_process_without_a_gpu_of_its_own_is_refused(monkeypatch, device, own)
 
 
 def test_an_error_in_one_process_ends_all_with_its_message(tmp_path):
-    """A token whose embedding overflows in the norm stands in one window, which one of two processes looks at."""
+    """A window has a token whose embedding overflows in the norm; only one of two ranks reads that window."""
     source = save_family("gpt2", tmp_path / "gpt2")
     tensors = load_file(source / "model.safetensors")
     tensors["transformer.wte.weight"][make_tokenizer().convert_tokens_to_ids("#")] = 3e38

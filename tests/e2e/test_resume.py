@@ -1,4 +1,4 @@
-"""A run that is killed and goes on writes the bytes of one that never stopped; a journal of another run is refused."""
+"""A killed and resumed run writes the same bytes as an uninterrupted one; the journal of another run is refused."""
 
 import json
 import re
@@ -59,7 +59,7 @@ def quantize(
     on_block: Callable[[BlockReport], None] = lambda report: None,
     tokens: CalibrationSet | None = None,
 ) -> dict[str, bytes]:
-    """The files of a run that goes on from a journal beside `output`, if there is one."""
+    """The files of a run that resumes from a journal next to `output`, if there is one."""
     values = RECIPES[recipe] if isinstance(recipe, str) else recipe
     job = prepare(open_source(str(source)), complete_recipe(values), "cpu")
     tokens = (tokens or calibration()) if job.recipe.dataset else None
@@ -167,7 +167,7 @@ def flip_a_bit(journal: Path) -> None:
 
 
 def lose_a_linear(journal: Path) -> None:
-    """A row that is sound JSON and says one weight less."""
+    """A row that is valid JSON but lacks one weight."""
     path = journal / "block-00001.json"
     row = json.loads(path.read_text())
     row["weights"].pop(next(iter(row["weights"])))
@@ -187,7 +187,7 @@ def lose_the_key(journal: Path) -> None:
 
 
 def take_anothers_block(journal: Path) -> None:
-    """The block of a run with another recipe, as two runs to one output would leave it."""
+    """The block of a run with another recipe, as if two runs had written to one output."""
     for path in (journal.parent / ".other.journal").glob("block-00001.*"):
         path.replace(journal / path.name)
 
@@ -205,7 +205,7 @@ def take_anothers_block(journal: Path) -> None:
     ],
 )
 def test_a_damaged_journal_keeps_what_is_sound(sources, tmp_path, harm, kept, said):
-    """The rest is done again, to the bytes of a run that never stopped."""
+    """The remaining blocks are done again, with the bytes of an uninterrupted run."""
     source, output, recipe = sources("llama"), tmp_path / "out", {"method": "rtn", **QUICK}
     for name, changes in (("out", {}), ("other", {"seed": 5})):
         with pytest.raises(Killed):
@@ -224,7 +224,7 @@ def test_a_damaged_journal_keeps_what_is_sound(sources, tmp_path, harm, kept, sa
 
 
 def test_blocks_behind_one_that_was_done_again_do_not_count(sources, tmp_path):
-    """A block that came out otherwise is not followed by what belonged to the old one."""
+    """Later blocks of the journal are not used after a repeated block that differs."""
     source, recipe = sources("llama"), {"method": "rtn", **QUICK}
     with pytest.raises(Killed):
         quantize(source, tmp_path / "out", recipe, kill_after(3))
@@ -245,7 +245,7 @@ def test_blocks_behind_one_that_was_done_again_do_not_count(sources, tmp_path):
 
 
 def test_a_second_run_to_the_same_output_is_refused(sources, tmp_path):
-    """Also one that would go on from the first one's blocks, in another process."""
+    """Also for a run in another process that would resume the first one's blocks."""
     job = prepare(open_source(str(sources("llama"))), complete_recipe({"method": "rtn", **QUICK}), "cpu")
     arguments = [sources("llama"), "--method", "rtn", "--group-size", 32, "--eval-windows", 0, "--resume"]
     with journaled(tmp_path / "out", job, None, resume=False):
@@ -270,7 +270,7 @@ def test_a_journal_that_is_a_link_is_not_followed(sources, stopped, tmp_path):
 
 
 def test_a_source_that_changes_is_no_result(tmp_path):
-    """Another model's weights under the same name, half-way: neither model comes out, and finished blocks stay."""
+    """The weights are replaced by another model's during a run: no output appears, and finished blocks stay."""
     source = save_family("llama", tmp_path / "model", torch.bfloat16, num_hidden_layers=BLOCKS)
     other = save_family("llama", tmp_path / "other", torch.bfloat16, num_hidden_layers=BLOCKS, seed=9)
 
@@ -302,7 +302,7 @@ def test_a_block_whose_row_was_not_written_is_done_again(sources, stopped, tmp_p
 
 
 def test_the_flag(sources, tmp_path, monkeypatch):
-    """On the command line: killed, then resumed, every file is that of a run that never stopped."""
+    """On the command line: after a kill and --resume, every file equals that of an uninterrupted run."""
     flags = ["--method", "gptq", "--group-size", 32, "--num-samples", 4, "--seqlen", 32, "--eval-windows", 1]
     source, output = sources("llama"), tmp_path / "out"
     assert run_quantize(source, *flags, "-o", tmp_path / "straight" / "out").code == 0

@@ -1,5 +1,5 @@
-"""Experts that a file holds stacked in one tensor and transformers knows no single names for: cut, quantized, written
-under the names that vLLM reads, and left whole where the user says so."""
+"""Experts stacked in one tensor, without names of their own in transformers: they are split, quantized, and written
+under vLLM's names, or left whole if the user says so."""
 
 import json
 import re
@@ -63,7 +63,7 @@ def test_each_expert_is_quantized_under_a_name_of_its_own(sources, tmp_path, kin
 
 
 def test_experts_that_transformers_reorders_are_cut_from_what_it_makes(tmp_path):
-    """Inkling's file has gate and up by turns, transformers one after the other."""
+    """Inkling's file interleaves gate and up; transformers has one after the other."""
     source = save_tiny("inkling2_text", tmp_path / "source")
     assert any(name.endswith("experts.w13_weight") for name in load_file(source / "model.safetensors"))
     quantize(source, tmp_path / "out", {"method": "int8"})
@@ -81,7 +81,7 @@ def test_biases_of_stacked_experts_come_apart_with_them(sources, tmp_path):
 
 
 def test_vllm_is_told_of_experts_that_it_skips_and_finds_those_left_alone(sources, tmp_path):
-    """vLLM looks an expert's gate and up up by themselves; packed ones that share a matrix it skips without a word."""
+    """vLLM looks up an expert's gate and up separately, and silently skips packed ones that share a matrix."""
     source = open_source(str(sources["gpt_oss"]))
     packed = prepare(source, complete_recipe(RECIPES["rtn"]), "cpu")
     assert [text for text, engines in packed.caveats().items() if VLLM.name in engines and "vLLM 0.32 skips" in text]
@@ -105,7 +105,7 @@ def test_experts_left_alone_stay_stacked(sources, tmp_path, kind):
 
 
 def test_each_expert_sees_its_own_tokens_where_all_are_multiplied_at_once(sources, tmp_path):
-    """Llama 4 multiplies every token with every expert and zeros those of the others: they are no tokens of it."""
+    """Llama 4 multiplies every token with every expert, with zeros for other experts' tokens: those do not count."""
     job = prepare(open_source(str(sources["llama4_text"])), complete_recipe(RECIPES["awq"]), "cpu")
     tmp_path.joinpath("out").mkdir()
     result = run(job, tmp_path / "out", calibration(16, 24), lambda report: None)

@@ -1,4 +1,4 @@
-"""Models that vendors publish in floats of few bits are originals: quantized anew from what their weights stand for."""
+"""Vendors' models in floats of few bits are originals: they are dequantized and quantized again."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""An engine under mixed load for a while: every text is the one a request writes alone, and memory stays flat.
+"""An engine under mixed load for a while: every text equals that of the request alone, and memory stays flat.
 
     python -m tests.engine.soak --minutes 60 --device auto
 
@@ -63,7 +63,7 @@ class Soak:
         return self.random.randrange(len(self.prompts)), self.random.randrange(len(SETTINGS))
 
     def check(self, at: tuple[int, int], text: str) -> None:
-        """Raises AssertionError where a request wrote another text than alone."""
+        """Raises AssertionError if a request's text differs from its text alone."""
         assert text == self.expected[at], (at, text, self.expected[at])
         self.checked += 1
 
@@ -106,7 +106,7 @@ class Soak:
         raise AssertionError(f"served: {settings}")
 
     def memory(self) -> int:
-        """Bytes that the process has; on a GPU what torch took of it too."""
+        """Bytes of the process; on a GPU also torch's memory there."""
         device = self.model.decoder.weights.device
         taken = torch.cuda.memory_reserved(device) if device.type == "cuda" else 0
         return psutil.Process().memory_info().rss + taken
@@ -127,7 +127,7 @@ class Soak:
 @click.option("--device", default="auto", show_default=True)
 @click.option("--seed", type=int, default=0, show_default=True)
 def main(minutes: float, device: str, seed: int) -> None:
-    """One run over a tiny model; exit status 1 where memory grew."""
+    """One run over a tiny model; exit status 1 if memory grew."""
     with tempfile.TemporaryDirectory() as directory:
         soak = Soak(engine.load(save_family("llama", Path(directory)), device, context=128), seed)
         early, late = soak.run(60 * minutes)

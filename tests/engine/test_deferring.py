@@ -1,4 +1,4 @@
-"""Steps whose norms are shared out between products, against steps with norms by themselves."""
+"""Steps with deferred norms against steps with separate norms."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -1,4 +1,4 @@
-"""Every family's logits are transformers', a prompt at once and token by token; ChatGLM's are a plain torch model's."""
+"""Every family's logits equal transformers', in prefill and token by token; ChatGLM's equal a plain torch model's."""
 
 from pathlib import Path
 

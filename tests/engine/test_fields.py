@@ -1,4 +1,4 @@
-"""Every field of a family's configuration is computed as transformers does, or refused; none is ignored in silence."""
+"""Every field of a family's configuration is computed like in transformers, or refused; none is silently ignored."""
 
 from copy import deepcopy
 from dataclasses import fields
@@ -39,7 +39,7 @@ TINY: dict[str, dict[str, Any]] = {
     "glm": GATED | {"head_dim": 16},
     "glm4": GATED | {"head_dim": 16},
 }
-# Field -> values to try instead of the tiny model's; others are turned around or moved by a little.
+# Field -> values to try instead of the tiny model's. Other fields are negated or changed slightly.
 VALUES: dict[str, list[Any]] = {
     "hidden_size": [128],
     "n_embd": [128],
@@ -93,7 +93,7 @@ def tiny(family: str, **changes: Any) -> PreTrainedModel:
 
 
 def built(family: str, changes: dict[str, Any]) -> PreTrainedModel | None:
-    """The model, or None where transformers itself refuses the fields or cannot compute with them."""
+    """The model, or None if transformers itself refuses the fields or cannot compute with them."""
     try:
         model = tiny(family, **changes)
         model(input_ids=IDS, use_cache=False) if "return_dict" not in changes else None
@@ -133,7 +133,7 @@ def difference(model: PreTrainedModel, directory: Path) -> float | str:
     return float((got - expected).abs().max() / expected.abs().max())
 
 
-# (field, value) -> what the engine says of it, where it does not compute it
+# (field, value) -> the engine's refusal, if it does not compute the field
 REFUSED = {
     ("hidden_act", "gelu"): "activation 'gelu' is not computed here; known with a gate: silu",
     ("hidden_activation", "gelu"): "activation 'gelu' is not computed here; known with a gate: silu",

@@ -1,4 +1,4 @@
-"""Generation: transformers' tokens for settings that both have, and the promise of each setting."""
+"""Generation: the same tokens as transformers for shared settings, and the guarantee of each setting."""
 
 from itertools import pairwise
 
@@ -225,7 +225,7 @@ def test_no_stop_ends_a_text_before_its_least_tokens(model):
 
 
 def test_a_bad_word_is_its_tokens_and_no_more(model):
-    """A token a byte: "ab" is two tokens, which may still stand apart."""
+    """One token per byte: "ab" is two tokens, which may still be apart."""
     free = model.generate([PROMPTS[0]], max_new_tokens=12, ignore_eos=True)[0].tokens
     banned = model.generate([PROMPTS[0]], max_new_tokens=12, ignore_eos=True, bad_words=(free[2:4],))[0].tokens
     assert banned[:3] == free[:3]

@@ -1,4 +1,4 @@
-"""On a GPU: captured steps compute what the CPU does in float32, and the same each time."""
+"""On a GPU: captured steps agree with the CPU in float32, and are the same each time."""
 
 from dataclasses import fields, is_dataclass, replace
 
@@ -27,7 +27,7 @@ PROMPTS = [list(range(7, 90)), [5], list(range(300, 320))]
 
 
 def in_float32(value):
-    """Weights on the CPU in float32, whatever their packing."""
+    """Weights on the CPU in float32, for any packing."""
     if isinstance(value, Packed):
         cpu = replace(value, words=value.words.cpu(), scales=value.scales.cpu())
         return Dense(dequantize_packed(cpu))
@@ -60,7 +60,7 @@ def relative(got: Tensor, wanted: Tensor) -> float:
 def test_logits_of_prompts_and_of_captured_steps_are_the_cpus(method, dtype, int8):
     gpu, cpu = engines(LLAMA, method, dtype, int8)
     tolerance = 0.02 if dtype == torch.float16 else 0.08
-    # an input's last bit may turn its int8 code by one, 1 / 127 of the row's largest: seen on an H100, up to 0.026
+    # an input's last bit may change its int8 code by one, 1 / 127 of the row's largest: up to 0.026 on an H100
     check(gpu, cpu, max(tolerance, 0.05) if method == "w8a8" else tolerance)
 
 
@@ -121,7 +121,7 @@ def test_with_windows_and_bounded_scores_too(changes):
 
 
 def check_captured_prompts(architecture, method: str, int8: bool) -> None:
-    """The first prompt of a length is launched plainly, the second captured, the third replayed."""
+    """The first prompt of a length runs without a graph, the second is captured, the third replayed."""
     gpu, cpu = engines(architecture, method, int8=int8)
     prompts = [PROMPTS[0], [5], PROMPTS[2], list(range(9, 209))]
     runs = [[gpu.logits([prompt])[0] for prompt in prompts] for _ in range(3)]
@@ -138,7 +138,7 @@ def check_captured_prompts(architecture, method: str, int8: bool) -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("rows", [1, 3, 8, 16])
 def test_norms_shared_out_between_products_are_norms(method, dtype, rows):
-    """Captured steps of both kinds over the same tokens; only the first norm is a launch of its own."""
+    """Captured steps of both kinds over the same tokens; with deferring only the first norm is a launch."""
     gpu, _ = engines(LLAMA, method, dtype)
     logits = []
     for deferring in (True, False):

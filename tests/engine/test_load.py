@@ -1,4 +1,4 @@
-"""Loading: every scheme and format computes what its codes stand for; half precision runs the fused operators."""
+"""Loading: every scheme and format computes with its dequantized weights; half precision runs the fused operators."""
 
 import json
 from itertools import pairwise
@@ -29,7 +29,7 @@ CASES = [
 
 
 def check_half(model: engine.engine.Engine, expected: torch.Tensor) -> None:
-    """Half precision strays from float32 by its own rounding: 11 bits, over a handful of products."""
+    """Half precision differs from float32 by its own rounding: 11 bits, over a handful of products."""
     error = (model.logits(IDS) - expected).abs().max() / expected.abs().max()
     assert float(error) < 0.01
 

@@ -1,4 +1,4 @@
-"""Longrope: a sequence turns by the short factors up to its original positions, and wholly by the long ones beyond."""
+"""Longrope: sequences up to the original context use the short factors, longer ones the long factors throughout."""
 
 import pytest
 import torch

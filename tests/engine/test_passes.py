@@ -1,4 +1,4 @@
-"""Short prompts in padded passes: the rows that a prompt has alone, wherever it goes and whatever ran before."""
+"""Short prompts in padded passes: rows equal those without padding, at any place and after any earlier prompt."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ PROMPT = list(range(3, 24))
 
 
 def reader_of(model: Engine, context: int = 64) -> Reader:
-    """A reader that pads on the CPU too, over a cache for two sequences."""
+    """A reader that also pads on the CPU, over a cache for two sequences."""
     reader = Reader(model.decoder, model.spaces.make_cache(2, context))
     assert reader.lengths == ()
     reader.lengths = LENGTHS

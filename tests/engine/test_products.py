@@ -1,4 +1,4 @@
-"""engine/products.py: int8 by int8 is the product of the rounded inputs, whatever stands before and after."""
+"""engine/products.py: int8 by int8 equals the product of the rounded inputs, with any prologue and epilogue."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ NORM = Norm("rms", torch.rand(K, dtype=torch.float16) + 0.5, None, 1e-5)
 
 
 def int8_linear(scale: float | None = None) -> tuple[Linear, torch.Tensor]:
-    """A linear for int8 inputs, by a scale of all or by each token's, and its weight in float32."""
+    """A linear for int8 inputs, with one static scale or a scale per token, and its weight in float32."""
     weight = round_to_nearest(torch.randn(N, K) / 8, parse_scheme("int8-channel-a8token"), torch.float16)
     inputs = RoundedInputs(weight.scheme.inputs, None if scale is None else torch.tensor(scale))
     return Linear(pack(weight, torch.float16), torch.randn(N).half(), inputs), weight.dequantize(torch.float32)

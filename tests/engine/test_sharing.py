@@ -1,4 +1,4 @@
-"""Calls that are under way together do not meet; memory stays bounded, and where it is short the numbers are said."""
+"""Concurrent calls do not affect each other; memory stays bounded, and errors about short memory have numbers."""
 
 import gc
 from concurrent.futures import ThreadPoolExecutor
@@ -101,7 +101,7 @@ def test_log_probabilities_of_any_number_share_a_runner(model):
 
 
 class Short:
-    """A device that has memory for the activations of `rows` rows."""
+    """A device with memory for the activations of `rows` rows."""
 
     said = "CUDA out of memory. Tried to allocate 2.50 GiB. 79.1 GiB in all, of which 1.20 GiB is free."
 

@@ -1,4 +1,4 @@
-"""The soak for some seconds; `python -m tests.engine.soak --minutes 60` is the whole."""
+"""A few seconds of the soak test; `python -m tests.engine.soak --minutes 60` is the full one."""
 
 from tests.engine.make import tiny
 from tests.engine.soak import SETTINGS, Soak

@@ -1,4 +1,4 @@
-"""Text that leaves is final: whole characters, nothing of a stop string, spaces as in the whole text."""
+"""Streamed text is final: whole characters, no part of a stop string, spaces as in the whole text."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Backends agree: the same logits whoever computes them, and what one cannot do it says."""
+"""Backends agree: the same logits from all, and errors for anything that one cannot do."""
 
 import shutil
 
@@ -17,8 +17,7 @@ IDS = calibration(3, 20).ids
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_all_at_once_from_the_files_gives_the_models_logits(models, family):
-    """To float32 rounding: experts run one by one here, in a batch there, and two threads add in another order than
-    one."""
+    """Equal up to float32 rounding: experts run one by one or in a batch, and threads change the summation order."""
     model, directory = models(family)
     ours = logits_of(load_dense(open_source(str(directory))), IDS)
     torch.testing.assert_close(ours, logits_of(model, IDS), rtol=1e-5, atol=1e-6)
@@ -35,7 +34,7 @@ def test_the_walk_through_blocks_gives_the_models_logits(models, family, monkeyp
 
 
 def test_a_walk_takes_as_many_batches_as_their_states_allow(tmp_path, monkeypatch):
-    """Gemma 3n has four streams of hidden states, and an embedding per layer beside them."""
+    """Gemma 3n has four streams of hidden states, and also an embedding per layer."""
     source = open_source(str(save_family("gemma3n", tmp_path)))
     backend = open_backend("blocks", source, "cpu")
     taken = []

@@ -1,4 +1,4 @@
-"""evaluation/report/card.py: a card that the hub takes, with the numbers of today, whatever the original came with."""
+"""evaluation/report/card.py: a card that the hub accepts, with current numbers, for any original card."""
 
 import json
 import shutil
@@ -199,7 +199,7 @@ def test_only_readers_that_load_it_are_named():
     [({"method": "int8"}, ("transformers",)), ({"scheme": "int8-channel-a8token"}, ("transformers", "vLLM"))],
 )
 def test_a_family_that_others_do_not_read_has_no_command_for_them(tmp_path, recipe, refusing):
-    """GPT-2 in vLLM: packed weights are read as they are, and what is called a weight is transposed once more."""
+    """GPT-2 in vLLM: packed weights are read directly, but a tensor called weight is transposed once more."""
     source = open_source(str(save_family("gpt2", tmp_path)))
     job = prepare(source, complete_recipe({"method": "rtn"} | recipe), "cpu")
     [engines] = [engines for text, engines in job.caveats().items() if "Conv1D" in text]

@@ -1,4 +1,4 @@
-"""pass@1: right answers count, wrong and wild ones do not, and the rest of the run survives them."""
+"""pass@1: correct answers count, wrong and harmful ones do not, and the rest of the run survives them."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Divergence: the definition, nothing against itself, and what cannot be compared."""
+"""Divergence: its definition, zero against itself, and models that cannot be compared."""
 
 import json
 from itertools import pairwise

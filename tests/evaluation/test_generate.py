@@ -1,4 +1,4 @@
-"""Text side by side: both models' own, and prompt files in the right and the wrong layout."""
+"""Text side by side: both models' own text, and prompt files with correct and wrong layouts."""
 
 import json
 

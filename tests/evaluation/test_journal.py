@@ -1,4 +1,4 @@
-"""Results are kept under what decides them, and an interrupted evaluation goes on where it stopped."""
+"""Results are stored under everything that determines them, and an interrupted evaluation is resumed."""
 
 import json
 import os

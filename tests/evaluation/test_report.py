@@ -1,4 +1,4 @@
-"""Reports: every number is the files' own, what was not measured is not claimed, and the page needs nothing else."""
+"""Reports: every number comes from the files, nothing unmeasured is claimed, and the page is self-contained."""
 
 import json
 import re
@@ -36,7 +36,7 @@ def awq(models, tmp_path_factory):
 
 @pytest.fixture
 def copied(awq, tmp_path):
-    """The awq checkpoint, to be changed."""
+    """A copy of the awq checkpoint to change."""
     import shutil
 
     return shutil.copytree(awq, tmp_path / "llama-awq")

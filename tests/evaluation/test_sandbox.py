@@ -51,7 +51,7 @@ def succeeded(*attempts):
 
 @pytest.fixture(params=HOLDS)
 def hold(request):
-    """Each way of hiding files in turn, skipped where this kernel does not give it."""
+    """Each way of hiding files in turn, skipped if this kernel lacks it."""
     if request.param == "bubblewrap" and not shutil.which("bwrap"):
         pytest.skip("bubblewrap is not installed")
     containment = HOLDS[request.param]
@@ -288,7 +288,7 @@ def test_no_file_is_read_or_changed(hold, tmp_path):
 
 
 def test_no_handle_opens_a_file(hold, tmp_path):
-    """root could open a file by its number in the file system, past every path."""
+    """root could open a file by its number in the file system, without a path."""
     before = "handle = ctypes.create_string_buffer(128)\nat = ctypes.c_int()"
     attempts = ["system_call(303, -100, b'/etc', ctypes.addressof(handle), ctypes.addressof(at), 0)"]
     attempts += ["system_call(304, -100, ctypes.addressof(handle), 0)"]
@@ -322,7 +322,7 @@ def test_root_has_no_powers(hold):
     os.geteuid() != 0, reason="only root can become another user; as any other user all tests are this one"
 )
 def test_it_holds_for_a_plain_user(tmp_path):
-    """The same probe as the user nobody, with an interpreter that this user may not run."""
+    """The same probe as the user nobody, who may not run this interpreter."""
     python = shutil.which("python3", path="/usr/local/bin:/usr/bin:/bin")
     asked = [python, "-c", "import sys; raise SystemExit(sys.version_info < (3, 11))"] if python else ["false"]
     if subprocess.run(asked, user=65534, check=False, cwd="/").returncode or not os.access(ROOT, os.X_OK):

@@ -1,4 +1,4 @@
-"""lm-evaluation-harness through our backends equals the harness through transformers, on tasks that need no network."""
+"""lm-evaluation-harness by our backends equals the harness by transformers, on tasks that need no network."""
 
 import json
 
@@ -96,7 +96,7 @@ def test_it_is_the_harness_through_transformers(models, known, family, backend):
 
 
 def test_each_log_likelihood_is_the_harnesss_own(models, known):
-    """Not only the scores: every number they are made of, also where context and answer exceed the positions."""
+    """Every log-likelihood, not only the scores, also if context and answer exceed the model's positions."""
     from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
 

@@ -1,4 +1,4 @@
-"""export/awq.py: words written by hand, AutoAWQ's own arithmetic, files that lie, and what is declared."""
+"""export/awq.py: hand-written words, AutoAWQ's own arithmetic, files that contradict themselves, declarations."""
 
 import pytest
 import torch
@@ -104,7 +104,7 @@ def test_the_configuration_to_the_letter():
 
 
 def test_a_name_that_would_take_another_with_it():
-    """Engines look for the entries inside names: leaving `mlp.gate` alone would leave `mlp.gate_proj` alone too."""
+    """Engines search for the entries inside names: ignoring `mlp.gate` would also ignore `mlp.gate_proj`."""
     with pytest.raises(CheckpointError, match=r"leave m\.0\.mlp\.gate alone: engines would leave m\.0\.mlp\.gate_proj"):
         AWQ.quantization_config({"m.0.mlp.gate_proj": UINT4}, ["m.0.mlp.gate"])
 

@@ -1,4 +1,4 @@
-"""export/checkpoint.py: directories that are no model, indices that lie, sums that do not match."""
+"""export/checkpoint.py: directories without a model, wrong indices, wrong checksums."""
 
 import json
 import subprocess
@@ -124,7 +124,7 @@ def test_an_index_that_names_the_wrong_file(tmp_path):
 
 
 def test_one_file_beside_the_shards_of_an_index(tmp_path):
-    """transformers reads model.safetensors, vLLM the shards: which weights are meant cannot be told."""
+    """transformers reads model.safetensors, vLLM the shards, so the intended weights are unknown."""
     model(tmp_path, 2)
     save_file({"t0": torch.ones(2)}, tmp_path / "model.safetensors")
     with pytest.raises(CheckpointError, match=r"model-00001-of-00002\.safetensors: transformers loads the first, vLLM"):

@@ -1,4 +1,4 @@
-"""export/convert.py: every way between the formats, and why a way is closed."""
+"""export/convert.py: every conversion between formats, and the reasons for refusals."""
 
 import json
 from itertools import product
@@ -54,7 +54,7 @@ INTEGERS = ("compressed-tensors", "gptq", "gptq_v2", "awq")
 
 
 def holds(fmt: str, scheme: Scheme) -> bool:
-    """True if a format takes the scheme, or the same weights with zeros said."""
+    """True if a format accepts the scheme, or the same weights with explicit zeros."""
     return any(FORMATS[fmt].reason_against(each) is None for each in (scheme, scheme.with_zeros(True)))
 
 

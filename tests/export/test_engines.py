@@ -1,4 +1,4 @@
-"""export/engines: which kernel takes what, and between how many GPUs it can be split."""
+"""export/engines: the kernel for each layer, and the numbers of GPUs between which it can be split."""
 
 from pathlib import Path
 
@@ -81,7 +81,7 @@ def test_every_machine_has_a_place_in_the_table():
 
 
 def test_rules_are_those_of_the_versions_that_we_test_with():
-    """A new pin asks for a new look at the rules."""
+    """A new version pin requires the rules to be checked again."""
     pins = dict(line.split("==") for line in CONSTRAINTS.read_text().splitlines() if "==" in line)
     for package in ("transformers", "compressed-tensors"):
         minor = ".".join(pins[package].split(".")[:2])

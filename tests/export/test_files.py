@@ -1,4 +1,4 @@
-"""export/files.py: only files of the model's own are read, and no write goes through a name that was there."""
+"""export/files.py: only the model's own files are read, and nothing is written through an existing name."""
 
 import os
 import socket
@@ -164,7 +164,7 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path):
 
 
 def test_recording_follows_no_planted_link(model, secret):
-    """The names that could be guessed are links out of the checkpoint; a measurement is recorded all the same."""
+    """The predictable names are links out of the checkpoint; a measurement is still recorded safely."""
     for name in (f".{FILE}.partial", ".SHA256SUMS.partial", FILE):
         (model / name).symlink_to(secret)
     with pytest.raises(CheckpointError, match=f"{FILE}: a link to"):
@@ -182,7 +182,7 @@ def rewrite(path: Path) -> None:
 
 
 def rewrite_and_hide(path: Path) -> None:
-    """The same size and the same time of modification: only the time of the change tells."""
+    """Size and modification time are the same; only the change time differs."""
     before = path.stat()
     rewrite(path)
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))

@@ -1,4 +1,4 @@
-"""export/formats.py: the table, and a checkpoint's tensors under the names an unquantized model has."""
+"""export/formats.py: the table of formats, and a checkpoint's tensors under the names of an unquantized model."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""export/gptq.py: words written by hand, both versions of zeros, files that lie, and what is declared."""
+"""export/gptq.py: hand-written words, both versions of zeros, files that contradict themselves, declarations."""
 
 import pytest
 import torch
@@ -144,7 +144,7 @@ def test_files_that_contradict_themselves_are_refused(changes):
 
 @pytest.mark.parametrize(("wrote", "read"), [(GPTQ, GPTQ_V2), (GPTQ_V2, GPTQ)], ids=["v1-as-v2", "v2-as-v1"])
 def test_zeros_under_the_wrong_label_are_recognized(wrote, read):
-    """Some published checkpoints carry v2's zeros and say v1: read as they say, every weight would be off by a step."""
+    """Some published checkpoints have v2's zeros and claim v1: taken literally, every weight would be off by a step."""
     tensors = wrote.write("p", quantized(INT4))
     with pytest.raises(CheckpointError, match=f"its zeros are those of {wrote.name}, but checkpoint_format"):
         read.read("p", tensors.__getitem__, INT4)
@@ -221,7 +221,7 @@ def test_a_configuration_that_makes_no_sense_is_refused(config):
 
 @pytest.mark.parametrize("scheme", [s for s in SCHEMES if s.symmetric and s.bits != 3], ids=str)
 def test_one_added_to_every_zero_of_a_word_at_once_makes_version_2(scheme):
-    """GPTQModel converts version 1 in this way: no zero may carry into its neighbour."""
+    """GPTQModel's own conversion of version 1: no zero may carry into its neighbour."""
     ones = {2: 0x55555555, 4: 0x11111111, 8: 0x01010101}[scheme.bits]
     words = GPTQ.write("p", quantized(scheme))["p.qzeros"]
     assert torch.equal((words.long() + ones).to(torch.int32), GPTQ_V2.write("p", quantized(scheme))["p.qzeros"])

@@ -1,4 +1,4 @@
-"""Patterns that a file brings: Python's syntax and meaning, and an end in time."""
+"""Patterns from untrusted files: Python's syntax and meaning, with a time limit."""
 
 import re
 import time

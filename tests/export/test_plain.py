@@ -1,4 +1,4 @@
-"""export/plain.py: one reader of JSON, which takes what honest files hold and refuses the rest by name."""
+"""export/plain.py: one JSON reader that accepts honest files and refuses all others, naming the file."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""export/sizes.py and what stands on it: a number in config.json makes nothing that the files could not fill."""
+"""export/sizes.py and its users: a number in config.json allocates nothing that the files could not fill."""
 
 import json
 import resource
@@ -36,7 +36,7 @@ def claimed(model: Path, **changes: Any) -> Path:
     ],
 )
 def test_a_size_is_held_against_the_files_first(tmp_path, family, key, value, held):
-    """At once, and before transformers hears of it."""
+    """Refused at once, before transformers reads it."""
     model = claimed(save_family(family, tmp_path / "model"), **{key: value})
     begun = time.monotonic()
     with pytest.raises(CheckpointError, match=rf"config\.json: {key} is {value}, and the files hold {held}"):
@@ -57,7 +57,7 @@ def test_numbers_that_are_no_sizes_are_free(tmp_path):
 
 
 def test_a_product_of_sizes_is_held_against_the_files(tmp_path):
-    """Each number is possible beside these files; the model they make together is not, and is made without memory."""
+    """Each number alone is possible with these files, but not the model; it is built without memory."""
     model = claimed(save_family("llama", tmp_path / "model"), hidden_size=60_000, intermediate_size=60_000)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(CheckpointError, match=r"config\.json belongs to another model"):
@@ -66,7 +66,7 @@ def test_a_product_of_sizes_is_held_against_the_files(tmp_path):
 
 
 def test_tables_are_held_against_the_files(tmp_path, monkeypatch):
-    """Buffers are made in full, so a table that takes more than the weights and some is refused before."""
+    """Buffers are allocated in full, so a table much larger than the weights is refused first."""
     model = save_family("llama", tmp_path / "model")
     monkeypatch.setattr(skeleton, "MOST_BUFFERS", -(1 << 30))
     with pytest.raises(CheckpointError, match=r"and 64 bytes of tables"):

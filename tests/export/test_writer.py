@@ -1,4 +1,4 @@
-"""export/writer.py: shards that other readers read, and directories that are whole or not there."""
+"""export/writer.py: shards that other readers accept, and directories that are complete or absent."""
 
 import errno
 import json
@@ -202,7 +202,7 @@ def test_what_a_killed_run_left_is_removed_by_the_next(tmp_path):
 
 @pytest.mark.parametrize("old", [[], ["old"], None])
 def test_a_link_as_output_stays_and_what_it_leads_to_is_the_result(tmp_path, old):
-    """Another disk is often named so: the result must lie there, and be whole there."""
+    """Another disk is often named this way: the result must be complete, and on that disk."""
     disk = tmp_path / "disk"
     disk.mkdir()
     if old is not None:
@@ -237,7 +237,7 @@ def publish_over(output: Path, put: Callable[[Path], object]) -> None:
 
 @pytest.mark.parametrize("name", ["*", "[a-z]*", "out?"])
 def test_a_name_is_no_pattern(tmp_path, name):
-    """Another run's staging directory stays, whatever the output is called."""
+    """Another run's staging directory is kept, for any output name."""
     others = [".other.partial-abcdefgh", ".outs.partial-abcdefgh"]
     for other in others:
         (tmp_path / other).mkdir()
@@ -285,7 +285,7 @@ def test_a_directory_that_takes_no_lock_is_not_called_taken():
 
 
 def test_two_runs_do_not_write_one_output(tmp_path):
-    """The second is refused at once, before it has done any work, and leaves the first alone."""
+    """The second run is refused at once, before any work, and does not disturb the first."""
     code = "import sys, pathlib, lowbit.export.staging as s\nwith s.staged(pathlib.Path(sys.argv[1]), True): pass"
     with only_run(tmp_path / "out"), staged(tmp_path / "out", overwrite=False) as staging:
         (staging / "a").write_text("x")
@@ -305,7 +305,7 @@ def test_a_lock_of_a_killed_run_holds_nobody_up(tmp_path):
 
 
 def test_an_interrupt_says_what_is_true(tmp_path, monkeypatch):
-    """Before the rename nothing was written; after it the output is whole, and says so."""
+    """Before the rename nothing was written; after it the output is complete, and the message says so."""
     with pytest.raises(KeyboardInterrupt) as before:
         fill_and_fail(tmp_path / "out", KeyboardInterrupt())
     assert str(before.value) == ""

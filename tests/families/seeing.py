@@ -1,4 +1,4 @@
-"""Tiny models that see images, with processors of their own: the classes of transformers on a tokenizer of bytes."""
+"""Tiny multimodal models with their processors: transformers' classes on a tokenizer of bytes."""
 
 from pathlib import Path
 from typing import Any

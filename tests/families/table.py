@@ -1,11 +1,11 @@
-"""docs/FAMILIES.md: what works for every type of transformers, tried on tiny random models.
+"""docs/FAMILIES.md: results for every type of transformers, tried on tiny random models.
 
     python -m tests.families.table             all types (an hour of one core; --jobs shares it out among several)
     python -m tests.families.table llama aria  these again; the other rows stay
     python -m tests.families.table --failing   those again that have a cell which does not work
 
-Rows are kept beside this file, in rows.json. Each type is tried in a process of its own, with a limit of time and of
-memory: a cell says "works", or in some words why not.
+Rows are stored next to this file, in rows.json. Each type is tried in a separate process with limits of time and
+memory. A cell says "works", or gives the reason in a few words.
 """
 
 import argparse
@@ -81,7 +81,7 @@ Logits = list[torch.Tensor]
 
 
 def row_of(kind: str, directory: Path) -> Row:
-    """The cells of a type, or under "none" why it has no row."""
+    """The cells of a type, or, under "none", the reason why it has no row."""
     try:
         size = tiny_size(kind)
         model = tiny_model(kind) if size <= LARGEST else None
@@ -252,12 +252,12 @@ def page_of(rows: dict[str, Row]) -> str:
 
 
 def word(text: str) -> str:
-    """A cell of the table: a count or a success as it is, else the first word of what is said."""
+    """A cell of the table: a count or a success unchanged, else the first word of the message."""
     return text if text[0].isdigit() or text.startswith(WORKS) else re.split(r"[ :]", text)[0]
 
 
 def listed(column: str, reasons: dict[str, str]) -> list[str]:
-    """A line for each reason with the types that it holds for."""
+    """One line per reason with its types."""
     kinds: dict[str, list[str]] = {}
     for kind, reason in sorted(reasons.items()):
         kinds.setdefault(f"{column}: {reason}" if column else reason, []).append(kind)

@@ -44,9 +44,9 @@ FAMILIES = ("llama", "gpt2", "gemma3", "mixtral", "phi3", "opt")
 class Target:
     """One kind of input.
 
-    models  makes the honest directories, by name, below a directory that is given
+    models  creates the honest directories, by name, below a given directory
     files   files to lay over the honest model of that name, in its directory
-    read    reads the result; LowbitError is an answer, anything else a finding
+    read    reads the result; LowbitError is accepted, anything else is a finding
     """
 
     models: Callable[[Path], dict[str, Path]]

@@ -22,7 +22,7 @@ def base(tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize("seed", FOUND)
 def test_what_was_found_stays_mended(seed, base, tmp_path):
-    """Refused with our error, or read; within ten seconds either way."""
+    """Refused with our error, or read, within ten seconds."""
     name = seed.partition("-")[0]
     files = {path.name: path.read_bytes() for path in (SEEDS / "found" / seed).iterdir()}
     model = files.pop("model").decode()
@@ -52,7 +52,7 @@ def test_spoiled_inputs_are_read_or_refused(name, base, tmp_path):
 
 
 def test_an_honest_input_is_read(base, tmp_path):
-    """The targets' readers refuse nothing that is whole: else every spoiled input would pass for the wrong reason."""
+    """The targets' readers accept undamaged files: otherwise every damaged input would pass for the wrong reason."""
     for name, target in TARGETS.items():
         if name == "tokenless":
             continue

@@ -1,4 +1,4 @@
-"""Checkpoints do not change by a bit unless somebody means it.
+"""Checkpoints stay the same bit for bit, except for intended changes.
 
 Two stages, for floating-point sums differ between processors and versions of torch:
 

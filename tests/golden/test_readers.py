@@ -1,4 +1,4 @@
-"""The programs that load checkpoints, each in its own environment, read ours as we mean them, and we read theirs.
+"""Other programs, each in its own environment, read our checkpoints correctly, and we read theirs.
 
 LOWBIT_PEERS names a directory of virtual environments; those that are missing are skipped:
 
@@ -48,7 +48,7 @@ GPTQ = [*W4[1:], ("gptq", "int8-channel"), ("gptq_v2", "uint4-g32"), ("awq", "ui
 
 
 def interpreter(name: str) -> str:
-    """The Python of an environment; the test is skipped where there is none. `here` is this one."""
+    """The Python of an environment; the test is skipped without it. `here` is this one."""
     if name == "here":
         return sys.executable
     python = Path(os.environ.get("LOWBIT_PEERS", "/nowhere")) / name / "bin" / "python"
@@ -95,7 +95,7 @@ def require_same(found: torch.Tensor, wanted: torch.Tensor, slack: float = 1) ->
 @pytest.mark.parametrize(("fmt", "text"), [*SYMMETRIC[:2], *W8A8, *FP8])
 @pytest.mark.parametrize("name", ["here", "gptqmodel", "llmc"])
 def test_transformers_with_compressed_tensors(tmp_path, name, fmt, text):
-    """The newest compressed-tensors here, 0.17 beside gptqmodel, llm-compressor's own."""
+    """The newest compressed-tensors here, 0.17 in gptqmodel's environment, llm-compressor's own."""
     directory = quantized(tmp_path / "m", fmt, text)
     require_same(found_by(name, "transformers", directory), meant(directory), 2.5 if "afp8" in text else 1)
 

@@ -94,7 +94,7 @@ def int8_call(
 
 
 def assert_devices_agree(y: Tensor, expected: Tensor) -> None:
-    """One operator on two devices: within two roundings of the largest result."""
+    """One operator on two devices: results agree within two roundings of the largest."""
     scale = expected.abs().max().float() + 1e-6
     tolerance = 2 * torch.finfo(expected.dtype).eps
     assert (y.cpu().float() - expected.float()).abs().max() <= tolerance * scale
@@ -105,7 +105,7 @@ def make_int8_weight(n: int, k: int, device: str = "cpu") -> Int8Weight:
 
 
 def assert_dependence_changes_nothing(compute: Callable[[bool], Tensor]) -> None:
-    """compute(dependent) has the same bits without dependent launches, with them, and replayed from a graph."""
+    """compute(dependent) gives the same bits without dependent launches, with them, and replayed from a graph."""
     expected = compute(False)
     assert torch.equal(compute(True), expected)
     graph = torch.cuda.CUDAGraph()
@@ -118,7 +118,7 @@ def assert_dependence_changes_nothing(compute: Callable[[bool], Tensor]) -> None
 
 
 def assert_streams_agree(compute: Callable[[], Tensor]) -> None:
-    """compute() has the same bits on a stream of its own, which alone is waited for."""
+    """compute() gives the same bits on another stream, which alone is waited for."""
     expected, stream = compute(), torch.cuda.Stream()
     torch.cuda.synchronize()
     with torch.cuda.stream(stream):

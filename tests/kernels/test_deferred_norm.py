@@ -1,4 +1,4 @@
-"""A norm shared out between two products: the operators against the norm by itself, on a CPU and on a GPU."""
+"""A norm deferred between two products: the operators against a separate norm, on a CPU and on a GPU."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""A Linear multiplies alike whatever holds its weight, and a QLinear holds any."""
+"""A Linear multiplies the same for every kind of weight, and a QLinear holds every kind."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""lowbit/ahead.py: work beside other work, in order, bounded, and with its errors."""
+"""lowbit/ahead.py: overlapped work, in order, bounded, and with its errors."""
 
 import threading
 import time

@@ -1,4 +1,4 @@
-"""lowbit/arguments.py, and what the public functions say of arguments of a wrong type."""
+"""lowbit/arguments.py, and errors of the public functions for arguments of a wrong type."""
 
 from collections.abc import Sequence
 from pathlib import Path

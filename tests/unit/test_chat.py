@@ -1,4 +1,4 @@
-"""Chat templates: the text that transformers makes, and an end in time and memory whatever the template does."""
+"""Chat templates: the same text as transformers, and limits of time and memory for every template."""
 
 import time
 from functools import cache

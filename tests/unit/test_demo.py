@@ -1,4 +1,4 @@
-"""models/demo.py: made once, whole or absent, verified at every step; the real conversion under @demo."""
+"""models/demo.py: built once, complete or absent, verified at every step; the real conversion under @demo."""
 
 import hashlib
 import io

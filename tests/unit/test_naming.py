@@ -1,4 +1,4 @@
-"""quant/naming.py: which linears are experts, and which run as one."""
+"""quant/naming.py: linears of experts, and linears that run as one."""
 
 from lowbit.quant.naming import EXPERT, expert_role, fused_set, split_sets
 from lowbit.quant.scheme import parse_scheme

@@ -1,4 +1,4 @@
-"""quant/qtensor.py: a quantized weight is right at birth, or not born."""
+"""quant/qtensor.py: a quantized weight is valid when constructed, or not constructed."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""quant/recipe.py and the defaults of calibrate/methods.py: what is asked, said once and read back."""
+"""quant/recipe.py and the defaults of calibrate/methods.py: settings are written once and read back."""
 
 import time
 from dataclasses import fields

@@ -1,4 +1,4 @@
-"""models/rehearsal.py: what linears are for, and whose code reads their weights, seen on a model without weights."""
+"""models/rehearsal.py: uses of linears, and the code that reads their weights, found on a model without weights."""
 
 from dataclasses import replace
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""quant/numbers.py and quant/scheme.py: what can be said, and what cannot."""
+"""quant/numbers.py and quant/scheme.py: valid and invalid schemes."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""quant/stats.py and quant/site.py: sums that merge, and scales that travel along a fold."""
+"""quant/stats.py and quant/site.py: sums that merge, and scales that follow a fold."""
 
 import pytest
 import torch

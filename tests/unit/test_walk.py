@@ -1,4 +1,4 @@
-"""models/: one block in memory at a time, tensors where they belong, and models that are not what config.json says."""
+"""models/: one block in memory at a time, tensors at their places, and models that contradict config.json."""
 
 from collections.abc import Callable
 from contextlib import ExitStack

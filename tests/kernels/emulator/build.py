@@ -58,7 +58,8 @@ def cuda_headers() -> Path | None:
 
 
 def build(mutant: Mutant | None = None) -> Path:
-    """The library, with the mistake of `mutant` if there is one. RuntimeError with g++'s words where it will not."""
+    """The library, with the mistake of `mutant` if there is one. RuntimeError with g++'s output if compilation
+    fails."""
     sources = read_sources(mutant)
     folder = KEPT / f"sources-{hash_of(*sources, *sources.values())}"
     folder.mkdir(parents=True, exist_ok=True)
@@ -73,7 +74,7 @@ def build(mutant: Mutant | None = None) -> Path:
 
 
 def read_sources(mutant: Mutant | None) -> dict[str, str]:
-    """Every source by its name: csrc's, but the emulator's where it has one of that name."""
+    """Every source by its name: csrc's, or the emulator's replacement with the same name."""
     paths = [path for folder in (CSRC, HERE) for path in sorted(folder.iterdir()) if path.suffix in SUFFIXES]
     sources = {path.name: path.read_text() for path in paths}
     if mutant:
@@ -85,7 +86,7 @@ def read_sources(mutant: Mutant | None) -> dict[str, str]:
 
 
 def compile_unit(folder: Path, sources: dict[str, str], source: str, defines: tuple[str, ...]) -> Path:
-    """The object of one of UNITS; made where it is not kept yet."""
+    """The object of one of UNITS, compiled if it is not cached."""
     flags = [*FLAGS, *DEFINES, *(f"-D{define}" for define in defines)]
     if source.endswith(".cu"):
         flags += ["-include", "emulator.h"]
@@ -107,7 +108,7 @@ def compiler() -> str:
 
 
 def run(*arguments: str, target: Path) -> None:
-    """g++ to `target`, which is there whole or not at all."""
+    """Run g++ so that `target` appears complete or not at all."""
     unfinished = target.with_suffix(f".{os.getpid()}{target.suffix}")
     command = ["g++", *arguments, "-o", str(unfinished)]
     found = subprocess.run(command, check=False, capture_output=True, text=True)

@@ -1,7 +1,6 @@
-"""A GPU that is none: under it CPU tensors say that they are on cuda:0, and the wrappers launch the emulated kernels.
+"""An emulated GPU: CPU tensors report the device cuda:0, and the wrappers launch the emulated kernels.
 
-What a test runs with it runs in a process of its own: reading past a tensor ends that process, with the place on
-stderr.
+Tests run with it in a separate process: a read past a tensor ends that process, with the position on stderr.
 """
 
 import ctypes
