@@ -30,7 +30,7 @@ from lowbit.export.recipes import read_recipe
 from lowbit.export.tensorfile import read_entries, read_tensor
 from lowbit.models.source import open_source
 from tests.builders import make_model, save
-from tests.fuzz import datasets, recipes
+from tests.fuzz import datasets, images, recipes
 from tests.fuzz.documents import ODD, spoiled, turned
 from tests.quantized import quantize_files
 
@@ -242,6 +242,7 @@ TARGETS = {
     "report": Target(_reported, _either(_json(REPORT), _rows(FILE), _text(RECIPE)), read_report),
     "dataset": Target(_with(datasets.honest), datasets.files, datasets.calibrate),
     "text": Target(_with(datasets.honest), datasets.files, datasets.read),
+    "image": Target(images.models, images.files, images.read),
     "recipe": Target(_with(recipes.honest), recipes.files, recipes.read),
     "sources": Target(_with(recipes.honest), recipes.files, recipes.read_spec),
     "settings": Target(_reported, _either(_text(RECIPE), _sums), read_settings),
