@@ -78,7 +78,6 @@ def bench(
     place, context = torch.device(check_device(device)), max(prompt) + output
     dtype = dtype or ("float32" if place.type == "cpu" else "float16")
     kind = getattr(torch, dtype)
-    say(f"measuring how fast {name_of(place)} reads memory, then decoding in {dtype}", err=True)
     read_gbs = read_rate(place)
     measured = []
     table = Table(*COLUMNS, title=f"{checkpoint or shape}, {dtype}, {read_gbs:.0f} GB/s read", box=None)
@@ -88,6 +87,7 @@ def bench(
                 model = engine.load(str(checkpoint), str(place), kind, context, cache, head, revision)
             else:
                 model = random_engine(shape, method, kind, place, Options(context, cache == "int8"), head)
+            say(f"{method}: decoding in {dtype} on {name_of(place)}", err=True)
             for rows, before in product(batch, prompt):
                 speed = measure(model, rows, before, output, read_gbs)
                 measured.append({"shape": checkpoint or shape, "method": method} | speed.as_row())
