@@ -62,6 +62,12 @@ def _print_weights(console: Console, found: Inspection) -> None:
         console.print(f"  and {len(found.left) - MOST_NAMED} others")
     for key, members in found.split.items():
         console.print(f"  {key}: engines run {', '.join(members)} as one, and their schemes differ", style="bold")
+    for key, members in found.parents.items():
+        console.print(
+            f"  {key}: vLLM takes the largest global scale for {', '.join(members)}, and theirs differ: it decodes the "
+            "others wrongly",
+            style="bold",
+        )
     if not found.split:
         console.print("fused sets (q, k and v; gate and up; experts): one scheme each")
 

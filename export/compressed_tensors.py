@@ -324,6 +324,10 @@ class CompressedTensors(Format):
             tensors[f"{name}.weight_zero_point"] = pack((weight.zeros + bias).T, bits).T.contiguous()
         return tensors
 
+    def divisor(self, name: str, tensor: TensorReader) -> float | None:
+        """The global scale."""
+        return float(_one(name, GLOBAL, tensor))
+
     def read(self, name: str, tensor: TensorReader, scheme: Scheme) -> QTensor:
         """The weight of the linear `name`; `tensor` reads a tensor of the file by its name.
 

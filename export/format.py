@@ -71,6 +71,10 @@ class Format(ABC):
     def schemes_of(self, config: Mapping[str, Any], names: Iterable[str]) -> dict[str, Scheme]:
         """The scheme of each linear, from the quantization_config."""
 
+    def divisor(self, name: str, tensor: TensorReader) -> float | None:
+        """The parent of the scales of the linear `name`, as the file has it; None if scales have none."""
+        return None
+
     def recognizes(self, config: Mapping[str, Any]) -> bool:
         """True for a quantization_config of this dialect."""
         return config.get("quant_method") == self.method

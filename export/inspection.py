@@ -16,7 +16,7 @@ from lowbit.export.engines.table import (
     reason_against_parallel,
 )
 from lowbit.export.formats import LogicalTensors
-from lowbit.quant.naming import split_sets
+from lowbit.quant.naming import EXPERT, fused_set, split_sets
 from lowbit.quant.scheme import Scheme
 
 
@@ -43,6 +43,7 @@ class Inspection:
     left         parameters of each linear left in 16 bits, by name
     other_bytes  bytes of all tensors that do not belong to a quantized linear
     split        fused sets whose members have different schemes
+    parents      fused linears whose NVFP4 scales have different parents, with their names
     parallel     number of GPUs -> the reason why the linears cannot be split between them, or None
     kernels      machine -> engine -> kernel (None: no kernel) -> number of linears or fused sets it runs
     refusals     machine -> engine -> reason -> number of linears or fused sets without a kernel
@@ -54,6 +55,7 @@ class Inspection:
     left: dict[str, int]
     other_bytes: int
     split: dict[str, list[str]]
+    parents: dict[str, list[str]]
     parallel: dict[int, str | None]
     kernels: dict[str, dict[str, Counter[str | None]]]
     refusals: dict[str, dict[str, Counter[str]]]
@@ -98,6 +100,7 @@ class Inspection:
             "linears": linears,
             "left": self.left,
             "split_fused_sets": self.split,
+            "different_global_scales": self.parents,
             "tensor_parallel": {str(size): reason or "yes" for size, reason in self.parallel.items()},
             "engines": {engine.name: engine.version for engine in ENGINES.values()},
             "kernels": {
@@ -135,10 +138,22 @@ def inspect_checkpoint(source: LogicalTensors, linears: Mapping[str, int], heads
         left={name: size for name, size in linears.items() if name not in found},
         other_bytes=source.checkpoint.nbytes - sum(linear.nbytes for linear in found.values()),
         split=split_sets({**linears, **found}, source.schemes),
+        parents=_different_parents(source),
         parallel={size: reason_against_parallel(size, source.schemes, shapes, heads) for size in PARALLEL_SIZES},
         kernels=kernels,
         refusals=refusals,
     )
+
+
+def _different_parents(source: LogicalTensors) -> dict[str, list[str]]:
+    """Linears that engines run as one matrix, with the scales of one of them, and whose scales have other parents."""
+    assert source.format is not None
+    sets: dict[str, dict[str, float | None]] = {}
+    for name, scheme in source.schemes.items():
+        if scheme.weights.parent and not EXPERT.search(name):
+            found = sets.setdefault(fused_set(name), {})
+            found[name] = source.format.divisor(name, source.checkpoint.read)
+    return {key: list(members) for key, members in sets.items() if len(set(members.values())) > 1}
 
 
 def _kernels(

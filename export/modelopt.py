@@ -85,6 +85,10 @@ class ModelOpt(Format):
         except ValueError as error:
             raise CheckpointError(f"{name}: {error}") from error
 
+    def divisor(self, name: str, tensor: TensorReader) -> float | None:
+        """The reciprocal of the global scale."""
+        return float(one_number(tensor(f"{name}.{FACTOR}"), FACTOR))
+
     def shape(self, name: str, shapes: ShapeReader, tensor: TensorReader, scheme: Scheme) -> tuple[int, int]:
         """(n, k) of the linear `name`."""
         n, packed = shapes(f"{name}.weight")

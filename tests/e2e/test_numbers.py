@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from lowbit.evaluation.backend import open_backend
@@ -108,6 +109,20 @@ def test_what_engines_fuse_shares_its_divisor(model, tmp_path):
         for layer in ("model.layers.0", "model.layers.1"):
             assert len({found[f"{layer}.self_attn.{part}_proj"] for part in "qkv"}) == 1
             assert len({found[f"{layer}.mlp.{part}_proj"] for part in ("gate", "up")}) == 1
+
+
+def test_inspect_warns_of_fused_linears_with_different_global_scales(model, tmp_path):
+    out = tmp_path / "q"
+    assert run_quantize(model, "--method", "rtn", "--scheme", "nvfp4-a16", *QUICK, "-o", out).code == 0
+    assert "global scale" not in run_quantize_inspect(out).out
+    tensors = load_file(out / "model.safetensors")
+    tensors["model.layers.0.self_attn.k_proj.weight_global_scale"] *= 2
+    tensors["model.layers.1.mlp.down_proj.weight_global_scale"] *= 2  # fused with no other
+    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+    (out / "SHA256SUMS").unlink()
+    told = " ".join(run_quantize_inspect(out).out.split())
+    assert "self_attn.q_proj+k_proj+v_proj: vLLM takes the largest global scale for" in told
+    assert told.count("decodes the others wrongly") == 1
 
 
 def test_what_does_not_divide_falls_back_or_is_left_and_said(tmp_path):
