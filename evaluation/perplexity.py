@@ -21,7 +21,7 @@ def silent(done: int, total: int) -> None:
     """Report nothing."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Score:
     """A model's loss on a text.
 
@@ -37,6 +37,10 @@ class Score:
     cut: Cut
     backend: str = "transformers"
     dtype: str = "float32"
+
+    def __repr__(self) -> str:
+        """The figures, without the windows' thousands of token ids."""
+        return f"Score({self.model!r}, perplexity={self.perplexity:.4f}, nll={self.nll:.5f}, tokens={self.tokens})"
 
     @property
     def nll(self) -> float:

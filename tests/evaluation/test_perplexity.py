@@ -14,7 +14,7 @@ from tokenizers.processors import TemplateProcessing
 from lowbit.errors import CheckpointError, UsageError
 from lowbit.evaluation.backend import open_backend
 from lowbit.evaluation.perplexity import Score, difference, perplexity
-from lowbit.evaluation.text import Protocol, cut
+from lowbit.evaluation.text import Cut, Protocol, cut
 from lowbit.models.source import open_source
 from tests.builders import VOCABULARY, make_model, make_tokenizer, save
 from tests.e2e.cli import run_quantize, run_quantize_eval
@@ -307,3 +307,9 @@ def test_the_demo_models_perplexity_is_transformers_own(demo_model, backend):
     losses = [own_loss(model, ids) for ids in text_cut.windows]
     score = perplexity(open_backend(backend, source, "cpu"), text_cut)
     assert score.perplexity == pytest.approx(math.exp(sum(losses) / len(losses)), rel=5e-5)
+
+
+def test_a_printed_score_has_its_figures_and_no_windows() -> None:
+    windows = Cut(Protocol(4, windows=2), (torch.arange(4), torch.arange(4)), (1, 1), "0" * 64)
+    score = Score("demo", torch.tensor([1.0, 2.0], dtype=torch.float64), torch.tensor([3, 3]), windows)
+    assert repr((score,)) == "(Score('demo', perplexity=4.4817, nll=1.50000, tokens=6),)"
