@@ -238,7 +238,7 @@ def test_bos_before_every_window(models, beginning, stride):
 
 def test_bos_before_the_first_window_alone_is_said(beginning):
     done = run_quantize_eval("perplexity", beginning, "--context", 64, "--windows", 2)
-    assert "note: the model's tokenizer puts BOS before a text" in done.out
+    assert "note: this model's tokenizer puts BOS before each text" in done.out
     assert json.loads(done.out.splitlines()[-1])["protocol"].endswith(", BOS before the first window alone")
     done = run_quantize_eval("perplexity", beginning, "--context", 64, "--windows", 2, "--bos", "every")
     assert "note" not in done.out

@@ -24,7 +24,7 @@ def called(one: int | Path, *rest: str, many: Sequence[int] = (), **others: Any)
 def test_right_types_pass() -> None:
     assert called(5, "a", "b", many=[1], x=None) == "5 ('a', 'b') [1] {'x': None}"
     assert called(one=Path("x")) == "x () () {}"
-    assert called.__doc__ == "What it was called with."
+    assert called.__doc__ == "The arguments of the call."
 
 
 @pytest.mark.parametrize(

@@ -88,5 +88,5 @@ def test_descent_beats_nearest_on_a_toy_layer(scheme):
 
     before = loss()[0]
     for step in range(50):
-        learned.step(learned.rounded(), loss()[1], 0.4 * (1 - step / 50) / 50)
+        learned.step(learned.rounded(), loss()[1], 0.2 * (1 - step / 50) / 50)
     assert loss()[0] < 0.95 * before
