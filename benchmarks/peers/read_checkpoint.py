@@ -66,6 +66,7 @@ def with_vllm(args: argparse.Namespace, windows: list[list[int]]) -> list[list[f
         max_model_len=max(map(len, windows)) + 8,
         enforce_eager=True,
         skip_tokenizer_init=True,
+        language_model_only=True,  # without it a model that sees images asks for its processor
         tensor_parallel_size=args.split,
         enable_lora=bool(args.lora),
         max_logprobs=-1,

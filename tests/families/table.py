@@ -3,6 +3,7 @@
     python -m tests.families.table             all types (an hour of one core; --jobs shares it out among several)
     python -m tests.families.table llama aria  these again; the other rows stay
     python -m tests.families.table --failing   those again that have a cell which does not work
+    python -m tests.families.table --vllm PY   the column of vLLM alone, by the Python of its environment: see vllm.py
 
 Rows are stored next to this file, in rows.json. Each type is tried in a separate process with limits of time and
 memory. A cell says "works", or gives the reason in a few words.
@@ -41,9 +42,9 @@ from lowbit.models.source import open_source
 from lowbit.models.walk import Walk
 from tests.builders import calibration
 from tests.families.tiny import save_tiny, tiny_model, tiny_size, types
+from tests.families.vllm import MOST_USED, WORKS, cells_of
 
 ROWS, PAGE = Path(__file__).with_name("rows.json"), Path(__file__).parents[2] / "docs" / "FAMILIES.md"
-WORKS = "works"
 SECONDS, MEMORY = 240, 8 << 30  # of one type
 LARGEST = 60_000_000  # parameters of a model that counts as tiny
 BATCHES = [calibration(2, 24, seed=seed).ids + 3 for seed in (11, 12)]
@@ -55,7 +56,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "smoothquant": {"method": "smoothquant", "alpha": 0.5},
 }
 LIMIT = 0.25  # relative error of the logits: a token near a tie may go to another expert
-COLUMNS = ("linears", "blocks", *METHODS, "transformers", "engine")
+COLUMNS = ("linears", "blocks", *METHODS, "transformers", "vllm", "engine")
 TOLD = "told"  # before a cell that repeats what the command says before the work
 
 INTRODUCTION = """# Families
@@ -70,6 +71,9 @@ their logits.
 - transformers: loads the int8 output into the class that it names, no weight missing, with the same logits;
   dequantized: with CompressedTensorsConfig(dequantize=True) alone; told: not at all. The command says both before the
   work
+- vllm: the most used families in vLLM 0.32 on a CPU, int8 weights and inputs, and 4 bits by gptq, have the
+  log-probabilities of the dequantized model; one of them alone, where the other does not. Its CPU kernels for
+  quantized experts ask for AMX, which the machine of this page does not have
 - engine: lowbit's own computes the unquantized model's logits
 
 How many work:
@@ -281,14 +285,21 @@ def main() -> None:
     parser.add_argument("types", nargs="*", help="types to try again; all where none is named")
     parser.add_argument("--failing", action="store_true", help="try those again that have a cell which does not work")
     parser.add_argument("--jobs", type=int, default=1, help="types tried at once, each with a core and up to 8 GiB")
+    parser.add_argument("--vllm", metavar="PYTHON", help="make the column of vLLM alone, with this Python")
     args = parser.parse_args()
     rows: dict[str, Row] = json.loads(ROWS.read_text()) if ROWS.exists() else {}
+    if args.vllm:
+        with tempfile.TemporaryDirectory() as directory:
+            for kind, text in cells_of(args.vllm, Path(directory), args.types or MOST_USED).items():
+                keep(rows, kind, rows[kind] | {"vllm": text})
+        return
     chosen = args.types or types()
     if args.failing:
         chosen = [kind for kind in chosen if not all(works(rows.get(kind, {}), c) for c in ("blocks", *METHODS))]
     with ThreadPoolExecutor(args.jobs) as pool:
         for kind, row in zip(chosen, pool.map(try_type, chosen), strict=True):
-            keep(rows, kind, row)
+            known = {name: text for name, text in rows.get(kind, {}).items() if name == "vllm"}
+            keep(rows, kind, row | known)
 
 
 def keep(rows: dict[str, Row], kind: str, row: Row) -> None:
