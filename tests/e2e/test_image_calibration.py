@@ -336,7 +336,7 @@ def test_a_processor_of_the_models_own_runs_by_the_flag_alone(models, tmp_path):
         ({"image_processor": {"size": {"height": 100_000, "width": 100_000}}}, "takes more than 4096 MiB or 60 s"),
         ({"image_processor": {"size": {"shortest_edge": 10**9}}}, "takes more than 4096 MiB or 60 s"),
         ({"num_additional_image_tokens": 10**9}, "num_additional_image_tokens is 1000000000, 65536 at most"),
-        ({"num_additional_image_tokens": -1000}, "its 1 images take the places of 0 tokens"),
+        ({"num_additional_image_tokens": -1000}, "1 images, but 0 placeholders in its tokens"),
         ({"patch_size": 0}, "it cannot take this row .ZeroDivisionError"),
     ],
 )
