@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lowbit.engine.cache import Cache
+from lowbit.engine.capture import captured
 from lowbit.engine.decoder import Decoder
 from lowbit.engine.prefill import read_prompt
 from lowbit.engine.step import Step
@@ -56,7 +57,7 @@ class Pass:
     def capture(self) -> None:
         """Capture the pass into a graph, without computing anything."""
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool):
+        with captured(graph, self.pool):
             hidden = self.decoder.hidden(self.step, self.cache).h
         self.hidden, self.graph = hidden, graph
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lowbit.engine.capture import captured
 from lowbit.engine.passes import Reader
 from lowbit.engine.sampler import Chosen, Sampler
 from lowbit.engine.step import Step
@@ -98,7 +99,7 @@ class Runner:
         torch.cuda.current_stream().wait_stream(stream)
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with captured(graph):
             self.compute()
         self.graph = graph
         for tensor, value in zip(kept, before, strict=True):

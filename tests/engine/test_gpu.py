@@ -1,5 +1,6 @@
 """On a GPU: captured steps agree with the CPU in float32, and are the same each time."""
 
+import gc
 from dataclasses import fields, is_dataclass, replace
 
 import pytest
@@ -118,6 +119,25 @@ def test_with_windows_and_bounded_scores_too(changes):
     window = changes.pop("window", None)
     layers = tuple(replace(layer, window=window) for layer in LLAMA.layers)
     check_captured_prompts(replace(LLAMA, layers=layers, **changes), "w4", False)
+
+
+def test_garbage_with_a_graph_in_it_ends_no_capture():
+    """A dropped engine is a cycle of references: it is freed by whatever collection comes next."""
+    dropped, gpu = (engines(LLAMA, "w4")[0] for _ in range(2))
+    dropped.generate(PROMPTS, max_new_tokens=4)
+    layer, garbage = gpu.decoder.layer, [dropped]
+    del dropped
+
+    def littering(*args):
+        if torch.cuda.is_current_stream_capturing():
+            garbage.clear()
+            assert not gc.isenabled()
+        return layer(*args)
+
+    gpu.decoder.layer = littering
+    assert gpu.generate(PROMPTS, max_new_tokens=4)
+    assert gc.isenabled()
+    assert not garbage
 
 
 def check_captured_prompts(architecture, method: str, int8: bool) -> None:
