@@ -403,10 +403,55 @@ def readers() -> str:
     return table(head, lines) + "\n" + "".join(said)
 
 
+NEWER = "94ceede"  # the commit of ENGINE's rows of an H200
+H200_SHAPES = (
+    ("Llama-2-7B, W4", "llama2-7b", "w4", "float16", "same"),
+    ("the same, int8 cache", "llama2-7b", "w4", "float16", "int8"),
+    ("Llama-2-7B, int8", "llama2-7b", "int8", "float16", "same"),
+    ("Llama-2-7B, W8A8", "llama2-7b", "w8a8", "float16", "same"),
+    ("Llama-2-7B, bfloat16", "llama2-7b", "dense", "bfloat16", "same"),
+    ("Llama-3-8B, W4, int8 head", "llama3-8b", "w4", "float16", "same"),
+    ("Llama-2-13B, W4", "llama2-13b", "w4", "float16", "same"),
+    ("CodeGeeX-13B, int8", "codegeex-13b", "int8", "float16", "same"),
+    ("ChatGLM2-6B, W4", "chatglm2-6b", "w4", "float16", "same"),
+    ("ChatGLM2-6B, float16", "chatglm2-6b", "dense", "float16", "same"),
+)
+
+
+def decode_h200() -> str:
+    """ENGINE's speeds on an H200."""
+
+    def line(label: str, shape: str, method: str, dtype: str, cache: str) -> Iterable[str]:
+        yield label
+        for batch, prompt in ((1, 128), (1, 2048), (8, 128), (8, 2048)):
+            named = {"shape": shape, "method": method, "dtype": dtype, "cache": cache, "commit": NEWER}
+            found = matching("decode", batch=batch, prompt=prompt, **named)
+            shown = (f"{fixed(row['tokens_per_s'], 0)} ({fixed(100 * row['share_of_floor'], 0)}%)" for row in found)
+            yield next(shown, "")
+
+    return table("shape and weights | 1 x 128 | 1 x 2048 | 8 x 128 | 8 x 2048", (line(*each) for each in H200_SHAPES))
+
+
+def first_token() -> str:
+    """ENGINE's times from a prompt to its first token."""
+    prompts = [(1, tokens) for tokens in (16, 64, 128, 256, 512, 1024, 2048, 4096, 8192)] + [(8, 128)]
+
+    def line(label: str, padded: bool) -> Iterable[str]:
+        yield label
+        for batch, prompt in prompts:
+            found = matching("first_token", method="w4", padded=padded, batch=batch, prompt=prompt)
+            yield next((fixed(row["ms"], 1) for row in found), "")
+
+    head = " | ".join(str(tokens) if batch == 1 else f"{batch} x {tokens}" for batch, tokens in prompts)
+    return table(f"tokens | {head}", (line("captured up to 1024", True), line("plainly", False)))
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "results": results,
     "methods": methods,
     "decode": decode,
+    "decode_h200": decode_h200,
+    "first_token": first_token,
     "lookup": lookup,
     "calibrate": calibrate,
     "readers": readers,
