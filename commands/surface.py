@@ -52,14 +52,15 @@ def _param(param: click.Parameter) -> dict[str, Any]:
         "kind": _kind(param.type),
     }
     if isinstance(param, click.Option):
-        shown = param.default if isinstance(param.default, str | int | float | bool | list | tuple) else None
+        switch = param.is_flag and not param.secondary_opts  # its default says nothing
+        told = isinstance(param.default, str | int | float | bool | list | tuple) and not switch
         found |= {
             "dest": param.name,
             "flag": param.is_flag,
             "multiple": param.multiple,
             "help": param.help,
             "show": bool(param.show_default),
-            "default": None if param.is_flag else shown,
+            "default": param.default if told else None,
             "version": param.is_eager and "--version" in param.opts,
             "part": getattr(param, "part", None),
         }
