@@ -622,7 +622,7 @@ MUTANTS = {
         "AssertionError|before it had begun|after it had left",
     ),
     "the next weight asked for past its end": (
-        Mutant("wna16_gemv.cu", "args.next_bytes, warp", "args.next_bytes + 16, warp"),
+        Mutant("wna16_gemv.cu", "args.next_bytes, warp, part", "args.next_bytes + 16, warp, part"),
         (check_products, "wna16_gemv", range(60)),
         "past the end of a tensor",
     ),
