@@ -176,9 +176,9 @@ def stages(sites: list[Site]) -> Iterator[list[Site]]:
 
 def spread(batches: list[States]) -> list[States]:
     """Sequences spread evenly over all `batches`: as many as the first has, or about SAMPLE_TOKENS tokens."""
-    rows = _rows(batches)
-    count = min(max(batches[0].shape[0], SAMPLE_TOKENS * len(rows) // sum(row.tokens for row in rows)), len(rows))
-    return batched(rows[i * len(rows) // count] for i in range(count))
+    rows, size = _rows(batches), batches[0].shape[0]
+    count = min(max(size, SAMPLE_TOKENS * len(rows) // sum(row.tokens for row in rows)), len(rows))
+    return batched((rows[i * len(rows) // count] for i in range(count)), size)
 
 
 def _rows(batches: list[States]) -> list[States]:
@@ -245,4 +245,4 @@ class RoundingLearner:
         mean = sum(x.tokens for x, _ in pairs) // len(pairs)
         for _ in range(max(STEP_TOKENS // (size * mean), 1)):
             chosen = torch.randperm(len(pairs), generator=self._generator)[:size].tolist()
-            yield from zip(*(batched(pairs[row][side] for row in chosen) for side in (0, 1)), strict=True)
+            yield from zip(*(batched((pairs[row][side] for row in chosen), size) for side in (0, 1)), strict=True)

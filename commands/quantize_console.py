@@ -17,11 +17,14 @@ from lowbit.commands.common import say
 from lowbit.commands.display import Display, clock, left_of
 from lowbit.commands.push import describe_pushed
 from lowbit.evaluation.perplexity import describe_difference
+from lowbit.export.engines.lowbit import LOWBIT
+from lowbit.export.engines.vllm import VLLM
 from lowbit.export.escape import one_line
 from lowbit.export.formats import describe_schemes
 from lowbit.progress import Part, Step
 
 MOST_LEFT = 8
+WAYS = {LOWBIT.name: "lowbit generate {} --chat", VLLM.name: "vllm serve {}"}  # to load a checkpoint
 WORTH_SAYING = 60.0  # seconds left after the first block from which the estimate gets its own line
 
 
@@ -129,7 +132,8 @@ class Printer:
             tokens, context = done.scores[0].tokens, done.scores[0].context
             self.display.line(f"{tokens} tokens of builtin held-out text, {context} a window, float32")
         self.display.line(f"{done.recipe.method}, {describe_schemes(done.plan.schemes)}, in {clock(done.seconds)}")
-        self.display.line(f"use    lowbit generate {done.output} --chat, or vllm serve {done.output}")
+        ways = [way.format(done.output) for engine, way in WAYS.items() if engine in done.readers]
+        self.display.line(f"use    {', or '.join(ways) or 'no engine has kernels for all of it: see the model card'}")
         page = f"{done.output}/report.html, " if done.scores else ""
         self.display.line(f"look   {page}{done.output}/README.md (model card), {done.output}/recipe.toml")
         if done.pushed is not None:

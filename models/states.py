@@ -101,12 +101,14 @@ def joined(rows: Iterable[States]) -> States:
     return _states(flat[0][1], leaves, (sum(row.shape[0] for row in rows), rows[0].shape[1]), rows[0].label)
 
 
-def batched(rows: Iterable[States]) -> list[States]:
-    """Sequences in batches, one for each length and label."""
+def batched(rows: Iterable[States], size: int) -> list[States]:
+    """Sequences in batches: `size` of one length and label together, as blocks are called; those left over alone."""
     alike: dict[tuple[int, str], list[States]] = defaultdict(list)
     for row in rows:
         alike[row.shape[1], row.label].append(row)
-    return [joined(group) for group in alike.values()]
+    whole = {key: len(group) // size * size for key, group in alike.items()}
+    together = [joined(group[i : i + size]) for key, group in alike.items() for i in range(0, whole[key], size)]
+    return together + [row for key, group in alike.items() for row in group[whole[key] :]]
 
 
 def _states(spec: pytree.TreeSpec, leaves: Iterable[Tensor], shape: tuple[int, int], label: str) -> States:

@@ -63,8 +63,12 @@ class Walk:
     def start(self, batches: Sequence[Batch]) -> list[States]:
         """The input states of the first block, for each batch."""
         self._require_positions(max(ids_of(batch).shape[1] for batch in batches))
-        with self._entrance(seeing=any(isinstance(batch, ImageText) for batch in batches)):
+        texts = [batch for batch in batches if not isinstance(batch, ImageText)]
+        seeing = len(texts) < len(batches)
+        with self._entrance(seeing):
             self._learn(words_of(batches[0]).to(self.device), ids_of(batches[0]).shape[1])
+            if seeing and texts:  # a text may be left alone between samples with images (`batched`)
+                self._embed(texts[0][:1].to(self.device))
             return [
                 self._see(batch) if isinstance(batch, ImageText) else self._embed(batch.to(self.device))
                 for batch in batches

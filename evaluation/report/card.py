@@ -69,8 +69,8 @@ def _metadata(card: Path) -> dict[str, Any]:
 
 def write_card(
     directory: Path, facts: dict[str, Any], tensors: LogicalTensors, original: Original, caveats: Mapping[str, Any]
-) -> None:
-    """Write README.md of the checkpoint in `directory`.
+) -> tuple[str, ...]:
+    """Write README.md of the checkpoint in `directory`. Returns the names of the engines that it says load it.
 
     facts     of the checkpoint, from `facts_of`
     original  the model that was quantized
@@ -100,6 +100,7 @@ def write_card(
         version=__version__,
     )
     write_text(directory / CARD, f"---\n{data.to_yaml()}\n---\n\n{text}")
+    return readers
 
 
 def refresh_card(directory: Path, facts: dict[str, Any]) -> bool:

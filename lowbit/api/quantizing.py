@@ -104,6 +104,7 @@ class Quantized:
     scores        perplexity of the original and of the checkpoint; empty if not measured
     rows          all measurements, as in evaluation.jsonl
     warnings      limits of other engines with this checkpoint, as sentences
+    readers       engines that load it on one machine or another: "vLLM", "SGLang", "transformers", "lowbit"
     seconds       wall time from the first weight to the end
     pushed        the repository that it was uploaded to, if any
     """
@@ -117,6 +118,7 @@ class Quantized:
     scores: tuple[Score, ...]
     rows: tuple[dict[str, Any], ...]
     warnings: tuple[str, ...]
+    readers: tuple[str, ...]
     seconds: float
     pushed: Pushed | None = None
 
@@ -325,7 +327,7 @@ def _written(this: _Run, output: Path, overwrite: bool, evaluation: tuple[int, t
         this.progress(Stage("measuring what was lost"))
         written = open_source(str(staging), job.source.trust_remote_code, finished=False)
         measured = measure(job.source, written, builtin_text("heldout"), *evaluation, job.device)
-        _write_papers(staging, this, result, measured, output.resolve().name)
+        readers = _write_papers(staging, this, result, measured, output.resolve().name)
     return Quantized(
         output,
         result.recipe,
@@ -336,6 +338,7 @@ def _written(this: _Run, output: Path, overwrite: bool, evaluation: tuple[int, t
         measured.scores,
         tuple(measured.rows),
         tuple(job.warnings()),
+        readers,
         time.monotonic() - begun,
     )
 
@@ -360,17 +363,21 @@ def _unwritten(job: Job) -> Quantized:
     """The result of a dry run, or on a rank that does not write."""
     nbytes = job.source.checkpoint.nbytes
     return Quantized(
-        None, job.recipe, job.plan, (), nbytes, job.output_bytes(), (), (), tuple(job.warnings()), seconds=0.0
+        None, job.recipe, job.plan, (), nbytes, job.output_bytes(), (), (), tuple(job.warnings()), (), seconds=0.0
     )
 
 
-def _write_papers(staging: Path, this: _Run, result: Result, measured: Measured, name: str) -> None:
-    """Write evaluation rows, HTML report (if measured), model card and checksums. `name` is the checkpoint's name."""
+def _write_papers(staging: Path, this: _Run, result: Result, measured: Measured, name: str) -> tuple[str, ...]:
+    """Write evaluation rows, HTML report (if measured), model card and checksums. Returns the engines that load it.
+
+    name  the checkpoint's
+    """
     labels = (Path(this.job.source.name).name, f"{result.recipe.method} {result.recipe.default_scheme}")
     record(staging, measured.labelled(*labels))
     facts = facts_of(staging, name=name, finished=False)
     tensors = LogicalTensors(open_checkpoint(staging, finished=False))
-    write_card(staging, facts, tensors, this.original, this.job.caveats())
+    readers = write_card(staging, facts, tensors, this.original, this.job.caveats())
     if measured.rows:
         write_text(staging / "report.html", render(facts, "html"))
     seal(staging, FORMATS[result.recipe.format].container)
+    return readers

@@ -193,6 +193,14 @@ def test_images_and_text_are_mixed(models, tmp_path):
     assert [len(batch) if isinstance(batch, torch.Tensor) else 1 for batch in found.batches(512)] == [2, 1, 1, 1, 1]
 
 
+def test_learned_rounding_on_images_and_text(models, tmp_path):
+    """Random sequences for a step: some texts are without the others of their batch."""
+    data = {"dataset": f"builtin:3,{rows_of(tmp_path)}", "num_samples": 6, "seqlen": 256, "eval_windows": 0}
+    quantize(models["llava"], tmp_path / "out", method="signround", iters=6, group_size=32, **data)
+    report = json.loads((tmp_path / "out" / "quantization_report.json").read_text())
+    assert 0 < report["blocks"][0]["loss"] < 0.5
+
+
 def test_a_text_is_cut_and_an_image_is_not(models, tmp_path):
     path = rows_of(tmp_path)
     source = open_source(str(models["llava"]))
