@@ -32,7 +32,7 @@ demo: env
 	$(BIN)/quantize-eval generate demo-awq --baseline demo
 
 test: lint
-	$(BIN)/python -m pytest -q -m "not gpu and not slow" --durations=10
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not gpu and not slow" --durations=10
 
 families: env
 	$(BIN)/python -m tests.families.table
