@@ -17,7 +17,7 @@ from lowbit.models.skeleton import Block
 from lowbit.models.states import States
 from lowbit.models.walk import Walk
 from lowbit.quant.algos.rotate import rotation, turned_inputs, turned_outputs
-from lowbit.quant.naming import EXPERT, expert_role, parent_set
+from lowbit.quant.naming import EXPERT, expert_role, largest_by_parent, parent_set
 from lowbit.quant.numerics import divisor_of, input_rounding, input_scale_of
 from lowbit.quant.qtensor import QTensor
 from lowbit.quant.scheme import Scheme
@@ -127,10 +127,7 @@ class BlockWork:
         if not scheme.weights.parent:
             return None
         if not self._divisors:
-            largest: dict[str, Tensor] = {}
-            for name in self.schemes:
-                found, key = self.masters[name].abs().amax(), parent_set(name)
-                largest[key] = torch.maximum(largest.get(key, found), found)
+            largest = largest_by_parent((name, self.masters[name]) for name in self.schemes)
             self._divisors = {name: divisor_of(largest[parent_set(name)], scheme.weights) for name in self.schemes}
         return self._divisors[linear]
 

@@ -25,7 +25,7 @@ from lowbit.models.skeleton import Block, LinearSpec
 from lowbit.models.states import States
 from lowbit.models.walk import Walk
 from lowbit.quant.algos.clip import plain_shrink
-from lowbit.quant.naming import EXPERT, parent_set
+from lowbit.quant.naming import EXPERT, largest_by_parent, parent_set
 from lowbit.quant.numerics import divisor_of
 from lowbit.quant.qtensor import QTensor, round_to_nearest
 
@@ -85,13 +85,10 @@ class DataFreeBlocks:
     def _largest(self, block: Block) -> dict[str, Tensor]:
         """The largest magnitude of weights whose scales share a parent, by `parent_set`; empty if no scales have
         one."""
-        schemes, largest = self._job.plan.schemes, dict[str, Tensor]()
+        schemes = self._job.plan.schemes
         if not any(spec.name in schemes and schemes[spec.name].weights.parent for spec in block.linears):
-            return largest
-        for spec, w in self._linears(block):
-            found, key = w.float().abs().amax(), parent_set(spec.name)
-            largest[key] = torch.maximum(largest.get(key, found), found)
-        return largest
+            return {}
+        return largest_by_parent((spec.name, w) for spec, w in self._linears(block))
 
     def _read(self, name: str, placement: Placement) -> Tensor:
         """The file's tensor `name`, or the parameter that transformers converts it to."""

@@ -3,6 +3,9 @@
 import re
 from collections.abc import Iterable, Mapping
 
+import torch
+from torch import Tensor
+
 from lowbit.quant.scheme import Scheme
 
 # Linears that engines fuse into one matrix, by the last part of their names. They must share a scheme.
@@ -23,14 +26,28 @@ def fused_set(name: str) -> str:
     if EXPERT.search(name):
         return EXPERT.split(name)[0] + ".experts"
     parent, _, leaf = name.rpartition(".")
-    return next((f"{parent}.{'+'.join(group)}" for group in ENGINE_FUSED if leaf in group), name)
+    group = _fused_leaf(leaf)
+    return name if group == leaf else f"{parent}.{group}"
 
 
 def parent_set(name: str) -> str:
     """A key shared by all linears whose scales have the same parent: a fused set, in all experts of a layer."""
     layer, _, leaf = name.rpartition(".")
-    group = next(("+".join(group) for group in ENGINE_FUSED if leaf in group), leaf)
-    return expert_role(f"{layer}.{group}")
+    return expert_role(f"{layer}.{_fused_leaf(leaf)}")
+
+
+def largest_by_parent(weights: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    """The largest magnitude () float32 among named weights whose scales have the same parent, by `parent_set`."""
+    largest: dict[str, Tensor] = {}
+    for name, w in weights:
+        found, key = w.float().abs().amax(), parent_set(name)
+        largest[key] = torch.maximum(largest.get(key, found), found)
+    return largest
+
+
+def _fused_leaf(leaf: str) -> str:
+    """The last part of a linear's name, with those of the linears that engines fuse it with."""
+    return next(("+".join(group) for group in ENGINE_FUSED if leaf in group), leaf)
 
 
 def split_sets(names: Iterable[str], schemes: Mapping[str, Scheme]) -> dict[str, list[str]]:
