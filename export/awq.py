@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lowbit.errors import CheckpointError
-from lowbit.export.format import Format, ShapeReader, TensorReader, require_words
+from lowbit.export.format import Format, ShapeReader, TensorReader, following, reading, require_words
 from lowbit.quant.packing import pack, unpack
 from lowbit.quant.qtensor import QTensor
 from lowbit.quant.scheme import Scheme, make_scheme
@@ -81,14 +81,12 @@ class Awq(Format):
 
     def read(self, name: str, tensor: TensorReader, scheme: Scheme) -> QTensor:
         """The weight of the linear `name`. CheckpointError if its tensors contradict each other or the scheme."""
-        try:
+        with reading(name):
             words, zeros = tensor(f"{name}.qweight"), tensor(f"{name}.qzeros")
             require_words(words, "qweight", (None, None))
             require_words(zeros, "qzeros", (scheme.groups(words.shape[0]), words.shape[1]))
             codes, scales = _deinterleave(words).T.contiguous(), tensor(f"{name}.scales").T.contiguous()
             return QTensor(codes, scales, _deinterleave(zeros).T.to(torch.int32), scheme)
-        except ValueError as error:
-            raise CheckpointError(f"{name}: {error}") from error
 
     def shape(self, name: str, shapes: ShapeReader, tensor: TensorReader, scheme: Scheme) -> tuple[int, int]:
         """(n, k) of the linear `name`."""
@@ -126,14 +124,12 @@ class Awq(Format):
 
         `zero_point: false` is ignored: GPTQModel writes it if all zeros are 8, but writes the zeros too.
         """
-        try:
+        with following():
             bits = config["w_bit"] if "w_bit" in config else config["bits"]
             size = config["q_group_size"] if "q_group_size" in config else config["group_size"]
             if bits != BITS:
                 raise ValueError(f"{bits} bits; AWQ files hold {BITS}")
             return dict.fromkeys(names, make_scheme(bits, size, False))
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
-            raise CheckpointError(f"config.json: its quantization_config cannot be followed ({error!r})") from error
 
 
 AWQ = Awq()

@@ -36,7 +36,7 @@ from torch import Tensor
 from lowbit.errors import CheckpointError
 from lowbit.export.engines.engine import Engine
 from lowbit.export.engines.transformers import TRANSFORMERS
-from lowbit.export.format import Format, ShapeReader, TensorReader, require_words
+from lowbit.export.format import Format, ShapeReader, TensorReader, following, reading, require_words
 from lowbit.export.microscaling import every_row, one_number, stored_codes, stored_scales, weight_of
 from lowbit.export.patterns import Patterns
 from lowbit.quant.numbers import E8M0, FP4, FP8, Number, float_of, integer_of
@@ -333,10 +333,8 @@ class CompressedTensors(Format):
 
         CheckpointError if packed words, scales and shape contradict each other or the scheme.
         """
-        try:
+        with reading(name):
             return READERS.get(layout_of(scheme), _read_plain)(name, tensor, scheme)
-        except ValueError as error:
-            raise CheckpointError(f"{name}: {error}") from error
 
     def shape(self, name: str, shapes: ShapeReader, tensor: TensorReader, scheme: Scheme) -> tuple[int, int]:
         """(n, k) of the linear `name`."""
@@ -386,17 +384,13 @@ class CompressedTensors(Format):
 
         CheckpointError if no group targets a linear, or if a group is malformed or not supported.
         """
-        try:
+        with following():
             targets = _Targets(
                 (target, _group_scheme(group, config))
                 for group in config["config_groups"].values()
                 for target in group["targets"]
             )
             return {name: targets.scheme_of(name) for name in names}
-        except CheckpointError:
-            raise
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
-            raise CheckpointError(f"config.json: its quantization_config cannot be followed ({error!r})") from error
 
 
 COMPRESSED_TENSORS = CompressedTensors()

@@ -1,12 +1,14 @@
 """The interface of a format of quantized checkpoints. Each dialect is one file."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lowbit.errors import CheckpointError
 from lowbit.export.container import Container
 from lowbit.export.engines.engine import Engine
 from lowbit.export.sharded import SAFETENSORS
@@ -15,6 +17,29 @@ from lowbit.quant.scheme import Scheme
 
 TensorReader = Callable[[str], Tensor]
 ShapeReader = Callable[[str], tuple[int, ...]]
+
+
+@contextmanager
+def reading(name: str) -> Iterator[None]:
+    """A context that reads the tensors of the linear `name`: a ValueError becomes a CheckpointError with the name."""
+    try:
+        yield
+    except ValueError as error:
+        raise CheckpointError(f"{name}: {error}") from error
+
+
+@contextmanager
+def following(advice: str = "") -> Iterator[None]:
+    """A context that reads a quantization_config: absent keys and wrong values become a CheckpointError.
+
+    advice  end of its message
+    """
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise CheckpointError(f"config.json: its quantization_config cannot be followed ({error!r}){advice}") from error
 
 
 class Format(ABC):

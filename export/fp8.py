@@ -14,8 +14,7 @@ from typing import Any
 
 import torch
 
-from lowbit.errors import CheckpointError
-from lowbit.export.format import Format, ShapeReader, TensorReader
+from lowbit.export.format import Format, ShapeReader, TensorReader, following, reading
 from lowbit.quant.numbers import FP8
 from lowbit.quant.qtensor import QTensor
 from lowbit.quant.scheme import PerBlock, PerGroup, Scheme, Side, parse_scheme
@@ -50,10 +49,8 @@ class BlockFp8(Format):
 
     def read(self, name: str, tensor: TensorReader, scheme: Scheme) -> QTensor:
         """The weight of the linear `name`. CheckpointError if its tensors contradict each other."""
-        try:
+        with reading(name):
             return QTensor(tensor(f"{name}.weight"), tensor(f"{name}.weight_scale_inv"), None, scheme)
-        except ValueError as error:
-            raise CheckpointError(f"{name}: {error}") from error
 
     def shape(self, name: str, shapes: ShapeReader, tensor: TensorReader, scheme: Scheme) -> tuple[int, int]:
         """(n, k) of the linear `name`."""
@@ -72,13 +69,11 @@ class BlockFp8(Format):
 
     def schemes_of(self, config: Mapping[str, Any], names: Iterable[str]) -> dict[str, Scheme]:
         """The scheme of each linear. CheckpointError if the block asks for anything that is not supported here."""
-        try:
+        with following():
             (rows, columns), activations = config["weight_block_size"], config.get("activation_scheme", "dynamic")
             if activations != "dynamic":
                 raise ValueError(f"inputs with activation_scheme {activations!r} are not supported with blocks")
             scheme = Scheme(Side(FP8, PerBlock(rows, columns)), Side(FP8, PerGroup(columns)))
-        except (KeyError, TypeError, ValueError) as error:
-            raise CheckpointError(f"config.json: its quantization_config cannot be followed ({error!r})") from error
         return dict.fromkeys(names, scheme)
 
 

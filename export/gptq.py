@@ -23,7 +23,7 @@ from lowbit import __version__
 from lowbit.errors import CheckpointError
 from lowbit.export.engines.engine import Engine
 from lowbit.export.engines.vllm import VLLM
-from lowbit.export.format import Format, ShapeReader, TensorReader, require_words
+from lowbit.export.format import Format, ShapeReader, TensorReader, following, reading, require_words
 from lowbit.export.patterns import Patterns
 from lowbit.quant.packing import WORD, pack, unpack, words_of
 from lowbit.quant.qtensor import QTensor
@@ -167,10 +167,8 @@ class Gptq(Format):
 
     def read(self, name: str, tensor: TensorReader, scheme: Scheme) -> QTensor:
         """The weight of the linear `name`. CheckpointError if its tensors contradict each other or the scheme."""
-        try:
+        with reading(name):
             return _read(self.name, name, tensor, scheme)
-        except ValueError as error:
-            raise CheckpointError(f"{name}: {error}") from error
 
     def shape(self, name: str, shapes: ShapeReader, tensor: TensorReader, scheme: Scheme) -> tuple[int, int]:
         """(n, k) of the linear `name`."""
@@ -209,12 +207,10 @@ class Gptq(Format):
 
         CheckpointError if a number is missing, or for a configuration that is not supported.
         """
-        try:
+        with following():
             _scheme_from(config)
             dynamic, patterns = config.get("dynamic") or {}, Patterns()
             return {name: _scheme_from(dict(config) | _overrides(dynamic, patterns, name)) for name in names}
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
-            raise CheckpointError(f"config.json: its quantization_config cannot be followed ({error!r})") from error
 
 
 GPTQ, GPTQ_V2 = Gptq(V1), Gptq(V2)

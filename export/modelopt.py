@@ -23,7 +23,7 @@ from lowbit import __version__
 from lowbit.errors import CheckpointError
 from lowbit.export.engines.engine import Engine
 from lowbit.export.engines.transformers import TRANSFORMERS
-from lowbit.export.format import Format, ShapeReader, TensorReader
+from lowbit.export.format import Format, ShapeReader, TensorReader, following, reading
 from lowbit.export.microscaling import every_row, one_number, stored_codes, stored_scales, weight_of
 from lowbit.quant.qtensor import QTensor
 from lowbit.quant.scheme import NVFP4, Scheme, parse_scheme
@@ -75,15 +75,13 @@ class ModelOpt(Format):
         def one(suffix: str) -> Tensor:
             return one_number(tensor(f"{name}.{suffix}"), suffix)
 
-        try:
+        with reading(name):
             codes, scales = tensor(f"{name}.weight"), tensor(f"{name}.weight_scale")
             inputs = one(INPUTS) if scheme.static_inputs else None
             if not scheme.weights.parent:
                 return weight_of(codes, every_row(codes, scales), scheme, inputs)
             inputs = None if inputs is None else inputs.reciprocal()
             return weight_of(codes, scales, scheme, inputs, one(FACTOR).reciprocal())
-        except ValueError as error:
-            raise CheckpointError(f"{name}: {error}") from error
 
     def divisor(self, name: str, tensor: TensorReader) -> float | None:
         """The reciprocal of the global scale."""
@@ -108,15 +106,10 @@ class ModelOpt(Format):
 
     def schemes_of(self, config: Mapping[str, Any], names: Iterable[str]) -> dict[str, Scheme]:
         """The scheme of each linear. CheckpointError if the block asks for anything that is not supported here."""
-        try:
+        with following(f"; of modelopt's algorithms {', '.join(ALGORITHMS)} are supported"):
             block = config.get("quantization", config)
             each = block["quantized_layers"] if block["quant_algo"] == MIXED else None
             return {name: ALGORITHMS[(block if each is None else each[name])["quant_algo"]] for name in names}
-        except (KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(
-                f"config.json: its quantization_config cannot be followed ({error!r}); of modelopt's algorithms "
-                f"{', '.join(ALGORITHMS)} are supported"
-            ) from error
 
 
 def _factor(name: str, divisor: Tensor) -> Tensor:
