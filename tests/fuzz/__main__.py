@@ -23,6 +23,7 @@ from tests.fuzz.targets import TARGETS, Files, inputs
 from tests.fuzz.watch import Watch
 
 ROUND = 500  # inputs of one seed: a new round forgets the old one's
+LENGTHS = tuple(2**power for power in range(6, 14))  # bytes that guided inputs are drawn from; too few make no input
 
 
 class Over(Exception):
@@ -88,7 +89,12 @@ def guided(name: str, work: Path, watch: Watch, end: float) -> None:
 
     for module in [module for name, module in sys.modules.items() if name.startswith("lowbit.")]:
         instrument(module, atheris.instrument_func)
-    atheris.Setup([sys.argv[0], "-rss_limit_mb=0", "-timeout=0"], attempt)
+    corpus = work / "corpus"
+    corpus.mkdir()
+    for length in LENGTHS:
+        (corpus / str(length)).write_bytes(random.randbytes(length))
+    flags = ("-rss_limit_mb=0", "-timeout=0", "-len_control=0", f"-max_len={max(LENGTHS)}")
+    atheris.Setup([sys.argv[0], *flags, str(corpus)], attempt)
     atheris.Fuzz()
 
 
