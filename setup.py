@@ -21,7 +21,7 @@ from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 # One import name: the folder `quant` is the package lowbit.quant. For a bare checkout lowbit/ holds a link to each.
-FOLDERS = ("quant", "export", "models", "calibrate", "engine", "evaluation", "commands", "integrations")
+FOLDERS = ("quant", "export", "models", "calibrate", "engine", "evaluation", "serve", "commands", "integrations")
 
 SOURCES = Path("quant/kernels/csrc")
 DEFAULT_ARCHITECTURES = "80 86 89 90a 90+PTX"

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Iterator
+from contextlib import closing
 from typing import Any
 
 import click
@@ -13,6 +14,7 @@ from lowbit.engine.engine import Engine
 from lowbit.engine.sampling import Completion, Sampling
 from lowbit.errors import EngineError
 from lowbit.models.devices import check_device
+from lowbit.serve.session import Session
 
 
 def main() -> None:
@@ -82,7 +84,8 @@ def generate(
         if not prompts:
             converse(model, sampling, system)
         elif stream:
-            show(model, ask(model, prompts[0], system) if chat else prompts[0], sampling)
+            given = ask(model, prompts[0], system) if chat else prompts[0]
+            show(piece.text for piece in model.stream([given], sampling))
         else:
             inputs = [ask(model, text, system) if chat else text for text in prompts]
             for text, completion in zip(prompts, model.generate(inputs, sampling), strict=True):
@@ -103,11 +106,11 @@ def opening(system: str | None) -> list[dict[str, str]]:
     return [] if system is None else [{"role": "system", "content": system}]
 
 
-def show(model: Engine, prompt: str | list[int], sampling: Sampling) -> str:
-    """Print the continuation token by token, and return it. Ctrl-C ends it early."""
+def show(texts: Iterator[str]) -> str:
+    """Print a continuation as it is written, and return it. Ctrl-C ends it early."""
     written: list[str] = []
     try:
-        for text in texts(model, prompt, sampling):
+        for text in texts:
             written.append(text)
             say(text, nl=False)
     except KeyboardInterrupt:
@@ -116,19 +119,16 @@ def show(model: Engine, prompt: str | list[int], sampling: Sampling) -> str:
     return "".join(written)
 
 
-def texts(model: Engine, prompt: str | list[int], sampling: Sampling) -> Iterator[str]:
-    """The text of one continuation, piece by piece."""
-    return (piece.text for piece in model.stream([prompt], sampling))
-
-
 def converse(model: Engine, sampling: Sampling, system: str | None) -> None:
-    """Chat on the terminal until an empty line or the end of the input."""
+    """Chat on the terminal until an empty line or the end of the input. A turn computes its new tokens alone."""
     messages = opening(system)
     say("An empty line ends the conversation; Ctrl-C ends an answer.", err=True)
-    while question := click.prompt(">", default="", show_default=False, prompt_suffix=" ", err=True).strip():
-        messages.append({"role": "user", "content": question})
-        answer = show(model, model.encode_chat(messages), sampling)
-        messages.append({"role": "assistant", "content": answer})
+    with Session(model, sequences=1) as session:
+        while question := click.prompt(">", default="", show_default=False, prompt_suffix=" ", err=True).strip():
+            messages.append({"role": "user", "content": question})
+            with closing(session.stream(model.encode_chat(messages), sampling)) as pieces:
+                answer = show(piece.text for piece in pieces)
+            messages.append({"role": "assistant", "content": answer})
 
 
 def describe(completion: Completion) -> str:

@@ -39,6 +39,12 @@ class Cache:
             return kv.k[slots], kv.v[slots]
         return loaded(kv.k[slots], kv.k_scales[slots]).to(dtype), loaded(kv.v[slots], kv.v_scales[slots]).to(dtype)
 
+    def copy(self, source: int, sequence: int, length: int) -> None:
+        """Copy the first `length` positions of sequence `source` to another sequence."""
+        for layer in self.layers:
+            for part in parts_of(layer):
+                part[self.prefix(sequence, length)] = part[self.prefix(source, length)]
+
     def reorder(self, sequences: Tensor) -> None:
         """Replace sequence b by a copy of sequence `sequences[b]`, for beam search.
 

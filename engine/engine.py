@@ -33,6 +33,7 @@ class Engine:
     def __init__(self, decoder: Decoder, tokenizer: PreTrainedTokenizerBase | None, options: Options) -> None:
         self.decoder, self.tokenizer, self.options = decoder, tokenizer, options
         self.spaces, self.lock = Workspaces(decoder, options), threading.Lock()
+        self.words = threading.Lock()  # of the tokenizer: a prompt is encoded while a step runs
 
     @typed(EngineError)
     def generate(
@@ -71,17 +72,20 @@ class Engine:
         return self._tokens(text, add_special_tokens=True)
 
     @typed(EngineError)
-    def encode_chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+    def encode_chat(
+        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None = None
+    ) -> list[int]:
         """The token ids of a conversation in the model's chat template, up to the start of the assistant's turn.
 
         messages  [{"role": "user", "content": "..."}]
+        tools     functions that the model may call: [{"type": "function", "function": {"name": ...}}]
         EngineError if the template rejects the messages, or exceeds its limits of time or memory.
         """
         tokenizer = self.require_tokenizer()
         if not tokenizer.chat_template:
             raise EngineError("the model has no chat template: give it a plain prompt")
         try:
-            text = render_chat(tokenizer, messages, add_generation_prompt=True)
+            text = render_chat(tokenizer, messages, tools, add_generation_prompt=True)
         except CheckpointError as error:
             raise EngineError(str(error)) from error
         return self._tokens(text, add_special_tokens=False)
@@ -96,7 +100,7 @@ class Engine:
             raise EngineError(
                 f"character {error.start} of {text[:60]!r} is half a surrogate pair, not valid Unicode"
             ) from error
-        with self.lock:
+        with self.words:
             return list(tokenizer(text, add_special_tokens=add_special_tokens, verbose=False).input_ids)
 
     def require_tokenizer(self) -> PreTrainedTokenizerBase:

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from lowbit.engine.decoder import Decoder
 from lowbit.engine.passes import Reader
 from lowbit.engine.request import Request, token_logprob
 from lowbit.engine.runner import Runner
@@ -62,13 +63,23 @@ def scored_prompt(
     """The log-probabilities of all prompt tokens but the first, and the logits (vocabulary) after the last."""
     scores: list[TokenLogprob] = []
     logits = torch.empty(0)
-    following = prompt[1:]
     for hidden in reader.read(sequence, prompt):
-        for rows in hidden.split(SCORED_ROWS):
-            logits = reader.decoder.logits(rows)
-            logprobs = logits.log_softmax(-1)
-            best, top = logprobs.topk(min(wanted, logprobs.shape[1]))
-            for row, token in enumerate(following[len(scores) : len(scores) + len(rows)]):
-                own = logprobs[row, token].view(1)
-                scores.append(token_logprob(token, torch.cat([own, best[row]]), top[row], wanted))
-    return scores, logits[-1]
+        logits = score_rows(reader.decoder, hidden, prompt, wanted, scores)
+    return scores, logits
+
+
+def score_rows(
+    decoder: Decoder, hidden: Tensor, prompt: Sequence[int], wanted: int, scores: list[TokenLogprob]
+) -> Tensor:
+    """The logits (vocabulary) of the last of the prompt's next rows. Appends the log-probabilities that these rows
+    give to the tokens after them to `scores`, which has those of the rows before."""
+    logits = torch.empty(0)
+    for rows in hidden.split(SCORED_ROWS):
+        logits = decoder.logits(rows)
+        logprobs = logits.log_softmax(-1)
+        best, top = logprobs.topk(min(wanted, logprobs.shape[1]))
+        first = len(scores) + 1
+        for row, token in enumerate(prompt[first : first + len(rows)]):
+            own = logprobs[row, token].view(1)
+            scores.append(token_logprob(token, torch.cat([own, best[row]]), top[row], wanted))
+    return logits[-1]

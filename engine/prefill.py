@@ -21,21 +21,29 @@ def read_prompt(
 ) -> Iterator[Tensor]:
     """Hidden states (rows, hidden), chunk by chunk. Afterwards the cache holds the sequence's first len(tokens)
     positions."""
-    device = decoder.weights.device
-    ids = torch.tensor(list(tokens), dtype=torch.int64, device=device)
     first = 0
-    while first < len(ids):
-        part = ids[first : first + chunk]
-        positions = torch.arange(first, first + len(part), device=device)
+    while first < len(tokens):
+        hidden = read_chunk(decoder, cache, sequence, tokens, (first, chunk))
+        yield hidden
+        first, chunk = first + len(hidden), len(hidden)
+
+
+def read_chunk(decoder: Decoder, cache: Cache, sequence: int, tokens: Sequence[int], part: tuple[int, int]) -> Tensor:
+    """Hidden states (rows, hidden) of one chunk of a prompt. The cache holds the positions before it.
+
+    part  the chunk's first position, and its most rows: there are fewer at the prompt's end, and if memory is short
+    """
+    (first, rows), device = part, decoder.weights.device
+    while True:
+        ids = torch.tensor(list(tokens[first : first + rows]), dtype=torch.int64, device=device)
+        positions = torch.arange(first, first + len(ids), device=device)
         starts = torch.full_like(positions, cache.start(sequence))
         turns, slots = decoder.turns_at(positions, len(tokens)), starts + positions
-        step = Step(part, positions, turns, starts, slots, prefix=cache.prefix(sequence, first + len(part)))
+        step = Step(ids, positions, turns, starts, slots, prefix=cache.prefix(sequence, first + len(ids)))
         hidden = hidden_if_it_fits(decoder, step, cache, first)
-        if hidden is None:
-            chunk = len(part) // 2
-            continue
-        yield hidden
-        first += len(part)
+        if hidden is not None:
+            return hidden
+        rows = len(ids) // 2
 
 
 def hidden_if_it_fits(decoder: Decoder, step: Step, cache: Cache, first: int) -> Tensor | None:

@@ -21,10 +21,10 @@ IDLE = 4  # workspaces kept for later calls
 
 
 class Workspace:
-    """A cache that grows on demand, and runners for it. The least recently used runners are dropped."""
+    """A cache that grows on demand, and runners for it. The least recently used runners beyond `most` are dropped."""
 
-    def __init__(self, pool: "Workspaces") -> None:
-        self.pool, self.decoder, self.options = pool, pool.decoder, pool.options
+    def __init__(self, pool: "Workspaces", most: int = RUNNERS) -> None:
+        self.most, self.pool, self.decoder, self.options = most, pool, pool.decoder, pool.options
         self.reader: Reader | None = None
         self.runners: OrderedDict[tuple[int, Features | None, int], Runner] = OrderedDict()
 
@@ -37,7 +37,7 @@ class Workspace:
         reach = SHORT if length <= SHORT else reader.cache.context
         key = rows, features, reach
         if key not in self.runners:
-            while len(self.runners) >= RUNNERS:
+            while len(self.runners) >= self.most:
                 self.runners.popitem(last=False)
             sampler = None if features is None else self.sampler(features, rows)
             self.runners[key] = Runner(reader, rows, reach, sampler)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 NAME = "lowbit"  # the one import name
-PACKAGES = ("quant", "export", "models", "calibrate", "engine", "evaluation", "commands", "integrations")
+PACKAGES = ("quant", "export", "models", "calibrate", "engine", "evaluation", "serve", "commands", "integrations")
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 

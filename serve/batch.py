@@ -1,0 +1,204 @@
+"""The batch: jobs that read their prompts and jobs that write, over one cache. Jobs enter and leave between steps."""
+
+import time
+from collections import deque
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lowbit.engine.engine import Engine
+from lowbit.engine.generate import score_rows
+from lowbit.engine.passes import Reader
+from lowbit.engine.prefill import read_chunk
+from lowbit.engine.runner import Runner, Written
+from lowbit.engine.sampler import Chosen, features_of
+from lowbit.engine.workspace import Workspace
+from lowbit.errors import EngineError
+from lowbit.serve.job import Job, Update
+from lowbit.serve.pace import Pace
+from lowbit.serve.slots import Slots
+
+RUNNERS = 64  # captured graphs: numbers of rows, times lengths, times the features of sampling
+
+
+class Batch:
+    """Jobs in the slots of a cache of `sequences` sequences. Only one thread may use it.
+
+    reading  jobs whose prompts are read, in order; the first one is read, chunk by chunk
+    writing  jobs that get one token a step
+    placed   those that wrote when the runner's rows were last set, in their order; `stale` once others write
+    """
+
+    def __init__(self, engine: Engine, sequences: int) -> None:
+        self.engine, self.decoder, self.context = engine, engine.decoder, engine.options.context
+        self.space, self.slots, self.pace = Workspace(engine.spaces, RUNNERS), Slots(sequences), Pace()
+        self.reading: list[Job] = []
+        self.writing: list[Job] = []
+        self.placed: list[Job] = []
+        self.stale = False
+        self.runner: Runner | None = None
+        self.launched: deque[Written] = deque()
+        self.reader()
+
+    @property
+    def jobs(self) -> list[Job]:
+        """All jobs with a slot."""
+        return [*self.reading, *self.writing]
+
+    def reader(self) -> Reader:
+        """The reader of the cache, which is allocated once with all its positions."""
+        return self.space.roomy_reader(len(self.slots.all), self.context)
+
+    def enter(self, job: Job) -> None:
+        """Give a job a free slot."""
+        job.slot = self.slots.take(job.request.prompt)
+        self.reading.append(job)
+
+    def leave(self, job: Job) -> None:
+        """Take a job out. Its slot keeps the tokens that it holds."""
+        assert job.slot is not None
+        if job in self.reading:
+            self.reading.remove(job)
+        else:
+            self.writing.remove(job)
+            self.stale = True
+            job.slot.tokens = job.request.sequence[:-1]
+        self.slots.release(job.slot)
+
+    def reset(self) -> None:
+        """Forget all jobs, and what the cache holds: after an error nothing of it is certain."""
+        self.reading, self.writing, self.placed, self.runner, self.stale = [], [], [], None, False
+        self.launched.clear()
+        self.space.clear()
+        self.slots = Slots(len(self.slots.all))
+
+    def turn(self) -> None:
+        """Read at most one chunk of a prompt, then write one token of each writing job."""
+        with self.engine.lock, torch.inference_mode():
+            if self.reading:
+                self.try_read(self.reading[0])
+            if self.writing or self.stale:
+                self.step()
+
+    def try_read(self, job: Job) -> None:
+        """Read one chunk of a job's prompt. If it does not fit in memory, that job alone ends with the error."""
+        try:
+            self.read(job)
+        except EngineError as error:
+            self.leave(job)
+            job.tell(job, error)
+
+    def read(self, job: Job) -> None:
+        """Read one chunk of a job's prompt. After the last one, choose the first token."""
+        if not job.read:
+            self.begin(job)
+        begin = time.perf_counter()
+        hidden = self.chunk(job)
+        if self.writing and hidden.is_cuda:
+            torch.cuda.synchronize(hidden.device)
+        self.pace.note(len(hidden), time.perf_counter() - begin)
+        job.read += len(hidden)
+        assert job.slot is not None
+        job.slot.tokens = job.request.sequence[: job.read]
+        if job.request.wants_prompt_logprobs:
+            wanted = job.request.sampling.logprobs or 0
+            logits = score_rows(self.decoder, hidden, job.request.sequence, wanted, job.scores).unsqueeze(0)
+        elif job.read == len(job.request.sequence):
+            logits = self.decoder.logits(hidden[-1:])
+        if job.read == len(job.request.sequence):
+            self.reading.remove(job)
+            self.writing.append(job)
+            self.stale = True
+            self.first(job, logits)
+
+    def begin(self, job: Job) -> None:
+        """Find the part of a job's sequence that the cache already holds, and move it to the job's slot."""
+        request, slot = job.request, job.slot
+        assert slot is not None
+        request.begin()
+        sequence, short = request.sequence, self.decoder.short
+        long = short is not None and len(sequence) > short
+        source, count = self.slots.nearest(sequence, long, slot)
+        count = 0 if request.wants_prompt_logprobs else min(count, len(sequence) - 1)
+        if source is not slot and count:
+            self.reader().cache.copy(source.sequence, slot.sequence, count)
+        slot.tokens, slot.long = sequence[:count], long
+        job.read = job.reused = count
+
+    def chunk(self, job: Job) -> Tensor:
+        """Hidden states (rows, hidden) of the next rows of a job's prompt."""
+        assert job.slot is not None
+        reader, sequence = self.reader(), job.request.sequence
+        part = job.read, self.pace.rows(bool(self.writing))
+        return read_chunk(self.decoder, reader.cache, job.slot.sequence, sequence, part)
+
+    def first(self, job: Job, logits: Tensor) -> None:
+        """Choose a job's first token from the logits (1, vocabulary) after its prompt."""
+        request = job.request
+        if request.wants_prompt_logprobs:
+            request.prompt_logprobs = job.scores
+        sampler = self.space.sampler(features_of([request.constraints]), 1)
+        sampler.start([request.constraints])
+        self.deliver([job], sampler(logits))
+
+    def step(self) -> None:
+        """Write one token of each writing job. On a GPU the step before is delivered while this one runs."""
+        if self.stale:
+            while self.launched:
+                self.deliver(self.placed, self.launched.popleft().wait())
+            self.place()
+        if self.runner is None:
+            return
+        self.launched.append(self.runner.launch())
+        if len(self.launched) > self.runner.ahead:
+            self.deliver(self.placed, self.launched.popleft().wait())
+
+    def place(self) -> None:
+        """Set the runner for the jobs that write now. Rows beyond them repeat the first job, to the same effect."""
+        self.placed, self.runner, self.stale = list(self.writing), None, False
+        if not self.placed:
+            return
+        constraints = [job.request.constraints for job in self.placed]
+        length, cache = max(job.length for job in self.placed), self.reader().cache
+        rows = rows_for(len(self.placed), cache.layers[0].k.is_cuda)
+        runner = self.space.runner(rows, cache.batch, length, features_of(constraints))
+        assert runner.sampler is not None
+        fill = rows - len(self.placed)
+        runner.sampler.start(constraints + constraints[:1] * fill)
+        jobs = self.placed + self.placed[:1] * fill
+        runner.place(
+            [job.request.tokens[-1] for job in jobs],
+            [len(job.request.sequence) - 1 for job in jobs],
+            [cache.start(job.slot.sequence) for job in jobs if job.slot is not None],
+        )
+        self.runner = runner
+
+    def deliver(self, jobs: Sequence[Job], chosen: Chosen) -> None:
+        """Pass a step's tokens to the jobs that are still in the batch. Finished ones leave."""
+        for row, (job, token) in enumerate(zip(jobs, chosen.tokens.tolist(), strict=False)):
+            request = job.request
+            if job not in self.writing or not request.left:
+                continue
+            if chosen.logprobs is not None and chosen.top is not None:
+                request.note(token, chosen.logprobs[row], chosen.top[row])
+            piece = request.take([token])
+            if piece.finish_reason:
+                self.leave(job)
+            elif not request.left:
+                self.again(job)
+            job.tell(job, Update(piece, tuple(request.logprobs[-1:])))
+
+    def again(self, job: Job) -> None:
+        """Read a sequence again that has reached the position where the ropes change."""
+        assert job.slot is not None
+        self.writing.remove(job)
+        self.stale = True
+        job.slot.clear()
+        job.read = 0
+        self.reading.append(job)
+
+
+def rows_for(jobs: int, on_gpu: bool) -> int:
+    """Rows of a step for this number of jobs. On a GPU a power of two: each number of rows has its own graphs."""
+    return 1 << (jobs - 1).bit_length() if on_gpu else jobs

@@ -1,0 +1,218 @@
+"""A session: many requests in one batch write what each writes alone; slots, prefixes, order and errors."""
+
+import queue
+import random
+import threading
+import time
+
+import pytest
+import torch
+
+from lowbit.engine.sampling import Sampling
+from lowbit.errors import EngineError
+from lowbit.serve.session import Busy, Failed, Session
+from tests.engine.make import tiny
+
+SETTINGS = (
+    Sampling(max_new_tokens=14, ignore_eos=True),
+    Sampling(max_new_tokens=9, temperature=1.2, top_k=40, seed=4, ignore_eos=True),
+    Sampling(max_new_tokens=11, repetition_penalty=1.4, logprobs=2, ignore_eos=True),
+    Sampling(max_new_tokens=12, temperature=0.8, frequency_penalty=0.5, seed=9, stop=("e",)),
+    Sampling(max_new_tokens=3, prompt_logprobs=True, logprobs=3, ignore_eos=True),
+)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return tiny(tmp_path_factory.mktemp("llama"))[0]
+
+
+@pytest.fixture
+def session(model):
+    with Session(model, sequences=3) as session:
+        yield session
+
+
+def prompts(count: int, seed: int = 0) -> list[list[int]]:
+    draw = random.Random(seed)
+    return [[draw.randrange(256) for _ in range(draw.choice((1, 4, 30, 90)))] for _ in range(count)]
+
+
+def ask(session, requests):
+    """Submit requests together, and wait until all have ended: their results or errors by index."""
+    updates = queue.SimpleQueue()
+    jobs = session.submit(requests, lambda job, update: updates.put((job, update)))
+    ended, left = {}, {job.request.index for job in jobs}
+    while left:
+        job, update = updates.get(timeout=60)
+        if isinstance(update, EngineError) or update.piece.finish_reason:
+            left.remove(job.request.index)
+            ended[job.request.index] = update if isinstance(update, EngineError) else job
+    return [ended[request.index] for request in requests]
+
+
+def test_requests_in_one_batch_write_what_each_writes_alone(model, session):
+    texts = prompts(20)
+    settings = [SETTINGS[i % len(SETTINGS)] for i in range(len(texts))]
+    jobs = ask(session, model.requests(texts, settings))
+    for text, sampling, job in zip(texts, settings, jobs, strict=True):
+        [alone] = model.generate([text], sampling)
+        got = job.request.completion()
+        assert (got.text, got.tokens, got.finish_reason) == (alone.text, alone.tokens, alone.finish_reason)
+        for ours, theirs in ((got.logprobs, alone.logprobs), (got.prompt_logprobs, alone.prompt_logprobs)):
+            assert (ours is None) == (theirs is None)
+            for one, other in zip(ours or (), theirs or (), strict=True):
+                assert (one.token, list(one.top)) == (other.token, list(other.top))
+                assert one.logprob == pytest.approx(other.logprob, abs=1e-4)
+
+
+def test_threads_share_the_batch_and_the_engine(model, session):
+    texts, found = prompts(6, seed=1), {}
+    expected = [model.generate([text], SETTINGS[0])[0].text for text in texts]
+
+    def work(i: int) -> None:
+        if i % 2:
+            found[i] = "".join(piece.text for piece in session.stream(texts[i], SETTINGS[0]))
+        else:
+            found[i] = model.generate([texts[i]], SETTINGS[0])[0].text
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(len(texts))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert [found[i] for i in range(len(texts))] == expected
+
+
+def test_an_open_session_starves_no_call_of_the_engine(model, session):
+    endless = session.stream([5], Sampling(max_new_tokens=120, ignore_eos=True))
+    next(endless)
+    model.generate([[7]], max_new_tokens=2, ignore_eos=True)
+    assert sum(len(piece.tokens) for piece in endless) == 119
+
+
+def test_a_dropped_stream_frees_its_slot(model, session):
+    streams = [session.stream([i], Sampling(max_new_tokens=120, ignore_eos=True)) for i in range(3)]
+    for stream in streams:
+        next(stream)
+    for stream in streams:
+        stream.close()
+    deadline = time.monotonic() + 10
+    while session.batch.jobs and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert len(session.batch.slots.free) == 3
+    assert len(list(session.stream([3], SETTINGS[0]))) == 14
+
+
+def test_a_prefix_is_computed_once(model, session):
+    history = list(range(10))
+    for _ in range(3):  # turns of a dialogue
+        [job] = ask(session, model.requests([history], SETTINGS[0]))
+        assert list(job.request.tokens) == list(model.generate([history], SETTINGS[0])[0].tokens)
+        before, history = len(history) + len(job.request.tokens) - 1, [*job.request.sequence, 7, 8, 9]
+        [job] = ask(session, model.requests([history], SETTINGS[0]))
+        assert job.reused == before
+        history = job.request.sequence
+
+
+def test_choices_of_one_prompt_read_it_once(model, session):
+    prompt = prompts(1, seed=3)[0] * 2 + [1, 2, 3]
+    jobs = ask(session, model.requests([prompt] * 3, SETTINGS[1]))
+    assert sorted(job.reused for job in jobs)[1:] == [len(prompt) - 1] * 2
+    assert {job.request.completion().text for job in jobs} == {model.generate([prompt], SETTINGS[1])[0].text}
+
+
+def test_the_longest_unused_prefix_goes_first(model, session):
+    first, second, third, fourth = ([i] * 20 for i in range(4))
+    for prompt in (first, second, third, first, fourth):
+        [job] = ask(session, model.requests([prompt], SETTINGS[0]))
+    for prompt, kept in ((first, True), (third, True), (second, False)):
+        [job] = ask(session, model.requests([prompt], SETTINGS[0]))
+        assert (job.reused == 19) == kept
+
+
+def test_a_long_prompt_leaves_room_for_steps_between_its_chunks(model, session, monkeypatch):
+    monkeypatch.setattr("lowbit.serve.pace.Pace.rows", lambda pace, writing: 8 if writing else 64)
+    order, slow = [], list(range(100))
+    first = model.request(0, [1], Sampling(max_new_tokens=60, ignore_eos=True))
+    second = model.request(1, slow, SETTINGS[0])
+    ended = threading.Semaphore(0)
+
+    def tell(job, update) -> None:
+        order.append(job.request.index)
+        if update.piece.finish_reason:
+            ended.release()
+
+    session.submit([first, second], tell)
+    assert all(ended.acquire(timeout=60) for _ in range(2))
+    assert order.index(1) >= 100 // 8
+    assert second.completion().text == model.generate([slow], SETTINGS[0])[0].text
+
+
+def test_clients_take_turns_and_the_queue_has_an_end(model):
+    ended, done = [], threading.Semaphore(0)
+
+    def tell(job, update) -> None:
+        if update.piece.finish_reason:
+            ended.append(job.client)
+            done.release()
+
+    long, short = (Sampling(max_new_tokens=count, ignore_eos=True) for count in (120, 40))
+    with Session(model, sequences=2, waiting=4) as session:
+        blockers = [session.stream([i], long) for i in range(2)]
+        for blocker in blockers:
+            next(blocker)
+        for client, prompts in (("greedy", [[2], [3], [4]]), ("modest", [[5]])):
+            session.submit(model.requests(prompts, short), tell, client)
+        with pytest.raises(Busy, match="4 requests wait, 1 more would pass the limit of 4"):
+            session.submit(model.requests([[6]], short), tell)
+        session.cancel(session.batch.writing)
+        assert all(done.acquire(timeout=60) for _ in range(4))
+    assert sorted(ended[:2]) == ["greedy", "modest"]
+
+
+def test_a_prompt_that_does_not_fit_ends_alone(model, session, monkeypatch):
+    def hidden(step, cache, real=model.decoder.hidden):
+        if step.prefix is not None and int(step.tokens[0]) == 99:
+            raise torch.OutOfMemoryError("Tried to allocate 2.50 GiB. 79.1 GiB in all, of which 1.20 GiB is free.")
+        return real(step, cache)
+
+    monkeypatch.setattr(model.decoder, "hidden", hidden)
+    good, bad = ask(session, model.requests([[1, 2], [99, 1]], SETTINGS[0]))
+    assert "2.50 GiB more were asked for" in str(bad)
+    assert good.request.completion().text == model.generate([[1, 2]], SETTINGS[0])[0].text
+
+
+def test_after_an_error_of_ours_the_next_request_is_served(model, session, monkeypatch, caplog):
+    with monkeypatch.context() as patch:
+        patch.setattr(model.decoder, "hidden", lambda step, cache: 1 / 0)
+        [failed] = ask(session, model.requests([[1, 2]], SETTINGS[0]))
+    assert isinstance(failed, Failed)
+    assert "ZeroDivisionError" in caplog.text
+    [job] = ask(session, model.requests([[1, 2]], SETTINGS[0]))
+    assert job.request.completion().text == model.generate([[1, 2]], SETTINGS[0])[0].text
+
+
+def test_a_closed_session_tells_those_who_wait(model):
+    session = Session(model, sequences=1)
+    streams = [session.stream([i], Sampling(max_new_tokens=120, ignore_eos=True)) for i in range(2)]
+    next(streams[0])
+    updates = queue.SimpleQueue()
+    session.submit([model.request(0, [1], SETTINGS[0])], lambda job, update: updates.put(update))
+    session.close()
+    assert isinstance(updates.get(timeout=10), Failed)
+    with pytest.raises(Failed):
+        list(streams[0])
+    with pytest.raises(Failed, match="has ended"):
+        list(streams[1])
+
+
+def test_a_sequence_that_passes_the_ropes_turn_is_read_again(tmp_path):
+    rope = {"rope_type": "longrope", "rope_theta": 100.0, "short_factor": [1.0] * 8, "long_factor": [4.0] * 8}
+    model, _ = tiny(tmp_path, "phi3", rope_parameters=rope, original_max_position_embeddings=32)
+    prompt = list(range(3, 23))
+    sampling = Sampling(max_new_tokens=30, ignore_eos=True)
+    with Session(model, sequences=2) as session:
+        for text in (prompt, prompt, list(range(3, 43))):
+            [job] = ask(session, model.requests([text], sampling))
+            assert list(job.request.tokens) == list(model.generate([text], sampling)[0].tokens)
