@@ -7,7 +7,7 @@ import torch
 
 from lowbit.calibrate.plan import Plan, make_plan
 from lowbit.errors import CheckpointError
-from lowbit.export.dialects import FORMATS
+from lowbit.export.dialects import FORMATS, READ
 from lowbit.export.engines.transformers import TRANSFORMERS
 from lowbit.export.engines.vllm import VLLM
 from lowbit.export.formats import LogicalTensors, describe_schemes, require_fit
@@ -47,7 +47,7 @@ class Job:
 
         This is its own dtype, unless the recipe asks for another one. Then tensors wider than most weights keep theirs.
         """
-        if name.removesuffix(".weight") in self.skeleton.tensors.schemes:
+        if self.skeleton.tensors.is_quantized(name):
             return self.dtype
         own = self.source.checkpoint.entries[name].dtype
         wider = own.itemsize > self._main_dtype.itemsize
@@ -170,16 +170,16 @@ def _require_generation_config(source: Source) -> None:
 
 
 def _require_original(source: Source) -> None:
-    """CheckpointError if the weights are already quantized, unless all are floats, as in vendors' originals."""
+    """CheckpointError if the weights are quantized in a way that is not read here."""
     config = source.checkpoint.quantization
     if config is None:
         return
     method = config.get("quant_method", "by a method that config.json does not name")
-    if any(fmt.recognizes(config) for fmt in FORMATS.values()):
-        schemes = LogicalTensors(source.checkpoint).schemes.values()
-        if schemes and not any(scheme.number.is_integer for scheme in schemes):
-            return
-    raise CheckpointError(f"{source.directory}: already quantized ({method}); quantize the original model instead")
+    if any(fmt.recognizes(config) for fmt in READ) and LogicalTensors(source.checkpoint).schemes:
+        return
+    raise CheckpointError(
+        f"{source.directory}: already quantized ({method}), which is not read here; quantize the original model instead"
+    )
 
 
 def _dtype(source: Source, recipe: Recipe) -> torch.dtype:

@@ -230,8 +230,8 @@ def _outside_blocks(skeleton: Skeleton, ignore: Iterable[str]) -> Iterator[tuple
 
 def _homeless(skeleton: Skeleton) -> Iterator[tuple[str, TensorEntry]]:
     """Matrices in the file, and stacks of them, that do not directly match a parameter of the model."""
-    placed = skeleton.placed()
-    for name, entry in skeleton.source.checkpoint.entries.items():
+    placed, entries = skeleton.placed(), skeleton.source.checkpoint.entries
+    for name, entry in ((name, entries[name]) for name in skeleton.tensors.names if name in entries):
         alone, stacked = (
             len(entry.shape) == 2 and name.endswith(".weight"),
             len(entry.shape) == 3 and ".experts." in name,

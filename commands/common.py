@@ -5,7 +5,7 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -62,6 +62,15 @@ class Size(click.ParamType):
         if not match or not 0 < float(match[1]) < float("inf"):
             self.fail(f"{value!r} is no size; write 5GB or 500MB", param, ctx)
         return int(float(match[1]) * UNITS[match[2] or ""])
+
+
+def say_expanded(expanded: Mapping[str, int]) -> None:
+    """Say on stderr that linears were dequantized for lack of a kernel.
+
+    expanded  scheme -> number of its linears
+    """
+    for scheme, count in expanded.items():
+        say(f"{count} linears of {scheme} have no kernel here: dequantized while loading", err=True)
 
 
 def run_command(command: click.Command, interrupted: str = "Interrupted; nothing was written.") -> NoReturn:

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from lowbit import __version__, engine
 from lowbit.api.recording import store
-from lowbit.commands.common import REVISION, make_console, run_command, say
+from lowbit.commands.common import REVISION, make_console, run_command, say, say_expanded
 from lowbit.commands.parts import SETTINGS
 from lowbit.engine.decoder import Decoder
 from lowbit.engine.engine import Engine
@@ -87,6 +87,7 @@ def bench(
                 model = engine.load(str(checkpoint), str(place), kind, context, cache, head, revision)
             else:
                 model = random_engine(shape, method, kind, place, Options(context, cache == "int8"), head)
+            say_expanded(model.decoder.weights.expanded)
             say(f"{method}: decoding in {dtype} on {name_of(place)}", err=True)
             for rows, before in product(batch, prompt):
                 speed = measure(model, rows, before, output, read_gbs)

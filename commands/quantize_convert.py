@@ -1,4 +1,4 @@
-"""`quantize-convert IN OUT --format gptq`: rewrite a checkpoint in another format, without requantizing."""
+"""`quantize-convert IN OUT --format gptq`: rewrite a checkpoint in another format or scheme, without requantizing."""
 
 from pathlib import Path
 
@@ -23,7 +23,8 @@ def main() -> None:
 @click.command(context_settings=SETTINGS)
 @click.argument("checkpoint")
 @click.argument("output", type=click.Path(path_type=Path))
-@click.option("--format", "format_name", required=True, help=f"One of {', '.join(FORMATS)}.")
+@click.option("--format", "format_name", help=f"One of {', '.join(FORMATS)}.  [default: its own]")
+@click.option("--scheme", help="Scheme with the same values: nvfp4-a16 or fp8-block for MXFP4.  [default: its own]")
 @click.option(
     "--max-shard-size", type=Size(), default=Recipe.max_shard_size, help="Largest weight file.  [default: 5GB]"
 )
@@ -34,19 +35,21 @@ def main() -> None:
 def quantize_convert(
     checkpoint: str,
     output: Path,
-    format_name: str,
+    format_name: str | None,
+    scheme: str | None,
     max_shard_size: int,
     revision: str | None,
     overwrite: bool,
     trust_remote_code: bool,
 ) -> None:
-    """Write CHECKPOINT, a quantized model, to OUTPUT in another format; codes and scales do not change."""
+    """Write CHECKPOINT, a quantized model, to OUTPUT in another format or scheme; weights keep their values."""
     console = make_console()
     with console.status("converting"):
         done = api.convert(
             checkpoint,
             output,
             format=format_name,
+            scheme=scheme,
             max_shard_size=max_shard_size,
             revision=revision,
             overwrite=overwrite,

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from lowbit import __version__, engine
-from lowbit.commands.common import REVISION, run_command, say
+from lowbit.commands.common import REVISION, run_command, say, say_expanded
 from lowbit.commands.parts import SETTINGS
 from lowbit.engine.engine import Engine
 from lowbit.engine.sampling import Completion, Sampling
@@ -81,6 +81,7 @@ def generate(
         if not prompts and not chat:
             raise EngineError("no prompt: pass --prompt TEXT, or --chat for a conversation")
         model = engine.load(checkpoint, check_device(device), None, context, cache, head, revision)
+        say_expanded(model.decoder.weights.expanded)
         if not prompts:
             converse(model, sampling, system)
         elif stream:

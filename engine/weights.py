@@ -4,7 +4,9 @@ The decoder has a fixed layout: rows of q, k and v stacked, and rotary pairs hal
 family's files (interleaved heads, adjacent pairs, partly rotated heads) are converted here by reordering rows.
 """
 
-from dataclasses import dataclass, replace
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -15,7 +17,7 @@ from lowbit.engine.products import Norm, Product
 from lowbit.errors import CheckpointError
 from lowbit.export.checkpoint import Checkpoint
 from lowbit.export.formats import LogicalTensors
-from lowbit.quant.kernels.packed import TILE_ROWS
+from lowbit.quant.kernels.packed import TILE_ROWS, reason_against_kernel
 from lowbit.quant.kernels.weight import Linear, RoundedInputs, inputs_of, load_weight
 from lowbit.quant.qtensor import QTensor, round_to_nearest
 from lowbit.quant.scheme import parse_scheme
@@ -27,12 +29,14 @@ class Weights:
 
     embedding  (vocabulary, hidden); positions (max_positions, hidden) if learned
     head       the output head, with the norm before it
+    expanded   scheme -> number of linears of it that have no kernel and were dequantized
     """
 
     embedding: Tensor
     positions: Tensor | None
     layers: tuple[Block, ...]
     head: Product
+    expanded: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def device(self) -> torch.device:
@@ -87,7 +91,7 @@ def load_weights(checkpoint: Checkpoint, names: Names, architecture: Architectur
     fused = settings.fused_append
     layers = tuple(build_block(LayerParts(reader, i), a, i, fused) for i in range(len(a.layers)))
     head = Product(reader.head(embedding), reader.norm(names.norm), float32_out=True)
-    weights = Weights(embedding, positions, layers, head)
+    weights = Weights(embedding, positions, layers, head, reader.expanded)
     reader.refuse_leftovers()
     return weights
 
@@ -123,6 +127,7 @@ class CheckpointReader:
         self.known = frozenset(self.tensors.names)
         self.left = set(self.known)
         self.directory = checkpoint.directory
+        self.expanded: Counter[str] = Counter()
 
     def found(self, name: str) -> str | None:
         """The file's name of a tensor: `name`, or without its first part, as in files of base models."""
@@ -177,9 +182,16 @@ class CheckpointReader:
         """The weight of a linear (n, k): quantized as in the file, or dense in the activations' dtype."""
         found = self.require(f"{linear}.weight")
         if found.removesuffix(".weight") in self.tensors.schemes:
-            return self.tensors.qtensor(found.removesuffix(".weight"))
+            return self.packed(found.removesuffix(".weight"))
         value = self.tensors.read(found).to(self.settings.dtype)
         return value.T if self.names.transposed else value
+
+    def packed(self, linear: str) -> QTensor:
+        """The quantized weight of a linear of the file."""
+        weight = self.tensors.qtensor(linear)
+        if reason_against_kernel(weight):
+            self.expanded[str(weight.scheme) if weight.order is None else f"{weight.scheme} in act-order"] += 1
+        return weight
 
     def linear(
         self,
@@ -228,7 +240,7 @@ class CheckpointReader:
         """The head's weight, (vocabulary, hidden) in all families."""
         found = self.require(f"{name}.weight")
         if name in self.tensors.schemes:
-            return self.tensors.qtensor(name)
+            return self.packed(name)
         shape = (self.architecture.vocabulary, self.architecture.hidden)
         return self.shaped(found, self.tensors.read(found), shape).to(self.settings.dtype)
 
@@ -312,8 +324,9 @@ def shared_inputs(matrices: list[QTensor | Tensor]) -> RoundedInputs | None:
 
 
 def has_rows(weight: QTensor | Tensor) -> bool:
-    """True if each row of the weight stands by itself: none shares a scale, or a divisor of scales, with others."""
-    return isinstance(weight, Tensor) or (weight.scheme.rows == 1 and weight.divisor is None)
+    """True if each row of the weight stands by itself: none shares a scale, a divisor or an order with others."""
+    alone = isinstance(weight, QTensor) and weight.scheme.rows == 1 and weight.divisor is None and weight.order is None
+    return isinstance(weight, Tensor) or alone
 
 
 def moved(weight: QTensor | Tensor, rows: Tensor, dtype: torch.dtype) -> QTensor | Tensor:

@@ -1,4 +1,4 @@
-"""Conversion between formats without requantizing: codes, zeros and scales are re-encoded, not recomputed."""
+"""Conversion between formats and schemes without requantizing: weights are written otherwise, and keep their values."""
 
 import math
 from collections import Counter
@@ -11,9 +11,11 @@ from torch import Tensor
 
 from lowbit.errors import CheckpointError
 from lowbit.export.checkpoint import open_checkpoint, require_same_source
-from lowbit.export.format import Format
+from lowbit.export.format import Format, reading
 from lowbit.export.formats import LogicalTensors, require_fit
+from lowbit.export.restate import divisor_for, largest_scale, reason_against, restated
 from lowbit.export.writer import CheckpointWriter
+from lowbit.quant.naming import parent_set
 from lowbit.quant.qtensor import QTensor
 from lowbit.quant.scheme import Scheme
 
@@ -26,9 +28,11 @@ class Conversion:
     exact     number of linears with bit-identical weights
     rounded   for each of the others, the largest relative change of a scale
     rewrites  counts of changed encodings ("symmetric codes as unsigned ones with a zero of 8")
+    divisors  divisor of scales by linear, where its new scheme has one and its old one had none
     """
 
     schemes: dict[str, Scheme]
+    divisors: dict[str, Tensor] = field(default_factory=dict)
     exact: int = 0
     rounded: dict[str, float] = field(default_factory=dict)
     rewrites: Counter[str] = field(default_factory=Counter)
@@ -41,35 +45,62 @@ def convert(
     output: Path,
     shard: int,
     finished: bool = True,
+    scheme: Scheme | None = None,
 ) -> Conversion:
     """Write the checkpoint of `source` in the format `fmt` into the existing directory `output`.
 
     unquantized  names of linears left in 16 bits
     shard        bytes of the largest weight file
-
     finished     False leaves the sealing to the caller
+    scheme       of all quantized linears, which must have the same values in it; None for their own
 
     `output` holds only copied companions. The weights are written, then read back and compared. Raises CheckpointError
     with the reason if the format cannot hold a weight, if a scale is outside the range of its dtype, or if another
     tensor of the checkpoint has a name that the format gives to a linear's tensor.
     """
-    done = Conversion(target_schemes(source, fmt))
+    done = Conversion(target_schemes(source, fmt, scheme))
+    _refuse_parents(source)
     shapes = {name: source.shape(name) for name in done.schemes}
     require_fit(fmt, done.schemes, shapes)
     _refuse_clashes(source, fmt, done.schemes)
+    done.divisors = _divisors(source, done.schemes)
     writer = CheckpointWriter(fmt, output, shard)
+    biases = {bias: stack for stack in source.stacks if (bias := f"{stack}_bias") in source.checkpoint.entries}
     for name in source.names:
-        linear = name.removesuffix(".weight")
-        if linear == name or linear not in done.schemes:
+        if name in biases:
+            for linear, bias in zip(source.stacks[biases[name]], source.checkpoint.read(name), strict=True):
+                writer.add(f"{linear}.bias", bias.contiguous())
+        elif not source.is_quantized(name):
             writer.add(name, source.checkpoint.read(name))
-            continue
-        writer.add_weight(linear, _converted(source.qtensor(linear), linear, fmt, done))
+        for linear in source.linears_of(name):
+            writer.add_weight(linear, _converted(source.qtensor(linear), linear, fmt, done))
     writer.finish(source.checkpoint.config, done.schemes, unquantized)
     _verify(source, fmt, done, output)
     require_same_source(source.checkpoint, {})
     if finished:
         fmt.container.seal(output)
     return done
+
+
+def _refuse_parents(source: LogicalTensors) -> None:
+    """Raise CheckpointError if linears that engines run as one matrix have scales with different divisors."""
+    for members in source.different_parents().values():
+        raise CheckpointError(
+            f"{source.checkpoint.directory}: {', '.join(members)} have different global scales, and engines run them "
+            "as one matrix with one of these; `quantize` takes the checkpoint as its original and gives them one"
+        )
+
+
+def _divisors(source: LogicalTensors, schemes: Mapping[str, Scheme]) -> dict[str, Tensor]:
+    """The divisor of each linear's scales where its new scheme has one and its old one has none: alike for linears that
+    share it (`parent_set`)."""
+    fresh = [name for name, scheme in schemes.items() if scheme.weights.parent]
+    fresh = [name for name in fresh if not source.schemes[name].weights.parent]
+    largest: dict[str, float] = {}
+    for name in fresh:
+        key = parent_set(name)
+        largest[key] = max(largest.get(key, 0), largest_scale(source.qtensor(name), schemes[name]))
+    return {name: divisor_for(largest[parent_set(name)] or 1) for name in fresh}
 
 
 def _refuse_clashes(source: LogicalTensors, fmt: Format, schemes: Mapping[str, Scheme]) -> None:
@@ -84,8 +115,8 @@ def _refuse_clashes(source: LogicalTensors, fmt: Format, schemes: Mapping[str, S
         )
 
 
-def target_schemes(source: LogicalTensors, fmt: Format) -> dict[str, Scheme]:
-    """The scheme of each quantized linear in `fmt`, for the same weights.
+def target_schemes(source: LogicalTensors, fmt: Format, scheme: Scheme | None = None) -> dict[str, Scheme]:
+    """The scheme of each quantized linear in `fmt`, for the same weights: `scheme`, or the one closest to its own.
 
     If all zeros are in the middle of the codes, the scheme becomes symmetric, if the format has symmetric ones. A
     format with one scheme for all linears gets the largest group size that divides every linear's, and zeros for all if
@@ -93,6 +124,8 @@ def target_schemes(source: LogicalTensors, fmt: Format) -> dict[str, Scheme]:
     """
     if not source.schemes:
         raise CheckpointError(f"{source.checkpoint.directory}: not quantized; `quantize --format {fmt.name}` does that")
+    if scheme is not None:
+        return dict.fromkeys(source.schemes, scheme)
     schemes = dict(source.schemes)
     if _all_middle(source):
         schemes = {name: scheme.with_zeros(False) for name, scheme in schemes.items()}
@@ -138,7 +171,8 @@ def _common_group_size(source: LogicalTensors) -> int:
 
 def _converted(weight: QTensor, name: str, fmt: Format, done: Conversion) -> QTensor:
     """`weight` in its new scheme and the format's scale type; changes are recorded in `done`."""
-    weight, rewrites = express(weight, done.schemes[name])
+    with reading(name):
+        weight, rewrites = express(weight, done.schemes[name], done.divisors.get(name))
     done.rewrites.update(rewrites)
     change = 0.0
     floats = weight.scheme.weights.scales is None
@@ -153,14 +187,21 @@ def _converted(weight: QTensor, name: str, fmt: Format, done: Conversion) -> QTe
     return weight
 
 
-def express(weight: QTensor, scheme: Scheme) -> tuple[QTensor, list[str]]:
+def express(weight: QTensor, scheme: Scheme, divisor: Tensor | None = None) -> tuple[QTensor, list[str]]:
     """The same weight in another scheme, and the list of changed encodings. Nothing is rounded.
 
     Smaller groups repeat a larger group's scale and zero. Signed codes become unsigned codes with a zero of 2^(bits-1),
-    and back if every zero is that.
+    and back if every zero is that. Other schemes are those of `restated`. ValueError, with numbers, if one has no such
+    values.
+
+    divisor  of the scales, if the scheme has one and the weight has none
     """
     old, k = weight.scheme, weight.shape[1]
-    assert (old.bits, old.number.is_integer, old.inputs) == (scheme.bits, scheme.number.is_integer, scheme.inputs)
+    if weight.order is not None or not _is_rewritten(old, scheme, k):
+        reason = reason_against(weight, scheme)
+        if reason:
+            raise ValueError(reason)
+        return restated(weight, scheme, divisor), [f"{old} as {scheme}"]
     codes, scales, zeros, rewrites = weight.codes, weight.scales, weight.zeros, []
     bias = 1 << (scheme.bits - 1)
     if old.symmetric and not scheme.symmetric:
@@ -168,7 +209,8 @@ def express(weight: QTensor, scheme: Scheme) -> tuple[QTensor, list[str]]:
         zeros = torch.full_like(scales, bias, dtype=torch.int32)
         rewrites.append(f"symmetric codes as unsigned ones with a zero of {bias}")
     elif scheme.symmetric and not old.symmetric:
-        assert _is_middle(weight)
+        if not _is_middle(weight):
+            raise ValueError(f"its zeros are not all {bias}, and {scheme} has none")
         codes, zeros = (codes.to(torch.int16) - bias).to(torch.int8), None
         rewrites.append(f"codes whose zeros are all {bias} as symmetric ones")
     repeats = scheme.groups(k) // old.groups(k)
@@ -176,7 +218,16 @@ def express(weight: QTensor, scheme: Scheme) -> tuple[QTensor, list[str]]:
         scales = scales.repeat_interleave(repeats, 1)
         zeros = None if zeros is None else zeros.repeat_interleave(repeats, 1)
         rewrites.append(f"each scale of {old.granularity} {repeats} times for {scheme.granularity}")
-    return QTensor(codes, scales, zeros, scheme, weight.input_scale, weight.divisor), rewrites
+    inputs = weight.input_scale if scheme.static_inputs else None
+    return QTensor(codes, scales, zeros, scheme, inputs, weight.divisor), rewrites
+
+
+def _is_rewritten(old: Scheme, scheme: Scheme, k: int) -> bool:
+    """True if a weight of `k` inputs has its own codes in another scheme, shifted at most."""
+    if replace(old, inputs=None) == replace(scheme, inputs=None):
+        return old.inputs == scheme.inputs or not scheme.static_inputs
+    integers = old.number.is_integer and scheme.number.is_integer and old.bits == scheme.bits
+    return integers and old.inputs == scheme.inputs and scheme.groups(k) % old.groups(k) == 0
 
 
 def _largest_change(name: str, before: Tensor, after: Tensor) -> float:
@@ -197,7 +248,7 @@ def _verify(source: LogicalTensors, fmt: Format, done: Conversion, output: Path)
     if written.format is not fmt or written.schemes != done.schemes:
         raise CheckpointError(f"{output}: its configuration does not read back as it was written")
     for name in done.schemes:
-        meant, _ = express(source.qtensor(name), done.schemes[name])
+        meant, _ = express(source.qtensor(name), done.schemes[name], done.divisors.get(name))
         found = written.qtensor(name)
         scales = meant.scales.to(found.scales.dtype)
         same_zeros = meant.zeros is None or (found.zeros is not None and torch.equal(meant.zeros, found.zeros))

@@ -7,13 +7,15 @@ from lowbit.export.format import Format
 from lowbit.export.fp8 import BLOCK_FP8
 from lowbit.export.gptq import GPTQ, GPTQ_V2
 from lowbit.export.modelopt import MODELOPT
+from lowbit.export.mxfp4 import GPT_OSS
 
 FORMATS: dict[str, Format] = {fmt.name: fmt for fmt in (COMPRESSED_TENSORS, GPTQ, GPTQ_V2, AWQ, BLOCK_FP8, MODELOPT)}
+READ = (*FORMATS.values(), GPT_OSS)  # all that are read; the last is not written
 
 
 def containers() -> tuple[Container, ...]:
     """All containers of the formats, each once. The first that recognises a directory reads it."""
-    return tuple(dict.fromkeys(fmt.container for fmt in FORMATS.values()))
+    return tuple(dict.fromkeys(fmt.container for fmt in READ))
 
 
 def weight_files() -> tuple[str, ...]:
@@ -23,4 +25,4 @@ def weight_files() -> tuple[str, ...]:
 
 def sidecars() -> dict[str, str]:
     """File name -> quant_method. Old tools wrote such a file and no quantization_config in config.json."""
-    return {fmt.sidecar: fmt.method for fmt in FORMATS.values() if fmt.sidecar}
+    return {fmt.sidecar: fmt.method for fmt in READ if fmt.sidecar}

@@ -104,10 +104,19 @@ class Format(ABC):
         """True for a quantization_config of this dialect."""
         return config.get("quant_method") == self.method
 
-    def linears(self, names: Iterable[str]) -> list[str]:
-        """The quantized linears among a file's tensor names."""
+    def linears(self, names: Iterable[str], shapes: ShapeReader | None = None) -> list[str]:
+        """The quantized linears among a file's tensor names; `shapes` are needed where a tensor holds several."""
         suffix = f".{self.marker}"
         return [name.removesuffix(suffix) for name in names if name.endswith(suffix)]
+
+    def parts(self, linear: str) -> list[str]:
+        """Names of the file's tensors that may hold the quantized linear `linear`."""
+        return [f"{linear}.{suffix}" for suffix in self.suffixes]
+
+    def stack_of(self, linear: str) -> str | None:
+        """The name in 16 bits of the tensor (e, k, n) with the weights of the same linear in all experts, where the
+        file has one for all of them; None elsewhere."""
+        return None
 
     def reason_against_shape(self, scheme: Scheme, n: int, k: int) -> str | None:
         """The reason why the format cannot hold a weight (n, k) of this scheme, or None."""

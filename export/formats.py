@@ -3,14 +3,16 @@
 import math
 from collections import Counter
 from collections.abc import Mapping
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from lowbit.errors import CheckpointError
 from lowbit.export.checkpoint import Checkpoint
-from lowbit.export.dialects import FORMATS
+from lowbit.export.dialects import READ
 from lowbit.export.format import Format
+from lowbit.quant.naming import joined_set
 from lowbit.quant.qtensor import QTensor
 from lowbit.quant.scheme import Scheme
 
@@ -49,10 +51,22 @@ class LogicalTensors:
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint = checkpoint
         self.format = _format_of(checkpoint)
-        packed = self.format.linears(checkpoint.entries) if self.format else []
+        packed = self.format.linears(checkpoint.entries, checkpoint.shape) if self.format else []
         self.schemes = self.format.schemes_of(checkpoint.quantization or {}, packed) if self.format else {}
+        self.stacks = self._stacks(self.format) if self.format else {}
+        # every expert of a stack is read from the same two tensors
+        self._stored = lru_cache(2)(checkpoint.read) if self.stacks else checkpoint.read
         if self.format:
             self._refuse_unscaled(self.format)
+
+    def _stacks(self, fmt: Format) -> dict[str, list[str]]:
+        """The linears in each stack of experts, in their order, by the stack's name."""
+        stacks: dict[str, list[str]] = {}
+        for name in self.schemes:
+            stack = fmt.stack_of(name)
+            if stack is not None:
+                stacks.setdefault(stack, []).append(name)
+        return stacks
 
     def _refuse_unscaled(self, fmt: Format) -> None:
         """CheckpointError for float8 weights without scales, which are not complete weights in a quantized
@@ -67,13 +81,29 @@ class LogicalTensors:
 
     @property
     def names(self) -> list[str]:
-        """Names of all tensors, with `P.weight` in place of a quantized linear's tensors."""
-        hidden = {
-            f"{name}.{suffix}" for name in self.schemes for suffix in (self.format.suffixes if self.format else ())
-        }
-        return [name for name in self.checkpoint.entries if name not in hidden] + [
-            f"{name}.weight" for name in self.schemes
-        ]
+        """Names of all tensors, with `P.weight`, or a stack's name, in place of a quantized linear's tensors."""
+        hidden = {part for name in self.schemes for part in (self.format.parts(name) if self.format else ())}
+        stacked = {name for members in self.stacks.values() for name in members}
+        single = [f"{name}.weight" for name in self.schemes if name not in stacked]
+        return [*(name for name in self.checkpoint.entries if name not in hidden), *single, *self.stacks]
+
+    def is_quantized(self, name: str) -> bool:
+        """True if the tensor `name` of an unquantized model is quantized here."""
+        return name in self.stacks or (name.endswith(".weight") and name.removesuffix(".weight") in self.schemes)
+
+    def linears_of(self, name: str) -> list[str]:
+        """The quantized linears in the tensor `name` of an unquantized model: itself, experts of a stack, or none."""
+        single = [name.removesuffix(".weight")] if self.is_quantized(name) else []
+        return self.stacks.get(name, single)
+
+    def different_parents(self) -> dict[str, list[str]]:
+        """Linears that engines run as one matrix, with the scales of one of them, and whose scales have other
+        parents."""
+        sets: dict[str, dict[str, float | None]] = {}
+        for name, scheme in self.schemes.items():
+            if scheme.weights.parent and self.format:
+                sets.setdefault(joined_set(name), {})[name] = self.format.divisor(name, self.checkpoint.read)
+        return {key: list(members) for key, members in sets.items() if len(set(members.values())) > 1}
 
     def shape(self, linear: str) -> tuple[int, int]:
         """Outputs and inputs of a quantized linear, from the file headers."""
@@ -87,13 +117,12 @@ class LogicalTensors:
     def qtensor(self, linear: str) -> QTensor:
         """The quantized weight of `linear`."""
         assert self.format is not None
-        return self.format.read(linear, self.checkpoint.read, self.schemes[linear])
+        return self.format.read(linear, self._stored, self.schemes[linear])
 
     @property
     def parameters(self) -> int:
         """Numbers in all tensors, scales and zeros of quantized linears aside."""
-        packed = {f"{linear}.weight" for linear in self.schemes}
-        dense = sum(self.checkpoint.entries[name].numel for name in self.names if name not in packed)
+        dense = sum(self.checkpoint.entries[name].numel for name in self.names if not self.is_quantized(name))
         return dense + sum(math.prod(self.shape(linear)) for linear in self.schemes)
 
     def read(self, name: str) -> Tensor:
@@ -105,9 +134,13 @@ class LogicalTensors:
         return self._read(name, exact=True)
 
     def _read(self, name: str, exact: bool) -> Tensor:
-        linear = name.removesuffix(".weight")
-        if linear not in self.schemes or linear == name:
+        if not self.is_quantized(name):
             return self.checkpoint.read(name)
+        if name in self.stacks:
+            return torch.stack([self._dense(linear, exact).T for linear in self.stacks[name]])
+        return self._dense(name.removesuffix(".weight"), exact)
+
+    def _dense(self, linear: str, exact: bool) -> Tensor:
         weight = self.qtensor(linear)
         return weight.dequantize(torch.float32 if exact else weight.scales.dtype)
 
@@ -116,11 +149,11 @@ def _format_of(checkpoint: Checkpoint) -> Format | None:
     config = checkpoint.quantization
     if config is None:
         return None
-    for fmt in FORMATS.values():
+    for fmt in READ:
         if fmt.recognizes(config):
             return fmt
     details = (config.get(key) for key in ("quant_method", "checkpoint_format", "version"))
     raise CheckpointError(
         f"{checkpoint.directory}: quantized as {' '.join(str(detail) for detail in details if detail)!r}, which is not "
-        f"read here; known: {', '.join(FORMATS)}"
+        f"read here; known: {', '.join(fmt.name for fmt in READ)}"
     )

@@ -5,10 +5,11 @@ For a linear P with weight (n, k), b bits (2, 3, 4 or 8) and g groups; all tenso
     P.qweight  int32    (k b / 32, n)  unsigned codes, packed along the inputs, lowest bits first
     P.qzeros   int32    (g, n b / 32)  zeros, packed along the outputs, lowest bits first; v1 stores zero - 1
     P.scales   float16  (g, n)
-    P.g_idx    int32    (k)            the group of each input: i // group_size
+    P.g_idx    int32    (k)            the group of each input: i // group_size, or any order (act-order)
 
-All four are always present. A symmetric weight's codes are shifted by 2^(b-1), which becomes its zero. In v1 a zero of
-0 would be stored as -1 and borrow from its neighbour in the word, so only v2 can hold it.
+All four are always present. Another order is read and never written: codes are sorted by their groups, and a weight
+knows the order of its inputs. A symmetric weight's codes are shifted by 2^(b-1), which becomes its zero. In v1 a zero
+of 0 would be stored as -1 and borrow from its neighbour in the word, so only v2 can hold it.
 """
 
 import math
@@ -44,7 +45,7 @@ def _read(version: str, name: str, tensor: TensorReader, scheme: Scheme) -> QTen
     require_words(words, "qweight", (None, None))
     k, n = words.shape[0] * WORD // scheme.bits, words.shape[1]
     groups = scheme.groups(k)
-    _require_order(tensor(f"{name}.g_idx"), k, groups)
+    order = _order_of(tensor(f"{name}.g_idx"), k, groups)
     packed_zeros = tensor(f"{name}.qzeros")
     require_words(packed_zeros, "qzeros", (groups, words_of(n, scheme.bits)))
     stored = unpack(packed_zeros, scheme.bits, n).T.to(torch.int32)
@@ -55,16 +56,25 @@ def _read(version: str, name: str, tensor: TensorReader, scheme: Scheme) -> QTen
         bias = scheme.number.bias
         _require_middle(version, stored + STORED_LESS[version], bias)
         codes, zeros = (codes.to(torch.int16) - bias).to(torch.int8), None
-    return QTensor(codes, scales, zeros, scheme)
+    codes = codes if order is None else codes[:, order]
+    return QTensor(codes, scales, zeros, scheme, order=order)
 
 
-def _require_order(g_idx: Tensor, k: int, groups: int) -> None:
-    """ValueError if inputs are not in the order of their groups, as after act-order without static groups."""
-    if g_idx.shape != (k,) or not torch.equal(g_idx.long(), torch.arange(k) // (k // groups)):
+def _order_of(g_idx: Tensor, k: int, groups: int) -> Tensor | None:
+    """The inputs (k) sorted by their groups; None if they are in that order, as without act-order.
+
+    ValueError if g_idx does not give each of the groups as many inputs.
+    """
+    wanted = torch.arange(k, device=g_idx.device) // (k // groups)
+    if g_idx.shape == (k,) and torch.equal(g_idx.long(), wanted):
+        return None
+    if g_idx.shape != (k,) or not torch.equal(g_idx.long().sort().values, wanted):
+        sizes = f"[{int(g_idx.min())}, {int(g_idx.max())}]" if g_idx.numel() else "nothing"
         raise ValueError(
-            "g_idx does not number the inputs group by group (desc_act without static groups); vLLM does not "
-            "load such files any more, and lowbit does not either"
+            f"g_idx {list(g_idx.shape)} with values in {sizes} does not divide {k} inputs into {groups} groups of "
+            f"{k // groups}"
         )
+    return g_idx.long().argsort(stable=True)
 
 
 def _require_middle(version: str, zeros: Tensor, bias: int) -> None:

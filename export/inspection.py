@@ -16,7 +16,7 @@ from lowbit.export.engines.table import (
     reason_against_parallel,
 )
 from lowbit.export.formats import LogicalTensors
-from lowbit.quant.naming import EXPERT, fused_set, split_sets
+from lowbit.quant.naming import split_sets
 from lowbit.quant.scheme import Scheme
 
 
@@ -125,10 +125,11 @@ def inspect_checkpoint(source: LogicalTensors, linears: Mapping[str, int], heads
     if source.format is None or not source.schemes:
         raise CheckpointError(f"{source.checkpoint.directory}: not quantized: there is nothing to inspect")
     entries, fmt = source.checkpoint.entries, source.format
-    owned = {name: [f"{name}.{suffix}" for suffix in fmt.suffixes] for name in source.schemes}
+    owned = {name: fmt.parts(name) for name in source.schemes}
+    shared = Counter(part for parts in owned.values() for part in parts)
     found: dict[str, InspectedLinear] = {}
     for name, scheme in source.schemes.items():
-        nbytes = sum(entries[key].nbytes for key in owned[name] if key in entries)
+        nbytes = sum(entries[key].nbytes // shared[key] for key in owned[name] if key in entries)
         found[name] = InspectedLinear(scheme, *source.shape(name), nbytes)
     shapes = {name: (linear.n, linear.k) for name, linear in found.items()}
     kernels, refusals = _kernels(source, shapes)
@@ -138,22 +139,11 @@ def inspect_checkpoint(source: LogicalTensors, linears: Mapping[str, int], heads
         left={name: size for name, size in linears.items() if name not in found},
         other_bytes=source.checkpoint.nbytes - sum(linear.nbytes for linear in found.values()),
         split=split_sets({**linears, **found}, source.schemes),
-        parents=_different_parents(source),
+        parents=source.different_parents(),
         parallel={size: reason_against_parallel(size, source.schemes, shapes, heads) for size in PARALLEL_SIZES},
         kernels=kernels,
         refusals=refusals,
     )
-
-
-def _different_parents(source: LogicalTensors) -> dict[str, list[str]]:
-    """Linears that engines run as one matrix, with the scales of one of them, and whose scales have other parents."""
-    assert source.format is not None
-    sets: dict[str, dict[str, float | None]] = {}
-    for name, scheme in source.schemes.items():
-        if scheme.weights.parent and not EXPERT.search(name):
-            found = sets.setdefault(fused_set(name), {})
-            found[name] = source.format.divisor(name, source.checkpoint.read)
-    return {key: list(members) for key, members in sets.items() if len(set(members.values())) > 1}
 
 
 def _kernels(

@@ -74,6 +74,6 @@ def _require_divisor(scales: Tensor, divisor: Tensor) -> None:
     largest = float(scales.float().amax()) * FP4.high / float(divisor) if scales.numel() and float(divisor) else 0.0
     if largest > LARGEST_WEIGHT:
         raise ValueError(
-            f"its global scale {float(divisor):g} makes weights of up to {largest:.3g}: this format divides by it, "
-            "but the value looks like a factor"
+            f"its global scale makes weights of up to {largest:.3g}, dividing by {float(divisor):g}: the file seems to "
+            "have the reciprocal of what its format asks for"
         )

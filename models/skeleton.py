@@ -137,7 +137,7 @@ def open_skeleton(source: Source, original: bool = False) -> Skeleton:
     for block in blocks:
         block.linears = list(_linears(model, block))
     _require_parameters(source, model, placements)
-    dense = {name: at for name, at in placements.items() if name.removesuffix(".weight") not in tensors.schemes}
+    dense = {name: at for name, at in placements.items() if not tensors.is_quantized(name)}
     _require_shapes(source, model, dense)
     # a packed weight is (n, k), whatever the layout of the module's own weight
     turned = {f"{spec.name}.weight" for block in blocks for spec in block.linears if spec.transposed}

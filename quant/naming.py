@@ -21,19 +21,22 @@ def expert_role(name: str) -> str:
     return EXPERT.sub(".experts.*.", name)
 
 
-def fused_set(name: str) -> str:
-    """A key shared by all linears that engines run as one matrix."""
-    if EXPERT.search(name):
-        return EXPERT.split(name)[0] + ".experts"
+def joined_set(name: str) -> str:
+    """A key shared by all linears that engines join into one matrix: q, k and v; gate and up, of one expert too."""
     parent, _, leaf = name.rpartition(".")
     group = _fused_leaf(leaf)
     return name if group == leaf else f"{parent}.{group}"
 
 
+def fused_set(name: str) -> str:
+    """A key shared by all linears that one kernel of engines runs: those of `joined_set`, and all experts of a
+    layer."""
+    return EXPERT.split(name)[0] + ".experts" if EXPERT.search(name) else joined_set(name)
+
+
 def parent_set(name: str) -> str:
-    """A key shared by all linears whose scales have the same parent: a fused set, in all experts of a layer."""
-    layer, _, leaf = name.rpartition(".")
-    return expert_role(f"{layer}.{_fused_leaf(leaf)}")
+    """A key shared by all linears whose scales have the same parent: joined ones, in all experts of a layer."""
+    return expert_role(joined_set(name))
 
 
 def largest_by_parent(weights: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:

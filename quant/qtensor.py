@@ -22,6 +22,7 @@ class QTensor:
     input_scale  ()      float32, positive: `x ~ code * input_scale`, or the divisor of the inputs' group scales; only
                          in schemes with static inputs
     divisor      ()      float32, positive: of the scales, only in schemes whose scales are relative to one
+    order        (k)     int64: column i of the codes multiplies input order[i] (GPTQ's act-order); None if that is i
 
     Checked on construction: ValueError, with numbers, if shapes, dtypes or values contradict the scheme.
     """
@@ -32,6 +33,7 @@ class QTensor:
     scheme: Scheme
     input_scale: Tensor | None = None
     divisor: Tensor | None = None
+    order: Tensor | None = None
 
     def __post_init__(self) -> None:
         reason = self.reason_against()
@@ -62,6 +64,8 @@ class QTensor:
             return "a divisor of scales is required by schemes whose scales are relative to one, and only by them"
         if self.codes.is_meta or not n * k:
             return None
+        if self.order is not None and not torch.equal(self.order.sort().values, torch.arange(k).to(self.order)):
+            return f"its order is no permutation of {k} inputs"
         for name, one in (("input scale", self.input_scale), ("divisor of scales", self.divisor)):
             if one is not None and not (one.numel() == 1 and bool((one > 0) & torch.isfinite(one))):
                 return f"its {name} is {one.tolist()}; one finite, positive number is needed"
@@ -102,14 +106,16 @@ class QTensor:
         return values if self.zeros is None else values - numerics.per_weight(self.zeros, self.scheme, values)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The weight (n, k), computed in float32 and rounded once to `dtype`."""
-        return numerics.dequantize(self.codes, self.scheme, self.steps, self.zeros).to(dtype)
+        """The weight (n, k), computed in float32 and rounded once to `dtype`; its inputs are in their own order."""
+        weight = numerics.dequantize(self.codes, self.scheme, self.steps, self.zeros).to(dtype)
+        return weight if self.order is None else weight[:, self.order.argsort()]
 
     def to(self, device: torch.device | str) -> "QTensor":
-        zeros, input_scale, divisor = (
-            None if each is None else each.to(device) for each in (self.zeros, self.input_scale, self.divisor)
+        zeros, *ones = (
+            None if each is None else each.to(device)
+            for each in (self.zeros, self.input_scale, self.divisor, self.order)
         )
-        return QTensor(self.codes.to(device), self.scales.to(device), zeros, self.scheme, input_scale, divisor)
+        return QTensor(self.codes.to(device), self.scales.to(device), zeros, self.scheme, *ones)
 
 
 def round_to_nearest(

@@ -9,6 +9,7 @@ from lowbit.calibrate.plan import unquantized_linears
 from lowbit.errors import RecipeError, nearest
 from lowbit.evaluation.report.card import convert_card
 from lowbit.export.checkpoint import open_checkpoint, seal, verify_checksums
+from lowbit.export.compressed_tensors import COMPRESSED_TENSORS
 from lowbit.export.convert import Conversion
 from lowbit.export.convert import convert as convert_weights
 from lowbit.export.dialects import FORMATS
@@ -18,7 +19,7 @@ from lowbit.export.writer import carry_along
 from lowbit.models.skeleton import open_skeleton
 from lowbit.models.source import open_source
 from lowbit.quant.recipe import Recipe
-from lowbit.quant.scheme import Scheme
+from lowbit.quant.scheme import Scheme, parse_scheme
 
 MARGIN = 1.1  # a target format may store more bytes per weight: zeros, shapes, wider scales
 
@@ -47,40 +48,56 @@ def convert(
     checkpoint: str | Path,
     output: str | Path,
     *,
-    format: str,
+    format: str | None = None,
+    scheme: str | None = None,
     max_shard_size: int = Recipe.max_shard_size,
     revision: str | None = None,
     overwrite: bool = False,
     trust_remote_code: bool = False,
 ) -> Converted:
-    """Write `checkpoint`, a quantized model, to `output` in another format. Codes and scales do not change.
+    """Write `checkpoint`, a quantized model, to `output` in another format or scheme. No weight changes its value.
 
     >>> import lowbit
     >>> done = lowbit.quantize("my-model", "my-model-w4", method="rtn", group_size=32, eval_windows=0)
     >>> lowbit.convert("my-model-w4", "my-model-gptq", format="gptq").conversion.exact
     14
 
-    format          "compressed-tensors", "gptq", "gptq_v2" or "awq"
+    format          "compressed-tensors", "gptq", "awq", "fp8", ...; None for its own, or "compressed-tensors"
+    scheme          of all quantized linears ("nvfp4-a16" for an MXFP4 model); None for their own
     max_shard_size  bytes of the largest weight file
     revision        branch, tag or commit of a hub id
 
-    Raises RecipeError for an unknown format, CheckpointError if the format cannot hold a weight.
+    Raises RecipeError for an unknown format or scheme, CheckpointError if the format cannot hold a weight, or if the
+    scheme has no such values.
     """
-    if format not in FORMATS:
+    if format is None and scheme is None:
+        raise RecipeError("say what to convert to: a format, a scheme, or both")
+    if format is not None and format not in FORMATS:
         raise RecipeError(f"unknown format {format!r}; {nearest(format, FORMATS)}")
+    wanted = _scheme_of(scheme)
     target = Path(output)
     refuse_output(target, overwrite)
     source = open_source(str(checkpoint), trust_remote_code, revision)
     refuse_to_replace(target, source.directory)
-    logical, fmt = LogicalTensors(source.checkpoint), FORMATS[format]
+    logical = LogicalTensors(source.checkpoint)
+    own = None if logical.format is None else FORMATS.get(logical.format.name)
+    fmt = FORMATS[format] if format is not None else own or COMPRESSED_TENSORS
     left = unquantized_linears(open_skeleton(source), logical.schemes)
     require_space(target, int(source.checkpoint.nbytes * MARGIN) + PAPERS_BYTES)
     verify_checksums(source.checkpoint)
     with staged(target, overwrite) as staging:
         carry_along(source.checkpoint, staging, with_code=trust_remote_code)
-        done = convert_weights(logical, fmt, left, staging, max_shard_size, finished=False)
+        done = convert_weights(logical, fmt, left, staging, max_shard_size, finished=False, scheme=wanted)
         assert logical.format is not None
         written = LogicalTensors(open_checkpoint(staging, finished=False))
         convert_card(staging, source.directory, written, logical.format.name)
         seal(staging, fmt.container)
-    return Converted(target, format, source.directory, logical.format.name, logical.schemes, done)
+    return Converted(target, fmt.name, source.directory, logical.format.name, logical.schemes, done)
+
+
+def _scheme_of(text: str | None) -> Scheme | None:
+    """The scheme with this name. RecipeError for an unknown one."""
+    try:
+        return None if text is None else parse_scheme(text)
+    except ValueError as error:
+        raise RecipeError(str(error)) from error

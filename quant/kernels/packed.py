@@ -77,6 +77,13 @@ def has_kernel(scheme: Scheme) -> bool:
     return scheme.number.is_integer and scheme.bits in KERNEL_BITS
 
 
+def reason_against_kernel(weight: QTensor) -> str | None:
+    """The reason why no kernel multiplies with weights of this kind, whatever their shape, or None."""
+    if not has_kernel(weight.scheme):
+        return f"the kernels take integers of {' and '.join(map(str, KERNEL_BITS))} bits"
+    return None if weight.order is None else "its inputs are in another order (act-order)"
+
+
 def prepack(weight: QTensor, dtype: torch.dtype, pair_block: int = TILE_ROWS) -> PackedWeight:
     """`weight` in the kernels' order, on its device, with scales rounded to `dtype` (float16 or bfloat16).
 
@@ -85,9 +92,7 @@ def prepack(weight: QTensor, dtype: torch.dtype, pair_block: int = TILE_ROWS) ->
     """
     n, k = weight.shape
     scheme = weight.scheme
-    reason = reason_against_packing(n, k, scheme.group_size, pair_block)
-    if not has_kernel(scheme):
-        reason = f"the kernels take integers of {' and '.join(map(str, KERNEL_BITS))} bits"
+    reason = reason_against_kernel(weight) or reason_against_packing(n, k, scheme.group_size, pair_block)
     if dtype not in (torch.float16, torch.bfloat16):
         reason = f"activations in {dtype}: the kernels take torch.float16 and torch.bfloat16"
     if reason:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lowbit.quant.kernels import ops
 from lowbit.quant.kernels.dense import DenseCall
-from lowbit.quant.kernels.packed import TILE_ROWS, PackedWeight, has_kernel, prepack, reason_against_packing
+from lowbit.quant.kernels.packed import TILE_ROWS, PackedWeight, prepack, reason_against_kernel, reason_against_packing
 from lowbit.quant.kernels.problem import PART, PARTS, Deferred, PackedCall, Problem, Rotary, place_of
 from lowbit.quant.kernels.reference import activate
 from lowbit.quant.kernels.row_norm import Rows
@@ -285,9 +285,9 @@ def inputs_of(weight: QTensor | Tensor) -> RoundedInputs | None:
 
 
 def pack(weight: QTensor, dtype: torch.dtype, pair_block: int = TILE_ROWS) -> Weight:
-    """`weight` in the kernels' form, on its device; dense if no kernel supports its number type. ValueError if it
-    cannot be packed."""
-    if not has_kernel(weight.scheme):
+    """`weight` in the kernels' form, on its device; dense if no kernel supports its kind. ValueError if it cannot be
+    packed."""
+    if reason_against_kernel(weight):
         return Dense(weight.dequantize(dtype))
     if weight.scheme.inputs is not None:
         return Int8(**vars(pack_int8(weight)))
@@ -295,12 +295,12 @@ def pack(weight: QTensor, dtype: torch.dtype, pair_block: int = TILE_ROWS) -> We
 
 
 def load_weight(weight: QTensor | Tensor, dtype: torch.dtype, pair_block: int = TILE_ROWS) -> Weight:
-    """`weight` packed if the kernels support its number type and shape and `dtype` is half precision; otherwise dense
+    """`weight` packed if the kernels support its kind and shape and `dtype` is half precision; otherwise dense
     in `dtype`."""
     if isinstance(weight, Tensor):
         return Dense(weight.to(dtype).contiguous())
     (n, k), group_size = weight.shape, weight.scheme.group_size
-    if dtype not in HALF or not has_kernel(weight.scheme):
+    if dtype not in HALF or reason_against_kernel(weight):
         return Dense(weight.dequantize(dtype))
     if weight.scheme.inputs is not None and not reason_against_int8(n, k):
         return pack(weight, dtype)

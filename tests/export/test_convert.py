@@ -1,6 +1,8 @@
 """export/convert.py: every conversion between formats, and the reasons for refusals."""
 
 import json
+import re
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from lowbit.export.checkpoint import open_checkpoint
 from lowbit.export.convert import convert, express
 from lowbit.export.dialects import FORMATS
 from lowbit.export.formats import LogicalTensors
+from lowbit.quant.numbers import E8M0
 from lowbit.quant.qtensor import QTensor, round_to_nearest
 from lowbit.quant.scheme import Scheme, parse_scheme
 from tests.quantized import write_config
@@ -21,20 +24,21 @@ SHARD = 1 << 30
 NAMES = ("m.layers.0.up", "m.layers.0.down")
 
 
-def quantized(text: str, scale_dtype: torch.dtype = torch.float16, k: int = 128) -> QTensor:
-    """A weight of k inputs whose zeros are at least 1."""
+def quantized(text: str, scale_dtype: torch.dtype = torch.float16, k: int = 128, n: int = 0) -> QTensor:
+    """A weight of k inputs, and n outputs or as many as its scheme needs, whose zeros are at least 1."""
     scheme = parse_scheme(text)
-    n = {"fp8-block": 128, "int3-g32": 32}.get(text, 16)
+    n = n or {"fp8-block": 128, "int3-g32": 32}.get(text, 16)
     plain = round_to_nearest(torch.randn(n, k), scheme.weights_only, scale_dtype)
     zeros = None if plain.zeros is None else plain.zeros.clamp(min=1)
     scale = torch.tensor(2.0**-4) if scheme.static_inputs else None
     return QTensor(plain.codes, plain.scales, zeros, scheme, scale, plain.divisor)
 
 
-def written(directory: Path, fmt: str, *weights: QTensor) -> LogicalTensors:
-    """A checkpoint in `directory` with the weights under NAMES, a norm, and a linear that was left alone."""
+def written(directory: Path, fmt: str, *weights: QTensor, **others: QTensor) -> LogicalTensors:
+    """A checkpoint in `directory` with the weights under NAMES or their own names, a norm, and a linear that was left
+    alone."""
     directory.mkdir()
-    named = dict(zip(NAMES, weights, strict=False))
+    named = dict(zip(NAMES, weights, strict=False)) | others
     tensors = {key: value for name, each in named.items() for key, value in FORMATS[fmt].write(name, each).items()}
     tensors |= {"m.norm.weight": torch.ones(128, dtype=torch.bfloat16), "lm_head.weight": torch.randn(8, 128)}
     save_file(tensors, directory / "model.safetensors")
@@ -43,10 +47,10 @@ def written(directory: Path, fmt: str, *weights: QTensor) -> LogicalTensors:
     return LogicalTensors(open_checkpoint(directory))
 
 
-def converted(source: LogicalTensors, fmt: str, directory: Path):
+def converted(source: LogicalTensors, fmt: str, directory: Path, scheme: Scheme | None = None):
     """The conversion and what its files read as."""
     directory.mkdir()
-    done = convert(source, FORMATS[fmt], ["lm_head"], directory, SHARD)
+    done = convert(source, FORMATS[fmt], ["lm_head"], directory, SHARD, scheme=scheme)
     return done, LogicalTensors(open_checkpoint(directory))
 
 
@@ -187,3 +191,82 @@ def test_express_rounds_nothing():
         assert str(other.scheme) == text
         assert torch.equal(other.dequantize(), weight.dequantize())
         assert rewrites
+
+
+RESTATED = [
+    ("mxfp4-a16", "nvfp4-a16", CT),
+    ("mxfp4-a16", "nvfp4-a16", "modelopt"),
+    ("mxfp4-a16", "fp8-block", "fp8"),
+    ("mxfp4-a16", "fp8-block-a16", CT),
+    ("mxfp4-a16", "mxfp8-a16", CT),
+    ("mxfp4-a16", "int8-g32", CT),
+    ("mxfp4-a16", "int5-g32", CT),
+    ("int4-g32", "int8-g32", "gptq"),
+    ("int4-g64", "int6-g32", CT),
+    ("uint4-g32", "int5-g32", CT),
+    ("nvfp4", "nvfp4-a16", "modelopt"),
+    ("fp8-block", "fp8-block-a16", CT),
+]
+
+
+@pytest.mark.parametrize(("before", "after", "fmt"), RESTATED)
+def test_another_scheme_with_the_same_values(tmp_path, before, after, fmt):
+    torch.manual_seed(11)
+    n = 128 if "block" in after + before else 16
+    weights = [quantized(before, n=n), quantized(before, n=n)]
+    if weights[0].scheme.weights.scales == E8M0:  # of all sizes that the other scheme has, and a group of zeros
+        sizes = 2.0 ** torch.randint(-14 if "int" not in after else 0, 1, (2, *weights[0].scales.shape)).bfloat16()
+        weights = [replace(each, scales=scales) for each, scales in zip(weights, sizes, strict=True)]
+        weights[0].codes[0, :32] = 0
+    source = written(tmp_path / "in", CT, *weights)
+    done, result = converted(source, fmt, tmp_path / "out", parse_scheme(after))
+    assert done.exact == 2
+    for name, weight in zip(NAMES, weights, strict=True):
+        assert str(result.schemes[name]) == after
+        assert torch.equal(result.qtensor(name).dequantize(), weight.dequantize())
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "said"),
+    [
+        ("mxfp4-a16", "nvfp4-a16", "are no values of nvfp4-a16: its scales run from 5.42e-20 to 1"),
+        ("mxfp4-a16", "fp8-block", "are no values of fp8-block: its scales run from 5.42e-20 to 1"),
+        ("mxfp4-a16", "nvfp4", "calibrated scales of inputs, and the file has none: take a scheme with -a16"),
+        ("int4-g32", "nvfp4-a16", "are no values of nvfp4-a16"),
+        ("int8-g32", "int4-g32", "are no values of int4-g32"),
+        ("int4-g32", "fp8", "are no values of fp8"),
+        ("uint4-g32", "int4-g32", "its zeros are not all 8, and int4-g32 has none"),
+        ("int8-g32", "uint8-g32", "asymmetric 8-bit weights have no kernel"),
+        ("int4-g32", "uint5-g64", "asymmetric 5-bit weights have no kernel"),
+        ("int4-g32", "fp8-block", "16 outputs do not divide into blocks of 128"),
+    ],
+)
+def test_values_that_another_scheme_has_not_are_refused(tmp_path, before, after, said):
+    n = 16 if "16 outputs" in said or after != "fp8-block" else 128
+    weight = quantized(before, n=n)
+    if before == "mxfp4-a16":
+        weight = replace(weight, scales=torch.ones_like(weight.scales))
+        weight.scales[3, 1] = 2.0**-64
+    source = written(tmp_path / "in", CT, weight)
+    with pytest.raises(CheckpointError, match=re.escape(said)):
+        converted(source, CT, tmp_path / "out", parse_scheme(after))
+
+
+def test_linears_that_engines_join_get_one_divisor(tmp_path):
+    weights = {f"m.layers.0.{part}_proj": quantized("mxfp4-a16") for part in "qko"}
+    weights = {name: replace(each, scales=each.scales * 2.0**i) for i, (name, each) in enumerate(weights.items())}
+    source = written(tmp_path / "in", CT, **weights)
+    result = converted(source, "modelopt", tmp_path / "out", parse_scheme("nvfp4-a16"))[1]
+    q, k, o = (result.qtensor(name) for name in weights)
+    assert q.divisor == k.divisor != o.divisor
+    for name, each in weights.items():
+        assert torch.equal(result.qtensor(name).dequantize(), each.dequantize())
+
+
+def test_joined_linears_with_different_divisors_are_refused(tmp_path):
+    weights = {f"m.layers.0.mlp.experts.1.{part}_proj": quantized("nvfp4-a16") for part in ("gate", "up", "down")}
+    other = "m.layers.0.mlp.experts.1.up_proj"
+    weights[other] = replace(weights[other], divisor=torch.tensor(3.0))
+    source = written(tmp_path / "in", CT, **weights)
+    with pytest.raises(CheckpointError, match=r"experts\.1\.gate_proj, m\..*up_proj have different global scales"):
+        converted(source, "modelopt", tmp_path / "out")

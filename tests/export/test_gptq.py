@@ -132,7 +132,7 @@ def test_what_no_gptq_file_holds():
         {"scales": torch.full((8, 16), float("nan"))},
         {"g_idx": torch.zeros(256, dtype=torch.int32)},
         {"g_idx": torch.arange(128, dtype=torch.int32) // 32},
-        {"g_idx": (torch.arange(256, dtype=torch.int32) // 32).flip(0)},
+        {"g_idx": (torch.arange(256, dtype=torch.int32) // 32).clamp(max=6)},
     ],
     ids=lambda changes: "-".join(f"{key}-{list(value.shape)}" for key, value in changes.items()),
 )

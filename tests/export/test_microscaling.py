@@ -166,7 +166,7 @@ def written(scheme: Scheme, **changes: torch.Tensor) -> QTensor:
         (
             NVFP4,
             {"weight_global_scale": torch.tensor([1e-4])},
-            "this format divides by it, but the value looks like a factor",
+            "the reciprocal of what its format asks for",
         ),
         (MXFP4, {"weight_scale": torch.full((256, 4), 255, dtype=torch.uint8)}, "1024 of 1024 scales are 255"),
         (MXFP4, {"weight_scale": torch.ones(256, 4)}, "its scales are torch.float32; torch.uint8 fits"),
