@@ -7,28 +7,34 @@ number by number, with the harness's own adapter for transformers.
 
 import logging
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, redirect_stderr
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stderr
+from functools import wraps
 from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import torch
-from jinja2 import TemplateError
+from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES
+from jinja2 import Template
 from jinja2.sandbox import SandboxedEnvironment
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from lowbit.errors import CheckpointError, LowbitError, UsageError, nearest
+from lowbit.errors import CheckpointError, UsageError, nearest
 from lowbit.evaluation.backend import Backend, token_log_likelihoods
 from lowbit.evaluation.journal import Journal, Library
 from lowbit.evaluation.perplexity import OnStep, silent
-from lowbit.evaluation.task_files import YAML, require_data_alone
+from lowbit.evaluation.task_files import YAML, Harness, require_data_alone, require_own_data
 from lowbit.evaluation.text import BATCH_LOGITS, BATCH_TOKENS
-from lowbit.models.chat import render_chat
+from lowbit.export.limits import limited
+from lowbit.export.untrusted import untrusted
+from lowbit.models.chat import NBYTES, SECONDS, render_chat
 
 LONGEST = 4096  # longest context with continuation, if the model has enough positions
 MOST_WRITTEN = 256  # longest answer in tokens, unless a task sets it
+STEP_BYTES, STEP_SECONDS = 16 << 30, 300  # limits for the filters of a task, and for the metrics of a question
+MADE = "it is damaged, or made to stall"
 
 
 class Adapter:
@@ -194,10 +200,10 @@ class TaskList:
         gone = [name for name in names if name.endswith(YAML) and not Path(name).is_file()]
         if gone:
             raise UsageError(f"unknown task {gone[0]!r}; no such file")
+        files = [Path(name) for name in names if name.endswith(YAML)] + ([folder] if folder else [])
         if not allow_code:
-            files = [Path(name) for name in names if name.endswith(YAML)] + ([folder] if folder else [])
-            own = frozenset(self.harness.api.registry.metric_registry.keys())
-            require_data_alone(files, Path(self.harness.__file__).parent, own)
+            metrics = frozenset(self.harness.api.registry.metric_registry.keys())
+            require_data_alone(files, Harness(metrics, frozenset(_PACKAGED_DATASETS_MODULES)))
         self.manager = self._manager(include_defaults=False)
         found = self._expanded(names)
         if "" in found:  # the harness's thousands of files take seconds to read
@@ -205,11 +211,20 @@ class TaskList:
             found = self._expanded(names)
         if "" in found:
             raise UsageError(_complaint(names[found.index("")], self.manager.all_tasks))
+        if not allow_code:
+            require_own_data(files, self._theirs())
         self.names = [match for matches in found for match in matches]
 
     def _manager(self, include_defaults: bool) -> Any:
         folder = None if self._folder is None else str(self._folder)
-        return self.harness.tasks.TaskManager(include_path=folder, include_defaults=include_defaults)
+        with untrusted(folder or "lm_eval", "no task files that the harness can read"):
+            return self.harness.tasks.TaskManager(include_path=folder, include_defaults=include_defaults)
+
+    def _theirs(self) -> frozenset[str]:
+        """The names of the harness's own tasks and groups, and of tags that have one of them."""
+        home, index = Path(self.harness.__file__).parent, self.manager.task_index
+        own = {name for name, entry in index.items() if entry.yaml_path and entry.yaml_path.is_relative_to(home)}
+        return frozenset(own | {name for name, entry in index.items() if not entry.yaml_path and entry.tags & own})
 
     def _expanded(self, names: Sequence[str]) -> list[Any]:
         """The matching tasks of each name, or "" if there are none."""
@@ -235,44 +250,90 @@ def run_tasks(
     limit    most questions per task; None for all
     CheckpointError if a task's data are not available.
     """
-    model = harness_model(backend, library, on_step)
-    templates = nullcontext() if tasks.allow_code else _templates_in_sandbox(tasks.harness)
-    try:
-        with templates, warnings.catch_warnings(), redirect_stderr(StringIO()):  # its own progress bars, besides ours
-            warnings.simplefilter("ignore")
-            found: Any = tasks.harness.simple_evaluate(
-                model,
-                tasks=tasks.names,
-                num_fewshot=fewshot,
-                limit=limit,
-                task_manager=tasks.manager,
-                bootstrap_iters=1000,
-                log_samples=False,
-            )
-    except LowbitError:
-        raise
-    except (OSError, ValueError, KeyError, TypeError, AssertionError, TemplateError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise CheckpointError(
-            f"{', '.join(tasks.names)}: the harness could not run it ({type(error).__name__}: {reason}); a data set "
-            "that is not in the hub's cache needs the network, a local one is named in the task (dataset_path: json)"
-        ) from error
+    model, where = harness_model(backend, library, on_step), ", ".join(tasks.names)
+    templates = nullcontext() if tasks.allow_code else _contained(tasks.harness, where)
+    complaint = (
+        "the harness could not run it; a data set that is not in the hub's cache needs the network, a local one is "
+        "named in the task (dataset_path: json)"
+    )
+    with (
+        untrusted(", ".join(tasks.names), complaint),
+        templates,
+        warnings.catch_warnings(),
+        redirect_stderr(StringIO()),
+    ):
+        warnings.simplefilter("ignore")
+        found: Any = tasks.harness.simple_evaluate(  # its own progress bars go nowhere, besides ours
+            model,
+            tasks=tasks.names,
+            num_fewshot=fewshot,
+            limit=limit,
+            task_manager=tasks.manager,
+            bootstrap_iters=1000,
+            log_samples=False,
+        )
     return [row for task, values in sorted(found["results"].items()) for row in _rows(task, values, found)]
 
 
+class LimitedTemplate(Template):
+    """A template that renders within limits."""
+
+    def render(self, *args: Any, **kwargs: Any) -> str:
+        environment = self.environment
+        assert isinstance(environment, LimitedEnvironment)
+        with environment.limits():
+            return super().render(*args, **kwargs)
+
+
+class LimitedEnvironment(SandboxedEnvironment):
+    """Jinja's sandbox: templates see data, but no Python objects. Compiling and rendering have limits.
+
+    where  what the templates belong to, for an error's text
+    """
+
+    template_class = LimitedTemplate
+
+    def __init__(self, where: str, **options: Any) -> None:
+        super().__init__(**options)
+        self._where = where
+
+    def limits(self) -> AbstractContextManager[None]:
+        """The limits of one template."""
+        return limited(f"{self._where}: a template", NBYTES, SECONDS, MADE)
+
+    def from_string(self, *args: Any, **kwargs: Any) -> Template:
+        with self.limits():
+            return super().from_string(*args, **kwargs)
+
+
 @contextmanager
-def _templates_in_sandbox(harness: Any) -> Iterator[None]:
-    """A context in which the harness renders templates in Jinja's sandbox: they see data, but no Python objects."""
-    theirs = harness.utils.env
-    ours = SandboxedEnvironment(
-        loader=theirs.loader, undefined=theirs.undefined, keep_trailing_newline=theirs.keep_trailing_newline
+def _contained(harness: Any, where: str) -> Iterator[None]:
+    """A context in which the harness renders templates in the sandbox, and its filters and metrics have a time limit,
+    since the patterns in them come from the task. `where` begins an error's text."""
+    theirs, kind = harness.utils.env, harness.api.task.ConfigurableTask
+    ours = LimitedEnvironment(
+        where, loader=theirs.loader, undefined=theirs.undefined, keep_trailing_newline=theirs.keep_trailing_newline
     )
     ours.filters |= theirs.filters
+    steps = {name: getattr(kind, name) for name in ("apply_filters", "process_results")}
     harness.utils.env = ours
+    for name, step in steps.items():
+        setattr(kind, name, _with_limit(step, f"{where}: {name}"))
     try:
         yield
     finally:
         harness.utils.env = theirs
+        for name, step in steps.items():
+            setattr(kind, name, step)
+
+
+def _with_limit(step: Callable[..., Any], what: str) -> Callable[..., Any]:
+    @wraps(step)
+    def within(*args: Any, **kwargs: Any) -> Any:
+        with limited(what, STEP_BYTES, STEP_SECONDS, MADE):
+            return step(*args, **kwargs)
+
+    return within
 
 
 def _rows(task: str, values: dict[str, Any], found: dict[str, Any]) -> Iterable[dict[str, Any]]:

@@ -22,13 +22,15 @@ class _TimeUp(BaseException):
 
 
 @contextmanager
-def limited(what: str, nbytes: int, seconds: float) -> Iterator[None]:
+def limited(
+    what: str, nbytes: int, seconds: float, cause: str = "sizes in its configuration are damaged"
+) -> Iterator[None]:
     """A context with at most `nbytes` of additional memory and `seconds` of processor time.
 
-    Exceeded for more of either; its message begins with `what`. Time is limited only in the main thread, where signals
-    are delivered.
+    Exceeded for more of either; its message begins with `what` and ends with `cause`. Time is limited only in the main
+    thread, where signals are delivered. Such a context may stand inside another.
     """
-    reason = f"{what} takes more than {nbytes >> 20} MiB or {seconds:g} s: sizes in its configuration are damaged"
+    reason = f"{what} takes more than {nbytes >> 20} MiB or {seconds:g} s: {cause}"
     try:
         with _memory(nbytes), _time(seconds):
             yield
@@ -61,10 +63,10 @@ def _time(seconds: float) -> Iterator[None]:
     def end(number: int, frame: Any) -> None:
         raise _TimeUp
 
-    before = signal.signal(signal.SIGPROF, end)
+    before, left = signal.signal(signal.SIGPROF, end), 0.0
     try:
-        signal.setitimer(signal.ITIMER_PROF, seconds)
+        left, _ = signal.setitimer(signal.ITIMER_PROF, seconds)
         yield
     finally:
-        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.setitimer(signal.ITIMER_PROF, left)
         signal.signal(signal.SIGPROF, before)

@@ -49,3 +49,15 @@ def test_another_error_passes_and_other_threads_have_no_clock():
     thread.start()
     thread.join()
     assert found == [49_995_000]
+
+
+def test_an_inner_limit_leaves_the_outer_one():
+    def loop() -> None:
+        with limited("inner", 64 * MIB, 5):
+            sum(range(1000))
+        while True:
+            sum(range(1000))
+
+    reason = r"outer takes more than 64 MiB or 0\.3 s: why"
+    with pytest.raises(Exceeded, match=reason), limited("outer", 64 * MIB, 0.3, "why"):
+        loop()
