@@ -11,14 +11,14 @@ from torch import Tensor
 from lowbit.ahead import ahead
 from lowbit.calibrate.block import BlockWork
 from lowbit.calibrate.data import CalibrationSet
-from lowbit.calibrate.job import Job
+from lowbit.calibrate.job import Job, covered
 from lowbit.calibrate.outcome import BlockOutcome, run_shared, run_stored
 from lowbit.calibrate.parts import BlockTask, Rows
 from lowbit.calibrate.report import BlockReport, Stopwatch, calibrated_rows, linear_row, peak_memory
 from lowbit.calibrate.rounding import spread
 from lowbit.calibrate.settings import rounder_of, transforms_of
 from lowbit.calibrate.structure import Prober
-from lowbit.calibrate.written import covered, require_scales
+from lowbit.calibrate.written import require_scales
 from lowbit.export.survey import checked
 from lowbit.models.placement import Placement
 from lowbit.models.skeleton import Block, LinearSpec

@@ -1,20 +1,23 @@
 """A model and a recipe, checked against each other: every decision and refusal comes before a weight is read."""
 
+import math
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 
+from lowbit.calibrate.mixtures import Mixed
 from lowbit.calibrate.plan import Plan, make_plan
 from lowbit.errors import CheckpointError
 from lowbit.export.dialects import FORMATS, READ
 from lowbit.export.engines.transformers import TRANSFORMERS
 from lowbit.export.engines.vllm import VLLM
-from lowbit.export.formats import LogicalTensors, describe_schemes, require_fit
+from lowbit.export.formats import LogicalTensors, bytes_written, describe_schemes, require_fit
 from lowbit.export.plain import read_json
 from lowbit.models.placement import JOINED, stacked_only
 from lowbit.models.rehearsal import reader_of_weights
-from lowbit.models.skeleton import LinearSpec, Skeleton, open_skeleton
+from lowbit.models.skeleton import Block, LinearSpec, Skeleton, open_skeleton, tied_weights
 from lowbit.models.source import Source
 from lowbit.quant.recipe import Recipe
 from lowbit.quant.scheme import Scheme
@@ -26,8 +29,9 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 class Job:
     """A quantization job.
 
-    dtype   of most unquantized weights, and of scales if the format leaves them a choice
-    device  device that blocks run on
+    dtype    of most unquantized weights, and of scales if the format leaves them a choice
+    device   device that blocks run on
+    mixture  the schemes that a budget was distributed over, once it is
     """
 
     source: Source
@@ -36,6 +40,7 @@ class Job:
     plan: Plan
     dtype: torch.dtype
     device: str
+    mixture: Mixed | None = None
 
     @property
     def scale_dtype(self) -> torch.dtype:
@@ -64,19 +69,55 @@ class Job:
         return {spec.name: spec for block in self.skeleton.blocks for spec in block.linears}
 
     def output_bytes(self) -> int:
-        """Estimated bytes of the weights that the run will write."""
+        """Bytes of the weights that the run will write; an estimate in a format of one scheme."""
         linears = self.linears
-        bits = sum(spec.n * spec.k * scheme.bits_per_weight(spec.k) for spec, scheme in self._quantized(linears))
-        parameters = self.skeleton.tensors.parameters
-        kept = parameters - sum(spec.n * spec.k for spec, _ in self._quantized(linears))
-        head = self.plan.head
-        if head is not None:
-            bits += head.n * head.k * head.scheme.bits_per_weight(head.k)
-            kept -= 0 if head.tied else head.n * head.k
-        return int(bits / 8 + kept * self.dtype.itemsize)
+        quantized = self.plan.schemes.items()
+        inside = sum(self.bytes_of(name, linears[name].n, linears[name].k, scheme) for name, scheme in quantized)
+        return inside + self._kept_bytes(self.plan.schemes) + self._head_bytes()
 
-    def _quantized(self, linears: dict[str, LinearSpec]) -> list[tuple[LinearSpec, Scheme]]:
-        return [(linears[name], scheme) for name, scheme in self.plan.schemes.items()]
+    def bytes_outside(self) -> int:
+        """The same without the linears that have a scheme, or are in 16 bits by the recipe's `schemes`."""
+        return self._kept_bytes(self.plan.schemes.keys() | self.plan.unrounded) + self._head_bytes()
+
+    def bytes_of(self, name: str, n: int, k: int, scheme: Scheme | None) -> int:
+        """Bytes of the linear `name` (n, k) in a scheme, or in 16 bits."""
+        fmt = FORMATS[self.recipe.format]
+        if scheme is None:
+            known = f"{name}.weight" in self.skeleton.tensors.checkpoint.entries
+            return n * k * (self.kept_dtype(f"{name}.weight") if known else self.dtype).itemsize
+        if fmt.uniform:
+            return int(n * k * scheme.bits_per_weight(k, 8 * self.scale_dtype.itemsize) / 8)
+        return bytes_written(fmt, scheme, n, k, self.scale_dtype)
+
+    def _head_bytes(self) -> int:
+        head = self.plan.head
+        return 0 if head is None else self.bytes_of(head.name, head.n, head.k, head.scheme)
+
+    def _kept_bytes(self, without: Collection[str]) -> int:
+        """Bytes of all tensors that are written as they are if the linears `without` are not."""
+        blocks = self.skeleton.blocks
+        inside = (name for block in blocks for name in block.tensors if stays(block, name, without))
+        return sum(self._numel(name) * self.kept_dtype(name).itemsize for name in (*inside, *self.names_outside()))
+
+    def _numel(self, name: str) -> int:
+        tensors = self.skeleton.tensors
+        inside = tensors.linears_of(name)
+        return sum(math.prod(tensors.shape(each)) for each in inside) or self.source.checkpoint.entries[name].numel
+
+    def names_outside(self) -> Iterator[str]:
+        """Names of the tensors outside the blocks that are written as they are: no copies of tied embeddings, and no
+        quantized head."""
+        in_blocks = {name for block in self.skeleton.blocks for name in block.tensors}
+        replaced = None if self.plan.head is None else f"{self.plan.head.name}.weight"
+        for name in self.skeleton.tensors.names:
+            if name not in in_blocks and not self._is_tied_copy(name) and name != replaced:
+                yield name
+
+    def _is_tied_copy(self, name: str) -> bool:
+        """True if the file's tensor `name` is a copy of a tied tensor."""
+        places = self.skeleton.others
+        origin = tied_weights(self.skeleton.model).get(places[name].parameter) if name in places else None
+        return any(place.parameter == origin for place in places.values())
 
     def warnings(self) -> list[str]:
         """Limits of other programs with the result, as sentences."""
@@ -135,6 +176,19 @@ class Job:
         caveat = fmt.caveat(default)
         kept = {text: engines for text, (holds, engines) in found.items() if holds}
         return kept | ({caveat: ()} if caveat else {})
+
+
+def stays(block: Block, name: str, quantized: Collection[str]) -> bool:
+    """True if the block's tensor `name` is written as it is."""
+    if name.removesuffix(".weight") in quantized:
+        return False
+    return not covered(block, block.tensors[name].parameter, quantized)
+
+
+def covered(block: Block, parameter: str, quantized: Collection[str]) -> bool:
+    """True if all of a fused parameter is contained in its quantized experts."""
+    inside = [spec.name for spec in block.linears if spec.placement.parameter == parameter]
+    return bool(inside) and all(name in quantized for name in inside)
 
 
 def prepare(source: Source, recipe: Recipe, device: str) -> Job:

@@ -1,14 +1,17 @@
 """Methods, one row each: a name on the command line for a set of recipe settings. A recipe may override any of them."""
 
+import math
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from lowbit.calibrate.mixtures import MIXTURES
 from lowbit.calibrate.rounding import ROUNDERS
 from lowbit.calibrate.settings import completed, merged, rounder_of, transforms_of
 from lowbit.calibrate.transforms import TRANSFORMS
 from lowbit.errors import RecipeError, nearest
+from lowbit.export.engines.steps import STEPS
 from lowbit.quant.recipe import ACTIVATIONS, HEAD, Recipe
-from lowbit.quant.scheme import Scheme, bits_between, parse_scheme
+from lowbit.quant.scheme import parse_choice, parse_scheme
 
 
 @dataclass(frozen=True)
@@ -108,9 +111,10 @@ def find_method(name: str) -> Method:
 
 def calibrated(recipe: Recipe) -> bool:
     """True if any part of `recipe` needs calibration data."""
-    static = any(parse_scheme(text).static_inputs for text in (str(recipe.default_scheme), *recipe.schemes.values()))
+    schemes = (recipe.default_scheme, *map(parse_choice, recipe.schemes.values()))
+    static = any(scheme.static_inputs for scheme in schemes if scheme is not None)
     parts = any(part.needs.calibration for part in (*transforms_of(recipe), rounder_of(recipe)))
-    return static or parts or recipe.clip or recipe.distill_steps > 0 or recipe.target_bits is not None
+    return static or parts or recipe.clip or recipe.distill_steps > 0 or recipe.budgeted
 
 
 def complete_recipe(values: dict[str, Any]) -> Recipe:
@@ -118,6 +122,7 @@ def complete_recipe(values: dict[str, Any]) -> Recipe:
 
     RecipeError if values contradict the method, or if no format can store the result.
     """
+    values = _expanded(values)
     method = find_method(merged(Recipe(), values).method)
     recipe = merged(merged(Recipe(), {"method": method.name, **method.settings}), values)
     _require_known(recipe)
@@ -134,11 +139,22 @@ def complete_recipe(values: dict[str, Any]) -> Recipe:
     return recipe
 
 
+def _expanded(values: dict[str, Any]) -> dict[str, Any]:
+    """`values`, with a mixture's name in `scheme` replaced by its schemes. Those set by name come first."""
+    name = values.get("scheme")
+    if isinstance(name, str) and name.startswith("attention-") and name not in MIXTURES:
+        raise RecipeError(f"unknown mixture {name!r}; {nearest(name, MIXTURES)}")
+    if not isinstance(name, str) or name not in MIXTURES:
+        return values
+    mixture = MIXTURES[name]
+    return values | {"scheme": mixture.scheme, "schemes": dict(values.get("schemes", {})) | mixture.schemes}
+
+
 def _require_schemes(recipe: Recipe) -> None:
     """RecipeError for an invalid scheme."""
     try:
-        for text in (str(recipe.default_scheme), *recipe.schemes.values()):
-            parse_scheme(text)
+        for text in (str(recipe.default_scheme), *recipe.schemes.values(), *recipe.candidates):
+            parse_choice(text)
         if recipe.head and parse_scheme(recipe.head).static_inputs:
             raise ValueError(f"head: {recipe.head} has calibrated inputs; take fp8, int8 or another of 16-bit inputs")
     except ValueError as error:
@@ -193,18 +209,19 @@ def _require_sense(method: Method, recipe: Recipe) -> None:
         raise RecipeError(f"max_shard_size is {recipe.max_shard_size}: at least 1 byte is needed")
     if recipe.distill_steps < 0:
         raise RecipeError(f"distill_steps is {recipe.distill_steps}: steps cannot be negative")
-    if recipe.target_bits is not None:
-        _require_widths(recipe.target_bits, recipe.default_scheme)
+    _require_budget(recipe)
 
 
-def _require_widths(target: float, scheme: Scheme) -> None:
-    """RecipeError if no mix of integers has `target` bits per weight, or if `scheme` is not integer, 16-bit inputs."""
-    widths = bits_between(scheme)
-    named = f"{', '.join(map(str, widths[:-1]))} and {widths[-1]} bits"
-    if not widths[0] < target <= widths[-1] + 1:
-        raise RecipeError(
-            f"target bits {target}: more than {widths[0]} and at most {widths[-1] + 1} bits per weight are possible, "
-            "scales included"
-        )
-    if not scheme.number.is_integer or scheme.inputs is not None:
-        raise RecipeError(f"target bits mix integer weights of {named} with 16-bit inputs; no other scheme is possible")
+def _require_budget(recipe: Recipe) -> None:
+    """RecipeError for several targets, a target that is no amount, or candidates that nothing chooses from."""
+    targets = {key: getattr(recipe, key) for key in ("target_bits", "target_size", "target_ms")}
+    given = {key: value for key, value in targets.items() if value is not None}
+    if len(given) > 1:
+        raise RecipeError(f"{' and '.join(given)} are {len(given)} budgets: give one")
+    if recipe.candidates and not given:
+        raise RecipeError("candidates are chosen from within a budget: add --target-bits, --target-size or --target-ms")
+    for key, value in given.items():
+        if not 0 < value < math.inf:
+            raise RecipeError(f"{key} is {value}: a budget is above 0, and finite")
+    if recipe.target_gpu not in STEPS:
+        raise RecipeError(f"target_gpu {recipe.target_gpu!r}: steps were measured on {', '.join(STEPS)}")

@@ -43,8 +43,8 @@ def run(
     is read back and compared. CheckpointError if a tensor differs, Unfinished if the model's files changed during the
     run.
     """
-    unspent = job.recipe.target_bits is not None and set(job.plan.schemes) - job.plan.named
-    assert not unspent, "target bits are spent (calibrate.budget) before a run"
+    unspent = job.recipe.budgeted and set(job.plan.schemes) - job.plan.named
+    assert not unspent, "a budget is spent (calibrate.budget) before a run"
     sums = journal.sums if journal else {}
     verify_checksums(job.source.checkpoint, sums)
     snapshot = job.source.snapshot

@@ -15,7 +15,7 @@ from lowbit.models.rehearsal import choosers
 from lowbit.models.skeleton import Block, LinearSpec, Skeleton
 from lowbit.quant.naming import fused_set
 from lowbit.quant.recipe import HEAD, Recipe
-from lowbit.quant.scheme import Scheme, parse_scheme
+from lowbit.quant.scheme import KEPT, Scheme, name_of, parse_choice
 
 MINIMUM_COVERAGE = 0.99
 
@@ -36,6 +36,7 @@ class Plan:
     wanted  requested scheme by linear, before group sizes fell back
     head    the output embeddings, if they are quantized
     named   linears whose scheme is set by name in the recipe
+    unrounded  those of them in 16 bits
     """
 
     schemes: dict[str, Scheme]
@@ -44,6 +45,7 @@ class Plan:
     wanted: dict[str, Scheme]
     named: frozenset[str] = frozenset()
     head: Head | None = None
+    unrounded: frozenset[str] = frozenset()
 
     @property
     def written(self) -> dict[str, Scheme]:
@@ -76,6 +78,8 @@ def make_plan(skeleton: Skeleton, recipe: Recipe) -> Plan:
     """
     _require_fits(skeleton, recipe.ignore)
     named = _named_schemes(skeleton, recipe)
+    kept = {name for name, scheme in named.items() if scheme is None}
+    unrounded: set[str] = set()
     schemes: dict[str, Scheme] = {}
     wanted: dict[str, Scheme] = {}
     parameters: dict[str, int] = {}
@@ -84,8 +88,11 @@ def make_plan(skeleton: Skeleton, recipe: Recipe) -> Plan:
     for block in skeleton.blocks:
         reasons = {spec.name: _reason_against(spec, block, recipe.ignore, roles) for spec in block.linears}
         _spread_over_fused(reasons)
-        wanted |= {spec.name: named.get(spec.name, recipe.default_scheme) for spec in block.linears}
-        _require_whole_sets(block, wanted)
+        _require_whole_sets(block, {spec.name: named.get(spec.name, recipe.default_scheme) for spec in block.linears})
+        chosen = {name for name, reason in reasons.items() if name in kept and reason is None}
+        unrounded |= chosen
+        reasons |= dict.fromkeys(chosen, f"{KEPT} by the recipe")
+        wanted |= {spec.name: named.get(spec.name) or recipe.default_scheme for spec in block.linears}
         fitted = _fitted(block, wanted)
         for spec in block.linears:
             parameters[spec.name] = spec.n * spec.k
@@ -102,7 +109,7 @@ def make_plan(skeleton: Skeleton, recipe: Recipe) -> Plan:
     if head is not None:
         left.pop(head.name, None)
     left |= dict(_renamed(skeleton, left))
-    return Plan(schemes, parameters, left, wanted, frozenset(named), head)
+    return Plan(schemes, parameters, left, wanted, frozenset(named), head, frozenset(unrounded))
 
 
 def scheme_pattern(fused: str) -> str:
@@ -134,8 +141,8 @@ def _advice(pattern: str, names: list[str]) -> str:
     return nearest(wanted, names if wanted.count(".") > 1 else dict.fromkeys(endings))
 
 
-def _named_schemes(skeleton: Skeleton, recipe: Recipe) -> dict[str, Scheme]:
-    """The schemes that `recipe.schemes` sets for single linears; the first matching pattern wins.
+def _named_schemes(skeleton: Skeleton, recipe: Recipe) -> dict[str, Scheme | None]:
+    """The schemes that `recipe.schemes` sets for single linears (None: 16 bits); the first matching pattern wins.
 
     RecipeError if a pattern matches none.
     """
@@ -143,18 +150,18 @@ def _named_schemes(skeleton: Skeleton, recipe: Recipe) -> dict[str, Scheme]:
     unused = recipe.schemes.keys() - set(found.values())
     if unused:
         raise RecipeError(f"schemes: {min(unused)!r} matches no linear that an earlier pattern leaves")
-    return {name: parse_scheme(recipe.schemes[pattern]) for name, pattern in found.items() if pattern is not None}
+    return {name: parse_choice(recipe.schemes[pattern]) for name, pattern in found.items() if pattern is not None}
 
 
-def _require_whole_sets(block: Block, wanted: dict[str, Scheme]) -> None:
+def _require_whole_sets(block: Block, wanted: Mapping[str, Scheme | None]) -> None:
     """RecipeError if linears that engines fuse would get different schemes."""
     first: dict[str, str] = {}
     for spec in block.linears:
         other = first.setdefault(fused_set(spec.name), spec.name)
         if wanted[spec.name] != wanted[other]:
             raise RecipeError(
-                f"schemes: {wanted[spec.name]} for {spec.name} and {wanted[other]} for {other}, which engines fuse: "
-                "give both the same"
+                f"schemes: {name_of(wanted[spec.name])} for {spec.name} and {name_of(wanted[other])} for {other}, "
+                "which engines fuse: give both the same"
             )
 
 

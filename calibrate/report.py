@@ -92,6 +92,7 @@ def report_of(job: Job, result: Result) -> dict[str, Any]:
         },
         "head": None if job.plan.head is None else str(job.plan.head.scheme),
         "distilled": result.distilled,
+        "mixture": None if job.mixture is None else job.mixture.as_json(),
         "blocks": [
             {"name": block.name, "loss": block.loss, "folds": block.folds, "linears": block.linears}
             for block in result.blocks

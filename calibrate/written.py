@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lowbit.ahead import WORKERS, ahead
 from lowbit.calibrate.head import Head
-from lowbit.calibrate.job import Job
+from lowbit.calibrate.job import Job, stays
 from lowbit.errors import CheckpointError
 from lowbit.export.checkpoint import open_checkpoint
 from lowbit.export.formats import LogicalTensors
@@ -18,18 +18,12 @@ from lowbit.export.survey import checked, count_broken
 from lowbit.export.tensorfile import raw_bytes
 from lowbit.export.writer import CheckpointWriter
 from lowbit.models.placement import engine_names
-from lowbit.models.skeleton import Block, tied_weights
+from lowbit.models.skeleton import Block
 from lowbit.progress import Step, tell
 from lowbit.quant.algos.clip import plain_shrink
 from lowbit.quant.numerics import reason_against_scales
 from lowbit.quant.qtensor import QTensor, round_to_nearest
 from lowbit.quant.scheme import Scheme
-
-
-def covered(block: Block, parameter: str, weights: dict[str, QTensor]) -> bool:
-    """True if all of a fused parameter is contained in its quantized experts."""
-    inside = [spec.name for spec in block.linears if spec.placement.parameter == parameter]
-    return bool(inside) and all(name in weights for name in inside)
 
 
 def require_scales(name: str, w: Tensor, scheme: Scheme, scale_dtype: torch.dtype) -> None:
@@ -52,21 +46,17 @@ class RecordingWriter:
             self._writer.add_weight(name, weight)
             self._meant[name] = _digest_of(weight)
         for name, placement in block.tensors.items():
-            if name.removesuffix(".weight") not in weights and not covered(block, placement.parameter, weights):
+            if stays(block, name, weights):
                 value = kept[name] if name in kept else self._source(name)
                 for single, part in (_biases(block, placement.parameter, value, weights) or {name: value}).items():
                     self._add(single, part)
 
     def add_others(self) -> None:
         """Write the tensors outside the blocks, without copies of tied embeddings."""
-        in_blocks = {name for block in self._job.skeleton.blocks for name in block.tensors}
-        head = self._job.plan.head
-        replaced = None if head is None else f"{head.name}.weight"
-        for name in self._job.skeleton.tensors.names:
-            if name not in in_blocks and not self._is_tied_copy(name) and name != replaced:
-                self._add(name, self._source(name))
-        if head is not None:
-            self._add_head(head)
+        for name in self._job.names_outside():
+            self._add(name, self._source(name))
+        if self._job.plan.head is not None:
+            self._add_head(self._job.plan.head)
 
     def _add_head(self, head: Head) -> None:
         """Write the head, rounded to nearest."""
@@ -77,12 +67,6 @@ class RecordingWriter:
         weight = round_to_nearest(w, head.scheme, job.scale_dtype, shrink).to("cpu")
         self._writer.add_weight(head.name, weight)
         self._meant[head.name] = _digest_of(weight)
-
-    def _is_tied_copy(self, name: str) -> bool:
-        """True if the file's tensor `name` is a copy of a tied tensor."""
-        places = self._job.skeleton.others
-        origin = tied_weights(self._job.skeleton.model).get(places[name].parameter) if name in places else None
-        return any(place.parameter == origin for place in places.values())
 
     def _source(self, name: str) -> Tensor:
         value = checked(name, self._job.skeleton.tensors.exact(name))

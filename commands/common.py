@@ -23,7 +23,8 @@ from lowbit.errors import LowbitError
 from lowbit.export.escape import one_line, visible
 
 REVISION = click.option("--revision", help="Branch, tag or commit of a hub id.")
-UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+UNITS = {"": 1, "B": 1} | {f"{unit}B": 1000**power for power, unit in enumerate("KMGT", 1)}
+UNITS |= {f"{unit}IB": 1024**power for power, unit in enumerate("KMGT", 1)}
 
 
 class Terminal(Console):
@@ -51,14 +52,14 @@ def say(text: str = "", nl: bool = True, err: bool = False) -> None:
 
 
 class Size(click.ParamType):
-    """A number of bytes: 5GB, 500MB, 1000000."""
+    """A number of bytes: 5GB, 500MB, 12GiB, 1000000."""
 
     name = "size"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
         if isinstance(value, int):
             return value
-        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?B)?", value.strip().upper())
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?B|[KMGT]IB)?", value.strip().upper())
         if not match or not 0 < float(match[1]) < float("inf"):
             self.fail(f"{value!r} is no size; write 5GB or 500MB", param, ctx)
         return int(float(match[1]) * UNITS[match[2] or ""])

@@ -52,6 +52,8 @@ def _given(settings: dict[str, Any]) -> dict[str, Any]:
     given = {key: value for key, value in settings.items() if value not in (None, ())}
     if "ignore" in given:
         given["ignore"] = _names(*given["ignore"])
+    if "candidates" in given:
+        given["candidates"] = _names(given["candidates"])
     if "transforms" in given:
         given["transforms"] = _names(given["transforms"].replace("none", ""))
     return given

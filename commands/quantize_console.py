@@ -1,5 +1,6 @@
 """Output of `quantize`: the events of a run as lines, and a table at the end."""
 
+import re
 import time
 from dataclasses import asdict
 from functools import partial
@@ -12,6 +13,7 @@ from lowbit.api.quantizing import BlockDone, Calibrated, Checked, Completed, Eve
 from lowbit.api.shared import Note
 from lowbit.calibrate.data import CalibrationSet
 from lowbit.calibrate.job import Job
+from lowbit.calibrate.mixtures import Mixed
 from lowbit.calibrate.report import peak_memory
 from lowbit.commands.common import say
 from lowbit.commands.display import Display, clock, left_of
@@ -22,6 +24,7 @@ from lowbit.export.engines.vllm import VLLM
 from lowbit.export.escape import one_line
 from lowbit.export.formats import describe_schemes
 from lowbit.progress import Part, Step
+from lowbit.quant.scheme import name_of
 
 MOST_LEFT = 8
 WAYS = {LOWBIT.name: "lowbit generate {} --chat", VLLM.name: "vllm serve {}"}  # to load a checkpoint
@@ -49,9 +52,11 @@ class Printer:
                 self.display.emit("recipe", asdict(recipe))
                 if self.dry_run:  # otherwise it is stored with the weights
                     self.display.line(recipe.to_toml(), end="")
-            case Planned(job, bits):
+            case Planned(job):
                 self.display.peak = partial(peak_memory, job.device)
-                self.plan(job, bits)
+                self.plan(job)
+                if job.mixture is not None:
+                    self.mixture(job.mixture)
             case Calibrated(calibration):
                 self.readings(calibration)
             case Stage(text):
@@ -74,7 +79,7 @@ class Printer:
         else:
             self.display.line(f"  note: {note.text}")
 
-    def plan(self, job: Job, bits: float | None) -> None:
+    def plan(self, job: Job) -> None:
         """Print schemes, linears left in 16 bits with the reason, and limits of other engines."""
         exempt = sum(left.exempt for left in job.plan.left.values())
         found = (
@@ -87,8 +92,24 @@ class Printer:
             self.display.line(f"  left {name}: {left.reason}")
         for warning in job.warnings():
             self.display.line(f"  note: {warning}")
-        if bits is not None:
-            self.display.line(f"  {bits:.4f} bits a weight, scales counted; {job.recipe.target_bits} allowed")
+
+    def mixture(self, mixture: Mixed) -> None:
+        """Print the schemes that a budget was spent on, by kind of linear, and the divergence expected of each."""
+        self.display.emit("mixture", mixture.as_json())
+        table = Table(title="the budget, spent", title_justify="left")
+        for column in ("linears", "scheme", "sets", "nats a token"):
+            table.add_column(column)
+        kinds: dict[tuple[str, str], list[float]] = {}
+        for key, option in mixture.chosen.items():
+            kind = re.sub(r"\.\d+\.", ".*.", key)
+            kinds.setdefault((kind, name_of(option.scheme)), []).append(option.divergence)
+        for (kind, scheme), costs in sorted(kinds.items()):
+            table.add_row(kind, scheme, str(len(costs)), f"{sum(costs):.5f}")
+        self.display.line(table)
+        self.display.line(
+            f"  {mixture.reached:.6g} {mixture.unit}; {mixture.target:.6g} allowed, {mixture.least:.6g} possible; "
+            f"expected divergence {mixture.divergence:.4f} +- {mixture.error:.4f} nats a token with plain rounding"
+        )
 
     def readings(self, calibration: CalibrationSet) -> None:
         """Print counts of skipped or folded calibration rows; with --verbose, each row."""

@@ -8,6 +8,7 @@ import click
 
 from lowbit import __version__
 from lowbit.calibrate.methods import METHODS
+from lowbit.calibrate.mixtures import MIXTURES
 from lowbit.calibrate.rounding import ROUNDERS
 from lowbit.calibrate.settings import OWNERS, type_of
 from lowbit.calibrate.transforms import TRANSFORMS
@@ -15,6 +16,7 @@ from lowbit.commands.common import REVISION, Size, say
 from lowbit.commands.display import OUTPUT_OPTIONS
 from lowbit.evaluation.after import MEASURES, parse_measures
 from lowbit.export.dialects import FORMATS
+from lowbit.export.engines.steps import STEPS
 from lowbit.quant.scheme import NAMED
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
@@ -48,7 +50,10 @@ PARTS: dict[str, tuple[Decorator, ...]] = {
         click.option("--model", "-m", "--model-path", help="Directory, hub id, or demo. Also the first argument."),
         click.option("--method", help=f"One of {', '.join(METHODS)}.  [default: awq]"),
         click.option("--output", "-o", "--output-dir", type=PATH, help="Directory to write."),
-        click.option("--scheme", help=f"Numbers by name: {', '.join(NAMED)}, int4-g128, uint4-g64 ..."),
+        click.option(
+            "--scheme",
+            help=f"Numbers by name: {', '.join(NAMED)}, int4-g128, uint4-g64 ...; or a mixture: {', '.join(MIXTURES)}.",
+        ),
         click.option(
             "--dataset", help="Calibration text: builtin, a file, NAME:CONFIG:SPLIT:N of a hub; several with commas."
         ),
@@ -71,8 +76,12 @@ PARTS: dict[str, tuple[Decorator, ...]] = {
         click.option(
             "--target-bits",
             type=float,
-            help="Average bits per linear weight; wider schemes go to the linears that gain most.",
+            help="Budget of bits per linear weight: schemes are chosen for the least loss within it.",
         ),
+        click.option("--target-size", type=Size(), help="The same for the bytes of all weights: 12GiB, 500MB."),
+        click.option("--target-ms", type=float, help="The same for milliseconds a token of lowbit's engine, batch 1."),
+        click.option("--target-gpu", help=f"The GPU of --target-ms: {', '.join(STEPS)}.  [default: H200]"),
+        click.option("--candidates", help="Schemes for a budget, with commas; 16bit too.  [default: by --scheme]"),
         click.option(
             "--ignore",
             "--ignore-layers",

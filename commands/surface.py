@@ -24,9 +24,10 @@ from lowbit.models.cache import cache_dir
 PACKAGE = Path(__file__).parents[1]
 NAME = "surface.json"
 SOURCES = (
-    *("commands/*.py", "calibrate/methods.py", "calibrate/rounding.py", "calibrate/transforms.py"),
+    *("commands/*.py", "calibrate/methods.py", "calibrate/mixtures.py", "calibrate/rounding.py"),
+    *("calibrate/transforms.py", "export/dialects.py", "export/engines/steps.py", "lowbit/__init__.py"),
     *("evaluation/after.py", "evaluation/backend.py", "evaluation/generate.py", "engine/shapes.py"),
-    *("export/dialects.py", "quant/scheme.py", "quant/numbers.py", "quant/recipe.py", "lowbit/__init__.py"),
+    *("quant/scheme.py", "quant/numbers.py", "quant/recipe.py"),
 )
 
 

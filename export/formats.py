@@ -3,7 +3,7 @@
 import math
 from collections import Counter
 from collections.abc import Mapping
-from functools import lru_cache
+from functools import cache, lru_cache
 
 import torch
 from torch import Tensor
@@ -34,6 +34,18 @@ def require_fit(fmt: Format, schemes: Mapping[str, Scheme], shapes: Mapping[str,
             f"format {fmt.name} holds one scheme, and these linears have {len(kinds)}: {describe_schemes(schemes)}"
             + (f"; --group-size {smallest} may suit all" if in_size_alone else "")
         )
+
+
+@cache
+def bytes_written(fmt: Format, scheme: Scheme, n: int, k: int, scale_dtype: torch.dtype) -> int:
+    """Bytes of the tensors that `fmt` writes for a weight (n, k)."""
+    shape = torch.empty(n, k, dtype=scheme.number.storage, device="meta")
+    scales = torch.empty(scheme.sides(n, k), dtype=scale_dtype, device="meta")
+    zeros = None if scheme.symmetric else torch.empty(scales.shape, dtype=torch.int32, device="meta")
+    one = torch.empty((), dtype=torch.float32, device="meta")
+    inputs, divisor = (one if needed else None for needed in (scheme.static_inputs, scheme.weights.parent))
+    weight = QTensor(shape, scales, zeros, scheme, inputs, divisor)
+    return sum(tensor.nbytes for tensor in fmt.write("", weight).values())
 
 
 def describe_schemes(schemes: Mapping[str, Scheme]) -> str:

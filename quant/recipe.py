@@ -31,9 +31,13 @@ class Recipe:
     symmetric           signed codes without zeros, or unsigned codes with integer zeros
     activations         none (16 bits), token (int8, one scale per token), tensor (int8, one calibrated scale)
     scheme              bits, group_size, symmetric and activations in one text ("fp8", "int4-g64"); None to use those
-    schemes             schemes of single linears, by exact name, last parts of a name, or `re:` pattern
+    schemes             schemes of single linears, by exact name, last parts of a name, or `re:` pattern; 16bit for none
     head                scheme of the output embeddings ("int8", "fp8"), rounded to nearest; None for 16 bits
     target_bits         average bits per linear weight, distributed for the least loss; None for one scheme
+    target_size         bytes of all weights, distributed likewise
+    target_ms           milliseconds per token at batch 1 on lowbit's engine, distributed likewise
+    target_gpu          GPU that `target_ms` is meant for: a row of STEPS (calibrate/price.py)
+    candidates          schemes to distribute, and 16bit; empty for those that suit `scheme`
     distill_steps       steps of tuning all scales and norms on the model's output, after all blocks are rounded
     ignore              linears left in 16 bits: exact names, last parts of a name, or `re:` patterns; always the head
     dataset             calibration text, in the notation of calibrate/data.py; None for methods without calibration
@@ -60,6 +64,10 @@ class Recipe:
     schemes: dict[str, str] = field(default_factory=dict)
     head: str | None = None
     target_bits: float | None = None
+    target_size: int | None = None
+    target_ms: float | None = None
+    target_gpu: str = "H200"
+    candidates: tuple[str, ...] = ()
     distill_steps: int = 0
     ignore: tuple[str, ...] = (HEAD,)
     dataset: str | None = None
@@ -80,6 +88,11 @@ class Recipe:
         if self.scheme is not None:
             return parse_scheme(self.scheme)
         return replace(make_scheme(self.bits, self.group_size, self.symmetric), inputs=ACTIVATIONS[self.activations])
+
+    @property
+    def budgeted(self) -> bool:
+        """True if schemes are distributed over the linears within a budget."""
+        return any(target is not None for target in (self.target_bits, self.target_size, self.target_ms))
 
     def merged(self, values: Mapping[str, Any], others: Iterable[str] = ()) -> "Recipe":
         """A copy of this recipe with `values` replaced. RecipeError for an unknown key names the nearest known one.

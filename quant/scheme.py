@@ -1,7 +1,7 @@
 """Quantization scheme of a linear: number types of weights and inputs, and granularity of their scales."""
 
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 
 from lowbit.errors import nearest
@@ -258,6 +258,7 @@ NAMED = {
 }
 # Group sizes that an error message proposes.
 USUAL_GROUPS = (128, 64, 32)
+KEPT = "16bit"  # in place of a scheme: the linear is not quantized
 
 
 def make_scheme(bits: int, group_size: int, symmetric: bool) -> Scheme:
@@ -277,31 +278,21 @@ def parse_scheme(text: str) -> Scheme:
     return Scheme(weights, INPUTS[match["inputs"]] if match["inputs"] else None)
 
 
+def parse_choice(text: str) -> Scheme | None:
+    """The scheme with this name or text; None for KEPT. ValueError for an unknown one names the nearest."""
+    return None if text == KEPT else parse_scheme(text)
+
+
+def name_of(scheme: Scheme | None) -> str:
+    """The text that `parse_choice` reads."""
+    return KEPT if scheme is None else str(scheme)
+
+
 def scheme_names() -> list[str]:
     """Names to suggest in errors: NAMED, and integers with usual group sizes."""
     integers = [number.name for number in NUMBERS.values() if number.is_integer and number.bits < 8]
     return [*NAMED, *(f"{name}-g{size}" for name in integers for size in USUAL_GROUPS)]
 
 
-COMMON_BITS = (4, 8)
 # Tried in this order if the requested size does not divide a layer's inputs.
 FALLBACK_GROUP_SIZES = (128, 64, 32, -1)
-
-
-def bits_between(scheme: Scheme) -> list[int]:
-    """Integer widths for mixed precision: those that all engines run, and that of `scheme`."""
-    return sorted({*COMMON_BITS, scheme.bits})
-
-
-def widths_of(scheme: Scheme, inputs: Collection[int]) -> Iterator[Scheme]:
-    """Candidate schemes for mixed precision: widths of `bits_between`, all group sizes that divide `inputs`.
-
-    Coarse numbers keep the symmetry of `scheme`, with every group size that divides all inputs, or per channel if none
-    does. Other numbers are signed and per channel.
-    """
-    sizes = [size for size in FALLBACK_GROUP_SIZES if size != -1 and not any(k % size for k in inputs)] or [-1]
-    widths = bits_between(scheme)
-    for number in NUMBERS.values():
-        if number.is_integer and number.bits in widths and number.signed == (scheme.symmetric or not number.coarse):
-            for size in sizes if number.coarse else (-1,):
-                yield Scheme(Side(number, granularity_of(size)))

@@ -11,7 +11,7 @@ from lowbit.api.pushing import Pushed, push
 from lowbit.api.shared import PAPERS_BYTES, Note, ignore
 from lowbit.arguments import typed
 from lowbit.calibrate import ranks
-from lowbit.calibrate.budget import average_bits, spend
+from lowbit.calibrate.budget import spend
 from lowbit.calibrate.data import CalibrationSet, builtin_text, calibration_tokens
 from lowbit.calibrate.job import Job, prepare
 from lowbit.calibrate.methods import complete_recipe
@@ -52,10 +52,9 @@ class Completed:
 
 @dataclass(frozen=True)
 class Planned:
-    """The plan. `average_bits` is set once --target-bits has been distributed over the linears."""
+    """The plan; once a budget has been distributed, that of `job.mixture`."""
 
     job: Job
-    average_bits: float | None = None
 
 
 @dataclass(frozen=True)
@@ -296,12 +295,12 @@ def _calibration(recipe: Recipe, source: Source, progress: OnEvent) -> Calibrati
 
 
 def _spent(job: Job, calibration: CalibrationSet | None, progress: OnEvent) -> Job:
-    """`job` with its target bits distributed over the linears; unchanged without a target."""
-    if job.recipe.target_bits is None or calibration is None:
+    """`job` with its budget distributed over the linears; unchanged without one."""
+    if not job.recipe.budgeted or calibration is None:
         return job
     progress(Stage("measuring what each scheme costs"))
     job = spend(job, calibration)
-    progress(Planned(job, average_bits(job)))
+    progress(Planned(job))
     return job
 
 

@@ -49,7 +49,6 @@ def test_what_contradicts_the_scheme_is_refused(model, tmp_path):
     )
     assert "'fp9' is no scheme; did you mean 'fp8'?" in complaint("--scheme", "fp9")
     assert "GPTQ files hold only integer weights" in complaint("--scheme", "fp8", "--format", "gptq")
-    assert "mix integer weights" in complaint("--scheme", "fp8-channel", "--target-bits", 5)
 
 
 def test_inspect_says_what_engines_do_with_it(model, tmp_path):

@@ -30,7 +30,18 @@ PATTERNS = (
     "*",
     "",
 )
-SCHEMES = ("int8-channel", "int4-g32", "uint4-g32", "int4-g0", "int4", "uint8-g7", "int4-g-1", "int4-g32-a8token", "-")
+SCHEMES = (
+    "16bit",
+    "int8-channel",
+    "int4-g32",
+    "uint4-g32",
+    "int4-g0",
+    "int4",
+    "uint8-g7",
+    "int4-g-1",
+    "int4-g32-a8token",
+    "-",
+)
 SIZES = (-1, 0, 1, 2, 7, 8, 32, 64, 128, 1 << 40, -(1 << 70), 1 << 70)
 NUMBERS = (*SIZES, 0.5, 4.5, -1.0, float("inf"), float("nan"), 1e-320)
 HONEST: tuple[dict[str, Any], ...] = (
@@ -49,11 +60,12 @@ edits = {
     "rounder": names([*ROUNDERS]),
     "schemes": st.dictionaries(names(PATTERNS), names(SCHEMES), max_size=3),
     "ignore": st.lists(names(PATTERNS), max_size=3),
+    "candidates": st.lists(names(SCHEMES), max_size=3),
     "activations": names([*ACTIVATIONS]),
     "format": names([*FORMATS]),
     "dtype": names(["auto", "bfloat16", "float16", "float32"]),
     **{name: st.booleans() for name in ("symmetric", "clip")},
-    **{name: names(NUMBERS) for name in ("target_bits", "alpha", "damping")},
+    **{name: names(NUMBERS) for name in ("target_bits", "target_size", "target_ms", "alpha", "damping")},
     **{
         name: names(SIZES) for name in ("bits", "group_size", "iters", "distill_steps", "num_samples", "seqlen", "seed")
     },

@@ -10,11 +10,9 @@ from lowbit.quant.scheme import (
     PerGroup,
     Scheme,
     Side,
-    bits_between,
     make_scheme,
     parse_scheme,
     scheme_names,
-    widths_of,
 )
 
 
@@ -157,14 +155,3 @@ def test_what_fits_all_of_a_set_is_taken():
     assert str(parse_scheme("fp8-block").fitting([(128, 256)])) == "fp8-block"
     assert parse_scheme("nvfp4").fitting([(8, 24)]) is None
     assert parse_scheme("mxfp8").fitting([(8, 48)]) is None
-
-
-def test_bits_are_spent_between_the_widths_of_every_engine_and_that_asked_for():
-    def found(text: str, *inputs: int) -> list[str]:
-        return sorted(str(scheme) for scheme in widths_of(parse_scheme(text), inputs))
-
-    assert found("int4-g128", 256, 192) == ["int4-g32", "int4-g64", "int8"]
-    assert found("uint4-g128", 256) == ["int8", "uint4-g128", "uint4-g32", "uint4-g64"]
-    assert found("int8-channel", 48) == ["int4-channel", "int8"]
-    assert found("int6-g128", 32) == ["int4-g32", "int6-g32", "int8"]
-    assert bits_between(parse_scheme("int6-g128")) == [4, 6, 8]
