@@ -2,6 +2,7 @@
 # make test   lint, types and the CPU test suite
 # make families   docs/FAMILIES.md: every type of transformers tried as a tiny model, in about half an hour
 # make tables   the documents' tables of figures, from the rows in benchmarks/results
+# make picture   the picture of a report in README.md, from the checkpoint that make demo makes; needs Chromium
 # make docs   the documentation as a site in build/site
 #
 # Both make the environment in .venv on their first run and reuse it afterwards. It needs Python 3.11 and a C++
@@ -19,7 +20,7 @@ export LOWBIT_CUDA := $(shell nvidia-smi -L >/dev/null 2>&1 || echo 0)
 endif
 INSTALLED := pyproject.toml $(wildcard setup.py quant/kernels/csrc/* */__init__.py)
 
-.PHONY: help env demo test families tables docs lint format gpu-test clean
+.PHONY: help env demo test families tables picture docs lint format gpu-test clean
 
 help:
 	@sed -n 's/^# *\(make .*\)/\1/p' Makefile
@@ -48,6 +49,10 @@ format: env
 
 tables: env
 	$(BIN)/python -m benchmarks.tables
+
+picture: env
+	$(BIN)/quantize-report demo-awq
+	$(BIN)/python scripts/picture.py demo-awq/report.html docs/images/report.png
 
 docs: env
 	$(BIN)/mkdocs build --strict

@@ -91,6 +91,7 @@ def report_of(job: Job, result: Result) -> dict[str, Any]:
             name: {"reason": left.reason, "parameters": left.parameters} for name, left in result.plan.left.items()
         },
         "head": None if job.plan.head is None else str(job.plan.head.scheme),
+        "caveats": {text: list(engines) for text, engines in job.caveats().items()},
         "distilled": result.distilled,
         "mixture": None if job.mixture is None else job.mixture.as_json(),
         "blocks": [

@@ -148,6 +148,10 @@ class Printer:
             before, after = done.scores
             table.add_row("perplexity", f"{before.perplexity:.4f}", f"{after.perplexity:.4f}")
             table.add_row("loss, nats", f"{before.nll:.5f}", f"{after.nll:.5f} ({describe_difference(before, after)})")
+        for row in done.rows:
+            if row["evaluation"] == "divergence":
+                told = f"{row['kl_mean']:.4f}, the same most likely token at {row['top1_agreement']:.1%}"
+                table.add_row("KL, nats", "0", told)
         self.display.line(table)
         if done.scores:
             tokens, context = done.scores[0].tokens, done.scores[0].context

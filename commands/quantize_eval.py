@@ -14,7 +14,7 @@ from lowbit.commands.common import Size, run_command
 from lowbit.commands.eval_console import Printer, setup_options
 from lowbit.commands.parts import SETTINGS
 from lowbit.evaluation.divergence import Divergence
-from lowbit.evaluation.generate import PROMPT, Prompt, read_prompts
+from lowbit.evaluation.generate import PROMPTS, TOKENS, Prompt, read_prompts
 from lowbit.evaluation.perplexity import Score, describe_difference
 from lowbit.evaluation.sandbox import Limits
 from lowbit.export.escape import one_line
@@ -138,9 +138,9 @@ def tasks(
 
 def _print_tasks(printer: Printer, rows: list[api.Row], models: list[str | None]) -> None:
     printer.display.stop()
-    table = Table("task", "metric", "examples", *(model for model in models if model))
+    table = Table("task", "metric", "examples", *(model for model in reversed(models) if model))
     for row in rows:
-        measured = [row, row["baseline"]] if "baseline" in row else [row]
+        measured = [row["baseline"], row] if "baseline" in row else [row]
         values = [f"{each['value']:.4f}" + (f" ± {each['stderr']:.4f}" if each["stderr"] else "") for each in measured]
         table.add_row(row["task"], row["metric"], str(row["examples"]), *values)
     printer.console.print(table)
@@ -149,10 +149,10 @@ def _print_tasks(printer: Printer, rows: list[api.Row], models: list[str | None]
 @evaluate.command()
 @setup_options
 @click.option("--prompts", type=click.Path(path_type=Path), help=".txt, one a line; or .jsonl of prompt or messages.")
-@click.option("--prompt", multiple=True, help=f"A prompt; may be given again.  [default: {PROMPT}]")
-@click.option("--tokens", type=click.IntRange(min=1), default=40, show_default=True, help="Tokens to write.")
+@click.option("--prompt", multiple=True, help=f"A prompt; may be given again.  [default: {len(PROMPTS)} short ones]")
+@click.option("--tokens", type=click.IntRange(min=1), default=TOKENS, show_default=True, help="Tokens to write.")
 def generate(prompts: Path | None, prompt: tuple[str, ...], tokens: int, **options: Any) -> None:
-    """Greedy continuations by CHECKPOINT and by the baseline; the last line is JSON."""
+    """Greedy continuations by the baseline and by CHECKPOINT; the last line is JSON."""
     printer = Printer(options)
     asked = [Prompt(text) for text in prompt] + (read_prompts(prompts) if prompts else [])
     row = api.continuations(prompts=asked, tokens=tokens, progress=printer, **options)
@@ -160,7 +160,7 @@ def generate(prompts: Path | None, prompt: tuple[str, ...], tokens: int, **optio
     models = [name for name in (options["checkpoint"], options["baseline"]) if name]
     for each in row["rows"]:
         printer.console.print(Text(each["prompt"], style="bold"))
-        for name, text in zip(models, each["texts"], strict=True):
+        for name, text in reversed(list(zip(models, each["texts"], strict=True))):
             printer.console.print(f"  {name}: {' '.join(text.split())}")
     if options["baseline"]:
         printer.console.print(f"{row['equal']} of {row['prompts']} continuations are the same")
@@ -183,7 +183,7 @@ def code(
     settings: dict[str, Any] = {"problems": problems, "allow_code": allow_code, "tokens": tokens, "limit": limit}
     row = api.programs(limits=Limits(seconds, memory), progress=printer, **settings, **options)
     printer.display.stop()
-    for found in (row, row["baseline"]) if "baseline" in row else (row,):
+    for found in (row["baseline"], row) if "baseline" in row else (row,):
         failed = [each for each in found["rows"] if not each["passed"]]
         passed = f"{len(found['rows']) - len(failed)} of {len(found['rows'])} problems"
         printer.console.print(f"{found['model']}: pass@1 {found['pass_at_1']:.4f}, {passed}")

@@ -138,10 +138,10 @@ PARTS: dict[str, tuple[Decorator, ...]] = {
         click.option(
             "--eval",
             "measures",
-            default="ppl",
+            default=",".join(MEASURES),
             show_default=True,
             callback=lambda context, option, value: parse_measures(value),
-            help=f"Measurements with --eval-windows: {', '.join(MEASURES)}. A report is written too.",
+            help="Measures on those windows: perplexity, divergence (kl); text is three prompts side by side.",
         ),
     ),
     "Output on the screen": OUTPUT_OPTIONS,

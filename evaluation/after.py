@@ -1,40 +1,46 @@
 """Measurements that `quantize` makes of its own result, on text that calibration never uses."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+import torch
+
 from lowbit.calibrate.data import leading_bos
 from lowbit.errors import CheckpointError, UsageError, nearest
-from lowbit.evaluation.backend import Backend, open_backend
+from lowbit.evaluation.backend import Backend, TransformersBackend, choose_backend, open_backend
 from lowbit.evaluation.divergence import divergence
+from lowbit.evaluation.generate import PROMPTS, TOKENS, Prompt, continuations, texts_row
 from lowbit.evaluation.perplexity import Score, difference, perplexity
 from lowbit.evaluation.text import Protocol, cut
 from lowbit.models.source import Source
 from lowbit.progress import Step, tell
 
 CONTEXT = 512
-MEASURES = ("ppl", "kl")
+MEASURES = ("ppl", "kl", "text")
 HELDOUT = "builtin held-out"  # name of that text in rows
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Scores of the original and of the checkpoint, and rows for the checkpoint; both empty if nothing was measured."""
+    """Scores of the original and of the checkpoint, and rows for the checkpoint; all empty if nothing was measured.
 
-    scores: tuple[Score, ...]
-    rows: tuple[dict[str, Any], ...]
+    lacks  sentences about measures that were left out, with the reason
+    """
 
-    @property
-    def divergence(self) -> dict[str, Any] | None:
-        """The row of the divergence, if measured."""
-        return next((row for row in self.rows if row["evaluation"] == "divergence"), None)
+    scores: tuple[Score, ...] = ()
+    rows: tuple[dict[str, Any], ...] = ()
+    lacks: tuple[str, ...] = ()
 
     def labelled(self, original: str, quantized: str) -> list[dict[str, Any]]:
-        """The rows with publishable names for the two models."""
-        names = {"model": quantized, "text": HELDOUT}
-        return [row | names | {"baseline": row["baseline"] | {"model": original}} for row in self.rows]
+        """The rows with publishable names for the two models and the text."""
+        scored = {"model": quantized, "text": HELDOUT}
+        names = {"generate": {"model": quantized}}
+        return [
+            row | names.get(row["evaluation"], scored) | {"baseline": row["baseline"] | {"model": original}}
+            for row in self.rows
+        ]
 
 
 def parse_measures(text: str) -> tuple[str, ...]:
@@ -56,17 +62,53 @@ def require_measures(names: Sequence[str], windows: int = 0) -> None:
 def measure(
     original: Source, written: Source, text: str, windows: int, measures: tuple[str, ...], device: str
 ) -> Measured:
-    """The `measures` on the first `windows` of `text`, one block in memory at a time. Empty for 0 windows.
+    """The `measures` of both models. Empty for 0 windows.
 
-    CheckpointError if a loss is not finite.
+    Perplexity and divergence are of the first `windows` of `text`, with one block in memory at a time. Texts need a
+    whole model in memory, and are left out if there is no room for it. CheckpointError if a loss is not finite.
     """
     if not windows or not measures:
-        return Measured((), ())
+        return Measured()
+    scored = (
+        _scored(original, written, text, windows, measures, device) if {"ppl", "kl"} & set(measures) else Measured()
+    )
+    if "text" not in measures:
+        return scored
+    lack = reason_against_texts(original, device)
+    if lack is not None:
+        return replace(scored, lacks=(lack,))
+    return replace(scored, rows=(*scored.rows, _texts((written, original), device)))
+
+
+def reason_against_texts(original: Source, device: str) -> str | None:
+    """The reason why `quantize` cannot let the models write, or None."""
+    if choose_backend(original, device, torch.float32) != TransformersBackend.name:
+        return (
+            "the models wrote no texts, for which a whole one must be in memory; with more of it: lowbit eval "
+            "generate DIR --baseline MODEL --record"
+        )
+    return None
+
+
+def _texts(sources: Sequence[Source], device: str) -> dict[str, Any]:
+    """The row of the models' continuations of PROMPTS, one model in memory at a time."""
+    prompts = [Prompt(text) for text in PROMPTS]
+    written: list[list[list[int]]] = []
+    for source in sources:
+        backend = TransformersBackend(source, device)
+        steps = partial(_tell_step, f"continuing prompts with the {'original' if written else 'checkpoint'}")
+        written.append(continuations(backend, prompts, TOKENS, on_step=steps))
+    return texts_row(prompts, written, [source.tokenizer() for source in sources], TOKENS) | {"baseline": {}}
+
+
+def _scored(
+    original: Source, written: Source, text: str, windows: int, measures: tuple[str, ...], device: str
+) -> Measured:
     begins = len(leading_bos(original.tokenizer())) > 0  # such a model is always used with BOS
     protocol = Protocol(context_for(original), windows=windows, bos=begins)
     before, after = (open_backend("blocks", source, device) for source in (original, written))
     for backend, what in ((before, "original"), (after, "checkpoint")):
-        backend.on_block = partial(_tell_block, f"scoring the {what}")
+        backend.on_block = partial(_tell_step, f"scoring the {what}")
     if "kl" in measures:
         found = divergence(after, before, cut(text, original, protocol))
         scores, row = (found.baseline, found.quantized), {"evaluation": "divergence"} | found.as_json()
@@ -82,7 +124,7 @@ def measure(
     return Measured(scores, (row,))
 
 
-def _tell_block(title: str, done: int, total: int) -> None:
+def _tell_step(title: str, done: int, total: int) -> None:
     tell(Step(title, done, total))
 
 

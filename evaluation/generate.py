@@ -13,7 +13,8 @@ from lowbit.export.files import read_text
 from lowbit.export.plain import parse_json
 from lowbit.models.chat import render_chat
 
-PROMPT = "The capital of France is"
+PROMPTS = ("The capital of France is", "Three reasons to learn to swim are", "def fibonacci(n):")
+TOKENS = 40
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,18 @@ def continuations(
             journal.add(index, {"ids": backend.generate(prompt, tokens)})
     on_step(len(ids), len(ids))
     return [journal.rows[index]["ids"] for index in range(len(ids))]
+
+
+def texts_row(
+    prompts: Sequence[Prompt], written: Sequence[Sequence[list[int]]], tokenizers: Sequence[Any], tokens: int
+) -> dict[str, Any]:
+    """The row of all prompts; with two models also the number of equal continuations.
+
+    written  for each model, the continuation of each prompt
+    """
+    rows = [side_by_side(each, [texts[i] for texts in written], tokenizers) for i, each in enumerate(prompts)]
+    row = {"evaluation": "generate", "tokens": tokens, "rows": rows}
+    return row if len(written) < 2 else row | {"equal": sum(each["equal"] for each in rows), "prompts": len(rows)}
 
 
 def side_by_side(prompt: Prompt, written: list[list[int]], tokenizers: Sequence[Any]) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """The model card, README.md of a checkpoint. Later measurements update their section; users' own text is kept."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,9 @@ from yaml import YAMLError
 from lowbit import __version__
 from lowbit.evaluation.report.facts import headline, scored
 from lowbit.evaluation.report.page import environment_of
-from lowbit.export.engines.readers import readers_of
+from lowbit.evaluation.report.use import plain, use_of
+from lowbit.export.engines.lowbit import LOWBIT
+from lowbit.export.engines.transformers import TRANSFORMERS
 from lowbit.export.escape import Written, code
 from lowbit.export.files import read_text, write_text
 from lowbit.export.formats import LogicalTensors
@@ -67,24 +69,19 @@ def _metadata(card: Path) -> dict[str, Any]:
         return {}
 
 
-def write_card(
-    directory: Path, facts: dict[str, Any], tensors: LogicalTensors, original: Original, caveats: Mapping[str, Any]
-) -> tuple[str, ...]:
-    """Write README.md of the checkpoint in `directory`. Returns the names of the engines that it says load it.
+def write_card(directory: Path, facts: dict[str, Any], tensors: LogicalTensors, original: Original) -> None:
+    """Write README.md of the checkpoint in `directory`.
 
     facts     of the checkpoint, from `facts_of`
     original  the model that was quantized
-    caveats   a warning for users of other programs -> names of the engines that therefore cannot load it
     """
-    refused = {name for names in caveats.values() for name in names}
-    readers = _readers(tensors, refused)
     dataset = facts["calibration"]["dataset"] or ""
     data = ModelCardData(
         base_model=original.base_model,
         base_model_relation="quantized" if original.is_base else None,
         library_name="transformers",
         pipeline_tag=original.pipeline,
-        tags=["quantized", *_short_names(tensors), facts["format"], *_tags(readers), "lowbit", facts["method"]],
+        tags=["quantized", *_short_names(tensors), facts["format"], *_tags(facts["use"]), "lowbit", facts["method"]],
         datasets=[found[0] for each in dataset.split(",") if (found := HUB_DATASET.match(each.strip()))] or None,
         **original.carried,
     )
@@ -94,13 +91,11 @@ def write_card(
         facts=facts,
         original=original,
         measured=_measured(facts),
-        name=Written(_plain(facts["name"])),
-        use=_use(_plain(facts["name"]), tensors, readers, original.pipeline),
-        warnings=list(caveats),
+        name=Written(plain(facts["name"])),
+        use=_use(facts["use"]),
         version=__version__,
     )
     write_text(directory / CARD, f"---\n{data.to_yaml()}\n---\n\n{text}")
-    return readers
 
 
 def refresh_card(directory: Path, facts: dict[str, Any]) -> bool:
@@ -134,8 +129,7 @@ def convert_card(directory: Path, source: Path, tensors: LogicalTensors, before:
     own = _section("use").search(text)
     card: Any = ModelCard(text, ignore_metadata_errors=True)
     if own:
-        pipeline = str(card.data.pipeline_tag)
-        card.text = _put(card.text, "use", _use(own["name"], tensors, _readers(tensors), pipeline), own["name"])
+        card.text = _put(card.text, "use", _use(use_of(own["name"], tensors)), own["name"])
     card.data.tags = [tensors.format.name if tag == before else tag for tag in card.data.tags or []] or None
     name = tensors.format.name
     note = f"Converted from {code(before)} to {code(name)} by lowbit {__version__}, without requantizing."
@@ -143,14 +137,8 @@ def convert_card(directory: Path, source: Path, tensors: LogicalTensors, before:
     write_text(directory / CARD, f"{str(card).strip()}\n\n## Converted\n\n{note}{ending}\n".lstrip())
 
 
-def _readers(tensors: LogicalTensors, refused: set[str] | None = None) -> tuple[str, ...]:
-    assert tensors.format is not None
-    shapes = {name: tensors.shape(name) for name in tensors.schemes}
-    return readers_of(tensors.format, tensors.schemes, shapes, refused or ())
-
-
-def _tags(readers: tuple[str, ...]) -> list[str]:
-    return [name.lower() for name in readers if name not in ("transformers", "lowbit")]
+def _tags(use: Sequence[dict[str, Any]]) -> list[str]:
+    return [each["reader"].lower() for each in use if each["reader"] not in (TRANSFORMERS.name, LOWBIT.name)]
 
 
 def _short_names(tensors: LogicalTensors) -> list[str]:
@@ -183,19 +171,9 @@ def _measured(facts: dict[str, Any]) -> Written:
     return Written(template.render(facts=facts, scores=scored(facts), headline=headline(facts)).strip())
 
 
-def _use(name: str, tensors: LogicalTensors, readers: tuple[str, ...], pipeline: str) -> Written:
-    """The commands with which each of `readers` loads the checkpoint called `name`, for the task `pipeline`."""
-    assert tensors.format is not None
-    package = {"gptqmodel": "gptqmodel optimum"}.get(tensors.format.package, tensors.format.package)
-    kind = "AutoModelForImageTextToText" if pipeline == "image-text-to-text" else "AutoModelForCausalLM"
-    template = environment_of("md").get_template("use.md.j2")
-    values = {"name": Written(name), "readers": readers, "package": Written(package), "kind": Written(kind)}
-    return Written(template.render(values).strip())
-
-
-def _plain(name: str) -> str:
-    """`name` if it needs no quotes in a command; otherwise a placeholder."""
-    return name if re.fullmatch(r"[\w./-]+", name, re.ASCII) else "DIR"
+def _use(rows: Sequence[dict[str, Any]]) -> Written:
+    """The commands with which engines load the checkpoint, as Markdown."""
+    return Written(environment_of("md").get_template("use.md.j2").render(facts={"use": rows}).strip())
 
 
 def _measured_into(data: Any, facts: dict[str, Any]) -> None:

@@ -15,6 +15,7 @@ import torch
 from lowbit.errors import CheckpointError
 from lowbit.evaluation.record import FILE, merge_rows
 from lowbit.evaluation.report.family import families_of, family_of
+from lowbit.evaluation.report.use import use_of
 from lowbit.export.checkpoint import Checkpoint, open_checkpoint
 from lowbit.export.escape import one_line
 from lowbit.export.files import read_text
@@ -105,6 +106,8 @@ def _facts(
         | {key: recipe.get(key) for key in ("num_samples", "seqlen", "calibration_sha256")},
         "bytes": _sizes(checkpoint, run, kinds),
         "kinds": kinds,
+        "use": use_of(name or published_name(str(directory)), tensors, _refused(run)),
+        "caveats": list(run.get("caveats", {})),
         "coverage": run.get("coverage"),
         "left": _left(run),
         "fallbacks": _fallbacks(run),
@@ -193,6 +196,11 @@ def _sizes(checkpoint: Checkpoint, run: dict[str, Any], kinds: list[dict[str, An
         "parameters": parameters,
         "bits": round(8 * checkpoint.nbytes / max(parameters, 1), 3),
     }
+
+
+def _refused(run: dict[str, Any]) -> set[str]:
+    """The engines that cannot load the checkpoint, by the caveats of the run."""
+    return {name for names in run.get("caveats", {}).values() for name in names}
 
 
 def _left(run: dict[str, Any]) -> list[dict[str, Any]]:
@@ -303,9 +311,14 @@ def scored(facts: dict[str, Any]) -> list[dict[str, Any]]:
 
 def headline(facts: dict[str, Any]) -> dict[str, Any] | None:
     """The row that says best what was lost: most tokens, on a text of another family than the calibration's if any."""
-    compared = [row for row in scored(facts) if row["baseline"] and row["delta_nll"] is not None]
-    foreign = [row for row in compared if row["text"] not in facts["marks"]]
-    return max(foreign or compared, key=lambda row: row["tokens"] or 0, default=None)
+    return of_other_text(facts, (row for row in scored(facts) if row["baseline"] and row["delta_nll"] is not None))
+
+
+def of_other_text(facts: dict[str, Any], rows: Iterable[dict[str, Any]]) -> dict[str, Any] | None:
+    """The row with most tokens, on a text of another family than the calibration's if there is one."""
+    known = list(rows)
+    foreign = [row for row in known if row["text"] not in facts["marks"]]
+    return max(foreign or known, key=lambda row: row["tokens"] or 0, default=None)
 
 
 def conditions(row: dict[str, Any]) -> tuple[Any, ...]:

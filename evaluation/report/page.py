@@ -8,14 +8,14 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from lowbit.evaluation.report.compare import comparison
-from lowbit.evaluation.report.facts import as_written, scored
+from lowbit.evaluation.report.facts import as_written, headline, of_other_text, scored
 from lowbit.evaluation.report.plots import (
-    bytes_plot,
-    heat_map,
+    heat_step,
     loss_plot,
     megabytes,
     outlier_plot,
     pareto_plot,
+    plot,
     position_plot,
     survival_plot,
     tuning_plot,
@@ -32,10 +32,16 @@ def render(facts: dict[str, Any], kind: str) -> str:
 
 
 def _rendered(facts: dict[str, Any], kind: str) -> str:
-    divergence = next((row for row in facts["evaluations"]["divergence"] if row["kl_mean"] is not None), None)
+    divergence = of_other_text(facts, (row for row in facts["evaluations"]["divergence"] if row["kl_mean"] is not None))
+    scores = scored(facts)
+    values = {
+        "facts": facts,
+        "divergence": divergence,
+        "scores": scores,
+        "headline": headline(facts) or (*scores, None)[0],
+    }
     figures = figures_of(facts, divergence) if kind == "html" else {}
-    template = environment_of(kind).get_template(f"checkpoint.{kind}.j2")
-    return template.render(facts=facts, divergence=divergence, scores=scored(facts), figures=figures)
+    return environment_of(kind).get_template(f"checkpoint.{kind}.j2").render(**values, figures=figures)
 
 
 def render_comparison(all_facts: Sequence[dict[str, Any]], kind: str) -> str:
@@ -45,8 +51,8 @@ def render_comparison(all_facts: Sequence[dict[str, Any]], kind: str) -> str:
     with as_written(", ".join(str(facts["name"]) for facts in all_facts)):
         if kind == "html":
             figures = {
-                "size": pareto_plot(compared["points"], "gigabytes", "GB on disk"),
-                "speed": pareto_plot(compared["points"], "speed", "tokens a second", larger_is_better=True),
+                "size": plot(pareto_plot, compared["points"], "gigabytes", "GB on disk"),
+                "speed": plot(pareto_plot, compared["points"], "speed", "tokens a second", larger_is_better=True),
             }
         template = environment_of(kind).get_template(f"comparison.{kind}.j2")
         return template.render(compared=compared, figures=figures)
@@ -55,13 +61,11 @@ def render_comparison(all_facts: Sequence[dict[str, Any]], kind: str) -> str:
 def figures_of(facts: dict[str, Any], divergence: dict[str, Any] | None) -> dict[str, str | None]:
     """The figures of one checkpoint's page; None for those without data."""
     return {
-        "survival": survival_plot(divergence) if divergence else None,
-        "position": position_plot(divergence) if divergence else None,
-        "bytes": bytes_plot(facts["kinds"]),
-        "heat": heat_map(facts["errors"]) if facts["errors"] else None,
-        "losses": loss_plot(facts["losses"]),
-        "outliers": outlier_plot(facts["outliers"]),
-        "tuning": tuning_plot(facts["tuning"]),
+        "survival": plot(survival_plot, divergence) if divergence else None,
+        "position": plot(position_plot, divergence) if divergence else None,
+        "losses": plot(loss_plot, facts["losses"]),
+        "outliers": plot(outlier_plot, facts["outliers"]),
+        "tuning": plot(tuning_plot, facts["tuning"]),
     }
 
 
@@ -71,7 +75,13 @@ def environment_of(kind: str) -> Environment:
     loader = FileSystemLoader(TEMPLATES)
     environment = make(loader=loader, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"megabytes": megabytes, "percent": _percent, "number": _number}
-    environment.filters |= {"flat": _flat, "spaced": _spaced}
+    environment.filters |= {
+        "flat": _flat,
+        "spaced": _spaced,
+        "parted": _parted,
+        "unindented": _unindented,
+        "heat_step": heat_step,
+    }
     return environment
 
 
@@ -91,3 +101,14 @@ def _flat(text: str) -> str:
 def _spaced(token: str) -> str:
     """A token with visible white space."""
     return token.replace(" ", "␣").replace("\n", "⏎").replace("\t", "⇥") or "nothing"
+
+
+def _parted(text: str, common: str | None) -> tuple[str, str]:
+    """The beginning that `text` shares with the other model's, and the rest."""
+    shared = common if common and text.startswith(common) else ""
+    return shared, text[len(shared) :]
+
+
+def _unindented(text: str) -> str:
+    """`text` without the line breaks, or the space, at its beginning."""
+    return text.lstrip("\n") if text.startswith("\n") else text.removeprefix(" ")

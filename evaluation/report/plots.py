@@ -1,12 +1,13 @@
 """Figures as SVG by matplotlib, with colours set by the page: one drawing serves the light and the dark theme.
 
 Marks are drawn in placeholder colours, which are replaced by the page's CSS variables in the finished SVG. Marks with a
-name get a tooltip. Text stays text, in the page's own font.
+name get a tooltip. Text stays text, in the page's own font. A unit of a drawing is a pixel of the page: each figure is
+drawn once for a narrow card and once for a wide one, so that its text has the same size in both.
 """
 
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from html import escape
 from io import StringIO
 from itertools import pairwise
@@ -15,21 +16,24 @@ from typing import Any
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 VARIABLES = {"ink": "#000001", "muted": "#000002", "grid": "#000003", "card": "#000004"}
-VARIABLES |= {"before": "#000010", "after": "#000011", "accent": "#000012", "bad": "#000013"}
+VARIABLES |= {"before": "#000010", "after": "#000011"}
 HEAT_STEPS = 9
-VARIABLES |= {f"heat-{step}": f"#0000{32 + step:02x}" for step in range(HEAT_STEPS)}
 INK, MUTED, GRID, CARD = (VARIABLES[name] for name in ("ink", "muted", "grid", "card"))
-BEFORE, AFTER, ACCENT = (VARIABLES[name] for name in ("before", "after", "accent"))
+BEFORE, AFTER = (VARIABLES[name] for name in ("before", "after"))
+TYPE = 12  # pixels; all text of all figures
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "lowbit",
     "font.family": "sans-serif",
     "font.sans-serif": ["DejaVu Sans"],
-    "font.size": 9,
+    "font.size": TYPE,
+    "axes.titlesize": TYPE,
+    "axes.labelsize": TYPE,
+    "xtick.labelsize": TYPE,
+    "ytick.labelsize": TYPE,
     "text.parse_math": False,  # no TeX: a dollar in a module's name is a dollar
     "text.color": INK,
     "axes.labelcolor": MUTED,
@@ -53,22 +57,38 @@ STYLE: dict[Any, Any] = {
     "lines.solid_capstyle": "round",
     "legend.frameon": False,
 }
-WIDTH = 5.2  # inches of 72 points: a card on a desktop, or a phone held upright
-WIDE = 10.6  # a card over the whole page; it scrolls on a phone
+NARROW, WIDE = 334, 522  # pixels of a card's content: on a phone, and on a desktop; style.css swaps them
+DPI = 72  # of SVG by matplotlib
+
+Draw = Callable[..., "Drawing | None"]
+
+
+def plot(draw: Draw, *values: Any, **settings: Any) -> str | None:
+    """A figure at both widths as HTML; None if `draw` has no data."""
+    drawn = [draw(*values, width, **settings) for width in (NARROW, WIDE)]
+    return (
+        "".join(
+            f'<div class="plot {name}">{each.svg()}</div>'
+            for name, each in zip(("narrow", "wide"), drawn, strict=True)
+            if each is not None
+        )
+        or None
+    )
 
 
 class Drawing:
     """A figure under construction.
 
     label    description for people who cannot see it
+    width, height  in pixels
     tooltips  mark's name -> text
     """
 
-    def __init__(self, label: str, height: float = 2.9, width: float = WIDTH, rows: int = 1, columns: int = 1) -> None:
+    def __init__(self, label: str, width: int, height: int = 250, rows: int = 1, columns: int = 1) -> None:
         self.label = label
         self.tooltips: dict[str, str] = {}
         with mpl.rc_context(STYLE):
-            self.figure = Figure(figsize=(width, height), layout="constrained")
+            self.figure = Figure(figsize=(width / DPI, height / DPI), layout="constrained")
             self.axes: list[Axes] = list(self.figure.subplots(rows, columns, squeeze=False).flat)
 
     def name(self, text: str) -> str:
@@ -99,37 +119,37 @@ def _for_page(svg: str, label: str, tooltips: dict[str, str]) -> str:
     return re.sub(r'<g id="[a-z_0-9.]+">', "<g>", svg)
 
 
-def survival_plot(row: dict[str, Any]) -> str | None:
+def survival_plot(row: dict[str, Any], width: int) -> Drawing | None:
     """Share of tokens whose divergence exceeds x: the tail shows damage that a mean hides."""
     points = [(kl, share) for kl, share in row.get("survival") or [] if kl > 0]
     if len(points) < 3:
         return None
-    drawing = Drawing("Share of tokens whose divergence exceeds a value", 3.0)
+    drawing = Drawing("Share of tokens whose divergence exceeds a value", width)
     [axes] = drawing.axes
     kls, shares = zip(*points, strict=True)
     axes.plot(kls, shares, color=AFTER, linewidth=2.2)
     axes.fill_between(kls, shares, min(shares), color=AFTER, alpha=0.12, linewidth=0)
     axes.set_xscale("log")
     axes.set_yscale("log")
-    axes.set_xlim(max(min(kls), 1e-5), max(kls) * 1.6)
+    axes.set_xlim(max(min(kls), 1e-5), max(kls) * 6)  # room for the texts
     for key, text in (("kl_mean", "mean"), ("kl_p99", "99%"), ("kl_p999", "99.9%")):
         value = row.get(key)
         if value:
             share = max(_share_at(points, value), min(shares))
-            [dot] = axes.plot([value], [share], "o", color=ACCENT, markersize=5.5)
+            [dot] = axes.plot([value], [share], "o", markerfacecolor=CARD, color=AFTER, markersize=7, markeredgewidth=2)
             dot.set_gid(drawing.name(f"{text}: {value:.4g} nats; {share:.2%} of tokens beyond it"))
             axes.annotate(
                 f"{text} {value:.3g}",
                 (value, share),
-                (6, 5),
+                (7, 4),
                 textcoords="offset points",
                 color=INK,
-                fontsize=8.5,
+                fontsize=TYPE,
             )
     axes.set_xlabel("KL divergence from the original, nats")
     axes.set_ylabel("share of tokens beyond")
     _decades(axes)
-    return drawing.svg()
+    return drawing
 
 
 def _share_at(points: Sequence[tuple[float, float]], value: float) -> float:
@@ -144,24 +164,24 @@ def _share_at(points: Sequence[tuple[float, float]], value: float) -> float:
 
 def _decades(axes: Axes) -> None:
     for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_locator(LogLocator(10, numticks=6))
+        axis.set_major_locator(LogLocator(10, numticks=5))
         axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axis.set_minor_locator(NullLocator())
 
 
-def position_plot(row: dict[str, Any]) -> str | None:
+def position_plot(row: dict[str, Any], width: int) -> Drawing | None:
     """Divergence by position in the window."""
     buckets = row.get("by_position") or []
     if len(buckets) < 2:
         return None
-    drawing = Drawing("Mean divergence by position in the window", 3.0)
+    drawing = Drawing("Mean divergence by position in the window", width)
     [axes] = drawing.axes
     for bucket in buckets:
-        begin, width = bucket["from"], bucket["to"] - bucket["from"] + 1
+        begin, span = bucket["from"], bucket["to"] - bucket["from"] + 1
         text = f"tokens {bucket['from']}-{bucket['to']}: KL {bucket['kl']:.4g}, top-1 {bucket['top1']:.1%}"
-        [bar] = axes.bar(begin, bucket["kl"], width * 0.86, align="edge", color=AFTER, gid=drawing.name(text))
+        [bar] = axes.bar(begin, bucket["kl"], span * 0.86, align="edge", color=AFTER, gid=drawing.name(text))
         bar.set_joinstyle("round")
-    axes.axhline(row["kl_mean"], color=ACCENT, linewidth=1.3, dashes=(3, 2))
+    axes.axhline(row["kl_mean"], color=INK, linewidth=1.2, dashes=(3, 2))
     axes.annotate(
         f"mean {row['kl_mean']:.3g}",
         (1, row["kl_mean"]),
@@ -170,63 +190,13 @@ def position_plot(row: dict[str, Any]) -> str | None:
         textcoords="offset points",
         ha="right",
         color=INK,
-        fontsize=8.5,
+        fontsize=TYPE,
         bbox={"facecolor": CARD, "edgecolor": "none", "pad": 1.5, "alpha": 0.85},
     )
     axes.set_xlabel("position in the window, tokens")
     axes.set_ylabel("mean KL, nats")
     axes.grid(visible=False, axis="x")
-    return drawing.svg()
-
-
-def bytes_plot(kinds: Sequence[dict[str, Any]]) -> str:
-    """Bytes of each kind of module before and after; small kinds are merged."""
-    rows = [*kinds[:10]]
-    rest = kinds[10:]
-    if rest:
-        known = all(row["before"] is not None for row in rest)
-        before = sum(row["before"] for row in rest) if known else None
-        rows.append({"kind": f"{len(rest)} others", "before": before, "after": sum(row["after"] for row in rest)})
-    drawing = Drawing("Bytes by kind of module, before and after", 0.65 + 0.32 * len(rows))
-    [axes] = drawing.axes
-    for index, row in enumerate(rows):
-        if row["before"] is not None:
-            text = f"{row['kind']} before: {megabytes(row['before'])}"
-            axes.barh(index, row["before"] / 1e6, 0.72, color=BEFORE, gid=drawing.name(text))
-        axes.barh(
-            index,
-            row["after"] / 1e6,
-            0.38,
-            color=AFTER,
-            gid=drawing.name(f"{row['kind']} after: {megabytes(row['after'])}"),
-        )
-    axes.set_yticks(range(len(rows)), [row["kind"] for row in rows], color=INK)
-    axes.invert_yaxis()
-    axes.set_xlabel("MB")
-    axes.grid(visible=False, axis="y")
-    return drawing.svg()
-
-
-def heat_map(errors: dict[str, Any]) -> str:
-    """Error of every kind of linear in every block."""
-    kinds, values = errors["kinds"], errors["values"]
-    drawing = Drawing("Error by block and kind of linear", 0.6 + 0.34 * len(kinds), WIDE)
-    [axes] = drawing.axes
-    for x, row in enumerate(values):
-        for y, value in enumerate(row):
-            if value is not None:
-                name = drawing.name(f"block {x}, {kinds[y]}: {value:.3g}")
-                colour = VARIABLES[f"heat-{heat_step(value, errors['low'], errors['high'])}"]
-                axes.add_patch(Rectangle((x + 0.04, y + 0.05), 0.92, 0.9, facecolor=colour, linewidth=0, gid=name))
-    axes.set_xlim(0, len(values))
-    axes.set_ylim(len(kinds), 0)
-    axes.set_yticks([y + 0.5 for y in range(len(kinds))], kinds, color=INK)
-    step = max(len(values) // 15, 1)
-    axes.set_xticks([x + 0.5 for x in range(0, len(values), step)], [str(x) for x in range(0, len(values), step)])
-    axes.set_xlabel("block")
-    axes.grid(visible=False)
-    axes.spines["bottom"].set_visible(False)
-    return drawing.svg()
+    return drawing
 
 
 def heat_step(value: float, least: float, most: float) -> int:
@@ -240,12 +210,12 @@ def heat_step(value: float, least: float, most: float) -> int:
     return min(max(int(part * HEAT_STEPS), 0), HEAT_STEPS - 1)
 
 
-def loss_plot(losses: Sequence[float | None]) -> str | None:
+def loss_plot(losses: Sequence[float | None], width: int) -> Drawing | None:
     """Relative squared error of each block's output."""
     points = [(index, loss) for index, loss in enumerate(losses) if loss is not None]
     if not points:
         return None
-    drawing = Drawing("Squared error of each block's output", 3.6)
+    drawing = Drawing("Squared error of each block's output", width, 300)
     [axes] = drawing.axes
     for index, loss in points:
         axes.bar(index, loss, 0.8, color=AFTER, gid=drawing.name(f"block {index}: {loss:.4g}"))
@@ -253,32 +223,30 @@ def loss_plot(losses: Sequence[float | None]) -> str | None:
     axes.set_ylabel("relative squared error")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(visible=False, axis="x")
-    return drawing.svg()
+    return drawing
 
 
-def tuning_plot(values: Sequence[float]) -> str | None:
+def tuning_plot(values: Sequence[float], width: int) -> Drawing | None:
     """Divergence from the unquantized model on the calibration text, step by step of the tuning."""
     if len(values) < 2:
         return None
-    drawing = Drawing("Divergence from the original while scales and norms were tuned", 3.0)
+    drawing = Drawing("Divergence from the original while scales and norms were tuned", width)
     [axes] = drawing.axes
     axes.plot(values, color=AFTER, linewidth=1.8)
     axes.set_xlabel("step")
     axes.set_ylabel("KL, nats a token")
     axes.set_ylim(bottom=0)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    return drawing.svg()
+    return drawing
 
 
-def outlier_plot(rows: Sequence[dict[str, Any]]) -> str | None:
+def outlier_plot(rows: Sequence[dict[str, Any]], width: int) -> Drawing | None:
     """Largest over median input channel, before and after transforms."""
     if not rows:
         return None
     columns = 2 if len(rows) > 1 else 1
     lines = math.ceil(len(rows) / columns)
-    drawing = Drawing(
-        "Outliers of each site's inputs, before and after", 0.4 + 1.55 * lines, rows=lines, columns=columns
-    )
+    drawing = Drawing("Outliers of each site's inputs, before and after", width, 20 + 140 * lines, lines, columns)
     for axes, row in zip(drawing.axes, rows, strict=False):
         axes.plot(_gaps(row["before"]), color=BEFORE, linewidth=2.6)
         axes.plot(_gaps(row["after"]), color=AFTER, linewidth=1.8)
@@ -286,12 +254,12 @@ def outlier_plot(rows: Sequence[dict[str, Any]]) -> str | None:
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}×"))
         axes.yaxis.set_minor_locator(NullLocator())
         axes.yaxis.set_major_locator(LogLocator(10, (1, 2, 5) if _span(row) < 50 else (1,), numticks=6))
-        axes.set_title(short_kinds(row["kinds"]), fontsize=9, color=INK, loc="left")
+        axes.set_title(short_kinds(row["kinds"]), color=INK, fontsize=TYPE, loc="left")
         axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
         axes.grid(visible=False, axis="x")
     for axes in drawing.axes[len(rows) :]:
         axes.set_visible(False)
-    return drawing.svg()
+    return drawing
 
 
 def _span(row: dict[str, Any]) -> float:
@@ -311,7 +279,9 @@ def short_kinds(kinds: Sequence[str]) -> str:
     return ", ".join(kind.rpartition(".")[2].removesuffix("_proj") for kind in kinds)
 
 
-def pareto_plot(points: Sequence[dict[str, Any]], x: str, label: str, larger_is_better: bool = False) -> str | None:
+def pareto_plot(
+    points: Sequence[dict[str, Any]], x: str, label: str, width: int, larger_is_better: bool = False
+) -> Drawing | None:
     """Perplexity over a cost, with the Pareto front.
 
     points  rows with `name`, `perplexity` and a number under `x`; the unquantized model has `baseline` True
@@ -319,21 +289,21 @@ def pareto_plot(points: Sequence[dict[str, Any]], x: str, label: str, larger_is_
     known = [point for point in points if point.get(x) is not None and point.get("perplexity") is not None]
     if len(known) < 2:
         return None
-    drawing = Drawing(f"Perplexity over {label}", 3.4)
+    drawing = Drawing(f"Perplexity over {label}", width, 300)
     [axes] = drawing.axes
     front = pareto_front([(point[x], point["perplexity"]) for point in known], larger_is_better)
-    axes.plot(*zip(*front, strict=True), color=ACCENT, linewidth=1.4, dashes=(3, 2), drawstyle="steps-post", zorder=1)
+    axes.plot(*zip(*front, strict=True), color=MUTED, linewidth=1.2, dashes=(3, 2), drawstyle="steps-post", zorder=1)
     for point in known:
         colour, marker = (BEFORE, "D") if point.get("baseline") else (AFTER, "o")
         [dot] = axes.plot(point[x], point["perplexity"], marker, color=colour, markersize=8, zorder=3)
         text = f"{point['name']}: {point[x]:.4g} {label}, perplexity {point['perplexity']:.4f}"
         dot.set_gid(drawing.name(text))
         spot = (point[x], point["perplexity"])
-        axes.annotate(point["name"], spot, (7, 6), textcoords="offset points", color=INK, fontsize=8.5)
+        axes.annotate(point["name"], spot, (7, 6), textcoords="offset points", color=INK, fontsize=TYPE)
     axes.margins(0.18, 0.16)
     axes.set_xlabel(label)
     axes.set_ylabel("perplexity")
-    return drawing.svg()
+    return drawing
 
 
 def pareto_front(points: Sequence[tuple[float, float]], larger_is_better: bool) -> list[tuple[float, float]]:

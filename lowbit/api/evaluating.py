@@ -13,7 +13,7 @@ from lowbit.errors import UsageError
 from lowbit.evaluation.code import pass_at_1, read_problems, solve
 from lowbit.evaluation.divergence import Divergence, require_comparable
 from lowbit.evaluation.divergence import divergence as compare_distributions
-from lowbit.evaluation.generate import PROMPT, Prompt, side_by_side
+from lowbit.evaluation.generate import PROMPTS, TOKENS, Prompt, texts_row
 from lowbit.evaluation.generate import continuations as write_on
 from lowbit.evaluation.perplexity import Score, difference
 from lowbit.evaluation.perplexity import perplexity as score_text
@@ -163,13 +163,13 @@ def continuations(
     checkpoint: str | Path,
     *,
     prompts: Sequence[Prompt] = (),
-    tokens: int = 40,
+    tokens: int = TOKENS,
     baseline: str | Path | None = None,
     **options: Unpack[Setup],
 ) -> Row:
     """One row with the greedy continuations of `prompts`, by the checkpoint and by the baseline."""
     session = make_session(checkpoint, baseline, dict(options))
-    asked = list(prompts) or [Prompt(PROMPT)]
+    asked = list(prompts) or [Prompt(text) for text in PROMPTS]
     sources = [session.source(name) for name in session.models()]
     written = []
     for source in sources:
@@ -177,11 +177,9 @@ def continuations(
         with session.watched(backend) as on_step:
             written.append(write_on(backend, asked, tokens, session.library, on_step))
     tokenizers = [source.tokenizer() for source in sources]
-    rows = [side_by_side(each, [texts[i] for texts in written], tokenizers) for i, each in enumerate(asked)]
-    row = {"evaluation": "generate", "model": session.checkpoint, "tokens": tokens, "rows": rows}
+    row = {"model": session.checkpoint} | texts_row(asked, written, tokenizers, tokens)
     if session.baseline:
-        equal = sum(each["equal"] for each in rows)
-        row |= {"baseline": {"model": session.baseline}, "equal": equal, "prompts": len(rows)}
+        row["baseline"] = {"model": session.baseline}
     return session.finish(row)
 
 

@@ -20,7 +20,7 @@ from lowbit.calibrate.plan import Plan
 from lowbit.calibrate.report import BlockReport, Result
 from lowbit.calibrate.resume import Journal, journaled
 from lowbit.errors import CheckpointError, RecipeError, Unfinished, UsageError, nearest
-from lowbit.evaluation.after import Measured, measure, require_measures
+from lowbit.evaluation.after import MEASURES, Measured, measure, require_measures
 from lowbit.evaluation.perplexity import Score
 from lowbit.evaluation.record import record
 from lowbit.evaluation.report.card import Original, original_of, write_card
@@ -131,7 +131,7 @@ def quantize(
     device: str = "auto",
     revision: str | None = None,
     eval_windows: int = 4,
-    measures: Sequence[str] = ("ppl",),
+    measures: Sequence[str] = MEASURES,
     dry_run: bool = False,
     resume: bool = False,
     overwrite: bool = False,
@@ -153,7 +153,7 @@ def quantize(
     recipe        a Recipe, a mapping, or the path of a TOML file; `settings` override it
     settings      any key of a Recipe: method, bits, group_size, dataset, ignore, format, ...
     eval_windows  windows of held-out text to score before and after; 0 for none
-    measures      of "ppl" and "kl"
+    measures      of "ppl", "kl" and "text": perplexity, divergence, continuations of three prompts
     dry_run       stop before a weight is read
     resume        continue an interrupted run to the same output
     revision      branch, tag or commit of a hub id
@@ -326,6 +326,8 @@ def _written(this: _Run, output: Path, overwrite: bool, evaluation: tuple[int, t
         this.progress(Stage("measuring what was lost"))
         written = open_source(str(staging), job.source.trust_remote_code, finished=False)
         measured = measure(job.source, written, builtin_text("heldout"), *evaluation, job.device)
+        for lack in measured.lacks:
+            this.progress(Note(lack))
         readers = _write_papers(staging, this, result, measured, output.resolve().name)
     return Quantized(
         output,
@@ -375,8 +377,8 @@ def _write_papers(staging: Path, this: _Run, result: Result, measured: Measured,
     record(staging, measured.labelled(*labels))
     facts = facts_of(staging, name=name, finished=False)
     tensors = LogicalTensors(open_checkpoint(staging, finished=False))
-    readers = write_card(staging, facts, tensors, this.original, this.job.caveats())
+    write_card(staging, facts, tensors, this.original)
     if measured.rows:
         write_text(staging / "report.html", render(facts, "html"))
     seal(staging, FORMATS[result.recipe.format].container)
-    return readers
+    return tuple(each["reader"] for each in facts["use"])

@@ -8,12 +8,13 @@ import xml.etree.ElementTree as ET
 import pytest
 
 from lowbit.errors import CheckpointError
+from lowbit.evaluation.generate import PROMPTS
 from lowbit.evaluation.record import FILE, merge_rows, record
 from lowbit.evaluation.report.compare import comparison
 from lowbit.evaluation.report.facts import EVALUATIONS, bytes_by_kind, facts_of, group_of, kind_of
 from lowbit.evaluation.report.family import families_of, family_of
-from lowbit.evaluation.report.page import figures_of, render, render_comparison
-from lowbit.evaluation.report.plots import HEAT_STEPS, heat_step, megabytes, pareto_front, pareto_plot
+from lowbit.evaluation.report.page import environment_of, figures_of, render, render_comparison
+from lowbit.evaluation.report.plots import HEAT_STEPS, NARROW, WIDE, heat_step, megabytes, pareto_front, pareto_plot
 from lowbit.export.checkpoint import open_checkpoint
 from lowbit.export.escape import one_line
 from lowbit.export.formats import LogicalTensors
@@ -29,7 +30,7 @@ def awq(models, tmp_path_factory):
     """The tiny llama by awq, with a fallback: 96 inputs do not divide by 64."""
     output = tmp_path_factory.mktemp("awq") / "llama-awq"
     args = ("--method", "awq", "--group-size", 64, "--num-samples", 4, "--seqlen", 32)
-    done = run_quantize(models("llama")[1], *args, "--eval", "ppl,kl", "--eval-windows", 2, "-o", output)
+    done = run_quantize(models("llama")[1], *args, "--eval-windows", 2, "-o", output)
     assert done.code == 0, done.err
     return output
 
@@ -90,6 +91,58 @@ def test_a_run_without_calibration_shows_weight_errors(int4):
     assert "outputs were not measured" in render(facts, "html")
 
 
+def test_three_prompts_stand_side_by_side_by_default(awq):
+    [row] = facts_of(awq)["evaluations"]["generate"]
+    assert [each["prompt"] for each in row["rows"]] == list(PROMPTS)
+    facts = facts_of(awq)
+    after, before = "now {this}", "once <that>"
+    facts["evaluations"]["generate"] = [{"rows": [{"prompt": "So", "texts": [after, before], "common": ""}]}]
+    page, text = render(facts, "html"), render(facts, "md")
+    assert page.index("once &lt;that&gt;") < page.index(after)
+    assert "| `So` | `once <that>` | `now {this}` |" in text
+
+
+def test_a_model_too_large_for_memory_writes_no_texts(models, tmp_path, monkeypatch):
+    monkeypatch.setattr("lowbit.evaluation.after.choose_backend", lambda *given: "blocks")
+    done = run_quantize(
+        models("llama")[1], "--method", "rtn", "--group-size", 32, "--eval-windows", 1, "-o", tmp_path / "a"
+    )
+    assert done.code == 0, done.err
+    assert "the models wrote no texts" in " ".join(done.out.split())
+    assert [row["evaluation"] for row in read_rows(tmp_path / "a" / FILE)] == ["divergence"]
+
+
+def test_texts_are_parted_where_they_differ():
+    template = environment_of("html").from_string("{{ (text|parted(common))|join('|') }}")
+    assert template.render(text="blue sky", common="blue s") == "blue s|ky"
+    assert template.render(text="blue sky", common="red") == "|blue sky"
+    assert template.render(text="blue sky", common=None) == "|blue sky"
+
+
+def test_the_page_loads_it_with_the_readers_of_the_card(awq):
+    facts, card = facts_of(awq), (awq / "README.md").read_text()
+    assert [each["reader"] for each in facts["use"]] == ["vLLM", "SGLang", "transformers", "lowbit"]
+    for kind in ("html", "md"):
+        for line in ("vllm serve llama-awq", "lowbit.load(", "pip install compressed-tensors"):
+            assert line in render(facts, kind)
+            assert line in card
+
+
+def test_an_engine_that_cannot_load_the_family_is_not_named(copied):
+    report = copied / "quantization_report.json"
+    run = json.loads(report.read_text())
+    report.write_text(json.dumps(run | {"caveats": {"strange <weights>": ["vLLM"]}}))
+    facts = facts_of(copied)
+    assert [each["reader"] for each in facts["use"]] == ["transformers", "lowbit"]
+    assert "strange &lt;weights&gt;" in render(facts, "html")
+
+
+def test_fallbacks_are_folded(awq):
+    page = render(facts_of(awq), "html")
+    folded = page[page.index("<summary>Fallbacks") :]
+    assert "int4-g32" in folded[: folded.index("</details>")]
+
+
 def test_experts_and_tuning_are_shown_where_there_are_any(copied):
     assert facts_of(copied)["experts"] is None
     run = json.loads((copied / "quantization_report.json").read_text())
@@ -115,7 +168,7 @@ def test_other_architectures(family, tmp_path):
     assert sum(row["after"] for row in facts["kinds"]) == open_checkpoint(tmp_path / "out").nbytes
     assert len(facts["errors"]["values"]) == 2
     assert len(facts["errors"]["kinds"]) < 12
-    assert "<svg" in render(facts, "html")
+    assert 'class="heat"' in render(facts, "html")
 
 
 @pytest.mark.parametrize(
@@ -166,16 +219,16 @@ def test_figures_are_well_formed_and_take_the_pages_colours(awq):
     facts = facts_of(awq)
     figures = figures_of(facts, facts["evaluations"]["divergence"][0])
     assert {name for name, svg in figures.items() if not svg} == {"tuning"}
-    for svg in filter(None, figures.values()):
-        root = ET.fromstring(svg)
-        assert root.get("aria-label")
-        assert root.get("viewBox")
-        assert root.get("width") is None
-        assert "#0000" not in svg
-        assert "var(--" in svg
-    titles = ET.fromstring(figures["heat"]).iter("{http://www.w3.org/2000/svg}title")
+    for figure in filter(None, figures.values()):
+        drawn = [element[0] for element in ET.fromstring(f"<figure>{figure}</figure>")]
+        assert [svg.get("viewBox").split()[2] for svg in drawn] == [str(NARROW), str(WIDE)]
+        for svg in drawn:
+            assert svg.get("aria-label")
+            assert svg.get("width") is None
+        assert "#0000" not in figure
+        assert "var(--" in figure
     value = facts["errors"]["values"][1][0]
-    assert f"block 1, {facts['errors']['kinds'][0]}: {value:.3g}" in [title.text for title in titles]
+    assert f'title="block 1, {facts["errors"]["kinds"][0]}: {value:.3g}"' in render(facts, "html")
 
 
 def test_the_page_needs_nothing_from_elsewhere(awq):
@@ -268,7 +321,7 @@ def test_the_command_writes_a_page_markdown_and_json(copied):
 
 def test_quantize_writes_what_it_measured(awq):
     rows = read_rows(awq / FILE)
-    assert [row["evaluation"] for row in rows] == ["divergence"]
+    assert [row["evaluation"] for row in rows] == ["divergence", "generate"]
     assert rows[0]["text"] == "builtin held-out"
     assert (rows[0]["model"], rows[0]["baseline"]["model"]) == ("awq int4-g64", "model")
     assert f"mean {rows[0]['kl_mean']:.4g}, 99.9% of tokens below" in " ".join((awq / "README.md").read_text().split())
@@ -283,11 +336,12 @@ def test_a_recorded_measurement_names_no_place(copied, models, tmp_path):
     assert run_quantize_eval(*args, "--record").code == 0
     assert run_quantize_eval(*args, "--record").code == 0
     rows = read_rows(copied / FILE)
-    assert [(row["evaluation"], row["text"]) for row in rows] == [
+    assert [(row["evaluation"], row.get("text")) for row in rows] == [
         ("divergence", "builtin held-out"),
+        ("generate", None),
         ("perplexity", "some-text.txt"),
     ]
-    assert (rows[1]["model"], rows[1]["baseline"]["model"]) == ("llama-awq", "model")
+    assert (rows[2]["model"], rows[2]["baseline"]["model"]) == ("llama-awq", "model")
     assert str(tmp_path) not in (copied / FILE).read_text()
     found = subprocess.run(["sha256sum", "-c", "SHA256SUMS"], cwd=copied, capture_output=True, text=True, check=False)
     assert found.returncode == 0, found.stderr
@@ -332,7 +386,7 @@ def test_checkpoints_side_by_side(awq, int4, tmp_path):
     assert (first["marked"], second["marked"]) == (True, False)
     page, text = ((tmp_path / f"both.{kind}").read_text() for kind in ("html", "md"))
     assert "llama-awq was calibrated on text of the same family" in " ".join(page.split())
-    assert page.count("<svg") == 2
+    assert page.count("<svg") == 4  # two figures, each narrow and wide
     assert "(same family)" in text
     assert "Batch 1, after 128 tokens, a GPU." in " ".join(page.split())
     assert run_quantize_report(awq, "--rows", tmp_path / "rows.jsonl", "-o", tmp_path / "one").code == 0
@@ -362,7 +416,7 @@ def test_the_front_is_what_nothing_beats():
     points = [(1.0, 9.0), (1.0, 8.0), (2.0, 8.5), (3.0, 5.0), (4.0, 5.0), (0.5, 20.0)]
     assert pareto_front(points, larger_is_better=False) == [(0.5, 20.0), (1.0, 8.0), (3.0, 5.0)]
     assert pareto_front(points, larger_is_better=True) == [(4.0, 5.0)]
-    assert pareto_plot([{"name": "a", "x": 1.0, "perplexity": 2.0}], "x", "X") is None
+    assert pareto_plot([{"name": "a", "x": 1.0, "perplexity": 2.0}], "x", "X", WIDE) is None
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,7 @@ def pages(models, int4, tmp_path_factory):
     """The page of a calibrated checkpoint, and one of two side by side."""
     folder = tmp_path_factory.mktemp("pages")
     output = folder / "llama-awq"
-    args = ("--method", "awq", "--group-size", 64, "--num-samples", 4, "--seqlen", 32, "--eval", "ppl,kl")
+    args = ("--method", "awq", "--group-size", 64, "--num-samples", 4, "--seqlen", 32)
     done = run_quantize(models("llama")[1], *args, "--eval-windows", 2, "-o", output)
     assert done.code == 0, done.err
     facts = [facts_of(output), facts_of(int4)]
@@ -77,7 +77,7 @@ def opened(chromium, pages):
 
 
 @pytest.mark.parametrize("which", ["checkpoint", "comparison"])
-@pytest.mark.parametrize("width", [320, 390, 1280])
+@pytest.mark.parametrize("width", [320, 390, 800, 1280])
 def test_nothing_is_wider_than_the_window(opened, which, width):
     page = opened(which, viewport={"width": width, "height": 800})
     assert page.evaluate("document.documentElement.scrollWidth") <= width
@@ -93,19 +93,44 @@ def test_nothing_is_wider_than_the_window(opened, which, width):
 def test_every_figure_is_drawn_and_named(opened, which):
     page = opened(which)
     look = "e => [e.getAttribute('aria-label'), e.getBoundingClientRect().width, e.getBoundingClientRect().height]"
-    figures = page.locator("svg").evaluate_all(f"all => all.map({look})")
-    assert len(figures) == {"checkpoint": 6, "comparison": 1}[which]
+    figures = page.locator("svg:visible").evaluate_all(f"all => all.map({look})")
+    assert len(figures) == {"checkpoint": 4, "comparison": 1}[which]
     for label, width, height in figures:
         assert label
         assert width > 200
         assert height > 80
 
 
+SIZES = """all => all.map(text => parseFloat(getComputedStyle(text).fontSize) *
+  text.ownerSVGElement.getBoundingClientRect().width / text.ownerSVGElement.viewBox.baseVal.width)"""
+
+
+@pytest.mark.parametrize("which", ["checkpoint", "comparison"])
+@pytest.mark.parametrize("width", [390, 800, 1280])
+def test_all_text_of_all_figures_has_one_size(opened, which, width):
+    sizes = opened(which, viewport={"width": width, "height": 800}).locator("svg:visible text").evaluate_all(SIZES)
+    assert len(sizes) > 10
+    assert 11.4 <= min(sizes) <= max(sizes) <= 13.5, (min(sizes), max(sizes))
+    assert max(sizes) < 1.1 * min(sizes)
+
+
 @pytest.mark.parametrize("which", ["checkpoint", "comparison"])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_text_stands_out_in_both_themes(opened, which, scheme):
     page = opened(which, color_scheme=scheme)
-    for selector in ("h1", ".lead", ".note", "td", "th", ".tile .more", ".bar nav a", ".flag", "footer", "summary"):
+    for selector in (
+        "h1",
+        ".lead",
+        ".note",
+        "td",
+        "th",
+        ".tile .more",
+        ".tile s",
+        ".bar nav a",
+        ".flag",
+        "footer",
+        "summary",
+    ):
         for contrast in page.locator(selector).evaluate_all(f"all => all.slice(0, 3).map({CONTRAST})"):
             assert contrast >= 4.5, (selector, scheme)
     ink = page.locator("svg text").first.evaluate("element => getComputedStyle(element).fill")
@@ -134,18 +159,18 @@ FOCUS = """() => {
 def test_by_keyboard_alone(opened):
     page = opened("checkpoint")
     reached: list[str] = []
-    while "copy" not in reached:  # the last but the texts that scroll; beyond the end the window itself has the focus
+    while "The recipe" not in reached:  # beyond the end the window itself has the focus
         page.keyboard.press("Tab")
         name, outline = page.evaluate(FOCUS)
         assert outline != "none", name
         reached.append(name)
         assert len(reached) < 40, reached
     assert reached[0] == "To the content"
-    assert reached[1:5] == ["Quality", "Size", "Errors", "Coverage"]
-    for name in ("Switch between light and dark", "The worst tokens", "The numbers", "Errors by block"):
+    assert reached[1:6] == ["Use", "Size", "Quality", "Errors", "Recipe"]
+    for name in ("Switch between light and dark", "The worst tokens", "The numbers", "Errors by block", "copy"):
         assert name in reached
-    page.locator("summary").press("Enter")
-    assert page.locator("details table").is_visible()
+    page.locator("summary").first.press("Enter")
+    assert page.locator("details table").first.is_visible()
     page.locator("nav a", has_text="Recipe").press("Enter")
     assert page.evaluate("location.hash") == "#recipe"
     assert page.evaluate("document.querySelector('#recipe').getBoundingClientRect().top < innerHeight")
@@ -153,6 +178,16 @@ def test_by_keyboard_alone(opened):
 
 def test_it_prints_what_it_copies(opened):
     page = opened("checkpoint")
-    page.locator("[data-copy]").click()
-    page.wait_for_function("document.querySelector('[data-copy]').textContent !== 'copy'", polling=50)
+    page.locator("[data-copy=command]").click()
+    page.wait_for_function("document.querySelector('[data-copy=command]').textContent !== 'copy'", polling=50)
     assert "quantize model --recipe recipe.toml" in page.locator("#command").text_content()
+
+
+def test_one_program_s_commands_show_at_a_time(opened):
+    page = opened("checkpoint")
+    assert page.locator(".panel:visible").all_inner_texts()[0].startswith("vllm serve llama-awq")
+    page.locator(".switch input").first.focus()
+    for _ in range(3):
+        page.keyboard.press("ArrowRight")
+    [shown] = page.locator(".panel:visible").all_inner_texts()
+    assert 'lowbit.load("llama-awq")' in shown

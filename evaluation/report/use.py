@@ -1,0 +1,60 @@
+"""The commands and programs with which engines load a checkpoint."""
+
+import re
+from collections.abc import Container
+from typing import Any
+
+from lowbit.export.engines.lowbit import LOWBIT
+from lowbit.export.engines.readers import SGLANG, readers_of
+from lowbit.export.engines.transformers import TRANSFORMERS
+from lowbit.export.engines.vllm import VLLM
+from lowbit.export.formats import LogicalTensors
+
+PACKAGES = {"gptqmodel": "gptqmodel optimum"}  # a format's package -> all that pip has to install
+OF_TRANSFORMERS = """\
+from transformers import {kind}, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("{name}")
+model = {kind}.from_pretrained("{name}", device_map="auto")
+inputs = tokenizer("The capital of France is", return_tensors="pt").to(model.device)
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=20)[0]))"""
+OF_LOWBIT = """\
+import lowbit
+
+model = lowbit.load("{name}")
+print(model.generate("The capital of France is", max_new_tokens=20)[0].text)"""
+SNIPPETS = {  # engine -> language and text
+    VLLM.name: ("sh", "vllm serve {name}"),
+    SGLANG: ("sh", "python -m sglang.launch_server --model-path {name}"),
+    TRANSFORMERS.name: ("python", OF_TRANSFORMERS),
+    LOWBIT.name: ("python", OF_LOWBIT),
+}
+
+
+def use_of(name: str, tensors: LogicalTensors, refused: Container[str] = ()) -> list[dict[str, Any]]:
+    """One row for each engine that loads a checkpoint; empty if it is not quantized.
+
+    name      for the engine: a path, or an id on the hub
+    refused   engines that do not load the model's family
+    reader    the engine
+    language  of the code: sh or python
+    code      text that loads the checkpoint and runs it
+    install   the package that pip has to install besides the engine, or None
+    """
+    if tensors.format is None:
+        return []
+    shapes = {linear: tensors.shape(linear) for linear in tensors.schemes}
+    sees = tensors.checkpoint.config.get("vision_config") is not None
+    values = {"name": plain(name), "kind": "AutoModelForImageTextToText" if sees else "AutoModelForCausalLM"}
+    package = PACKAGES.get(tensors.format.package, tensors.format.package)
+    rows = []
+    for reader in readers_of(tensors.format, tensors.schemes, shapes, refused):
+        language, text = SNIPPETS[reader]
+        install = package if reader == TRANSFORMERS.name else None
+        rows.append({"reader": reader, "language": language, "code": text.format(**values), "install": install})
+    return rows
+
+
+def plain(name: str) -> str:
+    """`name` if it needs no quotes in a command; otherwise a placeholder."""
+    return name if re.fullmatch(r"[\w./-]+", name, re.ASCII) else "DIR"
