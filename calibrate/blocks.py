@@ -15,7 +15,7 @@ from lowbit.calibrate.job import Job, covered
 from lowbit.calibrate.outcome import BlockOutcome, run_shared, run_stored
 from lowbit.calibrate.parts import BlockTask, Rows
 from lowbit.calibrate.report import BlockReport, Stopwatch, calibrated_rows, linear_row, peak_memory
-from lowbit.calibrate.rounding import spread
+from lowbit.calibrate.rounding import MOMENT_TOKENS, TOKENS_PER_INPUT, spread
 from lowbit.calibrate.settings import rounder_of, transforms_of
 from lowbit.calibrate.structure import Prober
 from lowbit.calibrate.written import require_scales
@@ -28,6 +28,7 @@ from lowbit.quant.algos.clip import plain_shrink
 from lowbit.quant.naming import EXPERT, largest_by_parent, parent_set
 from lowbit.quant.numerics import divisor_of
 from lowbit.quant.qtensor import QTensor, round_to_nearest
+from lowbit.quant.stats import Stats, nothing_seen, stats_of
 
 BATCH_TOKENS = 2048  # tokens per forward pass of a block
 GRAM_TOKENS = 16384  # tokens used for the second moments of transforms and clipping
@@ -134,6 +135,16 @@ class BlockLoop:
         self._two_streams = any(part.needs.second_stream for part in parts) or job.recipe.distill_steps > 0
         probes = Walk(job.skeleton, job.device, torch.float32)
         self._prober = Prober(probes, calibration.words, job.recipe.seed)
+
+    def before_head(self) -> Stats:
+        """Statistics of the head's inputs in the quantized model so far, as many as GPTQ takes."""
+        hidden = self._job.skeleton.model.get_output_embeddings().weight.shape[1]
+        seen = nothing_seen(hidden, self.walk.device)
+        for inputs in self.walk.head_inputs(self.batches, self.states):
+            seen += stats_of(inputs, with_gram=True)
+            if seen.tokens >= max(MOMENT_TOKENS, TOKENS_PER_INPUT * hidden):
+                break
+        return seen
 
     def quantize(self, index: int) -> BlockOutcome:
         """The outcome of block `index`. Moves both streams past it."""

@@ -73,11 +73,11 @@ class Job:
         linears = self.linears
         quantized = self.plan.schemes.items()
         inside = sum(self.bytes_of(name, linears[name].n, linears[name].k, scheme) for name, scheme in quantized)
-        return inside + self._kept_bytes(self.plan.schemes) + self._head_bytes()
+        return inside + self._kept_bytes(self.plan.schemes) + self._vocabulary_bytes()
 
     def bytes_outside(self) -> int:
         """The same without the linears that have a scheme, or are in 16 bits by the recipe's `schemes`."""
-        return self._kept_bytes(self.plan.schemes.keys() | self.plan.unrounded) + self._head_bytes()
+        return self._kept_bytes(self.plan.schemes.keys() | self.plan.unrounded) + self._vocabulary_bytes()
 
     def bytes_of(self, name: str, n: int, k: int, scheme: Scheme | None) -> int:
         """Bytes of the linear `name` (n, k) in a scheme, or in 16 bits."""
@@ -89,9 +89,15 @@ class Job:
             return int(n * k * scheme.bits_per_weight(k, 8 * self.scale_dtype.itemsize) / 8)
         return bytes_written(fmt, scheme, n, k, self.scale_dtype)
 
-    def _head_bytes(self) -> int:
-        head = self.plan.head
-        return 0 if head is None else self.bytes_of(head.name, head.n, head.k, head.scheme)
+    def _vocabulary_bytes(self) -> int:
+        rounded = sum(self.bytes_of(each.name, each.n, each.k, each.scheme) for each in self.plan.vocabulary)
+        untied = self.untied_head()
+        return rounded + (0 if untied is None else self._numel(untied) * self.kept_dtype(untied).itemsize)
+
+    def untied_head(self) -> str | None:
+        """The tensor of the embeddings, if the head is tied to it and needs a copy: they alone are quantized."""
+        embeddings = self.plan.embeddings
+        return embeddings.tensor if embeddings and embeddings.tied and self.plan.head is None else None
 
     def _kept_bytes(self, without: Collection[str]) -> int:
         """Bytes of all tensors that are written as they are if the linears `without` are not."""
@@ -105,12 +111,12 @@ class Job:
         return sum(math.prod(tensors.shape(each)) for each in inside) or self.source.checkpoint.entries[name].numel
 
     def names_outside(self) -> Iterator[str]:
-        """Names of the tensors outside the blocks that are written as they are: no copies of tied embeddings, and no
-        quantized head."""
+        """Names of the tensors outside the blocks that are written as they are: no copies of tied embeddings, and
+        neither head nor embeddings that are quantized."""
         in_blocks = {name for block in self.skeleton.blocks for name in block.tensors}
-        replaced = None if self.plan.head is None else f"{self.plan.head.name}.weight"
+        replaced = {f"{weight.name}.weight" for weight in self.plan.vocabulary}
         for name in self.skeleton.tensors.names:
-            if name not in in_blocks and not self._is_tied_copy(name) and name != replaced:
+            if name not in in_blocks and not self._is_tied_copy(name) and name not in replaced:
                 yield name
 
     def _is_tied_copy(self, name: str) -> bool:
@@ -143,6 +149,14 @@ class Job:
         )
         held = self.skeleton.tensors.schemes
         found: dict[str, tuple[bool, tuple[str, ...]]] = {
+            "head and embeddings are one tensor in the model and two in the checkpoint, since no engine ties quantized "
+            "ones: config.json says so": (self.plan.unties, ()),
+            "transformers 5.23 does not load quantized embeddings: it stops, or runs random ones (dequantize=True)": (
+                self.plan.embeddings is not None,
+                (TRANSFORMERS.name,),
+            ),
+            "vLLM 0.32 loads quantized embeddings only of the model classes that name them to it (Qwen2 and 3, Gemma, "
+            "DeepSeek, gpt-oss, ...; not Llama): others stop while loading": (self.plan.embeddings is not None, ()),
             f"the model is quantized itself, as {describe_schemes(held)}: its dequantized weights are the original "
             "here": (bool(held), ()),
             f"calibration windows of {seqlen} tokens are longer than the {positions} positions that the model "
@@ -207,10 +221,10 @@ def prepare(source: Source, recipe: Recipe, device: str) -> Job:
     plan.require_coverage()
     job = Job(source, skeleton, recipe, plan, _dtype(source, recipe), device)
     shapes = {name: (spec.n, spec.k) for name, spec in job.linears.items()}
-    if plan.head is not None:
-        if not fmt.holds_head:
-            raise CheckpointError(f"format {fmt.name} holds no quantized head; --format compressed-tensors does")
-        shapes[plan.head.name] = plan.head.n, plan.head.k
+    shapes |= {weight.name: (weight.n, weight.k) for weight in plan.vocabulary}
+    if plan.vocabulary and not fmt.holds_head:
+        what = "head" if plan.head else "embeddings"
+        raise CheckpointError(f"format {fmt.name} holds no quantized {what}; --format compressed-tensors does")
     require_fit(fmt, plan.written, shapes)
     return job
 

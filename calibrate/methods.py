@@ -99,6 +99,7 @@ METHODS = {
         ),
     )
 }
+TABLE_BITS = (2, 4, 8)  # of embeddings: vLLM unpacks whole codes from a word
 CALIBRATION = {"dataset": "builtin", "num_samples": 128, "seqlen": 512}
 
 
@@ -157,6 +158,12 @@ def _require_schemes(recipe: Recipe) -> None:
             parse_choice(text)
         if recipe.head and parse_scheme(recipe.head).static_inputs:
             raise ValueError(f"head: {recipe.head} has calibrated inputs; take fp8, int8 or another of 16-bit inputs")
+        table = parse_scheme(recipe.embeddings or "int8")
+        if table.inputs or not table.number.is_integer or not table.symmetric or table.bits not in TABLE_BITS:
+            raise ValueError(
+                f"embeddings: {recipe.embeddings} is no table that engines look tokens up in; take int8, int4-g64 or "
+                "int2-g32"
+            )
     except ValueError as error:
         raise RecipeError(str(error)) from error
 

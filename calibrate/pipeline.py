@@ -56,13 +56,15 @@ def run(
     result = Result(job.plan, recipe, job.dtype, source_bytes=job.source.checkpoint.nbytes)
     fmt = FORMATS[recipe.format]
     writer = RecordingWriter(CheckpointWriter(fmt, output, recipe.max_shard_size), job)
-    outcomes = _outcomes(job, calibration, result, on_block, journal)
+    loop = BlockLoop(job, calibration) if calibration else None
+    outcomes = _outcomes(job, loop, result, on_block, journal)
     with Behind() as behind:  # a block is packed and written while the next one is quantized
         for block, outcome in zip(job.skeleton.blocks, outcomes, strict=True):
             tell(Part(f"writing {block.name}"))
             behind(writer.add_block, block, outcome.weights, outcome.kept)
     tell(Step("writing what stays as it is", 0, None))
-    writer.add_others()
+    seen = loop.before_head() if loop and job.plan.head else None
+    result.vocabulary = writer.add_others(seen)
     carry_along(job.source.checkpoint, output, with_code=job.source.trust_remote_code)
     writer.finish(_config(job))
     write_text(output / "recipe.toml", result.recipe.to_toml())
@@ -78,14 +80,13 @@ def assist(job: Job, calibration: CalibrationSet | None, journal: Journal | None
     """Run this rank's share of the leader's `run`. Writes nothing."""
     if calibration is not None:
         result = Result(job.plan, job.recipe, job.dtype)
-        deque(_outcomes(job, calibration, result, lambda report: None, journal), maxlen=0)
+        deque(_outcomes(job, BlockLoop(job, calibration), result, lambda report: None, journal), maxlen=0)
 
 
 def _outcomes(
-    job: Job, calibration: CalibrationSet | None, result: Result, on_block: OnBlock, journal: Journal | None
+    job: Job, loop: BlockLoop | None, result: Result, on_block: OnBlock, journal: Journal | None
 ) -> Iterator[BlockOutcome]:
     """Every block's outcome, also reported to `result` and `on_block`. With distillation, all come at the end."""
-    loop = BlockLoop(job, calibration) if calibration else None
     blocks: Blocks = loop or DataFreeBlocks(job)
     held = []
     for index in range(len(job.skeleton.blocks)):
@@ -123,7 +124,7 @@ def _config(job: Job) -> dict[str, Any]:
     for key in ("torch_dtype", "dtype"):
         if key in config:
             config[key] = str(job.dtype).removeprefix("torch.")
-    if job.plan.head is not None and job.plan.head.tied:
+    if job.plan.unties:
         config["tie_word_embeddings"] = False
         if isinstance(config.get("text_config"), dict):
             config["text_config"] = config["text_config"] | {"tie_word_embeddings": False}

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from lowbit.calibrate.head import Head, head_of
+from lowbit.calibrate.vocabulary import VocabularyWeight, embeddings_of, head_of
 from lowbit.errors import CheckpointError, RecipeError, nearest
 from lowbit.export.patterns import PatternError, Patterns
 from lowbit.export.tensorfile import TensorEntry
@@ -34,7 +34,7 @@ class Plan:
     """Schemes and sizes of linears to quantize, and the linears left in 16 bits.
 
     wanted  requested scheme by linear, before group sizes fell back
-    head    the output embeddings, if they are quantized
+    head, embeddings  of the vocabulary, if they are quantized
     named   linears whose scheme is set by name in the recipe
     unrounded  those of them in 16 bits
     """
@@ -44,13 +44,24 @@ class Plan:
     left: dict[str, Left]
     wanted: dict[str, Scheme]
     named: frozenset[str] = frozenset()
-    head: Head | None = None
+    head: VocabularyWeight | None = None
+    embeddings: VocabularyWeight | None = None
     unrounded: frozenset[str] = frozenset()
 
     @property
+    def vocabulary(self) -> list[VocabularyWeight]:
+        """The head and the embeddings, those that are quantized."""
+        return [weight for weight in (self.head, self.embeddings) if weight is not None]
+
+    @property
+    def unties(self) -> bool:
+        """True if head and embeddings are one tensor in the model and two in the checkpoint."""
+        return any(weight.tied for weight in self.vocabulary)
+
+    @property
     def written(self) -> dict[str, Scheme]:
-        """The scheme of every quantized linear of the file, the head's too."""
-        return self.schemes if self.head is None else self.schemes | {self.head.name: self.head.scheme}
+        """The scheme of every quantized linear of the file, head and embeddings too."""
+        return self.schemes | {weight.name: weight.scheme for weight in self.vocabulary}
 
     @property
     def coverage(self) -> float:
@@ -105,11 +116,11 @@ def make_plan(skeleton: Skeleton, recipe: Recipe) -> Plan:
                 why = wanted[spec.name].reason_against_shape(spec.n, spec.k) or "a linear that engines fuse it with"
                 left[spec.name] = Left(spec.n * spec.k, f"no {wanted[spec.name]}: {why}", exempt=False)
         left |= _unsplit_experts(skeleton, block)
-    head = head_of(skeleton, recipe)
+    head, embeddings = head_of(skeleton, recipe), embeddings_of(skeleton, recipe)
     if head is not None:
         left.pop(head.name, None)
     left |= dict(_renamed(skeleton, left))
-    return Plan(schemes, parameters, left, wanted, frozenset(named), head, frozenset(unrounded))
+    return Plan(schemes, parameters, left, wanted, frozenset(named), head, embeddings, frozenset(unrounded))
 
 
 def scheme_pattern(fused: str) -> str:

@@ -68,6 +68,7 @@ class Result:
     """Results of a run: plan, recipe (with the calibration hash), one report per block.
 
     distilled  divergence from the unquantized model in nats per token, before each step of distillation
+    vocabulary  report rows of head and embeddings, if they are quantized, by name
     """
 
     plan: Plan
@@ -75,6 +76,7 @@ class Result:
     dtype: torch.dtype
     blocks: list[BlockReport] = field(default_factory=list)
     distilled: list[float] = field(default_factory=list)
+    vocabulary: dict[str, dict[str, Any]] = field(default_factory=dict)
     source_bytes: int = 0
     output_bytes: int = 0
 
@@ -92,6 +94,8 @@ def report_of(job: Job, result: Result) -> dict[str, Any]:
         },
         "head": None if job.plan.head is None else str(job.plan.head.scheme),
         "caveats": {text: list(engines) for text, engines in job.caveats().items()},
+        "embeddings": None if job.plan.embeddings is None else str(job.plan.embeddings.scheme),
+        "vocabulary": result.vocabulary,
         "distilled": result.distilled,
         "mixture": None if job.mixture is None else job.mixture.as_json(),
         "blocks": [

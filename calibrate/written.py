@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from lowbit.ahead import WORKERS, ahead
-from lowbit.calibrate.head import Head
 from lowbit.calibrate.job import Job, stays
+from lowbit.calibrate.vocabulary import VocabularyWeight, head_name, rounded, row_of
 from lowbit.errors import CheckpointError
 from lowbit.export.checkpoint import open_checkpoint
 from lowbit.export.formats import LogicalTensors
@@ -20,10 +20,10 @@ from lowbit.export.writer import CheckpointWriter
 from lowbit.models.placement import engine_names
 from lowbit.models.skeleton import Block
 from lowbit.progress import Step, tell
-from lowbit.quant.algos.clip import plain_shrink
 from lowbit.quant.numerics import reason_against_scales
-from lowbit.quant.qtensor import QTensor, round_to_nearest
+from lowbit.quant.qtensor import QTensor
 from lowbit.quant.scheme import Scheme
+from lowbit.quant.stats import Stats
 
 
 def require_scales(name: str, w: Tensor, scheme: Scheme, scale_dtype: torch.dtype) -> None:
@@ -51,22 +51,29 @@ class RecordingWriter:
                 for single, part in (_biases(block, placement.parameter, value, weights) or {name: value}).items():
                     self._add(single, part)
 
-    def add_others(self) -> None:
-        """Write the tensors outside the blocks, without copies of tied embeddings."""
+    def add_others(self, seen: Stats | None = None) -> dict[str, dict[str, Any]]:
+        """Write the tensors outside the blocks, without copies of tied embeddings. Returns the report rows of head and
+        embeddings, if they are quantized.
+
+        seen  statistics of the head's inputs; None without calibration
+        """
+        plan, untied = self._job.plan, self._job.untied_head()
         for name in self._job.names_outside():
             self._add(name, self._source(name))
-        if self._job.plan.head is not None:
-            self._add_head(self._job.plan.head)
+        if untied is not None:
+            self._add(f"{head_name(self._job.skeleton)}.weight", self._source(untied))
+        return {each.name: self._add_rounded(each, seen if each is plan.head else None) for each in plan.vocabulary}
 
-    def _add_head(self, head: Head) -> None:
-        """Write the head, rounded to nearest."""
-        w, job = checked(head.tensor, self._job.skeleton.tensors.exact(head.tensor)), self._job
+    def _add_rounded(self, meant: VocabularyWeight, seen: Stats | None) -> dict[str, Any]:
+        """Round and write head or embeddings. Returns the report's row."""
+        w, job = checked(meant.tensor, self._job.skeleton.tensors.exact(meant.tensor)).float(), self._job
         w = w.to(job.device)
-        require_scales(head.name, w, head.scheme, job.scale_dtype)
-        shrink = plain_shrink(w, head.scheme, job.scale_dtype)
-        weight = round_to_nearest(w, head.scheme, job.scale_dtype, shrink).to("cpu")
-        self._writer.add_weight(head.name, weight)
-        self._meant[head.name] = _digest_of(weight)
+        require_scales(meant.name, w, meant.scheme, job.scale_dtype)
+        weight = rounded(w, meant.scheme, job.scale_dtype, seen, compensate=job.recipe.rounder != "rtn")
+        row = row_of(weight, w, seen)
+        self._writer.add_weight(meant.name, weight.to("cpu"))
+        self._meant[meant.name] = _digest_of(weight.to("cpu"))
+        return row
 
     def _source(self, name: str) -> Tensor:
         value = checked(name, self._job.skeleton.tensors.exact(name))

@@ -71,7 +71,7 @@ def say_expanded(expanded: Mapping[str, int]) -> None:
     expanded  scheme -> number of its linears
     """
     for scheme, count in expanded.items():
-        say(f"{count} linears of {scheme} have no kernel here: dequantized while loading", err=True)
+        say(f"{count} x {scheme} has no kernel here: dequantized while loading", err=True)
 
 
 def run_command(command: click.Command, interrupted: str = "Interrupted; nothing was written.") -> NoReturn:

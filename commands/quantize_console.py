@@ -88,6 +88,8 @@ class Printer:
             f"weights {job.source.checkpoint.nbytes / 1e6:.1f} MB -> {job.output_bytes() / 1e6:.1f} MB"
         )
         self.display.line(Text.assemble(("plan", "bold"), found))
+        for weight in job.plan.vocabulary:
+            self.display.line(f"  {weight.name}: {weight.scheme}, {weight.n} x {weight.k}")
         for name, left in list(job.plan.left.items())[:MOST_LEFT]:
             self.display.line(f"  left {name}: {left.reason}")
         for warning in job.warnings():

@@ -73,6 +73,7 @@ PARTS: dict[str, tuple[Decorator, ...]] = {
         click.option("--sym/--asym", "symmetric", default=None, help="Symmetric codes, or integer zero points."),
         click.option("--activations", help="Inputs of linears: none (16 bits), token or tensor (int8, static)."),
         click.option("--head", help="Scheme of the output head: int8, fp8, int4-g64, ...  [default: 16 bits]"),
+        click.option("--embeddings", help="Scheme of the input embeddings: int8, int4-g64, ...  [default: 16 bits]"),
         click.option(
             "--target-bits",
             type=float,

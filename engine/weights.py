@@ -147,6 +147,8 @@ class CheckpointReader:
     def tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """A tensor in the activations' dtype. CheckpointError for a wrong shape."""
         found = self.require(name)
+        if self.tensors.is_quantized(found):
+            self.expanded[f"{self.tensors.schemes[found.removesuffix('.weight')]} in a lookup"] += 1
         return self.shaped(found, self.tensors.read(found), shape).to(self.settings.dtype)
 
     def shaped(self, name: str, value: Tensor, shape: tuple[int, ...]) -> Tensor:

@@ -7,7 +7,7 @@ Samples with images pass the towers before the first block, in the walk's dtype.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -121,6 +121,26 @@ class Walk:
         answer = self._wrapped(hidden.movedim(0, self.wiring.rows))
         with self._stubs(lambda index, args, kwargs: answer):
             return self.skeleton.model(input_ids=ids_of(batch).to(self.device), use_cache=False).logits
+
+    @torch.no_grad()
+    def head_inputs(self, batches: Sequence[Batch], left: list[States]) -> Iterator[Tensor]:
+        """The head's inputs (B, T, width) for each batch, from the last block's output states `left`."""
+        head, embeddings = _linear_head(self.skeleton.model), self.skeleton.model.get_input_embeddings()
+        entering: list[Tensor] = []
+
+        def stop(module: nn.Module, args: Any) -> None:
+            entering.append(args[0])
+            raise _Stop
+
+        handle = head.register_forward_pre_hook(stop)
+        try:
+            with self._filled(head, embeddings):
+                for batch, states in zip(batches, left, strict=True):
+                    with suppress(_Stop):
+                        self.logits_of(batch, states.hidden)
+                    yield entering.pop()
+        finally:
+            handle.remove()
 
     def loaded(self, index: int) -> Any:
         """A context with block `index` in memory."""

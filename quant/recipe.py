@@ -32,7 +32,8 @@ class Recipe:
     activations         none (16 bits), token (int8, one scale per token), tensor (int8, one calibrated scale)
     scheme              bits, group_size, symmetric and activations in one text ("fp8", "int4-g64"); None to use those
     schemes             schemes of single linears, by exact name, last parts of a name, or `re:` pattern; 16bit for none
-    head                scheme of the output embeddings ("int8", "fp8"), rounded to nearest; None for 16 bits
+    head                scheme of the output embeddings ("int8", "fp8"), rounded by what the head sees; None for 16 bits
+    embeddings          scheme of the input embeddings ("int8", "int4-g64"); None for 16 bits
     target_bits         average bits per linear weight, distributed for the least loss; None for one scheme
     target_size         bytes of all weights, distributed likewise
     target_ms           milliseconds per token at batch 1 on lowbit's engine, distributed likewise
@@ -63,6 +64,7 @@ class Recipe:
     scheme: str | None = None
     schemes: dict[str, str] = field(default_factory=dict)
     head: str | None = None
+    embeddings: str | None = None
     target_bits: float | None = None
     target_size: int | None = None
     target_ms: float | None = None
