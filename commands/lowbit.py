@@ -21,6 +21,7 @@ COMMANDS = {
     "quantize": ("quantize", "quantize", "Quantize a model and write a checkpoint that engines load."),
     "eval": ("quantize_eval", "evaluate", "Measure a checkpoint: perplexity, divergence, tasks, text, code."),
     "generate": ("quantize_generate", "generate", "Continue a text, or chat, with lowbit's own engine."),
+    "serve": ("serve", "serve", "Serve a checkpoint to clients of the OpenAI protocol."),
     "bench": ("quantize_bench", "bench", "Measure decode speed and its share of the memory's speed."),
     "convert": ("quantize_convert", "quantize_convert", "Write a quantized checkpoint in another format."),
     "inspect": ("quantize_inspect", "quantize_inspect", "Show schemes, sizes, coverage and kernels of a checkpoint."),

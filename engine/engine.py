@@ -67,9 +67,9 @@ class Engine:
         return answer
 
     @typed(EngineError)
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """The token ids of a prompt."""
-        return self._tokens(text, add_special_tokens=True)
+        return self._tokens(text, add_special_tokens)
 
     @typed(EngineError)
     def encode_chat(

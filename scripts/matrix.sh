@@ -25,7 +25,7 @@ for python in "$@"; do
         pins=(-c "$work/pins.txt")
     fi
     [ -z "${TORCH:-}" ] || "${pip[@]}" "$TORCH"
-    if "${pip[@]}" "${pins[@]}" ".[test]" &&
+    if "${pip[@]}" "${pins[@]}" ".[test,serve]" &&
         "$work/env/bin/python" -m pytest -q -m "not gpu and not slow" ${TESTS:-}; then
         results+=("$python: passed")
     else

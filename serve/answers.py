@@ -1,0 +1,193 @@
+"""Answers in the protocol's form: whole, or as the chunks of a stream."""
+
+import secrets
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from lowbit.engine.sampling import TokenLogprob
+from lowbit.serve.job import Job, Update
+from lowbit.serve.vocabulary import Vocabulary
+
+Delta = dict[str, Any]
+
+
+class Plain:
+    """The text of a choice as its content."""
+
+    def feed(self, text: str, done: bool) -> Iterable[Delta]:
+        """The changes that a piece of text makes to the message."""
+        return [{"content": text}] if text else []
+
+    def finish(self, reason: str) -> str:
+        """The protocol's reason for the end."""
+        return reason
+
+
+@dataclass
+class Choice:
+    """One choice: the parts of its message so far.
+
+    prompt    number of the prompt that it continues
+    echo      the prompt's text, if the answer begins with it; `echoed` its tokens and their log-probabilities
+    silent    True if nothing is to be written
+    """
+
+    index: int
+    prompt: int
+    reader: Plain
+    echo: str | None = None
+    silent: bool = False
+    echoed: list[TokenLogprob | int] = field(default_factory=list)
+    message: Delta = field(default_factory=dict)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    written: int = 0
+    read: int = 0
+    cached: int = 0
+    reason: str | None = None
+
+    def begin(self, job: Job) -> None:
+        """Take what is known once the prompt is read."""
+        request = job.request
+        self.read, self.cached = len(request.prompt), job.reused
+        if self.echo is not None:
+            self.echoed = [request.prompt[0], *(request.prompt_logprobs or ())]
+
+    def take(self, update: Update) -> list[Delta]:
+        """The changes that an update makes to the message."""
+        piece, ended = update.piece, update.piece.finish_reason
+        if self.silent:
+            self.reason = ended
+            return []
+        self.written += len(piece.tokens)
+        self.logprobs += update.logprobs
+        deltas = list(self.reader.feed(piece.text, ended is not None))
+        for delta in deltas:
+            merge(self.message, delta)
+        if ended:
+            self.reason = self.reader.finish(ended)
+        return deltas
+
+
+def merge(message: Delta, delta: Delta) -> None:
+    """Add a change to a message: texts grow, calls are joined by their index."""
+    for name, value in delta.items():
+        if name == "tool_calls":
+            calls = message.setdefault(name, [])
+            for call in value:
+                if call["index"] == len(calls):
+                    calls.append({"id": call["id"], "type": "function", "function": dict(call["function"])})
+                else:
+                    calls[call["index"]]["function"]["arguments"] += call["function"]["arguments"]
+        else:
+            message[name] = message.get(name, "") + value
+
+
+class Answer:
+    """The frame of an answer, the same for all its chunks."""
+
+    kind, prefix = "", ""
+
+    def __init__(self, model: str, vocabulary: Vocabulary, wants_logprobs: bool) -> None:
+        self.model, self.vocabulary, self.wants_logprobs = model, vocabulary, wants_logprobs
+        self.id, self.created = f"{self.prefix}-{secrets.token_hex(12)}", int(time.time())
+
+    def frame(self, kind: str, choices: list[Delta], usage: Delta | None = None) -> Delta:
+        """An answer or a chunk with these choices."""
+        found = {"id": self.id, "object": kind, "created": self.created, "model": self.model, "choices": choices}
+        return found if usage is None else found | {"usage": usage}
+
+    def whole(self, choices: Iterable[Choice]) -> Delta:
+        """The whole answer."""
+        ordered = sorted(choices, key=lambda choice: choice.index)
+        return self.frame(self.kind, [self.finished(choice) for choice in ordered], usage(ordered))
+
+    def opening(self, choice: Choice) -> list[Delta]:
+        """The chunks before a choice's first text."""
+        return []
+
+    def chunks(self, choice: Choice, deltas: list[Delta], update: Update) -> list[Delta]:
+        """The chunks of one update."""
+        raise NotImplementedError
+
+    def finished(self, choice: Choice) -> Delta:
+        """A finished choice."""
+        raise NotImplementedError
+
+
+class ChatAnswer(Answer):
+    """An answer of chat completions."""
+
+    kind, prefix = "chat.completion", "chatcmpl"
+
+    def logprobs(self, found: Sequence[TokenLogprob]) -> Delta | None:
+        """Log-probabilities in the form of chat completions, if they are wanted."""
+        return self.vocabulary.in_chat(found) if self.wants_logprobs else None
+
+    def chunk(self, index: int, delta: Delta, logprobs: Delta | None = None, reason: str | None = None) -> Delta:
+        """One chunk with one choice."""
+        choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
+        return self.frame("chat.completion.chunk", [choice])
+
+    def opening(self, choice: Choice) -> list[Delta]:
+        return [self.chunk(choice.index, {"role": "assistant", "content": ""})]
+
+    def chunks(self, choice: Choice, deltas: list[Delta], update: Update) -> list[Delta]:
+        logprobs = self.logprobs(update.logprobs)
+        if not deltas and self.wants_logprobs:
+            deltas = [{"content": ""}]
+        found = [self.chunk(choice.index, delta, None if at else logprobs) for at, delta in enumerate(deltas)]
+        return found if choice.reason is None else [*found, self.chunk(choice.index, {}, None, choice.reason)]
+
+    def finished(self, choice: Choice) -> Delta:
+        message = {"role": "assistant", "content": None if "tool_calls" in choice.message else ""} | choice.message
+        logprobs = self.logprobs(choice.logprobs)
+        return {"index": choice.index, "message": message, "logprobs": logprobs, "finish_reason": choice.reason}
+
+
+class TextAnswer(Answer):
+    """An answer of completions."""
+
+    kind, prefix = "text_completion", "cmpl"
+
+    def __init__(self, model: str, vocabulary: Vocabulary, wants_logprobs: bool) -> None:
+        super().__init__(model, vocabulary, wants_logprobs)
+        self.offsets: dict[int, int] = {}
+
+    def part(self, choice: Choice, text: str, logprobs: Sequence[TokenLogprob | int]) -> Delta:
+        """The next part of a choice."""
+        found = None
+        if self.wants_logprobs:
+            found = self.vocabulary.in_text(logprobs, self.offsets.get(choice.index, 0))
+            self.offsets[choice.index] = self.offsets.get(choice.index, 0) + sum(map(len, found["tokens"]))
+        return {"index": choice.index, "text": text, "logprobs": found, "finish_reason": choice.reason}
+
+    def opening(self, choice: Choice) -> list[Delta]:
+        if choice.echo is None:
+            return []
+        return [self.frame(self.kind, [self.part(choice, choice.echo, choice.echoed) | {"finish_reason": None}])]
+
+    def chunks(self, choice: Choice, deltas: list[Delta], update: Update) -> list[Delta]:
+        text = "".join(delta["content"] for delta in deltas)
+        logprobs = () if choice.silent else update.logprobs
+        if text or choice.reason or logprobs:
+            return [self.frame(self.kind, [self.part(choice, text, logprobs)])]
+        return []
+
+    def finished(self, choice: Choice) -> Delta:
+        text = (choice.echo or "") + choice.message.get("content", "")
+        return self.part(choice, text, [*choice.echoed, *choice.logprobs])
+
+
+def usage(choices: Iterable[Choice]) -> Delta:
+    """Token counts of an answer. Choices of one prompt count it once."""
+    choices = list(choices)
+    prompts = {choice.prompt: choice for choice in reversed(choices)}
+    read, written = (sum(counts) for counts in ([each.read for each in prompts.values()], [c.written for c in choices]))
+    return {
+        "prompt_tokens": read,
+        "completion_tokens": written,
+        "total_tokens": read + written,
+        "prompt_tokens_details": {"cached_tokens": sum(each.cached for each in prompts.values())},
+    }

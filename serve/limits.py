@@ -1,0 +1,87 @@
+"""Access and amounts: API keys, hosts, sizes of bodies."""
+
+import asyncio
+import ipaddress
+from collections.abc import Collection
+from hashlib import sha256
+from pathlib import Path
+
+from starlette.requests import Request as Http
+
+from lowbit.errors import UsageError
+from lowbit.serve.problems import Problem
+
+LEAST_BODY = 1 << 20  # bytes that a body may always have
+TOKEN_BYTES = 64  # more of them for each token of the context
+BODY_SECONDS = 30  # for a client to send its body
+LOCAL_NAMES = ("localhost", "127.0.0.1", "[::1]", "testserver")
+
+
+def read_keys(file: Path | None, given: str | None) -> frozenset[str]:
+    """API keys: the lines of a file, without empty ones and those after a #, and those given with commas between."""
+    try:
+        lines = [] if file is None else file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{file}: API keys cannot be read ({error})") from error
+    found = [line.partition("#")[0].strip() for line in lines] + [key.strip() for key in (given or "").split(",")]
+    keys = frozenset(key for key in found if key)
+    if file is not None and not keys:
+        raise UsageError(f"{file}: no API key; write one a line")
+    return keys
+
+
+def is_local(host: str) -> bool:
+    """True if only programs of this machine reach an address."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def require_guard(host: str, keys: Collection[str]) -> None:
+    """UsageError for an address that other machines reach, without keys."""
+    if not keys and not is_local(host):
+        raise UsageError(
+            f"--host {host} can be reached from other machines: give --api-keys FILE or LOWBIT_API_KEYS, or use "
+            "127.0.0.1"
+        )
+
+
+class Gate:
+    """Access by API key. Without keys everybody on this machine has access, under the machine's own names alone: a
+    web page whose name leads here by a trick of DNS has none."""
+
+    def __init__(self, keys: Collection[str]) -> None:
+        self.digests = [sha256(key.encode()).digest() for key in keys]
+
+    def client_of(self, http: Http) -> str:
+        """A name for the client, for a fair order. Problem if it has no access."""
+        address = http.client.host if http.client else ""
+        if not self.digests:
+            name = http.headers.get("host", "").rpartition(":")[0] or http.headers.get("host", "")
+            if name not in LOCAL_NAMES and not is_local(name.strip("[]")):
+                raise Problem(403, f"the host {name!r} is no name of this machine: use 127.0.0.1")
+            return address
+        kind, _, key = http.headers.get("authorization", "").partition(" ")
+        digest = sha256(key.strip().encode()).digest()
+        if kind.lower() != "bearer" or digest not in self.digests:
+            raise Problem(401, "a valid API key is needed: Authorization: Bearer KEY", code="invalid_api_key")
+        return digest.hex()
+
+
+async def body_of(http: Http, most: int) -> bytes:
+    """The body of a request. Problem if it has more than `most` bytes, is too slow, or is not declared as JSON."""
+    if http.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+        raise Problem(415, "the body must be JSON: send Content-Type: application/json")
+    body, declared = bytearray(), http.headers.get("content-length", "")
+    if declared.isdecimal() and int(declared[:20]) > most:
+        raise Problem(413, f"the body has {declared[:20]} bytes; at most {most} are taken")
+    try:
+        async with asyncio.timeout(BODY_SECONDS):
+            async for part in http.stream():
+                body += part
+                if len(body) > most:
+                    raise Problem(413, f"the body has more than {most} bytes")
+    except TimeoutError:
+        raise Problem(408, f"the body did not arrive within {BODY_SECONDS} s") from None
+    return bytes(body)

@@ -1,0 +1,217 @@
+"""The bodies of requests, as the OpenAI protocol has them, with the extensions that other servers share."""
+
+import json
+from typing import Annotated, Any, Literal
+
+from annotated_types import MaxLen, MinLen
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from lowbit.errors import nearest
+
+MOST_STOPS = 64
+MOST_CHOICES = 128
+MOST_TOP = 20
+MOST_PARTS = 4096  # messages of a conversation, parts of a message
+
+
+def ints(value: Any) -> Any:
+    """A list of integers. ValueError at the first element that is none: a list may have millions."""
+    if not isinstance(value, list) or not all(type(each) is int for each in value):
+        raise ValueError("a list of token ids is needed")
+    return value
+
+
+def prompts(value: Any) -> Any:
+    """A prompt, or a list of prompts. ValueError for anything else."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, list) and value:
+        for kind in (int, str):
+            if all(type(each) is kind for each in value):
+                return value
+        if all(isinstance(each, list) for each in value):
+            return [ints(each) for each in value]
+    raise ValueError("a text, a list of token ids, or a list of either is needed, not an empty one")
+
+
+def few(value: Any) -> Any:
+    """A list of at most MOST_PARTS parts. ValueError before any of them is looked at."""
+    if isinstance(value, list) and len(value) > MOST_PARTS:
+        raise ValueError(f"{len(value)} parts are more than {MOST_PARTS}")
+    return value
+
+
+def text_parts(value: Any) -> Any:
+    """A text, or a list of parts. ValueError for parts that are no text."""
+    for part in few(value) if isinstance(value, list) else ():
+        if isinstance(part, dict) and part.get("type") != "text":
+            raise ValueError(f"a part of type {str(part.get('type'))[:60]!r}: only text is read here")
+    return value
+
+
+Stop = Annotated[str, MinLen(1), MaxLen(1000)]
+Tokens = Annotated[list[int], BeforeValidator(ints)]
+# Fields that change nothing in what one server on one machine writes.
+IGNORED = (
+    *("user", "store", "metadata", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"),
+    *("parallel_tool_calls", "verbosity"),
+)
+
+
+class Body(BaseModel):
+    """A body. A field that is not known is refused: it would be left out in silence."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def without_ignored(cls, values: Any) -> Any:
+        """The fields without those that change nothing. ValueError for the first one that is not known."""
+        if not isinstance(values, dict):
+            return values
+        unknown = next((name for name in values if name not in cls.model_fields and name not in IGNORED), None)
+        if unknown is not None:
+            raise ValueError(f"the field {unknown[:60]!r} is not known here; {nearest(unknown[:60], cls.model_fields)}")
+        return {name: value for name, value in values.items() if name not in IGNORED or name in cls.model_fields}
+
+
+class StreamOptions(Body):
+    """Options of a stream."""
+
+    include_usage: bool = False
+    include_obfuscation: bool = False
+
+
+class Settings(Body):
+    """Settings of sampling that both kinds of completions have. None stands for the model's own default."""
+
+    model: str
+    n: int = Field(1, ge=1, le=MOST_CHOICES)
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    seed: int | None = None
+    stop: Stop | Annotated[list[Stop], MaxLen(MOST_STOPS)] | None = None
+    max_tokens: int | None = Field(None, ge=0)
+    temperature: float | None = None
+    top_p: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    logit_bias: Annotated[dict[str, float], MaxLen(0)] | None = None
+    # extensions
+    top_k: int | None = Field(None, ge=-1)
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    min_tokens: int | None = Field(None, ge=0)
+    ignore_eos: bool = False
+    stop_token_ids: Annotated[list[int], MaxLen(MOST_STOPS)] = []
+
+    def sampling(self) -> dict[str, Any]:
+        """The fields of a Sampling that the request sets."""
+        named = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "seed")
+        found = {name: getattr(self, name) for name in (*named, "frequency_penalty")}
+        found |= {"min_new_tokens": self.min_tokens, "top_k": None if self.top_k is None else max(self.top_k, 0)}
+        stops = [self.stop] if isinstance(self.stop, str) else self.stop or []
+        always = {"ignore_eos": self.ignore_eos, "stop": tuple(stops), "stop_tokens": tuple(self.stop_token_ids)}
+        return always | {name: value for name, value in found.items() if value is not None}
+
+
+class TextBody(Settings):
+    """POST /v1/completions."""
+
+    prompt: Annotated[Any, BeforeValidator(prompts)]
+    logprobs: int | None = Field(None, ge=0, le=MOST_TOP)
+    echo: bool = False
+    best_of: Literal[1] | None = None
+    suffix: Literal[""] | None = None
+
+
+class Function(Body):
+    """A function's call within a message of the assistant."""
+
+    name: str
+    arguments: str = "{}"
+
+
+class ToolCall(Body):
+    """A call that the assistant made in an earlier turn."""
+
+    id: str = ""
+    type: Literal["function"] = "function"
+    index: int | None = None
+    function: Function
+
+
+class TextPart(Body):
+    """A part of a message. Only text is read."""
+
+    type: Literal["text"]
+    text: str
+
+
+class Message(Body):
+    """A message of a conversation."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: Annotated[str | list[TextPart] | None, BeforeValidator(text_parts)] = None
+    name: str | None = None
+    tool_calls: Annotated[list[ToolCall], BeforeValidator(few)] | None = None
+    tool_call_id: str | None = None
+    reasoning_content: str | None = None
+    refusal: str | None = None
+
+    def plain(self) -> dict[str, Any]:
+        """The message as chat templates read it: one text, arguments as an object, no field that is empty."""
+        content = self.content
+        if isinstance(content, list):
+            content = "".join(part.text for part in content)
+        found: dict[str, Any] = {"role": "system" if self.role == "developer" else self.role, "content": content or ""}
+        named = ("name", "tool_call_id", "reasoning_content")
+        found |= {name: value for name in named if (value := getattr(self, name)) is not None}
+        if self.tool_calls:
+            found["tool_calls"] = [
+                {"id": call.id, "type": "function", "function": {"name": call.function.name, "arguments": read(call)}}
+                for call in self.tool_calls
+            ]
+        return found
+
+
+def read(call: ToolCall) -> Any:
+    """A call's arguments as an object; as text if they are none."""
+    try:
+        found = json.loads(call.function.arguments)
+    except (ValueError, RecursionError):
+        return call.function.arguments
+    return found if isinstance(found, dict) else call.function.arguments
+
+
+class ChatBody(Settings):
+    """POST /v1/chat/completions."""
+
+    messages: Annotated[list[Message], MinLen(1), BeforeValidator(few)]
+    max_completion_tokens: int | None = Field(None, ge=0)
+    logprobs: bool = False
+    top_logprobs: int | None = Field(None, ge=0, le=MOST_TOP)
+    modalities: Annotated[list[Literal["text"]], MaxLen(1)] | None = None
+
+
+class TokenizeBody(Body):
+    """POST /tokenize."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: Annotated[list[Message], BeforeValidator(few)] | None = None
+    add_special_tokens: bool = True
+
+    @model_validator(mode="after")
+    def one_of_both(self) -> "TokenizeBody":
+        """ValueError unless either a prompt or messages are given."""
+        if (self.prompt is None) == (self.messages is None):
+            raise ValueError("give either prompt or messages")
+        return self
+
+
+class DetokenizeBody(Body):
+    """POST /detokenize."""
+
+    model: str | None = None
+    tokens: Tokens

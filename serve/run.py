@@ -1,0 +1,131 @@
+"""Start and end of the server: the engine, a session over it, and uvicorn."""
+
+import socket
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import psutil
+import torch
+import uvicorn
+
+from lowbit.engine.cache import cache_nbytes
+from lowbit.engine.engine import Engine
+from lowbit.engine.sampling import Sampling
+from lowbit.engine.workspace import free_nbytes, on_gpu
+from lowbit.errors import CheckpointError, EngineError, UsageError
+from lowbit.export.checkpoint import open_checkpoint
+from lowbit.export.plain import read_json
+from lowbit.serve.app import make_app
+from lowbit.serve.limits import Gate, require_guard
+from lowbit.serve.metrics import Metrics
+from lowbit.serve.session import SEQUENCES, WAITING, Session
+from lowbit.serve.vocabulary import Vocabulary
+from lowbit.serve.work import Server
+
+SETTINGS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+ROOM = 0.9  # share of a GPU's free memory that keys and values may take
+CONNECTIONS = 1024
+WARM_UP = 3  # tokens written before the server is ready
+LAST_ANSWERS = 5  # seconds for open answers after a signal to end
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options of a server.
+
+    name       of the model, as clients call it
+    keys       API keys; without any, only programs of this machine have access
+    defaults   settings of requests that leave them out
+    sequences  requests served at a time; None for as many as fit, at most SEQUENCES
+    waiting    most requests in the queue
+    """
+
+    name: str
+    host: str = "127.0.0.1"
+    port: int = 8000
+    keys: Collection[str] = frozenset()
+    defaults: Sampling = field(default_factory=Sampling)
+    sequences: int | None = None
+    waiting: int = WAITING
+
+
+def serve(engine: Engine, options: Options, ready: Callable[[str], None]) -> None:
+    """Serve until a signal ends it. `ready` is called with one line once clients can connect."""
+    require_guard(options.host, options.keys)
+    listening = listen(options.host, options.port)
+    with Session(engine, options.sequences or fitting(engine), options.waiting) as session:
+        for _ in session.stream([0], Sampling(max_new_tokens=WARM_UP)):
+            pass
+        listening.listen(CONNECTIONS)
+        ready(describe(session, options, listening.getsockname()[1]))
+        make_server(session, options).run([listening])
+
+
+def make_server(session: Session, options: Options) -> uvicorn.Server:
+    """An HTTP server over a session."""
+    server = Server(session, options.name, options.defaults, Vocabulary(session.engine), Metrics(session))
+    config = uvicorn.Config(
+        make_app(server, Gate(options.keys)),
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        limit_concurrency=CONNECTIONS,
+        timeout_graceful_shutdown=LAST_ANSWERS,
+    )
+    return uvicorn.Server(config)
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket with this address. UsageError if it is taken, or none of this machine's."""
+    found = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    try:
+        found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        found.bind((host, port))
+    except OSError as error:
+        found.close()
+        raise UsageError(
+            f"{host}:{port} is no address to listen on ({error}): choose another --host or --port"
+        ) from error
+    return found
+
+
+def describe(session: Session, options: Options, port: int) -> str:
+    """The address, the model, its context, the number of sequences and the memory."""
+    engine, cache = session.engine, session.batch.reader().cache
+    host = f"[{options.host}]" if ":" in options.host else options.host
+    device = engine.decoder.weights.device
+    if on_gpu(device):
+        taken = f"{torch.cuda.memory_reserved(device) / 2**30:.1f} GiB on {device}"
+    else:
+        taken = f"{psutil.Process().memory_info().rss / 2**30:.1f} GiB"
+    return (
+        f"http://{host}:{port} serves {options.name}: {cache.batch} sequences of {engine.options.context} tokens, "
+        f"{taken} of memory, {cache.nbytes / 2**30:.2f} GiB of it for keys and values"
+    )
+
+
+def fitting(engine: Engine) -> int:
+    """The default number of sequences: as many as fit in the memory of a GPU, at most SEQUENCES."""
+    weights, architecture, options = engine.decoder.weights, engine.decoder.architecture, engine.options
+    if not on_gpu(weights.device):
+        return SEQUENCES // 2
+    free, count = ROOM * free_nbytes(weights.device)[0], SEQUENCES
+    while count > 1 and cache_nbytes(architecture, count, options.context, weights.dtype, options.int8_cache) > free:
+        count //= 2
+    return count
+
+
+def defaults_of(directory: Path) -> Sampling:
+    """The settings that generation_config.json proposes; the protocol's temperature of 1 without any.
+
+    CheckpointError for values that no sampling can have.
+    """
+    with open_checkpoint(directory).companions() as companions:
+        path = companions / "generation_config.json"
+        found = read_json(path) if path.exists() else {}
+    settings = {name: found[name] for name in SETTINGS if isinstance(found.get(name), int | float)}
+    try:
+        return replace(Sampling(temperature=1.0), **settings)
+    except EngineError as error:
+        raise CheckpointError(f"{path}: {error}") from error

@@ -1,0 +1,187 @@
+"""From a checked body to an answer: requests of the engine, their updates, chunks or a whole answer."""
+
+import json
+import logging
+import time
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from lowbit.engine.engine import Engine
+from lowbit.engine.request import Request
+from lowbit.engine.sampling import Sampling
+from lowbit.errors import EngineError
+from lowbit.serve.answers import Answer, ChatAnswer, Choice, Delta, Plain, TextAnswer, usage
+from lowbit.serve.flow import Flow
+from lowbit.serve.job import Job, Update
+from lowbit.serve.metrics import Metrics
+from lowbit.serve.problems import Problem, problem_of
+from lowbit.serve.protocol import ChatBody, Settings, TextBody
+from lowbit.serve.session import Session
+from lowbit.serve.vocabulary import Vocabulary, decoded
+
+LOG = logging.getLogger("lowbit.serve")
+SHORT_TEXT = 16  # tokens of a completion without max_tokens, as the protocol has it
+
+
+@dataclass(frozen=True)
+class Server:
+    """Everything that requests share.
+
+    name      of the model, as clients call it
+    defaults  settings of requests that leave them out
+    """
+
+    session: Session
+    name: str
+    defaults: Sampling
+    vocabulary: Vocabulary
+    metrics: Metrics
+
+    @property
+    def engine(self) -> Engine:
+        """The engine of the session."""
+        return self.session.engine
+
+    def require_model(self, name: str | None) -> None:
+        """Problem for a model that is not served."""
+        if name is not None and name != self.name:
+            raise Problem(404, f"model {name!r} is not served here; {self.name!r} is", "model", "model_not_found")
+
+
+@dataclass(frozen=True)
+class Work:
+    """One body's requests, choices and the frame of its answer."""
+
+    requests: list[Request]
+    choices: list[Choice]
+    answer: Answer
+    body: Settings
+
+
+def sampling_of(server: Server, body: Settings, most: int | None, logprobs: int | None, echo: bool = False) -> Sampling:
+    """The sampling of a body. EngineError for settings out of range."""
+    room = server.engine.options.context
+    changes = body.sampling() | {"max_new_tokens": max(room if most is None else most, 1), "logprobs": logprobs}
+    return replace(server.defaults, **changes, prompt_logprobs=echo and logprobs is not None)
+
+
+def seeded(sampling: Sampling, index: int) -> Sampling:
+    """The sampling of one of several choices: each has a seed of its own."""
+    return sampling if sampling.seed is None else replace(sampling, seed=sampling.seed + index)
+
+
+def requests_of(server: Server, prompts: Sequence[str | Sequence[int]], sampling: Sampling, n: int) -> list[Request]:
+    """A request for each choice of each prompt, in order."""
+    engine = server.engine
+    tokens = [engine.encode(prompt) if isinstance(prompt, str) else list(prompt) for prompt in prompts]
+    places = [(prompt, choice) for prompt in tokens for choice in range(n)]
+    return [engine.request(at, prompt, seeded(sampling, choice)) for at, (prompt, choice) in enumerate(places)]
+
+
+def text_work(server: Server, body: TextBody) -> Work:
+    """The work of a completion."""
+    server.require_model(body.model)
+    most = SHORT_TEXT if body.max_tokens is None else body.max_tokens
+    sampling = sampling_of(server, body, most, body.logprobs, body.echo)
+    requests = requests_of(server, prompts_of(body), sampling, body.n)
+    choices = [
+        Choice(at, at // body.n, Plain(), echo_of(server, body, request.prompt), most == 0)
+        for at, request in enumerate(requests)
+    ]
+    return Work(requests, choices, TextAnswer(server.name, server.vocabulary, body.logprobs is not None), body)
+
+
+def prompts_of(body: TextBody) -> list[str | Sequence[int]]:
+    """The prompts of a completion: one or several, as text or tokens."""
+    prompt: Any = body.prompt
+    several = isinstance(prompt, list) and not isinstance(prompt[0], int)
+    return list(prompt) if several else [prompt]
+
+
+def echo_of(server: Server, body: TextBody, prompt: Sequence[int]) -> str | None:
+    """The prompt's text, if the answer is to begin with it."""
+    return decoded(server.engine.require_tokenizer(), prompt) if body.echo else None
+
+
+def chat_work(server: Server, body: ChatBody) -> Work:
+    """The work of a chat completion."""
+    server.require_model(body.model)
+    most = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
+    if body.top_logprobs and not body.logprobs:
+        raise Problem(400, "top_logprobs needs logprobs: true", "top_logprobs")
+    sampling = sampling_of(server, body, most, (body.top_logprobs or 0) if body.logprobs else None)
+    prompt = server.engine.encode_chat([message.plain() for message in body.messages])
+    requests = requests_of(server, [prompt], sampling, body.n)
+    choices = [Choice(at, 0, Plain(), None, most == 0) for at in range(len(requests))]
+    return Work(requests, choices, ChatAnswer(server.name, server.vocabulary, body.logprobs), body)
+
+
+class Run:
+    """Work in the batch."""
+
+    def __init__(self, server: Server, work: Work, client: str) -> None:
+        self.server, self.work = server, work
+        self.times = [time.perf_counter()] * len(work.choices)
+        self.flow = Flow(server.session, work.requests, client)
+        self.updates = self.flow.updates()
+
+    async def first(self) -> list[Delta]:
+        """The chunks of the first update. An error before it is still an HTTP status."""
+        return self.take(*await anext(self.updates))
+
+    async def whole(self) -> Delta:
+        """The whole answer."""
+        async for job, update in self.updates:
+            self.advance(job, update)
+        self.log()
+        return self.work.answer.whole(self.work.choices)
+
+    async def events(self, first: list[Delta]) -> AsyncIterator[str]:
+        """Server-sent events: the first chunks, those of the other updates, then the usage if it is wanted."""
+        try:
+            for chunk in first:
+                yield event(chunk)
+            async for job, update in self.updates:
+                for chunk in self.take(job, update):
+                    yield event(chunk)
+            options = self.work.body.stream_options
+            if options is not None and options.include_usage:
+                kind = first[0]["object"] if first else self.work.answer.kind
+                yield event(self.work.answer.frame(kind, [], usage(self.work.choices)))
+        except EngineError as error:
+            yield event(problem_of(error).body())
+        finally:
+            await self.updates.aclose()
+            self.log()
+        yield "data: [DONE]\n\n"
+
+    def take(self, job: Job, update: Update) -> list[Delta]:
+        """The chunks of one update."""
+        choice, new, deltas = self.advance(job, update)
+        opening = self.work.answer.opening(choice) if new else []
+        return opening + self.work.answer.chunks(choice, deltas, update)
+
+    def advance(self, job: Job, update: Update) -> tuple[Choice, bool, list[Delta]]:
+        """The choice of an update, True if it is its first, and the changes to its message."""
+        choice, metrics = self.work.choices[job.request.index], self.server.metrics
+        now, new = time.perf_counter(), not choice.read
+        (metrics.first if new else metrics.next).observe(now - self.times[choice.index])
+        self.times[choice.index] = now
+        if new:
+            choice.begin(job)
+        return choice, new, choice.take(update)
+
+    def log(self) -> None:
+        """Count the tokens, and log them. The log has no text."""
+        for choice in self.work.choices:
+            self.server.metrics.count(choice)
+        counts = usage(self.work.choices)
+        reasons = ", ".join(choice.reason or "left" for choice in self.work.choices[:4])
+        numbers = counts["prompt_tokens"], counts["prompt_tokens_details"]["cached_tokens"], counts["completion_tokens"]
+        LOG.info("%s: %d tokens read (%d of them cached), %d written: %s", self.work.answer.id, *numbers, reasons)
+
+
+def event(data: Delta) -> str:
+    """One server-sent event."""
+    return f"data: {json.dumps(data, ensure_ascii=False, separators=(',', ':'))}\n\n"
