@@ -1,8 +1,8 @@
 """Cache of measurements: an interrupted evaluation continues where it stopped, and a finished one is not repeated.
 
 A journal is a file of JSON lines, one per finished piece (a window, a problem, a prompt). Its name is a hash of
-everything that determines the result: weights, token ids, protocol, backend and versions. An incomplete or damaged line
-is dropped together with all lines after it.
+everything that determines the result: weights, token ids, protocol, backend and versions. A damaged line is dropped
+together with all lines after it. Several processes may work on one journal: lines are read and added under a lock.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ from lowbit.errors import CheckpointError
 from lowbit.evaluation.backend import Backend
 from lowbit.export.checkpoint import sha256_of
 from lowbit.export.dialects import weight_files
-from lowbit.export.files import changed, is_same, survey, write_text
+from lowbit.export.files import changed, held, is_same, survey, write_text
 from lowbit.export.plain import parse_json, read_json, require_object
 
 COMPUTING = (
@@ -45,7 +45,8 @@ class Journal:
         self._path, self._lost = path, lost
         self.rows: dict[int, dict[str, Any]] = {}
         if path is not None and path.exists():
-            self.rows = {row.pop("piece"): row for row in _whole_lines(path)}
+            with held(path.parent):
+                self.rows = {row.pop("piece"): row for row in _whole_lines(path)}
 
     def add(self, piece: int, row: dict[str, Any]) -> None:
         """Add the result of `piece`; it is in the file on return, if that can be written."""
@@ -53,7 +54,7 @@ class Journal:
         if self._path is None:
             return
         try:
-            with self._path.open("a", encoding="utf-8") as file:
+            with held(self._path.parent), self._path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"piece": piece} | row) + "\n")
         except OSError as error:
             self._path = None
@@ -108,7 +109,8 @@ class Library:
             if not is_same(path, identity):
                 raise CheckpointError(changed(path))
         try:
-            write_text(known_path, json.dumps(known, indent=0))
+            with held(self.directory):
+                write_text(known_path, json.dumps(_known_hashes(known_path) | known, indent=0))
         except OSError as error:
             self._lose(error)
         return hash_of(sums)

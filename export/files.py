@@ -4,6 +4,7 @@ A model directory may contain links to other places, pipes and devices. Only reg
 itself or in a hub cache's store. Writing never follows a name that existed before.
 """
 
+import fcntl
 import os
 import re
 import secrets
@@ -182,6 +183,22 @@ def write_text(path: Path, text: str) -> None:
     """Write `text` to `path` atomically: readers see the old or the new content."""
     with replacing(path) as file:
         file.write(text.encode("utf-8"))
+
+
+@contextmanager
+def held(directory: Path) -> Iterator[None]:
+    """A context for files in `directory`: processes that enter it wait for each other. Do not nest it.
+
+    The lock is on the directory, so no file is made or followed, and the system releases it even if the process is
+    killed. On file systems without such locks nobody waits.
+    """
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        with suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def sync(path: Path) -> None:

@@ -4,16 +4,24 @@ import json
 import os
 import shutil
 from pathlib import Path
+from threading import Thread
+from time import sleep
+from typing import Any
 
 import pytest
 
+from lowbit.api.recording import store
 from lowbit.errors import CheckpointError
 from lowbit.evaluation.backend import TransformersBackend, open_backend
 from lowbit.evaluation.journal import Journal, Library
 from lowbit.evaluation.perplexity import perplexity
+from lowbit.evaluation.record import FILE
 from lowbit.evaluation.text import Protocol, cut
+from lowbit.export.files import held
+from lowbit.export.plain import read_rows
 from lowbit.models.source import open_source
 from tests.e2e.cli import run_quantize_eval
+from tests.quantized import quantize_files
 
 TEXT = "Call me Ishmael. Some years ago, never mind how long precisely. " * 20
 
@@ -153,6 +161,41 @@ def test_a_line_that_was_cut_off_is_dropped(tmp_path):
     journal.add(1, {"nll": 2.5})
     assert Journal(path).rows == {0: {"nll": 1.5}, 1: {"nll": 2.5}}
     assert [json.loads(line)["piece"] for line in path.read_text().splitlines()] == [0, 1]
+
+
+def test_a_line_that_another_evaluation_is_writing_is_not_cut(tmp_path):
+    path = tmp_path / "journal.jsonl"
+    Journal(path).add(0, {"nll": 0.5})
+    found: list[Journal] = []
+    opens = Thread(target=lambda: found.append(Journal(path)))
+    with held(tmp_path), path.open("a") as file:
+        file.write('{"piece": 1, ')
+        file.flush()
+        opens.start()
+        opens.join(0.5)
+        assert opens.is_alive()
+        file.write('"nll": 1.5}\n')
+    opens.join()
+    assert found[0].rows == Journal(path).rows == {0: {"nll": 0.5}, 1: {"nll": 1.5}}
+
+
+def test_evaluations_that_end_at_once_all_record_their_rows(models, tmp_path, monkeypatch):
+    shutil.copytree(models("llama")[1], tmp_path / "model")
+    quantize_files(tmp_path / "model", "compressed-tensors", "int4-g32")
+
+    def slow(path: Path) -> list[dict[str, Any]]:
+        rows = read_rows(path)
+        sleep(0.05)
+        return rows
+
+    monkeypatch.setattr("lowbit.evaluation.record.read_rows", slow)
+    rows = [{"evaluation": "perplexity", "text": str(number), "perplexity": 1.0} for number in range(4)]
+    ending = [Thread(target=store, args=(tmp_path / "model", [row])) for row in rows]
+    for each in ending:
+        each.start()
+    for each in ending:
+        each.join()
+    assert {row["text"] for row in read_rows(tmp_path / "model" / FILE)} == set("0123")
 
 
 def test_the_command_keeps_and_need_not(models, tmp_path, cache):
