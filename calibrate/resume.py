@@ -92,8 +92,10 @@ class Journal:
             self.damage = str(error)
         else:
             if found != self._key:
-                difference = _difference(found, self._key)
-                raise CheckpointError(f"{self.directory}: made by another run, {difference}; {START_OVER}")
+                difference = _difference(found, self._key) or f"or its {KEY} is damaged"
+                if not self._row(0).exists() or self._reason_against(0):  # a block knows whose it is
+                    raise CheckpointError(f"{self.directory}: made by another run, {difference}; {START_OVER}")
+                self._before, self.damage = "", f"{self.directory / KEY} is not what was written"
         while self._row(self.finished).exists():
             reason = self._reason_against(self.finished)
             if reason is not None:
@@ -139,7 +141,8 @@ class Journal:
         if index == 0:
             self._begin()
         part = self._tensors(index).with_suffix(".part")
-        part.unlink(missing_ok=True)
+        for path in (part, self._tensors(index), self._row(index)):
+            _make_room(path)
         writer = TensorFileWriter(part)
         for name, weight in outcome.weights.items():
             for key, tensor in COMPRESSED_TENSORS.write(name, weight).items():
@@ -157,7 +160,6 @@ class Journal:
             "report": asdict(outcome.report),
         }
         row = json.loads(json.dumps(row))
-        self._row(index).unlink(missing_ok=True)
         part.replace(self._tensors(index))
         write_json(self._row(index), row | {"sha256": _hash_of(row)})
         sync(self.directory)
@@ -167,9 +169,7 @@ class Journal:
         shutil.rmtree(self.directory, ignore_errors=True)
 
     def _begin(self) -> None:
-        self.remove()
-        if self.directory.is_symlink():
-            self.directory.unlink()
+        _make_room(self.directory)
         self.directory.mkdir()
         write_json(self.directory / KEY, self._key)
 
@@ -222,6 +222,13 @@ def _followed(output: Path) -> Journal:
     journal = Journal(journal_of(output), {})
     journal.finished = int(ranks.leaders_number(0))
     return journal
+
+
+def _make_room(path: Path) -> None:
+    """Delete whatever is at `path`, a directory too; not the target of a link."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    path.unlink(missing_ok=True)
 
 
 def _hash_of(value: dict[str, Any]) -> str:

@@ -1,6 +1,7 @@
 """A killed and resumed run writes the same bytes as an uninterrupted one; the journal of another run is refused."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -186,6 +187,32 @@ def lose_the_key(journal: Path) -> None:
     (journal / "key.json").write_text("")
 
 
+def turn_the_key(journal: Path) -> None:
+    """Valid JSON, but another seed."""
+    path = journal / "key.json"
+    path.write_text(path.read_text().replace('"seed": 42', '"seed": 43'))
+
+
+def put_directories_in_the_way(journal: Path) -> None:
+    for path in journal.glob("block-00001.*"):
+        path.unlink()
+        (path / "inside").mkdir(parents=True)
+
+
+def swap_blocks(journal: Path) -> None:
+    """The first two blocks, whole, in each other's place."""
+    for path in journal.glob("block-00000.*"):
+        other = journal / path.name.replace("00000", "00001")
+        here, there = path.read_bytes(), other.read_bytes()
+        path.write_bytes(there)
+        other.write_bytes(here)
+
+
+def put_a_pipe(journal: Path) -> None:
+    (journal / "block-00001.safetensors").unlink()
+    os.mkfifo(journal / "block-00001.safetensors")
+
+
 def take_anothers_block(journal: Path) -> None:
     """The block of a run with another recipe, as if two runs had written to one output."""
     for path in (journal.parent / ".other.journal").glob("block-00001.*"):
@@ -202,6 +229,10 @@ def take_anothers_block(journal: Path) -> None:
         (lose_the_tensors, 1, "block 2 in .* is damaged: block-00001.safetensors is missing"),
         (take_anothers_block, 1, "block 2 in .* is damaged: it is of another run"),
         (lose_the_key, 2, "key.json: not JSON"),
+        (turn_the_key, 2, "key.json is not what was written"),
+        (put_directories_in_the_way, 1, "block 2 in .* is damaged: .*block-00001.json: a directory"),
+        (swap_blocks, 0, "block 1 in .* is damaged: it is of another run"),
+        (put_a_pipe, 1, "block 2 in .* is damaged: .*a pipe, where a file is expected"),
     ],
 )
 def test_a_damaged_journal_keeps_what_is_sound(sources, tmp_path, harm, kept, said):
