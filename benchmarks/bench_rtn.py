@@ -1,9 +1,10 @@
-"""Seconds per gigabyte of `lowbit.quantize(method="rtn")` on a CPU, by stage: the cost of everything but calibration.
+"""Seconds per gigabyte of `lowbit.quantize(method="rtn")` by stage: the cost of everything but calibration.
 
-    python -m benchmarks.bench_rtn [--layers 16] [--repeats 3] [--commit HASH] [--output benchmarks/results/rtn.jsonl]
+    python -m benchmarks.bench_rtn [--shape 7B] [--layers 2] [--repeats 3] [--commit HASH] [--output FILE]
 
-A model of Llama-3.2-1B's shape with random bfloat16 weights, warm in the page cache; its loss is not measured.
-One row: the run of the median wall time, with the wall time of each stage.
+A model of the shape of Llama-3.2-1B or Llama-2-7B with random bfloat16 weights, warm in the page cache; its loss is not
+measured. One row: the run of the median wall time, with the wall time of each stage. The work is on a GPU, if there is
+one.
 """
 
 import argparse
@@ -23,25 +24,45 @@ from benchmarks.bench_commands import cpu_name
 from lowbit.api.quantizing import BlockDone, Checked, Event, Stage
 from lowbit.progress import Step
 
-SHAPE: dict[str, Any] = {
-    "hidden_size": 2048,
-    "intermediate_size": 8192,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "vocab_size": 32000,
-    "tie_word_embeddings": False,
+SHAPES: dict[str, dict[str, Any]] = {
+    "1B": {
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "num_hidden_layers": 16,
+    },
+    "7B": {
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+        "num_hidden_layers": 32,
+    },
 }
+SHARED = {"vocab_size": 32000, "tie_word_embeddings": False}
+GPU = torch.cuda.is_available()
 
 
 def main() -> None:
     args = parse()
     with tempfile.TemporaryDirectory() as folder:
-        source = make_model(Path(folder) / "model", args.layers)
+        source = make_model(Path(folder) / "model", args.shape, args.layers)
         nbytes = sum(path.stat().st_size for path in source.glob("*.safetensors"))
         runs = sorted((run(source, Path(folder) / "out") for _ in range(args.repeats)), key=lambda row: row["seconds"])
-    row = {"method": "rtn", "source_gb": round(nbytes / 1e9, 3)} | runs[len(runs) // 2]
+    row = {
+        "method": "rtn",
+        "shape": args.shape,
+        "layers": args.layers or "all",
+        "source_gb": round(nbytes / 1e9, 3),
+    } | runs[len(runs) // 2]
     row["seconds_per_gb"] = round(row["seconds"] / row["source_gb"], 2)
-    row |= {"gpu": None, "cpu": cpu_name(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
+    row |= {
+        "gpu": torch.cuda.get_device_name() if GPU else None,
+        "cpu": cpu_name(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+    }
     row |= {"torch": torch.__version__, "commit": args.commit, "date": datetime.now(UTC).strftime("%Y-%m-%d")}
     print(json.dumps(row))
     if args.output:
@@ -50,18 +71,21 @@ def main() -> None:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--layers", type=int, default=16)
+    parser.add_argument("--shape", choices=SHAPES, default="1B")
+    parser.add_argument("--layers", type=int, help="less than the shape has")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--commit", default="unknown")
     parser.add_argument("--output", type=Path)
     return parser.parse_args()
 
 
-def make_model(directory: Path, layers: int) -> Path:
+def make_model(directory: Path, shape: str, layers: int | None) -> Path:
     """A checkpoint with random weights; its shards are in the page cache, as they were just written."""
-    config = transformers.LlamaConfig(**SHAPE, num_hidden_layers=layers)
-    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    model.save_pretrained(directory, max_shard_size="1GB")
+    changes = {"num_hidden_layers": layers} if layers else {}
+    config = transformers.LlamaConfig(**SHARED | SHAPES[shape] | changes)
+    with torch.device("cuda" if GPU else "cpu"):
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model.save_pretrained(directory, max_shard_size="5GB")
     return directory
 
 

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from lowbit.ahead import ahead
+from lowbit.ahead import WORKERS, ahead
 from lowbit.calibrate.block import BlockWork
 from lowbit.calibrate.data import CalibrationSet
 from lowbit.calibrate.job import Job, covered
@@ -45,7 +45,7 @@ class Blocks(Protocol):
 
 
 class DataFreeBlocks:
-    """Blocks whose weights are rounded to nearest, with one tensor of the file in memory at a time."""
+    """Blocks whose weights are rounded to nearest, with a few tensors of the file in memory at a time."""
 
     def __init__(self, job: Job) -> None:
         self._job = job
@@ -57,31 +57,42 @@ class DataFreeBlocks:
         weights: dict[str, QTensor] = {}
         rows: dict[str, dict[str, Any]] = {}
         largest = self._largest(block)
-        for spec, w in self._linears(block):
-            scheme = job.plan.schemes[spec.name]
-            require_scales(spec.name, w, scheme, job.scale_dtype)
-            shared = largest.get(parent_set(spec.name))
-            divisor = None if shared is None else divisor_of(shared, scheme.weights)
-            shrink = plain_shrink(w, scheme, job.scale_dtype, divisor)
-            weight = round_to_nearest(w, scheme, job.scale_dtype, shrink, divisor)
-            rows[spec.name] = linear_row(job, spec.name, weight, w.float())
-            weights[spec.name] = weight.to("cpu")
+
+        def rounded(name: str) -> list[tuple[str, QTensor, dict[str, Any]]]:
+            return [self._rounded(spec.name, w, largest) for spec, w in self._linears_of(block, name)]
+
+        for found in ahead(rounded, self._names(block), WORKERS):
+            for name, weight, row in found:
+                weights[name], rows[name] = weight, row
         seconds = time.monotonic() - begun
         report = BlockReport(index, block.name, None, seconds, peak_memory(job.device), [], rows)
         return BlockOutcome(weights, {}, report)
 
-    def _linears(self, block: Block) -> Iterator[tuple[LinearSpec, Tensor]]:
-        """Every linear of the block that has a scheme, and its weight on the job's device."""
+    def _rounded(self, name: str, w: Tensor, largest: dict[str, Tensor]) -> tuple[str, QTensor, dict[str, Any]]:
+        """The weight `w` of a linear rounded to nearest, in host memory, and its row in the report."""
+        job, scheme = self._job, self._job.plan.schemes[name]
+        require_scales(name, w, scheme, job.scale_dtype)
+        shared = largest.get(parent_set(name))
+        divisor = None if shared is None else divisor_of(shared, scheme.weights)
+        shrink = plain_shrink(w, scheme, job.scale_dtype, divisor)
+        weight = round_to_nearest(w, scheme, job.scale_dtype, shrink, divisor)
+        return name, weight.to("cpu"), linear_row(job, name, weight, w)
+
+    def _names(self, block: Block) -> list[str]:
+        """The block's tensors of the file that hold a linear with a scheme."""
+        return [name for name in block.tensors if self._specs(block, name)]
+
+    def _specs(self, block: Block, name: str) -> list[LinearSpec]:
+        """The linears with a scheme in the file's tensor `name`."""
         schemes = self._job.plan.schemes
-        wanted = {
-            name: [spec for spec in _linears_in(block, name, placement) if spec.name in schemes]
-            for name, placement in block.tensors.items()
-        }
-        names = [name for name, specs in wanted.items() if specs]
-        values = ahead(lambda name: checked(name, self._read(name, block.tensors[name])), names)
-        for name, value in zip(names, values, strict=True):
-            for spec in wanted[name]:
-                yield spec, _cut(value, block.tensors[name], spec).to(self._job.device)
+        return [spec for spec in _linears_in(block, name, block.tensors[name]) if spec.name in schemes]
+
+    def _linears_of(self, block: Block, name: str) -> Iterator[tuple[LinearSpec, Tensor]]:
+        """Every linear with a scheme in the file's tensor `name`, and its weight on the job's device."""
+        placement = block.tensors[name]
+        value = checked(name, self._read(name, placement))
+        for spec in self._specs(block, name):
+            yield spec, _cut(value, placement, spec).to(self._job.device)
 
     def _largest(self, block: Block) -> dict[str, Tensor]:
         """The largest magnitude of weights whose scales share a parent, by `parent_set`; empty if no scales have
@@ -89,7 +100,8 @@ class DataFreeBlocks:
         schemes = self._job.plan.schemes
         if not any(spec.name in schemes and schemes[spec.name].weights.parent for spec in block.linears):
             return {}
-        return largest_by_parent((spec.name, w) for spec, w in self._linears(block))
+        linears = (pair for name in self._names(block) for pair in self._linears_of(block, name))
+        return largest_by_parent((spec.name, w) for spec, w in linears)
 
     def _read(self, name: str, placement: Placement) -> Tensor:
         """The file's tensor `name`, or the parameter that transformers converts it to."""

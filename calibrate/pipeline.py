@@ -2,11 +2,12 @@
 
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lowbit.ahead import Behind
+from lowbit.ahead import WORKERS, Behind, fewer_threads
 from lowbit.calibrate import ranks
 from lowbit.calibrate.blocks import BlockLoop, Blocks, DataFreeBlocks
 from lowbit.calibrate.data import CalibrationSet
@@ -35,7 +36,7 @@ def run(
     journal: Journal | None = None,
     finished: bool = True,
 ) -> Result:
-    """Quantize `job` into the existing, empty directory `output`. Blocks in `journal` are not quantized again.
+    """Quantize `job` into the existing, empty directory `output`. Calibrated blocks in `journal` are not done again.
 
     finished  False leaves the sealing to the caller
 
@@ -57,8 +58,10 @@ def run(
     fmt = FORMATS[recipe.format]
     writer = RecordingWriter(CheckpointWriter(fmt, output, recipe.max_shard_size), job)
     loop = BlockLoop(job, calibration) if calibration else None
-    outcomes = _outcomes(job, loop, result, on_block, journal)
-    with Behind() as behind:  # a block is packed and written while the next one is quantized
+    # rounding alone takes no longer than a journal
+    outcomes = _outcomes(job, loop, result, on_block, journal if loop else None)
+    shared = nullcontext() if loop else fewer_threads(WORKERS)
+    with shared, Behind() as behind:  # a block is packed and written while the next one is quantized
         for block, outcome in zip(job.skeleton.blocks, outcomes, strict=True):
             tell(Part(f"writing {block.name}"))
             behind(writer.add_block, block, outcome.weights, outcome.kept)

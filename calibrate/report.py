@@ -17,7 +17,7 @@ from lowbit.calibrate.job import Job
 from lowbit.calibrate.plan import Plan
 from lowbit.export.snapshot import published_name
 from lowbit.progress import Part, tell
-from lowbit.quant.qtensor import QTensor
+from lowbit.quant.qtensor import QTensor, relative_error
 from lowbit.quant.recipe import Recipe
 
 
@@ -107,12 +107,11 @@ def report_of(job: Job, result: Result) -> dict[str, Any]:
 
 def linear_row(job: Job, name: str, weight: QTensor, original: Tensor) -> dict[str, Any]:
     """The report row of a linear: scheme, size, relative error of its weight against `original` (n, k)."""
-    error = weight.dequantize() - original
     row: dict[str, Any] = {
         "scheme": str(weight.scheme),
         "shape": list(weight.shape),
         "bits_per_weight": round(weight.scheme.bits_per_weight(weight.shape[1]), 4),
-        "weight_error": float(error.norm() / original.norm().clamp(min=1e-30)),
+        "weight_error": relative_error(weight, original),
     }
     wanted = job.plan.wanted[name].weights_only
     if weight.scheme.weights_only != wanted:

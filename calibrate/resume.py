@@ -1,4 +1,4 @@
-"""Journal of a run: its finished blocks, in a directory next to the output, for --resume.
+"""Journal of a calibrated run: its finished blocks, in a directory next to the output, for --resume.
 
 A block's tensors are stored as compressed-tensors, whatever the output's format. Its JSON row is written last. It holds
 the hash of the tensors, the hash of the block before, the hash of `key.json` (everything that determines the bytes),

@@ -20,7 +20,10 @@ from lowbit.quant.recipe import Recipe
 
 def main() -> None:
     """Entry point of the console script."""
-    run_command(quantize, "Interrupted; nothing was written. Blocks that were finished are kept: see --resume.")
+    run_command(
+        quantize,
+        "Interrupted; nothing was written. Finished blocks of a method with calibration are kept: see --resume.",
+    )
 
 
 @click.command(cls=ByPart, context_settings=SETTINGS)

@@ -89,11 +89,8 @@ def _read_packed(name: str, tensor: TensorReader, scheme: Scheme) -> QTensor:
     packed, scales = tensor(f"{name}.weight_packed"), tensor(f"{name}.weight_scale")
     n, k = _declared_shape(name, tensor)
     require_words(packed, "weight_packed", (n, None))
-    codes = unpack(packed, scheme.bits, k)
-    zeros = None
-    if scheme.symmetric:
-        codes = (codes.to(torch.int16) - scheme.number.bias).to(torch.int8)
-    else:
+    codes, zeros = unpack(packed, scheme.bits, k, scheme.number.bias), None
+    if not scheme.symmetric:
         words = tensor(f"{name}.weight_zero_point")
         require_words(words, "weight_zero_point", (None, scheme.groups(k)))
         zeros = unpack(words.T.contiguous(), scheme.bits, n).T.to(torch.int32)
@@ -316,12 +313,12 @@ class CompressedTensors(Format):
             return _written_plain(name, weight)
         bits, bias = weight.scheme.bits, weight.scheme.number.bias
         tensors = {
-            f"{name}.weight_packed": pack(weight.codes.to(torch.int32) + bias, bits),
+            f"{name}.weight_packed": pack(weight.codes, bits, bias),
             f"{name}.weight_scale": weight.scales,
             f"{name}.weight_shape": torch.tensor(weight.shape, dtype=torch.int64),
         }
         if weight.zeros is not None:
-            tensors[f"{name}.weight_zero_point"] = pack((weight.zeros + bias).T, bits).T.contiguous()
+            tensors[f"{name}.weight_zero_point"] = pack(weight.zeros.T, bits, bias).T.contiguous()
         return tensors
 
     def divisor(self, name: str, tensor: TensorReader) -> float | None:

@@ -169,7 +169,7 @@ class Gptq(Format):
             )
         group_size = k if scheme.group_size == -1 else scheme.group_size
         return {
-            f"{name}.qweight": pack(weight.codes.to(torch.int32) + bias, bits).T.contiguous(),
+            f"{name}.qweight": pack(weight.codes, bits, bias).T.contiguous(),
             f"{name}.qzeros": pack(stored.T, bits),
             f"{name}.scales": weight.scales.T.contiguous(),
             f"{name}.g_idx": torch.arange(k, dtype=torch.int32) // group_size,

@@ -15,7 +15,7 @@ from lowbit.export.checkpoint import Checkpoint, verify_checksums
 from lowbit.export.files import changed, identity_of, open_regular
 from lowbit.export.tensorfile import TensorEntry
 
-PIECE = 1 << 24  # bytes per read; a multiple of every dtype's size
+PIECE = 1 << 22  # bytes per read; a multiple of every dtype's size
 READERS = 4  # concurrent files: hashing takes one core each, and disks need several requests
 
 
@@ -48,14 +48,14 @@ def survey(checkpoint: Checkpoint, on_bytes: Callable[[int], None] = lambda coun
 
 def _read(path: Path, entries: Iterable[TensorEntry], tell: Callable[[int], None]) -> tuple[str, str | None]:
     """The SHA-256 of a file, and a complaint about its first tensor with bad values, or None."""
-    digest, complaint = hashlib.sha256(), None
+    digest, complaint, buffer = hashlib.sha256(), None, bytearray(PIECE)
     with open_regular(path) as file:
         for entry in sorted(entries, key=lambda entry: (entry.offset, entry.nbytes)):
             digest.update(file.read(entry.offset - file.tell()))
             broken, left = 0, entry.nbytes
             while left:
-                piece = bytearray(file.read(min(left, PIECE)))
-                if not piece:
+                piece = memoryview(buffer)[: min(left, PIECE)]
+                if file.readinto(piece) != len(piece):  # type: ignore[attr-defined]
                     raise Unfinished(changed(path))
                 digest.update(piece)
                 broken += count_broken(torch.frombuffer(piece, dtype=torch.uint8).view(entry.dtype))

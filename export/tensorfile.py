@@ -34,6 +34,9 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+LENGTH_BYTES = 8  # of a header's length
+HELD_BYTES = 1 << 26
+HEADER_ROOM = 1 << 20  # bytes; some eight thousand tensors
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 MAX_HEADER_BYTES = 100_000_000  # the reference implementation's limit
 MOST_DIMENSIONS = 16
@@ -122,10 +125,10 @@ def read_tensor(entry: TensorEntry) -> Tensor:
 
     Unfinished if the file changed since its header was read, or changes while it is read.
     """
-    buffer = bytearray(entry.nbytes)
+    raw = torch.empty(entry.nbytes, dtype=torch.uint8)
     with open_regular(entry.path) as file:
         file.seek(entry.offset)
-        got = file.readinto(buffer)  # type: ignore[attr-defined]
+        got = file.readinto(raw.numpy())  # type: ignore[attr-defined]
         identity = identity_of(os.fstat(file.fileno()))
     if got != entry.nbytes:
         raise CheckpointError(f"{entry.path}: {entry.nbytes} bytes of {entry.name!r} expected, {got} read")
@@ -133,7 +136,7 @@ def read_tensor(entry: TensorEntry) -> Tensor:
         raise Unfinished(changed(entry.path))
     if not entry.nbytes:
         return torch.empty(entry.shape, dtype=entry.dtype)
-    return torch.frombuffer(buffer, dtype=torch.uint8).view(entry.dtype).reshape(entry.shape)
+    return raw.view(entry.dtype).reshape(entry.shape)
 
 
 def raw_bytes(tensor: Tensor) -> memoryview:
@@ -145,40 +148,70 @@ def raw_bytes(tensor: Tensor) -> memoryview:
 
 
 class TensorFileWriter:
-    """Writes one safetensors file, tensor by tensor.
+    """Writes one safetensors file, tensor by tensor, and each byte once.
 
-    Data is first written to `path` + ".data", since the header before it is complete only at the end.
+    The header comes first in the file and is known last. Tensors are held in memory up to HELD_BYTES, and a file that
+    ends there has no room to spare. A larger file begins with HEADER_ROOM for its header, which is padded with blanks.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.nbytes = 0
         self._header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        self._data_path = path.with_name(path.name + ".data")
-        self._data = create(self._data_path)
+        self._held: list[Tensor] = []
+        self._begun = False
+        self._file = create(path)
 
     def add(self, name: str, tensor: Tensor) -> None:
         """Append `tensor` under a new name."""
         assert name not in self._header, name
         raw = tensor.detach().cpu().contiguous()
-        begin = self.nbytes
-        self._data.write(raw_bytes(raw))
-        self.nbytes += raw.numel() * raw.element_size()
-        offsets = [begin, self.nbytes]
-        self._header[name] = {"dtype": DTYPE_NAMES[raw.dtype], "shape": list(raw.shape), "data_offsets": offsets}
+        begin, self.nbytes = self.nbytes, self.nbytes + raw.numel() * raw.element_size()
+        self._header[name] = {
+            "dtype": DTYPE_NAMES[raw.dtype],
+            "shape": list(raw.shape),
+            "data_offsets": [begin, self.nbytes],
+        }
+        if not self._begun and self.nbytes > HELD_BYTES:
+            self._begin(HEADER_ROOM)
+        if self._begun:
+            self._file.write(raw_bytes(raw))
+        else:
+            self._held.append(raw.clone())
 
     def names(self) -> list[str]:
         return [name for name in self._header if name != "__metadata__"]
 
     def close(self) -> None:
-        """Write header and data to `path`, durably."""
-        self._data.close()
+        """Complete the file with its header, durably."""
         header = json.dumps(self._header, separators=(",", ":")).encode()
-        header += b" " * (-len(header) % 8)
-        with create(self.path) as file, open_regular(self._data_path) as data:
-            file.write(len(header).to_bytes(8, "little"))
-            file.write(header)
-            shutil.copyfileobj(data, file, 1 << 24)
-            file.flush()
-            os.fsync(file.fileno())
-        self._data_path.unlink()
+        if not self._begun:
+            self._begin(len(header) + -len(header) % 8)
+        if len(header) > self._room:
+            self._make_room(len(header) + -len(header) % 8)
+        self._file.seek(0)
+        self._file.write(self._room.to_bytes(8, "little") + header.ljust(self._room))
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+
+    def _begin(self, room: int) -> None:
+        """Write what is held, behind `room` bytes for the header."""
+        self._room, self._begun = room, True
+        self._file.seek(LENGTH_BYTES + room)
+        for raw in self._held:
+            self._file.write(raw_bytes(raw))
+        self._held.clear()
+
+    def _make_room(self, room: int) -> None:
+        """Write the file again, with more `room` for a header of very many tensors."""
+        self._file.close()
+        fuller = self.path.with_name(self.path.name + ".data")
+        self.path.rename(fuller)
+        self._file = create(self.path)
+        self._file.seek(LENGTH_BYTES + room)
+        with open_regular(fuller) as data:
+            data.seek(LENGTH_BYTES + self._room)
+            shutil.copyfileobj(data, self._file, 1 << 24)
+        fuller.unlink()
+        self._room = room

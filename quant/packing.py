@@ -8,7 +8,9 @@ import math
 import torch
 from torch import Tensor
 
-WORD = 32  # bits
+WORD, BYTE = 32, 8  # bits
+PAIR = 0x0101  # a one in both bytes of a pair
+PIECE = 1 << 18  # codes handled at once, whole runs of any width: they stay in a core's cache
 
 
 def words_of(codes: int, bits: int) -> int:
@@ -22,43 +24,81 @@ def _run(bits: int) -> tuple[int, int]:
     return WORD // common, bits // common
 
 
-def pack(codes: Tensor, bits: int) -> Tensor:
-    """Words of `codes` along the last dimension.
+def pack(codes: Tensor, bits: int, bias: int = 0) -> Tensor:
+    """Words of `codes` plus `bias` along the last dimension.
 
-    codes   (..., k)  unsigned values below 2^bits, any integer dtype
+    codes   (..., k)  any integer dtype; plus `bias` unsigned values below 2^bits
     return  (..., ceil(k * bits / 32))  int32; element i has bits i * bits and up of the row, and may span two words;
             the tail is zero
     """
-    count, k = _run(bits)[0], codes.shape[-1]
-    values = torch.nn.functional.pad(codes.to(torch.int32), (0, -k % count)).unflatten(-1, (-1, count))
-    words = torch.zeros(*values.shape[:-1], _run(bits)[1], dtype=torch.int32, device=codes.device)
-    for i in range(count):
-        word, shift = divmod(i * bits, WORD)
-        words[..., word] |= values[..., i] << shift
-        if shift + bits > WORD:
-            words[..., word + 1] |= values[..., i] >> (WORD - shift)
-    return words.flatten(-2)[..., : words_of(k, bits)].contiguous()
+    k = codes.shape[-1]
+    missing = -k % _run(bits)[0]
+    whole = torch.nn.functional.pad(codes, (0, missing), value=-bias) if missing else codes
+    join = _joined if BYTE % bits == 0 else _woven
+    words = torch.cat([join(piece.to(torch.uint8) + bias, bits) for piece in whole.flatten().split(PIECE)])
+    return words.view(*codes.shape[:-1], words_of(k + missing, bits))[..., : words_of(k, bits)].contiguous()
 
 
-def unpack(words: Tensor, bits: int, k: int) -> Tensor:
-    """The first `k` codes of each row of words, uint8: the inverse of pack.
+def unpack(words: Tensor, bits: int, k: int, bias: int = 0) -> Tensor:
+    """The first `k` codes of each row of words: the inverse of pack.
 
     words   (..., ceil(k * bits / 32))  int32
-    return  (..., k)  uint8
+    return  (..., k)  uint8; int8 with a bias
     """
-    expected = words_of(k, bits)
+    expected, (count, length) = words_of(k, bits), _run(bits)
     if words.shape[-1] != expected:
         raise ValueError(f"{words.shape[-1]} words a row cannot hold {k} codes of {bits} bits: {expected} are needed")
+    missing = -expected % length
+    whole = torch.nn.functional.pad(words, (0, missing)) if missing else words
+    part = _parted if BYTE % bits == 0 else _unwoven
+    codes = torch.cat([part(piece, bits).sub_(bias) for piece in whole.flatten().split(PIECE // count * length)])
+    codes = codes.view(*words.shape[:-1], (expected + missing) // length * count)[..., :k]
+    return codes.view(torch.int8) if bias else codes
+
+
+def _joined(codes: Tensor, bits: int) -> Tensor:
+    """Words of `codes` (uint8) of 1, 2, 4 or 8 bits: neighbouring bytes are joined until they are full."""
+    while bits < BYTE:
+        pairs = codes.view(torch.int16)
+        codes, bits = (pairs | pairs >> (BYTE - bits)).to(torch.uint8), 2 * bits
+    return codes.view(torch.int32)
+
+
+def _parted(words: Tensor, bits: int) -> Tensor:
+    """The inverse of `_joined`: bytes are parted until each holds one code."""
+    codes, width = words.view(torch.uint8), BYTE
+    while width > bits:
+        width //= 2
+        pairs = codes.to(torch.int16)
+        codes = ((pairs << (BYTE - width)) | pairs).bitwise_and_(PAIR * ((1 << width) - 1)).view(torch.uint8)
+    return codes if width < BYTE else codes.clone()
+
+
+def _woven(codes: Tensor, bits: int) -> Tensor:
+    """Words of `codes` of any width, some of which lie in two words."""
     count, length = _run(bits)
-    runs = torch.nn.functional.pad(words, (0, -expected % length)).unflatten(-1, (-1, length))
-    codes = torch.empty(*runs.shape[:-1], count, dtype=torch.uint8, device=words.device)
+    values = codes.to(torch.int32).view(-1, count)
+    words = torch.zeros(len(values), length, dtype=torch.int32, device=codes.device)
     for i in range(count):
         word, shift = divmod(i * bits, WORD)
-        value = runs[..., word] >> shift
+        words[:, word] |= values[:, i] << shift
+        if shift + bits > WORD:
+            words[:, word + 1] |= values[:, i] >> (WORD - shift)
+    return words.flatten()
+
+
+def _unwoven(words: Tensor, bits: int) -> Tensor:
+    """The inverse of `_woven`."""
+    count, length = _run(bits)
+    runs = words.view(-1, length)
+    codes = torch.empty(len(runs), count, dtype=torch.uint8, device=words.device)
+    for i in range(count):
+        word, shift = divmod(i * bits, WORD)
+        value = runs[:, word] >> shift
         if shift + bits > WORD:  # the shift has filled the upper bits with the sign
-            value = value & ((1 << (WORD - shift)) - 1) | runs[..., word + 1] << (WORD - shift)
-        codes[..., i] = value & ((1 << bits) - 1)
-    return codes.flatten(-2)[..., :k]
+            value = value & ((1 << (WORD - shift)) - 1) | runs[:, word + 1] << (WORD - shift)
+        codes[:, i] = value & ((1 << bits) - 1)
+    return codes.flatten()
 
 
 FP4_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # values of the three bits below the sign

@@ -1,5 +1,6 @@
 """A quantized weight."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -126,6 +127,25 @@ def round_to_nearest(
     divisor: Tensor | None = None,
 ) -> QTensor:
     """`w` (n, k) rounded to the nearest code; `shrink` as in numerics.choose_params, `divisor` as in in_parts."""
-    w, divisor = numerics.in_parts(w, scheme, divisor)
-    scales, zeros = numerics.choose_params(w, scheme, scale_dtype, shrink)
-    return QTensor(numerics.quantize(w, scheme, scales, zeros), scales, zeros, scheme, divisor=divisor)
+    divisor = numerics.own_divisor(w, scheme) if divisor is None else divisor
+    codes, scales, zeros = [], [], []
+    for rows, sides in numerics.pieces_of(w, scheme):
+        part, _ = numerics.in_parts(w[rows], scheme, divisor)
+        kept = shrink[sides] if isinstance(shrink, Tensor) and shrink.ndim else shrink
+        scale, zero = numerics.choose_params(part, scheme, scale_dtype, kept)
+        codes.append(numerics.quantize(part, scheme, scale, zero))
+        scales.append(scale)
+        zeros += [] if zero is None else [zero]
+    return QTensor(torch.cat(codes), torch.cat(scales), torch.cat(zeros) if zeros else None, scheme, divisor=divisor)
+
+
+def relative_error(weight: QTensor, original: Tensor) -> float:
+    """The norm of the error of `weight` as a fraction of that of `original` (n, k)."""
+    lost = total = 0.0
+    steps = weight.steps
+    for rows, sides in numerics.pieces_of(original, weight.scheme):
+        zeros, wanted = None if weight.zeros is None else weight.zeros[sides], original[rows].float()
+        error = numerics.dequantize(weight.codes[rows], weight.scheme, steps[sides], zeros) - wanted
+        lost += float(error.square().sum())
+        total += float(wanted.square().sum())
+    return math.sqrt(lost / max(total, 1e-60))

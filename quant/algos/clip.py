@@ -18,7 +18,6 @@ SHRINKS = tuple(1 - step / 40 for step in range(25))  # 1 down to 0.4
 # from half of it to twice (four-over-six takes two of them, 1 and 1.5); of powers of two, one on each side.
 AROUND = (1.0, *(step / 16 for step in range(8, 33) if step != 16))
 POWERS = (1.0, 0.5, 2.0)
-CHUNK_ELEMENTS = 1 << 22  # weights handled at once
 
 
 def group_moments(second_moment: Tensor, scheme: Scheme) -> Tensor:
@@ -67,8 +66,8 @@ def search_shrink(
     divisor  ()      of scales that have a parent; None for the weight's own
     """
     w, _ = numerics.in_parts(w, scheme, divisor)
-    blocks = max(CHUNK_ELEMENTS // (w.shape[1] * scheme.rows), 1)
-    return torch.cat([_search_rows(part, scheme, scale_dtype, moments) for part in w.split(blocks * scheme.rows)])
+    pieces = numerics.pieces_of(w, scheme)
+    return torch.cat([_search_rows(w[rows], scheme, scale_dtype, moments) for rows, _ in pieces])
 
 
 def _search_rows(w: Tensor, scheme: Scheme, scale_dtype: torch.dtype, moments: Tensor | None) -> Tensor:

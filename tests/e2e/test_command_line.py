@@ -139,7 +139,8 @@ def test_interrupted(model, tmp_path, number):
     process.send_signal(number)
     _, complaint = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert complaint.strip() == "Interrupted; nothing was written. Blocks that were finished are kept: see --resume."
+    kept = "Finished blocks of a method with calibration are kept: see --resume."
+    assert complaint.strip() == f"Interrupted; nothing was written. {kept}"
     assert set(names(tmp_path)) <= {".out.journal"}
 
 

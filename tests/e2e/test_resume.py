@@ -25,8 +25,6 @@ from tests.e2e.cli import names, run_quantize
 
 QUICK = {"group_size": 32}
 RECIPES = {
-    "int8": {"method": "int8"},
-    "rtn": {"method": "rtn", **QUICK},
     "awq": {"method": "awq", **QUICK},
     "awq, asymmetric": {"method": "awq", "symmetric": False, **QUICK},
     "gptq": {"method": "gptq", **QUICK},
@@ -98,6 +96,17 @@ def test_a_killed_run_goes_on_to_the_same_bytes(sources, tmp_path, recipe, finis
     assert [report.index for report in replayed] == [0, 1, 2]
     assert found == wanted
     assert not journal_of(output).exists()
+
+
+def test_a_run_without_calibration_keeps_no_journal(sources, tmp_path):
+    """Rounding takes no longer than reading what it made."""
+    source, output, recipe = sources("llama"), tmp_path / "out", {"method": "int8"}
+    with pytest.raises(Killed):
+        quantize(source, output, recipe, kill_after(2))
+    assert not journal_of(output).exists()
+    for path in output.iterdir():
+        path.unlink()
+    assert quantize(source, output, recipe) == quantize(source, tmp_path / "straight", recipe)
 
 
 @pytest.mark.parametrize(
@@ -237,7 +246,7 @@ def take_anothers_block(journal: Path) -> None:
 )
 def test_a_damaged_journal_keeps_what_is_sound(sources, tmp_path, harm, kept, said):
     """The remaining blocks are done again, with the bytes of an uninterrupted run."""
-    source, output, recipe = sources("llama"), tmp_path / "out", {"method": "rtn", **QUICK}
+    source, output, recipe = sources("llama"), tmp_path / "out", RECIPES["gptq"]
     for name, changes in (("out", {}), ("other", {"seed": 5})):
         with pytest.raises(Killed):
             quantize(source, tmp_path / name, recipe | changes, kill_after(2))
@@ -245,10 +254,10 @@ def test_a_damaged_journal_keeps_what_is_sound(sources, tmp_path, harm, kept, sa
     for path in output.iterdir():
         path.unlink()
     job = prepare(open_source(str(source)), complete_recipe(recipe), "cpu")
-    with journaled(output, job, None, resume=True) as journal:
+    with journaled(output, job, calibration(), resume=True) as journal:
         assert journal.finished == kept
         assert re.search(said, journal.damage or "")
-        run(job, output, None, lambda report: None, journal)
+        run(job, output, calibration(), lambda report: None, journal)
     assert {path.name: path.read_bytes() for path in output.iterdir()} == quantize(
         source, tmp_path / "straight", recipe
     )
@@ -256,20 +265,20 @@ def test_a_damaged_journal_keeps_what_is_sound(sources, tmp_path, harm, kept, sa
 
 def test_blocks_behind_one_that_was_done_again_do_not_count(sources, tmp_path):
     """Later blocks of the journal are not used after a repeated block that differs."""
-    source, recipe = sources("llama"), {"method": "rtn", **QUICK}
+    source, recipe = sources("llama"), RECIPES["gptq"]
     with pytest.raises(Killed):
         quantize(source, tmp_path / "out", recipe, kill_after(3))
     job = prepare(open_source(str(source)), complete_recipe(recipe), "cpu")
-    journal = Journal(journal_of(tmp_path / "out"), key_of(job, None, {}))
+    journal = Journal(journal_of(tmp_path / "out"), key_of(job, calibration(), {}))
     journal.resume()
     outcome = journal.read(1)
     assert (journal.finished, journal.damage) == (3, None)
     flip_a_bit(journal.directory)
-    again = Journal(journal.directory, key_of(job, None, {}))
+    again = Journal(journal.directory, key_of(job, calibration(), {}))
     again.resume()
     next(iter(outcome.weights.values())).scales.mul_(2)
     again.add(1, outcome)
-    last = Journal(journal.directory, key_of(job, None, {}))
+    last = Journal(journal.directory, key_of(job, calibration(), {}))
     last.resume()
     assert (again.finished, last.finished) == (1, 2)
     assert "it is of another run" in last.damage
@@ -310,7 +319,7 @@ def test_a_source_that_changes_is_no_result(tmp_path):
             (other / "model.safetensors").replace(source / "model.safetensors")
 
     with pytest.raises(CheckpointError, match=r"model\.safetensors: changed while it was read"):
-        quantize(source, tmp_path / "out", {"method": "int8"}, change)
+        quantize(source, tmp_path / "out", "gptq", change)
     assert "block-00000.json" in names(journal_of(tmp_path / "out"))
 
 

@@ -11,6 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from lowbit.errors import CheckpointError
+from lowbit.export import tensorfile
 from lowbit.export.tensorfile import DTYPES, TensorFileWriter, read_entries, read_tensor
 
 GOOD = {
@@ -159,3 +160,29 @@ def test_what_is_read_stays_when_the_file_goes(tmp_path):
     path.write_bytes(b"")
     assert tensor.tolist() == [7.0] * 4
     tensor += 1
+
+
+@pytest.mark.parametrize("room", [4096, 8])
+def test_a_large_file_has_room_for_its_header_or_is_written_again(tmp_path, monkeypatch, room):
+    monkeypatch.setattr(tensorfile, "HELD_BYTES", 100)
+    monkeypatch.setattr(tensorfile, "HEADER_ROOM", room)
+    tensors = {f"t{i}": torch.arange(7.0) + i for i in range(20)}
+    writer = TensorFileWriter(tmp_path / "x.safetensors")
+    for name, tensor in tensors.items():
+        writer.add(name, tensor.clone())
+    writer.close()
+    assert [file.name for file in tmp_path.iterdir()] == ["x.safetensors"]
+    length = int.from_bytes((tmp_path / "x.safetensors").read_bytes()[:8], "little")
+    assert (length == 4096) == (room == 4096)
+    assert length % 8 == 0
+    read = load_file(tmp_path / "x.safetensors")
+    assert all(torch.equal(read[name], tensor) for name, tensor in tensors.items())
+
+
+def test_a_tensor_is_written_as_it_was_when_it_was_added(tmp_path):
+    tensor = torch.zeros(4)
+    writer = TensorFileWriter(tmp_path / "x.safetensors")
+    writer.add("t", tensor)
+    tensor += 1
+    writer.close()
+    assert load_file(tmp_path / "x.safetensors")["t"].tolist() == [0, 0, 0, 0]

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lowbit.quant.algos import clip
+from lowbit.quant import numerics
 from lowbit.quant.algos.clip import SHRINKS, group_losses, group_moments, search_shrink
 from lowbit.quant.numerics import fake_quantize
 from lowbit.quant.scheme import make_scheme
@@ -67,5 +67,5 @@ def test_rows_do_not_depend_on_the_chunk_they_are_handled_in(monkeypatch):
     scheme = make_scheme(4, 32, False)
     w, moments = torch.randn(17, 64), group_moments(moment_of(torch.randn(99, 64)), scheme)
     whole = search_shrink(w, scheme, torch.float32, moments)
-    monkeypatch.setattr(clip, "CHUNK_ELEMENTS", 200)
+    monkeypatch.setattr(numerics, "CPU_PIECE", 200)
     assert torch.equal(search_shrink(w, scheme, torch.float32, moments), whole)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from lowbit.quant import packing
 from lowbit.quant.packing import pack, pack_e8m0, pack_fp4, unpack, unpack_e8m0, unpack_fp4
 
 
@@ -109,3 +110,23 @@ def test_exponents_to_the_letter():
     assert torch.equal(pack_e8m0(unpack_e8m0(every)), every)
     with pytest.raises(ValueError, match="1 of 3 scales are 255, which e8m0 has for NaN"):
         unpack_e8m0(torch.tensor([1, 255, 3], dtype=torch.uint8))
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_a_bias_makes_signed_codes_unsigned_and_back(bits):
+    low = -(1 << (bits - 1))
+    codes = torch.randint(low, -low, (5, 77), dtype=torch.int8)
+    words = pack(codes, bits, -low)
+    assert torch.equal(words, pack(codes.to(torch.int32) - low, bits))
+    back = unpack(words, bits, 77, -low)
+    assert back.dtype == torch.int8
+    assert torch.equal(back, codes)
+
+
+@pytest.mark.parametrize("bits", [3, 4])
+def test_pieces_do_not_show(bits, monkeypatch):
+    codes = torch.randint(0, 1 << bits, (9, 96), dtype=torch.uint8)
+    words = pack(codes, bits)
+    monkeypatch.setattr(packing, "PIECE", 64)
+    assert torch.equal(pack(codes, bits), words)
+    assert torch.equal(unpack(words, bits, 96), codes)

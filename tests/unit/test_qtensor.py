@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lowbit.quant import numerics
-from lowbit.quant.qtensor import QTensor, round_to_nearest
+from lowbit.quant.qtensor import QTensor, relative_error, round_to_nearest
 from lowbit.quant.scheme import make_scheme, parse_scheme
 
 INT4 = make_scheme(4, 32, True)
@@ -91,3 +91,16 @@ def test_moving_keeps_the_values():
     moved = weight.to("cpu")
     assert torch.equal(moved.dequantize(), weight.dequantize())
     assert moved.scheme == weight.scheme
+
+
+@pytest.mark.parametrize("name", ["int4-g32", "uint4-g32", "fp8-block", "nvfp4-a16"])
+def test_rounding_in_pieces_is_rounding_as_a_whole(name, monkeypatch):
+    scheme = parse_scheme(name)
+    w = torch.randn(300, 256) * torch.rand(300, 1)
+    whole = round_to_nearest(w.to(torch.bfloat16), scheme, torch.bfloat16)
+    lost = float((whole.dequantize() - w).norm() / w.norm())
+    monkeypatch.setattr(numerics, "CPU_PIECE", 1000)
+    parts = round_to_nearest(w.to(torch.bfloat16), scheme, torch.bfloat16)
+    for one, other in zip(vars(whole).values(), vars(parts).values(), strict=True):
+        assert torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
+    assert relative_error(parts, w) == pytest.approx(lost, rel=1e-5)
