@@ -57,7 +57,7 @@ def setting(
 ) -> Any:
     """A field of a part that is one of its settings.
 
-    text   description for --help and the documents
+    text   sentence for --help, its default included
     flags  further names of its option
     valid  True for valid values; `rule` describes them
     """

@@ -79,7 +79,7 @@ class Gptq(Rounder):
 
     damping: float = setting(
         DAMPING,
-        f"GPTQ's damping, a fraction of the mean diagonal: {DAMPING}",
+        f"Damp GPTQ's second moments by this fraction of their mean diagonal.  [default: {DAMPING}]",
         "--damp-percent",
         "--percdamp",
         valid=lambda value: 0 < value < math.inf,
@@ -102,7 +102,7 @@ class SignRound(Rounder):
 
     iters: int = setting(
         200,
-        "steps of learned rounding per block",
+        "Learn the rounding of a block in this many steps.  [default: by --method]",
         valid=lambda value: value >= 0,
         rule="steps cannot be negative",
     )

@@ -97,7 +97,7 @@ class Smooth(FoldTransform):
 
     alpha: float | None = setting(
         None,
-        "SmoothQuant's strength, 0 to 1; default: searched",
+        "Move outliers with this strength of SmoothQuant, 0 to 1.  [default: searched]",
         "--smoothing-strength",
         valid=lambda value: value is None or 0 <= value <= 1,
         rule="a migration strength lies between 0 and 1",

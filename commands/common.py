@@ -19,10 +19,10 @@ from rich.segment import Segment
 from transformers.utils import logging as transformers_logging
 
 from lowbit.calibrate import ranks
+from lowbit.commands.parts import flag, value
 from lowbit.errors import LowbitError
 from lowbit.export.escape import one_line, visible
 
-REVISION = click.option("--revision", help="Branch, tag or commit of a hub id.")
 UNITS = {"": 1, "B": 1} | {f"{unit}B": 1000**power for power, unit in enumerate("KMGT", 1)}
 UNITS |= {f"{unit}IB": 1024**power for power, unit in enumerate("KMGT", 1)}
 
@@ -72,6 +72,26 @@ def say_expanded(expanded: Mapping[str, int]) -> None:
     """
     for scheme, count in expanded.items():
         say(f"{count} x {scheme} has no kernel here: dequantized while loading", err=True)
+
+
+# Options of several commands. A name means the same in all of them.
+REVISION = click.option("--revision", help="Take this branch, tag or commit of a hub id.  [default: main]")
+DEVICE = value("--device", default="auto", text="Compute on this device: auto, cpu, cuda, cuda:1.")
+TRUST = flag("--trust-remote-code", text="Run Python code from the model's repository.")
+OVERWRITE = flag("--overwrite", text="Replace an output directory that is not empty.")
+SHARD = click.option("--max-shard-size", type=Size(), help="Write weight files of at most this size.  [default: 5GB]")
+CONTEXT = click.option(
+    "--context",
+    type=int,
+    help="Read at most this many tokens at once: prompt and output.  [default: 4096, or the model's]",
+)
+CACHE = value(
+    "--cache",
+    type=click.Choice(["same", "int8"]),
+    default="same",
+    text="Keep keys and values in this type: the activations' own, or int8.",
+)
+DENSE_HEAD = value("--head", default="dense", text="Round the output head to this scheme: int8, or dense for none.")
 
 
 def run_command(command: click.Command, interrupted: str = "Interrupted; nothing was written.") -> NoReturn:

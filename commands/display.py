@@ -16,13 +16,14 @@ from rich.text import Text
 
 from lowbit.calibrate import ranks
 from lowbit.commands.common import Terminal, make_console, say
+from lowbit.commands.parts import flag
 from lowbit.progress import Part, Step
 
 EVERY = 30.0  # most seconds between two lines
 # Passed to Display as its first arguments.
 OUTPUT_OPTIONS = (
-    click.option("--quiet", "-q", is_flag=True, help="Print only warnings and errors."),
-    click.option("--json", "as_json", is_flag=True, help="Print only JSON, one event per line."),
+    flag("--quiet", "-q", text="Print warnings and errors alone."),
+    flag("--json", "as_json", text="Print JSON alone, one event a line."),
 )
 
 

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from lowbit import __version__
 from lowbit.commands.common import make_console, run_command
-from lowbit.commands.parts import SETTINGS
+from lowbit.commands.parts import FIRST, Parts, by_part, flag, frame
 from lowbit.quant.kernels.describe import describe_build, describe_examples
 from lowbit.quant.kernels.extension import reason_against_device
 
@@ -34,9 +34,13 @@ def main() -> None:
     run_command(doctor)
 
 
-@click.command(context_settings=SETTINGS)
-@click.option("--kernels", is_flag=True, help="Also list common shapes with the kernel chosen for each, and why.")
-@click.version_option(__version__, prog_name="lowbit")
+PARTS: Parts = {
+    FIRST: (flag("--kernels", text="List common shapes as well, with the kernel chosen for each and the reason."),)
+}
+
+
+@click.command(**frame("lowbit doctor", "lowbit doctor --kernels"))
+@by_part(PARTS)
 def doctor(kernels: bool) -> None:
     """Show versions, the GPU, the CUDA extension and optional packages, with what to install."""
     console = make_console()

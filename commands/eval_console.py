@@ -1,15 +1,15 @@
 """Options and output that the subcommands of `quantize-eval` share."""
 
 import json
-from collections.abc import Callable
 from typing import Any
 
 import click
 
 from lowbit.api.session import DTYPES, Event, Scored
 from lowbit.api.shared import Note
-from lowbit.commands.common import REVISION
+from lowbit.commands.common import DEVICE, REVISION, TRUST
 from lowbit.commands.display import OUTPUT_OPTIONS, Display
+from lowbit.commands.parts import Parts, flag, value
 from lowbit.evaluation.backend import BACKENDS
 from lowbit.evaluation.perplexity import Score
 from lowbit.progress import Step
@@ -50,39 +50,34 @@ def _line(score: Score) -> str:
     )
 
 
-def setup_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add the options common to all subcommands: the keywords of lowbit.api.session.Setup."""
-    options = (
-        click.argument("checkpoint"),
-        click.option("--baseline", help="Model measured in the same run: directory, hub id, or demo."),
+SETUP: Parts = {  # options of all subcommands: the keywords of lowbit.api.session.Setup
+    "Models": (
         click.option(
+            "--baseline", help="Measure this model in the same run: a directory, a hub id, or demo.  [default: none]"
+        ),
+        REVISION,
+        click.option("--baseline-revision", help="Take this branch, tag or commit of --baseline.  [default: main]"),
+        TRUST,
+    ),
+    "Computation": (
+        value(
             "--backend",
             type=click.Choice(["auto", *BACKENDS]),
             default="auto",
-            show_default=True,
-            help="Backend; auto is transformers, or blocks (one block in memory at a time) if memory is short.",
+            text="Compute with this backend; auto is transformers, or blocks (one block in memory at a time) if memory "
+            "is short.",
         ),
-        click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1."),
-        click.option(
+        DEVICE,
+        value(
             "--dtype",
             type=click.Choice(list(DTYPES)),
             default="float32",
-            show_default=True,
-            help="Type to compute in.",
+            text="Use this floating-point type for all that is not quantized.",
         ),
-        REVISION,
-        click.option("--baseline-revision", help="Branch, tag or commit of --baseline."),
-        click.option("--trust-remote-code", is_flag=True, help="Run Python code from the model's repository."),
-        click.option(
-            "--keep/--no-keep",
-            "keep",
-            default=True,
-            show_default=True,
-            help="Reuse finished windows of an earlier run.",
-        ),
-        click.option("--record", "store", is_flag=True, help="Also write the result into CHECKPOINT."),
+        value("--keep/--no-keep", default=True, text="Reuse the finished work of an earlier run."),
+    ),
+    "Results": (
+        flag("--record", "store", text="Store the result in CHECKPOINT, its card and its page."),
         *OUTPUT_OPTIONS,
-    )
-    for option in reversed(options):
-        command = option(command)
-    return command
+    ),
+}

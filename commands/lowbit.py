@@ -11,7 +11,7 @@ import click
 
 from lowbit import __version__
 from lowbit.commands import surface
-from lowbit.commands.parts import SETTINGS
+from lowbit.commands.parts import SETTINGS, epilog
 from lowbit.export.escape import one_line
 
 ASKS = {"--help", "-h", "--version"}
@@ -45,7 +45,13 @@ class Commands(click.Group):
             formatter.write_dl([(name, help_line) for name, (_, _, help_line) in COMMANDS.items()])
 
 
-@click.group(cls=Commands, context_settings=SETTINGS)
+@click.group(
+    cls=Commands,
+    context_settings=SETTINGS,
+    epilog=epilog(
+        "lowbit quantize demo --output demo-awq", "lowbit report demo-awq", "lowbit generate demo-awq --chat"
+    ),
+)
 @click.version_option(__version__, prog_name="lowbit")
 def lowbit() -> None:
     """Quantize language models, measure the loss in quality, and generate text with them.

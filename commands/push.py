@@ -4,11 +4,10 @@ from pathlib import Path
 
 import click
 
-from lowbit import __version__
 from lowbit.api import pushing as api
 from lowbit.api.shared import Note
 from lowbit.commands.common import run_command, say
-from lowbit.commands.parts import SETTINGS
+from lowbit.commands.parts import FIRST, Parts, by_part, flag, frame
 from lowbit.export.escape import one_line
 
 
@@ -17,13 +16,19 @@ def main() -> None:
     run_command(push, "Interrupted; finished uploads are kept, and the same command resumes.")
 
 
-@click.command(context_settings=SETTINGS)
+PARTS: Parts = {
+    FIRST: (
+        flag("--public", text="Make a new repository public.  [default: private]"),
+        click.option("--message", help="Commit with this message.  [default: the version of lowbit]"),
+        flag("--dry-run", text="Show the work without doing it: the files, before any is uploaded."),
+    ),
+}
+
+
+@click.command(**frame("lowbit push demo-awq me/demo-awq --dry-run", "lowbit push demo-awq me/demo-awq --public"))
 @click.argument("checkpoint", type=click.Path(path_type=Path))
 @click.argument("repo", metavar="NAME/MODEL")
-@click.option("--public", is_flag=True, help="Make a new repository public.  [default: private]")
-@click.option("--message", help="Of the commit.")
-@click.option("--dry-run", is_flag=True, help="Show what would be uploaded, without uploading it.")
-@click.version_option(__version__, prog_name="lowbit")
+@by_part(PARTS)
 def push(checkpoint: Path, repo: str, public: bool, message: str | None, dry_run: bool) -> None:
     """Upload the directory CHECKPOINT, with its card, to the repository NAME/MODEL of the hub.
 

@@ -11,9 +11,9 @@ from lowbit.api import quantizing as api
 from lowbit.calibrate.settings import OWNERS
 from lowbit.commands.common import run_command
 from lowbit.commands.display import Display
-from lowbit.commands.parts import SETTINGS, ByPart
+from lowbit.commands.parts import by_part, frame
 from lowbit.commands.quantize_console import Printer
-from lowbit.commands.quantize_options import quantize_options
+from lowbit.commands.quantize_options import PARTS
 from lowbit.export.staging import told_whole
 from lowbit.quant.recipe import Recipe
 
@@ -26,9 +26,16 @@ def main() -> None:
     )
 
 
-@click.command(cls=ByPart, context_settings=SETTINGS)
+@click.command(
+    **frame(
+        "lowbit quantize demo --method awq --output demo-awq",
+        "lowbit quantize org/model --method gptq --dataset texts.jsonl --output model-w4",
+        "lowbit quantize model --scheme nvfp4 --output model-nvfp4 --push-to-hub me/model-nvfp4",
+        "lowbit quantize model --method best --target-size 12GiB --output model-12 --dry-run",
+    )
+)
 @click.argument("model_argument", metavar="[MODEL]", required=False)
-@quantize_options
+@by_part(PARTS)
 def quantize(
     model_argument: str | None, model: str | None, output: Path | None, recipe_file: Path | None, **flags: Any
 ) -> None:

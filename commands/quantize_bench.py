@@ -8,10 +8,10 @@ import click
 import torch
 from rich.table import Table
 
-from lowbit import __version__, engine
+from lowbit import engine
 from lowbit.api.recording import store
-from lowbit.commands.common import REVISION, make_console, run_command, say, say_expanded
-from lowbit.commands.parts import SETTINGS
+from lowbit.commands.common import CACHE, DENSE_HEAD, DEVICE, REVISION, make_console, run_command, say, say_expanded
+from lowbit.commands.parts import FIRST, Parts, by_part, flag, frame, value
 from lowbit.engine.decoder import Decoder
 from lowbit.engine.engine import Engine
 from lowbit.engine.options import Options
@@ -29,35 +29,74 @@ def main() -> None:
     run_command(bench)
 
 
-@click.command(context_settings=SETTINGS)
-@click.version_option(__version__, prog_name="lowbit")
+PARTS: Parts = {
+    FIRST: (
+        click.option(
+            "--shape",
+            type=click.Choice(list(SHAPES)),
+            help="Measure random weights of this shape.  [default: the weights of CHECKPOINT]",
+        ),
+        click.option(
+            "--weights",
+            type=click.Choice(list(METHODS)),
+            multiple=True,
+            help="Store the random weights so; may be given again.  [default: each in turn]",
+        ),
+        value(
+            "--batch",
+            type=int,
+            multiple=True,
+            default=(1, 2, 4, 8, 16),
+            text="Decode this many sequences at once; may be given again.",
+        ),
+        value(
+            "--prompt-tokens",
+            type=int,
+            multiple=True,
+            default=(128, 2048),
+            text="Begin with this many tokens; may be given again.",
+        ),
+        value(
+            "--new-tokens",
+            type=click.IntRange(min=1),
+            default=128,
+            text="Decode this many tokens of each sequence.",
+        ),
+    ),
+    "Engine": (
+        DEVICE,
+        click.option(
+            "--dtype",
+            type=click.Choice(["float16", "bfloat16", "float32"]),
+            help="Use this floating-point type for all that is not quantized.  [default: float16; float32 on a CPU]",
+        ),
+        CACHE,
+        DENSE_HEAD,
+        REVISION,
+    ),
+    "Results": (
+        flag("--record", text="Store the result in CHECKPOINT, its card and its page."),
+        flag("--profile", text="Print the slowest kernels of a step, on a GPU."),
+        flag("--json", "as_json", text="Print JSON alone, one measurement a line."),
+    ),
+}
+
+
+@click.command(
+    **frame(
+        "lowbit bench demo-awq --record",
+        "lowbit bench --shape llama2-7b --weights w4 --batch 1 --prompt-tokens 128",
+    )
+)
 @click.argument("checkpoint", required=False)
-@click.option("--shape", type=click.Choice(list(SHAPES)), help="Random weights of this shape, instead of a CHECKPOINT.")
-@click.option("--method", "methods", type=click.Choice(list(METHODS)), multiple=True, help="Of --shape. [default: all]")
-@click.option("--batch", type=int, multiple=True, default=(1, 2, 4, 8, 16), show_default=True, help="Sequences.")
-@click.option("--prompt", type=int, multiple=True, default=(128, 2048), show_default=True, help="Prompt tokens.")
-@click.option(
-    "--new-tokens", "output", type=click.IntRange(min=1), default=128, show_default=True, help="Tokens to generate."
-)
-@click.option("--cache", type=click.Choice(["same", "int8"]), default="same", help="Type of keys and values.")
-@click.option("--head", default="dense", help="Scheme to round the head to: int8.")
-@click.option(
-    "--dtype",
-    type=click.Choice(["float16", "bfloat16", "float32"]),
-    help="Type of activations.  [default: float16; float32 on a CPU]",
-)
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1.")
-@REVISION
-@click.option("--profile", is_flag=True, help="Print the slowest kernels of a step (GPU only).")
-@click.option("--record", is_flag=True, help="Also write the rows into CHECKPOINT, its card and its page.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON lines instead of a table.")
+@by_part(PARTS)
 def bench(
     checkpoint: str | None,
     shape: str | None,
-    methods: tuple[str, ...],
+    weights: tuple[str, ...],
     batch: tuple[int, ...],
-    prompt: tuple[int, ...],
-    output: int,
+    prompt_tokens: tuple[int, ...],
+    new_tokens: int,
     cache: str,
     head: str,
     dtype: str | None,
@@ -75,22 +114,22 @@ def bench(
         raise click.UsageError("name a CHECKPOINT, or a --shape; not both")
     if record:
         refuse_to_write_into(Path(required(checkpoint, "--record")))
-    place, context = torch.device(check_device(device)), max(prompt) + output
+    place, context = torch.device(check_device(device)), max(prompt_tokens) + new_tokens
     dtype = dtype or ("float32" if place.type == "cpu" else "float16")
     kind = getattr(torch, dtype)
     read_gbs = read_rate(place)
     measured = []
     table = Table(*COLUMNS, title=f"{checkpoint or shape}, {dtype}, {read_gbs:.0f} GB/s read", box=None)
     try:
-        for method in methods or (METHODS if shape else ("checkpoint",)):
+        for method in weights or (METHODS if shape else ("checkpoint",)):
             if shape is None:
                 model = engine.load(str(checkpoint), str(place), kind, context, cache, head, revision)
             else:
                 model = random_engine(shape, method, kind, place, Options(context, cache == "int8"), head)
             say_expanded(model.decoder.weights.expanded)
             say(f"{method}: decoding in {dtype} on {name_of(place)}", err=True)
-            for rows, before in product(batch, prompt):
-                speed = measure(model, rows, before, output, read_gbs)
+            for rows, before in product(batch, prompt_tokens):
+                speed = measure(model, rows, before, new_tokens, read_gbs)
                 measured.append({"shape": checkpoint or shape, "method": method} | speed.as_row())
                 if as_json:
                     click.echo(json.dumps(measured[-1]))

@@ -5,10 +5,9 @@ from pathlib import Path
 import click
 from rich.console import Console
 
-from lowbit import __version__
 from lowbit.api import converting as api
-from lowbit.commands.common import REVISION, Size, make_console, run_command
-from lowbit.commands.parts import SETTINGS
+from lowbit.commands.common import OVERWRITE, REVISION, SHARD, TRUST, make_console, run_command
+from lowbit.commands.parts import FIRST, Parts, by_part, frame
 from lowbit.export.dialects import FORMATS
 from lowbit.export.formats import describe_schemes
 from lowbit.export.staging import told_whole
@@ -20,24 +19,29 @@ def main() -> None:
     run_command(quantize_convert)
 
 
-@click.command(context_settings=SETTINGS)
+PARTS: Parts = {
+    FIRST: (
+        click.option("--format", "format_name", help=f"Write this format: {', '.join(FORMATS)}.  [default: its own]"),
+        click.option(
+            "--scheme",
+            help="Store weights in this scheme, which holds the same values: nvfp4-a16 or fp8-block for MXFP4.  "
+            "[default: its own]",
+        ),
+    ),
+    "Files": (SHARD, REVISION, OVERWRITE, TRUST),
+}
+
+
+@click.command(**frame("lowbit convert demo-awq demo-gptq --format gptq"))
 @click.argument("checkpoint")
 @click.argument("output", type=click.Path(path_type=Path))
-@click.option("--format", "format_name", help=f"One of {', '.join(FORMATS)}.  [default: its own]")
-@click.option("--scheme", help="Scheme with the same values: nvfp4-a16 or fp8-block for MXFP4.  [default: its own]")
-@click.option(
-    "--max-shard-size", type=Size(), default=Recipe.max_shard_size, help="Largest weight file.  [default: 5GB]"
-)
-@REVISION
-@click.option("--overwrite", is_flag=True, help="Replace an output directory that is not empty.")
-@click.option("--trust-remote-code", is_flag=True, help="Run Python code from the model's repository.")
-@click.version_option(__version__, prog_name="lowbit")
+@by_part(PARTS)
 def quantize_convert(
     checkpoint: str,
     output: Path,
     format_name: str | None,
     scheme: str | None,
-    max_shard_size: int,
+    max_shard_size: int | None,
     revision: str | None,
     overwrite: bool,
     trust_remote_code: bool,
@@ -50,7 +54,7 @@ def quantize_convert(
             output,
             format=format_name,
             scheme=scheme,
-            max_shard_size=max_shard_size,
+            max_shard_size=max_shard_size or Recipe.max_shard_size,
             revision=revision,
             overwrite=overwrite,
             trust_remote_code=trust_remote_code,

@@ -1,6 +1,5 @@
 """`quantize-eval`: measure the quality of a checkpoint."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +10,8 @@ from rich.text import Text
 from lowbit import __version__
 from lowbit.api import evaluating as api
 from lowbit.commands.common import Size, run_command
-from lowbit.commands.eval_console import Printer, setup_options
-from lowbit.commands.parts import SETTINGS
+from lowbit.commands.eval_console import SETUP, Printer
+from lowbit.commands.parts import SETTINGS, Parts, by_part, epilog, flag, frame, value
 from lowbit.evaluation.divergence import Divergence
 from lowbit.evaluation.generate import PROMPTS, TOKENS, Prompt, read_prompts
 from lowbit.evaluation.perplexity import Score, describe_difference
@@ -27,56 +26,73 @@ def main() -> None:
     run_command(evaluate, "Interrupted; finished work is kept: the same command continues from there.")
 
 
-@click.group(context_settings=SETTINGS)
+@click.group(
+    context_settings=SETTINGS,
+    epilog=epilog(
+        "lowbit eval perplexity demo-awq --baseline demo", "lowbit eval generate demo-awq --baseline demo --record"
+    ),
+)
 @click.version_option(__version__, prog_name="lowbit")
 def evaluate() -> None:
-    """Measure a checkpoint, unquantized or quantized."""
+    """Measure a checkpoint, unquantized or quantized.
+
+    The last line of the output is JSON.
+    """
 
 
-def text_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add the options for scoring a text: the keywords of TextSetup."""
-    options = (
-        click.option(
+TEXT: Parts = {  # the keywords of TextSetup
+    "Text": (
+        value(
             "--text",
             default="builtin",
-            show_default=True,
-            help="UTF-8 file, or a table as quantize --dataset takes it, or builtin: held-out pydoc.",
+            text="Score this text: a UTF-8 file, a table as quantize --dataset takes it, or builtin: held-out pydoc.",
         ),
-        click.option("--text-column", help="Column of the table that holds the text."),
-        click.option(
+        click.option("--text-column", help="Take the text from this column of a table.  [default: found by its name]"),
+        value(
             "--protocol",
             type=click.Choice(["gptq", "strided"]),
             default="gptq",
-            show_default=True,
-            help="gptq: windows that do not overlap. strided: windows --stride apart, each token scored once.",
+            text="Cut the text so: gptq into windows that do not overlap; strided into windows --stride apart, and "
+            "each token is scored once.",
+        ),
+        value(
+            "--context",
+            "--length",
+            "--seqlen",
+            type=int,
+            default=512,
+            text="Read at most this many tokens at once: a window.",
         ),
         click.option(
-            "--context", "--length", "--seqlen", type=int, default=512, show_default=True, help="Tokens per window."
+            "--stride",
+            type=int,
+            help="Begin a window this many tokens after the one before.  [default: half of --context]",
         ),
-        click.option("--stride", type=int, help="Tokens between windows.  [default: half of --context]"),
-        click.option(
+        value(
             "--bos",
             type=click.Choice(["first", "every"]),
             default="first",
-            show_default=True,
-            help="Windows that begin with BOS, if the model's tokenizer puts BOS before a text.",
+            text="Begin these windows with BOS, if the model's tokenizer puts BOS before a text.",
         ),
         click.option(
             "--windows",
             type=click.IntRange(min=1),
-            help="Number of windows to score.  [default: 16 of builtin, all of a file]",
+            help="Score this many windows.  [default: 16 of builtin, all of a file]",
         ),
     )
-    for option in reversed(options):
-        command = option(command)
-    return command
+}
 
 
-@evaluate.command()
-@setup_options
-@text_options
+@evaluate.command(
+    **frame(
+        "lowbit eval perplexity demo-awq --baseline demo",
+        "lowbit eval perplexity demo-awq --baseline demo --text wiki.txt --context 2048 --record",
+    )
+)
+@click.argument("checkpoint")
+@by_part(TEXT | SETUP)
 def perplexity(**options: Any) -> None:
-    """Perplexity of CHECKPOINT on a text; the last line is JSON."""
+    """Measure the perplexity of CHECKPOINT on a text."""
     printer = Printer(options)
     found = api.perplexity(progress=printer, **options)
     if found.baseline is not None:
@@ -89,11 +105,11 @@ def _print_loss(printer: Printer, score: Score, baseline: Score) -> None:
     printer.console.print(f"loss {change} nats per token (paired over {windows} windows)")
 
 
-@evaluate.command()
-@setup_options
-@text_options
+@evaluate.command(**frame("lowbit eval divergence demo-awq --baseline demo --record"))
+@click.argument("checkpoint")
+@by_part(TEXT | SETUP)
 def divergence(**options: Any) -> None:
-    """KL divergence of CHECKPOINT from --baseline, token by token; the last line is JSON."""
+    """Measure the KL divergence of CHECKPOINT from --baseline."""
     if options["baseline"] is None:
         raise click.UsageError("name the model to compare with: --baseline MODEL")
     printer = Printer(options)
@@ -117,17 +133,33 @@ def _print_divergence(printer: Printer, found: Divergence, row: dict[str, Any]) 
     printer.console.print(table)
 
 
-@evaluate.command()
-@setup_options
-@click.option("--tasks", "names", required=True, help="Names, patterns or YAML files, with commas.")
-@click.option("--include", type=click.Path(path_type=Path), help="Directory with your own task files.")
-@click.option("--fewshot", type=click.IntRange(min=0), help="Examples before a question.  [default: the task's]")
-@click.option("--limit", type=click.IntRange(min=1), help="Questions per task.  [default: all]")
-@click.option("--allow-code", is_flag=True, help="Run the Python code in task files.")
+LIMIT = click.option("--limit", type=click.IntRange(min=1), help="Ask at most this many questions.  [default: all]")
+TASKS: Parts = {
+    "Tasks": (
+        click.option("--tasks", "names", required=True, help="Run these: names, patterns or YAML files, with commas."),
+        click.option(
+            "--include",
+            type=click.Path(path_type=Path),
+            help="Find your own task files in this directory.  [default: none]",
+        ),
+        click.option(
+            "--fewshot",
+            type=click.IntRange(min=0),
+            help="Show this many examples before a question.  [default: the task's own]",
+        ),
+        LIMIT,
+        flag("--allow-code", text="Run Python code: that of your own task files."),
+    )
+}
+
+
+@evaluate.command(**frame("lowbit eval tasks demo-awq --baseline demo --tasks arc_easy,hellaswag --limit 200 --record"))
+@click.argument("checkpoint")
+@by_part(TASKS | SETUP)
 def tasks(
     names: str, include: Path | None, fewshot: int | None, limit: int | None, allow_code: bool, **options: Any
 ) -> None:
-    """Tasks of lm-evaluation-harness; the last line is JSON."""
+    """Run tasks of lm-evaluation-harness."""
     printer = Printer(options)
     wanted = [name.strip() for name in names.split(",") if name.strip()]
     settings: dict[str, Any] = {"include": include, "fewshot": fewshot, "limit": limit, "allow_code": allow_code}
@@ -146,13 +178,33 @@ def _print_tasks(printer: Printer, rows: list[api.Row], models: list[str | None]
     printer.console.print(table)
 
 
-@evaluate.command()
-@setup_options
-@click.option("--prompts", type=click.Path(path_type=Path), help=".txt, one a line; or .jsonl of prompt or messages.")
-@click.option("--prompt", multiple=True, help=f"A prompt; may be given again.  [default: {len(PROMPTS)} short ones]")
-@click.option("--tokens", type=click.IntRange(min=1), default=TOKENS, show_default=True, help="Tokens to write.")
+PROMPTING: Parts = {
+    "Prompts": (
+        click.option(
+            "--prompt",
+            multiple=True,
+            help=f"Continue this text; may be given again.  [default: {len(PROMPTS)} short ones]",
+        ),
+        click.option(
+            "--prompts",
+            type=click.Path(path_type=Path),
+            help="Continue the texts of this file: .txt, one a line; or .jsonl of prompt or messages.  [default: none]",
+        ),
+        value(
+            "--tokens",
+            type=click.IntRange(min=1),
+            default=TOKENS,
+            text="Write at most this many tokens.",
+        ),
+    )
+}
+
+
+@evaluate.command(**frame("lowbit eval generate demo-awq --baseline demo --record"))
+@click.argument("checkpoint")
+@by_part(PROMPTING | SETUP)
 def generate(prompts: Path | None, prompt: tuple[str, ...], tokens: int, **options: Any) -> None:
-    """Greedy continuations by the baseline and by CHECKPOINT; the last line is JSON."""
+    """Continue prompts with the baseline and with CHECKPOINT."""
     printer = Printer(options)
     asked = [Prompt(text) for text in prompt] + (read_prompts(prompts) if prompts else [])
     row = api.continuations(prompts=asked, tokens=tokens, progress=printer, **options)
@@ -167,18 +219,40 @@ def generate(prompts: Path | None, prompt: tuple[str, ...], tokens: int, **optio
     printer.last(row)
 
 
-@evaluate.command()
-@setup_options
-@click.option("--problems", type=click.Path(path_type=Path), required=True, help=".jsonl in HumanEval's layout.")
-@click.option("--allow-code", is_flag=True, help="Run the programs that the model writes, in a sandbox.")
-@click.option("--tokens", type=click.IntRange(min=1), default=512, show_default=True, help="Longest answer in tokens.")
-@click.option("--seconds", type=click.IntRange(min=1), default=10, show_default=True, help="Time limit of a program.")
-@click.option("--memory", type=Size(), default="1GB", show_default=True, help="Memory limit of a program.")
-@click.option("--limit", type=click.IntRange(min=1), help="Problems.  [default: all]")
+PROBLEMS: Parts = {
+    "Problems": (
+        click.option(
+            "--problems",
+            type=click.Path(path_type=Path),
+            required=True,
+            help="Solve the problems of this file: .jsonl in HumanEval's layout.",
+        ),
+        flag("--allow-code", text="Run Python code: the programs that the model writes, in a sandbox."),
+        value(
+            "--tokens",
+            type=click.IntRange(min=1),
+            default=512,
+            text="Write at most this many tokens.",
+        ),
+        value(
+            "--seconds",
+            type=click.IntRange(min=1),
+            default=10,
+            text="Stop a program after this many seconds.",
+        ),
+        value("--memory", type=Size(), default="1GB", text="Stop a program that takes this memory."),
+        LIMIT,
+    )
+}
+
+
+@evaluate.command(**frame("lowbit eval code demo-awq --baseline demo --problems HumanEval.jsonl --allow-code"))
+@click.argument("checkpoint")
+@by_part(PROBLEMS | SETUP)
 def code(
     problems: Path, allow_code: bool, tokens: int, seconds: int, memory: int, limit: int | None, **options: Any
 ) -> None:
-    """pass@1 on programming problems; the last line is JSON."""
+    """Measure pass@1 on programming problems."""
     printer = Printer(options)
     settings: dict[str, Any] = {"problems": problems, "allow_code": allow_code, "tokens": tokens, "limit": limit}
     row = api.programs(limits=Limits(seconds, memory), progress=printer, **settings, **options)

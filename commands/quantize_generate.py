@@ -7,9 +7,9 @@ from typing import Any
 
 import click
 
-from lowbit import __version__, engine
-from lowbit.commands.common import REVISION, run_command, say, say_expanded
-from lowbit.commands.parts import SETTINGS
+from lowbit import engine
+from lowbit.commands.common import CACHE, CONTEXT, DENSE_HEAD, DEVICE, REVISION, run_command, say, say_expanded
+from lowbit.commands.parts import FIRST, Parts, by_part, flag, frame, value
 from lowbit.engine.engine import Engine
 from lowbit.engine.sampling import Completion, Sampling
 from lowbit.errors import EngineError
@@ -22,42 +22,109 @@ def main() -> None:
     run_command(generate)
 
 
-@click.command(context_settings=SETTINGS)
-@click.version_option(__version__, prog_name="lowbit")
+PARTS: Parts = {
+    FIRST: (
+        click.option(
+            "--prompt",
+            "-p",
+            multiple=True,
+            help="Continue this text, or - for standard input; may be given again.  [default: none, with --chat]",
+        ),
+        flag("--chat", text="Answer the prompt as a user's message; without one, start a conversation."),
+        click.option("--system", help="Begin a chat with this system message.  [default: none]"),
+        flag("--stream", text="Print the text of one prompt as it is written."),
+        value(
+            "--max-new-tokens",
+            "--max-tokens",
+            type=int,
+            default=128,
+            text="Write at most this many tokens.",
+        ),
+    ),
+    "Sampling": (
+        value("--temperature", type=float, default=0.0, text="Sample at this temperature; 0 is greedy."),
+        value("--top-k", type=int, default=0, text="Sample from the k likeliest tokens; 0 is all."),
+        value(
+            "--top-p",
+            type=float,
+            default=1.0,
+            text="Sample from the smallest set of tokens with total probability p.",
+        ),
+        value(
+            "--min-p",
+            type=float,
+            default=0.0,
+            text="Drop tokens with less than p times the probability of the likeliest.",
+        ),
+        value(
+            "--repetition-penalty",
+            type=float,
+            default=1.0,
+            text="Divide the logits of tokens seen by this; 1 is none.",
+        ),
+        value(
+            "--presence-penalty",
+            type=float,
+            default=0.0,
+            text="Subtract this from the logit of every generated token.",
+        ),
+        value(
+            "--frequency-penalty",
+            type=float,
+            default=0.0,
+            text="Subtract this from the logit of a token once for each occurrence.",
+        ),
+        click.option(
+            "--seed", type=int, help="Seed all random choices with this number.  [default: another each time]"
+        ),
+    ),
+    "End of the text": (
+        click.option("--stop", multiple=True, help="Stop at this string; may be given again.  [default: none]"),
+        value(
+            "--min-new-tokens",
+            "--min-tokens",
+            type=int,
+            default=0,
+            text="Ignore stop tokens and strings before this many tokens.",
+        ),
+        flag("--ignore-eos", text="Write on after the model's own stop tokens."),
+        click.option(
+            "--bad-word",
+            "bad_words",
+            multiple=True,
+            help="Avoid this word, alone or after a space; longer words that contain it stay possible; may be given "
+            "again.  [default: none]",
+        ),
+    ),
+    "Search": (
+        value("--beams", type=int, default=1, text="Search with this many beams; 1 is none."),
+        value(
+            "--length-penalty",
+            type=float,
+            default=1.0,
+            text="Divide a beam's score by its length to this power.",
+        ),
+        value(
+            "--lookup",
+            type=int,
+            default=0,
+            text="Draft this many tokens a step from the text so far; at most 7.",
+        ),
+    ),
+    "Engine": (DEVICE, CONTEXT, CACHE, DENSE_HEAD, REVISION),
+    "Output on the screen": (flag("--verbose", "-v", text="Print details as well: token and step counts, on stderr."),),
+}
+
+
+@click.command(
+    **frame(
+        'lowbit generate demo-awq --prompt "The capital of France is" --max-new-tokens 20',
+        "lowbit generate demo-awq --chat",
+        'echo "def fibonacci(n):" | lowbit generate demo-awq --prompt - --stream',
+    )
+)
 @click.argument("checkpoint")
-@click.option("--prompt", "-p", multiple=True, help="Text to continue; may be given several times. '-' reads stdin.")
-@click.option("--chat", is_flag=True, help="The prompt is a user message; without a prompt, start a conversation.")
-@click.option("--system", help="System message, for --chat.")
-@click.option("--stream", is_flag=True, help="Print text as it is written (one prompt).")
-@click.option("--max-new-tokens", "--max-tokens", type=int, default=128, show_default=True, help="Tokens to write.")
-@click.option("--min-new-tokens", "--min-tokens", type=int, default=0, help="Ignore stop tokens and strings before.")
-@click.option("--temperature", type=float, default=0.0, show_default=True, help="0 is greedy decoding.")
-@click.option("--top-k", type=int, default=0, help="Sample from the k likeliest tokens; 0 for all.")
-@click.option("--top-p", type=float, default=1.0, help="Sample from the smallest set with total probability p.")
-@click.option(
-    "--min-p", type=float, default=0.0, help="Drop tokens with less than p times the probability of the likeliest."
-)
-@click.option("--repetition-penalty", type=float, default=1.0, help="Divides the logits of tokens seen; 1 for none.")
-@click.option("--presence-penalty", type=float, default=0.0, help="Subtracted from the logit of every generated token.")
-@click.option("--frequency-penalty", type=float, default=0.0, help="Subtracted once for each occurrence.")
-@click.option("--stop", multiple=True, help="String that ends the text; may be given several times.")
-@click.option(
-    "--bad-word",
-    "bad_words",
-    multiple=True,
-    help="Word to avoid, alone or after a space; longer words that contain it stay possible.",
-)
-@click.option("--ignore-eos", is_flag=True, help="Do not stop at the model's own stop tokens.")
-@click.option("--seed", type=int, help="Same seed, same text.")
-@click.option("--beams", type=int, default=1, help="Beams of beam search; 1 for none.")
-@click.option("--length-penalty", type=float, default=1.0, help="Exponent of the length, for --beams.")
-@click.option("--lookup", type=int, default=0, help="Draft tokens per step for prompt-lookup decoding; at most 7.")
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1.")
-@click.option("--context", type=int, help="Longest sequence, prompt and output.  [default: 4096, or the model's]")
-@click.option("--cache", type=click.Choice(["same", "int8"]), default="same", help="Type of keys and values.")
-@click.option("--head", default="dense", help="Scheme of the output head: dense or int8.")
-@REVISION
-@click.option("--verbose", "-v", is_flag=True, help="Print token and step counts on stderr.")
+@by_part(PARTS)
 def generate(
     checkpoint: str,
     prompt: tuple[str, ...],

@@ -6,10 +6,9 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from lowbit import __version__
 from lowbit.api import inspecting as api
-from lowbit.commands.common import REVISION, make_console, run_command
-from lowbit.commands.parts import SETTINGS
+from lowbit.commands.common import REVISION, TRUST, make_console, run_command
+from lowbit.commands.parts import FIRST, Parts, by_part, flag, frame
 from lowbit.export.engines.table import ENGINES
 from lowbit.export.inspection import Inspection
 
@@ -21,13 +20,18 @@ def main() -> None:
     run_command(quantize_inspect)
 
 
-@click.command(context_settings=SETTINGS)
+PARTS: Parts = {
+    FIRST: (
+        flag("--check", text="Read every weight as well, and verify every checksum."),
+        flag("--json", "as_json", text="Print JSON alone, one object with every linear by name."),
+    ),
+    "Files": (REVISION, TRUST),
+}
+
+
+@click.command(**frame("lowbit inspect demo-awq", "lowbit inspect demo-awq --check --json"))
 @click.argument("checkpoint")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead, with every linear by name.")
-@click.option("--check", is_flag=True, help="Also read every weight and verify every checksum.")
-@REVISION
-@click.option("--trust-remote-code", is_flag=True, help="Run Python code from the model's repository.")
-@click.version_option(__version__, prog_name="lowbit")
+@by_part(PARTS)
 def quantize_inspect(
     checkpoint: str, as_json: bool, check: bool, revision: str | None, trust_remote_code: bool
 ) -> None:

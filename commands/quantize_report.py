@@ -4,10 +4,9 @@ from pathlib import Path
 
 import click
 
-from lowbit import __version__
 from lowbit.api import reporting as api
 from lowbit.commands.common import REVISION, make_console, run_command
-from lowbit.commands.parts import SETTINGS
+from lowbit.commands.parts import FIRST, Parts, by_part, frame
 from lowbit.export.plain import read_rows
 
 
@@ -16,21 +15,29 @@ def main() -> None:
     run_command(report)
 
 
-@click.command(context_settings=SETTINGS)
+PARTS: Parts = {
+    FIRST: (
+        click.option(
+            "--output",
+            "-o",
+            type=click.Path(path_type=Path),
+            help="Write the result to this path, with .html, .md and .json at its end.  "
+            "[default: CHECKPOINT/report; comparison, of several]",
+        ),
+        click.option(
+            "--rows",
+            type=click.Path(path_type=Path, exists=True, dir_okay=False),
+            help="Read more measurements from this .jsonl file: rows of lowbit bench --json, with the device in "
+            "`device`.  [default: none]",
+        ),
+        REVISION,
+    ),
+}
+
+
+@click.command(**frame("lowbit report demo-awq", "lowbit report demo-awq demo-gptq --output both"))
 @click.argument("checkpoints", nargs=-1, required=True, metavar="CHECKPOINT [CHECKPOINT ...]")
-@click.option(
-    "--output",
-    "-o",
-    type=click.Path(path_type=Path),
-    help="Path without suffix: .html, .md and .json are added.  [default: DIR/report; comparison, of several]",
-)
-@click.option(
-    "--rows",
-    type=click.Path(path_type=Path, exists=True, dir_okay=False),
-    help=".jsonl with more measurements: rows of quantize-bench --json, with the device in `device`.",
-)
-@REVISION
-@click.version_option(__version__, prog_name="lowbit")
+@by_part(PARTS)
 def report(checkpoints: tuple[str, ...], output: Path | None, rows: Path | None, revision: str | None) -> None:
     """Write a page about one checkpoint, or about several side by side, as HTML, Markdown and JSON."""
     console = make_console()

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import click
 
-from lowbit import __version__, engine
-from lowbit.commands.common import REVISION, run_command, say
-from lowbit.commands.parts import SETTINGS
+from lowbit import engine
+from lowbit.commands.common import CACHE, CONTEXT, DENSE_HEAD, DEVICE, REVISION, run_command, say
+from lowbit.commands.parts import FIRST, Parts, by_part, flag, frame, value
 from lowbit.errors import UsageError
 from lowbit.models.devices import check_device
 from lowbit.models.source import model_directory
@@ -27,28 +27,45 @@ def main() -> None:
     run_command(serve, "Stopped.")
 
 
-@click.command(context_settings=SETTINGS)
-@click.version_option(__version__, prog_name="lowbit")
+PARTS: Parts = {
+    FIRST: (
+        value("--host", default="127.0.0.1", text="Listen at this address; any but this machine's own needs keys."),
+        value("--port", type=click.IntRange(0, 65535), default=8000, text="Listen at this port; 0 takes a free one."),
+        click.option("--name", help="Call the model so for clients.  [default: the last part of CHECKPOINT]"),
+        click.option(
+            "--api-keys",
+            type=click.Path(path_type=Path),
+            help="Read API keys from this file, one a line.  [default: none]",
+        ),
+        click.option(
+            "--api-key",
+            envvar="LOWBIT_API_KEYS",
+            help="Accept these API keys, with commas between; LOWBIT_API_KEYS names them too.  [default: none]",
+        ),
+    ),
+    "Load": (
+        click.option(
+            "--max-sequences",
+            type=click.IntRange(1, 64),
+            help="Serve this many requests at a time; each has memory for --context tokens.  "
+            "[default: 4, on a GPU up to 8]",
+        ),
+        value(
+            "--queue", "waiting", type=click.IntRange(0), default=64, text="Keep at most this many requests waiting."
+        ),
+    ),
+    "Engine": (DEVICE, CONTEXT, CACHE, DENSE_HEAD, REVISION),
+    "Output on the screen": (flag("--quiet", "-q", text="Print warnings and errors alone."),),
+}
+
+
+@click.command(
+    **frame(
+        "lowbit serve demo-awq", "lowbit serve demo-awq --host 0.0.0.0 --port 80 --api-keys keys.txt --context 8192"
+    )
+)
 @click.argument("checkpoint")
-@click.option("--host", default="127.0.0.1", show_default=True, help="Address; any but this machine's own needs keys.")
-@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 takes a free one.")
-@click.option("--name", help="Name of the model for clients.  [default: the last part of CHECKPOINT]")
-@click.option("--api-keys", type=click.Path(path_type=Path), help="File with one API key a line.")
-@click.option("--api-key", envvar="LOWBIT_API_KEYS", help="Keys with commas between; or in LOWBIT_API_KEYS.")
-@click.option(
-    "--max-sequences",
-    type=click.IntRange(1, 64),
-    help="Requests served at a time; each has memory for --context tokens.  [default: 4, on a GPU up to 8]",
-)
-@click.option(
-    "--queue", "waiting", type=click.IntRange(0), default=64, show_default=True, help="Most requests that wait."
-)
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1.")
-@click.option("--context", type=int, help="Longest sequence, prompt and output.  [default: 4096, or the model's]")
-@click.option("--cache", type=click.Choice(["same", "int8"]), default="same", help="Type of keys and values.")
-@click.option("--head", default="dense", help="Scheme of the output head: dense or int8.")
-@REVISION
-@click.option("--quiet", "-q", is_flag=True, help="Log errors alone.")
+@by_part(PARTS)
 def serve(
     checkpoint: str,
     host: str,

@@ -36,6 +36,7 @@ def surface_of(command: click.Command) -> dict[str, Any]:
     found: dict[str, Any] = {
         "name": command.name,
         "help": command.help,
+        "epilog": command.epilog,
         "params": [_param(param) for param in command.params],
     }
     if isinstance(command, click.Group):
@@ -81,7 +82,7 @@ def _kind(type_: click.ParamType) -> Any:
 def command_of(surface: Mapping[str, Any]) -> click.Command:
     """A command that looks like the one of `surface` and does nothing."""
     params = [_param_of(each) for each in surface["params"]]
-    plain = {"help": surface["help"], "params": params, "context_settings": dict(SETTINGS)}
+    plain = {"help": surface["help"], "epilog": surface["epilog"], "params": params, "context_settings": dict(SETTINGS)}
     if "commands" in surface:
         inner = {name: command_of(each) for name, each in surface["commands"].items()}
         return click.Group(surface["name"], commands=inner, **plain)

@@ -49,7 +49,7 @@ def test_shapes_have_the_parameters_of_their_names(shape, billions):
 
 def test_the_command_measures_a_checkpoint(tmp_path):
     save_family("llama", tmp_path)
-    options = ["--device", "cpu", "--dtype", "float32", "--batch", "2", "--prompt", "8", "--new-tokens", "3"]
+    options = ["--device", "cpu", "--dtype", "float32", "--batch", "2", "--prompt-tokens", "8", "--new-tokens", "3"]
     result = CliRunner().invoke(bench, [str(tmp_path), *options, "--json"])
     row = json.loads(result.stdout)
     assert (row["batch"], row["prompt"], row["output"]) == (2, 8, 3)

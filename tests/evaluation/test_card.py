@@ -157,7 +157,7 @@ def test_a_text_of_the_calibrations_family_leads_only_alone(made):
 
 
 def test_a_benchmark_and_a_report_renew_the_card(made):
-    done = run_lowbit("bench", made, "--record", "--batch", 1, "--prompt", 4, "--new-tokens", 2)
+    done = run_lowbit("bench", made, "--record", "--batch", 1, "--prompt-tokens", 4, "--new-tokens", 2)
     assert done.code == 0, done.err
     assert "tokens a second, CPU, batch 1, 4 before" in (made / "README.md").read_text()
     text = (made / "README.md").read_text()
