@@ -96,6 +96,11 @@ class Request:
                 break
         return Piece(self.index, text, tuple(tokens[:taken]), self.finish_reason)
 
+    def end(self, piece: Piece) -> Piece:
+        """The last piece, with the rest of the text, of a request that ends before its own limits."""
+        self.finish_reason = "stop"
+        return replace(piece, text=piece.text + self.stream.finish(), finish_reason="stop")
+
     def note(self, token: int, logprobs: Tensor, top: Tensor) -> None:
         """Record log-probabilities of a token and its likeliest alternatives: logprobs (1 + n), top (n)."""
         wanted = self.sampling.logprobs

@@ -38,6 +38,9 @@ class Written:
 class Runner:
     """Runs steps of `rows` tokens. With a sampler, a step writes the next step's tokens; without, it ends with logits.
 
+    With masks a step has two parts, so that a mask may depend on the token before it: run(0) computes the logits while
+    the caller makes the masks, run(1) chooses.
+
     reader   reads the prompts into the cache that the steps continue
     longest  upper bound on every sequence's length, at most the cache's context
     """
@@ -53,7 +56,9 @@ class Runner:
         self.cursor = Cursor(self.positions, self.slots, cache.context - 1)
         self.result: Chosen | None = None
         self.logits: Tensor | None = None
-        self.graph: torch.cuda.CUDAGraph | None = None
+        self.masked = sampler is not None and sampler.features.masked
+        self.parts = (self.forward, self.choose) if self.masked else (self.compute,)
+        self.graphs: list[torch.cuda.CUDAGraph] = []
         # without the attention kernel, plain torch runs, whose shapes depend on positions and cannot be captured
         heads = torch.empty(0, dtype=decoder.weights.dtype, device=device)
         self.captures = reason_against(heads, cache.layers[0]) is None
@@ -71,24 +76,37 @@ class Runner:
 
     def compute(self) -> None:
         """Run one step."""
+        self.forward()
+        self.choose()
+
+    def forward(self) -> None:
+        """Run the part of a step that computes the logits."""
         turns = self.decoder.turns_at(self.positions, self.positions + 1)
         step = Step(self.tokens, self.positions, turns, self.starts, self.slots, self.longest)
         self.logits = self.decoder.logits(self.decoder.hidden(step, self.cache))
+
+    def choose(self) -> None:
+        """Run the part of a step that chooses the tokens, if there is a sampler."""
         if self.sampler is not None:
+            assert self.logits is not None
             self.result = self.sampler(self.logits, self.tokens, self.cursor)
 
     def advance(self) -> None:
-        """Run one step, as a replayed graph if the GPU's kernels allow it."""
+        """Run one step."""
+        for part in range(len(self.parts)):
+            self.run(part)
+
+    def run(self, part: int) -> None:
+        """Run a part of a step, as a replayed graph if the GPU's kernels allow it."""
         if not self.captures:
-            self.compute()
+            self.parts[part]()
             return
-        if self.graph is None:
+        if not self.graphs:
             self.capture()
-        assert self.graph is not None
-        self.graph.replay()
+        self.graphs[part].replay()
 
     def capture(self) -> None:
-        """Capture the step. Its tensors are restored afterwards; its cache entries will be written again."""
+        """Capture the step's parts. Its tensors are restored afterwards; its cache entries will be written again."""
         kept = [self.tokens, self.positions, self.slots] + ([] if self.sampler is None else self.sampler.state)
         before = [tensor.clone() for tensor in kept]
         stream = torch.cuda.Stream()
@@ -98,16 +116,21 @@ class Runner:
                 self.compute()
         torch.cuda.current_stream().wait_stream(stream)
         torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with captured(graph):
-            self.compute()
-        self.graph = graph
+        graphs = [torch.cuda.CUDAGraph() for _ in self.parts]
+        for graph, part in zip(graphs, self.parts, strict=True):
+            with captured(graph):
+                part()
+        self.graphs = graphs
         for tensor, value in zip(kept, before, strict=True):
             tensor.copy_(value)
 
     def launch(self) -> Written:
         """Run one step, and start copying its tokens to the host."""
         self.advance()
+        return self.written()
+
+    def written(self) -> Written:
+        """The last step's result, whose copy to the host is started."""
         assert self.result is not None
         if not self.captures:
             # copied, since the next step overwrites the sampler's tensors

@@ -13,6 +13,8 @@ from lowbit.engine.sampling import LONGEST_BAD_WORD, MOST_LOGPROBS, Sampling
 from lowbit.quant.kernels import ops
 from lowbit.quant.kernels.choose_tokens import ChoiceCall, Cursor, Noise
 
+BITS = 32  # tokens per word of a mask
+
 
 @dataclass(frozen=True)
 class Features:
@@ -23,6 +25,7 @@ class Features:
     penalized: bool = False
     bad_words: int = 0  # rounded up to a power of two
     logprobs: bool = False  # of MOST_LOGPROBS alternatives: requests for fewer use the first ones
+    masked: bool = False  # by Sampler.allowed, which the caller sets before each choice
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,8 @@ class Sampler:
 
         self.temperature, self.top_p, self.min_p = tensor(1), tensor(1), tensor(1)
         self.top_k, self.seed, self.written = (tensor(1, dtype=torch.int64) for _ in range(3))
+        # one bit per token, -1 for all of a row's tokens
+        self.allowed = tensor(-(-vocabulary // BITS), dtype=torch.int32).fill_(-1)
         if features.penalized:
             self.repetition, self.presence, self.frequency = tensor(1), tensor(1), tensor(1)
             self.minimum = tensor(1, dtype=torch.int64)
@@ -137,6 +142,8 @@ class Sampler:
         cursor  advances by one position
         """
         scores = self.penalize(logits) if self.features.penalized else logits
+        if self.features.masked:
+            scores = self.mask(scores)
         if self.features.sampled and self.features.truncated:
             scores = self.truncate(scores)
         noise = Noise(self.temperature[:, 0], self.seed[:, 0]) if self.features.sampled else None
@@ -163,6 +170,11 @@ class Sampler:
             words = torch.zeros(len(last), self.vocabulary + 1, dtype=torch.bool, device=last.device)
             banned = banned | words.scatter(1, last, True)[:, : self.vocabulary]
         return scores.masked_fill(banned, float("-inf"))
+
+    def mask(self, scores: Tensor) -> Tensor:
+        """Scores with -inf for tokens that are not allowed."""
+        bits = (self.allowed.unsqueeze(-1) >> torch.arange(BITS, dtype=torch.int32, device=scores.device)) & 1
+        return scores.masked_fill(bits.flatten(1)[:, : self.vocabulary] == 0, float("-inf"))
 
     def truncate(self, scores: Tensor) -> Tensor:
         """Scores with -inf outside top-k, top-p and min-p. A row without a temperature stays unchanged."""

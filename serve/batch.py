@@ -3,6 +3,7 @@
 import time
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from lowbit.engine.generate import score_rows
 from lowbit.engine.passes import Reader
 from lowbit.engine.prefill import read_chunk
 from lowbit.engine.runner import Runner, Written
-from lowbit.engine.sampler import Chosen, features_of
+from lowbit.engine.sampler import Chosen, Features, Sampler, features_of
 from lowbit.engine.workspace import Workspace
 from lowbit.errors import EngineError
 from lowbit.serve.job import Job, Update
@@ -86,8 +87,12 @@ class Batch:
         try:
             self.read(job)
         except EngineError as error:
-            self.leave(job)
-            job.tell(job, error)
+            self.drop(job, error)
+
+    def drop(self, job: Job, error: EngineError) -> None:
+        """End a job with an error."""
+        self.leave(job)
+        job.tell(job, error)
 
     def read(self, job: Job) -> None:
         """Read one chunk of a job's prompt. After the last one, choose the first token."""
@@ -138,8 +143,9 @@ class Batch:
         request = job.request
         if request.wants_prompt_logprobs:
             request.prompt_logprobs = job.scores
-        sampler = self.space.sampler(features_of([request.constraints]), 1)
+        sampler = self.space.sampler(features_for([job]), 1)
         sampler.start([request.constraints])
+        self.mask([job], sampler)
         self.deliver([job], sampler(logits))
 
     def step(self) -> None:
@@ -150,9 +156,36 @@ class Batch:
             self.place()
         if self.runner is None:
             return
+        if self.runner.masked:
+            self.masked_step(self.runner)
+            return
         self.launched.append(self.runner.launch())
         if len(self.launched) > self.runner.ahead:
             self.deliver(self.placed, self.launched.popleft().wait())
+
+    def masked_step(self, runner: Runner) -> None:
+        """One step with grammars. The logits are computed while the tokens of the step before reach the grammars."""
+        assert runner.sampler is not None
+        runner.run(0)
+        while self.launched:
+            self.deliver(self.placed, self.launched.popleft().wait())
+        self.mask(self.placed, runner.sampler)
+        runner.run(1)
+        self.launched.append(runner.written())
+
+    def mask(self, jobs: Sequence[Job], sampler: Sampler) -> None:
+        """Set the masks of the next step. Jobs without a grammar may have any token."""
+        if not sampler.features.masked:
+            return
+        masks = torch.full(sampler.allowed.shape, -1, dtype=torch.int32, pin_memory=sampler.allowed.is_cuda)
+        for row, job in zip(masks, jobs, strict=False):
+            if job.grammar is not None and job in self.writing:
+                try:
+                    job.grammar.fill(row)
+                except EngineError as error:
+                    self.drop(job, error)
+        masks[len(jobs) :] = masks[0]
+        sampler.allowed.copy_(masks, non_blocking=True)
 
     def place(self) -> None:
         """Set the runner for the jobs that write now. Rows beyond them repeat the first job, to the same effect."""
@@ -162,7 +195,7 @@ class Batch:
         constraints = [job.request.constraints for job in self.placed]
         length, cache = max(job.length for job in self.placed), self.reader().cache
         rows = rows_for(len(self.placed), cache.layers[0].k.is_cuda)
-        runner = self.space.runner(rows, cache.batch, length, features_of(constraints))
+        runner = self.space.runner(rows, cache.batch, length, features_for(self.placed))
         assert runner.sampler is not None
         fill = rows - len(self.placed)
         runner.sampler.start(constraints + constraints[:1] * fill)
@@ -183,6 +216,13 @@ class Batch:
             if chosen.logprobs is not None and chosen.top is not None:
                 request.note(token, chosen.logprobs[row], chosen.top[row])
             piece = request.take([token])
+            if job.grammar is not None and not piece.finish_reason:
+                try:
+                    job.grammar.take(token)
+                except EngineError as error:
+                    self.drop(job, error)
+                    continue
+                piece = request.end(piece) if job.grammar.ended else piece
             if piece.finish_reason:
                 self.leave(job)
             elif not request.left:
@@ -197,6 +237,12 @@ class Batch:
         job.slot.clear()
         job.read = 0
         self.reading.append(job)
+
+
+def features_for(jobs: Sequence[Job]) -> Features:
+    """The features of sampling that the jobs need."""
+    masked = any(job.grammar is not None for job in jobs)
+    return replace(features_of([job.request.constraints for job in jobs]), masked=masked)
 
 
 def rows_for(jobs: int, on_gpu: bool) -> int:

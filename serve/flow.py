@@ -8,7 +8,7 @@ from starlette.requests import Request as Http
 
 from lowbit.engine.request import Request
 from lowbit.errors import EngineError
-from lowbit.serve.job import Job, Update
+from lowbit.serve.job import Constraint, Job, Update
 from lowbit.serve.session import Session
 
 T = TypeVar("T")
@@ -21,10 +21,12 @@ class Gone(Exception):
 class Flow:
     """The jobs of one HTTP request."""
 
-    def __init__(self, session: Session, requests: Sequence[Request], client: str) -> None:
+    def __init__(
+        self, session: Session, requests: Sequence[Request], client: str, grammars: Sequence[Constraint | None]
+    ) -> None:
         self.session, self.loop = session, asyncio.get_running_loop()
         self.arrived: asyncio.Queue[tuple[Job, Update | EngineError]] = asyncio.Queue()
-        self.jobs = session.submit(requests, self.tell, client)
+        self.jobs = session.submit(requests, self.tell, client, grammars)
 
     def tell(self, job: Job, update: Update | EngineError) -> None:
         """Pass an update on, from the session's thread."""

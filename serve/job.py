@@ -3,6 +3,9 @@
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Protocol
+
+from torch import Tensor
 
 from lowbit.engine.request import Request
 from lowbit.engine.sampling import Piece, TokenLogprob
@@ -20,6 +23,20 @@ class Update:
     logprobs: tuple[TokenLogprob, ...] = ()
 
 
+class Constraint(Protocol):
+    """A rule for the next token, and its state: see grammar.Grammar."""
+
+    def fill(self, row: Tensor) -> None:
+        """Write the mask of the next token: int32, one bit per token."""
+
+    def take(self, token: int) -> None:
+        """Go on by a token."""
+
+    @property
+    def ended(self) -> bool:
+        """True if the text is complete."""
+
+
 Tell = Callable[["Job", Update | EngineError], None]
 
 
@@ -33,11 +50,13 @@ class Job:
     slot       its slot in the cache, once it has one
     read       positions of its sequence in the cache, while it is read
     reused     positions that were copied or kept instead of computed
+    grammar    that the text must follow, if any
     """
 
     request: Request
     tell: Tell
     client: str = ""
+    grammar: Constraint | None = None
     cancelled: bool = False
     slot: Slot | None = None
     read: int = 0

@@ -63,16 +63,21 @@ class Body(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
+    @classmethod
+    def names(cls) -> list[str]:
+        """The names of the fields in JSON."""
+        return [field.alias or name for name, field in cls.model_fields.items()]
+
     @model_validator(mode="before")
     @classmethod
     def without_ignored(cls, values: Any) -> Any:
         """The fields without those that change nothing. ValueError for the first one that is not known."""
         if not isinstance(values, dict):
             return values
-        unknown = next((name for name in values if name not in cls.model_fields and name not in IGNORED), None)
+        unknown = next((name for name in values if name not in cls.names() and name not in IGNORED), None)
         if unknown is not None:
-            raise ValueError(f"the field {unknown[:60]!r} is not known here; {nearest(unknown[:60], cls.model_fields)}")
-        return {name: value for name, value in values.items() if name not in IGNORED or name in cls.model_fields}
+            raise ValueError(f"the field {unknown[:60]!r} is not known here; {nearest(unknown[:60], cls.names())}")
+        return {name: value for name, value in values.items() if name not in IGNORED or name in cls.names()}
 
 
 class StreamOptions(Body):
@@ -80,6 +85,46 @@ class StreamOptions(Body):
 
     include_usage: bool = False
     include_obfuscation: bool = False
+
+
+class Schema(Body):
+    """A JSON schema with its name."""
+
+    name: str = ""
+    description: str | None = None
+    strict: bool | None = None
+    # a field called schema would hide one of pydantic's methods
+    of: dict[str, Any] = Field(alias="schema")
+
+
+class ResponseFormat(Body):
+    """The form of an answer."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: Schema | None = None
+
+    @model_validator(mode="after")
+    def with_schema(self) -> "ResponseFormat":
+        """ValueError if the schema is missing."""
+        if self.type == "json_schema" and self.json_schema is None:
+            raise ValueError("type json_schema needs the field json_schema")
+        return self
+
+
+class StructuredOutputs(Body):
+    """The form of an answer, as vLLM's extension has it: one of these."""
+
+    of: dict[str, Any] | bool | None = Field(None, alias="json")
+    regex: str | None = None
+    choice: Annotated[list[Stop], MinLen(1), MaxLen(MOST_PARTS)] | None = None
+    grammar: str | None = None
+
+    @model_validator(mode="after")
+    def one(self) -> "StructuredOutputs":
+        """ValueError unless one form is given."""
+        if sum(each is not None for each in (self.of, self.regex, self.choice, self.grammar)) != 1:
+            raise ValueError("give one of json, regex, choice and grammar")
+        return self
 
 
 class Settings(Body):
@@ -97,7 +142,9 @@ class Settings(Body):
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     logit_bias: Annotated[dict[str, float], MaxLen(0)] | None = None
+    response_format: ResponseFormat | None = None
     # extensions
+    structured_outputs: StructuredOutputs | None = None
     top_k: int | None = Field(None, ge=-1)
     min_p: float | None = None
     repetition_penalty: float | None = None

@@ -13,7 +13,7 @@ from lowbit.engine.request import Request
 from lowbit.engine.sampling import Piece, Sampling
 from lowbit.errors import EngineError
 from lowbit.serve.batch import Batch
-from lowbit.serve.job import Job, Tell, Update
+from lowbit.serve.job import Constraint, Job, Tell, Update
 
 LOG = logging.getLogger("lowbit.serve")
 SEQUENCES = 8
@@ -57,14 +57,19 @@ class Session:
             self.changed.notify()
         self.thread.join()
 
-    def submit(self, requests: Sequence[Request], tell: Tell, client: str = "") -> list[Job]:
+    def submit(
+        self, requests: Sequence[Request], tell: Tell, client: str = "", grammars: Sequence[Constraint | None] = ()
+    ) -> list[Job]:
         """Put requests into the queue, all or none. `tell` gets their updates on the session's thread.
+
+        grammars  of the requests; none at all by default
 
         Busy if the queue has no room. EngineError for beams and drafts, which share no batch.
         """
         if any(request.sampling.beams > 1 or request.sampling.lookup for request in requests):
             raise EngineError("beams and lookup share no batch: leave them out, or use the engine itself")
-        jobs = [Job(request, tell, client) for request in requests]
+        rules = grammars or [None] * len(requests)
+        jobs = [Job(request, tell, client, rule) for request, rule in zip(requests, rules, strict=True)]
         with self.changed:
             if self.closed:
                 raise Failed("the session has ended")

@@ -13,6 +13,7 @@ from lowbit.engine.sampling import Sampling
 from lowbit.errors import EngineError
 from lowbit.serve.answers import Answer, ChatAnswer, Choice, Delta, Plain, TextAnswer, usage
 from lowbit.serve.flow import Flow
+from lowbit.serve.grammar import Grammar, grammar_of
 from lowbit.serve.job import Job, Update
 from lowbit.serve.metrics import Metrics
 from lowbit.serve.problems import Problem, problem_of
@@ -57,6 +58,7 @@ class Work:
     choices: list[Choice]
     answer: Answer
     body: Settings
+    grammar: Grammar | None = None
 
 
 def sampling_of(server: Server, body: Settings, most: int | None, logprobs: int | None, echo: bool = False) -> Sampling:
@@ -82,6 +84,7 @@ def requests_of(server: Server, prompts: Sequence[str | Sequence[int]], sampling
 def text_work(server: Server, body: TextBody) -> Work:
     """The work of a completion."""
     server.require_model(body.model)
+    grammar = grammar_of(server.vocabulary.masks, body)
     most = SHORT_TEXT if body.max_tokens is None else body.max_tokens
     sampling = sampling_of(server, body, most, body.logprobs, body.echo)
     requests = requests_of(server, prompts_of(body), sampling, body.n)
@@ -89,7 +92,7 @@ def text_work(server: Server, body: TextBody) -> Work:
         Choice(at, at // body.n, Plain(), echo_of(server, body, request.prompt), most == 0)
         for at, request in enumerate(requests)
     ]
-    return Work(requests, choices, TextAnswer(server.name, server.vocabulary, body.logprobs is not None), body)
+    return Work(requests, choices, TextAnswer(server.name, server.vocabulary, body.logprobs is not None), body, grammar)
 
 
 def prompts_of(body: TextBody) -> list[str | Sequence[int]]:
@@ -107,6 +110,7 @@ def echo_of(server: Server, body: TextBody, prompt: Sequence[int]) -> str | None
 def chat_work(server: Server, body: ChatBody) -> Work:
     """The work of a chat completion."""
     server.require_model(body.model)
+    grammar = grammar_of(server.vocabulary.masks, body)
     most = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     if body.top_logprobs and not body.logprobs:
         raise Problem(400, "top_logprobs needs logprobs: true", "top_logprobs")
@@ -114,7 +118,7 @@ def chat_work(server: Server, body: ChatBody) -> Work:
     prompt = server.engine.encode_chat([message.plain() for message in body.messages])
     requests = requests_of(server, [prompt], sampling, body.n)
     choices = [Choice(at, 0, Plain(), None, most == 0) for at in range(len(requests))]
-    return Work(requests, choices, ChatAnswer(server.name, server.vocabulary, body.logprobs), body)
+    return Work(requests, choices, ChatAnswer(server.name, server.vocabulary, body.logprobs), body, grammar)
 
 
 class Run:
@@ -123,7 +127,8 @@ class Run:
     def __init__(self, server: Server, work: Work, client: str) -> None:
         self.server, self.work = server, work
         self.times = [time.perf_counter()] * len(work.choices)
-        self.flow = Flow(server.session, work.requests, client)
+        grammars = [None if work.grammar is None else work.grammar.copy() for _ in work.requests]
+        self.flow = Flow(server.session, work.requests, client, grammars)
         self.updates = self.flow.updates()
 
     async def first(self) -> list[Delta]:

@@ -1,0 +1,105 @@
+"""Grammars: masks of the tokens that may come next, from a JSON schema, a pattern or a grammar."""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from llguidance import LLMatcher, LLTokenizer
+from torch import Tensor
+
+from lowbit.errors import EngineError
+from lowbit.serve.problems import Problem
+from lowbit.serve.protocol import ResponseFormat, Settings, StructuredOutputs
+
+# Space between the parts of a JSON text: enough to indent it. A weak model would repeat more of it without an end.
+SPACE: Any = {"whitespace_pattern": " |\\n {0,16}"}
+
+
+class Grammar:
+    """A grammar, and its state after the tokens so far. EngineError if it is none, or too large."""
+
+    def __init__(self, matcher: LLMatcher) -> None:
+        self.matcher = matcher
+        self.check()
+
+    def copy(self) -> "Grammar":
+        """The same grammar in the same state."""
+        return Grammar(self.matcher.deep_copy())
+
+    def fill(self, row: Tensor) -> None:
+        """Write the mask of the next token: int32, one bit per token."""
+        words = torch.frombuffer(bytearray(self.matcher.compute_bitmask()), dtype=torch.int32)
+        self.check()
+        row.copy_(words[: len(row)])
+
+    def take(self, token: int) -> None:
+        """Go on by a token that the mask allowed."""
+        self.matcher.consume_token(token)
+        self.check()
+
+    @property
+    def ended(self) -> bool:
+        """True if no token may follow but an end token."""
+        return bool(self.matcher.is_stopped())
+
+    def check(self) -> None:
+        """EngineError if the matcher has failed."""
+        if self.matcher.is_error():
+            raise EngineError(f"the grammar cannot be followed: {' '.join(self.matcher.get_error().split())[:300]}")
+
+
+def json_grammar(tokenizer: LLTokenizer, schema: Mapping[str, Any] | bool) -> Grammar:
+    """JSON texts of a schema."""
+    try:
+        source = LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=SPACE)
+    except (ValueError, RecursionError) as error:
+        raise EngineError(f"the schema cannot be read: {error}") from error
+    return Grammar(LLMatcher(tokenizer, source, log_level=0))
+
+
+def pattern_grammar(tokenizer: LLTokenizer, pattern: str) -> Grammar:
+    """Texts that match a regular expression."""
+    return Grammar(LLMatcher(tokenizer, LLMatcher.grammar_from_regex(pattern), log_level=0))
+
+
+def lark_grammar(tokenizer: LLTokenizer, source: str) -> Grammar:
+    """Texts of a grammar in Lark's syntax, as llguidance reads it."""
+    return Grammar(LLMatcher(tokenizer, LLMatcher.grammar_from_lark(source), log_level=0))
+
+
+def choice_grammar(tokenizer: LLTokenizer, choices: Sequence[str]) -> Grammar:
+    """One of several texts."""
+    return lark_grammar(tokenizer, "start: " + " | ".join(json.dumps(choice) for choice in choices))
+
+
+def grammar_of(tokenizer: LLTokenizer | None, body: Settings) -> Grammar | None:
+    """The grammar that a body asks for, or None. Problem if it cannot be followed."""
+    form, other = body.response_format, body.structured_outputs
+    if (form is None or form.type == "text") and other is None:
+        return None
+    if tokenizer is None:
+        raise Problem(400, "the model has no fast tokenizer: its answers have no form", "response_format")
+    if body.min_tokens:
+        raise Problem(400, "min_tokens goes with no form of the answer: the form says where it ends", "min_tokens")
+    try:
+        return other_grammar(tokenizer, other) if other is not None else format_grammar(tokenizer, form)
+    except EngineError as error:
+        raise Problem(400, str(error), "structured_outputs" if other is not None else "response_format") from error
+
+
+def format_grammar(tokenizer: LLTokenizer, form: ResponseFormat | None) -> Grammar:
+    """The grammar of a response_format."""
+    schema = None if form is None else form.json_schema
+    return json_grammar(tokenizer, {"type": "object"} if schema is None else schema.of)
+
+
+def other_grammar(tokenizer: LLTokenizer, form: StructuredOutputs) -> Grammar:
+    """The grammar of structured_outputs."""
+    if form.regex is not None:
+        return pattern_grammar(tokenizer, form.regex)
+    if form.choice is not None:
+        return choice_grammar(tokenizer, form.choice)
+    if form.grammar is not None:
+        return lark_grammar(tokenizer, form.grammar)
+    return json_grammar(tokenizer, form.of if form.of is not None else {})
