@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor
 from transformers import ProcessorMixin
@@ -118,12 +119,22 @@ def _cut(sample: ImageText, seqlen: int) -> ImageText:
 
 
 def samples_of(table: Table, viewer: Viewer, reading: Reading, count: int) -> list[ImageText]:
-    """The first `count` usable samples of a table. DatasetError if there are fewer."""
+    """The first `count` usable samples of a table. DatasetError if there are fewer.
+
+    All stay in memory to the end of the run: DatasetError as soon as they would fill more than half of the free part.
+    """
     template = viewer.template(f"{reading.label}, {table.layout.label}", reading)
     found: list[ImageText] = []
+    room = psutil.virtual_memory().available // 2
     samples = usable(table, reading, lambda row: _sample(row, table, viewer, template))
     while len(found) < count and (sample := next(samples, None)) is not None:
         found.append(sample)
+        if (taken := sum(each.nbytes for each in found)) > room:
+            raise DatasetError(
+                f"{reading.label}: the images of {len(found)} of {count} samples take {taken / 1e9:.2f} GB as the "
+                f"processor makes them, and {room / 1e9:.2f} GB are for all, half of the free memory; pass "
+                f"--num-samples {len(found) - 1}, or smaller images"
+            )
     if len(found) < count:
         advice = f"--num-samples {len(found)}, or more rows" if found else "rows with a text, or --text-column"
         skipped = f". {reading.describe()}" if reading.skipped else ""

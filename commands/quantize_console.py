@@ -116,7 +116,8 @@ class Printer:
     def readings(self, calibration: CalibrationSet) -> None:
         """Print counts of skipped or folded calibration rows; with --verbose, each row."""
         if calibration.seen:
-            self.console.print(f"  note: calibrated on {calibration.source}")
+            taken = sum(sample.nbytes for sample in calibration.seen)
+            self.display.line(f"  note: calibrated on {calibration.source}; images take {taken / 1e9:.2f} GB of memory")
         for reading in calibration.readings:
             if text := reading.describe():
                 self.display.line(f"  note: {text}")

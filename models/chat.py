@@ -94,7 +94,12 @@ class Renderer:
             raise TemplateRefusal(answer["refused"])
         if "limit" in answer:
             raise CheckpointError(f"the model's chat template {LIMITS[answer['limit']]}; pass plain text, without it")
-        return str(answer["text"])
+        text = str(answer["text"])
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise TemplateRefusal("it writes half a surrogate pair, which is no Unicode") from error
+        return text
 
     def _asked(self, line: str) -> dict[str, Any]:
         """The answer to one line. Whatever the template does, the child answers or ends in time."""

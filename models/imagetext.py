@@ -26,6 +26,11 @@ class ImageText:
         return self.tensors["input_ids"]
 
     @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(value.nbytes for value in self.tensors.values())
+
+    @property
     def words(self) -> Tensor:
         """The ids (t,) of text tokens; all ids if there are none."""
         return self.ids[0] if bool(self.marks.all()) else self.ids[0][~self.marks]

@@ -9,6 +9,7 @@ import shutil
 import struct
 import zlib
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import datasets
@@ -325,6 +326,18 @@ def test_a_model_without_a_processor(models, tmp_path):
         read(open_source(str(plain)), path, 2)
     with pytest.raises(CheckpointError, match=r"Qwen2VLVideoProcessor requires the Torchvision library"):
         read(open_source(str(models["qwen2_5_vl"])), path, 2)
+
+
+def test_images_that_would_fill_memory_are_refused_with_the_number_that_fits(models, tmp_path, monkeypatch):
+    """Samples stay in memory: a llava sample here has 0.03 MB."""
+    path, source = rows_of(tmp_path), open_source(str(models["llava"]))
+    each = max(sample.nbytes for sample in read(source, path, 4).seen)
+    monkeypatch.setattr("lowbit.calibrate.seeing.psutil.virtual_memory", lambda: SimpleNamespace(available=6 * each))
+    assert len(read(source, path, 3).seen) == 3
+    with pytest.raises(
+        DatasetError, match=r"the images of 4 of 4 samples take .* GB .* pass --num-samples 3, or smaller"
+    ):
+        read(source, path, 4)
 
 
 def test_a_processor_of_the_models_own_runs_by_the_flag_alone(models, tmp_path):

@@ -67,6 +67,7 @@ def test_a_template_ends_in_time_and_memory(tokenizer, what, monkeypatch):
         ("{{", "unexpected 'end of template'"),
         ("{{ messages[0].gone.deeper }}", "no attribute 'gone'"),
         ("{{" + "(" * 100000 + "}}", "recursion"),
+        ("{{ '\\ud800' }}", "it writes half a surrogate pair"),
         ("{{ cycler.__init__.__globals__.os.mkdir('ran') }}", "unsafe"),
     ],
 )
