@@ -14,6 +14,7 @@ WIDTH = re.compile(
     r"(?:vocab|hidden|intermediate|embed|embedding|ffn|inner)\w*_(?:size|dim)$|(?:^|_)(?:dim|heads?|experts|labels)$"
     r"|^n_(?:embd|inner)$|^d_(?:model|ff|kv|inner)$"
 )
+SHARE = re.compile(r"^(?:partial_rotary_factor|rotary_(?:pct|percent)|rope_pct)$")  # of a head's channels
 SLACK = 8  # an int32 word holds up to 8 packed weights; heads and groups are fractions of a width
 LEAST_DEPTH, LEAST_WIDTH = 256, 1 << 13  # smaller claims are harmless, whatever the files hold
 
@@ -28,6 +29,8 @@ def require_sizes(config: Mapping[str, Any], entries: Mapping[str, TensorEntry],
     widest = max((size for entry in entries.values() for size in entry.shape), default=0)
     depth, width = SLACK * max(len(numbers), LEAST_DEPTH // SLACK), SLACK * max(widest, len(numbers), LEAST_WIDTH)
     for key, value in _numbers(config):
+        if SHARE.search(key) and value > 1:
+            raise CheckpointError(f"{where}: {key} is {value}, a share of each head's channels, and is 1 at most")
         most = depth if DEPTH.search(key) else width if WIDTH.search(key) else value
         if value > most:
             held = f"{len(numbers)} numbered layers or experts" if DEPTH.search(key) else f"no dimension above {widest}"
@@ -36,13 +39,13 @@ def require_sizes(config: Mapping[str, Any], entries: Mapping[str, TensorEntry],
             )
 
 
-def _numbers(value: Any) -> Iterator[tuple[str, int]]:
-    """Every integer with its key, at any depth."""
+def _numbers(value: Any) -> Iterator[tuple[str, float]]:
+    """Every number with its key, at any depth."""
     if isinstance(value, list):
         for inner in value:
             yield from _numbers(inner)
     if isinstance(value, dict):
         for key, inner in value.items():
-            if isinstance(inner, int):
+            if isinstance(inner, int | float):
                 yield key, inner
             yield from _numbers(inner)

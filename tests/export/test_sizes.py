@@ -50,6 +50,15 @@ def test_a_size_deep_inside_counts_too(tmp_path):
         open_checkpoint(model)
 
 
+@pytest.mark.parametrize("value", [805_621, 1.5])
+def test_more_than_all_channels_are_no_share(tmp_path, value):
+    """A table of rotary frequencies has so many entries; it took 3 GiB."""
+    rope = {"partial_rotary_factor": value, "rope_theta": 1e4, "rope_type": "default"}
+    model = claimed(save_family("phi3", tmp_path / "model"), rope_parameters=rope)
+    with pytest.raises(CheckpointError, match=rf"partial_rotary_factor is {value}, a share of each head's channels"):
+        open_source(str(model))
+
+
 def test_numbers_that_are_no_sizes_are_free(tmp_path):
     model = save_family("llama", tmp_path / "model")
     claimed(model, max_position_embeddings=10_485_760, rope_theta=500_000_000, total_parameters=7_000_000_000)
