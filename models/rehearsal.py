@@ -172,10 +172,13 @@ def choosers(skeleton: Skeleton) -> dict[str, str]:
 
 @torch.no_grad()
 def reader_of_weights(skeleton: Skeleton, quantized: Container[str]) -> str | None:
-    """The class of a block whose code reads the weight of one of the `quantized` linears directly, or None.
+    """The class of a block, or of the model around it, whose code reads the weight of one of the `quantized` linears
+    directly, or None.
 
     Such code fails with packed weights. None also if the model's code fails in a dry run.
     """
+    if _fails_before_the_blocks(skeleton, quantized):
+        return type(skeleton.model).__name__
     try:
         with rehearsed(skeleton) as (walk, states):
             for first, _ in kinds(skeleton):
@@ -189,6 +192,20 @@ def reader_of_weights(skeleton: Skeleton, quantized: Container[str]) -> str | No
     except FAILURES:
         return None
     return None
+
+
+def _fails_before_the_blocks(skeleton: Skeleton, quantized: Container[str]) -> bool:
+    """True if the model's code before its first block (RWKV's divides weights there) fails because one is missing."""
+    specs = [spec for block in skeleton.blocks for spec in block.linears if spec.name in quantized]
+    try:
+        with _packed(skeleton.model, specs), rehearsed(skeleton):
+            return False
+    except FAILURES as error:
+        return _is_missing_weight(error)
+
+
+def _is_missing_weight(error: Exception) -> bool:
+    return isinstance(error, AttributeError) and "no attribute 'weight'" in str(error)
 
 
 def _mode(skeleton: Skeleton, index: int) -> Choosers:
@@ -206,7 +223,7 @@ def _reads_weights(model: PreTrainedModel, block: nn.Module, run: Callable[[], S
                 model._init_weights(module)
         run()
     except AttributeError as error:
-        return "no attribute 'weight'" in str(error)
+        return _is_missing_weight(error)
     return False
 
 

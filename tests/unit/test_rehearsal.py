@@ -29,6 +29,7 @@ READERS: dict[str, tuple[str, dict[str, Any]]] = {
     "MambaBlock": ("MambaConfig", {"hidden_size": 64, "num_hidden_layers": 2, "state_size": 16}),
     "NanoChatDecoderLayer": ("NanoChatConfig", GATED),
     "xLSTMBlock": ("xLSTMConfig", {"hidden_size": 64, "num_blocks": 2, "num_heads": 4}),
+    "RwkvForCausalLM": ("RwkvConfig", {"hidden_size": 64, "attention_hidden_size": 64, "num_hidden_layers": 2}),
     "GPTBigCodeBlock": ("GPTBigCodeConfig", {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64}),
 }
 
