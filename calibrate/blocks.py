@@ -76,7 +76,7 @@ class DataFreeBlocks:
         divisor = None if shared is None else divisor_of(shared, scheme.weights)
         shrink = plain_shrink(w, scheme, job.scale_dtype, divisor)
         weight = round_to_nearest(w, scheme, job.scale_dtype, shrink, divisor)
-        return name, weight.to("cpu"), linear_row(job, name, weight, w)
+        return name, weight.to("cpu"), linear_row(job.plan, name, weight, w)
 
     def _names(self, block: Block) -> list[str]:
         """The block's tensors of the file that hold a linear with a scheme."""

@@ -10,6 +10,7 @@ import torch
 from lowbit.calibrate.mixtures import Mixed
 from lowbit.calibrate.plan import Plan, make_plan
 from lowbit.errors import CheckpointError
+from lowbit.export.checkpoint import Checkpoint
 from lowbit.export.dialects import FORMATS, READ
 from lowbit.export.engines.transformers import TRANSFORMERS
 from lowbit.export.engines.vllm import VLLM
@@ -45,7 +46,7 @@ class Job:
     @property
     def scale_dtype(self) -> torch.dtype:
         """The dtype of scales: fixed by the format, or that of unquantized weights."""
-        return FORMATS[self.recipe.format].scale_dtype or self.dtype
+        return scale_dtype_of(self.recipe, self.dtype)
 
     def kept_dtype(self, name: str) -> torch.dtype:
         """The dtype in which the file's tensor `name` is written if it stays unquantized.
@@ -61,7 +62,7 @@ class Job:
     @cached_property
     def _main_dtype(self) -> torch.dtype:
         """Cached: a model with many experts asks for 100,000 tensors."""
-        return main_dtype(self.source)
+        return main_dtype(self.source.checkpoint)
 
     @property
     def linears(self) -> dict[str, LinearSpec]:
@@ -192,6 +193,11 @@ class Job:
         return kept | ({caveat: ()} if caveat else {})
 
 
+def scale_dtype_of(recipe: Recipe, dtype: torch.dtype) -> torch.dtype:
+    """The dtype of scales: fixed by the format, or `dtype`."""
+    return FORMATS[recipe.format].scale_dtype or dtype
+
+
 def stays(block: Block, name: str, quantized: Collection[str]) -> bool:
     """True if the block's tensor `name` is written as it is."""
     if name.removesuffix(".weight") in quantized:
@@ -253,14 +259,14 @@ def _require_original(source: Source) -> None:
 def _dtype(source: Source, recipe: Recipe) -> torch.dtype:
     if recipe.dtype != "auto":
         return DTYPES[recipe.dtype]
-    return main_dtype(source)
+    return main_dtype(source.checkpoint)
 
 
-def main_dtype(source: Source) -> torch.dtype:
+def main_dtype(checkpoint: Checkpoint) -> torch.dtype:
     """The most frequent dtype of a model's weights; bfloat16 if none of them is a dtype to compute in."""
     counts: dict[torch.dtype, int] = {}
-    entries = source.checkpoint.entries
-    for entry in (entries[name] for name in LogicalTensors(source.checkpoint).names if name in entries):
+    entries = checkpoint.entries
+    for entry in (entries[name] for name in LogicalTensors(checkpoint).names if name in entries):
         if entry.dtype in DTYPES.values():
             counts[entry.dtype] = counts.get(entry.dtype, 0) + entry.numel
     return max(counts, key=lambda dtype: counts[dtype], default=torch.bfloat16)

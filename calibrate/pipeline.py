@@ -71,7 +71,7 @@ def run(
     carry_along(job.source.checkpoint, output, with_code=job.source.trust_remote_code)
     writer.finish(_config(job))
     write_text(output / "recipe.toml", result.recipe.to_toml())
-    write_json(output / "quantization_report.json", report_of(job, result))
+    write_json(output / "quantization_report.json", report_of(job.source, result, job.mixture, job.caveats()))
     result.output_bytes = writer.verify(output)
     require_same_source(job.source.checkpoint, sums)
     if finished:

@@ -1,8 +1,8 @@
 """The plan: for each linear a scheme, or the reason why it stays in 16 bits. Decided from names and shapes alone."""
 
 import re
-from collections.abc import Container, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from torch import nn
 
@@ -87,16 +87,33 @@ def make_plan(skeleton: Skeleton, recipe: Recipe) -> Plan:
     A scheme whose groups or blocks do not divide a linear falls back (Scheme.fallback), together for fused linears and
     for all experts of a layer. Without a fallback they keep 16 bits.
     """
-    _require_fits(skeleton, recipe.ignore)
-    named = _named_schemes(skeleton, recipe)
+    linears = [spec.name for block in skeleton.blocks for spec in block.linears]
+    dense = {name.rpartition(".")[0] for name in (*skeleton.others, *skeleton.source.checkpoint.entries)}
+    require_fits(recipe.ignore, linears, dense)
+    plan = plan_of(skeleton.blocks, recipe, choosers(skeleton))
+    left = dict(_outside_blocks(skeleton, recipe.ignore)) | plan.left
+    for block in skeleton.blocks:
+        left |= _unsplit_experts(skeleton, block)
+    head, embeddings = head_of(skeleton, recipe), embeddings_of(skeleton, recipe)
+    if head is not None:
+        left.pop(head.name, None)
+    left |= dict(_renamed(skeleton, left))
+    return replace(plan, left=left, head=head, embeddings=embeddings)
+
+
+def plan_of(blocks: Sequence[Block], recipe: Recipe, roles: Mapping[str, str]) -> Plan:
+    """The plan for the linears of `blocks` alone.
+
+    roles  of linears whose outputs select something (routers)
+    """
+    named = _named_schemes(blocks, recipe)
     kept = {name for name, scheme in named.items() if scheme is None}
     unrounded: set[str] = set()
     schemes: dict[str, Scheme] = {}
     wanted: dict[str, Scheme] = {}
     parameters: dict[str, int] = {}
-    left = dict(_outside_blocks(skeleton, recipe.ignore))
-    roles = choosers(skeleton)
-    for block in skeleton.blocks:
+    left: dict[str, Left] = {}
+    for block in blocks:
         reasons = {spec.name: _reason_against(spec, block, recipe.ignore, roles) for spec in block.linears}
         _spread_over_fused(reasons)
         _require_whole_sets(block, {spec.name: named.get(spec.name, recipe.default_scheme) for spec in block.linears})
@@ -115,12 +132,7 @@ def make_plan(skeleton: Skeleton, recipe: Recipe) -> Plan:
             else:
                 why = wanted[spec.name].reason_against_shape(spec.n, spec.k) or "a linear that engines fuse it with"
                 left[spec.name] = Left(spec.n * spec.k, f"no {wanted[spec.name]}: {why}", exempt=False)
-        left |= _unsplit_experts(skeleton, block)
-    head, embeddings = head_of(skeleton, recipe), embeddings_of(skeleton, recipe)
-    if head is not None:
-        left.pop(head.name, None)
-    left |= dict(_renamed(skeleton, left))
-    return Plan(schemes, parameters, left, wanted, frozenset(named), head, embeddings, frozenset(unrounded))
+    return Plan(schemes, parameters, left, wanted, frozenset(named), unrounded=frozenset(unrounded))
 
 
 def scheme_pattern(fused: str) -> str:
@@ -131,10 +143,9 @@ def scheme_pattern(fused: str) -> str:
     return fused if "+" not in leaves else f"re:^{re.escape(parent)}\\.({leaves.replace('+', '|')})$"
 
 
-def _require_fits(skeleton: Skeleton, ignore: Iterable[str]) -> None:
-    """RecipeError, with the nearest names, if a pattern of `ignore` matches nothing in the model."""
-    linears = [spec.name for block in skeleton.blocks for spec in block.linears]
-    dense = {name.rpartition(".")[0] for name in (*skeleton.others, *skeleton.source.checkpoint.entries)}
+def require_fits(ignore: Iterable[str], linears: list[str], others: Iterable[str]) -> None:
+    """RecipeError, with the nearest names, if a pattern of `ignore` matches neither linears nor other tensors."""
+    dense = set(others)
     for pattern in ignore:
         if pattern != HEAD and not any(ignored_by(name, [pattern]) for name in dense.union(linears)):
             raise RecipeError(f"ignore: {pattern!r} matches no linear of this model; {_advice(pattern, linears)}")
@@ -152,12 +163,12 @@ def _advice(pattern: str, names: list[str]) -> str:
     return nearest(wanted, names if wanted.count(".") > 1 else dict.fromkeys(endings))
 
 
-def _named_schemes(skeleton: Skeleton, recipe: Recipe) -> dict[str, Scheme | None]:
+def _named_schemes(blocks: Sequence[Block], recipe: Recipe) -> dict[str, Scheme | None]:
     """The schemes that `recipe.schemes` sets for single linears (None: 16 bits); the first matching pattern wins.
 
     RecipeError if a pattern matches none.
     """
-    found = {spec.name: ignored_by(spec.name, recipe.schemes) for block in skeleton.blocks for spec in block.linears}
+    found = {spec.name: ignored_by(spec.name, recipe.schemes) for block in blocks for spec in block.linears}
     unused = recipe.schemes.keys() - set(found.values())
     if unused:
         raise RecipeError(f"schemes: {min(unused)!r} matches no linear that an earlier pattern leaves")

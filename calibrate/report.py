@@ -3,7 +3,7 @@
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,11 +14,14 @@ from torch import Tensor
 from lowbit import __version__
 from lowbit.calibrate.block import BlockWork
 from lowbit.calibrate.job import Job
+from lowbit.calibrate.mixtures import Mixed
 from lowbit.calibrate.plan import Plan
 from lowbit.export.snapshot import published_name
+from lowbit.models.source import Files
 from lowbit.progress import Part, tell
 from lowbit.quant.qtensor import QTensor, relative_error
 from lowbit.quant.recipe import Recipe
+from lowbit.quant.scheme import Scheme
 
 
 @dataclass(frozen=True)
@@ -81,10 +84,12 @@ class Result:
     output_bytes: int = 0
 
 
-def report_of(job: Job, result: Result) -> dict[str, Any]:
+def report_of(
+    source: Files, result: Result, mixture: Mixed | None, caveats: Mapping[str, tuple[str, ...]]
+) -> dict[str, Any]:
     """The report as JSON values, without times or memory, so that equal runs write equal files."""
     return {
-        "model": published_name(job.source.name),
+        "model": published_name(source.name),
         "lowbit": __version__,
         "source_bytes": result.source_bytes,
         "dtype": str(result.dtype).removeprefix("torch."),
@@ -92,12 +97,12 @@ def report_of(job: Job, result: Result) -> dict[str, Any]:
         "left": {
             name: {"reason": left.reason, "parameters": left.parameters} for name, left in result.plan.left.items()
         },
-        "head": None if job.plan.head is None else str(job.plan.head.scheme),
-        "caveats": {text: list(engines) for text, engines in job.caveats().items()},
-        "embeddings": None if job.plan.embeddings is None else str(job.plan.embeddings.scheme),
+        "head": None if result.plan.head is None else str(result.plan.head.scheme),
+        "caveats": {text: list(engines) for text, engines in caveats.items()},
+        "embeddings": None if result.plan.embeddings is None else str(result.plan.embeddings.scheme),
         "vocabulary": result.vocabulary,
         "distilled": result.distilled,
-        "mixture": None if job.mixture is None else job.mixture.as_json(),
+        "mixture": None if mixture is None else mixture.as_json(),
         "blocks": [
             {"name": block.name, "loss": block.loss, "folds": block.folds, "linears": block.linears}
             for block in result.blocks
@@ -105,17 +110,22 @@ def report_of(job: Job, result: Result) -> dict[str, Any]:
     }
 
 
-def linear_row(job: Job, name: str, weight: QTensor, original: Tensor) -> dict[str, Any]:
+def linear_row(plan: Plan, name: str, weight: QTensor, original: Tensor) -> dict[str, Any]:
     """The report row of a linear: scheme, size, relative error of its weight against `original` (n, k)."""
+    return row_of(plan, name, weight.scheme, weight.shape, relative_error(weight, original))
+
+
+def row_of(plan: Plan, name: str, scheme: Scheme, shape: tuple[int, int], error: float) -> dict[str, Any]:
+    """The same, with the relative error of the weight given."""
     row: dict[str, Any] = {
-        "scheme": str(weight.scheme),
-        "shape": list(weight.shape),
-        "bits_per_weight": round(weight.scheme.bits_per_weight(weight.shape[1]), 4),
-        "weight_error": relative_error(weight, original),
+        "scheme": str(scheme),
+        "shape": list(shape),
+        "bits_per_weight": round(scheme.bits_per_weight(shape[1]), 4),
+        "weight_error": error,
     }
-    wanted = job.plan.wanted[name].weights_only
-    if weight.scheme.weights_only != wanted:
-        reason = wanted.reason_against_shape(*weight.shape) or "a linear that engines fuse it with does not divide"
+    wanted = plan.wanted[name].weights_only
+    if scheme.weights_only != wanted:
+        reason = wanted.reason_against_shape(*shape) or "a linear that engines fuse it with does not divide"
         add_fallback(row, f"{wanted} does not fit: {reason}")
     return row
 
@@ -130,7 +140,7 @@ def calibrated_rows(job: Job, work: BlockWork, weights: dict[str, QTensor]) -> d
     rows = {}
     for name, weight in weights.items():
         stats = work.stats.get(name)
-        rows[name] = linear_row(job, name, weight, work.masters[name])
+        rows[name] = linear_row(job.plan, name, weight, work.masters[name])
         rows[name] |= {"tokens": work.tokens.get(name, 0), "output_error": work.output_error(name, weight)}
         if stats is not None:
             rows[name]["outliers"] = {"before": work.outliers[name], "after": stats.outlier_ratio()}

@@ -12,6 +12,7 @@ from rich.text import Text
 from lowbit.api.quantizing import BlockDone, Calibrated, Checked, Completed, Event, Planned, Quantized, Stage
 from lowbit.api.shared import Note
 from lowbit.calibrate.data import CalibrationSet
+from lowbit.calibrate.free import FreeJob
 from lowbit.calibrate.job import Job
 from lowbit.calibrate.mixtures import Mixed
 from lowbit.calibrate.report import peak_memory
@@ -79,7 +80,7 @@ class Printer:
         else:
             self.display.line(f"  note: {note.text}")
 
-    def plan(self, job: Job) -> None:
+    def plan(self, job: Job | FreeJob) -> None:
         """Print schemes, linears left in 16 bits with the reason, and limits of other engines."""
         exempt = sum(left.exempt for left in job.plan.left.values())
         found = (

@@ -171,6 +171,7 @@ PARTS: Parts = {
         ),
         SHARD,
         REVISION,
+        flag("--model-free", text="Find linears by name and rewrite file by file, without a model class or data."),
         flag("--resume", text="Continue an interrupted run to the same output."),
         OVERWRITE,
         click.option(

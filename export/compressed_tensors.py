@@ -278,6 +278,7 @@ class CompressedTensors(Format):
     suffixes = SUFFIXES
     marker = "weight_scale"
     holds_head = True
+    by_rows = True
     loading = (
         "The files follow the compressed-tensors layout. vLLM and SGLang load the directory as it is; transformers "
         "does with the package `compressed-tensors` installed."

@@ -56,6 +56,7 @@ class Format(ABC):
     scale_dtype          fixed dtype of scales, or None for the model's
     sidecar              name of an extra file that repeats the quantization_config
     holds_head           readers take a quantized head
+    by_rows              codes are stored row after row of the weight
     container            container of its files
     """
 
@@ -70,6 +71,7 @@ class Format(ABC):
     scale_dtype: torch.dtype | None = None
     sidecar: str | None = None
     holds_head: bool = False
+    by_rows: bool = False
     container: Container = SAFETENSORS
 
     @abstractmethod

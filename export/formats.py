@@ -12,6 +12,7 @@ from lowbit.errors import CheckpointError
 from lowbit.export.checkpoint import Checkpoint
 from lowbit.export.dialects import READ
 from lowbit.export.format import Format
+from lowbit.export.tensorfile import Spec
 from lowbit.quant.naming import joined_set
 from lowbit.quant.qtensor import QTensor
 from lowbit.quant.scheme import Scheme
@@ -37,15 +38,22 @@ def require_fit(fmt: Format, schemes: Mapping[str, Scheme], shapes: Mapping[str,
 
 
 @cache
-def bytes_written(fmt: Format, scheme: Scheme, n: int, k: int, scale_dtype: torch.dtype) -> int:
-    """Bytes of the tensors that `fmt` writes for a weight (n, k)."""
-    shape = torch.empty(n, k, dtype=scheme.number.storage, device="meta")
+def tensors_written(fmt: Format, scheme: Scheme, n: int, k: int, scale_dtype: torch.dtype) -> dict[str, Spec]:
+    """Dtypes and shapes of the tensors that `fmt` writes for a weight (n, k), by suffix: its codes first."""
+    codes = torch.empty(n, k, dtype=scheme.number.storage, device="meta")
     scales = torch.empty(scheme.sides(n, k), dtype=scale_dtype, device="meta")
     zeros = None if scheme.symmetric else torch.empty(scales.shape, dtype=torch.int32, device="meta")
-    one = torch.empty((), dtype=torch.float32, device="meta")
+    one = torch.ones((), dtype=torch.float32)
     inputs, divisor = (one if needed else None for needed in (scheme.static_inputs, scheme.weights.parent))
-    weight = QTensor(shape, scales, zeros, scheme, inputs, divisor)
-    return sum(tensor.nbytes for tensor in fmt.write("", weight).values())
+    found = fmt.write("", QTensor(codes, scales, zeros, scheme, inputs, divisor))
+    first = max(found, key=lambda key: found[key].nbytes)
+    return {key[1:]: (found[key].dtype, tuple(found[key].shape)) for key in dict.fromkeys((first, *found))}
+
+
+def bytes_written(fmt: Format, scheme: Scheme, n: int, k: int, scale_dtype: torch.dtype) -> int:
+    """Bytes of those tensors."""
+    found = tensors_written(fmt, scheme, n, k, scale_dtype).values()
+    return sum(dtype.itemsize * math.prod(shape) for dtype, shape in found)
 
 
 def describe_schemes(schemes: Mapping[str, Scheme]) -> str:

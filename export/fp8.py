@@ -37,6 +37,7 @@ class BlockFp8(Format):
         "directory as it is."
     )
     uniform = True
+    by_rows = True
     scale_dtype = torch.float32
 
     def reason_against(self, scheme: Scheme) -> str | None:

@@ -47,6 +47,7 @@ class ModelOpt(Format):
     marker = "weight_scale"
     loading = "The files follow the layout of NVIDIA's ModelOpt: vLLM, SGLang and TensorRT-LLM load the directory."
     uniform = True
+    by_rows = True
     sidecar = "hf_quant_config.json"
 
     def reason_against(self, scheme: Scheme) -> str | None:

@@ -4,10 +4,12 @@ A file is an 8-byte little-endian header length, a JSON header {name: {dtype, sh
 whole header is checked before any data is used (format: huggingface/safetensors, README "Format").
 """
 
+import hashlib
 import json
 import math
 import os
 import shutil
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from operator import index
 from pathlib import Path
@@ -139,12 +141,73 @@ def read_tensor(entry: TensorEntry) -> Tensor:
     return raw.view(entry.dtype).reshape(entry.shape)
 
 
+def read_pieces(entry: TensorEntry, rows: int) -> Iterator[Tensor]:
+    """The tensor of `entry`, so many rows (along its first dimension) at a time; errors as in `read_tensor`."""
+    row = entry.nbytes // max(entry.shape[0], 1) if entry.shape else entry.nbytes
+    with open_regular(entry.path) as file:
+        file.seek(entry.offset)
+        for begun in range(0, entry.nbytes, max(rows * row, 1)):
+            buffer = bytearray(min(rows * row, entry.nbytes - begun))
+            if file.readinto(buffer) != len(buffer):  # type: ignore[attr-defined]
+                raise CheckpointError(f"{entry.path}: ends within {entry.name!r}")
+            piece = torch.frombuffer(buffer, dtype=torch.uint8).view(entry.dtype)
+            yield piece.reshape(-1, *entry.shape[1:]) if entry.shape else piece.reshape(())
+        if identity_of(os.fstat(file.fileno())) != entry.identity:
+            raise Unfinished(changed(entry.path))
+
+
 def raw_bytes(tensor: Tensor) -> memoryview:
     """The bytes of a contiguous tensor in host memory, without a copy."""
     if not tensor.numel():
         return memoryview(b"")
     array: Any = tensor.reshape(-1).view(torch.uint8).numpy()
     return memoryview(array)
+
+
+Spec = tuple[torch.dtype, tuple[int, ...]]  # dtype and shape of a tensor
+
+
+class PlannedFile:
+    """Writes one safetensors file whose tensors are known before: the header, then their bytes in the same order."""
+
+    def __init__(self, path: Path, tensors: Mapping[str, Spec]) -> None:
+        self.path, self._left = path, 0
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        for name, (dtype, shape) in tensors.items():
+            begin, self._left = self._left, self._left + math.prod(shape) * dtype.itemsize
+            offsets = [begin, self._left]
+            header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": offsets}
+        self._file, self._digest = create(path), hashlib.sha256()
+        self._put(_header_bytes(header))
+
+    def write(self, tensor: Tensor) -> None:
+        """Append the bytes of a tensor on the CPU, or of some of its rows."""
+        raw = raw_bytes(tensor.contiguous())
+        self._left -= len(raw)
+        self._put(raw)
+
+    def _put(self, raw: bytes | memoryview) -> None:
+        self._digest.update(raw)
+        self._file.write(raw)
+
+    def close(self) -> str:
+        """Flush the file to the disk. Returns the SHA-256 of all that was written."""
+        assert self._left == 0, f"{self.path}: {self._left} bytes missing"
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        return self._digest.hexdigest()
+
+    def abandon(self) -> None:
+        """Close the file without its end."""
+        self._file.close()
+
+
+def _header_bytes(header: dict[str, Any]) -> bytes:
+    """Length and JSON of a header, padded to a multiple of 8 bytes."""
+    raw = json.dumps(header, separators=(",", ":")).encode()
+    raw += b" " * (-len(raw) % 8)
+    return len(raw).to_bytes(8, "little") + raw
 
 
 class TensorFileWriter:

@@ -56,10 +56,17 @@ class CheckpointWriter:
     def finish(self, config: Mapping[str, Any], schemes: Mapping[str, Scheme], unquantized: Iterable[str]) -> None:
         """Close the files and write the configuration under a name that readers ignore, until the container seals
         it."""
-        block = self.format.quantization_config(schemes, unquantized)
-        self._files.finish(dict(config) | {"quantization_config": block})
-        if self.format.sidecar:
-            write_json(self.directory / self.format.sidecar, block)
+        self._files.finish(configured(self.format, self.directory, config, schemes, unquantized))
+
+
+def configured(
+    fmt: Format, directory: Path, config: Mapping[str, Any], schemes: Mapping[str, Scheme], unquantized: Iterable[str]
+) -> dict[str, Any]:
+    """`config` with its quantization_config, which is also written to the format's extra file, if it has one."""
+    block = fmt.quantization_config(schemes, unquantized)
+    if fmt.sidecar:
+        write_json(directory / fmt.sidecar, block)
+    return dict(config) | {"quantization_config": block}
 
 
 def carry_along(checkpoint: Checkpoint, target: Path, with_code: bool) -> None:

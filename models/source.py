@@ -56,12 +56,11 @@ FETCHING |= {"configuration_files"}
 
 
 @dataclass(frozen=True)
-class Source:
-    """A located model: the user's name for it, its files, and transformers' configuration."""
+class Files:
+    """A model's files, by the user's name for it; its own code may run if `trust_remote_code`."""
 
     name: str
     checkpoint: Checkpoint
-    config: PretrainedConfig
     trust_remote_code: bool
 
     @property
@@ -72,6 +71,13 @@ class Source:
     def snapshot(self) -> Snapshot | None:
         """The repository and commit of the files on the hub; None for a local directory."""
         return snapshot_at(self.directory)
+
+
+@dataclass(frozen=True)
+class Source(Files):
+    """A located model: its files, and transformers' configuration."""
+
+    config: PretrainedConfig
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The model's tokenizer. CheckpointError without a usable one."""
@@ -143,7 +149,15 @@ def open_source(
     config = _config(checkpoint, trust_remote_code)
     refuse_encoder(directory, config)
     refuse_scaled_float8(checkpoint)
-    return Source(name, checkpoint, config, trust_remote_code)
+    return Source(name, checkpoint, trust_remote_code, config)
+
+
+def open_files(name: str, revision: str | None = None, trust_remote_code: bool = False) -> Files:
+    """The files of the model `name`, whatever its type: a directory, `demo`, or a hub id. CheckpointError if they are
+    damaged."""
+    checkpoint = open_checkpoint(model_directory(name, trust_remote_code, revision))
+    refuse_scaled_float8(checkpoint)
+    return Files(name, checkpoint, trust_remote_code)
 
 
 def model_directory(name: str, trust_remote_code: bool = False, revision: str | None = None) -> Path:

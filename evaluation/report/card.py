@@ -20,7 +20,7 @@ from lowbit.export.files import read_text, write_text
 from lowbit.export.formats import LogicalTensors
 from lowbit.export.snapshot import published_name
 from lowbit.models.demo import BASE_MODEL
-from lowbit.models.source import DEMO, Source
+from lowbit.models.source import DEMO, Files
 from lowbit.quant.scheme import Scheme
 
 CARD = "README.md"
@@ -46,12 +46,12 @@ class Original:
     carried: dict[str, Any] = field(default_factory=dict)
 
 
-def original_of(source: Source, base_model: str | None = None) -> Original:
+def original_of(source: Files, base_model: str | None = None) -> Original:
     """The facts about the model `source`. `base_model` is its id on the hub, if the user gives one."""
     own = _metadata(source.directory / CARD)
     named = base_model or (source.snapshot.repo if source.snapshot else BASE_MODEL if source.name == DEMO else None)
     inherited = own.get("base_model")
-    sees = getattr(source.config, "vision_config", None) is not None
+    sees = source.checkpoint.config.get("vision_config") is not None
     return Original(
         name=named or published_name(source.name),
         base_model=named or (inherited if isinstance(inherited, str) else None),

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from lowbit.api.pushing import Pushed, push
@@ -13,6 +14,7 @@ from lowbit.arguments import typed
 from lowbit.calibrate import ranks
 from lowbit.calibrate.budget import spend
 from lowbit.calibrate.data import CalibrationSet, builtin_text, calibration_tokens
+from lowbit.calibrate.free import FreeJob, prepare_free, run_free
 from lowbit.calibrate.job import Job, prepare
 from lowbit.calibrate.methods import complete_recipe
 from lowbit.calibrate.pipeline import assist, run
@@ -35,7 +37,7 @@ from lowbit.export.staging import only_run, refuse_output, refuse_to_replace, re
 from lowbit.export.survey import survey
 from lowbit.models.devices import check_device
 from lowbit.models.hub import require_account
-from lowbit.models.source import Source, open_source
+from lowbit.models.source import Files, Source, open_files, open_source
 from lowbit.progress import Part, Step, watched_by
 from lowbit.quant.recipe import Recipe
 
@@ -54,7 +56,7 @@ class Completed:
 class Planned:
     """The plan; once a budget has been distributed, that of `job.mixture`."""
 
-    job: Job
+    job: Job | FreeJob
 
 
 @dataclass(frozen=True)
@@ -135,6 +137,7 @@ def quantize(
     dry_run: bool = False,
     resume: bool = False,
     overwrite: bool = False,
+    model_free: bool = False,
     trust_remote_code: bool = False,
     base_model: str | None = None,
     push_to_hub: str | None = None,
@@ -155,6 +158,7 @@ def quantize(
     eval_windows  windows of held-out text to score before and after; 0 for none
     measures      of "ppl", "kl" and "text": perplexity, divergence, continuations of three prompts
     dry_run       stop before a weight is read
+    model_free    find linears by their names and rewrite file by file, without the model's code; nothing is measured
     resume        continue an interrupted run to the same output
     revision      branch, tag or commit of a hub id
     base_model    id on the hub of the model in a local directory, for the card
@@ -174,6 +178,10 @@ def quantize(
     target = None if output is None else Path(output)
     with watched_by(progress), _reserved(target, overwrite):
         progress(Completed(complete))
+        if model_free:
+            files = open_files(str(model), revision, trust_remote_code)
+            done = _rewritten(files, complete, None if dry_run else target, (device, overwrite, base_model), progress)
+            return done if push_to_hub is None or target is None else _pushed(done, target, push_to_hub, progress)
         with ranks.leader_first():
             source = open_source(str(model), trust_remote_code, revision)
         _tell_commit(complete, source, progress)
@@ -210,6 +218,33 @@ class _Run:
     progress: OnEvent
 
 
+def _rewritten(
+    files: Files, recipe: Recipe, output: Path | None, how: tuple[str, bool, str | None], progress: OnEvent
+) -> Quantized:
+    """Quantize without a model class; only plan without an `output`.
+
+    how  device, overwrite, base_model
+    """
+    device, overwrite, base_model = how
+    _tell_commit(recipe, files, progress)
+    if output is not None:
+        refuse_to_replace(output, files.directory)
+    job = prepare_free(files, recipe, check_device(device))
+    progress(Planned(job))
+    if output is None:
+        return _unwritten(job)
+    original = original_of(files, base_model)
+    _tell_base(original, progress)
+    require_space(output, job.output_bytes() + PAPERS_BYTES)
+    begun = time.monotonic()
+    with staged(output, overwrite) as staging:
+        progress(Stage("rewriting files"))
+        result, digests = run_free(job, staging)
+        progress(Stage("reading back what was written"))
+        readers = _write_papers(staging, (job, original), result, Measured(), output.resolve().name, digests)
+    return _quantized(output, job, result, Measured(), readers, begun)
+
+
 @contextmanager
 def _reserved(output: Path | None, overwrite: bool) -> Iterator[None]:
     """A context that locks `output` against other runs. Raises if `output` cannot be written."""
@@ -234,7 +269,7 @@ def _complete(recipe: Recipe | Mapping[str, Any] | str | Path | None, settings: 
     return complete
 
 
-def _tell_commit(recipe: Recipe, source: Source, progress: OnEvent) -> None:
+def _tell_commit(recipe: Recipe, source: Files, progress: OnEvent) -> None:
     """Warn if the recipe was made with another commit of the model."""
     snapshot = source.snapshot
     if snapshot is not None and recipe.model_commit not in (None, snapshot.commit):
@@ -328,7 +363,13 @@ def _written(this: _Run, output: Path, overwrite: bool, evaluation: tuple[int, t
         measured = measure(job.source, written, builtin_text("heldout"), *evaluation, job.device)
         for lack in measured.lacks:
             this.progress(Note(lack))
-        readers = _write_papers(staging, this, result, measured, output.resolve().name)
+        readers = _write_papers(staging, (job, this.original), result, measured, output.resolve().name)
+    return _quantized(output, job, result, measured, readers, begun)
+
+
+def _quantized(
+    output: Path, job: Job | FreeJob, result: Result, measured: Measured, readers: tuple[str, ...], begun: float
+) -> Quantized:
     return Quantized(
         output,
         result.recipe,
@@ -360,7 +401,7 @@ def _assisted(this: _Run) -> Quantized:
     return _unwritten(this.job)
 
 
-def _unwritten(job: Job) -> Quantized:
+def _unwritten(job: Job | FreeJob) -> Quantized:
     """The result of a dry run, or on a rank that does not write."""
     nbytes = job.source.checkpoint.nbytes
     return Quantized(
@@ -368,17 +409,26 @@ def _unwritten(job: Job) -> Quantized:
     )
 
 
-def _write_papers(staging: Path, this: _Run, result: Result, measured: Measured, name: str) -> tuple[str, ...]:
+def _write_papers(
+    staging: Path,
+    this: tuple[Job | FreeJob, Original],
+    result: Result,
+    measured: Measured,
+    name: str,
+    meant: Mapping[str, str] = MappingProxyType({}),
+) -> tuple[str, ...]:
     """Write evaluation rows, HTML report (if measured), model card and checksums. Returns the engines that load it.
 
-    name  the checkpoint's
+    name   the checkpoint's
+    meant  SHA-256 of files as they were written, to be compared
     """
-    labels = (Path(this.job.source.name).name, f"{result.recipe.method} {result.recipe.default_scheme}")
+    job, original = this
+    labels = (Path(job.source.name).name, f"{result.recipe.method} {result.recipe.default_scheme}")
     record(staging, measured.labelled(*labels))
     facts = facts_of(staging, name=name, finished=False)
     tensors = LogicalTensors(open_checkpoint(staging, finished=False))
-    write_card(staging, facts, tensors, this.original)
+    write_card(staging, facts, tensors, original)
     if measured.rows:
         write_text(staging / "report.html", render(facts, "html"))
-    seal(staging, FORMATS[result.recipe.format].container)
+    seal(staging, FORMATS[result.recipe.format].container, meant)
     return tuple(each["reader"] for each in facts["use"])

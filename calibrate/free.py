@@ -1,0 +1,299 @@
+"""Quantization without a model class, for schemes that need no data: files are rewritten, several at a time.
+
+Linears are found by their names (calibrate/bynames.py) and rounded to nearest, some rows at a time, so that memory does
+not grow with the model. All other tensors are copied bit for bit. Each output file has the name and the order of its
+source. It is hashed while it is written, and again as it is read back.
+"""
+
+import os
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowbit.calibrate.bynames import BLOCK, plan_by_names
+from lowbit.calibrate.job import main_dtype, scale_dtype_of
+from lowbit.calibrate.mixtures import Mixed
+from lowbit.calibrate.plan import Plan
+from lowbit.calibrate.report import BlockReport, Result, peak_memory, report_of, row_of
+from lowbit.calibrate.written import require_scales
+from lowbit.errors import CheckpointError, RecipeError
+from lowbit.export.checkpoint import require_same_source, verify_checksums
+from lowbit.export.dialects import FORMATS
+from lowbit.export.files import write_text
+from lowbit.export.format import Format
+from lowbit.export.formats import LogicalTensors, require_fit, tensors_written
+from lowbit.export.plain import write_json
+from lowbit.export.sharded import INDEX_NAME, SAFETENSORS, SINGLE_NAME
+from lowbit.export.survey import checked
+from lowbit.export.tensorfile import PlannedFile, Spec, read_pieces
+from lowbit.export.writer import carry_along, configured
+from lowbit.models.placement import engine_names
+from lowbit.models.source import Files
+from lowbit.progress import Step, tell
+from lowbit.quant.algos.clip import plain_shrink
+from lowbit.quant.naming import parent_set
+from lowbit.quant.numerics import divisor_of
+from lowbit.quant.qtensor import QTensor, round_to_nearest
+from lowbit.quant.recipe import Recipe
+from lowbit.quant.scheme import Scheme
+
+ROWS = 128  # a piece is a multiple of so many rows: a block's, and more than the zeros that share a word
+PIECE = {"cpu": 1 << 20, "cuda": 1 << 26}  # weights of a piece: on a CPU it stays in the caches
+WORKERS = min(os.cpu_count() or 1, 8)  # files at a time
+
+
+@dataclass(frozen=True)
+class FreeJob:
+    """A job without a model class: the counterpart of job.Job."""
+
+    source: Files
+    tensors: LogicalTensors
+    recipe: Recipe
+    plan: Plan
+    dtype: torch.dtype
+    scale_dtype: torch.dtype
+    device: str
+    mixture: Mixed | None = None
+
+    @property
+    def format(self) -> Format:
+        return FORMATS[self.recipe.format]
+
+    def warnings(self) -> list[str]:
+        """Limits of other programs with the result, as sentences."""
+        return list(self.caveats())
+
+    def caveats(self) -> dict[str, tuple[str, ...]]:
+        """The same, with the names of the engines that therefore cannot load the result."""
+        caveat = self.format.caveat(self.recipe.default_scheme)
+        named = "linears were found by their names, without the model's code: check the list of those left in 16 bits"
+        none: tuple[str, ...] = ()
+        return {text: none for text in (named, caveat) if text}
+
+    def output_bytes(self) -> int:
+        """Bytes of the weights that the run will write."""
+        specs = (spec for file in self.files.values() for spec in file.values())
+        return sum(_nbytes(spec) for spec in specs)
+
+    @cached_property
+    def files(self) -> dict[str, dict[str, Spec]]:
+        """Every output file, by name: its tensors in the order in which they are written."""
+        found: dict[str, dict[str, Spec]] = {path.name: {} for path in self.sources}
+        for path, names in self.sources.items():
+            for name in names:
+                for key, spec in self._specs(name).items():
+                    if key in found[path.name]:
+                        raise CheckpointError(f"{path}: {key!r} would be there twice; take it out of the file")
+                    found[path.name][key] = spec
+        return found if len(found) > 1 else {SINGLE_NAME: next(iter(found.values()))}
+
+    @cached_property
+    def sources(self) -> dict[Path, list[str]]:
+        """The tensors by their logical names, by the file that holds them (most of a quantized one)."""
+        entries, fmt = self.tensors.checkpoint.entries, self.tensors.format
+        found: dict[Path, list[tuple[int, str]]] = {}
+        for name in self.tensors.names:
+            parts = fmt.parts(name.removesuffix(".weight")) if fmt and self.tensors.is_quantized(name) else [name]
+            present = [entries[part] for part in parts if part in entries]
+            held = max(present, key=lambda entry: entry.nbytes)
+            found.setdefault(held.path, []).append((held.offset, name))
+        return {path: [name for _, name in sorted(names)] for path, names in sorted(found.items())}
+
+    def shape(self, linear: str) -> tuple[int, int]:
+        """Outputs and inputs of a linear, from headers."""
+        if linear in self.tensors.schemes:
+            return self.tensors.shape(linear)
+        n, k = self.tensors.checkpoint.entries[f"{linear}.weight"].shape
+        return n, k
+
+    def _specs(self, name: str) -> dict[str, Spec]:
+        """The tensors that are written for the tensor `name`."""
+        linear = name.removesuffix(".weight")
+        scheme = self.plan.written.get(linear) if linear != name else None
+        if scheme is not None:
+            n, k = self.shape(linear)
+            found = tensors_written(self.format, scheme, n, k, self.scale_dtype)
+            return {f"{linear}.{suffix}": spec for suffix, spec in found.items()}
+        if self.tensors.is_quantized(name):
+            kept: Spec = (self.dtype, self.shape(linear))
+        else:
+            entry = self.tensors.checkpoint.entries[name]
+            kept = (entry.dtype, entry.shape)
+        return {name: kept}
+
+
+def _nbytes(spec: Spec) -> int:
+    return torch.empty(spec[1], dtype=spec[0], device="meta").nbytes
+
+
+def prepare_free(source: Files, recipe: Recipe, device: str) -> FreeJob:
+    """The checked job; no weight is read. RecipeError or CheckpointError if it needs data, or a model class."""
+    fmt, scheme = FORMATS[recipe.format], recipe.default_scheme
+    if recipe.dataset is not None:
+        raise RecipeError(f"method {recipe.method} needs data, and so a model class: --model-free is for --method rtn")
+    if recipe.embeddings is not None:
+        raise RecipeError("--model-free copies the embeddings as they are: leave out --embeddings")
+    if recipe.dtype != "auto":
+        raise RecipeError(f"--model-free copies all other tensors as they are: leave out --dtype {recipe.dtype}")
+    reason = fmt.reason_against(scheme) or fmt.risk_of(scheme)
+    if reason or not fmt.by_rows:
+        raise CheckpointError(f"format {fmt.name} cannot hold {scheme} by --model-free: {reason or 'not row by row'}")
+    tensors = LogicalTensors(source.checkpoint)
+    if tensors.stacks:
+        raise CheckpointError(f"{source.directory}: stacks of quantized experts need a model class; not --model-free")
+    plan = plan_by_names(tensors, recipe)
+    plan.require_coverage()
+    dtype = main_dtype(source.checkpoint)
+    job = FreeJob(source, tensors, recipe, plan, dtype, scale_dtype_of(recipe, dtype), device)
+    require_fit(fmt, plan.written, {name: job.shape(name) for name in plan.written})
+    return job
+
+
+def run_free(job: FreeJob, output: Path) -> tuple[Result, dict[str, str]]:
+    """Write the checkpoint of `job` into the existing, empty directory `output`, unsealed.
+
+    Returns the result, and the SHA-256 of each weight file as it was written.
+    """
+    checkpoint, snapshot = job.source.checkpoint, job.source.snapshot
+    verify_checksums(checkpoint)
+    recipe = replace(job.recipe, model_commit=snapshot.commit if snapshot else None)
+    writing = _Writing(job, output)
+    with ThreadPoolExecutor(WORKERS) as pool:
+        if any(scheme.weights.parent for scheme in job.plan.written.values()):
+            list(pool.map(writing.look, job.sources))
+        digests: dict[str, str] = {}
+        for name, digest in zip(job.files, pool.map(writing.write, job.sources, job.files), strict=True):
+            digests[name] = digest
+            tell(Step("rewriting files", len(digests), len(job.files)))
+    carry_along(checkpoint, output, with_code=job.source.trust_remote_code)
+    _write_heads(job, output)
+    result = Result(job.plan, recipe, job.dtype, writing.reports(), source_bytes=checkpoint.nbytes)
+    result.output_bytes = job.output_bytes()
+    write_text(output / "recipe.toml", recipe.to_toml())
+    write_json(output / "quantization_report.json", report_of(job.source, result, job.mixture, job.caveats()))
+    require_same_source(checkpoint, {})
+    return result, digests
+
+
+def _write_heads(job: FreeJob, output: Path) -> None:
+    """Write the index, if there are several files, and the configuration under its unfinished name."""
+    if len(job.files) > 1:
+        weight_map = {key: name for name, tensors in job.files.items() for key in tensors}
+        total = {"total_size": job.output_bytes()}
+        write_json(output / INDEX_NAME, {"metadata": total, "weight_map": weight_map})
+    config = {key: value for key, value in job.source.checkpoint.config.items() if key != "quantization_config"}
+    config = configured(job.format, output, config, job.plan.written, engine_names(job.plan.left))
+    write_json(SAFETENSORS.head_in(output, finished=False), config)
+
+
+@dataclass
+class _Writing:
+    """A run in progress, in several threads.
+
+    largest  largest magnitude of weights whose scales share a parent, by `parent_set`
+    rows     report row of each linear
+    """
+
+    job: FreeJob
+    output: Path
+    largest: dict[str, Tensor] = field(default_factory=dict)
+    rows: dict[str, dict[str, Any]] = field(default_factory=dict)
+    begun: float = field(default_factory=time.monotonic)
+    _lock: Any = field(default_factory=Lock)
+
+    def look(self, path: Path) -> None:
+        """Find the largest magnitudes in a file."""
+        for name in self.job.sources[path]:
+            linear = name.removesuffix(".weight")
+            scheme = self.job.plan.written.get(linear) if linear != name else None
+            if scheme is not None and scheme.weights.parent:
+                found = torch.stack([piece.abs().amax() for piece in self._pieces(name)]).amax().float()
+                with self._lock:
+                    key = parent_set(linear)
+                    self.largest[key] = torch.maximum(self.largest.get(key, found), found)
+
+    def write(self, path: Path, name: str) -> str:
+        """Write the output file `name` from the file at `path`. Returns its SHA-256."""
+        with _opened(PlannedFile(self.output / name, self.job.files[name])) as file:
+            for tensor in self.job.sources[path]:
+                linear = tensor.removesuffix(".weight")
+                scheme = self.job.plan.written.get(linear) if linear != tensor else None
+                if scheme is not None:
+                    self._quantize(file, linear, scheme)
+                else:
+                    self._copy(file, tensor)
+            return file.close()
+
+    def _pieces(self, name: str) -> Iterator[Tensor]:
+        """The tensor `name` on the job's device, some rows at a time. CheckpointError if a value is not finite."""
+        job = self.job
+        _, k = job.shape(name.removesuffix(".weight"))
+        rows = max(PIECE[torch.device(job.device).type] // (k * ROWS), 1) * ROWS
+        if job.tensors.is_quantized(name):
+            pieces: Iterator[Tensor] = iter(job.tensors.exact(name).split(rows))
+        else:
+            pieces = read_pieces(job.tensors.checkpoint.entries[name], rows)
+        for piece in pieces:
+            yield checked(name, piece.to(job.device))
+
+    def _quantize(self, file: PlannedFile, linear: str, scheme: Scheme) -> None:
+        """Write a linear: the codes piece by piece, then everything else."""
+        job, fmt = self.job, self.job.format
+        n, k = job.shape(linear)
+        codes, *others = tensors_written(fmt, scheme, n, k, job.scale_dtype)
+        shared = self.largest.get(parent_set(linear))
+        divisor = None if shared is None else divisor_of(shared, scheme.weights)
+        scales, zeros, error, energy = [], [], 0.0, 0.0
+        for w in self._pieces(f"{linear}.weight"):
+            require_scales(linear, w, scheme, job.scale_dtype)
+            shrink = plain_shrink(w, scheme, job.scale_dtype, divisor)
+            weight = round_to_nearest(w, scheme, job.scale_dtype, shrink, divisor)
+            file.write(fmt.write(linear, weight)[f"{linear}.{codes}"].cpu())
+            scales.append(weight.scales.cpu())
+            zeros += [] if weight.zeros is None else [weight.zeros.cpu()]
+            error += float((weight.dequantize() - w).square().sum())
+            energy += float(w.float().square().sum())
+        empty = torch.empty(n, k, dtype=scheme.number.storage, device="meta")
+        rest = QTensor(empty, torch.cat(scales), torch.cat(zeros) if zeros else None, scheme, divisor=divisor)
+        written = fmt.write(linear, rest)
+        for suffix in others:
+            file.write(written[f"{linear}.{suffix}"])
+        if linear in job.plan.schemes:
+            self.rows[linear] = row_of(job.plan, linear, scheme, (n, k), (error / max(energy, 1e-30)) ** 0.5)
+
+    def _copy(self, file: PlannedFile, name: str) -> None:
+        """Write a tensor as it is; one that is quantized in the source, dequantized."""
+        if self.job.tensors.is_quantized(name):
+            file.write(checked(name, self.job.tensors.exact(name)).to(self.job.dtype))
+            return
+        entry = self.job.tensors.checkpoint.entries[name]
+        rows = max((1 << 24) * entry.shape[0] // max(entry.nbytes, 1), 1) if entry.shape else 1
+        for piece in read_pieces(entry, rows):
+            file.write(checked(name, piece))
+
+    def reports(self) -> list[BlockReport]:
+        """One report for each block, in the order of their names."""
+        blocks: dict[str, dict[str, dict[str, Any]]] = {}
+        for name in self.job.plan.schemes:
+            blocks.setdefault(BLOCK.match(name)[1], {})[name] = self.rows[name]  # type: ignore[index]
+        seconds, peak = (time.monotonic() - self.begun) / max(len(blocks), 1), peak_memory(self.job.device)
+        return [BlockReport(i, name, None, seconds, peak, [], rows) for i, (name, rows) in enumerate(blocks.items())]
+
+
+@contextmanager
+def _opened(file: PlannedFile) -> Iterator[PlannedFile]:
+    """A context that closes a file whose writing fails."""
+    try:
+        yield file
+    except BaseException:
+        file.abandon()
+        raise
