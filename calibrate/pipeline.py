@@ -65,7 +65,7 @@ def run(
         for block, outcome in zip(job.skeleton.blocks, outcomes, strict=True):
             tell(Part(f"writing {block.name}"))
             behind(writer.add_block, block, outcome.weights, outcome.kept)
-    tell(Step("writing what stays as it is", 0, None))
+    tell(Step("writing the unquantized tensors", 0, None))
     seen = loop.before_head() if loop and job.plan.head else None
     result.vocabulary = writer.add_others(seen)
     carry_along(job.source.checkpoint, output, with_code=job.source.trust_remote_code)

@@ -101,7 +101,7 @@ class RecordingWriter:
 
         checked = zip(self._meant.items(), ahead(found_in, self._meant, WORKERS), strict=True)
         for number, ((name, meant), found) in enumerate(checked, 1):
-            tell(Step("reading back what was written", number, len(self._meant)))
+            tell(Step("reading the files back", number, len(self._meant)))
             if found != meant:
                 raise CheckpointError(f"{output}: {name} does not read back as it was written; the disk may be failing")
         return written.nbytes

@@ -83,12 +83,13 @@ class Printer:
     def plan(self, job: Job | FreeJob) -> None:
         """Print schemes, linears left in 16 bits with the reason, and limits of other engines."""
         exempt = sum(left.exempt for left in job.plan.left.values())
-        found = (
-            f" {describe_schemes(job.plan.schemes)}; {len(job.plan.left)} left ({exempt} on purpose); "
-            f"coverage {job.plan.coverage:.2%}; "
-            f"weights {job.source.checkpoint.nbytes / 1e6:.1f} MB -> {job.output_bytes() / 1e6:.1f} MB"
+        before, after = (f"{nbytes / 1e6:.1f} MB" for nbytes in (job.source.checkpoint.nbytes, job.output_bytes()))
+        self.lines(
+            "plan",
+            describe_schemes(job.plan.schemes),
+            f"{before} -> {after}, coverage {job.plan.coverage:.2%}",
+            f"{len(job.plan.left)} linears left in 16 bits, {exempt} of them on purpose",
         )
-        self.display.line(Text.assemble(("plan", "bold"), found))
         for weight in job.plan.vocabulary:
             self.display.line(f"  {weight.name}: {weight.scheme}, {weight.n} x {weight.k}")
         for name, left in list(job.plan.left.items())[:MOST_LEFT]:
@@ -113,6 +114,12 @@ class Printer:
             f"  {mixture.reached:.6g} {mixture.unit}; {mixture.target:.6g} allowed, {mixture.least:.6g} possible; "
             f"expected divergence {mixture.divergence:.4f} +- {mixture.error:.4f} nats a token with plain rounding"
         )
+
+    def lines(self, word: str, *texts: str) -> None:
+        """Print lines in a column beside `word`."""
+        for text in texts:
+            self.display.line(Text.assemble((f"{word:<7}", "bold"), text))
+            word = ""
 
     def readings(self, calibration: CalibrationSet) -> None:
         """Print counts of skipped or folded calibration rows; with --verbose, each row."""
@@ -162,9 +169,9 @@ class Printer:
             self.display.line(f"{tokens} tokens of builtin held-out text, {context} a window, float32")
         self.display.line(f"{done.recipe.method}, {describe_schemes(done.plan.schemes)}, in {clock(done.seconds)}")
         ways = [way.format(done.output) for engine, way in WAYS.items() if engine in done.readers]
-        self.display.line(f"use    {', or '.join(ways) or 'no engine has kernels for all of it: see the model card'}")
-        page = f"{done.output}/report.html, " if done.scores else ""
-        self.display.line(f"look   {page}{done.output}/README.md (model card), {done.output}/recipe.toml")
+        self.lines("use", *(ways or ["no engine has kernels for all of it: see the model card"]))
+        page = [f"{done.output}/report.html"] if done.scores else []
+        self.lines("look", *page, f"{done.output}/README.md", f"{done.output}/recipe.toml")
         if done.pushed is not None:
             self.display.line(describe_pushed(done.pushed))
 

@@ -14,7 +14,8 @@ from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import pytest
-from huggingface_hub import constants
+from huggingface_hub import ModelCard, constants
+from huggingface_hub.utils import validate_repo_id
 
 TOKEN = "hf_writer"
 OWNER = "acme"
@@ -74,6 +75,27 @@ def serving(root: Path, monkeypatch: pytest.MonkeyPatch, cache: Path) -> Iterato
     finally:
         server.shutdown()
         server.server_close()
+
+
+def errors_in(card: str) -> list[str]:
+    """The faults that the hub finds in a card's front matter: its keys, and their values as far as they are checked."""
+    try:
+        data = ModelCard(card).data
+        if data.base_model is not None:
+            validate_repo_id(data.base_model)
+    except ValueError as error:
+        return [str(error)]
+    known = {
+        "license": bool(data.license) and re.fullmatch(r"[a-z0-9.-]+", str(data.license)),
+        "base_model_relation": data.get("base_model_relation") in (None, "quantized"),
+        "pipeline_tag": data.pipeline_tag in ("text-generation", "image-text-to-text"),
+        "library_name": data.library_name == "transformers",
+        "tags": all(isinstance(tag, str) and 0 < len(tag) < 100 for tag in data.tags or ()),
+        "model-index": all(
+            isinstance(each.metric_value, float) and each.dataset_type for each in data.eval_results or ()
+        ),
+    }
+    return [f"{key!r} is not valid" for key, holds in known.items() if not holds]
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -209,7 +231,8 @@ class Handler(BaseHTTPRequestHandler):
         self.reply({"url": f"{self.hub.url}/{repo}"})
 
     def validate(self, query: dict[str, list[str]]) -> None:
-        self.reply({"errors": [], "warnings": []})
+        errors = errors_in(json.loads(self.body)["content"])
+        self.reply({"errors": [{"message": each} for each in errors], "warnings": []}, 400 if errors else 200)
 
     def preupload(self, query: dict[str, list[str]], repo: str, revision: str) -> None:
         files = json.loads(self.body)["files"]

@@ -10,7 +10,10 @@ from lowbit.export.engines.transformers import TRANSFORMERS
 from lowbit.export.engines.vllm import VLLM
 from lowbit.export.formats import LogicalTensors
 
-PACKAGES = {"gptqmodel": "gptqmodel optimum"}  # a format's package -> all that pip has to install
+PACKAGES = {  # a format's package -> all that pip has to install for transformers
+    "compressed-tensors": "accelerate compressed-tensors",
+    "gptqmodel": "accelerate gptqmodel optimum",
+}
 OF_TRANSFORMERS = """\
 from transformers import {kind}, AutoTokenizer
 

@@ -355,10 +355,11 @@ def _written(this: _Run, output: Path, overwrite: bool, evaluation: tuple[int, t
     total = len(job.skeleton.blocks)
     with staged(output, overwrite) as staging:
         this.progress(Stage("quantizing"))
+        this.progress(Step("quantizing", 0, total))
         on_block = lambda done: this.progress(BlockDone(done, total))  # noqa: E731
         result = run(job, staging, this.calibration, on_block, this.journal, finished=False)
         ranks.leave()
-        this.progress(Stage("measuring what was lost"))
+        this.progress(Stage("measuring the loss"))
         written = open_source(str(staging), job.source.trust_remote_code, finished=False)
         measured = measure(job.source, written, builtin_text("heldout"), *evaluation, job.device)
         for lack in measured.lacks:

@@ -3,10 +3,11 @@
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from huggingface_hub import constants
+from huggingface_hub import ModelCard, constants
 
 import lowbit
 from lowbit.errors import CheckpointError, UsageError
@@ -187,6 +188,27 @@ def test_a_checkpoint_is_published_and_comes_back(hub, made, tmp_path, monkeypat
     assert (back.directory / "SHA256SUMS").read_text() == (made / "SHA256SUMS").read_text()
     assert lowbit.inspect("acme/tiny-w4").bits_per_weight == lowbit.inspect(made).bits_per_weight
     assert not lowbit.push(made, "acme/tiny-w4", message="again").created
+
+
+def test_the_hub_s_validator_takes_each_kind_of_card(hub, model, tmp_path) -> None:
+    """Of a hub id, of a local download whose id the user names, and of one whose id nobody names."""
+    ways: tuple[tuple[str | Path, str | None, str | None], ...] = (
+        ("acme/tiny", None, "acme/tiny"),
+        (model, "acme/named", "acme/named"),
+        (model, None, None),
+    )
+    settings: dict[str, Any] = {"method": "rtn", "group_size": 32, "eval_windows": 1, "measures": ["kl"]}
+    for number, (source, named, base) in enumerate(ways):
+        lowbit.quantize(source, tmp_path / f"{number}", base_model=named, **settings)
+        card = ModelCard.load(tmp_path / f"{number}" / "README.md")
+        card.validate()
+        assert (card.data.base_model, card.data.get("base_model_relation")) == (base, "quantized" if base else None)
+        assert (card.data.license, card.data.language) == ("llama3.2", "en")
+        assert [each.metric_type for each in card.data.eval_results or ()] == ["perplexity", "kl_divergence"]
+    assert "--revision " + hub.commit("acme/tiny") in (tmp_path / "0" / "README.md").read_text()
+    card.data.license = "A Licence of Ours"
+    with pytest.raises(ValueError, match="license"):
+        card.validate()
 
 
 def test_a_run_publishes_what_it_made(hub, tmp_path, monkeypatch) -> None:

@@ -4,6 +4,7 @@ import io
 import json
 import re
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -40,10 +41,11 @@ def test_no_line_of_a_recording_wraps(source, tmp_path, width) -> None:
     lines = [CONTROL.sub("", line) for line in re.split(r"[\r\n]+", text)]
     assert max(map(len, lines)) <= width
     shown = "\n".join(lines)
-    for stage in ("quantizing", "tuning scales", "reading back", "scoring the original", "scoring the checkpoint"):
+    for stage in ("quantizing", "tuning scales", "reading the files", "scoring the original", "continuing prompts"):
         assert stage in shown
     for part in ("learned rounding, 1 of 2", "structure", "writing model.layers.1"):
         assert part in shown
+    assert re.search(r"quantizing +0/2 0:", shown)  # blocks are counted from the first on
     assert re.search(r"quantizing +\S+ +1/2 0:00:\d\d left \d:\d\d \d+\.\d\d GB", shown)
     assert UP.search(text)  # redrawn in place
 
@@ -84,6 +86,31 @@ def test_without_a_terminal_a_line_comes_before_long(monkeypatch, capsys) -> Non
     assert re.fullmatch(
         r"quantizing 1/4: learned rounding, 3 of 200; 0:00 so far, left 0:00; peak \d+\.\d\d GB", lines[0]
     )
+
+
+class Timed(io.StringIO):
+    """Text with the time of each write."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.times = [time.monotonic()]
+
+    def write(self, text: str) -> int:
+        self.times.append(time.monotonic())
+        return super().write(text)
+
+
+def test_a_whole_run_without_a_terminal_is_never_silent_for_long(source, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(module, "EVERY", 0.2)
+    recorded = Timed()
+    monkeypatch.setattr("sys.stdout", recorded)
+    monkeypatch.setattr("sys.stderr", recorded)
+    with Printer(Display()) as printer:
+        printer.result(lowbit.quantize(source, tmp_path / "out", progress=printer, **LEARNED))
+    gaps = [after - before for before, after in pairwise(recorded.times)]
+    assert max(gaps) < 0.2 + 5  # seconds that another process may take on a busy machine
+    assert "tuning scales and norms" in recorded.getvalue()
+    assert "\x1b" not in recorded.getvalue()
 
 
 def test_quiet_prints_nothing_and_json_only_events(source, tmp_path) -> None:

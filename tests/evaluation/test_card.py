@@ -1,6 +1,7 @@
 """evaluation/report/card.py: a card that the hub accepts, with current numbers, for any original card."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -99,6 +100,18 @@ def test_the_body_says_loss_sizes_use_and_how_to_make_it(measured):
     assert "| weights | " in text
 
 
+@pytest.mark.peer
+def test_the_programs_in_the_card_run(measured, monkeypatch, capsys):
+    pytest.importorskip("compressed_tensors")
+    pytest.importorskip("accelerate")
+    monkeypatch.chdir(measured.parent)
+    programs = re.findall(r"```python\n(.*?)```", (measured / "README.md").read_text(), re.S)
+    assert len(programs) == 2
+    for program in programs:
+        exec(program, {})
+        assert capsys.readouterr().out.strip()
+
+
 def test_a_directory_is_called_by_its_name_alone(measured):
     """A published card must not show the model's local path."""
     assert str(measured.parent) not in (measured / "README.md").read_text()
@@ -179,7 +192,7 @@ def test_a_converted_card_is_of_the_new_format(made, tmp_path):
     card = ModelCard.load(tmp_path / "gptq" / "README.md")
     assert "gptq" in card.data.tags
     assert "compressed-tensors" not in card.data.tags
-    assert "pip install gptqmodel optimum" in card.text
+    assert "pip install accelerate gptqmodel optimum" in card.text
     assert "Converted from `compressed-tensors` to `gptq`" in card.text
     assert card.data.license == "llama3.2"
 

@@ -123,7 +123,7 @@ def test_the_page_loads_it_with_the_readers_of_the_card(awq):
     facts, card = facts_of(awq), (awq / "README.md").read_text()
     assert [each["reader"] for each in facts["use"]] == ["vLLM", "SGLang", "transformers", "lowbit"]
     for kind in ("html", "md"):
-        for line in ("vllm serve llama-awq", "lowbit.load(", "pip install compressed-tensors"):
+        for line in ("vllm serve llama-awq", "lowbit.load(", "pip install accelerate compressed-tensors"):
             assert line in render(facts, kind)
             assert line in card
 
