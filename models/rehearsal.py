@@ -177,8 +177,6 @@ def reader_of_weights(skeleton: Skeleton, quantized: Container[str]) -> str | No
 
     Such code fails with packed weights. None also if the model's code fails in a dry run.
     """
-    if _fails_before_the_blocks(skeleton, quantized):
-        return type(skeleton.model).__name__
     try:
         with rehearsed(skeleton) as (walk, states):
             for first, _ in kinds(skeleton):
@@ -190,12 +188,12 @@ def reader_of_weights(skeleton: Skeleton, quantized: Container[str]) -> str | No
                         return type(block.module).__name__
                     states = walk.run(first, states)
     except FAILURES:
-        return None
-    return None
+        pass
+    return type(skeleton.model).__name__ if _fails_around_blocks(skeleton, quantized) else None
 
 
-def _fails_before_the_blocks(skeleton: Skeleton, quantized: Container[str]) -> bool:
-    """True if the model's code before its first block (RWKV's divides weights there) fails because one is missing."""
+def _fails_around_blocks(skeleton: Skeleton, quantized: Container[str]) -> bool:
+    """True if the model's code fails because a weight is missing: RWKV's divides weights before its first block."""
     specs = [spec for block in skeleton.blocks for spec in block.linears if spec.name in quantized]
     try:
         with _packed(skeleton.model, specs), rehearsed(skeleton):
