@@ -11,7 +11,7 @@ RUN pip install --no-cache-dir "$(grep '^torch==' constraints.txt)"
 COPY . .
 ARG LOWBIT_CUDA_ARCHS="80 86 89 90a 90+PTX"
 ENV LOWBIT_CUDA=1 LOWBIT_CUDA_ARCHS=$LOWBIT_CUDA_ARCHS
-RUN pip install --no-cache-dir -c constraints.txt .
+RUN pip install --no-cache-dir -c constraints.txt ".[all]"
 
 FROM nvidia/cuda:12.8.1-base-ubuntu24.04
 RUN apt-get update && apt-get install -y --no-install-recommends python3 && rm -rf /var/lib/apt/lists/*

@@ -23,7 +23,7 @@ OPTIONAL = {
     "gptqmodel": ("transformers loads the formats gptq and awq", "pip install gptqmodel optimum"),
     "vllm": (
         "lowbit eval --backend vllm",
-        "in an environment of its own: pip install vllm; in a clone of lowbit: pip install --no-deps .",
+        "in an environment of its own: pip install vllm; in a clone of lowbit: pip install .",
     ),
     "nvidia-cutlass": ("building the CUDA extension", "pip install 'lowbit[kernels]'"),
 }

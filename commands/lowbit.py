@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
+from types import ModuleType
 from typing import NoReturn
 
 import click
@@ -13,6 +14,7 @@ from lowbit import __version__
 from lowbit.commands import surface
 from lowbit.commands.parts import SETTINGS, epilog
 from lowbit.export.escape import one_line
+from lowbit.extras import missing
 
 ASKS = {"--help", "-h", "--version"}
 
@@ -62,8 +64,7 @@ def lowbit() -> None:
 
 def command(name: str) -> click.Command:
     """The command itself. Imports everything that it needs."""
-    module, attribute, _ = COMMANDS[name]
-    found: click.Command = getattr(importlib.import_module(f"lowbit.commands.{module}"), attribute)
+    found: click.Command = getattr(imported(name), COMMANDS[name][1])
     return found
 
 
@@ -84,7 +85,16 @@ def start(name: str) -> None:
     elif ASKS & set(sys.argv):
         with suppress(OSError):  # cache not writable: the next call is slow again
             surface.write(COMMANDS)
-    importlib.import_module(f"lowbit.commands.{COMMANDS[name][0]}").main()
+    imported(name).main()
+
+
+def imported(name: str) -> ModuleType:
+    """The module of a command. Ends with an error if a package that it needs is not installed."""
+    try:
+        return importlib.import_module(f"lowbit.commands.{COMMANDS[name][0]}")
+    except ModuleNotFoundError as error:
+        click.echo(f"Error: {missing(f'lowbit {name}', error)}", err=True)
+        sys.exit(2)
 
 
 def answer(seen: click.Command) -> None:

@@ -9,6 +9,7 @@ from lowbit import engine
 from lowbit.commands.common import CACHE, CONTEXT, DENSE_HEAD, DEVICE, REVISION, run_command, say
 from lowbit.commands.parts import FIRST, Parts, by_part, flag, frame, value
 from lowbit.errors import UsageError
+from lowbit.extras import missing
 from lowbit.models.devices import check_device
 from lowbit.models.source import model_directory
 
@@ -17,7 +18,7 @@ try:
     from lowbit.serve.run import Options, defaults_of
     from lowbit.serve.run import serve as serve_engine
 except ModuleNotFoundError as error:
-    MISSING: str | None = error.name
+    MISSING: UsageError | None = missing("lowbit serve", error)
 else:
     MISSING = None
 
@@ -84,7 +85,7 @@ def serve(
 ) -> None:
     """Serve CHECKPOINT (a directory, demo, or a hub id) to clients of the OpenAI protocol."""
     if MISSING is not None:
-        raise UsageError(f"lowbit serve needs {MISSING}: in a clone of lowbit, pip install '.[serve]'")
+        raise MISSING
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s")
     logging.getLogger("lowbit.serve").setLevel(logging.WARNING if quiet else logging.INFO)
     keys, directory = read_keys(api_keys, api_key), model_directory(checkpoint, revision=revision)

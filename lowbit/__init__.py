@@ -7,6 +7,8 @@ is a subpackage: quant is lowbit.quant, engine is lowbit.engine.
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from lowbit.extras import missing
+
 if TYPE_CHECKING:
     from lowbit.api.converting import convert as convert
     from lowbit.api.evaluating import divergence as divergence
@@ -41,7 +43,10 @@ _PUBLIC = {
 def __getattr__(name: str) -> Any:
     if name not in _PUBLIC:
         raise AttributeError(f"module 'lowbit' has no attribute {name!r}")
-    value = getattr(importlib.import_module(_PUBLIC[name]), name)
+    try:
+        value = getattr(importlib.import_module(_PUBLIC[name]), name)
+    except ModuleNotFoundError as error:
+        raise missing(f"lowbit.{name}", error) from error
     globals()[name] = value
     return value
 

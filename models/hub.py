@@ -17,7 +17,7 @@ from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError 
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from huggingface_hub.utils.tqdm import are_progress_bars_disabled
+from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from rich.console import Console
 
 from lowbit.errors import CheckpointError, UsageError, nearest
@@ -34,15 +34,29 @@ def download(name: str, revision: str | None, patterns: Iterable[str]) -> Path:
     interrupted download are kept. CheckpointError with the reason and advice.
     """
     try:
-        _announce(name, revision, list(patterns))
-        return Path(snapshot_download(name, revision=revision, allow_patterns=list(patterns)))
+        with _bars_or_a_line(name, revision, list(patterns)):
+            return Path(snapshot_download(name, revision=revision, allow_patterns=list(patterns)))
     except FAILURES as error:
         raise CheckpointError(_reason(name, revision, error)) from error
 
 
+@contextmanager
+def _bars_or_a_line(name: str, revision: str | None, patterns: list[str]) -> Iterator[None]:
+    """A context with the hub's bars on a terminal. Elsewhere there are none, after one line about the download."""
+    if sys.stderr.isatty() or are_progress_bars_disabled():
+        yield
+        return
+    _announce(name, revision, patterns)
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        enable_progress_bars()
+
+
 def _announce(name: str, revision: str | None, patterns: list[str]) -> None:
-    """Print one line about the download, if no bar will show it."""
-    if sys.stderr.isatty() or are_progress_bars_disabled() or constants.HF_HUB_OFFLINE:
+    """Print one line about the download, if there is something to download."""
+    if constants.HF_HUB_OFFLINE:
         return
     try:
         found = snapshot_download(name, revision=revision, allow_patterns=patterns, dry_run=True)

@@ -41,7 +41,7 @@ for python in "$@"; do
     tag=$("$python" -c 'import sys; print("cp%d%d" % sys.version_info[:2])')
     wheel=$(find dist -name "lowbit-*-$tag-*.whl" -o -name 'lowbit-*-none-any.whl' | sort | tail -1)
     "$python" -m venv "$work/fresh"
-    "$work/fresh/bin/pip" install -q --disable-pip-version-check -c constraints.txt "$wheel"
+    "$work/fresh/bin/pip" install -q --disable-pip-version-check -c constraints.txt "$wheel[all]"
     (cd "$work" && "$work/fresh/bin/lowbit" --version && "$work/fresh/bin/lowbit" doctor)
     rm -rf "$work/build" "$work/fresh" "$work/made"
     du -h "$wheel"

@@ -8,15 +8,16 @@ drawn once for a narrow card and once for a wide one, so that its text has the s
 import math
 import re
 from collections.abc import Callable, Iterable, Sequence
+from functools import cache
 from html import escape
 from io import StringIO
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import matplotlib as mpl
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+from lowbit.extras import missing
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 VARIABLES = {"ink": "#000001", "muted": "#000002", "grid": "#000003", "card": "#000004"}
 VARIABLES |= {"before": "#000010", "after": "#000011"}
@@ -63,6 +64,18 @@ DPI = 72  # of SVG by matplotlib
 Draw = Callable[..., "Drawing | None"]
 
 
+@cache
+def _matplotlib() -> Any:
+    """The package. UsageError without it: it belongs to an extra of its own."""
+    try:
+        import matplotlib
+        import matplotlib.figure
+        import matplotlib.ticker
+    except ModuleNotFoundError as error:
+        raise missing("a page with plots", error) from error
+    return matplotlib
+
+
 def plot(draw: Draw, *values: Any, **settings: Any) -> str | None:
     """A figure at both widths as HTML; None if `draw` has no data."""
     drawn = [draw(*values, width, **settings) for width in (NARROW, WIDE)]
@@ -87,8 +100,8 @@ class Drawing:
     def __init__(self, label: str, width: int, height: int = 250, rows: int = 1, columns: int = 1) -> None:
         self.label = label
         self.tooltips: dict[str, str] = {}
-        with mpl.rc_context(STYLE):
-            self.figure = Figure(figsize=(width / DPI, height / DPI), layout="constrained")
+        with _matplotlib().rc_context(STYLE):
+            self.figure = _matplotlib().figure.Figure(figsize=(width / DPI, height / DPI), layout="constrained")
             self.axes: list[Axes] = list(self.figure.subplots(rows, columns, squeeze=False).flat)
 
     def name(self, text: str) -> str:
@@ -100,7 +113,7 @@ class Drawing:
     def svg(self) -> str:
         """The finished figure as an SVG element."""
         buffer = StringIO()
-        with mpl.rc_context(STYLE):
+        with _matplotlib().rc_context(STYLE):
             self.figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
         return _for_page(buffer.getvalue(), self.label, self.tooltips)
 
@@ -162,11 +175,11 @@ def _share_at(points: Sequence[tuple[float, float]], value: float) -> float:
     return ordered[-1][1]
 
 
-def _decades(axes: Axes) -> None:
+def _decades(axes: "Axes") -> None:
     for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_locator(LogLocator(10, numticks=5))
-        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        axis.set_minor_locator(NullLocator())
+        axis.set_major_locator(_matplotlib().ticker.LogLocator(10, numticks=5))
+        axis.set_major_formatter(_matplotlib().ticker.FuncFormatter(lambda value, _: f"{value:g}"))
+        axis.set_minor_locator(_matplotlib().ticker.NullLocator())
 
 
 def position_plot(row: dict[str, Any], width: int) -> Drawing | None:
@@ -221,7 +234,7 @@ def loss_plot(losses: Sequence[float | None], width: int) -> Drawing | None:
         axes.bar(index, loss, 0.8, color=AFTER, gid=drawing.name(f"block {index}: {loss:.4g}"))
     axes.set_xlabel("block")
     axes.set_ylabel("relative squared error")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.set_major_locator(_matplotlib().ticker.MaxNLocator(integer=True))
     axes.grid(visible=False, axis="x")
     return drawing
 
@@ -236,7 +249,7 @@ def tuning_plot(values: Sequence[float], width: int) -> Drawing | None:
     axes.set_xlabel("step")
     axes.set_ylabel("KL, nats a token")
     axes.set_ylim(bottom=0)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.set_major_locator(_matplotlib().ticker.MaxNLocator(integer=True))
     return drawing
 
 
@@ -251,11 +264,13 @@ def outlier_plot(rows: Sequence[dict[str, Any]], width: int) -> Drawing | None:
         axes.plot(_gaps(row["before"]), color=BEFORE, linewidth=2.6)
         axes.plot(_gaps(row["after"]), color=AFTER, linewidth=1.8)
         axes.set_yscale("log")
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}×"))
-        axes.yaxis.set_minor_locator(NullLocator())
-        axes.yaxis.set_major_locator(LogLocator(10, (1, 2, 5) if _span(row) < 50 else (1,), numticks=6))
+        axes.yaxis.set_major_formatter(_matplotlib().ticker.FuncFormatter(lambda value, _: f"{value:g}×"))
+        axes.yaxis.set_minor_locator(_matplotlib().ticker.NullLocator())
+        axes.yaxis.set_major_locator(
+            _matplotlib().ticker.LogLocator(10, (1, 2, 5) if _span(row) < 50 else (1,), numticks=6)
+        )
         axes.set_title(short_kinds(row["kinds"]), color=INK, fontsize=TYPE, loc="left")
-        axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+        axes.xaxis.set_major_locator(_matplotlib().ticker.MaxNLocator(4, integer=True))
         axes.grid(visible=False, axis="x")
     for axes in drawing.axes[len(rows) :]:
         axes.set_visible(False)

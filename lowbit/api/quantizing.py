@@ -35,6 +35,7 @@ from lowbit.export.formats import LogicalTensors
 from lowbit.export.recipes import read_recipe
 from lowbit.export.staging import only_run, refuse_output, refuse_to_replace, require_space, staged, told_whole
 from lowbit.export.survey import survey
+from lowbit.extras import is_there
 from lowbit.models.devices import check_device
 from lowbit.models.hub import require_account
 from lowbit.models.source import Files, Source, open_files, open_source
@@ -364,6 +365,8 @@ def _written(this: _Run, output: Path, overwrite: bool, evaluation: tuple[int, t
         measured = measure(job.source, written, builtin_text("heldout"), *evaluation, job.device)
         for lack in measured.lacks:
             this.progress(Note(lack))
+        if measured.rows and not is_there("matplotlib"):
+            this.progress(Note("no report.html: its plots need matplotlib: pip install 'lowbit[report]'"))
         readers = _write_papers(staging, (job, this.original), result, measured, output.resolve().name)
     return _quantized(output, job, result, measured, readers, begun)
 
@@ -429,7 +432,7 @@ def _write_papers(
     facts = facts_of(staging, name=name, finished=False)
     tensors = LogicalTensors(open_checkpoint(staging, finished=False))
     write_card(staging, facts, tensors, original)
-    if measured.rows:
+    if measured.rows and is_there("matplotlib"):
         write_text(staging / "report.html", render(facts, "html"))
     seal(staging, FORMATS[result.recipe.format].container, meant)
     return tuple(each["reader"] for each in facts["use"])

@@ -64,7 +64,7 @@ def test_a_sharded_model_is_downloaded_once_and_quantized(hub, tmp_path) -> None
 def test_a_line_says_what_is_downloaded_where_no_bar_does(hub, capsys, monkeypatch) -> None:
     monkeypatch.setattr("lowbit.models.hub.are_progress_bars_disabled", lambda: False)
     model_directory("acme/tiny")
-    [line] = capsys.readouterr().err.splitlines()
+    [line] = capsys.readouterr().err.splitlines()  # and no bars
     size = sum(path.stat().st_size for path in hub.files("acme/tiny"))
     assert f"downloading acme/tiny at {hub.commit('acme/tiny')[:12]} from {hub.url}" in line
     assert f"{len(hub.files('acme/tiny'))} files, {size / 1e6:.1f} MB" in line

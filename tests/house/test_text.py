@@ -71,13 +71,18 @@ def test_every_dependency_is_pinned_within_its_bounds() -> None:
     constraints = [Requirement(line) for line in (ROOT / "constraints.txt").read_text().splitlines() if line[0] != "#"]
     pins = {canonicalize_name(pin.name): next(iter(pin.specifier)).version for pin in constraints}
     wrong = [
-        str(r) for r in requirements("test", "serve") if pins.get(canonicalize_name(r.name), "0") not in r.specifier
+        str(r)
+        for r in requirements("quantize", "report", "test", "serve")
+        if pins.get(canonicalize_name(r.name), "0") not in r.specifier
     ]
     assert not wrong, f"not pinned, or outside the bounds, in constraints.txt: {', '.join(wrong)}"
 
 
 def test_every_import_is_declared() -> None:
-    declared = {canonicalize_name(requirement.name) for requirement in requirements("test", "tasks", "serve", "vllm")}
+    declared = {
+        canonicalize_name(requirement.name)
+        for requirement in requirements("quantize", "report", "test", "tasks", "serve", "vllm")
+    }
     distributions = packages_distributions()
     ours = sys.stdlib_module_names | {NAME}
     found = [
