@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -11,7 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from lowbit.calibrate.methods import METHODS
 from tests.builders import save_family
 from tests.e2e.cli import names, run_quantize
 
@@ -92,16 +90,6 @@ def test_a_mistake_in_the_command(args, message):
     assert done.code == 2
     assert message in done.err
     assert "Traceback" not in done.err
-
-
-def test_the_methods_are_listed():
-    done = run_quantize("--list-methods")
-    assert done.code == 0
-    lines = done.out.splitlines()
-    assert [line.split()[0] for line in lines[::3]] == list(METHODS)
-    starts = {re.match(r"\S* +", line).end() for line in lines}  # aligned
-    assert len(starts) == 1
-    assert all("cost: " in cost and "use:  " in use for cost, use in zip(lines[1::3], lines[2::3], strict=True))
 
 
 def test_help_and_version_as_installed():

@@ -118,6 +118,7 @@ def test_the_list_of_methods_fits_eighty_columns(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("COLUMNS", "80")
     text = run_quantize("--list-methods").out
     assert max(map(len, text.splitlines())) <= 80
+    assert re.findall(r"^(\w+):$", text, re.M) == list(METHODS)
     for method in METHODS.values():
         found = text[text.index(f"{method.name}:\n") :]
         for word, told in (("does", method.summary), ("costs", method.cost), ("use it", method.use)):
