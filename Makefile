@@ -1,6 +1,6 @@
 # make demo   quantize a real model and see what it cost
 # make test   lint, types and the CPU test suite
-# make families   docs/FAMILIES.md: every type of transformers tried as a tiny model, in about half an hour
+# make families   docs/FAMILIES.md: every type of transformers tried as a tiny model, in about an hour of a core
 # make tables   the documents' tables of figures, from the rows in benchmarks/results
 # make picture   the picture of a report in README.md, from the checkpoint that make demo makes; needs Chromium
 # make docs   the documentation as a site in build/site

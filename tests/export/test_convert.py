@@ -15,6 +15,7 @@ from lowbit.export.checkpoint import open_checkpoint
 from lowbit.export.convert import convert, express
 from lowbit.export.dialects import FORMATS
 from lowbit.export.formats import LogicalTensors
+from lowbit.export.staging import exchange
 from lowbit.quant.numbers import E8M0
 from lowbit.quant.qtensor import QTensor, round_to_nearest
 from lowbit.quant.scheme import Scheme, parse_scheme
@@ -270,3 +271,20 @@ def test_joined_linears_with_different_divisors_are_refused(tmp_path):
     source = written(tmp_path / "in", CT, **weights)
     with pytest.raises(CheckpointError, match=r"experts\.1\.gate_proj, m\..*up_proj have different global scales"):
         converted(source, "modelopt", tmp_path / "out")
+
+
+@pytest.mark.parametrize("when", ["while it reads", "before the end"])
+def test_a_source_that_another_run_replaces_is_no_result(tmp_path, monkeypatch, when):
+    """As --overwrite does: the directory has another checkpoint of the same shapes from then on."""
+    torch.manual_seed(0)
+    source = written(tmp_path / "source", "gptq", quantized("int4-g32"), quantized("int4-g32"))
+    written(tmp_path / "other", "gptq", quantized("int4-g32"), quantized("int4-g32"))
+    place = "lowbit.export.convert._verify" if when == "before the end" else "lowbit.export.convert._divisors"
+
+    def replaced(*args: object) -> dict[str, torch.Tensor]:
+        assert exchange(source.checkpoint.directory, tmp_path / "other")
+        return {}
+
+    monkeypatch.setattr(place, replaced)
+    with pytest.raises(CheckpointError, match=r"(model.safetensors|config.json): changed while it was read"):
+        converted(source, "compressed-tensors", tmp_path / "out")
