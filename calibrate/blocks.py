@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol
 
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from lowbit.ahead import WORKERS, ahead
 from lowbit.calibrate.block import BlockWork
+from lowbit.calibrate.cache import cache_scales
 from lowbit.calibrate.data import CalibrationSet
 from lowbit.calibrate.job import Job, covered
 from lowbit.calibrate.outcome import BlockOutcome, run_shared, run_stored
@@ -198,7 +200,11 @@ class BlockLoop:
         report = BlockReport(index, block.name, loss, watch.elapsed(), peak, folds, rows, watch.seconds)
         outcome = BlockOutcome(work.finished(weights), kept, report)
         with watch.phase("next inputs"):
+            entering = self.states
             self._move_on(index, outcome, targets)
+            if job.recipe.kv_cache is not None:
+                scales = cache_scales(self.walk, index, entering, job.plan.attentions, job.recipe.kv_cache)
+                outcome = replace(outcome, cache=scales)
         return outcome
 
     def _targets(self, index: int) -> list[States]:

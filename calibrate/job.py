@@ -231,6 +231,9 @@ def prepare(source: Source, recipe: Recipe, device: str) -> Job:
     if plan.vocabulary and not fmt.holds_head:
         what = "head" if plan.head else "embeddings"
         raise CheckpointError(f"format {fmt.name} holds no quantized {what}; --format compressed-tensors does")
+    if recipe.kv_cache is not None and recipe.kv_cache not in fmt.caches:
+        known = " or ".join(fmt.caches) or "none; --format compressed-tensors does"
+        raise CheckpointError(f"format {fmt.name} holds no scales for --kv-cache {recipe.kv_cache}: it takes {known}")
     require_fit(fmt, plan.written, shapes)
     return job
 

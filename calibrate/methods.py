@@ -9,6 +9,7 @@ from lowbit.calibrate.rounding import ROUNDERS
 from lowbit.calibrate.settings import completed, merged, rounder_of, transforms_of
 from lowbit.calibrate.transforms import TRANSFORMS
 from lowbit.errors import RecipeError, nearest
+from lowbit.export.cache import CACHES
 from lowbit.export.engines.steps import STEPS
 from lowbit.quant.recipe import ACTIVATIONS, HEAD, Recipe
 from lowbit.quant.scheme import parse_choice, parse_scheme
@@ -115,7 +116,7 @@ def calibrated(recipe: Recipe) -> bool:
     schemes = (recipe.default_scheme, *map(parse_choice, recipe.schemes.values()))
     static = any(scheme.static_inputs for scheme in schemes if scheme is not None)
     parts = any(part.needs.calibration for part in (*transforms_of(recipe), rounder_of(recipe)))
-    return static or parts or recipe.clip or recipe.distill_steps > 0 or recipe.budgeted
+    return static or parts or recipe.kv_cache is not None or recipe.clip or recipe.distill_steps > 0 or recipe.budgeted
 
 
 def complete_recipe(values: dict[str, Any]) -> Recipe:
@@ -134,6 +135,8 @@ def complete_recipe(values: dict[str, Any]) -> Recipe:
         recipe = recipe.merged(CALIBRATION | {key: values[key] for key in values.keys() & CALIBRATION.keys()})
     else:
         recipe = replace(recipe, dataset=None, num_samples=0, seqlen=0, text_column=None)
+    if recipe.kv_cache not in (None, *CACHES):
+        raise RecipeError(f"kv_cache {recipe.kv_cache!r}; {nearest(str(recipe.kv_cache), CACHES)}")
     others = tuple(name for name in recipe.ignore if name != HEAD)
     recipe = replace(recipe, ignore=others if recipe.head else (HEAD, *others))
     _require_sense(method, recipe)

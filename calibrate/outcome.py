@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -21,11 +21,13 @@ class BlockOutcome:
 
     weights  quantized linears
     kept     all other tensors, after transforms, in the dtype they are written in
+    cache    scales of a key-value cache, if the recipe asks for one (calibrate.cache)
     """
 
     weights: dict[str, QTensor]
     kept: dict[str, Tensor]
     report: BlockReport
+    cache: dict[str, Tensor] = field(default_factory=dict)
 
 
 def hold(walk: Walk, index: int, weights: Mapping[str, QTensor], kept: Mapping[str, Tensor]) -> None:

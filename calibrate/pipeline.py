@@ -64,7 +64,7 @@ def run(
     with shared, Behind() as behind:  # a block is packed and written while the next one is quantized
         for block, outcome in zip(job.skeleton.blocks, outcomes, strict=True):
             tell(Part(f"writing {block.name}"))
-            behind(writer.add_block, block, outcome.weights, outcome.kept)
+            behind(writer.add_block, block, outcome)
     tell(Step("writing the unquantized tensors", 0, None))
     seen = loop.before_head() if loop and job.plan.head else None
     result.vocabulary = writer.add_others(seen)

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from torch import nn
 
@@ -11,7 +11,7 @@ from lowbit.errors import CheckpointError, RecipeError, nearest
 from lowbit.export.patterns import PatternError, Patterns
 from lowbit.export.tensorfile import TensorEntry
 from lowbit.models.placement import stacked_names, tensor_of
-from lowbit.models.rehearsal import choosers
+from lowbit.models.rehearsal import choosers, find_attentions
 from lowbit.models.skeleton import Block, LinearSpec, Skeleton
 from lowbit.quant.naming import fused_set
 from lowbit.quant.recipe import HEAD, Recipe
@@ -37,6 +37,7 @@ class Plan:
     head, embeddings  of the vocabulary, if they are quantized
     named   linears whose scheme is set by name in the recipe
     unrounded  those of them in 16 bits
+    attentions  modules whose keys and values get scales, with the file's names; empty without --kv-cache
     """
 
     schemes: dict[str, Scheme]
@@ -47,6 +48,7 @@ class Plan:
     head: VocabularyWeight | None = None
     embeddings: VocabularyWeight | None = None
     unrounded: frozenset[str] = frozenset()
+    attentions: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def vocabulary(self) -> list[VocabularyWeight]:
@@ -98,7 +100,8 @@ def make_plan(skeleton: Skeleton, recipe: Recipe) -> Plan:
     if head is not None:
         left.pop(head.name, None)
     left |= dict(_renamed(skeleton, left))
-    return replace(plan, left=left, head=head, embeddings=embeddings)
+    attentions = find_attentions(skeleton) if recipe.kv_cache else {}
+    return replace(plan, left=left, head=head, embeddings=embeddings, attentions=attentions)
 
 
 def plan_of(blocks: Sequence[Block], recipe: Recipe, roles: Mapping[str, str]) -> Plan:

@@ -101,6 +101,7 @@ def report_of(
         "caveats": {text: list(engines) for text, engines in caveats.items()},
         "embeddings": None if result.plan.embeddings is None else str(result.plan.embeddings.scheme),
         "vocabulary": result.vocabulary,
+        "kv_cache": result.recipe.kv_cache,
         "distilled": result.distilled,
         "mixture": None if mixture is None else mixture.as_json(),
         "blocks": [

@@ -132,7 +132,8 @@ class Journal:
                 for name, scheme in row["weights"].items()
             }
             kept = {name: read_tensor(entries[name]) for name in row["kept"]}
-            return BlockOutcome(weights, kept, BlockReport(**row["report"]))
+            cache = {name: read_tensor(entries[name]) for name in row["cache"]}
+            return BlockOutcome(weights, kept, BlockReport(**row["report"]), cache)
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"{self._tensors(index)}: no finished block ({error}); {START_OVER}") from error
 
@@ -147,7 +148,7 @@ class Journal:
         for name, weight in outcome.weights.items():
             for key, tensor in COMPRESSED_TENSORS.write(name, weight).items():
                 writer.add(key, tensor)
-        for name, tensor in outcome.kept.items():
+        for name, tensor in (outcome.kept | outcome.cache).items():
             writer.add(name, tensor)
         writer.close()
         before, self._before = self._before, sha256_of(part)
@@ -157,6 +158,7 @@ class Journal:
             "tensors": self._before,
             "weights": {name: str(weight.scheme) for name, weight in outcome.weights.items()},
             "kept": list(outcome.kept),
+            "cache": list(outcome.cache),
             "report": asdict(outcome.report),
         }
         row = json.loads(json.dumps(row))

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lowbit.ahead import WORKERS, ahead
 from lowbit.calibrate.job import Job, stays
+from lowbit.calibrate.outcome import BlockOutcome
 from lowbit.calibrate.vocabulary import VocabularyWeight, head_name, rounded, row_of
 from lowbit.errors import CheckpointError
 from lowbit.export.checkpoint import open_checkpoint
@@ -40,8 +41,12 @@ class RecordingWriter:
         self._writer, self._job = writer, job
         self._meant: dict[str, str] = {}
 
-    def add_block(self, block: Block, weights: dict[str, QTensor], kept: dict[str, Tensor]) -> None:
+    def add_block(self, block: Block, outcome: BlockOutcome) -> None:
         """Write a block: packed weights, then all other tensors, changed or from the source."""
+        weights, kept = outcome.weights, outcome.kept
+        self._writer.add_cache(outcome.cache)
+        held = {name: tensor for name, tensor in outcome.cache.items() if self._writer.format.cached({name: tensor})}
+        self._meant |= {name: _digest((tensor,)) for name, tensor in held.items()}
         for name, weight in weights.items():
             self._writer.add_weight(name, weight)
             self._meant[name] = _digest_of(weight)
@@ -87,14 +92,19 @@ class RecordingWriter:
 
     def finish(self, config: Mapping[str, Any]) -> None:
         """Close the files and write the configuration."""
-        self._writer.finish(config, self._job.plan.written, engine_names(self._job.plan.left))
+        plan, recipe = self._job.plan, self._job.recipe
+        self._writer.finish(config, plan.written, engine_names(plan.left), recipe.kv_cache)
 
     def verify(self, output: Path) -> int:
         """Read every tensor back and compare its digest. Returns the bytes of the weights on disk."""
         written = open_checkpoint(output, finished=False)
         logical = LogicalTensors(written)
 
+        scales = logical.cache_scales()
+
         def found_in(name: str) -> str:
+            if name in scales:
+                return _digest((scales[name],))
             if name not in logical.schemes:
                 return _digest((written.read(name),))
             return _digest_of(logical.qtensor(name))

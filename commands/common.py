@@ -65,11 +65,14 @@ class Size(click.ParamType):
         return int(float(match[1]) * UNITS[match[2] or ""])
 
 
-def say_expanded(expanded: Mapping[str, int]) -> None:
-    """Say on stderr that linears were dequantized for lack of a kernel.
+def say_loaded(expanded: Mapping[str, int], cache: str | None) -> None:
+    """Say on stderr what of a checkpoint lowbit's engine does not use as it is.
 
-    expanded  scheme -> number of its linears
+    expanded  scheme -> number of its linears, which have no kernel and were dequantized
+    cache     the key-value cache that the checkpoint has scales for, or None
     """
+    if cache is not None:
+        say(f"the checkpoint's scales for an {cache} key-value cache are not used here", err=True)
     for scheme, count in expanded.items():
         say(f"{count} x {scheme} has no kernel here: dequantized while loading", err=True)
 

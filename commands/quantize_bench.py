@@ -10,7 +10,7 @@ from rich.table import Table
 
 from lowbit import engine
 from lowbit.api.recording import store
-from lowbit.commands.common import CACHE, DENSE_HEAD, DEVICE, REVISION, make_console, run_command, say, say_expanded
+from lowbit.commands.common import CACHE, DENSE_HEAD, DEVICE, REVISION, make_console, run_command, say, say_loaded
 from lowbit.commands.parts import FIRST, Parts, by_part, flag, frame, value
 from lowbit.engine.decoder import Decoder
 from lowbit.engine.engine import Engine
@@ -126,7 +126,7 @@ def bench(
                 model = engine.load(str(checkpoint), str(place), kind, context, cache, head, revision)
             else:
                 model = random_engine(shape, method, kind, place, Options(context, cache == "int8"), head)
-            say_expanded(model.decoder.weights.expanded)
+            say_loaded(model.decoder.weights.expanded, model.decoder.weights.cache)
             say(f"{method}: decoding in {dtype} on {name_of(place)}", err=True)
             for rows, before in product(batch, prompt_tokens):
                 speed = measure(model, rows, before, new_tokens, read_gbs)

@@ -92,6 +92,8 @@ class Printer:
         )
         for weight in job.plan.vocabulary:
             self.display.line(f"  {weight.name}: {weight.scheme}, {weight.n} x {weight.k}")
+        if job.plan.attentions:
+            self.display.line(f"  keys and values: {job.recipe.kv_cache}, {len(job.plan.attentions)} attentions")
         for name, left in list(job.plan.left.items())[:MOST_LEFT]:
             self.display.line(f"  left {name}: {left.reason}")
         for warning in job.warnings():

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from lowbit import engine
-from lowbit.commands.common import CACHE, CONTEXT, DENSE_HEAD, DEVICE, REVISION, run_command, say, say_expanded
+from lowbit.commands.common import CACHE, CONTEXT, DENSE_HEAD, DEVICE, REVISION, run_command, say, say_loaded
 from lowbit.commands.parts import FIRST, Parts, by_part, flag, frame, value
 from lowbit.engine.engine import Engine
 from lowbit.engine.sampling import Completion, Sampling
@@ -148,7 +148,7 @@ def generate(
         if not prompts and not chat:
             raise EngineError("no prompt: pass --prompt TEXT, or --chat for a conversation")
         model = engine.load(checkpoint, check_device(device), None, context, cache, head, revision)
-        say_expanded(model.decoder.weights.expanded)
+        say_loaded(model.decoder.weights.expanded, model.decoder.weights.cache)
         if not prompts:
             converse(model, sampling, system)
         elif stream:

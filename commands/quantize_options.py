@@ -14,6 +14,7 @@ from lowbit.commands.common import DEVICE, OVERWRITE, REVISION, SHARD, TRUST, Si
 from lowbit.commands.display import OUTPUT_OPTIONS
 from lowbit.commands.parts import FIRST, LAST, Decorator, Parts, flag, value
 from lowbit.evaluation.after import MEASURES, parse_measures
+from lowbit.export.cache import CACHES
 from lowbit.export.dialects import FORMATS
 from lowbit.export.engines.steps import STEPS
 from lowbit.quant.scheme import NAMED
@@ -96,6 +97,10 @@ PARTS: Parts = {
         ),
         click.option(
             "--head", help="Round the output head to this scheme: int8, fp8, int4-g64 ...  [default: 16 bits]"
+        ),
+        click.option(
+            "--kv-cache",
+            help=f"Calibrate scales for FP8 keys and values: {' or '.join(CACHES)} (per head).  [default: none]",
         ),
         click.option(
             "--embeddings", help="Round the input embeddings to this scheme: int8, int4-g64 ...  [default: 16 bits]"

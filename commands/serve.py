@@ -6,7 +6,7 @@ from pathlib import Path
 import click
 
 from lowbit import engine
-from lowbit.commands.common import CACHE, CONTEXT, DENSE_HEAD, DEVICE, REVISION, run_command, say
+from lowbit.commands.common import CACHE, CONTEXT, DENSE_HEAD, DEVICE, REVISION, run_command, say, say_loaded
 from lowbit.commands.parts import FIRST, Parts, by_part, flag, frame, value
 from lowbit.errors import UsageError
 from lowbit.extras import missing
@@ -99,4 +99,5 @@ def serve(
         waiting=waiting,
     )
     model = engine.load(directory, check_device(device), None, context, cache, head)
+    say_loaded(model.decoder.weights.expanded, model.decoder.weights.cache)
     serve_engine(model, options, say)

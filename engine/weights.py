@@ -30,6 +30,7 @@ class Weights:
     embedding  (vocabulary, hidden); positions (max_positions, hidden) if learned
     head       the output head, with the norm before it
     expanded   scheme -> number of linears of it that have no kernel and were dequantized
+    cache      the key-value cache that the checkpoint has scales for ("fp8"), which the engine does not use; or None
     """
 
     embedding: Tensor
@@ -37,6 +38,7 @@ class Weights:
     layers: tuple[Block, ...]
     head: Product
     expanded: Mapping[str, int] = field(default_factory=dict)
+    cache: str | None = None
 
     @property
     def device(self) -> torch.device:
@@ -91,7 +93,7 @@ def load_weights(checkpoint: Checkpoint, names: Names, architecture: Architectur
     fused = settings.fused_append
     layers = tuple(build_block(LayerParts(reader, i), a, i, fused) for i in range(len(a.layers)))
     head = Product(reader.head(embedding), reader.norm(names.norm), float32_out=True)
-    weights = Weights(embedding, positions, layers, head, reader.expanded)
+    weights = Weights(embedding, positions, layers, head, reader.expanded, reader.tensors.cache)
     reader.refuse_leftovers()
     return weights
 

@@ -6,9 +6,9 @@ log-likelihoods if a backend has nothing else.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import contextmanager
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import psutil
 import torch
@@ -20,6 +20,7 @@ from lowbit.engine.engine import Engine
 from lowbit.engine.loader import stop_tokens_of
 from lowbit.errors import UsageError, nearest
 from lowbit.evaluation.vllm_backend import VllmModel
+from lowbit.models.cached import rounded_cache
 from lowbit.models.products import rounded_inputs
 from lowbit.models.skeleton import Block, Skeleton, fill, open_skeleton
 from lowbit.models.source import Source
@@ -89,7 +90,7 @@ class TransformersBackend(Backend):
     @torch.no_grad()
     def logits(self, batches: Iterable[Tensor]) -> Iterator[Tensor]:
         for ids in self.known(batches):
-            with _file_inputs(self._skeleton):
+            with _as_stored(self._skeleton):
                 logits = self._skeleton.model(input_ids=ids.to(self.device), use_cache=False).logits
             yield logits.float()
 
@@ -100,7 +101,7 @@ class TransformersBackend(Backend):
         # Only greedy decoding is requested; a model's own sampling settings would cause warnings.
         greedy = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None, "max_length": None}
         stopping = {"stop_strings": list(stops), "tokenizer": self.source.tokenizer()} if stops else {}
-        with _file_inputs(self._skeleton):
+        with _as_stored(self._skeleton):
             output = self._skeleton.model.generate(
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),
@@ -220,10 +221,13 @@ def fill_all(skeleton: Skeleton, device: str, dtype: torch.dtype) -> Skeleton:
     return skeleton
 
 
-def _file_inputs(skeleton: Skeleton) -> AbstractContextManager[Any]:
-    """A context in which the filled model's linears round their inputs if the file has them quantized."""
+@contextmanager
+def _as_stored(skeleton: Skeleton) -> Iterator[None]:
+    """A context in which the filled model rounds its linears' inputs, and its keys and values, if the file says so."""
     linears = [spec for block in skeleton.blocks for spec in block.linears]
-    return rounded_inputs(Block("", skeleton.model, linears=linears), skeleton.model, skeleton.inputs)
+    every = Block("", skeleton.model, linears=linears)
+    with rounded_inputs(every, skeleton.model, skeleton.inputs), rounded_cache(skeleton):
+        yield
 
 
 def token_log_likelihoods(logits: Tensor, ids: Tensor) -> Tensor:

@@ -34,6 +34,7 @@ import torch
 from torch import Tensor
 
 from lowbit.errors import CheckpointError
+from lowbit.export.cache import CACHES, PER_HEAD, PER_TENSOR
 from lowbit.export.engines.engine import Engine
 from lowbit.export.engines.transformers import TRANSFORMERS
 from lowbit.export.format import Format, ShapeReader, TensorReader, following, reading, require_words
@@ -42,7 +43,7 @@ from lowbit.export.patterns import Patterns
 from lowbit.quant.numbers import E8M0, FP4, FP8, Number, float_of, integer_of
 from lowbit.quant.packing import pack, unpack
 from lowbit.quant.qtensor import QTensor
-from lowbit.quant.scheme import NAMED, PerBlock, PerGroup, Scheme, Side, granularity_of
+from lowbit.quant.scheme import NAMED, PerBlock, PerGroup, PerTensor, Scheme, Side, granularity_of
 
 NAME = "compressed-tensors"
 PACKED, PLAIN, FLOAT, MIXED = "pack-quantized", "int-quantized", "float-quantized", "mixed-precision"
@@ -54,6 +55,7 @@ SUFFIXES = (
     *(GLOBAL, INPUT_GLOBAL),
 )
 SCALE_TYPES = {FP8: "torch.float8_e4m3fn", E8M0: "torch.uint8"}
+CACHE_STRATEGIES = {PER_TENSOR: "tensor", PER_HEAD: "attn_head"}
 # The quantized inputs that a group may declare.
 KNOWN_INPUTS = {scheme.inputs: None for scheme in NAMED.values() if scheme.inputs}
 
@@ -279,6 +281,7 @@ class CompressedTensors(Format):
     marker = "weight_scale"
     holds_head = True
     by_rows = True
+    caches = CACHES
     loading = (
         "The files follow the compressed-tensors layout. vLLM and SGLang load the directory as it is; transformers "
         "does with the package `compressed-tensors` installed."
@@ -376,6 +379,21 @@ class CompressedTensors(Format):
             "ignore": sorted(unquantized),
             "config_groups": groups,
         }
+
+    def with_cache(self, config: Mapping[str, Any], cache: str) -> dict[str, Any]:
+        """A quantization_config with a key-value cache declared."""
+        side = _side_args(Side(FP8, PerTensor()), dynamic=False)
+        return dict(config) | {"kv_cache_scheme": side | {"strategy": CACHE_STRATEGIES[cache]}}
+
+    def cache_of(self, config: Mapping[str, Any]) -> str | None:
+        """The key-value cache that a quantization_config declares, or None. CheckpointError for another number."""
+        with following("; of key-value caches 8-bit floats with strategy tensor or attn_head are supported"):
+            declared = config.get("kv_cache_scheme")
+            if not declared:
+                return None
+            if _number_of(declared) != FP8 or declared.get("dynamic"):
+                raise ValueError(f"kv_cache_scheme {declared}")
+            return {strategy: name for name, strategy in CACHE_STRATEGIES.items()}[declared["strategy"]]
 
     def schemes_of(self, config: Mapping[str, Any], names: Iterable[str]) -> dict[str, Scheme]:
         """The scheme that a quantization_config gives each quantized linear of `names`.

@@ -60,6 +60,11 @@ def convert(
     """
     done = Conversion(target_schemes(source, fmt, scheme))
     _refuse_parents(source)
+    if source.cache is not None and source.cache not in fmt.caches:
+        raise CheckpointError(
+            f"{source.checkpoint.directory}: it has scales of a key-value cache ({source.cache}), format {fmt.name} "
+            f"holds {' or '.join(fmt.caches) or 'none'}"
+        )
     shapes = {name: source.shape(name) for name in done.schemes}
     require_fit(fmt, done.schemes, shapes)
     _refuse_clashes(source, fmt, done.schemes)
@@ -74,7 +79,8 @@ def convert(
             writer.add(name, source.checkpoint.read(name))
         for linear in source.linears_of(name):
             writer.add_weight(linear, _converted(source.qtensor(linear), linear, fmt, done))
-    writer.finish(source.checkpoint.config, done.schemes, unquantized)
+    writer.add_cache(source.cache_scales())
+    writer.finish(source.checkpoint.config, done.schemes, unquantized, source.cache)
     _verify(source, fmt, done, output)
     require_same_source(source.checkpoint, {})
     if finished:
@@ -247,6 +253,9 @@ def _verify(source: LogicalTensors, fmt: Format, done: Conversion, output: Path)
     written = LogicalTensors(open_checkpoint(output, finished=False))
     if written.format is not fmt or written.schemes != done.schemes:
         raise CheckpointError(f"{output}: its configuration does not read back as it was written")
+    before, after = source.cache_scales(), written.cache_scales()
+    if written.cache != source.cache or any(not torch.equal(before[name], scale) for name, scale in after.items()):
+        raise CheckpointError(f"{output}: the scales of its cache do not read back as they were written")
     for name in done.schemes:
         meant, _ = express(source.qtensor(name), done.schemes[name], done.divisors.get(name))
         found = written.qtensor(name)

@@ -57,6 +57,7 @@ class Format(ABC):
     sidecar              name of an extra file that repeats the quantization_config
     holds_head           readers take a quantized head
     by_rows              codes are stored row after row of the weight
+    caches               key-value caches that it can declare
     container            container of its files
     """
 
@@ -72,6 +73,7 @@ class Format(ABC):
     sidecar: str | None = None
     holds_head: bool = False
     by_rows: bool = False
+    caches: tuple[str, ...] = ()
     container: Container = SAFETENSORS
 
     @abstractmethod
@@ -100,6 +102,18 @@ class Format(ABC):
 
     def divisor(self, name: str, tensor: TensorReader) -> float | None:
         """The parent of the scales of the linear `name`, as the file has it; None if scales have none."""
+        return None
+
+    def cached(self, scales: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The cache scales of `scales` (export.cache) by this format's names, which it can hold."""
+        return dict(scales)
+
+    def with_cache(self, config: Mapping[str, Any], cache: str) -> dict[str, Any]:
+        """A quantization_config with a key-value cache declared: "fp8", or "fp8-head" with a scale per head."""
+        raise NotImplementedError("caches is empty")
+
+    def cache_of(self, config: Mapping[str, Any]) -> str | None:
+        """The key-value cache that a quantization_config declares, or None."""
         return None
 
     def recognizes(self, config: Mapping[str, Any]) -> bool:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lowbit.errors import CheckpointError
+from lowbit.export.cache import cache_names, usable
 from lowbit.export.checkpoint import Checkpoint
 from lowbit.export.dialects import READ
 from lowbit.export.format import Format
@@ -73,6 +74,8 @@ class LogicalTensors:
         self.format = _format_of(checkpoint)
         packed = self.format.linears(checkpoint.entries, checkpoint.shape) if self.format else []
         self.schemes = self.format.schemes_of(checkpoint.quantization or {}, packed) if self.format else {}
+        # scales of a key-value cache: attention -> part -> the file's name
+        self.cached = cache_names(checkpoint.entries) if self.format else {}
         self.stacks = self._stacks(self.format) if self.format else {}
         # every expert of a stack is read from the same two tensors
         self._stored = lru_cache(2)(checkpoint.read) if self.stacks else checkpoint.read
@@ -103,6 +106,7 @@ class LogicalTensors:
     def names(self) -> list[str]:
         """Names of all tensors, with `P.weight`, or a stack's name, in place of a quantized linear's tensors."""
         hidden = {part for name in self.schemes for part in (self.format.parts(name) if self.format else ())}
+        hidden |= {name for parts in self.cached.values() for name in parts.values()}
         stacked = {name for members in self.stacks.values() for name in members}
         single = [f"{name}.weight" for name in self.schemes if name not in stacked]
         return [*(name for name in self.checkpoint.entries if name not in hidden), *single, *self.stacks]
@@ -138,6 +142,21 @@ class LogicalTensors:
         """The quantized weight of `linear`."""
         assert self.format is not None
         return self.format.read(linear, self._stored, self.schemes[linear])
+
+    @property
+    def cache(self) -> str | None:
+        """The key-value cache that the configuration declares: "fp8", "fp8-head", or None."""
+        return self.format.cache_of(self.checkpoint.quantization or {}) if self.format else None
+
+    def cache_scales(self) -> dict[str, Tensor]:
+        """The scales of the declared key-value cache as `A.k_scale`, float32; empty if none is declared."""
+        if self.cache is None:
+            return {}
+        return {
+            f"{attention}.{part}_scale": usable(name, self.checkpoint.read(name))
+            for attention, parts in self.cached.items()
+            for part, name in parts.items()
+        }
 
     @property
     def parameters(self) -> int:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from lowbit import __version__
 from lowbit.errors import CheckpointError
+from lowbit.export.cache import PER_TENSOR, cache_names
 from lowbit.export.engines.engine import Engine
 from lowbit.export.engines.transformers import TRANSFORMERS
 from lowbit.export.format import Format, ShapeReader, TensorReader, following, reading
@@ -33,6 +34,7 @@ NAME = "modelopt"
 ALGORITHMS = {"NVFP4": Scheme(NVFP4, NVFP4), "W4A16_NVFP4": Scheme(NVFP4), "FP8": parse_scheme("fp8-static")}
 WRITTEN = tuple(ALGORITHMS.values())[:2]
 MIXED = "MIXED_PRECISION"  # each layer has its own algorithm
+CACHE = "FP8"
 FACTOR, INPUTS = "weight_scale_2", "input_scale"
 SUFFIXES = ("weight", "weight_scale", FACTOR, INPUTS)
 
@@ -48,6 +50,7 @@ class ModelOpt(Format):
     loading = "The files follow the layout of NVIDIA's ModelOpt: vLLM, SGLang and TensorRT-LLM load the directory."
     uniform = True
     by_rows = True
+    caches = (PER_TENSOR,)
     sidecar = "hf_quant_config.json"
 
     def reason_against(self, scheme: Scheme) -> str | None:
@@ -104,6 +107,28 @@ class ModelOpt(Format):
         }
         producer = {"name": "lowbit", "version": __version__}
         return {"quant_method": NAME, "producer": producer, **block, "quantization": block}
+
+    def cached(self, scales: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The scales of keys and values by the names of the linears that make them."""
+        return {
+            f"{attention}.{part}_proj.{part}_scale": scales[name].reshape(())
+            for attention, parts in cache_names(scales).items()
+            for part, name in parts.items()
+            if part != "q"
+        }
+
+    def with_cache(self, config: Mapping[str, Any], cache: str) -> dict[str, Any]:
+        """A quantization_config with a key-value cache declared."""
+        declared = {"kv_cache_quant_algo": CACHE}
+        return dict(config) | declared | {"quantization": config["quantization"] | declared}
+
+    def cache_of(self, config: Mapping[str, Any]) -> str | None:
+        """The key-value cache that a quantization_config declares, or None. CheckpointError for another number."""
+        with following(f"; of key-value caches {CACHE} is supported"):
+            declared = config.get("quantization", config).get("kv_cache_quant_algo")
+            if declared not in (None, CACHE):
+                raise ValueError(f"kv_cache_quant_algo {declared!r}")
+            return None if declared is None else PER_TENSOR
 
     def schemes_of(self, config: Mapping[str, Any], names: Iterable[str]) -> dict[str, Scheme]:
         """The scheme of each linear. CheckpointError if the block asks for anything that is not supported here."""

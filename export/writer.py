@@ -53,17 +53,36 @@ class CheckpointWriter:
         for key, tensor in self.format.write(name, weight).items():
             self._files.add(key, tensor)
 
-    def finish(self, config: Mapping[str, Any], schemes: Mapping[str, Scheme], unquantized: Iterable[str]) -> None:
-        """Close the files and write the configuration under a name that readers ignore, until the container seals
-        it."""
-        self._files.finish(configured(self.format, self.directory, config, schemes, unquantized))
+    def add_cache(self, scales: Mapping[str, Tensor]) -> None:
+        """Write scales of a key-value cache, named `A.k_scale`."""
+        for name, tensor in self.format.cached(scales).items():
+            self._files.add(name, tensor)
+
+    def finish(
+        self,
+        config: Mapping[str, Any],
+        schemes: Mapping[str, Scheme],
+        unquantized: Iterable[str],
+        cache: str | None = None,
+    ) -> None:
+        """Close the files and write the configuration under a name that readers ignore, until the container seals it.
+
+        cache  the key-value cache that it declares: "fp8", "fp8-head", or None
+        """
+        self._files.finish(configured(self.format, self.directory, config, schemes, unquantized, cache))
 
 
 def configured(
-    fmt: Format, directory: Path, config: Mapping[str, Any], schemes: Mapping[str, Scheme], unquantized: Iterable[str]
+    fmt: Format,
+    directory: Path,
+    config: Mapping[str, Any],
+    schemes: Mapping[str, Scheme],
+    unquantized: Iterable[str],
+    cache: str | None = None,
 ) -> dict[str, Any]:
     """`config` with its quantization_config, which is also written to the format's extra file, if it has one."""
     block = fmt.quantization_config(schemes, unquantized)
+    block = block if cache is None else fmt.with_cache(block, cache)
     if fmt.sidecar:
         write_json(directory / fmt.sidecar, block)
     return dict(config) | {"quantization_config": block}

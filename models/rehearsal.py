@@ -16,7 +16,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from transformers import PreTrainedModel
 
-from lowbit.errors import LowbitError
+from lowbit.errors import CheckpointError, LowbitError
+from lowbit.models.cached import attending, file_name
 from lowbit.models.products import MULTIPLICATIONS
 from lowbit.models.skeleton import Block, LinearSpec, Skeleton, empty, hollow
 from lowbit.models.states import States
@@ -204,6 +205,41 @@ def _fails_around_blocks(skeleton: Skeleton, quantized: Container[str]) -> bool:
 
 def _is_missing_weight(error: Exception) -> bool:
     return isinstance(error, AttributeError) and "no attribute 'weight'" in str(error)
+
+
+def find_attentions(skeleton: Skeleton) -> dict[str, str]:
+    """The modules that store keys and values, found by running each kind of block on zeros, with the file's names.
+
+    CheckpointError if none is found, or if one stores a latent vector in place of keys and values.
+    """
+    found: list[str] = []
+    names = {module: name for name, module in skeleton.model.named_modules()}
+    try:
+        with rehearsed(skeleton) as (walk, states):
+            for first, alike in kinds(skeleton):
+                seen: list[nn.Module] = []
+                with attending(partial(_seen, seen)):
+                    states = walk.run(first, states)
+                inside = [names[module].removeprefix(skeleton.blocks[first].name) for module in dict.fromkeys(seen)]
+                found += [f"{skeleton.blocks[index].name}{name}" for index in alike for name in inside]
+    except FAILURES as error:
+        raise CheckpointError(f"{skeleton.source.directory}: its attention cannot be watched ({error})") from error
+    latent = [name for name in found if hasattr(skeleton.model.get_submodule(name), "kv_lora_rank")]
+    if latent or not found:
+        reason = (
+            f"{latent[0]} caches a latent vector, from which engines compute keys and values"
+            if latent
+            else "transformers' table of attention functions runs none of its attention"
+        )
+        raise CheckpointError(f"{skeleton.source.directory}: {reason}; leave out --kv-cache")
+    return {name: file_name(skeleton, name) for name in found}
+
+
+def _seen(
+    modules: list[nn.Module], module: nn.Module, query: Tensor, key: Tensor, value: Tensor
+) -> tuple[Tensor, Tensor]:
+    modules.append(module)
+    return key, value
 
 
 def _mode(skeleton: Skeleton, index: int) -> Choosers:

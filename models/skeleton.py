@@ -82,6 +82,7 @@ class Skeleton:
     read     reads a tensor of the file by its logical name
     tensors  the file's tensors by logical name
     inputs   linear -> rounding function of its inputs, if they are quantized in the file
+    cache    attention module -> scales of its keys and values, if the file declares a key-value cache of few bits
     """
 
     source: Source
@@ -91,6 +92,7 @@ class Skeleton:
     read: TensorReader
     tensors: LogicalTensors
     inputs: dict[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)
+    cache: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def towers(self) -> list[str]:
         """Names of submodels next to the decoder (vision, audio), which text alone never runs."""
@@ -148,7 +150,24 @@ def open_skeleton(source: Source, original: bool = False) -> Skeleton:
     def read(name: str) -> Tensor:
         return plain(name).T if name in turned else plain(name)
 
-    return Skeleton(source, model, blocks, others, read, tensors, {} if original else _quantized_inputs(tensors))
+    if original:
+        return Skeleton(source, model, blocks, others, read, tensors)
+    inputs, cache = _quantized_inputs(tensors), _quantized_cache(tensors, blocks)
+    return Skeleton(source, model, blocks, others, read, tensors, inputs, cache)
+
+
+def _quantized_cache(tensors: LogicalTensors, blocks: list[Block]) -> dict[str, tuple[Tensor, Tensor]]:
+    """The scales of keys and values by the model's attention modules; a scale that the file lacks is 1."""
+    scales = tensors.cache_scales()
+    homes = {spec.name.rpartition(".")[0]: spec.placement for block in blocks for spec in block.linears}
+    found = {}
+    for attention in {name.rpartition(".")[0] for name in scales}:
+        if attention not in homes:
+            raise CheckpointError(f"{attention}: the file has scales of its cache, the model has no such attention")
+        module = homes[attention].parameter.removesuffix(".weight").rpartition(".")[0]
+        key, value = (scales.get(f"{attention}.{part}_scale", torch.ones(1)) for part in "kv")
+        found[module] = key, value
+    return found
 
 
 def _quantized_inputs(tensors: LogicalTensors) -> dict[str, Callable[[Tensor], Tensor]]:

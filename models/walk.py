@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lowbit.errors import CheckpointError
 from lowbit.export.untrusted import untrusted
+from lowbit.models.cached import rounded_cache
 from lowbit.models.imagetext import Batch, ImageText, ids_of, words_of
 from lowbit.models.placement import Placement
 from lowbit.models.products import rounded_inputs
@@ -104,7 +105,7 @@ class Walk:
         wiring, call = route.wiring, route.calls[index]
         leaves, stores = wiring.entering(index, call, states)
         args, kwargs = call.arguments(leaves)
-        with self._quantized_inputs(index):
+        with self._as_stored(index):
             output = module(states.hidden.movedim(0, wiring.rows), *args, **kwargs)
         return wiring.leaving(index, output, stores, states)
 
@@ -147,9 +148,12 @@ class Walk:
         block = self.skeleton.blocks[index]
         return self.skeleton.loaded(block.name, block.tensors, self.device, self.dtype)
 
-    def _quantized_inputs(self, index: int) -> Any:
-        """A context in which the block rounds its linears' inputs if its file has them quantized."""
-        return rounded_inputs(self.skeleton.blocks[index], self.skeleton.model, self.skeleton.inputs)
+    @contextmanager
+    def _as_stored(self, index: int) -> Iterator[None]:
+        """A context in which the block rounds its linears' inputs, and its keys and values, if its file says so."""
+        block, model = self.skeleton.blocks[index], self.skeleton.model
+        with rounded_inputs(block, model, self.skeleton.inputs), rounded_cache(self.skeleton):
+            yield
 
     def _require_positions(self, length: int) -> None:
         """CheckpointError if the model has a table of positions (GPT-2, OPT) shorter than `length`."""

@@ -33,6 +33,7 @@ class Recipe:
     scheme              bits, group_size, symmetric and activations in one text ("fp8", "int4-g64"); None to use those
     schemes             schemes of single linears, by exact name, last parts of a name, or `re:` pattern; 16bit for none
     head                scheme of the output embeddings ("int8", "fp8"), rounded by what the head sees; None for 16 bits
+    kv_cache            calibrated scales of keys and values: fp8 (one per tensor), fp8-head (per head); None for none
     embeddings          scheme of the input embeddings ("int8", "int4-g64"); None for 16 bits
     target_bits         average bits per linear weight, distributed for the least loss; None for one scheme
     target_size         bytes of all weights, distributed likewise
@@ -65,6 +66,7 @@ class Recipe:
     schemes: dict[str, str] = field(default_factory=dict)
     head: str | None = None
     embeddings: str | None = None
+    kv_cache: str | None = None
     target_bits: float | None = None
     target_size: int | None = None
     target_ms: float | None = None
