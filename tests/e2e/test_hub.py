@@ -13,6 +13,7 @@ import lowbit
 from lowbit.errors import CheckpointError, UsageError
 from lowbit.export.checkpoint import sha256_of
 from lowbit.export.snapshot import Snapshot, refuse_to_write_into
+from lowbit.models.demo import BASE_MODEL
 from lowbit.models.source import model_directory, open_source
 from tests.builders import make_model, save
 from tests.e2e.cli import Outcome, run_lowbit, run_quantize
@@ -251,3 +252,15 @@ def test_another_commit_than_the_recipes_is_told(hub, made, tmp_path) -> None:
     told = run_quantize("acme/tiny", "--recipe", recipe, "--dry-run")
     assert told.code == 0
     assert f"made with commit {'0' * 40}" in told.err
+
+
+def test_the_demo_is_the_publishers_if_the_hub_answers_and_the_wheels_otherwise(hub, model, tmp_path, monkeypatch):
+    monkeypatch.setenv("LOWBIT_CACHE", str(tmp_path / "lowbit"))
+    monkeypatch.setattr("lowbit.models.source.demo_model_dir", lambda: model)
+    assert open_source("demo").snapshot is None
+    (hub.root / "HuggingFaceTB").mkdir()
+    (hub.root / BASE_MODEL).symlink_to(save(make_model("llama"), tmp_path / "published"))
+    found = open_source("demo")
+    assert found.snapshot == Snapshot(BASE_MODEL, hub.commit(BASE_MODEL))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert open_source("demo").directory == found.directory

