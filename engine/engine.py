@@ -73,19 +73,23 @@ class Engine:
 
     @typed(EngineError)
     def encode_chat(
-        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None = None
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        variables: Mapping[str, Any] | None = None,
     ) -> list[int]:
         """The token ids of a conversation in the model's chat template, up to the start of the assistant's turn.
 
         messages  [{"role": "user", "content": "..."}]
         tools     functions that the model may call: [{"type": "function", "function": {"name": ...}}]
+        variables  more of the template's variables, such as enable_thinking
         EngineError if the template rejects the messages, or exceeds its limits of time or memory.
         """
         tokenizer = self.require_tokenizer()
         if not tokenizer.chat_template:
             raise EngineError("the model has no chat template: give it a plain prompt")
         try:
-            text = render_chat(tokenizer, messages, tools, add_generation_prompt=True)
+            text = render_chat(tokenizer, messages, tools, add_generation_prompt=True, variables=variables)
         except CheckpointError as error:
             raise EngineError(str(error)) from error
         return self._tokens(text, add_special_tokens=False)

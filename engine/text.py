@@ -21,6 +21,7 @@ class TextStream:
         self.given = 0  # number of characters of `text` that were returned
         self.ignored = 0  # number of characters of `text` in which a stop string is ignored
         self.stopped = False
+        self.hidden: frozenset[int] | None = None  # tokens left out of the text; None for all special ones
 
     def push(self, token: int, stopping: bool = True) -> str:
         """Add a token, return the text that is now final. With `stopping` False, stop strings in its text are
@@ -41,7 +42,9 @@ class TextStream:
     def decode(self, tokens: list[int]) -> str:
         """The tokenizer's text for `tokens`."""
         assert self.tokenizer is not None
-        return str(self.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+        special = self.hidden is None
+        kept = tokens if self.hidden is None else [token for token in tokens if token not in self.hidden]
+        return str(self.tokenizer.decode(kept, skip_special_tokens=special, clean_up_tokenization_spaces=False))
 
     def release(self) -> str:
         """The final part of `text`: up to a stop string, or up to a possible beginning of one."""

@@ -41,15 +41,18 @@ def render_chat(
     tools: Sequence[Any] | None = None,
     add_generation_prompt: bool = False,
     continue_final_message: bool = False,
+    variables: Mapping[str, Any] | None = None,
 ) -> str:
     """`messages` rendered like `tokenizer.apply_chat_template`, within limits.
+
+    variables  more of the template's variables, such as enable_thinking
 
     TemplateRefusal if the template raises, or if a message holds values that are not JSON. CheckpointError if there is
     no template, or if it exceeds a limit.
     """
     options = {"add_generation_prompt": add_generation_prompt, "continue_final_message": continue_final_message}
     if type(tokenizer).apply_chat_template is not PreTrainedTokenizerBase.apply_chat_template:  # own code
-        return _by_itself(tokenizer, messages, tools, options)
+        return _by_itself(tokenizer, messages, tools, {**(variables or {}), **options})
     try:
         template = tokenizer.get_chat_template(tools=tools)
     except ValueError as error:
@@ -57,6 +60,7 @@ def render_chat(
             f"the model has no chat template ({str(error).split('. ')[0]}); pass plain text"
         ) from error
     settings = {
+        **(variables or {}),
         "chat_template": template,
         "tools": tools,
         **options,
@@ -66,9 +70,7 @@ def render_chat(
     return _renderer().render({"messages": kept, "settings": settings})
 
 
-def _by_itself(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Any], tools: Any, options: dict[str, bool]
-) -> str:
+def _by_itself(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Any], tools: Any, options: dict[str, Any]) -> str:
     try:
         return str(tokenizer.apply_chat_template(list(messages), tools=tools, tokenize=False, **options))
     except Exception as error:  # such code may raise anything

@@ -7,22 +7,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lowbit.engine.sampling import TokenLogprob
+from lowbit.serve.dialects import Reader
 from lowbit.serve.job import Job, Update
 from lowbit.serve.vocabulary import Vocabulary
 
 Delta = dict[str, Any]
-
-
-class Plain:
-    """The text of a choice as its content."""
-
-    def feed(self, text: str, done: bool) -> Iterable[Delta]:
-        """The changes that a piece of text makes to the message."""
-        return [{"content": text}] if text else []
-
-    def finish(self, reason: str) -> str:
-        """The protocol's reason for the end."""
-        return reason
 
 
 @dataclass
@@ -36,7 +25,7 @@ class Choice:
 
     index: int
     prompt: int
-    reader: Plain
+    reader: Reader
     echo: str | None = None
     silent: bool = False
     echoed: list[TokenLogprob | int] = field(default_factory=list)
@@ -71,15 +60,10 @@ class Choice:
 
 
 def merge(message: Delta, delta: Delta) -> None:
-    """Add a change to a message: texts grow, calls are joined by their index."""
+    """Add a change to a message: texts grow, calls follow one another."""
     for name, value in delta.items():
         if name == "tool_calls":
-            calls = message.setdefault(name, [])
-            for call in value:
-                if call["index"] == len(calls):
-                    calls.append({"id": call["id"], "type": "function", "function": dict(call["function"])})
-                else:
-                    calls[call["index"]]["function"]["arguments"] += call["function"]["arguments"]
+            message.setdefault(name, []).extend({k: v for k, v in call.items() if k != "index"} for call in value)
         else:
             message[name] = message.get(name, "") + value
 

@@ -33,7 +33,11 @@ class Batch:
 
     def __init__(self, engine: Engine, sequences: int) -> None:
         self.engine, self.decoder, self.context = engine, engine.decoder, engine.options.context
-        self.space, self.slots, self.pace = Workspace(engine.spaces, RUNNERS), Slots(sequences), Pace()
+        self.space, self.slots, self.pace = (
+            Workspace(engine.spaces, RUNNERS),
+            Slots(sequences),
+            Pace(engine.decoder.weights.device.type),
+        )
         self.reading: list[Job] = []
         self.writing: list[Job] = []
         self.placed: list[Job] = []
@@ -98,11 +102,7 @@ class Batch:
         """Read one chunk of a job's prompt. After the last one, choose the first token."""
         if not job.read:
             self.begin(job)
-        begin = time.perf_counter()
-        hidden = self.chunk(job)
-        if self.writing and hidden.is_cuda:
-            torch.cuda.synchronize(hidden.device)
-        self.pace.note(len(hidden), time.perf_counter() - begin)
+        hidden = self.whole(job) if self.fits_pass(job) and not job.read else self.chunk(job)
         job.read += len(hidden)
         assert job.slot is not None
         job.slot.tokens = job.request.sequence[: job.read]
@@ -125,18 +125,32 @@ class Batch:
         sequence, short = request.sequence, self.decoder.short
         long = short is not None and len(sequence) > short
         source, count = self.slots.nearest(sequence, long, slot)
-        count = 0 if request.wants_prompt_logprobs else min(count, len(sequence) - 1)
+        count = 0 if request.wants_prompt_logprobs or self.fits_pass(job) else min(count, len(sequence) - 1)
         if source is not slot and count:
             self.reader().cache.copy(source.sequence, slot.sequence, count)
         slot.tokens, slot.long = sequence[:count], long
         job.read = job.reused = count
 
-    def chunk(self, job: Job) -> Tensor:
-        """Hidden states (rows, hidden) of the next rows of a job's prompt."""
+    def fits_pass(self, job: Job) -> bool:
+        """True if a captured pass reads the whole sequence, as fast as the least chunk: see passes.py."""
+        lengths = self.reader().lengths
+        return bool(lengths) and len(job.request.sequence) <= max(lengths)
+
+    def whole(self, job: Job) -> Tensor:
+        """Hidden states (rows, hidden) of a whole sequence."""
         assert job.slot is not None
-        reader, sequence = self.reader(), job.request.sequence
-        part = job.read, self.pace.rows(bool(self.writing))
-        return read_chunk(self.decoder, reader.cache, job.slot.sequence, sequence, part)
+        return torch.cat(list(self.reader().read(job.slot.sequence, job.request.sequence)))
+
+    def chunk(self, job: Job) -> Tensor:
+        """Hidden states (rows, hidden) of the next rows of a sequence, timed."""
+        assert job.slot is not None
+        cache, rows, begin = self.reader().cache, self.pace.rows(bool(self.writing)), time.perf_counter()
+        hidden = read_chunk(self.decoder, cache, job.slot.sequence, job.request.sequence, (job.read, rows))
+        if hidden.is_cuda:
+            torch.cuda.synchronize(hidden.device)
+        if len(hidden) == rows:
+            self.pace.note(rows, time.perf_counter() - begin)
+        return hidden
 
     def first(self, job: Job, logits: Tensor) -> None:
         """Choose a job's first token from the logits (1, vocabulary) after its prompt."""

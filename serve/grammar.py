@@ -9,8 +9,10 @@ from llguidance import LLMatcher, LLTokenizer
 from torch import Tensor
 
 from lowbit.errors import EngineError
+from lowbit.serve.dialects import Dialect
 from lowbit.serve.problems import Problem
-from lowbit.serve.protocol import ResponseFormat, Settings, StructuredOutputs
+from lowbit.serve.protocol import ChatBody, ResponseFormat, Settings, StructuredOutputs
+from lowbit.serve.vocabulary import Vocabulary
 
 # Space between the parts of a JSON text: enough to indent it. A weak model would repeat more of it without an end.
 SPACE: Any = {"whitespace_pattern": " |\\n {0,16}"}
@@ -73,13 +75,16 @@ def choice_grammar(tokenizer: LLTokenizer, choices: Sequence[str]) -> Grammar:
     return lark_grammar(tokenizer, "start: " + " | ".join(json.dumps(choice) for choice in choices))
 
 
-def grammar_of(tokenizer: LLTokenizer | None, body: Settings) -> Grammar | None:
+def grammar_of(vocabulary: Vocabulary, body: Settings) -> Grammar | None:
     """The grammar that a body asks for, or None. Problem if it cannot be followed."""
     form, other = body.response_format, body.structured_outputs
     if (form is None or form.type == "text") and other is None:
         return None
+    tokenizer = vocabulary.masks
     if tokenizer is None:
-        raise Problem(400, "the model has no fast tokenizer: its answers have no form", "response_format")
+        raise Problem(
+            400, "llguidance does not read the model's tokenizer: its answers have no form", "response_format"
+        )
     if body.min_tokens:
         raise Problem(400, "min_tokens goes with no form of the answer: the form says where it ends", "min_tokens")
     try:
@@ -103,3 +108,26 @@ def other_grammar(tokenizer: LLTokenizer, form: StructuredOutputs) -> Grammar:
     if form.grammar is not None:
         return lark_grammar(tokenizer, form.grammar)
     return json_grammar(tokenizer, form.of if form.of is not None else {})
+
+
+def call_grammar(vocabulary: Vocabulary, dialect: Dialect | None, body: ChatBody) -> Grammar | None:
+    """The grammar of the tool calls that a body requires, or None. Problem if they cannot be made."""
+    choice = body.tool_choice
+    if isinstance(choice, str) and choice != "required":
+        return None
+    wanted = [tool.function.model_dump() for tool in body.tools or ()]
+    if not isinstance(choice, str):
+        wanted = [tool for tool in wanted if tool["name"] == choice.function.name]
+    tokenizer = vocabulary.masks
+    if not wanted or dialect is None:
+        raise Problem(400, "tool_choice names no function of tools", "tool_choice")
+    if tokenizer is None:
+        raise Problem(400, "llguidance does not read the model's tokenizer: no call can be required", "tool_choice")
+    texts = [vocabulary.literal(text) for text in (dialect.begin, dialect.end) if text]
+    before, after = ([] if dialect.bare else texts[:1]), texts[1:]
+    schema = dialect.schema(wanted) | {"x-guidance": SPACE}
+    lark = " ".join(["start:", *before, "calls", *after]) + f"\ncalls: %json {json.dumps(schema)}"
+    try:
+        return lark_grammar(tokenizer, lark)
+    except EngineError as error:
+        raise Problem(400, str(error), "tools") from error

@@ -11,6 +11,7 @@ from lowbit.errors import nearest
 MOST_STOPS = 64
 MOST_CHOICES = 128
 MOST_TOP = 20
+MOST_TOOLS = 128
 MOST_PARTS = 4096  # messages of a conversation, parts of a message
 
 
@@ -231,6 +232,35 @@ def read(call: ToolCall) -> Any:
     return found if isinstance(found, dict) else call.function.arguments
 
 
+class Described(Body):
+    """A function that the model may call."""
+
+    name: Annotated[str, MinLen(1), MaxLen(64)]
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class Tool(Body):
+    """A tool. There are only functions."""
+
+    type: Literal["function"]
+    function: Described
+
+
+class Named(Body):
+    """A function by its name."""
+
+    name: str
+
+
+class Chosen(Body):
+    """The function that the model must call."""
+
+    type: Literal["function"]
+    function: Named
+
+
 class ChatBody(Settings):
     """POST /v1/chat/completions."""
 
@@ -238,6 +268,9 @@ class ChatBody(Settings):
     max_completion_tokens: int | None = Field(None, ge=0)
     logprobs: bool = False
     top_logprobs: int | None = Field(None, ge=0, le=MOST_TOP)
+    tools: Annotated[list[Tool], MaxLen(MOST_TOOLS)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | Chosen = "auto"
+    chat_template_kwargs: dict[str, Any] = {}
     modalities: Annotated[list[Literal["text"]], MaxLen(1)] | None = None
 
 
@@ -262,3 +295,10 @@ class DetokenizeBody(Body):
 
     model: str | None = None
     tokens: Tokens
+
+
+def offered(body: ChatBody) -> list[dict[str, Any]]:
+    """The tools that the model is told of."""
+    if body.tool_choice == "none":
+        return []
+    return [tool.model_dump(exclude_none=True, exclude={"function": {"strict"}}) for tool in body.tools or ()]

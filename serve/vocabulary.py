@@ -1,5 +1,6 @@
 """Tokens as text and bytes, for log-probabilities."""
 
+import json
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from typing import Any
@@ -20,11 +21,20 @@ class Vocabulary:
 
     @cached_property
     def masks(self) -> LLTokenizer | None:
-        """The vocabulary as masks of grammars need it; None if the model has no fast tokenizer."""
+        """The vocabulary as masks of grammars need it; None if the model has no tokenizer that llguidance reads."""
         tokenizer, ends = self.engine.tokenizer, list(self.engine.options.stop_tokens)
         if not isinstance(tokenizer, PreTrainedTokenizerFast):
             return None
-        return from_tokenizer(tokenizer, self.engine.decoder.architecture.vocabulary, ends or None)
+        try:
+            return from_tokenizer(tokenizer, self.engine.decoder.architecture.vocabulary, ends or None)
+        except ValueError:
+            return None
+
+    def literal(self, text: str) -> str:
+        """A text in a grammar: the token that it is, or its characters."""
+        tokenizer = self.engine.require_tokenizer()
+        token = tokenizer.get_added_vocab().get(text)
+        return json.dumps(text) if token is None else f"<[{token}]>"
 
     def bytes_of(self, token: int) -> bytes:
         """The bytes that a token stands for."""

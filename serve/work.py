@@ -11,17 +11,19 @@ from lowbit.engine.engine import Engine
 from lowbit.engine.request import Request
 from lowbit.engine.sampling import Sampling
 from lowbit.errors import EngineError
-from lowbit.serve.answers import Answer, ChatAnswer, Choice, Delta, Plain, TextAnswer, usage
+from lowbit.serve.answers import Answer, ChatAnswer, Choice, Delta, TextAnswer, usage
+from lowbit.serve.dialects import Dialect, Reader, dialect_of, hidden_tokens, reasoning_of
 from lowbit.serve.flow import Flow
-from lowbit.serve.grammar import Grammar, grammar_of
+from lowbit.serve.grammar import Grammar, call_grammar, grammar_of
 from lowbit.serve.job import Job, Update
 from lowbit.serve.metrics import Metrics
 from lowbit.serve.problems import Problem, problem_of
-from lowbit.serve.protocol import ChatBody, Settings, TextBody
+from lowbit.serve.protocol import ChatBody, Settings, TextBody, offered
 from lowbit.serve.session import Session
 from lowbit.serve.vocabulary import Vocabulary, decoded
 
 LOG = logging.getLogger("lowbit.serve")
+TAIL = 8  # tokens of a prompt that show if it begins the reasoning
 SHORT_TEXT = 16  # tokens of a completion without max_tokens, as the protocol has it
 
 
@@ -43,6 +45,11 @@ class Server:
     def engine(self) -> Engine:
         """The engine of the session."""
         return self.session.engine
+
+    def template(self) -> str:
+        """The source of the model's chat template; empty without one."""
+        found = self.engine.tokenizer and self.engine.tokenizer.chat_template
+        return found if isinstance(found, str) else "".join(map(str, (found or {}).values()))
 
     def require_model(self, name: str | None) -> None:
         """Problem for a model that is not served."""
@@ -84,12 +91,12 @@ def requests_of(server: Server, prompts: Sequence[str | Sequence[int]], sampling
 def text_work(server: Server, body: TextBody) -> Work:
     """The work of a completion."""
     server.require_model(body.model)
-    grammar = grammar_of(server.vocabulary.masks, body)
+    grammar = grammar_of(server.vocabulary, body)
     most = SHORT_TEXT if body.max_tokens is None else body.max_tokens
     sampling = sampling_of(server, body, most, body.logprobs, body.echo)
     requests = requests_of(server, prompts_of(body), sampling, body.n)
     choices = [
-        Choice(at, at // body.n, Plain(), echo_of(server, body, request.prompt), most == 0)
+        Choice(at, at // body.n, Reader(), echo_of(server, body, request.prompt), most == 0)
         for at, request in enumerate(requests)
     ]
     return Work(requests, choices, TextAnswer(server.name, server.vocabulary, body.logprobs is not None), body, grammar)
@@ -110,15 +117,35 @@ def echo_of(server: Server, body: TextBody, prompt: Sequence[int]) -> str | None
 def chat_work(server: Server, body: ChatBody) -> Work:
     """The work of a chat completion."""
     server.require_model(body.model)
-    grammar = grammar_of(server.vocabulary.masks, body)
     most = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     if body.top_logprobs and not body.logprobs:
         raise Problem(400, "top_logprobs needs logprobs: true", "top_logprobs")
     sampling = sampling_of(server, body, most, (body.top_logprobs or 0) if body.logprobs else None)
-    prompt = server.engine.encode_chat([message.plain() for message in body.messages])
+    template, tools = server.template(), offered(body)
+    dialect = dialect_of(template) if tools else None
+    if tools and dialect is None:
+        raise Problem(400, "the model's chat template has no form of tool calls that is known here", "tools")
+    messages = [message.plain() for message in body.messages]
+    prompt = server.engine.encode_chat(messages, tools or None, body.chat_template_kwargs)
     requests = requests_of(server, [prompt], sampling, body.n)
-    choices = [Choice(at, 0, Plain(), None, most == 0) for at in range(len(requests))]
+    marks = reasoning_of(template)
+    thinking = marks is not None and text_before(server, prompt).endswith(marks[0])
+    for request in requests:
+        request.stream.hidden = shown_marks(server, dialect, marks)
+    grammar = grammar_of(server.vocabulary, body) or call_grammar(server.vocabulary, dialect, body)
+    choices = [Choice(at, 0, Reader(dialect, marks, thinking), None, most == 0) for at in range(len(requests))]
     return Work(requests, choices, ChatAnswer(server.name, server.vocabulary, body.logprobs), body, grammar)
+
+
+def text_before(server: Server, prompt: Sequence[int]) -> str:
+    """The end of a prompt as text."""
+    return decoded(server.engine.require_tokenizer(), prompt[-TAIL:]).rstrip()
+
+
+def shown_marks(server: Server, dialect: Dialect | None, marks: tuple[str, str] | None) -> frozenset[int] | None:
+    """The tokens that a text leaves out, if some of the marks are special tokens; else None."""
+    shown = (*(marks or ()), *(() if dialect is None else (dialect.begin, dialect.end, "[ARGS]")))
+    return hidden_tokens(server.engine.require_tokenizer(), shown) if shown else None
 
 
 class Run:

@@ -3,11 +3,16 @@
 import json
 import re
 
+import openai
 import pytest
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import PreTrainedTokenizerFast
 
 from lowbit.engine.sampler import Constraints, Features, Sampler
 from lowbit.engine.sampling import Sampling
+from tests.serve.conftest import serving
 
 SCHEMA = {
     "type": "object",
@@ -151,3 +156,15 @@ def test_a_mask_leaves_the_allowed_tokens_alone(vocabulary):
     masked = sampler.mask(scores)
     assert torch.equal(masked[1], scores[1])
     assert (masked[0] > float("-inf")).nonzero().flatten().tolist() == sorted({3, 31, vocabulary - 1})
+
+
+def test_a_tokenizer_that_has_no_masks_has_no_forms_but_all_else(engine_of_tests, monkeypatch):
+    words = Tokenizer(WordLevel({f"w{token}": token for token in range(260)}, "w0"))
+    monkeypatch.setattr(engine_of_tests, "tokenizer", PreTrainedTokenizerFast(tokenizer_object=words))
+    with serving(engine_of_tests) as served:
+        asked = {"model": "tiny", "prompt": [5], "max_tokens": 3, "extra_body": {"ignore_eos": True}}
+        got = served.client.completions.create(**asked, logprobs=1)
+        assert len(got.choices[0].logprobs.tokens) == 3
+        assert got.choices[0].logprobs.tokens[0].startswith("w")
+        with pytest.raises(openai.BadRequestError, match="does not read the model's tokenizer"):
+            served.client.completions.create(model="tiny", prompt=[5], extra_body={"response_format": FORMAT})
