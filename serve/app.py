@@ -2,6 +2,7 @@
 
 import logging
 import time
+from pathlib import Path
 from typing import Any, TypeVar
 
 from fastapi import APIRouter, FastAPI
@@ -10,7 +11,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.requests import Request as Http
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from lowbit.errors import LowbitError
@@ -26,6 +27,14 @@ LOG = logging.getLogger("lowbit.serve")
 GONE = 499  # a client that went away gets no answer; the number is for the metrics
 STREAMING = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 ROUTES = APIRouter()
+PAGE = Path(__file__).with_name("templates") / "chat.html"
+# The page is one file: nothing of it comes from elsewhere, and it talks to this server alone.
+GUARD = {
+    "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
+    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+}
 
 
 def make_app(server: Server, gate: Gate) -> FastAPI:
@@ -146,6 +155,12 @@ def facts_of(http: Http, server: Server) -> dict[str, Any]:
     context = server.engine.options.context
     named = {"id": server.name, "object": "model", "created": http.app.state.since, "owned_by": "lowbit"}
     return named | {"max_model_len": context}
+
+
+@ROUTES.get("/")
+async def page(http: Http) -> Response:
+    """A page to chat. It needs no network but this server."""
+    return HTMLResponse(PAGE.read_text(encoding="utf-8"), headers=GUARD)
 
 
 @ROUTES.get("/health")
