@@ -63,7 +63,12 @@ def main() -> None:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
     }
-    row |= {"torch": torch.__version__, "commit": args.commit, "date": datetime.now(UTC).strftime("%Y-%m-%d")}
+    row |= {
+        "load": round(os.getloadavg()[1], 1),
+        "torch": torch.__version__,
+        "commit": args.commit,
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+    }
     print(json.dumps(row))
     if args.output:
         args.output.write_text(json.dumps(row) + "\n")

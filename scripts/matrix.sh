@@ -4,7 +4,7 @@
 #   scripts/matrix.sh [PYTHON ...]      python3.11 to python3.14 where none is named; missing ones are said and left out
 #
 # CONSTRAINTS names the pins (constraints.txt by default; empty for the newest of everything). TORCH is a requirement
-# that wins over them: TORCH=torch==2.6.0 tries the lower bound. TESTS is what pytest is given.
+# that wins over them: TORCH=torch==2.11.0 tries the lower bound. TESTS is what pytest is given.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 constraints=${CONSTRAINTS-constraints.txt}

@@ -1,21 +1,28 @@
-"""A small hub on the loopback interface: models are directories, and uploads are stored in them."""
+"""A small hub on the loopback interface: models are directories, and uploads are stored in them.
 
+python -m tests.hub ROOT     serves the models ORG/MODEL below ROOT until it is ended; prints its address
+"""
+
+import argparse
 import base64
 import hashlib
 import json
 import re
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
-import pytest
 from huggingface_hub import ModelCard, constants
 from huggingface_hub.utils import validate_repo_id
+
+if TYPE_CHECKING:  # not where the hub is a program of its own
+    import pytest
 
 TOKEN = "hf_writer"
 OWNER = "acme"
@@ -55,11 +62,10 @@ class Hub:
 
 
 @contextmanager
-def serving(root: Path, monkeypatch: pytest.MonkeyPatch, cache: Path) -> Iterator[Hub]:
+def serving(root: Path, monkeypatch: "pytest.MonkeyPatch", cache: Path) -> Iterator[Hub]:
     """A hub with the models below `root`, which huggingface_hub talks to in this block, with its cache in `cache`."""
     hub = Hub(root)
-    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Bound", (Handler,), {"hub": hub}))
-    hub.url = f"http://127.0.0.1:{server.server_port}"
+    server = listening(hub)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     monkeypatch.setattr(constants, "ENDPOINT", hub.url)
@@ -96,6 +102,13 @@ def errors_in(card: str) -> list[str]:
         ),
     }
     return [f"{key!r} is not valid" for key, holds in known.items() if not holds]
+
+
+def listening(hub: Hub) -> ThreadingHTTPServer:
+    """A server of `hub`, which gets its address, on a free port."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Bound", (Handler,), {"hub": hub}))
+    hub.url = f"http://127.0.0.1:{server.server_port}"
+    return server
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -293,3 +306,13 @@ ROUTES: dict[str, Any] = {
     r"/blobs/(?P<oid>\w+)": Handler.put_blob,
     rf"/{REPO}/resolve/(?P<revision>[^/]+)/(?P<name>.+)": Handler.send_file,
 }
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="a hub on the loopback interface")
+    parser.add_argument("root", type=Path)
+    alone = Hub(parser.parse_args().root)
+    server = listening(alone)
+    sys.stdout.write(f"{alone.url}\n")
+    sys.stdout.flush()
+    server.serve_forever()

@@ -14,7 +14,7 @@ from tests.builders import make_model, save
 from tests.e2e.cli import run_lowbit
 
 LINES = [
-    "torch>=2.6",
+    "torch>=2.11",
     'PyYAML>=6.0; extra == "quantize"',
     'tomli_w>=1.1 ; extra == "quantize"',
     'matplotlib>=3.9; extra == "report"',
