@@ -95,4 +95,4 @@ def _head(directory: Path, matrices: Mapping[str, tuple[int, int]], recipe: Reci
     reason = scheme.reason_against_shape(n, k)
     if reason is not None:
         raise CheckpointError(f"head {name} as {scheme}: {reason}")
-    return VocabularyWeight(name, f"{name}.weight", scheme, n, k, tied=False)
+    return VocabularyWeight(name, f"{name}.weight", scheme, n, k, tied=False, asked=scheme)

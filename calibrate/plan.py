@@ -8,6 +8,7 @@ from torch import nn
 
 from lowbit.calibrate.vocabulary import VocabularyWeight, embeddings_of, head_of
 from lowbit.errors import CheckpointError, RecipeError, nearest
+from lowbit.export.engines.table import reason_against_part
 from lowbit.export.patterns import PatternError, Patterns
 from lowbit.export.tensorfile import TensorEntry
 from lowbit.models.placement import stacked_names, tensor_of
@@ -18,6 +19,7 @@ from lowbit.quant.recipe import HEAD, Recipe
 from lowbit.quant.scheme import KEPT, Scheme, name_of, parse_choice
 
 MINIMUM_COVERAGE = 0.99
+COMMON_CUTS = (2, 4, 8)  # sizes of tensor parallelism
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,8 @@ class Plan:
     head, embeddings  of the vocabulary, if they are quantized
     named   linears whose scheme is set by name in the recipe
     unrounded  those of them in 16 bits
+    fallbacks  the reason for each linear whose scheme is not the requested one
+    uncut  the reason for each linear whose parts on 2, 4 or 8 GPUs its groups or blocks do not divide
     attentions  modules whose keys and values get scales, with the file's names; empty without --kv-cache
     """
 
@@ -48,6 +52,8 @@ class Plan:
     head: VocabularyWeight | None = None
     embeddings: VocabularyWeight | None = None
     unrounded: frozenset[str] = frozenset()
+    fallbacks: Mapping[str, str] = field(default_factory=dict)
+    uncut: Mapping[str, str] = field(default_factory=dict)
     attentions: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -133,9 +139,37 @@ def plan_of(blocks: Sequence[Block], recipe: Recipe, roles: Mapping[str, str]) -
             elif scheme is not None:
                 schemes[spec.name] = scheme
             else:
-                why = wanted[spec.name].reason_against_shape(spec.n, spec.k) or "a linear that engines fuse it with"
+                why = _why_not(wanted[spec.name], spec)
                 left[spec.name] = Left(spec.n * spec.k, f"no {wanted[spec.name]}: {why}", exempt=False)
-    return Plan(schemes, parameters, left, wanted, frozenset(named), unrounded=frozenset(unrounded))
+    specs = [spec for block in blocks for spec in block.linears if spec.name in schemes]
+    return Plan(
+        schemes,
+        parameters,
+        left,
+        wanted,
+        frozenset(named),
+        unrounded=frozenset(unrounded),
+        fallbacks={spec.name: text for spec in specs if (text := _fallback(spec, schemes, wanted))},
+        uncut={spec.name: text for spec in specs if (text := _uncut(spec, schemes[spec.name]))},
+    )
+
+
+def _why_not(scheme: Scheme, spec: LinearSpec) -> str:
+    return scheme.reason_against_shape(spec.n, spec.k) or "a linear that engines fuse it with does not divide"
+
+
+def _fallback(spec: LinearSpec, schemes: Mapping[str, Scheme], wanted: Mapping[str, Scheme]) -> str | None:
+    """The sentence for a linear that has another scheme than the requested one, or None."""
+    scheme, asked = schemes[spec.name], wanted[spec.name]
+    return None if scheme == asked else f"{scheme} in place of {asked}: {_why_not(asked, spec)}"
+
+
+def _uncut(spec: LinearSpec, scheme: Scheme) -> str | None:
+    """The sentence for a linear that tensor parallelism cannot cut because of its scheme, or None."""
+    cuts = [size for size in COMMON_CUTS if spec.n % size == 0 == spec.k % size]  # others cannot be in 16 bits either
+    reasons = {size: reason_against_part(spec.name, scheme, spec.n, spec.k, size) for size in cuts}
+    sizes = [str(size) for size, reason in reasons.items() if reason]
+    return f"on {', '.join(sizes)} GPUs: {next(filter(None, reasons.values()))}" if sizes else None
 
 
 def scheme_pattern(fused: str) -> str:

@@ -27,6 +27,7 @@ class VocabularyWeight:
     tensor  the file's tensor that holds its weight: the embeddings' if they are tied
     n, k    vocabulary and hidden size
     tied    True if the checkpoint is untied by this: head and embeddings become two tensors
+    asked   the requested scheme, which may not divide the shape
     """
 
     name: str
@@ -35,6 +36,14 @@ class VocabularyWeight:
     n: int
     k: int
     tied: bool
+    asked: Scheme
+
+    @property
+    def fallback(self) -> str:
+        """The end of a sentence that says why it has another scheme than the requested one; empty if it has not."""
+        if self.scheme == self.asked:
+            return ""
+        return f" in place of {self.asked}: {self.asked.reason_against_shape(self.n, self.k)}"
 
 
 def head_of(skeleton: Skeleton, recipe: Recipe) -> VocabularyWeight | None:
@@ -51,7 +60,7 @@ def head_of(skeleton: Skeleton, recipe: Recipe) -> VocabularyWeight | None:
     if tensor is None:
         raise CheckpointError(f"{skeleton.source.directory}: no tensor of its files is its head; leave out --head")
     n, k = module.weight.shape
-    return VocabularyWeight(head_name(skeleton), tensor, scheme, n, k, tied=origin is not None)
+    return VocabularyWeight(head_name(skeleton), tensor, scheme, n, k, origin is not None, parse_scheme(recipe.head))
 
 
 def embeddings_of(skeleton: Skeleton, recipe: Recipe) -> VocabularyWeight | None:
@@ -67,7 +76,7 @@ def embeddings_of(skeleton: Skeleton, recipe: Recipe) -> VocabularyWeight | None
     scheme = _fitting(skeleton, "table of embeddings", recipe.embeddings, module.weight)
     tied = f"{path}.weight" in tied_weights(skeleton.model).values()
     n, k = module.weight.shape
-    return VocabularyWeight(tensor.removesuffix(".weight"), tensor, scheme, n, k, tied=tied)
+    return VocabularyWeight(tensor.removesuffix(".weight"), tensor, scheme, n, k, tied, parse_scheme(recipe.embeddings))
 
 
 def head_name(skeleton: Skeleton) -> str:

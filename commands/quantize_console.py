@@ -2,6 +2,8 @@
 
 import re
 import time
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import asdict
 from functools import partial
 from typing import Any
@@ -91,13 +93,21 @@ class Printer:
             f"{len(job.plan.left)} linears left in 16 bits, {exempt} of them on purpose",
         )
         for weight in job.plan.vocabulary:
-            self.display.line(f"  {weight.name}: {weight.scheme}, {weight.n} x {weight.k}")
+            self.display.line(f"  {weight.name}: {weight.scheme}, {weight.n} x {weight.k}{weight.fallback}")
         if job.plan.attentions:
             self.display.line(f"  keys and values: {job.recipe.kv_cache}, {len(job.plan.attentions)} attentions")
         for name, left in list(job.plan.left.items())[:MOST_LEFT]:
             self.display.line(f"  left {name}: {left.reason}")
+        self.kinds("fallback", job.plan.fallbacks)
+        self.kinds("not for tensor parallelism", job.plan.uncut)
         for warning in job.warnings():
             self.display.line(f"  note: {warning}")
+
+    def kinds(self, what: str, reasons: Mapping[str, str]) -> None:
+        """Print reasons by linear, a line for each kind of linear: names that differ in numbers alone."""
+        found = Counter((re.sub(r"\.\d+(?=\.)", ".*", name), reason) for name, reason in reasons.items())
+        for (kind, reason), count in found.items():
+            self.display.line(f"  {what}, {count} x {kind}: {reason}")
 
     def mixture(self, mixture: Mixed) -> None:
         """Print the schemes that a budget was spent on, by kind of linear, and the divergence expected of each."""

@@ -38,6 +38,16 @@ def fused_linears(
     return layers
 
 
+def reason_against_part(name: str, scheme: Scheme, n: int, k: int, size: int) -> str | None:
+    """The reason why the groups or blocks of a linear (n, k) do not divide its parts on `size` GPUs, or None."""
+    if name.rpartition(".")[2] in ROW_PARALLEL:
+        cut = k % size or (k // size) % max(scheme.group_size, 1)
+        return f"{k} inputs in parts of {k / size:g}, in groups of {scheme.granularity}" if cut else None
+    if n % size:
+        return f"{n} outputs"
+    return f"{n} outputs in parts of {n // size}, in blocks of {scheme.rows}" if (n // size) % scheme.rows else None
+
+
 def reason_against_parallel(
     size: int, schemes: Mapping[str, Scheme], shapes: Mapping[str, tuple[int, int]], heads: tuple[int, int] | None
 ) -> str | None:
@@ -50,10 +60,7 @@ def reason_against_parallel(
         if queries % size or (values % size and size % values):
             return f"{queries} query heads and {values} of keys and values"
     for name, scheme in schemes.items():
-        n, k = shapes[name]
-        leaf = name.rpartition(".")[2]
-        if leaf in ROW_PARALLEL and (k % size or (k // size) % max(scheme.group_size, 1)):
-            return f"{name}: {k} inputs in parts of {k / size:g}, in groups of {scheme.granularity}"
-        if leaf not in ROW_PARALLEL and n % size:
-            return f"{name}: {n} outputs"
+        reason = reason_against_part(name, scheme, *shapes[name], size)
+        if reason:
+            return f"{name}: {reason}"
     return None

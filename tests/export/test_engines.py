@@ -112,6 +112,8 @@ def test_what_is_fused_is_one_layer():
         (8, "int4-g256", None, None),
         (16, "int4-g256", None, "m.down_proj: 2048 inputs in parts of 128, in groups of g256"),
         (16, "int8-channel", None, None),
+        (16, "fp8-block", None, None),
+        (32, "fp8-block", None, "in parts of 64, in "),
     ],
 )
 def test_between_how_many_gpus(size, text, heads, reason):
