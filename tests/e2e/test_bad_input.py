@@ -291,10 +291,11 @@ def test_a_group_that_float16_loses_is_no_reason_to_refuse(model, tmp_path):
     assert run_quantize(model, *flags, "-o", tmp_path / "out").code == 0
 
 
-def test_a_model_that_is_quantized_already(refused, model, tmp_path):
-    done = run_quantize(model, *FAST, "-o", tmp_path / "once")
-    assert done.code == 0, done.err
-    assert "already quantized (compressed-tensors)" in refused(tmp_path / "once", *FAST)
+def test_a_model_that_is_quantized_already_is_an_original_and_that_is_said(model, tmp_path):
+    for source, output in ((model, tmp_path / "once"), (tmp_path / "once", tmp_path / "twice")):
+        done = run_quantize(source, *FAST, "-o", output)
+        assert done.code == 0, done.err
+        assert ("the model is quantized itself, as int8" in done.out) == (output.name == "twice")
 
 
 @pytest.mark.parametrize("kind", ["no-such-architecture", None])
