@@ -36,6 +36,7 @@ SAMPLES, LENGTH, SEED = 128, 512, 42
 SCORED = Protocol(context=1024, windows=16)
 W4 = {"bits": 4, "group_size": 64}
 ASYMMETRIC, ROTATED = W4 | {"symmetric": False}, W4 | {"transforms": ["rotate"]}
+MIXED = ("int3-g64", "int4-g128", "int4-g64", "int4-g32", "int5-g64", "int6-g64", "int8", "16bit")
 # Arguments of lowbit.quantize.
 OURS: dict[str, dict[str, Any]] = {
     "rtn": {"method": "rtn"} | W4,
@@ -49,6 +50,10 @@ OURS: dict[str, dict[str, Any]] = {
     "best": {"method": "best"} | W4,
     "best-rotated": {"method": "best"} | ROTATED,
     "best-asymmetric": {"method": "best"} | ASYMMETRIC,
+    "gptq-int4-g32": {"method": "gptq", "scheme": "int4-g32"},
+    "gptq-mxfp4-a16": {"method": "gptq", "scheme": "mxfp4-a16"},
+    "gptq-nvfp4-a16": {"method": "gptq", "scheme": "nvfp4-a16"},
+    "gptq-mixture": {"method": "gptq", "scheme": "int4-g64", "target_bits": 4.5, "candidates": MIXED},
     "best-mixed": {"method": "best", "target_bits": 4.75} | W4,
     "int8": {"method": "int8"},
     "smoothquant": {"method": "smoothquant"},

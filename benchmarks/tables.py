@@ -19,6 +19,14 @@ from pathlib import Path
 from string import ascii_uppercase
 from typing import Any
 
+from lowbit.engine.shapes import METHODS as DECODED
+from lowbit.engine.shapes import SHAPES
+from lowbit.export.dialects import FORMATS
+from lowbit.export.engines.engine import FusedLinear
+from lowbit.export.engines.table import ENGINES
+from lowbit.export.engines.verdicts import describe, verdicts_of
+from lowbit.quant.scheme import parse_scheme
+
 ROOT = Path(__file__).parents[1]
 MARKED = re.compile(r"(<!-- table: ([\w-]+) -->\n)(.*?)(<!-- end of table -->\n)", re.DOTALL)
 
@@ -446,6 +454,102 @@ def first_token() -> str:
     return table(f"tokens | {head}", (line("captured up to 1024", True), line("plainly", False)))
 
 
+RUN_BY = (  # a row: the schemes, of which the first is asked for
+    ("int4-g128", "int4-g64", "uint4-g128"),
+    ("int8",),
+    ("int8-a8",),
+    ("int8-a8-static",),
+    ("int3-g128", "int2-g64", "int6-g64"),
+    ("fp8",),
+    ("fp8-static",),
+    ("fp8-a16",),
+    ("fp8-block",),
+    ("nvfp4",),
+    ("nvfp4-a16",),
+    ("mxfp4",),
+    ("mxfp4-a16",),
+    ("mxfp8",),
+)
+
+
+def _places(described: str) -> str:
+    """A cell: `100-120; weights alone on 75-90`; no place where it fails."""
+    parts = [part for part in described.split("; ") if not part.startswith("fails on")]
+    text = "; ".join(part.removeprefix("runs on ").removeprefix("runs ") for part in parts)
+    text = text.replace("sm_", "").replace("expanded to 16 bits everywhere", "expanded")
+    return "no" if text == "fails everywhere" else text.replace(" to ", "-")
+
+
+def engines() -> str:
+    """The table of engines: each scheme on each generation, by the rules that `inspect` asks (export/engines)."""
+    lines = []
+    for names in RUN_BY:
+        layer = FusedLinear(FORMATS["compressed-tensors"], parse_scheme(names[0]), 4096, 4096)
+        found = verdicts_of([layer])
+        cells = (_places(describe(found[name])) for name in ENGINES)
+        lines.append([", ".join(f"`{name}`" for name in names), *cells])
+    heads = (f"{each.name} {each.version.split()[0]}" for each in ENGINES.values())
+    return table(" | ".join(["scheme", *heads]), lines)
+
+
+# The rows of `schemes`, from most bits to fewest; a scheme without a figure is left out.
+CHOICES = (
+    "bfloat16",
+    "int8",
+    "fp8",
+    "fp8-block",
+    "int8-a8",
+    "int6-g64",
+    "nvfp4-a16",
+    "int4-g32",
+    "int4-g64",
+    "int4-g128",
+)
+CHOICES += ("mxfp4-a16", "int3-g128", "int2-g64")
+NAMED_BY = re.compile(r"scheme[= ](\S+)|--bits (\d) --group-size (\d+)")
+INTEGERS_BY = {"int8": "int8", "smoothquant": "int8-a8", "fp8": "fp8"}  # methods that name their scheme
+SHAPE = "llama2-7b"
+SHOWN = (None, "3444ccb", "ff315dd", "94ceede")  # commits of the rows that `schemes` shows; the first had none
+
+
+def scheme_of(row: Row) -> str | None:
+    """The scheme of a row of quality.jsonl; None if one scheme does not describe it."""
+    if "target" in row.get("settings", "") or "--asym" in row.get("settings", ""):
+        return None
+    found = NAMED_BY.search(row.get("settings", ""))
+    if found is None:
+        return INTEGERS_BY.get(row["method"].split("-")[0])
+    return found[1] or f"int{found[2]}-g{found[3]}"
+
+
+def shown(stem: str, **wanted: Any) -> list[Row]:
+    """The matching rows of SHOWN."""
+    return [row for row in matching(stem, **wanted) if row.get("commit") in SHOWN]
+
+
+def schemes() -> str:
+    """The table of schemes: bits, size of Llama-2-7B, the least loss on the demo model, and decoding speed."""
+    sizes = SHAPES[SHAPE]
+    inside = len(sizes.layers) * (4 * sizes.hidden**2 + 3 * sizes.hidden * sizes.inner)
+    outside = 2 * sizes.vocabulary * sizes.hidden
+    speeds = {str(parse_scheme(text)) if text else "bfloat16": name for name, text in DECODED.items()}
+    alike = {"shape": SHAPE, "batch": 1, "prompt": 128, "cache": "same", "head": "dense", "gpu": H200}
+    lines = []
+    for name in CHOICES:
+        bits = 16.0 if name == "bfloat16" else parse_scheme(name).bits_per_weight(sizes.hidden)
+        losses = [row for row in shown("quality", by="lowbit") if scheme_of(row) == name]
+        losses = [
+            row for row in losses if row["text"].lower().startswith("wikitext") and row["calibration"] in ("text", None)
+        ]
+        decoded = shown("decode", method=speeds[name], **alike) if name in speeds else []
+        best = min(losses, key=lambda row: row["delta_nll"], default=None)
+        cost = f"{loss(best)}, `{best['method']}`" if best else "0" if name == "bfloat16" else ""
+        if cost or decoded:
+            speed = fixed(decoded[-1]["tokens_per_s"], 0) if decoded else ""
+            lines.append([f"`{name}`", fixed(bits, 2), fixed((inside * bits + outside * 16) / 8e9, 2), cost, speed])
+    return table("scheme | bits a weight | Llama-2-7B, GB | loss, nats a token | tokens/s, H200, batch 1", lines)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "results": results,
     "methods": methods,
@@ -464,6 +568,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "wna16_dequantize": dequantize,
     "dense_gemv": dense,
     "gptq_block": gptq_block,
+    "engines": engines,
+    "schemes": schemes,
 }
 
 

@@ -7,11 +7,11 @@ source. It is hashed while it is written, and again as it is read back.
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lowbit.ahead import Behind
 from lowbit.calibrate.bynames import BLOCK, plan_by_names
 from lowbit.calibrate.job import main_dtype, scale_dtype_of
 from lowbit.calibrate.mixtures import Mixed
@@ -28,6 +29,8 @@ from lowbit.calibrate.written import require_scales
 from lowbit.errors import CheckpointError, RecipeError
 from lowbit.export.checkpoint import require_same_source, verify_checksums
 from lowbit.export.dialects import FORMATS
+from lowbit.export.engines.table import fused_linears
+from lowbit.export.engines.verdicts import Verdicts, verdicts_of
 from lowbit.export.files import write_text
 from lowbit.export.format import Format
 from lowbit.export.formats import LogicalTensors, require_fit, tensors_written
@@ -50,6 +53,8 @@ ROWS = 128  # a piece is a multiple of so many rows: a block's, and more than th
 PIECE = {"cpu": 1 << 20, "cuda": 1 << 26}  # weights of a piece: on a CPU it stays in the caches
 WORKERS = min(os.cpu_count() or 1, 8)  # files at a time
 
+Put = Callable[[Tensor], None]
+
 
 @dataclass(frozen=True)
 class FreeJob:
@@ -71,6 +76,11 @@ class FreeJob:
     def warnings(self) -> list[str]:
         """Limits of other programs with the result, as sentences."""
         return list(self.caveats())
+
+    def verdicts(self) -> Verdicts:
+        """The way in which each engine runs the linears of the result on each machine, one of VERDICTS."""
+        shapes = {name: self.shape(name) for name in self.plan.schemes}
+        return verdicts_of(fused_linears(self.format, self.plan.schemes, shapes).values())
 
     def caveats(self) -> dict[str, tuple[str, ...]]:
         """The same, with the names of the engines that therefore cannot load the result."""
@@ -224,13 +234,15 @@ class _Writing:
     def write(self, path: Path, name: str) -> str:
         """Write the output file `name` from the file at `path`. Returns its SHA-256."""
         with _opened(PlannedFile(self.output / name, self.job.files[name])) as file:
-            for tensor in self.job.sources[path]:
-                linear = tensor.removesuffix(".weight")
-                scheme = self.job.plan.written.get(linear) if linear != tensor else None
-                if scheme is not None:
-                    self._quantize(file, linear, scheme)
-                else:
-                    self._copy(file, tensor)
+            with Behind() as behind:  # a piece is hashed and written while the next one is read and rounded
+                put = partial(behind, file.write)
+                for tensor in self.job.sources[path]:
+                    linear = tensor.removesuffix(".weight")
+                    scheme = self.job.plan.written.get(linear) if linear != tensor else None
+                    if scheme is not None:
+                        self._quantize(put, linear, scheme)
+                    else:
+                        self._copy(put, tensor)
             return file.close()
 
     def _pieces(self, name: str) -> Iterator[Tensor]:
@@ -245,7 +257,7 @@ class _Writing:
         for piece in pieces:
             yield checked(name, piece.to(job.device))
 
-    def _quantize(self, file: PlannedFile, linear: str, scheme: Scheme) -> None:
+    def _quantize(self, put: Put, linear: str, scheme: Scheme) -> None:
         """Write a linear: the codes piece by piece, then everything else."""
         job, fmt = self.job, self.job.format
         n, k = job.shape(linear)
@@ -257,28 +269,29 @@ class _Writing:
             require_scales(linear, w, scheme, job.scale_dtype)
             shrink = plain_shrink(w, scheme, job.scale_dtype, divisor)
             weight = round_to_nearest(w, scheme, job.scale_dtype, shrink, divisor)
-            file.write(fmt.write(linear, weight)[f"{linear}.{codes}"].cpu())
+            put(fmt.write(linear, weight)[f"{linear}.{codes}"].cpu())
             scales.append(weight.scales.cpu())
             zeros += [] if weight.zeros is None else [weight.zeros.cpu()]
             error += float((weight.dequantize() - w).square().sum())
             energy += float(w.float().square().sum())
         empty = torch.empty(n, k, dtype=scheme.number.storage, device="meta")
-        rest = QTensor(empty, torch.cat(scales), torch.cat(zeros) if zeros else None, scheme, divisor=divisor)
+        parent = None if divisor is None else divisor.cpu()
+        rest = QTensor(empty, torch.cat(scales), torch.cat(zeros) if zeros else None, scheme, divisor=parent)
         written = fmt.write(linear, rest)
         for suffix in others:
-            file.write(written[f"{linear}.{suffix}"])
+            put(written[f"{linear}.{suffix}"])
         if linear in job.plan.schemes:
             self.rows[linear] = row_of(job.plan, linear, scheme, (n, k), (error / max(energy, 1e-30)) ** 0.5)
 
-    def _copy(self, file: PlannedFile, name: str) -> None:
+    def _copy(self, put: Put, name: str) -> None:
         """Write a tensor as it is; one that is quantized in the source, dequantized."""
         if self.job.tensors.is_quantized(name):
-            file.write(checked(name, self.job.tensors.exact(name)).to(self.job.dtype))
+            put(checked(name, self.job.tensors.exact(name)).to(self.job.dtype))
             return
         entry = self.job.tensors.checkpoint.entries[name]
         rows = max((1 << 24) * entry.shape[0] // max(entry.nbytes, 1), 1) if entry.shape else 1
         for piece in read_pieces(entry, rows):
-            file.write(checked(name, piece))
+            put(checked(name, piece))
 
     def reports(self) -> list[BlockReport]:
         """One report for each block, in the order of their names."""

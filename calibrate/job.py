@@ -12,7 +12,9 @@ from lowbit.calibrate.plan import Plan, make_plan
 from lowbit.errors import CheckpointError
 from lowbit.export.checkpoint import Checkpoint
 from lowbit.export.dialects import FORMATS, READ
+from lowbit.export.engines.table import fused_linears
 from lowbit.export.engines.transformers import TRANSFORMERS
+from lowbit.export.engines.verdicts import Verdicts, verdicts_of
 from lowbit.export.engines.vllm import VLLM
 from lowbit.export.formats import LogicalTensors, bytes_written, describe_schemes, require_fit
 from lowbit.export.plain import read_json
@@ -129,6 +131,12 @@ class Job:
     def warnings(self) -> list[str]:
         """Limits of other programs with the result, as sentences."""
         return list(self.caveats())
+
+    def verdicts(self) -> Verdicts:
+        """The way in which each engine runs the linears of the result on each machine, one of VERDICTS."""
+        shapes = {name: (spec.n, spec.k) for name, spec in self.linears.items()}
+        layers = fused_linears(FORMATS[self.recipe.format], self.plan.schemes, shapes)
+        return verdicts_of(layers.values(), {name for names in self.caveats().values() for name in names})
 
     def caveats(self) -> dict[str, tuple[str, ...]]:
         """The same, with the names of the engines (export/engines) that therefore cannot load the result."""

@@ -23,6 +23,8 @@ from lowbit.commands.display import Display, clock, left_of
 from lowbit.commands.push import describe_pushed
 from lowbit.evaluation.perplexity import describe_difference
 from lowbit.export.engines.lowbit import LOWBIT
+from lowbit.export.engines.table import ENGINES
+from lowbit.export.engines.verdicts import describe
 from lowbit.export.engines.vllm import VLLM
 from lowbit.export.escape import one_line
 from lowbit.export.formats import describe_schemes
@@ -102,6 +104,8 @@ class Printer:
         self.kinds("not for tensor parallelism", job.plan.uncut)
         for warning in job.warnings():
             self.display.line(f"  note: {warning}")
+        for name, verdicts in job.verdicts().items():
+            self.display.line(f"  {name} {ENGINES[name].version}: {describe(verdicts)}")
 
     def kinds(self, what: str, reasons: Mapping[str, str]) -> None:
         """Print reasons by linear, a line for each kind of linear: names that differ in numbers alone."""

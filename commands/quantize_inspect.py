@@ -10,6 +10,7 @@ from lowbit.api import inspecting as api
 from lowbit.commands.common import REVISION, TRUST, make_console, run_command
 from lowbit.commands.parts import FIRST, Parts, by_part, flag, frame
 from lowbit.export.engines.table import ENGINES
+from lowbit.export.engines.verdicts import describe
 from lowbit.export.inspection import Inspection
 
 MOST_NAMED = 8
@@ -87,7 +88,8 @@ def _print_engines(console: Console, found: Inspection) -> None:
         )
         table.add_row(machine, *cells)
     console.print(table)
-    console.print(f"by the rules of {', '.join(f'{engine.name} {engine.version}' for engine in ENGINES.values())}")
+    for name, verdicts in found.verdicts.items():
+        console.print(f"{name} {ENGINES[name].version}: {describe(verdicts)}")
     reasons = {
         (engine, reason): machine
         for machine, row in found.refusals.items()

@@ -60,7 +60,7 @@ PARTS: Parts = {
         click.option(
             "--scheme",
             help=f"Store weights in this scheme: {', '.join(NAMED)}, int4-g128, uint4-g64 ...; or a mixture: "
-            f"{', '.join(MIXTURES)}.  {BY_METHOD}",
+            f"{', '.join(MIXTURES)}; docs/tutorials/choose-a-scheme.md helps to choose.  {BY_METHOD}",
         ),
         click.option(
             "--dataset",

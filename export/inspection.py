@@ -8,13 +8,8 @@ from typing import Any
 
 from lowbit.errors import CheckpointError
 from lowbit.export.engines.engine import ELSEWHERE
-from lowbit.export.engines.table import (
-    ENGINES,
-    MACHINES,
-    PARALLEL_SIZES,
-    fused_linears,
-    reason_against_parallel,
-)
+from lowbit.export.engines.table import ENGINES, MACHINES, PARALLEL_SIZES, fused_linears, reason_against_parallel
+from lowbit.export.engines.verdicts import Verdicts, verdicts_of
 from lowbit.export.formats import LogicalTensors
 from lowbit.quant.naming import split_sets
 from lowbit.quant.scheme import Scheme
@@ -46,6 +41,7 @@ class Inspection:
     parents      fused linears whose NVFP4 scales have different parents, with their names
     parallel     number of GPUs -> the reason why the linears cannot be split between them, or None
     kernels      machine -> engine -> kernel (None: no kernel) -> number of linears or fused sets it runs
+    verdicts     engine -> machine -> how all of it runs (engines/engine.py, VERDICTS)
     refusals     machine -> engine -> reason -> number of linears or fused sets without a kernel
     checked_files  files with a known, correct checksum, after reading all weights; None if not checked
     """
@@ -59,6 +55,7 @@ class Inspection:
     parallel: dict[int, str | None]
     kernels: dict[str, dict[str, Counter[str | None]]]
     refusals: dict[str, dict[str, Counter[str]]]
+    verdicts: Verdicts
     checked_files: int | None = None
 
     @property
@@ -107,6 +104,7 @@ class Inspection:
                 machine: {engine: {kernel or "none": n for kernel, n in found.items()} for engine, found in row.items()}
                 for machine, row in self.kernels.items()
             },
+            "verdicts": self.verdicts,
             "refusals": {
                 machine: {engine: dict(reasons) for engine, reasons in row.items() if reasons}
                 for machine, row in self.refusals.items()
@@ -143,6 +141,7 @@ def inspect_checkpoint(source: LogicalTensors, linears: Mapping[str, int], heads
         parallel={size: reason_against_parallel(size, source.schemes, shapes, heads) for size in PARALLEL_SIZES},
         kernels=kernels,
         refusals=refusals,
+        verdicts=verdicts_of(fused_linears(fmt, source.schemes, shapes).values()),
     )
 
 

@@ -5,7 +5,8 @@ from collections.abc import Container
 from typing import Any
 
 from lowbit.export.engines.lowbit import LOWBIT
-from lowbit.export.engines.readers import SGLANG, readers_of
+from lowbit.export.engines.readers import readers_of
+from lowbit.export.engines.sglang import SGLANG
 from lowbit.export.engines.transformers import TRANSFORMERS
 from lowbit.export.engines.vllm import VLLM
 from lowbit.export.formats import LogicalTensors
@@ -28,7 +29,7 @@ model = lowbit.load("{name}")
 print(model.generate("The capital of France is", max_new_tokens=20)[0].text)"""
 SNIPPETS = {  # engine -> language and text
     VLLM.name: ("sh", "vllm serve {name}"),
-    SGLANG: ("sh", "python -m sglang.launch_server --model-path {name}"),
+    SGLANG.name: ("sh", "python -m sglang.launch_server --model-path {name}"),
     TRANSFORMERS.name: ("python", OF_TRANSFORMERS),
     LOWBIT.name: ("python", OF_LOWBIT),
 }

@@ -45,12 +45,21 @@ class FusedLinear:
 Reason = Callable[[FusedLinear, int | None], str | None]
 
 
+# The ways in which a layer runs, from best to worst.
+RUNS, WEIGHTS, EXPANDED, FAILS = "runs", "weights alone", "expanded to 16 bits", "fails"
+VERDICTS = (RUNS, WEIGHTS, EXPANDED, FAILS)
+
+
 @dataclass(frozen=True)
 class EngineKernel:
-    """A kernel of an engine and its rule."""
+    """A kernel of an engine and its rule.
+
+    verdict  RUNS; WEIGHTS if it multiplies inputs in 16 bits whatever the scheme says; EXPANDED if weights are too
+    """
 
     name: str
     reason_against: Reason
+    verdict: str = RUNS
 
 
 @dataclass(frozen=True)
@@ -60,6 +69,12 @@ class Engine:
     name: str
     version: str
     kernels: tuple[EngineKernel, ...]
+
+    def verdict(self, layer: FusedLinear, capability: int | None) -> str:
+        """The way in which the layer runs, one of VERDICTS."""
+        kernel, reasons = self.choose(layer, capability)
+        found = FAILS if kernel is None else self.kernels[len(reasons)].verdict
+        return RUNS if found == WEIGHTS and layer.scheme.inputs is None else found
 
     def choose(self, layer: FusedLinear, capability: int | None) -> tuple[str | None, dict[str, str]]:
         """The first kernel that accepts the layer, or None; and the reasons of all kernels before it."""

@@ -2,6 +2,7 @@
 
 from lowbit import __version__
 from lowbit.export.engines.engine import (
+    EXPANDED,
     Engine,
     EngineKernel,
     FusedLinear,
@@ -35,7 +36,7 @@ LOWBIT = Engine(
     (
         EngineKernel("w8a8", all_of(integers, _int8, on_gpu(80))),
         EngineKernel("wna16", all_of(weight_only, _packed, on_gpu(80))),
-        EngineKernel("expanded to 16 bits", _without_kernel),
+        EngineKernel("expanded to 16 bits", _without_kernel, EXPANDED),
         EngineKernel("reference", all_of(weight_only, _packed, on_cpu)),
     ),
 )

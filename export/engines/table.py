@@ -4,13 +4,14 @@ from collections.abc import Mapping
 
 from lowbit.export.engines.engine import FusedLinear
 from lowbit.export.engines.lowbit import LOWBIT
+from lowbit.export.engines.sglang import SGLANG
 from lowbit.export.engines.transformers import TRANSFORMERS
 from lowbit.export.engines.vllm import VLLM
 from lowbit.export.format import Format
 from lowbit.quant.naming import EXPERT, ROW_PARALLEL, fused_set
 from lowbit.quant.scheme import Scheme
 
-ENGINES = {engine.name: engine for engine in (VLLM, TRANSFORMERS, LOWBIT)}
+ENGINES = {engine.name: engine for engine in (VLLM, SGLANG, TRANSFORMERS, LOWBIT)}
 PARALLEL_SIZES = (1, 2, 4, 8, 16)
 # Compute capability of each generation; None is a CPU.
 MACHINES: dict[str, int | None] = {

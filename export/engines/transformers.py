@@ -1,6 +1,6 @@
 """Rules of transformers, from its `quantizers`: each format is read by a package."""
 
-from lowbit.export.engines.engine import Engine, EngineKernel, FusedLinear
+from lowbit.export.engines.engine import EXPANDED, Engine, EngineKernel, FusedLinear
 from lowbit.export.engines.gptqmodel import GPTQMODEL
 
 
@@ -20,7 +20,7 @@ TRANSFORMERS = Engine(
     "transformers",
     "5.23 with compressed-tensors 0.20 and optimum 2.3",
     (
-        EngineKernel("expanded to 16 bits", _expanded),
+        EngineKernel("expanded to 16 bits", _expanded, EXPANDED),
         EngineKernel("fine-grained fp8", _fine_grained),
         *GPTQMODEL.kernels,
     ),

@@ -1,6 +1,7 @@
 """Rules of vLLM, from its `kernels/linear` and `layers/quantization`."""
 
 from lowbit.export.engines.engine import (
+    WEIGHTS,
     Engine,
     EngineKernel,
     FusedLinear,
@@ -20,7 +21,7 @@ def _known(layer: FusedLinear, capability: int | None) -> str | None:
     """Objections of vLLM before it chooses a kernel."""
     reason = layer.fmt.reason_in(VLLM, layer.scheme)
     if reason is None and layer.fmt.through_marlin and capability is not None:
-        return _marlin(layer, capability)
+        return marlin(layer, capability)
     return reason
 
 
@@ -30,7 +31,8 @@ def _machete(layer: FusedLinear, capability: int | None) -> str | None:
     return None if not layer.k % 64 and not layer.n % 128 else f"{layer.n} x {layer.k}: multiples of 128 x 64"
 
 
-def _marlin(layer: FusedLinear, capability: int | None) -> str | None:
+def marlin(layer: FusedLinear, capability: int | None) -> str | None:
+    """A rule of the Marlin kernels for integers."""
     if layer.scheme.bits == 8 and not layer.scheme.symmetric:
         return "8 bits with zeros"
     sizes = (-1, 32, 64, 128)
@@ -53,7 +55,7 @@ def _humming(layer: FusedLinear, capability: int | None) -> str | None:
     return None if layer.scheme.symmetric else "takes symmetric weights only"
 
 
-def _whole_blocks(layer: FusedLinear, capability: int | None) -> str | None:
+def whole_blocks(layer: FusedLinear, capability: int | None) -> str | None:
     """The reason why blocks do not divide the layer, or None; vLLM asks that of inputs, and of fused outputs."""
     rows, columns = layer.scheme.rows, layer.scheme.group_size
     whole = not layer.k % columns and not layer.n % rows
@@ -72,18 +74,19 @@ VLLM = Engine(
         EngineKernel("CPU int8", all_of(on_cpu, integers)),
         EngineKernel("CPU fp8", all_of(floats("fp8"), rounds_inputs, on_cpu)),
         EngineKernel("CUTLASS fp8", all_of(floats("fp8"), rounds_inputs, on_gpu(89))),
-        EngineKernel("block fp8", all_of(floats("fp8-block"), rounds_inputs, on_gpu(89), _whole_blocks)),
-        EngineKernel("Marlin fp8", all_of(floats("fp8"), on_gpu(75))),
-        EngineKernel("Marlin block fp8", all_of(floats("fp8-block"), on_gpu(75), _whole_blocks)),
+        EngineKernel("block fp8", all_of(floats("fp8-block"), rounds_inputs, on_gpu(89), whole_blocks)),
+        EngineKernel("Marlin fp8", all_of(floats("fp8"), on_gpu(75)), WEIGHTS),
+        EngineKernel("Marlin block fp8", all_of(floats("fp8-block"), on_gpu(75), whole_blocks), WEIGHTS),
         EngineKernel("CUTLASS nvfp4", all_of(floats("nvfp4"), rounds_inputs, on_gpu(100))),
-        EngineKernel("Marlin nvfp4, weights alone", all_of(floats("nvfp4"), on_gpu(75))),
-        EngineKernel("Marlin mxfp4, weights alone", all_of(floats("mxfp4"), on_gpu(80))),
+        EngineKernel("Marlin nvfp4", all_of(floats("nvfp4"), on_gpu(75)), WEIGHTS),
+        EngineKernel("Marlin mxfp4", all_of(floats("mxfp4"), on_gpu(80)), WEIGHTS),
         EngineKernel("FlashInfer mxfp8", all_of(floats("mxfp8"), rounds_inputs, on_gpu(100))),
+        EngineKernel("Marlin mxfp8", all_of(floats("mxfp8"), on_gpu(75)), WEIGHTS),  # bfloat16: vLLM #45922
         EngineKernel(
             "Humming (package humming-kernels)", all_of(weight_only, of_bits(2, 3, 5, 6, 7), on_gpu(75), _humming)
         ),
         EngineKernel("Machete", _wna16(on_gpu(90, 90), _machete)),
-        EngineKernel("Marlin", _wna16(on_gpu(75), _marlin)),
+        EngineKernel("Marlin", _wna16(on_gpu(75), marlin)),
         EngineKernel("Triton W4A16", _wna16(on_gpu(75), _triton)),
         EngineKernel("CPU WNA16", _wna16(on_cpu, _cpu_wna16)),
     ),

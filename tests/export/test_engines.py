@@ -5,9 +5,10 @@ from pathlib import Path
 import pytest
 
 from lowbit.export.dialects import FORMATS
-from lowbit.export.engines.engine import FusedLinear
+from lowbit.export.engines.engine import EXPANDED, FAILS, RUNS, WEIGHTS, FusedLinear
 from lowbit.export.engines.table import ENGINES, MACHINES, fused_linears, reason_against_parallel
 from lowbit.export.engines.transformers import TRANSFORMERS
+from lowbit.export.engines.verdicts import describe, verdicts_of
 from lowbit.quant.scheme import parse_scheme
 
 CONSTRAINTS = Path(__file__).parents[2] / "constraints.txt"
@@ -39,11 +40,11 @@ W4 = parse_scheme("int4-g128")
         (CT, "fp8-block", 4096, 4096, 86, "vLLM", "Marlin block fp8"),
         (CT, "fp8-block", 4096, 4160, 90, "vLLM", None),
         (CT, "nvfp4", 4096, 4096, 100, "vLLM", "CUTLASS nvfp4"),
-        (CT, "nvfp4", 4096, 4096, 90, "vLLM", "Marlin nvfp4, weights alone"),
-        (CT, "nvfp4-a16", 4096, 4096, 100, "vLLM", "Marlin nvfp4, weights alone"),
-        (CT, "mxfp4", 4096, 4096, 90, "vLLM", "Marlin mxfp4, weights alone"),
+        (CT, "nvfp4", 4096, 4096, 90, "vLLM", "Marlin nvfp4"),
+        (CT, "nvfp4-a16", 4096, 4096, 100, "vLLM", "Marlin nvfp4"),
+        (CT, "mxfp4", 4096, 4096, 90, "vLLM", "Marlin mxfp4"),
         (CT, "mxfp8", 4096, 4096, 100, "vLLM", "FlashInfer mxfp8"),
-        (CT, "mxfp8", 4096, 4096, 90, "vLLM", None),
+        (CT, "mxfp8", 4096, 4096, 90, "vLLM", "Marlin mxfp8"),
         (CT, "nvfp4", 4096, 4096, None, "lowbit", "expanded to 16 bits"),
         (CT, "fp8-channel-afp8token", 4096, 4096, 86, "vLLM", "Marlin fp8"),
         (CT, "fp8-channel", 4096, 4096, 90, "vLLM", "Marlin fp8"),
@@ -74,6 +75,44 @@ def test_which_kernel_takes_a_layer(fmt, text, n, k, capability, engine, kernel)
     assert all(reasons.values())
     if kernel is None:
         assert set(reasons) == {each.name for each in ENGINES[engine].kernels}
+
+
+@pytest.mark.parametrize(
+    ("text", "engine", "capability", "verdict"),
+    [
+        ("nvfp4", "vLLM", 100, RUNS),
+        ("nvfp4", "vLLM", 90, WEIGHTS),
+        ("nvfp4-a16", "vLLM", 90, RUNS),
+        ("nvfp4", "vLLM", None, FAILS),
+        ("nvfp4", "SGLang", 75, FAILS),
+        ("nvfp4", "SGLang", 80, WEIGHTS),
+        ("nvfp4", "lowbit", 90, EXPANDED),
+        ("mxfp4", "vLLM", 100, WEIGHTS),
+        ("mxfp4-a16", "vLLM", 100, RUNS),
+        ("mxfp8", "vLLM", 90, WEIGHTS),
+        ("mxfp8", "SGLang", 90, FAILS),
+        ("fp8", "vLLM", 89, RUNS),
+        ("fp8", "vLLM", 86, WEIGHTS),
+        ("fp8-static", "SGLang", 90, RUNS),
+        ("fp8-block", "SGLang", 86, FAILS),
+        ("int8-a8", "vLLM", 100, FAILS),
+        ("int8-a8-static", "SGLang", 90, FAILS),
+        ("int3-g128", "vLLM", 75, RUNS),
+        ("int3-g128", "SGLang", 90, FAILS),
+        ("int4-g128", "transformers", 90, EXPANDED),
+    ],
+)
+def test_a_file_runs_runs_weights_alone_or_fails(text, engine, capability, verdict):
+    layer = FusedLinear(FORMATS[CT], parse_scheme(text), 4096, 4096)
+    assert ENGINES[engine].verdict(layer, capability) == verdict
+
+
+def test_a_file_is_as_good_as_its_worst_layer_and_a_refused_family_fails():
+    mixed = [FusedLinear(FORMATS[CT], parse_scheme(text), 4096, 4096) for text in ("nvfp4", "int8-a8", "fp8")]
+    found = verdicts_of(mixed, refused={"transformers"})
+    assert found["vLLM"]["Hopper, sm_90"] == WEIGHTS
+    assert describe(found["vLLM"]) == "weights alone on sm_75 to sm_90; fails on sm_100 to sm_120, CPU"
+    assert describe(found["transformers"]) == "fails everywhere"
 
 
 def test_every_machine_has_a_place_in_the_table():
