@@ -5,15 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import transformers
 from torch import Tensor
-from transformers import (
-    AutoConfig,
-    AutoProcessor,
-    AutoTokenizer,
-    PretrainedConfig,
-    PreTrainedTokenizerBase,
-    ProcessorMixin,
-)
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -91,15 +85,16 @@ class Source(Files):
             tokenizer.decode(tokenizer("A text.").input_ids)  # a broken tokenizer often fails only in use
         return tokenizer
 
-    def processor(self) -> ProcessorMixin:
+    def processor(self) -> "transformers.ProcessorMixin":
         """The model's processor of texts and images. CheckpointError if there is none."""
         what = "no processor that transformers can load, and images need one (text alone does not: --text-column)"
         limits = limited(f"{self.directory}: its processor", *PROCESSOR_LIMITS)
         with untrusted(self.directory, what), limits, self.checkpoint.companions() as companions:
             require_small_ids(companions)
             require_small_counts(companions)
-            found = AutoProcessor.from_pretrained(companions, trust_remote_code=self.trust_remote_code)
-            if not isinstance(found, ProcessorMixin) or not hasattr(found, "image_processor"):
+            # found on use: processors import torchvision, and with it torch's compiler, which takes seconds
+            found = transformers.AutoProcessor.from_pretrained(companions, trust_remote_code=self.trust_remote_code)
+            if not isinstance(found, transformers.ProcessorMixin) or not hasattr(found, "image_processor"):
                 raise TypeError(
                     f"{type(found).__name__} takes no images: preprocessor_config.json is missing or another's"
                 )

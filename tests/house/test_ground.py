@@ -24,6 +24,15 @@ def test_importing_all_of_quant_touches_no_gpu_and_no_toolkit() -> None:
     assert not found.stdout.strip(), f"import quant brought in: {found.stdout.strip()}"
 
 
+SECONDS = ("transformers.processing_utils", "transformers.image_utils", "torchvision", "torch._dynamo", "sympy")
+
+
+def test_importing_the_engine_leaves_out_what_takes_seconds() -> None:
+    code = f"import sys, lowbit.engine; print(*sorted({set(SECONDS)!r} & set(sys.modules)))"
+    found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert not found.stdout.strip(), f"import lowbit.engine brought in: {found.stdout.strip()}"
+
+
 def test_quant_needs_torch_alone() -> None:
     known = sys.stdlib_module_names | {"lowbit"} | MAY_NEED
     found = [
