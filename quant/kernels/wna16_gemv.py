@@ -1,6 +1,6 @@
 """The product of few rows (m <= 64) with a 4- or 8-bit weight, prologue and epilogue fused: csrc/wna16_gemv.cu."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 
 from torch import Tensor
@@ -17,11 +17,10 @@ LONG_K = 64  # chunks
 # (rms).
 START = 4.2
 ROOM = 16  # warps per multiprocessor, with up to 16 rows of x
-# A launch that leaves more of the GPU's room free than this, and whose warps do not split k, is faster without overlap
-# on a GPU with fast memory: the next kernel's blocks would fill the room, and their prefetch delays this kernel. On an
-# H200, gate and up of Llama-2-7B leave 35%: 1.559 ms per step, 1.619 with overlap. Those of 13B and of Llama-3-8B,
-# which leave 18 and 15%, would lose 2%.
-MOST_FREE = 0.3
+# A warp's loop is bound by latency: of x, of the tensor instructions, and of its own weights. So with fast memory more
+# warps are faster, although each has less in flight. A step of Llama-2-7B on an H200, 1 x 128: 1.334 ms, 1.454 with 16
+# warps per multiprocessor; 8 x 128: 1.62 and 1.79.
+CROWD, CROWD_WARPS = 24, 12  # warps per multiprocessor, and of a block
 # Microseconds for a weight of 8 bits per channel with dependent launch, m = 1: per launch, per unit of cost, per
 # megabyte. Fitted to 25 shapes on one H100, within 4% (rms).
 CHANNEL_US = (1.7, 0.0301, 0.193)
@@ -35,12 +34,14 @@ class GemvCut:
     row_warps  warps of a block along n, a power of two
     k_warps    warps of a block that split k
     cluster    blocks that split k and sum through distributed shared memory
+    room       warps that a multiprocessor holds: ROOM, or CROWD for one tile per warp and up to 8 rows of x
     """
 
     row_tiles: int
     row_warps: int
     k_warps: int
     cluster: int
+    room: int = ROOM
 
 
 def reason_against(problem: Problem) -> str | None:
@@ -100,21 +101,21 @@ def estimated_us(problem: Problem) -> float:
     return launch + unit * cost_of(choose_cut(problem), problem) + megabyte * problem.n * problem.k / 1e6
 
 
-def leaves_room(launch: GemvCut, problem: Problem) -> bool:
-    """True if a launch without overlap may be faster: 4 bits, few rows, a wide weight with too few blocks."""
-    groups = -(-problem.n // (TILE_ROWS * launch.row_tiles * launch.row_warps))
-    warps = groups * launch.row_warps * launch.cluster
-    free = 1 - warps / (ROOM * max(problem.processors, 1))
-    return problem.bits == 4 and problem.m <= FEW_ROWS and launch.k_warps == 1 and free > MOST_FREE
+@lru_cache(4096)
+def crowded_cut(problem: Problem) -> GemvCut | None:
+    """The launch for fast memory: as many warps along k as fit in one wave, in blocks of about 8 warps.
 
-
-def widened(launch: GemvCut, problem: Problem) -> GemvCut:
-    """`launch` with blocks twice as wide, for 5 to 8 rows, fast memory and two warps along k. The sums are the same.
-
-    More warps then find x in L1. QKV of Llama-2-7B at batch 8 on an H200: 1.871 ms per step, 1.909 otherwise.
+    None if no two warps can share k, or if the problem is not of 4 bits and few rows.
     """
-    wide = problem.bits == 4 and FEW_ROWS // 2 < problem.m <= FEW_ROWS and launch.k_warps == 2
-    return replace(launch, row_warps=2 * launch.row_warps) if wide else launch
+    tiles, chunks = -(-problem.n // TILE_ROWS), -(-problem.k // CHUNK_K)
+    if problem.bits != 4 or problem.m > FEW_ROWS:
+        return None
+    for k_warps in range(min(CROWD_WARPS, chunks), 1, -1):
+        row_warps = max(1, MAX_WARPS // k_warps)
+        resident = CROWD // (row_warps * k_warps)  # blocks of a multiprocessor
+        if -(-tiles // row_warps) <= resident * problem.processors:
+            return GemvCut(1, row_warps, k_warps, 1, CROWD)
+    return None
 
 
 def most_staged_bytes(capability: tuple[int, int] | None) -> int:
@@ -126,11 +127,9 @@ def most_staged_bytes(capability: tuple[int, int] | None) -> int:
 
 def run(call: PackedCall, problem: Problem, cut: GemvCut | None = None) -> Tensor:
     """y of `call`, which problem.check has passed. ValueError if a tensor is not aligned to 16 bytes."""
-    fast = has_fast_memory(call.x.device)
     if cut is None:
-        cut = widened(choose_cut(problem), problem) if fast else choose_cut(problem)
+        cut = (crowded_cut(problem) if has_fast_memory(call.x.device) else None) or choose_cut(problem)
     call = prepare(call, most_staged_bytes(problem.capability) * cut.cluster)
     y = call.empty()
-    dependent = call.dependent and not (fast and leaves_room(cut, problem))
-    launch_product("wna16_gemv", call, y, dependent=dependent, **vars(cut))
+    launch_product("wna16_gemv", call, y, dependent=call.dependent, **vars(cut))
     return y

@@ -139,10 +139,10 @@ def random_launch(pick: random.Random, kernel: ModuleType, m: int) -> Any:
     """Any cut that the kernel has code for, of more blocks than there are chunks too."""
     if kernel is wna16_gemm:
         return wna16_gemm.GemmCut(pick.choice(wna16_gemm.warpgroups_for(m)), pick.randint(1, 8))
-    row_warps = pick.choice([1, 2, 4])
-    return wna16_gemv.GemvCut(
-        pick.choice([1, 2]), row_warps, pick.randint(1, 8 // row_warps), pick.choice([1, 2, 3, 4])
-    )
+    row_warps, cluster, crowded = pick.choice([1, 2, 4]), pick.choice([1, 2, 3, 4]), m <= 8 and pick.random() < 0.5
+    if crowded:
+        return wna16_gemv.GemvCut(1, row_warps, pick.randint(1, 12 // row_warps), cluster, wna16_gemv.CROWD)
+    return wna16_gemv.GemvCut(pick.choice([1, 2]), row_warps, pick.randint(1, 8 // row_warps), cluster)
 
 
 def launched(gpu: Gpu, kernel: ModuleType, call: PackedCall, launch: Any) -> Tensor:
@@ -200,6 +200,9 @@ def cuts_of(kernel: ModuleType, n: int, k: int) -> list[tuple[int, Any]]:
             if m <= ROWS[kernel][-1][1]:
                 problem = Problem(m, n, k, 4, 128, torch.float16, "cuda", (9, 0), processors)
                 cuts[kernel.choose_cut(problem), m > 8, m > 64] = m
+                crowded = wna16_gemv.crowded_cut(problem) if kernel is wna16_gemv else None
+                if crowded is not None:
+                    cuts[crowded, m > 8, m > 64] = m
     return [(m, launch) for (launch, *_), m in cuts.items()]
 
 

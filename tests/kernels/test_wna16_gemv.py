@@ -12,7 +12,7 @@ from lowbit.quant.kernels.packed import PackedWeight
 from lowbit.quant.kernels.problem import PackedCall, Problem, has_fast_memory
 from lowbit.quant.kernels.registry import choose_kernel
 from lowbit.quant.kernels.wna16_args import NEXT_BYTES, prepare
-from lowbit.quant.kernels.wna16_gemv import GemvCut, choose_cut, leaves_room, run, widened
+from lowbit.quant.kernels.wna16_gemv import CROWD, GemvCut, choose_cut, crowded_cut, run
 from tests.kernels.make import (
     assert_close_as_half,
     assert_dependence_changes_nothing,
@@ -36,21 +36,25 @@ def test_few_rows_get_the_fused_kernel_where_it_was_built() -> None:
     assert choose_kernel(replace(problem, device="cpu", capability=None)).name == "reference"
 
 
-@pytest.mark.parametrize("m", [1, 8])
-def test_of_named_models_one_product_leaves_room_for_the_next_ones_blocks(m: int) -> None:
-    shapes = [(12288, 4096), (4096, 4096), (22016, 4096), (4096, 11008), (28672, 4096), (27648, 5120), (27392, 4096)]
-    problems = [Problem(m, n, k, 4, 128, torch.float16, "cuda", (9, 0), 132) for n, k in shapes]
-    assert [(p.n, p.k) for p in problems if leaves_room(choose_cut(p), p)] == [(22016, 4096)]
-    wide = replace(problems[2], m=16), replace(problems[2], bits=8)
-    assert not any(leaves_room(choose_cut(p), p) for p in wide)
-
-
-def test_blocks_of_five_to_eight_rows_are_wider_where_two_warps_share_k() -> None:
-    qkv = Problem(8, 12288, 4096, 4, 128, torch.float16, "cuda", (9, 0), 132)
-    assert widened(choose_cut(qkv), qkv) == GemvCut(1, 4, 2, 1)
-    for other in ({"m": 4}, {"m": 9}, {"bits": 8}, {"n": 4096}):
-        problem = replace(qkv, **other)
-        assert widened(choose_cut(problem), problem) == choose_cut(problem)
+@pytest.mark.parametrize(
+    ("n", "k", "warps"),
+    [
+        (12288, 4096, (2, 4)),
+        (4096, 4096, (1, 12)),
+        (22016, 4096, (4, 2)),
+        (4096, 11008, (1, 12)),
+        (15360, 5120, (2, 3)),
+        (5120, 13824, (1, 8)),
+        (6144, 4096, (1, 8)),
+        (28672, 4096, None),
+        (16, 256, (4, 2)),
+        (16, 128, None),
+    ],
+)
+def test_fast_memory_gets_as_many_warps_along_k_as_fit(n: int, k: int, warps: tuple[int, int] | None) -> None:
+    problem = Problem(8, n, k, 4, 128, torch.float16, "cuda", (9, 0), 132)
+    assert crowded_cut(problem) == (warps and GemvCut(1, *warps, 1, CROWD))
+    assert crowded_cut(replace(problem, m=9)) is crowded_cut(replace(problem, bits=8)) is None
 
 
 @pytest.mark.parametrize(
@@ -117,6 +121,17 @@ def test_every_cut_of_the_work(m: int) -> None:
         for row_warps, k_warps in ((1, 1), (1, 8), (4, 2), (8, 1)):
             for cluster in (1, 2, 3, 8):
                 check_product(m, weight, GemvCut(row_tiles, row_warps, k_warps, cluster))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("m", [1, 5, 8])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_every_crowded_cut(m: int, bits: int) -> None:
+    for group_size, symmetric in ((32, False), (64, True), (128, True), (-1, False)):
+        for dtype in DTYPES:
+            weight = make_packed(200, 1664, bits, group_size, symmetric, dtype, "cuda")
+            for row_warps, k_warps, cluster in ((1, 1, 1), (1, 12, 1), (4, 3, 1), (12, 1, 1), (2, 4, 2), (1, 12, 3)):
+                check_product(m, weight, GemvCut(1, row_warps, k_warps, cluster, CROWD))
 
 
 @pytest.mark.gpu

@@ -569,7 +569,7 @@ __global__ void __launch_bounds__(kThreads, S::kAhead ? 3 : 2)
   stamp(Stage::kBegun);
   allow_next_kernel();
   const bool cluster = gridDim.x > 1;
-  if (cluster) cluster_arrive();  // other blocks may write to a block's memory once it has started
+  if (cluster) cluster_arrive_relaxed();  // other blocks may write to a block's memory once it has started
 
   // positions and starts are inputs of the step, not of the previous kernel: they are read before it has finished
   const Span span = span_of<S>(args, kv_head);

@@ -26,6 +26,7 @@ struct Wna16GemvLaunch {
   FIELD(int, row_warps);         // warps of a block along n, a power of two
   FIELD(int, k_warps);           // warps of a block that split k
   FIELD(int, cluster);           // blocks that split k; more than 1 needs sm_90
+  FIELD(int, room);              // warps of a multiprocessor: 16, or 24 with one tile a warp and up to 8 rows of x
   FIELD(bool, dependent);        // launched with programmatic dependent launch
 };
 
@@ -34,11 +35,10 @@ namespace {
 // Shapes with more than 16 rows of x have no code on Hopper, so some of their members are unused.
 #pragma nv_diag_suppress 177
 
-constexpr int kMaxThreads = 256;
 // Least bytes of codes per warp for a prefetch into L2, beyond its registers, while it waits.
 constexpr int kLongShare = 32 << 10;
 
-template <typename T_, int kBits_, bool kZeros_, int kGroups_, int kRowTiles_, int kColBlocks_>
+template <typename T_, int kBits_, bool kZeros_, int kGroups_, int kRowTiles_, int kColBlocks_, int kRoom_ = 16>
 struct Shape {
   using T = T_;
   static constexpr int kBits = kBits_;
@@ -48,12 +48,14 @@ struct Shape {
   static constexpr int kColBlocks = kColBlocks_;  // blocks of 8 rows of x
   static constexpr int kLoads = kBits / 2;        // 16-byte loads per lane and chunk
   static constexpr int kChunkBytes = kLoads * 512;
-  // Loads of W in flight per lane: the most that fit in 128 registers with x and the sums.
-  static constexpr int kRing = kColBlocks == 1 ? 12 : kColBlocks == 2 ? 8 : 4;
+  static constexpr bool kCrowded = kRoom_ > 16;  // more warps, each with less of W in flight
+  static constexpr int kMaxThreads = kCrowded ? 384 : 256;
+  // Loads of W in flight per lane: the most that fit in 128 registers, or 80, with x and the sums.
+  static constexpr int kRing = kCrowded ? 4 : kColBlocks == 1 ? 12 : kColBlocks == 2 ? 8 : 4;
   static constexpr int kAhead = kRing >= 4 * kLoads * kRowTiles ? 4 : (kRing - 1) / (kLoads * kRowTiles) + 1;  // chunks
   static constexpr int kXBlocks = kColBlocks >= 4 ? 1 : 4 / kColBlocks;  // blocks of 32 inputs of x read together
   static constexpr int kChains = kColBlocks == 1 ? 2 : 1;     // chains of tensor instructions per sum
-  static constexpr int kMinBlocks = kColBlocks <= 2 ? 2 : 1;  // 128 registers per thread, or 255
+  static constexpr int kMinBlocks = kColBlocks <= 2 ? 2 : 1;  // 128 registers per thread, 80 if crowded, or 255
 };
 
 // A warp's part of the problem: `tile` and the tiles after it, every `step`-th chunk of [first, end).
@@ -85,28 +87,30 @@ struct Chunk {
   uint16_t zeros[S::kGroups];
 };
 
-// Reads a warp's chunks of one tile in order. Pointers are the lane's own.
+// Reads a warp's chunks of one tile in order. Pointers are the lane's own. `words` is at the next chunk to read:
+// computed anew for each chunk, its address would cost a tenth of the loop's instructions.
 template <typename S>
 struct Stream {
   const uint4* words;
   const uint32_t* scales;
   const uint16_t* zeros;
 
-  __device__ void open(const Wna16Args& args, int tile, int lane) {
+  __device__ void open(const Wna16Args& args, int tile, int chunk, int lane) {
     // The last group of tiles may extend beyond the last tile: it then reads that one again, and stores nothing.
     tile = min(tile, args.tiles - 1);
-    words = static_cast<const uint4*>(args.words) + static_cast<int64_t>(tile) * args.chunks * (S::kLoads * 32) + lane;
+    const int64_t first = static_cast<int64_t>(tile) * args.chunks + chunk;
+    words = static_cast<const uint4*>(args.words) + first * (S::kLoads * 32) + lane;
     const int64_t side = (static_cast<int64_t>(tile) * args.scale_rows * 8 + lane / 4) * S::kGroups;
     scales = static_cast<const uint32_t*>(args.scales) + side;
     zeros = static_cast<const uint16_t*>(args.zeros) + side;
   }
 
-  __device__ void read_words(int chunk, int load, Chunk<S>& into) const {
-    into.words[load] = read_once(words + chunk * (S::kLoads * 32) + load * 32);
-  }
+  __device__ void read_words(int load, Chunk<S>& into) const { into.words[load] = read_once(words + load * 32); }
 
-  __device__ void prefetch(int chunk) const {
-    if (threadIdx.x == 0) prefetch_bulk(words + chunk * (S::kLoads * 32), S::kChunkBytes);
+  __device__ void skip(int chunks) { words += chunks * (S::kLoads * 32); }
+
+  __device__ void prefetch(int ahead) const {
+    if (threadIdx.x == 0) prefetch_bulk(words + ahead * (S::kLoads * 32), S::kChunkBytes);
   }
 
   __device__ void read_sides(int chunk, int shift, Chunk<S>& into) const {
@@ -206,7 +210,8 @@ __device__ auto zeros_of(const Chunk<S>& chunk, int group, int half) {
 template <typename S>
 using XBlock = uint4[S::kColBlocks];
 
-// x as read by a lane through L1: from global memory, or from the normalized copy in shared memory.
+// x as read by a lane through L1: from global memory, or from the normalized copy in shared memory. `lane` is at the
+// lane's inputs of the current chunk.
 template <typename S>
 struct LaneX {
   const uint8_t* lane;
@@ -216,9 +221,11 @@ struct LaneX {
     for (int j = 0; j < S::kColBlocks; ++j)
       row_offsets[j] = min(j * 8 + static_cast<int>(threadIdx.x) / 4, m - 1) * pitch;  // columns past m are dropped
   }
+  __device__ void skip(int chunks) { lane += chunks * (kChunkK * 2); }
+
   // kXBlocks blocks at once: otherwise the compiler places each read next to its use, and every block waits for L1.
-  __device__ void read(int chunk, int block, XBlock<S> (&values)[S::kXBlocks]) const {
-    const uint8_t* first = lane + chunk * (kChunkK * 2) + block * 64;
+  __device__ void read(int block, XBlock<S> (&values)[S::kXBlocks]) const {
+    const uint8_t* first = lane + block * 64;
 #pragma unroll
     for (int b = 0; b < S::kXBlocks; ++b)
       for (int j = 0; j < S::kColBlocks; ++j) values[b][j] = read_cached(first + row_offsets[j] + b * 64);
@@ -244,10 +251,10 @@ __device__ void multiply_block(const uint32_t* words, const Zeros (&zeros)[2], c
 }
 
 // sums += scale * (codes - zeros) x for one chunk; the scale is applied in float32 once a group is summed. The
-// registers of each load are refilled from chunk `next` as soon as they were used.
+// registers of each load are refilled as soon as they were used, from the streams' next chunk.
 template <typename S>
-__device__ void multiply_chunk(Chunks<S>& chunks, const Stream<S>* streams, int current, int next, bool refill,
-                               const LaneX<S>& lane_x, Sums<S>& sums) {
+__device__ void multiply_chunk(Chunks<S>& chunks, const Stream<S>* streams, bool refill, const LaneX<S>& lane_x,
+                               Sums<S>& sums) {
   using D = Dequant<typename S::T, S::kBits>;
   constexpr int kBlocks = kChunkK / 32 / S::kGroups;  // blocks of 32 inputs in a group
   constexpr int kBlocksPerLoad = 8 / S::kBits;        // blocks with codes in a lane's 16 bytes
@@ -260,14 +267,14 @@ __device__ void multiply_chunk(Chunks<S>& chunks, const Stream<S>* streams, int 
     for (int i = 0; i < 2 * S::kRowTiles; ++i) zeros[i / 2][i % 2] = zeros_of<S>(chunks[i / 2], group, i % 2);
 #pragma unroll
     for (int block = group * kBlocks; block < (group + 1) * kBlocks; ++block) {
-      if (block % S::kXBlocks == 0) lane_x.read(current, block, x);
+      if (block % S::kXBlocks == 0) lane_x.read(block, x);
 #pragma unroll
       for (int i = 0; i < S::kRowTiles; ++i) {
         uint4& load = chunks[i].words[block / kBlocksPerLoad];
         const uint32_t* words = reinterpret_cast<const uint32_t*>(&load) + block % kBlocksPerLoad * 2 * D::kWords;
         multiply_block<S>(words, zeros[i], x[block % S::kXBlocks], products[0][i], products[S::kChains - 1][i]);
         if (refill && (block + 1) % kBlocksPerLoad == 0)
-          streams[i].read_words(next, block / kBlocksPerLoad, chunks[i]);
+          streams[i].read_words(block / kBlocksPerLoad, chunks[i]);
       }
     }
 #pragma unroll
@@ -315,10 +322,11 @@ __device__ void store_partial(int group_tiles, int m, const Sums<S>& sums, float
 
 // The sum of `parts` sets of `count` sums at `index`, in order. Left to itself the compiler unrolls this loop by 16, 8
 // and 4, and code that runs once takes as long as its instructions take to fetch.
-__device__ inline float sum_of_parts(const float* sets, int parts, int count, int index) {
+template <int kMost>
+__device__ float sum_of_parts(const float* sets, int parts, int count, int index) {
   float sum = sets[index];
 #pragma unroll
-  for (int part = 1; part < kMaxThreads / 32; ++part)
+  for (int part = 1; part < kMost; ++part)
     if (part < parts) sum += sets[part * count + index];
   return sum;
 }
@@ -357,8 +365,9 @@ __device__ inline void finish_squares(const Wna16Args& args, float* squares) {
 
 // Sums over warps and cluster, then the epilogue. `partial` has the warps' sums, room for one more set, and the results
 // of finish_squares.
-template <typename T>
+template <typename S>
 __device__ void finish_group(const Wna16Args& args, int group_tiles, float* partial) {
+  constexpr int kMost = S::kMaxThreads / 32;
   const int rows = group_tiles * kTileRows;
   const int count = rows * args.m;
   const float* inverses = partial + (blockDim.z + 1) * count;
@@ -368,7 +377,7 @@ __device__ void finish_group(const Wna16Args& args, int group_tiles, float* part
     __syncthreads();
 #pragma unroll 1
     for (int i = thread_of_block(); i < count; i += threads_of_block())
-      totals[i] = sum_of_parts(partial, parts, count, i);
+      totals[i] = sum_of_parts<kMost>(partial, parts, count, i);
     __syncthreads();  // orders nothing that the next line does not, but racecheck knows no cluster barriers
     cluster_sync();
     if (blockIdx.x > 0) columns = 0;
@@ -378,20 +387,20 @@ __device__ void finish_group(const Wna16Args& args, int group_tiles, float* part
     parts = 1;
   }
   const auto sum_of = [&](int column, int row) {
-    const float sum = sum_of_parts(partial, parts, count, column * rows + row);
+    const float sum = sum_of_parts<kMost>(partial, parts, count, column * rows + row);
     return args.x_squares == nullptr ? sum : sum * inverses[column * args.x_parts];
   };
-  meet_and_store<T>(args, group_tiles, columns, warp_of_block(), blockDim.y * blockDim.z, sum_of);
+  meet_and_store<typename S::T>(args, group_tiles, columns, warp_of_block(), blockDim.y * blockDim.z, sum_of);
   if (gridDim.x > 1) cluster_sync();  // no block leaves while rank 0 reads from it
 }
 
-// Prefetches into L2 as many chunks again as the registers hold.
+// Prefetches into L2 as many chunks again as the registers hold, once these are asked for.
 template <typename S>
 __device__ void prefetch_chunks(const Stream<S>* streams, const Share& share) {
   for (int a = S::kAhead; a < 2 * S::kAhead; ++a) {
     const int chunk = share.first + a * share.step;
     if (chunk >= share.end) return;
-    for (int i = 0; i < S::kRowTiles; ++i) streams[i].prefetch(chunk);
+    for (int i = 0; i < S::kRowTiles; ++i) streams[i].prefetch((a - S::kAhead) * share.step);
   }
 }
 
@@ -420,15 +429,16 @@ __device__ void compute_group(const Wna16Args& args, bool prefetch, int next_par
   allow_next_kernel();
   ask_for_next_norm(args);
   Stream<S> streams[S::kRowTiles];
-  for (int i = 0; i < S::kRowTiles; ++i) streams[i].open(args, share.tile + i, lane);
+  for (int i = 0; i < S::kRowTiles; ++i) streams[i].open(args, share.tile + i, share.first, lane);
   Chunks<S> chunks[S::kAhead];
 #pragma unroll
   for (int a = 0; a < S::kAhead; ++a) {
     const int chunk = share.first + a * share.step;
     if (chunk >= share.end) break;
     for (int i = 0; i < S::kRowTiles; ++i) {
-      for (int load = 0; load < S::kLoads; ++load) streams[i].read_words(chunk, load, chunks[a][i]);
+      for (int load = 0; load < S::kLoads; ++load) streams[i].read_words(load, chunks[a][i]);
       streams[i].read_sides(chunk, args.scale_shift, chunks[a][i]);
+      streams[i].skip(share.step);
     }
   }
   if (prefetch) prefetch_chunks<S>(streams, share);
@@ -437,24 +447,30 @@ __device__ void compute_group(const Wna16Args& args, bool prefetch, int next_par
 
   float* squares = partial + count * (blockDim.z + 1);  // or the memory of prepare_x: never both
   if (args.x_squares != nullptr) copy_squares(args, squares);
-  const LaneX<S> x = prepare_x<S>(args, share, reinterpret_cast<uint8_t*>(squares));
+  LaneX<S> x = prepare_x<S>(args, share, reinterpret_cast<uint8_t*>(squares));
   Sums<S> sums = {};
-  for (int chunk = share.first; chunk < share.end; chunk += S::kAhead * share.step) {
+  x.skip(share.first);
+  int next = share.first + S::kAhead * share.step;      // the chunk that refills the registers of the current one
+  const int end = share.end + S::kAhead * share.step;  // of `next`, once the current chunk is the last
+  while (next < end) {
 #pragma unroll
     for (int a = 0; a < S::kAhead; ++a) {
-      const int current = chunk + a * share.step;
-      if (current >= share.end) break;
-      const int next = current + S::kAhead * share.step;
-      multiply_chunk<S>(chunks[a], streams, current, next, next < share.end, x, sums);
-      if (next < share.end)
-        for (int i = 0; i < S::kRowTiles; ++i) streams[i].read_sides(next, args.scale_shift, chunks[a][i]);
+      if (next >= end) break;
+      const bool refill = next < share.end;
+      multiply_chunk<S>(chunks[a], streams, refill, x, sums);
+      for (int i = 0; refill && i < S::kRowTiles; ++i) {
+        streams[i].read_sides(next, args.scale_shift, chunks[a][i]);
+        streams[i].skip(share.step);
+      }
+      x.skip(share.step);
+      next += share.step;
     }
   }
   stamp(Stage::kComputed);
   store_partial<S>(share.group_tiles, args.m, sums, partial);
   if (args.x_squares != nullptr) finish_squares(args, squares);
   ask_for_next_weight(args, next_part);
-  finish_group<typename S::T>(args, share.group_tiles, partial);
+  finish_group<S>(args, share.group_tiles, partial);
   leave_stamps(args.n, args.k);
 }
 
@@ -465,7 +481,7 @@ constexpr int kMostColBlocks = 8;
 #endif
 
 template <typename S>
-__global__ void __launch_bounds__(kMaxThreads, S::kMinBlocks)
+__global__ void __launch_bounds__(S::kMaxThreads, S::kMinBlocks)
     wna16_gemv_kernel(const __grid_constant__ Wna16Args args, bool prefetch, int next_part) {
   LOWBIT_DYNAMIC_SHARED(uint8_t, smem);
   if constexpr (S::kColBlocks <= kMostColBlocks) compute_group<S>(args, prefetch, next_part, smem);
@@ -475,7 +491,7 @@ __global__ void __launch_bounds__(kMaxThreads, S::kMinBlocks)
 template <typename S>
 cudaError_t launch_shape(const Wna16Args& args, const Wna16GemvLaunch& launch, cudaStream_t stream) {
   const int group_tiles = launch.row_warps * S::kRowTiles;
-  if (launch.row_warps * launch.k_warps * 32 > kMaxThreads) return cudaErrorInvalidConfiguration;
+  if (launch.row_warps * launch.k_warps * 32 > S::kMaxThreads) return cudaErrorInvalidConfiguration;
   size_t bytes = size_t(group_tiles) * kTileRows * args.m * (launch.k_warps + 1) * 4;
   const int slice = largest_slice(args.chunks, launch.cluster);
   if (args.x_squares != nullptr) bytes += size_t(args.m) * args.x_parts * 4;
@@ -500,6 +516,10 @@ cudaError_t launch_shape(const Wna16Args& args, const Wna16GemvLaunch& launch, c
 template <typename T, int kBits, bool kZeros, int kGroups>
 cudaError_t launch_groups(const Wna16Args& args, const Wna16GemvLaunch& launch, cudaStream_t stream) {
   const int columns = args.m <= 8 ? 8 : args.m <= 16 ? 16 : args.m <= 32 ? 32 : 64;
+  if (launch.room > 16) {
+    if (columns > 8 || launch.row_tiles > 1) return cudaErrorInvalidValue;
+    return launch_shape<Shape<T, kBits, kZeros, kGroups, 1, 1, 24>>(args, launch, stream);
+  }
   switch (columns * 10 + launch.row_tiles) {
     case 81: return launch_shape<Shape<T, kBits, kZeros, kGroups, 1, 1>>(args, launch, stream);
     case 82: return launch_shape<Shape<T, kBits, kZeros, kGroups, 2, 1>>(args, launch, stream);

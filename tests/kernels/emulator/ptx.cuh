@@ -33,6 +33,7 @@ inline void allow_next_kernel() {}
 inline void wait_for_previous_kernel() { emulator::wait_for_previous_kernel(); }
 inline uint32_t cluster_rank() { return emulator::cluster_rank(); }
 inline void cluster_arrive() { emulator::cluster_arrive(); }
+inline void cluster_arrive_relaxed() { emulator::cluster_arrive(); }
 inline void cluster_wait() { emulator::cluster_wait(); }
 inline void cluster_sync() {
   cluster_arrive();
