@@ -60,13 +60,35 @@ OURS: dict[str, dict[str, Any]] = {
     "smoothquant-gptq": {"method": "smoothquant", "rounder": "gptq"},
     "smoothquant-tuned": {"method": "smoothquant", "rounder": "gptq", "distill_steps": 24},
     "smoothquant-static": {"method": "smoothquant", "activations": "tensor"},
+    "fp8": {"method": "fp8"},
+}
+# The schemes that peers have too, by the name that their methods begin with, each with three methods of ours.
+SCHEMES = {"nvfp4": "nvfp4-a16", "mxfp4": "mxfp4-a16", "fp8": "fp8", "w3": "int3-g128", "w2": "int2-g64"}
+OURS |= {
+    f"{name}-{method}": {"method": method, "scheme": scheme}
+    for name, scheme in SCHEMES.items()
+    for method in ("rtn", "gptq", "best")
 }
 THEIRS = {
     "llm-compressor-awq": "--method awq",
     "llm-compressor-gptq": "--method gptq",
     "llm-compressor-smoothquant": "--method smoothquant",
+    "llm-compressor-fp8": "--method rtn --scheme FP8_DYNAMIC",
+    "llm-compressor-nvfp4": "--method rtn --scheme NVFP4A16",
+    "llm-compressor-nvfp4-gptq": "--method gptq --scheme NVFP4A16",
+    "llm-compressor-nvfp4-awq": "--method awq --scheme NVFP4A16",
+    "llm-compressor-mxfp4": "--method rtn --scheme MXFP4A16",
+    "llm-compressor-mxfp4-gptq": "--method gptq --scheme MXFP4A16",
     "autoround-20": "--iters 20",
     "autoround-200": "--iters 200",
+    "autoround-nvfp4": "--iters 200 --scheme nvfp4",
+    "autoround-nvfp4-best": "--iters 1000 --scheme nvfp4 --ext",
+    "autoround-mxfp4": "--iters 200 --scheme mxfp4",
+    "autoround-mxfp4-best": "--iters 1000 --scheme mxfp4 --ext",
+    "autoround-w3": "--iters 200 --scheme w3 --group-size 128",
+    "autoround-w3-best": "--iters 1000 --scheme w3 --group-size 128 --ext",
+    "autoround-w2": "--iters 200 --scheme w2",
+    "autoround-w2-best": "--iters 1000 --scheme w2 --ext",
 }
 
 
@@ -119,7 +141,7 @@ def make(name: str, model: Source, dataset: str, output: Path, args: argparse.Na
     """Quantize into `output`; the program that did it, and its seconds, loading and writing included."""
     begun = time.monotonic()
     if name in OURS:
-        calibrated = name not in ("rtn", "rtn-asymmetric", "int8")
+        calibrated = OURS[name]["method"] not in ("rtn", "int8", "fp8")
         data = {"dataset": dataset, "num_samples": SAMPLES, "seqlen": LENGTH, "seed": SEED} if calibrated else {}
         settings = {"eval_windows": 0, "device": args.device, "overwrite": True}
         lowbit.quantize(args.model, output, **settings, **data, **OURS[name])

@@ -268,6 +268,11 @@ class BlockWork:
             bias.copy_(bias.float() / scales)
         return scales
 
+    def energy(self, name: str) -> Tensor | None:
+        """The mean square (k,) of each input of a linear; None without a second moment."""
+        stats = self.stats.get(name)
+        return None if stats is None or stats.gram is None else stats.second_moment().diagonal()
+
     def output_error(self, name: str, weight: QTensor) -> float | None:
         """Relative squared error of the linear's output over the tokens of its second moment; None without one."""
         stats = self.stats.get(name)

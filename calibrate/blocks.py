@@ -15,7 +15,7 @@ from lowbit.calibrate.cache import cache_scales
 from lowbit.calibrate.data import CalibrationSet
 from lowbit.calibrate.job import Job, covered
 from lowbit.calibrate.outcome import BlockOutcome, run_shared, run_stored
-from lowbit.calibrate.parts import BlockTask, Rows
+from lowbit.calibrate.parts import BlockTask, Rounded, Rows
 from lowbit.calibrate.report import BlockReport, Stopwatch, calibrated_rows, linear_row, peak_memory
 from lowbit.calibrate.rounding import MOMENT_TOKENS, TOKENS_PER_INPUT, spread
 from lowbit.calibrate.settings import rounder_of, transforms_of
@@ -191,14 +191,15 @@ class BlockLoop:
         with watch.phase("rounding"):
             for name, scheme in work.schemes.items():
                 require_scales(name, work.masters[name], scheme, work.scale_dtype)
-            weights = self._rounder.round(task)
+            rounded = self._rounder.round(task)
+            weights = {name: each.weight for name, each in rounded.items()}
         with watch.phase("report"):
             kept = _kept_tensors(job, block, weights)
             loss = _relative_loss(work.run_quantized(sample), before, sample)
             rows = calibrated_rows(job, work, weights)
         peak = peak_memory(job.device)
         report = BlockReport(index, block.name, loss, watch.elapsed(), peak, folds, rows, watch.seconds)
-        outcome = BlockOutcome(work.finished(weights), kept, report)
+        outcome = BlockOutcome(work.finished(weights), kept, report, remainders=_remainders(job, rounded))
         with watch.phase("next inputs"):
             entering = self.states
             self._move_on(index, outcome, targets)
@@ -229,6 +230,13 @@ class BlockLoop:
             work.observe(task.entering, structure.sites, GRAM_TOKENS, up_to=None if all_tokens else GRAM_TOKENS)
         rows += [row for part in self._transforms if not part.mixes_channels for row in part.apply(task)]
         return rows + [{"fold": name, "skipped": "failed its proof on this block"} for name in structure.rejected]
+
+
+def _remainders(job: Job, rounded: dict[str, Rounded]) -> dict[str, Tensor]:
+    """The remainder of each rounded linear, on the CPU; empty if codes are not tuned."""
+    if not (job.recipe.distill_steps and job.recipe.distill_codes):
+        return {}
+    return {name: each.weight.remainder(each.wanted).to("cpu") for name, each in rounded.items()}
 
 
 def _relative_loss(after: list[States], before: list[States], inputs: list[States]) -> float:

@@ -1,12 +1,16 @@
-"""Distillation: tuning scales and norms on the output of the whole model.
+"""Distillation: tuning all that is stored on the output of the whole model.
 
 Blocks are rounded one by one against their own outputs; the sum of their errors only shows at the end of the model.
-Here codes stay fixed. Every scale, and every unquantized tensor inside the blocks (norms, biases), is tuned to bring
-the quantized model's next-token distribution close to the unquantized one's: Adam on the Kullback-Leibler divergence
-(Chen et al., EfficientQAT, ACL 2025, section 3.3, which tunes scales on the task's loss).
+Here every scale, every unquantized tensor inside the blocks (norms, biases) and, if asked for, every code is tuned to
+bring the quantized model's next-token distribution close to the unquantized one's: Adam on the Kullback-Leibler
+divergence (Chen et al., EfficientQAT, ACL 2025, section 3.3, which tunes scales on the task's loss).
 
-Memory holds the whole model in half precision, and gradients of one block at a time. A step runs forward and keeps each
-block's input, then backward block by block, recomputing each block.
+Scales and codes have float32 values that are rounded to what a file can hold in each step; in the backward pass
+rounding counts as the identity. A code's value begins where the rounder left it between two codes (BlockOutcome's
+remainders), so that those flip first that were nearly undecided.
+
+Memory holds the whole model in half precision, and gradients of one block at a time; 16 bytes a weight more if codes
+are tuned. A step runs forward and keeps each block's input, then backward block by block, recomputing each block.
 """
 
 import math
@@ -29,6 +33,8 @@ from lowbit.quant import numerics
 from lowbit.quant.qtensor import QTensor
 
 RATE = 1e-3  # relative to the size of each value or tensor; falls to 0 along a cosine
+WARM_UP = 10  # steps until the full rate
+CODE_RATE = 3e-3  # of codes, in steps of the grid
 BETAS, EPSILON = (0.9, 0.99), 1e-12
 
 
@@ -56,25 +62,33 @@ class Adam:
 
 
 class TunedLinear:
-    """A rounded weight with fixed codes and tuned scales; scales of few bits are fixed too."""
+    """A rounded weight with tuned scales and, if it has a remainder, tuned codes."""
 
-    def __init__(self, weight: QTensor, device: str) -> None:
+    def __init__(self, weight: QTensor, remainder: Tensor | None, device: str) -> None:
         self._weight = weight.to(device)
         scales = self._weight.scales.float()
         self._scales = Adam(scales, scales)
+        self._values = None
+        if remainder is not None:
+            start = self._weight.position(remainder.to(device))
+            self._values = Adam(start, torch.as_tensor(weight.scheme.number.spacing(start) * CODE_RATE / RATE))
 
     def weight(self) -> QTensor:
-        """The weight with its scales rounded as stored."""
-        if self._weight.scheme.weights.scales is not None:
-            return self._weight
-        scales = numerics.stored_scale(self._scales.value, self._weight.scales.dtype)
-        return replace(self._weight, scales=scales)
+        """The weight with its scales and codes rounded as stored."""
+        old, scheme = self._weight, self._weight.scheme
+        scales = numerics.as_stored(self._scales.value, scheme, old.scales.dtype)
+        if self._values is None:
+            return replace(old, scales=scales)
+        zeros = None if old.zeros is None else numerics.per_weight(old.zeros, scheme, old.codes)
+        return replace(old, scales=scales, codes=scheme.number.encode(self._values.value, zeros))
 
-    def step(self, gradient: Tensor, rate: float) -> None:
-        """One step; `gradient` (n, k) is the gradient of the loss with respect to the rounded weight."""
-        scheme = self._weight.scheme
-        by_row = numerics.grouped(self._weight.values() * gradient, scheme).sum(-1)
+    def step(self, weight: QTensor, gradient: Tensor, rate: float) -> None:
+        """One step; `gradient` (n, k) is the gradient of the loss with respect to the rounded weight, `weight`."""
+        scheme = weight.scheme
+        by_row = numerics.grouped(weight.values() * gradient, scheme).sum(-1)
         self._scales.step(numerics.per_scale(by_row, scheme), rate)
+        if self._values is not None:
+            self._values.step(gradient * numerics.per_weight(weight.scales, scheme, gradient), rate)
 
 
 class TunedBlock:
@@ -84,15 +98,18 @@ class TunedBlock:
         self._walk, self._index, self._outcome = walk, index, outcome
         self._block = walk.skeleton.blocks[index]
         self._specs = {spec.name: spec for spec in self._block.linears}
-        self._linears = {name: TunedLinear(weight, walk.device) for name, weight in outcome.weights.items()}
+        self._linears = {
+            name: TunedLinear(weight, outcome.remainders.get(name), walk.device)
+            for name, weight in outcome.weights.items()
+        }
         self._others = {name: _others_adam(value.to(walk.device)) for name, value in outcome.kept.items()}
         self._refresh()
 
     def outcome(self) -> BlockOutcome:
         """The tuned block, on the CPU."""
-        weights = {name: linear.weight().to("cpu") for name, linear in self._linears.items()}
+        weights = {name: weight.to("cpu") for name, weight in self._weights.items()}
         kept = {name: other.value.to("cpu", self._outcome.kept[name].dtype) for name, other in self._others.items()}
-        return replace(self._outcome, weights=weights, kept=kept)
+        return replace(self._outcome, weights=weights, kept=kept, remainders={})
 
     def run(self, states: States) -> States:
         """The block's outputs."""
@@ -119,7 +136,7 @@ class TunedBlock:
         for name, linear in self._linears.items():
             grad = gradients[self._specs[name].placement.parameter]
             if grad is not None:
-                linear.step(weight_view(grad, self._specs[name]), rate)
+                linear.step(self._weights[name], weight_view(grad, self._specs[name]), rate)
         for name, other in self._others.items():
             place = self._block.tensors[name]
             grad = gradients[place.parameter]
@@ -128,8 +145,8 @@ class TunedBlock:
 
     def _refresh(self) -> None:
         """Load the tuned values into the module."""
-        weights = {name: linear.weight() for name, linear in self._linears.items()}
-        hold(self._walk, self._index, weights, {name: other.value for name, other in self._others.items()})
+        self._weights = {name: linear.weight() for name, linear in self._linears.items()}
+        hold(self._walk, self._index, self._weights, {name: other.value for name, other in self._others.items()})
 
 
 def _others_adam(value: Tensor) -> Adam:
@@ -167,7 +184,7 @@ def distill(
             left = states.pop()
             loss, slope = _divergence(walk, *own[batch], left.hidden)
             gradient = [slope, *(None for _ in left.flow[1:])]
-            rate = RATE * 0.5 * (1 + math.cos(math.pi * step / steps))
+            rate = RATE * min(1.0, (step + 1) / WARM_UP) * 0.5 * (1 + math.cos(math.pi * step / steps))
             for block in reversed(blocks):
                 gradient = block.backward(states.pop(), gradient, rate)
             on_step(float(ranks.total(loss)))

@@ -19,15 +19,17 @@ from lowbit.quant.qtensor import QTensor
 class BlockOutcome:
     """A quantized block, on the CPU.
 
-    weights  quantized linears
-    kept     all other tensors, after transforms, in the dtype they are written in
-    cache    scales of a key-value cache, if the recipe asks for one (calibrate.cache)
+    weights     quantized linears
+    kept        all other tensors, after transforms, in the dtype they are written in
+    cache       scales of a key-value cache, if the recipe asks for one (calibrate.cache)
+    remainders  (n, k) int8  what rounding took from each weight (QTensor.remainder); empty if codes are not tuned
     """
 
     weights: dict[str, QTensor]
     kept: dict[str, Tensor]
     report: BlockReport
     cache: dict[str, Tensor] = field(default_factory=dict)
+    remainders: dict[str, Tensor] = field(default_factory=dict)
 
 
 def hold(walk: Walk, index: int, weights: Mapping[str, QTensor], kept: Mapping[str, Tensor]) -> None:

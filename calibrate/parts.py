@@ -9,6 +9,8 @@ from collections.abc import Callable
 from dataclasses import Field, dataclass, field, fields, is_dataclass
 from typing import Any, ClassVar
 
+from torch import Tensor
+
 from lowbit.calibrate.block import BlockWork
 from lowbit.calibrate.discover import Structure
 from lowbit.models.states import States
@@ -50,6 +52,19 @@ class BlockTask:
     sample: list[States]
     targets: list[States]
     recipe: Recipe
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """A rounded linear.
+
+    weight  codes and scales
+    wanted  (n, k) float32  the weight that was rounded, in parts (numerics.in_parts), maybe with the errors of other
+            weights compensated in it
+    """
+
+    weight: QTensor
+    wanted: Tensor
 
 
 def setting(
@@ -94,5 +109,5 @@ class Rounder(Part):
     """A choice of codes for a block's weights."""
 
     @abstractmethod
-    def round(self, task: BlockTask) -> dict[str, QTensor]:
+    def round(self, task: BlockTask) -> dict[str, Rounded]:
         """Round every linear with a scheme. Afterwards the block computes with the rounded weights."""

@@ -33,6 +33,7 @@ from lowbit.export.tensorfile import TensorFileWriter, read_entries, read_tensor
 from lowbit.quant.scheme import parse_scheme
 
 KEY = "key.json"
+REMAINDER = ".remainder"  # after a linear's name: what rounding took from its weight
 START_OVER = "run without --resume to start over"
 
 
@@ -133,7 +134,8 @@ class Journal:
             }
             kept = {name: read_tensor(entries[name]) for name in row["kept"]}
             cache = {name: read_tensor(entries[name]) for name in row["cache"]}
-            return BlockOutcome(weights, kept, BlockReport(**row["report"]), cache)
+            remainders = {name: read_tensor(entries[name + REMAINDER]) for name in row["remainders"]}
+            return BlockOutcome(weights, kept, BlockReport(**row["report"]), cache, remainders)
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"{self._tensors(index)}: no finished block ({error}); {START_OVER}") from error
 
@@ -150,6 +152,8 @@ class Journal:
                 writer.add(key, tensor)
         for name, tensor in (outcome.kept | outcome.cache).items():
             writer.add(name, tensor)
+        for name, tensor in outcome.remainders.items():
+            writer.add(name + REMAINDER, tensor)
         writer.close()
         before, self._before = self._before, sha256_of(part)
         row = {
@@ -159,6 +163,7 @@ class Journal:
             "weights": {name: str(weight.scheme) for name, weight in outcome.weights.items()},
             "kept": list(outcome.kept),
             "cache": list(outcome.cache),
+            "remainders": list(outcome.remainders),
             "report": asdict(outcome.report),
         }
         row = json.loads(json.dumps(row))

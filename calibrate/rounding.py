@@ -11,13 +11,14 @@ from torch import Tensor
 
 from lowbit.calibrate import ranks
 from lowbit.calibrate.block import BlockWork
-from lowbit.calibrate.parts import BlockTask, Needs, Rounder, setting
+from lowbit.calibrate.parts import BlockTask, Needs, Rounded, Rounder, setting
 from lowbit.models.states import States, batched
 from lowbit.progress import Part, tell
 from lowbit.quant.algos.clip import group_moments, plain_shrink, search_shrink
 from lowbit.quant.algos.gptq import DAMPING, gptq
 from lowbit.quant.algos.learned import LearnedWeight
 from lowbit.quant.naming import EXPERT, expert_role
+from lowbit.quant.numerics import in_parts
 from lowbit.quant.qtensor import QTensor, round_to_nearest
 from lowbit.quant.site import Site
 
@@ -25,17 +26,22 @@ from lowbit.quant.site import Site
 MOMENT_TOKENS, TOKENS_PER_INPUT = 32768, 16
 SAMPLE_TOKENS = 2048  # tokens used to compare module outputs
 STEP_TOKENS = 4096  # tokens per step of learned rounding
-TRAVEL = 0.2  # largest total change of an offset: the sum of all rates
+# Largest total change of an offset, the sum of all rates, by the codes that it starts from. GPTQ's errors cancel, which
+# longer ways spoil.
+TRAVEL = {"rtn": 0.2, "gptq": 0.05}
+FIRST = tuple(TRAVEL)
 LOOKS = 8  # evaluations on the held sample per block, to keep the best iterate
 
 
-def round_nearest(work: BlockWork, clip: bool) -> dict[str, QTensor]:
-    """Every linear with a scheme, rounded to nearest. With `clip`, each range is searched first."""
-    shrinks = ranges(work, clip)
-    return {
-        name: round_to_nearest(work.masters[name], scheme, work.scale_dtype, shrinks[name], work.divisor(name))
-        for name, scheme in work.schemes.items()
-    }
+def round_nearest(task: BlockTask) -> dict[str, Rounded]:
+    """Every linear with a scheme, rounded to nearest. With the recipe's `clip`, each range is searched first."""
+    work, rounded = task.work, {}
+    shrinks = ranges(work, task.recipe.clip)
+    for name, scheme in work.schemes.items():
+        weight = round_to_nearest(work.masters[name], scheme, work.scale_dtype, shrinks[name], work.divisor(name))
+        rounded[name] = Rounded(weight, in_parts(work.masters[name], scheme, weight.divisor)[0])
+    work.use({name: each.weight for name, each in rounded.items()})
+    return rounded
 
 
 def ranges(work: BlockWork, clip: bool) -> dict[str, Tensor]:
@@ -62,11 +68,9 @@ class Nearest(Rounder):
     help: ClassVar[str] = "to the nearest code"
     needs: ClassVar[Needs] = Needs(calibration=False)
 
-    def round(self, task: BlockTask) -> dict[str, QTensor]:
+    def round(self, task: BlockTask) -> dict[str, Rounded]:
         """Round all linears at once."""
-        weights = round_nearest(task.work, task.recipe.clip)
-        task.work.use(weights)
-        return weights
+        return round_nearest(task)
 
 
 @dataclass(frozen=True)
@@ -86,10 +90,9 @@ class Gptq(Rounder):
         rule="damping must be above 0, and finite",
     )
 
-    def round(self, task: BlockTask) -> dict[str, QTensor]:
+    def round(self, task: BlockTask) -> dict[str, Rounded]:
         """Round stage by stage."""
-        sites, clip = task.structure.sites, task.recipe.clip
-        return round_gptq(task.work, task.entering, sites, partial(_gptq, task.work, clip, self.damping))
+        return round_gptq(task, self.damping)
 
 
 @dataclass(frozen=True)
@@ -106,64 +109,70 @@ class SignRound(Rounder):
         valid=lambda value: value >= 0,
         rule="steps cannot be negative",
     )
+    first: str = setting(
+        "rtn",
+        "codes that learned rounding starts from: rtn or gptq",
+        valid=lambda value: value in FIRST,
+        rule="learned rounding starts from rtn or gptq",
+    )
 
-    def round(self, task: BlockTask) -> dict[str, QTensor]:
+    def round(self, task: BlockTask) -> dict[str, Rounded]:
         """Round to the best iterate."""
         generator = torch.Generator().manual_seed(task.recipe.seed + task.work.index)
-        learner = RoundingLearner(task.work, task.recipe.clip, self.iters, generator)
+        start = round_gptq(task, DAMPING) if self.first == "gptq" else round_nearest(task)
+        learner = RoundingLearner(task.work, start, self.iters, TRAVEL[self.first], generator)
         return learner.learn(task.entering, [states.at(task.work.index) for states in task.targets])
 
 
 ROUNDERS: dict[str, type[Rounder]] = {part.name: part for part in (Nearest, Gptq, SignRound)}
 
 
-def round_gptq(
-    work: BlockWork, entering: list[States], sites: list[Site], one: Callable[[str], tuple[Tensor, ...]]
-) -> dict[str, QTensor]:
+def round_gptq(task: BlockTask, damping: float) -> dict[str, Rounded]:
     """Every linear with a scheme, rounded by GPTQ in the order of use.
-
-    one  rounds one linear: see `_gptq`
 
     Each stage's statistics are gathered with earlier stages already rounded, so that it compensates their errors too.
     """
-    weights: dict[str, QTensor] = {}
-    for stage in stages(sites):
+    work, one = task.work, partial(_gptq, task.work, task.recipe.clip, damping)
+    rounded: dict[str, Rounded] = {}
+    for stage in stages(task.structure.sites):
         width = max(site.width for site in stage)
         tokens = max(MOMENT_TOKENS, TOKENS_PER_INPUT * width)
         experts = any(EXPERT.search(site.linears[0]) for site in stage)
-        work.observe(entering, stage, tokens, up_to=None if experts else tokens)
-        rounded = _all_by_gptq(work, [name for site in stage for name in site.linears if name in work.schemes], one)
-        work.use(rounded)
-        weights |= rounded
-    unseen = _all_by_gptq(work, [name for name in work.schemes if name not in weights], one)
-    work.use(unseen)
-    return weights | unseen
+        work.observe(task.entering, stage, tokens, up_to=None if experts else tokens)
+        names = [name for site in stage for name in site.linears if name in work.schemes]
+        rounded |= _all_by_gptq(work, names, one)
+    return rounded | _all_by_gptq(work, [name for name in work.schemes if name not in rounded], one)
 
 
-def _all_by_gptq(work: BlockWork, names: list[str], one: Callable[[str], tuple[Tensor, ...]]) -> dict[str, QTensor]:
-    weights = {}
+def _all_by_gptq(work: BlockWork, names: list[str], one: Callable[[str], tuple[Tensor, ...]]) -> dict[str, Rounded]:
+    """The linears `names`, each rounded by `one` (see `_gptq`). The module computes with them afterwards."""
+    rounded = {}
     found = ranks.each_several(names, one)
-    for name, (said, codes, scales, *zeros) in zip(names, found, strict=True):
+    for name, (said, wanted, codes, scales, *zeros) in zip(names, found, strict=True):
         scheme = work.schemes[name]
-        weights[name] = QTensor(codes, scales, zeros[0] if zeros else None, scheme, divisor=work.divisor(name))
+        weight = QTensor(codes, scales, zeros[0] if zeros else None, scheme, divisor=work.divisor(name))
+        rounded[name] = Rounded(weight, wanted)
         for fallback in bytes(said.tolist()).decode().splitlines():
             work.note(name, f"gptq: {fallback}")
-    return weights
+    work.use({name: each.weight for name, each in rounded.items()})
+    return rounded
 
 
 def _gptq(work: BlockWork, clip: bool, damping: float, name: str) -> tuple[Tensor, ...]:
-    """The rounding's fallbacks as UTF-8 bytes, one per line; then codes, scales and, if any, zeros."""
+    """The rounding's fallbacks as UTF-8 bytes, one per line; the weight that was rounded, in parts; then codes, scales
+    and, if any, zeros."""
     tell(Part(f"rounding {name}"))
     master, scheme, stats = work.masters[name], work.schemes[name], work.stats.get(name)
     divisor = work.divisor(name)
     if stats is None:
         shrink = plain_shrink(master, scheme, work.scale_dtype, divisor)
         weight, said = round_to_nearest(master, scheme, work.scale_dtype, shrink, divisor), ""
+        wanted, _ = in_parts(master, scheme, divisor)
     else:
         result = gptq(master, stats.second_moment(), scheme, work.scale_dtype, clip, damping, divisor)
-        weight, said = result.weight, "\n".join(result.fallbacks)
+        weight, wanted, said = result.weight, result.wanted, "\n".join(result.fallbacks)
     as_bytes = torch.tensor(list(said.encode()), dtype=torch.uint8)
-    return as_bytes, weight.codes, weight.scales, *(() if weight.zeros is None else (weight.zeros,))
+    return as_bytes, wanted, weight.codes, weight.scales, *(() if weight.zeros is None else (weight.zeros,))
 
 
 def stages(sites: list[Site]) -> Iterator[list[Site]]:
@@ -189,16 +198,16 @@ def _rows(batches: list[States]) -> list[States]:
 class RoundingLearner:
     """Learned rounding of a block."""
 
-    def __init__(self, work: BlockWork, clip: bool, iters: int, generator: torch.Generator) -> None:
-        self._work, self._iters, self._generator = work, iters, generator
-        shrinks = ranges(work, clip)
+    def __init__(
+        self, work: BlockWork, start: dict[str, Rounded], iters: int, travel: float, generator: torch.Generator
+    ) -> None:
+        self._work, self._iters, self._travel, self._generator = work, iters, travel, generator
         self._learned = {
-            name: LearnedWeight(work.masters[name], scheme, work.scale_dtype, shrinks[name], work.divisor(name))
-            for name, scheme in work.schemes.items()
+            name: LearnedWeight(each.weight, each.wanted, work.energy(name)) for name, each in start.items()
         }
 
-    def learn(self, inputs: list[States], targets: list[States]) -> dict[str, QTensor]:
-        """The weights of the best iterate, which brings the block's outputs for `inputs` closest to `targets`.
+    def learn(self, inputs: list[States], targets: list[States]) -> dict[str, Rounded]:
+        """The best iterate, which brings the block's outputs for `inputs` closest to `targets`.
 
         inputs   the block's input batches
         targets  the unquantized model's outputs of the block
@@ -207,24 +216,28 @@ class RoundingLearner:
         held = list(zip(spread(inputs), spread(targets), strict=True))
         weights = self._rounded()
         pairs = list(zip(_rows(inputs), _rows(targets), strict=True))
-        best, least = weights, float("inf")
+        best: dict[str, Rounded] = {}
+        least = float("inf")
         look = max(self._iters // LOOKS, 1)
         for step in range(self._iters + 1):
             tell(Part("learned rounding", step, self._iters))
             self._work.use(weights)
             if step % look == 0 or step == self._iters:
                 loss = ranks.leaders_number(sum(float(self._loss(*pair)) for pair in held))
-                if loss < least:
-                    best, least = weights, loss
+                if loss < least or not best:
+                    best, least = self._iterate(weights), loss
             if step < self._iters:
                 self._step(
                     weights,
                     self._minibatch(pairs, inputs[0].shape[0]),
-                    2 * TRAVEL * (1 - step / self._iters) / self._iters,
+                    2 * self._travel * (1 - step / self._iters) / self._iters,
                 )
                 weights = self._rounded()
-        self._work.use(best)
+        self._work.use({name: each.weight for name, each in best.items()})
         return best
+
+    def _iterate(self, weights: dict[str, QTensor]) -> dict[str, Rounded]:
+        return {name: Rounded(weight, self._learned[name].shifted(weight)) for name, weight in weights.items()}
 
     def _rounded(self) -> dict[str, QTensor]:
         return {name: learned.rounded() for name, learned in self._learned.items()}

@@ -144,6 +144,11 @@ PARTS: Parts = {
             type=int,
             help=f"Tune scales and norms on the model's output logits for this many steps.  {BY_METHOD}",
         ),
+        click.option(
+            "--distill-codes/--no-distill-codes",
+            default=None,
+            help="Let the tuning move codes too, in 16 bytes a weight.",
+        ),
         click.option("--seed", type=int, help="Seed all random choices with this number.  [default: 42]"),
     ),
     "Calibration": (

@@ -80,6 +80,16 @@ class Number:
         """The grid's step at each of `values` (float32); one number for integers."""
         return self.least if self.is_integer else steps_at(values, self.fineness, self.least)
 
+    def gap(self, values: Tensor, away: Tensor) -> Tensor | float:
+        """The distance from each of `values`, points of the grid, to the next point on the side of the sign of `away`.
+
+        The steps of a float double with a power of two, so below one the next point is nearer than above.
+        """
+        if self.is_integer:
+            return self.least
+        inwards = values * away < 0
+        return self.spacing(torch.where(inwards, values * (1 - self.fineness / 4), values))
+
     def reason_against_codes(self, codes: Tensor) -> str | None:
         """The reason why `codes` (dtype `storage`, not empty) are not valid codes of this number, or None."""
         if self.is_integer:

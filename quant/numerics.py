@@ -131,12 +131,17 @@ def choose_params(
     if scheme.symmetric:
         span = per_scale(torch.maximum(high, -low), scheme, largest=True) * 2
         wanted = span * shrink / (number.high - number.low)
-        coarse = scheme.weights.scales
-        return (stored_scale(wanted, scale_dtype) if coarse is None else coarse_scale(wanted, coarse)), None
+        return as_stored(wanted, scheme, scale_dtype), None
     low = low.clamp(max=0)
     scales = stored_scale((high.clamp(min=0) - low) * shrink / (number.high - number.low), scale_dtype)
     zeros = (number.low - low * shrink / scales.float()).round().clamp(number.low, number.high)
     return scales, zeros.to(torch.int32)
+
+
+def as_stored(scale: Tensor, scheme: Scheme, dtype: torch.dtype) -> Tensor:
+    """`scale` as the scheme stores it: in its number of scales, or else in `dtype`."""
+    coarse = scheme.weights.scales
+    return stored_scale(scale, dtype) if coarse is None else coarse_scale(scale, coarse)
 
 
 def stored_scale(scale: Tensor, dtype: torch.dtype) -> Tensor:

@@ -9,6 +9,7 @@ from torch import Tensor
 from lowbit.quant import numerics
 from lowbit.quant.scheme import Scheme
 
+HALF = 127  # half the distance between two codes, in a remainder
 SCALE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -105,6 +106,18 @@ class QTensor:
         """code - zero, (n, k) float32: the weight in units of its scales."""
         values = self.scheme.number.decode(self.codes)
         return values if self.zeros is None else values - numerics.per_weight(self.zeros, self.scheme, values)
+
+    def remainder(self, wanted: Tensor) -> Tensor:
+        """The difference to the weight (n, k) that was rounded, in parts, as a fraction of the distance to the next
+        code in its direction: int8, of which 127 is half the distance. A larger difference counts as half."""
+        values = self.values()
+        away = wanted / numerics.per_weight(self.scales, self.scheme, wanted) - values
+        return (away / self.scheme.number.gap(values, away) * 2 * HALF).clamp_(-HALF, HALF).round_().to(torch.int8)
+
+    def position(self, remainder: Tensor) -> Tensor:
+        """The weight (n, k) with this `remainder`, float32 in units of its scales: it rounds to `values()`."""
+        values, away = self.values(), remainder.float()
+        return values + away * self.scheme.number.gap(values, away) / (2 * HALF + 1)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight (n, k), computed in float32 and rounded once to `dtype`; its inputs are in their own order."""

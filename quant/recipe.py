@@ -41,6 +41,7 @@ class Recipe:
     target_gpu          GPU that `target_ms` is meant for: a row of STEPS (calibrate/price.py)
     candidates          schemes to distribute, and 16bit; empty for those that suit `scheme`
     distill_steps       steps of tuning all scales and norms on the model's output, after all blocks are rounded
+    distill_codes       tune codes too
     ignore              linears left in 16 bits: exact names, last parts of a name, or `re:` patterns; always the head
     dataset             calibration text, in the notation of calibrate/data.py; None for methods without calibration
     num_samples, seqlen  number of calibration windows, and tokens in each
@@ -73,6 +74,7 @@ class Recipe:
     target_gpu: str = "H200"
     candidates: tuple[str, ...] = ()
     distill_steps: int = 0
+    distill_codes: bool = False
     ignore: tuple[str, ...] = (HEAD,)
     dataset: str | None = None
     num_samples: int = 0

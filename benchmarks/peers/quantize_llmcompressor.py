@@ -1,9 +1,10 @@
 """llm-compressor on a checkpoint, calibrated on the same token ids as lowbit, for a fair comparison.
 
-    PYTHON quantize_llmcompressor.py CHECKPOINT IDS.safetensors OUTPUT --method awq|gptq|smoothquant
+    PYTHON quantize_llmcompressor.py CHECKPOINT IDS.safetensors OUTPUT --method rtn|awq|gptq|smoothquant [--scheme NAME]
 
-awq and gptq: symmetric 4-bit weights in groups; smoothquant: strength 0.8, then GPTQ, int8 weights and inputs. lm_head
-is left alone, everything else is as llm-compressor has it. IDS is what `CalibrationSet.save` writes. Prints one JSON
+awq and gptq: symmetric 4-bit weights in groups, or weights of a preset scheme of compressed-tensors (NVFP4A16);
+smoothquant: strength 0.8, then GPTQ, int8 weights and inputs. lm_head is left alone, everything else is as
+llm-compressor has it. IDS is what `CalibrationSet.save` writes. Prints one JSON
 line. PYTHON is an environment of its own (`pip install llmcompressor==0.14.0.1`): it and lowbit ask for different
 versions of transformers.
 """
@@ -42,7 +43,7 @@ def main() -> None:
         model=model,
         tokenizer=tokenizer,
         dataset=rows(ids),
-        recipe=recipe(args.method, args.group_size),
+        recipe=recipe(args),
         num_calibration_samples=len(ids),
         max_seq_length=ids.shape[1],
         shuffle_calibration_samples=False,
@@ -58,7 +59,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("ids", type=Path)
     parser.add_argument("output", type=Path)
-    parser.add_argument("--method", choices=("awq", "gptq", "smoothquant"), required=True)
+    parser.add_argument("--method", choices=("rtn", "awq", "gptq", "smoothquant"), required=True)
+    parser.add_argument("--scheme", help="a preset: NVFP4A16, MXFP4A16, FP8_DYNAMIC; default: 4-bit integers")
     parser.add_argument("--group-size", type=int, default=64)
     return parser.parse_args()
 
@@ -69,15 +71,16 @@ def rows(ids: torch.Tensor) -> Dataset:
     return Dataset.from_dict({"input_ids": windows, "attention_mask": [[1] * len(window) for window in windows]})
 
 
-def recipe(method: str, group_size: int) -> list:
-    if method == "smoothquant":
+def recipe(args: argparse.Namespace) -> list:
+    if args.method == "smoothquant":
         int8 = GPTQModifier(targets="Linear", scheme="W8A8", ignore=["lm_head"])
         return [SmoothQuantModifier(smoothing_strength=STRENGTH), int8]
-    weights = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": group_size}
-    groups = {"group_0": {"targets": ["Linear"], "weights": weights}}
-    if method == "gptq":
-        return [GPTQModifier(config_groups=groups, ignore=["lm_head"])]
-    return [AWQModifier(), QuantizationModifier(config_groups=groups, ignore=["lm_head"])]
+    weights = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": args.group_size}
+    groups = {"config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}}}
+    scheme = {"scheme": args.scheme, "targets": "Linear"} if args.scheme else groups
+    if args.method == "gptq":
+        return [GPTQModifier(**scheme, ignore=["lm_head"])]
+    return [*([AWQModifier()] if args.method == "awq" else []), QuantizationModifier(**scheme, ignore=["lm_head"])]
 
 
 if __name__ == "__main__":

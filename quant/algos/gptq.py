@@ -32,11 +32,13 @@ class GptqResult:
 
     weight     codes, scales and zeros
     loss       tr(D H D^T) / n, D = rounded - original, over the undamped H
+    wanted     (n, k) float32  the compensated weight that was rounded to `weight`, in parts (numerics.in_parts)
     fallbacks  steps beyond the plain algorithm, as sentences; empty if none was needed
     """
 
     weight: QTensor
     loss: float
+    wanted: Tensor
     fallbacks: tuple[str, ...]
 
 
@@ -73,15 +75,16 @@ def gptq(
     )
     nearest = round_to_nearest(w, scheme, scale_dtype, shrink, divisor)
     plain = output_loss(nearest, w, moment)
-    if factor is None:
-        return GptqResult(nearest, plain, fallbacks)
     parts, _ = numerics.in_parts(w, scheme, nearest.divisor)
-    codes = _sweep(parts[:, order], factor, nearest, order)
-    weight = replace(nearest, codes=codes[:, order.argsort()].contiguous())
+    if factor is None:
+        return GptqResult(nearest, plain, parts, fallbacks)
+    codes, wanted = (each[:, order.argsort()].contiguous() for each in _sweep(parts[:, order], factor, nearest, order))
+    weight = replace(nearest, codes=codes)
     loss = output_loss(weight, w, moment)
     if plain < loss:
-        return GptqResult(nearest, plain, (*fallbacks, "rounding to nearest had the smaller loss, and was kept"))
-    return GptqResult(weight, loss, fallbacks)
+        said = "rounding to nearest had the smaller loss, and was kept"
+        return GptqResult(nearest, plain, parts, (*fallbacks, said))
+    return GptqResult(weight, loss, wanted, fallbacks)
 
 
 def output_loss(weight: QTensor, w: Tensor, moment: Tensor) -> float:
@@ -130,8 +133,9 @@ def _factor(moment: Tensor) -> Tensor | None:
     return upper.float() if int(info) == 0 and bool(torch.isfinite(upper).all()) else None
 
 
-def _sweep(w: Tensor, factor: Tensor, params: QTensor, order: Tensor) -> Tensor:
-    """Codes (n, k) of the columns of `w`, in the order given, with the scales and zeros of `params`."""
+def _sweep(w: Tensor, factor: Tensor, params: QTensor, order: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes (n, k) of the columns of `w`, in the order given, with the scales and zeros of `params`; and the
+    compensated weight (n, k) that they round."""
     n, k = w.shape
     w = w.clone()
     codes = torch.empty(n, k, dtype=params.codes.dtype, device=w.device)
@@ -149,4 +153,6 @@ def _sweep(w: Tensor, factor: Tensor, params: QTensor, order: Tensor) -> Tensor:
         )  # fmt: skip
         codes[:, part] = rounded.to(codes.dtype)
         w[:, part.stop :].addmm_(errors, factor[part, part.stop :], alpha=-1)
-    return codes
+        exact = (rounded - zeros[:, columns]) * scales[:, columns]
+        w[:, part] = torch.addcmul(exact, errors, factor.diagonal()[part])
+    return codes, w

@@ -33,7 +33,7 @@ RECIPES = {
     "smoothquant": {"method": "smoothquant"},
     "smoothquant, static": {"method": "smoothquant", "activations": "tensor"},
     "signround": {"method": "signround", "iters": 4, **QUICK},
-    "best": {"method": "best", "iters": 3, "distill_steps": 3, **QUICK},
+    "best": {"method": "best", "iters": 3, "distill_steps": 3, "distill_codes": True, **QUICK},
 }
 BLOCKS = 3
 

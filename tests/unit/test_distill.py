@@ -8,8 +8,9 @@ from lowbit.calibrate.job import prepare
 from lowbit.calibrate.methods import complete_recipe
 from lowbit.calibrate.pipeline import run
 from lowbit.models.source import open_source
+from lowbit.quant.numerics import in_parts, per_weight
 from lowbit.quant.qtensor import round_to_nearest
-from lowbit.quant.scheme import make_scheme
+from lowbit.quant.scheme import make_scheme, parse_scheme
 from tests.builders import calibration, save_family
 
 
@@ -33,9 +34,11 @@ def test_the_rate_is_in_units_of_the_size():
     torch.testing.assert_close(tuned.value, torch.tensor([4.0 * 0.99, 0.5 * 1.01]))
 
 
-@pytest.mark.parametrize(
-    "scheme", [make_scheme(4, 32, True), make_scheme(4, 32, False), make_scheme(8, -1, True)], ids=str
-)
+SCHEMES = [make_scheme(4, 32, True), make_scheme(4, 32, False), make_scheme(8, -1, True)]
+FLOATS = [parse_scheme(name) for name in ("nvfp4-a16", "mxfp4-a16", "fp8-channel")]
+
+
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
 def test_scales_move_against_their_gradient_and_codes_stay(scheme):
     torch.manual_seed(0)
     weight = round_to_nearest(torch.randn(8, 64), scheme, torch.float32)
@@ -44,10 +47,43 @@ def test_scales_move_against_their_gradient_and_codes_stay(scheme):
     zeros = 0 if weight.zeros is None else weight.zeros.unsqueeze(-1)
     steps = weight.codes.float().view(8, scales.shape[1], -1) - zeros
     ((steps * scales.unsqueeze(-1)).view(8, 64) * gradient).sum().backward()
-    tuned = TunedLinear(weight, "cpu")
-    tuned.step(gradient, 0.01)
+    tuned = TunedLinear(weight, None, "cpu")
+    tuned.step(weight, gradient, 0.01)
     assert torch.equal(tuned.weight().codes, weight.codes)
     torch.testing.assert_close(tuned.weight().scales, weight.scales * (1 - 0.01 * (scales.grad * weight.scales).sign()))
+
+
+@pytest.mark.parametrize("scheme", [*SCHEMES, *FLOATS], ids=str)
+def test_a_remainder_leads_back_to_the_weight(scheme):
+    """To 1/254 of the distance between codes, on both sides of a power of two; the codes are those it came from."""
+    torch.manual_seed(1)
+    w, _ = in_parts(torch.randn(16, 64), scheme)
+    weight = round_to_nearest(w, scheme, torch.float32, divisor=torch.ones(()) if scheme.weights.parent else None)
+    position = weight.position(weight.remainder(w))
+    exact = w / per_weight(weight.scales, scheme, w)
+    assert torch.equal(scheme.number.encode(position.clone()) if weight.zeros is None else weight.codes, weight.codes)
+    inside = exact.abs() <= scheme.number.high - (0 if weight.zeros is None else scheme.number.high)
+    difference = ((position - exact).abs() / scheme.number.spacing(exact))[inside]
+    assert difference.numel() == 0 or float(difference.max()) < 2 / 254 + 1e-4
+
+
+@pytest.mark.parametrize("scheme", [*SCHEMES, *FLOATS], ids=str)
+def test_codes_flip_against_their_gradient_the_undecided_first(scheme):
+    """After a few steps only weights near the border between two codes have moved, to the neighbour downhill."""
+    torch.manual_seed(2)
+    w, divisor = in_parts(torch.randn(16, 64), scheme)
+    weight = round_to_nearest(w, scheme, torch.float32, divisor=None if divisor is None else torch.ones(()))
+    remainder = weight.remainder(w)
+    gradient = torch.randn(16, 64)
+    tuned = TunedLinear(weight, remainder, "cpu")
+    for _ in range(20):
+        tuned.step(tuned.weight(), gradient, 1e-3)
+    before, after = weight.values(), tuned.weight().values()
+    flipped = after != before
+    assert 0 < int(flipped.sum()) < 0.3 * flipped.numel()
+    downhill = (after - before) * gradient * per_weight(weight.scales, scheme, w)
+    assert bool((downhill[flipped] < 0).all())
+    assert int(remainder.abs()[flipped].min()) > 127 * (1 - 2 * 2 * 20 * 3e-3)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
@@ -58,3 +94,16 @@ def test_the_divergence_falls(tmp_path, family):
     result = run(prepare(source, recipe, "cpu"), tmp_path / "out", calibration(8, 24), lambda report: None)
     assert len(result.distilled) == 30
     assert sum(result.distilled[-5:]) < 0.9 * sum(result.distilled[:5])
+
+
+def test_tuned_codes_lower_the_divergence_further(tmp_path):
+    source = open_source(str(save_family("llama", tmp_path / "source")))
+    losses = {}
+    for codes in (False, True):
+        recipe = complete_recipe({"method": "rtn", "bits": 2, "group_size": 32, "distill_steps": 30})
+        recipe = recipe.merged({"distill_codes": codes})
+        out = tmp_path / f"out{codes}"
+        out.mkdir()
+        result = run(prepare(source, recipe, "cpu"), out, calibration(8, 24), lambda report: None)
+        losses[codes] = sum(result.distilled[-5:])
+    assert losses[True] < losses[False]

@@ -235,8 +235,8 @@ def test_a_setting_is_said_by_its_name_or_in_its_parts_table(values, tmp_path):
 def test_a_recipe_has_the_settings_of_its_parts_and_of_no_other():
     old = {"method": "awq", "damping": 0.01, "iters": 200}  # as recipes were written before parts had tables
     assert complete_recipe(old).settings == {}
-    assert complete_recipe({"method": "best"}).settings == {"signround": {"iters": 20}}
-    assert complete_recipe({"method": "best", "iters": 3}).settings == {"signround": {"iters": 3}}
+    assert complete_recipe({"method": "best"}).settings == {"signround": {"first": "rtn", "iters": 20}}
+    assert complete_recipe({"method": "best", "iters": 3}).settings == {"signround": {"first": "rtn", "iters": 3}}
     assert complete_recipe({"method": "smoothquant", "alpha": 1}).settings == {"smooth": {"alpha": 1.0}}
 
 

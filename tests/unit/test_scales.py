@@ -48,7 +48,7 @@ def test_every_rounder_rounds_to_the_grid(scheme):
     assert float((searched.dequantize() - w).norm()) <= float((nearest.dequantize() - w).norm())
     fitted = gptq(w, moment, scheme, torch.bfloat16)
     assert fitted.loss < 0.7 * output_loss(searched, w, moment)
-    learned = LearnedWeight(w, scheme, torch.bfloat16)
+    learned = LearnedWeight(nearest, numerics.in_parts(w, scheme)[0])
     assert torch.equal(learned.rounded().dequantize(), nearest.dequantize())
     for found in (nearest, searched, fitted.weight, learned.rounded()):
         assert tuple(found.scales.shape) == scheme.sides(*w.shape)
