@@ -48,6 +48,7 @@ OURS: dict[str, dict[str, Any]] = {
     "signround": {"method": "signround", "iters": 20} | W4,
     "signround-200": {"method": "signround", "iters": 200} | W4,
     "best": {"method": "best"} | W4,
+    "best-from-gptq": {"method": "best", "first": "gptq"} | W4,
     "best-rotated": {"method": "best"} | ROTATED,
     "best-asymmetric": {"method": "best"} | ASYMMETRIC,
     "gptq-int4-g32": {"method": "gptq", "scheme": "int4-g32"},

@@ -107,10 +107,11 @@ RESULTS: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("bfloat16, on the H100", "", {}),
     ("`gptq` int4-g64", "WikiText-2's other part, 128 x 512", on(H100, "gptq")),
     ("llm-compressor 0.14 GPTQ, int4-g64", "the same tokens", on(H100, "llm-compressor-gptq", by=PEER)),
-    ("`best` int4-g64", "the same", on(H100, "best")),
+    ("`best` int4-g64, on an H200", "the same", on(H200, "best")),
+    ("the same before codes were tuned", "the same", on(H100, "best")),
     ("AutoRound 0.16.1, 20 iterations, int4-g64", "the same tokens", on(H100, "autoround-20", by=ROUND)),
     ("AutoRound 0.16.1, 200 iterations, int4-g64", "the same tokens", on(H100, "autoround-200", by=ROUND)),
-    ("`best` int4-g64", "builtin, 128 x 512", on(H100, "best", "builtin")),
+    ("`best` int4-g64 before codes were tuned", "builtin, 128 x 512", on(H100, "best", "builtin")),
     ("AutoRound 0.16.1, 20 iterations, int4-g64", "the same tokens", on(H100, "autoround-20", "builtin", ROUND)),
 )
 ASIDE = "text"  # WikiText-2's other part, as bench_quality calls it
@@ -120,18 +121,30 @@ METHODS: tuple[tuple[str, str, str, str], ...] = (
     ("`signround --iters 20`", H100, "signround", "lowbit"),
     ("AutoRound 0.16.1, 20 iterations", H100, "autoround-20", ROUND),
     ("AutoRound 0.16.1, 200 iterations", H100, "autoround-200", ROUND),
-    ("`best`", H100, "best", "lowbit"),
+    ("`best` before codes were tuned", H100, "best", "lowbit"),
     ("`gptq --transforms rotate`", CORES, "gptq-rotated", "lowbit"),
     ("`best --transforms rotate`", CORES, "best-rotated", "lowbit"),
     ("`gptq --asym`", H100, "gptq-asymmetric", "lowbit"),
-    ("`best --asym`", H100, "best-asymmetric", "lowbit"),
-    ("`best --target-bits 4.75`", H100, "best-mixed", "lowbit"),
+    ("`best --asym`, before", H100, "best-asymmetric", "lowbit"),
+    ("`best --target-bits 4.75`, before", H100, "best-mixed", "lowbit"),
     ("W8A8: `smoothquant`", CORES, "smoothquant", "lowbit"),
     ("W8A8: llm-compressor, SmoothQuant 0.8, GPTQ", CORES, "llm-compressor-smoothquant", PEER),
     ("W8A8: `smoothquant --rounder gptq`", H100, "smoothquant-gptq", "lowbit"),
     ("W8A8: that, `--distill-steps 24`", CORES, "smoothquant-tuned", "lowbit"),
 )
-BOLD = "`best`"
+BOLD = "`best` before codes were tuned"
+# Schemes of weights, each with ours and other toolkits' methods: machine, method, toolkit.
+GRIDS: tuple[tuple[str, str, str, str, str], ...] = (
+    ("int4-g64", "`best`", H200, "best", "lowbit"),
+    ("", "`best --first gptq`", H200, "best-from-gptq", "lowbit"),
+    ("", "AutoRound 0.16.1, 200 iterations *", H100, "autoround-200", ROUND),
+    ("nvfp4-a16", "`best`", H200, "nvfp4-best", "lowbit"),
+    ("", "llm-compressor 0.14, GPTQ", H200, "llm-compressor-nvfp4-gptq", PEER),
+    ("", "llm-compressor 0.14, to nearest", H200, "llm-compressor-nvfp4", PEER),
+    ("mxfp4-a16", "`best`", H200, "mxfp4-best", "lowbit"),
+    ("fp8", "`fp8`", H200, "fp8", "lowbit"),
+    ("", "llm-compressor 0.14, FP8_DYNAMIC", H200, "llm-compressor-fp8", PEER),
+)
 
 
 def scored(wanted: Mapping[str, Any], text: str) -> Row | None:
@@ -172,6 +185,14 @@ def methods() -> str:
         lines.append([label, *cells])
     head = "calibrated on | WikiText-2 | | documentation | "
     return table(head, [["scored on", "WikiText-2", "documentation", "WikiText-2", "documentation"], *lines])
+
+
+def grids() -> str:
+    lines = [
+        [scheme, label, *(loss(scored(on(device, method, ASIDE, by), text)) for text in ("wikitext", "builtin"))]
+        for scheme, label, device, method, by in GRIDS
+    ]
+    return table("weights | by | WikiText-2 | documentation", lines)
 
 
 # Speed
@@ -553,6 +574,7 @@ def schemes() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "results": results,
     "methods": methods,
+    "grids": grids,
     "decode": decode,
     "decode_h200": decode_h200,
     "first_token": first_token,

@@ -5,6 +5,7 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
+import psutil
 import torch
 
 from lowbit.calibrate.mixtures import Mixed
@@ -25,6 +26,7 @@ from lowbit.models.source import Source
 from lowbit.quant.recipe import Recipe
 from lowbit.quant.scheme import Scheme
 
+BYTES_PER_TUNED_CODE = 16  # value, change and two moments, in float32
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -243,7 +245,23 @@ def prepare(source: Source, recipe: Recipe, device: str) -> Job:
         known = " or ".join(fmt.caches) or "none; --format compressed-tensors does"
         raise CheckpointError(f"format {fmt.name} holds no scales for --kv-cache {recipe.kv_cache}: it takes {known}")
     require_fit(fmt, plan.written, shapes)
+    _require_room(job)
     return job
+
+
+def _require_room(job: Job) -> None:
+    """CheckpointError if codes are to be tuned, and the device has no memory for it."""
+    if not (job.recipe.distill_steps and job.recipe.distill_codes):
+        return
+    weights = sum(spec.n * spec.k for name, spec in job.linears.items() if name in job.plan.schemes)
+    needed = BYTES_PER_TUNED_CODE * weights
+    cuda = torch.device(job.device).type == "cuda"
+    free = torch.cuda.mem_get_info(job.device)[0] if cuda else psutil.virtual_memory().available
+    if needed > free:
+        raise CheckpointError(
+            f"tuning codes takes {needed / 1e9:.1f} GB beside the model, and {free / 1e9:.1f} GB of {job.device} are "
+            "free; --no-distill-codes tunes scales and norms alone"
+        )
 
 
 def _require_generation_config(source: Source) -> None:

@@ -111,7 +111,7 @@ class SignRound(Rounder):
     )
     first: str = setting(
         "rtn",
-        "codes that learned rounding starts from: rtn or gptq",
+        "Begin learned rounding from the codes of this rounder: rtn or gptq.  [default: rtn]",
         valid=lambda value: value in FIRST,
         rule="learned rounding starts from rtn or gptq",
     )

@@ -147,7 +147,7 @@ PARTS: Parts = {
         click.option(
             "--distill-codes/--no-distill-codes",
             default=None,
-            help="Let the tuning move codes too, in 16 bytes a weight.",
+            help=f"Tune codes too, in 16 bytes a weight of memory.  {BY_METHOD}",
         ),
         click.option("--seed", type=int, help="Seed all random choices with this number.  [default: 42]"),
     ),

@@ -1,5 +1,7 @@
 """calibrate/distill.py: its optimizer is Adam, scale gradients are those of autograd, and the divergence falls."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -7,6 +9,7 @@ from lowbit.calibrate.distill import BETAS, EPSILON, Adam, TunedLinear
 from lowbit.calibrate.job import prepare
 from lowbit.calibrate.methods import complete_recipe
 from lowbit.calibrate.pipeline import run
+from lowbit.errors import CheckpointError
 from lowbit.models.source import open_source
 from lowbit.quant.numerics import in_parts, per_weight
 from lowbit.quant.qtensor import round_to_nearest
@@ -94,6 +97,14 @@ def test_the_divergence_falls(tmp_path, family):
     result = run(prepare(source, recipe, "cpu"), tmp_path / "out", calibration(8, 24), lambda report: None)
     assert len(result.distilled) == 30
     assert sum(result.distilled[-5:]) < 0.9 * sum(result.distilled[:5])
+
+
+def test_codes_that_memory_cannot_hold_are_refused(tmp_path, monkeypatch):
+    source = open_source(str(save_family("llama", tmp_path / "source")))
+    monkeypatch.setattr("lowbit.calibrate.job.psutil.virtual_memory", lambda: SimpleNamespace(available=10_000))
+    with pytest.raises(CheckpointError, match="--no-distill-codes"):
+        prepare(source, complete_recipe({"method": "best", "group_size": 32}), "cpu")
+    prepare(source, complete_recipe({"method": "best", "group_size": 32, "distill_codes": False}), "cpu")
 
 
 def test_tuned_codes_lower_the_divergence_further(tmp_path):
