@@ -12,7 +12,7 @@ from lowbit.calibrate.mixtures import Mixed
 from lowbit.calibrate.plan import Plan, make_plan
 from lowbit.errors import CheckpointError
 from lowbit.export.checkpoint import Checkpoint
-from lowbit.export.dialects import FORMATS, READ
+from lowbit.export.dialects import FORMATS, readable
 from lowbit.export.engines.table import fused_linears
 from lowbit.export.engines.transformers import TRANSFORMERS
 from lowbit.export.engines.verdicts import Verdicts, verdicts_of
@@ -278,7 +278,7 @@ def _require_original(source: Source) -> None:
     if config is None:
         return
     method = config.get("quant_method", "by a method that config.json does not name")
-    if any(fmt.recognizes(config) for fmt in READ) and LogicalTensors(source.checkpoint).schemes:
+    if any(fmt.recognizes(config) for fmt in readable()) and LogicalTensors(source.checkpoint).schemes:
         return
     raise CheckpointError(
         f"{source.directory}: already quantized ({method}), which is not read here; quantize the original model instead"

@@ -26,7 +26,7 @@ Item = TypeVar("Item")
 PATIENCE = timedelta(hours=24)
 POLL_SECONDS = 1e-4
 FLOATS, INTS = (torch.float32, torch.bfloat16, torch.float16), (torch.int32, torch.int8, torch.uint8)
-DTYPES = (*FLOATS, *INTS, torch.float8_e4m3fn)  # dtypes of results
+DTYPES = (*FLOATS, torch.float64, *INTS, torch.float8_e4m3fn)  # dtypes of results
 MOST_DIMENSIONS = 4
 
 

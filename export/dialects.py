@@ -10,12 +10,16 @@ from lowbit.export.modelopt import MODELOPT
 from lowbit.export.mxfp4 import GPT_OSS
 
 FORMATS: dict[str, Format] = {fmt.name: fmt for fmt in (COMPRESSED_TENSORS, GPTQ, GPTQ_V2, AWQ, BLOCK_FP8, MODELOPT)}
-READ = (*FORMATS.values(), GPT_OSS)  # all that are read; the last is not written
+
+
+def readable() -> tuple[Format, ...]:
+    """Every format that is read. The last one is not written."""
+    return (*FORMATS.values(), GPT_OSS)
 
 
 def containers() -> tuple[Container, ...]:
     """All containers of the formats, each once. The first that recognises a directory reads it."""
-    return tuple(dict.fromkeys(fmt.container for fmt in READ))
+    return tuple(dict.fromkeys(fmt.container for fmt in readable()))
 
 
 def weight_files() -> tuple[str, ...]:
@@ -25,4 +29,4 @@ def weight_files() -> tuple[str, ...]:
 
 def sidecars() -> dict[str, str]:
     """File name -> quant_method. Old tools wrote such a file and no quantization_config in config.json."""
-    return {fmt.sidecar: fmt.method for fmt in READ if fmt.sidecar}
+    return {fmt.sidecar: fmt.method for fmt in readable() if fmt.sidecar}

@@ -11,7 +11,7 @@ from torch import Tensor
 from lowbit.errors import CheckpointError
 from lowbit.export.cache import cache_names, usable
 from lowbit.export.checkpoint import Checkpoint
-from lowbit.export.dialects import READ
+from lowbit.export.dialects import readable
 from lowbit.export.format import Format
 from lowbit.export.tensorfile import Spec
 from lowbit.quant.naming import joined_set
@@ -188,11 +188,11 @@ def _format_of(checkpoint: Checkpoint) -> Format | None:
     config = checkpoint.quantization
     if config is None:
         return None
-    for fmt in READ:
+    for fmt in readable():
         if fmt.recognizes(config):
             return fmt
     details = (config.get(key) for key in ("quant_method", "checkpoint_format", "version"))
     raise CheckpointError(
         f"{checkpoint.directory}: quantized as {' '.join(str(detail) for detail in details if detail)!r}, which is not "
-        f"read here; known: {', '.join(fmt.name for fmt in READ)}"
+        f"read here; known: {', '.join(fmt.name for fmt in readable())}"
     )
