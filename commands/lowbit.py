@@ -93,7 +93,7 @@ def imported(name: str) -> ModuleType:
     try:
         return importlib.import_module(f"lowbit.commands.{COMMANDS[name][0]}")
     except ModuleNotFoundError as error:
-        click.echo(f"Error: {missing(f'lowbit {name}', error)}", err=True)
+        click.ClickException(one_line(str(missing(f"lowbit {name}", error)))).show()
         sys.exit(2)
 
 

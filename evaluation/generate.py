@@ -83,8 +83,17 @@ def continuations(
     """The greedy continuation of each prompt, at most `tokens` ids.
 
     library  cache of finished prompts
+
+    CheckpointError if a prompt fills the model's positions.
     """
     ids = [prompt.ids(backend.source.tokenizer()) for prompt in prompts]
+    positions = backend.source.positions
+    for number, prompt in enumerate(ids, 1):
+        if positions is not None and len(prompt) >= positions:
+            raise CheckpointError(
+                f"prompt {number} has {len(prompt)} tokens: {backend.source.name} has positions for {positions}, "
+                "prompt and answer together; shorten it"
+            )
     journal = (library or Library()).journal("generate", [backend], prompts=ids, tokens=tokens)
     for index, prompt in enumerate(ids):
         on_step(index, len(ids))

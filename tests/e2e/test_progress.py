@@ -101,14 +101,14 @@ class Timed(io.StringIO):
 
 
 def test_a_whole_run_without_a_terminal_is_never_silent_for_long(source, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(module, "EVERY", 0.2)
+    monkeypatch.setattr(module, "EVERY", 0.02)  # a quick machine tunes in less than a fifth of a second
     recorded = Timed()
     monkeypatch.setattr("sys.stdout", recorded)
     monkeypatch.setattr("sys.stderr", recorded)
     with Printer(Display()) as printer:
         printer.result(lowbit.quantize(source, tmp_path / "out", progress=printer, **LEARNED))
     gaps = [after - before for before, after in pairwise(recorded.times)]
-    assert max(gaps) < 0.2 + 5  # seconds that another process may take on a busy machine
+    assert max(gaps) < 5  # seconds that another process may take on a busy machine
     assert "tuning scales and norms" in recorded.getvalue()
     assert "\x1b" not in recorded.getvalue()
 

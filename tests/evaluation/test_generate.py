@@ -77,3 +77,11 @@ def test_the_command_writes_a_line_for_each(models, tmp_path):
     assert json.loads(one.out.splitlines()[-1])["rows"][0]["texts"][0] == row["rows"][0]["texts"][0]
     alone = run_quantize_eval("generate", directory, "--backend", "blocks")
     assert "generate with --backend transformers" in alone.complaint
+
+
+def test_a_prompt_that_fills_the_positions_is_refused_before_a_step(models, tmp_path):
+    directory = models("llama")[1]
+    (tmp_path / "prompts.txt").write_text("abc\n" + "x" * 5000 + "\n")
+    done = run_quantize_eval("generate", directory, "--prompts", tmp_path / "prompts.txt", "--tokens", 4)
+    assert "prompt 2 has 5000 tokens" in done.complaint
+    assert "has positions for" in done.complaint

@@ -332,7 +332,7 @@ def test_it_holds_for_a_plain_user(tmp_path):
     shutil.copytree(
         ROOT / "evaluation", visible / "lowbit" / "evaluation", ignore=shutil.ignore_patterns("__pycache__")
     )
-    for name in ("__init__.py", "errors.py"):
+    for name in ("__init__.py", "errors.py", "extras.py"):
         shutil.copy(ROOT / "lowbit" / name, visible / "lowbit")
     for directory in (visible, *visible.parents):
         if directory.stat().st_mode & 0o005 != 0o005 and directory.is_relative_to(tempfile.gettempdir()):
