@@ -27,9 +27,8 @@ from lowbit.calibrate.job import Job, prepare
 from lowbit.calibrate.methods import complete_recipe
 from lowbit.calibrate.mixtures import Option
 from lowbit.models.source import open_source
-from lowbit.quant.algos.clip import plain_shrink
+from lowbit.quant.algos.clip import round_plainly
 from lowbit.quant.naming import fused_set
-from lowbit.quant.qtensor import round_to_nearest
 from lowbit.quant.scheme import Scheme, name_of, parse_scheme
 
 RESULTS = Path(__file__).with_name("results") / "mixture.jsonl"
@@ -57,8 +56,7 @@ class Measurer:
         for name, w in saved.items():
             scheme = chosen[name]
             assert scheme is not None
-            shrink = plain_shrink(w, scheme, self.job.scale_dtype)
-            self.weight(name).data.copy_(round_to_nearest(w, scheme, self.job.scale_dtype, shrink).dequantize())
+            self.weight(name).data.copy_(round_plainly(w, scheme, self.job.scale_dtype).dequantize())
         scores = self._scores()
         for name, w in saved.items():
             self.weight(name).data.copy_(w)

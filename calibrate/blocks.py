@@ -26,10 +26,10 @@ from lowbit.models.placement import Placement
 from lowbit.models.skeleton import Block, LinearSpec
 from lowbit.models.states import States
 from lowbit.models.walk import Walk
-from lowbit.quant.algos.clip import plain_shrink
+from lowbit.quant.algos.clip import round_plainly
 from lowbit.quant.naming import EXPERT, largest_by_parent, parent_set
 from lowbit.quant.numerics import divisor_of
-from lowbit.quant.qtensor import QTensor, round_to_nearest
+from lowbit.quant.qtensor import QTensor
 from lowbit.quant.stats import Stats, nothing_seen, stats_of
 
 BATCH_TOKENS = 2048  # tokens per forward pass of a block
@@ -76,8 +76,7 @@ class DataFreeBlocks:
         require_scales(name, w, scheme, job.scale_dtype)
         shared = largest.get(parent_set(name))
         divisor = None if shared is None else divisor_of(shared, scheme.weights)
-        shrink = plain_shrink(w, scheme, job.scale_dtype, divisor)
-        weight = round_to_nearest(w, scheme, job.scale_dtype, shrink, divisor)
+        weight = round_plainly(w, scheme, job.scale_dtype, divisor)
         return name, weight.to("cpu"), linear_row(job.plan, name, weight, w)
 
     def _names(self, block: Block) -> list[str]:

@@ -28,10 +28,9 @@ from lowbit.models.skeleton import LinearSpec
 from lowbit.models.states import States, pulled
 from lowbit.models.walk import Walk
 from lowbit.progress import Step, tell
-from lowbit.quant.algos.clip import plain_shrink
+from lowbit.quant.algos.clip import round_plainly
 from lowbit.quant.naming import fused_set, largest_by_parent, parent_set
 from lowbit.quant.numerics import divisor_of, input_rounding, input_scale_of
-from lowbit.quant.qtensor import round_to_nearest
 from lowbit.quant.scheme import Scheme, name_of, parse_choice
 
 PROBE_TOKENS = 2048
@@ -232,9 +231,7 @@ class _Probe:
         for name, w in saved.items():
             parent = largest.get(parent_set(name))
             divisor = None if parent is None else divisor_of(parent, scheme.weights)
-            shrink = plain_shrink(w, scheme, self._job.scale_dtype, divisor)
-            rounded = round_to_nearest(w, scheme.weights_only, self._job.scale_dtype, shrink, divisor)
-            views[name].copy_(rounded.dequantize())
+            views[name].copy_(round_plainly(w, scheme.weights_only, self._job.scale_dtype, divisor).dequantize())
         with rounded_inputs(self._block, self._model, self._rounds(specs, scheme)):
             change = self._walk.run(self._index, self._states).hidden - self._exact
         for name, w in saved.items():

@@ -35,17 +35,17 @@ from lowbit.export.files import write_text
 from lowbit.export.format import Format
 from lowbit.export.formats import LogicalTensors, require_fit, tensors_written
 from lowbit.export.plain import write_json
-from lowbit.export.sharded import INDEX_NAME, SAFETENSORS, SINGLE_NAME
+from lowbit.export.sharded import SAFETENSORS, SINGLE_NAME, write_index
 from lowbit.export.survey import checked
-from lowbit.export.tensorfile import PlannedFile, Spec, read_pieces
+from lowbit.export.tensorfile import PlannedFile, Spec, nbytes_of, read_pieces
 from lowbit.export.writer import carry_along, configured
 from lowbit.models.placement import engine_names
 from lowbit.models.source import Files
 from lowbit.progress import Step, tell
-from lowbit.quant.algos.clip import plain_shrink
+from lowbit.quant.algos.clip import round_plainly
 from lowbit.quant.naming import parent_set
 from lowbit.quant.numerics import divisor_of
-from lowbit.quant.qtensor import QTensor, round_to_nearest
+from lowbit.quant.qtensor import QTensor
 from lowbit.quant.recipe import Recipe
 from lowbit.quant.scheme import Scheme
 
@@ -92,7 +92,7 @@ class FreeJob:
     def output_bytes(self) -> int:
         """Bytes of the weights that the run will write."""
         specs = (spec for file in self.files.values() for spec in file.values())
-        return sum(_nbytes(spec) for spec in specs)
+        return sum(map(nbytes_of, specs))
 
     @cached_property
     def files(self) -> dict[str, dict[str, Spec]]:
@@ -125,10 +125,14 @@ class FreeJob:
         n, k = self.tensors.checkpoint.entries[f"{linear}.weight"].shape
         return n, k
 
+    def fate(self, name: str) -> tuple[str, Scheme | None]:
+        """The tensor `name` as a linear's name, and the scheme in which it is written; None if it stays as it is."""
+        linear = name.removesuffix(".weight")
+        return linear, self.plan.written.get(linear) if linear != name else None
+
     def _specs(self, name: str) -> dict[str, Spec]:
         """The tensors that are written for the tensor `name`."""
-        linear = name.removesuffix(".weight")
-        scheme = self.plan.written.get(linear) if linear != name else None
+        linear, scheme = self.fate(name)
         if scheme is not None:
             n, k = self.shape(linear)
             found = tensors_written(self.format, scheme, n, k, self.scale_dtype)
@@ -139,10 +143,6 @@ class FreeJob:
             entry = self.tensors.checkpoint.entries[name]
             kept = (entry.dtype, entry.shape)
         return {name: kept}
-
-
-def _nbytes(spec: Spec) -> int:
-    return torch.empty(spec[1], dtype=spec[0], device="meta").nbytes
 
 
 def prepare_free(source: Files, recipe: Recipe, device: str) -> FreeJob:
@@ -198,8 +198,7 @@ def _write_heads(job: FreeJob, output: Path) -> None:
     """Write the index, if there are several files, and the configuration under its unfinished name."""
     if len(job.files) > 1:
         weight_map = {key: name for name, tensors in job.files.items() for key in tensors}
-        total = {"total_size": job.output_bytes()}
-        write_json(output / INDEX_NAME, {"metadata": total, "weight_map": weight_map})
+        write_index(output, weight_map, job.output_bytes())
     config = {key: value for key, value in job.source.checkpoint.config.items() if key != "quantization_config"}
     config = configured(job.format, output, config, job.plan.written, engine_names(job.plan.left))
     write_json(SAFETENSORS.head_in(output, finished=False), config)
@@ -223,8 +222,7 @@ class _Writing:
     def look(self, path: Path) -> None:
         """Find the largest magnitudes in a file."""
         for name in self.job.sources[path]:
-            linear = name.removesuffix(".weight")
-            scheme = self.job.plan.written.get(linear) if linear != name else None
+            linear, scheme = self.job.fate(name)
             if scheme is not None and scheme.weights.parent:
                 found = torch.stack([piece.abs().amax() for piece in self._pieces(name)]).amax().float()
                 with self._lock:
@@ -237,8 +235,7 @@ class _Writing:
             with Behind() as behind:  # a piece is hashed and written while the next one is read and rounded
                 put = partial(behind, file.write)
                 for tensor in self.job.sources[path]:
-                    linear = tensor.removesuffix(".weight")
-                    scheme = self.job.plan.written.get(linear) if linear != tensor else None
+                    linear, scheme = self.job.fate(tensor)
                     if scheme is not None:
                         self._quantize(put, linear, scheme)
                     else:
@@ -267,8 +264,7 @@ class _Writing:
         scales, zeros, error, energy = [], [], 0.0, 0.0
         for w in self._pieces(f"{linear}.weight"):
             require_scales(linear, w, scheme, job.scale_dtype)
-            shrink = plain_shrink(w, scheme, job.scale_dtype, divisor)
-            weight = round_to_nearest(w, scheme, job.scale_dtype, shrink, divisor)
+            weight = round_plainly(w, scheme, job.scale_dtype, divisor)
             put(fmt.write(linear, weight)[f"{linear}.{codes}"].cpu())
             scales.append(weight.scales.cpu())
             zeros += [] if weight.zeros is None else [weight.zeros.cpu()]

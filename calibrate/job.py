@@ -5,7 +5,6 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
-import psutil
 import torch
 
 from lowbit.calibrate.mixtures import Mixed
@@ -19,6 +18,7 @@ from lowbit.export.engines.verdicts import Verdicts, verdicts_of
 from lowbit.export.engines.vllm import VLLM
 from lowbit.export.formats import LogicalTensors, bytes_written, describe_schemes, require_fit
 from lowbit.export.plain import read_json
+from lowbit.models.devices import free_bytes
 from lowbit.models.placement import JOINED, stacked_only
 from lowbit.models.rehearsal import reader_of_weights
 from lowbit.models.skeleton import Block, LinearSpec, Skeleton, open_skeleton, tied_weights
@@ -255,8 +255,7 @@ def _require_room(job: Job) -> None:
         return
     weights = sum(spec.n * spec.k for name, spec in job.linears.items() if name in job.plan.schemes)
     needed = BYTES_PER_TUNED_CODE * weights
-    cuda = torch.device(job.device).type == "cuda"
-    free = torch.cuda.mem_get_info(job.device)[0] if cuda else psutil.virtual_memory().available
+    free = free_bytes(job.device)
     if needed > free:
         raise CheckpointError(
             f"tuning codes takes {needed / 1e9:.1f} GB beside the model, and {free / 1e9:.1f} GB of {job.device} are "

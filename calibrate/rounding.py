@@ -14,7 +14,7 @@ from lowbit.calibrate.block import BlockWork
 from lowbit.calibrate.parts import BlockTask, Needs, Rounded, Rounder, setting
 from lowbit.models.states import States, batched
 from lowbit.progress import Part, tell
-from lowbit.quant.algos.clip import group_moments, plain_shrink, search_shrink
+from lowbit.quant.algos.clip import group_moments, plain_shrink, round_plainly, search_shrink
 from lowbit.quant.algos.gptq import DAMPING, gptq
 from lowbit.quant.algos.learned import LearnedWeight
 from lowbit.quant.naming import EXPERT, expert_role
@@ -165,8 +165,7 @@ def _gptq(work: BlockWork, clip: bool, damping: float, name: str) -> tuple[Tenso
     master, scheme, stats = work.masters[name], work.schemes[name], work.stats.get(name)
     divisor = work.divisor(name)
     if stats is None:
-        shrink = plain_shrink(master, scheme, work.scale_dtype, divisor)
-        weight, said = round_to_nearest(master, scheme, work.scale_dtype, shrink, divisor), ""
+        weight, said = round_plainly(master, scheme, work.scale_dtype, divisor), ""
         wanted, _ = in_parts(master, scheme, divisor)
     else:
         result = gptq(master, stats.second_moment(), scheme, work.scale_dtype, clip, damping, divisor)

@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from torch import Tensor
 from transformers import ProcessorMixin
@@ -21,6 +20,7 @@ from lowbit.calibrate.tables import BadRow, Row
 from lowbit.errors import CheckpointError, DatasetError
 from lowbit.export.limits import Exceeded, limited
 from lowbit.export.untrusted import untrusted
+from lowbit.models.devices import free_bytes
 from lowbit.models.imagetext import ImageText
 from lowbit.models.source import PROCESSOR_LIMITS
 
@@ -125,7 +125,7 @@ def samples_of(table: Table, viewer: Viewer, reading: Reading, count: int) -> li
     """
     template = viewer.template(f"{reading.label}, {table.layout.label}", reading)
     found: list[ImageText] = []
-    room = psutil.virtual_memory().available // 2
+    room = free_bytes("cpu") // 2
     samples = usable(table, reading, lambda row: _sample(row, table, viewer, template))
     while len(found) < count and (sample := next(samples, None)) is not None:
         found.append(sample)

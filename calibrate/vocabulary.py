@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from lowbit.errors import CheckpointError
 from lowbit.models.skeleton import Skeleton, tied_weights
 from lowbit.quant import numerics
-from lowbit.quant.algos.clip import group_moments, plain_shrink, search_shrink
+from lowbit.quant.algos.clip import group_moments, round_plainly, search_shrink
 from lowbit.quant.algos.gptq import gptq
 from lowbit.quant.qtensor import QTensor, round_to_nearest
 from lowbit.quant.recipe import Recipe
@@ -100,9 +100,8 @@ def rounded(
         if moment is not None and compensate:
             return gptq(rows, moment, plain, scale_dtype, divisor=divisor).weight
         if moment is None:
-            shrink = plain_shrink(rows, plain, scale_dtype, divisor)
-        else:
-            shrink = search_shrink(rows, plain, scale_dtype, group_moments(moment, plain), divisor)
+            return round_plainly(rows, plain, scale_dtype, divisor)
+        shrink = search_shrink(rows, plain, scale_dtype, group_moments(moment, plain), divisor)
         return round_to_nearest(rows, plain, scale_dtype, shrink, divisor)
 
     parts = [one(rows) for rows in weight.split(ROWS)]

@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from functools import cached_property
 from typing import ClassVar
 
-import psutil
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -21,6 +20,7 @@ from lowbit.engine.loader import stop_tokens_of
 from lowbit.errors import UsageError, nearest
 from lowbit.evaluation.vllm_backend import VllmModel
 from lowbit.models.cached import rounded_cache
+from lowbit.models.devices import free_bytes
 from lowbit.models.products import rounded_inputs
 from lowbit.models.skeleton import Block, Skeleton, fill, open_skeleton
 from lowbit.models.source import Source
@@ -199,11 +199,7 @@ def choose_backend(source: Source, device: str, dtype: torch.dtype, together: in
     parameters = sum(entry.numel for entry in source.checkpoint.entries.values())
     packed = 8 if source.checkpoint.quantization else 1  # an int32 word holds up to eight weights
     need = parameters * packed * dtype.itemsize * together
-    if torch.device(device).type == "cuda":
-        free = torch.cuda.mem_get_info(device)[0]
-    else:
-        free = psutil.virtual_memory().available
-    return "transformers" if need < MEMORY_SHARE * free else "blocks"
+    return "transformers" if need < MEMORY_SHARE * free_bytes(device) else "blocks"
 
 
 def load_dense(source: Source, device: str = "cpu", dtype: torch.dtype = torch.float32) -> PreTrainedModel:

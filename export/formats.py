@@ -13,7 +13,7 @@ from lowbit.export.cache import cache_names, usable
 from lowbit.export.checkpoint import Checkpoint
 from lowbit.export.dialects import readable
 from lowbit.export.format import Format
-from lowbit.export.tensorfile import Spec
+from lowbit.export.tensorfile import Spec, nbytes_of
 from lowbit.quant.naming import joined_set
 from lowbit.quant.qtensor import QTensor
 from lowbit.quant.scheme import Scheme
@@ -53,8 +53,7 @@ def tensors_written(fmt: Format, scheme: Scheme, n: int, k: int, scale_dtype: to
 
 def bytes_written(fmt: Format, scheme: Scheme, n: int, k: int, scale_dtype: torch.dtype) -> int:
     """Bytes of those tensors."""
-    found = tensors_written(fmt, scheme, n, k, scale_dtype).values()
-    return sum(dtype.itemsize * math.prod(shape) for dtype, shape in found)
+    return sum(map(nbytes_of, tensors_written(fmt, scheme, n, k, scale_dtype).values()))
 
 
 def describe_schemes(schemes: Mapping[str, Scheme]) -> str:

@@ -84,6 +84,11 @@ def _tensor_files(directory: Path) -> list[Path]:
     )
 
 
+def write_index(directory: Path, weight_map: Mapping[str, str], nbytes: int) -> None:
+    """Write the index of several files: the file of each tensor, and the bytes of all."""
+    write_json(directory / INDEX_NAME, {"metadata": {"total_size": nbytes}, "weight_map": dict(weight_map)})
+
+
 def _weight_map(directory: Path) -> dict[str, str]:
     weight_map = read_json(directory / INDEX_NAME).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
@@ -156,5 +161,5 @@ class ShardedWriter(Writer):
             path.rename(self.directory / final)
             weight_map |= dict.fromkeys(names, final)
         if count > 1:
-            write_json(self.directory / INDEX_NAME, {"metadata": {"total_size": self._total}, "weight_map": weight_map})
+            write_index(self.directory, weight_map, self._total)
         write_json(SAFETENSORS.head_in(self.directory, finished=False), config)

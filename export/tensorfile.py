@@ -167,6 +167,12 @@ def raw_bytes(tensor: Tensor) -> memoryview:
 Spec = tuple[torch.dtype, tuple[int, ...]]  # dtype and shape of a tensor
 
 
+def nbytes_of(spec: Spec) -> int:
+    """Bytes of such a tensor."""
+    dtype, shape = spec
+    return dtype.itemsize * math.prod(shape)
+
+
 class PlannedFile:
     """Writes one safetensors file whose tensors are known before: the header, then their bytes in the same order."""
 

@@ -1,5 +1,6 @@
 """Device names in the user's notation."""
 
+import psutil
 import torch
 
 from lowbit.errors import DeviceError
@@ -20,3 +21,10 @@ def check_device(device: str) -> str:
     if named.type == "cuda" and (named.index or 0) >= torch.cuda.device_count():
         raise DeviceError(f"device {device!r}: there are {torch.cuda.device_count()} GPUs, counted from cuda:0")
     return device
+
+
+def free_bytes(device: str) -> int:
+    """Free memory of a device: the GPU's, or the host's."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return int(psutil.virtual_memory().available)

@@ -2,6 +2,7 @@
 
 import secrets
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -68,7 +69,7 @@ def merge(message: Delta, delta: Delta) -> None:
             message[name] = message.get(name, "") + value
 
 
-class Answer:
+class Answer(ABC):
     """The frame of an answer, the same for all its chunks."""
 
     kind, prefix = "", ""
@@ -91,13 +92,13 @@ class Answer:
         """The chunks before a choice's first text."""
         return []
 
+    @abstractmethod
     def chunks(self, choice: Choice, deltas: list[Delta], update: Update) -> list[Delta]:
         """The chunks of one update."""
-        raise NotImplementedError
 
+    @abstractmethod
     def finished(self, choice: Choice) -> Delta:
         """A finished choice."""
-        raise NotImplementedError
 
 
 class ChatAnswer(Answer):

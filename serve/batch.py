@@ -33,11 +33,8 @@ class Batch:
 
     def __init__(self, engine: Engine, sequences: int) -> None:
         self.engine, self.decoder, self.context = engine, engine.decoder, engine.options.context
-        self.space, self.slots, self.pace = (
-            Workspace(engine.spaces, RUNNERS),
-            Slots(sequences),
-            Pace(engine.decoder.weights.device.type),
-        )
+        self.space, self.slots = Workspace(engine.spaces, RUNNERS), Slots(sequences)
+        self.pace = Pace(engine.decoder.weights.device.type)
         self.reading: list[Job] = []
         self.writing: list[Job] = []
         self.placed: list[Job] = []

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lowbit.quant import numerics
+from lowbit.quant.qtensor import QTensor, round_to_nearest
 from lowbit.quant.scheme import Scheme
 
 SHRINKS = tuple(1 - step / 40 for step in range(25))  # 1 down to 0.4
@@ -47,6 +48,11 @@ def plain_shrink(w: Tensor, scheme: Scheme, scale_dtype: torch.dtype, divisor: T
     All of each, where scales are of a floating-point type; those of few bits are searched on the error of the weight.
     """
     return 1.0 if scheme.weights.scales is None else search_shrink(w, scheme, scale_dtype, None, divisor)
+
+
+def round_plainly(w: Tensor, scheme: Scheme, scale_dtype: torch.dtype, divisor: Tensor | None = None) -> QTensor:
+    """`w` (n, k) rounded to the nearest codes of those ranges."""
+    return round_to_nearest(w, scheme, scale_dtype, plain_shrink(w, scheme, scale_dtype, divisor), divisor)
 
 
 def group_losses(error: Tensor, moments: Tensor) -> Tensor:

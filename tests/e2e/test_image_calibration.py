@@ -332,7 +332,7 @@ def test_images_that_would_fill_memory_are_refused_with_the_number_that_fits(mod
     """Samples stay in memory: a llava sample here has 0.03 MB."""
     path, source = rows_of(tmp_path), open_source(str(models["llava"]))
     each = max(sample.nbytes for sample in read(source, path, 4).seen)
-    monkeypatch.setattr("lowbit.calibrate.seeing.psutil.virtual_memory", lambda: SimpleNamespace(available=6 * each))
+    monkeypatch.setattr("lowbit.models.devices.psutil.virtual_memory", lambda: SimpleNamespace(available=6 * each))
     assert len(read(source, path, 3).seen) == 3
     with pytest.raises(
         DatasetError, match=r"the images of 4 of 4 samples take .* GB .* pass --num-samples 3, or smaller"

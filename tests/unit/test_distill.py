@@ -101,7 +101,7 @@ def test_the_divergence_falls(tmp_path, family):
 
 def test_codes_that_memory_cannot_hold_are_refused(tmp_path, monkeypatch):
     source = open_source(str(save_family("llama", tmp_path / "source")))
-    monkeypatch.setattr("lowbit.calibrate.job.psutil.virtual_memory", lambda: SimpleNamespace(available=10_000))
+    monkeypatch.setattr("lowbit.models.devices.psutil.virtual_memory", lambda: SimpleNamespace(available=10_000))
     with pytest.raises(CheckpointError, match="--no-distill-codes"):
         prepare(source, complete_recipe({"method": "best", "group_size": 32}), "cpu")
     prepare(source, complete_recipe({"method": "best", "group_size": 32, "distill_codes": False}), "cpu")
