@@ -76,8 +76,9 @@ class RecordingWriter:
         require_scales(meant.name, w, meant.scheme, job.scale_dtype)
         weight = rounded(w, meant.scheme, job.scale_dtype, seen, compensate=job.recipe.rounder != "rtn")
         row = row_of(weight, w, seen)
-        self._writer.add_weight(meant.name, weight.to("cpu"))
-        self._meant[meant.name] = _digest_of(weight.to("cpu"))
+        weight = weight.to("cpu")
+        self._writer.add_weight(meant.name, weight)
+        self._meant[meant.name] = _digest_of(weight)
         return row
 
     def _source(self, name: str) -> Tensor:

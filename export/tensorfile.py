@@ -179,12 +179,12 @@ class PlannedFile:
     def __init__(self, path: Path, tensors: Mapping[str, Spec]) -> None:
         self.path, self._left = path, 0
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        for name, (dtype, shape) in tensors.items():
-            begin, self._left = self._left, self._left + math.prod(shape) * dtype.itemsize
-            offsets = [begin, self._left]
-            header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": offsets}
+        for name, spec in tensors.items():
+            begin, self._left = self._left, self._left + nbytes_of(spec)
+            header[name] = _header_entry(spec, begin)
         self._file, self._digest = create(path), hashlib.sha256()
-        self._put(_header_bytes(header))
+        raw = _header_bytes(header)
+        self._put(len(raw).to_bytes(LENGTH_BYTES, "little") + raw)
 
     def write(self, tensor: Tensor) -> None:
         """Append the bytes of a tensor on the CPU, or of some of its rows."""
@@ -209,11 +209,16 @@ class PlannedFile:
         self._file.close()
 
 
+def _header_entry(spec: Spec, begin: int) -> dict[str, Any]:
+    """A header's entry for a tensor whose bytes begin at `begin` of the data."""
+    dtype, shape = spec
+    return {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [begin, begin + nbytes_of(spec)]}
+
+
 def _header_bytes(header: dict[str, Any]) -> bytes:
-    """Length and JSON of a header, padded to a multiple of 8 bytes."""
+    """JSON of a header, padded with blanks to a multiple of 8 bytes."""
     raw = json.dumps(header, separators=(",", ":")).encode()
-    raw += b" " * (-len(raw) % 8)
-    return len(raw).to_bytes(8, "little") + raw
+    return raw + b" " * (-len(raw) % 8)
 
 
 class TensorFileWriter:
@@ -235,12 +240,8 @@ class TensorFileWriter:
         """Append `tensor` under a new name."""
         assert name not in self._header, name
         raw = tensor.detach().cpu().contiguous()
-        begin, self.nbytes = self.nbytes, self.nbytes + raw.numel() * raw.element_size()
-        self._header[name] = {
-            "dtype": DTYPE_NAMES[raw.dtype],
-            "shape": list(raw.shape),
-            "data_offsets": [begin, self.nbytes],
-        }
+        self._header[name] = _header_entry((raw.dtype, tuple(raw.shape)), self.nbytes)
+        self.nbytes += raw.nbytes
         if not self._begun and self.nbytes > HELD_BYTES:
             self._begin(HEADER_ROOM)
         if self._begun:
@@ -253,13 +254,13 @@ class TensorFileWriter:
 
     def close(self) -> None:
         """Complete the file with its header, durably."""
-        header = json.dumps(self._header, separators=(",", ":")).encode()
+        header = _header_bytes(self._header)
         if not self._begun:
-            self._begin(len(header) + -len(header) % 8)
+            self._begin(len(header))
         if len(header) > self._room:
-            self._make_room(len(header) + -len(header) % 8)
+            self._make_room(len(header))
         self._file.seek(0)
-        self._file.write(self._room.to_bytes(8, "little") + header.ljust(self._room))
+        self._file.write(self._room.to_bytes(LENGTH_BYTES, "little") + header.ljust(self._room))
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
