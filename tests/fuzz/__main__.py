@@ -2,7 +2,8 @@
 
 Findings (what is raised besides our error, more than 10 seconds, more than 1 GiB) go to --findings, a directory each,
 with the files and what happened; they become seeds once mended. Inputs are chosen by chance, or with --guided by the
-code that they reach, which needs the package `atheris` (`pip install "lowbit[fuzz]"`).
+code that they reach, which needs the package `atheris` (`pip install "lowbit[fuzz]"`). --corpus keeps the inputs that
+reached new code, and a later run goes on from them.
 """
 
 import argparse
@@ -37,13 +38,16 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=1)
     parser.add_argument("--findings", type=Path, default=Path(tempfile.gettempdir()) / "lowbit-findings")
     parser.add_argument("--guided", action="store_true", help="by coverage; one target")
+    parser.add_argument("--corpus", type=Path, help="of --guided: read and kept in this directory")
     options = parser.parse_args()
     names = list(TARGETS) if options.target == "all" else [options.target]
     for name in names:
         with tempfile.TemporaryDirectory() as work:
             watch = Watch(name, Path(work), options.findings)
-            search = guided if options.guided else fuzz
-            search(name, Path(work), watch, time.monotonic() + 60 * options.minutes)
+            end = time.monotonic() + 60 * options.minutes
+            if options.guided:
+                guided(name, Path(work), watch, end, options.corpus or Path(work) / "corpus")
+            fuzz(name, Path(work), watch, end)
             print(watch.summary(), flush=True)
     sys.exit(0)
 
@@ -72,8 +76,11 @@ def fuzz(name: str, work: Path, watch: Watch, end: float) -> None:
             return
 
 
-def guided(name: str, work: Path, watch: Watch, end: float) -> None:
-    """Inputs until `end` that libFuzzer mutates towards branches of ours not seen before. Ends the process."""
+def guided(name: str, work: Path, watch: Watch, end: float, corpus: Path) -> None:
+    """Inputs until `end` that libFuzzer mutates towards branches of ours not seen before. Ends the process.
+
+    corpus  where libFuzzer reads its first inputs, and writes each that reached new code
+    """
     atheris = importlib.import_module("atheris")
 
     @settings(deadline=None, database=None, suppress_health_check=list(HealthCheck))
@@ -89,8 +96,7 @@ def guided(name: str, work: Path, watch: Watch, end: float) -> None:
 
     for module in [module for name, module in sys.modules.items() if name.startswith("lowbit.")]:
         instrument(module, atheris.instrument_func)
-    corpus = work / "corpus"
-    corpus.mkdir()
+    corpus.mkdir(parents=True, exist_ok=True)
     for length in LENGTHS:
         (corpus / str(length)).write_bytes(random.randbytes(length))
     flags = ("-rss_limit_mb=0", "-timeout=0", "-len_control=0", f"-max_len={max(LENGTHS)}")
