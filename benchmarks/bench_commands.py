@@ -2,7 +2,8 @@
 
     python -m benchmarks.bench_commands [--commit HASH] [--output benchmarks/results/commands.jsonl]
 
-Each is a separate process, with its surface in the cache; one row each: the median and the fastest.
+Each is a separate process, with its surface in the cache; one row each: the median, the fastest and the
+slowest of ten.
 """
 
 import os
@@ -30,14 +31,16 @@ COMPLETION = {"_LOWBIT_COMPLETE": "bash_complete", "COMP_WORDS": "lowbit quantiz
 
 def main() -> None:
     args = arguments(__doc__, Path("benchmarks/results/commands.jsonl"))
+    load = round(os.getloadavg()[0], 1)  # of a minute, before our own
     rows = []
     for what, words in ASKED.items():
         seconds_of(words)  # the first keeps the surface
-        found = [seconds_of(words) for _ in range(5)]
-        rows.append({"command": what, "median_s": round(statistics.median(found), 3), "least_s": round(min(found), 3)})
+        found = [round(seconds_of(words), 3) for _ in range(10)]
+        median = round(statistics.median(found), 3)
+        rows.append({"command": what, "median_s": median, "least_s": min(found), "most_s": max(found)})
         print(rows[-1])
     machine = {"gpu": None, "cpu": cpu_name(), "cores": os.cpu_count(), "python": platform.python_version()}
-    about = machine | {"commit": args.commit, "date": datetime.now(UTC).strftime("%Y-%m-%d")}
+    about = machine | {"load": load, "commit": args.commit, "date": datetime.now(UTC).strftime("%Y-%m-%d")}
     write_rows(args.output, [row | about for row in rows])
 
 

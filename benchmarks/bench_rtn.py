@@ -1,10 +1,11 @@
 """Seconds per gigabyte of `lowbit.quantize(method="rtn")` by stage: the cost of everything but calibration.
 
-    python -m benchmarks.bench_rtn [--shape 7B] [--layers 2] [--repeats 3] [--commit HASH] [--output FILE]
+    python -m benchmarks.bench_rtn [--shape 7B] [--layers 2] [--repeats 3] [--devices cpu cuda] [--commit HASH]
+                                   [--output FILE]
 
 A model of the shape of Llama-3.2-1B or Llama-2-7B with random bfloat16 weights, warm in the page cache; its loss is not
-measured. One row: the run of the median wall time, with the wall time of each stage. The work is on a GPU, if there is
-one.
+measured. One row for each device: the run of the median wall time, with the wall time of each stage, and the wall
+times of all. Rows are added to the file.
 """
 
 import argparse
@@ -49,29 +50,33 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         source = make_model(Path(folder) / "model", args.shape, args.layers)
         nbytes = sum(path.stat().st_size for path in source.glob("*.safetensors"))
-        runs = sorted((run(source, Path(folder) / "out") for _ in range(args.repeats)), key=lambda row: row["seconds"])
-    row = {
-        "method": "rtn",
-        "shape": args.shape,
-        "layers": args.layers or "all",
-        "source_gb": round(nbytes / 1e9, 3),
-    } | runs[len(runs) // 2]
-    row["seconds_per_gb"] = round(row["seconds"] / row["source_gb"], 2)
-    row |= {
-        "gpu": torch.cuda.get_device_name() if GPU else None,
+        model = {"shape": args.shape, "layers": args.layers or "all", "source_gb": round(nbytes / 1e9, 3)}
+        for device in args.devices:
+            load = round(os.getloadavg()[0], 1)  # of a minute, before our own
+            runs = [run(source, Path(folder) / "out", device) for _ in range(args.repeats)]
+            row = {"method": "rtn"} | model | median(runs) | about(device) | {"load": load, "commit": args.commit}
+            print(json.dumps(row))
+            if args.output:
+                with args.output.open("a") as file:
+                    file.write(json.dumps(row) + "\n")
+
+
+def median(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """The run of the median wall time, with those of all runs."""
+    chosen = sorted(runs, key=lambda row: row["seconds"])[len(runs) // 2]
+    return chosen | {"seconds_all": [row["seconds"] for row in runs]}
+
+
+def about(device: str) -> dict[str, Any]:
+    """The machine."""
+    return {
+        "gpu": torch.cuda.get_device_name() if device == "cuda" else None,
         "cpu": cpu_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-    }
-    row |= {
-        "load": round(os.getloadavg()[1], 1),
         "torch": torch.__version__,
-        "commit": args.commit,
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
     }
-    print(json.dumps(row))
-    if args.output:
-        args.output.write_text(json.dumps(row) + "\n")
 
 
 def parse() -> argparse.Namespace:
@@ -79,6 +84,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--shape", choices=SHAPES, default="1B")
     parser.add_argument("--layers", type=int, help="less than the shape has")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--devices", nargs="+", default=["cuda" if GPU else "cpu"])
     parser.add_argument("--commit", default="unknown")
     parser.add_argument("--output", type=Path)
     return parser.parse_args()
@@ -94,7 +100,7 @@ def make_model(directory: Path, shape: str, layers: int | None) -> Path:
     return directory
 
 
-def run(source: Path, output: Path) -> dict[str, Any]:
+def run(source: Path, output: Path, device: str) -> dict[str, Any]:
     """Wall and CPU time of a run, and wall time of each stage."""
     stages: dict[str, float] = {}
     now, last = "opening", time.monotonic()
@@ -107,7 +113,7 @@ def run(source: Path, output: Path) -> dict[str, Any]:
             now, last = title, time.monotonic()
 
     begun, cpu = time.monotonic(), time.process_time()
-    lowbit.quantize(source, output, method="rtn", eval_windows=0, overwrite=True, progress=watch)
+    lowbit.quantize(source, output, method="rtn", device=device, eval_windows=0, overwrite=True, progress=watch)
     stages[now] = stages.get(now, 0.0) + time.monotonic() - last
     row = {"seconds": round(time.monotonic() - begun, 2), "cpu_seconds": round(time.process_time() - cpu, 2)}
     return row | {"stages": {title: round(seconds, 2) for title, seconds in stages.items()}}

@@ -432,6 +432,30 @@ def readers() -> str:
     return table(head, lines) + "\n" + "".join(said)
 
 
+SECONDS = ("median_s", "least_s", "most_s")
+
+
+def commands() -> str:
+    """Response times of commands that need no model, in milliseconds."""
+    lines = [
+        [f"`{name}`" if name.startswith("lowbit") else name, *(fixed(1000 * row[key], 0) for key in SECONDS)]
+        for row in rows("commands")
+        if (name := row["command"])
+    ]
+    return table("command | median, ms | fastest | slowest of ten", lines)
+
+
+def rounding() -> str:
+    """Seconds of `--method rtn` on a model of the shape of Llama-2-7B."""
+    lines = []
+    for row in matching("rtn", shape="7B", layers="all"):
+        took = row.get("seconds_all", [row["seconds"]])
+        spread = f"{fixed(min(took), 1)} to {fixed(max(took), 1)}" if len(took) > 1 else ""
+        cells = [row["gpu"] or "CPU", str(row["cores"]), row["commit"], fixed(row["seconds"], 1), spread]
+        lines.append([*cells, fixed(row["cpu_seconds"], 0)])
+    return table("device | cores | at | seconds, median | of three runs | processor time", lines)
+
+
 NEWER = "ae53bf3"  # the commit of ENGINE's rows of an H200
 H200_SHAPES = (
     ("Llama-2-7B, W4", "llama2-7b", "w4", "float16", "same"),
@@ -592,6 +616,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "gptq_block": gptq_block,
     "engines": engines,
     "schemes": schemes,
+    "commands": commands,
+    "rounding": rounding,
 }
 
 
