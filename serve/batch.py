@@ -14,11 +14,13 @@ from lowbit.engine.passes import Reader
 from lowbit.engine.prefill import read_chunk
 from lowbit.engine.runner import Runner, Written
 from lowbit.engine.sampler import Chosen, Features, Sampler, features_of
+from lowbit.engine.sampling import Sampling
 from lowbit.engine.workspace import Workspace
 from lowbit.errors import EngineError
 from lowbit.serve.job import Job, Update
 from lowbit.serve.pace import Pace
 from lowbit.serve.slots import Slots
+from lowbit.serve.warm import Graph, expected
 
 RUNNERS = 64  # captured graphs: numbers of rows, times lengths, times the features of sampling
 
@@ -29,9 +31,10 @@ class Batch:
     reading  jobs whose prompts are read, in order; the first one is read, chunk by chunk
     writing  jobs that get one token a step
     placed   those that wrote when the runner's rows were last set, in their order; `stale` once others write
+    cold     graphs that requests are expected to need, and that are not captured yet: see warm.py
     """
 
-    def __init__(self, engine: Engine, sequences: int) -> None:
+    def __init__(self, engine: Engine, sequences: int, usual: Sequence[Sampling] = ()) -> None:
         self.engine, self.decoder, self.context = engine, engine.decoder, engine.options.context
         self.space, self.slots = Workspace(engine.spaces, RUNNERS), Slots(sequences)
         self.pace = Pace(engine.decoder.weights.device.type)
@@ -41,12 +44,17 @@ class Batch:
         self.stale = False
         self.runner: Runner | None = None
         self.launched: deque[Written] = deque()
-        self.reader()
+        self.cold = expected(self.reader(), usual)
 
     @property
     def jobs(self) -> list[Job]:
         """All jobs with a slot."""
         return [*self.reading, *self.writing]
+
+    @property
+    def has_work(self) -> bool:
+        """True if a turn has something to do."""
+        return bool(self.reading or self.writing or self.stale or self.cold)
 
     def reader(self) -> Reader:
         """The reader of the cache, which is allocated once with all its positions."""
@@ -74,14 +82,37 @@ class Batch:
         self.launched.clear()
         self.space.clear()
         self.slots = Slots(len(self.slots.all))
+        self.cold.clear()
 
     def turn(self) -> None:
-        """Read at most one chunk of a prompt, then write one token of each writing job."""
+        """Read at most one chunk of a prompt, then write one token of each writing job. Without a job, capture one
+        graph."""
         with self.engine.lock, torch.inference_mode():
             if self.reading:
                 self.try_read(self.reading[0])
             if self.writing or self.stale:
                 self.step()
+            elif not self.reading and self.cold:
+                self.warm(self.cold.popleft())
+
+    def warm(self, graph: Graph) -> None:
+        """Capture a graph. It runs in the slot that holds the fewest tokens, which forgets them."""
+        slot = min(self.slots.all, key=lambda slot: len(slot.tokens))
+        slot.clear()
+        try:
+            if graph.sampling is None:
+                for _ in range(2):  # the first run of a length is captured by the second: see passes.py
+                    for _ in self.reader().read(slot.sequence, [0] * graph.length):
+                        pass
+                return
+            rows, constraints = graph.rows, self.engine.request(0, [0], graph.sampling).constraints
+            runner = self.space.runner(rows, len(self.slots.all), graph.length, features_of([constraints]))
+            assert runner.sampler is not None
+            runner.sampler.start([constraints] * rows)
+            runner.place([0] * rows, [0] * rows, [runner.cache.start(slot.sequence)] * rows)
+            runner.advance()
+        except torch.OutOfMemoryError:  # memory is for requests
+            self.cold.clear()
 
     def try_read(self, job: Job) -> None:
         """Read one chunk of a job's prompt. If it does not fit in memory, that job alone ends with the error."""

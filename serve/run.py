@@ -54,7 +54,8 @@ def serve(engine: Engine, options: Options, ready: Callable[[str], None]) -> Non
     """Serve until a signal ends it. `ready` is called with one line once clients can connect."""
     require_guard(options.host, options.keys)
     listening = listen(options.host, options.port)
-    with Session(engine, options.sequences or fitting(engine), options.waiting) as session:
+    usual = tuple(dict.fromkeys((options.defaults, Sampling())))
+    with Session(engine, options.sequences or fitting(engine), options.waiting, usual) as session:
         for _ in session.stream([0], Sampling(max_new_tokens=WARM_UP)):
             pass
         listening.listen(CONNECTIONS)

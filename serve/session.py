@@ -33,11 +33,14 @@ class Session:
 
     sequences  requests served at a time; the cache has memory for all positions of each
     waiting    most requests in the queue
+    usual      samplings of most requests: their graphs are captured while there is no work
     """
 
-    def __init__(self, engine: Engine, sequences: int = SEQUENCES, waiting: int = WAITING) -> None:
+    def __init__(
+        self, engine: Engine, sequences: int = SEQUENCES, waiting: int = WAITING, usual: Sequence[Sampling] = ()
+    ) -> None:
         self.engine, self.most = engine, waiting
-        self.batch = Batch(engine, sequences)
+        self.batch = Batch(engine, sequences, usual)
         self.queue: list[Job] = []
         self.changed = threading.Condition()
         self.closed = False
@@ -131,7 +134,7 @@ class Session:
     def wait(self) -> bool:
         """Wait for work. False once the session is closed."""
         with self.changed:
-            self.changed.wait_for(lambda: self.closed or self.queue or self.batch.jobs or self.batch.stale)
+            self.changed.wait_for(lambda: self.closed or self.queue or self.batch.has_work)
             return not self.closed
 
     def sort_out(self) -> None:

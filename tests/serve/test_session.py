@@ -4,6 +4,7 @@ import queue
 import random
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ import torch
 from lowbit.engine.sampling import Sampling
 from lowbit.errors import EngineError
 from lowbit.serve.session import Busy, Failed, Session
+from lowbit.serve.warm import Graph, expected
 from tests.engine.make import tiny
 
 SETTINGS = (
@@ -216,3 +218,28 @@ def test_a_sequence_that_passes_the_ropes_turn_is_read_again(tmp_path):
         for text in (prompt, prompt, list(range(3, 43))):
             [job] = ask(session, model.requests([text], sampling))
             assert list(job.request.tokens) == list(model.generate([text], sampling)[0].tokens)
+
+
+def test_expected_graphs_are_captured_while_there_is_no_work(model):
+    with Session(model, sequences=2) as session:
+        first = list(session.stream([5] * 20, SETTINGS[0]))
+        with session.changed:
+            session.batch.cold.extend((Graph(128, 2, SETTINGS[1]), Graph(16), Graph(128, 1, Sampling())))
+            session.changed.notify()
+        deadline = time.monotonic() + 10
+        while session.batch.cold and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert not session.batch.cold
+        [job] = ask(session, model.requests([[5] * 20], SETTINGS[0]))
+        assert job.request.completion().text == "".join(piece.text for piece in first)
+
+
+def test_graphs_are_expected_for_every_number_of_rows_and_both_reaches():
+    reader = SimpleNamespace(cache=SimpleNamespace(batch=3, context=4096), lengths=(8, 1024, 8192))
+    found = expected(reader, (Sampling(),))
+    assert [graph.length for graph in found if graph.sampling is None] == [8, 1024]
+    assert {(graph.rows, graph.length) for graph in found if graph.sampling} == {
+        (rows, length) for rows in (1, 2, 4) for length in (1024, 4096)
+    }
+    assert [graph.rows for graph in list(found)[:2]] == [1, 1]
+    assert not expected(SimpleNamespace(cache=reader.cache, lengths=()), (Sampling(),))

@@ -1,0 +1,31 @@
+"""Graphs that are captured in turns without work, before a request needs them: no stream goes on during a capture."""
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from lowbit.engine.passes import Reader
+from lowbit.engine.sampling import Sampling
+from lowbit.quant.kernels.decode_attention import SHORT
+
+
+@dataclass(frozen=True)
+class Graph:
+    """A decode step of `rows` rows within `length` positions; without `sampling`, a prompt of `length` tokens."""
+
+    length: int
+    rows: int = 1
+    sampling: Sampling | None = None
+
+
+def expected(reader: Reader, usual: Sequence[Sampling]) -> deque[Graph]:
+    """The graphs that requests with the `usual` samplings need, the most likely ones first; none on a CPU."""
+    cache = reader.cache
+    if not reader.lengths or not usual:
+        return deque()
+    counts = sorted({1 << (rows - 1).bit_length() for rows in range(1, cache.batch + 1)})
+    reaches = sorted({min(SHORT, cache.context), cache.context})
+    steps = [Graph(reach, rows, sampling) for rows in counts for reach in reaches for sampling in usual]
+    alone = len(reaches) * len(usual)
+    passes = [Graph(length) for length in reader.lengths if length <= cache.context]
+    return deque([*steps[:alone], *passes, *steps[alone:]])
