@@ -1,13 +1,16 @@
 """A server of the demo model under load: `python -m benchmarks.load_serve --minutes 30 --clients 16`.
 
-The clients ask for texts, whole and as streams, go away in the middle, read slowly, and send bodies that cannot be
-served. Every whole text is compared with that of the engine alone. Prints counts, and the server's memory after a fifth
-of the time and at the end. Exit status 1 if a text differs, a request that should be served fails, or memory grew.
+The clients ask for texts, whole and as streams, and for one of several texts by a grammar, go away in the middle, read
+slowly, and send bodies that cannot be served. Every whole text is compared with that of the engine alone, and so is its
+number of tokens. Half way the server is killed, and another one takes its address. Prints counts, and the memory of
+both servers after a fifth of their time and at its end. Exit status 1 if a text differs, a request that should be
+served fails, memory grew by more than GROWTH, or the killed server left a process behind.
 """
 
 import argparse
 import asyncio
 import json
+import os
 import random
 import re
 import subprocess
@@ -16,6 +19,8 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
 
 import psutil
 
@@ -49,13 +54,57 @@ BAD = (
 GROWTH = 0.02  # of the server's memory
 
 
+CHOICES = ("yes", "no", "maybe so", "\u00e4hm")
+Expected = dict[tuple[int, int], tuple[str, int]]
+
+
+class Server:
+    """A server in a process of its own. Another one can follow it at the same port."""
+
+    def __init__(self) -> None:
+        self.port, self.lives = 0, 0
+        self.process = self.start()
+
+    def start(self) -> subprocess.Popen[str]:
+        """A new process, which is ready."""
+        arguments = ["serve", "demo", "--port", str(self.port), "--context", "1024", "--queue", "32", "--quiet"]
+        command = [sys.executable, "-c", "from lowbit.commands.lowbit import main; main()", *arguments]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        found = re.search(r":(\d+) serves", line)
+        if found is None:
+            raise RuntimeError(f"no server came up: {line!r}")
+        self.port = int(found[1])
+        self.lives += 1
+        return process
+
+    def replace(self) -> list[psutil.Process]:
+        """Kill the process and start another one. Children of the killed one that still live."""
+        children = psutil.Process(self.process.pid).children(recursive=True)
+        self.process.kill()
+        self.process.wait(20)
+        left = [child for child in children if child.is_running()]
+        self.process = self.start()
+        return left
+
+    def nbytes(self) -> int:
+        """Resident memory."""
+        return psutil.Process(self.process.pid).memory_info().rss
+
+    def end(self) -> None:
+        """End the process as a service manager does."""
+        self.process.terminate()
+        self.process.wait(20)
+
+
 @dataclass
 class Load:
-    """One run. `expected` has the text of each (prompt, settings) alone."""
+    """One run. `expected` has the text of each (prompt, settings) alone, and its number of tokens."""
 
-    port: int
+    server: Server
     seed: int
-    expected: dict[tuple[int, int], str]
+    expected: Expected
     counts: Counter[str] = field(default_factory=Counter)
     wrong: list[str] = field(default_factory=list)
 
@@ -64,55 +113,90 @@ class Load:
 
     async def client(self, until: float) -> None:
         """Requests one after another, drawn at random."""
-        acts = [self.text] * 6 + [self.leave] * 2 + [self.bad, self.slow]
+        acts = [self.text] * 6 + [self.leave] * 2 + [self.bad, self.slow, self.choice]
         while time.monotonic() < until:
-            await self.random.choice(acts)()
+            life = self.server.lives
+            try:
+                await self.random.choice(acts)()
+            except (ConnectionError, IndexError, asyncio.IncompleteReadError) as error:
+                await self.cut(life, repr(error))
+
+    async def cut(self, life: int, text: str) -> None:
+        """Count an answer that broke off. It is wrong unless the server was killed meanwhile."""
+        await asyncio.sleep(1)
+        if life == self.server.lives and self.server.process.poll() is None:
+            self.wrong.append(f"an answer broke off: {text}")
+        self.counts["cut"] += 1
 
     def draw(self) -> tuple[tuple[int, int], dict]:
         """A prompt with settings, and the body that asks for its text."""
         at = self.random.randrange(len(TEXTS)), self.random.randrange(len(SETTINGS))
-        body = {"model": "demo", "prompt": TEXTS[at[0]], "max_tokens": TOKENS, "stream": self.random.random() < 0.7}
-        return at, body | SETTINGS[at[1]]
+        body = {"model": "demo", "prompt": TEXTS[at[0]], "max_tokens": TOKENS} | SETTINGS[at[1]]
+        if self.random.random() < 0.7:
+            body |= {"stream": True, "stream_options": {"include_usage": True}}
+        return at, body
 
-    async def text(self, pause: float = 0.0) -> None:
-        """A text, compared with the engine's."""
-        at, body = self.draw()
-        status, got = 0, ""
-        async for found, data in answers(self.port, json.dumps(body).encode()):
+    async def asked(self, body: dict, pause: float = 0.0) -> tuple[int, str, int] | None:
+        """Status, text and number of tokens of an answer. None if it broke off, or if the queue was full."""
+        status, text, written, life, reason = 0, "", -1, self.server.lives, None
+        async for found, data in answers(self.server.port, json.dumps(body).encode()):
             status = found
-            if data.get("choices"):
-                got += data["choices"][0]["text"]
+            for choice in data.get("choices", ()):
+                text += choice["text"]
+                reason = choice["finish_reason"] or reason
+            written = (data.get("usage") or {}).get("completion_tokens", written)
             await asyncio.sleep(pause)
         self.counts[f"status {status}"] += 1
         if status == 429:
             await asyncio.sleep(0.5)
-        elif status != 200 or got != self.expected[at]:
-            self.wrong.append(f"{status} {body}: {got!r}, alone {self.expected[at]!r}")
+            return None
+        if status == 0 or (status == 200 and (reason is None or written < 0)):
+            await self.cut(life, text)
+            return None
+        return status, text, written
+
+    async def text(self, pause: float = 0.0) -> None:
+        """A text, compared with the engine's."""
+        at, body = self.draw()
+        got = await self.asked(body, pause)
+        if got is not None and got != (200, *self.expected[at]):
+            self.wrong.append(f"{body}: {got}, alone {self.expected[at]}")
 
     async def slow(self) -> None:
         """A text read slowly."""
         self.counts["slow"] += 1
         await self.text(pause=0.2)
 
+    async def choice(self) -> None:
+        """One of several texts, by a grammar."""
+        self.counts["choice"] += 1
+        body = self.draw()[1] | {"structured_outputs": {"choice": CHOICES}}
+        got = await self.asked(body)
+        if got is not None and (got[0] != 200 or got[1] not in CHOICES):
+            self.wrong.append(f"{body}: {got}")
+
     async def leave(self) -> None:
         """A request whose client goes away after a while."""
         _, body = self.draw()
         self.counts["left"] += 1
-        reading = asyncio.ensure_future(drain(self.port, json.dumps(body | {"n": 2}).encode()))
+        reading = asyncio.ensure_future(drain(self.server.port, json.dumps(body | {"n": 2}).encode()))
         await asyncio.wait({reading}, timeout=self.random.random() * 2)
         reading.cancel()
+        await asyncio.gather(reading, return_exceptions=True)
 
     async def bad(self) -> None:
         """A request that cannot be served."""
         body, wanted = self.random.choice(BAD)
         self.counts["bad"] += 1
-        status = 0
+        status, life = 0, self.server.lives
         try:
-            async for found, _ in answers(self.port, body):
+            async for found, _ in answers(self.server.port, body):
                 status = found
         except ConnectionError:  # the server closed before it read all of a large body
             status = wanted if wanted == 413 else 0
-        if status != wanted:
+        if status == 0:
+            await self.cut(life, f"{body[:60]!r}")
+        elif status != wanted:
             self.wrong.append(f"{status} for {body[:60]!r}, {wanted} was due")
 
 
@@ -138,44 +222,60 @@ async def drain(port: int, body: bytes) -> None:
         pass
 
 
-async def run(load: Load, clients: int, seconds: float, server: psutil.Process) -> tuple[int, int]:
-    """Bytes of the server after a fifth of the time and at the end."""
-    until = time.monotonic() + seconds
+async def run(load: Load, clients: int, seconds: float) -> list[tuple[int, int]]:
+    """Bytes of each server after a fifth of its time, and at its end."""
+    until, found = time.monotonic() + seconds, []
     tasks = [asyncio.ensure_future(load.client(until)) for _ in range(clients)]
-    await asyncio.sleep(seconds / 5)
-    early = server.memory_info().rss
+    for last in (False, True):
+        end = until if last else time.monotonic() + seconds / 2
+        await asyncio.sleep((end - time.monotonic()) / 5)
+        early = load.server.nbytes()
+        await asyncio.sleep(end - time.monotonic())
+        found.append((early, load.server.nbytes()))
+        if not last:
+            left = await asyncio.to_thread(load.server.replace)
+            load.wrong += [f"the killed server left {process}" for process in left]
     await asyncio.gather(*tasks)
-    return early, server.memory_info().rss
+    return found
+
+
+def texts_alone() -> Expected:
+    """Each text and its number of tokens, by the engine without a server."""
+    model, found = engine.load("demo", "cpu", context=1024), {}
+    for p, text in enumerate(TEXTS):
+        for s, settings in enumerate(SETTINGS):
+            [done] = model.generate([text], Sampling(max_new_tokens=TOKENS), **settings)
+            found[p, s] = done.text, len(done.tokens)
+    return found
 
 
 def main() -> None:
-    """One run over a server of its own."""
+    """One run over servers of its own."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--minutes", type=float, default=30.0)
     parser.add_argument("--clients", type=int, default=16)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--commit", default="unknown")
+    parser.add_argument("--output", type=Path, help="append a row to this file")
     options = parser.parse_args()
-    command = "from lowbit.commands.lowbit import main; main()"
-    arguments = ["serve", "demo", "--port", "0", "--context", "1024", "--queue", "32", "--quiet"]
-    server = subprocess.Popen([sys.executable, "-c", command, *arguments], stdout=subprocess.PIPE, text=True)
+    expected, server = texts_alone(), Server()
     try:
-        assert server.stdout is not None
-        port = int(re.search(r":(\d+) serves", server.stdout.readline())[1])
-        model = engine.load("demo", "cpu", context=1024)
-        expected = {
-            (p, s): model.generate([text], Sampling(max_new_tokens=TOKENS), **settings)[0].text
-            for p, text in enumerate(TEXTS)
-            for s, settings in enumerate(SETTINGS)
-        }
-        load = Load(port, options.seed, expected)
-        early, late = asyncio.run(run(load, options.clients, 60 * options.minutes, psutil.Process(server.pid)))
+        load = Load(server, options.seed, expected)
+        memory = asyncio.run(run(load, options.clients, 60 * options.minutes))
     finally:
-        server.terminate()
-        server.wait(20)
+        server.end()
     for line in load.wrong[:10]:
         print(line)
-    print(f"{dict(load.counts)}; {len(load.wrong)} wrong; memory {early >> 20} to {late >> 20} MiB")
-    raise SystemExit(1 if load.wrong or late > early * (1 + GROWTH) else 0)
+    mib = [[early >> 20, late >> 20] for early, late in memory]
+    row = {"case": "load", "clients": options.clients, "minutes": options.minutes, "counts": dict(load.counts)}
+    row |= {"wrong": len(load.wrong), "memory_mib": mib, "machine": f"{os.cpu_count()} CPU cores"}
+    row |= {"load_average": os.getloadavg()[2], "commit": options.commit, "date": f"{datetime.now(UTC):%Y-%m-%d}"}
+    print(json.dumps(row))
+    if options.output is not None:
+        with options.output.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+    grew = any(late > early * (1 + GROWTH) for early, late in memory)
+    raise SystemExit(1 if load.wrong or grew else 0)
 
 
 if __name__ == "__main__":
