@@ -135,9 +135,10 @@ class Engine:
         tokens = self.encode(prompt) if isinstance(prompt, str) else list(prompt)
         self.check_prompt(tokens, room=1)
         vocabulary = self.decoder.architecture.vocabulary
-        for token in sampling.stop_tokens:
-            if not 0 <= token < vocabulary:
-                raise EngineError(f"stop token {token} is none of the model's {vocabulary}")
+        for kind, tokens_given in (("stop", sampling.stop_tokens), ("biased", [token for token, _ in sampling.bias])):
+            wrong = next((token for token in tokens_given if not 0 <= token < vocabulary), None)
+            if wrong is not None:
+                raise EngineError(f"{kind} token {wrong} is none of the model's {vocabulary}")
         if sampling.stop:
             self.require_tokenizer()
         room, short = self.options.context - len(tokens), self.decoder.short

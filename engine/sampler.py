@@ -82,7 +82,7 @@ class Sampler:
             self.repetition, self.presence, self.frequency = tensor(1), tensor(1), tensor(1)
             self.minimum = tensor(1, dtype=torch.int64)
             self.seen, self.stops = (tensor(vocabulary, dtype=torch.bool) for _ in range(2))
-            self.counts = tensor(vocabulary)
+            self.counts, self.bias = tensor(vocabulary), tensor(vocabulary)
             # bad words: all tokens but the last, right-aligned, -1 for padding; a last token of `vocabulary` matches
             # nothing
             self.before = tensor(features.bad_words, LONGEST_BAD_WORD - 1, dtype=torch.int64)
@@ -113,6 +113,7 @@ class Sampler:
             fill(self.presence, [each.presence_penalty for each in settings])
             fill(self.frequency, [each.frequency_penalty for each in settings])
             fill(self.minimum, [each.min_new_tokens for each in settings])
+            self.bias.copy_(biases([each.bias for each in settings], vocabulary))
             self.counts.copy_(counts_of([request.written for request in requests], vocabulary))
             self.seen.copy_(marks([[*request.prompt, *request.written] for request in requests], vocabulary))
             self.stops.copy_(marks([request.stop_tokens for request in requests], vocabulary))
@@ -158,11 +159,10 @@ class Sampler:
         return Chosen(tokens, torch.cat([logprobs.gather(1, tokens.unsqueeze(1)), best], 1), top)
 
     def penalize(self, logits: Tensor) -> Tensor:
-        """Logits after repetition, presence and frequency penalties; -inf for bad words, and for stop tokens that are
-        too early."""
+        """Logits after penalties and biases; -inf for bad words, and for stop tokens that are too early."""
         divided = torch.where(logits > 0, logits / self.repetition, logits * self.repetition)
         scores = torch.where(self.seen, divided, logits)
-        scores = scores - self.presence * (self.counts > 0) - self.frequency * self.counts
+        scores = scores - self.presence * (self.counts > 0) - self.frequency * self.counts + self.bias
         banned = self.stops & (self.written < self.minimum)
         if self.features.bad_words:
             matches = (self.before == self.recent.unsqueeze(1)) | (self.before < 0)
@@ -212,6 +212,15 @@ def counts_of(rows: Sequence[Sequence[int]], vocabulary: int) -> Tensor:
     """(B, vocabulary) float32: number of occurrences of each token in each row."""
     found = [torch.bincount(torch.tensor(row, dtype=torch.int64), minlength=vocabulary) for row in rows]
     return torch.stack(found).float()
+
+
+def biases(rows: Sequence[Sequence[tuple[int, float]]], vocabulary: int) -> Tensor:
+    """(B, vocabulary) float32: the sum of each token's biases in each row."""
+    found = torch.zeros(len(rows), vocabulary)
+    for row, pairs in zip(found, rows, strict=True):
+        for token, value in pairs:
+            row[token] += value
+    return found
 
 
 def marks(rows: Sequence[Sequence[int]], vocabulary: int) -> Tensor:

@@ -20,6 +20,7 @@ class Sampling:
     with at least p times the likeliest's probability. Applied in this order, each to the rest of the one before
     repetition_penalty  divides positive and multiplies negative logits of tokens in prompt or output
     presence_penalty    subtracted from the logits of tokens in the output; frequency_penalty once per occurrence
+    bias                (token, added to its logit) pairs: -100 bans a token, 100 all others
     min_new_tokens      before it, stop tokens are not chosen, and stop strings do not end the text
     stop, stop_tokens   strings (not part of the text) and tokens that end the text, besides the model's own stop tokens
     ignore_eos          True: the model's own stop tokens do not end the text
@@ -41,6 +42,7 @@ class Sampling:
     repetition_penalty: float = 1.0
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
+    bias: Sequence[tuple[int, float]] = ()
     stop: Sequence[str] = ()
     stop_tokens: Sequence[int] = ()
     ignore_eos: bool = False
@@ -78,6 +80,9 @@ class Sampling:
         for name, (value, low, high) in ranges.items():
             if not low <= value <= high:  # false for a NaN
                 return f"{name} is {value}: it must lie between {low} and {high}"
+        for token, value in self.bias:
+            if not -100 <= value <= 100:
+                return f"the bias of token {token} is {value}: it must lie between -100 and 100"
         for name, words in (("stop", self.stop), ("bad_words", self.bad_words)):
             if not isinstance(words, tuple | list) or not all(words):
                 return f"{name} is {words!r}: a list of strings that are not empty is needed"
@@ -92,9 +97,9 @@ class Sampling:
 
     @property
     def penalized(self) -> bool:
-        """True if generated or forbidden tokens change the logits."""
+        """True if generated, forbidden or biased tokens change the logits."""
         neutral = (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) == (1.0, 0.0, 0.0)
-        return not neutral or bool(self.bad_words) or self.min_new_tokens > 0
+        return not neutral or bool(self.bad_words) or bool(self.bias) or self.min_new_tokens > 0
 
     @property
     def truncated(self) -> bool:

@@ -70,9 +70,9 @@ def merge(message: Delta, delta: Delta) -> None:
 
 
 class Answer(ABC):
-    """The frame of an answer, the same for all its chunks."""
+    """The frame of an answer, the same for all its chunks. Its kind and that of a chunk are the protocol's names."""
 
-    kind, prefix = "", ""
+    kind, part_kind, prefix = "", "", ""
 
     def __init__(self, model: str, vocabulary: Vocabulary, wants_logprobs: bool) -> None:
         self.model, self.vocabulary, self.wants_logprobs = model, vocabulary, wants_logprobs
@@ -104,7 +104,7 @@ class Answer(ABC):
 class ChatAnswer(Answer):
     """An answer of chat completions."""
 
-    kind, prefix = "chat.completion", "chatcmpl"
+    kind, part_kind, prefix = "chat.completion", "chat.completion.chunk", "chatcmpl"
 
     def logprobs(self, found: Sequence[TokenLogprob]) -> Delta | None:
         """Log-probabilities in the form of chat completions, if they are wanted."""
@@ -113,7 +113,7 @@ class ChatAnswer(Answer):
     def chunk(self, index: int, delta: Delta, logprobs: Delta | None = None, reason: str | None = None) -> Delta:
         """One chunk with one choice."""
         choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
-        return self.frame("chat.completion.chunk", [choice])
+        return self.frame(self.part_kind, [choice])
 
     def opening(self, choice: Choice) -> list[Delta]:
         return [self.chunk(choice.index, {"role": "assistant", "content": ""})]
@@ -134,7 +134,7 @@ class ChatAnswer(Answer):
 class TextAnswer(Answer):
     """An answer of completions."""
 
-    kind, prefix = "text_completion", "cmpl"
+    kind, part_kind, prefix = "text_completion", "text_completion", "cmpl"
 
     def __init__(self, model: str, vocabulary: Vocabulary, wants_logprobs: bool) -> None:
         super().__init__(model, vocabulary, wants_logprobs)

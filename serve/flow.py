@@ -12,6 +12,7 @@ from lowbit.serve.job import Constraint, Job, Update
 from lowbit.serve.session import Session
 
 T = TypeVar("T")
+QUIET = 10.0  # seconds without an update after which a stream says that it is alive: proxies close silent connections
 
 
 class Gone(Exception):
@@ -35,12 +36,18 @@ class Flow:
         except RuntimeError:  # the loop has ended, and nobody reads
             job.cancelled = True
 
-    async def updates(self) -> AsyncGenerator[tuple[Job, Update], None]:
-        """Every update of every job, as they come. Jobs that are not finished at the end are cancelled."""
+    async def updates(self) -> AsyncGenerator[tuple[Job, Update] | None, None]:
+        """Every update of every job, as they come, and None after each QUIET seconds without one. Jobs that are not
+        finished at the end are cancelled."""
         left = len(self.jobs)
         try:
             while left:
-                job, update = await self.arrived.get()
+                try:
+                    async with asyncio.timeout(QUIET):
+                        job, update = await self.arrived.get()
+                except TimeoutError:
+                    yield None
+                    continue
                 if isinstance(update, EngineError):
                     raise update
                 left -= update.piece.finish_reason is not None

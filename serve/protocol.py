@@ -4,7 +4,7 @@ import json
 from typing import Annotated, Any, Literal
 
 from annotated_types import MaxLen, MinLen
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from lowbit.errors import nearest
 
@@ -12,6 +12,7 @@ MOST_STOPS = 64
 MOST_CHOICES = 128
 MOST_TOP = 20
 MOST_TOOLS = 128
+MOST_BIASES = 1024
 MOST_PARTS = 4096  # messages of a conversation, parts of a message
 
 
@@ -48,6 +49,14 @@ def text_parts(value: Any) -> Any:
         if isinstance(part, dict) and part.get("type") != "text":
             raise ValueError(f"a part of type {str(part.get('type'))[:60]!r}: only text is read here")
     return value
+
+
+def numbered(biases: dict[str, float]) -> dict[str, float]:
+    """Biases by token ids as JSON has them. ValueError for a name that is no token id."""
+    wrong = next((name for name in biases if not (name.isascii() and name.isdecimal() and len(name) < 10)), None)
+    if wrong is not None:
+        raise ValueError(f"{wrong[:60]!r} is no token id")
+    return biases
 
 
 Stop = Annotated[str, MinLen(1), MaxLen(1000)]
@@ -142,7 +151,7 @@ class Settings(Body):
     top_p: float | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
-    logit_bias: Annotated[dict[str, float], MaxLen(0)] | None = None
+    logit_bias: Annotated[dict[str, float], MaxLen(MOST_BIASES), AfterValidator(numbered)] | None = None
     response_format: ResponseFormat | None = None
     # extensions
     structured_outputs: StructuredOutputs | None = None
@@ -160,6 +169,7 @@ class Settings(Body):
         found |= {"min_new_tokens": self.min_tokens, "top_k": None if self.top_k is None else max(self.top_k, 0)}
         stops = [self.stop] if isinstance(self.stop, str) else self.stop or []
         always = {"ignore_eos": self.ignore_eos, "stop": tuple(stops), "stop_tokens": tuple(self.stop_token_ids)}
+        always |= {"bias": tuple((int(name), value) for name, value in (self.logit_bias or {}).items())}
         return always | {name: value for name, value in found.items() if value is not None}
 
 

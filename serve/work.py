@@ -24,6 +24,7 @@ from lowbit.serve.vocabulary import Vocabulary, decoded
 
 LOG = logging.getLogger("lowbit.serve")
 TAIL = 8  # tokens of a prompt that show if it begins the reasoning
+ALIVE = ": the request waits, or its prompt is read\n\n"  # a comment, which clients skip
 SHORT_TEXT = 16  # tokens of a completion without max_tokens, as the protocol has it
 
 
@@ -159,13 +160,14 @@ class Run:
         self.updates = self.flow.updates()
 
     async def first(self) -> list[Delta]:
-        """The chunks of the first update. An error before it is still an HTTP status."""
-        return self.take(*await anext(self.updates))
+        """The chunks of the first update; none if it takes long. An error before it is still an HTTP status."""
+        return self.take(await anext(self.updates))
 
     async def whole(self) -> Delta:
         """The whole answer."""
-        async for job, update in self.updates:
-            self.advance(job, update)
+        async for arrived in self.updates:
+            if arrived is not None:
+                self.advance(*arrived)
         self.log()
         return self.work.answer.whole(self.work.choices)
 
@@ -174,13 +176,14 @@ class Run:
         try:
             for chunk in first:
                 yield event(chunk)
-            async for job, update in self.updates:
-                for chunk in self.take(job, update):
+            async for arrived in self.updates:
+                for chunk in self.take(arrived):
                     yield event(chunk)
+                if arrived is None:
+                    yield ALIVE
             options = self.work.body.stream_options
             if options is not None and options.include_usage:
-                kind = first[0]["object"] if first else self.work.answer.kind
-                yield event(self.work.answer.frame(kind, [], usage(self.work.choices)))
+                yield event(self.work.answer.frame(self.work.answer.part_kind, [], usage(self.work.choices)))
         except EngineError as error:
             yield event(problem_of(error).body())
         finally:
@@ -188,8 +191,11 @@ class Run:
             self.log()
         yield "data: [DONE]\n\n"
 
-    def take(self, job: Job, update: Update) -> list[Delta]:
+    def take(self, arrived: tuple[Job, Update] | None) -> list[Delta]:
         """The chunks of one update."""
+        if arrived is None:
+            return []
+        job, update = arrived
         choice, new, deltas = self.advance(job, update)
         opening = self.work.answer.opening(choice) if new else []
         return opening + self.work.answer.chunks(choice, deltas, update)

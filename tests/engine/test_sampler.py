@@ -95,3 +95,14 @@ def test_a_plain_step_ends_in_one_launch(temperature):
     assert chosen.tokens is tokens
     assert torch.equal(tokens, logits.argmax(-1))
     assert (positions.tolist(), slots.tolist(), sampler.written.tolist()) == ([1, 1], [1, 1], [[1], [1]])
+
+
+def test_a_bias_is_added_to_the_logit_of_its_token():
+    logits = torch.randn(2, VOCABULARY)
+    sampler = sampler_for(Sampling(bias=((3, 100.0), (4, -100.0), (4, 1.0))), Sampling(presence_penalty=0.5))
+    scores = sampler.penalize(logits)
+    changed = logits.clone()
+    changed[0, 3] += 100
+    changed[0, 4] -= 99
+    assert torch.equal(scores, changed)
+    assert sampler(logits).tokens.tolist() == [3, int(logits[1].argmax())]

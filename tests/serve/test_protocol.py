@@ -1,6 +1,7 @@
 """The OpenAI protocol, through OpenAI's own client: the same texts as the engine alone, in every form of answer."""
 
 import json
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import openai
@@ -24,6 +25,10 @@ SETTINGS = {
     "repetition": (
         {"temperature": 0, "extra_body": {"repetition_penalty": 1.4, "ignore_eos": True, "min_tokens": 3}},
         {"repetition_penalty": 1.4, "ignore_eos": True, "min_new_tokens": 3},
+    ),
+    "biases": (
+        {"temperature": 0, "logit_bias": {"65": 100, "66": -100}, "presence_penalty": 100},
+        {"bias": ((65, 100.0), (66, -100.0)), "presence_penalty": 100.0},
     ),
     "stop": ({"temperature": 0, "stop": ["e", "\\"]}, {"stop": ("e", "\\")}),
 }
@@ -183,3 +188,26 @@ def test_a_client_that_leaves_frees_its_slot(served):
         )
     served.client.completions.create(model="tiny", prompt="x", max_tokens=4)
     assert not served.session.queue
+
+
+def test_a_stream_that_waits_says_that_it_is_alive(served, monkeypatch):
+    monkeypatch.setattr("lowbit.serve.flow.QUIET", 0.05)
+    monkeypatch.setattr("lowbit.serve.batch.Batch.read", slowed(served.session.batch.read))
+    body = {"model": "tiny", "prompt": "hello", "max_tokens": 3, "temperature": 0, "stream": True}
+    status, answer = served.send("POST", "/v1/completions", body)
+    assert status == 200
+    assert answer.startswith(b": the request waits, or its prompt is read\n\n")
+    [alone] = served.model.generate(["hello"], max_new_tokens=3)
+    texts = [json.loads(line[6:])["choices"][0]["text"] for line in answer.decode().split("\n\n") if line[6:7] == "{"]
+    assert "".join(texts) == alone.text
+    assert served.client.completions.create(**body | {"stream": False}).choices[0].text == alone.text
+
+
+def slowed(read):
+    """A reader of prompts that needs a while."""
+
+    def later(batch, job) -> None:
+        time.sleep(0.3)
+        read(job)
+
+    return later
