@@ -7,7 +7,7 @@ Rows in benchmarks/results/serve.jsonl, each written as soon as it is measured; 
               JSON schema that llguidance follows (with --tokenizer, a directory with a tokenizer of VOCABULARY tokens)
     clients   `clients` streams over HTTP that start together, by a process of their own, with prompts of `prompt`
               tokens: tokens a second of all, time between a stream's tokens, time to the first one
-    stall     one stream, and beside it a prompt of `prompt` tokens: the longest time between the stream's tokens
+    stall     one stream, and a prompt of `prompt` tokens meanwhile: the longest time between the stream's tokens
     dialogue  TURNS turns of a conversation, each with NEW more tokens and NEW written ones: time to each turn's first
               token, beside that of a prompt of the same length that no slot holds
     start     seconds until `lowbit serve` is ready, with a checkpoint of these shapes in memory
