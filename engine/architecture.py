@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from lowbit.quant.kernels.route import Rule
+
 SIZES = ("vocabulary", "hidden", "inner", "heads", "kv_heads", "head_dim", "max_positions")
 GATED_ACTIVATIONS = ("silu_mul", "gelu_tanh_mul")  # act(gate) * up; other activations have a single product
 
@@ -27,16 +29,41 @@ class Rope:
 
 
 @dataclass(frozen=True)
+class Mixture:
+    """The sizes of a layer whose feed-forward is a mixture of experts.
+
+    experts  number of experts
+    inner    inner size of each
+    rule     the choice of a token's experts
+    shared   inner size of the feed-forward that every token passes besides; 0 for none
+    """
+
+    experts: int
+    inner: int
+    rule: Rule
+    shared: int = 0
+
+    def reason_against(self) -> str | None:
+        """The reason why these sizes are invalid, or None."""
+        for name, value, least in (("experts", self.experts, 1), ("inner", self.inner, 1), ("shared", self.shared, 0)):
+            if type(value) is not int or value < least:
+                return f"{name} of a mixture is {value!r}; a number from {least} is needed"
+        return self.rule.reason_against(self.experts)
+
+
+@dataclass(frozen=True)
 class Layer:
     """Values that may differ between layers.
 
     window  number of positions a token attends to, including its own; None for all
     scale   factor of attention scores before the softmax
+    mixture  the experts, or None for one feed-forward
     """
 
     window: int | None
     rope: Rope
     scale: float
+    mixture: Mixture | None = None
 
 
 @dataclass(frozen=True)
@@ -48,7 +75,10 @@ class Architecture:
     parallel           True: attention and MLP read the same input, and both outputs are added (GPT-J, NeoX)
     softcap            limits scores to cap * tanh(score / cap); logit_softcap does the same for logits
     positions          True: learned position embeddings are added to the token embeddings
-    attention_bias, mlp_bias  False: a bias in the file is an error; True or None: it is used
+    more_layers        layers in the file after the last one, which predict further tokens and are not loaded
+    head_norms         False: without the norms of q and k that the family's names have
+    joint_head_norms   True: these norms are over all heads of q, or of k, together (OLMoE)
+    attention_bias, mlp_bias, head_bias  False: a bias in the file is an error; True or None: it is used
     """
 
     family: str
@@ -70,8 +100,12 @@ class Architecture:
     embedding_scale: float = 1.0
     positions: bool = False
     tied: bool = False
+    more_layers: int = 0
+    head_norms: bool = True
+    joint_head_norms: bool = False
     attention_bias: bool | None = None
     mlp_bias: bool | None = None
+    head_bias: bool | None = None
 
     @property
     def gated(self) -> bool:
@@ -89,6 +123,10 @@ class Architecture:
             return f"its rope turns more than the {self.head_dim} inputs of a head"
         if any(layer.window is not None and layer.window < 1 for layer in self.layers):
             return "a window of attention that sees no position"
+        mixtures = (layer.mixture.reason_against() for layer in self.layers if layer.mixture is not None)
+        wrong = next((reason for reason in mixtures if reason is not None), None)
+        if wrong is not None:
+            return wrong
         numbers = (
             self.norm_eps,
             self.softcap or 0.0,
@@ -111,6 +149,26 @@ class Architecture:
 
 
 @dataclass(frozen=True)
+class MixtureNames:
+    """Names of the tensors of a mixture of experts, which follow those of the layer.
+
+    router       linear with one output for each expert
+    correction   what is added to the router's scores for the choice alone, or None
+    up, down     linears of expert {}, as in Names
+    shared_up, shared_down  linears of the feed-forward that every token passes; none without one
+    shared_gate  linear with one output, whose sigmoid multiplies that feed-forward, or None
+    """
+
+    router: str = "mlp.gate"
+    correction: str | None = None
+    up: tuple[str, ...] = ("mlp.experts.{}.gate_proj", "mlp.experts.{}.up_proj")
+    down: str = "mlp.experts.{}.down_proj"
+    shared_up: tuple[str, ...] = ()
+    shared_down: str = ""
+    shared_gate: str | None = None
+
+
+@dataclass(frozen=True)
 class Names:
     """A family's tensor names. Names of a layer's tensors follow `layer`. None: the family has no such norm or
     position.
@@ -118,6 +176,7 @@ class Names:
     qkv          linears whose stacked rows are q, k and v
     per_head     True: the rows are q, k and v of head 0, then of head 1, ...
     up           linears whose stacked rows are gate and up, or up alone without a gate
+    mixture      of layers with experts; None: the family has none
     transposed   True: dense weights are stored as (k, n)
     ignored      suffixes of tensors that are computed instead of loaded
     others       prefixes of tensors that belong to other parts of the model (vision)
@@ -137,6 +196,7 @@ class Names:
     up: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
     down: str = "mlp.down_proj"
     mlp_out_norm: str | None = None
+    mixture: MixtureNames | None = None
     norm: str = "model.norm"
     head: str = "lm_head"
     transposed: bool = False

@@ -4,7 +4,7 @@ A configuration is transformers' own object, or a dataclass here if transformers
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from lowbit.engine.architecture import Architecture, Layer, Names, Rope
+from lowbit.engine.architecture import Architecture, Layer, Mixture, MixtureNames, Names, Rope
 from lowbit.engine.fields import Fields, NotComputed
 from lowbit.errors import CheckpointError
+from lowbit.quant.kernels.route import Rule
 
 ACTIVATIONS = {
     "silu": "silu",
@@ -112,6 +113,77 @@ def llama(config: Fields, partly: bool = False, adjacent: bool = False) -> Archi
         attention_bias=config.declared("attention_bias"),
         mlp_bias=config.declared("mlp_bias"),
     )
+
+
+def mixed(architecture: Architecture, mixtures: Iterable[Mixture | None]) -> Architecture:
+    """`architecture` with these experts in its layers."""
+    pairs = zip(architecture.layers, mixtures, strict=True)
+    return replace(architecture, layers=tuple(replace(layer, mixture=mixture) for layer, mixture in pairs))
+
+
+def mixtral(config: Fields) -> Architecture:
+    """Mixtral: Mistral with experts in every layer."""
+    mixture = Mixture(config.num_local_experts, config.intermediate_size, Rule(config.num_experts_per_tok))
+    return mixed(llama(config), [mixture] * config.num_hidden_layers)
+
+
+def olmoe(config: Fields) -> Architecture:
+    """OLMoE: experts in every layer, and norms over all heads of q and k."""
+    rule = Rule(config.num_experts_per_tok, normalized=config.norm_topk_prob)
+    mixture = Mixture(config.num_experts, config.intermediate_size, rule)
+    return replace(mixed(llama(config), [mixture] * config.num_hidden_layers), joint_head_norms=True)
+
+
+def qwen_moe(config: Fields) -> Architecture:
+    """Qwen2-MoE and Qwen3-MoE: experts in some layers, beside them a gated feed-forward of all tokens in Qwen2's."""
+    plain = llama(config)
+    shared = config.declared("shared_expert_intermediate_size", 0)
+    rule = Rule(config.num_experts_per_tok, normalized=config.norm_topk_prob)
+    mixture = Mixture(config.num_experts, config.moe_intermediate_size, rule, shared)
+    sparse = (
+        index not in config.mlp_only_layers and config.num_experts > 0 and (index + 1) % config.decoder_sparse_step == 0
+        for index in range(config.num_hidden_layers)
+    )
+    biased = config.declared("qkv_bias", plain.attention_bias)
+    return replace(mixed(plain, [mixture if each else None for each in sparse]), attention_bias=biased)
+
+
+def phimoe(config: Fields) -> Architecture:
+    """Phi-MoE: LayerNorm, and two experts in turn (sparsemixer). Its longrope has its own scaling."""
+    rule = Rule(config.num_experts_per_tok, scores="mixer", normalized=False, jitter=config.router_jitter_noise)
+    mixture = Mixture(config.num_local_experts, config.intermediate_size, rule)
+    plain = llama(config)
+    parameters = config.rope_parameters
+    if parameters.get("rope_type", "default") != "default":
+        scaling, long_scaling = parameters["short_mscale"], parameters["long_mscale"]
+        if scaling != long_scaling:
+            raise NotComputed(
+                f"short_mscale is {scaling} and long_mscale {long_scaling}; the engine needs one for both"
+            )
+        rope = replace(plain.layers[0].rope, scaling=float(scaling))
+        plain = replace(plain, layers=tuple(replace(layer, rope=rope) for layer in plain.layers))
+    mixtures = [mixture] * config.num_hidden_layers
+    return replace(mixed(plain, mixtures), norm="layer", head_bias=config.lm_head_bias)
+
+
+def glm4_moe(config: Fields) -> Architecture:
+    """GLM-4.5: the first layers are dense; then a sigmoid for each expert, whose groups compete, and one expert of all
+    tokens."""
+    rule = Rule(
+        config.num_experts_per_tok,
+        scores="sigmoid",
+        normalized=config.norm_topk_prob,
+        scale=config.routed_scaling_factor,
+        groups=config.n_group,
+        used_groups=config.topk_group,
+        group_best=2,
+    )
+    inner = config.moe_intermediate_size
+    mixture = Mixture(config.n_routed_experts, inner, rule, inner * config.n_shared_experts)
+    dense = config.first_k_dense_replace
+    layers = [None if index < dense else mixture for index in range(config.num_hidden_layers)]
+    plain = replace(llama(config, partly=True), head_norms=bool(config.use_qk_norm), more_layers=config.num_mtp_layers)
+    return mixed(plain, layers)
 
 
 def gemma(config: Fields, capped: bool = True) -> Architecture:
@@ -310,6 +382,26 @@ CHATGLM = Names(
     head="transformer.output_layer",
 )
 
+MIXTRAL = replace(
+    LLAMA,
+    mixture=MixtureNames(
+        router="block_sparse_moe.gate",
+        up=("block_sparse_moe.experts.{}.w1", "block_sparse_moe.experts.{}.w3"),
+        down="block_sparse_moe.experts.{}.w2",
+    ),
+)
+WITH_EXPERTS = replace(LLAMA, mixture=MixtureNames())
+QWEN2_MOE = MixtureNames(
+    shared_up=("mlp.shared_expert.gate_proj", "mlp.shared_expert.up_proj"),
+    shared_down="mlp.shared_expert.down_proj",
+    shared_gate="mlp.shared_expert_gate",
+)
+GLM4_MOE = MixtureNames(
+    correction="mlp.gate.e_score_correction_bias",
+    shared_up=("mlp.shared_experts.gate_proj", "mlp.shared_experts.up_proj"),
+    shared_down="mlp.shared_experts.down_proj",
+)
+
 FAMILIES = {
     family.name: family
     for family in (
@@ -317,6 +409,12 @@ FAMILIES = {
         Family("mistral", LLAMA, llama),
         Family("qwen2", LLAMA, llama),
         Family("qwen3", with_head_norms(LLAMA), llama),
+        Family("mixtral", MIXTRAL, mixtral),
+        Family("phimoe", MIXTRAL, phimoe),
+        Family("qwen2_moe", replace(LLAMA, mixture=QWEN2_MOE), qwen_moe),
+        Family("qwen3_moe", with_head_norms(WITH_EXPERTS), qwen_moe),
+        Family("olmoe", with_head_norms(WITH_EXPERTS), olmoe),
+        Family("glm4_moe", with_head_norms(replace(LLAMA, mixture=GLM4_MOE)), glm4_moe),
         Family("gemma2", GEMMA2, gemma),
         Family("gemma3_text", GEMMA3, partial(gemma, capped=False)),
         Family("gemma3", GEMMA3_WITH_IMAGES, partial(gemma, capped=False)),

@@ -16,6 +16,7 @@ NEUTRAL = frozenset(
         *("summary_type", "summary_use_proj", "summary_activation", "summary_proj_to_labels", "summary_first_dropout"),
         *("text_config", "vision_config", "mm_tokens_per_image", "boi_token_index", "eoi_token_index"),
         *("image_token_index", "reorder_and_upcast_attn"),
+        *("output_router_logits", "router_aux_loss_coef", "router_jitter_noise", "input_jitter_noise"),
     )
 )
 # Fields that transformers' classes translate into fields used by the readers: layer_types, rope_parameters.

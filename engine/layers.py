@@ -3,17 +3,21 @@
 from dataclasses import dataclass, replace
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
-from lowbit.engine.architecture import Architecture, Layer
+from lowbit.engine.architecture import Architecture, Layer, Mixture
 from lowbit.engine.attention import prompt_attention
 from lowbit.engine.cache import Cache
+from lowbit.engine.feed_forward import DenseForward, FeedForward, MixedForward, Router
 from lowbit.engine.products import Hidden, Norm, Product, consumer_of, rounds_late
 from lowbit.engine.step import Step, Turns
 from lowbit.quant.kernels import ops
 from lowbit.quant.kernels.decode_attention import AppendCall, AttentionCall, KVCache
 from lowbit.quant.kernels.packed import TILE_ROWS
 from lowbit.quant.kernels.problem import Rotary
+from lowbit.quant.kernels.row_norm import Rows
+from lowbit.quant.kernels.stack import Experts, StackedLinear
 from lowbit.quant.kernels.weight import Hints, Linear
 
 
@@ -47,8 +51,21 @@ class Attention:
         places = step.turns, step.slots, turns.cosines, turns.sines
         if kv.k_scales is None and self.q_norm is None and self.qkv.weight.turns(kv.head_dim):
             return self.qkv.turned(x, Rotary(*places, kv.k, kv.v))
-        norms = self.q_norm, self.k_norm, self.architecture.norm_eps
-        return ops.append_heads(AppendCall(self.qkv(x), *places, kv, *norms, self.qkv.hints.dependent))
+        a, qkv = self.architecture, self.qkv(x)
+        norms = self.q_norm, self.k_norm, a.norm_eps
+        if a.joint_head_norms:
+            qkv, norms = self.normed_together(qkv), (None, None, a.norm_eps)
+        return ops.append_heads(AppendCall(qkv, *places, kv, *norms, self.qkv.hints.dependent))
+
+    def normed_together(self, qkv: Tensor) -> Tensor:
+        """The outputs (m, rows) of the qkv product, with one norm over all heads of q, and one over those of k."""
+        a = self.architecture
+        parts = qkv.split([heads * a.head_dim for heads in (a.heads, a.kv_heads, a.kv_heads)], -1)
+        normed = (
+            part if weight is None else ops.normalize(Rows(part.contiguous(), "rms", weight, None, a.norm_eps))
+            for part, weight in zip(parts, (self.q_norm, self.k_norm, None), strict=True)
+        )
+        return torch.cat(list(normed), -1)
 
     def attend(self, q: Tensor, step: Step, cache: Cache) -> Tensor:
         """The rows' attention (m, heads * head_dim)."""
@@ -71,18 +88,6 @@ class Attention:
 
 
 @dataclass(frozen=True)
-class FeedForward:
-    """residual + down(act(up(norm(x)))), with the gate's rows stacked on those of up if there is a gate."""
-
-    up: Product
-    down: Product
-
-    def __call__(self, x: Hidden, residual: Tensor) -> Hidden:
-        """residual (m, hidden) + the feed-forward of x (m, hidden)."""
-        return self.down.onto(residual, self.up(x))
-
-
-@dataclass(frozen=True)
 class Block:
     """One layer."""
 
@@ -90,13 +95,18 @@ class Block:
     feed_forward: FeedForward
 
     @property
-    def products(self) -> tuple[Product, Product, Product, Product]:
-        """All products, in the order of use."""
-        return self.attention.qkv, self.attention.o, self.feed_forward.up, self.feed_forward.down
+    def products(self) -> tuple[Product, ...]:
+        """The products whose launches are planned, in the order of use: qkv, o, those of the feed-forward."""
+        return self.attention.qkv, self.attention.o, *self.feed_forward.products
 
-    def with_products(self, qkv: Product, o: Product, up: Product, down: Product) -> "Block":
+    def with_products(self, qkv: Product, o: Product, *rest: Product) -> "Block":
         """A copy with these products."""
-        return Block(replace(self.attention, qkv=qkv, o=o), FeedForward(up, down))
+        return Block(replace(self.attention, qkv=qkv, o=o), self.feed_forward.with_products(rest))
+
+    def step_nbytes(self, rows: int) -> float:
+        """Bytes of weights that a step of so many rows reads."""
+        attention = self.attention.qkv.linear.nbytes + self.attention.o.linear.nbytes
+        return attention + self.feed_forward.step_nbytes(rows)
 
 
 class Parts(Protocol):
@@ -104,6 +114,15 @@ class Parts(Protocol):
 
     def linear(self, part: str, n: int, k: int, pair_block: int = TILE_ROWS) -> Linear:
         """A linear (n, k), with rows paired within blocks of `pair_block` if possible."""
+
+    def router(self, mixture: Mixture) -> Router:
+        """The router of a layer with experts."""
+
+    def stack(self, part: str, mixture: Mixture, n: int, k: int) -> StackedLinear:
+        """The linears (n, k) of all experts; of "up" gate and up in one."""
+
+    def shared_gate(self) -> Tensor | None:
+        """(1, hidden): the gate of the feed-forward beside the experts; None if the family has none."""
 
     def norm(self, part: str) -> Norm | None:
         """A norm of hidden states; None if the family has none."""
@@ -116,22 +135,44 @@ def build_block(parts: Parts, architecture: Architecture, index: int, fused_appe
     """Layer `index`; fused_append as in weights.Settings."""
     a = architecture
     q_norm, k_norm = parts.head_norm("q_norm"), parts.head_norm("k_norm")
-    inner = a.inner * (2 if a.gated else 1)
     qkv = parts.linear("qkv", a.qkv_rows, a.hidden, a.head_dim if fused_append and q_norm is None else TILE_ROWS)
     o = parts.linear("o", a.hidden, a.heads * a.head_dim)
-    up = parts.linear("up", inner, a.hidden, inner if a.activation == "silu_mul" else TILE_ROWS)
-    down = parts.linear("down", a.hidden, a.inner)
-    late = rounds_late(up, down, a.activation)
-    before, activation = (a.activation, "none") if late else ("none", a.activation)
     attention_norm, mlp_norm = parts.norm("attention_norm"), parts.norm("mlp_norm")
     if a.parallel:
         mlp_norm = mlp_norm or attention_norm
-    return Block(
-        Attention(
-            Product(qkv, attention_norm), Product(o, after=parts.norm("attention_out_norm")), q_norm, k_norm, a, index
-        ),
-        FeedForward(Product(up, mlp_norm, activation), Product(down, before=before, after=parts.norm("mlp_out_norm"))),
+    attention = Attention(
+        Product(qkv, attention_norm), Product(o, after=parts.norm("attention_out_norm")), q_norm, k_norm, a, index
     )
+    mixture = a.layers[index].mixture
+    if mixture is not None:
+        return Block(attention, build_mixed(parts, a, mixture, mlp_norm))
+    return Block(attention, build_dense(parts, a, ("up", "down"), a.inner, mlp_norm))
+
+
+def build_dense(
+    parts: Parts, architecture: Architecture, names: tuple[str, str], inner: int, norm: Norm | None
+) -> DenseForward:
+    """The feed-forward with these parts as up and down."""
+    a = architecture
+    rows = inner * (2 if a.gated else 1)
+    up = parts.linear(names[0], rows, a.hidden, rows if a.activation == "silu_mul" else TILE_ROWS)
+    down = parts.linear(names[1], a.hidden, inner)
+    late = rounds_late(up, down, a.activation)
+    before, activation = (a.activation, "none") if late else ("none", a.activation)
+    return DenseForward(Product(up, norm, activation), Product(down, before=before, after=parts.norm("mlp_out_norm")))
+
+
+def build_mixed(parts: Parts, architecture: Architecture, mixture: Mixture, norm: Norm | None) -> MixedForward:
+    """The feed-forward of a layer with experts."""
+    a = architecture
+    rows = mixture.inner * (2 if a.gated else 1)
+    experts = Experts(
+        parts.stack("up", mixture, rows, a.hidden), parts.stack("down", mixture, a.hidden, mixture.inner), a.activation
+    )
+    shared = None
+    if mixture.shared:
+        shared = build_dense(parts, a, ("shared_up", "shared_down"), mixture.shared, None)
+    return MixedForward(norm, parts.router(mixture), experts, shared, parts.shared_gate() if mixture.shared else None)
 
 
 def planned(
@@ -149,12 +190,14 @@ def planned(
         replace(product, linear=replace(product.linear, hints=Hints(dependent, after.weight.bulk)))
         for product, after in zip(products, following, strict=True)
     ]
-    layers = []
-    for index, block in enumerate(blocks):
-        qkv, o, up, down = ready[4 * index : 4 * index + 4]
+    layers, place = [], 0
+    for block in blocks:
+        count = len(block.products)
+        qkv, o, *rest = ready[place : place + count]
+        place += count
         if shared:
-            parallel = block.attention.architecture.parallel
-            o = o if parallel else replace(o, consumer=consumer_of(o.linear, up))
-            down = replace(down, consumer=consumer_of(down.linear, following[4 * index + 3]))
-        layers.append(block.with_products(qkv, o, up, down))
+            reader = None if block.attention.architecture.parallel else block.feed_forward.reader
+            o = o if reader is None else replace(o, consumer=consumer_of(o.linear, reader))
+            rest[-1:] = [replace(each, consumer=consumer_of(each.linear, following[place - 1])) for each in rest[-1:]]
+        layers.append(block.with_products(qkv, o, *rest))
     return tuple(layers), ready[-1]

@@ -65,14 +65,16 @@ class Pass:
 class Reader:
     """Reads prompts into a cache.
 
-    lengths  padded lengths of short prompts; none on a CPU, where padding saves nothing
+    lengths  padded lengths of short prompts; none on a CPU, where padding saves nothing, and none with experts, whose
+             numbers of rows the host reads
     """
 
     def __init__(self, decoder: Decoder, cache: Cache) -> None:
         self.decoder, self.cache = decoder, cache
         on_gpu = decoder.weights.device.type == "cuda"
         self.pool = torch.cuda.graph_pool_handle() if on_gpu else None
-        self.lengths = LENGTHS if on_gpu else ()
+        mixed = any(layer.mixture is not None for layer in decoder.architecture.layers)
+        self.lengths = LENGTHS if on_gpu and not mixed else ()
         self.passes: dict[int, Pass] = {}
 
     def read(self, sequence: int, tokens: Sequence[int]) -> Iterator[Tensor]:

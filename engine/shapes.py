@@ -2,17 +2,21 @@
 needed."""
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from lowbit.engine.architecture import Architecture, Layer, Rope
-from lowbit.engine.families import NO_ROPE, plain_frequencies
+from lowbit.engine.architecture import Architecture, Layer, Mixture, Names, Rope
+from lowbit.engine.families import FAMILIES, NO_ROPE, plain_frequencies
+from lowbit.engine.feed_forward import Router
 from lowbit.engine.layers import build_block
 from lowbit.engine.products import Norm, Product
 from lowbit.engine.weights import Weights
 from lowbit.quant.kernels.packed import TILE_ROWS
-from lowbit.quant.kernels.weight import Dense, Linear, inputs_of, load_weight
+from lowbit.quant.kernels.route import Rule
+from lowbit.quant.kernels.stack import StackedLinear, load_stack
+from lowbit.quant.kernels.weight import Linear, inputs_of, load_weight
 from lowbit.quant.qtensor import QTensor
 from lowbit.quant.scheme import Scheme, parse_scheme
 
@@ -63,13 +67,53 @@ def codegeex_shape() -> Architecture:
     )
 
 
+def with_mixture(shape: Architecture, mixture: Mixture, dense: int = 0, **changes: Any) -> Architecture:
+    """`shape` with experts in all layers but the first `dense`, and other changes."""
+    layers = tuple(replace(layer, mixture=mixture if i >= dense else None) for i, layer in enumerate(shape.layers))
+    return replace(shape, layers=layers, **changes)
+
+
+def wide_heads(shape: Architecture, head_dim: int, theta: float, turned: float = 1.0) -> Architecture:
+    """`shape` with heads of `head_dim`, of which a share is rotated."""
+    layer = Layer(None, Rope(plain_frequencies(int(head_dim * turned), theta)), head_dim**-0.5)
+    return replace(shape, head_dim=head_dim, layers=(layer,) * len(shape.layers))
+
+
+def qwen3_shape() -> Architecture:
+    """Qwen3-30B-A3B: 128 experts in every layer, norms on heads."""
+    plain = wide_heads(decoder_shape(151936, 2048, 6144, 32, 48, kv_heads=4), 128, 1e6)
+    return with_mixture(plain, Mixture(128, 768, Rule(8)), family="qwen3_moe")
+
+
+def glm_shape() -> Architecture:
+    """GLM-4.5-Air: one dense layer, then 128 experts and one for all tokens."""
+    plain = wide_heads(decoder_shape(151552, 4096, 10944, 96, 46, kv_heads=8), 128, 1e6, turned=0.5)
+    mixture = Mixture(128, 1408, Rule(8, "sigmoid"), shared=1408)
+    return with_mixture(plain, mixture, dense=1, family="glm4_moe", head_norms=False)
+
+
 SHAPES = {
     "llama2-7b": decoder_shape(32000, 4096, 11008, 32, 32),
     "llama2-13b": decoder_shape(32000, 5120, 13824, 40, 40),
     "llama3-8b": decoder_shape(128256, 4096, 14336, 32, 32, kv_heads=8, theta=5e5),
     "chatglm2-6b": chatglm2_shape(),
     "codegeex-13b": codegeex_shape(),
+    "mixtral-8x7b": with_mixture(
+        decoder_shape(32000, 4096, 14336, 32, 32, kv_heads=8, theta=1e6), Mixture(8, 14336, Rule(2)), family="mixtral"
+    ),
+    "qwen3-30b-a3b": qwen3_shape(),
+    "glm-4.5-air": glm_shape(),
 }
+
+
+def random_weight(n: int, k: int, scheme: Scheme | None, like: Tensor) -> QTensor | Tensor:
+    """A random weight (n, k) that preserves the scale of its inputs, with the dtype and device of `like`."""
+    if scheme is None:
+        return torch.randn(n, k, dtype=like.dtype, device=like.device) / k**0.5
+    high = int(scheme.number.high)
+    codes = torch.randint(-high, high + 1, (n, k), dtype=torch.int8, device=like.device)
+    scale = 1.73 / high / k**0.5  # uniform codes deviate by high / sqrt(3)
+    return QTensor(codes, torch.full((n, scheme.groups(k)), scale, dtype=like.dtype, device=like.device), None, scheme)
 
 
 def random_linear(
@@ -77,20 +121,16 @@ def random_linear(
 ) -> Linear:
     """A random linear (n, k) that preserves the scale of its inputs, with the dtype and device of `like`."""
     zeros = torch.zeros(n, dtype=like.dtype, device=like.device) if bias else None
-    if scheme is None:
-        return Linear(Dense(torch.randn(n, k, dtype=like.dtype, device=like.device) / k**0.5), zeros)
-    high = int(scheme.number.high)
-    codes = torch.randint(-high, high + 1, (n, k), dtype=torch.int8, device=like.device)
-    scale = 1.73 / high / k**0.5  # uniform codes deviate by high / sqrt(3)
-    scales = torch.full((n, scheme.groups(k)), scale, dtype=like.dtype, device=like.device)
-    weight = QTensor(codes, scales, None, scheme)
+    weight = random_weight(n, k, scheme, like)
     return Linear(load_weight(weight, like.dtype, pair_block), zeros, inputs_of(weight))
 
 
 class RandomParts:
-    """Random parts of layers, without norms on heads or outputs: see layers.Parts."""
+    """Random parts of layers, without norms on outputs: see layers.Parts."""
 
     def __init__(self, architecture: Architecture, scheme: Scheme | None, like: Tensor) -> None:
+        self.architecture = architecture
+        self.names = FAMILIES[architecture.family].names if architecture.family in FAMILIES else Names()
         self.scheme, self.like, self.biased = scheme, like, architecture.norm == "layer"
         ones = torch.ones(architecture.hidden, dtype=like.dtype, device=like.device)
         bias = torch.zeros_like(ones) if self.biased else None
@@ -100,13 +140,33 @@ class RandomParts:
         """See random_linear."""
         return random_linear(n, k, self.scheme, self.like, pair_block, self.biased)
 
+    def router(self, mixture: Mixture) -> Router:
+        """A router that spreads rows over all experts."""
+        weight = random_weight(mixture.experts, self.architecture.hidden, None, self.like)
+        assert isinstance(weight, Tensor)
+        return Router(weight, None, None, mixture.rule)
+
+    def stack(self, part: str, mixture: Mixture, n: int, k: int) -> StackedLinear:
+        """Random linears of all experts."""
+        weight = random_weight(mixture.experts * n, k, self.scheme, self.like)
+        return StackedLinear(
+            load_stack(weight, mixture.experts, self.like.dtype, part == "up"), None, inputs_of(weight)
+        )
+
+    def shared_gate(self) -> Tensor | None:
+        """None: without a gate."""
+        return None
+
     def norm(self, part: str) -> Norm | None:
         """A norm with weight 1; None for norms of outputs."""
         return None if part.endswith("out_norm") else self.plain
 
     def head_norm(self, part: str) -> Tensor | None:
-        """None: no norms on heads."""
-        return None
+        """A norm with weight 1, if the family has it."""
+        a = self.architecture
+        if getattr(self.names, part) is None or not a.head_norms:
+            return None
+        return torch.ones(a.head_dim, dtype=self.like.dtype, device=self.like.device)
 
 
 def random_weights(

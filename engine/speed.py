@@ -95,7 +95,7 @@ def step_bytes(engine: Engine, batch: int, length: float) -> float:
     weights, architecture = engine.decoder.weights, engine.decoder.architecture
     per_layer = cache_nbytes(architecture, 1, 1, weights.dtype, engine.options.int8_cache) / len(architecture.layers)
     seen = sum(min(length, layer.window or length) for layer in architecture.layers)
-    return weights.step_nbytes + batch * seen * per_layer
+    return weights.step_nbytes(batch) + batch * seen * per_layer
 
 
 def memory_gib(engine: Engine, cache: Cache) -> float:
@@ -103,7 +103,7 @@ def memory_gib(engine: Engine, cache: Cache) -> float:
     device = engine.decoder.weights.device
     if device.type == "cuda":
         return torch.cuda.memory_reserved(device) / 2**30
-    return (engine.decoder.weights.step_nbytes + cache.nbytes) / 2**30
+    return (engine.decoder.weights.nbytes + cache.nbytes) / 2**30
 
 
 def read_rate(device: torch.device) -> float:

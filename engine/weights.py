@@ -5,22 +5,26 @@ family's files (interleaved heads, adjacent pairs, partly rotated heads) are con
 """
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-from lowbit.engine.architecture import Architecture, Names, Rope
+from lowbit.engine.architecture import Architecture, Mixture, MixtureNames, Names, Rope
+from lowbit.engine.feed_forward import Router
 from lowbit.engine.layers import Block, build_block
 from lowbit.engine.products import Norm, Product
 from lowbit.errors import CheckpointError
 from lowbit.export.checkpoint import Checkpoint
 from lowbit.export.formats import LogicalTensors
 from lowbit.quant.kernels.packed import TILE_ROWS, reason_against_kernel
+from lowbit.quant.kernels.stack import StackedLinear, load_stack
 from lowbit.quant.kernels.weight import Linear, RoundedInputs, inputs_of, load_weight
 from lowbit.quant.qtensor import QTensor, round_to_nearest
 from lowbit.quant.scheme import parse_scheme
+
+ROWS_OF_ALL = 1 << 30  # so many rows choose every expert
 
 
 @dataclass(frozen=True)
@@ -48,11 +52,14 @@ class Weights:
     def dtype(self) -> torch.dtype:
         return self.embedding.dtype
 
+    def step_nbytes(self, rows: int) -> float:
+        """Bytes that a decode step of so many rows reads: the weights of all products and of the head."""
+        return sum(layer.step_nbytes(rows) for layer in self.layers) + self.head.linear.nbytes
+
     @property
-    def step_nbytes(self) -> int:
-        """Bytes that every decode step reads: the weights of all products and of the head."""
-        products = [product for layer in self.layers for product in layer.products]
-        return sum(product.linear.nbytes for product in [*products, self.head])
+    def nbytes(self) -> float:
+        """Bytes of all products and of the head."""
+        return self.step_nbytes(ROWS_OF_ALL)
 
 
 @dataclass(frozen=True)
@@ -169,6 +176,14 @@ class CheckpointReader:
         """A linear's bias (n), if the file has it and the configuration does not exclude it."""
         return None if biased is False else self.optional(name, (n,))
 
+    def biases(self, parts: Sequence[str], matrices: list[QTensor | Tensor], biased: bool | None) -> Tensor | None:
+        """The biases of linears, stacked like their rows; None if none has one."""
+        found = [self.bias(f"{part}.bias", len_of(m), biased) for part, m in zip(parts, matrices, strict=True)]
+        if all(each is None for each in found):
+            return None
+        absent = [torch.zeros(len_of(m), dtype=self.settings.dtype, device=self.settings.device) for m in matrices]
+        return torch.cat([absent[i] if each is None else each for i, each in enumerate(found)])
+
     def norm(self, name: str) -> Norm:
         """The norm `name` of hidden states."""
         a = self.architecture
@@ -176,11 +191,11 @@ class CheckpointReader:
         bias = self.optional(f"{name}.bias", (a.hidden,)) if a.norm == "layer" else None
         return Norm(a.norm, weight + a.norm_offset, bias, a.norm_eps)
 
-    def head_norm(self, name: str, rope: Rope) -> Tensor:
-        """The weight of the norm on heads of q or k, reordered like their rows."""
+    def head_norm(self, name: str, rope: Rope, heads: int) -> Tensor:
+        """The weight of the norm on heads of q or k, or on so many heads together, reordered like their rows."""
         a = self.architecture
-        weight = self.tensor(f"{name}.weight", (a.head_dim,)) + a.norm_offset
-        return weight[head_order(a.head_dim, rope).to(weight.device)].contiguous()
+        weight = self.tensor(f"{name}.weight", (heads * a.head_dim,)) + a.norm_offset
+        return weight.unflatten(0, (heads, -1))[:, head_order(a.head_dim, rope).to(weight.device)].flatten()
 
     def matrix(self, linear: str) -> QTensor | Tensor:
         """The weight of a linear (n, k): quantized as in the file, or dense in the activations' dtype."""
@@ -214,16 +229,40 @@ class CheckpointReader:
         matrices = [self.matrix(part) for part in parts]
         weight, inputs = stacked(matrices, dtype), shared_inputs(matrices)
         self.shaped(" + ".join(parts), weight.codes if isinstance(weight, QTensor) else weight, (n, k))
-        biases = [self.bias(f"{part}.bias", len_of(m), biased) for part, m in zip(parts, matrices, strict=True)]
-        bias = None
-        if any(each is not None for each in biases):
-            absent = [torch.zeros(len_of(m), dtype=dtype, device=self.settings.device) for m in matrices]
-            bias = torch.cat([absent[i] if each is None else each for i, each in enumerate(biases)])
+        bias = self.biases(parts, matrices, biased)
         if rows is not None:
             rows = rows.to(self.settings.device)
             weight = moved(weight, rows, dtype)
             bias = None if bias is None else bias[rows]
         return Linear(load_weight(weight, dtype, pair_block), bias, inputs)
+
+    def stack(self, names: tuple[str, ...], experts: int, n: int, k: int, biased: bool | None) -> StackedLinear:
+        """The linears `names` (with the expert's number to fill in) of all experts, each expert's stacked to (n, k)."""
+        parts, matrices = [], []
+        for expert in range(experts):
+            for name in names:
+                parts.append(name.format(expert))
+                matrices.append(self.matrix(parts[-1]))
+                shape = matrices[-1].shape
+                if tuple(shape) != (n // len(names), k):
+                    raise CheckpointError(
+                        f"{self.directory}: {parts[-1]} has shape {list(shape)}, config.json asks for "
+                        f"{[n // len(names), k]}"
+                    )
+        inputs, dtype = shared_inputs(matrices), self.settings.dtype
+        bias = self.biases(parts, matrices, biased)
+        weight = load_stack(stacked(matrices, dtype), experts, dtype, paired=len(names) > 1)
+        return StackedLinear(weight, None if bias is None else bias.view(experts, n), inputs)
+
+    def router(self, names: MixtureNames, prefix: str, mixture: Mixture) -> Router:
+        """The router of the layer whose tensors' names start with `prefix`."""
+        name, experts = prefix + names.router, mixture.experts
+        weight = self.tensor(f"{name}.weight", (experts, self.architecture.hidden))
+        correction = None
+        if names.correction is not None:
+            found = self.require(prefix + names.correction)
+            correction = self.shaped(found, self.tensors.read(found), (experts,)).float()
+        return Router(weight.contiguous(), self.optional(f"{name}.bias", (experts,)), correction, mixture.rule)
 
     def head(self, embedding: Tensor) -> Linear:
         """The head: its own weight, or the embedding if tied; rounded if the settings say so.
@@ -237,7 +276,7 @@ class CheckpointReader:
             weight = self.matrix_of_head(name)
         if settings.head != "dense" and isinstance(weight, Tensor):
             weight = round_to_nearest(weight, parse_scheme(settings.head), settings.dtype)
-        bias = self.optional(f"{name}.bias", (a.vocabulary,))
+        bias = self.bias(f"{name}.bias", a.vocabulary, a.head_bias)
         return Linear(load_weight(weight, settings.dtype), bias, inputs_of(weight))
 
     def matrix_of_head(self, name: str) -> QTensor | Tensor:
@@ -250,12 +289,13 @@ class CheckpointReader:
 
     def refuse_leftovers(self) -> None:
         """CheckpointError if the files hold tensors without a place in this architecture."""
-        names = self.names
-        left = sorted(n for n in self.left if not n.endswith(names.ignored) and not n.startswith(names.others))
+        names, count, more = self.names, len(self.architecture.layers), self.architecture.more_layers
+        others = (*names.others, *(names.layer.format(index) for index in range(count, count + more)))
+        left = sorted(n for n in self.left if not n.endswith(names.ignored) and not n.startswith(others))
         if left:
             raise CheckpointError(
                 f"{self.directory}: {len(left)} tensors do not belong to {self.architecture.family} with "
-                f"{len(self.architecture.layers)} layers, the first {left[0]!r}: config.json belongs to another model"
+                f"{count} layers, the first {left[0]!r}: config.json belongs to another model"
             )
 
 
@@ -268,11 +308,32 @@ class LayerParts:
 
     def linear(self, part: str, n: int, k: int, pair_block: int = TILE_ROWS) -> Linear:
         """A linear, or several stacked; rows of q, k and v in the decoder's order."""
-        a, found = self.reader.architecture, getattr(self.names, part)
+        a, found = self.reader.architecture, getattr(self.mixture if part.startswith("shared_") else self.names, part)
         names = tuple(self.prefix + name for name in ((found,) if isinstance(found, str) else found))
         rows = qkv_order(a, self.rope, self.names.per_head) if part == "qkv" else None
         biased = a.attention_bias if part in ("qkv", "o") else a.mlp_bias
         return self.reader.linear(names, n, k, pair_block, rows, biased)
+
+    @property
+    def mixture(self) -> MixtureNames:
+        """The names of a layer with experts."""
+        assert self.names.mixture is not None
+        return self.names.mixture
+
+    def router(self, mixture: Mixture) -> Router:
+        """The router of a layer with experts."""
+        return self.reader.router(self.mixture, self.prefix, mixture)
+
+    def stack(self, part: str, mixture: Mixture, n: int, k: int) -> StackedLinear:
+        """The linears of all experts."""
+        found = getattr(self.mixture, part)
+        names = tuple(self.prefix + name for name in ((found,) if isinstance(found, str) else found))
+        return self.reader.stack(names, mixture.experts, n, k, self.reader.architecture.mlp_bias)
+
+    def shared_gate(self) -> Tensor | None:
+        """The gate of the feed-forward beside the experts."""
+        name, hidden = self.mixture.shared_gate, self.reader.architecture.hidden
+        return None if name is None else self.reader.tensor(f"{self.prefix}{name}.weight", (1, hidden))
 
     def norm(self, part: str) -> Norm | None:
         """A norm of hidden states."""
@@ -281,8 +342,11 @@ class LayerParts:
 
     def head_norm(self, part: str) -> Tensor | None:
         """The weight of a norm on heads, reordered like their rows."""
-        name = getattr(self.names, part)
-        return None if name is None else self.reader.head_norm(self.prefix + name, self.rope)
+        a, name = self.reader.architecture, getattr(self.names, part)
+        if name is None or not a.head_norms:
+            return None
+        heads = {"q_norm": a.heads, "k_norm": a.kv_heads}[part] if a.joint_head_norms else 1
+        return self.reader.head_norm(self.prefix + name, self.rope, heads)
 
 
 def len_of(matrix: QTensor | Tensor) -> int:

@@ -17,6 +17,10 @@ LLAMA3 = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_fac
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64}
 PARTIAL = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
 LONG = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0, 1.5, 2.0, 3.0] * 2, "long_factor": [4.0] * 8}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
+SHARED = {"shared_expert_intermediate_size": 32}
+GROUPED = {"n_routed_experts": 8, "num_experts_per_tok": 3, "n_group": 4, "topk_group": 2, "moe_intermediate_size": 48}
+SIGMOID = GATED | GROUPED | {"head_dim": 16, "first_k_dense_replace": 1, "routed_scaling_factor": 1.5}
 # Models to build: a family of tests/builders with changes, or a configuration class of transformers with values.
 CASES = {
     "llama": ("llama", {}),
@@ -38,6 +42,13 @@ CASES = {
     "gptj": ("GPTJConfig", SMALL | {"rotary_dim": 8}),
     "glm": ("GlmConfig", GATED | {"head_dim": 16}),
     "glm4": ("Glm4Config", GATED | {"head_dim": 16}),
+    "mixtral": ("mixtral", {}),
+    "qwen2_moe": ("Qwen2MoeConfig", GATED | EXPERTS | SHARED | {"num_hidden_layers": 3, "decoder_sparse_step": 2}),
+    "qwen3_moe": ("qwen3_moe", {"norm_topk_prob": True, "num_hidden_layers": 3, "mlp_only_layers": [1]}),
+    "olmoe": ("OlmoeConfig", GATED | {"num_experts": 4, "num_experts_per_tok": 2}),
+    "phimoe": ("PhimoeConfig", GATED | {"num_local_experts": 4, "router_jitter_noise": 0.3, "lm_head_bias": True}),
+    "glm4_moe": ("Glm4MoeConfig", SIGMOID),
+    "glm4_moe-normed": ("Glm4MoeConfig", SIGMOID | {"use_qk_norm": True, "n_shared_experts": 2}),
 }
 ATOL = 2e-5
 IMAGES = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -51,6 +62,9 @@ def built(case: str) -> torch.nn.Module:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
+        for name, buffer in model.named_buffers():
+            if name.endswith("correction_bias"):
+                buffer.add_(0.2 * torch.randn_like(buffer))
     return model.eval()
 
 

@@ -24,6 +24,9 @@ LINEAR = ROPE | {"rope_type": "linear", "factor": 2.0}
 YARN = ROPE | {"rope_type": "yarn", "factor": 4.0}
 LONG = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0, 1.5] * 4, "long_factor": [4.0, 2.0] * 4}
 WHOLE = {"partial_rotary_factor": 1.0}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+GROUPED = {"n_routed_experts": 8, "num_experts_per_tok": 2, "n_group": 4, "topk_group": 2, "moe_intermediate_size": 32}
+SLIDING = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2}
 # Family -> the fields of its tiny model.
 TINY: dict[str, dict[str, Any]] = {
     "llama": GATED,
@@ -38,6 +41,12 @@ TINY: dict[str, dict[str, Any]] = {
     "gpt_neox": COMMON | {"intermediate_size": 96, "max_position_embeddings": 64},
     "glm": GATED | {"head_dim": 16},
     "glm4": GATED | {"head_dim": 16},
+    "mixtral": GATED | {"num_local_experts": 4},
+    "phimoe": GATED | {"num_local_experts": 4},
+    "qwen2_moe": GATED | EXPERTS | SLIDING | {"shared_expert_intermediate_size": 32},
+    "qwen3_moe": GATED | EXPERTS | {"head_dim": 16},
+    "olmoe": GATED | {"num_experts": 4, "num_experts_per_tok": 2},
+    "glm4_moe": GATED | GROUPED | {"head_dim": 16},
 }
 # Field -> values to try instead of the tiny model's. Other fields are negated or changed slightly.
 VALUES: dict[str, list[Any]] = {
@@ -78,6 +87,14 @@ VALUES: dict[str, list[Any]] = {
     "id2label": [{0: "a"}],
     "label2id": [{"a": 0}],
     "original_max_position_embeddings": [16],
+    "intermediate_size": [128],
+    "moe_intermediate_size": [48],
+    "clip_qkv": [0.5],
+    "mlp_only_layers": [[0]],
+    "decoder_sparse_step": [2],
+    "n_group": [2],
+    "topk_group": [1],
+    "n_routed_experts": [12],
 }
 
 
@@ -97,7 +114,7 @@ def built(family: str, changes: dict[str, Any]) -> PreTrainedModel | None:
     try:
         model = tiny(family, **changes)
         model(input_ids=IDS, use_cache=False) if "return_dict" not in changes else None
-    except (ValueError, KeyError, RuntimeError, StrictDataclassError):
+    except (ValueError, KeyError, TypeError, RuntimeError, StrictDataclassError):
         return None
     return model
 
@@ -138,6 +155,8 @@ REFUSED = {
     ("hidden_act", "gelu"): "activation 'gelu' is not computed here; known with a gate: silu",
     ("hidden_activation", "gelu"): "activation 'gelu' is not computed here; known with a gate: silu",
     ("attn_logit_softcapping", 5.0): "attn_logit_softcapping is 5.0; the engine computes only None",
+    ("clip_qkv", 0.5): "clip_qkv is 0.5; the engine computes only None",
+    ("num_experts_per_tok", 3): "scores 'mixer' for 3 experts of a token",
     ("add_cross_attention", True): "add_cross_attention is True; the engine computes only False",
     ("is_encoder_decoder", True): "is an encoder with a decoder; those are not quantized here",
     ("use_bidirectional_attention", True): "use_bidirectional_attention is True; the engine computes only",

@@ -1,0 +1,148 @@
+"""The choice of a token's experts and of their weights, from its hidden state and a router's weight."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+SCORES = ("softmax", "sigmoid", "chosen", "mixer")
+LEAST_SUM = 1e-20  # added to sums that divide, as the models do
+
+
+@dataclass(frozen=True)
+class Rule:
+    """The way from one logit per expert to a token's experts.
+
+    top          number of experts of a token
+    scores       "softmax" or "sigmoid" of the logits; "chosen": softmax of the logits of the chosen alone; "mixer": two
+                 experts in turn, each with its share of a softmax over the logits near it (sparsemixer, Phi-MoE)
+    normalized   True: the weights of a token's experts are divided by their sum
+    scale        factor of the weights
+    groups       equal groups of neighbouring experts; a token uses the best `used_groups` of them
+    group_best   a group is as good as the sum of this many best scores in it
+    jitter       of "mixer": a logit is near the best one within 2 * jitter, relative to the larger of the two
+    """
+
+    top: int
+    scores: str = "softmax"
+    normalized: bool = True
+    scale: float = 1.0
+    groups: int = 1
+    used_groups: int = 1
+    group_best: int = 1
+    jitter: float = 0.0
+
+    def reason_against(self, experts: int) -> str | None:
+        """The reason why no token can choose so among `experts`, or None."""
+        if not 1 <= self.top <= experts:
+            return f"{self.top} experts of a token, of {experts}"
+        if self.scores not in SCORES or (self.scores == "mixer" and self.top != 2):
+            return f"scores {self.scores!r} for {self.top} experts of a token: {', '.join(SCORES)}, mixer for 2"
+        if self.groups < 1 or experts % self.groups or not 1 <= self.used_groups <= self.groups:
+            return f"{self.used_groups} of {self.groups} groups of {experts} experts"
+        size = experts // self.groups
+        if self.top > self.used_groups * size or self.group_best > size:
+            return f"{self.top} experts of {self.used_groups} groups of {size}, ranked by {self.group_best}"
+        return None
+
+
+@dataclass(frozen=True)
+class RouteCall:
+    """Rows to route. Of equal scores the first expert is better; NaN is better than all, as in torch.
+
+    x           (m, k)        floating point
+    weight      (experts, k)  x's dtype
+    bias        (experts)     of the logits, or None
+    correction  (experts)     float32, added to scores for the choice alone, or None
+    """
+
+    x: Tensor
+    weight: Tensor
+    rule: Rule
+    bias: Tensor | None = None
+    correction: Tensor | None = None
+
+    def empty(self) -> tuple[Tensor, Tensor]:
+        """Memory for the result."""
+        shape = self.x.shape[0], self.rule.top
+        return self.x.new_empty(shape, dtype=torch.int32), self.x.new_empty(shape, dtype=torch.float32)
+
+    def check(self) -> None:
+        """ValueError if the tensors do not fit together."""
+        x, w = self.x, self.weight
+        if x.ndim != 2 or w.ndim != 2 or x.shape[1] != w.shape[1]:
+            raise ValueError(
+                f"x of shape {tuple(x.shape)} with a router {tuple(w.shape)}: rows of its width are needed"
+            )
+        for name, tensor in (("bias", self.bias), ("correction", self.correction)):
+            if tensor is not None and tuple(tensor.shape) != w.shape[:1]:
+                raise ValueError(f"{name} of shape {tuple(tensor.shape)} for {w.shape[0]} experts")
+        for name, tensor in (("weight", w), ("bias", self.bias), ("correction", self.correction)):
+            if tensor is not None and tensor.device != x.device:
+                raise ValueError(f"{name} is on {tensor.device}, x on {x.device}")
+        reason = self.rule.reason_against(w.shape[0])
+        if reason is not None:
+            raise ValueError(reason)
+
+
+def route(call: RouteCall) -> tuple[Tensor, Tensor]:
+    """Experts (m, top) int32, best first, and their weights (m, top) float32. ValueError if tensors do not fit."""
+    call.check()
+    return reference(call)
+
+
+def reference(call: RouteCall) -> tuple[Tensor, Tensor]:
+    """The result of `call` in plain torch, from float32 logits."""
+    rule = call.rule
+    bias = None if call.bias is None else call.bias.float()
+    logits = functional.linear(call.x.float(), call.weight.float(), bias)
+    if rule.scores == "mixer":
+        experts, weights = mixed(logits, rule.jitter)
+    else:
+        experts, weights = ranked(logits, rule, call.correction)
+    if rule.normalized:
+        weights = weights / (weights.sum(-1, keepdim=True) + LEAST_SUM)
+    return experts.int(), weights * rule.scale
+
+
+def ranked(logits: Tensor, rule: Rule, correction: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The best experts by their scores, and these scores."""
+    scores = logits
+    if rule.scores != "chosen":
+        scores = logits.softmax(-1) if rule.scores == "softmax" else logits.sigmoid()
+    ranks = scores if correction is None else scores + correction
+    if rule.groups > 1:
+        ranks = ranks.masked_fill(~in_best_groups(ranks, rule), -torch.inf)
+    experts = best(ranks, rule.top)
+    weights = scores.gather(-1, experts)
+    return experts, weights.softmax(-1) if rule.scores == "chosen" else weights
+
+
+def best(scores: Tensor, count: int) -> Tensor:
+    """Indices of the largest scores of each row, the first of equals first."""
+    return scores.sort(dim=-1, descending=True, stable=True).indices[:, :count]
+
+
+def in_best_groups(ranks: Tensor, rule: Rule) -> Tensor:
+    """(m, experts) bool: True for experts of a row's best groups."""
+    grouped = ranks.unflatten(-1, (rule.groups, -1))
+    used = best(grouped.topk(rule.group_best, -1).values.sum(-1), rule.used_groups)
+    mask = torch.zeros(grouped.shape[:2], dtype=torch.bool, device=ranks.device).scatter(-1, used, value=True)
+    return mask.unsqueeze(-1).expand_as(grouped).flatten(1)
+
+
+def mixed(logits: Tensor, jitter: float) -> tuple[Tensor, Tensor]:
+    """The two best experts, each with its share of the logits near it; the second as if the first were not there.
+
+    Differences are relative to the larger magnitude of a logit and the best one left.
+    """
+    experts, weights, left = [], [], logits
+    for _ in range(2):
+        most, chosen = left.max(-1, keepdim=True)
+        apart = (most - logits) / torch.maximum(logits.abs(), most)
+        near = left.masked_fill(apart > 2 * jitter, -torch.inf)
+        experts.append(chosen)
+        weights.append(near.softmax(-1).gather(-1, chosen))
+        left = left.scatter(-1, chosen, -torch.inf)
+    return torch.cat(experts, -1), torch.cat(weights, -1)
