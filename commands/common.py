@@ -79,6 +79,12 @@ def say_loaded(expanded: Mapping[str, int], cache: str | None) -> None:
 
 # Options of several commands. A name means the same in all of them.
 REVISION = click.option("--revision", help="Take this branch, tag or commit of a hub id.  [default: main]")
+BASELINE = click.option(
+    "--baseline", help="Measure this model in the same run: a directory, a hub id, or demo.  [default: none]"
+)
+BASELINE_REVISION = click.option(
+    "--baseline-revision", help="Take this branch, tag or commit of --baseline.  [default: main]"
+)
 DEVICE = value("--device", default="auto", text="Compute on this device: auto, cpu, cuda, cuda:1.")
 TRUST = flag("--trust-remote-code", text="Run Python code from the model's repository.")
 OVERWRITE = flag("--overwrite", text="Replace an output directory that is not empty.")

@@ -73,15 +73,18 @@ class Display:
         self._step, self._part = Step("", 0, None), Part("")
         self._begun = self._spoke = time.monotonic()
         self._ended = threading.Event()
+        self._beating = threading.Thread(target=self._beat, daemon=True)
 
     def __enter__(self) -> "Display":
         if self._beats:
-            threading.Thread(target=self._beat, daemon=True).start()
+            self._beating.start()
         return self
 
     def __exit__(self, *error: object) -> None:
         self.stop()
         self._ended.set()
+        if self._beats:
+            self._beating.join()  # no line comes after the end
 
     def __call__(self, event: Step | Part) -> None:
         """Show `event`."""

@@ -7,7 +7,7 @@ import click
 
 from lowbit.api.session import DTYPES, Event, Scored
 from lowbit.api.shared import Note
-from lowbit.commands.common import DEVICE, REVISION, TRUST
+from lowbit.commands.common import BASELINE, BASELINE_REVISION, DEVICE, REVISION, TRUST
 from lowbit.commands.display import OUTPUT_OPTIONS, Display
 from lowbit.commands.parts import Parts, flag, value
 from lowbit.evaluation.backend import BACKENDS
@@ -52,11 +52,9 @@ def _line(score: Score) -> str:
 
 SETUP: Parts = {  # options of all subcommands: the keywords of lowbit.api.session.Setup
     "Models": (
-        click.option(
-            "--baseline", help="Measure this model in the same run: a directory, a hub id, or demo.  [default: none]"
-        ),
+        BASELINE,
         REVISION,
-        click.option("--baseline-revision", help="Take this branch, tag or commit of --baseline.  [default: main]"),
+        BASELINE_REVISION,
         TRUST,
     ),
     "Computation": (

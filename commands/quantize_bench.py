@@ -1,8 +1,11 @@
 """`quantize-bench`: decode speed in tokens per second, and as a share of memory bandwidth."""
 
 import json
-from itertools import product
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import product, repeat
 from pathlib import Path
+from typing import Any
 
 import click
 import torch
@@ -10,7 +13,18 @@ from rich.table import Table
 
 from lowbit import engine
 from lowbit.api.recording import store
-from lowbit.commands.common import CACHE, DENSE_HEAD, DEVICE, REVISION, make_console, run_command, say, say_loaded
+from lowbit.commands.common import (
+    BASELINE,
+    BASELINE_REVISION,
+    CACHE,
+    DENSE_HEAD,
+    DEVICE,
+    REVISION,
+    run_command,
+    say,
+    say_loaded,
+)
+from lowbit.commands.display import Display
 from lowbit.commands.parts import FIRST, Parts, by_part, flag, frame, value
 from lowbit.engine.decoder import Decoder
 from lowbit.engine.engine import Engine
@@ -18,8 +32,9 @@ from lowbit.engine.options import Options
 from lowbit.engine.shapes import METHODS, SHAPES, random_weights
 from lowbit.engine.speed import Speed, kernels_of_step, measure, read_rate
 from lowbit.errors import EngineError
-from lowbit.export.snapshot import refuse_to_write_into
+from lowbit.export.snapshot import published_name, refuse_to_write_into
 from lowbit.models.devices import check_device
+from lowbit.progress import Part, Step
 
 COLUMNS = ("method", "batch", "prompt", "tokens/s", "ms/token", "floor ms", "share of floor", "memory GiB")
 
@@ -62,6 +77,7 @@ PARTS: Parts = {
             default=128,
             text="Decode this many tokens of each sequence.",
         ),
+        BASELINE,
     ),
     "Engine": (
         DEVICE,
@@ -73,6 +89,7 @@ PARTS: Parts = {
         CACHE,
         DENSE_HEAD,
         REVISION,
+        BASELINE_REVISION,
     ),
     "Results": (
         flag("--record", text="Store the result in CHECKPOINT, its card and its page."),
@@ -82,9 +99,56 @@ PARTS: Parts = {
 }
 
 
+@dataclass(frozen=True)
+class Trial:
+    """The conditions of a measurement, the same for each model.
+
+    sizes     sequences at once and tokens before, a pair for each row
+    length    tokens to decode of each sequence
+    read_gbs  memory read bandwidth of the device, GB/s
+    """
+
+    device: torch.device
+    dtype: str
+    sizes: tuple[tuple[int, int], ...]
+    length: int
+    cache: str
+    head: str
+    read_gbs: float
+    display: Display
+
+    @property
+    def context(self) -> int:
+        """Tokens of the longest sequence."""
+        return max(before for _, before in self.sizes) + self.length
+
+    def load(self, model: str, revision: str | None) -> Engine:
+        """The engine of a checkpoint."""
+        self.display(Step(f"loading {model}", 0, None))
+        kind = getattr(torch, self.dtype)
+        return engine.load(model, str(self.device), kind, self.context, self.cache, self.head, revision)
+
+    def random(self, shape: str, method: str) -> Engine:
+        """An engine with random weights."""
+        self.display(Step(f"making {method} weights", 0, None))
+        options = Options(self.context, self.cache == "int8")
+        architecture, like = SHAPES[shape], torch.empty(0, dtype=getattr(torch, self.dtype), device=self.device)
+        weights = random_weights(architecture, method, like, self.head, not options.int8_cache)
+        return Engine(Decoder(architecture, weights, options.context), None, options)
+
+    def speeds(self, name: str, model: Engine) -> Iterator[Speed]:
+        """The speed at each size."""
+        say_loaded(model.decoder.weights.expanded, model.decoder.weights.cache)
+        say(f"{name}: decoding in {self.dtype} on {name_of(self.device)}", err=True)
+        for number, (rows, before) in enumerate(self.sizes):
+            self.display(Step(f"measuring {name}", number, len(self.sizes)))
+            self.display(Part(f"{rows} x {self.length} tokens after {before}"))
+            yield measure(model, rows, before, self.length, self.read_gbs)
+
+
 @click.command(
     **frame(
-        "lowbit bench demo-awq --record",
+        "lowbit bench demo-awq --baseline demo --record",
         "lowbit bench --shape llama2-7b --weights w4 --batch 1 --prompt-tokens 128",
     )
 )
@@ -97,6 +161,8 @@ def bench(
     batch: tuple[int, ...],
     prompt_tokens: tuple[int, ...],
     new_tokens: int,
+    baseline: str | None,
+    baseline_revision: str | None,
     cache: str,
     head: str,
     dtype: str | None,
@@ -110,39 +176,62 @@ def bench(
 
     The floor is the time to read all bytes of a decode step at the bandwidth that a torch reduction reaches here.
     """
+    refuse(checkpoint, shape, baseline, record)
+    place, sizes = torch.device(check_device(device)), tuple(product(batch, prompt_tokens))
+    dtype = dtype or ("float32" if place.type == "cpu" else "float16")
+    read_gbs, named = read_rate(place), str(checkpoint or shape)
+    table = Table(*COLUMNS, title=f"{named}, {dtype}, {read_gbs:.0f} GB/s read", box=None)
+    measured: list[dict[str, Any]] = []
+    with Display(quiet=as_json) as display:
+        trial = Trial(place, dtype, sizes, new_tokens, cache, head, read_gbs, display)
+        try:
+            before = original_speeds(trial, baseline, baseline_revision, table)
+            for method in weights or (METHODS if shape else ("checkpoint",)):
+                model = trial.random(shape, method) if shape else trial.load(named, revision)
+                for speed in trial.speeds(method, model):
+                    row = {"shape": named, "method": method} | speed.as_row() | next(before)
+                    measured.append(row)
+                    table.add_row(method, *columns(speed))
+                    if as_json:
+                        click.echo(json.dumps(row))
+                if profile and place.type == "cuda":
+                    show_profile(model, batch[-1])
+        except EngineError as error:
+            raise click.UsageError(str(error)) from error
+        display.stop()
+        if record:
+            about = {"evaluation": "speed", "device": name_of(place), "dtype": dtype, "shape": Path(named).name}
+            store(Path(named), [row | about for row in measured])
+        if not as_json:
+            display.line(table)
+
+
+def refuse(checkpoint: str | None, shape: str | None, baseline: str | None, record: bool) -> None:
+    """A usage error for options that contradict each other, before a weight is read."""
     if (checkpoint is None) == (shape is None):
         raise click.UsageError("name a CHECKPOINT, or a --shape; not both")
     if record:
         refuse_to_write_into(Path(required(checkpoint, "--record")))
-    place, context = torch.device(check_device(device)), max(prompt_tokens) + new_tokens
-    dtype = dtype or ("float32" if place.type == "cpu" else "float16")
-    kind = getattr(torch, dtype)
-    read_gbs = read_rate(place)
-    measured = []
-    table = Table(*COLUMNS, title=f"{checkpoint or shape}, {dtype}, {read_gbs:.0f} GB/s read", box=None)
-    try:
-        for method in weights or (METHODS if shape else ("checkpoint",)):
-            if shape is None:
-                model = engine.load(str(checkpoint), str(place), kind, context, cache, head, revision)
-            else:
-                model = random_engine(shape, method, kind, place, Options(context, cache == "int8"), head)
-            say_loaded(model.decoder.weights.expanded, model.decoder.weights.cache)
-            say(f"{method}: decoding in {dtype} on {name_of(place)}", err=True)
-            for rows, before in product(batch, prompt_tokens):
-                speed = measure(model, rows, before, new_tokens, read_gbs)
-                measured.append({"shape": checkpoint or shape, "method": method} | speed.as_row())
-                if as_json:
-                    click.echo(json.dumps(measured[-1]))
-                table.add_row(method, *columns(speed))
-            if profile and place.type == "cuda":
-                show_profile(model, batch[-1])
-    except EngineError as error:
-        raise click.UsageError(str(error)) from error
-    if record:
-        about = {"evaluation": "speed", "device": name_of(place), "dtype": dtype}
-        store(Path(str(checkpoint)), [row | about | {"shape": Path(str(checkpoint)).name} for row in measured])
-    if not as_json:
-        make_console().print(table)
+    if baseline is not None and shape is not None:
+        raise click.UsageError("--baseline is for a CHECKPOINT; beside a --shape write --weights dense as well")
+
+
+def original_speeds(
+    trial: Trial, baseline: str | None, revision: str | None, table: Table
+) -> Iterator[dict[str, dict[str, Any]]]:
+    """The part of each row of the checkpoint that is of the original, measured now; nothing without a `baseline`.
+
+    table  gets a line of each measurement
+    """
+    if baseline is None:
+        return repeat({})
+    kept = ("ms_per_token", "tokens_per_s", "memory_gib")
+    found = []
+    for speed in trial.speeds("original", trial.load(baseline, revision)):
+        table.add_row("original", *columns(speed))
+        row = speed.as_row()
+        found.append({"baseline": {"model": published_name(baseline)} | {key: row[key] for key in kept}})
+    return iter(found)
 
 
 def required(checkpoint: str | None, option: str) -> str:
@@ -155,15 +244,6 @@ def required(checkpoint: str | None, option: str) -> str:
 def name_of(device: torch.device) -> str:
     """The device's name in rows: the GPU's name, or CPU."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-
-
-def random_engine(
-    shape: str, method: str, dtype: torch.dtype, device: torch.device, options: Options, head: str
-) -> Engine:
-    """An engine with random weights."""
-    architecture, like = SHAPES[shape], torch.empty(0, dtype=dtype, device=device)
-    weights = random_weights(architecture, method, like, head, not options.int8_cache)
-    return Engine(Decoder(architecture, weights, options.context), None, options)
 
 
 def columns(speed: Speed) -> list[str]:

@@ -27,7 +27,7 @@ def _compared(all_facts: Sequence[dict[str, Any]]) -> dict[str, Any]:
         [{_speed_conditions(row): row for row in facts["evaluations"]["speed"]} for facts in all_facts]
     )
     points = [_point(facts, shared, speed) for facts in all_facts]
-    baseline = _baseline(all_facts, shared)
+    baseline = _baseline(all_facts, shared, speed)
     return {
         "conditions": _described(all_facts, shared),
         "speed": dict(zip(SPEED_CONDITIONS, speed, strict=True)) if speed else None,
@@ -67,7 +67,9 @@ def _point(facts: dict[str, Any], shared: tuple[Any, ...] | None, speed: tuple[A
     }
 
 
-def _baseline(all_facts: Sequence[dict[str, Any]], shared: tuple[Any, ...] | None) -> dict[str, Any] | None:
+def _baseline(
+    all_facts: Sequence[dict[str, Any]], shared: tuple[Any, ...] | None, speed: tuple[Any, ...] | None
+) -> dict[str, Any] | None:
     """The unquantized model's row, from the first checkpoint that measured it; None if the checkpoints' models
     differ."""
     models = {facts["model"] for facts in all_facts if facts["model"]}
@@ -84,9 +86,16 @@ def _baseline(all_facts: Sequence[dict[str, Any]], shared: tuple[Any, ...] | Non
                     "gigabytes": before / 1e9,
                     "bits": round(8 * before / max(facts["bytes"]["parameters"], 1), 3),
                     "perplexity": row["baseline"]["perplexity"],
+                    "speed": _original_speed(all_facts, speed),
                     "marked": False,
                 }
     return None
+
+
+def _original_speed(all_facts: Sequence[dict[str, Any]], speed: tuple[Any, ...] | None) -> float | None:
+    """Tokens a second of the unquantized model under these conditions, from the first checkpoint that measured it."""
+    rows = (row for facts in all_facts for row in facts["evaluations"]["speed"] if _speed_conditions(row) == speed)
+    return next((row["baseline"]["tokens_per_s"] for row in rows if row["baseline"]), None)
 
 
 def _described(all_facts: Sequence[dict[str, Any]], shared: tuple[Any, ...] | None) -> dict[str, Any] | None:

@@ -1,6 +1,7 @@
 """Counts of the benchmark, and its run without a GPU."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -54,8 +55,30 @@ def test_the_command_measures_a_checkpoint(tmp_path):
     row = json.loads(result.stdout)
     assert (row["batch"], row["prompt"], row["output"]) == (2, 8, 3)
     assert row["ms_per_token"] > 0
+    assert "baseline" not in row
     assert "share of floor" in CliRunner().invoke(bench, [str(tmp_path), *options]).stdout
+
+
+def test_the_original_is_measured_under_the_same_conditions(tmp_path, monkeypatch):
+    for name in ("model", "made"):
+        save_family("llama", tmp_path / name)
+    sizes = ["--batch", "1", "--batch", "2", "--prompt-tokens", "8", "--new-tokens", "2"]
+    options = [str(tmp_path / "made"), "--device", "cpu", *sizes, "--baseline", str(tmp_path / "model")]
+    rows = [json.loads(line) for line in CliRunner().invoke(bench, [*options, "--json"]).stdout.splitlines()]
+    assert [row["batch"] for row in rows] == [1, 2]
+    assert [row["baseline"]["model"] for row in rows] == ["model", "model"]
+    assert all(row["baseline"]["tokens_per_s"] > 0 for row in rows)
+    monkeypatch.setattr("lowbit.commands.display.EVERY", 0.001)
+    told = CliRunner().invoke(bench, options)
+    lines = told.stdout.splitlines()
+    assert [line.split()[:2] for line in lines if line.split()[:1] in (["original"], ["checkpoint"])] == [
+        *(["original", "1"], ["original", "2"], ["checkpoint", "1"], ["checkpoint", "2"])
+    ]
+    assert "checkpoint: decoding in float32 on CPU" in told.stderr
+    assert re.search(r"measuring (original|checkpoint)( 1/2)?: [12] x 2 tokens after 8; 0:00 so far", told.stderr)
 
 
 def test_the_command_wants_a_checkpoint_or_a_shape():
     assert "name a CHECKPOINT, or a --shape" in CliRunner().invoke(bench, []).stderr
+    wrong = CliRunner().invoke(bench, ["--shape", "llama2-7b", "--baseline", "demo"])
+    assert "beside a --shape write --weights dense as well" in wrong.stderr

@@ -13,10 +13,12 @@ import lowbit
 from lowbit.api.recording import store
 from lowbit.calibrate.job import prepare
 from lowbit.calibrate.methods import complete_recipe
+from lowbit.evaluation.record import FILE
 from lowbit.evaluation.report.card import Original, name_card, original_of
 from lowbit.export.checkpoint import sha256_of
 from lowbit.export.dialects import FORMATS
 from lowbit.export.engines.readers import readers_of
+from lowbit.export.plain import read_rows
 from lowbit.models.demo import BASE_MODEL
 from lowbit.models.source import Source, open_source
 from lowbit.quant.scheme import parse_scheme
@@ -170,9 +172,14 @@ def test_a_text_of_the_calibrations_family_leads_only_alone(made):
 
 
 def test_a_benchmark_and_a_report_renew_the_card(made):
-    done = run_lowbit("bench", made, "--record", "--batch", 1, "--prompt-tokens", 4, "--new-tokens", 2)
+    sizes = ("--batch", 1, "--prompt-tokens", 4, "--new-tokens", 2)
+    done = run_lowbit("bench", made, "--record", "--baseline", made, *sizes)
     assert done.code == 0, done.err
-    assert "tokens a second, CPU, batch 1, 4 before" in (made / "README.md").read_text()
+    [row] = [row for row in read_rows(made / FILE) if row["evaluation"] == "speed"]
+    before, after = row["baseline"]["tokens_per_s"], row["tokens_per_s"]
+    line = f"| tokens a second, CPU, batch 1, after 4 | {before:.4g} | {after:.4g} |"
+    assert line in (made / "README.md").read_text()
+    assert f"<s>{before:.4g}</s> <span>{after:.4g} <small>tokens/s" in (made / "report.html").read_text()
     text = (made / "README.md").read_text()
     (made / "README.md").write_text(text.replace("batch 1", "batch 3"))
     lowbit.report(made)

@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import xml.etree.ElementTree as ET
+from typing import Any
 
 import pytest
 
@@ -22,7 +23,8 @@ from lowbit.export.plain import read_rows
 from tests.builders import make_model, save_family
 from tests.e2e.cli import run_quantize, run_quantize_eval, run_quantize_report
 
-SPEED = {"device": "a GPU", "ms_per_token": 10.0, "share_of_floor": 0.5}
+SPEED: dict[str, Any] = {"device": "a GPU", "ms_per_token": 10.0, "share_of_floor": 0.5}
+SPEED |= {"baseline": {"model": "model", "tokens_per_s": 40.0, "ms_per_token": 25.0}}
 
 
 @pytest.fixture(scope="module")
@@ -380,7 +382,7 @@ def test_checkpoints_side_by_side(awq, int4, tmp_path):
     base, first, second = values["points"]
     assert (base["name"], base["baseline"]) == ("model", True)
     assert [first["name"], second["name"]] == ["llama-awq", "llama-int4"]
-    assert [first["speed"], second["speed"]] == [100.0, 90.0]
+    assert [base["speed"], first["speed"], second["speed"]] == [40.0, 100.0, 90.0]
     assert first["perplexity"] == read_rows(awq / FILE)[0]["perplexity"]
     assert base["perplexity"] == read_rows(awq / FILE)[0]["baseline"]["perplexity"]
     assert (first["marked"], second["marked"]) == (True, False)
@@ -390,7 +392,7 @@ def test_checkpoints_side_by_side(awq, int4, tmp_path):
     assert "(same family)" in text
     assert "Batch 1, after 128 tokens, a GPU." in " ".join(page.split())
     assert run_quantize_report(awq, "--rows", tmp_path / "rows.jsonl", "-o", tmp_path / "one").code == 0
-    assert "| a GPU | 1 | 128 | 100 | 10 |" in (tmp_path / "one.md").read_text()
+    assert "| a GPU | 1 | 128 | 40 | 100 | 25 | 10 |" in (tmp_path / "one.md").read_text()
     assert "50.0%" in (tmp_path / "one.html").read_text()
 
 
