@@ -1,5 +1,6 @@
 """Answers in the protocol's form: whole, or as the chunks of a stream."""
 
+import json
 import secrets
 import time
 from abc import ABC, abstractmethod
@@ -10,6 +11,7 @@ from typing import Any
 from lowbit.engine.sampling import TokenLogprob
 from lowbit.serve.dialects import Reader
 from lowbit.serve.job import Job, Update
+from lowbit.serve.problems import Problem
 from lowbit.serve.vocabulary import Vocabulary
 
 Delta = dict[str, Any]
@@ -33,6 +35,7 @@ class Choice:
     message: Delta = field(default_factory=dict)
     logprobs: list[TokenLogprob] = field(default_factory=list)
     written: int = 0
+    thought: int = 0
     read: int = 0
     cached: int = 0
     reason: str | None = None
@@ -51,6 +54,7 @@ class Choice:
             self.reason = ended
             return []
         self.written += len(piece.tokens)
+        self.thought += len(piece.tokens) if self.reader.thinking else 0
         self.logprobs += update.logprobs
         deltas = list(self.reader.feed(piece.text, ended is not None))
         for delta in deltas:
@@ -70,13 +74,29 @@ def merge(message: Delta, delta: Delta) -> None:
 
 
 class Answer(ABC):
-    """The frame of an answer, the same for all its chunks. Its kind and that of a chunk are the protocol's names."""
+    """The frame of an answer, the same for all its chunks.
 
-    kind, part_kind, prefix = "", "", ""
+    kind, part_kind  the protocol's names of an answer and of a chunk
+    last             the end of a stream
+    """
+
+    kind, part_kind, prefix, last = "", "", "", "data: [DONE]\n\n"
 
     def __init__(self, model: str, vocabulary: Vocabulary, wants_logprobs: bool) -> None:
         self.model, self.vocabulary, self.wants_logprobs = model, vocabulary, wants_logprobs
         self.id, self.created = f"{self.prefix}-{secrets.token_hex(12)}", int(time.time())
+
+    def event(self, data: Delta) -> str:
+        """One server-sent event."""
+        return f"data: {json.dumps(data, ensure_ascii=False, separators=(',', ':'))}\n\n"
+
+    def failure(self, problem: Problem) -> Delta:
+        """The event of an error within a stream."""
+        return problem.body()
+
+    def ending(self, choices: Iterable[Choice], wants_usage: bool) -> list[Delta]:
+        """The chunks after the last text: the usage if it is wanted."""
+        return [self.frame(self.part_kind, [], usage(choices))] if wants_usage else []
 
     def frame(self, kind: str, choices: list[Delta], usage: Delta | None = None) -> Delta:
         """An answer or a chunk with these choices."""
@@ -170,7 +190,9 @@ def usage(choices: Iterable[Choice]) -> Delta:
     choices = list(choices)
     prompts = {choice.prompt: choice for choice in reversed(choices)}
     read, written = (sum(counts) for counts in ([each.read for each in prompts.values()], [c.written for c in choices]))
-    return {
+    thought = sum(choice.thought for choice in choices)
+    more = {"completion_tokens_details": {"reasoning_tokens": thought}} if thought else {}
+    return more | {
         "prompt_tokens": read,
         "completion_tokens": written,
         "total_tokens": read + written,

@@ -19,6 +19,7 @@ from lowbit.serve.flow import Gone, unless_gone
 from lowbit.serve.limits import LEAST_BODY, TOKEN_BYTES, Gate, body_of
 from lowbit.serve.problems import Problem, invalid, problem_of
 from lowbit.serve.protocol import ChatBody, DetokenizeBody, TextBody, TokenizeBody
+from lowbit.serve.responses import ResponsesBody, responses_work
 from lowbit.serve.vocabulary import decoded
 from lowbit.serve.work import Run, Server, Work, chat_work, text_work
 
@@ -133,6 +134,14 @@ async def complete(http: Http) -> Response:
     server, client = admitted(http)
     body = await parsed(http, TextBody)
     return await answered(http, server, client, await run_in_threadpool(text_work, server, body))
+
+
+@ROUTES.post("/v1/responses")
+async def respond(http: Http) -> Response:
+    """The next items of a conversation."""
+    server, client = admitted(http)
+    body = await parsed(http, ResponsesBody)
+    return await answered(http, server, client, await run_in_threadpool(responses_work, server, body))
 
 
 @ROUTES.get("/v1/models")

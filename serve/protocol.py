@@ -81,13 +81,16 @@ class Body(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def without_ignored(cls, values: Any) -> Any:
-        """The fields without those that change nothing. ValueError for the first one that is not known."""
+        """The fields without those that change nothing, null ones among them: clients send back what they got.
+        ValueError for the first field that is not known."""
         if not isinstance(values, dict):
             return values
-        unknown = next((name for name in values if name not in cls.names() and name not in IGNORED), None)
+        known = cls.names()
+        others = {name: value for name, value in values.items() if name not in known and value is not None}
+        unknown = next((name for name in others if name not in IGNORED), None)
         if unknown is not None:
-            raise ValueError(f"the field {unknown[:60]!r} is not known here; {nearest(unknown[:60], cls.names())}")
-        return {name: value for name, value in values.items() if name not in IGNORED or name in cls.names()}
+            raise ValueError(f"the field {unknown[:60]!r} is not known here; {nearest(unknown[:60], known)}")
+        return {name: value for name, value in values.items() if name in known}
 
 
 class StreamOptions(Body):
@@ -271,6 +274,9 @@ class Chosen(Body):
     function: Named
 
 
+Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh"]
+
+
 class ChatBody(Settings):
     """POST /v1/chat/completions."""
 
@@ -280,8 +286,15 @@ class ChatBody(Settings):
     top_logprobs: int | None = Field(None, ge=0, le=MOST_TOP)
     tools: Annotated[list[Tool], MaxLen(MOST_TOOLS)] | None = None
     tool_choice: Literal["none", "auto", "required"] | Chosen = "auto"
+    reasoning_effort: Effort | None = None
     chat_template_kwargs: dict[str, Any] = {}
     modalities: Annotated[list[Literal["text"]], MaxLen(1)] | None = None
+
+    def variables(self) -> dict[str, Any]:
+        """Variables of the chat template: templates name the effort of reasoning, or turn it on and off."""
+        effort = self.reasoning_effort
+        named = {} if effort is None else {"reasoning_effort": effort, "enable_thinking": effort != "none"}
+        return named | self.chat_template_kwargs
 
 
 class TokenizeBody(Body):

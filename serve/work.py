@@ -1,6 +1,5 @@
 """From a checked body to an answer: requests of the engine, their updates, chunks or a whole answer."""
 
-import json
 import logging
 import time
 from collections.abc import AsyncIterator, Sequence
@@ -127,7 +126,7 @@ def chat_work(server: Server, body: ChatBody) -> Work:
     if tools and dialect is None:
         raise Problem(400, "the model's chat template has no form of tool calls that is known here", "tools")
     messages = [message.plain() for message in body.messages]
-    prompt = server.engine.encode_chat(messages, tools or None, body.chat_template_kwargs)
+    prompt = server.engine.encode_chat(messages, tools or None, body.variables())
     requests = requests_of(server, [prompt], sampling, body.n)
     marks = reasoning_of(template)
     thinking = marks is not None and text_before(server, prompt).endswith(marks[0])
@@ -173,23 +172,24 @@ class Run:
 
     async def events(self, first: list[Delta]) -> AsyncIterator[str]:
         """Server-sent events: the first chunks, those of the other updates, then the usage if it is wanted."""
+        answer = self.work.answer
         try:
             for chunk in first:
-                yield event(chunk)
+                yield answer.event(chunk)
             async for arrived in self.updates:
                 for chunk in self.take(arrived):
-                    yield event(chunk)
+                    yield answer.event(chunk)
                 if arrived is None:
                     yield ALIVE
             options = self.work.body.stream_options
-            if options is not None and options.include_usage:
-                yield event(self.work.answer.frame(self.work.answer.part_kind, [], usage(self.work.choices)))
+            for chunk in answer.ending(self.work.choices, options is not None and options.include_usage):
+                yield answer.event(chunk)
         except EngineError as error:
-            yield event(problem_of(error).body())
+            yield answer.event(answer.failure(problem_of(error)))
         finally:
             await self.updates.aclose()
             self.log()
-        yield "data: [DONE]\n\n"
+        yield answer.last
 
     def take(self, arrived: tuple[Job, Update] | None) -> list[Delta]:
         """The chunks of one update."""
@@ -218,8 +218,3 @@ class Run:
         reasons = ", ".join(choice.reason or "left" for choice in self.work.choices[:4])
         numbers = counts["prompt_tokens"], counts["prompt_tokens_details"]["cached_tokens"], counts["completion_tokens"]
         LOG.info("%s: %d tokens read (%d of them cached), %d written: %s", self.work.answer.id, *numbers, reasons)
-
-
-def event(data: Delta) -> str:
-    """One server-sent event."""
-    return f"data: {json.dumps(data, ensure_ascii=False, separators=(',', ':'))}\n\n"

@@ -145,6 +145,23 @@ def test_a_required_call_is_made(calling, choice):
     assert calling.client.chat.completions.create(**again).choices
 
 
+def test_a_required_call_is_an_item_of_a_response(calling):
+    tools = [{"type": "function"} | tool["function"] for tool in TOOLS]
+    asked = {"model": "tiny", "input": "a", "tools": tools, "tool_choice": {"type": "function", "name": "t"}}
+    asked |= {"temperature": 1.0, "max_output_tokens": 100, "extra_body": {"seed": 2}}
+    got = calling.client.responses.create(**asked)
+    assert {(item.type, item.name) for item in got.output} == {("function_call", "t")}
+    assert json.loads(got.output[0].arguments)["c"] in ("Ä", "B")
+    events = list(calling.client.responses.create(**asked, stream=True))
+    streamed = [event.item.arguments for event in events if event.type == "response.output_item.done"]
+    assert streamed == [item.arguments for item in got.output]
+    items = [item.model_dump() for item in got.output]
+    results = [{"type": "function_call_output", "call_id": item.call_id, "output": "5"} for item in got.output]
+    turns = [{"role": "user", "content": "a"}, *items, *results]
+    again = asked | {"input": turns, "tool_choice": "auto", "max_output_tokens": 1}
+    assert calling.client.responses.create(**again).usage.output_tokens == 1
+
+
 def test_tools_that_cannot_be_used_are_refused(calling, served):
     ask = {"model": "tiny", "messages": [{"role": "user", "content": "a"}]}
     status, answer = served.send("POST", "/v1/chat/completions", ask | {"tools": TOOLS})
