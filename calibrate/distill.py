@@ -62,12 +62,14 @@ class Adam:
 
 
 class TunedLinear:
-    """A rounded weight with tuned scales and, if it has a remainder, tuned codes."""
+    """A rounded weight with tuned scales, tuned minima if it has any, and, if it has a remainder, tuned codes."""
 
     def __init__(self, weight: QTensor, remainder: Tensor | None, device: str) -> None:
         self._weight = weight.to(device)
         scales = self._weight.scales.float()
         self._scales = Adam(scales, scales)
+        minima = self._weight.zeros if weight.scheme.weights.minima else None
+        self._minima = None if minima is None else Adam(minima, scales)
         self._values = None
         if remainder is not None:
             start = self._weight.position(remainder.to(device))
@@ -77,9 +79,12 @@ class TunedLinear:
         """The weight with its scales and codes rounded as stored."""
         old, scheme = self._weight, self._weight.scheme
         scales = numerics.as_stored(self._scales.value, scheme, old.scales.dtype)
+        if self._minima is not None:
+            old = replace(old, zeros=numerics.stored_minima(self._minima.value, scheme, torch.float16))
         if self._values is None:
             return replace(old, scales=scales)
-        zeros = None if old.zeros is None else numerics.per_weight(old.zeros, scheme, old.codes)
+        held = None if scheme.weights.minima else old.zeros
+        zeros = None if held is None else numerics.per_weight(held, scheme, old.codes)
         return replace(old, scales=scales, codes=scheme.number.encode(self._values.value, zeros))
 
     def step(self, weight: QTensor, gradient: Tensor, rate: float) -> None:
@@ -87,6 +92,8 @@ class TunedLinear:
         scheme = weight.scheme
         by_row = numerics.grouped(weight.values() * gradient, scheme).sum(-1)
         self._scales.step(numerics.per_scale(by_row, scheme), rate)
+        if self._minima is not None:
+            self._minima.step(-numerics.grouped(gradient.float(), scheme).sum(-1), rate)
         if self._values is not None:
             self._values.step(gradient * numerics.per_weight(weight.scales, scheme, gradient), rate)
 

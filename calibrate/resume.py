@@ -1,6 +1,7 @@
 """Journal of a calibrated run: its finished blocks, in a directory next to the output, for --resume.
 
-A block's tensors are stored as compressed-tensors, whatever the output's format. Its JSON row is written last. It holds
+A block's tensors are stored as compressed-tensors, whatever the output's format; codes, scales and minima of GGUF's
+blocks as they are. Its JSON row is written last. It holds
 the hash of the tensors, the hash of the block before, the hash of `key.json` (everything that determines the bytes),
 and a hash of itself. A block counts only if all hashes match.
 """
@@ -16,6 +17,7 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from lowbit import __version__
 from lowbit.calibrate import ranks
@@ -27,12 +29,15 @@ from lowbit.errors import CheckpointError, LowbitError, Unfinished
 from lowbit.export.checkpoint import sha256_of
 from lowbit.export.compressed_tensors import COMPRESSED_TENSORS
 from lowbit.export.files import sync
+from lowbit.export.format import TensorReader
 from lowbit.export.plain import read_json, write_json
 from lowbit.export.staging import only_run, place_of, told_whole
 from lowbit.export.tensorfile import TensorFileWriter, read_entries, read_tensor
-from lowbit.quant.scheme import parse_scheme
+from lowbit.quant.qtensor import QTensor
+from lowbit.quant.scheme import Scheme, parse_scheme
 
 KEY = "key.json"
+CODES, SCALES, MINIMA = "codes", "scales", "minima"
 REMAINDER = ".remainder"  # after a linear's name: what rounding took from its weight
 START_OVER = "run without --resume to start over"
 
@@ -60,6 +65,22 @@ def key_of(job: Job, calibration: CalibrationSet | None, sums: Mapping[str, str]
     }
     plain: dict[str, Any] = json.loads(json.dumps(key))
     return plain
+
+
+def _holding(name: str, weight: QTensor) -> dict[str, Tensor]:
+    """The journal's tensors of the linear `name`."""
+    if not weight.scheme.weights.blocks:
+        return COMPRESSED_TENSORS.write(name, weight)
+    sides = {f"{name}.{MINIMA}": weight.zeros} if weight.zeros is not None else {}
+    return {f"{name}.{CODES}": weight.codes, f"{name}.{SCALES}": weight.scales} | sides
+
+
+def _held(name: str, tensor: TensorReader, scheme: Scheme) -> QTensor:
+    """The weight of the linear `name`: the inverse of `_holding`."""
+    if not scheme.weights.blocks:
+        return COMPRESSED_TENSORS.read(name, tensor, scheme)
+    minima = tensor(f"{name}.{MINIMA}") if scheme.weights.minima else None
+    return QTensor(tensor(f"{name}.{CODES}"), tensor(f"{name}.{SCALES}"), minima, scheme)
 
 
 class Journal:
@@ -129,7 +150,7 @@ class Journal:
         row = read_json(self._row(index))
         try:
             weights = {
-                name: COMPRESSED_TENSORS.read(name, lambda key: read_tensor(entries[key]), parse_scheme(scheme))
+                name: _held(name, lambda key: read_tensor(entries[key]), parse_scheme(scheme))
                 for name, scheme in row["weights"].items()
             }
             kept = {name: read_tensor(entries[name]) for name in row["kept"]}
@@ -148,7 +169,7 @@ class Journal:
             _make_room(path)
         writer = TensorFileWriter(part)
         for name, weight in outcome.weights.items():
-            for key, tensor in COMPRESSED_TENSORS.write(name, weight).items():
+            for key, tensor in _holding(name, weight).items():
                 writer.add(key, tensor)
         for name, tensor in (outcome.kept | outcome.cache).items():
             writer.add(name, tensor)

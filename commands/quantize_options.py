@@ -20,6 +20,7 @@ from lowbit.export.engines.steps import STEPS
 from lowbit.quant.scheme import NAMED
 
 PATH = click.Path(path_type=Path)
+GROUPED = [name for name, scheme in NAMED.items() if not scheme.weights.blocks]
 BY_METHOD = "[default: by --method]"
 
 
@@ -59,7 +60,7 @@ PARTS: Parts = {
         ),
         click.option(
             "--scheme",
-            help=f"Store weights in this scheme: {', '.join(NAMED)}, int4-g128, uint4-g64 ...; or a mixture: "
+            help=f"Store weights in this scheme: {', '.join(GROUPED)}, int4-g128, uint4-g64 ...; or a mixture: "
             f"{', '.join(MIXTURES)}; docs/tutorials/choose-a-scheme.md helps to choose.  {BY_METHOD}",
         ),
         click.option(

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lowbit.errors import CheckpointError
-from lowbit.export.format import Format, ShapeReader, TensorReader, following, reading, require_words
+from lowbit.export.format import BLOCKS_ELSEWHERE, Format, ShapeReader, TensorReader, following, reading, require_words
 from lowbit.quant.packing import pack, unpack
 from lowbit.quant.qtensor import QTensor
 from lowbit.quant.scheme import Scheme, make_scheme
@@ -62,6 +62,8 @@ class Awq(Format):
         """The reason why AWQ files cannot hold a scheme, or None."""
         if not scheme.number.is_integer or scheme.bits != BITS or scheme.inputs is not None:
             return "AWQ files hold only 4-bit weights"
+        if scheme.weights.blocks:
+            return BLOCKS_ELSEWHERE
         if scheme.symmetric:
             return "AWQ files hold asymmetric codes: engines ignore zero_point: false; use --asym"
         return None

@@ -37,7 +37,7 @@ from lowbit.errors import CheckpointError
 from lowbit.export.cache import CACHES, PER_HEAD, PER_TENSOR
 from lowbit.export.engines.engine import Engine
 from lowbit.export.engines.transformers import TRANSFORMERS
-from lowbit.export.format import Format, ShapeReader, TensorReader, following, reading, require_words
+from lowbit.export.format import BLOCKS_ELSEWHERE, Format, ShapeReader, TensorReader, following, reading, require_words
 from lowbit.export.microscaling import every_row, one_number, stored_codes, stored_scales, weight_of
 from lowbit.export.patterns import Patterns
 from lowbit.quant.numbers import E8M0, FP4, FP8, Number, float_of, integer_of
@@ -289,6 +289,8 @@ class CompressedTensors(Format):
 
     def reason_against(self, scheme: Scheme) -> str | None:
         """The reason why this layout cannot hold a scheme, or None."""
+        if scheme.weights.blocks:
+            return BLOCKS_ELSEWHERE
         if not scheme.symmetric and scheme.bits != 4:
             return (
                 f"asymmetric {scheme.bits}-bit weights have no kernel in the engines that read compressed-tensors; "

@@ -16,6 +16,7 @@ from lowbit.quant.qtensor import QTensor
 from lowbit.quant.scheme import Scheme
 
 TensorReader = Callable[[str], Tensor]
+BLOCKS_ELSEWHERE = "its files hold neither super-blocks nor minima"
 ShapeReader = Callable[[str], tuple[int, ...]]
 
 

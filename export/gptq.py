@@ -24,7 +24,7 @@ from lowbit import __version__
 from lowbit.errors import CheckpointError
 from lowbit.export.engines.engine import Engine
 from lowbit.export.engines.vllm import VLLM
-from lowbit.export.format import Format, ShapeReader, TensorReader, following, reading, require_words
+from lowbit.export.format import BLOCKS_ELSEWHERE, Format, ShapeReader, TensorReader, following, reading, require_words
 from lowbit.export.patterns import Patterns
 from lowbit.quant.packing import WORD, pack, unpack, words_of
 from lowbit.quant.qtensor import QTensor
@@ -130,6 +130,8 @@ class Gptq(Format):
         """The reason why GPTQ files cannot hold a scheme, or None."""
         if not scheme.number.is_integer or scheme.inputs is not None:
             return "GPTQ files hold only integer weights: no floats, no quantized activations"
+        if scheme.weights.blocks:
+            return BLOCKS_ELSEWHERE
         if scheme.bits not in BITS:
             return f"GPTQ files hold {', '.join(map(str, BITS))} bits, not {scheme.bits}"
         return DISPUTED if scheme.bits == 3 and self.name == V1 else None

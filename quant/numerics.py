@@ -2,7 +2,8 @@
 
 Shapes: w (n, k), the weight as in nn.Linear; scales and zeros (n, g) with g = k / group_size (1 per channel), fewer
 rows if blocks of rows share a scale; codes (n, k). `w ~ (code - zero) * scale`. Scales relative to a tensor's divisor
-are `scale / divisor`: such weights are multiplied by it first (`in_parts`). Kernels and exported files are tested
+are `scale / divisor`: such weights are multiplied by it first (`in_parts`). In schemes with minima `zeros` are these,
+float32, and `w ~ code * scale - minimum`. Kernels and exported files are tested
 against these functions.
 """
 
@@ -18,6 +19,7 @@ from lowbit.quant.scheme import Scheme, Side
 
 PARENT_TOP = 256  # scale of the largest group: twice it is still below e4m3's 448 (as in ModelOpt and four-over-six)
 CPU_PIECE, GPU_PIECE = 1 << 18, 1 << 22  # weights handled at once: a core's cache, a few launches
+LEAST_HALF = 2.0**-24  # the smallest float16 above zero
 LOST_ENERGY = 1e-3  # fraction of a weight's energy (sum of squares) that rounding to 4 bits loses anyway
 
 
@@ -112,36 +114,106 @@ def choose_params(
     """Scales and zeros that cover each group's range times `shrink`.
 
     w            (n, k)  float; in parts (`in_parts`)
-    shrink       scalar or (n, g)  fraction of the range kept
-    return       scales (n, g) in scale_dtype, zeros (n, g) int32 or None if the scheme is symmetric
+    shrink       scalar or (n, g)  fraction of the range kept; (2, n, g) for scales and for minima
+    return       scales (n, g) in scale_dtype; zeros (n, g) int32, minima (n, g) float32, or None if the scheme is
+                 symmetric
 
     symmetric    scale = 2 absmax / (high - low) of the number. Integers use both ends of their range, as in
                  compressed-tensors; for floats absmax maps to the largest value
     signed       symmetric with signed scales: scale = extreme / low. The weight of largest magnitude, of either sign,
                  gets the lowest code, since there is one more negative code than positive ones
+    minima       scale = (max - min) / (high - low), minimum = -min; in super-blocks minima are never negative
     asymmetric   scale = (max - min) / (high - low), zero = round(-min / scale); the range is widened to include 0
     The scale is rounded to scale_dtype, or to the scheme's number of scales (in bfloat16, which represents it exactly),
     before use, so that codes match the stored scale. A group of zeros gets scale 1.
     """
-    values, number = grouped(w.float(), scheme), scheme.number
-    low, high = values.amin(-1), values.amax(-1)
-    if scheme.signed_scales:
-        extreme = torch.where(high > -low, high, low)
-        return stored_scale(extreme * shrink / number.low, scale_dtype), None
+    number, (low, high) = scheme.number, _ends(w, scheme)
+    shrink, of_minima = shrink if isinstance(shrink, Tensor) and shrink.ndim > 2 else (shrink, shrink)
+    wanted = _wanted_scales(low, high, scheme, shrink)
     if scheme.symmetric:
-        span = per_scale(torch.maximum(high, -low), scheme, largest=True) * 2
-        wanted = span * shrink / (number.high - number.low)
         return as_stored(wanted, scheme, scale_dtype), None
-    low = low.clamp(max=0)
-    scales = stored_scale((high.clamp(min=0) - low) * shrink / (number.high - number.low), scale_dtype)
+    if scheme.weights.minima:
+        return as_stored(wanted, scheme, scale_dtype), stored_minima(-low * of_minima, scheme, scale_dtype)
+    scales = stored_scale(wanted, scale_dtype)
     zeros = (number.low - low * shrink / scales.float()).round().clamp(number.low, number.high)
     return scales, zeros.to(torch.int32)
 
 
+def whole_range(w: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
+    """The scale and the minimum (n, g) float32 that cover each group's range, before they are rounded; both are 0 for a
+    group of zeros. In schemes without minima all minima are 0."""
+    low, high = _ends(w, scheme)
+    return _wanted_scales(low, high, scheme, 1.0), -low if scheme.weights.minima else torch.zeros_like(low)
+
+
+def _ends(w: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
+    """The smallest and the largest weight (n, g) of each group; widened to include 0 in schemes with zeros, and down to
+    it in super-blocks."""
+    values = grouped(w.float(), scheme)
+    low, high = values.amin(-1), values.amax(-1)
+    if scheme.symmetric:
+        return low, high
+    if not scheme.weights.minima:
+        return low.clamp(max=0), high.clamp(min=0)
+    return (low.clamp(max=0), torch.maximum(low.clamp(max=0), high)) if scheme.weights.span else (low, high)
+
+
+def _wanted_scales(low: Tensor, high: Tensor, scheme: Scheme, shrink: Tensor | float) -> Tensor:
+    """The scales of groups between `low` and `high`, before they are rounded to what is stored."""
+    number = scheme.number
+    if scheme.signed_scales:
+        return torch.where(high > -low, high, low) * shrink / number.low
+    if scheme.symmetric:
+        span = per_scale(torch.maximum(high, -low), scheme, largest=True) * 2
+        return span * shrink / (number.high - number.low)
+    return (high - low) * shrink / (number.high - number.low)
+
+
 def as_stored(scale: Tensor, scheme: Scheme, dtype: torch.dtype) -> Tensor:
-    """`scale` as the scheme stores it: in its number of scales, or else in `dtype`."""
+    """`scale` as the scheme stores it: in its number of scales, or else in `dtype`. In super-blocks, float32."""
     coarse = scheme.weights.scales
+    if scheme.weights.span:
+        return in_super_blocks(scale, scheme.weights, least=1)
     return stored_scale(scale, dtype) if coarse is None else coarse_scale(scale, coarse)
+
+
+def stored_minima(minima: Tensor, scheme: Scheme, dtype: torch.dtype) -> Tensor:
+    """`minima` as the scheme stores them, float32: integers times a float16 in super-blocks, or else in `dtype`."""
+    if scheme.weights.span:
+        return in_super_blocks(minima, scheme.weights, least=0)
+    return minima.clamp(-torch.finfo(dtype).max, torch.finfo(dtype).max).to(dtype).float()
+
+
+def in_super_blocks(values: Tensor, side: Side, least: int) -> Tensor:
+    """`values` (n, g) rounded to integers times one float16 for each super-block: float32, which holds the products.
+
+    least  smallest magnitude of the integers: 1 for scales, which must not be zero
+
+    The value of largest magnitude gets the integer at the end of the range, so that the float16 can be read off.
+    """
+    number = side.scales
+    assert number is not None
+    parts = values.float().unflatten(-1, (-1, side.span // side.group_size))
+    parts = parts if number.signed else parts.clamp(min=0)
+    end = end_of(number)
+    place = parts.abs().argmax(-1, keepdim=True)
+    largest = parts.gather(-1, place)
+    factors = as_half(largest / end)
+    integers = (parts / factors).round_().clamp_(number.low, number.high)
+    integers = torch.where(integers.abs() < least, torch.ones_like(integers).copysign(integers), integers)
+    used = factors if least else factors * (largest != 0)
+    return (integers.scatter_(-1, place, end) * used).flatten(-2)
+
+
+def end_of(number: Number) -> int:
+    """The integer of largest magnitude."""
+    return int(number.low if number.signed else number.high)
+
+
+def as_half(factors: Tensor) -> Tensor:
+    """`factors` rounded to the finite float16 that are not zero, in float32."""
+    magnitude = factors.abs().clamp(LEAST_HALF, torch.finfo(torch.float16).max)
+    return magnitude.to(torch.float16).float().copysign(factors)
 
 
 def stored_scale(scale: Tensor, dtype: torch.dtype) -> Tensor:
@@ -164,22 +236,31 @@ def reason_against_scales(w: Tensor, scheme: Scheme, scale_dtype: torch.dtype) -
     No scale may be too large. Scales that are too small are raised to the smallest normal number, which loses the
     weights of their groups: these may hold at most LOST_ENERGY of the weight's energy.
     """
-    if scheme.weights.scales is not None:
+    if scheme.weights.scales is not None and not scheme.weights.span:
         return None  # within the range of 32 bits, which weights have
-    limits = torch.finfo(scale_dtype)
-    pieces = pieces_of(w, scheme)
-    wanted = torch.cat([choose_params(w[rows].float(), scheme, torch.float32)[0].abs() for rows, _ in pieces])
-    large, small = int((wanted > limits.max).sum()), wanted < limits.tiny
+    tiny, most = _limits(scheme, scale_dtype)
+    pieces = [whole_range(w[rows], scheme) for rows, _ in pieces_of(w, scheme)]
+    wanted, minima = (torch.cat(each).abs() for each in zip(*pieces, strict=True))
+    wanted = torch.where(wanted == 0, torch.ones_like(wanted), wanted)
+    beyond = minima > most if scheme.weights.minima else torch.zeros((), dtype=torch.bool)
+    large, small = int(((wanted > most) | beyond).sum()), wanted < tiny
     if not large and not small.any():
         return None
     lost = per_scale(grouped(w.float(), scheme).square().sum(-1), scheme)
     if not large and float(lost[small].sum()) <= LOST_ENERGY * float(lost.sum()):
         return None
     count, low, high = large + int(small.sum()), float(wanted.min()), float(wanted.max())
-    return (
-        f"{count} of {wanted.numel()} scales ({low:.3g} to {high:.3g}) "
-        f"do not fit {scale_dtype} ({limits.tiny:.3g} to {limits.max:.6g})"
-    )
+    what = f"{scheme.weights.span} inputs' scales" if scheme.weights.span else str(scale_dtype)
+    return f"{count} of {wanted.numel()} scales ({low:.3g} to {high:.3g}) do not fit {what} ({tiny:.3g} to {most:.6g})"
+
+
+def _limits(scheme: Scheme, dtype: torch.dtype) -> tuple[float, float]:
+    """The smallest and largest scale that is stored; in super-blocks a largest one, integer times float16."""
+    limits, number = torch.finfo(dtype), scheme.weights.scales
+    if not scheme.weights.span or number is None:
+        return limits.tiny, limits.max
+    half = torch.finfo(torch.float16)
+    return LEAST_HALF * abs(end_of(number)), half.max * abs(end_of(number))
 
 
 def quantize(w: Tensor, scheme: Scheme, scales: Tensor, zeros: Tensor | None = None) -> Tensor:
@@ -187,19 +268,28 @@ def quantize(w: Tensor, scheme: Scheme, scales: Tensor, zeros: Tensor | None = N
 
     w       (n, k)  float
     scales  (n, g)  not zero
-    zeros   (n, g)  integer; None if the scheme is symmetric
+    zeros   (n, g)  integer, or minima; None if the scheme is symmetric
     return  (n, k)  in the number's storage, between its limits
 
     code = clamp(round(w / scale) + zero), ties to even. ValueError if k is not divisible by the group size.
     """
+    if scheme.weights.minima:
+        w, zeros = raised(w.float(), scheme, zeros), None
     values = grouped(w.float(), scheme) / per_row(scales.float(), scheme, len(w)).unsqueeze(-1)
     codes = scheme.number.encode(values, None if zeros is None else zeros.unsqueeze(-1))
     return ungrouped(codes, w.shape[1])
 
 
+def raised(w: Tensor, scheme: Scheme, zeros: Tensor | None) -> Tensor:
+    """`w` (n, k) plus the minima of its groups, which are `zeros` (n, g) in schemes with minima; `w` in others."""
+    return w + per_weight(zeros, scheme, w) if zeros is not None and scheme.weights.minima else w
+
+
 def dequantize(codes: Tensor, scheme: Scheme, scales: Tensor, zeros: Tensor | None = None) -> Tensor:
-    """(code - zero) * scale as float32, shape (n, k)."""
+    """(code - zero) * scale, or code * scale - minimum, as float32, shape (n, k)."""
     values = grouped(scheme.number.decode(codes), scheme)
+    if zeros is not None and scheme.weights.minima:
+        return ungrouped(values * scales.float().unsqueeze(-1) - zeros.unsqueeze(-1), codes.shape[1])
     if zeros is not None:
         values = values - zeros.unsqueeze(-1)
     return ungrouped(values * per_row(scales.float(), scheme, len(codes)).unsqueeze(-1), codes.shape[1])

@@ -15,12 +15,14 @@ SCALE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 @dataclass(frozen=True)
 class QTensor:
-    """A weight as codes and scales: `w ~ (code - zero) * scale`, or `code * scale / divisor`.
+    """A weight as codes and scales: `w ~ (code - zero) * scale`, `code * scale / divisor` or `code * scale - minimum`.
 
     codes        (n, k)  in the number's storage; unpacked
     scales       (n, g)  float16, bfloat16 or float32, finite and not zero; positive unless the number has signed
-                         scales; fewer rows if rows share scales; values of the scheme's number of scales, if any
-    zeros        (n, g)  int32 between the number's limits; None if the scheme is symmetric
+                         scales; fewer rows if rows share scales; values of the scheme's number of scales, if any. In
+                 super-blocks float32: integers times one float16
+    zeros        (n, g)  int32 between the number's limits; None if the scheme is symmetric. Minima, float32, in schemes
+                 with minima
     input_scale  ()      float32, positive: `x ~ code * input_scale`, or the divisor of the inputs' group scales; only
                          in schemes with static inputs
     divisor      ()      float32, positive: of the scales, only in schemes whose scales are relative to one
@@ -74,16 +76,25 @@ class QTensor:
         size = self.scales.abs() if number.signed_scales else self.scales
         if not bool((torch.isfinite(size) & (size > 0)).all()):
             return f"a scale is zero{'' if number.signed_scales else ', negative'} or not finite"
-        coarse = self.scheme.weights.scales
-        if coarse is not None and not torch.equal(
-            numerics.coarse_scale(self.scales, coarse).float(), self.scales.float()
-        ):
-            return f"a scale is no {coarse.name}"
-        for name, values in (("code", self.codes), ("zero", self.zeros)):
+        zeros = None if self.scheme.weights.minima else self.zeros
+        for name, values in (("code", self.codes), ("zero", zeros)):
             reason = None if values is None else number.reason_against_codes(values)
             if reason:
                 return f"a {name} {reason}"
-        return None
+        return self._reason_against_sides()
+
+    def _reason_against_sides(self) -> str | None:
+        """The reason why scales are not those that the scheme stores, or minima not finite, or None."""
+        side = self.scheme.weights
+        minima = self.zeros if side.minima else None
+        if minima is not None and not (minima.dtype == torch.float32 and bool(torch.isfinite(minima).all())):
+            return f"its minima are {minima.dtype}, or not all finite; finite float32 fits"
+        if side.span:
+            return None if self.scales.dtype == torch.float32 else f"scales of super-blocks are {self.scales.dtype}"
+        coarse = side.scales
+        if coarse is None or torch.equal(numerics.coarse_scale(self.scales, coarse).float(), self.scales.float()):
+            return None
+        return f"a scale is no {coarse.name}"
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -92,10 +103,8 @@ class QTensor:
     @property
     def nbytes(self) -> int:
         """Packed size in bytes: codes, scales and zeros."""
-        coarse = self.scheme.weights.scales
-        side = self.scales.element_size() if coarse is None else coarse.bits / 8
-        side += 0 if self.zeros is None else self.scheme.bits / 8
-        return int(self.codes.numel() * self.scheme.bits / 8 + self.scales.numel() * side)
+        n, k = self.shape
+        return int(n * k * self.scheme.bits_per_weight(k, 8 * self.scales.element_size()) / 8)
 
     @property
     def steps(self) -> Tensor:
@@ -103,14 +112,17 @@ class QTensor:
         return self.scales.float() if self.divisor is None else self.scales.float() / self.divisor
 
     def values(self) -> Tensor:
-        """code - zero, (n, k) float32: the weight in units of its scales."""
+        """code - zero, (n, k) float32: the weight in units of its scales, or the weight above its minima."""
         values = self.scheme.number.decode(self.codes)
-        return values if self.zeros is None else values - numerics.per_weight(self.zeros, self.scheme, values)
+        if self.zeros is None or self.scheme.weights.minima:
+            return values
+        return values - numerics.per_weight(self.zeros, self.scheme, values)
 
     def remainder(self, wanted: Tensor) -> Tensor:
         """The difference to the weight (n, k) that was rounded, in parts, as a fraction of the distance to the next
         code in its direction: int8, of which 127 is half the distance. A larger difference counts as half."""
         values = self.values()
+        wanted = numerics.raised(wanted, self.scheme, self.zeros)
         away = wanted / numerics.per_weight(self.scales, self.scheme, wanted) - values
         return (away / self.scheme.number.gap(values, away) * 2 * HALF).clamp_(-HALF, HALF).round_().to(torch.int8)
 
@@ -144,7 +156,7 @@ def round_to_nearest(
     codes, scales, zeros = [], [], []
     for rows, sides in numerics.pieces_of(w, scheme):
         part, _ = numerics.in_parts(w[rows], scheme, divisor)
-        kept = shrink[sides] if isinstance(shrink, Tensor) and shrink.ndim else shrink
+        kept = shrink[..., sides, :] if isinstance(shrink, Tensor) and shrink.ndim else shrink
         scale, zero = numerics.choose_params(part, scheme, scale_dtype, kept)
         codes.append(numerics.quantize(part, scheme, scale, zero))
         scales.append(scale)

@@ -73,17 +73,26 @@ class Side:
 
     scales  number type of the scales; None for the floating-point type of the checkpoint
     parent  True if scales are relative to one float32 per tensor, the divisor: scale = stored scale / divisor
+    span    inputs of a super-block, whose scales are integers times one float16; 0 if there are none
+    minima  True if groups have minima, of the same kind as scales: `w ~ code * scale - minimum`, without zeros
     """
 
     number: Number
     granularity: Granularity
     scales: Number | None = None
     parent: bool = False
+    span: int = 0
+    minima: bool = False
 
     @property
     def static(self) -> bool:
         """True if one scale, or one divisor of scales, serves all tokens, fixed by calibration."""
         return self.parent or isinstance(self.granularity, PerTensor)
+
+    @property
+    def blocks(self) -> bool:
+        """True for the blocks of GGUF that no other format has: super-blocks, or minima."""
+        return self.span > 0 or self.minima
 
     @property
     def group_size(self) -> int:
@@ -110,9 +119,9 @@ INPUTS = {
 class Scheme:
     """Quantization of a linear: `w ~ (code - zero) * scale`, and optionally quantized inputs.
 
-    Symmetric schemes have signed numbers and no zeros. Asymmetric schemes have unsigned integers and one integer zero
-    per scale. Text form: a name of NAMED ("int8", "fp8"), or else number, granularity and inputs: "int4-g128",
-    "uint4-g64", "int4-channel".
+    Symmetric schemes have signed numbers and no zeros. Asymmetric schemes have unsigned integers, and one integer zero
+    or one minimum per scale. Text form: a name of NAMED ("int8", "fp8"), or else number, granularity and inputs:
+    "int4-g128", "uint4-g64", "int4-channel".
     """
 
     weights: Side
@@ -120,7 +129,7 @@ class Scheme:
 
     def __post_init__(self) -> None:
         number, size = self.number, self.group_size
-        if number.is_integer and size % 32 and size != -1:
+        if number.is_integer and size % 32 and size != -1 and not self.weights.span:
             raise ValueError(f"group size {size}: {GROUP_RULE}")
         plain = not number.is_integer and self.weights.scales is None and self.rows == 1
         if plain and (size != -1 or number.coarse):
@@ -179,8 +188,9 @@ class Scheme:
         """Scales per row of `k` inputs. ValueError if k is not divisible by the group size of rows."""
         if self.group_size == -1:
             return 1
-        if k % self.group_size and self.rows == 1:
-            raise ValueError(f"{k} inputs do not divide into groups of {self.group_size}")
+        reason = None if self.rows > 1 else self._reason_against_inputs(k)
+        if reason:
+            raise ValueError(reason)
         return -(-k // self.group_size)
 
     def sides(self, n: int, k: int) -> tuple[int, int]:
@@ -189,17 +199,22 @@ class Scheme:
 
     def reason_against_shape(self, n: int, k: int) -> str | None:
         """The reason why a weight (n, k) cannot have this scheme, or None."""
-        size = self.group_size
-        if size != -1 and k % size:
-            return f"{k} inputs do not divide into groups of {size}"
-        return f"{n} outputs do not divide into blocks of {self.rows}" if n % self.rows else None
+        outputs = f"{n} outputs do not divide into blocks of {self.rows}" if n % self.rows else None
+        return self._reason_against_inputs(k) or outputs
+
+    def _reason_against_inputs(self, k: int) -> str | None:
+        """The reason why groups or super-blocks do not divide a row of `k` inputs, or None."""
+        size, kind = (self.weights.span, "super-blocks") if self.weights.span else (self.group_size, "groups")
+        return f"{k} inputs do not divide into {kind} of {size}" if size != -1 and k % size else None
 
     def fallback(self) -> "Scheme | None":
         """The scheme to try if this one does not fit a shape; None if none is left."""
         if self.rows > 1:
             inputs = None if self.inputs is None else INPUTS["afp8token"]
             return replace(self, weights=replace(self.weights, granularity=PerChannel()), inputs=inputs)
-        if self.weights.scales is not None or self.group_size == -1:
+        if self.weights.span:
+            return parse_scheme(SMALLER_BLOCKS[str(self)])
+        if self.weights.scales is not None or self.weights.minima or self.group_size == -1:
             return None
         return self.with_group_size(next(size for size in FALLBACK_GROUP_SIZES if size < self.group_size))
 
@@ -214,17 +229,19 @@ class Scheme:
         return replace(self, weights=replace(self.weights, granularity=granularity_of(group_size)))
 
     def with_zeros(self, zeros: bool) -> "Scheme":
-        """The integer scheme with or without zeros. Schemes of floats and of quantized inputs have no such variant and
-        are returned unchanged."""
-        if not self.number.is_integer or self.inputs is not None:
+        """The integer scheme with or without zeros. Schemes of floats, of blocks and of quantized inputs have no such
+        variant and are returned unchanged."""
+        if not self.number.is_integer or self.inputs is not None or self.weights.blocks:
             return self
         return replace(self, weights=replace(self.weights, number=integer_of(self.bits, signed=not zeros)))
 
     def bits_per_weight(self, k: int, scale_bits: int = 16) -> float:
-        """Stored bits per weight in a row of `k`, including scales and zeros."""
-        own = scale_bits if self.weights.scales is None else self.weights.scales.bits
-        side = own + (0 if self.symmetric else self.bits)
-        return self.bits + side * self.groups(k) / (k * self.rows)
+        """Stored bits per weight in a row of `k`, including scales, zeros and minima."""
+        weights = self.weights
+        own = scale_bits if weights.scales is None else weights.scales.bits
+        other = 0 if self.symmetric else own if weights.minima else self.bits
+        above = (2 if weights.minima else 1) * FACTOR_BITS / weights.span if weights.span else 0
+        return self.bits + (own + other) * self.groups(k) / (k * self.rows) + above
 
     def __str__(self) -> str:
         named = next((name for name, scheme in NAMED.items() if scheme == self), None)
@@ -239,6 +256,16 @@ FP8_BLOCK = Side(FP8, PerBlock(128, 128))
 NVFP4 = Side(FP4, PerGroup(16), scales=FP8, parent=True)
 MXFP4 = Side(FP4, PerGroup(32), scales=E8M0)
 MXFP8 = Side(FP8, PerGroup(32), scales=E8M0)
+FACTOR_BITS = 16  # of the float16 that the scales of a super-block are multiples of
+SUPER = 256  # inputs of a super-block
+
+
+def _block(number: str, size: int, scales: str | None = None, minima: bool = False) -> Scheme:
+    """A scheme of GGUF's blocks: with a number of scales in super-blocks, else with float scales."""
+    known = None if scales is None else NUMBERS[scales]
+    return Scheme(Side(NUMBERS[number], PerGroup(size), known, span=SUPER if scales else 0, minima=minima))
+
+
 # Schemes with a short name.
 NAMED = {
     "int8": Scheme(Side(INT8, PerChannel())),
@@ -255,7 +282,16 @@ NAMED = {
     "mxfp4-a16": Scheme(MXFP4),
     "mxfp8": Scheme(MXFP8, MXFP8),
     "mxfp8-a16": Scheme(MXFP8),
+    "q4_1": _block("uint4", 32, minima=True),
+    "q5_1": _block("uint5", 32, minima=True),
+    "q2_k": _block("uint2", 16, "uint4", minima=True),
+    "q3_k": _block("int3", 16, "int6"),
+    "q4_k": _block("uint4", 32, "uint6", minima=True),
+    "q5_k": _block("uint5", 32, "uint6", minima=True),
+    "q6_k": _block("int6", 16, "int8"),
 }
+# In place of super-blocks that do not divide a row: llama.cpp's choices.
+SMALLER_BLOCKS = {"q2_k": "int4-g32", "q3_k": "int4-g32", "q4_k": "int5-g32", "q5_k": "q5_1", "q6_k": "int8-g32"}
 # Group sizes that an error message proposes.
 USUAL_GROUPS = (128, 64, 32)
 KEPT = "16bit"  # in place of a scheme: the linear is not quantized

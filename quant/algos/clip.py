@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lowbit.quant import numerics
+from lowbit.quant.algos.fit import search_pairs
 from lowbit.quant.qtensor import QTensor, round_to_nearest
 from lowbit.quant.scheme import Scheme
 
@@ -47,7 +48,8 @@ def plain_shrink(w: Tensor, scheme: Scheme, scale_dtype: torch.dtype, divisor: T
 
     All of each, where scales are of a floating-point type; those of few bits are searched on the error of the weight.
     """
-    return 1.0 if scheme.weights.scales is None else search_shrink(w, scheme, scale_dtype, None, divisor)
+    side = scheme.weights
+    return 1.0 if side.scales is None and not side.minima else search_shrink(w, scheme, scale_dtype, None, divisor)
 
 
 def round_plainly(w: Tensor, scheme: Scheme, scale_dtype: torch.dtype, divisor: Tensor | None = None) -> QTensor:
@@ -65,7 +67,8 @@ def group_losses(error: Tensor, moments: Tensor) -> Tensor:
 def search_shrink(
     w: Tensor, scheme: Scheme, scale_dtype: torch.dtype, moments: Tensor | None, divisor: Tensor | None = None
 ) -> Tensor:
-    """The fraction (n, g) of each group's range with the least output error.
+    """The fraction (n, g) of each group's range with the least output error; in schemes with minima (2, n, g), of scale
+    and minimum.
 
     w        (n, k)  float
     moments  (g, group_size, group_size) float32, from group_moments; None to round for the weight itself
@@ -73,6 +76,8 @@ def search_shrink(
     """
     w, _ = numerics.in_parts(w, scheme, divisor)
     pieces = numerics.pieces_of(w, scheme)
+    if scheme.weights.blocks:
+        return torch.cat([search_pairs(w[rows], scheme, scale_dtype, moments) for rows, _ in pieces], -2)
     return torch.cat([_search_rows(w[rows], scheme, scale_dtype, moments) for rows, _ in pieces])
 
 

@@ -78,7 +78,9 @@ def gptq(
     parts, _ = numerics.in_parts(w, scheme, nearest.divisor)
     if factor is None:
         return GptqResult(nearest, plain, parts, fallbacks)
-    codes, wanted = (each[:, order.argsort()].contiguous() for each in _sweep(parts[:, order], factor, nearest, order))
+    above = numerics.raised(parts, scheme, nearest.zeros)
+    codes, wanted = (each[:, order.argsort()].contiguous() for each in _sweep(above[:, order], factor, nearest, order))
+    wanted = wanted - (above - parts) if scheme.weights.minima else wanted
     weight = replace(nearest, codes=codes)
     loss = output_loss(weight, w, moment)
     if plain < loss:
@@ -135,14 +137,15 @@ def _factor(moment: Tensor) -> Tensor | None:
 
 def _sweep(w: Tensor, factor: Tensor, params: QTensor, order: Tensor) -> tuple[Tensor, Tensor]:
     """Codes (n, k) of the columns of `w`, in the order given, with the scales and zeros of `params`; and the
-    compensated weight (n, k) that they round."""
+    compensated weight (n, k) that they round. In schemes with minima both are weights above these."""
     n, k = w.shape
     w = w.clone()
     codes = torch.empty(n, k, dtype=params.codes.dtype, device=w.device)
     scheme = params.scheme
     group = order // (k if scheme.group_size == -1 else scheme.group_size)
     scales = numerics.per_row(params.scales.float(), scheme, n)
-    zeros = torch.zeros_like(scales) if params.zeros is None else params.zeros.float()
+    held = None if scheme.weights.minima else params.zeros
+    zeros = torch.zeros_like(scales) if held is None else held.float()
     number = scheme.number
     for start in range(0, k, BLOCK):
         part = slice(start, min(start + BLOCK, k))

@@ -80,7 +80,8 @@ class LearnedWeight:
         """
         gradient, scheme = gradient.float(), weight.scheme
         scales = numerics.per_weight(weight.scales, scheme, self._wanted)
-        plain, values, number = self._wanted / scales, weight.values(), scheme.number
+        plain, values = numerics.raised(self._wanted, scheme, weight.zeros) / scales, weight.values()
+        number = scheme.number
         step = number.spacing(plain)
         shifted = torch.add(plain, self.offsets * step)
         # a code clamped by the limits depends on the range alone; its offset has no effect

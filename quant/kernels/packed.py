@@ -73,12 +73,14 @@ def reason_against_packing(n: int, k: int, group_size: int, pair_block: int) -> 
 
 
 def has_kernel(scheme: Scheme) -> bool:
-    """True if the kernels support the weights' number type."""
-    return scheme.number.is_integer and scheme.bits in KERNEL_BITS
+    """True if the kernels support the weights' number type, and their scales have no super-blocks nor minima."""
+    return not scheme.weights.blocks and scheme.number.is_integer and scheme.bits in KERNEL_BITS
 
 
 def reason_against_kernel(weight: QTensor) -> str | None:
     """The reason why no kernel multiplies with weights of this kind, whatever their shape, or None."""
+    if weight.scheme.weights.blocks:
+        return "the kernels take no super-blocks and no minima"
     if not has_kernel(weight.scheme):
         return f"the kernels take integers of {' and '.join(map(str, KERNEL_BITS))} bits"
     return None if weight.order is None else "its inputs are in another order (act-order)"
