@@ -9,7 +9,7 @@ and m for the float16 numbers, `sc` and `mn` for integers of a sub-block:
     Q2_K, Q4_K, Q5_K  d sc q - m mn       256 weights; sub-blocks of 16 in Q2_K, of 32 in the others
     Q3_K, Q6_K        d sc q              256 weights, sub-blocks of 16; q and sc signed
     MXFP4             2^(e - 127) q       q is fp4; 32 weights
-    NVFP4             s q                 q is fp4, s e4m3 for each 16 weights; a tensor beside it has the factor
+    NVFP4             s q                 q is fp4, s e4m3 for each 16 weights; another tensor has the factor
 
 Source: ggml/src/ggml-common.h of llama.cpp, which calls d, m and mn so.
 """

@@ -121,7 +121,7 @@ def best_of(groups: Groups, whole: Pair) -> Pair:
 
 
 def beside(groups: Groups, pair: Pair) -> Pair:
-    """The best pair with the factors of `pair`'s super-blocks: each integer of a scale, or one beside it."""
+    """The best pair with the factors of `pair`'s super-blocks: each integer of a scale, or a neighbour of it."""
     side = groups.scheme.weights
     factors, ends = _factors(pair.scale, groups.scheme)
     offsets, most = _factors(pair.minimum, groups.scheme)
