@@ -43,7 +43,7 @@ def extreme(k: int) -> dict[str, torch.Tensor]:
         "ones": torch.ones(2, k),
         "minus": -torch.ones(2, k),
         "small": torch.randn(2, k) * 1e-7,
-        "large": torch.randn(2, k) * 3e4,
+        "large": torch.rand(2, k) * 6e4 - 3e4,
         "spread": spread,
         "one": torch.nn.functional.one_hot(torch.tensor([0, k - 1]), k) * 3.0,
     }
