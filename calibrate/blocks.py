@@ -4,6 +4,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 from typing import Any, Protocol
 
 import torch
@@ -63,8 +64,8 @@ class DataFreeBlocks:
         def rounded(name: str) -> list[tuple[str, QTensor, dict[str, Any]]]:
             return [self._rounded(spec.name, w, largest) for spec, w in self._linears_of(block, name)]
 
-        for found in ahead(rounded, self._names(block), WORKERS):
-            for name, weight, row in found:
+        with ahead(rounded, self._names(block), WORKERS) as pieces:
+            for name, weight, row in chain.from_iterable(pieces):
                 weights[name], rows[name] = weight, row
         seconds = time.monotonic() - begun
         report = BlockReport(index, block.name, None, seconds, peak_memory(job.device), [], rows)

@@ -110,11 +110,13 @@ class RecordingWriter:
                 return _digest((written.read(name),))
             return _digest_of(logical.qtensor(name))
 
-        checked = zip(self._meant.items(), ahead(found_in, self._meant, WORKERS), strict=True)
-        for number, ((name, meant), found) in enumerate(checked, 1):
-            tell(Step("reading the files back", number, len(self._meant)))
-            if found != meant:
-                raise CheckpointError(f"{output}: {name} does not read back as it was written; the disk may be failing")
+        with ahead(found_in, self._meant, WORKERS) as digests:
+            for number, ((name, meant), found) in enumerate(zip(self._meant.items(), digests, strict=True), 1):
+                tell(Step("reading the files back", number, len(self._meant)))
+                if found != meant:
+                    raise CheckpointError(
+                        f"{output}: {name} does not read back as it was written; the disk may be failing"
+                    )
         return written.nbytes
 
 

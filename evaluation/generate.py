@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lowbit.errors import CheckpointError, DatasetError
-from lowbit.evaluation.backend import Backend
+from lowbit.evaluation.backend import LONGEST_CONTEXT, Backend
 from lowbit.evaluation.journal import Library
 from lowbit.evaluation.perplexity import OnStep, silent
 from lowbit.export.files import read_text
@@ -84,15 +84,17 @@ def continuations(
 
     library  cache of finished prompts
 
-    CheckpointError if a prompt fills the model's positions.
+    CheckpointError if a prompt fills the model's positions, or LONGEST_CONTEXT if config.json names no number of them.
     """
     ids = [prompt.ids(backend.source.tokenizer()) for prompt in prompts]
-    positions = backend.source.positions
+    known = backend.source.positions
+    positions = LONGEST_CONTEXT if known is None else known
+    said = f"has positions for {positions}" if known else f"names no number of positions, {positions} are the most"
     for number, prompt in enumerate(ids, 1):
-        if positions is not None and len(prompt) >= positions:
+        if len(prompt) >= positions:
             raise CheckpointError(
-                f"prompt {number} has {len(prompt)} tokens: {backend.source.name} has positions for {positions}, "
-                "prompt and answer together; shorten it"
+                f"prompt {number} has {len(prompt)} tokens: {backend.source.name} {said}, prompt and answer "
+                "together; shorten it"
             )
     journal = (library or Library()).journal("generate", [backend], prompts=ids, tokens=tokens)
     for index, prompt in enumerate(ids):

@@ -200,7 +200,8 @@ def write_sums(directory: Path, meant: Mapping[str, str] = MappingProxyType({}))
     """
     files = {str(path.relative_to(directory)): path for path in directory.rglob("*") if path.is_file()}
     named = [name for name in files if name != SUMS_NAME]
-    sums = dict(zip(named, ahead(sha256_of, [files[name] for name in named], WORKERS), strict=True))
+    with ahead(sha256_of, [files[name] for name in named], WORKERS) as found:
+        sums = dict(zip(named, found, strict=True))
     for name, digest in meant.items():
         if sums[name] != digest:
             raise CheckpointError(f"{directory / name}: does not read back as it was written; the disk may be failing")

@@ -1,7 +1,7 @@
 """File access in untrusted directories: only regular files are read, and only fresh names are written.
 
 A model directory may contain links to other places, pipes and devices. Only regular files are read, in the directory
-itself or in a hub cache's store. Writing never follows a name that existed before.
+itself or, for a snapshot in a hub cache, in that repository's store. Writing never follows a name that existed before.
 """
 
 import fcntl
@@ -96,24 +96,35 @@ def survey(directory: Path) -> dict[str, Identity]:
     """The identity of every file in a model directory, by name, without hidden files.
 
     CheckpointError for a pipe, a socket or a device, for an unprintable name, and for a link to a place outside, which
-    could expose any file of this machine. Links into a hub cache's store are allowed, since that cache consists of
-    them.
+    could expose any file of this machine. A snapshot in a hub cache consists of links into its own repository's store,
+    which are allowed.
     """
-    found = _surveyed(directory, "")
+    home = Path(os.path.realpath(directory))
+    places = (home, store) if (store := _store_of(home)) else (home,)
+    found = _surveyed(directory, "", places)
     if (directory / TEMPLATES).is_dir():
-        found |= _surveyed(directory / TEMPLATES, f"{TEMPLATES}/")
+        found |= _surveyed(directory / TEMPLATES, f"{TEMPLATES}/", places)
     return found
 
 
-def _surveyed(directory: Path, prefix: str) -> dict[str, Identity]:
-    home = Path(os.path.realpath(directory))
+def _store_of(home: Path) -> Path | None:
+    """The store of the repository that `home` is a snapshot of, as a hub cache lays them out, or None.
+
+    models--org--name/snapshots/COMMIT holds links into models--org--name/blobs
+    """
+    repository = home.parent.parent
+    is_snapshot = home.parent.name == "snapshots" and repository.name.startswith("models--")
+    return repository / "blobs" if is_snapshot else None
+
+
+def _surveyed(directory: Path, prefix: str, places: tuple[Path, ...]) -> dict[str, Identity]:
     found = {}
     for path in sorted(directory.iterdir()):
         if path.name.startswith("."):
             continue
         if UNSAYABLE.search(path.name):
             raise CheckpointError(f"{path}: a name with line ends, control characters or broken UTF-8; rename it")
-        refuse_link_outside(path, home)
+        refuse_link_outside(path, places)
         try:
             status = os.stat(path)
         except FileNotFoundError:  # a dangling link counts as missing
@@ -124,13 +135,10 @@ def _surveyed(directory: Path, prefix: str) -> dict[str, Identity]:
     return found
 
 
-def refuse_link_outside(path: Path, home: Path) -> None:
-    """Raise CheckpointError if `path` is a link to a place outside of `home` and of a hub cache's store."""
-    if not path.is_symlink():
-        return
+def refuse_link_outside(path: Path, places: tuple[Path, ...]) -> None:
+    """Raise CheckpointError if `path` is a link, or lies behind one, to a place outside of `places`."""
     target = Path(os.path.realpath(path))
-    is_blob = target.parent.name == "blobs" and target.parent.parent.name.startswith("models--")
-    if not (target.is_relative_to(home) or is_blob):
+    if not any(target.is_relative_to(place) for place in places):
         raise CheckpointError(
             f"{path}: a link to {target}, outside the model directory; remove it, or put the file itself (or a hard "
             "link to it) in its place"

@@ -18,20 +18,29 @@ R = TypeVar("R")
 WORKERS = min(os.cpu_count() or 1, 4)
 
 
-def ahead(function: Callable[[T], R], items: Iterable[T], workers: int = 1) -> Iterator[R]:
-    """`function` of each item in order, with up to `workers` of them computed ahead of use."""
+@contextmanager
+def ahead(function: Callable[[T], R], items: Iterable[T], workers: int = 1) -> Iterator[Iterator[R]]:
+    """A context with `function` of each item in order, up to `workers` of them computed ahead of use.
+
+    A context and no generator: one that an exception leaves behind would give torch its threads back when the garbage
+    is collected, perhaps in the middle of a product, and products of one and of two threads differ in their last bits.
+    """
     pool = ThreadPoolExecutor(workers, "ahead")
-    waiting: deque[Future[R]] = deque()
     try:
         with fewer_threads(workers):
-            for item in items:
-                waiting.append(pool.submit(function, item))
-                if len(waiting) > workers:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
+            yield _in_order(pool, function, items, workers)
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _in_order(pool: ThreadPoolExecutor, function: Callable[[T], R], items: Iterable[T], workers: int) -> Iterator[R]:
+    waiting: deque[Future[R]] = deque()
+    for item in items:
+        waiting.append(pool.submit(function, item))
+        if len(waiting) > workers:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()
 
 
 @contextmanager

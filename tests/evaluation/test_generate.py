@@ -85,3 +85,10 @@ def test_a_prompt_that_fills_the_positions_is_refused_before_a_step(models, tmp_
     done = run_quantize_eval("generate", directory, "--prompts", tmp_path / "prompts.txt", "--tokens", 4)
     assert "prompt 2 has 5000 tokens" in done.complaint
     assert "has positions for" in done.complaint
+
+
+def test_a_model_that_names_no_positions_has_a_bound_too(models, tmp_path, monkeypatch):
+    monkeypatch.setattr("lowbit.models.source.Source.positions", None)
+    (tmp_path / "prompts.txt").write_text("x" * 16384 + "\n")
+    done = run_quantize_eval("generate", models("llama")[1], "--prompts", tmp_path / "prompts.txt", "--tokens", 4)
+    assert "names no number of positions, 16384 are the most" in done.complaint

@@ -182,13 +182,14 @@ def test_sums_of_the_binary_form_are_read(tmp_path):
 
 
 def test_a_link_into_a_hub_cache_is_held_against_its_name(tmp_path):
-    model(tmp_path / "m")
-    blob = tmp_path / "models--org--m" / "blobs" / ("0" * 64)
-    blob.parent.mkdir(parents=True)
-    (tmp_path / "m" / "model.safetensors").rename(blob)
-    (tmp_path / "m" / "model.safetensors").symlink_to(blob)
+    snapshot, blob = (tmp_path / "models--org--m" / part for part in ("snapshots/1f", f"blobs/{'0' * 64}"))
+    for path in (snapshot, blob):
+        path.parent.mkdir(parents=True)
+    model(snapshot)
+    (snapshot / "model.safetensors").rename(blob)
+    (snapshot / "model.safetensors").symlink_to(blob)
     with pytest.raises(CheckpointError, match="SHA-256 is"):
-        verify_checksums(open_checkpoint(tmp_path / "m"))
+        verify_checksums(open_checkpoint(snapshot))
 
 
 @pytest.mark.parametrize("name", ["./model.safetensors", "x/../model.safetensors"])

@@ -68,16 +68,51 @@ def test_a_directory_of_templates_is_looked_into(model, secret):
         survey(model)
 
 
-def test_links_within_the_model_and_into_a_hub_cache_are_read(model, tmp_path):
+def test_links_within_the_model_are_read(model, tmp_path):
     (model / "NOTICE").symlink_to("LICENSE")
-    blob = tmp_path / "models--org--name" / "blobs" / "3c5a"
-    blob.parent.mkdir(parents=True)
-    blob.write_text("{}")
-    (model / "tokenizer.json").symlink_to(blob)
     (tmp_path / "out").mkdir()
-    assert open_checkpoint(model).read("a").tolist() == [1.0] * 4
-    assert copy_companions(model, tmp_path / "out", with_code=False) == ["LICENSE", "NOTICE", "tokenizer.json"]
-    assert not (tmp_path / "out" / "tokenizer.json").is_symlink()
+    assert copy_companions(model, tmp_path / "out", with_code=False) == ["LICENSE", "NOTICE"]
+    assert not (tmp_path / "out" / "NOTICE").is_symlink()
+
+
+def cached(model: Path, repository: Path) -> Path:
+    """A snapshot in a hub cache with the files of `model`: links into the repository's store."""
+    snapshot, store = repository / "snapshots" / "0123abcd", repository / "blobs"
+    (snapshot / "additional_chat_templates").mkdir(parents=True)
+    store.mkdir()
+    for path in model.iterdir():
+        path.rename(store / path.name)
+        (snapshot / path.name).symlink_to(f"../../blobs/{path.name}")
+    (store / "t").write_text("x")
+    (snapshot / "additional_chat_templates" / "tool.jinja").symlink_to("../../../blobs/t")
+    return snapshot
+
+
+def test_a_snapshot_reads_the_store_of_its_own_repository_alone(model, secret, tmp_path):
+    """Another repository of the same cache may be private, and a link to it would publish its files."""
+    snapshot = cached(model, tmp_path / "hub" / "models--org--name")
+    (tmp_path / "out").mkdir()
+    assert open_checkpoint(snapshot).read("a").tolist() == [1.0] * 4
+    assert copy_companions(snapshot, tmp_path / "out", with_code=False) == [
+        "LICENSE",
+        "additional_chat_templates/tool.jinja",
+    ]
+    other = tmp_path / "hub" / "models--org--private" / "blobs" / "3c5a"
+    other.parent.mkdir(parents=True)
+    other.write_text(SECRET)
+    for target in (other, secret):
+        (snapshot / "notes.txt").symlink_to(target)
+        with pytest.raises(CheckpointError, match=r"notes\.txt: a link to .*, outside the model directory"):
+            open_checkpoint(snapshot)
+        (snapshot / "notes.txt").unlink()
+
+
+def test_a_directory_elsewhere_reads_no_store(model, tmp_path):
+    """It may come from anywhere, and names the store of a cache that it is no part of."""
+    snapshot = cached(model, tmp_path / "hub" / "models--org--name")
+    (model / "config.json").symlink_to(snapshot / "config.json")
+    with pytest.raises(CheckpointError, match=r"config\.json: a link to .*blobs/config\.json, outside"):
+        open_checkpoint(model)
 
 
 def test_a_model_that_is_named_by_a_link(model, tmp_path):

@@ -2,8 +2,10 @@
 
 import threading
 import time
+from collections.abc import Iterator
 
 import pytest
+import torch
 
 from lowbit.ahead import Behind, ahead
 
@@ -17,25 +19,41 @@ def test_results_come_in_order_and_few_are_held_at_once() -> None:
         return 2 * value
 
     found = []
-    for index, value in enumerate(ahead(double, range(20), workers=3)):
-        assert max(begun) <= index + 4
-        found.append(value)
+    with ahead(double, range(20), workers=3) as doubled:
+        for index, value in enumerate(doubled):
+            assert max(begun) <= index + 4
+            found.append(value)
     assert found == [2 * value for value in range(20)]
 
 
 def test_an_error_comes_in_its_place() -> None:
-    results = ahead(lambda value: 1 // value, [1, 0, 1])
-    assert next(results) == 1
-    with pytest.raises(ZeroDivisionError):
-        next(results)
+    with ahead(lambda value: 1 // value, [1, 0, 1]) as results:
+        assert next(results) == 1
+        with pytest.raises(ZeroDivisionError):
+            next(results)
 
 
-def test_whoever_stops_early_leaves_no_thread() -> None:
+@pytest.fixture
+def four_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("four_threads")
+def test_whoever_stops_early_leaves_no_thread_and_torch_its_own() -> None:
+    """Also while the error that ended it is still held: its traceback keeps every frame."""
     before = threading.active_count()
-    results = ahead(abs, range(100), workers=2)
-    next(results)
-    results.close()
-    assert threading.active_count() == before
+
+    def stop() -> None:
+        with ahead(abs, range(100), workers=2) as results:
+            raise InterruptedError(next(results), torch.get_num_threads())
+
+    with pytest.raises(InterruptedError) as held:
+        stop()
+    assert held.value.args == (0, 2)
+    assert (threading.active_count(), torch.get_num_threads()) == (before, 4)
 
 
 def test_what_is_given_runs_in_order_one_at_a_time() -> None:
