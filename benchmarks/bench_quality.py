@@ -4,10 +4,11 @@
         --python llm-compressor=/path/bin/python --python autoround=/path/bin/python [--device cuda] --work DIR
 
 Calibration: 128 windows of 512 tokens of the first 60% of FILE, or of the builtin documentation. Scored: 16 windows of
-1024 tokens of the rest of FILE, and of the builtin documentation's held-out part; weights dequantized, inputs rounded
-where the checkpoint says so, all else in float32. A row is the paired difference to the unquantized model and its
-standard error over windows. A checkpoint that WORK holds already is scored, not made again. Rows go to
-benchmarks/results/quality.jsonl in place of older ones of the same run.
+1024 tokens of the rest of FILE, and of the builtin documentation's held-out part, or `--windows` of them after the
+first `--skip`; weights dequantized, inputs rounded where the checkpoint says so, all else in float32. A row is the
+paired difference to the unquantized model, and the divergence from it, with standard errors over windows. A checkpoint
+that WORK holds already is scored, not made again. Rows go to benchmarks/results/quality.jsonl in place of older ones of
+the same run.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import json
 import os
 import subprocess
 import time
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -25,15 +27,16 @@ import lowbit
 from benchmarks.measure import write_rows
 from lowbit.calibrate.data import builtin_text, calibration_tokens
 from lowbit.evaluation.backend import BlocksBackend
-from lowbit.evaluation.perplexity import Score, difference, perplexity
-from lowbit.evaluation.text import Protocol, cut
+from lowbit.evaluation.divergence import Divergence, divergence
+from lowbit.evaluation.perplexity import difference
+from lowbit.evaluation.text import Cut, Protocol, cut
 from lowbit.models.source import Source, open_source
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "quality.jsonl"
 SHARE = 0.6  # of the text, to calibrate on
 SAMPLES, LENGTH, SEED = 128, 512, 42
-SCORED = Protocol(context=1024, windows=16)
+CONTEXT = 1024
 W4 = {"bits": 4, "group_size": 64}
 ASYMMETRIC, ROTATED = W4 | {"symmetric": False}, W4 | {"transforms": ["rotate"]}
 MIXED = ("int3-g64", "int4-g128", "int4-g64", "int4-g32", "int5-g64", "int6-g64", "int8", "16bit")
@@ -106,17 +109,19 @@ def main() -> None:
         f"{args.text.stem}, last 40%": text[int(SHARE * len(text)) :],
         "builtin held-out": builtin_text("heldout"),
     }
-    base = scores(model, scored, args.device)
+    cuts = {name: windows_of(text, model, args.skip, args.windows) for name, text in scored.items()}
+    base = BlocksBackend(model, args.device, torch.float32)
     for name in args.run:
         made = args.work / f"{name}-{args.calibrate}"
         if not made.with_suffix(".json").exists():
             facts = make(name, model, dataset, made, args)
             made.with_suffix(".json").write_text(json.dumps(facts), encoding="utf-8")
         facts = json.loads(made.with_suffix(".json").read_text(encoding="utf-8"))
-        facts |= {"model": args.model, "method": name, "calibration": args.calibrate, "commit": args.commit}
-        facts["device"] = device_name(args.device)
-        found = scores(open_source(str(made)), scored, args.device)
-        keep([facts | row_of(text, found[text], base[text]) for text in scored])
+        facts |= {"model": args.label or args.model, "method": name, "calibration": args.calibrate}
+        facts |= {"commit": args.commit, "device": device_name(args.device)}
+        facts |= {"skipped": args.skip} if args.skip else {}
+        rounded = BlocksBackend(open_source(str(made)), args.device, torch.float32)
+        keep([facts | row_of(text, divergence(rounded, base, each)) for text, each in cuts.items()])
 
 
 def parse() -> argparse.Namespace:
@@ -128,14 +133,17 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--python", action="append", default=[], help="TOOLKIT=PYTHON that has it")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--work", type=Path, required=True, help="where the checkpoints go")
+    parser.add_argument("--skip", type=int, default=0, help="windows of each text before those that are scored")
+    parser.add_argument("--windows", type=int, default=16, help="most windows of each text to score")
+    parser.add_argument("--label", help="the model's name in rows")
     parser.add_argument("--commit", default="")
     return parser.parse_args()
 
 
-def scores(source: Source, texts: dict[str, str], device: str) -> dict[str, Score]:
-    """The score of a model on each text."""
-    backend = BlocksBackend(source, device, torch.float32)
-    return {name: perplexity(backend, cut(text, source, SCORED)) for name, text in texts.items()}
+def windows_of(text: str, model: Source, skip: int, windows: int) -> Cut:
+    """At most `windows` windows of a text after the first `skip`."""
+    whole = cut(text, model, Protocol(context=CONTEXT, windows=skip + windows))
+    return replace(whole, windows=whole.windows[skip:], first=whole.first[skip:])
 
 
 def make(name: str, model: Source, dataset: str, output: Path, args: argparse.Namespace) -> dict[str, Any]:
@@ -170,16 +178,18 @@ def run(command: list[Any]) -> str:
     return done.stdout
 
 
-def row_of(text: str, score: Score, base: Score) -> dict[str, Any]:
-    delta, error = difference(score, base)
+def row_of(text: str, found: Divergence) -> dict[str, Any]:
+    delta, error = difference(found.quantized, found.baseline)
     return {
         "text": text,
-        "context": SCORED.context,
-        "windows": len(score.window_nll),
-        "perplexity": round(score.perplexity, 3),
-        "base_perplexity": round(base.perplexity, 3),
+        "context": CONTEXT,
+        "windows": len(found.kl),
+        "perplexity": round(found.quantized.perplexity, 3),
+        "base_perplexity": round(found.baseline.perplexity, 3),
         "delta_nll": round(delta, 4),
         "delta_nll_se": round(error or 0.0, 4),
+        "kl": round(found.mean, 4),
+        "kl_se": round(found.mean_error or 0.0, 4),
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
     }
 
@@ -190,9 +200,9 @@ def device_name(device: str) -> str:
 
 def keep(rows: list[dict[str, Any]]) -> None:
     """Print rows, and write them in place of older ones of the same run."""
-    same = ("model", "method", "calibration", "text", "by", "device")
+    same = ("model", "method", "calibration", "text", "by", "device", "skipped")
     older = [json.loads(line) for line in RESULTS.read_text(encoding="utf-8").splitlines()]
-    new = {tuple(row[key] for key in same) for row in rows}
+    new = {tuple(row.get(key) for key in same) for row in rows}
     for row in rows:
         print(json.dumps(row), flush=True)
     write_rows(RESULTS, [row for row in older if tuple(row.get(key) for key in same) not in new] + rows)

@@ -147,9 +147,14 @@ GRIDS: tuple[tuple[str, str, str, str, str], ...] = (
 )
 
 
+def demo_rows(**wanted: Any) -> list[Row]:
+    """The matching rows of the demo model on the usual windows, the first of each text."""
+    return [row for row in matching("quality", skipped=None, **wanted) if row["model"].startswith("demo")]
+
+
 def scored(wanted: Mapping[str, Any], text: str) -> Row | None:
-    """The row of a model on the text whose name begins with `text`, in upper or lower case."""
-    found = [row for row in matching("quality", **wanted) if row["text"].lower().startswith(text)]
+    """The demo's row on the text whose name begins with `text`, in upper or lower case."""
+    found = [row for row in demo_rows(**wanted) if row["text"].lower().startswith(text)]
     return found[-1] if found else None
 
 
@@ -582,7 +587,7 @@ def schemes() -> str:
     lines = []
     for name in CHOICES:
         bits = 16.0 if name == "bfloat16" else parse_scheme(name).bits_per_weight(sizes.hidden)
-        losses = [row for row in shown("quality", by="lowbit") if scheme_of(row) == name]
+        losses = [row for row in demo_rows(by="lowbit") if row.get("commit") in SHOWN and scheme_of(row) == name]
         losses = [
             row for row in losses if row["text"].lower().startswith("wikitext") and row["calibration"] in ("text", None)
         ]

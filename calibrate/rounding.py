@@ -1,7 +1,7 @@
-"""The rounders applied to a block: to nearest, by GPTQ, or learned."""
+"""The rounders applied to a block: to nearest, by GPTQ, learned, or annealed."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar
@@ -14,12 +14,14 @@ from lowbit.calibrate.block import BlockWork
 from lowbit.calibrate.parts import BlockTask, Needs, Rounded, Rounder, setting
 from lowbit.models.states import States, batched
 from lowbit.progress import Part, tell
-from lowbit.quant.algos.clip import group_moments, plain_shrink, round_plainly, search_shrink
+from lowbit.quant.algos.annealed import AnnealedWeight
+from lowbit.quant.algos.clip import group_moments, round_plainly
+from lowbit.quant.algos.few import round_in_ranges
 from lowbit.quant.algos.gptq import DAMPING, gptq
 from lowbit.quant.algos.learned import LearnedWeight
 from lowbit.quant.naming import EXPERT, expert_role
 from lowbit.quant.numerics import in_parts
-from lowbit.quant.qtensor import QTensor, round_to_nearest
+from lowbit.quant.qtensor import QTensor
 from lowbit.quant.site import Site
 
 # Least tokens for a second moment: in total, and per input.
@@ -35,29 +37,33 @@ LOOKS = 8  # evaluations on the held sample per block, to keep the best iterate
 
 def round_nearest(task: BlockTask) -> dict[str, Rounded]:
     """Every linear with a scheme, rounded to nearest. With the recipe's `clip`, each range is searched first."""
-    work, rounded = task.work, {}
-    shrinks = ranges(work, task.recipe.clip)
-    for name, scheme in work.schemes.items():
-        weight = round_to_nearest(work.masters[name], scheme, work.scale_dtype, shrinks[name], work.divisor(name))
-        rounded[name] = Rounded(weight, in_parts(work.masters[name], scheme, weight.divisor)[0])
+    work = task.work
+    names = list(work.schemes)
+    found = ranks.each_several(names, partial(_nearest, work, task.recipe.clip))
+    rounded = {}
+    for name, (codes, scales, *zeros) in zip(names, found, strict=True):
+        weight = _assembled(work, name, codes, scales, zeros)
+        rounded[name] = Rounded(weight, in_parts(work.masters[name], weight.scheme, weight.divisor)[0])
     work.use({name: each.weight for name, each in rounded.items()})
     return rounded
 
 
-def ranges(work: BlockWork, clip: bool) -> dict[str, Tensor]:
-    """The fraction (n, g) of each group's range to keep, by linear; 1 without `clip`."""
-    names = list(work.schemes)
-    return dict(zip(names, ranks.each(names, lambda name: _range(work, name, clip)), strict=True))
-
-
-def _range(work: BlockWork, name: str, clip: bool) -> Tensor:
-    """The fraction of each group's range with the least output error; 1 without statistics."""
+def _nearest(work: BlockWork, clip: bool, name: str) -> tuple[Tensor, ...]:
+    """Codes, scales and, if any, zeros of a linear rounded to nearest; in the ranges with the least output error if
+    there are statistics and `clip` is true."""
     stats, scheme, master = work.stats.get(name), work.schemes[name], work.masters[name]
     divisor = work.divisor(name)
     if stats is not None and clip:
         moments = group_moments(stats.second_moment(), scheme)
-        return search_shrink(master, scheme, work.scale_dtype, moments, divisor)
-    return master.new_ones(scheme.sides(*master.shape)) * plain_shrink(master, scheme, work.scale_dtype, divisor)
+        weight = round_in_ranges(master, scheme, work.scale_dtype, moments, divisor)
+    else:
+        weight = round_plainly(master, scheme, work.scale_dtype, divisor)
+    return weight.codes, weight.scales, *(() if weight.zeros is None else (weight.zeros,))
+
+
+def _assembled(work: BlockWork, name: str, codes: Tensor, scales: Tensor, zeros: list[Tensor]) -> QTensor:
+    """The weight of a linear from its tensors; `zeros` has one or none."""
+    return QTensor(codes, scales, zeros[0] if zeros else None, work.schemes[name], divisor=work.divisor(name))
 
 
 @dataclass(frozen=True)
@@ -120,11 +126,46 @@ class SignRound(Rounder):
         """Round to the best iterate."""
         generator = torch.Generator().manual_seed(task.recipe.seed + task.work.index)
         start = round_gptq(task, DAMPING) if self.first == "gptq" else round_nearest(task)
-        learner = RoundingLearner(task.work, start, self.iters, TRAVEL[self.first], generator)
+        learned = {
+            name: LearnedWeight(each.weight, each.wanted, task.work.energy(name)) for name, each in start.items()
+        }
+        learner = RoundingLearner(task.work, learned, self.iters, TRAVEL[self.first], generator)
         return learner.learn(task.entering, [states.at(task.work.index) for states in task.targets])
 
 
-ROUNDERS: dict[str, type[Rounder]] = {part.name: part for part in (Nearest, Gptq, SignRound)}
+@dataclass(frozen=True)
+class Annealed(Rounder):
+    """Rounds every linear by annealing."""
+
+    name: ClassVar[str] = "anneal"
+    help: ClassVar[str] = "weights harden into codes while the others make up for the error; for 2 and 3 bits"
+    needs: ClassVar[Needs] = Needs(second_stream=True)
+
+    anneal_steps: int = setting(
+        200,
+        "Anneal the codes of a block in this many steps.  [default: 200]",
+        valid=lambda value: value >= 0,
+        rule="steps cannot be negative",
+    )
+    anneal_travel: float = setting(
+        0.3,
+        "Let annealing move a weight by at most this many codes.  [default: 0.3]",
+        valid=lambda value: 0 < value < math.inf,
+        rule="the way must be above 0, and finite",
+    )
+
+    def round(self, task: BlockTask) -> dict[str, Rounded]:
+        """Round to the best iterate."""
+        generator = torch.Generator().manual_seed(task.recipe.seed + task.work.index)
+        learned = {
+            name: AnnealedWeight(each.weight, each.wanted, task.work.energy(name))
+            for name, each in round_gptq(task, DAMPING).items()
+        }
+        learner = RoundingLearner(task.work, learned, self.anneal_steps, self.anneal_travel, generator)
+        return learner.learn(task.entering, [states.at(task.work.index) for states in task.targets])
+
+
+ROUNDERS: dict[str, type[Rounder]] = {part.name: part for part in (Nearest, Gptq, SignRound, Annealed)}
 
 
 def round_gptq(task: BlockTask, damping: float) -> dict[str, Rounded]:
@@ -149,9 +190,7 @@ def _all_by_gptq(work: BlockWork, names: list[str], one: Callable[[str], tuple[T
     rounded = {}
     found = ranks.each_several(names, one)
     for name, (said, wanted, codes, scales, *zeros) in zip(names, found, strict=True):
-        scheme = work.schemes[name]
-        weight = QTensor(codes, scales, zeros[0] if zeros else None, scheme, divisor=work.divisor(name))
-        rounded[name] = Rounded(weight, wanted)
+        rounded[name] = Rounded(_assembled(work, name, codes, scales, zeros), wanted)
         for fallback in bytes(said.tolist()).decode().splitlines():
             work.note(name, f"gptq: {fallback}")
     work.use({name: each.weight for name, each in rounded.items()})
@@ -198,12 +237,15 @@ class RoundingLearner:
     """Learned rounding of a block."""
 
     def __init__(
-        self, work: BlockWork, start: dict[str, Rounded], iters: int, travel: float, generator: torch.Generator
+        self,
+        work: BlockWork,
+        learned: Mapping[str, LearnedWeight | AnnealedWeight],
+        iters: int,
+        travel: float,
+        generator: torch.Generator,
     ) -> None:
         self._work, self._iters, self._travel, self._generator = work, iters, travel, generator
-        self._learned = {
-            name: LearnedWeight(each.weight, each.wanted, work.energy(name)) for name, each in start.items()
-        }
+        self._learned = learned
 
     def learn(self, inputs: list[States], targets: list[States]) -> dict[str, Rounded]:
         """The best iterate, which brings the block's outputs for `inputs` closest to `targets`.
@@ -220,17 +262,13 @@ class RoundingLearner:
         look = max(self._iters // LOOKS, 1)
         for step in range(self._iters + 1):
             tell(Part("learned rounding", step, self._iters))
-            self._work.use(weights)
             if step % look == 0 or step == self._iters:
+                self._work.use(weights)
                 loss = ranks.leaders_number(sum(float(self._loss(*pair)) for pair in held))
                 if loss < least or not best:
                     best, least = self._iterate(weights), loss
             if step < self._iters:
-                self._step(
-                    weights,
-                    self._minibatch(pairs, inputs[0].shape[0]),
-                    2 * self._travel * (1 - step / self._iters) / self._iters,
-                )
+                self._step(weights, self._minibatch(pairs, inputs[0].shape[0]), step / self._iters)
                 weights = self._rounded()
         self._work.use({name: each.weight for name, each in best.items()})
         return best
@@ -245,12 +283,16 @@ class RoundingLearner:
         (out,) = self._work.run_quantized([x])
         return (out.hidden.float() - y.hidden.float()).square().mean()
 
-    def _step(self, weights: dict[str, QTensor], batches: Iterable[tuple[States, States]], rate: float) -> None:
-        with self._work.gradients(name for name in weights if name not in self._work.scarce) as gradients:
+    def _step(self, weights: dict[str, QTensor], batches: Iterable[tuple[States, States]], done: float) -> None:
+        rate = 2 * self._travel * (1 - done) / self._iters
+        moving = [name for name in weights if name not in self._work.scarce]
+        for name in moving:
+            self._work.weight(name).copy_(self._learned[name].computed(weights[name], done))
+        with self._work.gradients(moving) as gradients:
             for x, y in ranks.mine(batches):
                 self._loss(x, y).backward()
             for name, gradient in gradients():
-                self._learned[name].step(weights[name], gradient, rate)
+                self._learned[name].step(weights[name], gradient, rate, done)
 
     def _minibatch(self, pairs: list[tuple[States, States]], size: int) -> Iterator[tuple[States, States]]:
         """Batches of `size` random sequences from `pairs`, with about STEP_TOKENS tokens in total."""

@@ -9,9 +9,10 @@ from torch import Tensor, nn
 from lowbit.errors import CheckpointError
 from lowbit.models.skeleton import Skeleton, tied_weights
 from lowbit.quant import numerics
-from lowbit.quant.algos.clip import group_moments, round_plainly, search_shrink
+from lowbit.quant.algos.clip import group_moments, round_plainly
+from lowbit.quant.algos.few import round_in_ranges
 from lowbit.quant.algos.gptq import gptq
-from lowbit.quant.qtensor import QTensor, round_to_nearest
+from lowbit.quant.qtensor import QTensor
 from lowbit.quant.recipe import Recipe
 from lowbit.quant.scheme import Scheme, parse_scheme
 from lowbit.quant.stats import Stats, output_energy
@@ -101,8 +102,7 @@ def rounded(
             return gptq(rows, moment, plain, scale_dtype, divisor=divisor).weight
         if moment is None:
             return round_plainly(rows, plain, scale_dtype, divisor)
-        shrink = search_shrink(rows, plain, scale_dtype, group_moments(moment, plain), divisor)
-        return round_to_nearest(rows, plain, scale_dtype, shrink, divisor)
+        return round_in_ranges(rows, plain, scale_dtype, group_moments(moment, plain), divisor)
 
     parts = [one(rows) for rows in weight.split(ROWS)]
     codes, scales = torch.cat([part.codes for part in parts]), torch.cat([part.scales for part in parts])

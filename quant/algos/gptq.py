@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from lowbit.quant import numerics
-from lowbit.quant.algos.clip import diagonal_moments, plain_shrink, search_shrink
+from lowbit.quant.algos.clip import diagonal_moments, round_plainly
+from lowbit.quant.algos.few import round_in_ranges
 from lowbit.quant.kernels import ops
-from lowbit.quant.qtensor import QTensor, round_to_nearest
+from lowbit.quant.qtensor import QTensor
 from lowbit.quant.scheme import Scheme
 from lowbit.quant.stats import output_energy
 
@@ -68,12 +69,10 @@ def gptq(
         raise ValueError("the second moment of its inputs is not finite")
     order = moment.diagonal().argsort(descending=True, stable=True)
     factor, fallbacks = inverse_factor(moment[order][:, order], damping)
-    shrink = (
-        search_shrink(w, scheme, scale_dtype, diagonal_moments(moment, scheme), divisor)
-        if clip
-        else plain_shrink(w, scheme, scale_dtype, divisor)
-    )
-    nearest = round_to_nearest(w, scheme, scale_dtype, shrink, divisor)
+    if clip:
+        nearest = round_in_ranges(w, scheme, scale_dtype, diagonal_moments(moment, scheme), divisor)
+    else:
+        nearest = round_plainly(w, scheme, scale_dtype, divisor)
     plain = output_loss(nearest, w, moment)
     parts, _ = numerics.in_parts(w, scheme, nearest.divisor)
     if factor is None:

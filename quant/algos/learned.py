@@ -52,8 +52,7 @@ class LearnedWeight:
         energy  (k,) float32  mean square of each input; None if it is not known
         """
         self._start, self._wanted = start, wanted
-        energy = torch.ones_like(wanted[0]) if energy is None else energy
-        self._energy = energy + DAMPING * energy.mean().clamp(min=torch.finfo(torch.float32).tiny)
+        self._energy = damped(torch.ones_like(wanted[0]) if energy is None else energy)
         self.offsets = torch.zeros_like(wanted)
         self.multipliers = torch.ones_like(start.scales, dtype=torch.float32)
 
@@ -72,7 +71,14 @@ class LearnedWeight:
         steps = numerics.step_sizes(self._wanted, self._start.scheme, scales)
         return torch.addcmul(self._wanted, self.offsets, steps)
 
-    def step(self, weight: QTensor, gradient: Tensor, rate: float) -> None:
+    def computed(self, weight: QTensor, done: float) -> Tensor:
+        """The weight (n, k) that the model computes with in a step: `weight`, the result of `rounded`.
+
+        done  fraction of all steps so far; of no effect here
+        """
+        return weight.dequantize()
+
+    def step(self, weight: QTensor, gradient: Tensor, rate: float, done: float = 0.0) -> None:
         """One descent step of offsets and multipliers, each changed by at most `rate`.
 
         weight    the result of `rounded` that the model computed with
@@ -89,15 +95,20 @@ class LearnedWeight:
         # the slope over the curvature, both in steps: large steps of a float do not outweigh its small ones, nor large
         # inputs small ones
         by_offset = gradient.mul(free).div_(scales * step * self._energy)
-        self.offsets.sub_(_bounded(by_offset), alpha=rate).clamp_(-OFFSET_LIMIT, OFFSET_LIMIT)
+        self.offsets.sub_(bounded(by_offset), alpha=rate).clamp_(-OFFSET_LIMIT, OFFSET_LIMIT)
         if not number.is_integer and not number.coarse:
             return
         by_scale = torch.where(free, values - plain, values).mul_(gradient)
         by_range = numerics.per_scale(numerics.grouped(by_scale, scheme).sum(-1), scheme) * weight.scales.float()
-        self.multipliers.sub_(_bounded(by_range), alpha=rate).clamp_(*LIMITS)
+        self.multipliers.sub_(bounded(by_range), alpha=rate).clamp_(*LIMITS)
 
 
-def _bounded(gradient: Tensor) -> Tensor:
+def bounded(gradient: Tensor) -> Tensor:
     """`gradient` over its mean magnitude, clamped to [-1, 1]; zeros stay zero."""
     size = gradient.abs().mean().clamp(min=torch.finfo(torch.float32).tiny)
     return (gradient / size).clamp_(-1, 1)
+
+
+def damped(energy: Tensor) -> Tensor:
+    """The `energy` (k,) of inputs with a share of its mean added to each, so that none is 0."""
+    return energy + DAMPING * energy.mean().clamp(min=torch.finfo(torch.float32).tiny)

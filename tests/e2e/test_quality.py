@@ -97,6 +97,13 @@ def test_learned_rounding_and_tuning_lose_less_still(tmp_path, family, symmetric
     assert losses["best"] < losses["signround"]
 
 
+def test_annealing_loses_less_than_gptq_at_2_bits(tmp_path):
+    source = save(loud_model("llama"), tmp_path / "source")
+    common = {"measure": divergence, "samples": 256, "bits": 2, "method": "gptq"}
+    annealed = loss_of(source, tmp_path / "anneal", rounder="anneal", anneal_steps=40, **common)
+    assert annealed < 0.9 * loss_of(source, tmp_path / "gptq", **common)
+
+
 @pytest.mark.parametrize("activations", ["token", "tensor"])
 @pytest.mark.parametrize("rounder", ["rtn", "gptq"])
 @pytest.mark.parametrize("family", ["llama", "opt"])

@@ -1,0 +1,122 @@
+"""A second small model to measure methods on: another family, width and depth than the demo's, trained here in minutes.
+
+    python -m benchmarks.second_model demo --text FILE --out DIR [--steps 2000] [--device cuda]
+
+A Qwen3 of 10 blocks with a hidden size of 512 (norms of queries and keys, 8 heads, 4 of keys and values), with the
+demo's tokenizer. It learns the demo's distribution (Kullback-Leibler divergence) on the first 60% of FILE, on the
+calibration part of the builtin documentation, and on the docstrings of the standard library and a few packages that are
+installed; so the rest of FILE and the held-out documentation are new to it. It is no model to use: minutes of training
+teach it little. Its weights are bfloat16 as trained; the demo's were rounded to 4 bits once. One seed and one set of
+packages give one model, up to the order of sums on the device.
+"""
+
+import argparse
+import importlib.util
+import json
+import math
+import re
+import sysconfig
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+from benchmarks.bench_quality import SHARE
+from lowbit.calibrate.data import builtin_text
+from lowbit.models.source import open_source
+
+PACKAGES = ("torch", "transformers", "numpy")
+LEFT_OUT = {"pydoc_data", "test", "tests", "site-packages", "dist-packages"}  # the topics are what is scored
+DOCSTRING = re.compile(r'"""(.{200,}?)"""', re.DOTALL)
+LENGTH, ROWS, SEED = 512, 32, 0
+RATE, WARM_UP = 1.5e-3, 100
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="train a small model on the demo's distribution")
+    parser.add_argument("teacher")
+    parser.add_argument("--text", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--steps", type=int, default=2000, help="of 16384 tokens")
+    parser.add_argument("--device", default="cuda")
+    args = parser.parse_args()
+    torch.manual_seed(SEED)
+    source = open_source(args.teacher)
+    tokenizer = source.tokenizer()
+    text = args.text.read_text(encoding="utf-8")
+    pieces = [text[: int(SHARE * len(text))], builtin_text("calibration"), *docstrings()]
+    ids = torch.tensor([token for row in tokenizer(pieces, verbose=False).input_ids for token in row])
+    print(f"{len(ids)} tokens of {len(pieces)} texts", flush=True)
+    teacher: Any = AutoModelForCausalLM.from_pretrained(source.directory, dtype=torch.bfloat16)
+    student: Any = Qwen3ForCausalLM(config(source.vocabulary, tokenizer))
+    learn(student.to(args.device), teacher.to(args.device).eval(), ids, args.steps)
+    student.to(torch.bfloat16).save_pretrained(args.out)
+    tokenizer.save_pretrained(args.out)
+    (args.out / "training.json").write_text(json.dumps({"tokens": len(ids), "steps": args.steps, "seed": SEED}))
+
+
+def config(vocabulary: int, tokenizer: Any) -> Qwen3Config:
+    """The model's shape: 56 million parameters, of which 25 are embeddings."""
+    return Qwen3Config(
+        vocab_size=vocabulary,
+        hidden_size=512,
+        intermediate_size=1536,
+        num_hidden_layers=10,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        head_dim=64,
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+
+
+def docstrings() -> Iterator[str]:
+    """The docstrings of every module, one text each, in the order of paths."""
+    places = [Path(sysconfig.get_path("stdlib"))]
+    for package in PACKAGES:
+        spec = importlib.util.find_spec(package)
+        places += [Path(spec.origin).parent] if spec and spec.origin else []
+    for place in places:
+        for path in sorted(place.rglob("*.py")):
+            if LEFT_OUT.isdisjoint(path.relative_to(place).parts):
+                found = DOCSTRING.findall(path.read_text(encoding="utf-8", errors="ignore"))
+                if found:
+                    yield "\n\n".join(found)
+
+
+def learn(student: Any, teacher: Any, ids: Tensor, steps: int) -> None:
+    """Train `student` on the teacher's distribution over random windows of `ids`."""
+    device = next(student.parameters()).device
+    optimizer = torch.optim.AdamW(student.parameters(), lr=RATE, betas=(0.9, 0.95), weight_decay=0.05, fused=True)
+    generator, begun = torch.Generator().manual_seed(SEED), time.monotonic()
+    for step in range(steps):
+        rate = RATE * min(1.0, (step + 1) / WARM_UP) * (0.05 + 0.475 * (1 + math.cos(math.pi * step / steps)))
+        optimizer.param_groups[0]["lr"] = rate
+        starts = torch.randint(len(ids) - LENGTH, (ROWS,), generator=generator).tolist()
+        batch = torch.stack([ids[start : start + LENGTH] for start in starts]).to(device)
+        loss = divergence(student, teacher, batch)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if step % 100 == 0 or step == steps - 1:
+            print(f"step {step}: {loss.item():.3f} nats, {time.monotonic() - begun:.0f} s", flush=True)
+
+
+def divergence(student: Any, teacher: Any, batch: Tensor) -> Tensor:
+    """The mean divergence of the student's next-token distributions from the teacher's, in nats."""
+    with torch.no_grad():
+        wanted = teacher(batch, use_cache=False).logits.flatten(0, 1).log_softmax(-1)
+    with torch.autocast(batch.device.type, torch.bfloat16):
+        found = student(batch, use_cache=False).logits.flatten(0, 1)
+    return torch.nn.functional.kl_div(found.log_softmax(-1), wanted, log_target=True, reduction="batchmean")
+
+
+if __name__ == "__main__":
+    main()
