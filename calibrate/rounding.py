@@ -143,13 +143,13 @@ class Annealed(Rounder):
 
     anneal_steps: int = setting(
         200,
-        "Anneal the codes of a block in this many steps.  [default: 200]",
+        "Take this many steps to anneal a block.  [default: 200]",
         valid=lambda value: value >= 0,
         rule="steps cannot be negative",
     )
     anneal_travel: float = setting(
         0.3,
-        "Let annealing move a weight by at most this many codes.  [default: 0.3]",
+        "Move a weight by at most this many codes in annealing.  [default: 0.3]",
         valid=lambda value: 0 < value < math.inf,
         rule="the way must be above 0, and finite",
     )
