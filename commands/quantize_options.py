@@ -140,6 +140,8 @@ PARTS: Parts = {
             help=f"Search each group's clipping range for the least output error.  {BY_METHOD}",
         ),
         *_settings_of_parts(),
+    ),
+    "Tuning on the model's output": (
         click.option(
             "--distill-steps",
             type=int,
@@ -150,7 +152,6 @@ PARTS: Parts = {
             default=None,
             help=f"Tune codes too, in 16 bytes a weight of memory.  {BY_METHOD}",
         ),
-        click.option("--seed", type=int, help="Seed all random choices with this number.  [default: 42]"),
     ),
     "Calibration": (
         click.option(
@@ -169,6 +170,7 @@ PARTS: Parts = {
             help=f"Cut the text into windows of this many tokens.  [default: {CALIBRATION['seqlen']}]",
         ),
         click.option("--text-column", help="Take the text from this column of a table.  [default: found by its name]"),
+        click.option("--seed", type=int, help="Seed all random choices with this number.  [default: 42]"),
         flag("--verbose", "-v", text="Print details as well: every row of a dataset that is skipped."),
     ),
     "Files": (
