@@ -36,6 +36,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from llguidance import LLMatcher
 from llguidance.hf import from_tokenizer
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -50,7 +51,7 @@ from lowbit.engine.options import Options as EngineOptions
 from lowbit.engine.sampling import Sampling
 from lowbit.engine.shapes import SHAPES, random_weights
 from lowbit.engine.speed import measure, read_rate
-from lowbit.serve.grammar import json_grammar
+from lowbit.serve.grammar import SPACE, Grammar
 from lowbit.serve.run import Options, listen, make_server
 from lowbit.serve.session import Session
 
@@ -229,7 +230,8 @@ def session_rows(session: Session, tokenizer: Path | None) -> Iterator[Row]:
     grammars: dict[str, Any] = {"none": None, "anything": Anything}
     if tokenizer is not None:
         read = from_tokenizer(AutoTokenizer.from_pretrained(tokenizer), VOCABULARY)
-        grammars["json_schema"] = lambda: json_grammar(read, SCHEMA)
+        source = LLMatcher.grammar_from_json_schema(json.dumps(SCHEMA), overrides=SPACE)
+        grammars["json_schema"] = lambda: Grammar(LLMatcher(read, source, log_level=0))
     for name, grammar in grammars.items():
         yield {
             "case": "session",

@@ -5,17 +5,15 @@ memory. The child process (template_child.py) starts with the first chat and ser
 """
 
 import json
-import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from threading import Lock
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from lowbit.errors import CheckpointError
+from lowbit.models.child import Children
 
 SECONDS = 5  # limit of processor time per chat
 NBYTES = 512 << 20  # limit of memory beyond the interpreter's own
@@ -81,8 +79,8 @@ class Renderer:
     """The child process that renders. Started on demand, and again after a template killed it."""
 
     def __init__(self) -> None:
-        self._lock = Lock()
-        self._child: subprocess.Popen[str] | None = None
+        script = Path(__file__).with_name("template_child.py")
+        self._children = Children(1, script, NBYTES, SECONDS, CHARACTERS)
 
     def render(self, request: dict[str, Any]) -> str:
         """The rendered text. CheckpointError as in `render_chat`."""
@@ -90,8 +88,7 @@ class Renderer:
             line = json.dumps(request)
         except (TypeError, ValueError, RecursionError) as error:
             raise TemplateRefusal(f"they hold what is not JSON ({error})") from error
-        with self._lock:
-            answer = self._asked(line + "\n")
+        answer = self._children.ask(line) or {"limit": "time"}
         if "refused" in answer:
             raise TemplateRefusal(answer["refused"])
         if "limit" in answer:
@@ -103,40 +100,7 @@ class Renderer:
             raise TemplateRefusal("it writes half a surrogate pair, which is no Unicode") from error
         return text
 
-    def _asked(self, line: str) -> dict[str, Any]:
-        """The answer to one line. Whatever the template does, the child answers or ends in time."""
-        if self._child is None or self._child.poll() is not None:
-            self._child = _started()
-        assert self._child.stdin is not None
-        assert self._child.stdout is not None
-        try:
-            self._child.stdin.write(line)
-            self._child.stdin.flush()
-            answer = self._child.stdout.readline()
-        except BrokenPipeError:
-            answer = ""
-        if not answer.endswith("\n"):
-            self._child.kill()
-            self._child.wait()
-            return {"limit": "time"}
-        found: dict[str, Any] = json.loads(answer)
-        return found
-
 
 @cache
 def _renderer() -> Renderer:
     return Renderer()
-
-
-def _started() -> subprocess.Popen[str]:
-    script = Path(__file__).with_name("template_child.py")
-    found = json.dumps([path for path in sys.path if path])
-    return subprocess.Popen(
-        [sys.executable, "-I", "-S", str(script), found, str(NBYTES), str(SECONDS), str(CHARACTERS)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-        encoding="utf-8",
-        start_new_session=True,  # Ctrl-C must end an answer, not this process
-    )

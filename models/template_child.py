@@ -1,35 +1,23 @@
 """Child process of models/chat.py: renders chat templates as transformers does, within limits.
 
 Run as a script by a bare interpreter. argv: module paths as JSON, bytes of memory, seconds of processor time and
-characters per chat. Reads and answers one line of JSON at a time.
+characters per chat.
 """
 
 import json
-import resource
-import signal
 import sys
+from functools import partial
 from typing import Any
 
 sys.path[:] = json.loads(sys.argv[1])
 
 from transformers.utils.chat_template_utils import render_jinja_template  # noqa: E402  # found through sys.path
 
-
-def main(nbytes: int, seconds: int, characters: int) -> None:
-    """Answer each line. The kernel kills this process if one takes too long."""
-    with open("/proc/self/statm") as file:
-        taken = int(file.read().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (taken + nbytes, taken + nbytes))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    for line in sys.stdin:
-        signal.setitimer(signal.ITIMER_PROF, seconds)
-        answer = _answer(json.loads(line), characters)
-        signal.setitimer(signal.ITIMER_PROF, 0)
-        sys.stdout.write(json.dumps(answer) + "\n")
-        sys.stdout.flush()
+from lowbit.models.answering import answer_lines  # noqa: E402
 
 
-def _answer(request: dict[str, Any], characters: int) -> dict[str, Any]:
+def answer(characters: int, request: dict[str, Any]) -> dict[str, Any]:
+    """The text of a chat, the reason why the template refuses it, or the limit that it exceeds."""
     try:
         text = render_jinja_template([request["messages"]], **request["settings"])[0][0]
     except MemoryError:
@@ -40,4 +28,4 @@ def _answer(request: dict[str, Any], characters: int) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main(*map(int, sys.argv[2:5]))
+    answer_lines(partial(answer, int(sys.argv[4])), int(sys.argv[2]), int(sys.argv[3]))

@@ -2,10 +2,11 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from time import thread_time
 from typing import Any
 
 import torch
-from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+from llguidance import LLMatcher, LLParserLimits
 from torch import Tensor
 
 from lowbit.errors import EngineError
@@ -21,6 +22,11 @@ SPACE: Any = {"whitespace_pattern": " |\\n {0,16}"}
 # 1.2 s of one core, with this 0.3 s; an object of 100 properties that each have a pattern needs less.
 FUEL = 400_000
 
+# Symbols of a grammar's rules; llguidance's own value is 500,000. With 20,000 alternatives a step took 6 s.
+SYMBOLS = 50_000
+LIMITS: Any = {"initial_lexer_fuel": FUEL, "max_grammar_size": SYMBOLS}
+STEP_SECONDS = 0.5  # of processor time for a token, while every other request waits
+
 
 class Grammar:
     """A grammar, and its state after the tokens so far. EngineError if it is none, or too large."""
@@ -35,57 +41,66 @@ class Grammar:
 
     def fill(self, row: Tensor) -> None:
         """Write the mask of the next token: int32, one bit per token."""
+        begun = thread_time()
         words = torch.frombuffer(bytearray(self.matcher.compute_bitmask()), dtype=torch.int32)
-        self.check()
+        self.check(thread_time() - begun)
         row.copy_(words[: len(row)])
 
     def take(self, token: int) -> None:
         """Go on by a token that the mask allowed."""
+        begun = thread_time()
         self.matcher.consume_token(token)
-        self.check()
+        self.check(thread_time() - begun)
 
     @property
     def ended(self) -> bool:
         """True if no token may follow but an end token."""
         return bool(self.matcher.is_stopped())
 
-    def check(self) -> None:
-        """EngineError if the matcher has failed."""
+    def check(self, seconds: float = 0) -> None:
+        """EngineError if the matcher has failed, or took more than STEP_SECONDS."""
         if self.matcher.is_error():
             raise EngineError(f"the grammar cannot be followed: {' '.join(self.matcher.get_error().split())[:300]}")
+        if seconds > STEP_SECONDS:
+            raise EngineError(f"the grammar took {seconds:.1f} s for one token: make it simpler")
 
 
-def made(tokenizer: LLTokenizer, source: str) -> Grammar:
-    """The grammar of llguidance's own source. The first mask costs the most, so it is computed here: a request has a
-    thread of its own for it, the batch has one for all."""
-    matcher = LLMatcher(tokenizer, source, log_level=0, limits=LLParserLimits(initial_lexer_fuel=FUEL))
+def made(vocabulary: Vocabulary, source: str) -> Grammar:
+    """The grammar of llguidance's own source, once another process has survived it.
+
+    The first mask costs the most, so it is computed here: a request has a thread of its own for it, the batch has one
+    for all.
+    """
+    assert vocabulary.masks is not None
+    vocabulary.trial.require(source, LIMITS)
+    matcher = LLMatcher(vocabulary.masks, source, log_level=0, limits=LLParserLimits(**LIMITS))
     if not matcher.is_error():
         matcher.compute_bitmask()
     return Grammar(matcher)
 
 
-def json_grammar(tokenizer: LLTokenizer, schema: Mapping[str, Any] | bool) -> Grammar:
+def json_grammar(vocabulary: Vocabulary, schema: Mapping[str, Any] | bool) -> Grammar:
     """JSON texts of a schema."""
     try:
         source = LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=SPACE)
     except (ValueError, RecursionError) as error:
         raise EngineError(f"the schema cannot be read: {error}") from error
-    return made(tokenizer, source)
+    return made(vocabulary, source)
 
 
-def pattern_grammar(tokenizer: LLTokenizer, pattern: str) -> Grammar:
+def pattern_grammar(vocabulary: Vocabulary, pattern: str) -> Grammar:
     """Texts that match a regular expression."""
-    return made(tokenizer, LLMatcher.grammar_from_regex(pattern))
+    return made(vocabulary, LLMatcher.grammar_from_regex(pattern))
 
 
-def lark_grammar(tokenizer: LLTokenizer, source: str) -> Grammar:
+def lark_grammar(vocabulary: Vocabulary, source: str) -> Grammar:
     """Texts of a grammar in Lark's syntax, as llguidance reads it."""
-    return made(tokenizer, LLMatcher.grammar_from_lark(source))
+    return made(vocabulary, LLMatcher.grammar_from_lark(source))
 
 
-def choice_grammar(tokenizer: LLTokenizer, choices: Sequence[str]) -> Grammar:
+def choice_grammar(vocabulary: Vocabulary, choices: Sequence[str]) -> Grammar:
     """One of several texts."""
-    return lark_grammar(tokenizer, "start: " + " | ".join(json.dumps(choice) for choice in choices))
+    return lark_grammar(vocabulary, "start: " + " | ".join(json.dumps(choice) for choice in choices))
 
 
 def grammar_of(vocabulary: Vocabulary, body: Settings) -> Grammar | None:
@@ -93,34 +108,33 @@ def grammar_of(vocabulary: Vocabulary, body: Settings) -> Grammar | None:
     form, other = body.response_format, body.structured_outputs
     if (form is None or form.type == "text") and other is None:
         return None
-    tokenizer = vocabulary.masks
-    if tokenizer is None:
+    if vocabulary.masks is None:
         raise Problem(
             400, "llguidance does not read the model's tokenizer: its answers have no form", "response_format"
         )
     if body.min_tokens:
         raise Problem(400, "min_tokens goes with no form of the answer: the form says where it ends", "min_tokens")
     try:
-        return other_grammar(tokenizer, other) if other is not None else format_grammar(tokenizer, form)
+        return other_grammar(vocabulary, other) if other is not None else format_grammar(vocabulary, form)
     except EngineError as error:
         raise Problem(400, str(error), "structured_outputs" if other is not None else "response_format") from error
 
 
-def format_grammar(tokenizer: LLTokenizer, form: ResponseFormat | None) -> Grammar:
+def format_grammar(vocabulary: Vocabulary, form: ResponseFormat | None) -> Grammar:
     """The grammar of a response_format."""
     schema = None if form is None else form.json_schema
-    return json_grammar(tokenizer, {"type": "object"} if schema is None else schema.of)
+    return json_grammar(vocabulary, {"type": "object"} if schema is None else schema.of)
 
 
-def other_grammar(tokenizer: LLTokenizer, form: StructuredOutputs) -> Grammar:
+def other_grammar(vocabulary: Vocabulary, form: StructuredOutputs) -> Grammar:
     """The grammar of structured_outputs."""
     if form.regex is not None:
-        return pattern_grammar(tokenizer, form.regex)
+        return pattern_grammar(vocabulary, form.regex)
     if form.choice is not None:
-        return choice_grammar(tokenizer, form.choice)
+        return choice_grammar(vocabulary, form.choice)
     if form.grammar is not None:
-        return lark_grammar(tokenizer, form.grammar)
-    return json_grammar(tokenizer, form.of if form.of is not None else {})
+        return lark_grammar(vocabulary, form.grammar)
+    return json_grammar(vocabulary, form.of if form.of is not None else {})
 
 
 def call_grammar(vocabulary: Vocabulary, dialect: Dialect | None, body: ChatBody) -> Grammar | None:
@@ -131,16 +145,15 @@ def call_grammar(vocabulary: Vocabulary, dialect: Dialect | None, body: ChatBody
     wanted = [tool.function.model_dump() for tool in body.tools or ()]
     if not isinstance(choice, str):
         wanted = [tool for tool in wanted if tool["name"] == choice.function.name]
-    tokenizer = vocabulary.masks
     if not wanted or dialect is None:
         raise Problem(400, "tool_choice names no function of tools", "tool_choice")
-    if tokenizer is None:
+    if vocabulary.masks is None:
         raise Problem(400, "llguidance does not read the model's tokenizer: no call can be required", "tool_choice")
     texts = [vocabulary.literal(text) for text in (dialect.begin, dialect.end) if text]
     before, after = ([] if dialect.bare else texts[:1]), texts[1:]
     schema = dialect.schema(wanted) | {"x-guidance": SPACE}
     lark = " ".join(["start:", *before, "calls", *after]) + f"\ncalls: %json {json.dumps(schema)}"
     try:
-        return lark_grammar(tokenizer, lark)
+        return lark_grammar(vocabulary, lark)
     except EngineError as error:
         raise Problem(400, str(error), "tools") from error

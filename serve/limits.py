@@ -2,6 +2,7 @@
 
 import asyncio
 import ipaddress
+import re
 from collections.abc import Collection
 from hashlib import sha256
 from pathlib import Path
@@ -14,7 +15,7 @@ from lowbit.serve.problems import Problem
 LEAST_BODY = 1 << 20  # bytes that a body may always have
 TOKEN_BYTES = 64  # more of them for each token of the context
 BODY_SECONDS = 30  # for a client to send its body
-LOCAL_NAMES = ("localhost", "127.0.0.1", "[::1]", "testserver")
+PORT = re.compile(r":\d*$")  # at the end of a Host header
 
 
 def read_keys(file: Path | None, given: str | None) -> frozenset[str]:
@@ -58,8 +59,8 @@ class Gate:
         """A name for the client, for a fair order. Problem if it has no access."""
         address = http.client.host if http.client else ""
         if not self.digests:
-            name = http.headers.get("host", "").rpartition(":")[0] or http.headers.get("host", "")
-            if name not in LOCAL_NAMES and not is_local(name.strip("[]")):
+            name = PORT.sub("", http.headers.get("host", ""))
+            if not is_local(name.strip("[]")):
                 raise Problem(403, f"the host {name!r} is no name of this machine: use 127.0.0.1")
             return address
         kind, _, key = http.headers.get("authorization", "").partition(" ")

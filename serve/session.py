@@ -76,13 +76,18 @@ class Session:
         with self.changed:
             if self.closed:
                 raise Failed("the session has ended")
-            if len(self.queue) + len(jobs) > max(self.most, len(self.batch.slots.free)):
-                raise Busy(
-                    f"{len(self.queue)} requests wait, {len(jobs)} more would pass the limit of {self.most}: try again"
-                )
+            self.require_room(len(jobs))
             self.queue += jobs
             self.changed.notify()
         return jobs
+
+    def require_room(self, count: int) -> None:
+        """Busy if the queue has no room for so many requests more."""
+        with self.changed:
+            if len(self.queue) + count > max(self.most, len(self.batch.slots.free)):
+                raise Busy(
+                    f"{len(self.queue)} requests wait, {count} more would pass the limit of {self.most}: try again"
+                )
 
     def cancel(self, jobs: Sequence[Job]) -> None:
         """End jobs early. Their slots are free at the next step."""

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterable, Sequence
+from copy import copy
 from functools import cached_property
 from typing import Any
 
@@ -11,6 +12,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from lowbit.engine.engine import Engine
 from lowbit.engine.sampling import TokenLogprob
+from lowbit.serve.trial import Trial
 
 
 class Vocabulary:
@@ -29,6 +31,21 @@ class Vocabulary:
             return from_tokenizer(tokenizer, self.engine.decoder.architecture.vocabulary, ends or None)
         except ValueError:
             return None
+
+    @cached_property
+    def trial(self) -> Trial:
+        """Processes that try grammars over this vocabulary."""
+        return Trial(self._as_json)
+
+    def _as_json(self) -> str:
+        """The vocabulary as `from_tokenizer` reads it."""
+        tokenizer = self.engine.require_tokenizer()
+        plain = copy(tokenizer.backend_tokenizer)
+        plain.no_padding()
+        plain.no_truncation()
+        ends = list(self.engine.options.stop_tokens) or tokenizer.eos_token_id
+        tokens = self.engine.decoder.architecture.vocabulary
+        return json.dumps({"tokenizer": plain.to_str(), "tokens": tokens, "ends": ends})
 
     def literal(self, text: str) -> str:
         """A text in a grammar: the token that it is, or its characters."""

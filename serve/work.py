@@ -81,8 +81,9 @@ def seeded(sampling: Sampling, index: int) -> Sampling:
 
 
 def requests_of(server: Server, prompts: Sequence[str | Sequence[int]], sampling: Sampling, n: int) -> list[Request]:
-    """A request for each choice of each prompt, in order."""
+    """A request for each choice of each prompt, in order. Busy before any is made if the queue has no room."""
     engine = server.engine
+    server.session.require_room(len(prompts) * n)
     tokens = [engine.encode(prompt) if isinstance(prompt, str) else list(prompt) for prompt in prompts]
     places = [(prompt, choice) for prompt in tokens for choice in range(n)]
     return [engine.request(at, prompt, seeded(sampling, choice)) for at, (prompt, choice) in enumerate(places)]

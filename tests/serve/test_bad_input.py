@@ -40,6 +40,7 @@ def _goes_on(served):
         ("completions", {"seed": 1 << 80}, "seed is", None),
         ("completions", {"n": 129}, "n: Input should be less than or equal to 128", "n"),
         ("completions", {"n": 66}, "66 more would pass the limit of 64", None),
+        ("completions", {"prompt": [[1]] * 200_000, "n": 128}, "25600000 more would pass the limit of 64", None),
         ("completions", {"stop": ["a"] * 100_000}, "at most 64 items", None),
         ("completions", {"stop": [""]}, "stop", None),
         ("completions", {"prompt": []}, "prompt: a text, a list of token ids, or a list of either", "prompt"),
@@ -155,10 +156,12 @@ def test_keys_are_asked_for(engine_of_tests):
 
 def test_without_keys_only_names_of_this_machine_are_answered(served):
     assert served.send("GET", "/v1/models", None, Host="localhost:80")[0] == 200
-    assert served.send("GET", "/v1/models", None, Host="[::1]:80")[0] == 200
-    status, answer = served.send("GET", "/v1/models", None, Host="evil.example:80")
-    assert status == 403
-    assert b"'evil.example' is no name of this machine" in answer
+    for name in ("[::1]:80", "[::1]", "127.0.0.1"):
+        assert served.send("GET", "/v1/models", None, Host=name)[0] == 200
+    for name in ("evil.example", "127.0.0.1.evil.example", "testserver", ""):
+        status, answer = served.send("GET", "/v1/models", None, Host=f"{name}:80")
+        assert status == 403
+        assert f"{name!r} is no name of this machine".encode() in answer
 
 
 def test_the_queue_is_bounded(engine_of_tests):

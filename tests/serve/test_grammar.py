@@ -135,6 +135,39 @@ def test_a_schema_without_an_end_ends_itself_alone(served, schema):
     assert served.client.completions.create(model="tiny", prompt="a", max_tokens=2).choices
 
 
+def chain(rule: str, end: str) -> str:
+    """A grammar of rules that each name the next."""
+    return "start: r0\n" + "".join(f"r{i}: {rule} r{i + 1}\n" for i in range(4000)) + f"r4000: {end}"
+
+
+CHAIN = {f"a{i}": {"$ref": f"#/$defs/a{i + 1}"} for i in range(8000)} | {"a8000": {"type": "string"}}
+HOSTILE = {
+    "a chain of rules": {"grammar": chain("", '"a"')},
+    "a chain of texts": {"grammar": chain('"x"', '"a"')},
+    "a chain of references": {"json": {"$ref": "#/$defs/a0", "$defs": CHAIN}},
+    "an intersection": {"grammar": "start: A\nA: " + " & ".join(f"/([ab]*a[ab]{{{i}}})*/" for i in range(3, 14))},
+}
+
+
+@pytest.mark.parametrize("what", HOSTILE)
+def test_a_grammar_that_overflows_or_takes_hours_ends_a_process_of_its_own(served, what):
+    body = {"model": "tiny", "prompt": "a", "max_tokens": 3, "structured_outputs": HOSTILE[what]}
+    status, answer = served.send("POST", "/v1/completions", body)
+    assert status == 400
+    assert "the grammar takes more than 2 s or 1024 MiB" in json.loads(answer)["error"]["message"]
+    test_a_schema_is_kept(served, 0)  # by the same processes
+
+
+def test_a_grammar_that_is_slow_later_ends_alone(served, monkeypatch):
+    monkeypatch.setattr("lowbit.serve.grammar.STEP_SECONDS", 0)
+    status, answer = served.send(
+        "POST", "/v1/completions", {"model": "tiny", "prompt": "a"} | {"response_format": FORMAT}
+    )
+    assert status == 400
+    assert "for one token: make it simpler" in json.loads(answer)["error"]["message"]
+    assert served.client.completions.create(model="tiny", prompt="a", max_tokens=2).choices
+
+
 def test_deep_schemas_are_refused(served):
     schema = '{"items": ' * 150 + "{}" + "}" * 150
     body = b'{"model": "tiny", "prompt": "a", "structured_outputs": {"json": %s}}' % schema.encode()
