@@ -123,8 +123,13 @@ def hub_rows(name: str, config: str | None, split: str, seed: int) -> Iterator[N
     """
     import datasets
 
-    streaming = not datasets.config.HF_HUB_OFFLINE
-    table = datasets.load_dataset(name, config, split=split, streaming=streaming).shuffle(seed=seed)
+    streaming, shown = not datasets.config.HF_HUB_OFFLINE, not datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        table = datasets.load_dataset(name, config, split=split, streaming=streaming).shuffle(seed=seed)
+    finally:
+        if shown:
+            datasets.enable_progress_bars()
     rows = table if streaming else table.to_iterable_dataset()
     # images stay undecoded bytes: calibrate/pictures.py opens them under limits, or not at all
     yield from enumerate(rows.decode(False) if rows.features else rows, 1)

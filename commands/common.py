@@ -11,7 +11,6 @@ from typing import Any, NoReturn
 
 import click
 import torch
-from datasets.utils.logging import disable_progress_bar
 from huggingface_hub import constants
 from huggingface_hub.utils.tqdm import enable_progress_bars
 from rich.console import Console, ConsoleOptions, RenderableType
@@ -109,7 +108,6 @@ def run_command(command: click.Command, interrupted: str = "Interrupted; nothing
     transformers_logging.disable_progress_bar()
     if not constants.HF_HUB_DISABLE_PROGRESS_BARS:  # transformers' switch turns off those of downloads too
         enable_progress_bars()
-    disable_progress_bar()
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     signal.signal(signal.SIGTERM, _interrupt)
     try:

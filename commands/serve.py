@@ -54,6 +54,12 @@ PARTS: Parts = {
         value(
             "--queue", "waiting", type=click.IntRange(0), default=64, text="Keep at most this many requests waiting."
         ),
+        value(
+            "--lookup",
+            type=click.IntRange(0, 7),
+            default=0,
+            text="Check this many drafts a step, looked up in its own text, for a greedy request that writes alone.",
+        ),
     ),
     "Engine": (DEVICE, CONTEXT, CACHE, DENSE_HEAD, REVISION),
     "Output on the screen": (flag("--quiet", "-q", text="Print warnings and errors alone."),),
@@ -76,6 +82,7 @@ def serve(
     api_key: str | None,
     max_sequences: int | None,
     waiting: int,
+    lookup: int,
     device: str,
     context: int | None,
     cache: str,
@@ -97,6 +104,7 @@ def serve(
         defaults=defaults_of(directory),
         sequences=max_sequences,
         waiting=waiting,
+        lookup=lookup,
     )
     model = engine.load(directory, check_device(device), None, context, cache, head)
     say_loaded(model.decoder.weights.expanded, model.decoder.weights.cache)

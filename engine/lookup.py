@@ -45,28 +45,32 @@ def run_lookup(single: Runner, several: Runner, request: Request) -> Iterator[Pi
 
     single   a runner with one row; `several` has one row more than drafts; both use the cache's sequence 0
     """
-    cache, most = single.cache, request.sampling.lookup
+    cache = single.cache
     request.begin()
     reach = request.short if request.short is not None and request.before_turn else cache.context
     index = Index(request.sequence)
     token = int(single.reader.last_logits([request.sequence]).argmax())
     index.extend([token])
     yield request.take([token])
-    position = len(request.sequence) - 1
     while request.left:
-        room = position + most < reach
-        draft = index.draft(most) if room else []
-        runner = several if draft else single
-        fill = most - len(draft) if draft else 0
-        rows = [token, *draft, *[0] * fill]
-        runner.place(rows, range(position, position + len(rows)), [0] * len(rows))
-        runner.advance()
-        assert runner.logits is not None
-        chosen = runner.logits.argmax(-1).tolist()
-        kept = accepted(draft, chosen)
-        index.extend(kept)
-        token, position = kept[-1], position + len(kept)
-        yield request.take(kept)
+        yield request.take(lookup_step(single, several, index, 0, reach))
+
+
+def lookup_step(single: Runner, several: Runner, index: Index, start: int, reach: int) -> list[int]:
+    """The tokens that continue the text of `index`, which gets them too: one, and the drafts that are right.
+
+    start  the cache slot of the sequence's position 0; the sequence has room for `reach` positions
+    """
+    most, position = len(several.tokens) - 1, len(index.tokens) - 1
+    draft = index.draft(most) if position + most < reach else []
+    runner = several if draft else single
+    rows = [index.tokens[-1], *draft, *[0] * (len(runner.tokens) - 1 - len(draft))]
+    runner.place(rows, range(position, position + len(rows)), [start] * len(rows))
+    runner.advance()
+    assert runner.logits is not None
+    kept = accepted(draft, runner.logits.argmax(-1).tolist())
+    index.extend(kept)
+    return kept
 
 
 def accepted(draft: Sequence[int], chosen: Sequence[int]) -> list[int]:

@@ -14,9 +14,10 @@ from lowbit.engine.passes import Reader
 from lowbit.engine.prefill import read_chunk
 from lowbit.engine.runner import Runner, Written
 from lowbit.engine.sampler import Chosen, Features, Sampler, features_of
-from lowbit.engine.sampling import Sampling
+from lowbit.engine.sampling import Piece, Sampling
 from lowbit.engine.workspace import Workspace
 from lowbit.errors import EngineError
+from lowbit.serve.drafts import Drafts
 from lowbit.serve.job import Job, Update
 from lowbit.serve.pace import Pace
 from lowbit.serve.slots import Slots
@@ -34,10 +35,11 @@ class Batch:
     cold     graphs that requests are expected to need, and that are not captured yet: see warm.py
     """
 
-    def __init__(self, engine: Engine, sequences: int, usual: Sequence[Sampling] = ()) -> None:
+    def __init__(self, engine: Engine, sequences: int, usual: Sequence[Sampling] = (), lookup: int = 0) -> None:
         self.engine, self.decoder, self.context = engine, engine.decoder, engine.options.context
         self.space, self.slots = Workspace(engine.spaces, RUNNERS), Slots(sequences)
         self.pace = Pace(engine.decoder.weights.device.type)
+        self.drafts = Drafts(self.space, lookup)
         self.reading: list[Job] = []
         self.writing: list[Job] = []
         self.placed: list[Job] = []
@@ -198,12 +200,22 @@ class Batch:
             self.place()
         if self.runner is None:
             return
+        if self.drafts.suit(self.placed):
+            self.drafted_step(self.placed[0])
+            return
         if self.runner.masked:
             self.masked_step(self.runner)
             return
         self.launched.append(self.runner.launch())
         if len(self.launched) > self.runner.ahead:
             self.deliver(self.placed, self.launched.popleft().wait())
+
+    def drafted_step(self, job: Job) -> None:
+        """One step of a job that writes alone, with drafts."""
+        assert self.runner is not None
+        assert job.slot is not None
+        tokens = self.drafts.step(job, self.runner.cache.start(job.slot.sequence))
+        self.pass_on(job, job.request.take(tokens))
 
     def masked_step(self, runner: Runner) -> None:
         """One step with grammars. The logits are computed while the tokens of the step before reach the grammars."""
@@ -265,11 +277,15 @@ class Batch:
                     self.drop(job, error)
                     continue
                 piece = request.end(piece) if job.grammar.ended else piece
-            if piece.finish_reason:
-                self.leave(job)
-            elif not request.left:
-                self.again(job)
-            job.tell(job, Update(piece, tuple(request.logprobs[-1:])))
+            self.pass_on(job, piece)
+
+    def pass_on(self, job: Job, piece: Piece) -> None:
+        """Pass a piece on. A job that it finishes leaves."""
+        if piece.finish_reason:
+            self.leave(job)
+        elif not job.request.left:
+            self.again(job)
+        job.tell(job, Update(piece, tuple(job.request.logprobs[-1:])))
 
     def again(self, job: Job) -> None:
         """Read a sequence again that has reached the position where the ropes change."""

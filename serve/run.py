@@ -39,6 +39,7 @@ class Options:
     defaults   settings of requests that leave them out
     sequences  requests served at a time; None for as many as fit, at most SEQUENCES
     waiting    most requests in the queue
+    lookup     draft tokens for a greedy request that writes alone
     """
 
     name: str
@@ -48,6 +49,7 @@ class Options:
     defaults: Sampling = field(default_factory=Sampling)
     sequences: int | None = None
     waiting: int = WAITING
+    lookup: int = 0
 
 
 def serve(engine: Engine, options: Options, ready: Callable[[str], None]) -> None:
@@ -55,7 +57,8 @@ def serve(engine: Engine, options: Options, ready: Callable[[str], None]) -> Non
     require_guard(options.host, options.keys)
     listening = listen(options.host, options.port)
     usual = tuple(dict.fromkeys((options.defaults, Sampling())))
-    with Session(engine, options.sequences or fitting(engine), options.waiting, usual) as session:
+    sequences = options.sequences or fitting(engine)
+    with Session(engine, sequences, options.waiting, usual, options.lookup) as session:
         for _ in session.stream([0], Sampling(max_new_tokens=WARM_UP)):
             pass
         listening.listen(CONNECTIONS)

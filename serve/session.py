@@ -34,13 +34,19 @@ class Session:
     sequences  requests served at a time; the cache has memory for all positions of each
     waiting    most requests in the queue
     usual      samplings of most requests: their graphs are captured while there is no work
+    lookup     draft tokens for a greedy request that writes alone
     """
 
     def __init__(
-        self, engine: Engine, sequences: int = SEQUENCES, waiting: int = WAITING, usual: Sequence[Sampling] = ()
+        self,
+        engine: Engine,
+        sequences: int = SEQUENCES,
+        waiting: int = WAITING,
+        usual: Sequence[Sampling] = (),
+        lookup: int = 0,
     ) -> None:
         self.engine, self.most = engine, waiting
-        self.batch = Batch(engine, sequences, usual)
+        self.batch = Batch(engine, sequences, usual, lookup)
         self.queue: list[Job] = []
         self.changed = threading.Condition()
         self.closed = False

@@ -4,6 +4,7 @@ import queue
 import random
 import threading
 import time
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -218,6 +219,23 @@ def test_a_sequence_that_passes_the_ropes_turn_is_read_again(tmp_path):
         for text in (prompt, prompt, list(range(3, 43))):
             [job] = ask(session, model.requests([text], sampling))
             assert list(job.request.tokens) == list(model.generate([text], sampling)[0].tokens)
+
+
+def test_drafts_change_no_text_and_save_steps(model):
+    repeated = [5, 6, 7, 8] * 8
+    sampling = Sampling(max_new_tokens=40, ignore_eos=True)
+    [alone] = model.generate([repeated], sampling)
+    texts = [*prompts(4, seed=7), repeated]
+    expected = model.generate(texts, sampling)
+    with Session(model, sequences=3, lookup=4) as session:
+        pieces = list(session.stream(repeated, sampling))
+        assert tuple(token for piece in pieces for token in piece.tokens) == alone.tokens
+        assert len(pieces) < 40
+        jobs = ask(session, model.requests(texts, sampling))  # drafts come and go with the size of the batch
+        assert [job.request.completion().tokens for job in jobs] == [each.tokens for each in expected]
+        sampled = replace(sampling, temperature=1.0, seed=3)
+        [job] = ask(session, model.requests([repeated], sampled))
+        assert job.request.completion().tokens == model.generate([repeated], sampled)[0].tokens
 
 
 def test_expected_graphs_are_captured_while_there_is_no_work(model):
