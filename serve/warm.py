@@ -8,13 +8,16 @@ from lowbit.engine.passes import Reader
 from lowbit.engine.sampling import Sampling
 from lowbit.quant.kernels.decode_attention import SHORT
 
+REST_ROWS = 16  # of a step that reads the rest of a prompt
+
 
 @dataclass(frozen=True)
 class Graph:
-    """A decode step of `rows` rows within `length` positions; without `sampling`, a prompt of `length` tokens."""
+    """A decode step of `rows` rows within `length` positions; without `sampling` it reads the rest of a prompt. Or, if
+    `rows` is 0, a pass over a prompt of `length` tokens."""
 
     length: int
-    rows: int = 1
+    rows: int = 0
     sampling: Sampling | None = None
 
 
@@ -26,6 +29,7 @@ def expected(reader: Reader, usual: Sequence[Sampling]) -> deque[Graph]:
     counts = sorted({1 << (rows - 1).bit_length() for rows in range(1, cache.batch + 1)})
     reaches = sorted({min(SHORT, cache.context), cache.context})
     steps = [Graph(reach, rows, sampling) for rows in counts for reach in reaches for sampling in usual]
+    rests = [Graph(reach, REST_ROWS) for reach in reaches]
     alone = len(reaches) * len(usual)
     passes = [Graph(length) for length in reader.lengths if length <= cache.context]
-    return deque([*steps[:alone], *passes, *steps[alone:]])
+    return deque([*steps[:alone], *passes, *rests, *steps[alone:]])

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from lowbit.engine.passes import LENGTHS
 from lowbit.engine.sampling import Sampling
 from lowbit.errors import EngineError
 from lowbit.serve.session import Busy, Failed, Session
@@ -238,11 +239,27 @@ def test_drafts_change_no_text_and_save_steps(model):
         assert job.request.completion().tokens == model.generate([repeated], sampled)[0].tokens
 
 
+def test_the_rest_of_a_prompt_is_read_by_steps_where_graphs_are(model, monkeypatch):
+    monkeypatch.setattr("lowbit.serve.batch.STEP_COST", 20)
+    with Session(model, sequences=2) as session:
+        session.batch.reader().lengths = LENGTHS  # as on a GPU; a context of 128 tokens has none longer
+        history, reused = list(range(30)), []
+        for new in (1, 16, 17, 40):
+            history += list(range(100, 100 + new))
+            [job] = ask(session, model.requests([history], replace(SETTINGS[0], max_new_tokens=2)))
+            assert job.request.completion().tokens == model.generate([history], SETTINGS[0])[0].tokens[:2]
+            reused.append(job.reused)
+    # 40 new tokens take three steps, which cost as much as a pass of 60 tokens: fewer than the 104 of the prompt
+    assert reused == [0, 31, 47, 64]
+
+
 def test_expected_graphs_are_captured_while_there_is_no_work(model):
     with Session(model, sequences=2) as session:
         first = list(session.stream([5] * 20, SETTINGS[0]))
         with session.changed:
-            session.batch.cold.extend((Graph(128, 2, SETTINGS[1]), Graph(16), Graph(128, 1, Sampling())))
+            session.batch.cold.extend(
+                (Graph(128, 2, SETTINGS[1]), Graph(16), Graph(128, 16), Graph(128, 1, Sampling()))
+            )
             session.changed.notify()
         deadline = time.monotonic() + 10
         while session.batch.cold and time.monotonic() < deadline:
@@ -255,7 +272,8 @@ def test_expected_graphs_are_captured_while_there_is_no_work(model):
 def test_graphs_are_expected_for_every_number_of_rows_and_both_reaches():
     reader = SimpleNamespace(cache=SimpleNamespace(batch=3, context=4096), lengths=(8, 1024, 8192))
     found = expected(reader, (Sampling(),))
-    assert [graph.length for graph in found if graph.sampling is None] == [8, 1024]
+    assert [graph.length for graph in found if not graph.rows] == [8, 1024]
+    assert [graph.length for graph in found if graph.rows == 16] == [1024, 4096]
     assert {(graph.rows, graph.length) for graph in found if graph.sampling} == {
         (rows, length) for rows in (1, 2, 4) for length in (1024, 4096)
     }
