@@ -17,13 +17,13 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
 import psutil
 
+from benchmarks.serve_clients import answers
 from lowbit import engine
 from lowbit.engine.sampling import Sampling
 
@@ -198,22 +198,6 @@ class Load:
             await self.cut(life, f"{body[:60]!r}")
         elif status != wanted:
             self.wrong.append(f"{status} for {body[:60]!r}, {wanted} was due")
-
-
-async def answers(port: int, body: bytes) -> AsyncIterator[tuple[int, dict]]:
-    """Status and JSON of each event of a stream, or of the one answer."""
-    reader, writer = await asyncio.open_connection("127.0.0.1", port)
-    try:
-        head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-        writer.write(head + b"Connection: close\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
-        await writer.drain()
-        status = int((await reader.readline()).split()[1])
-        async for line in reader:
-            found = re.match(rb"(?:data: )?(\{.*\})\s*$", line)
-            if found:
-                yield status, json.loads(found[1])
-    finally:
-        writer.close()
 
 
 async def drain(port: int, body: bytes) -> None:

@@ -179,8 +179,8 @@ class Batch:
         job.read = job.reused = count
 
     def ends_in_steps(self, job: Job, read: int) -> bool:
-        """True if captured steps read a sequence after `read` tokens faster than a chunk, which the host launches kernel
-        by kernel. Not for sequences whose ropes change: a step sees each row as the last of its sequence."""
+        """True if captured steps read a sequence after `read` tokens faster than a chunk, which the host launches one
+        kernel after another. Not for sequences whose ropes change: a step sees each row as the last of its sequence."""
         rest = len(job.request.sequence) - read
         simple = self.decoder.short is None and not job.request.wants_prompt_logprobs
         return bool(read and simple and self.reader().lengths) and steps_for(rest) * STEP_COST < CHUNK_COST
