@@ -52,6 +52,7 @@ BAD = (
     (b" " * (3 << 20), 413),
 )
 GROWTH = 0.02  # of the server's memory
+END = 120  # seconds for a server to end, on a machine with other work
 
 
 CHOICES = ("yes", "no", "maybe so", "\u00e4hm")
@@ -95,7 +96,7 @@ class Server:
     def end(self) -> None:
         """End the process as a service manager does."""
         self.process.terminate()
-        self.process.wait(20)
+        self.process.wait(END)
 
 
 @dataclass
@@ -216,6 +217,7 @@ async def run(load: Load, clients: int, seconds: float) -> list[tuple[int, int]]
         early = load.server.nbytes()
         await asyncio.sleep(end - time.monotonic())
         found.append((early, load.server.nbytes()))
+        print(f"{dict(load.counts)}; {len(load.wrong)} wrong; bytes {found}", flush=True)
         if not last:
             left = await asyncio.to_thread(load.server.replace)
             load.wrong += [f"the killed server left {process}" for process in left]
