@@ -58,7 +58,7 @@ PARTS: Parts = {
             "--lookup",
             type=click.IntRange(0, 7),
             default=0,
-            text="Check this many drafts a step, looked up in its own text, for a greedy request that writes alone.",
+            text="Draft this many tokens a step from the text so far, for a greedy request that writes alone.",
         ),
     ),
     "Engine": (DEVICE, CONTEXT, CACHE, DENSE_HEAD, REVISION),
