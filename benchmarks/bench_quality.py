@@ -51,6 +51,7 @@ OURS: dict[str, dict[str, Any]] = {
     "signround": {"method": "signround", "iters": 20} | W4,
     "signround-200": {"method": "signround", "iters": 200} | W4,
     "best": {"method": "best"} | W4,
+    "best-codes": {"method": "best", "distill_codes": True} | W4,
     "best-from-gptq": {"method": "best", "first": "gptq"} | W4,
     "best-rotated": {"method": "best"} | ROTATED,
     "best-asymmetric": {"method": "best"} | ASYMMETRIC,
@@ -60,6 +61,9 @@ OURS: dict[str, dict[str, Any]] = {
     "gptq-mixture": {"method": "gptq", "scheme": "int4-g64", "target_bits": 4.5, "candidates": MIXED},
     "best-mixed": {"method": "best", "target_bits": 4.75} | W4,
     "int8": {"method": "int8"},
+    "int8-head": {"method": "int8", "head": "int8"},
+    "int8-kv": {"method": "int8", "kv_cache": "fp8"},
+    "int8-kv-head": {"method": "int8", "kv_cache": "fp8-head"},
     "smoothquant": {"method": "smoothquant"},
     "smoothquant-gptq": {"method": "smoothquant", "rounder": "gptq"},
     "smoothquant-tuned": {"method": "smoothquant", "rounder": "gptq", "distill_steps": 24},
@@ -73,6 +77,14 @@ OURS |= {
     for name, scheme in SCHEMES.items()
     for method in ("rtn", "gptq", "best")
 }
+OURS |= {
+    f"{name}-codes": {"method": "best", "scheme": scheme, "distill_codes": True} for name, scheme in SCHEMES.items()
+}
+# Weights annealed, then tuned as by `best`, with and without codes.
+ANNEALED = {"method": "best", "rounder": "anneal", "anneal_steps": 100}
+for name in ("w3", "w2"):
+    OURS[f"{name}-anneal"] = ANNEALED | {"scheme": SCHEMES[name]}
+    OURS[f"{name}-anneal-codes"] = OURS[f"{name}-anneal"] | {"distill_codes": True}
 THEIRS = {
     "llm-compressor-awq": "--method awq",
     "llm-compressor-gptq": "--method gptq",
@@ -92,6 +104,8 @@ THEIRS = {
     "autoround-w3": "--iters 200 --scheme w3 --group-size 128",
     "autoround-w3-best": "--iters 1000 --scheme w3 --group-size 128 --ext",
     "autoround-w2": "--iters 200 --scheme w2",
+    "autoround-w3-ext": "--iters 200 --scheme w3 --group-size 128 --ext",
+    "autoround-w2-ext": "--iters 200 --scheme w2 --ext",
     "autoround-w2-best": "--iters 1000 --scheme w2 --ext",
 }
 
@@ -150,8 +164,8 @@ def make(name: str, model: Source, dataset: str, output: Path, args: argparse.Na
     """Quantize into `output`; the program that did it, and its seconds, loading and writing included."""
     begun = time.monotonic()
     if name in OURS:
-        calibrated = OURS[name]["method"] not in ("rtn", "int8", "fp8")
-        data = {"dataset": dataset, "num_samples": SAMPLES, "seqlen": LENGTH, "seed": SEED} if calibrated else {}
+        free = OURS[name]["method"] in ("rtn", "int8", "fp8") and not OURS[name].keys() & {"head", "kv_cache"}
+        data = {"dataset": dataset, "num_samples": SAMPLES, "seqlen": LENGTH, "seed": SEED} if not free else {}
         settings = {"eval_windows": 0, "device": args.device, "overwrite": True}
         lowbit.quantize(args.model, output, **settings, **data, **OURS[name])
         return {

@@ -93,9 +93,9 @@ METHODS = {
         ),
         Method(
             "best",
-            "learned rounding, then codes, scales and norms tuned on the model's own output",
-            {"rounder": "signround", "clip": True, "iters": 20, "distill_steps": 64, "distill_codes": True},
-            cost="the whole model's gradients, and 16 bytes a weight: the most time and memory of all",
+            "learned rounding, then scales and norms tuned on the model's own output",
+            {"rounder": "signround", "clip": True, "iters": 20, "distill_steps": 64},
+            cost="the whole model's gradients: the most time and memory of all",
             use="4 bits of a model that many will use",
         ),
     )

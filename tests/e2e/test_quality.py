@@ -85,13 +85,12 @@ def test_awq_and_gptq_lose_less_than_plain_rounding(tmp_path, family, symmetric)
 @pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
 def test_learned_rounding_and_tuning_lose_less_still(tmp_path, family, symmetric):
     source = save(loud_model(family), tmp_path / "source")
-    # tuning has hundreds of scales to fit: on 64 windows it fits these and no others. Codes, a hundred times as many,
-    # stay
+    # tuning has hundreds of scales to fit: on 64 windows it fits these and no others
     common = {"symmetric": symmetric, "iters": 40, "measure": divergence, "samples": 256}
     losses = {
         "rtn": loss_of(source, tmp_path / "rtn", divergence, method="rtn", symmetric=symmetric),
         "signround": loss_of(source, tmp_path / "signround", method="signround", **common),
-        "best": loss_of(source, tmp_path / "best", method="best", distill_steps=40, distill_codes=False, **common),
+        "best": loss_of(source, tmp_path / "best", method="best", distill_steps=40, **common),
     }
     assert losses["signround"] < 0.95 * losses["rtn"]
     assert losses["best"] < losses["signround"]

@@ -103,8 +103,8 @@ def test_codes_that_memory_cannot_hold_are_refused(tmp_path, monkeypatch):
     source = open_source(str(save_family("llama", tmp_path / "source")))
     monkeypatch.setattr("lowbit.models.devices.psutil.virtual_memory", lambda: SimpleNamespace(available=10_000))
     with pytest.raises(CheckpointError, match="--no-distill-codes"):
-        prepare(source, complete_recipe({"method": "best", "group_size": 32}), "cpu")
-    prepare(source, complete_recipe({"method": "best", "group_size": 32, "distill_codes": False}), "cpu")
+        prepare(source, complete_recipe({"method": "best", "group_size": 32, "distill_codes": True}), "cpu")
+    prepare(source, complete_recipe({"method": "best", "group_size": 32}), "cpu")
 
 
 def test_tuned_codes_lower_the_divergence_further(tmp_path):
