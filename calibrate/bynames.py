@@ -3,7 +3,6 @@
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from pathlib import Path
 
 from torch import nn
 
@@ -23,6 +22,7 @@ NORMS = re.compile(r"norm|(^|[._])ln($|[._])|(^|[._])ln_")
 ROUTERS = re.compile(r"(^|\.)(gate|router|\w*_gate|router\.\w+|wg)$")  # gate_proj is none
 SMALL = re.compile(r"(^|\.)(conv1d|in_proj_[ab]|in_proj_ba|dt_proj|x_proj|A_log)$")  # of state-space layers
 HEADS = ("lm_head", "output", "embed_out", "output_layer", "head")
+TIED = ("model.embed_tokens.weight", "transformer.wte.weight")  # embeddings of models whose head is lm_head
 TRANSPOSED = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")  # model types with Conv1D weights (k, n)
 
 
@@ -49,7 +49,7 @@ def plan_by_names(tensors: LogicalTensors, recipe: Recipe) -> Plan:
     roles = {name: "router" for name in names if ROUTERS.search(name)}
     roles |= {name: "small part of a state-space layer" for name in names if SMALL.search(name)}
     plan = plan_of(list(blocks.values()), recipe, roles)
-    head = _head(tensors.checkpoint.directory, matrices, recipe)
+    head = _head(tensors, matrices, recipe)
     if head is not None:
         left.pop(head.name, None)
     return replace(plan, left=left | plan.left | dict(_stacks(tensors)), head=head)
@@ -83,16 +83,31 @@ def _stacks(tensors: LogicalTensors) -> Iterator[tuple[str, Left]]:
             yield name, Left(entry.numel, "experts in one tensor, whose order only a model class tells", exempt=False)
 
 
-def _head(directory: Path, matrices: Mapping[str, tuple[int, int]], recipe: Recipe) -> VocabularyWeight | None:
-    """The head that the recipe has quantized, or None. CheckpointError if no file has it."""
+def _head(tensors: LogicalTensors, matrices: Mapping[str, tuple[int, int]], recipe: Recipe) -> VocabularyWeight | None:
+    """The head that the recipe has quantized, or None: a tensor of its own, or the embeddings that are tied to it.
+    CheckpointError if no file has either."""
     if recipe.head is None:
         return None
-    name = next((name for name in matrices if name.rpartition(".")[2] in HEADS and not BLOCK.match(name)), None)
-    if name is None:
-        raise CheckpointError(f"{directory}: no tensor of a head; one that is tied is quantized without --model-free")
-    n, k = matrices[name]
     scheme = parse_scheme(recipe.head)
+    name = next((name for name in matrices if name.rpartition(".")[2] in HEADS and not BLOCK.match(name)), None)
+    tensor, tied = f"{name}.weight", name is None
+    if name is None:
+        name, tensor = HEADS[0], _tied_embeddings(tensors)
+    n, k = matrices[name] if not tied else tensors.checkpoint.entries[tensor].shape
     reason = scheme.reason_against_shape(n, k)
     if reason is not None:
         raise CheckpointError(f"head {name} as {scheme}: {reason}")
-    return VocabularyWeight(name, f"{name}.weight", scheme, n, k, tied=False, asked=scheme)
+    return VocabularyWeight(name, tensor, scheme, n, k, tied=tied, asked=scheme)
+
+
+def _tied_embeddings(tensors: LogicalTensors) -> str:
+    """The name of the embeddings that are the head too. CheckpointError if nothing says so."""
+    config = tensors.checkpoint.config
+    tied = config.get("tie_word_embeddings", (config.get("text_config") or {}).get("tie_word_embeddings"))
+    found = [name for name in TIED if name in tensors.checkpoint.entries]
+    if not tied or len(found) != 1 or tensors.is_quantized(found[0]):
+        raise CheckpointError(
+            f"{tensors.checkpoint.directory}: no tensor of a head, and none of {', '.join(TIED)} with "
+            "tie_word_embeddings in config.json: quantize the head with a model class, without --model-free"
+        )
+    return found[0]

@@ -25,6 +25,7 @@ from lowbit.calibrate.job import main_dtype, scale_dtype_of
 from lowbit.calibrate.mixtures import Mixed
 from lowbit.calibrate.plan import Plan
 from lowbit.calibrate.report import BlockReport, Result, peak_memory, report_of, row_of
+from lowbit.calibrate.vocabulary import untied
 from lowbit.calibrate.written import require_scales
 from lowbit.errors import CheckpointError, RecipeError
 from lowbit.export.checkpoint import require_same_source, verify_checksums
@@ -79,8 +80,7 @@ class FreeJob:
 
     def verdicts(self) -> Verdicts:
         """The way in which each engine runs the linears of the result on each machine, one of VERDICTS."""
-        shapes = {name: self.shape(name) for name in self.plan.schemes}
-        return verdicts_of(fused_linears(self.format, self.plan.schemes, shapes).values())
+        return verdicts_of(fused_linears(self.format, self.plan.schemes, self.shapes).values())
 
     def caveats(self) -> dict[str, tuple[str, ...]]:
         """The same, with the names of the engines that therefore cannot load the result."""
@@ -118,6 +118,13 @@ class FreeJob:
             found.setdefault(held.path, []).append((held.offset, name))
         return {path: [name for _, name in sorted(names)] for path, names in sorted(found.items())}
 
+    @property
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """Outputs and inputs of every linear that is written."""
+        head = self.plan.head
+        found = {} if head is None else {head.name: (head.n, head.k)}
+        return found | {name: self.shape(name) for name in self.plan.schemes}
+
     def shape(self, linear: str) -> tuple[int, int]:
         """Outputs and inputs of a linear, from headers."""
         if linear in self.tensors.schemes:
@@ -125,24 +132,35 @@ class FreeJob:
         n, k = self.tensors.checkpoint.entries[f"{linear}.weight"].shape
         return n, k
 
-    def fate(self, name: str) -> tuple[str, Scheme | None]:
-        """The tensor `name` as a linear's name, and the scheme in which it is written; None if it stays as it is."""
+    def stays(self, name: str) -> bool:
+        """True if the tensor `name` is written as it is."""
         linear = name.removesuffix(".weight")
-        return linear, self.plan.written.get(linear) if linear != name else None
+        return linear == name or linear not in self.plan.written
+
+    def rounded_from(self, name: str) -> tuple[str, Scheme] | None:
+        """The linear that is rounded from the tensor `name`, with its scheme; the head, if embeddings are tied to it.
+        None if there is none."""
+        head, linear = self.plan.head, name.removesuffix(".weight")
+        if head is not None and head.tensor == name:
+            return head.name, head.scheme
+        return None if self.stays(name) else (linear, self.plan.written[linear])
 
     def _specs(self, name: str) -> dict[str, Spec]:
         """The tensors that are written for the tensor `name`."""
-        linear, scheme = self.fate(name)
-        if scheme is not None:
-            n, k = self.shape(linear)
-            found = tensors_written(self.format, scheme, n, k, self.scale_dtype)
-            return {f"{linear}.{suffix}": spec for suffix, spec in found.items()}
-        if self.tensors.is_quantized(name):
-            kept: Spec = (self.dtype, self.shape(linear))
-        else:
-            entry = self.tensors.checkpoint.entries[name]
-            kept = (entry.dtype, entry.shape)
-        return {name: kept}
+        found: dict[str, Spec] = {}
+        if self.stays(name):
+            if self.tensors.is_quantized(name):
+                found[name] = (self.dtype, self.shape(name.removesuffix(".weight")))
+            else:
+                entry = self.tensors.checkpoint.entries[name]
+                found[name] = (entry.dtype, entry.shape)
+        rounded = self.rounded_from(name)
+        if rounded is not None:
+            linear, scheme = rounded
+            n, k = self.shape(name.removesuffix(".weight"))
+            written = tensors_written(self.format, scheme, n, k, self.scale_dtype)
+            found |= {f"{linear}.{suffix}": spec for suffix, spec in written.items()}
+        return found
 
 
 def prepare_free(source: Files, recipe: Recipe, device: str) -> FreeJob:
@@ -164,7 +182,7 @@ def prepare_free(source: Files, recipe: Recipe, device: str) -> FreeJob:
     plan.require_coverage()
     dtype = main_dtype(source.checkpoint)
     job = FreeJob(source, tensors, recipe, plan, dtype, scale_dtype_of(recipe, dtype), device)
-    require_fit(fmt, plan.written, {name: job.shape(name) for name in plan.written})
+    require_fit(fmt, plan.written, job.shapes)
     return job
 
 
@@ -200,6 +218,7 @@ def _write_heads(job: FreeJob, output: Path) -> None:
         weight_map = {key: name for name, tensors in job.files.items() for key in tensors}
         write_index(output, weight_map, job.output_bytes())
     config = {key: value for key, value in job.source.checkpoint.config.items() if key != "quantization_config"}
+    config = untied(config) if job.plan.unties else config
     config = configured(job.format, output, config, job.plan.written, engine_names(job.plan.left))
     write_json(SAFETENSORS.head_in(output, finished=False), config)
 
@@ -222,11 +241,11 @@ class _Writing:
     def look(self, path: Path) -> None:
         """Find the largest magnitudes in a file."""
         for name in self.job.sources[path]:
-            linear, scheme = self.job.fate(name)
-            if scheme is not None and scheme.weights.parent:
+            rounded = self.job.rounded_from(name)
+            if rounded is not None and rounded[1].weights.parent:
                 found = torch.stack([piece.abs().amax() for piece in self._pieces(name)]).amax().float()
                 with self._lock:
-                    key = parent_set(linear)
+                    key = parent_set(rounded[0])
                     self.largest[key] = torch.maximum(self.largest.get(key, found), found)
 
     def write(self, path: Path, name: str) -> str:
@@ -235,11 +254,11 @@ class _Writing:
             with Behind() as behind:  # a piece is hashed and written while the next one is read and rounded
                 put = partial(behind, file.write)
                 for tensor in self.job.sources[path]:
-                    linear, scheme = self.job.fate(tensor)
-                    if scheme is not None:
-                        self._quantize(put, linear, scheme)
-                    else:
+                    if self.job.stays(tensor):
                         self._copy(put, tensor)
+                    rounded = self.job.rounded_from(tensor)
+                    if rounded is not None:
+                        self._quantize(put, tensor, *rounded)
             return file.close()
 
     def _pieces(self, name: str) -> Iterator[Tensor]:
@@ -254,15 +273,15 @@ class _Writing:
         for piece in pieces:
             yield checked(name, piece.to(job.device))
 
-    def _quantize(self, put: Put, linear: str, scheme: Scheme) -> None:
-        """Write a linear: the codes piece by piece, then everything else."""
+    def _quantize(self, put: Put, tensor: str, linear: str, scheme: Scheme) -> None:
+        """Write a linear from a tensor of the source: the codes piece by piece, then everything else."""
         job, fmt = self.job, self.job.format
-        n, k = job.shape(linear)
+        n, k = job.shape(tensor.removesuffix(".weight"))
         codes, *others = tensors_written(fmt, scheme, n, k, job.scale_dtype)
         shared = self.largest.get(parent_set(linear))
         divisor = None if shared is None else divisor_of(shared, scheme.weights)
         scales, zeros, error, energy = [], [], 0.0, 0.0
-        for w in self._pieces(f"{linear}.weight"):
+        for w in self._pieces(tensor):
             require_scales(linear, w, scheme, job.scale_dtype)
             weight = round_plainly(w, scheme, job.scale_dtype, divisor)
             put(fmt.write(linear, weight)[f"{linear}.{codes}"].cpu())

@@ -16,6 +16,7 @@ from lowbit.calibrate.job import Job
 from lowbit.calibrate.outcome import BlockOutcome
 from lowbit.calibrate.report import BlockReport, Result, report_of
 from lowbit.calibrate.resume import Journal
+from lowbit.calibrate.vocabulary import untied
 from lowbit.calibrate.written import RecordingWriter
 from lowbit.export.checkpoint import require_same_source, verify_checksums
 from lowbit.export.dialects import FORMATS
@@ -128,9 +129,7 @@ def _config(job: Job) -> dict[str, Any]:
         if key in config:
             config[key] = str(job.dtype).removeprefix("torch.")
     if job.plan.unties:
-        config["tie_word_embeddings"] = False
-        if isinstance(config.get("text_config"), dict):
-            config["text_config"] = config["text_config"] | {"tie_word_embeddings": False}
+        config = untied(config)
     elif not tied_weights(job.skeleton.model):
         # the file decides about tied weights (models.skeleton), but readers may look at config.json alone
         for part in (config, config.get("text_config", {})):

@@ -1,5 +1,6 @@
 """The two weights of a vocabulary's size under quantization: the output head and the input embeddings."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -84,6 +85,13 @@ def head_name(skeleton: Skeleton) -> str:
     """The head's name as a linear in the file, also if it has no tensor of its own."""
     parameter = f"{_module_and_name(skeleton, skeleton.model.get_output_embeddings())[1]}.weight"
     return _files(skeleton).get(parameter, parameter).removesuffix(".weight")
+
+
+def untied(config: Mapping[str, Any]) -> dict[str, Any]:
+    """`config` (config.json) of a model whose head and embeddings are two tensors."""
+    inner = config.get("text_config")
+    more = {"text_config": inner | {"tie_word_embeddings": False}} if isinstance(inner, dict) else {}
+    return dict(config) | {"tie_word_embeddings": False} | more
 
 
 def rounded(

@@ -7,6 +7,8 @@ For a linear P with weight (n, k), b bits and g groups, weight-only (pack-quanti
     P.weight_scale       float  (n, g)                g = 1 per channel
     P.weight_shape       int64  (2,)                  n, k
     P.weight_zero_point  int32  (ceil(n b / 32), g)   asymmetric only; zero + 2^(b-1), packed along the outputs
+    P.weight_g_idx       int32  (k,)                  the group of each input, if they are in another order (actorder
+                                                      "group"); read and never written
 
 Integers with 8-bit activations (int-quantized), and floats with or without quantized activations (float-quantized):
 
@@ -50,9 +52,10 @@ PACKED, PLAIN, FLOAT, MIXED = "pack-quantized", "int-quantized", "float-quantize
 NVFP4, MXFP4, MXFP8 = "nvfp4-pack-quantized", "mxfp4-pack-quantized", "mxfp8-quantized"
 NAIVE = "naive-quantized"  # another name for the layout of `weight` and `weight_scale`
 GLOBAL, INPUT_GLOBAL = "weight_global_scale", "input_global_scale"
+GROUPING = "weight_g_idx"
 SUFFIXES = (
     *("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight", "input_scale"),
-    *(GLOBAL, INPUT_GLOBAL),
+    *(GLOBAL, INPUT_GLOBAL, GROUPING),
 )
 SCALE_TYPES = {FP8: "torch.float8_e4m3fn", E8M0: "torch.uint8"}
 CACHE_STRATEGIES = {PER_TENSOR: "tensor", PER_HEAD: "attn_head"}
@@ -200,8 +203,6 @@ def _group_scheme(group: Mapping[str, Any], config: Mapping[str, Any]) -> Scheme
         raise ValueError("only static weights with unquantized outputs are supported")
     if weights.get("strategy") not in (None, "group", "channel", "tensor", "tensor_group", "block"):
         raise ValueError(f"weights with strategy {weights['strategy']!r} are not supported")
-    if weights.get("actorder") in ("group", "dynamic", True):
-        raise ValueError("inputs are grouped in another order (actorder 'group'), which engines no longer support")
     scheme = Scheme(_weights_of(weights), _inputs_of(group.get("input_activations")))
     naive = layout == NAIVE and layout_of(scheme) in (PLAIN, FLOAT)
     if layout not in (None, MIXED, layout_of(scheme)) and not naive:
@@ -281,6 +282,7 @@ class CompressedTensors(Format):
     marker = "weight_scale"
     holds_head = True
     by_rows = True
+    grouping = GROUPING
     caches = CACHES
     loading = (
         "The files follow the compressed-tensors layout. vLLM and SGLang load the directory as it is; transformers "

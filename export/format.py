@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -58,6 +59,7 @@ class Format(ABC):
     sidecar              name of an extra file that repeats the quantization_config
     holds_head           readers take a quantized head
     by_rows              codes are stored row after row of the weight
+    grouping             the suffix of a tensor that a linear may have: the group of each input (k), in any order
     caches               key-value caches that it can declare
     container            container of its files
     """
@@ -74,6 +76,7 @@ class Format(ABC):
     sidecar: str | None = None
     holds_head: bool = False
     by_rows: bool = False
+    grouping: str | None = None
     caches: tuple[str, ...] = ()
     container: Container = SAFETENSORS
 
@@ -158,3 +161,23 @@ def require_words(words: Tensor, what: str, shape: tuple[int | None, int | None]
     if words.dtype != torch.int32 or not fits:
         sizes = " x ".join("any" if size is None else str(size) for size in shape)
         raise ValueError(f"{what} is {words.dtype} {list(words.shape)}; int32 {sizes} fits")
+
+
+def in_groups(weight: QTensor, g_idx: Tensor) -> QTensor:
+    """`weight`, whose inputs belong to the groups `g_idx` (k), with its codes sorted by them and the order of its
+    inputs known; as it is if they are sorted already.
+
+    ValueError if g_idx does not give each of the groups as many inputs.
+    """
+    k, groups = weight.shape[1], weight.scales.shape[1]
+    wanted = torch.arange(k, device=g_idx.device) // (k // groups)
+    if g_idx.shape == (k,) and torch.equal(g_idx.long(), wanted):
+        return weight
+    if g_idx.shape != (k,) or not torch.equal(g_idx.long().sort().values, wanted):
+        sizes = f"[{int(g_idx.min())}, {int(g_idx.max())}]" if g_idx.numel() else "nothing"
+        raise ValueError(
+            f"g_idx {list(g_idx.shape)} with values in {sizes} does not divide {k} inputs into {groups} groups of "
+            f"{k // groups}"
+        )
+    order = g_idx.long().argsort(stable=True)
+    return replace(weight, codes=weight.codes[:, order], order=order)

@@ -12,7 +12,7 @@ from lowbit.errors import CheckpointError
 from lowbit.export.cache import cache_names, usable
 from lowbit.export.checkpoint import Checkpoint
 from lowbit.export.dialects import readable
-from lowbit.export.format import Format
+from lowbit.export.format import Format, in_groups, reading
 from lowbit.export.tensorfile import Spec, nbytes_of
 from lowbit.quant.naming import joined_set
 from lowbit.quant.qtensor import QTensor
@@ -140,7 +140,12 @@ class LogicalTensors:
     def qtensor(self, linear: str) -> QTensor:
         """The quantized weight of `linear`."""
         assert self.format is not None
-        return self.format.read(linear, self._stored, self.schemes[linear])
+        weight = self.format.read(linear, self._stored, self.schemes[linear])
+        groups = f"{linear}.{self.format.grouping}"
+        if groups not in self.checkpoint.entries:
+            return weight
+        with reading(linear):
+            return in_groups(weight, self._stored(groups))
 
     @property
     def cache(self) -> str | None:

@@ -24,7 +24,16 @@ from lowbit import __version__
 from lowbit.errors import CheckpointError
 from lowbit.export.engines.engine import Engine
 from lowbit.export.engines.vllm import VLLM
-from lowbit.export.format import BLOCKS_ELSEWHERE, Format, ShapeReader, TensorReader, following, reading, require_words
+from lowbit.export.format import (
+    BLOCKS_ELSEWHERE,
+    Format,
+    ShapeReader,
+    TensorReader,
+    following,
+    in_groups,
+    reading,
+    require_words,
+)
 from lowbit.export.patterns import Patterns
 from lowbit.quant.packing import WORD, pack, unpack, words_of
 from lowbit.quant.qtensor import QTensor
@@ -45,7 +54,6 @@ def _read(version: str, name: str, tensor: TensorReader, scheme: Scheme) -> QTen
     require_words(words, "qweight", (None, None))
     k, n = words.shape[0] * WORD // scheme.bits, words.shape[1]
     groups = scheme.groups(k)
-    order = _order_of(tensor(f"{name}.g_idx"), k, groups)
     packed_zeros = tensor(f"{name}.qzeros")
     require_words(packed_zeros, "qzeros", (groups, words_of(n, scheme.bits)))
     stored = unpack(packed_zeros, scheme.bits, n).T.to(torch.int32)
@@ -56,25 +64,7 @@ def _read(version: str, name: str, tensor: TensorReader, scheme: Scheme) -> QTen
         bias = scheme.number.bias
         _require_middle(version, stored + STORED_LESS[version], bias)
         codes, zeros = (codes.to(torch.int16) - bias).to(torch.int8), None
-    codes = codes if order is None else codes[:, order]
-    return QTensor(codes, scales, zeros, scheme, order=order)
-
-
-def _order_of(g_idx: Tensor, k: int, groups: int) -> Tensor | None:
-    """The inputs (k) sorted by their groups; None if they are in that order, as without act-order.
-
-    ValueError if g_idx does not give each of the groups as many inputs.
-    """
-    wanted = torch.arange(k, device=g_idx.device) // (k // groups)
-    if g_idx.shape == (k,) and torch.equal(g_idx.long(), wanted):
-        return None
-    if g_idx.shape != (k,) or not torch.equal(g_idx.long().sort().values, wanted):
-        sizes = f"[{int(g_idx.min())}, {int(g_idx.max())}]" if g_idx.numel() else "nothing"
-        raise ValueError(
-            f"g_idx {list(g_idx.shape)} with values in {sizes} does not divide {k} inputs into {groups} groups of "
-            f"{k // groups}"
-        )
-    return g_idx.long().argsort(stable=True)
+    return in_groups(QTensor(codes, scales, zeros, scheme), tensor(f"{name}.g_idx"))
 
 
 def _require_middle(version: str, zeros: Tensor, bias: int) -> None:

@@ -109,6 +109,22 @@ def test_a_type_that_nobody_knows_is_rewritten(models, tmp_path):
     assert set(extra) <= set(ignored)
 
 
+@pytest.mark.parametrize("head", ["int8", "nvfp4-a16"])
+def test_a_tied_head_is_untied_as_with_a_class(tmp_path, head):
+    tied = save_family("llama", tmp_path / "tied", torch.bfloat16, tie_word_embeddings=True)
+    flags = ["--method", "rtn", *QUICK, "--scheme", "int4-g32", "--head", head]
+    for name, more in (("with", ()), ("without", ("--model-free",))):
+        done = run_quantize(tied, *flags, *more, "-o", tmp_path / name)
+        assert done.code == 0, done.err
+    same(tensors_of(tmp_path / "with"), tensors_of(tmp_path / "without"))
+    configs = [json.loads((tmp_path / name / "config.json").read_text()) for name in ("with", "without")]
+    assert [config["tie_word_embeddings"] for config in configs] == [False, False]
+    assert configs[0]["quantization_config"]["config_groups"] == configs[1]["quantization_config"]["config_groups"]
+    changed_config(tied, lambda config: config.update(tie_word_embeddings=False))
+    refused = run_quantize(tied, *flags, "--model-free", "-o", tmp_path / "r").complaint
+    assert "tie_word_embeddings" in refused
+
+
 def test_block_fp8_of_a_vendor_becomes_nvfp4_without_a_class(models, tmp_path):
     flags = ["--method", "rtn", *QUICK]
     assert run_quantize(models["llama"], *flags, "--scheme", "fp8", "-o", tmp_path / "fp8").code == 0

@@ -127,6 +127,33 @@ def test_act_order_is_dequantized_by_the_group_of_each_input(models, tmp_path):
     assert "act-order" in refused
 
 
+def test_the_groups_of_inputs_of_compressed_tensors_are_followed(models, tmp_path):
+    """Older files with actorder "group": the scale of an input is that of its group."""
+    before = LogicalTensors(open_checkpoint(models / "ours-int4-g32"))
+    groups = {}
+
+    def regroup(tensors: dict[str, Tensor]) -> None:
+        for name in before.schemes:
+            k = before.shape(name)[1]
+            order = torch.randperm(k, generator=torch.Generator().manual_seed(k))
+            groups[name] = tensors[f"{name}.weight_g_idx"] = (torch.arange(k, dtype=torch.int32) // 32)[order]
+
+    ordered = changed(models / "ours-int4-g32", tmp_path / "m", regroup)
+    config = json.loads((ordered / "config.json").read_text())
+    config["quantization_config"]["config_groups"]["group_0"]["weights"]["actorder"] = "group"
+    (ordered / "config.json").write_text(json.dumps(config))
+    after = LogicalTensors(open_checkpoint(ordered))
+    assert set(after.schemes) == set(before.schemes)
+    for name, g_idx in groups.items():
+        weight = before.qtensor(name)
+        wanted = weight.codes.float() * weight.scales.float()[:, g_idx.long()]
+        assert torch.equal(after.exact(f"{name}.weight"), wanted)
+    blocks = next(open_backend("transformers", open_source(str(ordered)), "cpu").logits([IDS]))
+    engine = next(open_backend("engine", open_source(str(ordered)), "cpu").logits([IDS]))
+    assert torch.allclose(engine, blocks, atol=0.02)
+    assert "act-order" in run_quantize_convert(ordered, tmp_path / "c", "--format", "gptq").complaint
+
+
 def test_act_order_that_is_no_grouping_is_refused(models, tmp_path):
     def spoil(tensors: dict[str, Tensor]) -> None:
         tensors["model.layers.0.mlp.up_proj.g_idx"][0] = 1

@@ -355,7 +355,6 @@ def test_the_least_that_a_group_can_say():
         {"config_groups": {"group_0": GROUP | {"weights": WEIGHTS | {"type": "float", "num_bits": 4}}}},
         {"config_groups": {"group_0": GROUP | {"weights": WEIGHTS | {"type": "float", "symmetric": False}}}},
         {"config_groups": {"group_0": GROUP | {"weights": WEIGHTS | {"type": "posit"}}}},
-        {"config_groups": {"group_0": GROUP | {"weights": WEIGHTS | {"actorder": "group"}}}},
         {"config_groups": {"group_0": GROUP | {"weights": WEIGHTS | {"strategy": "block"}}}},
         {"config_groups": {"group_0": GROUP | {"weights": WEIGHTS | {"dynamic": True}}}},
         {"config_groups": {"group_0": GROUP | {"format": "int-quantized"}}},
