@@ -19,6 +19,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "smoothquant a8token": {"method": "smoothquant", **FEW},
     "smoothquant a8tensor": {"method": "smoothquant", "activations": "tensor", **FEW},
 }
+SCHEMES = ("int2-g64", "int3-g64", "int6-g64", "fp8", "fp8-a16", "fp8-block", "nvfp4-a16", "mxfp4-a16", "mxfp8")
+METHODS |= {f"rtn {scheme}": {"method": "rtn", "scheme": scheme} for scheme in SCHEMES}
 EVERY = (CT, "gptq", "gptq_v2", "awq")
 FORMATS = {
     "int8": EVERY[:2],
@@ -55,6 +58,8 @@ FORMATS = {
     "gptq int4-g64": (CT, "gptq", "awq"),
     "signround int4-g64": (CT, "gptq", "awq"),
     "best int4-g64": (CT, "gptq", "awq"),
+    "rtn fp8-block": (CT, "fp8"),
+    "rtn nvfp4-a16": (CT, "modelopt"),
 }
 
 
@@ -67,12 +72,20 @@ class ReaderProgram:
     formats: tuple[str, ...] = EVERY
 
 
+def release(package: str) -> str:
+    """The first two numbers of an installed package's version."""
+    return ".".join(version(package).split(".")[:2])
+
+
 OURS = "lowbit"
+TRANSFORMERS = f"transformers {release('transformers')}"
 READERS = {
-    "transformers 5.23, compressed-tensors 0.20": ReaderProgram(None, "transformers"),
+    f"{TRANSFORMERS}, compressed-tensors {release('compressed-tensors')}": ReaderProgram(
+        None, "transformers", (*EVERY, "fp8", "modelopt")
+    ),
     "transformers 5.23, gptqmodel 7.7, compressed-tensors 0.17": ReaderProgram("gptqmodel", "transformers"),
     "vLLM 0.32, CPU": ReaderProgram("vllm", "vllm"),
-    "transformers 5.23, our linears": ReaderProgram(None, "transformers-lowbit"),
+    f"{TRANSFORMERS}, our linears": ReaderProgram(None, "transformers-lowbit"),
     "vLLM 0.32, CPU, our linears": ReaderProgram("vllm", "vllm-lowbit", (CT,)),
     "transformers 5.17, compressed-tensors 0.19": ReaderProgram("llmc", "transformers", (CT,)),
 }
