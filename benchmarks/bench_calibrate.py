@@ -5,8 +5,9 @@
 
 A few blocks are quantized and written, and the time for the model's 32 blocks is extrapolated: 32 times the median time
 of a block and of the step between blocks (reading, packing, writing), plus the time before the first block, plus the
-time after the last one (other tensors, verification) scaled by the bytes written. Prints the phases of a block and peak
-GPU memory; one row per method.
+time after the last one (other tensors, verification) scaled by the bytes written. Tuning on the model's output is timed
+step by step and scaled by the blocks, its head included: an upper bound. Its memory is in proportion to the blocks too:
+two runs with different `--blocks` tell it. Prints the phases of a block and peak GPU memory; one row per method.
 """
 
 import argparse
@@ -27,6 +28,7 @@ from lowbit.calibrate.methods import complete_recipe
 from lowbit.calibrate.pipeline import run
 from lowbit.calibrate.report import BlockReport
 from lowbit.models.source import Source, open_source
+from lowbit.progress import Part, Step, watched_by
 
 LAYERS = 32  # of the model that the blocks stand for
 SHAPE: dict[str, Any] = {
@@ -43,7 +45,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "awq": {"bits": 4, "group_size": 128},
     "smoothquant": {},
     "signround": {"bits": 4, "group_size": 128, "iters": 200},
+    "best": {"bits": 4, "group_size": 128},
+    "best-2-bits": {"method": "best", "bits": 2, "group_size": 64, "rounder": "anneal", "anneal_steps": 100},
 }
+TUNING = "tuning scales and norms"  # as pipeline.py tells of it
 CHANNEL = 30.0  # gain of every 64th input: outliers as in a real model, which searches have to weigh
 
 
@@ -93,7 +98,7 @@ def measure(source: Source, method: str, calibration: CalibrationSet, output: Pa
     """Seconds of the run and its phases, and peak GPU memory."""
     if device != "cpu":
         torch.cuda.reset_peak_memory_stats()
-    job = prepare(source, complete_recipe({"method": method, **SETTINGS[method]}), device)
+    job = prepare(source, complete_recipe({"method": method} | SETTINGS[method]), device)
     reports: list[BlockReport] = []
     ends: list[float] = []  # of blocks, seconds since the run began
 
@@ -101,15 +106,23 @@ def measure(source: Source, method: str, calibration: CalibrationSet, output: Pa
         reports.append(report)
         ends.append(time.monotonic() - begun)
 
+    steps: list[float] = []  # ends of the steps of tuning
+
+    def watch(event: Step | Part) -> None:
+        if isinstance(event, Step) and event.title == TUNING:
+            steps.append(time.monotonic() - begun)
+
     begun = time.monotonic()
-    result = run(job, output, calibration, note)
+    with watched_by(watch):
+        result = run(job, output, calibration, note)
     seconds = time.monotonic() - begun
+    tuned = steps[-1] - ends[-1] if steps else 0.0
     blocks = [sum(report.phases.values()) for report in reports]
     phases = {name: statistics.median(r.phases[name] for r in reports) for name in reports[0].phases}
     between = statistics.median(
         later - earlier - b for earlier, later, b in zip(ends[:-1], ends[1:], blocks[1:], strict=True)
     )
-    before, after = ends[0] - blocks[0], seconds - ends[-1]
+    before, after = ends[0] - blocks[0], seconds - ends[-1] - tuned
     besides = 2 * 2 * SHAPE["vocab_size"] * SHAPE["hidden_size"]  # bytes of embeddings and head
     written = (besides + LAYERS / len(blocks) * (result.output_bytes - besides)) / result.output_bytes
     return {
@@ -123,7 +136,10 @@ def measure(source: Source, method: str, calibration: CalibrationSet, output: Pa
         "before_s": round(before, 3),
         "between_s": round(between, 3),
         "after_s": round(after, 3),
-        "model_s": round(before + LAYERS * (statistics.median(blocks) + between) + written * after, 1),
+        "tuning_s": round(tuned, 3),
+        "model_s": round(
+            before + LAYERS * (statistics.median(blocks) + between + tuned / len(blocks)) + written * after, 1
+        ),
         "phases_s": {name: round(value, 3) for name, value in phases.items()},
         "peak_gpu_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2) if device != "cpu" else None,
     }
