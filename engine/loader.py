@@ -23,7 +23,7 @@ from lowbit.export.untrusted import untrusted
 from lowbit.models.devices import check_device
 from lowbit.models.source import Source, model_directory, open_source
 from lowbit.quant.kernels.extension import reason_against_device
-from lowbit.quant.kernels.weight import HALF
+from lowbit.quant.kernels.packed import HALF
 
 DEFAULT_CONTEXT = 4096
 

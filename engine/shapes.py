@@ -17,6 +17,7 @@ from lowbit.quant.kernels.packed import TILE_ROWS
 from lowbit.quant.kernels.route import Rule
 from lowbit.quant.kernels.stack import StackedLinear, load_stack
 from lowbit.quant.kernels.weight import Linear, inputs_of, load_weight
+from lowbit.quant.numerics import coarse_scale
 from lowbit.quant.qtensor import QTensor
 from lowbit.quant.scheme import Scheme, parse_scheme
 
@@ -26,6 +27,10 @@ METHODS: dict[str, str | None] = {
     "int8": "int8-channel",
     "w4": "int4-g128",
     "w8a8": "int8-channel-a8token",
+    "fp8": "fp8-a16",
+    "fp8-block": "fp8-block-a16",
+    "nvfp4": "nvfp4-a16",
+    "mxfp4": "mxfp4-a16",
 }
 
 
@@ -107,13 +112,18 @@ SHAPES = {
 
 
 def random_weight(n: int, k: int, scheme: Scheme | None, like: Tensor) -> QTensor | Tensor:
-    """A random weight (n, k) that preserves the scale of its inputs, with the dtype and device of `like`."""
+    """A random weight (n, k) that preserves the scale of its inputs, with the dtype and device of `like`; quantized
+    ones have one scale everywhere."""
     if scheme is None:
         return torch.randn(n, k, dtype=like.dtype, device=like.device) / k**0.5
-    high = int(scheme.number.high)
-    codes = torch.randint(-high, high + 1, (n, k), dtype=torch.int8, device=like.device)
-    scale = 1.73 / high / k**0.5  # uniform codes deviate by high / sqrt(3)
-    return QTensor(codes, torch.full((n, scheme.groups(k)), scale, dtype=like.dtype, device=like.device), None, scheme)
+    number, coarse = scheme.number, scheme.weights.scales
+    values = torch.rand(n, k, device=like.device).mul_(2).sub_(1).mul_(number.high)
+    # uniform values deviate by high / sqrt(3)
+    scale = torch.full(scheme.sides(n, k), 1.73 / number.high / k**0.5, device=like.device)
+    divisor = 1 / scale[0, 0] if scheme.weights.parent else None
+    scale = scale if divisor is None else torch.ones_like(scale)
+    scales = scale.to(like.dtype) if coarse is None else coarse_scale(scale, coarse)
+    return QTensor(number.encode(values), scales, None, scheme, divisor=divisor)
 
 
 def random_linear(

@@ -19,8 +19,9 @@ from lowbit.errors import CheckpointError
 from lowbit.export.checkpoint import Checkpoint
 from lowbit.export.formats import LogicalTensors
 from lowbit.quant.kernels.packed import TILE_ROWS, reason_against_kernel
+from lowbit.quant.kernels.row_scaled import RowScaled, row_scaled, stacked_rows
 from lowbit.quant.kernels.stack import StackedLinear, load_stack
-from lowbit.quant.kernels.weight import Linear, RoundedInputs, inputs_of, load_weight
+from lowbit.quant.kernels.weight import Linear, RoundedInputs, inputs_of, load_weight, takes_int8
 from lowbit.quant.qtensor import QTensor, round_to_nearest
 from lowbit.quant.scheme import parse_scheme
 
@@ -228,7 +229,7 @@ class CheckpointReader:
         dtype = self.settings.dtype
         matrices = [self.matrix(part) for part in parts]
         weight, inputs = stacked(matrices, dtype), shared_inputs(matrices)
-        self.shaped(" + ".join(parts), weight.codes if isinstance(weight, QTensor) else weight, (n, k))
+        self.shaped(" + ".join(parts), weight if isinstance(weight, Tensor) else weight.codes, (n, k))
         bias = self.biases(parts, matrices, biased)
         if rows is not None:
             rows = rows.to(self.settings.device)
@@ -354,23 +355,18 @@ def len_of(matrix: QTensor | Tensor) -> int:
     return matrix.shape[0]
 
 
-def stacked(matrices: list[QTensor | Tensor], dtype: torch.dtype) -> QTensor | Tensor:
-    """The matrices stacked; dense if their schemes differ, or if rows share scales."""
+def stacked(matrices: list[QTensor | Tensor], dtype: torch.dtype) -> QTensor | RowScaled | Tensor:
+    """The matrices stacked; dense if their schemes differ, or if a kernel lacks one."""
     if len(matrices) == 1:
         return matrices[0]
-    quantized = [matrix for matrix in matrices if isinstance(matrix, QTensor) and has_rows(matrix)]
+    quantized = [matrix for matrix in matrices if isinstance(matrix, QTensor) and not reason_against_kernel(matrix)]
     if len(quantized) < len(matrices) or len({str(matrix.scheme) for matrix in quantized}) > 1:
         return torch.cat([matrix.dequantize(dtype) if isinstance(matrix, QTensor) else matrix for matrix in matrices])
-    zeros = [matrix.zeros for matrix in quantized if matrix.zeros is not None]
+    if not takes_int8(quantized[0]):
+        return stacked_rows([row_scaled(matrix) for matrix in quantized])
     codes, scales = (torch.cat(list(parts)) for parts in zip(*((m.codes, m.scales) for m in quantized), strict=True))
     inputs = shared_inputs(matrices)
-    return QTensor(
-        codes,
-        scales,
-        torch.cat(zeros) if zeros else None,
-        quantized[0].scheme,
-        None if inputs is None else inputs.scale,
-    )
+    return QTensor(codes, scales, None, quantized[0].scheme, None if inputs is None else inputs.scale)
 
 
 def shared_inputs(matrices: list[QTensor | Tensor]) -> RoundedInputs | None:
@@ -391,17 +387,14 @@ def shared_inputs(matrices: list[QTensor | Tensor]) -> RoundedInputs | None:
     return RoundedInputs(found[0].side, every.min() if found[0].side.parent else every.max())
 
 
-def has_rows(weight: QTensor | Tensor) -> bool:
-    """True if each row of the weight stands by itself: none shares a scale, a divisor or an order with others."""
-    alone = isinstance(weight, QTensor) and weight.scheme.rows == 1 and weight.divisor is None and weight.order is None
-    return isinstance(weight, Tensor) or alone
-
-
-def moved(weight: QTensor | Tensor, rows: Tensor, dtype: torch.dtype) -> QTensor | Tensor:
-    """`weight` with row i taken from row `rows[i]`; dense if rows share scales."""
+def moved(weight: QTensor | RowScaled | Tensor, rows: Tensor, dtype: torch.dtype) -> QTensor | RowScaled | Tensor:
+    """`weight` with row i taken from row `rows[i]`; dense if it has no kernel."""
     if isinstance(weight, Tensor):
         return weight[rows]
-    if not has_rows(weight):
+    if isinstance(weight, RowScaled):
+        return weight.taking(rows)
+    if reason_against_kernel(weight):
         return weight.dequantize(dtype)[rows]
-    zeros = None if weight.zeros is None else weight.zeros[rows]
-    return replace(weight, codes=weight.codes[rows], scales=weight.scales[rows], zeros=zeros)
+    if not takes_int8(weight):
+        return row_scaled(weight).taking(rows)
+    return replace(weight, codes=weight.codes[rows], scales=weight.scales[rows])

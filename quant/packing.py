@@ -105,19 +105,28 @@ FP4_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # values of the three bit
 E8M0_BIAS, E8M0_NAN = 127, 255
 
 
-def pack_fp4(codes: Tensor) -> Tensor:
-    """Bytes (..., k / 2) uint8 of fp4 `codes` (..., k) as floats, k even: element 2 j is the low half of byte j."""
+def fp4_bits(codes: Tensor) -> Tensor:
+    """The four bits, uint8, of fp4 `codes` as floats: sign, two of exponent, one of mantissa."""
     values = codes.float()
     table = torch.tensor(FP4_VALUES, device=codes.device)
-    halves = torch.bucketize(values.abs(), table).to(torch.uint8) | torch.signbit(values).to(torch.uint8) << 3
+    return torch.bucketize(values.abs(), table).to(torch.uint8) | torch.signbit(values).to(torch.uint8) << 3
+
+
+def fp4_codes(bits: Tensor) -> Tensor:
+    """The fp4 codes, float8_e4m3fn, of their four bits: the inverse of fp4_bits."""
+    table = torch.tensor((*FP4_VALUES, *(-value for value in FP4_VALUES)), device=bits.device)
+    return table[bits.long()].to(torch.float8_e4m3fn)
+
+
+def pack_fp4(codes: Tensor) -> Tensor:
+    """Bytes (..., k / 2) uint8 of fp4 `codes` (..., k) as floats, k even: element 2 j is the low half of byte j."""
+    halves = fp4_bits(codes)
     return halves[..., ::2] | halves[..., 1::2] << 4
 
 
 def unpack_fp4(packed: Tensor) -> Tensor:
     """The fp4 codes (..., k) float8_e4m3fn in bytes (..., k / 2): the inverse of pack_fp4."""
-    halves = torch.stack([packed & 15, packed >> 4], -1).flatten(-2)
-    table = torch.tensor((*FP4_VALUES, *(-value for value in FP4_VALUES)), device=packed.device)
-    return table[halves.long()].to(torch.float8_e4m3fn)
+    return fp4_codes(torch.stack([packed & 15, packed >> 4], -1).flatten(-2))
 
 
 def pack_e8m0(scales: Tensor) -> Tensor:

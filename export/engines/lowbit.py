@@ -3,6 +3,7 @@
 from lowbit import __version__
 from lowbit.export.engines.engine import (
     EXPANDED,
+    WEIGHTS,
     Engine,
     EngineKernel,
     FusedLinear,
@@ -10,7 +11,6 @@ from lowbit.export.engines.engine import (
     integers,
     on_cpu,
     on_gpu,
-    weight_only,
 )
 from lowbit.quant.kernels import w8a8
 from lowbit.quant.kernels.packed import TILE_ROWS, has_kernel, reason_against_packing
@@ -18,12 +18,24 @@ from lowbit.quant.kernels.packed import TILE_ROWS, has_kernel, reason_against_pa
 
 def _packed(layer: FusedLinear, capability: int | None) -> str | None:
     if not has_kernel(layer.scheme):
-        return "takes integers of 4 and 8 bits only"
+        return "takes integers of 4 and 8 bits, fp8 and fp4 only"
     return reason_against_packing(layer.n, layer.k, layer.scheme.group_size, TILE_ROWS)
 
 
 def _without_kernel(layer: FusedLinear, capability: int | None) -> str | None:
     return "takes only numbers that have no kernel" if has_kernel(layer.scheme) else None
+
+
+def _plain_inputs(layer: FusedLinear, capability: int | None) -> str | None:
+    return "takes inputs in 16 bits only" if layer.scheme.inputs else None
+
+
+def _float(layer: FusedLinear, capability: int | None) -> str | None:
+    return "takes floats only" if layer.scheme.number.is_integer else None
+
+
+def _not_int8(layer: FusedLinear, capability: int | None) -> str | None:
+    return None if _float(layer, capability) is None else _plain_inputs(layer, capability)
 
 
 def _int8(layer: FusedLinear, capability: int | None) -> str | None:
@@ -35,8 +47,10 @@ LOWBIT = Engine(
     __version__,
     (
         EngineKernel("w8a8", all_of(integers, _int8, on_gpu(80))),
-        EngineKernel("wna16", all_of(weight_only, _packed, on_gpu(80))),
+        EngineKernel("wna16", all_of(_plain_inputs, _packed, on_gpu(80))),
+        # fp8 and fp4 inputs are rounded to their numbers, by torch's own functions, and multiplied in 16 bits
+        EngineKernel("wna16 with rounded inputs", all_of(_float, _packed, on_gpu(80)), WEIGHTS),
         EngineKernel("expanded to 16 bits", _without_kernel, EXPANDED),
-        EngineKernel("reference", all_of(weight_only, _packed, on_cpu)),
+        EngineKernel("reference", all_of(_not_int8, _packed, on_cpu)),
     ),
 )

@@ -41,6 +41,6 @@ STEPS = {
 
 def kernel_of(name: str | None, scheme: Scheme) -> str | None:
     """The key of `rates` for the kernel that lowbit chooses for a scheme; None if no step with it was measured."""
-    if name == "wna16":
+    if name == "wna16" and scheme.number.is_integer:
         return {4: COARSE, 8: FINE}.get(scheme.bits)
     return {"w8a8": INT8_INPUTS, "expanded to 16 bits": DENSE}.get(name or "")

@@ -127,7 +127,7 @@ class PackedCall:
         """The Problem of this call, for the choice of a kernel. Queries the GPU's capability."""
         w, m = self.weight, self.x.shape[0]
         sizes = (m, w.n, w.k, w.bits, w.group_size, self.x.dtype)
-        return Problem(*sizes, *place_of(self.x.device), norm=self.norm != "none")
+        return Problem(*sizes, *place_of(self.x.device), is_float=w.is_float, norm=self.norm != "none")
 
     def check(self) -> None:
         """ValueError, with numbers, if the tensors do not fit together."""
@@ -151,11 +151,18 @@ class Problem:
     capability: tuple[int, int] | None = None  # of the GPU
     processors: int = 0  # multiprocessors of the GPU
     int8_inputs: bool = False
+    is_float: bool = False  # the number of a weight of 4 or 8 bits
     norm: bool = False  # of x, before the product
+
+    @property
+    def is_stream(self) -> bool:
+        """True for integers of a width that does not divide a word evenly: Stream in csrc/dequant.cuh."""
+        return self.bits not in (4, 8, 16)
 
     def __str__(self) -> str:
         group = "channel" if self.group_size == -1 else f"g{self.group_size}"
-        scheme = "dense" if self.bits == 16 else f"w{self.bits}{'a8' if self.int8_inputs else ''} {group}"
+        number = f"fp{self.bits}" if self.is_float else f"w{self.bits}"
+        scheme = "dense" if self.bits == 16 else f"{number}{'a8' if self.int8_inputs else ''} {group}"
         return f"m {self.m:>4}  {self.n} x {self.k}  {scheme} {str(self.dtype).removeprefix('torch.')}"
 
 
@@ -195,8 +202,10 @@ def reason_against_weight(call: PackedCall) -> str | None:
     tiles, chunks = -(-w.n // 16), -(-w.k // 128)
     if tuple(w.words.shape[:2]) != (tiles, chunks):
         return f"words hold {tuple(w.words.shape[:2])} tiles and chunks, the shape has ({tiles}, {chunks})"
-    rows = {-1: 1, 256: w.k // 256}.get(w.group_size, chunks)
+    rows = {-1: 0 if w.is_float else 1, 256: w.k // 256}.get(w.group_size, chunks)
     sides = (tiles, rows, 8, 1 if w.group_size in (-1, 256) else 128 // w.group_size, 2)
+    if w.factors is not None and (tuple(w.factors.shape) != (tiles, 8, 2) or w.factors.dtype != torch.float32):
+        return f"factors of shape {tuple(w.factors.shape)} {w.factors.dtype}, not {(tiles, 8, 2)} torch.float32"
     if tuple(w.scales.shape) != sides:
         return f"scales of shape {tuple(w.scales.shape)} were not packed for groups of {w.group_size}: need {sides}"
     if w.zeros is not None and (tuple(w.zeros.shape) != sides or w.zeros.dtype != torch.uint8):
@@ -209,10 +218,12 @@ def reason_against_tensors(call: PackedCall) -> str | None:
     x, w, m, n, k = call.x, call.weight, call.x.shape[0], call.weight.n, call.weight.k
     if x.dtype not in (torch.float16, torch.bfloat16):
         return f"x is {x.dtype}: torch.float16 or torch.bfloat16 are needed"
+    if w.inputs not in (None, x.dtype):
+        return f"the weight was packed for inputs in {w.inputs}, x is {x.dtype}"
     halves: dict[str, tuple[Tensor | None, tuple[int, ...] | None]]
     halves = {
         "x": (x, (m, k)),
-        "scales": (w.scales, None),
+        "scales": (None if w.is_float and w.bits == 4 else w.scales, None),
         "bias": (call.bias, (n,)),
         "residual": (call.residual, (m, n)),
         "norm_weight": (call.norm_weight, (k,)),
@@ -228,7 +239,8 @@ def reason_against_tensors(call: PackedCall) -> str | None:
             return f"{name} is {tensor.dtype}, x is {x.dtype}: they must agree"
         if tensor is not None and shape is not None and tuple(tensor.shape) != shape:
             return f"{name} has the shape {tuple(tensor.shape)}, not {shape}"
-    others = {"words": w.words, "zeros": w.zeros, "next_weight": call.next_weight}
+    others = {"words": w.words, "zeros": w.zeros, "factors": w.factors, "next_weight": call.next_weight}
+    others |= {"scales": w.scales}
     others |= {name: tensor for name, (tensor, _) in halves.items()}
     for name, tensor in others.items():
         if tensor is not None and tensor.device != x.device:

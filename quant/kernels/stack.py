@@ -8,15 +8,17 @@ import torch
 from torch import Tensor
 
 from lowbit.quant.kernels.packed import (
+    HALF,
     TILE_ROWS,
     PackedWeight,
     dequantize_packed,
-    prepack,
+    prepack_rows,
     reason_against_kernel,
     reason_against_packing,
 )
 from lowbit.quant.kernels.row_norm import Rows
-from lowbit.quant.kernels.weight import HALF, RoundedInputs, activated, prepared
+from lowbit.quant.kernels.row_scaled import RowScaled, row_scaled
+from lowbit.quant.kernels.weight import RoundedInputs, activated, prepared
 from lowbit.quant.qtensor import QTensor
 
 FEW_PAIRS = 256  # pairs of a row and an expert; with more, each expert's rows are multiplied together
@@ -54,7 +56,7 @@ class Stack(Protocol):
 
 @dataclass(frozen=True)
 class PackedStack:
-    """4- or 8-bit codes in the kernels' order, expert after expert: `weight` has experts * n rows."""
+    """Codes of 2 to 8 bits in the kernels' order, expert after expert: `weight` has experts * n rows."""
 
     weight: PackedWeight
     experts: int
@@ -172,7 +174,7 @@ def pairs_by_expert(experts: Tensor, count: int) -> Iterator[tuple[int, Tensor]]
         first += pairs
 
 
-def load_stack(weight: QTensor | Tensor, experts: int, dtype: torch.dtype, paired: bool) -> Stack:
+def load_stack(weight: QTensor | RowScaled | Tensor, experts: int, dtype: torch.dtype, paired: bool) -> Stack:
     """The stack of a weight (experts * n, k): packed if the kernels support its kind and shape and `dtype` is half
     precision; otherwise dense in `dtype`.
 
@@ -180,9 +182,12 @@ def load_stack(weight: QTensor | Tensor, experts: int, dtype: torch.dtype, paire
     """
     if isinstance(weight, Tensor):
         return DenseStack(weight.to(dtype).contiguous().unflatten(0, (experts, -1)))
-    (n, k), scheme = (weight.shape[0] // experts, weight.shape[1]), weight.scheme
+    if isinstance(weight, QTensor):
+        if dtype not in HALF or reason_against_kernel(weight):
+            return DenseStack(weight.dequantize(dtype).unflatten(0, (experts, -1)))
+        weight = row_scaled(weight)
+    n, k = weight.shape[0] // experts, weight.shape[1]
     pair_block = n if paired else TILE_ROWS
-    reason = reason_against_kernel(weight) or reason_against_packing(n, k, scheme.group_size, pair_block)
-    if reason or dtype not in HALF or n % TILE_ROWS:
-        return DenseStack(weight.dequantize(dtype).unflatten(0, (experts, -1)))
-    return PackedStack(prepack(weight, dtype, pair_block), experts)
+    if dtype not in HALF or n % TILE_ROWS or reason_against_packing(n, k, weight.group_size, pair_block):
+        return DenseStack(weight.dequantize().to(dtype).unflatten(0, (experts, -1)))
+    return PackedStack(prepack_rows(weight, dtype, pair_block), experts)

@@ -7,7 +7,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 # A source is compiled once for every combination of values of the macros it mentions, so that they compile in parallel.
-AXES = {"LOWBIT_T": ("__half", "__nv_bfloat16"), "LOWBIT_BITS": ("4", "8"), "LOWBIT_TILE": ("0", "1")}
+WHOLE = ("Int4", "Int8", "Fp4", "Fp8")  # numbers that divide a word evenly
+AXES = {
+    "LOWBIT_T": ("__half", "__nv_bfloat16"),
+    "LOWBIT_NUMBER": (*WHOLE, "Int2", "Int3", "Int5", "Int6", "Int7"),
+    "LOWBIT_WHOLE": WHOLE,
+    "LOWBIT_TILE": ("0", "1"),
+}
 HOPPER = "LOWBIT_WGMMA"  # in sources for sm_90a alone; defined empty elsewhere
 CUTLASS = "#include <cutlass/"
 

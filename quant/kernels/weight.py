@@ -11,19 +11,25 @@ from torch import Tensor
 
 from lowbit.quant.kernels import ops
 from lowbit.quant.kernels.dense import DenseCall
-from lowbit.quant.kernels.packed import TILE_ROWS, PackedWeight, prepack, reason_against_kernel, reason_against_packing
+from lowbit.quant.kernels.packed import (
+    HALF,
+    TILE_ROWS,
+    PackedWeight,
+    prepack,
+    prepack_rows,
+    reason_against_kernel,
+    reason_against_packing,
+)
 from lowbit.quant.kernels.problem import PART, PARTS, Deferred, PackedCall, Problem, Rotary, place_of
 from lowbit.quant.kernels.reference import activate
 from lowbit.quant.kernels.row_norm import Rows
+from lowbit.quant.kernels.row_scaled import RowScaled, row_scaled
 from lowbit.quant.kernels.w8a8 import Int8Call, Int8Weight, pack_int8
 from lowbit.quant.kernels.w8a8 import reason_against_packing as reason_against_int8
 from lowbit.quant.numbers import INT8
 from lowbit.quant.numerics import input_rounding
 from lowbit.quant.qtensor import QTensor
 from lowbit.quant.scheme import Side
-
-HALF = (torch.float16, torch.bfloat16)
-
 
 @dataclass(frozen=True)
 class Hints:
@@ -127,7 +133,7 @@ class Plain:
 
 @dataclass(frozen=True)
 class Packed(PackedWeight):
-    """4- or 8-bit codes in the kernels' order; inputs in half precision."""
+    """Codes of 4 or 8 bits in the kernels' order; inputs in half precision."""
 
     rounds_inputs = False
 
@@ -140,7 +146,8 @@ class Packed(PackedWeight):
         return self.n % (PART * PARTS) == 0
 
     def problem(self, m: int) -> Problem:
-        return Problem(m, self.n, self.k, self.bits, self.group_size, self.dtype, *place_of(self.words.device))
+        sizes = (m, self.n, self.k, self.bits, self.group_size, self.dtype)
+        return Problem(*sizes, *place_of(self.words.device), is_float=self.is_float)
 
     def fuses(self, activation: str) -> bool:
         if activation == "silu_mul":
@@ -284,31 +291,37 @@ def inputs_of(weight: QTensor | Tensor) -> RoundedInputs | None:
     return RoundedInputs(weight.scheme.inputs, weight.input_scale)
 
 
+def takes_int8(weight: QTensor) -> bool:
+    """True if the weight is multiplied with inputs in int8. Other inputs are rounded and stay in half precision."""
+    return weight.scheme.number == INT8 and weight.scheme.inputs is not None
+
+
 def pack(weight: QTensor, dtype: torch.dtype, pair_block: int = TILE_ROWS) -> Weight:
     """`weight` in the kernels' form, on its device; dense if no kernel supports its kind. ValueError if it cannot be
     packed."""
     if reason_against_kernel(weight):
         return Dense(weight.dequantize(dtype))
-    if weight.scheme.inputs is not None:
+    if takes_int8(weight):
         return Int8(**vars(pack_int8(weight)))
     return Packed(**vars(prepack(weight, dtype, pair_block)))
 
 
-def load_weight(weight: QTensor | Tensor, dtype: torch.dtype, pair_block: int = TILE_ROWS) -> Weight:
+def load_weight(weight: QTensor | RowScaled | Tensor, dtype: torch.dtype, pair_block: int = TILE_ROWS) -> Weight:
     """`weight` packed if the kernels support its kind and shape and `dtype` is half precision; otherwise dense
     in `dtype`."""
     if isinstance(weight, Tensor):
         return Dense(weight.to(dtype).contiguous())
-    (n, k), group_size = weight.shape, weight.scheme.group_size
-    if dtype not in HALF or reason_against_kernel(weight):
-        return Dense(weight.dequantize(dtype))
-    if weight.scheme.inputs is not None and not reason_against_int8(n, k):
-        return pack(weight, dtype)
-    if reason_against_packing(n, k, group_size, TILE_ROWS):
-        return Dense(weight.dequantize(dtype))
-    if reason_against_packing(n, k, group_size, pair_block):
-        pair_block = TILE_ROWS
-    return Packed(**vars(prepack(weight, dtype, pair_block)))
+    if isinstance(weight, QTensor):
+        if dtype not in HALF or reason_against_kernel(weight):
+            return Dense(weight.dequantize(dtype))
+        if takes_int8(weight) and not reason_against_int8(*weight.shape):
+            return pack(weight, dtype)
+        weight = row_scaled(weight)
+    sizes = *weight.shape, weight.group_size
+    if dtype not in HALF or reason_against_packing(*sizes, TILE_ROWS):
+        return Dense(weight.dequantize().to(dtype))
+    block = TILE_ROWS if reason_against_packing(*sizes, pair_block) else pair_block
+    return Packed(**vars(prepack_rows(weight, dtype, block)))
 
 
 def activated(y: Tensor, activation: str) -> Tensor:

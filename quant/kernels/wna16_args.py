@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lowbit.quant.kernels import reference
 from lowbit.quant.kernels.extension import launch
-from lowbit.quant.kernels.packed import CHUNK_K, groups_per_chunk, padded, scale_shift
+from lowbit.quant.kernels.packed import CHUNK_K, padded, scale_shift
 from lowbit.quant.kernels.problem import PackedCall, Rotary, check_alignment
 
 # Bytes of the next product's weight to prefetch. Of a step of Llama-2-7B in 4 bits, 2 MB save 2.6%, 3 MB 3.4%, 4 MB
@@ -30,7 +30,7 @@ def prepare(call: PackedCall, most_staged: int) -> PackedCall:
     if whole != k:
         call = replace(call, x=torch.nn.functional.pad(call.x, (0, whole - k)))
     w = call.weight
-    check_alignment(x=call.x, words=w.words, scales=w.scales, zeros=w.zeros, next_weight=call.next_weight)
+    check_alignment(x=call.x, words=w.words, scales=w.scales, zeros=w.zeros, factors=w.factors, next_weight=call.next_weight)
     if call.deferred is not None:
         check_alignment(squares=call.deferred.squares)
     if call.next_norm is not None:
@@ -48,7 +48,7 @@ def args_of(call: PackedCall, y: Tensor) -> dict[str, Any]:
         **{name: getattr(call, name) for name in SAME},
         **{field.name: getattr(rotary, field.name, None) for field in fields(Rotary)},
         "words": weight.words,
-        "scales": weight.scales,
+        "scales": weight.scales if weight.scale_groups else None,
         "zeros": weight.zeros,
         "y": y,
         "m": m,
@@ -70,10 +70,12 @@ def args_of(call: PackedCall, y: Tensor) -> dict[str, Any]:
         "next_norm": None if following is None else following.weight,
         "z": None if following is None else following.z,
         "squares": None if following is None else following.squares,
+        "factors": weight.factors,
     }
 
 
 def launch_product(kernel: str, call: PackedCall, y: Tensor, **cut: Any) -> None:
     """Run a kernel on `call`, which `prepare` has adapted. `cut` is its launch struct, without groups_per_chunk."""
-    groups, variant = groups_per_chunk(call.weight.group_size), (call.x.dtype, call.weight.bits)
-    launch(kernel, *variant, device=y.device, args=args_of(call, y), groups_per_chunk=groups, **cut)
+    weight = call.weight
+    args, groups = args_of(call, y), weight.scale_groups
+    launch(kernel, call.x.dtype, weight.variant, device=y.device, args=args, groups_per_chunk=groups, **cut)

@@ -7,7 +7,7 @@ from torch import Tensor
 from lowbit.quant.kernels import reference, row_norm
 from lowbit.quant.kernels.decode_attention import AppendCall, KVCache, append
 from lowbit.quant.kernels.extension import EXTENSION, launch, reason_against_device
-from lowbit.quant.kernels.packed import PackedWeight, dequantize_packed, groups_per_chunk, scale_shift
+from lowbit.quant.kernels.packed import PackedWeight, dequantize_packed, scale_shift
 from lowbit.quant.kernels.problem import PackedCall, Problem, Rotary, check_alignment
 from lowbit.quant.kernels.row_norm import Rows
 
@@ -56,7 +56,7 @@ def appended(qkv: Tensor, rotary: Rotary) -> AppendCall:
 
 def empty(weight: PackedWeight) -> Tensor:
     """Memory for the dense weight (n, k)."""
-    return weight.scales.new_empty(weight.n, weight.k)
+    return weight.words.new_empty(weight.n, weight.k, dtype=weight.dtype)
 
 
 def dequantize(weight: PackedWeight) -> Tensor:
@@ -70,15 +70,16 @@ def dequantize(weight: PackedWeight) -> Tensor:
     w = empty(weight)
     args = {
         "words": weight.words,
-        "scales": weight.scales,
+        "scales": weight.scales if weight.scale_groups else None,
         "zeros": weight.zeros,
         "w": w,
         "n": weight.n,
         "k": weight.k,
         "pair_block": weight.pair_block,
-        "groups_per_chunk": groups_per_chunk(weight.group_size),
+        "groups_per_chunk": weight.scale_groups,
         "scale_rows": weight.scales.shape[1],
         "scale_shift": scale_shift(weight.group_size),
+        "factors": weight.factors,
     }
-    launch("wna16_dequantize", weight.dtype, weight.bits, device=w.device, args=args)
+    launch("wna16_dequantize", weight.dtype, weight.variant, device=w.device, args=args)
     return w

@@ -54,6 +54,8 @@ def reason_against(problem: Problem) -> str | None:
     """The reason why this kernel cannot run the problem, or should not, or None."""
     if problem.capability is None:
         return f"the tensors are on the {problem.device}"
+    if problem.is_stream:
+        return f"{problem.bits} bits: it takes 4 and 8"
     if problem.capability != (9, 0):
         return f"it is for sm_90, the GPU is sm_{problem.capability[0]}{problem.capability[1]}"
     small = problem.n * problem.k * problem.bits // 8 < SMALL_WEIGHT

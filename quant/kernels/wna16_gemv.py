@@ -11,6 +11,7 @@ from lowbit.quant.kernels.problem import PackedCall, Problem, has_fast_memory
 from lowbit.quant.kernels.wna16_args import launch_product, prepare
 
 MAX_M, FEW_ROWS = 64, 8
+STREAM_M = 16  # on Hopper, whose code for more rows is wna16_gemm's, of 4 and 8 bits
 MAX_WARPS = 8  # per block
 LONG_K = 64  # chunks
 # Fitted to 29 launches of 9 shapes on one H100 at m = 1: 2.4 us + rounds x tiles x 35 ns x (4.2 + warps), within 3%
@@ -48,8 +49,9 @@ def reason_against(problem: Problem) -> str | None:
     """The reason why this kernel cannot run the problem, or None."""
     if problem.capability is None:
         return f"the tensors are on the {problem.device}"
-    if problem.m > MAX_M:
-        return f"{problem.m} rows: it takes at most {MAX_M}"
+    most = STREAM_M if problem.is_stream and problem.capability == (9, 0) else MAX_M
+    if problem.m > most:
+        return f"{problem.m} rows: it takes at most {most}"
     return reason_against_device(problem.capability)
 
 
@@ -81,6 +83,8 @@ def cuts_of(problem: Problem) -> list[GemvCut]:
 
 def row_tiles_of(problem: Problem, tiles: int, chunks: int) -> tuple[int, ...]:
     """Possible tiles per warp. Two halve the reads of x, but overfill the ring with 8 bits or groups of 32."""
+    if problem.m <= 16 and (problem.is_stream or problem.is_float):
+        return (1,)
     if problem.m <= 8:
         return (1,) if problem.bits == 8 or problem.group_size == 32 else (1, 2)
     one_wave = tiles * MAX_WARPS <= 16 * problem.processors

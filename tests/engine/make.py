@@ -1,6 +1,7 @@
 """Engines over tiny models, for tests: quantized checkpoints of any format, and references that compute the same."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -24,9 +25,12 @@ def tiny(directory: Path, family: str = "llama", **changes) -> tuple[Engine, Pre
 
 
 def quantized(
-    directory: Path, scheme: Scheme, fmt: str = "compressed-tensors", family: str = "llama"
+    directory: Path, scheme: Scheme | Callable[[str], Scheme], fmt: str = "compressed-tensors", family: str = "llama"
 ) -> PreTrainedModel:
-    """Writes a checkpoint whose blocks' linears have `scheme`; returns transformers' model of what they stand for."""
+    """Writes a checkpoint whose blocks' linears have `scheme`; returns transformers' model of what they stand for.
+
+    scheme  of all linears, or of each by its name
+    """
     model = make_model(family)
     save(model, directory)
     tensors, schemes = {}, {}
@@ -35,9 +39,9 @@ def quantized(
         if value.ndim != 2 or ".layers." not in name:
             tensors[name] = value
             continue
-        weight = rounded(value, scheme)
+        weight = rounded(value, scheme(linear) if callable(scheme) else scheme)
         tensors |= FORMATS[fmt].write(linear, weight)
-        schemes[linear] = scheme
+        schemes[linear] = weight.scheme
         model.get_parameter(name).data.copy_(weight.dequantize())
     save_file(tensors, directory / "model.safetensors")
     config = json.loads((directory / "config.json").read_text())
@@ -50,4 +54,4 @@ def rounded(weight: torch.Tensor, scheme: Scheme) -> QTensor:
     """`weight` to the nearest codes, scales in float16; inputs that share a scale get one that fits a normed input."""
     plain = round_to_nearest(weight, scheme.weights_only, torch.float16)
     scale = torch.tensor(0.05) if scheme.static_inputs else None
-    return QTensor(plain.codes, plain.scales, plain.zeros, scheme, scale)
+    return QTensor(plain.codes, plain.scales, plain.zeros, scheme, scale, plain.divisor)

@@ -16,6 +16,7 @@ from lowbit.engine.shapes import METHODS, codegeex_shape, decoder_shape, random_
 from lowbit.engine.workspace import Workspace
 from lowbit.quant.kernels.packed import dequantize_packed
 from lowbit.quant.kernels.weight import Dense, Int8, Packed
+from tests.kernels.make import on_cpu
 
 pytestmark = pytest.mark.gpu
 
@@ -30,8 +31,7 @@ PROMPTS = [list(range(7, 90)), [5], list(range(300, 320))]
 def in_float32(value):
     """Weights on the CPU in float32, for any packing."""
     if isinstance(value, Packed):
-        cpu = replace(value, words=value.words.cpu(), scales=value.scales.cpu())
-        return Dense(dequantize_packed(cpu))
+        return Dense(dequantize_packed(on_cpu(value)))
     if isinstance(value, Int8):
         return Dense((value.codes * value.scales.unsqueeze(1)).cpu())
     if isinstance(value, Tensor):

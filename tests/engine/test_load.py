@@ -25,7 +25,13 @@ CASES = [
     ("gptq", "int4-g32"),
     ("gptq_v2", "uint4-g32"),
     ("awq", "uint4-g32"),
+    ("compressed-tensors", "fp8-a16"),
+    ("compressed-tensors", "fp8-block-a16"),
+    ("compressed-tensors", "mxfp8-a16"),
+    ("compressed-tensors", "nvfp4-a16"),
+    ("compressed-tensors", "mxfp4-a16"),
 ]
+FLOATS = ("fp8-a16", "fp8-block-a16", "nvfp4-a16", "mxfp4-a16")
 
 
 def check_half(model: engine.engine.Engine, expected: torch.Tensor) -> None:
@@ -52,6 +58,31 @@ def test_packed_weights_run_in_half_precision(family, cache, tmp_path):
     check_half(model, logits_of(reference, IDS))
     written = model.generate([IDS[0].tolist()] * 2, max_new_tokens=6, ignore_eos=True)
     assert written[0].tokens == written[1].tokens
+
+
+@pytest.mark.parametrize("scheme", FLOATS)
+@pytest.mark.parametrize("family", ["llama", "gpt_neox"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_floats_stay_packed_in_half_precision(scheme, family, dtype, tmp_path):
+    reference = quantized(tmp_path, parse_scheme(scheme), family=family)
+    model = engine.load(tmp_path, device="cpu", dtype=dtype)
+    for layer in model.decoder.weights.layers:
+        assert all(isinstance(product.weight, Packed) and product.weight.is_float for product in layer.products)
+    assert not model.decoder.weights.expanded
+    error = (model.logits(IDS.repeat(3, 1)) - logits_of(reference, IDS)).abs().max()
+    assert error < (0.01 if dtype == torch.float16 else 0.08) * logits_of(reference, IDS).abs().max()
+    batch = model.generate([IDS[0].tolist()] * 3, max_new_tokens=6, ignore_eos=True)
+    assert len({completion.tokens for completion in batch}) == 1
+    assert model.generate([IDS[0].tolist()], max_new_tokens=6, ignore_eos=True)[0].tokens == batch[0].tokens
+
+
+def test_every_layer_may_have_a_number_of_its_own(tmp_path):
+    mixed = {"0.self_attn": "nvfp4-a16", "0.mlp": "fp8-a16", "1.self_attn": "int4-g32", "1.mlp": "mxfp4-a16"}
+    reference = quantized(tmp_path, lambda name: parse_scheme(next(mixed[key] for key in mixed if key in name)))
+    model = engine.load(tmp_path, device="cpu", dtype=torch.float16)
+    numbers = [product.weight.variant for layer in model.decoder.weights.layers for product in layer.products]
+    assert numbers == ["fp4", "fp4", "fp8", "fp8", "4", "4", "fp4", "fp4"]
+    check_half(model, logits_of(reference, IDS))
 
 
 def test_every_product_knows_what_the_next_one_reads(tmp_path):
@@ -106,6 +137,17 @@ def test_in_half_precision_int8_meets_int8(scheme, tmp_path):
         assert all(isinstance(product.weight, Int8) for product in layer.products)
     expected = engine.load(tmp_path, device="cpu").logits(IDS)
     # a last bit of an input may turn its code by one, here 0.05 of inputs of about 1: seen, 0.063
+    assert (model.logits(IDS) - expected).abs().mean() < 0.1 * expected.abs().mean()
+
+
+@pytest.mark.parametrize("scheme", ["fp8", "fp8-static", "fp8-block", "mxfp4"])
+def test_in_half_precision_rounded_inputs_meet_floats(scheme, tmp_path):
+    quantized(tmp_path, parse_scheme(scheme))
+    model = engine.load(tmp_path, device="cpu", dtype=torch.float16)
+    products = [product for layer in model.decoder.weights.layers for product in layer.products]
+    assert all(isinstance(product.weight, Packed) and product.linear.inputs is not None for product in products)
+    expected = engine.load(tmp_path, device="cpu").logits(IDS)
+    # an input near the middle of two codes may turn to the other one
     assert (model.logits(IDS) - expected).abs().mean() < 0.1 * expected.abs().mean()
 
 

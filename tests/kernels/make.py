@@ -38,6 +38,21 @@ def make_packed(
     return prepack(make_qtensor(n, k, bits, group_size, symmetric, device), dtype, pair_block)
 
 
+def make_float(
+    scheme: str,
+    n: int,
+    k: int,
+    dtype: torch.dtype = torch.float16,
+    device: str = "cpu",
+    pair_block: int = 16,
+) -> PackedWeight:
+    """A random weight of a scheme of floats, with one row of zeros and one input 50 times larger than the rest."""
+    w = torch.randn(n, k, device=device) * 0.05
+    w[n // 2] = 0
+    w[:, k // 3] *= 50
+    return prepack(round_to_nearest(w, parse_scheme(scheme).weights_only, torch.bfloat16), dtype, pair_block)
+
+
 def make_linear(scheme: str, n: int = 64, k: int = 128) -> tuple[Linear, Tensor]:
     """A linear in half precision with a bias, and its weight in float32; inputs that share a scale have 0.03."""
     kind = parse_scheme(scheme)

@@ -52,7 +52,11 @@ def test_a_source_is_compiled_once_for_each_value_of_the_macros_that_it_names(se
     found = {unit.source: sorted(other.defines for other in units if other.source == unit.source) for unit in units}
     halves = [("LOWBIT_T=__half",), ("LOWBIT_T=__nv_bfloat16",)]
     assert found["row_norm.cu"] == halves
-    assert found["wna16_gemv.cu"] == [(*half, f"LOWBIT_BITS={bits}") for half in halves for bits in (4, 8)]
+    assert found["wna16_gemv.cu"] == [
+        (*half, f"LOWBIT_NUMBER={number}") for half in halves for number in (
+            "Fp4", "Fp8", "Int2", "Int3", "Int4", "Int5", "Int6", "Int7", "Int8"
+        )
+    ]
     assert found["w8a8_cutlass.cu"] == [(*half, f"LOWBIT_TILE={tile}") for half in halves for tile in (0, 1)]
     assert found["gptq_block.cu"] == found["bindings.cpp"] == [()]
     hopper = {"w8a8_cutlass.cu", "w8a8_gemm.cu", "wna16_gemm.cu", "dense_gemv.cu"}

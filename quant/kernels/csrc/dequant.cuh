@@ -1,18 +1,42 @@
 // Exact conversion of codes to half precision: the result is code - zero, an integer that the type represents without
-// rounding. So the only rounding of a product is the tensor core's float32 accumulation.
+// rounding, or a float's value times a power of two. So the only rounding of a product is the tensor core's float32
+// accumulation.
 //
 // A code's bits are placed under a constant exponent: 0x6400 | q is the float16 number 1024 + q, 0x4300 | q the
 // bfloat16 number 128 + q. Subtracting (1024 + zero) is then exact. The trick is from Kim et al., "Who says elephants
 // can't run" (2022); the order of nibbles in a word is ours, and lets one shift serve eight codes.
 #pragma once
 
+#include <type_traits>
+
 #include "ptx.cuh"
 
 namespace lowbit {
 
+// The number types of codes. kName is the variant's in a kernel's name. A float has no zero points, and its weights have
+// a float32 factor per row, which takes back the powers of two of expansion. kByteScales: its scales are bytes, of groups
+// of 16 or 32, and are multiplied with the values exactly.
+// kStream: integers of a width that does not divide a word evenly, in the order of Stream.
+template <int kBits_, bool kFloat_ = false, bool kByteScales_ = false>
+struct Number {
+  static constexpr int kBits = kBits_;
+  static constexpr bool kFloat = kFloat_, kByteScales = kByteScales_;
+  static constexpr bool kStream = kBits != 4 && kBits != 8;
+  static constexpr char kName[] = {kFloat ? 'f' : char('0' + kBits), kFloat ? 'p' : '\0', char('0' + kBits), '\0'};
+};
+using Int2 = Number<2>;
+using Int3 = Number<3>;
+using Int4 = Number<4>;
+using Int5 = Number<5>;
+using Int6 = Number<6>;
+using Int7 = Number<7>;
+using Int8 = Number<8>;
+using Fp4 = Number<4, true, true>;  // e2m1
+using Fp8 = Number<8, true>;        // e4m3
+
 // Converts eight consecutive codes of a row to four registers of two values each, first code in the low half. kWords:
 // number of 32-bit words with the eight codes. Zeros: the row's zero point in the form that `expand` needs.
-template <typename T, int kBits>
+template <typename T, typename Number>
 struct Dequant;
 
 __device__ inline uint32_t bits_of(__half2 value) { return *reinterpret_cast<uint32_t*>(&value); }
@@ -20,9 +44,21 @@ __device__ inline uint32_t bits_of(__nv_bfloat162 value) { return *reinterpret_c
 __device__ inline __half2 as_half2(uint32_t bits) { return *reinterpret_cast<__half2*>(&bits); }
 __device__ inline __nv_bfloat162 as_bfloat162(uint32_t bits) { return *reinterpret_cast<__nv_bfloat162*>(&bits); }
 
+// The products of two pairs of halves.
+template <typename T>
+__device__ inline uint32_t multiply_halves(uint32_t a, uint32_t b);
+template <>
+__device__ inline uint32_t multiply_halves<__half>(uint32_t a, uint32_t b) {
+  return bits_of(__hmul2(as_half2(a), as_half2(b)));
+}
+template <>
+__device__ inline uint32_t multiply_halves<__nv_bfloat16>(uint32_t a, uint32_t b) {
+  return bits_of(__hmul2(as_bfloat162(a), as_bfloat162(b)));
+}
+
 // Nibble order in a word, lowest first: codes 0, 2, 4, 6, 1, 3, 5, 7.
 template <>
-struct Dequant<__half, 4> {
+struct Dequant<__half, Int4> {
   static constexpr int kWords = 1;
   struct Zeros {
     __half2 low, high;  // 1024 + zero; -(64 + zero)
@@ -44,7 +80,7 @@ struct Dequant<__half, 4> {
 
 // bfloat16 has only 7 bits of mantissa: the high nibbles must be shifted down first.
 template <>
-struct Dequant<__nv_bfloat16, 4> {
+struct Dequant<__nv_bfloat16, Int4> {
   static constexpr int kWords = 1;
   struct Zeros {
     __nv_bfloat162 zero;  // -(128 + zero)
@@ -60,7 +96,7 @@ struct Dequant<__nv_bfloat16, 4> {
 
 // Byte order in the two words: codes 0, 1, ..., 7.
 template <>
-struct Dequant<__half, 8> {
+struct Dequant<__half, Int8> {
   static constexpr int kWords = 2;
   struct Zeros {
     __half2 zero;  // 1024 + zero
@@ -77,7 +113,7 @@ struct Dequant<__half, 8> {
 // An 8-bit code does not fit into a bfloat16 mantissa, but code - zero (at most 8 significant bits) is a bfloat16
 // number. So it goes through float32 (2^23 + q, minus 2^23 + zero), and the upper halves are kept without loss.
 template <>
-struct Dequant<__nv_bfloat16, 8> {
+struct Dequant<__nv_bfloat16, Int8> {
   static constexpr int kWords = 2;
   struct Zeros {
     float zero;  // 2^23 + zero
@@ -94,16 +130,151 @@ struct Dequant<__nv_bfloat16, 8> {
   }
 };
 
-// The products of two pairs of halves.
-template <typename T>
-__device__ inline uint32_t multiply_halves(uint32_t a, uint32_t b);
+// Integers of 2, 3, 5, 6 or 7 bits: kBits words hold the codes of two blocks of 32 inputs of both rows of a lane, that
+// is 16 pairs of adjacent inputs: of block, row, then input. Each half of a word has 16 / kBits codes, lowest first, one
+// of each pair. The bits that are left over hold one bit of the last pairs each: word j has bit j.
+template <typename T, int kBits>
+struct Stream {
+  static constexpr bool kIsHalf = std::is_same_v<T, __half>;
+  static constexpr int kMantissa = kIsHalf ? 10 : 7, kBias = kIsHalf ? 15 : 127;
+  static constexpr int kFields = 16 / kBits;               // of a half of a word
+  static constexpr int kInPlace = kMantissa / kBits;       // codes in a mantissa at once: 2^kMantissa + 2^p q
+  static constexpr int kSpare = 16 - kFields * kBits;      // pairs in the bits that are left over
+  static constexpr uint32_t kTwice = 0x10001;
+  static constexpr uint32_t kMagic = ((kBias + kMantissa) << kMantissa) * kTwice;
+
+  // Codes from their places, p bits up in the mantissa, as code - zero: all steps are exact.
+  __device__ static uint32_t centered(uint32_t bits, int p, uint32_t zero) {
+    const uint32_t away = (0x8000 | (kBias + kMantissa - p) << kMantissa | zero << p) * kTwice;  // -(2^(M - p) + zero)
+    const uint32_t unit = ((kBias - p) << kMantissa) * kTwice;                                   // 2^-p
+    if constexpr (kIsHalf)
+      return bits_of(p == 0 ? __hadd2(as_half2(bits), as_half2(away))
+                            : __hfma2(as_half2(bits), as_half2(unit), as_half2(away)));
+    else
+      return bits_of(p == 0 ? __hadd2(as_bfloat162(bits), as_bfloat162(away))
+                            : multiply_add(as_bfloat162(bits), as_bfloat162(unit), as_bfloat162(away)));
+  }
+
+  // zeros: of both blocks' rows. values: of block, row and pair.
+  __device__ static void expand(const uint32_t (&words)[kBits], const uint32_t (&zeros)[2][2],
+                                uint32_t (&values)[2][2][4]) {
+#pragma unroll
+    for (int pair = 0; pair < 16; ++pair) {
+      const uint32_t zero = zeros[pair / 8][pair / 4 % 2];
+      uint32_t& value = values[pair / 8][pair / 4 % 2][pair % 4];
+      if (pair < kBits * kFields) {
+        const int field = pair % kFields, p = field % kInPlace * kBits;
+        const uint32_t word = words[pair / kFields] >> (field / kInPlace * kInPlace * kBits);
+        value = centered(and_or(word, (((1 << kBits) - 1) << p) * kTwice, kMagic), p, zero);
+      } else {
+        uint32_t bits = kMagic;
+#pragma unroll
+        for (int j = 0; j < kBits; ++j)
+          bits = and_or(words[j] >> (kFields * kBits + pair - kBits * kFields - j), kTwice << j, bits);
+        value = centered(bits, 0, zero);
+      }
+    }
+  }
+};
+
+// A stream's zero point is an integer; it has no expansion of eight codes alone.
+template <typename T, typename Number>
+struct Dequant {
+  static constexpr int kWords = 0;
+  __device__ static uint32_t zeros_of(uint32_t zero) { return zero; }
+  template <typename Zeros>
+  __device__ static void expand(const uint32_t*, const Zeros&, uint32_t (&)[4]) {}
+};
+
+struct NoZeros {};
+
+// e4m3. Sign, exponent and mantissa are moved under a half's exponent as they are, which divides the value by a power of
+// two (subnormals included): 2^8 for float16. Byte order in a word: codes 2, 0, 3, 1, so that the upper bytes of both
+// halves are a pair in place.
 template <>
-__device__ inline uint32_t multiply_halves<__half>(uint32_t a, uint32_t b) {
-  return bits_of(__hmul2(as_half2(a), as_half2(b)));
+struct Dequant<__half, Fp8> {
+  static constexpr int kWords = 2;
+  using Zeros = NoZeros;
+  __device__ static Zeros zeros_of(uint32_t) { return {}; }
+  __device__ static uint32_t upper_bytes(uint32_t word) {
+    return and_or(word, 0x80008000u, word >> 1 & 0x3f803f80u);
+  }
+  __device__ static void expand(const uint32_t* words, const Zeros&, uint32_t (&values)[4]) {
+    for (int i = 0; i < 2; ++i) {
+      values[2 * i] = upper_bytes(words[i]);
+      values[2 * i + 1] = upper_bytes(words[i] << 8);
+    }
+  }
+};
+
+// 2^120 for bfloat16, of which a product takes 2^112 back: sums would be subnormal.
+template <>
+struct Dequant<__nv_bfloat16, Fp8> {
+  static constexpr int kWords = 2;
+  using Zeros = NoZeros;
+  __device__ static Zeros zeros_of(uint32_t) { return {}; }
+  __device__ static uint32_t upper_bytes(uint32_t word) {
+    return multiply_halves<__nv_bfloat16>(and_or(word, 0x80008000u, word >> 4 & 0x07f007f0u), 0x77807780u);
+  }
+  __device__ static void expand(const uint32_t* words, const Zeros&, uint32_t (&values)[4]) {
+    for (int i = 0; i < 2; ++i) {
+      values[2 * i] = upper_bytes(words[i]);
+      values[2 * i + 1] = upper_bytes(words[i] << 8);
+    }
+  }
+};
+
+// e2m1, in the same way: divided by 2^14 for float16, 2^126 for bfloat16. Each half of a word has the magnitudes of its
+// four codes in bits 9 to 11, 6 to 8, 3 to 5 and 0 to 2, and their signs in bits 15, 12, 14 and 13: for float16 the first
+// is in place, and one shift serves both parts of the second. Codes 0, 2, 4, 6 are in the low half.
+template <>
+struct Dequant<__half, Fp4> {
+  static constexpr int kWords = 1;
+  using Zeros = NoZeros;
+  __device__ static Zeros zeros_of(uint32_t) { return {}; }
+  __device__ static void expand(const uint32_t* words, const Zeros&, uint32_t (&values)[4]) {
+    const uint32_t word = words[0];
+    values[0] = word & 0x8e008e00u;
+    values[1] = word << 3 & 0x8e008e00u;
+    values[2] = and_or(word << 1, 0x80008000u, word << 6 & 0x0e000e00u);
+    values[3] = and_or(word << 2, 0x80008000u, word << 9 & 0x0e000e00u);
+  }
+};
+
+template <>
+struct Dequant<__nv_bfloat16, Fp4> {
+  static constexpr int kWords = 1;
+  using Zeros = NoZeros;
+  __device__ static Zeros zeros_of(uint32_t) { return {}; }
+  __device__ static void expand(const uint32_t* words, const Zeros&, uint32_t (&values)[4]) {
+    const uint32_t word = words[0], up = word << 3;
+    values[0] = and_or(word, 0x80008000u, word >> 3 & 0x01c001c0u);
+    values[1] = and_or(up, 0x80008000u, word & 0x01c001c0u);
+    values[2] = and_or(word << 1, 0x80008000u, up & 0x01c001c0u);
+    values[3] = and_or(word << 2, 0x80008000u, word << 6 & 0x01c001c0u);
+  }
+};
+
+// Byte `place` of the scales of an Fp4 weight, twice: an unsigned float with 5 bits of exponent and 3 of mantissa, the
+// upper bits of a float16. For bfloat16 it is multiplied by 2^112, which leaves 2^-14 of the value's 2^-126, as for
+// float16. The product with a value has 6 significant bits at most, and is exact for scales from 2^-6 on, and for powers
+// of two from 2^-9 on: row_scaled.py makes no others.
+template <typename T>
+__device__ inline uint32_t byte_scale(uint32_t bytes, int place);
+template <>
+__device__ inline uint32_t byte_scale<__half>(uint32_t bytes, int place) {
+  return __byte_perm(bytes, 0, 0x4040 + 0x0101 * place) << 7;
 }
 template <>
-__device__ inline uint32_t multiply_halves<__nv_bfloat16>(uint32_t a, uint32_t b) {
-  return bits_of(__hmul2(as_bfloat162(a), as_bfloat162(b)));
+__device__ inline uint32_t byte_scale<__nv_bfloat16>(uint32_t bytes, int place) {
+  return (__byte_perm(bytes, 0, 0x4040 + 0x0101 * place) << 4) + 0x70007000u;
+}
+
+// Values of a row times such a scale.
+template <typename T>
+__device__ inline void scale_by_byte(uint32_t bytes, int place, uint32_t (&values)[4]) {
+  const uint32_t scale = byte_scale<T>(bytes, place);
+  for (int i = 0; i < 4; ++i) values[i] = multiply_halves<T>(values[i], scale);
 }
 
 __device__ inline float to_float(__half value) { return __half2float(value); }

@@ -36,6 +36,20 @@ __device__ inline uint4 read_once(const uint4* pointer) {
   return value;
 }
 
+// The same for 8 bytes.
+__device__ inline uint2 read_once(const uint2* pointer) {
+  uint2 value;
+#if __CUDA_ARCH__ >= 800
+  constexpr uint64_t policy = 0x12F0000000000000;
+  asm volatile("ld.global.nc.L1::no_allocate.L2::cache_hint.v2.u32 {%0,%1}, [%2], %3;"
+               : "=r"(value.x), "=r"(value.y)
+               : "l"(pointer), "l"(policy));
+#else
+  asm volatile("ld.global.nc.L1::no_allocate.v2.u32 {%0,%1}, [%2];" : "=r"(value.x), "=r"(value.y) : "l"(pointer));
+#endif
+  return value;
+}
+
 // 16 bytes of global or shared memory, through L1. Volatile for the same reason.
 __device__ inline uint4 read_cached(const void* pointer) {
   uint4 value;
@@ -76,6 +90,11 @@ __device__ inline uint32_t and_or(uint32_t value, uint32_t mask, uint32_t bits) 
   uint32_t result;
   asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(result) : "r"(value), "r"(mask), "r"(bits));
   return result;
+}
+
+// a * b + c, rounded once. The CPU has none for this type.
+__device__ inline __nv_bfloat162 multiply_add(__nv_bfloat162 a, __nv_bfloat162 b, __nv_bfloat162 c) {
+  return __hfma2(a, b, c);
 }
 
 // The larger number, or NaN if one is NaN: fmaxf would return the other.

@@ -19,7 +19,7 @@ struct Wna16Args {
   LOWBIT_STRUCT(Wna16Args);
   FIELD(const void*, x);            // (m, k), k a multiple of 128: the caller pads it with zeros
   FIELD(const void*, words);        // (tiles, chunks, 16 x 128 codes)
-  FIELD(const void*, scales);       // (tiles, scale_rows, 8, groups per chunk, 2)
+  FIELD(const void*, scales);       // (tiles, scale_rows, 8, groups per chunk, 2), T or bytes; of no rows: null
   FIELD(const void*, zeros);        // the same shape in uint8, or null: symmetric
   FIELD(const void*, bias);         // (n) or null
   FIELD(const void*, residual);     // (m, n) or null: added after the activation
@@ -57,6 +57,7 @@ struct Wna16Args {
   FIELD(const void*, next_norm);   // (n) the weight of the norm of y, or null; n is a multiple of 64
   FIELD(void*, z);                 // (m, n) y * next_norm
   FIELD(float*, squares);          // (m, n / 16)
+  FIELD(const float*, factors);    // (tiles, 8, 2) of the sums of a float's rows, null for integers
 };
 
 }  // namespace lowbit

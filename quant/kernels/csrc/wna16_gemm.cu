@@ -1,4 +1,4 @@
-// Compiled once per (T, bits): LOWBIT_T and LOWBIT_BITS come from units.py. Code for sm_90a alone; empty elsewhere.
+// Compiled once per (T, number): LOWBIT_T and LOWBIT_WHOLE come from units.py. Code for sm_90a alone; empty elsewhere.
 //
 // Design. W is the left operand of wgmma, dequantized in registers; x, up to 64 rows, is the right one, in shared
 // memory. So a weight is expanded once for any number of rows of x, and the tensor cores run at full rate. With more
@@ -24,7 +24,7 @@ namespace lowbit {
 struct Wna16GemmLaunch {
   LOWBIT_STRUCT(Wna16GemmLaunch);
   FIELD(int, device);
-  FIELD(int, groups_per_chunk);  // 1, 2 or 4: scales per row in 128 inputs
+  FIELD(int, groups_per_chunk);  // scales per row in 128 inputs; 0: a float with its factors alone
   FIELD(int, warpgroups);        // multiplying warpgroups, with 64 rows of W each: 2 to 4, or 2 to 3 above 64 rows of x
   FIELD(int, cluster);           // blocks that split k
   FIELD(bool, dependent);        // launched with programmatic dependent launch
@@ -32,10 +32,11 @@ struct Wna16GemmLaunch {
 
 namespace {
 
-template <typename T_, int kBits_, bool kZeros_, int kGroups_, bool kChannel_, int kColumns_, int kWarpgroups_>
+template <typename T_, typename Number_, bool kZeros_, int kGroups_, bool kChannel_, int kColumns_, int kWarpgroups_>
 struct Shape {
   using T = T_;
-  static constexpr int kBits = kBits_;
+  using Number = Number_;
+  static constexpr int kBits = Number::kBits;
   static constexpr int kGroups = kGroups_;          // scales per row and chunk
   static constexpr bool kChannel = kChannel_;       // one scale per row: applied to the sums
   static constexpr int kColumns = kColumns_;        // rows of x per block, padded
@@ -52,7 +53,9 @@ struct Shape {
   // words, then scales and zeros, of kSlotChunks chunks.
   static constexpr int kRingBytes = kColumns == 128 ? 6144 : 8192;
   static constexpr int kSlotChunks = (kColumns == 128 ? 8 : 16) / kBits;
-  static constexpr int kScaleBytes = kChannel ? 0 : 32 * kGroups;
+  static constexpr int kSides = Number::kByteScales ? 2 : kGroups;  // words of a lane's scales
+  static constexpr int kScaleRowBytes = (Number::kByteScales ? 16 : 32) * kGroups;
+  static constexpr int kScaleBytes = kChannel ? 0 : kScaleRowBytes;
   static constexpr int kZeroBytes = kZeros_ ? 16 * kGroups : 0;
   static constexpr int kScalesAt = kSlotChunks * kChunkBytes;
   static constexpr int kZerosAt = kScalesAt + kSlotChunks * kScaleBytes;
@@ -115,8 +118,8 @@ __device__ int first_row() {
 // A lane's scales and zeros of one chunk.
 template <typename S>
 struct Sides {
-  uint32_t scales[S::kGroups];  // rows g and g + 8
-  uint16_t zeros[S::kGroups];
+  uint32_t scales[S::kSides];  // rows g and g + 8; bytes: of each block of 32 inputs
+  uint16_t zeros[S::kSides];
 };
 
 // One warp's rows of W: a ring that the warp's first lane keeps full.
@@ -135,7 +138,7 @@ struct WeightStream {
     // The last group of tiles may extend beyond the last tile: it then reads that one again, and stores nothing.
     const int64_t tile = min(static_cast<int>(blockIdx.y) * S::kTiles + warp, args.tiles - 1);
     words = static_cast<const uint8_t*>(args.words) + (tile * args.chunks + share.first) * S::kChunkBytes;
-    scales = static_cast<const uint8_t*>(args.scales) + tile * args.scale_rows * (32 * S::kGroups);
+    scales = static_cast<const uint8_t*>(args.scales) + tile * args.scale_rows * S::kScaleRowBytes;
     zeros = static_cast<const uint8_t*>(args.zeros) + tile * args.scale_rows * S::kZeroBytes;
     next = lane == 0 ? share.first : share.end;
     end = share.end;
@@ -173,6 +176,13 @@ struct WeightStream {
 #pragma unroll
     for (int load = 0; load < S::kLoads; ++load)
       lane_words[load] = read_shared<uint4>(slot + index * S::kChunkBytes + load * 512 + lane * 16);
+    if (S::Number::kByteScales) {
+      const uint32_t place = S::kGroups == 8 ? lane / 4 * 16 + lane % 4 / 2 * 8 : lane / 4 * 8;
+#pragma unroll
+      for (int i = 0; i < 2; ++i)
+        sides.scales[i] = read_shared<uint32_t>(slot + S::kScalesAt + row * S::kScaleBytes + place + i * 4);
+      return;
+    }
     const uint32_t side = lane / 4 * S::kGroups;
 #pragma unroll
     for (int group = 0; group < S::kGroups; ++group) {
@@ -189,8 +199,12 @@ struct WeightStream {
     turn.next();
   }
 
-  // The two scales of a lane's rows if W has one per row, otherwise 1.
-  __device__ float2 channel_scales() const {
+  // The two scales of a lane's rows if W has one per row, or their factors, otherwise 1.
+  __device__ float2 channel_scales(const Wna16Args& args) const {
+    if (S::Number::kFloat) {
+      const int tile = min(static_cast<int>(blockIdx.y * S::kTiles + threadIdx.x / 32), args.tiles - 1);
+      return __ldg(reinterpret_cast<const float2*>(args.factors) + tile * 8 + threadIdx.x % 32 / 4);
+    }
     if (!S::kChannel) return make_float2(1.f, 1.f);
     const auto* pair = reinterpret_cast<const typename S::T*>(scales) + threadIdx.x % 32 / 4 * 2;
     return make_float2(to_float(pair[0]), to_float(pair[1]));
@@ -268,7 +282,7 @@ struct XProducer {
 template <typename S>
 __device__ void expand_block(const uint4 (&lane_words)[S::kLoads], const Sides<S>& sides, int block,
                              uint32_t (*a)[4]) {
-  using D = Dequant<typename S::T, S::kBits>;
+  using D = Dequant<typename S::T, typename S::Number>;
   constexpr int kBlocksPerLoad = 8 / S::kBits;
   const int group = block * S::kGroups / 4;
   const uint32_t* words = reinterpret_cast<const uint32_t*>(&lane_words[block / kBlocksPerLoad]) +
@@ -278,7 +292,8 @@ __device__ void expand_block(const uint4 (&lane_words)[S::kLoads], const Sides<S
     const uint32_t zero = S::kZeroBytes > 0 ? sides.zeros[group] >> (8 * half) & 0xff : 1u << (S::kBits - 1);
     uint32_t values[4];
     D::expand(words + half * D::kWords, D::zeros_of(zero), values);
-    if (!S::kChannel) {
+    if (S::Number::kByteScales) scale_by_byte<typename S::T>(sides.scales[block / 2], block % 2 * 2 + half, values);
+    else if (!S::kChannel) {
       const uint32_t scale = __byte_perm(sides.scales[group], 0, half ? 0x3232 : 0x1010);
 #pragma unroll
       for (int i = 0; i < 4; ++i) values[i] = multiply_halves<typename S::T>(values[i], scale);
@@ -431,7 +446,7 @@ __global__ void __launch_bounds__(S::kThreads, 1) wna16_gemm_kernel(const __grid
   ask_for_next_weight<S>(args);
   float* partial = reinterpret_cast<float*>(smem);
   named_sync(1, S::kConsumers);  // no warp reads the rings any more
-  store_partial<S>(args, sums, stream.channel_scales(), partial);
+  store_partial<S>(args, sums, stream.channel_scales(args), partial);
   finish_group<S>(args, partial);
 #endif
 }
@@ -451,47 +466,47 @@ cudaError_t launch_shape(const Wna16Args& args, const Wna16GemmLaunch& launch, c
   return launch_kernel(wna16_gemm_kernel<S>, plan, args);
 }
 
-template <typename T, int kBits, bool kZeros, int kGroups, bool kChannel>
+template <typename T, typename Number, bool kZeros, int kGroups, bool kChannel>
 cudaError_t launch_columns(const Wna16Args& args, const Wna16GemmLaunch& launch, cudaStream_t stream) {
   const int columns = args.m <= 16 ? 16 : args.m <= 32 ? 32 : args.m <= 64 ? 64 : 128;
   switch (columns * 10 + launch.warpgroups) {
-    case 162: return launch_shape<Shape<T, kBits, kZeros, kGroups, kChannel, 16, 2>>(args, launch, stream);
-    case 163: return launch_shape<Shape<T, kBits, kZeros, kGroups, kChannel, 16, 3>>(args, launch, stream);
-    case 164: return launch_shape<Shape<T, kBits, kZeros, kGroups, kChannel, 16, 4>>(args, launch, stream);
-    case 322: return launch_shape<Shape<T, kBits, kZeros, kGroups, kChannel, 32, 2>>(args, launch, stream);
-    case 323: return launch_shape<Shape<T, kBits, kZeros, kGroups, kChannel, 32, 3>>(args, launch, stream);
-    case 324: return launch_shape<Shape<T, kBits, kZeros, kGroups, kChannel, 32, 4>>(args, launch, stream);
-    case 642: return launch_shape<Shape<T, kBits, kZeros, kGroups, kChannel, 64, 2>>(args, launch, stream);
-    case 643: return launch_shape<Shape<T, kBits, kZeros, kGroups, kChannel, 64, 3>>(args, launch, stream);
-    case 644: return launch_shape<Shape<T, kBits, kZeros, kGroups, kChannel, 64, 4>>(args, launch, stream);
-    case 1282: return launch_shape<Shape<T, kBits, kZeros, kGroups, kChannel, 128, 2>>(args, launch, stream);
-    case 1283: return launch_shape<Shape<T, kBits, kZeros, kGroups, kChannel, 128, 3>>(args, launch, stream);
+    case 162: return launch_shape<Shape<T, Number, kZeros, kGroups, kChannel, 16, 2>>(args, launch, stream);
+    case 163: return launch_shape<Shape<T, Number, kZeros, kGroups, kChannel, 16, 3>>(args, launch, stream);
+    case 164: return launch_shape<Shape<T, Number, kZeros, kGroups, kChannel, 16, 4>>(args, launch, stream);
+    case 322: return launch_shape<Shape<T, Number, kZeros, kGroups, kChannel, 32, 2>>(args, launch, stream);
+    case 323: return launch_shape<Shape<T, Number, kZeros, kGroups, kChannel, 32, 3>>(args, launch, stream);
+    case 324: return launch_shape<Shape<T, Number, kZeros, kGroups, kChannel, 32, 4>>(args, launch, stream);
+    case 642: return launch_shape<Shape<T, Number, kZeros, kGroups, kChannel, 64, 2>>(args, launch, stream);
+    case 643: return launch_shape<Shape<T, Number, kZeros, kGroups, kChannel, 64, 3>>(args, launch, stream);
+    case 644: return launch_shape<Shape<T, Number, kZeros, kGroups, kChannel, 64, 4>>(args, launch, stream);
+    case 1282: return launch_shape<Shape<T, Number, kZeros, kGroups, kChannel, 128, 2>>(args, launch, stream);
+    case 1283: return launch_shape<Shape<T, Number, kZeros, kGroups, kChannel, 128, 3>>(args, launch, stream);
     default: return cudaErrorInvalidValue;
   }
 }
 
-template <typename T, int kBits, bool kZeros>
+template <typename T, typename Number, bool kZeros, int... kGroups>
 cudaError_t launch_groups(const Wna16Args& args, const Wna16GemmLaunch& launch, cudaStream_t stream) {
-  if constexpr (!kZeros)
-    if (args.scale_shift == kChannelShift) return launch_columns<T, kBits, kZeros, 1, true>(args, launch, stream);
-  switch (launch.groups_per_chunk) {
-    case 1: return launch_columns<T, kBits, kZeros, 1, false>(args, launch, stream);
-    case 2: return launch_columns<T, kBits, kZeros, 2, false>(args, launch, stream);
-    case 4: return launch_columns<T, kBits, kZeros, 4, false>(args, launch, stream);
-    default: return cudaErrorInvalidValue;
-  }
+  if constexpr (!kZeros && !Number::kByteScales)
+    if (args.scale_shift == kChannelShift) return launch_columns<T, Number, kZeros, 1, true>(args, launch, stream);
+  cudaError_t error = cudaErrorInvalidValue;
+  (void)((launch.groups_per_chunk == kGroups &&
+          (error = launch_columns<T, Number, kZeros, kGroups, false>(args, launch, stream), true)) || ...);
+  return error;
 }
 
 }  // namespace
 
 // Needs code built for sm_90a (extension.reason_against_90a checks it): elsewhere the kernel is empty or missing.
-template <typename T, int kBits>
+template <typename T, typename Number>
 cudaError_t launch_wna16_gemm(const Wna16Args& args, const Wna16GemmLaunch& launch, cudaStream_t stream) {
-  return args.zeros == nullptr ? launch_groups<T, kBits, false>(args, launch, stream)
-                               : launch_groups<T, kBits, true>(args, launch, stream);
+  if constexpr (Number::kByteScales) return launch_groups<T, Number, false, 4, 8>(args, launch, stream);
+  else if constexpr (Number::kFloat) return launch_groups<T, Number, false, 1, 4>(args, launch, stream);
+  else return args.zeros == nullptr ? launch_groups<T, Number, false, 1, 2, 4>(args, launch, stream)
+                                    : launch_groups<T, Number, true, 1, 2, 4>(args, launch, stream);
 }
 
-const Kernel wna16_gemm("wna16_gemm", {name_of<LOWBIT_T>, std::to_string(LOWBIT_BITS)},
-                        launch_wna16_gemm<LOWBIT_T, LOWBIT_BITS>);
+const Kernel wna16_gemm("wna16_gemm", {name_of<LOWBIT_T>, LOWBIT_WHOLE::kName},
+                        launch_wna16_gemm<LOWBIT_T, LOWBIT_WHOLE>);
 
 }  // namespace lowbit

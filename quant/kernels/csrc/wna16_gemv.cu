@@ -1,4 +1,4 @@
-// Compiled once per (T, bits): LOWBIT_T and LOWBIT_BITS come from units.py, so that the four build in parallel.
+// Compiled once per (T, number): LOWBIT_T and LOWBIT_NUMBER come from units.py, so that they build in parallel.
 //
 // Design. W's rows are the 16 rows of mma.m16n8k16's A operand, and x's rows its 8 columns, so that 1 to 8 rows of x
 // cost the same. Each warp streams its own chunks (16 rows x 128 inputs) from global memory into registers, with a
@@ -21,7 +21,7 @@ namespace lowbit {
 struct Wna16GemvLaunch {
   LOWBIT_STRUCT(Wna16GemvLaunch);
   FIELD(int, device);
-  FIELD(int, groups_per_chunk);  // 1, 2 or 4: scales per row in 128 inputs
+  FIELD(int, groups_per_chunk);  // scales per row in 128 inputs; 0: a float with its factors alone
   FIELD(int, row_tiles);         // tiles that a warp multiplies per read of x
   FIELD(int, row_warps);         // warps of a block along n, a power of two
   FIELD(int, k_warps);           // warps of a block that split k
@@ -38,16 +38,21 @@ namespace {
 // Least bytes of codes per warp for a prefetch into L2, beyond its registers, while it waits.
 constexpr int kLongShare = 32 << 10;
 
-template <typename T_, int kBits_, bool kZeros_, int kGroups_, int kRowTiles_, int kColBlocks_, int kRoom_ = 16>
+template <typename T_, typename Number_, bool kZeros_, int kGroups_, int kRowTiles_, int kColBlocks_, int kRoom_ = 16>
 struct Shape {
   using T = T_;
-  static constexpr int kBits = kBits_;
+  using Number = Number_;
+  static constexpr int kBits = Number::kBits;
   static constexpr bool kZeros = kZeros_;
   static constexpr int kGroups = kGroups_;        // scales per row and chunk
+  static constexpr bool kScaledSums = kGroups > 0 && !Number::kByteScales;
+  static constexpr int kSides = Number::kByteScales ? 2 : kGroups > 0 ? kGroups : 1;  // words of a lane's scales
   static constexpr int kRowTiles = kRowTiles_;    // tiles per warp
   static constexpr int kColBlocks = kColBlocks_;  // blocks of 8 rows of x
-  static constexpr int kLoads = kBits / 2;        // 16-byte loads per lane and chunk
-  static constexpr int kChunkBytes = kLoads * 512;
+  static constexpr bool kStream = Number::kStream;
+  static constexpr int kLoads = (kBits + 1) / 2;  // 16-byte loads per lane and chunk; of odd bits the last is half
+  static constexpr int kChunkBytes = kBits * 256;
+  static constexpr int kChunkVectors = kChunkBytes / 16;
   static constexpr bool kCrowded = kRoom_ > 16;  // more warps, each with less of W in flight
   static constexpr int kMaxThreads = kCrowded ? 384 : 256;
   // Loads of W in flight per lane: the most that fit in 128 registers, or 80, with x and the sums.
@@ -83,14 +88,14 @@ __device__ Share share_of(const Wna16Args& args) {
 template <typename S>
 struct Chunk {
   uint4 words[S::kLoads];
-  uint32_t scales[S::kGroups];  // rows g and g + 8
-  uint16_t zeros[S::kGroups];
+  uint32_t scales[S::kSides];  // rows g and g + 8; bytes: of each block of 32 inputs
+  uint16_t zeros[S::kSides];
 };
 
 // Reads a warp's chunks of one tile in order. Pointers are the lane's own. `words` is at the next chunk to read:
 // computed anew for each chunk, its address would cost a tenth of the loop's instructions.
 template <typename S>
-struct Stream {
+struct WeightStream {
   const uint4* words;
   const uint32_t* scales;
   const uint16_t* zeros;
@@ -99,21 +104,37 @@ struct Stream {
     // The last group of tiles may extend beyond the last tile: it then reads that one again, and stores nothing.
     tile = min(tile, args.tiles - 1);
     const int64_t first = static_cast<int64_t>(tile) * args.chunks + chunk;
-    words = static_cast<const uint4*>(args.words) + first * (S::kLoads * 32) + lane;
+    words = static_cast<const uint4*>(args.words) + first * S::kChunkVectors + lane;
     const int64_t side = (static_cast<int64_t>(tile) * args.scale_rows * 8 + lane / 4) * S::kGroups;
     scales = static_cast<const uint32_t*>(args.scales) + side;
+    if (S::Number::kByteScales)  // two groups to a word, and of groups of 16 the first of each block before the second
+      scales = static_cast<const uint32_t*>(args.scales) + side / 2 + (S::kGroups == 8 ? lane % 4 / 2 * 2 : 0);
     zeros = static_cast<const uint16_t*>(args.zeros) + side;
   }
 
-  __device__ void read_words(int load, Chunk<S>& into) const { into.words[load] = read_once(words + load * 32); }
+  __device__ void read_words(int load, Chunk<S>& into) const {
+    if (load < S::kBits / 2) {
+      into.words[load] = read_once(words + load * 32);
+      return;
+    }
+    const uint2 half = read_once(reinterpret_cast<const uint2*>(words + load * 32 - threadIdx.x) + threadIdx.x);
+    into.words[load].x = half.x;
+    into.words[load].y = half.y;
+  }
 
-  __device__ void skip(int chunks) { words += chunks * (S::kLoads * 32); }
+  __device__ void skip(int chunks) { words += chunks * S::kChunkVectors; }
 
   __device__ void prefetch(int ahead) const {
-    if (threadIdx.x == 0) prefetch_bulk(words + ahead * (S::kLoads * 32), S::kChunkBytes);
+    if (threadIdx.x == 0) prefetch_bulk(words + ahead * S::kChunkVectors, S::kChunkBytes);
   }
 
   __device__ void read_sides(int chunk, int shift, Chunk<S>& into) const {
+    if (S::Number::kByteScales) {
+      const uint2 pair = __ldg(reinterpret_cast<const uint2*>(scales + chunk * (4 * S::kGroups)));
+      into.scales[0] = pair.x;
+      into.scales[S::kSides - 1] = pair.y;
+      return;
+    }
     const int row = (chunk >> shift) * (8 * S::kGroups);
 #pragma unroll
     for (int group = 0; group < S::kGroups; ++group) {
@@ -189,6 +210,10 @@ __device__ void stage_x(const Wna16Args& args, int begin, int end, uint8_t* x_sm
 template <typename S>
 using Sums = float[S::kRowTiles][S::kColBlocks][4];
 
+// The chains of sums without scales, added at the end of the loop.
+template <typename S>
+using ChainSums = Sums<S>[S::kChains];
+
 template <typename S>
 using Chunks = Chunk<S>[S::kRowTiles];
 
@@ -203,7 +228,22 @@ template <typename S>
 __device__ auto zeros_of(const Chunk<S>& chunk, int group, int half) {
   int zero = 1 << (S::kBits - 1);
   if (S::kZeros) zero = chunk.zeros[group] >> (8 * half) & 0xff;
-  return Dequant<typename S::T, S::kBits>::zeros_of(zero);
+  return Dequant<typename S::T, typename S::Number>::zeros_of(zero);
+}
+
+// The values of a stream's two blocks: of block, row g or g + 8, and pair of inputs.
+using TwoBlocks = uint32_t[2][2][4];
+
+// Expands blocks `block` and `block` + 1 of a stream.
+template <typename S>
+__device__ void expand_two(const Chunk<S>& chunk, int block, TwoBlocks& values) {
+  uint32_t words[S::kBits], zeros[2][2];
+#pragma unroll
+  for (int j = 0; j < S::kBits; ++j)
+    words[j] = reinterpret_cast<const uint32_t*>(chunk.words)[block / 2 * S::kBits + j];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) zeros[i / 2][i % 2] = zeros_of<S>(chunk, (block + i / 2) * S::kGroups / 4, i % 2);
+  Stream<typename S::T, S::kBits>::expand(words, zeros, values);
 }
 
 // The lane's 8 inputs of a block of x for each 8 columns, in the order that expand() gives the weights.
@@ -232,15 +272,14 @@ struct LaneX {
   }
 };
 
-// even + odd += (codes - zeros) x for 16 rows and 32 inputs; `words` has row g's codes, then row g + 8's. even and odd
-// may be the same; if not, their tensor instructions do not wait for each other.
-template <typename S, typename Zeros>
-__device__ void multiply_block(const uint32_t* words, const Zeros (&zeros)[2], const XBlock<S>& x,
-                               float (&even)[S::kColBlocks][4], float (&odd)[S::kColBlocks][4]) {
-  using D = Dequant<typename S::T, S::kBits>;
-  uint32_t top[4], bottom[4];
-  D::expand(words, zeros[0], top);
-  D::expand(words + D::kWords, zeros[1], bottom);
+// Sums of a tile.
+template <typename S>
+using TileSums = float[S::kColBlocks][4];
+
+// even + odd += values x for 16 rows and 32 inputs: of rows g, then of rows g + 8.
+template <typename S>
+__device__ void multiply_values(const uint32_t (&top)[4], const uint32_t (&bottom)[4], const XBlock<S>& x,
+                                TileSums<S>& even, TileSums<S>& odd) {
   const uint32_t first[4] = {top[0], bottom[0], top[1], bottom[1]};
   const uint32_t second[4] = {top[2], bottom[2], top[3], bottom[3]};
 #pragma unroll
@@ -250,18 +289,37 @@ __device__ void multiply_block(const uint32_t* words, const Zeros (&zeros)[2], c
   }
 }
 
-// sums += scale * (codes - zeros) x for one chunk; the scale is applied in float32 once a group is summed. The
-// registers of each load are refilled as soon as they were used, from the streams' next chunk.
+// even + odd += (codes - zeros) x for 16 rows and 32 inputs; `words` has row g's codes, then row g + 8's. even and odd
+// may be the same; if not, their tensor instructions do not wait for each other. `scales`: the chunk's, of bytes.
+template <typename S, typename Zeros>
+__device__ void multiply_block(const uint32_t* words, const Zeros (&zeros)[2], const uint32_t (&scales)[S::kSides],
+                               int block, const XBlock<S>& x, TileSums<S>& even, TileSums<S>& odd) {
+  using D = Dequant<typename S::T, typename S::Number>;
+  uint32_t top[4], bottom[4];
+  D::expand(words, zeros[0], top);
+  D::expand(words + D::kWords, zeros[1], bottom);
+  if constexpr (S::Number::kByteScales) {
+    const uint32_t pair = scales[block / 2];
+    scale_by_byte<typename S::T>(pair, block % 2 * 2, top);
+    scale_by_byte<typename S::T>(pair, block % 2 * 2 + 1, bottom);
+  }
+  multiply_values<S>(top, bottom, x, even, odd);
+}
+
+// sums += scale * (codes - zeros) x for one chunk; the scale is applied in float32 once a group is summed, to the first
+// chain of sums. The registers of each load are refilled as soon as they were used, from the streams' next chunk.
 template <typename S>
-__device__ void multiply_chunk(Chunks<S>& chunks, const Stream<S>* streams, bool refill, const LaneX<S>& lane_x,
-                               Sums<S>& sums) {
-  using D = Dequant<typename S::T, S::kBits>;
-  constexpr int kBlocks = kChunkK / 32 / S::kGroups;  // blocks of 32 inputs in a group
-  constexpr int kBlocksPerLoad = 8 / S::kBits;        // blocks with codes in a lane's 16 bytes
+__device__ void multiply_chunk(Chunks<S>& chunks, const WeightStream<S>* streams, bool refill, const LaneX<S>& lane_x,
+                               ChainSums<S>& sums) {
+  using D = Dequant<typename S::T, typename S::Number>;
+  constexpr int kGroups = S::kScaledSums ? S::kGroups : 1;
+  constexpr int kBlocks = kChunkK / 32 / kGroups;  // blocks of 32 inputs in a group
+  constexpr int kBlocksPerLoad = 8 / S::kBits;     // blocks with codes in a lane's 16 bytes
   XBlock<S> x[S::kXBlocks];
+  TwoBlocks two[S::kRowTiles];  // of a stream
 #pragma unroll
-  for (int group = 0; group < S::kGroups; ++group) {
-    Sums<S> products[S::kChains] = {};
+  for (int group = 0; group < kGroups; ++group) {
+    ChainSums<S> products = {};
     decltype(D::zeros_of(0)) zeros[S::kRowTiles][2];
 #pragma unroll
     for (int i = 0; i < 2 * S::kRowTiles; ++i) zeros[i / 2][i % 2] = zeros_of<S>(chunks[i / 2], group, i % 2);
@@ -270,21 +328,32 @@ __device__ void multiply_chunk(Chunks<S>& chunks, const Stream<S>* streams, bool
       if (block % S::kXBlocks == 0) lane_x.read(block, x);
 #pragma unroll
       for (int i = 0; i < S::kRowTiles; ++i) {
+        ChainSums<S>& chains = S::kScaledSums ? products : sums;
+        TileSums<S>& even = chains[0][i];
+        TileSums<S>& odd = chains[S::kChains - 1][i];
+        if constexpr (S::kStream) {
+          if (block % 2 == 0) expand_two<S>(chunks[i], block, two[i]);
+          multiply_values<S>(two[i][block % 2][0], two[i][block % 2][1], x[block % S::kXBlocks], even, odd);
+#pragma unroll
+          for (int load = block == 3 ? S::kBits / 4 : 0; load < (block == 3 ? S::kLoads : S::kBits / 4); ++load)
+            if (refill && block % 2 == 1) streams[i].read_words(load, chunks[i]);
+          continue;
+        }
         uint4& load = chunks[i].words[block / kBlocksPerLoad];
         const uint32_t* words = reinterpret_cast<const uint32_t*>(&load) + block % kBlocksPerLoad * 2 * D::kWords;
-        multiply_block<S>(words, zeros[i], x[block % S::kXBlocks], products[0][i], products[S::kChains - 1][i]);
+        multiply_block<S>(words, zeros[i], chunks[i].scales, block, x[block % S::kXBlocks], even, odd);
         if (refill && (block + 1) % kBlocksPerLoad == 0)
           streams[i].read_words(block / kBlocksPerLoad, chunks[i]);
       }
     }
 #pragma unroll
-    for (int i = 0; i < S::kRowTiles; ++i) {
+    for (int i = 0; S::kScaledSums && i < S::kRowTiles; ++i) {
       const float2 scales = halves_of<typename S::T>(chunks[i].scales[group]);
 #pragma unroll
       for (int e = 0; e < S::kColBlocks * 4; ++e) {
         float product = products[0][i][e / 4][e % 4];
         if (S::kChains == 2) product += products[1][i][e / 4][e % 4];
-        sums[i][e / 4][e % 4] += (e % 4 < 2 ? scales.x : scales.y) * product;
+        sums[0][i][e / 4][e % 4] += (e % 4 < 2 ? scales.x : scales.y) * product;
       }
     }
   }
@@ -302,6 +371,30 @@ __device__ LaneX<S> prepare_x(const Wna16Args& args, const Share& share, uint8_t
   stage_x<typename S::T>(args, begin, share.end, staged, statistics);
   __syncthreads();
   return LaneX<S>(staged - begin * (kChunkK * 2), staged_pitch(largest_slice(args.chunks, gridDim.x)), args.m);
+}
+
+// The factors of a lane's rows.
+template <typename S>
+using Factors = float2[S::kRowTiles];
+
+template <typename S>
+__device__ void read_factors(const Wna16Args& args, int tile, Factors<S>& factors) {
+  for (int i = 0; i < S::kRowTiles; ++i)
+    factors[i] = __ldg(reinterpret_cast<const float2*>(args.factors) + min(tile + i, args.tiles - 1) * 8 +
+                       threadIdx.x / 4);
+}
+
+template <typename S>
+__device__ void multiply_sums(const Factors<S>& factors, Sums<S>& sums) {
+  for (int i = 0; i < S::kRowTiles; ++i)
+    for (int e = 0; e < S::kColBlocks * 4; ++e) sums[i][e / 4][e % 4] *= e % 4 < 2 ? factors[i].x : factors[i].y;
+}
+
+// Adds the second chain of sums to the first.
+template <typename S>
+__device__ void join_chains(ChainSums<S>& sums) {
+  for (int i = 0; i < S::kRowTiles; ++i)
+    for (int e = 0; e < S::kColBlocks * 4; ++e) sums[0][i][e / 4][e % 4] += sums[S::kChains - 1][i][e / 4][e % 4];
 }
 
 // Stores a warp's sums to shared memory: partial[k warp][column of y][row of the group].
@@ -396,7 +489,7 @@ __device__ void finish_group(const Wna16Args& args, int group_tiles, float* part
 
 // Prefetches into L2 as many chunks again as the registers hold, once these are asked for.
 template <typename S>
-__device__ void prefetch_chunks(const Stream<S>* streams, const Share& share) {
+__device__ void prefetch_chunks(const WeightStream<S>* streams, const Share& share) {
   for (int a = S::kAhead; a < 2 * S::kAhead; ++a) {
     const int chunk = share.first + a * share.step;
     if (chunk >= share.end) return;
@@ -428,7 +521,7 @@ __device__ void compute_group(const Wna16Args& args, bool prefetch, int next_par
   stamp(Stage::kBegun);
   allow_next_kernel();
   ask_for_next_norm(args);
-  Stream<S> streams[S::kRowTiles];
+  WeightStream<S> streams[S::kRowTiles];
   for (int i = 0; i < S::kRowTiles; ++i) streams[i].open(args, share.tile + i, share.first, lane);
   Chunks<S> chunks[S::kAhead];
 #pragma unroll
@@ -441,6 +534,8 @@ __device__ void compute_group(const Wna16Args& args, bool prefetch, int next_par
       streams[i].skip(share.step);
     }
   }
+  Factors<S> factors;
+  if constexpr (S::Number::kFloat) read_factors<S>(args, share.tile, factors);
   if (prefetch) prefetch_chunks<S>(streams, share);
   wait_for_previous_kernel();
   stamp(Stage::kWaited);
@@ -448,7 +543,7 @@ __device__ void compute_group(const Wna16Args& args, bool prefetch, int next_par
   float* squares = partial + count * (blockDim.z + 1);  // or the memory of prepare_x: never both
   if (args.x_squares != nullptr) copy_squares(args, squares);
   LaneX<S> x = prepare_x<S>(args, share, reinterpret_cast<uint8_t*>(squares));
-  Sums<S> sums = {};
+  ChainSums<S> sums = {};
   x.skip(share.first);
   int next = share.first + S::kAhead * share.step;      // the chunk that refills the registers of the current one
   const int end = share.end + S::kAhead * share.step;  // of `next`, once the current chunk is the last
@@ -467,7 +562,9 @@ __device__ void compute_group(const Wna16Args& args, bool prefetch, int next_par
     }
   }
   stamp(Stage::kComputed);
-  store_partial<S>(share.group_tiles, args.m, sums, partial);
+  if constexpr (!S::kScaledSums && S::kChains > 1) join_chains<S>(sums);
+  if constexpr (S::Number::kFloat) multiply_sums<S>(factors, sums[0]);
+  store_partial<S>(share.group_tiles, args.m, sums[0], partial);
   if (args.x_squares != nullptr) finish_squares(args, squares);
   ask_for_next_weight(args, next_part);
   finish_group<S>(args, share.group_tiles, partial);
@@ -513,43 +610,46 @@ cudaError_t launch_shape(const Wna16Args& args, const Wna16GemvLaunch& launch, c
   return launch_kernel(wna16_gemv_kernel<S>, plan, args, prefetch, part_of(args.next_bytes, warps));
 }
 
-template <typename T, int kBits, bool kZeros, int kGroups>
+template <typename T, typename Number, bool kZeros, int kGroups>
 cudaError_t launch_groups(const Wna16Args& args, const Wna16GemvLaunch& launch, cudaStream_t stream) {
   const int columns = args.m <= 8 ? 8 : args.m <= 16 ? 16 : args.m <= 32 ? 32 : 64;
   if (launch.room > 16) {
     if (columns > 8 || launch.row_tiles > 1) return cudaErrorInvalidValue;
-    return launch_shape<Shape<T, kBits, kZeros, kGroups, 1, 1, 24>>(args, launch, stream);
+    return launch_shape<Shape<T, Number, kZeros, kGroups, 1, 1, 24>>(args, launch, stream);
+  }
+  if constexpr (!Number::kStream) {
+    if (columns <= 16 && launch.row_tiles == 2)
+      return columns == 8 ? launch_shape<Shape<T, Number, kZeros, kGroups, 2, 1>>(args, launch, stream)
+                          : launch_shape<Shape<T, Number, kZeros, kGroups, 2, 2>>(args, launch, stream);
   }
   switch (columns * 10 + launch.row_tiles) {
-    case 81: return launch_shape<Shape<T, kBits, kZeros, kGroups, 1, 1>>(args, launch, stream);
-    case 82: return launch_shape<Shape<T, kBits, kZeros, kGroups, 2, 1>>(args, launch, stream);
-    case 161: return launch_shape<Shape<T, kBits, kZeros, kGroups, 1, 2>>(args, launch, stream);
-    case 162: return launch_shape<Shape<T, kBits, kZeros, kGroups, 2, 2>>(args, launch, stream);
-    case 322: return launch_shape<Shape<T, kBits, kZeros, kGroups, 2, 4>>(args, launch, stream);
-    case 642: return launch_shape<Shape<T, kBits, kZeros, kGroups, 2, 8>>(args, launch, stream);
+    case 81: return launch_shape<Shape<T, Number, kZeros, kGroups, 1, 1>>(args, launch, stream);
+    case 161: return launch_shape<Shape<T, Number, kZeros, kGroups, 1, 2>>(args, launch, stream);
+    case 322: return launch_shape<Shape<T, Number, kZeros, kGroups, 2, 4>>(args, launch, stream);
+    case 642: return launch_shape<Shape<T, Number, kZeros, kGroups, 2, 8>>(args, launch, stream);
     default: return cudaErrorInvalidValue;
   }
 }
 
-template <typename T, int kBits, bool kZeros>
+template <typename T, typename Number, bool kZeros, int... kGroups>
 cudaError_t launch_zeros(const Wna16Args& args, const Wna16GemvLaunch& launch, cudaStream_t stream) {
-  switch (launch.groups_per_chunk) {
-    case 1: return launch_groups<T, kBits, kZeros, 1>(args, launch, stream);
-    case 2: return launch_groups<T, kBits, kZeros, 2>(args, launch, stream);
-    case 4: return launch_groups<T, kBits, kZeros, 4>(args, launch, stream);
-    default: return cudaErrorInvalidValue;
-  }
+  cudaError_t error = cudaErrorInvalidValue;
+  (void)((launch.groups_per_chunk == kGroups &&
+          (error = launch_groups<T, Number, kZeros, kGroups>(args, launch, stream), true)) || ...);
+  return error;
 }
 
 }  // namespace
 
-template <typename T, int kBits>
+template <typename T, typename Number>
 cudaError_t launch_wna16_gemv(const Wna16Args& args, const Wna16GemvLaunch& launch, cudaStream_t stream) {
-  return args.zeros == nullptr ? launch_zeros<T, kBits, false>(args, launch, stream)
-                               : launch_zeros<T, kBits, true>(args, launch, stream);
+  if constexpr (Number::kByteScales) return launch_zeros<T, Number, false, 4, 8>(args, launch, stream);
+  else if constexpr (Number::kFloat) return launch_zeros<T, Number, false, 0, 1, 4>(args, launch, stream);
+  else return args.zeros == nullptr ? launch_zeros<T, Number, false, 1, 2, 4>(args, launch, stream)
+                                    : launch_zeros<T, Number, true, 1, 2, 4>(args, launch, stream);
 }
 
-const Kernel wna16_gemv("wna16_gemv", {name_of<LOWBIT_T>, std::to_string(LOWBIT_BITS)},
-                        launch_wna16_gemv<LOWBIT_T, LOWBIT_BITS>);
+const Kernel wna16_gemv("wna16_gemv", {name_of<LOWBIT_T>, LOWBIT_NUMBER::kName},
+                        launch_wna16_gemv<LOWBIT_T, LOWBIT_NUMBER>);
 
 }  // namespace lowbit

@@ -4,6 +4,7 @@ import hashlib
 import importlib.util
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sysconfig
@@ -90,14 +91,24 @@ def compile_unit(folder: Path, sources: dict[str, str], source: str, defines: tu
     flags = [*FLAGS, *DEFINES, *(f"-D{define}" for define in defines)]
     if source.endswith(".cu"):
         flags += ["-include", "emulator.h"]
-    headers = (text for name, text in sources.items() if name.endswith((".h", ".cuh")))
-    target = KEPT / f"{source}-{hash_of(compiler(), *flags, sources[source], *headers)}.o"
+    included = [sources[name] for name in sorted(included_by(source, sources))]
+    target = KEPT / f"{source}-{hash_of(compiler(), *flags, *included)}.o"
     if not target.exists():
         import pybind11  # beside the extension's compiler, and as optional
 
         folders = [folder, cuda_headers(), pybind11.get_include(), sysconfig.get_path("include")]
         run(*flags, *(f"-I{each}" for each in folders), "-c", str(folder / source), target=target)
     return target
+
+
+def included_by(source: str, sources: dict[str, str]) -> set[str]:
+    """The sources that are read to compile `source`: itself, emulator.h, and all headers that these include."""
+    found, left = set(), [source, "emulator.h"]
+    while left:
+        name = left.pop()
+        found.add(name)
+        left += [each for each in re.findall(r'#include "([^"]+)"', sources[name]) if each in sources.keys() - found]
+    return found
 
 
 @cache

@@ -14,12 +14,17 @@ namespace lowbit {
 
 inline uint32_t smem_address(const void* pointer) { return emulator::shared_address(pointer); }
 inline uint4 read_once(const uint4* pointer) { return emulator::load<uint4>(pointer); }
+inline uint2 read_once(const uint2* pointer) { return emulator::load<uint2>(pointer); }
 inline uint4 read_cached(const void* pointer) { return emulator::load<uint4>(pointer); }
 template <typename Value>
 Value read_shared(uint32_t address) {
   return emulator::load<Value>(emulator::shared_at(address, sizeof(Value)));
 }
 inline uint32_t and_or(uint32_t value, uint32_t mask, uint32_t bits) { return (value & mask) | bits; }
+inline __nv_bfloat162 multiply_add(__nv_bfloat162 a, __nv_bfloat162 b, __nv_bfloat162 c) {
+  const float2 x = __bfloat1622float2(a), y = __bfloat1622float2(b), z = __bfloat1622float2(c);
+  return __floats2bfloat162_rn(fmaf(x.x, y.x, z.x), fmaf(x.y, y.y, z.y));
+}
 inline float max_or_nan(float a, float b) { return a != a || b != b ? NAN : fmaxf(a, b); }
 inline float exp2_fast(float value) { return exp2f(value); }
 inline float divide_fast(float a, float b) { return a / b; }
