@@ -31,6 +31,8 @@ METHODS: dict[str, str | None] = {
     "fp8-block": "fp8-block-a16",
     "nvfp4": "nvfp4-a16",
     "mxfp4": "mxfp4-a16",
+    "w3": "int3-g128",
+    "w2": "int2-g128",
 }
 
 

@@ -18,7 +18,7 @@ from lowbit.quant.kernels.packed import TILE_ROWS, has_kernel, reason_against_pa
 
 def _packed(layer: FusedLinear, capability: int | None) -> str | None:
     if not has_kernel(layer.scheme):
-        return "takes integers of 4 and 8 bits, fp8 and fp4 only"
+        return "takes integers of 2 to 8 bits, fp8 and fp4 only, without super-blocks"
     return reason_against_packing(layer.n, layer.k, layer.scheme.group_size, TILE_ROWS)
 
 

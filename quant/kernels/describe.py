@@ -10,6 +10,7 @@ from lowbit.quant.kernels.registry import choose_kernel, kernels_for
 EXAMPLES = (
     (1, 4096, 4096, 4, 128, False),
     (8, 12288, 4096, 4, 128, False),
+    (1, 4096, 4096, 3, 128, False),
     (16, 4096, 14336, 8, -1, False),
     (64, 57344, 8192, 4, 64, False),
     (255, 4096, 4096, 4, 128, False),

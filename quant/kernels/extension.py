@@ -14,7 +14,9 @@ except ImportError:
     EXTENSION = None
 
 
-def launch(kernel: str, *variant: torch.dtype | str, device: torch.device, args: Mapping[str, Any], **cut: Any) -> None:
+def launch(
+    kernel: str, *variant: torch.dtype | int | str, device: torch.device, args: Mapping[str, Any], **cut: Any
+) -> None:
     """Launch a kernel on the device's current stream.
 
     kernel, variant  the name and the types in csrc's declaration of it

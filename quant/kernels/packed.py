@@ -312,7 +312,8 @@ def _unweave(words: Tensor, bits: int) -> Tensor:
     fields, mask = 16 // bits, (1 << bits) - 1
     pairs = [halves[..., pair // fields, :] >> pair % fields * bits & mask for pair in range(fields * bits)]
     for i in range(16 - fields * bits):
-        pairs.append(sum((halves[..., j, :] >> fields * bits + i & 1) << j for j in range(bits)))
+        single = [(halves[..., j, :] >> fields * bits + i & 1) << j for j in range(bits)]
+        pairs.append(torch.stack(single).sum(0))
     return torch.stack(pairs, -2).to(torch.uint8)  # (..., 2, 8, 4, 16, 2)
 
 

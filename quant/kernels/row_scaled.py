@@ -69,8 +69,8 @@ def stacked_rows(parts: list[RowScaled]) -> RowScaled:
     codes, scales = torch.cat([part.codes for part in parts]), torch.cat([part.scales for part in parts])
     zeros = [part.zeros for part in parts if part.zeros is not None]
     factors = [part.factors for part in parts if part.factors is not None]
-    sides = (torch.cat(each) if each else None for each in (zeros, factors))
-    return RowScaled(codes, scales, *sides, first.number, first.group_size)
+    sides = torch.cat(zeros) if zeros else None
+    return RowScaled(codes, scales, sides, torch.cat(factors) if factors else None, first.number, first.group_size)
 
 
 def row_scaled(weight: QTensor) -> RowScaled:

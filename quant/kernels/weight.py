@@ -31,6 +31,7 @@ from lowbit.quant.numerics import input_rounding
 from lowbit.quant.qtensor import QTensor
 from lowbit.quant.scheme import Side
 
+
 @dataclass(frozen=True)
 class Hints:
     """Launch hints about the neighbouring kernels. No result depends on them.

@@ -30,7 +30,8 @@ def prepare(call: PackedCall, most_staged: int) -> PackedCall:
     if whole != k:
         call = replace(call, x=torch.nn.functional.pad(call.x, (0, whole - k)))
     w = call.weight
-    check_alignment(x=call.x, words=w.words, scales=w.scales, zeros=w.zeros, factors=w.factors, next_weight=call.next_weight)
+    check_alignment(x=call.x, words=w.words, scales=w.scales, zeros=w.zeros, factors=w.factors)
+    check_alignment(next_weight=call.next_weight)
     if call.deferred is not None:
         check_alignment(squares=call.deferred.squares)
     if call.next_norm is not None:

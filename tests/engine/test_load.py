@@ -140,7 +140,7 @@ def test_in_half_precision_int8_meets_int8(scheme, tmp_path):
     assert (model.logits(IDS) - expected).abs().mean() < 0.1 * expected.abs().mean()
 
 
-@pytest.mark.parametrize("scheme", ["fp8", "fp8-static", "fp8-block", "mxfp4"])
+@pytest.mark.parametrize("scheme", ["fp8", "fp8-static", "mxfp8", "mxfp4"])
 def test_in_half_precision_rounded_inputs_meet_floats(scheme, tmp_path):
     quantized(tmp_path, parse_scheme(scheme))
     model = engine.load(tmp_path, device="cpu", dtype=torch.float16)

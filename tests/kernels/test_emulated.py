@@ -51,14 +51,13 @@ from lowbit.quant.kernels.row_norm import Rows
 from lowbit.quant.kernels.w8a8 import Int8Call, Int8Weight
 from lowbit.quant.numbers import FP8, INT8, UINT4
 from lowbit.quant.qtensor import QTensor
-from lowbit.quant.scheme import make_scheme, parse_scheme
+from lowbit.quant.scheme import make_scheme
 from tests.kernels.emulator import build
 from tests.kernels.emulator.build import Mutant
 from tests.kernels.emulator.device import Gpu, failure_of
 
 HALVES = (torch.float16, torch.bfloat16)
 GROUPS = (32, 64, 128, 256, -1)
-FLOATS = {"fp8": ("fp8-a16", "fp8-block-a16", "mxfp8-a16"), "fp4": ("mxfp4-a16", "nvfp4-a16")}  # schemes of a number
 PRODUCTS = {"wna16_gemv": wna16_gemv, "wna16_gemm": wna16_gemm}  # by names, which a child process can be given
 ROWS = {wna16_gemm: ((1, 64), (65, 280)), wna16_gemv: ((1, 16),)}  # of x on Hopper, of one slab and of more
 
@@ -84,33 +83,6 @@ def random_weight(pick: random.Random, n: int, k: int, bits: int, dtype: torch.d
     return packed.prepack(QTensor(codes, scales.to(dtype), zeros, scheme), dtype, pair_block)
 
 
-def random_number(
-    pick: random.Random, kernel: str, n: int, k: int, dtype: torch.dtype, pair_block: int
-) -> PackedWeight:
-    """A weight of any number that the library has this kernel for."""
-    begin = f"{kernel} {str(dtype).removeprefix('torch.')} "
-    numbers = sorted(name.removeprefix(begin) for name in extension.EXTENSION.kernels if name.startswith(begin))
-    number = pick.choice(numbers + ["4"] * 4)
-    if number in FLOATS:
-        return random_float(pick, pick.choice(FLOATS[number]), n, k, dtype, pair_block)
-    return random_weight(pick, n, k, int(number), dtype, pair_block)
-
-
-def random_float(pick: random.Random, name: str, n: int, k: int, dtype: torch.dtype, pair_block: int) -> PackedWeight:
-    """Every code, and scales as far apart as a row may have them."""
-    scheme = parse_scheme(name)
-    number, sides = scheme.number, scheme.sides(n, k)
-    codes = number.encode(torch.randn(n, k) * pick.choice([number.high / 2, number.least]))
-    scales = torch.ldexp(torch.ones(sides), torch.randint(-20, -9, sides))
-    if scheme.weights.scales is None:
-        scales *= torch.rand(sides) + 1
-    elif scheme.weights.parent:
-        scales = (torch.rand(sides) * 448).to(torch.float8_e4m3fn).float().clamp(2**-9)
-    divisor = torch.tensor(3e4) if scheme.weights.parent else None
-    kept = torch.bfloat16 if scheme.weights.scales is not None else torch.float32
-    return packed.prepack(QTensor(codes, scales.to(kept), None, scheme, divisor=divisor), dtype, pair_block)
-
-
 def random_rotary(pick: random.Random, m: int, dtype: torch.dtype) -> Rotary:
     angles = torch.rand(50, pick.choice([8, 16, 32])) * 6
     caches = [torch.zeros(m + 16, pick.choice([1, 2]), 2 * angles.shape[1], dtype=dtype)] * 2
@@ -119,7 +91,7 @@ def random_rotary(pick: random.Random, m: int, dtype: torch.dtype) -> Rotary:
 
 def random_call(pick: random.Random, kernel: ModuleType) -> PackedCall:
     """A product with some prologue and some epilogue: odd n, tails of k, every kind of group."""
-    dtype = pick.choice(HALVES)
+    dtype, bits = pick.choice(HALVES), pick.choice([4, 8])
     m, k = pick.randint(*pick.choice(ROWS[kernel])), pick.choice([32, 96, 128, 160, 256, 512, 640, 1024])
     n, pair_block, tail = pick.choice([1, 5, 16, 33, 40, 64, 72, 136, 192, 200]), 16, {}
     half = pick.choice([None, lambda *shape: torch.randn(shape).to(dtype)])
@@ -138,8 +110,7 @@ def random_call(pick: random.Random, kernel: ModuleType) -> PackedCall:
     if norm != "none":
         tail |= {"norm": norm, "norm_weight": torch.rand(k).to(dtype) + 0.5, "norm_eps": 1e-5}
         tail |= {"norm_bias": half and half(k)}
-    name = next(name for name, module in PRODUCTS.items() if module is kernel)
-    weight, x = random_number(pick, name, n, k, dtype, pair_block), torch.randn(m, k).to(dtype)
+    weight, x = random_weight(pick, n, k, bits, dtype, pair_block), torch.randn(m, k).to(dtype)
     size = pick.choice([None, 7, 16, 5000, 100_000])
     tail |= {"next_weight": size and torch.zeros(size, dtype=torch.int8)}
     return PackedCall(x, weight, half and half(n), dependent=pick.random() < 0.6, **tail)
@@ -164,16 +135,14 @@ def assert_next_norm(y: Tensor, norm: NextNorm) -> None:
     assert torch.allclose(norm.squares, expected.squares, rtol=1e-5)
 
 
-def random_launch(pick: random.Random, kernel: ModuleType, problem: Problem) -> Any:
+def random_launch(pick: random.Random, kernel: ModuleType, m: int) -> Any:
     """Any cut that the kernel has code for, of more blocks than there are chunks too."""
-    m = problem.m
     if kernel is wna16_gemm:
         return wna16_gemm.GemmCut(pick.choice(wna16_gemm.warpgroups_for(m)), pick.randint(1, 8))
     row_warps, cluster, crowded = pick.choice([1, 2, 4]), pick.choice([1, 2, 3, 4]), m <= 8 and pick.random() < 0.5
     if crowded:
         return wna16_gemv.GemvCut(1, row_warps, pick.randint(1, 12 // row_warps), cluster, wna16_gemv.CROWD)
-    row_tiles = 1 if problem.is_stream else pick.choice([1, 2])
-    return wna16_gemv.GemvCut(row_tiles, row_warps, pick.randint(1, 8 // row_warps), cluster)
+    return wna16_gemv.GemvCut(pick.choice([1, 2]), row_warps, pick.randint(1, 8 // row_warps), cluster)
 
 
 def launched(gpu: Gpu, kernel: ModuleType, call: PackedCall, launch: Any) -> Tensor:
@@ -209,9 +178,8 @@ def check_products(gpu: Gpu, kernel_name: str, seeds: range) -> None:
         call = gpu.put(call)
         if pick.random() < 0.5:  # rows that begin anywhere, and end at the page
             call = replace(call, bias=gpu.put(call.bias, 2), residual=gpu.put(call.residual, 2))
-        launch = random_launch(pick, kernel, call.problem())
-        w = call.weight
-        gpu.start(seed, (call.y_shape, w.k, w.variant, w.group_size, call.x.dtype, launch))
+        launch = random_launch(pick, kernel, call.x.shape[0])
+        gpu.start(seed, (call.y_shape, call.weight.k, call.weight.bits, call.weight.group_size, call.x.dtype, launch))
         y, rotary = launched(gpu, kernel, call, launch), call.rotary
         caches = [] if rotary is None else [rotary.k_cache, rotary.v_cache]
         written = [cache.clone() for cache in caches]
@@ -283,11 +251,10 @@ def check_overflow(gpu: Gpu) -> None:
 def check_dequantize(gpu: Gpu, seeds: range) -> None:
     for seed in seeds:
         pick = random.Random(seed)
-        n, dtype = pick.choice([1, 5, 16, 33, 64]), pick.choice(HALVES)
+        n, dtype, bits = pick.choice([1, 5, 16, 33, 64]), pick.choice(HALVES), pick.choice([4, 8])
         pair_block = pick.choice([16, n]) if n % 16 == 0 else 16
-        k = pick.choice([32, 96, 160, 256, 512])
-        weight = gpu.put(random_number(pick, "wna16_dequantize", n, k, dtype, pair_block))
-        gpu.start(seed, (n, weight.k, weight.variant, weight.group_size, dtype, pair_block))
+        weight = gpu.put(random_weight(pick, n, pick.choice([32, 96, 160, 256, 512]), bits, dtype, pair_block))
+        gpu.start(seed, (n, weight.k, bits, weight.group_size, dtype, pair_block))
         with gpu:
             found = wna16_dequantize.dequantize(weight)
         assert torch.equal(found, packed.dequantize_packed(weight).to(dtype))

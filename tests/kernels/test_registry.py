@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from lowbit.quant.kernels import extension, reference, wna16_gemv
+from lowbit.quant.kernels import extension, reference, wna16_gemm, wna16_gemv
 from lowbit.quant.kernels.describe import EXAMPLES, describe_examples, describe_problem
 from lowbit.quant.kernels.extension import reason_against_capability
 from lowbit.quant.kernels.problem import Problem
@@ -29,6 +29,16 @@ def test_every_problem_on_a_cpu_has_a_kernel() -> None:
 
 def test_many_rows_are_declined_with_their_number() -> None:
     assert wna16_gemv.reason_against(replace(ON_H100, m=65)) == "65 rows: it takes at most 64"
+
+
+def test_more_rows_of_a_stream_are_multiplied_dense_on_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (extension, reference):
+        monkeypatch.setattr(module, "EXTENSION", SimpleNamespace(architectures="80 90a"))
+    three = replace(ON_H100, bits=3)
+    assert choose_kernel(replace(three, m=16)).name == "wna16_gemv"
+    assert choose_kernel(replace(three, m=17)).name == "wna16_dequantize"
+    assert choose_kernel(replace(three, m=17, capability=(8, 0))).name == "wna16_gemv"
+    assert "3 bits: it takes 4 and 8" in str(wna16_gemm.reason_against(three))
 
 
 def test_a_gpu_that_nothing_was_built_for_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:

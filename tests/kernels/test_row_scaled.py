@@ -1,5 +1,5 @@
-"""Weights of floats in the kernels' order: codes and scales come back exactly, every code expands exactly, products agree
-with the reference, and scales that do not fit are refused."""
+"""Weights of floats in the kernels' order: codes and scales come back exactly, every code expands exactly, products
+agree with the reference, and scales that do not fit are refused."""
 
 from dataclasses import replace
 
@@ -90,7 +90,7 @@ def test_every_code_with_every_scale_is_exact(scheme: str, dtype: torch.dtype, d
     packed = prepack(weight.to(device), dtype)
     assert torch.equal(ops.dequantize(packed).cpu(), weight.dequantize(dtype))
     if device == "cuda":  # a unit vector takes each column of the weight as the products expand it
-        n, k = weight.shape
+        k = weight.shape[1]
         for start in range(0, k, 8):
             x = torch.zeros(8, k, dtype=dtype, device=device)
             x[range(8), range(start, start + 8)] = 1

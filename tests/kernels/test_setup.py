@@ -53,9 +53,9 @@ def test_a_source_is_compiled_once_for_each_value_of_the_macros_that_it_names(se
     halves = [("LOWBIT_T=__half",), ("LOWBIT_T=__nv_bfloat16",)]
     assert found["row_norm.cu"] == halves
     assert found["wna16_gemv.cu"] == [
-        (*half, f"LOWBIT_NUMBER={number}") for half in halves for number in (
-            "Fp4", "Fp8", "Int2", "Int3", "Int4", "Int5", "Int6", "Int7", "Int8"
-        )
+        (*half, f"LOWBIT_NUMBER={number}")
+        for half in halves
+        for number in ("Fp4", "Fp8", "Int2", "Int3", "Int4", "Int5", "Int6", "Int7", "Int8")
     ]
     assert found["w8a8_cutlass.cu"] == [(*half, f"LOWBIT_TILE={tile}") for half in halves for tile in (0, 1)]
     assert found["gptq_block.cu"] == found["bindings.cpp"] == [()]

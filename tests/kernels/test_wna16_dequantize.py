@@ -19,7 +19,7 @@ def test_the_cpu_rounds_the_exact_weight_once() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", range(2, 9))
 @pytest.mark.parametrize("group_size", [32, 64, 128, 256, -1])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_both_devices_agree_bitwise(bits: int, group_size: int, dtype: torch.dtype) -> None:

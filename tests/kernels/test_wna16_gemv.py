@@ -94,7 +94,7 @@ def check_product(m: int, weight: PackedWeight, launch: GemvCut | None = None, o
 @pytest.mark.gpu
 @pytest.mark.parametrize("m", ROWS)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", range(2, 9))
 def test_every_scheme(m: int, dtype: torch.dtype, bits: int) -> None:
     for group_size in (32, 64, 128, 256, -1):
         for symmetric in (True, False):
@@ -125,7 +125,7 @@ def test_every_cut_of_the_work(m: int) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("m", [1, 5, 8])
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", range(2, 9))
 def test_every_crowded_cut(m: int, bits: int) -> None:
     for group_size, symmetric in ((32, False), (64, True), (128, True), (-1, False)):
         for dtype in DTYPES:

@@ -13,10 +13,10 @@
 
 namespace lowbit {
 
-// The number types of codes. kName is the variant's in a kernel's name. A float has no zero points, and its weights have
-// a float32 factor per row, which takes back the powers of two of expansion. kByteScales: its scales are bytes, of groups
-// of 16 or 32, and are multiplied with the values exactly.
-// kStream: integers of a width that does not divide a word evenly, in the order of Stream.
+// The number types of codes. kName is the variant's in a kernel's name. A float has no zero points, and its weights
+// have a float32 factor per row, which takes back the powers of two of expansion. kByteScales: its scales are bytes, of
+// groups of 16 or 32, and are multiplied with the values exactly. kStream: integers of a width that does not divide a
+// word evenly, in the order of Stream.
 template <int kBits_, bool kFloat_ = false, bool kByteScales_ = false>
 struct Number {
   static constexpr int kBits = kBits_;
@@ -131,8 +131,8 @@ struct Dequant<__nv_bfloat16, Int8> {
 };
 
 // Integers of 2, 3, 5, 6 or 7 bits: kBits words hold the codes of two blocks of 32 inputs of both rows of a lane, that
-// is 16 pairs of adjacent inputs: of block, row, then input. Each half of a word has 16 / kBits codes, lowest first, one
-// of each pair. The bits that are left over hold one bit of the last pairs each: word j has bit j.
+// is 16 pairs of adjacent inputs: of block, row, then input. Each half of a word has 16 / kBits codes, lowest first,
+// one of each pair. The bits that are left over hold one bit of the last pairs each: word j has bit j.
 template <typename T, int kBits>
 struct Stream {
   static constexpr bool kIsHalf = std::is_same_v<T, __half>;
@@ -188,9 +188,9 @@ struct Dequant {
 
 struct NoZeros {};
 
-// e4m3. Sign, exponent and mantissa are moved under a half's exponent as they are, which divides the value by a power of
-// two (subnormals included): 2^8 for float16. Byte order in a word: codes 2, 0, 3, 1, so that the upper bytes of both
-// halves are a pair in place.
+// e4m3. Sign, exponent and mantissa are moved under a half's exponent as they are, which divides the value by a power
+// of two (subnormals included): 2^8 for float16. Byte order in a word: codes 2, 0, 3, 1, so that the upper bytes of
+// both halves are a pair in place.
 template <>
 struct Dequant<__half, Fp8> {
   static constexpr int kWords = 2;
@@ -225,8 +225,8 @@ struct Dequant<__nv_bfloat16, Fp8> {
 };
 
 // e2m1, in the same way: divided by 2^14 for float16, 2^126 for bfloat16. Each half of a word has the magnitudes of its
-// four codes in bits 9 to 11, 6 to 8, 3 to 5 and 0 to 2, and their signs in bits 15, 12, 14 and 13: for float16 the first
-// is in place, and one shift serves both parts of the second. Codes 0, 2, 4, 6 are in the low half.
+// four codes in bits 9 to 11, 6 to 8, 3 to 5 and 0 to 2, and their signs in bits 15, 12, 14 and 13: for float16 the
+// first is in place, and one shift serves both parts of the second. Codes 0, 2, 4, 6 are in the low half.
 template <>
 struct Dequant<__half, Fp4> {
   static constexpr int kWords = 1;
@@ -257,8 +257,8 @@ struct Dequant<__nv_bfloat16, Fp4> {
 
 // Byte `place` of the scales of an Fp4 weight, twice: an unsigned float with 5 bits of exponent and 3 of mantissa, the
 // upper bits of a float16. For bfloat16 it is multiplied by 2^112, which leaves 2^-14 of the value's 2^-126, as for
-// float16. The product with a value has 6 significant bits at most, and is exact for scales from 2^-6 on, and for powers
-// of two from 2^-9 on: row_scaled.py makes no others.
+// float16. The product with a value has 6 significant bits at most, and is exact for scales from 2^-6 on, and for
+// powers of two from 2^-9 on: row_scaled.py makes no others.
 template <typename T>
 __device__ inline uint32_t byte_scale(uint32_t bytes, int place);
 template <>

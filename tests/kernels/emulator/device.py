@@ -67,6 +67,8 @@ class Gpu(TorchFunctionMode):
     def allocate(self, shape: torch.Size, dtype: torch.dtype, alignment: int) -> Tensor:
         """A tensor full of ones: NaN in every float."""
         size = shape.numel() * dtype.itemsize
+        if not size:
+            return torch.empty(shape, dtype=dtype)
         address = self.library.emulator_allocate(size, alignment)
         memory = (ctypes.c_uint8 * size).from_address(address)
         return torch.frombuffer(memory, dtype=torch.uint8).view(dtype).view(shape)
