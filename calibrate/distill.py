@@ -25,16 +25,19 @@ from lowbit.calibrate import ranks
 from lowbit.calibrate.blocks import BlockLoop
 from lowbit.calibrate.job import Job
 from lowbit.calibrate.outcome import BlockOutcome, hold, quantized_inputs
+from lowbit.calibrate.report import Stopwatch
 from lowbit.models.imagetext import Batch
 from lowbit.models.products import taped, weight_view
 from lowbit.models.states import States, pulled
 from lowbit.models.walk import Walk
+from lowbit.progress import Part, Step, tell
 from lowbit.quant import numerics
 from lowbit.quant.qtensor import QTensor
 
 RATE = 1e-3  # relative to the size of each value or tensor; falls to 0 along a cosine
 WARM_UP = 10  # steps until the full rate
 CODE_RATE = 3e-3  # of codes, in steps of the grid
+TUNING = "tuning scales and norms"
 BETAS, EPSILON = (0.9, 0.99), 1e-12
 
 
@@ -172,12 +175,14 @@ def distill(
     Batches of calibration tokens come in random order; all are used once before any is used again.
     """
     walk, steps = loop.walk, job.recipe.distill_steps
+    tell(Step(TUNING, 0, steps))
     own = [_own_part(batch, exact) for batch, exact in zip(loop.batches, loop.exact, strict=True)]
     entering = walk.start([batch for batch, _, _ in own])
     generator = torch.Generator().manual_seed(job.recipe.seed)
     order: list[int] = []
     with ExitStack() as stack:
         for index in range(len(outcomes)):
+            tell(Part("loading blocks", index + 1, len(outcomes)))
             stack.enter_context(walk.loaded(index))
         blocks = [TunedBlock(walk, index, outcome) for index, outcome in enumerate(outcomes)]
         stack.enter_context(walk.head_loaded())
@@ -185,17 +190,42 @@ def distill(
             order = order or torch.randperm(len(own), generator=generator).tolist()
             batch = order.pop()
             states = [entering[batch]]
-            for block in blocks:
+            for number, block in enumerate(blocks, 1):
+                tell(Part("forward through blocks", number, len(blocks)))
                 with torch.no_grad():
                     states.append(block.run(states[-1]))
             left = states.pop()
             loss, slope = _divergence(walk, *own[batch], left.hidden)
             gradient = [slope, *(None for _ in left.flow[1:])]
             rate = RATE * min(1.0, (step + 1) / WARM_UP) * 0.5 * (1 + math.cos(math.pi * step / steps))
-            for block in reversed(blocks):
+            for number, block in enumerate(reversed(blocks), 1):
+                tell(Part("backward through blocks", number, len(blocks)))
                 gradient = block.backward(states.pop(), gradient, rate)
             on_step(float(ranks.total(loss)))
         return [block.outcome() for block in blocks]
+
+
+def rehearse(loop: BlockLoop, outcome: BlockOutcome) -> float:
+    """The expected seconds of a step of `distill`, from two steps of the first block, which has just been rounded.
+
+    outcome  of that block; it stays as it is
+
+    The second step counts: the first one loads libraries.
+    """
+    walk = loop.walk
+    batch, exact, share = _own_part(loop.batches[0], loop.exact[0])
+    [entering] = walk.start([batch])
+    with walk.loaded(0), walk.head_loaded():
+        block, watch = TunedBlock(walk, 0, outcome), Stopwatch(walk.device)
+        for _ in range(2):
+            with watch.phase("a step of tuning, tried"), torch.no_grad():
+                hidden = block.run(entering).hidden
+            with watch.phase("the head"):
+                _, slope = _divergence(walk, batch, exact, share, hidden)
+            with watch.phase("its way back"):
+                block.backward(entering, [slope, *(None for _ in entering.flow[1:])], rate=0.0)
+    head = watch.seconds.pop("the head")
+    return head + len(walk.skeleton.blocks) * sum(watch.seconds.values())
 
 
 def _own_part(batch: Batch, exact: States) -> tuple[Batch, Tensor, float]:

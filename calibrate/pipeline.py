@@ -11,10 +11,10 @@ from lowbit.ahead import WORKERS, Behind, fewer_threads
 from lowbit.calibrate import ranks
 from lowbit.calibrate.blocks import BlockLoop, Blocks, DataFreeBlocks
 from lowbit.calibrate.data import CalibrationSet
-from lowbit.calibrate.distill import distill
+from lowbit.calibrate.distill import TUNING, distill, rehearse
 from lowbit.calibrate.job import Job
 from lowbit.calibrate.outcome import BlockOutcome
-from lowbit.calibrate.report import BlockReport, Result, report_of
+from lowbit.calibrate.report import TUNING_STEP, BlockReport, Result, report_of
 from lowbit.calibrate.resume import Journal
 from lowbit.calibrate.vocabulary import untied
 from lowbit.calibrate.written import RecordingWriter
@@ -94,7 +94,7 @@ def _outcomes(
     blocks: Blocks = loop or DataFreeBlocks(job)
     held = []
     for index in range(len(job.skeleton.blocks)):
-        outcome = _outcome(blocks, index, journal)
+        outcome = _outcome(blocks, index, journal, tuned=job.recipe.distill_steps > 0)
         result.blocks.append(outcome.report)
         on_block(outcome.report)
         if job.recipe.distill_steps:
@@ -105,18 +105,23 @@ def _outcomes(
 
         def on_step(loss: float) -> None:
             result.distilled.append(loss)
-            tell(Step("tuning scales and norms", len(result.distilled), job.recipe.distill_steps))
+            tell(Step(TUNING, len(result.distilled), job.recipe.distill_steps))
 
         yield from distill(job, loop, held, on_step)
 
 
-def _outcome(blocks: Blocks, index: int, journal: Journal | None) -> BlockOutcome:
-    """The outcome of block `index`: read from `journal`, or computed now and added to it."""
+def _outcome(blocks: Blocks, index: int, journal: Journal | None, tuned: bool) -> BlockOutcome:
+    """The outcome of block `index`: read from `journal`, or computed now and added to it.
+
+    tuned  True if distillation will follow: the first block's report says how long a step will take
+    """
     outcome = journal.read(index) if journal else None
     if outcome is not None:
         blocks.replay(index, outcome)
         return outcome
     outcome = blocks.quantize(index)
+    if tuned and index == 0 and isinstance(blocks, BlockLoop):
+        outcome.report.phases[TUNING_STEP] = rehearse(blocks, outcome)
     if journal and ranks.leads():
         journal.add(index, outcome)
     return outcome

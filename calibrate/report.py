@@ -23,6 +23,8 @@ from lowbit.quant.qtensor import QTensor, relative_error
 from lowbit.quant.recipe import Recipe
 from lowbit.quant.scheme import Scheme
 
+TUNING_STEP = "a step of tuning"  # expected seconds of one, if there will be any
+
 
 @dataclass(frozen=True)
 class BlockReport:
@@ -30,7 +32,7 @@ class BlockReport:
 
     loss     squared error of the block's output, relative to the block's change of its input; None without calibration
     seconds, peak_bytes  wall time, and peak memory of the process (or GPU) so far
-    phases   seconds per phase of the work, including the time after this report
+    phases   seconds per phase of the work, including the time after this report; the first block's also TUNING_STEP
     folds    one row per proved fold, with the chosen scale
     linears  per linear: scheme, errors, tokens, fallbacks
     """

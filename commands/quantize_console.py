@@ -17,7 +17,7 @@ from lowbit.calibrate.data import CalibrationSet
 from lowbit.calibrate.free import FreeJob
 from lowbit.calibrate.job import Job
 from lowbit.calibrate.mixtures import Mixed
-from lowbit.calibrate.report import peak_memory
+from lowbit.calibrate.report import TUNING_STEP, BlockReport, peak_memory
 from lowbit.commands.common import say
 from lowbit.commands.display import Display, clock, left_of
 from lowbit.commands.push import describe_pushed
@@ -33,7 +33,6 @@ from lowbit.quant.scheme import name_of
 
 MOST_LEFT = 8
 WAYS = {LOWBIT.name: "lowbit generate {} --chat", VLLM.name: "vllm serve {}"}  # to load a checkpoint
-WORTH_SAYING = 60.0  # seconds left after the first block from which the estimate gets its own line
 
 
 class Printer:
@@ -149,7 +148,7 @@ class Printer:
                 self.display.line(f"  {reading.label}, {line}")
 
     def block(self, event: BlockDone) -> None:
-        """A finished block: its loss, time, and time left. The first one also gives an estimate for all."""
+        """A finished block: its loss, time, and time left; after the first one, an estimate for all."""
         report, done = event.report, event.report.index + 1
         self.display.emit("block", {"total": event.total} | asdict(report))
         left = left_of(time.monotonic() - self.begun, done, event.total) or 0.0
@@ -157,11 +156,17 @@ class Printer:
         peak = f"peak {report.peak_bytes / 1e9:.2f} GB"
         self.display(Step("quantizing", done, event.total))
         self.display.line(f"block {done:3}/{event.total}  {loss}{report.seconds:6.1f} s  left {clock(left)}  {peak}")
-        if done == 1 and left > WORTH_SAYING:
-            then = f"; {self.tuned} steps of tuning follow" if self.tuned else ""
-            self.display.line(
-                f"  about {clock(left + report.seconds)} for {event.total} blocks, estimated from the first{then}"
-            )
+        if done == 1:
+            self.estimate(report, event.total)
+
+    def estimate(self, report: BlockReport, total: int) -> None:
+        """The expected time of all blocks and of tuning, from the first block's `report`."""
+        phases = dict(report.phases)
+        tuning = self.tuned * phases.pop(TUNING_STEP, 0.0)
+        blocks = total * (sum(phases.values()) or report.seconds)
+        self.display.emit("estimate", {"blocks_seconds": round(blocks, 1), "tuning_seconds": round(tuning, 1)})
+        steps = f", {clock(tuning)} for tuning" if self.tuned else ""
+        self.display.line(f"  about {clock(blocks)} for blocks{steps}, estimated from the first block")
 
     def result(self, done: Quantized) -> None:
         """Print the output, sizes and scores before and after, and the way to load it."""

@@ -86,15 +86,19 @@ def push(
 
 
 def _whole(directory: Path, repo: str | None) -> dict[str, int]:
-    """Bytes of each file of a quantized checkpoint with verified weights. Checksums of edited papers are updated."""
+    """Bytes of each file of a quantized checkpoint with verified weights.
+
+    repo  its repository, which the card's commands get, and checksums of edited papers are updated; None to write
+          nothing
+    """
     opened = open_checkpoint(directory)
     if opened.quantization is None:
         raise CheckpointError(f"{directory}: not quantized; only quantized checkpoints are uploaded")
     verify_checksums(opened)
     if repo is not None:
         name_card(directory, repo)
-    weights = {entry.path.name for entry in opened.entries.values()}
-    refresh_sums(directory, opened.files.keys() - weights - {SUMS_NAME})
+        weights = {entry.path.name for entry in opened.entries.values()}
+        refresh_sums(directory, opened.files.keys() - weights - {SUMS_NAME})
     return {name: identity.size for name, identity in survey(directory).items()}
 
 

@@ -241,6 +241,9 @@ def test_an_edited_card_is_published_with_its_sum(hub, made, monkeypatch) -> Non
     log_in(monkeypatch)
     with (made / "README.md").open("a") as card:
         card.write("More.\n")
+    kept = (made / "SHA256SUMS").read_text()
+    lowbit.push(made, "acme/edited", dry_run=True)
+    assert (made / "SHA256SUMS").read_text() == kept
     lowbit.push(made, "acme/edited")
     sums = (hub.root / "acme/edited/SHA256SUMS").read_text()
     assert f"{sha256_of(made / 'README.md')}  README.md" in sums

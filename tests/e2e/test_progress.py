@@ -43,8 +43,10 @@ def test_no_line_of_a_recording_wraps(source, tmp_path, width) -> None:
     shown = "\n".join(lines)
     for stage in ("quantizing", "tuning scales", "reading the files", "scoring the original", "continuing prompts"):
         assert stage in shown
-    for part in ("learned rounding, 1 of 2", "structure", "writing model.layers.1"):
+    parts = ("learned rounding, 1 of 2", "structure", "writing model.layers.1", "backward through blocks, 2 of 2")
+    for part in parts:
         assert part in shown
+    assert re.search(r"about \d:\d\d for blocks, \d:\d\d for tuning, estimated from the first block", shown)
     assert re.search(r"quantizing +0/2 0:", shown)  # blocks are counted from the first on
     assert re.search(r"quantizing +\S+ +1/2 0:00:\d\d left \d:\d\d \d+\.\d\d GB", shown)
     assert UP.search(text)  # redrawn in place
