@@ -36,10 +36,12 @@ def plan_by_names(tensors: LogicalTensors, recipe: Recipe) -> Plan:
     blocks: dict[str, Block] = {}
     left: dict[str, Left] = {}
     for name, shape in matrices.items():
-        reason = _reason_outside(name)
+        outside = _reason_outside(name)
+        reason = outside or _reason_against(tensors, name)
         if reason is not None:
             pattern = ignored_by(name, recipe.ignore)
-            left[name] = Left(shape[0] * shape[1], f"ignored by {pattern!r}" if pattern else reason, exempt=True)
+            exempt = pattern is not None or outside is not None
+            left[name] = Left(shape[0] * shape[1], f"ignored by {pattern!r}" if pattern else reason, exempt)
             continue
         home = BLOCK.match(name)[1]  # type: ignore[index]  # or there would be a reason
         block = blocks.setdefault(home, Block(home, nn.Module()))
@@ -75,6 +77,16 @@ def _reason_outside(name: str) -> str | None:
     return None if BLOCK.match(name) else "outside the decoder blocks"
 
 
+def _reason_against(tensors: LogicalTensors, name: str) -> str | None:
+    """The reason why a matrix of the decoder has no values that can be rounded, or None."""
+    if name in tensors.schemes:
+        return None
+    entry = tensors.checkpoint.entries[f"{name}.weight"]
+    if not entry.numel:
+        return "no elements"
+    return None if entry.dtype.is_floating_point else f"{entry.dtype}, whose meaning config.json does not say"
+
+
 def _stacks(tensors: LogicalTensors) -> Iterator[tuple[str, Left]]:
     """Experts in one tensor: without a model class the order of their inputs and outputs is unknown."""
     for name in tensors.names:
@@ -94,7 +106,7 @@ def _head(tensors: LogicalTensors, matrices: Mapping[str, tuple[int, int]], reci
     if name is None:
         name, tensor = HEADS[0], _tied_embeddings(tensors)
     n, k = matrices[name] if not tied else tensors.checkpoint.entries[tensor].shape
-    reason = scheme.reason_against_shape(n, k)
+    reason = _reason_against(tensors, tensor.removesuffix(".weight")) or scheme.reason_against_shape(n, k)
     if reason is not None:
         raise CheckpointError(f"head {name} as {scheme}: {reason}")
     return VocabularyWeight(name, tensor, scheme, n, k, tied=tied, asked=scheme)
@@ -103,7 +115,8 @@ def _head(tensors: LogicalTensors, matrices: Mapping[str, tuple[int, int]], reci
 def _tied_embeddings(tensors: LogicalTensors) -> str:
     """The name of the embeddings that are the head too. CheckpointError if nothing says so."""
     config = tensors.checkpoint.config
-    tied = config.get("tie_word_embeddings", (config.get("text_config") or {}).get("tie_word_embeddings"))
+    inner = config.get("text_config")
+    tied = config.get("tie_word_embeddings", isinstance(inner, dict) and inner.get("tie_word_embeddings"))
     found = [name for name in TIED if name in tensors.checkpoint.entries]
     if not tied or len(found) != 1 or tensors.is_quantized(found[0]):
         raise CheckpointError(

@@ -34,7 +34,7 @@ from lowbit.export.engines.table import fused_linears
 from lowbit.export.engines.verdicts import Verdicts, verdicts_of
 from lowbit.export.files import write_text
 from lowbit.export.format import Format
-from lowbit.export.formats import LogicalTensors, require_fit, tensors_written
+from lowbit.export.formats import FLOAT8, LogicalTensors, require_fit, tensors_written
 from lowbit.export.plain import write_json
 from lowbit.export.sharded import SAFETENSORS, SINGLE_NAME, write_index
 from lowbit.export.survey import checked
@@ -271,7 +271,7 @@ class _Writing:
         else:
             pieces = read_pieces(job.tensors.checkpoint.entries[name], rows)
         for piece in pieces:
-            yield checked(name, piece.to(job.device))
+            yield checked(name, (piece.float() if piece.dtype in FLOAT8 else piece).to(job.device))
 
     def _quantize(self, put: Put, tensor: str, linear: str, scheme: Scheme) -> None:
         """Write a linear from a tensor of the source: the codes piece by piece, then everything else."""

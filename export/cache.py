@@ -35,5 +35,5 @@ def usable(name: str, scale: Tensor) -> Tensor:
     """The cache scale `name` as float32: (1,), or (heads, 1, 1). CheckpointError if it is no scale."""
     value = scale.float().reshape(-1)
     if not value.numel() or not bool((torch.isfinite(value) & (value > 0)).all()):
-        raise CheckpointError(f"{name}: {value.tolist()[:8]} scale no cache; finite, positive numbers do")
+        raise CheckpointError(f"{name}: {value[:8].tolist()} scale no cache; finite, positive numbers do")
     return value if value.numel() == 1 else value.view(-1, 1, 1)

@@ -92,7 +92,7 @@ class Mxfp4(Format):
 def _experts(stack: str, shapes: ShapeReader) -> int:
     """The number of experts in a stack. CheckpointError if its blocks are none."""
     sizes = shapes(f"{stack}{BLOCKS}")
-    if len(sizes) != 4:
+    if len(sizes) != 4 or 0 in sizes:
         raise CheckpointError(f"{stack}{BLOCKS}: its shape is {list(sizes)}, not experts, outputs, groups and 16 bytes")
     return sizes[0]
 

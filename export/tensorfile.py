@@ -43,6 +43,8 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 MAX_HEADER_BYTES = 100_000_000  # the reference implementation's limit
 MOST_DIMENSIONS = 16
 MOST_ELEMENTS = 1 << 63  # most elements of a shape, not counting dimensions of 0: torch's limit
+MOST_OF_NONE = 1 << 20  # largest dimension of a tensor without elements, for which no byte of the file stands
+LONGEST_NAME = 1000  # characters; real names have a few dozen, and are matched with patterns
 
 
 @dataclass(frozen=True)
@@ -102,16 +104,16 @@ def _read_header(path: Path) -> tuple[dict[str, Any], Identity, int]:
 
 
 def _entry(path: Path, name: str, spec: Any, start: int, identity: Identity) -> TensorEntry:
-    if not name.isprintable():
-        raise CheckpointError(
-            f"{path}: a tensor is called {name[:200]!r}, which cannot be printed: the file is damaged"
-        )
+    if not name.isprintable() or len(name) > LONGEST_NAME:
+        what = "which cannot be printed" if len(name) <= LONGEST_NAME else f"and so on for {len(name)} characters"
+        raise CheckpointError(f"{path}: a tensor is called {name[:200]!r}, {what}: the file is damaged")
     try:
         dtype, shape, (begin, end) = DTYPES[spec["dtype"]], tuple(map(index, spec["shape"])), spec["data_offsets"]
         entry = TensorEntry(name, path, dtype, shape, start + index(begin), index(end) - index(begin), identity)
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: the header's entry for {name!r} makes no sense ({str(spec)[:200]})") from error
     possible = len(shape) <= MOST_DIMENSIONS and min(shape, default=0) >= 0
+    possible = possible and (0 not in shape or max(shape) <= MOST_OF_NONE)
     if not possible or math.prod(size for size in shape if size) >= MOST_ELEMENTS:
         raise CheckpointError(f"{path}: tensor {name!r} cannot be {str(list(shape))[:200]}: the file is damaged")
     if entry.nbytes != entry.numel * dtype.itemsize:

@@ -190,3 +190,28 @@ def test_memory_is_a_few_pieces_and_not_the_model(tmp_path):
     command = [sys.executable, "-c", MEMORY, str(big), str(tmp_path / "q")]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert float(done.stdout.split()[-1]) < 128
+
+
+def test_what_is_no_matrix_of_numbers_is_copied_and_declared(models, tmp_path):
+    """Integers may be codes of an undeclared layout: to round them would be wrong in silence."""
+    home, up = "model.layers.0.mlp", torch.linspace(-1, 1, 64 * 64).view(64, 64)
+    tensors = {
+        f"{home}.up_proj.weight": up.to(torch.float8_e4m3fn),
+        f"{home}.down_proj.weight": torch.arange(64 * 64, dtype=torch.int64).view(64, 64).to(torch.int8),
+        f"{home}.gate_proj.weight": up > 0,
+        f"{home}.empty.weight": torch.ones(64, 0),
+    }
+    source, output = tmp_path / "model", tmp_path / "out"
+    source.mkdir()
+    (source / "config.json").write_text('{"model_type": "unheard_of"}')
+    save_file(tensors, source / "model.safetensors")
+    arguments = ("--model-free", "--method", "rtn", "--scheme", "int8-g32", "--output", output)
+    assert "only 33.3% of the linear parameters" in run_quantize(source, *arguments).complaint
+    left = f"{home}.down_proj,{home}.gate_proj"
+    assert run_quantize(source, *arguments, "--ignore", left).code == 0
+    logical = LogicalTensors(open_checkpoint(output))
+    assert list(logical.schemes) == [f"{home}.up_proj"]
+    assert torch.allclose(logical.exact(f"{home}.up_proj.weight"), up, atol=0.07)
+    same({name: logical.read(name) for name in list(tensors)[1:]}, dict(list(tensors.items())[1:]))
+    ignored = logical.checkpoint.quantization["ignore"]
+    assert {f"{home}.down_proj", f"{home}.gate_proj", f"{home}.empty"} <= set(ignored)

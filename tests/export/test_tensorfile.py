@@ -39,6 +39,7 @@ def test_a_file_by_hand(tmp_path):
     assert entries["b"].numel == entries["b"].nbytes == 4
 
 
+EMPTY = {"dtype": "U8", "shape": [0], "data_offsets": [12, 12]}
 HOSTILE = {
     "overlap": (entry("b", data_offsets=[4, 8]), bytes(8)),
     "same bytes twice": (entry("b", dtype="F32", shape=[2], data_offsets=[0, 8]), bytes(8)),
@@ -53,6 +54,8 @@ HOSTILE = {
     "dimension is a fraction": (entry("b", shape=[2.5, 2]), bytes(12)),
     "dimension is null": (entry("b", shape=None), bytes(12)),
     "huge dimensions": (entry("b", shape=[1 << 62, 1 << 62]), bytes(12)),
+    "a name of a million characters": (GOOD | {"c" * 1_000_000: EMPTY}, bytes(12)),
+    "no elements in a huge shape": (GOOD | {"c": EMPTY | {"shape": [1 << 40, 0]}}, bytes(12)),
     "one offset": (entry("b", data_offsets=[8]), bytes(12)),
     "unknown dtype": (entry("b", dtype="F7"), bytes(12)),
     "dtype is a list": (entry("b", dtype=["F32"]), bytes(12)),

@@ -14,8 +14,10 @@ from pathlib import Path
 
 import torch
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
 from lowbit import engine
+from lowbit.calibrate.free import prepare_free, run_free
 from lowbit.calibrate.job import prepare
 from lowbit.calibrate.methods import complete_recipe
 from lowbit.errors import LowbitError
@@ -24,11 +26,15 @@ from lowbit.evaluation.report.compare import comparison
 from lowbit.evaluation.report.facts import RECIPE, REPORT, facts_of
 from lowbit.evaluation.report.page import render, render_comparison
 from lowbit.export.checkpoint import open_checkpoint, verify_checksums
+from lowbit.export.compressed_tensors import COMPRESSED_TENSORS
+from lowbit.export.convert import convert
+from lowbit.export.dialects import FORMATS
 from lowbit.export.formats import LogicalTensors
-from lowbit.export.plain import parse_json, read_rows
+from lowbit.export.plain import parse_json, read_json, read_rows
 from lowbit.export.recipes import read_recipe
 from lowbit.export.tensorfile import read_entries, read_tensor
-from lowbit.models.source import open_source
+from lowbit.models.source import open_files, open_source
+from lowbit.quant.scheme import parse_scheme
 from tests.builders import make_model, save
 from tests.fuzz import datasets, images, recipes
 from tests.fuzz.documents import ODD, spoiled, turned
@@ -36,7 +42,12 @@ from tests.quantized import quantize_files
 
 Files = dict[str, bytes]
 SEEDS = Path(__file__).parent / "seeds"
-PACKED = {"ct": ("compressed-tensors", "uint4-g32"), "gptq": ("gptq", "int4-g32"), "awq": ("awq", "uint4-g32")}
+PACKED = {
+    "ct": ("compressed-tensors", "uint4-g32"),
+    "fp8": ("compressed-tensors", "fp8"),
+    "gptq": ("gptq", "int4-g32"),
+    "awq": ("awq", "uint4-g32"),
+}
 FAMILIES = ("llama", "gpt2", "gemma3", "mixtral", "phi3", "opt")
 
 
@@ -80,6 +91,26 @@ def _packed(base: Path) -> dict[str, Path]:
     for name, (fmt, scheme) in PACKED.items():
         made[name] = save(make_model("llama", num_hidden_layers=1), base / name, torch.bfloat16)
         quantize_files(made[name], fmt, scheme)
+    return made
+
+
+def _stored(base: Path) -> dict[str, Path]:
+    """Packed models, one of them with scales of a key-value cache, and a stack of experts as gpt-oss has it."""
+    made = _packed(base)
+    path, config = made["fp8"] / "model.safetensors", read_json(made["fp8"] / "config.json")
+    attention = "model.layers.0.self_attn"
+    scales = {f"{attention}.{part}_scale": torch.full((2, 1, 1), 0.5) for part in "kv"}
+    save_file(load_file(path) | scales, path)
+    config["quantization_config"] = COMPRESSED_TENSORS.with_cache(config["quantization_config"], "fp8-head")
+    (made["fp8"] / "config.json").write_text(json.dumps(config))
+    made["stack"] = base / "stack"
+    made["stack"].mkdir()
+    (made["stack"] / "config.json").write_text(
+        '{"model_type": "gpt_oss", "quantization_config": {"quant_method": "mxfp4"}}'
+    )
+    stack = "model.layers.0.mlp.experts.gate_up_proj"
+    blocks, scales = torch.zeros(3, 8, 2, 16, dtype=torch.uint8), torch.full((3, 8, 2), 127, dtype=torch.uint8)
+    save_file({f"{stack}_blocks": blocks, f"{stack}_scales": scales}, made["stack"] / "model.safetensors")
     return made
 
 
@@ -157,6 +188,7 @@ def load_engine(place: Path) -> None:
 def read_packed(place: Path) -> None:
     """Every weight, as convert and inspect read them."""
     tensors = LogicalTensors(open_checkpoint(place))
+    tensors.cache_scales()
     for name in tensors.schemes:
         with suppress(LowbitError):
             tensors.shape(name)
@@ -164,6 +196,26 @@ def read_packed(place: Path) -> None:
     for name in tensors.names:
         with suppress(LowbitError):
             tensors.read(name)
+
+
+def convert_packed(place: Path) -> None:
+    """All that `convert` does with the weights, in two formats and a scheme of other values."""
+    for number, (fmt, scheme) in enumerate((("gptq", None), ("compressed-tensors", "int8-g32"))):
+        tensors = LogicalTensors(open_checkpoint(place))
+        (place / f"out-{number}").mkdir()
+        wanted = None if scheme is None else parse_scheme(scheme)
+        with suppress(LowbitError):
+            convert(tensors, FORMATS[fmt], (), place / f"out-{number}", 5_000_000_000, scheme=wanted)
+
+
+def quantize_by_names(place: Path) -> None:
+    """All that `quantize --model-free` does."""
+    for number, scheme in enumerate(("int4-g32", "nvfp4-a16")):
+        recipe = complete_recipe({"method": "rtn", "scheme": scheme, "head": "int8"})
+        with suppress(LowbitError):
+            job = prepare_free(open_files(str(place)), recipe, "cpu")
+            (place / f"out-{number}").mkdir()
+            run_free(job, place / f"out-{number}")
 
 
 def use_tokenizer(place: Path) -> None:
@@ -236,7 +288,9 @@ TARGETS = {
     "json": Target(_loose, _any_json, read_json_text),
     "config": Target(_dense, _json("config.json"), plan_model),
     "engine": Target(_known_to_the_engine, _either(_json("config.json"), _json("generation_config.json")), load_engine),
-    "packed": Target(_packed, _either(_header, _json("config.json")), read_packed),
+    "packed": Target(_stored, _either(_header, _json("config.json")), read_packed),
+    "convert": Target(_stored, _either(_header, _json("config.json")), convert_packed),
+    "free": Target(_stored, _either(_header, _json("config.json")), quantize_by_names),
     "tokenizer": Target(_one, _either(*map(_json, TOKENIZER)), use_tokenizer),
     "tokenless": Target(_one, _json("config.json"), use_tokenizer, TOKENIZER),
     "report": Target(_reported, _either(_json(REPORT), _rows(FILE), _text(RECIPE)), read_report),
