@@ -15,7 +15,7 @@ from lowbit.models.source import model_directory
 
 try:
     from lowbit.serve.limits import read_keys
-    from lowbit.serve.run import Options, defaults_of
+    from lowbit.serve.run import Options, defaults_of, listen
     from lowbit.serve.run import serve as serve_engine
 except ModuleNotFoundError as error:
     MISSING: UsageError | None = missing("lowbit serve", error)
@@ -95,7 +95,9 @@ def serve(
         raise MISSING
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s")
     logging.getLogger("lowbit.serve").setLevel(logging.WARNING if quiet else logging.INFO)
-    keys, directory = read_keys(api_keys, api_key), model_directory(checkpoint, revision=revision)
+    keys = read_keys(api_keys, api_key)
+    listening = listen(host, port, keys)  # before the model is loaded, which takes a while
+    directory = model_directory(checkpoint, revision=revision)
     options = Options(
         name=name or Path(checkpoint).resolve().name,
         host=host,
@@ -108,4 +110,4 @@ def serve(
     )
     model = engine.load(directory, check_device(device), None, context, cache, head)
     say_loaded(model.decoder.weights.expanded, model.decoder.weights.cache)
-    serve_engine(model, options, say)
+    serve_engine(model, options, listening, say)

@@ -62,7 +62,8 @@ async def on_refusal(http: Http, error: Exception) -> Response:
 async def on_no_route(http: Http, error: Exception) -> Response:
     """The answer to a path or a method that does not exist."""
     assert isinstance(error, HTTPException)
-    return JSONResponse(Problem(error.status_code, f"{http.method}: {error.detail}").body(), error.status_code)
+    asked = f"{http.method} {http.url.path[:60]}: {error.detail}"
+    return JSONResponse(Problem(error.status_code, asked).body(), error.status_code)
 
 
 async def on_fault(http: Http, error: Exception) -> Response:

@@ -27,6 +27,7 @@ class ItemsAnswer(Answer):
 
     def __init__(self, model: str, vocabulary: Vocabulary, wants_logprobs: bool, shown: Delta) -> None:
         super().__init__(model, vocabulary, wants_logprobs)
+        self.id = self.id.replace("-", "_")
         self.shown, self.items, self.open, self.sent = shown, list[Delta](), False, 0
 
     def event(self, data: Delta) -> str:

@@ -64,7 +64,7 @@ Tokens = Annotated[list[int], BeforeValidator(ints)]
 # Fields that change nothing in what one server on one machine writes.
 IGNORED = (
     *("user", "store", "metadata", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"),
-    *("parallel_tool_calls", "verbosity"),
+    *("parallel_tool_calls", "verbosity", "client_metadata"),
 )
 
 

@@ -69,7 +69,7 @@ class Item(Body):
 class Form(Body):
     """The form of a text."""
 
-    type: Literal["text", "json_object", "json_schema"] = "text"
+    type: Literal["text", "json_object", "json_schema"]
     name: str = ""
     description: str | None = None
     strict: bool | None = None
@@ -79,7 +79,7 @@ class Form(Body):
 class TextOptions(Body):
     """Options of the answer's text."""
 
-    format: Form = Field(default_factory=lambda: Form(schema=None))
+    format: Form = Field(default_factory=lambda: Form(type="text", schema=None))
     verbosity: str | None = None
 
 
@@ -104,6 +104,14 @@ class ChosenFunction(Named):
     type: Literal["function"]
 
 
+def functions(value: Any) -> Any:
+    """The functions among tools. Other tools run at the server that has them: the model is not told of them here, and
+    the answer's `tools` has those that it is told of."""
+    if not isinstance(value, list):
+        return value
+    return [tool for tool in value if not isinstance(tool, dict) or tool.get("type", "function") == "function"]
+
+
 def items(value: Any) -> Any:
     """A text as a message; items as they are."""
     return [{"role": "user", "content": value}] if isinstance(value, str) else few(value)
@@ -122,7 +130,7 @@ class ResponsesBody(Body):
     include: Annotated[list[str], MaxLen(16)] | None = None
     text: TextOptions = Field(default_factory=TextOptions)
     reasoning: Reasoning | None = None
-    tools: Annotated[list[FunctionTool], MaxLen(MOST_TOOLS)] | None = None
+    tools: Annotated[list[FunctionTool] | None, BeforeValidator(functions), MaxLen(MOST_TOOLS)] = None
     tool_choice: Literal["none", "auto", "required"] | ChosenFunction = "auto"
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -180,7 +188,11 @@ def messages_of(body: ResponsesBody) -> list[dict[str, Any]]:
         elif item.type == "function_call_output":
             found.append({"role": "tool", "tool_call_id": item.call_id, "content": item.output})
         elif item.type == "message":
-            found.append({"role": item.role, "content": item.content})
+            role = "system" if item.role == "developer" else item.role
+            if role == "system" and found and found[-1]["role"] == "system":  # many templates know one system message
+                found[-1]["content"] += f"\n\n{item.content}"
+            else:
+                found.append({"role": role, "content": item.content})
         else:
             if not found or found[-1]["role"] != "assistant":
                 found.append({"role": "assistant", "content": None})
@@ -205,7 +217,7 @@ def responses_work(server: Server, body: ResponsesBody) -> Work:
         "previous_response_id": None,
         "temperature": work.requests[0].sampling.temperature,
         "top_p": work.requests[0].sampling.top_p,
-        "text": {"format": body.text.format.model_dump(by_alias=True, exclude_none=True)},
+        "text": {"format": body.text.format.model_dump(by_alias=True, exclude_none=True, exclude_defaults=True)},
         "tool_choice": body.tool_choice if isinstance(body.tool_choice, str) else body.tool_choice.model_dump(),
         "tools": [tool.model_dump(exclude_none=True) for tool in body.tools or ()],
         "truncation": "disabled",

@@ -52,10 +52,8 @@ class Options:
     lookup: int = 0
 
 
-def serve(engine: Engine, options: Options, ready: Callable[[str], None]) -> None:
-    """Serve until a signal ends it. `ready` is called with one line once clients can connect."""
-    require_guard(options.host, options.keys)
-    listening = listen(options.host, options.port)
+def serve(engine: Engine, options: Options, listening: socket.socket, ready: Callable[[str], None]) -> None:
+    """Serve at a socket of `listen` until a signal ends it. `ready` gets one line once clients can connect."""
     usual = tuple(dict.fromkeys((options.defaults, Sampling())))
     sequences = options.sequences or fitting(engine)
     with Session(engine, sequences, options.waiting, usual, options.lookup) as session:
@@ -80,8 +78,9 @@ def make_server(session: Session, options: Options) -> uvicorn.Server:
     return uvicorn.Server(config)
 
 
-def listen(host: str, port: int) -> socket.socket:
-    """A socket with this address. UsageError if it is taken, or none of this machine's."""
+def listen(host: str, port: int, keys: Collection[str] = ()) -> socket.socket:
+    """A socket with this address. UsageError if it is taken, none of this machine's, or open to others without keys."""
+    require_guard(host, keys)
     found = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     try:
         found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -89,7 +88,7 @@ def listen(host: str, port: int) -> socket.socket:
     except OSError as error:
         found.close()
         raise UsageError(
-            f"{host}:{port} is no address to listen on ({error}): choose another --host or --port"
+            f"cannot listen on {host}:{port} ({error.strerror}): choose another --host or --port"
         ) from error
     return found
 

@@ -58,6 +58,22 @@ def test_a_conversation_has_instructions_and_earlier_items(served):
     assert got.instructions == "be brief"
 
 
+def test_system_messages_join_and_tools_of_other_servers_are_left_out(served):
+    found = messages_of(
+        ResponsesBody.model_validate(
+            {
+                "model": "x",
+                "instructions": "a",
+                "input": [{"role": "developer", "content": "b"}, {"role": "user", "content": "c"}],
+            }
+        )
+    )
+    assert found == [{"role": "system", "content": "a\n\nb"}, {"role": "user", "content": "c"}]
+    got = served.client.responses.create(**ASKED, tools=[{"type": "web_search"}], extra_body={"client_metadata": {}})
+    assert got.tools == []
+    assert got.output_text == served.model.chat(HELLO, max_new_tokens=12).text
+
+
 def test_calls_and_reasoning_join_the_message_around_them():
     items = [
         {"role": "user", "content": "time?"},
@@ -111,7 +127,7 @@ def test_a_form_is_kept_and_log_probabilities_come(served):
         ({"input": [{"type": "web_search_call"}]}, "input.type"),
         ({"input": [{"type": "function_call", "call_id": "a"}]}, "an item of type function_call needs name"),
         ({"input": []}, "messages: List should have at least 1 item"),
-        ({"tools": [{"type": "web_search"}]}, "tools.type"),
+        ({"tools": [{"type": "function", "name": ""}]}, "tools.name"),
         ({"truncation": "auto"}, "truncation"),
         ({"temperature": 1000}, "temperature is 1000.0"),
         ({"top_logprob": 3}, "did you mean 'top_logprobs'?"),
