@@ -216,5 +216,5 @@ def test_keys_and_addresses(tmp_path):
         require_guard(host, ())
     with listen("127.0.0.1", 0) as taken:
         taken.listen()
-        with pytest.raises(UsageError, match="cannot listen on .* in use"):
+        with pytest.raises(UsageError, match=r"cannot listen on .* in use"):
             listen("127.0.0.1", taken.getsockname()[1])
