@@ -1,7 +1,9 @@
 """The HTTP application: the routes of the OpenAI protocol, health, metrics and tokens."""
 
+import asyncio
 import logging
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,7 +18,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from lowbit.errors import LowbitError
 from lowbit.serve.flow import Gone, unless_gone
-from lowbit.serve.limits import LEAST_BODY, TOKEN_BYTES, Gate, body_of
+from lowbit.serve.limits import LARGE_BODY, LEAST_BODY, TOKEN_BYTES, Gate, body_of
 from lowbit.serve.problems import Problem, invalid, problem_of
 from lowbit.serve.protocol import ChatBody, DetokenizeBody, TextBody, TokenizeBody
 from lowbit.serve.responses import ResponsesBody, responses_work
@@ -42,6 +44,7 @@ def make_app(server: Server, gate: Gate) -> FastAPI:
     """The application of a server."""
     app = FastAPI(title="lowbit", docs_url=None, redoc_url=None, openapi_url=None)
     app.state.server, app.state.gate, app.state.since = server, gate, int(time.time())
+    app.state.large = asyncio.Lock()
     app.include_router(ROUTES)
     app.add_exception_handler(LowbitError, on_refusal)
     app.add_exception_handler(HTTPException, on_no_route)
@@ -106,8 +109,10 @@ async def parsed(http: Http, kind: type[B]) -> B:
     """The body as `kind`. Problem if it has not the right form."""
     context = http.app.state.server.engine.options.context
     body = await body_of(http, LEAST_BODY + TOKEN_BYTES * context)
+    alone = http.app.state.large if len(body) > LARGE_BODY else nullcontext()
     try:
-        return await run_in_threadpool(kind.model_validate_json, body)
+        async with alone:
+            return await run_in_threadpool(kind.model_validate_json, body)
     except ValidationError as error:
         raise invalid(error) from None
 

@@ -7,7 +7,9 @@ from collections.abc import Collection
 from hashlib import sha256
 from pathlib import Path
 
+import h11
 from starlette.requests import Request as Http
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from lowbit.errors import UsageError
 from lowbit.serve.problems import Problem
@@ -15,6 +17,9 @@ from lowbit.serve.problems import Problem
 LEAST_BODY = 1 << 20  # bytes that a body may always have
 TOKEN_BYTES = 64  # more of them for each token of the context
 BODY_SECONDS = 30  # for a client to send its body
+# Bytes of a body that is parsed while no other one of that size is: it takes 25 times as much then.
+LARGE_BODY = 256 << 10
+HEAD_SECONDS = 10  # for a client to send the head of a request
 PORT = re.compile(r":\d*$")  # at the end of a Host header
 
 
@@ -68,6 +73,26 @@ class Gate:
         if kind.lower() != "bearer" or digest not in self.digests:
             raise Problem(401, "a valid API key is needed: Authorization: Bearer KEY", code="invalid_api_key")
         return digest.hex()
+
+
+class Impatient(H11Protocol):
+    """A connection that is closed if the head of a request does not arrive: each takes a place of a few."""
+
+    before: object = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self.loop.call_later(HEAD_SECONDS, self.look)
+
+    def look(self) -> None:
+        """Close the connection if it has waited for a head since the last look."""
+        if self.transport.is_closing():
+            return
+        if self.conn.their_state is h11.IDLE and self.cycle is self.before:
+            self.transport.close()
+            return
+        self.before = self.cycle
+        self.loop.call_later(HEAD_SECONDS, self.look)
 
 
 async def body_of(http: Http, most: int) -> bytes:

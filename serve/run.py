@@ -17,7 +17,7 @@ from lowbit.errors import CheckpointError, EngineError, UsageError
 from lowbit.export.checkpoint import open_checkpoint
 from lowbit.export.plain import read_json
 from lowbit.serve.app import make_app
-from lowbit.serve.limits import Gate, require_guard
+from lowbit.serve.limits import Gate, Impatient, require_guard
 from lowbit.serve.metrics import Metrics
 from lowbit.serve.session import SEQUENCES, WAITING, Session
 from lowbit.serve.vocabulary import Vocabulary
@@ -69,6 +69,7 @@ def make_server(session: Session, options: Options) -> uvicorn.Server:
     server = Server(session, options.name, options.defaults, Vocabulary(session.engine), Metrics(session))
     config = uvicorn.Config(
         make_app(server, Gate(options.keys)),
+        http=Impatient,
         log_config=None,
         access_log=False,
         server_header=False,

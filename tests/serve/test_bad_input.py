@@ -2,6 +2,7 @@
 
 import json
 import socket
+import time
 
 import openai
 import pytest
@@ -141,6 +142,17 @@ def test_a_body_that_does_not_arrive_is_not_waited_for(served, monkeypatch):
     with socket.create_connection(("127.0.0.1", served.port), timeout=10) as connection:
         connection.sendall(HEAD + b"{")
         assert connection.recv(100).startswith(b"HTTP/1.1 408")
+
+
+def test_a_connection_that_asks_nothing_is_closed(served, monkeypatch):
+    monkeypatch.setattr(limits, "HEAD_SECONDS", 0.2)
+    for sent in (b"", HEAD[:30]):
+        with socket.create_connection(("127.0.0.1", served.port), timeout=10) as connection:
+            connection.sendall(sent)
+            assert connection.recv(100) == b""
+    asked = TEXT | {"max_tokens": 100, "extra_body": {"ignore_eos": True}}
+    with served.client.completions.create(**asked, stream=True) as stream:  # a long answer goes on
+        assert len([time.sleep(0.01) for _ in stream]) > 20
 
 
 def test_keys_are_asked_for(engine_of_tests):
