@@ -157,12 +157,18 @@ def engine_rows(tokenizer: Path | None) -> Iterator[Row]:
     """Rows of one engine, in this process and over HTTP."""
     engine = random_engine()
     rate = read_rate(torch.device("cuda"))
-    for batch in (1, 4, 8, 16):
-        found = measure(engine, batch, 128, OUTPUT, rate)
-        yield {"case": "bare", "clients": batch, "prompt": 128, "ms_between_median": round(found.ms_per_token, 3)}
+    yield bare_row(engine, 1, rate)
     with Session(engine, SEQUENCES, usual=(Sampling(),)) as session:
-        yield from session_rows(session, tokenizer)
         yield from http_rows(session)
+        yield from session_rows(session, tokenizer)
+    for batch in (1, 4, 8, 16):
+        yield bare_row(engine, batch, rate)
+
+
+def bare_row(engine: Engine, batch: int, rate: float) -> Row:
+    """The engine's own time per token. The first batch is measured at both ends of a run."""
+    found = measure(engine, batch, 128, OUTPUT, rate)
+    return {"case": "bare", "clients": batch, "prompt": 128, "ms_between_median": round(found.ms_per_token, 3)}
 
 
 def start_rows() -> Iterator[Row]:
