@@ -43,7 +43,7 @@ def attending(see: See) -> Iterator[None]:
 @contextmanager
 def rounded_cache(skeleton: Skeleton) -> Iterator[None]:
     """A context in which the model's keys and values are rounded as its file's cache scales say; without any, nothing
-    changes."""
+    changes. CheckpointError, when it attends, for other numbers of scales than one or one per head."""
     if not skeleton.cache:
         yield
         return
@@ -53,6 +53,12 @@ def rounded_cache(skeleton: Skeleton) -> Iterator[None]:
         if module not in scales:
             return key, value
         k_scale, v_scale = (scale.to(key.device) for scale in scales[module])
+        for name, scale, heads in (("keys", k_scale, key.shape[1]), ("values", v_scale, value.shape[1])):
+            if scale.numel() not in (1, heads):
+                raise CheckpointError(
+                    f"{skeleton.source.directory}: {scale.numel()} scales of a cache of {name} with {heads} heads; "
+                    "one, or one per head, is expected"
+                )
         return fake_quantize_inputs(key, FP8, k_scale), fake_quantize_inputs(value, FP8, v_scale)
 
     with attending(see):

@@ -157,15 +157,17 @@ def open_skeleton(source: Source, original: bool = False) -> Skeleton:
 
 
 def _quantized_cache(tensors: LogicalTensors, blocks: list[Block]) -> dict[str, tuple[Tensor, Tensor]]:
-    """The scales of keys and values by the model's attention modules; a scale that the file lacks is 1."""
+    """The scales of keys and values by the modules that may attend; a scale that the file lacks is 1, as for engines.
+    Empty if the file declares no cache."""
     scales = tensors.cache_scales()
     homes = {spec.name.rpartition(".")[0]: spec.placement for block in blocks for spec in block.linears}
+    lost = {name.rpartition(".")[0] for name in scales} - homes.keys()
+    if lost:
+        raise CheckpointError(f"{min(lost)}: the file has scales of its cache, the model has no such attention")
     found = {}
-    for attention in {name.rpartition(".")[0] for name in scales}:
-        if attention not in homes:
-            raise CheckpointError(f"{attention}: the file has scales of its cache, the model has no such attention")
-        module = homes[attention].parameter.removesuffix(".weight").rpartition(".")[0]
-        key, value = (scales.get(f"{attention}.{part}_scale", torch.ones(1)) for part in "kv")
+    for home, placement in homes.items() if tensors.cache is not None else ():
+        module = placement.parameter.removesuffix(".weight").rpartition(".")[0]
+        key, value = (scales.get(f"{home}.{part}_scale", torch.ones(1)) for part in "kv")
         found[module] = key, value
     return found
 

@@ -151,13 +151,42 @@ def test_a_resumed_run_writes_the_same_scales(model, tmp_path):
     assert outputs[0] == outputs[1]
 
 
+def changed(directory, change):
+    """Change the tensors of a checkpoint without its sums."""
+    tensors = load_file(directory / "model.safetensors")
+    change(tensors)
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    (directory / "SHA256SUMS").unlink()
+
+
+@pytest.mark.parametrize("count", [3, 1000])
+def test_scales_of_another_number_of_heads_are_refused(model, tmp_path, count):
+    quantized(model, tmp_path / "q")
+    changed(tmp_path / "q", lambda tensors: tensors.update({"model.layers.1.self_attn.v_scale": torch.ones(count)}))
+    for backend in ("transformers", "blocks"):
+        with pytest.raises(ValueError, match=f"{count} scales of a cache of values with 2 heads; one, or one per head"):
+            list(open_backend(backend, open_source(str(tmp_path / "q")), "cpu").logits([IDS]))
+
+
+def test_a_scale_that_the_file_lacks_is_one(model, tmp_path):
+    """As for engines, which round every layer's keys and values if the configuration declares the cache."""
+    quantized(model, tmp_path / "ones")
+    quantized(model, tmp_path / "none")
+    names = [f"model.layers.{i}.self_attn.{part}_scale" for i in range(2) for part in "qkv"]
+    changed(tmp_path / "ones", lambda tensors: tensors.update({name: torch.ones(1) for name in names}))
+    changed(tmp_path / "none", lambda tensors: [tensors.pop(name) for name in names])
+    ones, none = (
+        torch.cat(list(open_backend("blocks", open_source(str(tmp_path / name)), "cpu").logits([IDS])))
+        for name in ("ones", "none")
+    )
+    assert torch.equal(ones, none)
+    assert not torch.equal(ones, logits_of(load_dense(open_source(str(tmp_path / "ones"))), IDS))
+
+
 @pytest.mark.parametrize("value", [0.0, float("nan"), -1.0])
 def test_scales_that_scale_nothing_are_refused(model, tmp_path, value):
     quantized(model, tmp_path / "q")
-    tensors = load_file(tmp_path / "q" / "model.safetensors")
-    tensors["model.layers.1.self_attn.v_scale"].fill_(value)
-    save_file(tensors, tmp_path / "q" / "model.safetensors", metadata={"format": "pt"})
-    (tmp_path / "q" / "SHA256SUMS").unlink()
+    changed(tmp_path / "q", lambda tensors: tensors["model.layers.1.self_attn.v_scale"].fill_(value))
     with pytest.raises(ValueError, match=r"layers\.1\.self_attn\.v_scale: \[.*\] scale no cache"):
         load_dense(open_source(str(tmp_path / "q")))
 
