@@ -58,6 +58,8 @@ def describe_examples() -> list[str]:
     """The kernel chosen for each of EXAMPLES on this machine's GPU, or on an H100 if there is none."""
     device, capability, processors = local_gpu()
     return [
-        describe_problem(Problem(m, n, k, bits, group_size, torch.float16, device, capability, processors, int8_inputs))
+        describe_problem(
+            Problem(m, n, k, bits, group_size, torch.float16, device, capability, processors, int8_inputs=int8_inputs)
+        )
         for m, n, k, bits, group_size, int8_inputs in EXAMPLES
     ]

@@ -150,6 +150,7 @@ class Problem:
     device: str  # "cuda" or "cpu"
     capability: tuple[int, int] | None = None  # of the GPU
     processors: int = 0  # multiprocessors of the GPU
+    fast_memory: bool = False  # has_fast_memory of the GPU
     int8_inputs: bool = False
     is_float: bool = False  # the number of a weight of 4 or 8 bits
     norm: bool = False  # of x, before the product
@@ -166,12 +167,13 @@ class Problem:
         return f"m {self.m:>4}  {self.n} x {self.k}  {scheme} {str(self.dtype).removeprefix('torch.')}"
 
 
-def place_of(device: torch.device) -> tuple[str, tuple[int, int] | None, int]:
-    """Device, capability and multiprocessors for a Problem."""
+def place_of(device: torch.device) -> tuple[str, tuple[int, int] | None, int, bool]:
+    """Device, capability, multiprocessors and fast_memory for a Problem."""
     if device.type != "cuda":
-        return device.type, None, 0
+        return device.type, None, 0, False
     properties = torch.cuda.get_device_properties(device)
-    return device.type, (properties.major, properties.minor), properties.multi_processor_count
+    capability = properties.major, properties.minor
+    return device.type, capability, properties.multi_processor_count, has_fast_memory(device)
 
 
 def has_fast_memory(device: torch.device) -> bool:

@@ -69,8 +69,8 @@ def reason_against(problem: Problem) -> str | None:
 
 def beats_gemv(problem: Problem) -> bool:
     """True if this kernel is faster even for few rows: at 8 bits per channel, where wna16_gemv's warps leave the GPU
-    partly idle."""
-    if problem.bits != 8 or problem.group_size != -1 or problem.norm:
+    partly idle; not where 24 of them fit on a multiprocessor (fast memory)."""
+    if problem.bits != 8 or problem.group_size != -1 or problem.norm or problem.fast_memory:
         return False
     return estimated_us(problem) < wna16_gemv.estimated_us(problem)
 

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 
 from lowbit.errors import CheckpointError
-from lowbit.quant.kernels.weight import Dense, Int8, Packed
+from lowbit.quant.kernels.weight import Int8, Packed
 from lowbit.quant.linear import QLinear
 from tests.builders import changed_config, logits_of, make_model, save
 from tests.quantized import dense, quantize_files
@@ -22,7 +22,11 @@ FORMATS_AND_SCHEMES = [
     ("compressed-tensors", "int8-channel"),
     ("compressed-tensors", "int8-channel-a8token"),
     ("compressed-tensors", "int8-channel-a8tensor"),
+    ("compressed-tensors", "int3-g32"),
     ("compressed-tensors", "fp8-channel-afp8token"),
+    ("compressed-tensors", "fp8-block-a16"),
+    ("compressed-tensors", "nvfp4-a16"),
+    ("compressed-tensors", "mxfp4-a16"),
     ("gptq", "int4-g32"),
     ("gptq_v2", "uint4-channel"),
     ("awq", "uint4-g32"),
@@ -46,7 +50,7 @@ def test_logits_are_those_of_the_dequantized_model(ours, tmp_path, fmt, text, fa
     directory = save(make_model(family), tmp_path / "m", torch.bfloat16)
     quantize_files(directory, fmt, text)
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16)
-    kind = Dense if "fp8" in text else Int8 if "a8" in text else Packed
+    kind = Int8 if "-a8" in text else Packed
     linears = [module for name, module in model.named_modules() if name.endswith("_proj")]
     assert len(linears) == 14
     assert all(isinstance(module.linear.weight, kind) for module in linears)

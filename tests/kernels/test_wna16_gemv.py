@@ -12,7 +12,8 @@ from lowbit.quant.kernels.packed import PackedWeight
 from lowbit.quant.kernels.problem import PackedCall, Problem, has_fast_memory
 from lowbit.quant.kernels.registry import choose_kernel
 from lowbit.quant.kernels.wna16_args import NEXT_BYTES, prepare
-from lowbit.quant.kernels.wna16_gemv import CROWD, GemvCut, choose_cut, crowded_cut, run
+from lowbit.quant.kernels.wna16_gemm import beats_gemv
+from lowbit.quant.kernels.wna16_gemv import CROWD, WAVES, GemvCut, choose_cut, crowded_cut, run
 from tests.kernels.make import (
     assert_close_as_half,
     assert_dependence_changes_nothing,
@@ -54,7 +55,15 @@ def test_few_rows_get_the_fused_kernel_where_it_was_built() -> None:
 def test_fast_memory_gets_as_many_warps_along_k_as_fit(n: int, k: int, warps: tuple[int, int] | None) -> None:
     problem = Problem(8, n, k, 4, 128, torch.float16, "cuda", (9, 0), 132)
     assert crowded_cut(problem) == (warps and GemvCut(1, *warps, 1, CROWD))
-    assert crowded_cut(replace(problem, m=9)) is crowded_cut(replace(problem, bits=8)) is None
+    assert crowded_cut(replace(problem, m=9)) is None
+
+
+def test_more_waves_are_for_floats_and_more_bits_than_four() -> None:
+    problem = Problem(8, 28672, 8192, 4, 128, torch.float16, "cuda", (9, 0), 132)
+    assert crowded_cut(problem) is crowded_cut(replace(problem, bits=3)) is None
+    assert crowded_cut(replace(problem, bits=8)) == crowded_cut(replace(problem, is_float=True)) == WAVES
+    assert crowded_cut(replace(problem, bits=8, k=256)) is None
+    assert not beats_gemv(replace(problem, bits=8, group_size=-1, fast_memory=True))
 
 
 @pytest.mark.parametrize(
