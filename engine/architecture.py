@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from lowbit.quant.kernels.route import Rule
+from lowbit.quant.kernels.route_experts import Rule
+from lowbit.quant.kernels.wna16_experts import Gate
 
 SIZES = ("vocabulary", "hidden", "inner", "heads", "kv_heads", "head_dim", "max_positions")
 GATED_ACTIVATIONS = ("silu_mul", "gelu_tanh_mul")  # act(gate) * up; other activations have a single product
@@ -36,12 +37,14 @@ class Mixture:
     inner    inner size of each
     rule     the choice of a token's experts
     shared   inner size of the feed-forward that every token passes besides; 0 for none
+    gate     the activation of an expert, or None for that of all feed-forwards
     """
 
     experts: int
     inner: int
     rule: Rule
     shared: int = 0
+    gate: Gate | None = None
 
     def reason_against(self) -> str | None:
         """The reason why these sizes are invalid, or None."""
@@ -154,7 +157,7 @@ class MixtureNames:
 
     router       linear with one output for each expert
     correction   what is added to the router's scores for the choice alone, or None
-    up, down     linears of expert {}, as in Names
+    up, down     linears of expert {}, as in Names; or one for up, whose rows are gate and up by turns
     shared_up, shared_down  linears of the feed-forward that every token passes; none without one
     shared_gate  linear with one output, whose sigmoid multiplies that feed-forward, or None
     """
@@ -175,6 +178,7 @@ class Names:
 
     qkv          linears whose stacked rows are q, k and v
     per_head     True: the rows are q, k and v of head 0, then of head 1, ...
+    sinks        a score for each head that takes part in every softmax of attention, without a value
     up           linears whose stacked rows are gate and up, or up alone without a gate
     mixture      of layers with experts; None: the family has none
     transposed   True: dense weights are stored as (k, n)
@@ -190,6 +194,7 @@ class Names:
     per_head: bool = False
     q_norm: str | None = None
     k_norm: str | None = None
+    sinks: str | None = None
     o: str = "self_attn.o_proj"
     attention_out_norm: str | None = None
     mlp_norm: str | None = "post_attention_layernorm"

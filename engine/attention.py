@@ -7,20 +7,25 @@ from torch.nn import functional
 
 from lowbit.engine.architecture import Architecture, Layer
 
+ROWS = 512  # of q at a time, where all scores are written out
 
-def prompt_attention(q: Tensor, k: Tensor, v: Tensor, architecture: Architecture, layer: Layer) -> Tensor:
+
+def prompt_attention(
+    q: Tensor, k: Tensor, v: Tensor, architecture: Architecture, layer: Layer, sinks: Tensor | None = None
+) -> Tensor:
     """softmax(scale q k^T) v for the last T of L positions, causal.
 
     q       (T, heads * head_dim)
     k, v    (L, kv_heads, head_dim), L >= T
+    sinks   (heads) scores of one more position, without a value
     return  (T, heads * head_dim)
     """
     a = architecture
     count, length = q.shape[0], k.shape[0]
     heads = q.view(1, count, a.heads, a.head_dim).transpose(1, 2)
     keys, values = (part.unsqueeze(0).transpose(1, 2) for part in (k, v))
-    if a.softcap is not None:
-        return capped_attention(heads, keys, values, architecture, layer)
+    if a.softcap is not None or sinks is not None:
+        return plain_attention(heads, keys, values, architecture, layer, sinks)
     if layer.window is None or layer.window >= length:
         out = causal_attention(heads, keys, values, layer.scale)
     else:
@@ -50,15 +55,36 @@ def visible(count: int, length: int, window: int | None, device: torch.device) -
     return (behind >= 0) & (behind < window) if window is not None else behind >= 0
 
 
-def capped_attention(q: Tensor, k: Tensor, v: Tensor, architecture: Architecture, layer: Layer) -> Tensor:
-    """Causal attention with a softcap on scores, which torch's fused attention lacks; (T, heads * head_dim)."""
-    a = architecture
-    assert a.softcap is not None
+def plain_attention(
+    q: Tensor, k: Tensor, v: Tensor, architecture: Architecture, layer: Layer, sinks: Tensor | None
+) -> Tensor:
+    """Causal attention with a softcap on scores or with sinks, which torch's fused attention lacks; (T, heads *
+    head_dim). It goes by ROWS of q, so that scores do not grow with the square of the prompt."""
     count, length = q.shape[2], k.shape[2]
-    grouped = q.unflatten(1, (a.kv_heads, -1))
-    scores = torch.einsum("bhgtd,bhld->bhgtl", grouped, k) * layer.scale
-    scores = a.softcap * torch.tanh(scores / a.softcap)
-    scores = scores.masked_fill(~visible(count, length, layer.window, q.device), float("-inf"))
-    weights = scores.float().softmax(-1).to(q.dtype)
-    out = torch.einsum("bhgtl,bhld->bhgtd", weights, v)
-    return out.flatten(1, 2).transpose(1, 2).reshape(count, -1)
+    grouped, seen = q.unflatten(1, (architecture.kv_heads, -1)), visible(count, length, layer.window, q.device)
+    parts = [
+        plain_rows(part, k, v, (architecture.softcap, layer.scale), mask, sinks)
+        for part, mask in zip(grouped.split(ROWS, 3), seen.split(ROWS), strict=True)
+    ]
+    return torch.cat(parts, 3).flatten(1, 2).transpose(1, 2).reshape(count, -1)
+
+
+def plain_rows(
+    q: Tensor, k: Tensor, v: Tensor, factors: tuple[float | None, float], seen: Tensor, sinks: Tensor | None
+) -> Tensor:
+    """Attention (1, kv_heads, group, rows, head_dim) of some rows.
+
+    factors  softcap and scale
+    seen     (rows, length) bool
+    """
+    softcap, scale = factors
+    scores = torch.einsum("bhgtd,bhld->bhgtl", q, k) * scale
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores.masked_fill(~seen, float("-inf")).float()
+    if sinks is None:
+        weights = scores.softmax(-1)
+    else:
+        column = sinks.float().view(1, q.shape[1], q.shape[2], 1, 1).expand(*scores.shape[:4], 1)
+        weights = torch.cat([scores, column], -1).softmax(-1)[..., :-1]
+    return torch.einsum("bhgtl,bhld->bhgtd", weights.to(q.dtype), v)

@@ -15,7 +15,8 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from lowbit.engine.architecture import Architecture, Layer, Mixture, MixtureNames, Names, Rope
 from lowbit.engine.fields import Fields, NotComputed
 from lowbit.errors import CheckpointError
-from lowbit.quant.kernels.route import Rule
+from lowbit.quant.kernels.route_experts import Rule
+from lowbit.quant.kernels.wna16_experts import Gate
 
 ACTIVATIONS = {
     "silu": "silu",
@@ -164,6 +165,14 @@ def phimoe(config: Fields) -> Architecture:
         plain = replace(plain, layers=tuple(replace(layer, rope=rope) for layer in plain.layers))
     mixtures = [mixture] * config.num_hidden_layers
     return replace(mixed(plain, mixtures), norm="layer", head_bias=config.lm_head_bias)
+
+
+def gpt_oss(config: Fields) -> Architecture:
+    """gpt-oss: sinks in attention, biases everywhere, windows in every second layer, experts with a clamped gate."""
+    gate = Gate("clamped_mul", config.swiglu_limit, config.swiglu_alpha)
+    rule = Rule(config.num_experts_per_tok, scores="chosen", normalized=False)
+    mixture = Mixture(config.num_local_experts, config.intermediate_size, rule, gate=gate)
+    return mixed(llama(config), [mixture] * config.num_hidden_layers)
 
 
 def glm4_moe(config: Fields) -> Architecture:
@@ -396,6 +405,7 @@ QWEN2_MOE = MixtureNames(
     shared_down="mlp.shared_expert.down_proj",
     shared_gate="mlp.shared_expert_gate",
 )
+GPT_OSS = MixtureNames(router="mlp.router", up=("mlp.experts.{}.gate_up_proj",), down="mlp.experts.{}.down_proj")
 GLM4_MOE = MixtureNames(
     correction="mlp.gate.e_score_correction_bias",
     shared_up=("mlp.shared_experts.gate_proj", "mlp.shared_experts.up_proj"),
@@ -414,6 +424,7 @@ FAMILIES = {
         Family("qwen2_moe", replace(LLAMA, mixture=QWEN2_MOE), qwen_moe),
         Family("qwen3_moe", with_head_norms(WITH_EXPERTS), qwen_moe),
         Family("olmoe", with_head_norms(WITH_EXPERTS), olmoe),
+        Family("gpt_oss", replace(LLAMA, sinks="self_attn.sinks", mixture=GPT_OSS), gpt_oss),
         Family("glm4_moe", with_head_norms(replace(LLAMA, mixture=GLM4_MOE)), glm4_moe),
         Family("gemma2", GEMMA2, gemma),
         Family("gemma3_text", GEMMA3, partial(gemma, capped=False)),

@@ -8,11 +8,18 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from lowbit.engine.products import Hidden, Norm, Product
+from lowbit.engine.products import Consumer, HalfNorm, Hidden, Norm, Product, is_plain_rms
 from lowbit.quant.kernels import ops
-from lowbit.quant.kernels.route import RouteCall, Rule, route
+from lowbit.quant.kernels.pairs import Chosen
+from lowbit.quant.kernels.problem import PART, PARTS, Deferred
+from lowbit.quant.kernels.registry import defers
+from lowbit.quant.kernels.route_experts import RouteCall, Rule
 from lowbit.quant.kernels.row_norm import Rows
-from lowbit.quant.kernels.stack import Chosen, Experts
+from lowbit.quant.kernels.stack import Experts
+from lowbit.quant.kernels.weight import ALONE, Hints, Linear, Packed
+from lowbit.quant.kernels.wna16_experts import DownCall
+
+FEW_ROWS = 64  # of a mixture: more are multiplied with each expert's dense weight
 
 
 class FeedForward(Protocol):
@@ -20,17 +27,25 @@ class FeedForward(Protocol):
 
     @property
     def products(self) -> tuple[Product, ...]:
-        """The products whose launches are planned, in the order of use."""
+        """The products with weights that all rows share, in the order of use."""
+
+    @property
+    def first(self) -> Tensor | None:
+        """The weight that is read first, if it is contiguous; to be prefetched."""
 
     @property
     def reader(self) -> Product | None:
-        """The product that alone reads x, so that the norm before it may be fused; None if others read x too."""
+        """The product that reads x through a norm that may be fused; None if there is none."""
 
-    def with_products(self, products: tuple[Product, ...]) -> Self:
-        """A copy with these products."""
+    def planned(self, following: Product, dependent: bool, shared: bool) -> Self:
+        """A copy with launch hints: see layers.planned. `following` reads the result."""
 
-    def step_nbytes(self, rows: int) -> float:
-        """Bytes of weights that a step of so many rows reads; expected ones if they depend on the rows' choices."""
+    @property
+    def experts_count(self) -> int:
+        """Number of experts; 0 without a choice."""
+
+    def step_nbytes(self, distinct: int) -> int:
+        """Bytes of weights that a step reads which chooses so many experts."""
 
     def __call__(self, x: Hidden, residual: Tensor) -> Hidden:
         """residual (m, hidden) + the feed-forward of x (m, hidden)."""
@@ -48,13 +63,21 @@ class DenseForward:
         return self.up, self.down
 
     @property
+    def first(self) -> Tensor | None:
+        return self.up.weight.bulk
+
+    @property
     def reader(self) -> Product:
         return self.up
 
-    def with_products(self, products: tuple[Product, ...]) -> "DenseForward":
-        return DenseForward(*products)
+    def planned(self, following: Product, dependent: bool, shared: bool) -> "DenseForward":
+        up = self.up.hinted(Hints(dependent, self.down.weight.bulk))
+        down = self.down.hinted(Hints(dependent, following.weight.bulk))
+        return DenseForward(up, down.begun_for(following) if shared else down)
 
-    def step_nbytes(self, rows: int) -> float:
+    experts_count = 0
+
+    def step_nbytes(self, distinct: int) -> int:
         return self.up.linear.nbytes + self.down.linear.nbytes
 
     def __call__(self, x: Hidden, residual: Tensor) -> Hidden:
@@ -79,56 +102,110 @@ class Router:
     def nbytes(self) -> int:
         return sum(tensor.nbytes for tensor in (self.weight, self.bias, self.correction) if tensor is not None)
 
-    def __call__(self, x: Tensor) -> Chosen:
-        """The experts of rows x (m, hidden)."""
-        return Chosen(*route(RouteCall(x, self.weight, self.rule, self.bias, self.correction)))
+    def __call__(self, x: Tensor, deferred: Deferred | None, dependent: bool) -> Chosen:
+        """The experts of rows x (m, hidden); `deferred`: the norm still to finish on them."""
+        call = RouteCall(x, self.weight, self.rule, self.bias, self.correction, deferred, dependent)
+        return Chosen(*ops.route_experts(call), len(self.weight))
 
 
 @dataclass(frozen=True)
 class MixedForward:
     """residual + the experts that each row chose, of norm(x), + a feed-forward of all rows, if there is one.
 
-    shared       reads norm(x), and has no norm of its own
+    shared       has the same norm
     shared_gate  (1, hidden): its sigmoid multiplies each row of `shared`; None: nothing does
+    consumer     the product that reads the result, if the norm in between may be fused
     """
 
-    norm: Norm | None
+    norm: Norm
     router: Router
     experts: Experts
     shared: DenseForward | None = None
     shared_gate: Tensor | None = None
+    hints: Hints = ALONE
+    consumer: Consumer | None = None
 
     @property
     def products(self) -> tuple[Product, ...]:
         return () if self.shared is None else self.shared.products
 
     @property
-    def reader(self) -> None:
-        return None
+    def first(self) -> Tensor:
+        return self.router.weight
 
-    def with_products(self, products: tuple[Product, ...]) -> "MixedForward":
-        return self if self.shared is None else replace(self, shared=self.shared.with_products(products))
+    @property
+    def reader(self) -> Product | None:
+        weight = self.weight_of_one
+        if weight is None or self.router.weight.dtype != weight.dtype:
+            return None
+        return Product(Linear(weight), self.norm)
 
-    def step_nbytes(self, rows: int) -> float:
-        every = self.router.nbytes + (0 if self.shared is None else self.shared.step_nbytes(rows))
+    @property
+    def weight_of_one(self) -> Packed | None:
+        """Gate and up of the first expert, if the kernel of few rows multiplies with it."""
+        weights = self.experts.weights
+        return None if weights is None else Packed(**vars(replace(weights[0], n=self.experts.up.weight.n)))
+
+    def planned(self, following: Product, dependent: bool, shared: bool) -> "MixedForward":
+        if self.shared is not None:
+            hints = Hints(dependent, self.shared.up.weight.bulk)
+            return replace(self, hints=hints, shared=self.shared.planned(following, dependent, shared))
+        planned = replace(self, hints=Hints(dependent, following.weight.bulk), consumer=None)
+        begins = self.experts.weights is not None and self.experts.down.weight.n % (PART * PARTS) == 0
+        if not shared or not begins or not is_plain_rms(following, self.norm.weight.dtype):
+            return planned
+        assert following.norm is not None
+        return replace(planned, consumer=Consumer(following.norm, following.weight))
+
+    @property
+    def experts_count(self) -> int:
+        return len(self.router.weight)
+
+    def step_nbytes(self, distinct: int) -> int:
+        every = self.router.nbytes + (0 if self.shared is None else self.shared.step_nbytes(0))
         if self.shared_gate is not None:
             every += self.shared_gate.nbytes
-        return every + self.experts.nbytes_of_each * distinct_experts(rows, len(self.router.weight), self.router.rule)
+        return every + self.experts.nbytes_of_each * distinct
+
+    def rows_of(self, x: Hidden) -> tuple[Tensor, Deferred | None]:
+        """The rows that experts multiply, and the norm still to finish on them."""
+        if x.half is not None and x.half.norm is self.norm:
+            return x.half.z, x.half.deferred
+        return ops.normalize(self.norm.of(Rows(x.h, dependent=self.hints.dependent))), None
+
+    def chosen_for(self, x: Hidden) -> Chosen:
+        """The experts of the rows."""
+        return self.router(*self.rows_of(x), self.hints.dependent)
 
     def __call__(self, x: Hidden, residual: Tensor) -> Hidden:
-        normed = x.h if self.norm is None else ops.normalize(self.norm.of(Rows(x.h)))
-        h = self.experts(normed, self.router(normed), residual)
-        return Hidden(h) if self.shared is None else self.add_shared(normed, h, self.shared)
+        (rows, deferred), dependent = self.rows_of(x), self.hints.dependent
+        chosen = self.router(rows, deferred, dependent)
+        if self.experts.weights is None or len(rows) > FEW_ROWS:
+            whole = rows if deferred is None else ops.normalize(self.norm.of(Rows(x.h)))
+            out = Hidden(self.experts.in_parts(whole, chosen, residual))
+        else:
+            inner = self.experts.begun(rows, chosen, dependent, deferred)
+            out = self.ended(self.experts.ended(inner, chosen, residual, self.hints))
+        return out if self.shared is None else self.with_shared(x, out.h, self.shared)
 
-    def add_shared(self, normed: Tensor, h: Tensor, shared: DenseForward) -> Hidden:
+    def ended(self, call: DownCall) -> Hidden:
+        """The result of `call`, with the next norm half applied if that saves a launch."""
+        if self.consumer is None or not self.shares(self.consumer, len(call.x)):
+            return Hidden(ops.experts_down(call))
+        norm = self.consumer.norm
+        h, z, squares = ops.experts_down_deferring(call, norm.weight)
+        return Hidden(h, HalfNorm(norm, z, Deferred(squares, norm.eps)))
+
+    def shares(self, consumer: Consumer, m: int) -> bool:
+        """True if fusing the norm into the experts and `consumer` is faster than a norm kernel."""
+        problem = consumer.weight.problem(m)
+        return problem is not None and defers(problem)
+
+    def with_shared(self, x: Hidden, h: Tensor, shared: DenseForward) -> Hidden:
         """h + the feed-forward of all rows."""
-        inner = shared.up(normed)
+        inner = shared.up(x)
         if self.shared_gate is not None:  # down is linear: its inputs may be multiplied in place of its outputs
+            normed = ops.normalize(self.norm.of(Rows(x.h)))
             gate = torch.sigmoid(functional.linear(normed.float(), self.shared_gate.float()))
             inner = (inner.float() * gate).to(inner.dtype)
         return shared.down.onto(h, inner)
-
-
-def distinct_experts(rows: int, experts: int, rule: Rule) -> float:
-    """Expected number of distinct experts that so many rows choose, if each choice is equally likely."""
-    return experts * (1 - (1 - rule.top / experts) ** rows)

@@ -10,7 +10,7 @@ from lowbit.engine.architecture import Architecture, Layer, Mixture
 from lowbit.engine.attention import prompt_attention
 from lowbit.engine.cache import Cache
 from lowbit.engine.feed_forward import DenseForward, FeedForward, MixedForward, Router
-from lowbit.engine.products import Hidden, Norm, Product, consumer_of, rounds_late
+from lowbit.engine.products import Hidden, Norm, Product, rounds_late
 from lowbit.engine.step import Step, Turns
 from lowbit.quant.kernels import ops
 from lowbit.quant.kernels.decode_attention import AppendCall, AttentionCall, KVCache
@@ -19,6 +19,7 @@ from lowbit.quant.kernels.problem import Rotary
 from lowbit.quant.kernels.row_norm import Rows
 from lowbit.quant.kernels.stack import Experts, StackedLinear
 from lowbit.quant.kernels.weight import Hints, Linear
+from lowbit.quant.kernels.wna16_experts import Gate
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class Attention:
 
     q_norm, k_norm  (head_dim) weights of RMS norms on heads, or None
     index           index of the layer in the cache
+    sinks           (heads) scores that take part in every softmax, without a value; None: there are none
     """
 
     qkv: Product
@@ -35,6 +37,7 @@ class Attention:
     k_norm: Tensor | None
     architecture: Architecture
     index: int
+    sinks: Tensor | None = None
 
     @property
     def layer(self) -> Layer:
@@ -71,7 +74,7 @@ class Attention:
         """The rows' attention (m, heads * head_dim)."""
         a, layer = self.architecture, self.layer
         if step.prefix is not None:
-            return prompt_attention(q, *cache.heads_at(self.index, step.prefix, q.dtype), a, layer)
+            return prompt_attention(q, *cache.heads_at(self.index, step.prefix, q.dtype), a, layer, self.sinks)
         return ops.attend(
             AttentionCall(
                 q,
@@ -83,6 +86,7 @@ class Attention:
                 a.softcap or 0.0,
                 step.longest,
                 self.qkv.hints.dependent,
+                self.sinks,
             )
         )
 
@@ -99,14 +103,20 @@ class Block:
         """The products whose launches are planned, in the order of use: qkv, o, those of the feed-forward."""
         return self.attention.qkv, self.attention.o, *self.feed_forward.products
 
-    def with_products(self, qkv: Product, o: Product, *rest: Product) -> "Block":
-        """A copy with these products."""
-        return Block(replace(self.attention, qkv=qkv, o=o), self.feed_forward.with_products(rest))
+    def planned(self, following: Product, dependent: bool, shared: bool) -> "Block":
+        """A copy with launch hints: see layers.planned. `following` reads the result."""
+        qkv = self.attention.qkv.hinted(Hints(dependent, self.attention.o.weight.bulk))
+        o = self.attention.o.hinted(Hints(dependent, self.feed_forward.first))
+        reader = None if self.attention.architecture.parallel else self.feed_forward.reader
+        if shared and reader is not None:
+            o = o.begun_for(reader)
+        rest = self.feed_forward.planned(following, dependent, shared)
+        return Block(replace(self.attention, qkv=qkv, o=o), rest)
 
-    def step_nbytes(self, rows: int) -> float:
-        """Bytes of weights that a step of so many rows reads."""
+    def step_nbytes(self, distinct: int) -> int:
+        """Bytes of weights that a step reads which chooses so many experts."""
         attention = self.attention.qkv.linear.nbytes + self.attention.o.linear.nbytes
-        return attention + self.feed_forward.step_nbytes(rows)
+        return attention + self.feed_forward.step_nbytes(distinct)
 
 
 class Parts(Protocol):
@@ -120,6 +130,9 @@ class Parts(Protocol):
 
     def stack(self, part: str, mixture: Mixture, n: int, k: int) -> StackedLinear:
         """The linears (n, k) of all experts; of "up" gate and up in one."""
+
+    def sinks(self) -> Tensor | None:
+        """(heads): scores that take part in every softmax of attention; None if the family has none."""
 
     def shared_gate(self) -> Tensor | None:
         """(1, hidden): the gate of the feed-forward beside the experts; None if the family has none."""
@@ -141,7 +154,13 @@ def build_block(parts: Parts, architecture: Architecture, index: int, fused_appe
     if a.parallel:
         mlp_norm = mlp_norm or attention_norm
     attention = Attention(
-        Product(qkv, attention_norm), Product(o, after=parts.norm("attention_out_norm")), q_norm, k_norm, a, index
+        Product(qkv, attention_norm),
+        Product(o, after=parts.norm("attention_out_norm")),
+        q_norm,
+        k_norm,
+        a,
+        index,
+        parts.sinks(),
     )
     mixture = a.layers[index].mixture
     if mixture is not None:
@@ -167,11 +186,14 @@ def build_mixed(parts: Parts, architecture: Architecture, mixture: Mixture, norm
     a = architecture
     rows = mixture.inner * (2 if a.gated else 1)
     experts = Experts(
-        parts.stack("up", mixture, rows, a.hidden), parts.stack("down", mixture, a.hidden, mixture.inner), a.activation
+        parts.stack("up", mixture, rows, a.hidden),
+        parts.stack("down", mixture, a.hidden, mixture.inner),
+        mixture.gate or Gate(a.activation),
     )
     shared = None
     if mixture.shared:
-        shared = build_dense(parts, a, ("shared_up", "shared_down"), mixture.shared, None)
+        shared = build_dense(parts, a, ("shared_up", "shared_down"), mixture.shared, norm)
+    assert norm is not None
     return MixedForward(norm, parts.router(mixture), experts, shared, parts.shared_gate() if mixture.shared else None)
 
 
@@ -184,20 +206,6 @@ def planned(
     dependent  True: a launch starts before the one before it has ended
     shared     True: norms may be fused into the products before and after them
     """
-    products = [*(product for block in blocks for product in block.products), head]
-    following = [*products[1:], products[0]]
-    ready = [
-        replace(product, linear=replace(product.linear, hints=Hints(dependent, after.weight.bulk)))
-        for product, after in zip(products, following, strict=True)
-    ]
-    layers, place = [], 0
-    for block in blocks:
-        count = len(block.products)
-        qkv, o, *rest = ready[place : place + count]
-        place += count
-        if shared:
-            reader = None if block.attention.architecture.parallel else block.feed_forward.reader
-            o = o if reader is None else replace(o, consumer=consumer_of(o.linear, reader))
-            rest[-1:] = [replace(each, consumer=consumer_of(each.linear, following[place - 1])) for each in rest[-1:]]
-        layers.append(block.with_products(qkv, o, *rest))
-    return tuple(layers), ready[-1]
+    following = [*(block.attention.qkv for block in blocks[1:]), head]
+    layers = tuple(block.planned(after, dependent, shared) for block, after in zip(blocks, following, strict=True))
+    return layers, head.hinted(Hints(dependent, blocks[0].attention.qkv.weight.bulk))

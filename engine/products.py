@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from lowbit.quant.kernels import ops
@@ -77,6 +78,14 @@ class Product:
     def hints(self) -> Hints:
         return self.linear.hints
 
+    def hinted(self, hints: Hints) -> "Product":
+        """A copy with these launch hints."""
+        return replace(self, linear=replace(self.linear, hints=hints))
+
+    def begun_for(self, reader: "Product") -> "Product":
+        """A copy that begins the norm of `reader`, which reads its output, if weights and norm allow it."""
+        return replace(self, consumer=consumer_of(self.linear, reader))
+
     def __call__(self, x: Tensor | Hidden, residual: Tensor | None = None) -> Tensor:
         """The product (m, n) of x (m, k), plus residual (m, n)."""
         rows, deferred = self.taken(x)
@@ -122,12 +131,18 @@ class Product:
 
 def consumer_of(made: Linear, reader: Product) -> Consumer | None:
     """`reader` as the consumer of the output of `made`, if weights and norm allow fusing the norm between them."""
+    if not made.weight.begins_norms or not is_plain_rms(reader, made.weight.dtype):
+        return None
+    assert reader.norm is not None
+    return Consumer(reader.norm, reader.weight)
+
+
+def is_plain_rms(reader: Product, dtype: torch.dtype) -> bool:
+    """True if `reader` has an RMS norm in `dtype`, and does not round its output."""
     norm = reader.norm
     if norm is None or norm.kind != "rms" or norm.bias is not None or reader.linear.inputs is not None:
-        return None
-    if not made.weight.begins_norms or norm.weight.dtype != made.weight.dtype:
-        return None
-    return Consumer(norm, reader.weight)
+        return False
+    return norm.weight.dtype == dtype
 
 
 def rounds_late(up: Linear, down: Linear, activation: str) -> bool:

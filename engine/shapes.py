@@ -14,9 +14,10 @@ from lowbit.engine.layers import build_block
 from lowbit.engine.products import Norm, Product
 from lowbit.engine.weights import Weights
 from lowbit.quant.kernels.packed import TILE_ROWS
-from lowbit.quant.kernels.route import Rule
+from lowbit.quant.kernels.route_experts import Rule
 from lowbit.quant.kernels.stack import StackedLinear, load_stack
 from lowbit.quant.kernels.weight import Linear, inputs_of, load_weight
+from lowbit.quant.kernels.wna16_experts import Gate
 from lowbit.quant.numerics import coarse_scale
 from lowbit.quant.qtensor import QTensor
 from lowbit.quant.scheme import Scheme, parse_scheme
@@ -33,7 +34,9 @@ METHODS: dict[str, str | None] = {
     "mxfp4": "mxfp4-a16",
     "w3": "int3-g128",
     "w2": "int2-g128",
+    "experts-mxfp4": "mxfp4-a16",
 }
+EXPERTS_ALONE = ("experts-mxfp4",)  # all other linears of these methods are dense: gpt-oss as it is published
 
 
 def decoder_shape(
@@ -92,6 +95,14 @@ def qwen3_shape() -> Architecture:
     return with_mixture(plain, Mixture(128, 768, Rule(8)), family="qwen3_moe")
 
 
+def gpt_oss_shape() -> Architecture:
+    """gpt-oss-20b: sinks and biases, a window in every second layer, 32 experts with a clamped gate."""
+    plain = wide_heads(decoder_shape(201088, 2880, 2880, 64, 24, kv_heads=8), 64, 1.5e5)
+    windows = tuple(replace(layer, window=None if i % 2 else 128) for i, layer in enumerate(plain.layers))
+    mixture = Mixture(32, 2880, Rule(4, "chosen", normalized=False), gate=Gate("clamped_mul", 7.0, 1.702))
+    return with_mixture(replace(plain, layers=windows), mixture, family="gpt_oss")
+
+
 def glm_shape() -> Architecture:
     """GLM-4.5-Air: one dense layer, then 128 experts and one for all tokens."""
     plain = wide_heads(decoder_shape(151552, 4096, 10944, 96, 46, kv_heads=8), 128, 1e6, turned=0.5)
@@ -109,6 +120,7 @@ SHAPES = {
         decoder_shape(32000, 4096, 14336, 32, 32, kv_heads=8, theta=1e6), Mixture(8, 14336, Rule(2)), family="mixtral"
     ),
     "qwen3-30b-a3b": qwen3_shape(),
+    "gpt-oss-20b": gpt_oss_shape(),
     "glm-4.5-air": glm_shape(),
 }
 
@@ -140,12 +152,14 @@ def random_linear(
 class RandomParts:
     """Random parts of layers, without norms on outputs: see layers.Parts."""
 
-    def __init__(self, architecture: Architecture, scheme: Scheme | None, like: Tensor) -> None:
-        self.architecture = architecture
+    def __init__(self, architecture: Architecture, method: str, like: Tensor) -> None:
+        self.architecture, named = architecture, METHODS[method]
         self.names = FAMILIES[architecture.family].names if architecture.family in FAMILIES else Names()
-        self.scheme, self.like, self.biased = scheme, like, architecture.norm == "layer"
+        self.expert_scheme = None if named is None else parse_scheme(named)
+        self.scheme = None if method in EXPERTS_ALONE else self.expert_scheme
+        self.like, self.biased = like, architecture.norm == "layer" or architecture.family == "gpt_oss"
         ones = torch.ones(architecture.hidden, dtype=like.dtype, device=like.device)
-        bias = torch.zeros_like(ones) if self.biased else None
+        bias = torch.zeros_like(ones) if architecture.norm == "layer" else None
         self.plain = Norm(architecture.norm, ones, bias, architecture.norm_eps)
 
     def linear(self, part: str, n: int, k: int, pair_block: int = TILE_ROWS) -> Linear:
@@ -156,13 +170,20 @@ class RandomParts:
         """A router that spreads rows over all experts."""
         weight = random_weight(mixture.experts, self.architecture.hidden, None, self.like)
         assert isinstance(weight, Tensor)
-        return Router(weight, None, None, mixture.rule)
+        return Router(weight, self.plain.weight.new_zeros(mixture.experts) if self.biased else None, None, mixture.rule)
 
     def stack(self, part: str, mixture: Mixture, n: int, k: int) -> StackedLinear:
         """Random linears of all experts."""
         weight = random_weight(mixture.experts * n, k, self.scheme, self.like)
         return StackedLinear(
             load_stack(weight, mixture.experts, self.like.dtype, part == "up"), None, inputs_of(weight)
+        )
+
+    def sinks(self) -> Tensor | None:
+        """Zeros, if the family has sinks."""
+        a = self.architecture
+        return (
+            None if self.names.sinks is None else torch.zeros(a.heads, dtype=self.like.dtype, device=self.like.device)
         )
 
     def shared_gate(self) -> Tensor | None:
@@ -189,7 +210,7 @@ def random_weights(
     head, fused_append  as in weights.Settings
     """
     a = architecture
-    parts = RandomParts(a, None if METHODS[method] is None else parse_scheme(str(METHODS[method])), like)
+    parts = RandomParts(a, method, like)
     embedding = torch.randn(a.vocabulary, a.hidden, dtype=like.dtype, device=like.device)
     positions = torch.zeros(a.max_positions, a.hidden, dtype=like.dtype, device=like.device) if a.positions else None
     final = random_linear(a.vocabulary, a.hidden, None if head == "dense" else parse_scheme(head), like)

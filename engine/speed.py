@@ -2,12 +2,15 @@
 
 import statistics
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 
 from lowbit.engine.cache import Cache, cache_nbytes
 from lowbit.engine.engine import Engine
+from lowbit.engine.feed_forward import MixedForward
+from lowbit.engine.products import Hidden
 from lowbit.engine.runner import Runner
 from lowbit.engine.sampler import Features
 
@@ -21,6 +24,7 @@ class Speed:
 
     ms_per_token  milliseconds per step, including the copy of its tokens to the host
     floor_ms      bytes that a step must read (weights of products, and the cache at its mean length) over read_gbs
+    experts       mean number of distinct experts of a layer that a step chose, and whose weights it must read; or None
     read_gbs      memory read bandwidth of this device, GB/s
     memory_gib    weights, cache and workspaces
     """
@@ -32,6 +36,7 @@ class Speed:
     floor_ms: float
     read_gbs: float
     memory_gib: float
+    experts: float | None = None
 
     @property
     def tokens_per_s(self) -> float:
@@ -43,7 +48,7 @@ class Speed:
 
     def as_row(self) -> dict[str, int | float]:
         """The figures by name, rounded."""
-        return {
+        row: dict[str, int | float] = {
             "batch": self.batch,
             "prompt": self.prompt,
             "output": self.output,
@@ -54,6 +59,7 @@ class Speed:
             "memory_gib": round(self.memory_gib, 2),
             "read_gbs": round(self.read_gbs, 1),
         }
+        return row if self.experts is None else row | {"experts": round(self.experts, 2)}
 
 
 def measure(engine: Engine, batch: int, prompt: int, output: int, read_gbs: float) -> Speed:
@@ -64,13 +70,15 @@ def measure(engine: Engine, batch: int, prompt: int, output: int, read_gbs: floa
         runner.advance()
         seconds = statistics.median(run_seconds(runner, batch, prompt, output) for _ in range(REPEATS))
         memory = memory_gib(engine, runner.cache)
-    nbytes = step_bytes(engine, batch, prompt + output / 2)
-    return Speed(batch, prompt, output, seconds * 1e3 / output, nbytes / read_gbs / 1e6, read_gbs, memory)
+        distinct = distinct_experts(runner)
+    nbytes = step_bytes(engine, batch, prompt + output / 2, distinct)
+    experts = statistics.mean(distinct.values()) if distinct else None
+    return Speed(batch, prompt, output, seconds * 1e3 / output, nbytes / read_gbs / 1e6, read_gbs, memory, experts)
 
 
 def start(runner: Runner, batch: int, prompt: int) -> None:
-    """Set every sequence to the end of its prompt."""
-    runner.place([1] * batch, [prompt] * batch, [runner.cache.start(b) for b in range(batch)])
+    """Set every sequence to the end of its prompt, each at another token, so that each chooses its own experts."""
+    runner.place([1 + b for b in range(batch)], [prompt] * batch, [runner.cache.start(b) for b in range(batch)])
 
 
 def run_seconds(runner: Runner, batch: int, prompt: int, output: int) -> float:
@@ -90,12 +98,26 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def step_bytes(engine: Engine, batch: int, length: float) -> float:
-    """Bytes read by a step with `length` positions in the cache of each of `batch` sequences."""
+def distinct_experts(runner: Runner) -> dict[int, int]:
+    """The number of distinct experts that the runner's next step chooses in each layer that has experts."""
+    decoder, distinct = runner.decoder, {}
+    step = decoder.step(runner.tokens, runner.positions, runner.starts)
+    x = Hidden(decoder.embed(step))
+    for index, (block, turns) in enumerate(zip(decoder.blocks, decoder.turns, strict=True)):
+        h = block.attention(x, step, turns, runner.cache)
+        if isinstance(block.feed_forward, MixedForward):
+            distinct[index] = len(block.feed_forward.chosen_for(h).experts.unique())
+        x = block.feed_forward(x if decoder.architecture.parallel else h, h.h)
+    return distinct
+
+
+def step_bytes(engine: Engine, batch: int, length: float, distinct: Mapping[int, int]) -> float:
+    """Bytes read by a step with `length` positions in the cache of each of `batch` sequences, which chooses so many
+    experts in layers that have some."""
     weights, architecture = engine.decoder.weights, engine.decoder.architecture
     per_layer = cache_nbytes(architecture, 1, 1, weights.dtype, engine.options.int8_cache) / len(architecture.layers)
     seen = sum(min(length, layer.window or length) for layer in architecture.layers)
-    return weights.step_nbytes(batch) + batch * seen * per_layer
+    return weights.step_nbytes(distinct) + batch * seen * per_layer
 
 
 def memory_gib(engine: Engine, cache: Cache) -> float:

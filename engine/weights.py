@@ -25,8 +25,6 @@ from lowbit.quant.kernels.weight import Linear, RoundedInputs, inputs_of, load_w
 from lowbit.quant.qtensor import QTensor, round_to_nearest
 from lowbit.quant.scheme import parse_scheme
 
-ROWS_OF_ALL = 1 << 30  # so many rows choose every expert
-
 
 @dataclass(frozen=True)
 class Weights:
@@ -53,14 +51,18 @@ class Weights:
     def dtype(self) -> torch.dtype:
         return self.embedding.dtype
 
-    def step_nbytes(self, rows: int) -> float:
-        """Bytes that a decode step of so many rows reads: the weights of all products and of the head."""
-        return sum(layer.step_nbytes(rows) for layer in self.layers) + self.head.linear.nbytes
+    def step_nbytes(self, distinct: Mapping[int, int]) -> int:
+        """Bytes that a decode step reads: the weights of all products and of the head.
+
+        distinct  the number of experts that it reads in each layer that has some
+        """
+        layers = sum(layer.step_nbytes(distinct.get(index, 0)) for index, layer in enumerate(self.layers))
+        return layers + self.head.linear.nbytes
 
     @property
-    def nbytes(self) -> float:
+    def nbytes(self) -> int:
         """Bytes of all products and of the head."""
-        return self.step_nbytes(ROWS_OF_ALL)
+        return self.step_nbytes({index: layer.feed_forward.experts_count for index, layer in enumerate(self.layers)})
 
 
 @dataclass(frozen=True)
@@ -237,23 +239,55 @@ class CheckpointReader:
             bias = None if bias is None else bias[rows]
         return Linear(load_weight(weight, dtype, pair_block), bias, inputs)
 
-    def stack(self, names: tuple[str, ...], experts: int, n: int, k: int, biased: bool | None) -> StackedLinear:
-        """The linears `names` (with the expert's number to fill in) of all experts, each expert's stacked to (n, k)."""
+    def stack(
+        self, names: tuple[str, ...], sizes: tuple[int, int, int], paired: bool, biased: bool | None
+    ) -> StackedLinear:
+        """The linears `names` of all experts, each expert's stacked to (n, k), as one weight.
+
+        names   with {} for the expert's number; the file may have one tensor of all experts under the name without it
+        sizes   experts, n, k
+        paired  True for gate and up: two names, or one whose rows are gate and up by turns
+        """
+        (experts, n, k), dtype = sizes, self.settings.dtype
+        whole = self.found(names[0].replace(".{}", "")) if len(names) == 1 else None
+        parts, matrices = self.single_experts(names, experts) if whole is None else self.sliced(whole, experts)
+        for part, matrix in zip(parts, matrices, strict=True):
+            self.shaped(part, matrix if isinstance(matrix, Tensor) else matrix.codes, (n // len(names), k))
+        if whole is not None:
+            bias = self.optional(f"{whole}_bias", (experts, n))
+        else:
+            bias = self.biases(parts, matrices, biased)
+        weight = stacked(matrices, dtype)
+        if paired and len(names) == 1:
+            order = torch.arange(n, device=self.settings.device).view(-1, 2).T.flatten()
+            rows = torch.arange(experts, device=self.settings.device).unsqueeze(1) * n + order
+            weight = moved(weight, rows.flatten(), dtype)
+            bias = None if bias is None else bias.view(experts, n)[:, order]
+        bias = None if bias is None else bias.view(experts, n).contiguous()
+        return StackedLinear(load_stack(weight, experts, dtype, paired), bias, shared_inputs(matrices))
+
+    def single_experts(self, names: tuple[str, ...], experts: int) -> tuple[list[str], list[QTensor | Tensor]]:
+        """The linears of all experts, each under a name of its own."""
         parts, matrices = [], []
         for expert in range(experts):
             for name in names:
                 parts.append(name.format(expert))
                 matrices.append(self.matrix(parts[-1]))
-                shape = matrices[-1].shape
-                if tuple(shape) != (n // len(names), k):
-                    raise CheckpointError(
-                        f"{self.directory}: {parts[-1]} has shape {list(shape)}, config.json asks for "
-                        f"{[n // len(names), k]}"
-                    )
-        inputs, dtype = shared_inputs(matrices), self.settings.dtype
-        bias = self.biases(parts, matrices, biased)
-        weight = load_stack(stacked(matrices, dtype), experts, dtype, paired=len(names) > 1)
-        return StackedLinear(weight, None if bias is None else bias.view(experts, n), inputs)
+        return parts, matrices
+
+    def sliced(self, whole: str, experts: int) -> tuple[list[str], list[QTensor | Tensor]]:
+        """The linears of all experts in the tensor `whole`, which is (experts, k, n) if it is dense."""
+        self.left.discard(whole)
+        members = self.tensors.stacks.get(whole)
+        found = self.tensors.read(whole).to(self.settings.dtype) if members is None else None
+        count = len(members) if members is not None else 0 if found is None or found.ndim != 3 else len(found)
+        if count != experts:
+            raise CheckpointError(f"{self.directory}: {whole} has {count} experts, config.json asks for {experts}")
+        parts = [f"{whole}[{expert}]" for expert in range(experts)]
+        if members is not None:
+            return parts, [self.packed(member) for member in members]
+        assert found is not None
+        return parts, list(found.transpose(1, 2))
 
     def router(self, names: MixtureNames, prefix: str, mixture: Mixture) -> Router:
         """The router of the layer whose tensors' names start with `prefix`."""
@@ -329,7 +363,13 @@ class LayerParts:
         """The linears of all experts."""
         found = getattr(self.mixture, part)
         names = tuple(self.prefix + name for name in ((found,) if isinstance(found, str) else found))
-        return self.reader.stack(names, mixture.experts, n, k, self.reader.architecture.mlp_bias)
+        biased = self.reader.architecture.mlp_bias
+        return self.reader.stack(names, (mixture.experts, n, k), part == "up", biased)
+
+    def sinks(self) -> Tensor | None:
+        """The scores that take part in every softmax of attention."""
+        name, heads = self.names.sinks, self.reader.architecture.heads
+        return None if name is None else self.reader.tensor(self.prefix + name, (heads,))
 
     def shared_gate(self) -> Tensor | None:
         """The gate of the feed-forward beside the experts."""

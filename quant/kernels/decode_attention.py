@@ -29,7 +29,7 @@ SHORT_SPLITS = 4  # most splits of a short sequence
 PLAIN_BYTES = 200e6
 SHORT_BLOCKS, LONG_BLOCKS = 1.95, 2.5  # most blocks per multiprocessor after splitting
 APPEND_FIELDS = ("qkv", "positions", "slots", "cosines", "sines", "q_norm", "k_norm", "norm_eps")
-ATTENTION_FIELDS = ("q", "starts", "positions", "scale", "window", "softcap")
+ATTENTION_FIELDS = ("q", "starts", "positions", "scale", "window", "softcap", "sinks")
 
 
 @dataclass(frozen=True)
@@ -94,6 +94,7 @@ class AttentionCall:
     window     number of positions attended to, including the token's own; 0 for all
     softcap    scores become softcap * tanh(score / softcap); 0 for none
     longest    upper bound on every sequence's length, which determines the splits; 0 if unknown
+    sinks      (heads) q's dtype: a score of one more position without a value, or None
     dependent  as in problem.PackedCall. starts, positions and all of a sequence's cache but its last m positions are
                read before the previous kernel has finished, so no kernel that this launch may overlap may write them
     """
@@ -107,6 +108,7 @@ class AttentionCall:
     softcap: float = 0.0
     longest: int = 0
     dependent: bool = False
+    sinks: Tensor | None = None
 
     @property
     def heads(self) -> int:
@@ -147,6 +149,7 @@ def check_attention(call: AttentionCall) -> None:
         "q": (q, tuple(q.shape), q.dtype),
         "starts": (call.starts, (m,), torch.int64),
         "positions": (call.positions, (m,), torch.int64),
+        "sinks": (call.sinks, (call.heads,), q.dtype),
     }
     check_tensors(wanted, q.device)
     if q.ndim != 2 or q.shape[1] % (cache.head_dim * cache.kv_heads):
@@ -321,5 +324,9 @@ def attend_reference(call: AttentionCall) -> Tensor:
     behind = call.positions.unsqueeze(1) - positions
     seen = (behind >= 0) & (behind < call.window) if call.window else behind >= 0
     scores = scores.masked_fill(~seen[:, None, None], float("-inf"))
-    out = torch.einsum("mhgt,mthd->mhgd", scores.softmax(-1), v)
+    weights = scores.softmax(-1)
+    if call.sinks is not None:
+        column = call.sinks.float().view(1, *scores.shape[1:3], 1).expand(*scores.shape[:3], 1)
+        weights = torch.cat([scores, column], -1).softmax(-1)[..., :-1]
+    out = torch.einsum("mhgt,mthd->mhgd", weights, v)
     return out.to(call.q.dtype).flatten(1)

@@ -14,7 +14,14 @@ from typing import Any, Generic, TypeVar, get_args, get_type_hints
 import torch
 from torch import Tensor
 
-from lowbit.quant.kernels import choose_tokens, decode_attention, gptq_block, row_norm, wna16_dequantize
+from lowbit.quant.kernels import (
+    choose_tokens,
+    decode_attention,
+    gptq_block,
+    row_norm,
+    wna16_dequantize,
+    wna16_experts,
+)
 from lowbit.quant.kernels.choose_tokens import ChoiceCall
 from lowbit.quant.kernels.decode_attention import AppendCall, AttentionCall
 from lowbit.quant.kernels.dense import DenseCall
@@ -22,8 +29,10 @@ from lowbit.quant.kernels.gptq_block import BlockCall
 from lowbit.quant.kernels.packed import PackedWeight
 from lowbit.quant.kernels.problem import NextNorm, PackedCall
 from lowbit.quant.kernels.registry import compute
+from lowbit.quant.kernels.route_experts import RouteCall, route
 from lowbit.quant.kernels.row_norm import Rows
 from lowbit.quant.kernels.w8a8 import Int8Call
+from lowbit.quant.kernels.wna16_experts import DownCall, UpCall
 from lowbit.quant.numbers import Number
 
 LIBRARY = torch.library.Library("lowbit", "DEF")
@@ -211,6 +220,18 @@ choose = Operator(
     choose_tokens.check,
     writes=("tokens", "written", "cursor_positions", "cursor_slots"),
 )
+# Experts (m, top) int32 and their weights (m, top) float32. See RouteCall.
+route_experts = Operator("route_experts", RouteCall, route, RouteCall.empty)
+# inner (m, top, n / 2 padded) of each row's experts, and the sum (m, n) over them. See UpCall and DownCall.
+experts_up = Operator("experts_up", UpCall, wna16_experts.up, UpCall.empty)
+plain_experts_down = Operator("experts_down", DownCall, wna16_experts.down, DownCall.empty, without=("next_norm",))
+deferring_experts_down = Operator(
+    "experts_down_deferring",
+    DownCall,
+    wna16_experts.down,
+    DownCall.empty,
+    writes=("next_norm_z", "next_norm_squares"),
+)
 # Codes and scaled errors (n, b) of a block of columns, rounded by GPTQ. See BlockCall.
 gptq = Operator("gptq_block", BlockCall, gptq_block.run, BlockCall.empty)
 
@@ -220,6 +241,17 @@ def linear(call: PackedCall) -> Tensor:
     if call.rotary is not None:
         return turning_linear(call)
     return plain_linear(call) if call.next_norm is None else deferring_linear(call)
+
+
+def experts_down(call: DownCall) -> Tensor:
+    """y of `call`. ValueError if its tensors do not fit together."""
+    return plain_experts_down(call) if call.next_norm is None else deferring_experts_down(call)
+
+
+def experts_down_deferring(call: DownCall, norm_weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """h of `call`, and the inputs with which the next product applies rms_norm(h): see linear_deferring."""
+    norm = NextNorm.empty(call.x.flatten(1), norm_weight)
+    return experts_down(replace(call, next_norm=norm)), norm.z, norm.squares
 
 
 def linear_deferring(call: PackedCall, norm_weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,39 +1,27 @@
 """Stacked weights of all experts of a layer, and the products of each row with the experts that it chose."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from lowbit.quant.kernels import ops
 from lowbit.quant.kernels.packed import (
     HALF,
     TILE_ROWS,
     PackedWeight,
-    dequantize_packed,
     prepack_rows,
     reason_against_kernel,
     reason_against_packing,
 )
+from lowbit.quant.kernels.pairs import Chosen, added, products
+from lowbit.quant.kernels.problem import Deferred
 from lowbit.quant.kernels.row_norm import Rows
 from lowbit.quant.kernels.row_scaled import RowScaled, row_scaled
-from lowbit.quant.kernels.weight import RoundedInputs, activated, prepared
+from lowbit.quant.kernels.weight import Hints, RoundedInputs, prepared
+from lowbit.quant.kernels.wna16_experts import DownCall, Gate, UpCall, gated
 from lowbit.quant.qtensor import QTensor
-
-FEW_PAIRS = 256  # pairs of a row and an expert; with more, each expert's rows are multiplied together
-
-
-@dataclass(frozen=True)
-class Chosen:
-    """The experts of every row.
-
-    experts  (m, top) int32
-    weights  (m, top) float32
-    """
-
-    experts: Tensor
-    weights: Tensor
 
 
 class Stack(Protocol):
@@ -70,7 +58,7 @@ class PackedStack:
         return self.weight.nbytes
 
     def multiply(self, x: Tensor, experts: Tensor) -> Tensor:
-        return products(x.float(), dequantize_packed(self.weight).unflatten(0, (self.experts, -1)), experts)
+        return products(x, ops.dequantize(self.weight).unflatten(0, (self.experts, -1)), experts).float()
 
 
 @dataclass(frozen=True)
@@ -123,55 +111,45 @@ class StackedLinear:
 
 @dataclass(frozen=True)
 class Experts:
-    """The experts of a layer: the sum over a row's experts of weight * down(activation(up(x))).
+    """The experts of a layer: the sum over a row's experts of weight * down(gate(up(x))).
 
-    activation  with a gate, whose rows are the first half of an expert's
+    gate  its rows are the first half of an expert's
     """
 
     up: StackedLinear
     down: StackedLinear
-    activation: str
-
-    def __call__(self, x: Tensor, chosen: Chosen, residual: Tensor) -> Tensor:
-        """residual + the sum (m, hidden) for x (m, hidden), added in the order of each row's experts."""
-        m, top = chosen.experts.shape
-        flat = chosen.experts.flatten()
-        sums = self.up.multiply(self.up.rounded(x).repeat_interleave(top, 0), flat)
-        inner = activated(sums, self.activation).to(x.dtype)
-        parts = self.down.multiply(self.down.rounded(inner), flat) * chosen.weights.flatten().unsqueeze(1)
-        total = residual.float()
-        for part in parts.unflatten(0, (m, top)).unbind(1):
-            total = total + part
-        return total.to(x.dtype)
+    gate: Gate
 
     @property
     def nbytes_of_each(self) -> int:
         """Bytes of one expert."""
         return (self.up.nbytes + self.down.nbytes) // self.up.weight.experts
 
+    @property
+    def weights(self) -> tuple[PackedWeight, PackedWeight] | None:
+        """The packed weights of up and down, if one kernel multiplies each; None if not."""
+        up, down = self.up.weight, self.down.weight
+        if not isinstance(up, PackedStack) or not isinstance(down, PackedStack) or self.up.inputs or self.down.inputs:
+            return None
+        return (up.weight, down.weight) if up.weight.pair_block == up.n else None
 
-def products(x: Tensor, w: Tensor, experts: Tensor) -> Tensor:
-    """Row i of x (pairs, k) times expert experts[i] of w (experts, n, k).
+    def begun(self, x: Tensor, chosen: Chosen, dependent: bool, deferred: Deferred | None) -> Tensor:
+        """The inner of `ended`: x (m, hidden) through up and gate; `deferred`: the norm still to finish."""
+        assert self.weights is not None
+        return ops.experts_up(UpCall(x, self.weights[0], chosen, self.gate, self.up.bias, deferred, dependent))
 
-    Few pairs on a GPU are one product, which reads no number back and so can be captured; its copy of the weights is
-    the price.
-    """
-    if x.is_cuda and len(x) <= FEW_PAIRS:
-        return torch.bmm(w[experts.long()], x.unsqueeze(2)).squeeze(2)
-    y = x.new_empty(len(x), w.shape[1])
-    for expert, pairs in pairs_by_expert(experts, len(w)):
-        y[pairs] = x[pairs] @ w[expert].T
-    return y
+    def ended(self, inner: Tensor, chosen: Chosen, residual: Tensor, hints: Hints) -> DownCall:
+        """The product that ends the layer: residual + the sum (m, hidden)."""
+        assert self.weights is not None
+        return DownCall(inner, self.weights[1], chosen, self.down.bias, residual, **vars(hints))
 
-
-def pairs_by_expert(experts: Tensor, count: int) -> Iterator[tuple[int, Tensor]]:
-    """Each expert that was chosen, with the indices of its pairs, in their order."""
-    order = experts.argsort(stable=True)
-    first = 0
-    for expert, pairs in enumerate(torch.bincount(experts, minlength=count).tolist()):
-        if pairs:
-            yield expert, order[first : first + pairs]
-        first += pairs
+    def in_parts(self, x: Tensor, chosen: Chosen, residual: Tensor) -> Tensor:
+        """residual + the sum (m, hidden) for x (m, hidden), by any weights: each expert's rows together."""
+        flat = chosen.experts.flatten()
+        sums = self.up.multiply(self.up.rounded(x).repeat_interleave(chosen.top, 0), flat)
+        inner = gated(sums, self.gate).to(x.dtype)
+        parts = self.down.multiply(self.down.rounded(inner), flat) * chosen.weights.flatten().unsqueeze(1)
+        return added(parts.unflatten(0, tuple(chosen.experts.shape)), residual).to(x.dtype)
 
 
 def load_stack(weight: QTensor | RowScaled | Tensor, experts: int, dtype: torch.dtype, paired: bool) -> Stack:

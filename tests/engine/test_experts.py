@@ -5,20 +5,24 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, GptOssConfig
 
 from lowbit import engine
 from lowbit.calibrate.job import prepare
 from lowbit.calibrate.methods import complete_recipe
 from lowbit.calibrate.pipeline import run
-from lowbit.engine.feed_forward import MixedForward, distinct_experts
+from lowbit.engine.feed_forward import MixedForward
+from lowbit.engine.speed import measure
 from lowbit.errors import CheckpointError
 from lowbit.evaluation.backend import fill_all
 from lowbit.models.products import rounded_inputs
 from lowbit.models.skeleton import Block, open_skeleton
 from lowbit.models.source import open_source
-from lowbit.quant.kernels.route import Rule
 from lowbit.quant.kernels.stack import PackedStack
-from tests.builders import changed_config, logits_of, save_family
+from lowbit.quant.packing import pack_e8m0, pack_fp4
+from lowbit.quant.qtensor import round_to_nearest
+from lowbit.quant.scheme import parse_scheme
+from tests.builders import changed_config, logits_of, save, save_family
 
 IDS = torch.arange(3, 43).view(2, 20)
 RECIPES = {
@@ -69,6 +73,50 @@ def test_in_half_precision_all_experts_are_one_packed_weight(recipe: str, tmp_pa
     assert (model.logits(IDS) - expected).abs().mean() < 0.03 * expected.abs().mean()
 
 
+GPT_OSS = {"vocab_size": 260, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "head_dim": 16}
+GPT_OSS |= {"num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2}
+
+
+def save_gpt_oss(directory: Path) -> Path:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(GptOssConfig(**GPT_OSS), dtype=torch.float32)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return save(model.eval(), directory)
+
+
+@pytest.mark.parametrize("recipe", ["int4", "int8"])
+def test_experts_that_take_turns_in_one_tensor_are_put_in_order(recipe: str, tmp_path: Path) -> None:
+    made = quantized(save_gpt_oss(tmp_path / "source"), tmp_path / "made", recipe)
+    wanted = stored_logits(made)
+    torch.testing.assert_close(engine.load(made, device="cpu").logits(IDS), wanted, atol=2e-4, rtol=1e-3)
+    half = engine.load(made, device="cpu", dtype=torch.float16)
+    assert half.decoder.weights.layers[0].feed_forward.experts.weights is not None
+    assert (half.logits(IDS) - wanted).abs().mean() < 0.03 * wanted.abs().mean()
+
+
+def test_gpt_oss_is_read_as_it_is_published(tmp_path: Path) -> None:
+    """Two tensors of all experts in MXFP4: the logits are those of the same experts, dense."""
+    save_gpt_oss(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    scheme, dense = parse_scheme("mxfp4-a16"), dict(tensors)
+    for name in [name for name in tensors if name.endswith(("gate_up_proj", "down_proj"))]:
+        experts = [round_to_nearest(w.T.contiguous(), scheme, torch.float32) for w in tensors.pop(name)]
+        dense[name] = torch.stack([weight.dequantize().T for weight in experts]).contiguous()
+        codes = torch.stack([pack_fp4(weight.codes) for weight in experts])
+        tensors[f"{name}_blocks"] = codes.unflatten(-1, (-1, 16))
+        tensors[f"{name}_scales"] = torch.stack([pack_e8m0(weight.scales) for weight in experts])
+    save_file(dense, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    wanted = engine.load(tmp_path, device="cpu").logits(IDS)
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    changed_config(tmp_path, lambda config: config.update(quantization_config={"quant_method": "mxfp4"}))
+    torch.testing.assert_close(engine.load(tmp_path, device="cpu").logits(IDS), wanted)
+    half = engine.load(tmp_path, device="cpu", dtype=torch.bfloat16)
+    assert half.decoder.weights.layers[0].feed_forward.experts.weights is not None
+    assert (half.logits(IDS) - wanted).abs().mean() < 0.05 * wanted.abs().mean()
+
+
 def edited(directory: Path, name: str, value: torch.Tensor | None) -> None:
     """The file with another tensor `name`, or without it."""
     tensors = load_file(directory / "model.safetensors")
@@ -115,8 +163,11 @@ def test_a_wrong_configuration_is_told(changes: dict[str, int], message: str, tm
 
 def test_bytes_of_a_step_count_the_experts_that_it_touches(tmp_path: Path) -> None:
     model = engine.load(save_family("qwen3_moe", tmp_path), device="cpu")
-    weights = model.decoder.weights
-    each = 3 * 64 * 64 * 4
-    assert weights.nbytes - weights.step_nbytes(1) == pytest.approx(2 * 2 * each)
-    assert distinct_experts(1, 128, Rule(8)) == pytest.approx(8)
-    assert distinct_experts(16, 128, Rule(8)) == pytest.approx(82.4, abs=0.1)
+    weights, each = model.decoder.weights, 3 * 64 * 64 * 4
+    assert weights.nbytes - weights.step_nbytes({0: 2, 1: 3}) == 3 * each
+    assert weights.step_nbytes({}) == weights.nbytes - 8 * each
+    measured = measure(model, batch=3, prompt=4, output=2, read_gbs=1.0)
+    assert measured.experts is not None
+    assert 2 <= measured.experts <= 4
+    assert measured.as_row()["experts"] == measured.experts
+    assert measured.floor_ms >= weights.step_nbytes({0: 2, 1: 2}) / 1e6

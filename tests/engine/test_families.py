@@ -47,6 +47,8 @@ CASES = {
     "qwen3_moe": ("qwen3_moe", {"norm_topk_prob": True, "num_hidden_layers": 3, "mlp_only_layers": [1]}),
     "olmoe": ("OlmoeConfig", GATED | {"num_experts": 4, "num_experts_per_tok": 2}),
     "phimoe": ("PhimoeConfig", GATED | {"num_local_experts": 4, "router_jitter_noise": 0.3, "lm_head_bias": True}),
+    "gpt_oss": ("GptOssConfig", GATED | {"head_dim": 16, "num_local_experts": 4, "sliding_window": 8}),
+    "gpt_oss-clamped": ("GptOssConfig", GATED | {"head_dim": 16, "swiglu_limit": 0.2, "num_experts_per_tok": 2}),
     "glm4_moe": ("Glm4MoeConfig", SIGMOID),
     "glm4_moe-normed": ("Glm4MoeConfig", SIGMOID | {"use_qk_norm": True, "n_shared_experts": 2}),
 }

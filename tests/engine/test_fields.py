@@ -45,6 +45,7 @@ TINY: dict[str, dict[str, Any]] = {
     "phimoe": GATED | {"num_local_experts": 4},
     "qwen2_moe": GATED | EXPERTS | SLIDING | {"shared_expert_intermediate_size": 32},
     "qwen3_moe": GATED | EXPERTS | {"head_dim": 16},
+    "gpt_oss": NARROW | {"num_local_experts": 4, "num_experts_per_tok": 2},
     "olmoe": GATED | {"num_experts": 4, "num_experts_per_tok": 2},
     "glm4_moe": GATED | GROUPED | {"head_dim": 16},
 }

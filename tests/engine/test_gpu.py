@@ -7,14 +7,17 @@ import pytest
 import torch
 from torch import Tensor
 
+from lowbit.engine.architecture import Mixture
 from lowbit.engine.decoder import Decoder
 from lowbit.engine.engine import Engine
 from lowbit.engine.options import Options
 from lowbit.engine.prefill import read_prompt
 from lowbit.engine.sampling import Sampling
-from lowbit.engine.shapes import METHODS, codegeex_shape, decoder_shape, random_weights
+from lowbit.engine.shapes import METHODS, codegeex_shape, decoder_shape, random_weights, with_mixture
 from lowbit.engine.workspace import Workspace
 from lowbit.quant.kernels.packed import dequantize_packed
+from lowbit.quant.kernels.route_experts import Rule
+from lowbit.quant.kernels.stack import DenseStack, PackedStack
 from lowbit.quant.kernels.weight import Dense, Int8, Packed
 from tests.kernels.make import on_cpu
 
@@ -24,6 +27,11 @@ LLAMA = decoder_shape(vocabulary=1000, hidden=512, inner=1024, heads=4, layers=3
 CODEGEEX = replace(
     codegeex_shape(), vocabulary=1000, hidden=512, inner=1024, heads=4, kv_heads=4, layers=codegeex_shape().layers[:3]
 )
+# all experts are chosen: among some, a last bit of half precision may choose others
+MIXTURES = {
+    "shared": with_mixture(LLAMA, Mixture(4, 256, Rule(4), shared=256), dense=1),
+    "alone": with_mixture(LLAMA, Mixture(8, 512, Rule(8, "chosen"))),
+}
 CONTEXT = 300
 PROMPTS = [list(range(7, 90)), [5], list(range(300, 320))]
 
@@ -32,6 +40,8 @@ def in_float32(value):
     """Weights on the CPU in float32, for any packing."""
     if isinstance(value, Packed):
         return Dense(dequantize_packed(on_cpu(value)))
+    if isinstance(value, PackedStack):
+        return DenseStack(in_float32(Packed(**vars(value.weight))).matrix.unflatten(0, (value.experts, -1)))
     if isinstance(value, Int8):
         return Dense((value.codes * value.scales.unsqueeze(1)).cpu())
     if isinstance(value, Tensor):
@@ -68,6 +78,19 @@ def test_logits_of_prompts_and_of_captured_steps_are_the_cpus(method, dtype, int
 @pytest.mark.parametrize("method", ["w4", "int8", "dense"])
 def test_learned_positions_and_layer_norms_too(method):
     check(*engines(CODEGEEX, method), 0.02)
+
+
+@pytest.mark.parametrize("method", ["w4", "int8", "dense"])
+@pytest.mark.parametrize("mixture", MIXTURES)
+def test_mixtures_of_experts_too(mixture, method):
+    check(*engines(MIXTURES[mixture], method), 0.02)
+
+
+def test_a_captured_step_with_experts_is_the_same_each_time():
+    gpu, _ = engines(with_mixture(LLAMA, Mixture(16, 256, Rule(4))), "w4")
+    sampling = Sampling(max_new_tokens=40)
+    first = [completion.tokens for completion in gpu.generate(PROMPTS, sampling)]
+    assert all([completion.tokens for completion in gpu.generate(PROMPTS, sampling)] == first for _ in range(3))
 
 
 def check(gpu: Engine, cpu: Engine, tolerance: float) -> None:

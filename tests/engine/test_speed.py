@@ -27,16 +27,16 @@ def test_bytes_of_a_step_are_weights_and_cache():
     # q, k, v; o; gate, up; down, a row each of (outputs, inputs)
     linears = 2 * (256 * 128 + 128 * 128 + 512 * 128 + 128 * 256)
     head, per_position = 256 * 128 * 2, 2 * 2 * 64
-    assert step_bytes(make_engine("dense"), 3, 10) == 2 * linears + head + 3 * 10 * per_position * 2
-    assert step_bytes(make_engine("w4"), 1, 0) == linears // 2 + linears // 128 * 2 + head
-    assert step_bytes(make_engine("dense", int8=True), 1, 10) == 2 * linears + head + 10 * 2 * 2 * (64 + 2)
+    assert step_bytes(make_engine("dense"), 3, 10, {}) == 2 * linears + head + 3 * 10 * per_position * 2
+    assert step_bytes(make_engine("w4"), 1, 0, {}) == linears // 2 + linears // 128 * 2 + head
+    assert step_bytes(make_engine("dense", int8=True), 1, 10, {}) == 2 * linears + head + 10 * 2 * 2 * (64 + 2)
 
 
 def test_a_speed_is_its_parts():
     speed = measure(make_engine("w4"), batch=2, prompt=8, output=4, read_gbs=10.0)
     row = speed.as_row()
     assert row["tokens_per_s"] == pytest.approx(2e3 / speed.ms_per_token, abs=0.1)
-    assert speed.floor_ms == pytest.approx(step_bytes(make_engine("w4"), 2, 10) / 10e9 * 1e3)
+    assert speed.floor_ms == pytest.approx(step_bytes(make_engine("w4"), 2, 10, {}) / 10e9 * 1e3)
     assert row["share_of_floor"] == pytest.approx(speed.floor_ms / speed.ms_per_token, abs=1e-4)
 
 

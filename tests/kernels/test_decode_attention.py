@@ -60,6 +60,16 @@ def attention_of(call: AppendCall, q: Tensor, **settings) -> AttentionCall:
     )
 
 
+def test_a_sink_takes_its_share_of_every_softmax():
+    call = make_append((4, 2, 16), [0, 11, 40], torch.float32, int8=False)
+    q, sinks = ops.append_heads(call), torch.tensor([-1.0, 0.0, 2.0, -torch.inf])
+    out, plain = (ops.attend(attention_of(call, q, sinks=each)).unflatten(1, (4, -1)) for each in (sinks, None))
+    k = call.cache.k[call.slots[0]].repeat_interleave(2, 0)
+    score = (q[0].view(4, 16) * k).sum(-1) / 4  # the first row sees one position
+    torch.testing.assert_close(out[0], plain[0] * torch.sigmoid(score - sinks).unsqueeze(1))
+    torch.testing.assert_close(out[:, 3], plain[:, 3])
+
+
 @pytest.mark.parametrize("window", [0, 5])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_attention_is_torchs(shape, window):

@@ -505,7 +505,8 @@ def check_attention(gpu: Gpu, seeds: range) -> None:
         check_append(gpu, append)
         q = torch.randn(len(starts), append.heads * cache.head_dim).to(append.qkv.dtype)
         window, softcap = pick.choice([0, 0, 1, 5, 33]), pick.choice([0.0, 0.0, 3.0])
-        options = (cache.head_dim**-0.5, window, softcap, 0, append.dependent)
+        sinks = gpu.put(torch.randn(append.heads).to(q.dtype)) if pick.random() < 0.4 else None
+        options = (cache.head_dim**-0.5, window, softcap, 0, append.dependent, sinks)
         call = AttentionCall(gpu.put(q), cache, gpu.put(starts), positions, *options)
         wanted = decode_attention.attend_reference(call)
         hide_unseen(call)

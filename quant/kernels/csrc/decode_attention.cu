@@ -58,6 +58,7 @@ struct DecodeAttentionArgs {
   FIELD(float, scale);
   FIELD(float, softcap);             // 0: none
   FIELD(int, window);                // 0: none
+  FIELD(const void*, sinks);         // (heads) scores of one more position without a value, or null
 };
 
 struct DecodeAttentionLaunch {
@@ -502,6 +503,13 @@ __device__ void send(Meeting<S>& meeting, Running<S>& running, Lane lane, int he
   }
 }
 
+// The weight of a head's sink, relative to 2^maximum. first_head counts the heads of all rows.
+template <typename T>
+__device__ float sink_weight(const DecodeAttentionArgs& args, int64_t head, float maximum) {
+  const float sink = to_float(static_cast<const T*>(args.sinks)[head % args.heads]);
+  return exp2_fast(sink * kLog2E - maximum);
+}
+
 // Merges the block's elements of the result from all warps' contributions.
 template <typename S>
 __device__ void merge(const DecodeAttentionArgs& args, const Meeting<S>& meeting, int64_t first_head, int heads) {
@@ -520,6 +528,7 @@ __device__ void merge(const DecodeAttentionArgs& args, const Meeting<S>& meeting
       sum += weight * meeting.sum[slot * heads + head];
       out += weight * meeting.out[slot * groups * heads * kGroup + i];
     }
+    if (args.sinks != nullptr) sum += sink_weight<T>(args, first_head + head, maximum);
     static_cast<T*>(args.out)[(first_head + head) * args.cache.head_dim + d] = from_float<T>(out / sum);
   }
 }

@@ -64,9 +64,12 @@ def cuda_headers() -> Path | None:
     return next((folder for folder in folders if (folder / "cuda_runtime.h").exists()), None)
 
 
-def build(mutant: Mutant | None = None) -> Path:
+def build(mutant: Mutant | None = None, only: tuple[str, ...] = ()) -> Path:
     """The library, with the mistake of `mutant` if there is one. RuntimeError with g++'s output if compilation
-    fails."""
+    fails.
+
+    only  the kernels' sources that it is of; all if there are none
+    """
     sources = read_sources(mutant)
     folder = KEPT / f"sources-{hash_of(*sources, *sources.values())}"
     folder.mkdir(parents=True, exist_ok=True)
@@ -74,6 +77,7 @@ def build(mutant: Mutant | None = None) -> Path:
         (folder / name).write_text(text)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         units = UNITS if mutant is None else [unit for unit in UNITS if not OTHERS.intersection(unit[1])]
+        units = [unit for unit in units if not only or unit[0] in only or not unit[0].endswith(".cu")]
         objects = list(pool.map(lambda unit: compile_unit(folder, sources, *unit), units))
     library = KEPT / f"{hash_of(*map(str, objects))}.so"
     if not library.exists():

@@ -1,4 +1,5 @@
-"""The choice of a token's experts and of their weights, from its hidden state and a router's weight."""
+"""The choice of a token's experts and of their weights, from its hidden state and a router's weight: one kernel,
+csrc/route_experts.cu, or plain torch."""
 
 from dataclasses import dataclass
 
@@ -6,6 +7,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from lowbit.quant.kernels.extension import launch, reason_against_device
+from lowbit.quant.kernels.problem import Deferred, reason_against_squares
+from lowbit.quant.kernels.reference import inverse_deviation
+
+# Limits of the kernel.
+MOST_ROWS, MOST_EXPERTS, MOST_TOP, MOST_GROUPS, MOST_BEST = 65535, 512, 32, 32, 2
+MOST_BLOCKS = 8  # of a cluster that shares a row
+ROW_STEP = 8  # inputs that are read together
 SCORES = ("softmax", "sigmoid", "chosen", "mixer")
 LEAST_SUM = 1e-20  # added to sums that divide, as the models do
 
@@ -55,6 +64,8 @@ class RouteCall:
     weight      (experts, k)  x's dtype
     bias        (experts)     of the logits, or None
     correction  (experts)     float32, added to scores for the choice alone, or None
+    deferred    the norm still to finish on x, or None
+    dependent   launch without waiting for the previous kernel (programmatic dependent launch)
     """
 
     x: Tensor
@@ -62,6 +73,8 @@ class RouteCall:
     rule: Rule
     bias: Tensor | None = None
     correction: Tensor | None = None
+    deferred: Deferred | None = None
+    dependent: bool = False
 
     def empty(self) -> tuple[Tensor, Tensor]:
         """Memory for the result."""
@@ -81,7 +94,7 @@ class RouteCall:
         for name, tensor in (("weight", w), ("bias", self.bias), ("correction", self.correction)):
             if tensor is not None and tensor.device != x.device:
                 raise ValueError(f"{name} is on {tensor.device}, x on {x.device}")
-        reason = self.rule.reason_against(w.shape[0])
+        reason = self.rule.reason_against(w.shape[0]) or reason_against_squares(x, x.shape[1], self.deferred)
         if reason is not None:
             raise ValueError(reason)
 
@@ -89,14 +102,48 @@ class RouteCall:
 def route(call: RouteCall) -> tuple[Tensor, Tensor]:
     """Experts (m, top) int32, best first, and their weights (m, top) float32. ValueError if tensors do not fit."""
     call.check()
-    return reference(call)
+    return reference(call) if reason_against(call) else run_kernel(call)
+
+
+def reason_against(call: RouteCall) -> str | None:
+    """The reason why the kernel cannot choose for these rows, or None."""
+    x, w, rule = call.x, call.weight, call.rule
+    if x.device.type != "cuda":
+        return f"the tensors are on the {x.device.type}"
+    if x.dtype not in (torch.float16, torch.bfloat16) or w.dtype != x.dtype or x.shape[1] % ROW_STEP:
+        return f"x is {x.dtype}, the router {w.dtype}, of {x.shape[1]} inputs: it takes halves, {ROW_STEP} at a time"
+    if not 0 < len(x) <= MOST_ROWS or len(w) > MOST_EXPERTS or rule.top > MOST_TOP or rule.groups > MOST_GROUPS:
+        return f"{len(x)} rows, {len(w)} experts, {rule.top} of a row, {rule.groups} groups: more than it takes"
+    if rule.scores == "mixer" or rule.group_best > MOST_BEST:
+        return f"scores {rule.scores!r}, groups by {rule.group_best}: it has no code for them"
+    for name, tensor in (("x", x), ("weight", w)):
+        if not tensor.is_contiguous() or tensor.data_ptr() % 16:
+            return f"{name} at {tensor.data_ptr():#x} with strides {tensor.stride()}: it reads whole rows, aligned"
+    return reason_against_device(torch.cuda.get_device_capability(x.device))
+
+
+def run_kernel(call: RouteCall) -> tuple[Tensor, Tensor]:
+    """The result of `call`, which `check` has passed, by csrc/route_experts.cu."""
+    (m, k), (experts, weights), rule, deferred = call.x.shape, call.empty(), call.rule, call.deferred
+    args = {name: getattr(call, name) for name in ("x", "weight", "bias", "correction")}
+    args |= {name: getattr(rule, name) for name in ("top", "scores", "normalized", "scale", "groups", "used_groups")}
+    args |= {"group_best": rule.group_best, "experts_of_rows": experts, "weights_of_rows": weights}
+    args |= {"x_squares": deferred and deferred.squares, "x_parts": deferred.squares.shape[1] if deferred else 0}
+    args |= {"m": m, "k": k, "experts": len(call.weight), "norm_eps": deferred.eps if deferred else 0.0}
+    blocks = MOST_BLOCKS if torch.cuda.get_device_capability(call.x.device) >= (9, 0) else 1
+    launch("route_experts", call.x.dtype, device=call.x.device, args=args, blocks=blocks, dependent=call.dependent)
+    return experts, weights
 
 
 def reference(call: RouteCall) -> tuple[Tensor, Tensor]:
     """The result of `call` in plain torch, from float32 logits."""
     rule = call.rule
     bias = None if call.bias is None else call.bias.float()
-    logits = functional.linear(call.x.float(), call.weight.float(), bias)
+    logits = functional.linear(call.x.float(), call.weight.float())
+    if call.deferred is not None:
+        logits = logits * inverse_deviation(call.deferred)
+    if bias is not None:
+        logits = logits + bias
     if rule.scores == "mixer":
         experts, weights = mixed(logits, rule.jitter)
     else:

@@ -1,9 +1,13 @@
 """The choice of experts: ties, NaN, groups, and rules that contradict themselves."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from lowbit.quant.kernels.route import RouteCall, Rule, route
+from lowbit.quant.kernels import ops
+from lowbit.quant.kernels.route_experts import RouteCall, Rule, route
+from tests.kernels.make import assert_dependence_changes_nothing, opcheck
 
 
 def routed(logits: torch.Tensor, rule: Rule, **other: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -75,3 +79,43 @@ def test_tensors_that_do_not_fit_are_told():
         route(RouteCall(torch.zeros(1, 3), torch.eye(4), Rule(1)))
     with pytest.raises(ValueError, match="bias of shape"):
         routed(torch.zeros(1, 4), Rule(1), bias=torch.zeros(3))
+
+
+def test_the_operator_is_traceable():
+    opcheck(ops.route_experts, RouteCall(torch.randn(3, 16).half(), torch.randn(4, 16).half(), Rule(2)))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("m", [1, 7, 64])
+@pytest.mark.parametrize(
+    ("experts", "rule"),
+    [
+        (128, Rule(8)),
+        (8, Rule(2)),
+        (60, Rule(4, normalized=False)),
+        (32, Rule(4, "chosen")),
+        (256, Rule(8, "sigmoid", scale=2.5, groups=8, used_groups=4, group_best=2)),
+    ],
+)
+def test_the_gpu_chooses_what_the_cpu_does(experts, rule, m, dtype):
+    x, weight = (torch.randint(-1, 2, (rows, 2048)).to(dtype) for rows in (m, experts))
+    call = RouteCall(x, weight, rule)
+    on_gpu = RouteCall(x.cuda(), weight.cuda(), rule)
+    wanted, wanted_weights = ops.route_experts(call)
+    found, weights = ops.route_experts(on_gpu)
+    assert torch.equal(found.cpu(), wanted)
+    torch.testing.assert_close(weights.cpu(), wanted_weights, rtol=1e-4, atol=1e-6)
+    assert_dependence_changes_nothing(lambda dependent: ops.route_experts(replace(on_gpu, dependent=dependent))[1])
+    one = RouteCall(on_gpu.x[-1:].clone(), on_gpu.weight, rule)
+    assert torch.equal(ops.route_experts(one)[1][0], weights[-1])
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_a_row_of_nan_has_experts_and_weights_that_say_so():
+    x = torch.randn(2, 512, device="cuda").half()
+    x[0, 5] = torch.nan
+    experts, weights = ops.route_experts(RouteCall(x, torch.randn(64, 512, device="cuda").half(), Rule(6)))
+    assert ((experts >= 0) & (experts < 64)).all()
+    assert weights[0].isnan().all()
+    assert weights[1].isfinite().all()
