@@ -32,6 +32,7 @@ from lowbit.models.source import open_source
 PACKAGES = ("torch", "transformers", "numpy")
 LEFT_OUT = {"pydoc_data", "test", "tests", "site-packages", "dist-packages"}  # the topics are what is scored
 DOCSTRING = re.compile(r'"""(.{200,}?)"""', re.DOTALL)
+MOST = 12_000_000  # characters of docstrings
 LENGTH, ROWS, SEED = 512, 32, 0
 RATE, WARM_UP = 1.5e-3, 100
 
@@ -77,7 +78,8 @@ def config(vocabulary: int, tokenizer: Any) -> Qwen3Config:
 
 
 def docstrings() -> Iterator[str]:
-    """The docstrings of every module, one text each, in the order of paths."""
+    """The docstrings of modules, one text each, in the order of paths, until there are MOST characters."""
+    left = MOST
     places = [Path(sysconfig.get_path("stdlib"))]
     for package in PACKAGES:
         spec = importlib.util.find_spec(package)
@@ -86,7 +88,8 @@ def docstrings() -> Iterator[str]:
         for path in sorted(place.rglob("*.py")):
             if LEFT_OUT.isdisjoint(path.relative_to(place).parts):
                 found = DOCSTRING.findall(path.read_text(encoding="utf-8", errors="ignore"))
-                if found:
+                if found and left > 0:
+                    left -= sum(map(len, found))
                     yield "\n\n".join(found)
 
 
