@@ -23,10 +23,11 @@ import transformers
 
 from benchmarks.measure import run_facts, write_rows
 from lowbit.calibrate.data import CalibrationSet
+from lowbit.calibrate.distill import TUNING
 from lowbit.calibrate.job import prepare
 from lowbit.calibrate.methods import complete_recipe
 from lowbit.calibrate.pipeline import run
-from lowbit.calibrate.report import BlockReport
+from lowbit.calibrate.report import TUNING_STEP, BlockReport
 from lowbit.models.source import Source, open_source
 from lowbit.progress import Part, Step, watched_by
 
@@ -48,7 +49,6 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "best": {"bits": 4, "group_size": 128},
     "best-2-bits": {"method": "best", "bits": 2, "group_size": 64, "rounder": "anneal", "anneal_steps": 100},
 }
-TUNING = "tuning scales and norms"  # as pipeline.py tells of it
 CHANNEL = 30.0  # gain of every 64th input: outliers as in a real model, which searches have to weigh
 
 
@@ -103,6 +103,7 @@ def measure(source: Source, method: str, calibration: CalibrationSet, output: Pa
     ends: list[float] = []  # of blocks, seconds since the run began
 
     def note(report: BlockReport) -> None:
+        report.phases.pop(TUNING_STEP, None)  # an estimate for another stage
         reports.append(report)
         ends.append(time.monotonic() - begun)
 
