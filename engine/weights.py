@@ -18,7 +18,7 @@ from lowbit.engine.products import Norm, Product
 from lowbit.errors import CheckpointError
 from lowbit.export.checkpoint import Checkpoint
 from lowbit.export.formats import LogicalTensors
-from lowbit.quant.kernels.packed import TILE_ROWS, reason_against_kernel
+from lowbit.quant.kernels.packed import TILE_ROWS, has_kernel, reason_against_kernel
 from lowbit.quant.kernels.row_scaled import RowScaled, row_scaled, stacked_rows
 from lowbit.quant.kernels.stack import StackedLinear, load_stack
 from lowbit.quant.kernels.weight import Linear, RoundedInputs, inputs_of, load_weight, takes_int8
@@ -212,7 +212,8 @@ class CheckpointReader:
         """The quantized weight of a linear of the file."""
         weight = self.tensors.qtensor(linear)
         if reason_against_kernel(weight):
-            self.expanded[str(weight.scheme) if weight.order is None else f"{weight.scheme} in act-order"] += 1
+            why = " in act-order" if weight.order is not None else ""
+            self.expanded[f"{weight.scheme}{why or ' with scales far apart' * has_kernel(weight.scheme)}"] += 1
         return weight
 
     def linear(

@@ -87,9 +87,9 @@ def row_scaled(weight: QTensor) -> RowScaled:
         factors = (1 / (weight.divisor.float() * E4M3_UNIT)).reshape(-1).expand(n)
         return RowScaled(weight.codes, scales * E4M3_UNIT, None, factors, *kind)
     top = E8M0_TOP if scheme.number == FP4 else 1.0
-    used = used_groups(weight)
-    factors = power_below(torch.where(used, scales, 0).amax(1))
-    relative = torch.where(used, scales / factors.unsqueeze(1), 1)
+    scales = used_scales(weight)
+    factors = power_below(scales.amax(1))
+    relative = torch.where(scales == 0, 1, scales / factors.unsqueeze(1))
     return RowScaled(weight.codes, relative * top, None, factors / top, *kind)
 
 
@@ -99,9 +99,20 @@ def power_below(values: Tensor) -> Tensor:
     return torch.ldexp(torch.where(mantissas == 0, 2, 1).float(), exponents - 1)
 
 
-def used_groups(weight: QTensor) -> Tensor:
-    """True for each group of each row (n, g) that has a code other than zero."""
-    return numerics.grouped((weight.codes.float() != 0).float(), weight.scheme).amax(-1) > 0
+def used_scales(weight: QTensor) -> Tensor:
+    """The scales of each row (n, g), float32. If some are too far apart, those of groups without a code other than zero
+    are 0: they may be anything."""
+    scales = numerics.per_row(weight.scales.float(), weight.scheme, weight.shape[0])
+    if not bool(too_far(scales, weight).any()):
+        return scales
+    used = numerics.grouped((weight.codes.float() != 0).float(), weight.scheme).amax(-1) > 0
+    return torch.where(used, scales, 0)
+
+
+def too_far(scales: Tensor, weight: QTensor) -> Tensor:
+    """True for each row (n) with a scale, 0 aside, that is too small beside its largest."""
+    least = FP4_LEAST if weight.scheme.number == FP4 else FP8_LEAST
+    return ((scales > 0) & (scales < scales.amax(1, keepdim=True) * least)).any(1)
 
 
 def reason_against_scales(weight: QTensor) -> str | None:
@@ -112,11 +123,10 @@ def reason_against_scales(weight: QTensor) -> str | None:
     if weight.divisor is not None:
         fits = bool(torch.isfinite(row_scaled(weight).factors).all())  # type: ignore[arg-type]
         return None if fits else f"its scales have the divisor {float(weight.divisor):.3g}"
-    least = FP4_LEAST if scheme.number == FP4 else FP8_LEAST
-    scales, used = numerics.per_row(weight.scales.float(), scheme, weight.shape[0]), used_groups(weight)
-    low, high = torch.where(used, scales, torch.inf).amin(1), torch.where(used, scales, 0).amax(1)
-    far = used.any(1) & (low < high * least)
+    scales = used_scales(weight)
+    far = too_far(scales, weight)
     if not bool(far.any()):
         return None
     row = int(far.nonzero()[0, 0])
-    return f"scales of row {row} reach from {float(low[row]):.3g} to {float(high[row]):.3g}"
+    found = scales[row][scales[row] > 0]
+    return f"scales of row {row} reach from {float(found.min()):.3g} to {float(found.max()):.3g}"

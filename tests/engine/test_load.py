@@ -110,6 +110,44 @@ def test_linears_of_one_product_may_have_different_schemes(tmp_path):
     torch.testing.assert_close(engine.load(tmp_path, device="cpu").logits(IDS), expected, atol=2e-5, rtol=1e-4)
 
 
+BAD = {
+    ("mxfp4-a16", "weight_scale", 255): "1 of 192 scales are 255, which e8m0 has for NaN",
+    ("fp8-a16", "weight", 0x7F): "a code is no fp8",
+    ("fp8-a16", "weight_scale", 0): "a scale is zero",
+    ("fp8-block-a16", "weight_scale", 0): "a scale is zero",
+    ("nvfp4-a16", "weight_scale", 0x7F): "or not finite",
+    ("nvfp4-a16", "weight_global_scale", 0): "its divisor of scales is 0.0",
+}
+
+
+@pytest.mark.parametrize(("scheme", "suffix", "byte"), BAD)
+def test_numbers_that_are_none_are_refused_with_their_linear(scheme, suffix, byte, tmp_path):
+    quantized(tmp_path, parse_scheme(scheme))
+    linear = "model.layers.0.mlp.down_proj"
+
+    def spoil(tensors):
+        value = tensors[f"{linear}.{suffix}"].view(torch.uint8).flatten()
+        value[: 1 if byte else 4] = byte  # of a float in up to 32 bits: its first
+
+    edited(tmp_path, spoil)
+    with pytest.raises(CheckpointError, match=f"{linear}: .*{BAD[scheme, suffix, byte]}"):
+        engine.load(tmp_path, device="cpu", dtype=torch.float16)
+
+
+def test_scales_too_far_apart_are_expanded_and_said(tmp_path):
+    reference = quantized(tmp_path, parse_scheme("mxfp4-a16"))
+    name = "model.layers.0.mlp.down_proj"
+
+    def spread(tensors):
+        tensors[f"{name}.weight_scale"][3, 0] = 127 - 40
+
+    edited(tmp_path, spread)
+    model = engine.load(tmp_path, device="cpu", dtype=torch.float16)
+    assert model.decoder.weights.expanded == {"mxfp4-a16 with scales far apart": 1}
+    reference.get_parameter(f"{name}.weight").data[3, :32] = 0
+    check_half(model, logits_of(reference, IDS))
+
+
 @pytest.mark.parametrize("scheme", ["int8-channel-a8token", "int8-channel-a8tensor"])
 def test_inputs_are_rounded_where_the_scheme_says_so(scheme, tmp_path):
     reference = quantized(tmp_path, parse_scheme(scheme))
