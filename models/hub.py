@@ -22,7 +22,8 @@ from rich.console import Console
 
 from lowbit.errors import CheckpointError, UsageError, nearest
 
-FAILURES = (HTTPError, HFValidationError, OSError)
+MALFORMED = (KeyError, TypeError, ValueError)  # answers of a mirror that is no hub: a library's errors on them
+FAILURES = (HTTPError, HFValidationError, OSError, *MALFORMED)
 LOG_IN = "log in with `hf auth login`, or set HF_TOKEN"
 ANSWER_SECONDS = 5.0
 MOST_SEARCHED = 100  # models listed to find the nearest name
@@ -61,9 +62,9 @@ def _bars_or_a_line(name: str, revision: str | None, patterns: list[str]) -> Ite
     if sys.stderr.isatty() or are_progress_bars_disabled():
         yield
         return
-    _announce(name, revision, patterns)
     disable_progress_bars()
     try:
+        _announce(name, revision, patterns)
         yield
     finally:
         enable_progress_bars()

@@ -1,5 +1,6 @@
 """Models of the hub: download, refusals with advice, resumption, quantization and upload, against tests/hub.py."""
 
+import sys
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from huggingface_hub import ModelCard, constants
+from huggingface_hub.utils.tqdm import enable_progress_bars
 
 import lowbit
 from lowbit.errors import CheckpointError, UsageError
@@ -17,7 +19,7 @@ from lowbit.models.demo import BASE_MODEL
 from lowbit.models.source import model_directory, open_source
 from tests.builders import make_model, save
 from tests.e2e.cli import Outcome, run_lowbit, run_quantize
-from tests.hub import CUT_BYTES, TOKEN, Hub, serving
+from tests.hub import CUT_BYTES, ROUTES, TOKEN, Hub, serving
 
 FAST = ("--method", "rtn", "--group-size", "32", "--eval-windows", "0")
 LARGE = "model-00002-of-00004.safetensors"
@@ -63,7 +65,9 @@ def test_a_sharded_model_is_downloaded_once_and_quantized(hub, tmp_path) -> None
 
 
 def test_a_line_says_what_is_downloaded_where_no_bar_does(hub, capsys, monkeypatch) -> None:
-    monkeypatch.setattr("lowbit.models.hub.are_progress_bars_disabled", lambda: False)
+    bars = sys.modules["huggingface_hub.utils.tqdm"]  # the package has a class of that name
+    monkeypatch.setattr(bars, "HF_HUB_DISABLE_PROGRESS_BARS", None)
+    enable_progress_bars()
     model_directory("acme/tiny")
     [line] = capsys.readouterr().err.splitlines()  # and no bars
     size = sum(path.stat().st_size for path in hub.files("acme/tiny"))
@@ -91,6 +95,17 @@ def test_a_revision_is_taken_and_the_files_know_their_commit(hub) -> None:
 )
 def test_every_command_takes_a_revision(hub, command) -> None:
     assert "'acme/tiny' has no revision 'v2'; known: main, v1" in run_lowbit(*command, "--revision", "v2").complaint
+
+
+def test_a_mirror_that_answers_strangely_is_told_in_a_line(hub, monkeypatch) -> None:
+    [refs] = [pattern for pattern in ROUTES if pattern.endswith("/refs")]
+    monkeypatch.setitem(ROUTES, refs, lambda handler, query, repo: handler.reply({}))
+    assert "has no revision 'v2'; known: main" in complaint_of("acme/tiny", revision="v2")
+    [tree] = [pattern for pattern in ROUTES if "/tree/" in pattern]
+    monkeypatch.setitem(ROUTES, tree, lambda handler, query, repo, revision: handler.reply([{}]))
+    [info] = [pattern for pattern in ROUTES if "/revision/" in pattern]
+    monkeypatch.setitem(ROUTES, info, lambda handler, query, repo, revision: handler.reply({}))
+    assert "downloading 'acme/tiny' failed" in complaint_of("acme/tiny", revision="v1")
 
 
 def test_a_revision_is_of_a_hub_id_alone(model) -> None:
