@@ -90,6 +90,10 @@ class Answer(ABC):
         """One server-sent event."""
         return f"data: {json.dumps(data, ensure_ascii=False, separators=(',', ':'))}\n\n"
 
+    def waiting(self) -> str:
+        """A sign of life in a stream without chunks: a comment, which clients skip."""
+        return ": the request waits, or its prompt is read\n\n"
+
     def failure(self, problem: Problem) -> Delta:
         """The event of an error within a stream."""
         return problem.body()

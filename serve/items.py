@@ -48,7 +48,7 @@ class ItemsAnswer(Answer):
         self.sent += 1
         return {"type": kind, "sequence_number": self.sent - 1} | fields
 
-    def response(self, choice: Choice, status: str) -> Delta:
+    def response(self, choice: Choice | None, status: str) -> Delta:
         """The response as it is now."""
         cut = status == "incomplete"
         found = {
@@ -60,13 +60,21 @@ class ItemsAnswer(Answer):
             "error": None,
             "incomplete_details": {"reason": "max_output_tokens"} if cut else None,
             "output": list(self.items),
-            "usage": None if status == "in_progress" else counts(choice),
+            "usage": None if choice is None else counts(choice),
         }
         return found | self.shown
 
     def opening(self, choice: Choice) -> list[Delta]:
-        response = self.response(choice, "in_progress")
-        return [self.numbered(f"response.{name}", response=response) for name in ("created", "in_progress")]
+        return [] if self.sent else self.progress()
+
+    def waiting(self) -> str:
+        """That the response is in progress: agents give up a stream without events, and do not count comments."""
+        return "".join(map(self.event, self.progress()))
+
+    def progress(self) -> list[Delta]:
+        """The events of a response that has begun, the first of them once."""
+        names = ("in_progress",) if self.sent else ("created", "in_progress")
+        return [self.numbered(f"response.{name}", response=self.response(None, "in_progress")) for name in names]
 
     def chunks(self, choice: Choice, deltas: list[Delta], update: Update) -> list[Delta]:
         found: list[Delta] = []

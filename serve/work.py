@@ -23,7 +23,6 @@ from lowbit.serve.vocabulary import Vocabulary, decoded
 
 LOG = logging.getLogger("lowbit.serve")
 TAIL = 8  # tokens of a prompt that show if it begins the reasoning
-ALIVE = ": the request waits, or its prompt is read\n\n"  # a comment, which clients skip
 SHORT_TEXT = 16  # tokens of a completion without max_tokens, as the protocol has it
 
 
@@ -181,7 +180,7 @@ class Run:
                 for chunk in self.take(arrived):
                     yield answer.event(chunk)
                 if arrived is None:
-                    yield ALIVE
+                    yield answer.waiting()
             options = self.work.body.stream_options
             for chunk in answer.ending(self.work.choices, options is not None and options.include_usage):
                 yield answer.event(chunk)

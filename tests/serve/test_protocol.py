@@ -201,6 +201,11 @@ def test_a_stream_that_waits_says_that_it_is_alive(served, monkeypatch):
     texts = [json.loads(line[6:])["choices"][0]["text"] for line in answer.decode().split("\n\n") if line[6:7] == "{"]
     assert "".join(texts) == alone.text
     assert served.client.completions.create(**body | {"stream": False}).choices[0].text == alone.text
+    asked = {"model": "tiny", "input": "hello", "max_output_tokens": 3, "temperature": 0, "stream": True}
+    kinds = [event.type for event in served.client.responses.create(**asked)]
+    assert kinds[:2] == ["response.created", "response.in_progress"]
+    assert kinds.count("response.created") == 1
+    assert kinds.count("response.in_progress") > 2
 
 
 def slowed(read):
