@@ -229,6 +229,10 @@ def prepare(source: Source, recipe: Recipe, device: str) -> Job:
     _require_original(source)
     _require_generation_config(source)
     fmt, scheme = FORMATS[recipe.format], recipe.default_scheme
+    with source.checkpoint.companions() as companions:
+        unheld = fmt.reason_against_model(source.checkpoint.config, companions)
+    if unheld:
+        raise CheckpointError(f"format {fmt.name} cannot hold this model: {unheld}")
     reason = fmt.reason_against(scheme) or fmt.risk_of(scheme)
     if reason:
         raise CheckpointError(f"format {fmt.name} cannot hold {scheme}: {reason}")

@@ -10,6 +10,7 @@ from lowbit.calibrate.settings import completed, merged, rounder_of, transforms_
 from lowbit.calibrate.transforms import TRANSFORMS
 from lowbit.errors import RecipeError, nearest
 from lowbit.export.cache import CACHES
+from lowbit.export.dialects import FORMATS
 from lowbit.export.engines.steps import STEPS
 from lowbit.quant.recipe import ACTIVATIONS, HEAD, Recipe
 from lowbit.quant.scheme import parse_choice, parse_scheme
@@ -100,6 +101,7 @@ METHODS = {
         ),
     )
 }
+WEIGHTS_ALONE = {"mxfp4": "mxfp4-a16", "nvfp4": "nvfp4-a16"}  # in formats whose mixtures have these names
 TABLE_BITS = (2, 4, 8)  # of embeddings: vLLM unpacks whole codes from a word
 CALIBRATION = {"dataset": "builtin", "num_samples": 128, "seqlen": 512}
 
@@ -124,7 +126,7 @@ def complete_recipe(values: dict[str, Any]) -> Recipe:
 
     RecipeError if values contradict the method, or if no format can store the result.
     """
-    values = _expanded(values)
+    values = _expanded(_with_vocabulary(values))
     method = find_method(merged(Recipe(), values).method)
     recipe = merged(merged(Recipe(), {"method": method.name, **method.settings}), values)
     _require_known(recipe)
@@ -141,6 +143,15 @@ def complete_recipe(values: dict[str, Any]) -> Recipe:
     recipe = replace(recipe, ignore=others if recipe.head else (HEAD, *others))
     _require_sense(method, recipe)
     return recipe
+
+
+def _with_vocabulary(values: dict[str, Any]) -> dict[str, Any]:
+    """`values` with the schemes of head and embeddings that a mixture of the format has, unless they say them."""
+    fmt, scheme = FORMATS.get(str(values.get("format", ""))), values.get("scheme")
+    found = fmt.vocabulary(scheme) if fmt is not None and isinstance(scheme, str) else {}
+    if found and scheme in WEIGHTS_ALONE:
+        values = values | {"scheme": WEIGHTS_ALONE[scheme]}
+    return found | values
 
 
 def _expanded(values: dict[str, Any]) -> dict[str, Any]:
@@ -162,7 +173,9 @@ def _require_schemes(recipe: Recipe) -> None:
         if recipe.head and parse_scheme(recipe.head).static_inputs:
             raise ValueError(f"head: {recipe.head} has calibrated inputs; take fp8, int8 or another of 16-bit inputs")
         table = parse_scheme(recipe.embeddings or "int8")
-        if table.inputs or not table.number.is_integer or not table.symmetric or table.bits not in TABLE_BITS:
+        plain = table.number.is_integer and table.symmetric and table.bits in TABLE_BITS and not table.weights.blocks
+        any_blocks = recipe.format in FORMATS and FORMATS[recipe.format].ties_head
+        if table.inputs or not (plain or any_blocks):
             raise ValueError(
                 f"embeddings: {recipe.embeddings} is no table that engines look tokens up in; take int8, int4-g64 or "
                 "int2-g32"

@@ -70,9 +70,9 @@ def run(
     seen = loop.before_head() if loop and job.plan.head else None
     result.vocabulary = writer.add_others(seen)
     carry_along(job.source.checkpoint, output, with_code=job.source.trust_remote_code)
-    writer.finish(_config(job))
     write_text(output / "recipe.toml", result.recipe.to_toml())
     write_json(output / "quantization_report.json", report_of(job.source, result, job.mixture, job.caveats()))
+    writer.finish(_config(job))  # a container with one file has these two in it
     result.output_bytes = writer.verify(output)
     require_same_source(job.source.checkpoint, sums)
     if finished:

@@ -3,18 +3,20 @@
 import re
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from torch import nn
 
-from lowbit.calibrate.vocabulary import VocabularyWeight, embeddings_of, head_of
+from lowbit.calibrate.vocabulary import VocabularyWeight, vocabulary_of
 from lowbit.errors import CheckpointError, RecipeError, nearest
+from lowbit.export.dialects import FORMATS
 from lowbit.export.engines.table import reason_against_part
+from lowbit.export.format import Format
 from lowbit.export.patterns import PatternError, Patterns
 from lowbit.export.tensorfile import TensorEntry
 from lowbit.models.placement import stacked_names, tensor_of
 from lowbit.models.rehearsal import choosers, find_attentions
 from lowbit.models.skeleton import Block, LinearSpec, Skeleton
-from lowbit.quant.naming import fused_set
 from lowbit.quant.recipe import HEAD, Recipe
 from lowbit.quant.scheme import KEPT, Scheme, name_of, parse_choice
 
@@ -96,13 +98,14 @@ def make_plan(skeleton: Skeleton, recipe: Recipe) -> Plan:
     for all experts of a layer. Without a fallback they keep 16 bits.
     """
     linears = [spec.name for block in skeleton.blocks for spec in block.linears]
+    recipe = _with_mixture(recipe, linears, skeleton.source.checkpoint.config)
     dense = {name.rpartition(".")[0] for name in (*skeleton.others, *skeleton.source.checkpoint.entries)}
     require_fits(recipe.ignore, linears, dense)
     plan = plan_of(skeleton.blocks, recipe, choosers(skeleton))
     left = dict(_outside_blocks(skeleton, recipe.ignore)) | plan.left
     for block in skeleton.blocks:
         left |= _unsplit_experts(skeleton, block)
-    head, embeddings = head_of(skeleton, recipe), embeddings_of(skeleton, recipe)
+    head, embeddings = vocabulary_of(skeleton, recipe, FORMATS[recipe.format].ties_head)
     if head is not None:
         left.pop(head.name, None)
     left |= dict(_renamed(skeleton, left))
@@ -110,12 +113,19 @@ def make_plan(skeleton: Skeleton, recipe: Recipe) -> Plan:
     return replace(plan, left=left, head=head, embeddings=embeddings, attentions=attentions)
 
 
+def _with_mixture(recipe: Recipe, linears: Iterable[str], config: Mapping[str, Any]) -> Recipe:
+    """`recipe` with the schemes of a mixture of its format by name, for linears whose scheme it does not set itself."""
+    mixed = FORMATS[recipe.format].mixed(recipe.scheme, linears, config)
+    schemes = {name: scheme for name, scheme in mixed.items() if not ignored_by(name, recipe.schemes)}
+    return replace(recipe, schemes=recipe.schemes | schemes)
+
+
 def plan_of(blocks: Sequence[Block], recipe: Recipe, roles: Mapping[str, str]) -> Plan:
     """The plan for the linears of `blocks` alone.
 
     roles  of linears whose outputs select something (routers)
     """
-    named = _named_schemes(blocks, recipe)
+    named, fmt = _named_schemes(blocks, recipe), FORMATS[recipe.format]
     kept = {name for name, scheme in named.items() if scheme is None}
     unrounded: set[str] = set()
     schemes: dict[str, Scheme] = {}
@@ -124,13 +134,14 @@ def plan_of(blocks: Sequence[Block], recipe: Recipe, roles: Mapping[str, str]) -
     left: dict[str, Left] = {}
     for block in blocks:
         reasons = {spec.name: _reason_against(spec, block, recipe.ignore, roles) for spec in block.linears}
-        _spread_over_fused(reasons)
-        _require_whole_sets(block, {spec.name: named.get(spec.name, recipe.default_scheme) for spec in block.linears})
+        _spread_over_fused(reasons, fmt)
+        asked = {spec.name: named.get(spec.name, recipe.default_scheme) for spec in block.linears}
+        _require_whole_sets(block, fmt, asked)
         chosen = {name for name, reason in reasons.items() if name in kept and reason is None}
         unrounded |= chosen
         reasons |= dict.fromkeys(chosen, f"{KEPT} by the recipe")
         wanted |= {spec.name: named.get(spec.name) or recipe.default_scheme for spec in block.linears}
-        fitted = _fitted(block, wanted)
+        fitted = _fitted(block, wanted, fmt)
         for spec in block.linears:
             parameters[spec.name] = spec.n * spec.k
             reason, scheme = reasons[spec.name], fitted[spec.name]
@@ -212,11 +223,11 @@ def _named_schemes(blocks: Sequence[Block], recipe: Recipe) -> dict[str, Scheme 
     return {name: parse_choice(recipe.schemes[pattern]) for name, pattern in found.items() if pattern is not None}
 
 
-def _require_whole_sets(block: Block, wanted: Mapping[str, Scheme | None]) -> None:
+def _require_whole_sets(block: Block, fmt: Format, wanted: Mapping[str, Scheme | None]) -> None:
     """RecipeError if linears that engines fuse would get different schemes."""
     first: dict[str, str] = {}
     for spec in block.linears:
-        other = first.setdefault(fused_set(spec.name), spec.name)
+        other = first.setdefault(fmt.set_of(spec.name), spec.name)
         if wanted[spec.name] != wanted[other]:
             raise RecipeError(
                 f"schemes: {name_of(wanted[spec.name])} for {spec.name} and {name_of(wanted[other])} for {other}, "
@@ -257,21 +268,25 @@ def _reason_against(spec: LinearSpec, block: Block, ignore: Iterable[str], roles
     return None if role is None else f"a {role} with {spec.n} outputs: engines keep it in 16 bits"
 
 
-def _spread_over_fused(reasons: dict[str, str | None]) -> None:
+def _spread_over_fused(reasons: dict[str, str | None], fmt: Format) -> None:
     """Leave a whole fused set in 16 bits if one member is ignored, since engines reject partly quantized sets."""
     for name, reason in list(reasons.items()):
         if reason is not None and reason.startswith("ignored"):
             for other in reasons:
-                if other != name and fused_set(other) == fused_set(name) and reasons[other] is None:
+                if other != name and fmt.set_of(other) == fmt.set_of(name) and reasons[other] is None:
                     reasons[other] = f"engines fuse it with {name}, which is {reason}"
 
 
-def _fitted(block: Block, wanted: dict[str, Scheme]) -> dict[str, Scheme | None]:
-    """The scheme that fits all members of each linear's fused set; None if there is none."""
+def _fitted(block: Block, wanted: dict[str, Scheme], fmt: Format) -> dict[str, Scheme | None]:
+    """The scheme that fits all members of each linear's fused set; None if there is none, or none that `fmt` holds."""
     shapes: dict[str, set[tuple[int, int]]] = {}
     for spec in block.linears:
-        shapes.setdefault(fused_set(spec.name), set()).add((spec.n, spec.k))
-    return {spec.name: wanted[spec.name].fitting(shapes[fused_set(spec.name)]) for spec in block.linears}
+        shapes.setdefault(fmt.set_of(spec.name), set()).add((spec.n, spec.k))
+    fitted = {spec.name: wanted[spec.name].fitting(shapes[fmt.set_of(spec.name)]) for spec in block.linears}
+    return {
+        name: None if scheme is not None and scheme != wanted[name] and fmt.reason_against(scheme) else scheme
+        for name, scheme in fitted.items()
+    }
 
 
 def _outside_blocks(skeleton: Skeleton, ignore: Iterable[str]) -> Iterator[tuple[str, Left]]:

@@ -48,6 +48,22 @@ class VocabularyWeight:
         return f" in place of {self.asked}: {self.asked.reason_against_shape(self.n, self.k)}"
 
 
+def vocabulary_of(
+    skeleton: Skeleton, recipe: Recipe, ties_head: bool
+) -> tuple[VocabularyWeight | None, VocabularyWeight | None]:
+    """The head and the embeddings that `recipe` has quantized, each of them or None.
+
+    ties_head  True if a format has one quantized tensor for both, in models that tie them: then it is the embeddings,
+               in the head's scheme if the recipe has one
+    """
+    head, embeddings = head_of(skeleton, recipe), embeddings_of(skeleton, recipe)
+    if not ties_head or not any(weight is not None and weight.tied for weight in (head, embeddings)):
+        return head, embeddings
+    one = embeddings_of(skeleton, replace(recipe, embeddings=recipe.head or recipe.embeddings))
+    assert one is not None
+    return None, replace(one, tied=False)
+
+
 def head_of(skeleton: Skeleton, recipe: Recipe) -> VocabularyWeight | None:
     """The head that `recipe` has quantized, or None. CheckpointError if the model's does not fit the scheme."""
     module, path = _module_and_name(skeleton, skeleton.model.get_output_embeddings())

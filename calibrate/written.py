@@ -86,6 +86,10 @@ class RecordingWriter:
         return value.to(self._job.kept_dtype(name))
 
     def _add(self, name: str, tensor: Tensor) -> None:
+        kept = self._writer.format.kept(name, tensor, self._job.source.checkpoint.config)
+        if kept is None:
+            return
+        tensor = kept
         if count_broken(tensor):
             raise CheckpointError(f"{name}: some values are too large for {tensor.dtype}; use --dtype bfloat16")
         self._writer.add(name, tensor)

@@ -61,7 +61,8 @@ PARTS: Parts = {
         click.option(
             "--scheme",
             help=f"Store weights in this scheme: {', '.join(GROUPED)}, int4-g128, uint4-g64 ...; or a mixture: "
-            f"{', '.join(MIXTURES)}; docs/tutorials/choose-a-scheme.md helps to choose.  {BY_METHOD}",
+            f"{', '.join(MIXTURES)}; in format gguf q4_k_m, q2_k, q4_0 and llama.cpp's other names; "
+            f"docs/tutorials/choose-a-scheme.md helps to choose.  {BY_METHOD}",
         ),
         click.option(
             "--dataset",

@@ -5,11 +5,13 @@ from lowbit.export.compressed_tensors import COMPRESSED_TENSORS
 from lowbit.export.container import Container
 from lowbit.export.format import Format
 from lowbit.export.fp8 import BLOCK_FP8
+from lowbit.export.gguf.format import GGUF_FORMAT
 from lowbit.export.gptq import GPTQ, GPTQ_V2
 from lowbit.export.modelopt import MODELOPT
 from lowbit.export.mxfp4 import GPT_OSS
 
-FORMATS: dict[str, Format] = {fmt.name: fmt for fmt in (COMPRESSED_TENSORS, GPTQ, GPTQ_V2, AWQ, BLOCK_FP8, MODELOPT)}
+WRITTEN = (COMPRESSED_TENSORS, GPTQ, GPTQ_V2, AWQ, BLOCK_FP8, MODELOPT, GGUF_FORMAT)
+FORMATS: dict[str, Format] = {fmt.name: fmt for fmt in WRITTEN}
 
 
 def readable() -> tuple[Format, ...]:

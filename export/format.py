@@ -4,6 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from lowbit.errors import CheckpointError
 from lowbit.export.container import Container
 from lowbit.export.engines.engine import Engine
 from lowbit.export.sharded import SAFETENSORS
+from lowbit.quant.naming import fused_set
 from lowbit.quant.qtensor import QTensor
 from lowbit.quant.scheme import Scheme
 
@@ -60,6 +62,7 @@ class Format(ABC):
     holds_head           readers take a quantized head
     by_rows              codes are stored row after row of the weight
     grouping             the suffix of a tensor that a linear may have: the group of each input (k), in any order
+    ties_head            a quantized table of embeddings serves as the head of a model that ties the two
     caches               key-value caches that it can declare
     container            container of its files
     """
@@ -77,6 +80,7 @@ class Format(ABC):
     holds_head: bool = False
     by_rows: bool = False
     grouping: str | None = None
+    ties_head: bool = False
     caches: tuple[str, ...] = ()
     container: Container = SAFETENSORS
 
@@ -137,6 +141,27 @@ class Format(ABC):
         """The name in 16 bits of the tensor (e, k, n) with the weights of the same linear in all experts, where the
         file has one for all of them; None elsewhere."""
         return None
+
+    def reason_against_model(self, config: Mapping[str, Any], companions: Path) -> str | None:
+        """The reason why the format cannot hold the model with this config.json, whose tokenizer's files are in the
+        directory `companions`, or None. CheckpointError for damaged files."""
+        return None
+
+    def kept(self, name: str, tensor: Tensor, config: Mapping[str, Any]) -> Tensor | None:
+        """The unquantized tensor `name` as the files give it back; None if they leave it out."""
+        return tensor
+
+    def set_of(self, linear: str) -> str:
+        """A key shared by the linears that need one scheme: those that engines fuse."""
+        return fused_set(linear)
+
+    def mixed(self, scheme: str | None, linears: Iterable[str], config: Mapping[str, Any]) -> dict[str, str]:
+        """The scheme of each of `linears` that has another one than most, where `scheme` is the name of a mixture."""
+        return {}
+
+    def vocabulary(self, scheme: str | None) -> dict[str, str]:
+        """The schemes of `head` and `embeddings`, where `scheme` is the name of a mixture that has any."""
+        return {}
 
     def reason_against_shape(self, scheme: Scheme, n: int, k: int) -> str | None:
         """The reason why the format cannot hold a weight (n, k) of this scheme, or None."""

@@ -9,7 +9,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from operator import index
 from pathlib import Path
@@ -49,7 +49,10 @@ LONGEST_NAME = 1000  # characters; real names have a few dozen, and are matched 
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """The location of a tensor: `nbytes` at byte `offset` of `path`, in a file with this identity."""
+    """The location of a tensor: `nbytes` at byte `offset` of `path`, in a file with this identity.
+
+    form  makes the tensor from the one in the file, where a container has it in another form
+    """
 
     name: str
     path: Path
@@ -58,6 +61,7 @@ class TensorEntry:
     offset: int
     nbytes: int
     identity: Identity
+    form: Callable[[Tensor], Tensor] | None = None
 
     @property
     def numel(self) -> int:
@@ -140,11 +144,15 @@ def read_tensor(entry: TensorEntry) -> Tensor:
         raise Unfinished(changed(entry.path))
     if not entry.nbytes:
         return torch.empty(entry.shape, dtype=entry.dtype)
-    return raw.view(entry.dtype).reshape(entry.shape)
+    tensor = raw.view(entry.dtype)
+    return tensor.reshape(entry.shape) if entry.form is None else entry.form(tensor)
 
 
 def read_pieces(entry: TensorEntry, rows: int) -> Iterator[Tensor]:
     """The tensor of `entry`, so many rows (along its first dimension) at a time; errors as in `read_tensor`."""
+    if entry.form is not None:
+        yield from read_tensor(entry).split(rows)
+        return
     row = entry.nbytes // max(entry.shape[0], 1) if entry.shape else entry.nbytes
     with open_regular(entry.path) as file:
         file.seek(entry.offset)

@@ -292,6 +292,9 @@ NAMED = {
 }
 # In place of super-blocks that do not divide a row: llama.cpp's choices.
 SMALLER_BLOCKS = {"q2_k": "int4-g32", "q3_k": "int4-g32", "q4_k": "int5-g32", "q5_k": "q5_1", "q6_k": "int8-g32"}
+# llama.cpp's names: of schemes, and of its mixtures by the scheme of most linears.
+LLAMA_NAMES = {"q4_0": "int4-g32", "q5_0": "int5-g32", "q8_0": "int8-g32"}
+LLAMA_NAMES |= {f"{base}_{size}": base for base in ("q3_k", "q4_k", "q5_k") for size in "sm"} | {"q3_k_l": "q3_k"}
 # Group sizes that an error message proposes.
 USUAL_GROUPS = (128, 64, 32)
 KEPT = "16bit"  # in place of a scheme: the linear is not quantized
@@ -304,6 +307,7 @@ def make_scheme(bits: int, group_size: int, symmetric: bool) -> Scheme:
 
 def parse_scheme(text: str) -> Scheme:
     """The scheme with this name or text. ValueError for an unknown one names the nearest."""
+    text = LLAMA_NAMES.get(text, text)
     if text in NAMED:
         return NAMED[text]
     match = re.fullmatch("(?P<name>[a-z]+[0-9]+)-(channel|g(?P<size>[0-9]+))(-(?P<inputs>a[a-z0-9]+))?", text)

@@ -1,0 +1,1 @@
+"""GGUF, the files of llama.cpp: one file with hyperparameters, tokenizer and tensors in blocks."""
