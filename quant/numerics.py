@@ -199,7 +199,7 @@ def in_super_blocks(values: Tensor, side: Side, least: int) -> Tensor:
     place = parts.abs().argmax(-1, keepdim=True)
     largest = parts.gather(-1, place)
     factors = as_half(largest / end)
-    integers = (parts / factors).round_().clamp_(number.low, number.high)
+    integers = (parts / factors).round_().clamp_(number.low, number.high).add_(0.0)  # no zero below zero
     integers = torch.where(integers.abs() < least, torch.ones_like(integers).copysign(integers), integers)
     used = factors if least else factors * (largest != 0)
     return (integers.scatter_(-1, place, end) * used).flatten(-2)
