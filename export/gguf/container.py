@@ -1,4 +1,4 @@
-"""The container of GGUF: model.gguf with everything that llama.cpp needs, and the model's other files beside it.
+"""The container of GGUF: model.gguf with everything that llama.cpp needs, and the model's other files in its directory.
 
 The file is complete by itself. config.json and the tokenizer's files stay in the directory, so that transformers and
 lowbit read the same configuration that the model had.
@@ -42,7 +42,7 @@ FILE_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 32}  # general
 
 
 class Gguf(Container):
-    """Everything in model.gguf; config.json and the tokenizer's files beside it."""
+    """Everything in model.gguf; config.json and the tokenizer's files in its directory."""
 
     head = HEAD_NAME
     weights = ("*.gguf",)
@@ -265,7 +265,7 @@ def _file_type(table: Mapping[str, tuple[tuple[int, ...], int]], recipe: Path) -
 
 
 def _provenance(directory: Path) -> dict[str, Any]:
-    """Where the file comes from: the recipe with the hash of the calibration, and the loss that was measured."""
+    """The keys of a file's origin: the recipe with the hash of the calibration, and the loss that was measured."""
     keys: dict[str, Any] = {"lowbit.version": __version__}
     recipe, report = directory / RECIPE, directory / "quantization_report.json"
     if recipe.exists():
