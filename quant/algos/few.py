@@ -20,8 +20,9 @@ FITS = 4
 
 
 def few(scheme: Scheme) -> bool:
-    """True if the scheme's weights are integers of so few bits that this search is worth its time."""
-    return scheme.number.is_integer and scheme.bits <= MOST_BITS
+    """True if the scheme's weights are integers of so few bits that this search is worth its time; those of blocks
+    have a search of their own (fit.py)."""
+    return not scheme.weights.blocks and scheme.number.is_integer and scheme.bits <= MOST_BITS
 
 
 def round_in_ranges(
