@@ -1,6 +1,7 @@
 """The product with a packed weight: its tensors (PackedCall), and the properties that select a kernel (Problem)."""
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -176,11 +177,13 @@ def place_of(device: torch.device) -> tuple[str, tuple[int, int] | None, int, bo
     return device.type, capability, properties.multi_processor_count, has_fast_memory(device)
 
 
+@cache
 def has_fast_memory(device: torch.device) -> bool:
     """True if memory bandwidth exceeds what the multiprocessors can consume in products of packed weights, as on an
     H200.
 
-    Overlapping kernels then compete for memory instead of filling gaps.
+    Overlapping kernels then compete for memory instead of filling gaps. Kept, since the driver takes long to say a
+    clock rate, and each launch asks.
     """
     properties = torch.cuda.get_device_properties(device)
     kilohertz, bits = (getattr(properties, name, 0) for name in ("memory_clock_rate", "memory_bus_width"))

@@ -13,6 +13,7 @@ import torch
 from lowbit.engine.passes import LENGTHS
 from lowbit.engine.sampling import Sampling
 from lowbit.errors import EngineError
+from lowbit.serve.pace import Pace
 from lowbit.serve.session import Busy, Failed, Session
 from lowbit.serve.warm import Graph, expected
 from tests.engine.make import tiny
@@ -151,6 +152,19 @@ def test_a_long_prompt_leaves_room_for_steps_between_its_chunks(model, session, 
     assert all(ended.acquire(timeout=60) for _ in range(2))
     assert order.index(1) >= 100 // 8
     assert second.completion().text == model.generate([slow], SETTINGS[0])[0].text
+
+
+def test_a_slow_chunk_is_forgotten_where_launches_take_the_time():
+    pace, sizes = Pace("cuda"), []
+    assert pace.rows(True) == 512
+    pace.note(512, 0.2)  # kernels are loaded
+    for _ in range(8):
+        sizes.append(pace.rows(True))
+        pace.note(sizes[-1], 0.024 if sizes[-1] <= 512 else 0.034)
+    assert sizes[0] == 256
+    assert sizes[-1] >= 512
+    assert Pace("cpu", 1000).rows(True) == 16
+    assert Pace("cpu", 1000).rows(False) == 128
 
 
 def test_clients_take_turns_and_the_queue_has_an_end(model):
