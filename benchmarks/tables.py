@@ -395,6 +395,29 @@ def dequantize() -> str:
     return table("n x k | W4 g128, us | GB/s | W8 per channel, us | GB/s", lines)
 
 
+NUMBERS = {
+    "w4": "int4 g128",
+    "nvfp4": "NVFP4",
+    "mxfp4": "MXFP4",
+    "w3": "int3 g128",
+    "w2": "int2 g128",
+    "int8": "int8",
+    "fp8": "FP8",
+    "fp8-block": "FP8, 128 x 128 blocks",
+}
+
+
+def numbers_steps() -> str:
+    """Steps of Llama-2-7B with weights of each number type, 128 tokens in the cache, of one run."""
+    lines = []
+    for method, name in NUMBERS.items():
+        one, eight = (first("numbers_steps", method=method, batch=batch) for batch in (1, 8))
+        cells = (fixed(one["floor_ms"], 3), fixed(one["ms_per_token"], 3), fixed(one["tokens_per_s"], 0))
+        share, more = fixed(100 * one["share_of_floor"], 0), fixed(eight["ms_per_token"], 3)
+        lines.append([name, *cells, f"{share}%", more])
+    return table("weights | floor, ms | batch 1, ms | tokens/s | share of the floor | batch 8, ms", lines)
+
+
 def gptq_block() -> str:
     lines = [[str(n), fixed(took("gptq_block", n), 1), fixed(took("loop", n) / 1000, 1)] for n in (4096, 11008)]
     return table("rows of the weight | kernel, us | torch's loop, ms", lines)
@@ -622,6 +645,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "agreement": agreement,
     "kernels": kernels,
     "wna16_gemv": gemv,
+    "numbers_steps": numbers_steps,
     "wna16_gemm": gemm,
     "wna16_prefill": prefill,
     "wna16_dequantize": dequantize,
