@@ -139,7 +139,9 @@ def served(session: Session) -> Iterator[int]:
 
 
 def http_rows(session: Session) -> Iterator[Row]:
-    """Rows of the clients, a process of their own."""
+    """Rows of the clients, a process of their own, once all expected graphs are captured."""
+    while session.batch.cold:
+        time.sleep(0.05)
     with served(session) as port:
         command = [sys.executable, "-m", "benchmarks.serve_clients", str(port), str(VOCABULARY)]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as clients:
