@@ -19,6 +19,8 @@ from lowbit.quant.naming import parent_set
 from lowbit.quant.qtensor import QTensor
 from lowbit.quant.scheme import Scheme
 
+TABLES = ("embed_tokens", "wte")  # the last parts of names of input embeddings
+
 
 @dataclass
 class Conversion:
@@ -26,7 +28,7 @@ class Conversion:
 
     schemes   new scheme by linear
     exact     number of linears with bit-identical weights
-    rounded   for each of the others, the largest relative change of a scale
+    rounded   for each of the others, the largest relative change of a scale, or of a minimum in parts of its scale
     rewrites  counts of changed encodings ("symmetric codes as unsigned ones with a zero of 8")
     divisors  divisor of scales by linear, where its new scheme has one and its old one had none
     """
@@ -60,6 +62,10 @@ def convert(
     """
     done = Conversion(target_schemes(source, fmt, scheme))
     _refuse_parents(source)
+    _refuse_ties(source, fmt)
+    unheld = fmt.reason_against_model(source.checkpoint.config, output)
+    if unheld:
+        raise CheckpointError(f"format {fmt.name} cannot hold this model: {unheld}")
     if source.cache is not None and source.cache not in fmt.caches:
         raise CheckpointError(
             f"{source.checkpoint.directory}: it has scales of a key-value cache ({source.cache}), format {fmt.name} "
@@ -76,7 +82,9 @@ def convert(
             for linear, bias in zip(source.stacks[biases[name]], source.checkpoint.read(name), strict=True):
                 writer.add(f"{linear}.bias", bias.contiguous())
         elif not source.is_quantized(name):
-            writer.add(name, source.checkpoint.read(name))
+            kept = fmt.kept(name, source.checkpoint.read(name), source.checkpoint.config)
+            if kept is not None:
+                writer.add(name, kept)
         for linear in source.linears_of(name):
             writer.add_weight(linear, _converted(source.qtensor(linear), linear, fmt, done))
     writer.add_cache(source.cache_scales())
@@ -86,6 +94,17 @@ def convert(
     if finished:
         fmt.container.seal(output)
     return done
+
+
+def _refuse_ties(source: LogicalTensors, fmt: Format) -> None:
+    """Raise CheckpointError for a quantized table that serves as the head too, if `fmt` has no such table."""
+    tied = source.format is not None and source.format.ties_head and source.checkpoint.config.get("tie_word_embeddings")
+    tables = [name for name in source.schemes if name.rpartition(".")[2] in TABLES]
+    if tied and tables and not fmt.ties_head:
+        raise CheckpointError(
+            f"{source.checkpoint.directory}: {tables[0]} is quantized and serves as the head too, which format "
+            f"{fmt.name} does not hold; `quantize` takes the file as its original"
+        )
 
 
 def _refuse_parents(source: LogicalTensors) -> None:
@@ -135,6 +154,7 @@ def target_schemes(source: LogicalTensors, fmt: Format, scheme: Scheme | None = 
     schemes = dict(source.schemes)
     if _all_middle(source):
         schemes = {name: scheme.with_zeros(False) for name, scheme in schemes.items()}
+    schemes = {name: fmt.alike(scheme) for name, scheme in schemes.items()}
     wants_zeros = all(_refuses_symmetric(fmt, scheme) for scheme in schemes.values())
     if fmt.uniform:
         wants_zeros = wants_zeros or not all(scheme.symmetric for scheme in schemes.values())
@@ -186,6 +206,10 @@ def _converted(weight: QTensor, name: str, fmt: Format, done: Conversion) -> QTe
         scales = weight.scales.to(fmt.scale_dtype)
         change = _largest_change(name, weight.scales, scales)
         weight = replace(weight, scales=scales)
+    if weight.scheme.weights.minima and weight.zeros is not None and not weight.scheme.weights.span:
+        minima = weight.zeros.to(torch.float16).float()
+        change = max(change, _largest_step(weight, minima))
+        weight = replace(weight, zeros=minima)
     if change:
         done.rounded[name] = change
     else:
@@ -203,6 +227,8 @@ def express(weight: QTensor, scheme: Scheme, divisor: Tensor | None = None) -> t
     divisor  of the scales, if the scheme has one and the weight has none
     """
     old, k = weight.scheme, weight.shape[1]
+    if _gets_minima(old, scheme):
+        return _with_minima(weight, scheme)
     if weight.order is not None or not _is_rewritten(old, scheme, k):
         reason = reason_against(weight, scheme)
         if reason:
@@ -228,12 +254,39 @@ def express(weight: QTensor, scheme: Scheme, divisor: Tensor | None = None) -> t
     return QTensor(codes, scales, zeros, scheme, inputs, weight.divisor), rewrites
 
 
+def _gets_minima(old: Scheme, scheme: Scheme) -> bool:
+    """True if `scheme` has minima of a floating-point type in the place of the zeros of `old`."""
+    side = scheme.weights
+    zeros = old.number == scheme.number and not old.symmetric and not old.weights.blocks
+    return side.minima and not side.span and zeros and old.inputs is None
+
+
+def _with_minima(weight: QTensor, scheme: Scheme) -> tuple[QTensor, list[str]]:
+    """The same codes and scales with a minimum, zero * scale in float32, in the place of each zero."""
+    assert weight.zeros is not None
+    if weight.order is not None:
+        raise ValueError("its inputs are in act-order, which no file is written in")
+    repeats = scheme.groups(weight.shape[1]) // weight.scheme.groups(weight.shape[1])
+    minima = (weight.zeros.float() * weight.scales.float()).repeat_interleave(repeats, 1)
+    scales = weight.scales.repeat_interleave(repeats, 1)
+    return QTensor(weight.codes, scales, minima, scheme), ["zeros as minima, rounded to float16"]
+
+
 def _is_rewritten(old: Scheme, scheme: Scheme, k: int) -> bool:
     """True if a weight of `k` inputs has its own codes in another scheme, shifted at most."""
     if replace(old, inputs=None) == replace(scheme, inputs=None):
         return old.inputs == scheme.inputs or not scheme.static_inputs
-    integers = old.number.is_integer and scheme.number.is_integer and old.bits == scheme.bits
+    blocks = old.weights.blocks or scheme.weights.blocks
+    integers = old.number.is_integer and scheme.number.is_integer and old.bits == scheme.bits and not blocks
     return integers and old.inputs == scheme.inputs and scheme.groups(k) % old.groups(k) == 0
+
+
+def _largest_step(weight: QTensor, minima: Tensor) -> float:
+    """The largest change of a minimum, as a fraction of its group's scale. ValueError if one becomes infinite."""
+    assert weight.zeros is not None
+    if not bool(torch.isfinite(minima).all()):
+        raise ValueError(f"a minimum of {float(weight.zeros.abs().max()):.3g} does not fit float16")
+    return float(((minima - weight.zeros) / weight.scales.float()).abs().max())
 
 
 def _largest_change(name: str, before: Tensor, after: Tensor) -> float:
@@ -260,7 +313,10 @@ def _verify(source: LogicalTensors, fmt: Format, done: Conversion, output: Path)
         meant, _ = express(source.qtensor(name), done.schemes[name], done.divisors.get(name))
         found = written.qtensor(name)
         scales = meant.scales.to(found.scales.dtype)
-        same_zeros = meant.zeros is None or (found.zeros is not None and torch.equal(meant.zeros, found.zeros))
+        zeros = meant.zeros
+        if zeros is not None and meant.scheme.weights.minima and not meant.scheme.weights.span:
+            zeros = zeros.to(torch.float16).float()
+        same_zeros = zeros is None or (found.zeros is not None and torch.equal(zeros, found.zeros))
         # compared as bytes: torch cannot compare float8
         same_codes = torch.equal(meant.codes.view(torch.uint8), found.codes.view(torch.uint8))
         ones = ((meant.divisor, found.divisor), (meant.input_scale, found.input_scale))

@@ -151,6 +151,10 @@ class Format(ABC):
         """The unquantized tensor `name` as the files give it back; None if they leave it out."""
         return tensor
 
+    def alike(self, scheme: Scheme) -> Scheme:
+        """The scheme in which the format holds the same weights, where it has another for them; else `scheme`."""
+        return scheme
+
     def set_of(self, linear: str) -> str:
         """A key shared by the linears that need one scheme: those that engines fuse."""
         return fused_set(linear)

@@ -54,6 +54,8 @@ def largest_scale(weight: QTensor, scheme: Scheme) -> float:
 
 def reason_against(weight: QTensor, scheme: Scheme) -> str | None:
     """The reason why no weight of `scheme` can be made from `weight`, whatever its values, or None."""
+    if scheme.weights.blocks or weight.scheme.weights.minima:
+        return f"{weight.scheme} weights are not rewritten as {scheme}: `quantize` rounds to it"
     if weight.order is not None:
         return "its inputs are in act-order, which no file is written in; `quantize` takes such files as its original"
     if not scheme.symmetric:

@@ -27,12 +27,14 @@ from lowbit.export.untrusted import untrusted
 from lowbit.models.demo import BASE_MODEL, demo_model_dir, made_before
 from lowbit.models.hub import download, download_if_it_answers
 from lowbit.models.tokenids import require_small_ids
+from lowbit.models.unpacked import directory_of
 
 EPSILONS = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_eps", "norm_epsilon", "layernorm_epsilon")
 PROCESSOR_LIMITS = (4 << 30, 60.0)  # bytes and seconds, to load a processor or for one sample
 PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
 MOST_PLACES = 1 << 16  # tokens of an image; large ones have thousands
 DEMO = "demo"
+GGUF_SUFFIX = ".gguf"
 HUB_FILES: tuple[str, ...] = (
     "*.json",
     "*.jinja",
@@ -165,6 +167,8 @@ def model_directory(name: str, trust_remote_code: bool = False, revision: str | 
         raise UsageError(f"--revision {revision}: {name} is no model of the hub; only those have revisions")
     if Path(name).is_dir():
         return Path(name)
+    if Path(name).suffix == GGUF_SUFFIX and Path(name).is_file():
+        return directory_of(Path(name))
     if name == DEMO:
         return made_before() or download_if_it_answers(BASE_MODEL, DEMO_FILES) or demo_model_dir()
     _refuse_path(name)
@@ -175,8 +179,10 @@ def _refuse_path(name: str) -> None:
     """Raise CheckpointError if `name` is the path of a file or of nothing, and so cannot be a hub id."""
     path = Path(name)
     if path.is_file():
-        cure = "its original, unquantized model is what is read" if path.suffix == ".gguf" else "name the directory"
-        raise CheckpointError(f"{name}: a file; a model is a directory with config.json and *.safetensors: {cure}")
+        raise CheckpointError(
+            f"{name}: a file; a model is a directory with config.json and *.safetensors, or a *{GGUF_SUFFIX}: name the "
+            "directory"
+        )
     if name.startswith((".", "/", "~")) or name.endswith("/") or name.count("/") > 1:
         parent = path.parent
         beside = sorted(each.name for each in parent.iterdir() if each.is_dir()) if parent.is_dir() else []

@@ -189,7 +189,7 @@ def _keys_and_tensors(reader: _Reader) -> tuple[dict[str, Any], dict[str, tuple[
 
 
 def _printable(name: str) -> str:
-    if not name.isprintable():
+    if not name or not name.isprintable():
         raise ValueError(f"the name {name[:80]!r} cannot be printed")
     return name
 

@@ -5,6 +5,7 @@ divisor.
 """
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,10 @@ from lowbit.export.gguf.tokens import token_keys
 from lowbit.export.microscaling import one_number
 from lowbit.quant.naming import expert_role
 from lowbit.quant.qtensor import QTensor
-from lowbit.quant.scheme import Scheme
+from lowbit.quant.scheme import PerGroup, Scheme
 
 NAME = "gguf"
+GROUP = 32  # weights with one scale in blocks of integers
 
 
 class GgufFormat(Format):
@@ -60,6 +62,15 @@ class GgufFormat(Format):
     def reason_in(self, engine: Engine, scheme: Scheme) -> str | None:
         """The reason why an engine of safetensors cannot load the files."""
         return "it loads safetensors; llama.cpp loads GGUF"
+
+    def alike(self, scheme: Scheme) -> Scheme:
+        """The blocks with the same values: integers in groups of 32, and minima in the place of zeros."""
+        plain, size = scheme.weights_only, scheme.group_size
+        if block_of(plain) or not plain.number.is_integer or (size != -1 and size % GROUP):
+            return plain if block_of(plain) else scheme
+        minima = not plain.symmetric
+        narrow = Scheme(replace(plain.weights, granularity=PerGroup(GROUP), minima=minima))
+        return narrow if block_of(narrow) else scheme
 
     def set_of(self, linear: str) -> str:
         """A key shared by the linears that need one scheme: a linear in all experts of a layer."""

@@ -167,7 +167,7 @@ def test_an_interrupted_download_keeps_the_files_that_came(hub, tmp_path) -> Non
 def test_a_path_is_no_hub_id(tmp_path, model) -> None:
     (tmp_path / "a.gguf").touch()
     assert "a file; a model is a directory" in complaint_of(str(model / "config.json"))
-    assert "its original, unquantized model" in complaint_of(str(tmp_path / "a.gguf"))
+    assert "no GGUF that can be read" in complaint_of(str(tmp_path / "a.gguf"))
     assert "no such directory; did you mean 'tiny'?" in complaint_of(str(model.parent / "tinny"))
 
 

@@ -16,6 +16,7 @@ import torch
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+import lowbit
 from lowbit import engine
 from lowbit.calibrate.free import prepare_free, run_free
 from lowbit.calibrate.job import prepare
@@ -30,6 +31,8 @@ from lowbit.export.compressed_tensors import COMPRESSED_TENSORS
 from lowbit.export.convert import convert
 from lowbit.export.dialects import FORMATS
 from lowbit.export.formats import LogicalTensors
+from lowbit.export.gguf.file import read_header
+from lowbit.export.gguf.foreign import unpack
 from lowbit.export.plain import parse_json, read_json, read_rows
 from lowbit.export.recipes import read_recipe
 from lowbit.export.tensorfile import read_entries, read_tensor
@@ -155,6 +158,19 @@ def _header(honest: Path) -> st.SearchStrategy[Files]:
     )
 
 
+def _blocks(base: Path) -> dict[str, Path]:
+    output, model = base / "gguf", _one(base)["llama"]
+    lowbit.quantize(model, output, method="rtn", scheme="q4_0", format="gguf", device="cpu", eval_windows=0)
+    return {"gguf": output}
+
+
+def _gguf(honest: Path) -> st.SearchStrategy[Files]:
+    """model.gguf with spoiled bytes in its header."""
+    raw = (honest / "model.gguf").read_bytes()
+    cuts = st.sampled_from([200, 4000, len(raw)])
+    return cuts.flatmap(lambda cut: turned(raw[:cut]).map(lambda start: {"model.gguf": start + raw[cut:]}))
+
+
 def _either(*strategies: Callable[[Path], st.SearchStrategy[Files]]) -> Callable[[Path], st.SearchStrategy[Files]]:
     return lambda honest: st.one_of(*(strategy(honest) for strategy in strategies))
 
@@ -163,6 +179,17 @@ def read_weights(place: Path) -> None:
     """Every tensor of the file, by its header."""
     for entry in read_entries(place / "model.safetensors").values():
         read_tensor(entry)
+
+
+def read_blocks(place: Path) -> None:
+    """The model that a GGUF makes alone, and every tensor in its directory."""
+    made = place / "made"
+    made.mkdir()
+    with suppress(LowbitError):
+        unpack(read_header(place / "model.gguf"), made)
+    logical = LogicalTensors(open_checkpoint(place))
+    for name in logical.names:
+        logical.read(name)
 
 
 def read_json_text(place: Path) -> None:
@@ -285,6 +312,7 @@ def _sums(honest: Path) -> st.SearchStrategy[Files]:
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
 TARGETS = {
     "header": Target(_one, _header, read_weights),
+    "gguf": Target(_blocks, _gguf, read_blocks),
     "json": Target(_loose, _any_json, read_json_text),
     "config": Target(_dense, _json("config.json"), plan_model),
     "engine": Target(_known_to_the_engine, _either(_json("config.json"), _json("generation_config.json")), load_engine),
