@@ -70,6 +70,26 @@ class Layer:
 
 
 @dataclass(frozen=True)
+class LatentSizes:
+    """The widths of multi-head latent attention.
+
+    q_rank   of q's compressed row; 0: q is not compressed
+    kv_rank  of the compressed row of k and v
+    turned   inputs of a head that are rotated; of k all heads share them
+    v_dim    of a head of v
+    """
+
+    q_rank: int
+    kv_rank: int
+    turned: int
+    v_dim: int
+
+    def q_outputs(self, architecture: "Architecture") -> int:
+        """Outputs of the first product that belong to q."""
+        return self.q_rank or architecture.heads * architecture.head_dim
+
+
+@dataclass(frozen=True)
 class Architecture:
     """A decoder's sizes, and the choices of its family.
 
@@ -78,6 +98,7 @@ class Architecture:
     parallel           True: attention and MLP read the same input, and both outputs are added (GPT-J, NeoX)
     softcap            limits scores to cap * tanh(score / cap); logit_softcap does the same for logits
     positions          True: learned position embeddings are added to the token embeddings
+    latent             the widths of multi-head latent attention, or None
     more_layers        layers in the file after the last one, which predict further tokens and are not loaded
     head_norms         False: without the norms of q and k that the family's names have
     joint_head_norms   True: these norms are over all heads of q, or of k, together (OLMoE)
@@ -103,6 +124,7 @@ class Architecture:
     embedding_scale: float = 1.0
     positions: bool = False
     tied: bool = False
+    latent: LatentSizes | None = None
     more_layers: int = 0
     head_norms: bool = True
     joint_head_norms: bool = False
@@ -124,6 +146,11 @@ class Architecture:
             return f"{self.heads} heads of {self.head_dim} inputs cannot be even and share {self.kv_heads} of k and v"
         if any(len(layer.rope.frequencies) > self.head_dim // 2 for layer in self.layers):
             return f"its rope turns more than the {self.head_dim} inputs of a head"
+        latent = self.latent
+        if latent is not None and not (0 < latent.v_dim <= self.head_dim and 0 < latent.turned < self.head_dim):
+            return f"heads of {self.head_dim} inputs with v of {latent.v_dim}, {latent.turned} of them rotated"
+        if latent is not None and (latent.q_rank < 0 or latent.kv_rank < 1):
+            return f"compressed rows of {latent.q_rank} and {latent.kv_rank} numbers"
         if any(layer.window is not None and layer.window < 1 for layer in self.layers):
             return "a window of attention that sees no position"
         mixtures = (layer.mixture.reason_against() for layer in self.layers if layer.mixture is not None)
@@ -144,6 +171,11 @@ class Architecture:
     def short(self) -> int | None:
         """Longest sequence for which the ropes use `frequencies`; None if they always do."""
         return next((layer.rope.short for layer in self.layers if layer.rope.long is not None), None)
+
+    @property
+    def o_inputs(self) -> int:
+        """Number of inputs of the product behind attention."""
+        return self.heads * (self.head_dim if self.latent is None else self.latent.v_dim)
 
     @property
     def qkv_rows(self) -> int:
@@ -172,12 +204,26 @@ class MixtureNames:
 
 
 @dataclass(frozen=True)
+class LatentNames:
+    """Names of the tensors of multi-head latent attention, which follow those of the layer."""
+
+    q: str = "self_attn.q_proj"
+    q_a: str = "self_attn.q_a_proj"
+    q_norm: str = "self_attn.q_a_layernorm"
+    q_b: str = "self_attn.q_b_proj"
+    kv_a: str = "self_attn.kv_a_proj_with_mqa"
+    kv_norm: str = "self_attn.kv_a_layernorm"
+    kv_b: str = "self_attn.kv_b_proj"
+
+
+@dataclass(frozen=True)
 class Names:
     """A family's tensor names. Names of a layer's tensors follow `layer`. None: the family has no such norm or
     position.
 
     qkv          linears whose stacked rows are q, k and v
     per_head     True: the rows are q, k and v of head 0, then of head 1, ...
+    latent       of architectures with multi-head latent attention
     sinks        a score for each head that takes part in every softmax of attention, without a value
     up           linears whose stacked rows are gate and up, or up alone without a gate
     mixture      of layers with experts; None: the family has none
@@ -195,6 +241,7 @@ class Names:
     q_norm: str | None = None
     k_norm: str | None = None
     sinks: str | None = None
+    latent: LatentNames = LatentNames()
     o: str = "self_attn.o_proj"
     attention_out_norm: str | None = None
     mlp_norm: str | None = "post_attention_layernorm"

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from lowbit.engine.architecture import Architecture, Layer, Mixture, MixtureNames, Names, Rope
+from lowbit.engine.architecture import Architecture, LatentSizes, Layer, Mixture, MixtureNames, Names, Rope
 from lowbit.engine.fields import Fields, NotComputed
 from lowbit.errors import CheckpointError
 from lowbit.quant.kernels.route_experts import Rule
@@ -175,24 +175,68 @@ def gpt_oss(config: Fields) -> Architecture:
     return mixed(llama(config), [mixture] * config.num_hidden_layers)
 
 
-def glm4_moe(config: Fields) -> Architecture:
-    """GLM-4.5: the first layers are dense; then a sigmoid for each expert, whose groups compete, and one expert of all
-    tokens."""
-    rule = Rule(
+def sigmoid_rule(config: Fields) -> Rule:
+    """A sigmoid for each expert, whose groups compete by their two best (DeepSeek-V3, GLM-4.5)."""
+    return Rule(
         config.num_experts_per_tok,
         scores="sigmoid",
-        normalized=config.norm_topk_prob,
+        normalized=bool(config.norm_topk_prob),
         scale=config.routed_scaling_factor,
         groups=config.n_group,
         used_groups=config.topk_group,
         group_best=2,
     )
+
+
+def after_dense(plain: Architecture, config: Fields, rule: Rule) -> Architecture:
+    """`plain` with experts behind its first dense layers, and an expert for all tokens beside them."""
     inner = config.moe_intermediate_size
     mixture = Mixture(config.n_routed_experts, inner, rule, inner * config.n_shared_experts)
     dense = config.first_k_dense_replace
-    layers = [None if index < dense else mixture for index in range(config.num_hidden_layers)]
+    return mixed(plain, [None if index < dense else mixture for index in range(config.num_hidden_layers)])
+
+
+def glm4_moe(config: Fields) -> Architecture:
+    """GLM-4.5: the first layers are dense; then experts by sigmoids, and one of all tokens."""
     plain = replace(llama(config, partly=True), head_norms=bool(config.use_qk_norm), more_layers=config.num_mtp_layers)
-    return mixed(plain, layers)
+    return after_dense(plain, config, sigmoid_rule(config))
+
+
+def latent_attention(config: Fields, adjacent: bool) -> Architecture:
+    """Llama with multi-head latent attention. Scores of a yarn rope are scaled by the square of its mscale_all_dim."""
+    turned, parameters = config.qk_rope_head_dim, config.rope_parameters
+    head_dim, scale = config.qk_nope_head_dim + turned, (config.qk_nope_head_dim + turned) ** -0.5
+    every, factor = parameters.get("mscale_all_dim", 0), parameters.get("factor", 1.0)
+    if parameters.get("rope_type", "default") != "default" and every and factor > 1:
+        scale *= (0.1 * every * math.log(factor) + 1.0) ** 2
+    rope = rope_of(config, turned, adjacent=adjacent)
+    if config.num_key_value_heads != config.num_attention_heads:
+        raise NotComputed(
+            f"num_key_value_heads is {config.num_key_value_heads}; latent attention has one for each head"
+        )
+    return replace(
+        llama(config),
+        head_dim=head_dim,
+        layers=(Layer(None, rope, scale),) * config.num_hidden_layers,
+        latent=LatentSizes(config.q_lora_rank or 0, config.kv_lora_rank, turned, config.v_head_dim),
+    )
+
+
+def deepseek_v2(config: Fields) -> Architecture:
+    """DeepSeek-V2: a softmax over all experts; with groups, a token's experts are of those with the best experts."""
+    if config.topk_method not in ("greedy", "group_limited_greedy"):
+        raise NotComputed(f"topk_method is {config.topk_method!r}; the engine knows greedy and group_limited_greedy")
+    grouped = config.n_group, config.topk_group
+    groups, used = grouped if config.topk_method == "group_limited_greedy" else (1, 1)
+    scale = config.routed_scaling_factor
+    rule = Rule(config.num_experts_per_tok, normalized=False, scale=scale, groups=groups, used_groups=used)
+    return after_dense(latent_attention(config, adjacent=True), config, rule)
+
+
+def deepseek_v3(config: Fields) -> Architecture:
+    """DeepSeek-V3 and R1: experts by sigmoids."""
+    plain = latent_attention(config, adjacent=bool(config.rope_interleave))
+    return after_dense(replace(plain, more_layers=config.num_mtp_layers), config, sigmoid_rule(config))
 
 
 def gemma(config: Fields, capped: bool = True) -> Architecture:
@@ -424,6 +468,8 @@ FAMILIES = {
         Family("qwen2_moe", replace(LLAMA, mixture=QWEN2_MOE), qwen_moe),
         Family("qwen3_moe", with_head_norms(WITH_EXPERTS), qwen_moe),
         Family("olmoe", with_head_norms(WITH_EXPERTS), olmoe),
+        Family("deepseek_v2", replace(LLAMA, mixture=replace(GLM4_MOE, correction=None)), deepseek_v2),
+        Family("deepseek_v3", replace(LLAMA, mixture=GLM4_MOE), deepseek_v3),
         Family("gpt_oss", replace(LLAMA, sinks="self_attn.sinks", mixture=GPT_OSS), gpt_oss),
         Family("glm4_moe", with_head_norms(replace(LLAMA, mixture=GLM4_MOE)), glm4_moe),
         Family("gemma2", GEMMA2, gemma),

@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from lowbit.engine.products import Consumer, HalfNorm, Hidden, Norm, Product, is_plain_rms
 from lowbit.quant.kernels import ops
-from lowbit.quant.kernels.pairs import Chosen
+from lowbit.quant.kernels.pairs import FEW_PAIRS, Chosen
 from lowbit.quant.kernels.problem import PART, PARTS, Deferred
 from lowbit.quant.kernels.registry import defers
 from lowbit.quant.kernels.route_experts import RouteCall, Rule
@@ -39,6 +39,9 @@ class FeedForward(Protocol):
 
     def planned(self, following: Product, dependent: bool, shared: bool) -> Self:
         """A copy with launch hints: see layers.planned. `following` reads the result."""
+
+    def captures(self, rows: int) -> bool:
+        """True if a step of so many rows may be captured: the host reads no number of the device."""
 
     @property
     def experts_count(self) -> int:
@@ -76,6 +79,9 @@ class DenseForward:
         return DenseForward(up, down.begun_for(following) if shared else down)
 
     experts_count = 0
+
+    def captures(self, rows: int) -> bool:
+        return True
 
     def step_nbytes(self, distinct: int) -> int:
         return self.up.linear.nbytes + self.down.linear.nbytes
@@ -156,6 +162,10 @@ class MixedForward:
             return planned
         assert following.norm is not None
         return replace(planned, consumer=Consumer(following.norm, following.weight))
+
+    def captures(self, rows: int) -> bool:
+        most = FEW_PAIRS // self.router.rule.top if self.experts.weights is None else FEW_ROWS
+        return rows <= most
 
     @property
     def experts_count(self) -> int:

@@ -10,6 +10,7 @@ from lowbit.engine.architecture import Architecture, Layer, Mixture
 from lowbit.engine.attention import prompt_attention
 from lowbit.engine.cache import Cache
 from lowbit.engine.feed_forward import DenseForward, FeedForward, MixedForward, Router
+from lowbit.engine.latent import Latent
 from lowbit.engine.products import Hidden, Norm, Product, rounds_late
 from lowbit.engine.step import Step, Turns
 from lowbit.quant.kernels import ops
@@ -28,6 +29,7 @@ class Attention:
 
     q_norm, k_norm  (head_dim) weights of RMS norms on heads, or None
     index           index of the layer in the cache
+    latent          the way from the outputs of `qkv` to heads, or None: they are heads
     sinks           (heads) scores that take part in every softmax, without a value; None: there are none
     """
 
@@ -38,6 +40,7 @@ class Attention:
     architecture: Architecture
     index: int
     sinks: Tensor | None = None
+    latent: Latent | None = None
 
     @property
     def layer(self) -> Layer:
@@ -47,14 +50,17 @@ class Attention:
     def __call__(self, x: Hidden, step: Step, turns: Turns, cache: Cache) -> Hidden:
         """x + attention for rows (m, hidden). Also writes their keys and values to the cache."""
         q = self.heads(x, step, turns, cache.layers[self.index])
-        return self.o.onto(x.h, self.attend(q, step, cache))
+        out = self.attend(q, step, cache)
+        return self.o.onto(x.h, out if self.latent is None else self.latent.values(out))
 
     def heads(self, x: Hidden, step: Step, turns: Turns, kv: KVCache) -> Tensor:
         """q (m, heads * head_dim), rotated; k and v go to the cache."""
         places = step.turns, step.slots, turns.cosines, turns.sines
-        if kv.k_scales is None and self.q_norm is None and self.qkv.weight.turns(kv.head_dim):
+        if kv.k_scales is None and self.q_norm is None and self.latent is None and self.qkv.weight.turns(kv.head_dim):
             return self.qkv.turned(x, Rotary(*places, kv.k, kv.v))
         a, qkv = self.architecture, self.qkv(x)
+        if self.latent is not None:
+            qkv = self.latent.heads(qkv)
         norms = self.q_norm, self.k_norm, a.norm_eps
         if a.joint_head_norms:
             qkv, norms = self.normed_together(qkv), (None, None, a.norm_eps)
@@ -115,7 +121,8 @@ class Block:
 
     def step_nbytes(self, distinct: int) -> int:
         """Bytes of weights that a step reads which chooses so many experts."""
-        attention = self.attention.qkv.linear.nbytes + self.attention.o.linear.nbytes
+        latent = 0 if self.attention.latent is None else self.attention.latent.nbytes
+        attention = self.attention.qkv.linear.nbytes + self.attention.o.linear.nbytes + latent
         return attention + self.feed_forward.step_nbytes(distinct)
 
 
@@ -130,6 +137,9 @@ class Parts(Protocol):
 
     def stack(self, part: str, mixture: Mixture, n: int, k: int) -> StackedLinear:
         """The linears (n, k) of all experts; of "up" gate and up in one."""
+
+    def latent(self) -> tuple[Linear, Latent]:
+        """The first product of multi-head latent attention, and the way from its outputs to heads."""
 
     def sinks(self) -> Tensor | None:
         """(heads): scores that take part in every softmax of attention; None if the family has none."""
@@ -148,8 +158,12 @@ def build_block(parts: Parts, architecture: Architecture, index: int, fused_appe
     """Layer `index`; fused_append as in weights.Settings."""
     a = architecture
     q_norm, k_norm = parts.head_norm("q_norm"), parts.head_norm("k_norm")
-    qkv = parts.linear("qkv", a.qkv_rows, a.hidden, a.head_dim if fused_append and q_norm is None else TILE_ROWS)
-    o = parts.linear("o", a.hidden, a.heads * a.head_dim)
+    latent = None
+    if a.latent is not None:
+        qkv, latent = parts.latent()
+    else:
+        qkv = parts.linear("qkv", a.qkv_rows, a.hidden, a.head_dim if fused_append and q_norm is None else TILE_ROWS)
+    o = parts.linear("o", a.hidden, a.o_inputs)
     attention_norm, mlp_norm = parts.norm("attention_norm"), parts.norm("mlp_norm")
     if a.parallel:
         mlp_norm = mlp_norm or attention_norm
@@ -161,6 +175,7 @@ def build_block(parts: Parts, architecture: Architecture, index: int, fused_appe
         a,
         index,
         parts.sinks(),
+        latent,
     )
     mixture = a.layers[index].mixture
     if mixture is not None:

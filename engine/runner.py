@@ -59,9 +59,11 @@ class Runner:
         self.masked = sampler is not None and sampler.features.masked
         self.parts = (self.forward, self.choose) if self.masked else (self.compute,)
         self.graphs: list[torch.cuda.CUDAGraph] = []
-        # without the attention kernel, plain torch runs, whose shapes depend on positions and cannot be captured
+        # without the attention kernel, plain torch runs, whose shapes depend on positions and cannot be captured; nor
+        # can many rows of experts
         heads = torch.empty(0, dtype=decoder.weights.dtype, device=device)
-        self.captures = reason_against(heads, cache.layers[0]) is None
+        plain = all(block.feed_forward.captures(rows) for block in decoder.blocks)
+        self.captures = plain and reason_against(heads, cache.layers[0]) is None
 
     @property
     def ahead(self) -> int:

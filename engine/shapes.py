@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowbit.engine.architecture import Architecture, Layer, Mixture, Names, Rope
+from lowbit.engine.architecture import Architecture, LatentSizes, Layer, Mixture, Names, Rope
 from lowbit.engine.families import FAMILIES, NO_ROPE, plain_frequencies
 from lowbit.engine.feed_forward import Router
+from lowbit.engine.latent import Latent
 from lowbit.engine.layers import build_block
 from lowbit.engine.products import Norm, Product
 from lowbit.engine.weights import Weights
@@ -103,6 +104,14 @@ def gpt_oss_shape() -> Architecture:
     return with_mixture(replace(plain, layers=windows), mixture, family="gpt_oss")
 
 
+def deepseek_shape() -> Architecture:
+    """DeepSeek-V2-Lite: latent attention, one dense layer, then 64 experts and two for all tokens."""
+    plain = wide_heads(decoder_shape(102400, 2048, 10944, 16, 27), 192, 1e4, turned=1 / 3)
+    mixture = Mixture(64, 1408, Rule(6, normalized=False), shared=2816)
+    latent = LatentSizes(q_rank=0, kv_rank=512, turned=64, v_dim=128)
+    return with_mixture(plain, mixture, dense=1, family="deepseek_v2", latent=latent)
+
+
 def glm_shape() -> Architecture:
     """GLM-4.5-Air: one dense layer, then 128 experts and one for all tokens."""
     plain = wide_heads(decoder_shape(151552, 4096, 10944, 96, 46, kv_heads=8), 128, 1e6, turned=0.5)
@@ -121,6 +130,7 @@ SHAPES = {
     ),
     "qwen3-30b-a3b": qwen3_shape(),
     "gpt-oss-20b": gpt_oss_shape(),
+    "deepseek-v2-lite": deepseek_shape(),
     "glm-4.5-air": glm_shape(),
 }
 
@@ -178,6 +188,17 @@ class RandomParts:
         return StackedLinear(
             load_stack(weight, mixture.experts, self.like.dtype, part == "up"), None, inputs_of(weight)
         )
+
+    def latent(self) -> tuple[Linear, Latent]:
+        """Random products of multi-head latent attention."""
+        a, like, sizes = self.architecture, self.plain.weight, self.architecture.latent
+        assert sizes is not None
+        rows = sizes.q_outputs(a) + sizes.kv_rank + sizes.turned
+        q = random_linear(a.heads * a.head_dim, sizes.q_rank, self.scheme, self.like) if sizes.q_rank else None
+        kv = random_linear(a.heads * (a.head_dim - sizes.turned + sizes.v_dim), sizes.kv_rank, self.scheme, self.like)
+        norms = like.new_ones(sizes.q_rank) if sizes.q_rank else None, like.new_ones(sizes.kv_rank)
+        order = torch.arange(a.head_dim, device=like.device)
+        return random_linear(rows, a.hidden, self.scheme, self.like), Latent(q, norms[0], kv, norms[1], order, a)
 
     def sinks(self) -> Tensor | None:
         """Zeros, if the family has sinks."""

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lowbit.engine.architecture import Architecture, Mixture, MixtureNames, Names, Rope
 from lowbit.engine.feed_forward import Router
+from lowbit.engine.latent import Latent, query_order
 from lowbit.engine.layers import Block, build_block
 from lowbit.engine.products import Norm, Product
 from lowbit.errors import CheckpointError
@@ -294,6 +295,11 @@ class CheckpointReader:
         """The router of the layer whose tensors' names start with `prefix`."""
         name, experts = prefix + names.router, mixture.experts
         weight = self.tensor(f"{name}.weight", (experts, self.architecture.hidden))
+        if not weight.isfinite().all():
+            raise CheckpointError(
+                f"{self.directory}: {name}.weight holds numbers that are NaN or infinite in {self.settings.dtype}: it "
+                "chooses no experts; download the file again, or load with another dtype"
+            )
         correction = None
         if names.correction is not None:
             found = self.require(prefix + names.correction)
@@ -366,6 +372,29 @@ class LayerParts:
         names = tuple(self.prefix + name for name in ((found,) if isinstance(found, str) else found))
         biased = self.reader.architecture.mlp_bias
         return self.reader.stack(names, (mixture.experts, n, k), part == "up", biased)
+
+    def latent(self) -> tuple[Linear, Latent]:
+        """The first product of multi-head latent attention, and the way from its outputs to heads."""
+        reader, a, names = self.reader, self.reader.architecture, self.names.latent
+        sizes, biased = a.latent, a.attention_bias
+        assert sizes is not None
+        order = head_order(a.head_dim, self.rope)
+        turned = query_order(a.head_dim, self.rope, order)
+        rows = (torch.arange(a.heads).unsqueeze(1) * a.head_dim + turned).flatten()
+        outputs, q, q_norm = sizes.q_outputs(a), None, None
+        every = torch.arange(outputs + sizes.kv_rank + sizes.turned)
+        if sizes.q_rank:
+            q = reader.linear((self.prefix + names.q_b,), len(rows), sizes.q_rank, TILE_ROWS, rows, biased=False)
+            q_norm = reader.tensor(f"{self.prefix}{names.q_norm}.weight", (sizes.q_rank,))
+        else:
+            every[:outputs] = rows
+        first = names.q_a if sizes.q_rank else names.q
+        parts = (self.prefix + first, self.prefix + names.kv_a)
+        qkv = reader.linear(parts, len(every), a.hidden, TILE_ROWS, None if sizes.q_rank else every, biased)
+        inner = a.heads * (a.head_dim - sizes.turned + sizes.v_dim)
+        kv = reader.linear((self.prefix + names.kv_b,), inner, sizes.kv_rank, TILE_ROWS, biased=False)
+        kv_norm = reader.tensor(f"{self.prefix}{names.kv_norm}.weight", (sizes.kv_rank,))
+        return qkv, Latent(q, q_norm, kv, kv_norm, order.to(kv_norm.device), a)
 
     def sinks(self) -> Tensor | None:
         """The scores that take part in every softmax of attention."""

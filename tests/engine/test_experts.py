@@ -132,6 +132,7 @@ WRONG_TENSORS = {
     "missing": (EXPERT, None, f"tensor '{EXPERT}' is in no file"),
     "shape": (EXPERT, torch.zeros(63, 64), r"experts.2.up_proj has shape \[63, 64\], config.json asks for \[64, 64\]"),
     "width": (ROUTER, torch.zeros(4, 32), r"gate.weight has shape \[4, 32\], config.json asks for \[4, 64\]"),
+    "nan": (ROUTER, torch.full((4, 64), torch.nan), "gate.weight holds numbers that are NaN or infinite"),
     "router": (ROUTER, torch.zeros(5, 64), r"gate.weight has shape \[5, 64\], config.json asks for \[4, 64\]"),
 }
 
@@ -142,6 +143,17 @@ def test_a_wrong_tensor_is_named(case: str, tmp_path: Path) -> None:
     edited(save_family("qwen3_moe", tmp_path), name, value)
     with pytest.raises(CheckpointError, match=message):
         engine.load(tmp_path, device="cpu")
+
+
+def test_nan_before_a_router_ends_in_nan_and_not_in_a_hang(tmp_path: Path) -> None:
+    edited(
+        save_family("qwen3_moe", tmp_path),
+        "model.layers.0.post_attention_layernorm.weight",
+        torch.full((64,), torch.nan),
+    )
+    model = engine.load(tmp_path, device="cpu")
+    assert model.logits(IDS).isnan().all()
+    assert len(model.generate([[5, 6, 7]], max_new_tokens=4, ignore_eos=True)[0].tokens) == 4
 
 
 @pytest.mark.parametrize(
@@ -159,6 +171,13 @@ def test_a_wrong_configuration_is_told(changes: dict[str, int], message: str, tm
     changed_config(tmp_path, lambda config: config.update(changes))
     with pytest.raises(CheckpointError, match=message):
         engine.load(tmp_path, device="cpu")
+
+
+def test_steps_whose_experts_the_host_counts_are_not_captured(tmp_path: Path) -> None:
+    made = quantized(save_family("qwen3_moe", tmp_path / "source"), tmp_path / "made", "int4")
+    dense, packed = (engine.load(made, device="cpu", dtype=dtype).decoder.blocks for dtype in (None, torch.float16))
+    assert [dense[0].feed_forward.captures(rows) for rows in (1, 128, 129)] == [True, True, False]
+    assert [packed[0].feed_forward.captures(rows) for rows in (1, 64, 65)] == [True, True, False]
 
 
 def test_bytes_of_a_step_count_the_experts_that_it_touches(tmp_path: Path) -> None:

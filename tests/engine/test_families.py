@@ -21,6 +21,10 @@ EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 
 SHARED = {"shared_expert_intermediate_size": 32}
 GROUPED = {"n_routed_experts": 8, "num_experts_per_tok": 3, "n_group": 4, "topk_group": 2, "moe_intermediate_size": 48}
 SIGMOID = GATED | GROUPED | {"head_dim": 16, "first_k_dense_replace": 1, "routed_scaling_factor": 1.5}
+LATENT = GATED | {"num_key_value_heads": 4, "q_lora_rank": 24, "kv_lora_rank": 32, "num_hidden_layers": 3}
+LATENT |= {"qk_rope_head_dim": 16, "qk_nope_head_dim": 24, "v_head_dim": 20, "first_k_dense_replace": 1}
+DEEPSEEK = LATENT | GROUPED | {"routed_scaling_factor": 1.5}
+SCALED = YARN | {"mscale": 0.7, "mscale_all_dim": 0.9}
 # Models to build: a family of tests/builders with changes, or a configuration class of transformers with values.
 CASES = {
     "llama": ("llama", {}),
@@ -47,6 +51,10 @@ CASES = {
     "qwen3_moe": ("qwen3_moe", {"norm_topk_prob": True, "num_hidden_layers": 3, "mlp_only_layers": [1]}),
     "olmoe": ("OlmoeConfig", GATED | {"num_experts": 4, "num_experts_per_tok": 2}),
     "phimoe": ("PhimoeConfig", GATED | {"num_local_experts": 4, "router_jitter_noise": 0.3, "lm_head_bias": True}),
+    "deepseek_v2": ("DeepseekV2Config", DEEPSEEK | {"topk_method": "group_limited_greedy"}),
+    "deepseek_v2-lite": ("DeepseekV2Config", DEEPSEEK | {"q_lora_rank": None, "rope_parameters": SCALED}),
+    "deepseek_v3": ("DeepseekV3Config", DEEPSEEK),
+    "deepseek_v3-yarn": ("DeepseekV3Config", DEEPSEEK | {"rope_interleave": False, "rope_parameters": SCALED}),
     "gpt_oss": ("GptOssConfig", GATED | {"head_dim": 16, "num_local_experts": 4, "sliding_window": 8}),
     "gpt_oss-clamped": ("GptOssConfig", GATED | {"head_dim": 16, "swiglu_limit": 0.2, "num_experts_per_tok": 2}),
     "glm4_moe": ("Glm4MoeConfig", SIGMOID),

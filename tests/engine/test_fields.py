@@ -26,6 +26,8 @@ LONG = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0, 1.5] *
 WHOLE = {"partial_rotary_factor": 1.0}
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 GROUPED = {"n_routed_experts": 8, "num_experts_per_tok": 2, "n_group": 4, "topk_group": 2, "moe_intermediate_size": 32}
+LATENT = GATED | {"num_key_value_heads": 4, "q_lora_rank": 24, "kv_lora_rank": 32, "v_head_dim": 16}
+LATENT |= {"qk_rope_head_dim": 16, "qk_nope_head_dim": 16, "first_k_dense_replace": 1}
 SLIDING = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2}
 # Family -> the fields of its tiny model.
 TINY: dict[str, dict[str, Any]] = {
@@ -45,6 +47,8 @@ TINY: dict[str, dict[str, Any]] = {
     "phimoe": GATED | {"num_local_experts": 4},
     "qwen2_moe": GATED | EXPERTS | SLIDING | {"shared_expert_intermediate_size": 32},
     "qwen3_moe": GATED | EXPERTS | {"head_dim": 16},
+    "deepseek_v2": LATENT | GROUPED | {"topk_method": "group_limited_greedy"},
+    "deepseek_v3": LATENT | GROUPED,
     "gpt_oss": NARROW | {"num_local_experts": 4, "num_experts_per_tok": 2},
     "olmoe": GATED | {"num_experts": 4, "num_experts_per_tok": 2},
     "glm4_moe": GATED | GROUPED | {"head_dim": 16},
@@ -91,6 +95,12 @@ VALUES: dict[str, list[Any]] = {
     "intermediate_size": [128],
     "moe_intermediate_size": [48],
     "clip_qkv": [0.5],
+    "topk_method": ["greedy"],
+    "q_lora_rank": [32, None],
+    "kv_lora_rank": [48],
+    "qk_rope_head_dim": [32],
+    "qk_nope_head_dim": [32],
+    "v_head_dim": [24],
     "mlp_only_layers": [[0]],
     "decoder_sparse_step": [2],
     "n_group": [2],
@@ -156,6 +166,8 @@ REFUSED = {
     ("hidden_act", "gelu"): "activation 'gelu' is not computed here; known with a gate: silu",
     ("hidden_activation", "gelu"): "activation 'gelu' is not computed here; known with a gate: silu",
     ("attn_logit_softcapping", 5.0): "attn_logit_softcapping is 5.0; the engine computes only None",
+    ("num_attention_heads", 2): "num_key_value_heads is 4; latent attention has one for each head",
+    ("norm_topk_prob", True): "norm_topk_prob is True; the engine computes only False",  # DeepSeek-V2
     ("clip_qkv", 0.5): "clip_qkv is 0.5; the engine computes only None",
     ("num_experts_per_tok", 3): "scores 'mixer' for 3 experts of a token",
     ("add_cross_attention", True): "add_cross_attention is True; the engine computes only False",
