@@ -200,7 +200,8 @@ class Engine:
                 sampler = space.sampler(features_of([request.constraints]), beams)
                 yield from run_beams(space.runner(beams, beams, length), sampler, request)
             while drafts and request.finish_reason is None:
-                yield from run_lookup(space.runner(1, 1, length), space.runner(1 + drafts, 1, length), request)
+                several = space.runner(1 + drafts, 1, length, adjacent=1 + drafts)
+                yield from run_lookup(space.runner(1, 1, length), several, request)
 
     @torch.inference_mode()
     @typed(EngineError)

@@ -93,6 +93,7 @@ class Attention:
                 step.longest,
                 self.qkv.hints.dependent,
                 self.sinks,
+                1 if layer.window else step.adjacent,
             )
         )
 

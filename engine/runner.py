@@ -43,10 +43,13 @@ class Runner:
 
     reader   reads the prompts into the cache that the steps continue
     longest  upper bound on every sequence's length, at most the cache's context
+    adjacent as in Step
     """
 
-    def __init__(self, reader: Reader, rows: int, longest: int, sampler: Sampler | None = None) -> None:
-        self.reader, self.longest, self.sampler = reader, longest, sampler
+    def __init__(
+        self, reader: Reader, rows: int, longest: int, sampler: Sampler | None = None, adjacent: int = 1
+    ) -> None:
+        self.reader, self.longest, self.sampler, self.adjacent = reader, longest, sampler, adjacent
         decoder, cache = self.decoder, self.cache = reader.decoder, reader.cache
         device = decoder.weights.device
         self.tokens, self.positions, self.starts, self.slots = (
@@ -84,7 +87,7 @@ class Runner:
     def forward(self) -> None:
         """Run the part of a step that computes the logits."""
         turns = self.decoder.turns_at(self.positions, self.positions + 1)
-        step = Step(self.tokens, self.positions, turns, self.starts, self.slots, self.longest)
+        step = Step(self.tokens, self.positions, turns, self.starts, self.slots, self.longest, None, self.adjacent)
         self.logits = self.decoder.logits(self.decoder.hidden(step, self.cache))
 
     def choose(self) -> None:

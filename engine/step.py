@@ -20,6 +20,7 @@ class Step:
     longest            upper bound on every row's sequence length; 0 if unknown
     prefix             for a prompt: the cache slots of one sequence, whose last positions are the rows; None if each
                        row is a sequence's last position
+    adjacent           adjacent rows that are consecutive positions of one sequence: drafts to be checked
     """
 
     tokens: Tensor
@@ -29,6 +30,7 @@ class Step:
     slots: Tensor
     longest: int = 0
     prefix: slice | Tensor | None = None
+    adjacent: int = 1
 
 
 @dataclass(frozen=True)

@@ -26,21 +26,22 @@ class Workspace:
     def __init__(self, pool: "Workspaces", most: int = RUNNERS) -> None:
         self.most, self.pool, self.decoder, self.options = most, pool, pool.decoder, pool.options
         self.reader: Reader | None = None
-        self.runners: OrderedDict[tuple[int, Features | None, int], Runner] = OrderedDict()
+        self.runners: OrderedDict[tuple[int, Features | None, int, int], Runner] = OrderedDict()
 
-    def runner(self, rows: int, batch: int, length: int, features: Features | None = None) -> Runner:
+    def runner(self, rows: int, batch: int, length: int, features: Features | None = None, adjacent: int = 1) -> Runner:
         """The runner with `rows` rows, for a cache of `batch` sequences of at least `length` positions.
 
+        So many `adjacent` rows are consecutive positions of one sequence (drafts); otherwise each row has its own.
         Sequences of up to SHORT positions get their own runner, with an attention kernel split for them.
         """
         reader = self.roomy_reader(batch, length)
         reach = SHORT if length <= SHORT else reader.cache.context
-        key = rows, features, reach
+        key = rows, features, reach, adjacent
         if key not in self.runners:
             while len(self.runners) >= self.most:
                 self.runners.popitem(last=False)
             sampler = None if features is None else self.sampler(features, rows)
-            self.runners[key] = Runner(reader, rows, reach, sampler)
+            self.runners[key] = Runner(reader, rows, reach, sampler, adjacent)
         self.runners.move_to_end(key)
         return self.runners[key]
 

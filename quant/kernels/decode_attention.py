@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from lowbit.quant.kernels.extension import launch, reason_against_device
-from lowbit.quant.kernels.problem import check_alignment, has_fast_memory
+from lowbit.quant.kernels.problem import Rotary, check_alignment, has_fast_memory
 
 INT8_LIMIT = 127
 MAX_HEAD_DIM = 256
-BLOCK_HEADS = 8  # query heads of one key head per block
+BLOCK_HEADS = 8  # query heads of one key head per block, of all adjacent rows
 MAX_SPLITS = 8  # blocks of a cluster: 8 fit on every GPU with clusters
 # More splits help long sequences and hurt short ones (docs/kernels/decode_attention.md). Times with a split tuned at
 # 128 and one tuned at 2048 positions are linear in the length; the lines for few and many splits cross near SHORT.
@@ -25,11 +25,15 @@ SHORT = 1024  # positions
 SHORT_SPLITS = 4  # most splits of a short sequence
 # With fast memory and more bytes of cache than this, attention is launched without overlap: it reads for longer than a
 # launch takes, and next to the previous product many of its blocks would start late. Llama-2-7B on an H200, 8 x 2048,
-# 285 MB per layer: 3.837 ms per step, 4.063 with overlap; 1 x 2048, 36 MB: 1.970 and 1.886.
-PLAIN_BYTES = 200e6
+# 285 MB per layer: 3.837 ms per step, 4.063 with overlap; 143 MB in int8: 2.816 and 2.876; 1 x 2048, 36 MB: 1.970 and
+# 1.886.
+PLAIN_BYTES = 100e6
+# An int8 cache, the same at 8 x 2048: 2.876 ms per step with 8 warps per block, 3.501 with 4; 8 x 128: 1.884 and 1.705.
+WARPS, MANY_WARPS = 4, 8
+MANY_WARPS_DIM = 128  # widest heads whose chunks fit in the registers of 8 warps
 SHORT_BLOCKS, LONG_BLOCKS = 1.95, 2.5  # most blocks per multiprocessor after splitting
 APPEND_FIELDS = ("qkv", "positions", "slots", "cosines", "sines", "q_norm", "k_norm", "norm_eps")
-ATTENTION_FIELDS = ("q", "starts", "positions", "scale", "window", "softcap", "sinks")
+ATTENTION_FIELDS = ("q", "starts", "positions", "scale", "window", "softcap", "sinks", "adjacent")
 
 
 @dataclass(frozen=True)
@@ -97,6 +101,8 @@ class AttentionCall:
     sinks      (heads) q's dtype: a score of one more position without a value, or None
     dependent  as in problem.PackedCall. starts, positions and all of a sequence's cache but its last m positions are
                read before the previous kernel has finished, so no kernel that this launch may overlap may write them
+    adjacent   m is a multiple of this: so many adjacent rows are consecutive positions of one sequence, whose keys and
+               values are then read once for all of them. 1 with a window
     """
 
     q: Tensor
@@ -109,10 +115,16 @@ class AttentionCall:
     longest: int = 0
     dependent: bool = False
     sinks: Tensor | None = None
+    adjacent: int = 1
 
     @property
     def heads(self) -> int:
         return self.q.shape[1] // self.cache.head_dim
+
+    @property
+    def sequences(self) -> int:
+        """Number of runs of adjacent rows."""
+        return self.q.shape[0] // self.adjacent
 
     def empty(self) -> Tensor:
         """Memory for the output."""
@@ -154,6 +166,10 @@ def check_attention(call: AttentionCall) -> None:
     check_tensors(wanted, q.device)
     if q.ndim != 2 or q.shape[1] % (cache.head_dim * cache.kv_heads):
         raise ValueError(f"q of shape {tuple(q.shape)} is no multiple of {cache.kv_heads} heads of {cache.head_dim}")
+    if call.adjacent < 1 or m % call.adjacent or (call.adjacent > 1 and call.window):
+        raise ValueError(
+            f"{call.adjacent} adjacent rows of {m}, a window of {call.window}: they divide the rows, and have no window"
+        )
 
 
 def check_tensors(
@@ -202,6 +218,12 @@ def append(call: AppendCall) -> Tensor:
     return q
 
 
+def appended(qkv: Tensor, rotary: Rotary) -> AppendCall:
+    """The append of the heads `qkv` to the caches of `rotary`."""
+    cache = KVCache(rotary.k_cache, rotary.v_cache)
+    return AppendCall(qkv, rotary.positions, rotary.slots, rotary.cosines, rotary.sines, cache)
+
+
 def attend(call: AttentionCall) -> Tensor:
     """The attention's output (m, heads * head_dim) in q's dtype.
 
@@ -219,17 +241,28 @@ def attend(call: AttentionCall) -> Tensor:
     properties = torch.cuda.get_device_properties(out.device)
     clusters_exist = (properties.major, properties.minor) >= (9, 0)
     splits = choose_splits(call, properties.multi_processor_count if clusters_exist else 0)
-    plainly = most_bytes(call) > PLAIN_BYTES and has_fast_memory(out.device)
-    cut = {"splits": splits, "dependent": call.dependent and not plainly}
+    fast = has_fast_memory(out.device)
+    dependent = call.dependent and not (fast and most_bytes(call) > PLAIN_BYTES)
+    warps = choose_warps(call, splits) if fast else WARPS
+    cut = {"splits": splits, "warps": warps, "dependent": dependent}
     launch("decode_attention", out.dtype, device=out.device, args=args, **cut)
     return out
+
+
+def choose_warps(call: AttentionCall, splits: int) -> int:
+    """Warps of a block, with fast memory. A warp asks for half as many bytes of an int8 cache, and is bound by their
+    latency: long sequences get twice as many, if the memory in which a cluster's warps meet is enough for them."""
+    bounds = [bound for bound in (call.longest, call.window) if bound]
+    short = bool(bounds) and min(bounds) <= SHORT
+    fits = splits * MANY_WARPS <= MAX_SPLITS * WARPS and call.cache.head_dim <= MANY_WARPS_DIM
+    return MANY_WARPS if call.cache.k_scales is not None and fits and not short else WARPS
 
 
 def most_bytes(call: AttentionCall) -> int:
     """Bytes of keys and values that a call reads at most; 0 if unknown."""
     bounds = [bound for bound in (call.longest, call.window) if bound]
     row = call.cache.kv_heads * call.cache.head_dim * call.cache.k.element_size()
-    return 2 * row * call.q.shape[0] * (min(bounds) if bounds else 0)
+    return 2 * row * call.sequences * (min(bounds) if bounds else 0)
 
 
 def choose_splits(call: AttentionCall, processors: int) -> int:
@@ -238,7 +271,8 @@ def choose_splits(call: AttentionCall, processors: int) -> int:
     If whole sequences do not all run in one wave, at least two splits even out the last wave. processors 0 means a GPU
     without clusters: no splits.
     """
-    blocks = call.q.shape[0] * call.cache.kv_heads * -(-call.heads // call.cache.kv_heads // BLOCK_HEADS)
+    columns = call.heads // call.cache.kv_heads * call.adjacent
+    blocks = call.sequences * call.cache.kv_heads * -(-columns // BLOCK_HEADS)
     bounds = [bound for bound in (call.longest, call.window) if bound]
     if processors == 0:
         return 1

@@ -6,8 +6,19 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from lowbit.quant.kernels.problem import ACTIVATIONS, Deferred, Problem, place_of, reason_against_squares
-from lowbit.quant.kernels.reference import activate, divided
+from lowbit.quant.kernels.decode_attention import append, appended
+from lowbit.quant.kernels.problem import (
+    ACTIVATIONS,
+    Deferred,
+    NextNorm,
+    Problem,
+    Rotary,
+    place_of,
+    reason_against_caches,
+    reason_against_heads,
+    reason_against_squares,
+)
+from lowbit.quant.kernels.reference import activate, begin_norm, divided
 
 
 @dataclass(frozen=True)
@@ -23,6 +34,8 @@ class DenseCall:
     dependent   launch without waiting for the previous kernel (programmatic dependent launch): the weight must not be
                 written by that kernel
     deferred    the norm still to finish on x
+    rotary      the outputs are heads of q, k and v; q is returned, k and v are stored
+    next_norm   extra outputs that start the norm after y
     """
 
     x: Tensor
@@ -33,10 +46,14 @@ class DenseCall:
     float32_out: bool = False
     dependent: bool = False
     deferred: Deferred | None = None
+    rotary: Rotary | None = None
+    next_norm: NextNorm | None = None
 
     @property
     def y_shape(self) -> tuple[int, int]:
         n = self.weight.shape[0]
+        if self.rotary is not None:
+            return self.x.shape[0], n - 2 * self.rotary.kv_heads * self.rotary.head_dim
         return self.x.shape[0], n // 2 if self.activation == "silu_mul" else n
 
     @property
@@ -79,7 +96,28 @@ def reason_against_tensors(call: DenseCall) -> str | None:
             return f"{name} is {tuple(tensor.shape)} {tensor.dtype}, not {shape} {x.dtype}"
         if tensor.device != x.device:
             return f"{name} is on {tensor.device}, x on {x.device}"
-    return reason_against_squares(x, x.shape[1], call.deferred)
+    return reason_against_epilogue(call) or reason_against_squares(x, x.shape[1], call.deferred)
+
+
+def reason_against_epilogue(call: DenseCall) -> str | None:
+    """The reason why rotary and next norm do not fit the product, or None."""
+    x, n, rotary, norm = call.x, call.weight.shape[0], call.rotary, call.next_norm
+    gated = call.activation == "silu_mul"
+    if norm is not None and (gated or rotary is not None or call.float32_out):
+        return "silu_mul, rotary and float32 output leave no y for a next norm"
+    if norm is not None:
+        for name, tensor, shape in (("next_norm", norm.weight, (n,)), ("z", norm.z, (len(x), n))):
+            if tuple(tensor.shape) != shape or tensor.dtype != x.dtype or tensor.device != x.device:
+                found = f"{tuple(tensor.shape)} {tensor.dtype} on {tensor.device}"
+                return f"{name} is {found}, not {shape} {x.dtype} beside x"
+            if not tensor.is_contiguous():
+                return f"{name} has strides {tensor.stride()}: it must be contiguous"
+        return reason_against_squares(x, n, norm)
+    if rotary is None:
+        return None
+    if call.activation != "none" or call.residual is not None or call.float32_out:
+        return "rotary takes no activation, no residual and no float32 output"
+    return reason_against_caches(x, x.dtype, rotary) or reason_against_heads(x, n, rotary)
 
 
 def reference(call: DenseCall) -> Tensor:
@@ -88,8 +126,12 @@ def reference(call: DenseCall) -> Tensor:
     if call.deferred is not None:
         x = divided(x, call.deferred)
     if residual is not None and call.bias is None and call.activation == "none":
-        return torch.addmm(residual, x, w.T).to(call.y_dtype)
-    y = activate(functional.linear(x, w, call.bias), call.activation)
-    if residual is not None:
-        y = y + residual
+        y = torch.addmm(residual, x, w.T)
+    else:
+        y = activate(functional.linear(x, w, call.bias), call.activation)
+        y = y if residual is None else y + residual
+    if call.rotary is not None:
+        return append(appended(y, call.rotary))
+    if call.next_norm is not None:
+        begin_norm(y, call.next_norm)
     return y.to(call.y_dtype)

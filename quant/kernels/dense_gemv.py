@@ -1,5 +1,6 @@
 """The product of few rows with a dense weight in half precision, in torch's layout, W read once: csrc/dense_gemv.cu."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -8,12 +9,13 @@ from torch import Tensor
 from lowbit.quant.kernels import dense, ring
 from lowbit.quant.kernels.dense import DenseCall
 from lowbit.quant.kernels.extension import launch
-from lowbit.quant.kernels.problem import Problem
+from lowbit.quant.kernels.problem import Problem, has_fast_memory
 from lowbit.quant.kernels.ring import RingCut
 
 MAX_M = 64
 WARPGROUPS = (1, 2)  # multiplying warpgroups per block
 STEP_BYTES = 16  # granularity of the copy engine (TMA): lengths, addresses and pitches of rows are multiples
+VECTOR_BYTES = 8  # of four halves that epilogues read at once
 GATED_STEP = 8  # n is a multiple of this for a weight with gate rows followed by up rows
 
 
@@ -28,10 +30,11 @@ def reason_against(problem: Problem) -> str | None:
     return ring.reason_against_gpu(problem)
 
 
-def choose_cut(problem: Problem) -> RingCut:
+def choose_cut(problem: Problem, fast_memory: bool = False) -> RingCut:
     """The launch for `problem`. It uses the whole GPU: 6% faster in a model's block than half of it, with the rest left
     to the next kernel."""
-    return ring.choose_cut(problem.m, problem.n, problem.k * 2, problem.processors, room=problem.processors)
+    processors = problem.processors
+    return ring.choose_cut(problem.m, problem.n, problem.k * 2, processors, processors, fast_memory)
 
 
 def reason_against_memory(call: DenseCall) -> str | None:
@@ -48,7 +51,16 @@ def reason_against_memory(call: DenseCall) -> str | None:
         return f"sums of squares at {call.deferred.squares.data_ptr():#x}: they are read {STEP_BYTES} bytes at a time"
     if call.activation == "silu_mul" and call.weight.shape[0] % GATED_STEP:
         return f"{call.weight.shape[0]} rows of gate and up: it takes multiples of {GATED_STEP}"
+    if call.rotary is not None and call.rotary.head_dim % ring.ROWS:
+        return f"heads of {call.rotary.head_dim}: it turns those of multiples of {ring.ROWS}"
+    if call.next_norm is not None and not in_vectors(call.bias, call.residual, call.next_norm.weight):
+        return f"bias, residual or the next norm's weight start at no multiple of {VECTOR_BYTES} bytes"
     return None
+
+
+def in_vectors(*tensors: Tensor | None) -> bool:
+    """True if four halves of each tensor can be read at once."""
+    return all(tensor is None or tensor.data_ptr() % VECTOR_BYTES == 0 for tensor in tensors)
 
 
 def run(call: DenseCall, problem: Problem, cut: RingCut | None = None) -> Tensor:
@@ -56,7 +68,9 @@ def run(call: DenseCall, problem: Problem, cut: RingCut | None = None) -> Tensor
     if reason_against_memory(call):
         return dense.reference(call)
     y = call.empty()
-    cut = cut or choose_cut(problem)
+    cut = cut or choose_cut(problem, has_fast_memory(y.device))
+    if call.rotary is not None and call.rotary.head_dim % (cut.warpgroups * ring.ROWS):
+        cut = replace(cut, warpgroups=1)
     launch("dense_gemv", call.x.dtype, device=y.device, args=args_of(call, y), dependent=call.dependent, **vars(cut))
     return y
 
@@ -64,8 +78,14 @@ def run(call: DenseCall, problem: Problem, cut: RingCut | None = None) -> Tensor
 def args_of(call: DenseCall, y: Tensor) -> dict[str, Any]:
     """csrc/dense_gemv.cu's struct."""
     (m, k), n, deferred = call.x.shape, call.weight.shape[0], call.deferred
-    aligned = all(tensor is None or tensor.data_ptr() % 8 == 0 for tensor in (call.bias, call.residual, y))
+    rotary, following = call.rotary, call.next_norm
+    caches = (None, None) if rotary is None else (rotary.k_cache, rotary.v_cache)
+    aligned = in_vectors(call.bias, call.residual, y, *caches)
     return {
+        **ring.heads_of(rotary, n),
+        "next_norm": None if following is None else following.weight,
+        "z": None if following is None else following.z,
+        "squares": None if following is None else following.squares,
         "x": call.x,
         "w": call.weight,
         "bias": call.bias,

@@ -195,7 +195,23 @@ turning_linear = Operator(
 w8a8_linear = Operator("w8a8_linear", Int8Call, compute, checked)
 # activation(x W^T + bias) + residual, of a weight (n, k) as torch.nn.Linear holds it. Few rows in half precision on
 # Hopper are one kernel, in float32 between x and y; all others are torch's functions. See DenseCall.
-dense_linear = Operator("dense_linear", DenseCall, compute, checked)
+plain_dense_linear = Operator("dense_linear", DenseCall, compute, checked, without=("rotary", "next_norm"))
+deferring_dense_linear = Operator(
+    "dense_linear_deferring",
+    DenseCall,
+    compute,
+    checked,
+    writes=("next_norm_z", "next_norm_squares"),
+    without=("rotary",),
+)
+turning_dense_linear = Operator(
+    "dense_qkv_rotary_append",
+    DenseCall,
+    compute,
+    checked,
+    writes=("rotary_k_cache", "rotary_v_cache"),
+    without=("next_norm",),
+)
 # The dense weight (n, k) in the packed scales' dtype.
 dequantize = Operator("dequantize", PackedWeight, wna16_dequantize.dequantize, wna16_dequantize.empty)
 # Rows after norm, and int8 rounding if requested, (m, k) in x's dtype. See Rows.
@@ -254,13 +270,22 @@ def experts_down_deferring(call: DownCall, norm_weight: Tensor) -> tuple[Tensor,
     return experts_down(replace(call, next_norm=norm)), norm.z, norm.squares
 
 
-def linear_deferring(call: PackedCall, norm_weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def dense_linear(call: DenseCall) -> Tensor:
+    """y of `call`. ValueError if its tensors do not fit together."""
+    if call.rotary is not None:
+        return turning_dense_linear(call)
+    return plain_dense_linear(call) if call.next_norm is None else deferring_dense_linear(call)
+
+
+def linear_deferring(call: PackedCall | DenseCall, norm_weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """h of `call`, and the inputs with which the next product applies rms_norm(h), without a launch in between.
 
     n a multiple of 64, norm_weight (n). Returns h (m, n), z = h * norm_weight (m, n), and sums of h's squares
     (m, n / 16) float32: the next product's x and Deferred. problem.NextNorm says more.
     """
     norm = NextNorm.empty(call.x, norm_weight)
+    if isinstance(call, DenseCall):
+        return dense_linear(replace(call, next_norm=norm)), norm.z, norm.squares
     return linear(replace(call, next_norm=norm)), norm.z, norm.squares
 
 

@@ -291,21 +291,37 @@ def reason_against_epilogue(call: PackedCall) -> str | None:
 
 
 def reason_against_rotary(call: PackedCall, rotary: Rotary) -> str | None:
-    """The reason why heads, positions and caches do not fit the weight, or None."""
-    m, head_dim = call.x.shape[0], rotary.head_dim
+    """The reason why heads, positions and caches do not fit the packed weight, or None."""
     if call.activation != "none":
         return f"rotary with activation {call.activation!r}: there is no such kernel"
-    if call.weight.pair_block != head_dim or call.weight.n % head_dim:
-        return f"heads of {head_dim} need a weight packed with that pair_block, not {call.weight.pair_block}"
-    if call.weight.n // head_dim <= 2 * rotary.kv_heads:
-        return f"{call.weight.n} outputs hold no q beside {rotary.kv_heads} heads of k and v"
+    if call.weight.pair_block != rotary.head_dim:
+        return f"heads of {rotary.head_dim} need a weight packed with that pair_block, not {call.weight.pair_block}"
+    return reason_against_heads(call.x, call.weight.n, rotary)
+
+
+def reason_against_caches(x: Tensor, dtype: torch.dtype, rotary: Rotary) -> str | None:
+    """The reason why the caches are not contiguous, alike, of `dtype` and on x's device, or None."""
+    for name, tensor in (("k_cache", rotary.k_cache), ("v_cache", rotary.v_cache)):
+        if tensor.shape != rotary.k_cache.shape or tensor.dtype != dtype or tensor.device != x.device:
+            found, wanted = f"{tuple(tensor.shape)} {tensor.dtype} on {tensor.device}", tuple(rotary.k_cache.shape)
+            return f"{name} is {found}, not {wanted} {dtype} beside x"
+        if not tensor.is_contiguous():
+            return f"{name} has strides {tensor.stride()}: it must be contiguous"
+    return None
+
+
+def reason_against_heads(x: Tensor, n: int, rotary: Rotary) -> str | None:
+    """The reason why heads, positions and caches do not fit n outputs of x, or None."""
+    m, head_dim = x.shape[0], rotary.head_dim
+    if n % head_dim or n // head_dim <= 2 * rotary.kv_heads:
+        return f"{n} outputs hold no q beside {rotary.kv_heads} heads of k and v"
     for name, tensor, shape, dtype in (
         ("positions", rotary.positions, (m,), torch.int64),
         ("slots", rotary.slots, (m,), torch.int64),
         ("cosines", rotary.cosines, (rotary.cosines.shape[0], head_dim // 2), torch.float32),
         ("sines", rotary.sines, tuple(rotary.cosines.shape), torch.float32),
     ):
-        if tuple(tensor.shape) != shape or tensor.dtype != dtype or tensor.device != call.x.device:
+        if tuple(tensor.shape) != shape or tensor.dtype != dtype or tensor.device != x.device:
             return f"{name} is {tuple(tensor.shape)} {tensor.dtype} on {tensor.device}, not {shape} {dtype} beside x"
         if not tensor.is_contiguous():
             return f"{name} has strides {tensor.stride()}: it must be contiguous"

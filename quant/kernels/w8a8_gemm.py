@@ -24,7 +24,7 @@ def choose_cut(problem: Problem, fast_memory: bool = False) -> RingCut:
     the multiprocessors cannot read at its rate: Llama-2-7B on an H200, 1 x 128, 2.242 ms a step, else 2.403."""
     all_of_it = fast_memory or problem.m > ring.COLUMNS[-1] // 2
     room = problem.processors if all_of_it else problem.processors // 2
-    return ring.choose_cut(problem.m, problem.n, problem.k, problem.processors, room)
+    return ring.choose_cut(problem.m, problem.n, problem.k, problem.processors, room, fast_memory)
 
 
 def run(call: Int8Call, problem: Problem, cut: RingCut | None = None) -> Tensor:

@@ -112,8 +112,12 @@ class Weight(Protocol):
 class Plain:
     """Defaults for a weight without fused kernels for norms and heads."""
 
-    begins_norms = False
     rounds_inputs = False
+
+    @property
+    def begins_norms(self) -> bool:
+        """False: there is no such kernel."""
+        return False
 
     def turns(self, head_dim: int) -> bool:
         """False: there is no such kernel."""
@@ -229,15 +233,35 @@ class Dense(Plain):
     def bulk(self) -> Tensor | None:
         return self.matrix if self.matrix.is_contiguous() else None
 
+    @property
+    def begins_norms(self) -> bool:
+        return self.n % (PART * PARTS) == 0
+
     def problem(self, m: int) -> Problem:
         return Problem(m, self.n, self.k, 16, -1, self.dtype, *place_of(self.matrix.device))
 
     def fuses(self, activation: str) -> bool:
         return activation == "silu_mul" or not activation.endswith("_mul")
 
+    def turns(self, head_dim: int) -> bool:
+        return self.n % head_dim == 0
+
+    def call(self, rows: Rows, end: Epilogue, hints: Hints, deferred: Deferred | None = None) -> DenseCall:
+        """The product as the operators take it."""
+        return DenseCall(prepared(rows), self.matrix, **vars(end), dependent=hints.dependent, deferred=deferred)
+
     def multiply(self, rows: Rows, end: Epilogue, hints: Hints, deferred: Deferred | None = None) -> Tensor:
-        call = DenseCall(prepared(rows), self.matrix, **vars(end), dependent=hints.dependent, deferred=deferred)
-        return ops.dense_linear(call)
+        return ops.dense_linear(self.call(rows, end, hints, deferred))
+
+    def multiply_beginning(
+        self, rows: Rows, end: Epilogue, hints: Hints, norm_weight: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return ops.linear_deferring(self.call(rows, end, hints), norm_weight)
+
+    def multiply_turning(
+        self, rows: Rows, end: Epilogue, hints: Hints, rotary: Rotary, deferred: Deferred | None = None
+    ) -> Tensor:
+        return ops.dense_linear(replace(self.call(rows, end, hints, deferred), rotary=rotary))
 
 
 def prepared(rows: Rows) -> Tensor:

@@ -5,10 +5,10 @@ import torch
 from torch import Tensor
 
 from lowbit.quant.kernels import reference, row_norm
-from lowbit.quant.kernels.decode_attention import AppendCall, KVCache, append
+from lowbit.quant.kernels.decode_attention import append, appended
 from lowbit.quant.kernels.extension import EXTENSION, launch, reason_against_device
 from lowbit.quant.kernels.packed import PackedWeight, dequantize_packed, scale_shift
-from lowbit.quant.kernels.problem import PackedCall, Problem, Rotary, check_alignment
+from lowbit.quant.kernels.problem import PackedCall, Problem, check_alignment
 from lowbit.quant.kernels.row_norm import Rows
 
 # Fitted on one H100 within 6% (rms): microseconds per launch; bytes per microsecond of reading packed and writing dense
@@ -46,12 +46,6 @@ def run(call: PackedCall, problem: Problem | None = None) -> Tensor:
     if call.rotary is not None:
         return append(appended(sums, call.rotary))
     return row_norm.run(Rows(sums, activation=call.activation)) if active else sums
-
-
-def appended(qkv: Tensor, rotary: Rotary) -> AppendCall:
-    """The append of the heads `qkv` to the caches of `rotary`."""
-    cache = KVCache(rotary.k_cache, rotary.v_cache)
-    return AppendCall(qkv, rotary.positions, rotary.slots, rotary.cosines, rotary.sines, cache)
 
 
 def empty(weight: PackedWeight) -> Tensor:

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import product
 
 from torch import Tensor
 
@@ -21,7 +22,10 @@ ROOM = 16  # warps per multiprocessor, with up to 16 rows of x
 # A warp's loop is bound by latency: of x, of the tensor instructions, and of its own weights. So with fast memory more
 # warps are faster, although each has less in flight. A step of Llama-2-7B on an H200, 1 x 128: 1.334 ms, 1.454 with 16
 # warps per multiprocessor; 8 x 128: 1.62 and 1.79.
+# Where no two warps can share k among 24, 28 with 72 registers each come next: Llama-2-13B 2.284 ms (2.379 with 16),
+# Llama-3-8B 1.453 (1.530). 32 with 64 registers took 2.333 and 1.488.
 CROWD, CROWD_WARPS = 24, 12  # warps per multiprocessor, and of a block
+CROWDS = (CROWD, 28)  # a block has at most half of them
 # Microseconds for a weight of 8 bits per channel with dependent launch, m = 1: per launch, per unit of cost, per
 # megabyte. Fitted to 25 shapes on one H100, within 4% (rms).
 CHANNEL_US = (1.7, 0.0301, 0.193)
@@ -35,7 +39,7 @@ class GemvCut:
     row_warps  warps of a block along n, a power of two
     k_warps    warps of a block that split k
     cluster    blocks that split k and sum through distributed shared memory
-    room       warps that a multiprocessor holds: ROOM, or CROWD for one tile per warp and up to 8 rows of x
+    room       warps that a multiprocessor holds: ROOM, or one of CROWDS for one tile per warp and up to 8 rows of x
     """
 
     row_tiles: int
@@ -119,11 +123,14 @@ def crowded_cut(problem: Problem) -> GemvCut | None:
     tiles, chunks = -(-problem.n // TILE_ROWS), -(-problem.k // CHUNK_K)
     if problem.m > FEW_ROWS:
         return None
-    for k_warps in range(min(CROWD_WARPS, chunks), 1, -1):
-        row_warps = max(1, MAX_WARPS // k_warps)
-        resident = CROWD // (row_warps * k_warps)  # blocks of a multiprocessor
-        if -(-tiles // row_warps) <= resident * problem.processors:
-            return GemvCut(1, row_warps, k_warps, 1, CROWD)
+    # more than CROWD, and blocks of half as many warps, are measured for integers of 4 bits alone
+    crowds = product(CROWDS, (1, 2)) if problem.bits == 4 and not problem.is_float else [(CROWD, 1)]
+    for room, part in crowds:
+        for k_warps in range(min(room // 2, chunks), 1, -1):
+            row_warps = max(1, MAX_WARPS // k_warps // part)
+            resident = room // (row_warps * k_warps)  # blocks of a multiprocessor
+            if -(-tiles // row_warps) <= resident * problem.processors:
+                return GemvCut(1, row_warps, k_warps, 1, room)
     return WAVES if chunks >= WAVES.k_warps and (problem.is_float or problem.bits > 4) else None
 
 

@@ -1,6 +1,7 @@
 """Generation: the same tokens as transformers for shared settings, and the guarantee of each setting."""
 
 from itertools import pairwise
+from unittest import mock
 
 import pytest
 import torch
@@ -9,6 +10,8 @@ from transformers import GenerationConfig
 from lowbit.engine.engine import Engine
 from lowbit.engine.lookup import Index, accepted
 from lowbit.engine.sampling import Sampling
+from lowbit.quant.kernels import ops
+from lowbit.quant.kernels.decode_attention import attend
 from tests.builders import logits_of
 from tests.engine.make import tiny
 
@@ -192,6 +195,17 @@ def test_lookup_writes_what_greedy_decoding_writes(model, drafts):
     looked_up = model.generate([prompt], max_new_tokens=80, lookup=drafts, ignore_eos=True)[0]
     assert looked_up.tokens == greedy.tokens
     assert looked_up.steps < greedy.steps
+
+
+def test_drafts_are_adjacent_rows_of_one_sequence(model):
+    calls = []
+    with mock.patch.object(ops, "attend", side_effect=lambda call: calls.append(call) or attend(call)):
+        model.generate([[7, 8, 9, 10, 11, 12] * 5], max_new_tokens=20, lookup=3, ignore_eos=True)
+    rows = {(call.adjacent, len(call.q)) for call in calls}
+    assert rows == {(1, 1), (4, 4)}
+    for call in calls:
+        assert (call.starts == 0).all()
+        assert call.positions.tolist() == list(range(int(call.positions[0]), int(call.positions[0]) + len(call.q)))
 
 
 def test_lookup_fills_the_context_to_its_end(model):

@@ -177,6 +177,23 @@ def check_captured_prompts(architecture, method: str, int8: bool) -> None:
         assert relative(found[0], cpu.logits([prompt])[0]) < (0.05 if method == "w8a8" else 0.03)
 
 
+@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize("rows", [2, 5, 8])
+def test_drafts_are_checked_as_rows_of_their_own_would_be(rows, int8):
+    """A captured step whose rows share the reads of their sequence, and one whose rows do not."""
+    gpu, _ = engines(LLAMA, "w4", int8=int8)
+    logits = []
+    for adjacent in (rows, 1):
+        space = Workspace(gpu.spaces)
+        runner = space.runner(rows, 1, CONTEXT, adjacent=adjacent)
+        runner.reader.last_logits([PROMPTS[0]])
+        runner.place(range(5, 5 + rows), range(len(PROMPTS[0]), len(PROMPTS[0]) + rows), [0] * rows)
+        runner.advance()
+        assert runner.logits is not None
+        logits.append(runner.logits.clone())
+    assert relative(logits[0], logits[1].cpu()) < 0.01
+
+
 @pytest.mark.parametrize("method", ["w4", "int8"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("rows", [1, 3, 8, 16])

@@ -17,6 +17,7 @@ from lowbit.quant.kernels.decode_attention import (
     append_reference,
     attend_reference,
     choose_splits,
+    choose_warps,
     loaded,
     most_bytes,
 )
@@ -174,6 +175,8 @@ def test_tensors_that_do_not_fit_are_refused(change, message):
         ({"starts": torch.zeros(3, dtype=torch.int64)}, "starts has the shape"),
         ({"q": torch.zeros(2, 64)[:, :32]}, r"strides \(64, 1\); contiguous \(2, 32\) is needed"),
         ({"q": torch.zeros(2, 48)}, "no multiple of 2 heads of 16"),
+        ({"adjacent": 3}, "3 adjacent rows of 2, a window of 0: they divide the rows"),
+        ({"adjacent": 2, "window": 4}, "2 adjacent rows of 2, a window of 4"),
         ({"cache": make_cache(200, 2, 16, torch.float16, True, "cpu")}, "k_scales is torch.float16"),
     ],
 )
@@ -202,11 +205,28 @@ def test_a_cut_depends_on_sizes_alone():
         assert choose_splits(attention_of(call, q, window=128), processors) == short
 
 
+@pytest.mark.parametrize(
+    ("shape", "splits", "longest", "int8", "warps"),
+    [
+        ((32, 32, 128), 1, 2176, True, 8),
+        ((32, 32, 128), 4, 0, True, 8),
+        ((32, 32, 128), 5, 2176, True, 4),
+        ((32, 32, 128), 1, SHORT, True, 4),
+        ((4, 1, 256), 1, 2176, True, 4),
+        ((32, 32, 128), 1, 2176, False, 4),
+    ],
+)
+def test_long_int8_caches_get_more_warps(shape, splits, longest, int8, warps):
+    call = make_append(shape, [5], torch.float16, int8)
+    q = torch.zeros(1, shape[0] * shape[2], dtype=torch.float16)
+    assert choose_warps(attention_of(call, q, longest=longest), splits) == warps
+
+
 def test_the_bytes_of_a_cache_are_those_of_its_longest_sequence():
     call = make_append((32, 32, 128), [5] * 8, torch.float16, int8=False)
     q = torch.zeros(8, 4096, dtype=torch.float16)
     assert most_bytes(attention_of(call, q, longest=2176)) == 8 * 2176 * 32 * 128 * 2 * 2 > PLAIN_BYTES
-    assert most_bytes(attention_of(call, q, longest=2176, window=1024)) == 8 * 1024 * 32 * 128 * 2 * 2 < PLAIN_BYTES
+    assert most_bytes(attention_of(call, q, longest=2176, window=512)) == 8 * 512 * 32 * 128 * 2 * 2 < PLAIN_BYTES
     assert most_bytes(attention_of(call, q)) == 0
 
 
@@ -245,6 +265,19 @@ def test_kernels_compute_the_reference(shape, dtype, int8):
         assert (got.float() - wanted).abs().max() <= slack * wanted.abs().max()
         again = ops.attend(attention)
         assert torch.equal(got, again)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_adjacent_rows_share_the_reads_of_their_sequence(shape, int8):
+    for positions, adjacent in (([0, 1, 2], 3), ([700, 701, 702, 703, 63, 64, 65, 66], 4), (range(2040, 2048), 8)):
+        call = make_append(shape, list(positions), torch.float16, int8, "cuda")
+        starts = (call.slots - call.positions)[::adjacent].repeat_interleave(adjacent)
+        call = replace(call, slots=starts + call.positions)
+        attention = replace(attention_of(call, ops.append_heads(call)), adjacent=adjacent)
+        wanted = attend_reference(in_float32(attention))
+        assert (ops.attend(attention).float() - wanted).abs().max() <= 2.0**-10 * wanted.abs().max()
 
 
 def in_float32(call: AttentionCall) -> AttentionCall:

@@ -136,7 +136,7 @@ def test_opcheck() -> None:
     opcheck(ops.plain_linear, PackedCall(x, gated, activation="silu_mul", deferred=deferred))
     turned, rotary = make_packed(96, 256, pair_block=32), make_rotary(2, 1, 32, torch.float16)
     opcheck(ops.turning_linear, PackedCall(x, turned, rotary=rotary, deferred=deferred))
-    opcheck(ops.dense_linear, DenseCall(x, make_x(8, 256, torch.float16), deferred=deferred))
+    opcheck(ops.plain_dense_linear, DenseCall(x, make_x(8, 256, torch.float16), deferred=deferred))
 
 
 @pytest.mark.gpu

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lowbit.quant.kernels import dense_gemv, extension, ops, ring
 from lowbit.quant.kernels.dense import DenseCall
-from lowbit.quant.kernels.problem import Problem
+from lowbit.quant.kernels.problem import NextNorm, Problem
 from lowbit.quant.kernels.registry import choose_kernel
 from lowbit.quant.kernels.ring import RingCut
 from tests.kernels.make import (
@@ -21,6 +21,7 @@ from tests.kernels.make import (
     on_cpu,
     opcheck,
 )
+from tests.kernels.test_ops import make_rotary
 
 ROWS = [1, 2, 7, 8, 9, 16, 17, 33, 64]
 DTYPES = [torch.float16, torch.bfloat16]
@@ -128,7 +129,13 @@ def test_opcheck(device: str, m: int) -> None:
         (x, w, bias[0], make_x(m, 32, torch.float16, device), "gelu", True, True),
         (x, w, bias[0], None, "silu_mul", False, False),
     ):
-        opcheck(ops.dense_linear, DenseCall(*args))
+        opcheck(ops.plain_dense_linear, DenseCall(*args))
+    norm = NextNorm.empty(x[:, :64], w.new_ones(64))
+    opcheck(ops.deferring_dense_linear, DenseCall(x, make_x(64, 64, torch.float16, device), next_norm=norm))
+    opcheck(
+        ops.turning_dense_linear,
+        DenseCall(x, make_x(96, 64, torch.float16, device), rotary=make_rotary(m, 1, 32, torch.float16, device)),
+    )
 
 
 def check_product(m: int, n: int, k: int, dtype: torch.dtype = torch.bfloat16, launch: RingCut | None = None) -> None:

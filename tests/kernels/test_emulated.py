@@ -83,8 +83,8 @@ def random_weight(pick: random.Random, n: int, k: int, bits: int, dtype: torch.d
     return packed.prepack(QTensor(codes, scales.to(dtype), zeros, scheme), dtype, pair_block)
 
 
-def random_rotary(pick: random.Random, m: int, dtype: torch.dtype) -> Rotary:
-    angles = torch.rand(50, pick.choice([8, 16, 32])) * 6
+def random_rotary(pick: random.Random, m: int, dtype: torch.dtype, half: int = 0) -> Rotary:
+    angles = torch.rand(50, half or pick.choice([8, 16, 32])) * 6
     caches = [torch.zeros(m + 16, pick.choice([1, 2]), 2 * angles.shape[1], dtype=dtype)] * 2
     return Rotary(torch.randint(0, 50, (m,)), torch.randperm(m + 16)[:m], angles.cos(), angles.sin(), *caches)
 
@@ -135,13 +135,14 @@ def assert_next_norm(y: Tensor, norm: NextNorm) -> None:
     assert torch.allclose(norm.squares, expected.squares, rtol=1e-5)
 
 
-def random_launch(pick: random.Random, kernel: ModuleType, m: int) -> Any:
+def random_launch(pick: random.Random, kernel: ModuleType, m: int, bits: int = 0) -> Any:
     """Any cut that the kernel has code for, of more blocks than there are chunks too."""
     if kernel is wna16_gemm:
         return wna16_gemm.GemmCut(pick.choice(wna16_gemm.warpgroups_for(m)), pick.randint(1, 8))
     row_warps, cluster, crowded = pick.choice([1, 2, 4]), pick.choice([1, 2, 3, 4]), m <= 8 and pick.random() < 0.5
     if crowded:
-        return wna16_gemv.GemvCut(1, row_warps, pick.randint(1, 12 // row_warps), cluster, wna16_gemv.CROWD)
+        room = pick.choice(wna16_gemv.CROWDS if bits == 4 else wna16_gemv.CROWDS[:1])
+        return wna16_gemv.GemvCut(1, row_warps, pick.randint(1, room // 2 // row_warps), cluster, room)
     return wna16_gemv.GemvCut(pick.choice([1, 2]), row_warps, pick.randint(1, 8 // row_warps), cluster)
 
 
@@ -178,7 +179,7 @@ def check_products(gpu: Gpu, kernel_name: str, seeds: range) -> None:
         call = gpu.put(call)
         if pick.random() < 0.5:  # rows that begin anywhere, and end at the page
             call = replace(call, bias=gpu.put(call.bias, 2), residual=gpu.put(call.residual, 2))
-        launch = random_launch(pick, kernel, call.x.shape[0])
+        launch = random_launch(pick, kernel, call.x.shape[0], call.weight.bits)
         gpu.start(seed, (call.y_shape, call.weight.k, call.weight.bits, call.weight.group_size, call.x.dtype, launch))
         y, rotary = launched(gpu, kernel, call, launch), call.rotary
         caches = [] if rotary is None else [rotary.k_cache, rotary.v_cache]
@@ -407,6 +408,26 @@ def random_dense_call(pick: random.Random, gpu: Gpu) -> DenseCall:
     )
 
 
+def random_paired_call(pick: random.Random, gpu: Gpu) -> DenseCall:
+    """A product whose outputs are heads, or start the next norm."""
+    m, dtype, k = pick.choice([1, 2, 7, 16, 40]), pick.choice(HALVES), pick.choice([64, 136, 640])
+
+    def halves(*shape: int) -> Tensor:
+        return gpu.put(torch.randn(shape).to(dtype))
+
+    deferred = Deferred(gpu.put(torch.rand(m, k // PART) * 40), 1e-3) if k % 64 == 0 and pick.random() < 0.6 else None
+    tail = {"dependent": pick.random() < 0.6, "deferred": deferred}
+    if pick.random() < 0.5:
+        n, activation = pick.choice([64, 128, 192]), pick.choice(["none", "gelu"])
+        z, squares = torch.full((m, n), torch.nan, dtype=dtype), torch.full((m, n // PART), torch.nan)
+        norm = NextNorm(halves(n), gpu.put(z), gpu.put(squares))
+        residual = halves(m, n) if pick.random() < 0.7 else None
+        return DenseCall(halves(m, k), halves(n, k), halves(n), residual, activation, next_norm=norm, **tail)
+    rotary = gpu.put(random_rotary(pick, m, dtype, pick.choice([32, 64])))
+    n = (pick.choice([1, 2, 3]) + 2 * rotary.kv_heads) * rotary.head_dim
+    return DenseCall(halves(m, k), halves(n, k), pick.choice([None, halves(n)]), rotary=rotary, **tail)
+
+
 def exact(call: DenseCall) -> Tensor:
     """y of `call` in float32."""
     floats = {name: part.float() for name, part in vars(call).items() if isinstance(part, Tensor)}
@@ -416,6 +437,11 @@ def exact(call: DenseCall) -> Tensor:
 def launched_dense(gpu: Gpu, call: DenseCall, launch: ring.RingCut) -> Tensor:
     call.check()
     gpu.late(call.x, call.bias, call.residual, call.deferred and call.deferred.squares)
+    if call.rotary:
+        gpu.late(call.rotary.positions, call.rotary.slots)
+        gpu.untouched(call.rotary.k_cache, call.rotary.v_cache)
+    if call.next_norm:
+        gpu.untouched(call.next_norm.z, call.next_norm.squares)
     with gpu:
         return dense_gemv.run(call, call.problem(), launch)
 
@@ -429,6 +455,28 @@ def check_dense_products(gpu: Gpu, seeds: range) -> None:
         gpu.start(seed, (call.y_shape, call.weight.shape, call.x.stride(), call.activation, call.x.dtype, launch))
         assert dense_gemv.reason_against_memory(call) is None
         assert_close(launched_dense(gpu, call, launch), exact(call), call.x.dtype)
+
+
+def check_paired_dense(gpu: Gpu, seeds: range) -> None:
+    """q and the caches, or y and its next norm, are the reference's."""
+    for seed in seeds:
+        torch.manual_seed(seed)
+        pick = random.Random(seed)
+        call = random_paired_call(pick, gpu)
+        launch = ring.RingCut(pick.choice(dense_gemv.WARPGROUPS), pick.choice([1, 2, 3, 8]), pick.choice([1, 2, 4]))
+        gpu.start(seed, (call.y_shape, call.weight.shape, call.rotary and call.rotary.head_dim, call.x.dtype, launch))
+        assert dense_gemv.reason_against_memory(call) is None
+        plain = exact(replace(call, rotary=None, next_norm=None))
+        caches = call.rotary and [torch.zeros_like(call.rotary.k_cache, dtype=torch.float32) for _ in range(2)]
+        y = launched_dense(gpu, call, launch)
+        if call.rotary is None:
+            assert_close(y, plain, call.x.dtype)
+            assert_next_norm(y, call.next_norm)
+            continue
+        exactly = replace(call.rotary, k_cache=caches[0], v_cache=caches[1])
+        assert_close(y, reference.rotate_and_store(plain, exactly, torch.float32), y.dtype)
+        for found, wanted in zip((call.rotary.k_cache, call.rotary.v_cache), caches, strict=True):
+            assert_close(found[exactly.slots], wanted[exactly.slots], y.dtype)
 
 
 def check_cuts_of_dense(gpu: Gpu) -> None:
@@ -507,11 +555,14 @@ def check_attention(gpu: Gpu, seeds: range) -> None:
         window, softcap = pick.choice([0, 0, 1, 5, 33]), pick.choice([0.0, 0.0, 3.0])
         sinks = gpu.put(torch.randn(append.heads).to(q.dtype)) if pick.random() < 0.4 else None
         options = (cache.head_dim**-0.5, window, softcap, 0, append.dependent, sinks)
-        call = AttentionCall(gpu.put(q), cache, gpu.put(starts), positions, *options)
+        one_sequence = positions.diff().eq(1).all() and starts.diff().eq(0).all() and not window
+        call = AttentionCall(gpu.put(q), cache, gpu.put(starts), positions, *options, len(q) if one_sequence else 1)
         wanted = decode_attention.attend_reference(call)
         hide_unseen(call)
         gpu.late(call.q, *(part[slot] for part in parts_of(cache) for slot in append.slots.tolist()))
-        with gpu, mock.patch.object(decode_attention, "choose_splits", return_value=splits):
+        values = {"choose_splits": splits, "has_fast_memory": pick.random() < 0.5}
+        chosen = {name: mock.Mock(return_value=value) for name, value in values.items()}
+        with gpu, mock.patch.multiple(decode_attention, **chosen):
             out = decode_attention.attend(call)
         assert_close(out, wanted, out.dtype, 8)
 
@@ -573,6 +624,7 @@ CHECKS = {
     "choose_tokens": (check_choices, range(60)),
     "w8a8_gemm": (check_int8_products, range(40)),
     "dense_gemv": (check_dense_products, range(60)),
+    "dense_gemv, paired": (check_paired_dense, range(40)),
     "the cuts of dense_gemv": (check_cuts_of_dense,),
     "decode_attention": (check_attention, range(40)),
 }
@@ -624,6 +676,11 @@ MUTANTS = {
         Mutant("decode_attention.cu", "  if (cluster) cluster_wait();\n  send", "  send"),
         (check_attention, range(40)),
         "AssertionError|before it had begun|after it had left",
+    ),
+    "a row that sees those behind it": (
+        Mutant("decode_attention.cu", "args.adjacent - 1 - columns.row_of(args, 2 * lane.member + h)", "0"),
+        (check_attention, range(40)),
+        "AssertionError",
     ),
     "the next weight asked for past its end": (
         Mutant("wna16_gemv.cu", "args.next_bytes, warp, part", "args.next_bytes + 16, warp, part"),

@@ -4,8 +4,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import Tensor
 
 from lowbit.quant.kernels import ops
+from lowbit.quant.kernels.decode_attention import append, appended
+from lowbit.quant.kernels.dense import DenseCall
 from lowbit.quant.kernels.problem import Deferred, PackedCall, Rotary
 from lowbit.quant.linear import QLinear
 from tests.kernels.make import make_linear, make_packed, make_qtensor, make_x, opcheck
@@ -28,6 +31,42 @@ def test_linear_is_the_dense_product(m: int) -> None:
     assert torch.equal(layer(x), expected.half())
     with_residual = ops.linear(PackedCall(x, layer.linear.weight, bias, residual, activation="gelu", float32_out=True))
     assert torch.allclose(with_residual, torch.nn.functional.gelu(expected) + residual.float(), atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("m", [1, 3, 16, 17])
+@pytest.mark.parametrize("head_dim", [64, 128, 32])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_dense_heads_are_turned_as_by_a_kernel_of_their_own(device, head_dim, m, dtype) -> None:
+    """On a GPU the product turns its sums before they are rounded, the kernel of its own after it: one rounding."""
+    x, w = make_x(m, 256, dtype, device), make_x(5 * head_dim, 256, dtype, device) * 0.05
+    bias, rotary = make_x(1, 5 * head_dim, dtype, device)[0], make_rotary(m, 2, head_dim, dtype, device)
+    plain = Rotary(**{**vars(rotary), **caches_like(rotary)})
+    call = DenseCall(x, w, bias, dependent=True)
+    q, wanted = ops.dense_linear(replace(call, rotary=rotary)), append(appended(ops.dense_linear(call), plain))
+    for found, expected in ((q, wanted), (rotary.k_cache, plain.k_cache), (rotary.v_cache, plain.v_cache)):
+        error = (found.float() - expected.float()).abs().max()
+        assert error <= 2 * torch.finfo(dtype).eps * expected.float().abs().max()
+
+
+def caches_like(rotary: Rotary) -> dict[str, Tensor]:
+    """Caches of their own, with the same contents."""
+    return {"k_cache": rotary.k_cache.clone(), "v_cache": rotary.v_cache.clone()}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"n": 64}, "64 outputs hold no q beside 1 heads of k and v"),
+        ({"m": 4}, r"positions is \(3,\) torch.int64 on cpu, not \(4,\)"),
+        ({"dtype": torch.bfloat16}, r"k_cache is \(80, 1, 32\) torch.float16 on cpu, not .* torch.bfloat16"),
+    ],
+)
+def test_heads_that_do_not_fit_are_refused(change, message) -> None:
+    m, n, dtype = ({"m": 3, "n": 96, "dtype": torch.float16} | change).values()
+    x, rotary = make_x(m, 64, dtype), make_rotary(3, 1, 32, torch.float16)
+    with pytest.raises(ValueError, match=message):
+        ops.dense_linear(DenseCall(x, make_x(n, 64, dtype), rotary=rotary))
 
 
 def test_gated_linear_is_silu_of_gate_times_up() -> None:

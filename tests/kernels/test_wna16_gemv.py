@@ -13,7 +13,7 @@ from lowbit.quant.kernels.problem import PackedCall, Problem, has_fast_memory
 from lowbit.quant.kernels.registry import choose_kernel
 from lowbit.quant.kernels.wna16_args import NEXT_BYTES, prepare
 from lowbit.quant.kernels.wna16_gemm import beats_gemv
-from lowbit.quant.kernels.wna16_gemv import CROWD, WAVES, GemvCut, choose_cut, crowded_cut, run
+from lowbit.quant.kernels.wna16_gemv import CROWDS, WAVES, GemvCut, choose_cut, crowded_cut, run
 from tests.kernels.make import (
     assert_close_as_half,
     assert_dependence_changes_nothing,
@@ -40,27 +40,29 @@ def test_few_rows_get_the_fused_kernel_where_it_was_built() -> None:
 @pytest.mark.parametrize(
     ("n", "k", "warps"),
     [
-        (12288, 4096, (2, 4)),
-        (4096, 4096, (1, 12)),
-        (22016, 4096, (4, 2)),
-        (4096, 11008, (1, 12)),
-        (15360, 5120, (2, 3)),
-        (5120, 13824, (1, 8)),
-        (6144, 4096, (1, 8)),
-        (28672, 4096, None),
-        (16, 256, (4, 2)),
+        (12288, 4096, (2, 4, 24)),
+        (4096, 4096, (1, 12, 24)),
+        (22016, 4096, (4, 2, 24)),
+        (4096, 11008, (1, 12, 24)),
+        (15360, 5120, (2, 3, 24)),
+        (5120, 13824, (1, 8, 24)),
+        (6144, 4096, (1, 8, 24)),
+        (28672, 4096, (2, 2, 28)),
+        (27648, 5120, (2, 2, 28)),
+        (57344, 8192, None),
+        (16, 256, (4, 2, 24)),
         (16, 128, None),
     ],
 )
-def test_fast_memory_gets_as_many_warps_along_k_as_fit(n: int, k: int, warps: tuple[int, int] | None) -> None:
+def test_fast_memory_gets_as_many_warps_along_k_as_fit(n: int, k: int, warps: tuple[int, int, int] | None) -> None:
     problem = Problem(8, n, k, 4, 128, torch.float16, "cuda", (9, 0), 132)
-    assert crowded_cut(problem) == (warps and GemvCut(1, *warps, 1, CROWD))
+    assert crowded_cut(problem) == (warps and GemvCut(1, *warps[:2], 1, warps[2]))
     assert crowded_cut(replace(problem, m=9)) is None
 
 
 def test_more_waves_are_for_floats_and_more_bits_than_four() -> None:
     problem = Problem(8, 28672, 8192, 4, 128, torch.float16, "cuda", (9, 0), 132)
-    assert crowded_cut(problem) is crowded_cut(replace(problem, bits=3)) is None
+    assert crowded_cut(replace(problem, bits=3)) is None
     assert crowded_cut(replace(problem, bits=8)) == crowded_cut(replace(problem, is_float=True)) == WAVES
     assert crowded_cut(replace(problem, bits=8, k=256)) is None
     assert not beats_gemv(replace(problem, bits=8, group_size=-1, fast_memory=True))
@@ -134,13 +136,13 @@ def test_every_cut_of_the_work(m: int) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("m", [1, 5, 8])
-@pytest.mark.parametrize("bits", range(2, 9))
-def test_every_crowded_cut(m: int, bits: int) -> None:
+@pytest.mark.parametrize(("bits", "room"), [(4, CROWDS[1]), *((bits, CROWDS[0]) for bits in range(2, 9))])
+def test_every_crowded_cut(m: int, bits: int, room: int) -> None:
     for group_size, symmetric in ((32, False), (64, True), (128, True), (-1, False)):
         for dtype in DTYPES:
             weight = make_packed(200, 1664, bits, group_size, symmetric, dtype, "cuda")
             for row_warps, k_warps, cluster in ((1, 1, 1), (1, 12, 1), (4, 3, 1), (12, 1, 1), (2, 4, 2), (1, 12, 3)):
-                check_product(m, weight, GemvCut(1, row_warps, k_warps, cluster, CROWD))
+                check_product(m, weight, GemvCut(1, row_warps, k_warps, cluster, room))
 
 
 @pytest.mark.gpu

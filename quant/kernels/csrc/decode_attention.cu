@@ -59,20 +59,21 @@ struct DecodeAttentionArgs {
   FIELD(float, softcap);             // 0: none
   FIELD(int, window);                // 0: none
   FIELD(const void*, sinks);         // (heads) scores of one more position without a value, or null
+  FIELD(int, adjacent);              // adjacent rows that are consecutive positions of one sequence; 1 with a window
 };
 
 struct DecodeAttentionLaunch {
   LOWBIT_STRUCT(DecodeAttentionLaunch);
   FIELD(int, device);
   FIELD(int, splits);      // blocks of a cluster that share a sequence; more than 1 needs sm_90
+  FIELD(int, warps);       // of a block: 4; or 8 for an int8 cache, heads of up to 128 and up to 4 splits
   FIELD(bool, dependent);  // launched with programmatic dependent launch
 };
 
 namespace {
 
-constexpr int kThreads = 128, kWarps = kThreads / 32;
-constexpr int kMostSplits = 8;          // a cluster that fits everywhere
-constexpr int kHeads = 8;               // most query heads per block: the columns of the tensor instruction
+constexpr int kAppendThreads = 128;
+constexpr int kHeads = 8;               // most query heads per block, of all rows: columns of the tensor instruction
 constexpr int kRows = 16;               // positions per chunk of a warp
 constexpr int kGroup = 8;               // adjacent elements of the result that are merged together
 constexpr float kNothing = -1e30f;      // a maximum below any score; finite, so that differences are finite
@@ -149,11 +150,11 @@ __device__ void store_int8(const Head& head, int8_t* target, T* scale, int half,
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kThreads) append_heads_kernel(const __grid_constant__ AppendHeadsArgs args) {
+__global__ void __launch_bounds__(kAppendThreads) append_heads_kernel(const __grid_constant__ AppendHeadsArgs args) {
   const KvCache& cache = args.cache;
   const int lane = threadIdx.x % 32, half = cache.head_dim / 2;
   const int heads = args.heads + 2 * cache.kv_heads;
-  const int unit = blockIdx.x * (kThreads / 32) + threadIdx.x / 32;
+  const int unit = blockIdx.x * (kAppendThreads / 32) + threadIdx.x / 32;
   const int row = unit / heads, index = unit % heads;
   allow_next_kernel();
   wait_for_previous_kernel();
@@ -186,13 +187,15 @@ __global__ void __launch_bounds__(kThreads) append_heads_kernel(const __grid_con
 
 // ---- attention ----
 
-template <typename T_, bool kInt8_, int kDim_>
+template <typename T_, bool kInt8_, int kDim_, int kWarps_ = 4>
 struct Shape {
   using T = T_;
   // The type of the product: int8 codes are exact in float16, and q is then converted to float16.
   using Product = std::conditional_t<kInt8_, __half, T_>;
   static constexpr bool kInt8 = kInt8_;
   static constexpr int kDim = kDim_;                        // at least head_dim
+  static constexpr int kWarps = kWarps_, kThreads = kWarps * 32;
+  static constexpr int kMostSplits = 32 / kWarps;           // a cluster that fits everywhere, in 48 KB a block
   static constexpr int kVector = kInt8 ? 16 : 8;            // elements in 16 bytes
   static constexpr int kKeyVectors = kDim / kVector / 4;    // vectors of one position per lane
   static constexpr int kValueVectors = kDim / kVector / 8;
@@ -200,12 +203,37 @@ struct Shape {
   static constexpr int kPairs = kInt8 ? 4 : 2;              // pairs of elements from two rows' words
   static constexpr int kBlocks = kDim / 16;                 // blocks of 16 elements of the result
   static constexpr bool kAhead = kDim <= 128;               // True if the next chunk is read while this one is computed
+  static constexpr int kMinBlocks = kWarps > 4 || !kAhead ? 2 : 3;  // 128, 168 or 255 registers a thread
 };
 
 // The lane's place in mma fragments: rows `group` and group + 8 of the left operand, columns 2 member and 2 member + 1.
 struct Lane {
   int group, member;
   __device__ Lane() : group(threadIdx.x % 32 / 4), member(threadIdx.x % 4) {}
+};
+
+// The block's columns: query heads of one key head, of all adjacent rows, in the order of rows.
+struct Columns {
+  int64_t first_row;
+  int kv_head, group;  // query heads per key head
+  int first, count;    // of the group * adjacent columns
+
+  __device__ explicit Columns(const DecodeAttentionArgs& args) : group(args.heads / args.cache.kv_heads) {
+    const int all = group * args.adjacent, chunks = (all + kHeads - 1) / kHeads;
+    kv_head = blockIdx.y / chunks;
+    first = blockIdx.y % chunks * kHeads;
+    count = min(kHeads, all - first);
+    first_row = static_cast<int64_t>(blockIdx.z) * args.adjacent;
+  }
+  // A division only where there is more than one row.
+  __device__ int row_of(const DecodeAttentionArgs& args, int column) const {
+    return args.adjacent == 1 ? 0 : (first + column) / group;
+  }
+  // The index of a column's head among those of all rows.
+  __device__ int64_t head_of(const DecodeAttentionArgs& args, int column) const {
+    const int row = row_of(args, column);
+    return (first_row + row) * args.heads + kv_head * group + first + column - row * group;
+  }
 };
 
 // The positions of one token's sequence that a warp processes, relative to the first visible one.
@@ -216,16 +244,16 @@ struct Span {
   const void* v_scales;
   int64_t pitch;        // bytes between positions
   int scale_pitch;      // scales between positions
-  int length, settled;  // positions; positions that no running kernel writes
+  int length, settled;  // positions of the last row; positions that no running kernel writes
   int head_dim;
 };
 
 template <typename S>
 __device__ Span span_of(const DecodeAttentionArgs& args, int kv_head) {
   const KvCache& cache = args.cache;
-  const int position = args.positions[blockIdx.z];
+  const int first_row = blockIdx.z * args.adjacent, position = args.positions[first_row + args.adjacent - 1];
   const int begin = args.window > 0 ? max(0, position + 1 - args.window) : 0;
-  const int64_t first = (args.starts[blockIdx.z] + begin) * cache.kv_heads + kv_head;
+  const int64_t first = (args.starts[first_row] + begin) * cache.kv_heads + kv_head;
   constexpr int kBytes = S::kInt8 ? 1 : 2;
   Span span;
   span.k = static_cast<const char*>(cache.k) + first * cache.head_dim * kBytes;
@@ -326,16 +354,16 @@ template <typename S>
 struct Queries {
   uint32_t pairs[S::kDim / 8];
 
-  __device__ void read(const DecodeAttentionArgs& args, int64_t first_head, int heads, Lane lane) {
+  __device__ void read(const DecodeAttentionArgs& args, const Columns& columns, Lane lane) {
     using T = typename S::T;
     const int head_dim = args.cache.head_dim;
-    const T* head = static_cast<const T*>(args.q) + (first_head + lane.group) * head_dim;
+    const T* head = static_cast<const T*>(args.q) + columns.head_of(args, lane.group) * head_dim;
 #pragma unroll
     for (int i = 0; i < S::kDim / 32; ++i) {
       constexpr int kQuads = S::kVector / 8;  // 16-byte vectors of q per one of k
       const int d = (i / kQuads * 4 + lane.member) * S::kVector + i % kQuads * 8;
       uint4 raw = {};
-      if (lane.group < heads && d < head_dim) raw = __ldcg(reinterpret_cast<const uint4*>(head + d));
+      if (lane.group < columns.count && d < head_dim) raw = __ldcg(reinterpret_cast<const uint4*>(head + d));
       const uint32_t words[4] = {raw.x, raw.y, raw.z, raw.w};
 #pragma unroll
       for (int w = 0; w < 4; ++w) pairs[4 * i + w] = product_pair(words[w]);
@@ -393,10 +421,11 @@ struct Running {
 };
 
 // Converts scores to weights of the values, and adds these to the sums: exp2 of score (with int8, of score + log2 of
-// v's scale) minus the maximum, so that float16 can hold them for any scale.
+// v's scale) minus the maximum, so that float16 can hold them for any scale. `lengths`: positions that the lane's two
+// columns see.
 template <typename S>
-__device__ void weigh(const DecodeAttentionArgs& args, const Chunk<S>& chunk, Lane lane, int first, int length,
-                      float (&scores)[4], Running<S>& running) {
+__device__ void weigh(const DecodeAttentionArgs& args, const Chunk<S>& chunk, Lane lane, int first,
+                      const int (&lengths)[2], float (&scores)[4], Running<S>& running) {
   float sides[2] = {};  // log2 of v's scale
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
@@ -410,7 +439,7 @@ __device__ void weigh(const DecodeAttentionArgs& args, const Chunk<S>& chunk, La
     for (int h = 0; h < 2; ++h) {
       float value = scores[2 * r + h] * k_scale;
       if (args.softcap > 0.f) value = args.softcap * tanhf(value / args.softcap);
-      scores[2 * r + h] = first + row < length ? value * kLog2E + sides[r] : -INFINITY;
+      scores[2 * r + h] = first + row < lengths[h] ? value * kLog2E + sides[r] : -INFINITY;
     }
   }
   float shrink[2];
@@ -462,8 +491,9 @@ __device__ void multiply_values(const Chunk<S>& chunk, const float (&weights)[4]
 template <typename S>
 struct Meeting {
   static constexpr int kGroups = S::kDim / kGroup;
-  float out[kWarps * (kGroups + kMostSplits - 1) * kHeads * kGroup];  // (warp of the cluster, group, head, element)
-  float maximum[kMostSplits * kWarps * kHeads], sum[kMostSplits * kWarps * kHeads];
+  // (warp of the cluster, group, head, element)
+  float out[S::kWarps * (kGroups + S::kMostSplits - 1) * kHeads * kGroup];
+  float maximum[S::kMostSplits * S::kWarps * kHeads], sum[S::kMostSplits * S::kWarps * kHeads];
 
   __device__ static int groups_of_block(int blocks) { return (kGroups + blocks - 1) / blocks; }
 };
@@ -471,7 +501,7 @@ struct Meeting {
 // Sends part `part` (8 elements) of the lane's 2 kBlocks elements of head h to the block that merges them.
 template <typename S>
 __device__ void send_part(Meeting<S>& meeting, const Running<S>& running, Lane lane, int heads, int part, int h) {
-  const int blocks = gridDim.x, slot = blockIdx.x * kWarps + threadIdx.x / 32;
+  const int blocks = gridDim.x, slot = blockIdx.x * S::kWarps + threadIdx.x / 32;
   const int vector = part * kGroup / S::kVector * 8 + lane.group;
   const int group = (vector * S::kVector + part * kGroup % S::kVector) / kGroup;
   const int place = (slot * Meeting<S>::groups_of_block(blocks) + group / blocks) * heads + 2 * lane.member + h;
@@ -488,7 +518,7 @@ __device__ void send_part(Meeting<S>& meeting, const Running<S>& running, Lane l
 
 template <typename S>
 __device__ void send(Meeting<S>& meeting, Running<S>& running, Lane lane, int heads) {
-  const int slot = blockIdx.x * kWarps + threadIdx.x / 32;
+  const int slot = blockIdx.x * S::kWarps + threadIdx.x / 32;
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
     for (int offset = 4; offset < 32; offset *= 2) running.sum[h] += __shfl_xor_sync(~0u, running.sum[h], offset);
@@ -512,10 +542,11 @@ __device__ float sink_weight(const DecodeAttentionArgs& args, int64_t head, floa
 
 // Merges the block's elements of the result from all warps' contributions.
 template <typename S>
-__device__ void merge(const DecodeAttentionArgs& args, const Meeting<S>& meeting, int64_t first_head, int heads) {
+__device__ void merge(const DecodeAttentionArgs& args, const Meeting<S>& meeting, const Columns& columns) {
   using T = typename S::T;
-  const int blocks = gridDim.x, slots = blocks * kWarps, groups = Meeting<S>::groups_of_block(blocks);
-  for (int i = threadIdx.x; i < groups * heads * kGroup; i += kThreads) {
+  const int heads = columns.count;
+  const int blocks = gridDim.x, slots = blocks * S::kWarps, groups = Meeting<S>::groups_of_block(blocks);
+  for (int i = threadIdx.x; i < groups * heads * kGroup; i += S::kThreads) {
     const int head = i / kGroup % heads, group = i / kGroup / heads * blocks + blockIdx.x;
     const int d = group * kGroup + i % kGroup;
     if (d >= args.cache.head_dim) continue;
@@ -528,52 +559,61 @@ __device__ void merge(const DecodeAttentionArgs& args, const Meeting<S>& meeting
       sum += weight * meeting.sum[slot * heads + head];
       out += weight * meeting.out[slot * groups * heads * kGroup + i];
     }
-    if (args.sinks != nullptr) sum += sink_weight<T>(args, first_head + head, maximum);
-    static_cast<T*>(args.out)[(first_head + head) * args.cache.head_dim + d] = from_float<T>(out / sum);
+    if (args.sinks != nullptr) sum += sink_weight<T>(args, columns.head_of(args, head), maximum);
+    static_cast<T*>(args.out)[columns.head_of(args, head) * args.cache.head_dim + d] = from_float<T>(out / sum);
   }
+}
+
+// Rows [from, to) of a chunk, except values that are read behind the products with its keys.
+template <typename S>
+__device__ void read_ahead(const Span& span, Lane lane, int first, int from, int to, Chunk<S>& chunk) {
+  chunk.read_keys(span, lane, first, from, to);
+  if (S::kAhead) chunk.read_values(span, lane, first, from, to);
+  chunk.read_scales(span, first, from, to);
+}
+
+// Adds the chunk at `first`, and reads the one at `next` into its registers.
+template <typename S>
+__device__ void attend_chunk(const DecodeAttentionArgs& args, const Span& span, Lane lane, const Queries<S>& q,
+                             const int (&lengths)[2], int first, int next, Chunk<S>& chunk, Running<S>& running) {
+  float scores[4];
+  multiply_keys<S>(chunk, q, scores);
+  if (S::kAhead) chunk.read_keys(span, lane, next, 0, span.length);
+  else chunk.clear_values(), chunk.read_values(span, lane, first, 0, span.length);
+  weigh<S>(args, chunk, lane, first, lengths, scores, running);
+  chunk.read_scales(span, next, 0, span.length);
+  multiply_values<S>(chunk, scores, running);
+  if (S::kAhead) chunk.clear_values(), chunk.read_values(span, lane, next, 0, span.length);
+  else chunk.read_keys(span, lane, next, 0, span.length);
 }
 
 // The loop over the warp's chunks: every `step` rows from `first` on.
 template <typename S>
-__device__ void attend_span(const DecodeAttentionArgs& args, const Span& span, Lane lane, int64_t first_head, int heads,
+__device__ void attend_span(const DecodeAttentionArgs& args, const Span& span, Lane lane, const Columns& columns,
                             Running<S>& running) {
-  const int step = gridDim.x * kWarps * kRows;
-  int first = (blockIdx.x * kWarps + threadIdx.x / 32) * kRows;
+  const int step = gridDim.x * S::kWarps * kRows;
+  int first = (blockIdx.x * S::kWarps + threadIdx.x / 32) * kRows;
   Chunk<S> chunk;
   chunk.clear_keys(), chunk.clear_values();
   chunk.scale = 0.f;
-  chunk.read_keys(span, lane, first, 0, span.settled);
-  if (S::kAhead) chunk.read_values(span, lane, first, 0, span.settled);
-  chunk.read_scales(span, first, 0, span.settled);
+  read_ahead<S>(span, lane, first, 0, span.settled, chunk);
   wait_for_previous_kernel();
   stamp(Stage::kWaited);
-  const int rest = max(span.settled, 0);
-  chunk.read_keys(span, lane, first, rest, span.length);
-  if (S::kAhead) chunk.read_values(span, lane, first, rest, span.length);
-  chunk.read_scales(span, first, rest, span.length);
+  read_ahead<S>(span, lane, first, max(span.settled, 0), span.length, chunk);
   Queries<S> q;
-  q.read(args, first_head, heads, lane);
-  for (; first < span.length; first += step) {
-    float scores[4];
-    multiply_keys<S>(chunk, q, scores);
-    if (S::kAhead) chunk.read_keys(span, lane, first + step, 0, span.length);
-    else chunk.clear_values(), chunk.read_values(span, lane, first, 0, span.length);
-    weigh<S>(args, chunk, lane, first, span.length, scores, running);
-    chunk.read_scales(span, first + step, 0, span.length);
-    multiply_values<S>(chunk, scores, running);
-    if (S::kAhead) chunk.clear_values(), chunk.read_values(span, lane, first + step, 0, span.length);
-    else chunk.read_keys(span, lane, first + step, 0, span.length);
-  }
+  q.read(args, columns, lane);
+  int lengths[2];
+  for (int h = 0; h < 2; ++h)
+    lengths[h] = span.length - (args.adjacent - 1 - columns.row_of(args, 2 * lane.member + h));
+  for (; first < span.length; first += step)
+    attend_chunk<S>(args, span, lane, q, lengths, first, first + step, chunk, running);
 }
 
 template <typename S>
-__global__ void __launch_bounds__(kThreads, S::kAhead ? 3 : 2)
+__global__ void __launch_bounds__(S::kThreads, S::kMinBlocks)
     decode_attention_kernel(const __grid_constant__ DecodeAttentionArgs args) {
   LOWBIT_SHARED(Meeting<S>, meeting);
-  const int group = args.heads / args.cache.kv_heads, chunks = (group + kHeads - 1) / kHeads;
-  const int kv_head = blockIdx.y / chunks, member = blockIdx.y % chunks * kHeads;
-  const int64_t first_head = static_cast<int64_t>(blockIdx.z) * args.heads + kv_head * group + member;
-  const int heads = min(kHeads, group - member);
+  const Columns columns(args);
   const Lane lane;
   stamp(Stage::kBegun);
   allow_next_kernel();
@@ -581,16 +621,16 @@ __global__ void __launch_bounds__(kThreads, S::kAhead ? 3 : 2)
   if (cluster) cluster_arrive_relaxed();  // other blocks may write to a block's memory once it has started
 
   // positions and starts are inputs of the step, not of the previous kernel: they are read before it has finished
-  const Span span = span_of<S>(args, kv_head);
+  const Span span = span_of<S>(args, columns.kv_head);
   Running<S> running;
-  attend_span<S>(args, span, lane, first_head, heads, running);
+  attend_span<S>(args, span, lane, columns, running);
 
   stamp(Stage::kComputed);
   if (cluster) cluster_wait();
-  send<S>(meeting, running, lane, heads);
+  send<S>(meeting, running, lane, columns.count);
   if (cluster) cluster_sync();
   else __syncthreads();
-  merge<S>(args, meeting, first_head, heads);
+  merge<S>(args, meeting, columns);
   leave_stamps(args.heads, args.cache.head_dim);
 }
 
@@ -598,14 +638,16 @@ __global__ void __launch_bounds__(kThreads, S::kAhead ? 3 : 2)
 
 template <typename S>
 cudaError_t launch_shape(const DecodeAttentionArgs& args, const DecodeAttentionLaunch& launch, cudaStream_t stream) {
-  if (launch.splits < 1 || launch.splits > kMostSplits) return cudaErrorInvalidConfiguration;
-  const int group = args.heads / args.cache.kv_heads;
-  const unsigned chunks = (group + kHeads - 1) / kHeads;
+  if (launch.splits < 1 || launch.splits > S::kMostSplits) return cudaErrorInvalidConfiguration;
+  if (args.adjacent < 1 || args.m % args.adjacent != 0 || (args.adjacent > 1 && args.window > 0))
+    return cudaErrorInvalidValue;
+  const int columns = args.heads / args.cache.kv_heads * args.adjacent;
+  const unsigned chunks = (columns + kHeads - 1) / kHeads;
   const LaunchPlan plan = {
       .device = launch.device,
       .stream = stream,
-      .blocks = dim3(launch.splits, args.cache.kv_heads * chunks, args.m),
-      .threads = dim3(kThreads),
+      .blocks = dim3(launch.splits, args.cache.kv_heads * chunks, args.m / args.adjacent),
+      .threads = dim3(S::kThreads),
       .cluster = launch.splits > 1 ? launch.splits : 0,
       .dependent = launch.dependent,
   };
@@ -616,12 +658,12 @@ cudaError_t launch_shape(const DecodeAttentionArgs& args, const DecodeAttentionL
 
 template <typename T>
 cudaError_t launch_append_heads(const AppendHeadsArgs& args, const PlainLaunch& launch, cudaStream_t stream) {
-  const int units = args.m * (args.heads + 2 * args.cache.kv_heads), warps = kThreads / 32;
+  const int units = args.m * (args.heads + 2 * args.cache.kv_heads), warps = kAppendThreads / 32;
   const LaunchPlan plan = {
       .device = launch.device,
       .stream = stream,
       .blocks = dim3((units + warps - 1) / warps),
-      .threads = dim3(kThreads),
+      .threads = dim3(kAppendThreads),
       .dependent = launch.dependent,
   };
   return launch_kernel(append_heads_kernel<T>, plan, args);
@@ -633,6 +675,8 @@ cudaError_t launch_decode_attention(const DecodeAttentionArgs& args, const Decod
   const bool int8 = args.cache.k_scales != nullptr;
   const int head_dim = args.cache.head_dim;
   if (head_dim % (int8 ? 16 : 8) != 0 || head_dim > 256) return cudaErrorInvalidValue;
+  if (launch.warps != 4 && !(launch.warps == 8 && int8 && head_dim <= 128)) return cudaErrorInvalidConfiguration;
+  if (launch.warps == 8) return launch_shape<Shape<T, true, 128, 8>>(args, launch, stream);
   if (int8 && head_dim <= 128) return launch_shape<Shape<T, true, 128>>(args, launch, stream);
   if (int8) return launch_shape<Shape<T, true, 256>>(args, launch, stream);
   if (head_dim <= 64) return launch_shape<Shape<T, false, 64>>(args, launch, stream);

@@ -41,6 +41,26 @@ __device__ float inverse_deviation(int count, float eps, FourAt four_at) {
   return rsqrtf(sum / (count * kTileRows) + eps);
 }
 
+// Sum of squares of a row over a tile, and z, from four rows of W in each of four adjacent lanes. Args: DenseArgs.
+template <typename T, typename Args>
+__device__ void store_deferred(const Args& args, int column, int row, const float (&sums)[4]) {
+  const int64_t index = static_cast<int64_t>(column) * args.n + row;
+  const uint2 raw = *reinterpret_cast<const uint2*>(static_cast<const T*>(args.next_norm) + row);
+  const T* weights = reinterpret_cast<const T*>(&raw);
+  alignas(8) T z[4];
+  float square = 0.f;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const float h = to_float(from_float<T>(sums[i]));  // rounded as in y
+    z[i] = weighted<T>(h, to_float(weights[i]));
+    square += h * h;
+  }
+  *reinterpret_cast<uint2*>(static_cast<T*>(args.z) + index) = *reinterpret_cast<const uint2*>(z);
+  const unsigned lanes = 0xfu << (threadIdx.x % 32 / 4 * 4);
+  for (int offset = 2; offset > 0; offset /= 2) square += __shfl_xor_sync(lanes, square, offset);
+  if (threadIdx.x % 4 == 0) args.squares[index / kTileRows] = square;
+}
+
 // Sum of squares of a row over a tile, and z. Rows r and r + 8 of the tile are low and high of 8 adjacent lanes. All
 // lanes of a warp must call it; lanes without a row are not `stored`.
 template <typename T>

@@ -1,7 +1,7 @@
 // Code for sm_90a alone; empty elsewhere. Compiled once per T: LOWBIT_T comes from units.py. ring.cuh has the design.
 //
 // For the gated epilogue, half of a block's rows are gate's and half are up's, so that both sums of an output are in
-// the same block.
+// the same block. For the rotary one, they are of the two halves of one head.
 #include "declare.cuh"
 #include "deferred_norm.cuh"
 #include "epilogue.cuh"
@@ -28,6 +28,20 @@ struct DenseArgs {
   FIELD(Activation, activation);
   FIELD(bool, float32_out);
   FIELD(bool, vectors);            // n is a multiple of 4, and tensors of y's type start at multiples of 8 bytes
+  // Rotary embedding and cache append: all null, or q goes to y, and k and v to their caches.
+  FIELD(const int64_t*, positions);  // (m)
+  FIELD(const int64_t*, slots);      // (m) row of the caches
+  FIELD(const float*, cosines);      // (positions, pair_block / 2)
+  FIELD(const float*, sines);
+  FIELD(void*, k_cache);             // (slots, kv_heads, pair_block)
+  FIELD(void*, v_cache);
+  FIELD(int, q_heads);
+  FIELD(int, kv_heads);
+  FIELD(int, pair_block);            // the width of a head, a multiple of a block's rows; n / 2 for the gated epilogue
+  // The norm to start on y: deferred_norm.cuh.
+  FIELD(const void*, next_norm);     // (n) its weight, or null; n is a multiple of 64, and `vectors` is true
+  FIELD(void*, z);                   // (m, n) y * next_norm
+  FIELD(float*, squares);            // (m, n / 16)
 };
 
 namespace {
@@ -56,18 +70,24 @@ template <typename S>
 __device__ void finish(const DenseArgs& args, const RingShare& share, const float* scales, const float* partial) {
   using T = typename S::Operand;
   constexpr int kPartRows = S::kRows / S::kParts;
-  const int rows = args.n / S::kParts;
+  const bool turned = S::kParts == 2 && args.positions != nullptr;
+  const int apart = args.pair_block / 2, rows = S::kParts == 1 || turned ? args.n : apart;
   for_fours<S>(args.m, kPartRows / 4, [&](int column, int row) {
     if (share.row + row >= rows) return;
     const float* first = partial + column * S::kPitch + row;
-    Pairs<4> pairs = {.low = share.row + row, .high = share.row + row + rows, .column = column,
+    Pairs<4> pairs = {.low = share.row + row, .high = share.row + row + apart, .column = column,
                       .vectors = args.vectors, .low_sums = {}, .high_sums = {}};
     sum_over_cluster(first, pairs.low_sums);
     multiply(pairs.low_sums, scales[column]);
-    if constexpr (S::kParts == 1) return store_rows<T>(args, column, pairs.low, pairs.vectors, pairs.low_sums);
+    if constexpr (S::kParts == 1) {
+      store_rows<T>(args, column, pairs.low, pairs.vectors, pairs.low_sums);
+      if (args.next_norm != nullptr) store_deferred<T>(args, column, pairs.low, pairs.low_sums);
+      return;
+    }
     sum_over_cluster(first + kPartRows, pairs.high_sums);
     multiply(pairs.high_sums, scales[column]);
-    store_gated<T>(args, pairs);
+    if (turned) store_rotated<T>(args, pairs);
+    else store_gated<T>(args, pairs);
   });
 }
 
@@ -79,12 +99,12 @@ __global__ void __launch_bounds__(S::kThreads, S::kMinBlocks)
   uint8_t* smem = unaligned + (1024 - smem_address(unaligned) % 1024) % 1024;
   const Ring<S> ring{smem_address(smem), stages};
   float* scales = reinterpret_cast<float*>(smem + stages * (S::kStageBytes + 16));
-  const RingShare share(args.k * 2, S::kRows / S::kParts);
+  const RingShare share(args.k * 2, first_row<S>(args.positions != nullptr, args.pair_block));
   allow_next_kernel();
   if (threadIdx.x == S::kConsumers) ring.init();
   __syncthreads();
   if (threadIdx.x >= S::kConsumers) {
-    if (threadIdx.x == S::kConsumers) produce<S>(maps, share, args.n / S::kParts, ring);
+    if (threadIdx.x == S::kConsumers) produce<S>(maps, share, args.pair_block / 2, ring);
     return;
   }
   wait_for_previous_kernel();
@@ -100,6 +120,7 @@ template <typename S>
 cudaError_t launch_shape(const DenseArgs& args, const RingLaunch& launch, cudaStream_t stream) {
   constexpr int kPartRows = S::kRows / S::kParts;
   const int stages = max(launch.stages, S::kLeastStages);
+  if (args.positions != nullptr && args.pair_block % S::kRows != 0) return cudaErrorInvalidValue;
   RingMaps maps;
   cudaError_t error = make_tensor_map(maps.w, args.w, args.n, args.k * 2, args.w_pitch, kPartRows);
   if (error == cudaSuccess) error = make_tensor_map(maps.x, args.x, args.m, args.k * 2, args.x_pitch, S::kColumns);
@@ -120,8 +141,8 @@ cudaError_t launch_warpgroups(const DenseArgs& args, const RingLaunch& launch, c
 
 template <typename T, int kColumns>
 cudaError_t launch_columns(const DenseArgs& args, const RingLaunch& launch, cudaStream_t stream) {
-  const bool gated = args.activation == Activation::silu_mul;
-  return gated ? launch_warpgroups<T, kColumns, 2>(args, launch, stream)
+  const bool paired = args.activation == Activation::silu_mul || args.positions != nullptr;
+  return paired ? launch_warpgroups<T, kColumns, 2>(args, launch, stream)
                : launch_warpgroups<T, kColumns, 1>(args, launch, stream);
 }
 

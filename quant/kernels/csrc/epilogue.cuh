@@ -86,8 +86,8 @@ __device__ void store_gated(const Args& args, Pairs<kWidth>& pairs) {
 }
 
 // Rotates q and k by their position, and writes q to y, k and v to the caches. Heads of W: q, then k, then v.
-template <typename T, int kWidth>
-__device__ void store_rotated(const Wna16Args& args, Pairs<kWidth>& pairs) {
+template <typename T, int kWidth, typename Args>
+__device__ void store_rotated(const Args& args, Pairs<kWidth>& pairs) {
   add_halves<T>(args.bias, pairs.low, pairs.vectors, kWidth, pairs.low_sums);
   add_halves<T>(args.bias, pairs.high, pairs.vectors, kWidth, pairs.high_sums);
   const int head = pairs.low / args.pair_block;

@@ -51,13 +51,22 @@ __device__ inline int share_begin(unsigned count, unsigned rank) {
 // This block's chunks of 128 bytes per row, [first, end), and the first row of its first part of W.
 struct RingShare {
   int first, end, row;
-  __device__ RingShare(int row_bytes, int rows) {
+  __device__ RingShare(int row_bytes, int row) : row(row) {
     const int chunks = (row_bytes + kBoxBytes - 1) / kBoxBytes;
     first = share_begin(chunks, blockIdx.x);
     end = share_begin(chunks, blockIdx.x + 1);
-    row = blockIdx.y * rows;
   }
 };
+
+// The first row of the block's first part of W. Two parts are half a pair block apart: of the whole weight, or of one
+// head, if outputs are heads to be turned.
+template <typename S>
+__device__ int first_row(bool turned, int pair_block) {
+  constexpr int kPartRows = S::kRows / S::kParts;
+  if (S::kParts == 1 || !turned) return blockIdx.y * kPartRows;
+  const int blocks = pair_block / S::kRows, head = blockIdx.y / blocks;
+  return head * pair_block + (blockIdx.y - head * blocks) * kPartRows;
+}
 
 // A stage of the ring, and the parity of the phase that fills it.
 struct Turn {
@@ -187,11 +196,11 @@ __device__ inline void sum_over_cluster(const int* partial, int (&sums)[4]) {
 }
 
 // Calls store(column of the block, row of the block) for this thread's share of `fours` times four rows in each of
-// `columns` columns. The cluster's blocks split the columns.
+// `columns` columns. The cluster's blocks split them in runs of 16 rows, which four adjacent lanes share.
 template <typename S, typename Store>
 __device__ void for_fours(int columns, int fours, Store store) {
-  const int count = columns * fours;
-  const int begin = share_begin(count, blockIdx.x), end = share_begin(count, blockIdx.x + 1);
+  const int runs = columns * fours / 4;
+  const int begin = 4 * share_begin(runs, blockIdx.x), end = 4 * share_begin(runs, blockIdx.x + 1);
 #pragma unroll 1
   for (int i = begin + threadIdx.x; i < end; i += S::kConsumers) store(i / fours, i % fours * 4);
 }

@@ -71,7 +71,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kMinBlocks)
   uint8_t* smem = unaligned + (1024 - smem_address(unaligned) % 1024) % 1024;
   const Ring<S> ring{smem_address(smem), stages};
   Sides<S>& sides = *reinterpret_cast<Sides<S>*>(smem + stages * (S::kStageBytes + 16));
-  const RingShare share(args.k, S::kRows);
+  const RingShare share(args.k, blockIdx.y * S::kRows);
   allow_next_kernel();
   if (threadIdx.x == S::kConsumers) ring.init();
   __syncthreads();

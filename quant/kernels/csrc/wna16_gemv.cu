@@ -31,7 +31,7 @@ struct Wna16GemvLaunch {
   FIELD(int, row_warps);         // warps of a block along n, a power of two
   FIELD(int, k_warps);           // warps of a block that split k
   FIELD(int, cluster);           // blocks that split k; more than 1 needs sm_90
-  FIELD(int, room);              // warps of a multiprocessor: 16, or 24 with one tile a warp and up to 8 rows of x
+  FIELD(int, room);              // warps of a multiprocessor: 16; 24 (28 for 4 bits) with one tile a warp, 8 rows of x
   FIELD(bool, dependent);        // launched with programmatic dependent launch
 };
 
@@ -79,13 +79,13 @@ struct Shape {
   static constexpr int kChunkBytes = kBits * 256;
   static constexpr int kChunkVectors = kChunkBytes / 16;
   static constexpr bool kCrowded = kRoom_ > 16;  // more warps, each with less of W in flight
-  static constexpr int kMaxThreads = kCrowded ? 384 : 256;
-  // Loads of W in flight per lane: the most that fit in 128 registers, or 80, with x and the sums.
+  static constexpr int kMaxThreads = kRoom_ * 16;  // of which two blocks, or as many warps in smaller ones
+  // Loads of W in flight per lane: the most that fit in 128 registers, or 80 or 72, with x and the sums.
   static constexpr int kRing = kCrowded ? 4 : kColBlocks == 1 ? 12 : kColBlocks == 2 ? 8 : 4;
   static constexpr int kAhead = kRing >= 4 * kLoads * kRowTiles ? 4 : (kRing - 1) / (kLoads * kRowTiles) + 1;  // chunks
   static constexpr int kXBlocks = kColBlocks >= 4 ? 1 : 4 / kColBlocks;  // blocks of 32 inputs of x read together
   static constexpr int kChains = kColBlocks == 1 ? 2 : 1;     // chains of tensor instructions per sum
-  static constexpr int kMinBlocks = kColBlocks <= 2 ? 2 : 1;  // 128 registers per thread, 80 if crowded, or 255
+  static constexpr int kMinBlocks = kColBlocks <= 2 ? 2 : 1;  // 128 registers per thread, 80 or 72 if crowded, or 255
 };
 
 // A warp's part of the problem: `tile` and the tiles after it, every `step`-th chunk of [first, end).
@@ -820,6 +820,10 @@ cudaError_t launch_groups(const Wna16Args& args, const Wna16GemvLaunch& launch, 
   const int columns = args.m <= 8 ? 8 : args.m <= 16 ? 16 : args.m <= 32 ? 32 : 64;
   if (launch.room > 16) {
     if (columns > 8 || launch.row_tiles > 1) return cudaErrorInvalidValue;
+    if constexpr (Number::kBits == 4) {
+      if (launch.room == 28) return launch_shape<Shape<T, Number, kZeros, kGroups, 1, 1, 28>>(args, launch, stream);
+    }
+    if (launch.room != 24) return cudaErrorInvalidValue;
     return launch_shape<Shape<T, Number, kZeros, kGroups, 1, 1, 24>>(args, launch, stream);
   }
   if constexpr (!Number::kStream) {

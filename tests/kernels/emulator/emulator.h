@@ -33,7 +33,8 @@ using Slots = uint8_t[kLanes][kSlot];
 
 // Calls `combine` once all 32 lanes of the warp have come with their operands; then each takes its result.
 using Combine = void (*)(const Slots& in, Slots& out);
-void together(const char* operation, const void* in, size_t in_bytes, void* out, size_t out_bytes, Combine combine);
+void together(const char* operation, const void* in, size_t in_bytes, void* out, size_t out_bytes, Combine combine,
+              unsigned lanes = ~0u);
 
 // Waits until `threads` threads of the block have come to its barrier of that number.
 void sync(int barrier, int threads);
@@ -109,7 +110,7 @@ inline void __syncwarp() { emulator::together("syncwarp", nullptr, 0, nullptr, 0
 inline void __trap() { emulator::fail("trap"); }
 
 template <typename T>
-T __shfl_sync(unsigned, T value, int from) {
+T __shfl_sync(unsigned mask, T value, int from) {
   struct Operands {
     T value;
     int from;
@@ -120,7 +121,7 @@ T __shfl_sync(unsigned, T value, int from) {
       const int source = emulator::load<Operands>(all[lane]).from % emulator::kLanes;
       memcpy(results[lane], all[source], sizeof(T));
     }
-  });
+  }, mask);
   return out;
 }
 template <typename T>

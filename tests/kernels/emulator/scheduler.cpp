@@ -30,12 +30,15 @@ constexpr int kWarpgroup = 128;
 constexpr uint32_t kFirstAddress = 1024;  // of shared memory: the system's lie before it
 constexpr int kPatience = 300;            // rounds without progress: a deadlock
 
-struct Warp {
+// Lanes of a warp that do something together.
+struct Lanes {
   const char* operation;
   int arrived = 0;
   uint64_t operations = 0;
   alignas(64) Slots in, out;
 };
+
+using Warp = std::map<unsigned, Lanes>;  // by their mask
 
 struct Meeting {
   int arrived = 0;
@@ -332,7 +335,8 @@ void run_cluster(uint3 first, int size, size_t bytes) {
   if (!running.flights.empty()) fail("a block left with copies on their way");
   for (const Block& block : running.blocks)
     for (const Warp& warp : block.warps)
-      if (warp.arrived > 0) fail("some lanes of a warp left, others wait for them at %s", warp.operation);
+      for (const auto& [lanes, group] : warp)
+        if (group.arrived > 0) fail("some lanes of a warp left, others wait for them at %s", group.operation);
 }
 
 }  // namespace
@@ -349,23 +353,25 @@ void fail(const char* format, ...) {
   _Exit(3);
 }
 
-void together(const char* operation, const void* in, size_t in_bytes, void* out, size_t out_bytes, Combine combine) {
-  Warp& warp = *fiber->warp;
+void together(const char* operation, const void* in, size_t in_bytes, void* out, size_t out_bytes, Combine combine,
+              unsigned lanes) {
+  Lanes& group = (*fiber->warp)[lanes];
   const int lane = fiber->lane;
-  if (warp.arrived > 0 && strcmp(warp.operation, operation))
-    fail("a warp's lanes came to %s and to %s", warp.operation, operation);
-  warp.operation = operation;
-  if (in_bytes > 0) memcpy(warp.in[lane], in, in_bytes);
-  const uint64_t mine = warp.operations;
+  if ((lanes >> lane & 1) == 0) fail("lane %d came to %s of lanes %x", lane, operation, lanes);
+  if (group.arrived > 0 && strcmp(group.operation, operation))
+    fail("a warp's lanes came to %s and to %s", group.operation, operation);
+  group.operation = operation;
+  if (in_bytes > 0) memcpy(group.in[lane], in, in_bytes);
+  const uint64_t mine = group.operations;
   ++progress;
-  if (++warp.arrived == kLanes) {
-    combine(warp.in, warp.out);
-    warp.arrived = 0;
-    ++warp.operations;
+  if (++group.arrived == __builtin_popcount(lanes)) {
+    combine(group.in, group.out);
+    group.arrived = 0;
+    ++group.operations;
   } else {
-    wait_until([&] { return warp.operations != mine; });
+    wait_until([&] { return group.operations != mine; });
   }
-  if (out_bytes > 0) memcpy(out, warp.out[lane], out_bytes);
+  if (out_bytes > 0) memcpy(out, group.out[lane], out_bytes);
 }
 
 void sync(int barrier, int threads) {
