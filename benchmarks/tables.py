@@ -134,16 +134,38 @@ METHODS: tuple[tuple[str, str, str, str], ...] = (
 )
 BOLD = "`best`, as it was"
 # Schemes of weights, each with ours and other toolkits' methods: machine, method, toolkit.
+CODES = "`best --distill-codes`"
 GRIDS: tuple[tuple[str, str, str, str, str], ...] = (
-    ("int4-g64", "`best --distill-codes`", H200, "best-codes", "lowbit"),
-    ("", "the same, `--first gptq`", H200, "best-from-gptq-codes", "lowbit"),
-    ("", "AutoRound 0.16.1, 200 iterations *", H100, "autoround-200", ROUND),
-    ("nvfp4-a16", "`best --distill-codes`", H200, "nvfp4-codes", "lowbit"),
-    ("", "llm-compressor 0.14, GPTQ", H200, "llm-compressor-nvfp4-gptq", PEER),
-    ("", "llm-compressor 0.14, to nearest", H200, "llm-compressor-nvfp4", PEER),
-    ("mxfp4-a16", "`best --distill-codes`", H200, "mxfp4-codes", "lowbit"),
+    ("int4-g64", "`best`", H200, "best", "lowbit"),
+    ("int4-g64", CODES, H200, "best-codes", "lowbit"),
+    ("int4-g64", "the same, `--first gptq`", H200, "best-from-gptq-codes", "lowbit"),
+    ("int4-g64", "AutoRound 0.16.1, 200 iterations *", H100, "autoround-200", ROUND),
+    ("int3-g128", "`best --rounder anneal`", H200, "w3-anneal", "lowbit"),
+    ("int3-g128", "the same, `--distill-codes`", H200, "w3-anneal-codes", "lowbit"),
+    ("int3-g128", "AutoRound 0.16.1, 200 iterations, extended", H200, "autoround-w3-ext", ROUND),
+    ("int2-g64", "`best --rounder anneal`", H200, "w2-anneal", "lowbit"),
+    ("int2-g64", "the same, `--distill-codes`", H200, "w2-anneal-codes", "lowbit"),
+    ("int2-g64", "AutoRound 0.16.1, 200 iterations, extended", H200, "autoround-w2-ext", ROUND),
+    ("nvfp4-a16", "`best`", H200, "nvfp4-best", "lowbit"),
+    ("nvfp4-a16", CODES, H200, "nvfp4-codes", "lowbit"),
+    ("nvfp4-a16", "llm-compressor 0.14, GPTQ", H200, "llm-compressor-nvfp4-gptq", PEER),
+    ("nvfp4-a16", "llm-compressor 0.14, to nearest", H200, "llm-compressor-nvfp4", PEER),
+    ("mxfp4-a16", "`best`", H200, "mxfp4-best", "lowbit"),
+    ("mxfp4-a16", CODES, H200, "mxfp4-codes", "lowbit"),
     ("fp8", "`fp8`", H200, "fp8", "lowbit"),
-    ("", "llm-compressor 0.14, FP8_DYNAMIC", H200, "llm-compressor-fp8", PEER),
+    ("fp8", "`best`", H200, "fp8-best", "lowbit"),
+    ("fp8", "llm-compressor 0.14, FP8_DYNAMIC", H200, "llm-compressor-fp8", PEER),
+    ("int8", "`int8 --head int8`", H200, "int8-head", "lowbit"),
+    ("int8", "`int8 --kv-cache fp8`", H200, "int8-kv", "lowbit"),
+    ("int8", "`int8 --kv-cache fp8-head`", H200, "int8-kv-head", "lowbit"),
+)
+LATER = 16  # windows of each text before those of `codes`
+TUNED: tuple[tuple[str, str, str, str], ...] = (
+    ("demo", "int4-g64", "best", "best-codes"),
+    ("demo", "int3-g128", "w3-anneal", "w3-anneal-codes"),
+    ("demo", "int2-g64", "w2-anneal", "w2-anneal-codes"),
+    ("demo", "nvfp4-a16", "nvfp4-best", "nvfp4-codes"),
+    ("second", "int4-g64", "best", "best-codes"),
 )
 
 
@@ -164,7 +186,7 @@ def loss(row: Row | None) -> str:
         return ""
     mean, error = row["delta_nll"], row["delta_nll_se"]
     places = 4 if mean < 0.005 else 3
-    return f"+{fixed(mean, places)} ± {fixed(error, places)}"
+    return f"{'+' if mean >= 0 else ''}{fixed(mean, places)} ± {fixed(error, places)}"
 
 
 def results() -> str:
@@ -192,12 +214,52 @@ def methods() -> str:
     return table(head, [["scored on", "WikiText-2", "documentation", "WikiText-2", "documentation"], *lines])
 
 
+def measured(wanted: Mapping[str, Any]) -> list[str]:
+    """The losses on both texts; empty if none was measured."""
+    found = [loss(scored(wanted, text)) for text in ("wikitext", "builtin")]
+    return found if any(found) else []
+
+
 def grids() -> str:
-    lines = [
-        [scheme, label, *(loss(scored(on(device, method, ASIDE, by), text)) for text in ("wikitext", "builtin"))]
-        for scheme, label, device, method, by in GRIDS
-    ]
+    lines, before = [], ""
+    for scheme, label, device, method, by in GRIDS:
+        found = measured(on(device, method, ASIDE, by))
+        if found:
+            lines.append(["" if scheme == before else scheme, label, *found])
+            before = scheme
     return table("weights | by | WikiText-2 | documentation", lines)
+
+
+def mixtures() -> str:
+    """The divergence of the demo model rounded to nearest, in a mixture and in single schemes."""
+    lines = [
+        [row["scheme"], fixed(row["bits"], 2), f"{fixed(row['measured'], 3)} ± {fixed(row['measured_se'], 3)}"]
+        for row in matching("mixture", model="demo")
+    ]
+    return table("weights | bits a weight | divergence, nats", lines)
+
+
+def codes() -> str:
+    """Loss and divergence on later windows without and with tuned codes."""
+    lines = []
+    for model, scheme, *methods in TUNED:
+        for calibration in ("text", "builtin"):
+            for method, label in zip(methods, ("no", "yes"), strict=True):
+                wanted = on(H200, method, calibration) | {"model": model, "skipped": LATER}
+                found = sorted(matching("quality", **wanted), key=lambda row: row["text"], reverse=True)
+                if found:
+                    cells = [cell for row in found for cell in (loss(row), divergence(row))]
+                    lines.append([model, scheme, KINDS[calibration], label, *cells])
+    head = "model | weights | calibrated on | codes tuned | WikiText-2: loss | divergence | documentation: loss | "
+    return table(head + "divergence", lines)
+
+
+KINDS = {"text": "WikiText-2", "builtin": "documentation"}
+
+
+def divergence(row: Row) -> str:
+    places = 4 if row["kl"] < 0.005 else 3
+    return f"{fixed(row['kl'], places)} ± {fixed(row['kl_se'], places)}"
 
 
 # Speed
@@ -583,13 +645,7 @@ CHOICES += ("mxfp4-a16", "int3-g128", "int2-g64")
 NAMED_BY = re.compile(r"scheme[= ](\S+)|--bits (\d) --group-size (\d+)")
 INTEGERS_BY = {"int8": "int8", "smoothquant": "int8-a8", "fp8": "fp8"}  # methods that name their scheme
 SHAPE = "llama2-7b"
-SHOWN = (
-    None,
-    "3444ccb",
-    "ff315dd",
-    "94ceede",
-    "ee692f7",
-)  # commits of the rows that `schemes` shows; the first had none
+SHOWN = (None, "3444ccb", "ff315dd", "94ceede", "ee692f7")  # commits of the rows that `schemes` shows
 
 
 def scheme_of(row: Row) -> str | None:
@@ -635,6 +691,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "results": results,
     "methods": methods,
     "grids": grids,
+    "mixtures": mixtures,
+    "codes": codes,
     "decode": decode,
     "decode_h200": decode_h200,
     "first_token": first_token,
