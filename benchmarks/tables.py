@@ -512,10 +512,12 @@ def readers() -> str:
             return ""
         return f"error {errors.index(row['error']) + 1}" if row["error"] else fixed(row["perplexity"], 3)
 
-    lines = [
-        [name, cells[name, "lowbit"]["commit"], *(text(cells.get((name, reader))) for reader in programs)]
-        for name in sorted({name for name, _ in cells})
-    ]
+    lines = []
+    for name in sorted({name for name, _ in cells}):
+        line = [name, cells[name, "lowbit"]["commit"], *(text(cells.get((name, reader))) for reader in programs)]
+        while not line[-1]:  # a row may have fewer cells than the head
+            line.pop()
+        lines.append(line)
     said = [f"- {letter}: {reader}\n" for letter, reader in zip(ascii_uppercase, programs, strict=False)]
     said += [f"- error {number}: {error.replace('`', chr(39))}\n" for number, error in enumerate(errors, 1)]
     head = " | ".join(["checkpoint", "at", *ascii_uppercase[: len(programs)]])
