@@ -37,7 +37,7 @@ from lowbit.export.plain import parse_json, read_json, read_rows
 from lowbit.export.recipes import read_recipe
 from lowbit.export.tensorfile import read_entries, read_tensor
 from lowbit.models.source import open_files, open_source
-from lowbit.quant.scheme import parse_scheme
+from lowbit.quant.scheme import Scheme, parse_scheme
 from tests.builders import make_model, save
 from tests.fuzz import datasets, images, recipes
 from tests.fuzz.documents import ODD, spoiled, turned
@@ -226,23 +226,31 @@ def read_packed(place: Path) -> None:
 
 
 def convert_packed(place: Path) -> None:
-    """All that `convert` does with the weights, in two formats and a scheme of other values."""
-    for number, (fmt, scheme) in enumerate((("gptq", None), ("compressed-tensors", "int8-g32"))):
-        tensors = LogicalTensors(open_checkpoint(place))
-        (place / f"out-{number}").mkdir()
-        wanted = None if scheme is None else parse_scheme(scheme)
+    """All that `convert` does with the weights: to another format, to another scheme, and at last to one for all."""
+    for fmt, scheme in (("gptq", None), ("compressed-tensors", parse_scheme("int8-g32"))):
         with suppress(LowbitError):
-            convert(tensors, FORMATS[fmt], (), place / f"out-{number}", 5_000_000_000, scheme=wanted)
+            _converted(place, fmt, scheme)
+    _converted(place, "compressed-tensors", None)
+
+
+def _converted(place: Path, fmt: str, scheme: Scheme | None) -> None:
+    tensors, output = LogicalTensors(open_checkpoint(place)), place / f"out-{fmt}-{scheme}"
+    output.mkdir()
+    convert(tensors, FORMATS[fmt], (), output, 5_000_000_000, scheme=scheme)
 
 
 def quantize_by_names(place: Path) -> None:
-    """All that `quantize --model-free` does."""
-    for number, scheme in enumerate(("int4-g32", "nvfp4-a16")):
-        recipe = complete_recipe({"method": "rtn", "scheme": scheme, "head": "int8"})
-        with suppress(LowbitError):
-            job = prepare_free(open_files(str(place)), recipe, "cpu")
-            (place / f"out-{number}").mkdir()
-            run_free(job, place / f"out-{number}")
+    """All that `quantize --model-free` does, with a scheme whose linears share a scale and with one without."""
+    with suppress(LowbitError):
+        _rounded(place, "nvfp4-a16")
+    _rounded(place, "int4-g32")
+
+
+def _rounded(place: Path, scheme: str) -> None:
+    recipe = complete_recipe({"method": "rtn", "scheme": scheme, "head": "int8"})
+    job, output = prepare_free(open_files(str(place)), recipe, "cpu"), place / f"out-{scheme}"
+    output.mkdir()
+    run_free(job, output)
 
 
 def use_tokenizer(place: Path) -> None:
@@ -318,7 +326,7 @@ TARGETS = {
     "engine": Target(_known_to_the_engine, _either(_json("config.json"), _json("generation_config.json")), load_engine),
     "packed": Target(_stored, _either(_header, _json("config.json")), read_packed),
     "convert": Target(_stored, _either(_header, _json("config.json")), convert_packed),
-    "free": Target(_stored, _either(_header, _json("config.json")), quantize_by_names),
+    "free": Target(_packed, _either(_header, _json("config.json")), quantize_by_names),
     "tokenizer": Target(_one, _either(*map(_json, TOKENIZER)), use_tokenizer),
     "tokenless": Target(_one, _json("config.json"), use_tokenizer, TOKENIZER),
     "report": Target(_reported, _either(_json(REPORT), _rows(FILE), _text(RECIPE)), read_report),

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from tests.fuzz.targets import SEEDS, TARGETS, Files, attempt, honest, inputs
 
 FOUND = sorted(path.name for path in (SEEDS / "found").iterdir())
-FEW = {"report": 3, "engine": 10, "config": 20, "tokenizer": 20}
+FEW = {"report": 3, "engine": 10, "config": 20, "tokenizer": 20, "convert": 15, "free": 15}
 
 
 @pytest.fixture(scope="module")
