@@ -89,6 +89,16 @@ def test_calls_and_reasoning_join_the_message_around_them():
     assert tool == {"role": "tool", "tool_call_id": "a", "content": "noon"}
 
 
+def test_the_effort_of_reasoning_is_a_variable_of_the_template():
+    asked = {"model": "x", "input": "a", "reasoning": {"effort": "none"}}
+    variables = ResponsesBody.model_validate(asked).as_chat().variables()
+    assert variables == {"reasoning_effort": "none", "enable_thinking": False}
+    asked |= {"reasoning": {"effort": "high"}, "chat_template_kwargs": {"enable_thinking": False, "x": 1}}
+    variables = ResponsesBody.model_validate(asked).as_chat().variables()
+    assert variables == {"reasoning_effort": "high", "enable_thinking": False, "x": 1}
+    assert ResponsesBody.model_validate({"model": "x", "input": "a"}).as_chat().variables() == {}
+
+
 def test_items_follow_one_another_in_a_stream(served):
     text = 'a<think>b</think>c<tool_call>{"name": "time", "arguments": {"at": 1}}</tool_call>'
     choice = Choice(0, 0, Reader(DIALECTS["qwen"], ("<think>", "</think>")))
