@@ -55,7 +55,7 @@ def test_a_template_ends_in_time_and_memory(tokenizer, what, monkeypatch):
     with pytest.raises(CheckpointError, match=r"the model's chat template (takes|writes) more than") as caught:
         render_chat(tokenizer, MESSAGES)
     assert not isinstance(caught.value, TemplateRefusal)
-    assert time.monotonic() - begun < 30
+    assert time.monotonic() - begun < 120  # of a second of the processor's, on a machine that does other work too
     tokenizer.chat_template = good
     assert "be é brief" in render_chat(tokenizer, MESSAGES)  # the next chat is served
 
