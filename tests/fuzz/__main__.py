@@ -1,9 +1,9 @@
 """`python -m tests.fuzz TARGET --minutes 60`: spoiled inputs for the given time, and their findings.
 
-Findings (what is raised besides our error, more than 10 seconds, more than 1 GiB) go to --findings, a directory each,
-with the files and what happened; they become seeds once mended. Inputs are chosen by chance, or with --guided by the
-code that they reach, which needs the package `atheris` (`pip install "lowbit[fuzz]"`). --corpus keeps the inputs that
-reached new code, and a later run goes on from them.
+Findings (what is raised besides our error, more than 10 seconds of processor, more than 1 GiB) go to --findings, a
+directory each, with the files and what happened; they become seeds once mended. Inputs are chosen by chance, or with
+--guided by the code that they reach, which needs the package `atheris` (`pip install "lowbit[fuzz]"`). --corpus keeps
+the inputs that reached new code, and a later run goes on from them.
 """
 
 import argparse

@@ -12,13 +12,14 @@ from types import FrameType
 
 from tests.fuzz.targets import TARGETS, Files, attempt, honest
 
-SECONDS = 10
+SECONDS = 10  # of processor: a loaded machine makes no hang
+PATIENCE = 60  # seconds of waiting
 BYTES = 1 << 30
 GIVEN = 6 << 30  # beyond what the process has: an allocation of more fails, and is a finding by its error
 
 
 class Hang(BaseException):
-    """More than SECONDS."""
+    """More than SECONDS of processor, or PATIENCE."""
 
 
 class Watch:
@@ -35,6 +36,7 @@ class Watch:
         self.count = 0
         self.kinds: Counter[str] = Counter()
         self.most_bytes = 0
+        signal.signal(signal.SIGPROF, _hang)
         signal.signal(signal.SIGALRM, _hang)
         resource.setrlimit(resource.RLIMIT_AS, (_memory("VmSize") + GIVEN, resource.RLIM_INFINITY))
 
@@ -46,7 +48,7 @@ class Watch:
         self._note(model, files)
         _forget_peak()
         before = _memory("VmRSS")
-        signal.setitimer(signal.ITIMER_REAL, SECONDS)
+        _limit(SECONDS, PATIENCE)
         try:
             attempt(self._target, honest(self.name, self._work / "honest")[model], files, place)
         except KeyboardInterrupt:
@@ -54,7 +56,7 @@ class Watch:
         except BaseException as error:  # noqa: BLE001  # findings are of every kind
             self._keep(_kind_of(error), "".join(traceback.format_exception(error)))
         finally:
-            signal.setitimer(signal.ITIMER_REAL, 0)
+            _limit(0, 0)
         taken = _memory("VmHWM") - before
         self.most_bytes = max(self.most_bytes, taken)
         if taken > BYTES:
@@ -81,6 +83,11 @@ class Watch:
         """One line of JSON: minutes of processor, inputs, the most memory beyond what was there, findings by kind."""
         facts: dict[str, object] = {"target": self.name, "minutes": round((_processor() - self._start) / 60, 2)}
         return json.dumps(facts | {"inputs": self.count, "most_MiB": self.most_bytes >> 20, "findings": self.kinds})
+
+
+def _limit(processor: float, wall: float) -> None:
+    signal.setitimer(signal.ITIMER_PROF, processor)
+    signal.setitimer(signal.ITIMER_REAL, wall)
 
 
 def _hang(number: int, frame: FrameType | None) -> None:
