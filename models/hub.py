@@ -59,13 +59,21 @@ def download_if_it_answers(name: str, patterns: Iterable[str]) -> Path | None:
 @contextmanager
 def _bars_or_a_line(name: str, revision: str | None, patterns: list[str]) -> Iterator[None]:
     """A context with the hub's bars on a terminal. Elsewhere there are none, after one line about the download."""
-    if sys.stderr.isatty() or are_progress_bars_disabled():
+    with _bars_on_a_terminal() as as_wanted:
+        if not as_wanted:
+            _announce(name, revision, patterns)
         yield
+
+
+@contextmanager
+def _bars_on_a_terminal() -> Iterator[bool]:
+    """A context without the hub's bars where no terminal is. True if bars are shown, or turned off by the user."""
+    if sys.stderr.isatty() or are_progress_bars_disabled():
+        yield True
         return
     disable_progress_bars()
     try:
-        _announce(name, revision, patterns)
-        yield
+        yield False
     finally:
         enable_progress_bars()
 
@@ -171,7 +179,8 @@ def require_account(repo: str) -> None:
 def uploading(repo: str) -> Iterator[HfApi]:
     """A context for writing to `repo`. CheckpointError if the hub refuses or cannot be reached."""
     try:
-        yield HfApi()
+        with _bars_on_a_terminal():
+            yield HfApi()
     except FAILURES as error:
         forbidden = isinstance(error, HfHubHTTPError) and error.response.status_code in (401, 403)
         cure = "the token may not write there" if forbidden else "the same command goes on with what is missing"
