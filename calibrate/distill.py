@@ -196,7 +196,7 @@ def distill(
                     states.append(block.run(states[-1]))
             left = states.pop()
             loss, slope = _divergence(walk, *own[batch], left.hidden)
-            gradient = [slope, *(None for _ in left.flow[1:])]
+            gradient = _of_hidden(slope, left)
             rate = RATE * min(1.0, (step + 1) / WARM_UP) * 0.5 * (1 + math.cos(math.pi * step / steps))
             for number, block in enumerate(reversed(blocks), 1):
                 tell(Part("backward through blocks", number, len(blocks)))
@@ -219,13 +219,18 @@ def rehearse(loop: BlockLoop, outcome: BlockOutcome) -> float:
         block, watch = TunedBlock(walk, 0, outcome), Stopwatch(walk.device)
         for _ in range(2):
             with watch.phase("a step of tuning, tried"), torch.no_grad():
-                hidden = block.run(entering).hidden
+                left = block.run(entering)
             with watch.phase("the head"):
-                _, slope = _divergence(walk, batch, exact, share, hidden)
+                _, slope = _divergence(walk, batch, exact, share, left.hidden)
             with watch.phase("its way back"):
-                block.backward(entering, [slope, *(None for _ in entering.flow[1:])], rate=0.0)
+                block.backward(entering, _of_hidden(slope, left), rate=0.0)
     head = watch.seconds.pop("the head")
     return head + len(walk.skeleton.blocks) * sum(watch.seconds.values())
+
+
+def _of_hidden(slope: Tensor, states: States) -> list[Tensor | None]:
+    """The gradient of the flow of `states`, of which only the hidden states have one."""
+    return [slope, *(None for _ in states.flow[1:])]
 
 
 def _own_part(batch: Batch, exact: States) -> tuple[Batch, Tensor, float]:
