@@ -78,6 +78,9 @@ class Engine:
 
     def choose(self, layer: FusedLinear, capability: int | None) -> tuple[str | None, dict[str, str]]:
         """The first kernel that accepts the layer, or None; and the reasons of all kernels before it."""
+        unread = layer.fmt.reason_in(self, layer.scheme)
+        if unread is not None:
+            return None, {kernel.name: unread for kernel in self.kernels}
         reasons: dict[str, str] = {}
         for kernel in self.kernels:
             reason = kernel.reason_against(layer, capability)

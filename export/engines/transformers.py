@@ -6,9 +6,7 @@ from lowbit.export.engines.gptqmodel import GPTQMODEL
 
 def _expanded(layer: FusedLinear, capability: int | None) -> str | None:
     """compressed-tensors: expanded to dense weights on the first forward pass."""
-    if layer.fmt.package != "compressed-tensors":
-        return "another format"
-    return layer.fmt.reason_in(TRANSFORMERS, layer.scheme)
+    return None if layer.fmt.package == "compressed-tensors" else "another format"
 
 
 def _fine_grained(layer: FusedLinear, capability: int | None) -> str | None:

@@ -17,12 +17,9 @@ from lowbit.export.engines.engine import (
 )
 
 
-def _known(layer: FusedLinear, capability: int | None) -> str | None:
-    """Objections of vLLM before it chooses a kernel."""
-    reason = layer.fmt.reason_in(VLLM, layer.scheme)
-    if reason is None and layer.fmt.through_marlin and capability is not None:
-        return marlin(layer, capability)
-    return reason
+def _through_marlin(layer: FusedLinear, capability: int | None) -> str | None:
+    """A rule of the formats that vLLM turns into Marlin's before it chooses a kernel."""
+    return marlin(layer, capability) if layer.fmt.through_marlin and capability is not None else None
 
 
 def _machete(layer: FusedLinear, capability: int | None) -> str | None:
@@ -63,7 +60,7 @@ def whole_blocks(layer: FusedLinear, capability: int | None) -> str | None:
 
 
 def _wna16(*reasons: Reason) -> Reason:
-    return all_of(weight_only, of_bits(4, 8), _known, *reasons)
+    return all_of(weight_only, of_bits(4, 8), _through_marlin, *reasons)
 
 
 VLLM = Engine(

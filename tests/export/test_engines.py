@@ -133,10 +133,16 @@ def test_rules_are_those_of_the_versions_that_we_test_with():
 
 @pytest.mark.parametrize("fmt", FORMATS.values(), ids=FORMATS)
 def test_some_kernel_of_transformers_takes_a_format_s_usual_scheme(fmt):
-    usual = (W4, *map(parse_scheme, ("uint4-g128", "fp8-block", "nvfp4")))
+    usual = (W4, *map(parse_scheme, ("uint4-g128", "fp8-block", "nvfp4", "int4-g32")))
     scheme = next(each for each in usual if fmt.reason_against(each) is None)
     kernel, _ = TRANSFORMERS.choose(FusedLinear(fmt, scheme, 4096, 4096), None)
-    assert (kernel is None) == (fmt.name == "modelopt")
+    assert (kernel is None) == (fmt.name in ("modelopt", "gguf"))
+
+
+@pytest.mark.parametrize("scheme", ["int4-g32", "int8-g32", "q4_k", "q6_k", "mxfp4-a16", "nvfp4-a16"])
+def test_engines_of_safetensors_read_no_gguf(scheme):
+    verdicts = verdicts_of([FusedLinear(FORMATS["gguf"], parse_scheme(scheme), 4096, 4096)])
+    assert [name for name, found in verdicts.items() if set(found.values()) != {FAILS}] == ["lowbit"]
 
 
 def test_what_is_fused_is_one_layer():
