@@ -11,6 +11,7 @@ from typing import Any
 from lowbit.errors import CheckpointError
 from lowbit.export.files import write_text
 from lowbit.export.gguf.file import Header
+from lowbit.export.gguf.hyper import query_scalar_of
 from lowbit.export.gguf.tokens import BYTE, CONTROL, NORMAL, SPACE, SPLITS, UNKNOWN, USER_DEFINED
 from lowbit.export.plain import write_json
 from lowbit.export.sharded import CONFIG_NAME
@@ -89,7 +90,7 @@ def _config(header: Header) -> dict[str, Any]:
     for part in ("bos", "eos", "padding"):
         if f"tokenizer.ggml.{part}_token_id" in keys:
             config[f"{part.replace('padding', 'pad')}_token_id"] = keys[f"tokenizer.ggml.{part}_token_id"]
-    return config | _of_family(arch, own, header) | ({} if arch == "gpt2" else _rope(arch, own))
+    return config | _of_family(arch, own, header, config) | ({} if arch == "gpt2" else _rope(arch, own))
 
 
 def _rows(header: Header) -> int:
@@ -106,14 +107,14 @@ def _rope(arch: str, own: Mapping[str, Any]) -> dict[str, Any]:
     return {"rope_parameters": {"full_attention": plain, "sliding_attention": local}}
 
 
-def _of_family(arch: str, own: Mapping[str, Any], header: Header) -> dict[str, Any]:
+def _of_family(arch: str, own: Mapping[str, Any], header: Header, config: Mapping[str, Any]) -> dict[str, Any]:
     """The settings that an architecture of GGUF implies."""
     biased = "blk.0.attn_q.bias" in header.tensors
     if arch.startswith("gemma"):
         return {
             "hidden_activation": "gelu_pytorch_tanh",
             "sliding_window": own.get("attention.sliding_window"),
-            "query_pre_attn_scalar": own["attention.key_length"],
+            "query_pre_attn_scalar": query_scalar_of(config, arch),
         }
     if arch == "phi3":
         return {"sliding_window": own.get("attention.sliding_window") or None, "hidden_act": "silu"}

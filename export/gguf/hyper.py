@@ -29,6 +29,12 @@ def heads_of(config: Mapping[str, Any], part: str) -> int:
     return _heads(config) if part == "attn_q" else int(config.get("num_key_value_heads") or _heads(config))
 
 
+def query_scalar_of(config: Mapping[str, Any], arch: str) -> int:
+    """The number whose inverse root llama.cpp scales Gemma's queries by."""
+    large = layers_of(config) == LARGE_GEMMA[arch]
+    return _width(config) // _heads(config) if large else head_dim_of(config)
+
+
 def experts_of(config: Mapping[str, Any]) -> int:
     """The number of experts in a layer; 0 without any."""
     return int(config.get("num_local_experts") or config.get("num_experts") or 0)
@@ -184,7 +190,7 @@ def _reasons_in_gemma(config: Mapping[str, Any], family: Family) -> Iterator[str
     usual = ["full_attention" if (i + 1) % period == 0 else "sliding_attention" for i in range(layers)]
     if list(config.get("layer_types") or usual) != usual:
         yield f"its layer_types are not full attention in each {period}th block, as llama.cpp has it"
-    scaled = _width(config) // _heads(config) if layers == LARGE_GEMMA[family.arch] else head_dim_of(config)
+    scaled = query_scalar_of(config, family.arch)
     if config.get("query_pre_attn_scalar", scaled) != scaled:
         yield f"query_pre_attn_scalar is {config['query_pre_attn_scalar']}, llama.cpp computes {scaled}"
     local = (config.get("rope_parameters") or {}).get("sliding_attention", {})

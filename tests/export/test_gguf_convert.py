@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,8 @@ from lowbit.export.checkpoint import open_checkpoint
 from lowbit.export.convert import express
 from lowbit.export.formats import LogicalTensors
 from lowbit.export.gguf.container import HEAD_NAME
+from lowbit.export.gguf.file import read_header
+from lowbit.export.gguf.foreign import unpack
 from lowbit.models.source import open_source
 from lowbit.quant.qtensor import round_to_nearest
 from lowbit.quant.scheme import parse_scheme
@@ -131,6 +134,19 @@ def test_a_file_alone_is_the_same_model(alone: tuple[Path, Path], tmp_path: Path
     assert first == second
     assert open_source(str(file)).directory == source.directory
     assert (source.directory / HEAD_NAME).samefile(file)
+
+
+@pytest.mark.parametrize(("blocks", "scalar"), [(42, 128), (46, 144)])
+def test_a_large_gemma_alone_scales_queries_as_llama_cpp_does(
+    alone: tuple[Path, Path], tmp_path: Path, blocks: int, scalar: int
+) -> None:
+    header = read_header(alone[1])
+    keys = {key: value for key, value in header.keys.items() if key.startswith("tokenizer.")}
+    sizes = {"block_count": blocks, "embedding_length": 4608, "attention.head_count": 32, "attention.key_length": 128}
+    keys |= {"general.architecture": "gemma2"} | {f"gemma2.{key}": value for key, value in sizes.items()}
+    (tmp_path / "gemma").mkdir()
+    unpack(replace(header, keys=keys), tmp_path / "gemma")
+    assert json.loads((tmp_path / "gemma" / "config.json").read_text())["query_pre_attn_scalar"] == scalar
 
 
 def test_it_is_inspected_run_and_quantized(alone: tuple[Path, Path], tmp_path: Path) -> None:
