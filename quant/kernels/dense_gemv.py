@@ -9,7 +9,7 @@ from torch import Tensor
 from lowbit.quant.kernels import dense, ring
 from lowbit.quant.kernels.dense import DenseCall
 from lowbit.quant.kernels.extension import launch
-from lowbit.quant.kernels.problem import Problem, has_fast_memory
+from lowbit.quant.kernels.problem import Problem
 from lowbit.quant.kernels.ring import RingCut
 
 MAX_M = 64
@@ -30,11 +30,11 @@ def reason_against(problem: Problem) -> str | None:
     return ring.reason_against_gpu(problem)
 
 
-def choose_cut(problem: Problem, fast_memory: bool = False) -> RingCut:
+def choose_cut(problem: Problem) -> RingCut:
     """The launch for `problem`. It uses the whole GPU: 6% faster in a model's block than half of it, with the rest left
     to the next kernel."""
     processors = problem.processors
-    return ring.choose_cut(problem.m, problem.n, problem.k * 2, processors, processors, fast_memory)
+    return ring.choose_cut(problem.m, problem.n, problem.k * 2, processors, processors, problem.fast_memory)
 
 
 def reason_against_memory(call: DenseCall) -> str | None:
@@ -68,7 +68,7 @@ def run(call: DenseCall, problem: Problem, cut: RingCut | None = None) -> Tensor
     if reason_against_memory(call):
         return dense.reference(call)
     y = call.empty()
-    cut = cut or choose_cut(problem, has_fast_memory(y.device))
+    cut = cut or choose_cut(problem)
     if call.rotary is not None and call.rotary.head_dim % (cut.warpgroups * ring.ROWS):
         cut = replace(cut, warpgroups=1)
     launch("dense_gemv", call.x.dtype, device=y.device, args=args_of(call, y), dependent=call.dependent, **vars(cut))

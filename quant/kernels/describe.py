@@ -3,7 +3,7 @@
 import torch
 
 from lowbit.quant.kernels.extension import EXTENSION
-from lowbit.quant.kernels.problem import Problem
+from lowbit.quant.kernels.problem import Problem, place_of
 from lowbit.quant.kernels.registry import choose_kernel, kernels_for
 
 # (m, n, k, bits, group size, int8 inputs): a layer of a 7B model, the largest of a 70B one, and special cases.
@@ -19,7 +19,7 @@ EXAMPLES = (
     (2048, 28672, 4096, 8, -1, True),
     (8, 22016, 4096, 16, -1, False),
 )
-H100 = ("cuda", (9, 0), 132)
+H100 = ("cuda", (9, 0), 132, False)
 
 
 def describe_build() -> str:
@@ -30,13 +30,9 @@ def describe_build() -> str:
     return f"lowbit.quant._C: CUDA {major}.{minor}, architectures {EXTENSION.architectures}"
 
 
-def local_gpu() -> tuple[str, tuple[int, int], int]:
-    """Device type, compute capability and multiprocessors of this machine's first GPU, or of an H100 if there is
-    none."""
-    if not torch.cuda.is_available():
-        return H100
-    properties = torch.cuda.get_device_properties(0)
-    return "cuda", (properties.major, properties.minor), properties.multi_processor_count
+def local_gpu() -> tuple[str, tuple[int, int] | None, int, bool]:
+    """`place_of` this machine's first GPU, or of an H100 if there is none."""
+    return place_of(torch.device("cuda", 0)) if torch.cuda.is_available() else H100
 
 
 def describe_problem(problem: Problem) -> str:
@@ -56,10 +52,8 @@ def describe_problem(problem: Problem) -> str:
 
 def describe_examples() -> list[str]:
     """The kernel chosen for each of EXAMPLES on this machine's GPU, or on an H100 if there is none."""
-    device, capability, processors = local_gpu()
+    place = local_gpu()
     return [
-        describe_problem(
-            Problem(m, n, k, bits, group_size, torch.float16, device, capability, processors, int8_inputs=int8_inputs)
-        )
+        describe_problem(Problem(m, n, k, bits, group_size, torch.float16, *place, int8_inputs=int8_inputs))
         for m, n, k, bits, group_size, int8_inputs in EXAMPLES
     ]

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from lowbit.quant.kernels import ring
 from lowbit.quant.kernels.extension import launch
-from lowbit.quant.kernels.problem import Problem, check_alignment, has_fast_memory
+from lowbit.quant.kernels.problem import Problem, check_alignment
 from lowbit.quant.kernels.ring import RingCut
 from lowbit.quant.kernels.w8a8 import Int8Call
 
@@ -18,19 +18,19 @@ def reason_against(problem: Problem) -> str | None:
     return ring.reason_against_gpu(problem)
 
 
-def choose_cut(problem: Problem, fast_memory: bool = False) -> RingCut:
+def choose_cut(problem: Problem) -> RingCut:
     """The launch for `problem`. With up to 64 rows of x, half of the GPU is left to the next product, which is launched
     early and reads its own weight there: measured faster on an H100 than using all of it. Where memory is fast, half of
     the multiprocessors cannot read at its rate: Llama-2-7B on an H200, 1 x 128, 2.242 ms a step, else 2.403."""
-    all_of_it = fast_memory or problem.m > ring.COLUMNS[-1] // 2
+    all_of_it = problem.fast_memory or problem.m > ring.COLUMNS[-1] // 2
     room = problem.processors if all_of_it else problem.processors // 2
-    return ring.choose_cut(problem.m, problem.n, problem.k, problem.processors, room, fast_memory)
+    return ring.choose_cut(problem.m, problem.n, problem.k, problem.processors, room, problem.fast_memory)
 
 
 def run(call: Int8Call, problem: Problem, cut: RingCut | None = None) -> Tensor:
     """y of `call`, which w8a8.check has passed. ValueError if a tensor is not aligned to 16 bytes."""
     y = call.empty()
-    cut = cut or choose_cut(problem, has_fast_memory(y.device))
+    cut = cut or choose_cut(problem)
     launch("w8a8_gemm", y.dtype, device=y.device, args=args_of(call, y), dependent=call.dependent, **vars(cut))
     return y
 

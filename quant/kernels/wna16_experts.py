@@ -21,7 +21,6 @@ from lowbit.quant.kernels.problem import (
     PackedCall,
     Problem,
     check_alignment,
-    has_fast_memory,
     place_of,
     reason_against_squares,
     reason_against_weight,
@@ -247,7 +246,7 @@ def up_cut(product: PackedCall, chosen: Chosen) -> GemvCut:
     """The launch of `up`: that of one product with the rows of all pairs' experts."""
     w, device = product.weight, product.x.device
     problem = Problem(1, w.n * chosen.experts.numel(), w.k, w.bits, w.group_size, product.x.dtype, *place_of(device))
-    crowded = wna16_gemv.crowded_cut(problem) if has_fast_memory(device) else None
+    crowded = wna16_gemv.crowded_cut(problem) if problem.fast_memory else None
     if crowded is not None:
         return crowded
     tiles, chunks = -(-problem.n // TILE_ROWS), -(-w.k // CHUNK_K)
