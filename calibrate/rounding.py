@@ -124,13 +124,11 @@ class SignRound(Rounder):
 
     def round(self, task: BlockTask) -> dict[str, Rounded]:
         """Round to the best iterate."""
-        generator = torch.Generator().manual_seed(task.recipe.seed + task.work.index)
         start = round_gptq(task, DAMPING) if self.first == "gptq" else round_nearest(task)
         learned = {
             name: LearnedWeight(each.weight, each.wanted, task.work.energy(name)) for name, each in start.items()
         }
-        learner = RoundingLearner(task.work, learned, self.iters, TRAVEL[self.first], generator)
-        return learner.learn(task.entering, [states.at(task.work.index) for states in task.targets])
+        return descended(task, learned, self.iters, TRAVEL[self.first])
 
 
 @dataclass(frozen=True)
@@ -156,16 +154,24 @@ class Annealed(Rounder):
 
     def round(self, task: BlockTask) -> dict[str, Rounded]:
         """Round to the best iterate."""
-        generator = torch.Generator().manual_seed(task.recipe.seed + task.work.index)
-        learned = {
+        annealed = {
             name: AnnealedWeight(each.weight, each.wanted, task.work.energy(name))
             for name, each in round_gptq(task, DAMPING).items()
         }
-        learner = RoundingLearner(task.work, learned, self.anneal_steps, self.anneal_travel, generator)
-        return learner.learn(task.entering, [states.at(task.work.index) for states in task.targets])
+        return descended(task, annealed, self.anneal_steps, self.anneal_travel)
 
 
 ROUNDERS: dict[str, type[Rounder]] = {part.name: part for part in (Nearest, Gptq, SignRound, Annealed)}
+
+
+def descended(
+    task: BlockTask, weights: Mapping[str, LearnedWeight | AnnealedWeight], steps: int, travel: float
+) -> dict[str, Rounded]:
+    """The best iterate of `steps` steps of the block's weights; arguments as in RoundingLearner."""
+    index = task.work.index
+    generator = torch.Generator().manual_seed(task.recipe.seed + index)
+    learner = RoundingLearner(task.work, weights, steps, travel, generator)
+    return learner.learn(task.entering, [states.at(index) for states in task.targets])
 
 
 def round_gptq(task: BlockTask, damping: float) -> dict[str, Rounded]:
