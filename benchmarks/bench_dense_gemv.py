@@ -55,7 +55,7 @@ def measure(m: int, weights: list[Tensor], floor: Floor) -> Iterator[dict]:
     x, read = torch.randn(m, k, dtype=DTYPE, device="cuda"), floor.time(2 * n * k)
     name = choose_kernel(DenseCall(x, weights[0]).problem()).name
     for dependent in (False, True):
-        timing = time_calls([lambda w=w, d=dependent: ops.dense_linear(DenseCall(x, w, dependent=d)) for w in weights])
+        timing = time_calls([lambda w=w, d=dependent: ops.linear(DenseCall(x, w, dependent=d)) for w in weights])
         yield row_of(name, True, m, n, k, 16, -1, DTYPE, timing, read, dependent=dependent)
     timing = time_calls([lambda w=w: functional.linear(x, w) for w in weights])
     yield row_of("cublas", False, m, n, k, 16, -1, DTYPE, timing, read, dependent=False)

@@ -172,46 +172,31 @@ def checked(call: PackedCall | Int8Call | DenseCall) -> Tensor:
     return call.empty()
 
 
-# Three operators of one call: torch.compile copies the arguments that an operator writes, so most products use the one
-# that writes none.
-plain_linear = Operator("linear", PackedCall, compute, checked, without=("rotary", "next_norm"))
-deferring_linear = Operator(
-    "linear_deferring",
-    PackedCall,
-    compute,
-    checked,
-    writes=("next_norm_z", "next_norm_squares"),
-    without=("rotary",),
-)
-turning_linear = Operator(
-    "qkv_rotary_append",
-    PackedCall,
-    compute,
-    checked,
-    writes=("rotary_k_cache", "rotary_v_cache"),
-    without=("next_norm",),
-)
+def products_of(name: str, turning: str, kind: type) -> tuple[Operator[Any, Tensor], ...]:
+    """Three operators of one call: a product, one that begins the next norm, and one that turns heads and caches them.
+
+    torch.compile copies the arguments that an operator writes, so most products use the one that writes none.
+    """
+    norm, caches = ("next_norm_z", "next_norm_squares"), ("rotary_k_cache", "rotary_v_cache")
+    return (
+        Operator(name, kind, compute, checked, without=("rotary", "next_norm")),
+        Operator(f"{name}_deferring", kind, compute, checked, writes=norm, without=("rotary",)),
+        Operator(turning, kind, compute, checked, writes=caches, without=("next_norm",)),
+    )
+
+
+plain_linear, deferring_linear, turning_linear = products_of("linear", "qkv_rotary_append", PackedCall)
 # y = x W^T + bias + residual (m, n), x and W in int8: the sums are exact, and rounded once. See Int8Call.
 w8a8_linear = Operator("w8a8_linear", Int8Call, compute, checked)
 # activation(x W^T + bias) + residual, of a weight (n, k) as torch.nn.Linear holds it. Few rows in half precision on
 # Hopper are one kernel, in float32 between x and y; all others are torch's functions. See DenseCall.
-plain_dense_linear = Operator("dense_linear", DenseCall, compute, checked, without=("rotary", "next_norm"))
-deferring_dense_linear = Operator(
-    "dense_linear_deferring",
-    DenseCall,
-    compute,
-    checked,
-    writes=("next_norm_z", "next_norm_squares"),
-    without=("rotary",),
+plain_dense_linear, deferring_dense_linear, turning_dense_linear = products_of(
+    "dense_linear", "dense_qkv_rotary_append", DenseCall
 )
-turning_dense_linear = Operator(
-    "dense_qkv_rotary_append",
-    DenseCall,
-    compute,
-    checked,
-    writes=("rotary_k_cache", "rotary_v_cache"),
-    without=("next_norm",),
-)
+LINEARS = {
+    PackedCall: (plain_linear, deferring_linear, turning_linear),
+    DenseCall: (plain_dense_linear, deferring_dense_linear, turning_dense_linear),
+}
 # The dense weight (n, k) in the packed scales' dtype.
 dequantize = Operator("dequantize", PackedWeight, wna16_dequantize.dequantize, wna16_dequantize.empty)
 # Rows after norm, and int8 rounding if requested, (m, k) in x's dtype. See Rows.
@@ -252,11 +237,12 @@ deferring_experts_down = Operator(
 gptq = Operator("gptq_block", BlockCall, gptq_block.run, BlockCall.empty)
 
 
-def linear(call: PackedCall) -> Tensor:
+def linear(call: PackedCall | DenseCall) -> Tensor:
     """y of `call`, with everything between x and y in float32. ValueError if its tensors do not fit together."""
+    plain, deferring, turning = LINEARS[type(call)]
     if call.rotary is not None:
-        return turning_linear(call)
-    return plain_linear(call) if call.next_norm is None else deferring_linear(call)
+        return turning(call)
+    return plain(call) if call.next_norm is None else deferring(call)
 
 
 def experts_down(call: DownCall) -> Tensor:
@@ -270,13 +256,6 @@ def experts_down_deferring(call: DownCall, norm_weight: Tensor) -> tuple[Tensor,
     return experts_down(replace(call, next_norm=norm)), norm.z, norm.squares
 
 
-def dense_linear(call: DenseCall) -> Tensor:
-    """y of `call`. ValueError if its tensors do not fit together."""
-    if call.rotary is not None:
-        return turning_dense_linear(call)
-    return plain_dense_linear(call) if call.next_norm is None else deferring_dense_linear(call)
-
-
 def linear_deferring(call: PackedCall | DenseCall, norm_weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """h of `call`, and the inputs with which the next product applies rms_norm(h), without a launch in between.
 
@@ -284,8 +263,6 @@ def linear_deferring(call: PackedCall | DenseCall, norm_weight: Tensor) -> tuple
     (m, n / 16) float32: the next product's x and Deferred. problem.NextNorm says more.
     """
     norm = NextNorm.empty(call.x, norm_weight)
-    if isinstance(call, DenseCall):
-        return dense_linear(replace(call, next_norm=norm)), norm.z, norm.squares
     return linear(replace(call, next_norm=norm)), norm.z, norm.squares
 
 

@@ -3,6 +3,7 @@
 The decode engine, vLLM and transformers hold a Linear. Only this module knows the kernels for its weight.
 """
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -109,38 +110,32 @@ class Weight(Protocol):
         """q (m, heads * head_dim), rotated; k and v are written to the cache: see problem.Rotary."""
 
 
-class Plain:
-    """Defaults for a weight without fused kernels for norms and heads."""
+class Fused(ABC):
+    """A weight whose kernels finish and begin norms and turn heads, for inputs in half precision."""
 
     rounds_inputs = False
 
-    @property
-    def begins_norms(self) -> bool:
-        """False: there is no such kernel."""
-        return False
+    @abstractmethod
+    def call(self, rows: Rows, end: Epilogue, hints: Hints, deferred: Deferred | None = None) -> PackedCall | DenseCall:
+        """The product as the operators take it."""
 
-    def turns(self, head_dim: int) -> bool:
-        """False: there is no such kernel."""
-        return False
+    def multiply(self, rows: Rows, end: Epilogue, hints: Hints, deferred: Deferred | None = None) -> Tensor:
+        return ops.linear(self.call(rows, end, hints, deferred))
 
     def multiply_beginning(
         self, rows: Rows, end: Epilogue, hints: Hints, norm_weight: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Not supported."""
-        raise NotImplementedError("begins_norms is False")
+        return ops.linear_deferring(self.call(rows, end, hints), norm_weight)
 
     def multiply_turning(
         self, rows: Rows, end: Epilogue, hints: Hints, rotary: Rotary, deferred: Deferred | None = None
     ) -> Tensor:
-        """Not supported."""
-        raise NotImplementedError("turns() is False")
+        return ops.linear(replace(self.call(rows, end, hints, deferred), rotary=rotary))
 
 
 @dataclass(frozen=True)
-class Packed(PackedWeight):
-    """Codes of 4 or 8 bits in the kernels' order; inputs in half precision."""
-
-    rounds_inputs = False
+class Packed(PackedWeight, Fused):
+    """Codes of 2 to 8 bits in the kernels' order; inputs in half precision."""
 
     @property
     def bulk(self) -> Tensor:
@@ -166,22 +161,9 @@ class Packed(PackedWeight):
         """The product as the operators take it."""
         return PackedCall(prepared(rows), self, **vars(end), **vars(hints), deferred=deferred)
 
-    def multiply(self, rows: Rows, end: Epilogue, hints: Hints, deferred: Deferred | None = None) -> Tensor:
-        return ops.linear(self.call(rows, end, hints, deferred))
-
-    def multiply_beginning(
-        self, rows: Rows, end: Epilogue, hints: Hints, norm_weight: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        return ops.linear_deferring(self.call(rows, end, hints), norm_weight)
-
-    def multiply_turning(
-        self, rows: Rows, end: Epilogue, hints: Hints, rotary: Rotary, deferred: Deferred | None = None
-    ) -> Tensor:
-        return ops.linear(replace(self.call(rows, end, hints, deferred), rotary=rotary))
-
 
 @dataclass(frozen=True)
-class Int8(Int8Weight, Plain):
+class Int8(Int8Weight):
     """int8 codes, for inputs rounded to int8."""
 
     rounds_inputs = True
@@ -197,8 +179,15 @@ class Int8(Int8Weight, Plain):
     def problem(self, m: int) -> Problem | None:
         return None
 
+    @property
+    def begins_norms(self) -> bool:
+        return False
+
     def fuses(self, activation: str) -> bool:
         return activation == "none"
+
+    def turns(self, head_dim: int) -> bool:
+        return False
 
     def multiply(self, rows: Rows, end: Epilogue, hints: Hints, deferred: Deferred | None = None) -> Tensor:
         codes, scales = ops.quantize_rows(rows)
@@ -206,9 +195,21 @@ class Int8(Int8Weight, Plain):
         y = ops.w8a8_linear(Int8Call(codes, scales, self, end.bias, end.residual, rows.x.dtype, dependent=True))
         return y.float() if end.float32_out else y
 
+    def multiply_beginning(
+        self, rows: Rows, end: Epilogue, hints: Hints, norm_weight: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Not supported."""
+        raise NotImplementedError("begins_norms is False")
+
+    def multiply_turning(
+        self, rows: Rows, end: Epilogue, hints: Hints, rotary: Rotary, deferred: Deferred | None = None
+    ) -> Tensor:
+        """Not supported."""
+        raise NotImplementedError("turns() is False")
+
 
 @dataclass(frozen=True)
-class Dense(Plain):
+class Dense(Fused):
     """A matrix (n, k) in the activations' dtype, in the layout of torch.nn.Linear."""
 
     matrix: Tensor
@@ -249,19 +250,6 @@ class Dense(Plain):
     def call(self, rows: Rows, end: Epilogue, hints: Hints, deferred: Deferred | None = None) -> DenseCall:
         """The product as the operators take it."""
         return DenseCall(prepared(rows), self.matrix, **vars(end), dependent=hints.dependent, deferred=deferred)
-
-    def multiply(self, rows: Rows, end: Epilogue, hints: Hints, deferred: Deferred | None = None) -> Tensor:
-        return ops.dense_linear(self.call(rows, end, hints, deferred))
-
-    def multiply_beginning(
-        self, rows: Rows, end: Epilogue, hints: Hints, norm_weight: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        return ops.linear_deferring(self.call(rows, end, hints), norm_weight)
-
-    def multiply_turning(
-        self, rows: Rows, end: Epilogue, hints: Hints, rotary: Rotary, deferred: Deferred | None = None
-    ) -> Tensor:
-        return ops.dense_linear(replace(self.call(rows, end, hints, deferred), rotary=rotary))
 
 
 def prepared(rows: Rows) -> Tensor:

@@ -69,8 +69,8 @@ def test_a_product_of_it_is_the_product_of_the_norm(dtype: torch.dtype) -> None:
     q += [ops.linear(PackedCall(h, turned, bias, rotary=rotaries[1], **norm))]
     assert_same(*q, dtype)
     dense, normed = make_x(40, HIDDEN, dtype), torch.nn.functional.rms_norm(h, (HIDDEN,), gamma, EPS)
-    y = ops.dense_linear(DenseCall(z, dense, deferred=deferred))
-    assert_same(y, ops.dense_linear(DenseCall(normed, dense)), dtype)
+    y = ops.linear(DenseCall(z, dense, deferred=deferred))
+    assert_same(y, ops.linear(DenseCall(normed, dense)), dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -115,7 +115,7 @@ def test_what_cannot_be_deferred_is_named() -> None:
         with pytest.raises(ValueError, match="sums of squares"):
             ops.linear(PackedCall(x, weight, deferred=Deferred(squares, EPS)))
         with pytest.raises(ValueError, match="sums of squares"):
-            ops.dense_linear(DenseCall(x, make_x(8, 256, torch.float16), deferred=Deferred(squares, EPS)))
+            ops.linear(DenseCall(x, make_x(8, 256, torch.float16), deferred=Deferred(squares, EPS)))
 
 
 def test_sums_of_squares_that_shared_memory_has_no_room_for_are_used_up_before() -> None:
@@ -178,7 +178,7 @@ def test_both_devices_take_the_same(m: int, dtype: torch.dtype) -> None:
             assert_devices_agree(y, expected.float().to(dtype))
     for activation in ("none", "silu_mul"):
         dense = DenseCall(x, make_x(40, 512, dtype, "cuda"), activation=activation, deferred=deferred)
-        assert_roughly(ops.dense_linear(dense), ops.dense_linear(on_cpu(dense)), dtype)
+        assert_roughly(ops.linear(dense), ops.linear(on_cpu(dense)), dtype)
     call = PackedCall(x, turned, bias, rotary=make_rotary(m, 1, 32, dtype, "cuda"), deferred=deferred)
     expected = ops.linear(on_cpu(call))
     assert_roughly(ops.linear(call), expected, dtype)
@@ -197,7 +197,7 @@ def block(h: Tensor, weights: list[PackedWeight], gamma: Tensor, head: Tensor, d
         inner = ops.linear(PackedCall(z, up, deferred=deferred, dependent=dependent))
         h, z, squares = ops.linear_deferring(PackedCall(inner, down, residual=h, dependent=dependent), gamma)
         deferred = Deferred(squares, EPS)
-    return ops.dense_linear(DenseCall(z, head, deferred=deferred, dependent=dependent))
+    return ops.linear(DenseCall(z, head, deferred=deferred, dependent=dependent))
 
 
 @pytest.mark.gpu

@@ -96,14 +96,14 @@ def test_on_a_cpu_it_is_torchs_product(dtype: torch.dtype, activation: str) -> N
         "quick_gelu": lambda: y * torch.sigmoid(1.702 * y),
         "silu_mul": lambda: torch.nn.functional.silu(y[:, :7]) * y[:, 7:],
     }[activation]()
-    assert torch.equal(ops.dense_linear(DenseCall(x, w, bias, activation=activation)), active)
+    assert torch.equal(ops.linear(DenseCall(x, w, bias, activation=activation)), active)
     if activation != "silu_mul":
         residual = make_x(3, 14, dtype)
-        assert torch.equal(ops.dense_linear(DenseCall(x, w, bias, residual, activation=activation)), active + residual)
-        floats = ops.dense_linear(DenseCall(x, w, bias, activation=activation, float32_out=True))
+        assert torch.equal(ops.linear(DenseCall(x, w, bias, residual, activation=activation)), active + residual)
+        floats = ops.linear(DenseCall(x, w, bias, activation=activation, float32_out=True))
         assert floats.dtype == torch.float32
         assert torch.equal(floats, active.float())
-    assert ops.dense_linear(DenseCall(x[:0], w, activation=activation)).shape == (0, active.shape[1])
+    assert ops.linear(DenseCall(x[:0], w, activation=activation)).shape == (0, active.shape[1])
 
 
 def test_what_does_not_fit_is_named() -> None:
@@ -117,7 +117,7 @@ def test_what_does_not_fit_is_named() -> None:
         ((x, w[:13]), {"activation": "silu_mul"}, "an even number of outputs, not 13"),
     ):
         with pytest.raises(ValueError, match=reason):
-            ops.dense_linear(DenseCall(*args, **options))
+            ops.linear(DenseCall(*args, **options))
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -187,7 +187,7 @@ def test_one_operator_on_two_devices(m: int, dtype: torch.dtype) -> None:
         for tail in tails:
             args = [on_cpu(value) for value in (x, w, *tail)]
             floats = [value.float() if isinstance(value, Tensor) else value for value in args]
-            expected, y = ops.dense_linear(DenseCall(*floats)), ops.dense_linear(DenseCall(x, w, *tail))
+            expected, y = ops.linear(DenseCall(*floats)), ops.linear(DenseCall(x, w, *tail))
             if tail[-1]:
                 assert y.dtype == torch.float32
                 assert (y.cpu() - expected).abs().max() <= 1e-4 * expected.abs().max()  # no rounding to halves
@@ -200,31 +200,31 @@ def test_one_operator_on_two_devices(m: int, dtype: torch.dtype) -> None:
 def test_rows_may_lie_apart(m: int) -> None:
     x, w = make_x(m, 1000, torch.float16, "cuda"), make_x(70, 1000, torch.float16, "cuda")
     inner = slice(8, 520)
-    y = ops.dense_linear(DenseCall(x[:, inner], w[:, inner]))
-    assert torch.equal(y, ops.dense_linear(DenseCall(x[:, inner].contiguous(), w[:, inner].contiguous())))
+    y = ops.linear(DenseCall(x[:, inner], w[:, inner]))
+    assert torch.equal(y, ops.linear(DenseCall(x[:, inner].contiguous(), w[:, inner].contiguous())))
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("m", [1, 12, 64])
 def test_the_same_bits_every_time(m: int) -> None:
     x, w = make_x(m, 8192, torch.float16, "cuda"), make_x(512, 8192, torch.float16, "cuda")
-    first = ops.dense_linear(DenseCall(x, w))
-    assert all(torch.equal(first, ops.dense_linear(DenseCall(x, w))) for _ in range(20))
+    first = ops.linear(DenseCall(x, w))
+    assert all(torch.equal(first, ops.linear(DenseCall(x, w))) for _ in range(20))
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(("n", "k"), [(512, 8192), (4096, 4096), (32000, 512)])
 def test_a_row_is_the_same_in_company(n: int, k: int) -> None:
     x, w = make_x(8, k, torch.float16, "cuda"), make_x(n, k, torch.float16, "cuda")
-    alone = torch.cat([ops.dense_linear(DenseCall(x[i : i + 1], w, float32_out=True)) for i in range(8)])
+    alone = torch.cat([ops.linear(DenseCall(x[i : i + 1], w, float32_out=True)) for i in range(8)])
     for m in (2, 3, 8):
-        assert torch.equal(ops.dense_linear(DenseCall(x[:m], w, float32_out=True)), alone[:m])
+        assert torch.equal(ops.linear(DenseCall(x[:m], w, float32_out=True)), alone[:m])
 
 
 def chain(x: Tensor, weights: list[Tensor], dependent: bool) -> Tensor:
     """Products with nothing between them, so that each launch depends on the kernel before it."""
     for weight in weights:
-        x = ops.dense_linear(DenseCall(x, weight, residual=x, dependent=dependent))
+        x = ops.linear(DenseCall(x, weight, residual=x, dependent=dependent))
     return x
 
 
@@ -240,10 +240,10 @@ def test_dependent_launch_changes_nothing_in_a_captured_graph(m: int, k: int) ->
 @pytest.mark.gpu
 def test_another_stream_waits_for_nobody_else() -> None:
     x, w = make_x(3, 512, torch.float16, "cuda"), make_x(256, 512, torch.float16, "cuda")
-    assert_streams_agree(lambda: ops.dense_linear(DenseCall(x, w)))
+    assert_streams_agree(lambda: ops.linear(DenseCall(x, w)))
 
 
 @pytest.mark.gpu
 def test_misaligned_rows_are_torchs() -> None:
     x, w = make_x(3, 65, torch.float16, "cuda")[:, 1:], make_x(32, 64, torch.float16, "cuda")
-    assert torch.equal(ops.dense_linear(DenseCall(x, w)), torch.nn.functional.linear(x, w))
+    assert torch.equal(ops.linear(DenseCall(x, w)), torch.nn.functional.linear(x, w))

@@ -43,7 +43,7 @@ def test_dense_heads_are_turned_as_by_a_kernel_of_their_own(device, head_dim, m,
     bias, rotary = make_x(1, 5 * head_dim, dtype, device)[0], make_rotary(m, 2, head_dim, dtype, device)
     plain = Rotary(**{**vars(rotary), **caches_like(rotary)})
     call = DenseCall(x, w, bias, dependent=True)
-    q, wanted = ops.dense_linear(replace(call, rotary=rotary)), append(appended(ops.dense_linear(call), plain))
+    q, wanted = ops.linear(replace(call, rotary=rotary)), append(appended(ops.linear(call), plain))
     for found, expected in ((q, wanted), (rotary.k_cache, plain.k_cache), (rotary.v_cache, plain.v_cache)):
         error = (found.float() - expected.float()).abs().max()
         assert error <= 2 * torch.finfo(dtype).eps * expected.float().abs().max()
@@ -66,7 +66,7 @@ def test_heads_that_do_not_fit_are_refused(change, message) -> None:
     m, n, dtype = ({"m": 3, "n": 96, "dtype": torch.float16} | change).values()
     x, rotary = make_x(m, 64, dtype), make_rotary(3, 1, 32, torch.float16)
     with pytest.raises(ValueError, match=message):
-        ops.dense_linear(DenseCall(x, make_x(n, 64, dtype), rotary=rotary))
+        ops.linear(DenseCall(x, make_x(n, 64, dtype), rotary=rotary))
 
 
 def test_gated_linear_is_silu_of_gate_times_up() -> None:
