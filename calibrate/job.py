@@ -16,7 +16,7 @@ from lowbit.export.engines.table import fused_linears
 from lowbit.export.engines.transformers import TRANSFORMERS
 from lowbit.export.engines.verdicts import Verdicts, verdicts_of
 from lowbit.export.engines.vllm import VLLM
-from lowbit.export.formats import LogicalTensors, bytes_written, describe_schemes, require_fit
+from lowbit.export.formats import LogicalTensors, bytes_written, describe_schemes, require_fit, require_model
 from lowbit.export.plain import read_json
 from lowbit.models.devices import free_bytes
 from lowbit.models.placement import JOINED, stacked_only
@@ -230,9 +230,7 @@ def prepare(source: Source, recipe: Recipe, device: str) -> Job:
     _require_generation_config(source)
     fmt, scheme = FORMATS[recipe.format], recipe.default_scheme
     with source.checkpoint.companions() as companions:
-        unheld = fmt.reason_against_model(source.checkpoint.config, companions)
-    if unheld:
-        raise CheckpointError(f"format {fmt.name} cannot hold this model: {unheld}")
+        require_model(fmt, source.checkpoint.config, companions)
     reason = fmt.reason_against(scheme) or fmt.risk_of(scheme)
     if reason:
         raise CheckpointError(f"format {fmt.name} cannot hold {scheme}: {reason}")

@@ -12,7 +12,7 @@ from torch import Tensor
 from lowbit.errors import CheckpointError
 from lowbit.export.checkpoint import open_checkpoint, require_same_source
 from lowbit.export.format import Format, reading
-from lowbit.export.formats import LogicalTensors, require_fit
+from lowbit.export.formats import LogicalTensors, require_fit, require_model
 from lowbit.export.restate import divisor_for, largest_scale, reason_against, restated
 from lowbit.export.writer import CheckpointWriter
 from lowbit.quant.naming import parent_set
@@ -63,9 +63,7 @@ def convert(
     done = Conversion(target_schemes(source, fmt, scheme))
     _refuse_parents(source)
     _refuse_ties(source, fmt)
-    unheld = fmt.reason_against_model(source.checkpoint.config, output)
-    if unheld:
-        raise CheckpointError(f"format {fmt.name} cannot hold this model: {unheld}")
+    require_model(fmt, source.checkpoint.config, output)
     if source.cache is not None and source.cache not in fmt.caches:
         raise CheckpointError(
             f"{source.checkpoint.directory}: it has scales of a key-value cache ({source.cache}), format {fmt.name} "

@@ -4,6 +4,8 @@ import math
 from collections import Counter
 from collections.abc import Mapping
 from functools import cache, lru_cache
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +19,14 @@ from lowbit.export.tensorfile import Spec, nbytes_of
 from lowbit.quant.naming import joined_set
 from lowbit.quant.qtensor import QTensor
 from lowbit.quant.scheme import Scheme
+
+
+def require_model(fmt: Format, config: Mapping[str, Any], companions: Path) -> None:
+    """Raise CheckpointError with the reason if `fmt` cannot hold the model of `config`, whose other files lie in
+    `companions`."""
+    reason = fmt.reason_against_model(config, companions)
+    if reason:
+        raise CheckpointError(f"format {fmt.name} cannot hold this model: {reason}")
 
 
 def require_fit(fmt: Format, schemes: Mapping[str, Scheme], shapes: Mapping[str, tuple[int, int]]) -> None:
