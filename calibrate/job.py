@@ -7,20 +7,17 @@ from functools import cached_property
 
 import torch
 
+from lowbit.calibrate.caveats import Intent, caveats_of
 from lowbit.calibrate.mixtures import Mixed
 from lowbit.calibrate.plan import Plan, make_plan
 from lowbit.errors import CheckpointError
 from lowbit.export.checkpoint import Checkpoint
 from lowbit.export.dialects import FORMATS, readable
 from lowbit.export.engines.table import fused_linears
-from lowbit.export.engines.transformers import TRANSFORMERS
 from lowbit.export.engines.verdicts import Verdicts, verdicts_of
-from lowbit.export.engines.vllm import VLLM
-from lowbit.export.formats import LogicalTensors, bytes_written, describe_schemes, require_fit, require_model
+from lowbit.export.formats import LogicalTensors, bytes_written, require_fit, require_model
 from lowbit.export.plain import read_json
 from lowbit.models.devices import free_bytes
-from lowbit.models.placement import JOINED, stacked_only
-from lowbit.models.rehearsal import reader_of_weights
 from lowbit.models.skeleton import Block, LinearSpec, Skeleton, open_skeleton, tied_weights
 from lowbit.models.source import Source
 from lowbit.quant.recipe import Recipe
@@ -142,65 +139,7 @@ class Job:
 
     def caveats(self) -> dict[str, tuple[str, ...]]:
         """The same, with the names of the engines (export/engines) that therefore cannot load the result."""
-        quantized = [
-            (spec, self.plan.schemes[name]) for name, spec in self.linears.items() if name in self.plan.schemes
-        ]
-        reader, default = reader_of_weights(self.skeleton, self.plan.schemes), self.recipe.default_scheme
-        seqlen, positions = self.recipe.seqlen, self.source.positions
-        fmt = FORMATS[self.recipe.format]
-        conv1d = [scheme for spec, scheme in quantized if spec.transposed and spec.placement.expert is None]
-        plain = any(scheme.inputs is not None or not scheme.number.is_integer for scheme in conv1d)
-        neither = "reads the checkpoint, transformers and vLLM will not"  # vLLM turns what is called a weight
-        fused = any(spec.placement.expert is not None and scheme.inputs is not None for spec, scheme in quantized)
-        experts = {spec.name: spec.placement for spec, _ in quantized if spec.placement.expert is not None}
-        by_turns = any(name.endswith(f".{JOINED}") for name in experts)
-        static = default.static_inputs and default.number.is_integer
-        joined = fmt.package == "compressed-tensors" and any(
-            place.conversion is not None and place.conversion.of_weights for place in self.skeleton.placed().values()
-        )
-        held = self.skeleton.tensors.schemes
-        found: dict[str, tuple[bool, tuple[str, ...]]] = {
-            "head and embeddings are one tensor in the model and two in the checkpoint, since no engine ties quantized "
-            "ones: config.json says so": (self.plan.unties, ()),
-            "transformers 5.23 does not load quantized embeddings: it stops, or runs random ones (dequantize=True)": (
-                self.plan.embeddings is not None,
-                (TRANSFORMERS.name,),
-            ),
-            "vLLM 0.32 loads quantized embeddings only of the model classes that name them to it (Qwen2 and 3, Gemma, "
-            "DeepSeek, gpt-oss, ...; not Llama): others stop while loading": (self.plan.embeddings is not None, ()),
-            f"the model is quantized itself, as {describe_schemes(held)}: its dequantized weights are the original "
-            "here": (bool(held), ()),
-            f"calibration windows of {seqlen} tokens are longer than the {positions} positions that the model "
-            "supports; statistics beyond them do not match real use": (seqlen > (positions or seqlen), ()),
-            "this family stores its weights transposed (Conv1D), which compressed-tensors readers do not know: "
-            f"lowbit {neither if plain else 'and vLLM read the checkpoint, transformers will not'}": (
-                bool(conv1d),
-                (TRANSFORMERS.name, VLLM.name) if plain else (TRANSFORMERS.name,),
-            ),
-            f"transformers needs CompressedTensorsConfig(dequantize=True) to load it: {reader} reads weights "
-            "of its linears itself": (reader is not None, (TRANSFORMERS.name,)),
-            "static int8 activations lose much quality on such models (2 to 3 times the perplexity, measured on "
-            "Llama 2): --activations token is almost as fast": (static, ()),
-            "transformers keeps experts fused and does not load those whose inputs are quantized; vLLM does": (
-                fused,
-                (TRANSFORMERS.name,),
-            ),
-            "transformers has no names for this family's experts one by one and would run random ones: lowbit reads "
-            "the checkpoint, and vLLM does where it knows the family": (
-                stacked_only(self.skeleton.model, experts),
-                (TRANSFORMERS.name,),
-            ),
-            "vLLM 0.32 skips packed experts whose gate and up share a matrix (gpt-oss) and would run random ones: "
-            "lowbit reads the checkpoint; --ignore 're:\\.experts\\.' leaves them in 16 bits, which vLLM loads": (
-                by_turns,
-                (VLLM.name,),
-            ),
-            "transformers joins or splits weights of this family as it loads them, and cannot where any is packed: "
-            "lowbit reads the checkpoint, and vLLM does where it knows the family": (joined, (TRANSFORMERS.name,)),
-        }
-        caveat = fmt.caveat(default)
-        kept = {text: engines for text, (holds, engines) in found.items() if holds}
-        return kept | ({caveat: ()} if caveat else {})
+        return caveats_of(Intent(self.skeleton, self.recipe, self.plan, self.source.positions))
 
 
 def scale_dtype_of(recipe: Recipe, dtype: torch.dtype) -> torch.dtype:
