@@ -1,11 +1,11 @@
 """Seconds per gigabyte of `lowbit.quantize(method="rtn")` by stage: the cost of everything but calibration.
 
-    python -m benchmarks.bench_rtn [--shape 7B] [--layers 2] [--repeats 3] [--devices cpu cuda] [--commit HASH]
-                                   [--output FILE]
+    python -m benchmarks.bench_rtn [--shape 7B] [--layers 2] [--repeats 3] [--devices cpu cuda] [--folder DIR]
+                                   [--commit HASH] [--output FILE]
 
 A model of the shape of Llama-3.2-1B or Llama-2-7B with random bfloat16 weights, warm in the page cache; its loss is not
 measured. One row for each device: the run of the median wall time, with the wall time of each stage, and the wall
-times of all. Rows are added to the file.
+times of all. Rows are added to the file. A model in --folder is made once and kept; with --repeats 0 it is only made.
 """
 
 import argparse
@@ -47,18 +47,30 @@ GPU = torch.cuda.is_available()
 
 def main() -> None:
     args = parse()
-    with tempfile.TemporaryDirectory() as folder:
-        source = make_model(Path(folder) / "model", args.shape, args.layers)
-        nbytes = sum(path.stat().st_size for path in source.glob("*.safetensors"))
+    with tempfile.TemporaryDirectory(dir=args.folder) as folder:
+        source = (args.folder or Path(folder)) / "model"
+        if not source.exists():
+            make_model(source, args.shape, args.layers)
+        nbytes = warmed(source)
         model = {"shape": args.shape, "layers": args.layers or "all", "source_gb": round(nbytes / 1e9, 3)}
-        for device in args.devices:
+        for device in args.devices if args.repeats else ():
             load = round(os.getloadavg()[0], 1)  # of a minute, before our own
             runs = [run(source, Path(folder) / "out", device) for _ in range(args.repeats)]
             row = {"method": "rtn"} | model | median(runs) | about(device) | {"load": load, "commit": args.commit}
-            print(json.dumps(row))
+            print(json.dumps(row), flush=True)
             if args.output:
                 with args.output.open("a") as file:
                     file.write(json.dumps(row) + "\n")
+
+
+def warmed(source: Path) -> int:
+    """Bytes of the model's weights, which are in the page cache afterwards."""
+    nbytes = 0
+    for path in source.glob("*.safetensors"):
+        with path.open("rb") as file:
+            while piece := len(file.read(1 << 24)):
+                nbytes += piece
+    return nbytes
 
 
 def median(runs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -72,7 +84,7 @@ def about(device: str) -> dict[str, Any]:
     return {
         "gpu": torch.cuda.get_device_name() if device == "cuda" else None,
         "cpu": cpu_name(),
-        "cores": os.cpu_count(),
+        "cores": len(os.sched_getaffinity(0)),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
@@ -85,13 +97,14 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--layers", type=int, help="less than the shape has")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--devices", nargs="+", default=["cuda" if GPU else "cpu"])
+    parser.add_argument("--folder", type=Path, help="an existing directory for the model and the results")
     parser.add_argument("--commit", default="unknown")
     parser.add_argument("--output", type=Path)
     return parser.parse_args()
 
 
 def make_model(directory: Path, shape: str, layers: int | None) -> Path:
-    """A checkpoint with random weights; its shards are in the page cache, as they were just written."""
+    """A checkpoint with random weights."""
     changes = {"num_hidden_layers": layers} if layers else {}
     config = transformers.LlamaConfig(**SHARED | SHAPES[shape] | changes)
     with torch.device("cuda" if GPU else "cpu"):

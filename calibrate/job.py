@@ -139,6 +139,11 @@ class Job:
 
     def caveats(self) -> dict[str, tuple[str, ...]]:
         """The same, with the names of the engines (export/engines) that therefore cannot load the result."""
+        return self._caveats
+
+    @cached_property
+    def _caveats(self) -> dict[str, tuple[str, ...]]:
+        """Cached: dry runs of the model's code take a second."""
         return caveats_of(Intent(self.skeleton, self.recipe, self.plan, self.source.positions))
 
 

@@ -73,7 +73,7 @@ def run(
     write_text(output / "recipe.toml", result.recipe.to_toml())
     write_json(output / "quantization_report.json", report_of(job.source, result, job.mixture, job.caveats()))
     writer.finish(_config(job))  # a container with one file has these two in it
-    result.output_bytes = writer.verify(output)
+    result.output_bytes, result.output_sums = writer.verify(output)
     require_same_source(job.source.checkpoint, sums)
     if finished:
         fmt.container.seal(output)

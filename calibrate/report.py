@@ -72,8 +72,9 @@ class Stopwatch:
 class Result:
     """Results of a run: plan, recipe (with the calibration hash), one report per block.
 
-    distilled  divergence from the unquantized model in nats per token, before each step of distillation
-    vocabulary  report rows of head and embeddings, if they are quantized, by name
+    distilled    divergence from the unquantized model in nats per token, before each step of distillation
+    vocabulary   report rows of head and embeddings, if they are quantized, by name
+    output_sums  SHA-256 of the files with weights as they were read back, by name
     """
 
     plan: Plan
@@ -84,6 +85,7 @@ class Result:
     vocabulary: dict[str, dict[str, Any]] = field(default_factory=dict)
     source_bytes: int = 0
     output_bytes: int = 0
+    output_sums: dict[str, str] = field(default_factory=dict)
 
 
 def report_of(

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from lowbit.calibrate.job import Job, stays
 from lowbit.calibrate.outcome import BlockOutcome
 from lowbit.calibrate.vocabulary import VocabularyWeight, head_name, rounded, row_of
 from lowbit.errors import CheckpointError
-from lowbit.export.checkpoint import open_checkpoint
+from lowbit.export.checkpoint import open_checkpoint, sha256_of
 from lowbit.export.formats import LogicalTensors
 from lowbit.export.survey import checked, count_broken
 from lowbit.export.tensorfile import raw_bytes
@@ -100,11 +101,12 @@ class RecordingWriter:
         plan, recipe = self._job.plan, self._job.recipe
         self._writer.finish(config, plan.written, engine_names(plan.left), recipe.kv_cache)
 
-    def verify(self, output: Path) -> int:
-        """Read every tensor back and compare its digest. Returns the bytes of the weights on disk."""
+    def verify(self, output: Path) -> tuple[int, dict[str, str]]:
+        """Read every tensor back and compare its digest. Returns the bytes of the weights on disk, and the SHA-256 of
+        their files by name."""
         written = open_checkpoint(output, finished=False)
         logical = LogicalTensors(written)
-
+        paths = sorted({entry.path for entry in written.entries.values()})
         scales = logical.cache_scales()
 
         def found_in(name: str) -> str:
@@ -114,14 +116,15 @@ class RecordingWriter:
                 return _digest((written.read(name),))
             return _digest_of(logical.qtensor(name))
 
-        with ahead(found_in, self._meant, WORKERS) as digests:
+        with ThreadPoolExecutor(WORKERS) as pool, ahead(found_in, self._meant, WORKERS) as digests:
+            sums = {path.name: pool.submit(sha256_of, path) for path in paths}
             for number, ((name, meant), found) in enumerate(zip(self._meant.items(), digests, strict=True), 1):
                 tell(Step("reading the files back", number, len(self._meant)))
                 if found != meant:
                     raise CheckpointError(
                         f"{output}: {name} does not read back as it was written; the disk may be failing"
                     )
-        return written.nbytes
+            return written.nbytes, {name: digest.result() for name, digest in sums.items()}
 
 
 def _biases(block: Block, parameter: str, value: Tensor, weights: dict[str, QTensor]) -> dict[str, Tensor]:

@@ -193,15 +193,18 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
 
 
-def write_sums(directory: Path, meant: Mapping[str, str] = MappingProxyType({})) -> None:
+def write_sums(
+    directory: Path, meant: Mapping[str, str] = MappingProxyType({}), read: Mapping[str, str] = MappingProxyType({})
+) -> None:
     """Write SHA256SUMS over every file of `directory`, in the format of `sha256sum -c`.
 
     meant  SHA-256 of files as they were written, by name; CheckpointError if one reads back differently
+    read   SHA-256 of files as they were read back, by name: they are not read again
     """
     files = {str(path.relative_to(directory)): path for path in directory.rglob("*") if path.is_file()}
-    named = [name for name in files if name != SUMS_NAME]
+    named = [name for name in files if name not in (SUMS_NAME, *read)]
     with ahead(sha256_of, [files[name] for name in named], WORKERS) as found:
-        sums = dict(zip(named, found, strict=True))
+        sums = dict(zip(named, found, strict=True)) | dict(read)
     for name, digest in meant.items():
         if sums[name] != digest:
             raise CheckpointError(f"{directory / name}: does not read back as it was written; the disk may be failing")
@@ -212,12 +215,17 @@ def _say_sums(directory: Path, sums: Mapping[str, str]) -> None:
     write_text(directory / SUMS_NAME, "".join(f"{sums[name]}  {name}\n" for name in sorted(sums)))
 
 
-def seal(directory: Path, container: Container, meant: Mapping[str, str] = MappingProxyType({})) -> None:
+def seal(
+    directory: Path,
+    container: Container,
+    meant: Mapping[str, str] = MappingProxyType({}),
+    read: Mapping[str, str] = MappingProxyType({}),
+) -> None:
     """Make a written directory a checkpoint: SHA256SUMS over all its files and, last of all, its head's name.
 
-    meant  as in `write_sums`
+    meant, read  as in `write_sums`
     """
-    write_sums(directory, meant)
+    write_sums(directory, meant, read)
     container.seal(directory)
 
 

@@ -4,19 +4,21 @@ import hashlib
 import os
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from itertools import cycle
 from pathlib import Path
 from threading import Lock
 
 import torch
 from torch import Tensor
 
+from lowbit.ahead import Behind, fewer_threads
 from lowbit.errors import CheckpointError, Unfinished
 from lowbit.export.checkpoint import Checkpoint, verify_checksums
 from lowbit.export.files import changed, identity_of, open_regular
 from lowbit.export.tensorfile import TensorEntry
 
 PIECE = 1 << 22  # bytes per read; a multiple of every dtype's size
-READERS = 4  # concurrent files: hashing takes one core each, and disks need several requests
+READERS = 4  # concurrent files: hashing takes one core each and counting another, and disks need several requests
 
 
 def survey(checkpoint: Checkpoint, on_bytes: Callable[[int], None] = lambda count: None) -> dict[str, str]:
@@ -36,7 +38,7 @@ def survey(checkpoint: Checkpoint, on_bytes: Callable[[int], None] = lambda coun
         with told:
             on_bytes(count)
 
-    with ThreadPoolExecutor(READERS) as readers:
+    with ThreadPoolExecutor(READERS) as readers, fewer_threads(READERS):
         read = list(readers.map(lambda path: _read(path, files[path], tell), files))
     sums = {path.name: digest for path, (digest, _) in zip(files, read, strict=True)}
     verify_checksums(checkpoint, sums)
@@ -48,16 +50,17 @@ def survey(checkpoint: Checkpoint, on_bytes: Callable[[int], None] = lambda coun
 
 def _read(path: Path, entries: Iterable[TensorEntry], tell: Callable[[int], None]) -> tuple[str, str | None]:
     """The SHA-256 of a file, and a complaint about its first tensor with bad values, or None."""
-    digest, complaint, buffer = hashlib.sha256(), None, bytearray(PIECE)
-    with open_regular(path) as file:
+    digest, complaint = hashlib.sha256(), None
+    buffers = cycle((bytearray(PIECE), bytearray(PIECE)))
+    with open_regular(path) as file, Behind() as behind:  # a piece is hashed while the next one is read
         for entry in sorted(entries, key=lambda entry: (entry.offset, entry.nbytes)):
-            digest.update(file.read(entry.offset - file.tell()))
+            behind(digest.update, file.read(entry.offset - file.tell()))
             broken, left = 0, entry.nbytes
             while left:
-                piece = memoryview(buffer)[: min(left, PIECE)]
+                piece = memoryview(next(buffers))[: min(left, PIECE)]
                 if file.readinto(piece) != len(piece):  # type: ignore[attr-defined]
                     raise Unfinished(changed(path))
-                digest.update(piece)
+                behind(digest.update, piece)
                 broken += count_broken(torch.frombuffer(piece, dtype=torch.uint8).view(entry.dtype))
                 left -= len(piece)
                 tell(len(piece))

@@ -434,5 +434,5 @@ def _write_papers(
     write_card(staging, facts, tensors, original)
     if measured.rows and is_there("matplotlib"):
         write_text(staging / "report.html", render(facts, "html"))
-    seal(staging, FORMATS[result.recipe.format].container, meant)
+    seal(staging, FORMATS[result.recipe.format].container, meant, result.output_sums)
     return tuple(each["reader"] for each in facts["use"])

@@ -159,6 +159,15 @@ def test_sums_are_what_sha256sum_checks(tmp_path):
     assert verify_checksums(open_checkpoint(tmp_path)) == 2
 
 
+def test_a_file_that_was_read_back_is_not_read_again(tmp_path):
+    model(tmp_path, 2)
+    known = "model-00001-of-00002.safetensors"
+    write_sums(tmp_path, read={known: "0" * 64})
+    assert f"{'0' * 64}  {known}\n" in (tmp_path / "SHA256SUMS").read_text()
+    with pytest.raises(CheckpointError, match=known):
+        write_sums(tmp_path, meant={known: "1" * 64}, read={known: "0" * 64})
+
+
 def flip(path: Path, byte: int = -1) -> None:
     raw = bytearray(path.read_bytes())
     raw[byte] ^= 1
