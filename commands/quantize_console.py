@@ -191,8 +191,9 @@ class Printer:
         self.display.line(f"{done.recipe.method}, {describe_schemes(done.plan.schemes)}, in {clock(done.seconds)}")
         ways = [way.format(done.output) for engine, way in WAYS.items() if engine in done.readers]
         self.lines("use", *(ways or ["no engine has kernels for all of it: see the model card"]))
-        page = [f"{done.output}/report.html"] if done.scores else []
-        self.lines("look", *page, f"{done.output}/README.md", f"{done.output}/recipe.toml")
+        if done.output is not None and done.output.is_dir():
+            page = [f"{done.output}/report.html"] if done.scores else []
+            self.lines("look", *page, f"{done.output}/README.md", f"{done.output}/recipe.toml")
         if done.pushed is not None:
             self.display.line(describe_pushed(done.pushed))
 

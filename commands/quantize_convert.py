@@ -21,7 +21,11 @@ def main() -> None:
 
 PARTS: Parts = {
     FIRST: (
-        click.option("--format", "format_name", help=f"Write this format: {', '.join(FORMATS)}.  [default: its own]"),
+        click.option(
+            "--format",
+            "format_name",
+            help=f"Write this format: {', '.join(FORMATS)}.  [default: what OUTPUT asks for, its own]",
+        ),
         click.option(
             "--scheme",
             help="Store weights in this scheme, which holds the same values: nvfp4-a16 or fp8-block for MXFP4.  "
@@ -32,7 +36,13 @@ PARTS: Parts = {
 }
 
 
-@click.command(**frame("lowbit convert demo-awq demo-gptq --format gptq"))
+@click.command(
+    **frame(
+        "lowbit convert demo-awq demo-gptq --format gptq",
+        "lowbit convert demo-w4 demo.gguf",
+        "lowbit convert model.gguf model-w4",
+    )
+)
 @click.argument("checkpoint")
 @click.argument("output", type=click.Path(path_type=Path))
 @by_part(PARTS)

@@ -56,7 +56,7 @@ PARTS: Parts = {
             "-o",
             "--output-dir",
             type=PATH,
-            help="Write the result to this path, a new directory.  [default: none, for a dry run]",
+            help="Write the result to this path, a new directory or a .gguf file.  [default: none, for a dry run]",
         ),
         click.option(
             "--scheme",

@@ -36,10 +36,12 @@ class Container(ABC):
 
     head     name of the file that every checkpoint in this container has
     weights  name patterns of the files that hold tensors
+    suffix   of an output that is the head alone; empty if the head is no whole checkpoint
     """
 
     head: str
     weights: tuple[str, ...]
+    suffix: str = ""
 
     @abstractmethod
     def read(self, directory: Path, head: Path) -> tuple[dict[str, Any], dict[str, TensorEntry]]:
@@ -66,6 +68,10 @@ class Container(ABC):
     def head_in(self, directory: Path, finished: bool = True) -> Path:
         """The head's path in `directory`."""
         return directory / (self.head if finished else self.head + UNFINISHED)
+
+    def alone(self, output: Path) -> str | None:
+        """The head's name if `output` asks for it alone, as one file."""
+        return self.head if self.suffix and output.suffix == self.suffix else None
 
     def seal(self, directory: Path) -> None:
         """Give the head its final name, the last step of writing a checkpoint."""

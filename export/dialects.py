@@ -1,5 +1,8 @@
 """The dialects of quantized checkpoints, one line each, and what follows from them."""
 
+from pathlib import Path
+
+from lowbit.errors import RecipeError, nearest
 from lowbit.export.awq import AWQ
 from lowbit.export.compressed_tensors import COMPRESSED_TENSORS
 from lowbit.export.container import Container
@@ -22,6 +25,24 @@ def readable() -> tuple[Format, ...]:
 def containers() -> tuple[Container, ...]:
     """All containers of the formats, each once. The first that recognises a directory reads it."""
     return tuple(dict.fromkeys(fmt.container for fmt in readable()))
+
+
+def format_of(output: Path) -> Format | None:
+    """The format that the name of `output` asks for, as one file; None if it is a directory's."""
+    return next((fmt for fmt in WRITTEN if fmt.container.alone(output)), None)
+
+
+def named_format(output: Path | None, name: str | None) -> str | None:
+    """The name of the format to write: `name`, or what the name of `output` asks for. None if neither says one.
+
+    RecipeError for an unknown name, and if the two contradict each other.
+    """
+    asked = None if output is None else format_of(output)
+    if name is not None and name not in FORMATS:
+        raise RecipeError(f"unknown format {name!r}; {nearest(name, FORMATS)}")
+    if asked is not None and name not in (None, asked.name):
+        raise RecipeError(f"{output}: a file of format {asked.name}, but the format is to be {name}; name a directory")
+    return name if asked is None else asked.name
 
 
 def weight_files() -> tuple[str, ...]:

@@ -87,6 +87,11 @@ def read_text(path: Path, most: int = MOST_BYTES) -> str:
         raise CheckpointError(f"{path}: not UTF-8 text (byte {error.start})") from error
 
 
+def require_regular(path: Path) -> None:
+    """Raise CheckpointError if there is a pipe, a device or the like at `path`, or a link to one."""
+    _require_regular(path, path.stat().st_mode)
+
+
 def _require_regular(path: Path, mode: int) -> None:
     if not stat.S_ISREG(mode):
         raise CheckpointError(f"{path}: {KINDS.get(stat.S_IFMT(mode), 'something else')}, where a file is expected")

@@ -1,4 +1,4 @@
-"""Atomic creation of output directories: complete or absent.
+"""Atomic creation of outputs, directories or single files: complete or absent.
 
 All other files and directories that a run creates start with a dot and the output's name:
 
@@ -14,7 +14,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -26,12 +26,19 @@ from lowbit.export.snapshot import refuse_to_write_into
 
 TAKEN = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR)
 CANNOT_SWAP = (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP)
+CANNOT_LINK = (errno.ENOSYS, errno.EPERM, errno.EOPNOTSUPP, errno.EMLINK)
 RENAME_EXCHANGE = 2
 
 
-def refuse_output(output: Path, overwrite: bool) -> None:
+def refuse_output(output: Path, overwrite: bool, alone: bool = False) -> None:
     """Raise CheckpointError if `output` cannot become the result: a file, a mount point, not empty, or others'
-    (`refuse_to_write_into`)."""
+    (`refuse_to_write_into`).
+
+    alone  the result is a single file
+    """
+    if alone:
+        _refuse_file(output, overwrite)
+        return
     if output.exists() and not output.is_dir():
         raise CheckpointError(f"{output}: a file is in the way; name another output directory")
     if output.is_dir() and _is_mount_point(place_of(output)):
@@ -41,11 +48,20 @@ def refuse_output(output: Path, overwrite: bool) -> None:
     refuse_to_write_into(output)
 
 
-def refuse_to_replace(output: Path, source: Path) -> None:
-    """Raise CheckpointError if writing `output` would delete the model in `source`, there or below."""
-    target, original = output.resolve(), source.resolve()
-    if target == original or target in original.parents:
-        raise CheckpointError(f"{output}: the original model is there ({source}); name another directory")
+def _refuse_file(output: Path, overwrite: bool) -> None:
+    if output.exists() and not output.is_file():
+        raise CheckpointError(f"{output}: no file, and cannot become one; name another")
+    if output.exists() and not overwrite:
+        raise CheckpointError(f"{output}: exists; pass --overwrite to replace it, or name another file")
+    refuse_to_write_into(output.parent)
+
+
+def refuse_to_replace(output: Path, *sources: Path) -> None:
+    """Raise CheckpointError if writing `output` would delete the model in one of `sources`, there or below."""
+    for source in sources:
+        target, original = output.resolve(), source.resolve()
+        if target == original or target in original.parents:
+            raise CheckpointError(f"{output}: the original model is there ({source}); name another place")
 
 
 def require_space(output: Path, nbytes: int) -> None:
@@ -93,21 +109,25 @@ def only_run(output: Path) -> Iterator[None]:
 
 
 @contextmanager
-def staged(output: Path, overwrite: bool) -> Iterator[Path]:
+def staged(output: Path, overwrite: bool, alone: str | None = None) -> Iterator[Path]:
     """A temporary sibling of `output` that becomes `output` if the block succeeds, and is deleted if it fails.
+
+    alone  name of the file in it that becomes `output` in its place
 
     An existing `output` stays until then. Without `overwrite`, an `output` that appears during the run is kept, and the
     result stays under another name. A killed process leaves the sibling, which has no config.json; the next run to the
     same output deletes it.
     """
     with only_run(output):
-        refuse_output(output, overwrite)
+        refuse_output(output, overwrite, alone is not None)
         place = place_of(output)
         staging = _sibling(place, "partial")
-        with _truthful(output, staging.stat().st_ino):
+        result, inodes = staging if alone is None else staging / alone, {staging.stat().st_ino}
+        with _truthful(output, inodes):
             try:
                 yield staging
-                _publish(staging, place, overwrite)
+                inodes.add(result.stat().st_ino)
+                _publish(result, place, overwrite)
             except OSError as error:
                 if error.errno in (errno.ENOSPC, errno.EDQUOT):
                     raise Unfinished(f"{output}: the disk is full ({error}); nothing was written") from error
@@ -126,12 +146,12 @@ def told_whole(output: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _truthful(output: Path, inode: int) -> Iterator[None]:
-    """The same if `output` is the directory with that inode number. Otherwise an interrupt is passed on."""
+def _truthful(output: Path, inodes: Container[int]) -> Iterator[None]:
+    """The same if `output` has one of those inode numbers. Otherwise an interrupt is passed on."""
     try:
         yield
     except KeyboardInterrupt:
-        if output.exists() and output.stat().st_ino == inode:
+        if output.exists() and output.stat().st_ino in inodes:
             with told_whole(output):
                 raise
         raise
@@ -164,23 +184,40 @@ def _put_in_order(place: Path) -> None:
         shutil.rmtree(stale, ignore_errors=True)
 
 
-def _publish(staging: Path, place: Path, overwrite: bool) -> None:
-    """Rename `staging` to `place`. A directory replaced by --overwrite ends up at `staging`, or is deleted."""
-    sync(staging)
-    if overwrite and place.is_dir() and any(place.iterdir()):
-        _swap(staging, place)
+def _publish(result: Path, place: Path, overwrite: bool) -> None:
+    """Rename `result`, a directory or a file, to `place`. A directory replaced by --overwrite ends up at `result`, or
+    is deleted."""
+    sync(result)
+    if overwrite and place.is_file():
+        result.replace(place)
+    elif overwrite and place.is_dir() and any(place.iterdir()):
+        _swap(result, place)
     else:
         try:
-            staging.rename(place)
+            _rename_to_new(result, place)
         except OSError as error:
             if error.errno not in TAKEN:
                 raise
             aside = _sibling(place, "result")
-            staging.rename(aside)
+            kept = aside / place.name if result.is_file() else aside
+            result.rename(kept)
             raise Unfinished(
-                f"{place}: something was put there during the run, and stays; the finished checkpoint is in {aside}"
+                f"{place}: something was put there during the run, and stays; the finished checkpoint is in {kept}"
             ) from error
     sync(place.parent)
+
+
+def _rename_to_new(result: Path, place: Path) -> None:
+    """Rename `result` to `place`. OSError if there is a file or a directory that is not empty."""
+    if result.is_file():  # rename would replace a file
+        try:
+            os.link(result, place)
+        except OSError as error:
+            if error.errno not in CANNOT_LINK or place.exists():
+                raise
+            result.rename(place)
+    else:
+        result.rename(place)
 
 
 def _swap(staging: Path, place: Path) -> None:

@@ -18,7 +18,9 @@ from transformers.models.auto.modeling_auto import (
 from lowbit.errors import CheckpointError, UsageError, nearest
 from lowbit.export.checkpoint import Checkpoint, open_checkpoint
 from lowbit.export.dialects import weight_files
+from lowbit.export.files import require_regular
 from lowbit.export.formats import FLOAT8
+from lowbit.export.gguf.container import GGUF
 from lowbit.export.limits import limited
 from lowbit.export.plain import read_json, write_json
 from lowbit.export.sharded import CONFIG_NAME
@@ -34,7 +36,6 @@ PROCESSOR_LIMITS = (4 << 30, 60.0)  # bytes and seconds, to load a processor or 
 PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
 MOST_PLACES = 1 << 16  # tokens of an image; large ones have thousands
 DEMO = "demo"
-GGUF_SUFFIX = ".gguf"
 HUB_FILES: tuple[str, ...] = (
     "*.json",
     "*.jinja",
@@ -167,7 +168,8 @@ def model_directory(name: str, trust_remote_code: bool = False, revision: str | 
         raise UsageError(f"--revision {revision}: {name} is no model of the hub; only those have revisions")
     if Path(name).is_dir():
         return Path(name)
-    if Path(name).suffix == GGUF_SUFFIX and Path(name).is_file():
+    if Path(name).suffix == GGUF.suffix and Path(name).exists():
+        require_regular(Path(name))
         return directory_of(Path(name))
     if name == DEMO:
         return made_before() or download_if_it_answers(BASE_MODEL, DEMO_FILES) or demo_model_dir()
@@ -180,7 +182,7 @@ def _refuse_path(name: str) -> None:
     path = Path(name)
     if path.is_file():
         raise CheckpointError(
-            f"{name}: a file; a model is a directory with config.json and *.safetensors, or a *{GGUF_SUFFIX}: name the "
+            f"{name}: a file; a model is a directory with config.json and *.safetensors, or a *{GGUF.suffix}: name the "
             "directory"
         )
     if name.startswith((".", "/", "~")) or name.endswith("/") or name.count("/") > 1:

@@ -1,7 +1,7 @@
 """The container of GGUF: model.gguf with everything that llama.cpp needs, and the model's other files in its directory.
 
-The file is complete by itself. config.json and the tokenizer's files stay in the directory, so that transformers and
-lowbit read the same configuration that the model had.
+The file is complete by itself, and is the whole output if that is named *.gguf. config.json and the tokenizer's files
+stay in the directory, so that transformers and lowbit read the same configuration that the model had.
 
 Tensors are gathered in a safetensors file and copied into the GGUF in its order: its header comes first and has the
 experts of a layer in one tensor.
@@ -46,6 +46,7 @@ class Gguf(Container):
 
     head = HEAD_NAME
     weights = ("*.gguf",)
+    suffix = ".gguf"
 
     def read(self, directory: Path, head: Path) -> tuple[dict[str, Any], dict[str, TensorEntry]]:
         """config.json with the block type of every quantized linear, and the tensors under transformers' names.

@@ -6,13 +6,14 @@ from pathlib import Path
 from lowbit.api.shared import PAPERS_BYTES
 from lowbit.arguments import typed
 from lowbit.calibrate.plan import unquantized_linears
-from lowbit.errors import RecipeError, nearest
+from lowbit.errors import RecipeError
 from lowbit.evaluation.report.card import convert_card
 from lowbit.export.checkpoint import open_checkpoint, seal, verify_checksums
 from lowbit.export.compressed_tensors import COMPRESSED_TENSORS
 from lowbit.export.convert import Conversion
 from lowbit.export.convert import convert as convert_weights
-from lowbit.export.dialects import FORMATS
+from lowbit.export.dialects import FORMATS, format_of, named_format
+from lowbit.export.format import Format
 from lowbit.export.formats import LogicalTensors
 from lowbit.export.staging import refuse_output, refuse_to_replace, require_space, staged
 from lowbit.export.writer import carry_along
@@ -62,7 +63,9 @@ def convert(
     >>> lowbit.convert("my-model-w4", "my-model-gptq", format="gptq").conversion.exact
     14
 
-    format          "compressed-tensors", "gptq", "awq", "fp8", ...; None for its own, or "compressed-tensors"
+    output          the directory to write, or the file NAME.gguf
+    format          "compressed-tensors", "gptq", "awq", "fp8", ...; None for what `output` asks for, or its own, or
+                    "compressed-tensors"
     scheme          of all quantized linears ("nvfp4-a16" for an MXFP4 model); None for their own
     max_shard_size  bytes of the largest weight file
     revision        branch, tag or commit of a hub id
@@ -70,22 +73,18 @@ def convert(
     Raises RecipeError for an unknown format or scheme, CheckpointError if the format cannot hold a weight, or if the
     scheme has no such values.
     """
-    if format is None and scheme is None:
-        raise RecipeError("say what to convert to: a format, a scheme, or both")
-    if format is not None and format not in FORMATS:
-        raise RecipeError(f"unknown format {format!r}; {nearest(format, FORMATS)}")
-    wanted = _scheme_of(scheme)
     target = Path(output)
-    refuse_output(target, overwrite)
+    named = named_format(target, format)
+    wanted = _scheme_of(scheme)
+    refuse_output(target, overwrite, format_of(target) is not None)
     source = open_source(str(checkpoint), trust_remote_code, revision)
-    refuse_to_replace(target, source.directory)
+    refuse_to_replace(target, source.directory, Path(checkpoint))
     logical = LogicalTensors(source.checkpoint)
-    own = None if logical.format is None else FORMATS.get(logical.format.name)
-    fmt = FORMATS[format] if format is not None else own or COMPRESSED_TENSORS
+    fmt = FORMATS[named] if named else _default_format(logical, scheme, Path(checkpoint).is_file())
     left = unquantized_linears(open_skeleton(source), logical.schemes)
     require_space(target, int(source.checkpoint.nbytes * MARGIN) + PAPERS_BYTES)
     verify_checksums(source.checkpoint)
-    with staged(target, overwrite) as staging:
+    with staged(target, overwrite, fmt.container.alone(target)) as staging:
         carry_along(source.checkpoint, staging, with_code=trust_remote_code)
         done = convert_weights(logical, fmt, left, staging, max_shard_size, finished=False, scheme=wanted)
         assert logical.format is not None
@@ -93,6 +92,17 @@ def convert(
         convert_card(staging, source.directory, written, logical.format.name)
         seal(staging, fmt.container)
     return Converted(target, fmt.name, source.directory, logical.format.name, logical.schemes, done)
+
+
+def _default_format(logical: LogicalTensors, scheme: str | None, unpacked: bool) -> Format:
+    """The format of a conversion to a `scheme` alone: its own, if that is written; for a file that is a whole model,
+    compressed-tensors."""
+    if unpacked:
+        return COMPRESSED_TENSORS
+    if scheme is None:
+        raise RecipeError("say what to convert to: a format, a scheme, or both")
+    own = None if logical.format is None else FORMATS.get(logical.format.name)
+    return own or COMPRESSED_TENSORS
 
 
 def _scheme_of(text: str | None) -> Scheme | None:

@@ -21,7 +21,7 @@ from lowbit.calibrate.pipeline import assist, run
 from lowbit.calibrate.plan import Plan
 from lowbit.calibrate.report import BlockReport, Result
 from lowbit.calibrate.resume import Journal, journaled
-from lowbit.errors import CheckpointError, RecipeError, Unfinished, UsageError, nearest
+from lowbit.errors import CheckpointError, Unfinished, UsageError
 from lowbit.evaluation.after import MEASURES, Measured, measure, require_measures
 from lowbit.evaluation.perplexity import Score
 from lowbit.evaluation.record import record
@@ -29,7 +29,7 @@ from lowbit.evaluation.report.card import Original, original_of, write_card
 from lowbit.evaluation.report.facts import facts_of
 from lowbit.evaluation.report.page import render
 from lowbit.export.checkpoint import open_checkpoint, seal
-from lowbit.export.dialects import FORMATS
+from lowbit.export.dialects import FORMATS, format_of, named_format
 from lowbit.export.files import write_text
 from lowbit.export.formats import LogicalTensors
 from lowbit.export.recipes import read_recipe
@@ -98,7 +98,7 @@ OnEvent = Callable[[Event], None]
 class Quantized:
     """A finished run.
 
-    output        the checkpoint's directory; None after a dry run, and on ranks that do not write
+    output        the checkpoint's directory or file; None after a dry run, and on ranks that do not write
     recipe        complete, with the hash of the calibration tokens
     plan          scheme of every quantized linear; reason for every linear left in 16 bits
     blocks        one report per block
@@ -153,7 +153,7 @@ def quantize(
     True
 
     model         a directory with safetensors, a hub id, or "demo"
-    output        the directory to write; may be left out for a dry run
+    output        the directory to write, or the file NAME.gguf; may be left out for a dry run
     recipe        a Recipe, a mapping, or the path of a TOML file; `settings` override it
     settings      any key of a Recipe: method, bits, group_size, dataset, ignore, format, ...
     eval_windows  windows of held-out text to score before and after; 0 for none
@@ -170,11 +170,13 @@ def quantize(
     DatasetError for bad calibration text. Nothing half-written is left behind.
     """
     ranks.join()
-    complete = _complete(recipe, settings)
+    complete = _complete(recipe, settings, None if output is None else Path(output))
     require_measures(measures, eval_windows)
     if output is None and not dry_run:
         raise UsageError("say where to write: --output DIR")
     if push_to_hub is not None:
+        if output is not None and format_of(Path(output)) is not None:
+            raise UsageError(f"--push-to-hub uploads a directory with a card; {output} is to be one file")
         require_account(push_to_hub)  # better now than after hours of work
     target = None if output is None else Path(output)
     with watched_by(progress), _reserved(target, overwrite):
@@ -187,7 +189,7 @@ def quantize(
             source = open_source(str(model), trust_remote_code, revision)
         _tell_commit(complete, source, progress)
         if target is not None:
-            refuse_to_replace(target, source.directory)
+            refuse_to_replace(target, source.directory, Path(model))
         job = prepare(source, complete, ranks.own_device(check_device(device)))
         progress(Planned(job))
         original = original_of(source, base_model)
@@ -229,7 +231,7 @@ def _rewritten(
     device, overwrite, base_model = how
     _tell_commit(recipe, files, progress)
     if output is not None:
-        refuse_to_replace(output, files.directory)
+        refuse_to_replace(output, files.directory, Path(files.name))
     job = prepare_free(files, recipe, check_device(device))
     progress(Planned(job))
     if output is None:
@@ -238,7 +240,7 @@ def _rewritten(
     _tell_base(original, progress)
     require_space(output, job.output_bytes() + PAPERS_BYTES)
     begun = time.monotonic()
-    with staged(output, overwrite) as staging:
+    with staged(output, overwrite, job.format.container.alone(output)) as staging:
         progress(Stage("rewriting files"))
         result, digests = run_free(job, staging)
         progress(Stage("reading back what was written"))
@@ -253,20 +255,22 @@ def _reserved(output: Path | None, overwrite: bool) -> Iterator[None]:
         if output is not None:
             if ranks.leads() and output.parent.is_dir():
                 held.enter_context(only_run(output))
-            refuse_output(output, overwrite)
+            refuse_output(output, overwrite, format_of(output) is not None)
         yield
 
 
-def _complete(recipe: Recipe | Mapping[str, Any] | str | Path | None, settings: dict[str, Any]) -> Recipe:
-    """The complete recipe from `recipe` and the overriding `settings`."""
+def _complete(
+    recipe: Recipe | Mapping[str, Any] | str | Path | None, settings: dict[str, Any], output: Path | None
+) -> Recipe:
+    """The complete recipe from `recipe` and the overriding `settings`, in the format that `output` may ask for."""
     if isinstance(recipe, str | Path):
         values = read_recipe(Path(recipe))
     else:
         values = asdict(recipe) if isinstance(recipe, Recipe) else dict(recipe or {})
         values = {key: value for key, value in values.items() if value is not None}
-    complete = complete_recipe(values | settings)
-    if complete.format not in FORMATS:
-        raise RecipeError(f"unknown format {complete.format!r}; {nearest(complete.format, FORMATS)}")
+    asked = None if output is None else format_of(output)
+    complete = complete_recipe(({} if asked is None else {"format": asked.name}) | values | settings)
+    named_format(output, complete.format)
     return complete
 
 
@@ -354,7 +358,7 @@ def _written(this: _Run, output: Path, overwrite: bool, evaluation: tuple[int, t
     """Quantize, measure, and move the result to `output`."""
     begun, job = time.monotonic(), this.job
     total = len(job.skeleton.blocks)
-    with staged(output, overwrite) as staging:
+    with staged(output, overwrite, FORMATS[job.recipe.format].container.alone(output)) as staging:
         this.progress(Stage("quantizing"))
         this.progress(Step("quantizing", 0, total))
         on_block = lambda done: this.progress(BlockDone(done, total))  # noqa: E731

@@ -1,6 +1,7 @@
 """Conversion to and from GGUF keeps every weight, or says why not; a GGUF alone is a model."""
 
 import json
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +11,7 @@ import torch
 from transformers import AutoTokenizer
 
 import lowbit
-from lowbit.errors import CheckpointError
+from lowbit.errors import CheckpointError, RecipeError, UsageError
 from lowbit.export.checkpoint import open_checkpoint
 from lowbit.export.convert import express
 from lowbit.export.formats import LogicalTensors
@@ -171,3 +172,36 @@ def test_a_scaled_embedding_is_not_read_from_keys(tmp_path: Path, monkeypatch: p
     shutil.copy(output / HEAD_NAME, tmp_path / "alone.gguf")
     with pytest.raises(CheckpointError, match=r"its rotary embedding is scaled \(rope.scaling.type\)"):
         lowbit.inspect(tmp_path / "alone.gguf")
+
+
+def test_a_name_that_ends_in_gguf_is_one_file(tmp_path: Path) -> None:
+    source = quantized(tmp_path, "int4-g32")
+    there = tmp_path / "whole.gguf"
+    assert lowbit.convert(source, there).format == "gguf"
+    assert there.is_file()
+    back = lowbit.convert(there, tmp_path / "back")
+    assert (back.format, back.conversion.exact) == ("compressed-tensors", 14)
+    one, other = values(source), values(tmp_path / "back")
+    assert all(torch.equal(one[name], other[name]) for name in one if "proj" in name)
+    with pytest.raises(RecipeError, match=r"whole\.gguf: a file of format gguf, but the format is to be awq"):
+        lowbit.convert(source, there, format="awq", overwrite=True)
+    with pytest.raises(CheckpointError, match="the original model is there"):
+        lowbit.convert(there, there, overwrite=True)
+
+
+def test_a_model_is_quantized_to_one_file(tmp_path: Path) -> None:
+    save_family("llama", tmp_path / "model", torch.float16, intermediate_size=128)
+    done = lowbit.quantize(
+        tmp_path / "model", tmp_path / "m.gguf", method="rtn", scheme="q4_0", device="cpu", eval_windows=0
+    )
+    assert done.output == tmp_path / "m.gguf"
+    assert lowbit.inspect(done.output).format == "gguf"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["m.gguf", "model"]
+    with pytest.raises(UsageError, match="uploads a directory"):
+        lowbit.quantize(tmp_path / "model", tmp_path / "n.gguf", scheme="q4_0", push_to_hub="me/model")
+
+
+def test_a_pipe_is_no_model(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "m.gguf")
+    with pytest.raises(CheckpointError, match=r"m\.gguf: a pipe, where a file is expected"):
+        lowbit.inspect(tmp_path / "m.gguf")

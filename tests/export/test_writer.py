@@ -113,6 +113,48 @@ def fill_and_fail(output: Path, failure: BaseException | None, overwrite: bool =
             raise failure
 
 
+def fill_alone(output: Path, content: str, overwrite: bool = False, meanwhile: str | None = None) -> None:
+    with staged(output, overwrite, alone="head") as staging:
+        (staging / "head").write_text(content)
+        (staging / "other").write_text("not wanted")
+        if meanwhile is not None:
+            output.write_text(meanwhile)
+
+
+def test_a_file_alone_is_published(tmp_path):
+    output = tmp_path / "out.gguf"
+    fill_alone(output, "first")
+    assert (names(tmp_path), output.read_text()) == (["out.gguf"], "first")
+    with pytest.raises(CheckpointError, match=r"exists; pass --overwrite"):
+        fill_alone(output, "second")
+    fill_alone(output, "second", overwrite=True)
+    assert (names(tmp_path), output.read_text()) == (["out.gguf"], "second")
+
+
+def test_a_file_that_turns_up_during_the_run_is_kept(tmp_path):
+    output = tmp_path / "out.gguf"
+    with pytest.raises(Unfinished, match="something was put there") as caught:
+        fill_alone(output, "ours", meanwhile="theirs")
+    assert output.read_text() == "theirs"
+    kept = Path(str(caught.value).rpartition(" is in ")[2])
+    assert kept.read_text() == "ours"
+
+
+def test_a_file_system_without_links_takes_a_file_too(tmp_path, monkeypatch):
+    def refused(*_paths: Path) -> None:
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr("lowbit.export.staging.os.link", refused)
+    fill_alone(tmp_path / "out.gguf", "first")
+    assert (names(tmp_path), (tmp_path / "out.gguf").read_text()) == (["out.gguf"], "first")
+
+
+def test_a_directory_cannot_become_a_file(tmp_path):
+    (tmp_path / "out.gguf").mkdir()
+    with pytest.raises(CheckpointError, match="no file, and cannot become one"):
+        fill_alone(tmp_path / "out.gguf", "x", overwrite=True)
+
+
 @pytest.mark.parametrize("failure", [ValueError("x"), KeyboardInterrupt(), SystemExit(1), OSError(errno.EIO, "x")])
 def test_whatever_ends_the_block_leaves_nothing(tmp_path, failure):
     with pytest.raises(type(failure)):
