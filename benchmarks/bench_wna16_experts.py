@@ -46,6 +46,7 @@ class Layer:
 SHAPES = {
     "qwen3-30b-a3b": Layer(2048, 768, 128, 8),
     "mixtral-8x7b": Layer(4096, 14336, 8, 2),
+    "gpt-oss-20b": Layer(2880, 2880, 32, 4),
     "glm-4.5-air": Layer(4096, 1408, 128, 8),
     "deepseek-v2-lite": Layer(2048, 1408, 64, 6),
 }
@@ -80,7 +81,8 @@ class Case:
     def up(self, i: int, chosen: Chosen | None = None) -> UpCall:
         """The call of up with choice `i`."""
         chosen = chosen or self.chosen[i]
-        return UpCall(self.x, self.copies[i % COPIES][0], chosen, Gate("silu_mul"), dependent=True)
+        up, down = self.copies[i % COPIES]
+        return UpCall(self.x, up, chosen, Gate("silu_mul"), dependent=True, next_weight=down.words)
 
     def down(self, i: int, inner: Tensor, chosen: Chosen | None = None) -> DownCall:
         """The call of down with choice `i`."""
@@ -135,10 +137,10 @@ def measure(name: str, scheme: str, m: int, floor: Floor) -> dict:
 def sweep(name: str, scheme: str, m: int) -> Iterator[dict]:
     """The times of up and down for every split of k."""
     case, top = Case(SHAPES[name], scheme, m), SHAPES[name].top
-    for room, most in ((ROOM, 8), (CROWD, 12)):
-        for k_warps in range(1, most + 1):
+    for room in (ROOM, CROWD):
+        for k_warps in (*range(1, 9), 12, 16, 24):
             for row_warps in (1, 2, 4):
-                if row_warps * k_warps > most:
+                if row_warps * k_warps > room:
                     continue
                 cut = GemvCut(1, row_warps, k_warps, 1, room)
                 row = {"shape": name, "m": m, "room": room, "k_warps": k_warps, "row_warps": row_warps}
@@ -160,6 +162,10 @@ def main() -> None:
     args = parser.parse_args()
     facts, rows, floor = run_facts(args.commit), [], None if args.sweep else Floor()
     for name in args.shapes:
+        layer, scheme = SHAPES[name], parse_scheme(args.scheme)
+        if reason := scheme.reason_against_shape(layer.inner, layer.hidden):
+            print(f"{name}: {reason}")
+            continue
         for m in args.rows:
             made = sweep(name, args.scheme, m) if floor is None else [measure(name, args.scheme, m, floor)]
             for row in made:

@@ -136,7 +136,9 @@ class Experts:
     def begun(self, x: Tensor, chosen: Chosen, dependent: bool, deferred: Deferred | None) -> Tensor:
         """The inner of `ended`: x (m, hidden) through up and gate; `deferred`: the norm still to finish."""
         assert self.weights is not None
-        return ops.experts_up(UpCall(x, self.weights[0], chosen, self.gate, self.up.bias, deferred, dependent))
+        up, down = self.weights
+        call = UpCall(x, up, chosen, self.gate, self.up.bias, deferred, dependent, down.words)
+        return ops.experts_up(call)
 
     def ended(self, inner: Tensor, chosen: Chosen, residual: Tensor, hints: Hints) -> DownCall:
         """The product that ends the layer: residual + the sum (m, hidden)."""

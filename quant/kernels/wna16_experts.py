@@ -25,11 +25,12 @@ from lowbit.quant.kernels.problem import (
     reason_against_squares,
     reason_against_weight,
 )
-from lowbit.quant.kernels.wna16_args import args_of
-from lowbit.quant.kernels.wna16_gemv import CROWD, CROWD_WARPS, MAX_WARPS, ROOM, GemvCut
+from lowbit.quant.kernels.wna16_args import NEXT_BYTES, args_of
+from lowbit.quant.kernels.wna16_gemv import CROWD, MAX_WARPS, ROOM, GemvCut
 
 GATES = ("silu_mul", "gelu_tanh_mul", "clamped_mul")
 MOST_UNITS = 65535  # largest grid
+RAGGED_GROUPS = 4  # with as many scales to a chunk, or more, the kernel of up takes rows that end within a chunk
 WHOLE_BITS = (4, 8)  # with the others the extension would compile for twice as long
 
 
@@ -55,6 +56,7 @@ class UpCall:
     bias     (count, n)        x's dtype, or None
     deferred the norm still to finish on x
     dependent  launch without waiting for the previous kernel (programmatic dependent launch)
+    next_weight  the words of down, of as many experts: the first bytes of the chosen ones are prefetched
 
     The result (m, top, n / 2) is padded with zeros to whole chunks of inputs of the next product.
     """
@@ -66,6 +68,7 @@ class UpCall:
     bias: Tensor | None = None
     deferred: Deferred | None = None
     dependent: bool = False
+    next_weight: Tensor | None = None
 
     def empty(self) -> Tensor:
         """Memory for the result."""
@@ -82,6 +85,9 @@ class UpCall:
             reason = f"activation {self.gate.activation!r} is none of {GATES}"
         if reason is None and tuple(self.x.shape) != (len(self.chosen.experts), self.weight.k):
             reason = f"x must have the shape {(len(self.chosen.experts), self.weight.k)}"
+        ahead = self.next_weight
+        if reason is None and ahead is not None and (len(ahead) % self.chosen.count or not ahead.is_contiguous()):
+            reason = f"next_weight {tuple(ahead.shape)} does not hold as many experts, one after another"
         reason = reason or reason_against_squares(self.x, self.weight.k, self.deferred)
         if reason:
             raise ValueError(f"x of shape {tuple(self.x.shape)} with {self.chosen.count} experts: {reason}")
@@ -181,8 +187,8 @@ def reason_against(x: Tensor, weight: PackedWeight, chosen: Chosen) -> str | Non
         return f"the tensors are on the {x.device.type}"
     if weight.bits not in WHOLE_BITS:
         return f"numbers of {weight.bits} bits: it has code for {WHOLE_BITS}"
-    if chosen.top > CROWD_WARPS:
-        return f"{chosen.top} experts of a row: the kernel takes at most {CROWD_WARPS}"
+    if chosen.top > CROWD:
+        return f"{chosen.top} experts of a row: the kernel takes at most {CROWD}"
     if chosen.experts.numel() > MOST_UNITS:
         return f"{chosen.experts.numel()} pairs of a row and an expert: the kernel takes at most {MOST_UNITS}"
     return None if EXTENSION is None else reason_against_device(torch.cuda.get_device_capability(x.device))
@@ -190,15 +196,19 @@ def reason_against(x: Tensor, weight: PackedWeight, chosen: Chosen) -> str | Non
 
 def run_up(call: UpCall, cut: GemvCut | None = None) -> Tensor:
     """The result of `call`, which `check` has passed, by the kernel."""
-    n = call.weight.n // call.chosen.count
+    n, ahead = call.weight.n // call.chosen.count, call.next_weight
     product = PackedCall(call.x, replace(call.weight, n=n), dependent=call.dependent, deferred=call.deferred)
-    if call.weight.k % CHUNK_K:
+    if call.weight.k % CHUNK_K and call.weight.scale_groups < RAGGED_GROUPS:
         x = call.x if call.deferred is None else reference.divided(call.x, call.deferred)
         x = torch.nn.functional.pad(x, (0, padded(call.weight.k, CHUNK_K) - call.weight.k))
         product = replace(product, x=x, deferred=None)
     y = call.empty()
     args = {"gate": call.gate.activation.removesuffix("_mul"), "limit": call.gate.limit, "alpha": call.gate.alpha}
-    args |= {"down": False, "y_pitch": y.shape[2]}
+    args |= {"down": False, "y_pitch": y.shape[2], "next_stride": 0}
+    if ahead is not None:
+        check_alignment(next_weight=ahead)
+        product = replace(product, next_weight=ahead)
+        args["next_stride"] = ahead.nbytes // call.chosen.count
     run(product, y, call.chosen, call.bias, args, cut or up_cut(product, call.chosen))
     return y
 
@@ -215,8 +225,8 @@ def run_down(call: DownCall, cut: GemvCut | None = None) -> Tensor:
         next_norm=call.next_norm,
     )
     y = call.empty()
-    args = {"gate": "silu", "limit": 0.0, "alpha": 0.0, "down": True, "y_pitch": call.n}
-    run(product, y, call.chosen, call.bias, args, cut or down_cut(weight, call.chosen.top))
+    args = {"gate": "silu", "limit": 0.0, "alpha": 0.0, "down": True, "y_pitch": call.n, "next_stride": 0}
+    run(product, y, call.chosen, call.bias, args, cut or down_cut(product, call.chosen.top))
     return y
 
 
@@ -228,8 +238,11 @@ def run(
     check_alignment(x=product.x, words=w.words, scales=w.scales, zeros=w.zeros, factors=w.factors, squares=squares)
     tiles = w.n // TILE_ROWS
     of_one = args_of(product, y) | {"m": len(chosen.experts), "k": product.x.shape[1], "tiles": tiles}
+    if args["next_stride"]:
+        of_one["next_bytes"] = min(args["next_stride"], NEXT_BYTES // chosen.experts.numel()) // 16 * 16
     args = args | {"product": of_one, "experts": chosen.experts, "weights": chosen.weights, "bias": bias}
     args |= {"count": chosen.count, "top": chosen.top}
+    args |= {"words_stride": w.words.nbytes // 16 // chosen.count, "sides_stride": w.scales.nbytes // 4 // chosen.count}
     variant = product.x.dtype, w.variant
     launch(
         "wna16_experts",
@@ -243,22 +256,32 @@ def run(
 
 
 def up_cut(product: PackedCall, chosen: Chosen) -> GemvCut:
-    """The launch of `up`: that of one product with the rows of all pairs' experts."""
+    """The launch of `up`: that of one product with the rows of one row's experts, so that a row's sums do not depend on
+    the number of rows."""
     w, device = product.weight, product.x.device
-    problem = Problem(1, w.n * chosen.experts.numel(), w.k, w.bits, w.group_size, product.x.dtype, *place_of(device))
+    sizes = (1, w.n * chosen.top, w.k, w.bits, w.group_size, product.x.dtype)
+    problem = Problem(*sizes, *place_of(device), is_float=w.is_float)
     crowded = wna16_gemv.crowded_cut(problem) if problem.fast_memory else None
-    if crowded is not None:
+    if crowded is not None and crowded.room == CROWD:
         return crowded
     tiles, chunks = -(-problem.n // TILE_ROWS), -(-w.k // CHUNK_K)
     k_warps = max(1, min(MAX_WARPS, chunks, ROOM * problem.processors // tiles))
     return GemvCut(1, {1: 4, 2: 2}.get(k_warps, 1), k_warps, 1)
 
 
-def down_cut(weight: PackedWeight, top: int) -> GemvCut:
-    """The launch of `down`: as many warps for each of a row's experts as fit in a block."""
-    each = min(max(MAX_WARPS // top, 1), -(-weight.k // CHUNK_K))
-    k_warps = top * each
-    return GemvCut(1, max(1, MAX_WARPS // k_warps), k_warps, 1, CROWD if k_warps > MAX_WARPS else ROOM)
+def down_cut(product: PackedCall, top: int) -> GemvCut:
+    """The launch of `down`: as many warps for each of a row's experts as let one row's blocks run in one wave.
+
+    It does not depend on the number of rows, so that a row's sums do not either.
+    """
+    w = product.weight
+    _, _, processors, fast = place_of(product.x.device)
+    tiles, chunks = -(-w.n // TILE_ROWS), -(-w.k // CHUNK_K)
+    room = CROWD if fast or top > ROOM else ROOM
+    for each in range(min(room // top, chunks), 1, -1):
+        if tiles <= room // (top * each) * processors:
+            return GemvCut(1, 1, top * each, 1, room)
+    return GemvCut(1, max(1, MAX_WARPS // top), top, 1, room)
 
 
 def products_of(x: Tensor, weight: PackedWeight, chosen: Chosen) -> Tensor:

@@ -12,12 +12,14 @@ from lowbit.quant.kernels.pairs import Chosen
 from lowbit.quant.kernels.problem import PART, Deferred, NextNorm
 from lowbit.quant.kernels.route_experts import RouteCall, Rule
 from lowbit.quant.kernels.wna16_experts import DownCall, Gate, UpCall
-from lowbit.quant.kernels.wna16_gemv import CROWD, GemvCut
+from lowbit.quant.kernels.wna16_gemv import CROWD, ROOM, GemvCut
 from tests.kernels.emulator import build
 from tests.kernels.emulator.build import Mutant
 from tests.kernels.emulator.device import Gpu, failure_of
+from tests.kernels.make import make_float
 from tests.kernels.test_emulated import HALVES, assert_close, assert_next_norm, random_weight
 
+FLOATS = ("mxfp4-a16", "nvfp4-a16", "fp8-a16")
 SOURCES = ("wna16_gemv.cu", "route_experts.cu")
 
 
@@ -35,32 +37,42 @@ def random_chosen(m: int, count: int, top: int) -> Chosen:
     return Chosen(experts, torch.randn(m, top), count)
 
 
-def random_up(pick: random.Random) -> UpCall:
+def random_experts(
+    pick: random.Random, n: int, k: int, dtype: torch.dtype, pair_block: int, floats: bool
+) -> packed.PackedWeight:
+    """Integers of 4 or 8 bits, or some of `floats`."""
+    if floats and pick.random() < 0.4:
+        return make_float(pick.choice(FLOATS), n, k, dtype, pair_block=pair_block)
+    return random_weight(pick, n, k, pick.choice([4, 8]), dtype, pair_block)
+
+
+def random_up(pick: random.Random, floats: bool) -> UpCall:
     dtype, m = pick.choice(HALVES), pick.choice([1, 1, 3, 8])
-    count, k, n = pick.randint(1, 5), pick.choice([32, 128, 192, 512, 1024]), pick.choice([16, 48, 64, 288])
+    count, k, n = pick.randint(1, 5), pick.choice([32, 128, 160, 192, 512, 1024]), pick.choice([16, 48, 64, 288])
     chosen = random_chosen(m, count, pick.randint(1, min(count, 4)))
-    weight = random_weight(pick, count * n, k, pick.choice([4, 8]), dtype, n)
+    weight = random_experts(pick, count * n, k, dtype, n, floats)
     x, bias = torch.randn(m, k).to(dtype), torch.randn(count, n).to(dtype) if pick.random() < 0.4 else None
     # results as large as the sums, whose rounding they have
     largest = float((x.float() @ packed.dequantize_packed(weight).T).abs().max())
     gates = Gate("silu_mul"), Gate("gelu_tanh_mul"), Gate("clamped_mul", 0.3 * largest, 1.702)
     deferred = Deferred(torch.rand(m, k // PART) * 40, 1e-3) if k % 64 == 0 and pick.random() < 0.5 else None
-    return UpCall(x, weight, chosen, pick.choice(gates), bias, deferred, pick.random() < 0.7)
+    ahead = torch.zeros(count * pick.choice([1, 300]), 64, dtype=torch.int32) if pick.random() < 0.5 else None
+    return UpCall(x, weight, chosen, pick.choice(gates), bias, deferred, pick.random() < 0.7, ahead)
 
 
 def random_cut(pick: random.Random, warps: list[int]) -> GemvCut:
     """A cut with one of these numbers of warps along k."""
     k_warps, crowded = pick.choice(warps), pick.random() < 0.5
-    crowded = crowded or k_warps > 8
-    return GemvCut(1, pick.randint(1, (12 if crowded else 8) // k_warps), k_warps, 1, CROWD if crowded else 16)
+    room = CROWD if crowded or k_warps > ROOM else ROOM
+    return GemvCut(1, pick.randint(1, room // k_warps), k_warps, 1, room)
 
 
-def check_up(gpu: Gpu, seeds: range) -> None:
+def check_up(gpu: Gpu, seeds: range, floats: bool = True) -> None:
     for seed in seeds:
         torch.manual_seed(seed)
         pick = random.Random(seed)
-        call = gpu.put(random_up(pick))
-        cut = random_cut(pick, [1, 2, 3, 4, 8, 12])
+        call = gpu.put(random_up(pick, floats))
+        cut = random_cut(pick, [1, 2, 3, 4, 8, 12, 24])
         gpu.start(seed, (call.x.shape, call.weight.n, call.weight.bits, call.gate, call.chosen.count, cut))
         call.check()
         gpu.late(call.x, call.chosen.experts, call.chosen.weights, call.deferred and call.deferred.squares)
@@ -71,11 +83,11 @@ def check_up(gpu: Gpu, seeds: range) -> None:
         assert not y[..., inner:].any()
 
 
-def random_down(pick: random.Random) -> DownCall:
+def random_down(pick: random.Random, floats: bool) -> DownCall:
     dtype, m = pick.choice(HALVES), pick.choice([1, 1, 3, 8])
     count, k, n = pick.randint(1, 9), pick.choice([32, 128, 160, 640]), pick.choice([16, 48, 64, 192])
     chosen = random_chosen(m, count, pick.randint(1, count))
-    weight = random_weight(pick, count * n, k, pick.choice([4, 8]), dtype, 16)
+    weight = random_experts(pick, count * n, k, dtype, 16, floats)
     x = torch.zeros(m, chosen.top, -(-k // 128) * 128, dtype=dtype)
     x[..., :k] = torch.randn(m, chosen.top, k)
     bias = torch.randn(count, n).to(dtype) if pick.random() < 0.4 else None
@@ -89,13 +101,13 @@ def random_down(pick: random.Random) -> DownCall:
     return DownCall(x, weight, chosen, bias, residual, pick.random() < 0.7, ahead, norm)
 
 
-def check_down(gpu: Gpu, seeds: range) -> None:
+def check_down(gpu: Gpu, seeds: range, floats: bool = True) -> None:
     for seed in seeds:
         torch.manual_seed(seed)
         pick = random.Random(seed)
-        call = gpu.put(random_down(pick))
+        call = gpu.put(random_down(pick, floats))
         top = call.chosen.top
-        cut = random_cut(pick, [top * each for each in (1, 2, 3) if top * each <= 12])
+        cut = random_cut(pick, [top * each for each in (1, 2, 3, 6) if top * each <= CROWD])
         gpu.start(seed, (call.x.shape, call.weight.n, call.weight.bits, call.chosen.count, cut))
         call.check()
         gpu.late(call.x, call.residual)
@@ -199,12 +211,12 @@ def test_the_kernels_compute_the_reference(library: Path, name: str) -> None:
 MUTANTS = {
     "the choice read before it is made": (
         Mutant("wna16_gemv.cu", "  if (!kDown) wait_for_previous_kernel();\n", ""),
-        (check_up, range(60)),
+        (check_up, range(60), False),
         "AssertionError|the previous kernel had finished|waited for the previous one|past the end of a tensor",
     ),
     "experts that take each other's chunks": (
         Mutant("wna16_gemv.cu", "share.first = threadIdx.z / args.top;", "share.first = threadIdx.z % args.top;"),
-        (check_down, range(60)),
+        (check_down, range(60), False),
         "AssertionError",
     ),
     "of equals not the first": (

@@ -10,8 +10,8 @@ from lowbit.quant.kernels import ops
 from lowbit.quant.kernels.packed import dequantize_packed
 from lowbit.quant.kernels.pairs import Chosen, pairs_by_expert, products
 from lowbit.quant.kernels.problem import PART, Deferred
-from lowbit.quant.kernels.wna16_experts import DownCall, Gate, UpCall
-from tests.kernels.make import assert_dependence_changes_nothing, make_packed, make_x, on_cpu, opcheck
+from lowbit.quant.kernels.wna16_experts import DownCall, Gate, UpCall, reference_down, reference_up
+from tests.kernels.make import assert_dependence_changes_nothing, make_float, make_packed, make_x, opcheck
 
 COUNT, TOP, K, INNER = 6, 3, 192, 40
 GATE = Gate("silu_mul")
@@ -109,6 +109,7 @@ WRONG = {
     "is none of": lambda up: replace(up, gate=Gate("relu_mul")),
     "x must have the shape": lambda up: replace(up, x=up.x[:, :64].contiguous()),
     "half precision": lambda up: replace(up, x=up.x.float()),
+    "as many experts": lambda up: replace(up, next_weight=torch.zeros(COUNT + 1, 8, dtype=torch.int32)),
     "bias is": lambda up: replace(up, bias=torch.zeros(COUNT, 3).half()),
 }
 
@@ -134,25 +135,36 @@ def close(y: Tensor, wanted: Tensor) -> None:
     assert error <= 4 * torch.finfo(wanted.dtype).eps * most, f"error {error:.3g} of {most:.3g}"
 
 
-SIZES = {  # of up; of down n is k, and k inner
-    "qwen3": {"k": 2048, "inner": 768, "count": 128, "top": 8},
-    "mixtral": {"k": 4096, "inner": 1792, "count": 8, "top": 2},
-    "gpt-oss": {"k": 2880, "inner": 2880, "count": 8, "top": 4, "group_size": 32},
-    "top 10": {"k": 1024, "inner": 512, "count": 16, "top": 10},
+SIZES = {  # hidden, inner, experts, experts of a row
+    "qwen3": (2048, 768, 24, 8),
+    "mixtral": (4096, 1792, 8, 2),
+    "gpt-oss": (2880, 2880, 8, 4),
+    "top 10": (1024, 512, 16, 10),
+    "top 6": (2048, 1408, 16, 6),
 }
+GPU_SCHEMES = ("int4-g32", "int8", "mxfp4-a16", "nvfp4-a16", "fp8-a16", "int4-g128", "fp8-block-a16")
+
+
+# the 2880 inputs of gpt-oss do not divide into groups of 128
+WHOLE = GPU_SCHEMES[:5]
+CASES = [(shape, each) for shape in SIZES for each in (WHOLE if shape == "gpt-oss" else GPU_SCHEMES)]
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize("m", [1, 3, 16])
-@pytest.mark.parametrize("shape", SIZES)
-def test_the_gpu_computes_what_the_cpu_does(shape: str, m: int, bits: int) -> None:
-    sizes = dict(SIZES[shape])
-    up = make_up(m, device="cuda", bits=bits, **({"group_size": 128} | sizes))
-    assert_up = on_cpu(up)
-    close(ops.experts_up(up), ops.experts_up(assert_up))
-    down = make_down(m, sizes["k"], sizes["inner"], "cuda", sizes["count"], sizes["top"])
-    close(ops.experts_down(down), ops.experts_down(on_cpu(down)))
+@pytest.mark.parametrize("m", [1, 3, 8, 16])
+@pytest.mark.parametrize(("shape", "scheme"), CASES)
+def test_the_gpu_computes_the_reference(shape: str, m: int, scheme: str) -> None:
+    """In float32 on the same device: of its own arithmetic test_up and test_down above are the proof."""
+    hidden, inner, count, top = SIZES[shape]
+    chosen, x = make_chosen(m, count, top, "cuda"), make_x(m, hidden, torch.bfloat16, "cuda")
+    weights = [
+        make_float(scheme, count * n, k, torch.bfloat16, "cuda", pair_block)
+        for n, k, pair_block in ((2 * inner, hidden, 2 * inner), (hidden, inner, 16))
+    ]
+    up = UpCall(x, weights[0], chosen, GATE)
+    down = DownCall(ops.experts_up(up), weights[1], chosen, residual=x)
+    close(down.x, reference_up(up).cpu())
+    close(ops.experts_down(down), reference_down(down).cpu())
 
 
 @pytest.mark.gpu

@@ -53,6 +53,9 @@ struct Wna16ExpertsArgs {
   FIELD(float, limit);            // of Gate::clamped: of gate from above, of up on both sides
   FIELD(float, alpha);            // of Gate::clamped: factor in the sigmoid
   FIELD(int, y_pitch);
+  FIELD(int64_t, words_stride);   // of an expert, in 16 bytes
+  FIELD(int64_t, sides_stride);   // of an expert: scales in 4 bytes, zeros in 2
+  FIELD(int64_t, next_stride);    // bytes of an expert at product.next_weight, of which up prefetches next_bytes
 };
 
 namespace {
@@ -78,6 +81,7 @@ struct Shape {
   static constexpr int kLoads = (kBits + 1) / 2;  // 16-byte loads per lane and chunk; of odd bits the last is half
   static constexpr int kChunkBytes = kBits * 256;
   static constexpr int kChunkVectors = kChunkBytes / 16;
+  static constexpr int kRoom = kRoom_;            // warps of a multiprocessor
   static constexpr bool kCrowded = kRoom_ > 16;  // more warps, each with less of W in flight
   static constexpr int kMaxThreads = kRoom_ * 16;  // of which two blocks, or as many warps in smaller ones
   // Loads of W in flight per lane: the most that fit in 128 registers, or 80 or 72, with x and the sums.
@@ -297,6 +301,23 @@ struct LaneX {
   }
 };
 
+// One row of x that may end within a chunk, after whole blocks of 32 inputs. Blocks behind its end are read from within
+// it: their scales are 0, so that finite values add nothing.
+template <typename S>
+struct RaggedX : LaneX<S> {
+  int left;  // bytes from the current chunk's start to the start of the row's last block
+
+  __device__ RaggedX(const uint8_t* x, int k) : LaneX<S>(x, 0, 1), left((k - 32) * 2) {}
+  __device__ void skip(int chunks) {
+    LaneX<S>::skip(chunks);
+    left -= chunks * (kChunkK * 2);
+  }
+  __device__ void read(int block, XBlock<S> (&values)[S::kXBlocks]) const {
+#pragma unroll
+    for (int b = 0; b < S::kXBlocks; ++b) values[b][0] = read_cached(this->lane + min((block + b) * 64, left));
+  }
+};
+
 // Sums of a tile.
 template <typename S>
 using TileSums = float[S::kColBlocks][4];
@@ -333,8 +354,8 @@ __device__ void multiply_block(const uint32_t* words, const Zeros (&zeros)[2], c
 
 // sums += scale * (codes - zeros) x for one chunk; the scale is applied in float32 once a group is summed, to the first
 // chain of sums. The registers of each load are refilled as soon as they were used, from the streams' next chunk.
-template <typename S>
-__device__ void multiply_chunk(Chunks<S>& chunks, const WeightStream<S>* streams, bool refill, const LaneX<S>& lane_x,
+template <typename S, typename X>
+__device__ void multiply_chunk(Chunks<S>& chunks, const WeightStream<S>* streams, bool refill, const X& lane_x,
                                ChainSums<S>& sums) {
   using D = Dequant<typename S::T, typename S::Number>;
   constexpr int kGroups = S::kScaledSums ? S::kGroups : 1;
@@ -449,6 +470,18 @@ __device__ float sum_of_parts(const float* sets, int parts, int count, int index
   return sum;
 }
 
+// The same of up to 24 parts, with the code of 8.
+__device__ inline float sum_of_many_parts(const float* sets, int parts, int count, int index) {
+  float sum = 0.f;
+#pragma unroll 1
+  for (int first = 0; first < parts; first += 8) {
+#pragma unroll
+    for (int part = 0; part < 8; ++part)
+      if (first + part < parts) sum += sets[(first + part) * count + index];
+  }
+  return sum;
+}
+
 // The sum over the cluster's blocks of totals[index], in rank order.
 __device__ inline float sum_over_cluster(const float* totals, int index) {
   float sum = totals[index];
@@ -552,9 +585,9 @@ __device__ void begin_share(const Wna16Args& args, const Share& share, WeightStr
 }
 
 // sums += all of a warp's chunks times x.
-template <typename S>
+template <typename S, typename X>
 __device__ void multiply_share(const Wna16Args& args, const Share& share, WeightStream<S>* streams, Chunks<S>* chunks,
-                               LaneX<S>& x, ChainSums<S>& sums) {
+                               X& x, ChainSums<S>& sums) {
   x.skip(share.first);
   int next = share.first + S::kAhead * share.step;      // the chunk that refills the registers of the current one
   const int end = share.end + S::kAhead * share.step;  // of `next`, once the current chunk is the last
@@ -563,7 +596,7 @@ __device__ void multiply_share(const Wna16Args& args, const Share& share, Weight
     for (int a = 0; a < S::kAhead; ++a) {
       if (next >= end) break;
       const bool refill = next < share.end;
-      multiply_chunk<S>(chunks[a], streams, refill, x, sums);
+      multiply_chunk<S, X>(chunks[a], streams, refill, x, sums);
       for (int i = 0; refill && i < S::kRowTiles; ++i) {
         streams[i].read_sides(next, args.scale_shift, chunks[a][i]);
         streams[i].skip(share.step);
@@ -598,7 +631,7 @@ __device__ void compute_group(const Wna16Args& args, bool prefetch, int next_par
   if (args.x_squares != nullptr) copy_squares(args, squares);
   LaneX<S> x = prepare_x<S>(args, share, reinterpret_cast<uint8_t*>(squares));
   ChainSums<S> sums = {};
-  multiply_share<S>(args, share, streams, chunks, x, sums);
+  multiply_share<S, LaneX<S>>(args, share, streams, chunks, x, sums);
   stamp(Stage::kComputed);
   if constexpr (!S::kScaledSums && S::kChains > 1) join_chains<S>(sums);
   if constexpr (S::Number::kFloat) multiply_sums<S>(factors, sums[0]);
@@ -609,19 +642,26 @@ __device__ void compute_group(const Wna16Args& args, bool prefetch, int next_par
   leave_stamps(args.n, args.k);
 }
 
-// A warp's part of the products with experts: blockIdx.z is a row's place among its experts (up), or a row, whose
-// experts are dealt to the warps along k by turns (down).
+// A warp's part of the products with experts. blockIdx.z is a row. Of up blockIdx.x is a place among its experts; of
+// down the experts are dealt to the warps along k by turns.
 struct Pair {
   int row, index, expert;  // index: row * top + place
 };
 
+// a / b of numbers below 1000, in fewer instructions than of all.
+__device__ inline int divide_small(int a, int b) { return static_cast<int>(divide_fast(a + 0.5f, b)); }
+
+// Of the pair all but its expert.
 template <bool kDown>
-__device__ Pair pair_of(const Wna16ExpertsArgs& args) {
-  Pair pair;
-  pair.row = kDown ? blockIdx.z : blockIdx.z / args.top;
-  pair.index = kDown ? blockIdx.z * args.top + threadIdx.z % args.top : blockIdx.z;
-  pair.expert = min(max(__ldcg(args.experts + pair.index), 0), args.count - 1);  // no read beyond W, whatever is there
+__device__ Pair pair_of(const Wna16ExpertsArgs& args, int turn) {
+  Pair pair = {};
+  pair.row = blockIdx.z;
+  pair.index = blockIdx.z * args.top + (kDown ? threadIdx.z - turn * args.top : blockIdx.x);
   return pair;
+}
+
+__device__ inline int expert_of(const Wna16ExpertsArgs& args, int index) {
+  return min(max(__ldcg(args.experts + index), 0), args.count - 1);  // no read beyond W, whatever is there
 }
 
 template <typename T>
@@ -629,18 +669,20 @@ __device__ const void* moved(const void* pointer, int64_t elements) {
   return pointer == nullptr ? nullptr : static_cast<const T*>(pointer) + elements;
 }
 
-// The product of one row with one expert.
+// Moves `stream` from expert 0 to the pair's.
+template <typename S>
+__device__ void move_to_expert(const Wna16ExpertsArgs& args, int expert, WeightStream<S>& stream) {
+  stream.words += expert * args.words_stride;
+  stream.scales += expert * args.sides_stride;
+  stream.zeros += expert * args.sides_stride;
+}
+
+// The product of one row with expert 0.
 template <typename S, bool kDown>
 __device__ Wna16Args product_of(const Wna16ExpertsArgs& args, const Pair& pair) {
   using T = typename S::T;
   Wna16Args one = args.product;
-  const int64_t tiles = static_cast<int64_t>(pair.expert) * one.tiles;
-  const int64_t sides = tiles * one.scale_rows * 8 * S::kGroups / (S::Number::kByteScales ? 2 : 1);  // words
   one.m = 1;
-  one.words = moved<uint4>(one.words, tiles * one.chunks * S::kChunkVectors);
-  one.scales = moved<uint32_t>(one.scales, sides);
-  one.zeros = moved<uint16_t>(one.zeros, sides);
-  if (one.factors != nullptr) one.factors += tiles * kTileRows;
   one.x = moved<T>(one.x, static_cast<int64_t>(kDown ? pair.index : pair.row) * one.k);
   if (one.x_squares != nullptr) one.x_squares += static_cast<int64_t>(pair.row) * one.x_parts;
   const int64_t rows = static_cast<int64_t>(pair.row) * one.n;
@@ -655,13 +697,15 @@ __device__ Wna16Args product_of(const Wna16ExpertsArgs& args, const Pair& pair) 
   return one;
 }
 
+// `turn`: of down the place of a warp among those of its expert.
 template <typename S, bool kDown>
-__device__ Share share_of_expert(const Wna16ExpertsArgs& args) {
-  Share share = share_of<S>(args.product);
-  if (kDown) {
-    share.first = threadIdx.z / args.top;
-    share.step = blockDim.z / args.top;
-  }
+__device__ Share share_of_expert(const Wna16ExpertsArgs& args, int turn) {
+  Share share;
+  share.group_tiles = blockDim.y * S::kRowTiles;
+  share.tile = blockIdx.y * share.group_tiles + threadIdx.y * S::kRowTiles;
+  share.first = kDown ? turn : threadIdx.z;
+  share.end = args.product.chunks;
+  share.step = kDown ? divide_small(blockDim.z, args.top) : blockDim.z;
   return share;
 }
 
@@ -683,7 +727,6 @@ template <typename S>
 __device__ void finish_up(const Wna16ExpertsArgs& args, const Wna16Args& one, const Pair& pair, int group_tiles,
                           const float* partial) {
   using T = typename S::T;
-  constexpr int kMost = S::kMaxThreads / 32;
   const int count = group_tiles * kTileRows, inner = args.product.n / 2;
   const float weight = args.weights[pair.index];
   __syncthreads();
@@ -692,8 +735,8 @@ __device__ void finish_up(const Wna16ExpertsArgs& args, const Wna16Args& one, co
   for (int i = thread_of_block(); i < group_tiles * 8; i += threads_of_block()) {
     const int low = (blockIdx.y * group_tiles + i / 8) * 8 + i % 8, row = i / 8 * kTileRows + i % 8;
     if (low >= inner) break;
-    float gate = sum_of_parts<kMost>(partial, blockDim.z, count, row) * inverse;
-    float up = sum_of_parts<kMost>(partial, blockDim.z, count, row + 8) * inverse;
+    float gate = sum_of_many_parts(partial, blockDim.z, count, row) * inverse;
+    float up = sum_of_many_parts(partial, blockDim.z, count, row + 8) * inverse;
     if (args.bias != nullptr) {
       gate += bias_of<T>(args, pair.expert, low);
       up += bias_of<T>(args, pair.expert, low + inner);
@@ -709,10 +752,9 @@ template <typename S>
 __device__ void finish_down(const Wna16ExpertsArgs& args, const Wna16Args& one, int row, int group_tiles,
                             const float* partial) {
   using T = typename S::T;
-  constexpr int kMost = S::kMaxThreads / 32;
   const int count = group_tiles * kTileRows;
   const auto sum_of = [&](int, int place) {
-    float sum = sum_of_parts<kMost>(partial, blockDim.z, count, place);
+    float sum = sum_of_many_parts(partial, blockDim.z, count, place);
     const int low = blockIdx.y * count + place;
     for (int i = 0; args.bias != nullptr && low < args.product.n && i < args.top; ++i) {
       const int expert = min(max(args.experts[row * args.top + i], 0), args.count - 1);
@@ -723,20 +765,46 @@ __device__ void finish_down(const Wna16ExpertsArgs& args, const Wna16Args& one, 
   meet_and_store<T>(one, group_tiles, 1, warp_of_block(), blockDim.y * blockDim.z, sum_of);
 }
 
-// Of up the choice of experts must be known, so that all waits for it. The next kernel, down, may start once it is: all
+// Down's weights of the pair's expert, so that memory stays busy until down's blocks have started.
+__device__ inline void ask_for_next_expert(const Wna16ExpertsArgs& args, const Pair& pair, int part) {
+  const int warp = blockIdx.y * (blockDim.y * blockDim.z) + warp_of_block();
+  const void* weight = moved<uint8_t>(args.product.next_weight, pair.expert * args.next_stride);
+  if (threadIdx.x == 0) prefetch_part(weight, args.product.next_bytes, warp, part);
+}
+
+// x of a pair. Rows of up that end within a chunk are known for groups of 32 inputs or less.
+template <typename S, bool kDown>
+using PairX = std::conditional_t<!kDown && (S::kGroups >= 4), RaggedX<S>, LaneX<S>>;
+
+template <typename S, bool kDown>
+__device__ PairX<S, kDown> x_of(const Wna16Args& one) {
+  const uint8_t* x = static_cast<const uint8_t*>(one.x);
+  if constexpr (!kDown && S::kGroups >= 4) return RaggedX<S>(x, one.k);
+  else return LaneX<S>(x, one.k * 2, 1);
+}
+
+// A block may fill a multiprocessor: a row's down has as many warps as that, whose first chunks are all on their way
+// while they wait. Of up the choice of experts must be known, so that all waits for it. The next kernel, down, may start once it is: all
 // that it reads before its own wait, the choice among it, is older than this kernel.
 template <typename S, bool kDown>
-__global__ void __launch_bounds__(S::kMaxThreads, S::kMinBlocks)
+__global__ void __launch_bounds__(S::kRoom * 32, 1)
     wna16_experts_kernel(const __grid_constant__ Wna16ExpertsArgs args, int next_part) {
   LOWBIT_DYNAMIC_SHARED(uint8_t, smem);
   float* partial = reinterpret_cast<float*>(smem);
-  if (!kDown) wait_for_previous_kernel();
-  allow_next_kernel();
-  const Pair pair = pair_of<kDown>(args);
-  const Wna16Args one = product_of<S, kDown>(args, pair);
-  const Share share = share_of_expert<S, kDown>(args);
+  if (kDown) allow_next_kernel();
+  const int turn = kDown ? divide_small(threadIdx.z, args.top) : 0;
+  Pair pair = pair_of<kDown>(args, turn);
+  Wna16Args one = product_of<S, kDown>(args, pair);
+  const Share share = share_of_expert<S, kDown>(args, turn);
   WeightStream<S> streams[S::kRowTiles];
   for (int i = 0; i < S::kRowTiles; ++i) streams[i].open(one, share.tile + i, share.first, threadIdx.x);
+  if (!kDown) {
+    wait_for_previous_kernel();
+    allow_next_kernel();
+  }
+  pair.expert = expert_of(args, pair.index);
+  for (int i = 0; i < S::kRowTiles; ++i) move_to_expert<S>(args, pair.expert, streams[i]);
+  if (one.factors != nullptr) one.factors += static_cast<int64_t>(pair.expert) * one.tiles * kTileRows;
   Chunks<S> chunks[S::kAhead];
   begin_share<S>(one, share, streams, chunks);
   Factors<S> factors;
@@ -744,14 +812,15 @@ __global__ void __launch_bounds__(S::kMaxThreads, S::kMinBlocks)
   if (kDown) wait_for_previous_kernel();
   float* squares = partial + share.group_tiles * kTileRows * (blockDim.z + 1);
   if (!kDown && one.x_squares != nullptr) copy_squares(one, squares);
-  LaneX<S> x(static_cast<const uint8_t*>(one.x), one.k * 2, 1);
+  PairX<S, kDown> x = x_of<S, kDown>(one);
   ChainSums<S> sums = {};
-  multiply_share<S>(one, share, streams, chunks, x, sums);
+  multiply_share<S, PairX<S, kDown>>(one, share, streams, chunks, x, sums);
   if constexpr (!S::kScaledSums && S::kChains > 1) join_chains<S>(sums);
   if constexpr (S::Number::kFloat) multiply_sums<S>(factors, sums[0]);
   store_partial<S>(share.group_tiles, 1, sums[0], partial);
   if (!kDown && one.x_squares != nullptr) finish_squares(one, squares);
-  if (blockIdx.z == 0) ask_for_next_weight(args.product, next_part);
+  if (!kDown) ask_for_next_expert(args, pair, next_part);
+  else if (blockIdx.z == 0) ask_for_next_weight(args.product, next_part);
   if (kDown) finish_down<S>(args, one, pair.row, share.group_tiles, partial);
   else finish_up<S>(args, one, pair, share.group_tiles, partial);
 }
@@ -760,14 +829,14 @@ template <typename S, bool kDown>
 cudaError_t launch_experts(const Wna16ExpertsArgs& args, const Wna16GemvLaunch& launch, cudaStream_t stream) {
   const Wna16Args& product = args.product;
   const int group_tiles = launch.row_warps * S::kRowTiles;
-  if (launch.row_warps * launch.k_warps * 32 > S::kMaxThreads) return cudaErrorInvalidConfiguration;
+  if (launch.row_warps * launch.k_warps > S::kRoom) return cudaErrorInvalidConfiguration;
   if (kDown && launch.k_warps % args.top > 0) return cudaErrorInvalidConfiguration;
   size_t bytes = size_t(group_tiles) * kTileRows * (launch.k_warps + 1) * 4;
   if (product.x_squares != nullptr) bytes += size_t(product.x_parts) * 4;
   const LaunchPlan plan = {
       .device = launch.device,
       .stream = stream,
-      .blocks = dim3(1, (product.tiles + group_tiles - 1) / group_tiles, product.m * (kDown ? 1 : args.top)),
+      .blocks = dim3(kDown ? 1 : args.top, (product.tiles + group_tiles - 1) / group_tiles, product.m),
       .threads = dim3(32, launch.row_warps, launch.k_warps),
       .shared_bytes = bytes,
       .dependent = launch.dependent,
