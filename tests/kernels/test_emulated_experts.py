@@ -210,14 +210,21 @@ def test_the_kernels_compute_the_reference(library: Path, name: str) -> None:
 
 MUTANTS = {
     "the choice read before it is made": (
-        Mutant("wna16_gemv.cu", "  if (!kDown) wait_for_previous_kernel();\n", ""),
+        Mutant(
+            "wna16_gemv.cu", "    wait_for_previous_kernel();\n    allow_next_kernel();\n", "    allow_next_kernel();\n"
+        ),
         (check_up, range(60), False),
         "AssertionError|the previous kernel had finished|waited for the previous one|past the end of a tensor",
     ),
     "experts that take each other's chunks": (
-        Mutant("wna16_gemv.cu", "share.first = threadIdx.z / args.top;", "share.first = threadIdx.z % args.top;"),
+        Mutant("wna16_gemv.cu", "share.first = kDown ? turn", "share.first = kDown ? threadIdx.z - turn * args.top"),
         (check_down, range(60), False),
         "AssertionError",
+    ),
+    "x read behind its last row": (
+        Mutant("wna16_gemv.cu", "min((block + b) * 64, left)", "(block + b) * 64"),
+        (check_up, range(60), False),
+        "AssertionError|past the end of a tensor",
     ),
     "of equals not the first": (
         Mutant("route_experts.cu", "better += values.keys[i] > mine;", "better += values.keys[i] >> 32 > mine >> 32;"),

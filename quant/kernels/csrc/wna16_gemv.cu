@@ -784,8 +784,8 @@ __device__ PairX<S, kDown> x_of(const Wna16Args& one) {
 }
 
 // A block may fill a multiprocessor: a row's down has as many warps as that, whose first chunks are all on their way
-// while they wait. Of up the choice of experts must be known, so that all waits for it. The next kernel, down, may start once it is: all
-// that it reads before its own wait, the choice among it, is older than this kernel.
+// while they wait. Of up the choice of experts must be known, so that all waits for it. The next kernel, down, may
+// start once it is: all that it reads before its own wait, the choice among it, is older than this kernel.
 template <typename S, bool kDown>
 __global__ void __launch_bounds__(S::kRoom * 32, 1)
     wna16_experts_kernel(const __grid_constant__ Wna16ExpertsArgs args, int next_part) {
