@@ -52,7 +52,7 @@ from lowbit.serve.session import Session
 
 RESULTS = Path(__file__).with_name("results") / "serve.jsonl"
 SHAPE, METHOD, DTYPE, VOCABULARY, CONTEXT = "llama2-7b", "w4", torch.float16, 49152, 4352
-SEQUENCES, STARTS = 16, 2
+DEVICE, SEQUENCES, STARTS = "cuda", 16, 2
 SCHEMA = {
     "type": "object",
     "properties": {"name": {"type": "string"}, "numbers": {"type": "array", "items": {"type": "number"}}},
@@ -63,7 +63,7 @@ SCHEMA = {
 def random_engine() -> Engine:
     """An engine with random weights, and a word for each token, since streams consist of text."""
     architecture = replace(SHAPES[SHAPE], vocabulary=VOCABULARY)
-    weights = random_weights(architecture, METHOD, torch.empty(0, dtype=DTYPE, device="cuda"))
+    weights = random_weights(architecture, METHOD, torch.empty(0, dtype=DTYPE, device=DEVICE))
     return Engine(Decoder(architecture, weights, CONTEXT), word_tokenizer(VOCABULARY), EngineOptions(CONTEXT))
 
 
@@ -158,7 +158,7 @@ def http_rows(session: Session) -> Iterator[Row]:
 def engine_rows(tokenizer: Path | None) -> Iterator[Row]:
     """Rows of one engine, in this process and over HTTP."""
     engine = random_engine()
-    rate = read_rate(torch.device("cuda"))
+    rate = read_rate(torch.device(DEVICE))
     yield bare_row(engine, 1, rate)
     with Session(engine, SEQUENCES, usual=(Sampling(),)) as session:
         yield from http_rows(session)
@@ -180,20 +180,25 @@ def start_rows() -> Iterator[Row]:
         write_model(directory, METHOD)
         word_tokenizer(LLAMA_2_7B.vocabulary).save_pretrained(directory)
         torch.cuda.empty_cache()
-        command = [sys.executable, "-c", "from lowbit.commands.lowbit import main; main()", "serve", str(directory)]
         for number in range(STARTS):
-            begin = time.perf_counter()
-            server = subprocess.Popen([*command, "--port", "0"], stdout=subprocess.PIPE, text=True)
-            try:
-                assert server.stdout is not None
-                line = server.stdout.readline().strip()
-                seconds = time.perf_counter() - begin
-            finally:
-                server.kill()
-                server.wait(20)
-            if " serves " not in line:
-                raise RuntimeError(f"no server came up: {line!r}")
-            yield {"case": "start", "number": number, "seconds": round(seconds, 2), "ready": line}
+            yield start_row(directory, number)
+
+
+def start_row(directory: Path, number: int) -> Row:
+    """The row of one start, ended with the ready line."""
+    command = [sys.executable, "-c", "from lowbit.commands.lowbit import main; main()", "serve", str(directory)]
+    begin = time.perf_counter()
+    server = subprocess.Popen([*command, "--port", "0"], stdout=subprocess.PIPE, text=True)
+    try:
+        assert server.stdout is not None
+        line = server.stdout.readline().strip()
+        seconds = time.perf_counter() - begin
+    finally:
+        server.kill()
+        server.wait(20)
+    if " serves " not in line:
+        raise RuntimeError(f"no server came up: {line!r}")
+    return {"case": "start", "number": number, "seconds": round(seconds, 2), "ready": line}
 
 
 def main() -> None:

@@ -142,7 +142,7 @@ def main() -> None:
     """All rows, the most important ones first."""
     port = int(sys.argv[1])
     jobs: list[Callable[[], Row]] = [lambda case=case: clients_row(port, *case) for case in CLIENTS]
-    for job in (jobs[0], lambda: stall_row(port), lambda: dialogue_row(port), jobs[3], *jobs[1:3], *jobs[4:]):
+    for job in (lambda: stall_row(port), lambda: dialogue_row(port), jobs[0], jobs[4], *jobs[3:0:-1], *jobs[5:]):
         print(json.dumps(job()), flush=True)
 
 
