@@ -40,8 +40,8 @@ from lowbit.export.sharded import SAFETENSORS, SINGLE_NAME, write_index
 from lowbit.export.survey import checked
 from lowbit.export.tensorfile import PlannedFile, Spec, nbytes_of, read_pieces
 from lowbit.export.writer import carry_along, configured
+from lowbit.models.files import Files
 from lowbit.models.placement import engine_names
-from lowbit.models.source import Files
 from lowbit.progress import Step, tell
 from lowbit.quant.algos.clip import round_plainly
 from lowbit.quant.naming import parent_set

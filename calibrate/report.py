@@ -17,7 +17,7 @@ from lowbit.calibrate.job import Job
 from lowbit.calibrate.mixtures import Mixed
 from lowbit.calibrate.plan import Plan
 from lowbit.export.snapshot import published_name
-from lowbit.models.source import Files
+from lowbit.models.files import Files
 from lowbit.progress import Part, tell
 from lowbit.quant.qtensor import QTensor, relative_error
 from lowbit.quant.recipe import Recipe

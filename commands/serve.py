@@ -11,7 +11,7 @@ from lowbit.commands.parts import FIRST, Parts, by_part, flag, frame, value
 from lowbit.errors import UsageError
 from lowbit.extras import missing
 from lowbit.models.devices import check_device
-from lowbit.models.source import model_directory
+from lowbit.models.files import model_directory
 
 try:
     from lowbit.serve.limits import read_keys

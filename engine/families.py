@@ -1,7 +1,4 @@
-"""The engine's model families, one row each: tensor names, and a function from configuration to Architecture.
-
-A configuration is transformers' own object, or a dataclass here if transformers does not know the family.
-"""
+"""The engine's model families, one row each: tensor names, configuration, and a function from it to Architecture."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -9,12 +6,11 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
-from torch import Tensor
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from lowbit.engine import configs
 from lowbit.engine.architecture import Architecture, LatentSizes, Layer, Mixture, MixtureNames, Names, Rope
 from lowbit.engine.fields import Fields, NotComputed
-from lowbit.errors import CheckpointError
+from lowbit.engine.ropes import RULES, longrope, plain_frequencies
 from lowbit.quant.kernels.route_experts import Rule
 from lowbit.quant.kernels.wna16_experts import Gate
 
@@ -32,15 +28,12 @@ GATED, UNGATED = ("silu", "gelu_tanh"), ("gelu", "gelu_tanh", "quick_gelu")
 
 @dataclass(frozen=True)
 class Family:
-    """Rules for reading a family's files.
-
-    own_config  fields of config.json, for a family without a class in transformers
-    """
+    """Rules for reading a family's files."""
 
     name: str
+    config: type[configs.Config]
     names: Names
     architecture: Callable[[Fields], Architecture]
-    own_config: type | None = None
 
 
 def activation_of(name: str, gated: bool) -> str:
@@ -53,38 +46,38 @@ def activation_of(name: str, gated: bool) -> str:
     return f"{ACTIVATIONS[name]}_mul" if gated else ACTIVATIONS[name]
 
 
-def plain_frequencies(dims: int, theta: float) -> Tensor:
-    """theta^(-2 j / dims) for dims / 2 pairs, in float32 as in transformers."""
-    if not theta > 0:
-        raise CheckpointError(f"config.json: rope_theta is {theta}, and must be above 0: the file is damaged")
-    return 1.0 / theta ** (torch.arange(0, dims, 2, dtype=torch.int64).float() / dims)
+def rope_of(
+    config: Fields, head_dim: int, kind: str | None = None, adjacent: bool = False, partly: bool = False
+) -> Rope:
+    """The rotary embedding of `config` for heads of `head_dim` inputs.
 
-
-def rope_of(config: Fields, dims: int, kind: str | None = None, adjacent: bool = False) -> Rope:
-    """The rotary embedding of `config` for `dims` inputs of a head. `kind` selects one if layers differ (Gemma 3)."""
+    kind      selects one if layers differ (Gemma 3)
+    adjacent  as in Rope
+    partly    True if rope_parameters may turn only a part of each head
+    """
     parameters = config.rope_parameters
-    nested = kind is not None and kind in parameters
-    if nested:
+    if kind is not None and kind in parameters:
         parameters = parameters[kind]
-    rule = parameters.get("rope_type", "default")
+    rule, share = parameters["rope_type"], parameters.get("partial_rotary_factor", 1.0)
+    dims = int(head_dim * share)
     if rule == "default":
+        dims = dims if partly else head_dim
         return Rope(plain_frequencies(dims, parameters["rope_theta"]), adjacent=adjacent)
-    make = partial(ROPE_INIT_FUNCTIONS[rule], config, torch.device("cpu"), **({"layer_type": kind} if nested else {}))
-    frequencies, scaling = make()
-    if 2 * len(frequencies) != dims:
-        raise NotComputed(f"rope_parameters turn {2 * len(frequencies)} inputs of a head; this family turns {dims}")
+    if rule not in RULES:
+        raise NotComputed(f"rope_type is {rule!r}; the engine knows default, {', '.join(RULES)}")
+    if not partly and dims != head_dim:
+        raise NotComputed(f"rope_parameters turn {dims} inputs of a head; this family turns {head_dim}")
+    positions = config.max_position_embeddings
+    frequencies, scaling = RULES[rule](parameters, dims, positions)
+    if not frequencies.isfinite().all():
+        raise NotComputed(f"rope_parameters {parameters} give frequencies that are no finite numbers")
     if rule != "longrope":
         return Rope(frequencies, float(scaling), adjacent)
-    short = int(parameters["original_max_position_embeddings"])
-    return Rope(frequencies, float(scaling), adjacent, make(seq_len=short + 1)[0], short)
+    long, _ = longrope(parameters, dims, positions, long=True)
+    return Rope(frequencies, float(scaling), adjacent, long, int(parameters["original_max_position_embeddings"]))
 
 
 NO_ROPE = Rope(torch.empty(0))
-
-
-def turned_dims(config: Fields, head_dim: int) -> int:
-    """Number of rotated inputs of a head, for families with partial rotation."""
-    return int(head_dim * config.rope_parameters.get("partial_rotary_factor", 1.0))
 
 
 def llama(config: Fields, partly: bool = False, adjacent: bool = False) -> Architecture:
@@ -94,7 +87,7 @@ def llama(config: Fields, partly: bool = False, adjacent: bool = False) -> Archi
     adjacent  as in Rope
     """
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    rope = rope_of(config, turned_dims(config, head_dim) if partly else head_dim, adjacent=adjacent)
+    rope = rope_of(config, head_dim, adjacent=adjacent, partly=partly)
     kinds = config.declared("layer_types") or ["sliding_attention"] * config.num_hidden_layers
     window = config.declared("sliding_window")
     scale = head_dim**-0.5
@@ -304,7 +297,7 @@ def gptj(config: Fields) -> Architecture:
 def gpt_neox(config: Fields) -> Architecture:
     """GPT-NeoX and Pythia: parallel attention and MLP, each with its norm; a quarter of each head is rotated."""
     head_dim = config.hidden_size // config.num_attention_heads
-    layer = Layer(None, rope_of(config, turned_dims(config, head_dim)), head_dim**-0.5)
+    layer = Layer(None, rope_of(config, head_dim, partly=True), head_dim**-0.5)
     return Architecture(
         family=config.model_type,
         vocabulary=config.vocab_size,
@@ -322,32 +315,6 @@ def gpt_neox(config: Fields) -> Architecture:
         tied=bool(config.tie_word_embeddings),
         attention_bias=config.attention_bias,
     )
-
-
-@dataclass
-class ChatGLMConfig:
-    """The fields of ChatGLM's config.json, with defaults. Biases are used if the file has them."""
-
-    model_type: str = "chatglm"
-    padded_vocab_size: int = 65024
-    hidden_size: int = 4096
-    ffn_hidden_size: int = 13696
-    num_layers: int = 28
-    num_attention_heads: int = 32
-    multi_query_attention: bool = False
-    multi_query_group_num: int = 1
-    kv_channels: int = 128
-    seq_length: int = 2048
-    layernorm_epsilon: float = 1e-5
-    rope_ratio: float = 1
-    rmsnorm: bool = True
-    post_layer_norm: bool = True
-    apply_residual_connection_post_layernorm: bool = False
-    original_rope: bool = True
-    interleaved_qkv: bool = False
-    pre_seq_len: int | None = None
-    quantization_bit: int = 0
-    tie_word_embeddings: bool = False
 
 
 def chatglm(config: Fields) -> Architecture:
@@ -455,36 +422,40 @@ GLM4_MOE = MixtureNames(
     shared_up=("mlp.shared_experts.gate_proj", "mlp.shared_experts.up_proj"),
     shared_down="mlp.shared_experts.down_proj",
 )
+DEEPSEEK_V2 = replace(LLAMA, mixture=replace(GLM4_MOE, correction=None))
 
 FAMILIES = {
     family.name: family
     for family in (
-        Family("llama", LLAMA, llama),
-        Family("mistral", LLAMA, llama),
-        Family("qwen2", LLAMA, llama),
-        Family("qwen3", with_head_norms(LLAMA), llama),
-        Family("mixtral", MIXTRAL, mixtral),
-        Family("phimoe", MIXTRAL, phimoe),
-        Family("qwen2_moe", replace(LLAMA, mixture=QWEN2_MOE), qwen_moe),
-        Family("qwen3_moe", with_head_norms(WITH_EXPERTS), qwen_moe),
-        Family("olmoe", with_head_norms(WITH_EXPERTS), olmoe),
-        Family("deepseek_v2", replace(LLAMA, mixture=replace(GLM4_MOE, correction=None)), deepseek_v2),
-        Family("deepseek_v3", replace(LLAMA, mixture=GLM4_MOE), deepseek_v3),
-        Family("gpt_oss", replace(LLAMA, sinks="self_attn.sinks", mixture=GPT_OSS), gpt_oss),
-        Family("glm4_moe", with_head_norms(replace(LLAMA, mixture=GLM4_MOE)), glm4_moe),
-        Family("gemma2", GEMMA2, gemma),
-        Family("gemma3_text", GEMMA3, partial(gemma, capped=False)),
-        Family("gemma3", GEMMA3_WITH_IMAGES, partial(gemma, capped=False)),
-        Family("phi3", replace(GLM, qkv=("self_attn.qkv_proj",)), partial(llama, partly=True)),
-        Family("gpt2", GPT2, gpt2),
-        Family("gptj", GPTJ, gptj),
-        Family("gpt_neox", NEOX, gpt_neox),
-        Family("glm", GLM, partial(llama, partly=True, adjacent=True)),
+        Family("llama", configs.Llama, LLAMA, llama),
+        Family("mistral", configs.Mistral, LLAMA, llama),
+        Family("qwen2", configs.Qwen2, LLAMA, llama),
+        Family("qwen3", configs.Qwen3, with_head_norms(LLAMA), llama),
+        Family("mixtral", configs.Mixtral, MIXTRAL, mixtral),
+        Family("phimoe", configs.PhiMoe, MIXTRAL, phimoe),
+        Family("qwen2_moe", configs.Qwen2Moe, replace(LLAMA, mixture=QWEN2_MOE), qwen_moe),
+        Family("qwen3_moe", configs.Qwen3Moe, with_head_norms(WITH_EXPERTS), qwen_moe),
+        Family("olmoe", configs.Olmoe, with_head_norms(WITH_EXPERTS), olmoe),
+        Family(
+            "deepseek_v2", configs.DeepseekV2, replace(LLAMA, mixture=replace(GLM4_MOE, correction=None)), deepseek_v2
+        ),
+        Family("deepseek_v3", configs.DeepseekV3, replace(LLAMA, mixture=GLM4_MOE), deepseek_v3),
+        Family("gpt_oss", configs.GptOss, replace(LLAMA, sinks="self_attn.sinks", mixture=GPT_OSS), gpt_oss),
+        Family("glm4_moe", configs.Glm4Moe, with_head_norms(replace(LLAMA, mixture=GLM4_MOE)), glm4_moe),
+        Family("gemma2", configs.Gemma2, GEMMA2, gemma),
+        Family("gemma3_text", configs.Gemma3Text, GEMMA3, partial(gemma, capped=False)),
+        Family("gemma3", configs.Gemma3, GEMMA3_WITH_IMAGES, partial(gemma, capped=False)),
+        Family("phi3", configs.Phi3, replace(GLM, qkv=("self_attn.qkv_proj",)), partial(llama, partly=True)),
+        Family("gpt2", configs.Gpt2, GPT2, gpt2),
+        Family("gptj", configs.GptJ, GPTJ, gptj),
+        Family("gpt_neox", configs.GptNeoX, NEOX, gpt_neox),
+        Family("glm", configs.Glm, GLM, partial(llama, partly=True, adjacent=True)),
         Family(
             "glm4",
+            configs.Glm,
             replace(GLM, attention_out_norm="post_self_attn_layernorm", mlp_out_norm="post_mlp_layernorm"),
             partial(llama, partly=True, adjacent=True),
         ),
-        Family("chatglm", CHATGLM, chatglm, ChatGLMConfig),
+        Family("chatglm", configs.ChatGLM, CHATGLM, chatglm),
     )
 }

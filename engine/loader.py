@@ -1,8 +1,6 @@
 """Loading: from a checkpoint directory to an engine."""
 
-from dataclasses import fields
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -21,7 +19,8 @@ from lowbit.export.plain import read_json
 from lowbit.export.sizes import SLACK
 from lowbit.export.untrusted import untrusted
 from lowbit.models.devices import check_device
-from lowbit.models.source import Source, model_directory, open_source
+from lowbit.models.files import model_directory, refuse_negative_epsilon, refuse_scaled_float8
+from lowbit.models.tokenizer import load_tokenizer
 from lowbit.quant.kernels.extension import reason_against_device
 from lowbit.quant.kernels.packed import HALF
 
@@ -67,16 +66,16 @@ def load(
     require_memory(checkpoint, place)
     if cache not in ("same", "int8"):
         raise UsageError(f"cache {cache!r}: write same or int8")
-    source = None if family.own_config else open_source(str(directory))
-    config = config_of(family, checkpoint) if source is None else source.config
-    architecture = architecture_of(family, config, directory)
+    refuse_negative_epsilon(checkpoint.head, checkpoint.config)
+    refuse_scaled_float8(checkpoint)
+    architecture = architecture_of(family, checkpoint)
     require_rows(architecture, checkpoint)
     positions = context_of(architecture, directory, context)
     settings = Settings(place, kind, fused_append=cache == "same", head=head)
     with untrusted(directory / "config.json", f"no {family.name} that the engine can run"):
         weights = load_weights(checkpoint, family.names, architecture, settings)
         decoder = Decoder(architecture, weights, positions)
-    tokenizer = None if source is None else tokenizer_of(source)
+    tokenizer = tokenizer_of(checkpoint)
     stop_tokens = stop_tokens_of(checkpoint, architecture.vocabulary)
     options = Options(context=positions, int8_cache=cache == "int8", stop_tokens=stop_tokens)
     return Engine(decoder, tokenizer, options)
@@ -113,20 +112,13 @@ def family_of(checkpoint: Checkpoint) -> Family:
     return FAMILIES[kind]
 
 
-def config_of(family: Family, checkpoint: Checkpoint) -> Any:
-    """config.json as the family's own class."""
-    assert family.own_config is not None
-    names = [field.name for field in fields(family.own_config)]
-    return family.own_config(**{name: checkpoint.config[name] for name in names if name in checkpoint.config})
-
-
-def architecture_of(family: Family, config: Any, directory: Path) -> Architecture:
-    """The architecture for a configuration. CheckpointError if it is invalid, or if it needs more than the engine
+def architecture_of(family: Family, checkpoint: Checkpoint) -> Architecture:
+    """The architecture for config.json. CheckpointError if it is invalid, or if it needs more than the engine
     computes."""
-    where = directory / "config.json"
+    where = checkpoint.directory / "config.json"
     with untrusted(where, f"no {family.name}"):
         try:
-            read = Fields(config)
+            read = Fields(family.config.read(checkpoint.config))
             architecture = family.architecture(read)
             read.refuse_unread()
         except NotComputed as error:
@@ -163,10 +155,10 @@ def default_dtype(checkpoint: Checkpoint, device: torch.device) -> torch.dtype:
     return {str(dtype).removeprefix("torch."): dtype for dtype in HALF}.get(str(name), torch.float16)
 
 
-def tokenizer_of(source: Source) -> PreTrainedTokenizerBase | None:
+def tokenizer_of(checkpoint: Checkpoint) -> PreTrainedTokenizerBase | None:
     """The model's tokenizer, or None: an engine without one takes and returns token ids."""
     try:
-        return source.tokenizer()
+        return load_tokenizer(checkpoint)
     except CheckpointError:
         return None
 

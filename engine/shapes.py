@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from lowbit.engine.architecture import Architecture, LatentSizes, Layer, Mixture, Names, Rope
-from lowbit.engine.families import FAMILIES, NO_ROPE, plain_frequencies
+from lowbit.engine.families import FAMILIES, NO_ROPE
 from lowbit.engine.feed_forward import Router
 from lowbit.engine.latent import Latent
 from lowbit.engine.layers import build_block
 from lowbit.engine.products import Norm, Product
+from lowbit.engine.ropes import plain_frequencies
 from lowbit.engine.weights import Weights
 from lowbit.quant.kernels.packed import TILE_ROWS
 from lowbit.quant.kernels.route_experts import Rule

@@ -49,7 +49,7 @@ def require_types(values: Mapping[str, Any], kind: type, error: type[LowbitError
         require_type(name, values[name], hint, error)
 
 
-def require_type(name: str, value: Any, hint: Any, error: type[LowbitError] = UsageError) -> None:
+def require_type(name: str, value: Any, hint: Any, error: type[ValueError] = UsageError) -> None:
     """Raise `error` if `value`, passed as `name`, is not of type `hint`."""
     try:
         check_type(value, hint, collection_check_strategy=CollectionCheckStrategy.ALL_ITEMS)

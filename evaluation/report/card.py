@@ -20,7 +20,7 @@ from lowbit.export.files import read_text, write_text
 from lowbit.export.formats import LogicalTensors
 from lowbit.export.snapshot import published_name
 from lowbit.models.demo import BASE_MODEL
-from lowbit.models.source import DEMO, Files
+from lowbit.models.files import DEMO, Files
 from lowbit.quant.scheme import Scheme
 
 CARD = "README.md"

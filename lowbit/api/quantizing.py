@@ -37,8 +37,9 @@ from lowbit.export.staging import only_run, refuse_output, refuse_to_replace, re
 from lowbit.export.survey import survey
 from lowbit.extras import is_there
 from lowbit.models.devices import check_device
+from lowbit.models.files import Files, open_files
 from lowbit.models.hub import require_account
-from lowbit.models.source import Files, Source, open_files, open_source
+from lowbit.models.source import Source, open_source
 from lowbit.progress import Part, Step, watched_by
 from lowbit.quant.recipe import Recipe
 

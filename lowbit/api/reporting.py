@@ -14,7 +14,7 @@ from lowbit.evaluation.report.facts import facts_of
 from lowbit.evaluation.report.page import render, render_comparison
 from lowbit.export.checkpoint import refresh_sums
 from lowbit.export.snapshot import refuse_to_write_into
-from lowbit.models.source import model_directory
+from lowbit.models.files import model_directory
 
 
 @typed()

@@ -24,7 +24,8 @@ from lowbit.evaluation.text import Cut, Protocol
 from lowbit.export.snapshot import refuse_to_write_into
 from lowbit.models.cache import cache_dir
 from lowbit.models.devices import check_device
-from lowbit.models.source import Source, model_directory, open_source
+from lowbit.models.files import model_directory
+from lowbit.models.source import Source, open_source
 from lowbit.progress import Step
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -16,7 +16,8 @@ from lowbit.errors import CheckpointError, UsageError
 from lowbit.export.checkpoint import sha256_of
 from lowbit.export.snapshot import Snapshot, refuse_to_write_into
 from lowbit.models.demo import BASE_MODEL
-from lowbit.models.source import model_directory, open_source
+from lowbit.models.files import model_directory
+from lowbit.models.source import open_source
 from tests.builders import make_model, save
 from tests.e2e.cli import Outcome, run_lowbit, run_quantize
 from tests.hub import CUT_BYTES, ROUTES, TOKEN, Hub, serving
@@ -274,7 +275,7 @@ def test_another_commit_than_the_recipes_is_told(hub, made, tmp_path) -> None:
 
 def test_the_demo_is_the_publishers_if_the_hub_answers_and_the_wheels_otherwise(hub, model, tmp_path, monkeypatch):
     monkeypatch.setenv("LOWBIT_CACHE", str(tmp_path / "lowbit"))
-    monkeypatch.setattr("lowbit.models.source.demo_model_dir", lambda: model)
+    monkeypatch.setattr("lowbit.models.files.demo_model_dir", lambda: model)
     assert open_source("demo").snapshot is None
     (hub.root / "HuggingFaceTB").mkdir()
     (hub.root / BASE_MODEL).symlink_to(save(make_model("llama"), tmp_path / "published"))

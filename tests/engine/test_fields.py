@@ -171,7 +171,7 @@ REFUSED = {
     ("clip_qkv", 0.5): "clip_qkv is 0.5; the engine computes only None",
     ("num_experts_per_tok", 3): "scores 'mixer' for 3 experts of a token",
     ("add_cross_attention", True): "add_cross_attention is True; the engine computes only False",
-    ("is_encoder_decoder", True): "is an encoder with a decoder; those are not quantized here",
+    ("is_encoder_decoder", True): "is_encoder_decoder is True; the engine computes only False",
     ("use_bidirectional_attention", True): "use_bidirectional_attention is True; the engine computes only",
 }
 
@@ -221,7 +221,7 @@ def test_fields_of_other_families_say_nothing(tmp_path: Path) -> None:
     ("extra", "message"),
     [
         ({"is_causal": False}, "is_causal is False; the engine computes only True"),
-        ({"per_layer_config": {"1": {"intermediate_size": 32}}}, "layers individual sizes"),
+        ({"per_layer_config": {"1": {"intermediate_size": 32}}}, "the engine computes only None"),
     ],
 )
 def test_what_transformers_obeys_undeclared_is_refused(extra: dict[str, Any], message: str, tmp_path: Path) -> None:

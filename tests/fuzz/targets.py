@@ -36,7 +36,8 @@ from lowbit.export.gguf.foreign import unpack
 from lowbit.export.plain import parse_json, read_json, read_rows
 from lowbit.export.recipes import read_recipe
 from lowbit.export.tensorfile import read_entries, read_tensor
-from lowbit.models.source import open_files, open_source
+from lowbit.models.files import open_files
+from lowbit.models.source import open_source
 from lowbit.quant.scheme import Scheme, parse_scheme
 from tests.builders import make_model, save
 from tests.fuzz import datasets, images, recipes

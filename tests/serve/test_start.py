@@ -1,0 +1,34 @@
+"""What a start of the server and of the engine costs: the modules that it imports."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.builders import save_family
+
+# Packages that take 0.1 to 1.5 s of processor time to import, and that no start needs: torch's compiler, its
+# distributed tensors, transformers' models, and what these ask for if they find it installed.
+HEAVY = (
+    *("torch._dynamo", "torch._inductor", "torch.distributed.tensor", "torch.distributed.fsdp", "sympy"),
+    *("transformers.modeling_utils", "transformers.activations", "transformers.integrations.hub_kernels"),
+    *("datasets", "pandas", "pyarrow", "scipy", "sklearn", "torchvision", "accelerate", "matplotlib"),
+)
+START = f"""
+import sys
+from lowbit.commands import serve
+from lowbit.engine.loader import load
+from lowbit.engine.sampling import Sampling
+from lowbit.serve.session import Session
+from lowbit.serve.run import Options, make_server
+model = load(sys.argv[1], device="cpu")
+with Session(model, 2) as session:
+    make_server(session, Options("tiny"))
+    [piece] = session.stream([0], Sampling(max_new_tokens=1))
+print(sorted(set({HEAVY!r}) & set(sys.modules)))
+"""
+
+
+def test_a_start_imports_nothing_heavy(tmp_path: Path) -> None:
+    save_family("llama", tmp_path)
+    done = subprocess.run([sys.executable, "-c", START, str(tmp_path)], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
