@@ -1,4 +1,4 @@
-"""What a start of the server and of the engine costs: the modules that it imports."""
+"""The modules that a start of the server, and of the engine, imports."""
 
 import subprocess
 import sys
