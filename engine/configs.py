@@ -142,12 +142,16 @@ class WithTypes(LlamaLike):
 
 @dataclass
 class Llama(LlamaLike):
+    """Fields of Llama 2 and 3."""
+
     attention_bias: bool = False
     mlp_bias: bool = False
 
 
 @dataclass
 class Mistral(LlamaLike):
+    """Fields of Mistral, whose layers all have a window."""
+
     intermediate_size: int = 14336
     num_key_value_heads: int | None = 8
     max_position_embeddings: int = 4096 * 32
@@ -156,6 +160,8 @@ class Mistral(LlamaLike):
 
 @dataclass
 class Qwen2(WithTypes):
+    """Fields of Qwen2: the last layers have windows, if any."""
+
     vocab_size: int = 151936
     intermediate_size: int = 22016
     num_key_value_heads: int | None = 32
@@ -174,6 +180,8 @@ class Qwen2(WithTypes):
 
 @dataclass
 class Qwen3(Qwen2):
+    """Fields of Qwen3."""
+
     head_dim: int | None = 128
     attention_bias: bool = False
 
@@ -187,6 +195,8 @@ class Experts(LlamaLike):
 
 @dataclass
 class Mixtral(Experts):
+    """Fields of Mixtral."""
+
     aliases: ClassVar[Aliases] = (("num_experts", "num_local_experts"),)
     theta = 1e6
     intermediate_size: int = 14336
@@ -199,6 +209,8 @@ class Mixtral(Experts):
 
 @dataclass
 class PhiMoe(Mixtral):
+    """Fields of Phi-MoE."""
+
     aliases: ClassVar[Aliases] = ()
     vocab_size: int = 32064
     intermediate_size: int = 6400
@@ -230,6 +242,8 @@ class QwenMoe(Experts):
 
 @dataclass
 class Qwen2Moe(QwenMoe, WithTypes):
+    """Fields of Qwen2-MoE."""
+
     intermediate_size: int = 5632
     num_attention_heads: int = 16
     num_key_value_heads: int | None = 16
@@ -251,6 +265,8 @@ class Qwen2Moe(QwenMoe, WithTypes):
 
 @dataclass
 class Qwen3Moe(QwenMoe):
+    """Fields of Qwen3-MoE."""
+
     aliases: ClassVar[Aliases] = (("num_local_experts", "num_experts"),)
     intermediate_size: int = 6144
     num_key_value_heads: int | None = 4
@@ -262,6 +278,8 @@ class Qwen3Moe(QwenMoe):
 
 @dataclass
 class Olmoe(Experts):
+    """Fields of OLMoE."""
+
     aliases: ClassVar[Aliases] = (("num_local_experts", "num_experts"),)
     vocab_size: int = 50304
     hidden_size: int = 2048
@@ -314,6 +332,8 @@ class Deepseek(AfterDense):
 
 @dataclass
 class DeepseekV2(Deepseek):
+    """Fields of DeepSeek-V2."""
+
     aliases: ClassVar[Aliases] = (("num_experts", "n_routed_experts"),)
     vocab_size: int = 102400
     mlp_bias: bool = False
@@ -330,6 +350,8 @@ class DeepseekV2(Deepseek):
 
 @dataclass
 class DeepseekV3(Deepseek):
+    """Fields of DeepSeek-V3 and R1."""
+
     vocab_size: int = 129280
     hidden_size: int = 7168
     intermediate_size: int = 18432
@@ -349,6 +371,8 @@ class DeepseekV3(Deepseek):
 
 @dataclass
 class Glm4Moe(AfterDense):
+    """Fields of GLM-4.5."""
+
     turned = 0.5
     vocab_size: int = 151552
     intermediate_size: int = 10944
@@ -363,6 +387,8 @@ class Glm4Moe(AfterDense):
 
 @dataclass
 class GptOss(Experts, WithTypes):
+    """Fields of gpt-oss, whose rope is YaRN's if the file has none."""
+
     aliases: ClassVar[Aliases] = (("num_experts", "num_local_experts"),)
     theta = 150000.0
     vocab_size: int = 201088
@@ -390,6 +416,8 @@ class GptOss(Experts, WithTypes):
 
 @dataclass
 class Gemma2(WithTypes):
+    """Fields of Gemma 2."""
+
     vocab_size: int = 256000
     hidden_size: int = 2304
     intermediate_size: int = 9216
@@ -409,6 +437,8 @@ class Gemma2(WithTypes):
 
 @dataclass
 class Gemma3Text(Gemma2):
+    """Fields of Gemma 3, with a rope for each type of layer."""
+
     theta = 1e6
     vocab_size: int = 262208
     max_position_embeddings: int = 131072
@@ -436,6 +466,8 @@ class Gemma3Text(Gemma2):
 
 @dataclass
 class Gemma3(Config):
+    """Fields of Gemma 3 with images, whose text part counts here."""
+
     tie_word_embeddings: bool | None = True
     text_config: dict[str, Any] | None = None
 
@@ -445,6 +477,8 @@ class Gemma3(Config):
 
 @dataclass
 class Phi3(LlamaLike):
+    """Fields of Phi-3 and Phi-4."""
+
     turned = 1.0
     vocab_size: int = 32064
     hidden_size: int = 3072
@@ -463,6 +497,8 @@ class Phi3(LlamaLike):
 
 @dataclass
 class Glm(LlamaLike):
+    """Fields of GLM-4."""
+
     turned = 0.5
     vocab_size: int = 151552
     intermediate_size: int = 13696
@@ -496,6 +532,8 @@ class Gpt(Config):
 
 @dataclass
 class Gpt2(Gpt):
+    """Fields of GPT-2."""
+
     tie_word_embeddings: bool | None = True
     scale_attn_weights: bool = True
     scale_attn_by_inverse_layer_idx: bool = False
@@ -504,6 +542,8 @@ class Gpt2(Gpt):
 
 @dataclass
 class GptJ(Gpt):
+    """Fields of GPT-J."""
+
     vocab_size: int = 50400
     n_positions: int = 2048
     n_embd: int = 4096
@@ -514,6 +554,8 @@ class GptJ(Gpt):
 
 @dataclass
 class GptNeoX(Roped):
+    """Fields of GPT-NeoX and Pythia."""
+
     aliases: ClassVar[Aliases] = (("rotary_emb_base", "rope_theta"), ("rotary_pct", "partial_rotary_factor"))
     turned = 0.25
     vocab_size: int = 50432
