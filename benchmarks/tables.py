@@ -23,7 +23,7 @@ from lowbit.engine.shapes import METHODS as DECODED
 from lowbit.engine.shapes import SHAPES
 from lowbit.export.dialects import FORMATS
 from lowbit.export.engines.engine import FusedLinear
-from lowbit.export.engines.table import ENGINES
+from lowbit.export.engines.table import engines_for
 from lowbit.export.engines.verdicts import describe, verdicts_of
 from lowbit.quant.scheme import parse_scheme
 
@@ -545,7 +545,7 @@ def rounding() -> str:
         spread = f"{fixed(min(took), 1)} to {fixed(max(took), 1)}" if len(took) > 1 else ""
         cells = [row["gpu"] or "CPU", str(row["cores"]), row["commit"], fixed(row["seconds"], 1), spread]
         lines.append([*cells, fixed(row["cpu_seconds"], 0)])
-    return table("device | cores | at | seconds, median | of three runs | processor time", lines)
+    return table("device | cores | at | seconds, median | of all runs | processor time", lines)
 
 
 NEWER = "ae53bf3"  # the commit of ENGINE's rows of an H200
@@ -620,13 +620,12 @@ def _places(described: str) -> str:
 
 def engines() -> str:
     """The table of engines: each scheme on each generation, by the rules that `inspect` asks (export/engines)."""
-    lines = []
+    lines, fmt = [], FORMATS["compressed-tensors"]
     for names in RUN_BY:
-        layer = FusedLinear(FORMATS["compressed-tensors"], parse_scheme(names[0]), 4096, 4096)
-        found = verdicts_of([layer])
-        cells = (_places(describe(found[name])) for name in ENGINES)
+        found = verdicts_of([FusedLinear(fmt, parse_scheme(names[0]), 4096, 4096)])
+        cells = (_places(describe(found[engine.name])) for engine in engines_for(fmt))
         lines.append([", ".join(f"`{name}`" for name in names), *cells])
-    heads = (f"{each.name} {each.version.split()[0]}" for each in ENGINES.values())
+    heads = (f"{each.name} {each.version.split()[0]}" for each in engines_for(fmt))
     return table(" | ".join(["scheme", *heads]), lines)
 
 

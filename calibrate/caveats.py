@@ -6,6 +6,7 @@ from functools import cached_property
 
 from lowbit.calibrate.plan import Plan
 from lowbit.export.dialects import FORMATS
+from lowbit.export.engines.table import engines_for
 from lowbit.export.engines.transformers import TRANSFORMERS
 from lowbit.export.engines.vllm import VLLM
 from lowbit.export.format import Format
@@ -68,7 +69,7 @@ def _embeddings_in_transformers(this: Intent) -> Limit | None:
 
 
 def _embeddings_in_vllm(this: Intent) -> Limit | None:
-    if this.plan.embeddings is None:
+    if this.plan.embeddings is None or not VLLM.opens(this.format):
         return None
     return (
         "vLLM 0.32 loads quantized embeddings only of the model classes that name them to it (Qwen2 and 3, Gemma, "
@@ -187,5 +188,10 @@ LIMITS: tuple[Callable[[Intent], Limit | None], ...] = (
 
 
 def caveats_of(intent: Intent) -> dict[str, tuple[str, ...]]:
-    """The limits that hold, as sentences, each with the names of the engines that therefore cannot load the result."""
-    return dict(filter(None, (limit(intent) for limit in LIMITS)))
+    """The limits that hold, as sentences, each with the names of the engines that therefore cannot load the result.
+
+    Engines that do not open files of the format have no limits with it.
+    """
+    opening = {engine.name for engine in engines_for(intent.format)}
+    found = filter(None, (limit(intent) for limit in LIMITS))
+    return {text: engines for text, engines in found if not engines or opening.intersection(engines)}

@@ -15,6 +15,7 @@ from lowbit.export.checkpoint import Checkpoint
 from lowbit.export.dialects import FORMATS, readable
 from lowbit.export.engines.table import fused_linears
 from lowbit.export.engines.verdicts import Verdicts, verdicts_of
+from lowbit.export.format import Format
 from lowbit.export.formats import LogicalTensors, bytes_written, require_fit, require_model
 from lowbit.export.plain import read_json
 from lowbit.models.devices import free_bytes
@@ -69,6 +70,16 @@ class Job:
     def linears(self) -> dict[str, LinearSpec]:
         """Every linear of every block, by name."""
         return {spec.name: spec for block in self.skeleton.blocks for spec in block.linears}
+
+    @property
+    def format(self) -> Format:
+        return FORMATS[self.recipe.format]
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """(n, k) of every linear of the blocks, and of head and embeddings if they are quantized."""
+        inside = {name: (spec.n, spec.k) for name, spec in self.linears.items()}
+        return inside | {weight.name: (weight.n, weight.k) for weight in self.plan.vocabulary}
 
     def output_bytes(self) -> int:
         """Bytes of the weights that the run will write; an estimate in a format of one scheme."""
@@ -133,8 +144,7 @@ class Job:
 
     def verdicts(self) -> Verdicts:
         """The way in which each engine runs the linears of the result on each machine, one of VERDICTS."""
-        shapes = {name: (spec.n, spec.k) for name, spec in self.linears.items()}
-        layers = fused_linears(FORMATS[self.recipe.format], self.plan.schemes, shapes)
+        layers = fused_linears(self.format, self.plan.schemes, self.shapes)
         return verdicts_of(layers.values(), {name for names in self.caveats().values() for name in names})
 
     def caveats(self) -> dict[str, tuple[str, ...]]:
@@ -182,15 +192,13 @@ def prepare(source: Source, recipe: Recipe, device: str) -> Job:
     plan = make_plan(skeleton, recipe)
     plan.require_coverage()
     job = Job(source, skeleton, recipe, plan, _dtype(source, recipe), device)
-    shapes = {name: (spec.n, spec.k) for name, spec in job.linears.items()}
-    shapes |= {weight.name: (weight.n, weight.k) for weight in plan.vocabulary}
     if plan.vocabulary and not fmt.holds_head:
         what = "head" if plan.head else "embeddings"
         raise CheckpointError(f"format {fmt.name} holds no quantized {what}; --format compressed-tensors does")
     if recipe.kv_cache is not None and recipe.kv_cache not in fmt.caches:
         known = " or ".join(fmt.caches) or "none; --format compressed-tensors does"
         raise CheckpointError(f"format {fmt.name} holds no scales for --kv-cache {recipe.kv_cache}: it takes {known}")
-    require_fit(fmt, plan.written, shapes)
+    require_fit(fmt, plan.written, job.shapes)
     _require_room(job)
     return job
 

@@ -22,8 +22,11 @@ from lowbit.commands.common import say
 from lowbit.commands.display import Display, clock, left_of
 from lowbit.commands.push import describe_pushed
 from lowbit.evaluation.perplexity import describe_difference
+from lowbit.export.convert import command_for_llama_cpp
+from lowbit.export.dialects import FORMATS
+from lowbit.export.engines.llama_cpp import LLAMA_CPP
 from lowbit.export.engines.lowbit import LOWBIT
-from lowbit.export.engines.table import ENGINES
+from lowbit.export.engines.table import engines_for
 from lowbit.export.engines.verdicts import describe
 from lowbit.export.engines.vllm import VLLM
 from lowbit.export.escape import one_line
@@ -32,7 +35,11 @@ from lowbit.progress import Part, Step
 from lowbit.quant.scheme import name_of
 
 MOST_LEFT = 8
-WAYS = {LOWBIT.name: "lowbit generate {} --chat", VLLM.name: "vllm serve {}"}  # to load a checkpoint
+WAYS = {  # to load a checkpoint
+    LOWBIT.name: "lowbit generate {} --chat",
+    VLLM.name: "vllm serve {}",
+    LLAMA_CPP.name: "llama-cli -m {head}",
+}
 
 
 class Printer:
@@ -103,8 +110,17 @@ class Printer:
         self.kinds("not for tensor parallelism", job.plan.uncut)
         for warning in job.warnings():
             self.display.line(f"  note: {warning}")
-        for name, verdicts in job.verdicts().items():
-            self.display.line(f"  {name} {ENGINES[name].version}: {describe(verdicts)}")
+        self.engines(job)
+
+    def engines(self, job: Job | FreeJob) -> None:
+        """Print the way in which each engine that opens the result will run it, and the way into llama.cpp."""
+        verdicts = job.verdicts()
+        for engine in engines_for(job.format):
+            self.display.line(f"  {engine.name} {engine.version}: {describe(verdicts[engine.name])}")
+        this = (job.format, job.plan.written, job.shapes, job.source.checkpoint, job.recipe.kv_cache)
+        command = command_for_llama_cpp(*this)
+        if command is not None:
+            self.display.line(f"  {LLAMA_CPP.name}: the same weights after {command}")
 
     def kinds(self, what: str, reasons: Mapping[str, str]) -> None:
         """Print reasons by linear, a line for each kind of linear: names that differ in numbers alone."""
@@ -189,13 +205,20 @@ class Printer:
             tokens, context = done.scores[0].tokens, done.scores[0].context
             self.display.line(f"{tokens} tokens of builtin held-out text, {context} a window, float32")
         self.display.line(f"{done.recipe.method}, {describe_schemes(done.plan.schemes)}, in {clock(done.seconds)}")
-        ways = [way.format(done.output) for engine, way in WAYS.items() if engine in done.readers]
-        self.lines("use", *(ways or ["no engine has kernels for all of it: see the model card"]))
+        self.lines("use", *(ways_to_load(done) or ["no engine has kernels for all of it: see the model card"]))
         if done.output is not None and done.output.is_dir():
             page = [f"{done.output}/report.html"] if done.scores else []
             self.lines("look", *page, f"{done.output}/README.md", f"{done.output}/recipe.toml")
         if done.pushed is not None:
             self.display.line(describe_pushed(done.pushed))
+
+
+def ways_to_load(done: Quantized) -> list[str]:
+    """A command for each engine that loads the output, a directory or a file."""
+    output = done.output
+    assert output is not None
+    head = output / FORMATS[done.recipe.format].container.head if output.is_dir() else output
+    return [way.format(output, head=head) for engine, way in WAYS.items() if engine in done.readers]
 
 
 def result_row(done: Quantized) -> dict[str, Any]:

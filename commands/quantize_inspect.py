@@ -9,6 +9,7 @@ from rich.table import Table
 from lowbit.api import inspecting as api
 from lowbit.commands.common import REVISION, TRUST, make_console, run_command
 from lowbit.commands.parts import FIRST, Parts, by_part, flag, frame
+from lowbit.export.engines.llama_cpp import LLAMA_CPP
 from lowbit.export.engines.table import ENGINES
 from lowbit.export.engines.verdicts import describe
 from lowbit.export.inspection import Inspection
@@ -80,20 +81,23 @@ def _print_weights(console: Console, found: Inspection) -> None:
 def _print_engines(console: Console, found: Inspection) -> None:
     """Print kernels by machine and engine, and the possible sizes of tensor parallelism."""
     table = Table(title="kernels (linears, those that run fused as one)", title_justify="left")
-    for column in ("machine", *ENGINES):
+    for column in ("machine", *found.opened):
         table.add_column(column)
     for machine, row in found.kernels.items():
         cells = (
-            ", ".join(f"{kernel or 'none'} {count}" for kernel, count in row[engine].items()) for engine in ENGINES
+            ", ".join(f"{kernel or 'none'} {count}" for kernel, count in row[engine].items()) for engine in found.opened
         )
         table.add_row(machine, *cells)
     console.print(table)
-    for name, verdicts in found.verdicts.items():
-        console.print(f"{name} {ENGINES[name].version}: {describe(verdicts)}")
+    for name in found.opened:
+        console.print(f"{name} {ENGINES[name].version}: {describe(found.verdicts[name])}")
+    if found.for_llama_cpp is not None:
+        console.print(f"{LLAMA_CPP.name}: the same weights after {found.for_llama_cpp}")
     reasons = {
         (engine, reason): machine
         for machine, row in found.refusals.items()
         for engine, refused in row.items()
+        if engine in found.opened
         for reason in refused
     }
     for (engine, reason), machine in reasons.items():

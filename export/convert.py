@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from lowbit.errors import CheckpointError
-from lowbit.export.checkpoint import open_checkpoint, require_same_source
+from lowbit.export.checkpoint import Checkpoint, open_checkpoint, require_same_source
+from lowbit.export.dialects import FORMATS
+from lowbit.export.engines.llama_cpp import LLAMA_CPP
 from lowbit.export.format import Format, reading
 from lowbit.export.formats import LogicalTensors, require_fit, require_model
 from lowbit.export.restate import divisor_for, largest_scale, reason_against, restated
@@ -136,6 +138,32 @@ def _refuse_clashes(source: LogicalTensors, fmt: Format, schemes: Mapping[str, S
             f"{source.checkpoint.directory}: {clashing[0]!r} belongs to none of its quantized weights, and has "
             f"the name of a part of a {fmt.name} weight; take it out of the file"
         )
+
+
+def command_for_llama_cpp(
+    fmt: Format,
+    schemes: Mapping[str, Scheme],
+    shapes: Mapping[str, tuple[int, int]],
+    checkpoint: Checkpoint,
+    cache: str | None = None,
+) -> str | None:
+    """The command that writes a checkpoint for llama.cpp, with the same weights; None if llama.cpp opens its files
+    already, or if GGUF does not hold them.
+
+    schemes, shapes  scheme and (n, k) by linear, in the format `fmt`
+    checkpoint       it, or its original
+    cache            its key-value cache: "fp8", "fp8-head", or None
+    """
+    gguf = FORMATS["gguf"]
+    after = {name: gguf.alike(scheme) for name, scheme in schemes.items()}
+    exact = all(scheme.symmetric and scheme.inputs is None for scheme in schemes.values())
+    if LLAMA_CPP.opens(fmt) or not exact or cache is not None:
+        return None
+    if any(gguf.reason_against(new) or gguf.reason_against_shape(new, *shapes[name]) for name, new in after.items()):
+        return None
+    with checkpoint.companions() as companions:
+        reason = gguf.reason_against_model(checkpoint.config, companions)
+    return None if reason else f"lowbit convert DIR NEW{gguf.container.suffix}"
 
 
 def target_schemes(source: LogicalTensors, fmt: Format, scheme: Scheme | None = None) -> dict[str, Scheme]:

@@ -50,6 +50,7 @@ class Format(ABC):
     """A dialect of quantized checkpoints. The defaults suit a dialect without limits.
 
     method               quant_method in config.json
+    library              library_name of its repositories on the hub
     package              package that transformers needs to read it
     suffixes             names of a linear's tensors
     marker               the suffix that every quantized linear has
@@ -73,6 +74,7 @@ class Format(ABC):
     suffixes: tuple[str, ...]
     marker: str
     loading: str
+    library: str = "transformers"
     through_marlin: bool = False
     uniform: bool = False
     scale_dtype: torch.dtype | None = None
@@ -83,6 +85,11 @@ class Format(ABC):
     ties_head: bool = False
     caches: tuple[str, ...] = ()
     container: Container = SAFETENSORS
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Patterns of the files that hold its weights."""
+        return self.container.weights
 
     @abstractmethod
     def reason_against(self, scheme: Scheme) -> str | None:

@@ -7,8 +7,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from lowbit.errors import CheckpointError
+from lowbit.export.convert import command_for_llama_cpp
 from lowbit.export.engines.engine import ELSEWHERE
-from lowbit.export.engines.table import ENGINES, MACHINES, PARALLEL_SIZES, fused_linears, reason_against_parallel
+from lowbit.export.engines.table import (
+    ENGINES,
+    MACHINES,
+    PARALLEL_SIZES,
+    engines_for,
+    fused_linears,
+    reason_against_parallel,
+)
 from lowbit.export.engines.verdicts import Verdicts, verdicts_of
 from lowbit.export.formats import LogicalTensors
 from lowbit.quant.naming import split_sets
@@ -43,6 +51,8 @@ class Inspection:
     kernels      machine -> engine -> kernel (None: no kernel) -> number of linears or fused sets it runs
     verdicts     engine -> machine -> how all of it runs (engines/engine.py, VERDICTS)
     refusals     machine -> engine -> reason -> number of linears or fused sets without a kernel
+    opened       engines that open files of this kind; the others run none of them
+    for_llama_cpp  the command that writes the same weights for llama.cpp, if there is one
     checked_files  files with a known, correct checksum, after reading all weights; None if not checked
     """
 
@@ -56,6 +66,8 @@ class Inspection:
     kernels: dict[str, dict[str, Counter[str | None]]]
     refusals: dict[str, dict[str, Counter[str]]]
     verdicts: Verdicts
+    opened: tuple[str, ...]
+    for_llama_cpp: str | None
     checked_files: int | None = None
 
     @property
@@ -105,6 +117,7 @@ class Inspection:
                 for machine, row in self.kernels.items()
             },
             "verdicts": self.verdicts,
+            "for_llama_cpp": self.for_llama_cpp,
             "refusals": {
                 machine: {engine: dict(reasons) for engine, reasons in row.items() if reasons}
                 for machine, row in self.refusals.items()
@@ -142,6 +155,8 @@ def inspect_checkpoint(source: LogicalTensors, linears: Mapping[str, int], heads
         kernels=kernels,
         refusals=refusals,
         verdicts=verdicts_of(fused_linears(fmt, source.schemes, shapes).values()),
+        opened=tuple(engine.name for engine in engines_for(fmt)),
+        for_llama_cpp=command_for_llama_cpp(fmt, source.schemes, shapes, source.checkpoint, source.cache),
     )
 
 

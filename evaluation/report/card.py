@@ -10,10 +10,11 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData, metadata_load
 from yaml import YAMLError
 
 from lowbit import __version__
-from lowbit.evaluation.report.facts import headline, scored
+from lowbit.evaluation.report.facts import facts_of, headline, scored
 from lowbit.evaluation.report.page import environment_of
-from lowbit.evaluation.report.use import plain, use_of
+from lowbit.evaluation.report.use import plain, renamed
 from lowbit.export.engines.lowbit import LOWBIT
+from lowbit.export.engines.table import ENGINES
 from lowbit.export.engines.transformers import TRANSFORMERS
 from lowbit.export.escape import Written, code
 from lowbit.export.files import read_text, write_text
@@ -79,7 +80,7 @@ def write_card(directory: Path, facts: dict[str, Any], tensors: LogicalTensors, 
     data = ModelCardData(
         base_model=original.base_model,
         base_model_relation="quantized" if original.is_base else None,
-        library_name="transformers",
+        library_name=tensors.format.library if tensors.format else None,
         pipeline_tag=original.pipeline,
         tags=["quantized", *_short_names(tensors), facts["format"], *_tags(facts["use"]), "lowbit", facts["method"]],
         datasets=[found[0] for each in dataset.split(",") if (found := HUB_DATASET.match(each.strip()))] or None,
@@ -118,23 +119,35 @@ def name_card(directory: Path, name: str) -> bool:
     found = _section("use").search(text)
     if found is None or found["name"] == name:
         return False
-    write_text(path, _put(text, "use", Written(found["text"].replace(found["name"], name)), name))
+    write_text(path, _put(text, "use", Written(renamed(found["text"], found["name"], name)), name))
     return True
 
 
-def convert_card(directory: Path, source: Path, tensors: LogicalTensors, before: str) -> None:
-    """Write the card of `source` into `directory`, which has the same weights in another format than `before`."""
+def convert_card(directory: Path, name: str, source: Path, tensors: LogicalTensors, before: str) -> None:
+    """Write the card of `source` into `directory`, which has the same weights in another format than `before`.
+
+    name  of the checkpoint, for engines
+    """
     assert tensors.format is not None
     text = read_text(source / CARD) if (source / CARD).exists() else ""
     own = _section("use").search(text)
     card: Any = ModelCard(text, ignore_metadata_errors=True)
+    use = facts_of(directory, name=name, finished=False)["use"]
     if own:
-        card.text = _put(card.text, "use", _use(use_of(own["name"], tensors)), own["name"])
-    card.data.tags = [tensors.format.name if tag == before else tag for tag in card.data.tags or []] or None
-    name = tensors.format.name
-    note = f"Converted from {code(before)} to {code(name)} by lowbit {__version__}, without requantizing."
+        card.text = _put(card.text, "use", _use(use), plain(name))
+        card.data.library_name = tensors.format.library
+    card.data.tags = _converted_tags(card.data.tags or [], before, tensors.format.name, use) or None
+    after = code(tensors.format.name)
+    note = f"Converted from {code(before)} to {after} by lowbit {__version__}, without requantizing."
     ending = "" if own else f" {tensors.format.loading}"
     write_text(directory / CARD, f"{str(card).strip()}\n\n## Converted\n\n{note}{ending}\n".lstrip())
+
+
+def _converted_tags(tags: Sequence[str], before: str, after: str, use: Sequence[dict[str, Any]]) -> list[str]:
+    """The `tags` of a checkpoint after its conversion from a format to another, with the engines that load it now."""
+    engines = {name.lower() for name in ENGINES} - {TRANSFORMERS.name, LOWBIT.name}
+    found = [each for tag in tags for each in ((after, *_tags(use)) if tag == before else (tag,))]
+    return list(dict.fromkeys(tag for tag in found if tag not in engines or tag in _tags(use)))
 
 
 def _tags(use: Sequence[dict[str, Any]]) -> list[str]:

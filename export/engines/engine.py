@@ -22,6 +22,9 @@ class Loaded(Protocol):
     @property
     def through_marlin(self) -> bool: ...
 
+    @property
+    def files(self) -> tuple[str, ...]: ...
+
     def reason_in(self, engine: "Engine", scheme: Scheme) -> str | None:
         """The reason why an engine cannot load weights of a scheme in this format, or None."""
 
@@ -64,11 +67,19 @@ class EngineKernel:
 
 @dataclass(frozen=True)
 class Engine:
-    """An engine: name, version that its rules were read from, and kernels in the order it tries them."""
+    """An engine: name, version that its rules were read from, and kernels in the order it tries them.
+
+    files  patterns of the weight files that it opens
+    """
 
     name: str
     version: str
     kernels: tuple[EngineKernel, ...]
+    files: tuple[str, ...] = ("*.safetensors",)
+
+    def opens(self, fmt: Loaded) -> bool:
+        """True if files of the format are of a kind that the engine opens."""
+        return not set(self.files).isdisjoint(fmt.files)
 
     def verdict(self, layer: FusedLinear, capability: int | None) -> str:
         """The way in which the layer runs, one of VERDICTS."""
@@ -78,7 +89,8 @@ class Engine:
 
     def choose(self, layer: FusedLinear, capability: int | None) -> tuple[str | None, dict[str, str]]:
         """The first kernel that accepts the layer, or None; and the reasons of all kernels before it."""
-        unread = layer.fmt.reason_in(self, layer.scheme)
+        opened = self.opens(layer.fmt)
+        unread = layer.fmt.reason_in(self, layer.scheme) if opened else f"it opens {' and '.join(self.files)} alone"
         if unread is not None:
             return None, {kernel.name: unread for kernel in self.kernels}
         reasons: dict[str, str] = {}

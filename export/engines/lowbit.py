@@ -53,4 +53,5 @@ LOWBIT = Engine(
         EngineKernel("expanded to 16 bits", _without_kernel, EXPANDED),
         EngineKernel("reference", all_of(_not_int8, _packed, on_cpu)),
     ),
+    files=("*.safetensors", "*.gguf"),
 )

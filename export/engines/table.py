@@ -2,7 +2,8 @@
 
 from collections.abc import Mapping
 
-from lowbit.export.engines.engine import FusedLinear
+from lowbit.export.engines.engine import Engine, FusedLinear
+from lowbit.export.engines.llama_cpp import LLAMA_CPP
 from lowbit.export.engines.lowbit import LOWBIT
 from lowbit.export.engines.sglang import SGLANG
 from lowbit.export.engines.transformers import TRANSFORMERS
@@ -11,7 +12,7 @@ from lowbit.export.format import Format
 from lowbit.quant.naming import EXPERT, ROW_PARALLEL, fused_set
 from lowbit.quant.scheme import Scheme
 
-ENGINES = {engine.name: engine for engine in (VLLM, SGLANG, TRANSFORMERS, LOWBIT)}
+ENGINES = {engine.name: engine for engine in (VLLM, SGLANG, TRANSFORMERS, LLAMA_CPP, LOWBIT)}
 PARALLEL_SIZES = (1, 2, 4, 8, 16)
 # Compute capability of each generation; None is a CPU.
 MACHINES: dict[str, int | None] = {
@@ -24,6 +25,11 @@ MACHINES: dict[str, int | None] = {
     "Blackwell, sm_120": 120,
     "CPU": None,
 }
+
+
+def engines_for(fmt: Format) -> list[Engine]:
+    """The engines that open files of the format; what the others say of it goes without saying."""
+    return [engine for engine in ENGINES.values() if engine.opens(fmt)]
 
 
 def fused_linears(

@@ -14,8 +14,6 @@ from torch import Tensor
 
 from lowbit.errors import CheckpointError
 from lowbit.export.blocks import BLOCKS, block_of, from_rows, to_rows
-from lowbit.export.engines.engine import Engine
-from lowbit.export.engines.lowbit import LOWBIT
 from lowbit.export.format import Format, ShapeReader, TensorReader, following, reading
 from lowbit.export.gguf.container import FACTOR, GGUF, METHOD, TYPES
 from lowbit.export.gguf.families import family_of, place_of
@@ -38,6 +36,7 @@ class GgufFormat(Format):
     name = NAME
     method = METHOD
     package = "gguf"
+    library = "gguf"
     suffixes = (*TYPES, FACTOR)
     marker = FACTOR
     loading = "`model.gguf` follows the layout of GGUF: llama.cpp loads it, and every program that runs llama.cpp."
@@ -59,10 +58,6 @@ class GgufFormat(Format):
         if block is None or k % block.size == 0:
             return None
         return f"{k} inputs are no whole blocks of {block.size}"
-
-    def reason_in(self, engine: Engine, scheme: Scheme) -> str | None:
-        """The reason why an engine of safetensors cannot load the files, or None for lowbit."""
-        return None if engine is LOWBIT else "it loads safetensors; llama.cpp loads GGUF"
 
     def alike(self, scheme: Scheme) -> Scheme:
         """The blocks with the same values: integers in groups of 32, and minima in the place of zeros."""

@@ -89,7 +89,7 @@ def convert(
         done = convert_weights(logical, fmt, left, staging, max_shard_size, finished=False, scheme=wanted)
         assert logical.format is not None
         written = LogicalTensors(open_checkpoint(staging, finished=False))
-        convert_card(staging, source.directory, written, logical.format.name)
+        convert_card(staging, target.resolve().name, source.directory, written, logical.format.name)
         seal(staging, fmt.container)
     return Converted(target, fmt.name, source.directory, logical.format.name, logical.schemes, done)
 

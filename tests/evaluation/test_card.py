@@ -15,6 +15,7 @@ from lowbit.calibrate.job import prepare
 from lowbit.calibrate.methods import complete_recipe
 from lowbit.evaluation.record import FILE
 from lowbit.evaluation.report.card import Original, name_card, original_of
+from lowbit.evaluation.report.facts import facts_of
 from lowbit.export.checkpoint import sha256_of
 from lowbit.export.dialects import FORMATS
 from lowbit.export.engines.readers import readers_of
@@ -202,6 +203,21 @@ def test_a_converted_card_is_of_the_new_format(made, tmp_path):
     assert "pip install accelerate gptqmodel optimum" in card.text
     assert "Converted from `compressed-tensors` to `gptq`" in card.text
     assert card.data.license == "llama3.2"
+
+
+def test_a_gguf_is_loaded_by_llama_cpp_and_lowbit(made, tmp_path):
+    lowbit.convert(made, tmp_path / "blocks", format="gguf")
+    card = ModelCard.load(tmp_path / "blocks" / "README.md")
+    assert "llama-cli -m blocks/model.gguf\n" in card.text
+    assert 'lowbit.load("blocks")' in card.text
+    assert "vllm" not in card.text
+    assert card.data.library_name == "gguf"
+    assert {"gguf", "llama.cpp"} <= set(card.data.tags)
+    assert not {"vllm", "sglang", "compressed-tensors"} & set(card.data.tags)
+    assert name_card(tmp_path / "blocks", "me/blocks")
+    text = (tmp_path / "blocks" / "README.md").read_text()
+    assert "llama-cli --hf-repo me/blocks --hf-file model.gguf\n" in text
+    assert all(each["code"] in text for each in facts_of(tmp_path / "blocks", name="me/blocks")["use"])
 
 
 def test_only_readers_that_load_it_are_named():

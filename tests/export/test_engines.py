@@ -6,7 +6,7 @@ import pytest
 
 from lowbit.export.dialects import FORMATS
 from lowbit.export.engines.engine import EXPANDED, FAILS, RUNS, WEIGHTS, FusedLinear
-from lowbit.export.engines.table import ENGINES, MACHINES, fused_linears, reason_against_parallel
+from lowbit.export.engines.table import ENGINES, MACHINES, engines_for, fused_linears, reason_against_parallel
 from lowbit.export.engines.transformers import TRANSFORMERS
 from lowbit.export.engines.verdicts import describe, verdicts_of
 from lowbit.quant.scheme import parse_scheme
@@ -142,7 +142,18 @@ def test_some_kernel_of_transformers_takes_a_format_s_usual_scheme(fmt):
 @pytest.mark.parametrize("scheme", ["int4-g32", "int8-g32", "q4_k", "q6_k", "mxfp4-a16", "nvfp4-a16"])
 def test_engines_of_safetensors_read_no_gguf(scheme):
     verdicts = verdicts_of([FusedLinear(FORMATS["gguf"], parse_scheme(scheme), 4096, 4096)])
-    assert [name for name, found in verdicts.items() if set(found.values()) != {FAILS}] == ["lowbit"]
+    assert [name for name, found in verdicts.items() if set(found.values()) != {FAILS}] == ["llama.cpp", "lowbit"]
+    assert set(verdicts["llama.cpp"].values()) == {RUNS}
+    assert [engine.name for engine in engines_for(FORMATS["gguf"])] == ["llama.cpp", "lowbit"]
+
+
+@pytest.mark.parametrize("fmt", [name for name in FORMATS if name != "gguf"])
+def test_llama_cpp_opens_no_safetensors(fmt):
+    engine, layer = ENGINES["llama.cpp"], FusedLinear(FORMATS[fmt], W4, 4096, 4096)
+    kernel, reasons = engine.choose(layer, 90)
+    assert kernel is None
+    assert reasons == {each.name: "it opens *.gguf alone" for each in engine.kernels}
+    assert "llama.cpp" not in [engine.name for engine in engines_for(FORMATS[fmt])]
 
 
 def test_what_is_fused_is_one_layer():

@@ -148,6 +148,12 @@ def test_a_row_that_its_type_cannot_hold_is_in_the_plan(llama: tuple[Path, Path]
     assert "64 inputs do not divide into super-blocks of 256" in json.dumps(row)
 
 
+def test_limits_of_engines_that_open_no_gguf_go_unsaid(llama: tuple[Path, Path]) -> None:
+    report = json.loads((llama[1] / "quantization_report.json").read_text())
+    assert report["embeddings"] == "q4_k"
+    assert report["caveats"] == {}
+
+
 def test_rows_that_no_blocks_divide_stay_in_16_bits_or_are_refused(tmp_path: Path) -> None:
     model = save_family("llama", tmp_path / "model", torch.float16, hidden_size=256, intermediate_size=80)
     with pytest.raises(CheckpointError, match="80 inputs do not divide into groups of 32"):

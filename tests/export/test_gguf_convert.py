@@ -13,7 +13,8 @@ from transformers import AutoTokenizer
 import lowbit
 from lowbit.errors import CheckpointError, RecipeError, UsageError
 from lowbit.export.checkpoint import open_checkpoint
-from lowbit.export.convert import express
+from lowbit.export.convert import command_for_llama_cpp, express
+from lowbit.export.dialects import FORMATS
 from lowbit.export.formats import LogicalTensors
 from lowbit.export.gguf.container import HEAD_NAME
 from lowbit.export.gguf.file import read_header
@@ -64,6 +65,28 @@ def test_codes_are_kept_both_ways(scheme: str, blocks: str, tmp_path: Path) -> N
     assert all(torch.equal(before[name], after[name]) for name in before)
     lowbit.convert(tmp_path / "there", tmp_path / "back", format="compressed-tensors")
     assert all(torch.equal(before[name], tensor) for name, tensor in values(tmp_path / "back").items())
+
+
+@pytest.mark.parametrize(
+    ("scheme", "change", "written"),
+    [
+        ("int4-g128", {}, True),
+        ("int8-channel", {}, True),
+        ("mxfp4-a16", {}, True),
+        ("uint4-g128", {}, False),
+        ("int8-a8", {}, False),
+        ("int3-g128", {}, False),
+        ("int4-g128", {"model_type": "opt"}, False),
+    ],
+)
+def test_what_llama_cpp_gets_without_loss_has_a_command(scheme, change, written, tmp_path):
+    checkpoint = open_checkpoint(save_family("llama", tmp_path / "model", torch.float16))
+    checkpoint = replace(checkpoint, config=checkpoint.config | change)
+    this = {"m.up_proj": parse_scheme(scheme)}, {"m.up_proj": (256, 256)}, checkpoint
+    command = command_for_llama_cpp(FORMATS["compressed-tensors"], *this)
+    assert command == ("lowbit convert DIR NEW.gguf" if written else None)
+    assert command_for_llama_cpp(FORMATS["gguf"], *this) is None
+    assert command_for_llama_cpp(FORMATS["compressed-tensors"], *this, cache="fp8") is None
 
 
 def test_zeros_become_minima_with_their_rounding(tmp_path: Path) -> None:
