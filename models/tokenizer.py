@@ -5,9 +5,10 @@ from pathlib import Path
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 from lowbit.export.checkpoint import Checkpoint
-from lowbit.export.plain import read_json
+from lowbit.export.files import read_bytes
+from lowbit.export.plain import parse_json, require_object
 from lowbit.export.untrusted import untrusted
-from lowbit.models.tokenids import require_small_ids
+from lowbit.models.tokenids import LARGEST, require_small_ids
 
 SETTINGS = "tokenizer_config.json"
 
@@ -37,7 +38,7 @@ def config_for(checkpoint: Checkpoint, companions: Path) -> PretrainedConfig:
     Files that name their class, as most do, need not the model's own, which takes over a second to import.
     """
     path, kind = companions / SETTINGS, checkpoint.config.get("model_type")
-    settings = read_json(path) if path.exists() else {}
+    settings = require_object(parse_json(read_bytes(path), path, LARGEST), path) if path.exists() else {}
     if settings.get("tokenizer_class") is None or "auto_map" in settings:
         return AutoConfig.for_model(kind)
     config = PretrainedConfig(model_type=kind)

@@ -295,6 +295,13 @@ def test_a_model_without_a_tokenizer_takes_and_gives_tokens(tmp_path):
         model.generate(["text"])
 
 
+def test_a_tokenizer_without_a_longest_text_is_loaded(tmp_path):
+    """transformers writes 10^30 for its length, an integer of 100 bits."""
+    save_family("llama", tmp_path)
+    assert json.loads((tmp_path / "tokenizer_config.json").read_text())["model_max_length"] == int(1e30)
+    assert engine.load(tmp_path, device="cpu").tokenizer is not None
+
+
 def test_the_models_stop_tokens_come_from_its_generation_config(tmp_path):
     model, _ = tiny(tmp_path)
     stop = model.generate([[1, 2]], max_new_tokens=6, ignore_eos=True)[0].tokens[3]
