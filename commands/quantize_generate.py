@@ -108,7 +108,7 @@ PARTS: Parts = {
             "--lookup",
             type=int,
             default=0,
-            text="Draft this many tokens a step from the text so far; at most 7.",
+            text="Draft up to this many tokens a step from the text so far; at most 7.",
         ),
     ),
     "Engine": (DEVICE, CONTEXT, CACHE, DENSE_HEAD, REVISION),

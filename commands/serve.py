@@ -58,7 +58,7 @@ PARTS: Parts = {
             "--lookup",
             type=click.IntRange(0, 7),
             default=0,
-            text="Draft this many tokens a step from the text so far, for a greedy request that writes alone.",
+            text="Draft up to this many tokens a step from the text so far, while at most 4 requests write.",
         ),
     ),
     "Engine": (DEVICE, CONTEXT, CACHE, DENSE_HEAD, REVISION),

@@ -12,8 +12,9 @@ from transformers import PreTrainedTokenizerBase
 from lowbit.arguments import typed
 from lowbit.engine.beam import run_beams
 from lowbit.engine.decoder import Decoder
+from lowbit.engine.drafts.drafting import MOST_SEQUENCES, Drafting, run_drafted
+from lowbit.engine.drafts.suffix import Suffixes
 from lowbit.engine.generate import run_batch
-from lowbit.engine.lookup import run_lookup
 from lowbit.engine.options import Options
 from lowbit.engine.passes import Reader
 from lowbit.engine.prefill import shortage
@@ -184,7 +185,7 @@ class Engine:
                 raise EngineError(f"{len(requests)} sequences do not fit: {shortage(error)}") from None
 
     def pieces(self, requests: Sequence[Request], space: Workspace) -> Iterator[Piece]:
-        """The pieces of all requests: plain ones in batches, those with beams or drafts one by one."""
+        """The pieces of all requests: plain ones and those with drafts in batches, those with beams one by one."""
         waiting = [request for request in requests if request.sampling.beams == 1 and not request.sampling.lookup]
         while waiting:
             batch = waiting[: self.options.batch]
@@ -194,14 +195,20 @@ class Engine:
             yield from run_batch(runner, runner.sampler, batch)
             waiting = [request for request in batch if request.finish_reason is None] + waiting[len(batch) :]
         for request in requests:
-            beams, drafts = request.sampling.beams, request.sampling.lookup
-            length = longest([request])
+            beams = request.sampling.beams
             if beams > 1:
                 sampler = space.sampler(features_of([request.constraints]), beams)
-                yield from run_beams(space.runner(beams, beams, length), sampler, request)
-            while drafts and request.finish_reason is None:
-                several = space.runner(1 + drafts, 1, length, adjacent=1 + drafts)
-                yield from run_lookup(space.runner(1, 1, length), several, request)
+                yield from run_beams(space.runner(beams, beams, longest([request])), sampler, request)
+        yield from self.drafted(requests, space)
+
+    def drafted(self, requests: Sequence[Request], space: Workspace) -> Iterator[Piece]:
+        """The pieces of the requests with drafts, in batches."""
+        waiting = [request for request in requests if request.sampling.lookup]
+        while waiting:
+            batch = waiting[:MOST_SEQUENCES]
+            drafting = Drafting(space, Suffixes(), max(request.sampling.lookup for request in batch))
+            yield from run_drafted(drafting, batch)
+            waiting = [request for request in batch if request.finish_reason is None] + waiting[len(batch) :]
 
     @torch.inference_mode()
     @typed(EngineError)

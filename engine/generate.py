@@ -18,14 +18,9 @@ SCORED_ROWS = 256  # prompt positions with logits in memory at a time
 def run_batch(runner: Runner, sampler: Sampler, requests: Sequence[Request]) -> Iterator[Piece]:
     """Serve `requests`, one per row of the runner, until each is finished or must be read again."""
     cache = runner.cache
-    for request in requests:
-        request.begin()
-    sampler.start([request.constraints for request in requests])
-    logits = read_prompts(runner.reader, requests)
-    chosen = sampler(logits)
-    yield from deliver(requests, chosen)
+    yield from begin_batch(runner.reader, sampler, requests)
     runner.place(
-        chosen.tokens.tolist(),
+        [request.tokens[-1] for request in requests],
         [len(request.sequence) - 1 for request in requests],
         [cache.start(b) for b in range(len(requests))],
     )
@@ -33,6 +28,14 @@ def run_batch(runner: Runner, sampler: Sampler, requests: Sequence[Request]) -> 
         yield from deliver(requests, chosen)
         if not any(request.left for request in requests):
             return
+
+
+def begin_batch(reader: Reader, sampler: Sampler, requests: Sequence[Request]) -> Iterator[Piece]:
+    """Read the sequences of `requests` into the cache, and write the first token of each."""
+    for request in requests:
+        request.begin()
+    sampler.start([request.constraints for request in requests])
+    yield from deliver(requests, sampler(read_prompts(reader, requests)))
 
 
 def deliver(requests: Sequence[Request], chosen: Chosen) -> Iterator[Piece]:

@@ -12,6 +12,22 @@ from lowbit.engine.sampling import Completion, Piece, Sampling, TokenLogprob
 from lowbit.engine.text import TextStream
 
 
+class DraftCounts:
+    """For each place in a step's drafts: how many were checked there, and how many were right."""
+
+    def __init__(self) -> None:
+        self.checked: list[int] = []
+        self.right: list[int] = []
+
+    def note(self, checked: int, right: int) -> None:
+        """Count one step."""
+        missing = [0] * (checked - len(self.checked))
+        self.checked, self.right = self.checked + missing, self.right + missing
+        for place in range(checked):
+            self.checked[place] += 1
+            self.right[place] += place < right
+
+
 class Request:
     """A prompt with its sampling.
 
@@ -43,6 +59,7 @@ class Request:
         self.prompt_logprobs: list[TokenLogprob] | None = None
         self.finish_reason: str | None = None
         self.steps = 0
+        self.drafts = DraftCounts()
         self.score: float | None = None
 
     @property
@@ -117,6 +134,7 @@ class Request:
             prompt_tokens=len(self.prompt),
             seed=self.fresh.seed,
             steps=self.steps,
+            drafts=tuple(zip(self.drafts.checked, self.drafts.right, strict=True)),
             logprobs=tuple(self.logprobs) if self.sampling.logprobs is not None else None,
             prompt_logprobs=None if self.prompt_logprobs is None else tuple(self.prompt_logprobs),
             score=self.score,

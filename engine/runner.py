@@ -52,9 +52,8 @@ class Runner:
         self.reader, self.longest, self.sampler, self.adjacent = reader, longest, sampler, adjacent
         decoder, cache = self.decoder, self.cache = reader.decoder, reader.cache
         device = decoder.weights.device
-        self.tokens, self.positions, self.starts, self.slots = (
-            torch.zeros(rows, dtype=torch.int64, device=device) for _ in range(4)
-        )
+        self.inputs = torch.zeros(4, rows, dtype=torch.int64, device=device)
+        self.tokens, self.positions, self.starts, self.slots = self.inputs
         # a finished row stays at its last position
         self.cursor = Cursor(self.positions, self.slots, cache.context - 1)
         self.result: Chosen | None = None
@@ -75,9 +74,8 @@ class Runner:
 
     def place(self, tokens: Sequence[int], positions: Sequence[int], starts: Sequence[int]) -> None:
         """Set the inputs of the next step."""
-        for into, values in ((self.tokens, tokens), (self.positions, positions), (self.starts, starts)):
-            into.copy_(torch.tensor(list(values), dtype=torch.int64))
-        torch.add(self.starts, self.positions, out=self.slots)
+        slots = [start + position for start, position in zip(starts, positions, strict=True)]
+        self.inputs.copy_(torch.tensor([list(tokens), list(positions), list(starts), slots]))
 
     def compute(self) -> None:
         """Run one step."""

@@ -70,6 +70,7 @@ class Sampler:
 
     def __init__(self, features: Features, batch: int, vocabulary: int, device: torch.device) -> None:
         self.features, self.vocabulary = features, vocabulary
+        self.started = 0  # calls of `start`
 
         def tensor(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
             return torch.zeros(batch, *shape, dtype=dtype, device=device)
@@ -98,6 +99,7 @@ class Sampler:
         """Start these requests, each after the tokens it has so far."""
         settings = [request.sampling for request in requests]
         vocabulary = self.vocabulary
+        self.started += 1
 
         def fill(into: Tensor, values: list[float] | list[int]) -> None:
             into.copy_(torch.tensor(values, dtype=into.dtype).unsqueeze(1))
@@ -198,6 +200,18 @@ class Sampler:
             self.seen.scatter_(1, column, True)
             self.counts.scatter_add_(1, column, torch.ones_like(column, dtype=self.counts.dtype))
             self.recent.copy_(torch.cat([self.recent[:, 1:], column], 1))
+
+    def take(self, tokens: Tensor) -> None:
+        """Record tokens (B, any number) that were chosen elsewhere; the vocabulary's size stands for none."""
+        if not self.features.penalized:
+            return
+        counted = self.counts.new_zeros(len(tokens), self.vocabulary + 1)
+        counted.scatter_add_(1, tokens, torch.ones_like(tokens, dtype=counted.dtype))
+        self.counts += counted[:, : self.vocabulary]
+        self.seen |= counted[:, : self.vocabulary] > 0
+        for column in tokens.split(1, 1):
+            after = torch.cat([self.recent[:, 1:], column], 1)
+            self.recent.copy_(torch.where(column < self.vocabulary, after, self.recent))
 
     def reorder(self, rows: Tensor, tokens: Tensor) -> None:
         """Replace the state of row b by that of row `rows[b]`, followed by `tokens[b]`, for beam search."""

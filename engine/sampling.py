@@ -30,7 +30,7 @@ class Sampling:
     beams               number of beams of beam search; length_penalty is its exponent of the length
     logprobs            number of alternatives with log-probabilities, besides each generated token; None for none
     prompt_logprobs     True for the log-probability of each token of the prompt but the first
-    lookup              draft tokens per step of prompt lookup: greedy, one sequence
+    lookup              most draft tokens per step, looked up in the text so far. They change no token
     """
 
     max_new_tokens: int = 128
@@ -89,8 +89,8 @@ class Sampling:
         blank = next((word for word in self.bad_words if isinstance(word, str) and not word.strip()), None)
         if blank is not None:
             return f"bad word {blank!r} is white space, which stands within most tokens: give tokens instead"
-        if self.lookup and (self.temperature or self.penalized or self.beams > 1 or self.logprobs is not None):
-            return "lookup checks drafts greedily: it goes with no temperature, penalty, beams or logprobs"
+        if self.lookup and self.beams > 1:
+            return f"beam search checks no drafts: leave out lookup, which is {self.lookup}, or the {self.beams} beams"
         if self.beams > 1 and (self.temperature or self.logprobs is not None):
             return "beam search samples nothing and keeps no logprobs: leave temperature at 0 and logprobs out"
         return None
@@ -134,6 +134,7 @@ class Completion:
     tokens           all generated tokens, including a stop token
     finish_reason    "stop", or "length" at max_new_tokens or the engine's context
     steps            number of decode steps: fewer than tokens if drafts were accepted
+    drafts           (checked, right) by place in a step's drafts
     score            beam search only: the sum of log-probabilities / length^length_penalty
     """
 
@@ -143,6 +144,7 @@ class Completion:
     prompt_tokens: int
     seed: int
     steps: int
+    drafts: tuple[tuple[int, int], ...] = ()
     logprobs: tuple[TokenLogprob, ...] | None = None
     prompt_logprobs: tuple[TokenLogprob, ...] | None = None
     score: float | None = None

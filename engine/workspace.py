@@ -4,11 +4,14 @@ import threading
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 
 from lowbit.engine.cache import Cache, cache_nbytes, make_cache
 from lowbit.engine.decoder import Decoder
+from lowbit.engine.drafts.check import Check
+from lowbit.engine.drafts.gauge import Costs
 from lowbit.engine.options import Options
 from lowbit.engine.passes import Reader
 from lowbit.engine.runner import Runner
@@ -20,13 +23,27 @@ RUNNERS = 16  # per workspace: on a GPU each has a captured graph and its memory
 IDLE = 4  # workspaces kept for later calls
 
 
+@dataclass(frozen=True)
+class Kind:
+    """A kind of runner: its rows, as in Workspace.runner.
+
+    checked  sequences whose drafts it checks; 0: it checks none
+    """
+
+    rows: int
+    features: Features | None = None
+    adjacent: int = 1
+    checked: int = 0
+
+
 class Workspace:
     """A cache that grows on demand, and runners for it. The least recently used runners beyond `most` are dropped."""
 
     def __init__(self, pool: "Workspaces", most: int = RUNNERS) -> None:
         self.most, self.pool, self.decoder, self.options = most, pool, pool.decoder, pool.options
         self.reader: Reader | None = None
-        self.runners: OrderedDict[tuple[int, Features | None, int, int], Runner] = OrderedDict()
+        self.runners: OrderedDict[tuple[Kind, int], Runner] = OrderedDict()
+        self.bases: dict[tuple[Features, int], Sampler] = {}
 
     def runner(self, rows: int, batch: int, length: int, features: Features | None = None, adjacent: int = 1) -> Runner:
         """The runner with `rows` rows, for a cache of `batch` sequences of at least `length` positions.
@@ -34,16 +51,38 @@ class Workspace:
         So many `adjacent` rows are consecutive positions of one sequence (drafts); otherwise each row has its own.
         Sequences of up to SHORT positions get their own runner, with an attention kernel split for them.
         """
+        return self.kept(Kind(rows, features, adjacent), batch, length)
+
+    def checking(self, sequences: int, width: int, batch: int, length: int, features: Features) -> Runner:
+        """The runner that checks drafts of so many sequences, with `width` adjacent rows for each."""
+        return self.kept(Kind(sequences * width, features, width, sequences), batch, length)
+
+    def kept(self, kind: Kind, batch: int, length: int) -> Runner:
+        """The runner of this kind, made if there is none."""
         reader = self.roomy_reader(batch, length)
         reach = SHORT if length <= SHORT else reader.cache.context
-        key = rows, features, reach, adjacent
+        key = kind, reach
         if key not in self.runners:
             while len(self.runners) >= self.most:
                 self.runners.popitem(last=False)
-            sampler = None if features is None else self.sampler(features, rows)
-            self.runners[key] = Runner(reader, rows, reach, sampler, adjacent)
+            self.runners[key] = Runner(reader, kind.rows, reach, self.sampler_for(kind), kind.adjacent)
         self.runners.move_to_end(key)
         return self.runners[key]
+
+    def sampler_for(self, kind: Kind) -> Sampler | None:
+        """The sampler of a runner."""
+        if kind.features is None:
+            return None
+        if kind.checked:
+            return Check(self.base(kind.features, kind.checked), kind.adjacent)
+        return self.sampler(kind.features, kind.rows)
+
+    def base(self, features: Features, sequences: int) -> Sampler:
+        """The state of sequences with drafts, which runners of every width share."""
+        key = features, sequences
+        if key not in self.bases:
+            self.bases[key] = self.sampler(features, sequences)
+        return self.bases[key]
 
     def sampler(self, features: Features, rows: int) -> Sampler:
         """An empty sampler."""
@@ -67,14 +106,19 @@ class Workspace:
         """Free the memory."""
         self.reader = None
         self.runners.clear()
+        self.bases.clear()
 
 
 class Workspaces:
-    """The workspaces of an engine."""
+    """The workspaces of an engine.
+
+    costs  of steps with drafts, measured in any of them
+    """
 
     def __init__(self, decoder: Decoder, options: Options) -> None:
         self.decoder, self.options = decoder, options
         self.idle: list[Workspace] = []
+        self.costs = Costs()
         self.lock = threading.Lock()
 
     @contextmanager

@@ -17,7 +17,7 @@ from lowbit.engine.sampler import Chosen, Features, Sampler, features_of
 from lowbit.engine.sampling import Piece, Sampling
 from lowbit.engine.workspace import Workspace
 from lowbit.errors import EngineError
-from lowbit.serve.drafts import Drafts
+from lowbit.serve.drafts import Drafts, fill_rows, unmasked
 from lowbit.serve.job import Job, Update
 from lowbit.serve.pace import Pace
 from lowbit.serve.slots import Slots
@@ -35,6 +35,7 @@ class Batch:
     reading  jobs whose prompts are read, in order; the first one is read, chunk by chunk
     writing  jobs that get one token a step
     placed   those that wrote when the runner's rows were last set, in their order; `stale` once others write
+    drafted  True if their steps have drafts
     cold     graphs that requests are expected to need, and that are not captured yet: see warm.py
     """
 
@@ -47,6 +48,7 @@ class Batch:
         self.writing: list[Job] = []
         self.placed: list[Job] = []
         self.stale = False
+        self.drafted = False
         self.runner: Runner | None = None
         self.launched: deque[Written] = deque()
         self.cold = expected(self.reader(), usual)
@@ -84,6 +86,7 @@ class Batch:
     def reset(self) -> None:
         """Forget all jobs, and what the cache holds: after an error nothing of it is certain."""
         self.reading, self.writing, self.placed, self.runner, self.stale = [], [], [], None, False
+        self.drafts.reset()
         self.launched.clear()
         self.space.clear()
         self.slots = Slots(len(self.slots.all))
@@ -230,15 +233,18 @@ class Batch:
         self.deliver([job], sampler(logits))
 
     def step(self) -> None:
-        """Write one token of each writing job. On a GPU the step before is delivered while this one runs."""
+        """Write one token of each writing job, or several with drafts. On a GPU the step before is delivered while this
+        one runs, without drafts."""
+        drafted = self.drafts.wanted(self.writing)
+        if drafted != self.drafted:
+            self.drafted, self.stale = drafted, True
         if self.stale:
             while self.launched:
                 self.deliver(self.placed, self.launched.popleft().wait())
             self.place()
+        if self.drafted and self.placed:
+            self.drafted_step()
         if self.runner is None:
-            return
-        if self.drafts.suit(self.placed):
-            self.drafted_step(self.placed[0])
             return
         if self.runner.masked:
             self.masked_step(self.runner)
@@ -247,12 +253,25 @@ class Batch:
         if len(self.launched) > self.runner.ahead:
             self.deliver(self.placed, self.launched.popleft().wait())
 
-    def drafted_step(self, job: Job) -> None:
-        """One step of a job that writes alone, with drafts."""
-        assert self.runner is not None
-        assert job.slot is not None
-        tokens = self.drafts.step(job, self.runner.cache.start(job.slot.sequence))
-        self.pass_on(job, job.request.take(tokens))
+    def drafted_step(self) -> None:
+        """One step with drafts."""
+        masks = self.mask_drafts if features_for(self.placed).masked else None
+        for job, piece in zip(self.placed, self.drafts.step(masks), strict=True):
+            if job in self.writing:
+                self.follow(job, piece)
+
+    def mask_drafts(self, allowed: Tensor, drafts: Sequence[Sequence[int]]) -> list[int]:
+        """Set the masks of the rows that check drafts of the placed jobs; the numbers of drafts that they allow."""
+        masks, counts = unmasked(allowed), [len(draft) for draft in drafts]
+        for i, rows in enumerate(masks.view(len(drafts), -1, masks.shape[1])):
+            grammar = self.placed[i].grammar
+            if grammar is not None:
+                try:
+                    counts[i] = fill_rows(grammar, rows, drafts[i])
+                except EngineError as error:
+                    self.drop(self.placed[i], error)
+        allowed.copy_(masks, non_blocking=True)
+        return counts
 
     def masked_step(self, runner: Runner) -> None:
         """One step with grammars. The logits are computed while the tokens of the step before reach the grammars."""
@@ -268,7 +287,7 @@ class Batch:
         """Set the masks of the next step. Jobs without a grammar may have any token."""
         if not sampler.features.masked:
             return
-        masks = torch.full(sampler.allowed.shape, -1, dtype=torch.int32, pin_memory=sampler.allowed.is_cuda)
+        masks = unmasked(sampler.allowed)
         for row, job in zip(masks, jobs, strict=False):
             if job.grammar is not None and job in self.writing:
                 try:
@@ -282,6 +301,9 @@ class Batch:
         """Set the runner for the jobs that write now. Rows beyond them repeat the first job, to the same effect."""
         self.placed, self.runner, self.stale = list(self.writing), None, False
         if not self.placed:
+            return
+        if self.drafted:
+            self.drafts.start(self.placed, features_for(self.placed))
             return
         constraints = [job.request.constraints for job in self.placed]
         length, cache = max(job.length for job in self.placed), self.reader().cache
@@ -306,15 +328,19 @@ class Batch:
                 continue
             if chosen.logprobs is not None and chosen.top is not None:
                 request.note(token, chosen.logprobs[row], chosen.top[row])
-            piece = request.take([token])
-            if job.grammar is not None and not piece.finish_reason:
-                try:
+            self.follow(job, request.take([token]))
+
+    def follow(self, job: Job, piece: Piece) -> None:
+        """Take a job's grammar along the tokens of a piece, and pass it on."""
+        if job.grammar is not None and not piece.finish_reason:
+            try:
+                for token in piece.tokens:
                     job.grammar.take(token)
-                except EngineError as error:
-                    self.drop(job, error)
-                    continue
-                piece = request.end(piece) if job.grammar.ended else piece
-            self.pass_on(job, piece)
+            except EngineError as error:
+                self.drop(job, error)
+                return
+            piece = job.request.end(piece) if job.grammar.ended else piece
+        self.pass_on(job, piece)
 
     def pass_on(self, job: Job, piece: Piece) -> None:
         """Pass a piece on. A job that it finishes leaves."""
@@ -322,7 +348,7 @@ class Batch:
             self.leave(job)
         elif not job.request.left:
             self.again(job)
-        job.tell(job, Update(piece, tuple(job.request.logprobs[-1:])))
+        job.tell(job, Update(piece, tuple(job.request.logprobs[-len(piece.tokens) :])))
 
     def again(self, job: Job) -> None:
         """Read a sequence again that has reached the position where the ropes change."""

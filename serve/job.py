@@ -26,6 +26,9 @@ class Update:
 class Constraint(Protocol):
     """A rule for the next token, and its state: see grammar.Grammar."""
 
+    def copy(self) -> "Constraint":
+        """The same rule in the same state."""
+
     def fill(self, row: Tensor) -> None:
         """Write the mask of the next token: int32, one bit per token."""
 

@@ -40,7 +40,7 @@ class Options:
     defaults   settings of requests that leave them out
     sequences  requests served at a time; None for as many as fit, at most SEQUENCES
     waiting    most requests in the queue
-    lookup     draft tokens for a greedy request that writes alone
+    lookup     most draft tokens a step, while few requests write
     """
 
     name: str

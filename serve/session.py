@@ -34,7 +34,7 @@ class Session:
     sequences  requests served at a time; the cache has memory for all positions of each
     waiting    most requests in the queue
     usual      samplings of most requests: their graphs are captured while there is no work
-    lookup     draft tokens for a greedy request that writes alone
+    lookup     most draft tokens a step, while few requests write
     """
 
     def __init__(

@@ -7,8 +7,8 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
+from lowbit.engine.drafts.drafting import accepted
 from lowbit.engine.engine import Engine
-from lowbit.engine.lookup import Index, accepted
 from lowbit.engine.sampling import Sampling
 from lowbit.quant.kernels import ops
 from lowbit.quant.kernels.decode_attention import attend
@@ -211,14 +211,6 @@ def test_drafts_are_adjacent_rows_of_one_sequence(model):
 def test_lookup_fills_the_context_to_its_end(model):
     prompt = [7, 8, 9, 10] * 29
     assert len(model.generate([prompt], lookup=7, ignore_eos=True)[0].tokens) == 128 - len(prompt)
-
-
-def test_a_draft_is_what_followed_last_time():
-    index = Index([1, 2, 3, 4, 9, 2, 3, 5, 6, 2, 3])
-    assert index.draft(2) == [5, 6]
-    index.extend([4])
-    assert index.draft(9) == [9, 2, 3, 5, 6, 2, 3, 4]
-    assert Index([1, 2]).draft(3) == []
 
 
 def test_drafts_are_accepted_up_to_the_first_that_differs():

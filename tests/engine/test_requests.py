@@ -40,7 +40,12 @@ def model(tmp_path_factory):
         ([[1]], {"bad_words": ("\ud800",)}, r"character 0 of '\\ud800' is half a surrogate pair"),
         ([[1]], {"beams": 2, "temperature": 1.0}, "beam search samples nothing"),
         ([[1]], {"seed": 1 << 70}, "seed is 1180591620717411303424: it must lie between"),
-        ([[1]], {"lookup": 3, "temperature": 1.0}, "lookup checks drafts greedily"),
+        (
+            [[1]],
+            {"lookup": 3, "beams": 2},
+            "no drafts: leave out lookup, which is 3, or the 2 beams",
+        ),
+        ([[1]], {"lookup": 8}, "lookup is 8: it must lie between 0 and 7"),
     ],
 )
 def test_what_cannot_be_served_is_told(model, prompts, settings, message):

@@ -43,10 +43,10 @@ def prompts(count: int, seed: int = 0) -> list[list[int]]:
     return [[draw.randrange(256) for _ in range(draw.choice((1, 4, 30, 90)))] for _ in range(count)]
 
 
-def ask(session, requests):
+def ask(session, requests, grammars=()):
     """Submit requests together, and wait until all have ended: their results or errors by index."""
     updates = queue.SimpleQueue()
-    jobs = session.submit(requests, lambda job, update: updates.put((job, update)))
+    jobs = session.submit(requests, lambda job, update: updates.put((job, update)), grammars=grammars)
     ended, left = {}, {job.request.index for job in jobs}
     while left:
         job, update = updates.get(timeout=60)
@@ -241,16 +241,51 @@ def test_drafts_change_no_text_and_save_steps(model):
     sampling = Sampling(max_new_tokens=40, ignore_eos=True)
     [alone] = model.generate([repeated], sampling)
     texts = [*prompts(4, seed=7), repeated]
-    expected = model.generate(texts, sampling)
+    settings = [sampling, replace(sampling, temperature=1.0, seed=3, logprobs=2), *[sampling] * 3]
+    expected = model.generate(texts, settings)
     with Session(model, sequences=3, lookup=4) as session:
         pieces = list(session.stream(repeated, sampling))
         assert tuple(token for piece in pieces for token in piece.tokens) == alone.tokens
         assert len(pieces) < 40
-        jobs = ask(session, model.requests(texts, sampling))  # drafts come and go with the size of the batch
+        jobs = ask(session, model.requests(texts, settings))  # in batches that change
         assert [job.request.completion().tokens for job in jobs] == [each.tokens for each in expected]
-        sampled = replace(sampling, temperature=1.0, seed=3)
-        [job] = ask(session, model.requests([repeated], sampled))
-        assert job.request.completion().tokens == model.generate([repeated], sampled)[0].tokens
+        found = jobs[1].request.completion().logprobs
+        assert [each.token for each in found] == list(expected[1].tokens)
+
+
+class Alternating:
+    """A rule that allows even tokens after odd ones and odd ones after even ones, and ends after so many."""
+
+    def __init__(self, left, last=0):
+        self.left, self.last = left, last
+
+    def copy(self):
+        return Alternating(self.left, self.last)
+
+    def fill(self, row):
+        row.fill_(0x55555555 if self.last % 2 else -0x55555556)
+
+    def take(self, token):
+        assert token % 2 != self.last % 2
+        self.left, self.last = self.left - 1, token
+
+    @property
+    def ended(self):
+        return not self.left
+
+
+def test_drafts_obey_a_rule_and_end_with_it(model):
+    texts = [[5, 6, 7, 8] * 8, *prompts(2, seed=3)]
+    sampling = Sampling(max_new_tokens=60, ignore_eos=True)
+    found = []
+    for lookup in (0, 4):
+        with Session(model, sequences=3, lookup=lookup) as session:
+            rules = [Alternating(33), None, Alternating(7)]
+            jobs = ask(session, model.requests(texts, sampling), grammars=rules)
+            found.append([job.request.tokens for job in jobs])
+    assert found[0] == found[1]
+    assert [len(tokens) for tokens in found[0]] == [33, 60, 7]
+    assert jobs[0].request.steps < 33
 
 
 def test_the_rest_of_a_prompt_is_read_by_steps_where_graphs_are(model, monkeypatch):

@@ -1,0 +1,1 @@
+"""Drafts: tokens that something cheap proposes, and that one step of the model checks."""

@@ -1,0 +1,199 @@
+"""Decode steps that check drafts: for up to MOST_SEQUENCES sequences of a cache at a time."""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from lowbit.engine.drafts.check import Check
+from lowbit.engine.drafts.drafter import NOTHING, Drafter, Proposal
+from lowbit.engine.drafts.gauge import Gauge
+from lowbit.engine.generate import begin_batch, deliver
+from lowbit.engine.request import Request
+from lowbit.engine.runner import Runner
+from lowbit.engine.sampler import Chosen, Features, features_of
+from lowbit.engine.sampling import Piece
+from lowbit.engine.workspace import Workspace
+from lowbit.errors import EngineError
+
+ROWS = 8  # of a step: up to 8, products and attention add up in the order of a single row
+MOST_SEQUENCES = 4
+WIDTHS = (1, 2, 4, 8)  # rows of each sequence: few, since each has its own graphs
+
+# Set the masks (rows, words) of the rows that check these drafts; the numbers of drafts that the rules allow.
+Masks = Callable[[Tensor, Sequence[Sequence[int]]], list[int]]
+
+
+@dataclass
+class Given:
+    """The part of a sequence that a drafter knows: the request whose text it is, and the number of its tokens."""
+
+    request: Request
+    count: int
+
+
+class Drafting:
+    """Steps with drafts over a workspace's cache.
+
+    most  drafts of a step, for each sequence
+    """
+
+    def __init__(self, space: Workspace, drafter: Drafter, most: int) -> None:
+        self.space, self.drafter, self.most = space, drafter, min(most, drafter.most)
+        self.gauge = Gauge(space.pool.costs)
+        self.given: dict[int, Given] = {}
+        self.requests: list[Request] = []
+        self.sequences: list[int] = []
+        self.fresh: list[list[int]] = []
+        self.features = Features()
+
+    def start(self, requests: Sequence[Request], sequences: Sequence[int], features: Features) -> None:
+        """Write these requests from now on, each of which has at least one token.
+
+        sequences  of the cache, which holds all tokens of each request but the last
+        """
+        self.requests, self.sequences, self.features = list(requests), list(sequences), features
+        self.space.base(features, len(requests)).start([request.constraints for request in requests])
+        self.fresh = [[] for _ in requests]
+
+    @property
+    def widths(self) -> list[int]:
+        """The numbers of rows that each sequence may have in the next step."""
+        assert self.space.cache is not None
+        rooms = [reach_of(request, self.space.cache.context) - places_of(request)[0] for request in self.requests]
+        most = min(1 + self.most, ROWS // len(self.requests), *rooms)
+        return [width for width in sorted({*WIDTHS, 1 + self.most}) if width <= most] or [1]
+
+    def step(self, masks: Masks | None = None) -> list[Piece]:
+        """Run one step; the piece of each request."""
+        widths = self.widths
+        proposals = self.propose(widths[-1] - 1) if widths[-1] > 1 else [NOTHING] * len(self.requests)
+        width = self.gauge.width(proposals, widths)
+        drafts = [list(proposal.tokens[: width - 1]) for proposal in proposals]
+        runner, begun = self.runner(width), time.perf_counter()
+        known = not runner.captures or bool(runner.graphs)
+        self.place(runner, width, drafts)
+        if masks is None:
+            runner.advance()
+        else:
+            drafts = self.masked(runner, masks, drafts)
+        chosen = runner.written().wait()
+        if known:
+            self.gauge.costs.note(len(drafts), width, time.perf_counter() - begun)
+        return [self.take(i, width, proposals[i], drafts[i], chosen) for i in range(len(drafts))]
+
+    def propose(self, most: int) -> list[Proposal]:
+        """The drafter's proposals. EngineError for tokens outside the vocabulary."""
+        for sequence, request in zip(self.sequences, self.requests, strict=True):
+            given, tokens = self.given.get(sequence), request.sequence
+            if given is None or given.request is not request:
+                self.drafter.begin(sequence, tokens)
+            else:
+                self.drafter.extend(sequence, tokens[given.count :], None)
+            self.given[sequence] = Given(request, len(tokens))
+        proposals, vocabulary = self.drafter.propose(self.sequences, most), self.space.decoder.architecture.vocabulary
+        for proposal in proposals:
+            wrong = next((token for token in proposal.tokens if not 0 <= token < vocabulary), None)
+            if wrong is not None:
+                raise EngineError(f"the drafter proposes token {wrong}, none of the model's {vocabulary}")
+        return [
+            Proposal(proposal.tokens[: min(most, request.left - 1)], proposal.kind, proposal.chance)
+            for proposal, request in zip(proposals, self.requests, strict=True)
+        ]
+
+    def runner(self, width: int) -> Runner:
+        """The runner of a step with so many rows of each sequence."""
+        assert self.space.cache is not None
+        length = max(len(request.prompt) + request.most for request in self.requests)
+        return self.space.checking(len(self.requests), width, self.space.cache.batch, length, self.features)
+
+    def place(self, runner: Runner, width: int, drafts: Sequence[Sequence[int]]) -> None:
+        """Set the inputs of a step. Rows behind a sequence's drafts have any token."""
+        tokens, positions, starts = list[int](), list[int](), list[int]()
+        for request, sequence, draft in zip(self.requests, self.sequences, drafts, strict=True):
+            place, last = places_of(request)
+            tokens += [last, *draft, *[0] * (width - 1 - len(draft))]
+            positions += range(place, place + width)
+            starts += [runner.cache.start(sequence)] * width
+        runner.place(tokens, positions, starts)
+        assert isinstance(runner.sampler, Check)
+        runner.sampler.place([len(request.tokens) for request in self.requests], self.fresh)
+
+    def masked(self, runner: Runner, masks: Masks, drafts: Sequence[list[int]]) -> list[list[int]]:
+        """Run a step whose rows have masks; the drafts that these allow."""
+        assert runner.sampler is not None
+        runner.run(0)
+        allowed = masks(runner.sampler.allowed, drafts)
+        runner.run(1)
+        return [draft[:count] for draft, count in zip(drafts, allowed, strict=True)]
+
+    def take(self, index: int, width: int, proposal: Proposal, draft: list[int], chosen: Chosen) -> Piece:
+        """Give a request the tokens that were chosen for it."""
+        request, first = self.requests[index], index * width
+        kept = accepted(draft, chosen.tokens[first : first + 1 + len(draft)].tolist())
+        self.gauge.note(proposal, len(draft), len(kept) - 1)
+        self.fresh[index] = kept
+        request.drafts.note(len(draft), len(kept) - 1)
+        piece = request.take(kept)
+        if chosen.logprobs is not None and chosen.top is not None:
+            for row, token in enumerate(piece.tokens, first):
+                request.note(token, chosen.logprobs[row], chosen.top[row])
+        if piece.finish_reason:
+            self.end(index)
+        return piece
+
+    def end(self, index: int) -> None:
+        """Let the drafter know the rest of a text, and its end."""
+        request, sequence = self.requests[index], self.sequences[index]
+        given = self.given.pop(sequence, None)
+        if given is not None and given.request is request:
+            self.drafter.extend(sequence, request.sequence[given.count :], None)
+            self.drafter.end(sequence)
+
+
+def places_of(request: Request) -> tuple[int, int]:
+    """The position of a request's last token, and that token."""
+    return len(request.prompt) + len(request.tokens) - 1, request.tokens[-1]
+
+
+def reach_of(request: Request, context: int) -> int:
+    """The positions that the next step may fill before the sequence is full, or read again."""
+    return request.short if request.short is not None and request.before_turn else context
+
+
+def accepted(draft: Sequence[int], chosen: Sequence[int]) -> list[int]:
+    """The model's own tokens: one for each draft token that it agrees with, and one more."""
+    right = next((i for i, token in enumerate(draft) if token != chosen[i]), len(draft))
+    return list(chosen[: right + 1])
+
+
+def run_drafted(drafting: Drafting, batch: Sequence[Request]) -> Iterator[Piece]:
+    """Serve requests, one per sequence of the cache, until each is finished or must be read again."""
+    space, features = drafting.space, features_of([request.constraints for request in batch])
+    length = max(len(request.prompt) + request.most for request in batch)
+    space.roomy_reader(len(batch), length)
+    yield from begin_batch(space.roomy_reader(len(batch), length), space.sampler(features, len(batch)), batch)
+    drafting.requests = []
+    while left := [request for request in batch if request.left]:
+        if left != drafting.requests:
+            drafting.start(left, [batch.index(request) for request in left], features)
+        if drafting.gauge.rest:
+            yield from plain(drafting, length)
+            drafting.requests = []
+        else:
+            yield from drafting.step()
+
+
+def plain(drafting: Drafting, length: int) -> Iterator[Piece]:
+    """Some steps without drafts, of which the host launches one ahead."""
+    requests, features = drafting.requests, drafting.features
+    assert drafting.space.cache is not None
+    runner = drafting.space.runner(len(requests), drafting.space.cache.batch, length, features)
+    assert runner.sampler is not None
+    runner.sampler.start([request.constraints for request in requests])
+    places = [places_of(request) for request in requests]
+    starts = [runner.cache.start(sequence) for sequence in drafting.sequences]
+    runner.place([token for _, token in places], [place for place, _ in places], starts)
+    for chosen in runner.steps(min(drafting.gauge.rest, *(request.left for request in requests))):
+        yield from deliver(requests, chosen)
