@@ -18,9 +18,8 @@ from lowbit.engine.sampler import Constraints, Features, Sampler
 from lowbit.engine.sampling import Completion, Sampling
 from lowbit.errors import EngineError
 from lowbit.quant.scheme import parse_scheme
-from tests.engine.make import quantized, tiny
+from tests.engine.make import CHEAP_ROWS, quantized, tiny
 
-CHEAP = Costs({(sequences, 1): 1.0 for sequences in range(1, 5)}, fixed=True)  # a row more is never dear
 PROMPTS = [list(range(3, 20)), [7, 8, 9, 10] * 5, [250, 3, 3, 3, 3, 9], list(range(40, 90))]
 SAMPLINGS = {
     "greedy": Sampling(),
@@ -76,7 +75,7 @@ def drafted(model: Engine, drafter, prompts: Sequence[list[int]], sampling: Samp
     requests = model.requests(prompts, sampling, **changes)
     with model.spaces.lent() as space, torch.inference_mode():
         drafting = Drafting(space, drafter, most)
-        drafting.gauge.costs = CHEAP
+        drafting.gauge.costs = CHEAP_ROWS
         for _ in run_drafted(drafting, requests):
             pass
     return [request.completion() for request in requests]
@@ -201,7 +200,7 @@ def test_drafts_are_left_where_they_do_not_pay():
     doubtful, certain = Proposal((1,) * 7, 0, 0.5), Proposal((1,) * 7, 1, 0.99)
     assert dear.width([doubtful], (1, 2, 4, 8)) == 1
     assert dear.width([certain], (1, 2, 4, 8)) == 4
-    cheap = Gauge(CHEAP)
+    cheap = Gauge(CHEAP_ROWS)
     assert cheap.width([doubtful], (1, 2, 4, 8)) == 4
     assert cheap.width([certain], (1, 2, 4, 8)) == 8
     for _ in range(60):

@@ -202,7 +202,8 @@ def test_drafts_are_adjacent_rows_of_one_sequence(model):
     with mock.patch.object(ops, "attend", side_effect=lambda call: calls.append(call) or attend(call)):
         model.generate([[7, 8, 9, 10, 11, 12] * 5], max_new_tokens=20, lookup=3, ignore_eos=True)
     rows = {(call.adjacent, len(call.q)) for call in calls}
-    assert rows == {(1, 1), (4, 4)}
+    assert (4, 4) in rows
+    assert all(adjacent == count for adjacent, count in rows)
     for call in calls:
         assert (call.starts == 0).all()
         assert call.positions.tolist() == list(range(int(call.positions[0]), int(call.positions[0]) + len(call.q)))
