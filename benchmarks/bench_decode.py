@@ -65,8 +65,8 @@ def engine_of(case: Case) -> Engine:
     architecture = SHAPES[case.shape]
     like = torch.empty(0, dtype=DTYPES[case.dtype], device="cuda")
     context = max(case.prompts) + OUTPUT
-    weights = random_weights(architecture, case.method, like, case.head, case.cache == "same")
-    options = Options(context, int8_cache=case.cache == "int8")
+    weights = random_weights(architecture, case.method, like, case.head, case.cache)
+    options = Options(context)
     return Engine(Decoder(architecture, weights, context), None, options)
 
 

@@ -68,7 +68,7 @@ def say_loaded(expanded: Mapping[str, int], cache: str | None) -> None:
     """Say on stderr what of a checkpoint lowbit's engine does not use as it is.
 
     expanded  scheme -> number of its linears, which have no kernel and were dequantized
-    cache     the key-value cache that the checkpoint has scales for, or None
+    cache     the key-value cache that the checkpoint has scales for and that is not written, or None
     """
     if cache is not None:
         say(f"the checkpoint's scales for an {cache} key-value cache are not used here", err=True)
@@ -95,9 +95,9 @@ CONTEXT = click.option(
 )
 CACHE = value(
     "--cache",
-    type=click.Choice(["same", "int8"]),
-    default="same",
-    text="Keep keys and values in this type: the activations' own, or int8.",
+    type=click.Choice(["auto", "same", "int8", "fp8", "int4"]),
+    default="auto",
+    text="Keep keys and values in this type: auto is fp8 if the checkpoint declares it, else the activations' own.",
 )
 DENSE_HEAD = value("--head", default="dense", text="Round the output head to this scheme: int8, or dense for none.")
 

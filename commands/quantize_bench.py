@@ -131,14 +131,14 @@ class Trial:
     def random(self, shape: str, method: str) -> Engine:
         """An engine with random weights."""
         self.display(Step(f"making {method} weights", 0, None))
-        options = Options(self.context, self.cache == "int8")
+        options = Options(self.context)
         architecture, like = SHAPES[shape], torch.empty(0, dtype=getattr(torch, self.dtype), device=self.device)
-        weights = random_weights(architecture, method, like, self.head, not options.int8_cache)
+        weights = random_weights(architecture, method, like, self.head, self.cache)
         return Engine(Decoder(architecture, weights, options.context), None, options)
 
     def speeds(self, name: str, model: Engine) -> Iterator[Speed]:
         """The speed at each size."""
-        say_loaded(model.decoder.weights.expanded, model.decoder.weights.cache)
+        say_loaded(model.decoder.weights.expanded, model.decoder.weights.unused_cache)
         say(f"{name}: decoding in {self.dtype} on {name_of(self.device)}", err=True)
         for number, (rows, before) in enumerate(self.sizes):
             self.display(Step(f"measuring {name}", number, len(self.sizes)))

@@ -148,7 +148,7 @@ def generate(
         if not prompts and not chat:
             raise EngineError("no prompt: pass --prompt TEXT, or --chat for a conversation")
         model = engine.load(checkpoint, check_device(device), None, context, cache, head, revision)
-        say_loaded(model.decoder.weights.expanded, model.decoder.weights.cache)
+        say_loaded(model.decoder.weights.expanded, model.decoder.weights.unused_cache)
         if not prompts:
             converse(model, sampling, system)
         elif stream:

@@ -109,5 +109,5 @@ def serve(
         lookup=lookup,
     )
     model = engine.load(directory, check_device(device), None, context, cache, head)
-    say_loaded(model.decoder.weights.expanded, model.decoder.weights.cache)
+    say_loaded(model.decoder.weights.expanded, model.decoder.weights.unused_cache)
     serve_engine(model, options, listening, say)

@@ -6,14 +6,25 @@ import torch
 from torch import Tensor
 
 from lowbit.engine.architecture import Architecture
-from lowbit.quant.kernels.decode_attention import KVCache, loaded
+from lowbit.quant.kernels.kv_cache import SAME, CacheNumber, KVCache, empty_cache, loaded
+
+
+@dataclass(frozen=True)
+class CacheKind:
+    """How all layers' keys and values are stored.
+
+    scales  of each layer's keys and values, (kv_heads) float32; none for a number type without scales per head
+    """
+
+    number: CacheNumber = SAME
+    scales: tuple[tuple[Tensor, Tensor], ...] = ()
 
 
 @dataclass(frozen=True)
 class Cache:
     """Keys and values of `batch` sequences of at most `context` positions. Sequence b has slots [b context, ...).
 
-    layers  one KVCache per layer, in the activations' dtype, or int8 with one scale per token and head
+    layers  one KVCache per layer, of one number type
     """
 
     layers: tuple[KVCache, ...]
@@ -33,11 +44,11 @@ class Cache:
         return slice(self.start(sequence), self.start(sequence) + length)
 
     def heads_at(self, layer: int, slots: slice | Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Keys and values (slots, kv_heads, head_dim) in `dtype`."""
+        """Keys and values (slots, kv_heads, head_dim) in `dtype`; keys in the basis of the queries."""
         kv = self.layers[layer]
         if kv.k_scales is None or kv.v_scales is None:
             return kv.k[slots], kv.v[slots]
-        return loaded(kv.k[slots], kv.k_scales[slots]).to(dtype), loaded(kv.v[slots], kv.v_scales[slots]).to(dtype)
+        return loaded(kv.k, kv.k_scales, slots).to(dtype), loaded(kv.v, kv.v_scales, slots).to(dtype)
 
     def copy(self, source: int, sequence: int, length: int) -> None:
         """Copy the first `length` positions of sequence `source` to another sequence."""
@@ -57,27 +68,21 @@ class Cache:
 
 
 def parts_of(layer: KVCache) -> list[Tensor]:
-    """The layer's tensors that are not None."""
-    return [part for part in (layer.k, layer.v, layer.k_scales, layer.v_scales) if part is not None]
+    """The layer's tensors with something for every slot."""
+    sides = (layer.k_scales, layer.v_scales) if layer.number.scales == "token" else ()
+    return [part for part in (layer.k, layer.v, *sides) if part is not None]
 
 
-def cache_nbytes(architecture: Architecture, batch: int, context: int, dtype: torch.dtype, int8: bool) -> int:
+def cache_nbytes(
+    architecture: Architecture, batch: int, context: int, dtype: torch.dtype, number: CacheNumber
+) -> int:
     """The bytes that `make_cache` allocates."""
-    per_head = architecture.head_dim + dtype.itemsize if int8 else architecture.head_dim * dtype.itemsize
-    return 2 * len(architecture.layers) * batch * context * architecture.kv_heads * per_head
+    heads = len(architecture.layers) * batch * context * architecture.kv_heads
+    return 2 * heads * number.head_nbytes(architecture.head_dim, dtype)
 
 
-def make_cache(
-    architecture: Architecture, batch: int, context: int, dtype: torch.dtype, int8: bool, device: torch.device
-) -> Cache:
-    """An empty cache, filled with zeros."""
-    sides = (batch * context, architecture.kv_heads)
-
-    def layer() -> KVCache:
-        kind = torch.int8 if int8 else dtype
-        k, v = (torch.zeros(*sides, architecture.head_dim, dtype=kind, device=device) for _ in range(2))
-        if not int8:
-            return KVCache(k, v)
-        return KVCache(k, v, *(torch.zeros(sides, dtype=dtype, device=device) for _ in range(2)))
-
-    return Cache(tuple(layer() for _ in architecture.layers), batch, context)
+def make_cache(architecture: Architecture, batch: int, context: int, kind: CacheKind, like: Tensor) -> Cache:
+    """An empty cache, filled with zeros, for activations with the dtype and device of `like`."""
+    sides = (batch * context, architecture.kv_heads, architecture.head_dim)
+    scales = kind.scales or (None,) * len(architecture.layers)
+    return Cache(tuple(empty_cache(kind.number, sides, like, each) for each in scales), batch, context)

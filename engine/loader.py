@@ -12,7 +12,7 @@ from lowbit.engine.engine import Engine
 from lowbit.engine.families import FAMILIES, Family
 from lowbit.engine.fields import Fields, NotComputed
 from lowbit.engine.options import Options
-from lowbit.engine.weights import Settings, load_weights
+from lowbit.engine.weights import CACHES, Settings, load_weights
 from lowbit.errors import CheckpointError, DeviceError, UsageError
 from lowbit.export.checkpoint import Checkpoint, open_checkpoint
 from lowbit.export.plain import read_json
@@ -33,7 +33,7 @@ def load(
     device: str = "auto",
     dtype: torch.dtype | None = None,
     context: int | None = None,
-    cache: str = "same",
+    cache: str = "auto",
     head: str = "dense",
     revision: str | None = None,
 ) -> Engine:
@@ -48,7 +48,8 @@ def load(
     device   "auto" uses the GPU if there is one
     dtype    of activations; default: float32 on a CPU, the model's own half precision on a GPU
     context  longest sequence, prompt and output; default: 4096, or the model's limit if that is less
-    cache    keys and values as "same" (dtype) or "int8"
+    cache    keys and values as "same" (dtype), "int8", "fp8" (by the checkpoint's scales) or "int4"; "auto" is "fp8" if
+             the checkpoint declares such a cache, else "same"
     revision  branch, tag or commit of a hub id
     head     "dense", or a scheme ("int8") to round the head to while loading
 
@@ -64,20 +65,20 @@ def load(
     kind = dtype or default_dtype(checkpoint, place)
     require_build(place)
     require_memory(checkpoint, place)
-    if cache not in ("same", "int8"):
-        raise UsageError(f"cache {cache!r}: write same or int8")
+    if cache not in CACHES:
+        raise UsageError(f"cache {cache!r}: write {', '.join(CACHES[:-1])} or {CACHES[-1]}")
     refuse_negative_epsilon(checkpoint.head, checkpoint.config)
     refuse_scaled_float8(checkpoint)
     architecture = architecture_of(family, checkpoint)
     require_rows(architecture, checkpoint)
     positions = context_of(architecture, directory, context)
-    settings = Settings(place, kind, fused_append=cache == "same", head=head)
+    settings = Settings(place, kind, cache, head)
     with untrusted(directory / "config.json", f"no {family.name} that the engine can run"):
         weights = load_weights(checkpoint, family.names, architecture, settings)
         decoder = Decoder(architecture, weights, positions)
     tokenizer = tokenizer_of(checkpoint)
     stop_tokens = stop_tokens_of(checkpoint, architecture.vocabulary)
-    options = Options(context=positions, int8_cache=cache == "int8", stop_tokens=stop_tokens)
+    options = Options(context=positions, stop_tokens=stop_tokens)
     return Engine(decoder, tokenizer, options)
 
 

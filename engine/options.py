@@ -8,12 +8,10 @@ class Options:
     """Options of an engine.
 
     context      longest sequence in positions
-    int8_cache   True for 8-bit keys and values
     stop_tokens  the model's own end tokens
     batch        requests served at a time; more are served one batch after another
     """
 
     context: int
-    int8_cache: bool = False
     stop_tokens: tuple[int, ...] = ()
     batch: int = 16

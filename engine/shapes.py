@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lowbit.engine.architecture import Architecture, LatentSizes, Layer, Mixture, Names, Rope
+from lowbit.engine.cache import CacheKind
 from lowbit.engine.families import FAMILIES, NO_ROPE
 from lowbit.engine.feed_forward import Router
 from lowbit.engine.latent import Latent
@@ -15,6 +16,7 @@ from lowbit.engine.layers import build_block
 from lowbit.engine.products import Norm, Product
 from lowbit.engine.ropes import plain_frequencies
 from lowbit.engine.weights import Weights
+from lowbit.quant.kernels.kv_cache import CACHE_NUMBERS, SAME
 from lowbit.quant.kernels.packed import TILE_ROWS
 from lowbit.quant.kernels.route_experts import Rule
 from lowbit.quant.kernels.stack import StackedLinear, load_stack
@@ -225,16 +227,18 @@ class RandomParts:
 
 
 def random_weights(
-    architecture: Architecture, method: str, like: Tensor, head: str = "dense", fused_append: bool = True
+    architecture: Architecture, method: str, like: Tensor, head: str = "dense", cache: str = "same"
 ) -> Weights:
     """Random weights of this architecture, with linears as in METHODS[method], and the dtype and device of `like`.
 
-    head, fused_append  as in weights.Settings
+    head, cache  as in weights.Settings; scales of an fp8 cache are 1
     """
-    a = architecture
+    a, number = architecture, SAME if cache == "auto" else CACHE_NUMBERS[cache]
     parts = RandomParts(a, method, like)
     embedding = torch.randn(a.vocabulary, a.hidden, dtype=like.dtype, device=like.device)
     positions = torch.zeros(a.max_positions, a.hidden, dtype=like.dtype, device=like.device) if a.positions else None
     final = random_linear(a.vocabulary, a.hidden, None if head == "dense" else parse_scheme(head), like)
-    layers = tuple(build_block(parts, a, index, fused_append) for index in range(len(a.layers)))
-    return Weights(embedding, positions, layers, Product(final, parts.norm("norm"), float32_out=True))
+    layers = tuple(build_block(parts, a, index, number == SAME) for index in range(len(a.layers)))
+    scales = ((torch.ones(a.kv_heads, device=like.device),) * 2,) * len(a.layers) if number.scales == "head" else ()
+    product = Product(final, parts.norm("norm"), float32_out=True)
+    return Weights(embedding, positions, layers, product, cache=CacheKind(number, scales))

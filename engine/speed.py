@@ -115,7 +115,7 @@ def step_bytes(engine: Engine, batch: int, length: float, distinct: Mapping[int,
     """Bytes read by a step with `length` positions in the cache of each of `batch` sequences, which chooses so many
     experts in layers that have some."""
     weights, architecture = engine.decoder.weights, engine.decoder.architecture
-    per_layer = cache_nbytes(architecture, 1, 1, weights.dtype, engine.options.int8_cache) / len(architecture.layers)
+    per_layer = cache_nbytes(architecture, 1, 1, weights.dtype, weights.cache.number) / len(architecture.layers)
     seen = sum(min(length, layer.window or length) for layer in architecture.layers)
     return weights.step_nbytes(distinct) + batch * seen * per_layer
 

@@ -12,19 +12,23 @@ import torch
 from torch import Tensor
 
 from lowbit.engine.architecture import Architecture, Mixture, MixtureNames, Names, Rope
+from lowbit.engine.cache import CacheKind
 from lowbit.engine.feed_forward import Router
 from lowbit.engine.latent import Latent, query_order
 from lowbit.engine.layers import Block, build_block
 from lowbit.engine.products import Norm, Product
-from lowbit.errors import CheckpointError
+from lowbit.errors import CheckpointError, UsageError
 from lowbit.export.checkpoint import Checkpoint
 from lowbit.export.formats import LogicalTensors
+from lowbit.quant.kernels.kv_cache import CACHE_NUMBERS, FP8_CACHE, SAME, CacheNumber, reason_against_width
 from lowbit.quant.kernels.packed import TILE_ROWS, has_kernel, reason_against_kernel
 from lowbit.quant.kernels.row_scaled import RowScaled, row_scaled, stacked_rows
 from lowbit.quant.kernels.stack import StackedLinear, load_stack
 from lowbit.quant.kernels.weight import Linear, RoundedInputs, inputs_of, load_weight, takes_int8
 from lowbit.quant.qtensor import QTensor, round_to_nearest
 from lowbit.quant.scheme import parse_scheme
+
+CACHES = ("auto", *CACHE_NUMBERS)  # key-value caches; "auto": what the checkpoint declares
 
 
 @dataclass(frozen=True)
@@ -34,7 +38,8 @@ class Weights:
     embedding  (vocabulary, hidden); positions (max_positions, hidden) if learned
     head       the output head, with the norm before it
     expanded   scheme -> number of linears of it that have no kernel and were dequantized
-    cache      the key-value cache that the checkpoint has scales for ("fp8"), which the engine does not use; or None
+    cache      the keys and values that the layers write
+    unused_cache  the key-value cache that the checkpoint has scales for ("fp8") if another one is written, or None
     """
 
     embedding: Tensor
@@ -42,7 +47,8 @@ class Weights:
     layers: tuple[Block, ...]
     head: Product
     expanded: Mapping[str, int] = field(default_factory=dict)
-    cache: str | None = None
+    cache: CacheKind = CacheKind()
+    unused_cache: str | None = None
 
     @property
     def device(self) -> torch.device:
@@ -83,13 +89,13 @@ class Settings:
 
     dtype         of activations and dense weights; with float32 all weights are dense, since packed ones need half
                   precision
-    fused_append  True: one operator computes q, k and v, rotates them and writes the cache; needs a cache in `dtype`
+    cache         one of CACHES
     head          "dense", or the scheme to round the head to ("int8", "int4-g128")
     """
 
     device: torch.device
     dtype: torch.dtype
-    fused_append: bool = True
+    cache: str = "auto"
     head: str = "dense"
 
 
@@ -101,10 +107,12 @@ def load_weights(checkpoint: Checkpoint, names: Names, architecture: Architectur
     positions = None
     if names.positions is not None:
         positions = reader.tensor(f"{names.positions}.weight", (a.max_positions, a.hidden))
-    fused = settings.fused_append
-    layers = tuple(build_block(LayerParts(reader, i), a, i, fused) for i in range(len(a.layers)))
+    number, declared = reader.cache_number(), reader.tensors.cache
+    layers = tuple(build_block(LayerParts(reader, i), a, i, number == SAME) for i in range(len(a.layers)))
     head = Product(reader.head(embedding), reader.norm(names.norm), float32_out=True)
-    weights = Weights(embedding, positions, layers, head, reader.expanded, reader.tensors.cache)
+    kind = CacheKind(number, reader.cache_scales() if number.scales == "head" else ())
+    unused = None if number == FP8_CACHE else declared
+    weights = Weights(embedding, positions, layers, head, reader.expanded, kind, unused)
     reader.refuse_leftovers()
     return weights
 
@@ -329,6 +337,39 @@ class CheckpointReader:
         shape = (self.architecture.vocabulary, self.architecture.hidden)
         return self.shaped(found, self.tensors.read(found), shape).to(self.settings.dtype)
 
+    def cache_number(self) -> CacheNumber:
+        """The number type of keys and values that the settings ask for. UsageError if it does not fit the model."""
+        wanted, declared = self.settings.cache, self.tensors.cache
+        if wanted == "auto":
+            return SAME if declared is None else FP8_CACHE
+        number = CACHE_NUMBERS[wanted]
+        reason = reason_against_width(number, self.architecture.head_dim)
+        if number.scales == "head" and declared is None:
+            reason = f"{self.directory} has no scales for it: quantize with --kv-cache {wanted}"
+        if reason is not None:
+            raise UsageError(f"cache {wanted!r}: {reason}; or use cache='int8'")
+        return number
+
+    def cache_scales(self) -> tuple[tuple[Tensor, Tensor], ...]:
+        """Scales (kv_heads) float32 of each layer's keys and values: 1 if the file has none, as in other engines.
+
+        CheckpointError for other numbers of scales than one or one per head.
+        """
+        found, heads = self.tensors.cache_scales(), self.architecture.kv_heads
+
+        def scale(attention: str, part: str) -> Tensor:
+            places = (f"{each}.{part}_scale" for each in (attention, attention.partition(".")[2]))
+            values = next((found[each] for each in places if each in found), torch.ones(1)).flatten()
+            if len(values) not in (1, heads):
+                raise CheckpointError(
+                    f"{self.directory}: {attention} has {len(values)} scales of {part} for {heads} heads; one, or one "
+                    "per head, is expected"
+                )
+            return values.to(self.settings.device, torch.float32).expand(heads).contiguous()
+
+        parts = [LayerParts(self, index).attention for index in range(len(self.architecture.layers))]
+        return tuple((scale(attention, "k"), scale(attention, "v")) for attention in parts)
+
     def refuse_leftovers(self) -> None:
         """CheckpointError if the files hold tensors without a place in this architecture."""
         names, count, more = self.names, len(self.architecture.layers), self.architecture.more_layers
@@ -355,6 +396,12 @@ class LayerParts:
         rows = qkv_order(a, self.rope, self.names.per_head) if part == "qkv" else None
         biased = a.attention_bias if part in ("qkv", "o") else a.mlp_bias
         return self.reader.linear(names, n, k, pair_block, rows, biased)
+
+    @property
+    def attention(self) -> str:
+        """The module whose linears make keys and values."""
+        qkv = self.names.qkv
+        return self.prefix + (qkv if isinstance(qkv, str) else qkv[0]).rpartition(".")[0]
 
     @property
     def mixture(self) -> MixtureNames:

@@ -136,7 +136,7 @@ class Workspaces:
         """A cache for `batch` sequences. Frees idle workspaces if needed. EngineError if the GPU has too little
         memory."""
         weights, architecture = self.decoder.weights, self.decoder.architecture
-        need = cache_nbytes(architecture, batch, context, weights.dtype, self.options.int8_cache)
+        need = cache_nbytes(architecture, batch, context, weights.dtype, weights.cache.number)
         if on_gpu(weights.device) and need > free_nbytes(weights.device)[0]:
             with self.lock:
                 self.idle.clear()
@@ -147,7 +147,7 @@ class Workspaces:
                     f"GPU has {free / 2**30:.1f} of {total / 2**30:.1f} GiB free: use fewer sequences, a smaller "
                     "context, or cache='int8'"
                 )
-        return make_cache(architecture, batch, context, weights.dtype, self.options.int8_cache, weights.device)
+        return make_cache(architecture, batch, context, weights.cache, weights.embedding)
 
 
 def on_gpu(device: torch.device) -> bool:

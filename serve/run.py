@@ -118,7 +118,7 @@ def fitting(engine: Engine) -> int:
     if not on_gpu(weights.device):
         return SEQUENCES // 2
     free, count = ROOM * free_nbytes(weights.device)[0], SEQUENCES
-    while count > 1 and cache_nbytes(architecture, count, options.context, weights.dtype, options.int8_cache) > free:
+    while count > 1 and cache_nbytes(architecture, count, options.context, weights.dtype, weights.cache.number) > free:
         count //= 2
     return count
 

@@ -13,10 +13,9 @@ import torch
 from torch import Tensor
 
 from lowbit.quant.kernels.extension import launch, reason_against_device
+from lowbit.quant.kernels.kv_cache import SAME, KVCache, check_tensors, loaded, reason_against_heads, rotated, store
 from lowbit.quant.kernels.problem import Rotary, check_alignment, has_fast_memory
 
-INT8_LIMIT = 127
-MAX_HEAD_DIM = 256
 BLOCK_HEADS = 8  # query heads of one key head per block, of all adjacent rows
 MAX_SPLITS = 8  # blocks of a cluster: 8 fit on every GPU with clusters
 # More splits help long sequences and hurt short ones (docs/kernels/decode_attention.md). Times with a split tuned at
@@ -28,34 +27,13 @@ SHORT_SPLITS = 4  # most splits of a short sequence
 # 285 MB per layer: 3.837 ms per step, 4.063 with overlap; 143 MB in int8: 2.816 and 2.876; 1 x 2048, 36 MB: 1.970 and
 # 1.886.
 PLAIN_BYTES = 100e6
-# An int8 cache, the same at 8 x 2048: 2.876 ms per step with 8 warps per block, 3.501 with 4; 8 x 128: 1.884 and 1.705.
+# An int8 cache, the same at 8 x 2048: 2.876 ms per step with 8 warps per block, 3.501 with 4; 8 x 128: 1.884 and
+# 1.705. Other quantized caches have no more bytes.
 WARPS, MANY_WARPS = 4, 8
 MANY_WARPS_DIM = 128  # widest heads whose chunks fit in the registers of 8 warps
 SHORT_BLOCKS, LONG_BLOCKS = 1.95, 2.5  # most blocks per multiprocessor after splitting
 APPEND_FIELDS = ("qkv", "positions", "slots", "cosines", "sines", "q_norm", "k_norm", "norm_eps")
 ATTENTION_FIELDS = ("q", "starts", "positions", "scale", "window", "softcap", "sinks", "adjacent")
-
-
-@dataclass(frozen=True)
-class KVCache:
-    """One layer's keys and values. A sequence has consecutive slots, one per position.
-
-    k, v                (slots, kv_heads, head_dim)  the activations' dtype, or int8
-    k_scales, v_scales  (slots, kv_heads)            the activations' dtype, one per token and head; None without int8
-    """
-
-    k: Tensor
-    v: Tensor
-    k_scales: Tensor | None = None
-    v_scales: Tensor | None = None
-
-    @property
-    def kv_heads(self) -> int:
-        return self.k.shape[1]
-
-    @property
-    def head_dim(self) -> int:
-        return self.k.shape[2]
 
 
 @dataclass(frozen=True)
@@ -134,7 +112,7 @@ class AttentionCall:
 def check_append(call: AppendCall) -> None:
     """ValueError, with numbers, if the tensors do not fit together."""
     cache, m, qkv = call.cache, call.qkv.shape[0], call.qkv
-    check_cache(cache, qkv)
+    cache.check(qkv)
     angles = (call.cosines.shape[0], cache.head_dim // 2)
     wanted = {
         "qkv": (qkv, tuple(qkv.shape), qkv.dtype),
@@ -156,7 +134,7 @@ def check_append(call: AppendCall) -> None:
 def check_attention(call: AttentionCall) -> None:
     """ValueError, with numbers, if the tensors do not fit together."""
     cache, m, q = call.cache, call.q.shape[0], call.q
-    check_cache(cache, q)
+    cache.check(q)
     wanted = {
         "q": (q, tuple(q.shape), q.dtype),
         "starts": (call.starts, (m,), torch.int64),
@@ -172,40 +150,6 @@ def check_attention(call: AttentionCall) -> None:
         )
 
 
-def check_tensors(
-    wanted: Mapping[str, tuple[Tensor | None, tuple[int, ...], torch.dtype]], device: torch.device
-) -> None:
-    """ValueError for a tensor that is not contiguous, on `device`, and of the shape and dtype given with it."""
-    for name, (tensor, shape, dtype) in wanted.items():
-        if tensor is None:
-            continue
-        if tuple(tensor.shape) != shape or not tensor.is_contiguous():
-            raise ValueError(
-                f"{name} has the shape {tuple(tensor.shape)}, strides {tensor.stride()}; contiguous {shape} is needed"
-            )
-        if tensor.dtype != dtype or tensor.device != device:
-            raise ValueError(f"{name} is {tensor.dtype} on {tensor.device}; {dtype} on {device} is needed")
-
-
-def check_cache(cache: KVCache, heads: Tensor) -> None:
-    """ValueError if the cache is inconsistent, or does not fit the dtype of `heads`."""
-    quantized = cache.k_scales is not None
-    dtype = torch.int8 if quantized else heads.dtype
-    if cache.k.dtype != dtype or cache.v.dtype != dtype or quantized != (cache.v_scales is not None):
-        raise ValueError(
-            f"a cache of {cache.k.dtype} and {cache.v.dtype} {'with' if quantized else 'without'} scales "
-            f"beside {heads.dtype}: int8 has scales, every other cache is of the heads' dtype"
-        )
-    whole, sides = tuple(cache.k.shape), tuple(cache.k.shape[:2])
-    wanted = {
-        "k": (cache.k, whole, dtype),
-        "v": (cache.v, whole, dtype),
-        "k_scales": (cache.k_scales, sides, heads.dtype),
-        "v_scales": (cache.v_scales, sides, heads.dtype),
-    }
-    check_tensors(wanted, heads.device)
-
-
 def append(call: AppendCall) -> Tensor:
     """q (m, heads * head_dim), normalized and rotated. k (treated alike) and v are written to the cache."""
     check_append(call)
@@ -214,7 +158,7 @@ def append(call: AppendCall) -> Tensor:
     q = call.empty()
     args = {name: getattr(call, name) for name in APPEND_FIELDS}
     args |= {"q": q, "m": q.shape[0], "heads": call.heads, "cache": cache_fields(call.cache)}
-    launch("append_heads", q.dtype, device=q.device, args=args, dependent=call.dependent)
+    launch("append_heads", q.dtype, call.cache.number.name, device=q.device, args=args, dependent=call.dependent)
     return q
 
 
@@ -243,25 +187,24 @@ def attend(call: AttentionCall) -> Tensor:
     splits = choose_splits(call, properties.multi_processor_count if clusters_exist else 0)
     fast = has_fast_memory(out.device)
     dependent = call.dependent and not (fast and most_bytes(call) > PLAIN_BYTES)
-    warps = choose_warps(call, splits) if fast else WARPS
+    warps = choose_warps(call) if fast else WARPS
     cut = {"splits": splits, "warps": warps, "dependent": dependent}
-    launch("decode_attention", out.dtype, device=out.device, args=args, **cut)
+    launch("decode_attention", out.dtype, call.cache.number.name, device=out.device, args=args, **cut)
     return out
 
 
-def choose_warps(call: AttentionCall, splits: int) -> int:
+def choose_warps(call: AttentionCall) -> int:
     """Warps of a block, with fast memory. A warp asks for half as many bytes of an int8 cache, and is bound by their
-    latency: long sequences get twice as many, if the memory in which a cluster's warps meet is enough for them."""
+    latency: long sequences get twice as many, if their chunks fit in the registers."""
     bounds = [bound for bound in (call.longest, call.window) if bound]
     short = bool(bounds) and min(bounds) <= SHORT
-    fits = splits * MANY_WARPS <= MAX_SPLITS * WARPS and call.cache.head_dim <= MANY_WARPS_DIM
-    return MANY_WARPS if call.cache.k_scales is not None and fits and not short else WARPS
+    return MANY_WARPS if call.cache.number != SAME and call.cache.head_dim <= MANY_WARPS_DIM and not short else WARPS
 
 
 def most_bytes(call: AttentionCall) -> int:
     """Bytes of keys and values that a call reads at most; 0 if unknown."""
     bounds = [bound for bound in (call.longest, call.window) if bound]
-    row = call.cache.kv_heads * call.cache.head_dim * call.cache.k.element_size()
+    row = call.cache.k[0].numel() * call.cache.k.element_size()
     return 2 * row * call.sequences * (min(bounds) if bounds else 0)
 
 
@@ -288,9 +231,8 @@ def reason_against(heads: Tensor, cache: KVCache) -> str | None:
         return f"the tensors are on the {heads.device.type}"
     if heads.dtype not in (torch.float16, torch.bfloat16):
         return f"the heads are {heads.dtype}: torch.float16 or torch.bfloat16 are needed"
-    step = 8 if cache.k_scales is None else 16
-    if cache.head_dim % step or cache.head_dim > MAX_HEAD_DIM:
-        return f"heads of {cache.head_dim}: multiples of {step} up to {MAX_HEAD_DIM} are taken"
+    if reason := reason_against_heads(cache):
+        return reason
     properties = torch.cuda.get_device_properties(heads.device)
     return reason_against_device((properties.major, properties.minor))
 
@@ -308,6 +250,8 @@ def append_reference(call: AppendCall) -> Tensor:
     cosines, sines = call.cosines[call.positions].unsqueeze(1), call.sines[call.positions].unsqueeze(1)
     q = rotate(normed(q, call.q_norm, call.norm_eps), cosines, sines)
     k = rotate(normed(k, call.k_norm, call.norm_eps), cosines, sines)
+    if cache.number.rotated:
+        q, k = rotated(q), rotated(k)
     store(cache.k, cache.k_scales, call.slots, k)
     store(cache.v, cache.v_scales, call.slots, v)
     return q.to(dtype).flatten(1)
@@ -326,31 +270,12 @@ def rotate(heads: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
     return torch.cat([low * cosines - high * sines, high * cosines + low * sines], -1)
 
 
-def store(into: Tensor, scales: Tensor | None, slots: Tensor, heads: Tensor) -> None:
-    """Store `heads` (m, kv_heads, head_dim) float32 in their slots; with scales, as int8 with absmax / 127 rounded
-    first."""
-    if scales is None:
-        into[slots] = heads.to(into.dtype)
-        return
-    tiny = torch.finfo(scales.dtype).tiny
-    scale = (heads.abs().amax(-1) / INT8_LIMIT).to(scales.dtype).clamp(min=tiny)
-    codes = (heads / scale.float().unsqueeze(-1)).round().clamp(-INT8_LIMIT, INT8_LIMIT)
-    into[slots] = codes.to(torch.int8)
-    scales[slots] = scale
-
-
-def loaded(stored: Tensor, scales: Tensor | None) -> Tensor:
-    """The stored values in float32."""
-    return stored.float() if scales is None else stored.float() * scales.float().unsqueeze(-1)
-
-
 def attend_reference(call: AttentionCall) -> Tensor:
     """`attend` in plain torch: slots of all sequences up to the longest position, gathered and masked, in float32."""
     cache = call.cache
     positions = torch.arange(int(call.positions.max()) + 1, device=call.q.device)
     slots = (call.starts.unsqueeze(1) + positions).clamp(max=cache.k.shape[0] - 1)
-    k = loaded(cache.k[slots], None if cache.k_scales is None else cache.k_scales[slots])
-    v = loaded(cache.v[slots], None if cache.v_scales is None else cache.v_scales[slots])
+    k, v = loaded(cache.k, cache.k_scales, slots), loaded(cache.v, cache.v_scales, slots)
     q = call.q.float().view(-1, cache.kv_heads, call.heads // cache.kv_heads, cache.head_dim)
     scores = torch.einsum("mhgd,mthd->mhgt", q, k) * call.scale
     if call.softcap:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lowbit.engine.architecture import Mixture
+from lowbit.engine.cache import CacheKind
 from lowbit.engine.decoder import Decoder
 from lowbit.engine.engine import Engine
 from lowbit.engine.options import Options
@@ -53,26 +54,32 @@ def in_float32(value):
     return value
 
 
-def engines(architecture, method: str, dtype=torch.float16, int8: bool = False) -> tuple[Engine, Engine]:
+def engines(architecture, method: str, dtype=torch.float16, cache: str = "same") -> tuple[Engine, Engine]:
     """The engine on the GPU, and one with the same weights on the CPU in float32."""
-    weights = random_weights(architecture, method, torch.empty(0, dtype=dtype, device="cuda"), fused_append=not int8)
-    options = Options(CONTEXT, int8_cache=int8)
-    gpu = Engine(Decoder(architecture, weights, CONTEXT), None, options)
-    return gpu, Engine(Decoder(architecture, in_float32(weights), CONTEXT), None, Options(CONTEXT))
+    weights = random_weights(architecture, method, torch.empty(0, dtype=dtype, device="cuda"), cache=cache)
+    gpu = Engine(Decoder(architecture, weights, CONTEXT), None, Options(CONTEXT))
+    exact = replace(in_float32(weights), cache=CacheKind())
+    return gpu, Engine(Decoder(architecture, exact, CONTEXT), None, Options(CONTEXT))
 
 
 def relative(got: Tensor, wanted: Tensor) -> float:
     return float((got.cpu() - wanted).abs().max() / wanted.abs().max())
 
 
-@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize("cache", ["same", "int8"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("method", METHODS)
-def test_logits_of_prompts_and_of_captured_steps_are_the_cpus(method, dtype, int8):
-    gpu, cpu = engines(LLAMA, method, dtype, int8)
+def test_logits_of_prompts_and_of_captured_steps_are_the_cpus(method, dtype, cache):
+    gpu, cpu = engines(LLAMA, method, dtype, cache)
     tolerance = 0.02 if dtype == torch.float16 else 0.08
     # an input's last bit may change its int8 code by one, 1 / 127 of the row's largest: up to 0.026 on an H100
     check(gpu, cpu, max(tolerance, 0.05) if method == "w8a8" else tolerance)
+
+
+@pytest.mark.parametrize(("cache", "tolerance"), [("fp8", 0.05), ("int4", 0.15)])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_every_cache_stays_as_close_as_its_numbers(dtype, cache, tolerance):
+    check(*engines(LLAMA, "w4", dtype, cache), max(tolerance, 0.08))
 
 
 @pytest.mark.parametrize("method", ["w4", "int8", "dense"])
@@ -132,16 +139,16 @@ def test_a_captured_step_is_an_eager_one():
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("int8", [False, True])
-def test_captured_prompts_are_those_launched_plainly(method, int8):
-    check_captured_prompts(LLAMA, method, int8)
+@pytest.mark.parametrize("cache", ["same", "int8"])
+def test_captured_prompts_are_those_launched_plainly(method, cache):
+    check_captured_prompts(LLAMA, method, cache)
 
 
 @pytest.mark.parametrize("changes", [{"window": 20}, {"softcap": 30.0}, {"window": 20, "softcap": 30.0}])
 def test_with_windows_and_bounded_scores_too(changes):
     window = changes.pop("window", None)
     layers = tuple(replace(layer, window=window) for layer in LLAMA.layers)
-    check_captured_prompts(replace(LLAMA, layers=layers, **changes), "w4", False)
+    check_captured_prompts(replace(LLAMA, layers=layers, **changes), "w4", "same")
 
 
 def test_garbage_with_a_graph_in_it_ends_no_capture():
@@ -163,9 +170,9 @@ def test_garbage_with_a_graph_in_it_ends_no_capture():
     assert not garbage
 
 
-def check_captured_prompts(architecture, method: str, int8: bool) -> None:
+def check_captured_prompts(architecture, method: str, cache: str) -> None:
     """The first prompt of a length runs without a graph, the second is captured, the third replayed."""
-    gpu, cpu = engines(architecture, method, int8=int8)
+    gpu, cpu = engines(architecture, method, cache=cache)
     prompts = [PROMPTS[0], [5], PROMPTS[2], list(range(9, 209))]
     runs = [[gpu.logits([prompt])[0] for prompt in prompts] for _ in range(3)]
     reader = gpu.spaces.idle[0].reader
@@ -177,11 +184,11 @@ def check_captured_prompts(architecture, method: str, int8: bool) -> None:
         assert relative(found[0], cpu.logits([prompt])[0]) < (0.05 if method == "w8a8" else 0.03)
 
 
-@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize("cache", ["same", "int8", "fp8", "int4"])
 @pytest.mark.parametrize("rows", [2, 5, 8])
-def test_drafts_are_checked_as_rows_of_their_own_would_be(rows, int8):
+def test_drafts_are_checked_as_rows_of_their_own_would_be(rows, cache):
     """A captured step whose rows share the reads of their sequence, and one whose rows do not."""
-    gpu, _ = engines(LLAMA, "w4", int8=int8)
+    gpu, _ = engines(LLAMA, "w4", cache=cache)
     logits = []
     for adjacent in (rows, 1):
         space = Workspace(gpu.spaces)

@@ -19,8 +19,8 @@ TINY = decoder_shape(vocabulary=256, hidden=128, inner=256, heads=2, layers=2, k
 
 
 def make_engine(method: str, int8: bool = False) -> Engine:
-    weights = random_weights(TINY, method, torch.empty(0, dtype=torch.float16), fused_append=not int8)
-    return Engine(Decoder(TINY, weights, 64), None, Options(64, int8_cache=int8))
+    weights = random_weights(TINY, method, torch.empty(0, dtype=torch.float16), cache="int8" if int8 else "same")
+    return Engine(Decoder(TINY, weights, 64), None, Options(64))
 
 
 def test_bytes_of_a_step_are_weights_and_cache():

@@ -34,8 +34,9 @@ from lowbit.quant.kernels import (
     wna16_gemv,
 )
 from lowbit.quant.kernels.choose_tokens import ChoiceCall, Cursor, Noise
-from lowbit.quant.kernels.decode_attention import AppendCall, AttentionCall, KVCache
+from lowbit.quant.kernels.decode_attention import AppendCall, AttentionCall
 from lowbit.quant.kernels.dense import DenseCall
+from lowbit.quant.kernels.kv_cache import NIBBLES, KVCache
 from lowbit.quant.kernels.packed import PackedWeight
 from lowbit.quant.kernels.problem import (
     ACTIVATIONS,
@@ -521,7 +522,8 @@ def random_append(pick: random.Random) -> tuple[AppendCall, Tensor]:
 
 
 def parts_of(cache: KVCache) -> list[Tensor]:
-    return [part for part in vars(cache).values() if part is not None]
+    """Tensors with something for every slot."""
+    return [part for part in vars(cache).values() if part is not None and part.ndim > 1]
 
 
 def check_append(gpu: Gpu, call: AppendCall) -> None:
@@ -535,10 +537,19 @@ def check_append(gpu: Gpu, call: AppendCall) -> None:
         q = decode_attention.append(call)
     assert_close(q, wanted_q, q.dtype)
     for part, wanted_part in zip(parts_of(call.cache), parts_of(wanted.cache), strict=True):
-        if part.dtype == torch.int8:
-            assert (part.int() - wanted_part.int()).abs().max() <= 1
+        if part.dtype.itemsize == 1 or part.dtype == torch.int32:
+            assert (steps_of(part) - steps_of(wanted_part)).abs().max() <= 1
         else:
             assert_close(part, wanted_part, part.dtype)
+
+
+def steps_of(codes: Tensor) -> Tensor:
+    """Codes of a cache as integers in the order of their values."""
+    if codes.dtype == torch.int32:
+        return codes.unsqueeze(-1) >> torch.tensor(NIBBLES, dtype=torch.int32) & 15
+    if codes.dtype == torch.int8:
+        return codes.int()
+    return torch.where(codes.view(torch.int8) < 0, -1, 1) * (codes.view(torch.uint8) & 0x7F).int()
 
 
 def check_attention(gpu: Gpu, seeds: range) -> None:

@@ -57,6 +57,9 @@ def test_a_source_is_compiled_once_for_each_value_of_the_macros_that_it_names(se
         for half in halves
         for number in ("Fp4", "Fp8", "Int2", "Int3", "Int4", "Int5", "Int6", "Int7", "Int8")
     ]
+    assert found["decode_attention.cu"] == [
+        (*half, f"LOWBIT_CACHE={number}Cache") for half in halves for number in ("Fp8", "Int4", "Int8", "Same")
+    ]
     assert found["w8a8_cutlass.cu"] == [(*half, f"LOWBIT_TILE={tile}") for half in halves for tile in (0, 1)]
     assert found["gptq_block.cu"] == found["bindings.cpp"] == [()]
     hopper = {"w8a8_cutlass.cu", "w8a8_gemm.cu", "wna16_gemm.cu", "dense_gemv.cu"}

@@ -1,4 +1,4 @@
-// Compiled once per T: LOWBIT_T comes from units.py.
+// Compiled once per (T, number type of the cache): LOWBIT_T and LOWBIT_CACHE come from units.py.
 //
 // Attention of few tokens over a long cache is bound by reading the cache. A warp takes 16 positions at a time on the
 // tensor cores: keys are the left operand of scores = K q, values (transposed on the way, by pairing rows) that of out
@@ -11,6 +11,7 @@
 // docs/kernels/decode_attention.md has the saving.
 #include <type_traits>
 
+#include "cache_codes.cuh"
 #include "declare.cuh"
 #include "dequant.cuh"
 #include "launch.cuh"
@@ -18,12 +19,12 @@
 
 namespace lowbit {
 
-// One layer's keys and values: (slots, kv_heads, head_dim) in T, or int8 with scales (slots, kv_heads) in T.
+// One layer's keys and values: (slots, kv_heads, head_dim) of some number type.
 struct KvCache {
   LOWBIT_STRUCT(KvCache);
   FIELD(void*, k);
   FIELD(void*, v);
-  FIELD(void*, k_scales);  // null: k and v are T
+  FIELD(void*, k_scales);  // (slots, kv_heads) in T, or (kv_heads) float32, or null: see cache_codes.cuh
   FIELD(void*, v_scales);
   FIELD(int, kv_heads);
   FIELD(int, head_dim);
@@ -66,7 +67,7 @@ struct DecodeAttentionLaunch {
   LOWBIT_STRUCT(DecodeAttentionLaunch);
   FIELD(int, device);
   FIELD(int, splits);      // blocks of a cluster that share a sequence; more than 1 needs sm_90
-  FIELD(int, warps);       // of a block: 4; or 8 for an int8 cache, heads of up to 128 and up to 4 splits
+  FIELD(int, warps);       // of a block: 4; or 8 for a quantized cache and heads of up to 128
   FIELD(bool, dependent);  // launched with programmatic dependent launch
 };
 
@@ -78,7 +79,7 @@ constexpr int kRows = 16;               // positions per chunk of a warp
 constexpr int kGroup = 8;               // adjacent elements of the result that are merged together
 constexpr float kNothing = -1e30f;      // a maximum below any score; finite, so that differences are finite
 constexpr float kLog2E = 1.44269504f;
-constexpr float kInt8Limit = 127.f;
+constexpr float kInt8Limit = 127.f, kInt4Limit = 8.f;
 constexpr float kLeastScale = 7.8886e-31f;  // 2^-100: its inverse can still be summed
 
 __device__ inline float warp_sum(float value) {
@@ -125,6 +126,35 @@ __device__ inline void rotate_head(Head& head, const AppendHeadsArgs& args, int6
   }
 }
 
+// A head times the Hadamard matrix of its width, a power of two from 64 on, over its square root.
+__device__ inline void turn_head(Head& head, int half, int lane) {
+#pragma unroll
+  for (int offset = 1; offset < 32; offset *= 2) {
+    for (int i = 0; i < kPairs; ++i) {
+      const float low = __shfl_xor_sync(~0u, head.low[i], offset), high = __shfl_xor_sync(~0u, head.high[i], offset);
+      head.low[i] = lane & offset ? low - head.low[i] : low + head.low[i];
+      head.high[i] = lane & offset ? high - head.high[i] : high + head.high[i];
+    }
+  }
+  const float factor = rsqrtf(2.f * half);
+#pragma unroll
+  for (int i = 0; i < kPairs; ++i) {
+    const float low = head.low[i], high = head.high[i];
+    head.low[i] = (low + high) * factor, head.high[i] = (low - high) * factor;
+  }
+#pragma unroll
+  for (int step = 1; step < kPairs; step *= 2) {
+    if (32 * step >= half) break;
+#pragma unroll
+    for (int i = 0; i < kPairs; ++i) {
+      if (i & step) continue;
+      const float low = head.low[i], high = head.high[i];
+      head.low[i] += head.low[i + step], head.low[i + step] = low - head.low[i + step];
+      head.high[i] += head.high[i + step], head.high[i + step] = high - head.high[i + step];
+    }
+  }
+}
+
 template <typename Target, typename Convert>
 __device__ void store_head(const Head& head, Target* target, int half, int lane, Convert convert) {
   for (int i = 0; i < kPairs; ++i) {
@@ -135,21 +165,78 @@ __device__ void store_head(const Head& head, Target* target, int half, int lane,
   }
 }
 
-// A head as int8, by absmax / 127 rounded to T and clamped to T's normal range; NaN if an input is NaN.
+// The place of a token's head in the cache: its elements and, per token and head, its scale.
+struct Place {
+  void* values;
+  void* scales;
+  int64_t index;  // of the token and head
+  int kv_head;
+};
+
 template <typename T>
-__device__ void store_int8(const Head& head, int8_t* target, T* scale, int half, int lane) {
+__device__ void store_codes(SameCache, const Head& head, const Place& place, int half, int lane) {
+  T* target = static_cast<T*>(place.values) + place.index * 2 * half;
+  store_head(head, target, half, lane, [](float value) { return from_float<T>(value); });
+}
+
+// Stores a scale rounded to T and kept within T's normal range, and returns it. NaN stays.
+template <typename T>
+__device__ float store_scale(float scale, const Place& place, int lane) {
+  constexpr float kTiny = std::is_same_v<T, __half> ? 6.103515625e-05f : 1.17549435e-38f;
+  const T stored = from_float<T>(copysignf(max_or_nan(fabsf(scale), kTiny), scale));
+  if (lane == 0) static_cast<T*>(place.scales)[place.index] = stored;
+  return to_float(stored);
+}
+
+// By absmax / 127; NaN if an input is NaN.
+template <typename T>
+__device__ void store_codes(Int8Cache, const Head& head, const Place& place, int half, int lane) {
   float largest = 0.f;
   for (int i = 0; i < kPairs; ++i) largest = max_or_nan(largest, max_or_nan(fabsf(head.low[i]), fabsf(head.high[i])));
-  constexpr float kTiny = std::is_same_v<T, __half> ? 6.103515625e-05f : 1.17549435e-38f;
-  const T stored = from_float<T>(max_or_nan(warp_max(largest) / kInt8Limit, kTiny));
-  const float divisor = to_float(stored);
-  if (lane == 0) *scale = stored;
-  store_head(head, target, half, lane, [divisor](float value) {
+  const float divisor = store_scale<T>(warp_max(largest) / kInt8Limit, place, lane);
+  store_head(head, static_cast<int8_t*>(place.values) + place.index * 2 * half, half, lane, [divisor](float value) {
     return static_cast<int8_t>(fminf(fmaxf(rintf(value / divisor), -kInt8Limit), kInt8Limit));
   });
 }
 
+// By the head's scale; beyond 448 of it clamped, NaN stays.
 template <typename T>
+__device__ void store_codes(Fp8Cache, const Head& head, const Place& place, int half, int lane) {
+  const float divisor = static_cast<const float*>(place.scales)[place.kv_head];
+  store_head(head, static_cast<uint8_t*>(place.values) + place.index * 2 * half, half, lane, [divisor](float value) {
+    return static_cast<uint8_t>(__nv_cvt_float_to_fp8(value / divisor, __NV_SATFINITE, __NV_E4M3));
+  });
+}
+
+// The codes of one half of a head: 8 lanes have the elements of a word.
+__device__ inline void store_nibbles(const float (&values)[kPairs], float divisor, uint32_t* target, int half,
+                                     int lane) {
+  for (int i = 0; i < kPairs; ++i) {
+    if (32 * i >= half) break;
+    const float code = fminf(fmaxf(rintf(values[i] / divisor), -kInt4Limit), kInt4Limit - 1.f);
+    uint32_t word = static_cast<uint32_t>(static_cast<int>(code + kInt4Limit)) << Int4Cache::shift_of(lane % 8);
+    for (int offset = 1; offset < 8; offset *= 2) word |= __shfl_xor_sync(~0u, word, offset);
+    if (lane % 8 == 0) target[4 * i + lane / 8] = word;
+  }
+}
+
+// By the number of largest magnitude over -8; NaN if an input is NaN.
+template <typename T>
+__device__ void store_codes(Int4Cache, const Head& head, const Place& place, int half, int lane) {
+  float most = -INFINITY, least = -INFINITY;  // of the head, and of the head times -1
+  for (int i = 0; i < kPairs; ++i) {
+    if (32 * i >= half) break;
+    most = max_or_nan(most, max_or_nan(head.low[i], head.high[i]));
+    least = max_or_nan(least, max_or_nan(-head.low[i], -head.high[i]));
+  }
+  most = warp_max(most), least = warp_max(least);
+  const float divisor = store_scale<T>((most >= least ? most : -least) / -kInt4Limit, place, lane);
+  uint32_t* words = static_cast<uint32_t*>(place.values) + place.index * (half / 4);
+  store_nibbles(head.low, divisor, words, half, lane);
+  store_nibbles(head.high, divisor, words + half / 8, half, lane);
+}
+
+template <typename T, typename Codes>
 __global__ void __launch_bounds__(kAppendThreads) append_heads_kernel(const __grid_constant__ AppendHeadsArgs args) {
   const KvCache& cache = args.cache;
   const int lane = threadIdx.x % 32, half = cache.head_dim / 2;
@@ -172,37 +259,41 @@ __global__ void __launch_bounds__(kAppendThreads) append_heads_kernel(const __gr
     norm_head<T>(head, is_q ? args.q_norm : args.k_norm, args.norm_eps, half, lane);
     rotate_head(head, args, args.positions[row], half, lane);
   }
-  const auto rounded = [](float value) { return from_float<T>(value); };
+  if (Codes::kRotated && (is_q || is_k)) turn_head(head, half, lane);
   if (is_q) {
-    T* q = static_cast<T*>(args.q) + (static_cast<int64_t>(row) * args.heads + index) * cache.head_dim;
-    return store_head(head, q, half, lane, rounded);
+    const Place place = {args.q, nullptr, static_cast<int64_t>(row) * args.heads + index, 0};
+    return store_codes<T>(SameCache{}, head, place, half, lane);
   }
-  const int64_t place = args.slots[row] * cache.kv_heads + (index - args.heads) % cache.kv_heads;
-  void* values = is_k ? cache.k : cache.v;
-  if (cache.k_scales == nullptr)
-    return store_head(head, static_cast<T*>(values) + place * cache.head_dim, half, lane, rounded);
-  T* scales = static_cast<T*>(is_k ? cache.k_scales : cache.v_scales);
-  store_int8(head, static_cast<int8_t*>(values) + place * cache.head_dim, scales + place, half, lane);
+  const int kv_head = (index - args.heads) % cache.kv_heads;
+  const int64_t place = args.slots[row] * cache.kv_heads + kv_head;
+  if (is_k) store_codes<T>(Codes{}, head, {cache.k, cache.k_scales, place, kv_head}, half, lane);
+  else store_codes<T>(Codes{}, head, {cache.v, cache.v_scales, place, kv_head}, half, lane);
 }
 
 // ---- attention ----
 
-template <typename T_, bool kInt8_, int kDim_, int kWarps_ = 4>
+template <typename T_, typename Codes_, int kDim_, int kWarps_ = 4>
 struct Shape {
   using T = T_;
-  // The type of the product: int8 codes are exact in float16, and q is then converted to float16.
-  using Product = std::conditional_t<kInt8_, __half, T_>;
-  static constexpr bool kInt8 = kInt8_;
+  using Codes = Codes_;
+  using Product = typename Codes::template Product<T>;
+  static constexpr int kBits = Codes::kBits;
   static constexpr int kDim = kDim_;                        // at least head_dim
   static constexpr int kWarps = kWarps_, kThreads = kWarps * 32;
-  static constexpr int kMostSplits = 32 / kWarps;           // a cluster that fits everywhere, in 48 KB a block
-  static constexpr int kVector = kInt8 ? 16 : 8;            // elements in 16 bytes
+  static constexpr int kMostSplits = 8;                     // a cluster that fits everywhere
+  static constexpr int kVector = 128 / kBits;               // elements in 16 bytes
   static constexpr int kKeyVectors = kDim / kVector / 4;    // vectors of one position per lane
-  static constexpr int kValueVectors = kDim / kVector / 8;
-  static constexpr int kWords = kValueVectors * 4;          // words of a row of values per lane
-  static constexpr int kPairs = kInt8 ? 4 : 2;              // pairs of elements from two rows' words
+  // Values are read in 8 bytes if they have 4 bits.
+  using ValueVector = std::conditional_t<kBits == 4, uint2, uint4>;
+  static constexpr int kValueVector = sizeof(ValueVector) * 8 / kBits;
+  static constexpr int kValueVectors = kDim / kValueVector / 8;
+  static constexpr int kWords = kValueVectors * sizeof(ValueVector) / 4;  // of a row of values per lane
+  static constexpr int kPairs = 2 * Codes::kPairs;          // pairs of elements from two rows' words
   static constexpr int kBlocks = kDim / 16;                 // blocks of 16 elements of the result
   static constexpr bool kAhead = kDim <= 128;               // True if the next chunk is read while this one is computed
+  static constexpr int kChunks = kAhead ? Codes::kChunks : 1;
+  // Rows past the end keep an earlier row's codes: their weight is zero.
+  static constexpr bool kClears = !(Codes::kTokenScales || Codes::kHeadScales);
   static constexpr int kMinBlocks = kWarps > 4 || !kAhead ? 2 : 3;  // 128, 168 or 255 registers a thread
 };
 
@@ -217,12 +308,14 @@ struct Columns {
   int64_t first_row;
   int kv_head, group;  // query heads per key head
   int first, count;    // of the group * adjacent columns
+  int most;            // columns of any block
 
   __device__ explicit Columns(const DecodeAttentionArgs& args) : group(args.heads / args.cache.kv_heads) {
     const int all = group * args.adjacent, chunks = (all + kHeads - 1) / kHeads;
     kv_head = blockIdx.y / chunks;
     first = blockIdx.y % chunks * kHeads;
     count = min(kHeads, all - first);
+    most = min(kHeads, all);
     first_row = static_cast<int64_t>(blockIdx.z) * args.adjacent;
   }
   // A division only where there is more than one row.
@@ -246,6 +339,7 @@ struct Span {
   int scale_pitch;      // scales between positions
   int length, settled;  // positions of the last row; positions that no running kernel writes
   int head_dim;
+  float scale;          // of all scores
 };
 
 template <typename S>
@@ -254,15 +348,17 @@ __device__ Span span_of(const DecodeAttentionArgs& args, int kv_head) {
   const int first_row = blockIdx.z * args.adjacent, position = args.positions[first_row + args.adjacent - 1];
   const int begin = args.window > 0 ? max(0, position + 1 - args.window) : 0;
   const int64_t first = (args.starts[first_row] + begin) * cache.kv_heads + kv_head;
-  constexpr int kBytes = S::kInt8 ? 1 : 2;
+  const int row_bytes = cache.head_dim * S::kBits / 8;
   Span span;
-  span.k = static_cast<const char*>(cache.k) + first * cache.head_dim * kBytes;
-  span.v = static_cast<const char*>(cache.v) + first * cache.head_dim * kBytes;
-  if constexpr (S::kInt8) {
+  span.k = static_cast<const char*>(cache.k) + first * row_bytes;
+  span.v = static_cast<const char*>(cache.v) + first * row_bytes;
+  span.scale = args.scale;
+  if constexpr (S::Codes::kTokenScales) {
     span.k_scales = static_cast<const typename S::T*>(cache.k_scales) + first;
     span.v_scales = static_cast<const typename S::T*>(cache.v_scales) + first;
   }
-  span.pitch = static_cast<int64_t>(cache.kv_heads) * cache.head_dim * kBytes;
+  if constexpr (S::Codes::kHeadScales) span.scale *= __ldg(static_cast<const float*>(cache.k_scales) + kv_head);
+  span.pitch = static_cast<int64_t>(cache.kv_heads) * row_bytes;
   span.scale_pitch = cache.kv_heads;
   span.length = position + 1 - begin;
   span.settled = span.length - args.m;  // a step of m rows writes at most the last m positions of a sequence
@@ -270,12 +366,21 @@ __device__ Span span_of(const DecodeAttentionArgs& args, int kv_head) {
   return span;
 }
 
+// log2 of a scale's magnitude, with the scale's sign as the lowest bit of the mantissa if it may have one.
+template <bool kSigned>
+__device__ float log_of_scale(float scale) {
+  const float log = __log2f(max_or_nan(fabsf(scale), kLeastScale));
+  if constexpr (!kSigned) return log;
+  return __uint_as_float((__float_as_uint(log) & ~1u) | __float_as_uint(scale) >> 31);
+}
+
 // A chunk of 16 positions in registers, as each lane's part of the fragments. `read_` loads the rows in [from, to).
 template <typename S>
 struct Chunk {
-  uint4 k[2][S::kKeyVectors];      // rows group, group + 8; vector `member` of each four
-  uint4 v[4][S::kValueVectors];    // rows 2 member, + 1, + 8, + 9; vector `group` of each eight
-  float scale;                     // int8: of k for lanes 0 to 15, the others log2 of v's: position lane % 16
+  using ValueVector = typename S::ValueVector;
+  uint4 k[2][S::kKeyVectors];            // rows group, group + 8; vector `member` of each four
+  ValueVector v[4][S::kValueVectors];    // rows 2 member, + 1, + 8, + 9; vector `group` of each eight
+  float scale;  // of tokens: of k for lanes 0 to 15, the others log_of_scale of v's: position lane % 16
 
   __device__ void read_keys(const Span& span, Lane lane, int first, int from, int to) {
 #pragma unroll
@@ -299,21 +404,21 @@ struct Chunk {
 #pragma unroll
       for (int i = 0; i < S::kValueVectors; ++i) {
         const int vector = 8 * i + lane.group;
-        if (vector * S::kVector < span.head_dim)
-          v[r][i] = __ldcg(reinterpret_cast<const uint4*>(span.v + row * span.pitch) + vector);
+        if (vector * S::kValueVector < span.head_dim)
+          v[r][i] = __ldcg(reinterpret_cast<const ValueVector*>(span.v + row * span.pitch) + vector);
       }
     }
   }
 
   __device__ void read_scales(const Span& span, int first, int from, int to) {
-    if constexpr (S::kInt8) {
+    if constexpr (S::Codes::kTokenScales) {
       using T = typename S::T;
       const int lane = threadIdx.x % 32, row = first + lane % kRows;
       if (row < from || row >= to) return;
       const void* scales = lane < kRows ? span.k_scales : span.v_scales;
       // Bypasses L1, which may hold an outdated line from a read of a neighbour before the wait.
       scale = to_float(__ldcg(static_cast<const T*>(scales) + static_cast<int64_t>(row) * span.scale_pitch));
-      if (lane >= kRows) scale = __log2f(max_or_nan(scale, kLeastScale));
+      if (lane >= kRows) scale = log_of_scale<S::Codes::kSignedScales>(scale);
     }
   }
 
@@ -323,31 +428,9 @@ struct Chunk {
   }
   __device__ void clear_values() {
     for (auto& row : v)
-      for (uint4& vector : row) vector = {};
+      for (ValueVector& vector : row) vector = {};
   }
 };
-
-// Four one-byte codes as two pairs of float16: 0x6400 | u is 1024 + u, and u is the code + 128.
-__device__ inline void widen_codes(uint32_t word, uint32_t (&pairs)[2]) {
-  const __half2 bias = as_half2(0x64806480u);
-  word ^= 0x80808080u;
-  pairs[0] = bits_of(__hsub2(as_half2(__byte_perm(word, 0x64646464u, 0x4140)), bias));
-  pairs[1] = bits_of(__hsub2(as_half2(__byte_perm(word, 0x64646464u, 0x4342)), bias));
-}
-
-// Pairs of element i of one row with element i of another, for the elements of one word of each.
-template <bool kInt8, int kPairs>
-__device__ void pair_rows(uint32_t first, uint32_t second, uint32_t (&pairs)[kPairs]) {
-  if constexpr (kInt8) {
-    uint32_t low[2], high[2];
-    widen_codes(__byte_perm(first, second, 0x5140), low);
-    widen_codes(__byte_perm(first, second, 0x7362), high);
-    pairs[0] = low[0], pairs[1] = low[1], pairs[2] = high[0], pairs[3] = high[1];
-  } else {
-    pairs[0] = __byte_perm(first, second, 0x5410);
-    pairs[1] = __byte_perm(first, second, 0x7632);
-  }
-}
 
 // The query heads as the right operand: head `group`, in pairs of the inputs that the lane has of a key.
 template <typename S>
@@ -391,22 +474,20 @@ __device__ void multiply_keys(const Chunk<S>& chunk, const Queries<S>& q, float 
   for (int i = 0; i < S::kKeyVectors; ++i) {
     const uint32_t* low = reinterpret_cast<const uint32_t*>(&chunk.k[0][i]);
     const uint32_t* high = reinterpret_cast<const uint32_t*>(&chunk.k[1][i]);
-    if constexpr (S::kInt8) {
+    constexpr int kWord = S::Codes::kPairs, kSteps = 2 * kWord;
+    uint32_t a[4][kWord], b[4][kWord];
 #pragma unroll
-      for (int w = 0; w < 4; ++w) {
-        uint32_t a[2], b[2];
-        widen_codes(low[w], a);
-        widen_codes(high[w], b);
-        const int step = 4 * i + w;
-        mma_16x8x16<__half>(w % 2 ? odd : scores, {a[0], b[0], a[1], b[1]}, q.pairs[2 * step], q.pairs[2 * step + 1]);
-      }
-    } else {
+    for (int w = 0; w < 4; ++w) {
+      S::Codes::widen(low[w], a[w]);
+      S::Codes::widen(high[w], b[w]);
+    }
 #pragma unroll
-      for (int w = 0; w < 4; w += 2) {
-        const int step = 2 * i + w / 2;
-        mma_16x8x16<typename S::Product>(w ? odd : scores, {low[w], high[w], low[w + 1], high[w + 1]},
-                                         q.pairs[2 * step], q.pairs[2 * step + 1]);
-      }
+    for (int p = 0; p < kSteps; ++p) {
+      const int first = 2 * p, second = 2 * p + 1, pair = 2 * (kSteps * i + p);
+      mma_16x8x16<typename S::Product>(p % 2 ? odd : scores,
+                                       {a[first / kWord][first % kWord], b[first / kWord][first % kWord],
+                                        a[second / kWord][second % kWord], b[second / kWord][second % kWord]},
+                                       q.pairs[pair], q.pairs[pair + 1]);
     }
   }
 #pragma unroll
@@ -420,18 +501,18 @@ struct Running {
   float out[S::kBlocks][4] = {};  // elements i (0, 1) and i + kBlocks (2, 3) of the lane's 2 kBlocks, for both heads
 };
 
-// Converts scores to weights of the values, and adds these to the sums: exp2 of score (with int8, of score + log2 of
-// v's scale) minus the maximum, so that float16 can hold them for any scale. `lengths`: positions that the lane's two
-// columns see.
+// Converts scores to weights of the values, and adds these to the sums: exp2 of score (with a scale for each token, of
+// score + log2 of v's scale) minus the maximum, so that float16 can hold them for any scale. `lengths`: positions that
+// the lane's two columns see.
 template <typename S>
-__device__ void weigh(const DecodeAttentionArgs& args, const Chunk<S>& chunk, Lane lane, int first,
+__device__ void weigh(const DecodeAttentionArgs& args, const Span& span, const Chunk<S>& chunk, Lane lane, int first,
                       const int (&lengths)[2], float (&scores)[4], Running<S>& running) {
   float sides[2] = {};  // log2 of v's scale
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     const int row = lane.group + 8 * r;
-    float k_scale = args.scale;
-    if constexpr (S::kInt8) {
+    float k_scale = span.scale;
+    if constexpr (S::Codes::kTokenScales) {
       k_scale *= __shfl_sync(~0u, chunk.scale, row);
       sides[r] = __shfl_sync(~0u, chunk.scale, row + kRows);
     }
@@ -455,7 +536,9 @@ __device__ void weigh(const DecodeAttentionArgs& args, const Chunk<S>& chunk, La
     for (int r = 0; r < 2; ++r) {
       const float exponent = scores[2 * r + h] - maximum;
       scores[2 * r + h] = exp2_fast(exponent);
-      running.sum[h] += S::kInt8 ? exp2_fast(exponent - sides[r]) : scores[2 * r + h];
+      running.sum[h] += S::Codes::kTokenScales ? exp2_fast(exponent - sides[r]) : scores[2 * r + h];
+      if constexpr (S::Codes::kSignedScales)
+        scores[2 * r + h] = __uint_as_float(__float_as_uint(scores[2 * r + h]) ^ __float_as_uint(sides[r]) << 31);
     }
   }
   if (!__any_sync(~0u, shrink[0] != 1.f || shrink[1] != 1.f)) return;
@@ -478,7 +561,7 @@ __device__ void multiply_values(const Chunk<S>& chunk, const float (&weights)[4]
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const int word = i % 2 * kHalf + w;
-      pair_rows<S::kInt8>(rows[i / 2 * 2][word], rows[i / 2 * 2 + 1][word], pairs[i]);
+      S::Codes::pair_rows(rows[i / 2 * 2][word], rows[i / 2 * 2 + 1][word], pairs[i]);
     }
 #pragma unroll
     for (int p = 0; p < S::kPairs; ++p)
@@ -486,24 +569,33 @@ __device__ void multiply_values(const Chunk<S>& chunk, const float (&weights)[4]
   }
 }
 
-// Shared memory for merging a cluster's warps. Block r merges groups r, r + blocks, ... of kGroup elements, of every
-// head.
+// Shared memory for merging a cluster's warps: as much as the heads of a block need. Block r merges groups r, r + blocks,
+// ... of kGroup elements, of every head.
 template <typename S>
 struct Meeting {
   static constexpr int kGroups = S::kDim / kGroup;
-  // (warp of the cluster, group, head, element)
-  float out[S::kWarps * (kGroups + S::kMostSplits - 1) * kHeads * kGroup];
-  float maximum[S::kMostSplits * S::kWarps * kHeads], sum[S::kMostSplits * S::kWarps * kHeads];
+  float* out;  // (warp of the cluster, group, head, element)
+  float* maximum;
+  float* sum;
 
-  __device__ static int groups_of_block(int blocks) { return (kGroups + blocks - 1) / blocks; }
+  __device__ Meeting(float* memory, int heads) {
+    const int slots = gridDim.x * S::kWarps;
+    out = memory;
+    maximum = out + slots * groups_of_block(gridDim.x) * heads * kGroup;
+    sum = maximum + slots * heads;
+  }
+  __host__ __device__ static int groups_of_block(int blocks) { return (kGroups + blocks - 1) / blocks; }
+  static size_t bytes(int blocks, int heads) {
+    return size_t(blocks) * S::kWarps * heads * (groups_of_block(blocks) * kGroup + 2) * sizeof(float);
+  }
 };
 
 // Sends part `part` (8 elements) of the lane's 2 kBlocks elements of head h to the block that merges them.
 template <typename S>
-__device__ void send_part(Meeting<S>& meeting, const Running<S>& running, Lane lane, int heads, int part, int h) {
+__device__ void send_part(const Meeting<S>& meeting, const Running<S>& running, Lane lane, int heads, int part, int h) {
   const int blocks = gridDim.x, slot = blockIdx.x * S::kWarps + threadIdx.x / 32;
-  const int vector = part * kGroup / S::kVector * 8 + lane.group;
-  const int group = (vector * S::kVector + part * kGroup % S::kVector) / kGroup;
+  const int vector = part * kGroup / S::kValueVector * 8 + lane.group;
+  const int group = (vector * S::kValueVector + part * kGroup % S::kValueVector) / kGroup;
   const int place = (slot * Meeting<S>::groups_of_block(blocks) + group / blocks) * heads + 2 * lane.member + h;
   float values[kGroup];
 #pragma unroll
@@ -517,7 +609,7 @@ __device__ void send_part(Meeting<S>& meeting, const Running<S>& running, Lane l
 }
 
 template <typename S>
-__device__ void send(Meeting<S>& meeting, Running<S>& running, Lane lane, int heads) {
+__device__ void send(const Meeting<S>& meeting, Running<S>& running, Lane lane, int heads) {
   const int slot = blockIdx.x * S::kWarps + threadIdx.x / 32;
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
@@ -546,6 +638,8 @@ __device__ void merge(const DecodeAttentionArgs& args, const Meeting<S>& meeting
   using T = typename S::T;
   const int heads = columns.count;
   const int blocks = gridDim.x, slots = blocks * S::kWarps, groups = Meeting<S>::groups_of_block(blocks);
+  float v_scale = 1.f;
+  if constexpr (S::Codes::kHeadScales) v_scale = __ldg(static_cast<const float*>(args.cache.v_scales) + columns.kv_head);
   for (int i = threadIdx.x; i < groups * heads * kGroup; i += S::kThreads) {
     const int head = i / kGroup % heads, group = i / kGroup / heads * blocks + blockIdx.x;
     const int d = group * kGroup + i % kGroup;
@@ -560,7 +654,7 @@ __device__ void merge(const DecodeAttentionArgs& args, const Meeting<S>& meeting
       out += weight * meeting.out[slot * groups * heads * kGroup + i];
     }
     if (args.sinks != nullptr) sum += sink_weight<T>(args, columns.head_of(args, head), maximum);
-    static_cast<T*>(args.out)[columns.head_of(args, head) * args.cache.head_dim + d] = from_float<T>(out / sum);
+    static_cast<T*>(args.out)[columns.head_of(args, head) * args.cache.head_dim + d] = from_float<T>(out / sum * v_scale);
   }
 }
 
@@ -579,11 +673,13 @@ __device__ void attend_chunk(const DecodeAttentionArgs& args, const Span& span, 
   float scores[4];
   multiply_keys<S>(chunk, q, scores);
   if (S::kAhead) chunk.read_keys(span, lane, next, 0, span.length);
-  else chunk.clear_values(), chunk.read_values(span, lane, first, 0, span.length);
-  weigh<S>(args, chunk, lane, first, lengths, scores, running);
+  if (!S::kAhead && S::kClears) chunk.clear_values();
+  if (!S::kAhead) chunk.read_values(span, lane, first, 0, span.length);
+  weigh<S>(args, span, chunk, lane, first, lengths, scores, running);
   chunk.read_scales(span, next, 0, span.length);
   multiply_values<S>(chunk, scores, running);
-  if (S::kAhead) chunk.clear_values(), chunk.read_values(span, lane, next, 0, span.length);
+  if (S::kAhead && S::kClears) chunk.clear_values();
+  if (S::kAhead) chunk.read_values(span, lane, next, 0, span.length);
   else chunk.read_keys(span, lane, next, 0, span.length);
 }
 
@@ -593,27 +689,39 @@ __device__ void attend_span(const DecodeAttentionArgs& args, const Span& span, L
                             Running<S>& running) {
   const int step = gridDim.x * S::kWarps * kRows;
   int first = (blockIdx.x * S::kWarps + threadIdx.x / 32) * kRows;
-  Chunk<S> chunk;
-  chunk.clear_keys(), chunk.clear_values();
-  chunk.scale = 0.f;
-  read_ahead<S>(span, lane, first, 0, span.settled, chunk);
+  Chunk<S> chunks[S::kChunks];
+#pragma unroll
+  for (int i = 0; i < S::kChunks; ++i) {
+    chunks[i].clear_keys(), chunks[i].clear_values();
+    chunks[i].scale = 0.f;
+    read_ahead<S>(span, lane, first + i * step, 0, span.settled, chunks[i]);
+  }
   wait_for_previous_kernel();
   stamp(Stage::kWaited);
-  read_ahead<S>(span, lane, first, max(span.settled, 0), span.length, chunk);
+#pragma unroll
+  for (int i = 0; i < S::kChunks; ++i)
+    read_ahead<S>(span, lane, first + i * step, max(span.settled, 0), span.length, chunks[i]);
   Queries<S> q;
   q.read(args, columns, lane);
   int lengths[2];
   for (int h = 0; h < 2; ++h)
     lengths[h] = span.length - (args.adjacent - 1 - columns.row_of(args, 2 * lane.member + h));
-  for (; first < span.length; first += step)
-    attend_chunk<S>(args, span, lane, q, lengths, first, first + step, chunk, running);
+  while (first < span.length) {
+#pragma unroll
+    for (int i = 0; i < S::kChunks; ++i) {
+      if (i > 0 && first >= span.length) break;
+      attend_chunk<S>(args, span, lane, q, lengths, first, first + S::kChunks * step, chunks[i], running);
+      first += step;
+    }
+  }
 }
 
 template <typename S>
 __global__ void __launch_bounds__(S::kThreads, S::kMinBlocks)
     decode_attention_kernel(const __grid_constant__ DecodeAttentionArgs args) {
-  LOWBIT_SHARED(Meeting<S>, meeting);
+  LOWBIT_DYNAMIC_SHARED(float, memory);
   const Columns columns(args);
+  const Meeting<S> meeting(memory, columns.most);
   const Lane lane;
   stamp(Stage::kBegun);
   allow_next_kernel();
@@ -648,6 +756,7 @@ cudaError_t launch_shape(const DecodeAttentionArgs& args, const DecodeAttentionL
       .stream = stream,
       .blocks = dim3(launch.splits, args.cache.kv_heads * chunks, args.m / args.adjacent),
       .threads = dim3(S::kThreads),
+      .shared_bytes = Meeting<S>::bytes(launch.splits, std::min(kHeads, columns)),
       .cluster = launch.splits > 1 ? launch.splits : 0,
       .dependent = launch.dependent,
   };
@@ -656,9 +765,11 @@ cudaError_t launch_shape(const DecodeAttentionArgs& args, const DecodeAttentionL
 
 }  // namespace
 
-template <typename T>
+template <typename T, typename Codes>
 cudaError_t launch_append_heads(const AppendHeadsArgs& args, const PlainLaunch& launch, cudaStream_t stream) {
   const int units = args.m * (args.heads + 2 * args.cache.kv_heads), warps = kAppendThreads / 32;
+  const int head_dim = args.cache.head_dim;
+  if (Codes::kRotated && (head_dim < 64 || (head_dim & (head_dim - 1)) != 0)) return cudaErrorInvalidValue;
   const LaunchPlan plan = {
       .device = launch.device,
       .stream = stream,
@@ -666,25 +777,28 @@ cudaError_t launch_append_heads(const AppendHeadsArgs& args, const PlainLaunch& 
       .threads = dim3(kAppendThreads),
       .dependent = launch.dependent,
   };
-  return launch_kernel(append_heads_kernel<T>, plan, args);
+  return launch_kernel(append_heads_kernel<T, Codes>, plan, args);
 }
 
-template <typename T>
+template <typename T, typename Codes>
 cudaError_t launch_decode_attention(const DecodeAttentionArgs& args, const DecodeAttentionLaunch& launch,
                                     cudaStream_t stream) {
-  const bool int8 = args.cache.k_scales != nullptr;
+  constexpr bool kIsSame = std::is_same_v<Codes, SameCache>;
   const int head_dim = args.cache.head_dim;
-  if (head_dim % (int8 ? 16 : 8) != 0 || head_dim > 256) return cudaErrorInvalidValue;
-  if (launch.warps != 4 && !(launch.warps == 8 && int8 && head_dim <= 128)) return cudaErrorInvalidConfiguration;
-  if (launch.warps == 8) return launch_shape<Shape<T, true, 128, 8>>(args, launch, stream);
-  if (int8 && head_dim <= 128) return launch_shape<Shape<T, true, 128>>(args, launch, stream);
-  if (int8) return launch_shape<Shape<T, true, 256>>(args, launch, stream);
-  if (head_dim <= 64) return launch_shape<Shape<T, false, 64>>(args, launch, stream);
-  if (head_dim <= 128) return launch_shape<Shape<T, false, 128>>(args, launch, stream);
-  return launch_shape<Shape<T, false, 256>>(args, launch, stream);
+  if (head_dim % (128 / Codes::kBits) != 0 || head_dim > 256) return cudaErrorInvalidValue;
+  if constexpr (kIsSame) {
+    if (head_dim <= 64 && launch.warps == 4) return launch_shape<Shape<T, Codes, 64>>(args, launch, stream);
+  } else {
+    if (head_dim <= 128 && launch.warps == 8) return launch_shape<Shape<T, Codes, 128, 8>>(args, launch, stream);
+  }
+  if (launch.warps != 4) return cudaErrorInvalidConfiguration;
+  if (head_dim <= 128) return launch_shape<Shape<T, Codes, 128>>(args, launch, stream);
+  return launch_shape<Shape<T, Codes, 256>>(args, launch, stream);
 }
 
-const Kernel append_heads("append_heads", {name_of<LOWBIT_T>}, launch_append_heads<LOWBIT_T>);
-const Kernel decode_attention("decode_attention", {name_of<LOWBIT_T>}, launch_decode_attention<LOWBIT_T>);
+const Kernel append_heads("append_heads", {name_of<LOWBIT_T>, LOWBIT_CACHE::kName},
+                          launch_append_heads<LOWBIT_T, LOWBIT_CACHE>);
+const Kernel decode_attention("decode_attention", {name_of<LOWBIT_T>, LOWBIT_CACHE::kName},
+                              launch_decode_attention<LOWBIT_T, LOWBIT_CACHE>);
 
 }  // namespace lowbit

@@ -1,0 +1,60 @@
+"""The emulator's checks of the key-value cache in FP8 and in 4 bits, with planted mistakes that must be found."""
+
+import random
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+
+from lowbit.quant.kernels.kv_cache import FP8_CACHE, INT4_CACHE, KVCache, empty_cache, store
+from tests.kernels import test_emulated
+from tests.kernels.emulator import build
+from tests.kernels.emulator.build import Mutant
+from tests.kernels.emulator.device import Gpu, failure_of
+from tests.kernels.test_emulated import library
+
+__all__ = ["library"]  # the fixture
+
+ATTENTION = ("decode_attention.cu",)
+
+
+def random_codes(pick: random.Random, slots: int, dtype: torch.dtype) -> KVCache:
+    """A cache of one of the two number types, full of random heads; each head's scale is its own."""
+    number = pick.choice([FP8_CACHE, INT4_CACHE])
+    kv_heads, head_dim = pick.choice([1, 2, 3]), pick.choice([16, 64, 80, 128, 256] if number.step == 16 else [64, 128])
+    head_dim = pick.choice([head_dim, 256])
+    scales = (torch.rand(kv_heads) * 0.02 + 0.002, torch.rand(kv_heads) * 0.02 + 0.002)
+    cache = empty_cache(number, (slots, kv_heads, head_dim), torch.empty(0, dtype=dtype), scales)
+    for codes, sides in ((cache.k, cache.k_scales), (cache.v, cache.v_scales)):
+        store(codes, sides, torch.arange(slots), torch.randn(slots, kv_heads, head_dim))
+    return cache
+
+
+def check_caches(gpu: Gpu, seeds: range) -> None:
+    """The check of attention with these caches."""
+    with mock.patch.object(test_emulated, "random_cache", random_codes):
+        test_emulated.check_attention(gpu, seeds)
+
+
+def test_attention_over_codes_computes_as_the_reference(library: Path) -> None:
+    failure = failure_of(library, check_caches, range(40))
+    assert failure is None, failure
+
+
+MISTAKES = {
+    "a scale of another head": Mutant("decode_attention.cu", "(args.cache.v_scales) + columns.kv_head", "(args.cache.v_scales)"),
+    "a weight without its scale's sign": Mutant("decode_attention.cu", "^ __float_as_uint(sides[r]) << 31", ""),
+    "nibbles of two rows in another order": Mutant("cache_codes.cuh", "pairs[2 * i] = even[i], pairs[2 * i + 1] = odd[i]", "pairs[i] = even[i], pairs[i + kPairs] = odd[i]"),
+    "keys that are not turned": Mutant("decode_attention.cu", "Codes::kRotated && (is_q || is_k)", "Codes::kRotated && is_q"),
+    "a chunk that is read where the next one is": Mutant("decode_attention.cu", "first + S::kChunks * step, chunks[i]", "first + step, chunks[i]"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_planted_mistake_is_found(name: str) -> None:
+    if reason := build.reason_against():
+        pytest.skip(f"no emulator: {reason}")
+    failure = failure_of(build.build(MISTAKES[name], ATTENTION), check_caches, range(40))
+    assert failure is not None, f"{MISTAKES[name]} passed every check"
+    assert "AssertionError" in failure
