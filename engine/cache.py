@@ -11,7 +11,7 @@ from lowbit.quant.kernels.kv_cache import SAME, CacheNumber, KVCache, empty_cach
 
 @dataclass(frozen=True)
 class CacheKind:
-    """How all layers' keys and values are stored.
+    """The form in which all layers' keys and values are stored.
 
     scales  of each layer's keys and values, (kv_heads) float32; none for a number type without scales per head
     """
@@ -73,9 +73,7 @@ def parts_of(layer: KVCache) -> list[Tensor]:
     return [part for part in (layer.k, layer.v, *sides) if part is not None]
 
 
-def cache_nbytes(
-    architecture: Architecture, batch: int, context: int, dtype: torch.dtype, number: CacheNumber
-) -> int:
+def cache_nbytes(architecture: Architecture, batch: int, context: int, dtype: torch.dtype, number: CacheNumber) -> int:
     """The bytes that `make_cache` allocates."""
     heads = len(architecture.layers) * batch * context * architecture.kv_heads
     return 2 * heads * number.head_nbytes(architecture.head_dim, dtype)

@@ -14,7 +14,8 @@ from lowbit.engine.latent import Latent
 from lowbit.engine.products import Hidden, Norm, Product, rounds_late
 from lowbit.engine.step import Step, Turns
 from lowbit.quant.kernels import ops
-from lowbit.quant.kernels.decode_attention import AppendCall, AttentionCall, KVCache
+from lowbit.quant.kernels.decode_attention import AppendCall, AttentionCall
+from lowbit.quant.kernels.kv_cache import KVCache
 from lowbit.quant.kernels.packed import TILE_ROWS
 from lowbit.quant.kernels.problem import Rotary
 from lowbit.quant.kernels.row_norm import Rows

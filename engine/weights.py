@@ -47,7 +47,7 @@ class Weights:
     layers: tuple[Block, ...]
     head: Product
     expanded: Mapping[str, int] = field(default_factory=dict)
-    cache: CacheKind = CacheKind()
+    cache: CacheKind = field(default_factory=CacheKind)
     unused_cache: str | None = None
 
     @property
@@ -400,8 +400,7 @@ class LayerParts:
     @property
     def attention(self) -> str:
         """The module whose linears make keys and values."""
-        qkv = self.names.qkv
-        return self.prefix + (qkv if isinstance(qkv, str) else qkv[0]).rpartition(".")[0]
+        return self.prefix + self.names.qkv[0].rpartition(".")[0]
 
     @property
     def mixture(self) -> MixtureNames:

@@ -5,7 +5,6 @@ tokens and a long cache. A GPU runs csrc/decode_attention.cu. Elsewhere plain to
 for the kernels.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 

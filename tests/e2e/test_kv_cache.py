@@ -7,11 +7,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from lowbit import engine
+from lowbit.errors import CheckpointError
 from lowbit.evaluation.backend import load_dense, open_backend
 from lowbit.export.checkpoint import open_checkpoint
 from lowbit.export.formats import LogicalTensors
 from lowbit.models.cached import attending
 from lowbit.models.source import open_source
+from lowbit.quant.kernels.kv_cache import FP8_CACHE
 from tests.builders import changed_config, logits_of, save_family
 from tests.e2e.cli import run_lowbit, run_quantize, run_quantize_convert
 
@@ -124,11 +127,34 @@ def test_an_original_with_scales_loses_them(model, tmp_path):
     assert not any("k_scale" in name for name in open_checkpoint(tmp_path / "r").entries)
 
 
-def test_the_engine_says_that_it_uses_none(model, tmp_path):
+@pytest.mark.parametrize("cache", ["fp8", "fp8-head"])
+def test_the_engine_writes_the_cache_that_the_checkpoint_declares(model, tmp_path, cache):
+    quantized(model, tmp_path / "q", cache)
+    ours, source = engine.load(tmp_path / "q", device="cpu"), open_source(str(tmp_path / "q"))
+    wanted = torch.cat(list(open_backend("transformers", source, "cpu").logits([IDS])))
+    assert ours.decoder.weights.cache.number == FP8_CACHE
+    exact = engine.load(tmp_path / "q", device="cpu", cache="same").logits(IDS)
+    error = (ours.logits(IDS) - wanted).norm() / wanted.norm()
+    assert float(error) < 0.02 * float((exact - wanted).norm() / wanted.norm()) + 1e-6
+
+
+def test_the_engine_says_that_it_leaves_scales_alone(model, tmp_path):
     quantized(model, tmp_path / "q", "fp8-head")
-    told = run_lowbit("generate", tmp_path / "q", "--prompt", "a", "--max-new-tokens", "2")
-    assert told.code == 0, told.err
+    run = ("generate", tmp_path / "q", "--prompt", "a", "--max-new-tokens", "2")
+    told, alone = run_lowbit(*run, "--cache", "int8"), run_lowbit(*run)
+    assert told.code == alone.code == 0, told.err
     assert "the checkpoint's scales for an fp8-head key-value cache are not used here" in told.err
+    assert "are not used here" not in alone.err
+
+
+def test_scales_of_other_heads_are_refused(model, tmp_path):
+    quantized(model, tmp_path / "q", "fp8-head")
+    path = tmp_path / "q" / "model.safetensors"
+    tensors = load_file(path)
+    name = "model.layers.1.self_attn.v_scale"
+    save_file(tensors | {name: torch.ones(3, 1, 1)}, path, {"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"layers\.1\.self_attn has 3 scales of v for 2 heads"):
+        engine.load(tmp_path / "q", device="cpu")
 
 
 def test_a_resumed_run_writes_the_same_scales(model, tmp_path):

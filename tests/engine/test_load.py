@@ -201,11 +201,26 @@ def test_linears_of_one_product_share_their_inputs(tmp_path):
         engine.load(tmp_path, device="cpu")
 
 
-def test_an_int8_cache_stays_close(tmp_path):
-    _, reference = tiny(tmp_path)
+@pytest.mark.parametrize(("cache", "most"), [("int8", 0.02), ("int4", 0.2)])
+def test_a_quantized_cache_stays_close(tmp_path, cache, most):
+    _, reference = tiny(tmp_path, head_dim=64)
     expected = logits_of(reference, IDS)
-    error = (engine.load(tmp_path, device="cpu", cache="int8").logits(IDS) - expected).abs().max()
-    assert 1e-5 < float(error) < 0.02 * float(expected.abs().max())
+    error = (engine.load(tmp_path, device="cpu", cache=cache).logits(IDS) - expected).abs().max()
+    assert 1e-5 < float(error) < most * float(expected.abs().max())
+
+
+@pytest.mark.parametrize(
+    ("cache", "message"),
+    [
+        ("int4", "cache 'int4': heads of 16: an int4 cache takes powers of two from 64 on; or use cache='int8'"),
+        ("fp8", "has no scales for it: quantize with --kv-cache fp8; or use cache='int8'"),
+        ("int5", "cache 'int5': write auto, same, int8, fp8 or int4"),
+    ],
+)
+def test_a_cache_that_cannot_be_is_refused(tmp_path, cache, message):
+    tiny(tmp_path, head_dim=16)
+    with pytest.raises(UsageError, match=message):
+        engine.load(tmp_path, device="cpu", cache=cache)
 
 
 def test_the_head_can_be_rounded_at_load(tmp_path):

@@ -50,9 +50,10 @@ def test_the_cache_then_serves_steps(tmp_path):
     assert [len(each.prompt_logprobs or ()) for each in got] == [len(PROMPT) - 1, 1]
 
 
-def test_an_int8_cache_is_read_back_as_without_padding(tmp_path):
-    save(make_model("llama"), tmp_path)
-    model = engine.load(tmp_path, device="cpu", context=64, cache="int8")
+@pytest.mark.parametrize("cache", ["int8", "int4"])
+def test_a_quantized_cache_is_read_back_as_without_padding(tmp_path, cache):
+    save(make_model("llama", head_dim=64), tmp_path)
+    model = engine.load(tmp_path, device="cpu", context=64, cache=cache)
     with torch.inference_mode():
         [hidden] = reader_of(model).read(1, PROMPT)
         torch.testing.assert_close(hidden, alone(model, PROMPT), atol=2e-5, rtol=1e-4)

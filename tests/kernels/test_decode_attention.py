@@ -171,7 +171,10 @@ def test_fp8_is_rounded_by_its_heads_scales_and_clamped():
     assert (v.abs() > 448).any()
 
 
-@pytest.mark.parametrize(("number", "head_dim", "fits"), [(INT4_CACHE, 80, False), (INT4_CACHE, 32, False), (INT4_CACHE, 256, True), (FP8_CACHE, 80, True), (SAME, 8, True)])
+@pytest.mark.parametrize(
+    ("number", "head_dim", "fits"),
+    [(INT4_CACHE, 80, False), (INT4_CACHE, 32, False), (INT4_CACHE, 256, True), (FP8_CACHE, 80, True), (SAME, 8, True)],
+)
 def test_a_width_that_cannot_be_turned_is_named(number: CacheNumber, head_dim: int, fits: bool):
     assert (reason_against_width(number, head_dim) is None) == fits
     assert number.head_nbytes(256, torch.float16) == {"same": 512, "fp8": 256, "int4": 130}[number.name]

@@ -43,11 +43,21 @@ def test_attention_over_codes_computes_as_the_reference(library: Path) -> None:
 
 
 MISTAKES = {
-    "a scale of another head": Mutant("decode_attention.cu", "(args.cache.v_scales) + columns.kv_head", "(args.cache.v_scales)"),
+    "a scale of another head": Mutant(
+        "decode_attention.cu", "(args.cache.v_scales) + columns.kv_head", "(args.cache.v_scales)"
+    ),
     "a weight without its scale's sign": Mutant("decode_attention.cu", "^ __float_as_uint(sides[r]) << 31", ""),
-    "nibbles of two rows in another order": Mutant("cache_codes.cuh", "pairs[2 * i] = even[i], pairs[2 * i + 1] = odd[i]", "pairs[i] = even[i], pairs[i + kPairs] = odd[i]"),
-    "keys that are not turned": Mutant("decode_attention.cu", "Codes::kRotated && (is_q || is_k)", "Codes::kRotated && is_q"),
-    "a chunk that is read where the next one is": Mutant("decode_attention.cu", "first + S::kChunks * step, chunks[i]", "first + step, chunks[i]"),
+    "nibbles of two rows in another order": Mutant(
+        "cache_codes.cuh",
+        "pairs[2 * i] = even[i], pairs[2 * i + 1] = odd[i]",
+        "pairs[i] = even[i], pairs[i + kPairs] = odd[i]",
+    ),
+    "keys that are not turned": Mutant(
+        "decode_attention.cu", "Codes::kRotated && (is_q || is_k)", "Codes::kRotated && is_q"
+    ),
+    "a chunk that is read where the next one is": Mutant(
+        "decode_attention.cu", "first + S::kChunks * step, chunks[i]", "first + step, chunks[i]"
+    ),
 }
 
 

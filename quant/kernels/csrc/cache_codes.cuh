@@ -34,7 +34,7 @@ struct SameCache {
   }
 };
 
-// What caches of 8 bits share: words of four bytes.
+// The common part of caches of 8 bits: words of four bytes.
 template <typename Cache>
 struct ByteCache {
   static constexpr int kBits = 8, kPairs = 2, kChunks = 1;

@@ -569,8 +569,8 @@ __device__ void multiply_values(const Chunk<S>& chunk, const float (&weights)[4]
   }
 }
 
-// Shared memory for merging a cluster's warps: as much as the heads of a block need. Block r merges groups r, r + blocks,
-// ... of kGroup elements, of every head.
+// Shared memory for merging a cluster's warps, as much as the heads of a block need. Block r merges groups r,
+// r + blocks, ... of kGroup elements, of every head.
 template <typename S>
 struct Meeting {
   static constexpr int kGroups = S::kDim / kGroup;
@@ -639,7 +639,8 @@ __device__ void merge(const DecodeAttentionArgs& args, const Meeting<S>& meeting
   const int heads = columns.count;
   const int blocks = gridDim.x, slots = blocks * S::kWarps, groups = Meeting<S>::groups_of_block(blocks);
   float v_scale = 1.f;
-  if constexpr (S::Codes::kHeadScales) v_scale = __ldg(static_cast<const float*>(args.cache.v_scales) + columns.kv_head);
+  if constexpr (S::Codes::kHeadScales)
+    v_scale = __ldg(static_cast<const float*>(args.cache.v_scales) + columns.kv_head);
   for (int i = threadIdx.x; i < groups * heads * kGroup; i += S::kThreads) {
     const int head = i / kGroup % heads, group = i / kGroup / heads * blocks + blockIdx.x;
     const int d = group * kGroup + i % kGroup;
@@ -654,7 +655,8 @@ __device__ void merge(const DecodeAttentionArgs& args, const Meeting<S>& meeting
       out += weight * meeting.out[slot * groups * heads * kGroup + i];
     }
     if (args.sinks != nullptr) sum += sink_weight<T>(args, columns.head_of(args, head), maximum);
-    static_cast<T*>(args.out)[columns.head_of(args, head) * args.cache.head_dim + d] = from_float<T>(out / sum * v_scale);
+    T* target = static_cast<T*>(args.out) + columns.head_of(args, head) * args.cache.head_dim;
+    target[d] = from_float<T>(out / sum * v_scale);
   }
 }
 
