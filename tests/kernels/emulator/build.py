@@ -24,7 +24,7 @@ UNITS = [
     *((unit.source, unit.defines) for unit in units_in(CSRC) if not unit.cutlass),
     *((source, ()) for source in ("scheduler.cpp", "tensor.cpp")),
 ]
-# Number types that mistakes are not looked for in, unless a test names the sources that they are in.
+# Number types that mistakes are not looked for in, unless a test says in which.
 OTHERS = {
     *(f"LOWBIT_{axis}={name}" for axis in ("NUMBER", "WHOLE") for name in ("Fp4", "Fp8")),
     *(f"LOWBIT_NUMBER=Int{bits}" for bits in (2, 3, 5, 6, 7)),
@@ -64,11 +64,12 @@ def cuda_headers() -> Path | None:
     return next((folder for folder in folders if (folder / "cuda_runtime.h").exists()), None)
 
 
-def build(mutant: Mutant | None = None, only: tuple[str, ...] = ()) -> Path:
+def build(mutant: Mutant | None = None, only: tuple[str, ...] = (), without: tuple[str, ...] = ()) -> Path:
     """The library, with the mistake of `mutant` if there is one. RuntimeError with g++'s output if compilation
     fails.
 
-    only  the kernels' sources that it is of; all if there are none
+    only     the kernels' sources that it is of; all if there are none
+    without  macros of units that it is not of; of a mutant those of OTHERS if there are none
     """
     sources = read_sources(mutant)
     folder = KEPT / f"sources-{hash_of(*sources, *sources.values())}"
@@ -76,7 +77,8 @@ def build(mutant: Mutant | None = None, only: tuple[str, ...] = ()) -> Path:
     for name, text in sources.items():
         (folder / name).write_text(text)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        units = UNITS if mutant is None or only else [unit for unit in UNITS if not OTHERS.intersection(unit[1])]
+        left_out = set(without) or (OTHERS if mutant else set())
+        units = [unit for unit in UNITS if not left_out.intersection(unit[1])]
         units = [unit for unit in units if not only or unit[0] in only or not unit[0].endswith(".cu")]
         objects = list(pool.map(lambda unit: compile_unit(folder, sources, *unit), units))
     library = KEPT / f"{hash_of(*map(str, objects))}.so"
