@@ -13,19 +13,32 @@ from lowbit.calibrate import ranks
 from lowbit.calibrate.capture import SiteStats
 from lowbit.errors import CheckpointError
 from lowbit.models.products import InputRounding, LinearInputs, bias_view, rounded_inputs, taped, weight_view
+from lowbit.models.routing import widened, widest
 from lowbit.models.skeleton import Block
 from lowbit.models.states import States
 from lowbit.models.walk import Walk
 from lowbit.quant.algos.rotate import rotation, turned_inputs, turned_outputs
-from lowbit.quant.naming import EXPERT, expert_role, largest_by_parent, parent_set
+from lowbit.quant.naming import EXPERT, expert_of, expert_role, largest_by_parent, parent_set
 from lowbit.quant.numerics import divisor_of, input_rounding, input_scale_of
 from lowbit.quant.qtensor import QTensor
 from lowbit.quant.scheme import Scheme
 from lowbit.quant.site import Fold, Heads, Site
 from lowbit.quant.stats import Stats, output_energy
 
-# Experts below either threshold are rounded to nearest: their statistics are too thin to trust.
+# Experts below either threshold see the tokens of a wider choice; if these are too few as well, they are rounded to
+# nearest: their statistics are too thin to trust.
 EXPERT_TOKENS, EXPERT_SHARE = 32, 0.005
+WIDER = 4  # times as many experts of a token, before all of them
+
+
+def least_tokens(tokens: int) -> int:
+    """The fewest of all `tokens` that an expert's statistics are trusted with."""
+    return max(EXPERT_TOKENS, math.ceil(EXPERT_SHARE * tokens))
+
+
+def tokens_of(stats: Stats | None) -> int:
+    """The number of tokens in `stats`."""
+    return 0 if stats is None else stats.tokens
 
 
 class _Seen(Exception):
@@ -42,7 +55,8 @@ class BlockWork:
 
     masters    float32 weights with transforms applied; the module computes with a copy in the walk's dtype
     stats      calibration statistics of each linear, without experts in `scarce`
-    tokens     number of calibration tokens at each linear
+    tokens     number of calibration tokens at each linear, as the model routes them
+    widened    number of tokens of experts that saw too few of their own, with those of a wider choice
     scarce     linears with too few calibration tokens, with the reason
     outliers   outlier_ratio of each linear's input, before transforms
     fallbacks  linear -> deviations from the requested treatment, as sentences
@@ -63,6 +77,7 @@ class BlockWork:
         self.kept_dtype = kept_dtype or scale_dtype
         self.stats: dict[str, Stats] = {}
         self.tokens: dict[str, int] = {}
+        self.widened: dict[str, int] = {}
         self.scarce: dict[str, str] = {}
         self.outliers: dict[str, float] = {}
         self.fallbacks: dict[str, list[str]] = {}
@@ -179,6 +194,16 @@ class BlockWork:
 
         CheckpointError names the site and the samples if an input is NaN or infinite.
         """
+        tokens, seen = self._seen(entering, sites, gram_tokens, up_to)
+        wide = self._seen_widely(entering, sites, seen, tokens)
+        for site in sites:
+            for name in site.linears:
+                self._believe(name, seen.of(name), wide.get(site.linears[0]), tokens)
+
+    def _seen(
+        self, entering: list[States], sites: list[Site], gram_tokens: int, up_to: int | None
+    ) -> tuple[int, SiteStats]:
+        """The number of tokens that ran, and the statistics of `sites`; arguments as in `observe`."""
         seen = SiteStats(sites)
         before = [0, *accumulate(states.tokens for states in entering)]
         batches = [states for states, begun in zip(entering, before, strict=False) if up_to is None or begun < up_to]
@@ -201,18 +226,35 @@ class BlockWork:
                     f"{first + states.shape[0] - 1}; drop them from the dataset, or calibrate with --dtype float32"
                 )
         seen.add_up(self._walk.device)
-        tokens = sum(states.tokens for states in batches)
-        for site in sites:
-            for name in site.linears:
-                self._believe(name, seen.of(name), tokens)
+        return sum(states.tokens for states in batches), seen
 
-    def _believe(self, name: str, stats: Stats | None, tokens: int) -> None:
-        """Keep a linear's statistics, unless it is an expert with too few of all `tokens`."""
-        seen = stats.tokens if stats else 0
-        self.tokens[name] = seen
-        least = max(EXPERT_TOKENS, math.ceil(EXPERT_SHARE * tokens)) if EXPERT.search(name) else 1
-        if stats is None or seen < least:
-            self.scarce[name] = f"{seen} of {tokens} calibration tokens reached it, {least} are needed"
+    def _seen_widely(self, entering: list[States], sites: list[Site], seen: SiteStats, tokens: int) -> dict[str, Stats]:
+        """Statistics of the experts that saw too few of all `tokens`, by the first linear of their site: with those
+        tokens whose next best choices they are, and where these are too few, with any.
+
+        Only statistics come from these runs: what the block hands on is routed as the model says.
+        """
+        experts = len({expert_of(name) for name in self.specs if EXPERT.search(name)})
+        found: dict[str, Stats] = {}
+        least, thin = least_tokens(tokens), [site for site in sites if EXPERT.search(site.linears[0])]
+        for width, up_to in ((WIDER * widest(self.block.module), None), (experts, least)):
+            thin = [site for site in thin if tokens_of(found.get(site.linears[0]) or seen.of(site.linears[0])) < least]
+            if not thin or not width:
+                break
+            with widened(self.block.module, min(width, experts)):
+                _, wide = self._seen(entering, thin, 0, up_to)
+            found |= {site.linears[0]: stats for site in thin if (stats := wide.of(site.linears[0])) is not None}
+        return found
+
+    def _believe(self, name: str, stats: Stats | None, wide: Stats | None, tokens: int) -> None:
+        """Keep a linear's statistics, unless it is an expert with too few of all `tokens`, `wide` ones included."""
+        seen = self.tokens[name] = tokens_of(stats)
+        least = least_tokens(tokens) if EXPERT.search(name) else 1
+        if wide is not None and tokens_of(wide) > seen:
+            stats, self.widened[name] = wide, wide.tokens
+        if stats is None or stats.tokens < least:
+            wider = f", {tokens_of(stats)} by a wider choice" if name in self.widened else ""
+            self.scarce[name] = f"{seen} of {tokens} calibration tokens reached it{wider}, {least} are needed"
             return
         self.stats[name] = stats
         self.outliers.setdefault(name, stats.outlier_ratio())

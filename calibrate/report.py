@@ -141,12 +141,15 @@ def add_fallback(row: dict[str, Any], text: str) -> None:
 
 
 def calibrated_rows(job: Job, work: BlockWork, weights: dict[str, QTensor]) -> dict[str, dict[str, Any]]:
-    """The report rows of a calibrated block: linear_row, plus tokens, outliers and relative output error."""
+    """The report rows of a calibrated block: linear_row, plus tokens (as routed, and by a wider choice of experts),
+    outliers and relative output error."""
     rows = {}
     for name, weight in weights.items():
         stats = work.stats.get(name)
         rows[name] = linear_row(job.plan, name, weight, work.masters[name])
         rows[name] |= {"tokens": work.tokens.get(name, 0), "output_error": work.output_error(name, weight)}
+        if name in work.widened:
+            rows[name]["widened_tokens"] = work.widened[name]
         if stats is not None:
             rows[name]["outliers"] = {"before": work.outliers[name], "after": stats.outlier_ratio()}
         else:

@@ -21,6 +21,12 @@ def expert_role(name: str) -> str:
     return EXPERT.sub(".experts.*.", name)
 
 
+def expert_of(name: str) -> str:
+    """The part of an expert's name that all its linears share."""
+    found = EXPERT.search(name)
+    return name if found is None else name[: found.end()]
+
+
 def joined_set(name: str) -> str:
     """A key shared by all linears that engines join into one matrix: q, k and v; gate and up, of one expert too."""
     parent, _, leaf = name.rpartition(".")

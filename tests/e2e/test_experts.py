@@ -1,5 +1,5 @@
-"""Mixtures of experts under every method: the report says how many tokens each expert saw, and an expert with too few
-is rounded to nearest, with the reason."""
+"""Mixtures of experts under every method: the report says how many tokens each expert saw. An expert with too few is
+calibrated on tokens of a wider choice; where there is none it is rounded to nearest, with the reason."""
 
 import json
 import math
@@ -17,6 +17,7 @@ from lowbit.calibrate.pipeline import run
 from lowbit.evaluation.backend import load_dense
 from lowbit.export.checkpoint import open_checkpoint
 from lowbit.export.formats import LogicalTensors
+from lowbit.models.routing import widened, widest
 from lowbit.models.source import open_source
 from lowbit.quant.naming import EXPERT
 from lowbit.quant.qtensor import round_to_nearest
@@ -82,16 +83,22 @@ def test_every_method(sources, tmp_path, family, stacked, recipe):
             assert sum(seen) == COUNT
             assert seen[UNUSED] == 0
     for name, row in experts.items():
-        reason = f"0 of {COUNT} calibration tokens reached it, 32 are needed: rounded to nearest"
-        assert (reason in row.get("fallback", "")) == (f".{UNUSED}." in name)
+        assert row.get("widened_tokens") == (COUNT if f".{UNUSED}." in name else None)
+        assert "rounded to nearest" not in row.get("fallback", "")
     found = logits_of(load_dense(open_source(str(tmp_path / "out"))), TOKENS.ids[:2])
     assert found.isfinite().all()
 
 
 @pytest.mark.parametrize("stacked", [False, True])
-def test_an_expert_that_nobody_routes_to_is_rounded_to_nearest(sources, tmp_path, stacked):
+@pytest.mark.parametrize("wide", [False, True])
+def test_an_expert_that_nobody_routes_to_needs_a_wider_choice(sources, tmp_path, monkeypatch, stacked, wide):
+    if not wide:
+        monkeypatch.setattr("lowbit.models.routing.WIDTH", "no attribute of a router")
     source = sources("mixtral", stacked)
     rows = quantized(source, tmp_path / "out", RECIPES["gptq"])
+    for name, row in rows.items():
+        reason = f"0 of {COUNT} calibration tokens reached it, 32 are needed: rounded to nearest"
+        assert (reason in row.get("fallback", "")) == (not wide and f".{UNUSED}." in name)
     written = LogicalTensors(open_checkpoint(tmp_path / "out"))
     originals = load_file(sources("mixtral", False) / "model.safetensors")
     for name in rows:
@@ -100,7 +107,7 @@ def test_an_expert_that_nobody_routes_to_is_rounded_to_nearest(sources, tmp_path
             where = name.replace(".mlp.", ".block_sparse_moe.")
             original = originals[f"{where if f'{where}.weight' in originals else name}.weight"]
             nearest = round_to_nearest(original.float(), parse_scheme(rows[name]["scheme"]), torch.float32)
-            assert torch.equal(found.codes, nearest.codes) == (f".{UNUSED}." in name), name
+            assert torch.equal(found.codes, nearest.codes) == (not wide and f".{UNUSED}." in name), name
 
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
@@ -123,6 +130,7 @@ def test_it_takes_part_in_the_folds_of_its_layer(sources, tmp_path, family, meth
 
 def test_one_that_sees_too_few_tokens_is_too(sources, tmp_path, monkeypatch):
     monkeypatch.setattr("lowbit.calibrate.block.EXPERT_SHARE", 0.9)
+    monkeypatch.setattr("lowbit.models.routing.WIDTH", "no attribute of a router")
     rows = quantized(sources("mixtral", False), tmp_path / "out", RECIPES["signround"])
     least = math.ceil(0.9 * COUNT)
     for name, row in rows.items():
@@ -130,3 +138,15 @@ def test_one_that_sees_too_few_tokens_is_too(sources, tmp_path, monkeypatch):
             assert f"{row['tokens']} of {COUNT} calibration tokens reached it, {least} are needed" in row["fallback"]
         else:
             assert row["tokens"] == COUNT
+
+
+def test_a_wider_choice_is_for_statistics_alone():
+    """The block hands on the same outputs afterwards, and its routers have the widths that they had."""
+    model = make_model("qwen3_moe", num_experts_per_tok=1)
+    states, block = torch.randn(1, 40, 64), model.model.layers[0].mlp
+    before = block(states)
+    with widened(block, 3):
+        assert widest(block) == 3
+        assert not torch.equal(block(states), before)
+    assert widest(block) == 1
+    assert torch.equal(block(states), before)
