@@ -239,7 +239,8 @@ def run(
     tiles = w.n // TILE_ROWS
     of_one = args_of(product, y) | {"m": len(chosen.experts), "k": product.x.shape[1], "tiles": tiles}
     if args["next_stride"]:
-        of_one["next_bytes"] = min(args["next_stride"], NEXT_BYTES // chosen.experts.numel()) // 16 * 16
+        distinct = min(chosen.experts.numel(), chosen.count)
+        of_one["next_bytes"] = min(args["next_stride"], NEXT_BYTES // distinct) // 16 * 16
     args = args | {"product": of_one, "experts": chosen.experts, "weights": chosen.weights, "bias": bias}
     args |= {"count": chosen.count, "top": chosen.top}
     args |= {"words_stride": w.words.nbytes // 16 // chosen.count, "sides_stride": w.scales.nbytes // 4 // chosen.count}

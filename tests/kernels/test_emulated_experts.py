@@ -47,7 +47,7 @@ def random_experts(
 
 
 def random_up(pick: random.Random, floats: bool) -> UpCall:
-    dtype, m = pick.choice(HALVES), pick.choice([1, 1, 3, 8])
+    dtype, m = pick.choice(HALVES), pick.choice([1, 1, 3, 8, 19])
     count, k, n = pick.randint(1, 5), pick.choice([32, 128, 160, 192, 512, 1024]), pick.choice([16, 48, 64, 288])
     chosen = random_chosen(m, count, pick.randint(1, min(count, 4)))
     weight = random_experts(pick, count * n, k, dtype, n, floats)
@@ -84,7 +84,7 @@ def check_up(gpu: Gpu, seeds: range, floats: bool = True) -> None:
 
 
 def random_down(pick: random.Random, floats: bool) -> DownCall:
-    dtype, m = pick.choice(HALVES), pick.choice([1, 1, 3, 8])
+    dtype, m = pick.choice(HALVES), pick.choice([1, 1, 3, 8, 19])
     count, k, n = pick.randint(1, 9), pick.choice([32, 128, 160, 640]), pick.choice([16, 48, 64, 192])
     chosen = random_chosen(m, count, pick.randint(1, count))
     weight = random_experts(pick, count * n, k, dtype, 16, floats)

@@ -151,7 +151,7 @@ CASES = [(shape, each) for shape in SIZES for each in (WHOLE if shape == "gpt-os
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("m", [1, 3, 8, 16])
+@pytest.mark.parametrize("m", [1, 3, 16, 19])
 @pytest.mark.parametrize(("shape", "scheme"), CASES)
 def test_the_gpu_computes_the_reference(shape: str, m: int, scheme: str) -> None:
     """In float32 on the same device: of its own arithmetic test_up and test_down above are the proof."""
@@ -186,7 +186,14 @@ def test_on_a_gpu_a_row_does_not_see_its_batch() -> None:
     others.x[1:].normal_()
     others.chosen.experts[0].copy_(up.chosen.experts[0])
     others.chosen.weights[0].copy_(up.chosen.weights[0])
-    assert torch.equal(ops.experts_up(others)[0], ops.experts_up(up)[0])
+    first = ops.experts_up(up)[0]
+    assert torch.equal(ops.experts_up(others)[0], first)
+    alone = Chosen(up.chosen.experts[:1], up.chosen.weights[:1], up.chosen.count)
+    assert torch.equal(ops.experts_up(replace(up, x=up.x[:1].contiguous(), chosen=alone))[0], first)
+    down = make_down(4, 2048, 768, "cuda", 64, 8)
+    one = Chosen(down.chosen.experts[:1], down.chosen.weights[:1], down.chosen.count)
+    alone_down = replace(down, x=down.x[:1].contiguous(), chosen=one, residual=down.residual[:1].contiguous())
+    assert torch.equal(ops.experts_down(alone_down)[0], ops.experts_down(down)[0])
 
 
 @pytest.mark.gpu

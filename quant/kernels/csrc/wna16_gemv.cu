@@ -307,7 +307,7 @@ template <typename S>
 struct RaggedX : LaneX<S> {
   int left;  // bytes from the current chunk's start to the start of the row's last block
 
-  __device__ RaggedX(const uint8_t* x, int k) : LaneX<S>(x, 0, 1), left((k - 32) * 2) {}
+  __device__ RaggedX(const uint8_t* x, int k) : LaneX<S>(x, 0, 1), left((k - 32) * 2) {}  // x: the lane's row
   __device__ void skip(int chunks) {
     LaneX<S>::skip(chunks);
     left -= chunks * (kChunkK * 2);
@@ -495,13 +495,18 @@ __device__ inline float sum_over_cluster(const float* totals, int index) {
 // row, since the first warp has that row's epilogue.
 __device__ inline int last_warp_first() { return blockDim.y * blockDim.z - 1 - warp_of_block(); }
 
-__device__ inline void copy_squares(const Wna16Args& args, float* squares) {
+template <typename RowOf>
+__device__ void copy_squares(const Wna16Args& args, float* squares, RowOf row_of) {
 #pragma unroll 1
-  for (int row = last_warp_first(); row < args.m; row += blockDim.y * blockDim.z)
+  for (int column = last_warp_first(); column < args.m; column += blockDim.y * blockDim.z) {
+    const float* row = args.x_squares + row_of(column) * args.x_parts;
 #pragma unroll 1
     for (int i = threadIdx.x * 4; i < args.x_parts; i += 128)
-      copy_16(smem_address(squares + row * args.x_parts + i), args.x_squares + row * args.x_parts + i);
+      copy_16(smem_address(squares + column * args.x_parts + i), row + i);
+  }
 }
+
+__device__ inline int same_row(int column) { return column; }
 
 __device__ inline void finish_squares(const Wna16Args& args, float* squares) {
   wait_for_copies();
@@ -628,7 +633,7 @@ __device__ void compute_group(const Wna16Args& args, bool prefetch, int next_par
   stamp(Stage::kWaited);
 
   float* squares = partial + count * (blockDim.z + 1);  // or the memory of prepare_x: never both
-  if (args.x_squares != nullptr) copy_squares(args, squares);
+  if (args.x_squares != nullptr) copy_squares(args, squares, same_row);
   LaneX<S> x = prepare_x<S>(args, share, reinterpret_cast<uint8_t*>(squares));
   ChainSums<S> sums = {};
   multiply_share<S, LaneX<S>>(args, share, streams, chunks, x, sums);
@@ -642,8 +647,8 @@ __device__ void compute_group(const Wna16Args& args, bool prefetch, int next_par
   leave_stamps(args.n, args.k);
 }
 
-// A warp's part of the products with experts. blockIdx.z is a row. Of up blockIdx.x is a place among its experts; of
-// down the experts are dealt to the warps along k by turns.
+// A warp's part of the products of one row with experts. blockIdx.z is the row. Of up blockIdx.x is a place among its
+// experts; of down the experts are dealt to the warps along k by turns.
 struct Pair {
   int row, index, expert;  // index: row * top + place
 };
@@ -722,47 +727,54 @@ __device__ float bias_of(const Wna16ExpertsArgs& args, int expert, int row) {
   return to_float(static_cast<const T*>(args.bias)[static_cast<int64_t>(expert) * args.product.n + row]);
 }
 
-// Sums over warps, then activation and weight.
+// Sums over warps, then activation and weight, of the pairs that multiply one expert: pairs[column of the sums].
 template <typename S>
-__device__ void finish_up(const Wna16ExpertsArgs& args, const Wna16Args& one, const Pair& pair, int group_tiles,
+__device__ void finish_up(const Wna16ExpertsArgs& args, int expert, const int* pairs, int columns, int group_tiles,
                           const float* partial) {
   using T = typename S::T;
-  const int count = group_tiles * kTileRows, inner = args.product.n / 2;
-  const float weight = args.weights[pair.index];
+  const int rows = group_tiles * kTileRows, count = rows * columns, inner = args.product.n / 2;
+  const float* inverses = partial + (blockDim.z + 1) * count;
   __syncthreads();
-  const float inverse = args.product.x_squares == nullptr ? 1.f : partial[(blockDim.z + 1) * count];
-  T* y = static_cast<T*>(one.y);
-  for (int i = thread_of_block(); i < group_tiles * 8; i += threads_of_block()) {
-    const int low = (blockIdx.y * group_tiles + i / 8) * 8 + i % 8, row = i / 8 * kTileRows + i % 8;
-    if (low >= inner) break;
+  for (int i = thread_of_block(); i < group_tiles * 8 * columns; i += threads_of_block()) {
+    const int column = columns == 1 ? 0 : divide_small(i, group_tiles * 8), place = i - column * group_tiles * 8;
+    const int low = (blockIdx.y * group_tiles + place / 8) * 8 + place % 8;
+    if (low >= inner) continue;
+    const int row = column * rows + place / 8 * kTileRows + place % 8, pair = pairs[column];
+    const float weight = args.weights[pair];
+    const float inverse = args.product.x_squares == nullptr ? 1.f : inverses[column * args.product.x_parts];
     float gate = sum_of_many_parts(partial, blockDim.z, count, row) * inverse;
     float up = sum_of_many_parts(partial, blockDim.z, count, row + 8) * inverse;
     if (args.bias != nullptr) {
-      gate += bias_of<T>(args, pair.expert, low);
-      up += bias_of<T>(args, pair.expert, low + inner);
+      gate += bias_of<T>(args, expert, low);
+      up += bias_of<T>(args, expert, low + inner);
     }
-    y[low] = from_float<T>(gated(args, gate, up) * weight);
+    static_cast<T*>(args.product.y)[static_cast<int64_t>(pair) * args.y_pitch + low] =
+        from_float<T>(gated(args, gate, up) * weight);
   }
   if (blockIdx.y + 1 < gridDim.y) return;
-  for (int i = inner + thread_of_block(); i < args.y_pitch; i += threads_of_block()) y[i] = from_float<T>(0.f);
+  for (int column = 0; column < columns; ++column) {
+    T* y = static_cast<T*>(args.product.y) + static_cast<int64_t>(pairs[column]) * args.y_pitch;
+    for (int i = inner + thread_of_block(); i < args.y_pitch; i += threads_of_block()) y[i] = from_float<T>(0.f);
+  }
 }
 
-// Sums over warps, and so over the row's experts, then residual and the next norm.
+// Sums over `parts` parts, and so over the experts of each of `columns` rows from `first` on, then residual and the
+// next norm.
 template <typename S>
-__device__ void finish_down(const Wna16ExpertsArgs& args, const Wna16Args& one, int row, int group_tiles,
-                            const float* partial) {
+__device__ void finish_down(const Wna16ExpertsArgs& args, const Wna16Args& one, int first, int columns, int parts,
+                            int group_tiles, const float* partial) {
   using T = typename S::T;
-  const int count = group_tiles * kTileRows;
-  const auto sum_of = [&](int, int place) {
-    float sum = sum_of_many_parts(partial, blockDim.z, count, place);
-    const int low = blockIdx.y * count + place;
+  const int rows = group_tiles * kTileRows, count = rows * columns;
+  const auto sum_of = [&](int column, int place) {
+    float sum = sum_of_many_parts(partial, parts, count, column * rows + place);
+    const int low = blockIdx.y * rows + place;
     for (int i = 0; args.bias != nullptr && low < args.product.n && i < args.top; ++i) {
-      const int expert = min(max(args.experts[row * args.top + i], 0), args.count - 1);
-      sum += args.weights[row * args.top + i] * bias_of<T>(args, expert, low);
+      const int pair = (first + column) * args.top + i;
+      sum += args.weights[pair] * bias_of<T>(args, expert_of(args, pair), low);
     }
     return sum;
   };
-  meet_and_store<T>(one, group_tiles, 1, warp_of_block(), blockDim.y * blockDim.z, sum_of);
+  meet_and_store<T>(one, group_tiles, columns, warp_of_block(), blockDim.y * blockDim.z, sum_of);
 }
 
 // Down's weights of the pair's expert, so that memory stays busy until down's blocks have started.
@@ -811,7 +823,7 @@ __global__ void __launch_bounds__(S::kRoom * 32, 1)
   if constexpr (S::Number::kFloat) read_factors<S>(one, share.tile, factors);
   if (kDown) wait_for_previous_kernel();
   float* squares = partial + share.group_tiles * kTileRows * (blockDim.z + 1);
-  if (!kDown && one.x_squares != nullptr) copy_squares(one, squares);
+  if (!kDown && one.x_squares != nullptr) copy_squares(one, squares, same_row);
   PairX<S, kDown> x = x_of<S, kDown>(one);
   ChainSums<S> sums = {};
   multiply_share<S, PairX<S, kDown>>(one, share, streams, chunks, x, sums);
@@ -821,28 +833,238 @@ __global__ void __launch_bounds__(S::kRoom * 32, 1)
   if (!kDown && one.x_squares != nullptr) finish_squares(one, squares);
   if (!kDown) ask_for_next_expert(args, pair, next_part);
   else if (blockIdx.z == 0) ask_for_next_weight(args.product, next_part);
-  if (kDown) finish_down<S>(args, one, pair.row, share.group_tiles, partial);
-  else finish_up<S>(args, one, pair, share.group_tiles, partial);
+  if (kDown) finish_down<S>(args, one, pair.row, 1, blockDim.z, share.group_tiles, partial);
+  else finish_up<S>(args, pair.expert, &pair.index, 1, share.group_tiles, partial);
+}
+
+// The same of several rows, of which up to kColumns that chose an expert are multiplied at once: each expert's weight
+// is read once. Every sum has the order that it has for one row alone.
+constexpr int kColumns = 8;
+
+// The pairs of one expert, of which lane c has that of column c.
+struct Columns {
+  int pair, count;  // count 0: pairs before these are of the same expert, and another block has them
+};
+
+// Columns from the pair `index` on. The block that begins with every eighth pair of an expert has them.
+__device__ inline Columns columns_of(const Wna16ExpertsArgs& args, int index, int expert) {
+  constexpr int kLoads = 4;  // of each lane at once
+  const int pairs = args.product.m * args.top;
+  Columns columns = {index, 0};
+  int before = 0;
+#pragma unroll 1
+  for (int base = 0; base < pairs; base += 32 * kLoads) {
+    int chosen[kLoads];
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) {
+      const int at = base + i * 32 + threadIdx.x;
+      chosen[i] = at < pairs ? expert_of(args, at) : -1;
+    }
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) {
+      const int behind = index - (base + i * 32);  // the bits of pairs before `index`
+      const uint32_t earlier = behind <= 0 ? 0 : behind >= 32 ? ~0u : (1u << behind) - 1;
+      uint32_t same = __ballot_sync(~0u, chosen[i] == expert);
+      before += __popc(same & earlier);
+      same &= ~earlier;
+#pragma unroll 1
+      for (; same != 0 && columns.count < kColumns; same &= same - 1) {
+        if (threadIdx.x == columns.count) columns.pair = base + i * 32 + __ffs(same) - 1;
+        ++columns.count;
+      }
+    }
+  }
+  if (before % kColumns > 0) columns.count = 0;
+  return columns;
+}
+
+// A lane's x in columns of any rows: `x` is at the row of the lane's column.
+template <typename S, bool kDown>
+__device__ PairX<S, kDown> x_at(const Wna16ExpertsArgs& args, int row) {
+  const uint8_t* x = static_cast<const uint8_t*>(args.product.x) + static_cast<int64_t>(row) * args.product.k * 2;
+  if constexpr (!kDown && S::kGroups >= 4) return RaggedX<S>(x, args.product.k);
+  else return LaneX<S>(x, 0, 1);
+}
+
+template <typename S>
+__global__ void __launch_bounds__(S::kRoom * 32, 1)
+    wna16_experts_up_kernel(const __grid_constant__ Wna16ExpertsArgs args, int next_part) {
+  LOWBIT_DYNAMIC_SHARED(uint8_t, smem);
+  Pair pair = pair_of<false>(args, 0);
+  Wna16Args one = args.product;
+  const Share share = share_of_expert<S, false>(args, 0);
+  WeightStream<S> streams[S::kRowTiles];
+  for (int i = 0; i < S::kRowTiles; ++i) streams[i].open(one, share.tile + i, share.first, threadIdx.x);
+  wait_for_previous_kernel();
+  allow_next_kernel();
+  pair.expert = expert_of(args, pair.index);
+  const Columns columns = columns_of(args, pair.index, pair.expert);
+  if (columns.count == 0) return;
+  for (int i = 0; i < S::kRowTiles; ++i) move_to_expert<S>(args, pair.expert, streams[i]);
+  if (one.factors != nullptr) one.factors += static_cast<int64_t>(pair.expert) * one.tiles * kTileRows;
+  Chunks<S> chunks[S::kAhead];
+  begin_share<S>(one, share, streams, chunks);
+  Factors<S> factors;
+  if constexpr (S::Number::kFloat) read_factors<S>(one, share.tile, factors);
+  one.m = columns.count;
+  float* partial = reinterpret_cast<float*>(smem);
+  float* squares = partial + share.group_tiles * kTileRows * columns.count * (blockDim.z + 1);
+  int* pairs = reinterpret_cast<int*>(squares + (one.x_squares == nullptr ? 0 : columns.count * one.x_parts));
+  if (warp_of_block() == 0 && threadIdx.x < columns.count) pairs[threadIdx.x] = columns.pair;
+  const auto row_of = [&](int column) { return divide_small(__shfl_sync(~0u, columns.pair, column), args.top); };
+  if (one.x_squares != nullptr) copy_squares(one, squares, row_of);
+  PairX<S, false> x = x_at<S, false>(args, row_of(min(static_cast<int>(threadIdx.x) / 4, columns.count - 1)));
+  ChainSums<S> sums = {};
+  multiply_share<S, PairX<S, false>>(one, share, streams, chunks, x, sums);
+  if constexpr (!S::kScaledSums && S::kChains > 1) join_chains<S>(sums);
+  if constexpr (S::Number::kFloat) multiply_sums<S>(factors, sums[0]);
+  store_partial<S>(share.group_tiles, columns.count, sums[0], partial);
+  if (one.x_squares != nullptr) finish_squares(one, squares);
+  ask_for_next_expert(args, pair, next_part);
+  finish_up<S>(args, pair.expert, pairs, columns.count, share.group_tiles, partial);
+}
+
+// The distinct experts of up to kColumns rows from `first` on, and each row's place for each of them, or -1.
+struct Distinct {
+  int* chosen;    // (rows * top) the expert of each pair
+  int* leaders;   // the first pair of the same expert; of leaders later the expert's number
+  int* experts;   // (count)
+  int8_t* places; // (count, kColumns)
+  int count;
+
+  __host__ __device__ static size_t bytes(int pairs) { return size_t(pairs) * (3 * 4 + kColumns) + 16; }
+
+  __device__ Distinct(const Wna16ExpertsArgs& args, int first, int rows, void* memory) {
+    const int pairs = rows * args.top, thread = thread_of_block();
+    chosen = static_cast<int*>(memory), leaders = chosen + pairs, experts = leaders + pairs;
+    int* total = experts + pairs;
+    places = reinterpret_cast<int8_t*>(total + 1);
+    for (int p = thread; p < pairs; p += threads_of_block()) chosen[p] = expert_of(args, first * args.top + p);
+    for (int i = thread; i < pairs * kColumns; i += threads_of_block()) places[i] = -1;
+    __syncthreads();
+    for (int p = thread; p < pairs; p += threads_of_block()) {
+      int q = 0;
+      while (chosen[q] != chosen[p]) ++q;
+      leaders[p] = q;
+    }
+    __syncthreads();
+    if (warp_of_block() == 0) number_leaders(pairs, total);
+    __syncthreads();
+    for (int p = thread; p < pairs; p += threads_of_block()) {
+      const int row = divide_small(p, args.top), led = leaders[p] < 0 ? leaders[p] : leaders[leaders[p]];
+      places[(-1 - led) * kColumns + row] = static_cast<int8_t>(p - row * args.top);
+    }
+    __syncthreads();
+    count = *total;
+  }
+
+  // Replaces each leader's own index by -1 - the number of its expert.
+  __device__ void number_leaders(int pairs, int* total) {
+    int found = 0;
+    for (int base = 0; base < pairs; base += 32) {
+      const int p = base + threadIdx.x;
+      const bool leads = p < pairs && leaders[p] == p;
+      const uint32_t mask = __ballot_sync(~0u, leads);
+      const int number = found + __popc(mask & ((1u << threadIdx.x) - 1));
+      if (leads) {
+        experts[number] = chosen[p];
+        leaders[p] = -1 - number;
+      }
+      found += __popc(mask);
+    }
+    if (threadIdx.x == 0) *total = found;
+  }
+};
+
+// Stores a warp's sums of an expert: partial[turn * top + place of the expert in the row][row][row of the group].
+template <typename S>
+__device__ void store_places(int group_tiles, int rows, int first_part, const int8_t* places, const Sums<S>& sums,
+                             float* partial) {
+  const int height = group_tiles * kTileRows, lane = threadIdx.x;
+#pragma unroll
+  for (int i = 0; i < S::kRowTiles; ++i) {
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      const int column = lane % 4 * 2 + e % 2, place = places[column];
+      const int row = (threadIdx.y * S::kRowTiles + i) * kTileRows + lane / 4 + e / 2 * 8;
+      if (place >= 0) partial[((first_part + place) * rows + column) * height + row] = sums[i][0][e];
+    }
+  }
+}
+
+// A warp takes an expert of the rows, and of its chunks the share that a warp has where a row is alone; then the next.
+template <typename S>
+__global__ void __launch_bounds__(S::kRoom * 32, 1)
+    wna16_experts_down_kernel(const __grid_constant__ Wna16ExpertsArgs args, int next_part) {
+  LOWBIT_DYNAMIC_SHARED(uint8_t, smem);
+  allow_next_kernel();
+  const int first = blockIdx.z * kColumns, rows = min(kColumns, args.product.m - first);
+  float* partial = reinterpret_cast<float*>(smem);
+  Share share = share_of_expert<S, true>(args, 0);
+  const int height = share.group_tiles * kTileRows;
+  const Distinct distinct(args, first, rows, partial + height * rows * blockDim.z);
+  const int items = distinct.count * share.step;
+  bool waited = false;
+  for (int item = threadIdx.z; item < items; item += blockDim.z) {
+    const int number = divide_small(item, share.step), expert = distinct.experts[number];
+    share.first = item - number * share.step;
+    WeightStream<S> streams[S::kRowTiles];
+    for (int i = 0; i < S::kRowTiles; ++i) {
+      streams[i].open(args.product, share.tile + i, share.first, threadIdx.x);
+      move_to_expert<S>(args, expert, streams[i]);
+    }
+    Chunks<S> chunks[S::kAhead];
+    begin_share<S>(args.product, share, streams, chunks);
+    Factors<S> factors;
+    if constexpr (S::Number::kFloat) {
+      Wna16Args one = args.product;
+      one.factors += static_cast<int64_t>(expert) * one.tiles * kTileRows;
+      read_factors<S>(one, share.tile, factors);
+    }
+    if (!waited) wait_for_previous_kernel();
+    waited = true;
+    const int8_t* places = distinct.places + number * kColumns;
+    const int column = threadIdx.x / 4, place = places[column];
+    // a row that did not choose the expert reads what is there, and its sums are dropped
+    LaneX<S> x = x_at<S, true>(args, first * args.top + (place < 0 ? 0 : column * args.top + place));
+    ChainSums<S> sums = {};
+    multiply_share<S, LaneX<S>>(args.product, share, streams, chunks, x, sums);
+    if constexpr (!S::kScaledSums && S::kChains > 1) join_chains<S>(sums);
+    if constexpr (S::Number::kFloat) multiply_sums<S>(factors, sums[0]);
+    store_places<S>(share.group_tiles, rows, share.first * args.top, places, sums[0], partial);
+  }
+  if (!waited) wait_for_previous_kernel();
+  if (blockIdx.z == 0) ask_for_next_weight(args.product, next_part);
+  Pair pair = {first, first * args.top, 0};
+  Wna16Args some = product_of<S, true>(args, pair);
+  finish_down<S>(args, some, first, rows, blockDim.z, share.group_tiles, partial);
 }
 
 template <typename S, bool kDown>
 cudaError_t launch_experts(const Wna16ExpertsArgs& args, const Wna16GemvLaunch& launch, cudaStream_t stream) {
   const Wna16Args& product = args.product;
   const int group_tiles = launch.row_warps * S::kRowTiles;
+  const int most = product.m == 1 || kDown ? product.m : product.m * args.top;
+  const int columns = most < kColumns ? most : kColumns;
   if (launch.row_warps * launch.k_warps > S::kRoom) return cudaErrorInvalidConfiguration;
   if (kDown && launch.k_warps % args.top > 0) return cudaErrorInvalidConfiguration;
-  size_t bytes = size_t(group_tiles) * kTileRows * (launch.k_warps + 1) * 4;
-  if (product.x_squares != nullptr) bytes += size_t(product.x_parts) * 4;
+  size_t bytes = size_t(group_tiles) * kTileRows * columns * (launch.k_warps + 1) * 4;
+  if (product.x_squares != nullptr) bytes += size_t(product.x_parts) * columns * 4;
+  bytes += kDown ? Distinct::bytes(columns * args.top) : kColumns * 4;
+  const int row_groups = kDown ? (product.m + kColumns - 1) / kColumns : product.m;
   const LaunchPlan plan = {
       .device = launch.device,
       .stream = stream,
-      .blocks = dim3(kDown ? 1 : args.top, (product.tiles + group_tiles - 1) / group_tiles, product.m),
+      .blocks = dim3(kDown ? 1 : args.top, (product.tiles + group_tiles - 1) / group_tiles, row_groups),
       .threads = dim3(32, launch.row_warps, launch.k_warps),
       .shared_bytes = bytes,
       .dependent = launch.dependent,
   };
   const int warps = plan.blocks.y * launch.row_warps * launch.k_warps;
-  return launch_kernel(wna16_experts_kernel<S, kDown>, plan, args, part_of(product.next_bytes, warps));
+  const int part = part_of(product.next_bytes, warps);
+  if (product.m == 1) return launch_kernel(wna16_experts_kernel<S, kDown>, plan, args, part);
+  if constexpr (kDown) return launch_kernel(wna16_experts_down_kernel<S>, plan, args, part);
+  else return launch_kernel(wna16_experts_up_kernel<S>, plan, args, part);
 }
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL

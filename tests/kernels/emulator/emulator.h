@@ -129,6 +129,17 @@ T __shfl_xor_sync(unsigned mask, T value, int offset) {
   const int thread = (threadIdx.z * blockDim.y + threadIdx.y) * blockDim.x + threadIdx.x;
   return __shfl_sync(mask, value, (thread ^ offset) % emulator::kLanes);
 }
+inline uint32_t __ballot_sync(unsigned, bool value) {
+  uint32_t out;
+  emulator::together("ballot", &value, 1, &out, sizeof(out), [](const auto& all, auto& results) {
+    uint32_t mask = 0;
+    for (int lane = 0; lane < emulator::kLanes; ++lane) mask |= uint32_t(all[lane][0] != 0) << lane;
+    for (auto& result : results) memcpy(result, &mask, sizeof(mask));
+  });
+  return out;
+}
+inline int __popc(uint32_t bits) { return __builtin_popcount(bits); }
+inline int __ffs(uint32_t bits) { return __builtin_ffs(bits); }
 inline bool __any_sync(unsigned, bool value) {
   bool out;
   emulator::together("vote", &value, 1, &out, 1, [](const auto& all, auto& results) {
