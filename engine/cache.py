@@ -24,7 +24,8 @@ class CacheKind:
 class Cache:
     """Keys and values of `batch` sequences of at most `context` positions. Sequence b has slots [b context, ...).
 
-    layers  one KVCache per layer, of one number type
+    layers  one KVCache per layer, of one number type. Of latent attention it has one head, whose k is the compressed
+            row, and v the rotated part of the keys
     """
 
     layers: tuple[KVCache, ...]
@@ -75,12 +76,26 @@ def parts_of(layer: KVCache) -> list[Tensor]:
 
 def cache_nbytes(architecture: Architecture, batch: int, context: int, dtype: torch.dtype, number: CacheNumber) -> int:
     """The bytes that `make_cache` allocates."""
-    heads = len(architecture.layers) * batch * context * architecture.kv_heads
-    return 2 * heads * number.head_nbytes(architecture.head_dim, dtype)
+    heads, *widths = sides_of(architecture)
+    per_head = sum(number.head_nbytes(width, dtype) for width in widths)
+    return len(architecture.layers) * batch * context * heads * per_head
+
+
+def sides_of(architecture: Architecture) -> tuple[int, int, int]:
+    """The heads of a layer's cache, and the widths of their k and v."""
+    latent = architecture.latent
+    if latent is not None:
+        return 1, latent.kv_rank, latent.turned
+    return architecture.kv_heads, architecture.head_dim, architecture.head_dim
 
 
 def make_cache(architecture: Architecture, batch: int, context: int, kind: CacheKind, like: Tensor) -> Cache:
     """An empty cache, filled with zeros, for activations with the dtype and device of `like`."""
-    sides = (batch * context, architecture.kv_heads, architecture.head_dim)
+    heads, *widths = sides_of(architecture)
+
+    def layer(scales: tuple[Tensor, Tensor] | None) -> KVCache:
+        k, v = (empty_cache(kind.number, (batch * context, heads, width), like, scales) for width in widths)
+        return KVCache(k.k, v.v, k.k_scales, v.v_scales)
+
     scales = kind.scales or (None,) * len(architecture.layers)
-    return Cache(tuple(empty_cache(kind.number, sides, like, each) for each in scales), batch, context)
+    return Cache(tuple(layer(each) for each in scales), batch, context)

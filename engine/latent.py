@@ -1,6 +1,8 @@
 """Multi-head latent attention: heads of q, k and v from two compressed rows of each token (DeepSeek-V2 and V3).
 
-The cache holds whole heads, as of any other attention: v is padded to the width of k.
+The cache holds a token's compressed row of k and v, and the rotated part of k that all heads share. A prompt's heads of
+k and v are computed from these. A step computes none: a head's q is multiplied with the weight of its k, so that it
+scores compressed rows, and the weighted mean of these is multiplied with the weight of its v.
 """
 
 from dataclasses import dataclass
@@ -9,28 +11,37 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from lowbit.engine.architecture import Architecture, LatentSizes, Rope
+from lowbit.engine.architecture import Architecture, LatentSizes
+from lowbit.engine.attention import prompt_attention
+from lowbit.engine.cache import Cache
+from lowbit.engine.step import Step, Turns
 from lowbit.quant.kernels import ops
+from lowbit.quant.kernels.decode_attention import rotate
+from lowbit.quant.kernels.kv_cache import KVCache, loaded, store
 from lowbit.quant.kernels.row_norm import Rows
-from lowbit.quant.kernels.weight import Linear
+from lowbit.quant.kernels.weight import Linear, RoundedInputs, prepared
 
 NORM_EPS = 1e-6  # of both norms, whatever the configuration says of the others
 
 
 @dataclass(frozen=True)
 class Latent:
-    """The way from the outputs of the first product to heads.
+    """Attention from the outputs of the first product: q or its compressed row, the compressed row of k and v, and k's
+    rotated part. Of each head of q the part that is not rotated comes first.
 
-    q, q_norm    product and norm of q's compressed row; None: the first product has q itself
-    kv, kv_norm  product and norm of the compressed row of k and v: of each head k's part that is not rotated, and v
-    order        (head_dim) int64: for each place in our head of k its place in the rotated part and the other behind it
+    q, q_norm  product and norm of q's compressed row; None: the first product has q itself
+    kv_norm    norm of the compressed row of k and v
+    keys       (heads, inputs that are not rotated, kv_rank)
+    values     (heads, v_dim, kv_rank)
+    inputs     the rounding of compressed rows before these two, or None
     """
 
     q: Linear | None
     q_norm: Tensor | None
-    kv: Linear
     kv_norm: Tensor
-    order: Tensor
+    keys: Tensor
+    values: Tensor
+    inputs: RoundedInputs | None
     architecture: Architecture
 
     @property
@@ -42,31 +53,64 @@ class Latent:
     @property
     def nbytes(self) -> int:
         """Bytes read by the products."""
-        return self.kv.nbytes + (0 if self.q is None else self.q.nbytes)
+        return self.keys.nbytes + self.values.nbytes + (0 if self.q is None else self.q.nbytes)
 
-    def heads(self, rows: Tensor) -> Tensor:
-        """q, k and v (m, 3 * heads * head_dim), before rotation, of the first product's outputs."""
+    def __call__(self, rows: Tensor, step: Step, turns: Turns, cache: Cache, index: int) -> Tensor:
+        """Attention's outputs (m, heads * v_dim). Also writes the rows to the cache's layer `index`.
+
+        rows  (m, outputs)  of the first product
+        """
         a, sizes = self.architecture, self.sizes
         q, compressed, turned = rows.split([sizes.q_outputs(a), sizes.kv_rank, sizes.turned], -1)
         if self.q is not None and self.q_norm is not None:
             q = self.q(normed(q, self.q_norm))
-        kv = self.kv(normed(compressed, self.kv_norm)).unflatten(-1, (a.heads, -1))
-        still, v = kv.split([a.head_dim - sizes.turned, sizes.v_dim], -1)
-        k = torch.cat([turned.unsqueeze(1).expand(-1, a.heads, -1), still], -1)[..., self.order]
-        v = functional.pad(v, (0, a.head_dim - sizes.v_dim))
-        return torch.cat([q, k.flatten(1), v.flatten(1)], -1)
+        half = sizes.turned // 2
+        cosines, sines = (table[step.turns, :half].unsqueeze(1) for table in (turns.cosines, turns.sines))
+        still, q_turned = q.unflatten(-1, (a.heads, -1)).split([a.head_dim - sizes.turned, sizes.turned], -1)
+        q_turned = rotate(q_turned.float(), cosines, sines)
+        kv, compressed = cache.layers[index], normed(compressed, self.kv_norm)
+        if self.inputs is not None:
+            compressed = prepared(self.inputs.of(Rows(compressed)))
+        store(kv.k, kv.k_scales, step.slots, compressed.float().unsqueeze(1))
+        store(kv.v, kv.v_scales, step.slots, rotate(turned.float().unsqueeze(1), cosines, sines))
+        scale = a.layers[index].scale
+        if step.prefix is None:
+            return self.attend(still, q_turned, step, kv, scale)
+        q = torch.cat([still, q_turned.to(q.dtype)], -1)
+        return self.attend_prompt(q, *cache.heads_at(index, step.prefix, q.dtype), index)
 
-    def values(self, out: Tensor) -> Tensor:
-        """Attention's outputs (m, heads * head_dim) without the padding of v: (m, heads * v_dim)."""
-        return out.unflatten(-1, (self.architecture.heads, -1))[..., : self.sizes.v_dim].flatten(1)
+    def attend_prompt(self, q: Tensor, compressed: Tensor, turned: Tensor, index: int) -> Tensor:
+        """The outputs for the last T of L positions: q (T, heads, head_dim), the cache's rows (L, 1, ...)."""
+        a, sizes = self.architecture, self.sizes
+        still, v = (
+            functional.linear(compressed[:, 0], weight.flatten(0, 1)).unflatten(-1, (a.heads, -1))
+            for weight in (self.keys, self.values)
+        )
+        k = torch.cat([still, turned.expand(-1, a.heads, -1)], -1)
+        v = functional.pad(v, (0, a.head_dim - sizes.v_dim))  # as wide as k, as torch's fused attention needs it
+        out = prompt_attention(q.flatten(1), k, v, a, a.layers[index])
+        return out.unflatten(-1, (a.heads, -1))[..., : sizes.v_dim].flatten(1)
+
+    def attend(self, still: Tensor, turned: Tensor, step: Step, kv: KVCache, scale: float) -> Tensor:
+        """The outputs for rows that are each the last position of their sequence, in plain torch.
+
+        On a GPU all positions up to the step's `longest` are read, so that it can be captured.
+        """
+        bounded = still.is_cuda and step.longest > 0
+        longest = step.longest if bounded else int(step.positions.max()) + 1
+        positions = torch.arange(longest, device=still.device)
+        slots = (step.starts.unsqueeze(1) + positions).clamp(max=len(kv.k) - 1)
+        compressed, keys = (
+            loaded(part, scales, slots)[:, :, 0] for part, scales in ((kv.k, kv.k_scales), (kv.v, kv.v_scales))
+        )
+        q = torch.einsum("mhs,hsr->mhr", still, self.keys).float()
+        scores = torch.einsum("mhr,mtr->mht", q, compressed) + torch.einsum("mhd,mtd->mht", turned, keys)
+        seen = positions <= step.positions.unsqueeze(1)
+        weights = (scores * scale).masked_fill(~seen.unsqueeze(1), float("-inf")).softmax(-1)
+        mean = torch.einsum("mht,mtr->mhr", weights, compressed).to(still.dtype)
+        return torch.einsum("mhr,hvr->mhv", mean, self.values).flatten(1)
 
 
 def normed(rows: Tensor, weight: Tensor) -> Tensor:
     """The RMS norm of rows."""
     return ops.normalize(Rows(rows.contiguous(), "rms", weight, None, NORM_EPS))
-
-
-def query_order(head_dim: int, rope: Rope, order: Tensor) -> Tensor:
-    """For each place in our head of q: the file's input there, whose rotated part is the last. `order` as in Latent."""
-    turned = 2 * len(rope.frequencies)
-    return torch.where(order < turned, order + head_dim - turned, order - turned)

@@ -30,7 +30,7 @@ class Attention:
 
     q_norm, k_norm  (head_dim) weights of RMS norms on heads, or None
     index           index of the layer in the cache
-    latent          the way from the outputs of `qkv` to heads, or None: they are heads
+    latent          attention from the outputs of `qkv`, or None: they are heads
     sinks           (heads) scores that take part in every softmax, without a value; None: there are none
     """
 
@@ -50,18 +50,17 @@ class Attention:
 
     def __call__(self, x: Hidden, step: Step, turns: Turns, cache: Cache) -> Hidden:
         """x + attention for rows (m, hidden). Also writes their keys and values to the cache."""
+        if self.latent is not None:
+            return self.o.onto(x.h, self.latent(self.qkv(x), step, turns, cache, self.index))
         q = self.heads(x, step, turns, cache.layers[self.index])
-        out = self.attend(q, step, cache)
-        return self.o.onto(x.h, out if self.latent is None else self.latent.values(out))
+        return self.o.onto(x.h, self.attend(q, step, cache))
 
     def heads(self, x: Hidden, step: Step, turns: Turns, kv: KVCache) -> Tensor:
         """q (m, heads * head_dim), rotated; k and v go to the cache."""
         places = step.turns, step.slots, turns.cosines, turns.sines
-        if kv.k_scales is None and self.q_norm is None and self.latent is None and self.qkv.weight.turns(kv.head_dim):
+        if kv.k_scales is None and self.q_norm is None and self.qkv.weight.turns(kv.head_dim):
             return self.qkv.turned(x, Rotary(*places, kv.k, kv.v))
         a, qkv = self.architecture, self.qkv(x)
-        if self.latent is not None:
-            qkv = self.latent.heads(qkv)
         norms = self.q_norm, self.k_norm, a.norm_eps
         if a.joint_head_norms:
             qkv, norms = self.normed_together(qkv), (None, None, a.norm_eps)
@@ -141,7 +140,7 @@ class Parts(Protocol):
         """The linears (n, k) of all experts; of "up" gate and up in one."""
 
     def latent(self) -> tuple[Linear, Latent]:
-        """The first product of multi-head latent attention, and the way from its outputs to heads."""
+        """The first product of multi-head latent attention, and the attention from its outputs."""
 
     def sinks(self) -> Tensor | None:
         """(heads): scores that take part in every softmax of attention; None if the family has none."""

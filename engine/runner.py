@@ -6,7 +6,7 @@ The host may launch one step ahead: it waits only for the tokens to be copied ba
 
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -61,11 +61,13 @@ class Runner:
         self.masked = sampler is not None and sampler.features.masked
         self.parts = (self.forward, self.choose) if self.masked else (self.compute,)
         self.graphs: list[torch.cuda.CUDAGraph] = []
-        # without the attention kernel, plain torch runs, whose shapes depend on positions and cannot be captured; nor
-        # can many rows of experts
-        heads = torch.empty(0, dtype=decoder.weights.dtype, device=device)
+        # without the attention kernel, plain torch runs, whose shapes depend on positions and cannot be captured (those
+        # of latent attention do not); nor can many rows of experts
+        heads, kv = torch.empty(0, dtype=decoder.weights.dtype, device=device), cache.layers[0]
+        if decoder.architecture.latent is not None:
+            kv = replace(kv, k=kv.v)  # a width that the kernels take
         plain = all(block.feed_forward.captures(rows) for block in decoder.blocks)
-        self.captures = plain and reason_against(heads, cache.layers[0]) is None
+        self.captures = plain and reason_against(heads, kv) is None
 
     @property
     def ahead(self) -> int:

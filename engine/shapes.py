@@ -198,10 +198,13 @@ class RandomParts:
         assert sizes is not None
         rows = sizes.q_outputs(a) + sizes.kv_rank + sizes.turned
         q = random_linear(a.heads * a.head_dim, sizes.q_rank, self.scheme, self.like) if sizes.q_rank else None
-        kv = random_linear(a.heads * (a.head_dim - sizes.turned + sizes.v_dim), sizes.kv_rank, self.scheme, self.like)
-        norms = like.new_ones(sizes.q_rank) if sizes.q_rank else None, like.new_ones(sizes.kv_rank)
-        order = torch.arange(a.head_dim, device=like.device)
-        return random_linear(rows, a.hidden, self.scheme, self.like), Latent(q, norms[0], kv, norms[1], order, a)
+        q_norm, kv_norm = like.new_ones(sizes.q_rank) if sizes.q_rank else None, like.new_ones(sizes.kv_rank)
+        keys, values = (
+            torch.randn(a.heads, width, sizes.kv_rank, dtype=like.dtype, device=like.device) / sizes.kv_rank**0.5
+            for width in (a.head_dim - sizes.turned, sizes.v_dim)
+        )
+        latent = Latent(q, q_norm, kv_norm, keys, values, None, a)
+        return random_linear(rows, a.hidden, self.scheme, self.like), latent
 
     def sinks(self) -> Tensor | None:
         """Zeros, if the family has sinks."""

@@ -11,16 +11,16 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from lowbit.engine.architecture import Architecture, Mixture, MixtureNames, Names, Rope
+from lowbit.engine.architecture import Architecture, LatentSizes, Mixture, MixtureNames, Names, Rope
 from lowbit.engine.cache import CacheKind
 from lowbit.engine.feed_forward import Router
-from lowbit.engine.latent import Latent, query_order
+from lowbit.engine.latent import Latent
 from lowbit.engine.layers import Block, build_block
 from lowbit.engine.products import Norm, Product
 from lowbit.errors import CheckpointError, UsageError
 from lowbit.export.checkpoint import Checkpoint
 from lowbit.export.formats import LogicalTensors
-from lowbit.quant.kernels.kv_cache import CACHE_NUMBERS, FP8_CACHE, SAME, CacheNumber, reason_against_width
+from lowbit.quant.kernels.kv_cache import CACHE_NUMBERS, FP8_CACHE, INT8_CACHE, SAME, CacheNumber, reason_against_width
 from lowbit.quant.kernels.packed import TILE_ROWS, has_kernel, reason_against_kernel
 from lowbit.quant.kernels.row_scaled import RowScaled, row_scaled, stacked_rows
 from lowbit.quant.kernels.stack import StackedLinear, load_stack
@@ -340,12 +340,14 @@ class CheckpointReader:
     def cache_number(self) -> CacheNumber:
         """The number type of keys and values that the settings ask for. UsageError if it does not fit the model."""
         wanted, declared = self.settings.cache, self.tensors.cache
-        if wanted == "auto":
-            return SAME if declared is None else FP8_CACHE
-        number = CACHE_NUMBERS[wanted]
+        number = SAME if declared is None else FP8_CACHE
+        if wanted != "auto":
+            number = CACHE_NUMBERS[wanted]
         reason = reason_against_width(number, self.architecture.head_dim)
         if number.scales == "head" and declared is None:
             reason = f"{self.directory} has no scales for it: quantize with --kv-cache {wanted}"
+        if self.architecture.latent is not None and number not in (SAME, INT8_CACHE):
+            reason = f"compressed rows of latent attention are not stored in {number.name}"
         if reason is not None:
             raise UsageError(f"cache {wanted!r}: {reason}; or use cache='int8'")
         return number
@@ -424,11 +426,11 @@ class LayerParts:
         reader, a, names = self.reader, self.reader.architecture, self.names.latent
         sizes, biased = a.latent, a.attention_bias
         assert sizes is not None
-        order = head_order(a.head_dim, self.rope)
-        turned = query_order(a.head_dim, self.rope, order)
-        rows = (torch.arange(a.heads).unsqueeze(1) * a.head_dim + turned).flatten()
+        still, order = a.head_dim - sizes.turned, head_order(sizes.turned, self.rope)
+        head = torch.cat([torch.arange(still), still + order])
+        rows = (torch.arange(a.heads).unsqueeze(1) * a.head_dim + head).flatten()
         outputs, q, q_norm = sizes.q_outputs(a), None, None
-        every = torch.arange(outputs + sizes.kv_rank + sizes.turned)
+        every = torch.cat([torch.arange(outputs + sizes.kv_rank), outputs + sizes.kv_rank + order])
         if sizes.q_rank:
             q = reader.linear((self.prefix + names.q_b,), len(rows), sizes.q_rank, TILE_ROWS, rows, biased=False)
             q_norm = reader.tensor(f"{self.prefix}{names.q_norm}.weight", (sizes.q_rank,))
@@ -436,11 +438,19 @@ class LayerParts:
             every[:outputs] = rows
         first = names.q_a if sizes.q_rank else names.q
         parts = (self.prefix + first, self.prefix + names.kv_a)
-        qkv = reader.linear(parts, len(every), a.hidden, TILE_ROWS, None if sizes.q_rank else every, biased)
-        inner = a.heads * (a.head_dim - sizes.turned + sizes.v_dim)
-        kv = reader.linear((self.prefix + names.kv_b,), inner, sizes.kv_rank, TILE_ROWS, biased=False)
+        qkv = reader.linear(parts, len(every), a.hidden, TILE_ROWS, every, biased)
         kv_norm = reader.tensor(f"{self.prefix}{names.kv_norm}.weight", (sizes.kv_rank,))
-        return qkv, Latent(q, q_norm, kv, kv_norm, order.to(kv_norm.device), a)
+        keys, values, inputs = self.key_values(still, sizes)
+        return qkv, Latent(q, q_norm, kv_norm, keys, values, inputs, a)
+
+    def key_values(self, still: int, sizes: LatentSizes) -> tuple[Tensor, Tensor, RoundedInputs | None]:
+        """The dense weights of k and v of latent attention, and the rounding of their inputs."""
+        reader, name = self.reader, self.prefix + self.names.latent.kv_b
+        heads, found = reader.architecture.heads, reader.matrix(name)
+        weight = found if isinstance(found, Tensor) else found.dequantize(reader.settings.dtype)
+        reader.shaped(name, weight, (heads * (still + sizes.v_dim), sizes.kv_rank))
+        keys, values = weight.unflatten(0, (heads, -1)).split([still, sizes.v_dim], 1)
+        return keys.contiguous(), values.contiguous(), inputs_of(found)
 
     def sinks(self) -> Tensor | None:
         """The scores that take part in every softmax of attention."""

@@ -14,7 +14,14 @@ from lowbit.engine.engine import Engine
 from lowbit.engine.options import Options
 from lowbit.engine.prefill import read_prompt
 from lowbit.engine.sampling import Sampling
-from lowbit.engine.shapes import METHODS, codegeex_shape, decoder_shape, random_weights, with_mixture
+from lowbit.engine.shapes import (
+    METHODS,
+    codegeex_shape,
+    decoder_shape,
+    deepseek_shape,
+    random_weights,
+    with_mixture,
+)
 from lowbit.engine.workspace import Workspace
 from lowbit.quant.kernels.packed import dequantize_packed
 from lowbit.quant.kernels.route_experts import Rule
@@ -33,6 +40,14 @@ MIXTURES = {
     "shared": with_mixture(LLAMA, Mixture(4, 256, Rule(4), shared=256), dense=1),
     "alone": with_mixture(LLAMA, Mixture(8, 512, Rule(8, "chosen"))),
 }
+DEEPSEEK = replace(
+    with_mixture(replace(deepseek_shape(), layers=deepseek_shape().layers[:3]), Mixture(4, 256, Rule(4)), dense=1),
+    vocabulary=1000,
+    hidden=512,
+    inner=1024,
+    heads=4,
+    kv_heads=4,
+)
 CONTEXT = 300
 PROMPTS = [list(range(7, 90)), [5], list(range(300, 320))]
 
@@ -91,6 +106,12 @@ def test_learned_positions_and_layer_norms_too(method):
 @pytest.mark.parametrize("mixture", MIXTURES)
 def test_mixtures_of_experts_too(mixture, method):
     check(*engines(MIXTURES[mixture], method), 0.02)
+
+
+@pytest.mark.parametrize("cache", ["same", "int8"])
+@pytest.mark.parametrize("method", ["w4", "dense"])
+def test_latent_attention_too(method, cache):
+    check(*engines(DEEPSEEK, method, cache=cache), 0.03)
 
 
 def test_a_captured_step_with_experts_is_the_same_each_time():
