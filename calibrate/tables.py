@@ -27,7 +27,7 @@ import pyarrow
 from pyarrow import parquet
 
 from lowbit.errors import CheckpointError, DatasetError
-from lowbit.export.files import open_regular
+from lowbit.export.files import open_regular, read_at_most
 from lowbit.export.plain import plain_json
 
 MOST_UNPACKED = 100  # largest ratio of decompression beyond MOST_HELD; texts compress to a tenth at best
@@ -90,7 +90,7 @@ def read_utf8(path: Path) -> str:
 
 def read_whole(file: IO[bytes], path: object) -> bytes:
     """All bytes of `file`, whose name is `path`. DatasetError if there are more than MOST_WHOLE."""
-    content = file.read(MOST_WHOLE + 1)
+    content = read_at_most(file, MOST_WHOLE + 1)
     if len(content) > MOST_WHOLE:
         raise DatasetError(f"{path} is larger than {MOST_WHOLE >> 20} MiB, the most read at once; cut it into parts")
     return content

@@ -5,6 +5,7 @@ itself or, for a snapshot in a hub cache, in that repository's store. Writing ne
 """
 
 import fcntl
+import io
 import os
 import re
 import secrets
@@ -13,11 +14,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO, BinaryIO
 
 from lowbit.errors import CheckpointError
 
 MOST_BYTES = 100_000_000  # of a file that is read as a whole; the largest tokenizers and indexes take a third
+CHUNK = 1 << 20  # bytes read at once
 KINDS = {
     stat.S_IFIFO: "a pipe",
     stat.S_IFSOCK: "a socket",
@@ -76,7 +78,15 @@ def read_bytes(path: Path, most: int = MOST_BYTES) -> bytes:
         size = os.fstat(file.fileno()).st_size
         if size > most:
             raise CheckpointError(f"{path}: {size} bytes, where {most} at most are expected")
-        return file.read(most)
+        return read_at_most(file, most)
+
+
+def read_at_most(file: IO[bytes], most: int) -> bytes:
+    """The rest of `file`, `most` bytes at most. Memory is taken as bytes come: `read(most)` takes it all at first."""
+    held = io.BytesIO()
+    while part := file.read(min(CHUNK, most - held.tell())):
+        held.write(part)
+    return held.getvalue()
 
 
 def read_text(path: Path, most: int = MOST_BYTES) -> str:

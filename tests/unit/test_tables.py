@@ -14,6 +14,7 @@ import pytest
 from lowbit.calibrate import tables
 from lowbit.calibrate.tables import BadRow, local_rows, read_utf8
 from lowbit.errors import DatasetError
+from lowbit.export.limits import limited
 
 ROWS = [{"text": f"row {number}", "n": number} for number in range(50)]
 LINES = "".join(json.dumps(row) + "\n" for row in ROWS)
@@ -208,6 +209,16 @@ def test_what_is_no_file_is_refused_at_once(tmp_path):
             read_utf8(Path(path))
     with pytest.raises(DatasetError, match="a pipe, where a file is expected"):
         list(local_rows(tmp_path / "pipe.jsonl", None))
+
+
+@pytest.mark.parametrize("name", ["story.txt", "story.txt.gz"])
+def test_a_small_text_takes_little_memory(name: str, tmp_path: Path) -> None:
+    path, text = tmp_path / name, "a tale of two cities\n" * 50
+    with gzip.open(path, "wt") if path.suffix == ".gz" else path.open("w") as file:
+        file.write(text)
+    read_utf8(path)  # imports and maps what is used for the first time
+    with limited("the text", 64 << 20, 10):
+        assert read_utf8(path) == text
 
 
 def test_what_would_fill_memory_is_refused(tmp_path, monkeypatch):
