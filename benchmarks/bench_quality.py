@@ -15,6 +15,7 @@ import argparse
 import json
 import os
 import subprocess
+import sys
 import time
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -24,6 +25,7 @@ from typing import Any
 import torch
 
 import lowbit
+from benchmarks.llamacpp import dense_gguf
 from benchmarks.measure import write_rows
 from lowbit.calibrate.data import builtin_text, calibration_tokens
 from lowbit.evaluation.backend import BlocksBackend
@@ -71,7 +73,14 @@ OURS: dict[str, dict[str, Any]] = {
     "fp8": {"method": "fp8"},
 }
 # The schemes that peers have too, by the name that their methods begin with, each with three methods of ours.
-SCHEMES = {"nvfp4": "nvfp4-a16", "mxfp4": "mxfp4-a16", "fp8": "fp8", "w3": "int3-g128", "w2": "int2-g64"}
+SCHEMES = {
+    "nvfp4": "nvfp4-a16",
+    "mxfp4": "mxfp4-a16",
+    "fp8": "fp8",
+    "w3": "int3-g128",
+    "w3g64": "int3-g64",
+    "w2": "int2-g64",
+}
 OURS |= {
     f"{name}-{method}": {"method": method, "scheme": scheme}
     for name, scheme in SCHEMES.items()
@@ -82,9 +91,15 @@ OURS |= {
 }
 # Weights annealed, then tuned as by `best`, with and without codes.
 ANNEALED = {"method": "best", "rounder": "anneal", "anneal_steps": 100}
-for name in ("w3", "w2"):
+for name in ("w3", "w3g64", "w2"):
     OURS[f"{name}-anneal"] = ANNEALED | {"scheme": SCHEMES[name]}
     OURS[f"{name}-anneal-codes"] = OURS[f"{name}-anneal"] | {"distill_codes": True}
+MIXTURES = ("q4_k_m", "q3_k_m", "q2_k")  # of llama.cpp, in GGUF files
+OURS |= {
+    f"{name}-{method}": {"method": method, "scheme": name, "format": "gguf"}
+    for name in MIXTURES
+    for method in ("rtn", "gptq", "best")
+}
 THEIRS = {
     "llm-compressor-awq": "--method awq",
     "llm-compressor-gptq": "--method gptq",
@@ -103,11 +118,17 @@ THEIRS = {
     "autoround-mxfp4-best": "--iters 1000 --scheme mxfp4 --ext",
     "autoround-w3": "--iters 200 --scheme w3 --group-size 128",
     "autoround-w3-best": "--iters 1000 --scheme w3 --group-size 128 --ext",
+    "autoround-w3g64-ext": "--iters 200 --scheme w3 --ext",
     "autoround-w2": "--iters 200 --scheme w2",
     "autoround-w3-ext": "--iters 200 --scheme w3 --group-size 128 --ext",
     "autoround-w2-ext": "--iters 200 --scheme w2 --ext",
     "autoround-w2-best": "--iters 1000 --scheme w2 --ext",
-}
+    "autoround-q4_k_m": "--iters 200 --scheme gguf:q4_k_m",
+    "autoround-q3_k_m": "--iters 200 --scheme gguf:q3_k_m",
+    "autoround-q4_k_m-0": "--iters 0 --scheme gguf:q4_k_m",
+    "autoround-q3_k_m-0": "--iters 0 --scheme gguf:q3_k_m",
+    "autoround-q2_k_s": "--iters 200 --scheme gguf:q2_k_s",
+} | {f"llama-{name}": f"--type {name.upper()}" for name in MIXTURES}
 
 
 def main() -> None:
@@ -144,7 +165,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--text", type=Path, required=True, help="UTF-8 text, split for calibration and scoring")
     parser.add_argument("--calibrate", choices=("text", "builtin"), default="text")
     parser.add_argument("--run", nargs="+", choices=[*OURS, *THEIRS], required=True)
-    parser.add_argument("--python", action="append", default=[], help="TOOLKIT=PYTHON that has it")
+    parser.add_argument("--python", action="append", default=[], help="TOOLKIT=PYTHON, or llamacpp=DIR of programs")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--work", type=Path, required=True, help="where the checkpoints go")
     parser.add_argument("--skip", type=int, default=0, help="windows of each text before those that are scored")
@@ -173,13 +194,19 @@ def make(name: str, model: Source, dataset: str, output: Path, args: argparse.Na
             "settings": " ".join(f"{key}={value}" for key, value in OURS[name].items()),
             "seconds": round(time.monotonic() - begun, 1),
         }
-    toolkit = "autoround" if name.startswith("autoround") else "llm-compressor"
-    python = dict(pair.split("=", 1) for pair in args.python)[toolkit]
+    toolkit = next((each for each in ("autoround", "llamacpp") if name.startswith(each[:5])), "llm-compressor")
+    program = dict(pair.split("=", 1) for pair in args.python)[toolkit]
     script = HERE / "peers" / f"quantize_{toolkit.replace('-', '')}.py"
     ids = output.with_suffix(".ids.safetensors")
     calibration_tokens(dataset, model.tokenizer(), SAMPLES, LENGTH, SEED).save(ids)
-    device = ["--device", args.device] if toolkit == "autoround" else []
-    said = run([python, script, model.directory, ids, output, *THEIRS[name].split(), *device])
+    told: list[Any] = [ids, output, *THEIRS[name].split()]
+    if toolkit == "llamacpp":
+        dense = args.work / "dense" / "model.gguf"
+        dense = dense if dense.exists() else dense_gguf(model, dense.parent)
+        said = run([sys.executable, script, dense, *told, "--bin", program, "--threads", torch.get_num_threads()])
+    else:
+        device = ["--device", args.device] if toolkit == "autoround" else []
+        said = run([program, script, model.directory, *told, *device])
     facts: dict[str, Any] = json.loads(said.splitlines()[-1])
     return facts | {"settings": THEIRS[name], "seconds": round(time.monotonic() - begun, 1)}
 

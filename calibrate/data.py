@@ -118,6 +118,15 @@ class CalibrationSet:
         windows = self.ids.split(max(tokens // self.ids.shape[1], 1)) if len(self.ids) else ()
         return [*windows, *self.seen]
 
+    def with_own(self, ids: Tensor) -> "CalibrationSet":
+        """This set with the windows `ids` (n, seqlen) of the model's own text, spread evenly among the others."""
+        counts = (len(self.ids), len(ids))
+        order = sorted(
+            ((place + 0.5) / count, part, place) for part, count in enumerate(counts) for place in range(count)
+        )
+        rows = torch.stack([(self.ids, ids)[part][place] for _, part, place in order])
+        return replace(self, ids=rows, source=f"{self.source}; {len(ids)} windows of the model's own text")
+
     def save(self, path: Path) -> None:
         """Write `ids` as a safetensors file, for calibration with another tool on the same tokens."""
         save_file({"ids": self.ids}, path, metadata={"source": self.source, "sha256": self.sha256})

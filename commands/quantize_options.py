@@ -164,6 +164,11 @@ PARTS: Parts = {
             help=f"Calibrate on this many windows.  [default: {CALIBRATION['num_samples']}]",
         ),
         click.option(
+            "--own-samples",
+            type=int,
+            help="Calibrate on this many further windows, which the unquantized model writes itself.  [default: 0]",
+        ),
+        click.option(
             "--seqlen",
             "--max-seq-length",
             "--calib-seq",

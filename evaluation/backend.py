@@ -22,7 +22,7 @@ from lowbit.evaluation.vllm_backend import VllmModel
 from lowbit.models.cached import rounded_cache
 from lowbit.models.devices import free_bytes
 from lowbit.models.products import rounded_inputs
-from lowbit.models.skeleton import Block, Skeleton, fill, open_skeleton
+from lowbit.models.skeleton import Block, Skeleton, fill_all, open_skeleton
 from lowbit.models.source import Source
 from lowbit.models.walk import Walk
 
@@ -205,16 +205,6 @@ def choose_backend(source: Source, device: str, dtype: torch.dtype, together: in
 def load_dense(source: Source, device: str = "cpu", dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """transformers' model with all weights in memory, packed ones dequantized."""
     return fill_all(open_skeleton(source), device, dtype).model
-
-
-def fill_all(skeleton: Skeleton, device: str, dtype: torch.dtype) -> Skeleton:
-    """`skeleton` with all weights of its model in memory, in `dtype` on `device`."""
-    tensors = dict(skeleton.others)
-    for block in skeleton.blocks:
-        tensors |= block.tensors
-    fill(skeleton.model, skeleton.model.modules(), tensors, skeleton.read, device, dtype)
-    skeleton.model.tie_weights(recompute_mapping=False)
-    return skeleton
 
 
 @contextmanager

@@ -383,6 +383,16 @@ def fill(
         placement.view(whole).data.copy_(value)
 
 
+def fill_all(skeleton: Skeleton, device: str, dtype: torch.dtype) -> Skeleton:
+    """`skeleton` with all weights of its model in memory, in `dtype` on `device`."""
+    tensors = dict(skeleton.others)
+    for block in skeleton.blocks:
+        tensors |= block.tensors
+    fill(skeleton.model, skeleton.model.modules(), tensors, skeleton.read, device, dtype)
+    skeleton.model.tie_weights(recompute_mapping=False)
+    return skeleton
+
+
 def share(model: PreTrainedModel, owners: Mapping[str, nn.Module]) -> None:
     """Give the tied parameters of `owners`, modules by name, the values that they are tied to.
 

@@ -45,6 +45,7 @@ class Recipe:
     ignore              linears left in 16 bits: exact names, last parts of a name, or `re:` patterns; always the head
     dataset             calibration text, in the notation of calibrate/data.py; None for methods without calibration
     num_samples, seqlen  number of calibration windows, and tokens in each
+    own_samples         further windows, which the unquantized model writes itself
     text_column         column of a dataset that holds the text; None to detect it
     format              row of FORMATS
     dtype               of scales and unquantized weights: auto (the model's), bfloat16, float16, float32
@@ -79,6 +80,7 @@ class Recipe:
     dataset: str | None = None
     num_samples: int = 0
     seqlen: int = 0
+    own_samples: int = 0
     text_column: str | None = None
     format: str = "compressed-tensors"
     dtype: str = "auto"

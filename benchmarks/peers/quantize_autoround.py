@@ -3,6 +3,8 @@
     PYTHON quantize_autoround.py CHECKPOINT IDS.safetensors OUTPUT --iters 20 [--scheme w4] [--group-size 64] [--ext]
         [--device cpu]
 
+Schemes that begin with "gguf:" are exported as such a file, model.gguf in OUTPUT with the checkpoint's tokenizer.
+
 Weights alone are quantized (symmetric integers in groups, NVFP4 or MXFP4), lm_head is not; everything else is
 AutoRound's default, with `--ext` its extended algorithm. 4-bit integers are written in GPTQ's layout, all else as
 AutoRound's "fake" format, the dequantized weights. IDS is what `CalibrationSet.save` writes. Prints one JSON line.
@@ -24,6 +26,7 @@ from auto_round import AutoRound
 from auto_round.schemes import QuantizationScheme
 from safetensors.torch import load_file
 
+GGUF = ("gguf:q4_k_m", "gguf:q3_k_m", "gguf:q2_k_s")
 FLOATS = {"nvfp4": ("nv_fp", 16), "mxfp4": ("mx_fp", 32)}  # AutoRound's name and its group size
 
 
@@ -42,9 +45,15 @@ def main() -> None:
         device_map=args.device,
     )
     with TemporaryDirectory() as folder:
-        rounder.quantize_and_save(folder, format="auto_gptq" if args.scheme == "w4" else "fake")
-        (quantized,) = (path.parent for path in Path(folder).rglob("model.safetensors"))
-        shutil.move(quantized, args.output)
+        if args.scheme.startswith("gguf:"):
+            rounder.quantize_and_save(folder, format=args.scheme)
+            (quantized,) = Path(folder).rglob("*.gguf")
+            shutil.copytree(args.checkpoint, args.output, ignore=shutil.ignore_patterns("*.safetensors*"))
+            shutil.move(quantized, args.output / "model.gguf")
+        else:
+            rounder.quantize_and_save(folder, format="auto_gptq" if args.scheme == "w4" else "fake")
+            (quantized,) = (path.parent for path in Path(folder).rglob("model.safetensors"))
+            shutil.move(quantized, args.output)
     gpu = args.device != "cpu"
     peak = torch.cuda.max_memory_allocated() if gpu else 1000 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     facts = {"by": f"AutoRound {version('auto-round')}", "seconds": round(time.perf_counter() - start, 1)}
@@ -53,6 +62,8 @@ def main() -> None:
 
 def scheme(args: argparse.Namespace) -> dict[str, Any]:
     """AutoRound's arguments for a scheme of weights."""
+    if args.scheme.startswith("gguf:"):
+        return {"scheme": args.scheme}
     if args.scheme in FLOATS:  # the presets quantize inputs too, whatever `act_bits` says
         kind, size = FLOATS[args.scheme]
         return {"scheme": QuantizationScheme(bits=4, group_size=size, sym=True, data_type=kind, act_bits=16)}
@@ -65,7 +76,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("ids", type=Path)
     parser.add_argument("output", type=Path)
     parser.add_argument("--iters", type=int, default=200)
-    parser.add_argument("--scheme", choices=("w2", "w3", "w4", *FLOATS), default="w4")
+    parser.add_argument("--scheme", choices=("w2", "w3", "w4", *FLOATS, *GGUF), default="w4")
     parser.add_argument("--ext", action="store_true", help="AutoRound's extended algorithm, enable_alg_ext")
     parser.add_argument("--group-size", type=int, default=64)
     parser.add_argument("--device", default="cpu")

@@ -8,6 +8,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import torch
+
 from lowbit.api.pushing import Pushed, push
 from lowbit.api.shared import PAPERS_BYTES, Note, ignore
 from lowbit.arguments import typed
@@ -17,6 +19,7 @@ from lowbit.calibrate.data import CalibrationSet, builtin_text, calibration_toke
 from lowbit.calibrate.free import FreeJob, prepare_free, run_free
 from lowbit.calibrate.job import Job, prepare
 from lowbit.calibrate.methods import complete_recipe
+from lowbit.calibrate.own import kept_own_text
 from lowbit.calibrate.pipeline import assist, run
 from lowbit.calibrate.plan import Plan
 from lowbit.calibrate.report import BlockReport, Result
@@ -199,6 +202,8 @@ def quantize(
         with ranks.leader_first():
             sums = _surveyed(source, progress) if ranks.leads() else {}
             calibration = _calibration(complete, source, progress)
+        if calibration is not None:
+            calibration = _told(job, calibration, sums, progress)
         job = _spent(job, calibration, progress)
         require_space(target, int(job.output_bytes() * COPIES_ON_DISK) + PAPERS_BYTES)
         with journaled(target, job, calibration, resume, sums) as journal:
@@ -310,6 +315,7 @@ def _surveyed(source: Source, progress: OnEvent) -> dict[str, str]:
 
 
 def _calibration(recipe: Recipe, source: Source, progress: OnEvent) -> CalibrationSet | None:
+    """The calibration tokens of the recipe's dataset; None if it needs none."""
     if recipe.dataset is None:
         return None
     tokens = calibration_tokens(
@@ -323,12 +329,27 @@ def _calibration(recipe: Recipe, source: Source, progress: OnEvent) -> Calibrati
     )
     for batch in (tokens.ids, *(sample.ids for sample in tokens.seen)):
         source.require_known(batch)
+    return tokens
+
+
+def _told(job: Job, tokens: CalibrationSet, sums: Mapping[str, str], progress: OnEvent) -> CalibrationSet:
+    """`tokens`, with the model's own text if the recipe asks for it, told to `progress`.
+
+    sums  SHA-256 of the model's files by name; the leader's
+    """
+    recipe, shape = job.recipe, (job.recipe.own_samples, job.recipe.seqlen)
+    if recipe.own_samples:
+        progress(Stage("writing text of the model's own"))
+        ids = torch.empty(shape, dtype=torch.int64)
+        if ranks.leads():
+            ids = kept_own_text(job.source, job.device, job.dtype, shape, recipe.seed, sums)
+        tokens = tokens.with_own(ranks.leaders(ids))
     progress(Calibrated(tokens))
     if recipe.calibration_sha256 not in (None, tokens.sha256):
         progress(
             Note(
                 f"the recipe was made with calibration tokens {recipe.calibration_sha256}, these are {tokens.sha256}: "
-                "another tokenizer, text or Python version; the weights will differ",
+                "another tokenizer, text, device or Python version; the weights will differ",
                 warning=True,
             )
         )

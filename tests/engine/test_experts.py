@@ -14,9 +14,8 @@ from lowbit.calibrate.pipeline import run
 from lowbit.engine.feed_forward import MixedForward
 from lowbit.engine.speed import measure
 from lowbit.errors import CheckpointError
-from lowbit.evaluation.backend import fill_all
 from lowbit.models.products import rounded_inputs
-from lowbit.models.skeleton import Block, open_skeleton
+from lowbit.models.skeleton import Block, fill_all, open_skeleton
 from lowbit.models.source import open_source
 from lowbit.quant.kernels.stack import PackedStack
 from lowbit.quant.packing import pack_e8m0, pack_fp4

@@ -1,0 +1,76 @@
+"""Perplexity of GGUF files by llama.cpp and by our own reader, on the same tokens.
+
+    python -m benchmarks.bench_gguf DIR... --text FILE --bin DIR --label demo --commit $(git rev-parse --short HEAD)
+
+Each DIR holds a model.gguf. As llama-perplexity does it: windows of 512 tokens without overlap, the second half of each
+scored, no BOS token added; of the last 40% of FILE, which bench_quality scores too. llama.cpp rounds the inputs of its
+products to 8 bits; we compute in float32. Rows go to benchmarks/results/gguf.jsonl.
+"""
+
+import argparse
+import json
+import math
+import tempfile
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+
+from benchmarks.bench_quality import SHARE, device_name
+from benchmarks.llamacpp import perplexity
+from lowbit.evaluation.backend import BlocksBackend
+from lowbit.models.source import open_source
+
+RESULTS = Path(__file__).parent / "results" / "gguf.jsonl"
+CONTEXT = 512
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="perplexity of GGUF files by llama.cpp and by lowbit")
+    parser.add_argument("models", nargs="+", type=Path)
+    parser.add_argument("--text", type=Path, required=True)
+    parser.add_argument("--bin", type=Path, required=True, help="llama-perplexity and its libraries")
+    parser.add_argument("--windows", type=int, default=32)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--label", default="demo", help="the model's name in rows")
+    parser.add_argument("--commit", default="unknown")
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    args = parser.parse_args()
+    whole = args.text.read_text(encoding="utf-8")
+    text = whole[int(SHARE * len(whole)) :]
+    with tempfile.TemporaryDirectory() as folder:
+        scored = Path(folder, "scored.txt")
+        scored.write_text(text, encoding="utf-8")
+        for directory in args.models:
+            theirs = perplexity(args.bin, directory / "model.gguf", scored, CONTEXT, args.windows, args.threads)
+            ours = of_second_halves(directory, text, args.windows, args.device)
+            row = {
+                "model": args.label,
+                "file": directory.name,
+                "perplexity": round(ours, 4),
+                "llama_cpp": theirs,
+                "relative": round(theirs / ours - 1, 5),
+                "windows": args.windows,
+                "context": CONTEXT,
+                "device": device_name(args.device),
+                "commit": args.commit,
+                "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+            }
+            print(json.dumps(row), flush=True)
+            with args.output.open("a", encoding="utf-8") as rows:
+                rows.write(json.dumps(row) + "\n")
+
+
+def of_second_halves(directory: Path, text: str, windows: int, device: str) -> float:
+    """Our perplexity of the second half of each window."""
+    source = open_source(str(directory))
+    ids = torch.tensor(source.tokenizer()(text, add_special_tokens=False, verbose=False).input_ids)
+    batches = ids[: windows * CONTEXT].view(windows, 1, CONTEXT)
+    backend = BlocksBackend(source, device, torch.float32)
+    halves = [found[:, CONTEXT // 2 :] for found in backend.log_likelihoods(iter(batches))]
+    return math.exp(-float(torch.cat(halves).double().mean()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,58 @@
+"""calibrate/own.py: the model's own text is its own draws, kept for a run that goes on, and spread among the others."""
+
+import pytest
+import torch
+
+import lowbit
+from lowbit.calibrate.own import kept_own_text, own_text
+from lowbit.errors import RecipeError
+from lowbit.models.source import open_source
+from tests.builders import calibration, save_family
+
+
+@pytest.fixture
+def source(tmp_path, monkeypatch):
+    monkeypatch.setenv("LOWBIT_CACHE", str(tmp_path / "cache"))
+    return open_source(str(save_family("llama", tmp_path / "source")))
+
+
+def test_draws_follow_the_seed(source):
+    ids = own_text(source, "cpu", torch.bfloat16, (16, 24), 3)
+    assert ids.shape == (16, 24)
+    assert set(ids.flatten().tolist()) <= set(range(source.vocabulary))
+    assert len(set(ids[:, 0].tolist())) > 8
+    assert torch.equal(ids, own_text(source, "cpu", torch.bfloat16, (16, 24), 3))
+    assert not torch.equal(ids, own_text(source, "cpu", torch.bfloat16, (16, 24), 4))
+
+
+def test_windows_longer_than_a_piece_hold_several(source, monkeypatch):
+    monkeypatch.setattr("lowbit.calibrate.own.PIECE", 8)
+    assert own_text(source, "cpu", torch.float32, (3, 20), 3).shape == (3, 20)
+
+
+def test_a_run_that_goes_on_finds_the_same_text(source, tmp_path, monkeypatch):
+    made = kept_own_text(source, "cpu", torch.float32, (4, 16), 1, {"model.safetensors": "a"})
+    monkeypatch.setattr("lowbit.calibrate.own.own_text", lambda *_: torch.zeros(4, 16, dtype=torch.int64))
+    assert torch.equal(kept_own_text(source, "cpu", torch.float32, (4, 16), 1, {"model.safetensors": "a"}), made)
+    assert not kept_own_text(source, "cpu", torch.float32, (4, 16), 1, {"model.safetensors": "b"}).any()
+    (tmp_path / "cache" / "own").mkdir(exist_ok=True)
+    for file in (tmp_path / "cache" / "own").iterdir():
+        file.write_bytes(file.read_bytes()[:50])
+    assert not kept_own_text(source, "cpu", torch.float32, (4, 16), 1, {"model.safetensors": "a"}).any()
+
+
+def test_own_windows_are_spread_among_the_others():
+    given = calibration(4, 8)
+    both = given.with_own(torch.full((2, 8), 7))
+    assert (both.ids == 7).all(1).tolist() == [False, True, False, False, True, False]
+    assert both.sha256 != given.sha256
+    assert "2 windows of the model's own text" in both.source
+
+
+def test_a_run_calibrates_on_both(source, tmp_path):
+    settings = {"method": "gptq", "group_size": 32, "num_samples": 4, "seqlen": 32, "eval_windows": 0}
+    alone = lowbit.quantize(source.directory, tmp_path / "alone", **settings)
+    both = lowbit.quantize(source.directory, tmp_path / "both", own_samples=4, **settings)
+    assert alone.recipe.calibration_sha256 != both.recipe.calibration_sha256
+    with pytest.raises(RecipeError, match="own_samples is -1"):
+        lowbit.quantize(source.directory, tmp_path / "none", own_samples=-1, **settings)
