@@ -41,7 +41,7 @@ SAMPLES, LENGTH, SEED = 128, 512, 42
 CONTEXT = 1024
 W4 = {"bits": 4, "group_size": 64}
 ASYMMETRIC, ROTATED = W4 | {"symmetric": False}, W4 | {"transforms": ["rotate"]}
-MIXED = ("int3-g64", "int4-g128", "int4-g64", "int4-g32", "int5-g64", "int6-g64", "int8", "16bit")
+MIXED = ("int3-g64", "int4-g128", "int4-g64", "int4-g32", "int5-g64", "int6-g64", "int8", "nvfp4-a16", "16bit")
 # Arguments of lowbit.quantize.
 OURS: dict[str, dict[str, Any]] = {
     "rtn": {"method": "rtn"} | W4,
@@ -100,6 +100,11 @@ OURS |= {
     for name in MIXTURES
     for method in ("rtn", "gptq", "best")
 }
+# Calibrated on the model's own text besides, with and without tuned codes.
+OWN = {"own_samples": 128}
+for name in ("best", "w3-anneal", "w3g64-anneal", "w2-anneal", *(f"{each}-best" for each in (*SCHEMES, *MIXTURES))):
+    OURS[f"{name}-own"] = OURS[name] | OWN
+    OURS[f"{name}-own-codes"] = OURS[name] | OWN | {"distill_codes": True}
 THEIRS = {
     "llm-compressor-awq": "--method awq",
     "llm-compressor-gptq": "--method gptq",

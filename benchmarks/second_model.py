@@ -6,8 +6,8 @@ It has the demo's tokenizer, and begins as one of STUDENTS:
 
     qwen3   a Qwen3 of 10 blocks with a hidden size of 512 (norms of queries and keys, 8 heads, 4 of keys and values),
             with random weights. Minutes of training teach it little, and 4 bits hardly hurt it.
-    pruned  the demo's 30 blocks as a Mistral, with the 512 of its 576 channels that carry the most energy, and 12 heads
-            in place of 9: every row is a multiple of 256, as the blocks of K-quants want it.
+    pruned  20 of the demo's 30 blocks as a Mistral, with the 512 of its 576 channels that carry the most energy, and 12
+            heads in place of 9: every row is a multiple of 256, as the blocks of K-quants want it.
 
 It learns the demo's distribution (Kullback-Leibler divergence) on the first 60% of FILE, on the calibration part of the
 builtin documentation, and on the docstrings of the standard library and a few packages that are installed; so the rest
@@ -42,6 +42,7 @@ MOST = 12_000_000  # characters of docstrings
 LENGTH, ROWS, SEED = 512, 32, 0
 RATES, WARM_UP = {"qwen3": 1.5e-3, "pruned": 5e-4}, 100
 HIDDEN = 512  # channels of either student
+CUT_BLOCKS = range(10, 20)  # of the teacher, in the pruned student
 NOISE = 0.02  # of a copied head, relative to its weights, so that it parts from the first
 
 
@@ -76,19 +77,20 @@ def main() -> None:
 
 @torch.no_grad()
 def pruned(teacher: Any, ids: Tensor) -> MistralForCausalLM:
-    """A Mistral with the `teacher`'s channels of most energy on `ids` (B, T)."""
+    """A Mistral with the `teacher`'s channels of most energy on `ids` (B, T), without CUT_BLOCKS."""
     old, device = teacher.config, teacher.device
     states = teacher(ids.to(device), output_hidden_states=True, use_cache=False).hidden_states
     energy = sum(each.float().square().mean((0, 1)) / each.float().square().mean() for each in states)
     kept = energy.topk(HIDDEN).indices.sort().values
     scale = math.sqrt(old.hidden_size / HIDDEN)  # the root of a mean over fewer channels
     heads = old.num_attention_heads // old.num_key_value_heads
+    blocks = [block for at, block in enumerate(teacher.model.layers) if at not in CUT_BLOCKS]
     shape = {key: getattr(old, key) for key in ("vocab_size", "intermediate_size", "head_dim", "rms_norm_eps")}
     new = MistralForCausalLM(
         MistralConfig(
             **shape,
             hidden_size=HIDDEN,
-            num_hidden_layers=old.num_hidden_layers,
+            num_hidden_layers=len(blocks),
             num_attention_heads=old.num_attention_heads + heads,
             num_key_value_heads=old.num_key_value_heads + 1,
             max_position_embeddings=2048,
@@ -101,7 +103,7 @@ def pruned(teacher: Any, ids: Tensor) -> MistralForCausalLM:
     ).to(device)
     new.model.embed_tokens.weight.copy_(teacher.model.embed_tokens.weight[:, kept])
     new.model.norm.weight.copy_(teacher.model.norm.weight[kept] * scale)
-    for block, source in zip(new.model.layers, teacher.model.layers, strict=True):
+    for block, source in zip(new.model.layers, blocks, strict=True):
         for name, parameter in source.named_parameters():
             value = parameter.float()
             if name.endswith("layernorm.weight"):
