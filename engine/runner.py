@@ -1,7 +1,7 @@
 """Runner: repeats a decode step for a fixed number of rows, directly or as a captured CUDA graph.
 
 All inputs of a step are in the runner's tensors, so one graph serves every position and every request of the same kind.
-The host may launch one step ahead: it waits only for the tokens to be copied back.
+The host may launch one step ahead: it waits only for the tokens, which the step itself writes to the host's memory.
 """
 
 from collections import deque
@@ -15,24 +15,30 @@ from lowbit.engine.capture import captured
 from lowbit.engine.passes import Reader
 from lowbit.engine.sampler import Chosen, Sampler
 from lowbit.engine.step import Step
-from lowbit.quant.kernels.choose_tokens import Cursor
+from lowbit.quant.kernels.choose_tokens import Cursor, Mailbox
 from lowbit.quant.kernels.decode_attention import reason_against
 
 WARM_UP = 2  # steps before a capture, in which kernels are loaded and libraries allocate workspaces
+SENT = 8  # steps whose tokens are in a mailbox at a time
 
 
 @dataclass(frozen=True)
 class Written:
-    """One step's result in host memory, valid after `ready`: tokens (rows); logprobs and top as in Chosen."""
+    """One step's result in host memory, valid after `ready`.
 
-    chosen: Chosen
-    ready: torch.cuda.Event | None
+    chosen  the result; None: its tokens are in the runner's mailbox, as those of step `turn`
+    """
+
+    runner: "Runner"
+    turn: int
+    chosen: Chosen | None = None
+    ready: torch.cuda.Event | None = None
 
     def wait(self) -> Chosen:
         """Wait for the result and return it."""
         if self.ready is not None:
             self.ready.synchronize()
-        return self.chosen
+        return self.chosen or Chosen(self.runner.sent(self.turn))
 
 
 class Runner:
@@ -68,6 +74,11 @@ class Runner:
             kv = replace(kv, k=kv.v)  # a width that the kernels take
         plain = all(block.feed_forward.captures(rows) for block in decoder.blocks)
         self.captures = plain and reason_against(heads, kv) is None
+        self.turn = 0  # steps so far
+        self.mailbox: Mailbox | None = None
+        if self.captures and sampler is not None and not sampler.features.logprobs:
+            sent = torch.zeros(SENT, rows, dtype=torch.int64, pin_memory=True)
+            self.mailbox = Mailbox(sent, torch.zeros_like(self.tokens))
 
     @property
     def ahead(self) -> int:
@@ -94,7 +105,7 @@ class Runner:
         """Run the part of a step that chooses the tokens, if there is a sampler."""
         if self.sampler is not None:
             assert self.logits is not None
-            self.result = self.sampler(self.logits, self.tokens, self.cursor)
+            self.result = self.sampler(self.logits, self.tokens, self.cursor, self.mailbox)
 
     def advance(self) -> None:
         """Run one step."""
@@ -103,6 +114,7 @@ class Runner:
 
     def run(self, part: int) -> None:
         """Run a part of a step, as a replayed graph if the GPU's kernels allow it."""
+        self.turn += part == len(self.parts) - 1
         if not self.captures:
             self.parts[part]()
             return
@@ -113,6 +125,7 @@ class Runner:
     def capture(self) -> None:
         """Capture the step's parts. Its tensors are restored afterwards; its cache entries will be written again."""
         kept = [self.tokens, self.positions, self.slots] + ([] if self.sampler is None else self.sampler.state)
+        kept += [] if self.mailbox is None else [self.mailbox.turns]
         before = [tensor.clone() for tensor in kept]
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
@@ -130,20 +143,30 @@ class Runner:
             tensor.copy_(value)
 
     def launch(self) -> Written:
-        """Run one step, and start copying its tokens to the host."""
+        """Run one step, whose tokens go to the host."""
         self.advance()
         return self.written()
 
     def written(self) -> Written:
-        """The last step's result, whose copy to the host is started."""
+        """The last step's result: in the mailbox, or copied to the host from now on."""
         assert self.result is not None
+        turn = self.turn - 1
         if not self.captures:
             # copied, since the next step overwrites the sampler's tensors
-            return Written(Chosen(self.result.tokens.clone(), self.result.logprobs, self.result.top), None)
-        host = on_host(self.result)
+            copied = Chosen(self.result.tokens.clone(), self.result.logprobs, self.result.top)
+            return Written(self, turn, copied)
+        host = on_host(self.result) if self.mailbox is None else None
         ready = torch.cuda.Event()
         ready.record()
-        return Written(host, ready)
+        return Written(self, turn, host, ready)
+
+    def sent(self, turn: int) -> Tensor:
+        """The tokens (rows) that step `turn`, which has run, wrote to the mailbox. RuntimeError if a later step
+        overwrites them."""
+        assert self.mailbox is not None
+        if self.turn - turn > SENT:
+            raise RuntimeError(f"step {turn} is read after {self.turn} steps: the mailbox holds the last {SENT}")
+        return self.mailbox.tokens[turn % SENT].clone()
 
     def steps(self, most: int) -> Iterator[Chosen]:
         """The results of up to `most` steps, in order."""
@@ -157,8 +180,8 @@ class Runner:
 
 
 def on_host(chosen: Chosen) -> Chosen:
-    """A copy of `chosen` in pinned memory, valid once the stream reaches this point."""
-    if chosen.logprobs is None or chosen.top is None:
-        return Chosen(chosen.tokens.to("cpu", non_blocking=True))
+    """A copy of `chosen`, which has log-probabilities, in pinned memory, valid once the stream reaches this point."""
+    assert chosen.logprobs is not None
+    assert chosen.top is not None
     tokens, logprobs, top = (part.to("cpu", non_blocking=True) for part in (chosen.tokens, chosen.logprobs, chosen.top))
     return Chosen(tokens, logprobs, top)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lowbit.engine.sampling import LONGEST_BAD_WORD, MOST_LOGPROBS, Sampling
 from lowbit.quant.kernels import ops
-from lowbit.quant.kernels.choose_tokens import ChoiceCall, Cursor, Noise
+from lowbit.quant.kernels.choose_tokens import ChoiceCall, Cursor, Mailbox, Noise
 
 BITS = 32  # tokens per word of a mask
 
@@ -138,11 +138,18 @@ class Sampler:
         self.last.copy_(last)
         self.recent.copy_(recent)
 
-    def __call__(self, logits: Tensor, tokens: Tensor | None = None, cursor: Cursor | None = None) -> Chosen:
+    def __call__(
+        self,
+        logits: Tensor,
+        tokens: Tensor | None = None,
+        cursor: Cursor | None = None,
+        mailbox: Mailbox | None = None,
+    ) -> Chosen:
         """The next tokens for logits (B, vocabulary) float32.
 
-        tokens  (B) int64 to write them to; None for a new tensor
-        cursor  advances by one position
+        tokens   (B) int64 to write them to; None for a new tensor
+        cursor   advances by one position
+        mailbox  receives the tokens, too
         """
         scores = self.penalize(logits) if self.features.penalized else logits
         if self.features.masked:
@@ -152,7 +159,7 @@ class Sampler:
         noise = Noise(self.temperature[:, 0], self.seed[:, 0]) if self.features.sampled else None
         if tokens is None:
             tokens = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
-        ops.choose(ChoiceCall(scores, tokens, self.written[:, 0], cursor, noise, dependent=True))
+        ops.choose(ChoiceCall(scores, tokens, self.written[:, 0], cursor, noise, mailbox, dependent=True))
         self.remember(tokens)
         if not self.features.logprobs:
             return Chosen(tokens)

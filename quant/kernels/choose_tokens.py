@@ -47,6 +47,19 @@ class Noise:
 
 
 @dataclass(frozen=True)
+class Mailbox:
+    """The rows' last tokens in memory of the host, to which the kernel writes. A copy behind each step would keep the
+    GPU waiting for its copy engine.
+
+    tokens  (steps, m) int64  on the host; pinned, if the scores are on a GPU
+    turns   (m) int64  each row's steps so far; a step writes to row turns % steps of `tokens`
+    """
+
+    tokens: Tensor
+    turns: Tensor
+
+
+@dataclass(frozen=True)
 class ChoiceCall:
     """The inputs of a token selection. Everything but the scores is written in place.
 
@@ -56,6 +69,7 @@ class ChoiceCall:
     written  (m)    int64    incremented
     cursor   advanced by one position; None: rows stay
     noise    added to scores / temperature before the comparison; None for greedy decoding
+    mailbox  the tokens go there, too; None: nowhere else
     dependent  launch without waiting for the previous kernel (programmatic dependent launch)
     """
 
@@ -64,6 +78,7 @@ class ChoiceCall:
     written: Tensor
     cursor: Cursor | None = None
     noise: Noise | None = None
+    mailbox: Mailbox | None = None
     dependent: bool = False
 
 
@@ -79,8 +94,10 @@ def choose(call: ChoiceCall) -> None:
 def run_kernel(call: ChoiceCall) -> None:
     """Run the kernel on `call`, which `check` has passed."""
     (m, n), device = call.scores.shape, call.scores.device
-    args: dict[str, Any] = dict.fromkeys(("positions", "slots", "temperature", "seed")) | rows_of(call)
+    args: dict[str, Any] = dict.fromkeys(("positions", "slots", "temperature", "seed", "turns")) | rows_of(call)
     args |= {"scores": call.scores, "m": m, "n": n, "last": call.cursor.last if call.cursor else 0}
+    sent = None if call.mailbox is None else call.mailbox.tokens
+    args |= {"sent": sent, "steps": 0 if sent is None else len(sent)}
     blocks = choose_blocks(n, call.noise is not None, torch.cuda.get_device_capability(device))
     launch("choose_tokens", device=device, args=args, blocks=blocks, dependent=call.dependent)
 
@@ -97,6 +114,8 @@ def rows_of(call: ChoiceCall) -> dict[str, Tensor]:
         rows |= {"positions": call.cursor.positions, "slots": call.cursor.slots}
     if call.noise is not None:
         rows |= {"temperature": call.noise.temperature, "seed": call.noise.seed}
+    if call.mailbox is not None:
+        rows["turns"] = call.mailbox.turns
     return rows
 
 
@@ -112,6 +131,16 @@ def check(call: ChoiceCall) -> None:
             raise ValueError(f"{name} is {tuple(tensor.shape)} {tensor.dtype}, not ({len(scores)},) {dtype}")
         if tensor.device != scores.device:
             raise ValueError(f"{name} is on {tensor.device}, the scores on {scores.device}")
+    if call.mailbox is not None:
+        check_sent(call.mailbox.tokens, scores)
+
+
+def check_sent(sent: Tensor, scores: Tensor) -> None:
+    """ValueError if the kernel cannot write the tokens of these scores to `sent`."""
+    if sent.ndim != 2 or sent.shape[1] != len(scores) or not len(sent) or sent.dtype != torch.int64:
+        raise ValueError(f"the mailbox is {tuple(sent.shape)} {sent.dtype}, not (steps, {len(scores)}) torch.int64")
+    if sent.device.type != "cpu" or not sent.is_contiguous() or (scores.is_cuda and not sent.is_pinned()):
+        raise ValueError(f"the mailbox is on {sent.device}: contiguous memory of the host, pinned for a GPU, is needed")
 
 
 def reason_against(call: ChoiceCall) -> str | None:
@@ -128,6 +157,10 @@ def reference(call: ChoiceCall) -> None:
     """`call` in plain torch."""
     call.tokens.copy_(perturbed(call).argmax(-1))
     call.written.add_(1)
+    if call.mailbox is not None:
+        sent, turns = call.mailbox.tokens, call.mailbox.turns
+        sent[(turns % len(sent)).cpu(), torch.arange(len(turns))] = call.tokens.cpu()
+        turns.add_(1)
     if call.cursor is not None:
         positions = call.cursor.positions
         moved = (positions + 1).clamp(max=call.cursor.last) - positions

@@ -219,7 +219,7 @@ choose = Operator(
     ChoiceCall,
     choose_tokens.choose,
     choose_tokens.check,
-    writes=("tokens", "written", "cursor_positions", "cursor_slots"),
+    writes=("tokens", "written", "cursor_positions", "cursor_slots", "mailbox_tokens", "mailbox_turns"),
 )
 # Experts (m, top) int32 and their weights (m, top) float32. See RouteCall.
 route_experts = Operator("route_experts", RouteCall, route, RouteCall.empty)

@@ -33,7 +33,7 @@ from lowbit.quant.kernels import (
     wna16_gemm,
     wna16_gemv,
 )
-from lowbit.quant.kernels.choose_tokens import ChoiceCall, Cursor, Noise
+from lowbit.quant.kernels.choose_tokens import ChoiceCall, Cursor, Mailbox, Noise
 from lowbit.quant.kernels.decode_attention import AppendCall, AttentionCall
 from lowbit.quant.kernels.dense import DenseCall
 from lowbit.quant.kernels.kv_cache import NIBBLES, KVCache
@@ -327,7 +327,11 @@ def random_choice(pick: random.Random) -> ChoiceCall:
     noise = None
     if pick.random() < 0.4 and scores.isfinite().all():
         noise = Noise(torch.rand(m) * torch.randint(0, 2, (m,)), torch.randint(-(2**63), 2**63 - 1, (m,)))
-    return ChoiceCall(scores, tokens, written, cursor, noise, pick.random() < 0.7)
+    mailbox = None
+    if pick.random() < 0.5:
+        steps = pick.choice([1, 3, 8])
+        mailbox = Mailbox(torch.full((steps, m), -1), torch.full((m,), pick.randrange(20)))
+    return ChoiceCall(scores, tokens, written, cursor, noise, mailbox, pick.random() < 0.7)
 
 
 def check_choices(gpu: Gpu, seeds: range) -> None:
@@ -339,7 +343,7 @@ def check_choices(gpu: Gpu, seeds: range) -> None:
         choose_tokens.reference(wanted)
         gpu.start(seed, (call.scores.shape, blocks))
         gpu.late(call.scores)
-        written = [call.tokens, call.written] + ([call.cursor.positions, call.cursor.slots] if call.cursor else [])
+        written = written_by(call)
         gpu.untouched(*written)
         with gpu, mock.patch.object(choose_tokens, "choose_blocks", return_value=blocks):
             choose_tokens.choose(call)
@@ -347,9 +351,17 @@ def check_choices(gpu: Gpu, seeds: range) -> None:
             drawn = compared.gather(1, call.tokens.unsqueeze(1)), compared.amax(1, keepdim=True)
             assert torch.allclose(*drawn, rtol=1e-5)
             wanted.tokens.copy_(call.tokens)
-        expected = [wanted.tokens, wanted.written]
-        expected += [wanted.cursor.positions, wanted.cursor.slots] if wanted.cursor else []
+            if wanted.mailbox:
+                places = (wanted.mailbox.turns - 1) % len(wanted.mailbox.tokens), torch.arange(len(wanted.tokens))
+                wanted.mailbox.tokens[places] = wanted.tokens
+        expected = written_by(wanted)
         assert all(torch.equal(*pair) for pair in zip(written, expected, strict=True)), (written, expected)
+
+
+def written_by(call: ChoiceCall) -> list[Tensor]:
+    """The tensors that a choice writes."""
+    cursor = [call.cursor.positions, call.cursor.slots] if call.cursor else []
+    return [call.tokens, call.written, *cursor, *([call.mailbox.tokens, call.mailbox.turns] if call.mailbox else [])]
 
 
 def random_bytes(*shape: int) -> Tensor:
@@ -716,6 +728,11 @@ MUTANTS = {
     "the next norm of sums before they are rounded": (
         Mutant("deferred_norm.cuh", "weighted<T>(to_float(low_h), weights.x)", "weighted<T>(sums.x, weights.x)"),
         (check_products, "wna16_gemv", range(60)),
+        "AssertionError",
+    ),
+    "tokens in the place of the next step": (
+        Mutant("choose_tokens.cu", "turn % args.steps", "(turn + 1) % args.steps"),
+        (check_choices, range(60)),
         "AssertionError",
     ),
     "a slot that goes on where its position stays": (

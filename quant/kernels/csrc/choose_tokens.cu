@@ -20,6 +20,9 @@ struct ChooseTokensArgs {
   FIELD(int64_t*, positions);        // (m): incremented up to `last`; null, with slots, if rows do not move
   FIELD(int64_t*, slots);            // (m): moved with the position
   FIELD(int64_t, last);
+  FIELD(int64_t*, sent);             // (steps, m) in memory of the host: each row's last tokens; null, with turns: none
+  FIELD(int64_t*, turns);            // (m): incremented; a row's token goes to row turns % steps of `sent`
+  FIELD(int, steps);
   FIELD(int, m);
   FIELD(int, n);
 };
@@ -89,6 +92,11 @@ struct Meeting {
 __device__ inline void move_on(const ChooseTokensArgs& args, int row, uint32_t token) {
   args.tokens[row] = token;
   args.written[row] += 1;
+  if (args.sent != nullptr) {
+    const int64_t turn = args.turns[row];
+    args.sent[turn % args.steps * args.m + row] = token;
+    args.turns[row] = turn + 1;
+  }
   if (args.positions == nullptr) return;
   const int64_t position = args.positions[row], next = min(position + 1, args.last);
   args.positions[row] = next;
