@@ -7,7 +7,16 @@ import torch
 from torch import Tensor
 
 from lowbit.quant.kernels import ops
-from lowbit.quant.kernels.choose_tokens import MAX_BLOCKS, ChoiceCall, Cursor, Noise, choose_blocks, mix, perturbed
+from lowbit.quant.kernels.choose_tokens import (
+    MAX_BLOCKS,
+    ChoiceCall,
+    Cursor,
+    Mailbox,
+    Noise,
+    choose_blocks,
+    mix,
+    perturbed,
+)
 from tests.kernels.make import opcheck
 
 NAN, INF = float("nan"), float("inf")
@@ -71,6 +80,18 @@ def test_without_a_cursor_tokens_are_chosen_alone():
     assert call.written.tolist() == [6, 7, 8, 9]
 
 
+def test_a_mailbox_has_the_last_steps():
+    call = make_choice(torch.eye(4), moves=False)
+    call = replace(call, mailbox=Mailbox(torch.full((3, 4), -1), torch.full((4,), 5)))
+    assert call.mailbox is not None
+    for turn in range(5, 9):
+        call.scores.copy_(torch.eye(4).roll(turn, 1))
+        ops.choose(call)
+        assert call.mailbox.tokens[turn % 3].tolist() == call.tokens.tolist() == [(row + turn) % 4 for row in range(4)]
+    assert call.mailbox.turns.tolist() == [9] * 4
+    assert call.mailbox.tokens[6 % 3].tolist() == [2, 3, 0, 1]
+
+
 def splitmix(value: int) -> int:
     """SplitMix64's finalizer in Python's integers."""
     value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) % 2**64
@@ -110,6 +131,7 @@ def test_opcheck_and_compile():
         opcheck(ops.choose, call)
     call = noisy(call)
     opcheck(ops.choose, call)
+    opcheck(ops.choose, replace(call, mailbox=Mailbox(torch.zeros(2, 2, dtype=torch.int64), torch.arange(2))))
     call = replace(call, noise=None)
     torch.compile(ops.choose, fullgraph=True, backend="aot_eager")(call)
     assert torch.equal(call.tokens, call.scores.argmax(-1))
@@ -126,6 +148,9 @@ def test_opcheck_and_compile():
         ({"cursor": Cursor(torch.zeros(3), torch.zeros(3), 9)}, "positions is"),
         ({"noise": Noise(torch.zeros(3, 1), torch.arange(3))}, r"temperature is \(3, 1\)"),
         ({"tokens": torch.zeros(3, dtype=torch.int64, device="meta")}, "tokens is on meta, the scores on cpu"),
+        ({"mailbox": Mailbox(torch.zeros(8, 3), torch.arange(3))}, r"mailbox is \(8, 3\) torch.float32, not \(steps, 3\)"),
+        ({"mailbox": Mailbox(torch.zeros(3, 2).long().T, torch.arange(3))}, "contiguous memory of the host"),
+        ({"mailbox": Mailbox(torch.zeros(2, 3).long(), torch.arange(2))}, r"turns is \(2,\)"),
     ],
 )
 def test_what_does_not_fit_is_named(change, message):
@@ -164,6 +189,25 @@ def test_the_gpu_draws_what_the_cpu_does(n):
     ops.choose(found)
     chosen = expected.gather(1, found.tokens.cpu().unsqueeze(1))
     assert (chosen >= expected.amax(1, keepdim=True) - 1e-4).all()  # by logf's last bits
+
+
+@pytest.mark.gpu
+def test_captured_choices_reach_memory_of_the_host():
+    sent = torch.full((4, 3), -1, pin_memory=True)
+    call = make_choice(torch.zeros(3, 32000, device="cuda"), moves=False)
+    call = replace(call, mailbox=Mailbox(sent, torch.zeros(3, dtype=torch.int64, device="cuda")), dependent=True)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        ops.choose(call)
+    for turn in range(9):
+        hot = [turn, 31999 - turn, 17]
+        call.scores.zero_()
+        call.scores[range(3), hot] = 1.0
+        graph.replay()
+        torch.cuda.synchronize()
+        assert sent[turn % 4].tolist() == hot
+    with pytest.raises(ValueError, match="pinned for a GPU"):
+        ops.choose(replace(call, mailbox=replace(call.mailbox, tokens=torch.zeros(4, 3, dtype=torch.int64))))
 
 
 @pytest.mark.gpu
