@@ -17,7 +17,7 @@ from lowbit.engine.decoder import Decoder
 from lowbit.engine.prefill import read_prompt
 from lowbit.engine.step import Step
 
-LENGTHS = (8, 16, 32, 64, 128, 192, 256, 384, 512, 768, 1024)
+LENGTHS = (8, 16, 32, 64, 128, 192, 256, 384, 512, 768, 1024, 1280, 1536, 1792, 2048)
 
 
 class Pass:

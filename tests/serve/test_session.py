@@ -13,6 +13,7 @@ import torch
 from lowbit.engine.passes import LENGTHS
 from lowbit.engine.sampling import Sampling
 from lowbit.errors import EngineError
+from lowbit.serve.batch import Batch
 from lowbit.serve.pace import Pace
 from lowbit.serve.session import Busy, Failed, Session
 from lowbit.serve.warm import Graph, expected
@@ -316,6 +317,15 @@ def test_expected_graphs_are_captured_while_there_is_no_work(model):
         assert not session.batch.cold
         [job] = ask(session, model.requests([[5] * 20], SETTINGS[0]))
         assert job.request.completion().text == "".join(piece.text for piece in first)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "writing", "most"), [((8, 2048), [], 2048), ((8, 2048), ["job"], 1024), ((8, 512), ["job"], 512), ((), [], 0)]
+)
+def test_a_pass_is_shorter_while_other_requests_write(lengths, writing, most):
+    batch = SimpleNamespace(reader=lambda: SimpleNamespace(lengths=lengths), writing=writing)
+    jobs = [SimpleNamespace(request=SimpleNamespace(sequence=[0] * count)) for count in (most, most + 1)]
+    assert [Batch.fits_pass(batch, job) for job in jobs] == [True, False]
 
 
 def test_graphs_are_expected_for_every_number_of_rows_and_both_reaches():
