@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lowbit.engine.sampler import Chosen, Sampler
 from lowbit.engine.sampling import LONGEST_BAD_WORD
-from lowbit.quant.kernels.choose_tokens import Cursor
+from lowbit.quant.kernels.choose_tokens import Cursor, Mailbox
 
 MOST_FRESH = 8  # tokens of a sequence that one step makes certain
 SHARED = ("temperature", "top_k", "top_p", "min_p", "seed")
@@ -56,13 +56,19 @@ class Check(Sampler):
             none = self.vocabulary
             self.fresh.copy_(torch.tensor([[*tokens, *[none] * (MOST_FRESH - len(tokens))] for tokens in fresh]))
 
-    def __call__(self, logits: Tensor, tokens: Tensor | None = None, cursor: Cursor | None = None) -> Chosen:
+    def __call__(
+        self,
+        logits: Tensor,
+        tokens: Tensor | None = None,
+        cursor: Cursor | None = None,
+        mailbox: Mailbox | None = None,
+    ) -> Chosen:
         """The tokens after each row: logits (rows, vocabulary) float32, the rows' tokens (rows). Nothing advances."""
         assert tokens is not None
         if self.features.penalized:
             self.base.take(self.fresh)
             self.suppose(tokens.view(-1, self.width)[:, 1:])
-        return super().__call__(logits)
+        return super().__call__(logits, mailbox=mailbox)
 
     def suppose(self, drafts: Tensor) -> None:
         """Set each row's state to that of its sequence after the drafts (sequences, width - 1) up to the row."""
