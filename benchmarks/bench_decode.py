@@ -45,14 +45,14 @@ CASES = (
     Case("llama2-7b", "int8", (1,)),
     Case("llama2-7b", "dense", (1,), dtype="bfloat16"),
     Case("llama2-13b", "w4", (1, 8)),
+    Case("llama3-8b", "w4", (1, 8), head="int8-channel"),
+    Case("llama2-7b", "w8a8", (1,)),
     Case("codegeex-13b", "int8", (1,)),
     Case("chatglm2-6b", "w4", (1, 8)),
     Case("chatglm2-6b", "dense", (1, 8)),
     Case("llama2-7b", "dense", (1, 8)),
     Case("llama2-13b", "dense", (1, 8)),
     Case("llama2-7b", "w4", (2, 4, 16)),
-    Case("llama3-8b", "w4", (1, 8), head="int8-channel"),
-    Case("llama2-7b", "w8a8", (1,)),
     *(
         Case("llama2-7b", method, (1, 8), prompts=(128,))
         for method in ("fp8", "fp8-block", "nvfp4", "mxfp4", "w3", "w2")

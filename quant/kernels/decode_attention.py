@@ -31,6 +31,7 @@ PLAIN_BYTES = 100e6
 WARPS, MANY_WARPS = 4, 8
 MANY_WARPS_DIM = 128  # widest heads whose chunks fit in the registers of 8 warps
 SHORT_BLOCKS, LONG_BLOCKS = 1.95, 2.5  # most blocks per multiprocessor after splitting
+YIELDS = True  # the next product asks for its first weights while attention runs, not only after its loop
 APPEND_FIELDS = ("qkv", "positions", "slots", "cosines", "sines", "q_norm", "k_norm", "norm_eps")
 ATTENTION_FIELDS = ("q", "starts", "positions", "scale", "window", "softcap", "sinks", "adjacent")
 
@@ -187,7 +188,7 @@ def attend(call: AttentionCall) -> Tensor:
     fast = has_fast_memory(out.device)
     dependent = call.dependent and not (fast and most_bytes(call) > PLAIN_BYTES)
     warps = choose_warps(call) if fast else WARPS
-    cut = {"splits": splits, "warps": warps, "dependent": dependent}
+    cut = {"splits": splits, "warps": warps, "dependent": dependent, "yields": YIELDS}
     launch("decode_attention", out.dtype, call.cache.number.name, device=out.device, args=args, **cut)
     return out
 

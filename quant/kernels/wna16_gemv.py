@@ -11,7 +11,7 @@ from lowbit.quant.kernels.packed import CHUNK_K, TILE_ROWS
 from lowbit.quant.kernels.problem import PackedCall, Problem
 from lowbit.quant.kernels.wna16_args import launch_product, prepare
 
-MAX_M, FEW_ROWS = 64, 8
+MAX_M, SOME_ROWS, FEW_ROWS = 64, 16, 8
 STREAM_M = 16  # on Hopper, whose code for more rows is wna16_gemm's, of 4 and 8 bits
 MAX_WARPS = 8  # per block
 LONG_K = 64  # chunks
@@ -26,6 +26,7 @@ ROOM = 16  # warps per multiprocessor, with up to 16 rows of x
 # Llama-3-8B 1.453 (1.530). 32 with 64 registers took 2.333 and 1.488.
 CROWD, CROWD_WARPS = 24, 12  # warps per multiprocessor, and of a block
 CROWDS = (CROWD, 28)  # a block has at most half of them
+CROWDED_ROWS = 8  # of x, up to which more warps are the rule; there is code for SOME_ROWS
 # Microseconds for a weight of 8 bits per channel with dependent launch, m = 1: per launch, per unit of cost, per
 # megabyte. Fitted to 25 shapes on one H100, within 4% (rms).
 CHANNEL_US = (1.7, 0.0301, 0.193)
@@ -39,7 +40,8 @@ class GemvCut:
     row_warps  warps of a block along n, a power of two
     k_warps    warps of a block that split k
     cluster    blocks that split k and sum through distributed shared memory
-    room       warps that a multiprocessor holds: ROOM, or one of CROWDS for one tile per warp and up to 8 rows of x
+    room       warps that a multiprocessor holds: ROOM, or one of CROWDS for one tile per warp and up to 8 rows of x; with
+               4-bit integers CROWD for up to 16, too
     """
 
     row_tiles: int
@@ -121,17 +123,25 @@ def crowded_cut(problem: Problem) -> GemvCut | None:
     If not even two fit, integers of up to 4 bits have none, and others WAVES. None, too, if k has a single chunk.
     """
     tiles, chunks = -(-problem.n // TILE_ROWS), -(-problem.k // CHUNK_K)
-    if problem.m > FEW_ROWS:
+    if problem.m > CROWDED_ROWS:
         return None
-    # more than CROWD, and blocks of half as many warps, are measured for integers of 4 bits alone
-    crowds = product(CROWDS, (1, 2)) if problem.bits == 4 and not problem.is_float else [(CROWD, 1)]
-    for room, part in crowds:
+    rooms, four = rooms_of(problem), problem.bits == 4 and not problem.is_float
+    for room, part in product(rooms, (1, 2) if four else (1,)):
         for k_warps in range(min(room // 2, chunks), 1, -1):
             row_warps = max(1, MAX_WARPS // k_warps // part)
             resident = room // (row_warps * k_warps)  # blocks of a multiprocessor
             if -(-tiles // row_warps) <= resident * problem.processors:
                 return GemvCut(1, row_warps, k_warps, 1, room)
-    return WAVES if chunks >= WAVES.k_warps and (problem.is_float or problem.bits > 4) else None
+    return WAVES if rooms and chunks >= WAVES.k_warps and (problem.is_float or problem.bits > 4) else None
+
+
+def rooms_of(problem: Problem) -> tuple[int, ...]:
+    """The numbers of warps above ROOM that there is code for. More rows, more than CROWD, and blocks of half as many
+    warps are measured for integers of 4 bits alone; more rows where they spill no registers."""
+    four = problem.bits == 4 and not problem.is_float
+    if problem.m <= FEW_ROWS:
+        return CROWDS if four else (CROWD,)
+    return (CROWD,) if four and problem.m <= SOME_ROWS and problem.group_size not in (32, 64) else ()
 
 
 def most_staged_bytes(capability: tuple[int, int] | None) -> int:

@@ -136,13 +136,14 @@ def assert_next_norm(y: Tensor, norm: NextNorm) -> None:
     assert torch.allclose(norm.squares, expected.squares, rtol=1e-5)
 
 
-def random_launch(pick: random.Random, kernel: ModuleType, m: int, bits: int = 0) -> Any:
+def random_launch(pick: random.Random, kernel: ModuleType, problem: Problem) -> Any:
     """Any cut that the kernel has code for, of more blocks than there are chunks too."""
     if kernel is wna16_gemm:
-        return wna16_gemm.GemmCut(pick.choice(wna16_gemm.warpgroups_for(m)), pick.randint(1, 8))
-    row_warps, cluster, crowded = pick.choice([1, 2, 4]), pick.choice([1, 2, 3, 4]), m <= 8 and pick.random() < 0.5
-    if crowded:
-        room = pick.choice(wna16_gemv.CROWDS if bits == 4 else wna16_gemv.CROWDS[:1])
+        return wna16_gemm.GemmCut(pick.choice(wna16_gemm.warpgroups_for(problem.m)), pick.randint(1, 8))
+    row_warps, cluster = pick.choice([1, 2, 4]), pick.choice([1, 2, 3, 4])
+    rooms = wna16_gemv.rooms_of(problem)
+    if rooms and pick.random() < 0.5:
+        room = pick.choice(rooms)
         return wna16_gemv.GemvCut(1, row_warps, pick.randint(1, room // 2 // row_warps), cluster, room)
     return wna16_gemv.GemvCut(pick.choice([1, 2]), row_warps, pick.randint(1, 8 // row_warps), cluster)
 
@@ -180,7 +181,7 @@ def check_products(gpu: Gpu, kernel_name: str, seeds: range) -> None:
         call = gpu.put(call)
         if pick.random() < 0.5:  # rows that begin anywhere, and end at the page
             call = replace(call, bias=gpu.put(call.bias, 2), residual=gpu.put(call.residual, 2))
-        launch = random_launch(pick, kernel, call.x.shape[0], call.weight.bits)
+        launch = random_launch(pick, kernel, call.problem())
         gpu.start(seed, (call.y_shape, call.weight.k, call.weight.bits, call.weight.group_size, call.x.dtype, launch))
         y, rotary = launched(gpu, kernel, call, launch), call.rotary
         caches = [] if rotary is None else [rotary.k_cache, rotary.v_cache]
@@ -585,7 +586,7 @@ def check_attention(gpu: Gpu, seeds: range) -> None:
         gpu.late(call.q, *(part[slot] for part in parts_of(cache) for slot in append.slots.tolist()))
         values = {"choose_splits": splits, "has_fast_memory": pick.random() < 0.5}
         chosen = {name: mock.Mock(return_value=value) for name, value in values.items()}
-        with gpu, mock.patch.multiple(decode_attention, **chosen):
+        with gpu, mock.patch.multiple(decode_attention, YIELDS=pick.random() < 0.5, **chosen):
             out = decode_attention.attend(call)
         assert_close(out, wanted, out.dtype, 8)
 

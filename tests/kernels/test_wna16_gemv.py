@@ -135,8 +135,14 @@ def test_every_cut_of_the_work(m: int) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("m", [1, 5, 8])
-@pytest.mark.parametrize(("bits", "room"), [(4, CROWDS[1]), *((bits, CROWDS[0]) for bits in range(2, 9))])
+@pytest.mark.parametrize(
+    ("m", "bits", "room"),
+    [
+        *((m, 4, CROWDS[1]) for m in (1, 5, 8)),
+        *((m, bits, CROWDS[0]) for m in (1, 5, 8) for bits in range(2, 9)),
+        *((m, 4, CROWDS[0]) for m in (9, 16)),
+    ],
+)
 def test_every_crowded_cut(m: int, bits: int, room: int) -> None:
     for group_size, symmetric in ((32, False), (64, True), (128, True), (-1, False)):
         for dtype in DTYPES:

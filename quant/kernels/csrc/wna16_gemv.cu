@@ -31,7 +31,8 @@ struct Wna16GemvLaunch {
   FIELD(int, row_warps);         // warps of a block along n, a power of two
   FIELD(int, k_warps);           // warps of a block that split k
   FIELD(int, cluster);           // blocks that split k; more than 1 needs sm_90
-  FIELD(int, room);              // warps of a multiprocessor: 16; 24 (28 for 4 bits) with one tile a warp, 8 rows of x
+  FIELD(int, room);              // warps of a multiprocessor: 16; with one tile a warp and 8 rows of x 24, or 28 for 4
+                                 // bits; 24 with 16 rows for integers of 4 bits with one scale a chunk
   FIELD(bool, dependent);        // launched with programmatic dependent launch
 };
 
@@ -1110,7 +1111,12 @@ template <typename T, typename Number, bool kZeros, int kGroups>
 cudaError_t launch_groups(const Wna16Args& args, const Wna16GemvLaunch& launch, cudaStream_t stream) {
   const int columns = args.m <= 8 ? 8 : args.m <= 16 ? 16 : args.m <= 32 ? 32 : 64;
   if (launch.room > 16) {
-    if (columns > 8 || launch.row_tiles > 1) return cudaErrorInvalidValue;
+    if (columns > 16 || launch.row_tiles > 1) return cudaErrorInvalidValue;
+    if constexpr (Number::kBits == 4 && !Number::kFloat && kGroups == 1) {
+      if (columns == 16 && launch.room == 24)
+        return launch_shape<Shape<T, Number, kZeros, kGroups, 1, 2, 24>>(args, launch, stream);
+    }
+    if (columns > 8) return cudaErrorInvalidValue;
     if constexpr (Number::kBits == 4) {
       if (launch.room == 28) return launch_shape<Shape<T, Number, kZeros, kGroups, 1, 1, 28>>(args, launch, stream);
     }
