@@ -159,7 +159,7 @@ class Sampler:
         noise = Noise(self.temperature[:, 0], self.seed[:, 0]) if self.features.sampled else None
         if tokens is None:
             tokens = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
-        ops.choose(ChoiceCall(scores, tokens, self.written[:, 0], cursor, noise, mailbox, dependent=True))
+        ops.choose(ChoiceCall(scores, tokens, self.written[:, 0], cursor, noise, True, mailbox))
         self.remember(tokens)
         if not self.features.logprobs:
             return Chosen(tokens)

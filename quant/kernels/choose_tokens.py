@@ -69,8 +69,8 @@ class ChoiceCall:
     written  (m)    int64    incremented
     cursor   advanced by one position; None: rows stay
     noise    added to scores / temperature before the comparison; None for greedy decoding
-    mailbox  the tokens go there, too; None: nowhere else
     dependent  launch without waiting for the previous kernel (programmatic dependent launch)
+    mailbox  the tokens go there, too; None: nowhere else
     """
 
     scores: Tensor
@@ -78,8 +78,8 @@ class ChoiceCall:
     written: Tensor
     cursor: Cursor | None = None
     noise: Noise | None = None
-    mailbox: Mailbox | None = None
     dependent: bool = False
+    mailbox: Mailbox | None = None
 
 
 def choose(call: ChoiceCall) -> None:
