@@ -203,8 +203,8 @@ class Batch:
         return runner.logits[-1:]
 
     def fits_pass(self, job: Job) -> bool:
-        """True if a captured pass may read the whole sequence: see passes.py. Longer ones would make requests that write
-        wait too long."""
+        """True if a captured pass may read the whole sequence: see passes.py. Requests that write do not wait for long
+        ones."""
         longest = max(self.reader().lengths, default=0)
         return len(job.request.sequence) <= (min(longest, PASS_ROWS) if self.writing else longest)
 

@@ -40,7 +40,7 @@ class GemvCut:
     row_warps  warps of a block along n, a power of two
     k_warps    warps of a block that split k
     cluster    blocks that split k and sum through distributed shared memory
-    room       warps that a multiprocessor holds: ROOM, or one of CROWDS for one tile per warp and up to 8 rows of x; with
+    room       warps that a multiprocessor holds: ROOM, or one of CROWDS for one tile per warp and up to 8 rows of x; of
                4-bit integers CROWD for up to 16, too
     """
 

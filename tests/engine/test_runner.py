@@ -19,5 +19,7 @@ def test_the_last_steps_are_in_the_mailbox_and_later_ones_are_refused(tmp_path):
         assert len({tuple(row) for row in wanted}) > 1
         for turn in range(2, SENT + 2):
             assert Written(runner, turn).wait().tokens.tolist() == wanted[turn]
-        with pytest.raises(RuntimeError, match=f"step 1 is read after {SENT + 2} steps: the mailbox holds the last {SENT}"):
+        with pytest.raises(
+            RuntimeError, match=f"step 1 is read after {SENT + 2} steps: the mailbox holds the last {SENT}"
+        ):
             runner.sent(1)

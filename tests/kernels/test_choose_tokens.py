@@ -148,7 +148,10 @@ def test_opcheck_and_compile():
         ({"cursor": Cursor(torch.zeros(3), torch.zeros(3), 9)}, "positions is"),
         ({"noise": Noise(torch.zeros(3, 1), torch.arange(3))}, r"temperature is \(3, 1\)"),
         ({"tokens": torch.zeros(3, dtype=torch.int64, device="meta")}, "tokens is on meta, the scores on cpu"),
-        ({"mailbox": Mailbox(torch.zeros(8, 3), torch.arange(3))}, r"mailbox is \(8, 3\) torch.float32, not \(steps, 3\)"),
+        (
+            {"mailbox": Mailbox(torch.zeros(8, 3), torch.arange(3))},
+            r"mailbox is \(8, 3\) torch.float32, not \(steps, 3\)",
+        ),
         ({"mailbox": Mailbox(torch.zeros(3, 2).long().T, torch.arange(3))}, "contiguous memory of the host"),
         ({"mailbox": Mailbox(torch.zeros(2, 3).long(), torch.arange(2))}, r"turns is \(2,\)"),
     ],

@@ -320,7 +320,8 @@ def test_expected_graphs_are_captured_while_there_is_no_work(model):
 
 
 @pytest.mark.parametrize(
-    ("lengths", "writing", "most"), [((8, 2048), [], 2048), ((8, 2048), ["job"], 1024), ((8, 512), ["job"], 512), ((), [], 0)]
+    ("lengths", "writing", "most"),
+    [((8, 2048), [], 2048), ((8, 2048), ["job"], 1024), ((8, 512), ["job"], 512), ((), [], 0)],
 )
 def test_a_pass_is_shorter_while_other_requests_write(lengths, writing, most):
     batch = SimpleNamespace(reader=lambda: SimpleNamespace(lengths=lengths), writing=writing)
