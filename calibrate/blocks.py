@@ -2,9 +2,10 @@
 
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
-from itertools import chain
+from itertools import chain, islice
 from typing import Any, Protocol
 
 import torch
@@ -47,31 +48,50 @@ class Blocks(Protocol):
         """Skip block `index`, whose `outcome` comes from an earlier run."""
 
 
+# A linear's name, its weight rounded to nearest, and its row in the report.
+Nearest = tuple[str, QTensor, dict[str, Any]]
+
+
 class DataFreeBlocks:
-    """Blocks whose weights are rounded to nearest, with a few tensors of the file in memory at a time."""
+    """Blocks whose weights are rounded to nearest, with a few tensors of the file in memory at a time.
+
+    Within its context, tensors of the next blocks are read and rounded ahead of their turn.
+    """
 
     def __init__(self, job: Job) -> None:
-        self._job = job
+        self._job, self._held = job, ExitStack()
+        self._pieces: Iterator[list[Nearest]] = iter(())
+
+    def __enter__(self) -> "DataFreeBlocks":
+        self._pieces = self._held.enter_context(ahead(self._in_tensor, self._tensors(), WORKERS))
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._held.close()
 
     def quantize(self, index: int) -> BlockOutcome:
-        """The outcome of block `index`, quantized now."""
+        """The outcome of block `index`, the next one."""
         begun = time.monotonic()
-        job, block = self._job, self._job.skeleton.blocks[index]
-        weights: dict[str, QTensor] = {}
-        rows: dict[str, dict[str, Any]] = {}
-        largest = self._largest(block)
-
-        def rounded(name: str) -> list[tuple[str, QTensor, dict[str, Any]]]:
-            return [self._rounded(spec.name, w, largest) for spec, w in self._linears_of(block, name)]
-
-        with ahead(rounded, self._names(block), WORKERS) as pieces:
-            for name, weight, row in chain.from_iterable(pieces):
-                weights[name], rows[name] = weight, row
+        block = self._job.skeleton.blocks[index]
+        found = list(chain.from_iterable(islice(self._pieces, len(self._names(block)))))
+        weights = {name: weight for name, weight, _ in found}
+        rows = {name: row for name, _, row in found}
         seconds = time.monotonic() - begun
-        report = BlockReport(index, block.name, None, seconds, peak_memory(job.device), [], rows)
+        report = BlockReport(index, block.name, None, seconds, peak_memory(self._job.device), [], rows)
         return BlockOutcome(weights, {}, report)
 
-    def _rounded(self, name: str, w: Tensor, largest: dict[str, Tensor]) -> tuple[str, QTensor, dict[str, Any]]:
+    def _tensors(self) -> Iterator[tuple[Block, str, dict[str, Tensor]]]:
+        """Each block's tensors that hold linears with a scheme, and the block's largest magnitudes."""
+        for block in self._job.skeleton.blocks:
+            largest = self._largest(block)
+            yield from ((block, name, largest) for name in self._names(block))
+
+    def _in_tensor(self, item: tuple[Block, str, dict[str, Tensor]]) -> list[Nearest]:
+        """The linears in a tensor, rounded."""
+        block, name, largest = item
+        return [self._rounded(spec.name, w, largest) for spec, w in self._linears_of(block, name)]
+
+    def _rounded(self, name: str, w: Tensor, largest: dict[str, Tensor]) -> Nearest:
         """The weight `w` of a linear rounded to nearest, in host memory, and its row in the report."""
         job, scheme = self._job, self._job.plan.schemes[name]
         require_scales(name, w, scheme, job.scale_dtype)

@@ -2,12 +2,12 @@
 
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lowbit.ahead import WORKERS, Behind, fewer_threads
+from lowbit.ahead import WORKERS, Behind, one_thread
 from lowbit.calibrate import ranks
 from lowbit.calibrate.blocks import BlockLoop, Blocks, DataFreeBlocks
 from lowbit.calibrate.data import CalibrationSet
@@ -57,18 +57,18 @@ def run(
     )
     result = Result(job.plan, recipe, job.dtype, source_bytes=job.source.checkpoint.nbytes)
     fmt = FORMATS[recipe.format]
-    writer = RecordingWriter(CheckpointWriter(fmt, output, recipe.max_shard_size), job)
     loop = BlockLoop(job, calibration) if calibration else None
-    # rounding alone takes no longer than a journal
-    outcomes = _outcomes(job, loop, result, on_block, journal if loop else None)
-    shared = nullcontext() if loop else fewer_threads(WORKERS)
-    with shared, Behind() as behind:  # a block is packed and written while the next one is quantized
-        for block, outcome in zip(job.skeleton.blocks, outcomes, strict=True):
-            tell(Part(f"writing {block.name}"))
-            behind(writer.add_block, block, outcome)
-    tell(Step("writing the unquantized tensors", 0, None))
-    seen = loop.before_head() if loop and job.plan.head else None
-    result.vocabulary = writer.add_others(seen)
+    writer = RecordingWriter(CheckpointWriter(fmt, output, recipe.max_shard_size), job, 1 if loop else WORKERS)
+    with _blocks_of(job, loop) as blocks:
+        # rounding alone takes no longer than a journal
+        outcomes = _outcomes(job, blocks, result, on_block, journal if loop else None)
+        with Behind() as behind:  # a block is packed and written while the next one is quantized
+            for block, outcome in zip(job.skeleton.blocks, outcomes, strict=True):
+                tell(Part(f"writing {block.name}"))
+                behind(writer.add_block, block, outcome)
+        tell(Step("writing the unquantized tensors", 0, None))
+        seen = loop.before_head() if loop and job.plan.head else None
+        result.vocabulary = writer.add_others(seen)
     carry_along(job.source.checkpoint, output, with_code=job.source.trust_remote_code)
     write_text(output / "recipe.toml", result.recipe.to_toml())
     write_json(output / "quantization_report.json", report_of(job.source, result, job.mixture, job.caveats()))
@@ -87,11 +87,20 @@ def assist(job: Job, calibration: CalibrationSet | None, journal: Journal | None
         deque(_outcomes(job, BlockLoop(job, calibration), result, lambda report: None, journal), maxlen=0)
 
 
+@contextmanager
+def _blocks_of(job: Job, loop: BlockLoop | None) -> Iterator[Blocks]:
+    """A context with the blocks of `job`: `loop`, or, without calibration, those of workers with one thread each."""
+    if loop is not None:
+        yield loop
+        return
+    with one_thread(), DataFreeBlocks(job) as blocks:
+        yield blocks
+
+
 def _outcomes(
-    job: Job, loop: BlockLoop | None, result: Result, on_block: OnBlock, journal: Journal | None
+    job: Job, blocks: Blocks, result: Result, on_block: OnBlock, journal: Journal | None
 ) -> Iterator[BlockOutcome]:
     """Every block's outcome, also reported to `result` and `on_block`. With distillation, all come at the end."""
-    blocks: Blocks = loop or DataFreeBlocks(job)
     held = []
     for index in range(len(job.skeleton.blocks)):
         outcome = _outcome(blocks, index, journal, tuned=job.recipe.distill_steps > 0)
@@ -101,13 +110,13 @@ def _outcomes(
             held.append(outcome)
         else:
             yield outcome
-    if loop and held:
+    if isinstance(blocks, BlockLoop) and held:
 
         def on_step(loss: float) -> None:
             result.distilled.append(loss)
             tell(Step(TUNING, len(result.distilled), job.recipe.distill_steps))
 
-        yield from distill(job, loop, held, on_step)
+        yield from distill(job, blocks, held, on_step)
 
 
 def _outcome(blocks: Blocks, index: int, journal: Journal | None, tuned: bool) -> BlockOutcome:

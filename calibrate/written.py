@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowbit.ahead import WORKERS, ahead
+from lowbit.ahead import WORKERS, ahead, one_thread
 from lowbit.calibrate.job import Job, stays
 from lowbit.calibrate.outcome import BlockOutcome
 from lowbit.calibrate.vocabulary import VocabularyWeight, head_name, rounded, row_of
@@ -36,10 +36,13 @@ def require_scales(name: str, w: Tensor, scheme: Scheme, scale_dtype: torch.dtyp
 
 
 class RecordingWriter:
-    """Writes the checkpoint's tensors, and keeps a digest of each for verification."""
+    """Writes the checkpoint's tensors, and keeps a digest of each for verification.
 
-    def __init__(self, writer: CheckpointWriter, job: Job) -> None:
-        self._writer, self._job = writer, job
+    workers  weights of a block that are packed at the same time
+    """
+
+    def __init__(self, writer: CheckpointWriter, job: Job, workers: int = 1) -> None:
+        self._writer, self._job, self._workers = writer, job, workers
         self._meant: dict[str, str] = {}
 
     def add_block(self, block: Block, outcome: BlockOutcome) -> None:
@@ -48,14 +51,20 @@ class RecordingWriter:
         self._writer.add_cache(outcome.cache)
         held = {name: tensor for name, tensor in outcome.cache.items() if self._writer.format.cached({name: tensor})}
         self._meant |= {name: _digest((tensor,)) for name, tensor in held.items()}
-        for name, weight in weights.items():
-            self._writer.add_weight(name, weight)
-            self._meant[name] = _digest_of(weight)
+        with ahead(self._packed, weights.items(), self._workers) as packed:
+            for name, tensors, digest in packed:
+                self._writer.add_written(tensors)
+                self._meant[name] = digest
         for name, placement in block.tensors.items():
             if stays(block, name, weights):
                 value = kept[name] if name in kept else self._source(name)
                 for single, part in (_biases(block, placement.parameter, value, weights) or {name: value}).items():
                     self._add(single, part)
+
+    def _packed(self, item: tuple[str, QTensor]) -> tuple[str, dict[str, Tensor], str]:
+        """The name of a quantized linear, what the format makes of its weight, and the weight's digest."""
+        name, weight = item
+        return name, self._writer.format.write(name, weight), _digest_of(weight)
 
     def add_others(self, seen: Stats | None = None) -> dict[str, dict[str, Any]]:
         """Write the tensors outside the blocks, without copies of tied embeddings. Returns the report rows of head and
@@ -116,7 +125,7 @@ class RecordingWriter:
                 return _digest((written.read(name),))
             return _digest_of(logical.qtensor(name))
 
-        with ThreadPoolExecutor(WORKERS) as pool, ahead(found_in, self._meant, WORKERS) as digests:
+        with one_thread(), ThreadPoolExecutor(WORKERS) as pool, ahead(found_in, self._meant, WORKERS) as digests:
             sums = {path.name: pool.submit(sha256_of, path) for path in paths}
             for number, ((name, meant), found) in enumerate(zip(self._meant.items(), digests, strict=True), 1):
                 tell(Step("reading the files back", number, len(self._meant)))

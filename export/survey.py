@@ -11,7 +11,7 @@ from threading import Lock
 import torch
 from torch import Tensor
 
-from lowbit.ahead import Behind, fewer_threads
+from lowbit.ahead import Behind, one_thread
 from lowbit.errors import CheckpointError, Unfinished
 from lowbit.export.checkpoint import Checkpoint, verify_checksums
 from lowbit.export.files import changed, identity_of, open_regular
@@ -38,7 +38,7 @@ def survey(checkpoint: Checkpoint, on_bytes: Callable[[int], None] = lambda coun
         with told:
             on_bytes(count)
 
-    with ThreadPoolExecutor(READERS) as readers, fewer_threads(READERS):
+    with ThreadPoolExecutor(READERS) as readers, one_thread():
         read = list(readers.map(lambda path: _read(path, files[path], tell), files))
     sums = {path.name: digest for path, (digest, _) in zip(files, read, strict=True)}
     verify_checksums(checkpoint, sums)

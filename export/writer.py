@@ -50,7 +50,11 @@ class CheckpointWriter:
 
     def add_weight(self, name: str, weight: QTensor) -> None:
         """Write the quantized linear `name`."""
-        for key, tensor in self.format.write(name, weight).items():
+        self.add_written(self.format.write(name, weight))
+
+    def add_written(self, tensors: Mapping[str, Tensor]) -> None:
+        """Write what the format has made of a quantized linear."""
+        for key, tensor in tensors.items():
             self._files.add(key, tensor)
 
     def add_cache(self, scales: Mapping[str, Tensor]) -> None:

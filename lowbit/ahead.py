@@ -15,7 +15,7 @@ import torch
 
 T = TypeVar("T")
 R = TypeVar("R")
-WORKERS = min(os.cpu_count() or 1, 4)
+WORKERS = min(os.cpu_count() or 1, 8)
 
 
 @contextmanager
@@ -55,6 +55,14 @@ def fewer_threads(workers: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """A context in which torch computes with one thread, in this thread and in new ones: for many small operations, or
+    beside workers. Waking others up takes longer than what they would do."""
+    with fewer_threads(torch.get_num_threads()):
+        yield
 
 
 class Behind:

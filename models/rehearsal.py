@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from transformers import PreTrainedModel
 
+from lowbit.ahead import one_thread
 from lowbit.errors import CheckpointError, LowbitError
 from lowbit.models.cached import attending, file_name
 from lowbit.models.products import MULTIPLICATIONS
@@ -136,8 +137,9 @@ def rehearsed(skeleton: Skeleton) -> Iterator[tuple[Walk, States]]:
     try:
         hollow(modules, "cpu", torch.float32)
         walk = _Rehearsal(skeleton, "cpu", torch.float32)
-        (states,) = walk.start([torch.arange(2 * TOKENS).view(2, TOKENS)])
-        yield walk, states
+        with one_thread():
+            (states,) = walk.start([torch.arange(2 * TOKENS).view(2, TOKENS)])
+            yield walk, states
     finally:
         empty(modules)
 
