@@ -35,6 +35,7 @@ from lowbit.quant.qtensor import QTensor
 from lowbit.quant.stats import Stats, nothing_seen, stats_of
 
 BATCH_TOKENS = 2048  # tokens per forward pass of a block
+MIXED_TOKENS = 8192  # of a block with experts on a GPU, which the host asks for one by one
 GRAM_TOKENS = 16384  # tokens used for the second moments of transforms and clipping
 
 
@@ -159,7 +160,8 @@ class BlockLoop:
 
     def __init__(self, job: Job, calibration: CalibrationSet) -> None:
         compute = torch.float32 if job.device == "cpu" and job.dtype == torch.float16 else job.dtype
-        self.batches = calibration.batches(BATCH_TOKENS)
+        mixed = any(EXPERT.search(spec.name) for block in job.skeleton.blocks for spec in block.linears)
+        self.batches = calibration.batches(MIXED_TOKENS if mixed and job.device != "cpu" else BATCH_TOKENS)
         self.walk = Walk(job.skeleton, job.device, compute)
         self.states = self.walk.start(self.batches)
         self.exact = self.states

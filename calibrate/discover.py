@@ -5,8 +5,8 @@ reads that producer if its input columns come out multiplied by exactly these fa
 and the block runs again: this reveals linears hidden behind the change (experts behind a router). Once the block's
 output equals the original, the fold is proved. Otherwise there is no fold.
 
-All experts of a layer are one function with different weights. The findings for one expert are copied to experts that
-no probe token was routed to.
+All experts of a layer are one function with different weights. The findings for one expert are copied to the others:
+to those that probe tokens reach with a proof, which all share, and to the rest as they are.
 """
 
 import copy
@@ -20,7 +20,7 @@ from lowbit.calibrate.capture import sites_of
 from lowbit.models.products import LinearInputs, bias_view, weight_view
 from lowbit.models.skeleton import Block
 from lowbit.quant.algos.rotate import rotation, turned_inputs, turned_outputs
-from lowbit.quant.naming import EXPERT
+from lowbit.quant.naming import EXPERT, expert_of, expert_role
 from lowbit.quant.site import Fold, Heads, Site
 
 # Largest relative change of the block's contribution due to float32 rounding; a wrong fold changes it by over 1%.
@@ -146,9 +146,17 @@ def discover(bench: Workbench, probe: Probe, single: Probe, seed: int) -> Struct
     """
     calls, output = bench.inputs(probe)
     search = _Search(bench, probe, single, _by_name(calls), output, torch.Generator().manual_seed(seed))
-    folds = [fold for producer in _producers(bench) if (fold := search.fold_of(producer))]
     reached = {name for names, _ in calls for name in names}
     unreached = [spec.name for spec in bench.block.linears if spec.name not in reached]
+    twins = _reached_twins(bench.block, reached)
+    alike = {name for names in twins for name in names.values()}
+    searched = (producer for producer in _producers(bench) if producer.producer not in alike)
+    folds = [fold for producer in searched if (fold := search.fold_of(producer))]
+    copies = [_moved(fold, names) for names in twins for fold in folds if fold.producer in names]
+    proved = prove(bench, copies, probe, seed)
+    failed = {fold.producer for fold in copies} - {fold.producer for fold in proved}
+    again = (producer for producer in _producers(bench) if producer.producer in failed)
+    folds += [*proved, *(fold for producer in again if (fold := search.fold_of(producer)))]
     structure = Structure(sites_of(calls), folds, unreached)
     for names in _twins(unreached, reached):
         structure = _with_twin(structure, names)
@@ -166,6 +174,29 @@ def _twins(unreached: list[str], reached: set[str]) -> Iterator[dict[str, str]]:
                 break
 
 
+def _reached_twins(block: Block, reached: set[str]) -> list[dict[str, str]]:
+    """For each reached expert but the first of its layer with the same linears: a map from the linears of that one to
+    its own."""
+    first: dict[tuple[str, ...], dict[str, str]] = {}
+    twins = []
+    experts: dict[str, list[str]] = {}
+    for spec in block.linears:
+        if spec.name in reached and EXPERT.search(spec.name):
+            experts.setdefault(expert_of(spec.name), []).append(spec.name)
+    for own in experts.values():
+        names = dict(zip((expert_role(name) for name in own), own, strict=True))
+        model = first.setdefault(tuple(names), names)
+        if model is not names:
+            twins.append({model[role]: name for role, name in names.items()})
+    return twins
+
+
+def _moved(fold: Fold, names: dict[str, str]) -> Fold:
+    """A fold inside an expert, in the expert whose linears `names` maps to."""
+    columns = {names[name]: values for name, values in fold.columns.items() if name in names}
+    return replace(fold, producer=names[fold.producer], columns=columns)
+
+
 def _with_twin(structure: Structure, names: dict[str, str]) -> Structure:
     """Copy the findings for one expert to its twin; `names` maps the expert's linears to the twin's."""
     sites = [
@@ -175,11 +206,11 @@ def _with_twin(structure: Structure, names: dict[str, str]) -> Structure:
     ]
     folds, inside = [], []
     for fold in structure.folds:
-        moved = {names[name]: columns for name, columns in fold.columns.items() if name in names}
         if fold.producer in names:
             folds.append(fold)
-            inside.append(replace(fold, producer=names[fold.producer], columns=moved))
+            inside.append(_moved(fold, names))
         else:
+            moved = {names[name]: columns for name, columns in fold.columns.items() if name in names}
             folds.append(replace(fold, columns=fold.columns | moved))
     unreached = [name for name in structure.unreached if name not in names.values()]
     return replace(structure, sites=structure.sites + sites, folds=folds + inside, unreached=unreached)

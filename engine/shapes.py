@@ -187,7 +187,7 @@ class RandomParts:
 
     def stack(self, part: str, mixture: Mixture, n: int, k: int) -> StackedLinear:
         """Random linears of all experts."""
-        weight = random_weight(mixture.experts * n, k, self.scheme, self.like)
+        weight = random_weight(mixture.experts * n, k, self.expert_scheme, self.like)
         return StackedLinear(
             load_stack(weight, mixture.experts, self.like.dtype, part == "up"), None, inputs_of(weight)
         )
