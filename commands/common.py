@@ -15,7 +15,6 @@ from huggingface_hub import constants
 from huggingface_hub.utils.tqdm import enable_progress_bars
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.segment import Segment
-from transformers.utils import logging as transformers_logging
 
 from lowbit.calibrate import ranks
 from lowbit.commands.parts import flag, value
@@ -104,8 +103,8 @@ DENSE_HEAD = value("--head", default="dense", text="Round the output head to thi
 
 def run_command(command: click.Command, interrupted: str = "Interrupted; nothing was written.") -> NoReturn:
     """Run a console script: exit 2 with a one-line error that the user can fix, 130 when interrupted."""
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
+    if "transformers" in sys.modules:  # not in a server, nor in what writes texts
+        quiet_transformers()
     if not constants.HF_HUB_DISABLE_PROGRESS_BARS:  # transformers' switch turns off those of downloads too
         enable_progress_bars()
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
@@ -134,6 +133,14 @@ def run_command(command: click.Command, interrupted: str = "Interrupted; nothing
             raise
         _fail(f"Error: {error.filename}: {error.strerror}", 2)
     sys.exit(0)
+
+
+def quiet_transformers() -> None:
+    """Let transformers print errors alone, and no progress bars."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
 
 
 def _fail(message: str, code: int) -> NoReturn:

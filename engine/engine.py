@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from lowbit.arguments import typed
 from lowbit.engine.beam import run_beams
@@ -24,6 +23,7 @@ from lowbit.engine.sampling import LONGEST_BAD_WORD, Completion, Piece, Sampling
 from lowbit.engine.workspace import Workspace, Workspaces
 from lowbit.errors import CheckpointError, EngineError
 from lowbit.models.chat import render_chat
+from lowbit.models.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int]
 
@@ -31,7 +31,7 @@ Prompt = str | Sequence[int]
 class Engine:
     """A loaded model. Any number of calls and threads may run at a time. An error leaves it usable."""
 
-    def __init__(self, decoder: Decoder, tokenizer: PreTrainedTokenizerBase | None, options: Options) -> None:
+    def __init__(self, decoder: Decoder, tokenizer: Tokenizer | None, options: Options) -> None:
         self.decoder, self.tokenizer, self.options = decoder, tokenizer, options
         self.spaces, self.lock = Workspaces(decoder, options), threading.Lock()
         self.words = threading.Lock()  # of the tokenizer: a prompt is encoded while a step runs
@@ -106,9 +106,9 @@ class Engine:
                 f"character {error.start} of {text[:60]!r} is half a surrogate pair, not valid Unicode"
             ) from error
         with self.words:
-            return list(tokenizer(text, add_special_tokens=add_special_tokens, verbose=False).input_ids)
+            return tokenizer.encode(text, add_special_tokens=add_special_tokens, verbose=False)
 
-    def require_tokenizer(self) -> PreTrainedTokenizerBase:
+    def require_tokenizer(self) -> Tokenizer:
         """The tokenizer. EngineError if the model has none."""
         if self.tokenizer is None:
             raise EngineError("the model has no tokenizer that can be loaded: give token ids instead of strings")

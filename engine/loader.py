@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedTokenizerBase
 
 from lowbit.arguments import typed
 from lowbit.engine.architecture import Architecture
@@ -20,7 +19,7 @@ from lowbit.export.sizes import SLACK
 from lowbit.export.untrusted import untrusted
 from lowbit.models.devices import check_device
 from lowbit.models.files import model_directory, refuse_negative_epsilon, refuse_scaled_float8
-from lowbit.models.tokenizer import load_tokenizer
+from lowbit.models.tokenizer import Tokenizer, load_tokenizer
 from lowbit.quant.kernels.extension import reason_against_device
 from lowbit.quant.kernels.packed import HALF
 
@@ -156,7 +155,7 @@ def default_dtype(checkpoint: Checkpoint, device: torch.device) -> torch.dtype:
     return {str(dtype).removeprefix("torch."): dtype for dtype in HALF}.get(str(name), torch.float16)
 
 
-def tokenizer_of(checkpoint: Checkpoint) -> PreTrainedTokenizerBase | None:
+def tokenizer_of(checkpoint: Checkpoint) -> Tokenizer | None:
     """The model's tokenizer, or None: an engine without one takes and returns token ids."""
     try:
         return load_tokenizer(checkpoint)

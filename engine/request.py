@@ -5,11 +5,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from lowbit.engine.sampler import Constraints
 from lowbit.engine.sampling import Completion, Piece, Sampling, TokenLogprob
 from lowbit.engine.text import TextStream
+from lowbit.models.tokenizer import Tokenizer
 
 
 class DraftCounts:
@@ -42,7 +42,7 @@ class Request:
         sampling: Sampling,
         words: tuple[tuple[int, ...], ...],
         stop_tokens: tuple[int, ...],
-        tokenizer: PreTrainedTokenizerBase | None,
+        tokenizer: Tokenizer | None,
         room: int,
         short: int | None = None,
     ) -> None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from transformers import PreTrainedTokenizerBase
+from lowbit.models.tokenizer import Tokenizer
 
 UNFINISHED = "\ufffd"  # a tokenizer's text for an incomplete character
 CONTEXT = 5  # tokens decoded together with new ones: some tokenizers' text depends on neighbouring tokens
@@ -11,9 +11,7 @@ CONTEXT = 5  # tokens decoded together with new ones: some tokenizers' text depe
 class TextStream:
     """The text of one request. `text` is all text so far, cut at a stop string."""
 
-    def __init__(
-        self, tokenizer: PreTrainedTokenizerBase | None, stop: Sequence[str] = (), prompt: Sequence[int] = ()
-    ) -> None:
+    def __init__(self, tokenizer: Tokenizer | None, stop: Sequence[str] = (), prompt: Sequence[int] = ()) -> None:
         self.tokenizer, self.stop = tokenizer, tuple(stop)
         self.tokens = list(prompt[-CONTEXT:])
         self.decoded = len(self.tokens)  # tokens of the prompt, and those with their text in `text`

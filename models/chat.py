@@ -10,13 +10,13 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
-
 from lowbit.errors import CheckpointError
 from lowbit.models.child import Children
+from lowbit.models.tokenizer import Tokenizer
 
 SECONDS = 5  # limit of processor time per chat
 NBYTES = 512 << 20  # limit of memory beyond the interpreter's own
+TEMPLATED = "transformers.tokenization_utils_base"  # the module that renders chats by templates
 CHARACTERS = 16 << 20  # limit of rendered text per chat
 LIMITS = {
     "memory": f"takes more than {NBYTES >> 20} MiB of memory",
@@ -34,7 +34,7 @@ class TemplateRefusal(CheckpointError):
 
 
 def render_chat(
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Tokenizer,
     messages: Sequence[Mapping[str, Any]],
     tools: Sequence[Any] | None = None,
     add_generation_prompt: bool = False,
@@ -49,7 +49,8 @@ def render_chat(
     no template, or if it exceeds a limit.
     """
     options = {"add_generation_prompt": add_generation_prompt, "continue_final_message": continue_final_message}
-    if type(tokenizer).apply_chat_template is not PreTrainedTokenizerBase.apply_chat_template:  # own code
+    own = getattr(type(tokenizer), "apply_chat_template", None)
+    if own is not None and own.__module__ != TEMPLATED:  # a class that renders by code of its own
         return _by_itself(tokenizer, messages, tools, {**(variables or {}), **options})
     try:
         template = tokenizer.get_chat_template(tools=tools)
@@ -68,7 +69,7 @@ def render_chat(
     return _renderer().render({"messages": kept, "settings": settings})
 
 
-def _by_itself(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Any], tools: Any, options: dict[str, Any]) -> str:
+def _by_itself(tokenizer: Any, messages: Sequence[Any], tools: Any, options: dict[str, Any]) -> str:
     try:
         return str(tokenizer.apply_chat_template(list(messages), tools=tools, tokenize=False, **options))
     except Exception as error:  # such code may raise anything

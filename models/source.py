@@ -23,7 +23,7 @@ from lowbit.export.sharded import CONFIG_NAME
 from lowbit.export.untrusted import untrusted
 from lowbit.models.files import Files, model_directory, refuse_negative_epsilon, refuse_scaled_float8
 from lowbit.models.tokenids import require_small_ids
-from lowbit.models.tokenizer import load_tokenizer
+from lowbit.models.tokenizer import transformers_tokenizer
 
 PROCESSOR_LIMITS = (4 << 30, 60.0)  # bytes and seconds, to load a processor or for one sample
 PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
@@ -42,7 +42,7 @@ class Source(Files):
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The model's tokenizer. CheckpointError without a usable one."""
-        return load_tokenizer(self.checkpoint, self.config, self.trust_remote_code)
+        return transformers_tokenizer(self.checkpoint, self.config, self.trust_remote_code)
 
     def processor(self) -> "transformers.ProcessorMixin":
         """The model's processor of texts and images. CheckpointError if there is none."""

@@ -7,9 +7,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
-
 from lowbit.engine.text import overlap
+from lowbit.models.tokenizer import Tokenizer
 
 Call = tuple[str, str]  # a function's name, and its arguments as JSON
 
@@ -100,7 +99,7 @@ def reasoning_of(template: str) -> tuple[str, str] | None:
     return next((marks for marks in REASONING if marks[0] in template or marks[1] in template), None)
 
 
-def hidden_tokens(tokenizer: PreTrainedTokenizerBase, shown: Iterable[str]) -> frozenset[int]:
+def hidden_tokens(tokenizer: Tokenizer, shown: Iterable[str]) -> frozenset[int]:
     """The special tokens without those that `shown` names: they are left out of a text."""
     wanted = set(shown)
     return frozenset(

@@ -7,11 +7,10 @@ from functools import cached_property
 from typing import Any
 
 from llguidance import LLTokenizer
-from llguidance.hf import from_tokenizer
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from lowbit.engine.engine import Engine
 from lowbit.engine.sampling import TokenLogprob
+from lowbit.models.tokenizer import Tokenizer
 from lowbit.serve.trial import Trial
 
 
@@ -24,28 +23,28 @@ class Vocabulary:
     @cached_property
     def masks(self) -> LLTokenizer | None:
         """The vocabulary as masks of grammars need it; None if the model has no tokenizer that llguidance reads."""
-        tokenizer, ends = self.engine.tokenizer, list(self.engine.options.stop_tokens)
-        if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        if getattr(self.engine.tokenizer, "backend_tokenizer", None) is None:
             return None
+        found = self._greeting()
         try:
-            return from_tokenizer(tokenizer, self.engine.decoder.architecture.vocabulary, ends or None)
+            return LLTokenizer(found["tokenizer"], n_vocab=found["tokens"], eos_token=found["ends"])
         except ValueError:
             return None
 
     @cached_property
     def trial(self) -> Trial:
         """Processes that try grammars over this vocabulary."""
-        return Trial(self._as_json)
+        return Trial(lambda: json.dumps(self._greeting()))
 
-    def _as_json(self) -> str:
-        """The vocabulary as `from_tokenizer` reads it."""
-        tokenizer = self.engine.require_tokenizer()
+    def _greeting(self) -> dict[str, Any]:
+        """The vocabulary as llguidance reads it."""
+        tokenizer: Any = self.engine.require_tokenizer()
         plain = copy(tokenizer.backend_tokenizer)
         plain.no_padding()
         plain.no_truncation()
         ends = list(self.engine.options.stop_tokens) or tokenizer.eos_token_id
         tokens = self.engine.decoder.architecture.vocabulary
-        return json.dumps({"tokenizer": plain.to_str(), "tokens": tokens, "ends": ends})
+        return {"tokenizer": plain.to_str(), "tokens": tokens, "ends": ends}
 
     def literal(self, text: str) -> str:
         """A text in a grammar: the token that it is, or its characters."""
@@ -105,6 +104,6 @@ def finite(logprob: float) -> float:
     return max(logprob, -9999.0)
 
 
-def decoded(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> str:
+def decoded(tokenizer: Tokenizer, tokens: Sequence[int]) -> str:
     """The text of tokens, special ones included."""
     return str(tokenizer.decode(list(tokens), skip_special_tokens=False, clean_up_tokenization_spaces=False))

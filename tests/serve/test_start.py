@@ -6,12 +6,11 @@ from pathlib import Path
 
 from tests.builders import save_family
 
-# Packages that take 0.1 to 1.5 s of processor time to import, and that no start needs: torch's compiler, its
-# distributed tensors, transformers' models, and what these ask for if they find it installed.
+# Packages that take 0.1 to 5 s of processor time to import, and that no start needs: torch's compiler, its distributed
+# tensors, transformers, and what these ask for if they find it installed.
 HEAVY = (
     *("torch._dynamo", "torch._inductor", "torch.distributed.tensor", "torch.distributed.fsdp", "sympy"),
-    *("transformers.modeling_utils", "transformers.activations", "transformers.integrations.hub_kernels"),
-    *("datasets", "pandas", "pyarrow", "scipy", "sklearn", "torchvision", "accelerate", "matplotlib"),
+    *("transformers", "datasets", "pandas", "pyarrow", "scipy", "sklearn", "torchvision", "accelerate", "matplotlib"),
 )
 START = f"""
 import sys
