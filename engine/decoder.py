@@ -4,6 +4,7 @@ A step takes m rows, each a token of some sequence at some position. Everything 
 Positions are in the step's tensors, so that one captured graph serves every position.
 """
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
@@ -49,11 +50,17 @@ class Decoder:
 
     def hidden(self, step: Step, cache: Cache) -> Hidden:
         """The last layer's output (m, hidden). Also writes the rows' keys and values to the cache."""
+        for x in self.layers(step, cache):
+            last = x
+        return last
+
+    def layers(self, step: Step, cache: Cache) -> Iterator[Hidden]:
+        """The output (m, hidden) of each layer in turn."""
         x = Hidden(self.embed(step))
         blocks = self.blocks if step.prefix is None else self.weights.layers
         for block, turns in zip(blocks, self.turns, strict=True):
             x = self.layer(x, block, step, turns, cache)
-        return x
+            yield x
 
     def layer(self, x: Hidden, block: Block, step: Step, turns: Turns, cache: Cache) -> Hidden:
         """One layer's output (m, hidden)."""

@@ -2,7 +2,7 @@
 prompt."""
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -29,7 +29,21 @@ def read_prompt(
 
 
 def read_chunk(decoder: Decoder, cache: Cache, sequence: int, tokens: Sequence[int], part: tuple[int, int]) -> Tensor:
-    """Hidden states (rows, hidden) of one chunk of a prompt. The cache holds the positions before it.
+    """Hidden states (rows, hidden) of one chunk of a prompt: `chunk_by_layers` to its end."""
+    work = chunk_by_layers(decoder, cache, sequence, tokens, part)
+    while True:
+        try:
+            next(work)
+        except StopIteration as end:
+            hidden: Tensor = end.value
+            return hidden
+
+
+def chunk_by_layers(
+    decoder: Decoder, cache: Cache, sequence: int, tokens: Sequence[int], part: tuple[int, int]
+) -> Generator[None, None, Tensor]:
+    """A generator that computes one chunk of a prompt, with a pause after each layer, and returns the hidden states
+    (rows, hidden). The cache holds the positions before it.
 
     part  the chunk's first position, and its most rows: there are fewer at the prompt's end, and if memory is short
     """
@@ -40,20 +54,23 @@ def read_chunk(decoder: Decoder, cache: Cache, sequence: int, tokens: Sequence[i
         starts = torch.full_like(positions, cache.start(sequence))
         turns, slots = decoder.turns_at(positions, len(tokens)), starts + positions
         step = Step(ids, positions, turns, starts, slots, prefix=cache.prefix(sequence, first + len(ids)))
-        hidden = hidden_if_it_fits(decoder, step, cache, first)
+        hidden = yield from hidden_if_it_fits(decoder, step, cache, first)
         if hidden is not None:
             return hidden
         rows = len(ids) // 2
 
 
-def hidden_if_it_fits(decoder: Decoder, step: Step, cache: Cache, first: int) -> Tensor | None:
-    """The rows' hidden states, or None if memory is short and fewer rows may fit. EngineError if even LEAST rows do not
-    fit.
+def hidden_if_it_fits(decoder: Decoder, step: Step, cache: Cache, first: int) -> Generator[None, None, Tensor | None]:
+    """A generator with a pause after each layer, which returns the rows' hidden states, or None if memory is short and
+    fewer rows may fit. EngineError if even LEAST rows do not fit.
 
     first  position of the first row
     """
     try:
-        return decoder.hidden(step, cache).h
+        for hidden in decoder.layers(step, cache):
+            last = hidden
+            yield
+        return last.h
     except torch.OutOfMemoryError as error:
         if len(step.tokens) >= 2 * LEAST:
             return None

@@ -128,12 +128,15 @@ def _entry(path: Path, name: str, spec: Any, start: int, identity: Identity) -> 
     return entry
 
 
-def read_tensor(entry: TensorEntry) -> Tensor:
+def read_tensor(entry: TensorEntry, buffer: Tensor | None = None) -> Tensor:
     """The tensor of `entry`, copied into memory (nothing stays mapped).
+
+    buffer  bytes (uint8) to read it into, if they are enough: the tensor is valid until the next one is read into them
 
     Unfinished if the file changed since its header was read, or changes while it is read.
     """
-    raw = torch.empty(entry.nbytes, dtype=torch.uint8)
+    enough = buffer is not None and len(buffer) >= entry.nbytes
+    raw = buffer[: entry.nbytes] if buffer is not None and enough else torch.empty(entry.nbytes, dtype=torch.uint8)
     with open_regular(entry.path) as file:
         file.seek(entry.offset)
         got = file.readinto(raw.numpy())  # type: ignore[attr-defined]

@@ -65,7 +65,7 @@ class Tokenizer(Protocol):
         """The ids of tokens outside the vocabulary."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class PlainTokenizer:
     """The tokenizer in a tokenizer.json, with the names of transformers' own.
 

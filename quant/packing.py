@@ -10,7 +10,9 @@ from torch import Tensor
 
 WORD, BYTE = 32, 8  # bits
 PAIR = 0x0101  # a one in both bytes of a pair
-PIECE = 1 << 18  # codes handled at once, whole runs of any width: they stay in a core's cache
+PIECE = 1 << 18  # codes that a CPU handles at once, whole runs of any width: they stay in a core's cache
+# Codes that a GPU handles at once: each piece is several launches, 25,000 of PIECE codes for Llama-2-7B in 4 bits.
+LARGE_PIECE = 1 << 27
 
 
 def words_of(codes: int, bits: int) -> int:
@@ -24,6 +26,11 @@ def _run(bits: int) -> tuple[int, int]:
     return WORD // common, bits // common
 
 
+def piece_for(tensor: Tensor) -> int:
+    """Codes handled at once on a tensor's device."""
+    return PIECE if tensor.device.type == "cpu" else LARGE_PIECE
+
+
 def pack(codes: Tensor, bits: int, bias: int = 0) -> Tensor:
     """Words of `codes` plus `bias` along the last dimension.
 
@@ -35,7 +42,7 @@ def pack(codes: Tensor, bits: int, bias: int = 0) -> Tensor:
     missing = -k % _run(bits)[0]
     whole = torch.nn.functional.pad(codes, (0, missing), value=-bias) if missing else codes
     join = _joined if BYTE % bits == 0 else _woven
-    words = torch.cat([join(piece.to(torch.uint8) + bias, bits) for piece in whole.flatten().split(PIECE)])
+    words = torch.cat([join(piece.to(torch.uint8) + bias, bits) for piece in whole.flatten().split(piece_for(whole))])
     return words.view(*codes.shape[:-1], words_of(k + missing, bits))[..., : words_of(k, bits)].contiguous()
 
 
@@ -51,7 +58,9 @@ def unpack(words: Tensor, bits: int, k: int, bias: int = 0) -> Tensor:
     missing = -expected % length
     whole = torch.nn.functional.pad(words, (0, missing)) if missing else words
     part = _parted if BYTE % bits == 0 else _unwoven
-    codes = torch.cat([part(piece, bits).sub_(bias) for piece in whole.flatten().split(PIECE // count * length)])
+    codes = torch.cat(
+        [part(piece, bits).sub_(bias) for piece in whole.flatten().split(piece_for(whole) // count * length)]
+    )
     codes = codes.view(*words.shape[:-1], (expected + missing) // length * count)[..., :k]
     return codes.view(torch.int8) if bias else codes
 

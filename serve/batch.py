@@ -1,6 +1,5 @@
 """The batch: jobs that read their prompts and jobs that write, over one cache. Jobs enter and leave between steps."""
 
-import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import replace
@@ -11,7 +10,7 @@ from torch import Tensor
 from lowbit.engine.engine import Engine
 from lowbit.engine.generate import score_rows
 from lowbit.engine.passes import Reader
-from lowbit.engine.prefill import read_chunk
+from lowbit.engine.prefill import chunk_by_layers
 from lowbit.engine.runner import Runner, Written
 from lowbit.engine.sampler import Chosen, Features, Sampler, features_of
 from lowbit.engine.sampling import Piece, Sampling
@@ -19,7 +18,7 @@ from lowbit.engine.workspace import Workspace
 from lowbit.errors import EngineError
 from lowbit.serve.drafts import Drafts, fill_rows, unmasked
 from lowbit.serve.job import Job, Update
-from lowbit.serve.pace import Pace
+from lowbit.serve.pace import BETWEEN_STEPS, Pace, Part
 from lowbit.serve.slots import Slots
 from lowbit.serve.warm import REST_ROWS, Graph, expected
 
@@ -34,6 +33,7 @@ class Batch:
     """Jobs in the slots of a cache of `sequences` sequences. Only one thread may use it.
 
     reading  jobs whose prompts are read, in order; the first one is read, chunk by chunk
+    part     the chunk of it that is not read to its end yet
     writing  jobs that get one token a step
     placed   those that wrote when the runner's rows were last set, in their order; `stale` once others write
     drafted  True if their steps have drafts
@@ -46,6 +46,7 @@ class Batch:
         self.pace = Pace(engine.decoder.weights.device.type)
         self.drafts = Drafts(self.space, lookup)
         self.reading: list[Job] = []
+        self.part: Part | None = None
         self.writing: list[Job] = []
         self.placed: list[Job] = []
         self.stale = False
@@ -77,6 +78,8 @@ class Batch:
         """Take a job out. Its slot keeps the tokens that it holds."""
         assert job.slot is not None
         if job in self.reading:
+            if job is self.reading[0]:
+                self.part = None
             self.reading.remove(job)
         else:
             self.writing.remove(job)
@@ -87,6 +90,7 @@ class Batch:
     def reset(self) -> None:
         """Forget all jobs, and what the cache holds: after an error nothing of it is certain."""
         self.reading, self.writing, self.placed, self.runner, self.stale = [], [], [], None, False
+        self.part = None
         self.drafts.reset()
         self.launched.clear()
         self.space.clear()
@@ -94,8 +98,8 @@ class Batch:
         self.cold.clear()
 
     def turn(self) -> None:
-        """Read at most one chunk of a prompt, then write one token of each writing job. Without a job, capture one
-        graph."""
+        """Read at most one chunk of a prompt, or layers of it, then write one token of each writing job. Without a job,
+        capture one graph."""
         with self.engine.lock, torch.inference_mode():
             if self.reading:
                 self.try_read(self.reading[0])
@@ -145,6 +149,8 @@ class Batch:
             self.written_from(job, self.rest(job))
             return
         hidden = self.whole(job) if self.fits_pass(job) and not job.read else self.chunk(job)
+        if hidden is None:
+            return
         job.read += len(hidden)
         assert job.slot is not None
         job.slot.tokens = job.request.sequence[: job.read]
@@ -213,15 +219,19 @@ class Batch:
         assert job.slot is not None
         return torch.cat(list(self.reader().read(job.slot.sequence, job.request.sequence)))
 
-    def chunk(self, job: Job) -> Tensor:
-        """Hidden states (rows, hidden) of the next rows of a sequence, timed."""
+    def chunk(self, job: Job) -> Tensor | None:
+        """Hidden states (rows, hidden) of the next rows of a sequence, timed; None if others write a token first."""
         assert job.slot is not None
-        cache, rows, begin = self.reader().cache, self.pace.rows(bool(self.writing)), time.perf_counter()
-        hidden = read_chunk(self.decoder, cache, job.slot.sequence, job.request.sequence, (job.read, rows))
-        if hidden.is_cuda:
-            torch.cuda.synchronize(hidden.device)
-        if len(hidden) == rows:
-            self.pace.note(rows, time.perf_counter() - begin)
+        if self.part is None:
+            place, rows = job.slot.sequence, self.pace.rows()
+            cache, tokens = self.reader().cache, job.request.sequence
+            work = chunk_by_layers(self.decoder, cache, place, tokens, (job.read, rows))
+            self.part = Part(work, rows, self.decoder.weights.device)
+        part, hidden = self.part, self.part.advance(BETWEEN_STEPS if self.writing else None)
+        if hidden is not None:
+            self.part = None
+            if len(hidden) == part.rows:
+                self.pace.note(part.rows, part.seconds)
         return hidden
 
     def first(self, job: Job, logits: Tensor) -> None:

@@ -106,14 +106,14 @@ class Short:
     said = "CUDA out of memory. Tried to allocate 2.50 GiB. 79.1 GiB in all, of which 1.20 GiB is free."
 
     def __init__(self, model, monkeypatch, rows: int) -> None:
-        self.rows, self.hidden, self.seen = rows, model.decoder.hidden, []
-        monkeypatch.setattr(model.decoder, "hidden", self)
+        self.rows, self.layers, self.seen = rows, model.decoder.layers, []
+        monkeypatch.setattr(model.decoder, "layers", self)
 
     def __call__(self, step, cache):
         if len(step.tokens) > self.rows:
             raise torch.OutOfMemoryError(self.said)
         self.seen.append(len(step.tokens))
-        return self.hidden(step, cache)
+        return self.layers(step, cache)
 
 
 def test_a_prompt_goes_in_pieces_that_fit(model, monkeypatch):

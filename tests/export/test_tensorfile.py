@@ -189,3 +189,13 @@ def test_a_tensor_is_written_as_it_was_when_it_was_added(tmp_path):
     tensor += 1
     writer.close()
     assert load_file(tmp_path / "x.safetensors")["t"].tolist() == [0, 0, 0, 0]
+
+
+def test_a_tensor_is_read_into_a_buffer_that_has_room(tmp_path):
+    save_file({"a": torch.arange(6.0), "b": torch.ones(9)}, tmp_path / "model.safetensors")
+    entries, buffer = read_entries(tmp_path / "model.safetensors"), torch.zeros(24, dtype=torch.uint8)
+    tensor = read_tensor(entries["a"], buffer)
+    assert tensor.tolist() == list(range(6))
+    assert tensor.data_ptr() == buffer.data_ptr()
+    assert read_tensor(entries["b"], buffer).tolist() == [1.0] * 9
+    assert tensor.tolist() == list(range(6))

@@ -201,7 +201,7 @@ def test_the_log_has_no_prompt(served, caplog):
 
 
 def test_an_error_of_ours_is_one(served, monkeypatch, caplog):
-    monkeypatch.setattr(served.model.decoder, "hidden", lambda step, cache: 1 / 0)
+    monkeypatch.setattr(served.model.decoder, "layers", lambda step, cache: 1 / 0)
     for stream in (False, True):
         status, answer = served.send("POST", "/v1/completions", TEXT | {"stream": stream})
         assert status == 500

@@ -120,7 +120,7 @@ def calling(tmp_path_factory, dialect):
     model, _ = tiny(tmp_path_factory.mktemp("calling"), vocab_size=264)
     tokenizer = model.tokenizer
     marks = [mark for mark in (dialect.begin, dialect.end) if mark]
-    tokenizer.add_tokens([AddedToken(mark, special=not dialect.end) for mark in marks])
+    tokenizer.backend_tokenizer.add_tokens([AddedToken(mark, special=not dialect.end) for mark in marks])
     tokenizer.chat_template = TEMPLATE.replace("SIGN", dialect.sign)
     with serving(model) as served:
         yield served

@@ -138,7 +138,8 @@ def test_the_longest_unused_prefix_goes_first(model, session):
 
 
 def test_a_long_prompt_leaves_room_for_steps_between_its_chunks(model, session, monkeypatch):
-    monkeypatch.setattr("lowbit.serve.pace.Pace.rows", lambda pace, writing: 8 if writing else 64)
+    monkeypatch.setattr("lowbit.serve.pace.Pace.rows", lambda pace: 8)
+    monkeypatch.setattr("lowbit.serve.batch.BETWEEN_STEPS", 0.0)
     order, slow = [], list(range(100))
     first = model.request(0, [1], Sampling(max_new_tokens=60, ignore_eos=True))
     second = model.request(1, slow, SETTINGS[0])
@@ -151,21 +152,37 @@ def test_a_long_prompt_leaves_room_for_steps_between_its_chunks(model, session, 
 
     session.submit([first, second], tell)
     assert all(ended.acquire(timeout=60) for _ in range(2))
-    assert order.index(1) >= 100 // 8
+    layers = len(model.decoder.architecture.layers)
+    assert order.index(1) >= layers * 100 // 8
     assert second.completion().text == model.generate([slow], SETTINGS[0])[0].text
 
 
 def test_a_slow_chunk_is_forgotten_where_launches_take_the_time():
     pace, sizes = Pace("cuda"), []
-    assert pace.rows(True) == 512
+    assert pace.rows() == 512
     pace.note(512, 0.2)  # kernels are loaded
     for _ in range(8):
-        sizes.append(pace.rows(True))
+        sizes.append(pace.rows())
         pace.note(sizes[-1], 0.024 if sizes[-1] <= 512 else 0.034)
-    assert sizes[0] == 256
-    assert sizes[-1] >= 512
-    assert Pace("cpu", 1000).rows(True) == 16
-    assert Pace("cpu", 1000).rows(False) == 128
+    assert sizes[0] == 512
+    assert sizes[-1] == 8192
+    assert Pace("cpu", 10).rows() == 16
+    assert Pace("cpu", 1000).rows() == 128
+
+
+def test_a_prompt_that_is_cancelled_in_the_middle_of_a_chunk_is_forgotten(model, session, monkeypatch):
+    monkeypatch.setattr("lowbit.serve.batch.BETWEEN_STEPS", 0.0)
+    writer = session.stream([1], Sampling(max_new_tokens=60, ignore_eos=True))
+    next(writer)
+    prompts_read = [list(range(100)), list(range(100, 190))]
+    begun = session.submit(model.requests([prompts_read[0]], SETTINGS[0]), lambda *_: None)
+    while session.batch.part is None and not begun[0].read:
+        time.sleep(0.001)
+    session.cancel(begun)
+    [job] = ask(session, model.requests([prompts_read[1]], SETTINGS[0]))
+    assert job.request.completion().text == model.generate([prompts_read[1]], SETTINGS[0])[0].text
+    assert session.batch.part is None
+    writer.close()
 
 
 def test_clients_take_turns_and_the_queue_has_an_end(model):
@@ -191,12 +208,12 @@ def test_clients_take_turns_and_the_queue_has_an_end(model):
 
 
 def test_a_prompt_that_does_not_fit_ends_alone(model, session, monkeypatch):
-    def hidden(step, cache, real=model.decoder.hidden):
+    def layers(step, cache, real=model.decoder.layers):
         if step.prefix is not None and int(step.tokens[0]) == 99:
             raise torch.OutOfMemoryError("Tried to allocate 2.50 GiB. 79.1 GiB in all, of which 1.20 GiB is free.")
         return real(step, cache)
 
-    monkeypatch.setattr(model.decoder, "hidden", hidden)
+    monkeypatch.setattr(model.decoder, "layers", layers)
     good, bad = ask(session, model.requests([[1, 2], [99, 1]], SETTINGS[0]))
     assert "2.50 GiB more were asked for" in str(bad)
     assert good.request.completion().text == model.generate([[1, 2]], SETTINGS[0])[0].text
