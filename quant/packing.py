@@ -12,7 +12,7 @@ WORD, BYTE = 32, 8  # bits
 PAIR = 0x0101  # a one in both bytes of a pair
 PIECE = 1 << 18  # codes that a CPU handles at once, whole runs of any width: they stay in a core's cache
 # Codes that a GPU handles at once: each piece is several launches, 25,000 of PIECE codes for Llama-2-7B in 4 bits.
-LARGE_PIECE = 1 << 27
+LARGE_PIECE = 1 << 25
 
 
 def words_of(codes: int, bits: int) -> int:

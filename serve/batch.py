@@ -143,12 +143,14 @@ class Batch:
 
     def read(self, job: Job) -> None:
         """Read one chunk of a job's prompt. After the last one, choose the first token."""
-        if not job.read:
-            self.begin(job)
-        if self.ends_in_steps(job, job.read):
-            self.written_from(job, self.rest(job))
-            return
-        hidden = self.whole(job) if self.fits_pass(job) and not job.read else self.chunk(job)
+        if self.part is None:
+            if not job.read:
+                self.begin(job)
+            if self.ends_in_steps(job, job.read):
+                self.written_from(job, self.rest(job))
+                return
+        passes = self.part is None and not job.read and self.fits_pass(job)
+        hidden = self.whole(job) if passes else self.chunk(job)
         if hidden is None:
             return
         job.read += len(hidden)

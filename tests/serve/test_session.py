@@ -140,6 +140,8 @@ def test_the_longest_unused_prefix_goes_first(model, session):
 def test_a_long_prompt_leaves_room_for_steps_between_its_chunks(model, session, monkeypatch):
     monkeypatch.setattr("lowbit.serve.pace.Pace.rows", lambda pace: 8)
     monkeypatch.setattr("lowbit.serve.batch.BETWEEN_STEPS", 0.0)
+    begun, begin = [], session.batch.begin
+    monkeypatch.setattr(session.batch, "begin", lambda job: (begun.append(job.request.index), begin(job)))
     order, slow = [], list(range(100))
     first = model.request(0, [1], Sampling(max_new_tokens=60, ignore_eos=True))
     second = model.request(1, slow, SETTINGS[0])
@@ -154,6 +156,7 @@ def test_a_long_prompt_leaves_room_for_steps_between_its_chunks(model, session, 
     assert all(ended.acquire(timeout=60) for _ in range(2))
     layers = len(model.decoder.architecture.layers)
     assert order.index(1) >= layers * 100 // 8
+    assert begun == [0, 1]  # a prompt that is read in parts is looked up once
     assert second.completion().text == model.generate([slow], SETTINGS[0])[0].text
 
 
