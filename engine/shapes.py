@@ -140,7 +140,8 @@ SHAPES = {
 
 def random_weight(n: int, k: int, scheme: Scheme | None, like: Tensor) -> QTensor | Tensor:
     """A random weight (n, k) that preserves the scale of its inputs, with the dtype and device of `like`; quantized
-    ones have one scale everywhere."""
+    ones have one scale everywhere, and smaller groups if those of `scheme` do not divide the inputs."""
+    scheme = scheme and scheme.fitting([(n, k)])
     if scheme is None:
         return torch.randn(n, k, dtype=like.dtype, device=like.device) / k**0.5
     number, coarse = scheme.number, scheme.weights.scales

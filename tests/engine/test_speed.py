@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from click.testing import CliRunner
 from lowbit.commands.quantize_bench import bench
 from lowbit.engine.decoder import Decoder
 from lowbit.engine.engine import Engine
+from lowbit.engine.feed_forward import MixedForward
 from lowbit.engine.options import Options
 from lowbit.engine.shapes import SHAPES, decoder_shape, random_weights
 from lowbit.engine.speed import measure, step_bytes
@@ -46,6 +48,24 @@ def test_shapes_have_the_parameters_of_their_names(shape, billions):
     up = a.inner * (2 if a.gated else 1)
     layer = a.hidden * (a.qkv_rows + a.heads * a.head_dim + up + a.inner)
     assert (len(a.layers) * layer + 2 * a.vocabulary * a.hidden) / 1e9 == pytest.approx(billions, rel=0.02)
+
+
+MIXED = {"qwen3-30b-a3b": "w4", "glm-4.5-air": "w4", "deepseek-v2-lite": "w4", "gpt-oss-20b": "experts-mxfp4"}
+
+
+@pytest.mark.parametrize("shape", MIXED)
+def test_experts_of_shapes_are_what_kernels_multiply(shape):
+    """Also where groups of 128 do not divide the inputs of a dense layer, or all else is dense."""
+    a = SHAPES[shape]
+    mixture = a.layers[-1].mixture
+    assert mixture is not None
+    layers = a.layers[0], replace(a.layers[-1], mixture=replace(mixture, experts=2))
+    if a.layers[0].mixture is not None:
+        layers = layers[1:]
+    a = replace(a, vocabulary=256, inner=a.inner // 8, layers=layers)
+    forward = random_weights(a, MIXED[shape], torch.empty(0, dtype=torch.bfloat16)).layers[-1].feed_forward
+    assert isinstance(forward, MixedForward)
+    assert forward.experts.weights is not None
 
 
 def test_the_command_measures_a_checkpoint(tmp_path):
