@@ -18,9 +18,10 @@ from pathlib import Path
 
 from lowbit import engine
 from lowbit.calibrate.data import builtin_text
-from lowbit.engine.drafts.drafting import WIDTHS, accepted
+from lowbit.engine.drafts.drafting import accepted
 from lowbit.engine.drafts.gauge import Costs, Gauge
 from lowbit.engine.drafts.suffix import Suffixes
+from lowbit.engine.drafts.widths import WIDTHS
 from lowbit.engine.engine import Engine
 
 RESULTS = Path(__file__).with_name("results") / "lookup.jsonl"

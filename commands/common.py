@@ -98,6 +98,10 @@ CACHE = value(
     default="auto",
     text="Keep keys and values in this type: auto is fp8 if the checkpoint declares it, else the activations' own.",
 )
+DRAFTER = click.option(
+    "--drafter",
+    help="Draft tokens with this head, a directory or a hub id; texts stay the same.  [default: none]",
+)
 DENSE_HEAD = value("--head", default="dense", text="Round the output head to this scheme: int8, or dense for none.")
 
 

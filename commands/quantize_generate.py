@@ -8,7 +8,17 @@ from typing import Any
 import click
 
 from lowbit import engine
-from lowbit.commands.common import CACHE, CONTEXT, DENSE_HEAD, DEVICE, REVISION, run_command, say, say_loaded
+from lowbit.commands.common import (
+    CACHE,
+    CONTEXT,
+    DENSE_HEAD,
+    DEVICE,
+    DRAFTER,
+    REVISION,
+    run_command,
+    say,
+    say_loaded,
+)
 from lowbit.commands.parts import FIRST, Parts, by_part, flag, frame, value
 from lowbit.engine.engine import Engine
 from lowbit.engine.sampling import Completion, Sampling
@@ -110,6 +120,7 @@ PARTS: Parts = {
             default=0,
             text="Draft up to this many tokens a step from the text so far; at most 7.",
         ),
+        DRAFTER,
     ),
     "Engine": (DEVICE, CONTEXT, CACHE, DENSE_HEAD, REVISION),
     "Output on the screen": (flag("--verbose", "-v", text="Print details as well: token and step counts, on stderr."),),
@@ -135,6 +146,7 @@ def generate(
     context: int | None,
     cache: str,
     head: str,
+    drafter: str | None,
     revision: str | None,
     verbose: bool,
     **settings: Any,
@@ -147,7 +159,7 @@ def generate(
             raise EngineError(f"--stream prints one text as it is written; {len(prompts)} prompts were given")
         if not prompts and not chat:
             raise EngineError("no prompt: pass --prompt TEXT, or --chat for a conversation")
-        model = engine.load(checkpoint, check_device(device), None, context, cache, head, revision)
+        model = engine.load(checkpoint, check_device(device), None, context, cache, head, revision, drafter)
         say_loaded(model.decoder.weights.expanded, model.decoder.weights.unused_cache)
         if not prompts:
             converse(model, sampling, system)
@@ -200,9 +212,10 @@ def converse(model: Engine, sampling: Sampling, system: str | None) -> None:
 
 
 def describe(completion: Completion) -> str:
-    """Token and step counts, and the reason for the end."""
+    """Token and step counts, the reason for the end, and the drafts that were right."""
     count = len(completion.tokens)
+    shares = ", ".join(f"{right} of {checked}" for checked, right in completion.drafts)
     return (
         f"{completion.prompt_tokens} tokens read, {count} written in {completion.steps} steps "
-        f"({completion.finish_reason}), seed {completion.seed}"
+        f"({completion.finish_reason}), seed {completion.seed}" + f"; drafts right by place: {shares}" * bool(shares)
     )

@@ -6,7 +6,7 @@ from pathlib import Path
 import click
 
 from lowbit import engine
-from lowbit.commands.common import CACHE, CONTEXT, DENSE_HEAD, DEVICE, REVISION, run_command, say, say_loaded
+from lowbit.commands.common import CACHE, CONTEXT, DENSE_HEAD, DEVICE, DRAFTER, REVISION, run_command, say, say_loaded
 from lowbit.commands.parts import FIRST, Parts, by_part, flag, frame, value
 from lowbit.errors import UsageError
 from lowbit.extras import missing
@@ -60,6 +60,7 @@ PARTS: Parts = {
             default=0,
             text="Draft up to this many tokens a step from the text so far, while at most 4 requests write.",
         ),
+        DRAFTER,
     ),
     "Engine": (DEVICE, CONTEXT, CACHE, DENSE_HEAD, REVISION),
     "Output on the screen": (flag("--quiet", "-q", text="Print warnings and errors alone."),),
@@ -83,6 +84,7 @@ def serve(
     max_sequences: int | None,
     waiting: int,
     lookup: int,
+    drafter: str | None,
     device: str,
     context: int | None,
     cache: str,
@@ -95,6 +97,8 @@ def serve(
         raise MISSING
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s")
     logging.getLogger("lowbit.serve").setLevel(logging.WARNING if quiet else logging.INFO)
+    if lookup and drafter is not None:
+        raise UsageError(f"--lookup {lookup} and --drafter {drafter}: drafts come from one of them")
     keys = read_keys(api_keys, api_key)
     listening = listen(host, port, keys)  # before the model is loaded, which takes a while
     directory = model_directory(checkpoint, revision=revision)
@@ -108,6 +112,6 @@ def serve(
         waiting=waiting,
         lookup=lookup,
     )
-    model = engine.load(directory, check_device(device), None, context, cache, head)
+    model = engine.load(directory, check_device(device), None, context, cache, head, drafter=drafter)
     say_loaded(model.decoder.weights.expanded, model.decoder.weights.unused_cache)
     serve_engine(model, options, listening, say)

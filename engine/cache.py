@@ -24,17 +24,20 @@ class CacheKind:
 class Cache:
     """Keys and values of `batch` sequences of at most `context` positions. Sequence b has slots [b context, ...).
 
-    layers  one KVCache per layer, of one number type. Of latent attention it has one head, whose k is the compressed
-            row, and v the rotated part of the keys
+    layers    one KVCache per layer, of one number type. Of latent attention it has one head, whose k is the compressed
+              row, and v the rotated part of the keys
+    features  (batch * context, n): what a drafter reads of each position, or None; see Decoder.taps
     """
 
     layers: tuple[KVCache, ...]
     batch: int
     context: int
+    features: Tensor | None = None
 
     @property
     def nbytes(self) -> int:
-        return sum(part.numel() * part.element_size() for layer in self.layers for part in parts_of(layer))
+        kept = 0 if self.features is None else self.features.nbytes
+        return kept + sum(part.numel() * part.element_size() for layer in self.layers for part in parts_of(layer))
 
     def start(self, sequence: int) -> int:
         """The slot of a sequence's position 0."""
@@ -56,6 +59,8 @@ class Cache:
         for layer in self.layers:
             for part in parts_of(layer):
                 part[self.prefix(sequence, length)] = part[self.prefix(source, length)]
+        if self.features is not None:
+            self.features[self.prefix(sequence, length)] = self.features[self.prefix(source, length)]
 
     def reorder(self, sequences: Tensor) -> None:
         """Replace sequence b by a copy of sequence `sequences[b]`, for beam search.

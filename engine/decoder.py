@@ -4,7 +4,7 @@ A step takes m rows, each a token of some sequence at some position. Everything 
 Positions are in the step's tensors, so that one captured graph serves every position.
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import replace
 
 import torch
@@ -23,8 +23,9 @@ class Decoder:
     """A model's weights and its forward pass. It is immutable after construction, except for `plan`; caches are passed
     in."""
 
-    def __init__(self, architecture: Architecture, weights: Weights, context: int) -> None:
-        self.architecture, self.context = architecture, context
+    def __init__(self, architecture: Architecture, weights: Weights, context: int, taps: Collection[int] = ()) -> None:
+        """`taps` are layers, from 0, whose outputs a cache with features keeps of each position."""
+        self.architecture, self.context, self.taps = architecture, context, tuple(sorted(taps))
         # layers share ropes: one table per rope
         tables: dict[int, Turns] = {}
         for layer in architecture.layers:
@@ -49,7 +50,7 @@ class Decoder:
         self.blocks, _ = planned(self.weights.layers, self.weights.head, self.dependent, deferring)
 
     def hidden(self, step: Step, cache: Cache) -> Hidden:
-        """The last layer's output (m, hidden). Also writes the rows' keys and values to the cache."""
+        """The last layer's output (m, hidden). Also writes the rows' keys, values and features to the cache."""
         for x in self.layers(step, cache):
             last = x
         return last
@@ -58,9 +59,14 @@ class Decoder:
         """The output (m, hidden) of each layer in turn."""
         x = Hidden(self.embed(step))
         blocks = self.blocks if step.prefix is None else self.weights.layers
-        for block, turns in zip(blocks, self.turns, strict=True):
+        taken = []
+        for index, (block, turns) in enumerate(zip(blocks, self.turns, strict=True)):
             x = self.layer(x, block, step, turns, cache)
+            if index in self.taps:
+                taken.append(x.h)
             yield x
+        if cache.features is not None:
+            cache.features[step.slots] = torch.cat(taken, -1)
 
     def layer(self, x: Hidden, block: Block, step: Step, turns: Turns, cache: Cache) -> Hidden:
         """One layer's output (m, hidden)."""

@@ -11,8 +11,10 @@ from torch import Tensor
 from lowbit.arguments import typed
 from lowbit.engine.beam import run_beams
 from lowbit.engine.decoder import Decoder
-from lowbit.engine.drafts.drafting import MOST_SEQUENCES, Drafting, run_drafted
+from lowbit.engine.drafts.drafting import Drafting, run_drafted
+from lowbit.engine.drafts.heads import Head, Heads
 from lowbit.engine.drafts.suffix import Suffixes
+from lowbit.engine.drafts.widths import MOST_SEQUENCES
 from lowbit.engine.generate import run_batch
 from lowbit.engine.options import Options
 from lowbit.engine.passes import Reader
@@ -31,9 +33,16 @@ Prompt = str | Sequence[int]
 class Engine:
     """A loaded model. Any number of calls and threads may run at a time. An error leaves it usable."""
 
-    def __init__(self, decoder: Decoder, tokenizer: Tokenizer | None, options: Options) -> None:
-        self.decoder, self.tokenizer, self.options = decoder, tokenizer, options
-        self.spaces, self.lock = Workspaces(decoder, options), threading.Lock()
+    def __init__(
+        self,
+        decoder: Decoder,
+        tokenizer: Tokenizer | None,
+        options: Options,
+        head: Head | None = None,
+    ) -> None:
+        """`head` is that of a drafter, whose taps the decoder has."""
+        self.decoder, self.tokenizer, self.options, self.head = decoder, tokenizer, options, head
+        self.spaces, self.lock = Workspaces(decoder, options, head), threading.Lock()
         self.words = threading.Lock()  # of the tokenizer: a prompt is encoded while a step runs
 
     @typed(EngineError)
@@ -186,7 +195,7 @@ class Engine:
 
     def pieces(self, requests: Sequence[Request], space: Workspace) -> Iterator[Piece]:
         """The pieces of all requests: plain ones and those with drafts in batches, those with beams one by one."""
-        waiting = [request for request in requests if request.sampling.beams == 1 and not request.sampling.lookup]
+        waiting = [request for request in requests if request.sampling.beams == 1 and not self.drafts_of(request)]
         while waiting:
             batch = waiting[: self.options.batch]
             features = features_of([request.constraints for request in batch])
@@ -203,12 +212,21 @@ class Engine:
 
     def drafted(self, requests: Sequence[Request], space: Workspace) -> Iterator[Piece]:
         """The pieces of the requests with drafts, in batches."""
-        waiting = [request for request in requests if request.sampling.lookup]
+        waiting = [request for request in requests if self.drafts_of(request)]
         while waiting:
             batch = waiting[:MOST_SEQUENCES]
-            drafting = Drafting(space, Suffixes(), max(request.sampling.lookup for request in batch))
-            yield from run_drafted(drafting, batch)
+            space.roomy_reader(len(batch), longest(batch))
+            looked_up = all(request.sampling.lookup for request in batch)
+            drafter = Suffixes() if looked_up else space.drafter()
+            yield from run_drafted(Drafting(space, drafter, max(map(self.drafts_of, batch))), batch)
             waiting = [request for request in batch if request.finish_reason is None] + waiting[len(batch) :]
+
+    def drafts_of(self, request: Request) -> int:
+        """The most drafts of a step for a request; 0 for none."""
+        sampling = request.sampling
+        if sampling.lookup or self.head is None or sampling.beams > 1:
+            return sampling.lookup
+        return Heads.most if sampling.drafts is None else sampling.drafts
 
     @torch.inference_mode()
     @typed(EngineError)

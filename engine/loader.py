@@ -1,5 +1,6 @@
 """Loading: from a checkpoint directory to an engine."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -7,6 +8,8 @@ import torch
 from lowbit.arguments import typed
 from lowbit.engine.architecture import Architecture
 from lowbit.engine.decoder import Decoder
+from lowbit.engine.drafts.heads import SPARE, Head, Model
+from lowbit.engine.drafts.kinds import kind_of, load_head
 from lowbit.engine.engine import Engine
 from lowbit.engine.families import FAMILIES, Family
 from lowbit.engine.fields import Fields, NotComputed
@@ -35,6 +38,7 @@ def load(
     cache: str = "auto",
     head: str = "dense",
     revision: str | None = None,
+    drafter: str | Path | None = None,
 ) -> Engine:
     """An engine for the checkpoint `name`: a directory, `demo`, or an id on the hub.
 
@@ -51,6 +55,7 @@ def load(
              the checkpoint declares such a cache, else "same"
     revision  branch, tag or commit of a hub id
     head     "dense", or a scheme ("int8") to round the head to while loading
+    drafter  directory or hub id of a head that drafts for this model; None for none
 
     CheckpointError for an unknown family (known ones are listed), and for files that are damaged or contradict their
     configuration.
@@ -74,11 +79,24 @@ def load(
     settings = Settings(place, kind, cache, head)
     with untrusted(directory / "config.json", f"no {family.name} that the engine can run"):
         weights = load_weights(checkpoint, family.names, architecture, settings)
-        decoder = Decoder(architecture, weights, positions)
+    drafts = None
+    if drafter is not None:
+        drafts = head_of(str(drafter), Model(architecture, weights.embedding, positions + SPARE), settings)
+    decoder = Decoder(architecture, weights, positions, () if drafts is None else drafts.taps)
     tokenizer = tokenizer_of(checkpoint)
     stop_tokens = stop_tokens_of(checkpoint, architecture.vocabulary)
     options = Options(context=positions, stop_tokens=stop_tokens)
-    return Engine(decoder, tokenizer, options)
+    return Engine(decoder, tokenizer, options, drafts)
+
+
+def head_of(name: str, model: Model, settings: Settings) -> Head:
+    """The head of the drafter `name`. CheckpointError if it is none, or made for another model."""
+    checkpoint = open_checkpoint(model_directory(name))
+    refuse_negative_epsilon(checkpoint.head, checkpoint.config)
+    architecture = architecture_of(FAMILIES[kind_of(checkpoint).family], checkpoint)
+    require_rows(architecture, checkpoint)
+    with untrusted(checkpoint.head, "no drafter that the engine can run"):
+        return load_head(checkpoint, architecture, model, replace(settings, cache="same", head="dense"))
 
 
 def require_build(device: torch.device) -> None:

@@ -11,14 +11,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from lowbit.engine.capture import captured
+from lowbit.engine.capture import capture
 from lowbit.engine.passes import Reader
 from lowbit.engine.sampler import Chosen, Sampler
 from lowbit.engine.step import Step
 from lowbit.quant.kernels.choose_tokens import Cursor, Mailbox
 from lowbit.quant.kernels.decode_attention import reason_against
 
-WARM_UP = 2  # steps before a capture, in which kernels are loaded and libraries allocate workspaces
 SENT = 8  # steps whose tokens are in a mailbox at a time
 
 
@@ -119,28 +118,11 @@ class Runner:
             self.parts[part]()
             return
         if not self.graphs:
-            self.capture()
+            # cache entries that this writes will be written again
+            kept = [self.tokens, self.positions, self.slots] + ([] if self.sampler is None else self.sampler.state)
+            kept += [] if self.mailbox is None else [self.mailbox.turns]
+            self.graphs = capture(self.parts, kept)
         self.graphs[part].replay()
-
-    def capture(self) -> None:
-        """Capture the step's parts. Its tensors are restored afterwards; its cache entries will be written again."""
-        kept = [self.tokens, self.positions, self.slots] + ([] if self.sampler is None else self.sampler.state)
-        kept += [] if self.mailbox is None else [self.mailbox.turns]
-        before = [tensor.clone() for tensor in kept]
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(WARM_UP):
-                self.compute()
-        torch.cuda.current_stream().wait_stream(stream)
-        torch.cuda.synchronize()
-        graphs = [torch.cuda.CUDAGraph() for _ in self.parts]
-        for graph, part in zip(graphs, self.parts, strict=True):
-            with captured(graph):
-                part()
-        self.graphs = graphs
-        for tensor, value in zip(kept, before, strict=True):
-            tensor.copy_(value)
 
     def launch(self) -> Written:
         """Run one step, whose tokens go to the host."""

@@ -30,6 +30,7 @@ class Sampling:
     beams               number of beams of beam search; length_penalty is its exponent of the length
     logprobs            number of alternatives with log-probabilities, besides each generated token; None for none
     prompt_logprobs     True for the log-probability of each token of the prompt but the first
+    drafts              most draft tokens per step of the engine's drafter; None for as many as pay, 0 for none
     lookup              most draft tokens per step, looked up in the text so far. They change no token
     """
 
@@ -53,6 +54,7 @@ class Sampling:
     logprobs: int | None = None
     prompt_logprobs: bool = False
     lookup: int = 0
+    drafts: int | None = None
 
     def __post_init__(self) -> None:
         require_types(vars(self), Sampling, EngineError)
@@ -75,6 +77,7 @@ class Sampling:
             "beams": (self.beams, 1, 64),
             "logprobs": (self.logprobs or 0, 0, MOST_LOGPROBS),
             "lookup": (self.lookup, 0, 7),
+            "drafts": (self.drafts or 0, 0, 7),
             "seed": (self.seed or 0, -(1 << 63), (1 << 63) - 1),
         }
         for name, (value, low, high) in ranges.items():

@@ -9,12 +9,15 @@ from torch import Tensor
 
 from lowbit.engine.architecture import Architecture, LatentSizes, Layer, Mixture, Names, Rope
 from lowbit.engine.cache import CacheKind
+from lowbit.engine.drafts.eagle import Eagle, eagle_taps
+from lowbit.engine.drafts.heads import Model
 from lowbit.engine.families import FAMILIES, NO_ROPE
 from lowbit.engine.feed_forward import Router
 from lowbit.engine.latent import Latent
 from lowbit.engine.layers import build_block
 from lowbit.engine.products import Norm, Product
 from lowbit.engine.ropes import plain_frequencies
+from lowbit.engine.step import turns_of
 from lowbit.engine.weights import Weights
 from lowbit.quant.kernels.kv_cache import CACHE_NUMBERS, SAME
 from lowbit.quant.kernels.packed import TILE_ROWS
@@ -228,6 +231,37 @@ class RandomParts:
         if getattr(self.names, part) is None or not a.head_norms:
             return None
         return torch.ones(a.head_dim, dtype=self.like.dtype, device=self.like.device)
+
+
+class RandomHeadParts(RandomParts):
+    """Random parts of an EAGLE-3 head's layer: see drafts/eagle.py."""
+
+    def linear(self, part: str, n: int, k: int, pair_block: int = TILE_ROWS) -> Linear:
+        """See EagleParts."""
+        return super().linear(part, n, 2 * k if part == "qkv" else k, pair_block)
+
+    def norm(self, part: str) -> Norm | None:
+        """See EagleParts."""
+        return None if part == "attention_norm" else super().norm(part)
+
+
+def random_head(architecture: Architecture, method: str, model: Model, vocabulary: int) -> Eagle:
+    """A random EAGLE-3 head for a model, with linears as in METHODS[method] and so many tokens."""
+    a, like = replace(architecture, layers=architecture.layers[:1]), model.embedding
+    parts, layers = RandomHeadParts(a, method, like[:0]), len(model.architecture.layers)
+    taps = eagle_taps({}, layers)
+    final = parts.linear("head", vocabulary, a.hidden)
+    return Eagle(
+        a,
+        taps,
+        like,
+        parts.linear("fuse", a.hidden, len(taps) * model.architecture.hidden),
+        (parts.plain, parts.plain),
+        build_block(parts, a, 0, fused_append=True),
+        Product(final, parts.plain, float32_out=True),
+        torch.arange(vocabulary, device=like.device),
+        turns_of(a.layers[0].rope, a.head_dim, model.positions, like.device),
+    )
 
 
 def random_weights(

@@ -2,8 +2,10 @@
 
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
+from typing import Any
 
 import torch
 
@@ -13,6 +15,7 @@ from lowbit.engine.feed_forward import MixedForward
 from lowbit.engine.products import Hidden
 from lowbit.engine.runner import Runner
 from lowbit.engine.sampler import Features
+from lowbit.engine.sampling import Completion
 
 REPEATS = 3
 CEILING_BYTES = {"cuda": 4 << 30, "cpu": 256 << 20}
@@ -74,6 +77,61 @@ def measure(engine: Engine, batch: int, prompt: int, output: int, read_gbs: floa
     nbytes = step_bytes(engine, batch, prompt + output / 2, distinct)
     experts = statistics.mean(distinct.values()) if distinct else None
     return Speed(batch, prompt, output, seconds * 1e3 / output, nbytes / read_gbs / 1e6, read_gbs, memory, experts)
+
+
+@dataclass(frozen=True)
+class DraftSpeed:
+    """The speed of one sequence at a time with an engine's drafter, and without.
+
+    tokens, steps  written, and decode steps for them
+    right          share of right drafts at each place of a step, of those that were checked
+    draft_ms, check_ms  milliseconds of a step's drafts, and of their check with the copy of its tokens
+    ms, plain_ms   milliseconds a token, prompts included, with drafts and without
+    same           True if both texts are the same
+    """
+
+    tokens: int
+    steps: int
+    right: tuple[float, ...]
+    draft_ms: float
+    check_ms: float
+    ms: float
+    plain_ms: float
+    same: bool
+
+    def as_row(self) -> dict[str, Any]:
+        """The figures by name, rounded."""
+        row: dict[str, Any] = {"tokens": self.tokens, "steps": self.steps, "same_text": self.same}
+        row |= {"tokens_per_step": round(self.tokens / self.steps, 3), "right": [round(x, 3) for x in self.right]}
+        row |= {"draft_ms": round(self.draft_ms, 4), "check_ms": round(self.check_ms, 4)}
+        return row | {"ms_per_token": round(self.ms, 4), "plain_ms_per_token": round(self.plain_ms, 4)}
+
+
+def measure_drafts(engine: Engine, prompts: Sequence[Sequence[int]], output: int, **settings: Any) -> DraftSpeed:
+    """The speed of `output` tokens after each prompt, one prompt at a time. All are written once before, for graphs."""
+
+    def write(**more: Any) -> tuple[list[Completion], float]:
+        for prompt in prompts:
+            engine.generate([prompt], max_new_tokens=output, ignore_eos=True, **settings | more)
+        costs.drafting = costs.checking = 0.0
+        begin = time.perf_counter()
+        found = [
+            engine.generate([prompt], max_new_tokens=output, ignore_eos=True, **settings | more)[0]
+            for prompt in prompts
+        ]
+        return found, time.perf_counter() - begin
+
+    costs = engine.spaces.costs
+    plain, plain_seconds = write(drafts=0, lookup=0)
+    found, seconds = write()
+    tokens, steps = sum(len(each.tokens) for each in found), sum(each.steps for each in found)
+    places = list(zip_longest(*(each.drafts for each in found), fillvalue=(0, 0)))
+    right = tuple(sum(r for _, r in place) / max(sum(c for c, _ in place), 1) for place in places)
+    same = [each.tokens for each in found] == [each.tokens for each in plain]
+    drafting, checking = 1e3 * costs.drafting / steps, 1e3 * costs.checking / steps
+    return DraftSpeed(
+        tokens, steps, right, drafting, checking, 1e3 * seconds / tokens, 1e3 * plain_seconds / tokens, same
+    )
 
 
 def start(runner: Runner, batch: int, prompt: int) -> None:

@@ -4,7 +4,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -12,6 +12,7 @@ from lowbit.engine.cache import Cache, cache_nbytes, make_cache
 from lowbit.engine.decoder import Decoder
 from lowbit.engine.drafts.check import Check
 from lowbit.engine.drafts.gauge import Costs
+from lowbit.engine.drafts.heads import Head, Heads
 from lowbit.engine.options import Options
 from lowbit.engine.passes import Reader
 from lowbit.engine.runner import Runner
@@ -44,6 +45,7 @@ class Workspace:
         self.reader: Reader | None = None
         self.runners: OrderedDict[tuple[Kind, int], Runner] = OrderedDict()
         self.bases: dict[tuple[Features, int], Sampler] = {}
+        self.heads: Heads | None = None
 
     def runner(self, rows: int, batch: int, length: int, features: Features | None = None, adjacent: int = 1) -> Runner:
         """The runner with `rows` rows, for a cache of `batch` sequences of at least `length` positions.
@@ -93,6 +95,21 @@ class Workspace:
         """The cache, or None before its first use."""
         return None if self.reader is None else self.reader.cache
 
+    def drafter(self) -> Heads:
+        """The drafter of the engine's head, for the cache. EngineError if memory is short."""
+        assert self.reader is not None
+        head, cache, weights = self.pool.head, self.reader.cache, self.decoder.weights
+        assert head is not None
+        if self.heads is None:
+            try:
+                self.heads = Heads(head, cache.batch, cache.context, weights.embedding)
+            except torch.OutOfMemoryError as error:
+                raise EngineError(
+                    f"the drafter's keys and values of {cache.batch} sequences of {cache.context} positions do not "
+                    "fit: leave it out, or use fewer sequences or a smaller context"
+                ) from error
+        return self.heads
+
     def roomy_reader(self, batch: int, length: int) -> Reader:
         """The reader of the cache, reallocated if too small. On a GPU it has the whole context from the start."""
         if self.reader is None or self.reader.cache.batch < batch or self.reader.cache.context < length:
@@ -107,16 +124,18 @@ class Workspace:
         self.reader = None
         self.runners.clear()
         self.bases.clear()
+        self.heads = None
 
 
 class Workspaces:
     """The workspaces of an engine.
 
+    head   of the drafter, or None
     costs  of steps with drafts, measured in any of them
     """
 
-    def __init__(self, decoder: Decoder, options: Options) -> None:
-        self.decoder, self.options = decoder, options
+    def __init__(self, decoder: Decoder, options: Options, head: Head | None = None) -> None:
+        self.decoder, self.options, self.head = decoder, options, head
         self.idle: list[Workspace] = []
         self.costs = Costs()
         self.lock = threading.Lock()
@@ -136,7 +155,7 @@ class Workspaces:
         """A cache for `batch` sequences. Frees idle workspaces if needed. EngineError if the GPU has too little
         memory."""
         weights, architecture = self.decoder.weights, self.decoder.architecture
-        need = cache_nbytes(architecture, batch, context, weights.dtype, weights.cache.number)
+        need = self.cache_nbytes(batch, context)
         if on_gpu(weights.device) and need > free_nbytes(weights.device)[0]:
             with self.lock:
                 self.idle.clear()
@@ -147,7 +166,18 @@ class Workspaces:
                     f"GPU has {free / 2**30:.1f} of {total / 2**30:.1f} GiB free: use fewer sequences, a smaller "
                     "context, or cache='int8'"
                 )
-        return make_cache(architecture, batch, context, weights.cache, weights.embedding)
+        cache = make_cache(architecture, batch, context, weights.cache, weights.embedding)
+        if not self.decoder.taps:
+            return cache
+        width = len(self.decoder.taps) * architecture.hidden
+        return replace(cache, features=weights.embedding.new_zeros(batch * context, width))
+
+    def cache_nbytes(self, batch: int, context: int) -> int:
+        """The bytes of a cache for `batch` sequences, with the features for a drafter."""
+        decoder = self.decoder
+        architecture, dtype = decoder.architecture, decoder.weights.dtype
+        features = batch * context * len(decoder.taps) * architecture.hidden * dtype.itemsize
+        return features + cache_nbytes(architecture, batch, context, dtype, decoder.weights.cache.number)
 
 
 def on_gpu(device: torch.device) -> bool:

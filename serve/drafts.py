@@ -5,8 +5,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lowbit.engine.drafts.drafting import MOST_SEQUENCES, Drafting, Masks
+from lowbit.engine.drafts.drafter import Drafter
+from lowbit.engine.drafts.drafting import Drafting, Masks
+from lowbit.engine.drafts.heads import Heads
 from lowbit.engine.drafts.suffix import Suffixes
+from lowbit.engine.drafts.widths import MOST_SEQUENCES
 from lowbit.engine.sampler import BITS, Features
 from lowbit.engine.sampling import Piece
 from lowbit.engine.workspace import Workspace
@@ -14,39 +17,45 @@ from lowbit.serve.job import Constraint, Job
 
 
 class Drafts:
-    """Steps with at most `most` draft tokens for each job; 0 for none."""
+    """Steps with drafts of the engine's drafter, or with at most `most` draft tokens from the text; 0 for none."""
 
     def __init__(self, space: Workspace, most: int) -> None:
-        self.drafting = Drafting(space, Suffixes(), most) if most else None
+        self.space, self.most = space, most if most or space.pool.head is None else Heads.most
+        self.made: Drafting | None = None
         self.rest = 0  # steps without drafts to come
+
+    @property
+    def drafting(self) -> Drafting:
+        """The steps, made with the first one: a drafter's cache is as large as the batch's."""
+        if self.made is None:
+            drafter: Drafter = Suffixes() if self.space.pool.head is None else self.space.drafter()
+            self.made = Drafting(self.space, drafter, self.most)
+        return self.made
 
     def wanted(self, jobs: Sequence[Job]) -> bool:
         """True if the next step of these jobs has drafts."""
-        if self.drafting is None or not 0 < len(jobs) <= MOST_SEQUENCES:
+        if not self.most or not 0 < len(jobs) <= MOST_SEQUENCES:
             return False
         if self.rest:
             self.rest -= 1
-            return False
+            same = [job.request for job in jobs] == self.drafting.requests
+            return same and all(job.request.left for job in jobs) and self.drafting.wakes
         return True
 
     def start(self, jobs: Sequence[Job], features: Features) -> None:
         """Write these jobs from now on."""
-        assert self.drafting is not None
         sequences = [job.slot.sequence for job in jobs if job.slot is not None]
         self.drafting.start([job.request for job in jobs], sequences, features)
 
     def step(self, masks: Masks | None) -> list[Piece]:
         """Run one step; the piece of each job."""
-        assert self.drafting is not None
         pieces = self.drafting.step(masks)
         self.rest = self.drafting.gauge.rest
         return pieces
 
     def reset(self) -> None:
         """Forget all texts."""
-        if self.drafting is not None:
-            self.drafting.given.clear()
-        self.rest = 0
+        self.made, self.rest = None, 0
 
 
 def fill_rows(grammar: Constraint, rows: Tensor, draft: Sequence[int]) -> int:

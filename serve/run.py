@@ -10,7 +10,6 @@ import psutil
 import torch
 import uvicorn
 
-from lowbit.engine.cache import cache_nbytes
 from lowbit.engine.engine import Engine
 from lowbit.engine.sampling import Sampling
 from lowbit.engine.workspace import free_nbytes, on_gpu
@@ -114,11 +113,11 @@ def describe(session: Session, options: Options, port: int) -> str:
 
 def fitting(engine: Engine) -> int:
     """The default number of sequences: as many as fit in the memory of a GPU, at most SEQUENCES."""
-    weights, architecture, options = engine.decoder.weights, engine.decoder.architecture, engine.options
-    if not on_gpu(weights.device):
+    device = engine.decoder.weights.device
+    if not on_gpu(device):
         return SEQUENCES // 2
-    free, count = ROOM * free_nbytes(weights.device)[0], SEQUENCES
-    while count > 1 and cache_nbytes(architecture, count, options.context, weights.dtype, weights.cache.number) > free:
+    free, count = ROOM * free_nbytes(device)[0], SEQUENCES
+    while count > 1 and engine.spaces.cache_nbytes(count, engine.options.context) > free:
         count //= 2
     return count
 

@@ -26,12 +26,14 @@ NOTHING = Proposal()
 class Drafter(Protocol):
     """Proposes tokens for the sequences of a cache.
 
-    taps  layers whose outputs it reads, from 0; () for none
-    most  longest proposal
+    taps   layers whose outputs it reads, from 0; () for none
+    most   longest proposal
+    usual  stands for any proposal of it, if drafts cost something; None if they are free
     """
 
     taps: tuple[int, ...]
     most: int
+    usual: Proposal | None
 
     def begin(self, sequence: int, tokens: Sequence[int]) -> None:
         """Forget a sequence's text: it now begins with these tokens."""

@@ -9,6 +9,7 @@ from torch import Tensor
 from lowbit.engine.drafts.check import Check
 from lowbit.engine.drafts.drafter import NOTHING, Drafter, Proposal
 from lowbit.engine.drafts.gauge import Gauge
+from lowbit.engine.drafts.widths import ROWS, WIDTHS
 from lowbit.engine.generate import begin_batch, deliver
 from lowbit.engine.request import Request
 from lowbit.engine.runner import Runner
@@ -16,10 +17,6 @@ from lowbit.engine.sampler import Chosen, Features, features_of
 from lowbit.engine.sampling import Piece
 from lowbit.engine.workspace import Workspace
 from lowbit.errors import EngineError
-
-ROWS = 8  # of a step: up to 8, products and attention add up in the order of a single row
-MOST_SEQUENCES = 4
-WIDTHS = (1, 2, 4, 8)  # rows of each sequence: few, since each has its own graphs
 
 # Set the masks (rows, words) of the rows that check these drafts; the numbers of drafts that the rules allow.
 Masks = Callable[[Tensor, Sequence[Sequence[int]]], list[int]]
@@ -67,11 +64,10 @@ class Drafting:
 
     def step(self, masks: Masks | None = None) -> list[Piece]:
         """Run one step; the piece of each request."""
-        widths = self.widths
-        proposals = self.propose(widths[-1] - 1) if widths[-1] > 1 else [NOTHING] * len(self.requests)
-        width = self.gauge.width(proposals, widths)
+        begun = time.perf_counter()
+        width, proposals = self.chosen()
         drafts = [list(proposal.tokens[: width - 1]) for proposal in proposals]
-        runner, begun = self.runner(width), time.perf_counter()
+        runner, drafted = self.runner(width), time.perf_counter()
         known = not runner.captures or bool(runner.graphs)
         self.place(runner, width, drafts)
         if masks is None:
@@ -79,19 +75,32 @@ class Drafting:
         else:
             drafts = self.masked(runner, masks, drafts)
         chosen = runner.written().wait()
+        ended = time.perf_counter()
         if known:
-            self.gauge.costs.note(len(drafts), width, time.perf_counter() - begun)
+            self.gauge.costs.note(len(drafts), width, ended - begun)
+        self.gauge.costs.spend(drafted - begun, ended - drafted)
         return [self.take(i, width, proposals[i], drafts[i], chosen) for i in range(len(drafts))]
+
+    def chosen(self) -> tuple[int, list[Proposal]]:
+        """The width of the next step, and its drafts. A drafter whose drafts cost something proposes no more of them
+        than are checked."""
+        widths, usual = self.widths, self.drafter.usual
+        nothing = [NOTHING] * len(self.requests)
+        if usual is None:
+            proposals = self.propose(widths[-1] - 1) if widths[-1] > 1 else nothing
+            return self.gauge.width(proposals, widths), proposals
+        width = self.gauge.width([usual] * len(self.requests), widths)
+        return width, self.propose(width - 1) if width > 1 else nothing
+
+    @property
+    def wakes(self) -> bool:
+        """True if drafts that cost nothing pay again, while steps are written without them."""
+        return self.drafter.usual is None and self.chosen()[0] > 1
 
     def propose(self, most: int) -> list[Proposal]:
         """The drafter's proposals. EngineError for tokens outside the vocabulary."""
         for sequence, request in zip(self.sequences, self.requests, strict=True):
-            given, tokens = self.given.get(sequence), request.sequence
-            if given is None or given.request is not request:
-                self.drafter.begin(sequence, tokens)
-            else:
-                self.drafter.extend(sequence, tokens[given.count :], None)
-            self.given[sequence] = Given(request, len(tokens))
+            self.tell(sequence, request)
         proposals, vocabulary = self.drafter.propose(self.sequences, most), self.space.decoder.architecture.vocabulary
         for proposal in proposals:
             wrong = next((token for token in proposal.tokens if not 0 <= token < vocabulary), None)
@@ -101,6 +110,23 @@ class Drafting:
             Proposal(proposal.tokens[: min(most, request.left - 1)], proposal.kind, proposal.chance)
             for proposal, request in zip(proposals, self.requests, strict=True)
         ]
+
+    def tell(self, sequence: int, request: Request) -> None:
+        """Let the drafter know the tokens of a request that it does not know yet."""
+        given, tokens = self.given.get(sequence), request.sequence
+        if given is None or given.request is not request:
+            self.drafter.begin(sequence, tokens[:1])
+            given = Given(request, 1)
+        self.drafter.extend(sequence, tokens[given.count :], self.taken(sequence, given.count - 1, len(tokens) - 1))
+        self.given[sequence] = Given(request, len(tokens))
+
+    def taken(self, sequence: int, first: int, last: int) -> Tensor | None:
+        """The outputs of the drafter's taps at the positions from `first` to before `last`; None without taps."""
+        cache = self.space.cache
+        assert cache is not None
+        if not self.drafter.taps or cache.features is None:
+            return None
+        return cache.features[cache.start(sequence) + first : cache.start(sequence) + last]
 
     def runner(self, width: int) -> Runner:
         """The runner of a step with so many rows of each sequence."""
@@ -146,10 +172,11 @@ class Drafting:
     def end(self, index: int) -> None:
         """Let the drafter know the rest of a text, and its end."""
         request, sequence = self.requests[index], self.sequences[index]
-        given = self.given.pop(sequence, None)
+        given = self.given.get(sequence)
         if given is not None and given.request is request:
-            self.drafter.extend(sequence, request.sequence[given.count :], None)
+            self.tell(sequence, request)
             self.drafter.end(sequence)
+            del self.given[sequence]
 
 
 def places_of(request: Request) -> tuple[int, int]:
@@ -197,3 +224,5 @@ def plain(drafting: Drafting, length: int) -> Iterator[Piece]:
     runner.place([token for _, token in places], [place for place, _ in places], starts)
     for chosen in runner.steps(min(drafting.gauge.rest, *(request.left for request in requests))):
         yield from deliver(requests, chosen)
+        if not all(request.left for request in requests) or drafting.wakes:
+            return

@@ -19,10 +19,16 @@ class Costs:
     """Seconds of a step by (sequences, rows of each).
 
     fixed  True: the given costs are kept, and nothing is measured
+    drafting, checking  seconds spent on drafts, and on steps that check them
     """
 
     def __init__(self, seconds: dict[tuple[int, int], float] | None = None, fixed: bool = False) -> None:
         self.seconds, self.fixed = dict(seconds or {}), fixed
+        self.drafting = self.checking = 0.0
+
+    def spend(self, drafting: float, checking: float) -> None:
+        """Add up the seconds of a step's drafts and of their check."""
+        self.drafting, self.checking = self.drafting + drafting, self.checking + checking
 
     def note(self, sequences: int, width: int, seconds: float) -> None:
         """Take a measured step into account."""

@@ -92,6 +92,7 @@ class Suffixes:
     """The drafter: see drafter.Drafter. With a store, finished texts go there."""
 
     taps: tuple[int, ...] = ()
+    usual: Proposal | None = None
 
     def __init__(self, most: int = MOST, store: Store | None = None) -> None:
         self.most, self.store = most, store

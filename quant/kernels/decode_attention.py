@@ -211,10 +211,10 @@ def most_bytes(call: AttentionCall) -> int:
 def choose_splits(call: AttentionCall, processors: int) -> int:
     """Number of blocks that share a sequence, independent of its position: a captured graph serves all up to `longest`.
 
-    If whole sequences do not all run in one wave, at least two splits even out the last wave. processors 0 means a GPU
-    without clusters: no splits.
+    If whole sequences do not all run in one wave, at least two splits even out the last wave. Adjacent rows have the
+    splits of a single row, so that they add up in the same order. processors 0 means a GPU without clusters: no splits.
     """
-    columns = call.heads // call.cache.kv_heads * call.adjacent
+    columns = call.heads // call.cache.kv_heads
     blocks = call.sequences * call.cache.kv_heads * -(-columns // BLOCK_HEADS)
     bounds = [bound for bound in (call.longest, call.window) if bound]
     if processors == 0:

@@ -36,6 +36,7 @@ class Oracle:
     """Proposes known texts, and a wrong token wherever chance wants it."""
 
     taps: tuple[int, ...] = ()
+    usual: Proposal | None = None
     most = 7
 
     def __init__(self, texts: Sequence[Sequence[int]], wrong: float, vocabulary: int = 260) -> None:
@@ -175,6 +176,9 @@ def test_texts_of_a_batch_are_looked_up(model):
 def test_a_token_outside_the_vocabulary_is_named(model, token):
     class Wild(Oracle):
         def begin(self, sequence: int, tokens: Sequence[int]) -> None:
+            pass
+
+        def extend(self, sequence: int, tokens: Sequence[int], features: torch.Tensor | None) -> None:
             pass
 
         def draft(self, sequence: int, most: int) -> Proposal:

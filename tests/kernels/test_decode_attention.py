@@ -253,6 +253,9 @@ def test_a_cut_depends_on_sizes_alone():
         splits = [choose_splits(attention_of(call, q, longest=most), processors) for most in (0, 4096, SHORT)]
         assert splits == [long, long, short]
         assert choose_splits(attention_of(call, q, window=128), processors) == short
+        if processors:  # rows of one sequence are split as a single one
+            together, alone = (attention_of(call, rows, longest=4096, adjacent=len(rows)) for rows in (q, q[:1]))
+            assert choose_splits(together, processors) == choose_splits(alone, processors)
 
 
 @pytest.mark.parametrize(
