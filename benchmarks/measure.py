@@ -34,6 +34,7 @@ def copies_for(nbytes: int) -> int:
 def time_calls(calls: Sequence[Callable[[], object]], target_ms: float = 10.0, calls_in_graph: int = CALLS) -> Timing:
     """Time of one call. `calls` use different copies of the weight; a graph has at least that many, in turn."""
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())  # that still makes the inputs
     with torch.cuda.stream(stream):
         for call in calls[:2]:
             call()

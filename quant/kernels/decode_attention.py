@@ -28,8 +28,8 @@ SHORT_SPLITS = 4  # most splits of a short sequence
 PLAIN_BYTES = 100e6
 # An int8 cache, the same at 8 x 2048: 2.876 ms per step with 8 warps per block, 3.501 with 4; 8 x 128: 1.884 and
 # 1.705. Other quantized caches have no more bytes.
-WARPS, MANY_WARPS = 4, 8
-MANY_WARPS_DIM = 128  # widest heads whose chunks fit in the registers of 8 warps
+WARPS, MANY_WARPS, MOST_WARPS = 4, 8, 16
+MANY_WARPS_DIM = 128  # widest heads whose chunks fit in the registers of so many warps
 SHORT_BLOCKS, LONG_BLOCKS = 1.95, 2.5  # most blocks per multiprocessor after splitting
 YIELDS = True  # the next product asks for its first weights while attention runs, not only after its loop
 APPEND_FIELDS = ("qkv", "positions", "slots", "cosines", "sines", "q_norm", "k_norm", "norm_eps")
@@ -184,28 +184,45 @@ def attend(call: AttentionCall) -> Tensor:
     args |= {"out": out, "m": out.shape[0], "heads": call.heads, "cache": cache_fields(call.cache)}
     properties = torch.cuda.get_device_properties(out.device)
     clusters_exist = (properties.major, properties.minor) >= (9, 0)
-    splits = choose_splits(call, properties.multi_processor_count if clusters_exist else 0)
     fast = has_fast_memory(out.device)
+    splits, warps = choose_cut(call, properties.multi_processor_count if clusters_exist else 0, fast)
     dependent = call.dependent and not (fast and most_bytes(call) > PLAIN_BYTES)
-    warps = choose_warps(call) if fast else WARPS
     cut = {"splits": splits, "warps": warps, "dependent": dependent, "yields": YIELDS}
     launch("decode_attention", out.dtype, call.cache.number.name, device=out.device, args=args, **cut)
     return out
 
 
-def choose_warps(call: AttentionCall) -> int:
-    """Warps of a block, with fast memory. A warp asks for half as many bytes of an int8 cache, and is bound by their
-    latency: long sequences get twice as many, if their chunks fit in the registers."""
-    bounds = [bound for bound in (call.longest, call.window) if bound]
-    short = bool(bounds) and min(bounds) <= SHORT
-    return MANY_WARPS if call.cache.number != SAME and call.cache.head_dim <= MANY_WARPS_DIM and not short else WARPS
+def most_positions(call: AttentionCall) -> int:
+    """Upper bound on the positions that a row sees; 0 if unknown."""
+    return min([bound for bound in (call.longest, call.window) if bound], default=0)
 
 
 def most_bytes(call: AttentionCall) -> int:
     """Bytes of keys and values that a call reads at most; 0 if unknown."""
-    bounds = [bound for bound in (call.longest, call.window) if bound]
     row = call.cache.k[0].numel() * call.cache.k.element_size()
-    return 2 * row * call.sequences * (min(bounds) if bounds else 0)
+    return 2 * row * call.sequences * most_positions(call)
+
+
+def blocks_of(call: AttentionCall) -> int:
+    """Blocks without splits, of a single row of each sequence: adjacent rows are cut as it is."""
+    columns = call.heads // call.cache.kv_heads
+    return call.sequences * call.cache.kv_heads * -(-columns // BLOCK_HEADS)
+
+
+def choose_cut(call: AttentionCall, processors: int, fast: bool) -> tuple[int, int]:
+    """Splits of a sequence, and warps of a block.
+
+    A warp asks for fewer bytes of a quantized cache, and is bound by their latency. So with fast memory (`fast`) long
+    sequences get more warps, if their chunks fit in the registers: two blocks of MANY_WARPS on each multiprocessor or,
+    where there are few blocks, one of MOST_WARPS. Two of them would have to stand in one cluster's part of the GPU.
+    """
+    splits, blocks = choose_splits(call, processors), blocks_of(call)
+    short = 0 < most_positions(call) <= SHORT
+    if not fast or short or call.cache.number == SAME or call.cache.head_dim > MANY_WARPS_DIM:
+        return splits, WARPS
+    if 2 * blocks <= processors:
+        return min(MAX_SPLITS, processors // blocks), MOST_WARPS
+    return splits, MANY_WARPS
 
 
 def choose_splits(call: AttentionCall, processors: int) -> int:
@@ -214,12 +231,10 @@ def choose_splits(call: AttentionCall, processors: int) -> int:
     If whole sequences do not all run in one wave, at least two splits even out the last wave. Adjacent rows have the
     splits of a single row, so that they add up in the same order. processors 0 means a GPU without clusters: no splits.
     """
-    columns = call.heads // call.cache.kv_heads
-    blocks = call.sequences * call.cache.kv_heads * -(-columns // BLOCK_HEADS)
-    bounds = [bound for bound in (call.longest, call.window) if bound]
+    blocks = blocks_of(call)
     if processors == 0:
         return 1
-    if bounds and min(bounds) <= SHORT:
+    if 0 < most_positions(call) <= SHORT:
         return min(SHORT_SPLITS, max(1, int(SHORT_BLOCKS * processors) // blocks))
     least = 2 if blocks > 2 * processors else 1
     return min(MAX_SPLITS, max(least, int(LONG_BLOCKS * processors) // blocks))

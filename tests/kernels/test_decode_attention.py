@@ -15,8 +15,8 @@ from lowbit.quant.kernels.decode_attention import (
     AttentionCall,
     append_reference,
     attend_reference,
+    choose_cut,
     choose_splits,
-    choose_warps,
     most_bytes,
 )
 from lowbit.quant.kernels.kv_cache import (
@@ -259,20 +259,22 @@ def test_a_cut_depends_on_sizes_alone():
 
 
 @pytest.mark.parametrize(
-    ("shape", "longest", "cache", "warps"),
+    ("shape", "rows", "longest", "cache", "cut"),
     [
-        ((32, 32, 128), 2176, "int8", 8),
-        ((32, 32, 128), 0, "fp8", 8),
-        ((32, 8, 64), 32768, "int4", 8),
-        ((32, 32, 128), SHORT, "int8", 4),
-        ((4, 1, 256), 2176, "int8", 4),
-        ((32, 32, 128), 2176, "same", 4),
+        ((32, 32, 128), 8, 2176, "int8", (1, 8)),
+        ((32, 32, 128), 4, 0, "fp8", (2, 8)),
+        ((32, 32, 128), 1, 2176, "int4", (4, 16)),
+        ((32, 8, 64), 1, 32768, "int4", (8, 16)),
+        ((32, 32, 128), 1, SHORT, "int8", (4, 4)),
+        ((4, 1, 256), 1, 2176, "int8", (8, 4)),
+        ((32, 32, 128), 1, 2176, "same", (8, 4)),
     ],
 )
-def test_long_quantized_caches_get_more_warps(shape, longest, cache, warps):
-    call = make_append(shape, [5], torch.float16, cache)
-    q = torch.zeros(1, shape[0] * shape[2], dtype=torch.float16)
-    assert choose_warps(attention_of(call, q, longest=longest)) == warps
+def test_long_quantized_caches_get_more_warps(shape, rows, longest, cache, cut):
+    call = make_append(shape, [5] * rows, torch.float16, cache)
+    attention = attention_of(call, torch.zeros(rows, shape[0] * shape[2], dtype=torch.float16), longest=longest)
+    assert choose_cut(attention, 132, True) == cut
+    assert choose_cut(attention, 132, False) == (choose_splits(attention, 132), 4)
 
 
 def test_the_bytes_of_a_cache_are_those_of_its_longest_sequence():
@@ -370,9 +372,12 @@ def check_append(call: AppendCall, q: Tensor, reference: AppendCall, dtype: torc
 @pytest.mark.gpu
 @pytest.mark.parametrize("cache", CACHE_NUMBERS)
 @pytest.mark.parametrize("splits", range(1, MAX_SPLITS + 1))
-def test_every_cut_computes_the_reference(splits, cache, monkeypatch):
-    monkeypatch.setattr(decode_attention, "choose_splits", lambda call, processors: splits)
-    for shape in ((4, 4, 128), (32, 2, 128), (4, 1, 256)):
+@pytest.mark.parametrize("warps", [4, 8, 16])
+def test_every_cut_computes_the_reference(splits, warps, cache, monkeypatch):
+    if warps > 4 and cache == "same":
+        pytest.skip("a cache in halves has 4 warps")
+    monkeypatch.setattr(decode_attention, "choose_cut", lambda call, processors, fast: (splits, warps))
+    for shape in ((4, 4, 128), (32, 2, 128), (8, 1, 64), (4, 1, 256))[: 4 if warps == 4 else 3]:
         call = make_append(shape, [700, 5, 63, 2047], torch.float16, cache, "cuda")
         attention = attention_of(call, ops.append_heads(call))
         wanted = attend_reference(in_float32(attention))

@@ -36,7 +36,7 @@ from lowbit.quant.kernels import (
 from lowbit.quant.kernels.choose_tokens import ChoiceCall, Cursor, Noise
 from lowbit.quant.kernels.decode_attention import AppendCall, AttentionCall
 from lowbit.quant.kernels.dense import DenseCall
-from lowbit.quant.kernels.kv_cache import NIBBLES, KVCache
+from lowbit.quant.kernels.kv_cache import NIBBLES, SAME, KVCache
 from lowbit.quant.kernels.packed import PackedWeight
 from lowbit.quant.kernels.problem import (
     ACTIVATIONS,
@@ -571,9 +571,9 @@ def check_attention(gpu: Gpu, seeds: range) -> None:
         wanted = decode_attention.attend_reference(call)
         hide_unseen(call)
         gpu.late(call.q, *(part[slot] for part in parts_of(cache) for slot in append.slots.tolist()))
-        values = {"choose_splits": splits, "has_fast_memory": pick.random() < 0.5}
-        chosen = {name: mock.Mock(return_value=value) for name, value in values.items()}
-        with gpu, mock.patch.multiple(decode_attention, **chosen):
+        wide = cache.number == SAME or cache.head_dim > decode_attention.MANY_WARPS_DIM
+        cut = splits, 4 if wide else pick.choice([4, 8, 16])
+        with gpu, mock.patch.object(decode_attention, "choose_cut", mock.Mock(return_value=cut)):
             out = decode_attention.attend(call)
         assert_close(out, wanted, out.dtype, 8)
 

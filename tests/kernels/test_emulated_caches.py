@@ -46,14 +46,14 @@ def test_attention_over_codes_computes_as_the_reference(library: Path) -> None:
 
 
 MISTAKES = {
-    "a scale without its sign": Mutant("decode_attention.cu", "^ __float_as_uint(sides[r]) << 31", ""),
+    "a scale without its sign": Mutant("decode_attention.cu", "^ __float_as_uint(side) << 31", ""),
     "nibbles of two rows in another order": Mutant(
         "cache_codes.cuh",
         "pairs[2 * i] = even[i], pairs[2 * i + 1] = odd[i]",
         "pairs[i] = even[i], pairs[i + kPairs] = odd[i]",
     ),
     "a chunk read where the next one is": Mutant(
-        "decode_attention.cu", "first + S::kChunks * step, chunks[i]", "first + step, chunks[i]"
+        "decode_attention.cu", "next = first + S::kTogether * step;", "next = first + step;"
     ),
 }
 

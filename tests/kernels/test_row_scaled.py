@@ -90,13 +90,12 @@ def test_every_code_with_every_scale_is_exact(scheme: str, dtype: torch.dtype, d
     packed = prepack(weight.to(device), dtype)
     assert torch.equal(ops.dequantize(packed).cpu(), weight.dequantize(dtype))
     if device == "cuda":  # a unit vector takes each column of the weight as the products expand it
-        k = weight.shape[1]
+        k, dense = weight.shape[1], weight.dequantize().to(device)
         for start in range(0, k, 8):
             x = torch.zeros(8, k, dtype=dtype, device=device)
             x[range(8), range(start, start + 8)] = 1
             call = PackedCall(x, packed, float32_out=True)
-            wanted = weight.dequantize()[:, start : start + 8].T.to(device)
-            assert torch.equal(wna16_gemv.run(call, call.problem()), wanted)
+            assert torch.equal(wna16_gemv.run(call, call.problem()), dense[:, start : start + 8].T)
 
 
 def check(call: PackedCall, y: Tensor) -> None:

@@ -7,7 +7,9 @@
 //   kSignedScales such a scale may be negative
 //   kHeadScales  a float32 scale for each head, of all tokens
 //   kRotated     keys and queries are turned by a Hadamard matrix, which leaves their products as they are
-//   kChunks      chunks of a warp that are in flight: of few bits each has few bytes
+//   kTogether    chunks that a warp takes at a time: of few bits each has few bytes and few instructions
+//   kOffset      the number that codes stand above their values in products, or 0. Such codes come as subnormal halves:
+//                element i of a word times unit_of(i)
 //   Product<T>   the type of the products: codes are exact in float16, and queries are then converted to it
 //   widen        the pairs of a word, in order
 //   pair_rows    pairs of element i of one row with element i of another, for the elements of a word of each
@@ -22,7 +24,7 @@ namespace lowbit {
 // Elements in T itself.
 struct SameCache {
   static constexpr char kName[] = "same";
-  static constexpr int kBits = 16, kPairs = 1, kChunks = 1;
+  static constexpr int kBits = 16, kPairs = 1, kTogether = 1, kOffset = 0;
   static constexpr bool kTokenScales = false, kSignedScales = false, kHeadScales = false, kRotated = false;
   template <typename T>
   using Product = T;
@@ -37,7 +39,7 @@ struct SameCache {
 // The common part of caches of 8 bits: words of four bytes.
 template <typename Cache>
 struct ByteCache {
-  static constexpr int kBits = 8, kPairs = 2, kChunks = 1;
+  static constexpr int kBits = 8, kPairs = 2, kTogether = 1, kOffset = 0;
   static constexpr bool kSignedScales = false, kRotated = false;
   template <typename T>
   using Product = __half;
@@ -78,17 +80,20 @@ struct Fp8Cache : ByteCache<Fp8Cache> {
 };
 
 // int4 by a head's number of largest magnitude, which becomes -8: scales have signs. Eight elements of a word, from its
-// lowest nibble: 0, 2, 4, 6, 1, 3, 5, 7. Nibbles are the code + 8.
+// lowest nibble: 0, 2, 4, 6, 1, 3, 5, 7. Nibbles are the code + 8. A mask makes them subnormal halves, half of them 16
+// times as large as the others.
 struct Int4Cache {
   static constexpr char kName[] = "int4";
-  static constexpr int kBits = 4, kPairs = 4, kChunks = 2;
+  static constexpr int kBits = 4, kPairs = 4, kTogether = 2, kOffset = 8;
   static constexpr bool kTokenScales = true, kSignedScales = true, kHeadScales = false, kRotated = true;
   template <typename T>
   using Product = __half;
 
   __device__ static void widen(uint32_t word, uint32_t (&pairs)[kPairs]) {
-    using D = Dequant<__half, Int4>;
-    D::expand(&word, D::zeros_of(8), pairs);
+    for (int i = 0; i < 2; ++i) {
+      pairs[2 * i] = word >> (8 * i) & 0x000f000fu;
+      pairs[2 * i + 1] = word >> (8 * i) & 0x00f000f0u;
+    }
   }
   __device__ static void pair_rows(uint32_t first, uint32_t second, uint32_t (&pairs)[2 * kPairs]) {
     uint32_t even[kPairs], odd[kPairs];
@@ -96,8 +101,9 @@ struct Int4Cache {
     widen(__byte_perm(first, second, 0x7632), odd);
     for (int i = 0; i < kPairs; ++i) pairs[2 * i] = even[i], pairs[2 * i + 1] = odd[i];
   }
+  __host__ __device__ static constexpr float unit_of(int i) { return i / 2 % 2 ? 0x1p-20f : 0x1p-24f; }
   // The place of element i of a word.
-  __device__ static constexpr int shift_of(int i) { return (i % 2 * 4 + i / 2) * 4; }
+  __host__ __device__ static constexpr int shift_of(int i) { return (i % 2 * 4 + i / 2) * 4; }
 };
 
 }  // namespace lowbit

@@ -67,7 +67,7 @@ struct DecodeAttentionLaunch {
   LOWBIT_STRUCT(DecodeAttentionLaunch);
   FIELD(int, device);
   FIELD(int, splits);      // blocks of a cluster that share a sequence; more than 1 needs sm_90
-  FIELD(int, warps);       // of a block: 4; or 8 for a quantized cache and heads of up to 128
+  FIELD(int, warps);       // of a block: 4; or 8 or 16 for a quantized cache and heads of up to 128
   FIELD(bool, dependent);  // launched with programmatic dependent launch
   FIELD(bool, yields);     // the next kernel may start from this one's beginning on, not only after its loop
 };
@@ -292,10 +292,11 @@ struct Shape {
   static constexpr int kPairs = 2 * Codes::kPairs;          // pairs of elements from two rows' words
   static constexpr int kBlocks = kDim / 16;                 // blocks of 16 elements of the result
   static constexpr bool kAhead = kDim <= 128;               // True if the next chunk is read while this one is computed
-  static constexpr int kChunks = kAhead ? Codes::kChunks : 1;
+  static constexpr int kTogether = kAhead ? Codes::kTogether : 1;
+  static constexpr bool kOffset = Codes::kOffset != 0;
   // Rows past the end keep an earlier row's codes: their weight is zero.
   static constexpr bool kClears = !(Codes::kTokenScales || Codes::kHeadScales);
-  static constexpr int kMinBlocks = kWarps > 4 || !kAhead ? 2 : 3;  // 128, 168 or 255 registers a thread
+  static constexpr int kMinBlocks = kWarps > 8 ? 1 : kWarps > 4 || !kAhead ? 2 : 3;  // 128, 168 or 255 registers
 };
 
 // The lane's place in mma fragments: rows `group` and group + 8 of the left operand, columns 2 member and 2 member + 1.
@@ -336,9 +337,9 @@ struct Span {
   const char* v;
   const void* k_scales;
   const void* v_scales;
-  int64_t pitch;        // bytes between positions
+  int pitch;            // bytes between positions
   int scale_pitch;      // scales between positions
-  int length, settled;  // positions of the last row; positions that no running kernel writes
+  int length, settled;  // positions of the last row; positions that no running kernel writes, at least 0
   int head_dim;
   float scale;          // of all scores
 };
@@ -359,10 +360,11 @@ __device__ Span span_of(const DecodeAttentionArgs& args, int kv_head) {
     span.v_scales = static_cast<const typename S::T*>(cache.v_scales) + first;
   }
   if constexpr (S::Codes::kHeadScales) span.scale *= __ldg(static_cast<const float*>(cache.k_scales) + kv_head);
-  span.pitch = static_cast<int64_t>(cache.kv_heads) * row_bytes;
+  if constexpr (S::kOffset) span.scale /= S::Codes::unit_of(0);
+  span.pitch = cache.kv_heads * row_bytes;
   span.scale_pitch = cache.kv_heads;
   span.length = position + 1 - begin;
-  span.settled = span.length - args.m;  // a step of m rows writes at most the last m positions of a sequence
+  span.settled = max(0, span.length - args.m);  // a step of m rows writes at most the last m positions of a sequence
   span.head_dim = cache.head_dim;
   return span;
 }
@@ -375,7 +377,8 @@ __device__ float log_of_scale(float scale) {
   return __uint_as_float((__float_as_uint(log) & ~1u) | __float_as_uint(scale) >> 31);
 }
 
-// A chunk of 16 positions in registers, as each lane's part of the fragments. `read_` loads the rows in [from, to).
+// A chunk of 16 positions in registers, as each lane's part of the fragments. `read_` loads the rows in [from, to), of
+// which neither may be negative nor `to` the smaller.
 template <typename S>
 struct Chunk {
   using ValueVector = typename S::ValueVector;
@@ -387,12 +390,12 @@ struct Chunk {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const int row = first + lane.group + 8 * r;
-      if (row < from || row >= to) continue;
+      if (static_cast<unsigned>(row - from) >= static_cast<unsigned>(to - from)) continue;
+      const char* start = span.k + static_cast<int64_t>(row) * span.pitch;
 #pragma unroll
       for (int i = 0; i < S::kKeyVectors; ++i) {
         const int vector = 4 * i + lane.member;
-        if (vector * S::kVector < span.head_dim)
-          k[r][i] = __ldcg(reinterpret_cast<const uint4*>(span.k + row * span.pitch) + vector);
+        if (vector * S::kVector < span.head_dim) k[r][i] = __ldcg(reinterpret_cast<const uint4*>(start) + vector);
       }
     }
   }
@@ -401,12 +404,13 @@ struct Chunk {
 #pragma unroll
     for (int r = 0; r < 4; ++r) {
       const int row = first + 2 * lane.member + r % 2 + r / 2 * 8;
-      if (row < from || row >= to) continue;
+      if (static_cast<unsigned>(row - from) >= static_cast<unsigned>(to - from)) continue;
+      const char* start = span.v + static_cast<int64_t>(row) * span.pitch;
 #pragma unroll
       for (int i = 0; i < S::kValueVectors; ++i) {
         const int vector = 8 * i + lane.group;
         if (vector * S::kValueVector < span.head_dim)
-          v[r][i] = __ldcg(reinterpret_cast<const ValueVector*>(span.v + row * span.pitch) + vector);
+          v[r][i] = __ldcg(reinterpret_cast<const ValueVector*>(start) + vector);
       }
     }
   }
@@ -437,6 +441,7 @@ struct Chunk {
 template <typename S>
 struct Queries {
   uint32_t pairs[S::kDim / 8];
+  float offsets[2] = {};  // initial scores of heads 2 member and 2 member + 1
 
   __device__ void read(const DecodeAttentionArgs& args, const Columns& columns, Lane lane) {
     using T = typename S::T;
@@ -452,6 +457,23 @@ struct Queries {
 #pragma unroll
       for (int w = 0; w < 4; ++w) pairs[4 * i + w] = product_pair(words[w]);
     }
+    if constexpr (S::kOffset) take_offsets(lane);
+  }
+
+  // Divides queries by the units of their keys' codes, and sums up the products with the codes' offset.
+  __device__ void take_offsets(Lane lane) {
+    float sum = 0.f;
+#pragma unroll
+    for (int i = 0; i < S::kDim / 8; ++i) {
+      const float unit = S::Codes::unit_of(2 * i % 8) / S::Codes::unit_of(0);
+      pairs[i] = bits_of(__hmul2(as_half2(pairs[i]), __float2half2_rn(1.f / unit)));
+      const float2 both = __half22float2(as_half2(pairs[i]));
+      sum += (both.x + both.y) * unit;
+    }
+    for (int offset = 1; offset < 4; offset *= 2) sum += __shfl_xor_sync(~0u, sum, offset);
+    sum *= -S::Codes::kOffset * S::Codes::unit_of(0);
+#pragma unroll
+    for (int h = 0; h < 2; ++h) offsets[h] = __shfl_sync(~0u, sum, (2 * lane.member + h) * 4);
   }
 
   // A pair of T as a pair of Product. Numbers beyond float16 are clamped to its largest, which no real q reaches. NaN
@@ -466,11 +488,17 @@ struct Queries {
   }
 };
 
-// The lane's scores: rows group (0, 1) and group + 8 (2, 3), heads 2 member (0, 2) and 2 member + 1 (1, 3).
+// The lane's scores of each chunk: rows group (0, 1) and group + 8 (2, 3), heads 2 member (0, 2) and 2 member + 1
+// (1, 3).
+template <typename S>
+using Scores = float[S::kTogether][4];
+
+// The scores of one chunk.
 template <typename S>
 __device__ void multiply_keys(const Chunk<S>& chunk, const Queries<S>& q, float (&scores)[4]) {
   float odd[4] = {};  // two chains: the latency of a tensor instruction is several issue slots
-  for (float& score : scores) score = 0.f;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) scores[i] = q.offsets[i % 2];
 #pragma unroll
   for (int i = 0; i < S::kKeyVectors; ++i) {
     const uint32_t* low = reinterpret_cast<const uint32_t*>(&chunk.k[0][i]);
@@ -499,52 +527,65 @@ __device__ void multiply_keys(const Chunk<S>& chunk, const Queries<S>& q, float 
 template <typename S>
 struct Running {
   float maximum[2] = {kNothing, kNothing}, sum[2] = {};
-  float out[S::kBlocks][4] = {};  // elements i (0, 1) and i + kBlocks (2, 3) of the lane's 2 kBlocks, for both heads
+  // Elements i (0, 1) and i + kBlocks (2, 3) of the lane's 2 kBlocks, for both heads; with offsets the sums of weights.
+  float out[S::kBlocks + S::kOffset][4] = {};
 };
 
 // Converts scores to weights of the values, and adds these to the sums: exp2 of score (with a scale for each token, of
 // score + log2 of v's scale) minus the maximum, so that float16 can hold them for any scale. `lengths`: positions that
 // the lane's two columns see.
 template <typename S>
-__device__ void weigh(const DecodeAttentionArgs& args, const Span& span, const Chunk<S>& chunk, Lane lane, int first,
-                      const int (&lengths)[2], float (&scores)[4], Running<S>& running) {
-  float sides[2] = {};  // log2 of v's scale
+__device__ void weigh(const DecodeAttentionArgs& args, const Span& span, const Chunk<S> (&chunks)[S::kTogether],
+                      Lane lane, int first, int step, const int (&lengths)[2], Scores<S>& scores,
+                      Running<S>& running) {
+  float sides[S::kTogether][2] = {};  // log2 of v's scale
 #pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    const int row = lane.group + 8 * r;
+  for (int i = 0; i < 2 * S::kTogether; ++i) {
+    const int c = i / 2, r = i % 2, row = lane.group + 8 * r;
     float k_scale = span.scale;
     if constexpr (S::Codes::kTokenScales) {
-      k_scale *= __shfl_sync(~0u, chunk.scale, row);
-      sides[r] = __shfl_sync(~0u, chunk.scale, row + kRows);
+      k_scale *= __shfl_sync(~0u, chunks[c].scale, row);
+      sides[c][r] = __shfl_sync(~0u, chunks[c].scale, row + kRows);
     }
+    for (int h = 0; h < 2; ++h) scores[c][2 * r + h] *= k_scale;
+  }
+  if (args.softcap > 0.f) {
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      float value = scores[2 * r + h] * k_scale;
-      if (args.softcap > 0.f) value = args.softcap * tanhf(value / args.softcap);
-      scores[2 * r + h] = first + row < lengths[h] ? value * kLog2E + sides[r] : -INFINITY;
+    for (int i = 0; i < 4 * S::kTogether; ++i) {
+      float& score = scores[i / 4][i % 4];
+      score = args.softcap * tanhf(score / args.softcap);
     }
+  }
+#pragma unroll
+  for (int i = 0; i < 4 * S::kTogether; ++i) {
+    float& score = scores[i / 4][i % 4];
+    const int position = first + i / 4 * step + lane.group + i % 4 / 2 * 8;
+    score = position < lengths[i % 2] ? score * kLog2E + sides[i / 4][i % 4 / 2] : -INFINITY;
   }
   float shrink[2];
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
-    float maximum = fmaxf(scores[h], scores[h + 2]);
+    float maximum = fmaxf(scores[0][h], scores[0][h + 2]);
+#pragma unroll
+    for (int c = 1; c < S::kTogether; ++c) maximum = fmaxf(maximum, fmaxf(scores[c][h], scores[c][h + 2]));
     for (int offset = 4; offset < 32; offset *= 2) maximum = fmaxf(maximum, __shfl_xor_sync(~0u, maximum, offset));
     maximum = fmaxf(maximum, running.maximum[h]);
     shrink[h] = exp2_fast(running.maximum[h] - maximum);
     running.maximum[h] = maximum;
     running.sum[h] *= shrink[h];
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const float exponent = scores[2 * r + h] - maximum;
-      scores[2 * r + h] = exp2_fast(exponent);
-      running.sum[h] += S::Codes::kTokenScales ? exp2_fast(exponent - sides[r]) : scores[2 * r + h];
+    for (int i = 0; i < 2 * S::kTogether; ++i) {
+      float& score = scores[i / 2][2 * (i % 2) + h];
+      const float exponent = score - maximum, side = sides[i / 2][i % 2];
+      score = exp2_fast(exponent);
+      running.sum[h] += S::Codes::kTokenScales ? exp2_fast(exponent - side) : score;
       if constexpr (S::Codes::kSignedScales)
-        scores[2 * r + h] = __uint_as_float(__float_as_uint(scores[2 * r + h]) ^ __float_as_uint(sides[r]) << 31);
+        score = __uint_as_float(__float_as_uint(score) ^ __float_as_uint(side) << 31);
     }
   }
   if (!__any_sync(~0u, shrink[0] != 1.f || shrink[1] != 1.f)) return;
 #pragma unroll
-  for (int i = 0; i < 4 * S::kBlocks; ++i) running.out[i / 4][i % 4] *= shrink[i % 2];
+  for (int i = 0; i < 4 * (S::kBlocks + S::kOffset); ++i) running.out[i / 4][i % 4] *= shrink[i % 2];
 }
 
 // out += V^T weights.
@@ -567,6 +608,10 @@ __device__ void multiply_values(const Chunk<S>& chunk, const float (&weights)[4]
 #pragma unroll
     for (int p = 0; p < S::kPairs; ++p)
       mma_16x8x16<P>(running.out[w * S::kPairs + p], {pairs[0][p], pairs[1][p], pairs[2][p], pairs[3][p]}, low, high);
+  }
+  if constexpr (S::kOffset) {
+    constexpr uint32_t kOnes = 0x3c003c00u;
+    mma_16x8x16<P>(running.out[S::kBlocks], {kOnes, kOnes, kOnes, kOnes}, low, high);
   }
 }
 
@@ -603,6 +648,8 @@ __device__ void send_part(const Meeting<S>& meeting, const Running<S>& running, 
   for (int i = 0; i < kGroup; ++i) {
     const int element = part * kGroup + i;
     values[i] = running.out[element % S::kBlocks][element / S::kBlocks * 2 + h];
+    if constexpr (S::kOffset)
+      values[i] = values[i] / S::Codes::unit_of(element % S::kPairs) - S::Codes::kOffset * running.out[S::kBlocks][h];
   }
   const uint32_t address = smem_address(&meeting.out[place * kGroup]);
   write_cluster_floats(address, group % blocks, make_float4(values[0], values[1], values[2], values[3]));
@@ -669,21 +716,29 @@ __device__ void read_ahead(const Span& span, Lane lane, int first, int from, int
   chunk.read_scales(span, first, from, to);
 }
 
-// Adds the chunk at `first`, and reads the one at `next` into its registers.
+// Adds the chunks at `first` and every `step` rows on, and reads those after them into their registers.
 template <typename S>
-__device__ void attend_chunk(const DecodeAttentionArgs& args, const Span& span, Lane lane, const Queries<S>& q,
-                             const int (&lengths)[2], int first, int next, Chunk<S>& chunk, Running<S>& running) {
-  float scores[4];
-  multiply_keys<S>(chunk, q, scores);
-  if (S::kAhead) chunk.read_keys(span, lane, next, 0, span.length);
-  if (!S::kAhead && S::kClears) chunk.clear_values();
-  if (!S::kAhead) chunk.read_values(span, lane, first, 0, span.length);
-  weigh<S>(args, span, chunk, lane, first, lengths, scores, running);
-  chunk.read_scales(span, next, 0, span.length);
-  multiply_values<S>(chunk, scores, running);
-  if (S::kAhead && S::kClears) chunk.clear_values();
-  if (S::kAhead) chunk.read_values(span, lane, next, 0, span.length);
-  else chunk.read_keys(span, lane, next, 0, span.length);
+__device__ void attend_chunks(const DecodeAttentionArgs& args, const Span& span, Lane lane, const Queries<S>& q,
+                              const int (&lengths)[2], int first, int step, Chunk<S> (&chunks)[S::kTogether],
+                              Running<S>& running) {
+  Scores<S> scores;
+  const int next = first + S::kTogether * step;
+#pragma unroll
+  for (int c = 0; c < S::kTogether; ++c) {
+    multiply_keys<S>(chunks[c], q, scores[c]);
+    if (S::kAhead) chunks[c].read_keys(span, lane, next + c * step, 0, span.length);
+    if (!S::kAhead && S::kClears) chunks[c].clear_values();
+    if (!S::kAhead) chunks[c].read_values(span, lane, first, 0, span.length);
+  }
+  weigh<S>(args, span, chunks, lane, first, step, lengths, scores, running);
+#pragma unroll
+  for (int c = 0; c < S::kTogether; ++c) {
+    chunks[c].read_scales(span, next + c * step, 0, span.length);
+    multiply_values<S>(chunks[c], scores[c], running);
+    if (S::kAhead && S::kClears) chunks[c].clear_values();
+    if (S::kAhead) chunks[c].read_values(span, lane, next + c * step, 0, span.length);
+    else chunks[c].read_keys(span, lane, next, 0, span.length);
+  }
 }
 
 // The loop over the warp's chunks: every `step` rows from `first` on.
@@ -692,31 +747,25 @@ __device__ void attend_span(const DecodeAttentionArgs& args, const Span& span, L
                             Running<S>& running) {
   const int step = gridDim.x * S::kWarps * kRows;
   int first = (blockIdx.x * S::kWarps + threadIdx.x / 32) * kRows;
-  Chunk<S> chunks[S::kChunks];
+  Chunk<S> chunks[S::kTogether];
 #pragma unroll
-  for (int i = 0; i < S::kChunks; ++i) {
-    chunks[i].clear_keys(), chunks[i].clear_values();
-    chunks[i].scale = 0.f;
-    read_ahead<S>(span, lane, first + i * step, 0, span.settled, chunks[i]);
+  for (int c = 0; c < S::kTogether; ++c) {
+    chunks[c].clear_keys(), chunks[c].clear_values();
+    chunks[c].scale = 0.f;
+    read_ahead<S>(span, lane, first + c * step, 0, span.settled, chunks[c]);
   }
   wait_for_previous_kernel();
   stamp(Stage::kWaited);
 #pragma unroll
-  for (int i = 0; i < S::kChunks; ++i)
-    read_ahead<S>(span, lane, first + i * step, max(span.settled, 0), span.length, chunks[i]);
+  for (int c = 0; c < S::kTogether; ++c)
+    read_ahead<S>(span, lane, first + c * step, span.settled, span.length, chunks[c]);
   Queries<S> q;
   q.read(args, columns, lane);
   int lengths[2];
   for (int h = 0; h < 2; ++h)
     lengths[h] = span.length - (args.adjacent - 1 - columns.row_of(args, 2 * lane.member + h));
-  while (first < span.length) {
-#pragma unroll
-    for (int i = 0; i < S::kChunks; ++i) {
-      if (i > 0 && first >= span.length) break;
-      attend_chunk<S>(args, span, lane, q, lengths, first, first + S::kChunks * step, chunks[i], running);
-      first += step;
-    }
-  }
+  for (; first < span.length; first += S::kTogether * step)
+    attend_chunks<S>(args, span, lane, q, lengths, first, step, chunks, running);
 }
 
 template <typename S>
@@ -794,6 +843,7 @@ cudaError_t launch_decode_attention(const DecodeAttentionArgs& args, const Decod
     if (head_dim <= 64 && launch.warps == 4) return launch_shape<Shape<T, Codes, 64>>(args, launch, stream);
   } else {
     if (head_dim <= 128 && launch.warps == 8) return launch_shape<Shape<T, Codes, 128, 8>>(args, launch, stream);
+    if (head_dim <= 128 && launch.warps == 16) return launch_shape<Shape<T, Codes, 128, 16>>(args, launch, stream);
   }
   if (launch.warps != 4) return cudaErrorInvalidConfiguration;
   if (head_dim <= 128) return launch_shape<Shape<T, Codes, 128>>(args, launch, stream);
