@@ -7,6 +7,8 @@ from unittest import mock
 import pytest
 import torch
 
+from lowbit.quant.kernels import decode_attention
+from lowbit.quant.kernels.decode_attention import MAX_SPLITS
 from lowbit.quant.kernels.kv_cache import FP8_CACHE, INT4_CACHE, KVCache, empty_cache, store
 from tests.kernels import test_emulated
 from tests.kernels.emulator import build
@@ -34,9 +36,10 @@ def random_codes(pick: random.Random, slots: int, dtype: torch.dtype) -> KVCache
     return cache
 
 
-def check_caches(gpu: Gpu, seeds: range, halves: tuple[torch.dtype, ...] = HALVES) -> None:
-    """The check of attention with these caches."""
-    with mock.patch.multiple(test_emulated, random_cache=random_codes, HALVES=halves):
+def check_caches(gpu: Gpu, seeds: range, halves: tuple[torch.dtype, ...] = HALVES, splits: int = MAX_SPLITS) -> None:
+    """The check of attention with these caches; with fewer splits a warp has more chunks."""
+    chosen = mock.patch.multiple(test_emulated, random_cache=random_codes, HALVES=halves)
+    with chosen, mock.patch.object(decode_attention, "MAX_SPLITS", splits):
         test_emulated.check_attention(gpu, seeds)
 
 
@@ -63,6 +66,6 @@ def test_a_planted_mistake_is_found(name: str) -> None:
     if reason := build.reason_against():
         pytest.skip(f"no emulator: {reason}")
     library = build.build(MISTAKES[name], ATTENTION, LEFT_OUT)
-    failure = failure_of(library, check_caches, range(200), HALVES[:1])
+    failure = failure_of(library, check_caches, range(200), HALVES[:1], 1)
     assert failure is not None, f"{MISTAKES[name]} passed every check"
     assert "AssertionError" in failure
