@@ -591,12 +591,12 @@ def hide_unseen(call: AttentionCall) -> None:
 def check_names(gpu: Gpu) -> None:
     """Enums have the values that Python has, whatever their order; a field is filled by its name or not at all."""
     assert extension.EXTENSION is not None
-    names = ("row_norm float16", "wna16_gemv float16 4", "dense_gemv float16", "append_heads bfloat16")
+    names = ("row_norm float16", "wna16_gemv float16 4", "dense_gemv float16", "append_heads bfloat16 same")
     found = {name: {**args, **cut} for name in names for args, cut in [extension.EXTENSION.fields(name)]}
     for name, known in (("norm", NORMS), ("activation", ACTIVATIONS)):
         values = {fields[name] for fields in found.values() if name in fields}
         assert [set(text.split(", ")) for text in values] == [set(known)]
-    assert found["append_heads bfloat16"].keys() >= {"qkv", "cache", "norm_eps", "device", "dependent"}
+    assert found["append_heads bfloat16 same"].keys() >= {"qkv", "cache", "norm_eps", "device", "dependent"}
     x = gpu.put(torch.randn(2, 8).half())
     args = {"x": x, "weight": None, "bias": None, "input_scale": None, "y": x.clone(), "codes": None, "scales": None}
     args |= {"m": 2, "k": 8, "norm": "none", "eps": 0.0, "activation": "gelu", "int8": False}
@@ -619,7 +619,7 @@ DECLARED = (
     "wna16_gemv float16 4",
     "wna16_gemm bfloat16 8",
     "dense_gemv float16",
-    "append_heads bfloat16",
+    "append_heads bfloat16 same",
 )
 CHECKS = {
     "the names of fields and values": (check_names,),
