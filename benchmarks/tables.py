@@ -480,6 +480,43 @@ def numbers_steps() -> str:
     return table("weights | floor, ms | batch 1, ms | tokens/s | share of the floor | batch 8, ms", lines)
 
 
+EXPERTS = {
+    "qwen3-30b-a3b": "Qwen3-30B-A3B, W4, int8 head",
+    "gpt-oss-20b": "gpt-oss-20b, experts in MXFP4",
+    "mixtral-8x7b": "Mixtral-8x7B, W4, int8 head",
+    "glm-4.5-air": "GLM-4.5-Air, W4, int8 head",
+    "deepseek-v2-lite": "DeepSeek-V2-Lite, W4, int8 head",
+}
+
+
+def decode_experts() -> str:
+    """Steps of mixtures of experts, 128 tokens in the cache: the last row of each."""
+
+    def cell(shape: str, batch: int) -> str:
+        found = matching("decode_experts", shape=shape, batch=batch)
+        if not found:
+            return ""
+        row = found[-1]
+        share = fixed(100 * row["share_of_floor"], 0)
+        return f"{fixed(row['tokens_per_s'], 0)} ({share}%, {three_digits(row['experts'])})"
+
+    lines = ([label, *(cell(shape, batch) for batch in (1, 8, 16))] for shape, label in EXPERTS.items())
+    return table("shape and weights | 1 x 128 | 8 x 128 | 16 x 128", (line for line in lines if any(line[1:])))
+
+
+def wna16_experts() -> str:
+    """Layers of experts alone, microseconds: the last row of each."""
+    lines = []
+    for shape, label in EXPERTS.items():
+        for m in (1, 8, 16):
+            found = matching("wna16_experts", shape=shape, m=m)
+            if found:
+                parts = ("route_us", "up_us", "up_floor_us", "down_us", "down_floor_us", "layer_us", "layer_floor_us")
+                cells = (three_digits(found[-1][part]) for part in parts)
+                lines.append([label.partition(",")[0], str(m), three_digits(found[-1]["distinct"]), *cells])
+    return table("layer | rows | distinct experts | choice | up | floor | down | floor | all | floor", lines)
+
+
 def gptq_block() -> str:
     lines = [[str(n), fixed(took("gptq_block", n), 1), fixed(took("loop", n) / 1000, 1)] for n in (4096, 11008)]
     return table("rows of the weight | kernel, us | torch's loop, ms", lines)
@@ -710,6 +747,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "wna16_dequantize": dequantize,
     "dense_gemv": dense,
     "gptq_block": gptq_block,
+    "decode_experts": decode_experts,
+    "wna16_experts": wna16_experts,
     "engines": engines,
     "schemes": schemes,
     "commands": commands,

@@ -11,10 +11,11 @@ from click.testing import CliRunner
 from lowbit.commands.quantize_bench import bench
 from lowbit.engine.decoder import Decoder
 from lowbit.engine.engine import Engine
-from lowbit.engine.feed_forward import MixedForward
 from lowbit.engine.options import Options
-from lowbit.engine.shapes import SHAPES, decoder_shape, random_weights
+from lowbit.engine.shapes import SHAPES, RandomParts, decoder_shape, random_weights
 from lowbit.engine.speed import measure, step_bytes
+from lowbit.quant.kernels.stack import PackedStack
+from lowbit.quant.kernels.weight import Dense, Packed
 from tests.builders import save_family
 
 TINY = decoder_shape(vocabulary=256, hidden=128, inner=256, heads=2, layers=2, kv_heads=1)
@@ -56,16 +57,13 @@ MIXED = {"qwen3-30b-a3b": "w4", "glm-4.5-air": "w4", "deepseek-v2-lite": "w4", "
 @pytest.mark.parametrize("shape", MIXED)
 def test_experts_of_shapes_are_what_kernels_multiply(shape):
     """Also where groups of 128 do not divide the inputs of a dense layer, or all else is dense."""
-    a = SHAPES[shape]
-    mixture = a.layers[-1].mixture
+    a, like = SHAPES[shape], torch.empty(0, dtype=torch.bfloat16)
+    mixture, parts = a.layers[-1].mixture, RandomParts(SHAPES[shape], MIXED[shape], like)
     assert mixture is not None
-    layers = a.layers[0], replace(a.layers[-1], mixture=replace(mixture, experts=2))
-    if a.layers[0].mixture is not None:
-        layers = layers[1:]
-    a = replace(a, vocabulary=256, inner=a.inner // 8, layers=layers)
-    forward = random_weights(a, MIXED[shape], torch.empty(0, dtype=torch.bfloat16)).layers[-1].feed_forward
-    assert isinstance(forward, MixedForward)
-    assert forward.experts.weights is not None
+    one = replace(mixture, experts=1)
+    stacks = [parts.stack("up", one, 32, a.hidden), parts.stack("down", one, 32, mixture.inner)]
+    assert all(isinstance(stack.weight, PackedStack) for stack in stacks)
+    assert isinstance(parts.linear("down", 32, a.inner).weight, Dense if shape == "gpt-oss-20b" else Packed)
 
 
 def test_the_command_measures_a_checkpoint(tmp_path):
