@@ -286,3 +286,28 @@ def test_experts_stacked_on_disk_have_the_same_folds(tmp_path, family):
     got, scaled = logits_with_folds(skeleton, ids)
     assert scaled >= len(FOLDS[family])
     torch.testing.assert_close(got, logits_of(model, ids), rtol=1e-4, atol=1e-3)
+
+
+def test_more_experts_take_no_more_runs(tmp_path, monkeypatch):
+    """One is searched, and one run proves what was found there in all others."""
+    runs, inputs = [], Workbench.inputs
+    monkeypatch.setattr(Workbench, "inputs", lambda bench, probe: runs.append(probe) or inputs(bench, probe))
+    counts = []
+    for count in (4, 12):
+        skeleton = skeleton_of(save_family("qwen3_moe", tmp_path / str(count), num_experts=count))
+        walk, prober = prober_of(skeleton)
+        with walk.loaded(0):
+            structure = prober.structure(0)
+        assert len(structure.folds) == 3 + count
+        counts.append(len(runs))
+        runs.clear()
+    assert abs(counts[1] - counts[0]) < 8
+
+
+def test_an_expert_whose_copy_fails_its_proof_is_searched(models, monkeypatch):
+    monkeypatch.setattr("lowbit.calibrate.discover.prove", lambda bench, folds, probe, seed: [])
+    skeleton = models("mixtral")[1]
+    walk, prober = prober_of(skeleton)
+    with walk.loaded(0):
+        found = dict(short(fold, skeleton.blocks[0].name) for fold in prober.structure(0).folds)
+    assert found.keys() == FOLDS["mixtral"].keys()
