@@ -517,6 +517,15 @@ def wna16_experts() -> str:
     return table("layer | rows | distinct experts | choice | up | floor | down | floor | all | floor", lines)
 
 
+def route_experts() -> str:
+    """Microseconds of a row's choice."""
+    lines = []
+    for row in matching("route_experts", m=1):
+        cells = (fixed(row[part], 1) for part in ("us", "dependent_us", "torch_us"))
+        lines.append([f"{row['experts']} x {row['k']}", str(row["top"]), *cells])
+    return table("experts x inputs | chosen | alone | dependent launch | torch's operators", lines)
+
+
 def gptq_block() -> str:
     lines = [[str(n), fixed(took("gptq_block", n), 1), fixed(took("loop", n) / 1000, 1)] for n in (4096, 11008)]
     return table("rows of the weight | kernel, us | torch's loop, ms", lines)
@@ -749,6 +758,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "gptq_block": gptq_block,
     "decode_experts": decode_experts,
     "wna16_experts": wna16_experts,
+    "route_experts": route_experts,
     "engines": engines,
     "schemes": schemes,
     "commands": commands,

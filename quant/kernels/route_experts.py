@@ -130,6 +130,8 @@ def run_kernel(call: RouteCall) -> tuple[Tensor, Tensor]:
     args |= {"group_best": rule.group_best, "experts_of_rows": experts, "weights_of_rows": weights}
     args |= {"x_squares": deferred and deferred.squares, "x_parts": deferred.squares.shape[1] if deferred else 0}
     args |= {"m": m, "k": k, "experts": len(call.weight), "norm_eps": deferred.eps if deferred else 0.0}
+    if rule.scores == "softmax" and rule.normalized and rule.groups == 1 and call.correction is None:
+        args["scores"] = "chosen"  # a softmax over the chosen experts is that over all, divided by their sum
     blocks = MOST_BLOCKS if torch.cuda.get_device_capability(call.x.device) >= (9, 0) else 1
     launch("route_experts", call.x.dtype, device=call.x.device, args=args, blocks=blocks, dependent=call.dependent)
     return experts, weights

@@ -184,12 +184,14 @@ __device__ inline void choose(const RouteExpertsArgs& args, int row, Row& values
   const Softmax softmax(args, values.logits);
   make_keys(args, softmax, values);
   __syncthreads();
-  for (int expert = threadIdx.x; expert < args.experts; expert += kThreads) {
-    const uint64_t mine = values.keys[expert];
-    int better = mine == 0 ? args.top : 0;
+  for (int first = 0; first < args.experts; first += kThreads / 2) {  // two threads share an expert
+    const int expert = first + threadIdx.x / 2;
+    const uint64_t mine = expert < args.experts ? values.keys[expert] : 0;
+    int better = 0;
 #pragma unroll 8
-    for (int i = 0; i < args.experts; ++i) better += values.keys[i] > mine;
-    if (better >= args.top) continue;
+    for (int i = threadIdx.x % 2; i < args.experts; i += 2) better += values.keys[i] > mine;
+    better += __shfl_xor_sync(~0u, better, 1);
+    if (mine == 0 || better >= args.top || threadIdx.x % 2 > 0) continue;
     args.experts_of_rows[row * args.top + better] = expert;
     // of "chosen" the logit, until the best is known
     values.weights[better] = score_of(args, softmax, values.logits[expert]);
