@@ -85,7 +85,7 @@ BASELINE_REVISION = click.option(
 )
 DEVICE = value("--device", default="auto", text="Compute on this device: auto, cpu, cuda, cuda:1.")
 TRUST = flag("--trust-remote-code", text="Run Python code from the model's repository.")
-OVERWRITE = flag("--overwrite", text="Replace an output directory that is not empty.")
+OVERWRITE = flag("--overwrite", text="Replace an output that is there already.")
 SHARD = click.option("--max-shard-size", type=Size(), help="Write weight files of at most this size.  [default: 5GB]")
 CONTEXT = click.option(
     "--context",

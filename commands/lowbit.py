@@ -12,7 +12,7 @@ import click
 
 from lowbit import __version__
 from lowbit.commands import surface
-from lowbit.commands.parts import SETTINGS, epilog
+from lowbit.commands.parts import SETTINGS, Named, epilog
 from lowbit.export.escape import one_line
 from lowbit.extras import missing
 
@@ -33,7 +33,7 @@ COMMANDS = {
 }
 
 
-class Commands(click.Group):
+class Commands(Named):
     """A group that lists all commands without importing any."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:

@@ -6,6 +6,7 @@ from typing import Any
 import click
 
 from lowbit import __version__
+from lowbit.errors import nearest
 
 SETTINGS = {
     "help_option_names": ["-h", "--help"],
@@ -32,6 +33,22 @@ class ByPart(click.Command):
         for part, records in (sections | {LAST: about}).items():
             with formatter.section(part):
                 formatter.write_dl(records)
+
+
+class Named(click.Group):
+    """A group that answers a name that it does not have with the nearest one, or with all of them."""
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        try:
+            return super().resolve_command(ctx, args)
+        except click.NoSuchOption:
+            raise
+        except click.UsageError as error:
+            raise click.UsageError(
+                f"no command {args[0]!r}; {nearest(args[0], self.list_commands(ctx))}", ctx
+            ) from error
 
 
 def frame(*examples: str) -> dict[str, Any]:

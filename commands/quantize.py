@@ -39,7 +39,7 @@ def main() -> None:
 def quantize(
     model_argument: str | None, model: str | None, output: Path | None, recipe_file: Path | None, **flags: Any
 ) -> None:
-    """Quantize MODEL and write a checkpoint that vLLM, SGLang and transformers load."""
+    """Quantize MODEL and write a checkpoint for vLLM, SGLang, transformers or llama.cpp."""
     keys = {field.name for field in fields(Recipe)} | set(OWNERS)
     settings = {key: flags.pop(key) for key in keys & set(flags)}
     display = Display(flags.pop("quiet"), flags.pop("as_json"))

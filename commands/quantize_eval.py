@@ -11,7 +11,7 @@ from lowbit import __version__
 from lowbit.api import evaluating as api
 from lowbit.commands.common import Size, run_command
 from lowbit.commands.eval_console import SETUP, Printer
-from lowbit.commands.parts import SETTINGS, Parts, by_part, epilog, flag, frame, value
+from lowbit.commands.parts import SETTINGS, Named, Parts, by_part, epilog, flag, frame, value
 from lowbit.evaluation.divergence import Divergence
 from lowbit.evaluation.generate import PROMPTS, TOKENS, Prompt, read_prompts
 from lowbit.evaluation.perplexity import Score, describe_difference
@@ -27,6 +27,7 @@ def main() -> None:
 
 
 @click.group(
+    cls=Named,
     context_settings=SETTINGS,
     epilog=epilog(
         "lowbit eval perplexity demo-awq --baseline demo", "lowbit eval generate demo-awq --baseline demo --record"

@@ -129,15 +129,17 @@ PARTS: Parts = {
 
 @click.command(
     **frame(
-        'lowbit generate demo-awq --prompt "The capital of France is" --max-new-tokens 20',
+        'lowbit generate demo-awq "The capital of France is" --max-new-tokens 20',
         "lowbit generate demo-awq --chat",
         'echo "def fibonacci(n):" | lowbit generate demo-awq --prompt - --stream',
     )
 )
 @click.argument("checkpoint")
+@click.argument("text", required=False)
 @by_part(PARTS)
 def generate(
     checkpoint: str,
+    text: str | None,
     prompt: tuple[str, ...],
     chat: bool,
     system: str | None,
@@ -151,14 +153,14 @@ def generate(
     verbose: bool,
     **settings: Any,
 ) -> None:
-    """Continue a text, or chat, with CHECKPOINT (a directory, demo, or a hub id)."""
+    """Continue TEXT, or chat, with CHECKPOINT (a directory, demo, or a hub id)."""
     try:
         sampling = Sampling(**settings)
-        prompts = [sys.stdin.read() if text == "-" else text for text in prompt]
+        prompts = [sys.stdin.read() if each == "-" else each for each in (*filter(None, [text]), *prompt)]
         if stream and len(prompts) > 1:
             raise EngineError(f"--stream prints one text as it is written; {len(prompts)} prompts were given")
         if not prompts and not chat:
-            raise EngineError("no prompt: pass --prompt TEXT, or --chat for a conversation")
+            raise EngineError("no text to continue: lowbit generate CHECKPOINT TEXT, or --chat for a conversation")
         model = engine.load(checkpoint, check_device(device), None, context, cache, head, revision, drafter)
         say_loaded(model.decoder.weights.expanded, model.decoder.weights.unused_cache)
         if not prompts:
@@ -167,9 +169,9 @@ def generate(
             given = ask(model, prompts[0], system) if chat else prompts[0]
             show(piece.text for piece in model.stream([given], sampling))
         else:
-            inputs = [ask(model, text, system) if chat else text for text in prompts]
-            for text, completion in zip(prompts, model.generate(inputs, sampling), strict=True):
-                say(completion.text if chat else text + completion.text)
+            inputs = [ask(model, each, system) if chat else each for each in prompts]
+            for each, completion in zip(prompts, model.generate(inputs, sampling), strict=True):
+                say(completion.text if chat else each + completion.text)
                 if verbose:
                     say(describe(completion), err=True)
     except EngineError as error:

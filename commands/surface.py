@@ -18,7 +18,7 @@ from typing import Any
 import click
 
 from lowbit import __version__
-from lowbit.commands.parts import SETTINGS, ByPart
+from lowbit.commands.parts import SETTINGS, ByPart, Named
 from lowbit.models.cache import cache_dir
 
 PACKAGE = Path(__file__).parents[1]
@@ -85,7 +85,7 @@ def command_of(surface: Mapping[str, Any]) -> click.Command:
     plain = {"help": surface["help"], "epilog": surface["epilog"], "params": params, "context_settings": dict(SETTINGS)}
     if "commands" in surface:
         inner = {name: command_of(each) for name, each in surface["commands"].items()}
-        return click.Group(surface["name"], commands=inner, **plain)
+        return Named(surface["name"], commands=inner, **plain)
     return ByPart(surface["name"], **plain)
 
 

@@ -161,7 +161,10 @@ def context_of(architecture: Architecture, directory: Path, wanted: int | None) 
     """The engine's context: the wanted one, within the model's limit."""
     most = architecture.max_positions
     if wanted is not None and not 1 <= wanted <= most:
-        raise UsageError(f"context {wanted}: {directory} has positions for 1 to {most} tokens")
+        raise UsageError(
+            f"context {wanted}: {directory} has positions for 1 to {most} tokens; pass a shorter --context, or in "
+            "bench fewer --prompt-tokens or --new-tokens"
+        )
     return wanted or min(DEFAULT_CONTEXT, most)
 
 

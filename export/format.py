@@ -19,7 +19,7 @@ from lowbit.quant.qtensor import QTensor
 from lowbit.quant.scheme import Scheme
 
 TensorReader = Callable[[str], Tensor]
-BLOCKS_ELSEWHERE = "its files hold neither super-blocks nor minima"
+BLOCKS_ELSEWHERE = "its files hold neither super-blocks nor minima; those of format gguf do"
 ShapeReader = Callable[[str], tuple[int, ...]]
 
 

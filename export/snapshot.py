@@ -45,7 +45,7 @@ def refuse_to_write_into(directory: Path) -> None:
         )
     if _holds_original(directory):
         raise CheckpointError(
-            f"{directory}: holds an unquantized model, which is never overwritten; name another directory"
+            f"{directory}: holds an unquantized model, beside which nothing is written; name another output"
         )
 
 

@@ -100,7 +100,7 @@ def _default_format(logical: LogicalTensors, scheme: str | None, unpacked: bool)
     if unpacked:
         return COMPRESSED_TENSORS
     if scheme is None:
-        raise RecipeError("say what to convert to: a format, a scheme, or both")
+        raise RecipeError("say what to convert to: --format, --scheme or both, or an output called NAME.gguf")
     own = None if logical.format is None else FORMATS.get(logical.format.name)
     return own or COMPRESSED_TENSORS
 

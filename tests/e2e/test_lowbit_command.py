@@ -46,7 +46,8 @@ def test_errors_and_exit_codes_are_those_of_the_command(tmp_path) -> None:
     assert (ours.code, ours.complaint) == (theirs.code, theirs.complaint)
     unknown = run_lowbit("quantise")
     assert unknown.code == 2
-    assert "No such command 'quantise'" in unknown.err
+    assert "no command 'quantise'; did you mean 'quantize'?" in unknown.err
+    assert "no command 'kl'; known: code, divergence" in run_lowbit("eval", "kl").err
     assert run_lowbit("--version").out == f"lowbit, version {__version__}\n"
 
 

@@ -51,7 +51,7 @@ def test_a_conversation_remembers(directory):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((), "no prompt: pass --prompt TEXT"),
+        ((), "no text to continue: lowbit generate CHECKPOINT TEXT"),
         (("-p", "a", "-p", "b", "--stream"), "2 prompts were given"),
         (("-p", "a", "--temperature", "-1"), "temperature is -1.0"),
         (("-p", ""), "the prompt is empty"),
@@ -62,6 +62,13 @@ def test_what_is_wrong_is_said(directory, arguments, message):
     result = run(directory, *arguments)
     assert result.exit_code == 2
     assert message in result.stderr
+
+
+def test_a_text_may_stand_without_its_option(directory):
+    assert (
+        run(directory, "hi", "--max-new-tokens", "4").stdout
+        == run(directory, "-p", "hi", "--max-new-tokens", "4").stdout
+    )
 
 
 def test_a_directory_that_is_no_model_is_told(tmp_path):
