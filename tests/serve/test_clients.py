@@ -37,7 +37,7 @@ asked = {"api_base": sys.argv[1], "api_key": "none", "temperature": 0, "max_toke
 messages = [{"role": "user", "content": "hello"}]
 whole = litellm.completion("openai/tiny", messages, **asked)
 parts = list(litellm.completion("openai/tiny", messages, stream=True, **asked))
-text = litellm.text_completion("text-completion-openai/tiny", "hello", **asked)
+text = litellm.text_completion(model="text-completion-openai/tiny", prompt="hello", **asked)
 streamed = "".join(part.choices[0].delta.content or "" for part in parts)
 print(json.dumps([whole.choices[0].message.content, streamed, text.choices[0].text, whole.usage.completion_tokens]))
 """
