@@ -6,6 +6,7 @@ import re
 from collections.abc import Collection
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import h11
 from starlette.requests import Request as Http
@@ -19,7 +20,10 @@ TOKEN_BYTES = 64  # more of them for each token of the context
 BODY_SECONDS = 30  # for a client to send its body
 # Bytes of a body that is parsed while no other one of that size is: it takes 25 times as much then.
 LARGE_BODY = 256 << 10
+MOST_HEAD = 64 << 10  # bytes of a request before its body
 HEAD_SECONDS = 10  # for a client to send the head of a request
+# Pieces of a body shorter than SMALL_PIECE on average: each takes 0.1 ms of the one thread that all streams share.
+MOST_PIECES, SMALL_PIECE = 2048, 64
 PORT = re.compile(r":\d*$")  # at the end of a Host header
 
 
@@ -75,10 +79,32 @@ class Gate:
         return digest.hex()
 
 
+class Pieces(h11.Connection):
+    """HTTP on one connection. A body in MOST_PIECES small pieces is an error: 256 KiB that arrive at once can hold
+    40,000 chunks of one byte, which took 5 s."""
+
+    count = nbytes = 0
+
+    def next_event(self) -> Any:
+        """The next event; RemoteProtocolError for a body in too many pieces."""
+        event = super().next_event()
+        if isinstance(event, h11.Data):
+            self.count, self.nbytes = self.count + 1, self.nbytes + len(event.data)
+            if self.count > MOST_PIECES and self.nbytes < self.count * SMALL_PIECE:
+                raise h11.RemoteProtocolError("a body in too many small pieces")
+        elif isinstance(event, h11.Request):
+            self.count = self.nbytes = 0
+        return event
+
+
 class Impatient(H11Protocol):
     """A connection that is closed if the head of a request does not arrive: each takes a place of a few."""
 
     before: object = None
+
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        super().__init__(*args, **settings)
+        self.conn = Pieces(h11.SERVER, MOST_HEAD)
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)

@@ -1,5 +1,6 @@
 """Requests that cannot be served: a status of 400 to 499 that says why, and the next request is served."""
 
+import contextlib
 import json
 import socket
 import time
@@ -153,6 +154,45 @@ def test_a_connection_that_asks_nothing_is_closed(served, monkeypatch):
     asked = TEXT | {"max_tokens": 100, "extra_body": {"ignore_eos": True}}
     with served.client.completions.create(**asked, stream=True) as stream:  # a long answer goes on
         assert len([time.sleep(0.01) for _ in stream]) > 20
+
+
+CHUNKED = HEAD.replace(b"Content-Length: 60", b"Transfer-Encoding: chunked")
+GET = b"GET /health HTTP/1.1\r\nHost: localhost\r\n"
+RAW = {
+    "a gigabyte is said to come": (HEAD.replace(b"60", b"1073741824") + b"{", b"413"),
+    "a length below zero": (HEAD.replace(b"60", b"-5"), b"400"),
+    "two lengths": (HEAD.replace(b"Content-Length: 60", b"Content-Length: 5\r\nContent-Length: 6"), b"400"),
+    "a large header": (GET + b"X: " + b"a" * (1 << 20) + b"\r\n\r\n", b"400"),
+    "many headers": (GET + b"".join(b"X%d: a\r\n" % i for i in range(20_000)) + b"\r\n", b"400"),
+    "a long path": (GET.replace(b"health", b"a" * 60_000) + b"\r\n", b"404"),
+    "chunks beyond the limit": (CHUNKED + (b"10000\r\n" + b" " * 65536 + b"\r\n") * 40, b"413"),
+    "chunks of a byte": (CHUNKED + b"1\r\n \r\n" * 300_000, b"400"),
+    "a chunk whose extension has no end": (CHUNKED + b"1;" + b"a" * (2 << 20), b"400"),
+    "a million stop strings": (HEAD.replace(b"60", b"5000000") + b'{"stop": [' + b'"a",' * 1_000_000, b"413"),
+    "another protocol": (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", b"404"),
+}
+
+
+@pytest.mark.parametrize("attack", RAW)
+def test_bytes_that_are_no_request_of_ours(served, attack):
+    sent, status = RAW[attack]
+    begin = time.monotonic()
+    with socket.create_connection(("127.0.0.1", served.port), timeout=10) as connection:
+        with contextlib.suppress(OSError):  # the server closes before it has read all
+            connection.sendall(sent)
+        assert connection.recv(64).split()[1] == status
+    assert served.send("GET", "/health")[0] == 200
+    assert time.monotonic() - begin < 5
+
+
+def test_requests_one_after_another_on_a_connection_are_answered_in_order(served):
+    body = json.dumps(TEXT | {"max_tokens": 1}).encode().ljust(60)
+    with socket.create_connection(("127.0.0.1", served.port), timeout=30) as connection:
+        connection.sendall((HEAD + body + GET + b"\r\n") * 20 + GET + b"Connection: close\r\n\r\n")
+        got = b"".join(iter(lambda: connection.recv(1 << 16), b""))
+    assert got.count(b"HTTP/1.1 200") == 41
+    assert got.count(b"text_completion") == 20
+    assert got.rfind(b"text_completion") < got.rfind(b"ok")
 
 
 def test_keys_are_asked_for(engine_of_tests):
