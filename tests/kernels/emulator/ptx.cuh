@@ -3,6 +3,8 @@
 
 #include "emulator.h"
 
+#include <cuda_fp8.h>
+
 // Here, behind all standard headers, because they use the name.
 #undef __noinline__
 #define __noinline__ __attribute__((noinline))
@@ -21,6 +23,12 @@ Value read_shared(uint32_t address) {
   return emulator::load<Value>(emulator::shared_at(address, sizeof(Value)));
 }
 inline uint32_t and_or(uint32_t value, uint32_t mask, uint32_t bits) { return (value & mask) | bits; }
+inline void halves_of_e4m3(uint32_t word, uint32_t (&pairs)[2]) {
+  for (int i = 0; i < 2; ++i) {
+    const __half2_raw pair = __nv_cvt_fp8x2_to_halfraw2(word >> (16 * i) & 0xffff, __NV_E4M3);
+    pairs[i] = pair.x | static_cast<uint32_t>(pair.y) << 16;
+  }
+}
 inline __nv_bfloat162 multiply_add(__nv_bfloat162 a, __nv_bfloat162 b, __nv_bfloat162 c) {
   const float2 x = __bfloat1622float2(a), y = __bfloat1622float2(b), z = __bfloat1622float2(c);
   return __floats2bfloat162_rn(fmaf(x.x, y.x, z.x), fmaf(x.y, y.y, z.y));
