@@ -93,7 +93,7 @@ def random_engine(shape: str, method: str, device: str, layers: int | None) -> E
     like = torch.empty(0, dtype=torch.float16, device=device)
     weights = random_weights(architecture, method, like, "int8-channel")
     context = 2048 if layers is None else 128
-    model = Model(architecture, weights.embedding, context + SPARE)
+    model = Model(architecture, weights.embedding, context + SPARE, weights.head)
     head = random_head(architecture, "int8", model, min(DRAFT_VOCABULARY, architecture.vocabulary))
     return Engine(Decoder(architecture, weights, context, head.taps), None, Options(context), head)
 

@@ -100,7 +100,8 @@ CACHE = value(
 )
 DRAFTER = click.option(
     "--drafter",
-    help="Draft tokens with this head, a directory or a hub id; texts stay the same.  [default: none]",
+    help="Draft tokens with this head: a directory, a hub id, or mtp for that of CHECKPOINT's own files; no text "
+    "changes.  [default: none]",
 )
 DENSE_HEAD = value("--head", default="dense", text="Round the output head to this scheme: int8, or dense for none.")
 

@@ -12,7 +12,7 @@ from lowbit.arguments import typed
 from lowbit.engine.beam import run_beams
 from lowbit.engine.decoder import Decoder
 from lowbit.engine.drafts.drafting import Drafting, run_drafted
-from lowbit.engine.drafts.heads import Head, Heads
+from lowbit.engine.drafts.heads import MOST, Head
 from lowbit.engine.drafts.suffix import Suffixes
 from lowbit.engine.drafts.widths import MOST_SEQUENCES
 from lowbit.engine.generate import run_batch
@@ -226,7 +226,7 @@ class Engine:
         sampling = request.sampling
         if sampling.lookup or self.head is None or sampling.beams > 1:
             return sampling.lookup
-        return Heads.most if sampling.drafts is None else sampling.drafts
+        return MOST if sampling.drafts is None else sampling.drafts
 
     @torch.inference_mode()
     @typed(EngineError)

@@ -1,5 +1,6 @@
 """The layers: attention and feed-forward as values, built from named parts and planned once at load."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -14,7 +15,7 @@ from lowbit.engine.latent import Latent
 from lowbit.engine.products import Hidden, Norm, Product, rounds_late
 from lowbit.engine.step import Step, Turns
 from lowbit.quant.kernels import ops
-from lowbit.quant.kernels.decode_attention import AppendCall, AttentionCall
+from lowbit.quant.kernels.decode_attention import AppendCall, AttentionCall, reason_against
 from lowbit.quant.kernels.kv_cache import KVCache
 from lowbit.quant.kernels.packed import TILE_ROWS
 from lowbit.quant.kernels.problem import Rotary
@@ -225,3 +226,16 @@ def planned(
     following = [*(block.attention.qkv for block in blocks[1:]), head]
     layers = tuple(block.planned(after, dependent, shared) for block, after in zip(blocks, following, strict=True))
     return layers, head.hinted(Hints(dependent, blocks[0].attention.qkv.weight.bulk))
+
+
+def captures(blocks: Sequence[Block], cache: Cache, rows: int, dtype: torch.dtype) -> bool:
+    """True if a graph can capture a step of so many rows, with activations in `dtype`.
+
+    Without the attention kernel, plain torch runs, whose shapes depend on positions (those of latent attention do not);
+    nor can many rows of experts be captured.
+    """
+    kv = cache.layers[0]
+    if blocks[0].attention.latent is not None:
+        kv = replace(kv, k=kv.v)  # a width that the kernels take
+    heads = torch.empty(0, dtype=dtype, device=kv.k.device)
+    return all(block.feed_forward.captures(rows) for block in blocks) and reason_against(heads, kv) is None

@@ -10,6 +10,7 @@ from lowbit.engine.architecture import Architecture
 from lowbit.engine.decoder import Decoder
 from lowbit.engine.drafts.heads import SPARE, Head, Model
 from lowbit.engine.drafts.kinds import kind_of, load_head
+from lowbit.engine.drafts.mtp import OWN, load_own
 from lowbit.engine.engine import Engine
 from lowbit.engine.families import FAMILIES, Family
 from lowbit.engine.fields import Fields, NotComputed
@@ -55,7 +56,8 @@ def load(
              the checkpoint declares such a cache, else "same"
     revision  branch, tag or commit of a hub id
     head     "dense", or a scheme ("int8") to round the head to while loading
-    drafter  directory or hub id of a head that drafts for this model; None for none
+    drafter  directory or hub id of a head that drafts for this model, or "mtp" for the one that the model's own files
+             carry; None for none
 
     CheckpointError for an unknown family (known ones are listed), and for files that are damaged or contradict their
     configuration.
@@ -81,7 +83,11 @@ def load(
         weights = load_weights(checkpoint, family.names, architecture, settings)
     drafts = None
     if drafter is not None:
-        drafts = head_of(str(drafter), Model(architecture, weights.embedding, positions + SPARE), settings)
+        drafts = head_of(
+            str(drafter),
+            Model(architecture, weights.embedding, positions + SPARE, weights.head),
+            (checkpoint, settings),
+        )
     decoder = Decoder(architecture, weights, positions, () if drafts is None else drafts.taps)
     tokenizer = tokenizer_of(checkpoint)
     stop_tokens = stop_tokens_of(checkpoint, architecture.vocabulary)
@@ -89,14 +95,20 @@ def load(
     return Engine(decoder, tokenizer, options, drafts)
 
 
-def head_of(name: str, model: Model, settings: Settings) -> Head:
-    """The head of the drafter `name`. CheckpointError if it is none, or made for another model."""
+def head_of(name: str, model: Model, own: tuple[Checkpoint, Settings]) -> Head:
+    """The head of the drafter `name`. CheckpointError if it is none, or made for another model.
+
+    own  the model's checkpoint, and the settings of its weights
+    """
+    carrier, settings = own[0], replace(own[1], cache="same", head="dense")
+    if name == OWN:
+        return load_own(carrier, family_of(carrier).names, model, settings)
     checkpoint = open_checkpoint(model_directory(name))
     refuse_negative_epsilon(checkpoint.head, checkpoint.config)
     architecture = architecture_of(FAMILIES[kind_of(checkpoint).family], checkpoint)
     require_rows(architecture, checkpoint)
     with untrusted(checkpoint.head, "no drafter that the engine can run"):
-        return load_head(checkpoint, architecture, model, replace(settings, cache="same", head="dense"))
+        return load_head(checkpoint, architecture, model, settings)
 
 
 def require_build(device: torch.device) -> None:

@@ -6,17 +6,17 @@ The host may launch one step ahead: it waits only for the tokens, which the step
 
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from lowbit.engine.capture import capture
+from lowbit.engine.layers import captures
 from lowbit.engine.passes import Reader
 from lowbit.engine.sampler import Chosen, Sampler
 from lowbit.engine.step import Step
 from lowbit.quant.kernels.choose_tokens import Cursor, Mailbox
-from lowbit.quant.kernels.decode_attention import reason_against
 
 SENT = 8  # steps whose tokens are in a mailbox at a time
 
@@ -66,13 +66,7 @@ class Runner:
         self.masked = sampler is not None and sampler.features.masked
         self.parts = (self.forward, self.choose) if self.masked else (self.compute,)
         self.graphs: list[torch.cuda.CUDAGraph] = []
-        # without the attention kernel, plain torch runs, whose shapes depend on positions and cannot be captured (those
-        # of latent attention do not); nor can many rows of experts
-        heads, kv = torch.empty(0, dtype=decoder.weights.dtype, device=device), cache.layers[0]
-        if decoder.architecture.latent is not None:
-            kv = replace(kv, k=kv.v)  # a width that the kernels take
-        plain = all(block.feed_forward.captures(rows) for block in decoder.blocks)
-        self.captures = plain and reason_against(heads, kv) is None
+        self.captures = captures(decoder.blocks, cache, rows, decoder.weights.dtype)
         self.turn = 0  # steps so far
         self.mailbox: Mailbox | None = None
         if self.captures and sampler is not None and not sampler.features.logprobs:

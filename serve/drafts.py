@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lowbit.engine.drafts.drafter import Drafter
 from lowbit.engine.drafts.drafting import Drafting, Masks
-from lowbit.engine.drafts.heads import Heads
+from lowbit.engine.drafts.heads import MOST
 from lowbit.engine.drafts.suffix import Suffixes
 from lowbit.engine.drafts.widths import MOST_SEQUENCES
 from lowbit.engine.sampler import BITS, Features
@@ -20,7 +20,7 @@ class Drafts:
     """Steps with drafts of the engine's drafter, or with at most `most` draft tokens from the text; 0 for none."""
 
     def __init__(self, space: Workspace, most: int) -> None:
-        self.space, self.most = space, most if most or space.pool.head is None else Heads.most
+        self.space, self.most = space, most if most or space.pool.head is None else MOST
         self.made: Drafting | None = None
         self.rest = 0  # steps without drafts to come
 

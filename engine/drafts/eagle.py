@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from lowbit.engine.architecture import Architecture, Names
 from lowbit.engine.cache import Cache
-from lowbit.engine.drafts.heads import Model, chain
+from lowbit.engine.drafts.heads import MOST, Model, chain
 from lowbit.engine.layers import Block, build_block
 from lowbit.engine.products import Hidden, Norm, Product
 from lowbit.engine.step import Step, Turns, turns_of
@@ -54,6 +54,12 @@ class Eagle:
     targets: Tensor
     turns: Turns
     normed: bool = False
+    most: int = MOST
+
+    @property
+    def blocks(self) -> tuple[Block, ...]:
+        """See Head."""
+        return (self.block,)
 
     def read(self, taken: Tensor, step: Step, cache: Cache) -> None:
         """See Head."""

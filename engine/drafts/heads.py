@@ -16,10 +16,12 @@ from lowbit.engine.cache import Cache, CacheKind, make_cache
 from lowbit.engine.capture import capture
 from lowbit.engine.drafts.drafter import Proposal
 from lowbit.engine.drafts.widths import ROWS, wide
+from lowbit.engine.layers import Block, captures
+from lowbit.engine.products import Product
 from lowbit.engine.step import Step
-from lowbit.quant.kernels.decode_attention import reason_against
 
-SPARE = 2 * ROWS  # positions behind the longest text: a step's last rows, and proposals, may be there
+MOST = ROWS - 1  # tokens of a proposal
+SPARE = 4 * ROWS  # positions behind the longest text: a step's last rows, and a drafter's own, may be there
 CHUNK = 2048  # pairs of a prompt in one pass
 KIND, CHANCE = 0, 0.7
 
@@ -34,12 +36,14 @@ class Model:
     architecture: Architecture
     embedding: Tensor
     positions: int
+    head: Product
 
 
 class Head(Protocol):
     """A head: its weights and its forward pass, immutable.
 
     taps  layers of the model whose outputs it reads
+    most  longest draft
     """
 
     @property
@@ -47,6 +51,12 @@ class Head(Protocol):
 
     @property
     def taps(self) -> tuple[int, ...]: ...
+
+    @property
+    def most(self) -> int: ...
+
+    @property
+    def blocks(self) -> tuple[Block, ...]: ...
 
     def read(self, taken: Tensor, step: Step, cache: Cache) -> None:
         """Write keys and values of pairs: the step's tokens, with outputs (m, taps * hidden) of the model's layers."""
@@ -100,12 +110,10 @@ class Pairs:
 class Heads:
     """The drafter: see drafter.Drafter."""
 
-    most = 7
-    usual: Proposal | None = Proposal((0,) * most, KIND, CHANCE)
-
     def __init__(self, head: Head, batch: int, context: int, like: Tensor) -> None:
         """Room for `batch` sequences of `context` positions, in the dtype and on the device of `like`."""
-        self.head, self.taps, self.context = head, head.taps, context
+        self.head, self.taps, self.most = head, head.taps, head.most
+        self.usual: Proposal | None = Proposal((0,) * head.most, KIND, CHANCE)
         self.cache = make_cache(head.architecture, batch, context + SPARE, CacheKind(), like)
         self.pairs: dict[int, Pairs] = {}
         self.drafts: dict[tuple[int, int, int], Draft] = {}
@@ -169,6 +177,7 @@ class Draft:
         self.taken = like.new_zeros(rows, 0)
         self.tokens = torch.empty(0)
         self.graphs: list[torch.cuda.CUDAGraph] = []
+        self.captures = captures(head.blocks, cache, rows, like.dtype)
 
     def __call__(self, starts: Sequence[int], waiting: Sequence[Pairs]) -> list[list[int]]:
         """The tokens of each sequence, behind the pairs that wait. Rows beyond them have any token."""
@@ -193,7 +202,7 @@ class Draft:
 
     def run(self) -> None:
         """Compute the tokens."""
-        if reason_against(self.taken[:0, :0], self.cache.layers[0]) is not None:
+        if not self.captures:
             self.compute()
             return
         if not self.graphs:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lowbit.engine.architecture import Architecture, Names
+from lowbit.engine.drafts.block import block_names, block_taps, load_block
 from lowbit.engine.drafts.eagle import eagle_names, eagle_taps, load_eagle
 from lowbit.engine.drafts.heads import Head, Model
 from lowbit.engine.weights import CheckpointReader, Settings
@@ -29,7 +30,10 @@ class Kind:
     load: Callable[[CheckpointReader, Mapping[str, Any], tuple[int, ...], Model], Head]
 
 
-KINDS = (Kind("Eagle3", "llama", eagle_names, eagle_taps, load_eagle),)
+KINDS = (
+    Kind("Eagle3", "llama", eagle_names, eagle_taps, load_eagle),
+    Kind("DFlash", "qwen3", block_names, block_taps, load_block),
+)
 
 
 def kind_of(checkpoint: Checkpoint) -> Kind:

@@ -13,6 +13,7 @@ from lowbit.engine.sampling import Sampling
 from lowbit.errors import CheckpointError
 from tests.builders import make_model, save
 from tests.engine.make import CHEAP_ROWS
+from tests.engine.test_families import built
 
 LAYERS = 8
 PROMPTS = [list(range(3, 20)), [7, 8, 9, 10] * 5, [250, 3, 3, 9], list(range(40, 90))]
@@ -56,9 +57,8 @@ def proposed(model, head, text, count):
     return tuple(found)
 
 
-def test_a_head_proposes_what_plain_torch_does(made, drafted):
-    """Behind prompts, and again after every step; in a batch."""
-    _, model, head = made
+def check_proposals(drafted, wanted):
+    """Behind prompts, and again after every step; in a batch. `wanted` are the proposals for a text, and a number."""
     requests = drafted.requests(PROMPTS, Sampling(max_new_tokens=12, ignore_eos=True))
     seen, checked = [], 0
     with drafted.spaces.lent() as space, torch.inference_mode():
@@ -74,10 +74,184 @@ def test_a_head_proposes_what_plain_torch_does(made, drafted):
                     if sequence >= piece.request:  # its tokens of this step are not known yet
                         text = PROMPTS[sequence] + texts[sequence]
                         text = text[: len(text) - len(piece.tokens)] if sequence == piece.request else text
-                        assert proposal.tokens == proposed(model, head, text, len(proposal.tokens))
+                        assert proposal.tokens == wanted(text, len(proposal.tokens))
                         checked += 1
             seen.clear()
     assert checked > 10
+
+
+def test_a_head_proposes_what_plain_torch_does(made, drafted):
+    _, model, head = made
+    check_proposals(drafted, lambda text, count: proposed(model, head, text, count))
+
+
+def rms(x, weight, eps=1e-6):
+    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps) * weight
+
+
+def turned(heads, positions, theta=10000.0):
+    half = heads.shape[-1] // 2
+    angles = positions.unsqueeze(1) * theta ** (-torch.arange(half) / half)
+    low, high = heads.chunk(2, -1)
+    cosines, sines = angles.cos().unsqueeze(1), angles.sin().unsqueeze(1)
+    return torch.cat([low * cosines - high * sines, high * cosines + low * sines], -1)
+
+
+BLOCK = {
+    "architectures": ["DFlashDraftModel"],
+    "model_type": "qwen3",
+    "num_hidden_layers": 2,
+    "head_dim": 16,
+    "block_size": 6,
+    "dflash_config": {"mask_token_id": 259, "target_layer_ids": [1, 4, 6]},
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+}
+
+
+def make_block(directory, model):
+    """A block drafter in DFlash's layout: its tensors."""
+    a = model.config
+    heads, kv, inner, hidden = a.num_attention_heads, a.num_key_value_heads, a.intermediate_size, a.hidden_size
+    shapes = {"fc": (hidden, 3 * hidden), "norm": (hidden,), "hidden_norm": (hidden,)}
+    for layer in range(2):
+        each = {"q_proj": (heads * 16, hidden), "k_proj": (kv * 16, hidden), "v_proj": (kv * 16, hidden)}
+        each |= {"o_proj": (hidden, heads * 16), "q_norm": (16,), "k_norm": (16,)}
+        shapes |= {f"layers.{layer}.self_attn.{name}": shape for name, shape in each.items()}
+        mlp = {"gate_proj": (inner, hidden), "up_proj": (inner, hidden), "down_proj": (hidden, inner)}
+        shapes |= {f"layers.{layer}.mlp.{name}": shape for name, shape in mlp.items()}
+        shapes |= {f"layers.{layer}.{name}_layernorm": (hidden,) for name in ("input", "post_attention")}
+    torch.manual_seed(2)
+    tensors = {
+        f"{name}.weight": torch.randn(shape) / shape[-1] ** 0.5 if len(shape) == 2 else 1 + 0.1 * torch.randn(shape)
+        for name, shape in shapes.items()
+    }
+    directory.mkdir()
+    save_file(tensors, directory / "model.safetensors")
+    sizes = {
+        "vocab_size": a.vocab_size,
+        "hidden_size": hidden,
+        "intermediate_size": inner,
+        "num_attention_heads": heads,
+    }
+    config = BLOCK | sizes | {"num_key_value_heads": kv, "max_position_embeddings": 256, "num_target_layers": LAYERS}
+    (directory / "config.json").write_text(json.dumps(config))
+    return tensors
+
+
+@torch.no_grad()
+def block_of(model, tensors, text):
+    """All drafts of a block behind a text, in plain torch."""
+
+    def linear(x, name):
+        return x @ tensors[f"{name}.weight"].T
+
+    states = model(torch.tensor([text[:-1]]), output_hidden_states=True).hidden_states
+    context = rms(linear(torch.cat([states[i + 1][0] for i in (1, 4, 6)], -1), "fc"), tensors["hidden_norm.weight"])
+    x = model.get_input_embeddings()(torch.tensor([text[-1], *[259] * 5]))
+    positions = torch.arange(len(text) + 5).float()
+    for layer in range(2):
+        at = f"layers.{layer}.self_attn."
+        normed = rms(x, tensors[f"layers.{layer}.input_layernorm.weight"])
+        q, k, v = (
+            linear(part, f"{at}{name}_proj").unflatten(-1, (-1, 16))
+            for part, name in ((normed, "q"), (torch.cat([context, normed]), "k"), (torch.cat([context, normed]), "v"))
+        )
+        q = turned(rms(q, tensors[f"{at}q_norm.weight"]), positions[-6:])
+        k = turned(rms(k, tensors[f"{at}k_norm.weight"]), positions)
+        k, v = (part.repeat_interleave(q.shape[1] // part.shape[1], 1) for part in (k, v))
+        weights = (torch.einsum("thd,shd->hts", q, k) / 4).softmax(-1)
+        x = x + linear(torch.einsum("hts,shd->thd", weights, v).flatten(1), f"{at}o_proj")
+        normed, mlp = rms(x, tensors[f"layers.{layer}.post_attention_layernorm.weight"]), f"layers.{layer}.mlp."
+        gated = torch.nn.functional.silu(linear(normed, f"{mlp}gate_proj")) * linear(normed, f"{mlp}up_proj")
+        x = x + linear(gated, f"{mlp}down_proj")
+    return model.get_output_embeddings()(rms(x, tensors["norm.weight"]))[1:].argmax(-1).tolist()
+
+
+def test_a_block_drafter_proposes_what_plain_torch_does(made, tmp_path):
+    model = made[1]
+    tensors = make_block(tmp_path / "block", model)
+    found = engine.load(made[0] / "model", device="cpu", context=128, drafter=tmp_path / "block")
+    found.spaces.costs = CHEAP_ROWS
+    check_proposals(found, lambda text, count: tuple(block_of(model, tensors, text)[:count]))
+    for change, message in (({"block_size": 64}, "block_size is 64"), ({"dflash_config": {}}, "mask_token_id None")):
+        config = json.loads((tmp_path / "block" / "config.json").read_text()) | change
+        (tmp_path / "block" / "config.json").write_text(json.dumps(config))
+        with pytest.raises(CheckpointError, match=message):
+            engine.load(made[0] / "model", device="cpu", context=128, drafter=tmp_path / "block")
+
+
+@pytest.fixture(scope="module", params=["glm4_moe", "deepseek_v3"])
+def carrying(request, tmp_path_factory):
+    """A model whose checkpoint carries a head of its own kind, transformers' model, and the head's tensors."""
+    torch.manual_seed(0)
+    directory, model = tmp_path_factory.mktemp(request.param), built(request.param)
+    save(model, directory)
+    count, hidden = model.config.num_hidden_layers, model.config.hidden_size
+    layer = type(model.model.layers[-1])(model.config, count - 1).eval()
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.copy_(0.2 * torch.randn_like(parameter) + (parameter.ndim == 1))
+    more = {
+        "enorm": torch.rand(hidden) + 0.5,
+        "hnorm": torch.rand(hidden) + 0.5,
+        "shared_head.norm": torch.ones(hidden),
+    }
+    more |= {"eh_proj": torch.randn(hidden, 2 * hidden) / 8, "shared_head.head": torch.randn(260, hidden)}
+    kept = load_file(directory / "model.safetensors")
+    last = {name.removeprefix(f"model.layers.{count - 1}.") for name in kept if f".layers.{count - 1}." in name}
+    stored = stored_as(layer, last)
+    tensors = {f"model.layers.{count}.{name}": value.contiguous() for name, value in stored.items()}
+    tensors |= {f"model.layers.{count}.{name}.weight": value for name, value in more.items()}
+    save_file(kept | tensors, directory / "model.safetensors")
+    config = json.loads((directory / "config.json").read_text()) | {"num_nextn_predict_layers": 1}
+    (directory / "config.json").write_text(json.dumps(config))
+    return directory, model, layer, more
+
+
+def stored_as(layer, names):
+    """A layer's tensors under the names that files have: each expert's linears are tensors of their own."""
+    found = {}
+    for name, value in layer.state_dict().items():
+        if name.endswith("experts.gate_up_proj"):
+            for expert, rows in enumerate(value):
+                gate, up = rows.chunk(2)
+                found |= {f"mlp.experts.{expert}.gate_proj.weight": gate, f"mlp.experts.{expert}.up_proj.weight": up}
+        elif name.endswith("experts.down_proj"):
+            found |= {f"mlp.experts.{expert}.down_proj.weight": rows for expert, rows in enumerate(value)}
+        else:
+            found[name] = value
+    assert set(found) == names
+    return found
+
+
+@torch.no_grad()
+def predicted(carrying, text, count):
+    """The tokens that the head in plain torch proposes behind a text."""
+    _, model, layer, more = carrying
+    features, tokens, found = model.model(torch.tensor([text[:-1]])).last_hidden_state, list(text[1:]), []
+    for _ in range(count):
+        embedded = model.get_input_embeddings()(torch.tensor([tokens]))
+        joined = torch.cat([rms(embedded, more["enorm"]), rms(features, more["hnorm"])], -1) @ more["eh_proj"].T
+        positions = torch.arange(len(tokens)).unsqueeze(0)
+        out = layer(joined, position_embeddings=model.model.rotary_emb(joined, positions), position_ids=positions)
+        out = out[0] if isinstance(out, tuple) else out
+        found.append(int((rms(out[0, -1], more["shared_head.norm"]) @ more["shared_head.head"].T).argmax()))
+        tokens.append(found[-1])
+        features = torch.cat([features, out[:, -1:]], 1)
+    return tuple(found)
+
+
+def test_a_checkpoints_own_head_proposes_what_plain_torch_does(carrying):
+    found = engine.load(carrying[0], device="cpu", context=128, drafter="mtp")
+    found.spaces.costs = CHEAP_ROWS
+    check_proposals(found, lambda text, count: predicted(carrying, text, count))
+
+
+def test_a_checkpoint_without_a_head_of_its_own_is_named(made):
+    with pytest.raises(CheckpointError, match=r"no model.layers.8.eh_proj.weight in its files: it carries no head"):
+        engine.load(made[0] / "model", device="cpu", context=128, drafter="mtp")
 
 
 def test_no_draft_changes_a_token(made, drafted):
@@ -111,7 +285,7 @@ def changed(made, tmp_path, config=None, tensors=None):
         ({"eagle_aux_hidden_state_layer_ids": [0, 5, 6]}, {}, r"outputs of layers \[-1, 4, 5\]"),
         ({"eagle_aux_hidden_state_layer_ids": [2, "a", 6]}, {}, "no drafter that the engine can run"),
         ({"fc_norm": True}, {}, "fc_norm is True; the engine computes only False"),
-        ({"architectures": ["LlamaForCausalLM"]}, {}, "no drafter; known are Eagle3"),
+        ({"architectures": ["LlamaForCausalLM"]}, {}, "no drafter; known are Eagle3, DFlash"),
         ({"draft_vocab_size": 131}, {}, "has shape .*130"),
         ({}, {"fc.weight": None}, "tensor 'fc.weight' is in no file"),
         ({}, {"d2t": torch.full((130,), 255)}, "d2t leads 130 tokens to 255 .. 384, 130 of them different"),
