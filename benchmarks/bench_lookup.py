@@ -90,7 +90,7 @@ def counts(model: Engine, kind: str, drafts: int) -> tuple[int, int, int]:
         done = list(steps_of_edits(model, drafts))
         return FILE, sum(tokens for tokens, _ in done), sum(steps for _, steps in done)
     asked = prompts(model, kind)
-    texts = model.generate(asked, max_new_tokens=OUTPUT, lookup=drafts, ignore_eos=True)
+    texts = [model.generate(each, max_new_tokens=OUTPUT, lookup=drafts, ignore_eos=True)[0] for each in asked]
     return len(asked[0]), sum(len(each.tokens) for each in texts), sum(each.steps for each in texts)
 
 

@@ -98,11 +98,6 @@ CACHE = value(
     default="auto",
     text="Keep keys and values in this type: auto is fp8 if the checkpoint declares it, else the activations' own.",
 )
-DRAFTER = click.option(
-    "--drafter",
-    help="Draft tokens with this head: a directory, a hub id, or mtp for that of CHECKPOINT's own files; no text "
-    "changes.  [default: none]",
-)
 DENSE_HEAD = value("--head", default="dense", text="Round the output head to this scheme: int8, or dense for none.")
 
 

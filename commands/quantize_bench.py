@@ -13,6 +13,7 @@ from rich.table import Table
 
 from lowbit import engine
 from lowbit.api.recording import store
+from lowbit.calibrate.data import builtin_text
 from lowbit.commands.common import (
     BASELINE,
     BASELINE_REVISION,
@@ -25,17 +26,20 @@ from lowbit.commands.common import (
     say_loaded,
 )
 from lowbit.commands.display import Display
+from lowbit.commands.drafters import DRAFTER, DRAFTER_SCHEME, drafter_of
 from lowbit.commands.parts import FIRST, Parts, by_part, flag, frame, value
 from lowbit.engine.decoder import Decoder
+from lowbit.engine.drafts.kinds import Drafter
 from lowbit.engine.engine import Engine
 from lowbit.engine.options import Options
 from lowbit.engine.shapes import METHODS, SHAPES, random_weights
-from lowbit.engine.speed import Speed, kernels_of_step, measure, read_rate
+from lowbit.engine.speed import DraftSpeed, Speed, kernels_of_step, measure, measure_drafts, read_rate
 from lowbit.errors import EngineError
 from lowbit.export.snapshot import published_name, refuse_to_write_into
 from lowbit.models.devices import check_device
 from lowbit.progress import Part, Step
 
+PROMPT, TEXTS = 256, 4  # tokens and number of the texts that drafts are measured on
 COLUMNS = ("method", "batch", "prompt", "tokens/s", "ms/token", "floor ms", "share of floor", "memory GiB")
 
 
@@ -79,6 +83,7 @@ PARTS: Parts = {
         ),
         BASELINE,
     ),
+    "Drafts": (DRAFTER, DRAFTER_SCHEME),
     "Engine": (
         DEVICE,
         click.option(
@@ -114,19 +119,20 @@ class Trial:
     length: int
     cache: str
     head: str
+    drafter: Drafter | None
     read_gbs: float
     display: Display
 
     @property
     def context(self) -> int:
         """Tokens of the longest sequence."""
-        return max(before for _, before in self.sizes) + self.length
+        return max(*(before for _, before in self.sizes), PROMPT if self.drafter else 1) + self.length
 
-    def load(self, model: str, revision: str | None) -> Engine:
+    def load(self, model: str, revision: str | None, drafter: Drafter | None = None) -> Engine:
         """The engine of a checkpoint."""
         self.display(Step(f"loading {model}", 0, None))
         kind = getattr(torch, self.dtype)
-        return engine.load(model, str(self.device), kind, self.context, self.cache, self.head, revision)
+        return engine.load(model, str(self.device), kind, self.context, self.cache, self.head, revision, drafter)
 
     def random(self, shape: str, method: str) -> Engine:
         """An engine with random weights."""
@@ -144,6 +150,12 @@ class Trial:
             self.display(Step(f"measuring {name}", number, len(self.sizes)))
             self.display(Part(f"{rows} x {self.length} tokens after {before}"))
             yield measure(model, rows, before, self.length, self.read_gbs)
+
+    def drafts(self, model: Engine) -> DraftSpeed:
+        """The speed with the drafter, on documentation."""
+        self.display(Step("measuring drafts", 0, None))
+        tokens = model.encode(builtin_text("heldout")[: 8 * TEXTS * PROMPT])
+        return measure_drafts(model, [tokens[i * PROMPT : (i + 1) * PROMPT] for i in range(TEXTS)], self.length)
 
 
 @click.command(
@@ -165,6 +177,8 @@ def bench(
     baseline_revision: str | None,
     cache: str,
     head: str,
+    drafter: str | None,
+    drafter_scheme: str,
     dtype: str | None,
     device: str,
     revision: str | None,
@@ -177,23 +191,28 @@ def bench(
     The floor is the time to read all bytes of a decode step at the bandwidth that a torch reduction reaches here.
     """
     refuse(checkpoint, shape, baseline, record)
+    if shape is not None and drafter is not None:
+        raise click.UsageError(f"--drafter {drafter} is for a CHECKPOINT: a --shape has random weights")
     place, sizes = torch.device(check_device(device)), tuple(product(batch, prompt_tokens))
     dtype = dtype or ("float32" if place.type == "cpu" else "float16")
     read_gbs, named = read_rate(place), str(checkpoint or shape)
     table = Table(*COLUMNS, title=f"{named}, {dtype}, {read_gbs:.0f} GB/s read", box=None)
     measured: list[dict[str, Any]] = []
     with Display(quiet=as_json) as display:
-        trial = Trial(place, dtype, sizes, new_tokens, cache, head, read_gbs, display)
+        drafts = drafter_of(drafter, drafter_scheme)
+        trial = Trial(place, dtype, sizes, new_tokens, cache, head, drafts, read_gbs, display)
         try:
             before = original_speeds(trial, baseline, baseline_revision, table)
             for method in weights or (METHODS if shape else ("checkpoint",)):
-                model = trial.random(shape, method) if shape else trial.load(named, revision)
+                model = trial.random(shape, method) if shape else trial.load(named, revision, drafts)
                 for speed in trial.speeds(method, model):
                     row = {"shape": named, "method": method} | speed.as_row() | next(before)
                     measured.append(row)
                     table.add_row(method, *columns(speed))
                     if as_json:
                         click.echo(json.dumps(row))
+                if drafts is not None:
+                    show_drafts(trial.drafts(model), {"model": named, "drafter": drafts.name}, as_json)
                 if profile and place.type == "cuda":
                     show_profile(model, batch[-1])
         except EngineError as error:
@@ -204,6 +223,19 @@ def bench(
             store(Path(named), [row | about for row in measured])
         if not as_json:
             display.line(table)
+
+
+def show_drafts(speed: DraftSpeed, about: dict[str, Any], as_json: bool) -> None:
+    """Print the speed with a drafter, and the shares of right drafts by place."""
+    if as_json:
+        click.echo(json.dumps(about | speed.as_row()))
+        return
+    shares = ", ".join(f"{share:.0%}" for share in speed.right)
+    say(
+        f"with {about['drafter']}: {speed.tokens / speed.steps:.2f} tokens a step, {speed.ms:.3f} ms a token "
+        f"({speed.plain_ms:.3f} without), {speed.draft_ms:.3f} ms of a step for drafts and {speed.check_ms:.3f} ms for "
+        f"the check; right by place: {shares or 'none'}"
+    )
 
 
 def refuse(checkpoint: str | None, shape: str | None, baseline: str | None, record: bool) -> None:

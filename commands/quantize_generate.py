@@ -13,12 +13,12 @@ from lowbit.commands.common import (
     CONTEXT,
     DENSE_HEAD,
     DEVICE,
-    DRAFTER,
     REVISION,
     run_command,
     say,
     say_loaded,
 )
+from lowbit.commands.drafters import DRAFTER, DRAFTER_SCHEME, drafter_of
 from lowbit.commands.parts import FIRST, Parts, by_part, flag, frame, value
 from lowbit.engine.engine import Engine
 from lowbit.engine.sampling import Completion, Sampling
@@ -121,6 +121,7 @@ PARTS: Parts = {
             text="Draft up to this many tokens a step from the text so far; at most 7.",
         ),
         DRAFTER,
+        DRAFTER_SCHEME,
     ),
     "Engine": (DEVICE, CONTEXT, CACHE, DENSE_HEAD, REVISION),
     "Output on the screen": (flag("--verbose", "-v", text="Print details as well: token and step counts, on stderr."),),
@@ -149,6 +150,7 @@ def generate(
     cache: str,
     head: str,
     drafter: str | None,
+    drafter_scheme: str,
     revision: str | None,
     verbose: bool,
     **settings: Any,
@@ -161,7 +163,8 @@ def generate(
             raise EngineError(f"--stream prints one text as it is written; {len(prompts)} prompts were given")
         if not prompts and not chat:
             raise EngineError("no text to continue: lowbit generate CHECKPOINT TEXT, or --chat for a conversation")
-        model = engine.load(checkpoint, check_device(device), None, context, cache, head, revision, drafter)
+        drafts = drafter_of(drafter, drafter_scheme)
+        model = engine.load(checkpoint, check_device(device), None, context, cache, head, revision, drafts)
         say_loaded(model.decoder.weights.expanded, model.decoder.weights.unused_cache)
         if not prompts:
             converse(model, sampling, system)

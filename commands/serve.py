@@ -6,7 +6,8 @@ from pathlib import Path
 import click
 
 from lowbit import engine
-from lowbit.commands.common import CACHE, CONTEXT, DENSE_HEAD, DEVICE, DRAFTER, REVISION, run_command, say, say_loaded
+from lowbit.commands.common import CACHE, CONTEXT, DENSE_HEAD, DEVICE, REVISION, run_command, say, say_loaded
+from lowbit.commands.drafters import DRAFTER, DRAFTER_SCHEME, drafter_of
 from lowbit.commands.parts import FIRST, Parts, by_part, flag, frame, value
 from lowbit.errors import UsageError
 from lowbit.extras import missing
@@ -61,6 +62,7 @@ PARTS: Parts = {
             text="Draft up to this many tokens a step from the text so far, while at most 4 requests write.",
         ),
         DRAFTER,
+        DRAFTER_SCHEME,
     ),
     "Engine": (DEVICE, CONTEXT, CACHE, DENSE_HEAD, REVISION),
     "Output on the screen": (flag("--quiet", "-q", text="Print warnings and errors alone."),),
@@ -85,6 +87,7 @@ def serve(
     waiting: int,
     lookup: int,
     drafter: str | None,
+    drafter_scheme: str,
     device: str,
     context: int | None,
     cache: str,
@@ -112,6 +115,8 @@ def serve(
         waiting=waiting,
         lookup=lookup,
     )
-    model = engine.load(directory, check_device(device), None, context, cache, head, drafter=drafter)
+    model = engine.load(
+        directory, check_device(device), None, context, cache, head, drafter=drafter_of(drafter, drafter_scheme)
+    )
     say_loaded(model.decoder.weights.expanded, model.decoder.weights.unused_cache)
     serve_engine(model, options, listening, say)

@@ -9,7 +9,7 @@ from lowbit.arguments import typed
 from lowbit.engine.architecture import Architecture
 from lowbit.engine.decoder import Decoder
 from lowbit.engine.drafts.heads import SPARE, Head, Model
-from lowbit.engine.drafts.kinds import kind_of, load_head
+from lowbit.engine.drafts.kinds import Drafter, kind_of, load_head
 from lowbit.engine.drafts.mtp import OWN, load_own
 from lowbit.engine.engine import Engine
 from lowbit.engine.families import FAMILIES, Family
@@ -39,7 +39,7 @@ def load(
     cache: str = "auto",
     head: str = "dense",
     revision: str | None = None,
-    drafter: str | Path | None = None,
+    drafter: str | Path | Drafter | None = None,
 ) -> Engine:
     """An engine for the checkpoint `name`: a directory, `demo`, or an id on the hub.
 
@@ -57,7 +57,7 @@ def load(
     revision  branch, tag or commit of a hub id
     head     "dense", or a scheme ("int8") to round the head to while loading
     drafter  directory or hub id of a head that drafts for this model, or "mtp" for the one that the model's own files
-             carry; None for none
+             carry; None for none. A Drafter names a scheme to round it to as well
 
     CheckpointError for an unknown family (known ones are listed), and for files that are damaged or contradict their
     configuration.
@@ -83,8 +83,9 @@ def load(
         weights = load_weights(checkpoint, family.names, architecture, settings)
     drafts = None
     if drafter is not None:
+        named = drafter if isinstance(drafter, Drafter) else Drafter(str(drafter))
         drafts = head_of(
-            str(drafter),
+            named,
             Model(architecture, weights.embedding, positions + SPARE, weights.head),
             (checkpoint, settings),
         )
@@ -95,15 +96,15 @@ def load(
     return Engine(decoder, tokenizer, options, drafts)
 
 
-def head_of(name: str, model: Model, own: tuple[Checkpoint, Settings]) -> Head:
-    """The head of the drafter `name`. CheckpointError if it is none, or made for another model.
+def head_of(drafter: Drafter, model: Model, own: tuple[Checkpoint, Settings]) -> Head:
+    """The head of a drafter. CheckpointError if it is none, or made for another model.
 
     own  the model's checkpoint, and the settings of its weights
     """
-    carrier, settings = own[0], replace(own[1], cache="same", head="dense")
-    if name == OWN:
+    carrier, settings = own[0], replace(own[1], cache="same", head="dense", linears=drafter.scheme)
+    if drafter.name == OWN:
         return load_own(carrier, family_of(carrier).names, model, settings)
-    checkpoint = open_checkpoint(model_directory(name))
+    checkpoint = open_checkpoint(model_directory(drafter.name))
     refuse_negative_epsilon(checkpoint.head, checkpoint.config)
     architecture = architecture_of(FAMILIES[kind_of(checkpoint).family], checkpoint)
     require_rows(architecture, checkpoint)

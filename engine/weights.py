@@ -110,12 +110,14 @@ class Settings:
                   precision
     cache         one of CACHES
     head          "dense", or the scheme to round the head to ("int8", "int4-g128")
+    linears       the same for all other dense linears
     """
 
     device: torch.device
     dtype: torch.dtype
     cache: str = "auto"
     head: str = "dense"
+    linears: str = "dense"
 
 
 def load_weights(checkpoint: Checkpoint, names: Names, architecture: Architecture, settings: Settings) -> Weights:
@@ -235,7 +237,10 @@ class CheckpointReader:
         if found.removesuffix(".weight") in self.tensors.schemes:
             return self.packed(found.removesuffix(".weight"))
         value = self.tensors.read(found).to(self.settings.dtype)
-        return value.T if self.names.transposed else value
+        value = value.T if self.names.transposed else value
+        if self.settings.linears == "dense":
+            return value
+        return round_to_nearest(value, parse_scheme(self.settings.linears), self.settings.dtype)
 
     def packed(self, linear: str) -> QTensor:
         """The quantized weight of a linear of the file."""

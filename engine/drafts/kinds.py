@@ -14,6 +14,18 @@ from lowbit.export.checkpoint import Checkpoint
 
 
 @dataclass(frozen=True)
+class Drafter:
+    """A drafter to load.
+
+    name    directory or hub id, or "mtp" for the head that the model's own files carry
+    scheme  "dense", or the scheme to round its dense linears to while loading ("int8", "int4-g64")
+    """
+
+    name: str
+    scheme: str = "dense"
+
+
+@dataclass(frozen=True)
 class Kind:
     """A kind of drafter.
 

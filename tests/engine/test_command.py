@@ -1,13 +1,17 @@
 """`quantize-generate` from its arguments to its text."""
 
+import re
+
 import pytest
+import torch
 from click.testing import CliRunner
 
+from benchmarks.train_drafter import Eagle3, config_for, write_head
 from lowbit import engine
 from lowbit.commands.quantize_generate import generate
 from lowbit.errors import CheckpointError
 from lowbit.export.escape import visible
-from tests.builders import save_family
+from tests.builders import make_model, save, save_family
 
 
 @pytest.fixture(scope="module")
@@ -33,6 +37,19 @@ def test_chat_answers_by_the_template(directory):
     got = run(directory, "--chat", "--system", "be brief", "-p", "hi", "--max-new-tokens", "8", "--verbose")
     assert got.stdout == f"{expected}\n"
     assert "tokens read, 8 written in 8 steps (length), seed" in got.stderr
+
+
+def test_a_drafter_changes_no_text_and_its_drafts_are_told(directory, tmp_path):
+    model = make_model("llama", num_hidden_layers=8)
+    save(model, tmp_path / "model")
+    config = config_for(model.config, 260)
+    write_head(Eagle3(config, torch.zeros(1)), config, torch.arange(260), tmp_path / "head")
+    plain = run(tmp_path / "model", "-p", "hello", "--max-new-tokens", "12")
+    got = run(tmp_path / "model", "-p", "hello", "--max-new-tokens", "12", "--drafter", tmp_path / "head", "--verbose")
+    assert got.stdout == plain.output
+    assert re.search(r"drafts right by place: \d+ of \d+", got.stderr)
+    refused = run(directory, "-p", "hello", "--drafter-scheme", "int8")
+    assert "--drafter-scheme int8 rounds a drafter: name one with --drafter" in refused.output
 
 
 def test_a_conversation_remembers(directory):

@@ -2,6 +2,7 @@
 do not fit."""
 
 import json
+from copy import deepcopy
 
 import pytest
 import torch
@@ -9,8 +10,12 @@ from safetensors.torch import load_file, save_file
 
 from benchmarks.train_drafter import Eagle3, config_for, taps_of, write_head
 from lowbit import engine
+from lowbit.engine.drafts.kinds import Drafter
 from lowbit.engine.sampling import Sampling
 from lowbit.errors import CheckpointError
+from lowbit.quant.qtensor import round_to_nearest
+from lowbit.quant.scheme import parse_scheme
+from lowbit.serve.session import Session
 from tests.builders import make_model, save
 from tests.engine.make import CHEAP_ROWS
 from tests.engine.test_families import built
@@ -296,6 +301,30 @@ def changed(made, tmp_path, config=None, tensors=None):
 def test_a_drafter_that_does_not_fit_is_named(made, tmp_path, config, tensors, message):
     with pytest.raises(CheckpointError, match=message):
         engine.load(made[0] / "model", device="cpu", context=128, drafter=changed(made, tmp_path, config, tensors))
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int4-g32"])
+def test_a_head_is_rounded_while_loading(made, scheme):
+    """It proposes what plain torch does with the same rounded weights."""
+    rounded = deepcopy(made[2])
+    for name, parameter in rounded.named_parameters():
+        if parameter.ndim == 2:
+            weight = round_to_nearest(parameter.data, parse_scheme(scheme), torch.float32)
+            rounded.get_parameter(name).data = weight.dequantize(torch.float32)
+    drafter = Drafter(str(made[0] / "drafter"), scheme)
+    found = engine.load(made[0] / "model", device="cpu", context=128, drafter=drafter)
+    found.spaces.costs = CHEAP_ROWS
+    check_proposals(found, lambda text, count: proposed(made[1], rounded, text, count))
+
+
+def test_drafts_of_a_head_change_no_text_of_a_session(drafted):
+    settings = Sampling(max_new_tokens=24, ignore_eos=True)
+    expected = drafted.generate(PROMPTS, settings, drafts=0)
+    with Session(drafted, sequences=3) as session:
+        for prompt, plain in zip([*PROMPTS, PROMPTS[0]], [*expected, expected[0]], strict=True):  # the last one reuses
+            pieces = list(session.stream(prompt, settings))
+            assert tuple(token for piece in pieces for token in piece.tokens) == plain.tokens
+        assert session.batch.drafts.made is not None
 
 
 def test_the_layout_of_speculators_is_read_too(made, tmp_path):

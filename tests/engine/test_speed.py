@@ -8,6 +8,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
+from benchmarks.train_drafter import Eagle3, config_for, write_head
 from lowbit.commands.quantize_bench import bench
 from lowbit.engine.decoder import Decoder
 from lowbit.engine.engine import Engine
@@ -16,7 +17,7 @@ from lowbit.engine.shapes import SHAPES, RandomParts, decoder_shape, random_weig
 from lowbit.engine.speed import measure, step_bytes
 from lowbit.quant.kernels.stack import PackedStack
 from lowbit.quant.kernels.weight import Dense, Packed
-from tests.builders import save_family
+from tests.builders import make_model, save, save_family
 
 TINY = decoder_shape(vocabulary=256, hidden=128, inner=256, heads=2, layers=2, kv_heads=1)
 
@@ -100,3 +101,20 @@ def test_the_command_wants_a_checkpoint_or_a_shape():
     assert "name a CHECKPOINT, or a --shape" in CliRunner().invoke(bench, []).stderr
     wrong = CliRunner().invoke(bench, ["--shape", "llama2-7b", "--baseline", "demo"])
     assert "beside a --shape write --weights dense as well" in wrong.stderr
+
+
+def test_the_command_measures_a_drafter(tmp_path, monkeypatch):
+    monkeypatch.setattr("lowbit.commands.quantize_bench.PROMPT", 16)
+    model = make_model("llama", num_hidden_layers=8)
+    save(model, tmp_path / "model")
+    config = config_for(model.config, 260)
+    write_head(Eagle3(config, torch.zeros(1)), config, torch.arange(260), tmp_path / "head")
+    options = ["--device", "cpu", "--batch", "1", "--prompt-tokens", "8", "--new-tokens", "6", "--json"]
+    options += ["--drafter", str(tmp_path / "head"), "--drafter-scheme", "int8"]
+    result = CliRunner().invoke(bench, [str(tmp_path / "model"), *options])
+    row = json.loads(result.stdout.splitlines()[-1])
+    assert (row["tokens"], row["same_text"]) == (24, True)
+    assert row["tokens_per_step"] == pytest.approx(24 / row["steps"], abs=1e-3)
+    assert 0 < row["draft_ms"] < row["draft_ms"] + row["check_ms"]
+    wrong = CliRunner().invoke(bench, ["--shape", "llama2-7b", "--drafter", "x"])
+    assert "--drafter x is for a CHECKPOINT" in wrong.output
