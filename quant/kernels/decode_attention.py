@@ -30,6 +30,8 @@ PLAIN_BYTES = 100e6
 # 1.705. Other quantized caches have no more bytes.
 WARPS, MANY_WARPS, MOST_WARPS = 4, 8, 16
 MANY_WARPS_DIM = 128  # widest heads whose chunks fit in the registers of so many warps
+LEAST_POSITIONS = 32  # of each warp of a long sequence
+PARTS = 8  # of a GPU: a cluster runs in one of them
 SHORT_BLOCKS, LONG_BLOCKS = 1.95, 2.5  # most blocks per multiprocessor after splitting
 YIELDS = True  # the next product asks for its first weights while attention runs, not only after its loop
 APPEND_FIELDS = ("qkv", "positions", "slots", "cosines", "sines", "q_norm", "k_norm", "norm_eps")
@@ -213,16 +215,26 @@ def choose_cut(call: AttentionCall, processors: int, fast: bool) -> tuple[int, i
     """Splits of a sequence, and warps of a block.
 
     A warp asks for fewer bytes of a quantized cache, and is bound by their latency. So with fast memory (`fast`) long
-    sequences get more warps, if their chunks fit in the registers: two blocks of MANY_WARPS on each multiprocessor or,
-    where there are few blocks, one of MOST_WARPS. Two of them would have to stand in one cluster's part of the GPU.
+    sequences get as many warps as run in one wave, if their chunks fit in the registers: of a multiprocessor two blocks
+    of MANY_WARPS, or one of MOST_WARPS. A wave's last clusters find no room in any one part of the GPU.
     """
-    splits, blocks = choose_splits(call, processors), blocks_of(call)
-    short = 0 < most_positions(call) <= SHORT
-    if not fast or short or call.cache.number == SAME or call.cache.head_dim > MANY_WARPS_DIM:
+    splits, blocks, most = choose_splits(call, processors), blocks_of(call), most_positions(call)
+    if not fast or 0 < most <= SHORT or call.cache.number == SAME or call.cache.head_dim > MANY_WARPS_DIM:
         return splits, WARPS
-    if 2 * blocks <= processors:
-        return min(MAX_SPLITS, processors // blocks), MOST_WARPS
-    return splits, MANY_WARPS
+    fitting = [
+        (count, warps)
+        for warps in (MANY_WARPS, MOST_WARPS)
+        for count in range(1, MAX_SPLITS + 1)
+        if blocks <= clusters_in_a_wave(count, 2 * MANY_WARPS // warps * processors)
+        and (not most or count * warps * LEAST_POSITIONS <= most)
+    ]
+    return max(fitting, key=lambda cut: cut[0] * cut[1], default=(splits, MANY_WARPS))
+
+
+def clusters_in_a_wave(size: int, blocks: int) -> int:
+    """Clusters of `size` blocks that run at once on a GPU with room for so many blocks, of which half a cluster, on
+    average, is left over in each of its PARTS."""
+    return (blocks - PARTS * (size - 1) // 2) // size
 
 
 def choose_splits(call: AttentionCall, processors: int) -> int:
