@@ -637,6 +637,41 @@ def first_token() -> str:
     return table(f"tokens | {head}", (line("captured up to 1024", True), line("plainly", False)))
 
 
+SERVED = "a8e4787"  # the commit of SERVING's rows
+
+
+def serving() -> str:
+    """SERVING's times over HTTP by numbers of clients."""
+
+    def line(clients: int, prompt: int) -> Iterable[str]:
+        [row] = matching("serve", case="clients", clients=clients, prompt=prompt, commit=SERVED)
+        yield from (str(clients), str(prompt), fixed(row["tokens_per_s"], 0))
+        yield from (fixed(row[f"ms_{name}"], 2) for name in ("between_median", "between_p99"))
+        yield fixed(row["ms_first_median"], 0)
+
+    head = "clients | tokens of a prompt | tokens/s | between tokens, ms | 99% within | first token, ms"
+    return table(head, (line(*each) for each in ((1, 128), (4, 128), (8, 128), (16, 128), (1, 2048), (4, 2048))))
+
+
+def served_steps() -> str:
+    """SERVING's times of a step by its surroundings, of a stream beside a long prompt, and of a conversation."""
+    alike = {"commit": SERVED}
+    bare = matching("serve", case="bare", clients=1, **alike)
+    [http] = matching("serve", case="clients", clients=1, prompt=128, **alike)
+    masked = {row["grammar"]: row["ms_between_median"] for row in matching("serve", case="session", **alike)}
+    [stall], [talk] = (matching("serve", case=case, **alike) for case in ("stall", "dialogue"))
+    longest = f"{fixed(stall['ms_between_most_median'], 0)}, at most {fixed(stall['ms_between_most'], 0)}"
+    lines = [
+        ["a token of the engine alone", " and ".join(fixed(row["ms_between_median"], 2) for row in bare)],
+        ["of a stream over HTTP", fixed(http["ms_between_median"], 2)],
+        ["in the batch, and with a JSON schema", f"{fixed(masked['none'], 2)}, {fixed(masked['json_schema'], 2)}"],
+        [f"longest pause of a stream while a prompt of {stall['prompt']} tokens is read", longest],
+        [f"the first tokens of {talk['turns']} turns, together", fixed(talk["ms_first_all"], 0)],
+        ["the same prompts without a conversation", fixed(talk["ms_first_all_fresh"], 0)],
+    ]
+    return table("time of | ms", lines)
+
+
 RUN_BY = (  # a row: the schemes, of which the first is asked for
     ("int4-g128", "int4-g64", "uint4-g128"),
     ("int8",),
@@ -763,6 +798,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "schemes": schemes,
     "commands": commands,
     "rounding": rounding,
+    "serving": serving,
+    "served_steps": served_steps,
 }
 
 

@@ -8,6 +8,9 @@ from torch.nn import functional
 from lowbit.engine.architecture import Architecture, Layer
 
 ROWS = 512  # of q at a time, where all scores are written out
+# Lengths of whole prompts for which cuDNN's kernel is worth its plan, which takes 35 ms at the first prompt of a length:
+# those of captured passes, and multiples of STEP. Others take the flash kernel, which needs none.
+PLANNED, STEP = 1024, 256
 
 
 def prompt_attention(
@@ -39,9 +42,10 @@ def prompt_attention(
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     """Causal attention without a window: q (1, heads, T, head_dim); k, v (1, kv_heads, L, head_dim)."""
     count, length = q.shape[2], k.shape[2]
-    if count == length:
+    flash = q.is_cuda and can_use_flash_attention(SDPAParams(q, k, v, None, 0.0, False, True))
+    if count == length and (length <= PLANNED or length % STEP == 0 or not flash):
         return functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
-    if q.is_cuda and can_use_flash_attention(SDPAParams(q, k, v, None, 0.0, False, True)):
+    if flash:
         # The flash kernel aligns a causal mask with the last key, and needs no mask tensor. torch.nn.attention.bias
         # does the same, but takes seconds to import.
         return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, is_causal=True, scale=scale)[0]
