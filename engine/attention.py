@@ -8,8 +8,8 @@ from torch.nn import functional
 from lowbit.engine.architecture import Architecture, Layer
 
 ROWS = 512  # of q at a time, where all scores are written out
-# Lengths of whole prompts for which cuDNN's kernel is worth its plan, which takes 35 ms at the first prompt of a length:
-# those of captured passes, and multiples of STEP. Others take the flash kernel, which needs none.
+# Lengths of whole prompts for which cuDNN's kernel is worth its plan, which takes 35 ms at the first prompt of a
+# length: those of captured passes, and multiples of STEP. Others take the flash kernel, which needs none.
 PLANNED, STEP = 1024, 256
 
 
