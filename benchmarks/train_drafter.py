@@ -197,10 +197,16 @@ def write_texts(
             ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
             if len(ids) <= 256:
                 prompts.append(list(ids))
-        padded = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt").to(model.device)
+        width = max(map(len, prompts))
+        rows = [[0] * (width - len(ids)) + ids for ids in prompts]
+        seen = [[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts]
+        padded = {
+            "input_ids": torch.tensor(rows, device=model.device),
+            "attention_mask": torch.tensor(seen, device=model.device),
+        }
         sampled = chance.random() < SAMPLED
         settings: dict[str, Any] = {"do_sample": True, "temperature": 0.8} if sampled else {"do_sample": False}
-        out = model.generate(**padded, max_new_tokens=tokens, **settings)[:, padded["input_ids"].shape[1] :].tolist()
+        out = model.generate(**padded, max_new_tokens=tokens, pad_token_id=0, **settings)[:, width:].tolist()
         for prompt, written in zip(prompts, out, strict=True):
             stop = next((i for i, token in enumerate(written) if token == tokenizer.eos_token_id), len(written) - 1)
             texts.append((prompt + written[: stop + 1], len(prompt)))

@@ -26,14 +26,16 @@ NOTHING = Proposal()
 class Drafter(Protocol):
     """Proposes tokens for the sequences of a cache.
 
-    taps   layers whose outputs it reads, from 0; () for none
-    most   longest proposal
-    usual  stands for any proposal of it, if drafts cost something; None if they are free
+    taps    layers whose outputs it reads, from 0; () for none
+    most    longest proposal
+    usual   stands for any proposal of it, if drafts cost something; None if they are free
+    steady  False if the last proposals took longer than usual: a graph was captured for them
     """
 
     taps: tuple[int, ...]
     most: int
     usual: Proposal | None
+    steady: bool
 
     def begin(self, sequence: int, tokens: Sequence[int]) -> None:
         """Forget a sequence's text: it now begins with these tokens."""

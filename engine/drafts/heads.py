@@ -117,6 +117,7 @@ class Heads:
         self.cache = make_cache(head.architecture, batch, context + SPARE, CacheKind(), like)
         self.pairs: dict[int, Pairs] = {}
         self.drafts: dict[tuple[int, int, int], Draft] = {}
+        self.captured, self.steady = captures(head.blocks, self.cache, ROWS, like.dtype), True
         self.like = like[:0, :0]
 
     def begin(self, sequence: int, tokens: Sequence[int]) -> None:
@@ -157,8 +158,11 @@ class Heads:
         """See Drafter. Reads all pairs that wait."""
         waiting = [self.pairs[sequence] for sequence in sequences]
         counts = [len(pairs.tokens) for pairs in waiting]
-        shape = len(sequences), wide(max(counts)), most
-        if shape not in self.drafts:
+        # each shape has its own graph, and eight rows cost little more than one; without graphs each row costs
+        width = ROWS if self.captured else wide(max(counts))
+        shape = len(sequences), width, most
+        self.steady = shape in self.drafts
+        if not self.steady:
             self.drafts[shape] = Draft(self.head, self.cache, shape, self.like)
         tokens = self.drafts[shape]([self.cache.start(sequence) for sequence in sequences], waiting)
         for pairs, count in zip(waiting, counts, strict=True):

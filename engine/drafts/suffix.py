@@ -93,6 +93,7 @@ class Suffixes:
 
     taps: tuple[int, ...] = ()
     usual: Proposal | None = None
+    steady = True
 
     def __init__(self, most: int = MOST, store: Store | None = None) -> None:
         self.most, self.store = most, store

@@ -37,6 +37,7 @@ class Oracle:
 
     taps: tuple[int, ...] = ()
     usual: Proposal | None = None
+    steady = True
     most = 7
 
     def __init__(self, texts: Sequence[Sequence[int]], wrong: float, vocabulary: int = 260) -> None:
@@ -218,6 +219,20 @@ def test_drafts_are_left_where_they_do_not_pay():
     for _ in range(40):
         dear.width([doubtful], (1, 2, 4, 8))
     assert dear.rest  # steps between which nobody asks
+
+
+def test_a_step_that_captured_a_drafters_graph_is_no_measure(model):
+    """Else its second would keep drafts of that width off for good."""
+    [plain] = model.generate(PROMPTS[:1], max_new_tokens=20, ignore_eos=True)
+    for steady in (False, True):
+        oracle = Oracle([PROMPTS[0] + list(plain.tokens)], 0.0)
+        oracle.steady = steady
+        [request] = model.requests(PROMPTS[:1], Sampling(max_new_tokens=20, ignore_eos=True))
+        with model.spaces.lent() as space, torch.inference_mode():
+            drafting = Drafting(space, oracle, 7)
+            drafting.gauge.costs = Costs()
+            list(run_drafted(drafting, [request]))
+        assert bool(drafting.gauge.costs.seconds) == steady
 
 
 def test_costs_are_measured_and_outliers_count_little():
