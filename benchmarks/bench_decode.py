@@ -1,7 +1,7 @@
 """Decode speed of named shapes: `python -m benchmarks.bench_decode --commit $(git rev-parse --short HEAD)`.
 
-One row per case in benchmarks/results/decode.jsonl. Weights are random; the read ceiling is measured in the same run by
-a kernel that only reads. `--plot` draws the existing rows.
+One row per case in benchmarks/results/decode.jsonl, with `--experts` those of mixtures in decode_experts.jsonl. Weights
+are random; the read ceiling is measured in the same run by a kernel that only reads. `--plot` draws the existing rows.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from lowbit.engine.options import Options
 from lowbit.engine.shapes import SHAPES, random_weights
 from lowbit.engine.speed import kernels_of_step, measure
 
-RESULTS = Path(__file__).with_name("results") / "decode.jsonl"
+RESULTS = Path(__file__).with_name("results")
 OUTPUT = 128
 PROMPTS = (128, 2048)
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -60,6 +60,18 @@ CASES = (
 )
 
 
+MIXTURES = tuple(
+    Case(shape, method, batches, head=head, dtype="bfloat16", prompts=(128,))
+    for shape, method, batches, head in (
+        ("qwen3-30b-a3b", "w4", (1, 8, 16), "int8"),
+        ("gpt-oss-20b", "experts-mxfp4", (1, 8), "dense"),
+        ("mixtral-8x7b", "w4", (1, 8), "int8"),
+        ("glm-4.5-air", "w4", (1,), "int8"),
+        ("deepseek-v2-lite", "w4", (1,), "int8"),
+    )
+)
+
+
 def engine_of(case: Case) -> Engine:
     """An engine with random weights on the GPU."""
     architecture = SHAPES[case.shape]
@@ -83,14 +95,14 @@ def rows_of(case: Case, read_gbs: float, facts: dict[str, str], profile: bool) -
                 print(f"    {us:9.1f} us {calls:4d} x {name[:110]}")
 
 
-def plot(path: Path) -> None:
-    """Shares of the floor, a bar a row."""
+def plot(source: Path, path: Path) -> None:
+    """Shares of the floor, a bar for each row of `source`."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    rows = [json.loads(line) for line in RESULTS.read_text().splitlines()]
+    rows = [json.loads(line) for line in source.read_text().splitlines()]
     places = range(len(rows))
     figure, axes = pyplot.subplots(figsize=(8, 0.2 * len(rows) + 1))
     bars = axes.barh(places, [row["share_of_floor"] for row in rows])
@@ -107,7 +119,7 @@ def plot(path: Path) -> None:
 def label_of(row: dict) -> str:
     """The label of a bar in the plot."""
     kind = row["dtype"] if row["method"] == "dense" else row["method"]
-    extras = ["int8 cache"] * (row["cache"] == "int8") + [f"{row['head']} head"] * (row["head"] != "dense")
+    extras = ["int8 cache"] * (row.get("cache") == "int8") + [f"{row['head']} head"] * (row["head"] != "dense")
     return ", ".join([f"{row['shape']} {kind}", *extras, f"{row['batch']} x {row['prompt']}"])
 
 
@@ -116,16 +128,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--commit", default="unknown")
     parser.add_argument("--only", help="shape:method[:cache]")
-    parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--experts", action="store_true")
+    parser.add_argument("--output", type=Path)
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--plot", type=Path)
     arguments = parser.parse_args()
+    output = arguments.output or RESULTS / ("decode_experts.jsonl" if arguments.experts else "decode.jsonl")
     if arguments.plot:
-        plot(arguments.plot)
+        plot(output, arguments.plot)
         return
     facts, read_gbs = run_facts(arguments.commit), Floor().read_ceiling_gbs()
-    wanted = [case for case in CASES if f"{case.shape}:{case.method}:{case.cache}".startswith(arguments.only or "")]
-    with arguments.output.open("a") as file:
+    cases = MIXTURES if arguments.experts else CASES
+    wanted = [case for case in cases if f"{case.shape}:{case.method}:{case.cache}".startswith(arguments.only or "")]
+    with output.open("a") as file:
         for case in wanted:
             for row in rows_of(case, read_gbs, facts, arguments.profile):
                 file.write(json.dumps(row) + "\n")
