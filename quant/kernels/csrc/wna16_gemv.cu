@@ -54,6 +54,7 @@ struct Wna16ExpertsArgs {
   FIELD(float, limit);            // of Gate::clamped: of gate from above, of up on both sides
   FIELD(float, alpha);            // of Gate::clamped: factor in the sigmoid
   FIELD(int, y_pitch);
+  FIELD(int, parts);              // of k in up, each with every parts-th chunk; of one row each has a warp
   FIELD(int64_t, words_stride);   // of an expert, in 16 bytes
   FIELD(int64_t, sides_stride);   // of an expert: scales in 4 bytes, zeros in 2
   FIELD(int64_t, next_stride);    // bytes of an expert at product.next_weight, of which up prefetches next_bytes
@@ -728,13 +729,14 @@ __device__ float bias_of(const Wna16ExpertsArgs& args, int expert, int row) {
   return to_float(static_cast<const T*>(args.bias)[static_cast<int64_t>(expert) * args.product.n + row]);
 }
 
-// Sums over warps, then activation and weight, of the pairs that multiply one expert: pairs[column of the sums].
+// Sums over `parts` parts, then activation and weight, of the pairs that multiply one expert: pairs[column of the
+// sums].
 template <typename S>
-__device__ void finish_up(const Wna16ExpertsArgs& args, int expert, const int* pairs, int columns, int group_tiles,
-                          const float* partial) {
+__device__ void finish_up(const Wna16ExpertsArgs& args, int expert, const int* pairs, int columns, int parts,
+                          int group_tiles, const float* partial) {
   using T = typename S::T;
   const int rows = group_tiles * kTileRows, count = rows * columns, inner = args.product.n / 2;
-  const float* inverses = partial + (blockDim.z + 1) * count;
+  const float* inverses = partial + (parts + 1) * count;
   __syncthreads();
   for (int i = thread_of_block(); i < group_tiles * 8 * columns; i += threads_of_block()) {
     const int column = columns == 1 ? 0 : divide_small(i, group_tiles * 8), place = i - column * group_tiles * 8;
@@ -743,8 +745,8 @@ __device__ void finish_up(const Wna16ExpertsArgs& args, int expert, const int* p
     const int row = column * rows + place / 8 * kTileRows + place % 8, pair = pairs[column];
     const float weight = args.weights[pair];
     const float inverse = args.product.x_squares == nullptr ? 1.f : inverses[column * args.product.x_parts];
-    float gate = sum_of_many_parts(partial, blockDim.z, count, row) * inverse;
-    float up = sum_of_many_parts(partial, blockDim.z, count, row + 8) * inverse;
+    float gate = sum_of_many_parts(partial, parts, count, row) * inverse;
+    float up = sum_of_many_parts(partial, parts, count, row + 8) * inverse;
     if (args.bias != nullptr) {
       gate += bias_of<T>(args, expert, low);
       up += bias_of<T>(args, expert, low + inner);
@@ -835,7 +837,7 @@ __global__ void __launch_bounds__(S::kRoom * 32, 1)
   if (!kDown) ask_for_next_expert(args, pair, next_part);
   else if (blockIdx.z == 0) ask_for_next_weight(args.product, next_part);
   if (kDown) finish_down<S>(args, one, pair.row, 1, blockDim.z, share.group_tiles, partial);
-  else finish_up<S>(args, pair.expert, &pair.index, 1, share.group_tiles, partial);
+  else finish_up<S>(args, pair.expert, &pair.index, 1, blockDim.z, share.group_tiles, partial);
 }
 
 // The same of several rows, of which up to kColumns that chose an expert are multiplied at once: each expert's weight
@@ -887,42 +889,51 @@ __device__ PairX<S, kDown> x_at(const Wna16ExpertsArgs& args, int row) {
   else return LaneX<S>(x, 0, 1);
 }
 
+// A warp takes the parts of k by turns: with fewer warps a block has more tiles for the search of its columns.
 template <typename S>
 __global__ void __launch_bounds__(S::kRoom * 32, 1)
     wna16_experts_up_kernel(const __grid_constant__ Wna16ExpertsArgs args, int next_part) {
   LOWBIT_DYNAMIC_SHARED(uint8_t, smem);
   Pair pair = pair_of<false>(args, 0);
   Wna16Args one = args.product;
-  const Share share = share_of_expert<S, false>(args, 0);
-  WeightStream<S> streams[S::kRowTiles];
-  for (int i = 0; i < S::kRowTiles; ++i) streams[i].open(one, share.tile + i, share.first, threadIdx.x);
+  Share share = share_of_expert<S, false>(args, 0);
+  share.step = args.parts;
   wait_for_previous_kernel();
   allow_next_kernel();
   pair.expert = expert_of(args, pair.index);
   const Columns columns = columns_of(args, pair.index, pair.expert);
   if (columns.count == 0) return;
-  for (int i = 0; i < S::kRowTiles; ++i) move_to_expert<S>(args, pair.expert, streams[i]);
-  if (one.factors != nullptr) one.factors += static_cast<int64_t>(pair.expert) * one.tiles * kTileRows;
-  Chunks<S> chunks[S::kAhead];
-  begin_share<S>(one, share, streams, chunks);
-  Factors<S> factors;
-  if constexpr (S::Number::kFloat) read_factors<S>(one, share.tile, factors);
   one.m = columns.count;
+  if (one.factors != nullptr) one.factors += static_cast<int64_t>(pair.expert) * one.tiles * kTileRows;
+  const int height = share.group_tiles * kTileRows * columns.count;
   float* partial = reinterpret_cast<float*>(smem);
-  float* squares = partial + share.group_tiles * kTileRows * columns.count * (blockDim.z + 1);
+  float* squares = partial + height * (args.parts + 1);
   int* pairs = reinterpret_cast<int*>(squares + (one.x_squares == nullptr ? 0 : columns.count * one.x_parts));
   if (warp_of_block() == 0 && threadIdx.x < columns.count) pairs[threadIdx.x] = columns.pair;
   const auto row_of = [&](int column) { return divide_small(__shfl_sync(~0u, columns.pair, column), args.top); };
   if (one.x_squares != nullptr) copy_squares(one, squares, row_of);
-  PairX<S, false> x = x_at<S, false>(args, row_of(min(static_cast<int>(threadIdx.x) / 4, columns.count - 1)));
-  ChainSums<S> sums = {};
-  multiply_share<S, PairX<S, false>>(one, share, streams, chunks, x, sums);
-  if constexpr (!S::kScaledSums && S::kChains > 1) join_chains<S>(sums);
-  if constexpr (S::Number::kFloat) multiply_sums<S>(factors, sums[0]);
-  store_partial<S>(share.group_tiles, columns.count, sums[0], partial);
+  const int row = row_of(min(static_cast<int>(threadIdx.x) / 4, columns.count - 1));
+  for (int part = threadIdx.z; part < args.parts; part += blockDim.z) {
+    share.first = part;
+    WeightStream<S> streams[S::kRowTiles];
+    for (int i = 0; i < S::kRowTiles; ++i) {
+      streams[i].open(one, share.tile + i, part, threadIdx.x);
+      move_to_expert<S>(args, pair.expert, streams[i]);
+    }
+    Chunks<S> chunks[S::kAhead];
+    begin_share<S>(one, share, streams, chunks);
+    Factors<S> factors;
+    if constexpr (S::Number::kFloat) read_factors<S>(one, share.tile, factors);
+    PairX<S, false> x = x_at<S, false>(args, row);
+    ChainSums<S> sums = {};
+    multiply_share<S, PairX<S, false>>(one, share, streams, chunks, x, sums);
+    if constexpr (!S::kScaledSums && S::kChains > 1) join_chains<S>(sums);
+    if constexpr (S::Number::kFloat) multiply_sums<S>(factors, sums[0]);
+    store_partial<S>(share.group_tiles, columns.count, sums[0], partial + (part - int(threadIdx.z)) * height);
+  }
   if (one.x_squares != nullptr) finish_squares(one, squares);
   ask_for_next_expert(args, pair, next_part);
-  finish_up<S>(args, pair.expert, pairs, columns.count, share.group_tiles, partial);
+  finish_up<S>(args, pair.expert, pairs, columns.count, args.parts, share.group_tiles, partial);
 }
 
 // The distinct experts of up to kColumns rows from `first` on, and each row's place for each of them, or -1.
@@ -1049,7 +1060,8 @@ cudaError_t launch_experts(const Wna16ExpertsArgs& args, const Wna16GemvLaunch& 
   const int columns = most < kColumns ? most : kColumns;
   if (launch.row_warps * launch.k_warps > S::kRoom) return cudaErrorInvalidConfiguration;
   if (kDown && launch.k_warps % args.top > 0) return cudaErrorInvalidConfiguration;
-  size_t bytes = size_t(group_tiles) * kTileRows * columns * (launch.k_warps + 1) * 4;
+  const int parts = kDown || product.m == 1 ? launch.k_warps : args.parts;
+  size_t bytes = size_t(group_tiles) * kTileRows * columns * (parts + 1) * 4;
   if (product.x_squares != nullptr) bytes += size_t(product.x_parts) * columns * 4;
   bytes += kDown ? Distinct::bytes(columns * args.top) : kColumns * 4;
   const int row_groups = kDown ? (product.m + kColumns - 1) / kColumns : product.m;
