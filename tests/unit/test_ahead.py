@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from lowbit.ahead import Behind, ahead
+from lowbit.ahead import Behind, ahead, one_thread
 
 
 def test_results_come_in_order_and_few_are_held_at_once() -> None:
@@ -54,6 +54,16 @@ def test_whoever_stops_early_leaves_no_thread_and_torch_its_own() -> None:
         stop()
     assert held.value.args == (0, 2)
     assert (threading.active_count(), torch.get_num_threads()) == (before, 4)
+
+
+@pytest.mark.usefixtures("four_threads")
+def test_one_thread_also_of_the_workers_within() -> None:
+    def threads(_: int) -> int:
+        return torch.get_num_threads()
+
+    with one_thread(), ahead(threads, range(3), workers=3) as found:
+        assert [torch.get_num_threads(), *found] == [1, 1, 1, 1]
+    assert torch.get_num_threads() == 4
 
 
 def test_what_is_given_runs_in_order_one_at_a_time() -> None:
