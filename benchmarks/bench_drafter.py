@@ -116,7 +116,7 @@ def shape_rows(arguments: argparse.Namespace) -> list[dict[str, Any]]:
             assert space.reader is not None
             forced = Set(model.spaces.head, 1, space.reader.cache.context, model.decoder.weights.embedding)
             forced.know(texts, arguments.right, drafts)
-            space.heads = forced
+            space.drafts = forced
         speed = measure_drafts(model, asked, arguments.output, drafts=drafts)
         row = {"shape": arguments.shape, "weights": arguments.weights, "drafts": drafts, "prompt": arguments.prompt}
         rows.append(row | {"right_set": arguments.right} | speed.as_row())

@@ -2,7 +2,7 @@
 
 import click
 
-from lowbit.commands.parts import value
+from lowbit.commands.parts import flag, value
 from lowbit.engine.drafts.kinds import Drafter
 
 DRAFTER = click.option(
@@ -15,10 +15,11 @@ DRAFTER_SCHEME = value(
     default="dense",
     text="Round the drafter's linears to this scheme: int8, int4-g64, or dense for none.",
 )
+DRAFTER_OPTIONAL = flag("--drafter-optional", text="Write without the drafter if its keys and values do not fit.")
 
 
-def drafter_of(name: str | None, scheme: str) -> Drafter | None:
+def drafter_of(name: str | None, scheme: str, optional: bool = False) -> Drafter | None:
     """The drafter that the options name. A usage error for a scheme without a drafter."""
     if name is None and scheme != "dense":
         raise click.UsageError(f"--drafter-scheme {scheme} rounds a drafter: name one with --drafter")
-    return None if name is None else Drafter(name, scheme)
+    return None if name is None else Drafter(name, scheme, not optional)

@@ -18,7 +18,7 @@ from lowbit.commands.common import (
     say,
     say_loaded,
 )
-from lowbit.commands.drafters import DRAFTER, DRAFTER_SCHEME, drafter_of
+from lowbit.commands.drafters import DRAFTER, DRAFTER_OPTIONAL, DRAFTER_SCHEME, drafter_of
 from lowbit.commands.parts import FIRST, Parts, by_part, flag, frame, value
 from lowbit.engine.engine import Engine
 from lowbit.engine.sampling import Completion, Sampling
@@ -122,6 +122,7 @@ PARTS: Parts = {
         ),
         DRAFTER,
         DRAFTER_SCHEME,
+        DRAFTER_OPTIONAL,
     ),
     "Engine": (DEVICE, CONTEXT, CACHE, DENSE_HEAD, REVISION),
     "Output on the screen": (flag("--verbose", "-v", text="Print details as well: token and step counts, on stderr."),),
@@ -151,6 +152,7 @@ def generate(
     head: str,
     drafter: str | None,
     drafter_scheme: str,
+    drafter_optional: bool,
     revision: str | None,
     verbose: bool,
     **settings: Any,
@@ -163,7 +165,7 @@ def generate(
             raise EngineError(f"--stream prints one text as it is written; {len(prompts)} prompts were given")
         if not prompts and not chat:
             raise EngineError("no text to continue: lowbit generate CHECKPOINT TEXT, or --chat for a conversation")
-        drafts = drafter_of(drafter, drafter_scheme)
+        drafts = drafter_of(drafter, drafter_scheme, drafter_optional)
         model = engine.load(checkpoint, check_device(device), None, context, cache, head, revision, drafts)
         say_loaded(model.decoder.weights.expanded, model.decoder.weights.unused_cache)
         if not prompts:

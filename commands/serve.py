@@ -7,7 +7,7 @@ import click
 
 from lowbit import engine
 from lowbit.commands.common import CACHE, CONTEXT, DENSE_HEAD, DEVICE, REVISION, run_command, say, say_loaded
-from lowbit.commands.drafters import DRAFTER, DRAFTER_SCHEME, drafter_of
+from lowbit.commands.drafters import DRAFTER, DRAFTER_OPTIONAL, DRAFTER_SCHEME, drafter_of
 from lowbit.commands.parts import FIRST, Parts, by_part, flag, frame, value
 from lowbit.errors import UsageError
 from lowbit.extras import missing
@@ -63,6 +63,7 @@ PARTS: Parts = {
         ),
         DRAFTER,
         DRAFTER_SCHEME,
+        DRAFTER_OPTIONAL,
     ),
     "Engine": (DEVICE, CONTEXT, CACHE, DENSE_HEAD, REVISION),
     "Output on the screen": (flag("--quiet", "-q", text="Print warnings and errors alone."),),
@@ -88,6 +89,7 @@ def serve(
     lookup: int,
     drafter: str | None,
     drafter_scheme: str,
+    drafter_optional: bool,
     device: str,
     context: int | None,
     cache: str,
@@ -116,7 +118,13 @@ def serve(
         lookup=lookup,
     )
     model = engine.load(
-        directory, check_device(device), None, context, cache, head, drafter=drafter_of(drafter, drafter_scheme)
+        directory,
+        check_device(device),
+        None,
+        context,
+        cache,
+        head,
+        drafter=drafter_of(drafter, drafter_scheme, drafter_optional),
     )
     say_loaded(model.decoder.weights.expanded, model.decoder.weights.unused_cache)
     serve_engine(model, options, listening, say)

@@ -92,7 +92,8 @@ def load(
     decoder = Decoder(architecture, weights, positions, () if drafts is None else drafts.taps)
     tokenizer = tokenizer_of(checkpoint)
     stop_tokens = stop_tokens_of(checkpoint, architecture.vocabulary)
-    options = Options(context=positions, stop_tokens=stop_tokens)
+    required = not isinstance(drafter, Drafter) or drafter.required
+    options = Options(context=positions, stop_tokens=stop_tokens, drafter_required=required)
     return Engine(decoder, tokenizer, options, drafts)
 
 

@@ -1,5 +1,6 @@
 """Workspaces: a cache and runners for each call in progress."""
 
+import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -11,8 +12,10 @@ import torch
 from lowbit.engine.cache import Cache, cache_nbytes, make_cache
 from lowbit.engine.decoder import Decoder
 from lowbit.engine.drafts.check import Check
+from lowbit.engine.drafts.drafter import Drafter
 from lowbit.engine.drafts.gauge import Costs
 from lowbit.engine.drafts.heads import Head, Heads
+from lowbit.engine.drafts.suffix import Suffixes
 from lowbit.engine.options import Options
 from lowbit.engine.passes import Reader
 from lowbit.engine.runner import Runner
@@ -20,6 +23,7 @@ from lowbit.engine.sampler import Features, Sampler
 from lowbit.errors import EngineError
 from lowbit.quant.kernels.decode_attention import SHORT
 
+LOG = logging.getLogger("lowbit.engine")
 RUNNERS = 16  # per workspace: on a GPU each has a captured graph and its memory
 IDLE = 4  # workspaces kept for later calls
 
@@ -45,7 +49,7 @@ class Workspace:
         self.reader: Reader | None = None
         self.runners: OrderedDict[tuple[Kind, int], Runner] = OrderedDict()
         self.bases: dict[tuple[Features, int], Sampler] = {}
-        self.heads: Heads | None = None
+        self.drafts: Drafter | None = None
 
     def runner(self, rows: int, batch: int, length: int, features: Features | None = None, adjacent: int = 1) -> Runner:
         """The runner with `rows` rows, for a cache of `batch` sequences of at least `length` positions.
@@ -95,20 +99,24 @@ class Workspace:
         """The cache, or None before its first use."""
         return None if self.reader is None else self.reader.cache
 
-    def drafter(self) -> Heads:
-        """The drafter of the engine's head, for the cache. EngineError if memory is short."""
+    def drafter(self) -> Drafter:
+        """The drafter of the engine's head, for the cache. If memory is short, an EngineError, or drafts from the text
+        where the head is not required."""
         assert self.reader is not None
         head, cache, weights = self.pool.head, self.reader.cache, self.decoder.weights
         assert head is not None
-        if self.heads is None:
+        if self.drafts is None:
             try:
-                self.heads = Heads(head, cache.batch, cache.context, weights.embedding)
+                self.drafts = Heads(head, cache.batch, cache.context, weights.embedding)
             except torch.OutOfMemoryError as error:
-                raise EngineError(
-                    f"the drafter's keys and values of {cache.batch} sequences of {cache.context} positions do not "
-                    "fit: leave it out, or use fewer sequences or a smaller context"
-                ) from error
-        return self.heads
+                reason = (
+                    f"the drafter's keys and values of {cache.batch} sequences of {cache.context} positions do not fit"
+                )
+                if self.options.drafter_required:
+                    raise EngineError(f"{reason}: leave it out, or use fewer sequences or a smaller context") from error
+                LOG.warning("%s: texts are written without it", reason)
+                self.drafts = Suffixes()
+        return self.drafts
 
     def roomy_reader(self, batch: int, length: int) -> Reader:
         """The reader of the cache, reallocated if too small. On a GPU it has the whole context from the start."""
@@ -124,7 +132,7 @@ class Workspace:
         self.reader = None
         self.runners.clear()
         self.bases.clear()
-        self.heads = None
+        self.drafts = None
 
 
 class Workspaces:

@@ -17,12 +17,14 @@ from lowbit.export.checkpoint import Checkpoint
 class Drafter:
     """A drafter to load.
 
-    name    directory or hub id, or "mtp" for the head that the model's own files carry
-    scheme  "dense", or the scheme to round its dense linears to while loading ("int8", "int4-g64")
+    name      directory or hub id, or "mtp" for the head that the model's own files carry
+    scheme    "dense", or the scheme to round its dense linears to while loading ("int8", "int4-g64")
+    required  False: texts are written without it if its keys and values do not fit, with a warning
     """
 
     name: str
     scheme: str = "dense"
+    required: bool = True
 
 
 @dataclass(frozen=True)

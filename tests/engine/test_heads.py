@@ -12,7 +12,7 @@ from benchmarks.train_drafter import Eagle3, config_for, taps_of, write_head
 from lowbit import engine
 from lowbit.engine.drafts.kinds import Drafter
 from lowbit.engine.sampling import Sampling
-from lowbit.errors import CheckpointError
+from lowbit.errors import CheckpointError, EngineError
 from lowbit.quant.qtensor import round_to_nearest
 from lowbit.quant.scheme import parse_scheme
 from lowbit.serve.session import Session
@@ -315,6 +315,21 @@ def test_a_head_is_rounded_while_loading(made, scheme):
     found = engine.load(made[0] / "model", device="cpu", context=128, drafter=drafter)
     found.spaces.costs = CHEAP_ROWS
     check_proposals(found, lambda text, count: proposed(made[1], rounded, text, count))
+
+
+def test_a_drafter_that_does_not_fit_is_named_or_left_out(made, monkeypatch, caplog):
+    def short(*arguments):
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr("lowbit.engine.workspace.Heads", short)
+    needed = engine.load(made[0] / "model", device="cpu", context=128, drafter=made[0] / "drafter")
+    with pytest.raises(EngineError, match=r"keys and values of 1 sequences of \d+ positions do not fit: leave it out"):
+        needed.generate(PROMPTS[:1], max_new_tokens=9)
+    expected = needed.generate(PROMPTS, max_new_tokens=9, drafts=0)
+    drafter = Drafter(str(made[0] / "drafter"), required=False)
+    spared = engine.load(made[0] / "model", device="cpu", context=128, drafter=drafter)
+    assert [each.tokens for each in spared.generate(PROMPTS, max_new_tokens=9)] == [each.tokens for each in expected]
+    assert "do not fit: texts are written without it" in caplog.text
 
 
 def test_drafts_of_a_head_change_no_text_of_a_session(drafted):
