@@ -4,6 +4,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
+
+from lowbit.serve.run import first_chat
 from tests.builders import save_family
 
 # Packages that take 0.1 to 5 s of processor time to import, and that no start needs: torch's compiler, its distributed
@@ -31,3 +34,12 @@ def test_a_start_imports_nothing_heavy(tmp_path: Path) -> None:
     save_family("llama", tmp_path)
     done = subprocess.run([sys.executable, "-c", START, str(tmp_path)], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_the_process_that_renders_chats_runs_before_the_first_one(engine_of_tests):
+    first_chat(engine_of_tests)
+    running = [" ".join(child.cmdline()) for child in psutil.Process().children()]
+    assert any("template_child.py" in command for command in running)
+    kept, engine_of_tests.tokenizer.chat_template = engine_of_tests.tokenizer.chat_template, None
+    first_chat(engine_of_tests)  # a model without a template is served all the same
+    engine_of_tests.tokenizer.chat_template = kept
