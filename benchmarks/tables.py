@@ -480,6 +480,50 @@ def numbers_steps() -> str:
     return table("weights | floor, ms | batch 1, ms | tokens/s | share of the floor | batch 8, ms", lines)
 
 
+NUMBER_SCHEMES = {
+    "int4-g128": "int4 g128",
+    "nvfp4-a16": "NVFP4",
+    "mxfp4-a16": "MXFP4",
+    "int3-g128": "int3 g128",
+    "int2-g128": "int2 g128",
+    "int8": "int8",
+    "fp8-a16": "FP8",
+    "fp8-block-a16": "FP8, 128 x 128 blocks",
+}
+NUMBER_SHAPES = ((12288, 4096), (4096, 11008), (22016, 4096), (28672, 8192))
+
+
+def numbers() -> str:
+    """Products of one and of eight rows with weights of each number type, and their shares of the read floor."""
+
+    def cell(scheme: str, m: int, n: int, k: int) -> str:
+        found = matching("numbers", scheme=scheme, m=m, n=n, k=k)
+        return f"{fixed(found[0]['us'], 1)} ({fixed(100 * found[0]['floor_us'] / found[0]['us'], 0)}%)" if found else ""
+
+    lines = []
+    for scheme, name in NUMBER_SCHEMES.items():
+        for m in (1, 8) if matching("numbers", scheme=scheme, m=8) else (1,):
+            lines.append([name, str(m), *(cell(scheme, m, n, k) for n, k in NUMBER_SHAPES)])
+    return table(f"weights | rows of x | {' | '.join(f'{n} x {k}' for n, k in NUMBER_SHAPES)}", lines)
+
+
+ATTENTIONS = ((32, 8, 2048), (32, 4, 2048), (32, 1, 32768), (8, 8, 2048), (8, 1, 32768))  # key heads, batch, positions
+CACHES = {"same": "float16", "int8": "int8", "fp8": "FP8", "int4": "int4"}
+
+
+def attention() -> str:
+    """Attention over each type of cache, and its share of the read floor; the first row of a size has today's cut."""
+
+    def cell(cache: str, kv_heads: int, batch: int, length: int) -> str:
+        row = first("decode_attention", cache=cache, kv_heads=kv_heads, batch=batch, length=length)
+        best = min(row["us"], row.get("dependent_us", row["us"]))
+        return f"{fixed(best, 1)} ({fixed(100 * row['floor_us'] / best, 0)}%)"
+
+    lines = ([name, *(cell(cache, *size) for size in ATTENTIONS)] for cache, name in CACHES.items())
+    heads = " | ".join(f"{kv_heads} heads, {batch} x {length}" for kv_heads, batch, length in ATTENTIONS)
+    return table(f"cache | {heads}", lines)
+
+
 EXPERTS = {
     "qwen3-30b-a3b": "Qwen3-30B-A3B, W4, int8 head",
     "gpt-oss-20b": "gpt-oss-20b, experts in MXFP4",
@@ -785,7 +829,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "agreement": agreement,
     "kernels": kernels,
     "wna16_gemv": gemv,
+    "numbers": numbers,
     "numbers_steps": numbers_steps,
+    "decode_attention": attention,
     "wna16_gemm": gemm,
     "wna16_prefill": prefill,
     "wna16_dequantize": dequantize,

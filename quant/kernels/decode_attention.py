@@ -216,7 +216,7 @@ def choose_cut(call: AttentionCall, processors: int, fast: bool) -> tuple[int, i
 
     A warp asks for fewer bytes of a quantized cache, and is bound by their latency. So with fast memory (`fast`) long
     sequences get as many warps as run in one wave, if their chunks fit in the registers: of a multiprocessor two blocks
-    of MANY_WARPS, or one of MOST_WARPS. A wave's last clusters find no room in any one part of the GPU.
+    of MANY_WARPS, or one of MOST_WARPS. All blocks of a cluster are on other multiprocessors, of one part of the GPU.
     """
     splits, blocks, most = choose_splits(call, processors), blocks_of(call), most_positions(call)
     if not fast or 0 < most <= SHORT or call.cache.number == SAME or call.cache.head_dim > MANY_WARPS_DIM:
@@ -225,16 +225,16 @@ def choose_cut(call: AttentionCall, processors: int, fast: bool) -> tuple[int, i
         (count, warps)
         for warps in (MANY_WARPS, MOST_WARPS)
         for count in range(1, MAX_SPLITS + 1)
-        if blocks <= clusters_in_a_wave(count, 2 * MANY_WARPS // warps * processors)
+        if blocks <= MOST_WARPS // warps * clusters_in_a_wave(count, processors)
         and (not most or count * warps * LEAST_POSITIONS <= most)
     ]
     return max(fitting, key=lambda cut: cut[0] * cut[1], default=(splits, MANY_WARPS))
 
 
-def clusters_in_a_wave(size: int, blocks: int) -> int:
-    """Clusters of `size` blocks that run at once on a GPU with room for so many blocks, of which half a cluster, on
-    average, is left over in each of its PARTS."""
-    return (blocks - PARTS * (size - 1) // 2) // size
+def clusters_in_a_wave(size: int, processors: int) -> int:
+    """Clusters that run at once, a block on each of `size` multiprocessors. In each part of the GPU half a cluster is
+    left over, on average: so 32 clusters of 4 or of 8 blocks do not run at once on an H200, but those of 6 do."""
+    return (processors - PARTS * (size - 1) // 2) // size
 
 
 def choose_splits(call: AttentionCall, processors: int) -> int:
