@@ -8,6 +8,7 @@ Weights are random.
 import json
 import statistics
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -39,9 +40,9 @@ def times_of(engine: Engine, batch: int, prompt: int) -> dict[str, float]:
     return {name: round(ms, 2) for name, ms in (found | {"least_ms": min(later), "most_ms": max(later)}).items()}
 
 
-def rows_of(case: Case) -> list[dict]:
+def rows_of(case: Case) -> Iterator[dict]:
     """Rows of all prompts, short ones padded and captured, then the short ones again without a graph."""
-    engine, rows = engine_of(case), []
+    engine = engine_of(case)
     first_token_ms(engine, max(batch for batch, _ in PROMPTS), 600)  # the cache, the libraries' handles
     reader = engine.spaces.idle[0].reader
     assert reader is not None
@@ -51,9 +52,7 @@ def rows_of(case: Case) -> list[dict]:
         for batch, prompt in PROMPTS:
             if lengths or prompt <= captured[-1]:
                 named = {"shape": case.shape, "method": case.method, "dtype": case.dtype, "padded": bool(lengths)}
-                rows.append(named | {"batch": batch, "prompt": prompt} | times_of(engine, batch, prompt))
-                print(json.dumps(rows[-1]), flush=True)
-    return rows
+                yield named | {"batch": batch, "prompt": prompt} | times_of(engine, batch, prompt)
 
 
 def main() -> None:
@@ -62,7 +61,10 @@ def main() -> None:
     facts = run_facts(options.commit)
     with options.output.open("a") as file:
         for case in CASES:
-            file.writelines(json.dumps(row | facts) + "\n" for row in rows_of(case))
+            for row in rows_of(case):
+                file.write(json.dumps(row | facts) + "\n")
+                file.flush()
+                print(json.dumps(row), flush=True)
             torch.cuda.empty_cache()
 
 

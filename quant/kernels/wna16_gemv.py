@@ -23,10 +23,9 @@ ROOM = 16  # warps per multiprocessor, with up to 16 rows of x
 # warps are faster, although each has less in flight. A step of Llama-2-7B on an H200, 1 x 128: 1.334 ms, 1.454 with 16
 # warps per multiprocessor; 8 x 128: 1.62 and 1.79.
 # Where no two warps can share k among 24, 28 with 72 registers each come next: Llama-2-13B 2.284 ms (2.379 with 16),
-# Llama-3-8B 1.453 (1.530). 32 with 64 registers took 2.333 and 1.488.
+# Llama-3-8B 1.453 (1.530). 32 with 64 registers took 2.333 and 1.488. 16 x 128: 2.485 and 2.510 with 16 warps.
 CROWD, CROWD_WARPS = 24, 12  # warps per multiprocessor, and of a block
 CROWDS = (CROWD, 28)  # a block has at most half of them
-CROWDED_ROWS = 8  # of x, up to which more warps are the rule; there is code for SOME_ROWS
 # Microseconds for a weight of 8 bits per channel with dependent launch, m = 1: per launch, per unit of cost, per
 # megabyte. Fitted to 25 shapes on one H100, within 4% (rms).
 CHANNEL_US = (1.7, 0.0301, 0.193)
@@ -123,8 +122,6 @@ def crowded_cut(problem: Problem) -> GemvCut | None:
     If not even two fit, integers of up to 4 bits have none, and others WAVES. None, too, if k has a single chunk.
     """
     tiles, chunks = -(-problem.n // TILE_ROWS), -(-problem.k // CHUNK_K)
-    if problem.m > CROWDED_ROWS:
-        return None
     rooms, four = rooms_of(problem), problem.bits == 4 and not problem.is_float
     for room, part in product(rooms, (1, 2) if four else (1,)):
         for k_warps in range(min(room // 2, chunks), 1, -1):

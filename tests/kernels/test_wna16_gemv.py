@@ -57,7 +57,9 @@ def test_few_rows_get_the_fused_kernel_where_it_was_built() -> None:
 def test_fast_memory_gets_as_many_warps_along_k_as_fit(n: int, k: int, warps: tuple[int, int, int] | None) -> None:
     problem = Problem(8, n, k, 4, 128, torch.float16, "cuda", (9, 0), 132)
     assert crowded_cut(problem) == (warps and GemvCut(1, *warps[:2], 1, warps[2]))
-    assert crowded_cut(replace(problem, m=9)) is None
+    more = crowded_cut(replace(problem, m=16))
+    assert more == (GemvCut(1, *warps[:2], 1, 24) if warps and warps[2] == 24 else None)
+    assert crowded_cut(replace(problem, m=17)) is crowded_cut(replace(problem, m=9, group_size=64)) is None
 
 
 def test_more_waves_are_for_floats_and_more_bits_than_four() -> None:
@@ -145,6 +147,8 @@ def test_every_cut_of_the_work(m: int) -> None:
 )
 def test_every_crowded_cut(m: int, bits: int, room: int) -> None:
     for group_size, symmetric in ((32, False), (64, True), (128, True), (-1, False)):
+        if m > 8 and group_size in (32, 64):
+            continue  # there is no code for these
         for dtype in DTYPES:
             weight = make_packed(200, 1664, bits, group_size, symmetric, dtype, "cuda")
             for row_warps, k_warps, cluster in ((1, 1, 1), (1, 12, 1), (4, 3, 1), (12, 1, 1), (2, 4, 2), (1, 12, 3)):
