@@ -11,6 +11,7 @@ Rows in benchmarks/results/serve.jsonl, each written as soon as it is measured; 
     dialogue  TURNS turns of a conversation, each with NEW more tokens and NEW written ones: time to each turn's first
               token, beside that of a prompt of the same length that no slot holds
     start     seconds until `lowbit serve` is ready, with a checkpoint of these shapes in memory
+    start_generate  seconds from a command, `lowbit generate`, to its first token
 
 Weights are random, and so are prompts.
 """
@@ -182,6 +183,8 @@ def start_rows() -> Iterator[Row]:
         torch.cuda.empty_cache()
         for number in range(STARTS):
             yield start_row(directory, number)
+        for number in range(STARTS):
+            yield first_token_row(directory, number)
 
 
 def start_row(directory: Path, number: int) -> Row:
@@ -199,6 +202,20 @@ def start_row(directory: Path, number: int) -> Row:
     if " serves " not in line:
         raise RuntimeError(f"no server came up: {line!r}")
     return {"case": "start", "number": number, "seconds": round(seconds, 2), "ready": line}
+
+
+def first_token_row(directory: Path, number: int) -> Row:
+    """The row of one text, ended with its first character."""
+    command = [sys.executable, "-u", "-c", "from lowbit.commands.lowbit import main; main()", "generate"]
+    command += [str(directory), "-p", "w5 w6 w7", "--max-new-tokens", "1", "--stream"]
+    begin = time.perf_counter()
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as writer:
+        assert writer.stdout is not None
+        got = writer.stdout.read(1)
+        seconds = time.perf_counter() - begin
+    if not got:
+        raise RuntimeError("no text was written")
+    return {"case": "start_generate", "number": number, "seconds": round(seconds, 2)}
 
 
 def main() -> None:

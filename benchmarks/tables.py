@@ -697,6 +697,11 @@ def serving() -> str:
     return table(head, (line(*each) for each in ((1, 128), (4, 128), (8, 128), (16, 128), (1, 2048), (4, 2048))))
 
 
+def started(case: str) -> Iterable[str]:
+    """Milliseconds of each start."""
+    return (fixed(1000 * row["seconds"], 0) for row in matching("serve", case=case, commit=SERVED))
+
+
 def served_steps() -> str:
     """SERVING's times of a step by its surroundings, of a stream beside a long prompt, and of a conversation."""
     alike = {"commit": SERVED}
@@ -712,6 +717,8 @@ def served_steps() -> str:
         [f"longest pause of a stream while a prompt of {stall['prompt']} tokens is read", longest],
         [f"the first tokens of {talk['turns']} turns, together", fixed(talk["ms_first_all"], 0)],
         ["the same prompts without a conversation", fixed(talk["ms_first_all_fresh"], 0)],
+        ["a start until the server is ready", ", ".join(started("start"))],
+        ["a start of `lowbit generate` until its first token", ", ".join(started("start_generate"))],
     ]
     return table("time of | ms", lines)
 

@@ -10,6 +10,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from operator import index
 from pathlib import Path
@@ -38,6 +39,8 @@ DTYPES = {
 }
 LENGTH_BYTES = 8  # of a header's length
 HELD_BYTES = 1 << 26
+# Threads that read a tensor of SHARED_BYTES or more into a buffer: one thread copied 3 GB/s from the page cache.
+READERS, SHARED_BYTES = 4, 4 << 20
 HEADER_ROOM = 1 << 20  # bytes; some eight thousand tensors
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 MAX_HEADER_BYTES = 100_000_000  # the reference implementation's limit
@@ -138,8 +141,8 @@ def read_tensor(entry: TensorEntry, buffer: Tensor | None = None) -> Tensor:
     enough = buffer is not None and len(buffer) >= entry.nbytes
     raw = buffer[: entry.nbytes] if buffer is not None and enough else torch.empty(entry.nbytes, dtype=torch.uint8)
     with open_regular(entry.path) as file:
-        file.seek(entry.offset)
-        got = file.readinto(raw.numpy())  # type: ignore[attr-defined]
+        readers = READERS if enough and entry.nbytes >= SHARED_BYTES else 1
+        got = read_by(readers, file.fileno(), entry.offset, raw_bytes(raw))
         identity = identity_of(os.fstat(file.fileno()))
     if got != entry.nbytes:
         raise CheckpointError(f"{entry.path}: {entry.nbytes} bytes of {entry.name!r} expected, {got} read")
@@ -149,6 +152,27 @@ def read_tensor(entry: TensorEntry, buffer: Tensor | None = None) -> Tensor:
         return torch.empty(entry.shape, dtype=entry.dtype)
     tensor = raw.view(entry.dtype)
     return tensor.reshape(entry.shape) if entry.form is None else entry.form(tensor)
+
+
+def read_by(readers: int, file: int, offset: int, into: memoryview) -> int:
+    """The number of bytes read into memory from a file's `offset` on, by so many threads."""
+    size = -(-len(into) // readers)
+    starts = range(0, len(into), max(size, 1))
+    if readers == 1 or len(starts) < 2:
+        return read_part(file, offset, into)
+    with ThreadPoolExecutor(readers) as pool:
+        return sum(pool.map(lambda at: read_part(file, offset + at, into[at : at + size]), starts))
+
+
+def read_part(file: int, offset: int, into: memoryview) -> int:
+    """The number of bytes read into memory from a file's `offset` on: fewer than fit at the file's end."""
+    got = 0
+    while got < len(into):
+        more = os.preadv(file, [into[got:]], offset + got)
+        if not more:
+            break
+        got += more
+    return got
 
 
 def read_pieces(entry: TensorEntry, rows: int) -> Iterator[Tensor]:

@@ -199,3 +199,15 @@ def test_a_tensor_is_read_into_a_buffer_that_has_room(tmp_path):
     assert tensor.data_ptr() == buffer.data_ptr()
     assert read_tensor(entries["b"], buffer).tolist() == [1.0] * 9
     assert tensor.tolist() == list(range(6))
+
+
+@pytest.mark.parametrize("count", [0, 1, 7, 1000])
+def test_several_threads_read_what_one_does(count, tmp_path, monkeypatch):
+    monkeypatch.setattr(tensorfile, "SHARED_BYTES", 1)
+    save_file({"a": torch.arange(count, dtype=torch.int32), "b": torch.ones(3)}, tmp_path / "model.safetensors")
+    entry, buffer = read_entries(tmp_path / "model.safetensors")["a"], torch.zeros(4096, dtype=torch.uint8)
+    assert torch.equal(read_tensor(entry, buffer), torch.arange(count, dtype=torch.int32))
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    if count:
+        with pytest.raises(CheckpointError, match=f"{4 * count} bytes of 'a' expected, 0 read"):
+            read_tensor(entry, buffer)
