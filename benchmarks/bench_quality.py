@@ -105,6 +105,8 @@ OWN = {"own_samples": 128}
 for name in ("best", "w3-anneal", "w3g64-anneal", "w2-anneal", *(f"{each}-best" for each in (*SCHEMES, *MIXTURES))):
     OURS[f"{name}-own"] = OURS[name] | OWN
     OURS[f"{name}-own-codes"] = OURS[name] | OWN | {"distill_codes": True}
+OURS["best-own-200"] = OURS["best-own"] | {"iters": 200}
+OURS["best-own-200-codes"] = OURS["best-own-codes"] | {"iters": 200}
 THEIRS = {
     "llm-compressor-awq": "--method awq",
     "llm-compressor-gptq": "--method gptq",
