@@ -29,6 +29,7 @@ SHARD = 5_000_000_000  # bytes
 SHAPES = {  # blocks, width, inner width, width of keys, vocabulary
     "llama2-7b": (32, 4096, 11008, 4096, 32000),
     "llama3-70b": (80, 8192, 28672, 1024, 128256),
+    "llama-3b": (28, 3072, 8192, 1024, 49152),  # the demo's vocabulary
 }
 
 
