@@ -169,6 +169,53 @@ TUNED: tuple[tuple[str, str, str, str], ...] = (
 )
 
 
+OWN, OWN_CODES = "`best --own-samples 128`", "the same, `--distill-codes`"
+EXTENDED = "AutoRound 0.16.1, 200 iterations, extended"
+LLAMA = "llama.cpp of llama-cpp-python 0.3.36"
+IMATRIX = "llama-quantize, importance matrix"
+# Calibration on the model's own text besides: model, weights, label, method, toolkit.
+LEARNED: tuple[tuple[str, str, str, str, str], ...] = (
+    ("demo", "int4-g64", OWN, "best-own", "lowbit"),
+    ("demo", "int4-g64", OWN_CODES, "best-own-codes", "lowbit"),
+    ("demo", "int4-g64", "the first, `--iters 200`", "best-own-200", "lowbit"),
+    ("demo", "int4-g64", "the second, `--iters 200`", "best-own-200-codes", "lowbit"),
+    ("demo", "int4-g64", "AutoRound 0.16.1, 200 iterations", "autoround-200", ROUND),
+    ("demo", "int3-g64", f"{OWN_CODES}, `--rounder anneal`", "w3g64-anneal-own-codes", "lowbit"),
+    ("demo", "int3-g64", f"{OWN_CODES}", "w3g64-best-own-codes", "lowbit"),
+    ("demo", "int3-g64", EXTENDED, "autoround-w3g64-ext", ROUND),
+    ("demo", "int2-g64", f"{OWN_CODES}, `--rounder anneal`", "w2-anneal-own-codes", "lowbit"),
+    ("demo", "int2-g64", f"{OWN_CODES}", "w2-best-own-codes", "lowbit"),
+    ("demo", "int2-g64", EXTENDED, "autoround-w2-ext", ROUND),
+    ("demo", "nvfp4-a16", OWN, "nvfp4-best-own", "lowbit"),
+    ("demo", "nvfp4-a16", OWN_CODES, "nvfp4-best-own-codes", "lowbit"),
+    ("demo", "nvfp4-a16", "AutoRound 0.16.1, 200 iterations", "autoround-nvfp4", ROUND),
+    ("demo", "mxfp4-a16", OWN_CODES, "mxfp4-best-own-codes", "lowbit"),
+    ("demo", "mxfp4-a16", "AutoRound 0.16.1, 200 iterations", "autoround-mxfp4", ROUND),
+    ("demo", "fp8", OWN, "fp8-best-own", "lowbit"),
+    ("demo", "int8", "`int8`", "int8", "lowbit"),
+    ("demo", "int8", "`int8 --head int8`", "int8-head", "lowbit"),
+    ("demo", "int8", "`int8 --kv-cache fp8`", "int8-kv", "lowbit"),
+    ("demo", "int8", "`int8 --kv-cache fp8-head`", "int8-kv-head", "lowbit"),
+    ("pruned", "int4-g64", OWN, "best-own", "lowbit"),
+    ("pruned", "int4-g64", OWN_CODES, "best-own-codes", "lowbit"),
+    ("pruned", "int4-g64", "AutoRound 0.16.1, 200 iterations", "autoround-200", ROUND),
+    ("pruned", "int3-g128", f"{OWN_CODES}, `--rounder anneal`", "w3-anneal-own-codes", "lowbit"),
+    ("pruned", "int3-g128", EXTENDED, "autoround-w3-ext", ROUND),
+    ("pruned", "q4_k_m", OWN, "q4_k_m-best-own", "lowbit"),
+    ("pruned", "q4_k_m", OWN_CODES, "q4_k_m-best-own-codes", "lowbit"),
+    ("pruned", "q4_k_m", IMATRIX, "llama-q4_k_m", LLAMA),
+    ("pruned", "q4_k_m", "AutoRound 0.16.1, 0 iterations", "autoround-q4_k_m-0", ROUND),
+    ("pruned", "q4_k_m", "AutoRound 0.16.1, 200 iterations", "autoround-q4_k_m", ROUND),
+    ("pruned", "q3_k_m", OWN_CODES, "q3_k_m-best-own-codes", "lowbit"),
+    ("pruned", "q3_k_m", IMATRIX, "llama-q3_k_m", LLAMA),
+    ("pruned", "q3_k_m", "AutoRound 0.16.1, 0 iterations", "autoround-q3_k_m-0", ROUND),
+    ("pruned", "q3_k_m", "AutoRound 0.16.1, 200 iterations", "autoround-q3_k_m", ROUND),
+    ("pruned", "q2_k", OWN_CODES, "q2_k-best-own-codes", "lowbit"),
+    ("pruned", "q2_k", IMATRIX, "llama-q2_k", LLAMA),
+    ("pruned", "q2_k", "AutoRound 0.16.1, 200 iterations, Q2_K_S", "autoround-q2_k_s", ROUND),
+)
+
+
 def demo_rows(**wanted: Any) -> list[Row]:
     """The matching rows of the demo model on the usual windows, the first of each text."""
     return [row for row in matching("quality", skipped=None, **wanted) if row["model"].startswith("demo")]
@@ -255,6 +302,43 @@ def codes() -> str:
 
 
 KINDS = {"text": "WikiText-2", "builtin": "documentation"}
+
+
+def learned() -> str:
+    """Loss and divergence on all windows, the usual and the later ones together."""
+    lines = []
+    before: tuple[str, str] | None = None
+    for model, scheme, label, method, by in LEARNED:
+        for calibration, kind in KINDS.items():
+            rows = matching("quality", model=model, **on(H200, method, calibration, by))
+            texts = [[row for row in rows if row["text"].lower().startswith(text)] for text in ("wikitext", "builtin")]
+            if all(texts):
+                cells = [cell for part in texts for each in [pooled(part)] for cell in (loss(each), divergence(each))]
+                shown = ("", "") if before == (model, scheme) else (model, scheme)
+                lines.append([*shown, label, kind, *cells])
+                before = (model, scheme)
+    head = "model | weights | by | calibrated on | WikiText-2: loss | divergence | documentation: loss | divergence"
+    return table(head, lines)
+
+
+def pooled(found: list[Row]) -> Row:
+    """One row of all windows of `found`, rows of the same method and text on different windows."""
+    counts = [row["windows"] for row in found]
+    joined: dict[str, Any] = dict(found[0])
+    for key in ("delta_nll", "kl"):
+        joined[key] = sum(count * row[key] for count, row in zip(counts, found, strict=True)) / sum(counts)
+        squares = sum((count * row[f"{key}_se"]) ** 2 for count, row in zip(counts, found, strict=True))
+        joined[f"{key}_se"] = squares**0.5 / sum(counts)
+    return joined
+
+
+def gguf_perplexity() -> str:
+    """Perplexity of GGUF files by llama.cpp and by us."""
+    lines = [
+        [row["model"], row["file"], fixed(row["perplexity"], 3), fixed(row["llama_cpp"], 3), f"{row['relative']:+.2%}"]
+        for row in rows("gguf")
+    ]
+    return table("model | file | lowbit | llama.cpp | difference", lines)
 
 
 def divergence(row: Row) -> str:
@@ -826,6 +910,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "grids": grids,
     "mixtures": mixtures,
     "codes": codes,
+    "learned": learned,
+    "gguf_perplexity": gguf_perplexity,
     "decode": decode,
     "decode_h200": decode_h200,
     "first_token": first_token,
