@@ -111,7 +111,9 @@ def _table(found: Mapping[str, Any], rows: int) -> Tokens:
     for token in added.values():
         types[token["id"]] = CONTROL if token.get("special") else USER_DEFINED
     merges = [" ".join(pair) if isinstance(pair, list) else str(pair) for pair in model["merges"]]
-    if model.get("byte_fallback"):
+    # a vocabulary of bytes has no use for the fallback that some converters allow it (transformers 5.17, from a GGUF)
+    of_bytes = any(step["type"] == "ByteLevel" for step in _steps(found.get("pre_tokenizer")))
+    if model.get("byte_fallback") and not of_bytes:
         return _sentencepiece(found, texts, types, merges)
     split = tuple(_split(found.get("pre_tokenizer")))
     if split not in SPLITS:

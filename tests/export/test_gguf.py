@@ -278,6 +278,14 @@ def test_the_split_into_words_has_their_name_or_is_refused(steps: Any, pre: str 
         assert keys["tokenizer.ggml.merges"] == ["a b"]
 
 
+def test_a_vocabulary_of_bytes_may_allow_a_fallback(tmp_path: Path) -> None:
+    plain = tokenizer(pre_tokenizer={"type": "ByteLevel"})
+    (tmp_path / "tokenizer.json").write_text(json.dumps(plain))
+    keys = token_keys(tmp_path, {}, 4)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(plain | {"model": plain["model"] | {"byte_fallback": True}}))
+    assert token_keys(tmp_path, {}, 4) == keys
+
+
 def test_sentencepiece_has_scores_in_the_order_of_merging(tmp_path: Path) -> None:
     vocabulary = {"<unk>": 0, "<0x0A>": 1, SPACE: 2, "a": 3, SPACE + "a": 4, "aa": 5}
     model = {"vocab": vocabulary, "merges": [[SPACE, "a"], ["a", "a"]], "byte_fallback": True, "unk_token": "<unk>"}
