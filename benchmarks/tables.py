@@ -108,6 +108,7 @@ RESULTS: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("`gptq` int4-g64", "WikiText-2's other part, 128 x 512", on(H100, "gptq")),
     ("llm-compressor 0.14 GPTQ, int4-g64", "the same tokens", on(H100, "llm-compressor-gptq", by=PEER)),
     ("`best --distill-codes` int4-g64, on an H200", "the same", on(H200, "best-codes")),
+    ("`best --own-samples 128` int4-g64, on an H200", "the same", on(H200, "best-own")),
     ("`best` int4-g64, as it was", "the same", on(H100, "best")),
     ("AutoRound 0.16.1, 20 iterations, int4-g64", "the same tokens", on(H100, "autoround-20", by=ROUND)),
     ("AutoRound 0.16.1, 200 iterations, int4-g64", "the same tokens", on(H100, "autoround-200", by=ROUND)),
@@ -140,6 +141,7 @@ GRIDS: tuple[tuple[str, str, str, str, str], ...] = (
     ("int4-g64", CODES, H200, "best-codes", "lowbit"),
     ("int4-g64", "the same, `--first gptq`", H200, "best-from-gptq-codes", "lowbit"),
     ("int4-g64", "AutoRound 0.16.1, 200 iterations *", H100, "autoround-200", ROUND),
+    ("int3-g64", "AutoRound 0.16.1, 200 iterations, extended", H200, "autoround-w3g64-ext", ROUND),
     ("int3-g128", "`best --rounder anneal`", H200, "w3-anneal", "lowbit"),
     ("int3-g128", "the same, `--distill-codes`", H200, "w3-anneal-codes", "lowbit"),
     ("int3-g128", "AutoRound 0.16.1, 200 iterations, extended", H200, "autoround-w3-ext", ROUND),
@@ -155,6 +157,7 @@ GRIDS: tuple[tuple[str, str, str, str, str], ...] = (
     ("fp8", "`fp8`", H200, "fp8", "lowbit"),
     ("fp8", "`best`", H200, "fp8-best", "lowbit"),
     ("fp8", "llm-compressor 0.14, FP8_DYNAMIC", H200, "llm-compressor-fp8", PEER),
+    ("int8", "`int8`", H200, "int8", "lowbit"),
     ("int8", "`int8 --head int8`", H200, "int8-head", "lowbit"),
     ("int8", "`int8 --kv-cache fp8`", H200, "int8-kv", "lowbit"),
     ("int8", "`int8 --kv-cache fp8-head`", H200, "int8-kv-head", "lowbit"),
@@ -169,50 +172,11 @@ TUNED: tuple[tuple[str, str, str, str], ...] = (
 )
 
 
-OWN, OWN_CODES = "`best --own-samples 128`", "the same, `--distill-codes`"
-EXTENDED = "AutoRound 0.16.1, 200 iterations, extended"
-LLAMA = "llama.cpp of llama-cpp-python 0.3.36"
-IMATRIX = "llama-quantize, importance matrix"
-# Calibration on the model's own text besides: model, weights, label, method, toolkit.
-LEARNED: tuple[tuple[str, str, str, str, str], ...] = (
-    ("demo", "int4-g64", OWN, "best-own", "lowbit"),
-    ("demo", "int4-g64", OWN_CODES, "best-own-codes", "lowbit"),
-    ("demo", "int4-g64", "the first, `--iters 200`", "best-own-200", "lowbit"),
-    ("demo", "int4-g64", "the second, `--iters 200`", "best-own-200-codes", "lowbit"),
-    ("demo", "int4-g64", "AutoRound 0.16.1, 200 iterations", "autoround-200", ROUND),
-    ("demo", "int3-g64", f"{OWN_CODES}, `--rounder anneal`", "w3g64-anneal-own-codes", "lowbit"),
-    ("demo", "int3-g64", f"{OWN_CODES}", "w3g64-best-own-codes", "lowbit"),
-    ("demo", "int3-g64", EXTENDED, "autoround-w3g64-ext", ROUND),
-    ("demo", "int2-g64", f"{OWN_CODES}, `--rounder anneal`", "w2-anneal-own-codes", "lowbit"),
-    ("demo", "int2-g64", f"{OWN_CODES}", "w2-best-own-codes", "lowbit"),
-    ("demo", "int2-g64", EXTENDED, "autoround-w2-ext", ROUND),
-    ("demo", "nvfp4-a16", OWN, "nvfp4-best-own", "lowbit"),
-    ("demo", "nvfp4-a16", OWN_CODES, "nvfp4-best-own-codes", "lowbit"),
-    ("demo", "nvfp4-a16", "AutoRound 0.16.1, 200 iterations", "autoround-nvfp4", ROUND),
-    ("demo", "mxfp4-a16", OWN_CODES, "mxfp4-best-own-codes", "lowbit"),
-    ("demo", "mxfp4-a16", "AutoRound 0.16.1, 200 iterations", "autoround-mxfp4", ROUND),
-    ("demo", "fp8", OWN, "fp8-best-own", "lowbit"),
-    ("demo", "int8", "`int8`", "int8", "lowbit"),
-    ("demo", "int8", "`int8 --head int8`", "int8-head", "lowbit"),
-    ("demo", "int8", "`int8 --kv-cache fp8`", "int8-kv", "lowbit"),
-    ("demo", "int8", "`int8 --kv-cache fp8-head`", "int8-kv-head", "lowbit"),
-    ("pruned", "int4-g64", OWN, "best-own", "lowbit"),
-    ("pruned", "int4-g64", OWN_CODES, "best-own-codes", "lowbit"),
-    ("pruned", "int4-g64", "AutoRound 0.16.1, 200 iterations", "autoround-200", ROUND),
-    ("pruned", "int3-g128", f"{OWN_CODES}, `--rounder anneal`", "w3-anneal-own-codes", "lowbit"),
-    ("pruned", "int3-g128", EXTENDED, "autoround-w3-ext", ROUND),
-    ("pruned", "q4_k_m", OWN, "q4_k_m-best-own", "lowbit"),
-    ("pruned", "q4_k_m", OWN_CODES, "q4_k_m-best-own-codes", "lowbit"),
-    ("pruned", "q4_k_m", IMATRIX, "llama-q4_k_m", LLAMA),
-    ("pruned", "q4_k_m", "AutoRound 0.16.1, 0 iterations", "autoround-q4_k_m-0", ROUND),
-    ("pruned", "q4_k_m", "AutoRound 0.16.1, 200 iterations", "autoround-q4_k_m", ROUND),
-    ("pruned", "q3_k_m", OWN_CODES, "q3_k_m-best-own-codes", "lowbit"),
-    ("pruned", "q3_k_m", IMATRIX, "llama-q3_k_m", LLAMA),
-    ("pruned", "q3_k_m", "AutoRound 0.16.1, 0 iterations", "autoround-q3_k_m-0", ROUND),
-    ("pruned", "q3_k_m", "AutoRound 0.16.1, 200 iterations", "autoround-q3_k_m", ROUND),
-    ("pruned", "q2_k", OWN_CODES, "q2_k-best-own-codes", "lowbit"),
-    ("pruned", "q2_k", IMATRIX, "llama-q2_k", LLAMA),
-    ("pruned", "q2_k", "AutoRound 0.16.1, 200 iterations, Q2_K_S", "autoround-q2_k_s", ROUND),
+# Calibration on the model's own text besides: label, method, toolkit; the demo model at int4-g64 on an H200.
+LEARNED: tuple[tuple[str, str, str], ...] = (
+    ("`best --own-samples 128`", "best-own", "lowbit"),
+    ("the same, `--distill-codes`", "best-own-codes", "lowbit"),
+    ("AutoRound 0.16.1, 200 iterations", "autoround-200", ROUND),
 )
 
 
@@ -307,17 +271,14 @@ KINDS = {"text": "WikiText-2", "builtin": "documentation"}
 def learned() -> str:
     """Loss and divergence on all windows, the usual and the later ones together."""
     lines = []
-    before: tuple[str, str] | None = None
-    for model, scheme, label, method, by in LEARNED:
-        for calibration, kind in KINDS.items():
-            rows = matching("quality", model=model, **on(H200, method, calibration, by))
-            texts = [[row for row in rows if row["text"].lower().startswith(text)] for text in ("wikitext", "builtin")]
+    for calibration, kind in KINDS.items():
+        for label, method, by in LEARNED:
+            found = matching("quality", model="demo", **on(H200, method, calibration, by))
+            texts = [[row for row in found if row["text"].lower().startswith(text)] for text in ("wikitext", "builtin")]
             if all(texts):
-                cells = [cell for part in texts for each in [pooled(part)] for cell in (loss(each), divergence(each))]
-                shown = ("", "") if before == (model, scheme) else (model, scheme)
-                lines.append([*shown, label, kind, *cells])
-                before = (model, scheme)
-    head = "model | weights | by | calibrated on | WikiText-2: loss | divergence | documentation: loss | divergence"
+                each = [pooled(part) for part in texts]
+                lines.append([kind, label, *(cell for row in each for cell in (loss(row), divergence(row)))])
+    head = "calibrated on | by | WikiText-2: loss | divergence | documentation: loss | divergence"
     return table(head, lines)
 
 
@@ -330,15 +291,6 @@ def pooled(found: list[Row]) -> Row:
         squares = sum((count * row[f"{key}_se"]) ** 2 for count, row in zip(counts, found, strict=True))
         joined[f"{key}_se"] = squares**0.5 / sum(counts)
     return joined
-
-
-def gguf_perplexity() -> str:
-    """Perplexity of GGUF files by llama.cpp and by us."""
-    lines = [
-        [row["model"], row["file"], fixed(row["perplexity"], 3), fixed(row["llama_cpp"], 3), f"{row['relative']:+.2%}"]
-        for row in rows("gguf")
-    ]
-    return table("model | file | lowbit | llama.cpp | difference", lines)
 
 
 def divergence(row: Row) -> str:
@@ -911,7 +863,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "mixtures": mixtures,
     "codes": codes,
     "learned": learned,
-    "gguf_perplexity": gguf_perplexity,
     "decode": decode,
     "decode_h200": decode_h200,
     "first_token": first_token,
