@@ -24,7 +24,7 @@ ROOM = 16  # warps per multiprocessor, with up to 16 rows of x
 # warps per multiprocessor; 8 x 128: 1.62 and 1.79.
 # Where no two warps can share k among 24, 28 with 72 registers each come next: Llama-2-13B 2.284 ms (2.379 with 16),
 # Llama-3-8B 1.453 (1.530). 32 with 64 registers took 2.333 and 1.488. 16 x 128: 2.485 and 2.510 with 16 warps.
-CROWD, CROWD_WARPS = 24, 12  # warps per multiprocessor, and of a block
+CROWD = 24  # warps per multiprocessor
 CROWDS = (CROWD, 28)  # a block has at most half of them
 # Microseconds for a weight of 8 bits per channel with dependent launch, m = 1: per launch, per unit of cost, per
 # megabyte. Fitted to 25 shapes on one H100, within 4% (rms).
