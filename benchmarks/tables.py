@@ -335,12 +335,35 @@ def decode() -> str:
 
 
 def lookup() -> str:
-    texts = {"code": "code: modules of the standard library", "prose": "prose: CPython's documentation"}
+    texts = {
+        "edits": "a given text: files of 2,048 tokens with changes",
+        "code": "code: modules of the standard library",
+        "prose": "prose: CPython's documentation",
+        "repeat": "code, begun again behind itself",
+    }
     lines = [
         [label, *(fixed(first("lookup", text=text, drafts=n)["tokens_per_step"], 2) for n in (3, 7))]
         for text, label in texts.items()
     ]
     return table("text | tokens a step with 3 drafts | with 7", lines)
+
+
+def drafts() -> str:
+    """Rows of drafters: what they save and what they cost."""
+    lines = []
+    for row in rows("drafts"):
+        if "shape" in row:
+            name = f"{row['shape']}, {row['weights']}, {row['right_set']} right drafts a step set by hand"
+        else:
+            name = f"{row['model']}, its own head, {row['text']}"
+        share = 100 * row["draft_ms"] / (row["draft_ms"] + row["check_ms"])
+        times = (row["ms_per_token"], row["plain_ms_per_token"], row["draft_ms"], row["check_ms"])
+        right = " ".join(f"{100 * each:.0f}" for each in row["right"][:4])
+        most = "7" if row["drafts"] is None else str(row["drafts"])
+        tokens = fixed(row["tokens_per_step"], 2)
+        lines.append([name, most, tokens, right, *(fixed(each, 2) for each in times), f"{fixed(share, 0)}%"])
+    head = "model | drafts | tokens a step | right by place, % | ms a token | without | drafts, ms | check, ms | share"
+    return table(head, lines)
 
 
 def spread(row: Row) -> str:
@@ -867,6 +890,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "decode_h200": decode_h200,
     "first_token": first_token,
     "lookup": lookup,
+    "drafts": drafts,
     "calibrate": calibrate,
     "readers": readers,
     "vllm": vllm,

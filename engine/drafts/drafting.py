@@ -76,7 +76,7 @@ class Drafting:
             drafts = self.masked(runner, masks, drafts)
         chosen = runner.written().wait()
         ended = time.perf_counter()
-        if known and self.drafter.steady:
+        if known and (width == 1 or self.drafter.steady):
             self.gauge.costs.note(len(drafts), width, ended - begun)
         self.gauge.costs.spend(drafted - begun, ended - drafted)
         return [self.take(i, width, proposals[i], drafts[i], chosen) for i in range(len(drafts))]

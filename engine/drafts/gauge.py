@@ -39,12 +39,13 @@ class Costs:
         self.seconds[sequences, width] = new
 
     def of(self, sequences: int, width: int) -> float:
-        """The seconds of a step, guessed from narrower ones if it was never measured."""
-        for narrower in range(width, 0, -1):
-            known = self.seconds.get((sequences, narrower))
-            if known is not None:
-                return known * (1 + A_ROW * sequences * (width - narrower))
-        return 1 + A_ROW * sequences * width
+        """The seconds of a step, guessed from narrower ones if it was never measured; that of one row is known."""
+        narrower = next(each for each in range(width, 0, -1) if (sequences, each) in self.seconds)
+        return self.seconds[sequences, narrower] * (1 + A_ROW * sequences * (width - narrower))
+
+    def knows(self, sequences: int) -> bool:
+        """True if a step of one row of each sequence was measured: without it nothing can be said to pay."""
+        return (sequences, 1) in self.seconds
 
 
 class Gauge:
@@ -77,6 +78,8 @@ class Gauge:
         """The rows of each sequence with which a step writes most tokens a second: one of `widths`, in ascending
         order."""
         sequences = len(proposals)
+        if not self.costs.knows(sequences):
+            return 1
 
         def rate(width: int) -> float:
             tokens = sum(self.expected(proposal, width - 1) for proposal in proposals)

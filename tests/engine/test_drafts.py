@@ -232,7 +232,34 @@ def test_a_step_that_captured_a_drafters_graph_is_no_measure(model):
             drafting = Drafting(space, oracle, 7)
             drafting.gauge.costs = Costs()
             list(run_drafted(drafting, [request]))
-        assert bool(drafting.gauge.costs.seconds) == steady
+        assert any(width > 1 for _, width in drafting.gauge.costs.seconds) == steady
+
+
+def test_drafts_that_cost_more_than_they_save_are_left(model, monkeypatch):
+    """A drafter that is always right for one token and takes as long as ten steps, by a clock of our own."""
+    clock = iter(range(10**9))
+    monkeypatch.setattr("lowbit.engine.drafts.drafting.time.perf_counter", lambda: float(next(clock)))
+    [plain] = model.generate([PROMPTS[0]], max_new_tokens=90, ignore_eos=True)
+
+    class Slow(Oracle):
+        usual = Proposal((0,) * 7)
+
+        def draft(self, sequence: int, most: int) -> Proposal:
+            for _ in range(20):
+                next(clock)
+            text = self.texts[sequence][self.lengths[sequence] :][:most]
+            return Proposal((text[0], *[(token + 1) % 260 for token in text[1:]]))
+
+    slow = Slow([PROMPTS[0] + list(plain.tokens)], 0.0)
+    [request] = model.requests(PROMPTS[:1], Sampling(max_new_tokens=90, ignore_eos=True))
+    with model.spaces.lent() as space, torch.inference_mode():
+        drafting = Drafting(space, slow, 7)
+        drafting.gauge.costs = Costs()
+        list(run_drafted(drafting, [request]))
+    assert request.tokens == list(plain.tokens)
+    assert sum(checked > 0 for checked in request.drafts.checked) > 0
+    assert request.drafts.checked[0] < 9  # of some eighty steps
+    assert request.steps > 80
 
 
 def test_costs_are_measured_and_outliers_count_little():
