@@ -41,7 +41,10 @@ def main() -> None:
     for model in args.models:
         source = "demo" if model == "demo" else str(made(args.folder / model, model, args.blocks))
         for scheme in args.scheme:
-            row = {"model": model} | measured(source, args.folder / f"{model}-{scheme}", scheme, len(cores))
+            count = None if model == "demo" else args.blocks or SHAPES[model][0]
+            row = {"model": model, "blocks": count} | measured(
+                source, args.folder / f"{model}-{scheme}", scheme, len(cores)
+            )
             row |= {"load": round(os.getloadavg()[0], 1), "commit": args.commit}
             row |= {"date": datetime.now(UTC).strftime("%Y-%m-%d")}
             print(json.dumps(row), flush=True)
