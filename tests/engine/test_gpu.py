@@ -91,10 +91,10 @@ def test_logits_of_prompts_and_of_captured_steps_are_the_cpus(method, dtype, cac
     check(gpu, cpu, max(tolerance, 0.05) if method == "w8a8" else tolerance)
 
 
-@pytest.mark.parametrize(("cache", "tolerance"), [("fp8", 0.05), ("int4", 0.15)])
+@pytest.mark.parametrize(("cache", "tolerance"), [("fp8", 0.1), ("int4", 0.25)])  # 0.03 and 0.12 in float32
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_every_cache_stays_as_close_as_its_numbers(dtype, cache, tolerance):
-    check(*engines(LLAMA, "w4", dtype, cache), max(tolerance, 0.08))
+    check(*engines(LLAMA, "w4", dtype, cache), tolerance)
 
 
 @pytest.mark.parametrize("method", ["w4", "int8", "dense"])
