@@ -1,7 +1,9 @@
 """Builds lowbit.quant._C from quant/kernels/csrc with nvcc and pybind11; without nvcc, a pure-Python install.
 
 Environment:
-  LOWBIT_CUDA_ARCHS  architectures to compile for, default "80 86 89 90a 90+PTX"; "90a" alone takes 4 minutes on 2 cores
+  LOWBIT_CUDA_ARCHS  architectures to compile for, default "80 86 89 90a 90+PTX"; "90a" alone takes 7 minutes on 2 cores
+  LOWBIT_CUDA_SAMPLE "1" compiles every dtype and number type, but not every pair of them: a check in half the time, for
+                     machines that run no kernel
   LOWBIT_CUDA        "0" leaves the extension out, "1" makes a missing nvcc an error; unset builds if there is an nvcc
   CUDA_HOME          directory of nvcc, used before PATH
   CUTLASS_PATH       a copy of CUTLASS, used before the package nvidia-cutlass
@@ -25,7 +27,8 @@ FOLDERS = ("quant", "export", "models", "calibrate", "engine", "evaluation", "se
 
 SOURCES = Path("quant/kernels/csrc")
 DEFAULT_ARCHITECTURES = "80 86 89 90a 90+PTX"
-UNITS = runpy.run_path("quant/kernels/units.py")["units_in"](SOURCES)
+SAMPLE = os.environ.get("LOWBIT_CUDA_SAMPLE") == "1"
+UNITS = runpy.run_path("quant/kernels/units.py")["units_in"](SOURCES, SAMPLE)
 
 
 def find_nvcc() -> str | None:

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterator
-from itertools import product
+from itertools import cycle, islice, product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,17 +32,26 @@ class Unit(NamedTuple):
     cutlass: bool
 
 
-def units_in(folder: Path) -> list[Unit]:
-    """The units of the sources in `folder`: CUTLASS first, then by length, since these take the longest to compile."""
+def units_in(folder: Path, sample: bool = False) -> list[Unit]:
+    """The units of the sources in `folder`: CUTLASS first, then by length, since these take the longest to compile.
+
+    sample  as many units of a source as its macro with the most values has, so that each value occurs
+    """
     sources = sorted((path for path in folder.iterdir() if path.suffix in (".cu", ".cpp")), key=lambda path: path.name)
     texts = {path.name: path.read_text() for path in sources}
-    units = [unit for source, text in texts.items() for unit in _units_of(source, text)]
+    units = [unit for source, text in texts.items() for unit in _units_of(source, text, sample)]
     return sorted(units, key=lambda unit: (not unit.cutlass, -len(texts[unit.source])))
 
 
-def _units_of(source: str, text: str) -> Iterator[Unit]:
+def _units_of(source: str, text: str, sample: bool) -> Iterator[Unit]:
     cutlass = CUTLASS in text
     named = [name for name in AXES if re.search(rf"\b{name}\b", text)]
-    for values in product(*(AXES[name] for name in named)):
+    axes = [AXES[name] for name in named]
+    for values in _together(axes) if sample and axes else product(*axes):
         defines = tuple(f"{name}={value}" for name, value in zip(named, values, strict=True))
         yield Unit(source, defines, cutlass or HOPPER in text, cutlass)
+
+
+def _together(axes: list[tuple[str, ...]]) -> Iterator[tuple[str, ...]]:
+    """The values of all axes side by side, shorter axes from their start again."""
+    return islice(zip(*map(cycle, axes), strict=True), max(map(len, axes)))

@@ -13,6 +13,7 @@ SETUP = Path(__file__).parents[2] / "setup.py"
 def setup_module(monkeypatch: pytest.MonkeyPatch) -> dict:
     """setup.py's names, without a build."""
     monkeypatch.setattr("setuptools.setup", lambda **_: None)
+    monkeypatch.delenv("LOWBIT_CUDA_SAMPLE", raising=False)
     return runpy.run_path(str(SETUP))
 
 
@@ -64,6 +65,15 @@ def test_a_source_is_compiled_once_for_each_value_of_the_macros_that_it_names(se
     assert found["gptq_block.cu"] == found["bindings.cpp"] == [()]
     hopper = {"w8a8_cutlass.cu", "w8a8_gemm.cu", "wna16_gemm.cu", "dense_gemv.cu"}
     assert {unit.source for unit in units if unit.hopper} == hopper
+
+
+def test_a_sample_has_every_value_of_every_macro_once(setup_module: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOWBIT_CUDA_SAMPLE", "1")
+    whole, sample = setup_module["UNITS"], runpy.run_path(str(SETUP))["UNITS"]
+    assert set(map(tuple, sample)) < set(map(tuple, whole))
+    values = {(unit.source, define) for unit in whole for define in unit.defines}
+    assert {(unit.source, define) for unit in sample for define in unit.defines} == values
+    assert len([unit for unit in sample if unit.source == "wna16_gemv.cu"]) == 9
 
 
 def test_cutlass_is_found_or_its_absence_explained(
