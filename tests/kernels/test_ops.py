@@ -164,7 +164,7 @@ def test_a_schema_follows_from_its_dataclass() -> None:
     assert str(ops.choose.torch._schema) == (
         "lowbit::choose_tokens(Tensor scores, Tensor(a!) tokens, Tensor(b!) written, Tensor(c!)? cursor_positions, "
         "Tensor(d!)? cursor_slots, int? cursor_last, Tensor? noise_temperature, Tensor? noise_seed, "
-        "bool dependent) -> ()"
+        "bool dependent, Tensor(e!)? mailbox_tokens, Tensor(f!)? mailbox_turns) -> ()"
     )
     assert str(ops.w8a8_linear.torch._schema) == (
         "lowbit::w8a8_linear(Tensor x, Tensor x_scales, Tensor weight_codes, Tensor weight_scales, Tensor? bias, "
