@@ -12,19 +12,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from lowbit.engine.architecture import Architecture, Names
 from lowbit.engine.cache import Cache
-from lowbit.engine.drafts.heads import MOST, Model, chain
+from lowbit.engine.drafts.heads import MOST, Continued, Model
 from lowbit.engine.layers import Block, build_block
 from lowbit.engine.products import Hidden, Norm, Product
 from lowbit.engine.step import Step, Turns, turns_of
 from lowbit.engine.weights import CheckpointReader, LayerParts
 from lowbit.errors import CheckpointError
-from lowbit.quant.kernels import ops
 from lowbit.quant.kernels.packed import TILE_ROWS
-from lowbit.quant.kernels.row_norm import Rows
 from lowbit.quant.kernels.weight import Linear
 
 LAYERS = ("midlayer.", "layers.0.")  # prefixes of the layer: of the method's authors, and of speculators
@@ -33,7 +30,7 @@ VARIANTS: Mapping[str, Any] = {"fc_norm": False, "norm_output": False, "parallel
 
 
 @dataclass(frozen=True)
-class Eagle:
+class Eagle(Continued):
     """A head.
 
     taps      layers of the model whose outputs are a feature
@@ -56,38 +53,17 @@ class Eagle:
     normed: bool = False
     most: int = MOST
 
-    @property
-    def blocks(self) -> tuple[Block, ...]:
-        """See Head."""
-        return (self.block,)
-
-    def read(self, taken: Tensor, step: Step, cache: Cache) -> None:
-        """See Head."""
-        self.forward(self.features(taken), step, cache)
-
-    def draft(self, taken: Tensor, step: Step, last: Tensor, most: int, cache: Cache) -> Tensor:
-        """See Head."""
-        return chain(self, taken, step, last, most, cache)
-
     def features(self, taken: Tensor) -> Tensor:
         """The features (m, hidden) of the model's layer outputs (m, taps * hidden)."""
         return Product(self.fuse)(taken.contiguous())
 
     def forward(self, features: Tensor, step: Step, cache: Cache) -> Tensor:
         """The features (m, hidden) of the next positions. Writes the rows' keys and values to the cache."""
-        embedded = functional.embedding(step.tokens, self.embedding)
-        known, seen = (
-            ops.normalize(norm.of(Rows(rows.contiguous())))
-            for norm, rows in zip(self.norms, (embedded, features), strict=True)
-        )
+        known, seen = self.normed_pairs(self.norms, features, step)
         attention = self.block.attention
         q = attention.heads(Hidden(torch.cat([known, seen], -1)), step, self.turns, cache.layers[0])
         h = attention.o.onto(seen if self.normed else features, attention.attend(q, step, cache))
         return self.block.feed_forward(h, h.h).h
-
-    def scores(self, features: Tensor) -> Tensor:
-        """The logits (m, draft vocabulary) float32 behind features (m, hidden)."""
-        return self.head(features.contiguous())
 
 
 class EagleParts(LayerParts):

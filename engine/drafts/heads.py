@@ -4,12 +4,14 @@ A text of n tokens has n - 1 pairs for a head: token i + 1 with the feature of p
 from the model; the head proposes a token behind the last one, pairs it with its own feature, and goes on.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from lowbit.engine.architecture import Architecture
 from lowbit.engine.cache import Cache, CacheKind, make_cache
@@ -17,8 +19,10 @@ from lowbit.engine.capture import capture
 from lowbit.engine.drafts.drafter import Proposal
 from lowbit.engine.drafts.widths import ROWS, wide
 from lowbit.engine.layers import Block, captures
-from lowbit.engine.products import Product
+from lowbit.engine.products import Norm, Product
 from lowbit.engine.step import Step
+from lowbit.quant.kernels import ops
+from lowbit.quant.kernels.row_norm import Rows
 
 MOST = ROWS - 1  # tokens of a proposal
 SPARE = 4 * ROWS  # positions behind the longest text: a step's last rows, and a drafter's own, may be there
@@ -66,36 +70,58 @@ class Head(Protocol):
         device."""
 
 
-class Continued(Protocol):
-    """A head that goes on with its own features.
+class Continued(ABC):
+    """A Head of one layer that goes on with its own features.
 
     targets  (n) int64: the model's token for each of the head's
     """
 
-    @property
-    def targets(self) -> Tensor: ...
+    block: Block
+    embedding: Tensor
+    head: Product
+    targets: Tensor
 
+    @abstractmethod
     def features(self, taken: Tensor) -> Tensor:
         """The features (m, hidden) of outputs (m, taps * hidden) of the model's layers."""
 
+    @abstractmethod
     def forward(self, features: Tensor, step: Step, cache: Cache) -> Tensor:
         """The features (m, hidden) of the next positions. Writes the rows' keys and values to the cache."""
 
+    @property
+    def blocks(self) -> tuple[Block, ...]:
+        """See Head."""
+        return (self.block,)
+
+    def read(self, taken: Tensor, step: Step, cache: Cache) -> None:
+        """See Head."""
+        self.forward(self.features(taken), step, cache)
+
+    def draft(self, taken: Tensor, step: Step, last: Tensor, most: int, cache: Cache) -> Tensor:
+        """See Head: one token after another."""
+        features = self.forward(self.features(taken), step, cache)[last]
+        places, starts = step.positions[last], step.starts[last]
+        tokens = [self.targets[self.scores(features).argmax(-1)]]
+        while len(tokens) < most:
+            places = places + 1
+            following = Step(tokens[-1], places, places, starts, starts + places, step.longest)
+            features = self.forward(features, following, cache)
+            tokens.append(self.targets[self.scores(features).argmax(-1)])
+        return torch.stack(tokens, 1)
+
     def scores(self, features: Tensor) -> Tensor:
         """The logits (m, n) float32 behind features (m, hidden)."""
+        return self.head(features.contiguous())
 
-
-def chain(head: Continued, taken: Tensor, step: Step, last: Tensor, most: int, cache: Cache) -> Tensor:
-    """Head.draft, one token after another."""
-    features = head.forward(head.features(taken), step, cache)[last]
-    places, starts = step.positions[last], step.starts[last]
-    tokens = [head.targets[head.scores(features).argmax(-1)]]
-    while len(tokens) < most:
-        places = places + 1
-        following = Step(tokens[-1], places, places, starts, starts + places, step.longest)
-        features = head.forward(features, following, cache)
-        tokens.append(head.targets[head.scores(features).argmax(-1)])
-    return torch.stack(tokens, 1)
+    def normed_pairs(self, norms: tuple[Norm, Norm], features: Tensor, step: Step) -> tuple[Tensor, Tensor]:
+        """The step's embeddings and the features (m, hidden), each normed by its own of `norms`."""
+        embedded = functional.embedding(step.tokens, self.embedding)
+        known, seen = (
+            ops.normalize(norm.of(Rows(rows.contiguous())))
+            for norm, rows in zip(norms, (embedded, features), strict=True)
+        )
+        return known, seen
 
 
 @dataclass

@@ -11,11 +11,10 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from lowbit.engine.architecture import Architecture, Names
 from lowbit.engine.cache import Cache
-from lowbit.engine.drafts.heads import MOST, Model, chain
+from lowbit.engine.drafts.heads import MOST, Continued, Model
 from lowbit.engine.layers import Block, build_block
 from lowbit.engine.products import Hidden, Norm, Product
 from lowbit.engine.step import Step, Turns, turns_of
@@ -31,7 +30,7 @@ OWN = "mtp"  # the name of a drafter that the model's own checkpoint carries
 
 
 @dataclass(frozen=True)
-class TokenHead:
+class TokenHead(Continued):
     """A head.
 
     taps    the model's last layer
@@ -50,37 +49,16 @@ class TokenHead:
     turns: Turns
     most: int = MOST
 
-    @property
-    def blocks(self) -> tuple[Block, ...]:
-        """See Head."""
-        return (self.block,)
-
-    def read(self, taken: Tensor, step: Step, cache: Cache) -> None:
-        """See Head."""
-        self.forward(self.features(taken), step, cache)
-
-    def draft(self, taken: Tensor, step: Step, last: Tensor, most: int, cache: Cache) -> Tensor:
-        """See Head."""
-        return chain(self, taken, step, last, most, cache)
-
     def features(self, taken: Tensor) -> Tensor:
         """See Continued."""
         return ops.normalize(self.norms[0].of(Rows(taken.contiguous())))
 
     def forward(self, features: Tensor, step: Step, cache: Cache) -> Tensor:
         """See Continued."""
-        embedded = functional.embedding(step.tokens, self.embedding)
-        known, seen = (
-            ops.normalize(norm.of(Rows(rows.contiguous())))
-            for norm, rows in zip(self.norms[1:], (embedded, features), strict=True)
-        )
+        known, seen = self.normed_pairs(self.norms[1:], features, step)
         x = Hidden(Product(self.join)(torch.cat([known, seen], -1)))
         h = self.block.attention(x, step, self.turns, cache)
         return self.block.feed_forward(h, h.h).h
-
-    def scores(self, features: Tensor) -> Tensor:
-        """See Continued."""
-        return self.head(features.contiguous())
 
 
 def load_own(checkpoint: Checkpoint, names: Names, model: Model, settings: Settings) -> TokenHead:
