@@ -21,7 +21,6 @@ from lowbit.calibrate.mixtures import Mixed, Option, candidates_beside
 from lowbit.calibrate.plan import make_plan, scheme_pattern
 from lowbit.calibrate.price import Bits, Price, price_of
 from lowbit.errors import RecipeError
-from lowbit.export.dialects import FORMATS
 from lowbit.models.imagetext import Batch, ids_of
 from lowbit.models.products import InputRounding, LinearInputs, rounded_inputs, weight_view
 from lowbit.models.skeleton import LinearSpec
@@ -47,7 +46,7 @@ def spend(job: Job, calibration: CalibrationSet) -> Job:
     Sets named in the recipe's `schemes` keep their scheme. RecipeError says the least possible if the budget is below
     it, or if the format allows one scheme only.
     """
-    if FORMATS[job.recipe.format].uniform:
+    if job.format.uniform:
         raise RecipeError(f"format {job.recipe.format} holds one scheme: budgets are for compressed-tensors")
     budget = _budget(job)
     budget.require_possible()
@@ -144,7 +143,7 @@ def _weights(sets: Sets) -> int:
 
 def _candidates(job: Job, specs: Sequence[LinearSpec]) -> list[Scheme | None]:
     """The schemes that a set may have: each candidate of the recipe as it fits the set, if the format can store it."""
-    recipe, fmt, shapes = job.recipe, FORMATS[job.recipe.format], [(spec.n, spec.k) for spec in specs]
+    recipe, fmt, shapes = job.recipe, job.format, [(spec.n, spec.k) for spec in specs]
     wanted = [parse_choice(text) for text in recipe.candidates] or candidates_beside(recipe.default_scheme)
     found = [None if scheme is None else scheme.fitting(shapes) for scheme in wanted]
     fitting = [each for each, scheme in zip(found, wanted, strict=True) if each is not None or scheme is None]

@@ -94,7 +94,7 @@ class Job:
 
     def bytes_of(self, name: str, n: int, k: int, scheme: Scheme | None) -> int:
         """Bytes of the linear `name` (n, k) in a scheme, or in 16 bits."""
-        fmt = FORMATS[self.recipe.format]
+        fmt = self.format
         if scheme is None:
             known = f"{name}.weight" in self.skeleton.tensors.checkpoint.entries
             return n * k * (self.kept_dtype(f"{name}.weight") if known else self.dtype).itemsize

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 from lowbit.calibrate.job import Job
 from lowbit.errors import CheckpointError
-from lowbit.export.dialects import FORMATS
 from lowbit.export.engines.engine import FusedLinear
 from lowbit.export.engines.lowbit import LOWBIT
 from lowbit.export.engines.steps import DENSE, STEPS, kernel_of
@@ -98,7 +97,7 @@ class Time(Price):
         return self._ns([(spec.n, spec.k) for spec in specs], scheme)
 
     def _ns(self, shapes: Sequence[tuple[int, int]], scheme: Scheme | None) -> int | None:
-        step, fmt = STEPS[self.job.recipe.target_gpu], FORMATS[self.job.recipe.format]
+        step, fmt = STEPS[self.job.recipe.target_gpu], self.job.format
         kernel: str | None = DENSE
         if scheme is not None:
             layer = FusedLinear(fmt, scheme, sum(n for n, _ in shapes), shapes[0][1])

@@ -32,7 +32,7 @@ from lowbit.evaluation.report.card import Original, original_of, write_card
 from lowbit.evaluation.report.facts import facts_of
 from lowbit.evaluation.report.page import render
 from lowbit.export.checkpoint import open_checkpoint, seal
-from lowbit.export.dialects import FORMATS, format_of, named_format
+from lowbit.export.dialects import format_of, named_format
 from lowbit.export.files import write_text
 from lowbit.export.formats import LogicalTensors
 from lowbit.export.recipes import read_recipe
@@ -380,7 +380,7 @@ def _written(this: _Run, output: Path, overwrite: bool, evaluation: tuple[int, t
     """Quantize, measure, and move the result to `output`."""
     begun, job = time.monotonic(), this.job
     total = len(job.skeleton.blocks)
-    with staged(output, overwrite, FORMATS[job.recipe.format].container.alone(output)) as staging:
+    with staged(output, overwrite, job.format.container.alone(output)) as staging:
         this.progress(Stage("quantizing"))
         this.progress(Step("quantizing", 0, total))
         on_block = lambda done: this.progress(BlockDone(done, total))  # noqa: E731
@@ -460,5 +460,5 @@ def _write_papers(
     write_card(staging, facts, tensors, original)
     if measured.rows and is_there("matplotlib"):
         write_text(staging / "report.html", render(facts, "html"))
-    seal(staging, FORMATS[result.recipe.format].container, meant, result.output_sums)
+    seal(staging, job.format.container, meant, result.output_sums)
     return tuple(each["reader"] for each in facts["use"])
