@@ -33,9 +33,6 @@ MANY_WARPS_DIM = 128  # widest heads whose chunks fit in the registers of so man
 LEAST_POSITIONS = 32  # of each warp of a long sequence
 PARTS = 8  # of a GPU: a cluster runs in one of them
 SHORT_BLOCKS, LONG_BLOCKS = 1.95, 2.5  # most blocks per multiprocessor after splitting
-# True if the next product asks for its first weights while attention runs, not only after its loop. Llama-2-7B on an
-# H200, 1 x 128: 1.337 ms, otherwise 1.342; 8 x 128: 1.723 and 1.718.
-YIELDS = True
 APPEND_FIELDS = ("qkv", "positions", "slots", "cosines", "sines", "q_norm", "k_norm", "norm_eps")
 ATTENTION_FIELDS = ("q", "starts", "positions", "scale", "window", "softcap", "sinks", "adjacent")
 
@@ -191,7 +188,7 @@ def attend(call: AttentionCall) -> Tensor:
     fast = has_fast_memory(out.device)
     splits, warps = choose_cut(call, properties.multi_processor_count if clusters_exist else 0, fast)
     dependent = call.dependent and not (fast and most_bytes(call) > PLAIN_BYTES)
-    cut = {"splits": splits, "warps": warps, "dependent": dependent, "yields": YIELDS}
+    cut = {"splits": splits, "warps": warps, "dependent": dependent}
     launch("decode_attention", out.dtype, call.cache.number.name, device=out.device, args=args, **cut)
     return out
 

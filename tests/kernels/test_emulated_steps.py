@@ -11,14 +11,14 @@ from unittest import mock
 import pytest
 import torch
 
-from lowbit.quant.kernels import choose_tokens, decode_attention, wna16_gemv
+from lowbit.quant.kernels import choose_tokens, wna16_gemv
 from lowbit.quant.kernels.choose_tokens import ChoiceCall, Mailbox
 from lowbit.quant.kernels.packed import PackedWeight
 from tests.kernels import test_emulated
 from tests.kernels.emulator import build
 from tests.kernels.emulator.build import Mutant
 from tests.kernels.emulator.device import Gpu, failure_of
-from tests.kernels.test_emulated import check_attention, check_products, library, random_choice, random_weight
+from tests.kernels.test_emulated import check_products, library, random_choice, random_weight
 
 __all__ = ["library"]  # the fixture
 
@@ -63,12 +63,7 @@ def check_many_rows(gpu: Gpu, seeds: range) -> None:
         check_products(gpu, "wna16_gemv", seeds)
 
 
-def check_waiting(gpu: Gpu, seeds: range) -> None:
-    with mock.patch.object(decode_attention, "YIELDS", False):
-        check_attention(gpu, seeds)
-
-
-@pytest.mark.parametrize(("check", "count"), [(check_mailboxes, 40), (check_many_rows, 40), (check_waiting, 12)])
+@pytest.mark.parametrize(("check", "count"), [(check_mailboxes, 40), (check_many_rows, 40)])
 def test_the_kernels_of_a_step_compute_the_reference(library: Path, check: Any, count: int) -> None:
     failure = failure_of(library, check, range(count))
     assert failure is None, failure

@@ -69,7 +69,6 @@ struct DecodeAttentionLaunch {
   FIELD(int, splits);      // blocks of a cluster that share a sequence; more than 1 needs sm_90
   FIELD(int, warps);       // of a block: 4; or 8 or 16 for a quantized cache and heads of up to 128
   FIELD(bool, dependent);  // launched with programmatic dependent launch
-  FIELD(bool, yields);     // the next kernel may start from this one's beginning on, not only after its loop
 };
 
 namespace {
@@ -770,13 +769,13 @@ __device__ void attend_span(const DecodeAttentionArgs& args, const Span& span, L
 
 template <typename S>
 __global__ void __launch_bounds__(S::kThreads, S::kMinBlocks)
-    decode_attention_kernel(const __grid_constant__ DecodeAttentionArgs args, bool yields) {
+    decode_attention_kernel(const __grid_constant__ DecodeAttentionArgs args) {
   LOWBIT_DYNAMIC_SHARED(float, memory);
   const Columns columns(args);
   const Meeting<S> meeting(memory, columns.most);
   const Lane lane;
   stamp(Stage::kBegun);
-  if (yields) allow_next_kernel();
+  allow_next_kernel();
   const bool cluster = gridDim.x > 1;
   if (cluster) cluster_arrive_relaxed();  // other blocks may write to a block's memory once it has started
 
@@ -786,7 +785,6 @@ __global__ void __launch_bounds__(S::kThreads, S::kMinBlocks)
   attend_span<S>(args, span, lane, columns, running);
 
   stamp(Stage::kComputed);
-  if (!yields) allow_next_kernel();
   if (cluster) cluster_wait();
   send<S>(meeting, running, lane, columns.count);
   if (cluster) cluster_sync();
@@ -813,7 +811,7 @@ cudaError_t launch_shape(const DecodeAttentionArgs& args, const DecodeAttentionL
       .cluster = launch.splits > 1 ? launch.splits : 0,
       .dependent = launch.dependent,
   };
-  return launch_kernel(decode_attention_kernel<S>, plan, args, launch.yields);
+  return launch_kernel(decode_attention_kernel<S>, plan, args);
 }
 
 }  // namespace
