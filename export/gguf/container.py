@@ -23,7 +23,7 @@ from lowbit.export.files import create, read_text
 from lowbit.export.gguf.families import Family, Place, family_of, linears_at, place_of
 from lowbit.export.gguf.file import ALIGNMENT, Header, TensorInfo, header_bytes, read_header
 from lowbit.export.gguf.forms import DTYPES, F32, KINDS, logical, stored, type_of
-from lowbit.export.gguf.hyper import experts_of, hyper_keys, rope_tensors
+from lowbit.export.gguf.hyper import UNFIT, experts_of, hyper_keys, rope_tensors
 from lowbit.export.gguf.mixtures import MIXTURES
 from lowbit.export.gguf.tokens import token_keys
 from lowbit.export.plain import read_json, write_json
@@ -55,18 +55,17 @@ class Gguf(Container):
         """
         header = read_header(head)
         config = read_json(directory / CONFIG_NAME)
-        family = family_of(config)
-        _require_architecture(header, family)
-        entries: dict[str, TensorEntry] = {}
-        types: dict[str, str] = {}
-        for info in header.tensors.values():
-            if info.name in DERIVED:
-                continue
-            for name, entry in _entries(header, info, config, family):
-                entries[name] = entry
-                linear, _, kind = name.rpartition(".")
-                if kind in TYPES:
-                    types[linear] = TYPES[kind].name
+        try:
+            entries = _all_entries(header, config)
+        except CheckpointError:
+            raise
+        except UNFIT as error:
+            path = directory / CONFIG_NAME
+            raise CheckpointError(
+                f"{path}: it lacks a number that {head.name} needs, or has a wrong one ({error!r})"
+            ) from error
+        kinds = (name.rpartition(".") for name in entries)
+        types = {linear: TYPES[kind].name for linear, _, kind in kinds if kind in TYPES}
         return config | ({"quantization_config": {"quant_method": METHOD, "types": types}} if types else {}), entries
 
     def writer(self, directory: Path, max_shard_bytes: int) -> "GgufWriter":
@@ -75,6 +74,14 @@ class Gguf(Container):
 
 
 GGUF = Gguf()
+
+
+def _all_entries(header: Header, config: Mapping[str, Any]) -> dict[str, TensorEntry]:
+    """The tensors of a file under transformers' names."""
+    family = family_of(config)
+    _require_architecture(header, family)
+    wanted = (info for info in header.tensors.values() if info.name not in DERIVED)
+    return {name: entry for info in wanted for name, entry in _entries(header, info, config, family)}
 
 
 def _require_architecture(header: Header, family: Family) -> None:

@@ -200,8 +200,8 @@ def _placed(
     """The tensor's place in the file. ValueError if its data cannot lie there."""
     count = 1
     for dimension in shape:
-        count *= max(dimension, 1)
-    if count > MOST_ELEMENTS:
+        count *= dimension
+    if not 0 < count <= MOST_ELEMENTS:
         raise ValueError(f"the tensor {name!r} cannot have the shape {list(shape)}")
     try:
         nbytes = bytes_of(kind, shape)

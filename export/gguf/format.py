@@ -18,7 +18,7 @@ from lowbit.export.format import Format, ShapeReader, TensorReader, following, r
 from lowbit.export.gguf.container import FACTOR, GGUF, METHOD, TYPES
 from lowbit.export.gguf.families import family_of, place_of
 from lowbit.export.gguf.forms import held
-from lowbit.export.gguf.hyper import experts_of, heads_of, hyper_keys, layers_of
+from lowbit.export.gguf.hyper import UNFIT, experts_of, heads_of, hyper_keys, layers_of
 from lowbit.export.gguf.mixtures import MIXTURES, Shape
 from lowbit.export.gguf.tokens import token_keys
 from lowbit.export.microscaling import one_number
@@ -77,7 +77,7 @@ class GgufFormat(Format):
         try:
             hyper_keys(config, family_of(config))
             token_keys(companions, config, int(config.get("vocab_size", 0)))
-        except CheckpointError as error:
+        except UNFIT as error:
             return str(error)
         return None
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lowbit.errors import CheckpointError
 from lowbit.export.blocks import BY_NUMBER
 from lowbit.export.gguf.families import UNUSED, Family, Place, place_of
 from lowbit.export.gguf.hyper import heads_of
@@ -34,8 +35,8 @@ def held(name: str, tensor: Tensor, config: Mapping[str, Any], family: Family) -
 def stored(tensor: Tensor, place: Place, config: Mapping[str, Any], family: Family) -> Tensor:
     """transformers' tensor, or the bytes of a weight's rows, as GGUF has it."""
     if _is_turned(place, family):
-        heads = heads_of(config, place.part)
-        return tensor.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2).contiguous()
+        heads, half = _halves(tensor, place, config)
+        return tensor.unflatten(0, (heads, 2, half)).transpose(1, 2).flatten(0, 2).contiguous()
     if _is_raised(place, family):
         return tensor.float() + family.raised
     if _is_transposed(tensor, place, family):
@@ -46,13 +47,23 @@ def stored(tensor: Tensor, place: Place, config: Mapping[str, Any], family: Fami
 def logical(tensor: Tensor, place: Place, config: Mapping[str, Any], family: Family) -> Tensor:
     """transformers' tensor from the one in GGUF: the inverse of `stored`."""
     if _is_turned(place, family):
-        heads = heads_of(config, place.part)
-        return tensor.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2).contiguous()
+        heads, half = _halves(tensor, place, config)
+        return tensor.unflatten(0, (heads, half, 2)).transpose(1, 2).flatten(0, 2).contiguous()
     if _is_raised(place, family):
         return tensor - family.raised
     if _is_transposed(tensor, place, family):
         return tensor.T.contiguous()
     return tensor.reshape(1, -1) if place.part == ROUTERS[1] else tensor
+
+
+def _halves(tensor: Tensor, place: Place, config: Mapping[str, Any]) -> tuple[int, int]:
+    """The heads among the rows of q or k, and half the rows of each. CheckpointError if these are not all rows."""
+    heads, rows = heads_of(config, place.part), tensor.shape[0]
+    if heads < 1 or rows % (2 * heads):
+        raise CheckpointError(
+            f"{place.name}: {rows} rows are no {heads} heads of an even width, which config.json says"
+        )
+    return heads, rows // (2 * heads)
 
 
 def _is_turned(place: Place, family: Family) -> bool:

@@ -16,12 +16,16 @@ from lowbit.export.gguf.families import Family
 
 LARGE_GEMMA = {"gemma2": 46, "gemma3": 62}  # blocks of the 27B models, for which llama.cpp scales queries otherwise
 GEMMA_PERIOD = {"gemma2": 2, "gemma3": 6}  # blocks until the next one with full attention
+MOST_LAYERS, MOST_EXPERTS, WIDEST_HEAD = 1 << 14, 1 << 14, 1 << 16  # far above any model: lists of so many are made
+U32 = 1 << 32  # the keys' integers are below
+# Errors of settings that have the wrong type or size.
+UNFIT = (AttributeError, KeyError, TypeError, ValueError, ArithmeticError, IndexError, RuntimeError)
 ACTIVATIONS = ("hidden_act", "hidden_activation", "activation_function")
 
 
 def head_dim_of(config: Mapping[str, Any]) -> int:
     """The width of an attention head."""
-    return int(config.get("head_dim") or _width(config) // _heads(config))
+    return _at_most(WIDEST_HEAD, "inputs of a head", int(config.get("head_dim") or _width(config) // _heads(config)))
 
 
 def heads_of(config: Mapping[str, Any], part: str) -> int:
@@ -37,12 +41,20 @@ def query_scalar_of(config: Mapping[str, Any], arch: str) -> int:
 
 def experts_of(config: Mapping[str, Any]) -> int:
     """The number of experts in a layer; 0 without any."""
-    return int(config.get("num_local_experts") or config.get("num_experts") or 0)
+    return _at_most(MOST_EXPERTS, "experts", int(config.get("num_local_experts") or config.get("num_experts") or 0))
 
 
 def layers_of(config: Mapping[str, Any]) -> int:
     """The number of blocks."""
-    return int(config["num_hidden_layers"] if "num_hidden_layers" in config else config["n_layer"])
+    count = int(config["num_hidden_layers"] if "num_hidden_layers" in config else config["n_layer"])
+    return _at_most(MOST_LAYERS, "blocks", count)
+
+
+def _at_most(most: int, what: str, count: int) -> int:
+    """`count`. ValueError for a number that no model has."""
+    if not 0 <= count <= most:
+        raise ValueError(f"{count} {what}; 0 to {most} are read")
+    return count
 
 
 def _heads(config: Mapping[str, Any]) -> int:
@@ -57,8 +69,12 @@ def hyper_keys(config: Mapping[str, Any], family: Family) -> dict[str, int | flo
     """The keys of a model and their values. CheckpointError for a setting that llama.cpp does not compute."""
     try:
         _require_computed(config, family)
-        return {f"{family.arch}.{key}": value for key, value in _keys(config, family) if value is not None}
-    except (KeyError, TypeError, ValueError) as error:
+        keys = {f"{family.arch}.{key}": value for key, value in _keys(config, family) if value is not None}
+        for key, value in keys.items():
+            if isinstance(value, int) and not 0 <= value < U32:
+                raise ValueError(f"{key} is {value}; 0 to {U32 - 1} fit")
+        return keys
+    except UNFIT as error:
         raise CheckpointError(f"config.json: no GGUF can be written of it ({error!r})") from error
 
 

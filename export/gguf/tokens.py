@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from lowbit.errors import CheckpointError
-from lowbit.export.files import read_bytes
+from lowbit.export.files import read_bytes, read_text
+from lowbit.export.gguf.hyper import UNFIT
 from lowbit.export.plain import parse_json, read_json, require_object
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # tokenizer.ggml.token_type
 LARGEST_SCORE = 0.0
+MOST_ROWS = 1 << 22  # embeddings; the largest vocabularies take 2^18
 LARGEST = 1 << 128  # transformers writes 10^30 for "no limit"
 SPACE = "\u2581"  # SentencePiece's
 CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
@@ -68,9 +70,13 @@ def token_keys(directory: Path, config: Mapping[str, Any], rows: int) -> dict[st
             f"{path}: missing, and a GGUF holds its tokenizer: save it with transformers' AutoTokenizer once"
         )
     found, settings = read_json(path), _optional(directory / "tokenizer_config.json")
+    generation = _optional(directory / "generation_config.json")
     try:
         table = _table(found, rows)
-    except (KeyError, TypeError, ValueError, IndexError) as error:
+        special, template = _special(found, settings, generation, config, table), _template(directory, settings)
+    except CheckpointError:
+        raise
+    except UNFIT as error:
         raise CheckpointError(f"{path}: no tokenizer that llama.cpp has ({error})") from error
     ggml: dict[str, Any] = {
         "model": table.model,
@@ -81,9 +87,7 @@ def token_keys(directory: Path, config: Mapping[str, Any], rows: int) -> dict[st
         "merges": table.merges,
         "add_space_prefix": table.prefix,
     }
-    ggml |= _special(found, settings, _optional(directory / "generation_config.json"), config, table)
-    keys = {f"tokenizer.ggml.{key}": value for key, value in ggml.items() if value is not None}
-    template = _template(directory, settings)
+    keys = {f"tokenizer.ggml.{key}": value for key, value in (ggml | special).items() if value is not None}
     return keys | ({} if template is None else {"tokenizer.chat_template": template})
 
 
@@ -96,6 +100,8 @@ def _optional(path: Path) -> dict[str, Any]:
 
 def _table(found: Mapping[str, Any], rows: int) -> Tokens:
     """The table of a tokenizer.json. ValueError for a kind that llama.cpp has not, or has with another split."""
+    if rows > MOST_ROWS:
+        raise ValueError(f"the embeddings have {rows} rows; {MOST_ROWS} at most are written")
     model = found["model"]
     if model.get("type", "BPE") != "BPE" or model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"):
         raise ValueError(f"a model of type {model.get('type')!r}; BPE is what is written")
@@ -213,7 +219,7 @@ def _template(directory: Path, settings: Mapping[str, Any]) -> str | None:
     """The chat template, or None."""
     path = directory / "chat_template.jinja"
     if path.exists():
-        return path.read_text(encoding="utf-8")
+        return read_text(path)
     template = settings.get("chat_template")
     if isinstance(template, list):
         template = next((each["template"] for each in template if each.get("name") == "default"), None)

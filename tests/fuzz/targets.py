@@ -6,11 +6,13 @@ error of ours.
 
 import json
 import shutil
+import struct
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from hypothesis import strategies as st
@@ -31,8 +33,9 @@ from lowbit.export.compressed_tensors import COMPRESSED_TENSORS
 from lowbit.export.convert import convert
 from lowbit.export.dialects import FORMATS
 from lowbit.export.formats import LogicalTensors
-from lowbit.export.gguf.file import read_header
+from lowbit.export.gguf.file import header_bytes, read_header
 from lowbit.export.gguf.foreign import unpack
+from lowbit.export.gguf.format import GGUF_FORMAT
 from lowbit.export.plain import parse_json, read_json, read_rows
 from lowbit.export.recipes import read_recipe
 from lowbit.export.tensorfile import read_entries, read_tensor
@@ -160,16 +163,35 @@ def _header(honest: Path) -> st.SearchStrategy[Files]:
 
 
 def _blocks(base: Path) -> dict[str, Path]:
-    output, model = base / "gguf", _one(base)["llama"]
-    lowbit.quantize(model, output, method="rtn", scheme="q4_0", format="gguf", device="cpu", eval_windows=0)
-    return {"gguf": output}
+    made = {}
+    for family in ("llama", "mixtral", "gpt2"):
+        model = save(make_model(family, num_hidden_layers=1), base / family, torch.bfloat16)
+        made[f"{family}-gguf"] = base / f"{family}-gguf"
+        settings: dict[str, Any] = {"method": "rtn", "scheme": "q4_0", "format": "gguf", "eval_windows": 0}
+        lowbit.quantize(model, made[f"{family}-gguf"], device="cpu", **settings)
+    return made
 
 
 def _gguf(honest: Path) -> st.SearchStrategy[Files]:
-    """model.gguf with spoiled bytes in its header."""
-    raw = (honest / "model.gguf").read_bytes()
+    """model.gguf with spoiled bytes in its header, with spoiled keys, or with its tensors in other places."""
+    raw, header = (honest / "model.gguf").read_bytes(), read_header(honest / "model.gguf")
+    data = raw[min(info.offset for info in header.tensors.values()) :]
+    table = {name: [list(info.shape), info.kind] for name, info in header.tensors.items()}
+
+    def written(spoiled: Any) -> Files:
+        try:
+            keys = {name: value for name, value in spoiled["keys"].items() if value is not None}
+            start = header_bytes(
+                keys, {name: (tuple(shape), kind) for name, (shape, kind) in spoiled["tensors"].items()}
+            )
+        except (AttributeError, KeyError, TypeError, ValueError, struct.error):  # no file can say this
+            start = raw[:200]
+        return {"model.gguf": start + data}
+
     cuts = st.sampled_from([200, 4000, len(raw)])
-    return cuts.flatmap(lambda cut: turned(raw[:cut]).map(lambda start: {"model.gguf": start + raw[cut:]}))
+    turns = cuts.flatmap(lambda cut: turned(raw[:cut]).map(lambda start: {"model.gguf": start + raw[cut:]}))
+    said = spoiled({"keys": header.keys, "tensors": table}).map(written)
+    return st.one_of(turns, said, said)
 
 
 def _either(*strategies: Callable[[Path], st.SearchStrategy[Files]]) -> Callable[[Path], st.SearchStrategy[Files]]:
@@ -183,12 +205,20 @@ def read_weights(place: Path) -> None:
 
 
 def read_blocks(place: Path) -> None:
-    """The model that a GGUF makes alone, and every tensor in its directory."""
+    """The model and tokenizer that a GGUF makes alone, the reasons against one, and each tensor in its directory."""
     made = place / "made"
     made.mkdir()
     with suppress(LowbitError):
         unpack(read_header(place / "model.gguf"), made)
-    logical = LogicalTensors(open_checkpoint(place))
+        (made / "model.gguf").symlink_to(place / "model.gguf")
+        _read_all(made)
+        use_tokenizer(made)
+    GGUF_FORMAT.reason_against_model(read_json(place / "config.json"), place)
+    _read_all(place)
+
+
+def _read_all(directory: Path) -> None:
+    logical = LogicalTensors(open_checkpoint(directory))
     for name in logical.names:
         logical.read(name)
 
@@ -321,7 +351,7 @@ def _sums(honest: Path) -> st.SearchStrategy[Files]:
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
 TARGETS = {
     "header": Target(_one, _header, read_weights),
-    "gguf": Target(_blocks, _gguf, read_blocks),
+    "gguf": Target(_blocks, _either(_gguf, _gguf, _gguf, *map(_json, ("config.json", *TOKENIZER))), read_blocks),
     "json": Target(_loose, _any_json, read_json_text),
     "config": Target(_dense, _json("config.json"), plan_model),
     "engine": Target(_known_to_the_engine, _either(_json("config.json"), _json("generation_config.json")), load_engine),
