@@ -27,6 +27,7 @@ from lowbit.serve.work import Run, Server, Work, chat_work, text_work
 
 B = TypeVar("B", bound=BaseModel)
 LOG = logging.getLogger("lowbit.serve")
+OPEN = 1024  # requests at a time, most of which wait for their bodies or in the queue
 GONE = 499  # a client that went away gets no answer; the number is for the metrics
 STREAMING = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 ROUTES = APIRouter()
@@ -80,10 +81,10 @@ async def on_gone(http: Http, error: Exception) -> Response:
 
 
 class Watch:
-    """Middleware that counts answers by path and status."""
+    """Middleware that bounds the number of open requests, and counts answers by path and status."""
 
     def __init__(self, app: ASGIApp, server: Server) -> None:
-        self.app, self.server = app, server
+        self.app, self.server, self.open = app, server, 0
         self.paths = {getattr(route, "path", "") for route in ROUTES.routes}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -97,7 +98,15 @@ class Watch:
                 self.server.metrics.requests.labels(path, str(message["status"])).inc()
             await send(message)
 
-        await self.app(scope, receive, watched)
+        if self.open >= OPEN:
+            problem = Problem(503, f"{OPEN} requests are open, which is the limit: try again")
+            await JSONResponse(problem.body(), 503, {"Retry-After": "1"})(scope, receive, watched)
+            return
+        self.open += 1
+        try:
+            await self.app(scope, receive, watched)
+        finally:
+            self.open -= 1
 
 
 def admitted(http: Http) -> tuple[Server, str]:

@@ -2,6 +2,7 @@
 
 import asyncio
 import ipaddress
+import json
 import re
 from collections.abc import Collection
 from hashlib import sha256
@@ -13,7 +14,7 @@ from starlette.requests import Request as Http
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from lowbit.errors import UsageError
-from lowbit.serve.problems import Problem
+from lowbit.serve.problems import SHOWN, Problem
 
 LEAST_BODY = 1 << 20  # bytes that a body may always have
 TOKEN_BYTES = 64  # more of them for each token of the context
@@ -81,13 +82,24 @@ class Gate:
 
 class Pieces(h11.Connection):
     """HTTP on one connection. A body in MOST_PIECES small pieces is an error: 256 KiB that arrive at once can hold
-    40,000 chunks of one byte, which took 5 s."""
+    40,000 chunks of one byte, which took 5 s.
+
+    fault  the client's last error
+    """
 
     count = nbytes = 0
+    fault: h11.RemoteProtocolError | None = None
 
     def next_event(self) -> Any:
-        """The next event; RemoteProtocolError for a body in too many pieces."""
-        event = super().next_event()
+        """The next event; RemoteProtocolError for no HTTP, and for a body in too many pieces."""
+        try:
+            return self.counted(super().next_event())
+        except h11.RemoteProtocolError as error:
+            self.fault = error
+            raise
+
+    def counted(self, event: Any) -> Any:
+        """The event, once its bytes are counted."""
         if isinstance(event, h11.Data):
             self.count, self.nbytes = self.count + 1, self.nbytes + len(event.data)
             if self.count > MOST_PIECES and self.nbytes < self.count * SMALL_PIECE:
@@ -98,9 +110,11 @@ class Pieces(h11.Connection):
 
 
 class Impatient(H11Protocol):
-    """A connection that is closed if the head of a request does not arrive: each takes a place of a few."""
+    """A connection that is closed if the head of a request does not arrive: each takes a place of a few. An error of
+    HTTP is answered as those of the protocol are."""
 
     before: object = None
+    conn: Pieces
 
     def __init__(self, *args: Any, **settings: Any) -> None:
         super().__init__(*args, **settings)
@@ -119,6 +133,18 @@ class Impatient(H11Protocol):
             return
         self.before = self.cycle
         self.loop.call_later(HEAD_SECONDS, self.look)
+
+    def send_400_response(self, msg: str) -> None:
+        """Say what is wrong with the client's HTTP, unless an answer has begun, and close the connection."""
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+            fault = self.conn.fault
+            status = fault.error_status_hint if fault else 400
+            body = json.dumps(Problem(status, f"the request is no valid HTTP: {str(fault or msg)[:SHOWN]}").body())
+            head = [("Content-Type", "application/json"), ("Content-Length", str(len(body))), ("Connection", "close")]
+            answer = h11.Response(status_code=status, headers=head)
+            for event in (answer, h11.Data(data=body.encode()), h11.EndOfMessage()):
+                self.transport.write(self.conn.send(event) or b"")
+        self.transport.close()
 
 
 async def body_of(http: Http, most: int) -> bytes:

@@ -84,7 +84,6 @@ def make_server(session: Session, options: Options) -> uvicorn.Server:
         log_config=None,
         access_log=False,
         server_header=False,
-        limit_concurrency=CONNECTIONS,
         timeout_graceful_shutdown=LAST_ANSWERS,
     )
     return uvicorn.Server(config)

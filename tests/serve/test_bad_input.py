@@ -1,6 +1,7 @@
 """Requests that cannot be served: a status of 400 to 499 that says why, and the next request is served."""
 
 import contextlib
+import http.client
 import json
 import socket
 import time
@@ -9,7 +10,7 @@ import openai
 import pytest
 
 from lowbit.errors import UsageError
-from lowbit.serve import limits
+from lowbit.serve import app, limits
 from lowbit.serve.limits import read_keys, require_guard
 from lowbit.serve.run import listen
 from tests.serve.conftest import serving
@@ -128,6 +129,41 @@ def test_paths_methods_and_types_that_do_not_exist(served):
     assert b"send Content-Type: application/json" in answer
     with pytest.raises(openai.NotFoundError, match="not served here"):
         served.client.models.retrieve("other")
+
+
+@pytest.mark.parametrize(
+    ("sent", "status", "message"),
+    [
+        (b"\x16\x03\x01\x00\xff\xff nonsense\r\n\r\n", 400, "illegal request line"),
+        (b"GET / HTTP/1.1\r\nHost: localhost\r\nbad header\r\n\r\n", 400, "illegal header line"),
+        (b"GET / HTTP/1.1\r\n\r\n", 400, "Missing mandatory Host: header"),
+        (b"GET / HTTP/1.1\r\nHost: localhost\r\nA: " + b"a" * (80 << 10), 431, "Receive buffer too long"),
+        (HEAD.replace(b"Content-Length: 60", b"Transfer-Encoding: gzip"), 501, "Only Transfer-Encoding: chunked"),
+        (HEAD.replace(b"Content-Length: 60", b"Transfer-Encoding: chunked") + b"no number\r\n", 400, "illegal chunk"),
+    ],
+)
+def test_what_is_no_http_is_answered_like_other_errors(served, sent, status, message):
+    with socket.create_connection(("127.0.0.1", served.port), timeout=10) as connection:
+        connection.sendall(sent)
+        answer = http.client.HTTPResponse(connection)
+        answer.begin()
+        assert (answer.status, answer.headers["Connection"]) == (status, "close")
+        error = json.loads(answer.read())["error"]
+    assert error["message"].startswith("the request is no valid HTTP: ")
+    assert message in error["message"]
+    assert set(error) == {"message", "type", "param", "code"}
+
+
+def test_open_requests_have_a_limit(served, monkeypatch):
+    monkeypatch.setattr(app, "OPEN", 1)
+    with socket.create_connection(("127.0.0.1", served.port), timeout=10) as connection:
+        connection.sendall(HEAD)  # its body never comes
+        until = time.monotonic() + 10
+        while (got := served.send("GET", "/health"))[0] != 503 and time.monotonic() < until:
+            time.sleep(0.01)
+    assert (got[0], json.loads(got[1])["error"]["type"]) == (503, "server_error")
+    while served.send("GET", "/health")[0] != 200 and time.monotonic() < until:
+        time.sleep(0.01)  # the server has yet to see that the connection ended
 
 
 def test_connections_that_end_in_the_middle(served):
