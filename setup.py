@@ -83,7 +83,7 @@ class BuildCuda(build_ext):
         architectures = os.environ.get("LOWBIT_CUDA_ARCHS", DEFAULT_ARCHITECTURES).split()
         temporary = Path(self.build_temp)
         temporary.mkdir(parents=True, exist_ok=True)
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
+        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
             jobs = [pool.submit(self.compile, nvcc, architectures, temporary, unit) for unit in UNITS]
             objects = [job.result() for job in jobs]
         target = Path(self.get_ext_fullpath(ext.name))
