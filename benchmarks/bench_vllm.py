@@ -53,6 +53,7 @@ class Network:
     heads: int = 32
     layers: int = 32
     vocabulary: int = 32000
+    positions: int = 4096
     weights: float = 0.02
     branch: float = 1 / 8
     head: float = 0.1
@@ -147,7 +148,7 @@ def config_of(net: Network) -> dict[str, Any]:
         "num_key_value_heads": net.heads,
         "num_hidden_layers": net.layers,
         "vocab_size": net.vocabulary,
-        "max_position_embeddings": 4096,
+        "max_position_embeddings": net.positions,
         "rms_norm_eps": 1e-5,
         "hidden_act": "silu",
         "torch_dtype": "bfloat16",

@@ -1,4 +1,5 @@
-"""Clients of a server of random weights: `python -m benchmarks.serve_clients PORT VOCABULARY` prints a row a line.
+"""Clients of a server of random weights: `python -m benchmarks.serve_clients PORT VOCABULARY [CASE ...]` prints a row a
+line.
 
 They import the standard library alone, and so start at once; bench_serve.py says what the rows are.
 """
@@ -60,30 +61,31 @@ async def tokens_of(port: int, prompt: list[int], output: int = OUTPUT) -> tuple
     return times, [int(word) for word in re.findall(r"w(\d+)", text)]
 
 
-async def together(port: int, count: int, length: int) -> tuple[list[list[float]], float]:
-    """The times of `count` streams that start together, and the seconds until the last one's end."""
+async def together(port: int, count: int, length: int) -> tuple[list[tuple[list[float], list[int]]], float]:
+    """The times and tokens of `count` streams that start together, and the seconds until the last one's end."""
     prompts = [fresh(length) for _ in range(count)]
     begin = time.perf_counter()
     found = await asyncio.gather(*(tokens_of(port, prompt) for prompt in prompts))
-    return [times for times, _ in found], time.perf_counter() - begin
+    return found, time.perf_counter() - begin
 
 
 def clients_row(port: int, count: int, length: int) -> Row:
-    """The row of one number of clients, after a run that is not counted."""
+    """The row of one number of clients, after a run that is not counted. An event may have several tokens."""
     asyncio.run(together(port, count, length))
     runs = [asyncio.run(together(port, count, length)) for _ in range(REPEATS)]
-    streams = [times for found, _ in runs for times in found]
-    gaps = sorted(b - a for times in streams for a, b in itertools.pairwise(times))
+    streams = [stream for found, _ in runs for stream in found]
+    gaps = sorted(b - a for times, _ in streams for a, b in itertools.pairwise(times))
     return {
         "case": "clients",
         "clients": count,
         "prompt": length,
-        "tokens_per_s": round(sum(map(len, streams)) / sum(seconds for _, seconds in runs), 1),
+        "tokens_per_s": round(sum(len(tokens) for _, tokens in streams) / sum(seconds for _, seconds in runs), 1),
         "ms_between_median": ms(statistics.median(gaps)),
         "ms_between_p99": ms(gaps[int(0.99 * (len(gaps) - 1))]),
         "ms_between_most": ms(gaps[-1]),
-        "ms_first_median": ms(statistics.median(times[0] for times in streams)),
-        "tokens_a_stream": min(map(len, streams)),
+        "ms_first_median": ms(statistics.median(times[0] for times, _ in streams)),
+        "tokens_a_stream": min(len(tokens) for _, tokens in streams),
+        "events_a_stream": min(len(times) for times, _ in streams),
     }
 
 
@@ -139,11 +141,15 @@ def dialogue_row(port: int) -> Row:
 
 
 def main() -> None:
-    """All rows, the most important ones first."""
-    port = int(sys.argv[1])
-    jobs: list[Callable[[], Row]] = [lambda case=case: clients_row(port, *case) for case in CLIENTS]
-    for job in (lambda: stall_row(port), lambda: dialogue_row(port), jobs[0], jobs[4], *jobs[3:0:-1], *jobs[5:]):
-        print(json.dumps(job()), flush=True)
+    """All rows, the most important ones first; those of the named cases, if some are named."""
+    port, named = int(sys.argv[1]), sys.argv[3:]
+    clients: list[Callable[[], Row]] = [lambda case=case: clients_row(port, *case) for case in CLIENTS]
+    others = [("stall", lambda: stall_row(port)), ("dialogue", lambda: dialogue_row(port))]
+    first, *rest = [("clients", clients[i]) for i in (0, 4, 3, 2, 1, 5)]
+    order = [first, *rest, *others] if named else [*others, first, *rest]
+    for name, job in order:
+        if not named or name in named:
+            print(json.dumps(job()), flush=True)
 
 
 if __name__ == "__main__":
