@@ -102,6 +102,7 @@ def serve(
         raise MISSING
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s")
     logging.getLogger("lowbit.serve").setLevel(logging.WARNING if quiet else logging.INFO)
+    logging.getLogger("uvicorn.error").setLevel(logging.ERROR)  # it warns of bad requests: any client could fill a log
     if lookup and drafter is not None:
         raise UsageError(f"--lookup {lookup} and --drafter {drafter}: drafts come from one of them")
     keys = read_keys(api_keys, api_key)

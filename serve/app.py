@@ -67,7 +67,7 @@ async def on_no_route(http: Http, error: Exception) -> Response:
     """The answer to a path or a method that does not exist."""
     assert isinstance(error, HTTPException)
     asked = f"{http.method} {http.url.path[:60]}: {error.detail}"
-    return JSONResponse(Problem(error.status_code, asked).body(), error.status_code)
+    return JSONResponse(Problem(error.status_code, asked).body(), error.status_code, error.headers)
 
 
 async def on_fault(http: Http, error: Exception) -> Response:
@@ -181,13 +181,13 @@ def facts_of(http: Http, server: Server) -> dict[str, Any]:
     return named | {"max_model_len": context}
 
 
-@ROUTES.get("/")
+@ROUTES.api_route("/", methods=["GET", "HEAD"])
 async def page(http: Http) -> Response:
     """A page to chat. It needs no network but this server."""
     return HTMLResponse(PAGE.read_text(encoding="utf-8"), headers=GUARD)
 
 
-@ROUTES.get("/health")
+@ROUTES.api_route("/health", methods=["GET", "HEAD"])
 async def health(http: Http) -> Response:
     """Status 200 while requests are served."""
     alive = http.app.state.server.session.thread.is_alive()

@@ -148,9 +148,12 @@ class Impatient(H11Protocol):
 
 
 async def body_of(http: Http, most: int) -> bytes:
-    """The body of a request. Problem if it has more than `most` bytes, is too slow, or is not declared as JSON."""
+    """The body of a request. Problem if it has more than `most` bytes, is too slow, or not declared as plain JSON."""
     if http.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
         raise Problem(415, "the body must be JSON: send Content-Type: application/json")
+    coding = http.headers.get("content-encoding", "identity").strip().lower()
+    if coding != "identity":
+        raise Problem(415, f"the body is coded as {coding[:SHOWN]!r}: send it as it is")
     body, declared = bytearray(), http.headers.get("content-length", "")
     if declared.isdecimal() and int(declared[:20]) > most:
         raise Problem(413, f"the body has {declared[:20]} bytes; at most {most} are taken")

@@ -29,13 +29,17 @@ class Served:
     def model(self) -> Engine:
         return self.session.engine
 
+    @contextmanager
+    def asked(self, method: str, path: str, body: Any = None, **headers: str) -> Iterator[http.client.HTTPResponse]:
+        """The answer to one request, as any program could send it."""
+        with closing(http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)) as connection:
+            data = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
+            connection.request(method, path, data, {"Content-Type": "application/json"} | headers)
+            yield connection.getresponse()
+
     def send(self, method: str, path: str, body: Any = None, **headers: str) -> tuple[int, bytes]:
-        """One request, as any program could send it: status and body of the answer."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
-        data = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
-        connection.request(method, path, data, {"Content-Type": "application/json"} | headers)
-        answer = connection.getresponse()
-        with closing(connection):
+        """Status and body of the answer to one request."""
+        with self.asked(method, path, body, **headers) as answer:
             return answer.status, answer.read()
 
 

@@ -124,9 +124,17 @@ def test_paths_methods_and_types_that_do_not_exist(served):
             status,
             "not_found_error" if status == 404 else "invalid_request_error",
         )
-    status, answer = served.send("POST", "/v1/completions", TEXT, **{"Content-Type": "text/plain"})
-    assert status == 415
-    assert b"send Content-Type: application/json" in answer
+    assert served.send("HEAD", "/health") == (200, b"")
+    with served.asked("GET", "/v1/completions") as answer:
+        assert answer.headers["Allow"] == "POST"
+    for name, wrong, cure in (
+        ("Content-Type", "text/plain", b"send Content-Type: application/json"),
+        ("Content-Encoding", "gzip", b"coded as 'gzip': send it as it is"),
+    ):
+        status, answer = served.send("POST", "/v1/completions", TEXT, **{name: wrong})
+        assert status == 415
+        assert cure in answer
+    assert served.send("POST", "/v1/completions", TEXT, **{"Content-Encoding": "identity"})[0] == 200
     with pytest.raises(openai.NotFoundError, match="not served here"):
         served.client.models.retrieve("other")
 
@@ -198,12 +206,12 @@ RAW = {
     "a gigabyte is said to come": (HEAD.replace(b"60", b"1073741824") + b"{", b"413"),
     "a length below zero": (HEAD.replace(b"60", b"-5"), b"400"),
     "two lengths": (HEAD.replace(b"Content-Length: 60", b"Content-Length: 5\r\nContent-Length: 6"), b"400"),
-    "a large header": (GET + b"X: " + b"a" * (1 << 20) + b"\r\n\r\n", b"400"),
-    "many headers": (GET + b"".join(b"X%d: a\r\n" % i for i in range(20_000)) + b"\r\n", b"400"),
+    "a large header": (GET + b"X: " + b"a" * (1 << 20) + b"\r\n\r\n", b"431"),
+    "many headers": (GET + b"".join(b"X%d: a\r\n" % i for i in range(20_000)) + b"\r\n", b"431"),
     "a long path": (GET.replace(b"health", b"a" * 60_000) + b"\r\n", b"404"),
     "chunks beyond the limit": (CHUNKED + (b"10000\r\n" + b" " * 65536 + b"\r\n") * 40, b"413"),
     "chunks of a byte": (CHUNKED + b"1\r\n \r\n" * 300_000, b"400"),
-    "a chunk whose extension has no end": (CHUNKED + b"1;" + b"a" * (2 << 20), b"400"),
+    "a chunk whose extension has no end": (CHUNKED + b"1;" + b"a" * (2 << 20), b"431"),
     "a million stop strings": (HEAD.replace(b"60", b"5000000") + b'{"stop": [' + b'"a",' * 1_000_000, b"413"),
     "another protocol": (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", b"404"),
 }
