@@ -82,13 +82,14 @@ class TunedLinear:
         """The weight with its scales and codes rounded as stored."""
         old, scheme = self._weight, self._weight.scheme
         scales = numerics.as_stored(self._scales.value, scheme, old.scales.dtype)
+        minima = None
         if self._minima is not None:
-            old = replace(old, zeros=numerics.stored_minima(self._minima.value, scheme, torch.float16))
+            minima = numerics.stored_minima(self._minima.value, scheme, torch.float16)
         if self._values is None:
-            return replace(old, scales=scales)
+            return old.iterate(scales, zeros=minima)
         held = None if scheme.weights.minima else old.zeros
         zeros = None if held is None else numerics.per_weight(held, scheme, old.codes)
-        return replace(old, scales=scales, codes=scheme.number.encode(self._values.value, zeros))
+        return old.iterate(scales, scheme.number.encode(self._values.value, zeros), minima)
 
     def step(self, weight: QTensor, gradient: Tensor, rate: float) -> None:
         """One step; `gradient` (n, k) is the gradient of the loss with respect to the rounded weight, `weight`."""
@@ -117,7 +118,7 @@ class TunedBlock:
 
     def outcome(self) -> BlockOutcome:
         """The tuned block, on the CPU."""
-        weights = {name: weight.to("cpu") for name, weight in self._weights.items()}
+        weights = {name: weight.checked().to("cpu") for name, weight in self._weights.items()}
         kept = {name: other.value.to("cpu", self._outcome.kept[name].dtype) for name, other in self._others.items()}
         return replace(self._outcome, weights=weights, kept=kept, remainders={})
 

@@ -280,7 +280,9 @@ class RoundingLearner:
         return best
 
     def _iterate(self, weights: dict[str, QTensor]) -> dict[str, Rounded]:
-        return {name: Rounded(weight, self._learned[name].shifted(weight)) for name, weight in weights.items()}
+        return {
+            name: Rounded(weight.checked(), self._learned[name].shifted(weight)) for name, weight in weights.items()
+        }
 
     def _rounded(self) -> dict[str, QTensor]:
         return {name: learned.rounded() for name, learned in self._learned.items()}

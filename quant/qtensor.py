@@ -1,7 +1,8 @@
 """A quantized weight."""
 
+import copy
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -28,7 +29,8 @@ class QTensor:
     divisor      ()      float32, positive: of the scales, only in schemes whose scales are relative to one
     order        (k)     int64: column i of the codes multiplies input order[i] (GPTQ's act-order); None if that is i
 
-    Checked on construction: ValueError, with numbers, if shapes, dtypes or values contradict the scheme.
+    Checked on construction: ValueError, with numbers, if shapes, dtypes or values contradict the scheme. A check waits
+    for the device, so that iterates of a descent are made by `iterate`, and the one that is kept is `checked`.
     """
 
     codes: Tensor
@@ -136,12 +138,27 @@ class QTensor:
         weight = numerics.dequantize(self.codes, self.scheme, self.steps, self.zeros).to(dtype)
         return weight if self.order is None else weight[:, self.order.argsort()]
 
+    def iterate(self, scales: Tensor, codes: Tensor | None = None, zeros: Tensor | None = None) -> "QTensor":
+        """This weight with other `scales`, and codes and zeros if they are given, without a check."""
+        other = copy.copy(self)
+        changed = {"scales": scales, "codes": codes, "zeros": zeros}
+        other.__dict__.update({name: value for name, value in changed.items() if value is not None})
+        return other
+
+    def checked(self) -> "QTensor":
+        """This weight, if it is a possible one: ValueError otherwise."""
+        return replace(self)
+
     def to(self, device: torch.device | str) -> "QTensor":
+        """This weight on a device. One that is there already is not checked again."""
+        codes = self.codes.to(device)
+        if codes is self.codes:
+            return self
         zeros, *ones = (
             None if each is None else each.to(device)
             for each in (self.zeros, self.input_scale, self.divisor, self.order)
         )
-        return QTensor(self.codes.to(device), self.scales.to(device), zeros, self.scheme, *ones)
+        return QTensor(codes, self.scales.to(device), zeros, self.scheme, *ones)
 
 
 def round_to_nearest(

@@ -15,7 +15,6 @@ its mean magnitude, clamped to [-1, 1].
 """
 
 import math
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -59,7 +58,7 @@ class AnnealedWeight:
         start, scheme = self._start, self._start.scheme
         zeros = None if start.zeros is None else numerics.per_weight(start.zeros, scheme, self.positions)
         codes = scheme.number.encode(self.positions.clone(), zeros)
-        return replace(start, codes=codes, scales=self._scales())
+        return start.iterate(self._scales(), codes)
 
     def shifted(self, weight: QTensor) -> Tensor:
         """The weight (n, k) that rounds to `weight`, the result of `rounded`, in parts."""

@@ -24,8 +24,6 @@ The model computes with the rounded weight as an ordinary parameter; its gradien
 quantization needs no autograd.
 """
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
@@ -61,7 +59,7 @@ class LearnedWeight:
         start, scheme = self._start, self._start.scheme
         scales = numerics.as_stored(start.scales.float() * self.multipliers, scheme, start.scales.dtype)
         codes = numerics.quantize(self._shifted(scales), scheme, scales, start.zeros)
-        return replace(start, codes=codes, scales=scales)
+        return start.iterate(scales, codes)
 
     def shifted(self, weight: QTensor) -> Tensor:
         """The weight (n, k) that rounds to `weight`, the result of `rounded`: w + v step * scale, in parts."""
