@@ -51,7 +51,7 @@ class Adam:
     def __init__(self, value: Tensor, size: Tensor) -> None:
         self._start, self._size = value.float(), size
         self._change = torch.zeros_like(self._start)
-        self._optimizer = torch.optim.Adam([self._change], betas=BETAS, eps=EPSILON)
+        self._optimizer = torch.optim.Adam([self._change], betas=BETAS, eps=EPSILON, fused=True)
 
     @property
     def value(self) -> Tensor:
