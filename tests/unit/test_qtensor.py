@@ -104,3 +104,16 @@ def test_rounding_in_pieces_is_rounding_as_a_whole(name, monkeypatch):
     for one, other in zip(vars(whole).values(), vars(parts).values(), strict=True):
         assert torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
     assert relative_error(parts, w) == pytest.approx(lost, rel=1e-5)
+
+
+def test_an_iterate_is_checked_when_asked():
+    weight = round_to_nearest(torch.randn(3, 64), UINT4, torch.float32)
+    next_one = weight.iterate(weight.scales * 2, codes=UCODES)
+    assert torch.equal(
+        next_one.checked().dequantize(),
+        (0 - weight.zeros).repeat_interleave(32, 1) * weight.scales.repeat_interleave(32, 1) * 2,
+    )
+    assert weight.codes.any()
+    diverged = weight.iterate(changed(weight.scales, float("nan")))
+    with pytest.raises(ValueError, match="a scale is zero or not finite"):
+        diverged.checked()
