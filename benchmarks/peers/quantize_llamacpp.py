@@ -4,7 +4,8 @@
 
 DIR holds llama-imatrix, llama-quantize and their libraries (llama-cpp-python 0.3.36 was tried). llama-imatrix reads
 text, so the ids are decoded with the tokenizer beside DENSE.gguf, where the matrix stays for the next type. OUTPUT
-becomes a copy of that directory, with another model.gguf. IDS is what `CalibrationSet.save` writes. Prints one JSON line.
+becomes a copy of that directory, with another model.gguf. IDS is what `CalibrationSet.save` writes. Prints one
+JSON line.
 """
 
 import argparse
