@@ -14,19 +14,26 @@ PLANNED, STEP = 1024, 256
 
 
 def prompt_attention(
-    q: Tensor, k: Tensor, v: Tensor, architecture: Architecture, layer: Layer, sinks: Tensor | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    architecture: Architecture,
+    layer: Layer,
+    sinks: Tensor | None = None,
+    prompts: int = 1,
 ) -> Tensor:
-    """softmax(scale q k^T) v for the last T of L positions, causal.
+    """softmax(scale q k^T) v for the last T of L positions of each prompt, causal.
 
-    q       (T, heads * head_dim)
-    k, v    (L, kv_heads, head_dim), L >= T
-    sinks   (heads) scores of one more position, without a value
-    return  (T, heads * head_dim)
+    q        (prompts * T, heads * head_dim)
+    k, v     (prompts * L, kv_heads, head_dim), L >= T
+    sinks    (heads) scores of one more position, without a value
+    prompts  sequences, one after another
+    return   (prompts * T, heads * head_dim)
     """
     a = architecture
-    count, length = q.shape[0], k.shape[0]
-    heads = q.view(1, count, a.heads, a.head_dim).transpose(1, 2)
-    keys, values = (part.unsqueeze(0).transpose(1, 2) for part in (k, v))
+    count, length = q.shape[0] // prompts, k.shape[0] // prompts
+    heads = q.view(prompts, count, a.heads, a.head_dim).transpose(1, 2)
+    keys, values = (part.unflatten(0, (prompts, length)).transpose(1, 2) for part in (k, v))
     if a.softcap is not None or sinks is not None:
         return plain_attention(heads, keys, values, architecture, layer, sinks)
     if layer.window is None or layer.window >= length:
@@ -36,11 +43,11 @@ def prompt_attention(
         keys, values = (part.repeat_interleave(groups, 1) for part in (keys, values))
         seen = visible(count, length, layer.window, q.device)
         out = functional.scaled_dot_product_attention(heads, keys, values, attn_mask=seen, scale=layer.scale)
-    return out.transpose(1, 2).reshape(count, -1)
+    return out.transpose(1, 2).reshape(len(q), -1)
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """Causal attention without a window: q (1, heads, T, head_dim); k, v (1, kv_heads, L, head_dim)."""
+    """Causal attention without a window: q (prompts, heads, T, head_dim); k, v (prompts, kv_heads, L, head_dim)."""
     count, length = q.shape[2], k.shape[2]
     flash = q.is_cuda and can_use_flash_attention(SDPAParams(q, k, v, None, 0.0, False, True))
     if count == length and (length <= PLANNED or length % STEP == 0 or not flash):
@@ -62,21 +69,21 @@ def visible(count: int, length: int, window: int | None, device: torch.device) -
 def plain_attention(
     q: Tensor, k: Tensor, v: Tensor, architecture: Architecture, layer: Layer, sinks: Tensor | None
 ) -> Tensor:
-    """Causal attention with a softcap on scores or with sinks, which torch's fused attention lacks; (T, heads *
-    head_dim). It goes by ROWS of q, so that scores do not grow with the square of the prompt."""
+    """Causal attention with a softcap on scores or with sinks, which torch's fused attention lacks; (prompts * T, heads
+    * head_dim). It goes by ROWS of q, so that scores do not grow with the square of the prompt."""
     count, length = q.shape[2], k.shape[2]
     grouped, seen = q.unflatten(1, (architecture.kv_heads, -1)), visible(count, length, layer.window, q.device)
     parts = [
         plain_rows(part, k, v, (architecture.softcap, layer.scale), mask, sinks)
         for part, mask in zip(grouped.split(ROWS, 3), seen.split(ROWS), strict=True)
     ]
-    return torch.cat(parts, 3).flatten(1, 2).transpose(1, 2).reshape(count, -1)
+    return torch.cat(parts, 3).flatten(1, 2).transpose(1, 2).reshape(len(q) * count, -1)
 
 
 def plain_rows(
     q: Tensor, k: Tensor, v: Tensor, factors: tuple[float | None, float], seen: Tensor, sinks: Tensor | None
 ) -> Tensor:
-    """Attention (1, kv_heads, group, rows, head_dim) of some rows.
+    """Attention (prompts, kv_heads, group, rows, head_dim) of some rows.
 
     factors  softcap and scale
     seen     (rows, length) bool

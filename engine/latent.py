@@ -77,10 +77,11 @@ class Latent:
         if step.prefix is None:
             return self.attend(still, q_turned, step, kv, scale)
         q = torch.cat([still, q_turned.to(q.dtype)], -1)
-        return self.attend_prompt(q, *cache.heads_at(index, step.prefix, q.dtype), index)
+        return self.attend_prompt(q, *cache.heads_at(index, step.prefix, q.dtype), index, step.prompts)
 
-    def attend_prompt(self, q: Tensor, compressed: Tensor, turned: Tensor, index: int) -> Tensor:
-        """The outputs for the last T of L positions: q (T, heads, head_dim), the cache's rows (L, 1, ...)."""
+    def attend_prompt(self, q: Tensor, compressed: Tensor, turned: Tensor, index: int, prompts: int) -> Tensor:
+        """The outputs for the last T of L positions of each prompt: q (prompts * T, heads, head_dim), the cache's rows
+        (prompts * L, 1, ...)."""
         a, sizes = self.architecture, self.sizes
         still, v = (
             functional.linear(compressed[:, 0], weight.flatten(0, 1)).unflatten(-1, (a.heads, -1))
@@ -88,7 +89,7 @@ class Latent:
         )
         k = torch.cat([still, turned.expand(-1, a.heads, -1)], -1)
         v = functional.pad(v, (0, a.head_dim - sizes.v_dim))  # as wide as k, as torch's fused attention needs it
-        out = prompt_attention(q.flatten(1), k, v, a, a.layers[index])
+        out = prompt_attention(q.flatten(1), k, v, a, a.layers[index], prompts=prompts)
         return out.unflatten(-1, (a.heads, -1))[..., : sizes.v_dim].flatten(1)
 
     def attend(self, still: Tensor, turned: Tensor, step: Step, kv: KVCache, scale: float) -> Tensor:

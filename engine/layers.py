@@ -81,7 +81,8 @@ class Attention:
         """The rows' attention (m, heads * head_dim)."""
         a, layer = self.architecture, self.layer
         if step.prefix is not None:
-            return prompt_attention(q, *cache.heads_at(self.index, step.prefix, q.dtype), a, layer, self.sinks)
+            heads = cache.heads_at(self.index, step.prefix, q.dtype)
+            return prompt_attention(q, *heads, a, layer, self.sinks, step.prompts)
         return ops.attend(
             AttentionCall(
                 q,

@@ -1,4 +1,5 @@
-"""Prefill of short prompts as CUDA graphs: each prompt is padded to one of a few lengths.
+"""Prefill of short prompts as CUDA graphs: each prompt is padded to one of a few lengths. Several very short ones can
+share a pass.
 
 A short prompt is bound by the host, which launches a few hundred kernels for it. Padding at the end does not change a
 causal prompt, so one graph per length serves all prompts, in every sequence of the cache. The first prompt of a length
@@ -18,26 +19,32 @@ from lowbit.engine.prefill import read_prompt
 from lowbit.engine.step import Step
 
 LENGTHS = (8, 16, 32, 64, 128, 192, 256, 384, 512, 768, 1024, 1280, 1536, 1792, 2048)
+SHARED_LENGTHS, SHARED_COUNTS = (64, 128, 256), (2, 4)  # of shared passes
 
 
 class Pass:
     """The pass over prompts of up to `rows` tokens, each a sequence from its first position on.
 
-    pool  memory pool shared by all captured passes. One runs at a time, and its results are copied out; None on a CPU
+    prompts  that share it
+    pool     memory pool shared by all captured passes. One runs at a time, and its results are copied out; None on a
+             CPU
     """
 
-    def __init__(self, decoder: Decoder, cache: Cache, rows: int, pool: torch.cuda._POOL_HANDLE | None) -> None:
-        self.decoder, self.cache, self.pool = decoder, cache, pool
+    def __init__(
+        self, decoder: Decoder, cache: Cache, rows: int, prompts: int, pool: torch.cuda._POOL_HANDLE | None
+    ) -> None:
+        self.decoder, self.cache, self.rows, self.prompts, self.pool = decoder, cache, rows, prompts, pool
         device = decoder.weights.device
-        self.places = torch.arange(rows, device=device)
+        self.places = torch.arange(rows, device=device).repeat(prompts)
         tokens, turns, starts, slots = (torch.zeros_like(self.places) for _ in range(4))
-        self.step = Step(tokens, self.places, turns, starts, slots, prefix=slots)
+        self.step = Step(tokens, self.places, turns, starts, slots, prefix=slots, prompts=prompts)
         self.hidden: Tensor | None = None
         self.graph: torch.cuda.CUDAGraph | None = None
 
-    def __call__(self, sequence: int, tokens: Sequence[int]) -> Tensor:
-        """Hidden states (len(tokens), hidden). The cache's sequence then holds the tokens, followed by padding."""
-        self.place(sequence, tokens)
+    def __call__(self, given: Sequence[tuple[int, Sequence[int]]]) -> list[Tensor]:
+        """Hidden states (len(tokens), hidden) of each (sequence, tokens), of which there are at most `prompts`. The
+        cache's sequences then hold the tokens, followed by padding."""
+        self.place(given)
         if self.pool is not None and self.hidden is not None and self.graph is None:
             self.capture()
         if self.graph is None:
@@ -45,14 +52,19 @@ class Pass:
         else:
             self.graph.replay()
         assert self.hidden is not None
-        return self.hidden[: len(tokens)].clone()
+        parts = self.hidden.split(self.rows)
+        return [part[: len(tokens)].clone() for part, (_, tokens) in zip(parts, given, strict=False)]
 
-    def place(self, sequence: int, tokens: Sequence[int]) -> None:
-        """Set the inputs of the pass. The last token also serves as padding; any token would do."""
-        step, padding = self.step, len(self.places) - len(tokens)
-        step.tokens.copy_(torch.tensor([*tokens, *[tokens[-1]] * padding]))
-        step.turns.copy_(self.decoder.turns_at(self.places, len(tokens)))
-        torch.add(self.places, self.cache.start(sequence), out=step.slots)
+    def place(self, given: Sequence[tuple[int, Sequence[int]]]) -> None:
+        """Set the inputs of the pass. A prompt's last token also serves as padding; any token would do. The last prompt
+        is repeated where there are fewer: it writes the same again."""
+        step, filled = self.step, [*given, *[given[-1]] * (self.prompts - len(given))]
+        padded = [[*tokens, *[tokens[-1]] * (self.rows - len(tokens))] for _, tokens in filled]
+        facts = [[self.cache.start(sequence), len(tokens)] for sequence, tokens in filled]
+        step.tokens.copy_(torch.tensor(padded).flatten())
+        starts, lengths = torch.tensor(facts).to(self.places.device).repeat_interleave(self.rows, 0).unbind(1)
+        step.turns.copy_(self.decoder.turns_at(self.places, lengths))
+        torch.add(self.places, starts, out=step.slots)
 
     def capture(self) -> None:
         """Capture the pass into a graph, without computing anything."""
@@ -76,6 +88,7 @@ class Reader:
         mixed = any(layer.mixture is not None for layer in decoder.architecture.layers)
         self.lengths = LENGTHS if on_gpu and not mixed else ()
         self.passes: dict[int, Pass] = {}
+        self.shared: dict[tuple[int, int], Pass] = {}
 
     def read(self, sequence: int, tokens: Sequence[int]) -> Iterator[Tensor]:
         """Hidden states (rows, hidden) of a prompt, chunk by chunk. The prompt becomes the cache's `sequence`."""
@@ -84,13 +97,32 @@ class Reader:
             yield from read_prompt(self.decoder, self.cache, sequence, tokens)
             return
         if rows not in self.passes:
-            self.passes[rows] = Pass(self.decoder, self.cache, rows, self.pool)
+            self.passes[rows] = Pass(self.decoder, self.cache, rows, 1, self.pool)
         try:
-            hidden = self.passes[rows](sequence, tokens)
+            [hidden] = self.passes[rows]([(sequence, tokens)])
         except torch.OutOfMemoryError:  # smaller chunks may fit
             yield from read_prompt(self.decoder, self.cache, sequence, tokens)
         else:
             yield hidden
+
+    def read_together(self, given: Sequence[tuple[int, Sequence[int]]]) -> list[Tensor]:
+        """Hidden states (rows, hidden) of each (sequence, tokens): at most SHARED_COUNTS[-1] prompts, none longer than
+        `longest_shared`. Each becomes its sequence of the cache."""
+        longest = max(len(tokens) for _, tokens in given)
+        rows = next(length for length in SHARED_LENGTHS if longest <= length)
+        count = next(count for count in SHARED_COUNTS if len(given) <= count)
+        if (rows, count) not in self.shared:
+            self.shared[rows, count] = Pass(self.decoder, self.cache, rows, count, self.pool)
+        try:
+            return self.shared[rows, count](given)
+        except torch.OutOfMemoryError:
+            return [torch.cat(list(self.read(*each))) for each in given]
+
+    @property
+    def longest_shared(self) -> int:
+        """The most tokens of a prompt that shares a pass; 0 where none do."""
+        fitting = [length for length in SHARED_LENGTHS if length <= self.cache.context]
+        return max(fitting, default=0) if self.lengths and self.cache.batch > 1 else 0
 
     def last_logits(self, prompts: Sequence[Sequence[int]]) -> Tensor:
         """Logits (len(prompts), vocabulary) after each prompt's last token; prompt b becomes sequence b."""

@@ -20,6 +20,7 @@ class Step:
     longest            upper bound on every row's sequence length; 0 if unknown
     prefix             for a prompt: the cache slots of one sequence, whose last positions are the rows; None if each
                        row is a sequence's last position
+    prompts            the prefix's sequences, of equal numbers of rows; all rows are new where there are several
     adjacent           adjacent rows that are consecutive positions of one sequence: drafts to be checked
     """
 
@@ -30,6 +31,7 @@ class Step:
     slots: Tensor
     longest: int = 0
     prefix: slice | Tensor | None = None
+    prompts: int = 1
     adjacent: int = 1
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lowbit.engine.engine import Engine
 from lowbit.engine.generate import score_rows
-from lowbit.engine.passes import Reader
+from lowbit.engine.passes import SHARED_COUNTS, Reader
 from lowbit.engine.prefill import chunk_by_layers
 from lowbit.engine.runner import Runner, Written
 from lowbit.engine.sampler import Chosen, Features, Sampler, features_of
@@ -115,8 +115,7 @@ class Batch:
         try:
             if not graph.rows:
                 for _ in range(2):  # the first run of a length is captured by the second: see passes.py
-                    for _ in self.reader().read(slot.sequence, [0] * graph.length):
-                        pass
+                    self.pass_over([(slot.sequence, [0] * graph.length)] * graph.prompts)
                 return
             rows, batch, usual = graph.rows, len(self.slots.all), graph.sampling
             constraints = None if usual is None else self.engine.request(0, [0], usual).constraints
@@ -142,17 +141,32 @@ class Batch:
         job.tell(job, error)
 
     def read(self, job: Job) -> None:
-        """Read one chunk of a job's prompt. After the last one, choose the first token."""
+        """Read one chunk of a job's prompt, or the whole together with others. After the last chunk, choose the first
+        token."""
         if self.part is None:
             if not job.read:
                 self.begin(job)
             if self.ends_in_steps(job, job.read):
                 self.written_from(job, self.rest(job))
                 return
-        passes = self.part is None and not job.read and self.fits_pass(job)
-        hidden = self.whole(job) if passes else self.chunk(job)
-        if hidden is None:
+        if self.part is None and not job.read and self.fits_pass(job):
+            jobs = [job, *self.companions(job)]
+            places = [(each.slot.sequence, each.request.sequence) for each in jobs if each.slot is not None]
+            for each, hidden in zip(jobs, self.pass_over(places), strict=True):
+                try:
+                    self.take(each, hidden)
+                except EngineError as error:
+                    self.drop(each, error)
             return
+        found = self.chunk(job)
+        if found is not None:
+            self.take(job, found)
+
+    def take(self, job: Job, hidden: Tensor) -> None:
+        """Note that the next rows of a job's prompt are read. After the last one, choose the first token.
+
+        hidden  (rows, hidden)
+        """
         job.read += len(hidden)
         assert job.slot is not None
         job.slot.tokens = job.request.sequence[: job.read]
@@ -216,10 +230,23 @@ class Batch:
         longest = max(self.reader().lengths, default=0)
         return len(job.request.sequence) <= (min(longest, PASS_ROWS) if self.writing else longest)
 
-    def whole(self, job: Job) -> Tensor:
-        """Hidden states (rows, hidden) of a whole sequence."""
-        assert job.slot is not None
-        return torch.cat(list(self.reader().read(job.slot.sequence, job.request.sequence)))
+    def companions(self, job: Job) -> list[Job]:
+        """The next jobs whose whole prompts one pass reads together with that of `job`: one after another, each of a
+        crowd of short prompts would wait for a pass and a step of all before it."""
+        longest, found = self.reader().longest_shared, list[Job]()
+        if len(job.request.sequence) > longest:
+            return found
+        for other in self.reading[1:]:
+            if len(found) + 1 < SHARED_COUNTS[-1] and not other.read and len(other.request.sequence) <= longest:
+                self.begin(other)
+                found += [] if other.read else [other]
+        return found
+
+    def pass_over(self, given: Sequence[tuple[int, Sequence[int]]]) -> list[Tensor]:
+        """Hidden states (rows, hidden) of whole prompts, each a sequence of the cache and its tokens."""
+        if len(given) > 1:
+            return self.reader().read_together(given)
+        return [torch.cat(list(self.reader().read(*given[0])))]
 
     def chunk(self, job: Job) -> Tensor | None:
         """Hidden states (rows, hidden) of the next rows of a sequence, timed; None if others write a token first."""

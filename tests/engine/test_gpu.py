@@ -205,6 +205,21 @@ def check_captured_prompts(architecture, method: str, cache: str) -> None:
         assert relative(found[0], cpu.logits([prompt])[0]) < (0.05 if method == "w8a8" else 0.03)
 
 
+@pytest.mark.parametrize("cache", ["same", "int8"])
+@pytest.mark.parametrize("given", [PROMPTS[:2], [*PROMPTS[:3], list(range(9, 120))]])
+def test_captured_prompts_that_share_a_pass_are_those_read_alone(given, cache):
+    gpu, _ = engines(LLAMA, "w4", cache=cache)
+    reader = Workspace(gpu.spaces).roomy_reader(len(given), 256)
+    with torch.inference_mode():
+        runs = [reader.read_together(list(enumerate(given))) for _ in range(3)]
+        [shared] = reader.shared.values()
+        assert shared.graph is not None
+        for at, tokens in enumerate(given):
+            alone = torch.cat(list(reader.read(at, tokens)))
+            assert all(torch.equal(run[at], runs[0][at]) for run in runs)
+            assert relative(runs[0][at], alone) < 0.01
+
+
 @pytest.mark.parametrize("cache", ["same", "int8", "fp8", "int4"])
 @pytest.mark.parametrize("rows", [2, 5, 8])
 def test_drafts_are_checked_as_rows_of_their_own_would_be(rows, cache):

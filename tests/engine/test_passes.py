@@ -9,6 +9,7 @@ from lowbit.engine.passes import LENGTHS, Reader
 from lowbit.engine.prefill import read_prompt
 from tests.builders import make_model, save
 from tests.engine.make import tiny
+from tests.engine.test_families import built
 
 PROMPT = list(range(3, 24))
 
@@ -36,6 +37,20 @@ def test_a_padded_pass_computes_the_prompt(family, tmp_path):
             [hidden] = reader.read(sequence, tokens)
             torch.testing.assert_close(hidden, alone(model, tokens), atol=2e-5, rtol=1e-4)
     assert sorted(reader.passes) == [8, 16, 32]
+
+
+@pytest.mark.parametrize("case", ["llama", "mistral", "gemma2", "gpt2", "phi3", "deepseek_v2", "gpt_oss"])
+def test_prompts_that_share_a_pass_are_computed_as_alone(case, tmp_path):
+    save(built(case), tmp_path)
+    model = engine.load(tmp_path, device="cpu", context=64)
+    reader = Reader(model.decoder, model.spaces.make_cache(3, 64))
+    reader.lengths = LENGTHS
+    given = [(2, PROMPT), (0, PROMPT[5:]), (1, [7])]
+    with torch.inference_mode():
+        for some in (given[:2], given, given[1:]):
+            for hidden, (_, tokens) in zip(reader.read_together(some), some, strict=True):
+                torch.testing.assert_close(hidden, alone(model, tokens), atol=2e-5, rtol=1e-4)
+    assert sorted(reader.shared) == [(64, 2), (64, 4)]
 
 
 def test_the_cache_then_serves_steps(tmp_path):
@@ -80,3 +95,5 @@ def test_a_pass_that_does_not_fit_goes_in_pieces(tmp_path, monkeypatch):
     monkeypatch.setattr(model.decoder, "hidden", short_of_memory)
     with torch.inference_mode():
         assert torch.equal(torch.cat(list(reader.read(1, PROMPT))), alone(model, PROMPT))
+        for hidden in reader.read_together([(0, PROMPT), (1, PROMPT)]):
+            assert torch.equal(hidden, alone(model, PROMPT))

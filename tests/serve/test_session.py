@@ -323,12 +323,25 @@ def test_the_rest_of_a_prompt_is_read_by_steps_where_graphs_are(model, monkeypat
     assert reused == [0, 31, 47, 64]
 
 
+def test_short_prompts_that_wait_share_a_pass(model):
+    prompts = [list(range(at, at + 20 + at)) for at in range(5)]
+    given = model.requests([*prompts, [9] * 70], replace(SETTINGS[0], max_new_tokens=5))
+    with Session(model, sequences=6) as session:
+        reader = session.batch.reader()
+        reader.lengths = LENGTHS
+        jobs = ask(session, given)
+        assert sorted(reader.shared) == [(64, 4), (128, 2)]
+    for job in jobs:
+        wanted = model.generate([job.request.prompt], replace(SETTINGS[0], max_new_tokens=5))[0]
+        assert job.request.completion().tokens == wanted.tokens
+
+
 def test_expected_graphs_are_captured_while_there_is_no_work(model):
     with Session(model, sequences=2) as session:
         first = list(session.stream([5] * 20, SETTINGS[0]))
         with session.changed:
             session.batch.cold.extend(
-                (Graph(128, 2, SETTINGS[1]), Graph(16), Graph(128, 16), Graph(128, 1, Sampling()))
+                (Graph(128, 2, SETTINGS[1]), Graph(16), Graph(128, 16), Graph(128, 1, Sampling()), Graph(64, prompts=2))
             )
             session.changed.notify()
         deadline = time.monotonic() + 10
@@ -350,9 +363,11 @@ def test_a_pass_is_shorter_while_other_requests_write(lengths, writing, most):
 
 
 def test_graphs_are_expected_for_every_number_of_rows_and_both_reaches():
-    reader = SimpleNamespace(cache=SimpleNamespace(batch=3, context=4096), lengths=(8, 1024, 8192))
+    cache = SimpleNamespace(batch=3, context=4096)
+    reader = SimpleNamespace(cache=cache, lengths=(8, 1024, 8192), longest_shared=128)
     found = expected(reader, (Sampling(),))
-    assert [graph.length for graph in found if not graph.rows] == [8, 1024]
+    assert [graph.length for graph in found if not graph.rows and graph.prompts == 1] == [8, 1024]
+    assert [(graph.length, graph.prompts) for graph in found if graph.prompts > 1] == [(64, 2), (128, 2)]
     assert [graph.length for graph in found if graph.rows == 16] == [1024, 4096]
     assert {(graph.rows, graph.length) for graph in found if graph.sampling} == {
         (rows, length) for rows in (1, 2, 4) for length in (1024, 4096)
