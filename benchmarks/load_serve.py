@@ -52,6 +52,7 @@ BAD = (
     (b" " * (3 << 20), 413),
 )
 GROWTH = 0.02  # of the server's memory
+LEAVE = 10  # seconds for the children of a killed server to end
 END = 120  # seconds for a server to end, on a machine with other work
 
 
@@ -81,11 +82,12 @@ class Server:
         return process
 
     def replace(self) -> list[psutil.Process]:
-        """Kill the process and start another one. Children of the killed one that still live."""
+        """Kill the process and start another one. Children of the killed one that live on after LEAVE seconds: they
+        end when they find their pipes closed, which takes a while."""
         children = psutil.Process(self.process.pid).children(recursive=True)
         self.process.kill()
         self.process.wait(20)
-        left = [child for child in children if child.is_running()]
+        _, left = psutil.wait_procs(children, LEAVE)
         self.process = self.start()
         return left
 
