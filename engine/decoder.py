@@ -82,7 +82,8 @@ class Decoder:
 
     def step(self, tokens: Tensor, positions: Tensor, starts: Tensor) -> Step:
         """A decode step: each row is the last position of its sequence."""
-        return Step(tokens, positions, self.turns_at(positions, positions + 1), starts, starts + positions)
+        turns = self.turns_at(positions, positions + 1)
+        return Step(tokens, positions, turns, starts, starts + positions, alone=True)
 
     def embed(self, step: Step) -> Tensor:
         """The rows' embeddings (m, hidden)."""

@@ -15,7 +15,7 @@ from lowbit.engine.latent import Latent
 from lowbit.engine.products import Hidden, Norm, Product, rounds_late
 from lowbit.engine.step import Step, Turns
 from lowbit.quant.kernels import ops
-from lowbit.quant.kernels.decode_attention import AppendCall, AttentionCall, reason_against
+from lowbit.quant.kernels.decode_attention import AppendCall, AttentionCall, NewCall, reason_against
 from lowbit.quant.kernels.kv_cache import KVCache
 from lowbit.quant.kernels.packed import TILE_ROWS
 from lowbit.quant.kernels.problem import Rotary
@@ -53,19 +53,35 @@ class Attention:
         """x + attention for rows (m, hidden). Also writes their keys and values to the cache."""
         if self.latent is not None:
             return self.o.onto(x.h, self.latent(self.qkv(x), step, turns, cache, self.index))
-        q = self.heads(x, step, turns, cache.layers[self.index])
-        return self.o.onto(x.h, self.attend(q, step, cache))
+        return self.o.onto(x.h, self.attended(x, step, turns, cache))
+
+    def attended(self, x: Hidden, step: Step, turns: Turns, cache: Cache) -> Tensor:
+        """The rows' attention (m, heads * head_dim). k and v, rotated, go to the cache."""
+        kv, layer = cache.layers[self.index], self.layer
+        if not step.alone or self.product_turns(kv):
+            return self.attend(self.heads(x, step, turns, kv), step, cache)
+        bounds = layer.scale, layer.window or 0, self.architecture.softcap or 0.0, step.longest
+        append = self.append(x, step, turns, kv)
+        return ops.attend_new(NewCall(append, step.starts, step.positions, *bounds, self.sinks))
+
+    def product_turns(self, kv: KVCache) -> bool:
+        """True if the qkv product itself rotates its heads and appends them to `kv`."""
+        return kv.k_scales is None and self.q_norm is None and self.qkv.weight.turns(kv.head_dim)
 
     def heads(self, x: Hidden, step: Step, turns: Turns, kv: KVCache) -> Tensor:
         """q (m, heads * head_dim), rotated; k and v go to the cache."""
-        places = step.turns, step.slots, turns.cosines, turns.sines
-        if kv.k_scales is None and self.q_norm is None and self.qkv.weight.turns(kv.head_dim):
-            return self.qkv.turned(x, Rotary(*places, kv.k, kv.v))
+        if self.product_turns(kv):
+            return self.qkv.turned(x, Rotary(step.turns, step.slots, turns.cosines, turns.sines, kv.k, kv.v))
+        return ops.append_heads(self.append(x, step, turns, kv))
+
+    def append(self, x: Hidden, step: Step, turns: Turns, kv: KVCache) -> AppendCall:
+        """The append of the heads of x."""
         a, qkv = self.architecture, self.qkv(x)
         norms = self.q_norm, self.k_norm, a.norm_eps
         if a.joint_head_norms:
             qkv, norms = self.normed_together(qkv), (None, None, a.norm_eps)
-        return ops.append_heads(AppendCall(qkv, *places, kv, *norms, self.qkv.hints.dependent))
+        places = step.turns, step.slots, turns.cosines, turns.sines
+        return AppendCall(qkv, *places, kv, *norms, self.qkv.hints.dependent)
 
     def normed_together(self, qkv: Tensor) -> Tensor:
         """The outputs (m, rows) of the qkv product, with one norm over all heads of q, and one over those of k."""

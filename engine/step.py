@@ -22,6 +22,7 @@ class Step:
                        row is a sequence's last position
     prompts            the prefix's sequences, of equal numbers of rows; all rows are new where there are several
     adjacent           adjacent rows that are consecutive positions of one sequence: drafts to be checked
+    alone              True: each row has a sequence of its own, whose last position it is
     """
 
     tokens: Tensor
@@ -33,6 +34,7 @@ class Step:
     prefix: slice | Tensor | None = None
     prompts: int = 1
     adjacent: int = 1
+    alone: bool = False
 
 
 @dataclass(frozen=True)

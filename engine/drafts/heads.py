@@ -105,7 +105,7 @@ class Continued(ABC):
         tokens = [self.targets[self.scores(features).argmax(-1)]]
         while len(tokens) < most:
             places = places + 1
-            following = Step(tokens[-1], places, places, starts, starts + places, step.longest)
+            following = Step(tokens[-1], places, places, starts, starts + places, step.longest, alone=True)
             features = self.forward(features, following, cache)
             tokens.append(self.targets[self.scores(features).argmax(-1)])
         return torch.stack(tokens, 1)

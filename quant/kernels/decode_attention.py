@@ -33,7 +33,7 @@ MANY_WARPS_DIM = 128  # widest heads whose chunks fit in the registers of so man
 LEAST_POSITIONS = 32  # of each warp of a long sequence
 PARTS = 8  # of a GPU: a cluster runs in one of them
 SHORT_BLOCKS, LONG_BLOCKS = 1.95, 2.5  # most blocks per multiprocessor after splitting
-APPEND_FIELDS = ("qkv", "positions", "slots", "cosines", "sines", "q_norm", "k_norm", "norm_eps")
+MADE_FIELDS = ("qkv", "positions", "cosines", "sines", "q_norm", "k_norm", "norm_eps")
 ATTENTION_FIELDS = ("q", "starts", "positions", "scale", "window", "softcap", "sinks", "adjacent")
 
 
@@ -45,6 +45,8 @@ class AppendCall:
     positions       (m) int64            slots (m) int64, each token's slot in the cache
     cosines, sines  (max position, head_dim / 2) float32; inputs j and j + head_dim / 2 of a head are rotated together
     q_norm, k_norm  (head_dim)           weights of an RMS norm on each head of q and k before rotation, or None
+    dependent       as in problem.PackedCall. positions and slots are read before the previous kernel has finished, so
+                    no kernel that this launch may overlap may write them
     """
 
     qkv: Tensor
@@ -110,6 +112,36 @@ class AttentionCall:
         return torch.empty_like(self.q)
 
 
+@dataclass(frozen=True)
+class NewCall:
+    """AttentionCall of heads that are appended first, in one launch.
+
+    append     its slots are starts + positions, each in a sequence of its own; its positions are those of the tables
+    positions  (m) int64  in the sequences
+    Other fields are AttentionCall's.
+    """
+
+    append: AppendCall
+    starts: Tensor
+    positions: Tensor
+    scale: float
+    window: int = 0
+    softcap: float = 0.0
+    longest: int = 0
+    sinks: Tensor | None = None
+
+    def after(self, q: Tensor) -> AttentionCall:
+        """The attention of q (m, heads * head_dim), which `append` returned."""
+        bounds = self.window, self.softcap, self.longest
+        return AttentionCall(
+            q, self.append.cache, self.starts, self.positions, self.scale, *bounds, self.append.dependent, self.sinks
+        )
+
+    def empty(self) -> Tensor:
+        """Memory for the output."""
+        return self.append.empty()
+
+
 def check_append(call: AppendCall) -> None:
     """ValueError, with numbers, if the tensors do not fit together."""
     cache, m, qkv = call.cache, call.qkv.shape[0], call.qkv
@@ -157,7 +189,7 @@ def append(call: AppendCall) -> Tensor:
     if len(call.qkv) == 0 or reason_against(call.qkv, call.cache):
         return append_reference(call)
     q = call.empty()
-    args = {name: getattr(call, name) for name in APPEND_FIELDS}
+    args = {"made": made_fields(call), "slots": call.slots}
     args |= {"q": q, "m": q.shape[0], "heads": call.heads, "cache": cache_fields(call.cache)}
     launch("append_heads", q.dtype, call.cache.number.name, device=q.device, args=args, dependent=call.dependent)
     return q
@@ -179,10 +211,31 @@ def attend(call: AttentionCall) -> Tensor:
         return call.empty()
     if reason_against(call.q, call.cache):
         return attend_reference(call)
-    check_alignment(q=call.q, k=call.cache.k, v=call.cache.v)
+    check_alignment(q=call.q)
+    return run_attention(call, made_fields(None))
+
+
+def attend_new(call: NewCall) -> Tensor:
+    """The same for heads that are appended to the cache first."""
+    append = call.append
+    check_append(append)
+    attention = call.after(append.empty())
+    check_attention(attention)
+    if len(append.qkv) == 0:
+        return call.empty()
+    if reason_against(append.qkv, append.cache):
+        return attend_reference(call.after(append_reference(append)))
+    return run_attention(attention, made_fields(append))
+
+
+def run_attention(call: AttentionCall, made: dict[str, Any]) -> Tensor:
+    """The result of `call` by the kernel, which makes q itself if `made` has heads."""
+    check_alignment(k=call.cache.k, v=call.cache.v)
     out = call.empty()
     args = {name: getattr(call, name) for name in ATTENTION_FIELDS}
-    args |= {"out": out, "m": out.shape[0], "heads": call.heads, "cache": cache_fields(call.cache)}
+    args |= {"out": out, "m": out.shape[0], "heads": call.heads, "cache": cache_fields(call.cache), "made": made}
+    if made["qkv"] is not None:
+        args["q"] = None
     properties = torch.cuda.get_device_properties(out.device)
     clusters_exist = (properties.major, properties.minor) >= (9, 0)
     fast = has_fast_memory(out.device)
@@ -266,6 +319,13 @@ def reason_against(heads: Tensor, cache: KVCache) -> str | None:
 def cache_fields(cache: KVCache) -> dict[str, Any]:
     """The kernels' struct of a cache."""
     return vars(cache) | {"kv_heads": cache.kv_heads, "head_dim": cache.head_dim}
+
+
+def made_fields(call: AppendCall | None) -> dict[str, Any]:
+    """The kernels' struct of new heads; None: of none."""
+    return (
+        {name: getattr(call, name) for name in MADE_FIELDS} if call else dict.fromkeys(MADE_FIELDS) | {"norm_eps": 0.0}
+    )
 
 
 def append_reference(call: AppendCall) -> Tensor:

@@ -23,7 +23,7 @@ from lowbit.quant.kernels import (
     wna16_experts,
 )
 from lowbit.quant.kernels.choose_tokens import ChoiceCall
-from lowbit.quant.kernels.decode_attention import AppendCall, AttentionCall
+from lowbit.quant.kernels.decode_attention import AppendCall, AttentionCall, NewCall
 from lowbit.quant.kernels.dense import DenseCall
 from lowbit.quant.kernels.gptq_block import BlockCall
 from lowbit.quant.kernels.packed import PackedWeight
@@ -213,6 +213,14 @@ append_heads = Operator(
 )
 # Attention of few tokens over their sequences' cache, (m, heads * head_dim). See AttentionCall.
 attend = Operator("decode_attention", AttentionCall, decode_attention.attend, AttentionCall.empty)
+# Both in one launch, of rows that have a sequence each. See NewCall.
+attend_new = Operator(
+    "append_and_attend",
+    NewCall,
+    decode_attention.attend_new,
+    NewCall.empty,
+    writes=("append_cache_k", "append_cache_v", "append_cache_k_scales", "append_cache_v_scales"),
+)
 # Writes each row's token and advances the row. See ChoiceCall.
 choose = Operator(
     "choose_tokens",

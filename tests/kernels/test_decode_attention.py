@@ -13,6 +13,7 @@ from lowbit.quant.kernels.decode_attention import (
     SHORT,
     AppendCall,
     AttentionCall,
+    NewCall,
     append_reference,
     attend_reference,
     choose_cut,
@@ -236,6 +237,39 @@ def test_attention_refuses_what_does_not_fit(change, message):
         ops.attend(replace(attention_of(call, torch.zeros(2, 32)), **change))
 
 
+def new_call_of(call: AppendCall, **settings) -> NewCall:
+    """The append of `call` and the attention to it, in one call."""
+    return NewCall(call, call.slots - call.positions, call.positions, call.cache.head_dim**-0.5, **settings)
+
+
+def copied(call: AppendCall) -> AppendCall:
+    """The same call with a cache of its own."""
+    return replace(call, cache=KVCache(*(None if part is None else part.clone() for part in vars(call.cache).values())))
+
+
+@pytest.mark.parametrize("cache", CACHE_NUMBERS)
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("shape", [(4, 4, 128), (8, 2, 64), (32, 2, 128), (4, 1, 256)])
+def test_one_call_appends_and_attends_as_two_do(shape, device, cache):
+    for positions, window in (([0], 0), ([16, 15, 64, 63, 0], 0), ([2047, 130], 0), ([1000, 3], 64)):
+        call = make_append(shape, positions, torch.float16, cache, device)
+        apart = copied(call)
+        wanted = ops.attend(attention_of(apart, ops.append_heads(apart), window=window))
+        assert torch.equal(ops.attend_new(new_call_of(call, window=window)), wanted)
+        for part, same in zip(vars(call.cache).values(), vars(apart.cache).values(), strict=True):
+            assert part is same is None or torch.equal(part.view(torch.uint8), same.view(torch.uint8))
+
+
+def test_heads_that_do_not_fit_are_refused_before_they_are_appended():
+    call = make_append((2, 2, 16), [7, 9], torch.float32, cache="same")
+    before = call.cache.k.clone()
+    with pytest.raises(ValueError, match="starts has the shape"):
+        ops.attend_new(replace(new_call_of(call), starts=torch.zeros(3, dtype=torch.int64)))
+    with pytest.raises(ValueError, match="k_norm has the shape"):
+        ops.attend_new(new_call_of(replace(call, k_norm=torch.zeros(8))))
+    assert torch.equal(call.cache.k, before)
+
+
 def test_a_cut_depends_on_sizes_alone():
     for m, shape, processors, long, short in (
         (1, (32, 32, 128), 132, 8, 4),
@@ -295,6 +329,7 @@ def test_operators_pass_opcheck():
         torch.randn(2, 32), call.cache, call.slots - call.positions, call.positions, 0.25, 4, 0.0, 64
     )
     opcheck(ops.attend, attention)
+    opcheck(ops.attend_new, new_call_of(replace(call, q_norm=None), window=4))
 
 
 @pytest.mark.gpu

@@ -30,26 +30,33 @@ struct KvCache {
   FIELD(int, head_dim);
 };
 
-struct AppendHeadsArgs {
-  LOWBIT_STRUCT(AppendHeadsArgs);
+// The heads of new tokens. All but qkv must not be written by a kernel that the reader may overlap.
+struct NewHeadsArgs {
+  LOWBIT_STRUCT(NewHeadsArgs);
   FIELD(const void*, qkv);           // (m, heads + 2 kv_heads, head_dim)
-  FIELD(const int64_t*, positions);  // (m)
-  FIELD(const int64_t*, slots);      // (m)
+  FIELD(const int64_t*, positions);  // (m) in the tables
   FIELD(const float*, cosines);      // (positions, head_dim / 2)
   FIELD(const float*, sines);
   FIELD(const void*, q_norm);        // (head_dim) or null
   FIELD(const void*, k_norm);
+  FIELD(float, norm_eps);
+};
+
+struct AppendHeadsArgs {
+  LOWBIT_STRUCT(AppendHeadsArgs);
+  FIELD(NewHeadsArgs, made);
+  FIELD(const int64_t*, slots);      // (m) not to be written by a kernel that this one may overlap
   FIELD(void*, q);                   // (m, heads, head_dim)
   FIELD(KvCache, cache);
   FIELD(int, m);
   FIELD(int, heads);
-  FIELD(float, norm_eps);
 };
 
 // Positions of a sequence before its last m must not be written by a kernel that this one may overlap.
 struct DecodeAttentionArgs {
   LOWBIT_STRUCT(DecodeAttentionArgs);
-  FIELD(const void*, q);             // (m, heads, head_dim)
+  FIELD(const void*, q);             // (m, heads, head_dim); null: the heads of each row, whose sequence is its own,
+  FIELD(NewHeadsArgs, made);         // are made here, and k and v appended to the cache
   FIELD(const int64_t*, starts);     // (m) slot of position 0
   FIELD(const int64_t*, positions);  // (m)
   FIELD(void*, out);                 // (m, heads, head_dim)
@@ -94,40 +101,64 @@ __device__ inline float warp_max(float value) {
 
 // ---- append ----
 
-constexpr int kPairs = 4;  // per lane: heads are at most 256 wide
+constexpr int kMostPairs = 4;  // per lane: heads are at most 256 wide
 
 // A head in a warp: a lane's pair i has inputs j and j + head_dim / 2, with j = lane + 32 i.
+template <int kPairs>
 struct Head {
-  float low[kPairs], high[kPairs];
+  float low[kPairs] = {}, high[kPairs] = {};
+
+  template <typename T>
+  __device__ void read(const T* source, int half, int lane) {
+#pragma unroll
+    for (int i = 0; i < kPairs; ++i) {
+      const int j = lane + 32 * i;
+      if (j >= half) break;
+      low[i] = to_float(source[j]);
+      high[i] = to_float(source[j + half]);
+    }
+  }
 };
 
-template <typename T>
-__device__ void norm_head(Head& head, const void* weight, float eps, int half, int lane) {
-  if (weight == nullptr) return;
+// A lane's cosines (low) and sines (high) of a row.
+template <int kPairs>
+__device__ Head<kPairs> read_turns(const NewHeadsArgs& args, int row, int half, int lane) {
+  Head<kPairs> turns;
+  const int64_t first = args.positions[row] * half;
+#pragma unroll
+  for (int i = 0; i < kPairs; ++i) {
+    const int j = lane + 32 * i;
+    if (j >= half) break;
+    turns.low[i] = args.cosines[first + j];
+    turns.high[i] = args.sines[first + j];
+  }
+  return turns;
+}
+
+// The RMS norm of a head, whose weight the lane has.
+template <int kPairs>
+__device__ void norm_head(Head<kPairs>& head, const Head<kPairs>& weight, float eps, int half) {
   float sum = 0.f;
   for (int i = 0; i < kPairs; ++i) sum += head.low[i] * head.low[i] + head.high[i] * head.high[i];
   const float factor = rsqrtf(warp_sum(sum) / (2 * half) + eps);
   for (int i = 0; i < kPairs; ++i) {
-    const int j = lane + 32 * i;
-    if (j >= half) break;
-    head.low[i] *= factor * to_float(static_cast<const T*>(weight)[j]);
-    head.high[i] *= factor * to_float(static_cast<const T*>(weight)[j + half]);
+    head.low[i] *= factor * weight.low[i];
+    head.high[i] *= factor * weight.high[i];
   }
 }
 
-__device__ inline void rotate_head(Head& head, const AppendHeadsArgs& args, int64_t position, int half, int lane) {
+template <int kPairs>
+__device__ void rotate_head(Head<kPairs>& head, const Head<kPairs>& turns) {
   for (int i = 0; i < kPairs; ++i) {
-    const int j = lane + 32 * i;
-    if (j >= half) break;
-    const float cosine = args.cosines[position * half + j], sine = args.sines[position * half + j];
-    const float low = head.low[i] * cosine - head.high[i] * sine;
-    head.high[i] = head.high[i] * cosine + head.low[i] * sine;
+    const float low = head.low[i] * turns.low[i] - head.high[i] * turns.high[i];
+    head.high[i] = head.high[i] * turns.low[i] + head.low[i] * turns.high[i];
     head.low[i] = low;
   }
 }
 
 // A head times the Hadamard matrix of its width, a power of two from 64 on, over its square root.
-__device__ inline void turn_head(Head& head, int half, int lane) {
+template <int kPairs>
+__device__ void turn_head(Head<kPairs>& head, int half, int lane) {
 #pragma unroll
   for (int offset = 1; offset < 32; offset *= 2) {
     for (int i = 0; i < kPairs; ++i) {
@@ -155,8 +186,8 @@ __device__ inline void turn_head(Head& head, int half, int lane) {
   }
 }
 
-template <typename Target, typename Convert>
-__device__ void store_head(const Head& head, Target* target, int half, int lane, Convert convert) {
+template <typename Target, int kPairs, typename Convert>
+__device__ void store_head(const Head<kPairs>& head, Target* target, int half, int lane, Convert convert) {
   for (int i = 0; i < kPairs; ++i) {
     const int j = lane + 32 * i;
     if (j >= half) break;
@@ -173,8 +204,8 @@ struct Place {
   int kv_head;
 };
 
-template <typename T>
-__device__ void store_codes(SameCache, const Head& head, const Place& place, int half, int lane) {
+template <typename T, int kPairs>
+__device__ void store_codes(SameCache, const Head<kPairs>& head, const Place& place, int half, int lane) {
   T* target = static_cast<T*>(place.values) + place.index * 2 * half;
   store_head(head, target, half, lane, [](float value) { return from_float<T>(value); });
 }
@@ -189,8 +220,8 @@ __device__ float store_scale(float scale, const Place& place, int lane) {
 }
 
 // By absmax / 127; NaN if an input is NaN.
-template <typename T>
-__device__ void store_codes(Int8Cache, const Head& head, const Place& place, int half, int lane) {
+template <typename T, int kPairs>
+__device__ void store_codes(Int8Cache, const Head<kPairs>& head, const Place& place, int half, int lane) {
   float largest = 0.f;
   for (int i = 0; i < kPairs; ++i) largest = max_or_nan(largest, max_or_nan(fabsf(head.low[i]), fabsf(head.high[i])));
   const float divisor = store_scale<T>(warp_max(largest) / kInt8Limit, place, lane);
@@ -200,8 +231,8 @@ __device__ void store_codes(Int8Cache, const Head& head, const Place& place, int
 }
 
 // By the head's scale; beyond 448 of it clamped, NaN stays.
-template <typename T>
-__device__ void store_codes(Fp8Cache, const Head& head, const Place& place, int half, int lane) {
+template <typename T, int kPairs>
+__device__ void store_codes(Fp8Cache, const Head<kPairs>& head, const Place& place, int half, int lane) {
   const float divisor = static_cast<const float*>(place.scales)[place.kv_head];
   store_head(head, static_cast<uint8_t*>(place.values) + place.index * 2 * half, half, lane, [divisor](float value) {
     return static_cast<uint8_t>(__nv_cvt_float_to_fp8(value / divisor, __NV_SATFINITE, __NV_E4M3));
@@ -209,7 +240,8 @@ __device__ void store_codes(Fp8Cache, const Head& head, const Place& place, int 
 }
 
 // The codes of one half of a head: 8 lanes have the elements of a word.
-__device__ inline void store_nibbles(const float (&values)[kPairs], float divisor, uint32_t* target, int half,
+template <int kPairs>
+__device__ void store_nibbles(const float (&values)[kPairs], float divisor, uint32_t* target, int half,
                                      int lane) {
   for (int i = 0; i < kPairs; ++i) {
     if (32 * i >= half) break;
@@ -221,8 +253,8 @@ __device__ inline void store_nibbles(const float (&values)[kPairs], float diviso
 }
 
 // By the number of largest magnitude over -8; NaN if an input is NaN.
-template <typename T>
-__device__ void store_codes(Int4Cache, const Head& head, const Place& place, int half, int lane) {
+template <typename T, int kPairs>
+__device__ void store_codes(Int4Cache, const Head<kPairs>& head, const Place& place, int half, int lane) {
   float most = -INFINITY, least = -INFINITY;  // of the head, and of the head times -1
   for (int i = 0; i < kPairs; ++i) {
     if (32 * i >= half) break;
@@ -236,6 +268,16 @@ __device__ void store_codes(Int4Cache, const Head& head, const Place& place, int
   store_nibbles(head.high, divisor, words + half / 8, half, lane);
 }
 
+// Norm and rotation of a head of q or k.
+template <typename Codes, int kPairs>
+__device__ void finish_head(Head<kPairs>& head, const void* norm, const Head<kPairs>& weight, float eps,
+                            const Head<kPairs>& turns, int half, int lane) {
+  if (norm != nullptr) norm_head(head, weight, eps, half);
+  rotate_head(head, turns);
+  if (Codes::kRotated) turn_head(head, half, lane);
+}
+
+// Constants, and inputs of the step, are read before the previous kernel has finished.
 template <typename T, typename Codes>
 __global__ void __launch_bounds__(kAppendThreads) append_heads_kernel(const __grid_constant__ AppendHeadsArgs args) {
   const KvCache& cache = args.cache;
@@ -244,41 +286,36 @@ __global__ void __launch_bounds__(kAppendThreads) append_heads_kernel(const __gr
   const int unit = blockIdx.x * (kAppendThreads / 32) + threadIdx.x / 32;
   const int row = unit / heads, index = unit % heads;
   allow_next_kernel();
-  wait_for_previous_kernel();
-  if (row >= args.m) return;
-  const T* source = static_cast<const T*>(args.qkv) + static_cast<int64_t>(unit) * cache.head_dim;
-  Head head = {};
-  for (int i = 0; i < kPairs; ++i) {
-    const int j = lane + 32 * i;
-    if (j >= half) break;
-    head.low[i] = to_float(source[j]);
-    head.high[i] = to_float(source[j + half]);
-  }
+  if (row >= args.m) return wait_for_previous_kernel();
   const bool is_q = index < args.heads, is_k = !is_q && index < args.heads + cache.kv_heads;
-  if (is_q || is_k) {
-    norm_head<T>(head, is_q ? args.q_norm : args.k_norm, args.norm_eps, half, lane);
-    rotate_head(head, args, args.positions[row], half, lane);
-  }
-  if (Codes::kRotated && (is_q || is_k)) turn_head(head, half, lane);
-  if (is_q) {
-    const Place place = {args.q, nullptr, static_cast<int64_t>(row) * args.heads + index, 0};
-    return store_codes<T>(SameCache{}, head, place, half, lane);
-  }
+  const NewHeadsArgs& made = args.made;
+  const void* norm = is_q ? made.q_norm : is_k ? made.k_norm : nullptr;
+  Head<kMostPairs> head, turns, weight;
+  if (is_q || is_k) turns = read_turns<kMostPairs>(made, row, half, lane);
+  if (norm != nullptr) weight.read(static_cast<const T*>(norm), half, lane);
   const int kv_head = (index - args.heads) % cache.kv_heads;
-  const int64_t place = args.slots[row] * cache.kv_heads + kv_head;
+  const int64_t place = is_q ? 0 : args.slots[row] * cache.kv_heads + kv_head;
+  wait_for_previous_kernel();
+  head.read(static_cast<const T*>(made.qkv) + static_cast<int64_t>(unit) * cache.head_dim, half, lane);
+  if (is_q || is_k) finish_head<Codes>(head, norm, weight, made.norm_eps, turns, half, lane);
+  if (is_q) {
+    const Place into = {args.q, nullptr, static_cast<int64_t>(row) * args.heads + index, 0};
+    return store_codes<T>(SameCache{}, head, into, half, lane);
+  }
   if (is_k) store_codes<T>(Codes{}, head, {cache.k, cache.k_scales, place, kv_head}, half, lane);
   else store_codes<T>(Codes{}, head, {cache.v, cache.v_scales, place, kv_head}, half, lane);
 }
 
 // ---- attention ----
 
-template <typename T_, typename Codes_, int kDim_, int kWarps_ = 4>
+template <typename T_, typename Codes_, int kDim_, bool kAppends_, int kWarps_ = 4>
 struct Shape {
   using T = T_;
   using Codes = Codes_;
   using Product = typename Codes::template Product<T>;
   static constexpr int kBits = Codes::kBits;
   static constexpr int kDim = kDim_;                        // at least head_dim
+  static constexpr bool kAppends = kAppends_;               // True if the kernel itself makes and appends new heads
   static constexpr int kWarps = kWarps_, kThreads = kWarps * 32;
   static constexpr int kMostSplits = 8;                     // a cluster that fits everywhere
   static constexpr int kVector = 128 / kBits;               // elements in 16 bytes
@@ -339,6 +376,7 @@ struct Span {
   int pitch;            // bytes between positions
   int scale_pitch;      // scales between positions
   int length, settled;  // positions of the last row; positions that no running kernel writes, at least 0
+  int readable;         // positions in the cache: all but the new one where this kernel appends it
   int head_dim;
   float scale;          // of all scores
 };
@@ -363,7 +401,9 @@ __device__ Span span_of(const DecodeAttentionArgs& args, int kv_head) {
   span.pitch = cache.kv_heads * row_bytes;
   span.scale_pitch = cache.kv_heads;
   span.length = position + 1 - begin;
-  span.settled = max(0, span.length - args.m);  // a step of m rows writes at most the last m positions of a sequence
+  // a step of m rows writes at most the last m positions of a sequence
+  span.settled = S::kAppends ? span.length - 1 : max(0, span.length - args.m);
+  span.readable = S::kAppends ? span.length - 1 : span.length;
   span.head_dim = cache.head_dim;
   return span;
 }
@@ -385,33 +425,45 @@ struct Chunk {
   ValueVector v[4][S::kValueVectors];    // rows 2 member, + 1, + 8, + 9; vector `group` of each eight
   float scale;  // of tokens: of k for lanes 0 to 15, the others log_of_scale of v's: position lane % 16
 
-  __device__ void read_keys(const Span& span, Lane lane, int first, int from, int to) {
+  // load(row, vector) returns the 16 bytes of a position.
+  template <typename Load>
+  __device__ void fill_keys(const Span& span, Lane lane, int first, int from, int to, Load load) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const int row = first + lane.group + 8 * r;
       if (static_cast<unsigned>(row - from) >= static_cast<unsigned>(to - from)) continue;
-      const char* start = span.k + static_cast<int64_t>(row) * span.pitch;
 #pragma unroll
       for (int i = 0; i < S::kKeyVectors; ++i) {
         const int vector = 4 * i + lane.member;
-        if (vector * S::kVector < span.head_dim) k[r][i] = __ldcg(reinterpret_cast<const uint4*>(start) + vector);
+        if (vector * S::kVector < span.head_dim) k[r][i] = load(row, vector);
       }
     }
   }
 
-  __device__ void read_values(const Span& span, Lane lane, int first, int from, int to) {
+  template <typename Load>
+  __device__ void fill_values(const Span& span, Lane lane, int first, int from, int to, Load load) {
 #pragma unroll
     for (int r = 0; r < 4; ++r) {
       const int row = first + 2 * lane.member + r % 2 + r / 2 * 8;
       if (static_cast<unsigned>(row - from) >= static_cast<unsigned>(to - from)) continue;
-      const char* start = span.v + static_cast<int64_t>(row) * span.pitch;
 #pragma unroll
       for (int i = 0; i < S::kValueVectors; ++i) {
         const int vector = 8 * i + lane.group;
-        if (vector * S::kValueVector < span.head_dim)
-          v[r][i] = __ldcg(reinterpret_cast<const ValueVector*>(start) + vector);
+        if (vector * S::kValueVector < span.head_dim) v[r][i] = load(row, vector);
       }
     }
+  }
+
+  __device__ void read_keys(const Span& span, Lane lane, int first, int from, int to) {
+    fill_keys(span, lane, first, from, to, [&](int row, int vector) {
+      return __ldcg(reinterpret_cast<const uint4*>(span.k + static_cast<int64_t>(row) * span.pitch) + vector);
+    });
+  }
+
+  __device__ void read_values(const Span& span, Lane lane, int first, int from, int to) {
+    fill_values(span, lane, first, from, to, [&](int row, int vector) {
+      return __ldcg(reinterpret_cast<const ValueVector*>(span.v + static_cast<int64_t>(row) * span.pitch) + vector);
+    });
   }
 
   __device__ void read_scales(const Span& span, int first, int from, int to) {
@@ -442,21 +494,27 @@ struct Queries {
   uint32_t pairs[S::kDim / 8];
   float offsets[2] = {};  // initial scores of heads 2 member and 2 member + 1
 
-  __device__ void read(const DecodeAttentionArgs& args, const Columns& columns, Lane lane) {
-    using T = typename S::T;
-    const int head_dim = args.cache.head_dim;
-    const T* head = static_cast<const T*>(args.q) + columns.head_of(args, lane.group) * head_dim;
+  // load(d) returns the 16 bytes from input d of the lane's head on.
+  template <typename Load>
+  __device__ void fill(int head_dim, const Columns& columns, Lane lane, Load load) {
 #pragma unroll
     for (int i = 0; i < S::kDim / 32; ++i) {
       constexpr int kQuads = S::kVector / 8;  // 16-byte vectors of q per one of k
       const int d = (i / kQuads * 4 + lane.member) * S::kVector + i % kQuads * 8;
       uint4 raw = {};
-      if (lane.group < columns.count && d < head_dim) raw = __ldcg(reinterpret_cast<const uint4*>(head + d));
+      if (lane.group < columns.count && d < head_dim) raw = load(d);
       const uint32_t words[4] = {raw.x, raw.y, raw.z, raw.w};
 #pragma unroll
       for (int w = 0; w < 4; ++w) pairs[4 * i + w] = product_pair(words[w]);
     }
     if constexpr (S::kOffset) take_offsets(lane);
+  }
+
+  __device__ void read(const DecodeAttentionArgs& args, const Columns& columns, Lane lane) {
+    using T = typename S::T;
+    const int head_dim = args.cache.head_dim;
+    const T* head = static_cast<const T*>(args.q) + columns.head_of(args, lane.group) * head_dim;
+    fill(head_dim, columns, lane, [&](int d) { return __ldcg(reinterpret_cast<const uint4*>(head + d)); });
   }
 
   // Divides queries by the units of their keys' codes, and sums up the products with the codes' offset.
@@ -707,6 +765,143 @@ __device__ void merge(const DecodeAttentionArgs& args, const Meeting<S>& meeting
   }
 }
 
+// The heads of a row that are new, where the kernel appends them: each block makes the q of its columns, and k and v of
+// the new position if one of its warps multiplies them; the block of a key head's first columns also stores those.
+template <typename S>
+struct NewHeads {
+  using T = typename S::T;
+  using Codes = typename S::Codes;
+  static constexpr int kRowBytes = S::kDim * S::kBits / 8, kPairs = (S::kDim + 63) / 64;
+  static constexpr int kPitch = S::kDim + 32;  // of q: 64 bytes more than a multiple of 128, as wna16_gemv's x
+  static constexpr int kRounds = (kHeads + 2 + S::kWarps - 1) / S::kWarps;  // heads that a warp makes
+
+  // In shared memory.
+  struct Memory {
+    alignas(16) T q[kHeads][kPitch];
+    alignas(16) char k[kRowBytes], v[kRowBytes];
+    T scales[2];  // of k and v
+  };
+  static constexpr size_t kBytes = sizeof(Memory);
+
+  Memory& memory;
+  const DecodeAttentionArgs& args;
+  const Span& span;
+  const Columns& columns;
+  bool owns;  // the block multiplies the new position
+  Head<kPairs> turns, q_norm, k_norm;
+
+  // Reads constants and inputs of the step, which no running kernel writes.
+  __device__ NewHeads(float* memory, const DecodeAttentionArgs& args, const Span& span, const Columns& columns)
+      : memory(*reinterpret_cast<Memory*>(memory)), args(args), span(span), columns(columns) {
+    const int half = span.head_dim / 2, lane = threadIdx.x % 32;
+    owns = span.settled / kRows % (gridDim.x * S::kWarps) / S::kWarps == blockIdx.x;
+    turns = read_turns<kPairs>(args.made, static_cast<int>(columns.first_row), half, lane);
+    if (args.made.q_norm != nullptr) q_norm.read(static_cast<const T*>(args.made.q_norm), half, lane);
+    if (args.made.k_norm != nullptr) k_norm.read(static_cast<const T*>(args.made.k_norm), half, lane);
+  }
+
+  // The head `index` of the block: a column, or behind them k and v.
+  __device__ int64_t source_of(int index) const {
+    const int kv_heads = args.cache.kv_heads;
+    const int64_t first = columns.first_row * (args.heads + 2 * kv_heads);
+    if (index < columns.count) return first + columns.kv_head * columns.group + columns.first + index;
+    return first + args.heads + (index - columns.count) * kv_heads + columns.kv_head;
+  }
+
+  // Fills the block's memory, which holds once its threads have met.
+  __device__ void make() {
+    const int half = span.head_dim / 2, lane = threadIdx.x % 32, count = columns.count + (owns ? 2 : 0);
+    Head<kPairs> heads[kRounds];
+#pragma unroll
+    for (int i = 0; i < kRounds; ++i) {
+      const int index = threadIdx.x / 32 + i * S::kWarps;
+      if (index < count)
+        heads[i].read(static_cast<const T*>(args.made.qkv) + source_of(index) * span.head_dim, half, lane);
+    }
+#pragma unroll
+    for (int i = 0; i < kRounds; ++i) {
+      const int index = threadIdx.x / 32 + i * S::kWarps;
+      if (index < count) finish(heads[i], index, half, lane);
+    }
+  }
+
+  __device__ void finish(Head<kPairs>& head, int index, int half, int lane) {
+    const NewHeadsArgs& made = args.made;
+    if (index < columns.count) {
+      finish_head<Codes>(head, made.q_norm, q_norm, made.norm_eps, turns, half, lane);
+      return store_codes<T>(SameCache{}, head, {memory.q[index], nullptr, 0, 0}, half, lane);
+    }
+    const bool is_k = index == columns.count;
+    if (is_k) finish_head<Codes>(head, made.k_norm, k_norm, made.norm_eps, turns, half, lane);
+    void* scales = &memory.scales[is_k ? 0 : 1];
+    if constexpr (Codes::kHeadScales) scales = is_k ? args.cache.k_scales : args.cache.v_scales;
+    store_codes<T>(Codes{}, head, {is_k ? memory.k : memory.v, scales, 0, columns.kv_head}, half, lane);
+  }
+
+  // Stores the new position, once the block's threads have met.
+  __device__ void append() const {
+    if (!owns || columns.first > 0) return;
+    const int vectors = span.head_dim * S::kBits / 128, row = span.settled;
+    for (int i = threadIdx.x; i < 2 * vectors; i += S::kThreads) {
+      const bool is_k = i < vectors;
+      const char* target = (is_k ? span.k : span.v) + static_cast<int64_t>(row) * span.pitch;
+      reinterpret_cast<uint4*>(const_cast<char*>(target))[i % vectors] =
+          reinterpret_cast<const uint4*>(is_k ? memory.k : memory.v)[i % vectors];
+    }
+    if constexpr (Codes::kTokenScales) {
+      const void* scales = threadIdx.x == 0 ? span.k_scales : span.v_scales;
+      if (threadIdx.x < 2)
+        const_cast<T*>(static_cast<const T*>(scales))[static_cast<int64_t>(row) * span.scale_pitch] =
+            memory.scales[threadIdx.x];
+    }
+  }
+
+  __device__ void read(Queries<S>& q, Lane lane) const {
+    const T* head = memory.q[lane.group];
+    q.fill(span.head_dim, columns, lane, [&](int d) { return *reinterpret_cast<const uint4*>(head + d); });
+  }
+
+  // True if the chunk at `first` has the new position.
+  __device__ bool in(int first) const { return span.settled >= first && span.settled < first + kRows; }
+
+  __device__ void take_key(Chunk<S>& chunk, Lane lane, int first) const {
+    if (!in(first)) return;
+    chunk.fill_keys(span, lane, first, span.settled, span.length,
+                    [&](int, int vector) { return reinterpret_cast<const uint4*>(memory.k)[vector]; });
+    if constexpr (Codes::kTokenScales) {
+      const int place = threadIdx.x % 32;
+      if (first + place % kRows != span.settled) return;
+      chunk.scale = to_float(memory.scales[place / kRows]);
+      if (place >= kRows) chunk.scale = log_of_scale<Codes::kSignedScales>(chunk.scale);
+    }
+  }
+  __device__ void take_value(Chunk<S>& chunk, Lane lane, int first) const {
+    using Vector = typename S::ValueVector;
+    if (!in(first)) return;
+    chunk.fill_values(span, lane, first, span.settled, span.length,
+                      [&](int, int vector) { return reinterpret_cast<const Vector*>(memory.v)[vector]; });
+  }
+};
+
+// Heads that are in the cache already.
+template <typename S>
+struct OldHeads {
+  static constexpr size_t kBytes = 0;
+  const DecodeAttentionArgs& args;
+  const Columns& columns;
+
+  __device__ OldHeads(float*, const DecodeAttentionArgs& args, const Span&, const Columns& columns)
+      : args(args), columns(columns) {}
+  __device__ void make() {}
+  __device__ void append() const {}
+  __device__ void read(Queries<S>& q, Lane lane) const { q.read(args, columns, lane); }
+  __device__ void take_key(Chunk<S>&, Lane, int) const {}
+  __device__ void take_value(Chunk<S>&, Lane, int) const {}
+};
+
+template <typename S>
+using Heads = std::conditional_t<S::kAppends, NewHeads<S>, OldHeads<S>>;
+
 // Rows [from, to) of a chunk, except values that are read behind the products with its keys.
 template <typename S>
 __device__ void read_ahead(const Span& span, Lane lane, int first, int from, int to, Chunk<S>& chunk) {
@@ -717,33 +912,35 @@ __device__ void read_ahead(const Span& span, Lane lane, int first, int from, int
 
 // Adds the chunks at `first` and every `step` rows on, and reads those after them into their registers.
 template <typename S>
-__device__ void attend_chunks(const DecodeAttentionArgs& args, const Span& span, Lane lane, const Queries<S>& q,
-                              const int (&lengths)[2], int first, int step, Chunk<S> (&chunks)[S::kTogether],
-                              Running<S>& running) {
+__device__ void attend_chunks(const DecodeAttentionArgs& args, const Span& span, Lane lane, const Heads<S>& heads,
+                              const Queries<S>& q, const int (&lengths)[2], int first, int step,
+                              Chunk<S> (&chunks)[S::kTogether], Running<S>& running) {
   Scores<S> scores;
   const int next = first + S::kTogether * step;
 #pragma unroll
   for (int c = 0; c < S::kTogether; ++c) {
+    heads.take_key(chunks[c], lane, first + c * step);
     multiply_keys<S>(chunks[c], q, scores[c]);
-    if (S::kAhead) chunks[c].read_keys(span, lane, next + c * step, 0, span.length);
+    if (S::kAhead) chunks[c].read_keys(span, lane, next + c * step, 0, span.readable);
     if (!S::kAhead && S::kClears) chunks[c].clear_values();
-    if (!S::kAhead) chunks[c].read_values(span, lane, first, 0, span.length);
+    if (!S::kAhead) chunks[c].read_values(span, lane, first, 0, span.readable);
   }
   weigh<S>(args, span, chunks, lane, first, step, lengths, scores, running);
 #pragma unroll
   for (int c = 0; c < S::kTogether; ++c) {
-    chunks[c].read_scales(span, next + c * step, 0, span.length);
+    chunks[c].read_scales(span, next + c * step, 0, span.readable);
+    heads.take_value(chunks[c], lane, first + c * step);
     multiply_values<S>(chunks[c], scores[c], running);
     if (S::kAhead && S::kClears) chunks[c].clear_values();
-    if (S::kAhead) chunks[c].read_values(span, lane, next + c * step, 0, span.length);
-    else chunks[c].read_keys(span, lane, next, 0, span.length);
+    if (S::kAhead) chunks[c].read_values(span, lane, next + c * step, 0, span.readable);
+    else chunks[c].read_keys(span, lane, next, 0, span.readable);
   }
 }
 
 // The loop over the warp's chunks: every `step` rows from `first` on.
 template <typename S>
 __device__ void attend_span(const DecodeAttentionArgs& args, const Span& span, Lane lane, const Columns& columns,
-                            Running<S>& running) {
+                            Heads<S>& heads, Running<S>& running) {
   const int step = gridDim.x * S::kWarps * kRows;
   int first = (blockIdx.x * S::kWarps + threadIdx.x / 32) * kRows;
   Chunk<S> chunks[S::kTogether];
@@ -756,15 +953,18 @@ __device__ void attend_span(const DecodeAttentionArgs& args, const Span& span, L
   wait_for_previous_kernel();
   stamp(Stage::kWaited);
 #pragma unroll
-  for (int c = 0; c < S::kTogether; ++c)
+  for (int c = 0; !S::kAppends && c < S::kTogether; ++c)
     read_ahead<S>(span, lane, first + c * step, span.settled, span.length, chunks[c]);
+  heads.make();
+  if (S::kAppends) __syncthreads();
   Queries<S> q;
-  q.read(args, columns, lane);
+  heads.read(q, lane);
   int lengths[2];
   for (int h = 0; h < 2; ++h)
     lengths[h] = span.length - (args.adjacent - 1 - columns.row_of(args, 2 * lane.member + h));
   for (; first < span.length; first += S::kTogether * step)
-    attend_chunks<S>(args, span, lane, q, lengths, first, step, chunks, running);
+    attend_chunks<S>(args, span, lane, heads, q, lengths, first, step, chunks, running);
+  heads.append();
 }
 
 template <typename S>
@@ -772,7 +972,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kMinBlocks)
     decode_attention_kernel(const __grid_constant__ DecodeAttentionArgs args) {
   LOWBIT_DYNAMIC_SHARED(float, memory);
   const Columns columns(args);
-  const Meeting<S> meeting(memory, columns.most);
+  const Meeting<S> meeting(memory + Heads<S>::kBytes / sizeof(float), columns.most);
   const Lane lane;
   stamp(Stage::kBegun);
   allow_next_kernel();
@@ -781,8 +981,9 @@ __global__ void __launch_bounds__(S::kThreads, S::kMinBlocks)
 
   // positions and starts are inputs of the step, not of the previous kernel: they are read before it has finished
   const Span span = span_of<S>(args, columns.kv_head);
+  Heads<S> heads(memory, args, span, columns);
   Running<S> running;
-  attend_span<S>(args, span, lane, columns, running);
+  attend_span<S>(args, span, lane, columns, heads, running);
 
   stamp(Stage::kComputed);
   if (cluster) cluster_wait();
@@ -798,7 +999,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kMinBlocks)
 template <typename S>
 cudaError_t launch_shape(const DecodeAttentionArgs& args, const DecodeAttentionLaunch& launch, cudaStream_t stream) {
   if (launch.splits < 1 || launch.splits > S::kMostSplits) return cudaErrorInvalidConfiguration;
-  if (args.adjacent < 1 || args.m % args.adjacent != 0 || (args.adjacent > 1 && args.window > 0))
+  if (args.adjacent < 1 || args.m % args.adjacent != 0 || (args.adjacent > 1 && (args.window > 0 || S::kAppends)))
     return cudaErrorInvalidValue;
   const int columns = args.heads / args.cache.kv_heads * args.adjacent;
   const unsigned chunks = (columns + kHeads - 1) / kHeads;
@@ -807,7 +1008,7 @@ cudaError_t launch_shape(const DecodeAttentionArgs& args, const DecodeAttentionL
       .stream = stream,
       .blocks = dim3(launch.splits, args.cache.kv_heads * chunks, args.m / args.adjacent),
       .threads = dim3(S::kThreads),
-      .shared_bytes = Meeting<S>::bytes(launch.splits, std::min(kHeads, columns)),
+      .shared_bytes = Heads<S>::kBytes + Meeting<S>::bytes(launch.splits, std::min(kHeads, columns)),
       .cluster = launch.splits > 1 ? launch.splits : 0,
       .dependent = launch.dependent,
   };
@@ -831,21 +1032,31 @@ cudaError_t launch_append_heads(const AppendHeadsArgs& args, const PlainLaunch& 
   return launch_kernel(append_heads_kernel<T, Codes>, plan, args);
 }
 
-template <typename T, typename Codes>
-cudaError_t launch_decode_attention(const DecodeAttentionArgs& args, const DecodeAttentionLaunch& launch,
-                                    cudaStream_t stream) {
+template <typename T, typename Codes, bool kAppends>
+cudaError_t launch_heads(const DecodeAttentionArgs& args, const DecodeAttentionLaunch& launch, cudaStream_t stream) {
   constexpr bool kIsSame = std::is_same_v<Codes, SameCache>;
   const int head_dim = args.cache.head_dim;
   if (head_dim % (128 / Codes::kBits) != 0 || head_dim > 256) return cudaErrorInvalidValue;
   if constexpr (kIsSame) {
-    if (head_dim <= 64 && launch.warps == 4) return launch_shape<Shape<T, Codes, 64>>(args, launch, stream);
+    if (head_dim <= 64 && launch.warps == 4) return launch_shape<Shape<T, Codes, 64, kAppends>>(args, launch, stream);
   } else {
-    if (head_dim <= 128 && launch.warps == 8) return launch_shape<Shape<T, Codes, 128, 8>>(args, launch, stream);
-    if (head_dim <= 128 && launch.warps == 16) return launch_shape<Shape<T, Codes, 128, 16>>(args, launch, stream);
+    if (head_dim <= 128 && launch.warps == 8)
+      return launch_shape<Shape<T, Codes, 128, kAppends, 8>>(args, launch, stream);
+    if (head_dim <= 128 && launch.warps == 16)
+      return launch_shape<Shape<T, Codes, 128, kAppends, 16>>(args, launch, stream);
   }
   if (launch.warps != 4) return cudaErrorInvalidConfiguration;
-  if (head_dim <= 128) return launch_shape<Shape<T, Codes, 128>>(args, launch, stream);
-  return launch_shape<Shape<T, Codes, 256>>(args, launch, stream);
+  if (head_dim <= 128) return launch_shape<Shape<T, Codes, 128, kAppends>>(args, launch, stream);
+  return launch_shape<Shape<T, Codes, 256, kAppends>>(args, launch, stream);
+}
+
+template <typename T, typename Codes>
+cudaError_t launch_decode_attention(const DecodeAttentionArgs& args, const DecodeAttentionLaunch& launch,
+                                    cudaStream_t stream) {
+  if (args.q != nullptr) return launch_heads<T, Codes, false>(args, launch, stream);
+  const int head_dim = args.cache.head_dim;
+  if (Codes::kRotated && (head_dim < 64 || (head_dim & (head_dim - 1)) != 0)) return cudaErrorInvalidValue;
+  return launch_heads<T, Codes, true>(args, launch, stream);
 }
 
 const Kernel append_heads("append_heads", {name_of<LOWBIT_T>, LOWBIT_CACHE::kName},
