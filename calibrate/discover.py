@@ -275,13 +275,17 @@ class _Search:
         """Linears not yet in `fold` whose input columns are multiplied by the factors."""
         factors = self._random(fold.channels, rows)
         after = _by_name(self._tried(fold, factors, probe)[0])
-        found = {}
-        for name, x in before.items():
-            if name not in fold.columns and name != fold.producer and name in after and after[name].shape == x.shape:
-                columns = _match(x, after[name], factors)
-                if columns is not None:
-                    found[name] = columns
-        return found
+        tried = [
+            name
+            for name, x in before.items()
+            if name not in fold.columns and name != fold.producer and name in after and after[name].shape == x.shape
+        ]
+        ratios = [_ratios(before[name], after[name]) for name in tried]
+        scaled = [pair for pair, fits in zip(zip(tried, ratios, strict=True), _said(ratios), strict=True) if fits]
+        matches = [_match(ratio, factors) for _, (ratio, _) in scaled]
+        return {
+            name: columns for (name, _), (columns, _), fits in zip(scaled, matches, _said(matches), strict=True) if fits
+        }
 
     def _close(self, producer: Fold, rows: Tensor) -> Fold | None:
         fold = producer
@@ -342,28 +346,41 @@ def _by_name(calls: list[tuple[tuple[str, ...], Tensor]]) -> Inputs:
     return inputs
 
 
-def _match(before: Tensor, after: Tensor, factors: Tensor) -> Tensor | None:
-    """For each column of `before` (tokens, k): the channel whose factor multiplies it in `after`. None if a column has
-    none."""
+def _said(findings: list[tuple[Tensor, Tensor]]) -> list[bool]:
+    """The second of each pair, a () bool. The host waits once for all: a mixture has hundreds of inputs."""
+    return torch.stack([fits for _, fits in findings]).tolist() if findings else []
+
+
+def _ratios(before: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:
+    """The factor (k,) that makes each column of `after` from that of `before` (tokens, k), NaN for columns that never
+    fired; and () bool, False if a column has none or one near 1, or none ever fired."""
     energy = before.square().sum(0)
     dead = energy == 0
     ratio = (before * after).sum(0) / energy.clamp(min=1e-30)
     residual = (after - before * ratio).square().sum(0)
-    if bool(((residual > COLUMN_TOLERANCE**2 * energy) & ~dead).any()) or bool(dead.all()):
-        return None
+    fits = (residual <= COLUMN_TOLERANCE**2 * energy) & ((ratio - 1).abs() > FACTOR_TOLERANCE)
+    return torch.where(dead, torch.nan, ratio), (fits | dead).all() & ~dead.all()
+
+
+def _match(ratio: Tensor, factors: Tensor) -> tuple[Tensor, Tensor]:
+    """For each column of an input: the channel whose factor `ratio` (k,) is; and () bool, False if a column has
+    none."""
+    dead = ratio.isnan()
+    ratio = ratio.nan_to_num(0.0)
     ordered, order = factors.sort()
     right = torch.searchsorted(ordered, ratio).clamp(max=len(ordered) - 1)
     left = (right - 1).clamp(min=0)
     nearest = torch.where((ratio - ordered[left]).abs() < (ordered[right] - ratio).abs(), left, right)
     matched = (ordered[nearest] / ratio - 1).abs() < FACTOR_TOLERANCE
     channels = order[nearest]
-    if len(factors) == before.shape[-1]:
+    if len(factors) == len(ratio):
         # a column that never fired (ReLU) maps to itself, provided that all others do
         straight = torch.arange(len(factors), device=channels.device)
-        channels = torch.where(dead & bool((channels == straight)[~dead].all()), straight, channels)
+        all_straight = ((channels == straight) | dead).all()
+        channels = torch.where(dead & all_straight, straight, channels)
         matched = matched | (dead & (channels == straight))
     moved = factors[channels] != 1
-    return channels if bool((matched & moved).all()) else None
+    return channels, (matched & moved).all()
 
 
 def same(before: Tensor, after: Tensor) -> bool:
