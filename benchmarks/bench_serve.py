@@ -48,7 +48,7 @@ from lowbit.engine.sampling import Sampling
 from lowbit.engine.shapes import SHAPES, random_weights
 from lowbit.engine.speed import measure, read_rate
 from lowbit.serve.grammar import SPACE, Grammar
-from lowbit.serve.run import Options, listen, make_server
+from lowbit.serve.run import Options, freeze, listen, make_server
 from lowbit.serve.session import Session
 
 RESULTS = Path(__file__).with_name("results") / "serve.jsonl"
@@ -143,6 +143,7 @@ def http_rows(session: Session) -> Iterator[Row]:
     """Rows of the clients, a process of their own, once all expected graphs are captured."""
     while session.batch.cold:
         time.sleep(0.05)
+    freeze()
     with served(session) as port:
         command = [sys.executable, "-m", "benchmarks.serve_clients", str(port), str(VOCABULARY)]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as clients:

@@ -18,7 +18,7 @@ from typing import Any
 VOCABULARY = int(sys.argv[2]) if __name__ == "__main__" else 0
 OUTPUT, REPEATS = 128, 3
 CLIENTS = ((1, 128), (4, 128), (8, 128), (16, 128), (1, 2048), (4, 2048))
-LONG, LONG_TIMES = 4096, 5
+LONG, LONG_TIMES = 4096, 11
 TURNS, NEW, OPENING = 20, 50, 500
 Row = dict[str, Any]
 

@@ -4,11 +4,12 @@
 
 SERVER is a name of SERVERS; default: all. A checkpoint of Llama-2-7B's shapes with random codes is written first, in
 bfloat16 with 4 bits in groups of 128. Each server has room for SEQUENCES sequences of CONTEXT tokens, and else what it
-does by default. Rows in benchmarks/results/serve.jsonl, each with its `server`: those of serve_clients.py, and of the
-case `peer_start`, the seconds from the command until /health answers.
+does by default. Rows in benchmarks/results/serve.jsonl, each with its `server`: `peer_start`, the seconds from the
+command until /health answers, and those of serve_clients.py as `peer_clients`, `peer_stall` and `peer_dialogue`.
 """
 
 import argparse
+import itertools
 import json
 import os
 import shlex
@@ -117,7 +118,9 @@ def answers_health(port: int) -> bool:
 
 
 def rows_of(port: int, vocabulary: int, cases: Sequence[str]) -> Iterator[Row]:
-    """Rows of the clients, a process of their own."""
+    """Rows of the clients, a process of their own; none without cases."""
+    if not cases:
+        return
     command = [sys.executable, "-m", "benchmarks.serve_clients", str(port), str(vocabulary), *cases]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as clients:
         assert clients.stdout is not None
@@ -136,7 +139,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=Path("/dev/shm/lowbit-peers/model"))
     parser.add_argument("--vllm", default="vllm", help="vLLM's command, with its environment: env NAME=VALUE vllm")
     parser.add_argument("--logs", type=Path, default=Path("/tmp"), help="the servers' output goes to this directory")
-    parser.add_argument("--cases", nargs="+", choices=CASES, default=CASES)
+    parser.add_argument("--cases", nargs="*", choices=CASES, default=CASES)
     options = parser.parse_args()
     vocabulary, failed = written(options.model), False
     facts = {"shape": "llama2-7b", "method": METHOD, "dtype": "bfloat16"} | run_facts(options.commit)
@@ -145,10 +148,11 @@ def main() -> None:
             log = options.logs / f"{name.replace(' ', '-')}.log"
             try:
                 with started(SERVERS[name], shlex.split(options.vllm), options.model, log) as (port, seconds):
-                    start: Row = {"case": "peer_start", "seconds": round(seconds, 2)}
-                    for row in (start, *rows_of(port, vocabulary, options.cases)):
-                        print(name, json.dumps(row), flush=True)
-                        file.write(json.dumps({"server": name} | row | facts) + "\n")
+                    start: Row = {"case": "start", "seconds": round(seconds, 2)}
+                    for row in itertools.chain([start], rows_of(port, vocabulary, options.cases)):
+                        row |= {"case": f"peer_{row['case']}", "server": name}
+                        print(json.dumps(row), flush=True)
+                        file.write(json.dumps(row | facts) + "\n")
                         file.flush()
             except RuntimeError as error:
                 print(f"{name}: {error}", flush=True)

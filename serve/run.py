@@ -61,12 +61,18 @@ def serve(engine: Engine, options: Options, listening: socket.socket, ready: Cal
     with Session(engine, sequences, options.waiting, usual, options.lookup) as session:
         for _ in session.stream([0], Sampling(max_new_tokens=WARM_UP)):
             pass
-        gc.collect()
-        gc.freeze()  # else a full collection, of 400,000 objects that stay, holds every stream for 0.2 s
+        freeze()
         listening.listen(CONNECTIONS)
         ready(describe(session, options, listening.getsockname()[1]))
         threading.Thread(target=first_chat, args=(engine,), daemon=True).start()
         make_server(session, options).run([listening])
+
+
+def freeze() -> None:
+    """Take the objects so far out of garbage collection: a full one, of 400,000 that stay, holds every stream for 0.2
+    s."""
+    gc.collect()
+    gc.freeze()
 
 
 def first_chat(engine: Engine) -> None:
