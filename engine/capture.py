@@ -26,16 +26,19 @@ def captured(graph: torch.cuda.CUDAGraph, pool: "torch.cuda._POOL_HANDLE | None"
             gc.enable()
 
 
-def capture(parts: Sequence[Callable[[], None]], kept: Sequence[Tensor]) -> list[torch.cuda.CUDAGraph]:
+def capture(
+    parts: Sequence[Callable[[], None]], kept: Sequence[Tensor], warm_up: int = WARM_UP
+) -> list[torch.cuda.CUDAGraph]:
     """One graph of each of the parts, which run one after another on fixed tensors.
 
-    kept  the tensors that a run changes and whose values are needed: they are restored
+    kept     the tensors that a run changes and whose values are needed: they are restored
+    warm_up  runs before the capture
     """
     before = [tensor.clone() for tensor in kept]
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        for _ in range(WARM_UP):
+        for _ in range(warm_up):
             for part in parts:
                 part()
     torch.cuda.current_stream().wait_stream(stream)

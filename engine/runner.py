@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lowbit.engine.capture import capture
+from lowbit.engine.capture import WARM_UP, capture
 from lowbit.engine.layers import captures
 from lowbit.engine.passes import Reader
 from lowbit.engine.sampler import Chosen, Sampler
@@ -49,6 +49,8 @@ class Runner:
     reader   reads the prompts into the cache that the steps continue
     longest  upper bound on every sequence's length, at most the cache's context
     adjacent as in Step
+    plain    next steps that run without a graph
+    warm_up  runs with which the capture begins
     """
 
     def __init__(
@@ -67,6 +69,7 @@ class Runner:
         self.parts = (self.forward, self.choose) if self.masked else (self.compute,)
         self.graphs: list[torch.cuda.CUDAGraph] = []
         self.captures = captures(decoder.blocks, cache, rows, decoder.weights.dtype)
+        self.plain, self.warm_up = 0, WARM_UP
         self.turn = 0  # steps so far
         self.mailbox: Mailbox | None = None
         if self.captures and sampler is not None and not sampler.features.logprobs:
@@ -108,16 +111,24 @@ class Runner:
 
     def run(self, part: int) -> None:
         """Run a part of a step, as a replayed graph if the GPU's kernels allow it."""
-        self.turn += part == len(self.parts) - 1
-        if not self.captures:
+        last = part == len(self.parts) - 1
+        self.turn += last
+        if not self.captures or self.plain:
             self.parts[part]()
+            self.plain = max(self.plain - last, 0)
             return
         if not self.graphs:
             # cache entries that this writes will be written again
             kept = [self.tokens, self.positions, self.slots] + ([] if self.sampler is None else self.sampler.state)
             kept += [] if self.mailbox is None else [self.mailbox.turns]
-            self.graphs = capture(self.parts, kept)
+            self.graphs = capture(self.parts, kept, self.warm_up)
         self.graphs[part].replay()
+
+    def spread(self) -> None:
+        """Make the next steps the warm-up of a capture that is still to come: others wait less for each of them than
+        for all at once."""
+        if self.captures and not self.graphs and self.warm_up:
+            self.plain, self.warm_up = self.warm_up, 0
 
     def launch(self) -> Written:
         """Run one step, whose tokens go to the host."""

@@ -351,6 +351,7 @@ class Batch:
         rows = rows_for(len(self.placed), cache.layers[0].k.is_cuda)
         runner = self.space.runner(rows, cache.batch, length, features_for(self.placed))
         assert runner.sampler is not None
+        runner.spread()
         fill = rows - len(self.placed)
         runner.sampler.start(constraints + constraints[:1] * fill)
         jobs = self.placed + self.placed[:1] * fill

@@ -13,6 +13,7 @@ from lowbit.engine.decoder import Decoder
 from lowbit.engine.engine import Engine
 from lowbit.engine.options import Options
 from lowbit.engine.prefill import read_prompt
+from lowbit.engine.sampler import Features
 from lowbit.engine.sampling import Sampling
 from lowbit.engine.shapes import (
     METHODS,
@@ -157,6 +158,26 @@ def test_a_captured_step_is_an_eager_one():
         assert runner.graphs
         runner.captures = False
     assert [each.tokens for each in gpu.generate(PROMPTS, max_new_tokens=30)] == [each.tokens for each in captured]
+
+
+@pytest.mark.parametrize("features", [Features(), Features(sampled=True, penalized=True), Features(masked=True)])
+def test_steps_are_the_same_if_the_first_ones_are_the_warm_up(features):
+    gpu, _ = engines(LLAMA, "w4")
+    found = []
+    for spread in (False, True):
+        runner = Workspace(gpu.spaces).runner(2, 2, CONTEXT, features)
+        with torch.inference_mode():
+            assert runner.sampler is not None
+            if features.masked:
+                runner.sampler.allowed.fill_(-1)
+            runner.sampler.start([gpu.request(0, prompt, Sampling()).constraints for prompt in PROMPTS[:2]])
+            runner.place([5, 9], [0, 0], [runner.cache.start(b) for b in range(2)])
+            if spread:
+                runner.spread()
+            found.append([runner.launch().wait().tokens.tolist() for _ in range(6)])
+        assert len(runner.graphs) == len(runner.parts)
+        assert runner.plain == 0
+    assert found[0] == found[1]
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -1,8 +1,11 @@
-"""The runner's mailbox, filled here by steps on a CPU: tokens that the next steps do not overwrite, and no others."""
+"""The runner on a CPU: its mailbox, whose tokens the next steps do not overwrite, and the steps before a capture."""
+
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from lowbit.engine.capture import WARM_UP
 from lowbit.engine.runner import SENT, Written
 from lowbit.engine.sampler import Features
 from lowbit.quant.kernels.choose_tokens import Mailbox
@@ -23,3 +26,32 @@ def test_the_last_steps_are_in_the_mailbox_and_later_ones_are_refused(tmp_path):
             RuntimeError, match=f"step 1 is read after {SENT + 2} steps: the mailbox holds the last {SENT}"
         ):
             runner.sent(1)
+
+
+def test_the_warm_up_of_a_capture_can_be_the_first_steps(tmp_path, monkeypatch):
+    model, _ = tiny(tmp_path)
+    warm_ups, found = [], []
+
+    def capture(parts, kept, warm_up):
+        warm_ups.append((warm_up, runner.turn))
+        return [SimpleNamespace(replay=part) for part in parts]
+
+    monkeypatch.setattr("lowbit.engine.runner.capture", capture)
+    with torch.inference_mode(), model.spaces.lent() as space:
+        for features in (Features(), Features(masked=True)):
+            for spread in (False, True):
+                space.clear()
+                runner = space.runner(2, 2, 40, features)
+                runner.captures = True
+                runner.mailbox = Mailbox(torch.zeros(SENT, 2, dtype=torch.int64), torch.zeros_like(runner.tokens))
+                monkeypatch.setattr(runner, "written", lambda runner=runner: runner.sent(runner.turn - 1))
+                if features.masked:
+                    runner.sampler.allowed.fill_(-1)
+                runner.place([5, 9], [3, 7], [runner.cache.start(b) for b in range(2)])
+                if spread:
+                    runner.spread()
+                found.append([runner.launch().tolist() for _ in range(5)])
+                runner.spread()  # nothing is left to capture
+                assert runner.plain == 0
+    assert warm_ups == [(WARM_UP, 1), (0, 3), (WARM_UP, 0), (0, 2)]
+    assert all(tokens == found[0] for tokens in found)
