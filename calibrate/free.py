@@ -33,8 +33,8 @@ from lowbit.export.dialects import FORMATS
 from lowbit.export.engines.table import fused_linears
 from lowbit.export.engines.verdicts import Verdicts, verdicts_of
 from lowbit.export.files import write_text
-from lowbit.export.format import Format
-from lowbit.export.formats import FLOAT8, LogicalTensors, require_fit, tensors_written
+from lowbit.export.format import Format, tensors_written
+from lowbit.export.formats import FLOAT8, LogicalTensors, require_fit
 from lowbit.export.plain import write_json
 from lowbit.export.sharded import SAFETENSORS, SINGLE_NAME, write_index
 from lowbit.export.survey import checked

@@ -15,8 +15,8 @@ from lowbit.export.checkpoint import Checkpoint
 from lowbit.export.dialects import FORMATS, readable
 from lowbit.export.engines.table import fused_linears
 from lowbit.export.engines.verdicts import Verdicts, verdicts_of
-from lowbit.export.format import Format
-from lowbit.export.formats import LogicalTensors, bytes_written, require_fit, require_model
+from lowbit.export.format import Format, bytes_written
+from lowbit.export.formats import LogicalTensors, require_fit, require_model
 from lowbit.export.plain import read_json
 from lowbit.models.devices import free_bytes
 from lowbit.models.skeleton import Block, LinearSpec, Skeleton, open_skeleton, tied_weights

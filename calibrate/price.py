@@ -9,7 +9,7 @@ from lowbit.errors import CheckpointError
 from lowbit.export.engines.engine import FusedLinear
 from lowbit.export.engines.lowbit import LOWBIT
 from lowbit.export.engines.steps import DENSE, STEPS, kernel_of
-from lowbit.export.formats import bytes_written
+from lowbit.export.format import bytes_written
 from lowbit.models.skeleton import LinearSpec
 from lowbit.quant.naming import EXPERT
 from lowbit.quant.scheme import Scheme

@@ -22,7 +22,7 @@ OPTIONAL = {
     "lm-eval": ("lowbit eval tasks", "pip install 'lowbit[tasks]'"),
     "gptqmodel": ("transformers loads the formats gptq and awq", "pip install gptqmodel optimum"),
     "vllm": (
-        "lowbit eval --backend vllm",
+        "lowbit eval --backend vllm; vLLM on our kernels",
         "in an environment of its own: pip install vllm; in a clone of lowbit: pip install .",
     ),
     "nvidia-cutlass": ("building the CUDA extension", "pip install 'lowbit[kernels]'"),

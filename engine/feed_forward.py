@@ -15,11 +15,9 @@ from lowbit.quant.kernels.problem import PART, PARTS, Deferred
 from lowbit.quant.kernels.registry import defers
 from lowbit.quant.kernels.route_experts import RouteCall, Rule
 from lowbit.quant.kernels.row_norm import Rows
-from lowbit.quant.kernels.stack import Experts
+from lowbit.quant.kernels.stack import FEW_ROWS, Experts
 from lowbit.quant.kernels.weight import ALONE, Hints, Linear, Packed
 from lowbit.quant.kernels.wna16_experts import DownCall
-
-FEW_ROWS = 64  # of a mixture: more are multiplied with each expert's dense weight
 
 
 class FeedForward(Protocol):

@@ -6,7 +6,7 @@ family's files (interleaved heads, adjacent pairs, partly rotated heads) are con
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -21,11 +21,11 @@ from lowbit.errors import CheckpointError, UsageError
 from lowbit.export.checkpoint import Checkpoint
 from lowbit.export.formats import LogicalTensors
 from lowbit.export.tensorfile import read_tensor
+from lowbit.quant.kernels.joined import len_of, moved, shared_inputs, stacked
 from lowbit.quant.kernels.kv_cache import CACHE_NUMBERS, FP8_CACHE, INT8_CACHE, SAME, CacheNumber, reason_against_width
 from lowbit.quant.kernels.packed import TILE_ROWS, has_kernel, reason_against_kernel
-from lowbit.quant.kernels.row_scaled import RowScaled, row_scaled, stacked_rows
 from lowbit.quant.kernels.stack import StackedLinear, load_stack
-from lowbit.quant.kernels.weight import Linear, RoundedInputs, inputs_of, load_weight, takes_int8
+from lowbit.quant.kernels.weight import Linear, RoundedInputs, inputs_of, load_weight
 from lowbit.quant.qtensor import QTensor, round_to_nearest
 from lowbit.quant.scheme import parse_scheme
 
@@ -499,53 +499,3 @@ class LayerParts:
             return None
         heads = {"q_norm": a.heads, "k_norm": a.kv_heads}[part] if a.joint_head_norms else 1
         return self.reader.head_norm(self.prefix + name, self.rope, heads)
-
-
-def len_of(matrix: QTensor | Tensor) -> int:
-    """Rows of a weight."""
-    return matrix.shape[0]
-
-
-def stacked(matrices: list[QTensor | Tensor], dtype: torch.dtype) -> QTensor | RowScaled | Tensor:
-    """The matrices stacked; dense if their schemes differ, or if a kernel lacks one."""
-    if len(matrices) == 1:
-        return matrices[0]
-    quantized = [matrix for matrix in matrices if isinstance(matrix, QTensor) and not reason_against_kernel(matrix)]
-    if len(quantized) < len(matrices) or len({str(matrix.scheme) for matrix in quantized}) > 1:
-        return torch.cat([matrix.dequantize(dtype) if isinstance(matrix, QTensor) else matrix for matrix in matrices])
-    if not takes_int8(quantized[0]):
-        return stacked_rows([row_scaled(matrix) for matrix in quantized])
-    codes, scales = (torch.cat(list(parts)) for parts in zip(*((m.codes, m.scales) for m in quantized), strict=True))
-    inputs = shared_inputs(matrices)
-    return QTensor(codes, scales, None, quantized[0].scheme, None if inputs is None else inputs.scale)
-
-
-def shared_inputs(matrices: list[QTensor | Tensor]) -> RoundedInputs | None:
-    """The rounding of the input that the matrices share: by the largest of their scales, as in vLLM.
-
-    CheckpointError if they round it differently, since the fused product has one input.
-    """
-    found = [inputs_of(matrix) for matrix in matrices]
-    if len({None if inputs is None else inputs.side for inputs in found}) > 1:
-        raise CheckpointError(
-            "linears with one input (q, k and v; gate and up) round it differently here, but the engine multiplies "
-            "them together; quantize the model again with one scheme for them"
-        )
-    scales = [inputs.scale for inputs in found if inputs is not None and inputs.scale is not None]
-    if found[0] is None or not scales:
-        return found[0]
-    every = torch.stack(scales)
-    return RoundedInputs(found[0].side, every.min() if found[0].side.parent else every.max())
-
-
-def moved(weight: QTensor | RowScaled | Tensor, rows: Tensor, dtype: torch.dtype) -> QTensor | RowScaled | Tensor:
-    """`weight` with row i taken from row `rows[i]`; dense if it has no kernel."""
-    if isinstance(weight, Tensor):
-        return weight[rows]
-    if isinstance(weight, RowScaled):
-        return weight.taking(rows)
-    if reason_against_kernel(weight):
-        return weight.dequantize(dtype)[rows]
-    if not takes_int8(weight):
-        return row_scaled(weight).taking(rows)
-    return replace(weight, codes=weight.codes[rows], scales=weight.scales[rows])

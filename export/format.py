@@ -4,6 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from lowbit.errors import CheckpointError
 from lowbit.export.container import Container
 from lowbit.export.engines.engine import Engine
 from lowbit.export.sharded import SAFETENSORS
+from lowbit.export.tensorfile import Spec, nbytes_of
 from lowbit.quant.naming import fused_set
 from lowbit.quant.qtensor import QTensor
 from lowbit.quant.scheme import Scheme
@@ -217,3 +219,21 @@ def in_groups(weight: QTensor, g_idx: Tensor) -> QTensor:
         )
     order = g_idx.long().argsort(stable=True)
     return replace(weight, codes=weight.codes[:, order], order=order)
+
+
+@cache
+def tensors_written(fmt: Format, scheme: Scheme, n: int, k: int, scale_dtype: torch.dtype) -> dict[str, Spec]:
+    """Dtypes and shapes of the tensors that `fmt` writes for a weight (n, k), by suffix: its codes first."""
+    codes = torch.empty(n, k, dtype=scheme.number.storage, device="meta")
+    scales = torch.empty(scheme.sides(n, k), dtype=scale_dtype, device="meta")
+    zeros = None if scheme.symmetric else torch.empty(scales.shape, dtype=torch.int32, device="meta")
+    one = torch.ones((), dtype=torch.float32)
+    inputs, divisor = (one if needed else None for needed in (scheme.static_inputs, scheme.weights.parent))
+    found = fmt.write("", QTensor(codes, scales, zeros, scheme, inputs, divisor))
+    first = max(found, key=lambda key: found[key].nbytes)
+    return {key[1:]: (found[key].dtype, tuple(found[key].shape)) for key in dict.fromkeys((first, *found))}
+
+
+def bytes_written(fmt: Format, scheme: Scheme, n: int, k: int, scale_dtype: torch.dtype) -> int:
+    """Bytes of those tensors."""
+    return sum(map(nbytes_of, tensors_written(fmt, scheme, n, k, scale_dtype).values()))

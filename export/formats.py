@@ -3,7 +3,7 @@
 import math
 from collections import Counter
 from collections.abc import Mapping
-from functools import cache, lru_cache
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,6 @@ from lowbit.export.cache import cache_names, usable
 from lowbit.export.checkpoint import Checkpoint
 from lowbit.export.dialects import readable
 from lowbit.export.format import Format, in_groups, reading
-from lowbit.export.tensorfile import Spec, nbytes_of
 from lowbit.quant.naming import joined_set
 from lowbit.quant.qtensor import QTensor
 from lowbit.quant.scheme import Scheme
@@ -46,24 +45,6 @@ def require_fit(fmt: Format, schemes: Mapping[str, Scheme], shapes: Mapping[str,
             f"format {fmt.name} holds one scheme, and these linears have {len(kinds)}: {describe_schemes(schemes)}"
             + (f"; --group-size {smallest} may suit all" if in_size_alone else "")
         )
-
-
-@cache
-def tensors_written(fmt: Format, scheme: Scheme, n: int, k: int, scale_dtype: torch.dtype) -> dict[str, Spec]:
-    """Dtypes and shapes of the tensors that `fmt` writes for a weight (n, k), by suffix: its codes first."""
-    codes = torch.empty(n, k, dtype=scheme.number.storage, device="meta")
-    scales = torch.empty(scheme.sides(n, k), dtype=scale_dtype, device="meta")
-    zeros = None if scheme.symmetric else torch.empty(scales.shape, dtype=torch.int32, device="meta")
-    one = torch.ones((), dtype=torch.float32)
-    inputs, divisor = (one if needed else None for needed in (scheme.static_inputs, scheme.weights.parent))
-    found = fmt.write("", QTensor(codes, scales, zeros, scheme, inputs, divisor))
-    first = max(found, key=lambda key: found[key].nbytes)
-    return {key[1:]: (found[key].dtype, tuple(found[key].shape)) for key in dict.fromkeys((first, *found))}
-
-
-def bytes_written(fmt: Format, scheme: Scheme, n: int, k: int, scale_dtype: torch.dtype) -> int:
-    """Bytes of those tensors."""
-    return sum(map(nbytes_of, tensors_written(fmt, scheme, n, k, scale_dtype).values()))
 
 
 def describe_schemes(schemes: Mapping[str, Scheme]) -> str:

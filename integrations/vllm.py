@@ -2,51 +2,55 @@
 
     vllm serve DIR --quantization lowbit
 
-vLLM finds `register` through the entry point `vllm.general_plugins`. Its own CompressedTensorsConfig decides the scheme
-of each linear. Only storage and multiplication of a linear's weight are replaced; tensor parallelism, batching,
-caching, LoRA and speculative decoding stay vLLM's. So do experts and quantized embeddings.
+vLLM finds `register` through the entry point `vllm.general_plugins`. Its own CompressedTensorsConfig says which linears
+a checkpoint quantizes. Storage and multiplication of the weights of linears, heads, embeddings and experts are
+replaced; tensor parallelism, batching, caching, LoRA and speculative decoding stay vLLM's.
 """
 
-from abc import abstractmethod
+import logging
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
+from vllm.model_executor.layers.fused_moe import RoutedExperts
+from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization import register_quantization_config
-from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import (
-    CompressedTensorsConfig,
-    CompressedTensorsLinearMethod,
-)
-from vllm.model_executor.layers.quantization.compressed_tensors.schemes import (
-    CompressedTensorsScheme,
-    CompressedTensorsW8A8Int8,
-    CompressedTensorsWNA16,
-)
-from vllm.model_executor.parameter import (
-    BasevLLMParameter,
-    ChannelQuantScaleParameter,
-    GroupQuantScaleParameter,
-    ModelWeightParameter,
-    PackedColumnParameter,
-    PackedvLLMParameter,
-    PerTensorScaleParameter,
-)
+from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import CompressedTensorsConfig
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 
+from lowbit.errors import CheckpointError
 from lowbit.export.compressed_tensors import COMPRESSED_TENSORS
-from lowbit.quant.kernels import w8a8
-from lowbit.quant.kernels.packed import TILE_ROWS, prepack, reason_against_packing
-from lowbit.quant.kernels.weight import Hints, Int8, Linear, Packed, RoundedInputs
-from lowbit.quant.qtensor import QTensor
-from lowbit.quant.scheme import INPUTS, Scheme, make_scheme
+from lowbit.integrations.arriving import Arriving, Joined, Share, placeholder
+from lowbit.integrations.vllm_experts import LowbitExperts, reason_against_experts
+from lowbit.quant.kernels.extension import reason_against_device
+from lowbit.quant.kernels.weight import Dense, Hints, Linear, RoundedInputs, Weight, load_weight
+from lowbit.quant.scheme import Scheme
 
 NAME = "lowbit"
 DEPENDENT = Hints(dependent=True)
+EMBEDDING = "model.embed_tokens"  # where a model class gives its embedding no name
+# The fields of a packed weight by the parameters that hold them: vLLM's LoRA looks for the first two.
+PARAMETERS = {
+    "words": "weight_packed",
+    "matrix": "weight",
+    "codes": "weight",
+    "scales": "weight_scale",
+    "zeros": "weight_zero_point",
+    "factors": "weight_factors",
+}
+SHARDS = {"q": 0, "k": 1, "v": 2}
+LOGGER = logging.getLogger("vllm.lowbit")  # below vLLM's, whose level and handlers it has
 
 
 class LowbitConfig(CompressedTensorsConfig):
-    """compressed-tensors' configuration, with linears run by lowbit's kernels."""
+    """compressed-tensors' configuration, with weights multiplied by lowbit's kernels."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._said: set[str] = set()
 
     def get_name(self) -> str:
         """The name that the user passes."""
@@ -71,204 +75,152 @@ class LowbitConfig(CompressedTensorsConfig):
         return NAME if ours else None
 
     def get_quant_method(self, layer: Any, prefix: str) -> Any:
-        """vLLM's method for the layer, with a linear's scheme replaced by ours. ValueError if there is no kernel for
-        it."""
-        method = super().get_quant_method(layer, prefix)
-        if isinstance(method, CompressedTensorsLinearMethod):
-            layer.scheme = scheme_for(layer.scheme, prefix)
-        return method
+        """Our method for a quantized layer, vLLM's for any other. CheckpointError for a scheme that no reader knows."""
+        if isinstance(layer, RoutedExperts):
+            return self._experts_method(layer, prefix)
+        if not isinstance(layer, LinearBase | VocabParallelEmbedding):
+            return super().get_quant_method(layer, prefix)
+        if self.transform_config is not None:
+            raise CheckpointError(f"{prefix}: the checkpoint transforms inputs at run time, which lowbit does not")
+        is_linear = isinstance(layer, LinearBase | ParallelLMHead)
+        names = self._names_of(prefix if is_linear else prefix or EMBEDDING)
+        schemes = [self.scheme_of(layer, name) for name in names]
+        if not any(schemes):
+            return UnquantizedLinearMethod() if isinstance(layer, LinearBase) else None
+        return (LowbitLinear if is_linear else LowbitEmbedding)(names, schemes, self.say)
+
+    def scheme_of(self, layer: Any, name: str) -> Scheme | None:
+        """The scheme of the linear `name`, or None. CheckpointError for an unknown one."""
+        found = self.get_scheme_dict(layer, name)
+        if found is None or found.get("weights") is None:
+            return None
+        group = {key: value.model_dump() if hasattr(value, "model_dump") else value for key, value in found.items()}
+        config = {"config_groups": {name: group | {"targets": [name]}}}
+        return COMPRESSED_TENSORS.schemes_of(config, [name])[name]
+
+    def say(self, text: str) -> None:
+        """Log what the user should know, once."""
+        if text not in self._said:
+            self._said.add(text)
+            LOGGER.warning("lowbit: %s", text)
+
+    def _names_of(self, prefix: str) -> list[str]:
+        """The linears of the checkpoint that vLLM runs as the module `prefix`."""
+        parent, _, leaf = prefix.rpartition(".")
+        parts = self.packed_modules_mapping.get(leaf, [leaf])
+        return [f"{parent}.{part}" if parent else part for part in parts]
+
+    def _experts_method(self, layer: Any, prefix: str) -> Any:
+        """Our method for experts, or vLLM's, with the reason said."""
+        roles = layer.ckpt_gate_proj_name, layer.ckpt_up_proj_name, layer.ckpt_down_proj_name
+        names = [f"{prefix}.0.{role}" for role in roles]
+        schemes = [self.scheme_of(layer, name) for name in names]
+        if not any(schemes):
+            return super().get_quant_method(layer, prefix)
+        reason = reason_against_experts(layer, schemes)
+        if reason is None and schemes[0] is not None:
+            return LowbitExperts(layer.moe_config, prefix, roles, schemes[0])
+        self.say(f"experts stay vLLM's own: {reason}")
+        return super().get_quant_method(layer, prefix)
 
 
-def scheme_for(theirs: CompressedTensorsScheme, prefix: str) -> "LowbitScheme":
-    """lowbit's scheme in place of vLLM's. ValueError with the linear's name if there is no kernel for it."""
-    in_order = not getattr(theirs, "has_g_idx", False)
-    if type(theirs) is CompressedTensorsWNA16 and theirs.num_bits in (4, 8) and in_order:
-        return PackedWeights(make_scheme(theirs.num_bits, theirs.group_size, bool(theirs.symmetric)))
-    if type(theirs) is CompressedTensorsW8A8Int8 and theirs.input_symmetric:
-        inputs = INPUTS["a8tensor" if theirs.is_static_input_scheme else "a8token"]
-        return PlainWeights(replace(make_scheme(8, -1, True), inputs=inputs), theirs.strategy == "tensor")
-    raise ValueError(
-        f"{prefix}: lowbit has no kernel for {type(theirs).__name__}; start vLLM without --quantization lowbit"
-    )
+class LowbitLinear(LinearMethodBase):
+    """A quantized linear with lowbit's kernels: load, join, pack, multiply.
 
-
-@dataclass(frozen=True)
-class Part:
-    """This rank's shard of a linear, or of several that vLLM fuses.
-
-    widths  outputs of each fused linear
-    k       inputs
-    dtype   of activations
-    loader  loads this shard's part of a checkpoint tensor into a parameter
+    names, schemes  linears of the checkpoint that vLLM runs as one, and the scheme of each
+    say             logs a text
     """
 
-    widths: list[int]
-    k: int
-    dtype: torch.dtype
-    loader: Callable[..., None]
-
-    @property
-    def n(self) -> int:
-        return sum(self.widths)
-
-
-class LowbitScheme(CompressedTensorsScheme):
-    """A quantized linear with lowbit's kernels: load, pack, multiply.
-
-    Subclasses define the parameters to load, their packed form, and the product.
-    """
-
-    def __init__(self, scheme: Scheme) -> None:
-        self.scheme = scheme
-
-    @classmethod
-    def get_min_capability(cls) -> int:
-        """The lowest compute capability of the kernels."""
-        return LowbitConfig.get_min_capability()
-
-    @abstractmethod
-    def reason_against(self, part: Part) -> str | None:
-        """The reason why the kernels cannot multiply with the shard, or None."""
-
-    @abstractmethod
-    def parameters(self, part: Part) -> dict[str, BasevLLMParameter]:
-        """The parameters that the checkpoint's tensors are loaded into, by name."""
-
-    @abstractmethod
-    def packed(self, weight: QTensor, part: Part) -> dict[str, Tensor | None]:
-        """The packed tensors that the layer keeps, named as in vLLM's own schemes, where its LoRA looks for the
-        weight."""
+    def __init__(self, names: list[str], schemes: list[Scheme | None], say: Callable[[str], None]) -> None:
+        self.names, self.schemes, self.say = names, schemes, say
 
     def create_weights(
         self,
         layer: Any,
-        output_partition_sizes: list[int],
         input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
         params_dtype: torch.dtype,
-        weight_loader: Callable[..., None],
         **kwargs: Any,
     ) -> None:
-        """Register the shard's parameters on `layer`. ValueError if the kernels cannot pack the shard."""
-        part = Part(output_partition_sizes, input_size_per_partition, params_dtype, weight_loader)
-        reason = self.reason_against(part)
-        if reason:
-            raise ValueError(f"lowbit cannot run a {self.scheme} weight: {reason}")
-        parameters = self.parameters(part)
-        for name, parameter in parameters.items():
-            layer.register_parameter(name, parameter)
-        layer.lowbit_part, layer.lowbit_loaded = part, tuple(parameters)
+        """Register a parameter for each tensor of the checkpoint, empty until all tensors are there.
+
+        CheckpointError if a scheme does not fit the inputs.
+        """
+        self.arriving = Arriving(self.names, self.schemes, input_size)
+        self.suffixes, self.dtype = self.arriving.suffixes, params_dtype
+        self.share = share_of(layer, output_partition_sizes, input_size_per_partition)
+        self.linear: Linear | None = None
+        for suffix in self.suffixes:
+            layer.register_parameter(suffix, placeholder(partial(self._load, suffix)))
+        device = getattr(layer, self.suffixes[0]).device
+        reason = reason_against_device(torch.cuda.get_device_capability(device)) if device.type == "cuda" else None
+        if reason is not None:
+            self.say(f"plain torch multiplies: {reason}")
+
+    def _load(self, suffix: str, parameter: Tensor, tensor: Tensor, shard: str | int | None = None) -> None:
+        """Take a tensor of the linear `shard`, and pack the weight once all are there."""
+        if isinstance(shard, tuple):
+            raise CheckpointError(f"{self.names[0]}: the file has the linears {shard} of this product in one tensor")
+        part = SHARDS[shard] if isinstance(shard, str) else shard
+        self.arriving.put(suffix, tensor, part)
+        if not self.arriving.missing:
+            self.linear = self._packed(parameter.device)
+
+    def _packed(self, device: torch.device) -> Linear:
+        """The share in the kernels' layout."""
+        joined = self.arriving.joined(self.share, self.dtype, device)
+        return Linear(self._weight(joined), None, joined.inputs)
+
+    def _weight(self, joined: Joined) -> Weight:
+        """The weight in the kernels' layout; expanded to 16 bits, which is said, if no kernel multiplies with it."""
+        weight = load_weight(joined.weight, self.dtype)
+        if isinstance(weight, Dense):
+            self.say(f"{self.arriving.name} and others like it are expanded to 16 bits: {joined.reason}")
+        return weight
 
     def process_weights_after_loading(self, layer: Any) -> None:
-        """Repack the loaded weight into the kernels' layout. CheckpointError if the loaded tensors are not a valid
-        weight."""
-        loaded = self.whole({name: getattr(layer, name).data for name in layer.lowbit_loaded}, layer.lowbit_part)
-        weight = COMPRESSED_TENSORS.read("", lambda name: loaded[name.removeprefix(".")], self.scheme)
-        tensors = self.packed(weight, layer.lowbit_part)
-        for name in layer.lowbit_loaded:
-            delattr(layer, name)
-        for name, tensor in tensors.items():
+        """Put the packed weight in the place of the loaded tensors. CheckpointError if some of them never came."""
+        if self.linear is None:
+            self.linear = self._packed(getattr(layer, self.suffixes[0]).device)
+        linear, self.linear = self.linear, None
+        for suffix in self.suffixes:
+            delattr(layer, suffix)
+        layer.lowbit_kind, layer.lowbit_sides = type(linear.weight), linear.inputs and linear.inputs.side
+        values = dict(vars(linear.weight))
+        layer.lowbit_tensors = [(name, PARAMETERS[name]) for name in values if name in PARAMETERS]
+        layer.lowbit_sizes = {name: value for name, value in values.items() if name not in PARAMETERS}
+        held = {parameter: values[name] for name, parameter in layer.lowbit_tensors}
+        for name, tensor in (held | {"input_scale": linear.inputs and linear.inputs.scale}).items():
             layer.register_parameter(name, None if tensor is None else nn.Parameter(tensor, requires_grad=False))
 
-    def whole(self, loaded: dict[str, Tensor], part: Part) -> dict[str, Tensor]:
-        """The tensors of the shard in the form of a file, from the loaded ones."""
-        return loaded
-
-
-class PackedWeights(LowbitScheme):
-    """4- or 8-bit weights and 16-bit activations: `pack-quantized`."""
-
-    def parameters(self, part: Part) -> dict[str, BasevLLMParameter]:
-        """Packed words, scales and zeros, sharded as in vLLM's own scheme."""
-        scheme, per_word, loader = self.scheme, 32 // self.scheme.bits, {"weight_loader": part.loader}
-        words: dict[str, Any] = {"packed_factor": per_word, **loader}
-        packed = torch.empty(part.n, -(-part.k // per_word), dtype=torch.int32)
-        scales = torch.empty(part.n, scheme.groups(part.k), dtype=part.dtype)
-        zeros = torch.zeros(-(-part.n // per_word), scheme.groups(part.k), dtype=torch.int32)
-        found = {
-            "weight_packed": PackedvLLMParameter(data=packed, input_dim=1, output_dim=0, packed_dim=1, **words),
-            "weight_shape": BasevLLMParameter(data=torch.empty(2, dtype=torch.int64), **loader),
-        }
-        if scheme.group_size == -1:  # every shard of the inputs needs the row's scale
-            found["weight_scale"] = ChannelQuantScaleParameter(data=scales, output_dim=0, **loader)
-            zero: Any = PackedColumnParameter(data=zeros, output_dim=0, packed_dim=0, **words)
-        else:
-            found["weight_scale"] = GroupQuantScaleParameter(data=scales, input_dim=1, output_dim=0, **loader)
-            zero = PackedvLLMParameter(data=zeros, input_dim=1, output_dim=0, packed_dim=0, **words)
-        return found if scheme.symmetric else found | {"weight_zero_point": zero}
-
-    def whole(self, loaded: dict[str, Tensor], part: Part) -> dict[str, Tensor]:
-        """With the shard's own shape: the file has the shape of the whole linear."""
-        return loaded | {"weight_shape": torch.tensor([part.n, part.k])}
-
-    def reason_against(self, part: Part) -> str | None:
-        """The reason why the shard cannot be packed, or None."""
-        return reason_against_packing(part.n, part.k, self.scheme.group_size, TILE_ROWS)
-
-    def packed(self, weight: QTensor, part: Part) -> dict[str, Tensor | None]:
-        """Words, scales and zeros in the kernels' layout."""
-        packed = prepack(weight, part.dtype)
-        return {"weight_packed": packed.words, "weight_scale": packed.scales, "weight_zero_point": packed.zeros}
-
-    def apply_weights(self, layer: Any, x: Tensor, bias: Tensor | None) -> Tensor:
+    def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x W^T + bias."""
-        part, scheme = layer.lowbit_part, self.scheme
-        tensors = layer.weight_packed, layer.weight_scale, layer.weight_zero_point
-        return Linear(Packed(*tensors, part.n, part.k, scheme.bits, scheme.group_size), bias, hints=DEPENDENT)(x)
+        tensors = {name: getattr(layer, parameter) for name, parameter in layer.lowbit_tensors}
+        weight = layer.lowbit_kind(**tensors, **layer.lowbit_sizes)
+        side = layer.lowbit_sides
+        inputs = None if side is None else RoundedInputs(side, layer.input_scale)
+        return Linear(weight, bias, inputs, DEPENDENT)(x)
 
 
-class PlainWeights(LowbitScheme):
-    """int8 weights and activations: `int-quantized`. With `one_scale`, each linear has a single scale for its
-    weight."""
+class LowbitEmbedding(LowbitLinear):
+    """A quantized table of embeddings: expanded to 16 bits, since a step looks up a few of its rows."""
 
-    def __init__(self, scheme: Scheme, one_scale: bool) -> None:
-        super().__init__(scheme)
-        self.one_scale = one_scale
+    def _weight(self, joined: Joined) -> Weight:
+        weight = joined.weight
+        return Dense(weight if isinstance(weight, Tensor) else weight.dequantize().to(self.dtype))
 
-    def parameters(self, part: Part) -> dict[str, BasevLLMParameter]:
-        """Codes and scales, and a calibrated input scale for each linear.
+    def embedding(self, layer: Any, ids: Tensor) -> Tensor:
+        """The rows of `ids`."""
+        return functional.embedding(ids, layer.weight)
 
-        Scales are declared float32 whatever the file has: the default here would be the model's dtype, which would
-        round a calibrated scale.
-        """
-        loader: dict[str, Any] = {"weight_loader": part.loader}
-        codes = torch.empty(part.n, part.k, dtype=torch.int8)
-        per_row, per_linear = (torch.zeros(size, dtype=torch.float32) for size in ((part.n, 1), len(part.widths)))
-        found = {"weight": ModelWeightParameter(data=codes, input_dim=1, output_dim=0, **loader)}
-        if self.one_scale:
-            found["weight_scale"] = PerTensorScaleParameter(data=per_linear, **loader)
-        else:
-            found["weight_scale"] = ChannelQuantScaleParameter(data=per_row, output_dim=0, **loader)
-        if self.scheme.static_inputs:
-            found["input_scale"] = PerTensorScaleParameter(data=per_linear.clone(), **loader)
-        return found
 
-    def whole(self, loaded: dict[str, Tensor], part: Part) -> dict[str, Tensor]:
-        """With a scale for every row, and the largest input scale among fused linears.
-
-        vLLM's own scheme keeps the scale loaded last, which is equal if fused linears were calibrated together.
-        """
-        found = dict(loaded)
-        if self.one_scale:
-            widths = torch.tensor(part.widths, device=loaded["weight_scale"].device)
-            found["weight_scale"] = loaded["weight_scale"].repeat_interleave(widths).unsqueeze(1)
-        if "input_scale" in loaded:
-            found["input_scale"] = loaded["input_scale"].max()
-        return found
-
-    def reason_against(self, part: Part) -> str | None:
-        """The reason why the shard cannot be multiplied in int8, or None."""
-        return w8a8.reason_against_packing(part.n, part.k)
-
-    def packed(self, weight: QTensor, part: Part) -> dict[str, Tensor | None]:
-        """Codes and scales, and the calibrated input scale if there is one."""
-        packed = w8a8.pack_int8(weight)
-        return {"weight": packed.codes, "weight_scale": packed.scales, "input_scale": weight.input_scale}
-
-    def apply_weights(self, layer: Any, x: Tensor, bias: Tensor | None) -> Tensor:
-        """x W^T + bias, with x rounded to int8 and multiplied in int8."""
-        assert self.scheme.inputs is not None
-        inputs = RoundedInputs(self.scheme.inputs, layer.input_scale)
-        return Linear(Int8(layer.weight, layer.weight_scale), bias, inputs, DEPENDENT)(x)
+def share_of(layer: Any, widths: list[int], k: int) -> Share:
+    """The share of a layer that this process holds."""
+    indices = getattr(layer, "shard_indices", None)
+    first = None if indices is None else indices.org_vocab_start_index
+    return Share(tuple(widths), k, getattr(layer, "tp_rank", 0), layer.tp_size, first)
 
 
 def register() -> None:

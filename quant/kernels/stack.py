@@ -23,6 +23,8 @@ from lowbit.quant.kernels.weight import Hints, RoundedInputs, prepared
 from lowbit.quant.kernels.wna16_experts import DownCall, Gate, UpCall, gated
 from lowbit.quant.qtensor import QTensor
 
+FEW_ROWS = 64  # of a mixture: more are multiplied with each expert's dense weight
+
 
 class Stack(Protocol):
     """W (experts, n, k), in the order of its kernels."""
@@ -140,13 +142,21 @@ class Experts:
         call = UpCall(x, up, chosen, self.gate, self.up.bias, deferred, dependent, down.words)
         return ops.experts_up(call)
 
-    def ended(self, inner: Tensor, chosen: Chosen, residual: Tensor, hints: Hints) -> DownCall:
-        """The product that ends the layer: residual + the sum (m, hidden)."""
+    def ended(self, inner: Tensor, chosen: Chosen, residual: Tensor | None, hints: Hints) -> DownCall:
+        """The product that ends the layer: the sum (m, hidden), + residual if there is one."""
         assert self.weights is not None
         return DownCall(inner, self.weights[1], chosen, self.down.bias, residual, **vars(hints))
 
-    def in_parts(self, x: Tensor, chosen: Chosen, residual: Tensor) -> Tensor:
-        """residual + the sum (m, hidden) for x (m, hidden), by any weights: each expert's rows together."""
+    def __call__(self, x: Tensor, chosen: Chosen, dependent: bool = False) -> Tensor:
+        """The sum (m, hidden) for x (m, hidden), by the kernels if they take these weights and so many rows."""
+        if self.weights is None or len(x) > FEW_ROWS:
+            return self.in_parts(x, chosen, None)
+        inner = self.begun(x.contiguous(), chosen, dependent, None)
+        return ops.experts_down(self.ended(inner, chosen, None, Hints(dependent)))
+
+    def in_parts(self, x: Tensor, chosen: Chosen, residual: Tensor | None) -> Tensor:
+        """The sum (m, hidden) for x (m, hidden), + residual if there is one, by any weights: each expert's rows
+        together."""
         flat = chosen.experts.flatten()
         sums = self.up.multiply(self.up.rounded(x).repeat_interleave(chosen.top, 0), flat)
         inner = gated(sums, self.gate).to(x.dtype)

@@ -67,10 +67,10 @@ def test_commands_and_functions_say_it(monkeypatch):
 
 PLUGIN = """
 import sys
-for name in ("transformers", "huggingface_hub", "datasets", "yaml", "rich", "matplotlib", "filelock", "typeguard"):
+for name in ("transformers", "huggingface_hub", "datasets", "yaml", "rich", "matplotlib", "filelock", "typeguard", "tomli_w"):
     sys.modules[name] = None
 import lowbit.commands.lowbit, lowbit.export.compressed_tensors
-import lowbit.quant.kernels.packed, lowbit.quant.kernels.w8a8, lowbit.quant.kernels.weight
+import lowbit.integrations.arriving, lowbit.quant.kernels.stack, lowbit.quant.kernels.weight
 """
 
 
