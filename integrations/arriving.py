@@ -27,7 +27,7 @@ DENSE = "weight"  # the only tensor of a linear that is not quantized
 
 @dataclass(frozen=True)
 class Share:
-    """What one of several processes holds of joined linears.
+    """The part of joined linears that one of several processes holds.
 
     widths  outputs of each linear
     k       inputs

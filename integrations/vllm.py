@@ -26,12 +26,13 @@ from lowbit.export.compressed_tensors import COMPRESSED_TENSORS
 from lowbit.integrations.arriving import Arriving, Joined, Share, placeholder
 from lowbit.integrations.vllm_experts import LowbitExperts, reason_against_experts
 from lowbit.quant.kernels.extension import reason_against_device
-from lowbit.quant.kernels.weight import Dense, Hints, Linear, RoundedInputs, Weight, load_weight
+from lowbit.quant.kernels.traced import form_of, multiply
+from lowbit.quant.kernels.weight import Dense, Hints, Linear, Weight, load_weight
 from lowbit.quant.scheme import Scheme
 
 NAME = "lowbit"
 DEPENDENT = Hints(dependent=True)
-EMBEDDING = "model.embed_tokens"  # where a model class gives its embedding no name
+EMBEDDING = "model.embed_tokens"  # for model classes that give their embedding no name
 # The fields of a packed weight by the parameters that hold them: vLLM's LoRA looks for the first two.
 PARAMETERS = {
     "words": "weight_packed",
@@ -171,7 +172,7 @@ class LowbitLinear(LinearMethodBase):
     def _packed(self, device: torch.device) -> Linear:
         """The share in the kernels' layout."""
         joined = self.arriving.joined(self.share, self.dtype, device)
-        return Linear(self._weight(joined), None, joined.inputs)
+        return Linear(self._weight(joined), None, joined.inputs, DEPENDENT)
 
     def _weight(self, joined: Joined) -> Weight:
         """The weight in the kernels' layout; expanded to 16 bits, which is said, if no kernel multiplies with it."""
@@ -187,21 +188,16 @@ class LowbitLinear(LinearMethodBase):
         linear, self.linear = self.linear, None
         for suffix in self.suffixes:
             delattr(layer, suffix)
-        layer.lowbit_kind, layer.lowbit_sides = type(linear.weight), linear.inputs and linear.inputs.side
-        values = dict(vars(linear.weight))
-        layer.lowbit_tensors = [(name, PARAMETERS[name]) for name in values if name in PARAMETERS]
-        layer.lowbit_sizes = {name: value for name, value in values.items() if name not in PARAMETERS}
-        held = {parameter: values[name] for name, parameter in layer.lowbit_tensors}
+        layer.lowbit_form, tensors = form_of(linear)
+        layer.lowbit_parameters = [PARAMETERS[name] for name in tensors]
+        held = {PARAMETERS[name]: tensor for name, tensor in tensors.items()}
         for name, tensor in (held | {"input_scale": linear.inputs and linear.inputs.scale}).items():
             layer.register_parameter(name, None if tensor is None else nn.Parameter(tensor, requires_grad=False))
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x W^T + bias."""
-        tensors = {name: getattr(layer, parameter) for name, parameter in layer.lowbit_tensors}
-        weight = layer.lowbit_kind(**tensors, **layer.lowbit_sizes)
-        side = layer.lowbit_sides
-        inputs = None if side is None else RoundedInputs(side, layer.input_scale)
-        return Linear(weight, bias, inputs, DEPENDENT)(x)
+        tensors = [getattr(layer, name) for name in layer.lowbit_parameters]
+        return multiply(x, tensors, bias, layer.input_scale, layer.lowbit_form)
 
 
 class LowbitEmbedding(LowbitLinear):

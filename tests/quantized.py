@@ -1,7 +1,7 @@
 """Quantized checkpoints of tiny models in any format, and the dense model that each stands for."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,7 @@ from lowbit.export.dialects import FORMATS
 from lowbit.export.format import Format
 from lowbit.export.formats import LogicalTensors
 from lowbit.models.source import open_source
-from lowbit.quant.numbers import Number
-from lowbit.quant.numerics import fake_quantize_inputs
+from lowbit.quant.numerics import input_rounding
 from lowbit.quant.qtensor import QTensor, round_to_nearest
 from lowbit.quant.scheme import make_scheme, parse_scheme
 
@@ -55,18 +54,18 @@ def write_config(directory: Path, config: Mapping[str, Any], fmt: Format, block:
 
 
 def dense(directory: Path) -> PreTrainedModel:
-    """The same model in float32, weights dequantized by our reader; int8 activations rounded before each product."""
+    """The same model in float32, weights dequantized by our reader; inputs rounded before each product as they are."""
     logical = LogicalTensors(open_checkpoint(directory))
     model = AutoModelForCausalLM.from_config(open_source(str(directory)).config, dtype=torch.float32)
     model.load_state_dict({name: logical.read(name).float() for name in logical.names}, strict=False)
     for name, scheme in logical.schemes.items():
         if scheme.inputs is not None:
-            input_scale = logical.qtensor(name).input_scale
-            model.get_submodule(name).register_forward_pre_hook(partial(rounded, scheme.inputs.number, input_scale))
+            rounding = input_rounding(scheme.inputs, logical.qtensor(name).input_scale)
+            model.get_submodule(name).register_forward_pre_hook(partial(rounded, rounding))
     return model.eval()
 
 
 def rounded(
-    number: Number, input_scale: torch.Tensor | None, module: torch.nn.Module, args: tuple[torch.Tensor]
+    rounding: Callable[[torch.Tensor], torch.Tensor], module: torch.nn.Module, args: tuple[torch.Tensor]
 ) -> torch.Tensor:
-    return fake_quantize_inputs(args[0], number, input_scale)
+    return rounding(args[0])

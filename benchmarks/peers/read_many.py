@@ -2,9 +2,9 @@
 
     PYTHON read_many.py CHECKPOINT... --windows FILE --out FILE [--dtype bfloat16] [--reader vllm-lowbit]
 
-As read_checkpoint.py, whose reading this is, and whose READER. The output is a line of JSON a checkpoint, written as soon as it is known:
-{"checkpoint": ..., "rows": ...}, or {"checkpoint": ..., "error": ...} with what vLLM raised. A checkpoint that ends the
-process has no line.
+As read_checkpoint.py, whose reading this is, and whose READER. The output is a line of JSON a checkpoint, written as
+soon as it is known: {"checkpoint": ..., "rows": ...}, or {"checkpoint": ..., "error": ...} with what vLLM raised. A
+checkpoint that ends the process has no line.
 """
 
 import argparse

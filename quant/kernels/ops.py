@@ -160,6 +160,14 @@ class Operator(Generic[C, R]):
         assert not alias, f"{self.name} has no {[*alias]}"
 
 
+def composite(name: str, schema: str, run: Callable[..., R]) -> Callable[..., R]:
+    """lowbit::`name`, made of other operators by `run`: torch.compile keeps those in its place."""
+    LIBRARY.define(f"{name}{schema}")
+    LIBRARY.impl(name, run, "CompositeImplicitAutograd")
+    found: Callable[..., R] = getattr(torch.ops.lowbit, name).default
+    return found
+
+
 def returned(run: Callable[..., Any]) -> str:
     """The schema's result, from the return annotation of `run`: a tensor, several, or nothing."""
     hint = get_type_hints(run)["return"]

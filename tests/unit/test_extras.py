@@ -67,7 +67,8 @@ def test_commands_and_functions_say_it(monkeypatch):
 
 PLUGIN = """
 import sys
-for name in ("transformers", "huggingface_hub", "datasets", "yaml", "rich", "matplotlib", "filelock", "typeguard", "tomli_w"):
+absent = "transformers huggingface_hub datasets yaml rich matplotlib filelock typeguard tomli_w"
+for name in absent.split():
     sys.modules[name] = None
 import lowbit.commands.lowbit, lowbit.export.compressed_tensors
 import lowbit.integrations.arriving, lowbit.quant.kernels.stack, lowbit.quant.kernels.weight
