@@ -191,7 +191,8 @@ class LowbitLinear(LinearMethodBase):
         layer.lowbit_form, tensors = form_of(linear)
         layer.lowbit_parameters = [PARAMETERS[name] for name in tensors]
         held = {PARAMETERS[name]: tensor for name, tensor in tensors.items()}
-        for name, tensor in (held | {"input_scale": linear.inputs and linear.inputs.scale}).items():
+        held["input_scale"] = None if linear.inputs is None else linear.inputs.scale
+        for name, tensor in held.items():
             layer.register_parameter(name, None if tensor is None else nn.Parameter(tensor, requires_grad=False))
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
