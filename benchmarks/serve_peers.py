@@ -3,9 +3,10 @@
     python -m benchmarks.serve_peers --commit $(git rev-parse --short HEAD) [SERVER ...]
 
 SERVER is a name of SERVERS; default: all. A checkpoint of Llama-2-7B's shapes with random codes is written first, in
-bfloat16 with 4 bits in groups of 128. Each server has room for SEQUENCES sequences of CONTEXT tokens, and else what it
-does by default. Rows in benchmarks/results/serve.jsonl, each with its `server`: `peer_start`, the seconds from the
-command until /health answers, and those of serve_clients.py as `peer_clients`, `peer_stall` and `peer_dialogue`.
+bfloat16 with 4 bits in groups of 128. Each server has room for SEQUENCES sequences of CONTEXT tokens, else what it has
+by default, and SETTLED seconds without requests after its start. Rows in benchmarks/results/serve.jsonl, each with its
+`server`: `peer_start`, the seconds from the command until /health answers, and those of serve_clients.py as
+`peer_clients`, `peer_stall` and `peer_dialogue`.
 """
 
 import argparse
@@ -34,6 +35,7 @@ from lowbit.serve.run import listen
 CONTEXT, SEQUENCES = 4352, 16
 METHOD = "w4"
 LIMIT = 240  # seconds until a server has to answer
+SETTLED = 8
 CASES = ("clients", "stall", "dialogue")
 LOWBIT = (sys.executable, "-c", "from lowbit.commands.lowbit import main; main()")
 
@@ -149,6 +151,7 @@ def main() -> None:
             try:
                 with started(SERVERS[name], shlex.split(options.vllm), options.model, log) as (port, seconds):
                     start: Row = {"case": "start", "seconds": round(seconds, 2)}
+                    time.sleep(SETTLED if options.cases else 0)
                     for row in itertools.chain([start], rows_of(port, vocabulary, options.cases)):
                         row |= {"case": f"peer_{row['case']}", "server": name}
                         print(json.dumps(row), flush=True)

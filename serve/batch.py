@@ -20,7 +20,7 @@ from lowbit.serve.drafts import Drafts, fill_rows, unmasked
 from lowbit.serve.job import Job, Update
 from lowbit.serve.pace import BETWEEN_STEPS, Pace, Part
 from lowbit.serve.slots import Slots
-from lowbit.serve.warm import REST_ROWS, Graph, expected
+from lowbit.serve.warm import REST_ROWS, Chunk, Graph, expected
 
 PASS_ROWS = 1024  # of a captured pass while other requests write: 30 ms with Llama-2-7B on an H200
 RUNNERS = 64  # captured graphs: numbers of rows, times lengths, times the features of sampling
@@ -37,7 +37,7 @@ class Batch:
     writing  jobs that get one token a step
     placed   those that wrote when the runner's rows were last set, in their order; `stale` once others write
     drafted  True if their steps have drafts
-    cold     graphs that requests are expected to need, and that are not captured yet: see warm.py
+    cold     runs that spare expected requests a first one: see warm.py
     """
 
     def __init__(self, engine: Engine, sequences: int, usual: Sequence[Sampling] = (), lookup: int = 0) -> None:
@@ -62,8 +62,8 @@ class Batch:
 
     @property
     def has_work(self) -> bool:
-        """True if a turn has something to do."""
-        return bool(self.reading or self.writing or self.stale or self.cold)
+        """True if a turn has something to do for a request."""
+        return bool(self.reading or self.writing or self.stale)
 
     def reader(self) -> Reader:
         """The reader of the cache, which is allocated once with all its positions."""
@@ -99,7 +99,7 @@ class Batch:
 
     def turn(self) -> None:
         """Read at most one chunk of a prompt, or layers of it, then write one token of each writing job. Without a job,
-        capture one graph."""
+        run what is cold."""
         with self.engine.lock, torch.inference_mode():
             if self.reading:
                 self.try_read(self.reading[0])
@@ -108,14 +108,17 @@ class Batch:
             elif not self.reading and self.cold:
                 self.warm(self.cold.popleft())
 
-    def warm(self, graph: Graph) -> None:
-        """Capture a graph. It runs in the slot that holds the fewest tokens, which forgets them."""
+    def warm(self, graph: Graph | Chunk) -> None:
+        """One run. It uses the slot that holds the fewest tokens, which forgets them."""
         slot = min(self.slots.all, key=lambda slot: len(slot.tokens))
         slot.clear()
         try:
+            if isinstance(graph, Chunk):
+                part = 0, graph.length
+                next(chunk_by_layers(self.decoder, self.reader().cache, slot.sequence, [0] * graph.length, part))
+                return
             if not graph.rows:
-                for _ in range(2):  # the first run of a length is captured by the second: see passes.py
-                    self.pass_over([(slot.sequence, [0] * graph.length)] * graph.prompts)
+                self.pass_over([(slot.sequence, [0] * graph.length)] * graph.prompts)
                 return
             rows, batch, usual = graph.rows, len(self.slots.all), graph.sampling
             constraints = None if usual is None else self.engine.request(0, [0], usual).constraints
@@ -123,6 +126,7 @@ class Batch:
             runner = self.space.runner(rows, batch, graph.length, features)
             if runner.sampler is not None and constraints is not None:
                 runner.sampler.start([constraints] * rows)
+            runner.spread()
             runner.place([0] * rows, [0] * rows, [runner.cache.start(slot.sequence)] * rows)
             runner.advance()
         except torch.OutOfMemoryError:  # memory is for requests

@@ -3,6 +3,7 @@
 import logging
 import queue
 import threading
+import time
 from collections.abc import Generator, Sequence
 
 import torch
@@ -14,6 +15,7 @@ from lowbit.engine.sampling import Piece, Sampling
 from lowbit.errors import EngineError
 from lowbit.serve.batch import Batch
 from lowbit.serve.job import Constraint, Job, Tell, Update
+from lowbit.serve.warm import RESTED
 
 LOG = logging.getLogger("lowbit.serve")
 SEQUENCES = 8
@@ -50,6 +52,7 @@ class Session:
         self.queue: list[Job] = []
         self.changed = threading.Condition()
         self.closed = False
+        self.worked = -RESTED  # the time of the last turn for a request
         self.thread = threading.Thread(target=self.run, name="lowbit-session", daemon=True)
         self.thread.start()
 
@@ -128,6 +131,8 @@ class Session:
         while self.wait():
             try:
                 self.sort_out()
+                if self.batch.has_work:
+                    self.worked = time.monotonic()
                 self.batch.turn()
             except torch.OutOfMemoryError as error:
                 self.fail(EngineError(f"{len(self.batch.jobs)} sequences do not fit: {shortage(error)}"))
@@ -143,9 +148,14 @@ class Session:
             job.tell(job, Failed("the server is shutting down"))
 
     def wait(self) -> bool:
-        """Wait for work. False once the session is closed."""
+        """Wait for work, or until there was none for so long that cold runs may begin. False once the session is
+        closed."""
         with self.changed:
-            self.changed.wait_for(lambda: self.closed or self.queue or self.batch.has_work)
+            while not (self.closed or self.queue or self.batch.has_work):
+                rest = self.worked + RESTED - time.monotonic() if self.batch.cold else None
+                if rest is not None and rest <= 0:
+                    break
+                self.changed.wait(rest)
             return not self.closed
 
     def sort_out(self) -> None:

@@ -1,14 +1,23 @@
-"""Graphs that are captured in turns without work, before a request needs them: no stream goes on during a capture."""
+"""Runs in turns without work, before a request needs them: graphs are captured, and kernels of long prompts loaded.
+
+A request that comes meanwhile waits. So each run is short, and none begins before RESTED seconds without work.
+"""
 
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from lowbit.engine.capture import WARM_UP
 from lowbit.engine.passes import SHARED_COUNTS, SHARED_LENGTHS, Reader
+from lowbit.engine.prefill import CHUNK
 from lowbit.engine.sampling import Sampling
 from lowbit.quant.kernels.decode_attention import SHORT
 
 REST_ROWS = 16  # of a step that reads the rest of a prompt
+# Clients that ask one after another leave gaps of milliseconds. A capture began in each of them, and the next request
+# waited for it: first tokens of Llama-2-7B came after 188 ms on an H200 instead of 9.
+RESTED = 1.0
+CHUNKS = (512, 1024, 2048, 4096, CHUNK)
 
 
 @dataclass(frozen=True)
@@ -21,9 +30,23 @@ class Graph:
     sampling: Sampling | None = None
     prompts: int = 1
 
+    @property
+    def runs(self) -> int:
+        """Until the graph is captured: a pass by its second run, a step after its warm-up."""
+        return WARM_UP + 1 if self.rows else 2
 
-def expected(reader: Reader, usual: Sequence[Sampling]) -> deque[Graph]:
-    """The graphs that requests with the `usual` samplings need, the most likely ones first; none on a CPU."""
+
+@dataclass(frozen=True)
+class Chunk:
+    """The first layer of a chunk of `length` tokens. Its first run loads kernels, plans attention and allocates memory:
+    46 ms for 4096 tokens of Llama-2-7B on an H200."""
+
+    length: int
+
+
+def expected(reader: Reader, usual: Sequence[Sampling]) -> deque[Graph | Chunk]:
+    """The runs that requests with the `usual` samplings need, the most likely ones first; none on a CPU. Chunks are
+    last: a capture frees the memory that is kept for later."""
     cache = reader.cache
     if not reader.lengths or not usual:
         return deque()
@@ -36,4 +59,6 @@ def expected(reader: Reader, usual: Sequence[Sampling]) -> deque[Graph]:
     lengths = [length for length in SHARED_LENGTHS if length <= reader.longest_shared]
     counts = [count for count in SHARED_COUNTS if count <= cache.batch]
     shared = [Graph(length, prompts=count) for length in lengths for count in counts]
-    return deque([*steps[:alone], *passes, *rests, *steps[alone:], *shared])
+    graphs = [*steps[:alone], *passes, *rests, *steps[alone:], *shared]
+    chunks = [Chunk(length) for length in CHUNKS if length <= cache.context]
+    return deque([*(graph for graph in graphs for _ in range(graph.runs)), *chunks])

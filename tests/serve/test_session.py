@@ -4,6 +4,7 @@ import queue
 import random
 import threading
 import time
+from collections import Counter
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -16,7 +17,7 @@ from lowbit.errors import EngineError
 from lowbit.serve.batch import Batch
 from lowbit.serve.pace import Pace
 from lowbit.serve.session import Busy, Failed, Session
-from lowbit.serve.warm import Graph, expected
+from lowbit.serve.warm import RESTED, Chunk, Graph, expected
 from tests.engine.make import tiny
 
 SETTINGS = (
@@ -336,12 +337,20 @@ def test_short_prompts_that_wait_share_a_pass(model):
         assert job.request.completion().tokens == wanted.tokens
 
 
-def test_expected_graphs_are_captured_while_there_is_no_work(model):
+def test_expected_graphs_are_captured_while_there_is_no_work(model, monkeypatch):
+    monkeypatch.setattr("lowbit.serve.session.RESTED", 0.01)
     with Session(model, sequences=2) as session:
         first = list(session.stream([5] * 20, SETTINGS[0]))
         with session.changed:
             session.batch.cold.extend(
-                (Graph(128, 2, SETTINGS[1]), Graph(16), Graph(128, 16), Graph(128, 1, Sampling()), Graph(64, prompts=2))
+                (
+                    Graph(128, 2, SETTINGS[1]),
+                    Graph(16),
+                    Graph(128, 16),
+                    Graph(128, 1, Sampling()),
+                    Graph(64, prompts=2),
+                    Chunk(30),
+                )
             )
             session.changed.notify()
         deadline = time.monotonic() + 10
@@ -366,11 +375,34 @@ def test_graphs_are_expected_for_every_number_of_rows_and_both_reaches():
     cache = SimpleNamespace(batch=3, context=4096)
     reader = SimpleNamespace(cache=cache, lengths=(8, 1024, 8192), longest_shared=128)
     found = expected(reader, (Sampling(),))
-    assert [graph.length for graph in found if not graph.rows and graph.prompts == 1] == [8, 1024]
-    assert [(graph.length, graph.prompts) for graph in found if graph.prompts > 1] == [(64, 2), (128, 2)]
-    assert [graph.length for graph in found if graph.rows == 16] == [1024, 4096]
-    assert {(graph.rows, graph.length) for graph in found if graph.sampling} == {
+    runs = Counter(found)
+    assert [each.length for each in runs if isinstance(each, Chunk)] == [512, 1024, 2048, 4096]
+    graphs = {graph: count for graph, count in runs.items() if isinstance(graph, Graph)}
+    assert [graph.length for graph in graphs if not graph.rows and graph.prompts == 1] == [8, 1024]
+    assert [(graph.length, graph.prompts) for graph in graphs if graph.prompts > 1] == [(64, 2), (128, 2)]
+    assert [graph.length for graph in graphs if graph.rows == 16] == [1024, 4096]
+    assert {(graph.rows, graph.length) for graph in graphs if graph.sampling} == {
         (rows, length) for rows in (1, 2, 4) for length in (1024, 4096)
     }
-    assert [graph.rows for graph in list(found)[:2]] == [1, 1]
+    assert all(count == (3 if graph.rows else 2) for graph, count in graphs.items())
+    assert [graph.rows for graph in list(graphs)[:2]] == [1, 1]
     assert not expected(SimpleNamespace(cache=reader.cache, lengths=()), (Sampling(),))
+
+
+def test_cold_runs_wait_until_no_request_came_for_a_while(model, monkeypatch):
+    ran = []
+    with Session(model, sequences=2) as session:
+        monkeypatch.setattr(session.batch, "warm", lambda graph: ran.append((graph, time.monotonic())))
+        ask(session, model.requests([[5] * 20], SETTINGS[0]))
+        with session.changed:
+            session.batch.cold.extend([Graph(8), Graph(16)])
+            session.changed.notify()
+        for _ in range(4):
+            time.sleep(0.1)
+            ask(session, model.requests([[5] * 20], SETTINGS[0]))
+        assert not ran
+        ended, deadline = time.monotonic(), time.monotonic() + 10
+        while session.batch.cold and time.monotonic() < deadline:
+            time.sleep(0.01)
+    assert [graph for graph, _ in ran] == [Graph(8), Graph(16)]
+    assert ran[0][1] - ended > RESTED / 2
