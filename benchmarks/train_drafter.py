@@ -2,8 +2,8 @@
 
 The head learns on what the model itself writes, greedily and sampled, after prompts for chats and code that are made
 here of texts that ship with Python. It is unrolled over its own features as in drafting, and learns the model's
-distribution over the tokens that the model writes most. OUT gets config.json and model.safetensors in the layout in
-which such heads are published.
+distribution over the tokens that the model writes most. It begins with the model's own head and last feed-forward. OUT
+gets config.json and model.safetensors in the layout in which such heads are published.
 """
 
 import argparse
@@ -20,6 +20,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +33,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from lowbit.calibrate.data import builtin_text
 from lowbit.models.source import model_directory
 
-STEPS = 5  # of the head's own features in training
 DECAY = 0.9  # of the loss, a step
+WARM = 100  # steps until the learning rate is whole
+WRITING = 0.35  # share of the time in which texts are written
+KEPT_GIB = 32  # of features: texts beyond them are left out
+HELD_OUT = 20  # of so many batches, one is not trained on
+PROMPT = 256  # most tokens of a prompt
 SAMPLED = 0.5  # share of texts that are sampled at temperature 0.8; the others are greedy
 MODULES = (argparse, ast, csv, difflib, heapq, inspect, random, shlex, textwrap)
 ASKS = (
@@ -52,6 +57,36 @@ ASKS = (
 )
 SUBJECTS = ("history", "cooking", "physics", "the sea", "money", "music", "health", "travel", "law", "games", "birds")
 TASKS = ("Tell me about {}.", "Write a poem about {}.", "How do I learn more about {}?", "List ten facts about {}.")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Settings of a training.
+
+    rate    highest learning rate
+    steps   of the head's own features
+    copied  True: the head begins with the model's final norm and head, and with the feed-forward of its last layer
+    """
+
+    rate: float = 1e-3
+    steps: int = 5
+    copied: bool = True
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Texts of the model, padded.
+
+    tokens   (B, T)
+    written  (B, T) bool  the model wrote this token
+    taken    (B, T, 3 hidden)  features of the model
+    last     (B, T, hidden)  its normed output
+    """
+
+    tokens: Tensor
+    written: Tensor
+    taken: Tensor
+    last: Tensor
 
 
 class Eagle3(nn.Module):
@@ -195,7 +230,7 @@ def write_texts(
         while len(prompts) < batch:
             chat = [{"role": "user", "content": next(source)}]
             ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
-            if len(ids) <= 256:
+            if len(ids) <= PROMPT:
                 prompts.append(list(ids))
         width = max(map(len, prompts))
         rows = [[0] * (width - len(ids)) + ids for ids in prompts]
@@ -214,77 +249,110 @@ def write_texts(
     return texts
 
 
-def batches(texts: list[tuple[list[int], int]], rows: int, length: int, device: Any) -> Iterator[tuple[Tensor, Tensor]]:
-    """Endless batches: tokens (rows, length), padded, and which of them the model wrote."""
-    chance, order = random.Random(1), list(range(len(texts)))
-    while True:
-        chance.shuffle(order)
-        for first in range(0, len(order) - rows + 1, rows):
-            tokens, written = torch.zeros(rows, length, dtype=torch.int64), torch.zeros(rows, length, dtype=torch.bool)
-            for row, index in enumerate(order[first : first + rows]):
-                text, prompt = texts[index]
-                kept = text[:length]
-                tokens[row, : len(kept)] = torch.tensor(kept)
-                written[row, prompt : len(kept)] = True
-            yield tokens.to(device), written.to(device)
+@torch.no_grad()
+def prepare(model: PreTrainedModel, texts: list[tuple[list[int], int]], rows: int) -> list[Batch]:
+    """Batches of texts of similar length, with the model's features: the last texts, as many as KEPT_GIB hold."""
+    model_bytes = 4 * model.config.hidden_size * model.dtype.itemsize
+    room, kept = KEPT_GIB * 2**30 // model_bytes, list[tuple[list[int], int]]()
+    for text in reversed(texts):
+        room -= len(text[0])
+        if room < 0:
+            break
+        kept.append(text)
+    kept.sort(key=lambda text: len(text[0]))
+    return [batch_of(model, kept[first : first + rows]) for first in range(0, len(kept), rows)]
+
+
+def batch_of(model: PreTrainedModel, texts: list[tuple[list[int], int]]) -> Batch:
+    """The batch of these texts."""
+    length = max(len(text) for text, _ in texts)
+    tokens, written = (torch.zeros(len(texts), length, dtype=kind) for kind in (torch.int64, torch.bool))
+    for row, (text, prompt) in enumerate(texts):
+        tokens[row, : len(text)] = torch.tensor(text)
+        written[row, prompt : len(text)] = True
+    tokens = tokens.to(model.device)
+    states = model.model(tokens, output_hidden_states=True, use_cache=False).hidden_states
+    taken = torch.cat([states[tap] for tap in taps_of(model.config.num_hidden_layers)], -1)
+    return Batch(tokens, written.to(model.device), taken, states[-1])
+
+
+@torch.no_grad()
+def begin(head: Eagle3, model: PreTrainedModel, targets: Tensor) -> None:
+    """Copy the parts of the model to the head that the head's own continue: see Plan."""
+    head.lm_head.weight.copy_(model.lm_head.weight[targets])
+    head.norm.weight.copy_(model.model.norm.weight)
+    layer, last = head.midlayer, model.model.layers[-1]
+    layer["post_attention_layernorm"].weight.copy_(last.post_attention_layernorm.weight)
+    for name, linear in layer["mlp"].items():
+        weight = getattr(last.mlp, name).weight
+        linear.weight[: weight.shape[0], : weight.shape[1]] = weight
+    hidden = head.fc.weight.shape[0]
+    head.fc.weight.mul_(0.1)[:, -hidden:] += torch.eye(hidden, device=targets.device)
 
 
 def train(
-    model: PreTrainedModel, head: Eagle3, targets: Tensor, data: Iterator[tuple[Tensor, Tensor]], seconds: float
+    model: PreTrainedModel, head: Eagle3, targets: Tensor, data: list[Batch], seconds: float, plan: Plan
 ) -> list[float]:
-    """Train the head for so long; the shares of right proposals by place, of the last batches."""
-    device, begun = targets.device, time.monotonic()
-    optimizer = torch.optim.AdamW(head.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.01)
-    taps, right, step = taps_of(model.config.num_hidden_layers), [0.0] * STEPS, 0
+    """Train the head for so long; the shares of right proposals by place, in batches that it has not seen."""
+    device, begun, chance = targets.device, time.monotonic(), random.Random(1)
+    if plan.copied:
+        begin(head, model, targets)
+    optimizer = torch.optim.AdamW(head.parameters(), lr=plan.rate, betas=(0.9, 0.95), weight_decay=0.01)
+    held, data, step, order = data[::HELD_OUT], [batch for i, batch in enumerate(data) if i % HELD_OUT], 0, list[int]()
     own = torch.full((model.config.vocab_size,), -1, dtype=torch.int64, device=device)
     own[targets] = torch.arange(len(targets), device=device)
+    vocabulary = own, model.lm_head.weight[targets]
     while (passed := (time.monotonic() - begun) / seconds) < 1:
-        rate = 1e-3 * min(1.0, (step + 1) / 50) * 0.5 * (1 + math.cos(math.pi * passed))
+        rate = plan.rate * min(1.0, (step + 1) / WARM) * 0.5 * (1 + math.cos(math.pi * passed))
         for group in optimizer.param_groups:
             group["lr"] = rate
-        tokens, written = next(data)
-        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16):
-            states = model(tokens, output_hidden_states=True).hidden_states
-            features = torch.cat([states[tap] for tap in taps], -1)
+        if not order:
+            order = chance.sample(range(len(data)), len(data))
         with torch.autocast(device.type, torch.bfloat16):
-            loss, found = unrolled(head, tokens, written, features, states[-1], (own, model.lm_head.weight[targets]))
+            loss, _ = unrolled(head, data[order.pop()], vocabulary, plan.steps)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(head.parameters(), 1.0)
         optimizer.step()
-        right = [old + 0.05 * (new - old) if step else new for old, new in zip(right, found, strict=True)]
         step += 1
-        if step % 50 == 1:
-            shares = " ".join(f"{share:.3f}" for share in right)
-            print(f"step {step} loss {float(loss.detach()):.3f} right {shares} at {passed:.2f}", flush=True)
-    return right
+        if step % 200 == 0:
+            print(f"step {step} loss {float(loss.detach()):.3f} at {passed:.2f}", flush=True)
+    with torch.no_grad(), torch.autocast(device.type, torch.bfloat16):
+        shares = torch.stack([unrolled(head, batch, vocabulary, plan.steps)[1] for batch in held]).mean(0).tolist()
+    print(f"{step} steps over {len(data)} batches", flush=True)
+    return [float(share) for share in shares]
 
 
-def unrolled(
-    head: Eagle3, tokens: Tensor, written: Tensor, taken: Tensor, last: Tensor, vocabulary: tuple[Tensor, Tensor]
-) -> tuple[Tensor, list[float]]:
-    """The loss over STEPS steps of the head's own features, and the share of right proposals of each.
+def unrolled(head: Eagle3, batch: Batch, vocabulary: tuple[Tensor, Tensor], steps: int) -> tuple[Tensor, Tensor]:
+    """The loss over steps of the head's own features, and the share of right proposals of each.
 
-    taken       (B, T, 3 hidden) features of the model; `last` (B, T, hidden) its normed output
     vocabulary  the head's number of each token, or -1; and the rows of the model's head for the head's tokens
     """
     own, rows = vocabulary
-    features, earlier = head.fc(taken), list[tuple[Tensor, Tensor]]()
-    loss, found = torch.zeros((), device=tokens.device), list[float]()
-    for step in range(STEPS):
-        ahead = tokens.roll(-1 - step, 1)
-        features = head(ahead, features, earlier)
-        logits = head.logits(features).float()
+    tokens, count = batch.tokens, batch.tokens.shape[1]
+    with torch.no_grad():
+        wanted = (batch.last @ rows.T).softmax(-1, dtype=torch.float32).to(batch.last.dtype)
+    features, earlier = head.fc(batch.taken), list[tuple[Tensor, Tensor]]()
+    loss, found = torch.zeros((), device=tokens.device), list[Tensor]()
+    for step in range(steps):
+        features = head(tokens.roll(-1 - step, 1), features, earlier)
         # row t proposes token t + 2 + step: what the model chooses behind position t + 1 + step
-        with torch.no_grad():
-            wanted = (last.roll(-1 - step, 1) @ rows.T).float()
-        valid = written.roll(-2 - step, 1).clone()
-        valid[:, tokens.shape[1] - 2 - step :] = False
-        each = functional.cross_entropy(logits[valid], wanted[valid].softmax(-1))
+        kept = count - 2 - step
+        valid = batch.written[:, 2 + step :].nonzero(as_tuple=True)
+        logits = head.logits(features[:, :kept][valid]).float()
+        each = functional.cross_entropy(logits, wanted[:, 1 + step : -1][valid].float())
         loss = loss + DECAY**step * each
-        chosen = tokens.roll(-2 - step, 1)[valid]
-        found.append(float((logits[valid].argmax(-1) == own[chosen]).float().mean()))
-    return loss, found
+        chosen = own[tokens[:, 2 + step :][valid]]
+        found.append((logits.argmax(-1) == chosen).float().mean())
+    return loss, torch.stack(found).detach()
+
+
+def frequent(texts: list[tuple[list[int], int]], vocabulary: int, count: int) -> Tensor:
+    """The tokens that were written most, in order."""
+    counted = torch.bincount(
+        torch.tensor([token for text, prompt in texts for token in text[prompt:]]), minlength=vocabulary
+    )
+    return counted.topk(count).indices.sort().values
 
 
 def main() -> None:
@@ -293,9 +361,9 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--model", default="demo")
     parser.add_argument("--minutes", type=float, default=8.0)
-    parser.add_argument("--batch", type=int, default=192)
+    parser.add_argument("--batch", type=int, default=2048)
     parser.add_argument("--tokens", type=int, default=256)
-    parser.add_argument("--rows", type=int, default=24)
+    parser.add_argument("--rows", type=int, default=64)
     parser.add_argument("--draft-vocabulary", type=int, default=16384)
     parser.add_argument("--device", default="cuda")
     arguments = parser.parse_args()
@@ -304,18 +372,15 @@ def main() -> None:
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16).to(device).eval()
     tokenizer = AutoTokenizer.from_pretrained(directory)
     seconds = 60 * arguments.minutes
-    texts = write_texts(model, tokenizer, arguments.batch, arguments.tokens, 0.35 * seconds)
-    counted = torch.bincount(
-        torch.tensor([token for text, prompt in texts for token in text[prompt:]]), minlength=model.config.vocab_size
-    )
-    targets = counted.topk(arguments.draft_vocabulary).indices.sort().values
+    texts = write_texts(model, tokenizer, arguments.batch, arguments.tokens, WRITING * seconds)
+    targets = frequent(texts, model.config.vocab_size, arguments.draft_vocabulary)
     config = config_for(model.config, arguments.draft_vocabulary)
     head = Eagle3(config, model.get_input_embeddings().weight.detach().float()).to(device)
-    length = 256 + arguments.tokens
-    data = batches(texts, min(arguments.rows, len(texts)), length, device)
-    right = train(model, head, targets.to(device), data, seconds - (time.monotonic() - begun))
+    data = prepare(model, texts, arguments.rows)
+    right = train(model, head, targets.to(device), data, seconds - (time.monotonic() - begun), Plan())
     write_head(head, config, targets, arguments.out)
-    row = {"texts": len(texts), "written": int(counted.sum()), "right": [round(share, 3) for share in right]}
+    row = {"texts": len(texts), "written": sum(len(text) - prompt for text, prompt in texts)}
+    row |= {"right": [round(share, 3) for share in right]}
     row |= {"minutes": round((time.monotonic() - begun) / 60, 2), "argv": sys.argv[1:]}
     (arguments.out / "training.json").write_text(json.dumps(row))
     print(json.dumps(row))

@@ -68,8 +68,8 @@ class BlockHead:
         count, masks = len(last), step.tokens.new_full((len(last), self.size - 1), self.mask)
         tokens = torch.cat([step.tokens[last].unsqueeze(1), masks], 1).flatten()
         places = step.positions[last].unsqueeze(1) + torch.arange(1, 1 + self.size, device=last.device)
-        starts = step.starts[last].unsqueeze(1).expand_as(places).flatten()
-        ends = places[:, -1:].expand_as(places).flatten()  # every row sees the whole block
+        starts = step.starts[last].repeat_interleave(self.size)
+        ends = places[:, -1].repeat_interleave(self.size)  # every row sees the whole block
         block = Step(tokens, ends, places.flatten(), starts, starts + places.flatten(), step.longest)
         x = Hidden(functional.embedding(tokens, self.embedding))
         for layer in self.blocks:

@@ -25,11 +25,9 @@ PROMPTS = [list(range(3, 20)), [7, 8, 9, 10] * 5, [250, 3, 3, 9], list(range(40,
 TARGETS = torch.arange(0, 260, 2)
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    """A model's directory, a drafter's, transformers' model, and the head in plain torch."""
-    directory = tmp_path_factory.mktemp("made")
-    model = make_model("llama", num_hidden_layers=LAYERS)
+def make_eagle(directory, **changes):
+    """Writes a model and a drafter: transformers' model, and the head in plain torch."""
+    model = make_model("llama", num_hidden_layers=LAYERS, **changes)
     save(model, directory / "model")
     config = config_for(model.config, len(TARGETS))
     torch.manual_seed(1)
@@ -38,7 +36,14 @@ def made(tmp_path_factory):
         for parameter in head.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
     write_head(head, config, TARGETS, directory / "drafter")
-    return directory, model, head
+    return model, head
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """The directory of a model and a drafter, transformers' model, and the head in plain torch."""
+    directory = tmp_path_factory.mktemp("made")
+    return directory, *make_eagle(directory)
 
 
 @pytest.fixture(scope="module")
@@ -62,27 +67,33 @@ def proposed(model, head, text, count):
     return tuple(found)
 
 
-def check_proposals(drafted, wanted):
-    """Behind prompts, and again after every step; in a batch. `wanted` are the proposals for a text, and a number."""
-    requests = drafted.requests(PROMPTS, Sampling(max_new_tokens=12, ignore_eos=True))
-    seen, checked = [], 0
+def proposals_of(drafted, prompts=PROMPTS):
+    """Pairs of a text and the drafter's proposal behind it: behind prompts, and again after every step; in a batch."""
+    requests = drafted.requests(prompts, Sampling(max_new_tokens=12, ignore_eos=True))
+    seen, found = [], []
     with drafted.spaces.lent() as space, torch.inference_mode():
-        space.roomy_reader(len(PROMPTS), 128)
+        space.roomy_reader(len(prompts), 128)
         drafter = space.drafter()
         propose = drafter.propose
         drafter.propose = lambda sequences, most: seen.append((sequences, propose(sequences, most))) or seen[-1][1]
-        texts = [[] for _ in PROMPTS]
+        texts = [[] for _ in prompts]
         for piece in drafted.drafted(requests, space):
             texts[piece.request] += piece.tokens
             for sequences, proposals in seen:
                 for sequence, proposal in zip(sequences, proposals, strict=True):
                     if sequence >= piece.request:  # its tokens of this step are not known yet
-                        text = PROMPTS[sequence] + texts[sequence]
+                        text = prompts[sequence] + texts[sequence]
                         text = text[: len(text) - len(piece.tokens)] if sequence == piece.request else text
-                        assert proposal.tokens == wanted(text, len(proposal.tokens))
-                        checked += 1
+                        found.append((text, proposal.tokens))
             seen.clear()
-    assert checked > 10
+    assert len(found) > 10
+    return found
+
+
+def check_proposals(drafted, wanted):
+    """`wanted` are the proposals for a text, and a number."""
+    for text, tokens in proposals_of(drafted):
+        assert tokens == wanted(text, len(tokens))
 
 
 def test_a_head_proposes_what_plain_torch_does(made, drafted):
@@ -106,7 +117,6 @@ BLOCK = {
     "architectures": ["DFlashDraftModel"],
     "model_type": "qwen3",
     "num_hidden_layers": 2,
-    "head_dim": 16,
     "block_size": 6,
     "dflash_config": {"mask_token_id": 259, "target_layer_ids": [1, 4, 6]},
     "rms_norm_eps": 1e-6,
@@ -116,12 +126,12 @@ BLOCK = {
 
 def make_block(directory, model):
     """A block drafter in DFlash's layout: its tensors."""
-    a = model.config
+    a, width = model.config, model.config.head_dim
     heads, kv, inner, hidden = a.num_attention_heads, a.num_key_value_heads, a.intermediate_size, a.hidden_size
     shapes = {"fc": (hidden, 3 * hidden), "norm": (hidden,), "hidden_norm": (hidden,)}
     for layer in range(2):
-        each = {"q_proj": (heads * 16, hidden), "k_proj": (kv * 16, hidden), "v_proj": (kv * 16, hidden)}
-        each |= {"o_proj": (hidden, heads * 16), "q_norm": (16,), "k_norm": (16,)}
+        each = {"q_proj": (heads * width, hidden), "k_proj": (kv * width, hidden), "v_proj": (kv * width, hidden)}
+        each |= {"o_proj": (hidden, heads * width), "q_norm": (width,), "k_norm": (width,)}
         shapes |= {f"layers.{layer}.self_attn.{name}": shape for name, shape in each.items()}
         mlp = {"gate_proj": (inner, hidden), "up_proj": (inner, hidden), "down_proj": (hidden, inner)}
         shapes |= {f"layers.{layer}.mlp.{name}": shape for name, shape in mlp.items()}
@@ -135,6 +145,7 @@ def make_block(directory, model):
     save_file(tensors, directory / "model.safetensors")
     sizes = {
         "vocab_size": a.vocab_size,
+        "head_dim": width,
         "hidden_size": hidden,
         "intermediate_size": inner,
         "num_attention_heads": heads,
@@ -151,6 +162,7 @@ def block_of(model, tensors, text):
     def linear(x, name):
         return x @ tensors[f"{name}.weight"].T
 
+    width = model.config.head_dim
     states = model(torch.tensor([text[:-1]]), output_hidden_states=True).hidden_states
     context = rms(linear(torch.cat([states[i + 1][0] for i in (1, 4, 6)], -1), "fc"), tensors["hidden_norm.weight"])
     x = model.get_input_embeddings()(torch.tensor([text[-1], *[259] * 5]))
@@ -159,13 +171,13 @@ def block_of(model, tensors, text):
         at = f"layers.{layer}.self_attn."
         normed = rms(x, tensors[f"layers.{layer}.input_layernorm.weight"])
         q, k, v = (
-            linear(part, f"{at}{name}_proj").unflatten(-1, (-1, 16))
+            linear(part, f"{at}{name}_proj").unflatten(-1, (-1, width))
             for part, name in ((normed, "q"), (torch.cat([context, normed]), "k"), (torch.cat([context, normed]), "v"))
         )
         q = turned(rms(q, tensors[f"{at}q_norm.weight"]), positions[-6:])
         k = turned(rms(k, tensors[f"{at}k_norm.weight"]), positions)
         k, v = (part.repeat_interleave(q.shape[1] // part.shape[1], 1) for part in (k, v))
-        weights = (torch.einsum("thd,shd->hts", q, k) / 4).softmax(-1)
+        weights = (torch.einsum("thd,shd->hts", q, k) / width**0.5).softmax(-1)
         x = x + linear(torch.einsum("hts,shd->thd", weights, v).flatten(1), f"{at}o_proj")
         normed, mlp = rms(x, tensors[f"layers.{layer}.post_attention_layernorm.weight"]), f"layers.{layer}.mlp."
         gated = torch.nn.functional.silu(linear(normed, f"{mlp}gate_proj")) * linear(normed, f"{mlp}up_proj")
@@ -188,9 +200,14 @@ def test_a_block_drafter_proposes_what_plain_torch_does(made, tmp_path):
 
 @pytest.fixture(scope="module", params=["glm4_moe", "deepseek_v3"])
 def carrying(request, tmp_path_factory):
-    """A model whose checkpoint carries a head of its own kind, transformers' model, and the head's tensors."""
+    """A model whose checkpoint carries a head of its own kind: see carried."""
     torch.manual_seed(0)
-    directory, model = tmp_path_factory.mktemp(request.param), built(request.param)
+    return carried(tmp_path_factory.mktemp(request.param), built(request.param))
+
+
+def carried(directory, model):
+    """Writes a model whose checkpoint carries a head of its own kind: the directory, transformers' model, the head's
+    layer and its other tensors."""
     save(model, directory)
     count, hidden = model.config.num_hidden_layers, model.config.hidden_size
     layer = type(model.model.layers[-1])(model.config, count - 1).eval()
@@ -203,7 +220,7 @@ def carrying(request, tmp_path_factory):
         "hnorm": torch.rand(hidden) + 0.5,
         "shared_head.norm": torch.ones(hidden),
     }
-    more |= {"eh_proj": torch.randn(hidden, 2 * hidden) / 8, "shared_head.head": torch.randn(260, hidden)}
+    more |= {"eh_proj": torch.randn(hidden, 2 * hidden) / hidden**0.5, "shared_head.head": torch.randn(260, hidden)}
     kept = load_file(directory / "model.safetensors")
     last = {name.removeprefix(f"model.layers.{count - 1}.") for name in kept if f".layers.{count - 1}." in name}
     stored = stored_as(layer, last)
