@@ -33,6 +33,11 @@ class Written:
     chosen: Chosen | None = None
     ready: torch.cuda.Event | None = None
 
+    @property
+    def running(self) -> bool:
+        """True if the step still runs, which the host does not wait for."""
+        return self.ready is not None and not self.ready.query()
+
     def wait(self) -> Chosen:
         """Wait for the result and return it."""
         if self.ready is not None:
@@ -81,6 +86,12 @@ class Runner:
         """Steps launched before the first one's tokens are waited for."""
         return 1 if self.captures else 0
 
+    @property
+    def state(self) -> list[Tensor]:
+        """The tensors that a step changes and that matter: cache entries that it writes are written again."""
+        kept = [self.tokens, self.positions, self.slots] + ([] if self.sampler is None else self.sampler.state)
+        return kept if self.mailbox is None else [*kept, self.mailbox.turns]
+
     def place(self, tokens: Sequence[int], positions: Sequence[int], starts: Sequence[int]) -> None:
         """Set the inputs of the next step."""
         slots = [start + position for start, position in zip(starts, positions, strict=True)]
@@ -118,10 +129,7 @@ class Runner:
             self.plain = max(self.plain - last, 0)
             return
         if not self.graphs:
-            # cache entries that this writes will be written again
-            kept = [self.tokens, self.positions, self.slots] + ([] if self.sampler is None else self.sampler.state)
-            kept += [] if self.mailbox is None else [self.mailbox.turns]
-            self.graphs = capture(self.parts, kept, self.warm_up)
+            self.graphs = capture(self.parts, self.state, self.warm_up)
         self.graphs[part].replay()
 
     def spread(self) -> None:

@@ -15,6 +15,7 @@ from lowbit.engine.drafts.check import Check
 from lowbit.engine.drafts.drafter import Drafter
 from lowbit.engine.drafts.gauge import Costs
 from lowbit.engine.drafts.heads import Head, Heads
+from lowbit.engine.drafts.round import Round
 from lowbit.engine.drafts.suffix import Suffixes
 from lowbit.engine.options import Options
 from lowbit.engine.passes import Reader
@@ -33,12 +34,14 @@ class Kind:
     """A kind of runner: its rows, as in Workspace.runner.
 
     checked  sequences whose drafts it checks; 0: it checks none
+    drafted  True if it writes their next drafts, too
     """
 
     rows: int
     features: Features | None = None
     adjacent: int = 1
     checked: int = 0
+    drafted: bool = False
 
 
 class Workspace:
@@ -63,6 +66,12 @@ class Workspace:
         """The runner that checks drafts of so many sequences, with `width` adjacent rows for each."""
         return self.kept(Kind(sequences * width, features, width, sequences), batch, length)
 
+    def round(self, sequences: int, width: int, batch: int, length: int, features: Features) -> Round:
+        """The runner that also writes the next drafts of these sequences, by the drafter's head."""
+        found = self.kept(Kind(sequences * width, features, width, sequences, True), batch, length)
+        assert isinstance(found, Round)
+        return found
+
     def kept(self, kind: Kind, batch: int, length: int) -> Runner:
         """The runner of this kind, made if there is none."""
         reader = self.roomy_reader(batch, length)
@@ -71,9 +80,18 @@ class Workspace:
         if key not in self.runners:
             while len(self.runners) >= self.most:
                 self.runners.popitem(last=False)
-            self.runners[key] = Runner(reader, kind.rows, reach, self.sampler_for(kind), kind.adjacent)
+            self.runners[key] = self.made(kind, reader, reach)
         self.runners.move_to_end(key)
         return self.runners[key]
+
+    def made(self, kind: Kind, reader: Reader, reach: int) -> Runner:
+        """A new runner."""
+        sampler = self.sampler_for(kind)
+        if not kind.drafted:
+            return Runner(reader, kind.rows, reach, sampler, kind.adjacent)
+        assert isinstance(sampler, Check)
+        assert isinstance(self.drafts, Heads)
+        return Round(reader, reach, sampler, self.drafts)
 
     def sampler_for(self, kind: Kind) -> Sampler | None:
         """The sampler of a runner."""

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from lowbit.engine.sampler import Chosen, Sampler
 from lowbit.engine.sampling import LONGEST_BAD_WORD
@@ -31,11 +32,12 @@ class Check(Sampler):
         sequences, device = len(base.written), base.written.device
         super().__init__(base.features, sequences * width, base.vocabulary, device)
         self.fresh = torch.full((sequences, MOST_FRESH), base.vocabulary, dtype=torch.int64, device=device)
+        self.places = torch.arange(width, device=device)
 
     @property
     def state(self) -> list[Tensor]:
         """The tensors that a step changes."""
-        return [*super().state, *self.base.state]
+        return [*super().state, *self.base.state, self.fresh]
 
     def adopt(self) -> None:
         """Take the settings of the requests that `base` was started with."""
@@ -69,6 +71,19 @@ class Check(Sampler):
             self.base.take(self.fresh)
             self.suppose(tokens.view(-1, self.width)[:, 1:])
         return super().__call__(logits, mailbox=mailbox)
+
+    def follow(self, chosen: Tensor, right: Tensor) -> None:
+        """Set the input of the next step without the host: behind the right drafts and the token after them.
+
+        chosen  (sequences, width) tokens of the last call
+        right   (sequences) int64: each sequence's right drafts
+        """
+        column = right.unsqueeze(1)
+        if self.features.sampled or self.features.penalized:
+            self.written.view(chosen.shape).add_(column)  # the choice itself has counted one token
+        if self.features.penalized:
+            kept = torch.where(self.places <= column, chosen, self.vocabulary)
+            self.fresh.copy_(functional.pad(kept, (0, MOST_FRESH - self.width), value=self.vocabulary))
 
     def suppose(self, drafts: Tensor) -> None:
         """Set each row's state to that of its sequence after the drafts (sequences, width - 1) up to the row."""

@@ -1,6 +1,7 @@
 """Decode steps that check drafts: for up to MOST_SEQUENCES sequences of a cache at a time."""
 
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -9,10 +10,12 @@ from torch import Tensor
 from lowbit.engine.drafts.check import Check
 from lowbit.engine.drafts.drafter import NOTHING, Drafter, Proposal
 from lowbit.engine.drafts.gauge import Gauge
+from lowbit.engine.drafts.heads import Heads
+from lowbit.engine.drafts.round import Round
 from lowbit.engine.drafts.widths import ROWS, WIDTHS
 from lowbit.engine.generate import begin_batch, deliver
 from lowbit.engine.request import Request
-from lowbit.engine.runner import Runner
+from lowbit.engine.runner import Runner, Written
 from lowbit.engine.sampler import Chosen, Features, features_of
 from lowbit.engine.sampling import Piece
 from lowbit.engine.workspace import Workspace
@@ -33,7 +36,10 @@ class Given:
 class Drafting:
     """Steps with drafts over a workspace's cache.
 
-    most  drafts of a step, for each sequence
+    most      drafts of a step, for each sequence
+    round     the runner whose inputs are those of the next step, drafts included; None: drafts must be proposed first
+    launched  its steps that the host has not taken yet
+    arrived   when the last of its results was taken; None: there was none
     """
 
     def __init__(self, space: Workspace, drafter: Drafter, most: int) -> None:
@@ -44,6 +50,9 @@ class Drafting:
         self.sequences: list[int] = []
         self.fresh: list[list[int]] = []
         self.features = Features()
+        self.round: Round | None = None
+        self.launched = deque[Written]()
+        self.arrived: float | None = None
 
     def start(self, requests: Sequence[Request], sequences: Sequence[int], features: Features) -> None:
         """Write these requests from now on, each of which has at least one token.
@@ -53,6 +62,8 @@ class Drafting:
         self.requests, self.sequences, self.features = list(requests), list(sequences), features
         self.space.base(features, len(requests)).start([request.constraints for request in requests])
         self.fresh = [[] for _ in requests]
+        self.round = None
+        self.launched.clear()
 
     @property
     def widths(self) -> list[int]:
@@ -64,8 +75,17 @@ class Drafting:
 
     def step(self, masks: Masks | None = None) -> list[Piece]:
         """Run one step; the piece of each request."""
-        begun = time.perf_counter()
-        width, proposals = self.chosen()
+        begun, usual = time.perf_counter(), self.drafter.usual
+        if usual is None:
+            return self.placed(begun, *self.looked_up(), masks)
+        width = self.gauge.width([usual] * len(self.requests), self.widths)
+        if self.launched or (masks is None and width > 1 and self.roomy(width)):
+            return self.followed(width)
+        return self.placed(begun, width, self.propose(width - 1) if width > 1 else self.nothing, masks)
+
+    def placed(self, begun: float, width: int, proposals: list[Proposal], masks: Masks | None) -> list[Piece]:
+        """The pieces of a step that checks these proposals."""
+        self.round = None
         drafts = [list(proposal.tokens[: width - 1]) for proposal in proposals]
         runner, drafted = self.runner(width), time.perf_counter()
         known = not runner.captures or bool(runner.graphs)
@@ -79,23 +99,71 @@ class Drafting:
         if known and (width == 1 or self.drafter.steady):
             self.gauge.costs.note(len(drafts), width, ended - begun)
         self.gauge.costs.spend(drafted - begun, ended - drafted)
-        return [self.take(i, width, proposals[i], drafts[i], chosen) for i in range(len(drafts))]
+        pieces = []
+        for index, (proposal, draft) in enumerate(zip(proposals, drafts, strict=True)):
+            kept = accepted(draft, chosen.tokens[index * width :][: 1 + len(draft)].tolist())
+            pieces.append(self.take(index, proposal, len(draft), kept, self.rows(chosen, index * width)))
+        return pieces
 
-    def chosen(self) -> tuple[int, list[Proposal]]:
-        """The width of the next step, and its drafts. A drafter whose drafts cost something proposes no more of them
-        than are checked."""
-        widths, usual = self.widths, self.drafter.usual
-        nothing = [NOTHING] * len(self.requests)
-        if usual is None:
-            proposals = self.propose(widths[-1] - 1) if widths[-1] > 1 else nothing
-            return self.gauge.width(proposals, widths), proposals
-        width = self.gauge.width([usual] * len(self.requests), widths)
-        return width, self.propose(width - 1) if width > 1 else nothing
+    def followed(self, width: int) -> list[Piece]:
+        """The pieces of a step that also writes the next one's drafts. That one is launched before they are known."""
+        if not self.launched and (self.round is None or self.round.adjacent != width):
+            self.round, self.arrived = self.primed(width), None
+        round, usual = self.round, self.drafter.usual
+        assert round is not None
+        assert usual is not None
+        while len(self.launched) <= round.ahead and round.adjacent == width and self.roomy(width):
+            self.launched.append(round.launch())
+        written = self.launched.popleft()
+        waits, before = written.running or not round.captures, self.arrived
+        chosen, right = written.wait(), round.right_of(written)
+        self.arrived = time.perf_counter()
+        if before is not None and waits:  # else the host was late, and the time is its own
+            self.gauge.costs.note(len(right), round.adjacent, self.arrived - before)
+        pieces = []
+        for index, (sequence, request) in enumerate(zip(self.sequences, self.requests, strict=True)):
+            checked, first = min(round.adjacent, request.left) - 1, index * round.adjacent
+            kept = chosen.tokens[first : first + 1 + min(right[index], checked)].tolist()
+            # all tokens but the last, with which the drafter goes on if it must propose again
+            self.given[sequence] = Given(request, len(request.sequence) + len(kept) - 1)
+            assert isinstance(self.drafter, Heads)
+            self.drafter.follow(sequence, self.given[sequence].count - 1)
+            pieces.append(self.take(index, usual, checked, kept, self.rows(chosen, first)))
+        return pieces
+
+    def primed(self, width: int) -> Round:
+        """The runner of steps that write drafts, with the inputs of the next one."""
+        drafts = [list(proposal.tokens) for proposal in self.propose(width - 1)]
+        cache = self.space.cache
+        assert cache is not None
+        length = min(self.length + 2 * ROWS, cache.context)  # steps that were launched early pass the end of a text
+        found = self.space.round(len(self.requests), width, cache.batch, length, self.features)
+        self.place(found, width, drafts)
+        return found
+
+    def roomy(self, width: int) -> bool:
+        """True if steps of this width fit behind every text: those that were launched, one more, and the one before a
+        capture."""
+        assert self.space.cache is not None
+        ahead = (2 + len(self.launched)) * width
+        rooms = (reach_of(each, self.space.cache.context) - places_of(each)[0] for each in self.requests)
+        return isinstance(self.drafter, Heads) and min(rooms) >= ahead
+
+    @property
+    def nothing(self) -> list[Proposal]:
+        """No draft for any request."""
+        return [NOTHING] * len(self.requests)
+
+    def looked_up(self) -> tuple[int, list[Proposal]]:
+        """The width of the next step, and its drafts, which cost nothing."""
+        widths = self.widths
+        proposals = self.propose(widths[-1] - 1) if widths[-1] > 1 else self.nothing
+        return self.gauge.width(proposals, widths), proposals
 
     @property
     def wakes(self) -> bool:
         """True if drafts that cost nothing pay again, while steps are written without them."""
-        return self.drafter.usual is None and self.chosen()[0] > 1
+        return self.drafter.usual is None and self.looked_up()[0] > 1
 
     def propose(self, most: int) -> list[Proposal]:
         """The drafter's proposals. EngineError for tokens outside the vocabulary."""
@@ -128,11 +196,15 @@ class Drafting:
             return None
         return cache.features[cache.start(sequence) + first : cache.start(sequence) + last]
 
+    @property
+    def length(self) -> int:
+        """The most positions of any request."""
+        return max(len(request.prompt) + request.most for request in self.requests)
+
     def runner(self, width: int) -> Runner:
         """The runner of a step with so many rows of each sequence."""
         assert self.space.cache is not None
-        length = max(len(request.prompt) + request.most for request in self.requests)
-        return self.space.checking(len(self.requests), width, self.space.cache.batch, length, self.features)
+        return self.space.checking(len(self.requests), width, self.space.cache.batch, self.length, self.features)
 
     def place(self, runner: Runner, width: int, drafts: Sequence[Sequence[int]]) -> None:
         """Set the inputs of a step. Rows behind a sequence's drafts have any token."""
@@ -154,17 +226,26 @@ class Drafting:
         runner.run(1)
         return [draft[:count] for draft, count in zip(drafts, allowed, strict=True)]
 
-    def take(self, index: int, width: int, proposal: Proposal, draft: list[int], chosen: Chosen) -> Piece:
-        """Give a request the tokens that were chosen for it."""
-        request, first = self.requests[index], index * width
-        kept = accepted(draft, chosen.tokens[first : first + 1 + len(draft)].tolist())
-        self.gauge.note(proposal, len(draft), len(kept) - 1)
+    def rows(self, chosen: Chosen, first: int) -> Chosen:
+        """The result of the rows from `first` on."""
+        if chosen.logprobs is None or chosen.top is None:
+            return Chosen(chosen.tokens[first:])
+        return Chosen(chosen.tokens[first:], chosen.logprobs[first:], chosen.top[first:])
+
+    def take(self, index: int, proposal: Proposal, checked: int, kept: list[int], rows: Chosen) -> Piece:
+        """Give a request the tokens that were chosen for it.
+
+        kept  one token for each right one of so many drafts that were checked, and one more
+        rows  the result of its rows
+        """
+        request = self.requests[index]
+        self.gauge.note(proposal, checked, len(kept) - 1)
         self.fresh[index] = kept
-        request.drafts.note(len(draft), len(kept) - 1)
+        request.drafts.note(checked, len(kept) - 1)
         piece = request.take(kept)
-        if chosen.logprobs is not None and chosen.top is not None:
-            for row, token in enumerate(piece.tokens, first):
-                request.note(token, chosen.logprobs[row], chosen.top[row])
+        if rows.logprobs is not None and rows.top is not None:
+            for row, token in enumerate(piece.tokens):
+                request.note(token, rows.logprobs[row], rows.top[row])
         if piece.finish_reason:
             self.end(index)
         return piece

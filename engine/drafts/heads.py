@@ -163,6 +163,10 @@ class Heads:
         """See Drafter."""
         self.pairs.pop(sequence, None)
 
+    def follow(self, sequence: int, count: int) -> None:
+        """Note that a step has read so many pairs of a sequence."""
+        self.pairs[sequence].count = count
+
     def read(self, sequence: int, pairs: Pairs, count: int) -> None:
         """Read the first `count` pairs that wait, as one part of a prompt."""
         assert pairs.taken is not None

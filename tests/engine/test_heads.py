@@ -10,7 +10,10 @@ from safetensors.torch import load_file, save_file
 
 from benchmarks.train_drafter import Eagle3, config_for, taps_of, write_head
 from lowbit import engine
+from lowbit.engine.drafts.drafting import Drafting, run_drafted
+from lowbit.engine.drafts.heads import MOST
 from lowbit.engine.drafts.kinds import Drafter
+from lowbit.engine.drafts.round import Round
 from lowbit.engine.sampling import Sampling
 from lowbit.errors import CheckpointError, EngineError
 from lowbit.quant.qtensor import round_to_nearest
@@ -68,24 +71,27 @@ def proposed(model, head, text, count):
 
 
 def proposals_of(drafted, prompts=PROMPTS):
-    """Pairs of a text and the drafter's proposal behind it: behind prompts, and again after every step; in a batch."""
-    requests = drafted.requests(prompts, Sampling(max_new_tokens=12, ignore_eos=True))
-    seen, found = [], []
-    with drafted.spaces.lent() as space, torch.inference_mode():
+    """Pairs of a text and the drafts behind it that the next step checks, after every step of a batch."""
+    requests, found = drafted.requests(prompts, Sampling(max_new_tokens=12, ignore_eos=True)), []
+    with drafted.spaces.lent() as space, torch.inference_mode(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Round, "ahead", 0)  # a step that was launched early would replace the drafts
         space.roomy_reader(len(prompts), 128)
-        drafter = space.drafter()
-        propose = drafter.propose
-        drafter.propose = lambda sequences, most: seen.append((sequences, propose(sequences, most))) or seen[-1][1]
-        texts = [[] for _ in prompts]
-        for piece in drafted.drafted(requests, space):
-            texts[piece.request] += piece.tokens
-            for sequences, proposals in seen:
-                for sequence, proposal in zip(sequences, proposals, strict=True):
-                    if sequence >= piece.request:  # its tokens of this step are not known yet
-                        text = prompts[sequence] + texts[sequence]
-                        text = text[: len(text) - len(piece.tokens)] if sequence == piece.request else text
-                        found.append((text, proposal.tokens))
-            seen.clear()
+        drafting = Drafting(space, space.drafter(), MOST)
+        step = drafting.step
+
+        def watched():
+            pieces = step()
+            if drafting.round is not None:
+                rows = drafting.round.tokens.view(len(drafting.requests), -1).tolist()
+                for request, row in zip(drafting.requests, rows, strict=True):
+                    if request.left:
+                        assert row[0] == request.tokens[-1]
+                        found.append((request.sequence, tuple(row[1:])))
+            return pieces
+
+        drafting.step = watched
+        for _ in run_drafted(drafting, requests):
+            pass
     assert len(found) > 10
     return found
 
