@@ -11,23 +11,28 @@ import inspect
 import json
 import random
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from benchmarks.measure import run_facts
 from benchmarks.train_drafter import ASKS, SUBJECTS, TASKS
 from lowbit import engine
 from lowbit.calibrate.data import builtin_text
+from lowbit.engine.architecture import Architecture
+from lowbit.engine.cache import Cache
 from lowbit.engine.decoder import Decoder
-from lowbit.engine.drafts.drafter import Proposal
-from lowbit.engine.drafts.heads import CHANCE, KIND, SPARE, Heads, Model
+from lowbit.engine.drafts.heads import SPARE, Head, Model
 from lowbit.engine.engine import Engine
+from lowbit.engine.layers import Block
 from lowbit.engine.options import Options
 from lowbit.engine.shapes import SHAPES, random_head, random_weights
 from lowbit.engine.speed import measure_drafts
+from lowbit.engine.step import Step
 
 RESULTS = Path(__file__).with_name("results") / "drafts.jsonl"
 PROSE_ASKS, CODE_ASKS = ASKS[:6], ASKS[6:]
@@ -53,49 +58,74 @@ def prompts(model: Engine, kind: str, count: int) -> list[list[int]]:
     return found
 
 
-class Set(Heads):
-    """A drafter whose drafts are right as often as said: the head runs, the tokens are those of known texts."""
+@dataclass(frozen=True)
+class SetHead:
+    """A head whose drafts are right as often as said: the head runs, the tokens are those of a known text.
 
-    def know(self, texts: Sequence[list[int]], mean: float, most: int) -> None:
-        """Draft these texts, `most` tokens a step, of which on average `mean` are right."""
-        self.texts, self.right, self.asked = texts, mean, most
-        self.chance, self.known = random.Random(0), dict[int, list[int]]()
+    text   (positions) int64  the text to draft, written to it when it is known
+    right  (positions) int64  right drafts behind each position
+    """
 
-    def begin(self, sequence: int, tokens: Sequence[int]) -> None:
-        """See Drafter."""
-        super().begin(sequence, tokens)
-        self.known[sequence] = list(tokens)
+    head: Head
+    text: Tensor
+    right: Tensor
 
-    def extend(self, sequence: int, tokens: Sequence[int], features: torch.Tensor | None) -> None:
-        """See Drafter."""
-        super().extend(sequence, tokens, features)
-        self.known[sequence] += tokens
+    @property
+    def architecture(self) -> Architecture:
+        """See Head."""
+        return self.head.architecture
 
-    def propose(self, sequences: Sequence[int], most: int) -> list[Proposal]:
-        """See Drafter."""
-        super().propose(sequences, most)
-        found = []
-        for sequence in sequences:
-            known = self.known[sequence]
-            text = next(text for text in self.texts if text[: len(known)] == known)
-            whole = int(self.right)
-            right = whole + (self.chance.random() < self.right - whole)
-            draft = text[len(known) : len(known) + most]
-            wrong = [(token + 1) % 1000 for token in draft[right:]]
-            found.append(Proposal((*draft[:right], *wrong), KIND, CHANCE))
-        return found
+    @property
+    def taps(self) -> tuple[int, ...]:
+        """See Head."""
+        return self.head.taps
+
+    @property
+    def most(self) -> int:
+        """See Head."""
+        return self.head.most
+
+    @property
+    def blocks(self) -> tuple[Block, ...]:
+        """See Head."""
+        return self.head.blocks
+
+    def planned(self) -> "SetHead":
+        """See Head."""
+        return replace(self, head=self.head.planned())
+
+    def read(self, taken: Tensor, step: Step, cache: Cache) -> None:
+        """See Head."""
+        self.head.read(taken, step, cache)
+
+    def draft(self, taken: Tensor, step: Step, last: Tensor, most: int, cache: Cache) -> Tensor:
+        """See Head. The pair at position i has token i + 1, so that the first draft is token i + 2."""
+        self.head.draft(taken, step, last, most, cache)
+        places, counted = step.positions[last].unsqueeze(1), torch.arange(most, device=last.device)
+        known = self.text[places + 2 + counted]
+        return torch.where(counted < self.right[places], known, (known + 1) % 1000)
 
 
-def random_engine(shape: str, method: str, device: str, layers: int | None) -> Engine:
-    """An engine with random weights, and a random head of EAGLE-3's shape in int8."""
-    whole = SHAPES[shape]
+def right_drafts(mean: float, positions: int, device: torch.device) -> Tensor:
+    """Numbers of right drafts, `mean` on average: the whole numbers below and above it."""
+    chance, whole = random.Random(0), int(mean)
+    found = [whole + (chance.random() < mean - whole) for _ in range(positions)]
+    return torch.tensor(found, device=device)
+
+
+def random_engines(arguments: argparse.Namespace) -> Iterator[tuple[str, Engine]]:
+    """An engine with random weights, and random heads of EAGLE-3's shape of these number types."""
+    whole, layers = SHAPES[arguments.shape], arguments.layers
     architecture = whole if layers is None else engine_with(whole, layers)
-    like = torch.empty(0, dtype=torch.float16, device=device)
-    weights = random_weights(architecture, method, like, "int8-channel")
-    context = 2048 if layers is None else 128
+    like = torch.empty(0, dtype=torch.float16, device=arguments.device)
+    weights = random_weights(architecture, arguments.weights, like, "int8-channel")
+    context = 2048 if layers is None else 256
     model = Model(architecture, weights.embedding, context + SPARE, weights.head)
-    head = random_head(architecture, "int8", model, min(DRAFT_VOCABULARY, architecture.vocabulary))
-    return Engine(Decoder(architecture, weights, context, head.taps), None, Options(context), head)
+    for method in arguments.heads:
+        head = random_head(architecture, method, model, min(DRAFT_VOCABULARY, architecture.vocabulary))
+        text = torch.zeros(context + SPARE, dtype=torch.int64, device=arguments.device)
+        known = SetHead(head, text, right_drafts(arguments.right, context, like.device))
+        yield method, Engine(Decoder(architecture, weights, context, head.taps), None, Options(context), known)
 
 
 def engine_with(architecture: Any, layers: int) -> Any:
@@ -105,21 +135,18 @@ def engine_with(architecture: Any, layers: int) -> Any:
 
 def shape_rows(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """Rows of a shape, by the number of drafts."""
-    model = random_engine(arguments.shape, arguments.weights, arguments.device, arguments.layers)
     chance, rows = random.Random(3), list[dict[str, Any]]()
-    asked = [[chance.randrange(1000) for _ in range(arguments.prompt)] for _ in range(2)]
-    plain = model.generate(asked, max_new_tokens=arguments.output, ignore_eos=True, drafts=0)
-    texts = [prompt + list(each.tokens) for prompt, each in zip(asked, plain, strict=True)]
-    for drafts in (4, 7):
-        with model.spaces.lent() as space, torch.inference_mode():
-            space.roomy_reader(1, model.options.context)
-            assert space.reader is not None
-            forced = Set(model.spaces.head, 1, space.reader.cache.context, model.decoder.weights.embedding)
-            forced.know(texts, arguments.right, drafts)
-            space.drafts = forced
-        speed = measure_drafts(model, asked, arguments.output, drafts=drafts)
-        row = {"shape": arguments.shape, "weights": arguments.weights, "drafts": drafts, "prompt": arguments.prompt}
-        rows.append(row | {"right_set": arguments.right} | speed.as_row())
+    prompt = [chance.randrange(1000) for _ in range(arguments.prompt)]
+    for method, model in random_engines(arguments):
+        assert isinstance(model.spaces.head, SetHead)
+        [plain] = model.generate([prompt], max_new_tokens=arguments.output, ignore_eos=True, drafts=0)
+        model.spaces.head.text[: len(prompt) + arguments.output] = torch.tensor([*prompt, *plain.tokens])
+        for drafts in (3, 4, 7):
+            speed = measure_drafts(model, [prompt] * 2, arguments.output, drafts=drafts)
+            row = {"shape": arguments.shape, "weights": arguments.weights, "head": method, "drafts": drafts}
+            row |= {"prompt": arguments.prompt, "right_set": arguments.right}
+            rows.append(row | speed.as_row())
+            print(json.dumps(rows[-1]), flush=True)
     return rows
 
 
@@ -144,6 +171,7 @@ def main() -> None:
     parser.add_argument("--model", default="demo")
     parser.add_argument("--shape", choices=list(SHAPES))
     parser.add_argument("--weights", default="w4")
+    parser.add_argument("--heads", nargs="+", default=["int8", "w4"], help="number types of the head, with --shape")
     parser.add_argument("--right", type=float, default=2.2, help="right drafts a step, with --shape")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--dtype", default="bfloat16")

@@ -18,6 +18,7 @@ from lowbit.engine.sampler import Features
 from lowbit.engine.sampling import Completion
 
 REPEATS = 3
+CHECKS = 8
 CEILING_BYTES = {"cuda": 4 << 30, "cpu": 256 << 20}
 
 
@@ -85,7 +86,8 @@ class DraftSpeed:
 
     tokens, steps  written, and decode steps for them
     right          share of right drafts at each place of a step, of those that were checked
-    draft_ms, check_ms  milliseconds of a step's drafts, and of their check with the copy of its tokens
+    draft_ms, check_ms  milliseconds of a step's drafts, and of their check with the copy of its tokens; where one
+                        graph does both, the check is measured alone, and drafts are the rest
     ms, plain_ms   milliseconds a token, prompts included, with drafts and without
     same           True if both texts are the same
     """
@@ -113,7 +115,7 @@ def measure_drafts(engine: Engine, prompts: Sequence[Sequence[int]], output: int
     def write(**more: Any) -> tuple[list[Completion], float]:
         for prompt in prompts:
             engine.generate([prompt], max_new_tokens=output, ignore_eos=True, **settings | more)
-        costs.drafting = costs.checking = 0.0
+        costs.forget()
         begin = time.perf_counter()
         found = [
             engine.generate([prompt], max_new_tokens=output, ignore_eos=True, **settings | more)[0]
@@ -128,10 +130,31 @@ def measure_drafts(engine: Engine, prompts: Sequence[Sequence[int]], output: int
     places = list(zip_longest(*(each.drafts for each in found), fillvalue=(0, 0)))
     right = tuple(sum(r for _, r in place) / max(sum(c for c, _ in place), 1) for place in places)
     same = [each.tokens for each in found] == [each.tokens for each in plain]
-    drafting, checking = 1e3 * costs.drafting / steps, 1e3 * costs.checking / steps
-    return DraftSpeed(
-        tokens, steps, right, drafting, checking, 1e3 * seconds / tokens, 1e3 * plain_seconds / tokens, same
-    )
+    length = max(map(len, prompts)) + output
+    alone = sum(count * check_seconds(engine, *shape, length) for shape, count in costs.followed.items())
+    drafting, checking = costs.drafting + costs.following - alone, costs.checking + alone
+    times = (1e3 * drafting / steps, 1e3 * checking / steps, 1e3 * seconds / tokens, 1e3 * plain_seconds / tokens)
+    return DraftSpeed(tokens, steps, right, *times, same)
+
+
+def check_seconds(engine: Engine, sequences: int, width: int, length: int) -> float:
+    """Seconds of a step that checks drafts and writes none, in the middle of texts of so many positions: the least of
+    REPEATS times CHECKS steps."""
+    with torch.inference_mode(), engine.spaces.lent() as space:
+        assert space.cache is not None
+        runner = space.checking(sequences, width, space.cache.batch, length, Features())
+        rows = range(sequences * width)
+        starts = [runner.cache.start(row // width) for row in rows]
+        runner.place([1 + row for row in rows], [length // 2 + row % width for row in rows], starts)
+
+        def run() -> float:
+            begin = time.perf_counter()
+            for _ in runner.steps(CHECKS):
+                pass
+            return time.perf_counter() - begin
+
+        run()
+        return min(run() for _ in range(REPEATS)) / CHECKS
 
 
 def start(runner: Runner, batch: int, prompt: int) -> None:

@@ -161,7 +161,8 @@ class Workspaces:
     """
 
     def __init__(self, decoder: Decoder, options: Options, head: Head | None = None) -> None:
-        self.decoder, self.options, self.head = decoder, options, head
+        self.decoder, self.options = decoder, options
+        self.head = head.planned() if head is not None and decoder.dependent else head
         self.idle: list[Workspace] = []
         self.costs = Costs()
         self.lock = threading.Lock()

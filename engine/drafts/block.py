@@ -16,8 +16,8 @@ from torch.nn import functional
 
 from lowbit.engine.architecture import Architecture, Names
 from lowbit.engine.cache import Cache
-from lowbit.engine.drafts.heads import MOST, SPARE, Model
-from lowbit.engine.layers import Block, build_block
+from lowbit.engine.drafts.heads import MOST, SPARE, Model, largest
+from lowbit.engine.layers import Block, build_block, planned
 from lowbit.engine.products import Hidden, Norm, Product
 from lowbit.engine.step import Step, Turns, turns_of
 from lowbit.engine.weights import CheckpointReader, LayerParts
@@ -25,7 +25,7 @@ from lowbit.errors import CheckpointError
 from lowbit.quant.kernels import ops
 from lowbit.quant.kernels.packed import TILE_ROWS
 from lowbit.quant.kernels.row_norm import Rows
-from lowbit.quant.kernels.weight import Linear
+from lowbit.quant.kernels.weight import Hints, Linear
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,12 @@ class BlockHead:
         """Longest draft."""
         return min(self.size - 1, MOST)
 
+    def planned(self) -> "BlockHead":
+        """See Head."""
+        blocks, head = planned(self.blocks, self.head, dependent=True, shared=True)
+        fuse = replace(self.fuse, hints=Hints(True, blocks[0].attention.qkv.weight.bulk))
+        return replace(self, fuse=fuse, blocks=blocks, head=head)
+
     def read(self, taken: Tensor, step: Step, cache: Cache) -> None:
         """See Head. The step's tokens do not matter: keys and values are those of features."""
         fused = Product(self.fuse)(taken.contiguous())
@@ -76,7 +82,7 @@ class BlockHead:
             h = layer.attention(x, block, self.turns, cache)
             x = layer.feed_forward(h, h.h)
         rows = x.h.unflatten(0, (count, self.size))[:, 1 : 1 + most]
-        return self.head(rows.flatten(0, 1).contiguous()).argmax(-1).view(count, most)
+        return largest(self.head(rows.flatten(0, 1).contiguous())).view(count, most)
 
 
 def block_names(held: Mapping[str, Any]) -> Names:

@@ -80,7 +80,7 @@ class Drafting:
             return self.placed(begun, *self.looked_up(), masks)
         width = self.gauge.width([usual] * len(self.requests), self.widths)
         if self.launched or (masks is None and width > 1 and self.roomy(width)):
-            return self.followed(width)
+            return self.followed(begun, width)
         return self.placed(begun, width, self.propose(width - 1) if width > 1 else self.nothing, masks)
 
     def placed(self, begun: float, width: int, proposals: list[Proposal], masks: Masks | None) -> list[Piece]:
@@ -105,7 +105,7 @@ class Drafting:
             pieces.append(self.take(index, proposal, len(draft), kept, self.rows(chosen, index * width)))
         return pieces
 
-    def followed(self, width: int) -> list[Piece]:
+    def followed(self, begun: float, width: int) -> list[Piece]:
         """The pieces of a step that also writes the next one's drafts. That one is launched before they are known."""
         if not self.launched and (self.round is None or self.round.adjacent != width):
             self.round, self.arrived = self.primed(width), None
@@ -118,8 +118,10 @@ class Drafting:
         waits, before = written.running or not round.captures, self.arrived
         chosen, right = written.wait(), round.right_of(written)
         self.arrived = time.perf_counter()
+        seconds = self.arrived - (begun if before is None else before)
+        self.gauge.costs.follow(len(right), round.adjacent, seconds)
         if before is not None and waits:  # else the host was late, and the time is its own
-            self.gauge.costs.note(len(right), round.adjacent, self.arrived - before)
+            self.gauge.costs.note(len(right), round.adjacent, seconds)
         pieces = []
         for index, (sequence, request) in enumerate(zip(self.sequences, self.requests, strict=True)):
             checked, first = min(round.adjacent, request.left) - 1, index * round.adjacent

@@ -7,7 +7,7 @@ Source: Li et al., EAGLE-3 (2025).
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,13 +16,13 @@ from torch import Tensor
 from lowbit.engine.architecture import Architecture, Names
 from lowbit.engine.cache import Cache
 from lowbit.engine.drafts.heads import MOST, Continued, Model
-from lowbit.engine.layers import Block, build_block
+from lowbit.engine.layers import Block, build_block, planned
 from lowbit.engine.products import Hidden, Norm, Product
 from lowbit.engine.step import Step, Turns, turns_of
 from lowbit.engine.weights import CheckpointReader, LayerParts
 from lowbit.errors import CheckpointError
 from lowbit.quant.kernels.packed import TILE_ROWS
-from lowbit.quant.kernels.weight import Linear
+from lowbit.quant.kernels.weight import Hints, Linear
 
 LAYERS = ("midlayer.", "layers.0.")  # prefixes of the layer: of the method's authors, and of speculators
 # Switches of variants that compute something else, with the only value that is computed here.
@@ -57,13 +57,19 @@ class Eagle(Continued):
         """The features (m, hidden) of the model's layer outputs (m, taps * hidden)."""
         return Product(self.fuse)(taken.contiguous())
 
-    def forward(self, features: Tensor, step: Step, cache: Cache) -> Tensor:
+    def planned(self) -> "Eagle":
+        """See Head."""
+        [block], head = planned((self.block,), self.head, dependent=True, shared=True)
+        fuse = replace(self.fuse, hints=Hints(True, block.attention.qkv.weight.bulk))
+        return replace(self, fuse=fuse, block=block, head=head)
+
+    def forward(self, features: Tensor, step: Step, cache: Cache) -> Hidden:
         """The features (m, hidden) of the next positions. Writes the rows' keys and values to the cache."""
         known, seen = self.normed_pairs(self.norms, features, step)
         attention = self.block.attention
         q = attention.heads(Hidden(torch.cat([known, seen], -1)), step, self.turns, cache.layers[0])
         h = attention.o.onto(seen if self.normed else features, attention.attend(q, step, cache))
-        return self.block.feed_forward(h, h.h).h
+        return self.block.feed_forward(h, h.h)
 
 
 class EagleParts(LayerParts):

@@ -3,6 +3,7 @@
 No text depends on it: a draft changes the number of steps, never a token.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 
 from lowbit.engine.drafts.drafter import Proposal
@@ -20,15 +21,27 @@ class Costs:
 
     fixed  True: the given costs are kept, and nothing is measured
     drafting, checking  seconds spent on drafts, and on steps that check them
+    following  seconds of steps that do both
+    followed   numbers of these by (sequences, rows of each)
     """
 
     def __init__(self, seconds: dict[tuple[int, int], float] | None = None, fixed: bool = False) -> None:
         self.seconds, self.fixed = dict(seconds or {}), fixed
-        self.drafting = self.checking = 0.0
+        self.forget()
+
+    def forget(self) -> None:
+        """Begin to add up at nothing."""
+        self.drafting = self.checking = self.following = 0.0
+        self.followed = Counter[tuple[int, int]]()
 
     def spend(self, drafting: float, checking: float) -> None:
         """Add up the seconds of a step's drafts and of their check."""
         self.drafting, self.checking = self.drafting + drafting, self.checking + checking
+
+    def follow(self, sequences: int, width: int, seconds: float) -> None:
+        """Add up the seconds of a step that checks drafts and writes the next ones."""
+        self.following += seconds
+        self.followed[sequences, width] += 1
 
     def note(self, sequences: int, width: int, seconds: float) -> None:
         """Take a measured step into account."""

@@ -19,9 +19,10 @@ from lowbit.engine.capture import capture
 from lowbit.engine.drafts.drafter import Proposal
 from lowbit.engine.drafts.widths import ROWS, wide
 from lowbit.engine.layers import Block, captures
-from lowbit.engine.products import Norm, Product
+from lowbit.engine.products import Hidden, Norm, Product
 from lowbit.engine.step import Step
 from lowbit.quant.kernels import ops
+from lowbit.quant.kernels.choose_tokens import ChoiceCall
 from lowbit.quant.kernels.row_norm import Rows
 
 MOST = ROWS - 1  # tokens of a proposal
@@ -62,6 +63,9 @@ class Head(Protocol):
     @property
     def blocks(self) -> tuple[Block, ...]: ...
 
+    def planned(self) -> "Head":
+        """A copy for a GPU, whose launches are planned as in layers.planned."""
+
     def read(self, taken: Tensor, step: Step, cache: Cache) -> None:
         """Write keys and values of pairs: the step's tokens, with outputs (m, taps * hidden) of the model's layers."""
 
@@ -86,7 +90,7 @@ class Continued(ABC):
         """The features (m, hidden) of outputs (m, taps * hidden) of the model's layers."""
 
     @abstractmethod
-    def forward(self, features: Tensor, step: Step, cache: Cache) -> Tensor:
+    def forward(self, features: Tensor, step: Step, cache: Cache) -> Hidden:
         """The features (m, hidden) of the next positions. Writes the rows' keys and values to the cache."""
 
     @property
@@ -100,19 +104,19 @@ class Continued(ABC):
 
     def draft(self, taken: Tensor, step: Step, last: Tensor, most: int, cache: Cache) -> Tensor:
         """See Head: one token after another."""
-        features = self.forward(self.features(taken), step, cache)[last]
-        places, starts = step.positions[last], step.starts[last]
-        tokens = [self.targets[self.scores(features).argmax(-1)]]
-        while len(tokens) < most:
-            places = places + 1
-            following = Step(tokens[-1], places, places, starts, starts + places, step.longest, alone=True)
-            features = self.forward(features, following, cache)
-            tokens.append(self.targets[self.scores(features).argmax(-1)])
+        features = Hidden(self.forward(self.features(taken), step, cache).h.index_select(0, last))
+        starts = step.starts.index_select(0, last)
+        places = step.positions.index_select(0, last) + torch.arange(1, most, device=last.device).unsqueeze(1)
+        tokens = [self.likeliest(features)]
+        for at, slots in zip(places, starts + places, strict=True):
+            following = Step(tokens[-1], at, at, starts, slots, longest=step.longest, alone=True)
+            features = self.forward(features.h, following, cache)
+            tokens.append(self.likeliest(features))
         return torch.stack(tokens, 1)
 
-    def scores(self, features: Tensor) -> Tensor:
-        """The logits (m, n) float32 behind features (m, hidden)."""
-        return self.head(features.contiguous())
+    def likeliest(self, features: Hidden) -> Tensor:
+        """The model's tokens (m) that are likeliest behind features (m, hidden)."""
+        return self.targets.index_select(0, largest(self.head(features)))
 
     def normed_pairs(self, norms: tuple[Norm, Norm], features: Tensor, step: Step) -> tuple[Tensor, Tensor]:
         """The step's embeddings and the features (m, hidden), each normed by its own of `norms`."""
@@ -122,6 +126,13 @@ class Continued(ABC):
             for norm, rows in zip(norms, (embedded, features), strict=True)
         )
         return known, seen
+
+
+def largest(scores: Tensor) -> Tensor:
+    """The index (m) of the largest score in each of the rows (m, n) float32."""
+    found = torch.empty(len(scores), dtype=torch.int64, device=scores.device)
+    ops.choose(ChoiceCall(scores, found, torch.empty_like(found), dependent=True))  # the numbers written do not matter
+    return found
 
 
 @dataclass

@@ -15,7 +15,7 @@ from torch import Tensor
 from lowbit.engine.architecture import Architecture, Names
 from lowbit.engine.cache import Cache
 from lowbit.engine.drafts.heads import MOST, Continued, Model
-from lowbit.engine.layers import Block, build_block
+from lowbit.engine.layers import Block, build_block, planned
 from lowbit.engine.products import Hidden, Norm, Product
 from lowbit.engine.step import Step, Turns, turns_of
 from lowbit.engine.weights import CheckpointReader, LayerParts, Settings
@@ -24,7 +24,7 @@ from lowbit.export.checkpoint import Checkpoint
 from lowbit.quant.kernels import ops
 from lowbit.quant.kernels.packed import TILE_ROWS
 from lowbit.quant.kernels.row_norm import Rows
-from lowbit.quant.kernels.weight import Linear
+from lowbit.quant.kernels.weight import Hints, Linear
 
 OWN = "mtp"  # the name of a drafter that the model's own checkpoint carries
 
@@ -53,12 +53,18 @@ class TokenHead(Continued):
         """See Continued."""
         return ops.normalize(self.norms[0].of(Rows(taken.contiguous())))
 
-    def forward(self, features: Tensor, step: Step, cache: Cache) -> Tensor:
+    def planned(self) -> "TokenHead":
+        """See Head."""
+        [block], head = planned((self.block,), self.head, dependent=True, shared=True)
+        join = replace(self.join, hints=Hints(True, block.attention.qkv.weight.bulk))
+        return replace(self, join=join, block=block, head=head)
+
+    def forward(self, features: Tensor, step: Step, cache: Cache) -> Hidden:
         """See Continued."""
         known, seen = self.normed_pairs(self.norms[1:], features, step)
         x = Hidden(Product(self.join)(torch.cat([known, seen], -1)))
         h = self.block.attention(x, step, self.turns, cache)
-        return self.block.feed_forward(h, h.h).h
+        return self.block.feed_forward(h, h.h)
 
 
 def load_own(checkpoint: Checkpoint, names: Names, model: Model, settings: Settings) -> TokenHead:

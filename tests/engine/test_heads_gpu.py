@@ -1,5 +1,5 @@
-"""On a GPU: heads of every kind draft in captured graphs what plain torch drafts in float32, and no draft changes a token
-of any weight type."""
+"""On a GPU: heads of every kind draft in captured graphs what plain torch drafts in float32, and no draft changes a
+token."""
 
 import pytest
 import torch
@@ -10,7 +10,16 @@ from lowbit.engine.drafts.kinds import Drafter
 from tests.builders import GATED
 from tests.engine.make import CHEAP_ROWS
 from tests.engine.test_families import GROUPED, LATENT
-from tests.engine.test_heads import PROMPTS, block_of, carried, make_block, make_eagle, predicted, proposals_of, proposed
+from tests.engine.test_heads import (
+    PROMPTS,
+    block_of,
+    carried,
+    make_block,
+    make_eagle,
+    predicted,
+    proposals_of,
+    proposed,
+)
 
 pytestmark = pytest.mark.gpu
 
