@@ -353,7 +353,8 @@ def drafts() -> str:
     lines = []
     for row in rows("drafts"):
         if "shape" in row:
-            name = f"{row['shape']}, {row['weights']}, {row['right_set']} right drafts a step set by hand"
+            head = row.get("head", "int8")
+            name = f"{row['shape']}, {row['weights']}, head in {head}, {row['right_set']} right drafts set by hand"
         else:
             name = f"{row['model']}, its own head, {row['text']}"
         share = 100 * row["draft_ms"] / (row["draft_ms"] + row["check_ms"])
