@@ -106,7 +106,7 @@ class Runner:
         """Run the part of a step that computes the logits."""
         turns = self.decoder.turns_at(self.positions, self.positions + 1)
         where = self.positions, turns, self.starts, self.slots
-        step = Step(self.tokens, *where, self.longest, adjacent=self.adjacent, alone=self.adjacent == 1)
+        step = Step(self.tokens, *where, longest=self.longest, adjacent=self.adjacent, alone=self.adjacent == 1)
         self.logits = self.decoder.logits(self.decoder.hidden(step, self.cache))
 
     def choose(self) -> None:

@@ -1,6 +1,6 @@
 """The rows of one pass through the decoder, and their rotary embeddings."""
 
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 
 import torch
 from torch import Tensor
@@ -30,6 +30,7 @@ class Step:
     turns: Tensor
     starts: Tensor
     slots: Tensor
+    _: KW_ONLY
     longest: int = 0
     prefix: slice | Tensor | None = None
     prompts: int = 1

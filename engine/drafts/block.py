@@ -76,7 +76,7 @@ class BlockHead:
         places = step.positions[last].unsqueeze(1) + torch.arange(1, 1 + self.size, device=last.device)
         starts = step.starts[last].repeat_interleave(self.size)
         ends = places[:, -1].repeat_interleave(self.size)  # every row sees the whole block
-        block = Step(tokens, ends, places.flatten(), starts, starts + places.flatten(), step.longest)
+        block = Step(tokens, ends, places.flatten(), starts, starts + places.flatten(), longest=step.longest)
         x = Hidden(functional.embedding(tokens, self.embedding))
         for layer in self.blocks:
             h = layer.attention(x, block, self.turns, cache)

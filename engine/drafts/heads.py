@@ -258,5 +258,5 @@ class Draft:
         """Compute the tokens from the inputs."""
         tokens, positions, starts = self.inputs
         longest = self.cache.context
-        step = Step(tokens, positions, positions, starts, starts + positions, longest, adjacent=self.width)
+        step = Step(tokens, positions, positions, starts, starts + positions, longest=longest, adjacent=self.width)
         self.tokens = self.head.draft(self.taken, step, self.last, self.most, self.cache)

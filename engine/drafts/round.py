@@ -62,7 +62,8 @@ class Round(Runner):
         self.count(rows, chosen.view_as(rows))
         last, taken = self.firsts + self.right, self.cache.features.index_select(0, self.slots)
         slots = self.begins + self.positions
-        pairs = Step(chosen, self.positions, self.positions, self.begins, slots, cache.context, None, self.adjacent)
+        where = self.positions, self.positions, self.begins, slots
+        pairs = Step(chosen, *where, longest=cache.context, adjacent=self.adjacent)
         drafts = self.heads.head.draft(taken, pairs, last, self.adjacent - 1, cache)
         self.check.follow(chosen.view_as(rows), self.right)
         rows.copy_(torch.cat([chosen[last].unsqueeze(1), drafts], 1))

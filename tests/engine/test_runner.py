@@ -55,3 +55,16 @@ def test_the_warm_up_of_a_capture_can_be_the_first_steps(tmp_path, monkeypatch):
                 assert runner.plain == 0
     assert warm_ups == [(WARM_UP, 1), (0, 3), (WARM_UP, 0), (0, 2)]
     assert all(tokens == found[0] for tokens in found)
+
+
+@pytest.mark.parametrize("adjacent", [1, 4])
+def test_rows_of_a_sequence_are_said_to_be_adjacent(tmp_path, monkeypatch, adjacent):
+    model, _ = tiny(tmp_path)
+    hidden, seen = model.decoder.hidden, []
+    monkeypatch.setattr(model.decoder, "hidden", lambda step, cache: seen.append(step) or hidden(step, cache))
+    with torch.inference_mode(), model.spaces.lent() as space:
+        runner = space.runner(adjacent, 1, 40, Features(), adjacent)
+        runner.place(range(5, 5 + adjacent), range(adjacent), [0] * adjacent)
+        runner.advance()
+    [step] = seen
+    assert (step.adjacent, step.alone, step.prompts) == (adjacent, adjacent == 1, 1)
