@@ -354,7 +354,7 @@ def drafts() -> str:
     for row in rows("drafts"):
         if "shape" in row:
             head = row.get("head", "int8")
-            name = f"{row['shape']}, {row['weights']}, head in {head}, {row['right_set']} right drafts set by hand"
+            name = f"{row['shape']} {row['weights']}, head in {head}, {row['right_set']} right by hand"
         else:
             name = f"{row['model']}, its own head, {row['text']}"
         share = 100 * row["draft_ms"] / (row["draft_ms"] + row["check_ms"])
