@@ -4,7 +4,8 @@
 
 Each DIR holds a model.gguf. As llama-perplexity does it: windows of 512 tokens without overlap, the second half of each
 scored, no BOS token added; of the last 40% of FILE, which bench_quality scores too. llama.cpp rounds the inputs of its
-products to 8 bits; we compute in float32. Rows go to benchmarks/results/gguf.jsonl.
+products to 8 bits; we compute in float32, and once more with the same rounding (`rounded`), so that a row tells what a
+file holds from what its reader does with it. Rows go to benchmarks/results/gguf.jsonl.
 """
 
 import argparse
@@ -17,8 +18,9 @@ from pathlib import Path
 import torch
 
 from benchmarks.bench_quality import SHARE, device_name
-from benchmarks.llamacpp import perplexity
-from lowbit.evaluation.backend import BlocksBackend
+from benchmarks.llamacpp import block_types, perplexity, round_inputs
+from lowbit.evaluation.backend import token_log_likelihoods
+from lowbit.models.skeleton import fill_all, open_skeleton
 from lowbit.models.source import open_source
 
 RESULTS = Path(__file__).parent / "results" / "gguf.jsonl"
@@ -45,12 +47,16 @@ def main() -> None:
         for directory in args.models:
             theirs = perplexity(args.bin, directory / "model.gguf", scored, CONTEXT, args.windows, args.threads)
             ours = of_second_halves(directory, text, args.windows, args.device)
+            alike = of_second_halves(directory, text, args.windows, args.device, rounded=True)
             row = {
                 "model": args.label,
                 "file": directory.name,
                 "perplexity": round(ours, 4),
                 "llama_cpp": theirs,
                 "relative": round(theirs / ours - 1, 5),
+                "rounded": round(alike, 4),
+                "relative_rounded": round(theirs / alike - 1, 5),
+                "text": args.text.name,
                 "windows": args.windows,
                 "context": CONTEXT,
                 "device": device_name(args.device),
@@ -62,13 +68,21 @@ def main() -> None:
                 rows.write(json.dumps(row) + "\n")
 
 
-def of_second_halves(directory: Path, text: str, windows: int, device: str) -> float:
-    """Our perplexity of the second half of each window."""
+def of_second_halves(directory: Path, text: str, windows: int, device: str, rounded: bool = False) -> float:
+    """Our perplexity of the second half of each window.
+
+    rounded  with the inputs of quantized products rounded as llama.cpp rounds them
+    """
     source = open_source(str(directory))
     ids = torch.tensor(source.tokenizer()(text, add_special_tokens=False, verbose=False).input_ids)
-    batches = ids[: windows * CONTEXT].view(windows, 1, CONTEXT)
-    backend = BlocksBackend(source, device, torch.float32)
-    halves = [found[:, CONTEXT // 2 :] for found in backend.log_likelihoods(iter(batches))]
+    model = fill_all(open_skeleton(source), device, torch.float32).model
+    if rounded:
+        round_inputs(model, block_types(source))
+    halves = []
+    with torch.no_grad():
+        for window in ids[: windows * CONTEXT].view(windows, 1, CONTEXT).to(device):
+            logits = model(input_ids=window, use_cache=False).logits
+            halves.append(token_log_likelihoods(logits.float(), window)[:, CONTEXT // 2 :])
     return math.exp(-float(torch.cat(halves).double().mean()))
 
 

@@ -47,8 +47,11 @@ METHODS: dict[str, dict[str, Any]] = {
     "smoothquant a8token": {"method": "smoothquant", **FEW},
     "smoothquant a8tensor": {"method": "smoothquant", "activations": "tensor", **FEW},
 }
-SCHEMES = ("int2-g64", "int3-g64", "int6-g64", "fp8", "fp8-a16", "fp8-block", "nvfp4-a16", "mxfp4-a16", "mxfp8")
+SCHEMES = ("fp8", "fp8-a16", "fp8-block", "nvfp4-a16", "mxfp4", "mxfp4-a16", "mxfp8")
+SCHEMES += ("int2-g64", "int3-g64", "int5-g64", "int6-g64", "int7-g64")
+CALIBRATED = ("fp8-static", "nvfp4")  # scales of inputs
 METHODS |= {f"rtn {scheme}": {"method": "rtn", "scheme": scheme} for scheme in SCHEMES}
+METHODS |= {f"rtn {scheme}": {"method": "rtn", "scheme": scheme, **FEW} for scheme in CALIBRATED}
 EVERY = (CT, "gptq", "gptq_v2", "awq")
 FORMATS = {
     "int8": EVERY[:2],

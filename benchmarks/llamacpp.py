@@ -1,4 +1,4 @@
-"""llama.cpp beside lowbit: a dense GGUF of a model, and the perplexity that llama.cpp measures."""
+"""llama.cpp beside lowbit: a dense GGUF of a model, the perplexity that llama.cpp finds, its rounding of inputs."""
 
 import os
 import re
@@ -7,9 +7,12 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor, nn
+
 from lowbit.export.dialects import FORMATS
 from lowbit.export.formats import LogicalTensors
-from lowbit.export.gguf.container import GGUF
+from lowbit.export.gguf.container import GGUF, TYPES
 from lowbit.models.source import Source
 
 BESIDE = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
@@ -42,3 +45,41 @@ def perplexity(binaries: Path, model: Path, text: Path, context: int, chunks: in
     if found is None:
         raise SystemExit(f"{' '.join(command)} failed ({done.returncode}):\n{(done.stdout + done.stderr)[-1500:]}")
     return float(found[1])
+
+
+def inputs_rounded_by(block_type: str, x: Tensor) -> Tensor:
+    """`x` (..., k) as llama.cpp's CPU multiplies it with blocks of a type, float32.
+
+    In groups of 32, d = absmax / 127 and codes round(x / d), times d in float16 (Q8_0; of Q8_1 the sums in float16 are
+    left out); in the 256 of a K-quant, d = -m / 127 for the m of largest magnitude, in float32 (Q8_K). Sources:
+    quantize_row_q8_0_ref and quantize_row_q8_K_ref in ggml-quants.c, vec_dot_type in ggml-cpu.c.
+    """
+    wide = block_type.endswith("_K")
+    groups = x.float().unflatten(-1, (-1, 256 if wide else 32))
+    largest = groups.gather(-1, groups.abs().argmax(-1, keepdim=True))
+    scales = (-largest if wide else largest.abs()) / 127
+    inverse = torch.where(scales == 0, 0, 1 / scales)
+    codes = (groups * inverse).round().clamp(max=127)
+    return (codes * (scales if wide else scales.half().float())).flatten(-2).to(x.dtype)
+
+
+def round_inputs(model: nn.Module, types: dict[str, str]) -> None:
+    """Have the linears of a dense `model` round their inputs by the block types of their weights.
+
+    types  by transformers' names; that of embeddings is also a tied head's
+    """
+    head = model.get_output_embeddings()
+    for name, block_type in types.items():
+        module = model.get_submodule(name)
+        if isinstance(module, nn.Embedding):
+            module = head if head is not None and head.weight is module.weight else None
+        if module is not None:
+            module.register_forward_pre_hook(
+                lambda _, args, block_type=block_type: (inputs_rounded_by(block_type, args[0]), *args[1:])
+            )
+
+
+def block_types(source: Source) -> dict[str, str]:
+    """The block type of each quantized linear of a GGUF, and of its embeddings."""
+    found = (name.rpartition(".") for name in source.checkpoint.entries)
+    return {linear: TYPES[kind].name for linear, _, kind in found if kind in TYPES}

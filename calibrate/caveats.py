@@ -170,6 +170,11 @@ def _of_the_format(this: Intent) -> Limit | None:
     return (caveat, ()) if caveat else None
 
 
+def _of_the_model(this: Intent) -> Limit | None:
+    caveat = this.format.caveat_of_model(this.skeleton.tensors.checkpoint.config)
+    return (caveat, ()) if caveat else None
+
+
 LIMITS: tuple[Callable[[Intent], Limit | None], ...] = (
     _untied,
     _embeddings_in_transformers,
@@ -184,6 +189,7 @@ LIMITS: tuple[Callable[[Intent], Limit | None], ...] = (
     _joined_experts,
     _converted_weights,
     _of_the_format,
+    _of_the_model,
 )
 
 

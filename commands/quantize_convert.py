@@ -81,6 +81,8 @@ def _print(console: Console, done: api.Converted) -> None:
     for rewrite, count in conversion.rewrites.items():
         console.print(f"  {rewrite}: {count} linears, the same weights")
     console.print(f"{conversion.exact} linears have bit-identical weights")
+    if conversion.caveat:
+        console.print(conversion.caveat)
     if conversion.rounded:
         name, change = max(conversion.rounded.items(), key=lambda item: item[1])
         console.print(

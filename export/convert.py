@@ -33,6 +33,7 @@ class Conversion:
     rounded   for each of the others, the largest relative change of a scale, or of a minimum in parts of its scale
     rewrites  counts of changed encodings ("symmetric codes as unsigned ones with a zero of 8")
     divisors  divisor of scales by linear, where its new scheme has one and its old one had none
+    caveat    what other programs make of the model in its new format, if anything is to be said
     """
 
     schemes: dict[str, Scheme]
@@ -40,6 +41,7 @@ class Conversion:
     exact: int = 0
     rounded: dict[str, float] = field(default_factory=dict)
     rewrites: Counter[str] = field(default_factory=Counter)
+    caveat: str | None = None
 
 
 def convert(
@@ -66,6 +68,7 @@ def convert(
     _refuse_parents(source)
     _refuse_ties(source, fmt)
     require_model(fmt, source.checkpoint.config, output)
+    done.caveat = fmt.caveat_of_model(source.checkpoint.config)
     if source.cache is not None and source.cache not in fmt.caches:
         raise CheckpointError(
             f"{source.checkpoint.directory}: it has scales of a key-value cache ({source.cache}), format {fmt.name} "

@@ -188,6 +188,10 @@ class Format(ABC):
         """A warning about loading a scheme in other programs, or None."""
         return None
 
+    def caveat_of_model(self, config: Mapping[str, Any]) -> str | None:
+        """A warning about what other programs make of the model of config.json in this format, or None."""
+        return None
+
     def reason_in(self, engine: Engine, scheme: Scheme) -> str | None:
         """The reason why an engine cannot load weights of a scheme in this format, or None."""
         return None

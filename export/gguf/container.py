@@ -178,17 +178,17 @@ class GgufWriter(Writer):
         if "token_embd.weight" not in table:
             raise CheckpointError(f"{self._directory}: no tensor holds the embeddings")
         rows = table["token_embd.weight"][0][0]
-        name = str(config.get("_name_or_path") or self._directory.name).rstrip("/").rpartition("/")[2]
+        name = str(config.get("_name_or_path") or self._directory.name).rstrip("/").rpartition("/")[2] or family.arch
         keys = {
             "general.architecture": family.arch,
             "general.type": "model",
-            "general.name": name or family.arch,
+            "general.name": name,
             "general.quantization_version": 2,
             "general.file_type": _file_type(table, self._directory / RECIPE),
             "general.alignment": ALIGNMENT,
         }
-        keys |= _provenance(self._directory)
-        return keys | hyper_keys(config, family) | token_keys(self._directory, config, rows)
+        keys |= _provenance(self._directory) | hyper_keys(config, family)
+        return keys | token_keys(self._directory, config, rows, name)
 
 
 def _gathered(entries: Mapping[str, TensorEntry], family: Family) -> dict[str, list[tuple[Place, TensorEntry]]]:

@@ -12,7 +12,7 @@ from lowbit.errors import CheckpointError
 from lowbit.export.files import write_text
 from lowbit.export.gguf.file import Header
 from lowbit.export.gguf.hyper import query_scalar_of
-from lowbit.export.gguf.tokens import BYTE, CONTROL, NORMAL, SPACE, SPLITS, UNKNOWN, USER_DEFINED
+from lowbit.export.gguf.tokens import BYTE, CONTROL, NORMAL, PHI, PHI_KEEPS, SPACE, SPLITS, UNKNOWN, USER_DEFINED
 from lowbit.export.plain import write_json
 from lowbit.export.sharded import CONFIG_NAME
 
@@ -131,9 +131,10 @@ def _write_tokenizer(keys: Mapping[str, Any], directory: Path) -> None:
     ggml = {key.removeprefix("tokenizer.ggml."): value for key, value in keys.items() if key.startswith("tokenizer.")}
     texts, types = ggml["tokens"], ggml.get("token_type") or [NORMAL] * len(ggml["tokens"])
     model = _byte_level(ggml) if ggml["model"] == "gpt2" else _sentencepiece(ggml, types)
+    strips = PHI.search(str(keys.get("general.name"))) is not None
     added = [
-        {"id": place, "content": text, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
-         "special": kind != USER_DEFINED}
+        {"id": place, "content": text, "single_word": False, "lstrip": False,
+         "rstrip": strips and text not in PHI_KEEPS, "normalized": False, "special": kind != USER_DEFINED}
         for place, (text, kind) in enumerate(zip(texts, types, strict=True))
         if kind in (CONTROL, USER_DEFINED, UNKNOWN)
     ]  # fmt: skip
@@ -149,20 +150,27 @@ _SPECIALS = (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "paddin
 
 
 def _ends(ggml: Mapping[str, Any], texts: list[str]) -> dict[str, Any]:
-    """The step that puts a special token before every text, if the file asks for it."""
-    begins = ggml.get("add_bos_token", ggml["model"] == "llama")
-    if not begins or ggml.get("bos_token_id") is None:
+    """The step that puts special tokens around every text, if the file asks for it."""
+    asked = {"bos": ggml.get("add_bos_token", ggml["model"] == "llama"), "eos": ggml.get("add_eos_token", False)}
+    places = [ggml.get(f"{key}_token_id") if wanted else None for key, wanted in asked.items()]
+    if places == [None, None]:
         return {"post_processor": None}
-    place = ggml["bos_token_id"]
-    first, whole = {"SpecialToken": {"id": texts[place], "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}
-    special = {texts[place]: {"id": texts[place], "ids": [place], "tokens": [texts[place]]}}
-    other = {"Sequence": {"id": "B", "type_id": 1}}
-    pair = [first, whole, other]
+    before, after = ([] if place is None else [texts[place]] for place in places)
+    first, second = ({"Sequence": {"id": name, "type_id": kind}} for kind, name in enumerate("AB"))
+    special = {
+        texts[place]: {"id": texts[place], "ids": [place], "tokens": [texts[place]]}
+        for place in places
+        if place is not None
+    }
+    parts = [[{"SpecialToken": {"id": text, "type_id": 0}} for text in side] for side in (before, after)]
     return {
         "post_processor": {
-            "type": "TemplateProcessing", "single": [first, whole], "pair": pair, "special_tokens": special,
+            "type": "TemplateProcessing",
+            "single": [*parts[0], first, *parts[1]],
+            "pair": [*parts[0], first, second, *parts[1]],
+            "special_tokens": special,
         }
-    }  # fmt: skip
+    }
 
 
 def _byte_level(ggml: Mapping[str, Any]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from lowbit.export.format import Format, ShapeReader, TensorReader, following, r
 from lowbit.export.gguf.container import FACTOR, GGUF, METHOD, TYPES
 from lowbit.export.gguf.families import family_of, place_of
 from lowbit.export.gguf.forms import held
-from lowbit.export.gguf.hyper import UNFIT, experts_of, heads_of, hyper_keys, layers_of
+from lowbit.export.gguf.hyper import UNFIT, caveat_of, experts_of, heads_of, hyper_keys, layers_of
 from lowbit.export.gguf.mixtures import MIXTURES, Shape
 from lowbit.export.gguf.tokens import token_keys
 from lowbit.export.microscaling import one_number
@@ -80,6 +80,10 @@ class GgufFormat(Format):
         except UNFIT as error:
             return str(error)
         return None
+
+    def caveat_of_model(self, config: Mapping[str, Any]) -> str | None:
+        """A warning about a model with sliding windows, or None."""
+        return caveat_of(config, family_of(config))
 
     def mixed(self, scheme: str | None, linears: Iterable[str], config: Mapping[str, Any]) -> dict[str, str]:
         """The schemes of linears in the mixture `scheme` that differ from that of most."""

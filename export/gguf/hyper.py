@@ -17,9 +17,10 @@ from lowbit.export.gguf.families import Family
 LARGE_GEMMA = {"gemma2": 46, "gemma3": 62}  # blocks of the 27B models, for which llama.cpp scales queries otherwise
 GEMMA_PERIOD = {"gemma2": 2, "gemma3": 6}  # blocks until the next one with full attention
 MOST_LAYERS, MOST_EXPERTS, WIDEST_HEAD = 1 << 14, 1 << 14, 1 << 16  # far above any model: lists of so many are made
-U32 = 1 << 32  # the keys' integers are below
+U32, LARGEST = 1 << 32, 3.4e38  # the keys' integers are below, and their float32 not above
 # Errors of settings that have the wrong type or size.
 UNFIT = (AttributeError, KeyError, TypeError, ValueError, ArithmeticError, IndexError, RuntimeError)
+YARN: dict[str, Any] = {"beta_fast": 32, "beta_slow": 1, "truncate": True}  # llama.cpp's, which no key changes
 ACTIVATIONS = ("hidden_act", "hidden_activation", "activation_function")
 
 
@@ -73,6 +74,8 @@ def hyper_keys(config: Mapping[str, Any], family: Family) -> dict[str, int | flo
         for key, value in keys.items():
             if isinstance(value, int) and not 0 <= value < U32:
                 raise ValueError(f"{key} is {value}; 0 to {U32 - 1} fit")
+            if isinstance(value, float) and not abs(value) <= LARGEST:
+                raise ValueError(f"{key} is {value}, which is no float32")
         return keys
     except UNFIT as error:
         raise CheckpointError(f"config.json: no GGUF can be written of it ({error!r})") from error
@@ -130,6 +133,7 @@ def _rope_keys(config: Mapping[str, Any], family: Family) -> Iterator[tuple[str,
         yield "rope.scaling.type", "yarn"
         yield "rope.scaling.factor", float(rope["factor"])
         yield "rope.scaling.original_context_length", int(_original_length(config, rope))
+        yield "rope.scaling.attn_factor", _yarn_factor(rope)
     if kind == "longrope":
         before, after = _original_length(config, rope), config["max_position_embeddings"]
         yield "rope.scaling.original_context_length", int(before)
@@ -137,6 +141,18 @@ def _rope_keys(config: Mapping[str, Any], family: Family) -> Iterator[tuple[str,
         yield "rope.scaling.attn_factor", float(rope.get("attention_factor") or math.sqrt(stretched))
     if family.arch == "gemma3":
         yield "rope.freq_base_swa", float(_local_base(config))
+
+
+def _yarn_factor(rope: Mapping[str, Any]) -> float | None:
+    """The factor of cosines and sines beside yarn's usual one, 0.1 ln(factor) + 1; None if there is no other."""
+    usual, factor = _stretched(rope["factor"], 1.0), rope.get("attention_factor")
+    if factor is None and rope.get("mscale") and rope.get("mscale_all_dim"):
+        factor = _stretched(rope["factor"], rope["mscale"]) / _stretched(rope["factor"], rope["mscale_all_dim"])
+    return None if factor is None else float(factor) / usual
+
+
+def _stretched(factor: float, scale: float) -> float:
+    return 1.0 if factor <= 1 else 0.1 * scale * math.log(factor) + 1.0
 
 
 def _local_base(config: Mapping[str, Any]) -> float:
@@ -168,6 +184,17 @@ def rope_tensors(config: Mapping[str, Any], family: Family) -> dict[str, Tensor]
     return {"rope_freqs.weight": (1 / ((1 - share) / rope["factor"] + share)).float()}
 
 
+def caveat_of(config: Mapping[str, Any], family: Family) -> str | None:
+    """A warning about a model that llama.cpp computes otherwise beyond some length of a text, or None."""
+    window = config.get("sliding_window")
+    if family.arch not in ("llama", "phi3") or not window or window >= config["max_position_embeddings"]:
+        return None
+    return (
+        f"llama.cpp attends to all tokens, and the model to the last {window}: beyond that many they differ, "
+        f"--ctx-size {window} keeps llama.cpp below"
+    )
+
+
 def _require_computed(config: Mapping[str, Any], family: Family) -> None:
     """ValueError for a setting that llama.cpp's code for the architecture does not know."""
     for reason in _reasons(config, family):
@@ -186,11 +213,33 @@ def _reasons(config: Mapping[str, Any], family: Family) -> Iterator[str]:
     known = {"default", "linear", "yarn", "llama3"} if family.arch != "phi3" else {"default", "longrope"}
     if kind not in known:
         yield f"its rotary embedding is {kind!r}; written are {', '.join(sorted(known))}"
+    if family.arch != "phi3" and rope_of(config).get("partial_rotary_factor", 1.0) != 1.0:
+        yield f"it rotates a part of each head, which llama.cpp computes otherwise for {family.arch}"
+    yield from _reasons_in_yarn(rope_of(config))
+    yield from _reasons_in_shapes(config, family)
     if family.arch.startswith("qwen") and config.get("use_sliding_window"):
         yield "use_sliding_window is on, which llama.cpp does not compute for Qwen"
     yield from _reasons_in_experts(config, family)
     if family.arch in GEMMA_PERIOD:
         yield from _reasons_in_gemma(config, family)
+
+
+def _reasons_in_yarn(rope: Mapping[str, Any]) -> Iterator[str]:
+    """The settings of yarn that llama.cpp has no keys for in these families."""
+    for key, value in YARN.items() if rope["rope_type"] == "yarn" else ():
+        if rope.get(key) not in (None, value):
+            yield f"{key} of its rotary embedding is {rope[key]}, llama.cpp computes {value}"
+
+
+def _reasons_in_shapes(config: Mapping[str, Any], family: Family) -> Iterator[str]:
+    """The shapes and tensors with which llama.cpp does not load a model of the architecture."""
+    if family.arch in ("qwen2", "qwen2moe", "phi3") and head_dim_of(config) * _heads(config) != _width(config):
+        yield f"its heads are {_heads(config)} of {head_dim_of(config)}, llama.cpp has {_width(config)} in all"
+    tied = bool(config.get("tie_word_embeddings", family.arch.startswith("gemma")))
+    if tied != (family.arch == "gemma2") and family.arch in ("qwen2moe", "gemma2"):
+        yield f"its head is {'tied' if tied else 'not tied'} to the embeddings, which llama.cpp has otherwise"
+    if family.arch.startswith("qwen3") and config.get("attention_bias"):
+        yield f"its attention has biases, which llama.cpp does not compute for {family.arch}"
 
 
 def _reasons_in_experts(config: Mapping[str, Any], family: Family) -> Iterator[str]:

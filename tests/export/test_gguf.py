@@ -1,6 +1,7 @@
 """The format gguf: gguf's own reader finds what llama.cpp needs, and ours gives every tensor back."""
 
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from gguf import quants
 import lowbit
 from lowbit.errors import CheckpointError, RecipeError
 from lowbit.export.checkpoint import open_checkpoint
+from lowbit.export.dialects import FORMATS
 from lowbit.export.formats import LogicalTensors
 from lowbit.export.gguf.families import FAMILIES, family_of, linears_at, place_of
 from lowbit.export.gguf.file import header_bytes, read_header
@@ -32,6 +34,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "phi3": WIDE,
     "gpt2": {"n_embd": 256},
     "mixtral": WIDE,
+    "qwen2_moe": WIDE | {"moe_intermediate_size": 256, "shared_expert_intermediate_size": 256},
     "qwen3_moe": WIDE | {"moe_intermediate_size": 256, "norm_topk_prob": True},
 }
 
@@ -199,6 +202,31 @@ def test_what_llama_cpp_would_compute_otherwise_is_refused(change: dict, reason:
         hyper_keys(config, family_of(config))
 
 
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "rope_theta": 1e4}
+
+
+def test_a_factor_of_yarn_is_beside_the_usual_one() -> None:
+    usual = 0.1 * math.log(4) + 1
+    for settings, factor in (
+        ({}, None),
+        ({"attention_factor": 1.5}, 1.5 / usual),
+        ({"mscale": 0.707, "mscale_all_dim": 1.0}, (0.0707 * math.log(4) + 1) / usual / usual),
+    ):
+        config = make_config("llama", rope_parameters=YARN | settings)
+        found = hyper_keys(config.to_dict(), family_of({"model_type": "llama"})).get("llama.rope.scaling.attn_factor")
+        assert found == (None if factor is None else pytest.approx(factor))
+        rotary = __import__("transformers").models.llama.modeling_llama.LlamaRotaryEmbedding(config)
+        assert rotary.attention_scaling == pytest.approx((1.0 if found is None else found) * usual)
+
+
+def test_sliding_windows_that_llama_cpp_does_not_know_are_said() -> None:
+    caveat = FORMATS["gguf"].caveat_of_model
+    known = {"model_type": "mistral", "sliding_window": 4096, "max_position_embeddings": 32768}
+    assert "to the last 4096" in (caveat(known) or "")
+    assert caveat(known | {"sliding_window": None}) is None
+    assert caveat(known | {"max_position_embeddings": 4096}) is None
+
+
 def test_other_settings_are_refused_by_family() -> None:
     for family, change, reason in (
         ("qwen2", {"use_sliding_window": True}, "use_sliding_window"),
@@ -207,6 +235,16 @@ def test_other_settings_are_refused_by_family() -> None:
         ("gemma2", {"query_pre_attn_scalar": 224, "head_dim": 16}, "query_pre_attn_scalar is 224"),
         ("gemma3", {"query_pre_attn_scalar": 16, "layer_types": ["full_attention"] * 2}, "layer_types"),
         ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scaled in a way"),
+        ("qwen2", {"head_dim": 8}, "its heads are 4 of 8, llama.cpp has 64 in all"),
+        ("qwen3", {"attention_bias": True}, "its attention has biases"),
+        ("qwen2_moe", {"tie_word_embeddings": True}, "its head is tied to the embeddings"),
+        ("gemma2", {"tie_word_embeddings": False, "query_pre_attn_scalar": 16}, "its head is not tied"),
+        ("llama", {"rope_parameters": YARN | {"beta_fast": 16}}, "beta_fast of its rotary embedding is 16"),
+        ("llama", {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "rotates a part of each"),
+        ("llama", {"head_dim": 1 << 20}, "1048576 inputs of a head"),
+        ("llama", {"rope_parameters": {"rope_theta": 1e300}}, "which is no float32"),
+        ("llama", {"max_position_embeddings": 1 << 40}, "fit"),
+        ("gemma3", {"num_hidden_layers": 1 << 60}, "blocks; 0 to 16384 are read"),
     ):
         config = make_config(family).to_dict() | change
         with pytest.raises(CheckpointError, match=reason):
@@ -267,7 +305,8 @@ def in_turn(*steps: dict) -> dict[str, Any]:
     ],
 )
 def test_the_split_into_words_has_their_name_or_is_refused(steps: Any, pre: str | None, tmp_path: Path) -> None:
-    (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer(pre_tokenizer=steps)))
+    found = tokenizer(pre_tokenizer=steps, model={"ignore_merges": pre == "llama-bpe"})
+    (tmp_path / "tokenizer.json").write_text(json.dumps(found))
     if pre is None:
         with pytest.raises(CheckpointError, match="it splits texts by"):
             token_keys(tmp_path, {}, 4)

@@ -36,6 +36,7 @@ from lowbit.export.formats import LogicalTensors
 from lowbit.export.gguf.file import header_bytes, read_header
 from lowbit.export.gguf.foreign import unpack
 from lowbit.export.gguf.format import GGUF_FORMAT
+from lowbit.export.gguf.hyper import UNFIT
 from lowbit.export.plain import parse_json, read_json, read_rows
 from lowbit.export.recipes import read_recipe
 from lowbit.export.tensorfile import read_entries, read_tensor
@@ -184,7 +185,7 @@ def _gguf(honest: Path) -> st.SearchStrategy[Files]:
             start = header_bytes(
                 keys, {name: (tuple(shape), kind) for name, (shape, kind) in spoiled["tensors"].items()}
             )
-        except (AttributeError, KeyError, TypeError, ValueError, struct.error):  # no file can say this
+        except (*UNFIT, struct.error):  # no file can say this
             start = raw[:200]
         return {"model.gguf": start + data}
 

@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from lowbit.export.checkpoint import open_checkpoint
 from lowbit.export.formats import LogicalTensors
 from lowbit.export.gguf.mixtures import MIXTURES
 from tests.builders import logits_of, save_family
-from tests.export.test_gguf import CHANGES
+from tests.export.test_gguf import CHANGES, YARN
 from tests.golden.test_readers import interpreter, run_peer
 
 pytestmark = [pytest.mark.peer, pytest.mark.slow]
@@ -61,8 +62,8 @@ def meant(model: Path, output: Path, place: Path) -> torch.Tensor:
     return logits_of(loaded.eval(), torch.tensor([IDS]))[0]
 
 
-def require_same(family: str, scheme: str, place: Path) -> None:
-    model = save_family(family, place / "tiny", torch.float16, **CHANGES[family])
+def require_same(family: str, scheme: str, place: Path, **changes: Any) -> None:
+    model = save_family(family, place / "tiny", torch.float16, **CHANGES[family] | changes)
     output = place / "out"
     lowbit.quantize(model, output, method="rtn", scheme=scheme, format="gguf", device="cpu", eval_windows=0)
     ours = meant(model, output, place / "dense")
@@ -80,6 +81,48 @@ def test_every_family(family: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("scheme", sorted({mixture.name for mixture in MIXTURES.values()} - {"q4_k_m"}))
 def test_every_mixture(scheme: str, tmp_path: Path) -> None:
     require_same("llama", scheme, tmp_path)
+
+
+BASE = {"rope_theta": 1e4}
+LONG = {"rope_type": "longrope", "long_factor": [1 + 0.3 * i for i in range(32)], **BASE}
+LONG |= {"short_factor": [1 + 0.1 * i for i in range(32)]}
+STRETCHED = YARN | {"original_max_position_embeddings": 16}
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, **BASE}
+LLAMA3 |= {"original_max_position_embeddings": 16}
+LOCAL = {"sliding_attention": {"rope_type": "default", "rope_theta": 1e4}}
+
+
+def stretched_to(before: int, **settings: Any) -> dict[str, Any]:
+    """Phi 3 with a longer context; llama.cpp chooses the factors by that of its run, 256 here."""
+    lengths = {"max_position_embeddings": 2048, "original_max_position_embeddings": before}
+    return lengths | {"rope_parameters": LONG | {"original_max_position_embeddings": before} | settings}
+
+
+@pytest.mark.parametrize(
+    ("family", "change"),
+    [
+        ("llama", {"rope_parameters": STRETCHED}),
+        ("llama", {"rope_parameters": STRETCHED | {"attention_factor": 1.5}}),
+        ("llama", {"rope_parameters": STRETCHED | {"mscale": 0.707, "mscale_all_dim": 1.0}}),
+        ("llama", {"rope_parameters": BASE | {"rope_type": "linear", "factor": 3.0}}),
+        ("llama", {"rope_parameters": LLAMA3}),
+        ("llama", {"head_dim": 96}),
+        ("llama", {"attention_bias": True, "mlp_bias": True}),
+        ("llama", {"tie_word_embeddings": True}),
+        ("mixtral", {"num_experts_per_tok": 1}),
+        ("qwen3", {"head_dim": 96, "rope_parameters": STRETCHED}),
+        ("gemma3", {"rope_parameters": {"full_attention": BASE | {"rope_type": "linear", "factor": 8.0}} | LOCAL}),
+        ("gemma3", {"tie_word_embeddings": False}),
+        ("gemma2", {"attn_logit_softcapping": 5.0, "final_logit_softcapping": 3.0}),
+        ("gpt2", {"tie_word_embeddings": False, "n_inner": 512}),
+        ("phi3", {"rope_parameters": BASE | {"partial_rotary_factor": 0.5}}),
+        ("phi3", stretched_to(512)),
+        ("phi3", stretched_to(16)),
+        ("phi3", stretched_to(16, attention_factor=1.3)),
+    ],
+)
+def test_every_setting(family: str, change: dict[str, Any], tmp_path: Path) -> None:
+    require_same(family, "q4_k_m", tmp_path, **change)
 
 
 def test_a_dialogue_has_the_same_tokens(tmp_path: Path) -> None:
