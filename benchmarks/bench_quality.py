@@ -100,9 +100,12 @@ OURS |= {
     for name in MIXTURES
     for method in ("rtn", "gptq", "best")
 }
+for name in ("q3_k_m", "q2_k"):
+    OURS[f"{name}-anneal"] = ANNEALED | {"scheme": name, "format": "gguf"}
 # Calibrated on the model's own text besides, with and without tuned codes.
 OWN = {"own_samples": 128}
-for name in ("best", "w3-anneal", "w3g64-anneal", "w2-anneal", *(f"{each}-best" for each in (*SCHEMES, *MIXTURES))):
+FEW = ("w3-anneal", "w3g64-anneal", "w2-anneal", "q3_k_m-anneal", "q2_k-anneal")
+for name in ("best", *FEW, *(f"{each}-best" for each in (*SCHEMES, *MIXTURES))):
     OURS[f"{name}-own"] = OURS[name] | OWN
     OURS[f"{name}-own-codes"] = OURS[name] | OWN | {"distill_codes": True}
 OURS["best-own-200"] = OURS["best-own"] | {"iters": 200}

@@ -276,13 +276,12 @@ class RoundingLearner:
             if step < self._iters:
                 self._step(weights, self._minibatch(pairs, inputs[0].shape[0]), step / self._iters)
                 weights = self._rounded()
+        best = {name: Rounded(each.weight.checked(), each.wanted) for name, each in best.items()}
         self._work.use({name: each.weight for name, each in best.items()})
         return best
 
     def _iterate(self, weights: dict[str, QTensor]) -> dict[str, Rounded]:
-        return {
-            name: Rounded(weight.checked(), self._learned[name].shifted(weight)) for name, weight in weights.items()
-        }
+        return {name: Rounded(weight, self._learned[name].shifted(weight)) for name, weight in weights.items()}
 
     def _rounded(self) -> dict[str, QTensor]:
         return {name: learned.rounded() for name, learned in self._learned.items()}

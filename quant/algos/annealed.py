@@ -5,10 +5,11 @@ Each weight has a position p on its number's grid, in units of its scale. The bl
     w = scale * (r + gap * h(u)),  r = the nearest code,  u = (p - r) / gap in [-1/2, 1/2],
     h(u) = sign(u) (1/2 + tanh(a (|u| - 1/2)) / (2 tanh(a / 2)))
 
-where `gap` is the distance to the next code on the side of u. For a near 0, h is the identity: nothing is rounded. For
-large a it is a step: everything is. In between the slope of h is small at codes and large at borders, so a decided
-weight stays and an undecided one moves (soft rounding: Agustsson and Theis, NeurIPS 2020). A position may travel to any
-code of its grid, which 2 and 3 bits need; learned rounding (learned.py) reaches only the two nearest.
+less the group's minimum if it has one, where `gap` is the distance to the next code on the side of u. For a near 0, h
+is the identity: nothing is rounded. For large a it is a step: everything is. In between the slope of h is small at
+codes and large at borders, so a decided weight stays and an undecided one moves (soft rounding: Agustsson and Theis,
+NeurIPS 2020). A position may travel to any code of its grid, which 2 and 3 bits need; learned rounding (learned.py)
+reaches only the two nearest.
 
 Gradients are exact, not straight-through. Steps are those of learned.py: by the slope over the curvature, in units of
 its mean magnitude, clamped to [-1, 1].
@@ -44,10 +45,16 @@ class AnnealedWeight:
         """`start`, `wanted` and `energy` as in LearnedWeight."""
         self._start, number = start, start.scheme.number
         self._energy = damped(torch.ones_like(wanted[0]) if energy is None else energy)
-        zeros = None if start.zeros is None else numerics.per_weight(start.zeros, start.scheme, wanted)
+        zeros = self._zeros(wanted)
         self._low, self._high = (limit if zeros is None else limit - zeros for limit in (number.low, number.high))
-        self.positions = self._inside(wanted / numerics.per_weight(start.scales, start.scheme, wanted))
+        raised = numerics.raised(wanted, start.scheme, start.zeros)
+        self.positions = self._inside(raised / numerics.per_weight(start.scales, start.scheme, wanted))
         self.multipliers = torch.ones_like(start.scales, dtype=torch.float32)
+
+    def _zeros(self, like: Tensor) -> Tensor | None:
+        """Codes of zero (n, k), None where the number's own zero is meant."""
+        scheme, zeros = self._start.scheme, self._start.zeros
+        return None if zeros is None or scheme.weights.minima else numerics.per_weight(zeros, scheme, like)
 
     def _inside(self, positions: Tensor) -> Tensor:
         low, high = (torch.as_tensor(limit).to(positions) for limit in (self._low, self._high))
@@ -55,14 +62,19 @@ class AnnealedWeight:
 
     def rounded(self) -> QTensor:
         """The weight with every position rounded to its nearest code."""
-        start, scheme = self._start, self._start.scheme
-        zeros = None if start.zeros is None else numerics.per_weight(start.zeros, scheme, self.positions)
-        codes = scheme.number.encode(self.positions.clone(), zeros)
-        return start.iterate(self._scales(), codes)
+        codes = self._start.scheme.number.encode(self.positions.clone(), self._zeros(self.positions))
+        return self._start.iterate(self._scales(), codes)
 
     def shifted(self, weight: QTensor) -> Tensor:
         """The weight (n, k) that rounds to `weight`, the result of `rounded`, in parts."""
-        return self.positions * numerics.per_weight(weight.scales, weight.scheme, self.positions)
+        return self._lowered(self.positions * numerics.per_weight(weight.scales, weight.scheme, self.positions))
+
+    def _lowered(self, raised: Tensor) -> Tensor:
+        """`raised` (n, k) less the minima of its groups, if they have any."""
+        scheme, zeros = self._start.scheme, self._start.zeros
+        if zeros is None or not scheme.weights.minima:
+            return raised
+        return raised - numerics.per_weight(zeros, scheme, raised)
 
     def _scales(self) -> Tensor:
         start = self._start
@@ -82,7 +94,7 @@ class AnnealedWeight:
         """The soft weight (n, k) float32 after the fraction `done` of all steps; `weight` is the result of
         `rounded`."""
         soft, _ = self._soft_values(weight, sharpness(done))
-        return soft * numerics.per_weight(weight.steps, weight.scheme, soft)
+        return self._lowered(soft * numerics.per_weight(weight.steps, weight.scheme, soft))
 
     def step(self, weight: QTensor, gradient: Tensor, rate: float, done: float) -> None:
         """One descent step of positions, each changed by at most `rate` local steps of the grid.
