@@ -48,12 +48,12 @@ def expected(reader: Reader, usual: Sequence[Sampling]) -> deque[Graph | Chunk]:
     """The runs that requests with the `usual` samplings need, the most likely ones first; none on a CPU. Chunks are
     last: a capture frees the memory that is kept for later."""
     cache = reader.cache
-    if not reader.lengths or not usual:
+    if reader.pool is None or not usual:
         return deque()
     powers = sorted({1 << (rows - 1).bit_length() for rows in range(1, cache.batch + 1)})
     reaches = sorted({min(SHORT, cache.context), cache.context})
     steps = [Graph(reach, rows, sampling) for rows in powers for reach in reaches for sampling in usual]
-    rests = [Graph(reach, REST_ROWS) for reach in reaches]
+    rests = [Graph(reach, REST_ROWS) for reach in reaches if reader.lengths]
     alone = len(reaches) * len(usual)
     passes = [Graph(length) for length in reader.lengths if length <= cache.context]
     lengths = [length for length in SHARED_LENGTHS if length <= reader.longest_shared]

@@ -373,7 +373,7 @@ def test_a_pass_is_shorter_while_other_requests_write(lengths, writing, most):
 
 def test_graphs_are_expected_for_every_number_of_rows_and_both_reaches():
     cache = SimpleNamespace(batch=3, context=4096)
-    reader = SimpleNamespace(cache=cache, lengths=(8, 1024, 8192), longest_shared=128)
+    reader = SimpleNamespace(cache=cache, lengths=(8, 1024, 8192), longest_shared=128, pool=(0, 0))
     found = expected(reader, (Sampling(),))
     runs = Counter(found)
     assert [each.length for each in runs if isinstance(each, Chunk)] == [512, 1024, 2048, 4096]
@@ -386,7 +386,9 @@ def test_graphs_are_expected_for_every_number_of_rows_and_both_reaches():
     }
     assert all(count == (3 if graph.rows else 2) for graph, count in graphs.items())
     assert [graph.rows for graph in list(graphs)[:2]] == [1, 1]
-    assert not expected(SimpleNamespace(cache=reader.cache, lengths=()), (Sampling(),))
+    assert not expected(SimpleNamespace(pool=None, cache=cache), (Sampling(),))
+    mixture = SimpleNamespace(cache=cache, lengths=(), longest_shared=0, pool=(0, 0))  # prompts have no passes
+    assert set(expected(mixture, (Sampling(),))) == {each for each in runs if isinstance(each, Chunk) or each.sampling}
 
 
 def test_cold_runs_wait_until_no_request_came_for_a_while(model, monkeypatch):
