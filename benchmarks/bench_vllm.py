@@ -61,7 +61,8 @@ class Network:
 
 
 LLAMA_2_7B = Network()
-SCHEMES = {"w4": "int4-g128", "w8": "int8-channel", "w8a8": "int8-channel-a8token"}
+SCHEMES = {"w4": "int4-g128", "w8": "int8-channel", "w8a8": "int8-channel-a8token", "fp8": "fp8", "nvfp4": "nvfp4-a16"}
+NVFP4_DIVISOR = 2.0**14  # engines take one for all linears that they fuse
 # name -> checkpoint, whether it is ours, kernels that vLLM must not choose
 ENGINES: dict[str, tuple[str, bool, str]] = {
     "w4 marlin": ("w4", False, "MacheteLinearKernel"),
@@ -71,6 +72,10 @@ ENGINES: dict[str, tuple[str, bool, str]] = {
     "w8 lowbit": ("w8", True, ""),
     "w8a8 cutlass": ("w8a8", False, ""),
     "w8a8 lowbit": ("w8a8", True, ""),
+    "fp8 cutlass": ("fp8", False, ""),
+    "fp8 lowbit": ("fp8", True, ""),
+    "nvfp4 marlin": ("nvfp4", False, ""),
+    "nvfp4 lowbit": ("nvfp4", True, ""),
 }
 
 
@@ -159,11 +164,17 @@ def config_of(net: Network) -> dict[str, Any]:
 
 
 def random_weight(scheme: Any, n: int, k: int, deviation: float, generator: Any) -> Any:
-    """A weight (n, k) with uniform codes around zero and scales that give it about that standard deviation."""
+    """A weight (n, k) of about that standard deviation: integers with uniform codes around zero, floats rounded from
+    normal noise, with one divisor of scales for all weights."""
     import torch
 
-    from lowbit.quant.qtensor import QTensor
+    from lowbit.quant.qtensor import QTensor, round_to_nearest
 
+    if not scheme.number.is_integer:
+        noise = deviation * torch.randn(n, k, generator=generator, device=generator.device)
+        divisor = torch.tensor(NVFP4_DIVISOR, device=generator.device) if scheme.weights.parent else None
+        rounded = round_to_nearest(noise, scheme.weights_only, torch.bfloat16, divisor=divisor)
+        return QTensor(rounded.codes, rounded.scales, None, scheme, divisor=rounded.divisor)
     limit, device = int(scheme.number.high), {"generator": generator, "device": generator.device}
     codes = torch.randint(-limit, limit + 1, (n, k), dtype=torch.int8, **device)
     scales = (0.75 + 0.5 * torch.rand(n, scheme.groups(k), **device)) * deviation / (2**scheme.bits * 0.29)

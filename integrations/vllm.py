@@ -115,7 +115,8 @@ class LowbitConfig(CompressedTensorsConfig):
         """Our method for experts, or vLLM's, with the reason said."""
         roles = layer.ckpt_gate_proj_name, layer.ckpt_up_proj_name, layer.ckpt_down_proj_name
         names = [f"{prefix}.0.{role}" for role in roles]
-        schemes = [self.scheme_of(layer, name) for name in names]
+        one = nn.Linear(1, 1, device="meta")  # an expert is a linear in the file, which a target may name by its class
+        schemes = [self.scheme_of(one, name) for name in names]
         if not any(schemes):
             return super().get_quant_method(layer, prefix)
         reason = reason_against_experts(layer, schemes)
