@@ -151,20 +151,20 @@ class Batch:
             if not job.read:
                 self.begin(job)
             if self.ends_in_steps(job, job.read):
-                self.written_from(job, self.rest(job))
+                self.written_from([job], self.rest(job))
                 return
         if self.part is None and not job.read and self.fits_pass(job):
             jobs = [job, *self.companions(job)]
             places = [(each.slot.sequence, each.request.sequence) for each in jobs if each.slot is not None]
-            for each, hidden in zip(jobs, self.pass_over(places), strict=True):
-                try:
-                    self.take(each, hidden)
-                except EngineError as error:
-                    self.drop(each, error)
+            found = self.pass_over(places)
+            if len(jobs) > 1:
+                self.written_from(jobs, self.decoder.logits(torch.cat([hidden[-1:] for hidden in found])))
+            else:
+                self.take(job, found[0])
             return
-        found = self.chunk(job)
-        if found is not None:
-            self.take(job, found)
+        hidden = self.chunk(job)
+        if hidden is not None:
+            self.take(job, hidden)
 
     def take(self, job: Job, hidden: Tensor) -> None:
         """Note that the next rows of a job's prompt are read. After the last one, choose the first token.
@@ -180,16 +180,18 @@ class Batch:
         elif job.read == len(job.request.sequence):
             logits = self.decoder.logits(hidden[-1:])
         if job.read == len(job.request.sequence):
-            self.written_from(job, logits)
+            self.written_from([job], logits)
 
-    def written_from(self, job: Job, logits: Tensor) -> None:
-        """Choose the first token of a job whose whole prompt is read, from the logits (1, vocabulary) after it."""
-        assert job.slot is not None
-        job.read, job.slot.tokens = len(job.request.sequence), job.request.sequence
-        self.reading.remove(job)
-        self.writing.append(job)
+    def written_from(self, jobs: Sequence[Job], logits: Tensor) -> None:
+        """Choose the first tokens of jobs whose whole prompts are read, from the logits (jobs, vocabulary) after
+        them."""
+        for job in jobs:
+            assert job.slot is not None
+            job.read, job.slot.tokens = len(job.request.sequence), job.request.sequence
+            self.reading.remove(job)
+            self.writing.append(job)
         self.stale = True
-        self.first(job, logits)
+        self.first(jobs, logits)
 
     def begin(self, job: Job) -> None:
         """Find the part of a job's sequence that the cache already holds, and move it to the job's slot."""
@@ -237,14 +239,17 @@ class Batch:
     def companions(self, job: Job) -> list[Job]:
         """The next jobs whose whole prompts one pass reads together with that of `job`: one after another, each of a
         crowd of short prompts would wait for a pass and a step of all before it."""
-        longest, found = self.reader().longest_shared, list[Job]()
-        if len(job.request.sequence) > longest:
-            return found
-        for other in self.reading[1:]:
-            if len(found) + 1 < SHARED_COUNTS[-1] and not other.read and len(other.request.sequence) <= longest:
+        found: list[Job] = []
+        for other in self.reading[1:] if self.may_share(job) else ():
+            if len(found) + 1 < SHARED_COUNTS[-1] and not other.read and self.may_share(other):
                 self.begin(other)
                 found += [] if other.read else [other]
         return found
+
+    def may_share(self, job: Job) -> bool:
+        """True if a job's prompt is short enough to share a pass, and none of its log-probabilities are wanted."""
+        short = len(job.request.sequence) <= self.reader().longest_shared
+        return short and not job.request.wants_prompt_logprobs
 
     def pass_over(self, given: Sequence[tuple[int, Sequence[int]]]) -> list[Tensor]:
         """Hidden states (rows, hidden) of whole prompts, each a sequence of the cache and its tokens."""
@@ -267,15 +272,15 @@ class Batch:
                 self.pace.note(part.rows, part.seconds)
         return hidden
 
-    def first(self, job: Job, logits: Tensor) -> None:
-        """Choose a job's first token from the logits (1, vocabulary) after its prompt."""
-        request = job.request
-        if request.wants_prompt_logprobs:
-            request.prompt_logprobs = job.scores
-        sampler = self.space.sampler(features_for([job]), 1)
-        sampler.start([request.constraints])
-        self.mask([job], sampler)
-        self.deliver([job], sampler(logits))
+    def first(self, jobs: Sequence[Job], logits: Tensor) -> None:
+        """Choose jobs' first tokens from the logits (jobs, vocabulary) after their prompts."""
+        for job in jobs:
+            if job.request.wants_prompt_logprobs:
+                job.request.prompt_logprobs = job.scores
+        sampler = self.space.sampler(features_for(jobs), len(jobs))
+        sampler.start([job.request.constraints for job in jobs])
+        self.mask(jobs, sampler)
+        self.deliver(jobs, sampler(logits))
 
     def step(self) -> None:
         """Write one token of each writing job, or several with drafts. On a GPU the step before is delivered while this

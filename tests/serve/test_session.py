@@ -325,16 +325,21 @@ def test_the_rest_of_a_prompt_is_read_by_steps_where_graphs_are(model, monkeypat
 
 
 def test_short_prompts_that_wait_share_a_pass(model):
-    prompts = [list(range(at, at + 20 + at)) for at in range(5)]
-    given = model.requests([*prompts, [9] * 70], replace(SETTINGS[0], max_new_tokens=5))
-    with Session(model, sequences=6) as session:
+    texts = [*(list(range(at, 20 + 2 * at)) for at in range(6)), [9] * 70]
+    given = model.requests(texts, [*SETTINGS, SETTINGS[0], SETTINGS[1]])
+    rules = [Alternating(6), *[None] * 6]
+    with Session(model, sequences=7) as session:
         reader = session.batch.reader()
         reader.lengths = LENGTHS
-        jobs = ask(session, given)
-        assert sorted(reader.shared) == [(64, 4), (128, 2)]
+        ruled, *jobs = ask(session, given, rules)
+        assert sorted(reader.shared) == [(64, 4), (128, 2)]  # one prompt's log-probabilities are wanted
+    assert [token % 2 for token in ruled.request.tokens] == [1, 0, 1, 0, 1, 0]
     for job in jobs:
-        wanted = model.generate([job.request.prompt], replace(SETTINGS[0], max_new_tokens=5))[0]
-        assert job.request.completion().tokens == wanted.tokens
+        [wanted] = model.generate([job.request.prompt], job.request.sampling)
+        got = job.request.completion()
+        assert (got.tokens, got.finish_reason) == (wanted.tokens, wanted.finish_reason)
+        for ours, theirs in ((got.logprobs, wanted.logprobs), (got.prompt_logprobs, wanted.prompt_logprobs)):
+            assert [each.token for each in ours or ()] == [each.token for each in theirs or ()]
 
 
 def test_expected_graphs_are_captured_while_there_is_no_work(model, monkeypatch):
