@@ -17,7 +17,7 @@ from lowbit.engine.cache import Cache
 from lowbit.engine.step import Step, Turns
 from lowbit.quant.kernels import ops
 from lowbit.quant.kernels.decode_attention import rotate
-from lowbit.quant.kernels.kv_cache import KVCache, loaded, store
+from lowbit.quant.kernels.latent_attention import LatentCall, angles, append
 from lowbit.quant.kernels.row_norm import Rows
 from lowbit.quant.kernels.weight import Linear, RoundedInputs, prepared
 
@@ -60,23 +60,23 @@ class Latent:
 
         rows  (m, outputs)  of the first product
         """
-        a, sizes = self.architecture, self.sizes
+        a, sizes, kv = self.architecture, self.sizes, cache.layers[index]
         q, compressed, turned = rows.split([sizes.q_outputs(a), sizes.kv_rank, sizes.turned], -1)
         if self.q is not None and self.q_norm is not None:
             q = self.q(normed(q, self.q_norm))
-        half = sizes.turned // 2
-        cosines, sines = (table[step.turns, :half].unsqueeze(1) for table in (turns.cosines, turns.sines))
-        still, q_turned = q.unflatten(-1, (a.heads, -1)).split([a.head_dim - sizes.turned, sizes.turned], -1)
-        q_turned = rotate(q_turned.float(), cosines, sines)
-        kv, compressed = cache.layers[index], normed(compressed, self.kv_norm)
+        norm: Tensor | None = self.kv_norm
         if self.inputs is not None:
-            compressed = prepared(self.inputs.of(Rows(compressed)))
-        store(kv.k, kv.k_scales, step.slots, compressed.float().unsqueeze(1))
-        store(kv.v, kv.v_scales, step.slots, rotate(turned.float().unsqueeze(1), cosines, sines))
-        scale = a.layers[index].scale
+            norm, compressed = None, prepared(self.inputs.of(Rows(normed(compressed, self.kv_norm))))
+        still, q_turned = q.unflatten(-1, (a.heads, -1)).split([a.head_dim - sizes.turned, sizes.turned], -1)
+        absorbed = torch.bmm(still.transpose(0, 1), self.keys)
+        places = turns.cosines, turns.sines, step.turns, step.starts, step.positions
+        tail = a.layers[index].scale, NORM_EPS, step.longest, step.alone
+        call = LatentCall(absorbed, q_turned, compressed, turned, norm, *places, kv, *tail)
         if step.prefix is None:
-            return self.attend(still, q_turned, step, kv, scale)
-        q = torch.cat([still, q_turned.to(q.dtype)], -1)
+            mean = ops.attend_latent(call)
+            return torch.bmm(mean, self.values.mT).transpose(0, 1).flatten(1)
+        append(call)
+        q = torch.cat([still, rotate(q_turned.float(), *angles(call)).to(q.dtype)], -1)
         return self.attend_prompt(q, *cache.heads_at(index, step.prefix, q.dtype), index, step.prompts)
 
     def attend_prompt(self, q: Tensor, compressed: Tensor, turned: Tensor, index: int, prompts: int) -> Tensor:
@@ -91,25 +91,6 @@ class Latent:
         v = functional.pad(v, (0, a.head_dim - sizes.v_dim))  # as wide as k, as torch's fused attention needs it
         out = prompt_attention(q.flatten(1), k, v, a, a.layers[index], prompts=prompts)
         return out.unflatten(-1, (a.heads, -1))[..., : sizes.v_dim].flatten(1)
-
-    def attend(self, still: Tensor, turned: Tensor, step: Step, kv: KVCache, scale: float) -> Tensor:
-        """The outputs for rows that are each the last position of their sequence, in plain torch.
-
-        On a GPU all positions up to the step's `longest` are read, so that it can be captured.
-        """
-        bounded = still.is_cuda and step.longest > 0
-        longest = step.longest if bounded else int(step.positions.max()) + 1
-        positions = torch.arange(longest, device=still.device)
-        slots = (step.starts.unsqueeze(1) + positions).clamp(max=len(kv.k) - 1)
-        compressed, keys = (
-            loaded(part, scales, slots)[:, :, 0] for part, scales in ((kv.k, kv.k_scales), (kv.v, kv.v_scales))
-        )
-        q = torch.einsum("mhs,hsr->mhr", still, self.keys).float()
-        scores = torch.einsum("mhr,mtr->mht", q, compressed) + torch.einsum("mhd,mtd->mht", turned, keys)
-        seen = positions <= step.positions.unsqueeze(1)
-        weights = (scores * scale).masked_fill(~seen.unsqueeze(1), float("-inf")).softmax(-1)
-        mean = torch.einsum("mht,mtr->mhr", weights, compressed).to(still.dtype)
-        return torch.einsum("mhr,hvr->mhv", mean, self.values).flatten(1)
 
 
 def normed(rows: Tensor, weight: Tensor) -> Tensor:

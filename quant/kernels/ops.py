@@ -18,6 +18,7 @@ from lowbit.quant.kernels import (
     choose_tokens,
     decode_attention,
     gptq_block,
+    latent_attention,
     row_norm,
     wna16_dequantize,
     wna16_experts,
@@ -26,6 +27,7 @@ from lowbit.quant.kernels.choose_tokens import ChoiceCall
 from lowbit.quant.kernels.decode_attention import AppendCall, AttentionCall, NewCall
 from lowbit.quant.kernels.dense import DenseCall
 from lowbit.quant.kernels.gptq_block import BlockCall
+from lowbit.quant.kernels.latent_attention import LatentCall
 from lowbit.quant.kernels.packed import PackedWeight
 from lowbit.quant.kernels.problem import NextNorm, PackedCall
 from lowbit.quant.kernels.registry import compute
@@ -228,6 +230,14 @@ attend_new = Operator(
     decode_attention.attend_new,
     NewCall.empty,
     writes=("append_cache_k", "append_cache_v", "append_cache_k_scales", "append_cache_v_scales"),
+)
+# The mean compressed rows (heads, m, rank) of heads that share them; the tokens' own are stored first. See LatentCall.
+attend_latent = Operator(
+    "latent_attention",
+    LatentCall,
+    latent_attention.attend,
+    LatentCall.empty,
+    writes=("cache_k", "cache_v", "cache_k_scales", "cache_v_scales"),
 )
 # Writes each row's token and advances the row. See ChoiceCall.
 choose = Operator(
