@@ -85,7 +85,7 @@ class DenseForward:
         return self.up.linear.nbytes + self.down.linear.nbytes
 
     def __call__(self, x: Hidden, residual: Tensor) -> Hidden:
-        return self.down.onto(residual, self.up(x))
+        return self.down.onto(residual, self.up(x, reader=self.down))
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,7 @@ class MixedForward:
         weight = self.weight_of_one
         if weight is None or self.router.weight.dtype != weight.dtype:
             return None
-        return Product(Linear(weight), self.norm)
+        return Product(Linear(weight), self.norm, rows_alone=True)
 
     @property
     def weight_of_one(self) -> Packed | None:

@@ -112,6 +112,7 @@ class Attention:
                 self.qkv.hints.dependent,
                 self.sinks,
                 1 if layer.window else step.adjacent,
+                self.o.reads_panels(len(q)),
             )
         )
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from lowbit.quant.kernels import ops
+from lowbit.quant.kernels import ops, panels
 from lowbit.quant.kernels.problem import ACTIVATIONS, Deferred, Rotary
 from lowbit.quant.kernels.registry import defers
 from lowbit.quant.kernels.row_norm import Rows
@@ -46,10 +46,18 @@ class Hidden:
 
 @dataclass(frozen=True)
 class Consumer:
-    """The product that reads another one's output through an RMS norm, which may be fused into both."""
+    """The product that reads another one's output through an RMS norm, which may be fused into both.
+
+    rows_alone  it reads rows, never panels
+    """
 
     norm: Norm
     weight: Weight
+    rows_alone: bool = False
+
+    def reads_panels(self, m: int) -> bool:
+        """True if m rows of its input may come in panels."""
+        return not self.rows_alone and self.weight.takes_panels(m)
 
 
 @dataclass(frozen=True)
@@ -60,6 +68,7 @@ class Product:
     before    activation of the input, fused into its rounding to int8
     after     norm of the output, or None
     consumer  the product that reads the output, if the norm in between may be fused
+    rows_alone  it reads rows, never panels
     """
 
     linear: Linear
@@ -69,6 +78,7 @@ class Product:
     after: Norm | None = None
     float32_out: bool = False
     consumer: Consumer | None = None
+    rows_alone: bool = False
 
     @property
     def weight(self) -> Weight:
@@ -86,13 +96,16 @@ class Product:
         """A copy that begins the norm of `reader`, which reads its output, if weights and norm allow it."""
         return replace(self, consumer=consumer_of(self.linear, reader))
 
-    def __call__(self, x: Tensor | Hidden, residual: Tensor | None = None) -> Tensor:
-        """The product (m, n) of x (m, k), plus residual (m, n)."""
+    def __call__(self, x: Tensor | Hidden, residual: Tensor | None = None, reader: "Product | None" = None) -> Tensor:
+        """The product (m, n) of x (m, k), plus residual (m, n); in panels if `reader`, which multiplies it, takes
+        them."""
         rows, deferred = self.taken(x)
-        end = Epilogue(self.linear.bias, residual, self.activation, self.float32_out)
+        m = panels.shape_of(rows.x)[0]
+        in_panels = reader is not None and reader.reads_panels(m) and self.weight.takes_panels(m)
+        end = Epilogue(self.linear.bias, residual, self.activation, self.float32_out, in_panels)
         if self.weight.fuses(self.activation):
             return self.weight.multiply(rows, end, self.hints, deferred)
-        plain = replace(end, residual=None, activation="none")
+        plain = replace(end, residual=None, activation="none", y_panels=False)
         y = activated(self.weight.multiply(rows, plain, self.hints, deferred), self.activation)
         return y if residual is None else y + residual
 
@@ -101,11 +114,13 @@ class Product:
         if self.after is not None:
             y = self(x)
             return Hidden(residual + ops.normalize(self.after.of(Rows(y, dependent=self.hints.dependent))))
-        if self.consumer is None or not self.shares(self.consumer, len(x)):
+        m = panels.shape_of(x)[0]
+        if self.consumer is None or not self.shares(self.consumer, m):
             return Hidden(self(x, residual))
         rows, _ = self.taken(x)
         norm, end = self.consumer.norm, Epilogue(self.linear.bias, residual)
-        h, z, squares = self.weight.multiply_beginning(rows, end, self.hints, norm.weight)
+        in_panels = self.consumer.reads_panels(m) and self.weight.takes_panels(m)
+        h, z, squares = self.weight.multiply_beginning(rows, end, self.hints, norm.weight, in_panels)
         return Hidden(h, HalfNorm(norm, z, Deferred(squares, norm.eps)))
 
     def turned(self, x: Hidden, rotary: Rotary) -> Tensor:
@@ -123,6 +138,11 @@ class Product:
         rows = Rows(x, dependent=self.hints.dependent, activation=self.before)
         return self.linear.rounded(rows if self.norm is None else self.norm.of(rows)), None
 
+    def reads_panels(self, m: int) -> bool:
+        """True if m rows of its input, which has no norm, may come in panels."""
+        plain = self.norm is None and self.before == "none" and self.linear.inputs is None
+        return plain and not self.rows_alone and self.weight.takes_panels(m)
+
     def shares(self, consumer: Consumer, m: int) -> bool:
         """True if, for m rows, fusing the norm into this product and `consumer` is faster than a norm kernel."""
         problems = self.weight.problem(m), consumer.weight.problem(m)
@@ -134,7 +154,7 @@ def consumer_of(made: Linear, reader: Product) -> Consumer | None:
     if not made.weight.begins_norms or not is_plain_rms(reader, made.weight.dtype):
         return None
     assert reader.norm is not None
-    return Consumer(reader.norm, reader.weight)
+    return Consumer(reader.norm, reader.weight, reader.rows_alone)
 
 
 def is_plain_rms(reader: Product, dtype: torch.dtype) -> bool:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lowbit.quant.kernels import panels
 from lowbit.quant.kernels.extension import launch, reason_against_device
 from lowbit.quant.kernels.kv_cache import SAME, KVCache, check_tensors, loaded, reason_against_heads, rotated, store
 from lowbit.quant.kernels.problem import Rotary, check_alignment, has_fast_memory
@@ -84,6 +85,7 @@ class AttentionCall:
                read before the previous kernel has finished, so no kernel that this launch may overlap may write them
     adjacent   m is a multiple of this: so many adjacent rows are consecutive positions of one sequence, whose keys and
                values are then read once for all of them. 1 with a window
+    in_panels  the output is returned in panels
     """
 
     q: Tensor
@@ -97,6 +99,7 @@ class AttentionCall:
     dependent: bool = False
     sinks: Tensor | None = None
     adjacent: int = 1
+    in_panels: bool = False
 
     @property
     def heads(self) -> int:
@@ -109,7 +112,7 @@ class AttentionCall:
 
     def empty(self) -> Tensor:
         """Memory for the output."""
-        return torch.empty_like(self.q)
+        return panels.empty(self.q, *self.q.shape) if self.in_panels else torch.empty_like(self.q)
 
 
 @dataclass(frozen=True)
@@ -129,17 +132,19 @@ class NewCall:
     softcap: float = 0.0
     longest: int = 0
     sinks: Tensor | None = None
+    in_panels: bool = False
 
     def after(self, q: Tensor) -> AttentionCall:
         """The attention of q (m, heads * head_dim), which `append` returned."""
         bounds = self.window, self.softcap, self.longest
+        tail = self.append.dependent, self.sinks, 1, self.in_panels
         return AttentionCall(
-            q, self.append.cache, self.starts, self.positions, self.scale, *bounds, self.append.dependent, self.sinks
+            q, self.append.cache, self.starts, self.positions, self.scale, *bounds, *tail
         )
 
     def empty(self) -> Tensor:
         """Memory for the output."""
-        return self.append.empty()
+        return self.after(self.append.empty()).empty()
 
 
 def check_append(call: AppendCall) -> None:
@@ -180,6 +185,11 @@ def check_attention(call: AttentionCall) -> None:
     if call.adjacent < 1 or m % call.adjacent or (call.adjacent > 1 and call.window):
         raise ValueError(
             f"{call.adjacent} adjacent rows of {m}, a window of {call.window}: they divide the rows, and have no window"
+        )
+    if call.in_panels and (m > panels.HEIGHTS[-1] or q.shape[1] % panels.WIDTH):
+        raise ValueError(
+            f"an output of shape {tuple(q.shape)} in panels: at most {panels.HEIGHTS[-1]} rows and a multiple of "
+            f"{panels.WIDTH} are needed"
         )
 
 
@@ -233,7 +243,8 @@ def run_attention(call: AttentionCall, made: dict[str, Any]) -> Tensor:
     check_alignment(k=call.cache.k, v=call.cache.v)
     out = call.empty()
     args = {name: getattr(call, name) for name in ATTENTION_FIELDS}
-    args |= {"out": out, "m": out.shape[0], "heads": call.heads, "cache": cache_fields(call.cache), "made": made}
+    args |= {"out": out, "out_panel": panels.height_of(out), "m": len(call.q), "heads": call.heads}
+    args |= {"cache": cache_fields(call.cache), "made": made}
     if made["qkv"] is not None:
         args["q"] = None
     properties = torch.cuda.get_device_properties(out.device)
@@ -374,4 +385,5 @@ def attend_reference(call: AttentionCall) -> Tensor:
         column = call.sinks.float().view(1, *scores.shape[1:3], 1).expand(*scores.shape[:3], 1)
         weights = torch.cat([scores, column], -1).softmax(-1)[..., :-1]
     out = torch.einsum("mhgt,mthd->mhgd", weights, v)
-    return out.to(call.q.dtype).flatten(1)
+    out = out.to(call.q.dtype).flatten(1)
+    return panels.panels_of(out) if call.in_panels else out

@@ -96,7 +96,7 @@ def reason_against_tensors(call: DenseCall) -> str | None:
             return f"{name} is {tuple(tensor.shape)} {tensor.dtype}, not {shape} {x.dtype}"
         if tensor.device != x.device:
             return f"{name} is on {tensor.device}, x on {x.device}"
-    return reason_against_epilogue(call) or reason_against_squares(x, x.shape[1], call.deferred)
+    return reason_against_epilogue(call) or reason_against_squares(len(x), x.device, x.shape[1], call.deferred)
 
 
 def reason_against_epilogue(call: DenseCall) -> str | None:
@@ -112,12 +112,12 @@ def reason_against_epilogue(call: DenseCall) -> str | None:
                 return f"{name} is {found}, not {shape} {x.dtype} beside x"
             if not tensor.is_contiguous():
                 return f"{name} has strides {tensor.stride()}: it must be contiguous"
-        return reason_against_squares(x, n, norm)
+        return reason_against_squares(len(x), x.device, n, norm)
     if rotary is None:
         return None
     if call.activation != "none" or call.residual is not None or call.float32_out:
         return "rotary takes no activation, no residual and no float32 output"
-    return reason_against_caches(x, x.dtype, rotary) or reason_against_heads(x, n, rotary)
+    return reason_against_caches(x, x.dtype, rotary) or reason_against_heads(len(x), x.device, n, rotary)
 
 
 def reference(call: DenseCall) -> Tensor:

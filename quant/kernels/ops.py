@@ -282,13 +282,15 @@ def experts_down_deferring(call: DownCall, norm_weight: Tensor) -> tuple[Tensor,
     return experts_down(replace(call, next_norm=norm)), norm.z, norm.squares
 
 
-def linear_deferring(call: PackedCall | DenseCall, norm_weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def linear_deferring(
+    call: PackedCall | DenseCall, norm_weight: Tensor, in_panels: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
     """h of `call`, and the inputs with which the next product applies rms_norm(h), without a launch in between.
 
-    n a multiple of 64, norm_weight (n). Returns h (m, n), z = h * norm_weight (m, n), and sums of h's squares
-    (m, n / 16) float32: the next product's x and Deferred. problem.NextNorm says more.
+    n a multiple of 64, norm_weight (n). Returns h (m, n), z = h * norm_weight (m, n), in panels if requested, and sums
+    of h's squares (m, n / 16) float32: the next product's x and Deferred. problem.NextNorm says more.
     """
-    norm = NextNorm.empty(call.x, norm_weight)
+    norm = NextNorm.empty(call.x, norm_weight, in_panels)
     return linear(replace(call, next_norm=norm)), norm.z, norm.squares
 
 

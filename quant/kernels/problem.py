@@ -6,7 +6,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from lowbit.quant.kernels.packed import PackedWeight
+from lowbit.quant.kernels import panels
+from lowbit.quant.kernels.packed import CHUNK_K, PackedWeight
 
 NORMS = ("none", "rms", "layer")
 ACTIVATIONS = ("none", "silu_mul", "gelu", "gelu_tanh", "quick_gelu")
@@ -60,7 +61,8 @@ class NextNorm:
     """Additional outputs of a product that start an RMS norm of y, which the next product finishes. y is rounded first.
 
     weight   (n)          y's dtype
-    z        (m, n)       y's dtype; written: y * weight, clamped to the dtype's largest number for finite y
+    z        (m, n)       y's dtype; written: y * weight, clamped to the dtype's largest number for finite y; (m, n)
+                          or in panels
     squares  (m, n / 16)  float32; written: sums of 16 adjacent squares
     """
 
@@ -69,23 +71,25 @@ class NextNorm:
     squares: Tensor
 
     @classmethod
-    def empty(cls, x: Tensor, weight: Tensor) -> "NextNorm":
-        """Memory for that of the product of x."""
-        m, n = x.shape[0], weight.shape[0]
-        return cls(weight, x.new_empty(m, n), x.new_empty(m, n // PART, dtype=torch.float32))
+    def empty(cls, x: Tensor, weight: Tensor, in_panels: bool = False) -> "NextNorm":
+        """Memory for that of the product of x; z in panels if requested."""
+        m, n = panels.shape_of(x)[0], weight.shape[0]
+        z = panels.empty(x, m, n) if in_panels else x.new_empty(m, n)
+        return cls(weight, z, x.new_empty(m, n // PART, dtype=torch.float32))
 
 
 @dataclass(frozen=True)
 class PackedCall:
     """y = activation(norm(x) W^T + bias) + residual, with everything between x and y in float32.
 
-    x           (m, k)   float16 or bfloat16, contiguous
+    x           (m, k)   float16 or bfloat16, contiguous; or in panels (panels.py)
     bias        (n)      x's dtype, or None
     residual    (m, n)   x's dtype, or None
     norm        "rms": x / sqrt(mean(x^2) + eps) * norm_weight; "layer": after subtracting the mean; rounded to x's
                 dtype
     activation  "silu_mul": silu(first n / 2 outputs) * the other outputs, for a weight packed with pair_block = n
     rotary      the outputs are heads of q, k and v; q is returned, k and v are stored
+    y_panels    y is returned in panels
     dependent   launch without waiting for the previous kernel (programmatic dependent launch): the weight must not be
                 written by that kernel
     next_weight a tensor that the next product reads, of any dtype: its first bytes are prefetched if the kernel does
@@ -105,16 +109,22 @@ class PackedCall:
     activation: str = "none"
     rotary: Rotary | None = None
     float32_out: bool = False
+    y_panels: bool = False
     dependent: bool = False
     next_weight: Tensor | None = None
     deferred: Deferred | None = None
     next_norm: NextNorm | None = None
 
     @property
+    def m(self) -> int:
+        return panels.shape_of(self.x)[0]
+
+    @property
     def y_shape(self) -> tuple[int, int]:
+        """Rows and width of y."""
         if self.rotary is not None:
-            return self.x.shape[0], self.weight.n - 2 * self.rotary.kv_heads * self.rotary.head_dim
-        return self.x.shape[0], self.weight.n // 2 if self.activation == "silu_mul" else self.weight.n
+            return self.m, self.weight.n - 2 * self.rotary.kv_heads * self.rotary.head_dim
+        return self.m, self.weight.n // 2 if self.activation == "silu_mul" else self.weight.n
 
     @property
     def y_dtype(self) -> torch.dtype:
@@ -122,13 +132,17 @@ class PackedCall:
 
     def empty(self) -> Tensor:
         """Memory for y."""
+        if self.y_panels:
+            return panels.empty(self.x, *self.y_shape)
         return self.x.new_empty(self.y_shape, dtype=self.y_dtype)
 
     def problem(self) -> "Problem":
         """The Problem of this call, for the choice of a kernel. Queries the GPU's capability."""
-        w, m = self.weight, self.x.shape[0]
-        sizes = (m, w.n, w.k, w.bits, w.group_size, self.x.dtype)
-        return Problem(*sizes, *place_of(self.x.device), is_float=w.is_float, norm=self.norm != "none")
+        w = self.weight
+        sizes = (self.m, w.n, w.k, w.bits, w.group_size, self.x.dtype)
+        return Problem(
+            *sizes, *place_of(self.x.device), is_float=w.is_float, norm=self.norm != "none", panels=self.x.ndim == 3
+        )
 
     def check(self) -> None:
         """ValueError, with numbers, if the tensors do not fit together."""
@@ -155,6 +169,7 @@ class Problem:
     int8_inputs: bool = False
     is_float: bool = False  # the number of a weight of 4 or 8 bits
     norm: bool = False  # of x, before the product
+    panels: bool = False  # x is in panels
 
     @property
     def is_stream(self) -> bool:
@@ -200,7 +215,7 @@ def check_alignment(**tensors: Tensor | None) -> None:
 def reason_against_weight(call: PackedCall) -> str | None:
     """The reason why the packed tensors do not match the weight's sizes, or None."""
     w = call.weight
-    if call.x.ndim != 2 or call.x.shape[1] != w.k:
+    if call.x.ndim not in (2, 3) or panels.shape_of(call.x)[1] != w.k:
         return f"x must have the shape (m, {w.k})"
     if w.words.shape[2:] != (64 * w.bits,) or w.words.dtype != torch.int32:
         return f"words of shape {tuple(w.words.shape)} {w.words.dtype} are no packed {w.bits}-bit weight"
@@ -220,14 +235,13 @@ def reason_against_weight(call: PackedCall) -> str | None:
 
 def reason_against_tensors(call: PackedCall) -> str | None:
     """The first mismatch in dtype, device or contiguity, or None. Half-precision tensors must share x's dtype."""
-    x, w, m, n, k = call.x, call.weight, call.x.shape[0], call.weight.n, call.weight.k
+    x, w, m, n, k = call.x, call.weight, call.m, call.weight.n, call.weight.k
     if x.dtype not in (torch.float16, torch.bfloat16):
         return f"x is {x.dtype}: torch.float16 or torch.bfloat16 are needed"
     if w.inputs not in (None, x.dtype):
         return f"the weight was packed for inputs in {w.inputs}, x is {x.dtype}"
     halves: dict[str, tuple[Tensor | None, tuple[int, ...] | None]]
     halves = {
-        "x": (x, (m, k)),
         "scales": (None if w.is_float and w.bits == 4 else w.scales, None),
         "bias": (call.bias, (n,)),
         "residual": (call.residual, (m, n)),
@@ -238,7 +252,7 @@ def reason_against_tensors(call: PackedCall) -> str | None:
         caches = tuple(call.rotary.k_cache.shape)
         halves |= {"k_cache": (call.rotary.k_cache, caches), "v_cache": (call.rotary.v_cache, caches)}
     if call.next_norm is not None:
-        halves |= {"next_norm": (call.next_norm.weight, (n,)), "z": (call.next_norm.z, (m, n))}
+        halves |= {"next_norm": (call.next_norm.weight, (n,))}
     for name, (tensor, shape) in halves.items():
         if tensor is not None and tensor.dtype != x.dtype:
             return f"{name} is {tensor.dtype}, x is {x.dtype}: they must agree"
@@ -252,17 +266,46 @@ def reason_against_tensors(call: PackedCall) -> str | None:
             return f"{name} is on {tensor.device}, x on {x.device}"
         if tensor is not None and not tensor.is_contiguous():
             return f"{name} has strides {tensor.stride()}: it must be contiguous"
-    return reason_against_squares(x, k, call.deferred) or reason_against_squares(x, n, call.next_norm)
+    return (
+        reason_against_inputs(call)
+        or reason_against_squares(m, x.device, k, call.deferred)
+        or reason_against_squares(m, x.device, n, call.next_norm)
+    )
 
 
-def reason_against_squares(x: Tensor, width: int, norm: Deferred | NextNorm | None) -> str | None:
-    """The reason why the sums of squares do not fit rows of `width`, or None."""
+def reason_against_inputs(call: PackedCall) -> str | None:
+    """The reason why x or z are neither contiguous rows nor panels, or y cannot be panels, or None."""
+    heads = call.rotary is not None
+    if call.y_panels and (heads or call.float32_out or call.m > panels.HEIGHTS[-1] or call.y_shape[1] % CHUNK_K):
+        return (
+            f"y of shape {call.y_shape} in panels: of half precision, no heads, at most {panels.HEIGHTS[-1]} rows and "
+            f"a multiple of {CHUNK_K} outputs are needed"
+        )
+    if call.x.ndim == 3 and call.norm != "none":
+        return f"norm {call.norm!r} is applied to rows, not to panels"
+    named = {"x": (call.x, call.weight.k)}
+    if call.next_norm is not None:
+        named["z"] = call.next_norm.z, call.weight.n
+    for name, (tensor, width) in named.items():
+        if panels.shape_of(tensor) != (call.m, width) or tensor.dtype != call.x.dtype:
+            return f"{name} has the shape {tuple(tensor.shape)} {tensor.dtype}, not {(call.m, width)} {call.x.dtype}"
+        if tensor.device != call.x.device:
+            return f"{name} is on {tensor.device}, x on {call.x.device}"
+        if tensor.ndim == 3 and (reason := panels.reason_against(tensor)):
+            return f"{name}: {reason}"
+        if tensor.ndim == 2 and not tensor.is_contiguous():
+            return f"{name} has strides {tensor.stride()}: it must be contiguous"
+    return None
+
+
+def reason_against_squares(m: int, device: torch.device, width: int, norm: Deferred | NextNorm | None) -> str | None:
+    """The reason why the sums of squares do not fit m rows of `width`, or None."""
     if norm is None:
         return None
-    squares, shape = norm.squares, (x.shape[0], width // PART)
+    squares, shape = norm.squares, (m, width // PART)
     if width % (PART * PARTS):
         return f"a norm of rows of {width} cannot be deferred: multiples of {PART * PARTS} are needed"
-    if tuple(squares.shape) != shape or squares.dtype != torch.float32 or squares.device != x.device:
+    if tuple(squares.shape) != shape or squares.dtype != torch.float32 or squares.device != device:
         found = f"{tuple(squares.shape)} {squares.dtype} on {squares.device}"
         return f"sums of squares are {found}, not {shape} torch.float32 beside x"
     return None if squares.is_contiguous() else f"sums of squares have strides {squares.stride()}: contiguous is needed"
@@ -296,7 +339,7 @@ def reason_against_rotary(call: PackedCall, rotary: Rotary) -> str | None:
         return f"rotary with activation {call.activation!r}: there is no such kernel"
     if call.weight.pair_block != rotary.head_dim:
         return f"heads of {rotary.head_dim} need a weight packed with that pair_block, not {call.weight.pair_block}"
-    return reason_against_heads(call.x, call.weight.n, rotary)
+    return reason_against_heads(call.m, call.x.device, call.weight.n, rotary)
 
 
 def reason_against_caches(x: Tensor, dtype: torch.dtype, rotary: Rotary) -> str | None:
@@ -310,9 +353,9 @@ def reason_against_caches(x: Tensor, dtype: torch.dtype, rotary: Rotary) -> str 
     return None
 
 
-def reason_against_heads(x: Tensor, n: int, rotary: Rotary) -> str | None:
-    """The reason why heads, positions and caches do not fit n outputs of x, or None."""
-    m, head_dim = x.shape[0], rotary.head_dim
+def reason_against_heads(m: int, device: torch.device, n: int, rotary: Rotary) -> str | None:
+    """The reason why heads, positions and caches do not fit n outputs of m rows, or None."""
+    head_dim = rotary.head_dim
     if n % head_dim or n // head_dim <= 2 * rotary.kv_heads:
         return f"{n} outputs hold no q beside {rotary.kv_heads} heads of k and v"
     for name, tensor, shape, dtype in (
@@ -321,7 +364,7 @@ def reason_against_heads(x: Tensor, n: int, rotary: Rotary) -> str | None:
         ("cosines", rotary.cosines, (rotary.cosines.shape[0], head_dim // 2), torch.float32),
         ("sines", rotary.sines, tuple(rotary.cosines.shape), torch.float32),
     ):
-        if tuple(tensor.shape) != shape or tensor.dtype != dtype or tensor.device != x.device:
+        if tuple(tensor.shape) != shape or tensor.dtype != dtype or tensor.device != device:
             return f"{name} is {tuple(tensor.shape)} {tensor.dtype} on {tensor.device}, not {shape} {dtype} beside x"
         if not tensor.is_contiguous():
             return f"{name} has strides {tensor.stride()}: it must be contiguous"

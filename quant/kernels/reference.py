@@ -5,6 +5,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from lowbit.quant.kernels import panels
 from lowbit.quant.kernels.extension import EXTENSION, reason_against_device
 from lowbit.quant.kernels.packed import dequantize_packed
 from lowbit.quant.kernels.problem import PART, Deferred, NextNorm, PackedCall, Problem, Rotary
@@ -38,7 +39,7 @@ def compute(call: PackedCall, w: Tensor) -> Tensor:
     y = y.to(call.y_dtype)
     if call.next_norm is not None:
         begin_norm(y, call.next_norm)
-    return y
+    return panels.panels_of(y) if call.y_panels else y
 
 
 def inverse_deviation(deferred: Deferred) -> Tensor:
@@ -51,7 +52,8 @@ def begin_norm(y: Tensor, norm: NextNorm) -> None:
     """Write z and squares of the norm of y (m, n)."""
     h, most = y.float(), torch.finfo(y.dtype).max
     z = h * norm.weight.float()
-    norm.z.copy_(torch.where(h.isfinite(), z.clamp(-most, most), z))
+    z = torch.where(h.isfinite(), z.clamp(-most, most), z).to(y.dtype)
+    norm.z.copy_(panels.panels_of(z) if norm.z.ndim == 3 else z)
     norm.squares.copy_(h.square().unflatten(-1, (-1, PART)).sum(-1))
 
 
@@ -61,15 +63,16 @@ def divided(x: Tensor, deferred: Deferred) -> Tensor:
 
 
 def whole(call: PackedCall) -> PackedCall:
-    """`call` with its deferred norm applied to x, and without next_norm, which `begin_norm` computes."""
-    x = call.x if call.deferred is None else divided(call.x, call.deferred)
-    return replace(call, x=x, deferred=None, next_norm=None)
+    """`call` with rows for x and y, its deferred norm applied, and without next_norm, which `begin_norm` computes."""
+    x = panels.rows_of(call.x)
+    x = x if call.deferred is None else divided(x, call.deferred)
+    return replace(call, x=x, deferred=None, next_norm=None, y_panels=False)
 
 
 def normalize(call: PackedCall) -> Tensor:
     """norm(x), rounded to x's dtype."""
     if call.norm_weight is None:
-        return call.x
+        return panels.rows_of(call.x)
     x = call.x.float()
     if call.norm == "layer":
         x = x - x.mean(-1, keepdim=True)

@@ -9,6 +9,7 @@ from torch import Tensor
 from lowbit.quant.kernels import (
     dense,
     dense_gemv,
+    panels,
     reference,
     w8a8,
     w8a8_cutlass,
@@ -38,24 +39,23 @@ class Kernel:
     defers: bool = False
 
 
-def with_whole_norms(run: Callable[[Any, Problem], Tensor]) -> Callable[[PackedCall, Problem], Tensor]:
-    """`run` for calls with half-applied norms: the deferred one is finished before it, the next one begun after it."""
+def with_whole_rows(run: Callable[[Any, Problem], Tensor]) -> Callable[[PackedCall, Problem], Tensor]:
+    """`run` for calls with half-applied norms, of which the deferred one is finished before it and the next one begun
+    after it, and for panels."""
 
     def running(call: PackedCall, problem: Problem) -> Tensor:
-        if call.deferred is None and call.next_norm is None:
-            return run(call, problem)
         y = run(reference.whole(call), problem)
         if call.next_norm is not None:
             reference.begin_norm(y, call.next_norm)
-        return y
+        return panels.panels_of(y) if call.y_panels else y
 
     return running
 
 
 KERNELS = (
-    Kernel("wna16_gemm", wna16_gemm.reason_against, with_whole_norms(wna16_gemm.run), wna16_gemm.choose_cut),
+    Kernel("wna16_gemm", wna16_gemm.reason_against, with_whole_rows(wna16_gemm.run), wna16_gemm.choose_cut),
     Kernel("wna16_gemv", wna16_gemv.reason_against, wna16_gemv.run, wna16_gemv.choose_cut, defers=True),
-    Kernel("wna16_dequantize", wna16_dequantize.reason_against, with_whole_norms(wna16_dequantize.run)),
+    Kernel("wna16_dequantize", wna16_dequantize.reason_against, with_whole_rows(wna16_dequantize.run)),
     Kernel("reference", reference.reason_against, lambda call, problem: reference.run(call), defers=True),
 )
 # For x in int8.

@@ -94,7 +94,9 @@ class RouteCall:
         for name, tensor in (("weight", w), ("bias", self.bias), ("correction", self.correction)):
             if tensor is not None and tensor.device != x.device:
                 raise ValueError(f"{name} is on {tensor.device}, x on {x.device}")
-        reason = self.rule.reason_against(w.shape[0]) or reason_against_squares(x, x.shape[1], self.deferred)
+        reason = self.rule.reason_against(w.shape[0]) or reason_against_squares(
+            len(x), x.device, x.shape[1], self.deferred
+        )
         if reason is not None:
             raise ValueError(reason)
 

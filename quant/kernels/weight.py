@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from lowbit.quant.kernels import ops
+from lowbit.quant.kernels import ops, wna16_gemv
 from lowbit.quant.kernels.dense import DenseCall
 from lowbit.quant.kernels.packed import (
     HALF,
@@ -50,12 +50,13 @@ ALONE = Hints()
 
 @dataclass(frozen=True)
 class Epilogue:
-    """y = activation(sums + bias) + residual, in x's dtype or float32."""
+    """y = activation(sums + bias) + residual, in x's dtype or float32; in panels only if the weight takes them."""
 
     bias: Tensor | None = None
     residual: Tensor | None = None
     activation: str = "none"
     float32_out: bool = False
+    y_panels: bool = False
 
 
 class Weight(Protocol):
@@ -90,6 +91,9 @@ class Weight(Protocol):
     def problem(self, m: int) -> Problem | None:
         """The Problem for m rows; None if no kernel can finish a deferred norm."""
 
+    def takes_panels(self, m: int) -> bool:
+        """True if the product of m rows best reads its inputs and writes its results in panels."""
+
     def fuses(self, activation: str) -> bool:
         """True if `multiply` can fuse this activation."""
 
@@ -100,7 +104,7 @@ class Weight(Protocol):
         """y of rows (m, k); `deferred` is the norm still to finish on them."""
 
     def multiply_beginning(
-        self, rows: Rows, end: Epilogue, hints: Hints, norm_weight: Tensor
+        self, rows: Rows, end: Epilogue, hints: Hints, norm_weight: Tensor, in_panels: bool = False
     ) -> tuple[Tensor, Tensor, Tensor]:
         """y, and the inputs of the product with rms_norm(y): see ops.linear_deferring."""
 
@@ -123,9 +127,9 @@ class Fused(ABC):
         return ops.linear(self.call(rows, end, hints, deferred))
 
     def multiply_beginning(
-        self, rows: Rows, end: Epilogue, hints: Hints, norm_weight: Tensor
+        self, rows: Rows, end: Epilogue, hints: Hints, norm_weight: Tensor, in_panels: bool = False
     ) -> tuple[Tensor, Tensor, Tensor]:
-        return ops.linear_deferring(self.call(rows, end, hints), norm_weight)
+        return ops.linear_deferring(self.call(rows, end, hints), norm_weight, in_panels)
 
     def multiply_turning(
         self, rows: Rows, end: Epilogue, hints: Hints, rotary: Rotary, deferred: Deferred | None = None
@@ -147,7 +151,11 @@ class Packed(PackedWeight, Fused):
 
     def problem(self, m: int) -> Problem:
         sizes = (m, self.n, self.k, self.bits, self.group_size, self.dtype)
-        return Problem(*sizes, *place_of(self.words.device), is_float=self.is_float)
+        problem = Problem(*sizes, *place_of(self.words.device), is_float=self.is_float)
+        return replace(problem, panels=wna16_gemv.prefers_panels(problem))
+
+    def takes_panels(self, m: int) -> bool:
+        return self.problem(m).panels
 
     def fuses(self, activation: str) -> bool:
         if activation == "silu_mul":
@@ -183,6 +191,9 @@ class Int8(Int8Weight):
     def begins_norms(self) -> bool:
         return False
 
+    def takes_panels(self, m: int) -> bool:
+        return False
+
     def fuses(self, activation: str) -> bool:
         return activation == "none"
 
@@ -196,7 +207,7 @@ class Int8(Int8Weight):
         return y.float() if end.float32_out else y
 
     def multiply_beginning(
-        self, rows: Rows, end: Epilogue, hints: Hints, norm_weight: Tensor
+        self, rows: Rows, end: Epilogue, hints: Hints, norm_weight: Tensor, in_panels: bool = False
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Not supported."""
         raise NotImplementedError("begins_norms is False")
@@ -241,6 +252,9 @@ class Dense(Fused):
     def problem(self, m: int) -> Problem:
         return Problem(m, self.n, self.k, 16, -1, self.dtype, *place_of(self.matrix.device))
 
+    def takes_panels(self, m: int) -> bool:
+        return False
+
     def fuses(self, activation: str) -> bool:
         return activation == "silu_mul" or not activation.endswith("_mul")
 
@@ -249,7 +263,8 @@ class Dense(Fused):
 
     def call(self, rows: Rows, end: Epilogue, hints: Hints, deferred: Deferred | None = None) -> DenseCall:
         """The product as the operators take it."""
-        return DenseCall(prepared(rows), self.matrix, **vars(end), dependent=hints.dependent, deferred=deferred)
+        tail = (end.bias, end.residual, end.activation, end.float32_out)
+        return DenseCall(prepared(rows), self.matrix, *tail, hints.dependent, deferred)
 
 
 def prepared(rows: Rows) -> Tensor:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowbit.quant.kernels import reference
+from lowbit.quant.kernels import panels, reference
 from lowbit.quant.kernels.extension import launch
 from lowbit.quant.kernels.packed import CHUNK_K, padded, scale_shift
 from lowbit.quant.kernels.problem import PackedCall, Rotary, check_alignment
@@ -21,10 +21,10 @@ SAME = ["x", "bias", "residual", "norm", "norm_weight", "norm_bias", "activation
 def prepare(call: PackedCall, most_staged: int) -> PackedCall:
     """`call` adapted to the kernels: k padded to whole chunks, norms applied that need more than `most_staged` bytes,
     alignment checked."""
-    m, k = call.x.shape
+    m, k = panels.shape_of(call.x)
     whole = padded(k, CHUNK_K)
     if call.deferred is not None and call.deferred.squares.nbytes > most_staged:
-        call = replace(call, x=reference.divided(call.x, call.deferred), deferred=None)
+        call = replace(call, x=reference.divided(panels.rows_of(call.x), call.deferred), deferred=None)
     if call.norm != "none" and (whole != k or m * k * 2 > most_staged):
         call = replace(call, x=reference.normalize(call), norm="none", norm_weight=None, norm_bias=None)
     if whole != k:
@@ -42,7 +42,7 @@ def prepare(call: PackedCall, most_staged: int) -> PackedCall:
 def args_of(call: PackedCall, y: Tensor) -> dict[str, Any]:
     """The kernels' struct, by name."""
     weight, deferred, following, rotary = call.weight, call.deferred, call.next_norm, call.rotary
-    (m, k), (tiles, chunks), ahead = call.x.shape, weight.words.shape[:2], call.next_weight
+    (m, k), (tiles, chunks), ahead = panels.shape_of(call.x), weight.words.shape[:2], call.next_weight
     kv_heads = 0 if rotary is None else rotary.kv_heads
     rows = (call.bias, call.residual, y, *((rotary.k_cache, rotary.v_cache) if rotary else ()))
     return {
@@ -57,6 +57,9 @@ def args_of(call: PackedCall, y: Tensor) -> dict[str, Any]:
         "k": k,
         "tiles": tiles,
         "chunks": chunks,
+        "x_panel": panels.height_of(call.x),
+        "y_panel": panels.height_of(y) if call.y_panels else 0,
+        "z_panel": 0 if following is None else panels.height_of(following.z),
         "stage_x": call.norm != "none",
         "pair_block": weight.pair_block,
         "scale_rows": weight.scales.shape[1],

@@ -89,7 +89,7 @@ class UpCall:
         ahead = self.next_weight
         if reason is None and ahead is not None and (len(ahead) % self.chosen.count or not ahead.is_contiguous()):
             reason = f"next_weight {tuple(ahead.shape)} does not hold as many experts, one after another"
-        reason = reason or reason_against_squares(self.x, self.weight.k, self.deferred)
+        reason = reason or reason_against_squares(len(self.x), self.x.device, self.weight.k, self.deferred)
         if reason:
             raise ValueError(f"x of shape {tuple(self.x.shape)} with {self.chosen.count} experts: {reason}")
 
@@ -137,7 +137,7 @@ class DownCall:
         for name, tensor in halves.items():
             if reason is None and tensor is not None and (tuple(tensor.shape), tensor.dtype) != (rows, self.x.dtype):
                 reason = f"{name} is {tuple(tensor.shape)} {tensor.dtype}, not {rows} {self.x.dtype}"
-        reason = reason or reason_against_squares(self.x, self.n, norm)
+        reason = reason or reason_against_squares(len(self.x), self.x.device, self.n, norm)
         if reason:
             raise ValueError(f"x of shape {tuple(self.x.shape)} with {self.chosen.count} experts: {reason}")
 

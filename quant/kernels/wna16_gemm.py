@@ -62,6 +62,8 @@ def reason_against(problem: Problem) -> str | None:
     if (problem.m <= FEW_M and not beats_gemv(problem)) or (FEW_M < problem.m <= SOME_M and small):
         size = f" of a weight below {SMALL_WEIGHT >> 20} MB" if problem.m > FEW_M else ""
         return f"{problem.m} rows{size}: wna16_gemv is faster"
+    if problem.panels and wna16_gemv.prefers_panels(problem):
+        return f"{problem.m} rows in panels: wna16_gemv is faster"
     if problem.m > ONE_SLAB_M and slabs_us(problem) > wna16_dequantize.estimated_us(problem):
         return f"{problem.m} rows: wna16_dequantize is faster"
     return reason_against_90a()

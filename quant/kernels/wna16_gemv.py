@@ -1,11 +1,12 @@
 """The product of few rows (m <= 64) with a 4- or 8-bit weight, prologue and epilogue fused: csrc/wna16_gemv.cu."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import product
 
 from torch import Tensor
 
+from lowbit.quant.kernels import panels
 from lowbit.quant.kernels.extension import reason_against_device
 from lowbit.quant.kernels.packed import CHUNK_K, TILE_ROWS
 from lowbit.quant.kernels.problem import PackedCall, Problem
@@ -141,6 +142,14 @@ def rooms_of(problem: Problem) -> tuple[int, ...]:
     return (CROWD,) if four and problem.m <= SOME_ROWS and problem.group_size not in (32, 64) else ()
 
 
+def prefers_panels(problem: Problem) -> bool:
+    """True if the product is fastest with its inputs in panels: of several rows, with fast memory. Always possible on a
+    CPU."""
+    if not 1 < problem.m <= panels.HEIGHTS[-1] or problem.k % CHUNK_K:
+        return False
+    return problem.capability is None or (problem.fast_memory and crowded_cut(problem) is not None)
+
+
 def most_staged_bytes(capability: tuple[int, int] | None) -> int:
     """Shared memory for a norm (x, or its sums of squares): the rest of a block's, after 73 KB of partial sums."""
     if capability is None or capability < (9, 0):
@@ -152,6 +161,8 @@ def run(call: PackedCall, problem: Problem, cut: GemvCut | None = None) -> Tenso
     """y of `call`, which problem.check has passed. ValueError if a tensor is not aligned to 16 bytes."""
     if cut is None:
         cut = (crowded_cut(problem) if problem.fast_memory else None) or choose_cut(problem)
+    if cut.room == ROOM:
+        call = replace(call, x=panels.rows_of(call.x))
     call = prepare(call, most_staged_bytes(problem.capability) * cut.cluster)
     y = call.empty()
     launch_product("wna16_gemv", call, y, dependent=call.dependent, **vars(cut))

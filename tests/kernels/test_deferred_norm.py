@@ -10,7 +10,7 @@ from lowbit.quant.kernels import ops, reference, registry
 from lowbit.quant.kernels.dense import DenseCall
 from lowbit.quant.kernels.packed import PackedWeight
 from lowbit.quant.kernels.problem import Deferred, NextNorm, PackedCall
-from lowbit.quant.kernels.registry import Kernel, with_whole_norms
+from lowbit.quant.kernels.registry import Kernel, with_whole_rows
 from lowbit.quant.kernels.wna16_args import prepare
 from tests.kernels.make import (
     assert_dependence_changes_nothing,
@@ -86,7 +86,7 @@ def test_what_is_too_large_stays_finite_and_what_was_infinite_shows(dtype: torch
 
 def test_a_kernel_without_deferred_norms_gets_whole_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[PackedCall] = []
-    run = with_whole_norms(lambda call, problem: reference.run(seen.append(call) or call))
+    run = with_whole_rows(lambda call, problem: reference.run(seen.append(call) or call))
     kernel = Kernel("plain", lambda problem: None, run)
     x, weight, gamma, *sides = made(3, torch.float16)
     expected = ops.linear_deferring(PackedCall(x, weight, *sides), gamma)

@@ -15,6 +15,7 @@
 #include "declare.cuh"
 #include "dequant.cuh"
 #include "launch.cuh"
+#include "panels.cuh"
 #include "stamps.cuh"
 
 namespace lowbit {
@@ -59,7 +60,8 @@ struct DecodeAttentionArgs {
   FIELD(NewHeadsArgs, made);         // are made here, and k and v appended to the cache
   FIELD(const int64_t*, starts);     // (m) slot of position 0
   FIELD(const int64_t*, positions);  // (m)
-  FIELD(void*, out);                 // (m, heads, head_dim)
+  FIELD(void*, out);                 // (m, heads, head_dim), or in panels
+  FIELD(int, out_panel);             // rows of a panel (panels.cuh); 0: none
   FIELD(KvCache, cache);
   FIELD(int, m);
   FIELD(int, heads);
@@ -360,10 +362,13 @@ struct Columns {
   __device__ int row_of(const DecodeAttentionArgs& args, int column) const {
     return args.adjacent == 1 ? 0 : (first + column) / group;
   }
-  // The index of a column's head among those of all rows.
+  // The index of a column's head among those of its row.
+  __device__ int own_head_of(const DecodeAttentionArgs& args, int column) const {
+    return kv_head * group + first + column - row_of(args, column) * group;
+  }
+  // Among those of all rows.
   __device__ int64_t head_of(const DecodeAttentionArgs& args, int column) const {
-    const int row = row_of(args, column);
-    return (first_row + row) * args.heads + kv_head * group + first + column - row * group;
+    return (first_row + row_of(args, column)) * args.heads + own_head_of(args, column);
   }
 };
 
@@ -760,8 +765,10 @@ __device__ void merge(const DecodeAttentionArgs& args, const Meeting<S>& meeting
       out += weight * meeting.out[slot * groups * heads * kGroup + i];
     }
     if (args.sinks != nullptr) sum += sink_weight<T>(args, columns.head_of(args, head), maximum);
-    T* target = static_cast<T*>(args.out) + columns.head_of(args, head) * args.cache.head_dim;
-    target[d] = from_float<T>(out / sum * v_scale);
+    const int row = static_cast<int>(columns.first_row) + columns.row_of(args, head);
+    const int place = columns.own_head_of(args, head) * args.cache.head_dim + d;
+    const int64_t index = input_index(args.out_panel, row, args.heads * args.cache.head_dim, place);
+    static_cast<T*>(args.out)[index] = from_float<T>(out / sum * v_scale);
   }
 }
 

@@ -8,6 +8,7 @@
 #pragma once
 
 #include "dequant.cuh"
+#include "panels.cuh"
 #include "wna16_args.cuh"
 
 namespace lowbit {
@@ -68,7 +69,7 @@ __device__ void store_deferred(const Wna16Args& args, bool stored, int column, i
   const T low_h = from_float<T>(sums.x), high_h = from_float<T>(sums.y);  // rounded as in y
   float square = 0.f;
   if (stored) {
-    T* z = static_cast<T*>(args.z) + static_cast<int64_t>(column) * args.n + low;
+    T* z = static_cast<T*>(args.z) + input_index(args.z_panel, column, args.n, low);
     z[0] = weighted<T>(to_float(low_h), weights.x);
     z[8] = weighted<T>(to_float(high_h), weights.y);
     square = to_float(low_h) * to_float(low_h) + to_float(high_h) * to_float(high_h);

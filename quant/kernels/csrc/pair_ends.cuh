@@ -4,6 +4,7 @@
 
 #include "deferred_norm.cuh"
 #include "epilogue.cuh"
+#include "panels.cuh"
 
 namespace lowbit {
 
@@ -80,11 +81,11 @@ __device__ float2 store_plain(const Wna16Args& args, const PairEnd<T>& end, int 
     sums = make_float2(activate(args.activation, sums.x), activate(args.activation, sums.y));
   const float2 residual = end.residual.floats();
   sums = make_float2(sums.x + residual.x, sums.y + residual.y);
-  const int64_t row = static_cast<int64_t>(column) * args.n;
-  const auto store = [&](int index, float sum) {
-    if (index >= args.n) return;
-    if (args.float32_out) static_cast<float*>(args.y)[row + index] = sum;
-    else static_cast<T*>(args.y)[row + index] = from_float<T>(sum);
+  const auto store = [&](int row, float sum) {
+    if (row >= args.n) return;
+    const int64_t index = input_index(args.y_panel, column, args.n, row);
+    if (args.float32_out) static_cast<float*>(args.y)[index] = sum;
+    else static_cast<T*>(args.y)[index] = from_float<T>(sum);
   };
   store(end.low, sums.x);
   store(high, sums.y);
@@ -98,7 +99,7 @@ __device__ void store_pair(const Wna16Args& args, bool stored, const PairEnd<T>&
   sums = make_float2(sums.x + bias.x, sums.y + bias.y);
   if (stored && args.positions != nullptr) store_turned<T>(args, end, column, sums);
   else if (stored && args.activation == Activation::silu_mul)
-    static_cast<T*>(args.y)[static_cast<int64_t>(column) * (args.n / 2) + end.low] =
+    static_cast<T*>(args.y)[input_index(args.y_panel, column, args.n / 2, end.low)] =
         from_float<T>(silu(sums.x) * sums.y);
   else if (stored) sums = store_plain<T>(args, end, column, sums);
   if (args.next_norm != nullptr) store_deferred<T>(args, stored, column, end.low, sums, end.norm.floats());

@@ -17,7 +17,7 @@ LOWBIT_ENUM(Activation, none, silu_mul, gelu, gelu_tanh, quick_gelu)
 
 struct Wna16Args {
   LOWBIT_STRUCT(Wna16Args);
-  FIELD(const void*, x);            // (m, k), k a multiple of 128: the caller pads it with zeros
+  FIELD(const void*, x);            // (m, k), k a multiple of 128: the caller pads it with zeros; or in panels
   FIELD(const void*, words);        // (tiles, chunks, 16 x 128 codes)
   FIELD(const void*, scales);       // (tiles, scale_rows, 8, groups per chunk, 2), T or bytes; of no rows: null
   FIELD(const void*, zeros);        // the same shape in uint8, or null: symmetric
@@ -31,6 +31,10 @@ struct Wna16Args {
   FIELD(int, k);
   FIELD(int, tiles);                // ceil(n / 16)
   FIELD(int, chunks);               // k / 128
+  // Rows of a panel (panels.cuh): 8, or 16 for more than 8 rows; 0: none. wna16_gemv alone has code for panels.
+  FIELD(int, x_panel);
+  FIELD(int, y_panel);
+  FIELD(int, z_panel);
   FIELD(bool, stage_x);             // copy x to shared memory first, as a norm needs
   FIELD(int, pair_block);           // rows i and i + pair_block / 2 of a block share a lane; 16 is the plain order
   FIELD(int, scale_rows);

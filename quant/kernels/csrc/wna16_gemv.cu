@@ -15,6 +15,7 @@
 #include "launch.cuh"
 #include "next_weight.cuh"
 #include "pair_ends.cuh"
+#include "panels.cuh"
 #include "stamps.cuh"
 #include "wna16_args.cuh"
 
@@ -68,7 +69,8 @@ namespace {
 // Least bytes of codes per warp for a prefetch into L2, beyond its registers, while it waits.
 constexpr int kLongShare = 32 << 10;
 
-template <typename T_, typename Number_, bool kZeros_, int kGroups_, int kRowTiles_, int kColBlocks_, int kRoom_ = 16>
+template <typename T_, typename Number_, bool kZeros_, int kGroups_, int kRowTiles_, int kColBlocks_, int kRoom_ = 16,
+          bool kPanels_ = false>
 struct Shape {
   using T = T_;
   using Number = Number_;
@@ -79,6 +81,7 @@ struct Shape {
   static constexpr int kSides = Number::kByteScales ? 2 : kGroups > 0 ? kGroups : 1;  // words of a lane's scales
   static constexpr int kRowTiles = kRowTiles_;    // tiles per warp
   static constexpr int kColBlocks = kColBlocks_;  // blocks of 8 rows of x
+  static constexpr bool kPanels = kPanels_;       // x is in panels of 8 * kColBlocks rows
   static constexpr bool kStream = Number::kStream;
   static constexpr int kLoads = (kBits + 1) / 2;  // 16-byte loads per lane and chunk; of odd bits the last is half
   static constexpr int kChunkBytes = kBits * 256;
@@ -303,6 +306,28 @@ struct LaneX {
   }
 };
 
+// x in panels. One warp's read of 32 inputs is one piece of memory, and all its addresses differ by constants.
+template <typename S>
+struct PanelX {
+  static constexpr int kRowsBytes = 8 * kPanelRowBytes;
+  static constexpr int kPanelBytes = S::kColBlocks * kRowsBytes;
+  const uint8_t* lane;
+
+  // Of 8 columns those past m read the last row: less of a panel. Of 16 they read what is there, and are dropped.
+  __device__ explicit PanelX(const Wna16Args& args) {
+    const int row = min(static_cast<int>(threadIdx.x) / 4, args.m - 1);
+    lane = static_cast<const uint8_t*>(args.x) + row * kPanelRowBytes + threadIdx.x % 4 * 16;
+  }
+  __device__ void skip(int chunks) { lane += chunks * (kChunkK / kPanelK * kPanelBytes); }
+
+  __device__ void read(int block, XBlock<S> (&values)[S::kXBlocks]) const {
+#pragma unroll
+    for (int b = 0; b < S::kXBlocks; ++b)
+      for (int j = 0; j < S::kColBlocks; ++j)
+        values[b][j] = read_cached(lane + (block + b) * kPanelBytes + j * kRowsBytes);
+  }
+};
+
 // One row of x that may end within a chunk, after whole blocks of 32 inputs. Blocks behind its end are read from within
 // it: their scales are 0, so that finite values add nothing.
 template <typename S>
@@ -407,9 +432,9 @@ __device__ void multiply_chunk(Chunks<S>& chunks, const WeightStream<S>* streams
   }
 }
 
-// The source of x for this block: shared memory after staging, or global memory.
+// x in rows: in shared memory after staging, or in global memory.
 template <typename S>
-__device__ LaneX<S> prepare_x(const Wna16Args& args, const Share& share, uint8_t* free_smem) {
+__device__ LaneX<S> rows_of_x(const Wna16Args& args, const Share& share, uint8_t* free_smem) {
   if (!args.stage_x) return LaneX<S>(static_cast<const uint8_t*>(args.x), args.k * 2, args.m);
   const int begin = share.first - threadIdx.z;
   float2* statistics = reinterpret_cast<float2*>(free_smem);
@@ -419,6 +444,16 @@ __device__ LaneX<S> prepare_x(const Wna16Args& args, const Share& share, uint8_t
   stage_x<typename S::T>(args, begin, share.end, staged, statistics);
   __syncthreads();
   return LaneX<S>(staged - begin * (kChunkK * 2), staged_pitch(largest_slice(args.chunks, gridDim.x)), args.m);
+}
+
+// The source of x for this block.
+template <typename S>
+using BlockX = std::conditional_t<S::kPanels, PanelX<S>, LaneX<S>>;
+
+template <typename S>
+__device__ BlockX<S> prepare_x(const Wna16Args& args, const Share& share, uint8_t* free_smem) {
+  if constexpr (S::kPanels) return PanelX<S>(args);
+  else return rows_of_x<S>(args, share, free_smem);
 }
 
 // The factors of a lane's rows.
@@ -636,9 +671,9 @@ __device__ void compute_group(const Wna16Args& args, bool prefetch, int next_par
 
   float* squares = partial + count * (blockDim.z + 1);  // or the memory of prepare_x: never both
   if (args.x_squares != nullptr) copy_squares(args, squares, same_row);
-  LaneX<S> x = prepare_x<S>(args, share, reinterpret_cast<uint8_t*>(squares));
+  BlockX<S> x = prepare_x<S>(args, share, reinterpret_cast<uint8_t*>(squares));
   ChainSums<S> sums = {};
-  multiply_share<S, LaneX<S>>(args, share, streams, chunks, x, sums);
+  multiply_share<S, BlockX<S>>(args, share, streams, chunks, x, sums);
   stamp(Stage::kComputed);
   if constexpr (!S::kScaledSums && S::kChains > 1) join_chains<S>(sums);
   if constexpr (S::Number::kFloat) multiply_sums<S>(factors, sums[0]);
@@ -1098,6 +1133,8 @@ template <typename S>
 cudaError_t launch_shape(const Wna16Args& args, const Wna16GemvLaunch& launch, cudaStream_t stream) {
   const int group_tiles = launch.row_warps * S::kRowTiles;
   if (launch.row_warps * launch.k_warps * 32 > S::kMaxThreads) return cudaErrorInvalidConfiguration;
+  if (args.x_panel != (S::kPanels ? 8 * S::kColBlocks : 0) || (S::kPanels && args.stage_x))
+    return cudaErrorInvalidValue;
   size_t bytes = size_t(group_tiles) * kTileRows * args.m * (launch.k_warps + 1) * 4;
   const int slice = largest_slice(args.chunks, launch.cluster);
   if (args.x_squares != nullptr) bytes += size_t(args.m) * args.x_parts * 4;
@@ -1119,6 +1156,14 @@ cudaError_t launch_shape(const Wna16Args& args, const Wna16GemvLaunch& launch, c
   return launch_kernel(wna16_gemv_kernel<S>, plan, args, prefetch, part_of(args.next_bytes, warps));
 }
 
+// One tile a warp and more than 16 warps: with as many, a warp waits for x, which panels bring in half the time.
+template <typename T, typename Number, bool kZeros, int kGroups, int kColBlocks, int kRoom>
+cudaError_t launch_crowded(const Wna16Args& args, const Wna16GemvLaunch& launch, cudaStream_t stream) {
+  if (args.x_panel > 0)
+    return launch_shape<Shape<T, Number, kZeros, kGroups, 1, kColBlocks, kRoom, true>>(args, launch, stream);
+  return launch_shape<Shape<T, Number, kZeros, kGroups, 1, kColBlocks, kRoom>>(args, launch, stream);
+}
+
 template <typename T, typename Number, bool kZeros, int kGroups>
 cudaError_t launch_groups(const Wna16Args& args, const Wna16GemvLaunch& launch, cudaStream_t stream) {
   const int columns = args.m <= 8 ? 8 : args.m <= 16 ? 16 : args.m <= 32 ? 32 : 64;
@@ -1126,14 +1171,14 @@ cudaError_t launch_groups(const Wna16Args& args, const Wna16GemvLaunch& launch, 
     if (columns > 16 || launch.row_tiles > 1) return cudaErrorInvalidValue;
     if constexpr (Number::kBits == 4 && !Number::kFloat && kGroups == 1) {
       if (columns == 16 && launch.room == 24)
-        return launch_shape<Shape<T, Number, kZeros, kGroups, 1, 2, 24>>(args, launch, stream);
+        return launch_crowded<T, Number, kZeros, kGroups, 2, 24>(args, launch, stream);
     }
     if (columns > 8) return cudaErrorInvalidValue;
     if constexpr (Number::kBits == 4) {
-      if (launch.room == 28) return launch_shape<Shape<T, Number, kZeros, kGroups, 1, 1, 28>>(args, launch, stream);
+      if (launch.room == 28) return launch_crowded<T, Number, kZeros, kGroups, 1, 28>(args, launch, stream);
     }
     if (launch.room != 24) return cudaErrorInvalidValue;
-    return launch_shape<Shape<T, Number, kZeros, kGroups, 1, 1, 24>>(args, launch, stream);
+    return launch_crowded<T, Number, kZeros, kGroups, 1, 24>(args, launch, stream);
   }
   if constexpr (!Number::kStream) {
     if (columns <= 16 && launch.row_tiles == 2)

@@ -1,0 +1,185 @@
+"""The emulator's checks of panels: a product that reads or writes them, and attention that writes them, give the bits
+that they give with rows."""
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor
+
+from lowbit.quant.kernels import decode_attention, panels, wna16_gemv
+from lowbit.quant.kernels.decode_attention import AttentionCall
+from lowbit.quant.kernels.packed import CHUNK_K, PackedWeight
+from lowbit.quant.kernels.problem import NextNorm, PackedCall
+from tests.kernels import test_emulated
+from tests.kernels.emulator import build
+from tests.kernels.emulator.build import OTHERS, Mutant
+from tests.kernels.emulator.device import Gpu, failure_of
+from tests.kernels.test_emulated import (
+    check_append,
+    launched,
+    library,
+    random_append,
+    random_call,
+    random_deferral,
+    random_weight,
+)
+from tests.kernels.test_emulated_numbers import launch_of_one_tile, random_number
+from tests.kernels.test_emulated_steps import crowded_launch, four_bits
+
+__all__ = ["library"]  # the fixture
+
+
+def any_number(pick: random.Random, n: int, k: int, bits: int, dtype: torch.dtype, pair_block: int) -> PackedWeight:
+    """An integer of 4 or 8 bits, of other bits, or a float."""
+    make = random_weight if pick.random() < 0.6 else random_number
+    return make(pick, n, k, bits, dtype, pair_block, *([True] if make is random_number else []))
+
+
+def in_panels(gpu: Gpu, rows: Tensor) -> Tensor:
+    """The rows in guarded panels, whose other rows are NaN."""
+    view = panels.panels_of(rows)
+    memory = torch.full((view.shape[0], panels.height_of(view), panels.WIDTH), torch.nan, dtype=rows.dtype)
+    memory[:, : len(rows)] = view
+    return gpu.put(memory)[:, : len(rows)]
+
+
+def assert_same(found: Tensor, rows: Tensor) -> None:
+    """The same bits, and nothing in rows of a panel that are none."""
+    assert torch.equal(panels.rows_of(found), rows)
+    if found.ndim == 3:
+        memory = found.as_strided((found.shape[0], panels.height_of(found), panels.WIDTH), found.stride())
+        assert memory[:, found.shape[1] :].isnan().all()
+
+
+def drawn(pick: random.Random) -> PackedCall:
+    """A product of up to 16 rows of whole chunks, its norm not its own."""
+    while True:
+        call = random_call(pick, wna16_gemv)
+        if call.norm == "none" and call.x.shape[1] % CHUNK_K == 0:
+            return random_deferral(pick, call)
+
+
+def with_panels(gpu: Gpu, call: PackedCall) -> PackedCall:
+    """`call`, which is on the GPU, with panels wherever it can have them."""
+    y_panels = not (call.float32_out or call.rotary or call.y_shape[1] % CHUNK_K)
+    norm = call.next_norm
+    if norm is not None and call.weight.n % CHUNK_K == 0:
+        norm = NextNorm(norm.weight, in_panels(gpu, torch.full_like(norm.z, torch.nan)), gpu.put(norm.squares))
+    return replace(call, x=in_panels(gpu, call.x), y_panels=y_panels, next_norm=norm)
+
+
+def check_panels(gpu: Gpu, seeds: range) -> None:
+    for seed in seeds:
+        torch.manual_seed(seed)
+        pick = random.Random(seed)
+        call = gpu.put(drawn(pick))
+        m, bits = call.m, call.weight.bits
+        launch = test_emulated.random_launch(pick, wna16_gemv, m, bits)
+        case = call.y_shape, call.weight.k, call.weight.number, call.weight.group_size, call.x.dtype, launch
+        gpu.start(seed, case)
+        y = launched(gpu, wna16_gemv, call, launch)
+        caches = [] if call.rotary is None else [call.rotary.k_cache.clone(), call.rotary.v_cache.clone()]
+        other = with_panels(gpu, call)
+        gpu.start(seed + 1, case)
+        assert_same(launched(gpu, wna16_gemv, other, launch), y)
+        if call.next_norm is not None:
+            assert_same(other.next_norm.z, call.next_norm.z)
+            assert torch.equal(other.next_norm.squares, call.next_norm.squares)
+        for found, wanted in zip((call.rotary.k_cache, call.rotary.v_cache) if caches else (), caches, strict=True):
+            assert torch.equal(found, wanted)
+
+
+@contextmanager
+def products(weight: Any, launch: Any, **changes: Any) -> Iterator[None]:
+    """random_call and random_launch of other weights and launches."""
+    with mock.patch.multiple(test_emulated, random_weight=weight, random_launch=launch, **changes):
+        yield
+
+
+def check_every_number(gpu: Gpu, seeds: range) -> None:
+    with products(any_number, launch_of_one_tile):
+        check_panels(gpu, seeds)
+
+
+def check_two_tiles(gpu: Gpu, seeds: range) -> None:
+    """Launches of one and of two tiles a warp, of 4-bit integers in float16."""
+    with products(four_bits, test_emulated.random_launch, HALVES=(torch.float16,)):
+        check_panels(gpu, seeds)
+
+
+def check_many_rows(gpu: Gpu, seeds: range) -> None:
+    """9 to 16 rows with 24 warps."""
+    changes = {"GROUPS": (128, 256, -1), "ROWS": {wna16_gemv: ((9, 16),)}, "HALVES": (torch.float16,)}
+    with products(four_bits, crowded_launch, **changes):
+        check_panels(gpu, seeds)
+
+
+def check_attention(gpu: Gpu, seeds: range) -> None:
+    for seed in seeds:
+        torch.manual_seed(seed)
+        pick = random.Random(seed)
+        append, starts = random_append(pick)
+        width = append.heads * append.cache.head_dim
+        if width % panels.WIDTH:
+            continue
+        append = gpu.put(append)
+        gpu.start(seed, (append.qkv.shape, append.cache.k.shape, append.positions.tolist()))
+        check_append(gpu, append)
+        q, starts, cache = gpu.put(torch.randn(len(starts), width).to(append.qkv.dtype)), gpu.put(starts), append.cache
+        together = append.positions.diff().eq(1).all() and starts.diff().eq(0).all()
+        call = AttentionCall(q, cache, starts, append.positions, 0.1, adjacent=len(q) if together else 1)
+        cut = pick.randint(1, decode_attention.MAX_SPLITS), 4
+        with gpu, mock.patch.object(decode_attention, "choose_cut", mock.Mock(return_value=cut)):
+            rows = decode_attention.attend(call)
+            assert_same(decode_attention.attend(replace(call, in_panels=True)), rows)
+
+
+@pytest.mark.parametrize(
+    ("check", "count"),
+    [(check_every_number, 50), (check_two_tiles, 20), (check_many_rows, 20), (check_attention, 30)],
+)
+def test_panels_give_the_bits_of_rows(library: Path, check: Any, count: int) -> None:
+    failure = failure_of(library, check, range(count))
+    assert failure is None, failure
+
+
+GEMV = "wna16_gemv.cu"
+MUTANTS = {
+    "rows 8 to 15 read from those before": (
+        Mutant(GEMV, "kPanelBytes + j * kRowsBytes", "kPanelBytes"),
+        check_many_rows,
+    ),
+    "panels of 16 rows read as of 8": (
+        Mutant(GEMV, "kPanelBytes = S::kColBlocks * kRowsBytes", "kPanelBytes = kRowsBytes"),
+        check_many_rows,
+    ),
+    "z written in rows": (
+        Mutant("deferred_norm.cuh", "input_index(args.z_panel, ", "input_index(0, "),
+        check_two_tiles,
+    ),
+    "y in the panels of another row": (
+        Mutant("pair_ends.cuh", "args.y_panel, column, args.n / 2", "args.y_panel, args.m - 1 - column, args.n / 2"),
+        check_two_tiles,
+    ),
+    "attention of adjacent rows in the first of them": (
+        Mutant("decode_attention.cu", "(columns.first_row) + columns.row_of(args, head)", "(columns.first_row)"),
+        check_attention,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_a_planted_mistake_is_found(library: Path, name: str) -> None:
+    mutant, check = MUTANTS[name]
+    only = (GEMV,) if check is not check_attention else ("decode_attention.cu",)
+    less = () if check is check_attention else ("LOWBIT_T=__nv_bfloat16", "LOWBIT_NUMBER=Int8")
+    failure = failure_of(build.build(mutant, only, (*OTHERS, *less)), check, range(40))
+    assert failure is not None, f"{mutant} passed every check"
+    assert "AssertionError" in failure, failure
