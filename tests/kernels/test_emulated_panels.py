@@ -108,7 +108,7 @@ def check_every_number(gpu: Gpu, seeds: range) -> None:
         check_panels(gpu, seeds)
 
 
-def check_two_tiles(gpu: Gpu, seeds: range) -> None:
+def check_launches(gpu: Gpu, seeds: range) -> None:
     """Launches of one and of two tiles a warp, of 4-bit integers in float16."""
     with products(four_bits, test_emulated.random_launch, HALVES=(torch.float16,)):
         check_panels(gpu, seeds)
@@ -143,7 +143,7 @@ def check_attention(gpu: Gpu, seeds: range) -> None:
 
 @pytest.mark.parametrize(
     ("check", "count"),
-    [(check_every_number, 50), (check_two_tiles, 20), (check_many_rows, 20), (check_attention, 30)],
+    [(check_every_number, 50), (check_launches, 20), (check_many_rows, 20), (check_attention, 30)],
 )
 def test_panels_give_the_bits_of_rows(library: Path, check: Any, count: int) -> None:
     failure = failure_of(library, check, range(count))
@@ -162,11 +162,11 @@ MUTANTS = {
     ),
     "z written in rows": (
         Mutant("deferred_norm.cuh", "input_index(args.z_panel, ", "input_index(0, "),
-        check_two_tiles,
+        check_launches,
     ),
     "y in the panels of another row": (
         Mutant("pair_ends.cuh", "args.y_panel, column, args.n / 2", "args.y_panel, args.m - 1 - column, args.n / 2"),
-        check_two_tiles,
+        check_launches,
     ),
     "attention of adjacent rows in the first of them": (
         Mutant("decode_attention.cu", "(columns.first_row) + columns.row_of(args, head)", "(columns.first_row)"),

@@ -77,6 +77,7 @@ struct DecodeAttentionLaunch {
   FIELD(int, device);
   FIELD(int, splits);      // blocks of a cluster that share a sequence; more than 1 needs sm_90
   FIELD(int, warps);       // of a block: 4; or 8 or 16 for a quantized cache and heads of up to 128
+  FIELD(int, least_shared);  // bytes of shared memory of a block at least, which bound the blocks of a multiprocessor
   FIELD(bool, dependent);  // launched with programmatic dependent launch
 };
 
@@ -1010,12 +1011,13 @@ cudaError_t launch_shape(const DecodeAttentionArgs& args, const DecodeAttentionL
     return cudaErrorInvalidValue;
   const int columns = args.heads / args.cache.kv_heads * args.adjacent;
   const unsigned chunks = (columns + kHeads - 1) / kHeads;
+  const size_t bytes = Heads<S>::kBytes + Meeting<S>::bytes(launch.splits, std::min(kHeads, columns));
   const LaunchPlan plan = {
       .device = launch.device,
       .stream = stream,
       .blocks = dim3(launch.splits, args.cache.kv_heads * chunks, args.m / args.adjacent),
       .threads = dim3(S::kThreads),
-      .shared_bytes = Heads<S>::kBytes + Meeting<S>::bytes(launch.splits, std::min(kHeads, columns)),
+      .shared_bytes = std::max<size_t>(bytes, launch.least_shared),
       .cluster = launch.splits > 1 ? launch.splits : 0,
       .dependent = launch.dependent,
   };
