@@ -15,7 +15,7 @@ from lowbit.engine.engine import Engine
 from lowbit.engine.options import Options
 from lowbit.engine.products import HalfNorm, Hidden, Norm, Product
 from lowbit.engine.shapes import decoder_shape, random_weights
-from lowbit.quant.kernels import ops
+from lowbit.quant.kernels import ops, wna16_gemv
 from lowbit.quant.kernels.problem import Deferred
 from lowbit.quant.kernels.weight import Dense, Linear
 from lowbit.quant.scheme import parse_scheme
@@ -53,6 +53,7 @@ def counted() -> Iterator[dict[str, int]]:
         counts |= {name: each.call_count for name, each in mocks.items()}
 
 
+LINEAR = ops.linear
 ORIGINALS = {"normalize": ops.normalize, "linear_deferring": ops.linear_deferring}
 
 
@@ -93,6 +94,19 @@ def test_what_is_packed_or_dense_begins_a_norm(method: str, head: str) -> None:
         deferred = decoded(model, True)
     assert counts["linear_deferring"] == (0 if method == "w8a8" else 4 * STEPS)
     assert strays(deferred, decoded(model, False)) < 0.01
+
+
+def test_several_rows_pass_from_product_to_product_in_panels() -> None:
+    """Four products of each layer read panels, but for the first, whose rows are the embedding's."""
+    shape = decoder_shape(vocabulary=300, hidden=128, inner=256, heads=4, layers=2, kv_heads=2)
+    weights = random_weights(shape, "w4", torch.empty(0, dtype=torch.float16), "int4-g128")
+    model = Engine(Decoder(shape, weights, 32), None, Options(32))
+    seen = []
+    with mock.patch.object(ops, "linear", side_effect=lambda call: seen.append(call) or LINEAR(call)):
+        found = decoded(model, True)
+    assert [call.x.ndim for call in seen] == [2, *[3] * 8] * STEPS
+    with mock.patch.object(wna16_gemv, "prefers_panels", return_value=False):
+        assert torch.equal(decoded(model, True), found)
 
 
 def test_a_norm_is_taken_by_its_reader_alone() -> None:
