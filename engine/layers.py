@@ -62,7 +62,8 @@ class Attention:
             return self.attend(self.heads(x, step, turns, kv), step, cache)
         bounds = layer.scale, layer.window or 0, self.architecture.softcap or 0.0, step.longest
         append = self.append(x, step, turns, kv)
-        return ops.attend_new(NewCall(append, step.starts, step.positions, *bounds, self.sinks))
+        in_panels = self.o.reads_panels(len(append.qkv))
+        return ops.attend_new(NewCall(append, step.starts, step.positions, *bounds, self.sinks, in_panels))
 
     def product_turns(self, kv: KVCache) -> bool:
         """True if the qkv product itself rotates its heads and appends them to `kv`."""

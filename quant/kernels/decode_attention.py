@@ -5,7 +5,7 @@ tokens and a long cache. A GPU runs csrc/decode_attention.cu. Elsewhere plain to
 for the kernels.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -139,11 +139,11 @@ class NewCall:
 
     def after(self, q: Tensor) -> AttentionCall:
         """The attention of q (m, heads * head_dim), which `append` returned."""
-        bounds = self.window, self.softcap, self.longest
-        tail = self.append.dependent, self.sinks, 1, self.in_panels
-        return AttentionCall(
-            q, self.append.cache, self.starts, self.positions, self.scale, *bounds, *tail
+        append, bounds = self.append, (self.window, self.softcap, self.longest)
+        call = AttentionCall(
+            q, append.cache, self.starts, self.positions, self.scale, *bounds, append.dependent, self.sinks
         )
+        return replace(call, in_panels=self.in_panels)
 
     def empty(self) -> Tensor:
         """Memory for the output."""

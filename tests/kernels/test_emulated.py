@@ -147,21 +147,16 @@ def random_launch(pick: random.Random, kernel: ModuleType, m: int, bits: int = 0
     return wna16_gemv.GemvCut(pick.choice([1, 2]), row_warps, pick.randint(1, 8 // row_warps), cluster)
 
 
-def memory_of(x: Tensor) -> Tensor:
-    """All that x lies in: of panels the rows past its own, too."""
-    return x if x.is_contiguous() or x._base is None else x._base
-
-
 def launched(gpu: Gpu, kernel: ModuleType, call: PackedCall, launch: Any) -> Tensor:
     """y by the emulated kernel; of a dependent launch, while the previous kernel still writes all but the weight."""
     call.check()
-    gpu.late(memory_of(call.x), call.bias, call.residual, call.norm_weight, call.norm_bias)
+    gpu.late(call.x, call.bias, call.residual, call.norm_weight, call.norm_bias)
     if call.rotary:
         gpu.late(call.rotary.positions, call.rotary.slots)
         gpu.untouched(call.rotary.k_cache, call.rotary.v_cache)
     gpu.late(call.deferred and call.deferred.squares)
     if call.next_norm:
-        gpu.untouched(memory_of(call.next_norm.z), call.next_norm.squares)
+        gpu.untouched(call.next_norm.z, call.next_norm.squares)
     with gpu:
         return kernel.run(call, call.problem(), launch)
 

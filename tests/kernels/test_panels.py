@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from lowbit.quant.kernels import ops, panels
+from lowbit.quant.kernels.decode_attention import NewCall
 from lowbit.quant.kernels.packed import PackedWeight
 from lowbit.quant.kernels.problem import Deferred, NextNorm, PackedCall, Problem
 from lowbit.quant.kernels.wna16_gemm import reason_against
@@ -155,6 +156,13 @@ def test_attention_does_not_depend_on_panels(m: int, adjacent: int, device: str)
     rows, in_panels = attended(m, adjacent, device)
     assert in_panels.ndim == 3
     assert torch.equal(panels.rows_of(in_panels), rows)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_heads_that_attention_appends_itself_do_not_depend_on_panels(device: str) -> None:
+    append = make_append((8, 2, 64), [7, 30, 11], torch.float16, "int8", device)
+    call = NewCall(append, append.slots - append.positions, append.positions, 0.125)
+    assert torch.equal(panels.rows_of(ops.attend_new(replace(call, in_panels=True))), ops.attend_new(call))
 
 
 def test_operators_pass_opcheck() -> None:
