@@ -132,7 +132,8 @@ def check_attention(gpu: Gpu, seeds: range) -> None:
     for seed in seeds:
         torch.manual_seed(seed)
         pick = random.Random(seed)
-        append, starts = random_append(pick)
+        together = pick.random() < 0.5
+        append, starts = random_append(pick, together)
         width = append.heads * append.cache.head_dim
         if width % panels.WIDTH:
             continue
@@ -140,7 +141,6 @@ def check_attention(gpu: Gpu, seeds: range) -> None:
         gpu.start(seed, (append.qkv.shape, append.cache.k.shape, append.positions.tolist()))
         check_append(gpu, append)
         q, starts, cache = gpu.put(torch.randn(len(starts), width).to(append.qkv.dtype)), gpu.put(starts), append.cache
-        together = append.positions.diff().eq(1).all() and starts.diff().eq(0).all()
         call = AttentionCall(q, cache, starts, append.positions, 0.1, adjacent=len(q) if together else 1)
         cut = pick.randint(1, decode_attention.MAX_SPLITS), 4
         with gpu, mock.patch.object(decode_attention, "choose_cut", mock.Mock(return_value=cut)):
