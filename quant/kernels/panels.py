@@ -12,8 +12,6 @@ computes of them is dropped.
 
 from torch import Tensor
 
-from lowbit.quant.kernels.packed import CHUNK_K
-
 WIDTH = 32  # inputs of a panel
 HEIGHTS = (8, 16)  # rows of a panel in memory
 
@@ -52,11 +50,8 @@ def height_of(x: Tensor | None) -> int:
 
 def reason_against(x: Tensor) -> str | None:
     """The reason why x, of three dimensions, is not in panels, or None."""
-    m, k = shape_of(x)
-    if x.shape[2] != WIDTH or not 0 < m <= HEIGHTS[-1] or k % CHUNK_K:
-        return (
-            f"panels have the shape (k / {WIDTH}, m, {WIDTH}) of at most {HEIGHTS[-1]} rows and a multiple of "
-            f"{CHUNK_K} inputs, not {tuple(x.shape)}"
-        )
+    m = shape_of(x)[0]
+    if x.shape[2] != WIDTH or not 0 < m <= HEIGHTS[-1]:
+        return f"panels have the shape (k / {WIDTH}, m, {WIDTH}) of at most {HEIGHTS[-1]} rows, not {tuple(x.shape)}"
     strides = (height_for(m) * WIDTH, WIDTH, 1)
     return None if x.stride() == strides else f"panels have strides {x.stride()}, of {m} rows they are {strides}"

@@ -276,13 +276,15 @@ def reason_against_tensors(call: PackedCall) -> str | None:
 def reason_against_inputs(call: PackedCall) -> str | None:
     """The reason why x or z are neither contiguous rows nor panels, or y cannot be panels, or None."""
     heads = call.rotary is not None
-    if call.y_panels and (heads or call.float32_out or call.m > panels.HEIGHTS[-1] or call.y_shape[1] % CHUNK_K):
+    if call.y_panels and (heads or call.float32_out or call.m > panels.HEIGHTS[-1] or call.y_shape[1] % panels.WIDTH):
         return (
             f"y of shape {call.y_shape} in panels: of half precision, no heads, at most {panels.HEIGHTS[-1]} rows and "
-            f"a multiple of {CHUNK_K} outputs are needed"
+            f"a multiple of {panels.WIDTH} outputs are needed"
         )
     if call.x.ndim == 3 and call.norm != "none":
         return f"norm {call.norm!r} is applied to rows, not to panels"
+    if call.x.ndim == 3 and call.weight.k % CHUNK_K:
+        return f"x in panels has a multiple of {CHUNK_K} inputs, not {call.weight.k}"
     named = {"x": (call.x, call.weight.k)}
     if call.next_norm is not None:
         named["z"] = call.next_norm.z, call.weight.n

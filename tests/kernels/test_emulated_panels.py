@@ -66,7 +66,13 @@ def assert_same(found: Tensor, rows: Tensor) -> None:
 
 
 def drawn(pick: random.Random) -> PackedCall:
-    """A product of up to 16 rows of whole chunks, its norm not its own."""
+    """A product of up to 16 rows of whole chunks, its norm not its own; often one of which y or z can be panels."""
+    if pick.random() < 0.6:
+        m, n, k = pick.randint(*test_emulated.ROWS[wna16_gemv][0]), pick.choice([64, 128, 256]), pick.choice([256, 640])
+        dtype, gated = pick.choice(test_emulated.HALVES), pick.random() < 0.5
+        weight = test_emulated.random_weight(pick, n, k, pick.choice([4, 8]), dtype, n if gated else 16)
+        x, activation = torch.randn(m, k).to(dtype), "silu_mul" if gated else "none"
+        return random_deferral(pick, PackedCall(x, weight, activation=activation, dependent=pick.random() < 0.6))
     while True:
         call = random_call(pick, wna16_gemv)
         if call.norm == "none" and call.x.shape[1] % CHUNK_K == 0:
@@ -75,9 +81,9 @@ def drawn(pick: random.Random) -> PackedCall:
 
 def with_panels(gpu: Gpu, call: PackedCall) -> PackedCall:
     """`call`, which is on the GPU, with panels wherever it can have them."""
-    y_panels = not (call.float32_out or call.rotary or call.y_shape[1] % CHUNK_K)
+    y_panels = not (call.float32_out or call.rotary or call.y_shape[1] % panels.WIDTH)
     norm = call.next_norm
-    if norm is not None and call.weight.n % CHUNK_K == 0:
+    if norm is not None:
         norm = NextNorm(norm.weight, in_panels(gpu, torch.full_like(norm.z, torch.nan)), gpu.put(norm.squares))
     return replace(call, x=in_panels(gpu, call.x), y_panels=y_panels, next_norm=norm)
 
@@ -170,8 +176,8 @@ MUTANTS = {
         Mutant("deferred_norm.cuh", "input_index(args.z_panel, ", "input_index(0, "),
         check_launches,
     ),
-    "y in the panels of another row": (
-        Mutant("pair_ends.cuh", "args.y_panel, column, args.n / 2", "args.y_panel, args.m - 1 - column, args.n / 2"),
+    "y in another row of its panel": (
+        Mutant("panels.cuh", "* panel + row)", "* panel + panel - 1 - row)"),
         check_launches,
     ),
     "attention of adjacent rows in the first of them": (
