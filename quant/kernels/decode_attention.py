@@ -33,9 +33,9 @@ WARPS, MANY_WARPS, MOST_WARPS = 4, 8, 16
 MANY_WARPS_DIM = 128  # widest heads whose chunks fit in the registers of so many warps
 LEAST_POSITIONS = 32  # of each warp of a long sequence
 PARTS = 8  # of a GPU: a cluster runs in one of them
-LEAST_SHARED = (
-    25 << 10
-)  # bytes of a block, so that a free multiprocessor does not take three blocks where others have one
+# Bytes of shared memory of a block at least, so that a free multiprocessor does not take three blocks where others have
+# one.
+LEAST_SHARED = 25 << 10
 SHORT_BLOCKS, LONG_BLOCKS = 1.95, 2.5  # most blocks per multiprocessor after splitting
 MADE_FIELDS = ("qkv", "positions", "cosines", "sines", "q_norm", "k_norm", "norm_eps")
 ATTENTION_FIELDS = ("q", "starts", "positions", "scale", "window", "softcap", "sinks", "adjacent")
