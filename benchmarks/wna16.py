@@ -12,13 +12,15 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from benchmarks.kernel_peers import PEERS, Peer
 from benchmarks.measure import CALLS, Floor, Timing, copies_for, run_facts, time_calls, write_rows
-from lowbit.quant.kernels import ops
+from lowbit.quant.kernels import ops, panels
 from lowbit.quant.kernels.packed import PackedWeight, prepack
 from lowbit.quant.kernels.problem import PackedCall
 from lowbit.quant.kernels.registry import choose_kernel
+from lowbit.quant.kernels.wna16_gemv import prefers_panels
 from lowbit.quant.qtensor import round_to_nearest
 from lowbit.quant.scheme import make_scheme
 
@@ -87,9 +89,14 @@ def make_copies(n: int, k: int, bits: int, group_size: int, symmetric: bool, dty
     ]
 
 
-def time_ours(copies: Sequence[PackedWeight], m: int, dependent: bool) -> tuple[str, Timing]:
+def inputs_for(weight: PackedWeight, m: int) -> Tensor:
+    """m rows, in panels where a step has them so."""
+    x = torch.randn(m, weight.k, dtype=weight.dtype, device="cuda")
+    return panels.panels_of(x) if prefers_panels(PackedCall(x, weight).problem()) else x
+
+
+def time_ours(copies: Sequence[PackedWeight], x: Tensor, dependent: bool) -> tuple[str, Timing]:
     """The kernel that the rule chooses, and its time."""
-    x = torch.randn(m, copies[0].k, dtype=copies[0].dtype, device="cuda")
     kernel = choose_kernel(PackedCall(x, copies[0]).problem()).name
     return kernel, time_calls([lambda w=w: ops.linear(PackedCall(x, w, dependent=dependent)) for w in copies])
 
@@ -129,9 +136,10 @@ def measure_ours(floor: Floor, n: int, k: int, scheme: tuple, rows: Sequence[int
     read = floor.time(bytes_of(n, k, bits, group_size, symmetric))
     measured = []
     for m in rows:
+        x = inputs_for(copies[0], m)
         for dependent in (False, True):
-            kernel, timing = time_ours(copies, m, dependent)
-            more = {"dependent": dependent, "symmetric": symmetric}
+            kernel, timing = time_ours(copies, x, dependent)
+            more = {"dependent": dependent, "symmetric": symmetric, "panels": x.ndim == 3}
             measured.append(row_of(kernel, True, m, n, k, bits, group_size, dtype, timing, read, **more))
     return measured
 
