@@ -18,7 +18,7 @@ from benchmarks.wna16 import RESULTS, SHAPES, random_shapes, row_of
 from lowbit.quant.kernels import ops
 from lowbit.quant.kernels.registry import choose_kernel
 from lowbit.quant.kernels.row_norm import Rows
-from lowbit.quant.kernels.w8a8 import Int8Call, Int8Weight
+from lowbit.quant.kernels.w8a8 import W8a8Call, W8a8Weight
 
 PRODUCT, ROUNDED, NORMED = "product", "rounding + product", "norm + rounding + product"
 DTYPE = torch.bfloat16  # as the peers have it
@@ -42,31 +42,31 @@ class Inputs:
 
     x: torch.Tensor
     gamma: torch.Tensor
-    weights: list[Int8Weight]
+    weights: list[W8a8Weight]
 
 
 def make_inputs(m: int, n: int, k: int) -> Inputs:
     x, gamma = torch.randn(m, k, dtype=DTYPE, device="cuda"), torch.ones(k, dtype=DTYPE, device="cuda")
     copies = range(copies_for(n * k))
     codes = [random_words(n, k, dtype=torch.int8) for _ in copies]
-    return Inputs(x, gamma, [Int8Weight(each, torch.rand(n, device="cuda") * 0.01) for each in codes])
+    return Inputs(x, gamma, [W8a8Weight(each, torch.rand(n, device="cuda") * 0.01) for each in codes])
 
 
 def our_cases(inputs: Inputs, launches: Sequence[bool]) -> Iterator[Case]:
-    codes, scales = ops.quantize_rows(Rows(inputs.x, int8="token"))
-    name = choose_kernel(Int8Call(codes, scales, inputs.weights[0], dtype=DTYPE).problem()).name
+    codes, scales = ops.quantize_rows(Rows(inputs.x, rounding="int8"))
+    name = choose_kernel(W8a8Call(codes, scales, inputs.weights[0], dtype=DTYPE).problem()).name
 
-    def multiplied(rows: Rows, weight: Int8Weight) -> torch.Tensor:
+    def multiplied(rows: Rows, weight: W8a8Weight) -> torch.Tensor:
         x, x_scales = ops.quantize_rows(rows)
-        return ops.w8a8_linear(Int8Call(x, x_scales, weight, dtype=DTYPE, dependent=True))
+        return ops.w8a8_linear(W8a8Call(x, x_scales, weight, dtype=DTYPE, dependent=True))
 
     for d in launches:
         product = [
-            lambda w=w, d=d: ops.w8a8_linear(Int8Call(codes, scales, w, dtype=DTYPE, dependent=d))
+            lambda w=w, d=d: ops.w8a8_linear(W8a8Call(codes, scales, w, dtype=DTYPE, dependent=d))
             for w in inputs.weights
         ]
         yield Case(name, True, PRODUCT, product, d)
-        rows = Rows(inputs.x, int8="token", dependent=d)
+        rows = Rows(inputs.x, rounding="int8", dependent=d)
         rounded = [lambda w=w, rows=rows: multiplied(rows, w) for w in inputs.weights]
         yield Case(name, True, ROUNDED, rounded, d)
         rows = replace(rows, norm="rms", weight=inputs.gamma, eps=1e-5)
@@ -88,10 +88,10 @@ def vllm_cases(inputs: Inputs) -> Iterator[Case]:
         return
     codes, scales, _ = vllm_ops.scaled_int8_quant(inputs.x)
 
-    def product(weight: Int8Weight) -> torch.Tensor:
+    def product(weight: W8a8Weight) -> torch.Tensor:
         return vllm_ops.cutlass_scaled_mm(codes, weight.codes.T, scales, weight.scales.unsqueeze(0), DTYPE)
 
-    def rounded(weight: Int8Weight) -> torch.Tensor:
+    def rounded(weight: W8a8Weight) -> torch.Tensor:
         x, x_scales, _ = vllm_ops.scaled_int8_quant(inputs.x)
         return vllm_ops.cutlass_scaled_mm(x, weight.codes.T, x_scales, weight.scales.unsqueeze(0), DTYPE)
 

@@ -35,6 +35,7 @@ METHODS: dict[str, str | None] = {
     "int8": "int8-channel",
     "w4": "int4-g128",
     "w8a8": "int8-channel-a8token",
+    "w8a8-fp8": "fp8",
     "fp8": "fp8-a16",
     "fp8-block": "fp8-block-a16",
     "nvfp4": "nvfp4-a16",

@@ -14,6 +14,7 @@ from lowbit.export.engines.engine import (
 )
 from lowbit.quant.kernels import w8a8
 from lowbit.quant.kernels.packed import TILE_ROWS, has_kernel, reason_against_packing
+from lowbit.quant.numbers import FP8
 
 
 def _packed(layer: FusedLinear, capability: int | None) -> str | None:
@@ -34,11 +35,17 @@ def _float(layer: FusedLinear, capability: int | None) -> str | None:
     return "takes floats only" if layer.scheme.number.is_integer else None
 
 
+def _fp8_inputs(layer: FusedLinear, capability: int | None) -> str | None:
+    inputs = layer.scheme.inputs
+    taken = layer.scheme.number == FP8 and inputs is not None and inputs.group_size == -1
+    return None if taken else "takes fp8 inputs by token or by tensor only"
+
+
 def _not_int8(layer: FusedLinear, capability: int | None) -> str | None:
     return None if _float(layer, capability) is None else _plain_inputs(layer, capability)
 
 
-def _int8(layer: FusedLinear, capability: int | None) -> str | None:
+def _eight_bits(layer: FusedLinear, capability: int | None) -> str | None:
     return w8a8.reason_against_packing(layer.n, layer.k)
 
 
@@ -46,9 +53,10 @@ LOWBIT = Engine(
     "lowbit",
     __version__,
     (
-        EngineKernel("w8a8", all_of(integers, _int8, on_gpu(80))),
+        EngineKernel("w8a8", all_of(integers, _eight_bits, on_gpu(80))),
+        EngineKernel("w8a8 in fp8", all_of(_fp8_inputs, _eight_bits, on_gpu(90, 90))),
         EngineKernel("wna16", all_of(_plain_inputs, _packed, on_gpu(80))),
-        # fp8 and fp4 inputs are rounded to their numbers, by torch's own functions, and multiplied in 16 bits
+        # other inputs in fp8 and fp4 are rounded to their numbers and multiplied in 16 bits
         EngineKernel("wna16 with rounded inputs", all_of(_float, _packed, on_gpu(80)), WEIGHTS),
         EngineKernel("expanded to 16 bits", _without_kernel, EXPANDED),
         EngineKernel("reference", all_of(_not_int8, _packed, on_cpu)),

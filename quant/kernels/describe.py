@@ -6,7 +6,7 @@ from lowbit.quant.kernels.extension import EXTENSION
 from lowbit.quant.kernels.problem import Problem, place_of
 from lowbit.quant.kernels.registry import choose_kernel, kernels_for
 
-# (m, n, k, bits, group size, int8 inputs): a layer of a 7B model, the largest of a 70B one, and special cases.
+# (m, n, k, bits, group size, inputs in codes): a layer of a 7B model, the largest of a 70B one, and special cases.
 EXAMPLES = (
     (1, 4096, 4096, 4, 128, False),
     (8, 12288, 4096, 4, 128, False),
@@ -54,6 +54,6 @@ def describe_examples() -> list[str]:
     """The kernel chosen for each of EXAMPLES on this machine's GPU, or on an H100 if there is none."""
     place = local_gpu()
     return [
-        describe_problem(Problem(m, n, k, bits, group_size, torch.float16, *place, int8_inputs=int8_inputs))
-        for m, n, k, bits, group_size, int8_inputs in EXAMPLES
+        describe_problem(Problem(m, n, k, bits, group_size, torch.float16, *place, code_inputs=code_inputs))
+        for m, n, k, bits, group_size, code_inputs in EXAMPLES
     ]

@@ -33,7 +33,7 @@ from lowbit.quant.kernels.problem import NextNorm, PackedCall
 from lowbit.quant.kernels.registry import compute
 from lowbit.quant.kernels.route_experts import RouteCall, route
 from lowbit.quant.kernels.row_norm import Rows
-from lowbit.quant.kernels.w8a8 import Int8Call
+from lowbit.quant.kernels.w8a8 import W8a8Call
 from lowbit.quant.kernels.wna16_experts import DownCall, UpCall
 from lowbit.quant.numbers import Number
 
@@ -176,7 +176,7 @@ def returned(run: Callable[..., Any]) -> str:
     return f"({', '.join(SCHEMA_TYPES[each] for each in get_args(hint))})" if get_args(hint) else SCHEMA_TYPES[hint]
 
 
-def checked(call: PackedCall | Int8Call | DenseCall) -> Tensor:
+def checked(call: PackedCall | W8a8Call | DenseCall) -> Tensor:
     """Memory for y of `call`. ValueError if its tensors do not fit together."""
     call.check()
     return call.empty()
@@ -196,8 +196,8 @@ def products_of(name: str, turning: str, kind: type) -> tuple[Operator[Any, Tens
 
 
 plain_linear, deferring_linear, turning_linear = products_of("linear", "qkv_rotary_append", PackedCall)
-# y = x W^T + bias + residual (m, n), x and W in int8: the sums are exact, and rounded once. See Int8Call.
-w8a8_linear = Operator("w8a8_linear", Int8Call, compute, checked)
+# y = x W^T + bias + residual (m, n), x and W in int8: the sums are exact, and rounded once. See W8a8Call.
+w8a8_linear = Operator("w8a8_linear", W8a8Call, compute, checked)
 # activation(x W^T + bias) + residual, of a weight (n, k) as torch.nn.Linear holds it. Few rows in half precision on
 # Hopper are one kernel, in float32 between x and y; all others are torch's functions. See DenseCall.
 plain_dense_linear, deferring_dense_linear, turning_dense_linear = products_of(

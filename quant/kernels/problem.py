@@ -166,7 +166,7 @@ class Problem:
     capability: tuple[int, int] | None = None  # of the GPU
     processors: int = 0  # multiprocessors of the GPU
     fast_memory: bool = False  # has_fast_memory of the GPU
-    int8_inputs: bool = False
+    code_inputs: bool = False
     is_float: bool = False  # the number of a weight of 4 or 8 bits
     norm: bool = False  # of x, before the product
     panels: bool = False  # x is in panels
@@ -179,7 +179,7 @@ class Problem:
     def __str__(self) -> str:
         group = "channel" if self.group_size == -1 else f"g{self.group_size}"
         number = f"fp{self.bits}" if self.is_float else f"w{self.bits}"
-        scheme = "dense" if self.bits == 16 else f"{number}{'a8' if self.int8_inputs else ''} {group}"
+        scheme = "dense" if self.bits == 16 else f"{number}{'a8' if self.code_inputs else ''} {group}"
         return f"m {self.m:>4}  {self.n} x {self.k}  {scheme} {str(self.dtype).removeprefix('torch.')}"
 
 

@@ -20,7 +20,7 @@ from lowbit.quant.kernels import (
 )
 from lowbit.quant.kernels.dense import DenseCall
 from lowbit.quant.kernels.problem import PackedCall, Problem
-from lowbit.quant.kernels.w8a8 import Int8Call
+from lowbit.quant.kernels.w8a8 import W8a8Call
 
 
 @dataclass(frozen=True)
@@ -58,11 +58,13 @@ KERNELS = (
     Kernel("wna16_dequantize", wna16_dequantize.reason_against, with_whole_rows(wna16_dequantize.run)),
     Kernel("reference", reference.reason_against, lambda call, problem: reference.run(call), defers=True),
 )
-# For x in int8.
-INT8_KERNELS = (
+# For x in codes of 8 bits.
+W8A8_KERNELS = (
     Kernel("w8a8_cutlass", w8a8_cutlass.reason_against, w8a8_cutlass.run, w8a8_cutlass.choose_cut),
+    Kernel("torch._scaled_mm", w8a8.reason_against_scaled, lambda call, problem: w8a8.scaled(call)),
     Kernel("w8a8_gemm", w8a8_gemm.reason_against, w8a8_gemm.run, w8a8_gemm.choose_cut),
-    Kernel("torch._int_mm", lambda problem: None, lambda call, problem: w8a8.reference(call)),
+    Kernel("torch._int_mm", w8a8.reason_against_int_mm, lambda call, problem: w8a8.reference(call)),
+    Kernel("reference", lambda problem: None, lambda call, problem: w8a8.reference(call)),
 )
 # For W in half precision, or in float32.
 DENSE_KERNELS = (
@@ -75,7 +77,7 @@ def kernels_for(problem: Problem) -> tuple[Kernel, ...]:
     """The candidate kernels for the problem, in the order in which they are tried."""
     if problem.bits == 16:
         return DENSE_KERNELS
-    return INT8_KERNELS if problem.int8_inputs else KERNELS
+    return W8A8_KERNELS if problem.code_inputs else KERNELS
 
 
 def choose_kernel(problem: Problem) -> Kernel:
@@ -93,7 +95,7 @@ def defers(problem: Problem) -> bool:
     return problem.capability is None or choose_kernel(problem).defers
 
 
-def compute(call: PackedCall | Int8Call | DenseCall) -> Tensor:
+def compute(call: PackedCall | W8a8Call | DenseCall) -> Tensor:
     """y of `call` by the first kernel that takes it. ValueError if the tensors do not fit together."""
     call.check()
     if 0 in call.y_shape:

@@ -1,4 +1,5 @@
-"""Preparation of a product's input rows in one kernel: activation, norm and rounding to int8, each if requested."""
+"""Preparation of a product's input rows in one kernel: activation, norm and rounding to int8 or FP8, each if
+requested."""
 
 from dataclasses import dataclass
 
@@ -9,10 +10,11 @@ from torch.nn import functional
 from lowbit.quant.kernels.extension import launch, reason_against_device
 from lowbit.quant.kernels.problem import ACTIVATIONS, NORMS
 from lowbit.quant.kernels.reference import activate
-from lowbit.quant.numbers import INT8
+from lowbit.quant.numbers import NUMBERS
 from lowbit.quant.numerics import fake_quantize_inputs, quantize_inputs
 
 MAX_K = 32768
+ROUNDINGS = ("none", "int8", "fp8")
 
 
 @dataclass(frozen=True)
@@ -21,8 +23,8 @@ class Rows:
 
     x           (m, k); for "silu_mul" (m, 2 k), the gate followed by the values it multiplies
     norm        "none", "rms" or "layer", with its weight, bias (k) and eps
-    int8        "none"; "token": rounds to multiples of each row's absmax / 127; "tensor": of input_scale, one float32
-                number. Codes are -128 to 127. `run` returns the rounded values (numerics.quantize_inputs), `quantize`
+    rounding    "none", or "int8" or "fp8": to that number (numerics.quantize_inputs), by input_scale, one float32, or
+                if that is None by each row's absmax / the largest code. `run` returns the rounded values, `quantize`
                 the codes and one scale per row
     activation  one of problem.ACTIVATIONS, with its result rounded to x's dtype
     """
@@ -32,7 +34,7 @@ class Rows:
     weight: Tensor | None = None
     bias: Tensor | None = None
     eps: float = 0.0
-    int8: str = "none"
+    rounding: str = "none"
     input_scale: Tensor | None = None
     dependent: bool = False
     activation: str = "none"
@@ -40,7 +42,7 @@ class Rows:
     @property
     def is_done(self) -> bool:
         """True if y is x."""
-        return (self.norm, self.int8, self.activation) == ("none", "none", "none")
+        return (self.norm, self.rounding, self.activation) == ("none", "none", "none")
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -54,7 +56,7 @@ class Rows:
 
     def empty_codes(self) -> tuple[Tensor, Tensor]:
         """Memory for codes and scales."""
-        codes = self.x.new_empty(self.shape, dtype=torch.int8)
+        codes = self.x.new_empty(self.shape, dtype=NUMBERS[self.rounding].storage)
         return codes, self.x.new_empty(self.shape[0], dtype=torch.float32)
 
 
@@ -69,10 +71,10 @@ def run(call: Rows) -> Tensor:
 
 
 def quantize(call: Rows) -> tuple[Tensor, Tensor]:
-    """Codes (m, k) int8 and scales (m) float32 of `call`. ValueError if its parts do not fit together."""
+    """Codes (m, k) and scales (m) float32 of `call`. ValueError if its parts do not fit together."""
     check(call)
-    if call.int8 == "none":
-        raise ValueError("int8 is 'none': codes need 'token' or 'tensor'")
+    if call.rounding == "none":
+        raise ValueError("rounding is 'none': codes need 'int8' or 'fp8'")
     if reason_against(call):
         return reference_codes(call)
     codes, scales = call.empty_codes()
@@ -83,8 +85,9 @@ def quantize(call: Rows) -> tuple[Tensor, Tensor]:
 def run_kernel(call: Rows, y: Tensor | None = None, codes: Tensor | None = None, scales: Tensor | None = None) -> None:
     """Run the kernel on `call`, which `check` has passed."""
     m, k = call.shape
-    args = {name: getattr(call, name) for name in ("x", "norm", "weight", "bias", "eps", "input_scale", "activation")}
-    args |= {"m": m, "k": k, "int8": call.int8 != "none", "y": y, "codes": codes, "scales": scales}
+    names = ("x", "norm", "weight", "bias", "eps", "rounding", "input_scale", "activation")
+    args = {name: getattr(call, name) for name in names}
+    args |= {"m": m, "k": k, "y": y, "codes": codes, "scales": scales}
     launch("row_norm", call.x.dtype, device=call.x.device, args=args, dependent=call.dependent)
 
 
@@ -97,8 +100,8 @@ def check(call: Rows) -> None:
     k = call.shape[1]
     if call.norm not in NORMS or (call.norm == "none") != (call.weight is None):
         raise ValueError(f"norm {call.norm!r} is one of {NORMS}, and has a weight unless it is 'none'")
-    if call.int8 not in ("none", "token", "tensor") or (call.int8 == "tensor") != (call.input_scale is not None):
-        raise ValueError(f"int8 {call.int8!r} is none, token or tensor, and has an input_scale where it is 'tensor'")
+    if call.rounding not in ROUNDINGS or (call.rounding == "none" and call.input_scale is not None):
+        raise ValueError(f"rounding {call.rounding!r} is one of {ROUNDINGS}, and has no input_scale where it is 'none'")
     for name, tensor in (("weight", call.weight), ("bias", call.bias)):
         if tensor is not None and (tuple(tensor.shape) != (k,) or tensor.dtype != call.x.dtype):
             raise ValueError(f"{name} is {tuple(tensor.shape)} {tensor.dtype}, not ({k},) {call.x.dtype}")
@@ -141,12 +144,12 @@ def prepared(call: Rows) -> Tensor:
 def reference(call: Rows) -> Tensor:
     """y of `call` in plain torch."""
     y = prepared(call)
-    if call.int8 == "none":
+    if call.rounding == "none":
         return y.clone() if y is call.x else y
-    return fake_quantize_inputs(y, INT8, call.input_scale)
+    return fake_quantize_inputs(y, NUMBERS[call.rounding], call.input_scale)
 
 
 def reference_codes(call: Rows) -> tuple[Tensor, Tensor]:
     """Codes and scales of `call` in plain torch."""
-    codes, scales = quantize_inputs(prepared(call), INT8, call.input_scale)
+    codes, scales = quantize_inputs(prepared(call), NUMBERS[call.rounding], call.input_scale)
     return codes, scales.reshape(-1).expand(call.shape[0]).contiguous()

@@ -13,6 +13,7 @@ AXES = {
     "LOWBIT_NUMBER": (*WHOLE, "Int2", "Int3", "Int5", "Int6", "Int7"),
     "LOWBIT_WHOLE": WHOLE,
     "LOWBIT_TILE": ("0", "1"),
+    "LOWBIT_CODES": ("int8_t", "__nv_fp8_e4m3"),
     "LOWBIT_CACHE": ("SameCache", "Int8Cache", "Fp8Cache", "Int4Cache"),
 }
 HOPPER = "LOWBIT_WGMMA"  # in sources for sm_90a alone; defined empty elsewhere

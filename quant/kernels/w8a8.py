@@ -1,29 +1,40 @@
-"""The product of int8 rows with an int8 weight: its tensors, their validation, and the reference in plain torch."""
+"""The product of rows and a weight in 8 bits, both int8 or both FP8: its tensors, their validation, its reference."""
 
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from lowbit.quant.kernels.extension import reason_against_90a
 from lowbit.quant.kernels.problem import Problem, place_of
+from lowbit.quant.numbers import FP8, INT8, Number
 from lowbit.quant.qtensor import QTensor
 
 K_STEP = 16  # inputs per read of the copy engine and CUTLASS
 MOST_K = (1 << 17) - K_STEP  # inputs: 2^17 products of -128 and -128 overflow int32
 LEAST_ROWS, N_STEP = 17, 8  # of cuBLAS's int8 product
+# Of its FP8 product. With 128 rows or fewer w8a8_gemm reads W once: at 64 rows 22016 x 4096 in int8 takes it 24.9 us on
+# an H200, cuBLAS's FP8 32.4; 33.0 and 31.4 at 128.
+LEAST_SCALED, SCALED_STEP = 129, 16
+NUMBERS = {torch.int8: INT8, torch.float8_e4m3fn: FP8}  # of codes
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 @dataclass(frozen=True)
-class Int8Weight:
+class W8a8Weight:
     """A weight with one scale per row, in its plain order, which all kernels read for any number of rows.
 
-    codes   (n, k)  int8, contiguous, aligned to 16 bytes
+    codes   (n, k)  int8 or float8_e4m3fn, contiguous, aligned to 16 bytes
     scales  (n)     float32
     """
 
     codes: Tensor
     scales: Tensor
+
+    @property
+    def number(self) -> Number:
+        """The codes' number, and that of the inputs."""
+        return NUMBERS[self.codes.dtype]
 
     @property
     def n(self) -> int:
@@ -39,10 +50,13 @@ class Int8Weight:
 
 
 @dataclass(frozen=True)
-class Int8Call:
-    """y = (x W^T) * x_scales * scales + bias + residual, with exact sums in int32 and everything after them in float32.
+class W8a8Call:
+    """y = (x W^T) * x_scales * scales + bias + residual, with everything after the sums in float32.
 
-    x          (m, k)  int8, contiguous
+    Sums of int8 are exact, in int32. Those of FP8 are rounded as the tensor cores round them, which keep about 14 bits;
+    every 128 inputs they are added up in float32.
+
+    x          (m, k)  of the weight's dtype, contiguous
     x_scales   (m)     float32: the value of a code of 1 in each row
     bias       (n)     of y's dtype, or None
     residual   (m, n)  of y's dtype, or None
@@ -53,7 +67,7 @@ class Int8Call:
 
     x: Tensor
     x_scales: Tensor
-    weight: Int8Weight
+    weight: W8a8Weight
     bias: Tensor | None = None
     residual: Tensor | None = None
     dtype: torch.dtype = torch.float16
@@ -74,25 +88,32 @@ class Int8Call:
     def problem(self) -> Problem:
         """The Problem of this call, for the choice of a kernel. Queries the GPU's capability."""
         (m, n), k = self.y_shape, self.weight.k
-        return Problem(m, n, k, 8, -1, self.dtype, *place_of(self.x.device), int8_inputs=True)
+        floats = self.x.dtype.is_floating_point
+        return Problem(m, n, k, 8, -1, self.dtype, *place_of(self.x.device), code_inputs=True, is_float=floats)
 
     def check(self) -> None:
         """ValueError, with numbers, if the tensors do not fit together."""
         reason = reason_against_tensors(self)
         if reason:
             shapes = tuple(self.x.shape), tuple(self.weight.codes.shape)
-            raise ValueError(f"int8 rows {shapes[0]} with a weight {shapes[1]}: {reason}")
+            raise ValueError(f"rows {shapes[0]} in codes with a weight {shapes[1]}: {reason}")
+
+
+def multiplies_fp8(device: torch.device) -> bool:
+    """True if FP8 is multiplied with FP8 on `device`: by Hopper's kernels, and in float32 on a CPU."""
+    capability = place_of(device)[1]
+    return capability is None or (capability == (9, 0) and reason_against_90a() is None)
 
 
 def reason_against_packing(n: int, k: int) -> str | None:
     """The reason why a weight of this shape cannot be packed, or None."""
     if k % K_STEP:
-        return f"{k} inputs: the int8 kernels take multiples of {K_STEP}"
+        return f"{k} inputs: the kernels of 8-bit inputs take multiples of {K_STEP}"
     return f"{k} inputs: beyond {MOST_K} a sum may not fit in int32" if k > MOST_K else None
 
 
-def pack_int8(weight: QTensor) -> Int8Weight:
-    """`weight` in the kernels' form, on its device: symmetric, 8 bits, one scale per row.
+def pack_w8a8(weight: QTensor) -> W8a8Weight:
+    """`weight` in the kernels' form, on its device: int8 or FP8, one scale per row.
 
     ValueError for another scheme, for k not a multiple of 16, or for k above MOST_K. QTensor has already rejected
     scales that are zero, negative or not finite. The codes are unchanged.
@@ -100,14 +121,14 @@ def pack_int8(weight: QTensor) -> Int8Weight:
     n, k = weight.shape
     scheme = weight.scheme
     reason = reason_against_packing(n, k)
-    if scheme.bits != 8 or not scheme.symmetric or scheme.group_size != -1:
-        reason = f"int8 products take symmetric 8-bit codes and one scale per channel, not {scheme.weights_only}"
+    if scheme.number not in NUMBERS.values() or scheme.group_size != -1:
+        reason = f"products of 8-bit inputs take int8 or fp8 and one scale per channel, not {scheme.weights_only}"
     if reason:
-        raise ValueError(f"a {scheme} weight of shape ({n}, {k}) cannot be multiplied in int8: {reason}")
-    return Int8Weight(weight.codes.contiguous(), weight.scales.reshape(-1).float().contiguous())
+        raise ValueError(f"a {scheme} weight of shape ({n}, {k}) cannot be multiplied with 8-bit inputs: {reason}")
+    return W8a8Weight(weight.codes.contiguous(), weight.scales.reshape(-1).float().contiguous())
 
 
-def reason_against_tensors(call: Int8Call) -> str | None:
+def reason_against_tensors(call: W8a8Call) -> str | None:
     """The first mismatch in shape, dtype, device or contiguity, or None."""
     x, w = call.x, call.weight
     if x.ndim != 2 or w.codes.ndim != 2 or x.shape[1] != w.k:
@@ -118,10 +139,11 @@ def reason_against_tensors(call: Int8Call) -> str | None:
         return "y in float32 takes no bias and no residual"
     if reason := reason_against_packing(w.n, w.k):
         return reason
+    kind = w.codes.dtype if w.codes.dtype in NUMBERS else torch.int8
     wanted = (
-        ("x", x, tuple(x.shape), torch.int8),
+        ("x", x, tuple(x.shape), kind),
         ("x_scales", call.x_scales, (x.shape[0],), torch.float32),
-        ("codes", w.codes, (w.n, w.k), torch.int8),
+        ("codes", w.codes, (w.n, w.k), kind),
         ("scales", w.scales, (w.n,), torch.float32),
         ("bias", call.bias, (w.n,), call.dtype),
         ("residual", call.residual, call.y_shape, call.dtype),
@@ -138,8 +160,8 @@ def reason_against_tensors(call: Int8Call) -> str | None:
     return None
 
 
-def finish(call: Int8Call, sums: Tensor) -> Tensor:
-    """y from the integer sums (m, n)."""
+def finish(call: W8a8Call, sums: Tensor) -> Tensor:
+    """y from the sums (m, n)."""
     y = sums.float() * (call.x_scales.unsqueeze(1) * call.weight.scales)
     if call.bias is not None:
         y = y + call.bias.float()
@@ -148,11 +170,40 @@ def finish(call: Int8Call, sums: Tensor) -> Tensor:
     return y.to(call.dtype)
 
 
-def reference(call: Int8Call) -> Tensor:
-    """y of `call` by torch's integer product: cuBLAS on a GPU, which needs at least 17 rows, and n in steps of 8."""
+def reference(call: W8a8Call) -> Tensor:
+    """y of `call` by torch: of FP8 in float32; of int8 by its integer product, cuBLAS's on a GPU: it needs 17 rows or
+    more, and n in steps of 8."""
     m, n = call.y_shape
     x, codes = call.x, call.weight.codes
+    if x.dtype.is_floating_point:
+        return finish(call, x.float() @ codes.float().T)
     if x.is_cuda:
         x = torch.nn.functional.pad(x, (0, 0, 0, max(0, LEAST_ROWS - m)))
         codes = torch.nn.functional.pad(codes, (0, 0, 0, -n % N_STEP))
     return finish(call, torch._int_mm(x, codes.T)[:m, :n])
+
+
+def reason_against_int_mm(problem: Problem) -> str | None:
+    """The reason why torch's integer product cannot run the problem, or None."""
+    return "it is for int8" if problem.is_float else None
+
+
+def reason_against_scaled(problem: Problem) -> str | None:
+    """The reason why torch's FP8 product cannot run the problem, or should not, or None."""
+    if not problem.is_float:
+        return "it is for FP8"
+    if problem.capability != (9, 0):
+        return "it is used on sm_90 alone"
+    if problem.m < LEAST_SCALED:
+        return f"{problem.m} rows: w8a8_gemm is faster below {LEAST_SCALED}"
+    if problem.n % SCALED_STEP:
+        return f"{problem.n} outputs: it takes multiples of {SCALED_STEP}"
+    return "y in float32: it writes halves" if problem.dtype == torch.float32 else None
+
+
+def scaled(call: W8a8Call) -> Tensor:
+    """y of `call` by torch's FP8 product, cuBLAS's, with sums in float32."""
+    w = call.weight
+    x_scales, scales = call.x_scales.unsqueeze(1), w.scales.unsqueeze(0)
+    y = torch._scaled_mm(call.x, w.codes.T, x_scales, scales, call.bias, out_dtype=call.dtype)
+    return y if call.residual is None else y.add_(call.residual)

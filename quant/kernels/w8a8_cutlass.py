@@ -8,7 +8,7 @@ from torch import Tensor
 from lowbit.quant.kernels import w8a8_gemm
 from lowbit.quant.kernels.extension import launch
 from lowbit.quant.kernels.problem import Problem
-from lowbit.quant.kernels.w8a8 import Int8Call
+from lowbit.quant.kernels.w8a8 import W8a8Call
 
 LEAST_M = 129  # with fewer rows, w8a8_gemm reads W only once
 N_STEP = 8  # outputs per store
@@ -31,6 +31,8 @@ def reason_against(problem: Problem) -> str | None:
     """The reason why this kernel cannot run the problem, or should not, or None."""
     if reason := w8a8_gemm.reason_against(problem):
         return reason
+    if problem.is_float:
+        return "it is for int8"
     if problem.m < LEAST_M:
         return f"{problem.m} rows: w8a8_gemm is faster below {LEAST_M}"
     if problem.n % N_STEP:
@@ -47,7 +49,7 @@ def choose_cut(problem: Problem) -> CutlassCut:
     return CutlassCut(tile=1, swizzle=8 if problem.n <= NARROW_Y else 1)
 
 
-def run(call: Int8Call, problem: Problem, cut: CutlassCut | None = None) -> Tensor:
+def run(call: W8a8Call, problem: Problem, cut: CutlassCut | None = None) -> Tensor:
     """y of `call`, which w8a8.check has passed. ValueError if a tensor is not aligned to 16 bytes."""
     y = call.empty()
     cut, args = cut or choose_cut(problem), w8a8_gemm.args_of(call, y)

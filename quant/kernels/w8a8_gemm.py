@@ -1,4 +1,5 @@
-"""The product of int8 rows with an int8 weight by Hopper's warpgroup instructions, W read once: csrc/w8a8_gemm.cu."""
+"""The product of rows in int8 or FP8 with a weight of the same number by Hopper's warpgroup instructions, W read once:
+csrc/w8a8_gemm.cu."""
 
 from typing import Any
 
@@ -8,7 +9,7 @@ from lowbit.quant.kernels import ring
 from lowbit.quant.kernels.extension import launch
 from lowbit.quant.kernels.problem import Problem, check_alignment
 from lowbit.quant.kernels.ring import RingCut
-from lowbit.quant.kernels.w8a8 import Int8Call
+from lowbit.quant.kernels.w8a8 import W8a8Call
 
 WARPGROUPS = (1, 2, 4)  # multiplying warpgroups per block
 
@@ -27,15 +28,23 @@ def choose_cut(problem: Problem) -> RingCut:
     return ring.choose_cut(problem.m, problem.n, problem.k, problem.processors, room, problem.fast_memory)
 
 
-def run(call: Int8Call, problem: Problem, cut: RingCut | None = None) -> Tensor:
+def run(call: W8a8Call, problem: Problem, cut: RingCut | None = None) -> Tensor:
     """y of `call`, which w8a8.check has passed. ValueError if a tensor is not aligned to 16 bytes."""
     y = call.empty()
     cut = cut or choose_cut(problem)
-    launch("w8a8_gemm", y.dtype, device=y.device, args=args_of(call, y), dependent=call.dependent, **vars(cut))
+    launch(
+        "w8a8_gemm",
+        call.x.dtype,
+        y.dtype,
+        device=y.device,
+        args=args_of(call, y),
+        dependent=call.dependent,
+        **vars(cut),
+    )
     return y
 
 
-def args_of(call: Int8Call, y: Tensor) -> dict[str, Any]:
+def args_of(call: W8a8Call, y: Tensor) -> dict[str, Any]:
     """csrc/w8a8_args.cuh's struct."""
     (m, k), weight = call.x.shape, call.weight
     tensors = {"x": call.x, "codes": weight.codes, "bias": call.bias, "residual": call.residual, "y": y}

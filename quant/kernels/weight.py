@@ -1,4 +1,4 @@
-"""Weights in the kernels' form, of three kinds: packed integers, int8 for int8 inputs, or dense.
+"""Weights in the kernels' form, of three kinds: packed, in codes of 8 bits for inputs in such codes, or dense.
 
 The decode engine, vLLM and transformers hold a Linear. Only this module knows the kernels for its weight.
 """
@@ -23,11 +23,11 @@ from lowbit.quant.kernels.packed import (
 )
 from lowbit.quant.kernels.problem import PART, PARTS, Deferred, PackedCall, Problem, Rotary, place_of
 from lowbit.quant.kernels.reference import activate
-from lowbit.quant.kernels.row_norm import Rows
+from lowbit.quant.kernels.row_norm import ROUNDINGS, Rows
 from lowbit.quant.kernels.row_scaled import RowScaled, row_scaled
-from lowbit.quant.kernels.w8a8 import Int8Call, Int8Weight, pack_int8
-from lowbit.quant.kernels.w8a8 import reason_against_packing as reason_against_int8
-from lowbit.quant.numbers import INT8
+from lowbit.quant.kernels.w8a8 import W8a8Call, W8a8Weight, multiplies_fp8, pack_w8a8
+from lowbit.quant.kernels.w8a8 import reason_against_packing as reason_against_w8a8
+from lowbit.quant.numbers import FP8, INT8
 from lowbit.quant.numerics import input_rounding
 from lowbit.quant.qtensor import QTensor
 from lowbit.quant.scheme import Side
@@ -82,7 +82,7 @@ class Weight(Protocol):
 
     @property
     def rounds_inputs(self) -> bool:
-        """True if `multiply` rounds the rows to int8, whose kernel applies their activation and norm too."""
+        """True if `multiply` rounds the rows to codes, whose kernel applies their activation and norm too."""
 
     @property
     def begins_norms(self) -> bool:
@@ -171,8 +171,8 @@ class Packed(PackedWeight, Fused):
 
 
 @dataclass(frozen=True)
-class Int8(Int8Weight):
-    """int8 codes, for inputs rounded to int8."""
+class W8a8(W8a8Weight):
+    """Codes of 8 bits, for inputs rounded to the same number."""
 
     rounds_inputs = True
 
@@ -203,7 +203,7 @@ class Int8(Int8Weight):
     def multiply(self, rows: Rows, end: Epilogue, hints: Hints, deferred: Deferred | None = None) -> Tensor:
         codes, scales = ops.quantize_rows(rows)
         # may always start early: it waits for the rounding kernel, which has waited for all previous work
-        y = ops.w8a8_linear(Int8Call(codes, scales, self, end.bias, end.residual, rows.x.dtype, dependent=True))
+        y = ops.w8a8_linear(W8a8Call(codes, scales, self, end.bias, end.residual, rows.x.dtype, dependent=True))
         return y.float() if end.float32_out else y
 
     def multiply_beginning(
@@ -282,9 +282,9 @@ class RoundedInputs:
 
     def of(self, rows: Rows) -> Rows:
         """The rows with this rounding added; by plain torch for a number type without a kernel."""
-        if self.side.number != INT8:
+        if self.side.number.name not in ROUNDINGS or self.side.group_size != -1:
             return Rows(input_rounding(self.side, self.scale)(prepared(rows)), dependent=rows.dependent)
-        return replace(rows, int8="token" if self.scale is None else "tensor", input_scale=self.scale)
+        return replace(rows, rounding=self.side.number.name, input_scale=self.scale)
 
 
 @dataclass(frozen=True)
@@ -319,9 +319,13 @@ def inputs_of(weight: QTensor | Tensor) -> RoundedInputs | None:
     return RoundedInputs(weight.scheme.inputs, weight.input_scale)
 
 
-def takes_int8(weight: QTensor) -> bool:
-    """True if the weight is multiplied with inputs in int8. Other inputs are rounded and stay in half precision."""
-    return weight.scheme.number == INT8 and weight.scheme.inputs is not None
+def takes_codes(weight: QTensor) -> bool:
+    """True if the weight is multiplied with inputs in codes of its number: int8, and FP8 by token or by tensor if the
+    device multiplies it. Other inputs are rounded and stay in half precision."""
+    inputs = weight.scheme.inputs
+    if inputs is None or inputs.group_size != -1:
+        return False
+    return weight.scheme.number == INT8 or (weight.scheme.number == FP8 and multiplies_fp8(weight.codes.device))
 
 
 def pack(weight: QTensor, dtype: torch.dtype, pair_block: int = TILE_ROWS) -> Weight:
@@ -329,8 +333,8 @@ def pack(weight: QTensor, dtype: torch.dtype, pair_block: int = TILE_ROWS) -> We
     packed."""
     if reason_against_kernel(weight):
         return Dense(weight.dequantize(dtype))
-    if takes_int8(weight):
-        return Int8(**vars(pack_int8(weight)))
+    if takes_codes(weight):
+        return W8a8(**vars(pack_w8a8(weight)))
     return Packed(**vars(prepack(weight, dtype, pair_block)))
 
 
@@ -342,7 +346,7 @@ def load_weight(weight: QTensor | RowScaled | Tensor, dtype: torch.dtype, pair_b
     if isinstance(weight, QTensor):
         if dtype not in HALF or reason_against_kernel(weight):
             return Dense(weight.dequantize(dtype))
-        if takes_int8(weight) and not reason_against_int8(*weight.shape):
+        if takes_codes(weight) and not reason_against_w8a8(*weight.shape):
             return pack(weight, dtype)
         weight = row_scaled(weight)
     sizes = *weight.shape, weight.group_size

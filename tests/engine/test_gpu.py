@@ -27,7 +27,7 @@ from lowbit.engine.workspace import Workspace
 from lowbit.quant.kernels.packed import dequantize_packed
 from lowbit.quant.kernels.route_experts import Rule
 from lowbit.quant.kernels.stack import DenseStack, PackedStack
-from lowbit.quant.kernels.weight import Dense, Int8, Packed
+from lowbit.quant.kernels.weight import Dense, Packed, W8a8
 from tests.kernels.make import on_cpu
 
 pytestmark = pytest.mark.gpu
@@ -49,6 +49,9 @@ DEEPSEEK = replace(
     heads=4,
     kv_heads=4,
 )
+# An input's last bit may change its code by one: in int8 by 1 / 127 of the row's largest, which gave up to 0.026 on an
+# H100, and in FP8 by up to 1 / 8 of itself.
+TURNED_CODES = {"w8a8": 0.05, "w8a8-fp8": 0.1}
 CONTEXT = 300
 PROMPTS = [list(range(7, 90)), [5], list(range(300, 320))]
 
@@ -59,8 +62,8 @@ def in_float32(value):
         return Dense(dequantize_packed(on_cpu(value)))
     if isinstance(value, PackedStack):
         return DenseStack(in_float32(Packed(**vars(value.weight))).matrix.unflatten(0, (value.experts, -1)))
-    if isinstance(value, Int8):
-        return Dense((value.codes * value.scales.unsqueeze(1)).cpu())
+    if isinstance(value, W8a8):
+        return Dense((value.codes.float() * value.scales.unsqueeze(1)).cpu())
     if isinstance(value, Tensor):
         return value.float().cpu()
     if isinstance(value, tuple):
@@ -88,8 +91,7 @@ def relative(got: Tensor, wanted: Tensor) -> float:
 def test_logits_of_prompts_and_of_captured_steps_are_the_cpus(method, dtype, cache):
     gpu, cpu = engines(LLAMA, method, dtype, cache)
     tolerance = 0.02 if dtype == torch.float16 else 0.08
-    # an input's last bit may change its int8 code by one, 1 / 127 of the row's largest: up to 0.026 on an H100
-    check(gpu, cpu, max(tolerance, 0.05) if method == "w8a8" else tolerance)
+    check(gpu, cpu, max(tolerance, TURNED_CODES.get(method, 0)))
 
 
 @pytest.mark.parametrize(("cache", "tolerance"), [("fp8", 0.1), ("int4", 0.25)])  # 0.03 and 0.12 in float32
@@ -223,7 +225,7 @@ def check_captured_prompts(architecture, method: str, cache: str) -> None:
     assert all(each.graph is not None for each in reader.passes.values())
     for prompt, *found in zip(prompts, *runs, strict=True):
         assert all(torch.equal(logits, found[0]) for logits in found)
-        assert relative(found[0], cpu.logits([prompt])[0]) < (0.05 if method == "w8a8" else 0.03)
+        assert relative(found[0], cpu.logits([prompt])[0]) < TURNED_CODES.get(method, 0.03)
 
 
 @pytest.mark.parametrize("cache", ["same", "int8"])

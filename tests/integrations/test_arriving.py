@@ -7,7 +7,7 @@ from lowbit.errors import CheckpointError
 from lowbit.export.compressed_tensors import COMPRESSED_TENSORS
 from lowbit.integrations.arriving import Arriving, Share, placeholder, reason_against
 from lowbit.quant.kernels.joined import columns_of
-from lowbit.quant.kernels.weight import Dense, Int8, Packed, load_weight
+from lowbit.quant.kernels.weight import W8a8, Dense, Packed, load_weight, takes_codes
 from lowbit.quant.qtensor import QTensor, round_to_nearest
 from lowbit.quant.scheme import Scheme, parse_scheme
 
@@ -72,7 +72,7 @@ def test_shares_of_inputs_are_columns_of_the_weight(text, ranks):
         k = K // ranks
         joined = arrived([weight]).joined(Share((256,), k, rank, ranks), torch.bfloat16, CPU)
         torch.testing.assert_close(dense(joined.weight), weight.dequantize()[:, rank * k :][:, :k], rtol=1e-6, atol=0)
-        kind = Int8 if "-a8" in text else Packed
+        kind = W8a8 if takes_codes(weight) else Packed
         assert isinstance(load_weight(joined.weight, torch.bfloat16), kind)
 
 

@@ -19,7 +19,7 @@ from lowbit.errors import CheckpointError
 from lowbit.evaluation.backend import load_dense
 from lowbit.export.compressed_tensors import COMPRESSED_TENSORS
 from lowbit.models.source import open_source
-from lowbit.quant.kernels.weight import Int8, Packed
+from lowbit.quant.kernels.weight import W8a8, Packed
 from lowbit.quant.linear import QLinear
 from lowbit.quant.qtensor import round_to_nearest
 from lowbit.quant.scheme import parse_scheme
@@ -60,7 +60,7 @@ def test_logits_are_those_of_the_dequantized_model(ours, tmp_path, fmt, text, fa
     directory = save(make_model(family), tmp_path / "m", torch.bfloat16)
     quantize_files(directory, fmt, text)
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16)
-    kind = Int8 if "-a8" in text else Packed
+    kind = W8a8 if "-a8" in text or "-afp8" in text else Packed
     linears = [module for name, module in model.named_modules() if name.endswith("_proj")]
     assert len(linears) == 14
     assert all(isinstance(module.linear.weight, kind) for module in linears)

@@ -11,18 +11,23 @@ from lowbit.quant.kernels import ops
 from lowbit.quant.kernels.ops import Operator
 from lowbit.quant.kernels.packed import PackedWeight, prepack
 from lowbit.quant.kernels.row_norm import Rows
-from lowbit.quant.kernels.w8a8 import Int8Call, Int8Weight, pack_int8
+from lowbit.quant.kernels.w8a8 import W8a8Call, W8a8Weight, pack_w8a8
 from lowbit.quant.kernels.weight import Linear, inputs_of, pack
 from lowbit.quant.qtensor import QTensor, round_to_nearest
-from lowbit.quant.scheme import make_scheme, parse_scheme
+from lowbit.quant.scheme import Scheme, make_scheme, parse_scheme
 
 
-def make_qtensor(n: int, k: int, bits: int, group_size: int, symmetric: bool, device: str = "cpu") -> QTensor:
+def rounded_weight(n: int, k: int, scheme: Scheme, device: str = "cpu", scales: torch.dtype = torch.float16) -> QTensor:
     """A random weight with one row of zeros and one input 50 times larger than the rest."""
     w = torch.randn(n, k, device=device) * 0.05
     w[n // 2] = 0
     w[:, k // 3] *= 50
-    return round_to_nearest(w, make_scheme(bits, group_size, symmetric), torch.float16)
+    return round_to_nearest(w, scheme, scales)
+
+
+def make_qtensor(n: int, k: int, bits: int, group_size: int, symmetric: bool, device: str = "cpu") -> QTensor:
+    """A random weight of integers with scales in float16: see rounded_weight."""
+    return rounded_weight(n, k, make_scheme(bits, group_size, symmetric), device)
 
 
 def make_packed(
@@ -46,18 +51,15 @@ def make_float(
     device: str = "cpu",
     pair_block: int = 16,
 ) -> PackedWeight:
-    """A random weight of a scheme of floats, with one row of zeros and one input 50 times larger than the rest."""
-    w = torch.randn(n, k, device=device) * 0.05
-    w[n // 2] = 0
-    w[:, k // 3] *= 50
-    return prepack(round_to_nearest(w, parse_scheme(scheme).weights_only, torch.bfloat16), dtype, pair_block)
+    """A random weight of a scheme of floats with scales in bfloat16: see rounded_weight."""
+    return prepack(rounded_weight(n, k, parse_scheme(scheme).weights_only, device, torch.bfloat16), dtype, pair_block)
 
 
 def make_linear(scheme: str, n: int = 64, k: int = 128) -> tuple[Linear, Tensor]:
     """A linear in half precision with a bias, and its weight in float32; inputs that share a scale have 0.03."""
     kind = parse_scheme(scheme)
     plain = round_to_nearest(torch.randn(n, k) / 8, kind.weights_only, torch.float16)
-    scale = torch.tensor(0.03) if scheme.endswith("a8tensor") else None
+    scale = torch.tensor(0.03) if kind.static_inputs else None
     weight = QTensor(plain.codes, plain.scales, plain.zeros, kind, scale)
     return Linear(pack(weight, torch.float16), torch.randn(n).half(), inputs_of(weight)), weight.dequantize()
 
@@ -94,18 +96,18 @@ def opcheck(operator: Operator, call: Any) -> None:
     torch.library.opcheck(operator.torch, tuple(operator.arguments(call)))
 
 
-def int8_call(
+def w8a8_call(
     x: Tensor,
-    weight: Int8Weight,
+    weight: W8a8Weight,
     bias: Tensor | None = None,
     residual: Tensor | None = None,
     input_scale: Tensor | None = None,
     dependent: bool = False,
-) -> Int8Call:
-    """The product of rows x in halves, rounded to int8 by a kernel of its own, which the product waits for."""
-    kind = "token" if input_scale is None else "tensor"
-    rows = ops.quantize_rows(Rows(x, int8=kind, input_scale=input_scale, dependent=dependent))
-    return Int8Call(*rows, weight, bias, residual, x.dtype, dependent=True)
+) -> W8a8Call:
+    """The product of rows x in halves, rounded to the weight's number by a kernel of its own, which the product waits
+    for."""
+    rows = ops.quantize_rows(Rows(x, rounding=weight.number.name, input_scale=input_scale, dependent=dependent))
+    return W8a8Call(*rows, weight, bias, residual, x.dtype, dependent=True)
 
 
 def assert_devices_agree(y: Tensor, expected: Tensor) -> None:
@@ -115,8 +117,8 @@ def assert_devices_agree(y: Tensor, expected: Tensor) -> None:
     assert (y.cpu().float() - expected.float()).abs().max() <= tolerance * scale
 
 
-def make_int8_weight(n: int, k: int, device: str = "cpu") -> Int8Weight:
-    return pack_int8(make_qtensor(n, k, 8, -1, True, device))
+def make_w8a8_weight(n: int, k: int, device: str = "cpu", scheme: str = "int8") -> W8a8Weight:
+    return pack_w8a8(rounded_weight(n, k, parse_scheme(scheme), device))
 
 
 def assert_dependence_changes_nothing(compute: Callable[[bool], Tensor]) -> None:

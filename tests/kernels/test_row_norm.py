@@ -9,40 +9,48 @@ from torch.nn import functional
 
 from lowbit.quant.kernels import ops
 from lowbit.quant.kernels.row_norm import Rows, check, reference, reference_codes
+from lowbit.quant.numbers import FP8, INT8
 from tests.kernels.make import opcheck
 
 NORMS = ("none", "rms", "layer")
-INT8 = ("none", "token", "tensor")
+# a number, and whether one scale serves all rows
+ROUNDINGS = (("none", False), ("int8", False), ("int8", True), ("fp8", False), ("fp8", True))
+TO_CODES = ROUNDINGS[1:]
+CODES = {"int8": INT8, "fp8": FP8}
 
 
-def make_rows(m: int, k: int, norm: str, int8: str, dtype=torch.float32, device: str = "cpu") -> Rows:
+def make_rows(m: int, k: int, norm: str, rounding: tuple[str, bool], dtype=torch.float32, device: str = "cpu") -> Rows:
     x = (2 * torch.randn(m, k) + 0.5).to(device, dtype)
     weight, bias = ((torch.randn(k) + 1).to(device, dtype) for _ in range(2))
-    scale = torch.tensor(0.03, device=device) if int8 == "tensor" else None
+    scale = torch.tensor(0.03, device=device) if rounding[1] else None
     normed = norm != "none"
-    return Rows(x, norm, weight if normed else None, bias if norm == "layer" else None, 1e-5, int8, scale)
+    return Rows(x, norm, weight if normed else None, bias if norm == "layer" else None, 1e-5, rounding[0], scale)
 
 
-@pytest.mark.parametrize("int8", INT8)
+@pytest.mark.parametrize("rounding", ROUNDINGS)
 @pytest.mark.parametrize("norm", NORMS)
-def test_rows_are_normed_and_rounded(norm, int8):
-    call = make_rows(3, 48, norm, int8)
+def test_rows_are_normed_and_rounded(norm, rounding):
+    call = make_rows(3, 48, norm, rounding)
     y = call.x
     if norm != "none":
         y = y - y.mean(-1, keepdim=True) if norm == "layer" else y
         y = y / (y.square().mean(-1, keepdim=True) + call.eps).sqrt() * call.weight
         y = y + call.bias if norm == "layer" else y
-    if int8 != "none":
-        scale = call.input_scale if int8 == "tensor" else y.abs().amax(-1, keepdim=True) / 127
-        codes = (y / scale).round().clamp(-128, 127)
-        assert int8 == "tensor" or (codes.abs().amax(-1) == 127).all()
+    name, static = rounding
+    if name != "none":
+        largest = 127 if name == "int8" else 448
+        scale = call.input_scale if static else y.abs().amax(-1, keepdim=True) / largest
+        codes = y / scale
+        codes = codes.round().clamp(-128, 127) if name == "int8" else codes.to(torch.float8_e4m3fn).float()
+        assert static or (codes.abs().amax(-1) == largest).all()
         y = codes * scale
     # a norm's last bit may turn a code by one
-    torch.testing.assert_close(ops.normalize(call), y, atol=1e-5 if int8 == "none" else 0.04, rtol=1e-4)
+    tolerance = {"none": (1e-5, 1e-4), "int8": (0.04, 1e-4), "fp8": (1e-5, 0.13)}[name]
+    torch.testing.assert_close(ops.normalize(call), y, atol=tolerance[0], rtol=tolerance[1])
 
 
 def test_what_is_given_is_not_what_is_returned():
-    call = make_rows(1, 8, "none", "none")
+    call = make_rows(1, 8, "none", ("none", False))
     assert ops.normalize(call).data_ptr() != call.x.data_ptr()
 
 
@@ -52,20 +60,20 @@ def test_what_is_given_is_not_what_is_returned():
         ({"norm": "batch"}, "norm 'batch' is one of"),
         ({"weight": None}, "has a weight unless"),
         ({"activation": "relu"}, "activation 'relu' is none of"),
-        ({"int8": "tensor", "input_scale": torch.ones(2)}, "not one number of torch.float32"),
-        ({"int8": "row"}, "int8 'row' is none, token or tensor"),
-        ({"int8": "tensor"}, "has an input_scale where it is 'tensor'"),
+        ({"rounding": "int8", "input_scale": torch.ones(2)}, "not one number of torch.float32"),
+        ({"rounding": "int4"}, "rounding 'int4' is one of"),
+        ({"input_scale": torch.tensor(1.0)}, "has no input_scale where it is 'none'"),
         ({"weight": torch.ones(7)}, r"weight is \(7,\)"),
     ],
 )
 def test_parts_that_do_not_go_together_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
-        ops.normalize(replace(make_rows(2, 8, "rms", "none"), **change))
+        ops.normalize(replace(make_rows(2, 8, "rms", ("none", False)), **change))
 
 
 @pytest.mark.parametrize("name", ["weight", "bias", "input_scale"])
 def test_a_tensor_on_another_device_is_named(name):
-    call = make_rows(2, 8, "layer", "tensor")
+    call = make_rows(2, 8, "layer", ("int8", True))
     with pytest.raises(ValueError, match=f"{name} is on meta, x on cpu"):
         check(replace(call, **{name: getattr(call, name).to("meta")}))
 
@@ -80,43 +88,45 @@ def test_an_activation_comes_first(activation):
         "silu_mul": functional.silu(gate) * up,
     }[activation]
     torch.testing.assert_close(ops.normalize(Rows(x, activation=activation)), wanted)
-    codes, scales = ops.quantize_rows(Rows(x, int8="token", activation=activation))
+    codes, scales = ops.quantize_rows(Rows(x, rounding="int8", activation=activation))
     assert codes.shape == wanted.shape
     torch.testing.assert_close(codes * scales.unsqueeze(1), wanted, atol=wanted.abs().max().item() / 250, rtol=0)
 
 
-@pytest.mark.parametrize("int8", INT8[1:])
-def test_codes_stand_for_what_the_rounded_rows_are(int8):
-    call = make_rows(3, 48, "rms", int8)
+@pytest.mark.parametrize("rounding", TO_CODES)
+def test_codes_stand_for_what_the_rounded_rows_are(rounding):
+    call = make_rows(3, 48, "rms", rounding)
     codes, scales = ops.quantize_rows(call)
-    assert codes.dtype == torch.int8
+    assert codes.dtype == CODES[rounding[0]].storage
     assert scales.shape == (3,)
-    assert torch.equal(codes * scales.unsqueeze(1), ops.normalize(call))
+    assert torch.equal(codes.float() * scales.unsqueeze(1), ops.normalize(call))
 
 
 def test_the_operators_pass_opcheck():
-    call = make_rows(2, 16, "rms", "token")
+    call = make_rows(2, 16, "rms", ("int8", False))
     opcheck(ops.normalize, call)
-    gated = Rows(torch.randn(2, 16), int8="tensor", input_scale=torch.tensor(0.1), activation="silu_mul")
+    gated = Rows(torch.randn(2, 16), rounding="fp8", input_scale=torch.tensor(0.1), activation="silu_mul")
     opcheck(ops.quantize_rows, gated)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("int8", INT8)
+@pytest.mark.parametrize("rounding", ROUNDINGS)
 @pytest.mark.parametrize("norm", NORMS)
-def test_the_kernel_computes_the_reference(norm, int8, dtype):
+def test_the_kernel_computes_the_reference(norm, rounding, dtype):
     for m, k in ((1, 8), (2, 264), (7, 4096), (1, 8192), (3, 13824), (300, 512)):
-        call = make_rows(m, k, norm, int8, dtype, "cuda")
+        call = make_rows(m, k, norm, rounding, dtype, "cuda")
         wide = {name: None if t is None else t.float() for name, t in (("weight", call.weight), ("bias", call.bias))}
         wanted = reference(replace(call, x=call.x.float(), **wide))
         got = ops.normalize(call).float()
         error, slack = (got - wanted).abs(), 2.0**-10 if dtype == torch.float16 else 2.0**-7
-        if int8 == "none":
+        if rounding[0] == "none":
             assert (error <= slack * wanted.abs() + slack * 1e-2).all()
             continue
         # rounding to codes may fall the other way where the norm's own rounding decides: by one step, and seldom
-        step = 0.03 if int8 == "tensor" else wanted.abs().amax(-1, keepdim=True) / 127
+        step = 0.03 if rounding[1] else wanted.abs().amax(-1, keepdim=True) / CODES[rounding[0]].high
+        if rounding[0] == "fp8":
+            step = CODES["fp8"].spacing(wanted / step).clamp(max=32) * step
         assert (error <= 1.01 * step + 2 * slack * wanted.abs()).all()
         assert (error > 0.5 * step).sum() <= 3 + (0.03 if dtype == torch.float16 else 0.2) * error.numel()
 
@@ -131,12 +141,14 @@ def expected_codes(call: Rows) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_the_kernel_gives_the_codes_of_the_reference(dtype):
     for m, k in ((1, 8), (2, 264), (7, 4096), (3, 13824), (300, 512), (260, 4104)):
-        for int8 in INT8[1:]:
-            call = make_rows(m, k, "none", int8, dtype, "cuda")
+        for rounding in TO_CODES:
+            call = make_rows(m, k, "none", rounding, dtype, "cuda")
             call.x[m // 2] = 0
-            call.x[0, 0] = 60000 if int8 == "token" else torch.inf
+            call.x[0, 0] = torch.inf if rounding[1] else 60000
             for got, wanted in zip(ops.quantize_rows(call), expected_codes(call), strict=True):
-                assert torch.equal(got.cpu(), wanted)
+                assert torch.equal(got.cpu().float(), wanted.float())
+            if rounding[0] == "fp8":
+                continue
             # at most 200: a product beyond float16 is infinite, and codes of a row with infinity are undefined
             gated = replace(call, x=call.x.clamp(max=200).repeat(1, 2), activation="silu_mul")
             got, wanted = ops.quantize_rows(gated)[0].cpu(), expected_codes(gated)[0]
@@ -146,22 +158,23 @@ def test_the_kernel_gives_the_codes_of_the_reference(dtype):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("number", CODES)
 @pytest.mark.parametrize("k", [264, 13824])
-def test_the_kernel_keeps_a_nan_to_its_row(k):
+def test_the_kernel_keeps_a_nan_to_its_row(k, number):
     for m in (3, 300):
-        call = make_rows(m, k, "rms", "token", torch.float16, "cuda")
+        call = make_rows(m, k, "rms", (number, False), torch.float16, "cuda")
         codes, scales = ops.quantize_rows(call)
         call.x[1, k - 1] = torch.nan
         spoilt_codes, spoilt_scales = ops.quantize_rows(call)
         assert spoilt_scales[1].isnan()
         others = torch.arange(m, device="cuda") != 1
         assert torch.equal(spoilt_scales[others], scales[others])
-        assert torch.equal(spoilt_codes[others], codes[others])
+        assert torch.equal(spoilt_codes[others].float(), codes[others].float())
 
 
 @pytest.mark.gpu
 def test_a_norm_that_is_not_aligned_is_read_all_the_same():
-    call = make_rows(3, 264, "layer", "none", torch.float16, "cuda")
+    call = make_rows(3, 264, "layer", ("none", False), torch.float16, "cuda")
     weight, bias = (torch.cat([t[:1], t])[1:] for t in (call.weight, call.bias))
     got = ops.normalize(replace(call, weight=weight, bias=bias))
     torch.testing.assert_close(got, ops.normalize(call), atol=2e-3, rtol=2e-3)

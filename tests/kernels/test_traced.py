@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lowbit.quant.kernels.traced import FORMS, form_of, multiply
-from lowbit.quant.kernels.weight import Dense, Hints, Int8, Linear, Packed, inputs_of, load_weight
+from lowbit.quant.kernels.weight import W8a8, Dense, Hints, Linear, Packed, inputs_of, load_weight
 from lowbit.quant.qtensor import QTensor, round_to_nearest
 from lowbit.quant.scheme import parse_scheme
 
@@ -13,12 +13,13 @@ KINDS = {
     "int4-g128": Packed,
     "uint4-g32": Packed,
     "int3-g64": Packed,
-    "fp8": Packed,
+    "fp8": W8a8,
+    "fp8-a16": Packed,
     "fp8-block": Packed,
     "nvfp4": Packed,
     "mxfp4-a16": Packed,
-    "int8-a8": Int8,
-    "int8-a8-static": Int8,
+    "int8-a8": W8a8,
+    "int8-a8-static": W8a8,
     "q4_k": Dense,
 }
 

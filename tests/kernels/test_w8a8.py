@@ -1,4 +1,4 @@
-"""The operator w8a8_linear: against an integer product in float64, on the CPU; tracing; what is refused."""
+"""The operator w8a8_linear: against a product of codes in float64, on the CPU; tracing; what is refused."""
 
 from dataclasses import replace
 
@@ -9,71 +9,77 @@ from torch import Tensor
 from lowbit.errors import CheckpointError
 from lowbit.export.compressed_tensors import COMPRESSED_TENSORS
 from lowbit.quant.kernels import ops
-from lowbit.quant.kernels.w8a8 import MOST_K, Int8Call, Int8Weight, pack_int8
-from lowbit.quant.numbers import INT8
+from lowbit.quant.kernels.w8a8 import MOST_K, W8a8Call, W8a8Weight, pack_w8a8
+from lowbit.quant.numbers import FP8
 from lowbit.quant.numerics import quantize_inputs
 from lowbit.quant.qtensor import QTensor
 from lowbit.quant.scheme import parse_scheme
-from tests.kernels.make import int8_call, make_int8_weight, make_qtensor, make_x, opcheck
+from tests.kernels.make import make_qtensor, make_w8a8_weight, make_x, opcheck, rounded_weight, w8a8_call
 
 
-def expected(x: Tensor, weight: Int8Weight, input_scale: Tensor | None = None) -> Tensor:
+def expected(x: Tensor, weight: W8a8Weight, input_scale: Tensor | None = None) -> Tensor:
     """The product in float64, its inputs rounded by quant.numerics."""
-    codes, scales = quantize_inputs(x, INT8, input_scale)
+    codes, scales = quantize_inputs(x, weight.number, input_scale)
     return (codes.double() @ weight.codes.double().T) * scales.double() * weight.scales.double()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("static", [False, True])
-def test_x_is_rounded_and_multiplied(dtype: torch.dtype, static: bool) -> None:
-    weight, x = make_int8_weight(33, 96), make_x(5, 96, dtype, outliers=True)
+@pytest.mark.parametrize("scheme", ["int8", "fp8-a16"])
+def test_x_is_rounded_and_multiplied(scheme: str, dtype: torch.dtype, static: bool) -> None:
+    weight, x = make_w8a8_weight(33, 96, scheme=scheme), make_x(5, 96, dtype, outliers=True)
     bias, residual = make_x(1, 33, dtype)[0], make_x(5, 33, dtype)
     scale = torch.tensor(0.7) if static else None
-    y = ops.w8a8_linear(int8_call(x, weight, bias, residual, scale))
+    y = ops.w8a8_linear(w8a8_call(x, weight, bias, residual, scale))
     assert y.dtype == dtype
     torch.testing.assert_close(y, (expected(x, weight, scale) + bias.double() + residual.double()).to(dtype))
 
 
 def test_sums_are_exact_integers() -> None:
-    weight = Int8Weight(torch.randint(-128, 128, (40, 14336), dtype=torch.int8), torch.ones(40))
+    weight = W8a8Weight(torch.randint(-128, 128, (40, 14336), dtype=torch.int8), torch.ones(40))
     x = torch.randint(-127, 128, (3, 14336), dtype=torch.int8)
-    y = ops.w8a8_linear(Int8Call(x, torch.ones(3), weight, dtype=torch.float32))
+    y = ops.w8a8_linear(W8a8Call(x, torch.ones(3), weight, dtype=torch.float32))
     assert torch.equal(y.double(), x.double() @ weight.codes.double().T)
 
 
 def test_the_longest_sums_fit_in_int32() -> None:
-    weight = Int8Weight(torch.full((8, MOST_K), -128, dtype=torch.int8), torch.ones(8))
+    weight = W8a8Weight(torch.full((8, MOST_K), -128, dtype=torch.int8), torch.ones(8))
     x = torch.full((1, MOST_K), -128, dtype=torch.int8)
-    y = ops.w8a8_linear(Int8Call(x, torch.ones(1), weight, dtype=torch.float32))
+    y = ops.w8a8_linear(W8a8Call(x, torch.ones(1), weight, dtype=torch.float32))
     assert (y == float(MOST_K) * 128 * 128).all()
 
 
-def test_a_token_that_holds_a_nan_gives_nans_alone() -> None:
-    weight, x = make_int8_weight(8, 32), make_x(3, 32, torch.float16)
-    y = ops.w8a8_linear(int8_call(x, weight))
+@pytest.mark.parametrize("scheme", ["int8", "fp8-a16"])
+def test_a_token_that_holds_a_nan_gives_nans_alone(scheme: str) -> None:
+    weight, x = make_w8a8_weight(8, 32, scheme=scheme), make_x(3, 32, torch.float16)
+    y = ops.w8a8_linear(w8a8_call(x, weight))
     x[1, 5] = torch.nan
-    spoilt = ops.w8a8_linear(int8_call(x, weight))
+    spoilt = ops.w8a8_linear(w8a8_call(x, weight))
     assert spoilt[1].isnan().all()
     assert torch.equal(spoilt[::2], y[::2])
 
 
 def test_a_row_of_zeros_and_no_rows() -> None:
-    weight, x = make_int8_weight(8, 32), torch.zeros(2, 32, dtype=torch.float16)
-    assert torch.equal(ops.w8a8_linear(int8_call(x, weight)), torch.zeros(2, 8, dtype=torch.float16))
-    assert ops.w8a8_linear(int8_call(x[:0], weight)).shape == (0, 8)
+    weight, x = make_w8a8_weight(8, 32), torch.zeros(2, 32, dtype=torch.float16)
+    assert torch.equal(ops.w8a8_linear(w8a8_call(x, weight)), torch.zeros(2, 8, dtype=torch.float16))
+    assert ops.w8a8_linear(w8a8_call(x[:0], weight)).shape == (0, 8)
 
 
 def test_a_weight_is_packed_bit_for_bit_or_refused() -> None:
     qtensor = make_qtensor(24, 64, 8, -1, True)
-    packed = pack_int8(qtensor)
+    packed = pack_w8a8(qtensor)
     assert torch.equal(packed.codes, qtensor.codes)
     assert torch.equal(packed.scales, qtensor.scales.float()[:, 0])
-    with pytest.raises(ValueError, match="72 inputs: the int8 kernels take multiples of 16"):
-        pack_int8(make_qtensor(24, 72, 8, -1, True))
+    with pytest.raises(ValueError, match="72 inputs: the kernels of 8-bit inputs take multiples of 16"):
+        pack_w8a8(make_qtensor(24, 72, 8, -1, True))
     with pytest.raises(ValueError, match="131072 inputs: beyond 131056 a sum may not fit in int32"):
-        pack_int8(make_qtensor(1, 1 << 17, 8, -1, True))
+        pack_w8a8(make_qtensor(1, 1 << 17, 8, -1, True))
     with pytest.raises(ValueError, match="not int8-g32"):
-        pack_int8(make_qtensor(24, 64, 8, 32, True))
+        pack_w8a8(make_qtensor(24, 64, 8, 32, True))
+    with pytest.raises(ValueError, match="not uint8-channel"):
+        pack_w8a8(make_qtensor(24, 64, 8, -1, False))
+    floats = rounded_weight(24, 64, parse_scheme("fp8-a16"))
+    assert pack_w8a8(floats).codes.data_ptr() == floats.codes.data_ptr()
 
 
 @pytest.mark.parametrize("bad", [0.0, -1.0, float("nan"), float("inf")])
@@ -82,7 +88,7 @@ def test_impossible_scales_are_refused(bad: float) -> None:
     scales = qtensor.scales.clone()
     scales[3] = bad
     with pytest.raises(ValueError, match="a scale is zero, negative or not finite"):
-        pack_int8(replace(qtensor, scales=scales))
+        pack_w8a8(replace(qtensor, scales=scales))
     scheme = parse_scheme("int8-channel-a8tensor")
     with pytest.raises(ValueError, match="its input scale is"):
         QTensor(qtensor.codes, qtensor.scales, None, scheme, torch.tensor(bad))
@@ -92,17 +98,18 @@ def test_impossible_scales_are_refused(bad: float) -> None:
 
 
 def test_the_operators_pass_opcheck() -> None:
-    weight, x = make_int8_weight(16, 32), make_x(3, 32, torch.float16)
-    call = int8_call(x, weight, x.new_zeros(16), x.new_zeros(3, 16))
+    weight, x = make_w8a8_weight(16, 32), make_x(3, 32, torch.float16)
+    call = w8a8_call(x, weight, x.new_zeros(16), x.new_zeros(3, 16))
     opcheck(ops.w8a8_linear, call)
     opcheck(ops.w8a8_linear, replace(call, bias=None, residual=None, dtype=torch.float32))
 
 
-def test_compiled() -> None:
-    weight, x = make_int8_weight(16, 32), make_x(3, 32, torch.float16)
+@pytest.mark.parametrize("scheme", ["int8", "fp8-a16"])
+def test_compiled(scheme: str) -> None:
+    weight, x = make_w8a8_weight(16, 32, scheme=scheme), make_x(3, 32, torch.float16)
 
     def product(x: Tensor) -> Tensor:
-        return ops.w8a8_linear(int8_call(x, weight)).relu()
+        return ops.w8a8_linear(w8a8_call(x, weight)).relu()
 
     compiled = torch.compile(product, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(x), product(x))
@@ -116,17 +123,18 @@ HALF = torch.float16
     [
         ({"x": torch.zeros(2, 48, dtype=torch.int8)}, r"x must have the shape \(m, 32\)"),
         ({"x": torch.zeros(2, 32, dtype=HALF)}, "x is .* torch.float16, not .* torch.int8"),
+        ({"x": torch.zeros(2, 32, dtype=FP8.storage)}, "x is .* torch.float8_e4m3fn, not .* torch.int8"),
         ({"x_scales": torch.ones(3)}, r"x_scales is \(3,\)"),
         ({"bias": torch.zeros(15, dtype=HALF)}, r"bias is \(15,\)"),
         ({"bias": torch.zeros(16, dtype=torch.bfloat16)}, "bias is .* torch.bfloat16, not"),
         ({"residual": torch.zeros(16, 2, dtype=HALF).T}, "residual has strides"),
         ({"dtype": torch.float64}, "y in torch.float64"),
         ({"dtype": torch.float32, "bias": torch.zeros(16)}, "takes no bias"),
-        ({"weight": Int8Weight(torch.zeros(16, 32), torch.ones(16))}, "codes is .* torch.float32, not"),
-        ({"weight": Int8Weight(torch.zeros(16, 32, dtype=torch.int8), torch.ones(16, dtype=HALF))}, "scales is"),
+        ({"weight": W8a8Weight(torch.zeros(16, 32), torch.ones(16))}, "codes is .* torch.float32, not"),
+        ({"weight": W8a8Weight(torch.zeros(16, 32, dtype=torch.int8), torch.ones(16, dtype=HALF))}, "scales is"),
     ],
 )
 def test_tensors_that_do_not_fit_are_named(change: dict, message: str) -> None:
-    call = Int8Call(torch.zeros(2, 32, dtype=torch.int8), torch.ones(2), make_int8_weight(16, 32))
+    call = W8a8Call(torch.zeros(2, 32, dtype=torch.int8), torch.ones(2), make_w8a8_weight(16, 32))
     with pytest.raises(ValueError, match=message):
         ops.w8a8_linear(replace(call, **change))

@@ -1,4 +1,4 @@
-"""The int8 product for few rows: exact sums, one operator on two devices, and what graphs and streams do to it."""
+"""The product of 8 bits for few rows: exact sums, one operator on two devices, and what graphs and streams do to it."""
 
 from dataclasses import replace
 from types import SimpleNamespace
@@ -7,26 +7,26 @@ import pytest
 import torch
 from torch import Tensor
 
-from lowbit.quant.kernels import extension, ops, ring, w8a8_gemm
+from lowbit.quant.kernels import extension, ops, ring, w8a8, w8a8_gemm
 from lowbit.quant.kernels.problem import Problem
 from lowbit.quant.kernels.registry import choose_kernel
 from lowbit.quant.kernels.ring import RingCut
-from lowbit.quant.kernels.w8a8 import Int8Call, Int8Weight
+from lowbit.quant.kernels.w8a8 import W8a8Call, W8a8Weight
 from lowbit.quant.kernels.w8a8_gemm import choose_cut, run
 from tests.kernels.make import (
     assert_dependence_changes_nothing,
     assert_devices_agree,
     assert_streams_agree,
-    int8_call,
-    make_int8_weight,
+    make_w8a8_weight,
     make_x,
     on_cpu,
+    w8a8_call,
 )
 
 ROWS = [1, 2, 7, 8, 9, 16, 17, 33, 64, 100, 128, 255]
 BLOCK_BYTES = 227 << 10  # of shared memory, at most
 CUTS = [RingCut(w, c, stages) for w in w8a8_gemm.WARPGROUPS for c in ring.CLUSTERS for stages in (2, 4)]
-ON_H100 = Problem(1, 4096, 4096, 8, -1, torch.float16, "cuda", (9, 0), 132, int8_inputs=True)
+ON_H100 = Problem(1, 4096, 4096, 8, -1, torch.float16, "cuda", (9, 0), 132, code_inputs=True)
 
 
 def shared_bytes(launch: RingCut, m: int) -> int:
@@ -80,9 +80,9 @@ def random_codes(*shape: int, device: str = "cuda") -> Tensor:
 
 def check_sums(m: int, n: int, k: int, launch: RingCut | None = None) -> None:
     """Every bit of the sums, which float32 holds: scales of 1, and inputs over the whole range."""
-    weight = Int8Weight(random_codes(n, k), torch.ones(n, device="cuda"))
+    weight = W8a8Weight(random_codes(n, k), torch.ones(n, device="cuda"))
     x = random_codes(m, k).clamp(min=-127)
-    call = Int8Call(x, torch.ones(m, device="cuda"), weight, dtype=torch.float32)
+    call = W8a8Call(x, torch.ones(m, device="cuda"), weight, dtype=torch.float32)
     y = run(call, call.problem(), launch)
     assert torch.equal(y.double(), x.double() @ weight.codes.double().T)
 
@@ -113,13 +113,13 @@ def test_shapes_of_models(n: int, k: int) -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_one_operator_on_two_devices(m: int, dtype: torch.dtype) -> None:
     for n, k in ((96, 512), (99, 1040)):
-        weight = make_int8_weight(n, k, "cuda")
+        weight = make_w8a8_weight(n, k, "cuda")
         x, bias, residual = make_x(m, k, dtype, "cuda"), make_x(1, n, dtype, "cuda")[0], make_x(m, n, dtype, "cuda")
         scale = torch.tensor(0.02, device="cuda")
         for input_scale in (None, scale):
             for tail in ((None, None), (bias, None), (None, residual), (bias, residual)):
-                call = int8_call(x, weight, *tail, input_scale)
-                on_host = int8_call(*map(on_cpu, (x, weight, *tail, input_scale)))
+                call = w8a8_call(x, weight, *tail, input_scale)
+                on_host = w8a8_call(*map(on_cpu, (x, weight, *tail, input_scale)))
                 assert_devices_agree(ops.w8a8_linear(call), ops.w8a8_linear(on_cpu(call)))
                 assert_devices_agree(ops.w8a8_linear(call), ops.w8a8_linear(on_host))
 
@@ -127,15 +127,15 @@ def test_one_operator_on_two_devices(m: int, dtype: torch.dtype) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("m", [1, 12, 64])
 def test_the_same_bits_every_time(m: int) -> None:
-    weight, x = make_int8_weight(512, 8192, "cuda"), make_x(m, 8192, torch.float16, "cuda")
-    first = ops.w8a8_linear(int8_call(x, weight))
-    assert all(torch.equal(first, ops.w8a8_linear(int8_call(x, weight))) for _ in range(20))
+    weight, x = make_w8a8_weight(512, 8192, "cuda"), make_x(m, 8192, torch.float16, "cuda")
+    first = ops.w8a8_linear(w8a8_call(x, weight))
+    assert all(torch.equal(first, ops.w8a8_linear(w8a8_call(x, weight))) for _ in range(20))
 
 
-def chain(x: Tensor, weights: list[Int8Weight], dependent: bool) -> Tensor:
+def chain(x: Tensor, weights: list[W8a8Weight], dependent: bool) -> Tensor:
     """Products with nothing between them, so that each launch depends on the kernel before it."""
     for weight in weights:
-        x = ops.w8a8_linear(int8_call(x, weight, residual=x, dependent=dependent))
+        x = ops.w8a8_linear(w8a8_call(x, weight, residual=x, dependent=dependent))
     return x
 
 
@@ -143,7 +143,7 @@ def chain(x: Tensor, weights: list[Int8Weight], dependent: bool) -> Tensor:
 @pytest.mark.parametrize("m", [1, 8, 64])
 @pytest.mark.parametrize("k", [1024, 4096])
 def test_dependent_launch_changes_nothing_in_a_captured_graph(m: int, k: int) -> None:
-    weights = [make_int8_weight(k, k, "cuda") for _ in range(6)]
+    weights = [make_w8a8_weight(k, k, "cuda") for _ in range(6)]
     weights = [replace(weight, scales=weight.scales / 64) for weight in weights]
     x = make_x(m, k, torch.float16, "cuda")
     assert_dependence_changes_nothing(lambda dependent: chain(x, weights, dependent))
@@ -151,16 +151,88 @@ def test_dependent_launch_changes_nothing_in_a_captured_graph(m: int, k: int) ->
 
 @pytest.mark.gpu
 def test_another_stream_waits_for_nobody_else() -> None:
-    weight = make_int8_weight(256, 512, "cuda")
+    weight = make_w8a8_weight(256, 512, "cuda")
     x = make_x(3, 512, torch.float16, "cuda")
-    assert_streams_agree(lambda: ops.w8a8_linear(int8_call(x, weight)))
+    assert_streams_agree(lambda: ops.w8a8_linear(w8a8_call(x, weight)))
 
 
 @pytest.mark.gpu
 def test_misaligned_and_misplaced_tensors_are_named() -> None:
-    weight = make_int8_weight(64, 256, "cuda")
+    weight = make_w8a8_weight(64, 256, "cuda")
     x = random_codes(3 * 256 + 1)[1:].view(3, 256)
     with pytest.raises(ValueError, match="16 bytes at a time"):
-        ops.w8a8_linear(Int8Call(x, torch.ones(3, device="cuda"), weight))
+        ops.w8a8_linear(W8a8Call(x, torch.ones(3, device="cuda"), weight))
     with pytest.raises((ValueError, RuntimeError), match="cpu"):
-        ops.w8a8_linear(int8_call(make_x(3, 256, torch.float16, "cuda"), make_int8_weight(64, 256)))
+        ops.w8a8_linear(w8a8_call(make_x(3, 256, torch.float16, "cuda"), make_w8a8_weight(64, 256)))
+
+
+FLOATS = Problem(1, 4096, 4096, 8, -1, torch.float16, "cuda", (9, 0), 132, code_inputs=True, is_float=True)
+
+
+@pytest.mark.parametrize(
+    ("m", "n", "dtype", "capability", "name"),
+    [
+        (128, 4096, torch.float16, (9, 0), "w8a8_gemm"),
+        (129, 4096, torch.float16, (9, 0), "torch._scaled_mm"),
+        (129, 4104, torch.float16, (9, 0), "w8a8_gemm"),
+        (129, 4096, torch.float32, (9, 0), "w8a8_gemm"),
+        (129, 4096, torch.float16, (8, 9), "reference"),
+        (1, 4096, torch.float16, None, "reference"),
+    ],
+)
+def test_the_kernels_of_fp8(
+    m: int,
+    n: int,
+    dtype: torch.dtype,
+    capability: tuple[int, int] | None,
+    name: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(extension, "EXTENSION", SimpleNamespace(architectures="90a"))
+    assert choose_kernel(replace(FLOATS, m=m, n=n, dtype=dtype, capability=capability)).name == name
+
+
+def fp8_call(m: int, n: int, k: int, outliers: bool = False, dtype: torch.dtype = torch.float32) -> W8a8Call:
+    """A product of FP8; with `outliers` every k / 5th input is 60 times larger."""
+    weight, x = make_w8a8_weight(n, k, "cuda", "fp8-a16"), make_x(m, k, torch.float16, "cuda", outliers)
+    return replace(w8a8_call(x, weight), dtype=dtype)
+
+
+def error_of(y: Tensor, call: W8a8Call) -> Tensor:
+    """The largest error against a product in float64, as a part of the sum of the products' magnitudes."""
+    x, codes = call.x.double() * call.x_scales.double().unsqueeze(1), call.weight.codes.double()
+    codes = codes * call.weight.scales.double().unsqueeze(1)
+    return ((y.double() - x @ codes.T).abs() / (x.abs() @ codes.abs().T).clamp(min=1e-30)).max()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("outliers", [False, True])
+@pytest.mark.parametrize("m", ROWS)
+def test_sums_of_fp8_lose_the_bits_of_a_chunk_alone(m: int, outliers: bool) -> None:
+    for n, k in ((1, 16), (72, 272), (1000, 4128), (4096, 4096)):
+        call = fp8_call(m, n, k, outliers)
+        # four tensor instructions of a chunk, each cut after 13 bits behind the largest term
+        assert error_of(run(call, call.problem()), call) < 4 * 2.0**-12
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("m", [1, 16, 48, 128])
+def test_every_cut_of_fp8(m: int) -> None:
+    for launch in CUTS:
+        call = fp8_call(m, 328, 1680)
+        y = run(call, call.problem(), launch)
+        assert error_of(y, call) < 4 * 2.0**-12
+        assert torch.equal(y, run(call, call.problem(), launch))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("outliers", [False, True])
+def test_many_rows_of_fp8_in_torch(outliers: bool, dtype: torch.dtype) -> None:
+    for m, n, k in ((129, 96, 512), (300, 4096, 4096), (512, 4096, 11008)):
+        call = fp8_call(m, n, k, outliers, dtype)
+        assert choose_kernel(call.problem()).name == "torch._scaled_mm"
+        bias, residual = make_x(1, n, dtype, "cuda")[0], make_x(m, n, dtype, "cuda")
+        exact = w8a8.reference(replace(call, bias=bias, residual=residual, dtype=torch.float32, x=call.x))
+        y = ops.w8a8_linear(replace(call, bias=bias, residual=residual))
+        assert (y.float() - exact).abs().max() <= 4 * torch.finfo(dtype).eps * exact.abs().max()

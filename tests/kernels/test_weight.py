@@ -12,20 +12,26 @@ from lowbit.quant.kernels.weight import (
     Dense,
     Epilogue,
     Hints,
-    Int8,
     Packed,
+    W8a8,
     activated,
     load_weight,
     pack,
 )
 from lowbit.quant.linear import QLinear
-from lowbit.quant.numbers import INT8
 from lowbit.quant.numerics import fake_quantize_inputs
 from lowbit.quant.qtensor import QTensor, round_to_nearest
 from lowbit.quant.scheme import parse_scheme
 from tests.kernels.make import make_linear, make_x
 
-SCHEMES = {"int4-g32": Packed, "uint8-g64": Packed, "int8-channel-a8token": Int8, "int8-channel-a8tensor": Int8}
+SCHEMES = {
+    "int4-g32": Packed,
+    "uint8-g64": Packed,
+    "int8-channel-a8token": W8a8,
+    "int8-channel-a8tensor": W8a8,
+    "fp8": W8a8,
+    "fp8-static": W8a8,
+}
 N, K = 64, 128
 
 
@@ -38,7 +44,9 @@ def test_a_linear_and_its_module_compute_what_the_codes_stand_for(scheme):
     linear, dense = make_linear(scheme)
     x = make_x(3, K, torch.float16).view(3, 1, K)
     assert type(linear.weight) is SCHEMES[scheme]
-    inputs = x.float() if linear.inputs is None else fake_quantize_inputs(x.float(), INT8, linear.inputs.scale)
+    inputs = x.float()
+    if linear.inputs is not None:
+        inputs = fake_quantize_inputs(inputs, linear.inputs.side.number, linear.inputs.scale)
     wanted = inputs @ dense.T + linear.bias.float()
     torch.testing.assert_close(linear(x).float(), wanted, atol=4e-3, rtol=4e-3)
     assert torch.equal(QLinear(linear)(x), linear(x))
@@ -49,10 +57,10 @@ def test_the_tensors_of_a_module_are_its_buffers():
     for scheme in SCHEMES:
         module = QLinear(make_linear(scheme)[0])
         held = {name for name, _ in module.named_buffers()}
-        assert held >= {"bias"} | ({"codes", "scales"} if "a8" in scheme else {"words", "scales"})
+        assert held >= {"bias"} | ({"codes", "scales"} if SCHEMES[scheme] is W8a8 else {"words", "scales"})
         assert not list(module.parameters())
-        for buffer in module.buffers():
-            buffer.zero_()
+        for name, buffer in module.named_buffers():
+            buffer.fill_(name == "input_scale")
         assert not module(make_x(2, K, torch.float16)).any()
 
 
@@ -61,7 +69,7 @@ def test_the_tensors_of_a_module_are_its_buffers():
     [
         ("int4-g32", torch.float16, 128, Packed),
         ("int4-g32", torch.float32, 128, Dense),
-        ("int8-channel-a8token", torch.bfloat16, 128, Int8),
+        ("int8-channel-a8token", torch.bfloat16, 128, W8a8),
         ("int8-channel-a8token", torch.float32, 128, Dense),
         ("int8-channel", torch.float16, 40, Dense),
     ],

@@ -13,6 +13,7 @@
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+#include <cuda_fp8.h>
 #include <cuda_runtime.h>
 
 #include <array>
@@ -125,6 +126,10 @@ template <>
 constexpr const char* name_of<__nv_bfloat16> = "bfloat16";
 template <>
 constexpr const char* name_of<float> = "float32";
+template <>
+constexpr const char* name_of<int8_t> = "int8";
+template <>
+constexpr const char* name_of<__nv_fp8_e4m3> = "float8_e4m3fn";
 
 constexpr size_t kMostBytes = 512;  // of a struct
 

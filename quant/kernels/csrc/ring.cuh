@@ -20,7 +20,7 @@ constexpr int kGroupRows = 64;  // of W per warpgroup
 // kParts: runs of adjacent rows of W per block.
 template <typename Operand_, int kColumns_, int kWarpgroups_, int kParts_ = 1>
 struct RingShape {
-  using Operand = Operand_;  // int8_t or a half
+  using Operand = Operand_;  // int8_t, e4m3 or a half
   using Sum = typename SumOf<Operand>::Type;
   static constexpr int kColumns = kColumns_;        // rows of x, padded
   static constexpr int kWarpgroups = kWarpgroups_;  // multiplying warpgroups
@@ -157,6 +157,31 @@ __device__ void consume(const RingShare& share, const Ring<S>& ring, RingSums<S>
     turn.next();
   }
   wgmma_wait<0>();
+}
+
+// The same with sums of each chunk's own, added in float32: the tensor cores add up products of e4m3 with some 14 bits.
+template <typename S>
+__device__ void consume_apart(const RingShare& share, const Ring<S>& ring, RingSums<S>& sums) {
+  constexpr int kSpan = S::kColumns == 128 ? 32 : S::kColumns;  // columns at once: more sums do not fit in registers
+  const int group = threadIdx.x / 128;
+  Turn turn{ring.stages};
+  for (int chunk = share.first; chunk < share.end; ++chunk, turn.next()) {
+    const SwizzledAt w(ring.w(turn.stage) + group * (kGroupRows * kBoxBytes)), x(ring.x(turn.stage));
+    barrier_wait(ring.full(turn.stage), turn.parity);
+#pragma unroll
+    for (int column = 0; column < S::kColumns; column += kSpan) {
+      typename S::Sum part[kSpan / 2] = {};
+      wgmma_fence();
+#pragma unroll
+      for (int byte = 0; byte < kBoxBytes; byte += 32)
+        wgmma_shared<typename S::Operand, kSpan>(part, w.after(byte), x.after(column * kBoxBytes + byte));
+      wgmma_commit();
+      wgmma_wait<0>();
+      if (threadIdx.x % 128 == 0 && column + kSpan == S::kColumns) barrier_arrive(ring.empty(turn.stage));
+#pragma unroll
+      for (int i = 0; i < kSpan / 2; ++i) sums[column / 2 + i] += part[i];
+    }
+  }
 }
 
 // Stores a lane's sums to shared memory: partial[row of x][row of W in the block].

@@ -1,6 +1,6 @@
 // Compiled once per T: LOWBIT_T comes from units.py.
 //
-// One block per row, with the row in registers: activation, norm and rounding to int8, each if requested. It is a
+// One block per row, with the row in registers: activation, norm and rounding to int8 or e4m3, each if requested. It is a
 // kernel of its own because a fused prologue, which normalizes the same row in every block, costs the product more than
 // this launch: docs/ENGINE.md has the figures.
 #include "declare.cuh"
@@ -10,21 +10,23 @@
 
 namespace lowbit {
 
+LOWBIT_ENUM(Rounding, none, int8, fp8)
+
 struct RowNormArgs {
   LOWBIT_STRUCT(RowNormArgs);
   FIELD(const void*, x);             // (m, k), k a multiple of 8; (m, 2 k), gate followed by up, for silu_mul
   FIELD(const void*, weight);        // (k), null without a norm
   FIELD(const void*, bias);          // (k) or null
-  FIELD(const float*, input_scale);  // one number for all tokens, or null: each token's absmax / 127
+  FIELD(const float*, input_scale);  // one number for all tokens, or null: each token's absmax / 127, or / 448
   FIELD(void*, y);                   // (m, k), or null to get codes and scales
-  FIELD(int8_t*, codes);             // (m, k)
+  FIELD(uint8_t*, codes);            // (m, k)
   FIELD(float*, scales);             // (m)
   FIELD(int, m);
   FIELD(int, k);
   FIELD(Norm, norm);
   FIELD(float, eps);
   FIELD(Activation, activation);     // before the norm
-  FIELD(bool, int8);                 // round to multiples of the scale, -128 to 127
+  FIELD(Rounding, rounding);         // to multiples of the scale: -128 to 127, or e4m3
 };
 
 namespace {
@@ -102,7 +104,7 @@ __device__ float scale_of(const RowNormArgs& args, const float (&x)[kCount][kVec
 #pragma unroll
     for (int i = 0; i < kVector; ++i) largest = max_or_nan(largest, fabsf(x[v][i]));
   largest = reduce(largest, scratch, Max{});
-  return largest == 0.f ? 1.f : largest / 127.f;
+  return largest == 0.f ? 1.f : largest / (args.rounding == Rounding::fp8 ? 448.f : 127.f);
 }
 
 // A scale, and the inverse of scale * lift for divisions. lift is a power of two, so that a tiny scale has an inverse
@@ -118,25 +120,34 @@ struct Step {
   __device__ float divide(float x) const {
     const float lifted = x * lift, guess = lifted * inverse;
     const float quotient = fmaf(fmaf(-guess, scale * lift, lifted), inverse, guess);
-    return fabsf(guess) >= 128.f ? guess : quotient;  // beyond all codes, and perhaps infinite
+    return fabsf(guess) >= 512.f ? guess : quotient;  // beyond all codes, and perhaps infinite
   }
-  __device__ float code_of(float x) const { return fminf(fmaxf(rintf(divide(x)), -128.f), 127.f); }
+  __device__ uint8_t code_of(Rounding rounding, float x) const {
+    if (rounding == Rounding::fp8) return __nv_cvt_float_to_fp8(divide(x), __NV_SATFINITE, __NV_E4M3);
+    return static_cast<int8_t>(fminf(fmaxf(rintf(divide(x)), -128.f), 127.f));
+  }
+  __device__ float rounded(Rounding rounding, float x) const {
+    const uint8_t code = code_of(rounding, x);
+    if (rounding == Rounding::int8) return static_cast<int8_t>(code) * scale;
+    return __half2float(__nv_cvt_fp8_to_halfraw(code, __NV_E4M3)) * scale;
+  }
 };
 
 // Stores the row as numbers of T, or as codes.
 template <typename T>
 __device__ void store(const RowNormArgs& args, int64_t index, const float (&x)[kVector], const Step& step) {
   if (args.codes != nullptr) {
-    alignas(8) int8_t codes[kVector];
+    alignas(8) uint8_t codes[kVector];
 #pragma unroll
-    for (int i = 0; i < kVector; ++i) codes[i] = static_cast<int8_t>(step.code_of(x[i]));
+    for (int i = 0; i < kVector; ++i) codes[i] = step.code_of(args.rounding, x[i]);
     reinterpret_cast<uint2*>(args.codes)[index] = *reinterpret_cast<const uint2*>(codes);
     return;
   }
   uint4 raw;
   T* elements = reinterpret_cast<T*>(&raw);
 #pragma unroll
-  for (int i = 0; i < kVector; ++i) elements[i] = from_float<T>(args.int8 ? step.code_of(x[i]) * step.scale : x[i]);
+  for (int i = 0; i < kVector; ++i)
+    elements[i] = from_float<T>(args.rounding == Rounding::none ? x[i] : step.rounded(args.rounding, x[i]));
   static_cast<uint4*>(args.y)[index] = raw;
 }
 
@@ -181,7 +192,7 @@ __global__ void __launch_bounds__(kMaxThreads) row_norm_kernel(const __grid_cons
   float x[kCount][kVector];
   load<T, kCount, kActive>(args, vectors, x);
   if (args.norm != Norm::none) norm_row<T>(args, x, weights, vectors, scratch);
-  const Step step(args.int8 ? scale_of(args, x, scratch) : 1.f);
+  const Step step(args.rounding == Rounding::none ? 1.f : scale_of(args, x, scratch));
   if (args.scales != nullptr && threadIdx.x == 0) args.scales[blockIdx.x] = step.scale;
 #pragma unroll
   for (int v = 0; v < kCount; ++v) {

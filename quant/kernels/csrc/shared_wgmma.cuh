@@ -1,10 +1,12 @@
 // wgmma with both operands in shared memory (sm_90a): c (64 x kColumns) += a (64 rows) * b (kColumns rows), with 32
-// bytes per row: 32 inputs of int8 and int32 sums, or 16 halves and float32 sums.
+// bytes per row: 32 inputs of int8 and int32 sums, 32 of e4m3 and float32 sums, or 16 halves and float32 sums.
 //
 // Operands have the layout of the copy engine's boxes of 128 bytes per row with 128-byte swizzle: eight rows (1024
 // bytes) form an atom, atoms follow each other. c is as in wgmma.cuh: warp w of the four has rows 16 w to 16 w + 15, as
 // kColumns / 8 of mma.m16n8's C operands.
 #pragma once
+
+#include <cuda_fp8.h>
 
 #include "wgmma.cuh"
 
@@ -46,6 +48,8 @@ __device__ inline void wgmma_shared(typename SumOf<Operand>::Type (&c)[kColumns 
   }
 #define LOWBIT_WGMMA_BYTES(COLUMNS, C, AB, ...) \
   LOWBIT_WGMMA_SHARED(int8_t, "k32.s32.s8.s8", COLUMNS, C, AB, "", __VA_ARGS__)
+#define LOWBIT_WGMMA_FLOATS(COLUMNS, C, AB, ...) \
+  LOWBIT_WGMMA_SHARED(__nv_fp8_e4m3, "k32.f32.e4m3.e4m3", COLUMNS, C, AB, ", 1, 1", __VA_ARGS__)
 #define LOWBIT_WGMMA_HALVES(COLUMNS, C, AB, ...)                                                            \
   LOWBIT_WGMMA_SHARED(__half, "k16.f32.f16.f16", COLUMNS, C, AB, ", 1, 1, 0, 0", __VA_ARGS__)               \
   LOWBIT_WGMMA_SHARED(__nv_bfloat16, "k16.f32.bf16.bf16", COLUMNS, C, AB, ", 1, 1, 0, 0", __VA_ARGS__)
@@ -62,6 +66,11 @@ LOWBIT_WGMMA_BYTES(16, LOWBIT_FIRST_8, "%8, %9", LOWBIT_I8(0))
 LOWBIT_WGMMA_BYTES(32, LOWBIT_FIRST_16, "%16, %17", LOWBIT_I16(0))
 LOWBIT_WGMMA_BYTES(64, LOWBIT_FIRST_32, "%32, %33", LOWBIT_I32(0))
 LOWBIT_WGMMA_BYTES(128, LOWBIT_FIRST_32 LOWBIT_NEXT_32, "%64, %65", LOWBIT_I32(0), LOWBIT_I32(32))
+LOWBIT_WGMMA_FLOATS(8, LOWBIT_FIRST_4, "%4, %5", "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]))
+LOWBIT_WGMMA_FLOATS(16, LOWBIT_FIRST_8, "%8, %9", LOWBIT_C8(0))
+LOWBIT_WGMMA_FLOATS(32, LOWBIT_FIRST_16, "%16, %17", LOWBIT_C16(0))
+LOWBIT_WGMMA_FLOATS(64, LOWBIT_FIRST_32, "%32, %33", LOWBIT_C32(0))
+LOWBIT_WGMMA_FLOATS(128, LOWBIT_FIRST_32 LOWBIT_NEXT_32, "%64, %65", LOWBIT_C32(0), LOWBIT_C32(32))
 LOWBIT_WGMMA_HALVES(8, LOWBIT_FIRST_4, "%4, %5", "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]))
 LOWBIT_WGMMA_HALVES(16, LOWBIT_FIRST_8, "%8, %9", LOWBIT_C8(0))
 LOWBIT_WGMMA_HALVES(32, LOWBIT_FIRST_16, "%16, %17", LOWBIT_C16(0))

@@ -1,5 +1,5 @@
-// Arguments of all products of int8 rows with an int8 weight:
-// y = (x W^T) * x_scales * scales + bias + residual, with exact int32 sums and float32 for everything after them.
+// Arguments of all products of rows in codes of eight bits with a weight of the same number, int8 or e4m3:
+// y = (x W^T) * x_scales * scales + bias + residual, with float32 for everything after the sums. Those of int8 are exact.
 #pragma once
 
 #include "declare.cuh"
@@ -8,9 +8,9 @@ namespace lowbit {
 
 struct W8a8Args {
   LOWBIT_STRUCT(W8a8Args);
-  FIELD(const int8_t*, x);        // (m, k), k a multiple of 16
+  FIELD(const void*, x);          // (m, k), k a multiple of 16
   FIELD(const float*, x_scales);  // (m)
-  FIELD(const int8_t*, codes);    // (n, k)
+  FIELD(const void*, codes);      // (n, k)
   FIELD(const float*, scales);    // (n)
   FIELD(const void*, bias);       // (n) in y's type or null
   FIELD(const void*, residual);   // (m, n) in y's type or null

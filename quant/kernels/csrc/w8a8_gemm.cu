@@ -1,4 +1,5 @@
-// Code for sm_90a alone; empty elsewhere. ring.cuh has the design. Sums are int32, so their order does not matter.
+// Compiled once per type of codes: LOWBIT_CODES comes from units.py. Code for sm_90a alone; empty elsewhere. ring.cuh has
+// the design. Sums of int8 are int32, so their order does not matter; those of e4m3 are added in the order of k.
 #include "declare.cuh"
 #include "epilogue.cuh"
 #include "ring.cuh"
@@ -10,9 +11,6 @@ namespace lowbit {
 enum class W8a8Output : int { kHalf, kBfloat16, kFloat };  // type of y, bias and residual
 
 namespace {
-
-template <int kColumns, int kWarpgroups>
-using Shape = RingShape<int8_t, kColumns, kWarpgroups>;
 
 // Shared memory behind the ring: the scales of the block's rows of W and of x.
 template <typename S>
@@ -46,11 +44,11 @@ __device__ void load_sides(const W8a8Args& args, const RingShare& share, Sides<S
 
 // Sums over the cluster, each block its share of them, then y.
 template <typename S>
-__device__ void finish(const W8a8Args& args, W8a8Output output, const RingShare& share, const int* partial,
-                       const Sides<S>& sides) {
+__device__ void finish(const W8a8Args& args, W8a8Output output, const RingShare& share,
+                       const typename S::Sum* partial, const Sides<S>& sides) {
   const int first_column = blockIdx.z * S::kColumns;
   for_fours<S>(min(args.m - first_column, S::kColumns), S::kRows / 4, [&](int column, int row) {
-    int sum[4] = {};
+    typename S::Sum sum[4] = {};
     sum_over_cluster(partial + column * S::kPitch + row, sum);
     const float x_scale = sides.x_scales[column];
     const float* scales = sides.scales + row;
@@ -81,8 +79,9 @@ __global__ void __launch_bounds__(S::kThreads, S::kMinBlocks)
   }
   load_sides<S>(args, share, sides);
   RingSums<S> sums = {};
-  consume<S>(share, ring, sums);
-  int* partial = reinterpret_cast<int*>(smem);
+  if constexpr (std::is_same_v<typename S::Operand, int8_t>) consume<S>(share, ring, sums);
+  else consume_apart<S>(share, ring, sums);
+  auto* partial = reinterpret_cast<typename S::Sum*>(smem);
   share_sums<S>(sums, partial, [&] { finish<S>(args, output, share, partial, sides); });
 #endif
 }
@@ -99,12 +98,12 @@ cudaError_t launch_shape(const W8a8Args& args, const RingLaunch& launch, W8a8Out
   return launch_kernel(w8a8_gemm_kernel<S>, plan, maps, args, output, stages);
 }
 
-template <int kColumns>
+template <typename Codes, int kColumns>
 cudaError_t launch_warpgroups(const W8a8Args& args, const RingLaunch& launch, W8a8Output output, cudaStream_t stream) {
   switch (launch.warpgroups) {
-    case 1: return launch_shape<Shape<kColumns, 1>>(args, launch, output, stream);
-    case 2: return launch_shape<Shape<kColumns, 2>>(args, launch, output, stream);
-    case 4: return launch_shape<Shape<kColumns, 4>>(args, launch, output, stream);
+    case 1: return launch_shape<RingShape<Codes, kColumns, 1>>(args, launch, output, stream);
+    case 2: return launch_shape<RingShape<Codes, kColumns, 2>>(args, launch, output, stream);
+    case 4: return launch_shape<RingShape<Codes, kColumns, 4>>(args, launch, output, stream);
     default: return cudaErrorInvalidValue;
   }
 }
@@ -112,19 +111,19 @@ cudaError_t launch_warpgroups(const W8a8Args& args, const RingLaunch& launch, W8
 }  // namespace
 
 // cudaErrorInvalidDeviceFunction if the code was not built for sm_90a.
-template <W8a8Output kOutput>
+template <typename Codes, W8a8Output kOutput>
 cudaError_t launch_w8a8_gemm(const W8a8Args& args, const RingLaunch& launch, cudaStream_t stream) {
-  if (args.m <= 8) return launch_warpgroups<8>(args, launch, kOutput, stream);
-  if (args.m <= 16) return launch_warpgroups<16>(args, launch, kOutput, stream);
-  if (args.m <= 32) return launch_warpgroups<32>(args, launch, kOutput, stream);
-  if (args.m <= 64) return launch_warpgroups<64>(args, launch, kOutput, stream);
-  return launch_warpgroups<128>(args, launch, kOutput, stream);
+  if (args.m <= 8) return launch_warpgroups<Codes, 8>(args, launch, kOutput, stream);
+  if (args.m <= 16) return launch_warpgroups<Codes, 16>(args, launch, kOutput, stream);
+  if (args.m <= 32) return launch_warpgroups<Codes, 32>(args, launch, kOutput, stream);
+  if (args.m <= 64) return launch_warpgroups<Codes, 64>(args, launch, kOutput, stream);
+  return launch_warpgroups<Codes, 128>(args, launch, kOutput, stream);
 }
 
 const Kernel w8a8_gemm[] = {
-    {"w8a8_gemm", {name_of<__half>}, launch_w8a8_gemm<W8a8Output::kHalf>},
-    {"w8a8_gemm", {name_of<__nv_bfloat16>}, launch_w8a8_gemm<W8a8Output::kBfloat16>},
-    {"w8a8_gemm", {name_of<float>}, launch_w8a8_gemm<W8a8Output::kFloat>},
+    {"w8a8_gemm", {name_of<LOWBIT_CODES>, name_of<__half>}, launch_w8a8_gemm<LOWBIT_CODES, W8a8Output::kHalf>},
+    {"w8a8_gemm", {name_of<LOWBIT_CODES>, name_of<__nv_bfloat16>}, launch_w8a8_gemm<LOWBIT_CODES, W8a8Output::kBfloat16>},
+    {"w8a8_gemm", {name_of<LOWBIT_CODES>, name_of<float>}, launch_w8a8_gemm<LOWBIT_CODES, W8a8Output::kFloat>},
 };
 
 }  // namespace lowbit

@@ -29,6 +29,7 @@ OTHERS = {
     *(f"LOWBIT_{axis}={name}" for axis in ("NUMBER", "WHOLE") for name in ("Fp4", "Fp8")),
     *(f"LOWBIT_NUMBER=Int{bits}" for bits in (2, 3, 5, 6, 7)),
     *(f"LOWBIT_CACHE={name}Cache" for name in ("Fp8", "Int4")),
+    "LOWBIT_CODES=__nv_fp8_e4m3",
 }
 FLAGS = ("-std=c++20", "-O1", "-fPIC", "-w", "-fvisibility=hidden", "-fno-strict-aliasing", "-x", "c++")
 # Hopper's code, whatever `architectures` says to Python: it is what the emulated GPU claims to be.
