@@ -7,7 +7,7 @@ from lowbit.errors import CheckpointError
 from lowbit.export.compressed_tensors import COMPRESSED_TENSORS
 from lowbit.integrations.arriving import Arriving, Share, placeholder, reason_against
 from lowbit.quant.kernels.joined import columns_of
-from lowbit.quant.kernels.weight import W8a8, Dense, Packed, load_weight, takes_codes
+from lowbit.quant.kernels.weight import Dense, Packed, W8a8, load_weight, takes_codes
 from lowbit.quant.qtensor import QTensor, round_to_nearest
 from lowbit.quant.scheme import Scheme, parse_scheme
 

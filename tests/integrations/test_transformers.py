@@ -19,7 +19,7 @@ from lowbit.errors import CheckpointError
 from lowbit.evaluation.backend import load_dense
 from lowbit.export.compressed_tensors import COMPRESSED_TENSORS
 from lowbit.models.source import open_source
-from lowbit.quant.kernels.weight import W8a8, Packed
+from lowbit.quant.kernels.weight import Packed, W8a8
 from lowbit.quant.linear import QLinear
 from lowbit.quant.qtensor import round_to_nearest
 from lowbit.quant.scheme import parse_scheme

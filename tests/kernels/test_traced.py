@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lowbit.quant.kernels.traced import FORMS, form_of, multiply
-from lowbit.quant.kernels.weight import W8a8, Dense, Hints, Linear, Packed, inputs_of, load_weight
+from lowbit.quant.kernels.weight import Dense, Hints, Linear, Packed, W8a8, inputs_of, load_weight
 from lowbit.quant.qtensor import QTensor, round_to_nearest
 from lowbit.quant.scheme import parse_scheme
 
