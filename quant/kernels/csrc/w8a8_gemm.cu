@@ -1,5 +1,5 @@
-// Compiled once per type of codes: LOWBIT_CODES comes from units.py. Code for sm_90a alone; empty elsewhere. ring.cuh has
-// the design. Sums of int8 are int32, so their order does not matter; those of e4m3 are added in the order of k.
+// Compiled once per type of codes: LOWBIT_CODES comes from units.py. Code for sm_90a alone; empty elsewhere. ring.cuh
+// has the design. Sums of int8 are int32, so their order does not matter; those of e4m3 are added in the order of k.
 #include "declare.cuh"
 #include "epilogue.cuh"
 #include "ring.cuh"
@@ -120,10 +120,11 @@ cudaError_t launch_w8a8_gemm(const W8a8Args& args, const RingLaunch& launch, cud
   return launch_warpgroups<Codes, 128>(args, launch, kOutput, stream);
 }
 
+constexpr auto codes_name = name_of<LOWBIT_CODES>;
 const Kernel w8a8_gemm[] = {
-    {"w8a8_gemm", {name_of<LOWBIT_CODES>, name_of<__half>}, launch_w8a8_gemm<LOWBIT_CODES, W8a8Output::kHalf>},
-    {"w8a8_gemm", {name_of<LOWBIT_CODES>, name_of<__nv_bfloat16>}, launch_w8a8_gemm<LOWBIT_CODES, W8a8Output::kBfloat16>},
-    {"w8a8_gemm", {name_of<LOWBIT_CODES>, name_of<float>}, launch_w8a8_gemm<LOWBIT_CODES, W8a8Output::kFloat>},
+    {"w8a8_gemm", {codes_name, name_of<__half>}, launch_w8a8_gemm<LOWBIT_CODES, W8a8Output::kHalf>},
+    {"w8a8_gemm", {codes_name, name_of<__nv_bfloat16>}, launch_w8a8_gemm<LOWBIT_CODES, W8a8Output::kBfloat16>},
+    {"w8a8_gemm", {codes_name, name_of<float>}, launch_w8a8_gemm<LOWBIT_CODES, W8a8Output::kFloat>},
 };
 
 }  // namespace lowbit
