@@ -801,11 +801,19 @@ RUN_BY = (  # a row: the schemes, of which the first is asked for
 )
 
 
+SHORTER = (
+    ("sm_", ""),
+    ("expanded to 16 bits everywhere", "expanded"),
+    ("weights alone on", "weights:"),
+    ("weights alone", "weights"),
+)
+
+
 def _places(described: str) -> str:
     """A cell: `100-120; weights: 75-90`; no place where it fails."""
     parts = [part for part in described.split("; ") if not part.startswith("fails on")]
     text = "; ".join(part.removeprefix("runs on ").removeprefix("runs ") for part in parts)
-    for long, short in (("sm_", ""), ("expanded to 16 bits everywhere", "expanded"), ("weights alone on", "weights:"), ("weights alone", "weights")):
+    for long, short in SHORTER:
         text = text.replace(long, short)
     return "no" if text == "fails everywhere" else text.replace(" to ", "-")
 

@@ -1,8 +1,8 @@
 // Compiled once per T: LOWBIT_T comes from units.py.
 //
 // One block per row, with the row in registers: activation, norm and rounding to int8 or e4m3, each if requested. It is
-// a kernel of its own because a fused prologue, which normalizes the same row in every block, costs the product more than
-// this launch: docs/ENGINE.md has the figures.
+// a kernel of its own because a fused prologue, which normalizes the same row in every block, costs the product more
+// than this launch: docs/ENGINE.md has the figures.
 #include "declare.cuh"
 #include "epilogue.cuh"
 #include "launch.cuh"

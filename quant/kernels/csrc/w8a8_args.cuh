@@ -1,5 +1,5 @@
 // Arguments of all products of rows in codes of eight bits with a weight of the same number, int8 or e4m3:
-// y = (x W^T) * x_scales * scales + bias + residual, with float32 for everything after the sums. Sums of int8 are exact.
+// y = (x W^T) * x_scales * scales + bias + residual, in float32 after the sums. Those of int8 are exact.
 #pragma once
 
 #include "declare.cuh"
