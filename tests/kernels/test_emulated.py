@@ -50,7 +50,7 @@ from lowbit.quant.kernels.problem import (
 )
 from lowbit.quant.kernels.row_norm import Rows
 from lowbit.quant.kernels.w8a8 import W8a8Call, W8a8Weight
-from lowbit.quant.numbers import FP8, INT8, UINT4
+from lowbit.quant.numbers import FP8, INT8, UINT4, Number
 from lowbit.quant.qtensor import QTensor
 from lowbit.quant.scheme import make_scheme
 from tests.kernels.emulator import build
@@ -363,23 +363,23 @@ def random_bytes(*shape: int) -> Tensor:
     return torch.randint(-127, 128, shape, dtype=torch.int8)
 
 
-def random_w8a8_call(pick: random.Random) -> W8a8Call:
+def random_w8a8_call(pick: random.Random, number: Number) -> W8a8Call:
     m, n, k = pick.choice([1, 5, 8, 13, 40, 70, 130]), pick.choice([1, 7, 64, 100, 200]), pick.choice([16, 144, 1040])
     dtype = pick.choice([*HALVES, torch.float32])
     some = dtype != torch.float32 and pick.random() < 0.7
     bias, residual = (torch.randn(shape).to(dtype) if some else None for shape in ((n,), (m, n)))
     x, codes = random_bytes(m, k), random_bytes(n, k)
-    if pick.random() < 0.5:
+    if number == FP8:
         x, codes = (torch.randn(each.shape).to(FP8.storage) for each in (x, codes))
     weight = W8a8Weight(codes, torch.rand(n) * 1e-4)
     return W8a8Call(x, torch.rand(m), weight, bias, residual, dtype, pick.random() < 0.6)
 
 
-def check_w8a8_products(gpu: Gpu, seeds: range) -> None:
+def check_w8a8_products(gpu: Gpu, number: Number, seeds: range) -> None:
     for seed in seeds:
         torch.manual_seed(seed)
         pick = random.Random(seed)
-        call = gpu.put(random_w8a8_call(pick))
+        call = gpu.put(random_w8a8_call(pick, number))
         launch = ring.RingCut(pick.choice(w8a8_gemm.WARPGROUPS), pick.choice([1, 2, 3, 8]), pick.choice([1, 2, 4]))
         gpu.start(seed, (call.y_shape, call.weight.k, call.x.dtype, call.dtype, launch))
         gpu.late(call.x, call.x_scales, call.residual)
@@ -653,7 +653,8 @@ CHECKS = {
     "gptq_block": (check_gptq, range(12)),
     "row_norm": (check_rows, range(40)),
     "choose_tokens": (check_choices, range(60)),
-    "w8a8_gemm": (check_w8a8_products, range(40)),
+    "w8a8_gemm": (check_w8a8_products, INT8, range(40)),
+    "w8a8_gemm in fp8": (check_w8a8_products, FP8, range(30)),
     "dense_gemv": (check_dense_products, range(60)),
     "dense_gemv, paired": (check_paired_dense, range(40)),
     "the cuts of dense_gemv": (check_cuts_of_dense,),
@@ -690,12 +691,12 @@ MUTANTS = {
     ),
     "a stage given back too early": (
         Mutant("ring.cuh", "    wgmma_wait<1>();\n    if (leader", "    if (leader"),
-        (check_w8a8_products, range(40)),
+        (check_w8a8_products, INT8, range(40)),
         "AssertionError",
     ),
     "a block that leaves while others read from it": (
         Mutant("ring.cuh", "cluster_sync();  // no block leaves while others read from it", "{}"),
-        (check_w8a8_products, range(40)),
+        (check_w8a8_products, INT8, range(40)),
         "after it had left",
     ),
     "x read before the previous kernel has ended": (
