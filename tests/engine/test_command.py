@@ -6,9 +6,10 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from benchmarks.train_drafter import Eagle3, config_for, write_head
+from benchmarks.train_drafter import config_for, write_head
 from lowbit import engine
 from lowbit.commands.quantize_generate import generate
+from lowbit.engine.drafts.training import Eagle3
 from lowbit.errors import CheckpointError
 from lowbit.export.escape import visible
 from tests.builders import make_model, save, save_family
@@ -42,7 +43,7 @@ def test_chat_answers_by_the_template(directory):
 def test_a_drafter_changes_no_text_and_its_drafts_are_told(directory, tmp_path):
     model = make_model("llama", num_hidden_layers=8)
     save(model, tmp_path / "model")
-    config = config_for(model.config, 260)
+    config = config_for(model.config.to_dict(), 260)
     write_head(Eagle3(config, torch.zeros(1)), config, torch.arange(260), tmp_path / "head")
     plain = run(tmp_path / "model", "-p", "hello", "--max-new-tokens", "12")
     got = run(tmp_path / "model", "-p", "hello", "--max-new-tokens", "12", "--drafter", tmp_path / "head", "--verbose")

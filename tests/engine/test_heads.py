@@ -8,12 +8,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from benchmarks.train_drafter import Eagle3, config_for, taps_of, write_head
+from benchmarks.train_drafter import config_for, write_head
 from lowbit import engine
 from lowbit.engine.drafts.drafting import Drafting, run_drafted
 from lowbit.engine.drafts.heads import MOST
 from lowbit.engine.drafts.kinds import Drafter
 from lowbit.engine.drafts.round import Round
+from lowbit.engine.drafts.training import Eagle3
 from lowbit.engine.sampling import Sampling
 from lowbit.errors import CheckpointError, EngineError
 from lowbit.quant.qtensor import round_to_nearest
@@ -32,7 +33,7 @@ def make_eagle(directory, **changes):
     """Writes a model and a drafter: transformers' model, and the head in plain torch."""
     model = make_model("llama", num_hidden_layers=LAYERS, **changes)
     save(model, directory / "model")
-    config = config_for(model.config, len(TARGETS))
+    config = config_for(model.config.to_dict(), len(TARGETS))
     torch.manual_seed(1)
     head = Eagle3(config, model.get_input_embeddings().weight.detach())
     with torch.no_grad():
@@ -60,7 +61,7 @@ def drafted(made):
 def proposed(model, head, text, count):
     """The tokens that the head in plain torch proposes behind a text."""
     states = model(torch.tensor([text[:-1]]), output_hidden_states=True).hidden_states
-    features = head.fc(torch.cat([states[tap] for tap in taps_of(LAYERS)], -1))
+    features = head.fc(torch.cat([states[tap] for tap in (2, LAYERS // 2, LAYERS - 3)], -1))
     tokens, found = list(text[1:]), []
     for _ in range(count):
         out = head(torch.tensor([tokens]), features, [])
@@ -324,6 +325,15 @@ def changed(made, tmp_path, config=None, tensors=None):
 def test_a_drafter_that_does_not_fit_is_named(made, tmp_path, config, tensors, message):
     with pytest.raises(CheckpointError, match=message):
         engine.load(made[0] / "model", device="cpu", context=128, drafter=changed(made, tmp_path, config, tensors))
+
+
+def test_the_residual_may_be_the_feature_itself(made, tmp_path):
+    head = deepcopy(made[2])
+    head.normed = False
+    directory = changed(made, tmp_path, {"norm_before_residual": False})
+    found = engine.load(made[0] / "model", device="cpu", context=128, drafter=directory)
+    found.spaces.costs = CHEAP_ROWS
+    check_proposals(found, lambda text, count: proposed(made[1], head, text, count))
 
 
 @pytest.mark.parametrize("scheme", ["int8", "int4-g32"])

@@ -8,9 +8,10 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from benchmarks.train_drafter import Eagle3, config_for, write_head
+from benchmarks.train_drafter import config_for, write_head
 from lowbit.commands.quantize_bench import bench
 from lowbit.engine.decoder import Decoder
+from lowbit.engine.drafts.training import Eagle3
 from lowbit.engine.engine import Engine
 from lowbit.engine.options import Options
 from lowbit.engine.shapes import SHAPES, RandomParts, decoder_shape, random_weights
@@ -107,7 +108,7 @@ def test_the_command_measures_a_drafter(tmp_path, monkeypatch):
     monkeypatch.setattr("lowbit.commands.quantize_bench.PROMPT", 16)
     model = make_model("llama", num_hidden_layers=8)
     save(model, tmp_path / "model")
-    config = config_for(model.config, 260)
+    config = config_for(model.config.to_dict(), 260)
     write_head(Eagle3(config, torch.zeros(1)), config, torch.arange(260), tmp_path / "head")
     options = ["--device", "cpu", "--batch", "1", "--prompt-tokens", "8", "--new-tokens", "6", "--json"]
     options += ["--drafter", str(tmp_path / "head"), "--drafter-scheme", "int8"]
