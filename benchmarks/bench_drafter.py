@@ -26,6 +26,7 @@ from lowbit.calibrate.data import builtin_text
 from lowbit.engine.architecture import Architecture
 from lowbit.engine.cache import Cache
 from lowbit.engine.decoder import Decoder
+from lowbit.engine.drafts.gauge import Costs
 from lowbit.engine.drafts.heads import SPARE, Head, Model
 from lowbit.engine.engine import Engine
 from lowbit.engine.layers import Block
@@ -151,12 +152,14 @@ def shape_rows(arguments: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def model_rows(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """Rows of a model with its drafter, by the kind of text."""
+    """Rows of a model with its drafter, by the kind of text. A number of drafts is checked whatever it costs; without
+    one it is chosen as always."""
     dtype = getattr(torch, arguments.dtype)
     model = engine.load(arguments.model, arguments.device, dtype, 1024, drafter=arguments.drafter)
     rows = list[dict[str, Any]]()
     for kind in ("chat", "code"):
-        for drafts in (None, 4):
+        for drafts in (7, 4, None):
+            model.spaces.costs = Costs() if drafts is None else Costs({(1, 1): 1.0}, fixed=True)
             speed = measure_drafts(model, prompts(model, kind, arguments.prompts), arguments.output, drafts=drafts)
             row = {"model": Path(arguments.model).name, "drafter": Path(arguments.drafter).name, "text": kind}
             rows.append(row | {"drafts": drafts, "dtype": arguments.dtype} | speed.as_row())

@@ -360,7 +360,7 @@ def drafts() -> str:
         share = 100 * row["draft_ms"] / (row["draft_ms"] + row["check_ms"])
         times = (row["ms_per_token"], row["plain_ms_per_token"], row["draft_ms"], row["check_ms"])
         right = " ".join(f"{100 * each:.0f}" for each in row["right"][:4])
-        most = "7" if row["drafts"] is None else str(row["drafts"])
+        most = "chosen" if row["drafts"] is None else str(row["drafts"])
         tokens = fixed(row["tokens_per_step"], 2)
         lines.append([name, most, tokens, right, *(fixed(each, 2) for each in times), f"{fixed(share, 0)}%"])
     head = "model | drafts | tokens a step | right by place, % | ms a token | without | drafts, ms | check, ms | share"
