@@ -119,17 +119,18 @@ class Eagle3(nn.Module):
         earlier   keys and values (B, T, kv heads, head_dim) of each step before this one; this step's are appended.
                   Row t sees those of the first step up to t, and of later steps its own
         """
-        layer, step = self.midlayer, len(earlier)
+        layer, step = self.midlayer.get_submodule, len(earlier)
         embedded = functional.embedding(tokens, self.embedding).to(features.dtype)
-        seen = layer["hidden_norm"](features)
-        x = torch.cat([layer["input_layernorm"](embedded), seen], -1)
+        seen = layer("hidden_norm")(features)
+        x = torch.cat([layer("input_layernorm")(embedded), seen], -1)
         positions = torch.arange(tokens.shape[1], device=tokens.device) + step
-        q, k, v = (layer["self_attn"][f"{name}_proj"](x).unflatten(-1, (-1, self.head_dim)) for name in ("q", "k", "v"))
+        q, k, v = (layer(f"self_attn.{name}_proj")(x).unflatten(-1, (-1, self.head_dim)) for name in ("q", "k", "v"))
         q, k = self.turned(q, positions), self.turned(k, positions)
         earlier.append((k, v))
-        h = (seen if self.normed else features) + layer["self_attn"]["o_proj"](self.attend(q, earlier).flatten(2))
-        y = layer["post_attention_layernorm"](h)
-        return h + layer["mlp"]["down_proj"](functional.silu(layer["mlp"]["gate_proj"](y)) * layer["mlp"]["up_proj"](y))
+        h = (seen if self.normed else features) + layer("self_attn.o_proj")(self.attend(q, earlier).flatten(2))
+        y = layer("post_attention_layernorm")(h)
+        gated = functional.silu(layer("mlp.gate_proj")(y)) * layer("mlp.up_proj")(y)
+        return h + layer("mlp.down_proj")(gated)
 
     def attend(self, q: Tensor, earlier: list[tuple[Tensor, Tensor]]) -> Tensor:
         """Attention (B, T, heads, head_dim)."""
