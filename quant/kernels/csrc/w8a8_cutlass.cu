@@ -100,8 +100,8 @@ typename P::Gemm::Arguments arguments_of(const W8a8Args& args, const W8a8Cutlass
   typename P::Gemm::Arguments arguments{};
   arguments.mode = cutlass::gemm::GemmUniversalMode::kGemm;
   arguments.problem_shape = {args.m, args.n, args.k, 1};
-  arguments.mainloop.ptr_A = args.x;
-  arguments.mainloop.ptr_B = args.codes;
+  arguments.mainloop.ptr_A = static_cast<const int8_t*>(args.x);
+  arguments.mainloop.ptr_B = static_cast<const int8_t*>(args.codes);
   arguments.mainloop.dA = cutlass::make_cute_packed_stride(typename Kernel::StrideA{}, {args.m, args.k, 1});
   arguments.mainloop.dB = cutlass::make_cute_packed_stride(typename Kernel::StrideB{}, {args.n, args.k, 1});
   const auto stride = cutlass::make_cute_packed_stride(typename Kernel::StrideD{}, {args.m, args.n, 1});
