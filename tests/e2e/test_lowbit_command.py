@@ -6,13 +6,14 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
+from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import click
 import pytest
 
 from lowbit import __version__
-from lowbit.commands import surface
+from lowbit.commands import doctor, surface
 from lowbit.commands.lowbit import COMMANDS
 from lowbit.commands.quantize_options import PARTS
 from tests.e2e.cli import run_lowbit, run_quantize
@@ -71,6 +72,17 @@ def test_the_doctor_says_what_is_here_and_what_is_not() -> None:
     assert f"lowbit {__version__}, Python {sys.version.split()[0]}" in found.out
     assert "lowbit.quant._C" in found.out
     assert "gptqmodel" in found.out
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_the_doctor_knows_if_vllm_finds_the_plugin(monkeypatch: pytest.MonkeyPatch, installed: bool) -> None:
+    plugin = EntryPoint("lowbit", doctor.PLUGIN, "vllm.general_plugins")
+    monkeypatch.setattr(doctor, "entry_points", lambda group: [plugin] if installed else [])
+    monkeypatch.setattr(doctor, "_version", lambda package: "0.33.0" if package == "vllm" else None)
+    wanted = "vllm serve DIR --quantization lowbit" if installed else "pip install . in a clone of lowbit"
+    assert wanted in str(doctor._plugin())
+    monkeypatch.setattr(doctor, "_version", lambda package: None)
+    assert doctor._plugin() is None
 
 
 def test_the_help_of_quantize_goes_by_part() -> None:
