@@ -71,8 +71,8 @@ def _plugin() -> str | None:
     if found is None:
         return None
     if PLUGIN not in {each.value for each in entry_points(group="vllm.general_plugins")}:
-        return f"vLLM {found}: does not find lowbit's plugin; pip install . in a clone of lowbit"
-    return f"vLLM {found}: finds lowbit's plugin; vllm serve DIR --quantization lowbit"
+        return f"vLLM {found}: does not find our plugin; in a clone of lowbit: pip install ."
+    return f"vLLM {found}: finds our plugin; vllm serve DIR --quantization lowbit"
 
 
 def _devices() -> list[str]:

@@ -79,7 +79,7 @@ def test_the_doctor_knows_if_vllm_finds_the_plugin(monkeypatch: pytest.MonkeyPat
     plugin = EntryPoint("lowbit", doctor.PLUGIN, "vllm.general_plugins")
     monkeypatch.setattr(doctor, "entry_points", lambda group: [plugin] if installed else [])
     monkeypatch.setattr(doctor, "_version", lambda package: "0.33.0" if package == "vllm" else None)
-    wanted = "vllm serve DIR --quantization lowbit" if installed else "pip install . in a clone of lowbit"
+    wanted = "vllm serve DIR --quantization lowbit" if installed else "in a clone of lowbit: pip install ."
     assert wanted in str(doctor._plugin())
     monkeypatch.setattr(doctor, "_version", lambda package: None)
     assert doctor._plugin() is None
