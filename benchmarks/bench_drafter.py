@@ -26,7 +26,7 @@ from lowbit.calibrate.data import builtin_text
 from lowbit.engine.architecture import Architecture
 from lowbit.engine.cache import Cache
 from lowbit.engine.decoder import Decoder
-from lowbit.engine.drafts.gauge import Costs
+from lowbit.engine.drafts.gauge import Costs, as_wide_as_may_be
 from lowbit.engine.drafts.heads import SPARE, Head, Model
 from lowbit.engine.engine import Engine
 from lowbit.engine.layers import Block
@@ -159,7 +159,7 @@ def model_rows(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     rows = list[dict[str, Any]]()
     for kind in ("chat", "code"):
         for drafts in (7, 4, None):
-            model.spaces.costs = Costs() if drafts is None else Costs({(1, 1): 1.0}, fixed=True)
+            model.spaces.costs = Costs() if drafts is None else as_wide_as_may_be()
             speed = measure_drafts(model, prompts(model, kind, arguments.prompts), arguments.output, drafts=drafts)
             row = {"model": Path(arguments.model).name, "drafter": Path(arguments.drafter).name, "text": kind}
             rows.append(row | {"drafts": drafts, "dtype": arguments.dtype} | speed.as_row())

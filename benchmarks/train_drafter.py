@@ -177,7 +177,7 @@ def main() -> None:
     head = Eagle3(config, model.decoder.weights.embedding.float()).to(arguments.device)
     begin(head, directory, targets)
     plan = Plan(60 * arguments.minutes - (time.monotonic() - begun), arguments.rate)
-    right = train(head, lessons, plan, lambda line: print(line, flush=True))
+    right = train(head, lessons, plan)
     write_head(head, config, targets.cpu(), arguments.out)
     row = {"texts": len(texts), "written": written(texts), "right": [round(share, 3) for share in right]}
     row |= {"minutes": round((time.monotonic() - begun) / 60, 2), "argv": sys.argv[1:]}

@@ -1,20 +1,24 @@
 """`quantize MODEL --method awq --output DIR`: quantize a language model and write a checkpoint that engines load."""
 
 import re
-from dataclasses import fields
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import click
 
 from lowbit.api import quantizing as api
+from lowbit.api.drafting import STEPS, Tuned, require_tunable, tune_drafter
 from lowbit.calibrate.settings import OWNERS
 from lowbit.commands.common import run_command
 from lowbit.commands.display import Display
 from lowbit.commands.parts import by_part, frame
 from lowbit.commands.quantize_console import Printer
 from lowbit.commands.quantize_options import PARTS
+from lowbit.export.dialects import format_of
 from lowbit.export.staging import told_whole
+from lowbit.models.files import model_directory
 from lowbit.quant.recipe import Recipe
 
 
@@ -42,10 +46,12 @@ def quantize(
     """Quantize MODEL and write a checkpoint for vLLM, SGLang, transformers or llama.cpp."""
     keys = {field.name for field in fields(Recipe)} | set(OWNERS)
     settings = {key: flags.pop(key) for key in keys & set(flags)}
+    name, drafter = _model_name(model_argument, model), Tunable(flags.pop("drafter"), flags.pop("drafter_steps"))
+    drafter.require(name, output, flags["revision"])  # better now than after hours of work
     display = Display(flags.pop("quiet"), flags.pop("as_json"))
     with Printer(display, flags.pop("verbose"), flags["dry_run"]) as printer:
         done = api.quantize(
-            _model_name(model_argument, model),
+            name,
             output,
             recipe=recipe_file,
             progress=printer,
@@ -54,7 +60,36 @@ def quantize(
         )
         if done.output is not None:
             with told_whole(done.output):
+                tuned = drafter.tune(done.output, flags, printer)
                 printer.result(done)
+                if tuned is not None:
+                    printer.drafter(tuned)
+
+
+@dataclass(frozen=True)
+class Tunable:
+    """The drafter that the options name, or None."""
+
+    name: str | None
+    steps: int | None
+
+    def require(self, model: str, output: Path | None, revision: str | None) -> None:
+        """A usage error for options that contradict each other, CheckpointError for a drafter of another model."""
+        if self.name is None:
+            if self.steps is not None:
+                raise click.UsageError(f"--drafter-steps {self.steps} tunes a drafter: name one with --drafter")
+            return
+        if output is not None and format_of(output) is not None:
+            raise click.UsageError(f"--drafter {self.name} is tuned with a directory; {output} is to be one file")
+        require_tunable(model_directory(model, revision=revision), self.name)
+
+    def tune(self, output: Path, flags: Mapping[str, Any], printer: Printer) -> Tuned | None:
+        """The drafter after its tuning with the checkpoint in `output`; None without one."""
+        if self.name is None:
+            return None
+        target, steps = output.with_name(f"{output.name}-drafter"), self.steps or STEPS
+        how = {"device": flags["device"], "overwrite": flags["overwrite"], "progress": printer}
+        return tune_drafter(output, self.name, target, steps=steps, **how)
 
 
 def _given(settings: dict[str, Any]) -> dict[str, Any]:

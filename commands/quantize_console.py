@@ -11,6 +11,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
+from lowbit.api.drafting import Tuned
 from lowbit.api.quantizing import BlockDone, Calibrated, Checked, Completed, Event, Planned, Quantized, Stage
 from lowbit.api.shared import Note
 from lowbit.calibrate.data import CalibrationSet
@@ -211,6 +212,12 @@ class Printer:
             self.lines("look", *page, f"{done.output}/README.md", f"{done.output}/recipe.toml")
         if done.pushed is not None:
             self.display.line(describe_pushed(done.pushed))
+
+    def drafter(self, tuned: Tuned) -> None:
+        """Print what the tuned drafter writes in a step."""
+        self.display.emit("drafter", tuned.row | {"output": None if tuned.output is None else str(tuned.output)})
+        place = tuned.output or "not written: use the drafter as it is"
+        self.lines("drafts", f"{tuned.after:.3f} tokens a step, {tuned.before:.3f} before tuning; {place}")
 
 
 def ways_to_load(done: Quantized) -> list[str]:

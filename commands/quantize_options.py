@@ -5,6 +5,7 @@ from pathlib import Path
 
 import click
 
+from lowbit.api.drafting import STEPS as STEPS_OF_DRAFTERS
 from lowbit.calibrate.methods import CALIBRATION, METHODS
 from lowbit.calibrate.mixtures import MIXTURES
 from lowbit.calibrate.rounding import ROUNDERS
@@ -152,6 +153,18 @@ PARTS: Parts = {
             "--distill-codes/--no-distill-codes",
             default=None,
             help=f"Tune codes too, in 16 bytes a weight of memory.  {BY_METHOD}",
+        ),
+    ),
+    "A drafter": (
+        click.option(
+            "--drafter",
+            help="Draft tokens with this head: an EAGLE-3 directory or hub id, which is tuned on text that the result "
+            "writes, and written to OUTPUT-drafter.  [default: none]",
+        ),
+        click.option(
+            "--drafter-steps",
+            type=click.IntRange(min=1),
+            help=f"Tune the drafter for this many steps.  [default: {STEPS_OF_DRAFTERS}]",
         ),
     ),
     "Calibration": (

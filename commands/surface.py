@@ -26,6 +26,7 @@ NAME = "surface.json"
 SOURCES = (
     *("commands/*.py", "calibrate/methods.py", "calibrate/mixtures.py", "calibrate/rounding.py"),
     *("calibrate/transforms.py", "export/dialects.py", "export/engines/steps.py", "lowbit/__init__.py"),
+    "lowbit/api/drafting.py",
     *("evaluation/after.py", "evaluation/backend.py", "evaluation/generate.py", "engine/shapes.py"),
     *("quant/scheme.py", "quant/numbers.py", "quant/recipe.py"),
 )

@@ -9,7 +9,7 @@ from lowbit.arguments import typed
 from lowbit.engine.architecture import Architecture
 from lowbit.engine.decoder import Decoder
 from lowbit.engine.drafts.heads import SPARE, Head, Model
-from lowbit.engine.drafts.kinds import Drafter, kind_of, load_head
+from lowbit.engine.drafts.kinds import Drafter, kind_of, load_head, taps_for
 from lowbit.engine.drafts.mtp import OWN, load_own
 from lowbit.engine.engine import Engine
 from lowbit.engine.families import FAMILIES, Family
@@ -105,12 +105,40 @@ def head_of(drafter: Drafter, model: Model, own: tuple[Checkpoint, Settings]) ->
     carrier, settings = own[0], replace(own[1], cache="same", head="dense", linears=drafter.scheme)
     if drafter.name == OWN:
         return load_own(carrier, family_of(carrier).names, model, settings)
-    checkpoint = open_checkpoint(model_directory(drafter.name))
+    return head_in(model_directory(drafter.name), model, settings)
+
+
+def head_in(directory: Path, model: Model, settings: Settings) -> Head:
+    """The head of the drafter in a directory. CheckpointError if it is none, or made for another model."""
+    checkpoint, architecture = drafter_in(directory)
+    with untrusted(checkpoint.head, "no drafter that the engine can run"):
+        return load_head(checkpoint, architecture, model, settings)
+
+
+def drafter_in(directory: Path) -> tuple[Checkpoint, Architecture]:
+    """The drafter in a directory, and its architecture."""
+    checkpoint = open_checkpoint(directory)
     refuse_negative_epsilon(checkpoint.head, checkpoint.config)
     architecture = architecture_of(FAMILIES[kind_of(checkpoint).family], checkpoint)
     require_rows(architecture, checkpoint)
+    return checkpoint, architecture
+
+
+def with_drafter(model: Engine, directory: Path) -> Engine:
+    """An engine of the same weights with the drafter in a directory."""
+    decoder, weights = model.decoder, model.decoder.weights
+    whole = Model(decoder.architecture, weights.embedding, decoder.context + SPARE, weights.head)
+    head = head_in(directory, whole, Settings(weights.device, weights.dtype, cache="same"))
+    tapped = Decoder(decoder.architecture, weights, decoder.context, head.taps)
+    return Engine(tapped, model.tokenizer, model.options, head)
+
+
+def require_drafter(directory: Path, drafter: Path) -> Checkpoint:
+    """The drafter in a directory. CheckpointError if it was made for another model than that of `directory`."""
+    model, (checkpoint, architecture) = open_checkpoint(directory), drafter_in(drafter)
     with untrusted(checkpoint.head, "no drafter that the engine can run"):
-        return load_head(checkpoint, architecture, model, settings)
+        taps_for(checkpoint, architecture, architecture_of(family_of(model), model))
+    return checkpoint
 
 
 def require_build(device: torch.device) -> None:

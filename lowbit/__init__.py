@@ -11,6 +11,7 @@ from lowbit.extras import missing
 
 if TYPE_CHECKING:
     from lowbit.api.converting import convert as convert
+    from lowbit.api.drafting import tune_drafter as tune_drafter
     from lowbit.api.evaluating import divergence as divergence
     from lowbit.api.evaluating import evaluate as evaluate
     from lowbit.api.evaluating import perplexity as perplexity
@@ -37,6 +38,7 @@ _PUBLIC = {
     "push": "lowbit.api.pushing",
     "quantize": "lowbit.api.quantizing",
     "report": "lowbit.api.reporting",
+    "tune_drafter": "lowbit.api.drafting",
 }
 
 

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from lowbit.engine.drafts.drafter import Proposal
+from lowbit.engine.drafts.widths import ROWS
 
 WEIGHT = 0.1  # of a new measurement
 FORGOTTEN = 0.003  # of a share's distance from its first guess, for each step without such a draft
@@ -59,6 +60,11 @@ class Costs:
     def knows(self, sequences: int) -> bool:
         """True if a step of one row of each sequence was measured: without it nothing can be said to pay."""
         return (sequences, 1) in self.seconds
+
+
+def as_wide_as_may_be() -> Costs:
+    """Costs by which a step of one sequence checks as many drafts as it may, whatever they cost and save."""
+    return Costs({(1, width): 1 / width for width in range(1, ROWS + 1)}, fixed=True)
 
 
 class Gauge:

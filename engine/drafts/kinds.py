@@ -61,19 +61,19 @@ def kind_of(checkpoint: Checkpoint) -> Kind:
     return kind
 
 
-def load_head(checkpoint: Checkpoint, architecture: Architecture, model: Model, settings: Settings) -> Head:
-    """The head in a checkpoint. CheckpointError if it is damaged, or made for another model."""
+def taps_for(checkpoint: Checkpoint, architecture: Architecture, model: Architecture) -> tuple[int, ...]:
+    """The layers of a model, from 0, whose outputs a drafter reads. CheckpointError if it was made for another."""
     kind, config = kind_of(checkpoint), checkpoint.config
     wide = config.get("target_hidden_size") or architecture.hidden
     for what, own, needed in (
-        ("vocabulary", architecture.vocabulary, model.architecture.vocabulary),
-        ("hidden size of its model", wide, model.architecture.hidden),
+        ("vocabulary", architecture.vocabulary, model.vocabulary),
+        ("hidden size of its model", wide, model.hidden),
     ):
         if own != needed:
             raise CheckpointError(
                 f"{checkpoint.head}: the drafter's {what} is {own}, that of the model {needed}: it was made for another"
             )
-    layers = len(model.architecture.layers)
+    layers = len(model.layers)
     taps = kind.taps(config, layers)
     wrong = [tap for tap in taps if type(tap) is not int or not 0 <= tap < layers]
     if wrong or len(set(taps)) < len(taps) or not taps:
@@ -81,6 +81,13 @@ def load_head(checkpoint: Checkpoint, architecture: Architecture, model: Model, 
             f"{checkpoint.head}: the drafter reads outputs of layers {list(taps)} (from 0), the model has {layers}: it "
             "was made for another"
         )
+    return taps
+
+
+def load_head(checkpoint: Checkpoint, architecture: Architecture, model: Model, settings: Settings) -> Head:
+    """The head in a checkpoint. CheckpointError if it is damaged, or made for another model."""
+    kind, config = kind_of(checkpoint), checkpoint.config
+    taps = taps_for(checkpoint, architecture, model.architecture)
     reader = CheckpointReader(checkpoint, kind.names(checkpoint.entries), architecture, settings)
     head = kind.load(reader, config, taps, model)
     reader.refuse_leftovers()

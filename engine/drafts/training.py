@@ -11,6 +11,7 @@ import random
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -18,15 +19,22 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lowbit.engine.decoder import Decoder
+from lowbit.engine.drafts.eagle import LAYERS, eagle_names
+from lowbit.engine.drafts.gauge import as_wide_as_may_be
+from lowbit.engine.drafts.kinds import kind_of
 from lowbit.engine.engine import Engine
 from lowbit.engine.options import Options
 from lowbit.engine.sampling import Sampling
+from lowbit.errors import CheckpointError
+from lowbit.export.checkpoint import Checkpoint
+from lowbit.export.formats import LogicalTensors
 
 DECAY = 0.9  # of the loss, a step of the head's own features
 WARM = 0.03  # share of a training until the learning rate is whole
 LIKELIEST = 32  # tokens of a distribution that is learned
 HELD_OUT = 20  # of so many lessons, one is not learned
 BATCH = 64  # texts that are written at a time
+THETA = 10000.0  # of a rope that names none
 BETAS, DECAYED, CLIPPED = (0.9, 0.95), 0.01, 1.0
 
 
@@ -161,6 +169,63 @@ def write_texts(model: Engine, prompts: Sequence[list[int]], tokens: int, warm: 
     ]
 
 
+def reason_against(drafter: Checkpoint) -> str | None:
+    """The reason why a drafter cannot be trained, or None."""
+    config = drafter.config
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if kind_of(drafter).mark != "Eagle3":
+        return "it is no EAGLE-3 head"
+    if LogicalTensors(drafter).schemes:
+        return "its linears are quantized: give the head from which it was made"
+    if rope.get("rope_type", "default") != "default":
+        return f"its rope is {rope['rope_type']!r}; 'default' is trained"
+    return None
+
+
+def open_head(drafter: Checkpoint, embedding: Tensor) -> Eagle3:
+    """The head of a drafter in float32, on the device of the embeddings (vocabulary, hidden). CheckpointError for what
+    is not trained, and for tensors of another kind."""
+    if reason := reason_against(drafter):
+        raise CheckpointError(f"{drafter.head}: {reason}")
+    config, tensors = dict(drafter.config), LogicalTensors(drafter)
+    rope = config.get("rope_parameters") or {}
+    config.setdefault("rope_theta", rope.get("rope_theta", THETA))
+    config.setdefault("draft_vocab_size", config["vocab_size"])
+    head = Eagle3(config, embedding)
+    found = {own: tensors.read(name).float() for name, own in names_of(drafter).items()}
+    try:
+        head.load_state_dict(found)
+    except RuntimeError as error:
+        raise CheckpointError(f"{drafter.head}: {str(error).splitlines()[-1].strip()}") from error
+    return head.to(embedding.device)
+
+
+def names_of(drafter: Checkpoint) -> dict[str, str]:
+    """The names of an Eagle3's parameters, by those in a drafter's files."""
+    layer, learned = eagle_names(drafter.entries).layer, ("fc.", "norm.", "lm_head.")
+    return {
+        name: name.replace(layer, LAYERS[0])
+        for name in drafter.entries
+        if name.startswith((layer, *learned)) and not name.endswith("embed_tokens.weight")
+    }
+
+
+def trained(drafter: Checkpoint, head: Eagle3) -> dict[str, Tensor]:
+    """The tensors of a drafter's files with the parameters of `head`, each in the dtype that it had."""
+    state, own = head.state_dict(), names_of(drafter)
+    found = {name: drafter.read(name) for name in drafter.entries}
+    return found | {name: state[own[name]].to(found[name].dtype).cpu().contiguous() for name in own}
+
+
+def acceptance(model: Engine, prompts: Sequence[list[int]], tokens: int) -> tuple[float, list[float]]:
+    """Tokens a step of greedy texts with drafts, one at a time, and the shares of right drafts by place."""
+    model.spaces.costs = as_wide_as_may_be()
+    found = [model.generate([prompt], max_new_tokens=tokens, ignore_eos=True)[0] for prompt in prompts]
+    places = zip_longest(*(each.drafts for each in found), fillvalue=(0, 0))
+    right = [sum(r for _, r in place) / max(sum(c for c, _ in place), 1) for place in places]
+    return sum(len(each.tokens) for each in found) / sum(each.steps for each in found), right
+
+
 class Teacher:
     """Reads texts for a head.
 
@@ -210,9 +275,12 @@ class Teacher:
 
 
 def train(
-    head: Eagle3, lessons: Sequence[Lesson], plan: Plan, tell: Callable[[str], None] = lambda line: None
+    head: Eagle3, lessons: Sequence[Lesson], plan: Plan, tell: Callable[[int], None] = lambda step: None
 ) -> list[float]:
-    """Train the head; the shares of right proposals by place, in lessons that it has not learned."""
+    """Train the head; the shares of right proposals by place, in lessons that it has not learned.
+
+    tell  is called with the number of steps before each
+    """
     begun, chance, order = time.monotonic(), random.Random(1), list[int]()
     held, learned = lessons[::HELD_OUT], [lesson for i, lesson in enumerate(lessons) if i % HELD_OUT]
     learned = learned or list(held)
@@ -221,6 +289,7 @@ def train(
         passed = max((time.monotonic() - begun) / plan.seconds, step / plan.most)
         if passed >= 1:
             break
+        tell(step)
         for group in optimizer.param_groups:
             group["lr"] = plan.rate * min(1.0, passed / WARM) * 0.5 * (1 + math.cos(math.pi * passed))
         order = order or chance.sample(range(len(learned)), len(learned))
@@ -229,8 +298,6 @@ def train(
         loss.backward()
         nn.utils.clip_grad_norm_(head.parameters(), CLIPPED)
         optimizer.step()
-        if step % 500 == 0:
-            tell(f"step {step}, loss {float(loss.detach()):.3f}, at {passed:.2f}")
     return shares_of(head, held, plan.steps)
 
 

@@ -51,6 +51,7 @@ EVALUATIONS = {  # keys shown from the rows of each evaluation; None for a missi
     "task": ("task", "metric", "value", "stderr", "examples", "fewshot", "baseline"),
     "code": ("problems", "pass_at_1", "rows", "baseline"),
     "generate": ("rows",),
+    "drafts": ("drafter", "tokens_per_step", "right", "steps", "prompt", "output", "baseline"),
     "speed": ("device", "batch", "prompt", "output", "tokens_per_s", "ms_per_token", "share_of_floor", "baseline"),
 }
 
