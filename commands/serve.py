@@ -15,6 +15,7 @@ from lowbit.models.devices import check_device
 from lowbit.models.files import model_directory
 
 try:
+    from lowbit.serve.drafts import Lookup
     from lowbit.serve.limits import read_keys
     from lowbit.serve.run import Options, defaults_of, listen
     from lowbit.serve.run import serve as serve_engine
@@ -61,6 +62,13 @@ PARTS: Parts = {
             default=0,
             text="Draft up to this many tokens a step from the text so far, while at most 4 requests write.",
         ),
+        value(
+            "--lookup-store",
+            type=click.IntRange(0),
+            default=0,
+            text="Keep this many tokens of earlier requests to draft from, some 150 bytes each; the time of an answer "
+            "may then tell that a text occurred before.",
+        ),
         DRAFTER,
         DRAFTER_SCHEME,
         DRAFTER_OPTIONAL,
@@ -87,6 +95,7 @@ def serve(
     max_sequences: int | None,
     waiting: int,
     lookup: int,
+    lookup_store: int,
     drafter: str | None,
     drafter_scheme: str,
     drafter_optional: bool,
@@ -105,6 +114,10 @@ def serve(
     logging.getLogger("uvicorn.error").setLevel(logging.ERROR)  # it warns of bad requests: any client could fill a log
     if lookup and drafter is not None:
         raise UsageError(f"--lookup {lookup} and --drafter {drafter}: drafts come from one of them")
+    if lookup_store and not lookup:
+        raise UsageError(
+            f"--lookup-store {lookup_store} keeps texts to draft from: say how many tokens with --lookup 7"
+        )
     keys = read_keys(api_keys, api_key)
     listening = listen(host, port, keys)  # before the model is loaded, which takes a while
     directory = model_directory(checkpoint, revision=revision)
@@ -116,7 +129,7 @@ def serve(
         defaults=defaults_of(directory),
         sequences=max_sequences,
         waiting=waiting,
-        lookup=lookup,
+        lookup=Lookup(lookup, lookup_store),
     )
     model = engine.load(
         directory,

@@ -16,7 +16,7 @@ from lowbit.engine.sampler import Chosen, Features, Sampler, features_of
 from lowbit.engine.sampling import Piece, Sampling
 from lowbit.engine.workspace import Workspace
 from lowbit.errors import EngineError
-from lowbit.serve.drafts import Drafts, fill_rows, unmasked
+from lowbit.serve.drafts import NO_LOOKUP, Drafts, Lookup, fill_rows, unmasked
 from lowbit.serve.job import Job, Update
 from lowbit.serve.pace import BETWEEN_STEPS, Pace, Part
 from lowbit.serve.slots import Slots
@@ -40,7 +40,9 @@ class Batch:
     cold     runs that spare expected requests a first one: see warm.py
     """
 
-    def __init__(self, engine: Engine, sequences: int, usual: Sequence[Sampling] = (), lookup: int = 0) -> None:
+    def __init__(
+        self, engine: Engine, sequences: int, usual: Sequence[Sampling] = (), lookup: Lookup = NO_LOOKUP
+    ) -> None:
         self.engine, self.decoder, self.context = engine, engine.decoder, engine.options.context
         self.space, self.slots = Workspace(engine.spaces, RUNNERS), Slots(sequences)
         self.pace = Pace(engine.decoder.weights.device.type)

@@ -1,6 +1,7 @@
 """Drafts for the few jobs that write at a time: see engine/drafts."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -8,7 +9,7 @@ from torch import Tensor
 from lowbit.engine.drafts.drafter import Drafter
 from lowbit.engine.drafts.drafting import Drafting, Masks
 from lowbit.engine.drafts.heads import MOST
-from lowbit.engine.drafts.suffix import Suffixes
+from lowbit.engine.drafts.suffix import Store, Suffixes
 from lowbit.engine.drafts.widths import MOST_SEQUENCES
 from lowbit.engine.sampler import BITS, Features
 from lowbit.engine.sampling import Piece
@@ -16,11 +17,27 @@ from lowbit.engine.workspace import Workspace
 from lowbit.serve.job import Constraint, Job
 
 
-class Drafts:
-    """Steps with drafts of the engine's drafter, or with at most `most` draft tokens from the text; 0 for none."""
+@dataclass(frozen=True)
+class Lookup:
+    """Drafts from the text.
 
-    def __init__(self, space: Workspace, most: int) -> None:
-        self.space, self.most = space, most if most or space.pool.head is None else MOST
+    most    draft tokens a step, while few requests write; 0 for none
+    stored  tokens of earlier requests that are kept, whose texts are looked up too; 0 for none
+    """
+
+    most: int = 0
+    stored: int = 0
+
+
+NO_LOOKUP = Lookup()
+
+
+class Drafts:
+    """Steps with drafts of the engine's drafter, or with drafts from the text."""
+
+    def __init__(self, space: Workspace, lookup: Lookup) -> None:
+        self.space, self.most = space, lookup.most if lookup.most or space.pool.head is None else MOST
+        self.store = Store(lookup.stored) if lookup.stored else None
         self.made: Drafting | None = None
         self.rest = 0  # steps without drafts to come
 
@@ -28,7 +45,7 @@ class Drafts:
     def drafting(self) -> Drafting:
         """The steps, made with the first one: a drafter's cache is as large as the batch's."""
         if self.made is None:
-            drafter: Drafter = Suffixes() if self.space.pool.head is None else self.space.drafter()
+            drafter: Drafter = Suffixes(store=self.store) if self.space.pool.head is None else self.space.drafter()
             self.made = Drafting(self.space, drafter, self.most)
         return self.made
 
@@ -54,7 +71,7 @@ class Drafts:
         return pieces
 
     def reset(self) -> None:
-        """Forget all texts."""
+        """Forget all texts but the store's."""
         self.made, self.rest = None, 0
 
 

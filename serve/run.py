@@ -19,6 +19,7 @@ from lowbit.errors import CheckpointError, EngineError, UsageError
 from lowbit.export.checkpoint import open_checkpoint
 from lowbit.export.plain import read_json
 from lowbit.serve.app import make_app
+from lowbit.serve.drafts import NO_LOOKUP, Lookup
 from lowbit.serve.limits import Gate, Impatient, require_guard
 from lowbit.serve.metrics import Metrics
 from lowbit.serve.session import SEQUENCES, WAITING, Session
@@ -41,7 +42,7 @@ class Options:
     defaults   settings of requests that leave them out
     sequences  requests served at a time; None for as many as fit, at most SEQUENCES
     waiting    most requests in the queue
-    lookup     most draft tokens a step, while few requests write
+    lookup     drafts from the text
     """
 
     name: str
@@ -51,7 +52,7 @@ class Options:
     defaults: Sampling = field(default_factory=Sampling)
     sequences: int | None = None
     waiting: int = WAITING
-    lookup: int = 0
+    lookup: Lookup = NO_LOOKUP
 
 
 def serve(engine: Engine, options: Options, listening: socket.socket, ready: Callable[[str], None]) -> None:

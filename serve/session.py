@@ -14,6 +14,7 @@ from lowbit.engine.request import Request
 from lowbit.engine.sampling import Piece, Sampling
 from lowbit.errors import EngineError
 from lowbit.serve.batch import Batch
+from lowbit.serve.drafts import NO_LOOKUP, Lookup
 from lowbit.serve.job import Constraint, Job, Tell, Update
 from lowbit.serve.warm import RESTED
 
@@ -36,7 +37,7 @@ class Session:
     sequences  requests served at a time; the cache has memory for all positions of each
     waiting    most requests in the queue
     usual      samplings of most requests: their graphs are captured while there is no work
-    lookup     most draft tokens a step, while few requests write
+    lookup     drafts from the text
     """
 
     def __init__(
@@ -45,7 +46,7 @@ class Session:
         sequences: int = SEQUENCES,
         waiting: int = WAITING,
         usual: Sequence[Sampling] = (),
-        lookup: int = 0,
+        lookup: Lookup = NO_LOOKUP,
     ) -> None:
         self.engine, self.most = engine, waiting
         self.batch = Batch(engine, sequences, usual, lookup)
