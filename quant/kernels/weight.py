@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from lowbit.quant.kernels import ops, wna16_gemv
+from lowbit.quant.kernels import ops, panels, wna16_gemv
 from lowbit.quant.kernels.dense import DenseCall
 from lowbit.quant.kernels.packed import (
     HALF,
@@ -155,7 +155,7 @@ class Packed(PackedWeight, Fused):
         return replace(problem, panels=wna16_gemv.prefers_panels(problem))
 
     def takes_panels(self, m: int) -> bool:
-        return self.problem(m).panels
+        return m <= panels.HEIGHTS[-1] and self.problem(m).panels  # prompts build no Problem
 
     def fuses(self, activation: str) -> bool:
         if activation == "silu_mul":
