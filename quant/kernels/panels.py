@@ -1,8 +1,7 @@
 """Panels: the order of inputs in which wna16_gemv reads several rows.
 
 A warp reads 32 inputs of 8 rows at once. From rows (m, k) these are halves of 8 lines of 128 bytes, in panels 512
-adjacent bytes. Whoever computes the inputs stores them so. A step of Llama-2-7B in 4 bits on an H200:
-docs/kernels/wna16_gemv.md.
+adjacent bytes. The kernel that computes the inputs stores them so. docs/kernels/wna16_gemv.md has what it saves.
 
     panels (k / 32, m, 32) = rows (m, k / 32, 32) transposed
 
