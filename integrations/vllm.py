@@ -8,7 +8,6 @@ replaced; tensor parallelism, batching, caching, LoRA and speculative decoding s
 """
 
 import logging
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -52,6 +51,7 @@ class LowbitConfig(CompressedTensorsConfig):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._said: set[str] = set()
+        self._last: Any = None
 
     def get_name(self) -> str:
         """The name that the user passes."""
@@ -71,9 +71,14 @@ class LowbitConfig(CompressedTensorsConfig):
     def override_quantization_method(
         cls, hf_quant_cfg: dict[str, Any], user_quant: str | None, hf_config: Any = None
     ) -> str | None:
-        """`lowbit` if the user asks for it and the checkpoint is in compressed-tensors format, otherwise None."""
-        ours = user_quant == NAME and hf_quant_cfg.get("quant_method") == COMPRESSED_TENSORS.method
-        return NAME if ours else None
+        """`lowbit` if the user asks for it, otherwise None. ValueError for a checkpoint in another format."""
+        found = hf_quant_cfg.get("quant_method")
+        if user_quant == NAME and found != COMPRESSED_TENSORS.method:
+            raise ValueError(
+                f"--quantization {NAME} takes compressed-tensors, the checkpoint is in {found!r}: write it anew with "
+                "`lowbit convert DIR OUT --format compressed-tensors`"
+            )
+        return NAME if user_quant == NAME else None
 
     def get_quant_method(self, layer: Any, prefix: str) -> Any:
         """Our method for a quantized layer, vLLM's for any other. CheckpointError for a scheme that no reader knows."""
@@ -88,7 +93,7 @@ class LowbitConfig(CompressedTensorsConfig):
         schemes = [self.scheme_of(layer, name) for name in names]
         if not any(schemes):
             return UnquantizedLinearMethod() if isinstance(layer, LinearBase) else None
-        return (LowbitLinear if is_linear else LowbitEmbedding)(names, schemes, self.say)
+        return (LowbitLinear if is_linear else LowbitEmbedding)(names, schemes, self)
 
     def scheme_of(self, layer: Any, name: str) -> Scheme | None:
         """The scheme of the linear `name`, or None. CheckpointError for an unknown one."""
@@ -104,6 +109,14 @@ class LowbitConfig(CompressedTensorsConfig):
         if text not in self._said:
             self._said.add(text)
             LOGGER.warning("lowbit: %s", text)
+
+    def append(self, layer: Any) -> None:
+        """Add a product to those of the model: vLLM packs them in the order in which it calls them, nearly always, and
+        each prefetches the weight of the next. No result depends on that."""
+        layer.lowbit_following = []  # a list, since a module would become a part of this one
+        if self._last is not None:
+            self._last.lowbit_following.append(layer)
+        self._last = layer
 
     def _names_of(self, prefix: str) -> list[str]:
         """The linears of the checkpoint that vLLM runs as the module `prefix`."""
@@ -130,11 +143,11 @@ class LowbitLinear(LinearMethodBase):
     """A quantized linear with lowbit's kernels: load, join, pack, multiply.
 
     names, schemes  linears of the checkpoint that vLLM runs as one, and the scheme of each
-    say             logs a text
+    config          of the model
     """
 
-    def __init__(self, names: list[str], schemes: list[Scheme | None], say: Callable[[str], None]) -> None:
-        self.names, self.schemes, self.say = names, schemes, say
+    def __init__(self, names: list[str], schemes: list[Scheme | None], config: LowbitConfig) -> None:
+        self.names, self.schemes, self.config = names, schemes, config
 
     def create_weights(
         self,
@@ -159,7 +172,7 @@ class LowbitLinear(LinearMethodBase):
         device = getattr(layer, self.suffixes[0]).device
         reason = reason_against_device(torch.cuda.get_device_capability(device)) if device.type == "cuda" else None
         if reason is not None:
-            self.say(f"plain torch multiplies: {reason}")
+            self.config.say(f"plain torch multiplies: {reason}")
 
     def _load(self, suffix: str, parameter: Tensor, tensor: Tensor, shard: str | int | None = None) -> None:
         """Take a tensor of the linear `shard`, and pack the weight once all are there."""
@@ -179,7 +192,7 @@ class LowbitLinear(LinearMethodBase):
         """The weight in the kernels' layout; expanded to 16 bits, which is said, if no kernel multiplies with it."""
         weight = load_weight(joined.weight, self.dtype)
         if isinstance(weight, Dense):
-            self.say(f"{self.arriving.name} and others like it are expanded to 16 bits: {joined.reason}")
+            self.config.say(f"{self.arriving.name} and others like it are expanded to 16 bits: {joined.reason}")
         return weight
 
     def process_weights_after_loading(self, layer: Any) -> None:
@@ -195,11 +208,14 @@ class LowbitLinear(LinearMethodBase):
         held["input_scale"] = None if linear.inputs is None else linear.inputs.scale
         for name, tensor in held.items():
             layer.register_parameter(name, None if tensor is None else nn.Parameter(tensor, requires_grad=False))
+        self.config.append(layer)
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x W^T + bias."""
         tensors = [getattr(layer, name) for name in layer.lowbit_parameters]
-        return multiply(x, tensors, bias, layer.input_scale, layer.lowbit_form)
+        after = layer.lowbit_following[0] if layer.lowbit_following else None
+        following = None if after is None else getattr(after, after.lowbit_parameters[0])
+        return multiply(x, tensors, bias, layer.input_scale, following, layer.lowbit_form)
 
 
 class LowbitEmbedding(LowbitLinear):

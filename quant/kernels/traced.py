@@ -5,7 +5,7 @@ inputs is fused with what surrounds it, and its tracer meets none of our datacla
 default that is one.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -34,11 +34,13 @@ class Form:
     side: Side | None
     hints: Hints
 
-    def linear(self, tensors: list[Tensor | None], bias: Tensor | None, input_scale: Tensor | None) -> Linear:
-        """The linear with the weight's tensors, in the order of `held`."""
+    def linear(
+        self, tensors: list[Tensor | None], bias: Tensor | None, input_scale: Tensor | None, following: Tensor | None
+    ) -> Linear:
+        """The linear with the weight's tensors, in the order of `held`, and the tensor to prefetch."""
         weight = self.kind(**dict(zip(self.held, tensors, strict=True)), **dict(self.sizes))
         inputs = None if self.side is None else RoundedInputs(self.side, input_scale)
-        return Linear(weight, bias, inputs, self.hints)
+        return Linear(weight, bias, inputs, replace(self.hints, next_weight=following))
 
 
 FORMS: dict[str, Form] = {}  # by their text, which says all of a form: a compiled graph that outlives a process has it
@@ -56,12 +58,20 @@ def form_of(linear: Linear) -> tuple[str, dict[str, Tensor | None]]:
 
 
 def _multiply(
-    x: Tensor, tensors: list[Tensor | None], bias: Tensor | None, input_scale: Tensor | None, form: str
+    x: Tensor,
+    tensors: list[Tensor | None],
+    bias: Tensor | None,
+    input_scale: Tensor | None,
+    following: Tensor | None,
+    form: str,
 ) -> Tensor:
-    return FORMS[form].linear(tensors, bias, input_scale)(x)
+    return FORMS[form].linear(tensors, bias, input_scale, following)(x)
 
 
-# x W^T + bias (..., n) of x (..., k), for the tensors and the form of form_of.
+# x W^T + bias (..., n) of x (..., k), for the tensors and the form of form_of; `following`: the tensor with most bytes
+# of the next product's weight, to be prefetched.
 multiply = ops.composite(
-    "traced_linear", "(Tensor x, Tensor?[] tensors, Tensor? bias, Tensor? input_scale, str form) -> Tensor", _multiply
+    "traced_linear",
+    "(Tensor x, Tensor?[] tensors, Tensor? bias, Tensor? input_scale, Tensor? following, str form) -> Tensor",
+    _multiply,
 )

@@ -41,8 +41,10 @@ def test_the_operator_is_the_linear_and_compiles_to_its_parts(text):
     assert FORMS[form].kind is KINDS[text]
     scale = None if linear.inputs is None else linear.inputs.scale
 
+    following = torch.zeros(16, 64, 64, dtype=torch.int32)
+
     def product(x: torch.Tensor) -> torch.Tensor:
-        return multiply(x, list(tensors.values()), linear.bias, scale, form).relu()
+        return multiply(x, list(tensors.values()), linear.bias, scale, following, form).relu()
 
     seen: list[str] = []
 
