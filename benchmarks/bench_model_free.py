@@ -87,13 +87,28 @@ def forget(directory: Path) -> None:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def run(source: Path, output: Path, scheme: str, device: str) -> tuple[float, float]:
-    """Seconds of a run in a process of its own, and peak resident GiB of it (the largest child so far)."""
+def copy_of(source: Path, output: Path) -> float:
+    """Seconds to copy the files and have them on the disk, by a program that does nothing else."""
+    forget(source)
+    begun = time.monotonic()
+    subprocess.run(["cp", "-r", "--reflink=never", source, output], check=True)
+    subprocess.run(["sync", *output.iterdir()], check=True)
+    seconds = time.monotonic() - begun
+    shutil.rmtree(output)
+    return seconds
+
+
+def run(source: Path, output: Path, scheme: str, device: str) -> tuple[float, float, float]:
+    """Seconds of a run in a process of its own, its processor seconds, and peak resident GiB (the largest child's)."""
+    forget(source)
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     arguments = [str(source), "--model-free", "--method", "rtn", "--scheme", scheme, "--device", device]
     begun = time.monotonic()
     command = [sys.executable, "-c", "from lowbit.commands.quantize import main; main()", *arguments]
     subprocess.run([*command, "--quiet", "--output", str(output)], check=True)
-    return time.monotonic() - begun, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
+    seconds, after = time.monotonic() - begun, resource.getrusage(resource.RUSAGE_CHILDREN)
+    processor = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return seconds, processor, after.ru_maxrss / 2**20
 
 
 def main() -> None:
@@ -111,10 +126,11 @@ def main() -> None:
     blocks = args.blocks or SHAPES[args.shape][0]
     nbytes = make_model(source, args.shape, blocks)
     for scheme in args.scheme:
-        forget(source)
-        seconds, peak = run(source, output, scheme, args.device)
+        copied = copy_of(source, output)
+        seconds, processor, peak = run(source, output, scheme, args.device)
         written = sum(path.stat().st_size for path in output.glob("*.safetensors"))
         row = {"shape": args.shape, "blocks": blocks, "scheme": scheme, "seconds": round(seconds, 1)}
+        row |= {"processor_seconds": round(processor, 1), "copy_seconds": round(copied, 1)}
         row |= {"source_gb": round(nbytes / 1e9, 2), "output_gb": round(written / 1e9, 2)}
         row |= {"read_gb_s": round(nbytes / 1e9 / seconds, 3), "peak_host_gib": round(peak, 2)}
         row |= {"device": torch.cuda.get_device_name() if args.device != "cpu" else "cpu"}

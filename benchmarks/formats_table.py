@@ -47,7 +47,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "smoothquant a8token": {"method": "smoothquant", **FEW},
     "smoothquant a8tensor": {"method": "smoothquant", "activations": "tensor", **FEW},
 }
-SCHEMES = ("fp8", "fp8-a16", "fp8-block", "nvfp4-a16", "mxfp4", "mxfp4-a16", "mxfp8")
+SCHEMES = ("fp8", "fp8-a16", "nvfp4-a16", "mxfp4", "mxfp4-a16", "mxfp8")
 SCHEMES += ("int2-g64", "int3-g64", "int5-g64", "int6-g64", "int7-g64")
 CALIBRATED = ("fp8-static", "nvfp4")  # scales of inputs
 METHODS |= {f"rtn {scheme}": {"method": "rtn", "scheme": scheme} for scheme in SCHEMES}
@@ -61,7 +61,6 @@ FORMATS = {
     "gptq int4-g64": (CT, "gptq", "awq"),
     "signround int4-g64": (CT, "gptq", "awq"),
     "best int4-g64": (CT, "gptq", "awq"),
-    "rtn fp8-block": (CT, "fp8"),
     "rtn nvfp4-a16": (CT, "modelopt"),
 }
 

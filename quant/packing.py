@@ -8,6 +8,8 @@ import math
 import torch
 from torch import Tensor
 
+from lowbit.quant.numbers import places_of
+
 WORD, BYTE = 32, 8  # bits
 PAIR = 0x0101  # a one in both bytes of a pair
 PIECE = 1 << 18  # codes that a CPU handles at once, whole runs of any width: they stay in a core's cache
@@ -116,15 +118,18 @@ E8M0_BIAS, E8M0_NAN = 127, 255
 
 def fp4_bits(codes: Tensor) -> Tensor:
     """The four bits, uint8, of fp4 `codes` as floats: sign, two of exponent, one of mantissa."""
-    values = codes.float()
-    table = torch.tensor(FP4_VALUES, device=codes.device)
+    if codes.dtype == torch.float8_e4m3fn:  # by a table of its bytes: a tenth of the time on a CPU
+        every = torch.arange(256, dtype=torch.uint8, device=codes.device).view(codes.dtype)
+        return fp4_bits(every.float()).index_select(0, places_of(codes)).view(codes.shape)
+    values, table = codes.float(), torch.tensor(FP4_VALUES, device=codes.device)
     return torch.bucketize(values.abs(), table).to(torch.uint8) | torch.signbit(values).to(torch.uint8) << 3
 
 
 def fp4_codes(bits: Tensor) -> Tensor:
     """The fp4 codes, float8_e4m3fn, of their four bits: the inverse of fp4_bits."""
-    table = torch.tensor((*FP4_VALUES, *(-value for value in FP4_VALUES)), device=bits.device)
-    return table[bits.long()].to(torch.float8_e4m3fn)
+    values = torch.tensor((*FP4_VALUES, *(-value for value in FP4_VALUES)), device=bits.device)
+    table = values.to(torch.float8_e4m3fn).view(torch.uint8)
+    return table.index_select(0, bits.flatten().int()).view(bits.shape).view(torch.float8_e4m3fn)
 
 
 def pack_fp4(codes: Tensor) -> Tensor:

@@ -42,6 +42,8 @@ SYMMETRIC = [("compressed-tensors", "int4-g32"), ("compressed-tensors", "int8-ch
 W8A8 = [("compressed-tensors", "int8-channel-a8token"), ("compressed-tensors", "int8-channel-a8tensor")]
 FP8 = [("compressed-tensors", "fp8-channel"), ("compressed-tensors", "fp8-channel-afp8token")]
 FP8 += [("compressed-tensors", "fp8-channel-afp8tensor")]
+NUMBERS = [f"int{bits}-g32" for bits in (2, 3, 5, 6, 7, 8)]
+NUMBERS += ["fp8-block", "nvfp4", "nvfp4-a16", "mxfp4", "mxfp4-a16", "mxfp8"]
 W4 = [
     ("compressed-tensors", "int4-g32"),
     ("gptq", "int4-g32"),
@@ -121,6 +123,13 @@ def test_transformers_with_compressed_tensors(tmp_path, name, fmt, text):
     """The newest compressed-tensors here, 0.17 in gptqmodel's environment, llm-compressor's own."""
     directory = quantized(tmp_path / "m", fmt, text)
     require_same(found_by(name, "transformers", directory), meant(directory), 2.5 if "afp8" in text else 1)
+
+
+@pytest.mark.parametrize("text", NUMBERS)
+def test_transformers_reads_every_number(tmp_path, text):
+    directory = quantized(tmp_path / "m", "compressed-tensors", text)
+    rounded = parse_scheme(text).inputs is not None
+    require_same(found_by("here", "transformers", directory), meant(directory), 2.5 if rounded else 1)
 
 
 @pytest.mark.parametrize(("fmt", "text"), GPTQ)
