@@ -278,9 +278,11 @@ def _has_prefix(found: Mapping[str, Any], texts: Iterable[str], chats: bool) -> 
 
 
 def _steps(steps: Any) -> list[Any]:
+    """The steps of a normalizer, a split or a post-processor, one after the other."""
     if steps is None:
         return []
-    return list(steps.get("normalizers") or steps.get("pretokenizers") or [steps])
+    inner = next((steps[key] for key in ("normalizers", "pretokenizers", "processors") if key in steps), None)
+    return [steps] if inner is None else [step for each in inner for step in _steps(each)]
 
 
 def _special(
@@ -314,12 +316,11 @@ def _special(
 
 def _around(found: Mapping[str, Any]) -> tuple[int | None, int | None]:
     """The numbers of the special tokens before and behind a text, by the post-processor. ValueError for several."""
-    steps = found.get("post_processor") or {}
     around: tuple[int | None, int | None] = None, None
-    for step in steps.get("processors") or [steps]:
-        if step.get("type", "ByteLevel") not in ("ByteLevel", "TemplateProcessing"):
+    for step in _steps(found.get("post_processor")):
+        if step["type"] not in ("ByteLevel", "TemplateProcessing"):
             raise ValueError(f"its post-processor is a {step['type']}, which puts tokens that llama.cpp does not")
-        if step.get("type") == "TemplateProcessing":
+        if step["type"] == "TemplateProcessing":
             around = _of_template(step)
     return around
 

@@ -11,6 +11,7 @@ from lowbit.export.gguf.foreign import _write_tokenizer
 from lowbit.export.gguf.tokens import SPACE, SPACE_BEFORE, SPACES_REPLACED, token_keys
 
 ROWS = 16
+POST = "post_processor"
 
 
 def added(content: str, place: int, **flags: Any) -> dict[str, Any]:
@@ -23,7 +24,7 @@ def around(*parts: str | None) -> dict[str, Any]:
     names = {"<s>": 10, "</s>": 11}
     single = [{"Sequence": {"id": "A"}} if part is None else {"SpecialToken": {"id": part}} for part in parts]
     special = {name: {"id": name, "ids": [place], "tokens": [name]} for name, place in names.items()}
-    return {"post_processor": {"type": "TemplateProcessing", "single": single, "special_tokens": special}}
+    return {POST: {"type": "TemplateProcessing", "single": single, "special_tokens": special}}
 
 
 ENDS = [added("<s>", 10), added("</s>", 11)]
@@ -88,6 +89,16 @@ def test_a_tokenizer_that_llama_cpp_applies_otherwise_is_refused(
 def test_merges_may_be_ignored_where_each_token_is_their_result(tmp_path: Path) -> None:
     model = OF_BYTES["model"] | {"ignore_merges": True}
     assert keys_of(tmp_path, OF_BYTES | {"model": model}) == keys_of(tmp_path, OF_BYTES)
+
+
+def test_steps_may_be_in_sequences_and_sequences_empty(tmp_path: Path) -> None:
+    """transformers 5.17 writes an empty one where there is no normalizer."""
+    nested = {"type": "Sequence", "processors": [{"type": "Sequence", "processors": []}, around("<s>", None)[POST]]}
+    empty = {"type": "Sequence", "normalizers": []}
+    keys = keys_of(tmp_path, OF_BYTES | {"normalizer": empty, POST: nested})
+    assert keys == keys_of(tmp_path, OF_BYTES | around("<s>", None))
+    spaces = {"type": "Sequence", "normalizers": [empty, OF_PIECES["normalizer"]]}
+    assert keys_of(tmp_path, OF_PIECES | {"normalizer": spaces}) == keys_of(tmp_path, OF_PIECES)
 
 
 def test_tokens_around_a_text_are_those_of_the_post_processor(tmp_path: Path) -> None:

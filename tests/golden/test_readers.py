@@ -43,7 +43,7 @@ W8A8 = [("compressed-tensors", "int8-channel-a8token"), ("compressed-tensors", "
 FP8 = [("compressed-tensors", "fp8-channel"), ("compressed-tensors", "fp8-channel-afp8token")]
 FP8 += [("compressed-tensors", "fp8-channel-afp8tensor")]
 NUMBERS = [f"int{bits}-g32" for bits in (2, 3, 5, 6, 7, 8)]
-NUMBERS += ["fp8-block", "nvfp4", "nvfp4-a16", "mxfp4", "mxfp4-a16", "mxfp8"]
+NUMBERS += ["fp8-block", "nvfp4-a16", "mxfp4-a16", "mxfp8"]
 W4 = [
     ("compressed-tensors", "int4-g32"),
     ("gptq", "int4-g32"),
