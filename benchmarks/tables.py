@@ -630,6 +630,16 @@ def route_experts() -> str:
     return table("experts x inputs | chosen | alone | dependent launch | torch's operators", lines)
 
 
+def latent_attention() -> str:
+    """Microseconds of a step's attention over compressed rows, and those of a kernel that reads these alone."""
+    cases = [(m, length) for m in (1, 8) for length in (128, 2048, 8192)]
+    lines = []
+    for heads in (16, 128):
+        found = [first("latent_attention", heads=heads, m=m, length=length) for m, length in cases]
+        lines.append([str(heads), *(f"{fixed(row['us'], 1)} ({fixed(row['floor_us'], 1)})" for row in found)])
+    return table(" | ".join(["heads", *(f"{m} x {length}" for m, length in cases)]), lines)
+
+
 def gptq_block() -> str:
     lines = [[str(n), fixed(took("gptq_block", n), 1), fixed(took("loop", n) / 1000, 1)] for n in (4096, 11008)]
     return table("rows of the weight | kernel, us | torch's loop, ms", lines)
@@ -917,6 +927,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "decode_experts": decode_experts,
     "wna16_experts": wna16_experts,
     "route_experts": route_experts,
+    "latent_attention": latent_attention,
     "engines": engines,
     "schemes": schemes,
     "commands": commands,
