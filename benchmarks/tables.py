@@ -767,24 +767,62 @@ def serving() -> str:
     return table(head, (line(*each) for each in ((1, 128), (4, 128), (8, 128), (16, 128), (1, 2048), (4, 2048))))
 
 
+PEERS = {  # the servers of SERVING's comparison, and the commit of their rows
+    "lowbit at a2ddc21": ("lowbit", "a2ddc21"),
+    "lowbit at 847b6d4": ("lowbit", "847b6d4"),
+    "vLLM 0.26": ("vllm marlin", "847b6d4"),
+}
+
+
+def served_peers() -> str:
+    """SERVING's times of `lowbit serve` and of `vllm serve`."""
+
+    def line(name: str, clients: int, prompt: int) -> Iterable[str]:
+        server, commit = PEERS[name]
+        alike = {"case": "peer_clients", "server": server, "commit": commit}
+        [row] = matching("serve", clients=clients, prompt=prompt, **alike)
+        yield from (str(clients), str(prompt), name, fixed(row["tokens_per_s"], 0))
+        yield from (fixed(row[f"ms_{part}"], 2) for part in ("between_median", "between_p99"))
+        yield fixed(row["ms_first_median"], 0)
+
+    head = "clients | tokens of a prompt | server | tokens/s | between tokens, ms | 99% within | first token, ms"
+    sizes = ((1, 128), (4, 128), (16, 128), (1, 2048), (4, 2048))
+    return table(head, (line(name, *size) for size in sizes for name in PEERS))
+
+
+def peer_steps() -> str:
+    """SERVING's pauses, conversations and starts of the same servers."""
+
+    def line(name: str) -> Iterable[str]:
+        server, commit = PEERS[name]
+        [stall], [talk], [start] = (
+            matching("serve", case=f"peer_{case}", server=server, commit=commit)
+            for case in ("stall", "dialogue", "start")
+        )
+        yield from (name, fixed(stall["ms_between_most_median"], 0))
+        yield fixed(max(stall["ms_between_most"], stall["ms_between_most_first"]), 0)
+        yield from (fixed(stall["ms_first_median"], 0), fixed(talk["ms_first_all"], 0), fixed(start["seconds"], 1))
+
+    head = "server | longest pause, ms | at most | that prompt's first token | 20 turns' first tokens | start, s"
+    return table(head, map(line, PEERS))
+
+
 def started(case: str) -> Iterable[str]:
     """Milliseconds of each start."""
     return (fixed(1000 * row["seconds"], 0) for row in matching("serve", case=case, commit=STARTED))
 
 
 def served_steps() -> str:
-    """SERVING's times of a step by its surroundings, of a stream beside a long prompt, and of a conversation."""
+    """SERVING's times of a step by its surroundings, of a conversation and of starts."""
     alike = {"commit": SERVED}
     bare = matching("serve", case="bare", clients=1, **alike)
     [http] = matching("serve", case="clients", clients=1, prompt=128, **alike)
     masked = {row["grammar"]: row["ms_between_median"] for row in matching("serve", case="session", **alike)}
-    [stall], [talk] = (matching("serve", case=case, **alike) for case in ("stall", "dialogue"))
-    longest = f"{fixed(stall['ms_between_most_median'], 0)}, at most {fixed(stall['ms_between_most'], 0)}"
+    [talk] = matching("serve", case="dialogue", **alike)
     lines = [
         ["a token of the engine alone", " and ".join(fixed(row["ms_between_median"], 2) for row in bare)],
         ["of a stream over HTTP", fixed(http["ms_between_median"], 2)],
         ["in the batch, and with a JSON schema", f"{fixed(masked['none'], 2)}, {fixed(masked['json_schema'], 2)}"],
-        [f"longest pause of a stream while a prompt of {stall['prompt']} tokens is read", longest],
         [f"the first tokens of {talk['turns']} turns, together", fixed(talk["ms_first_all"], 0)],
         ["the same prompts without a conversation", fixed(talk["ms_first_all_fresh"], 0)],
         ["a start until the server is ready", ", ".join(started("start"))],
@@ -934,6 +972,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "rounding": rounding,
     "serving": serving,
     "served_steps": served_steps,
+    "served_peers": served_peers,
+    "peer_steps": peer_steps,
 }
 
 
