@@ -56,6 +56,8 @@ def test_a_drafter_is_tuned_on_the_results_own_text(made, tmp_path, monkeypatch)
     assert {name: (value.dtype, value.shape) for name, value in old.items()} == {
         name: (value.dtype, value.shape) for name, value in new.items()
     }
+    for name in (".", "model.safetensors"):
+        assert (tmp_path / "out-drafter" / name).stat().st_mode == (tmp_path / "out" / name).stat().st_mode
     assert torch.equal(old["d2t"], new["d2t"])
     assert not torch.equal(old["fc.weight"], new["fc.weight"])
     plain = lowbit.load(tmp_path / "out", device="cpu", context=64)
