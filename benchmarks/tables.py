@@ -172,11 +172,39 @@ TUNED: tuple[tuple[str, str, str, str], ...] = (
 )
 
 
-# Calibration on the model's own text besides: label, method, toolkit; the demo model at int4-g64 on an H200.
-LEARNED: tuple[tuple[str, str, str], ...] = (
-    ("`best --own-samples 128`", "best-own", "lowbit"),
-    ("the same, `--distill-codes`", "best-own-codes", "lowbit"),
-    ("AutoRound 0.16.1, 200 iterations", "autoround-200", ROUND),
+# Ours and other toolkits' beside one another on all windows, by an H200: model, weights, label, method, toolkit.
+OWN, OWN_CODES = "`best --own-samples 128`", "the same, `--distill-codes`"
+LLAMA = "llama.cpp of llama-cpp-python 0.3.36"
+BESIDE: tuple[tuple[str, str, str, str, str], ...] = (
+    ("demo", "int4-g64", OWN, "best-own", "lowbit"),
+    ("demo", "int4-g64", OWN_CODES, "best-own-codes", "lowbit"),
+    ("demo", "int4-g64", "AutoRound 0.16.1, 200 iterations", "autoround-200", ROUND),
+    ("demo", "int3-g64", OWN, "w3g64-anneal-own", "lowbit"),
+    ("demo", "int3-g64", OWN_CODES, "w3g64-anneal-own-codes", "lowbit"),
+    ("demo", "int3-g64", "AutoRound 0.16.1, 200 iterations, extended", "autoround-w3g64-ext", ROUND),
+    ("demo", "int2-g64", OWN, "w2-anneal-own", "lowbit"),
+    ("demo", "int2-g64", OWN_CODES, "w2-anneal-own-codes", "lowbit"),
+    ("demo", "int2-g64", "AutoRound 0.16.1, 200 iterations, extended", "autoround-w2-ext", ROUND),
+    ("demo", "nvfp4-a16", OWN, "nvfp4-best-own", "lowbit"),
+    ("demo", "nvfp4-a16", OWN_CODES, "nvfp4-best-own-codes", "lowbit"),
+    ("demo", "nvfp4-a16", "AutoRound 0.16.1, 200 iterations", "autoround-nvfp4", ROUND),
+    ("demo", "mxfp4-a16", OWN_CODES, "mxfp4-best-own-codes", "lowbit"),
+    ("demo", "mxfp4-a16", "AutoRound 0.16.1, 200 iterations", "autoround-mxfp4", ROUND),
+    ("demo", "fp8", OWN, "fp8-best-own", "lowbit"),
+    ("pruned", "int4-g64", OWN, "best-own", "lowbit"),
+    ("pruned", "int4-g64", OWN_CODES, "best-own-codes", "lowbit"),
+    ("pruned", "int4-g64", "AutoRound 0.16.1, 200 iterations", "autoround-200", ROUND),
+    ("pruned", "q4_k_m", OWN_CODES, "q4_k_m-best-own-codes", "lowbit"),
+    ("pruned", "q4_k_m", "llama-quantize, importance matrix", "llama-q4_k_m", LLAMA),
+    ("pruned", "q4_k_m", "AutoRound 0.16.1, no iterations", "autoround-q4_k_m-0", ROUND),
+    ("pruned", "q3_k_m", OWN_CODES, "q3_k_m-best-own-codes", "lowbit"),
+    ("pruned", "q3_k_m", "the same, `--rounder anneal`", "q3_k_m-anneal-own-codes", "lowbit"),
+    ("pruned", "q3_k_m", "llama-quantize, importance matrix", "llama-q3_k_m", LLAMA),
+    ("pruned", "q3_k_m", "AutoRound 0.16.1, no iterations", "autoround-q3_k_m-0", ROUND),
+    ("pruned", "q2_k", OWN_CODES, "q2_k-best-own-codes", "lowbit"),
+    ("pruned", "q2_k", "the same, `--rounder anneal`", "q2_k-anneal-own-codes", "lowbit"),
+    ("pruned", "q2_k", "llama-quantize, importance matrix", "llama-q2_k", LLAMA),
+    ("pruned", "q2_k_s", "AutoRound 0.16.1, 200 iterations", "autoround-q2_k_s", ROUND),
 )
 
 
@@ -268,17 +296,19 @@ def codes() -> str:
 KINDS = {"text": "WikiText-2", "builtin": "documentation"}
 
 
-def learned() -> str:
+def beside() -> str:
     """Loss and divergence on all windows, the usual and the later ones together."""
-    lines = []
-    for calibration, kind in KINDS.items():
-        for label, method, by in LEARNED:
-            found = matching("quality", model="demo", **on(H200, method, calibration, by))
-            texts = [[row for row in found if row["text"].lower().startswith(text)] for text in ("wikitext", "builtin")]
-            if all(texts):
-                each = [pooled(part) for part in texts]
-                lines.append([kind, label, *(cell for row in each for cell in (loss(row), divergence(row)))])
-    head = "calibrated on | by | WikiText-2: loss | divergence | documentation: loss | divergence"
+    lines, before = [], ("", "")
+    for model, weights, label, method, by in BESIDE:
+        found = matching("quality", model=model, **on(H200, method, ASIDE, by))
+        texts = [[row for row in found if row["text"].lower().startswith(text)] for text in ("wikitext", "builtin")]
+        if all(texts):
+            each = [pooled(part) for part in texts]
+            counts = " / ".join(str(sum(row["windows"] for row in part)) for part in texts)
+            shown = ("" if before[0] == model else model, "" if before == (model, weights) else weights)
+            lines.append([*shown, label, counts, *(cell for row in each for cell in (loss(row), divergence(row)))])
+            before = model, weights
+    head = "model | weights | by | windows | WikiText-2: loss | divergence | documentation: loss | divergence"
     return table(head, lines)
 
 
@@ -942,7 +972,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "grids": grids,
     "mixtures": mixtures,
     "codes": codes,
-    "learned": learned,
+    "beside": beside,
     "decode": decode,
     "decode_h200": decode_h200,
     "first_token": first_token,
