@@ -91,7 +91,7 @@ OURS |= {
 }
 # Weights annealed, then tuned as by `best`, with and without codes.
 ANNEALED = {"method": "best", "rounder": "anneal", "anneal_steps": 100}
-for name in ("w3", "w3g64", "w2"):
+for name in ("w3", "w3g64", "w2", "nvfp4", "mxfp4"):
     OURS[f"{name}-anneal"] = ANNEALED | {"scheme": SCHEMES[name]}
     OURS[f"{name}-anneal-codes"] = OURS[f"{name}-anneal"] | {"distill_codes": True}
 MIXTURES = ("q4_k_m", "q3_k_m", "q2_k")  # of llama.cpp, in GGUF files
@@ -100,16 +100,14 @@ OURS |= {
     for name in MIXTURES
     for method in ("rtn", "gptq", "best")
 }
-for name in ("q3_k_m", "q2_k"):
-    OURS[f"{name}-anneal"] = ANNEALED | {"scheme": name, "format": "gguf"}
-# Calibrated on the model's own text besides, with and without tuned codes.
-OWN = {"own_samples": 128}
-FEW = ("w3-anneal", "w3g64-anneal", "w2-anneal", "q3_k_m-anneal", "q2_k-anneal")
-for name in ("best", *FEW, *(f"{each}-best" for each in (*SCHEMES, *MIXTURES))):
-    OURS[f"{name}-own"] = OURS[name] | OWN
-    OURS[f"{name}-own-codes"] = OURS[name] | OWN | {"distill_codes": True}
-OURS["best-own-200"] = OURS["best-own"] | {"iters": 200}
-OURS["best-own-200-codes"] = OURS["best-own-codes"] | {"iters": 200}
+OURS |= {f"{name}-anneal": ANNEALED | {"scheme": name, "format": "gguf"} for name in MIXTURES}
+OURS |= {"best-200": OURS["best"] | {"iters": 200}, "best-anneal": ANNEALED | W4}
+# Calibrated on the model's own text besides, with and without tuned codes, and with more steps of tuning.
+ALONE = [name for name in OURS if name in ("best", "best-200") or name.endswith(("-anneal", "-best"))]
+for name in ALONE:
+    OURS[f"{name}-own"] = OURS[name] | {"own_samples": 128}
+    OURS[f"{name}-own-codes"] = OURS[f"{name}-own"] | {"distill_codes": True}
+    OURS[f"{name}-own-codes-160"] = OURS[f"{name}-own-codes"] | {"distill_steps": 160}
 THEIRS = {
     "llm-compressor-awq": "--method awq",
     "llm-compressor-gptq": "--method gptq",
