@@ -86,6 +86,12 @@ def test_a_tokenizer_that_llama_cpp_applies_otherwise_is_refused(
         keys_of(tmp_path, found | change)
 
 
+def test_a_normalizer_without_steps_is_none(tmp_path: Path) -> None:
+    """transformers 5.17 writes one."""
+    empty = {"type": "Sequence", "normalizers": []}
+    assert keys_of(tmp_path, OF_BYTES | {"normalizer": empty}) == keys_of(tmp_path, OF_BYTES)
+
+
 def test_merges_may_be_ignored_where_each_token_is_their_result(tmp_path: Path) -> None:
     model = OF_BYTES["model"] | {"ignore_merges": True}
     assert keys_of(tmp_path, OF_BYTES | {"model": model}) == keys_of(tmp_path, OF_BYTES)
