@@ -173,7 +173,7 @@ TUNED: tuple[tuple[str, str, str, str], ...] = (
 
 
 # Ours and other toolkits' beside one another on all windows, by an H200: model, weights, label, method, toolkit.
-OWN, OWN_CODES = "`best --own-samples 128`", "the same, `--distill-codes`"
+OWN, OWN_CODES = "`best --own-samples 128`", "`best --own-samples 128 --distill-codes`"
 LLAMA = "llama.cpp of llama-cpp-python 0.3.36"
 BESIDE: tuple[tuple[str, str, str, str, str], ...] = (
     ("demo", "int4-g64", OWN, "best-own", "lowbit"),
