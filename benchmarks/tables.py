@@ -173,38 +173,38 @@ TUNED: tuple[tuple[str, str, str, str], ...] = (
 
 
 # Ours and other toolkits' beside one another on all windows, by an H200: model, weights, label, method, toolkit.
-OWN, OWN_CODES = "`best --own-samples 128`", "`best --own-samples 128 --distill-codes`"
+OWN, OWN_CODES = "`best`", "`best --distill-codes`"  # with --own-samples 128
 LLAMA = "llama.cpp of llama-cpp-python 0.3.36"
 BESIDE: tuple[tuple[str, str, str, str, str], ...] = (
     ("demo", "int4-g64", OWN, "best-own", "lowbit"),
     ("demo", "int4-g64", OWN_CODES, "best-own-codes", "lowbit"),
-    ("demo", "int4-g64", "AutoRound 0.16.1, 200 iterations", "autoround-200", ROUND),
+    ("demo", "int4-g64", "AutoRound, 200", "autoround-200", ROUND),
     ("demo", "int3-g64", OWN, "w3g64-anneal-own", "lowbit"),
     ("demo", "int3-g64", OWN_CODES, "w3g64-anneal-own-codes", "lowbit"),
-    ("demo", "int3-g64", "AutoRound 0.16.1, 200 iterations, extended", "autoround-w3g64-ext", ROUND),
+    ("demo", "int3-g64", "AutoRound, 200, extended", "autoround-w3g64-ext", ROUND),
     ("demo", "int2-g64", OWN, "w2-anneal-own", "lowbit"),
     ("demo", "int2-g64", OWN_CODES, "w2-anneal-own-codes", "lowbit"),
-    ("demo", "int2-g64", "AutoRound 0.16.1, 200 iterations, extended", "autoround-w2-ext", ROUND),
+    ("demo", "int2-g64", "AutoRound, 200, extended", "autoround-w2-ext", ROUND),
     ("demo", "nvfp4-a16", OWN, "nvfp4-best-own", "lowbit"),
     ("demo", "nvfp4-a16", OWN_CODES, "nvfp4-best-own-codes", "lowbit"),
-    ("demo", "nvfp4-a16", "AutoRound 0.16.1, 200 iterations", "autoround-nvfp4", ROUND),
+    ("demo", "nvfp4-a16", "AutoRound, 200", "autoround-nvfp4", ROUND),
     ("demo", "mxfp4-a16", OWN_CODES, "mxfp4-best-own-codes", "lowbit"),
-    ("demo", "mxfp4-a16", "AutoRound 0.16.1, 200 iterations", "autoround-mxfp4", ROUND),
+    ("demo", "mxfp4-a16", "AutoRound, 200", "autoround-mxfp4", ROUND),
     ("demo", "fp8", OWN, "fp8-best-own", "lowbit"),
     ("pruned", "int4-g64", OWN, "best-own", "lowbit"),
     ("pruned", "int4-g64", OWN_CODES, "best-own-codes", "lowbit"),
-    ("pruned", "int4-g64", "AutoRound 0.16.1, 200 iterations", "autoround-200", ROUND),
+    ("pruned", "int4-g64", "AutoRound, 200", "autoround-200", ROUND),
     ("pruned", "q4_k_m", OWN_CODES, "q4_k_m-best-own-codes", "lowbit"),
-    ("pruned", "q4_k_m", "llama-quantize, importance matrix", "llama-q4_k_m", LLAMA),
-    ("pruned", "q4_k_m", "AutoRound 0.16.1, no iterations", "autoround-q4_k_m-0", ROUND),
+    ("pruned", "q4_k_m", "llama-quantize", "llama-q4_k_m", LLAMA),
+    ("pruned", "q4_k_m", "AutoRound, 0", "autoround-q4_k_m-0", ROUND),
     ("pruned", "q3_k_m", OWN_CODES, "q3_k_m-best-own-codes", "lowbit"),
     ("pruned", "q3_k_m", "the same, `--rounder anneal`", "q3_k_m-anneal-own-codes", "lowbit"),
-    ("pruned", "q3_k_m", "llama-quantize, importance matrix", "llama-q3_k_m", LLAMA),
-    ("pruned", "q3_k_m", "AutoRound 0.16.1, no iterations", "autoround-q3_k_m-0", ROUND),
+    ("pruned", "q3_k_m", "llama-quantize", "llama-q3_k_m", LLAMA),
+    ("pruned", "q3_k_m", "AutoRound, 0", "autoround-q3_k_m-0", ROUND),
     ("pruned", "q2_k", OWN_CODES, "q2_k-best-own-codes", "lowbit"),
     ("pruned", "q2_k", "the same, `--rounder anneal`", "q2_k-anneal-own-codes", "lowbit"),
-    ("pruned", "q2_k", "llama-quantize, importance matrix", "llama-q2_k", LLAMA),
-    ("pruned", "q2_k_s", "AutoRound 0.16.1, 200 iterations", "autoround-q2_k_s", ROUND),
+    ("pruned", "q2_k", "llama-quantize", "llama-q2_k", LLAMA),
+    ("pruned", "q2_k_s", "AutoRound, 200", "autoround-q2_k_s", ROUND),
 )
 
 
@@ -308,7 +308,7 @@ def beside() -> str:
             shown = ("" if before[0] == model else model, "" if before == (model, weights) else weights)
             lines.append([*shown, label, counts, *(cell for row in each for cell in (loss(row), divergence(row)))])
             before = model, weights
-    head = "model | weights | by | windows | WikiText-2: loss | divergence | documentation: loss | divergence"
+    head = "model | weights | by | windows | WikiText-2 | divergence | documentation | divergence"
     return table(head, lines)
 
 
