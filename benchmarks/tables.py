@@ -426,6 +426,7 @@ VLLM = {
     "w8": ("W8A16, per channel", "Marlin"),
     "w8a8": ("W8A8, per token", "CUTLASS"),
 }
+VLLM_H200 = {"w4 lowbit": "W4A16, groups of 128", "fp8 lowbit": "FP8, per channel and token"}
 
 
 def vllm() -> str:
@@ -435,6 +436,29 @@ def vllm() -> str:
         steps = [first("vllm", engine=f"{model} {by}")["step_ms"] for by in (kernel.lower(), "lowbit")]
         lines.append([label, kernel, *(fixed(step[batch], 2) for step in steps for batch in ("1", "8"))])
     return table("checkpoint | vLLM's kernel | batch 1 | batch 8 | ours, batch 1 | batch 8", lines)
+
+
+def vllm_h200() -> str:
+    """Milliseconds of a step inside vLLM on an H200."""
+    found = [row for row in rows("vllm") if row.get("gpu") == "NVIDIA H200" and "engine" in row]
+    lines = [
+        [
+            VLLM_H200[row["engine"]],
+            "yes" if row["prefetch"] else "no",
+            *(fixed(row["step_ms"][b], 2) for b in ("1", "8")),
+        ]
+        for row in found
+    ]
+    return table("checkpoint | next weight prefetched | batch 1 | batch 8", lines)
+
+
+def vllm_schemes() -> str:
+    """Distances of log-probabilities inside vLLM to the dense model, by scheme."""
+    lines = [
+        [f"`{row['scheme']}`", row["mode"], *(fixed(value, 3) for part in ("prompt", "new") for value in row[part])]
+        for row in rows("vllm_schemes")
+    ]
+    return table("scheme | vLLM | prompts, mean | most | new tokens, mean | most", lines)
 
 
 def agreement() -> str:
@@ -981,6 +1005,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "calibrate": calibrate,
     "readers": readers,
     "vllm": vllm,
+    "vllm_h200": vllm_h200,
+    "vllm_schemes": vllm_schemes,
     "agreement": agreement,
     "kernels": kernels,
     "wna16_gemv": gemv,
