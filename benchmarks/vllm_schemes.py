@@ -25,9 +25,11 @@ from tests.quantized import dense, quantize_files, write_config
 
 SIZES = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 128}
 HEADS = {"num_attention_heads": 2, "num_key_value_heads": 1, "tie_word_embeddings": False}
-SCHEMES = ("int2-g32", "int3-g64", "int4-g128", "uint4-g32", "int5-g64", "int6-channel", "int7-g32", "int8-channel")
-SCHEMES += ("int8-channel-a8token", "int8-channel-a8tensor", "fp8-a16", "fp8", "fp8-static", "fp8-block", "mxfp8-a16")
-SCHEMES += ("nvfp4-a16", "nvfp4", "mxfp4-a16", "mxfp4")
+SCHEMES = (
+    *("int2-g32", "int3-g64", "int4-g128", "uint4-g32", "int5-g64", "int6-channel", "int7-g32", "int8-channel"),
+    *("int8-channel-a8token", "int8-channel-a8tensor", "fp8-a16", "fp8", "fp8-static", "fp8-block", "mxfp8-a16"),
+    *("nvfp4-a16", "nvfp4", "mxfp4-a16", "mxfp4"),
+)
 WITH_HEAD = "int4-g32, head fp8-a16, embeddings int8-channel"
 LEFT = ("lm_head", "model.layers.1.mlp.down_proj")
 
