@@ -621,6 +621,29 @@ def numbers() -> str:
     return table(f"weights | rows of x | {' | '.join(f'{n} x {k}' for n, k in NUMBER_SHAPES)}", lines)
 
 
+FP8_SHAPES = ((12288, 4096), (4096, 11008), (22016, 4096))
+FP8_KERNELS = (
+    ("this library", {"ours": True, "part": "product"}),
+    ("with rounding", {"ours": True, "part": "rounding + product"}),
+    ("cuBLAS", {"kernel": "torch._scaled_mm", "ours": False}),
+    ("cuBLAS, fast", {"kernel": "torch._scaled_mm fast"}),
+    ("vLLM's CUTLASS", {"kernel": "vllm cutlass", "part": "product"}),
+    ("with rounding", {"kernel": "vllm cutlass", "part": "rounding + product"}),
+)
+
+
+def fp8_products() -> str:
+    """Products of FP8 with FP8 by the number of rows, us."""
+    lines = []
+    for n, k in FP8_SHAPES:
+        for m in sorted({row["m"] for row in matching("w8a8_fp8", n=n, k=k)}):
+            found = [matching("w8a8_fp8", n=n, k=k, m=m, **wanted) for _, wanted in FP8_KERNELS]
+            floor = first("w8a8_fp8", n=n, k=k, m=m)["floor_us"]
+            cells = (fixed(rows[0]["us"], 1) if rows else "" for rows in found)
+            lines.append([f"{n} x {k}", str(m), fixed(floor, 1), *cells])
+    return table(f"n x k | rows of x | floor | {' | '.join(name for name, _ in FP8_KERNELS)}", lines)
+
+
 ATTENTIONS = ((32, 8, 2048), (32, 4, 2048), (32, 1, 32768), (8, 8, 2048), (8, 1, 32768))  # key heads, batch, positions
 CACHES = {"same": "float16", "int8": "int8", "fp8": "FP8", "int4": "int4"}
 
@@ -1012,6 +1035,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "wna16_gemv": gemv,
     "numbers": numbers,
     "numbers_steps": numbers_steps,
+    "w8a8_fp8": fp8_products,
     "decode_attention": attention,
     "wna16_gemm": gemm,
     "wna16_prefill": prefill,

@@ -1,6 +1,6 @@
-"""Cases, peers and rows shared by the benchmarks of int8 products.
+"""Cases, peers and rows shared by the benchmarks of products with inputs in 8 bits, int8 or FP8.
 
-`part` says what a row times: "product" from int8 x on, "rounding + product" from half-precision x on, and "norm +
+`part` says what a row times: "product" from x in codes on, "rounding + product" from half-precision x on, and "norm +
 rounding + product" from x before its norm. Kernel and launch come from the one rule. `dependent` rows are launched with
 programmatic dependent launch; the floor is a reader of W and its scales without it.
 """
@@ -19,6 +19,7 @@ from lowbit.quant.kernels import ops
 from lowbit.quant.kernels.registry import choose_kernel
 from lowbit.quant.kernels.row_norm import Rows
 from lowbit.quant.kernels.w8a8 import W8a8Call, W8a8Weight
+from lowbit.quant.numbers import INT8, Number
 
 PRODUCT, ROUNDED, NORMED = "product", "rounding + product", "norm + rounding + product"
 DTYPE = torch.bfloat16  # as the peers have it
@@ -45,15 +46,22 @@ class Inputs:
     weights: list[W8a8Weight]
 
 
-def make_inputs(m: int, n: int, k: int) -> Inputs:
+def make_inputs(number: Number, m: int, n: int, k: int) -> Inputs:
     x, gamma = torch.randn(m, k, dtype=DTYPE, device="cuda"), torch.ones(k, dtype=DTYPE, device="cuda")
     copies = range(copies_for(n * k))
-    codes = [random_words(n, k, dtype=torch.int8) for _ in copies]
+    codes = [random_codes(number, n, k) for _ in copies]
     return Inputs(x, gamma, [W8a8Weight(each, torch.rand(n, device="cuda") * 0.01) for each in codes])
 
 
+def random_codes(number: Number, n: int, k: int) -> torch.Tensor:
+    """Codes (n, k) over the number's range; of FP8 all but its NaNs."""
+    codes = random_words(n, k, dtype=torch.int8)
+    return codes if number == INT8 else codes.masked_fill_(codes & 0x7F == 0x7F, 0).view(number.storage)
+
+
 def our_cases(inputs: Inputs, launches: Sequence[bool]) -> Iterator[Case]:
-    codes, scales = ops.quantize_rows(Rows(inputs.x, rounding="int8"))
+    number = inputs.weights[0].number.name
+    codes, scales = ops.quantize_rows(Rows(inputs.x, rounding=number))
     name = choose_kernel(W8a8Call(codes, scales, inputs.weights[0], dtype=DTYPE).problem()).name
 
     def multiplied(rows: Rows, weight: W8a8Weight) -> torch.Tensor:
@@ -66,7 +74,7 @@ def our_cases(inputs: Inputs, launches: Sequence[bool]) -> Iterator[Case]:
             for w in inputs.weights
         ]
         yield Case(name, True, PRODUCT, product, d)
-        rows = Rows(inputs.x, rounding="int8", dependent=d)
+        rows = Rows(inputs.x, rounding=number, dependent=d)
         rounded = [lambda w=w, rows=rows: multiplied(rows, w) for w in inputs.weights]
         yield Case(name, True, ROUNDED, rounded, d)
         rows = replace(rows, norm="rms", weight=inputs.gamma, eps=1e-5)
@@ -74,11 +82,22 @@ def our_cases(inputs: Inputs, launches: Sequence[bool]) -> Iterator[Case]:
 
 
 def torch_cases(inputs: Inputs) -> Iterator[Case]:
-    """torch's int8 product, inputs rounded and padded in advance, without scaling of the sums; cuBLAS in bfloat16."""
+    """torch's product, inputs rounded in advance: of int8 padded, without scaling of the sums; of FP8 scaled, with sums
+    in the tensor cores' own accumulator ("fast") and in float32; cuBLAS in bfloat16."""
     m, k = inputs.x.shape
     n = inputs.weights[0].n
-    x = random_words(max(m, 32), k, dtype=torch.int8)
-    yield Case("torch._int_mm", False, PRODUCT, [lambda w=w: torch._int_mm(x, w.codes.T) for w in inputs.weights])
+    if inputs.weights[0].number == INT8:
+        x = random_words(max(m, 32), k, dtype=torch.int8)
+        yield Case("torch._int_mm", False, PRODUCT, [lambda w=w: torch._int_mm(x, w.codes.T) for w in inputs.weights])
+    else:
+        x, scales = ops.quantize_rows(Rows(inputs.x, rounding="fp8"))
+        for name, fast in (("torch._scaled_mm fast", True), ("torch._scaled_mm", False)):
+
+            def scaled(w: W8a8Weight, fast: bool = fast) -> torch.Tensor:
+                sides = scales.unsqueeze(1), w.scales.unsqueeze(0)
+                return torch._scaled_mm(x, w.codes.T, *sides, out_dtype=DTYPE, use_fast_accum=fast)
+
+            yield Case(name, False, PRODUCT, [lambda w=w, scaled=scaled: scaled(w) for w in inputs.weights])
     dense = [torch.randn(n, k, dtype=DTYPE, device="cuda") for _ in range(copies_for(2 * n * k))]
     yield Case("cublas", False, ROUNDED, [lambda w=w: torch.nn.functional.linear(inputs.x, w) for w in dense])
 
@@ -86,13 +105,20 @@ def torch_cases(inputs: Inputs) -> Iterator[Case]:
 def vllm_cases(inputs: Inputs) -> Iterator[Case]:
     if vllm_ops is None:
         return
-    codes, scales, _ = vllm_ops.scaled_int8_quant(inputs.x)
+    integers = inputs.weights[0].number == INT8
+
+    def in_codes() -> tuple[torch.Tensor, torch.Tensor]:
+        if integers:
+            return vllm_ops.scaled_int8_quant(inputs.x)[:2]
+        return vllm_ops.scaled_fp8_quant(inputs.x, use_per_token_if_dynamic=True)
+
+    codes, scales = in_codes()
 
     def product(weight: W8a8Weight) -> torch.Tensor:
         return vllm_ops.cutlass_scaled_mm(codes, weight.codes.T, scales, weight.scales.unsqueeze(0), DTYPE)
 
     def rounded(weight: W8a8Weight) -> torch.Tensor:
-        x, x_scales, _ = vllm_ops.scaled_int8_quant(inputs.x)
+        x, x_scales = in_codes()
         return vllm_ops.cutlass_scaled_mm(x, weight.codes.T, x_scales, weight.scales.unsqueeze(0), DTYPE)
 
     yield Case("vllm cutlass", False, PRODUCT, [lambda w=w: product(w) for w in inputs.weights])
@@ -119,6 +145,7 @@ class Plan:
     shapes: tuple[tuple[int, int], ...] = SHAPES
     random_shapes: int = 5
     launches: tuple[bool, ...] = (False, True)
+    number: Number = INT8
 
 
 def run_plan(plan: Plan, description: str | None) -> None:
@@ -133,7 +160,7 @@ def run_plan(plan: Plan, description: str | None) -> None:
     for n, k in (*plan.shapes, *random_shapes(plan.random_shapes)):
         read = floor.time(n * k + 4 * n)
         for m in plan.rows:
-            inputs = make_inputs(m, n, k)
+            inputs = make_inputs(plan.number, m, n, k)
             for case in (*our_cases(inputs, plan.launches), *torch_cases(inputs), *vllm_cases(inputs)):
                 more = {"part": case.part, "dependent": case.dependent}
                 timing = time_calls(case.calls)

@@ -326,8 +326,8 @@ def quantize_inputs(x: Tensor, number: Number, scale: Tensor | None = None) -> t
     scale   ()  one scale for all tokens; None for a scale per token, which maps its max |x| to the largest value
     return  codes (..., k) in the number's storage; scales (..., 1) float32, or () if `scale` is given
 
-    Computed in float32, ties to even. An all-zero token gets scale 1. A token with a NaN gets scale NaN, since integer
-    codes cannot carry it.
+    Computed in float32, ties to even; values beyond the largest code become it. An all-zero token gets scale 1. A token
+    with a NaN gets scale NaN, since integer codes cannot carry it.
     """
     wide = x.float()
     if scale is None:
@@ -335,7 +335,7 @@ def quantize_inputs(x: Tensor, number: Number, scale: Tensor | None = None) -> t
         scales = torch.where(largest == 0, torch.ones_like(largest), largest / number.high)
     else:
         scales = scale.float()
-    return number.encode(wide / scales), scales
+    return number.encode((wide / scales).clamp_(number.low, number.high)), scales
 
 
 def fake_quantize_inputs(x: Tensor, number: Number, scale: Tensor | None = None) -> Tensor:

@@ -13,9 +13,8 @@ from lowbit.quant.qtensor import QTensor
 K_STEP = 16  # inputs per read of the copy engine and CUTLASS
 MOST_K = (1 << 17) - K_STEP  # inputs: 2^17 products of -128 and -128 overflow int32
 LEAST_ROWS, N_STEP = 17, 8  # of cuBLAS's int8 product
-# Of its FP8 product. With 128 rows or fewer w8a8_gemm reads W once: at 64 rows 22016 x 4096 in int8 takes it 24.9 us on
-# an H200, cuBLAS's FP8 32.4; 33.0 and 31.4 at 128.
-LEAST_SCALED, SCALED_STEP = 129, 16
+# Of its FP8 product. 22016 x 4096 takes it 38.5 us at 64 rows on an H200, w8a8_gemm 25.2; 33.9 and 38.5 at 128.
+LEAST_SCALED, SCALED_STEP = 65, 16
 NUMBERS = {torch.int8: INT8, torch.float8_e4m3fn: FP8}  # of codes
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
