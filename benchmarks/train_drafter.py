@@ -145,8 +145,8 @@ def frequent(texts: Sequence[Text], vocabulary: int, count: int) -> Tensor:
 @torch.no_grad()
 def begin(head: Eagle3, directory: Path, targets: Tensor) -> None:
     """Let the head begin with the model's final norm, and its own head's rows for these tokens. After 40 s of training
-    on a shared H200, 48% of first drafts were right; with a norm scaled so that first logits deviate by 1 it was 42%,
-    and of a head that begins at random 43%."""
+    on a shared H200, 48% of first drafts were right; with a norm scaled so that the first logits deviate by 1 it was
+    42%, and 43% of a head that began at random."""
     tensors = LogicalTensors(open_checkpoint(directory))
     known = set(tensors.names)
     name = "lm_head.weight" if "lm_head.weight" in known else "model.embed_tokens.weight"
