@@ -38,7 +38,8 @@ def quantize_files(directory: Path, fmt: str, text: str, left: tuple[str, ...] =
         w = tensors.pop(f"{name}.weight").float()
         plain = round_to_nearest(w, scheme.weights_only, FORMATS[fmt].scale_dtype or torch.bfloat16)
         zeros = None if plain.zeros is None else plain.zeros.clamp(min=1)
-        input_scale = torch.tensor(0.01) if scheme.static_inputs else None
+        parent = scheme.inputs is not None and scheme.inputs.parent
+        input_scale = torch.tensor(512.0 if parent else 0.01) if scheme.static_inputs else None
         weight, _ = express(QTensor(plain.codes, plain.scales, zeros, scheme, input_scale, plain.divisor), stored)
         tensors |= FORMATS[fmt].write(name, weight)
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})

@@ -132,6 +132,15 @@ def test_transformers_reads_every_number(tmp_path, text):
     require_same(found_by("here", "transformers", directory), meant(directory), 2.5 if rounded else 1)
 
 
+@pytest.mark.parametrize("text", ["nvfp4", "mxfp4"])
+def test_transformers_rounds_inputs_to_4_bits_as_meant(tmp_path, text):
+    """bfloat16 moves so many inputs past a tie that it is as far from float32 as rounding is: it is compared with."""
+    directory = quantized(tmp_path / "m", "compressed-tensors", text)
+    ours = meant_by(dense(directory).bfloat16())
+    noise = (ours - meant(directory)).abs().mean()
+    assert (found_by("here", "transformers", directory) - ours).abs().mean() < 0.75 * noise
+
+
 @pytest.mark.parametrize(("fmt", "text"), GPTQ)
 def test_transformers_with_gptqmodel(tmp_path, fmt, text):
     directory = quantized(tmp_path / "m", fmt, text)
