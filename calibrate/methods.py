@@ -12,7 +12,6 @@ from lowbit.errors import RecipeError, nearest
 from lowbit.export.cache import CACHES
 from lowbit.export.dialects import FORMATS
 from lowbit.export.engines.steps import STEPS
-from lowbit.quant.algos.few import few
 from lowbit.quant.recipe import ACTIVATIONS, HEAD, Recipe
 from lowbit.quant.scheme import parse_choice, parse_scheme
 
@@ -24,7 +23,6 @@ class Method:
     summary    one line for --list-methods
     cost, use  the same: what a run takes, and when to choose it
     settings   recipe keys that differ from the defaults
-    few        more of them, for integers of 2 and 3 bits
     only_bits  the only valid width, or None
     only_weights  the only valid scheme of weights, or None
     """
@@ -32,7 +30,6 @@ class Method:
     name: str
     summary: str
     settings: dict[str, Any] = field(default_factory=dict)
-    few: dict[str, Any] = field(default_factory=dict)
     only_bits: int | None = None
     only_weights: str | None = None
     cost: str = "128 windows of calibration text, a forward pass per search"
@@ -99,7 +96,6 @@ METHODS = {
             "best",
             "learned rounding, then scales and norms tuned on the model's own output",
             {"rounder": "signround", "clip": True, "iters": 20, "distill_steps": 64},
-            few={"rounder": "anneal", "anneal_steps": 100},
             cost="the whole model's gradients: the most time and memory of all",
             use="4 bits of a model that many will use",
         ),
@@ -136,7 +132,6 @@ def complete_recipe(values: dict[str, Any]) -> Recipe:
     _require_known(recipe)
     recipe = completed(recipe)
     _require_schemes(recipe)
-    recipe = _for_few_bits(method, recipe, values)
     recipe = _told_by_scheme(recipe, values)
     if calibrated(recipe):
         recipe = recipe.merged(CALIBRATION | {key: values[key] for key in values.keys() & CALIBRATION.keys()})
@@ -148,15 +143,6 @@ def complete_recipe(values: dict[str, Any]) -> Recipe:
     recipe = replace(recipe, ignore=others if recipe.head else (HEAD, *others))
     _require_sense(method, recipe)
     return recipe
-
-
-def _for_few_bits(method: Method, recipe: Recipe, values: dict[str, Any]) -> Recipe:
-    """`recipe` with the method's settings for few bits if it has so few, unless `values` say how to round."""
-    others = ROUNDERS.keys() - {method.few.get("rounder")}
-    told = "rounder" in values or merged(Recipe(), values).settings.keys() & others
-    if not method.few or told or not few(recipe.default_scheme):
-        return recipe
-    return completed(merged(merged(Recipe(), {"method": method.name, **method.settings, **method.few}), values))
 
 
 def _with_vocabulary(values: dict[str, Any]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from lowbit.calibrate.methods import METHODS, complete_recipe, find_method
-from lowbit.calibrate.rounding import Annealed, Gptq, SignRound
+from lowbit.calibrate.rounding import Gptq
 from lowbit.calibrate.settings import OWNERS, PARTS, rounder_of
 from lowbit.errors import RecipeError, nearest
 from lowbit.export.recipes import read_recipe
@@ -244,23 +244,3 @@ def test_a_setting_belongs_to_one_part():
     names = [name for part in PARTS.values() for name in part.settings()]
     assert sorted(names) == sorted(OWNERS)
     assert not set(names) & {*PARTS, *(each.name for each in fields(Recipe))}
-
-
-@pytest.mark.parametrize(
-    ("told", "rounder"),
-    [
-        ({"scheme": "int2-g64"}, Annealed(anneal_steps=100)),
-        ({"bits": 3, "group_size": 64}, Annealed(anneal_steps=100)),
-        ({"scheme": "int2-g64", "anneal_steps": 7}, Annealed(anneal_steps=7)),
-        ({"scheme": "int2-g64", "iters": 5}, SignRound(iters=5)),
-        ({"scheme": "int2-g64", "rounder": "gptq"}, Gptq()),
-        ({"scheme": "int4-g64"}, SignRound(iters=20)),
-        ({"scheme": "q2_k", "format": "gguf"}, SignRound(iters=20)),
-    ],
-    ids=str,
-)
-def test_best_anneals_few_bits_unless_told_how_to_round(told, rounder):
-    recipe = complete_recipe({"method": "best"} | told)
-    assert rounder_of(recipe) == rounder
-    assert (recipe.distill_steps, recipe.clip) == (64, True)
-    assert complete_recipe({"method": "signround"} | told).rounder == told.get("rounder", "signround")
