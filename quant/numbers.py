@@ -86,7 +86,8 @@ class Number:
 
     def decode(self, codes: Tensor) -> Tensor:
         """The float32 values of `codes`."""
-        if codes.dtype != torch.float8_e4m3fn or codes.is_cuda:
+        is_traced = type(codes) is not Tensor  # torch.compile's tensors have no values, and take no table with some
+        if codes.dtype != torch.float8_e4m3fn or codes.is_cuda or is_traced:
             return codes.float()
         return E4M3.index_select(0, places_of(codes)).view(codes.shape)  # a third of the time of torch's cast on a CPU
 
