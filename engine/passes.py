@@ -64,6 +64,7 @@ class Pass:
         step.tokens.copy_(torch.tensor(padded).flatten())
         starts, lengths = torch.tensor(facts).to(self.places.device).repeat_interleave(self.rows, 0).unbind(1)
         step.turns.copy_(self.decoder.turns_at(self.places, lengths))
+        step.starts.copy_(starts)
         torch.add(self.places, starts, out=step.slots)
 
     def capture(self) -> None:

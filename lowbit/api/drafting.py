@@ -70,6 +70,12 @@ def tune_drafter(
 ) -> Tuned:
     """Tune an EAGLE-3 head for the model in `checkpoint` on text that this writes itself, and write it to `output`.
 
+    >>> import lowbit
+    >>> lowbit.tune_drafter("my-model", "my-model", "my-head")
+    Traceback (most recent call last):
+        ...
+    lowbit.errors.CheckpointError: my-model/config.json: architectures are ['LlamaForCausalLM'], no drafter; known are...
+
     A head was trained with the unquantized model, whose features and choices are others. Nothing is written if the
     tuned head drafts no more tokens than before. What was measured goes to the checkpoint's rows and report.
 

@@ -21,7 +21,7 @@ from lowbit.export.checkpoint import open_checkpoint
 from lowbit.export.tensorfile import raw_bytes
 from tests.builders import make_model, save
 
-TEXT = {"num_samples": 4, "seqlen": 24, "dataset": "builtin"}
+TEXT = {"num_samples": 4, "seqlen": 24}  # of a text of its own: the builtin one changes with the interpreter
 RUNS: dict[str, dict[str, Any]] = {
     "int8": {},
     "awq": TEXT | {"group_size": 32},
@@ -77,8 +77,14 @@ def contents(directory: Path) -> dict[str, str]:
 
 def runs_in(place: Path, model: Path) -> dict[str, dict[str, str]]:
     """The contents of every run's checkpoint, made in `place`."""
+    place.mkdir()
+    text = place / "text.txt"
+    text.write_text(
+        "\n\n".join(f"The square of {n} ends in {n * n % 100:02d}, its cube in {n**3 % 100:02d}." for n in range(200))
+    )
     for method, settings in RUNS.items():
-        lowbit.quantize(model, place / method, method=method, device="cpu", eval_windows=0, **settings)
+        given = settings and {"dataset": str(text), **settings}
+        lowbit.quantize(model, place / method, method=method, device="cpu", eval_windows=0, **given)
     return {method: contents(place / method) for method in RUNS}
 
 
