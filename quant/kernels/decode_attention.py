@@ -5,7 +5,7 @@ tokens and a long cache. A GPU runs csrc/decode_attention.cu. Elsewhere plain to
 for the kernels.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -140,11 +140,8 @@ class NewCall:
 
     def after(self, q: Tensor) -> AttentionCall:
         """The attention of q (m, heads * head_dim), which `append` returned."""
-        append, bounds = self.append, (self.window, self.softcap, self.longest)
-        call = AttentionCall(
-            q, append.cache, self.starts, self.positions, self.scale, *bounds, append.dependent, self.sinks
-        )
-        return replace(call, in_panels=self.in_panels)
+        own = {name: value for name, value in vars(self).items() if name != "append"}
+        return AttentionCall(q, self.append.cache, dependent=self.append.dependent, **own)
 
     def empty(self) -> Tensor:
         """Memory for the output."""
@@ -190,7 +187,7 @@ def check_attention(call: AttentionCall) -> None:
         raise ValueError(
             f"{call.adjacent} adjacent rows of {m}, a window of {call.window}: they divide the rows, and have no window"
         )
-    if call.in_panels and (m > panels.HEIGHTS[-1] or q.shape[1] % panels.WIDTH):
+    if call.in_panels and not panels.fits(m, q.shape[1]):
         raise ValueError(
             f"an output of shape {tuple(q.shape)} in panels: at most {panels.HEIGHTS[-1]} rows and a multiple of "
             f"{panels.WIDTH} are needed"

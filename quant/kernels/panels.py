@@ -20,6 +20,11 @@ def height_for(m: int) -> int:
     return next(height for height in HEIGHTS if m <= height)
 
 
+def fits(m: int, k: int) -> bool:
+    """True if rows (m, k) can be in panels."""
+    return m <= HEIGHTS[-1] and k % WIDTH == 0
+
+
 def empty(like: Tensor, m: int, k: int) -> Tensor:
     """Memory for m rows of k inputs, in the dtype and on the device of `like`: (k / 32, m, 32)."""
     return like.new_empty(k // WIDTH, height_for(m), WIDTH)[:, :m]

@@ -275,8 +275,7 @@ def reason_against_tensors(call: PackedCall) -> str | None:
 
 def reason_against_inputs(call: PackedCall) -> str | None:
     """The reason why x or z are neither contiguous rows nor panels, or y cannot be panels, or None."""
-    heads = call.rotary is not None
-    if call.y_panels and (heads or call.float32_out or call.m > panels.HEIGHTS[-1] or call.y_shape[1] % panels.WIDTH):
+    if call.y_panels and (call.rotary is not None or call.float32_out or not panels.fits(*call.y_shape)):
         return (
             f"y of shape {call.y_shape} in panels: of half precision, no heads, at most {panels.HEIGHTS[-1]} rows and "
             f"a multiple of {panels.WIDTH} outputs are needed"
