@@ -12,7 +12,7 @@ import re
 import statistics
 import sys
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from typing import Any
 
 VOCABULARY = int(sys.argv[2]) if __name__ == "__main__" else 0
@@ -20,7 +20,15 @@ OUTPUT, REPEATS = 128, 3
 CLIENTS = ((1, 128), (4, 128), (8, 128), (16, 128), (1, 2048), (4, 2048))
 LONG, LONG_TIMES = 4096, 11
 TURNS, NEW, OPENING = 20, 50, 500
+FEATURES: dict[str, dict[str, Any]] = {
+    "none": {},
+    "top_p": {"temperature": 0.8, "top_p": 0.9},
+    "penalty": {"frequency_penalty": 0.5},
+    "logprobs": {"logprobs": 5},
+    "logprobs and penalty": {"logprobs": 5, "frequency_penalty": 0.5},
+}
 Row = dict[str, Any]
+Job = Callable[[], Iterable[Row]]
 
 
 async def answers(port: int, body: bytes) -> AsyncIterator[tuple[int, dict]]:
@@ -49,11 +57,13 @@ def ms(seconds: float) -> float:
     return round(seconds * 1e3, 3)
 
 
-async def tokens_of(port: int, prompt: list[int], output: int = OUTPUT) -> tuple[list[float], list[int]]:
+async def tokens_of(
+    port: int, prompt: list[int], output: int = OUTPUT, **settings: Any
+) -> tuple[list[float], list[int]]:
     """Seconds from the request to each token of a stream, and the tokens."""
     body = {"model": "random", "prompt": prompt, "max_tokens": output, "temperature": 0, "stream": True}
     begin, times, text = time.perf_counter(), [], ""
-    async for status, data in answers(port, json.dumps(body | {"ignore_eos": True}).encode()):
+    async for status, data in answers(port, json.dumps(body | {"ignore_eos": True} | settings).encode()):
         if status != 200:
             raise RuntimeError(f"{status}: {data}")
         times.append(time.perf_counter() - begin)
@@ -114,6 +124,35 @@ def stall_row(port: int) -> Row:
     }
 
 
+def feature_rows(port: int) -> Iterator[Row]:
+    """For each of FEATURES the longest time between the tokens of a greedy stream while a request with it comes and
+    goes: the first such request, and the most with later ones. A feature that the server refuses is said."""
+
+    async def once(settings: dict[str, Any]) -> tuple[float, float]:
+        stream = asyncio.ensure_future(tokens_of(port, fresh(16), 300))
+        await asyncio.sleep(0.15)
+        taken, _ = await tokens_of(port, fresh(16), 16, **settings)
+        times, _ = await stream
+        return max(b - a for a, b in itertools.pairwise(times)), taken[0]
+
+    for name, settings in FEATURES.items():
+        try:
+            found = [asyncio.run(once(settings)) for _ in range(1 + REPEATS)]
+        except RuntimeError as error:
+            yield {"case": "feature", "feature": name, "refused": str(error)[:200]}
+            continue
+        gaps, firsts = ([ms(pair[part]) for pair in found] for part in (0, 1))
+        yield {
+            "case": "feature",
+            "feature": name,
+            "clients": 2,
+            "ms_between_most_first": gaps[0],
+            "ms_between_most": max(gaps[1:]),
+            "ms_first_first": firsts[0],
+            "ms_first_median": statistics.median(firsts[1:]),
+        }
+
+
 def dialogue_row(port: int) -> Row:
     """The time to the first token of each turn, and of prompts that have as many tokens."""
 
@@ -143,13 +182,18 @@ def dialogue_row(port: int) -> Row:
 def main() -> None:
     """All rows, the most important ones first; those of the named cases, if some are named."""
     port, named = int(sys.argv[1]), sys.argv[3:]
-    clients: list[Callable[[], Row]] = [lambda case=case: clients_row(port, *case) for case in CLIENTS]
-    others = [("stall", lambda: stall_row(port)), ("dialogue", lambda: dialogue_row(port))]
+    clients: list[Job] = [lambda case=case: [clients_row(port, *case)] for case in CLIENTS]
+    others: list[tuple[str, Job]] = [
+        ("stall", lambda: [stall_row(port)]),
+        ("dialogue", lambda: [dialogue_row(port)]),
+        ("feature", lambda: feature_rows(port)),
+    ]
     first, *rest = [("clients", clients[i]) for i in (0, 4, 3, 2, 1, 5)]
-    order = [first, *rest, *others] if named else [*others, first, *rest]
+    order = [first, *rest, *others] if named else [*others[:2], first, *rest]
     for name, job in order:
         if not named or name in named:
-            print(json.dumps(job()), flush=True)
+            for row in job():
+                print(json.dumps(row), flush=True)
 
 
 if __name__ == "__main__":

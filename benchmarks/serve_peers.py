@@ -6,11 +6,11 @@ SERVER is a name of SERVERS; default: all. A checkpoint of Llama-2-7B's shapes w
 bfloat16 with 4 bits in groups of 128. Each server has room for SEQUENCES sequences of CONTEXT tokens, else what it has
 by default, and SETTLED seconds without requests after its start. Rows in benchmarks/results/serve.jsonl, each with its
 `server`: `peer_start`, the seconds from the command until /health answers, and those of serve_clients.py as
-`peer_clients`, `peer_stall` and `peer_dialogue`.
+`peer_clients`, `peer_stall`, `peer_feature` and `peer_dialogue`. Before the first server `lowbit bench` measures the
+engine alone on the same checkpoint, as `peer_bench`.
 """
 
 import argparse
-import itertools
 import json
 import os
 import shlex
@@ -36,7 +36,8 @@ CONTEXT, SEQUENCES = 4352, 16
 METHOD = "w4"
 LIMIT = 240  # seconds until a server has to answer
 SETTLED = 8
-CASES = ("clients", "stall", "dialogue")
+CASES = ("clients", "stall", "feature", "dialogue")
+BENCH = ("--batch", "1", "--batch", "4", "--batch", "16", "--prompt-tokens", "128", "--prompt-tokens", "2048")
 LOWBIT = (sys.executable, "-c", "from lowbit.commands.lowbit import main; main()")
 
 
@@ -119,17 +120,36 @@ def answers_health(port: int) -> bool:
         return False
 
 
+def lines_of(*command: str) -> Iterator[Row]:
+    """The rows that a process prints. RuntimeError if it fails."""
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child:
+        assert child.stdout is not None
+        for line in child.stdout:
+            yield json.loads(line)
+    if child.returncode:
+        raise RuntimeError(f"{' '.join(command[:3])} ended with {child.returncode}")
+
+
+def bench_rows(directory: Path) -> Iterator[Row]:
+    """Rows of the engine alone."""
+    for row in lines_of(*LOWBIT, "bench", str(directory), *BENCH, "--dtype", "bfloat16", "--json"):
+        kept = {"clients": row["batch"], "prompt": row["prompt"], "ms_between_median": row["ms_per_token"]}
+        yield {"case": "bench"} | kept
+
+
 def rows_of(port: int, vocabulary: int, cases: Sequence[str]) -> Iterator[Row]:
     """Rows of the clients, a process of their own; none without cases."""
-    if not cases:
-        return
-    command = [sys.executable, "-m", "benchmarks.serve_clients", str(port), str(vocabulary), *cases]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as clients:
-        assert clients.stdout is not None
-        for line in clients.stdout:
-            yield json.loads(line)
-    if clients.returncode:
-        raise RuntimeError(f"the clients ended with {clients.returncode}")
+    if cases:
+        yield from lines_of(sys.executable, "-m", "benchmarks.serve_clients", str(port), str(vocabulary), *cases)
+
+
+def server_rows(name: str, vocabulary: int, options: argparse.Namespace) -> Iterator[Row]:
+    """Rows of one server, which ends after them. RuntimeError if it does not come up."""
+    log = options.logs / f"{name.replace(' ', '-')}.log"
+    with started(SERVERS[name], shlex.split(options.vllm), options.model, log) as (port, seconds):
+        yield {"case": "start", "seconds": round(seconds, 2)}
+        time.sleep(SETTLED if options.cases else 0)
+        yield from rows_of(port, vocabulary, options.cases)
 
 
 def main() -> None:
@@ -146,17 +166,13 @@ def main() -> None:
     vocabulary, failed = written(options.model), False
     facts = {"shape": "llama2-7b", "method": METHOD, "dtype": "bfloat16"} | run_facts(options.commit)
     with options.output.open("a") as file:
-        for name in options.servers or SERVERS:
-            log = options.logs / f"{name.replace(' ', '-')}.log"
+        for name in [*(["bench"] if options.cases else []), *(options.servers or SERVERS)]:
             try:
-                with started(SERVERS[name], shlex.split(options.vllm), options.model, log) as (port, seconds):
-                    start: Row = {"case": "start", "seconds": round(seconds, 2)}
-                    time.sleep(SETTLED if options.cases else 0)
-                    for row in itertools.chain([start], rows_of(port, vocabulary, options.cases)):
-                        row |= {"case": f"peer_{row['case']}", "server": name}
-                        print(json.dumps(row), flush=True)
-                        file.write(json.dumps(row | facts) + "\n")
-                        file.flush()
+                for row in bench_rows(options.model) if name == "bench" else server_rows(name, vocabulary, options):
+                    row |= {"case": f"peer_{row['case']}", "server": name}
+                    print(json.dumps(row), flush=True)
+                    file.write(json.dumps(row | facts) + "\n")
+                    file.flush()
             except RuntimeError as error:
                 print(f"{name}: {error}", flush=True)
                 failed = True
