@@ -430,6 +430,7 @@ FAMILIES = {
         Family("llama", configs.Llama, LLAMA, llama),
         Family("mistral", configs.Mistral, LLAMA, llama),
         Family("qwen2", configs.Qwen2, LLAMA, llama),
+        Family("mimo", configs.Qwen2, replace(LLAMA, others=("model.mtp_layers.", "mtp_layers.")), llama),
         Family("qwen3", configs.Qwen3, with_head_norms(LLAMA), llama),
         Family("mixtral", configs.Mixtral, MIXTRAL, mixtral),
         Family("phimoe", configs.PhiMoe, MIXTRAL, phimoe),

@@ -129,5 +129,5 @@ def test_the_text_of_a_model_that_sees_images_is_read(tmp_path: Path) -> None:
 
 
 def test_every_family_is_among_the_cases() -> None:
-    covered = {built(case).config.model_type for case in CASES} | {"chatglm", "gemma3"}
+    covered = {built(case).config.model_type for case in CASES} | {"chatglm", "gemma3", "mimo"}
     assert covered == set(FAMILIES)

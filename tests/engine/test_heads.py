@@ -278,8 +278,63 @@ def test_a_checkpoints_own_head_proposes_what_plain_torch_does(carrying):
     check_proposals(found, lambda text, count: predicted(carrying, text, count))
 
 
+def make_mimo(directory, model):
+    """Writes a model of MiMo's kind with its head: transformers' model, and the head's layer and other tensors."""
+    hidden = model.config.hidden_size
+    save(model, directory)
+    layer = deepcopy(model.model.layers[0])
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.copy_(0.2 * torch.randn_like(parameter) + (parameter.ndim == 1))
+    more = {f"{part}_layernorm": torch.rand(hidden) + 0.5 for part in ("token", "hidden", "final")}
+    more |= {"input_proj": torch.randn(hidden, 2 * hidden) / hidden**0.5}
+    tensors = layer.state_dict() | {f"{name}.weight": value for name, value in more.items()}
+    tensors = {f"model.mtp_layers.0.{name}": value.contiguous() for name, value in tensors.items()}
+    save_file(load_file(directory / "model.safetensors") | tensors, directory / "model.safetensors")
+    config = json.loads((directory / "config.json").read_text())
+    config |= {"model_type": "mimo", "architectures": ["MiMoForCausalLM"], "num_nextn_predict_layers": 1}
+    (directory / "config.json").write_text(json.dumps(config))
+    return model, layer, more
+
+
+@torch.no_grad()
+def predicted_by_mimo(made, text, count):
+    """The tokens that MiMo's head in plain torch proposes behind a text: it goes on with its normed output."""
+    model, layer, more = made
+    features, tokens, found = model.model(torch.tensor([text[:-1]])).last_hidden_state, list(text[1:]), []
+    for _ in range(count):
+        embedded = model.get_input_embeddings()(torch.tensor([tokens]))
+        both = [rms(features, more["hidden_layernorm"]), rms(embedded, more["token_layernorm"])]
+        joined, positions = torch.cat(both, -1) @ more["input_proj"].T, torch.arange(len(tokens)).unsqueeze(0)
+        out = layer(joined, position_embeddings=model.model.rotary_emb(joined, positions), position_ids=positions)
+        out = rms(out[0] if isinstance(out, tuple) else out, more["final_layernorm"])
+        found.append(int(model.lm_head(out[0, -1]).argmax()))
+        tokens.append(found[-1])
+        features = torch.cat([features, out[:, -1:]], 1)
+    return tuple(found)
+
+
+def test_mimos_head_proposes_what_plain_torch_does(tmp_path):
+    parts = make_mimo(tmp_path, built("qwen2"))
+    found = engine.load(tmp_path, device="cpu", context=128, drafter="mtp")
+    torch.testing.assert_close(found.logits([PROMPTS[0]])[0], parts[0](torch.tensor([PROMPTS[0]])).logits[0])
+    found.spaces.costs = CHEAP_ROWS
+    check_proposals(found, lambda text, count: predicted_by_mimo(parts, text, count))
+
+
+def test_a_head_behind_windows_is_refused(tmp_path):
+    make_mimo(tmp_path, built("qwen2"))
+    config = json.loads((tmp_path / "config.json").read_text())
+    config |= {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 0, "layer_types": None}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="a head behind layers with windows is not computed"):
+        engine.load(tmp_path, device="cpu", context=128, drafter="mtp")
+
+
 def test_a_checkpoint_without_a_head_of_its_own_is_named(made):
-    with pytest.raises(CheckpointError, match=r"no model.layers.8.eh_proj.weight in its files: it carries no head"):
+    missing = r"no model.layers.8.eh_proj.weight or model.mtp_layers.0.input_proj.weight in its files: it carries no"
+    with pytest.raises(CheckpointError, match=missing):
         engine.load(made[0] / "model", device="cpu", context=128, drafter="mtp")
 
 

@@ -16,7 +16,9 @@ from tests.engine.test_heads import (
     carried,
     make_block,
     make_eagle,
+    make_mimo,
     predicted,
+    predicted_by_mimo,
     proposals_of,
     proposed,
 )
@@ -86,3 +88,10 @@ def test_a_checkpoints_own(tmp_path, name):
     # latent attention is plain torch, whose sums depend on the rows of a step: texts may differ by a last bit
     test = check_float32 if name == "DeepseekV3Config" else check
     test(tmp_path, "mtp", lambda text, count: predicted(parts, text, count))
+
+
+def test_mimos(tmp_path):
+    config = transformers.Qwen2Config(**GATED | {"hidden_size": 256, "num_attention_heads": 4})
+    torch.manual_seed(0)
+    parts = make_mimo(tmp_path, transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval())
+    check(tmp_path, "mtp", lambda text, count: predicted_by_mimo(parts, text, count))
