@@ -15,7 +15,7 @@ DRAFTER_SCHEME = value(
     default="dense",
     text="Round the drafter's linears to this scheme: int8, int4-g64, or dense for none.",
 )
-DRAFTER_OPTIONAL = flag("--drafter-optional", text="Write without the drafter if its keys and values do not fit.")
+DRAFTER_OPTIONAL = flag("--drafter-optional", text="Write without the drafter if it cannot be loaded or does not fit.")
 
 
 def drafter_of(name: str | None, scheme: str, optional: bool = False) -> Drafter | None:

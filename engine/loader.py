@@ -1,5 +1,6 @@
 """Loading: from a checkpoint directory to an engine."""
 
+import logging
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from lowbit.models.tokenizer import Tokenizer, load_tokenizer
 from lowbit.quant.kernels.extension import reason_against_device
 from lowbit.quant.kernels.packed import HALF
 
+LOG = logging.getLogger("lowbit.engine")
 DEFAULT_CONTEXT = 4096
 
 
@@ -97,11 +99,23 @@ def load(
     return Engine(decoder, tokenizer, options, drafts)
 
 
-def head_of(drafter: Drafter, model: Model, own: tuple[Checkpoint, Settings]) -> Head:
-    """The head of a drafter. CheckpointError if it is none, or made for another model.
+def head_of(drafter: Drafter, model: Model, own: tuple[Checkpoint, Settings]) -> Head | None:
+    """The head of a drafter; None, with a warning, for one that is not required and cannot be loaded.
 
     own  the model's checkpoint, and the settings of its weights
+    CheckpointError if a required one is none, is damaged, or was made for another model; torch.OutOfMemoryError
     """
+    try:
+        return any_head_of(drafter, model, own)
+    except (CheckpointError, torch.OutOfMemoryError) as error:
+        if drafter.required:
+            raise
+        LOG.warning("%s; texts are written without the drafter", error)
+        return None
+
+
+def any_head_of(drafter: Drafter, model: Model, own: tuple[Checkpoint, Settings]) -> Head:
+    """As head_of, for a required drafter."""
     carrier, settings = own[0], replace(own[1], cache="same", head="dense", linears=drafter.scheme)
     if drafter.name == OWN:
         return load_own(carrier, family_of(carrier).names, model, settings)

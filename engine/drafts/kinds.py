@@ -19,7 +19,8 @@ class Drafter:
 
     name      directory or hub id, or "mtp" for the head that the model's own files carry
     scheme    "dense", or the scheme to round its dense linears to while loading ("int8", "int4-g64")
-    required  False: texts are written without it if its keys and values do not fit, with a warning
+    required  False: texts are written without it, with a warning, if it cannot be loaded or its keys and values do not
+              fit
     """
 
     name: str

@@ -382,6 +382,16 @@ def test_a_drafter_that_does_not_fit_is_named(made, tmp_path, config, tensors, m
         engine.load(made[0] / "model", device="cpu", context=128, drafter=changed(made, tmp_path, config, tensors))
 
 
+def test_texts_are_written_without_a_drafter_of_another_model_where_it_is_optional(made, tmp_path, caplog):
+    other = Drafter(str(changed(made, tmp_path, {"vocab_size": 300})), required=False)
+    found = engine.load(made[0] / "model", device="cpu", context=128, drafter=other)
+    assert "the drafter's vocabulary is 300" in caplog.text
+    assert "texts are written without the drafter" in caplog.text
+    plain = engine.load(made[0] / "model", device="cpu", context=128)
+    [expected] = plain.generate(PROMPTS[0], max_new_tokens=9)
+    assert [each.tokens for each in found.generate(PROMPTS[0], max_new_tokens=9)] == [expected.tokens]
+
+
 def test_the_residual_may_be_the_feature_itself(made, tmp_path):
     head = deepcopy(made[2])
     head.normed = False
