@@ -139,12 +139,12 @@ def load_own(checkpoint: Checkpoint, names: Names, model: Model, settings: Setti
     linear = model.head.linear
     if reader.found(f"{head}.weight") is not None:
         linear = reader.linear((head,), a.vocabulary, a.hidden, TILE_ROWS)
-    parts = (layout.embedding, layout.feature)
+    known, seen = (reader.norm(f"{prefix}{part}") for part in (layout.embedding, layout.feature))
     return TokenHead(
         a,
         (count - 1,),
         model.embedding,
-        (model.head.norm, *(reader.norm(f"{prefix}{part}") for part in parts)),
+        (model.head.norm, known, seen),
         reader.linear((layout.inputs(count),), a.hidden, 2 * a.hidden, TILE_ROWS, biased=False),
         build_block(LayerParts(reader, 0), a, 0, fused_append=False),
         Product(linear, None if layout.continued else norm, float32_out=True),
