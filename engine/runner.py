@@ -49,29 +49,40 @@ class Runner:
     """Runs steps of `rows` tokens. With a sampler, a step writes the next step's tokens; without, it ends with logits.
 
     With masks a step has two parts, so that a mask may depend on the token before it: run(0) computes the logits while
-    the caller makes the masks, run(1) chooses.
+    the caller makes the masks, run(1) chooses. With a `source` it has two as well, and the first one is the source's
+    step: the graph of the model is captured once for all samplers, and that of a choice is short.
 
     reader   reads the prompts into the cache that the steps continue
     longest  upper bound on every sequence's length, at most the cache's context
     adjacent as in Step
+    source   a runner without a sampler that computes the logits. Its inputs are this one's: place them before the steps
+             of either
     plain    next steps that run without a graph
     warm_up  runs with which the capture begins
     """
 
     def __init__(
-        self, reader: Reader, rows: int, longest: int, sampler: Sampler | None = None, adjacent: int = 1
+        self,
+        reader: Reader,
+        rows: int,
+        longest: int,
+        sampler: Sampler | None = None,
+        adjacent: int = 1,
+        source: "Runner | None" = None,
     ) -> None:
         self.reader, self.longest, self.sampler, self.adjacent = reader, longest, sampler, adjacent
+        self.source = source
         decoder, cache = self.decoder, self.cache = reader.decoder, reader.cache
-        device = decoder.weights.device
-        self.inputs = torch.zeros(4, rows, dtype=torch.int64, device=device)
+        self.inputs = torch.zeros(4, rows, dtype=torch.int64, device=decoder.weights.device)
+        if source is not None:
+            self.inputs = source.inputs
         self.tokens, self.positions, self.starts, self.slots = self.inputs
         # a finished row stays at its last position
         self.cursor = Cursor(self.positions, self.slots, cache.context - 1)
         self.result: Chosen | None = None
         self.logits: Tensor | None = None
         self.masked = sampler is not None and sampler.features.masked
-        self.parts = (self.forward, self.choose) if self.masked else (self.compute,)
+        self.parts = (self.forward, self.choose) if self.masked or source is not None else (self.compute,)
         self.graphs: list[torch.cuda.CUDAGraph] = []
         self.captures = captures(decoder.blocks, cache, rows, decoder.weights.dtype)
         self.plain, self.warm_up = 0, WARM_UP
@@ -104,6 +115,10 @@ class Runner:
 
     def forward(self) -> None:
         """Run the part of a step that computes the logits."""
+        if self.source is not None:
+            self.source.advance()
+            self.logits = self.source.logits
+            return
         turns = self.decoder.turns_at(self.positions, self.positions + 1)
         where = self.positions, turns, self.starts, self.slots
         step = Step(self.tokens, *where, longest=self.longest, adjacent=self.adjacent, alone=self.adjacent == 1)
@@ -124,17 +139,30 @@ class Runner:
         """Run a part of a step, as a replayed graph if the GPU's kernels allow it."""
         last = part == len(self.parts) - 1
         self.turn += last
-        if not self.captures or self.plain:
+        if part < self.first or not self.may_capture:
             self.parts[part]()
             self.plain = max(self.plain - last, 0)
             return
         if not self.graphs:
-            self.graphs = capture(self.parts, self.state, self.warm_up)
-        self.graphs[part].replay()
+            self.graphs = capture(self.parts[self.first :], self.state, self.warm_up)
+        self.graphs[part - self.first].replay()
+
+    @property
+    def first(self) -> int:
+        """The first part with a graph of this runner: that of the logits may be the source's."""
+        return 0 if self.source is None else 1
+
+    @property
+    def may_capture(self) -> bool:
+        """True if parts may run as graphs. Those that read the logits of a source begin once these lie where its graph
+        writes them."""
+        return self.captures and not self.plain and (self.source is None or bool(self.source.graphs))
 
     def spread(self) -> None:
         """Make the next steps the warm-up of a capture that is still to come: others wait less for each of them than
         for all at once."""
+        if self.source is not None:
+            self.source.spread()
         if self.captures and not self.graphs and self.warm_up:
             self.plain, self.warm_up = self.warm_up, 0
 

@@ -27,6 +27,12 @@ class Features:
     logprobs: bool = False  # of MOST_LOGPROBS alternatives: requests for fewer use the first ones
     masked: bool = False  # by Sampler.allowed, which the caller sets before each choice
 
+    @property
+    def fused(self) -> bool:
+        """True if one kernel chooses from the logits as they are."""
+        truncated = self.sampled and self.truncated
+        return not (truncated or self.penalized or self.bad_words or self.logprobs or self.masked)
+
 
 @dataclass(frozen=True)
 class Constraints:

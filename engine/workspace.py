@@ -43,6 +43,12 @@ class Kind:
     checked: int = 0
     drafted: bool = False
 
+    @property
+    def source(self) -> "Kind | None":
+        """The kind of the runner that computes the logits for it, if it is another one."""
+        shares = self.features is not None and not self.features.fused and self.adjacent == 1 and not self.checked
+        return Kind(self.rows) if shares else None
+
 
 class Workspace:
     """A cache that grows on demand, and runners for it. The least recently used runners beyond `most` are dropped."""
@@ -77,18 +83,19 @@ class Workspace:
         reader = self.roomy_reader(batch, length)
         reach = SHORT if length <= SHORT else reader.cache.context
         key = kind, reach
+        source = None if kind.source is None else self.kept(kind.source, batch, length)
         if key not in self.runners:
             while len(self.runners) >= self.most:
                 self.runners.popitem(last=False)
-            self.runners[key] = self.made(kind, reader, reach)
+            self.runners[key] = self.made(kind, reader, reach, source)
         self.runners.move_to_end(key)
         return self.runners[key]
 
-    def made(self, kind: Kind, reader: Reader, reach: int) -> Runner:
+    def made(self, kind: Kind, reader: Reader, reach: int, source: Runner | None) -> Runner:
         """A new runner."""
         sampler = self.sampler_for(kind)
         if not kind.drafted:
-            return Runner(reader, kind.rows, reach, sampler, kind.adjacent)
+            return Runner(reader, kind.rows, reach, sampler, kind.adjacent, source)
         assert isinstance(sampler, Check)
         assert isinstance(self.drafts, Heads)
         return Round(reader, reach, sampler, self.drafts)

@@ -20,10 +20,11 @@ from lowbit.serve.drafts import NO_LOOKUP, Drafts, Lookup, fill_rows, unmasked
 from lowbit.serve.job import Job, Update
 from lowbit.serve.pace import BETWEEN_STEPS, Pace, Part
 from lowbit.serve.slots import Slots
-from lowbit.serve.warm import REST_ROWS, Chunk, Graph, expected
+from lowbit.serve.warm import REST_ROWS, Choice, Chunk, Graph, Run, expected
 
 PASS_ROWS = 1024  # of a captured pass while other requests write: 30 ms with Llama-2-7B on an H200
 RUNNERS = 64  # captured graphs: numbers of rows, times lengths, times the features of sampling
+EVERY = Features(sampled=True, truncated=True, penalized=True, bad_words=1, logprobs=True, masked=True)
 # The times of a captured step of REST_ROWS rows, and of the least chunk without a graph, in tokens of a captured pass.
 # Llama-2-7B in 4 bits on an H200: 3.0 ms, 24 ms (100 ms with up to 16 rows), and 28 ms for a pass of 1024 tokens.
 STEP_COST, CHUNK_COST = 110, 860
@@ -110,29 +111,41 @@ class Batch:
             elif not self.reading and self.cold:
                 self.warm(self.cold.popleft())
 
-    def warm(self, graph: Graph | Chunk) -> None:
+    def warm(self, run: Run) -> None:
         """One run. It uses the slot that holds the fewest tokens, which forgets them."""
         slot = min(self.slots.all, key=lambda slot: len(slot.tokens))
         slot.clear()
         try:
-            if isinstance(graph, Chunk):
-                part = 0, graph.length
-                next(chunk_by_layers(self.decoder, self.reader().cache, slot.sequence, [0] * graph.length, part))
-                return
-            if not graph.rows:
-                self.pass_over([(slot.sequence, [0] * graph.length)] * graph.prompts)
-                return
-            rows, batch, usual = graph.rows, len(self.slots.all), graph.sampling
-            constraints = None if usual is None else self.engine.request(0, [0], usual).constraints
-            features = None if constraints is None else features_of([constraints])
-            runner = self.space.runner(rows, batch, graph.length, features)
-            if runner.sampler is not None and constraints is not None:
-                runner.sampler.start([constraints] * rows)
-            runner.spread()
-            runner.place([0] * rows, [0] * rows, [runner.cache.start(slot.sequence)] * rows)
-            runner.advance()
+            if isinstance(run, Choice):
+                self.choose_once()
+            elif isinstance(run, Chunk):
+                part = 0, run.length
+                next(chunk_by_layers(self.decoder, self.reader().cache, slot.sequence, [0] * run.length, part))
+            elif run.rows:
+                self.step_once(run, slot.sequence)
+            else:
+                self.pass_over([(slot.sequence, [0] * run.length)] * run.prompts)
         except torch.OutOfMemoryError:  # memory is for requests
             self.cold.clear()
+
+    def choose_once(self) -> None:
+        """A choice with every feature, launched plainly."""
+        device, vocabulary = self.decoder.weights.device, self.decoder.architecture.vocabulary
+        sampler = self.space.sampler(EVERY, 1)
+        sampler.start([self.engine.request(0, [0], Sampling()).constraints])
+        sampler(torch.zeros(1, vocabulary, device=device))
+
+    def step_once(self, graph: Graph, sequence: int) -> None:
+        """A step over the first position of a sequence."""
+        usual = graph.sampling
+        constraints = None if usual is None else self.engine.request(0, [0], usual).constraints
+        features = None if constraints is None else features_of([constraints])
+        runner = self.space.runner(graph.rows, len(self.slots.all), graph.length, features)
+        if runner.sampler is not None and constraints is not None:
+            runner.sampler.start([constraints] * graph.rows)
+        runner.spread()
+        runner.place([0] * graph.rows, [0] * graph.rows, [runner.cache.start(sequence)] * graph.rows)
+        runner.advance()
 
     def try_read(self, job: Job) -> None:
         """Read one chunk of a job's prompt. If it does not fit in memory, that job alone ends with the error."""

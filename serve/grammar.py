@@ -108,16 +108,15 @@ def grammar_of(vocabulary: Vocabulary, body: Settings) -> Grammar | None:
     form, other = body.response_format, body.structured_outputs
     if (form is None or form.type == "text") and other is None:
         return None
+    field = "structured_outputs" if other is not None else "response_format"
     if vocabulary.masks is None:
-        raise Problem(
-            400, "llguidance does not read the model's tokenizer: its answers have no form", "response_format"
-        )
+        raise Problem(400, "llguidance does not read the model's tokenizer: its answers have no form", field)
     if body.min_tokens:
         raise Problem(400, "min_tokens goes with no form of the answer: the form says where it ends", "min_tokens")
     try:
         return other_grammar(vocabulary, other) if other is not None else format_grammar(vocabulary, form)
     except EngineError as error:
-        raise Problem(400, str(error), "structured_outputs" if other is not None else "response_format") from error
+        raise Problem(400, str(error), field) from error
 
 
 def format_grammar(vocabulary: Vocabulary, form: ResponseFormat | None) -> Grammar:

@@ -57,7 +57,7 @@ class Options:
 
 def serve(engine: Engine, options: Options, listening: socket.socket, ready: Callable[[str], None]) -> None:
     """Serve at a socket of `listen` until a signal ends it. `ready` gets one line once clients can connect."""
-    usual = tuple(dict.fromkeys((options.defaults, Sampling())))
+    usual = Sampling(), Sampling(temperature=1.0)
     sequences = options.sequences or fitting(engine)
     with Session(engine, sequences, options.waiting, usual, options.lookup) as session:
         for _ in session.stream([0], Sampling(max_new_tokens=WARM_UP)):

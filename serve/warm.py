@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from lowbit.engine.capture import WARM_UP
 from lowbit.engine.passes import SHARED_COUNTS, SHARED_LENGTHS, Reader
 from lowbit.engine.prefill import CHUNK
+from lowbit.engine.sampler import Constraints, features_of
 from lowbit.engine.sampling import Sampling
 from lowbit.quant.kernels.decode_attention import SHORT
 
@@ -22,8 +23,9 @@ CHUNKS = (512, 1024, 2048, 4096, CHUNK)
 
 @dataclass(frozen=True)
 class Graph:
-    """A decode step of `rows` rows within `length` positions; without `sampling` it reads the rest of a prompt. Or, if
-    `rows` is 0, a pass over `prompts` prompts of `length` tokens."""
+    """A decode step of `rows` rows within `length` positions. Without `sampling` it ends with logits: it reads the rest
+    of a prompt, or comes before a choice by more than one kernel. Or, if `rows` is 0, a pass over `prompts` prompts of
+    `length` tokens."""
 
     length: int
     rows: int = 0
@@ -44,21 +46,39 @@ class Chunk:
     length: int
 
 
-def expected(reader: Reader, usual: Sequence[Sampling]) -> deque[Graph | Chunk]:
-    """The runs that requests with the `usual` samplings need, the most likely ones first; none on a CPU. Chunks are
-    last: a capture frees the memory that is kept for later."""
+@dataclass(frozen=True)
+class Choice:
+    """A choice with every feature of sampling. Its first run loads their kernels."""
+
+
+Run = Graph | Chunk | Choice
+
+
+def expected(reader: Reader, usual: Sequence[Sampling]) -> deque[Run]:
+    """The runs that requests need, the most likely ones first; none on a CPU. Chunks are last: a capture frees the
+    memory that is kept for later.
+
+    usual  samplings whose steps are captured whole, if one kernel chooses; a step that ends with logits serves all
+           others
+    """
     cache = reader.cache
     if reader.pool is None or not usual:
         return deque()
     powers = sorted({1 << (rows - 1).bit_length() for rows in range(1, cache.batch + 1)})
     reaches = sorted({min(SHORT, cache.context), cache.context})
-    steps = [Graph(reach, rows, sampling) for rows in powers for reach in reaches for sampling in usual]
+    fused = [sampling for sampling in usual if fused_by(sampling)]
+    steps = [Graph(reach, rows, sampling) for rows in powers for reach in reaches for sampling in [*fused, None]]
     rests = [Graph(reach, REST_ROWS) for reach in reaches if reader.lengths]
-    alone = len(reaches) * len(usual)
+    alone = len(reaches) * (len(fused) + 1)
     passes = [Graph(length) for length in reader.lengths if length <= cache.context]
     lengths = [length for length in SHARED_LENGTHS if length <= reader.longest_shared]
     counts = [count for count in SHARED_COUNTS if count <= cache.batch]
     shared = [Graph(length, prompts=count) for length in lengths for count in counts]
-    graphs = [*steps[:alone], *passes, *rests, *steps[alone:], *shared]
+    graphs = dict.fromkeys([*steps[:alone], *passes, *rests, *steps[alone:], *shared])
     chunks = [Chunk(length) for length in CHUNKS if length <= cache.context]
-    return deque([*(graph for graph in graphs for _ in range(graph.runs)), *chunks])
+    return deque([Choice(), *(graph for graph in graphs for _ in range(graph.runs)), *chunks])
+
+
+def fused_by(sampling: Sampling) -> bool:
+    """True if one kernel chooses the tokens of requests with this sampling."""
+    return features_of([Constraints(sampling, 0, (), ())]).fused

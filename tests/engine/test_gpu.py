@@ -177,7 +177,7 @@ def test_steps_are_the_same_if_the_first_ones_are_the_warm_up(features):
             if spread:
                 runner.spread()
             found.append([runner.launch().wait().tokens.tolist() for _ in range(6)])
-        assert len(runner.graphs) == len(runner.parts)
+        assert len(runner.graphs) == len(runner.parts) - runner.first
         assert runner.plain == 0
     assert found[0] == found[1]
 

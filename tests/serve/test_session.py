@@ -18,7 +18,7 @@ from lowbit.serve.batch import Batch
 from lowbit.serve.drafts import Lookup
 from lowbit.serve.pace import Pace
 from lowbit.serve.session import Busy, Failed, Session
-from lowbit.serve.warm import RESTED, Chunk, Graph, expected
+from lowbit.serve.warm import RESTED, Choice, Chunk, Graph, expected
 from tests.engine.make import tiny
 
 SETTINGS = (
@@ -368,6 +368,7 @@ def test_expected_graphs_are_captured_while_there_is_no_work(model, monkeypatch)
                     Graph(16),
                     Graph(128, 16),
                     Graph(128, 1, Sampling()),
+                    Choice(),
                     Graph(64, prompts=2),
                     Chunk(30),
                 )
@@ -394,21 +395,26 @@ def test_a_pass_is_shorter_while_other_requests_write(lengths, writing, most):
 def test_graphs_are_expected_for_every_number_of_rows_and_both_reaches():
     cache = SimpleNamespace(batch=3, context=4096)
     reader = SimpleNamespace(cache=cache, lengths=(8, 1024, 8192), longest_shared=128, pool=(0, 0))
-    found = expected(reader, (Sampling(),))
+    found = expected(reader, (Sampling(), Sampling(temperature=1.0, top_p=0.9)))
+    assert found == expected(reader, (Sampling(),))  # the second one's steps begin with that without a sampling
     runs = Counter(found)
+    assert found.index(Choice()) < found.index(Chunk(512))
     assert [each.length for each in runs if isinstance(each, Chunk)] == [512, 1024, 2048, 4096]
     graphs = {graph: count for graph, count in runs.items() if isinstance(graph, Graph)}
     assert [graph.length for graph in graphs if not graph.rows and graph.prompts == 1] == [8, 1024]
     assert [(graph.length, graph.prompts) for graph in graphs if graph.prompts > 1] == [(64, 2), (128, 2)]
     assert [graph.length for graph in graphs if graph.rows == 16] == [1024, 4096]
-    assert {(graph.rows, graph.length) for graph in graphs if graph.sampling} == {
-        (rows, length) for rows in (1, 2, 4) for length in (1024, 4096)
-    }
+    for sampling, powers in ((Sampling(), (1, 2, 4)), (None, (1, 2, 4, 16))):
+        assert {(graph.rows, graph.length) for graph in graphs if graph.rows and graph.sampling == sampling} == {
+            (rows, length) for rows in powers for length in (1024, 4096)
+        }
     assert all(count == (3 if graph.rows else 2) for graph, count in graphs.items())
     assert [graph.rows for graph in list(graphs)[:2]] == [1, 1]
     assert not expected(SimpleNamespace(pool=None, cache=cache), (Sampling(),))
     mixture = SimpleNamespace(cache=cache, lengths=(), longest_shared=0, pool=(0, 0))  # prompts have no passes
-    assert set(expected(mixture, (Sampling(),))) == {each for each in runs if isinstance(each, Chunk) or each.sampling}
+    assert set(runs) - set(expected(mixture, (Sampling(),))) == {
+        each for each in graphs if not each.rows or each.rows == 16
+    }
 
 
 def test_cold_runs_wait_until_no_request_came_for_a_while(model, monkeypatch):
