@@ -94,7 +94,7 @@ ANNEALED = {"method": "best", "rounder": "anneal", "anneal_steps": 100}
 for name in ("w3", "w3g64", "w2", "nvfp4", "mxfp4"):
     OURS[f"{name}-anneal"] = ANNEALED | {"scheme": SCHEMES[name]}
     OURS[f"{name}-anneal-codes"] = OURS[f"{name}-anneal"] | {"distill_codes": True}
-MIXTURES = ("q4_k_m", "q3_k_m", "q2_k")  # of llama.cpp, in GGUF files
+MIXTURES = ("q4_k_m", "q3_k_m", "q2_k", "q2_k_s")  # of llama.cpp, in GGUF files
 OURS |= {
     f"{name}-{method}": {"method": method, "scheme": name, "format": "gguf"}
     for name in MIXTURES

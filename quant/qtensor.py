@@ -19,9 +19,9 @@ class QTensor:
     """A weight as codes and scales: `w ~ (code - zero) * scale`, `code * scale / divisor` or `code * scale - minimum`.
 
     codes        (n, k)  in the number's storage; unpacked
-    scales       (n, g)  float16, bfloat16 or float32, finite and not zero; positive unless the number has signed
-                         scales; fewer rows if rows share scales; values of the scheme's number of scales, if any. In
-                 super-blocks float32: integers times one float16
+    scales       (n, g)  float16, bfloat16 or float32, finite and not zero; positive unless the scheme says that they
+                         may be negative; fewer rows if rows share scales; values of the scheme's number of scales, if
+                         any. In super-blocks float32: integers times one float16
     zeros        (n, g)  int32 between the number's limits; None if the scheme is symmetric. Minima, float32, in schemes
                  with minima
     input_scale  ()      float32, positive: `x ~ code * input_scale`, or the divisor of the inputs' group scales; only
@@ -75,9 +75,9 @@ class QTensor:
         for name, one in (("input scale", self.input_scale), ("divisor of scales", self.divisor)):
             if one is not None and not (one.numel() == 1 and bool((one > 0) & torch.isfinite(one))):
                 return f"its {name} is {one.tolist()}; one finite, positive number is needed"
-        size = self.scales.abs() if number.signed_scales else self.scales
+        size = self.scales.abs() if self.scheme.may_be_negative else self.scales
         if not bool((torch.isfinite(size) & (size > 0)).all()):
-            return f"a scale is zero{'' if number.signed_scales else ', negative'} or not finite"
+            return f"a scale is zero{'' if self.scheme.may_be_negative else ', negative'} or not finite"
         zeros = None if self.scheme.weights.minima else self.zeros
         for name, values in (("code", self.codes), ("zero", zeros)):
             reason = None if values is None else number.reason_against_codes(values)

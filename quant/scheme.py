@@ -171,6 +171,11 @@ class Scheme:
         return self.symmetric and self.number.signed_scales
 
     @property
+    def may_be_negative(self) -> bool:
+        """True if a weight may have negative scales. Ours have none in 8 bits, other writers' integers may."""
+        return self.number.signed_scales or (self.number.is_integer and self.inputs is None)
+
+    @property
     def bits(self) -> int:
         return self.number.bits
 
@@ -293,8 +298,8 @@ NAMED = {
 # In place of super-blocks that do not divide a row: llama.cpp's choices.
 SMALLER_BLOCKS = {"q2_k": "int4-g32", "q3_k": "int4-g32", "q4_k": "int5-g32", "q5_k": "q5_1", "q6_k": "int8-g32"}
 # llama.cpp's names: of schemes, and of its mixtures by the scheme of most linears.
-LLAMA_NAMES = {"q4_0": "int4-g32", "q5_0": "int5-g32", "q8_0": "int8-g32"}
-LLAMA_NAMES |= {f"{base}_{size}": base for base in ("q3_k", "q4_k", "q5_k") for size in "sm"} | {"q3_k_l": "q3_k"}
+LLAMA_NAMES = {"q4_0": "int4-g32", "q5_0": "int5-g32", "q8_0": "int8-g32", "q2_k_s": "q2_k", "q3_k_l": "q3_k"}
+LLAMA_NAMES |= {f"{base}_{size}": base for base in ("q3_k", "q4_k", "q5_k") for size in "sm"}
 # Group sizes that an error message proposes.
 USUAL_GROUPS = (128, 64, 32)
 KEPT = "16bit"  # in place of a scheme: the linear is not quantized

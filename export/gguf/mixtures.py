@@ -47,6 +47,9 @@ def _grouped(many: str, few: str) -> Rule:
     return lambda layer, shape: many if shape.grouped >= 4 else few
 
 
+RAISED = ("q2_k", "q3_k_s", "q3_k_m", "q4_k_s", "q4_k_m")  # mixtures whose attn_output is q5_k beside 8 experts
+
+
 @dataclass(frozen=True)
 class Mixture:
     """A mixture.
@@ -73,8 +76,8 @@ class Mixture:
         """The scheme of a linear: part `attn_v` or the like of a block."""
         if shape.experts == 8 and part in ("attn_k", "attn_v"):
             return "int8-g32"
-        if shape.experts == 8 and part == "attn_output" and self.base in ("q2_k", "q3_k", "q4_k"):
-            return "q5_k"
+        if shape.experts == 8 and part == "attn_output":
+            return "q5_k" if self.name in RAISED else self.base
         part = {"ffn_down_exps": "ffn_down"}.get(part, part)
         rule = self.rules.get(part)
         return (rule(layer, shape) if rule else None) or self.base
@@ -91,6 +94,10 @@ MIXTURES = {
         Mixture(
             *("q2_k", 10, "q2_k"),
             {"attn_v": _grouped("q4_k", "q3_k"), "ffn_down": _always("q3_k"), "attn_output": _always("q3_k")},
+        ),
+        Mixture(
+            *("q2_k_s", 21, "q2_k"),
+            {"attn_v": _grouped("q4_k", "q2_k"), "ffn_down": _first_part(8, "q4_k")},
         ),
         Mixture("q3_k_s", 11, "q3_k"),
         Mixture(

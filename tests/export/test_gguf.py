@@ -351,9 +351,13 @@ def test_mixtures_are_theirs() -> None:
     ]  # fmt: skip
     assert MIXTURES["q2_k"].scheme_of("attn_v", 0, shape) == "q4_k"
     assert MIXTURES["q2_k"].scheme_of("attn_v", 0, Shape(32, 1)) == "q3_k"
+    assert [MIXTURES["q2_k_s"].scheme_of("ffn_down", layer, shape) for layer in (3, 4)] == ["q4_k", "q2_k"]
+    assert [MIXTURES["q2_k_s"].scheme_of("attn_v", 0, Shape(32, group)) for group in (4, 3)] == ["q4_k", "q2_k"]
     assert MIXTURES["q4_k_s"].scheme_of("attn_v", 3, shape) == "q5_k"
     assert MIXTURES["q3_k_m"].scheme_of("ffn_down", 1, shape) == "q5_k"
     assert MIXTURES["q4_k_m"].scheme_of("attn_k", 1, Shape(32, 4, experts=8)) == "int8-g32"
+    raised = {name: MIXTURES[name].scheme_of("attn_output", 1, Shape(32, 4, experts=8)) for name in MIXTURES}
+    assert (raised["q4_k_m"], raised["q2_k"], raised["q2_k_s"], raised["q3_k_l"]) == ("q5_k", "q5_k", "q2_k", "q3_k")
     with pytest.raises(RecipeError, match="is no scheme"):
         lowbit.quantize("nowhere", "out", scheme="q4_k_xl", format="gguf")
 
