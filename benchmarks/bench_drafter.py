@@ -1,8 +1,8 @@
 """Tokens a step and a second with a drafter: `python -m benchmarks.bench_drafter DRAFTER --commit HASH`.
 
-Greedy, one sequence at a time, on chats and code that the drafter has not seen: the held-out text, and modules that
-benchmarks/train_drafter.py leaves out. `--shape llama3-8b` needs no drafter: weights are random, the head of EAGLE-3's
-shape runs, and its drafts are right as often as said. Rows go to benchmarks/results/drafts.jsonl.
+Greedy, one sequence at a time, on chats and code that the drafter has not seen: subjects and modules that
+benchmarks/train_drafter.py leaves out, and the held-out text. `--shape llama3-8b` needs no drafter: weights are random,
+the head of EAGLE-3's shape runs, and its drafts are right as often as said. Rows go to benchmarks/results/drafts.jsonl.
 """
 
 import argparse
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.measure import run_facts
-from benchmarks.train_drafter import ASKS, SUBJECTS, TASKS
+from benchmarks.train_drafter import CODE_ASKS, PROSE_ASKS, TASKS
 from lowbit import engine
 from lowbit.calibrate.data import builtin_text
 from lowbit.engine.architecture import Architecture
@@ -36,8 +36,11 @@ from lowbit.engine.speed import measure_drafts
 from lowbit.engine.step import Step
 
 RESULTS = Path(__file__).with_name("results") / "drafts.jsonl"
-PROSE_ASKS, CODE_ASKS = ASKS[:6], ASKS[6:]
 UNSEEN = (html, json, statistics)
+SUBJECTS = (
+    *("painting", "sleep", "trees", "the weather", "clocks", "islands", "gold", "elections", "dancing", "bacteria"),
+    "paper",
+)
 DRAFT_VOCABULARY = 32000
 
 

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from lowbit.engine.drafts.drafter import Proposal
-from lowbit.engine.drafts.widths import ROWS
+from lowbit.engine.drafts.widths import MOST_SEQUENCES, ROWS
 
 WEIGHT = 0.1  # of a new measurement
 FORGOTTEN = 0.003  # of a share's distance from its first guess, for each step without such a draft
@@ -63,8 +63,9 @@ class Costs:
 
 
 def as_wide_as_may_be() -> Costs:
-    """Costs by which a step of one sequence checks as many drafts as it may, whatever they cost and save."""
-    return Costs({(1, width): 1 / width for width in range(1, ROWS + 1)}, fixed=True)
+    """Costs by which a step checks as many drafts as it may, whatever they cost and save."""
+    shapes = ((sequences, width) for sequences in range(1, MOST_SEQUENCES + 1) for width in range(1, ROWS + 1))
+    return Costs({(sequences, width): 1 / width for sequences, width in shapes}, fixed=True)
 
 
 class Gauge:

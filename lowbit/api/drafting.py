@@ -17,16 +17,8 @@ from lowbit.api.shared import ignore
 from lowbit.arguments import typed
 from lowbit.calibrate.data import BuiltinPart, builtin_text
 from lowbit.engine.drafts.eagle import Eagle
-from lowbit.engine.drafts.training import (
-    Plan,
-    Teacher,
-    acceptance,
-    open_head,
-    reason_against,
-    train,
-    trained,
-    write_texts,
-)
+from lowbit.engine.drafts.lessons import Writer
+from lowbit.engine.drafts.training import Plan, acceptance, open_head, reason_against, train, trained
 from lowbit.engine.engine import Engine
 from lowbit.engine.loader import load, require_drafter, with_drafter
 from lowbit.errors import CheckpointError, UsageError
@@ -37,7 +29,7 @@ from lowbit.progress import Step, watched_by
 
 STEPS = 200  # of the optimizer
 RATE = 2e-4  # a tenth of that of a new head
-ROWS = 8  # texts of a step
+ROWS, TOGETHER = 8, 64  # texts of a step, and those that are written at a time
 TEXTS, HELD_OUT = 128, 8  # prompts that are learned, and others that are measured
 PROMPT, NEW = 64, 128  # tokens of a prompt, and written behind it
 
@@ -135,9 +127,9 @@ def _tuned(
     steps, progress = how
     assert isinstance(model.head, Eagle)
     progress(Stage("writing texts of the checkpoint's own"))
-    texts = write_texts(model, prompts, NEW)
-    progress(Stage("reading them for the drafter"))
-    lessons = Teacher(model, model.head.taps, model.head.targets).lessons(texts, ROWS)
+    writer = Writer(model, model.head.taps, TOGETHER, PROMPT + NEW)
+    parts = [prompts[first : first + TOGETHER] for first in range(0, len(prompts), TOGETHER)]
+    lessons = [each for part in parts for each in writer.lessons(writer.write(part, NEW), model.head.targets, ROWS)]
     learned = open_head(head, model.decoder.weights.embedding.float())
     train(learned, lessons, Plan(math.inf, RATE, most=steps), lambda done: progress(Step("tuning", done, steps)))
     return trained(head, learned)
