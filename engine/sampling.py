@@ -9,6 +9,7 @@ from lowbit.errors import EngineError
 
 LONGEST_BAD_WORD = 8  # tokens
 MOST_LOGPROBS = 100  # alternatives of a token
+LEAST_TEMPERATURE = 1e-30  # but for 0: a logit divided by less is beyond float32, and all would be alike
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,8 @@ class Sampling:
         for name, (value, low, high) in ranges.items():
             if not low <= value <= high:  # false for a NaN
                 return f"{name} is {value}: it must lie between {low} and {high}"
+        if 0 < self.temperature < LEAST_TEMPERATURE:
+            return f"temperature is {self.temperature}: it must be 0, or at least {LEAST_TEMPERATURE}"
         for token, value in self.bias:
             if not -100 <= value <= 100:
                 return f"the bias of token {token} is {value}: it must lie between -100 and 100"

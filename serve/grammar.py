@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lowbit.errors import EngineError
 from lowbit.serve.dialects import Dialect
-from lowbit.serve.problems import Problem
+from lowbit.serve.problems import SHOWN, Problem
 from lowbit.serve.protocol import ChatBody, ResponseFormat, Settings, StructuredOutputs
 from lowbit.serve.vocabulary import Vocabulary
 
@@ -60,9 +60,15 @@ class Grammar:
     def check(self, seconds: float = 0) -> None:
         """EngineError if the matcher has failed, or took more than STEP_SECONDS."""
         if self.matcher.is_error():
-            raise EngineError(f"the grammar cannot be followed: {' '.join(self.matcher.get_error().split())[:300]}")
+            raise EngineError(f"the grammar cannot be followed: {reason_of(self.matcher.get_error())}")
         if seconds > STEP_SECONDS:
             raise EngineError(f"the grammar took {seconds:.1f} s for one token: make it simpler")
+
+
+def reason_of(error: str) -> str:
+    """llguidance's reason against a grammar, without the state of its parser."""
+    reason = " ".join(error.partition("<state>")[0].split())
+    return "no text follows it" if reason == "NoExtensionBias" else reason[:SHOWN]
 
 
 def made(vocabulary: Vocabulary, source: str) -> Grammar:
@@ -81,6 +87,10 @@ def made(vocabulary: Vocabulary, source: str) -> Grammar:
 
 def json_grammar(vocabulary: Vocabulary, schema: Mapping[str, Any] | bool) -> Grammar:
     """JSON texts of a schema."""
+    if isinstance(schema, bool):
+        if not schema:
+            raise EngineError("the schema is false, which no text follows")
+        schema = {}
     try:
         source = LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=SPACE)
     except (ValueError, RecursionError) as error:

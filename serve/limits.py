@@ -23,6 +23,7 @@ BODY_SECONDS = 30  # for a client to send its body
 LARGE_BODY = 256 << 10
 MOST_HEAD = 64 << 10  # bytes of a request before its body
 HEAD_SECONDS = 10  # for a client to send the head of a request
+UNREAD = 6  # times HEAD_SECONDS in which a client may read nothing of an answer
 # Pieces of a body shorter than SMALL_PIECE on average: each takes 0.1 ms of the one thread that all streams share.
 MOST_PIECES, SMALL_PIECE = 2048, 64
 PORT = re.compile(r":\d*$")  # at the end of a Host header
@@ -110,10 +111,15 @@ class Pieces(h11.Connection):
 
 
 class Impatient(H11Protocol):
-    """A connection that is closed if the head of a request does not arrive: each takes a place of a few. An error of
-    HTTP is answered as those of the protocol are."""
+    """A connection that is closed if the head of a request does not arrive, or if an answer is not read: each takes a
+    place of a few. An error of HTTP is answered as those of the protocol are.
+
+    before  the last request at the last look
+    full    bytes of answers that waited for the client at the last look; `stuck` looks at which they were as many
+    """
 
     before: object = None
+    full = stuck = 0
     conn: Pieces
 
     def __init__(self, *args: Any, **settings: Any) -> None:
@@ -125,7 +131,12 @@ class Impatient(H11Protocol):
         self.loop.call_later(HEAD_SECONDS, self.look)
 
     def look(self) -> None:
-        """Close the connection if it has waited for a head since the last look."""
+        """Close the connection if it has waited for a head since the last look, or for the client to read for UNREAD
+        looks."""
+        waiting = self.transport.get_write_buffer_size()
+        self.full, self.stuck = waiting, self.stuck + 1 if waiting and waiting == self.full else 0
+        if self.stuck == UNREAD:
+            self.transport.abort()
         if self.transport.is_closing():
             return
         if self.conn.their_state is h11.IDLE and self.cycle is self.before:

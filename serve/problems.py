@@ -41,7 +41,11 @@ def invalid(error: ValidationError) -> Problem:
     """The error for a body that does not have the right form: its deepest fault, without the values of the request."""
     faults = error.errors(include_input=False, include_url=False, include_context=False)
     fault = max(reversed(faults), key=lambda each: len(each["loc"]))
-    # pydantic also names the type that it tried of several
-    where = ".".join(str(part) for part in fault["loc"] if str(part).isidentifier() and part != "str")[:SHOWN]
+    where = ".".join(filter(is_field, map(str, fault["loc"])))[:SHOWN]
     message = fault["msg"].removeprefix("Value error, ")[:SHOWN]
     return Problem(400, f"{where}: {message}" if where else message, where or None)
+
+
+def is_field(part: str) -> bool:
+    """True for a field's name: pydantic also names the type that it tried of several, and places in lists."""
+    return part.isidentifier() and part[0].islower() and part not in ("str", "bool")

@@ -1,6 +1,7 @@
 """The bodies of requests, as the OpenAI protocol has them, with the extensions that other servers share."""
 
 import json
+import re
 from typing import Annotated, Any, Literal
 
 from annotated_types import MaxLen, MinLen
@@ -14,6 +15,7 @@ MOST_TOP = 20
 MOST_TOOLS = 128
 MOST_BIASES = 1024
 MOST_PARTS = 4096  # messages of a conversation, parts of a message
+NUMBER = re.compile(r"0|[1-9][0-9]{0,8}")  # of a token, in one way: JSON's names differ where the tokens are to differ
 
 
 def ints(value: Any) -> Any:
@@ -53,7 +55,7 @@ def text_parts(value: Any) -> Any:
 
 def numbered(biases: dict[str, float]) -> dict[str, float]:
     """Biases by token ids as JSON has them. ValueError for a name that is no token id."""
-    wrong = next((name for name in biases if not (name.isascii() and name.isdecimal() and len(name) < 10)), None)
+    wrong = next((name for name in biases if not NUMBER.fullmatch(name)), None)
     if wrong is not None:
         raise ValueError(f"{wrong[:60]!r} is no token id")
     return biases
@@ -81,16 +83,15 @@ class Body(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def without_ignored(cls, values: Any) -> Any:
-        """The fields without those that change nothing, null ones among them: clients send back what they got.
-        ValueError for the first field that is not known."""
+        """The fields that change something. Null stands for a field that is left out: clients send what the protocol's
+        types have as null, and send back what they got. ValueError for the first field that is not known."""
         if not isinstance(values, dict):
             return values
-        known = cls.names()
-        others = {name: value for name, value in values.items() if name not in known and value is not None}
-        unknown = next((name for name in others if name not in IGNORED), None)
+        known, given = cls.names(), {name: value for name, value in values.items() if value is not None}
+        unknown = next((name for name in given if name not in known and name not in IGNORED), None)
         if unknown is not None:
             raise ValueError(f"the field {unknown[:60]!r} is not known here; {nearest(unknown[:60], known)}")
-        return {name: value for name, value in values.items() if name in known}
+        return {name: value for name, value in given.items() if name in known}
 
 
 class StreamOptions(Body):

@@ -7,7 +7,7 @@ from annotated_types import MaxLen
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from lowbit.serve.items import ItemsAnswer
-from lowbit.serve.problems import invalid
+from lowbit.serve.problems import Problem, invalid
 from lowbit.serve.protocol import (
     MOST_TOOLS,
     MOST_TOP,
@@ -23,6 +23,8 @@ from lowbit.serve.work import Server, Work, chat_work
 
 LOGPROBS = "message.output_text.logprobs"
 TEXTS = ("input_text", "output_text", "text", "reasoning_text", "summary_text")
+# fields of chat completions that are called otherwise here
+NAMES = {"messages": "input", "response_format": "text.format", "max_completion_tokens": "max_output_tokens"}
 STATELESS = "nothing is kept here: send the whole conversation as input"
 
 
@@ -203,13 +205,24 @@ def messages_of(body: ResponsesBody) -> list[dict[str, Any]]:
     return found
 
 
+def in_own_names(problem: Problem) -> Problem:
+    """The problem with the names that fields have in responses."""
+    named = problem.param or ""
+    own = NAMES.get(named.partition(".")[0])
+    if own is None:
+        return problem
+    message = str(problem)
+    return Problem(problem.status, own + message[len(named) :] if message.startswith(named) else message, own)
+
+
 def responses_work(server: Server, body: ResponsesBody) -> Work:
     """The work of a response."""
     try:
-        chat = body.as_chat()
+        work = chat_work(server, body.as_chat())
     except ValidationError as error:
-        raise invalid(error) from None
-    work = chat_work(server, chat)
+        raise in_own_names(invalid(error)) from None
+    except Problem as problem:
+        raise in_own_names(problem) from None
     shown = {
         "instructions": body.instructions,
         "max_output_tokens": body.max_output_tokens,

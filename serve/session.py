@@ -92,7 +92,10 @@ class Session:
         return jobs
 
     def require_room(self, count: int) -> None:
-        """Busy if the queue has no room for so many requests more."""
+        """Busy if the queue has no room for so many requests more. EngineError if it will never have."""
+        most = max(self.most, len(self.batch.slots.all))
+        if count > most:
+            raise EngineError(f"{count} requests at once are more than the {most} that may wait: ask for fewer")
         with self.changed:
             if len(self.queue) + count > max(self.most, len(self.batch.slots.free)):
                 raise Busy(

@@ -16,7 +16,7 @@ from lowbit.serve.flow import Flow
 from lowbit.serve.grammar import Grammar, call_grammar, grammar_of
 from lowbit.serve.job import Job, Update
 from lowbit.serve.metrics import Metrics
-from lowbit.serve.problems import Problem, problem_of
+from lowbit.serve.problems import SHOWN, Problem, problem_of
 from lowbit.serve.protocol import ChatBody, Settings, TextBody, offered
 from lowbit.serve.session import Session
 from lowbit.serve.vocabulary import Vocabulary, decoded
@@ -53,7 +53,8 @@ class Server:
     def require_model(self, name: str | None) -> None:
         """Problem for a model that is not served."""
         if name is not None and name != self.name:
-            raise Problem(404, f"model {name!r} is not served here; {self.name!r} is", "model", "model_not_found")
+            asked = name[:SHOWN]
+            raise Problem(404, f"model {asked!r} is not served here; {self.name!r} is", "model", "model_not_found")
 
 
 @dataclass(frozen=True)

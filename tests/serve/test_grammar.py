@@ -107,6 +107,7 @@ def test_requests_without_a_form_write_the_same_beside_one(served):
         ({"structured_outputs": {"regex": "("}}, "the grammar cannot be followed"),
         ({"structured_outputs": {"regex": "a{1000}{1000}{1000}"}}, "the grammar cannot be followed"),
         ({"structured_outputs": {"grammar": "start: nothing"}}, "the grammar cannot be followed"),
+        ({"structured_outputs": {"grammar": "start: start"}}, "the grammar cannot be followed: no text follows it"),
         ({"structured_outputs": {"regex": "a", "choice": ["a"]}}, "give one of json, regex, choice and grammar"),
         ({"response_format": {"type": "json_object"}, "min_tokens": 5}, "min_tokens goes with no form"),
     ],
@@ -115,6 +116,18 @@ def test_a_form_that_cannot_be_kept_is_refused(served, changes, message):
     status, answer = served.send("POST", "/v1/completions", {"model": "tiny", "prompt": "a"} | changes)
     assert status == 400
     assert message in json.loads(answer)["error"]["message"]
+
+
+def test_a_schema_that_is_true_allows_any_json(served):
+    texts = [
+        served.client.completions.create(
+            model="tiny", prompt="a", max_tokens=10, temperature=0, extra_body={"structured_outputs": {"json": schema}}
+        )
+        .choices[0]
+        .text
+        for schema in (True, {})
+    ]
+    assert texts[0] == texts[1]
 
 
 @pytest.mark.parametrize(

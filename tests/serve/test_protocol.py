@@ -47,6 +47,18 @@ def test_a_completion_is_the_engines(served, name):
     assert [chunk.finish_reason for chunk in chunks][-1] == expected.finish_reason
 
 
+def test_null_is_a_field_that_is_left_out(served):
+    """Clients whose types have a null for each field send them."""
+    for path, body in (("completions", {"prompt": "hello"}), ("chat/completions", {"messages": MESSAGES})):
+        plain = {"model": "tiny", "max_tokens": 5, "temperature": 0} | body
+        fields = ("n", "stream", "stream_options", "stop", "seed", "logprobs", "logit_bias", "user", "response_format")
+        fields += ("echo", "suffix", "best_of") if path == "completions" else ("tools", "tool_choice", "modalities")
+        nulls = dict.fromkeys((*fields, "ignore_eos", "stop_token_ids"))
+        answers = [served.send("POST", f"/v1/{path}", asked) for asked in (plain, plain | nulls)]
+        assert [status for status, _ in answers] == [200, 200]
+        assert json.loads(answers[0][1])["choices"] == json.loads(answers[1][1])["choices"]
+
+
 @pytest.mark.parametrize("name", SETTINGS)
 def test_a_chat_completion_is_the_engines(served, name):
     asked, settings = SETTINGS[name]

@@ -136,7 +136,10 @@ def test_a_form_is_kept_and_log_probabilities_come(served):
         ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "'input_image': only text is read here"),
         ({"input": [{"type": "web_search_call"}]}, "input.type"),
         ({"input": [{"type": "function_call", "call_id": "a"}]}, "an item of type function_call needs name"),
-        ({"input": []}, "messages: List should have at least 1 item"),
+        ({"input": []}, "input: List should have at least 1 item"),
+        ({"input": [{"type": "reasoning", "summary": []}]}, "input: List should have at least 1 item"),
+        ({"text": {"format": {"type": "json_schema"}}}, "text.format: type json_schema needs"),
+        ({"text": {"format": {"type": "json_schema", "schema": {"not": {}}}}}, "Unimplemented keys"),
         ({"tools": [{"type": "function", "name": ""}]}, "tools.name"),
         ({"truncation": "auto"}, "truncation"),
         ({"temperature": 1000}, "temperature is 1000.0"),
@@ -148,3 +151,4 @@ def test_what_is_not_served_is_refused(served, changes, message):
     with pytest.raises(openai.BadRequestError) as found:
         served.client.responses.create(**ASKED | {"extra_body": changes})
     assert message in found.value.body["message"]
+    assert found.value.param not in ("messages", "response_format", "max_completion_tokens")
