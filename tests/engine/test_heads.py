@@ -350,6 +350,22 @@ def test_no_draft_changes_a_token(made, drafted):
         assert not any(each.drafts for each in undrafted)
 
 
+def drop_streams(drafted, expected):
+    """Streams are dropped after 1 to 5 pieces, before their next drafts are checked; the next text is as expected."""
+    for count in range(1, 6):
+        stream = drafted.stream(PROMPTS[0], max_new_tokens=40, ignore_eos=True)
+        for _ in range(count):
+            next(stream)
+        stream.close()
+        [found] = drafted.generate(PROMPTS[0], max_new_tokens=40, ignore_eos=True)
+        assert found.tokens == expected.tokens
+        assert found.drafts
+
+
+def test_a_dropped_stream_leaves_a_head_usable(drafted):
+    drop_streams(drafted, drafted.generate(PROMPTS[0], max_new_tokens=40, ignore_eos=True, drafts=0)[0])
+
+
 def changed(made, tmp_path, config=None, tensors=None):
     """A copy of the drafter with other fields or tensors; a tensor of None is left out."""
     source = made[0] / "drafter"

@@ -14,6 +14,7 @@ from tests.engine.test_heads import (
     PROMPTS,
     block_of,
     carried,
+    drop_streams,
     make_block,
     make_eagle,
     make_mimo,
@@ -51,6 +52,7 @@ def check(directory, drafter, wanted):
                 completions = model.generate(prompts, **asked)
                 assert [each.tokens for each in completions] == [each.tokens for each in expected]
                 assert any(each.drafts for each in completions)
+        drop_streams(model, model.generate(PROMPTS[0], max_new_tokens=40, ignore_eos=True, drafts=0)[0])
 
 
 def check_float32(directory, drafter, wanted):
