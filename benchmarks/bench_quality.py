@@ -5,10 +5,10 @@
 
 Calibration: 128 windows of 512 tokens of the first 60% of FILE, or of the builtin documentation. Scored: 16 windows of
 1024 tokens of the rest of FILE, and of the builtin documentation's held-out part, or `--windows` of them after the
-first `--skip`; weights dequantized, inputs rounded where the checkpoint says so, all else in float32. A row is the
-paired difference to the unquantized model, and the divergence from it, with standard errors over windows. A checkpoint
-that WORK holds already is scored, not made again. Rows go to benchmarks/results/quality.jsonl in place of older ones of
-the same run.
+first `--skip`, and at most `--more` that come after these, in rows of their own; weights dequantized, inputs rounded
+where the checkpoint says so, all else in float32. A row is the paired difference to the unquantized model, and the
+divergence from it, with standard errors over windows. A checkpoint that WORK holds already is scored, not made again.
+Rows go to benchmarks/results/quality.jsonl in place of older ones of the same run.
 """
 
 import argparse
@@ -91,7 +91,7 @@ OURS |= {
 }
 # Weights annealed, then tuned as by `best`, with and without codes.
 ANNEALED = {"method": "best", "rounder": "anneal", "anneal_steps": 100}
-for name in ("w3", "w3g64", "w2", "nvfp4", "mxfp4"):
+for name in ("w3", "w3g64", "w2", "nvfp4", "mxfp4", "fp8"):
     OURS[f"{name}-anneal"] = ANNEALED | {"scheme": SCHEMES[name]}
     OURS[f"{name}-anneal-codes"] = OURS[f"{name}-anneal"] | {"distill_codes": True}
 MIXTURES = ("q4_k_m", "q3_k_m", "q2_k", "q2_k_s")  # of llama.cpp, in GGUF files
@@ -102,12 +102,13 @@ OURS |= {
 }
 OURS |= {f"{name}-anneal": ANNEALED | {"scheme": name, "format": "gguf"} for name in MIXTURES}
 OURS |= {"best-200": OURS["best"] | {"iters": 200}, "best-anneal": ANNEALED | W4}
-# Calibrated on the model's own text besides, with and without tuned codes, and with more steps of tuning.
+# Calibrated on the model's own text besides, with and without tuned codes, and with more text and steps of tuning.
 ALONE = [name for name in OURS if name in ("best", "best-200") or name.endswith(("-anneal", "-best"))]
 for name in ALONE:
     OURS[f"{name}-own"] = OURS[name] | {"own_samples": 128}
     OURS[f"{name}-own-codes"] = OURS[f"{name}-own"] | {"distill_codes": True}
     OURS[f"{name}-own-codes-160"] = OURS[f"{name}-own-codes"] | {"distill_steps": 160}
+    OURS[f"{name}-long"] = OURS[f"{name}-own-codes"] | {"own_samples": 512, "distill_steps": 640}
 THEIRS = {
     "llm-compressor-awq": "--method awq",
     "llm-compressor-gptq": "--method gptq",
@@ -152,7 +153,8 @@ def main() -> None:
         f"{args.text.stem}, last 40%": text[int(SHARE * len(text)) :],
         "builtin held-out": builtin_text("heldout"),
     }
-    cuts = {name: windows_of(text, model, args.skip, args.windows) for name, text in scored.items()}
+    parts = [(args.skip, args.windows)] + ([(args.skip + args.windows, args.more)] if args.more else [])
+    cuts = [(name, skip, windows_of(text, model, skip, most)) for skip, most in parts for name, text in scored.items()]
     base = BlocksBackend(model, args.device, torch.float32)
     for name in args.run:
         made = args.work / f"{name}-{args.calibrate}"
@@ -162,9 +164,9 @@ def main() -> None:
         facts = json.loads(made.with_suffix(".json").read_text(encoding="utf-8"))
         facts |= {"model": args.label or args.model, "method": name, "calibration": args.calibrate}
         facts |= {"commit": args.commit, "device": device_name(args.device)}
-        facts |= {"skipped": args.skip} if args.skip else {}
         rounded = BlocksBackend(open_source(str(made)), args.device, torch.float32)
-        keep([facts | row_of(text, divergence(rounded, base, each)) for text, each in cuts.items()])
+        found = [(skip, row_of(text, divergence(rounded, base, each))) for text, skip, each in cuts]
+        keep([facts | ({"skipped": skip} if skip else {}) | row for skip, row in found])
 
 
 def parse() -> argparse.Namespace:
@@ -178,14 +180,15 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--work", type=Path, required=True, help="where the checkpoints go")
     parser.add_argument("--skip", type=int, default=0, help="windows of each text before those that are scored")
     parser.add_argument("--windows", type=int, default=16, help="most windows of each text to score")
+    parser.add_argument("--more", type=int, default=0, help="score so many windows after these too")
     parser.add_argument("--label", help="the model's name in rows")
     parser.add_argument("--commit", default="")
     return parser.parse_args()
 
 
-def windows_of(text: str, model: Source, skip: int, windows: int) -> Cut:
-    """At most `windows` windows of a text after the first `skip`."""
-    whole = cut(text, model, Protocol(context=CONTEXT, windows=skip + windows))
+def windows_of(text: str, model: Source, skip: int, most: int) -> Cut:
+    """At most `most` windows of a text after the first `skip`."""
+    whole = cut(text, model, Protocol(context=CONTEXT, windows=skip + most))
     return replace(whole, windows=whole.windows[skip:], first=whole.first[skip:])
 
 
