@@ -42,7 +42,8 @@ def scales_in(directory):
 
 @pytest.mark.parametrize(("cache", "shapes"), [("fp8", {(1,)}), ("fp8-head", {(2, 1, 1), (4, 1, 1)})])
 def test_scales_are_of_rotated_keys(model, tmp_path, cache, shapes):
-    """The largest magnitude gets half of FP8's range, here within what other tokens change."""
+    """The largest magnitude gets half of FP8's range, of keys down to a quarter; here within what other tokens
+    change."""
     done = quantized(model, tmp_path / "q", cache)
     assert f"keys and values: {cache}, 2 attentions" in done.out
     tensors = load_file(tmp_path / "q" / "model.safetensors")
@@ -67,7 +68,7 @@ def test_scales_are_of_rotated_keys(model, tmp_path, cache, shapes):
             scale = tensors[f"model.layers.{i}.self_attn.{part}_scale"].flatten()
             other = largest if cache == "fp8-head" else largest.max()
             assert ((scale * 224 / other) > 0.6).all()
-            assert ((scale * 224 / other) < 1.7).all()
+            assert ((scale * 224 / other) < (3.4 if part == "k" else 1.7)).all()
 
 
 @pytest.mark.parametrize("cache", ["fp8", "fp8-head"])
