@@ -16,7 +16,7 @@ from lowbit.quant.kernels.registry import defers
 from lowbit.quant.kernels.route_experts import RouteCall, Rule
 from lowbit.quant.kernels.row_norm import Rows
 from lowbit.quant.kernels.stack import FEW_ROWS, Experts
-from lowbit.quant.kernels.weight import ALONE, Hints, Linear, Packed
+from lowbit.quant.kernels.weight import ALONE, Hints, Linear, Packed, prepared
 from lowbit.quant.kernels.wna16_experts import DownCall
 
 
@@ -211,9 +211,10 @@ class MixedForward:
 
     def with_shared(self, x: Hidden, h: Tensor, shared: DenseForward) -> Hidden:
         """h + the feed-forward of all rows."""
-        inner = shared.up(x)
+        inner, down = shared.up(x), shared.down
         if self.shared_gate is not None:  # down is linear: its inputs may be multiplied in place of its outputs
             normed = ops.normalize(self.norm.of(Rows(x.h)))
             gate = torch.sigmoid(functional.linear(normed.float(), self.shared_gate.float()))
-            inner = (inner.float() * gate).to(inner.dtype)
-        return shared.down.onto(h, inner)
+            inner = prepared(Rows(inner, activation=down.before))
+            inner, down = (inner.float() * gate).to(inner.dtype), replace(down, before="none")
+        return down.onto(h, inner)

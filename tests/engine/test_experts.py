@@ -72,6 +72,17 @@ def test_in_half_precision_all_experts_are_one_packed_weight(recipe: str, tmp_pa
     assert (model.logits(IDS) - expected).abs().mean() < 0.03 * expected.abs().mean()
 
 
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_gate_of_the_shared_expert_multiplies_what_its_activation_made(recipe: str, tmp_path: Path) -> None:
+    """The rounding before `down` applies the activation, where inputs are rounded."""
+    made = quantized(save_family("qwen2_moe", tmp_path / "source"), tmp_path / "made", recipe)
+    model = engine.load(made, device="cpu", dtype=torch.float16)
+    late = model.decoder.weights.layers[0].feed_forward.shared.down.before
+    assert late == ("silu_mul" if recipe == "w8a8" else "none")
+    expected = engine.load(made, device="cpu").logits(IDS)
+    assert (model.logits(IDS) - expected).abs().mean() < 0.01 * expected.abs().mean()
+
+
 GPT_OSS = {"vocab_size": 260, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "head_dim": 16}
 GPT_OSS |= {"num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2}
 
