@@ -59,7 +59,7 @@ def make_app(server: Server, gate: Gate) -> FastAPI:
 async def on_refusal(http: Http, error: Exception) -> Response:
     """The answer to a request that cannot be served."""
     problem = problem_of(error) if isinstance(error, LowbitError) else Problem(500, str(error))
-    headers = {"Retry-After": "1"} if problem.status == 429 else None
+    headers = {"Retry-After": "1"} if problem.status in (429, 503) else None
     return JSONResponse(problem.body(), problem.status, headers)
 
 

@@ -5,9 +5,10 @@ from typing import Any
 from pydantic import ValidationError
 
 from lowbit.errors import EngineError, LowbitError
-from lowbit.serve.session import Busy, Failed
+from lowbit.serve.session import Busy, Ended, Failed
 
 SHOWN = 300  # characters of a message that quotes the request
+STATUSES: dict[type[LowbitError], int] = {Busy: 429, Failed: 500, Ended: 503}
 KINDS = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
 
 
@@ -33,8 +34,7 @@ def problem_of(error: LowbitError) -> Problem:
     """The protocol's error for one of ours."""
     if isinstance(error, Problem):
         return error
-    status = 429 if isinstance(error, Busy) else 500 if isinstance(error, Failed) else 400
-    return Problem(status, str(error))
+    return Problem(STATUSES.get(type(error), 400), str(error))
 
 
 def invalid(error: ValidationError) -> Problem:

@@ -1,5 +1,6 @@
 """Start and end of the server: the engine, a session over it, and uvicorn."""
 
+import asyncio
 import gc
 import socket
 import threading
@@ -30,7 +31,8 @@ SETTINGS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 ROOM = 0.9  # share of a GPU's free memory that keys and values may take
 CONNECTIONS = 1024
 WARM_UP = 3  # tokens written before the server is ready
-LAST_ANSWERS = 5  # seconds for open answers after a signal to end
+LAST_ANSWERS = 5  # seconds for open answers after a signal to end; then they end with an error
+LAST_BYTES = 5  # seconds for clients to read that
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,21 @@ def first_chat(engine: Engine) -> None:
         engine.encode_chat([{"role": "user", "content": "a"}])
 
 
-def make_server(session: Session, options: Options) -> uvicorn.Server:
+class HttpServer(uvicorn.Server):
+    """An HTTP server that ends its session LAST_ANSWERS seconds after a signal, so that open answers end with an
+    error."""
+
+    def __init__(self, config: uvicorn.Config, session: Session) -> None:
+        super().__init__(config)
+        self.session = session
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        timer = asyncio.get_running_loop().call_later(LAST_ANSWERS, self.session.end)
+        await super().shutdown(sockets)
+        timer.cancel()
+
+
+def make_server(session: Session, options: Options) -> HttpServer:
     """An HTTP server over a session."""
     server = Server(session, options.name, options.defaults, Vocabulary(session.engine), Metrics(session))
     config = uvicorn.Config(
@@ -91,9 +107,9 @@ def make_server(session: Session, options: Options) -> uvicorn.Server:
         log_config=None,
         access_log=False,
         server_header=False,
-        timeout_graceful_shutdown=LAST_ANSWERS,
+        timeout_graceful_shutdown=LAST_ANSWERS + LAST_BYTES,
     )
-    return uvicorn.Server(config)
+    return HttpServer(config, session)
 
 
 def listen(host: str, port: int, keys: Collection[str] = ()) -> socket.socket:

@@ -21,6 +21,7 @@ from lowbit.serve.warm import RESTED
 LOG = logging.getLogger("lowbit.serve")
 SEQUENCES = 8
 WAITING = 64
+SHUTTING_DOWN = "the server is shutting down"
 
 
 class Busy(EngineError):
@@ -29,6 +30,10 @@ class Busy(EngineError):
 
 class Failed(EngineError):
     """An error of ours ended the request."""
+
+
+class Ended(EngineError):
+    """The session ends, or has ended."""
 
 
 class Session:
@@ -64,11 +69,15 @@ class Session:
         self.close()
 
     def close(self) -> None:
-        """End the thread. Requests that are not finished get an error."""
+        """End the thread, and wait for it. Requests that are not finished get an error."""
+        self.end()
+        self.thread.join()
+
+    def end(self) -> None:
+        """Let the thread end after its turn."""
         with self.changed:
             self.closed = True
             self.changed.notify()
-        self.thread.join()
 
     def submit(
         self, requests: Sequence[Request], tell: Tell, client: str = "", grammars: Sequence[Constraint | None] = ()
@@ -85,7 +94,7 @@ class Session:
         jobs = [Job(request, tell, client, rule) for request, rule in zip(requests, rules, strict=True)]
         with self.changed:
             if self.closed:
-                raise Failed("the session has ended")
+                raise Ended(SHUTTING_DOWN)
             self.require_room(len(jobs))
             self.queue += jobs
             self.changed.notify()
@@ -145,11 +154,11 @@ class Session:
             except Exception:  # the thread must go on: the next requests are not at fault
                 LOG.exception("a step failed")
                 self.fail(Failed("an error of the server ended the request; its log has more"))
-        self.fail(Failed("the server is shutting down"))
+        self.fail(Ended(SHUTTING_DOWN))
         with self.changed:
             left, self.queue = self.queue, []
         for job in left:
-            job.tell(job, Failed("the server is shutting down"))
+            job.tell(job, Ended(SHUTTING_DOWN))
 
     def wait(self) -> bool:
         """Wait for work, or until there was none for so long that cold runs may begin. False once the session is

@@ -12,7 +12,7 @@ import openai
 import pytest
 
 from lowbit.engine.engine import Engine
-from lowbit.serve.run import Options, listen, make_server
+from lowbit.serve.run import HttpServer, Options, listen, make_server
 from lowbit.serve.session import Session
 from tests.engine.make import tiny
 
@@ -24,6 +24,7 @@ class Served:
     session: Session
     port: int
     client: openai.OpenAI
+    server: HttpServer
 
     @property
     def model(self) -> Engine:
@@ -58,7 +59,7 @@ def serving(model: Engine, sequences: int = 3, **options: Any) -> Iterator[Serve
             with openai.OpenAI(
                 base_url=f"http://127.0.0.1:{port}/v1", api_key=key, max_retries=0, timeout=60
             ) as client:
-                yield Served(session, port, client)
+                yield Served(session, port, client, server)
         finally:
             server.should_exit = True
             thread.join(10)

@@ -17,7 +17,7 @@ from lowbit.errors import EngineError
 from lowbit.serve.batch import Batch
 from lowbit.serve.drafts import Lookup
 from lowbit.serve.pace import Pace
-from lowbit.serve.session import Busy, Failed, Session
+from lowbit.serve.session import Busy, Ended, Failed, Session
 from lowbit.serve.warm import RESTED, Choice, Chunk, Graph, expected
 from tests.engine.make import tiny
 
@@ -241,10 +241,10 @@ def test_a_closed_session_tells_those_who_wait(model):
     updates = queue.SimpleQueue()
     session.submit([model.request(0, [1], SETTINGS[0])], lambda job, update: updates.put(update))
     session.close()
-    assert isinstance(updates.get(timeout=10), Failed)
-    with pytest.raises(Failed):
+    assert isinstance(updates.get(timeout=10), Ended)
+    with pytest.raises(Ended):
         list(streams[0])
-    with pytest.raises(Failed, match="has ended"):
+    with pytest.raises(Ended, match="is shutting down"):
         list(streams[1])
 
 

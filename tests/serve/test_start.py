@@ -1,13 +1,18 @@
 """The modules that a start of the server, and of the engine, imports."""
 
+import json
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
 
+from lowbit.serve import run
 from lowbit.serve.run import first_chat
 from tests.builders import save_family
+from tests.serve.conftest import serving
 
 # Packages that take 0.1 to 5 s of processor time to import, and that no start needs: torch's compiler, its distributed
 # tensors, transformers, and what these ask for if they find it installed.
@@ -43,3 +48,26 @@ def test_the_process_that_renders_chats_runs_before_the_first_one(engine_of_test
     kept, engine_of_tests.tokenizer.chat_template = engine_of_tests.tokenizer.chat_template, None
     first_chat(engine_of_tests)  # a model without a template is served all the same
     engine_of_tests.tokenizer.chat_template = kept
+
+
+def test_answers_that_are_open_at_the_end_say_so(engine_of_tests, monkeypatch):
+    monkeypatch.setattr(run, "LAST_ANSWERS", 0.3)
+    body = {"model": "tiny", "prompt": "a", "max_tokens": 100, "ignore_eos": True}
+    monkeypatch.setattr(engine_of_tests.decoder, "hidden", slowed(engine_of_tests.decoder.hidden))
+    with serving(engine_of_tests) as served, ThreadPoolExecutor(1) as threads:
+        with served.asked("POST", "/v1/completions", body | {"stream": True}) as answer:
+            assert answer.readline().startswith(b"data: ")
+            whole = threads.submit(served.send, "POST", "/v1/completions", body)
+            while len(served.session.batch.jobs) < 2:
+                time.sleep(0.01)
+            served.server.should_exit = True
+            events = [json.loads(line[6:]) for line in answer.read().splitlines() if line.startswith(b"data: {")]
+        status, said = whole.result()
+    assert events[-1]["error"]["message"] == "the server is shutting down"
+    assert len(events) < 100
+    assert (status, json.loads(said)) == (503, events[-1])
+
+
+def slowed(hidden):
+    """Steps of 0.05 s."""
+    return lambda step, cache: (time.sleep(0.05), hidden(step, cache))[1]
