@@ -182,6 +182,26 @@ def test_steps_are_the_same_if_the_first_ones_are_the_warm_up(features):
     assert found[0] == found[1]
 
 
+@pytest.mark.parametrize("rows", [1, 2, 16])
+def test_choices_behind_one_graph_of_the_logits_are_those_of_a_whole_graph(rows):
+    """Each choice begins with plain launches behind the source's graph, and so on with a graph of its own."""
+    gpu, _ = engines(LLAMA, "w4")
+    space, found = Workspace(gpu.spaces), []
+    kinds = [Features(), *(Features(**{name: True}) for name in ("logprobs", "penalized", "masked"))]
+    kinds.append(Features(sampled=True, truncated=True, penalized=True, bad_words=1, logprobs=True, masked=True))
+    with torch.inference_mode():
+        for features in [*kinds, *kinds]:
+            runner = space.runner(rows, 16, CONTEXT, features)
+            assert runner.sampler is not None
+            runner.sampler.start([gpu.request(0, [5], Sampling()).constraints] * rows)
+            runner.place(range(5, 5 + rows), [0] * rows, [runner.cache.start(b) for b in range(rows)])
+            runner.spread()
+            found.append([chosen.tokens.tolist() for chosen in runner.steps(8)])
+    sources = {runner for runner in space.runners.values() if runner.sampler is None}
+    assert [runner.source for runner in space.runners.values() if runner.first] == list(sources) * 4
+    assert all(tokens == found[0] for tokens in found)
+
+
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("cache", ["same", "int8"])
 def test_captured_prompts_are_those_launched_plainly(method, cache):
