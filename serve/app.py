@@ -3,12 +3,13 @@
 import asyncio
 import logging
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
 
 from fastapi import APIRouter, FastAPI
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
@@ -20,13 +21,15 @@ from lowbit.errors import LowbitError
 from lowbit.serve.flow import Gone, unless_gone
 from lowbit.serve.limits import LARGE_BODY, LEAST_BODY, TOKEN_BYTES, Gate, body_of
 from lowbit.serve.problems import Problem, invalid, problem_of
-from lowbit.serve.protocol import ChatBody, DetokenizeBody, TextBody, TokenizeBody
+from lowbit.serve.protocol import Body, ChatBody, DetokenizeBody, TextBody, TokenizeBody
 from lowbit.serve.responses import ResponsesBody, responses_work
 from lowbit.serve.vocabulary import decoded
 from lowbit.serve.work import Run, Server, Work, chat_work, text_work
 
-B = TypeVar("B", bound=BaseModel)
+B = TypeVar("B", bound=Body)
+T = TypeVar("T")
 LOG = logging.getLogger("lowbit.serve")
+SLOW = 8  # requests whose forms are made, or whose long texts become tokens, at a time: threads that others lack
 OPEN = 1024  # requests at a time, most of which wait for their bodies or in the queue
 GONE = 499  # a client that went away gets no answer; the number is for the metrics
 STREAMING = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
@@ -45,7 +48,7 @@ def make_app(server: Server, gate: Gate) -> FastAPI:
     """The application of a server."""
     app = FastAPI(title="lowbit", docs_url=None, redoc_url=None, openapi_url=None)
     app.state.server, app.state.gate, app.state.since = server, gate, int(time.time())
-    app.state.large = asyncio.Lock()
+    app.state.large, app.state.slow = asyncio.Lock(), asyncio.Semaphore(SLOW)
     app.include_router(ROUTES)
     app.add_exception_handler(LowbitError, on_refusal)
     app.add_exception_handler(HTTPException, on_no_route)
@@ -118,7 +121,8 @@ async def parsed(http: Http, kind: type[B]) -> B:
     """The body as `kind`. Problem if it has not the right form."""
     context = http.app.state.server.engine.options.context
     body = await body_of(http, LEAST_BODY + TOKEN_BYTES * context)
-    alone = http.app.state.large if len(body) > LARGE_BODY else nullcontext()
+    http.state.large = len(body) > LARGE_BODY
+    alone = http.app.state.large if http.state.large else nullcontext()
     try:
         async with alone:
             return await run_in_threadpool(kind.model_validate_json, body)
@@ -126,8 +130,17 @@ async def parsed(http: Http, kind: type[B]) -> B:
         raise invalid(error) from None
 
 
-async def answered(http: Http, server: Server, client: str, work: Work) -> Response:
-    """The answer to a completion of either kind: a stream, or a whole."""
+async def worked(http: Http, slow: bool, work: Callable[[], T]) -> T:
+    """The result of `work` on a thread. Of `slow` ones, and those of large bodies, SLOW run at a time."""
+    async with http.app.state.slow if slow or http.state.large else nullcontext():
+        return await run_in_threadpool(work)
+
+
+async def answered(http: Http, kind: type[B], make: Callable[[Server, B], Work]) -> Response:
+    """The answer to a completion of any kind: a stream, or a whole."""
+    server, client = admitted(http)
+    body = await parsed(http, kind)
+    work = await worked(http, body.has_form, lambda: make(server, body))
     run = Run(server, work, client)
     if not work.body.stream:
         return JSONResponse(await unless_gone(http, run.whole()))
@@ -138,25 +151,19 @@ async def answered(http: Http, server: Server, client: str, work: Work) -> Respo
 @ROUTES.post("/v1/chat/completions")
 async def chat(http: Http) -> Response:
     """The next message of a conversation."""
-    server, client = admitted(http)
-    body = await parsed(http, ChatBody)
-    return await answered(http, server, client, await run_in_threadpool(chat_work, server, body))
+    return await answered(http, ChatBody, chat_work)
 
 
 @ROUTES.post("/v1/completions")
 async def complete(http: Http) -> Response:
     """The continuation of texts."""
-    server, client = admitted(http)
-    body = await parsed(http, TextBody)
-    return await answered(http, server, client, await run_in_threadpool(text_work, server, body))
+    return await answered(http, TextBody, text_work)
 
 
 @ROUTES.post("/v1/responses")
 async def respond(http: Http) -> Response:
     """The next items of a conversation."""
-    server, client = admitted(http)
-    body = await parsed(http, ResponsesBody)
-    return await answered(http, server, client, await run_in_threadpool(responses_work, server, body))
+    return await answered(http, ResponsesBody, responses_work)
 
 
 @ROUTES.get("/v1/models")
@@ -207,7 +214,7 @@ async def tokenize(http: Http) -> Response:
     server, _ = admitted(http)
     body = await parsed(http, TokenizeBody)
     server.require_model(body.model)
-    tokens = await run_in_threadpool(tokens_of, server, body)
+    tokens = await worked(http, False, lambda: tokens_of(server, body))
     return JSONResponse({"count": len(tokens), "max_model_len": server.engine.options.context, "tokens": tokens})
 
 
@@ -229,4 +236,4 @@ async def detokenize(http: Http) -> Response:
     if wrong is not None:
         raise Problem(400, f"token {wrong} is none of the model's {vocabulary}", "tokens")
     tokenizer = server.engine.require_tokenizer()
-    return JSONResponse({"prompt": await run_in_threadpool(decoded, tokenizer, body.tokens)})
+    return JSONResponse({"prompt": await worked(http, False, lambda: decoded(tokenizer, body.tokens))})

@@ -80,6 +80,11 @@ class Body(BaseModel):
         """The names of the fields in JSON."""
         return [field.alias or name for name, field in cls.model_fields.items()]
 
+    @property
+    def has_form(self) -> bool:
+        """True if the answer is to have a form, which takes time to prepare."""
+        return False
+
     @model_validator(mode="before")
     @classmethod
     def without_ignored(cls, values: Any) -> Any:
@@ -165,6 +170,10 @@ class Settings(Body):
     min_tokens: int | None = Field(None, ge=0)
     ignore_eos: bool = False
     stop_token_ids: Annotated[list[int], MaxLen(MOST_STOPS)] = []
+
+    @property
+    def has_form(self) -> bool:
+        return self.response_format is not None or self.structured_outputs is not None
 
     def sampling(self) -> dict[str, Any]:
         """The fields of a Sampling that the request sets."""
@@ -290,6 +299,10 @@ class ChatBody(Settings):
     reasoning_effort: Effort | None = None
     chat_template_kwargs: dict[str, Any] = {}
     modalities: Annotated[list[Literal["text"]], MaxLen(1)] | None = None
+
+    @property
+    def has_form(self) -> bool:
+        return super().has_form or self.tool_choice not in ("none", "auto")
 
     def variables(self) -> dict[str, Any]:
         """Variables of the chat template: templates name the effort of reasoning, or turn it on and off."""

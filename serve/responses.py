@@ -154,6 +154,10 @@ class ResponsesBody(Body):
             raise ValueError(f"previous_response_id and conversation: {STATELESS}")
         return self
 
+    @property
+    def has_form(self) -> bool:
+        return self.text.format.type != "text" or self.tool_choice not in ("none", "auto")
+
     def as_chat(self) -> ChatBody:
         """The same request to chat completions."""
         named = ("model", "temperature", "top_p", "seed", "top_k", "min_p", "chat_template_kwargs", "tool_choice")

@@ -2,6 +2,8 @@
 
 import json
 import re
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import openai
 import pytest
@@ -12,6 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from lowbit.engine.sampler import Constraints, Features, Sampler
 from lowbit.engine.sampling import Sampling
+from lowbit.serve import app
 from tests.serve.conftest import serving
 
 SCHEMA = {
@@ -116,6 +119,31 @@ def test_a_form_that_cannot_be_kept_is_refused(served, changes, message):
     status, answer = served.send("POST", "/v1/completions", {"model": "tiny", "prompt": "a"} | changes)
     assert status == 400
     assert message in json.loads(answer)["error"]["message"]
+
+
+def test_slow_forms_hold_no_other_request(served, monkeypatch):
+    """There are 40 threads for all requests."""
+    begun, go = threading.Semaphore(0), threading.Event()
+
+    def made(vocabulary, body):
+        if body.has_form:
+            begun.release()
+            go.wait(60)
+
+    monkeypatch.setattr("lowbit.serve.work.grammar_of", made)
+    asked = {"model": "tiny", "prompt": "a", "max_tokens": 1}
+    with ThreadPoolExecutor(50) as threads:
+        forms = [
+            threads.submit(served.send, "POST", "/v1/completions", asked | {"response_format": FORMAT})
+            for _ in range(50)
+        ]
+        try:
+            assert all(begun.acquire(timeout=30) for _ in range(app.SLOW))
+            assert served.send("POST", "/v1/completions", asked)[0] == 200
+            assert not any(form.done() for form in forms)
+        finally:
+            go.set()
+        assert {form.result()[0] for form in forms} == {200}
 
 
 def test_a_schema_that_is_true_allows_any_json(served):
