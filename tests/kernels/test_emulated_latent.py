@@ -78,6 +78,10 @@ MISTAKES = {
     ),
     "the newest position read from the cache": ("position == length - 1 ? newest : k", "false ? newest : k"),
     "weights of an earlier maximum": ("running.sum[h] * memory.shrink[head]", "running.sum[h]"),
+    "shares read before they are made": (
+        "    memory.totals[head] = total;\n  }\n  __syncthreads();\n",
+        "    memory.totals[head] = total;\n  }\n",
+    ),
 }
 
 

@@ -67,6 +67,7 @@ struct Memory {
   alignas(16) T weights[kHeads][kWeightPitch];
   float maxima[kWarps][kHeads], sums[kWarps][kHeads];
   float maximum[kHeads], shrink[kHeads], sum[kHeads];
+  float shares[kMostSplits][kHeads], totals[kHeads];  // of the cluster's blocks, in each of them
   alignas(16) float out[kHeads][kRank];
 };
 
@@ -87,19 +88,24 @@ struct Sequence {
   }
 };
 
-// Pair `pair` of a head's last 64 inputs, rotated: inputs `pair` and `pair` + 32.
+// A lane's cosine (x) and sine of the row's position.
+__device__ inline float2 read_turn(const LatentAttentionArgs& args, int row) {
+  const int64_t place = args.turns[row] * args.table_pitch + threadIdx.x % (kTurned / 2);
+  return make_float2(args.cosines[place], args.sines[place]);
+}
+
+// The lane's pair of a head's last 64 inputs, rotated: inputs `lane` and `lane` + 32.
 template <typename T>
-__device__ void rotate_pair(const LatentAttentionArgs& args, int64_t turn, const T* source, int pair, T* target) {
-  const int64_t place = turn * args.table_pitch + pair;
-  const float cosine = args.cosines[place], sine = args.sines[place];
+__device__ void rotate_pair(float2 turn, const T* source, T* target) {
+  const int pair = threadIdx.x % (kTurned / 2);
   const float low = to_float(source[pair]), high = to_float(source[pair + kTurned / 2]);
-  target[pair] = from_float<T>(low * cosine - high * sine);
-  target[pair + kTurned / 2] = from_float<T>(high * cosine + low * sine);
+  target[pair] = from_float<T>(low * turn.x - high * turn.y);
+  target[pair + kTurned / 2] = from_float<T>(high * turn.x + low * turn.y);
 }
 
 // Copies the queries of the block's heads to shared memory, their last 64 inputs rotated; those of no head are zero.
 template <typename T>
-__device__ void read_queries(const LatentAttentionArgs& args, int row, int first_head, Memory<T>& memory) {
+__device__ void read_queries(const LatentAttentionArgs& args, int row, int first_head, float2 turn, Memory<T>& memory) {
   for (int i = threadIdx.x; i < kHeads * (kRank / 8); i += kThreads) {
     const int head = i / (kRank / 8), vector = i % (kRank / 8);
     uint4 value = {};
@@ -115,7 +121,7 @@ __device__ void read_queries(const LatentAttentionArgs& args, int row, int first
     if (first_head + head < args.heads) {
       const T* source = static_cast<const T*>(args.q_turned) + static_cast<int64_t>(row) * args.q_row_pitch +
                         (first_head + head) * args.q_head_pitch;
-      rotate_pair(args, args.turns[row], source, pair, target);
+      rotate_pair(turn, source, target);
     } else {
       target[pair] = target[pair + kTurned / 2] = from_float<T>(0.f);
     }
@@ -124,11 +130,11 @@ __device__ void read_queries(const LatentAttentionArgs& args, int row, int first
 
 // Makes the newest position's row in shared memory: warp 0 norms, warp 1 rotates.
 template <typename T>
-__device__ void make_newest(const LatentAttentionArgs& args, int row, Memory<T>& memory) {
+__device__ void make_newest(const LatentAttentionArgs& args, int row, float2 turn, Memory<T>& memory) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   if (warp == 1) {
     const T* source = static_cast<const T*>(args.turned) + static_cast<int64_t>(row) * args.turned_pitch;
-    rotate_pair(args, args.turns[row], source, lane, memory.newest + kRank);
+    rotate_pair(turn, source, memory.newest + kRank);
   }
   if (warp > 0) return;
   constexpr int kEach = kRank / 32;
@@ -287,22 +293,71 @@ __device__ inline float of_block(const float& value, int rank) {
   return gridDim.x > 1 ? read_cluster_float(smem_address(&value), rank) : value;
 }
 
-// Merges every splits-th element of the result from all blocks of the cluster, in their order.
+__device__ inline float4 four_of_block(const float* values, int rank) {
+  return gridDim.x > 1 ? read_cluster_floats(smem_address(values), rank) : *reinterpret_cast<const float4*>(values);
+}
+
+// The weights of all blocks' sums, and the sum of all weights, of each head: one thread has one.
+template <typename T>
+__device__ void share_out(Memory<T>& memory) {
+  const int head = threadIdx.x, splits = gridDim.x;
+  if (head < kHeads) {
+    float maxima[kMostSplits], sums[kMostSplits], most = kNothing, total = 0.f;
+#pragma unroll
+    for (int rank = 0; rank < kMostSplits; ++rank) {
+      if (rank >= splits) continue;
+      maxima[rank] = of_block(memory.maximum[head], rank);
+      sums[rank] = of_block(memory.sum[head], rank);
+    }
+#pragma unroll
+    for (int rank = 0; rank < kMostSplits; ++rank)
+      if (rank < splits) most = max_or_nan(most, maxima[rank]);
+#pragma unroll
+    for (int rank = 0; rank < kMostSplits; ++rank) {
+      if (rank >= splits) continue;
+      const float weight = exp2_fast(maxima[rank] - most);
+      total += weight * sums[rank];
+      memory.shares[rank][head] = weight;
+    }
+    memory.totals[head] = total;
+  }
+  __syncthreads();
+}
+
+// Merges every splits-th four elements of the result from all blocks of the cluster, in their order.
 template <typename T>
 __device__ void merge(const LatentAttentionArgs& args, int row, int first_head, Memory<T>& memory) {
+  constexpr int kFours = kRank / 4;
   const int splits = gridDim.x, heads = min(kHeads, args.heads - first_head);
-  for (int i = blockIdx.x * kThreads + threadIdx.x; i < heads * kRank; i += splits * kThreads) {
-    const int head = i / kRank, at = i % kRank;
-    float most = kNothing, sum = 0.f, out = 0.f;
-    for (int rank = 0; rank < splits; ++rank) most = max_or_nan(most, of_block(memory.maximum[head], rank));
-    for (int rank = 0; rank < splits; ++rank) {
-      const float weight = exp2_fast(of_block(memory.maximum[head], rank) - most);
-      sum += weight * of_block(memory.sum[head], rank);
-      out += weight * of_block(memory.out[head][at], rank);
+  share_out<T>(memory);
+  for (int i = blockIdx.x * kThreads + threadIdx.x; i < heads * kFours; i += splits * kThreads) {
+    const int head = i / kFours, at = i % kFours * 4;
+    float4 parts[kMostSplits];
+#pragma unroll
+    for (int rank = 0; rank < kMostSplits; ++rank)
+      if (rank < splits) parts[rank] = four_of_block(&memory.out[head][at], rank);
+    float out[4] = {};
+#pragma unroll
+    for (int rank = 0; rank < kMostSplits; ++rank) {
+      if (rank >= splits) continue;
+      const float weight = memory.shares[rank][head];
+      const float values[4] = {parts[rank].x, parts[rank].y, parts[rank].z, parts[rank].w};
+      for (int e = 0; e < 4; ++e) out[e] += weight * values[e];
     }
-    const int64_t index = static_cast<int64_t>(first_head + head) * args.m + row;
-    static_cast<T*>(args.out)[index * kRank + at] = from_float<T>(out / sum);
+    T results[4];
+    for (int e = 0; e < 4; ++e) results[e] = from_float<T>(out[e] / memory.totals[head]);
+    const int64_t index = (static_cast<int64_t>(first_head + head) * args.m + row) * kRank + at;
+    *reinterpret_cast<uint2*>(static_cast<T*>(args.out) + index) = *reinterpret_cast<const uint2*>(results);
   }
+}
+
+// Asks L2 for the block's first positions, but for the newest, which is made here.
+template <typename T>
+__device__ void ask_for_first(const Sequence<T>& sequence) {
+  const int position = blockIdx.x * kTile + threadIdx.x;
+  if (threadIdx.x >= kTile || position >= sequence.length - 1) return;
+  prefetch_bulk(sequence.key(position), kRank * sizeof(T));
+  prefetch_bulk(sequence.turned(position), kTurned * sizeof(T));
 }
 
 template <typename T>
@@ -316,10 +371,12 @@ __global__ void __launch_bounds__(kThreads, 1)
                                 static_cast<const T*>(args.v) + start * kTurned, memory.newest, length};
   allow_next_kernel();
   if (threadIdx.x < kHeads) memory.maximum[threadIdx.x] = kNothing;
+  ask_for_first(sequence);
+  const float2 turn = read_turn(args, row);
   wait_for_previous_kernel();
-  read_queries<T>(args, row, first_head, memory);
+  read_queries<T>(args, row, first_head, turn, memory);
   const bool owns = (length - 1) / kTile % gridDim.x == blockIdx.x;  // the block has the newest position
-  if (owns) make_newest<T>(args, row, memory);
+  if (owns) make_newest<T>(args, row, turn, memory);
   __syncthreads();
   if (owns && first_head == 0) store_newest<T>(args, start + length - 1, memory);
   Running running;
