@@ -148,17 +148,25 @@ GRIDS: tuple[tuple[str, str, str, str, str], ...] = (
     ("int2-g64", "`best --rounder anneal`", H200, "w2-anneal", "lowbit"),
     ("int2-g64", "the same, `--distill-codes`", H200, "w2-anneal-codes", "lowbit"),
     ("int2-g64", "AutoRound 0.16.1, 200 iterations, extended", H200, "autoround-w2-ext", ROUND),
+    ("int4-g32", "`gptq`", H200, "gptq-int4-g32", "lowbit"),
+    ("4.5 bits, mixed", "`gptq`", H200, "gptq-mixture", "lowbit"),
+    ("nvfp4-a16", "`gptq`", H200, "gptq-nvfp4-a16", "lowbit"),
     ("nvfp4-a16", "`best`", H200, "nvfp4-best", "lowbit"),
     ("nvfp4-a16", CODES, H200, "nvfp4-codes", "lowbit"),
     ("nvfp4-a16", "llm-compressor 0.14, GPTQ", H200, "llm-compressor-nvfp4-gptq", PEER),
     ("nvfp4-a16", "llm-compressor 0.14, to nearest", H200, "llm-compressor-nvfp4", PEER),
+    ("mxfp4-a16", "`gptq`", H200, "gptq-mxfp4-a16", "lowbit"),
     ("mxfp4-a16", "`best`", H200, "mxfp4-best", "lowbit"),
     ("mxfp4-a16", CODES, H200, "mxfp4-codes", "lowbit"),
+    ("mxfp4-a16", "llm-compressor 0.14, GPTQ", H200, "llm-compressor-mxfp4-gptq", PEER),
+    ("mxfp4-a16", "llm-compressor 0.14, to nearest", H200, "llm-compressor-mxfp4", PEER),
     ("fp8", "`fp8`", H200, "fp8", "lowbit"),
     ("fp8", "`best`", H200, "fp8-best", "lowbit"),
     ("fp8", "llm-compressor 0.14, FP8_DYNAMIC", H200, "llm-compressor-fp8", PEER),
     ("int8", "`int8`", H200, "int8", "lowbit"),
     ("int8", "`int8 --head int8`", H200, "int8-head", "lowbit"),
+    ("int8", "`gptq`", H200, "gptq-int8", "lowbit"),
+    ("int8", "`gptq --head int8`", H200, "gptq-int8-head", "lowbit"),
     ("int8", "`int8 --kv-cache fp8`", H200, "int8-kv", "lowbit"),
     ("int8", "`int8 --kv-cache fp8-head`", H200, "int8-kv-head", "lowbit"),
 )
@@ -174,26 +182,40 @@ TUNED: tuple[tuple[str, str, str, str], ...] = (
 
 # Ours and other toolkits' beside one another on all windows, by an H200: model, weights, label, method, toolkit.
 OWN, OWN_CODES = "`best`", "`best --distill-codes`"  # with --own-samples 128
+ANNEALED, LONG = "annealed, 160 steps", "annealed, 640 steps"  # with tuned codes; 512 windows of own text, if long
 LLAMA = "llama.cpp of llama-cpp-python 0.3.36"
 BESIDE: tuple[tuple[str, str, str, str, str], ...] = (
     ("demo", "int4-g64", OWN, "best-own", "lowbit"),
     ("demo", "int4-g64", OWN_CODES, "best-own-codes", "lowbit"),
+    ("demo", "int4-g64", ANNEALED, "best-anneal-own-codes-160", "lowbit"),
+    ("demo", "int4-g64", LONG, "best-anneal-long", "lowbit"),
     ("demo", "int4-g64", "AutoRound, 200", "autoround-200", ROUND),
     ("demo", "int3-g64", OWN, "w3g64-anneal-own", "lowbit"),
     ("demo", "int3-g64", OWN_CODES, "w3g64-anneal-own-codes", "lowbit"),
     ("demo", "int3-g64", "AutoRound, 200, extended", "autoround-w3g64-ext", ROUND),
-    ("demo", "int2-g64", OWN, "w2-anneal-own", "lowbit"),
-    ("demo", "int2-g64", OWN_CODES, "w2-anneal-own-codes", "lowbit"),
+    ("demo", "int3-g128", ANNEALED, "w3-anneal-own-codes-160", "lowbit"),
+    ("demo", "int3-g128", LONG, "w3-anneal-long", "lowbit"),
+    ("demo", "int3-g128", "AutoRound, 200, extended", "autoround-w3-ext", ROUND),
+    ("demo", "int2-g64", ANNEALED, "w2-anneal-own-codes-160", "lowbit"),
+    ("demo", "int2-g64", LONG, "w2-anneal-long", "lowbit"),
     ("demo", "int2-g64", "AutoRound, 200, extended", "autoround-w2-ext", ROUND),
     ("demo", "nvfp4-a16", OWN, "nvfp4-best-own", "lowbit"),
     ("demo", "nvfp4-a16", OWN_CODES, "nvfp4-best-own-codes", "lowbit"),
+    ("demo", "nvfp4-a16", ANNEALED, "nvfp4-anneal-own-codes-160", "lowbit"),
     ("demo", "nvfp4-a16", "AutoRound, 200", "autoround-nvfp4", ROUND),
     ("demo", "mxfp4-a16", OWN_CODES, "mxfp4-best-own-codes", "lowbit"),
+    ("demo", "mxfp4-a16", ANNEALED, "mxfp4-anneal-own-codes-160", "lowbit"),
     ("demo", "mxfp4-a16", "AutoRound, 200", "autoround-mxfp4", ROUND),
     ("demo", "fp8", OWN, "fp8-best-own", "lowbit"),
+    ("demo", "fp8", "codes, 160 steps", "fp8-best-own-codes-160", "lowbit"),
+    ("demo", "fp8", ANNEALED, "fp8-anneal-own-codes-160", "lowbit"),
+    ("demo", "fp8", "llm-compressor", "llm-compressor-fp8", PEER),
     ("pruned", "int4-g64", OWN, "best-own", "lowbit"),
     ("pruned", "int4-g64", OWN_CODES, "best-own-codes", "lowbit"),
+    ("pruned", "int4-g64", ANNEALED, "best-anneal-own-codes-160", "lowbit"),
     ("pruned", "int4-g64", "AutoRound, 200", "autoround-200", ROUND),
+    ("pruned", "nvfp4-a16", ANNEALED, "nvfp4-anneal-own-codes-160", "lowbit"),
+    ("pruned", "nvfp4-a16", "AutoRound, 200", "autoround-nvfp4", ROUND),
     ("pruned", "q4_k_m", OWN_CODES, "q4_k_m-best-own-codes", "lowbit"),
     ("pruned", "q4_k_m", "llama-quantize", "llama-q4_k_m", LLAMA),
     ("pruned", "q4_k_m", "AutoRound, 0", "autoround-q4_k_m-0", ROUND),
@@ -300,7 +322,7 @@ def beside() -> str:
     """Loss and divergence on all windows, the usual and the later ones together."""
     lines, before = [], ("", "")
     for model, weights, label, method, by in BESIDE:
-        found = matching("quality", model=model, **on(H200, method, ASIDE, by))
+        found = [row for row in matching("quality", model=model, **on(H200, method, ASIDE, by)) if "kl" in row]
         texts = [[row for row in found if row["text"].lower().startswith(text)] for text in ("wikitext", "builtin")]
         if all(texts):
             each = [pooled(part) for part in texts]
