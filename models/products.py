@@ -41,10 +41,13 @@ class LinearInputs(TorchFunctionMode):
         for spec in block.linears:
             place = spec.placement
             whole = parameter(place.parameter)
-            address = (whole if place.expert is None else whole[place.expert]).data_ptr()
-            self._names.setdefault(address, []).append(spec.name)
+            address = whole.data_ptr()
             if place.expert is not None:
-                self._stacks[whole.data_ptr()] = [expert.data_ptr() for expert in whole]
+                pitch = whole.stride(0) * whole.element_size()
+                if address not in self._stacks:
+                    self._stacks[address] = [address + i * pitch for i in range(len(whole))]
+                address += place.expert * pitch
+            self._names.setdefault(address, []).append(spec.name)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

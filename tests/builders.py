@@ -81,8 +81,21 @@ CONNECTED: dict[str, tuple[str, dict[str, Any]]] = {
     "glm_moe_dsa": ("GlmMoeDsaConfig", FOUR | INDEXED),
 }
 
-# Families with special cases elsewhere: a linear with one output, weights stored before their inputs, experts chosen by
-# token ids, and names that transformers does not rename.
+# Families with special cases elsewhere: a linear with one output, weights stored before their inputs, experts beside a
+# feed-forward of all tokens, each with norms of its own, experts chosen by token ids, and names that transformers does
+# not rename.
+BESIDE = {
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "sliding_window": 8,
+    "global_head_dim": 16,
+    "num_kv_shared_layers": 0,
+    "hidden_size_per_layer_input": 0,
+    "vocab_size_per_layer_input": VOCABULARY,
+    "enable_moe_block": True,
+    "num_experts": 4,
+    "top_k_experts": 2,
+    "moe_intermediate_size": 64,
+}
 UNUSUAL: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2_moe": (
         "Qwen2MoeConfig",
@@ -92,6 +105,7 @@ UNUSUAL: dict[str, tuple[str, dict[str, Any]]] = {
         "JambaConfig",
         GATED | {"attn_layer_period": 2, "attn_layer_offset": 1, "num_experts": 4, "mamba_dt_rank": 32},
     ),
+    "gemma4_moe": ("Gemma4TextConfig", FOUR | BESIDE),
     "deepseek_v4": ("DeepseekV4Config", GATED | INDEXED | {"head_dim": 16, "o_groups": 2, "o_lora_rank": 32}),
 }
 
