@@ -408,7 +408,7 @@ def drafts() -> str:
             head = row.get("head", "int8")
             name = f"{row['shape']} {row['weights']}, head in {head}, {row['right_set']} right by hand"
         else:
-            name = f"{row['model']}, its own head, {row['text']}"
+            name = f"{row['model']}, its own head, {row['text']}" + ", shared GPU" * bool(row.get("shared_gpu"))
         share = 100 * row["draft_ms"] / (row["draft_ms"] + row["check_ms"])
         times = (row["ms_per_token"], row["plain_ms_per_token"], row["draft_ms"], row["check_ms"])
         right = " ".join(f"{100 * each:.0f}" for each in row["right"][:4])
