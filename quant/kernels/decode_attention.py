@@ -31,7 +31,9 @@ PLAIN_BYTES = 100e6
 # 1.705. Other quantized caches have no more bytes.
 WARPS, MANY_WARPS, MOST_WARPS = 4, 8, 16
 MANY_WARPS_DIM = 128  # widest heads whose chunks fit in the registers of so many warps
-LEAST_POSITIONS = 32  # of each warp of a long sequence
+# Of each warp of a long sequence, and where a cluster's blocks share multiprocessors with one another's. 32 heads on an
+# H200 in int4: 54 us at 1 x 32768 with 7 splits, 60 with 6; 10.4 and 9.4 at 1 x 2048.
+LEAST_POSITIONS, CROWDED_POSITIONS = 32, 64
 PARTS = 8  # of a GPU: a cluster runs in one of them
 # Bytes of shared memory, at least, of a block that has a sequence alone: fewer share a multiprocessor. A step of
 # Llama-2-7B on an H200, 8 x 128: 1.596 ms, 1.612 without; 8 x 2048: 3.412 and 3.428. Where blocks share a sequence, at
@@ -290,16 +292,25 @@ def choose_cut(call: AttentionCall, processors: int, fast: bool) -> tuple[int, i
         (count, warps)
         for warps in (MANY_WARPS, MOST_WARPS)
         for count in range(1, MAX_SPLITS + 1)
-        if blocks <= MOST_WARPS // warps * clusters_in_a_wave(count, processors)
-        and (not most or count * warps * LEAST_POSITIONS <= most)
+        if (least := least_positions(count, blocks, processors, MOST_WARPS // warps))
+        and (not most or count * warps * least <= most)
     ]
     return max(fitting, key=lambda cut: cut[0] * cut[1], default=(splits, MANY_WARPS))
 
 
-def clusters_in_a_wave(size: int, processors: int) -> int:
-    """Clusters that run at once, a block on each of `size` multiprocessors. In each part of the GPU half a cluster is
-    left over, on average: so 32 clusters of 4 or of 8 blocks do not run at once on an H200, but those of 6 do."""
-    return (processors - PARTS * (size - 1) // 2) // size
+def least_positions(size: int, blocks: int, processors: int, places: int) -> int:
+    """The fewest positions of a warp for which `blocks` clusters of `size` blocks are worth it; 0 if they do not run at
+    once on multiprocessors with `places` for a block each."""
+    if blocks <= places * clusters_in_a_wave(size, processors):
+        return LEAST_POSITIONS
+    return CROWDED_POSITIONS if blocks <= clusters_in_a_wave(size, places * processors) else 0
+
+
+def clusters_in_a_wave(size: int, places: int) -> int:
+    """Clusters of `size` blocks that run at once, if the GPU has room for `places` blocks. In each part of it half a
+    cluster is left over, on average: of an H200's 264 places for two blocks each, 32 clusters of 7 take 224 at once,
+    but 32 of 8 need two waves."""
+    return (places - PARTS * (size - 1) // 2) // size
 
 
 def choose_splits(call: AttentionCall, processors: int) -> int:

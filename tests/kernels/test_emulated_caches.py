@@ -49,6 +49,10 @@ def test_attention_over_codes_computes_as_the_reference(library: Path) -> None:
 
 
 MISTAKES = {
+    "a maximum raised by too little": Mutant(
+        "decode_attention.cu", "? most[h] : running", "? running.maximum[h] : running"
+    ),
+    "a last row that nobody masks": Mutant("decode_attention.cu", "span.length - args.adjacent + 1)", "span.length)"),
     "a scale without its sign": Mutant("decode_attention.cu", "^ __float_as_uint(side) << 31", ""),
     "nibbles of two rows in another order": Mutant(
         "cache_codes.cuh",

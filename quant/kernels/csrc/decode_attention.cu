@@ -7,8 +7,8 @@
 // still write. At the end, warps and blocks of a cluster merge by the log-sum-exp rule: every warp sends each block the
 // elements that this block merges, in a fixed order, so equal inputs give equal bits.
 //
-// FlashDecoding++'s unified maximum would avoid the running maximum, but overflows if a score strays from its estimate;
-// docs/kernels/decode_attention.md has the saving.
+// A running maximum is raised only once a score exceeds it by more than kSlack, as FlashAttention-4 does.
+// FlashDecoding++'s unified maximum would never be, but overflows if a score strays from its estimate.
 #include <type_traits>
 
 #include "cache_codes.cuh"
@@ -89,6 +89,7 @@ constexpr int kRows = 16;               // positions per chunk of a warp
 constexpr int kGroup = 8;               // adjacent elements of the result that are merged together
 constexpr float kNothing = -1e30f;      // a maximum below any score; finite, so that differences are finite
 constexpr float kLog2E = 1.44269504f;
+constexpr float kSlack = 8.f;           // log2 of the largest weight
 constexpr float kInt8Limit = 127.f, kInt4Limit = 8.f;
 constexpr float kLeastScale = 7.8886e-31f;  // 2^-100: its inverse can still be summed
 
@@ -379,12 +380,15 @@ struct Span {
   const char* v;
   const void* k_scales;
   const void* v_scales;
-  int pitch;            // bytes between positions
-  int scale_pitch;      // scales between positions
+  unsigned pitch;        // bytes between positions; unsigned: the compiler multiplies a sign in 64 bits
+  unsigned scale_pitch;  // scales between positions
   int length, settled;  // positions of the last row; positions that no running kernel writes, at least 0
   int readable;         // positions in the cache: all but the new one where this kernel appends it
   int head_dim;
-  float scale;          // of all scores
+  float scale;          // of all scores, for powers of two
+
+  __device__ uint64_t bytes_to(unsigned row) const { return uint64_t{row} * pitch; }
+  __device__ uint64_t scales_to(unsigned row) const { return uint64_t{row} * scale_pitch; }
 };
 
 template <typename S>
@@ -397,7 +401,7 @@ __device__ Span span_of(const DecodeAttentionArgs& args, int kv_head) {
   Span span;
   span.k = static_cast<const char*>(cache.k) + first * row_bytes;
   span.v = static_cast<const char*>(cache.v) + first * row_bytes;
-  span.scale = args.scale;
+  span.scale = args.scale * kLog2E;
   if constexpr (S::Codes::kTokenScales) {
     span.k_scales = static_cast<const typename S::T*>(cache.k_scales) + first;
     span.v_scales = static_cast<const typename S::T*>(cache.v_scales) + first;
@@ -429,7 +433,7 @@ struct Chunk {
   using ValueVector = typename S::ValueVector;
   uint4 k[2][S::kKeyVectors];            // rows group, group + 8; vector `member` of each four
   ValueVector v[4][S::kValueVectors];    // rows 2 member, + 1, + 8, + 9; vector `group` of each eight
-  float scale;  // of tokens: of k for lanes 0 to 15, the others log_of_scale of v's: position lane % 16
+  typename S::T scale;  // of tokens: of k for lanes 0 to 15, the others of v: position lane % 16
 
   // load(row, vector) returns the 16 bytes of a position.
   template <typename Load>
@@ -462,26 +466,30 @@ struct Chunk {
 
   __device__ void read_keys(const Span& span, Lane lane, int first, int from, int to) {
     fill_keys(span, lane, first, from, to, [&](int row, int vector) {
-      return __ldcg(reinterpret_cast<const uint4*>(span.k + static_cast<int64_t>(row) * span.pitch) + vector);
+      return __ldcg(reinterpret_cast<const uint4*>(span.k + span.bytes_to(row)) + vector);
     });
   }
 
   __device__ void read_values(const Span& span, Lane lane, int first, int from, int to) {
     fill_values(span, lane, first, from, to, [&](int row, int vector) {
-      return __ldcg(reinterpret_cast<const ValueVector*>(span.v + static_cast<int64_t>(row) * span.pitch) + vector);
+      return __ldcg(reinterpret_cast<const ValueVector*>(span.v + span.bytes_to(row)) + vector);
     });
   }
 
+  // Only asks for a scale: what would be made of it here would wait for the memory.
   __device__ void read_scales(const Span& span, int first, int from, int to) {
     if constexpr (S::Codes::kTokenScales) {
-      using T = typename S::T;
       const int lane = threadIdx.x % 32, row = first + lane % kRows;
-      if (row < from || row >= to) return;
-      const void* scales = lane < kRows ? span.k_scales : span.v_scales;
+      const auto* scales = static_cast<const typename S::T*>(lane < kRows ? span.k_scales : span.v_scales);
       // Bypasses L1, which may hold an outdated line from a read of a neighbour before the wait.
-      scale = to_float(__ldcg(static_cast<const T*>(scales) + static_cast<int64_t>(row) * span.scale_pitch));
-      if (lane >= kRows) scale = log_of_scale<S::Codes::kSignedScales>(scale);
+      if (row >= from && row < to) scale = __ldcg(scales + span.scales_to(row));
     }
+  }
+
+  // The factor of scores for lanes 0 to 15; the others' log_of_scale.
+  __device__ float side() const {
+    const float value = to_float(scale), log = log_of_scale<S::Codes::kSignedScales>(value);
+    return threadIdx.x % 32 < kRows ? value : log;
   }
 
   __device__ void clear_keys() {
@@ -594,6 +602,22 @@ struct Running {
   float out[S::kBlocks + S::kOffset][4] = {};
 };
 
+// Raises maxima that scores exceed by more than kSlack, and shrinks the sums. Each depends on its own scores alone.
+template <typename S>
+__device__ void raise(float (&most)[2], Running<S>& running) {
+  float shrink[2];
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    for (int offset = 4; offset < 32; offset *= 2) most[h] = fmaxf(most[h], __shfl_xor_sync(~0u, most[h], offset));
+    const float maximum = most[h] > running.maximum[h] + kSlack ? most[h] : running.maximum[h];
+    shrink[h] = exp2_fast(running.maximum[h] - maximum);
+    running.maximum[h] = maximum;
+    running.sum[h] *= shrink[h];
+  }
+#pragma unroll
+  for (int i = 0; i < 4 * (S::kBlocks + S::kOffset); ++i) running.out[i / 4][i % 4] *= shrink[i % 2];
+}
+
 // Converts scores to weights of the values, and adds these to the sums: exp2 of score (with a scale for each token, of
 // score + log2 of v's scale) minus the maximum, so that float16 can hold them for any scale. `lengths`: positions that
 // the lane's two columns see.
@@ -601,54 +625,50 @@ template <typename S>
 __device__ void weigh(const DecodeAttentionArgs& args, const Span& span, const Chunk<S> (&chunks)[S::kTogether],
                       Lane lane, int first, int step, const int (&lengths)[2], Scores<S>& scores,
                       Running<S>& running) {
-  float sides[S::kTogether][2] = {};  // log2 of v's scale
+  float factors[S::kTogether][2], sides[S::kTogether][2] = {};  // of k; log2 of v's scale
 #pragma unroll
-  for (int i = 0; i < 2 * S::kTogether; ++i) {
-    const int c = i / 2, r = i % 2, row = lane.group + 8 * r;
-    float k_scale = span.scale;
-    if constexpr (S::Codes::kTokenScales) {
-      k_scale *= __shfl_sync(~0u, chunks[c].scale, row);
-      sides[c][r] = __shfl_sync(~0u, chunks[c].scale, row + kRows);
-    }
-    for (int h = 0; h < 2; ++h) scores[c][2 * r + h] *= k_scale;
-  }
-  if (args.softcap > 0.f) {
+  for (int c = 0; c < S::kTogether; ++c) {
+    const float side = S::Codes::kTokenScales ? chunks[c].side() : 0.f;
 #pragma unroll
-    for (int i = 0; i < 4 * S::kTogether; ++i) {
-      float& score = scores[i / 4][i % 4];
-      score = args.softcap * tanhf(score / args.softcap);
+    for (int r = 0; r < 2; ++r) {
+      factors[c][r] = span.scale;
+      if constexpr (!S::Codes::kTokenScales) continue;
+      factors[c][r] *= __shfl_sync(~0u, side, lane.group + 8 * r);
+      sides[c][r] = __shfl_sync(~0u, side, lane.group + 8 * r + kRows);
     }
   }
+  const float cap = args.softcap * kLog2E;
 #pragma unroll
   for (int i = 0; i < 4 * S::kTogether; ++i) {
     float& score = scores[i / 4][i % 4];
-    const int position = first + i / 4 * step + lane.group + i % 4 / 2 * 8;
-    score = position < lengths[i % 2] ? score * kLog2E + sides[i / 4][i % 4 / 2] : -INFINITY;
+    const float factor = factors[i / 4][i % 4 / 2], side = sides[i / 4][i % 4 / 2];
+    score = cap > 0.f ? cap * tanhf(score * factor / cap) + side : score * factor + side;
   }
-  float shrink[2];
+  if (first + (S::kTogether - 1) * step + kRows > span.length - args.adjacent + 1) {
 #pragma unroll
-  for (int h = 0; h < 2; ++h) {
-    float maximum = fmaxf(scores[0][h], scores[0][h + 2]);
-#pragma unroll
-    for (int c = 1; c < S::kTogether; ++c) maximum = fmaxf(maximum, fmaxf(scores[c][h], scores[c][h + 2]));
-    for (int offset = 4; offset < 32; offset *= 2) maximum = fmaxf(maximum, __shfl_xor_sync(~0u, maximum, offset));
-    maximum = fmaxf(maximum, running.maximum[h]);
-    shrink[h] = exp2_fast(running.maximum[h] - maximum);
-    running.maximum[h] = maximum;
-    running.sum[h] *= shrink[h];
-#pragma unroll
-    for (int i = 0; i < 2 * S::kTogether; ++i) {
-      float& score = scores[i / 2][2 * (i % 2) + h];
-      const float exponent = score - maximum, side = sides[i / 2][i % 2];
-      score = exp2_fast(exponent);
-      running.sum[h] += S::Codes::kTokenScales ? exp2_fast(exponent - side) : score;
-      if constexpr (S::Codes::kSignedScales)
-        score = __uint_as_float(__float_as_uint(score) ^ __float_as_uint(side) << 31);
+    for (int i = 0; i < 4 * S::kTogether; ++i) {
+      const int position = first + i / 4 * step + lane.group + i % 4 / 2 * 8;
+      if (position >= lengths[i % 2]) scores[i / 4][i % 4] = -INFINITY;
     }
   }
-  if (!__any_sync(~0u, shrink[0] != 1.f || shrink[1] != 1.f)) return;
+  float most[2];
 #pragma unroll
-  for (int i = 0; i < 4 * (S::kBlocks + S::kOffset); ++i) running.out[i / 4][i % 4] *= shrink[i % 2];
+  for (int h = 0; h < 2; ++h) {
+    most[h] = fmaxf(scores[0][h], scores[0][h + 2]);
+#pragma unroll
+    for (int c = 1; c < S::kTogether; ++c) most[h] = fmaxf(most[h], fmaxf(scores[c][h], scores[c][h + 2]));
+  }
+  if (__any_sync(~0u, most[0] > running.maximum[0] + kSlack || most[1] > running.maximum[1] + kSlack))
+    raise<S>(most, running);
+#pragma unroll
+  for (int i = 0; i < 4 * S::kTogether; ++i) {
+    float& score = scores[i / 4][i % 4];
+    const float side = sides[i / 4][i % 4 / 2];
+    score = exp2_fast(score - running.maximum[i % 2]);
+    running.sum[i % 2] += S::Codes::kTokenScales ? score * exp2_fast(-side) : score;
+    if constexpr (S::Codes::kSignedScales)
+      score = __uint_as_float(__float_as_uint(score) ^ __float_as_uint(side) << 31);
+  }
 }
 
 // out += V^T weights.
@@ -852,15 +872,14 @@ struct NewHeads {
     const int vectors = span.head_dim * S::kBits / 128, row = span.settled;
     for (int i = threadIdx.x; i < 2 * vectors; i += S::kThreads) {
       const bool is_k = i < vectors;
-      const char* target = (is_k ? span.k : span.v) + static_cast<int64_t>(row) * span.pitch;
+      const char* target = (is_k ? span.k : span.v) + span.bytes_to(row);
       reinterpret_cast<uint4*>(const_cast<char*>(target))[i % vectors] =
           reinterpret_cast<const uint4*>(is_k ? memory.k : memory.v)[i % vectors];
     }
     if constexpr (Codes::kTokenScales) {
       const void* scales = threadIdx.x == 0 ? span.k_scales : span.v_scales;
       if (threadIdx.x < 2)
-        const_cast<T*>(static_cast<const T*>(scales))[static_cast<int64_t>(row) * span.scale_pitch] =
-            memory.scales[threadIdx.x];
+        const_cast<T*>(static_cast<const T*>(scales))[span.scales_to(row)] = memory.scales[threadIdx.x];
     }
   }
 
@@ -879,8 +898,7 @@ struct NewHeads {
     if constexpr (Codes::kTokenScales) {
       const int place = threadIdx.x % 32;
       if (first + place % kRows != span.settled) return;
-      chunk.scale = to_float(memory.scales[place / kRows]);
-      if (place >= kRows) chunk.scale = log_of_scale<Codes::kSignedScales>(chunk.scale);
+      chunk.scale = memory.scales[place / kRows];
     }
   }
   __device__ void take_value(Chunk<S>& chunk, Lane lane, int first) const {
@@ -955,7 +973,7 @@ __device__ void attend_span(const DecodeAttentionArgs& args, const Span& span, L
 #pragma unroll
   for (int c = 0; c < S::kTogether; ++c) {
     chunks[c].clear_keys(), chunks[c].clear_values();
-    chunks[c].scale = 0.f;
+    chunks[c].scale = from_float<typename S::T>(0.f);
     read_ahead<S>(span, lane, first + c * step, 0, span.settled, chunks[c]);
   }
   wait_for_previous_kernel();
