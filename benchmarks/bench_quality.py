@@ -64,6 +64,8 @@ OURS: dict[str, dict[str, Any]] = {
     "best-mixed": {"method": "best", "target_bits": 4.75} | W4,
     "int8": {"method": "int8"},
     "int8-head": {"method": "int8", "head": "int8"},
+    "gptq-int8": {"method": "gptq", "scheme": "int8"},
+    "gptq-int8-head": {"method": "gptq", "scheme": "int8", "head": "int8"},
     "int8-kv": {"method": "int8", "kv_cache": "fp8"},
     "int8-kv-head": {"method": "int8", "kv_cache": "fp8-head"},
     "smoothquant": {"method": "smoothquant"},
