@@ -1,14 +1,16 @@
-"""The time line of one layer: `python -m benchmarks.layer_times --plot layer.png`.
+"""The time line of one layer: `python -m benchmarks.layer_times [--shape qwen3-30b-a3b] --plot layer.png`.
 
-The extension must be built with -DLOWBIT_STAMPS=stamps_of_products for wna16_gemv.cu (float16, 4 bits) and
--DLOWBIT_STAMPS=stamps_of_attention for decode_attention.cu (float16): csrc/stamps.cuh. Prints microseconds from the
-layer's first result asked for to each stage of each kernel: first block, median, last.
+The extension must be built with -DLOWBIT_STAMPS=NAME (csrc/stamps.cuh), in the shape's dtype, for wna16_gemv.cu in 4
+bits (stamps_of_products), for decode_attention.cu (stamps_of_attention) and, for a mixture, for route_experts.cu
+(stamps_of_routes). Prints microseconds from the layer's first result asked for to each stage of each kernel: first
+block, median, last.
 """
 
 import argparse
 import ctypes
 import json
 import statistics
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -20,6 +22,15 @@ from lowbit.engine.speed import start
 from lowbit.quant.kernels.extension import EXTENSION
 
 STAGES = ("begun", "waited", "computed", "ended")
+NAMES = ("stamps_of_products", "stamps_of_attention", "stamps_of_routes")  # of the object, if it has them
+CASES = {
+    "llama2-7b": Case("llama2-7b", "w4", (1,)),
+    "qwen3-30b-a3b": Case("qwen3-30b-a3b", "w4", (1,), head="int8", dtype="bfloat16"),
+}
+LABELS = {
+    "llama2-7b": ("qkv", "attention", "o", "gate/up", "down", "next qkv"),
+    "qwen3-30b-a3b": ("qkv", "attention", "o", "choice", "up", "down", "next qkv"),
+}
 MOST = 1 << 17
 STEPS = 2
 LAYER = 16
@@ -60,14 +71,16 @@ def layer_of(engine: Engine, library: ctypes.CDLL, batch: int, prompt: int) -> l
         start(runner, batch, prompt)
         for _ in range(8):
             runner.advance()
-        names = ("stamps_of_products", "stamps_of_attention")
+        names = [name for name in NAMES if hasattr(library, name)]
         for name in names:
             read_stamps(library, name)
         for _ in range(STEPS):
             runner.advance()
         launches = launches_of([row for name in names for row in read_stamps(library, name)])
-    first = 5 * (len(engine.decoder.blocks) * (STEPS - 1) + LAYER)
-    return launches[first : first + 6]
+    layers = len(engine.decoder.blocks)
+    of_each = len(launches) // (layers * STEPS)
+    first = of_each * (layers * (STEPS - 1) + LAYER)
+    return launches[first : first + of_each + 1]
 
 
 def times_of(launches: list[list[StampRow]]) -> list[dict]:
@@ -83,7 +96,7 @@ def times_of(launches: list[list[StampRow]]) -> list[dict]:
     return found
 
 
-def plot(rows: list[dict], path: Path) -> None:
+def plot(rows: list[dict], labels: tuple[str, ...], path: Path) -> None:
     """A bar a launch: waits, multiplies, ends."""
     import matplotlib
 
@@ -91,7 +104,6 @@ def plot(rows: list[dict], path: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(11, 3))
-    labels = ("qkv", "attention", "o", "gate/up", "down", "next qkv")
     for place, row in enumerate(rows):
         for index, (color, label) in enumerate((("#ddd", "waits"), ("#58c", "computes"), ("#c55", "sums, epilogue"))):
             begin, end = row[STAGES[index]], row[STAGES[index + 1]]
@@ -109,6 +121,7 @@ def plot(rows: list[dict], path: Path) -> None:
 def main() -> None:
     """Measures and draws."""
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--shape", choices=CASES, default="llama2-7b")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--prompt", type=int, default=128)
     parser.add_argument("--plot", type=Path)
@@ -119,14 +132,14 @@ def main() -> None:
     else:
         assert EXTENSION is not None
         library = ctypes.CDLL(str(EXTENSION.__file__))
-        engine = engine_of(Case("llama2-7b", "w4", (options.batch,), prompts=(options.prompt,)))
+        engine = engine_of(replace(CASES[options.shape], prompts=(options.prompt,)))
         rows = times_of(layer_of(engine, library, options.batch, options.prompt))
         if options.rows:
             options.rows.write_text(json.dumps(rows))
     for row in rows:
         print(json.dumps(row))
     if options.plot:
-        plot(rows, options.plot)
+        plot(rows, LABELS[options.shape], options.plot)
 
 
 if __name__ == "__main__":

@@ -214,7 +214,9 @@ def test_the_kernels_compute_the_reference(library: Path, name: str) -> None:
 MUTANTS = {
     "the choice read before it is made": (
         Mutant(
-            "wna16_gemv.cu", "    wait_for_previous_kernel();\n    allow_next_kernel();\n", "    allow_next_kernel();\n"
+            "wna16_gemv.cu",
+            "    wait_for_previous_kernel();\n    stamp(Stage::kWaited);\n",
+            "    stamp(Stage::kWaited);\n",
         ),
         (check_up, range(60), False),
         "AssertionError|the previous kernel had finished|waited for the previous one|past the end of a tensor",

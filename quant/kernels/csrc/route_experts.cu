@@ -8,6 +8,7 @@
 #include "declare.cuh"
 #include "deferred_norm.cuh"
 #include "launch.cuh"
+#include "stamps.cuh"
 
 namespace lowbit {
 
@@ -211,11 +212,13 @@ __global__ void __launch_bounds__(kThreads) route_experts_kernel(const __grid_co
   const bool cluster = gridDim.x > 1;
   const int row = blockIdx.y, warp = threadIdx.x / 32;
   const int begin = args.experts * blockIdx.x / gridDim.x, end = args.experts * (blockIdx.x + 1) / gridDim.x;
+  stamp(Stage::kBegun);
   allow_next_kernel();
   if (cluster) cluster_arrive();  // other blocks may write to a block's memory once it has started
   Weights<T> weights;
   if (begin + warp < end) weights.read(args, begin + warp, end, 0);
   wait_for_previous_kernel();
+  stamp(Stage::kWaited);
   float inverse = 1.f;
   if (args.x_squares != nullptr) {
     const float* squares = args.x_squares + static_cast<int64_t>(row) * args.x_parts;
@@ -232,7 +235,9 @@ __global__ void __launch_bounds__(kThreads) route_experts_kernel(const __grid_co
   }
   if (cluster) cluster_sync();
   else __syncthreads();
+  stamp(Stage::kComputed);
   if (blockIdx.x == 0) choose(args, row, values);
+  leave_stamps(args.experts, args.k);
 }
 
 }  // namespace

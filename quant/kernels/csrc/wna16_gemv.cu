@@ -778,27 +778,32 @@ __device__ float bias_of(const Wna16ExpertsArgs& args, int expert, int row) {
 }
 
 // Sums over `parts` parts, then activation and weight, of the pairs that multiply one expert: pairs[column of the
-// sums].
-template <typename S>
+// sums]. kKnown: all threads know the pairs before they meet, so that weights and biases are on their way by then.
+template <typename S, bool kKnown>
 __device__ void finish_up(const Wna16ExpertsArgs& args, int expert, const int* pairs, int columns, int parts,
                           int group_tiles, const float* partial) {
   using T = typename S::T;
   const int rows = group_tiles * kTileRows, count = rows * columns, inner = args.product.n / 2;
   const float* inverses = partial + (parts + 1) * count;
-  __syncthreads();
-  for (int i = thread_of_block(); i < group_tiles * 8 * columns; i += threads_of_block()) {
+  bool met = false;
+  for (int i = thread_of_block(); !met || i < group_tiles * 8 * columns; i += threads_of_block()) {
     const int column = columns == 1 ? 0 : divide_small(i, group_tiles * 8), place = i - column * group_tiles * 8;
     const int low = (blockIdx.y * group_tiles + place / 8) * 8 + place % 8;
-    if (low >= inner) continue;
-    const int row = column * rows + place / 8 * kTileRows + place % 8, pair = pairs[column];
-    const float weight = args.weights[pair];
+    const bool stored = i < group_tiles * 8 * columns && low < inner;
+    if (!kKnown && !met) __syncthreads();
+    const int pair = stored ? pairs[column] : 0;
+    const float weight = stored ? args.weights[pair] : 0.f;
+    const Loaded<T> bias = stored ? pair_at<T>(args.bias, static_cast<int64_t>(expert) * args.product.n, low, inner,
+                                               args.product.n)
+                                  : Loaded<T>();
+    if (kKnown && !met) __syncthreads();
+    met = true;
+    if (!stored) continue;
+    const int row = column * rows + place / 8 * kTileRows + place % 8;
     const float inverse = args.product.x_squares == nullptr ? 1.f : inverses[column * args.product.x_parts];
-    float gate = sum_of_many_parts(partial, parts, count, row) * inverse;
-    float up = sum_of_many_parts(partial, parts, count, row + 8) * inverse;
-    if (args.bias != nullptr) {
-      gate += bias_of<T>(args, expert, low);
-      up += bias_of<T>(args, expert, low + inner);
-    }
+    const float2 added = bias.floats();
+    const float gate = sum_of_many_parts(partial, parts, count, row) * inverse + added.x;
+    const float up = sum_of_many_parts(partial, parts, count, row + 8) * inverse + added.y;
     static_cast<T*>(args.product.y)[static_cast<int64_t>(pair) * args.y_pitch + low] =
         from_float<T>(gated(args, gate, up) * weight);
   }
@@ -854,6 +859,7 @@ __global__ void __launch_bounds__(S::kRoom * 32, 1)
     wna16_experts_kernel(const __grid_constant__ Wna16ExpertsArgs args, int next_part) {
   LOWBIT_DYNAMIC_SHARED(uint8_t, smem);
   float* partial = reinterpret_cast<float*>(smem);
+  stamp(Stage::kBegun);
   if (kDown) allow_next_kernel();
   const int turn = kDown ? divide_small(threadIdx.z, args.top) : 0;
   Pair pair = pair_of<kDown>(args, turn);
@@ -863,6 +869,7 @@ __global__ void __launch_bounds__(S::kRoom * 32, 1)
   for (int i = 0; i < S::kRowTiles; ++i) streams[i].open(one, share.tile + i, share.first, threadIdx.x);
   if (!kDown) {
     wait_for_previous_kernel();
+    stamp(Stage::kWaited);
     allow_next_kernel();
   }
   pair.expert = expert_of(args, pair.index);
@@ -873,11 +880,13 @@ __global__ void __launch_bounds__(S::kRoom * 32, 1)
   Factors<S> factors;
   if constexpr (S::Number::kFloat) read_factors<S>(one, share.tile, factors);
   if (kDown) wait_for_previous_kernel();
+  if (kDown) stamp(Stage::kWaited);
   float* squares = partial + share.group_tiles * kTileRows * (blockDim.z + 1);
   if (!kDown && one.x_squares != nullptr) copy_squares(one, squares, same_row);
   PairX<S, kDown> x = x_of<S, kDown>(one);
   ChainSums<S> sums = {};
   multiply_share<S, PairX<S, kDown>>(one, share, streams, chunks, x, sums);
+  stamp(Stage::kComputed);
   if constexpr (!S::kScaledSums && S::kChains > 1) join_chains<S>(sums);
   if constexpr (S::Number::kFloat) multiply_sums<S>(factors, sums[0]);
   store_partial<S>(share.group_tiles, 1, sums[0], partial);
@@ -885,7 +894,8 @@ __global__ void __launch_bounds__(S::kRoom * 32, 1)
   if (!kDown) ask_for_next_expert(args, pair, next_part);
   else if (blockIdx.z == 0) ask_for_next_weight(args.product, next_part);
   if (kDown) finish_down<S>(args, one, pair.row, 1, blockDim.z, share.group_tiles, partial);
-  else finish_up<S>(args, pair.expert, &pair.index, 1, blockDim.z, share.group_tiles, partial);
+  else finish_up<S, true>(args, pair.expert, &pair.index, 1, blockDim.z, share.group_tiles, partial);
+  leave_stamps(one.n, one.k);
 }
 
 // The same of several rows, of which up to kColumns that chose an expert are multiplied at once: each expert's weight
@@ -981,7 +991,7 @@ __global__ void __launch_bounds__(S::kRoom * 32, 1)
   }
   if (one.x_squares != nullptr) finish_squares(one, squares);
   ask_for_next_expert(args, pair, next_part);
-  finish_up<S>(args, pair.expert, pairs, columns.count, args.parts, share.group_tiles, partial);
+  finish_up<S, false>(args, pair.expert, pairs, columns.count, args.parts, share.group_tiles, partial);
 }
 
 // The distinct experts of up to kColumns rows from `first` on, and each row's place for each of them, or -1.
