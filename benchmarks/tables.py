@@ -216,17 +216,20 @@ BESIDE: tuple[tuple[str, str, str, str, str], ...] = (
     ("pruned", "int4-g64", "AutoRound, 200", "autoround-200", ROUND),
     ("pruned", "nvfp4-a16", ANNEALED, "nvfp4-anneal-own-codes-160", "lowbit"),
     ("pruned", "nvfp4-a16", "AutoRound, 200", "autoround-nvfp4", ROUND),
-    ("pruned", "q4_k_m", OWN_CODES, "q4_k_m-best-own-codes", "lowbit"),
-    ("pruned", "q4_k_m", "llama-quantize", "llama-q4_k_m", LLAMA),
-    ("pruned", "q4_k_m", "AutoRound, 0", "autoround-q4_k_m-0", ROUND),
-    ("pruned", "q3_k_m", OWN_CODES, "q3_k_m-best-own-codes", "lowbit"),
-    ("pruned", "q3_k_m", "the same, `--rounder anneal`", "q3_k_m-anneal-own-codes", "lowbit"),
-    ("pruned", "q3_k_m", "llama-quantize", "llama-q3_k_m", LLAMA),
-    ("pruned", "q3_k_m", "AutoRound, 0", "autoround-q3_k_m-0", ROUND),
-    ("pruned", "q2_k", OWN_CODES, "q2_k-best-own-codes", "lowbit"),
-    ("pruned", "q2_k", "the same, `--rounder anneal`", "q2_k-anneal-own-codes", "lowbit"),
-    ("pruned", "q2_k", "llama-quantize", "llama-q2_k", LLAMA),
-    ("pruned", "q2_k_s", "AutoRound, 200", "autoround-q2_k_s", ROUND),
+)
+# The same of GGUF: llama.cpp's mixtures.
+QUANTIZERS = tuple(
+    (model, weights, label, method.format(weights), by)
+    for model in ("demo", "pruned-400")
+    for weights in ("q4_k_m", "q3_k_m", "q2_k", "q2_k_s")
+    for label, method, by in (
+        ("`best`", "{}-best", "lowbit"),
+        ("the same, `--own-samples 128 --distill-codes`", "{}-best-own-codes", "lowbit"),
+        ("the same, `--rounder anneal`", "{}-anneal-own-codes", "lowbit"),
+        ("llama-quantize, importance matrix", "llama-{}", LLAMA),
+        ("AutoRound, to nearest", "autoround-{}-0", ROUND),
+        ("AutoRound, 200", "autoround-{}", ROUND),
+    )
 )
 
 
@@ -318,10 +321,10 @@ def codes() -> str:
 KINDS = {"text": "WikiText-2", "builtin": "documentation"}
 
 
-def beside() -> str:
+def beside(methods: Iterable[tuple[str, str, str, str, str]] = BESIDE) -> str:
     """Loss and divergence on all windows, the usual and the later ones together."""
     lines, before = [], ("", "")
-    for model, weights, label, method, by in BESIDE:
+    for model, weights, label, method, by in methods:
         found = [row for row in matching("quality", model=model, **on(H200, method, ASIDE, by)) if "kl" in row]
         texts = [[row for row in found if row["text"].lower().startswith(text)] for text in ("wikitext", "builtin")]
         if all(texts):
@@ -332,6 +335,17 @@ def beside() -> str:
             before = model, weights
     head = "model | weights | by | windows | WikiText-2 | divergence | documentation | divergence"
     return table(head, lines)
+
+
+def gguf() -> str:
+    """The demo's perplexity by llama.cpp and by us, as we compute and with inputs rounded as llama.cpp rounds them."""
+    lines = []
+    for row in matching("gguf", windows=32):
+        cells = [row["file"].removeprefix("demo-"), fixed(row["llama_cpp"], 3)]
+        for ours, apart in (("perplexity", "relative"), ("rounded", "relative_rounded")):
+            cells += [fixed(row[ours], 3), f"{fixed(100 * row[apart], 2)}%"]
+        lines.append(cells)
+    return table("file | llama.cpp | ours | apart | ours, inputs rounded alike | apart", lines)
 
 
 def pooled(found: list[Row]) -> Row:
@@ -1042,6 +1056,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "mixtures": mixtures,
     "codes": codes,
     "beside": beside,
+    "quantizers": lambda: beside(QUANTIZERS),
+    "gguf": gguf,
     "decode": decode,
     "decode_h200": decode_h200,
     "first_token": first_token,
