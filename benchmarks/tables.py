@@ -880,44 +880,57 @@ def serving() -> str:
     return table(head, (line(*each) for each in ((1, 128), (4, 128), (8, 128), (16, 128), (1, 2048), (4, 2048))))
 
 
-PEERS = {  # the servers of SERVING's comparison, and the commit of their rows
-    "lowbit at a2ddc21": ("lowbit", "a2ddc21"),
-    "lowbit at 847b6d4": ("lowbit", "847b6d4"),
-    "vLLM 0.26": ("vllm marlin", "847b6d4"),
-}
+COMPARED = "0ccf8a3"  # the commit of SERVING's comparison
+PEERS = {"lowbit": "lowbit", "vLLM 0.26": "vllm marlin"}  # and its servers
 
 
 def served_peers() -> str:
     """SERVING's times of `lowbit serve` and of `vllm serve`."""
 
     def line(name: str, clients: int, prompt: int) -> Iterable[str]:
-        server, commit = PEERS[name]
-        alike = {"case": "peer_clients", "server": server, "commit": commit}
-        [row] = matching("serve", clients=clients, prompt=prompt, **alike)
-        yield from (str(clients), str(prompt), name, fixed(row["tokens_per_s"], 0))
+        alike = {"clients": clients, "prompt": prompt, "commit": COMPARED}
+        yield from (str(clients), str(prompt), name)
+        if name not in PEERS:
+            [row] = matching("serve", case="peer_bench", **alike)
+            yield from ("", fixed(row["ms_between_median"], 2), "", "")
+            return
+        [row] = matching("serve", case="peer_clients", server=PEERS[name], **alike)
+        yield fixed(row["tokens_per_s"], 0)
         yield from (fixed(row[f"ms_{part}"], 2) for part in ("between_median", "between_p99"))
         yield fixed(row["ms_first_median"], 0)
 
     head = "clients | tokens of a prompt | server | tokens/s | between tokens, ms | 99% within | first token, ms"
     sizes = ((1, 128), (4, 128), (16, 128), (1, 2048), (4, 2048))
-    return table(head, (line(name, *size) for size in sizes for name in PEERS))
+    return table(head, (line(name, *size) for size in sizes for name in ("`lowbit bench`", *PEERS)))
 
 
 def peer_steps() -> str:
     """SERVING's pauses, conversations and starts of the same servers."""
 
     def line(name: str) -> Iterable[str]:
-        server, commit = PEERS[name]
         [stall], [talk], [start] = (
-            matching("serve", case=f"peer_{case}", server=server, commit=commit)
+            matching("serve", case=f"peer_{case}", server=PEERS[name], commit=COMPARED)
             for case in ("stall", "dialogue", "start")
         )
-        yield from (name, fixed(stall["ms_between_most_median"], 0))
-        yield fixed(max(stall["ms_between_most"], stall["ms_between_most_first"]), 0)
+        yield from (name, fixed(stall["ms_between_most_first"], 0))
+        yield from (fixed(stall[f"ms_between_most{part}"], 0) for part in ("_median", ""))
         yield from (fixed(stall["ms_first_median"], 0), fixed(talk["ms_first_all"], 0), fixed(start["seconds"], 1))
 
-    head = "server | longest pause, ms | at most | that prompt's first token | 20 turns' first tokens | start, s"
+    head = "server | first pause, ms | later ones | at most | their first token | 20 turns' first tokens | start, s"
     return table(head, map(line, PEERS))
+
+
+def peer_features() -> str:
+    """SERVING's pauses of a stream while a request with other features of sampling comes."""
+
+    def line(feature: str) -> Iterable[str]:
+        yield feature
+        for server in PEERS.values():
+            found = matching("serve", case="peer_feature", feature=feature, server=server, commit=COMPARED)
+            yield from (fixed(row[f"ms_between_most{part}"], 0) for row in found for part in ("_first", ""))
+
+    head = "request with | lowbit, ms | later | vLLM 0.26, ms | later"
+    return table(head, map(line, ("none", "top_p", "penalty", "logprobs")))
 
 
 def started(case: str) -> Iterable[str]:
@@ -1092,6 +1105,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "served_steps": served_steps,
     "served_peers": served_peers,
     "peer_steps": peer_steps,
+    "peer_features": peer_features,
 }
 
 

@@ -11,10 +11,10 @@ from lowbit.engine.engine import Engine
 from lowbit.engine.generate import score_rows
 from lowbit.engine.passes import SHARED_COUNTS, Reader
 from lowbit.engine.prefill import chunk_by_layers
-from lowbit.engine.runner import Runner, Written
+from lowbit.engine.runner import Runner, Written, on_host
 from lowbit.engine.sampler import Chosen, Features, Sampler, features_of
 from lowbit.engine.sampling import Piece, Sampling
-from lowbit.engine.workspace import Workspace
+from lowbit.engine.workspace import Workspace, on_gpu
 from lowbit.errors import EngineError
 from lowbit.serve.drafts import NO_LOOKUP, Drafts, Lookup, fill_rows, unmasked
 from lowbit.serve.job import Job, Update
@@ -129,11 +129,13 @@ class Batch:
             self.cold.clear()
 
     def choose_once(self) -> None:
-        """A choice with every feature, launched plainly."""
+        """A choice with every feature, launched plainly, and its way to the host."""
         device, vocabulary = self.decoder.weights.device, self.decoder.architecture.vocabulary
         sampler = self.space.sampler(EVERY, 1)
         sampler.start([self.engine.request(0, [0], Sampling()).constraints])
-        sampler(torch.zeros(1, vocabulary, device=device))
+        chosen = sampler(torch.zeros(1, vocabulary, device=device))
+        if on_gpu(device):
+            on_host(chosen)
 
     def step_once(self, graph: Graph, sequence: int) -> None:
         """A step over the first position of a sequence."""
@@ -143,6 +145,7 @@ class Batch:
         runner = self.space.runner(graph.rows, len(self.slots.all), graph.length, features)
         if runner.sampler is not None and constraints is not None:
             runner.sampler.start([constraints] * graph.rows)
+        runner.warm_up = 0 if graph.loaded else runner.warm_up
         runner.spread()
         runner.place([0] * graph.rows, [0] * graph.rows, [runner.cache.start(sequence)] * graph.rows)
         runner.advance()

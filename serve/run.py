@@ -67,8 +67,9 @@ def serve(engine: Engine, options: Options, listening: socket.socket, ready: Cal
         freeze()
         listening.listen(CONNECTIONS)
         ready(describe(session, options, listening.getsockname()[1]))
-        threading.Thread(target=first_chat, args=(engine,), daemon=True).start()
-        make_server(session, options).run([listening])
+        http = make_server(session, options)
+        threading.Thread(target=prepare, args=(http.shared,), daemon=True).start()
+        http.run([listening])
 
 
 def freeze() -> None:
@@ -76,6 +77,13 @@ def freeze() -> None:
     s."""
     gc.collect()
     gc.freeze()
+
+
+def prepare(server: Server) -> None:
+    """Make what the first requests would wait for, and all others with one that wants log-probabilities: the bytes of
+    tokens."""
+    first_chat(server.engine)
+    _ = server.vocabulary.masks
 
 
 def first_chat(engine: Engine) -> None:
@@ -88,12 +96,12 @@ class HttpServer(uvicorn.Server):
     """An HTTP server that ends its session LAST_ANSWERS seconds after a signal, so that open answers end with an
     error."""
 
-    def __init__(self, config: uvicorn.Config, session: Session) -> None:
+    def __init__(self, config: uvicorn.Config, shared: Server) -> None:
         super().__init__(config)
-        self.session = session
+        self.shared = shared
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        timer = asyncio.get_running_loop().call_later(LAST_ANSWERS, self.session.end)
+        timer = asyncio.get_running_loop().call_later(LAST_ANSWERS, self.shared.session.end)
         await super().shutdown(sockets)
         timer.cancel()
 
@@ -109,7 +117,7 @@ def make_server(session: Session, options: Options) -> HttpServer:
         server_header=False,
         timeout_graceful_shutdown=LAST_ANSWERS + LAST_BYTES,
     )
-    return HttpServer(config, session)
+    return HttpServer(config, server)
 
 
 def listen(host: str, port: int, keys: Collection[str] = ()) -> socket.socket:

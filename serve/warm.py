@@ -25,17 +25,21 @@ CHUNKS = (512, 1024, 2048, 4096, CHUNK)
 class Graph:
     """A decode step of `rows` rows within `length` positions. Without `sampling` it ends with logits: it reads the rest
     of a prompt, or comes before a choice by more than one kernel. Or, if `rows` is 0, a pass over `prompts` prompts of
-    `length` tokens."""
+    `length` tokens.
+
+    loaded  True behind a step of as many rows and the same length: its kernels need no runs before the capture
+    """
 
     length: int
     rows: int = 0
     sampling: Sampling | None = None
     prompts: int = 1
+    loaded: bool = False
 
     @property
     def runs(self) -> int:
         """Until the graph is captured: a pass by its second run, a step after its warm-up."""
-        return WARM_UP + 1 if self.rows else 2
+        return 1 if self.loaded else WARM_UP + 1 if self.rows else 2
 
 
 @dataclass(frozen=True)
@@ -67,9 +71,15 @@ def expected(reader: Reader, usual: Sequence[Sampling]) -> deque[Run]:
     powers = sorted({1 << (rows - 1).bit_length() for rows in range(1, cache.batch + 1)})
     reaches = sorted({min(SHORT, cache.context), cache.context})
     fused = [sampling for sampling in usual if fused_by(sampling)]
-    steps = [Graph(reach, rows, sampling) for rows in powers for reach in reaches for sampling in [*fused, None]]
+    kinds = [*((sampling, False) for sampling in fused), (None, bool(fused))]
+    steps = [
+        Graph(reach, rows, sampling, loaded=loaded)
+        for rows in powers
+        for reach in reaches
+        for sampling, loaded in kinds
+    ]
     rests = [Graph(reach, REST_ROWS) for reach in reaches if reader.lengths]
-    alone = len(reaches) * (len(fused) + 1)
+    alone = len(reaches) * len(kinds)
     passes = [Graph(length) for length in reader.lengths if length <= cache.context]
     lengths = [length for length in SHARED_LENGTHS if length <= reader.longest_shared]
     counts = [count for count in SHARED_COUNTS if count <= cache.batch]

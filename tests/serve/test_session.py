@@ -369,6 +369,7 @@ def test_expected_graphs_are_captured_while_there_is_no_work(model, monkeypatch)
                     Graph(128, 16),
                     Graph(128, 1, Sampling()),
                     Choice(),
+                    Graph(128, 1, loaded=True),
                     Graph(64, prompts=2),
                     Chunk(30),
                 )
@@ -408,7 +409,10 @@ def test_graphs_are_expected_for_every_number_of_rows_and_both_reaches():
         assert {(graph.rows, graph.length) for graph in graphs if graph.rows and graph.sampling == sampling} == {
             (rows, length) for rows in powers for length in (1024, 4096)
         }
-    assert all(count == (3 if graph.rows else 2) for graph, count in graphs.items())
+    assert all(count == (1 if graph.loaded else 3 if graph.rows else 2) for graph, count in graphs.items())
+    order = list(graphs)
+    for graph in (each for each in graphs if each.loaded):
+        assert order.index(graph) > order.index(Graph(graph.length, graph.rows, Sampling()))
     assert [graph.rows for graph in list(graphs)[:2]] == [1, 1]
     assert not expected(SimpleNamespace(pool=None, cache=cache), (Sampling(),))
     mixture = SimpleNamespace(cache=cache, lengths=(), longest_shared=0, pool=(0, 0))  # prompts have no passes

@@ -50,6 +50,14 @@ def test_the_process_that_renders_chats_runs_before_the_first_one(engine_of_test
     engine_of_tests.tokenizer.chat_template = kept
 
 
+def test_the_bytes_of_tokens_are_there_before_a_request_wants_them(engine_of_tests):
+    with serving(engine_of_tests) as served:
+        vocabulary = served.server.shared.vocabulary
+        assert "masks" not in vars(vocabulary)
+        run.prepare(served.server.shared)
+        assert vars(vocabulary)["masks"] is not None
+
+
 def test_answers_that_are_open_at_the_end_say_so(engine_of_tests, monkeypatch):
     monkeypatch.setattr(run, "LAST_ANSWERS", 0.3)
     body = {"model": "tiny", "prompt": "a", "max_tokens": 100, "ignore_eos": True}
