@@ -821,7 +821,7 @@ def rounding() -> str:
     return table("device | cores | at | seconds, median | of all runs | processor time", lines)
 
 
-NEWER, FIRST = "a2ddc21", "a8e4787"  # the commits of ENGINE's rows of an H200: of steps, and of first tokens
+NEWER, FIRST = "3e58a5b", "a8e4787"  # the commits of ENGINE's rows of an H200: of steps, and of first tokens
 H200_SHAPES = (
     ("Llama-2-7B, W4", "llama2-7b", "w4", "float16", "same"),
     ("the same, int8 cache", "llama2-7b", "w4", "float16", "int8"),
