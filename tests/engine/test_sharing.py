@@ -97,7 +97,9 @@ def test_log_probabilities_of_any_number_share_a_runner(model):
     counts = [model.generate([PROMPTS[0]], max_new_tokens=2, logprobs=n)[0].logprobs for n in (0, 1, 7, 100)]
     assert [len(each[0].top) for each in counts] == [0, 1, 7, 100]
     assert len({each[0].logprob for each in counts}) == 1
-    assert len(model.spaces.idle[0].runners) == 1
+    chosen = [kind for kind, _ in model.spaces.idle[0].runners if kind.features]
+    assert len(chosen) == 1
+    assert len(model.spaces.idle[0].runners) == 2  # and the one that computes the logits for it
 
 
 class Short:

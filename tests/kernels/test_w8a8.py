@@ -84,7 +84,7 @@ def test_a_weight_is_packed_bit_for_bit_or_refused() -> None:
 
 @pytest.mark.parametrize("bad", [0.0, -1.0, float("nan"), float("inf")])
 def test_impossible_scales_are_refused(bad: float) -> None:
-    qtensor = make_qtensor(24, 64, 8, -1, True)
+    qtensor = replace(make_qtensor(24, 64, 8, -1, True), scheme=parse_scheme("int8-channel-a8token"))
     scales = qtensor.scales.clone()
     scales[3] = bad
     with pytest.raises(ValueError, match="a scale is zero, negative or not finite"):
