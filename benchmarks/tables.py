@@ -224,9 +224,9 @@ QUANTIZERS = tuple(
     for weights in ("q4_k_m", "q3_k_m", "q2_k", "q2_k_s")
     for label, method, by in (
         ("`best`", "{}-best", "lowbit"),
-        ("the same, `--own-samples 128 --distill-codes`", "{}-best-own-codes", "lowbit"),
+        (OWN_CODES, "{}-best-own-codes", "lowbit"),
         ("the same, `--rounder anneal`", "{}-anneal-own-codes", "lowbit"),
-        ("llama-quantize, importance matrix", "llama-{}", LLAMA),
+        ("llama-quantize", "llama-{}", LLAMA),
         ("AutoRound, to nearest", "autoround-{}-0", ROUND),
         ("AutoRound, 200", "autoround-{}", ROUND),
     )
