@@ -6,13 +6,12 @@ the head of EAGLE-3's shape runs, and its drafts are right as often as said. Row
 """
 
 import argparse
-import html
 import inspect
 import json
 import random
-import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.measure import run_facts
-from benchmarks.train_drafter import CODE_ASKS, PROSE_ASKS, TASKS
+from benchmarks.train_drafter import CODE_ASKS, PROSE_ASKS, TASKS, UNSEEN
 from lowbit import engine
 from lowbit.calibrate.data import builtin_text
 from lowbit.engine.architecture import Architecture
@@ -36,7 +35,6 @@ from lowbit.engine.speed import measure_drafts
 from lowbit.engine.step import Step
 
 RESULTS = Path(__file__).with_name("results") / "drafts.jsonl"
-UNSEEN = (html, json, statistics)
 SUBJECTS = (
     *("painting", "sleep", "trees", "the weather", "clocks", "islands", "gold", "elections", "dancing", "bacteria"),
     "paper",
@@ -48,7 +46,7 @@ def prompts(model: Engine, kind: str, count: int) -> list[list[int]]:
     """Chats about prose or code."""
     chance, found = random.Random(5), list[list[int]]()
     prose = builtin_text("heldout")
-    code = "\n".join(inspect.getsource(module) for module in UNSEEN).split("\n\n")
+    code = "\n".join(inspect.getsource(import_module(name)) for name in UNSEEN).split("\n\n")
     while len(found) < count:
         if kind == "code":
             place = chance.randrange(len(code) - 1)

@@ -340,8 +340,8 @@ def beside(methods: Iterable[tuple[str, str, str, str, str]] = BESIDE) -> str:
 def gguf() -> str:
     """The demo's perplexity by llama.cpp and by us, as we compute and with inputs rounded as llama.cpp rounds them."""
     lines = []
-    for row in {row["file"].removeprefix("demo-"): row for row in rows("gguf") if "rounded" in row}.values():
-        cells = [row["file"].removeprefix("demo-"), str(row["windows"]), fixed(row["llama_cpp"], 3)]
+    for name, row in {row["file"].removeprefix("demo-"): row for row in rows("gguf") if "rounded" in row}.items():
+        cells = [name, str(row["windows"]), fixed(row["llama_cpp"], 3)]
         for ours, apart in (("perplexity", "relative"), ("rounded", "relative_rounded")):
             cells += [fixed(row[ours], 3), f"{fixed(100 * row[apart], 2)}%"]
         lines.append(cells)

@@ -5,7 +5,7 @@ A request that comes meanwhile waits. So each run is short, and none begins befo
 
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from lowbit.engine.capture import WARM_UP
 from lowbit.engine.passes import SHARED_COUNTS, SHARED_LENGTHS, Reader
@@ -34,7 +34,7 @@ class Graph:
     rows: int = 0
     sampling: Sampling | None = None
     prompts: int = 1
-    loaded: bool = False
+    loaded: bool = field(default=False, compare=False)  # the same graph, sooner captured
 
     @property
     def runs(self) -> int:

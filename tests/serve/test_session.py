@@ -414,6 +414,9 @@ def test_graphs_are_expected_for_every_number_of_rows_and_both_reaches():
     for graph in (each for each in graphs if each.loaded):
         assert order.index(graph) > order.index(Graph(graph.length, graph.rows, Sampling()))
     assert [graph.rows for graph in list(graphs)[:2]] == [1, 1]
+    many = SimpleNamespace(cache=SimpleNamespace(batch=16, context=4096), lengths=(8,), longest_shared=0, pool=(0, 0))
+    steps = [each for each in expected(many, (Sampling(),)) if isinstance(each, Graph) and each.rows == 16]
+    assert [each.loaded for each in steps if not each.sampling] == [False] * 6  # the rest of a prompt has captured it
     assert not expected(SimpleNamespace(pool=None, cache=cache), (Sampling(),))
     mixture = SimpleNamespace(cache=cache, lengths=(), longest_shared=0, pool=(0, 0))  # prompts have no passes
     assert set(runs) - set(expected(mixture, (Sampling(),))) == {
