@@ -19,6 +19,8 @@ Weights are random, and so are prompts.
 import argparse
 import itertools
 import json
+import os
+import re
 import statistics
 import subprocess
 import sys
@@ -53,7 +55,8 @@ from lowbit.serve.session import Session
 
 RESULTS = Path(__file__).with_name("results") / "serve.jsonl"
 SHAPE, METHOD, DTYPE, VOCABULARY, CONTEXT = "llama2-7b", "w4", torch.float16, 49152, 4352
-DEVICE, SEQUENCES, STARTS = "cuda", 16, 2
+DEVICE, SEQUENCES, STARTS = "cuda", 16, 3
+STAGE = re.compile(r"([a-z ]+) ([\d.]+)(?:,|$)")  # in the server's log
 SCHEMA = {
     "type": "object",
     "properties": {"name": {"type": "string"}, "numbers": {"type": "array", "items": {"type": "number"}}},
@@ -189,20 +192,22 @@ def start_rows() -> Iterator[Row]:
 
 
 def start_row(directory: Path, number: int) -> Row:
-    """The row of one start, ended with the ready line."""
+    """The row of one start, ended with the ready line: `stages` are seconds, by the server's own log."""
     command = [sys.executable, "-c", "from lowbit.commands.lowbit import main; main()", "serve", str(directory)]
     begin = time.perf_counter()
-    server = subprocess.Popen([*command, "--port", "0"], stdout=subprocess.PIPE, text=True)
+    server = subprocess.Popen([*command, "--port", "0"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         assert server.stdout is not None
         line = server.stdout.readline().strip()
         seconds = time.perf_counter() - begin
     finally:
         server.kill()
-        server.wait(20)
+        _, log = server.communicate(timeout=20)
     if " serves " not in line:
-        raise RuntimeError(f"no server came up: {line!r}")
-    return {"case": "start", "number": number, "seconds": round(seconds, 2), "ready": line}
+        raise RuntimeError(f"no server came up: {line!r} {log}")
+    stages = {name.strip(): float(value) for name, value in STAGE.findall(log.partition("ready after ")[2])}
+    found = {"number": number, "seconds": round(seconds, 2), "stages": stages, "ready": line}
+    return {"case": "start"} | found | {"cores": os.cpu_count(), "load_average": round(os.getloadavg()[0], 1)}
 
 
 def first_token_row(directory: Path, number: int) -> Row:

@@ -8,11 +8,12 @@ import click
 from lowbit import engine
 from lowbit.commands.common import CACHE, CONTEXT, DENSE_HEAD, DEVICE, REVISION, run_command, say, say_loaded
 from lowbit.commands.drafters import DRAFTER, DRAFTER_OPTIONAL, DRAFTER_SCHEME, drafter_of
+from lowbit.commands.lowbit import BEGUN
 from lowbit.commands.parts import FIRST, Parts, by_part, flag, frame, value
 from lowbit.errors import UsageError
 from lowbit.extras import missing
-from lowbit.models.devices import check_device
 from lowbit.models.files import model_directory
+from lowbit.progress import Stages, Step, tell, watched_by
 
 try:
     from lowbit.serve.drafts import Lookup
@@ -23,6 +24,8 @@ except ModuleNotFoundError as error:
     MISSING: UsageError | None = missing("lowbit serve", error)
 else:
     MISSING = None
+
+LOG = logging.getLogger("lowbit.serve")
 
 
 def main() -> None:
@@ -110,7 +113,7 @@ def serve(
     if MISSING is not None:
         raise MISSING
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s")
-    logging.getLogger("lowbit.serve").setLevel(logging.WARNING if quiet else logging.INFO)
+    LOG.setLevel(logging.WARNING if quiet else logging.INFO)
     logging.getLogger("uvicorn.error").setLevel(logging.ERROR)  # it warns of bad requests: any client could fill a log
     if lookup and drafter is not None:
         raise UsageError(f"--lookup {lookup} and --drafter {drafter}: drafts come from one of them")
@@ -119,26 +122,26 @@ def serve(
             f"--lookup-store {lookup_store} keeps texts to draft from: say how many tokens with --lookup 7"
         )
     keys = read_keys(api_keys, api_key)
-    listening = listen(host, port, keys)  # before the model is loaded, which takes a while
-    directory = model_directory(checkpoint, revision=revision)
-    options = Options(
-        name=name or Path(checkpoint).resolve().name,
-        host=host,
-        port=port,
-        keys=keys,
-        defaults=defaults_of(directory),
-        sequences=max_sequences,
-        waiting=waiting,
-        lookup=Lookup(lookup, lookup_store),
-    )
-    model = engine.load(
-        directory,
-        check_device(device),
-        None,
-        context,
-        cache,
-        head,
-        drafter=drafter_of(drafter, drafter_scheme, drafter_optional),
-    )
-    say_loaded(model.decoder.weights.expanded, model.decoder.weights.unused_cache)
-    serve_engine(model, options, listening, say)
+    drafts = drafter_of(drafter, drafter_scheme, drafter_optional)
+    stages = Stages("imports", BEGUN)
+
+    def ready(line: str) -> None:
+        LOG.info("ready after %s", stages)
+        say(line)
+
+    with watched_by(stages), listen(host, port, keys) as listening:  # before the model is loaded, which takes a while
+        tell(Step("files", 0, None))
+        directory = model_directory(checkpoint, revision=revision)
+        options = Options(
+            name=name or Path(checkpoint).resolve().name,
+            host=host,
+            port=port,
+            keys=keys,
+            defaults=defaults_of(directory),
+            sequences=max_sequences,
+            waiting=waiting,
+            lookup=Lookup(lookup, lookup_store),
+        )
+        model = engine.load(directory, device, None, context, cache, head, drafter=drafts)
+        say_loaded(model.decoder.weights.expanded, model.decoder.weights.unused_cache)
+        serve_engine(model, options, listening, ready)

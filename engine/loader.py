@@ -25,6 +25,7 @@ from lowbit.export.untrusted import untrusted
 from lowbit.models.devices import check_device
 from lowbit.models.files import model_directory, refuse_negative_epsilon, refuse_scaled_float8
 from lowbit.models.tokenizer import Tokenizer, load_tokenizer
+from lowbit.progress import Step, tell
 from lowbit.quant.kernels.extension import reason_against_device
 from lowbit.quant.kernels.packed import HALF
 
@@ -66,9 +67,11 @@ def load(
     """
     if dtype is not None and dtype not in (torch.float32, *HALF):
         raise UsageError(f"dtype {dtype}: float32, float16 or bfloat16 is what activations are computed in")
+    tell(Step("files", 0, None))
     directory = model_directory(str(name), revision=revision)
     checkpoint = open_checkpoint(directory)
     family = family_of(checkpoint)
+    tell(Step("device", 0, None))
     place = torch.device(check_device(device))
     kind = dtype or default_dtype(checkpoint, place)
     require_build(place)
@@ -81,6 +84,7 @@ def load(
     require_rows(architecture, checkpoint)
     positions = context_of(architecture, directory, context)
     settings = Settings(place, kind, cache, head)
+    tell(Step("weights", 0, None))
     with untrusted(directory / "config.json", f"no {family.name} that the engine can run"):
         weights = load_weights(checkpoint, family.names, architecture, settings)
     drafts = None
@@ -92,6 +96,7 @@ def load(
             (checkpoint, settings),
         )
     decoder = Decoder(architecture, weights, positions, () if drafts is None else drafts.taps)
+    tell(Step("tokenizer", 0, None))
     tokenizer = tokenizer_of(checkpoint)
     stop_tokens = stop_tokens_of(checkpoint, architecture.vocabulary)
     required = not isinstance(drafter, Drafter) or drafter.required

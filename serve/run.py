@@ -19,6 +19,7 @@ from lowbit.engine.workspace import free_nbytes, on_gpu
 from lowbit.errors import CheckpointError, EngineError, UsageError
 from lowbit.export.checkpoint import open_checkpoint
 from lowbit.export.plain import read_json
+from lowbit.progress import Step, tell
 from lowbit.serve.app import make_app
 from lowbit.serve.drafts import NO_LOOKUP, Lookup
 from lowbit.serve.limits import Gate, Impatient, require_guard
@@ -60,8 +61,10 @@ class Options:
 def serve(engine: Engine, options: Options, listening: socket.socket, ready: Callable[[str], None]) -> None:
     """Serve at a socket of `listen` until a signal ends it. `ready` gets one line once clients can connect."""
     usual = Sampling(), Sampling(temperature=1.0)
+    tell(Step("keys and values", 0, None))
     sequences = options.sequences or fitting(engine)
     with Session(engine, sequences, options.waiting, usual, options.lookup) as session:
+        tell(Step("first text", 0, None))
         for _ in session.stream([0], Sampling(max_new_tokens=WARM_UP)):
             pass
         freeze()
