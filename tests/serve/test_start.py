@@ -1,6 +1,7 @@
 """The modules that a start of the server, and of the engine, imports."""
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -39,6 +40,27 @@ def test_a_start_imports_nothing_heavy(tmp_path: Path) -> None:
     save_family("llama", tmp_path)
     done = subprocess.run([sys.executable, "-c", START, str(tmp_path)], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_start_says_where_its_seconds_went(tmp_path: Path) -> None:
+    save_family("llama", tmp_path)
+    code = "from lowbit.commands.lowbit import main; main()"
+    command = [sys.executable, "-c", code, "serve", str(tmp_path), "--port", "0", "--device", "cpu"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as server:
+        assert " serves " in server.stdout.readline()
+        server.kill()
+        [line] = (line for line in server.stderr if "ready after" in line)
+    whole, *stages = re.findall(r"[\d.]+(?= s:|,|$)", line.partition("ready after ")[2])
+    assert abs(float(whole) - sum(map(float, stages))) < 0.1
+    titles = [each.rpartition(" ")[0] for each in line.rpartition(": ")[2].split(", ")]
+    assert titles == ["imports", "files", "device", "weights", "tokenizer", "keys and values", "first text"]
+
+
+def test_imports_are_never_collected() -> None:
+    code = "import gc; from lowbit.commands.lowbit import imported; imported('serve'); "
+    code += "print(gc.isenabled(), gc.get_freeze_count() > 100_000, len(gc.get_objects()) < 10_000)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["True"] * 3
 
 
 def test_the_process_that_renders_chats_runs_before_the_first_one(engine_of_tests):
