@@ -8,7 +8,8 @@ Calibration: 128 windows of 512 tokens of the first 60% of FILE, or of the built
 first `--skip`, and at most `--more` that come after these, in rows of their own; weights dequantized, inputs rounded
 where the checkpoint says so, all else in float32. A row is the paired difference to the unquantized model, and the
 divergence from it, with standard errors over windows. A checkpoint that WORK holds already is scored, not made again.
-Rows go to benchmarks/results/quality.jsonl in place of older ones of the same run.
+Rows go to benchmarks/results/quality.jsonl, or to `--results`, in place of older ones of the same run; each run that
+goes on beside another one needs a file of its own.
 """
 
 import argparse
@@ -168,7 +169,7 @@ def main() -> None:
         facts |= {"commit": args.commit, "device": device_name(args.device)}
         rounded = BlocksBackend(open_source(str(made)), args.device, torch.float32)
         found = [(skip, row_of(text, divergence(rounded, base, each))) for text, skip, each in cuts]
-        keep([facts | ({"skipped": skip} if skip else {}) | row for skip, row in found])
+        keep([facts | ({"skipped": skip} if skip else {}) | row for skip, row in found], args.results)
 
 
 def parse() -> argparse.Namespace:
@@ -184,6 +185,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--windows", type=int, default=16, help="most windows of each text to score")
     parser.add_argument("--more", type=int, default=0, help="score so many windows after these too")
     parser.add_argument("--label", help="the model's name in rows")
+    parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--commit", default="")
     return parser.parse_args()
 
@@ -252,14 +254,14 @@ def device_name(device: str) -> str:
     return torch.cuda.get_device_name(device) if device != "cpu" else f"{os.cpu_count()} CPU cores"
 
 
-def keep(rows: list[dict[str, Any]]) -> None:
-    """Print rows, and write them in place of older ones of the same run."""
+def keep(rows: list[dict[str, Any]], results: Path) -> None:
+    """Print rows, and write them to `results` in place of older ones of the same run."""
     same = ("model", "method", "calibration", "text", "by", "device", "skipped")
-    older = [json.loads(line) for line in RESULTS.read_text(encoding="utf-8").splitlines()]
+    older = [json.loads(line) for line in results.read_text(encoding="utf-8").splitlines()] if results.exists() else []
     new = {tuple(row.get(key) for key in same) for row in rows}
     for row in rows:
         print(json.dumps(row), flush=True)
-    write_rows(RESULTS, [row for row in older if tuple(row.get(key) for key in same) not in new] + rows)
+    write_rows(results, [row for row in older if tuple(row.get(key) for key in same) not in new] + rows)
 
 
 if __name__ == "__main__":
