@@ -14,7 +14,7 @@ are tuned. A step runs forward and keeps each block's input, then backward block
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
 
@@ -22,13 +22,13 @@ import torch
 from torch import Tensor
 
 from lowbit.calibrate import ranks
-from lowbit.calibrate.blocks import BlockLoop
+from lowbit.calibrate.blocks import BATCH_TOKENS, BlockLoop
 from lowbit.calibrate.job import Job
 from lowbit.calibrate.outcome import BlockOutcome, hold, quantized_inputs
 from lowbit.calibrate.report import Stopwatch
 from lowbit.models.imagetext import Batch
 from lowbit.models.products import taped, weight_view
-from lowbit.models.states import States, pulled
+from lowbit.models.states import States, joined, pulled
 from lowbit.models.walk import Walk
 from lowbit.progress import Part, Step, tell
 from lowbit.quant import numerics
@@ -173,11 +173,12 @@ def distill(
     loop     the first pass at its end: it holds the tokens and the outputs of the unquantized model's last block
     on_step  called with each step's loss: the mean divergence per token, in nats
 
-    Batches of calibration tokens come in random order; all are used once before any is used again.
+    Each step takes about the recipe's `distill_tokens`. The parts that they fall in come in random order; all are used
+    once before any is used again.
     """
     walk, steps = loop.walk, job.recipe.distill_steps
     tell(Step(TUNING, 0, steps))
-    own = [_own_part(batch, exact) for batch, exact in zip(loop.batches, loop.exact, strict=True)]
+    own = [_own_part(batch, exact) for batch, exact in _of_steps(loop, job.recipe.distill_tokens)]
     entering = walk.start([batch for batch, _, _ in own])
     generator = torch.Generator().manual_seed(job.recipe.seed)
     order: list[int] = []
@@ -206,7 +207,19 @@ def distill(
         return [block.outcome() for block in blocks]
 
 
-def rehearse(loop: BlockLoop, outcome: BlockOutcome) -> float:
+def _of_steps(loop: BlockLoop, tokens: int) -> Iterator[tuple[Batch, States]]:
+    """The calibration tokens of each step, about `tokens` of them, and their exact states: the loop's batches of text
+    together, each sample with images on its own."""
+    pairs = list(zip(loop.batches, loop.exact, strict=True))
+    texts = [(batch, exact) for batch, exact in pairs if isinstance(batch, Tensor)]
+    size = max(tokens // texts[0][0].numel(), 1) if texts else 1
+    for begun in range(0, len(texts), size):
+        batches, exact = zip(*texts[begun : begun + size], strict=True)
+        yield (torch.cat(batches), joined(exact)) if len(batches) > 1 else texts[begun]
+    yield from ((batch, exact) for batch, exact in pairs if not isinstance(batch, Tensor))
+
+
+def rehearse(job: Job, loop: BlockLoop, outcome: BlockOutcome) -> float:
     """The expected seconds of a step of `distill`, from two steps of the first block, which has just been rounded.
 
     outcome  of that block; it stays as it is
@@ -214,7 +227,7 @@ def rehearse(loop: BlockLoop, outcome: BlockOutcome) -> float:
     The second step counts: the first one loads libraries.
     """
     walk = loop.walk
-    batch, exact, share = _own_part(loop.batches[0], loop.exact[0])
+    batch, exact, share = _own_part(*next(_of_steps(loop, job.recipe.distill_tokens)))
     [entering] = walk.start([batch])
     with walk.loaded(0), walk.head_loaded():
         block, watch = TunedBlock(walk, 0, outcome), Stopwatch(walk.device)
@@ -247,7 +260,20 @@ def _own_part(batch: Batch, exact: States) -> tuple[Batch, Tensor, float]:
 
 def _divergence(walk: Walk, batch: Batch, exact: Tensor, share: float, hidden: Tensor) -> tuple[Tensor, Tensor]:
     """`share` times the mean divergence of the logits of `hidden` from those of `exact`, in nats per token, float64 ();
-    and its gradient with respect to `hidden`."""
+    and its gradient with respect to `hidden`. At most BATCH_TOKENS tokens have logits at a time."""
+    if not isinstance(batch, Tensor):
+        return _divergence_at_once(walk, batch, exact, share, hidden)
+    size = max(BATCH_TOKENS // batch.shape[1], 1)
+    parts = zip(batch.split(size), exact.split(size), hidden.split(size), strict=True)
+    found = [_divergence_at_once(walk, ids, a, share * len(ids) / len(batch), b) for ids, a, b in parts]
+    losses, slopes = zip(*found, strict=True)
+    return torch.stack(losses).sum(), torch.cat(slopes)
+
+
+def _divergence_at_once(
+    walk: Walk, batch: Batch, exact: Tensor, share: float, hidden: Tensor
+) -> tuple[Tensor, Tensor]:
+    """As `_divergence`, for all tokens at once."""
     with torch.no_grad():
         wanted = walk.logits_of(batch, exact).float().log_softmax(-1)
     hidden = hidden.detach().requires_grad_()

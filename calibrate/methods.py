@@ -234,6 +234,8 @@ def _require_sense(method: Method, recipe: Recipe) -> None:
         raise RecipeError(f"max_shard_size is {recipe.max_shard_size}: at least 1 byte is needed")
     if recipe.distill_steps < 0:
         raise RecipeError(f"distill_steps is {recipe.distill_steps}: steps cannot be negative")
+    if recipe.distill_tokens < 1:
+        raise RecipeError(f"distill_tokens is {recipe.distill_tokens}: a step takes at least 1")
     _require_budget(recipe)
 
 

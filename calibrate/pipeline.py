@@ -103,7 +103,7 @@ def _outcomes(
     """Every block's outcome, also reported to `result` and `on_block`. With distillation, all come at the end."""
     held = []
     for index in range(len(job.skeleton.blocks)):
-        outcome = _outcome(blocks, index, journal, tuned=job.recipe.distill_steps > 0)
+        outcome = _outcome(job, blocks, index, journal)
         result.blocks.append(outcome.report)
         on_block(outcome.report)
         if job.recipe.distill_steps:
@@ -119,18 +119,18 @@ def _outcomes(
         yield from distill(job, blocks, held, on_step)
 
 
-def _outcome(blocks: Blocks, index: int, journal: Journal | None, tuned: bool) -> BlockOutcome:
+def _outcome(job: Job, blocks: Blocks, index: int, journal: Journal | None) -> BlockOutcome:
     """The outcome of block `index`: read from `journal`, or computed now and added to it.
 
-    tuned  True if distillation will follow: the first block's report says how long a step will take
+    If distillation will follow, the first block's report says how long a step will take.
     """
     outcome = journal.read(index) if journal else None
     if outcome is not None:
         blocks.replay(index, outcome)
         return outcome
     outcome = blocks.quantize(index)
-    if tuned and index == 0 and isinstance(blocks, BlockLoop):
-        outcome.report.phases[TUNING_STEP] = rehearse(blocks, outcome)
+    if job.recipe.distill_steps and index == 0 and isinstance(blocks, BlockLoop):
+        outcome.report.phases[TUNING_STEP] = rehearse(job, blocks, outcome)
     if journal and ranks.leads():
         journal.add(index, outcome)
     return outcome

@@ -154,6 +154,11 @@ PARTS: Parts = {
             default=None,
             help=f"Tune codes too, in 16 bytes a weight of memory.  {BY_METHOD}",
         ),
+        click.option(
+            "--distill-tokens",
+            type=click.IntRange(min=1),
+            help="Tune on about this many tokens a step.  [default: 2048]",
+        ),
     ),
     "A drafter": (
         click.option(

@@ -5,12 +5,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from lowbit.calibrate import distill
 from lowbit.calibrate.distill import BETAS, EPSILON, Adam, TunedLinear
 from lowbit.calibrate.job import prepare
 from lowbit.calibrate.methods import complete_recipe
 from lowbit.calibrate.pipeline import run
 from lowbit.errors import CheckpointError
 from lowbit.models.source import open_source
+from lowbit.models.states import States
 from lowbit.quant.numerics import in_parts, per_weight
 from lowbit.quant.qtensor import round_to_nearest
 from lowbit.quant.scheme import make_scheme, parse_scheme
@@ -118,3 +120,24 @@ def test_tuned_codes_lower_the_divergence_further(tmp_path):
         result = run(prepare(source, recipe, "cpu"), out, calibration(8, 24), lambda report: None)
         losses[codes] = sum(result.distilled[-5:])
     assert losses[True] < losses[False]
+
+
+def test_the_divergence_in_parts_is_that_of_all_tokens_at_once(monkeypatch):
+    torch.manual_seed(3)
+    head, exact, hidden = torch.randn(4, 11), torch.randn(6, 5, 4), torch.randn(6, 5, 4)
+    walk, ids = SimpleNamespace(logits_of=lambda batch, hidden: hidden @ head), torch.zeros(6, 5, dtype=torch.int64)
+    loss, slope = distill._divergence(walk, ids, exact, 0.5, hidden)
+    monkeypatch.setattr(distill, "BATCH_TOKENS", 10)
+    for found, wanted in zip(distill._divergence(walk, ids, exact, 0.5, hidden), (loss, slope), strict=True):
+        torch.testing.assert_close(found.float(), wanted.float())
+
+
+def test_a_step_takes_batches_of_text_together():
+    """A remainder is a step of its own, and so is a sample with images."""
+    batches = [torch.full((2, 4), place) for place in range(5)]
+    states = [States(batch[..., None].float(), (2, 4)) for batch in batches]
+    loop = SimpleNamespace(batches=[*batches, "images"], exact=[*states, "states of images"])
+    steps = list(distill._of_steps(loop, 17))
+    assert [len(batch) for batch, _ in steps] == [4, 4, 2, len("images")]
+    assert all(torch.equal(batch[..., None].float(), exact.hidden) for batch, exact in steps[:3])
+    assert [len(batch) for batch, _ in distill._of_steps(loop, 1)][:5] == [2] * 5
