@@ -270,9 +270,7 @@ def _divergence(walk: Walk, batch: Batch, exact: Tensor, share: float, hidden: T
     return torch.stack(losses).sum(), torch.cat(slopes)
 
 
-def _divergence_at_once(
-    walk: Walk, batch: Batch, exact: Tensor, share: float, hidden: Tensor
-) -> tuple[Tensor, Tensor]:
+def _divergence_at_once(walk: Walk, batch: Batch, exact: Tensor, share: float, hidden: Tensor) -> tuple[Tensor, Tensor]:
     """As `_divergence`, for all tokens at once."""
     with torch.no_grad():
         wanted = walk.logits_of(batch, exact).float().log_softmax(-1)
