@@ -58,7 +58,7 @@ class Session:
         self.queue: list[Job] = []
         self.changed = threading.Condition()
         self.closed = False
-        self.worked = -RESTED  # the time of the last turn for a request
+        self.worked = time.monotonic()  # the time of the last turn for a request
         self.thread = threading.Thread(target=self.run, name="lowbit-session", daemon=True)
         self.thread.start()
 

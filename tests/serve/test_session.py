@@ -4,7 +4,7 @@ import queue
 import random
 import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -441,3 +441,14 @@ def test_cold_runs_wait_until_no_request_came_for_a_while(model, monkeypatch):
             time.sleep(0.01)
     assert [graph for graph, _ in ran] == [Graph(8), Graph(16)]
     assert ran[0][1] - ended > RESTED / 2
+
+
+def test_a_new_session_writes_before_it_prepares(model, monkeypatch):
+    ran: list[object] = []
+    monkeypatch.setattr("lowbit.serve.batch.expected", lambda reader, usual: deque([Choice()]))
+    monkeypatch.setattr(Batch, "warm", lambda batch, run: ran.append(run))
+    with Session(model, sequences=2) as session:
+        list(session.stream([5], Sampling(max_new_tokens=1)))
+        assert not ran
+        time.sleep(RESTED + 0.2)
+        assert ran == [Choice()]
