@@ -460,3 +460,11 @@ FAMILIES = {
         Family("chatglm", configs.ChatGLM, CHATGLM, chatglm),
     )
 }
+
+# Families that are known and left out, and what the engine would need.
+LEFT_OUT = dict.fromkeys(
+    ("gemma4", "gemma4_text", "gemma4_unified", "gemma4_unified_text"),
+    "layers with full attention have heads of 512 inputs (the kernels take 256) and other numbers of them than those "
+    "with a window, where a cache has one shape for all; v has a norm, and each layer a factor; experts and the "
+    "feed-forward beside them have norms of their own, and the router another",
+)
