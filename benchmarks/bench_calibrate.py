@@ -126,6 +126,7 @@ def measure(
         report.phases.pop(TUNING_STEP, None)  # an estimate for another stage
         reports.append(report)
         ends.append(time.monotonic() - begun)
+        print(f"{method}: block {len(reports)} at {ends[-1]:.1f} s, {rounded(report.phases)}", flush=True)
 
     steps: list[float] = []  # ends of the steps of tuning
 
@@ -160,10 +161,15 @@ def measure(
         "model_s": round(
             before + shape.layers * (statistics.median(blocks) + between + tuned / len(blocks)) + written * after, 1
         ),
-        "phases_s": {name: round(value, 3) for name, value in phases.items()},
+        "phases_s": rounded(phases),
         "peak_host_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
         "peak_gpu_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2) if device != "cpu" else None,
     }
+
+
+def rounded(seconds: dict[str, float]) -> dict[str, float]:
+    """Times to the millisecond."""
+    return {name: round(value, 3) for name, value in seconds.items()}
 
 
 if __name__ == "__main__":
