@@ -5,7 +5,8 @@
 Each DIR holds a model.gguf. As llama-perplexity does it: windows of 512 tokens without overlap, the second half of each
 scored, no BOS token added; of the last 40% of FILE, which bench_quality scores too. llama.cpp rounds the inputs of its
 products to 8 bits; we compute in float32, and once more with the same rounding (`rounded`), so that a row tells what a
-file holds from what its reader does with it. Rows go to benchmarks/results/gguf.jsonl.
+file holds from what its reader does with it. Differences are of perplexities, with the standard error of their mean
+over windows. Rows go to benchmarks/results/gguf.jsonl.
 """
 
 import argparse
@@ -16,9 +17,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from benchmarks.bench_quality import SHARE, device_name
-from benchmarks.llamacpp import block_types, perplexity, round_inputs
+from benchmarks.llamacpp import block_types, round_inputs, window_losses
 from lowbit.evaluation.backend import token_log_likelihoods
 from lowbit.models.skeleton import fill_all, open_skeleton
 from lowbit.models.source import open_source
@@ -45,17 +47,17 @@ def main() -> None:
         scored = Path(folder, "scored.txt")
         scored.write_text(text, encoding="utf-8")
         for directory in args.models:
-            theirs = perplexity(args.bin, directory / "model.gguf", scored, CONTEXT, args.windows, args.threads)
+            theirs = window_losses(args.bin, directory / "model.gguf", scored, CONTEXT, args.windows, args.threads)
             ours = of_second_halves(directory, text, args.windows, args.device)
             alike = of_second_halves(directory, text, args.windows, args.device, rounded=True)
             row = {
                 "model": args.label,
                 "file": directory.name,
-                "perplexity": round(ours, 4),
-                "llama_cpp": theirs,
-                "relative": round(theirs / ours - 1, 5),
-                "rounded": round(alike, 4),
-                "relative_rounded": round(theirs / alike - 1, 5),
+                "perplexity": perplexity(ours),
+                "llama_cpp": perplexity(theirs),
+                **apart(theirs, ours, "relative"),
+                "rounded": perplexity(alike),
+                **apart(theirs, alike, "relative_rounded"),
                 "text": args.text.name,
                 "windows": args.windows,
                 "context": CONTEXT,
@@ -68,8 +70,19 @@ def main() -> None:
                 rows.write(json.dumps(row) + "\n")
 
 
-def of_second_halves(directory: Path, text: str, windows: int, device: str, rounded: bool = False) -> float:
-    """Our perplexity of the second half of each window.
+def perplexity(losses: Tensor) -> float:
+    return round(math.exp(float(losses.mean())), 4)
+
+
+def apart(theirs: Tensor, ours: Tensor, name: str) -> dict[str, float]:
+    """The relative difference of two perplexities by their windows' losses, and its standard error."""
+    difference = theirs - ours
+    mean, error = float(difference.mean()), float(difference.std()) / math.sqrt(len(difference))
+    return {name: round(math.expm1(mean), 5), f"{name}_se": round(error, 5)}
+
+
+def of_second_halves(directory: Path, text: str, windows: int, device: str, rounded: bool = False) -> Tensor:
+    """Our loss in the second half of each window, nats a token (windows,) float64.
 
     rounded  with the inputs of quantized products rounded as llama.cpp rounds them
     """
@@ -78,12 +91,13 @@ def of_second_halves(directory: Path, text: str, windows: int, device: str, roun
     model = fill_all(open_skeleton(source), device, torch.float32).model
     if rounded:
         round_inputs(model, block_types(source))
-    halves = []
+    losses = []
     with torch.no_grad():
         for window in ids[: windows * CONTEXT].view(windows, 1, CONTEXT).to(device):
             logits = model(input_ids=window, use_cache=False).logits
-            halves.append(token_log_likelihoods(logits.float(), window)[:, CONTEXT // 2 :])
-    return math.exp(-float(torch.cat(halves).double().mean()))
+            scored = token_log_likelihoods(logits.float(), window)[:, CONTEXT // 2 :]
+            losses.append(-scored.double().mean().cpu())
+    return torch.stack(losses)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
-"""llama.cpp beside lowbit: a dense GGUF of a model, the perplexity that llama.cpp finds, its rounding of inputs."""
+"""llama.cpp beside lowbit: a dense GGUF of a model, the losses that llama.cpp finds, its rounding of inputs."""
 
+import math
 import os
 import re
 import shutil
@@ -16,7 +17,7 @@ from lowbit.export.gguf.container import GGUF, TYPES
 from lowbit.models.source import Source
 
 BESIDE = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
-FINAL = re.compile(r"Final estimate: PPL = ([\d.]+) \+/- ([\d.]+)")
+SO_FAR = re.compile(r"\[(\d+)\]([\d.]+),")  # perplexity of the first windows
 
 
 def dense_gguf(source: Source, place: Path) -> Path:
@@ -35,16 +36,20 @@ def dense_gguf(source: Source, place: Path) -> Path:
     return place / "model.gguf"
 
 
-def perplexity(binaries: Path, model: Path, text: Path, context: int, chunks: int, threads: int) -> float:
-    """llama-perplexity of the first `chunks` windows of `context` tokens, the second half of each scored."""
+def window_losses(binaries: Path, model: Path, text: Path, context: int, chunks: int, threads: int) -> Tensor:
+    """Nats a token (chunks,) float64 in the second half of each of the first `chunks` windows of `context` tokens.
+
+    From the perplexities that llama-perplexity prints after each window, of four decimals.
+    """
     arguments: list[Any] = ["-m", model, "-f", text, "-c", context, "--chunks", chunks, "-t", threads]
     command = [str(binaries / "llama-perplexity"), *map(str, arguments)]
     environment = os.environ | {"LD_LIBRARY_PATH": str(binaries)}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-    found = FINAL.search(done.stdout + done.stderr)
-    if found is None:
+    found = {int(window): float(value) for window, value in SO_FAR.findall(done.stdout)}
+    if sorted(found) != list(range(1, chunks + 1)):
         raise SystemExit(f"{' '.join(command)} failed ({done.returncode}):\n{(done.stdout + done.stderr)[-1500:]}")
-    return float(found[1])
+    sums = [window * math.log(found[window]) for window in sorted(found)]
+    return torch.tensor([0.0, *sums], dtype=torch.float64).diff()
 
 
 def inputs_rounded_by(block_type: str, x: Tensor) -> Tensor:

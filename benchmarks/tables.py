@@ -218,14 +218,15 @@ BESIDE: tuple[tuple[str, str, str, str, str], ...] = (
     ("pruned", "nvfp4-a16", "AutoRound, 200", "autoround-nvfp4", ROUND),
 )
 # The same of GGUF: llama.cpp's mixtures.
+LARGER = {("demo", "q3_k_m", "AutoRound, 200"): "AutoRound, 200, in 8% more bytes"}
 QUANTIZERS = tuple(
-    (model, weights, label, method.format(weights), by)
+    (model, weights, LARGER.get((model, weights, label), label), method.format(weights), by)
     for model in ("demo", "pruned-400")
     for weights in ("q4_k_m", "q3_k_m", "q2_k", "q2_k_s")
     for label, method, by in (
         ("`best`", "{}-best", "lowbit"),
         (OWN_CODES, "{}-best-own-codes", "lowbit"),
-        ("the same, `--rounder anneal`", "{}-anneal-own-codes", "lowbit"),
+        (ANNEALED, "{}-anneal-own-codes-160", "lowbit"),
         ("llama-quantize", "llama-{}", LLAMA),
         ("AutoRound, to nearest", "autoround-{}-0", ROUND),
         ("AutoRound, 200", "autoround-{}", ROUND),
@@ -343,7 +344,8 @@ def gguf() -> str:
     for name, row in {row["file"].removeprefix("demo-"): row for row in rows("gguf") if "rounded" in row}.items():
         cells = [name, str(row["windows"]), fixed(row["llama_cpp"], 3)]
         for ours, apart in (("perplexity", "relative"), ("rounded", "relative_rounded")):
-            cells += [fixed(row[ours], 3), f"{fixed(100 * row[apart], 2)}%"]
+            error = f" ± {fixed(100 * row[f'{apart}_se'], 2)}" if f"{apart}_se" in row else ""
+            cells += [fixed(row[ours], 3), f"{fixed(100 * row[apart], 2)}{error}%"]
         lines.append(cells)
     return table("file | windows | llama.cpp | ours | apart | ours, inputs rounded alike | apart", lines)
 
