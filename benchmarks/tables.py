@@ -866,7 +866,7 @@ def first_token() -> str:
     return table(f"tokens | {head}", (line("captured up to 2048", True), line("plainly", False)))
 
 
-SERVED, STARTED = "a8e4787", "847b6d4"  # the commits of SERVING's rows, and of those of starts
+SERVED, STARTED = "a8e4787", "bebb072"  # the commits of SERVING's rows, and of those of starts
 
 
 def serving() -> str:
@@ -935,13 +935,21 @@ def peer_features() -> str:
     return table(head, map(line, ("none", "top_p", "penalty", "logprobs")))
 
 
-def started(case: str) -> Iterable[str]:
-    """Milliseconds of each start."""
-    return (fixed(1000 * row["seconds"], 0) for row in matching("serve", case=case, commit=STARTED))
+def starts() -> str:
+    """SERVING's seconds of starts, by stages."""
+    found = list(matching("serve", case="start", commit=STARTED))
+    stages = list(found[0]["stages"])
+    lines = [
+        ["the server is ready", *(fixed(value, 2) for value in (row["seconds"], *row["stages"].values()))]
+        for row in found
+    ]
+    for row in matching("serve", case="start_generate", commit=STARTED):
+        lines.append(["`lowbit generate` writes", fixed(row["seconds"], 2), *[""] * len(stages)])
+    return table(" | ".join(["until", "s", *stages]), lines)
 
 
 def served_steps() -> str:
-    """SERVING's times of a step by its surroundings, of a conversation and of starts."""
+    """SERVING's times of a step by its surroundings, and of a conversation."""
     alike = {"commit": SERVED}
     bare = matching("serve", case="bare", clients=1, **alike)
     [http] = matching("serve", case="clients", clients=1, prompt=128, **alike)
@@ -953,8 +961,6 @@ def served_steps() -> str:
         ["in the batch, and with a JSON schema", f"{fixed(masked['none'], 2)}, {fixed(masked['json_schema'], 2)}"],
         [f"the first tokens of {talk['turns']} turns, together", fixed(talk["ms_first_all"], 0)],
         ["the same prompts without a conversation", fixed(talk["ms_first_all_fresh"], 0)],
-        ["a start until the server is ready", ", ".join(started("start"))],
-        ["a start of `lowbit generate` until its first token", ", ".join(started("start_generate"))],
     ]
     return table("time of | ms", lines)
 
@@ -1105,6 +1111,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "rounding": rounding,
     "serving": serving,
     "served_steps": served_steps,
+    "starts": starts,
     "served_peers": served_peers,
     "peer_steps": peer_steps,
     "peer_features": peer_features,

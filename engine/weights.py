@@ -20,7 +20,7 @@ from lowbit.engine.products import Norm, Product
 from lowbit.errors import CheckpointError, UsageError
 from lowbit.export.checkpoint import Checkpoint
 from lowbit.export.formats import LogicalTensors
-from lowbit.export.tensorfile import read_tensor
+from lowbit.export.tensorfile import Buffer, read_tensor
 from lowbit.quant.kernels.joined import len_of, moved, shared_inputs, stacked
 from lowbit.quant.kernels.kv_cache import CACHE_NUMBERS, FP8_CACHE, INT8_CACHE, SAME, CacheNumber, reason_against_width
 from lowbit.quant.kernels.packed import TILE_ROWS, has_kernel, reason_against_kernel
@@ -83,14 +83,14 @@ class Placed(Checkpoint):
     """
 
     device: torch.device
-    pinned: Tensor | None
+    pinned: Buffer | None
 
     def read(self, name: str) -> Tensor:
         """The tensor `name`, as stored, on the device."""
         return read_tensor(self._entry(name), self.pinned).to(self.device)
 
 
-def pinned_for(checkpoint: Checkpoint, device: torch.device) -> Tensor | None:
+def pinned_for(checkpoint: Checkpoint, device: torch.device) -> Buffer | None:
     """Pinned memory for the largest tensor, up to MOST_PINNED; None for a CPU.
 
     Without it the host writes each tensor to new pages and the driver copies it once more: 1.7 of the 3.4 s to load
@@ -99,7 +99,7 @@ def pinned_for(checkpoint: Checkpoint, device: torch.device) -> Tensor | None:
     if device.type == "cpu":
         return None
     largest = max((entry.nbytes for entry in checkpoint.entries.values()), default=0)
-    return torch.empty(min(largest, MOST_PINNED), dtype=torch.uint8, pin_memory=True)
+    return Buffer(torch.empty(min(largest, MOST_PINNED), dtype=torch.uint8, pin_memory=True))
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,8 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from operator import index
 from pathlib import Path
 from typing import Any
@@ -39,8 +40,7 @@ DTYPES = {
 }
 LENGTH_BYTES = 8  # of a header's length
 HELD_BYTES = 1 << 26
-# Threads that read a tensor of SHARED_BYTES or more into a buffer: one thread copied 3 GB/s from the page cache.
-READERS, SHARED_BYTES = 4, 4 << 20
+READERS, SHARED_BYTES = 4, 4 << 20  # threads of a Buffer, and the least bytes that they share: one copied 3 GB/s
 HEADER_ROOM = 1 << 20  # bytes; some eight thousand tensors
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 MAX_HEADER_BYTES = 100_000_000  # the reference implementation's limit
@@ -69,6 +69,19 @@ class TensorEntry:
     @property
     def numel(self) -> int:
         return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class Buffer:
+    """Memory that tensors are read into, one after another, and the threads that read large ones.
+
+    The threads stay: to start four for each tensor took six times as long as to read it, on a machine with other work.
+
+    memory  bytes (uint8)
+    """
+
+    memory: Tensor
+    threads: ThreadPoolExecutor = field(default_factory=partial(ThreadPoolExecutor, READERS))
 
 
 def read_entries(path: Path) -> dict[str, TensorEntry]:
@@ -131,18 +144,19 @@ def _entry(path: Path, name: str, spec: Any, start: int, identity: Identity) -> 
     return entry
 
 
-def read_tensor(entry: TensorEntry, buffer: Tensor | None = None) -> Tensor:
+def read_tensor(entry: TensorEntry, buffer: Buffer | None = None) -> Tensor:
     """The tensor of `entry`, copied into memory (nothing stays mapped).
 
-    buffer  bytes (uint8) to read it into, if they are enough: the tensor is valid until the next one is read into them
+    buffer  to read it into, if its bytes are enough: the tensor is valid until the next one is read into them
 
     Unfinished if the file changed since its header was read, or changes while it is read.
     """
-    enough = buffer is not None and len(buffer) >= entry.nbytes
-    raw = buffer[: entry.nbytes] if buffer is not None and enough else torch.empty(entry.nbytes, dtype=torch.uint8)
+    if buffer is None or len(buffer.memory) < entry.nbytes:
+        raw, threads = torch.empty(entry.nbytes, dtype=torch.uint8), None
+    else:
+        raw, threads = buffer.memory[: entry.nbytes], buffer.threads
     with open_regular(entry.path) as file:
-        readers = READERS if enough and entry.nbytes >= SHARED_BYTES else 1
-        got = read_by(readers, file.fileno(), entry.offset, raw_bytes(raw))
+        got = read_by(threads, file.fileno(), entry.offset, raw_bytes(raw))
         identity = identity_of(os.fstat(file.fileno()))
     if got != entry.nbytes:
         raise CheckpointError(f"{entry.path}: {entry.nbytes} bytes of {entry.name!r} expected, {got} read")
@@ -154,14 +168,12 @@ def read_tensor(entry: TensorEntry, buffer: Tensor | None = None) -> Tensor:
     return tensor.reshape(entry.shape) if entry.form is None else entry.form(tensor)
 
 
-def read_by(readers: int, file: int, offset: int, into: memoryview) -> int:
-    """The number of bytes read into memory from a file's `offset` on, by so many threads."""
-    size = -(-len(into) // readers)
-    starts = range(0, len(into), max(size, 1))
-    if readers == 1 or len(starts) < 2:
+def read_by(threads: ThreadPoolExecutor | None, file: int, offset: int, into: memoryview) -> int:
+    """The number of bytes read into memory from a file's `offset` on, by the threads if there are enough bytes."""
+    if threads is None or len(into) < SHARED_BYTES:
         return read_part(file, offset, into)
-    with ThreadPoolExecutor(readers) as pool:
-        return sum(pool.map(lambda at: read_part(file, offset + at, into[at : at + size]), starts))
+    size = -(-len(into) // READERS)
+    return sum(threads.map(lambda at: read_part(file, offset + at, into[at : at + size]), range(0, len(into), size)))
 
 
 def read_part(file: int, offset: int, into: memoryview) -> int:

@@ -2,6 +2,7 @@
 
 import json
 import struct
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from lowbit.errors import CheckpointError
 from lowbit.export import tensorfile
-from lowbit.export.tensorfile import DTYPES, TensorFileWriter, read_entries, read_tensor
+from lowbit.export.tensorfile import DTYPES, Buffer, TensorFileWriter, read_entries, read_tensor
 
 GOOD = {
     "a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]},
@@ -193,10 +194,10 @@ def test_a_tensor_is_written_as_it_was_when_it_was_added(tmp_path):
 
 def test_a_tensor_is_read_into_a_buffer_that_has_room(tmp_path):
     save_file({"a": torch.arange(6.0), "b": torch.ones(9)}, tmp_path / "model.safetensors")
-    entries, buffer = read_entries(tmp_path / "model.safetensors"), torch.zeros(24, dtype=torch.uint8)
+    entries, buffer = read_entries(tmp_path / "model.safetensors"), Buffer(torch.zeros(24, dtype=torch.uint8))
     tensor = read_tensor(entries["a"], buffer)
     assert tensor.tolist() == list(range(6))
-    assert tensor.data_ptr() == buffer.data_ptr()
+    assert tensor.data_ptr() == buffer.memory.data_ptr()
     assert read_tensor(entries["b"], buffer).tolist() == [1.0] * 9
     assert tensor.tolist() == list(range(6))
 
@@ -205,9 +206,24 @@ def test_a_tensor_is_read_into_a_buffer_that_has_room(tmp_path):
 def test_several_threads_read_what_one_does(count, tmp_path, monkeypatch):
     monkeypatch.setattr(tensorfile, "SHARED_BYTES", 1)
     save_file({"a": torch.arange(count, dtype=torch.int32), "b": torch.ones(3)}, tmp_path / "model.safetensors")
-    entry, buffer = read_entries(tmp_path / "model.safetensors")["a"], torch.zeros(4096, dtype=torch.uint8)
-    assert torch.equal(read_tensor(entry, buffer), torch.arange(count, dtype=torch.int32))
+    entry, buffer = read_entries(tmp_path / "model.safetensors")["a"], Buffer(torch.zeros(4096, dtype=torch.uint8))
+    for _ in range(3):
+        assert torch.equal(read_tensor(entry, buffer), torch.arange(count, dtype=torch.int32))
     (tmp_path / "model.safetensors").write_bytes(b"")
     if count:
         with pytest.raises(CheckpointError, match=f"{4 * count} bytes of 'a' expected, 0 read"):
             read_tensor(entry, buffer)
+
+
+def test_the_threads_that_read_stay(tmp_path, monkeypatch):
+    monkeypatch.setattr(tensorfile, "SHARED_BYTES", 1)
+    threads, read = set(), tensorfile.read_part
+    monkeypatch.setattr(
+        tensorfile, "read_part", lambda *given: (threads.add(threading.current_thread()), read(*given))[1]
+    )
+    save_file({name: torch.ones(100) for name in "abcdef"}, tmp_path / "model.safetensors")
+    buffer = Buffer(torch.zeros(400, dtype=torch.uint8))
+    for entry in read_entries(tmp_path / "model.safetensors").values():
+        assert read_tensor(entry, buffer).sum() == 100
+    assert 1 <= len(threads) <= tensorfile.READERS
+    assert threading.current_thread() not in threads
