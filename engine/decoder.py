@@ -49,8 +49,14 @@ class Decoder:
         """
         self.blocks, _ = planned(self.weights.layers, self.weights.head, self.dependent, deferring)
 
+    @property
+    def taps_last(self) -> bool:
+        """True if a cache with features keeps the last layer's outputs, so that those of all rows are wanted."""
+        return len(self.architecture.layers) - 1 in self.taps
+
     def hidden(self, step: Step, cache: Cache) -> Hidden:
-        """The last layer's output (m, hidden). Also writes the rows' keys, values and features to the cache."""
+        """The last layer's output (m, hidden), of the wanted rows. Also writes keys, values and features of all rows to
+        the cache."""
         for x in self.layers(step, cache):
             last = x
         return last
@@ -69,9 +75,11 @@ class Decoder:
             cache.features[step.slots] = torch.cat(taken, -1)
 
     def layer(self, x: Hidden, block: Block, step: Step, turns: Turns, cache: Cache) -> Hidden:
-        """One layer's output (m, hidden)."""
+        """One layer's output (m, hidden), in the last layer of the wanted rows."""
         h = block.attention(x, step, turns, cache)
-        return block.feed_forward(x if self.architecture.parallel else h, h.h)
+        if not self.architecture.parallel:
+            return block.feed_forward(h, h.h)
+        return block.feed_forward(x if step.wanted is None else Hidden(block.attention.wanted(x.h, step)), h.h)
 
     def turns_at(self, positions: Tensor, lengths: Tensor | int) -> Tensor:
         """Indices (m) into the rope tables for rows at `positions` (m) of sequences of `lengths` (m, or one for

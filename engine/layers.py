@@ -50,10 +50,18 @@ class Attention:
         return self.architecture.layers[self.index]
 
     def __call__(self, x: Hidden, step: Step, turns: Turns, cache: Cache) -> Hidden:
-        """x + attention for rows (m, hidden). Also writes their keys and values to the cache."""
+        """x + attention for rows (m, hidden), in the last layer for the wanted ones. Also writes the keys and values of
+        all rows to the cache."""
         if self.latent is not None:
-            return self.o.onto(x.h, self.latent(self.qkv(x), step, turns, cache, self.index))
-        return self.o.onto(x.h, self.attended(x, step, turns, cache))
+            heads = self.latent(self.qkv(x), step, turns, cache, self.index)
+        else:
+            heads = self.attended(x, step, turns, cache)
+        return self.o.onto(self.wanted(x.h, step), self.wanted(heads, step))
+
+    def wanted(self, rows: Tensor, step: Step) -> Tensor:
+        """Of the rows (m, n) those that are computed after this attention."""
+        last = self.index == len(self.architecture.layers) - 1
+        return rows[step.wanted] if last and step.wanted is not None else rows
 
     def attended(self, x: Hidden, step: Step, turns: Turns, cache: Cache) -> Tensor:
         """The rows' attention (m, heads * head_dim). k and v, rotated, go to the cache."""

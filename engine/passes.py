@@ -28,22 +28,34 @@ class Pass:
     prompts  that share it
     pool     memory pool shared by all captured passes. One runs at a time, and its results are copied out; None on a
              CPU
+    end      True: of each prompt the last row alone is returned
     """
 
     def __init__(
-        self, decoder: Decoder, cache: Cache, rows: int, prompts: int, pool: torch.cuda._POOL_HANDLE | None
+        self,
+        decoder: Decoder,
+        cache: Cache,
+        rows: int,
+        prompts: int,
+        pool: torch.cuda._POOL_HANDLE | None,
+        end: bool = False,
     ) -> None:
         self.decoder, self.cache, self.rows, self.prompts, self.pool = decoder, cache, rows, prompts, pool
+        self.end = end
         device = decoder.weights.device
         self.places = torch.arange(rows, device=device).repeat(prompts)
         tokens, turns, starts, slots = (torch.zeros_like(self.places) for _ in range(4))
-        self.step = Step(tokens, self.places, turns, starts, slots, prefix=slots, prompts=prompts)
+        # of a single sequence the slots are known, and nothing is gathered
+        prefix = slots if cache.batch > 1 else slice(0, rows)
+        self.before = torch.arange(prompts, device=device) * rows - 1  # the row before each prompt
+        wanted = torch.zeros_like(self.before) if end and not decoder.taps_last else None
+        self.step = Step(tokens, self.places, turns, starts, slots, prefix=prefix, prompts=prompts, wanted=wanted)
         self.hidden: Tensor | None = None
         self.graph: torch.cuda.CUDAGraph | None = None
 
     def __call__(self, given: Sequence[tuple[int, Sequence[int]]]) -> list[Tensor]:
-        """Hidden states (len(tokens), hidden) of each (sequence, tokens), of which there are at most `prompts`. The
-        cache's sequences then hold the tokens, followed by padding."""
+        """Hidden states (len(tokens), hidden) of each (sequence, tokens), of which there are at most `prompts`; with
+        `end` (1, hidden). The cache's sequences then hold the tokens, followed by padding."""
         self.place(given)
         if self.pool is not None and self.hidden is not None and self.graph is None:
             self.capture()
@@ -52,8 +64,9 @@ class Pass:
         else:
             self.graph.replay()
         assert self.hidden is not None
-        parts = self.hidden.split(self.rows)
-        return [part[: len(tokens)].clone() for part, (_, tokens) in zip(parts, given, strict=False)]
+        parts = self.hidden.split(len(self.hidden) // self.prompts)
+        begin = -1 if self.end else 0
+        return [part[: len(tokens)][begin:].clone() for part, (_, tokens) in zip(parts, given, strict=False)]
 
     def place(self, given: Sequence[tuple[int, Sequence[int]]]) -> None:
         """Set the inputs of the pass. A prompt's last token also serves as padding; any token would do. The last prompt
@@ -62,10 +75,13 @@ class Pass:
         padded = [[*tokens, *[tokens[-1]] * (self.rows - len(tokens))] for _, tokens in filled]
         facts = [[self.cache.start(sequence), len(tokens)] for sequence, tokens in filled]
         step.tokens.copy_(torch.tensor(padded).flatten())
-        starts, lengths = torch.tensor(facts).to(self.places.device).repeat_interleave(self.rows, 0).unbind(1)
+        each = torch.tensor(facts).to(self.places.device)
+        starts, lengths = each.repeat_interleave(self.rows, 0).unbind(1)
         step.turns.copy_(self.decoder.turns_at(self.places, lengths))
         step.starts.copy_(starts)
         torch.add(self.places, starts, out=step.slots)
+        if step.wanted is not None:
+            torch.add(self.before, each[:, 1], out=step.wanted)
 
     def capture(self) -> None:
         """Capture the pass into a graph, without computing anything."""
@@ -89,35 +105,38 @@ class Reader:
         mixed = any(layer.mixture is not None for layer in decoder.architecture.layers)
         self.lengths = LENGTHS if on_gpu and not mixed else ()
         self.passes: dict[int, Pass] = {}
+        self.ends: dict[int, Pass] = {}
         self.shared: dict[tuple[int, int], Pass] = {}
 
-    def read(self, sequence: int, tokens: Sequence[int]) -> Iterator[Tensor]:
-        """Hidden states (rows, hidden) of a prompt, chunk by chunk. The prompt becomes the cache's `sequence`."""
+    def read(self, sequence: int, tokens: Sequence[int], end: bool = False) -> Iterator[Tensor]:
+        """Hidden states (rows, hidden) of a prompt, chunk by chunk, with `end` those of the last row at the end. The
+        prompt becomes the cache's `sequence`."""
         rows = next((length for length in self.lengths if len(tokens) <= length <= self.cache.context), None)
+        passes = self.ends if end else self.passes
         if rows is None:
-            yield from read_prompt(self.decoder, self.cache, sequence, tokens)
+            yield from read_prompt(self.decoder, self.cache, sequence, tokens, end=end)
             return
-        if rows not in self.passes:
-            self.passes[rows] = Pass(self.decoder, self.cache, rows, 1, self.pool)
+        if rows not in passes:
+            passes[rows] = Pass(self.decoder, self.cache, rows, 1, self.pool, end)
         try:
-            [hidden] = self.passes[rows]([(sequence, tokens)])
+            [hidden] = passes[rows]([(sequence, tokens)])
         except torch.OutOfMemoryError:  # smaller chunks may fit
-            yield from read_prompt(self.decoder, self.cache, sequence, tokens)
+            yield from read_prompt(self.decoder, self.cache, sequence, tokens, end=end)
         else:
             yield hidden
 
     def read_together(self, given: Sequence[tuple[int, Sequence[int]]]) -> list[Tensor]:
-        """Hidden states (rows, hidden) of each (sequence, tokens): at most SHARED_COUNTS[-1] prompts, none longer than
-        `longest_shared`. Each becomes its sequence of the cache."""
+        """Hidden states (1, hidden) of the last row of each (sequence, tokens): at most SHARED_COUNTS[-1] prompts, none
+        longer than `longest_shared`. Each becomes its sequence of the cache."""
         longest = max(len(tokens) for _, tokens in given)
         rows = next(length for length in SHARED_LENGTHS if longest <= length)
         count = next(count for count in SHARED_COUNTS if len(given) <= count)
         if (rows, count) not in self.shared:
-            self.shared[rows, count] = Pass(self.decoder, self.cache, rows, count, self.pool)
+            self.shared[rows, count] = Pass(self.decoder, self.cache, rows, count, self.pool, True)
         try:
             return self.shared[rows, count](given)
         except torch.OutOfMemoryError:
-            return [torch.cat(list(self.read(*each))) for each in given]
+            return [[*self.read(*each, end=True)][-1][-1:] for each in given]
 
     @property
     def longest_shared(self) -> int:
@@ -129,6 +148,6 @@ class Reader:
         """Logits (len(prompts), vocabulary) after each prompt's last token; prompt b becomes sequence b."""
         rows = []
         for sequence, prompt in enumerate(prompts):
-            *_, last = self.read(sequence, prompt)
+            *_, last = self.read(sequence, prompt, end=True)
             rows.append(last[-1:])
         return self.decoder.logits(torch.cat(rows))

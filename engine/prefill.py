@@ -17,20 +17,27 @@ LEAST = 128  # smallest chunk if memory is short
 
 
 def read_prompt(
-    decoder: Decoder, cache: Cache, sequence: int, tokens: Sequence[int], chunk: int = CHUNK
+    decoder: Decoder, cache: Cache, sequence: int, tokens: Sequence[int], chunk: int = CHUNK, end: bool = False
 ) -> Iterator[Tensor]:
     """Hidden states (rows, hidden), chunk by chunk. Afterwards the cache holds the sequence's first len(tokens)
-    positions."""
+    positions.
+
+    end  True: of the chunk that ends the prompt, the last row alone
+    """
     first = 0
     while first < len(tokens):
-        hidden = read_chunk(decoder, cache, sequence, tokens, (first, chunk))
+        hidden = read_chunk(decoder, cache, sequence, tokens, (first, chunk), end)
         yield hidden
+        if end and len(hidden) == 1 and first + chunk >= len(tokens):
+            return  # a chunk that was cut for want of memory has more rows
         first, chunk = first + len(hidden), len(hidden)
 
 
-def read_chunk(decoder: Decoder, cache: Cache, sequence: int, tokens: Sequence[int], part: tuple[int, int]) -> Tensor:
+def read_chunk(
+    decoder: Decoder, cache: Cache, sequence: int, tokens: Sequence[int], part: tuple[int, int], end: bool = False
+) -> Tensor:
     """Hidden states (rows, hidden) of one chunk of a prompt: `chunk_by_layers` to its end."""
-    work = chunk_by_layers(decoder, cache, sequence, tokens, part)
+    work = chunk_by_layers(decoder, cache, sequence, tokens, part, end)
     while True:
         try:
             next(work)
@@ -40,12 +47,13 @@ def read_chunk(decoder: Decoder, cache: Cache, sequence: int, tokens: Sequence[i
 
 
 def chunk_by_layers(
-    decoder: Decoder, cache: Cache, sequence: int, tokens: Sequence[int], part: tuple[int, int]
+    decoder: Decoder, cache: Cache, sequence: int, tokens: Sequence[int], part: tuple[int, int], end: bool = False
 ) -> Generator[None, None, Tensor]:
     """A generator that computes one chunk of a prompt, with a pause after each layer, and returns the hidden states
     (rows, hidden). The cache holds the positions before it.
 
     part  the chunk's first position, and its most rows: there are fewer at the prompt's end, and if memory is short
+    end   True: of a chunk that ends the prompt, the last row alone is returned
     """
     (first, rows), device = part, decoder.weights.device
     while True:
@@ -53,7 +61,10 @@ def chunk_by_layers(
         positions = torch.arange(first, first + len(ids), device=device)
         starts = torch.full_like(positions, cache.start(sequence))
         turns, slots = decoder.turns_at(positions, len(tokens)), starts + positions
-        step = Step(ids, positions, turns, starts, slots, prefix=cache.prefix(sequence, first + len(ids)))
+        prefix = cache.prefix(sequence, first + len(ids))
+        ends = end and first + len(ids) == len(tokens) and not decoder.taps_last
+        wanted = torch.tensor([len(ids) - 1], device=device) if ends else None
+        step = Step(ids, positions, turns, starts, slots, prefix=prefix, wanted=wanted)
         hidden = yield from hidden_if_it_fits(decoder, step, cache, first)
         if hidden is not None:
             return hidden

@@ -23,6 +23,8 @@ class Step:
     prompts            the prefix's sequences, of equal numbers of rows; all rows are new where there are several
     adjacent           adjacent rows that are consecutive positions of one sequence: drafts to be checked
     alone              True: each row has a sequence of its own, whose last position it is
+    wanted             for a prompt: the rows whose outputs are wanted, or None for all. The last layer computes no
+                       others, once it has the keys and values of all
     """
 
     tokens: Tensor
@@ -36,6 +38,7 @@ class Step:
     prompts: int = 1
     adjacent: int = 1
     alone: bool = False
+    wanted: Tensor | None = None
 
 
 @dataclass(frozen=True)

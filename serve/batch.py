@@ -174,11 +174,10 @@ class Batch:
         if self.part is None and not job.read and self.fits_pass(job):
             jobs = [job, *self.companions(job)]
             places = [(each.slot.sequence, each.request.sequence) for each in jobs if each.slot is not None]
-            found = self.pass_over(places)
-            if len(jobs) > 1:
-                self.written_from(jobs, self.decoder.logits(torch.cat([hidden[-1:] for hidden in found])))
+            if job.request.wants_prompt_logprobs:
+                self.take(job, torch.cat(list(self.reader().read(*places[0]))))
             else:
-                self.take(job, found[0])
+                self.written_from(jobs, self.decoder.logits(torch.cat(self.pass_over(places))))
             return
         hidden = self.chunk(job)
         if hidden is not None:
@@ -270,10 +269,11 @@ class Batch:
         return short and not job.request.wants_prompt_logprobs
 
     def pass_over(self, given: Sequence[tuple[int, Sequence[int]]]) -> list[Tensor]:
-        """Hidden states (rows, hidden) of whole prompts, each a sequence of the cache and its tokens."""
+        """Hidden states (1, hidden) after whole prompts, each a sequence of the cache and its tokens."""
         if len(given) > 1:
             return self.reader().read_together(given)
-        return [torch.cat(list(self.reader().read(*given[0])))]
+        *_, last = self.reader().read(*given[0], end=True)
+        return [last[-1:]]
 
     def chunk(self, job: Job) -> Tensor | None:
         """Hidden states (rows, hidden) of the next rows of a sequence, timed; None if others write a token first."""

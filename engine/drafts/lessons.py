@@ -181,4 +181,4 @@ def behind(reader: Reader, prompts: Sequence[Sequence[int]]) -> Tensor:
         return reader.last_logits(prompts)
     given, most = list(enumerate(prompts)), SHARED_COUNTS[-1]
     groups = (given[first : first + most] for first in range(0, len(given), most))
-    return reader.decoder.logits(torch.cat([part[-1:] for group in groups for part in reader.read_together(group)]))
+    return reader.decoder.logits(torch.cat([part for group in groups for part in reader.read_together(group)]))

@@ -39,6 +39,7 @@ PARTS = 8  # of a GPU: a cluster runs in one of them
 # Llama-2-7B on an H200, 8 x 128: 1.596 ms, 1.612 without; 8 x 2048: 3.412 and 3.428. Where blocks share a sequence, at
 # 1 x 128: 1.362 and 1.349.
 LEAST_SHARED = 25 << 10
+MANY_ROWS, VECTOR_DIMS = 128, (64, 128, 256)  # of an append by rows, which memory bounds
 SHORT_BLOCKS, LONG_BLOCKS = 1.95, 2.5  # most blocks per multiprocessor after splitting
 MADE_FIELDS = ("qkv", "positions", "cosines", "sines", "q_norm", "k_norm", "norm_eps")
 ATTENTION_FIELDS = ("q", "starts", "positions", "scale", "window", "softcap", "sinks", "adjacent")
@@ -204,8 +205,16 @@ def append(call: AppendCall) -> Tensor:
     q = call.empty()
     args = {"made": made_fields(call), "slots": call.slots}
     args |= {"q": q, "m": q.shape[0], "heads": call.heads, "cache": cache_fields(call.cache)}
-    launch("append_heads", q.dtype, call.cache.number.name, device=q.device, args=args, dependent=call.dependent)
+    cut = {"by_rows": len(q) >= MANY_ROWS and fits_vectors(call), "dependent": call.dependent}
+    launch("append_heads", q.dtype, call.cache.number.name, device=q.device, args=args, **cut)
     return q
+
+
+def fits_vectors(call: AppendCall) -> bool:
+    """True if a row's heads can be read, turned and stored 16 bytes at a time."""
+    cache, made = call.cache, (call.qkv, call.cosines, call.sines, call.q_norm, call.k_norm)
+    aligned = all(tensor is None or tensor.data_ptr() % 16 == 0 for tensor in (*made, cache.k, cache.v))
+    return aligned and cache.number == SAME and cache.head_dim in VECTOR_DIMS
 
 
 def appended(qkv: Tensor, rotary: Rotary) -> AppendCall:

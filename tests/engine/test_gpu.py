@@ -260,7 +260,24 @@ def test_captured_prompts_that_share_a_pass_are_those_read_alone(given, cache):
         for at, tokens in enumerate(given):
             alone = torch.cat(list(reader.read(at, tokens)))
             assert all(torch.equal(run[at], runs[0][at]) for run in runs)
-            assert relative(runs[0][at], alone.cpu()) < 0.01
+            assert relative(runs[0][at], alone[-1:].cpu()) < 0.01
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("method", ["w4", "w8a8", "dense"])
+def test_the_last_row_of_captured_prompts(method, batch):
+    """The last layer computes it alone; of a cache for one sequence nothing is gathered."""
+    gpu, _ = engines(LLAMA, method)
+    reader = Workspace(gpu.spaces).roomy_reader(batch, 256)
+    prompts = [PROMPTS[0], [5], list(range(9, 209))]
+    with torch.inference_mode():
+        runs = [[[*reader.read(batch - 1, prompt, end=True)][-1] for prompt in prompts] for _ in range(3)]
+        assert all(each.graph is not None for each in reader.ends.values())
+        for prompt, *found in zip(prompts, *runs, strict=True):
+            rows = torch.cat(list(reader.read(batch - 1, prompt)))
+            assert all(torch.equal(row, found[0]) for row in found)
+            assert found[0].shape == rows[-1:].shape
+            assert relative(found[0], rows[-1:].cpu()) < TURNED_CODES.get(method, 0.01)
 
 
 @pytest.mark.parametrize("cache", ["same", "int8", "fp8", "int4"])

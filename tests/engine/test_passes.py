@@ -1,9 +1,12 @@
 """Short prompts in padded passes: rows equal those without padding, at any place and after any earlier prompt."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from lowbit import engine
+from lowbit.engine.decoder import Decoder
 from lowbit.engine.engine import Engine
 from lowbit.engine.passes import LENGTHS, Reader
 from lowbit.engine.prefill import read_prompt
@@ -49,8 +52,54 @@ def test_prompts_that_share_a_pass_are_computed_as_alone(case, tmp_path):
     with torch.inference_mode():
         for some in (given[:2], given, given[1:]):
             for hidden, (_, tokens) in zip(reader.read_together(some), some, strict=True):
-                torch.testing.assert_close(hidden, alone(model, tokens), atol=2e-5, rtol=1e-4)
+                torch.testing.assert_close(hidden, alone(model, tokens)[-1:], atol=2e-5, rtol=1e-4)
     assert sorted(reader.shared) == [(64, 2), (64, 4)]
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_neox", "deepseek_v2", "gpt_oss"])
+@pytest.mark.parametrize("lengths", [LENGTHS, ()])
+def test_the_last_row_alone_is_the_last_of_all(family, lengths, tmp_path):
+    """In the last layer, too, a family with parallel layers or experts computes that row as among all. The cache has
+    the keys and values of every row."""
+    save(built(family), tmp_path)
+    model = engine.load(tmp_path, device="cpu", context=64)
+    caches = [model.spaces.make_cache(2, 64) for _ in range(2)]
+    with torch.inference_mode():
+        whole, ends = (Reader(model.decoder, cache) for cache in caches)
+        whole.lengths = ends.lengths = lengths
+        for sequence, tokens in ((1, PROMPT), (0, PROMPT[:17]), (1, [7])):
+            [end] = ends.read(sequence, tokens, end=True)
+            [rows] = whole.read(sequence, tokens)
+            assert end.shape == (1, rows.shape[1])
+            torch.testing.assert_close(end, rows[-1:], atol=2e-5, rtol=1e-4)
+    for layer, same in zip(*(cache.layers for cache in caches), strict=True):
+        assert torch.equal(layer.k, same.k)
+        assert torch.equal(layer.v, same.v)
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 20, 21, 64])
+def test_the_last_row_of_the_last_chunk(chunk, tmp_path):
+    model, _ = tiny(tmp_path)
+    cache = model.spaces.make_cache(1, len(PROMPT))
+    with torch.inference_mode():
+        *before, end = read_prompt(model.decoder, cache, 0, PROMPT, chunk, end=True)
+        assert [len(rows) for rows in before] == [chunk] * ((len(PROMPT) - 1) // chunk)
+        torch.testing.assert_close(end, alone(model, PROMPT)[-1:], atol=2e-5, rtol=1e-4)
+
+
+def test_where_features_have_the_last_layers_outputs_all_rows_are_computed(tmp_path):
+    model, _ = tiny(tmp_path)
+    decoder = model.decoder
+    tapped = Decoder(decoder.architecture, decoder.weights, decoder.context, [len(decoder.blocks) - 1])
+    wanted = alone(model, PROMPT)
+    features = torch.zeros(64, wanted.shape[1], dtype=wanted.dtype)
+    for lengths in (LENGTHS, ()):
+        reader = Reader(tapped, replace(model.spaces.make_cache(1, 64), features=features.zero_()))
+        reader.lengths = lengths
+        with torch.inference_mode():
+            *_, end = reader.read(0, PROMPT, end=True)
+        torch.testing.assert_close(end[-1:], wanted[-1:], atol=2e-5, rtol=1e-4)
+        torch.testing.assert_close(features[: len(PROMPT)], wanted, atol=2e-5, rtol=1e-4)
 
 
 def test_the_cache_then_serves_steps(tmp_path):
@@ -96,4 +145,4 @@ def test_a_pass_that_does_not_fit_goes_in_pieces(tmp_path, monkeypatch):
     with torch.inference_mode():
         assert torch.equal(torch.cat(list(reader.read(1, PROMPT))), alone(model, PROMPT))
         for hidden in reader.read_together([(0, PROMPT), (1, PROMPT)]):
-            assert torch.equal(hidden, alone(model, PROMPT))
+            torch.testing.assert_close(hidden, alone(model, PROMPT)[-1:], atol=2e-5, rtol=1e-4)

@@ -8,9 +8,11 @@ from torch import Tensor
 
 from lowbit.quant.kernels import decode_attention, ops
 from lowbit.quant.kernels.decode_attention import (
+    MANY_ROWS,
     MAX_SPLITS,
     PLAIN_BYTES,
     SHORT,
+    VECTOR_DIMS,
     AppendCall,
     AttentionCall,
     NewCall,
@@ -18,6 +20,7 @@ from lowbit.quant.kernels.decode_attention import (
     attend_reference,
     choose_cut,
     choose_splits,
+    fits_vectors,
     most_bytes,
 )
 from lowbit.quant.kernels.kv_cache import (
@@ -361,6 +364,25 @@ def test_kernels_compute_the_reference(shape, dtype, cache):
         assert (got.float() - wanted).abs().max() <= slack * wanted.abs().max()
         again = ops.attend(attention)
         assert torch.equal(got, again)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("norms", [True, False])
+@pytest.mark.parametrize("shape", [*SHAPES, (4, 1, 64)])
+def test_many_rows_append_as_few_do(shape, norms, dtype):
+    call = make_append(shape, list(range(MANY_ROWS + 1)), dtype, "same", "cuda")
+    assert fits_vectors(call) == (shape[2] in VECTOR_DIMS)
+    call = call if norms else replace(call, q_norm=None, k_norm=None)
+    reference = replace(call, qkv=call.qkv.float(), cache=KVCache(call.cache.k.clone(), call.cache.v.clone()))
+    check_append(call, ops.append_heads(call), reference, dtype)
+
+
+def test_heads_at_odd_addresses_are_appended_one_by_one():
+    call = make_append((2, 2, 64), [3, 4], torch.float16, "same")
+    assert fits_vectors(call)
+    shifted = torch.empty(call.qkv.numel() + 1, dtype=torch.float16)[1:].view_as(call.qkv)
+    assert not fits_vectors(replace(call, qkv=shifted))
 
 
 @pytest.mark.gpu
