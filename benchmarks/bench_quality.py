@@ -7,7 +7,8 @@ Calibration: 128 windows of 512 tokens of the first 60% of FILE, or of the built
 1024 tokens of the rest of FILE, and of the builtin documentation's held-out part, or `--windows` of them after the
 first `--skip`, and at most `--more` that come after these, in rows of their own; weights dequantized, inputs rounded
 where the checkpoint says so, all else in float32. A row is the paired difference to the unquantized model, and the
-divergence from it, with standard errors over windows. A checkpoint that WORK holds already is scored, not made again.
+divergence from it, with standard errors over windows; with `--against METHOD`, which WORK must hold already, also the
+paired differences of both to that method. A checkpoint that WORK holds already is scored, not made again.
 Rows go to benchmarks/results/quality.jsonl, or to `--results`, in place of older ones of the same run; each run that
 goes on beside another one needs a file of its own.
 """
@@ -168,8 +169,12 @@ def main() -> None:
         facts = json.loads(made.with_suffix(".json").read_text(encoding="utf-8"))
         facts |= {"model": args.label or args.model, "method": name, "calibration": args.calibrate}
         facts |= {"commit": args.commit, "device": device_name(args.device)}
-        rounded = BlocksBackend(open_source(str(made)), args.device, torch.float32)
-        found = [(skip, row_of(text, divergence(rounded, base, each))) for text, skip, each in cuts]
+        checkpoints = [made] + ([args.work / f"{args.against}-{args.calibrate}"] if args.against else [])
+        backends = [BlocksBackend(open_source(str(each)), args.device, torch.float32) for each in checkpoints]
+        found = []
+        for text, skip, each in cuts:
+            lost, *other = (divergence(rounded, base, each) for rounded in backends)
+            found.append((skip, row_of(text, lost) | beside(lost, args.against, *other)))
         keep([facts | ({"skipped": skip} if skip else {}) | row for skip, row in found], args.results)
 
 
@@ -185,6 +190,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--skip", type=int, default=0, help="windows of each text before those that are scored")
     parser.add_argument("--windows", type=int, default=16, help="most windows of each text to score")
     parser.add_argument("--more", type=int, default=0, help="score so many windows after these too")
+    parser.add_argument("--against", help="a method that WORK holds; rows have the difference to it")
     parser.add_argument("--label", help="the model's name in rows")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--commit", default="")
@@ -249,6 +255,16 @@ def row_of(text: str, found: Divergence) -> dict[str, Any]:
         "kl_se": round(found.mean_error or 0.0, 4),
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
     }
+
+
+def beside(lost: Divergence, name: str | None = None, other: Divergence | None = None) -> dict[str, Any]:
+    """What `lost` differs by from the method `name` on the same windows, in loss and divergence; nothing without one."""
+    if other is None:
+        return {}
+    delta, error = difference(lost.quantized, other.quantized)
+    kl = replace(lost, kl=[one - two for one, two in zip(lost.kl, other.kl, strict=True)])
+    values = {"delta_nll": delta, "delta_nll_se": error or 0.0, "kl": kl.mean, "kl_se": kl.mean_error or 0.0}
+    return {"against": name, **{f"{key}_against": round(value, 5) for key, value in values.items()}}
 
 
 def device_name(device: str) -> str:

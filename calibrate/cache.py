@@ -60,6 +60,12 @@ def cache_scales(
     }
 
 
+def scales_by_module(cache: Mapping[str, Tensor], attentions: Mapping[str, str]) -> dict[str, tuple[Tensor, Tensor]]:
+    """The scales of keys and of values of each attention module, from those that `cache_scales` returned."""
+    inside = {module: name for module, name in attentions.items() if f"{name}.k_scale" in cache}
+    return {module: (cache[f"{name}.k_scale"], cache[f"{name}.v_scale"]) for module, name in inside.items()}
+
+
 def key_errors(query: Tensor, key: Tensor, scale: Tensor, cache: str) -> Tensor:
     """The divergence of attention, summed, by keys rounded with STEPS scales from `scale` on: (STEPS, kv_heads), or
     (STEPS, 1) with one scale.

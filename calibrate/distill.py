@@ -14,7 +14,7 @@ are tuned. A step runs forward and keeps each block's input, then backward block
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 
@@ -23,9 +23,11 @@ from torch import Tensor
 
 from lowbit.calibrate import ranks
 from lowbit.calibrate.blocks import BATCH_TOKENS, BlockLoop
+from lowbit.calibrate.cache import scales_by_module
 from lowbit.calibrate.job import Job
 from lowbit.calibrate.outcome import BlockOutcome, hold, quantized_inputs
 from lowbit.calibrate.report import Stopwatch
+from lowbit.models.cached import rounded_cache
 from lowbit.models.imagetext import Batch
 from lowbit.models.products import taped, weight_view
 from lowbit.models.states import States, joined, pulled
@@ -105,8 +107,10 @@ class TunedLinear:
 class TunedBlock:
     """A loaded block whose scales, norms and biases are tuned. The module always holds their current values."""
 
-    def __init__(self, walk: Walk, index: int, outcome: BlockOutcome) -> None:
+    def __init__(self, walk: Walk, index: int, outcome: BlockOutcome, attentions: Mapping[str, str]) -> None:
+        """`attentions`  of the plan, which name the scales of the block's cache"""
         self._walk, self._index, self._outcome = walk, index, outcome
+        self._cache = scales_by_module(outcome.cache, attentions)
         self._block = walk.skeleton.blocks[index]
         self._specs = {spec.name: spec for spec in self._block.linears}
         self._linears = {
@@ -124,7 +128,8 @@ class TunedBlock:
 
     def run(self, states: States) -> States:
         """The block's outputs."""
-        with quantized_inputs(self._walk, self._index, self._outcome.weights):
+        rounded = rounded_cache(self._walk.skeleton, self._cache)
+        with quantized_inputs(self._walk, self._index, self._outcome.weights), rounded:
             return self._walk.run(self._index, states)
 
     def backward(self, states: States, gradient: list[Tensor | None], rate: float) -> list[Tensor | None]:
@@ -186,7 +191,8 @@ def distill(
         for index in range(len(outcomes)):
             tell(Part("loading blocks", index + 1, len(outcomes)))
             stack.enter_context(walk.loaded(index))
-        blocks = [TunedBlock(walk, index, outcome) for index, outcome in enumerate(outcomes)]
+        attentions = job.plan.attentions
+        blocks = [TunedBlock(walk, index, outcome, attentions) for index, outcome in enumerate(outcomes)]
         stack.enter_context(walk.head_loaded())
         for step in range(steps):
             order = order or torch.randperm(len(own), generator=generator).tolist()
@@ -230,7 +236,7 @@ def rehearse(job: Job, loop: BlockLoop, outcome: BlockOutcome) -> float:
     batch, exact, share = _own_part(*next(_of_steps(loop, job.recipe.distill_tokens)))
     [entering] = walk.start([batch])
     with walk.loaded(0), walk.head_loaded():
-        block, watch = TunedBlock(walk, 0, outcome), Stopwatch(walk.device)
+        block, watch = TunedBlock(walk, 0, outcome, job.plan.attentions), Stopwatch(walk.device)
         for _ in range(2):
             with watch.phase("a step of tuning, tried"), torch.no_grad():
                 left = block.run(entering)

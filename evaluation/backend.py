@@ -212,7 +212,7 @@ def _as_stored(skeleton: Skeleton) -> Iterator[None]:
     """A context in which the filled model rounds its linears' inputs, and its keys and values, if the file says so."""
     linears = [spec for block in skeleton.blocks for spec in block.linears]
     every = Block("", skeleton.model, linears=linears)
-    with rounded_inputs(every, skeleton.model, skeleton.inputs), rounded_cache(skeleton):
+    with rounded_inputs(every, skeleton.model, skeleton.inputs), rounded_cache(skeleton, skeleton.cache):
         yield
 
 

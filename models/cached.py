@@ -4,14 +4,16 @@ transformers' models get their attention function from one table, and call it wi
 keys and values (B, kv_heads, T, D). Their lookup in that table is replaced for as long as a context lasts.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from lowbit.errors import CheckpointError
+from lowbit.models.products import straight_through
 from lowbit.models.skeleton import Skeleton
 from lowbit.quant.numbers import FP8
 from lowbit.quant.numerics import fake_quantize_inputs
@@ -41,13 +43,14 @@ def attending(see: See) -> Iterator[None]:
 
 
 @contextmanager
-def rounded_cache(skeleton: Skeleton) -> Iterator[None]:
-    """A context in which the model's keys and values are rounded as its file's cache scales say; without any, nothing
-    changes. CheckpointError, when it attends, for other numbers of scales than one or one per head."""
-    if not skeleton.cache:
+def rounded_cache(skeleton: Skeleton, cache: Mapping[str, tuple[Tensor, Tensor]]) -> Iterator[None]:
+    """A context in which the keys and values of the modules in `cache` are rounded by these scales; in the backward
+    pass rounding counts as the identity. CheckpointError, when the model attends, for other numbers of scales than one
+    or one per head."""
+    if not cache:
         yield
         return
-    scales = {skeleton.model.get_submodule(name): pair for name, pair in skeleton.cache.items()}
+    scales = {skeleton.model.get_submodule(name): pair for name, pair in cache.items()}
 
     def see(module: nn.Module, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         if module not in scales:
@@ -59,7 +62,8 @@ def rounded_cache(skeleton: Skeleton) -> Iterator[None]:
                     f"{skeleton.source.directory}: {scale.numel()} scales of a cache of {name} with {heads} heads; "
                     "one, or one per head, is expected"
                 )
-        return fake_quantize_inputs(key, FP8, k_scale), fake_quantize_inputs(value, FP8, v_scale)
+        k_rounds, v_rounds = (partial(fake_quantize_inputs, number=FP8, scale=scale) for scale in (k_scale, v_scale))
+        return straight_through(k_rounds, key), straight_through(v_rounds, value)
 
     with attending(see):
         yield

@@ -101,10 +101,13 @@ class QuantizedInputs(LinearInputs):
 
     def _rounded(self, names: tuple[str, ...], x: Tensor) -> Tensor | None:
         name = next((name for name in names if name in self._rounds), None)
-        if name is None:
-            return None
-        rounded = self._rounds[name](x.detach())
-        return x + (rounded - x).detach() if x.requires_grad else rounded
+        return None if name is None else straight_through(self._rounds[name], x)
+
+
+def straight_through(rounds: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """`x` rounded. In the backward pass rounding counts as the identity."""
+    rounded = rounds(x.detach())
+    return x + (rounded - x).detach() if x.requires_grad else rounded
 
 
 def rounded_inputs(block: Block, model: nn.Module, rounds: InputRounding) -> AbstractContextManager[Any]:

@@ -152,7 +152,7 @@ class Walk:
     def _as_stored(self, index: int) -> Iterator[None]:
         """A context in which the block rounds its linears' inputs, and its keys and values, if its file says so."""
         block, model = self.skeleton.blocks[index], self.skeleton.model
-        with rounded_inputs(block, model, self.skeleton.inputs), rounded_cache(self.skeleton):
+        with rounded_inputs(block, model, self.skeleton.inputs), rounded_cache(self.skeleton, self.skeleton.cache):
             yield
 
     def _require_positions(self, length: int) -> None:
