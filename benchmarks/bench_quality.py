@@ -171,11 +171,10 @@ def main() -> None:
         facts |= {"commit": args.commit, "device": device_name(args.device)}
         checkpoints = [made] + ([args.work / f"{args.against}-{args.calibrate}"] if args.against else [])
         backends = [BlocksBackend(open_source(str(each)), args.device, torch.float32) for each in checkpoints]
-        found = []
         for text, skip, each in cuts:
             lost, *other = (divergence(rounded, base, each) for rounded in backends)
-            found.append((skip, row_of(text, lost) | beside(lost, args.against, *other)))
-        keep([facts | ({"skipped": skip} if skip else {}) | row for skip, row in found], args.results)
+            row = row_of(text, lost) | beside(lost, args.against, *other)
+            keep(facts | ({"skipped": skip} if skip else {}) | row, args.results)
 
 
 def parse() -> argparse.Namespace:
@@ -258,7 +257,7 @@ def row_of(text: str, found: Divergence) -> dict[str, Any]:
 
 
 def beside(lost: Divergence, name: str | None = None, other: Divergence | None = None) -> dict[str, Any]:
-    """What `lost` differs by from the method `name` on the same windows, in loss and divergence; nothing without one."""
+    """What `lost` differs by from the method `name` on the same windows, in loss and divergence; {} without one."""
     if other is None:
         return {}
     delta, error = difference(lost.quantized, other.quantized)
@@ -271,14 +270,12 @@ def device_name(device: str) -> str:
     return torch.cuda.get_device_name(device) if device != "cpu" else f"{os.cpu_count()} CPU cores"
 
 
-def keep(rows: list[dict[str, Any]], results: Path) -> None:
-    """Print rows, and write them to `results` in place of older ones of the same run."""
+def keep(row: dict[str, Any], results: Path) -> None:
+    """Print a row, and write it to `results` in place of an older one of the same run."""
     same = ("model", "method", "calibration", "text", "by", "device", "skipped")
     older = [json.loads(line) for line in results.read_text(encoding="utf-8").splitlines()] if results.exists() else []
-    new = {tuple(row.get(key) for key in same) for row in rows}
-    for row in rows:
-        print(json.dumps(row), flush=True)
-    write_rows(results, [row for row in older if tuple(row.get(key) for key in same) not in new] + rows)
+    print(json.dumps(row), flush=True)
+    write_rows(results, [old for old in older if any(old.get(key) != row.get(key) for key in same)] + [row])
 
 
 if __name__ == "__main__":
