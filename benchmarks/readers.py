@@ -21,7 +21,9 @@ class ReaderError(Exception):
         """The last exception of a traceback, shortened to one line."""
         output = str(self)
         errors = re.findall(
-            r"^(?:\(.*?\) *)?(?:ERROR .*?\] )?((?:\w+\.)*\w*(?:Error|Exception|Warning)\b: .+)$", output, re.M
+            r"^(?:\(.*?\) *|\[rank\d+\]: *)?(?:ERROR .*?\] )?((?:\w+\.)*\w*(?:Error|Exception|Warning)\b: .+)$",
+            output,
+            re.M,
         )
         known = [error for error in errors if "initialization failed" not in error]  # vLLM's processes repeat the news
         told = re.findall(
