@@ -70,6 +70,7 @@ OURS: dict[str, dict[str, Any]] = {
     "gptq-int8-head": {"method": "gptq", "scheme": "int8", "head": "int8"},
     "int8-kv": {"method": "int8", "kv_cache": "fp8"},
     "int8-kv-head": {"method": "int8", "kv_cache": "fp8-head"},
+    "int8-kv-tuned": {"method": "int8", "kv_cache": "fp8", "distill_steps": 64, "own_samples": 128},
     "smoothquant": {"method": "smoothquant"},
     "smoothquant-gptq": {"method": "smoothquant", "rounder": "gptq"},
     "smoothquant-tuned": {"method": "smoothquant", "rounder": "gptq", "distill_steps": 24},
@@ -113,6 +114,7 @@ for name in ALONE:
     OURS[f"{name}-own-codes"] = OURS[f"{name}-own"] | {"distill_codes": True}
     OURS[f"{name}-own-codes-160"] = OURS[f"{name}-own-codes"] | {"distill_steps": 160}
     OURS[f"{name}-wide"] = OURS[f"{name}-own-codes-160"] | {"own_samples": 512, "distill_tokens": 8192}
+    OURS[f"{name}-begun"] = OURS[f"{name}-wide"] | {"own_samples": 1024, "own_prompt": 32}
     OURS[f"{name}-long"] = OURS[f"{name}-own-codes"] | {"own_samples": 512, "distill_steps": 640}
 THEIRS = {
     "llm-compressor-awq": "--method awq",
@@ -206,7 +208,8 @@ def make(name: str, model: Source, dataset: str, output: Path, args: argparse.Na
     """Quantize into `output`; the program that did it, and its seconds, loading and writing included."""
     begun = time.monotonic()
     if name in OURS:
-        free = OURS[name]["method"] in ("rtn", "int8", "fp8") and not OURS[name].keys() & {"head", "kv_cache"}
+        asks = {"head", "kv_cache", "distill_steps"}  # for calibration
+        free = OURS[name]["method"] in ("rtn", "int8", "fp8") and not OURS[name].keys() & asks
         data = {"dataset": dataset, "num_samples": SAMPLES, "seqlen": LENGTH, "seed": SEED} if not free else {}
         settings = {"eval_windows": 0, "device": args.device, "overwrite": True}
         lowbit.quantize(args.model, output, **settings, **data, **OURS[name])

@@ -136,7 +136,7 @@ def complete_recipe(values: dict[str, Any]) -> Recipe:
     if calibrated(recipe):
         recipe = recipe.merged(CALIBRATION | {key: values[key] for key in values.keys() & CALIBRATION.keys()})
     else:
-        recipe = replace(recipe, dataset=None, num_samples=0, seqlen=0, own_samples=0, text_column=None)
+        recipe = replace(recipe, dataset=None, num_samples=0, seqlen=0, own_samples=0, own_prompt=0, text_column=None)
     if recipe.kv_cache not in (None, *CACHES):
         raise RecipeError(f"kv_cache {recipe.kv_cache!r}; {nearest(str(recipe.kv_cache), CACHES)}")
     others = tuple(name for name in recipe.ignore if name != HEAD)
@@ -228,6 +228,8 @@ def _require_sense(method: Method, recipe: Recipe) -> None:
         raise RecipeError(f"{recipe.num_samples} samples of {recipe.seqlen} tokens: at least 1 of 2 are needed")
     if recipe.own_samples < 0:
         raise RecipeError(f"own_samples is {recipe.own_samples}: 0 windows are the least")
+    if recipe.own_prompt < 0:
+        raise RecipeError(f"own_prompt is {recipe.own_prompt}: 0 tokens are the least")
     if not 0 <= recipe.seed < 1 << 63:
         raise RecipeError(f"seed {recipe.seed}: a seed lies between 0 and {(1 << 63) - 1}")
     if recipe.max_shard_size < 1:

@@ -2,7 +2,8 @@
 
 Methods that learn do so on the kind of text that they are given. A model's own text has all kinds that it was trained
 on: each piece begins with a token of the vocabulary, every one as likely, and goes on with draws from the model's own
-distribution, unchanged (Liu et al., LLM-QAT, Findings of ACL 2024, who take the likeliest for the first few).
+distribution, unchanged (Liu et al., LLM-QAT, Findings of ACL 2024, who take the likeliest for the first few). If the
+recipe's `own_prompt` says so, every second piece begins with tokens of the dataset instead, and goes on in its kind.
 
 Draws differ from one device to the next, and a resumed run needs the same: they are kept in the cache directory.
 """
@@ -10,6 +11,7 @@ Draws differ from one device to the next, and a resumed run needs the same: they
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -25,13 +27,17 @@ from lowbit.models.source import Source
 from lowbit.progress import Step, tell
 
 PIECE = 512  # most tokens of a text; longer windows hold several
-MOST_CACHE = 8 << 30  # bytes of keys and values, if every head had its own
+MOST_CACHE = 8 << 30  # bytes of keys and values
 WRITING = "writing text of its own"
 
 
-def own_text(source: Source, device: str, dtype: torch.dtype, shape: tuple[int, int], seed: int) -> Tensor:
+def own_text(
+    source: Source, device: str, dtype: torch.dtype, shape: tuple[int, int], seed: int, prompts: Tensor | None = None
+) -> Tensor:
     """Token ids of `shape` (windows, length) int64 that the model writes in `dtype` on `device`, where it is in memory
     meanwhile; on a CPU in float32.
+
+    prompts  (n, tokens) int64  that every second piece begins with, by turns; None for tokens of the vocabulary alone
 
     CheckpointError if the model cannot generate.
     """
@@ -42,32 +48,55 @@ def own_text(source: Source, device: str, dtype: torch.dtype, shape: tuple[int, 
         raise CheckpointError(f"{type(model).__name__} writes no text: --own-samples 0 calibrates on the dataset alone")
     pieces = windows * -(-length // PIECE)
     size = min(length, PIECE)
-    first = _first_tokens(source, pieces, seed)
+    half = 0 if prompts is None else pieces // 2
+    begun = [_first_tokens(source, pieces - half, seed)]
+    if prompts is not None:
+        begun.append(prompts[torch.arange(half) % len(prompts), : size - 1])
     model.generation_config = GenerationConfig()  # without the model's penalties, and without an end
     settings = {"do_sample": True, "top_k": 0, "top_p": 1.0, "temperature": 1.0, "pad_token_id": 0, "max_length": size}
     rows: list[Tensor] = []
     with torch.no_grad(), torch.random.fork_rng([] if device == "cpu" else [device]):
         torch.manual_seed(seed)
-        for part in first.split(_together(source, size, dtype)):
+        for part in (part for first in begun for part in first.split(_together(source, size, dtype))):
             tell(Step(WRITING, sum(map(len, rows)), pieces))
             ids = part.to(device)
             rows.append(model.generate(ids, attention_mask=torch.ones_like(ids), **settings).cpu())
-    return torch.cat(rows).view(windows, -1)[:, :length]
+    by_turns = torch.cat([2 * torch.arange(pieces - half), 2 * torch.arange(half) + 1]).argsort()
+    return torch.cat(rows)[by_turns].view(windows, -1)[:, :length]
+
+
+def prompts_of(ids: Tensor, count: int, tokens: int, seed: int) -> Tensor | None:
+    """`count` pieces of at most `tokens` tokens from anywhere in the windows `ids` (n, length): (count, tokens); None
+    without windows or tokens."""
+    tokens = min(tokens, ids.shape[1]) if len(ids) else 0
+    if not tokens:
+        return None
+    generator = torch.Generator().manual_seed(seed)
+    windows = torch.randint(len(ids), (count, 1), generator=generator)
+    places = torch.randint(ids.shape[1] - tokens + 1, (count, 1), generator=generator)
+    return ids[windows, places + torch.arange(tokens)]
 
 
 def kept_own_text(
-    source: Source, device: str, dtype: torch.dtype, shape: tuple[int, int], seed: int, sums: Mapping[str, str]
+    source: Source,
+    device: str,
+    dtype: torch.dtype,
+    shape: tuple[int, int],
+    seed: int,
+    sums: Mapping[str, str],
+    prompts: Tensor | None = None,
 ) -> Tensor:
     """`own_text`, or that of an earlier run with the same model, settings and kind of device.
 
     sums  SHA-256 of the model's files, by name
     """
-    told = [*sorted(sums.items()), torch.device(device).type, str(dtype), shape, seed, torch.__version__]
+    told: list[Any] = [] if prompts is None else [prompts.tolist()]
+    told += [*sorted(sums.items()), torch.device(device).type, str(dtype), shape, seed, torch.__version__]
     place = cache_dir() / "own" / f"{hashlib.sha256(repr(told).encode()).hexdigest()[:32]}.safetensors"
     found = _kept(place, shape, source.vocabulary)
     if found is not None:
         return found
-    ids = own_text(source, device, dtype, shape, seed).contiguous()
+    ids = own_text(source, device, dtype, shape, seed, prompts).contiguous()
     place.parent.mkdir(parents=True, exist_ok=True)
     with replacing(place) as file:
         file.write(save({"ids": ids}))
@@ -99,5 +128,6 @@ def _first_tokens(source: Source, pieces: int, seed: int) -> Tensor:
 def _together(source: Source, length: int, dtype: torch.dtype) -> int:
     """Pieces to write at a time, so that their keys and values take at most MOST_CACHE bytes."""
     config = source.config.get_text_config()
-    one = 2 * config.num_hidden_layers * config.hidden_size * length * dtype.itemsize
-    return max(1, min(MOST_CACHE // one, 256))
+    heads, size = (getattr(config, name, None) or 0 for name in ("num_key_value_heads", "head_dim"))
+    one = 2 * config.num_hidden_layers * (heads * size or config.hidden_size) * length * dtype.itemsize
+    return max(1, min(MOST_CACHE // one, 1024))

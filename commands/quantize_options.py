@@ -187,6 +187,11 @@ PARTS: Parts = {
             help="Calibrate on this many further windows, which the unquantized model writes itself.  [default: 0]",
         ),
         click.option(
+            "--own-prompt",
+            type=int,
+            help="Begin every second text of its own with this many tokens of the dataset.  [default: 0]",
+        ),
+        click.option(
             "--seqlen",
             "--max-seq-length",
             "--calib-seq",

@@ -47,6 +47,7 @@ class Recipe:
     dataset             calibration text, in the notation of calibrate/data.py; None for methods without calibration
     num_samples, seqlen  number of calibration windows, and tokens in each
     own_samples         further windows, which the unquantized model writes itself
+    own_prompt          tokens of the dataset that every second text of its own begins with
     text_column         column of a dataset that holds the text; None to detect it
     format              row of FORMATS
     dtype               of scales and unquantized weights: auto (the model's), bfloat16, float16, float32
@@ -83,6 +84,7 @@ class Recipe:
     num_samples: int = 0
     seqlen: int = 0
     own_samples: int = 0
+    own_prompt: int = 0
     text_column: str | None = None
     format: str = "compressed-tensors"
     dtype: str = "auto"

@@ -19,7 +19,7 @@ from lowbit.calibrate.data import CalibrationSet, builtin_text, calibration_toke
 from lowbit.calibrate.free import FreeJob, prepare_free, run_free
 from lowbit.calibrate.job import Job, prepare
 from lowbit.calibrate.methods import complete_recipe
-from lowbit.calibrate.own import kept_own_text
+from lowbit.calibrate.own import kept_own_text, prompts_of
 from lowbit.calibrate.pipeline import assist, run
 from lowbit.calibrate.plan import Plan
 from lowbit.calibrate.report import BlockReport, Result
@@ -342,7 +342,8 @@ def _told(job: Job, tokens: CalibrationSet, sums: Mapping[str, str], progress: O
         progress(Stage("writing text of the model's own"))
         ids = torch.empty(shape, dtype=torch.int64)
         if ranks.leads():
-            ids = kept_own_text(job.source, job.device, job.dtype, shape, recipe.seed, sums)
+            prompts = prompts_of(tokens.ids, recipe.own_samples, recipe.own_prompt, recipe.seed)
+            ids = kept_own_text(job.source, job.device, job.dtype, shape, recipe.seed, sums, prompts)
         tokens = tokens.with_own(ranks.leaders(ids))
     progress(Calibrated(tokens))
     if recipe.calibration_sha256 not in (None, tokens.sha256):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import lowbit
-from lowbit.calibrate.own import kept_own_text, own_text
+from lowbit.calibrate.own import kept_own_text, own_text, prompts_of
 from lowbit.errors import RecipeError
 from lowbit.models.source import open_source
 from tests.builders import calibration, save_family
@@ -28,6 +28,24 @@ def test_draws_follow_the_seed(source):
 def test_windows_longer_than_a_piece_hold_several(source, monkeypatch):
     monkeypatch.setattr("lowbit.calibrate.own.PIECE", 8)
     assert own_text(source, "cpu", torch.float32, (3, 20), 3).shape == (3, 20)
+
+
+@pytest.mark.parametrize("windows", [4, 5])
+def test_every_second_text_begins_with_the_dataset(source, windows):
+    dataset = calibration(6, 24).ids
+    prompts = prompts_of(dataset, windows, 5, 3)
+    runs = {tuple(piece) for row in dataset.unfold(1, 5, 1).tolist() for piece in row}
+    assert {tuple(row) for row in prompts.tolist()} <= runs
+    ids = own_text(source, "cpu", torch.float32, (windows, 12), 3, prompts)
+    begun = [tuple(row) in {tuple(prompt) for prompt in prompts.tolist()} for row in ids[:, :5].tolist()]
+    assert begun == [bool(place % 2) for place in range(windows)]
+
+
+def test_prompts_change_the_text_that_is_kept(source):
+    prompts = prompts_of(calibration(6, 24).ids, 4, 5, 3)
+    kept = [kept_own_text(source, "cpu", torch.float32, (4, 16), 1, {"m": "a"}, each) for each in (None, prompts)]
+    assert not torch.equal(*kept)
+    assert prompts_of(calibration(6, 24).ids, 4, 0, 3) is None
 
 
 def test_a_run_that_goes_on_finds_the_same_text(source, tmp_path, monkeypatch):
@@ -54,5 +72,7 @@ def test_a_run_calibrates_on_both(source, tmp_path):
     alone = lowbit.quantize(source.directory, tmp_path / "alone", **settings)
     both = lowbit.quantize(source.directory, tmp_path / "both", own_samples=4, **settings)
     assert alone.recipe.calibration_sha256 != both.recipe.calibration_sha256
+    begun = lowbit.quantize(source.directory, tmp_path / "begun", own_samples=4, own_prompt=8, **settings)
+    assert begun.recipe.calibration_sha256 != both.recipe.calibration_sha256
     with pytest.raises(RecipeError, match="own_samples is -1"):
         lowbit.quantize(source.directory, tmp_path / "none", own_samples=-1, **settings)
