@@ -114,7 +114,7 @@ for name in ALONE:
     OURS[f"{name}-own-codes"] = OURS[f"{name}-own"] | {"distill_codes": True}
     OURS[f"{name}-own-codes-160"] = OURS[f"{name}-own-codes"] | {"distill_steps": 160}
     OURS[f"{name}-wide"] = OURS[f"{name}-own-codes-160"] | {"own_samples": 512, "distill_tokens": 8192}
-    OURS[f"{name}-begun"] = OURS[f"{name}-wide"] | {"own_samples": 1024, "own_prompt": 32}
+    OURS[f"{name}-begun"] = OURS[f"{name}-wide"] | {"own_samples": 768, "own_prompt": 32}
     OURS[f"{name}-long"] = OURS[f"{name}-own-codes"] | {"own_samples": 512, "distill_steps": 640}
 THEIRS = {
     "llm-compressor-awq": "--method awq",
