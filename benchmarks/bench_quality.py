@@ -260,7 +260,7 @@ def row_of(text: str, found: Divergence) -> dict[str, Any]:
 
 
 def beside(lost: Divergence, name: str | None = None, other: Divergence | None = None) -> dict[str, Any]:
-    """What `lost` differs by from the method `name` on the same windows, in loss and divergence; {} without one."""
+    """The difference of `lost` to the method `name` on the same windows, in loss and divergence; {} without one."""
     if other is None:
         return {}
     delta, error = difference(lost.quantized, other.quantized)

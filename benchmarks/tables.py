@@ -169,6 +169,12 @@ GRIDS: tuple[tuple[str, str, str, str, str], ...] = (
     ("int8", "`gptq --head int8`", H200, "gptq-int8-head", "lowbit"),
     ("int8", "`int8 --kv-cache fp8`", H200, "int8-kv", "lowbit"),
     ("int8", "`int8 --kv-cache fp8-head`", H200, "int8-kv-head", "lowbit"),
+    ("int8", "`int8 --kv-cache fp8`, tuned", H200, "int8-kv-tuned", "lowbit"),
+)
+# Methods with the paired difference to another one on the same windows: weights, label, method, the other's label.
+PAIRED: tuple[tuple[str, str, str, str], ...] = (
+    ("int8", "`gptq --head int8`", "gptq-int8-head", "`gptq`"),
+    ("4.5 bits, mixed", "`gptq`", "gptq-mixture", "nvfp4-a16, `gptq`"),
 )
 LATER = 16  # windows of each text before those of `codes`
 TUNED: tuple[tuple[str, str, str, str], ...] = (
@@ -182,40 +188,45 @@ TUNED: tuple[tuple[str, str, str, str], ...] = (
 
 # Ours and other toolkits' beside one another on all windows, by an H200: model, weights, label, method, toolkit.
 OWN, OWN_CODES = "`best`", "`best --distill-codes`"  # with --own-samples 128
-ANNEALED, LONG = "annealed, 160 steps", "annealed, 640 steps"  # with tuned codes; 512 windows of own text, if long
+# With tuned codes. 512 windows of own text and 8192 tokens a step, if wide; 768 windows, half of them begun, if begun.
+ANNEALED, WIDE, BEGUN = "annealed", "annealed, wide", "annealed, wide, begun"
 LLAMA = "llama.cpp of llama-cpp-python 0.3.36"
 BESIDE: tuple[tuple[str, str, str, str, str], ...] = (
     ("demo", "int4-g64", OWN, "best-own", "lowbit"),
     ("demo", "int4-g64", OWN_CODES, "best-own-codes", "lowbit"),
     ("demo", "int4-g64", ANNEALED, "best-anneal-own-codes-160", "lowbit"),
-    ("demo", "int4-g64", LONG, "best-anneal-long", "lowbit"),
+    ("demo", "int4-g64", WIDE, "best-anneal-wide", "lowbit"),
     ("demo", "int4-g64", "AutoRound, 200", "autoround-200", ROUND),
     ("demo", "int3-g64", OWN, "w3g64-anneal-own", "lowbit"),
     ("demo", "int3-g64", OWN_CODES, "w3g64-anneal-own-codes", "lowbit"),
     ("demo", "int3-g64", "AutoRound, 200, extended", "autoround-w3g64-ext", ROUND),
     ("demo", "int3-g128", ANNEALED, "w3-anneal-own-codes-160", "lowbit"),
-    ("demo", "int3-g128", LONG, "w3-anneal-long", "lowbit"),
+    ("demo", "int3-g128", WIDE, "w3-anneal-wide", "lowbit"),
     ("demo", "int3-g128", "AutoRound, 200, extended", "autoround-w3-ext", ROUND),
     ("demo", "int2-g64", ANNEALED, "w2-anneal-own-codes-160", "lowbit"),
-    ("demo", "int2-g64", LONG, "w2-anneal-long", "lowbit"),
+    ("demo", "int2-g64", WIDE, "w2-anneal-wide", "lowbit"),
+    ("demo", "int2-g64", BEGUN, "w2-anneal-begun", "lowbit"),
     ("demo", "int2-g64", "AutoRound, 200, extended", "autoround-w2-ext", ROUND),
     ("demo", "nvfp4-a16", OWN, "nvfp4-best-own", "lowbit"),
     ("demo", "nvfp4-a16", OWN_CODES, "nvfp4-best-own-codes", "lowbit"),
     ("demo", "nvfp4-a16", ANNEALED, "nvfp4-anneal-own-codes-160", "lowbit"),
     ("demo", "nvfp4-a16", "AutoRound, 200", "autoround-nvfp4", ROUND),
     ("demo", "mxfp4-a16", OWN_CODES, "mxfp4-best-own-codes", "lowbit"),
-    ("demo", "mxfp4-a16", ANNEALED, "mxfp4-anneal-own-codes-160", "lowbit"),
+    ("demo", "mxfp4-a16", WIDE, "mxfp4-anneal-wide", "lowbit"),
     ("demo", "mxfp4-a16", "AutoRound, 200", "autoround-mxfp4", ROUND),
+    ("demo", "mxfp4-a16", "llm-compressor, GPTQ", "llm-compressor-mxfp4-gptq", PEER),
     ("demo", "fp8", OWN, "fp8-best-own", "lowbit"),
     ("demo", "fp8", "codes, 160 steps", "fp8-best-own-codes-160", "lowbit"),
     ("demo", "fp8", ANNEALED, "fp8-anneal-own-codes-160", "lowbit"),
     ("demo", "fp8", "llm-compressor", "llm-compressor-fp8", PEER),
-    ("pruned", "int4-g64", OWN, "best-own", "lowbit"),
-    ("pruned", "int4-g64", OWN_CODES, "best-own-codes", "lowbit"),
-    ("pruned", "int4-g64", ANNEALED, "best-anneal-own-codes-160", "lowbit"),
-    ("pruned", "int4-g64", "AutoRound, 200", "autoround-200", ROUND),
-    ("pruned", "nvfp4-a16", ANNEALED, "nvfp4-anneal-own-codes-160", "lowbit"),
-    ("pruned", "nvfp4-a16", "AutoRound, 200", "autoround-nvfp4", ROUND),
+    ("pruned-400", "int4-g64", WIDE, "best-anneal-wide", "lowbit"),
+    ("pruned-400", "int4-g64", "AutoRound, 200", "autoround-200", ROUND),
+    ("pruned-400", "int3-g128", WIDE, "w3-anneal-wide", "lowbit"),
+    ("pruned-400", "int3-g128", "AutoRound, 200, extended", "autoround-w3-ext", ROUND),
+    ("pruned-400", "int2-g64", WIDE, "w2-anneal-wide", "lowbit"),
+    ("pruned-400", "int2-g64", "AutoRound, 200, extended", "autoround-w2-ext", ROUND),
+    ("pruned-400", "nvfp4-a16", WIDE, "nvfp4-anneal-wide", "lowbit"),
+    ("pruned-400", "nvfp4-a16", "AutoRound, 200", "autoround-nvfp4", ROUND),
 )
 # The same of GGUF: llama.cpp's mixtures.
 LARGER = {("demo", "q3_k_m", "AutoRound, 200"): "AutoRound, 200, in 8% more bytes"}
@@ -293,6 +304,19 @@ def grids() -> str:
             lines.append(["" if scheme == before else scheme, label, *found])
             before = scheme
     return table("weights | by | WikiText-2 | documentation", lines)
+
+
+def paired() -> str:
+    """The differences of two methods on the same windows."""
+    lines = []
+    for weights, label, method, other in PAIRED:
+        for text, kind in (("wikitext", "WikiText-2"), ("builtin", "documentation")):
+            row = scored(on(H200, method, ASIDE), text)
+            if row is not None and "against" in row:
+                pairs = [(row[f"{key}_against"], row[f"{key}_se_against"]) for key in ("delta_nll", "kl")]
+                cells = [f"{mean:+.4f} ± {error:.4f}" for mean, error in pairs]
+                lines.append([weights, label, other, kind, str(row["windows"]), *cells])
+    return table("weights | by | less | text | windows | loss | divergence", lines)
 
 
 def mixtures() -> str:
@@ -1074,6 +1098,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "results": results,
     "methods": methods,
     "grids": grids,
+    "paired": paired,
     "mixtures": mixtures,
     "codes": codes,
     "beside": beside,
