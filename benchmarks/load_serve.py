@@ -52,7 +52,7 @@ BAD = (
     (b" " * (3 << 20), 413),
 )
 GROWTH = 0.02  # of the server's memory
-LEAVE = 10  # seconds for the children of a killed server to end
+LEAVE = 60  # seconds for the children of a killed server to end: 10 were too few at the lowest priority
 END = 120  # seconds for a server to end, on a machine with other work
 
 
