@@ -704,9 +704,14 @@ MUTANTS = {
         "AssertionError|the previous kernel had finished",
     ),
     "memory of a block that may not have begun": (
-        Mutant("decode_attention.cu", "  if (cluster) cluster_wait();\n  send", "  send"),
+        Mutant("decode_attention.cu", "  if (cluster) cluster_wait();\n  give", "  give"),
         (check_attention, range(40)),
         "AssertionError|before it had begun|after it had left",
+    ),
+    "a merge of what has not all come": (
+        Mutant("decode_attention.cu", "if (cluster) wait_for_messages(meeting.sent);\n  else", "if (!cluster)"),
+        (check_attention, range(40)),
+        "AssertionError|after it had left",
     ),
     "a row that sees those behind it": (
         Mutant("decode_attention.cu", "args.adjacent - 1 - columns.row_of(args, 2 * lane.member + h)", "0"),

@@ -232,12 +232,12 @@ MUTANTS = {
         "AssertionError|past the end of a tensor",
     ),
     "of equals not the first": (
-        Mutant("route_experts.cu", "better += values.keys[i] > mine;", "better += values.keys[i] >> 32 > mine >> 32;"),
+        Mutant("route_experts.cu", "better += keys.x > mine;", "better += keys.x >> 32 > mine >> 32;"),
         (check_route, range(80)),
         "AssertionError",
     ),
     "logits read before all blocks have sent theirs": (
-        Mutant("route_experts.cu", "if (cluster) cluster_sync();\n  else", "if (!cluster)"),
+        Mutant("route_experts.cu", "if (cluster) wait_for_messages(&values.sent);\n  else", "if (!cluster)"),
         (check_route, range(80)),
         "AssertionError|after it had left|before it had begun",
     ),

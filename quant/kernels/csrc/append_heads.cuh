@@ -49,7 +49,8 @@ __global__ void __launch_bounds__(kAppendThreads) append_heads_kernel(const __gr
   const int64_t place = is_q ? 0 : args.slots[row] * cache.kv_heads + kv_head;
   wait_for_previous_kernel();
   head.read(static_cast<const T*>(made.qkv) + static_cast<int64_t>(unit) * cache.head_dim, half, lane);
-  if (is_q || is_k) finish_head<Codes>(head, norm, weight, made.norm_eps, turns, half, lane);
+  if (is_q || is_k)
+    finish_head<Codes>(head, norm, weight, lanes_sum(squares_of(head), 32), made.norm_eps, turns, half, lane);
   if (is_q) {
     const Place into = {args.q, nullptr, static_cast<int64_t>(row) * args.heads + index, 0};
     return store_codes<T>(SameCache{}, head, into, half, lane);
@@ -116,7 +117,7 @@ __global__ void __launch_bounds__(kRowThreads, 4) append_rows_kernel(const __gri
       const void* norm = is_q ? made.q_norm : is_v ? nullptr : made.k_norm;
       Head<kEight> normed = head, weight;
       if (norm != nullptr) weight = read_eights(static_cast<const T*>(norm) + first, half);
-      norm_head(normed, weight, made.norm_eps, half, lanes);  // by whole warps
+      norm_head(normed, weight, lanes_sum(squares_of(head), lanes), made.norm_eps, half);  // by whole warps
       if (norm != nullptr) head = normed;
     }
     if (!is_v) rotate_head(head, turns);

@@ -16,6 +16,7 @@
 #include "declare.cuh"
 #include "dequant.cuh"
 #include "launch.cuh"
+#include "messages.cuh"
 #include "new_heads.cuh"
 #include "panels.cuh"
 #include "stamps.cuh"
@@ -453,93 +454,131 @@ __device__ void multiply_values(const Chunk<S>& chunk, const float (&weights)[4]
 template <typename S>
 struct Meeting {
   static constexpr int kGroups = S::kDim / kGroup;
-  float* out;  // (warp of the cluster, group, head, element)
+  static constexpr int kBarrier = 4;  // floats
+  uint64_t* sent;  // the barrier of what the cluster's blocks send
+  float* out;      // (warp of the cluster, group, head, element)
   float* maximum;
   float* sum;
+  float of_block, of_head;  // 1 / blocks, 1 / heads: a division costs 20 instructions
 
-  __device__ Meeting(float* memory, int heads) {
+  __device__ Meeting(float* memory, int most, int heads) {
     const int slots = gridDim.x * S::kWarps;
-    out = memory;
-    maximum = out + slots * groups_of_block(gridDim.x) * heads * kGroup;
-    sum = maximum + slots * heads;
+    sent = reinterpret_cast<uint64_t*>(memory);
+    out = memory + kBarrier;
+    maximum = out + slots * groups_of_block(gridDim.x) * most * kGroup;
+    sum = maximum + slots * most;
+    of_block = divide_fast(1.f, gridDim.x), of_head = divide_fast(1.f, heads);
   }
   __host__ __device__ static int groups_of_block(int blocks) { return (kGroups + blocks - 1) / blocks; }
   static size_t bytes(int blocks, int heads) {
-    return size_t(blocks) * S::kWarps * heads * (groups_of_block(blocks) * kGroup + 2) * sizeof(float);
+    return kBarrier * sizeof(float) +
+           size_t(blocks) * S::kWarps * heads * (groups_of_block(blocks) * kGroup + 2) * sizeof(float);
   }
+
+  // By one thread, before the cluster's blocks meet.
+  __device__ void expect(int heads) const {
+    const int groups = over(kGroups - 1 - static_cast<int>(blockIdx.x), of_block) + 1;
+    expect_messages(sent, gridDim.x * S::kWarps * heads * (groups * kGroup + 2) * sizeof(float));
+  }
+  // a / b of numbers below 1000, given 1 / b.
+  __device__ static int over(int a, float inverse) { return static_cast<int>((a + 0.5f) * inverse); }
 };
 
-// Sends part `part` (8 elements) of the lane's 2 kBlocks elements of head h to the block that merges them.
+// Gives four floats, or one, to a block: this one where there is no cluster.
 template <typename S>
-__device__ void send_part(const Meeting<S>& meeting, const Running<S>& running, Lane lane, int heads, int part, int h) {
-  const int blocks = gridDim.x, slot = blockIdx.x * S::kWarps + threadIdx.x / 32;
-  const int vector = part * kGroup / S::kValueVector * 8 + lane.group;
-  const int group = (vector * S::kValueVector + part * kGroup % S::kValueVector) / kGroup;
-  const int place = (slot * Meeting<S>::groups_of_block(blocks) + group / blocks) * heads + 2 * lane.member + h;
-  float values[kGroup];
-#pragma unroll
-  for (int i = 0; i < kGroup; ++i) {
-    const int element = part * kGroup + i;
-    values[i] = running.out[element % S::kBlocks][element / S::kBlocks * 2 + h];
-    if constexpr (S::kOffset)
-      values[i] = values[i] / S::Codes::unit_of(element % S::kPairs) - S::Codes::kOffset * running.out[S::kBlocks][h];
-  }
-  const uint32_t address = smem_address(&meeting.out[place * kGroup]);
-  write_cluster_floats(address, group % blocks, make_float4(values[0], values[1], values[2], values[3]));
-  write_cluster_floats(address + 16, group % blocks, make_float4(values[4], values[5], values[6], values[7]));
+__device__ void give(const Meeting<S>& meeting, float* target, int rank, float4 value) {
+  if (gridDim.x > 1) send_floats(target, rank, value, meeting.sent);
+  else *reinterpret_cast<float4*>(target) = value;
 }
 
 template <typename S>
-__device__ void send(const Meeting<S>& meeting, Running<S>& running, Lane lane, int heads) {
+__device__ void give(const Meeting<S>& meeting, float* target, int rank, float value) {
+  if (gridDim.x > 1) send_float(target, rank, value, meeting.sent);
+  else *target = value;
+}
+
+// Gives part `part` (8 elements) of the lane's 2 kBlocks elements of the heads below `heads` to the block that merges
+// them.
+template <typename S>
+__device__ void give_part(const Meeting<S>& meeting, const Running<S>& running, Lane lane, int heads, int part) {
+  const int blocks = gridDim.x, slot = blockIdx.x * S::kWarps + threadIdx.x / 32;
+  const int vector = part * kGroup / S::kValueVector * 8 + lane.group;
+  const int group = (vector * S::kValueVector + part * kGroup % S::kValueVector) / kGroup;
+  const int turn = Meeting<S>::over(group, meeting.of_block), rank = group - turn * blocks;
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    if (2 * lane.member + h >= heads) continue;
+    const int place = (slot * Meeting<S>::groups_of_block(blocks) + turn) * heads + 2 * lane.member + h;
+    float values[kGroup];
+#pragma unroll
+    for (int i = 0; i < kGroup; ++i) {
+      const int element = part * kGroup + i;
+      values[i] = running.out[element % S::kBlocks][element / S::kBlocks * 2 + h];
+      if constexpr (S::kOffset)
+        values[i] = values[i] / S::Codes::unit_of(element % S::kPairs) - S::Codes::kOffset * running.out[S::kBlocks][h];
+    }
+    float* target = &meeting.out[place * kGroup];
+    give(meeting, target, rank, make_float4(values[0], values[1], values[2], values[3]));
+    give(meeting, target + 4, rank, make_float4(values[4], values[5], values[6], values[7]));
+  }
+}
+
+template <typename S>
+__device__ void give_all(const Meeting<S>& meeting, Running<S>& running, Lane lane, int heads) {
   const int slot = blockIdx.x * S::kWarps + threadIdx.x / 32;
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
     for (int offset = 4; offset < 32; offset *= 2) running.sum[h] += __shfl_xor_sync(~0u, running.sum[h], offset);
-    if (2 * lane.member + h >= heads) continue;
+    if (2 * lane.member + h >= heads || lane.group >= gridDim.x) continue;
     const int place = slot * heads + 2 * lane.member + h;
-    if (lane.group < gridDim.x) {
-      write_cluster_float(smem_address(&meeting.maximum[place]), lane.group, running.maximum[h]);
-      write_cluster_float(smem_address(&meeting.sum[place]), lane.group, running.sum[h]);
-    }
-#pragma unroll
-    for (int part = 0; part < 2 * S::kBlocks / kGroup; ++part) send_part<S>(meeting, running, lane, heads, part, h);
+    give(meeting, &meeting.maximum[place], lane.group, running.maximum[h]);
+    give(meeting, &meeting.sum[place], lane.group, running.sum[h]);
   }
+#pragma unroll
+  for (int part = 0; part < 2 * S::kBlocks / kGroup; ++part) give_part<S>(meeting, running, lane, heads, part);
 }
 
-// The weight of a head's sink, relative to 2^maximum. first_head counts the heads of all rows.
+// The weight of a row's head's sink, relative to 2^maximum.
 template <typename T>
-__device__ float sink_weight(const DecodeAttentionArgs& args, int64_t head, float maximum) {
-  const float sink = to_float(static_cast<const T*>(args.sinks)[head % args.heads]);
+__device__ float sink_weight(const DecodeAttentionArgs& args, int head, float maximum) {
+  const float sink = to_float(static_cast<const T*>(args.sinks)[head]);
   return exp2_fast(sink * kLog2E - maximum);
 }
 
-// Merges the block's elements of the result from all warps' contributions.
+// Merges the block's elements of the result from all warps' contributions. A thread has four elements: the weights of
+// warps are the same for all of a head.
 template <typename S>
 __device__ void merge(const DecodeAttentionArgs& args, const Meeting<S>& meeting, const Columns& columns) {
   using T = typename S::T;
+  constexpr int kFours = kGroup / 4;
   const int heads = columns.count;
   const int blocks = gridDim.x, slots = blocks * S::kWarps, groups = Meeting<S>::groups_of_block(blocks);
   float v_scale = 1.f;
   if constexpr (S::Codes::kHeadScales)
     v_scale = __ldg(static_cast<const float*>(args.cache.v_scales) + columns.kv_head);
-  for (int i = threadIdx.x; i < groups * heads * kGroup; i += S::kThreads) {
-    const int head = i / kGroup % heads, group = i / kGroup / heads * blocks + blockIdx.x;
-    const int d = group * kGroup + i % kGroup;
+  for (int i = threadIdx.x; i < groups * heads * kFours; i += S::kThreads) {
+    const int turn = Meeting<S>::over(i / kFours, meeting.of_head), head = i / kFours - turn * heads;
+    const int d = (turn * blocks + blockIdx.x) * kGroup + i % kFours * 4;
     if (d >= args.cache.head_dim) continue;
-    float maximum = kNothing, sum = 0.f, out = 0.f;
+    float maximum = kNothing, sum = 0.f, out[4] = {};
 #pragma unroll 8
     for (int slot = 0; slot < slots; ++slot) maximum = fmaxf(maximum, meeting.maximum[slot * heads + head]);
-#pragma unroll 8
+#pragma unroll 4
     for (int slot = 0; slot < slots; ++slot) {
       const float weight = exp2_fast(meeting.maximum[slot * heads + head] - maximum);
+      const float4 part = reinterpret_cast<const float4*>(meeting.out)[slot * groups * heads * kFours + i];
       sum += weight * meeting.sum[slot * heads + head];
-      out += weight * meeting.out[slot * groups * heads * kGroup + i];
+      out[0] += weight * part.x, out[1] += weight * part.y, out[2] += weight * part.z, out[3] += weight * part.w;
     }
-    if (args.sinks != nullptr) sum += sink_weight<T>(args, columns.head_of(args, head), maximum);
+    const int own_head = columns.own_head_of(args, head);
+    if (args.sinks != nullptr) sum += sink_weight<T>(args, own_head, maximum);
     const int row = static_cast<int>(columns.first_row) + columns.row_of(args, head);
-    const int place = columns.own_head_of(args, head) * args.cache.head_dim + d;
+    const int place = own_head * args.cache.head_dim + d;
     const int64_t index = input_index(args.out_panel, row, args.heads * args.cache.head_dim, place);
-    static_cast<T*>(args.out)[index] = from_float<T>(out / sum * v_scale);
+    const float factor = v_scale / sum;
+    alignas(8) T rounded[4];
+    for (int e = 0; e < 4; ++e) rounded[e] = from_float<T>(out[e] * factor);
+    *reinterpret_cast<uint2*>(static_cast<T*>(args.out) + index) = *reinterpret_cast<const uint2*>(rounded);
   }
 }
 
@@ -586,31 +625,41 @@ struct NewHeads {
     return first + args.heads + (index - columns.count) * kv_heads + columns.kv_head;
   }
 
-  // Fills the block's memory, which holds once its threads have met.
+  // Fills the block's memory, which holds once its threads have met. A warp's sums over its lanes, of all its heads,
+  // go on side by side.
   __device__ void make() {
     const int half = span.head_dim / 2, lane = threadIdx.x % 32, count = columns.count + (owns ? 2 : 0);
     Head<kPairs> heads[kRounds];
+    float squares[kRounds];
 #pragma unroll
     for (int i = 0; i < kRounds; ++i) {
-      const int index = threadIdx.x / 32 + i * S::kWarps;
-      if (index < count)
-        heads[i].read(static_cast<const T*>(args.made.qkv) + source_of(index) * span.head_dim, half, lane);
+      const int index = min(static_cast<int>(threadIdx.x) / 32 + i * S::kWarps, count - 1);
+      heads[i].read(static_cast<const T*>(args.made.qkv) + source_of(index) * span.head_dim, half, lane);
     }
 #pragma unroll
+    for (int i = 0; i < kRounds; ++i) squares[i] = squares_of(heads[i]);
+    if (args.made.q_norm != nullptr || args.made.k_norm != nullptr) sum_over_lanes(squares);
+#pragma unroll
     for (int i = 0; i < kRounds; ++i) {
       const int index = threadIdx.x / 32 + i * S::kWarps;
-      if (index < count) finish(heads[i], index, half, lane);
+      if (index < count) finish(heads[i], index, squares[i], half, lane);
     }
   }
 
-  __device__ void finish(Head<kPairs>& head, int index, int half, int lane) {
+  __device__ static void sum_over_lanes(float (&values)[kRounds]) {
+#pragma unroll
+    for (int offset = 16; offset > 0; offset /= 2)
+      for (float& value : values) value += __shfl_xor_sync(~0u, value, offset);
+  }
+
+  __device__ void finish(Head<kPairs>& head, int index, float squares, int half, int lane) {
     const NewHeadsArgs& made = args.made;
     if (index < columns.count) {
-      finish_head<Codes>(head, made.q_norm, q_norm, made.norm_eps, turns, half, lane);
+      finish_head<Codes>(head, made.q_norm, q_norm, squares, made.norm_eps, turns, half, lane);
       return store_codes<T>(SameCache{}, head, {memory.q[index], nullptr, 0, 0}, half, lane);
     }
     const bool is_k = index == columns.count;
-    if (is_k) finish_head<Codes>(head, made.k_norm, k_norm, made.norm_eps, turns, half, lane);
+    if (is_k) finish_head<Codes>(head, made.k_norm, k_norm, squares, made.norm_eps, turns, half, lane);
     void* scales = &memory.scales[is_k ? 0 : 1];
     if constexpr (Codes::kHeadScales) scales = is_k ? args.cache.k_scales : args.cache.v_scales;
     store_codes<T>(Codes{}, head, {is_k ? memory.k : memory.v, scales, 0, columns.kv_head}, half, lane);
@@ -620,11 +669,13 @@ struct NewHeads {
   __device__ void append() const {
     if (!owns || columns.first > 0) return;
     const int vectors = span.head_dim * S::kBits / 128, row = span.settled;
+#pragma unroll 1
     for (int i = threadIdx.x; i < 2 * vectors; i += S::kThreads) {
       const bool is_k = i < vectors;
+      const int vector = is_k ? i : i - vectors;
       const char* target = (is_k ? span.k : span.v) + span.bytes_to(row);
-      reinterpret_cast<uint4*>(const_cast<char*>(target))[i % vectors] =
-          reinterpret_cast<const uint4*>(is_k ? memory.k : memory.v)[i % vectors];
+      reinterpret_cast<uint4*>(const_cast<char*>(target))[vector] =
+          reinterpret_cast<const uint4*>(is_k ? memory.k : memory.v)[vector];
     }
     if constexpr (Codes::kTokenScales) {
       const void* scales = threadIdx.x == 0 ? span.k_scales : span.v_scales;
@@ -740,7 +791,6 @@ __device__ void attend_span(const DecodeAttentionArgs& args, const Span& span, L
     lengths[h] = span.length - (args.adjacent - 1 - columns.row_of(args, 2 * lane.member + h));
   for (; first < span.length; first += S::kTogether * step)
     attend_chunks<S>(args, span, lane, heads, q, lengths, first, step, chunks, running);
-  heads.append();
 }
 
 template <typename S>
@@ -748,12 +798,15 @@ __global__ void __launch_bounds__(S::kThreads, S::kMinBlocks)
     decode_attention_kernel(const __grid_constant__ DecodeAttentionArgs args) {
   LOWBIT_DYNAMIC_SHARED(float, memory);
   const Columns columns(args);
-  const Meeting<S> meeting(memory + Heads<S>::kBytes / sizeof(float), columns.most);
+  const Meeting<S> meeting(memory + Heads<S>::kBytes / sizeof(float), columns.most, columns.count);
   const Lane lane;
   stamp(Stage::kBegun);
   allow_next_kernel();
   const bool cluster = gridDim.x > 1;
-  if (cluster) cluster_arrive_relaxed();  // other blocks may write to a block's memory once it has started
+  if (cluster) {
+    if (threadIdx.x == 0) meeting.expect(columns.count);
+    cluster_arrive_relaxed();  // other blocks may write to a block's memory once it has started
+  }
 
   // positions and starts are inputs of the step, not of the previous kernel: they are read before it has finished
   const Span span = span_of<S>(args, columns.kv_head);
@@ -763,8 +816,9 @@ __global__ void __launch_bounds__(S::kThreads, S::kMinBlocks)
 
   stamp(Stage::kComputed);
   if (cluster) cluster_wait();
-  send<S>(meeting, running, lane, columns.count);
-  if (cluster) cluster_sync();
+  give_all<S>(meeting, running, lane, columns.count);
+  heads.append();  // while these are on their way
+  if (cluster) wait_for_messages(meeting.sent);
   else __syncthreads();
   merge<S>(args, meeting, columns);
   leave_stamps(args.heads, args.cache.head_dim);

@@ -81,12 +81,18 @@ __device__ Head<kPairs> read_turns(const NewHeadsArgs& args, int row, int half, 
   return turns;
 }
 
-// The RMS norm of a head, whose weight the lane has. `lanes` of the warp share the head.
+// A lane's part of a head's sum of squares.
 template <int kPairs>
-__device__ void norm_head(Head<kPairs>& head, const Head<kPairs>& weight, float eps, int half, int lanes = 32) {
+__device__ float squares_of(const Head<kPairs>& head) {
   float sum = 0.f;
   for (int i = 0; i < kPairs; ++i) sum += head.low[i] * head.low[i] + head.high[i] * head.high[i];
-  const float factor = rsqrtf(lanes_sum(sum, lanes) / (2 * half) + eps);
+  return sum;
+}
+
+// The RMS norm of a head, whose weight the lane has, and whose squares sum up to `squares`.
+template <int kPairs>
+__device__ void norm_head(Head<kPairs>& head, const Head<kPairs>& weight, float squares, float eps, int half) {
+  const float factor = rsqrtf(squares / (2 * half) + eps);
   for (int i = 0; i < kPairs; ++i) {
     head.low[i] *= factor * weight.low[i];
     head.high[i] *= factor * weight.high[i];
@@ -214,11 +220,11 @@ __device__ void store_codes(Int4Cache, const Head<kPairs>& head, const Place& pl
   store_nibbles(head.high, divisor, words + half / 8, half, lane);
 }
 
-// Norm and rotation of a head of q or k.
+// Norm and rotation of a head of q or k, whose squares sum up to `squares`.
 template <typename Codes, int kPairs>
-__device__ void finish_head(Head<kPairs>& head, const void* norm, const Head<kPairs>& weight, float eps,
+__device__ void finish_head(Head<kPairs>& head, const void* norm, const Head<kPairs>& weight, float squares, float eps,
                             const Head<kPairs>& turns, int half, int lane) {
-  if (norm != nullptr) norm_head(head, weight, eps, half);
+  if (norm != nullptr) norm_head(head, weight, squares, eps, half);
   rotate_head(head, turns);
   if (Codes::kRotated) turn_head(head, half, lane);
 }

@@ -8,6 +8,7 @@
 #include "declare.cuh"
 #include "deferred_norm.cuh"
 #include "launch.cuh"
+#include "messages.cuh"
 #include "stamps.cuh"
 
 namespace lowbit {
@@ -54,9 +55,10 @@ constexpr float kLeastSum = 1e-20f;  // added to sums that divide
 
 // The numbers of a row, in the first block's memory.
 struct Row {
+  uint64_t sent;  // the barrier of logits from all blocks
   float logits[kMostExperts];
   float ranks[kMostExperts];
-  uint64_t keys[kMostExperts];
+  alignas(16) uint64_t keys[kMostExperts];
   float weights[kMostTop];  // of the chosen, before they are divided
 };
 
@@ -78,6 +80,7 @@ __device__ float dot(const uint4& a, const uint4& b, float sum) {
 template <typename T>
 struct Weights {
   uint4 values[kPair][kVectors];
+  float biases[kPair];
 
   __device__ void read(const RouteExpertsArgs& args, int first, int end, int begin) {
 #pragma unroll
@@ -85,6 +88,7 @@ struct Weights {
       const int expert = first + e * kWarps < end ? first + e * kWarps : first;
       const T* weight = static_cast<const T*>(args.weight) + static_cast<int64_t>(expert) * args.k;
       const uint4* vectors = reinterpret_cast<const uint4*>(weight);
+      biases[e] = args.bias == nullptr ? 0.f : to_float(static_cast<const T*>(args.bias)[expert]);
 #pragma unroll
       for (int i = 0; i < kVectors; ++i) {
         const int at = begin + threadIdx.x % 32 + 32 * i;
@@ -94,32 +98,43 @@ struct Weights {
   }
 };
 
-// The logits of two experts, by a warp, whose first weights have been read; in the order of inputs.
+// As many of a row's.
 template <typename T>
-__device__ float2 logits_of(const RouteExpertsArgs& args, int row, int first, int end, Weights<T>& weights) {
-  const uint4* x = reinterpret_cast<const uint4*>(static_cast<const T*>(args.x) + static_cast<int64_t>(row) * args.k);
-  float sums[kPair] = {};
-  for (int begin = 0; begin < args.k / 8; begin += 32 * kVectors) {
-    if (begin > 0) weights.read(args, first, end, begin);
-    uint4 inputs[kVectors];
+struct Inputs {
+  uint4 values[kVectors];
+
+  __device__ void read(const RouteExpertsArgs& args, int row, int begin) {
+    const uint4* x = reinterpret_cast<const uint4*>(static_cast<const T*>(args.x) + static_cast<int64_t>(row) * args.k);
 #pragma unroll
     for (int i = 0; i < kVectors; ++i) {
       const int at = begin + threadIdx.x % 32 + 32 * i;
-      if (at < args.k / 8) inputs[i] = __ldcg(x + at);
+      if (at < args.k / 8) values[i] = __ldcg(x + at);
+    }
+  }
+};
+
+// The products of a row with two experts, by a warp, whose first weights and inputs have been read; in the order of
+// inputs.
+template <typename T>
+__device__ float2 products_of(const RouteExpertsArgs& args, int row, int first, int end, Weights<T>& weights,
+                              Inputs<T>& inputs) {
+  float sums[kPair] = {};
+  for (int begin = 0; begin < args.k / 8; begin += 32 * kVectors) {
+    if (begin > 0) {
+      weights.read(args, first, end, begin);
+      inputs.read(args, row, begin);
     }
 #pragma unroll
     for (int i = 0; i < kVectors; ++i)
       if (begin + threadIdx.x % 32 + 32 * i < args.k / 8)
-        for (int e = 0; e < kPair; ++e) sums[e] = dot<T>(inputs[i], weights.values[e][i], sums[e]);
+        for (int e = 0; e < kPair; ++e) sums[e] = dot<T>(inputs.values[i], weights.values[e][i], sums[e]);
   }
   return make_float2(sum_of_warp(sums[0]), sum_of_warp(sums[1]));
 }
 
-// Sends a logit to the first block.
-template <typename T>
-__device__ void send_logit(const RouteExpertsArgs& args, int expert, float logit, Row& values) {
-  if (args.bias != nullptr) logit += to_float(static_cast<const T*>(args.bias)[expert]);
-  if (gridDim.x > 1) write_cluster_float(smem_address(&values.logits[expert]), 0, logit);
+// Gives a logit to the first block.
+__device__ inline void give_logit(int expert, float logit, Row& values) {
+  if (gridDim.x > 1) send_float(&values.logits[expert], 0, logit, &values.sent);
   else values.logits[expert] = logit;
 }
 
@@ -180,6 +195,18 @@ __device__ inline void make_keys(const RouteExpertsArgs& args, const Softmax& so
     row.keys[i] = used >> (i / size) & 1 ? candidate_of(row.ranks[i], i) : 0;
 }
 
+// The number of keys above `mine`, by two threads that share an expert. Keys are read two at a time.
+__device__ inline int count_better(const Row& row, int experts, uint64_t mine) {
+  int better = 0;
+#pragma unroll 8
+  for (int i = threadIdx.x % 2 * 2; i < experts; i += 4) {
+    const ulonglong2 keys = *reinterpret_cast<const ulonglong2*>(row.keys + i);
+    better += keys.x > mine;
+    better += i + 1 < experts && keys.y > mine;
+  }
+  return better + __shfl_xor_sync(~0u, better, 1);
+}
+
 // Writes the experts and their weights, best first. By the first block.
 __device__ inline void choose(const RouteExpertsArgs& args, int row, Row& values) {
   const Softmax softmax(args, values.logits);
@@ -188,10 +215,7 @@ __device__ inline void choose(const RouteExpertsArgs& args, int row, Row& values
   for (int first = 0; first < args.experts; first += kThreads / 2) {  // two threads share an expert
     const int expert = first + threadIdx.x / 2;
     const uint64_t mine = expert < args.experts ? values.keys[expert] : 0;
-    int better = 0;
-#pragma unroll 8
-    for (int i = threadIdx.x % 2; i < args.experts; i += 2) better += values.keys[i] > mine;
-    better += __shfl_xor_sync(~0u, better, 1);
+    const int better = count_better(values, args.experts, mine);
     if (mine == 0 || better >= args.top || threadIdx.x % 2 > 0) continue;
     args.experts_of_rows[row * args.top + better] = expert;
     // of "chosen" the logit, until the best is known
@@ -214,29 +238,38 @@ __global__ void __launch_bounds__(kThreads) route_experts_kernel(const __grid_co
   const int begin = args.experts * blockIdx.x / gridDim.x, end = args.experts * (blockIdx.x + 1) / gridDim.x;
   stamp(Stage::kBegun);
   allow_next_kernel();
-  if (cluster) cluster_arrive();  // other blocks may write to a block's memory once it has started
+  if (cluster) {
+    if (blockIdx.x == 0 && threadIdx.x == 0) expect_messages(&values.sent, args.experts * sizeof(float));
+    cluster_arrive_relaxed();  // other blocks may write to a block's memory once it has started
+  }
   Weights<T> weights;
   if (begin + warp < end) weights.read(args, begin + warp, end, 0);
   wait_for_previous_kernel();
   stamp(Stage::kWaited);
+  if (cluster) cluster_wait();
+  Inputs<T> inputs;
+  inputs.read(args, row, 0);  // on their way beside the squares
   float inverse = 1.f;
   if (args.x_squares != nullptr) {
     const float* squares = args.x_squares + static_cast<int64_t>(row) * args.x_parts;
     const auto four_at = [&](int i) { return __ldcg(reinterpret_cast<const float4*>(squares + i)); };
     inverse = inverse_deviation(args.x_parts, args.norm_eps, four_at);
   }
-  if (cluster) cluster_wait();
   for (int first = begin + warp; first < end; first += kPair * kWarps) {
-    if (first > begin + warp) weights.read(args, first, end, 0);
-    const float2 logits = logits_of<T>(args, row, first, end, weights);
+    if (first > begin + warp) {
+      weights.read(args, first, end, 0);
+      inputs.read(args, row, 0);
+    }
+    const float2 products = products_of<T>(args, row, first, end, weights, inputs);
     if (threadIdx.x % 32 > 0) continue;
-    send_logit<T>(args, first, logits.x * inverse, values);
-    if (first + kWarps < end) send_logit<T>(args, first + kWarps, logits.y * inverse, values);
+    give_logit(first, products.x * inverse + weights.biases[0], values);
+    if (first + kWarps < end) give_logit(first + kWarps, products.y * inverse + weights.biases[1], values);
   }
-  if (cluster) cluster_sync();
-  else __syncthreads();
   stamp(Stage::kComputed);
-  if (blockIdx.x == 0) choose(args, row, values);
+  if (blockIdx.x > 0) return leave_stamps(args.experts, args.k);
+  if (cluster) wait_for_messages(&values.sent);
+  else __syncthreads();
+  choose(args, row, values);
   leave_stamps(args.experts, args.k);
 }
 

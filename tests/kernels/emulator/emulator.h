@@ -61,6 +61,8 @@ void barrier_init(uint32_t barrier, int arrivals);
 void barrier_arrive(uint32_t barrier, uint32_t bytes);
 void barrier_wait(uint32_t barrier, uint32_t parity);
 void copy(const Copy& copy);
+// Writes to the memory of block `rank` of the cluster, whose barrier counts the bytes.
+void send(uint32_t target, const void* source, uint32_t bytes, uint32_t barrier, uint32_t rank);
 // A thread's own copies of 16 bytes: the target holds NaN until the thread waits for them all.
 void copy_mine(uint32_t target, uint4 value);
 void wait_for_mine();

@@ -442,6 +442,13 @@ void copy(const Copy& copy) {
   ++progress;
 }
 
+void send(uint32_t target, const void* source, uint32_t bytes, uint32_t address, uint32_t rank) {
+  memcpy(shared_at(target, bytes, rank), source, bytes);
+  Barrier& barrier = barrier_at(cluster->blocks[rank], address);
+  barrier.bytes -= bytes;
+  settle(barrier);
+}
+
 void copy_mine(uint32_t target, uint4 value) {
   memset(shared_at(target, 16), 0xff, 16);
   fiber->copies.emplace_back(target, value);
