@@ -99,6 +99,21 @@ METHODS = {
             cost="the whole model's gradients: the most time and memory of all",
             use="4 bits of a model that many will use",
         ),
+        Method(
+            "finest",
+            "annealed rounding, then codes, scales and norms tuned, on own text too",
+            {
+                "rounder": "anneal",
+                "anneal_steps": 100,
+                "clip": True,
+                "distill_steps": 160,
+                "distill_codes": True,
+                "distill_tokens": 8192,
+                "own_samples": 512,
+            },
+            cost="a GPU that holds the model, and 16 bytes a weight besides",
+            use="2 to 4 bits, where the least loss is worth minutes of a GPU",
+        ),
     )
 }
 WEIGHTS_ALONE = {"mxfp4": "mxfp4-a16", "nvfp4": "nvfp4-a16"}  # in formats whose mixtures have these names

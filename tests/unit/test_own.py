@@ -1,5 +1,7 @@
 """calibrate/own.py: the model's own text is its own draws, kept for a run that goes on, and spread among the others."""
 
+import json
+
 import pytest
 import torch
 
@@ -76,3 +78,12 @@ def test_a_run_calibrates_on_both(source, tmp_path):
     assert begun.recipe.calibration_sha256 != both.recipe.calibration_sha256
     with pytest.raises(RecipeError, match="own_samples is -1"):
         lowbit.quantize(source.directory, tmp_path / "none", own_samples=-1, **settings)
+
+
+def test_the_finest_method_tunes_codes_on_own_text(source, tmp_path):
+    few = {"num_samples": 4, "own_samples": 4, "seqlen": 32, "anneal_steps": 2, "distill_steps": 3, "eval_windows": 0}
+    done = lowbit.quantize(source.directory, tmp_path / "out", method="finest", group_size=32, **few)
+    assert done.recipe.distill_codes
+    assert done.recipe.rounder == "anneal"
+    assert done.recipe.own_samples == 4
+    assert len(json.loads((tmp_path / "out" / "quantization_report.json").read_text())["distilled"]) == 3
