@@ -107,15 +107,17 @@ OURS |= {
 }
 OURS |= {f"{name}-anneal": ANNEALED | {"scheme": name, "format": "gguf"} for name in MIXTURES}
 OURS |= {"best-200": OURS["best"] | {"iters": 200}, "best-anneal": ANNEALED | W4}
-# Calibrated on the model's own text besides, with and without tuned codes, and with more text and steps of tuning.
+# Calibrated on the model's own text besides, with and without tuned codes, and with more steps of tuning.
 ALONE = [name for name in OURS if name in ("best", "best-200") or name.endswith(("-anneal", "-best"))]
 for name in ALONE:
     OURS[f"{name}-own"] = OURS[name] | {"own_samples": 128}
     OURS[f"{name}-own-codes"] = OURS[f"{name}-own"] | {"distill_codes": True}
     OURS[f"{name}-own-codes-160"] = OURS[f"{name}-own-codes"] | {"distill_steps": 160}
-    OURS[f"{name}-wide"] = OURS[f"{name}-own-codes-160"] | {"own_samples": 512, "distill_tokens": 8192}
-    OURS[f"{name}-begun"] = OURS[f"{name}-wide"] | {"own_samples": 768, "own_prompt": 32}
-    OURS[f"{name}-long"] = OURS[f"{name}-own-codes"] | {"own_samples": 512, "distill_steps": 640}
+# All of this by one word, and with more text, of which half begins with the dataset's.
+OURS |= {f"{name}-finest": {"method": "finest", "scheme": scheme} for name, scheme in SCHEMES.items()}
+OURS |= {f"{name}-finest": {"method": "finest", "scheme": name, "format": "gguf"} for name in MIXTURES}
+OURS |= {"finest": {"method": "finest"} | W4}
+OURS["w2-finest-begun"] = OURS["w2-finest"] | {"own_samples": 768, "own_prompt": 32}
 THEIRS = {
     "llm-compressor-awq": "--method awq",
     "llm-compressor-gptq": "--method gptq",

@@ -188,44 +188,43 @@ TUNED: tuple[tuple[str, str, str, str], ...] = (
 
 # Ours and other toolkits' beside one another on all windows, by an H200: model, weights, label, method, toolkit.
 OWN, OWN_CODES = "`best`", "`best --distill-codes`"  # with --own-samples 128
-# With tuned codes. 512 windows of own text and 8192 tokens a step, if wide; 768 windows, half of them begun, if begun.
-ANNEALED, WIDE, BEGUN = "annealed", "annealed, wide", "annealed, wide, begun"
+ANNEALED, FINEST = "annealed", "`finest`"  # with tuned codes
 LLAMA = "llama.cpp of llama-cpp-python 0.3.36"
 BESIDE: tuple[tuple[str, str, str, str, str], ...] = (
     ("demo", "int4-g64", OWN, "best-own", "lowbit"),
     ("demo", "int4-g64", OWN_CODES, "best-own-codes", "lowbit"),
     ("demo", "int4-g64", ANNEALED, "best-anneal-own-codes-160", "lowbit"),
-    ("demo", "int4-g64", WIDE, "best-anneal-wide", "lowbit"),
+    ("demo", "int4-g64", FINEST, "finest", "lowbit"),
     ("demo", "int4-g64", "AutoRound, 200", "autoround-200", ROUND),
     ("demo", "int3-g64", OWN, "w3g64-anneal-own", "lowbit"),
     ("demo", "int3-g64", OWN_CODES, "w3g64-anneal-own-codes", "lowbit"),
     ("demo", "int3-g64", "AutoRound, 200, extended", "autoround-w3g64-ext", ROUND),
     ("demo", "int3-g128", ANNEALED, "w3-anneal-own-codes-160", "lowbit"),
-    ("demo", "int3-g128", WIDE, "w3-anneal-wide", "lowbit"),
+    ("demo", "int3-g128", FINEST, "w3-finest", "lowbit"),
     ("demo", "int3-g128", "AutoRound, 200, extended", "autoround-w3-ext", ROUND),
     ("demo", "int2-g64", ANNEALED, "w2-anneal-own-codes-160", "lowbit"),
-    ("demo", "int2-g64", WIDE, "w2-anneal-wide", "lowbit"),
-    ("demo", "int2-g64", BEGUN, "w2-anneal-begun", "lowbit"),
+    ("demo", "int2-g64", FINEST, "w2-finest", "lowbit"),
+    ("demo", "int2-g64", "`finest --own-samples 768 --own-prompt 32`", "w2-finest-begun", "lowbit"),
     ("demo", "int2-g64", "AutoRound, 200, extended", "autoround-w2-ext", ROUND),
     ("demo", "nvfp4-a16", OWN, "nvfp4-best-own", "lowbit"),
     ("demo", "nvfp4-a16", OWN_CODES, "nvfp4-best-own-codes", "lowbit"),
     ("demo", "nvfp4-a16", ANNEALED, "nvfp4-anneal-own-codes-160", "lowbit"),
     ("demo", "nvfp4-a16", "AutoRound, 200", "autoround-nvfp4", ROUND),
     ("demo", "mxfp4-a16", OWN_CODES, "mxfp4-best-own-codes", "lowbit"),
-    ("demo", "mxfp4-a16", WIDE, "mxfp4-anneal-wide", "lowbit"),
+    ("demo", "mxfp4-a16", FINEST, "mxfp4-finest", "lowbit"),
     ("demo", "mxfp4-a16", "AutoRound, 200", "autoround-mxfp4", ROUND),
     ("demo", "mxfp4-a16", "llm-compressor, GPTQ", "llm-compressor-mxfp4-gptq", PEER),
     ("demo", "fp8", OWN, "fp8-best-own", "lowbit"),
     ("demo", "fp8", "codes, 160 steps", "fp8-best-own-codes-160", "lowbit"),
     ("demo", "fp8", ANNEALED, "fp8-anneal-own-codes-160", "lowbit"),
     ("demo", "fp8", "llm-compressor", "llm-compressor-fp8", PEER),
-    ("pruned-400", "int4-g64", WIDE, "best-anneal-wide", "lowbit"),
+    ("pruned-400", "int4-g64", FINEST, "finest", "lowbit"),
     ("pruned-400", "int4-g64", "AutoRound, 200", "autoround-200", ROUND),
-    ("pruned-400", "int3-g128", WIDE, "w3-anneal-wide", "lowbit"),
+    ("pruned-400", "int3-g128", FINEST, "w3-finest", "lowbit"),
     ("pruned-400", "int3-g128", "AutoRound, 200, extended", "autoround-w3-ext", ROUND),
-    ("pruned-400", "int2-g64", WIDE, "w2-anneal-wide", "lowbit"),
+    ("pruned-400", "int2-g64", FINEST, "w2-finest", "lowbit"),
     ("pruned-400", "int2-g64", "AutoRound, 200, extended", "autoround-w2-ext", ROUND),
-    ("pruned-400", "nvfp4-a16", WIDE, "nvfp4-anneal-wide", "lowbit"),
+    ("pruned-400", "nvfp4-a16", FINEST, "nvfp4-finest", "lowbit"),
     ("pruned-400", "nvfp4-a16", "AutoRound, 200", "autoround-nvfp4", ROUND),
 )
 # The same of GGUF: llama.cpp's mixtures.
