@@ -1048,10 +1048,10 @@ CHOICES = (
     "int4-g128",
 )
 CHOICES += ("mxfp4-a16", "int3-g128", "int2-g64")
-NAMED_BY = re.compile(r"scheme[= ](\S+)|--bits (\d) --group-size (\d+)")
+NAMED_BY = re.compile(r"scheme[= ](\S+)|(?:--)?bits[= ](\d) (?:--)?group[-_]size[= ](\d+)")
 INTEGERS_BY = {"int8": "int8", "smoothquant": "int8-a8", "fp8": "fp8"}  # methods that name their scheme
 SHAPE = "llama2-7b"
-SHOWN = (None, "3444ccb", "ff315dd", "94ceede", "ee692f7")  # commits of the rows that `schemes` shows
+SHOWN = (None, "3444ccb", "ff315dd", "94ceede", "ee692f7", "4c09b55")  # commits of the rows that `schemes` shows
 
 
 def scheme_of(row: Row) -> str | None:
@@ -1084,7 +1084,7 @@ def schemes() -> str:
             row for row in losses if row["text"].lower().startswith("wikitext") and row["calibration"] in ("text", None)
         ]
         decoded = shown("decode", method=speeds[name], **alike) if name in speeds else []
-        losses = [row for row in losses if not row["method"].endswith("-codes")]  # they learned the text's kind
+        losses = [row for row in losses if "-codes" not in row["method"]]  # they learned the text's kind
         best = min(losses, key=lambda row: row["delta_nll"], default=None)
         cost = f"{loss(best)}, `{best['method']}`" if best else "0" if name == "bfloat16" else ""
         if cost or decoded:
