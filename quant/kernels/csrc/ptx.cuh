@@ -231,7 +231,7 @@ __device__ inline float read_cluster_float(uint32_t smem, uint32_t rank) {
   return value;
 }
 
-// Writes four floats, or one, to `smem` in the shared memory of block `rank` of this cluster, which must have started.
+// Writes four floats to `smem` in the shared memory of block `rank` of this cluster, which must have started.
 __device__ inline void write_cluster_floats(uint32_t smem, uint32_t rank, float4 value) {
 #if __CUDA_ARCH__ >= 900
   uint32_t remote;
@@ -243,16 +243,6 @@ __device__ inline void write_cluster_floats(uint32_t smem, uint32_t rank, float4
   asm volatile("st.shared.v4.f32 [%0], {%1,%2,%3,%4};" ::"r"(smem), "f"(value.x), "f"(value.y), "f"(value.z),
                "f"(value.w)
                : "memory");
-#endif
-}
-
-__device__ inline void write_cluster_float(uint32_t smem, uint32_t rank, float value) {
-#if __CUDA_ARCH__ >= 900
-  uint32_t remote;
-  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(smem), "r"(rank));
-  asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(remote), "f"(value) : "memory");
-#else
-  asm volatile("st.shared.f32 [%0], %1;" ::"r"(smem), "f"(value) : "memory");
 #endif
 }
 

@@ -61,9 +61,6 @@ inline float read_cluster_float(uint32_t smem, uint32_t rank) {
 inline void write_cluster_floats(uint32_t smem, uint32_t rank, float4 value) {
   memcpy(emulator::shared_at(smem, 16, rank), &value, 16);
 }
-inline void write_cluster_float(uint32_t smem, uint32_t rank, float value) {
-  memcpy(emulator::shared_at(smem, 4, rank), &value, 4);
-}
 
 inline uint32_t transpose_matrix(uint32_t pair) {
   uint32_t out;
