@@ -4,9 +4,8 @@
     python -m benchmarks.bench_wna16_experts --commit $(git rev-parse --short HEAD) --sweep
 
 prints rows and writes benchmarks/results/wna16_experts.jsonl: microseconds in a graph with dependent launch of the
-choice, of up, of down and of all three, each row's experts chosen at random, and of vLLM's experts where vLLM is there
-(int4-g128 alone is the same for both); with --sweep those of up and of down for every split, and
-wna16_experts_sweep.jsonl.
+choice, of up, of down and of all three, each row's experts chosen at random; with --sweep those of up and of down for
+every split, and wna16_experts_sweep.jsonl.
 """
 
 import argparse
@@ -17,7 +16,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks.expert_peers import expert_peers
 from benchmarks.measure import CALLS, Floor, run_facts, time_calls, write_rows
 from lowbit.engine.shapes import random_weight
 from lowbit.quant.kernels import ops, wna16_experts
@@ -137,15 +135,7 @@ def measure(name: str, scheme: str, m: int, floor: Floor) -> dict:
         "down_floor_us": floor.time(int(down)).us,
         "layer_us": timed(case.whole),
         "layer_floor_us": floor.time(int(up + down)).us,
-    } | peer_times(case)
-
-
-def peer_times(case: Case) -> dict[str, float]:
-    """Microseconds of up and down together, ours and peers' on the same choices; nothing without peers."""
-    layer, found = case.layer, {}
-    for name, run in expert_peers(layer.count, layer.hidden, layer.inner, DTYPE).items():
-        found[f"{name}_us"] = timed(lambda i, run=run: run(case.x, case.chosen[i].weights, case.chosen[i].experts))
-    return found and {"experts_us": timed(case.experts)} | found
+    }
 
 
 def sweep(name: str, scheme: str, m: int) -> Iterator[dict]:

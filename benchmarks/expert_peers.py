@@ -1,31 +1,37 @@
-"""vLLM's products of few rows with the 4-bit experts of a layer, on random weights: Marlin's and Triton's. Without vLLM
-there are none."""
+"""The 4-bit experts of a layer, ours and vLLM's, on random weights of their own: for few rows, with the same choices.
 
+    python -m benchmarks.expert_peers --commit $(git rev-parse --short HEAD) [--peers triton]
+
+needs vLLM beside lowbit. Rows go to benchmarks/results/expert_peers.jsonl: microseconds in a graph of the choice, of up
+and down together, of all three, and of each peer's up and down.
+"""
+
+import argparse
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
+import vllm
 from torch import Tensor
+from vllm.model_executor.layers.fused_moe.config import int4_w4a16_moe_quant_config
+from vllm.model_executor.layers.fused_moe.experts.marlin_moe import fused_marlin_moe
+from vllm.model_executor.layers.fused_moe.fused_moe import fused_experts
+from vllm.model_executor.layers.quantization.utils.marlin_utils import marlin_make_workspace_new
+from vllm.scalar_type import scalar_types
 
+from benchmarks.bench_wna16_experts import DTYPE, SHAPES, Case, timed
 from benchmarks.kernel_peers import GROUP, random_scales, random_words
+from benchmarks.measure import run_facts, write_rows
 
-try:
-    from vllm.model_executor.layers.fused_moe.config import int4_w4a16_moe_quant_config
-    from vllm.model_executor.layers.fused_moe.experts.marlin_moe import fused_marlin_moe
-    from vllm.model_executor.layers.fused_moe.fused_moe import fused_experts
-    from vllm.model_executor.layers.quantization.utils.marlin_utils import marlin_make_workspace_new
-    from vllm.scalar_type import scalar_types
-except ImportError:
-    fused_marlin_moe = None
+RESULTS = Path(__file__).with_name("results") / "expert_peers.jsonl"
+SIZES = (
+    *((shape, 1) for shape in ("qwen3-30b-a3b", "mixtral-8x7b", "glm-4.5-air")),
+    *(("qwen3-30b-a3b", rows) for rows in (8, 16)),
+    ("mixtral-8x7b", 8),
+)
 
 # x (m, hidden), weights (m, top) float32, experts (m, top) int32 -> (m, hidden)
 Layer = Callable[[Tensor, Tensor, Tensor], Tensor]
-
-
-def expert_peers(count: int, hidden: int, inner: int, dtype: torch.dtype) -> dict[str, Layer]:
-    """Peers' experts by name: gate and up in one, silu, and down, in groups of GROUP."""
-    if fused_marlin_moe is None:
-        return {}
-    return {"marlin": marlin(count, hidden, inner, dtype), "triton": triton(count, hidden, inner, dtype)}
 
 
 def marlin(count: int, hidden: int, inner: int, dtype: torch.dtype) -> Layer:
@@ -53,3 +59,39 @@ def triton(count: int, hidden: int, inner: int, dtype: torch.dtype) -> Layer:
     )
     config = int4_w4a16_moe_quant_config(*scales, block_shape=[0, GROUP])
     return lambda x, weights, experts: fused_experts(x, up, down, weights, experts, quant_config=config)
+
+
+PEERS = {"marlin": marlin, "triton": triton}
+
+
+def measure(shape: str, m: int, peers: list[str]) -> dict[str, object]:
+    """The figures of one layer."""
+    layer, scheme = SHAPES[shape], f"int4-g{GROUP}"
+    case = Case(layer, scheme, m)
+    row = {"shape": shape, "scheme": scheme, "m": m, "distinct": round(case.distinct, 2)}
+    row |= {"route_us": timed(lambda i: case.route()), "experts_us": timed(case.experts)}
+    row |= {"layer_us": timed(case.whole)}
+    for name in peers:
+        run = PEERS[name](layer.count, layer.hidden, layer.inner, DTYPE)
+        row[f"{name}_us"] = timed(lambda i, run=run: run(case.x, case.chosen[i].weights, case.chosen[i].experts))
+    return row | {"vllm": vllm.__version__}
+
+
+def main() -> None:
+    """Measures all of SIZES."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--commit", default="unknown")
+    parser.add_argument("--peers", nargs="+", choices=PEERS, default=list(PEERS))
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    args = parser.parse_args()
+    facts, rows = run_facts(args.commit), []
+    for shape, m in SIZES:
+        with torch.inference_mode():
+            rows.append(measure(shape, m, args.peers) | facts)
+        print(rows[-1], flush=True)
+        torch.cuda.empty_cache()
+    write_rows(args.output, rows)
+
+
+if __name__ == "__main__":
+    main()
