@@ -2,8 +2,9 @@
 
 The extension must be built with -DLOWBIT_STAMPS=NAME (csrc/stamps.cuh), in the shape's dtype, for wna16_gemv.cu in 4
 bits (stamps_of_products), for decode_attention.cu (stamps_of_attention) and, for a mixture, for route_experts.cu
-(stamps_of_routes). Prints microseconds from the layer's first result asked for to each stage of each kernel: first
-block, median, last.
+(stamps_of_routes); dense_gemv.cu (stamps_of_products) for weights in 16 bits, w8a8_gemm.cu (stamps_of_products) and
+row_norm.cu (stamps_of_rows) for W8A8. Prints microseconds from the layer's first result asked for to each stage of each
+kernel: first block, median, last.
 """
 
 import argparse
@@ -22,13 +23,20 @@ from lowbit.engine.speed import start
 from lowbit.quant.kernels.extension import EXTENSION
 
 STAGES = ("begun", "waited", "computed", "ended")
-NAMES = ("stamps_of_products", "stamps_of_attention", "stamps_of_routes")  # of the object, if it has them
+# of the object, if it has them
+NAMES = ("stamps_of_products", "stamps_of_attention", "stamps_of_routes", "stamps_of_rows")
 CASES = {
     "llama2-7b": Case("llama2-7b", "w4", (1,)),
+    "llama2-7b-bfloat16": Case("llama2-7b", "dense", (1,), dtype="bfloat16"),
+    "llama2-7b-w8a8": Case("llama2-7b", "w8a8", (1,)),
     "qwen3-30b-a3b": Case("qwen3-30b-a3b", "w4", (1,), head="int8", dtype="bfloat16"),
 }
+DENSE_LAYER = ("qkv", "attention", "o", "gate/up", "down", "next qkv")
+ROUNDED_LAYER = ("qkv", "attention", "round", "o", "norm", "gate/up", "silu", "down", "norm", "next qkv")
 LABELS = {
-    "llama2-7b": ("qkv", "attention", "o", "gate/up", "down", "next qkv"),
+    "llama2-7b": DENSE_LAYER,
+    "llama2-7b-bfloat16": DENSE_LAYER,
+    "llama2-7b-w8a8": ROUNDED_LAYER,
     "qwen3-30b-a3b": ("qkv", "attention", "o", "choice", "up", "down", "next qkv"),
 }
 MOST = 1 << 17
@@ -79,7 +87,7 @@ def layer_of(engine: Engine, library: ctypes.CDLL, batch: int, prompt: int) -> l
         launches = launches_of([row for name in names for row in read_stamps(library, name)])
     layers = len(engine.decoder.blocks)
     of_each = len(launches) // (layers * STEPS)
-    first = of_each * (layers * (STEPS - 1) + LAYER)
+    first = len(launches) // STEPS * (STEPS - 1) + of_each * LAYER  # a step ends with the last norm and the head
     return launches[first : first + of_each + 1]
 
 

@@ -14,9 +14,14 @@ COLUMNS = (8, 16, 32, 64, 128)  # rows of x per pass over W, padded
 MOST_BLOCKS = 4  # per multiprocessor
 SOME_ROWS = 16  # rows of x: with more, x takes so much of a ring that the ring is better not halved
 # With fast memory, rings are a third of it, and k is split until a multiprocessor has three blocks: the next kernel's
-# blocks begin beside them. For rows of up to 64 chunks: longer ones are faster with whole rings. Llama-2-7B on an H200,
-# 1 x 128: bfloat16 3.573 ms per step, otherwise 3.684; W8A8 2.176 and 2.226.
-THIRDS, SHORT_CHUNKS = 3, 64
+# blocks begin beside them. Llama-2-7B on an H200, 1 x 128: bfloat16 3.573 ms per step, otherwise 3.684; W8A8 2.176 and
+# 2.226. Rows of more than 80 chunks are faster with whole rings (3.662 and 3.575), unless their blocks leave more than
+# a quarter of the multiprocessors idle: Llama-2-13B in float16 7.046 ms per step, otherwise 8.080; 8 x 128 7.667 and
+# 7.870.
+THIRDS, SHORT_CHUNKS, BUSY = 3, 80, 0.75
+# Rows of so few chunks are not split where each multiprocessor has a block, and rings are a half where none has three:
+# W8A8 2.134 ms, otherwise 2.170.
+FEW_CHUNKS = 32
 RING_BYTES = 222 << 10  # shared memory of a multiprocessor for the rings of all its blocks
 
 
@@ -65,16 +70,22 @@ def choose_cut(m: int, n: int, row_bytes: int, processors: int, room: int, fast_
     warpgroups = 2 if many else 1
     groups = -(-n // (ROWS * warpgroups))
     chunks = -(-row_bytes // CHUNK_BYTES)
-    if fast_memory and m <= SOME_ROWS and not many and chunks <= SHORT_CHUNKS:
-        cluster = max(c for c in CLUSTERS if c == 1 or (groups * c <= THIRDS * processors and 4 * c <= chunks))
-        return RingCut(1, cluster, min(stages_of(m, 1, THIRDS), -(-chunks // cluster)))
-    cluster = max(c for c in CLUSTERS if c == 1 or (groups * c <= room and 4 * c <= chunks))
+    cluster, most = (splits_of(groups, chunks, blocks) for blocks in (room, THIRDS * processors))
     blocks = groups * cluster
+    halves = chunks <= FEW_CHUNKS and processors <= groups <= 2 * processors
+    idle = blocks < BUSY * processors and most > cluster
+    if fast_memory and m <= SOME_ROWS and not many and not halves and (chunks <= SHORT_CHUNKS or idle):
+        return RingCut(1, most, min(stages_of(m, 1, THIRDS), -(-chunks // most)))
     # the next kernel's blocks, on the same multiprocessors
     beside = m <= SOME_ROWS and cluster == 1 and 2 * blocks > processors
     shared = -(-blocks // processors) if blocks > processors else 1 + beside
     stages = stages_of(m, warpgroups, min(shared, MOST_BLOCKS // warpgroups))
     return RingCut(warpgroups, cluster, min(stages, -(-chunks // cluster)))
+
+
+def splits_of(groups: int, chunks: int, blocks: int) -> int:
+    """The most blocks that share k, if there are at most so many in all, with four chunks each."""
+    return max(c for c in CLUSTERS if c == 1 or (groups * c <= blocks and 4 * c <= chunks))
 
 
 def stages_of(m: int, warpgroups: int, shared: int) -> int:

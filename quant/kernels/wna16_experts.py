@@ -270,8 +270,8 @@ def up_cut(product: PackedCall, chosen: Chosen) -> GemvCut:
     w, device = product.weight, product.x.device
     sizes = (1, w.n * chosen.top, w.k, w.bits, w.group_size, product.x.dtype)
     problem = Problem(*sizes, *place_of(device), is_float=w.is_float)
-    crowded = wna16_gemv.crowded_cut(problem) if problem.fast_memory else None
-    if crowded is not None and crowded.room == CROWD:
+    crowded = wna16_gemv.crowded_cut(problem, CROWD) if problem.fast_memory else None
+    if crowded is not None:
         return crowded
     tiles, chunks = -(-problem.n // TILE_ROWS), -(-w.k // CHUNK_K)
     k_warps = max(1, min(MAX_WARPS, chunks, ROOM * problem.processors // tiles))

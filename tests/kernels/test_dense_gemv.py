@@ -52,6 +52,24 @@ def test_launches_are_possible(m: int, n: int, k: int, processors: int) -> None:
 
 
 @pytest.mark.parametrize(
+    ("n", "row_bytes", "cut"),
+    [
+        (12288, 8192, RingCut(1, 2, 8)),
+        (4096, 22016, RingCut(1, 2, 24)),
+        (5120, 27648, RingCut(1, 4, 8)),  # 80 blocks of whole rings would leave two of five multiprocessors idle
+        (5120, 10240, RingCut(1, 4, 8)),
+        (15360, 10240, RingCut(1, 1, 8)),
+        (12288, 4096, RingCut(1, 1, 12)),
+        (22016, 4096, RingCut(1, 1, 8)),
+        (4096, 4096, RingCut(1, 4, 8)),
+        (64, 25600, RingCut(1, 8, 24)),
+    ],
+)
+def test_fast_memory_is_read_by_most_multiprocessors(n: int, row_bytes: int, cut: RingCut) -> None:
+    assert ring.choose_cut(1, n, row_bytes, 132, 132, True) == cut
+
+
+@pytest.mark.parametrize(
     ("change", "reason"),
     [
         ({"m": 65}, "65 rows: it takes at most 64"),

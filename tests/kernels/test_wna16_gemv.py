@@ -11,9 +11,9 @@ from lowbit.quant.kernels import ops, reference
 from lowbit.quant.kernels.packed import PackedWeight
 from lowbit.quant.kernels.problem import PackedCall, Problem, has_fast_memory
 from lowbit.quant.kernels.registry import choose_kernel
-from lowbit.quant.kernels.wna16_args import NEXT_BYTES, prepare
+from lowbit.quant.kernels.wna16_args import FAST_NEXT_BYTES, NEXT_BYTES, prepare
 from lowbit.quant.kernels.wna16_gemm import beats_gemv
-from lowbit.quant.kernels.wna16_gemv import CROWDS, WAVES, GemvCut, choose_cut, crowded_cut, run
+from lowbit.quant.kernels.wna16_gemv import CROWD, CROWDS, WAVES, GemvCut, choose_cut, crowded_cut, run
 from tests.kernels.make import (
     assert_close_as_half,
     assert_dependence_changes_nothing,
@@ -43,9 +43,10 @@ def test_few_rows_get_the_fused_kernel_where_it_was_built() -> None:
         (12288, 4096, (2, 4, 24)),
         (4096, 4096, (1, 12, 24)),
         (22016, 4096, (4, 2, 24)),
-        (4096, 11008, (1, 12, 24)),
+        (4096, 11008, (1, 14, 28)),
         (15360, 5120, (2, 3, 24)),
-        (5120, 13824, (1, 8, 24)),
+        (5120, 13824, (1, 9, 28)),
+        (4096, 8192, (1, 14, 28)),
         (6144, 4096, (1, 8, 24)),
         (28672, 4096, (2, 2, 28)),
         (27648, 5120, (2, 2, 28)),
@@ -57,8 +58,7 @@ def test_few_rows_get_the_fused_kernel_where_it_was_built() -> None:
 def test_fast_memory_gets_as_many_warps_along_k_as_fit(n: int, k: int, warps: tuple[int, int, int] | None) -> None:
     problem = Problem(8, n, k, 4, 128, torch.float16, "cuda", (9, 0), 132)
     assert crowded_cut(problem) == (warps and GemvCut(1, *warps[:2], 1, warps[2]))
-    more = crowded_cut(replace(problem, m=16))
-    assert more == (GemvCut(1, *warps[:2], 1, 24) if warps and warps[2] == 24 else None)
+    assert crowded_cut(replace(problem, m=16)) == crowded_cut(problem, CROWD)
     assert crowded_cut(replace(problem, m=17)) is crowded_cut(replace(problem, m=9, group_size=64)) is None
 
 
@@ -171,7 +171,7 @@ def test_a_long_share_is_asked_for_ahead_and_changes_nothing(m: int, bits: int, 
 def test_the_next_weight_changes_no_bit(m: int, dependent: bool) -> None:
     weight, x = make_packed(512, 4096, device="cuda"), make_x(m, 4096, torch.float16, "cuda")
     expected = ops.linear(PackedCall(x, weight))
-    for size in (0, 5, 4000, NEXT_BYTES - 3, NEXT_BYTES + 40):
+    for size in (0, 5, 4000, NEXT_BYTES - 3, NEXT_BYTES + 40, FAST_NEXT_BYTES + 40):
         following = torch.zeros(size, dtype=torch.int8, device="cuda")
         y = ops.linear(PackedCall(x, weight, dependent=dependent, next_weight=following))
         torch.cuda.synchronize()  # the request, too, has been made and refused nothing

@@ -100,6 +100,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kMinBlocks)
   const Ring<S> ring{smem_address(smem), stages};
   float* scales = reinterpret_cast<float*>(smem + stages * (S::kStageBytes + 16));
   const RingShare share(args.k * 2, first_row<S>(args.positions != nullptr, args.pair_block));
+  stamp(Stage::kBegun);
   allow_next_kernel();
   if (threadIdx.x == S::kConsumers) ring.init();
   __syncthreads();
@@ -108,11 +109,14 @@ __global__ void __launch_bounds__(S::kThreads, S::kMinBlocks)
     return;
   }
   wait_for_previous_kernel();
+  stamp(Stage::kWaited);
   make_scales<S>(args, scales);  // while x is in flight
   RingSums<S> sums = {};
   consume<S>(share, ring, sums);
+  stamp(Stage::kComputed);
   float* partial = reinterpret_cast<float*>(smem);
   share_sums<S>(sums, partial, [&] { finish<S>(args, share, scales, partial); });
+  leave_stamps(args.n, args.k);
 #endif
 }
 

@@ -11,6 +11,7 @@
 #include "launch.cuh"
 #include "ring_launch.cuh"
 #include "shared_wgmma.cuh"
+#include "stamps.cuh"
 #include "tensor_map.cuh"
 
 namespace lowbit {

@@ -6,6 +6,7 @@
 #include "declare.cuh"
 #include "epilogue.cuh"
 #include "launch.cuh"
+#include "stamps.cuh"
 #include "wna16_args.cuh"
 
 namespace lowbit {
@@ -181,6 +182,7 @@ __global__ void __launch_bounds__(kMaxThreads) row_norm_kernel(const __grid_cons
   using Scratch = float[kMaxThreads / 32];
   LOWBIT_SHARED(Scratch, scratch);
   const int vectors = args.k / kVector;
+  stamp(Stage::kBegun);
   allow_next_kernel();
   uint4 weights[kCount] = {};
 #pragma unroll
@@ -189,16 +191,19 @@ __global__ void __launch_bounds__(kMaxThreads) row_norm_kernel(const __grid_cons
     if (args.weight != nullptr && index < vectors) weights[v] = static_cast<const uint4*>(args.weight)[index];
   }
   wait_for_previous_kernel();
+  stamp(Stage::kWaited);
   float x[kCount][kVector];
   load<T, kCount, kActive>(args, vectors, x);
   if (args.norm != Norm::none) norm_row<T>(args, x, weights, vectors, scratch);
   const Step step(args.rounding == Rounding::none ? 1.f : scale_of(args, x, scratch));
+  stamp(Stage::kComputed);
   if (args.scales != nullptr && threadIdx.x == 0) args.scales[blockIdx.x] = step.scale;
 #pragma unroll
   for (int v = 0; v < kCount; ++v) {
     const int index = threadIdx.x + v * blockDim.x;
     if (index < vectors) store<T>(args, static_cast<int64_t>(blockIdx.x) * vectors + index, x[v], step);
   }
+  leave_stamps(args.m, args.k);
 }
 
 template <typename T, bool kActive>

@@ -70,6 +70,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kMinBlocks)
   const Ring<S> ring{smem_address(smem), stages};
   Sides<S>& sides = *reinterpret_cast<Sides<S>*>(smem + stages * (S::kStageBytes + 16));
   const RingShare share(args.k, blockIdx.y * S::kRows);
+  stamp(Stage::kBegun);
   allow_next_kernel();
   if (threadIdx.x == S::kConsumers) ring.init();
   __syncthreads();
@@ -78,11 +79,14 @@ __global__ void __launch_bounds__(S::kThreads, S::kMinBlocks)
     return;
   }
   load_sides<S>(args, share, sides);
+  stamp(Stage::kWaited);
   RingSums<S> sums = {};
   if constexpr (std::is_same_v<typename S::Operand, int8_t>) consume<S>(share, ring, sums);
   else consume_apart<S>(share, ring, sums);
+  stamp(Stage::kComputed);
   auto* partial = reinterpret_cast<typename S::Sum*>(smem);
   share_sums<S>(sums, partial, [&] { finish<S>(args, output, share, partial, sides); });
+  leave_stamps(args.n, args.k);
 #endif
 }
 
