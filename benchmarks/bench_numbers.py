@@ -3,7 +3,8 @@
     python -m benchmarks.bench_numbers --commit $(git rev-parse --short HEAD)
 
 prints one line per case and writes benchmarks/results/numbers.jsonl. Kernel and launch are those of the rule, with
-dependent launch. The floor is a kernel that only reads as many bytes as the packed weight has.
+dependent launch, rows in panels where a step has them so. The floor is a kernel that only reads as many bytes as
+the packed weight has.
 """
 
 from dataclasses import asdict, replace
@@ -11,7 +12,7 @@ from dataclasses import asdict, replace
 import torch
 
 from benchmarks.measure import Floor, arguments, copies_for, run_facts, time_calls, write_rows
-from benchmarks.wna16 import RESULTS
+from benchmarks.wna16 import RESULTS, inputs_for
 from lowbit.engine.shapes import random_weight
 from lowbit.quant.kernels import ops
 from lowbit.quant.kernels.packed import PackedWeight, prepack
@@ -32,7 +33,7 @@ SCHEMES = (
     "fp8-block-a16",
 )
 SHAPES = ((4096, 4096), (12288, 4096), (22016, 4096), (4096, 11008), (28672, 8192))
-ROWS = (1, 8)
+ROWS = (1, 2, 4, 8)
 TARGET_MS = 4.0  # of a case's replays
 
 
@@ -49,10 +50,11 @@ def rows_of(floor: Floor, scheme: str, n: int, k: int) -> list[dict]:
     copies = [replace(weight, words=weight.words.clone()) for _ in range(copies_for(weight.nbytes))]
     read = floor.time(weight.nbytes)
     for m in ROWS:
-        x = torch.randn(m, k, dtype=torch.float16, device="cuda")
+        x = inputs_for(weight, m)
         calls = [lambda w=w, x=x: ops.linear(PackedCall(x, w, dependent=True)) for w in copies]
         kernel, timing = choose_kernel(PackedCall(x, weight).problem()).name, time_calls(calls, TARGET_MS)
         named = {"kernel": kernel, "scheme": scheme, "m": m, "n": n, "k": k, "nbytes": weight.nbytes}
+        named["panels"] = x.ndim == 3
         found.append({**named, **asdict(timing), "floor_us": read.us})
     return found
 

@@ -12,7 +12,7 @@ import difflib
 import json
 import re
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from decimal import ROUND_HALF_UP, Decimal
 from functools import cache
 from pathlib import Path
@@ -693,16 +693,30 @@ FP8_KERNELS = (
 )
 
 
-def fp8_products() -> str:
-    """Products of FP8 with FP8 by the number of rows, us."""
+BLOCK_KERNELS = (
+    ("this library", {"ours": True, "part": "product"}),
+    ("with rounding", {"ours": True, "part": "rounding + product"}),
+    ("cuBLAS in blocks", {"kernel": "torch scaled_mm", "ours": False}),
+)
+
+
+def by_rows_of_x(stem: str, kernels: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
+    """Products of FP8 with FP8 by the number of rows, us, of rows in the file `stem`."""
     lines = []
     for n, k in FP8_SHAPES:
-        for m in sorted({row["m"] for row in matching("w8a8_fp8", n=n, k=k)}):
-            found = [matching("w8a8_fp8", n=n, k=k, m=m, **wanted) for _, wanted in FP8_KERNELS]
-            floor = first("w8a8_fp8", n=n, k=k, m=m)["floor_us"]
+        for m in sorted({row["m"] for row in matching(stem, n=n, k=k)}):
+            found = [matching(stem, n=n, k=k, m=m, **wanted) for _, wanted in kernels]
             cells = (fixed(rows[0]["us"], 1) if rows else "" for rows in found)
-            lines.append([f"{n} x {k}", str(m), fixed(floor, 1), *cells])
-    return table(f"n x k | rows of x | floor | {' | '.join(name for name, _ in FP8_KERNELS)}", lines)
+            lines.append([f"{n} x {k}", str(m), fixed(first(stem, n=n, k=k, m=m)["floor_us"], 1), *cells])
+    return table(f"n x k | rows of x | floor | {' | '.join(name for name, _ in kernels)}", lines)
+
+
+def fp8_products() -> str:
+    return by_rows_of_x("w8a8_fp8", FP8_KERNELS)
+
+
+def fp8_blocks() -> str:
+    return by_rows_of_x("w8a8_blocks", BLOCK_KERNELS)
 
 
 ATTENTIONS = ((32, 8, 2048), (32, 4, 2048), (32, 1, 32768), (8, 8, 2048), (8, 1, 32768))  # key heads, batch, positions
@@ -1119,6 +1133,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "numbers": numbers,
     "numbers_steps": numbers_steps,
     "w8a8_fp8": fp8_products,
+    "w8a8_blocks": fp8_blocks,
     "decode_attention": attention,
     "wna16_gemm": gemm,
     "wna16_prefill": prefill,

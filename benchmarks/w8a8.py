@@ -15,10 +15,10 @@ import torch
 from benchmarks.kernel_peers import random_words, vllm_ops
 from benchmarks.measure import Floor, copies_for, run_facts, time_calls, write_rows
 from benchmarks.wna16 import RESULTS, SHAPES, random_shapes, row_of
-from lowbit.quant.kernels import ops
+from lowbit.quant.kernels import ops, w8a8
 from lowbit.quant.kernels.registry import choose_kernel
-from lowbit.quant.kernels.row_norm import Rows
-from lowbit.quant.kernels.w8a8 import W8a8Call, W8a8Weight
+from lowbit.quant.kernels.row_norm import GROUP, Rows
+from lowbit.quant.kernels.w8a8 import BLOCK_STEP, W8a8Call, W8a8Weight
 from lowbit.quant.numbers import INT8, Number
 
 PRODUCT, ROUNDED, NORMED = "product", "rounding + product", "norm + rounding + product"
@@ -46,11 +46,12 @@ class Inputs:
     weights: list[W8a8Weight]
 
 
-def make_inputs(number: Number, m: int, n: int, k: int) -> Inputs:
+def make_inputs(number: Number, in_blocks: bool, m: int, n: int, k: int) -> Inputs:
     x, gamma = torch.randn(m, k, dtype=DTYPE, device="cuda"), torch.ones(k, dtype=DTYPE, device="cuda")
-    copies = range(copies_for(n * k))
+    copies, groups = range(copies_for(n * k)), k // GROUP
+    sides = (-(-n // GROUP), groups + -groups % BLOCK_STEP) if in_blocks else (n,)
     codes = [random_codes(number, n, k) for _ in copies]
-    return Inputs(x, gamma, [W8a8Weight(each, torch.rand(n, device="cuda") * 0.01) for each in codes])
+    return Inputs(x, gamma, [W8a8Weight(each, torch.rand(sides, device="cuda") * 0.01) for each in codes])
 
 
 def random_codes(number: Number, n: int, k: int) -> torch.Tensor:
@@ -60,8 +61,8 @@ def random_codes(number: Number, n: int, k: int) -> torch.Tensor:
 
 
 def our_cases(inputs: Inputs, launches: Sequence[bool]) -> Iterator[Case]:
-    number = inputs.weights[0].number.name
-    codes, scales = ops.quantize_rows(Rows(inputs.x, rounding=number))
+    rounded_rows = Rows(inputs.x, rounding=inputs.weights[0].number.name, grouped=inputs.weights[0].in_blocks)
+    codes, scales = ops.quantize_rows(rounded_rows)
     name = choose_kernel(W8a8Call(codes, scales, inputs.weights[0], dtype=DTYPE).problem()).name
 
     def multiplied(rows: Rows, weight: W8a8Weight) -> torch.Tensor:
@@ -74,7 +75,7 @@ def our_cases(inputs: Inputs, launches: Sequence[bool]) -> Iterator[Case]:
             for w in inputs.weights
         ]
         yield Case(name, True, PRODUCT, product, d)
-        rows = Rows(inputs.x, rounding=number, dependent=d)
+        rows = replace(rounded_rows, dependent=d)
         rounded = [lambda w=w, rows=rows: multiplied(rows, w) for w in inputs.weights]
         yield Case(name, True, ROUNDED, rounded, d)
         rows = replace(rows, norm="rms", weight=inputs.gamma, eps=1e-5)
@@ -89,6 +90,10 @@ def torch_cases(inputs: Inputs) -> Iterator[Case]:
     if inputs.weights[0].number == INT8:
         x = random_words(max(m, 32), k, dtype=torch.int8)
         yield Case("torch._int_mm", False, PRODUCT, [lambda w=w: torch._int_mm(x, w.codes.T) for w in inputs.weights])
+    elif inputs.weights[0].in_blocks:
+        codes = ops.quantize_rows(Rows(inputs.x, rounding="fp8", grouped=True))
+        calls = [W8a8Call(*codes, w, dtype=DTYPE) for w in inputs.weights]
+        yield Case("torch scaled_mm", False, PRODUCT, [lambda call=call: w8a8.scaled(call) for call in calls])
     else:
         x, scales = ops.quantize_rows(Rows(inputs.x, rounding="fp8"))
         for name, fast in (("torch._scaled_mm fast", True), ("torch._scaled_mm", False)):
@@ -103,7 +108,7 @@ def torch_cases(inputs: Inputs) -> Iterator[Case]:
 
 
 def vllm_cases(inputs: Inputs) -> Iterator[Case]:
-    if vllm_ops is None:
+    if vllm_ops is None or inputs.weights[0].in_blocks:
         return
     integers = inputs.weights[0].number == INT8
 
@@ -146,6 +151,7 @@ class Plan:
     random_shapes: int = 5
     launches: tuple[bool, ...] = (False, True)
     number: Number = INT8
+    in_blocks: bool = False
 
 
 def run_plan(plan: Plan, description: str | None) -> None:
@@ -160,12 +166,13 @@ def run_plan(plan: Plan, description: str | None) -> None:
     for n, k in (*plan.shapes, *random_shapes(plan.random_shapes)):
         read = floor.time(n * k + 4 * n)
         for m in plan.rows:
-            inputs = make_inputs(plan.number, m, n, k)
+            inputs = make_inputs(plan.number, plan.in_blocks, m, n, k)
             for case in (*our_cases(inputs, plan.launches), *torch_cases(inputs), *vllm_cases(inputs)):
                 more = {"part": case.part, "dependent": case.dependent}
                 timing = time_calls(case.calls)
                 bits = 16 if case.name == "cublas" else 8
-                row = row_of(case.name, case.ours, m, n, k, bits, -1, DTYPE, timing, read, **more)
+                group = GROUP if plan.in_blocks else -1
+                row = row_of(case.name, case.ours, m, n, k, bits, group, DTYPE, timing, read, **more)
                 rows.append({**row, **shared})
                 print(describe(rows[-1]), flush=True)
             write_rows(options.output, rows)

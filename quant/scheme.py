@@ -258,6 +258,7 @@ class Scheme:
 
 
 FP8_BLOCK = Side(FP8, PerBlock(128, 128))
+FP8_GROUP = Side(FP8, PerGroup(128))
 NVFP4 = Side(FP4, PerGroup(16), scales=FP8, parent=True)
 MXFP4 = Side(FP4, PerGroup(32), scales=E8M0)
 MXFP8 = Side(FP8, PerGroup(32), scales=E8M0)
@@ -279,7 +280,7 @@ NAMED = {
     "fp8": Scheme(Side(FP8, PerChannel()), INPUTS["afp8token"]),
     "fp8-static": Scheme(Side(FP8, PerChannel()), INPUTS["afp8tensor"]),
     "fp8-a16": Scheme(Side(FP8, PerChannel())),
-    "fp8-block": Scheme(FP8_BLOCK, Side(FP8, PerGroup(128))),
+    "fp8-block": Scheme(FP8_BLOCK, FP8_GROUP),
     "fp8-block-a16": Scheme(FP8_BLOCK),
     "nvfp4": Scheme(NVFP4, NVFP4),
     "nvfp4-a16": Scheme(NVFP4),

@@ -15,6 +15,7 @@ from lowbit.export.engines.engine import (
 from lowbit.quant.kernels import w8a8
 from lowbit.quant.kernels.packed import TILE_ROWS, has_kernel, reason_against_packing
 from lowbit.quant.numbers import FP8
+from lowbit.quant.scheme import FP8_BLOCK, FP8_GROUP, INPUTS
 
 
 def _packed(layer: FusedLinear, capability: int | None) -> str | None:
@@ -36,9 +37,11 @@ def _float(layer: FusedLinear, capability: int | None) -> str | None:
 
 
 def _fp8_inputs(layer: FusedLinear, capability: int | None) -> str | None:
-    inputs = layer.scheme.inputs
-    taken = layer.scheme.number == FP8 and inputs is not None and inputs.group_size == -1
-    return None if taken else "takes fp8 inputs by token or by tensor only"
+    inputs, blocks = layer.scheme.inputs, layer.scheme.weights == FP8_BLOCK
+    taken = layer.scheme.number == FP8 and inputs in (
+        (FP8_GROUP,) if blocks else (INPUTS["afp8token"], INPUTS["afp8tensor"])
+    )
+    return None if taken else "takes fp8 inputs by token or by tensor, and in groups with blocks, only"
 
 
 def _not_int8(layer: FusedLinear, capability: int | None) -> str | None:
@@ -46,7 +49,7 @@ def _not_int8(layer: FusedLinear, capability: int | None) -> str | None:
 
 
 def _eight_bits(layer: FusedLinear, capability: int | None) -> str | None:
-    return w8a8.reason_against_packing(layer.n, layer.k)
+    return w8a8.reason_against_packing(layer.n, layer.k, layer.scheme.weights == FP8_BLOCK)
 
 
 LOWBIT = Engine(

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from lowbit.errors import CheckpointError
 from lowbit.quant.kernels.packed import reason_against_kernel
+from lowbit.quant.kernels.row_norm import GROUP
 from lowbit.quant.kernels.row_scaled import RowScaled, row_scaled, stacked_rows
-from lowbit.quant.kernels.weight import RoundedInputs, inputs_of, takes_codes
+from lowbit.quant.kernels.weight import RoundedInputs, inputs_of, is_in_blocks, takes_codes
 from lowbit.quant.qtensor import QTensor
 
 
@@ -27,7 +28,8 @@ def stacked(matrices: list[QTensor | Tensor], dtype: torch.dtype) -> QTensor | R
     quantized = [matrix for matrix in matrices if isinstance(matrix, QTensor) and not reason_against_kernel(matrix)]
     if len(quantized) < len(matrices) or len({str(matrix.scheme) for matrix in quantized}) > 1:
         return torch.cat([matrix.dequantize(dtype) if isinstance(matrix, QTensor) else matrix for matrix in matrices])
-    if not takes_codes(quantized[0]):
+    apart = is_in_blocks(quantized[0]) and any(len_of(matrix) % GROUP for matrix in quantized[:-1])
+    if apart or not takes_codes(quantized[0]):
         return stacked_rows([row_scaled(matrix) for matrix in quantized])
     codes, scales = (torch.cat(list(parts)) for parts in zip(*((m.codes, m.scales) for m in quantized), strict=True))
     inputs = shared_inputs(matrices)
@@ -60,9 +62,17 @@ def moved(weight: QTensor | RowScaled | Tensor, rows: Tensor, dtype: torch.dtype
         return weight.taking(rows)
     if reason_against_kernel(weight):
         return weight.dequantize(dtype)[rows]
-    if not takes_codes(weight):
+    sides = blocks_of(rows) if is_in_blocks(weight) else rows
+    if sides is None or not takes_codes(weight):
         return row_scaled(weight).taking(rows)
-    return replace(weight, codes=weight.codes[rows], scales=weight.scales[rows])
+    return replace(weight, codes=weight.codes[rows], scales=weight.scales[sides])
+
+
+def blocks_of(rows: Tensor) -> Tensor | None:
+    """The block of each GROUP of `rows`; None if one has rows of several blocks."""
+    blocks = rows // GROUP
+    firsts = blocks[::GROUP]
+    return firsts if torch.equal(blocks, firsts.repeat_interleave(GROUP)[: len(rows)]) else None
 
 
 def columns_of(weight: QTensor | Tensor, first: int, count: int) -> QTensor | Tensor:

@@ -15,6 +15,7 @@ from lowbit.quant.numerics import fake_quantize_inputs, quantize_inputs
 
 MAX_K = 32768
 ROUNDINGS = ("none", "int8", "fp8")
+GROUP = 128  # adjacent inputs with a scale of their own
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class Rows:
     rounding    "none", or "int8" or "fp8": to that number (numerics.quantize_inputs), by input_scale, one float32, or
                 if that is None by each row's absmax / the largest code. `run` returns the rounded values, `quantize`
                 the codes and one scale per row
+    grouped     such a scale for each GROUP inputs of a row, without input_scale: k is a multiple of it
     activation  one of problem.ACTIVATIONS, with its result rounded to x's dtype
     """
 
@@ -38,6 +40,7 @@ class Rows:
     input_scale: Tensor | None = None
     dependent: bool = False
     activation: str = "none"
+    grouped: bool = False
 
     @property
     def is_done(self) -> bool:
@@ -56,8 +59,9 @@ class Rows:
 
     def empty_codes(self) -> tuple[Tensor, Tensor]:
         """Memory for codes and scales."""
-        codes = self.x.new_empty(self.shape, dtype=NUMBERS[self.rounding].storage)
-        return codes, self.x.new_empty(self.shape[0], dtype=torch.float32)
+        m, k = self.shape
+        codes = self.x.new_empty(m, k, dtype=NUMBERS[self.rounding].storage)
+        return codes, self.x.new_empty((k // GROUP, m) if self.grouped else m, dtype=torch.float32)
 
 
 def run(call: Rows) -> Tensor:
@@ -71,7 +75,8 @@ def run(call: Rows) -> Tensor:
 
 
 def quantize(call: Rows) -> tuple[Tensor, Tensor]:
-    """Codes (m, k) and scales (m) float32 of `call`. ValueError if its parts do not fit together."""
+    """Codes (m, k) and scales (m) or, in groups, (k / GROUP, m) float32 of `call`. ValueError if its parts do not fit
+    together."""
     check(call)
     if call.rounding == "none":
         raise ValueError("rounding is 'none': codes need 'int8' or 'fp8'")
@@ -85,7 +90,7 @@ def quantize(call: Rows) -> tuple[Tensor, Tensor]:
 def run_kernel(call: Rows, y: Tensor | None = None, codes: Tensor | None = None, scales: Tensor | None = None) -> None:
     """Run the kernel on `call`, which `check` has passed."""
     m, k = call.shape
-    names = ("x", "norm", "weight", "bias", "eps", "rounding", "input_scale", "activation")
+    names = ("x", "norm", "weight", "bias", "eps", "rounding", "input_scale", "activation", "grouped")
     args = {name: getattr(call, name) for name in names}
     args |= {"m": m, "k": k, "y": y, "codes": codes, "scales": scales}
     launch("row_norm", call.x.dtype, device=call.x.device, args=args, dependent=call.dependent)
@@ -102,6 +107,11 @@ def check(call: Rows) -> None:
         raise ValueError(f"norm {call.norm!r} is one of {NORMS}, and has a weight unless it is 'none'")
     if call.rounding not in ROUNDINGS or (call.rounding == "none" and call.input_scale is not None):
         raise ValueError(f"rounding {call.rounding!r} is one of {ROUNDINGS}, and has no input_scale where it is 'none'")
+    if call.grouped and (call.rounding == "none" or call.input_scale is not None or k % GROUP):
+        raise ValueError(
+            f"rounding {call.rounding!r} of rows of {k} in groups of {GROUP}: they must divide the row, and have no "
+            "input_scale"
+        )
     for name, tensor in (("weight", call.weight), ("bias", call.bias)):
         if tensor is not None and (tuple(tensor.shape) != (k,) or tensor.dtype != call.x.dtype):
             raise ValueError(f"{name} is {tuple(tensor.shape)} {tensor.dtype}, not ({k},) {call.x.dtype}")
@@ -146,10 +156,16 @@ def reference(call: Rows) -> Tensor:
     y = prepared(call)
     if call.rounding == "none":
         return y.clone() if y is call.x else y
+    if call.grouped:
+        return fake_quantize_inputs(y.unflatten(1, (-1, GROUP)), NUMBERS[call.rounding]).flatten(1)
     return fake_quantize_inputs(y, NUMBERS[call.rounding], call.input_scale)
 
 
 def reference_codes(call: Rows) -> tuple[Tensor, Tensor]:
     """Codes and scales of `call` in plain torch."""
-    codes, scales = quantize_inputs(prepared(call), NUMBERS[call.rounding], call.input_scale)
+    y, number = prepared(call), NUMBERS[call.rounding]
+    if call.grouped:
+        codes, scales = quantize_inputs(y.unflatten(1, (-1, GROUP)), number)
+        return codes.flatten(1), scales.squeeze(-1).T.contiguous()
+    codes, scales = quantize_inputs(y, number, call.input_scale)
     return codes, scales.reshape(-1).expand(call.shape[0]).contiguous()

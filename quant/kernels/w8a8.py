@@ -7,24 +7,29 @@ from torch import Tensor
 
 from lowbit.quant.kernels.extension import reason_against_90a
 from lowbit.quant.kernels.problem import Problem, place_of
+from lowbit.quant.kernels.row_norm import GROUP
 from lowbit.quant.numbers import FP8, INT8, Number
 from lowbit.quant.qtensor import QTensor
+from lowbit.quant.scheme import FP8_BLOCK
 
 K_STEP = 16  # inputs per read of the copy engine and CUTLASS
 MOST_K = (1 << 17) - K_STEP  # inputs: 2^17 products of -128 and -128 overflow int32
 LEAST_ROWS, N_STEP = 17, 8  # of cuBLAS's int8 product
 # Of its FP8 product. 22016 x 4096 takes it 38.5 us at 64 rows on an H200, w8a8_gemm 25.2; 33.9 and 38.5 at 128.
 LEAST_SCALED, SCALED_STEP = 65, 16
+MOST_BLOCK_K = 1 << 15  # inputs of a weight in blocks
+BLOCK_STEP = 4  # groups of inputs that cuBLAS reads the scales of together: rows of scales are padded to it
 NUMBERS = {torch.int8: INT8, torch.float8_e4m3fn: FP8}  # of codes
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 @dataclass(frozen=True)
 class W8a8Weight:
-    """A weight with one scale per row, in its plain order, which all kernels read for any number of rows.
+    """A weight in its plain order, which all kernels read for any number of rows.
 
     codes   (n, k)  int8 or float8_e4m3fn, contiguous, aligned to 16 bytes
-    scales  (n)     float32
+    scales  (n)     float32; of FP8 in blocks of 128 x 128 (n / 128, k / 128), both rounded up, the second to a multiple
+                    of BLOCK_STEP
     """
 
     codes: Tensor
@@ -44,6 +49,11 @@ class W8a8Weight:
         return self.codes.shape[1]
 
     @property
+    def in_blocks(self) -> bool:
+        """True if GROUP x GROUP codes share a scale, and so do GROUP inputs."""
+        return self.scales.ndim == 2
+
+    @property
     def nbytes(self) -> int:
         return self.codes.numel() + 4 * self.scales.numel()
 
@@ -53,10 +63,10 @@ class W8a8Call:
     """y = (x W^T) * x_scales * scales + bias + residual, with everything after the sums in float32.
 
     Sums of int8 are exact, in int32. Those of FP8 are rounded as the tensor cores round them, which keep about 14 bits;
-    every 128 inputs they are added up in float32.
+    every 128 inputs they are added up in float32, in blocks times their scales.
 
     x          (m, k)  of the weight's dtype, contiguous
-    x_scales   (m)     float32: the value of a code of 1 in each row
+    x_scales   (m)     float32: the value of a code of 1 in each row; for a weight in blocks (k / GROUP, m)
     bias       (n)     of y's dtype, or None
     residual   (m, n)  of y's dtype, or None
     dtype      of y: float16 or bfloat16, or float32 without bias and residual
@@ -87,8 +97,8 @@ class W8a8Call:
     def problem(self) -> Problem:
         """The Problem of this call, for the choice of a kernel. Queries the GPU's capability."""
         (m, n), k = self.y_shape, self.weight.k
-        floats = self.x.dtype.is_floating_point
-        return Problem(m, n, k, 8, -1, self.dtype, *place_of(self.x.device), code_inputs=True, is_float=floats)
+        floats, group = self.x.dtype.is_floating_point, GROUP if self.weight.in_blocks else -1
+        return Problem(m, n, k, 8, group, self.dtype, *place_of(self.x.device), code_inputs=True, is_float=floats)
 
     def check(self) -> None:
         """ValueError, with numbers, if the tensors do not fit together."""
@@ -104,27 +114,32 @@ def multiplies_fp8(device: torch.device) -> bool:
     return capability is None or (capability == (9, 0) and reason_against_90a() is None)
 
 
-def reason_against_packing(n: int, k: int) -> str | None:
+def reason_against_packing(n: int, k: int, in_blocks: bool = False) -> str | None:
     """The reason why a weight of this shape cannot be packed, or None."""
-    if k % K_STEP:
-        return f"{k} inputs: the kernels of 8-bit inputs take multiples of {K_STEP}"
+    step = GROUP if in_blocks else K_STEP
+    if k % step:
+        return f"{k} inputs: the kernels of 8-bit inputs take multiples of {step}"
+    if in_blocks and k > MOST_BLOCK_K:
+        return f"{k} inputs: beyond {MOST_BLOCK_K} the scales of blocks may not fit in shared memory"
     return f"{k} inputs: beyond {MOST_K} a sum may not fit in int32" if k > MOST_K else None
 
 
 def pack_w8a8(weight: QTensor) -> W8a8Weight:
-    """`weight` in the kernels' form, on its device: int8 or FP8, one scale per row.
+    """`weight` in the kernels' form, on its device: int8 or FP8 with one scale per row, or FP8 in blocks.
 
     ValueError for another scheme, for k not a multiple of 16, or for k above MOST_K. QTensor has already rejected
     scales that are zero, negative or not finite. The codes are unchanged.
     """
     n, k = weight.shape
-    scheme = weight.scheme
-    reason = reason_against_packing(n, k)
-    if scheme.number not in NUMBERS.values() or scheme.group_size != -1:
+    scheme, in_blocks = weight.scheme, weight.scheme.weights == FP8_BLOCK
+    reason = reason_against_packing(n, k, in_blocks)
+    if scheme.number not in NUMBERS.values() or (scheme.group_size != -1 and not in_blocks):
         reason = f"products of 8-bit inputs take int8 or fp8 and one scale per channel, not {scheme.weights_only}"
     if reason:
         raise ValueError(f"a {scheme} weight of shape ({n}, {k}) cannot be multiplied with 8-bit inputs: {reason}")
-    return W8a8Weight(weight.codes.contiguous(), weight.scales.reshape(-1).float().contiguous())
+    scales = weight.scales.float()
+    scales = torch.nn.functional.pad(scales, (0, -k // GROUP % BLOCK_STEP)) if in_blocks else scales.reshape(-1)
+    return W8a8Weight(weight.codes.contiguous(), scales.contiguous())
 
 
 def reason_against_tensors(call: W8a8Call) -> str | None:
@@ -136,14 +151,22 @@ def reason_against_tensors(call: W8a8Call) -> str | None:
         return f"y in {call.dtype} is none of {DTYPES}"
     if call.dtype == torch.float32 and (call.bias is not None or call.residual is not None):
         return "y in float32 takes no bias and no residual"
-    if reason := reason_against_packing(w.n, w.k):
+    if reason := reason_against_packing(w.n, w.k, w.in_blocks):
         return reason
     kind = w.codes.dtype if w.codes.dtype in NUMBERS else torch.int8
+    if w.in_blocks and kind == torch.int8:
+        return "codes in blocks are of FP8"
+    groups = w.k // GROUP
     wanted = (
         ("x", x, tuple(x.shape), kind),
-        ("x_scales", call.x_scales, (x.shape[0],), torch.float32),
+        ("x_scales", call.x_scales, (groups, x.shape[0]) if w.in_blocks else (x.shape[0],), torch.float32),
         ("codes", w.codes, (w.n, w.k), kind),
-        ("scales", w.scales, (w.n,), torch.float32),
+        (
+            "scales",
+            w.scales,
+            (-(-w.n // GROUP), groups + -groups % BLOCK_STEP) if w.in_blocks else (w.n,),
+            torch.float32,
+        ),
         ("bias", call.bias, (w.n,), call.dtype),
         ("residual", call.residual, call.y_shape, call.dtype),
     )
@@ -160,8 +183,10 @@ def reason_against_tensors(call: W8a8Call) -> str | None:
 
 
 def finish(call: W8a8Call, sums: Tensor) -> Tensor:
-    """y from the sums (m, n)."""
-    y = sums.float() * (call.x_scales.unsqueeze(1) * call.weight.scales)
+    """y from the sums (m, n), which have their scales already if the weight is in blocks."""
+    y = sums.float()
+    if not call.weight.in_blocks:
+        y = y * (call.x_scales.unsqueeze(1) * call.weight.scales)
     if call.bias is not None:
         y = y + call.bias.float()
     if call.residual is not None:
@@ -174,12 +199,20 @@ def reference(call: W8a8Call) -> Tensor:
     more, and n in steps of 8."""
     m, n = call.y_shape
     x, codes = call.x, call.weight.codes
+    if call.weight.in_blocks:
+        return finish(call, in_values(x, call.x_scales.T) @ in_values(codes, call.weight.scales, GROUP).T)
     if x.dtype.is_floating_point:
         return finish(call, x.float() @ codes.float().T)
     if x.is_cuda:
         x = torch.nn.functional.pad(x, (0, 0, 0, max(0, LEAST_ROWS - m)))
         codes = torch.nn.functional.pad(codes, (0, 0, 0, -n % N_STEP))
     return finish(call, torch._int_mm(x, codes.T)[:m, :n])
+
+
+def in_values(codes: Tensor, scales: Tensor, rows: int = 1) -> Tensor:
+    """codes (m, k) times scales, each of `rows` rows and GROUP inputs, float64."""
+    wide = scales.repeat_interleave(rows, 0).repeat_interleave(GROUP, 1)
+    return codes.double() * wide[: codes.shape[0], : codes.shape[1]]
 
 
 def reason_against_int_mm(problem: Problem) -> str | None:
@@ -203,6 +236,22 @@ def reason_against_scaled(problem: Problem) -> str | None:
 def scaled(call: W8a8Call) -> Tensor:
     """y of `call` by torch's FP8 product, cuBLAS's, with sums in float32."""
     w = call.weight
-    x_scales, scales = call.x_scales.unsqueeze(1), w.scales.unsqueeze(0)
-    y = torch._scaled_mm(call.x, w.codes.T, x_scales, scales, call.bias, out_dtype=call.dtype)
+    if w.in_blocks:
+        y = scaled_blocks(call)
+        y = y if call.bias is None else y.add_(call.bias)
+    else:
+        x_scales, scales = call.x_scales.unsqueeze(1), w.scales.unsqueeze(0)
+        y = torch._scaled_mm(call.x, w.codes.T, x_scales, scales, call.bias, out_dtype=call.dtype)
     return y if call.residual is None else y.add_(call.residual)
+
+
+def scaled_blocks(call: W8a8Call) -> Tensor:
+    """y of `call` without bias and residual, for a weight in blocks; rows are padded to a multiple of BLOCK_STEP."""
+    m, room = len(call.x), -len(call.x) % BLOCK_STEP
+    x, x_scales = call.x, call.x_scales
+    if room:
+        x = torch.nn.functional.pad(x.view(torch.int8), (0, 0, 0, room)).view(x.dtype)
+        x_scales = torch.nn.functional.pad(x_scales, (0, room))
+    blocks = torch.nn.functional.ScalingType
+    recipes = (blocks.BlockWise1x128, call.weight.scales.T, blocks.BlockWise128x128)
+    return torch.nn.functional.scaled_mm(x, call.weight.codes.T, x_scales.T, *recipes, output_dtype=call.dtype)[:m]

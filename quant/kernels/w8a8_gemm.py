@@ -49,4 +49,5 @@ def args_of(call: W8a8Call, y: Tensor) -> dict[str, Any]:
     (m, k), weight = call.x.shape, call.weight
     tensors = {"x": call.x, "codes": weight.codes, "bias": call.bias, "residual": call.residual, "y": y}
     check_alignment(**tensors)
-    return tensors | {"x_scales": call.x_scales, "scales": weight.scales, "m": m, "n": weight.n, "k": k}
+    sides = {"scales": weight.scales, "block_pitch": weight.scales.shape[1] if weight.in_blocks else 0}
+    return tensors | {"x_scales": call.x_scales, "m": m, "n": weight.n, "k": k} | sides

@@ -30,7 +30,7 @@ from lowbit.quant.kernels.w8a8 import reason_against_packing as reason_against_w
 from lowbit.quant.numbers import FP8, INT8
 from lowbit.quant.numerics import input_rounding
 from lowbit.quant.qtensor import QTensor
-from lowbit.quant.scheme import Side
+from lowbit.quant.scheme import FP8_BLOCK, FP8_GROUP, Side
 
 
 @dataclass(frozen=True)
@@ -282,9 +282,10 @@ class RoundedInputs:
 
     def of(self, rows: Rows) -> Rows:
         """The rows with this rounding added; by plain torch for a number type without a kernel."""
-        if self.side.number.name not in ROUNDINGS or self.side.group_size != -1:
+        number, grouped = self.side.number.name, self.side == FP8_GROUP
+        if number not in ROUNDINGS or (self.side.group_size != -1 and not grouped):
             return Rows(input_rounding(self.side, self.scale)(prepared(rows)), dependent=rows.dependent)
-        return replace(rows, rounding=self.side.number.name, input_scale=self.scale)
+        return replace(rows, rounding=number, input_scale=self.scale, grouped=grouped)
 
 
 @dataclass(frozen=True)
@@ -320,12 +321,19 @@ def inputs_of(weight: QTensor | Tensor) -> RoundedInputs | None:
 
 
 def takes_codes(weight: QTensor) -> bool:
-    """True if the weight is multiplied with inputs in codes of its number: int8, and FP8 by token or by tensor if the
-    device multiplies it. Other inputs are rounded and stay in half precision."""
+    """True if the weight is multiplied with inputs in codes of its number: int8, and, if the device multiplies it, FP8
+    by token, by tensor, or in blocks. Other inputs are rounded and stay in half precision."""
     inputs = weight.scheme.inputs
+    if is_in_blocks(weight):
+        return multiplies_fp8(weight.codes.device)
     if inputs is None or inputs.group_size != -1:
         return False
     return weight.scheme.number == INT8 or (weight.scheme.number == FP8 and multiplies_fp8(weight.codes.device))
+
+
+def is_in_blocks(weight: QTensor) -> bool:
+    """True for FP8 in blocks with inputs in FP8 in groups."""
+    return weight.scheme.weights == FP8_BLOCK and weight.scheme.inputs == FP8_GROUP
 
 
 def pack(weight: QTensor, dtype: torch.dtype, pair_block: int = TILE_ROWS) -> Weight:
@@ -346,7 +354,7 @@ def load_weight(weight: QTensor | RowScaled | Tensor, dtype: torch.dtype, pair_b
     if isinstance(weight, QTensor):
         if dtype not in HALF or reason_against_kernel(weight):
             return Dense(weight.dequantize(dtype))
-        if takes_codes(weight) and not reason_against_w8a8(*weight.shape):
+        if takes_codes(weight) and not reason_against_w8a8(*weight.shape, is_in_blocks(weight)):
             return pack(weight, dtype)
         weight = row_scaled(weight)
     sizes = *weight.shape, weight.group_size

@@ -26,7 +26,9 @@ from lowbit.engine.shapes import (
 from lowbit.engine.workspace import Workspace
 from lowbit.quant.kernels.packed import dequantize_packed
 from lowbit.quant.kernels.route_experts import Rule
+from lowbit.quant.kernels.row_norm import GROUP
 from lowbit.quant.kernels.stack import DenseStack, PackedStack
+from lowbit.quant.kernels.w8a8 import in_values
 from lowbit.quant.kernels.weight import Dense, Packed, W8a8
 from tests.kernels.make import on_cpu
 
@@ -51,7 +53,7 @@ DEEPSEEK = replace(
 )
 # An input's last bit may change its code by one: in int8 by 1 / 127 of the row's largest, which gave up to 0.026 on an
 # H100, and in FP8 by up to 1 / 8 of itself.
-TURNED_CODES = {"w8a8": 0.05, "w8a8-fp8": 0.1}
+TURNED_CODES = {"w8a8": 0.05, "w8a8-fp8": 0.1, "fp8-block": 0.1}
 CONTEXT = 300
 PROMPTS = [list(range(7, 90)), [5], list(range(300, 320))]
 
@@ -62,6 +64,8 @@ def in_float32(value):
         return Dense(dequantize_packed(on_cpu(value)))
     if isinstance(value, PackedStack):
         return DenseStack(in_float32(Packed(**vars(value.weight))).matrix.unflatten(0, (value.experts, -1)))
+    if isinstance(value, W8a8) and value.in_blocks:
+        return Dense(in_values(value.codes, value.scales, GROUP).float().cpu())
     if isinstance(value, W8a8):
         return Dense((value.codes.float() * value.scales.unsqueeze(1)).cpu())
     if isinstance(value, Tensor):

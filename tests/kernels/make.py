@@ -106,7 +106,8 @@ def w8a8_call(
 ) -> W8a8Call:
     """The product of rows x in halves, rounded to the weight's number by a kernel of its own, which the product waits
     for."""
-    rows = ops.quantize_rows(Rows(x, rounding=weight.number.name, input_scale=input_scale, dependent=dependent))
+    how = {"rounding": weight.number.name, "input_scale": input_scale, "grouped": weight.in_blocks}
+    rows = ops.quantize_rows(Rows(x, **how, dependent=dependent))
     return W8a8Call(*rows, weight, bias, residual, x.dtype, dependent=True)
 
 

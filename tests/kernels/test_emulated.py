@@ -48,7 +48,7 @@ from lowbit.quant.kernels.problem import (
     Problem,
     Rotary,
 )
-from lowbit.quant.kernels.row_norm import Rows
+from lowbit.quant.kernels.row_norm import GROUP, Rows
 from lowbit.quant.kernels.w8a8 import W8a8Call, W8a8Weight
 from lowbit.quant.numbers import FP8, INT8, UINT4, Number
 from lowbit.quant.qtensor import QTensor
@@ -281,15 +281,16 @@ def check_gptq(gpu: Gpu, seeds: range) -> None:
 
 def random_rows(pick: random.Random) -> Rows:
     dtype, activation = pick.choice(HALVES), pick.choice(["none", "none", "gelu", "silu_mul"])
-    m, k, norm = pick.choice([1, 3, 256]), pick.choice([8, 72, 520]), pick.choice(["none", "rms", "layer"])
+    m, k, norm = pick.choice([1, 3, 256]), pick.choice([8, 72, 520, 640]), pick.choice(["none", "rms", "layer"])
     if m == 1:
-        k = pick.choice([k, 8200, 16392])
+        k = pick.choice([k, 8200, 16392, 16768])
     weight, bias = ((torch.randn(k) + 1).to(dtype) for _ in range(2))
     rounding = pick.choice(["none", "int8", "fp8"])
     scale = torch.tensor(0.03) if rounding != "none" and pick.random() < 0.5 else None
     x = (2 * torch.randn(m, 2 * k if activation == "silu_mul" else k) + 0.5).to(dtype)
     sides = (None if norm == "none" else weight, bias if norm == "layer" else None)
-    return Rows(x, norm, *sides, 1e-5, rounding, scale, pick.random() < 0.6, activation)
+    grouped = rounding != "none" and scale is None and k % GROUP == 0
+    return Rows(x, norm, *sides, 1e-5, rounding, scale, pick.random() < 0.6, activation, grouped)
 
 
 def in_order(codes: Tensor) -> Tensor:
@@ -362,15 +363,23 @@ def random_bytes(*shape: int) -> Tensor:
 
 
 def random_w8a8_call(pick: random.Random, number: Number) -> W8a8Call:
-    m, n, k = pick.choice([1, 5, 8, 13, 40, 70, 130]), pick.choice([1, 7, 64, 100, 200]), pick.choice([16, 144, 1040])
+    m, n, k = (
+        pick.choice([1, 5, 8, 13, 40, 70, 130]),
+        pick.choice([1, 7, 64, 100, 200, 300]),
+        pick.choice([16, 144, 1040, 640, 256]),
+    )
     dtype = pick.choice([*HALVES, torch.float32])
     some = dtype != torch.float32 and pick.random() < 0.7
     bias, residual = (torch.randn(shape).to(dtype) if some else None for shape in ((n,), (m, n)))
     x, codes = random_bytes(m, k), random_bytes(n, k)
     if number == FP8:
         x, codes = (torch.randn(each.shape).to(FP8.storage) for each in (x, codes))
-    weight = W8a8Weight(codes, torch.rand(n) * 1e-4)
-    return W8a8Call(x, torch.rand(m), weight, bias, residual, dtype, pick.random() < 0.6)
+    weight, x_scales = W8a8Weight(codes, torch.rand(n) * 1e-4), torch.rand(m)
+    if number == FP8 and k % GROUP == 0:
+        groups = k // GROUP
+        weight = W8a8Weight(codes, torch.rand(-(-n // GROUP), groups + -groups % w8a8.BLOCK_STEP) * 1e-4)
+        x_scales = torch.rand(groups, m)
+    return W8a8Call(x, x_scales, weight, bias, residual, dtype, pick.random() < 0.6)
 
 
 def check_w8a8_products(gpu: Gpu, number: Number, seeds: range) -> None:
@@ -584,11 +593,16 @@ def check_attention(gpu: Gpu, seeds: range) -> None:
         call = AttentionCall(gpu.put(q), cache, gpu.put(starts), positions, *options, len(q) if one_sequence else 1)
         wanted = decode_attention.attend_reference(call)
         hide_unseen(call)
-        gpu.late(call.q, *(part[slot] for part in parts_of(cache) for slot in append.slots.tolist()))
+        gpu.late(call.q, *heads_of(cache, append.slots))
         cut = splits, warps_of(pick, cache)
         with gpu, mock.patch.object(decode_attention, "choose_cut", mock.Mock(return_value=cut)):
             out = decode_attention.attend(call)
         assert_close(out, wanted, out.dtype, 8)
+
+
+def heads_of(cache: KVCache, slots: Tensor) -> list[Tensor]:
+    """All that the cache has of each head in `slots`, piece by piece: a slot's heads may lie apart in memory."""
+    return [head for part in parts_of(cache) for slot in slots.tolist() for head in part[slot].unsqueeze(-1)]
 
 
 def warps_of(pick: random.Random, cache: KVCache) -> int:
@@ -604,7 +618,7 @@ def hide_unseen(call: AttentionCall) -> None:
         first = max(0, position + 1 - call.window) if call.window else 0
         seen[start + first : start + position + 1] = True
     for part in parts_of(call.cache):
-        part.view(torch.uint8)[~seen] = 0xFF
+        part.unsqueeze(-1).view(torch.uint8)[~seen] = 0xFF
 
 
 def check_names(gpu: Gpu) -> None:
@@ -618,11 +632,11 @@ def check_names(gpu: Gpu) -> None:
     assert found["append_heads bfloat16 same"].keys() >= {"made", "cache", "slots", "device", "dependent"}
     x = gpu.put(torch.randn(2, 8).half())
     args = {"x": x, "weight": None, "bias": None, "input_scale": None, "y": x.clone(), "codes": None, "scales": None}
-    args |= {"m": 2, "k": 8, "norm": "none", "eps": 0.0, "activation": "gelu", "rounding": "fp8"}
+    args |= {"m": 2, "k": 8, "norm": "none", "eps": 0.0, "activation": "gelu", "rounding": "fp8", "grouped": False}
     for change, reason in (
         ({}, None),
         ({"norm": "max"}, "'max' is none of none, rms, layer"),
-        ({"width": 8}, "14 values for the fields x, weight, bias"),
+        ({"width": 8}, "15 values for the fields x, weight, bias"),
         ({"m": "2"}, "cast"),
     ):
         with pytest.raises((ValueError, RuntimeError), match=reason) if reason else nullcontext(), gpu:
@@ -693,6 +707,11 @@ MUTANTS = {
         (check_w8a8_products, INT8, range(40)),
         "AssertionError",
     ),
+    "a group's largest number among half of its lanes": (
+        Mutant("row_norm.cu", "offset = kGroupLanes / 2;", "offset = kGroupLanes / 4;"),
+        (check_rows, range(40)),
+        "AssertionError",
+    ),
     "a block that leaves while others read from it": (
         Mutant("ring.cuh", "cluster_sync();  // no block leaves while others read from it", "{}"),
         (check_w8a8_products, INT8, range(40)),
@@ -760,3 +779,9 @@ MUTANTS = {
 def test_a_planted_mistake_is_found(library: Path, name: str) -> None:
     mutant, (function, *args), expected = MUTANTS[name]
     require_found(mutant, built(mutant), function, *args, expected=expected)
+
+
+def test_one_scale_for_all_rows_of_blocks_is_found() -> None:
+    mutant = Mutant("w8a8_gemm.cu", "S::kColumns + threadIdx.x / 128 * kGroupRows / kBlock", "S::kColumns")
+    broken = built(mutant, ("w8a8_gemm.cu",), ("LOWBIT_CODES=int8_t",))
+    require_found(mutant, broken, check_w8a8_products, FP8, range(120))

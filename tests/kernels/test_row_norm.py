@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from lowbit.quant.kernels import ops
-from lowbit.quant.kernels.row_norm import Rows, check, reference, reference_codes
+from lowbit.quant.kernels.row_norm import GROUP, Rows, check, reference, reference_codes
 from lowbit.quant.numbers import FP8, INT8
 from tests.kernels.make import opcheck
 
@@ -60,6 +60,22 @@ def test_the_bound_of_turned_codes_holds_where_a_norm_is_rounded_to_half():
 
 
 @pytest.mark.parametrize("number", CODES)
+def test_groups_of_a_row_have_scales_of_their_own(number):
+    x = torch.randn(3, 3 * GROUP) * torch.tensor([1e-3, 1.0, 100.0]).repeat_interleave(GROUP)
+    x[1, :GROUP] = 0
+    codes, scales = ops.quantize_rows(Rows(x, rounding=number, grouped=True))
+    assert scales.shape == (3, 3)
+    assert scales[0, 1] == 1
+    for group in range(3):
+        part = slice(group * GROUP, (group + 1) * GROUP)
+        alone = ops.quantize_rows(Rows(x[:, part].contiguous(), rounding=number))
+        assert torch.equal(codes[:, part].float(), alone[0].float())
+        assert torch.equal(scales[group], alone[1])
+    rounded = ops.normalize(Rows(x, rounding=number, grouped=True))
+    assert torch.equal(rounded, codes.float() * scales.T.repeat_interleave(GROUP, 1))
+
+
+@pytest.mark.parametrize("number", CODES)
 def test_infinities_become_the_largest_code(number):
     x = torch.tensor([[torch.inf, -torch.inf, 1.0, 0.0]])
     codes, _ = ops.quantize_rows(Rows(x, rounding=number, input_scale=torch.tensor(1.0)))
@@ -78,6 +94,7 @@ def test_what_is_given_is_not_what_is_returned():
         ({"weight": None}, "has a weight unless"),
         ({"activation": "relu"}, "activation 'relu' is none of"),
         ({"rounding": "int8", "input_scale": torch.ones(2)}, "not one number of torch.float32"),
+        ({"rounding": "fp8", "grouped": True}, "rows of [0-9]+ in groups of 128"),
         ({"rounding": "int4"}, "rounding 'int4' is one of"),
         ({"input_scale": torch.tensor(1.0)}, "has no input_scale where it is 'none'"),
         ({"weight": torch.ones(7)}, r"weight is \(7,\)"),
@@ -179,6 +196,27 @@ def test_the_kernel_gives_the_codes_of_the_reference(dtype):
             error = (got.int() - wanted.int()).abs()  # an exponential's last bit may turn a code
             assert error.max() <= 1 + (dtype == torch.bfloat16)
             assert (error > 0).float().mean() < 0.05
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("number", CODES)
+def test_the_kernel_gives_the_codes_of_groups(number, dtype):
+    for m, k in ((1, 128), (2, 640), (7, 4096), (3, 13824), (300, 512), (260, 11008)):
+        call = replace(make_rows(m, k, "none", (number, False), dtype, "cuda"), grouped=True)
+        call.x[m // 2, :200] = 0
+        call.x[0, 0] = 60000
+        for got, wanted in zip(ops.quantize_rows(call), expected_codes(call), strict=True):
+            assert torch.equal(got.cpu().float(), wanted.float())
+        rounded = ops.normalize(call).cpu()
+        codes, scales = expected_codes(call)
+        torch.testing.assert_close(
+            rounded, (codes.float() * scales.T.repeat_interleave(GROUP, 1)).to(dtype), rtol=0, atol=0
+        )
+        normed = replace(make_rows(m, k, "rms", (number, False), dtype, "cuda"), grouped=True)
+        got, alone = ops.quantize_rows(normed), ops.normalize(replace(normed, rounding="none", grouped=False))
+        for each, wanted in zip(got, ops.quantize_rows(Rows(alone, rounding=number, grouped=True)), strict=True):
+            assert torch.equal(each.float(), wanted.float())
 
 
 @pytest.mark.gpu

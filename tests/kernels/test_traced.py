@@ -15,7 +15,7 @@ KINDS = {
     "int3-g64": Packed,
     "fp8": W8a8,
     "fp8-a16": Packed,
-    "fp8-block": Packed,
+    "fp8-block": W8a8,
     "nvfp4": Packed,
     "mxfp4-a16": Packed,
     "int8-a8": W8a8,

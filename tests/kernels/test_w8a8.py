@@ -9,7 +9,10 @@ from torch import Tensor
 from lowbit.errors import CheckpointError
 from lowbit.export.compressed_tensors import COMPRESSED_TENSORS
 from lowbit.quant.kernels import ops
-from lowbit.quant.kernels.w8a8 import MOST_K, W8a8Call, W8a8Weight, pack_w8a8
+from lowbit.quant.kernels.joined import moved, stacked
+from lowbit.quant.kernels.row_norm import GROUP
+from lowbit.quant.kernels.row_scaled import RowScaled
+from lowbit.quant.kernels.w8a8 import MOST_K, W8a8Call, W8a8Weight, in_values, pack_w8a8
 from lowbit.quant.numbers import FP8
 from lowbit.quant.numerics import quantize_inputs
 from lowbit.quant.qtensor import QTensor
@@ -19,17 +22,22 @@ from tests.kernels.make import make_qtensor, make_w8a8_weight, make_x, opcheck, 
 
 def expected(x: Tensor, weight: W8a8Weight, input_scale: Tensor | None = None) -> Tensor:
     """The product in float64, its inputs rounded by quant.numerics."""
+    if weight.in_blocks:
+        codes, scales = quantize_inputs(x.unflatten(1, (-1, GROUP)), weight.number)
+        values = (codes.double() * scales.double()).flatten(1)
+        return values @ in_values(weight.codes, weight.scales, GROUP).T
     codes, scales = quantize_inputs(x, weight.number, input_scale)
     return (codes.double() @ weight.codes.double().T) * scales.double() * weight.scales.double()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("static", [False, True])
-@pytest.mark.parametrize("scheme", ["int8", "fp8-a16"])
+@pytest.mark.parametrize("scheme", ["int8", "fp8-a16", "fp8-block"])
 def test_x_is_rounded_and_multiplied(scheme: str, dtype: torch.dtype, static: bool) -> None:
-    weight, x = make_w8a8_weight(33, 96, scheme=scheme), make_x(5, 96, dtype, outliers=True)
-    bias, residual = make_x(1, 33, dtype)[0], make_x(5, 33, dtype)
-    scale = torch.tensor(0.7) if static else None
+    n, k = (256, 640) if scheme == "fp8-block" else (33, 96)
+    weight, x = make_w8a8_weight(n, k, scheme=scheme), make_x(5, k, dtype, outliers=True)
+    bias, residual = make_x(1, n, dtype)[0], make_x(5, n, dtype)
+    scale = torch.tensor(0.7) if static and not weight.in_blocks else None
     y = ops.w8a8_linear(w8a8_call(x, weight, bias, residual, scale))
     assert y.dtype == dtype
     torch.testing.assert_close(y, (expected(x, weight, scale) + bias.double() + residual.double()).to(dtype))
@@ -82,6 +90,38 @@ def test_a_weight_is_packed_bit_for_bit_or_refused() -> None:
     assert pack_w8a8(floats).codes.data_ptr() == floats.codes.data_ptr()
 
 
+def test_a_weight_in_blocks_has_rows_of_scales_in_steps_of_four() -> None:
+    weight = rounded_weight(256, 640, parse_scheme("fp8-block"))
+    packed = pack_w8a8(weight)
+    assert packed.in_blocks
+    assert packed.scales.shape == (2, 8)
+    assert torch.equal(packed.scales[:, :5], weight.scales.float())
+    assert torch.equal(in_values(packed.codes, packed.scales, GROUP).float(), weight.dequantize())
+    assert pack_w8a8(rounded_weight(256, 512, parse_scheme("fp8-block"))).scales.shape == (2, 4)
+
+
+def test_rows_of_blocks_are_taken_with_their_scales_or_made_alone() -> None:
+    weight = rounded_weight(512, 256, parse_scheme("fp8-block"))
+    swapped = torch.arange(512).view(4, 128).flip(0).flip(1).flatten()
+    for rows in (torch.arange(128, 512), swapped, torch.arange(256, 300)):
+        found = moved(weight, rows, HALF)
+        assert isinstance(found, QTensor)
+        assert torch.equal(found.dequantize(), weight.dequantize()[rows])
+    apart = moved(weight, torch.arange(64, 512), HALF)
+    assert isinstance(apart, RowScaled)
+    assert torch.equal(apart.dequantize(), weight.dequantize()[64:])
+
+
+def test_stacked_blocks_stay_blocks_where_each_part_fills_its_own() -> None:
+    first, second = (rounded_weight(n, 256, parse_scheme("fp8-block")) for n in (256, 128))
+    assert isinstance(whole := stacked([first, second], HALF), QTensor)
+    assert torch.equal(whole.dequantize(), torch.cat([first.dequantize(), second.dequantize()]))
+    short = replace(first, codes=first.codes[:200])
+    assert isinstance(apart := stacked([short, second], HALF), RowScaled)
+    assert torch.equal(apart.dequantize(), torch.cat([first.dequantize()[:200], second.dequantize()]))
+    assert isinstance(stacked([second, short], HALF), QTensor)
+
+
 @pytest.mark.parametrize("bad", [0.0, -1.0, float("nan"), float("inf")])
 def test_impossible_scales_are_refused(bad: float) -> None:
     qtensor = replace(make_qtensor(24, 64, 8, -1, True), scheme=parse_scheme("int8-channel-a8token"))
@@ -95,6 +135,22 @@ def test_impossible_scales_are_refused(bad: float) -> None:
     file = {"layers.0.up.weight": qtensor.codes, "layers.0.up.weight_scale": scales}
     with pytest.raises(CheckpointError, match=r"^layers.0.up: .* a scale is zero, negative or not finite"):
         COMPRESSED_TENSORS.read("layers.0.up", file.__getitem__, parse_scheme("int8-channel-a8token"))
+
+
+def test_blocks_that_do_not_fit_are_named() -> None:
+    weight = make_w8a8_weight(256, 256, scheme="fp8-block")
+    call = W8a8Call(torch.zeros(3, 256, dtype=FP8.storage), torch.ones(2, 3), weight)
+    ops.w8a8_linear(call)
+    with pytest.raises(ValueError, match=r"x_scales is \(3, 2\) torch.float32, not \(2, 3\)"):
+        ops.w8a8_linear(replace(call, x_scales=torch.ones(3, 2)))
+    with pytest.raises(ValueError, match=r"scales is \(2, 2\) torch.float32, not \(2, 4\)"):
+        ops.w8a8_linear(replace(call, weight=replace(weight, scales=torch.ones(2, 2))))
+    with pytest.raises(ValueError, match="codes in blocks are of FP8"):
+        ops.w8a8_linear(replace(call, weight=replace(weight, codes=torch.zeros(256, 256, dtype=torch.int8))))
+    with pytest.raises(ValueError, match="192 inputs: the kernels of 8-bit inputs take multiples of 128"):
+        pack_w8a8(
+            replace(rounded_weight(128, 256, parse_scheme("fp8-block")), codes=torch.zeros(128, 192, dtype=FP8.storage))
+        )
 
 
 def test_the_operators_pass_opcheck() -> None:
@@ -130,6 +186,7 @@ HALF = torch.float16
         ({"residual": torch.zeros(16, 2, dtype=HALF).T}, "residual has strides"),
         ({"dtype": torch.float64}, "y in torch.float64"),
         ({"dtype": torch.float32, "bias": torch.zeros(16)}, "takes no bias"),
+        ({"weight": W8a8Weight(torch.zeros(16, 32, dtype=FP8.storage), torch.ones(1, 4))}, "takes? multiples of 128"),
         ({"weight": W8a8Weight(torch.zeros(16, 32), torch.ones(16))}, "codes is .* torch.float32, not"),
         ({"weight": W8a8Weight(torch.zeros(16, 32, dtype=torch.int8), torch.ones(16, dtype=HALF))}, "scales is"),
     ],

@@ -11,6 +11,7 @@ from lowbit.quant.kernels import extension, ops, ring, w8a8, w8a8_gemm
 from lowbit.quant.kernels.problem import Problem
 from lowbit.quant.kernels.registry import choose_kernel
 from lowbit.quant.kernels.ring import RingCut
+from lowbit.quant.kernels.row_norm import GROUP
 from lowbit.quant.kernels.w8a8 import W8a8Call, W8a8Weight
 from lowbit.quant.kernels.w8a8_gemm import choose_cut, run
 from tests.kernels.make import (
@@ -198,10 +199,24 @@ def fp8_call(m: int, n: int, k: int, outliers: bool = False, dtype: torch.dtype 
     return replace(w8a8_call(x, weight), dtype=dtype)
 
 
+def block_call(m: int, n: int, k: int, outliers: bool = False, dtype: torch.dtype = torch.float32) -> W8a8Call:
+    """The same in blocks whose scales are far apart, the last of which may be incomplete."""
+    like, groups = fp8_call(m, n, k, outliers, dtype), k // GROUP
+    scales = torch.rand(
+        -(-n // GROUP), groups + -groups % w8a8.BLOCK_STEP, device="cuda"
+    ).exp2() * 2.0 ** torch.randint(-12, 3, (-(-n // GROUP), 1), device="cuda")
+    x_scales = 2.0 ** torch.randint(-12, 3, (groups, m), device="cuda").float()
+    return replace(like, x_scales=x_scales, weight=W8a8Weight(like.weight.codes, scales))
+
+
 def error_of(y: Tensor, call: W8a8Call) -> Tensor:
     """The largest error against a product in float64, as a part of the sum of the products' magnitudes."""
-    x, codes = call.x.double() * call.x_scales.double().unsqueeze(1), call.weight.codes.double()
-    codes = codes * call.weight.scales.double().unsqueeze(1)
+    if call.weight.in_blocks:
+        x = w8a8.in_values(call.x, call.x_scales.T)
+        codes = w8a8.in_values(call.weight.codes, call.weight.scales, GROUP)
+    else:
+        x, codes = call.x.double() * call.x_scales.double().unsqueeze(1), call.weight.codes.double()
+        codes = codes * call.weight.scales.double().unsqueeze(1)
     return ((y.double() - x @ codes.T).abs() / (x.abs() @ codes.abs().T).clamp(min=1e-30)).max()
 
 
@@ -236,3 +251,42 @@ def test_many_rows_of_fp8_in_torch(outliers: bool, dtype: torch.dtype) -> None:
         exact = w8a8.reference(replace(call, bias=bias, residual=residual, dtype=torch.float32, x=call.x))
         y = ops.w8a8_linear(replace(call, bias=bias, residual=residual))
         assert (y.float() - exact).abs().max() <= 4 * torch.finfo(dtype).eps * exact.abs().max()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("outliers", [False, True])
+@pytest.mark.parametrize("m", ROWS)
+def test_sums_of_blocks_are_multiplied_with_their_scales(m: int, outliers: bool) -> None:
+    for n, k in ((1, 128), (200, 384), (1000, 4224), (4096, 4096)):
+        call = block_call(m, n, k, outliers)
+        assert error_of(run(call, call.problem()), call) < 4 * 2.0**-12
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("m", [1, 16, 48, 100])
+def test_every_cut_of_blocks(m: int) -> None:
+    call = block_call(m, 328, 1664)
+    for launch in CUTS:
+        assert error_of(run(call, call.problem(), launch), call) < 4 * 2.0**-12
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("m", [1, 5, 40, 255])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_one_operator_in_blocks_on_two_devices(m: int, dtype: torch.dtype) -> None:
+    n, k = 384, 1152
+    weight = make_w8a8_weight(n, k, "cuda", "fp8-block")
+    x, bias, residual = make_x(m, k, dtype, "cuda"), make_x(1, n, dtype, "cuda")[0], make_x(m, n, dtype, "cuda")
+    for tail in ((None, None), (bias, None), (None, residual), (bias, residual)):
+        call = w8a8_call(x, weight, *tail)
+        assert_devices_agree(ops.w8a8_linear(call), ops.w8a8_linear(on_cpu(call)))
+        assert_devices_agree(ops.w8a8_linear(call), ops.w8a8_linear(w8a8_call(*map(on_cpu, (x, weight, *tail)))))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("m", [1, 8, 64])
+def test_dependent_launch_changes_no_bit_of_blocks(m: int) -> None:
+    weights = [make_w8a8_weight(1024, 1024, "cuda", "fp8-block") for _ in range(6)]
+    weights = [replace(weight, scales=weight.scales / 64) for weight in weights]
+    x = make_x(m, 1024, torch.float16, "cuda")
+    assert_dependence_changes_nothing(lambda dependent: chain(x, weights, dependent))

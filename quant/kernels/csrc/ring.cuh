@@ -160,14 +160,22 @@ __device__ void consume(const RingShare& share, const Ring<S>& ring, RingSums<S>
   wgmma_wait<0>();
 }
 
+// Sums of a chunk that are added as they are.
+struct NoFactors {
+  __device__ void load(int) {}
+  __device__ float of(int) const { return 1.f; }
+};
+
 // The same with sums of each chunk's own, added in float32: the tensor cores add up products of e4m3 with some 14 bits.
-template <typename S>
-__device__ void consume_apart(const RingShare& share, const Ring<S>& ring, RingSums<S>& sums) {
+// Factors::of(i) multiplies sum i of the chunk that was loaded last.
+template <typename S, typename Factors>
+__device__ void consume_apart(const RingShare& share, const Ring<S>& ring, Factors factors, RingSums<S>& sums) {
   constexpr int kSpan = S::kColumns == 128 ? 32 : S::kColumns;  // columns at once: more sums do not fit in registers
   const int group = threadIdx.x / 128;
   Turn turn{ring.stages};
   for (int chunk = share.first; chunk < share.end; ++chunk, turn.next()) {
     const SwizzledAt w(ring.w(turn.stage) + group * (kGroupRows * kBoxBytes)), x(ring.x(turn.stage));
+    factors.load(chunk);
     barrier_wait(ring.full(turn.stage), turn.parity);
 #pragma unroll
     for (int column = 0; column < S::kColumns; column += kSpan) {
@@ -180,7 +188,7 @@ __device__ void consume_apart(const RingShare& share, const Ring<S>& ring, RingS
       wgmma_wait<0>();
       if (threadIdx.x % 128 == 0 && column + kSpan == S::kColumns) barrier_arrive(ring.empty(turn.stage));
 #pragma unroll
-      for (int i = 0; i < kSpan / 2; ++i) sums[column / 2 + i] += part[i];
+      for (int i = 0; i < kSpan / 2; ++i) sums[column / 2 + i] += factors.of(column / 2 + i) * part[i];
     }
   }
 }

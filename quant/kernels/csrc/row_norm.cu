@@ -21,13 +21,14 @@ struct RowNormArgs {
   FIELD(const float*, input_scale);  // one number for all tokens, or null: each token's absmax / 127, or / 448
   FIELD(void*, y);                   // (m, k), or null to get codes and scales
   FIELD(uint8_t*, codes);            // (m, k)
-  FIELD(float*, scales);             // (m)
+  FIELD(float*, scales);             // (m), or (k / 128, m)
   FIELD(int, m);
   FIELD(int, k);
   FIELD(Norm, norm);
   FIELD(float, eps);
   FIELD(Activation, activation);     // before the norm
   FIELD(Rounding, rounding);         // to multiples of the scale: -128 to 127, or e4m3
+  FIELD(bool, grouped);              // 128 inputs have a scale of their own
 };
 
 namespace {
@@ -36,6 +37,7 @@ constexpr int kMaxThreads = 1024;
 constexpr int kVector = 8;
 constexpr int kVectors = 4;  // most per thread: rows of up to 32768
 constexpr int kManyRows = 256;
+constexpr int kGroupLanes = 16;  // of 128 inputs
 
 struct Add {
   __device__ float operator()(float a, float b) const { return a + b; }
@@ -95,6 +97,11 @@ __device__ void norm_row(const RowNormArgs& args, float (&x)[kCount][kVector], c
   }
 }
 
+// The scale with which `largest` becomes the largest code.
+__device__ inline float step_to(const RowNormArgs& args, float largest) {
+  return largest == 0.f ? 1.f : largest / (args.rounding == Rounding::fp8 ? 448.f : 127.f);
+}
+
 // The scale of this row; NaN if the row has a NaN, since codes cannot carry it.
 template <int kCount>
 __device__ float scale_of(const RowNormArgs& args, const float (&x)[kCount][kVector], float* scratch) {
@@ -104,8 +111,21 @@ __device__ float scale_of(const RowNormArgs& args, const float (&x)[kCount][kVec
   for (int v = 0; v < kCount; ++v)
 #pragma unroll
     for (int i = 0; i < kVector; ++i) largest = max_or_nan(largest, fabsf(x[v][i]));
-  largest = reduce(largest, scratch, Max{});
-  return largest == 0.f ? 1.f : largest / (args.rounding == Rounding::fp8 ? 448.f : 127.f);
+  return step_to(args, reduce(largest, scratch, Max{}));
+}
+
+// The scale of each of the thread's groups, which 16 adjacent lanes share.
+template <int kCount>
+__device__ void scales_of_groups(const RowNormArgs& args, const float (&x)[kCount][kVector], float (&scales)[kCount]) {
+#pragma unroll
+  for (int v = 0; v < kCount; ++v) {
+    float largest = 0.f;
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) largest = max_or_nan(largest, fabsf(x[v][i]));
+    for (int offset = kGroupLanes / 2; offset > 0; offset /= 2)
+      largest = max_or_nan(largest, __shfl_xor_sync(~0u, largest, offset));
+    scales[v] = step_to(args, largest);
+  }
 }
 
 // A scale, and the inverse of scale * lift for divisions. lift is a power of two, so that a tiny scale has an inverse
@@ -152,6 +172,21 @@ __device__ void store(const RowNormArgs& args, int64_t index, const float (&x)[k
   static_cast<uint4*>(args.y)[index] = raw;
 }
 
+// Stores the row with a scale for each group.
+template <typename T, int kCount>
+__device__ void store_groups(const RowNormArgs& args, int vectors, const float (&x)[kCount][kVector]) {
+  float scales[kCount];
+  scales_of_groups(args, x, scales);
+#pragma unroll
+  for (int v = 0; v < kCount; ++v) {
+    const int index = threadIdx.x + v * blockDim.x;
+    if (index >= vectors) break;
+    store<T>(args, static_cast<int64_t>(blockIdx.x) * vectors + index, x[v], Step(scales[v]));
+    if (args.scales != nullptr && index % kGroupLanes == 0)
+      args.scales[static_cast<int64_t>(index / kGroupLanes) * args.m + blockIdx.x] = scales[v];
+  }
+}
+
 // The thread's numbers of a row, with the activation applied and rounded to T as by a separate product. All loads are
 // issued before any value is used.
 template <typename T, int kCount, bool kActive>
@@ -195,6 +230,7 @@ __global__ void __launch_bounds__(kMaxThreads) row_norm_kernel(const __grid_cons
   float x[kCount][kVector];
   load<T, kCount, kActive>(args, vectors, x);
   if (args.norm != Norm::none) norm_row<T>(args, x, weights, vectors, scratch);
+  if (args.grouped) return store_groups<T>(args, vectors, x);
   const Step step(args.rounding == Rounding::none ? 1.f : scale_of(args, x, scratch));
   stamp(Stage::kComputed);
   if (args.scales != nullptr && threadIdx.x == 0) args.scales[blockIdx.x] = step.scale;
