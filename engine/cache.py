@@ -69,7 +69,7 @@ class Cache:
         """
         for layer in self.layers:
             for part in parts_of(layer):
-                rows = part.view(self.batch, -1)[: len(sequences)]
+                rows = part.unflatten(0, (self.batch, -1))[: len(sequences)]
                 rows.copy_(rows[sequences])
 
 

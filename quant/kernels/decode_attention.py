@@ -351,7 +351,9 @@ def reason_against(heads: Tensor, cache: KVCache) -> str | None:
 
 def cache_fields(cache: KVCache) -> dict[str, Any]:
     """The kernels' struct of a cache."""
-    return vars(cache) | {"kv_heads": cache.kv_heads, "head_dim": cache.head_dim}
+    steps = (1, len(cache.k)) if cache.apart else (cache.kv_heads, 1)
+    sizes = {"kv_heads": cache.kv_heads, "head_dim": cache.head_dim, "slot_step": steps[0], "head_step": steps[1]}
+    return vars(cache) | sizes
 
 
 def made_fields(call: AppendCall | None) -> dict[str, Any]:

@@ -260,7 +260,38 @@ def test_one_call_appends_and_attends_as_two_do(shape, device, cache):
         wanted = ops.attend(attention_of(apart, ops.append_heads(apart), window=window))
         assert torch.equal(ops.attend_new(new_call_of(call, window=window)), wanted)
         for part, same in zip(vars(call.cache).values(), vars(apart.cache).values(), strict=True):
-            assert part is same is None or torch.equal(part.view(torch.uint8), same.view(torch.uint8))
+            assert part is same is None or torch.equal(*(each.flatten().view(torch.uint8) for each in (part, same)))
+
+
+def other_order(cache: KVCache) -> KVCache:
+    """The same cache with slots and heads the other way round in memory."""
+    parts = (
+        part if part is None or part.ndim == 1 else part.transpose(0, 1).contiguous().transpose(0, 1)
+        for part in vars(cache).values()
+    )
+    return KVCache(*(part.contiguous() if cache.apart and part is not None else part for part in parts))
+
+
+@pytest.mark.parametrize("cache", CACHE_NUMBERS)
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_slots_and_heads_may_stand_in_either_order(device, cache):
+    for shape, positions in (((8, 2, 64), [63, 0, 1500]), ((4, 4, 128), [1200, 15])):
+        call = make_append(shape, positions, torch.float16, cache, device)
+        other = replace(call, cache=other_order(call.cache))
+        assert call.cache.apart == (cache == "int4") != other.cache.apart
+        assert torch.equal(ops.attend_new(new_call_of(other)), ops.attend_new(new_call_of(call)))
+        for part, same in zip(vars(other.cache).values(), vars(call.cache).values(), strict=True):
+            assert part is same is None or torch.equal(part.float().nan_to_num(), same.float().nan_to_num())
+        q = ops.append_heads(call)
+        assert torch.equal(ops.append_heads(other), q)
+        assert torch.equal(ops.attend(attention_of(other, q)), ops.attend(attention_of(call, q)))
+
+
+def test_a_cache_in_two_orders_is_refused():
+    call = make_append((4, 4, 128), [7, 9], torch.float16, "int4")
+    mixed = replace(call.cache, v=call.cache.v.contiguous())
+    with pytest.raises(ValueError, match="v has the shape"):
+        ops.append_heads(replace(call, cache=mixed))
 
 
 def test_heads_that_do_not_fit_are_refused_before_they_are_appended():

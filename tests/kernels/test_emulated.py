@@ -733,7 +733,7 @@ MUTANTS = {
         "AssertionError|after it had left",
     ),
     "a row that sees those behind it": (
-        Mutant("decode_attention.cu", "args.adjacent - 1 - columns.row_of(args, 2 * lane.member + h)", "0"),
+        Mutant("decode_attention.cu", "args.adjacent - 1 - columns.row_of(args, S::kColumns * lane.member + h)", "0"),
         (check_attention, range(40)),
         "AssertionError",
     ),

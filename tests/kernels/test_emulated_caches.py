@@ -59,6 +59,13 @@ MISTAKES = {
         "pairs[2 * i] = even[i], pairs[2 * i + 1] = odd[i]",
         "pairs[i] = even[i], pairs[i + kPairs] = odd[i]",
     ),
+    "bytes of queries in another order than those of keys": Mutant(
+        "cache_codes.cuh", "j % 2 * 4 + j / 2 + 2 * half", "j % 2 * 4 + j / 2 + half"
+    ),
+    "an upper byte without what the lower one borrows": Mutant("decode_attention.cu", "(code + 128) >> 8", "code >> 8"),
+    "slots as far apart as if heads stood together": Mutant(
+        "decode_attention.cu", "span.pitch = cache.slot_step", "span.pitch = cache.kv_heads"
+    ),
     "a chunk read where the next one is": Mutant(
         "decode_attention.cu", "next = first + S::kTogether * step;", "next = first + step;"
     ),

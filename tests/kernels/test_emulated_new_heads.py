@@ -46,7 +46,7 @@ def check_new_heads(gpu: Gpu, seeds: range) -> None:
             after = replace(call, append=apart).after(decode_attention.append(apart))
             wanted = decode_attention.attend(after)
         test_emulated.hide_unseen(replace(after, cache=cache))
-        rows = [part[slot] for part in test_emulated.parts_of(cache) for slot in append.slots.tolist()]
+        rows = test_emulated.heads_of(cache, append.slots)
         for row in rows:
             row.view(torch.uint8).fill_(0xFF)
         gpu.late(append.qkv)
@@ -55,7 +55,8 @@ def check_new_heads(gpu: Gpu, seeds: range) -> None:
             out = decode_attention.attend_new(call)
         assert torch.equal(out, wanted)
         for part, same in zip(test_emulated.parts_of(cache), test_emulated.parts_of(apart.cache), strict=True):
-            assert torch.equal(part[append.slots].view(torch.uint8), same[append.slots].view(torch.uint8))
+            found, kept = (each[append.slots].flatten().view(torch.uint8) for each in (part, same))
+            assert torch.equal(found, kept)
 
 
 def check_new_codes(gpu: Gpu, seeds: range) -> None:

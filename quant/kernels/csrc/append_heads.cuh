@@ -46,7 +46,7 @@ __global__ void __launch_bounds__(kAppendThreads) append_heads_kernel(const __gr
   if (is_q || is_k) turns = read_turns<kMostPairs>(made, row, half, lane);
   if (norm != nullptr) weight.read(static_cast<const T*>(norm), half, lane);
   const int kv_head = (index - args.heads) % cache.kv_heads;
-  const int64_t place = is_q ? 0 : args.slots[row] * cache.kv_heads + kv_head;
+  const int64_t place = is_q ? 0 : cache.index_of(args.slots[row], kv_head);
   wait_for_previous_kernel();
   head.read(static_cast<const T*>(made.qkv) + static_cast<int64_t>(unit) * cache.head_dim, half, lane);
   if (is_q || is_k)
@@ -105,7 +105,7 @@ __global__ void __launch_bounds__(kRowThreads, 4) append_rows_kernel(const __gri
   const int heads = args.heads + 2 * cache.kv_heads, row = blockIdx.x;
   allow_next_kernel();
   const Head<kEight> turns = read_eight_turns(made, made.positions[row] * half + first);
-  const int64_t place = args.slots[row] * cache.kv_heads;
+  const int64_t slot = args.slots[row];
   wait_for_previous_kernel();
   const T* qkv = static_cast<const T*>(made.qkv) + static_cast<int64_t>(row) * heads * cache.head_dim + first;
   T* q = static_cast<T*>(args.q) + static_cast<int64_t>(row) * args.heads * cache.head_dim + first;
@@ -121,7 +121,7 @@ __global__ void __launch_bounds__(kRowThreads, 4) append_rows_kernel(const __gri
       if (norm != nullptr) head = normed;
     }
     if (!is_v) rotate_head(head, turns);
-    const int64_t element = (place + kv - (is_v ? cache.kv_heads : 0)) * cache.head_dim + first;
+    const int64_t element = cache.index_of(slot, kv - (is_v ? cache.kv_heads : 0)) * cache.head_dim + first;
     store_eights(head, is_q ? q + index * cache.head_dim : static_cast<T*>(is_v ? cache.v : cache.k) + element, half);
   }
 }

@@ -8,8 +8,9 @@
 //   kHeadScales  a float32 scale for each head, of all tokens
 //   kRotated     keys and queries are turned by a Hadamard matrix, which leaves their products as they are
 //   kTogether    chunks that a warp takes at a time: of few bits each has few bytes and few instructions
-//   kOffset      the number that codes stand above their values in products, or 0. Such codes come as subnormal halves:
-//                element i of a word times unit_of(i)
+//   kOffset      the number that codes stand above their values in products, or 0. Such codes of values come as
+//                subnormal halves: element i of a word times unit_of(i)
+//   kByteQueries keys are multiplied as bytes, with queries in two bytes each
 //   Product<T>   the type of the products: codes are exact in float16, and queries are then converted to it
 //   widen        the pairs of a word, in order
 //   pair_rows    pairs of element i of one row with element i of another, for the elements of a word of each
@@ -26,6 +27,7 @@ struct SameCache {
   static constexpr char kName[] = "same";
   static constexpr int kBits = 16, kPairs = 1, kTogether = 1, kOffset = 0;
   static constexpr bool kTokenScales = false, kSignedScales = false, kHeadScales = false, kRotated = false;
+  static constexpr bool kByteQueries = false;
   template <typename T>
   using Product = T;
 
@@ -40,7 +42,7 @@ struct SameCache {
 template <typename Cache>
 struct ByteCache {
   static constexpr int kBits = 8, kPairs = 2, kTogether = 1, kOffset = 0;
-  static constexpr bool kSignedScales = false, kRotated = false;
+  static constexpr bool kSignedScales = false, kRotated = false, kByteQueries = false;
   template <typename T>
   using Product = __half;
 
@@ -83,6 +85,8 @@ struct Int4Cache {
   static constexpr char kName[] = "int4";
   static constexpr int kBits = 4, kPairs = 4, kTogether = 2, kOffset = 8;
   static constexpr bool kTokenScales = true, kSignedScales = true, kHeadScales = false, kRotated = true;
+  static constexpr bool kByteQueries = true;
+  static constexpr int kHighUnit = 16;  // of a high nibble as a byte
   template <typename T>
   using Product = __half;
 
@@ -99,6 +103,11 @@ struct Int4Cache {
     for (int i = 0; i < kPairs; ++i) pairs[2 * i] = even[i], pairs[2 * i + 1] = odd[i];
   }
   __host__ __device__ static constexpr float unit_of(int i) { return i / 2 % 2 ? 0x1p-20f : 0x1p-24f; }
+  // The nibbles of a word as bytes without a sign: the low ones, and 16 times the high ones.
+  __device__ static uint32_t low_bytes(uint32_t word) { return word & 0x0f0f0f0fu; }
+  __device__ static uint32_t high_bytes(uint32_t word) { return word & 0xf0f0f0f0u; }
+  // The element of a word that is byte j of its low (half 0) or high nibbles.
+  __host__ __device__ static constexpr int element_of_byte(int half, int j) { return j % 2 * 4 + j / 2 + 2 * half; }
   // The place of element i of a word.
   __host__ __device__ static constexpr int shift_of(int i) { return (i % 2 * 4 + i / 2) * 4; }
 };

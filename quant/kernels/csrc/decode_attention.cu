@@ -63,7 +63,8 @@ constexpr float kLeastScale = 7.8886e-31f;  // 2^-100: its inverse can still be 
 
 // ---- attention ----
 
-template <typename T_, typename Codes_, int kDim_, bool kAppends_, int kWarps_ = 4>
+// kFew: at most 4 columns, so that a lane has one of them.
+template <typename T_, typename Codes_, int kDim_, bool kAppends_, int kWarps_ = 4, bool kFew_ = false>
 struct Shape {
   using T = T_;
   using Codes = Codes_;
@@ -72,6 +73,8 @@ struct Shape {
   static constexpr int kDim = kDim_;                        // at least head_dim
   static constexpr bool kAppends = kAppends_;               // True if the kernel itself makes and appends new heads
   static constexpr int kWarps = kWarps_, kThreads = kWarps * 32;
+  static constexpr bool kFew = kFew_;
+  static constexpr int kColumns = kFew ? 1 : 2;             // of a lane: from kColumns * member on
   static constexpr int kMostSplits = 8;                     // a cluster that fits everywhere
   static constexpr int kVector = 128 / kBits;               // elements in 16 bytes
   static constexpr int kKeyVectors = kDim / kVector / 4;    // vectors of one position per lane
@@ -142,12 +145,40 @@ struct Span {
   __device__ uint64_t scales_to(unsigned row) const { return uint64_t{row} * scale_pitch; }
 };
 
+// The addresses of the lane's part of a chunk. They move by additions, and the compiler does not know their origin: for
+// want of registers it computed each anew, from constants in memory, with 12 instructions and their latencies.
+template <typename S>
+struct Cursor {
+  const char* k;  // of row `group`, vector `member`
+  const char* v;  // of row 2 member, vector `group`
+  const typename S::T* scale;  // of row lane % kRows, of k for lanes 0 to 15, the others of v
+
+  __device__ Cursor(const Span& span, Lane lane, int first)
+      : k(span.k + span.bytes_to(first + lane.group) + 16 * lane.member),
+        v(span.v + span.bytes_to(first + 2 * lane.member) + sizeof(typename S::ValueVector) * lane.group) {
+    const int index = threadIdx.x % 32;
+    scale = static_cast<const typename S::T*>(index < kRows ? span.k_scales : span.v_scales);
+    if constexpr (S::Codes::kTokenScales) scale += span.scales_to(first + index % kRows);
+  }
+  // The same `rows` later.
+  __device__ Cursor after(const Span& span, unsigned rows) const {
+    Cursor later = *this;
+    later.k += span.bytes_to(rows), later.v += span.bytes_to(rows);
+    if constexpr (S::Codes::kTokenScales) later.scale += span.scales_to(rows);
+    return later;
+  }
+  __device__ void hide() {
+    hide_origin(k), hide_origin(v);
+    if constexpr (S::Codes::kTokenScales) hide_origin(scale);
+  }
+};
+
 template <typename S>
 __device__ Span span_of(const DecodeAttentionArgs& args, int kv_head) {
   const KvCache& cache = args.cache;
   const int first_row = blockIdx.z * args.adjacent, position = args.positions[first_row + args.adjacent - 1];
   const int begin = args.window > 0 ? max(0, position + 1 - args.window) : 0;
-  const int64_t first = (args.starts[first_row] + begin) * cache.kv_heads + kv_head;
+  const int64_t first = cache.index_of(args.starts[first_row] + begin, kv_head);
   const int row_bytes = cache.head_dim * S::kBits / 8;
   Span span;
   span.k = static_cast<const char*>(cache.k) + first * row_bytes;
@@ -158,9 +189,8 @@ __device__ Span span_of(const DecodeAttentionArgs& args, int kv_head) {
     span.v_scales = static_cast<const typename S::T*>(cache.v_scales) + first;
   }
   if constexpr (S::Codes::kHeadScales) span.scale *= __ldg(static_cast<const float*>(cache.k_scales) + kv_head);
-  if constexpr (S::kOffset) span.scale /= S::Codes::unit_of(0);
-  span.pitch = cache.kv_heads * row_bytes;
-  span.scale_pitch = cache.kv_heads;
+  span.pitch = cache.slot_step * row_bytes;
+  span.scale_pitch = cache.slot_step;
   span.length = position + 1 - begin;
   // a step of m rows writes at most the last m positions of a sequence
   span.settled = S::kAppends ? span.length - 1 : max(0, span.length - args.m);
@@ -178,7 +208,7 @@ __device__ float log_of_scale(float scale) {
 }
 
 // A chunk of 16 positions in registers, as each lane's part of the fragments. `read_` loads the rows in [from, to), of
-// which neither may be negative nor `to` the smaller.
+// which neither may be negative nor `to` the smaller; `at` are the addresses of the chunk at `first`.
 template <typename S>
 struct Chunk {
   using ValueVector = typename S::ValueVector;
@@ -186,7 +216,7 @@ struct Chunk {
   ValueVector v[4][S::kValueVectors];    // rows 2 member, + 1, + 8, + 9; vector `group` of each eight
   typename S::T scale;  // of tokens: of k for lanes 0 to 15, the others of v: position lane % 16
 
-  // load(row, vector) returns the 16 bytes of a position.
+  // load(r, i) returns vector i of the lane's row r.
   template <typename Load>
   __device__ void fill_keys(const Span& span, Lane lane, int first, int from, int to, Load load) {
 #pragma unroll
@@ -195,8 +225,7 @@ struct Chunk {
       if (static_cast<unsigned>(row - from) >= static_cast<unsigned>(to - from)) continue;
 #pragma unroll
       for (int i = 0; i < S::kKeyVectors; ++i) {
-        const int vector = 4 * i + lane.member;
-        if (vector * S::kVector < span.head_dim) k[r][i] = load(row, vector);
+        if ((4 * i + lane.member) * S::kVector < span.head_dim) k[r][i] = load(r, i);
       }
     }
   }
@@ -209,31 +238,29 @@ struct Chunk {
       if (static_cast<unsigned>(row - from) >= static_cast<unsigned>(to - from)) continue;
 #pragma unroll
       for (int i = 0; i < S::kValueVectors; ++i) {
-        const int vector = 8 * i + lane.group;
-        if (vector * S::kValueVector < span.head_dim) v[r][i] = load(row, vector);
+        if ((8 * i + lane.group) * S::kValueVector < span.head_dim) v[r][i] = load(r, i);
       }
     }
   }
 
-  __device__ void read_keys(const Span& span, Lane lane, int first, int from, int to) {
-    fill_keys(span, lane, first, from, to, [&](int row, int vector) {
-      return __ldcg(reinterpret_cast<const uint4*>(span.k + span.bytes_to(row)) + vector);
+  __device__ void read_keys(const Span& span, Lane lane, const Cursor<S>& at, int first, int from, int to) {
+    fill_keys(span, lane, first, from, to, [&](int r, int i) {
+      return __ldcg(reinterpret_cast<const uint4*>(at.k + span.bytes_to(8 * r)) + 4 * i);
     });
   }
 
-  __device__ void read_values(const Span& span, Lane lane, int first, int from, int to) {
-    fill_values(span, lane, first, from, to, [&](int row, int vector) {
-      return __ldcg(reinterpret_cast<const ValueVector*>(span.v + span.bytes_to(row)) + vector);
+  __device__ void read_values(const Span& span, Lane lane, const Cursor<S>& at, int first, int from, int to) {
+    fill_values(span, lane, first, from, to, [&](int r, int i) {
+      return __ldcg(reinterpret_cast<const ValueVector*>(at.v + span.bytes_to(r % 2 + r / 2 * 8)) + 8 * i);
     });
   }
 
   // Only asks for a scale: what would be made of it here would wait for the memory.
-  __device__ void read_scales(const Span& span, int first, int from, int to) {
+  __device__ void read_scales(const Cursor<S>& at, int first, int from, int to) {
     if constexpr (S::Codes::kTokenScales) {
-      const int lane = threadIdx.x % 32, row = first + lane % kRows;
-      const auto* scales = static_cast<const typename S::T*>(lane < kRows ? span.k_scales : span.v_scales);
+      const int row = first + threadIdx.x % kRows;
       // Bypasses L1, which may hold an outdated line from a read of a neighbour before the wait.
-      if (row >= from && row < to) scale = __ldcg(scales + span.scales_to(row));
+      if (static_cast<unsigned>(row - from) < static_cast<unsigned>(to - from)) scale = __ldcg(at.scale);
     }
   }
 
@@ -257,46 +284,25 @@ struct Chunk {
 template <typename S>
 struct Queries {
   uint32_t pairs[S::kDim / 8];
-  float offsets[2] = {};  // initial scores of heads 2 member and 2 member + 1
+  float scale;  // of scores
 
   // load(d) returns the 16 bytes from input d of the lane's head on.
   template <typename Load>
-  __device__ void fill(int head_dim, const Columns& columns, Lane lane, Load load) {
+  __device__ void fill(const Span& span, const Columns& columns, Lane lane, Load load) {
+    scale = span.scale;
 #pragma unroll
     for (int i = 0; i < S::kDim / 32; ++i) {
       constexpr int kQuads = S::kVector / 8;  // 16-byte vectors of q per one of k
       const int d = (i / kQuads * 4 + lane.member) * S::kVector + i % kQuads * 8;
       uint4 raw = {};
-      if (lane.group < columns.count && d < head_dim) raw = load(d);
+      if (lane.group < columns.count && d < span.head_dim) raw = load(d);
       const uint32_t words[4] = {raw.x, raw.y, raw.z, raw.w};
 #pragma unroll
       for (int w = 0; w < 4; ++w) pairs[4 * i + w] = product_pair(words[w]);
     }
-    if constexpr (S::kOffset) take_offsets(lane);
   }
-
-  __device__ void read(const DecodeAttentionArgs& args, const Columns& columns, Lane lane) {
-    using T = typename S::T;
-    const int head_dim = args.cache.head_dim;
-    const T* head = static_cast<const T*>(args.q) + columns.head_of(args, lane.group) * head_dim;
-    fill(head_dim, columns, lane, [&](int d) { return __ldcg(reinterpret_cast<const uint4*>(head + d)); });
-  }
-
-  // Divides queries by the units of their keys' codes, and sums up the products with the codes' offset.
-  __device__ void take_offsets(Lane lane) {
-    float sum = 0.f;
-#pragma unroll
-    for (int i = 0; i < S::kDim / 8; ++i) {
-      const float unit = S::Codes::unit_of(2 * i % 8) / S::Codes::unit_of(0);
-      pairs[i] = bits_of(__hmul2(as_half2(pairs[i]), __float2half2_rn(1.f / unit)));
-      const float2 both = __half22float2(as_half2(pairs[i]));
-      sum += (both.x + both.y) * unit;
-    }
-    for (int offset = 1; offset < 4; offset *= 2) sum += __shfl_xor_sync(~0u, sum, offset);
-    sum *= -S::Codes::kOffset * S::Codes::unit_of(0);
-#pragma unroll
-    for (int h = 0; h < 2; ++h) offsets[h] = __shfl_sync(~0u, sum, (2 * lane.member + h) * 4);
-  }
+  __device__ static int column_of(Lane lane) { return lane.group; }
+  __device__ float scale_of(int) const { return scale; }
 
   // A pair of T as a pair of Product. Numbers beyond float16 are clamped to its largest, which no real q reaches. NaN
   // stays.
@@ -310,17 +316,134 @@ struct Queries {
   }
 };
 
-// The lane's scores of each chunk: rows group (0, 1) and group + 8 (2, 3), heads 2 member (0, 2) and 2 member + 1
-// (1, 3).
+// Queries for keys of 4 bits, rounded to 16 bits beside their head's largest, far finer than the keys are. Their two
+// bytes are two columns of the integer tensor instruction, or, with more than 4 columns, of two instructions; a word's
+// nibbles are its left operand as they are. All sums are exact.
 template <typename S>
-using Scores = float[S::kTogether][4];
+struct ByteQueries {
+  static constexpr int kParts = S::kFew ? 1 : 2;
+  static constexpr float kMost = 32639.f;  // 127 * 256 + 127
+  // Of the head column_of(lane), for each word of the lane's keys: bytes for its low nibbles and for its high ones.
+  // With one part upper bytes are in even columns, lower ones in odd columns.
+  uint32_t bytes[kParts][S::kDim / 16];
+  int offsets[kParts][2];  // initial sums of columns 2 member and 2 member + 1
+  float scales[S::kColumns];  // of the lane's scores
+
+  __device__ static int column_of(Lane lane) { return S::kFew ? lane.group / 2 : lane.group; }
+  __device__ float scale_of(int h) const { return scales[h]; }
+
+  template <typename Load>
+  __device__ void fill(const Span& span, const Columns& columns, Lane lane, Load load) {
+    using T = typename S::T;
+    float q[S::kDim / 32][8], largest = 0.f;
+#pragma unroll
+    for (int i = 0; i < S::kDim / 32; ++i) {
+      const int d = (i / 4 * 4 + lane.member) * S::kVector + i % 4 * 8;
+      uint4 raw = {};
+      if (column_of(lane) < columns.count && d < span.head_dim) raw = load(d);
+#pragma unroll
+      for (int j = 0; j < 8; ++j) {
+        q[i][j] = to_float(reinterpret_cast<const T*>(&raw)[j]);
+        largest = max_or_nan(largest, fabsf(q[i][j]));
+      }
+    }
+    for (int offset = 1; offset < 4; offset *= 2) largest = max_or_nan(largest, __shfl_xor_sync(~0u, largest, offset));
+    const float inverse = largest > 0.f ? kMost / largest : 0.f;
+    int sums[kParts] = {};
+#pragma unroll
+    for (int i = 0; i < S::kDim / 32; ++i) {
+      int codes[8];
+#pragma unroll
+      for (int j = 0; j < 8; ++j) codes[j] = static_cast<int>(rintf(q[i][j] * inverse));
+#pragma unroll
+      for (int part = 0; part < kParts; ++part) {
+        const bool upper = S::kFew ? lane.group % 2 == 0 : part == 0;
+#pragma unroll
+        for (int half = 0; half < 2; ++half) bytes[part][2 * i + half] = bytes_of(codes, upper, half, sums[part]);
+      }
+    }
+#pragma unroll
+    for (int part = 0; part < kParts; ++part) {
+      for (int offset = 1; offset < 4; offset *= 2) sums[part] += __shfl_xor_sync(~0u, sums[part], offset);
+#pragma unroll
+      for (int h = 0; h < 2; ++h)
+        offsets[part][h] = -S::Codes::kOffset * __shfl_sync(~0u, sums[part], (2 * lane.member + h) * 4);
+    }
+#pragma unroll
+    for (int h = 0; h < S::kColumns; ++h)
+      scales[h] = span.scale * __shfl_sync(~0u, largest, (2 * lane.member + h) * 4) / (kMost * S::Codes::kHighUnit);
+  }
+
+  // The bytes of four of eight codes, those for low or high nibbles, and their sum added to `sum`.
+  __device__ static uint32_t bytes_of(const int (&codes)[8], bool upper, int half, int& sum) {
+    uint32_t word = 0;
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const int code = codes[S::Codes::element_of_byte(half, j)];
+      const int byte = upper ? (code + 128) >> 8 : static_cast<int8_t>(code);
+      sum += byte;
+      word |= static_cast<uint32_t>(byte & 0xff) << (8 * j);
+    }
+    return word;
+  }
+};
+
+template <typename S>
+using QueriesOf = std::conditional_t<S::Codes::kByteQueries, ByteQueries<S>, Queries<S>>;
+
+// Reads the head of the lane's column.
+template <typename S>
+__device__ void read_queries(QueriesOf<S>& q, const DecodeAttentionArgs& args, const Span& span, const Columns& columns,
+                             Lane lane) {
+  using T = typename S::T;
+  const T* head = static_cast<const T*>(args.q) + columns.head_of(args, q.column_of(lane)) * span.head_dim;
+  q.fill(span, columns, lane, [&](int d) { return __ldcg(reinterpret_cast<const uint4*>(head + d)); });
+}
+
+// The lane's scores of each chunk: those of row `group` for its columns, then those of row group + 8.
+template <typename S>
+using Scores = float[S::kTogether][2 * S::kColumns];
+
+// The scores of one chunk, before their scale.
+template <typename S>
+__device__ void multiply_keys(const Chunk<S>& chunk, const ByteQueries<S>& q, float (&scores)[2 * S::kColumns]) {
+  using Codes = typename S::Codes;
+  constexpr int kParts = ByteQueries<S>::kParts;
+  int sums[kParts][4];
+#pragma unroll
+  for (int part = 0; part < kParts; ++part) {
+    int low[4], high[4] = {};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) low[i] = q.offsets[part][i % 2];
+#pragma unroll
+    for (int i = 0; i < S::kKeyVectors; ++i) {
+      const uint32_t* first = reinterpret_cast<const uint32_t*>(&chunk.k[0][i]);
+      const uint32_t* second = reinterpret_cast<const uint32_t*>(&chunk.k[1][i]);
+#pragma unroll
+      for (int w = 0; w < 4; w += 2) {
+        const uint32_t* bytes = q.bytes[part] + 2 * (4 * i + w);
+        mma_bytes_16x8x32(low, {Codes::low_bytes(first[w]), Codes::low_bytes(second[w]), Codes::low_bytes(first[w + 1]),
+                                Codes::low_bytes(second[w + 1])}, bytes[0], bytes[2]);
+        mma_bytes_16x8x32(high, {Codes::high_bytes(first[w]), Codes::high_bytes(second[w]),
+                                 Codes::high_bytes(first[w + 1]), Codes::high_bytes(second[w + 1])},
+                          bytes[1], bytes[3]);
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < 4; ++i) sums[part][i] = low[i] * Codes::kHighUnit + high[i];
+  }
+#pragma unroll
+  for (int i = 0; i < 2 * S::kColumns; ++i)
+    scores[i] = static_cast<float>(S::kFew ? sums[0][2 * i] * 256 + sums[0][2 * i + 1]
+                                           : sums[0][i] * 256 + sums[kParts - 1][i]);
+}
 
 // The scores of one chunk.
 template <typename S>
 __device__ void multiply_keys(const Chunk<S>& chunk, const Queries<S>& q, float (&scores)[4]) {
   float odd[4] = {};  // two chains: the latency of a tensor instruction is several issue slots
 #pragma unroll
-  for (int i = 0; i < 4; ++i) scores[i] = q.offsets[i % 2];
+  for (float& score : scores) score = 0.f;
 #pragma unroll
   for (int i = 0; i < S::kKeyVectors; ++i) {
     const uint32_t* low = reinterpret_cast<const uint32_t*>(&chunk.k[0][i]);
@@ -345,20 +468,25 @@ __device__ void multiply_keys(const Chunk<S>& chunk, const Queries<S>& q, float 
   for (int i = 0; i < 4; ++i) scores[i] += odd[i];
 }
 
-// A warp's sums for heads 2 member and 2 member + 1. Weights are relative to 2^maximum. `sum` is per lane.
+// A warp's sums for the lane's columns. Weights are relative to 2^maximum. `sum` is per lane.
 template <typename S>
 struct Running {
-  float maximum[2] = {kNothing, kNothing}, sum[2] = {};
-  // Elements i (0, 1) and i + kBlocks (2, 3) of the lane's 2 kBlocks, for both heads; with offsets the sums of weights.
+  float maximum[S::kColumns], sum[S::kColumns] = {};
+  // Elements i (0, 1) and i + kBlocks (2, 3) of the lane's 2 kBlocks, for two columns of the tensor instruction, of
+  // which every other is 0 if there are few; with offsets the sums of weights.
   float out[S::kBlocks + S::kOffset][4] = {};
+
+  __device__ Running() {
+    for (float& each : maximum) each = kNothing;
+  }
 };
 
 // Raises maxima that scores exceed by more than kSlack, and shrinks the sums. Each depends on its own scores alone.
 template <typename S>
-__device__ void raise(float (&most)[2], Running<S>& running) {
-  float shrink[2];
+__device__ void raise(float (&most)[S::kColumns], Running<S>& running) {
+  float shrink[S::kColumns];
 #pragma unroll
-  for (int h = 0; h < 2; ++h) {
+  for (int h = 0; h < S::kColumns; ++h) {
     for (int offset = 4; offset < 32; offset *= 2) most[h] = fmaxf(most[h], __shfl_xor_sync(~0u, most[h], offset));
     const float maximum = most[h] > running.maximum[h] + kSlack ? most[h] : running.maximum[h];
     shrink[h] = exp2_fast(running.maximum[h] - maximum);
@@ -366,68 +494,84 @@ __device__ void raise(float (&most)[2], Running<S>& running) {
     running.sum[h] *= shrink[h];
   }
 #pragma unroll
-  for (int i = 0; i < 4 * (S::kBlocks + S::kOffset); ++i) running.out[i / 4][i % 4] *= shrink[i % 2];
+  for (int i = 0; i < 4 * (S::kBlocks + S::kOffset); ++i)
+    if (i % 2 < S::kColumns) running.out[i / 4][i % 4] *= shrink[i % S::kColumns];
+}
+
+// The largest score of each of the lane's columns.
+template <typename S>
+__device__ void find_most(const Scores<S>& scores, float (&most)[S::kColumns]) {
+#pragma unroll
+  for (int h = 0; h < S::kColumns; ++h) {
+    most[h] = fmaxf(scores[0][h], scores[0][S::kColumns + h]);
+#pragma unroll
+    for (int c = 1; c < S::kTogether; ++c)
+      most[h] = fmaxf(most[h], fmaxf(scores[c][h], scores[c][S::kColumns + h]));
+  }
 }
 
 // Converts scores to weights of the values, and adds these to the sums: exp2 of score (with a scale for each token, of
-// score + log2 of v's scale) minus the maximum, so that float16 can hold them for any scale. `lengths`: positions that
-// the lane's two columns see.
+// score + log2 of v's scale) minus the maximum, so that float16 can hold them for any scale.
 template <typename S>
-__device__ void weigh(const DecodeAttentionArgs& args, const Span& span, const Chunk<S> (&chunks)[S::kTogether],
-                      Lane lane, int first, int step, const int (&lengths)[2], Scores<S>& scores,
-                      Running<S>& running) {
-  float factors[S::kTogether][2], sides[S::kTogether][2] = {};  // of k; log2 of v's scale
+__device__ void weigh(const DecodeAttentionArgs& args, const Span& span, const Columns& columns,
+                      const QueriesOf<S>& q, const Chunk<S> (&chunks)[S::kTogether], Lane lane, int first, int step,
+                      Scores<S>& scores, Running<S>& running) {
+  constexpr int kCount = 2 * S::kColumns;  // of a chunk
+  float factors[S::kTogether][kCount], sides[S::kTogether][2] = {};  // log2 of v's scale
 #pragma unroll
   for (int c = 0; c < S::kTogether; ++c) {
     const float side = S::Codes::kTokenScales ? chunks[c].side() : 0.f;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      factors[c][r] = span.scale;
-      if constexpr (!S::Codes::kTokenScales) continue;
-      factors[c][r] *= __shfl_sync(~0u, side, lane.group + 8 * r);
-      sides[c][r] = __shfl_sync(~0u, side, lane.group + 8 * r + kRows);
+      const float k_scale = S::Codes::kTokenScales ? __shfl_sync(~0u, side, lane.group + 8 * r) : 1.f;
+      if constexpr (S::Codes::kTokenScales) sides[c][r] = __shfl_sync(~0u, side, lane.group + 8 * r + kRows);
+#pragma unroll
+      for (int h = 0; h < S::kColumns; ++h) factors[c][S::kColumns * r + h] = q.scale_of(h) * k_scale;
     }
   }
-  const float cap = args.softcap * kLog2E;
+  const auto for_scores = [&](auto change) {
 #pragma unroll
-  for (int i = 0; i < 4 * S::kTogether; ++i) {
-    float& score = scores[i / 4][i % 4];
-    const float factor = factors[i / 4][i % 4 / 2], side = sides[i / 4][i % 4 / 2];
-    score = cap > 0.f ? cap * tanhf(score * factor / cap) + side : score * factor + side;
+    for (int i = 0; i < kCount * S::kTogether; ++i) change(scores[i / kCount][i % kCount], i / kCount, i % kCount);
+  };
+  if (args.softcap > 0.f) {
+    const float cap = args.softcap * kLog2E;
+    for_scores([&](float& score, int c, int i) {
+      score = cap * tanhf(score * factors[c][i] / cap) + sides[c][i / S::kColumns];
+    });
+  } else {
+    for_scores([&](float& score, int c, int i) { score = score * factors[c][i] + sides[c][i / S::kColumns]; });
   }
   if (first + (S::kTogether - 1) * step + kRows > span.length - args.adjacent + 1) {
+    int lengths[S::kColumns];  // positions that the lane's columns see
 #pragma unroll
-    for (int i = 0; i < 4 * S::kTogether; ++i) {
-      const int position = first + i / 4 * step + lane.group + i % 4 / 2 * 8;
-      if (position >= lengths[i % 2]) scores[i / 4][i % 4] = -INFINITY;
-    }
+    for (int h = 0; h < S::kColumns; ++h)
+      lengths[h] = span.length - (args.adjacent - 1 - columns.row_of(args, S::kColumns * lane.member + h));
+    for_scores([&](float& score, int c, int i) {
+      if (first + c * step + lane.group + i / S::kColumns * 8 >= lengths[i % S::kColumns]) score = -INFINITY;
+    });
   }
-  float most[2];
+  float most[S::kColumns];
+  find_most<S>(scores, most);
+  bool above = false;
 #pragma unroll
-  for (int h = 0; h < 2; ++h) {
-    most[h] = fmaxf(scores[0][h], scores[0][h + 2]);
-#pragma unroll
-    for (int c = 1; c < S::kTogether; ++c) most[h] = fmaxf(most[h], fmaxf(scores[c][h], scores[c][h + 2]));
-  }
-  if (__any_sync(~0u, most[0] > running.maximum[0] + kSlack || most[1] > running.maximum[1] + kSlack))
-    raise<S>(most, running);
-#pragma unroll
-  for (int i = 0; i < 4 * S::kTogether; ++i) {
-    float& score = scores[i / 4][i % 4];
-    const float side = sides[i / 4][i % 4 / 2];
-    score = exp2_fast(score - running.maximum[i % 2]);
-    running.sum[i % 2] += S::Codes::kTokenScales ? score * exp2_fast(-side) : score;
+  for (int h = 0; h < S::kColumns; ++h) above = above || most[h] > running.maximum[h] + kSlack;
+  if (__any_sync(~0u, above)) raise<S>(most, running);
+  for_scores([&](float& score, int c, int i) {
+    const float side = sides[c][i / S::kColumns];
+    score = exp2_fast(score - running.maximum[i % S::kColumns]);
+    running.sum[i % S::kColumns] += S::Codes::kTokenScales ? score * exp2_fast(-side) : score;
     if constexpr (S::Codes::kSignedScales)
       score = __uint_as_float(__float_as_uint(score) ^ __float_as_uint(side) << 31);
-  }
+  });
 }
 
 // out += V^T weights.
 template <typename S>
-__device__ void multiply_values(const Chunk<S>& chunk, const float (&weights)[4], Running<S>& running) {
+__device__ void multiply_values(const Chunk<S>& chunk, const float (&weights)[2 * S::kColumns], Running<S>& running) {
   using P = typename S::Product;
-  const uint32_t low = transpose_matrix(pair_of<P>(weights[0], weights[1]));
-  const uint32_t high = transpose_matrix(pair_of<P>(weights[2], weights[3]));
+  constexpr int kLast = S::kColumns - 1;
+  const uint32_t low = transpose_matrix(pair_of<P>(weights[0], kLast ? weights[kLast] : 0.f));
+  const uint32_t high = transpose_matrix(pair_of<P>(weights[S::kColumns], kLast ? weights[S::kColumns + kLast] : 0.f));
   constexpr int kHalf = S::kWords / 2;
   const uint32_t* rows[4];
   for (int r = 0; r < 4; ++r) rows[r] = reinterpret_cast<const uint32_t*>(chunk.v[r]);
@@ -506,9 +650,10 @@ __device__ void give_part(const Meeting<S>& meeting, const Running<S>& running, 
   const int group = (vector * S::kValueVector + part * kGroup % S::kValueVector) / kGroup;
   const int turn = Meeting<S>::over(group, meeting.of_block), rank = group - turn * blocks;
 #pragma unroll
-  for (int h = 0; h < 2; ++h) {
-    if (2 * lane.member + h >= heads) continue;
-    const int place = (slot * Meeting<S>::groups_of_block(blocks) + turn) * heads + 2 * lane.member + h;
+  for (int h = 0; h < S::kColumns; ++h) {
+    const int column = S::kColumns * lane.member + h;
+    if (column >= heads) continue;
+    const int place = (slot * Meeting<S>::groups_of_block(blocks) + turn) * heads + column;
     float values[kGroup];
 #pragma unroll
     for (int i = 0; i < kGroup; ++i) {
@@ -527,10 +672,11 @@ template <typename S>
 __device__ void give_all(const Meeting<S>& meeting, Running<S>& running, Lane lane, int heads) {
   const int slot = blockIdx.x * S::kWarps + threadIdx.x / 32;
 #pragma unroll
-  for (int h = 0; h < 2; ++h) {
+  for (int h = 0; h < S::kColumns; ++h) {
     for (int offset = 4; offset < 32; offset *= 2) running.sum[h] += __shfl_xor_sync(~0u, running.sum[h], offset);
-    if (2 * lane.member + h >= heads || lane.group >= gridDim.x) continue;
-    const int place = slot * heads + 2 * lane.member + h;
+    const int column = S::kColumns * lane.member + h;
+    if (column >= heads || lane.group >= gridDim.x) continue;
+    const int place = slot * heads + column;
     give(meeting, &meeting.maximum[place], lane.group, running.maximum[h]);
     give(meeting, &meeting.sum[place], lane.group, running.sum[h]);
   }
@@ -684,9 +830,9 @@ struct NewHeads {
     }
   }
 
-  __device__ void read(Queries<S>& q, Lane lane) const {
-    const T* head = memory.q[lane.group];
-    q.fill(span.head_dim, columns, lane, [&](int d) { return *reinterpret_cast<const uint4*>(head + d); });
+  __device__ void read(QueriesOf<S>& q, Lane lane) const {
+    const T* head = memory.q[q.column_of(lane)];
+    q.fill(span, columns, lane, [&](int d) { return *reinterpret_cast<const uint4*>(head + d); });
   }
 
   // True if the chunk at `first` has the new position.
@@ -695,7 +841,7 @@ struct NewHeads {
   __device__ void take_key(Chunk<S>& chunk, Lane lane, int first) const {
     if (!in(first)) return;
     chunk.fill_keys(span, lane, first, span.settled, span.length,
-                    [&](int, int vector) { return reinterpret_cast<const uint4*>(memory.k)[vector]; });
+                    [&](int, int i) { return reinterpret_cast<const uint4*>(memory.k)[4 * i + lane.member]; });
     if constexpr (Codes::kTokenScales) {
       const int place = threadIdx.x % 32;
       if (first + place % kRows != span.settled) return;
@@ -706,7 +852,7 @@ struct NewHeads {
     using Vector = typename S::ValueVector;
     if (!in(first)) return;
     chunk.fill_values(span, lane, first, span.settled, span.length,
-                      [&](int, int vector) { return reinterpret_cast<const Vector*>(memory.v)[vector]; });
+                      [&](int, int i) { return reinterpret_cast<const Vector*>(memory.v)[8 * i + lane.group]; });
   }
 };
 
@@ -715,13 +861,14 @@ template <typename S>
 struct OldHeads {
   static constexpr size_t kBytes = 0;
   const DecodeAttentionArgs& args;
+  const Span& span;
   const Columns& columns;
 
-  __device__ OldHeads(float*, const DecodeAttentionArgs& args, const Span&, const Columns& columns)
-      : args(args), columns(columns) {}
+  __device__ OldHeads(float*, const DecodeAttentionArgs& args, const Span& span, const Columns& columns)
+      : args(args), span(span), columns(columns) {}
   __device__ void make() {}
   __device__ void append() const {}
-  __device__ void read(Queries<S>& q, Lane lane) const { q.read(args, columns, lane); }
+  __device__ void read(QueriesOf<S>& q, Lane lane) const { read_queries<S>(q, args, span, columns, lane); }
   __device__ void take_key(Chunk<S>&, Lane, int) const {}
   __device__ void take_value(Chunk<S>&, Lane, int) const {}
 };
@@ -731,36 +878,42 @@ using Heads = std::conditional_t<S::kAppends, NewHeads<S>, OldHeads<S>>;
 
 // Rows [from, to) of a chunk, except values that are read behind the products with its keys.
 template <typename S>
-__device__ void read_ahead(const Span& span, Lane lane, int first, int from, int to, Chunk<S>& chunk) {
-  chunk.read_keys(span, lane, first, from, to);
-  if (S::kAhead) chunk.read_values(span, lane, first, from, to);
-  chunk.read_scales(span, first, from, to);
+__device__ void read_ahead(const Span& span, Lane lane, const Cursor<S>& at, int first, int from, int to,
+                           Chunk<S>& chunk) {
+  chunk.read_keys(span, lane, at, first, from, to);
+  if (S::kAhead) chunk.read_values(span, lane, at, first, from, to);
+  chunk.read_scales(at, first, from, to);
 }
 
-// Adds the chunks at `first` and every `step` rows on, and reads those after them into their registers.
+// Adds the chunks at `first` and every `step` rows on, and reads those after them into their registers. `at` moves from
+// `first` to the next.
 template <typename S>
-__device__ void attend_chunks(const DecodeAttentionArgs& args, const Span& span, Lane lane, const Heads<S>& heads,
-                              const Queries<S>& q, const int (&lengths)[2], int first, int step,
+__device__ void attend_chunks(const DecodeAttentionArgs& args, const Span& span, Lane lane, const Columns& columns,
+                              const Heads<S>& heads, const QueriesOf<S>& q, int first, int step, Cursor<S>& at,
                               Chunk<S> (&chunks)[S::kTogether], Running<S>& running) {
   Scores<S> scores;
   const int next = first + S::kTogether * step;
+  const Cursor<S> here = at;
+  at = at.after(span, S::kTogether * step);
+  at.hide();
 #pragma unroll
   for (int c = 0; c < S::kTogether; ++c) {
     heads.take_key(chunks[c], lane, first + c * step);
     multiply_keys<S>(chunks[c], q, scores[c]);
-    if (S::kAhead) chunks[c].read_keys(span, lane, next + c * step, 0, span.readable);
+    if (S::kAhead) chunks[c].read_keys(span, lane, at.after(span, c * step), next + c * step, 0, span.readable);
     if (!S::kAhead && S::kClears) chunks[c].clear_values();
-    if (!S::kAhead) chunks[c].read_values(span, lane, first, 0, span.readable);
+    if (!S::kAhead) chunks[c].read_values(span, lane, here, first, 0, span.readable);
   }
-  weigh<S>(args, span, chunks, lane, first, step, lengths, scores, running);
+  weigh<S>(args, span, columns, q, chunks, lane, first, step, scores, running);
 #pragma unroll
   for (int c = 0; c < S::kTogether; ++c) {
-    chunks[c].read_scales(span, next + c * step, 0, span.readable);
+    const Cursor<S> later = at.after(span, c * step);
+    chunks[c].read_scales(later, next + c * step, 0, span.readable);
     heads.take_value(chunks[c], lane, first + c * step);
     multiply_values<S>(chunks[c], scores[c], running);
     if (S::kAhead && S::kClears) chunks[c].clear_values();
-    if (S::kAhead) chunks[c].read_values(span, lane, next + c * step, 0, span.readable);
-    else chunks[c].read_keys(span, lane, next, 0, span.readable);
+    if (S::kAhead) chunks[c].read_values(span, lane, later, next + c * step, 0, span.readable);
+    else chunks[c].read_keys(span, lane, later, next, 0, span.readable);
   }
 }
 
@@ -771,26 +924,24 @@ __device__ void attend_span(const DecodeAttentionArgs& args, const Span& span, L
   const int step = gridDim.x * S::kWarps * kRows;
   int first = (blockIdx.x * S::kWarps + threadIdx.x / 32) * kRows;
   Chunk<S> chunks[S::kTogether];
+  Cursor<S> at(span, lane, first);
 #pragma unroll
   for (int c = 0; c < S::kTogether; ++c) {
     chunks[c].clear_keys(), chunks[c].clear_values();
     chunks[c].scale = from_float<typename S::T>(0.f);
-    read_ahead<S>(span, lane, first + c * step, 0, span.settled, chunks[c]);
+    read_ahead<S>(span, lane, at.after(span, c * step), first + c * step, 0, span.settled, chunks[c]);
   }
   wait_for_previous_kernel();
   stamp(Stage::kWaited);
 #pragma unroll
   for (int c = 0; !S::kAppends && c < S::kTogether; ++c)
-    read_ahead<S>(span, lane, first + c * step, span.settled, span.length, chunks[c]);
+    read_ahead<S>(span, lane, at.after(span, c * step), first + c * step, span.settled, span.length, chunks[c]);
   heads.make();
   if (S::kAppends) __syncthreads();
-  Queries<S> q;
+  QueriesOf<S> q;
   heads.read(q, lane);
-  int lengths[2];
-  for (int h = 0; h < 2; ++h)
-    lengths[h] = span.length - (args.adjacent - 1 - columns.row_of(args, 2 * lane.member + h));
   for (; first < span.length; first += S::kTogether * step)
-    attend_chunks<S>(args, span, lane, heads, q, lengths, first, step, chunks, running);
+    attend_chunks<S>(args, span, lane, columns, heads, q, first, step, at, chunks, running);
 }
 
 template <typename S>
@@ -846,6 +997,16 @@ cudaError_t launch_shape(const DecodeAttentionArgs& args, const DecodeAttentionL
   return launch_kernel(decode_attention_kernel<S>, plan, args);
 }
 
+// A block of many warps, with code of its own for few columns where there is one.
+template <typename T, typename Codes, bool kAppends, int kWarps>
+cudaError_t launch_warps(const DecodeAttentionArgs& args, const DecodeAttentionLaunch& launch, cudaStream_t stream) {
+  if constexpr (Codes::kByteQueries) {
+    if (args.heads / args.cache.kv_heads * args.adjacent <= kHeads / 2)
+      return launch_shape<Shape<T, Codes, 128, kAppends, kWarps, true>>(args, launch, stream);
+  }
+  return launch_shape<Shape<T, Codes, 128, kAppends, kWarps>>(args, launch, stream);
+}
+
 }  // namespace
 
 template <typename T, typename Codes, bool kAppends>
@@ -856,10 +1017,8 @@ cudaError_t launch_heads(const DecodeAttentionArgs& args, const DecodeAttentionL
   if constexpr (kIsSame) {
     if (head_dim <= 64 && launch.warps == 4) return launch_shape<Shape<T, Codes, 64, kAppends>>(args, launch, stream);
   } else {
-    if (head_dim <= 128 && launch.warps == 8)
-      return launch_shape<Shape<T, Codes, 128, kAppends, 8>>(args, launch, stream);
-    if (head_dim <= 128 && launch.warps == 16)
-      return launch_shape<Shape<T, Codes, 128, kAppends, 16>>(args, launch, stream);
+    if (head_dim <= 128 && launch.warps == 8) return launch_warps<T, Codes, kAppends, 8>(args, launch, stream);
+    if (head_dim <= 128 && launch.warps == 16) return launch_warps<T, Codes, kAppends, 16>(args, launch, stream);
   }
   if (launch.warps != 4) return cudaErrorInvalidConfiguration;
   if (head_dim <= 128) return launch_shape<Shape<T, Codes, 128, kAppends>>(args, launch, stream);

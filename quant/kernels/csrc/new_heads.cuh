@@ -9,7 +9,7 @@
 
 namespace lowbit {
 
-// One layer's keys and values: (slots, kv_heads, head_dim) of some number type.
+// One layer's keys and values: (slots, kv_heads, head_dim) of some number type, slots or heads behind one another.
 struct KvCache {
   LOWBIT_STRUCT(KvCache);
   FIELD(void*, k);
@@ -18,6 +18,12 @@ struct KvCache {
   FIELD(void*, v_scales);
   FIELD(int, kv_heads);
   FIELD(int, head_dim);
+  FIELD(int, slot_step);   // heads from a slot to the next: kv_heads, or 1
+  FIELD(int, head_step);   // from a head of a slot to the next: 1, or slots
+
+  __device__ int64_t index_of(int64_t slot, int kv_head) const {
+    return slot * slot_step + static_cast<int64_t>(kv_head) * head_step;
+  }
 };
 
 // The heads of new tokens. All but qkv must not be written by a kernel that the reader may overlap.

@@ -158,6 +158,20 @@ __device__ inline void mma_16x8x16<__nv_bfloat16>(float (&c)[4], const uint32_t 
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
+// c (16 x 8, int32) += a (16 x 32, bytes without a sign) * b (32 x 8, bytes with one): the fragments of mma.m16n8k32.
+// a0 is row g, a1 row g + 8, a2 and a3 the same rows sixteen columns on.
+__device__ inline void mma_bytes_16x8x32(int (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// Hides a pointer's origin, so that the compiler keeps it in a register instead of computing it anew.
+template <typename T>
+__device__ inline void hide_origin(T*& pointer) {
+  asm volatile("" : "+l"(pointer));
+}
+
 // Lets the next kernel of the stream start. Until that kernel waits, it may only touch memory that no running kernel
 // writes.
 __device__ inline void allow_next_kernel() {

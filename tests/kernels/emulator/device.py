@@ -55,7 +55,11 @@ class Gpu(TorchFunctionMode):
         self.library.emulator_start(seed, ctypes.c_bool(seed % 3 == 0))
 
     def put(self, value: Any, alignment: int = 16) -> Any:
-        """A copy of the tensor that ends just before a page without access; for a dataclass, of all its tensors."""
+        """A copy of the tensor that ends just before a page without access, its first two dimensions in the same order
+        in memory; for a dataclass, of all its tensors."""
+        if isinstance(value, Tensor) and value.ndim > 1 and not value.is_contiguous():
+            swapped = value.transpose(0, 1)
+            return self.put(swapped).transpose(0, 1) if swapped.is_contiguous() else self.put(value.contiguous())
         if isinstance(value, Tensor):
             made = self.allocate(value.shape, value.dtype, alignment)
             made.copy_(value)

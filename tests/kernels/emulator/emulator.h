@@ -71,6 +71,7 @@ inline uint32_t swizzled(uint32_t address) { return address ^ (address >> 7 & 7)
 
 // Products of a warpgroup, the calling lane's share: computed as late as a wait allows. tensor.cpp has the arithmetic.
 void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, bool bfloat16);
+void multiply_bytes(int (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
 void multiply_later(float* c, int columns, const uint32_t (&a)[4], uint64_t b, bool add, bool bfloat16);
 template <typename Operand, typename Sum>
 void multiply_shared_later(Sum* c, int columns, uint32_t a, uint32_t b);

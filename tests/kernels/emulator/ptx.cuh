@@ -42,6 +42,12 @@ void mma_16x8x16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1
   emulator::multiply(c, a, b0, b1, std::is_same_v<T, __nv_bfloat16>);
 }
 
+inline void mma_bytes_16x8x32(int (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  emulator::multiply_bytes(c, a, b0, b1);
+}
+template <typename T>
+void hide_origin(T*&) {}
+
 inline void allow_next_kernel() {}
 inline void wait_for_previous_kernel() { emulator::wait_for_previous_kernel(); }
 inline uint32_t cluster_rank() { return emulator::cluster_rank(); }

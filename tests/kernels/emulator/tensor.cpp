@@ -37,6 +37,23 @@ void multiply_warp(const Slots& in, Slots& out) {
   }
 }
 
+// Rows of bytes without a sign, columns of bytes with one.
+void multiply_warp_of_bytes(const Slots& in, Slots& out) {
+  for (int lane = 0; lane < kLanes; ++lane) {
+    for (int i = 0; i < 4; ++i) {
+      const int column = lane % 4 * 2 + i % 2;
+      int sum = load<int>(in[lane] + 4 * i);
+      for (int k = 0; k < 32; ++k) {
+        const int member = k % 16 / 4, half = k / 16, byte = k % 4;
+        const uint8_t* left = in[lane / 4 * 4 + member] + offsetof(Operands, a) + (half * 2 + i / 2) * 4 + byte;
+        const uint8_t* right = in[column * 4 + member] + offsetof(Operands, b) + half * 4 + byte;
+        sum += *left * static_cast<int8_t>(*right);
+      }
+      memcpy(out[lane] + 4 * i, &sum, 4);
+    }
+  }
+}
+
 // The four lanes' fragments of a, one lane's after another, that hold the calling lane's rows.
 struct Rows {
   uint8_t bytes[4][16];
@@ -60,6 +77,12 @@ int high_of(int i) { return i % 4 / 2; }
 void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, bool bfloat16) {
   Operands operands = {{c[0], c[1], c[2], c[3]}, {a[0], a[1], a[2], a[3]}, {b0, b1}};
   together("mma", &operands, sizeof(operands), c, sizeof(c), bfloat16 ? multiply_warp<true> : multiply_warp<false>);
+}
+
+void multiply_bytes(int (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  Operands operands = {{}, {a[0], a[1], a[2], a[3]}, {b0, b1}};
+  memcpy(operands.c, c, sizeof(c));
+  together("mma", &operands, sizeof(operands), c, sizeof(c), multiply_warp_of_bytes);
 }
 
 void multiply_later(float* c, int columns, const uint32_t (&a)[4], uint64_t b, bool add, bool bfloat16) {
