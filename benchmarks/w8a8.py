@@ -18,7 +18,7 @@ from benchmarks.wna16 import RESULTS, SHAPES, random_shapes, row_of
 from lowbit.quant.kernels import ops, w8a8
 from lowbit.quant.kernels.registry import choose_kernel
 from lowbit.quant.kernels.row_norm import GROUP, Rows
-from lowbit.quant.kernels.w8a8 import BLOCK_STEP, W8a8Call, W8a8Weight
+from lowbit.quant.kernels.w8a8 import W8a8Call, W8a8Weight, block_sides
 from lowbit.quant.numbers import INT8, Number
 
 PRODUCT, ROUNDED, NORMED = "product", "rounding + product", "norm + rounding + product"
@@ -48,8 +48,7 @@ class Inputs:
 
 def make_inputs(number: Number, in_blocks: bool, m: int, n: int, k: int) -> Inputs:
     x, gamma = torch.randn(m, k, dtype=DTYPE, device="cuda"), torch.ones(k, dtype=DTYPE, device="cuda")
-    copies, groups = range(copies_for(n * k)), k // GROUP
-    sides = (-(-n // GROUP), groups + -groups % BLOCK_STEP) if in_blocks else (n,)
+    copies, sides = range(copies_for(n * k)), block_sides(n, k) if in_blocks else (n,)
     codes = [random_codes(number, n, k) for _ in copies]
     return Inputs(x, gamma, [W8a8Weight(each, torch.rand(sides, device="cuda") * 0.01) for each in codes])
 

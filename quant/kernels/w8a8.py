@@ -124,6 +124,12 @@ def reason_against_packing(n: int, k: int, in_blocks: bool = False) -> str | Non
     return f"{k} inputs: beyond {MOST_K} a sum may not fit in int32" if k > MOST_K else None
 
 
+def block_sides(n: int, k: int) -> tuple[int, int]:
+    """The shape of the scales of a weight in blocks (n, k)."""
+    groups = k // GROUP
+    return -(-n // GROUP), groups + -groups % BLOCK_STEP
+
+
 def pack_w8a8(weight: QTensor) -> W8a8Weight:
     """`weight` in the kernels' form, on its device: int8 or FP8 with one scale per row, or FP8 in blocks.
 
@@ -156,17 +162,11 @@ def reason_against_tensors(call: W8a8Call) -> str | None:
     kind = w.codes.dtype if w.codes.dtype in NUMBERS else torch.int8
     if w.in_blocks and kind == torch.int8:
         return "codes in blocks are of FP8"
-    groups = w.k // GROUP
     wanted = (
         ("x", x, tuple(x.shape), kind),
-        ("x_scales", call.x_scales, (groups, x.shape[0]) if w.in_blocks else (x.shape[0],), torch.float32),
+        ("x_scales", call.x_scales, (w.k // GROUP, x.shape[0]) if w.in_blocks else (x.shape[0],), torch.float32),
         ("codes", w.codes, (w.n, w.k), kind),
-        (
-            "scales",
-            w.scales,
-            (-(-w.n // GROUP), groups + -groups % BLOCK_STEP) if w.in_blocks else (w.n,),
-            torch.float32,
-        ),
+        ("scales", w.scales, block_sides(w.n, w.k) if w.in_blocks else (w.n,), torch.float32),
         ("bias", call.bias, (w.n,), call.dtype),
         ("residual", call.residual, call.y_shape, call.dtype),
     )

@@ -376,9 +376,8 @@ def random_w8a8_call(pick: random.Random, number: Number) -> W8a8Call:
         x, codes = (torch.randn(each.shape).to(FP8.storage) for each in (x, codes))
     weight, x_scales = W8a8Weight(codes, torch.rand(n) * 1e-4), torch.rand(m)
     if number == FP8 and k % GROUP == 0:
-        groups = k // GROUP
-        weight = W8a8Weight(codes, torch.rand(-(-n // GROUP), groups + -groups % w8a8.BLOCK_STEP) * 1e-4)
-        x_scales = torch.rand(groups, m)
+        weight = W8a8Weight(codes, torch.rand(w8a8.block_sides(n, k)) * 1e-4)
+        x_scales = torch.rand(k // GROUP, m)
     return W8a8Call(x, x_scales, weight, bias, residual, dtype, pick.random() < 0.6)
 
 

@@ -201,11 +201,9 @@ def fp8_call(m: int, n: int, k: int, outliers: bool = False, dtype: torch.dtype 
 
 def block_call(m: int, n: int, k: int, outliers: bool = False, dtype: torch.dtype = torch.float32) -> W8a8Call:
     """The same in blocks whose scales are far apart, the last of which may be incomplete."""
-    like, groups = fp8_call(m, n, k, outliers, dtype), k // GROUP
-    scales = torch.rand(
-        -(-n // GROUP), groups + -groups % w8a8.BLOCK_STEP, device="cuda"
-    ).exp2() * 2.0 ** torch.randint(-12, 3, (-(-n // GROUP), 1), device="cuda")
-    x_scales = 2.0 ** torch.randint(-12, 3, (groups, m), device="cuda").float()
+    like, sides = fp8_call(m, n, k, outliers, dtype), w8a8.block_sides(n, k)
+    scales = torch.rand(sides, device="cuda").exp2() * 2.0 ** torch.randint(-12, 3, (sides[0], 1), device="cuda")
+    x_scales = 2.0 ** torch.randint(-12, 3, (k // GROUP, m), device="cuda").float()
     return replace(like, x_scales=x_scales, weight=W8a8Weight(like.weight.codes, scales))
 
 

@@ -86,7 +86,8 @@ struct Int4Cache {
   static constexpr int kBits = 4, kPairs = 4, kTogether = 2, kOffset = 8;
   static constexpr bool kTokenScales = true, kSignedScales = true, kHeadScales = false, kRotated = true;
   static constexpr bool kByteQueries = true;
-  static constexpr int kHighUnit = 16;  // of a high nibble as a byte
+  static constexpr int kHighUnit = 16;            // of a high nibble as a byte
+  static constexpr float kMostQuery = 127 * 257;  // of a query in two bytes
   template <typename T>
   using Product = __half;
 

@@ -322,7 +322,6 @@ struct Queries {
 template <typename S>
 struct ByteQueries {
   static constexpr int kParts = S::kFew ? 1 : 2;
-  static constexpr float kMost = 32639.f;  // 127 * 256 + 127
   // Of the head column_of(lane), for each word of the lane's keys: bytes for its low nibbles and for its high ones.
   // With one part upper bytes are in even columns, lower ones in odd columns.
   uint32_t bytes[kParts][S::kDim / 16];
@@ -348,7 +347,7 @@ struct ByteQueries {
       }
     }
     for (int offset = 1; offset < 4; offset *= 2) largest = max_or_nan(largest, __shfl_xor_sync(~0u, largest, offset));
-    const float inverse = largest > 0.f ? kMost / largest : 0.f;
+    const float inverse = largest > 0.f ? S::Codes::kMostQuery / largest : 0.f;
     int sums[kParts] = {};
 #pragma unroll
     for (int i = 0; i < S::kDim / 32; ++i) {
@@ -371,7 +370,8 @@ struct ByteQueries {
     }
 #pragma unroll
     for (int h = 0; h < S::kColumns; ++h)
-      scales[h] = span.scale * __shfl_sync(~0u, largest, (2 * lane.member + h) * 4) / (kMost * S::Codes::kHighUnit);
+      scales[h] = span.scale * __shfl_sync(~0u, largest, (2 * lane.member + h) * 4) /
+                  (S::Codes::kMostQuery * S::Codes::kHighUnit);
   }
 
   // The bytes of four of eight codes, those for low or high nibbles, and their sum added to `sum`.

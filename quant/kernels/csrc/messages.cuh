@@ -19,9 +19,8 @@ __device__ inline void wait_for_messages(uint64_t* barrier) { barrier_wait(smem_
 // Sends four floats, or one, to `target` in the memory of block `rank` of this cluster, whose barrier counts them.
 __device__ inline void send_floats(float* target, uint32_t rank, float4 value, uint64_t* barrier) {
 #if __CUDA_ARCH__ >= 900
-  uint32_t remote, counter;
-  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(smem_address(target)), "r"(rank));
-  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(counter) : "r"(smem_address(barrier)), "r"(rank));
+  const uint32_t remote = cluster_address(smem_address(target), rank);
+  const uint32_t counter = cluster_address(smem_address(barrier), rank);
   asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1,%2,%3,%4}, [%5];" ::"r"(remote),
                "f"(value.x), "f"(value.y), "f"(value.z), "f"(value.w), "r"(counter)
                : "memory");
@@ -30,9 +29,8 @@ __device__ inline void send_floats(float* target, uint32_t rank, float4 value, u
 
 __device__ inline void send_float(float* target, uint32_t rank, float value, uint64_t* barrier) {
 #if __CUDA_ARCH__ >= 900
-  uint32_t remote, counter;
-  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(smem_address(target)), "r"(rank));
-  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(counter) : "r"(smem_address(barrier)), "r"(rank));
+  const uint32_t remote = cluster_address(smem_address(target), rank);
+  const uint32_t counter = cluster_address(smem_address(barrier), rank);
   asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.f32 [%0], %1, [%2];" ::"r"(remote), "f"(value),
                "r"(counter)
                : "memory");

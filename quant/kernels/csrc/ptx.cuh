@@ -220,12 +220,20 @@ __device__ inline void cluster_sync() {
   cluster_wait();
 }
 
+#if __CUDA_ARCH__ >= 900
+// The address of what is at `smem` here in the shared memory of block `rank` of this cluster.
+__device__ inline uint32_t cluster_address(uint32_t smem, uint32_t rank) {
+  uint32_t remote;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(smem), "r"(rank));
+  return remote;
+}
+#endif
+
 // Four floats at `smem` in the shared memory of block `rank` of this cluster.
 __device__ inline float4 read_cluster_floats(uint32_t smem, uint32_t rank) {
   float4 value = {};
 #if __CUDA_ARCH__ >= 900
-  uint32_t remote;
-  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(smem), "r"(rank));
+  const uint32_t remote = cluster_address(smem, rank);
   asm volatile("ld.shared::cluster.v4.f32 {%0,%1,%2,%3}, [%4];"
                : "=f"(value.x), "=f"(value.y), "=f"(value.z), "=f"(value.w)
                : "r"(remote)
@@ -238,8 +246,7 @@ __device__ inline float4 read_cluster_floats(uint32_t smem, uint32_t rank) {
 __device__ inline float read_cluster_float(uint32_t smem, uint32_t rank) {
   float value = 0.f;
 #if __CUDA_ARCH__ >= 900
-  uint32_t remote;
-  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(smem), "r"(rank));
+  const uint32_t remote = cluster_address(smem, rank);
   asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(value) : "r"(remote) : "memory");
 #endif
   return value;
@@ -248,8 +255,7 @@ __device__ inline float read_cluster_float(uint32_t smem, uint32_t rank) {
 // Writes four floats to `smem` in the shared memory of block `rank` of this cluster, which must have started.
 __device__ inline void write_cluster_floats(uint32_t smem, uint32_t rank, float4 value) {
 #if __CUDA_ARCH__ >= 900
-  uint32_t remote;
-  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(smem), "r"(rank));
+  const uint32_t remote = cluster_address(smem, rank);
   asm volatile("st.shared::cluster.v4.f32 [%0], {%1,%2,%3,%4};" ::"r"(remote), "f"(value.x), "f"(value.y),
                "f"(value.z), "f"(value.w)
                : "memory");

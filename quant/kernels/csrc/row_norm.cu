@@ -102,15 +102,20 @@ __device__ inline float step_to(const RowNormArgs& args, float largest) {
   return largest == 0.f ? 1.f : largest / (args.rounding == Rounding::fp8 ? 448.f : 127.f);
 }
 
+// The largest magnitude in a vector, or NaN.
+__device__ inline float largest_in(const float (&x)[kVector], float largest = 0.f) {
+#pragma unroll
+  for (int i = 0; i < kVector; ++i) largest = max_or_nan(largest, fabsf(x[i]));
+  return largest;
+}
+
 // The scale of this row; NaN if the row has a NaN, since codes cannot carry it.
 template <int kCount>
 __device__ float scale_of(const RowNormArgs& args, const float (&x)[kCount][kVector], float* scratch) {
   if (args.input_scale != nullptr) return *args.input_scale;
   float largest = 0.f;
 #pragma unroll
-  for (int v = 0; v < kCount; ++v)
-#pragma unroll
-    for (int i = 0; i < kVector; ++i) largest = max_or_nan(largest, fabsf(x[v][i]));
+  for (int v = 0; v < kCount; ++v) largest = largest_in(x[v], largest);
   return step_to(args, reduce(largest, scratch, Max{}));
 }
 
@@ -119,9 +124,7 @@ template <int kCount>
 __device__ void scales_of_groups(const RowNormArgs& args, const float (&x)[kCount][kVector], float (&scales)[kCount]) {
 #pragma unroll
   for (int v = 0; v < kCount; ++v) {
-    float largest = 0.f;
-#pragma unroll
-    for (int i = 0; i < kVector; ++i) largest = max_or_nan(largest, fabsf(x[v][i]));
+    float largest = largest_in(x[v]);
     for (int offset = kGroupLanes / 2; offset > 0; offset /= 2)
       largest = max_or_nan(largest, __shfl_xor_sync(~0u, largest, offset));
     scales[v] = step_to(args, largest);
@@ -230,7 +233,10 @@ __global__ void __launch_bounds__(kMaxThreads) row_norm_kernel(const __grid_cons
   float x[kCount][kVector];
   load<T, kCount, kActive>(args, vectors, x);
   if (args.norm != Norm::none) norm_row<T>(args, x, weights, vectors, scratch);
-  if (args.grouped) return store_groups<T>(args, vectors, x);
+  if (args.grouped) {
+    store_groups<T>(args, vectors, x);
+    return leave_stamps(args.m, args.k);
+  }
   const Step step(args.rounding == Rounding::none ? 1.f : scale_of(args, x, scratch));
   stamp(Stage::kComputed);
   if (args.scales != nullptr && threadIdx.x == 0) args.scales[blockIdx.x] = step.scale;
