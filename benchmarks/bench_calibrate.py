@@ -61,6 +61,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "smoothquant": {},
     "signround": {"bits": 4, "group_size": 128, "iters": 200},
     "best": {"bits": 4, "group_size": 128},
+    "best-3-bits": {"method": "best", "bits": 3, "group_size": 128},
     "best-2-bits": {"method": "best", "bits": 2, "group_size": 64, "rounder": "anneal", "anneal_steps": 100},
 }
 CHANNEL = 30.0  # gain of every 64th input: outliers as in a real model, which searches have to weigh

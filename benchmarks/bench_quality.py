@@ -113,11 +113,12 @@ for name in ALONE:
     OURS[f"{name}-own"] = OURS[name] | {"own_samples": 128}
     OURS[f"{name}-own-codes"] = OURS[f"{name}-own"] | {"distill_codes": True}
     OURS[f"{name}-own-codes-160"] = OURS[f"{name}-own-codes"] | {"distill_steps": 160}
-# All of this by one word, and with more text, of which half begins with the dataset's.
+# All of this by one word, and with more text, half of it begun with the dataset's, in as many steps as read it twice.
 OURS |= {f"{name}-finest": {"method": "finest", "scheme": scheme} for name, scheme in SCHEMES.items()}
 OURS |= {f"{name}-finest": {"method": "finest", "scheme": name, "format": "gguf"} for name in MIXTURES}
 OURS |= {"finest": {"method": "finest"} | W4}
-OURS["w2-finest-begun"] = OURS["w2-finest"] | {"own_samples": 768, "own_prompt": 32}
+LONG = {"own_prompt": 32, "distill_samples": 3072, "distill_steps": 464}
+OURS |= {f"{name}-long": OURS[name] | LONG for name in ("finest", "w3-finest", "w2-finest", "mxfp4-finest")}
 THEIRS = {
     "llm-compressor-awq": "--method awq",
     "llm-compressor-gptq": "--method gptq",

@@ -188,23 +188,25 @@ TUNED: tuple[tuple[str, str, str, str], ...] = (
 
 # Ours and other toolkits' beside one another on all windows, by an H200: model, weights, label, method, toolkit.
 OWN, OWN_CODES = "`best`", "`best --distill-codes`"  # with --own-samples 128
-ANNEALED, FINEST = "annealed", "`finest`"  # with tuned codes
+ANNEALED, FINEST, LONG = "annealed", "`finest`", "`finest`, on more text"  # with tuned codes
 LLAMA = "llama.cpp of llama-cpp-python 0.3.36"
 BESIDE: tuple[tuple[str, str, str, str, str], ...] = (
     ("demo", "int4-g64", OWN, "best-own", "lowbit"),
     ("demo", "int4-g64", OWN_CODES, "best-own-codes", "lowbit"),
     ("demo", "int4-g64", ANNEALED, "best-anneal-own-codes-160", "lowbit"),
     ("demo", "int4-g64", FINEST, "finest", "lowbit"),
+    ("demo", "int4-g64", LONG, "finest-long", "lowbit"),
     ("demo", "int4-g64", "AutoRound, 200", "autoround-200", ROUND),
     ("demo", "int3-g64", OWN, "w3g64-anneal-own", "lowbit"),
     ("demo", "int3-g64", OWN_CODES, "w3g64-anneal-own-codes", "lowbit"),
     ("demo", "int3-g64", "AutoRound, 200, extended", "autoround-w3g64-ext", ROUND),
     ("demo", "int3-g128", ANNEALED, "w3-anneal-own-codes-160", "lowbit"),
     ("demo", "int3-g128", FINEST, "w3-finest", "lowbit"),
+    ("demo", "int3-g128", LONG, "w3-finest-long", "lowbit"),
     ("demo", "int3-g128", "AutoRound, 200, extended", "autoround-w3-ext", ROUND),
     ("demo", "int2-g64", ANNEALED, "w2-anneal-own-codes-160", "lowbit"),
     ("demo", "int2-g64", FINEST, "w2-finest", "lowbit"),
-    ("demo", "int2-g64", "`finest --own-samples 768 --own-prompt 32`", "w2-finest-begun", "lowbit"),
+    ("demo", "int2-g64", LONG, "w2-finest-long", "lowbit"),
     ("demo", "int2-g64", "AutoRound, 200, extended", "autoround-w2-ext", ROUND),
     ("demo", "nvfp4-a16", OWN, "nvfp4-best-own", "lowbit"),
     ("demo", "nvfp4-a16", OWN_CODES, "nvfp4-best-own-codes", "lowbit"),
@@ -212,11 +214,13 @@ BESIDE: tuple[tuple[str, str, str, str, str], ...] = (
     ("demo", "nvfp4-a16", "AutoRound, 200", "autoround-nvfp4", ROUND),
     ("demo", "mxfp4-a16", OWN_CODES, "mxfp4-best-own-codes", "lowbit"),
     ("demo", "mxfp4-a16", FINEST, "mxfp4-finest", "lowbit"),
+    ("demo", "mxfp4-a16", LONG, "mxfp4-finest-long", "lowbit"),
     ("demo", "mxfp4-a16", "AutoRound, 200", "autoround-mxfp4", ROUND),
     ("demo", "mxfp4-a16", "llm-compressor, GPTQ", "llm-compressor-mxfp4-gptq", PEER),
     ("demo", "fp8", OWN, "fp8-best-own", "lowbit"),
     ("demo", "fp8", "codes, 160 steps", "fp8-best-own-codes-160", "lowbit"),
     ("demo", "fp8", ANNEALED, "fp8-anneal-own-codes-160", "lowbit"),
+    ("demo", "fp8", FINEST, "fp8-finest", "lowbit"),
     ("demo", "fp8", "llm-compressor", "llm-compressor-fp8", PEER),
     ("pruned-400", "int4-g64", FINEST, "finest", "lowbit"),
     ("pruned-400", "int4-g64", "AutoRound, 200", "autoround-200", ROUND),
@@ -1065,7 +1069,7 @@ CHOICES += ("mxfp4-a16", "int3-g128", "int2-g64")
 NAMED_BY = re.compile(r"scheme[= ](\S+)|(?:--)?bits[= ](\d) (?:--)?group[-_]size[= ](\d+)")
 INTEGERS_BY = {"int8": "int8", "smoothquant": "int8-a8", "fp8": "fp8"}  # methods that name their scheme
 SHAPE = "llama2-7b"
-SHOWN = (None, "3444ccb", "ff315dd", "94ceede", "ee692f7", "4c09b55")  # commits of the rows that `schemes` shows
+SHOWN = (None, "3444ccb", "ff315dd", "94ceede", "ee692f7", "4c09b55", "5bdb525")  # commits of rows in `schemes`
 
 
 def scheme_of(row: Row) -> str | None:

@@ -1,7 +1,7 @@
 """The loop over blocks: each is quantized on the outputs of the quantized blocks before it."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -24,6 +24,7 @@ from lowbit.calibrate.settings import rounder_of, transforms_of
 from lowbit.calibrate.structure import Prober
 from lowbit.calibrate.written import require_scales
 from lowbit.export.survey import checked
+from lowbit.models.imagetext import Batch
 from lowbit.models.placement import Placement
 from lowbit.models.skeleton import Block, LinearSpec
 from lowbit.models.states import States
@@ -162,6 +163,7 @@ class BlockLoop:
         compute = torch.float32 if job.device == "cpu" and job.dtype == torch.float16 else job.dtype
         mixed = any(EXPERT.search(spec.name) for block in job.skeleton.blocks for spec in block.linears)
         self.batches = calibration.batches(MIXED_TOKENS if mixed and job.device != "cpu" else BATCH_TOKENS)
+        self.further = calibration.further
         self.walk = Walk(job.skeleton, job.device, compute)
         self.states = self.walk.start(self.batches)
         self.exact = self.states
@@ -181,6 +183,15 @@ class BlockLoop:
             if seen.tokens >= max(MOMENT_TOKENS, TOKENS_PER_INPUT * hidden):
                 break
         return seen
+
+    @torch.no_grad()
+    def exact_of(self, batches: Sequence[Batch]) -> list[States]:
+        """The outputs of the unquantized model's last block for other batches. No block may be loaded."""
+        states = self.walk.start(batches)
+        for index in range(len(self._job.skeleton.blocks)):
+            with self.walk.loaded(index):
+                states = run_shared(self.walk, index, states)
+        return states
 
     def quantize(self, index: int) -> BlockOutcome:
         """The outcome of block `index`. Moves both streams past it."""

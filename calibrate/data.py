@@ -51,6 +51,8 @@ PIECE_CHARS = 1 << 15  # approximate size of the pieces in which a text file is 
 BATCH = 64  # documents per tokenizer call
 LONGEST = 1 << 20  # most characters of a document, and of all documents in one tokenizer call: a long novel
 
+NO_WINDOWS = torch.empty(0, 0, dtype=torch.int64)
+
 BuiltinPart = Literal["calibration", "heldout", "all"]
 
 
@@ -88,12 +90,14 @@ class CalibrationSet:
     source  text for people: each source with its windows, and whether they overlap
     readings  rows read and skipped, per source
     seen    samples with images, in addition to the windows of text
+    further  (n, seqlen) int64  windows of the model's own text for tuning alone
     """
 
     ids: Tensor
     source: str
     readings: tuple[Reading, ...] = ()
     seen: tuple[ImageText, ...] = ()
+    further: Tensor = NO_WINDOWS
 
     @property
     def tokens(self) -> int:
@@ -101,9 +105,10 @@ class CalibrationSet:
 
     @property
     def sha256(self) -> str:
-        """SHA-256 of the ids as little-endian int64, row by row, then of every sample with images. Runs with equal
-        hashes calibrate on the same tokens."""
+        """SHA-256 of the ids as little-endian int64, row by row, those for tuning alone last, then of every sample with
+        images. Runs with equal hashes calibrate on the same tokens."""
         digest = hashlib.sha256(self.ids.numpy().astype("<i8").tobytes())
+        digest.update(self.further.numpy().astype("<i8").tobytes())
         for sample in self.seen:
             digest.update(bytes.fromhex(sample.sha256))
         return digest.hexdigest()
@@ -118,14 +123,17 @@ class CalibrationSet:
         windows = self.ids.split(max(tokens // self.ids.shape[1], 1)) if len(self.ids) else ()
         return [*windows, *self.seen]
 
-    def with_own(self, ids: Tensor) -> "CalibrationSet":
-        """This set with the windows `ids` (n, seqlen) of the model's own text, spread evenly among the others."""
+    def with_own(self, ids: Tensor, further: Tensor = NO_WINDOWS) -> "CalibrationSet":
+        """This set with the windows `ids` (n, seqlen) of the model's own text, spread evenly among the others, and the
+        windows `further` (n, seqlen) for tuning alone."""
         counts = (len(self.ids), len(ids))
         order = sorted(
             ((place + 0.5) / count, part, place) for part, count in enumerate(counts) for place in range(count)
         )
         rows = torch.stack([(self.ids, ids)[part][place] for _, part, place in order])
-        return replace(self, ids=rows, source=f"{self.source}; {len(ids)} windows of the model's own text")
+        told = f"{self.source}; {len(ids)} windows of the model's own text"
+        told += f", {len(further)} for tuning alone" if len(further) else ""
+        return replace(self, ids=rows, source=told, further=further)
 
     def save(self, path: Path) -> None:
         """Write `ids` as a safetensors file, for calibration with another tool on the same tokens."""

@@ -17,6 +17,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -178,12 +179,13 @@ def distill(
     loop     the first pass at its end: it holds the tokens and the outputs of the unquantized model's last block
     on_step  called with each step's loss: the mean divergence per token, in nats
 
-    Each step takes about the recipe's `distill_tokens`. The parts that they fall in come in random order; all are used
-    once before any is used again.
+    Each step takes about the recipe's `distill_tokens`, of calibration or of the loop's further windows. The parts that
+    they fall in come in random order; all are used once before any is used again.
     """
     walk, steps = loop.walk, job.recipe.distill_steps
     tell(Step(TUNING, 0, steps))
-    own = [_own_part(batch, exact) for batch, exact in _of_steps(loop, job.recipe.distill_tokens)]
+    tokens = job.recipe.distill_tokens
+    own = [_own_part(batch, exact) for batch, exact in chain(_of_steps(loop, tokens), _further_steps(loop, tokens))]
     entering = walk.start([batch for batch, _, _ in own])
     generator = torch.Generator().manual_seed(job.recipe.seed)
     order: list[int] = []
@@ -223,6 +225,14 @@ def _of_steps(loop: BlockLoop, tokens: int) -> Iterator[tuple[Batch, States]]:
         batches, exact = zip(*texts[begun : begun + size], strict=True)
         yield (torch.cat(batches), joined(exact)) if len(batches) > 1 else texts[begun]
     yield from ((batch, exact) for batch, exact in pairs if not isinstance(batch, Tensor))
+
+
+def _further_steps(loop: BlockLoop, tokens: int) -> Iterator[tuple[Batch, States]]:
+    """The same of the loop's further windows."""
+    if not len(loop.further):
+        return
+    batches = loop.further.split(max(tokens // loop.further.shape[1], 1))
+    yield from zip(batches, loop.exact_of(batches), strict=True)
 
 
 def rehearse(job: Job, loop: BlockLoop, outcome: BlockOutcome) -> float:

@@ -253,6 +253,10 @@ def _require_sense(method: Method, recipe: Recipe) -> None:
         raise RecipeError(f"distill_steps is {recipe.distill_steps}: steps cannot be negative")
     if recipe.distill_tokens < 1:
         raise RecipeError(f"distill_tokens is {recipe.distill_tokens}: a step takes at least 1")
+    if recipe.distill_samples < 0:
+        raise RecipeError(f"distill_samples is {recipe.distill_samples}: 0 windows are the least")
+    if recipe.distill_samples and not recipe.distill_steps:
+        raise RecipeError("distill_samples are windows for tuning: add --distill-steps")
     _require_budget(recipe)
 
 

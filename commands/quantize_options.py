@@ -159,6 +159,11 @@ PARTS: Parts = {
             type=click.IntRange(min=1),
             help="Tune on about this many tokens a step.  [default: 2048]",
         ),
+        click.option(
+            "--distill-samples",
+            type=int,
+            help="Tune on this many further windows, which the unquantized model writes itself.  [default: 0]",
+        ),
     ),
     "A drafter": (
         click.option(

@@ -43,6 +43,7 @@ class Recipe:
     distill_steps       steps of tuning all scales and norms on the model's output, after all blocks are rounded
     distill_codes       tune codes too
     distill_tokens      calibration tokens in a step of tuning
+    distill_samples     further windows for tuning alone, which the unquantized model writes itself
     ignore              linears left in 16 bits: exact names, last parts of a name, or `re:` patterns; always the head
     dataset             calibration text, in the notation of calibrate/data.py; None for methods without calibration
     num_samples, seqlen  number of calibration windows, and tokens in each
@@ -79,6 +80,7 @@ class Recipe:
     distill_steps: int = 0
     distill_codes: bool = False
     distill_tokens: int = 2048
+    distill_samples: int = 0
     ignore: tuple[str, ...] = (HEAD,)
     dataset: str | None = None
     num_samples: int = 0

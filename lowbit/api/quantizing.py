@@ -337,14 +337,16 @@ def _told(job: Job, tokens: CalibrationSet, sums: Mapping[str, str], progress: O
 
     sums  SHA-256 of the model's files by name; the leader's
     """
-    recipe, shape = job.recipe, (job.recipe.own_samples, job.recipe.seqlen)
-    if recipe.own_samples:
+    recipe = job.recipe
+    windows = recipe.own_samples + recipe.distill_samples
+    if windows:
+        shape = windows, recipe.seqlen
         progress(Stage("writing text of the model's own"))
         ids = torch.empty(shape, dtype=torch.int64)
         if ranks.leads():
-            prompts = prompts_of(tokens.ids, recipe.own_samples, recipe.own_prompt, recipe.seed)
+            prompts = prompts_of(tokens.ids, windows, recipe.own_prompt, recipe.seed)
             ids = kept_own_text(job.source, job.device, job.dtype, shape, recipe.seed, sums, prompts)
-        tokens = tokens.with_own(ranks.leaders(ids))
+        tokens = tokens.with_own(*ranks.leaders(ids).split([recipe.own_samples, recipe.distill_samples]))
     progress(Calibrated(tokens))
     if recipe.calibration_sha256 not in (None, tokens.sha256):
         progress(

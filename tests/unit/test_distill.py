@@ -1,11 +1,13 @@
 """calibrate/distill.py: its optimizer is Adam, scale gradients are those of autograd, and the divergence falls."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from lowbit.calibrate import distill
+from lowbit.calibrate.blocks import BlockLoop
 from lowbit.calibrate.distill import BETAS, EPSILON, Adam, TunedLinear
 from lowbit.calibrate.job import prepare
 from lowbit.calibrate.methods import complete_recipe
@@ -141,6 +143,20 @@ def test_a_step_takes_batches_of_text_together():
     assert [len(batch) for batch, _ in steps] == [4, 4, 2, len("images")]
     assert all(torch.equal(batch[..., None].float(), exact.hidden) for batch, exact in steps[:3])
     assert [len(batch) for batch, _ in distill._of_steps(loop, 1)][:5] == [2] * 5
+
+
+def test_steps_take_further_windows_too_with_the_exact_states_of_the_model(tmp_path):
+    source = open_source(str(save_family("llama", tmp_path / "source")))
+    recipe = complete_recipe({"method": "finest", "group_size": 32, "distill_samples": 5})
+    further = calibration(5, 24, seed=2).ids
+    loop = BlockLoop(prepare(source, recipe, "cpu"), replace(calibration(3, 24), further=further))
+    steps = list(distill._further_steps(loop, 50))
+    assert [len(batch) for batch, _ in steps] == [2, 2, 1]
+    assert torch.equal(torch.cat([batch for batch, _ in steps]), further)
+    (apart,) = loop.exact_of([further])
+    torch.testing.assert_close(torch.cat([states.hidden for _, states in steps]), apart.hidden)
+    none = BlockLoop(prepare(source, recipe, "cpu"), calibration(3, 24))
+    assert not list(distill._further_steps(none, 50))
 
 
 def test_tuning_rounds_keys_and_values_as_the_cache_does(tmp_path):

@@ -67,6 +67,10 @@ def test_own_windows_are_spread_among_the_others():
     assert (both.ids == 7).all(1).tolist() == [False, True, False, False, True, False]
     assert both.sha256 != given.sha256
     assert "2 windows of the model's own text" in both.source
+    more = given.with_own(torch.full((2, 8), 7), torch.full((3, 8), 9))
+    assert torch.equal(more.ids, both.ids)
+    assert more.sha256 != both.sha256
+    assert more.source.endswith("2 windows of the model's own text, 3 for tuning alone")
 
 
 def test_a_run_calibrates_on_both(source, tmp_path):
@@ -78,6 +82,20 @@ def test_a_run_calibrates_on_both(source, tmp_path):
     assert begun.recipe.calibration_sha256 != both.recipe.calibration_sha256
     with pytest.raises(RecipeError, match="own_samples is -1"):
         lowbit.quantize(source.directory, tmp_path / "none", own_samples=-1, **settings)
+
+
+def test_tuning_alone_may_read_more_of_it(source, tmp_path):
+    settings = {"method": "best", "group_size": 32, "num_samples": 4, "seqlen": 32, "iters": 1, "distill_steps": 2}
+    settings |= {"eval_windows": 0}
+    runs = {
+        count: lowbit.quantize(source.directory, tmp_path / str(count), distill_samples=count, **settings)
+        for count in (0, 4)
+    }
+    assert runs[0].recipe.calibration_sha256 != runs[4].recipe.calibration_sha256
+    with pytest.raises(RecipeError, match="distill_samples is -1"):
+        lowbit.quantize(source.directory, tmp_path / "none", **settings | {"distill_samples": -1})
+    with pytest.raises(RecipeError, match="windows for tuning: add --distill-steps"):
+        lowbit.quantize(source.directory, tmp_path / "none", method="gptq", distill_samples=4)
 
 
 def test_the_finest_method_tunes_codes_on_own_text(source, tmp_path):
