@@ -226,7 +226,7 @@ BESIDE: tuple[tuple[str, str, str, str, str], ...] = (
     ("pruned-400", "int4-g64", "AutoRound, 200", "autoround-200", ROUND),
     ("pruned-400", "int3-g128", FINEST, "w3-finest", "lowbit"),
     ("pruned-400", "int3-g128", "AutoRound, 200, extended", "autoround-w3-ext", ROUND),
-    ("pruned-400", "int2-g64", FINEST, "w2-finest", "lowbit"),
+    ("pruned-400", "int2-g64", LONG, "w2-finest-long", "lowbit"),
     ("pruned-400", "int2-g64", "AutoRound, 200, extended", "autoround-w2-ext", ROUND),
     ("pruned-400", "nvfp4-a16", FINEST, "nvfp4-finest", "lowbit"),
     ("pruned-400", "nvfp4-a16", "AutoRound, 200", "autoround-nvfp4", ROUND),
@@ -1069,7 +1069,8 @@ CHOICES += ("mxfp4-a16", "int3-g128", "int2-g64")
 NAMED_BY = re.compile(r"scheme[= ](\S+)|(?:--)?bits[= ](\d) (?:--)?group[-_]size[= ](\d+)")
 INTEGERS_BY = {"int8": "int8", "smoothquant": "int8-a8", "fp8": "fp8"}  # methods that name their scheme
 SHAPE = "llama2-7b"
-SHOWN = (None, "3444ccb", "ff315dd", "94ceede", "ee692f7", "4c09b55", "5bdb525")  # commits of rows in `schemes`
+# Commits of the rows that `schemes` shows.
+SHOWN = (None, "3444ccb", "ff315dd", "94ceede", "ee692f7", "4c09b55", "5bdb525", "142586a")
 
 
 def scheme_of(row: Row) -> str | None:
