@@ -24,6 +24,7 @@ from lowbit.models.source import Source
 from lowbit.quant.recipe import Recipe
 from lowbit.quant.scheme import Scheme
 
+STATES = 2  # of a further window that are kept: before the first block and after the last
 BYTES_PER_TUNED_CODE = 16  # value, change and two moments, in float32
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -204,16 +205,19 @@ def prepare(source: Source, recipe: Recipe, device: str) -> Job:
 
 
 def _require_room(job: Job) -> None:
-    """CheckpointError if codes are to be tuned, and the device has no memory for it."""
-    if not (job.recipe.distill_steps and job.recipe.distill_codes):
+    """CheckpointError if codes are to be tuned, or on further windows, and the device has no memory for it."""
+    recipe, free = job.recipe, free_bytes(job.device)
+    if not recipe.distill_steps:
         return
     weights = sum(spec.n * spec.k for name, spec in job.linears.items() if name in job.plan.schemes)
-    needed = BYTES_PER_TUNED_CODE * weights
-    free = free_bytes(job.device)
-    if needed > free:
+    codes = BYTES_PER_TUNED_CODE * weights if recipe.distill_codes else 0
+    width = job.skeleton.model.get_input_embeddings().weight.shape[1]
+    windows = STATES * recipe.distill_samples * recipe.seqlen * width * job.dtype.itemsize
+    if codes + windows > free:
         raise CheckpointError(
-            f"tuning codes takes {needed / 1e9:.1f} GB beside the model, and {free / 1e9:.1f} GB of {job.device} are "
-            "free; --no-distill-codes tunes scales and norms alone"
+            f"tuning takes {codes / 1e9:.1f} GB for codes and {windows / 1e9:.1f} GB for its further windows beside "
+            f"the model, and {free / 1e9:.1f} GB of {job.device} are free; --no-distill-codes tunes scales and norms, "
+            "--distill-samples 0 reads the calibration's windows alone"
         )
 
 

@@ -103,11 +103,13 @@ def test_the_divergence_falls(tmp_path, family):
     assert sum(result.distilled[-5:]) < 0.9 * sum(result.distilled[:5])
 
 
-def test_codes_that_memory_cannot_hold_are_refused(tmp_path, monkeypatch):
+def test_codes_and_windows_that_memory_cannot_hold_are_refused(tmp_path, monkeypatch):
     source = open_source(str(save_family("llama", tmp_path / "source")))
     monkeypatch.setattr("lowbit.models.devices.psutil.virtual_memory", lambda: SimpleNamespace(available=10_000))
     with pytest.raises(CheckpointError, match="--no-distill-codes"):
         prepare(source, complete_recipe({"method": "best", "group_size": 32, "distill_codes": True}), "cpu")
+    with pytest.raises(CheckpointError, match=r"0\.0 GB for codes and \d+\.\d GB for its further windows"):
+        prepare(source, complete_recipe({"method": "best", "group_size": 32, "distill_samples": 400_000}), "cpu")
     prepare(source, complete_recipe({"method": "best", "group_size": 32}), "cpu")
 
 
