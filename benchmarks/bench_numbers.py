@@ -37,17 +37,18 @@ ROWS = (1, 2, 4, 8)
 TARGET_MS = 4.0  # of a case's replays
 
 
-def make_weight(scheme: str, n: int, k: int) -> PackedWeight:
-    """A random weight on the GPU, for inputs in float16."""
-    weight = random_weight(n, k, parse_scheme(scheme), torch.empty(0, dtype=torch.float16, device="cuda"))
+def make_copies(scheme: str, n: int, k: int, dtype: torch.dtype) -> list[PackedWeight]:
+    """Copies of a random weight on the GPU, for inputs in `dtype`, enough to evict each from L2 before its next use."""
+    weight = random_weight(n, k, parse_scheme(scheme), torch.empty(0, dtype=dtype, device="cuda"))
     assert isinstance(weight, QTensor)
-    return prepack(weight, torch.float16)
+    packed = prepack(weight, dtype)
+    return [replace(packed, words=packed.words.clone()) for _ in range(copies_for(packed.nbytes))]
 
 
 def rows_of(floor: Floor, scheme: str, n: int, k: int) -> list[dict]:
     """The rows of one weight."""
-    weight, found = make_weight(scheme, n, k), []
-    copies = [replace(weight, words=weight.words.clone()) for _ in range(copies_for(weight.nbytes))]
+    copies, found = make_copies(scheme, n, k, torch.float16), []
+    weight = copies[0]
     read = floor.time(weight.nbytes)
     for m in ROWS:
         x = inputs_for(weight, m)

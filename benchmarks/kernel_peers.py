@@ -1,6 +1,7 @@
 """Other libraries' products with a quantized weight, each on random weights of a shape; missing libraries are left out.
 A peer gives the calls that time_calls rotates over, or None if it does not take the problem."""
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -16,9 +17,14 @@ except ImportError:
     vllm_ops = scalar_types = None
 
 try:
-    from gemlite.helper import A16W4_HQQ_INT, A16W8_INT8
+    from gemlite import helper as gemlite
 except ImportError:
-    A16W4_HQQ_INT = A16W8_INT8 = None
+    gemlite = None
+
+try:
+    from humming.layer import HummingLayer
+except ImportError:
+    HummingLayer = None
 
 GROUP = 128
 Calls = list[Callable[[], object]]
@@ -79,55 +85,99 @@ def inductor_int8(m: int, n: int, k: int) -> Calls:
     return [lambda w=w: product(x, w, scales) for w in weights]
 
 
-def marlin(bits: int) -> Callable[[int, int, int], Calls]:
+def marlin(kind: str, group: int | None, scale: torch.dtype | None = None) -> Callable[[int, int, int], Calls]:
+    """Marlin's product in bfloat16 with a weight of vLLM's type `kind`: a scale of `scale`, bfloat16 if None, for each
+    `group` inputs of an output, or for each output if None."""
+
     def calls(m: int, n: int, k: int) -> Calls:
         x = torch.randn(m, k, dtype=torch.bfloat16, device="cuda")
-        kind = scalar_types.uint4b8 if bits == 4 else scalar_types.uint8b128
-        groups = k // GROUP if bits == 4 else 1
+        weight_type = getattr(scalar_types, kind)
+        bits, groups = weight_type.size_bits, k // group if group else 1
+        whole = torch.ones(1, device="cuda") if scale == torch.float8_e4m3fn else None  # NVFP4's scale of all
         none = torch.empty(0, dtype=torch.int, device="cuda")
         workspace = torch.zeros(528, dtype=torch.int, device="cuda")
         copies = range(copies_for(n * k * bits // 8))
-        weights = [(random_words(k // 16, n * bits // 2), random_scales(groups, n, dtype=x.dtype)) for _ in copies]
-        tail = (None, None, none, none, none, workspace, kind, m, n, k, True, False, True, False)
+        weights = [
+            (random_words(k // 16, n * bits // 2), random_scales(groups, n, dtype=scale or x.dtype)) for _ in copies
+        ]
+        tail = (None, whole, none, none, none, workspace, weight_type, m, n, k, True, False, True, False)
         return [lambda w=w, s=s: vllm_ops.marlin_gemm(x, None, w, None, s, *tail) for w, s in weights]
 
     return calls
 
 
-def machete(m: int, n: int, k: int) -> Calls:
-    x = torch.randn(m, k, dtype=torch.bfloat16, device="cuda")
-    kind = scalar_types.uint4b8
-    plain = random_words(k // 8, n).t().contiguous().t()
-    packed = vllm_ops.machete_prepack_B(plain, a_type=x.dtype, b_type=kind, group_scales_type=x.dtype)
-    weights = []
-    for _ in range(copies_for(n * k // 2)):
-        words = torch.empty_strided(packed.shape, packed.stride(), dtype=packed.dtype, device="cuda").copy_(packed)
-        weights.append((words, random_scales(k // GROUP, n, dtype=x.dtype)))
-    return [
-        lambda w=w, s=s: vllm_ops.machete_mm(
-            a=x, b_q=w, b_type=kind, b_group_zeros=None, b_group_scales=s, b_group_size=GROUP
-        )
-        for w, s in weights
-    ]
+def machete(kind: str, group: int | None) -> Callable[[int, int, int], Calls]:
+    """Machete's product in bfloat16 with a weight of vLLM's type `kind`: a scale for each `group` inputs of an output,
+    or for each output if None."""
+
+    def calls(m: int, n: int, k: int) -> Calls:
+        x, weight_type = torch.randn(m, k, dtype=torch.bfloat16, device="cuda"), getattr(scalar_types, kind)
+        bits = weight_type.size_bits
+        plain = random_words(k * bits // 32, n).t().contiguous().t()
+        packed = vllm_ops.machete_prepack_B(plain, a_type=x.dtype, b_type=weight_type, group_scales_type=x.dtype)
+        weights = []
+        for _ in range(copies_for(n * k * bits // 8)):
+            words = torch.empty_strided(packed.shape, packed.stride(), dtype=packed.dtype, device="cuda").copy_(packed)
+            weights.append((words, random_scales(k // group if group else 1, n, dtype=x.dtype)))
+        more = {"b_type": weight_type, "b_group_zeros": None, "b_group_size": group or -1}
+        return [lambda w=w, s=s: vllm_ops.machete_mm(a=x, b_q=w, b_group_scales=s, **more) for w, s in weights]
+
+    return calls
 
 
-def gemlite_w4(m: int, n: int, k: int) -> Calls:
-    x = torch.randn(m, k, dtype=torch.float16, device="cuda")
-    layers = []
-    for _ in range(copies_for(n * k // 2)):
-        codes = torch.randint(0, 16, (n, k), dtype=torch.uint8, device="cuda")
-        scales = random_scales(n * k // GROUP, 1, dtype=x.dtype)
-        layers.append(A16W4_HQQ_INT(device="cuda").from_weights(codes, scales, torch.full_like(scales, 8)))
-    return [lambda layer=layer: layer(x) for layer in layers]
+def humming(**weight: object) -> Callable[[int, int, int], Calls]:
+    """Humming's product in bfloat16; `weight` is its weight_config."""
+
+    def calls(m: int, n: int, k: int) -> Calls:
+        x = torch.randn(m, k, dtype=torch.bfloat16, device="cuda")
+        layer = HummingLayer(shape_n=n, shape_k=k, weight_config=dict(weight), torch_dtype=x.dtype).cuda()
+        dense = torch.randn(n, k, dtype=x.dtype, device="cuda") * 0.02
+        layer.load_from_unquantized(dense)
+        layer.transform()
+        # 2 bits are 0.6 off, and unrelated numbers 1.4
+        if not (layer(x) - dense_y(x, dense)).norm() < 0.9 * dense_y(x, dense).norm():
+            raise ValueError(f"Humming's y is not x W^T for {weight}")
+        count = copies_for(sum(each.nbytes for each in layer.parameters()))
+        layers = [layer, *(copy.deepcopy(layer) for _ in range(count - 1))]
+        return [lambda layer=layer: layer(x) for layer in layers]
+
+    return calls
 
 
-def gemlite_w8(m: int, n: int, k: int) -> Calls:
-    x = torch.randn(m, k, dtype=torch.float16, device="cuda")
-    layers = []
-    for _ in range(copies_for(n * k)):
-        codes, scales = random_words(n, k, dtype=torch.int8), random_scales(n, 1, dtype=x.dtype)
-        layers.append(A16W8_INT8(device="cuda").from_weights(codes, scales=scales))
-    return [lambda layer=layer: layer(x) for layer in layers]
+def dense_y(x: Tensor, weight: Tensor) -> Tensor:
+    return torch.nn.functional.linear(x, weight)
+
+
+def gemlite_hqq(name: str, bits: int) -> Callable[[int, int, int], Calls]:
+    """gemlite's product of integers of `bits` bits, by the helper of this name."""
+
+    def calls(m: int, n: int, k: int) -> Calls:
+        x = torch.randn(m, k, dtype=torch.float16, device="cuda")
+        layers = []
+        for _ in range(copies_for(n * k * bits // 8)):
+            codes = torch.randint(0, 1 << bits, (n, k), dtype=torch.uint8, device="cuda")
+            scales = random_scales(n * k // GROUP, 1, dtype=x.dtype)
+            zeros = torch.full_like(scales, 1 << bits - 1)
+            layers.append(getattr(gemlite, name)(device="cuda").from_weights(codes, scales, zeros))
+        return [lambda layer=layer: layer(x) for layer in layers]
+
+    return calls
+
+
+def gemlite_channel(name: str, dtype: torch.dtype) -> Callable[[int, int, int], Calls]:
+    """gemlite's product of 8-bit codes of `dtype` with a scale for each output, by the helper of this name."""
+
+    def calls(m: int, n: int, k: int) -> Calls:
+        x = torch.randn(m, k, dtype=torch.float16, device="cuda")
+        layers = []
+        for _ in range(copies_for(n * k)):
+            codes = random_words(n, k, dtype=torch.int8)
+            codes = codes if dtype == torch.int8 else codes.float().to(dtype)
+            scales = random_scales(n, 1, dtype=x.dtype)
+            layers.append(getattr(gemlite, name)(device="cuda").from_weights(codes, scales=scales))
+        return [lambda layer=layer: layer(x) for layer in layers]
+
+    return calls
 
 
 PEERS = (
@@ -138,12 +188,12 @@ PEERS = (
 )
 if vllm_ops is not None:
     PEERS += (
-        Peer("vllm marlin w4", 4, torch.bfloat16, marlin(4)),
-        Peer("vllm marlin w8", 8, torch.bfloat16, marlin(8)),
-        Peer("vllm machete w4", 4, torch.bfloat16, machete),
+        Peer("vllm marlin w4", 4, torch.bfloat16, marlin("uint4b8", GROUP)),
+        Peer("vllm marlin w8", 8, torch.bfloat16, marlin("uint8b128", None)),
+        Peer("vllm machete w4", 4, torch.bfloat16, machete("uint4b8", GROUP)),
     )
-if A16W4_HQQ_INT is not None:  # it tunes itself to every shape
+if gemlite is not None:  # it tunes itself to every shape
     PEERS += (
-        Peer("gemlite w4", 4, torch.float16, gemlite_w4, most_shapes=3),
-        Peer("gemlite w8", 8, torch.float16, gemlite_w8, most_shapes=3),
+        Peer("gemlite w4", 4, torch.float16, gemlite_hqq("A16W4_HQQ_INT", 4), most_shapes=3),
+        Peer("gemlite w8", 8, torch.float16, gemlite_channel("A16W8_INT8", torch.int8), most_shapes=3),
     )
