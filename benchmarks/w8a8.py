@@ -21,6 +21,11 @@ from lowbit.quant.kernels.row_norm import GROUP, Rows
 from lowbit.quant.kernels.w8a8 import W8a8Call, W8a8Weight, block_sides
 from lowbit.quant.numbers import INT8, Number
 
+try:
+    from vllm.third_party import deep_gemm  # it compiles a kernel for every shape at its first call
+except ImportError:
+    deep_gemm = None
+
 PRODUCT, ROUNDED, NORMED = "product", "rounding + product", "norm + rounding + product"
 DTYPE = torch.bfloat16  # as the peers have it
 Calls = list[Callable[[], object]]
@@ -106,8 +111,32 @@ def torch_cases(inputs: Inputs) -> Iterator[Case]:
     yield Case("cublas", False, ROUNDED, [lambda w=w: torch.nn.functional.linear(inputs.x, w) for w in dense])
 
 
+def block_cases(inputs: Inputs) -> Iterator[Case]:
+    """Products in blocks by vLLM's CUTLASS and DeepGEMM, inputs rounded in advance, without what these refuse."""
+    codes, scales = ops.quantize_rows(Rows(inputs.x, rounding="fp8", grouped=True))
+    (m, k), n = codes.shape, inputs.weights[0].n
+    aligned = torch.empty_strided((m, k // GROUP), (1, m + -m % 4), device="cuda").copy_(scales.T)
+    blocks = [(w.codes, w.scales[:, : k // GROUP].contiguous()) for w in inputs.weights]
+    y = torch.empty(m, n, dtype=DTYPE, device="cuda")
+    peers: dict[str, Callable[[torch.Tensor, torch.Tensor], object]] = {}
+    if vllm_ops is not None:
+        peers["vllm cutlass"] = lambda w, s: vllm_ops.cutlass_scaled_mm(codes, w.T, scales.T, s.T, DTYPE)
+    if deep_gemm is not None:
+        peers["deepgemm"] = lambda w, s: deep_gemm.fp8_gemm_nt((codes, aligned), (w, s), y, disable_ue8m0_cast=True)
+    for name, product in peers.items():
+        try:
+            product(*blocks[0])
+        except (AssertionError, RuntimeError) as error:
+            print(f"{name} with {m} rows: {str(error)[:300]}", flush=True)
+            continue
+        yield Case(name, False, PRODUCT, [lambda w=w, s=s, product=product: product(w, s) for w, s in blocks])
+
+
 def vllm_cases(inputs: Inputs) -> Iterator[Case]:
-    if vllm_ops is None or inputs.weights[0].in_blocks:
+    if inputs.weights[0].in_blocks:
+        yield from block_cases(inputs)
+        return
+    if vllm_ops is None:
         return
     integers = inputs.weights[0].number == INT8
 
@@ -158,13 +187,15 @@ def run_plan(plan: Plan, description: str | None) -> None:
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--commit", required=True, help="of the code that is measured")
     parser.add_argument("--output", type=Path, default=RESULTS / f"{plan.stem}.jsonl")
+    parser.add_argument("--shapes", nargs="+", type=int, default=range(len(plan.shapes)), help="places in plan.shapes")
+    parser.add_argument("--rows", nargs="+", type=int, default=plan.rows, help="of x")
     options = parser.parse_args()
     floor = Floor()
     shared = {"read_ceiling_gbs": floor.read_ceiling_gbs(), **run_facts(options.commit)}
     rows: list[dict] = []
-    for n, k in (*plan.shapes, *random_shapes(plan.random_shapes)):
+    for n, k in (*(plan.shapes[i] for i in options.shapes), *random_shapes(plan.random_shapes)):
         read = floor.time(n * k + 4 * n)
-        for m in plan.rows:
+        for m in options.rows:
             inputs = make_inputs(plan.number, plan.in_blocks, m, n, k)
             for case in (*our_cases(inputs, plan.launches), *torch_cases(inputs), *vllm_cases(inputs)):
                 more = {"part": case.part, "dependent": case.dependent}
