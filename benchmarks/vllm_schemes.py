@@ -1,11 +1,12 @@
-"""Every scheme inside vLLM with our plugin: log-probabilities beside those of the dense model, on tiny Llamas.
+"""Every scheme inside vLLM, by our plugin or its own kernels: log-probabilities beside the dense model's, tiny Llamas.
 
     python -m benchmarks.vllm_schemes write DIR                   checkpoints with heads of 128, one a scheme
-    PYTHON benchmarks/peers/read_texts.py DIR/* --out TEXTS       in vLLM's environment; once more with --graphs
+    PYTHON benchmarks/peers/read_texts.py DIR/* --out TEXTS       in vLLM's environment; with --graphs, --own, --split 2
     python -m benchmarks.vllm_schemes compare DIR TEXTS --commit COMMIT --output FILE
 
 A row has, for the tokens of prompts and for new tokens, the mean and the largest distance to the dense model in float32
-with inputs rounded as the scheme says, and the standard deviation of its log-probabilities.
+with inputs rounded as the scheme says, and the standard deviation of its log-probabilities. Where vLLM's own kernels
+are closer to the model whose inputs are not rounded, the row's `inputs` says so, and its distances are to that.
 """
 
 import argparse
@@ -72,12 +73,19 @@ def write_with_head(directory: Path) -> None:
 
 def compared(read: dict[str, Any], models: Path) -> dict[str, Any]:
     """The row of a checkpoint that was read."""
-    row = {"scheme": read["name"], "mode": read["mode"]}
+    row = {"scheme": read["name"], "mode": read["mode"], "own": read["own"], "split": read["split"]}
     if "error" in read:
         return row | {"error": read["error"]}
-    model, spread = dense(models / read["name"]), []
+    found = [distances(read["texts"], models / read["name"], rounded) for rounded in (True, False)]
+    closest = min(found, key=lambda each: each["prompt"][0]) if read["own"] else found[0]
+    return row | closest
+
+
+def distances(texts: list[dict[str, Any]], directory: Path, rounded: bool) -> dict[str, Any]:
+    """Distances to the dense model, whose inputs are rounded as the scheme says or not at all."""
+    model, spread = dense(directory, rounded), []
     far: dict[str, list[torch.Tensor]] = {"prompt": [], "new": []}
-    for text in read["texts"]:
+    for text in texts:
         ids = torch.tensor([text["prompt"] + text["new"]])
         with torch.no_grad():
             logprobs = model(input_ids=ids, use_cache=False).logits[0, :-1].log_softmax(-1)
@@ -87,8 +95,9 @@ def compared(read: dict[str, Any], models: Path) -> dict[str, Any]:
         for (name, values), part in zip(far.items(), parts, strict=True):
             values.append((part - torch.tensor(text[f"{name}_rows"])).abs())
     every = {name: torch.cat(values) for name, values in far.items()}
-    distances = {name: [round(float(each.mean()), 4), round(float(each.max()), 4)] for name, each in every.items()}
-    return row | distances | {"deviation": round(float(torch.cat(spread).std()), 3)}
+    means = {name: [round(float(each.mean()), 4), round(float(each.max()), 4)] for name, each in every.items()}
+    inputs = "rounded" if rounded else "in half precision"
+    return means | {"deviation": round(float(torch.cat(spread).std()), 3), "inputs": inputs}
 
 
 if __name__ == "__main__":

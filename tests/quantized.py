@@ -54,13 +54,14 @@ def write_config(directory: Path, config: Mapping[str, Any], fmt: Format, block:
         (directory / name).write_text(json.dumps(value))
 
 
-def dense(directory: Path) -> PreTrainedModel:
-    """The same model in float32, weights dequantized by our reader; inputs rounded before each product as they are."""
+def dense(directory: Path, inputs: bool = True) -> PreTrainedModel:
+    """The same model in float32, weights dequantized by our reader; inputs rounded before each product as they are, or
+    not at all without `inputs`."""
     logical = LogicalTensors(open_checkpoint(directory))
     model = AutoModelForCausalLM.from_config(open_source(str(directory)).config, dtype=torch.float32)
     model.load_state_dict({name: logical.read(name).float() for name in logical.names}, strict=False)
     for name, scheme in logical.schemes.items():
-        if scheme.inputs is not None:
+        if inputs and scheme.inputs is not None:
             rounding = input_rounding(scheme.inputs, logical.qtensor(name).input_scale)
             model.get_submodule(name).register_forward_pre_hook(partial(rounded, rounding))
     return model.eval()

@@ -1,10 +1,11 @@
-"""Greedy texts of checkpoints inside vLLM with our plugin: log-probabilities of the prompts and of the new tokens.
+"""Greedy texts of checkpoints inside vLLM: log-probabilities of the prompts and of the new tokens.
 
-    PYTHON read_texts.py CHECKPOINT... --out FILE [--graphs]
+    PYTHON read_texts.py CHECKPOINT... --out FILE [--graphs] [--own] [--split N]
 
-PYTHON is vLLM's, lowbit there to import, with its entry point. Each checkpoint is read at batch 1 and 8, eagerly, or
-with vLLM's compiler and CUDA graphs. The output is a line of JSON a checkpoint: {"name", "mode", "texts"}, each text
-{"prompt", "new", "prompt_rows", "new_rows"}; or "error" in the place of texts.
+PYTHON is vLLM's, lowbit there to import, with its entry point, unless `--own` says that vLLM's own kernels read. Each
+checkpoint is read at batch 1 and 8, eagerly, or with vLLM's compiler and CUDA graphs, by N GPUs that share each layer.
+The output is a line of JSON a checkpoint: {"name", "mode", "own", "split", "texts"}, each text {"prompt", "new",
+"prompt_rows", "new_rows"}; or "error" in the place of texts.
 """
 
 import argparse
@@ -20,19 +21,23 @@ NEW = 24  # tokens written
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="texts of checkpoints in vLLM with our plugin")
+    parser = argparse.ArgumentParser(description="texts of checkpoints in vLLM")
     parser.add_argument("checkpoints", nargs="+", type=Path)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--graphs", action="store_true", help="compile, and capture CUDA graphs")
+    parser.add_argument("--own", action="store_true", help="by vLLM's own kernels, not by our plugin")
+    parser.add_argument("--split", type=int, default=1, help="GPUs that share each layer")
     args = parser.parse_args()
-    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    if args.split == 1:
+        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 
     for checkpoint in args.checkpoints:
         row: dict[str, Any] = {"name": checkpoint.name, "mode": "graphs" if args.graphs else "eager"}
+        row |= {"own": args.own, "split": args.split}
         try:
-            row["texts"] = texts_of(checkpoint, args.graphs)
+            row["texts"] = texts_of(checkpoint, args.graphs, args.own, args.split)
         except Exception as error:  # noqa: BLE001  # whatever vLLM raises is what it says of the checkpoint
             row["error"] = f"{type(error).__name__}: {error}"
         with args.out.open("a") as out:
@@ -41,7 +46,7 @@ def main() -> None:
         cleanup_dist_env_and_memory()
 
 
-def texts_of(checkpoint: Path, graphs: bool) -> list[dict[str, Any]]:
+def texts_of(checkpoint: Path, graphs: bool, own: bool, split: int) -> list[dict[str, Any]]:
     """The texts of a checkpoint: one at batch 1, then eight at batch 8."""
     import torch
     from vllm import LLM, SamplingParams
@@ -51,7 +56,9 @@ def texts_of(checkpoint: Path, graphs: bool) -> list[dict[str, Any]]:
         options |= {"gpu_memory_utilization": 0.1, "kv_cache_memory_bytes": 1 << 28}
     engine = LLM(
         model=str(checkpoint),
-        quantization="lowbit",
+        quantization=None if own else "lowbit",
+        tensor_parallel_size=split,
+        disable_custom_all_reduce=True,
         dtype="bfloat16",
         max_model_len=256,
         max_num_seqs=8,
