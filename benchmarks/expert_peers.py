@@ -1,14 +1,15 @@
-"""The 4-bit experts of a layer, ours and vLLM's, on random weights of their own: for few rows, with the same choices.
+"""The 4-bit experts of a layer, ours and other libraries', on random weights: for few rows, with the same choices.
 
     python -m benchmarks.expert_peers --commit $(git rev-parse --short HEAD) [--peers triton]
 
-needs vLLM beside lowbit. Rows go to benchmarks/results/expert_peers.jsonl: microseconds in a graph of the choice, of up
-and down together, of all three, and of each peer's up and down.
+needs vLLM beside lowbit, and Humming for its figures. Rows go to benchmarks/results/expert_peers.jsonl: microseconds in
+a graph of the choice, of up and down together, of all three, and of each peer's up and down.
 """
 
 import argparse
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import vllm
@@ -16,12 +17,19 @@ from torch import Tensor
 from vllm.model_executor.layers.fused_moe.config import int4_w4a16_moe_quant_config
 from vllm.model_executor.layers.fused_moe.experts.marlin_moe import fused_marlin_moe
 from vllm.model_executor.layers.fused_moe.fused_moe import fused_experts
+from vllm.model_executor.layers.fused_moe.moe_align_block_size import moe_align_block_size
+from vllm.model_executor.layers.fused_moe.moe_fused_mul_sum import moe_fused_mul_sum
 from vllm.model_executor.layers.quantization.utils.marlin_utils import marlin_make_workspace_new
 from vllm.scalar_type import scalar_types
 
 from benchmarks.bench_wna16_experts import DTYPE, SHAPES, Case, timed
-from benchmarks.kernel_peers import GROUP, random_scales, random_words
+from benchmarks.kernel_peers import GROUP, REFUSALS, HummingLayer, random_scales, random_words
 from benchmarks.measure import run_facts, write_rows
+
+try:
+    from humming.tune import get_heuristics_config
+except ImportError:
+    get_heuristics_config = None
 
 RESULTS = Path(__file__).with_name("results") / "expert_peers.jsonl"
 SIZES = (
@@ -61,7 +69,35 @@ def triton(count: int, hidden: int, inner: int, dtype: torch.dtype) -> Layer:
     return lambda x, weights, experts: fused_experts(x, up, down, weights, experts, quant_config=config)
 
 
-PEERS = {"marlin": marlin, "triton": triton}
+def humming(count: int, hidden: int, inner: int, dtype: torch.dtype) -> Layer:
+    """Humming's kernel for mixtures, called as vLLM calls it."""
+    indexed = {"gemm_type": "indexed"}
+
+    def product(n: int, k: int) -> tuple[HummingLayer, list[tuple[int, int, dict[str, Any]]]]:
+        config = {"dtype": "int4", "group_size": GROUP}
+        layer = HummingLayer(n, k, config, num_experts=count, torch_dtype=dtype).cuda()
+        layer.load_from_unquantized(torch.randn(count, n, k, dtype=dtype, device="cuda") * 0.02)
+        layer.transform()
+        return layer, get_heuristics_config(layer.humming_config, **indexed)
+
+    (up, up_tuning), (down, down_tuning) = product(2 * inner, hidden), product(hidden, inner)
+
+    def run(x: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
+        pairs = experts.numel()
+        [block] = [each["block_shape"][0] for least, most, each in up_tuning if least < pairs <= most]
+        names = ("sorted_ids", "expert_ids", "num_tokens_padded")
+        sorting = dict(zip(names, moe_align_block_size(experts, block, count), strict=True))
+        more = {**sorting, "compute_config": indexed, "valid_shape_m": pairs}
+        both = up(x, top_k=experts.shape[1], tuning_config=up_tuning, **more)
+        middle = x.new_empty(pairs, inner)
+        torch.ops._C.silu_and_mul(middle, both)
+        y = down(middle, top_k=1, tuning_config=down_tuning, **more)
+        return moe_fused_mul_sum(y.view(*experts.shape, hidden), weights)
+
+    return run
+
+
+PEERS = {"marlin": marlin, "triton": triton} | ({} if HummingLayer is None else {"humming": humming})
 
 
 def measure(shape: str, m: int, peers: list[str]) -> dict[str, object]:
@@ -72,8 +108,11 @@ def measure(shape: str, m: int, peers: list[str]) -> dict[str, object]:
     row |= {"route_us": timed(lambda i: case.route()), "experts_us": timed(case.experts)}
     row |= {"layer_us": timed(case.whole)}
     for name in peers:
-        run = PEERS[name](layer.count, layer.hidden, layer.inner, DTYPE)
-        row[f"{name}_us"] = timed(lambda i, run=run: run(case.x, case.chosen[i].weights, case.chosen[i].experts))
+        try:
+            run = PEERS[name](layer.count, layer.hidden, layer.inner, DTYPE)
+            row[f"{name}_us"] = timed(lambda i, run=run: run(case.x, case.chosen[i].weights, case.chosen[i].experts))
+        except REFUSALS as error:
+            print(f"{name}: {type(error).__name__}: {str(error)[:300]}", flush=True)
     return row | {"vllm": vllm.__version__}
 
 
@@ -89,8 +128,8 @@ def main() -> None:
         with torch.inference_mode():
             rows.append(measure(shape, m, args.peers) | facts)
         print(rows[-1], flush=True)
+        write_rows(args.output, rows)
         torch.cuda.empty_cache()
-    write_rows(args.output, rows)
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ except ImportError:
     HummingLayer = None
 
 GROUP = 128
+REFUSALS = (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)  # of what one cannot do
 Calls = list[Callable[[], object]]
 
 

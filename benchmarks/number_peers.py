@@ -18,7 +18,7 @@ import torch
 
 from benchmarks import kernel_peers
 from benchmarks.bench_numbers import make_copies
-from benchmarks.kernel_peers import GROUP, Calls, gemlite_channel, gemlite_hqq, humming, machete, marlin
+from benchmarks.kernel_peers import GROUP, REFUSALS, Calls, gemlite_channel, gemlite_hqq, humming, machete, marlin
 from benchmarks.measure import Floor, run_facts, time_calls, write_rows
 from benchmarks.wna16 import RESULTS, SHAPES, inputs_for
 from lowbit.quant.kernels import ops
@@ -60,7 +60,6 @@ LIBRARIES = {
     "humming": (kernel_peers.HummingLayer, {name: {"humming": calls} for name, calls in HUMMING.items()}),
     "gemlite": (kernel_peers.gemlite, {name: {"gemlite": calls} for name, calls in GEMLITE.items()}),
 }
-REFUSALS = (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)  # of a problem
 Row = dict[str, object]
 
 
