@@ -4,6 +4,7 @@ A peer gives the calls that time_calls rotates over, or None if it does not take
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -17,7 +18,11 @@ except ImportError:
     vllm_ops = scalar_types = None
 
 try:
+    import gemlite as gemlite_package
     from gemlite import helper as gemlite
+
+    # its own launches for an H100: it has none for an H200, and would tune itself to every shape
+    gemlite_package.load_config(str(Path(gemlite_package.__file__).with_name("configs") / "h100.json"))
 except ImportError:
     gemlite = None
 
@@ -193,7 +198,7 @@ if vllm_ops is not None:
         Peer("vllm marlin w8", 8, torch.bfloat16, marlin("uint8b128", None)),
         Peer("vllm machete w4", 4, torch.bfloat16, machete("uint4b8", GROUP)),
     )
-if gemlite is not None:  # it tunes itself to every shape
+if gemlite is not None:  # it tunes itself to shapes that its table lacks
     PEERS += (
         Peer("gemlite w4", 4, torch.float16, gemlite_hqq("A16W4_HQQ_INT", 4), most_shapes=3),
         Peer("gemlite w8", 8, torch.float16, gemlite_channel("A16W8_INT8", torch.int8), most_shapes=3),

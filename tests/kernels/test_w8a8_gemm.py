@@ -251,6 +251,32 @@ def test_many_rows_of_fp8_in_torch(outliers: bool, dtype: torch.dtype) -> None:
         assert (y.float() - exact).abs().max() <= 4 * torch.finfo(dtype).eps * exact.abs().max()
 
 
+def distance(y: Tensor, exact: Tensor) -> float:
+    return float((y.double() - exact).norm() / exact.norm())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("outliers", [False, True])
+@pytest.mark.parametrize("k", [4096, w8a8.MOST_FAST_K])
+def test_sums_that_stay_in_the_tensor_cores_double_no_error_of_bfloat16(k: int, outliers: bool) -> None:
+    call = fp8_call(512, 4096, k, outliers, torch.bfloat16)
+    assert w8a8.keeps_sums(call)
+    x, codes = call.x.double() * call.x_scales.double().unsqueeze(1), call.weight.codes.double()
+    exact = x @ (codes * call.weight.scales.double().unsqueeze(1)).T
+    dense = x.bfloat16() @ (codes * call.weight.scales.double().unsqueeze(1)).bfloat16().T
+    assert distance(ops.w8a8_linear(call), exact) <= 2 * distance(exact.bfloat16(), exact)
+    assert distance(ops.w8a8_linear(call), exact) <= 2 * distance(dense, exact)
+
+
+def test_longer_and_finer_sums_are_added_up_in_float32() -> None:
+    weight = make_w8a8_weight(16, w8a8.MOST_FAST_K, scheme="fp8-a16")
+    call = w8a8_call(make_x(1, w8a8.MOST_FAST_K, torch.bfloat16, "cpu"), weight)
+    assert w8a8.keeps_sums(call)
+    assert not w8a8.keeps_sums(replace(call, dtype=torch.float16))
+    longer = replace(weight, codes=torch.cat((weight.codes, weight.codes[:, :16].contiguous()), 1))
+    assert not w8a8.keeps_sums(replace(call, weight=longer))
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("outliers", [False, True])
 @pytest.mark.parametrize("m", ROWS)
