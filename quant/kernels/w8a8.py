@@ -17,7 +17,7 @@ MOST_K = (1 << 17) - K_STEP  # inputs: 2^17 products of -128 and -128 overflow i
 LEAST_ROWS, N_STEP = 17, 8  # of cuBLAS's int8 product
 # Of its FP8 product. 22016 x 4096 takes it 38.5 us at 64 rows on an H200, w8a8_gemm 25.2; 33.9 and 38.5 at 128.
 LEAST_SCALED, SCALED_STEP = 65, 16
-# Inputs up to which torch's product may keep its sums in the tensor cores, if y is bfloat16. Its error is then 1.3 times
+# Inputs up to which torch's product may keep its sums in the tensor cores if y is bfloat16. Its error is then 1.3 times
 # that of y's rounding at 4096 inputs, 1.8 times at 11008; its time 0.78 to 0.92 with 1024 rows or more (H200).
 MOST_FAST_K = 1 << 13
 MOST_BLOCK_K = 1 << 15  # inputs of a weight in blocks
