@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from decimal import ROUND_HALF_UP, Decimal
 from functools import cache
 from pathlib import Path
+from statistics import median
 from string import ascii_uppercase
 from typing import Any
 
@@ -518,12 +519,26 @@ def vllm_h200() -> str:
 
 
 def vllm_schemes() -> str:
-    """Distances of log-probabilities inside vLLM to the dense model, by scheme."""
-    lines = [
-        [f"`{row['scheme']}`", row["mode"], *(fixed(value, 3) for part in ("prompt", "new") for value in row[part])]
-        for row in rows("vllm_schemes")
-    ]
-    return table("scheme | vLLM | prompts, mean | most | new tokens, mean | most", lines)
+    """Distances of log-probabilities inside vLLM with our kernels to the dense model, by scheme."""
+    return _inside_vllm(False)
+
+
+def vllm_own() -> str:
+    """The same of vLLM's own kernels."""
+    return _inside_vllm(True)
+
+
+def _inside_vllm(own: bool) -> str:
+    lines = []
+    for row in (row for row in rows("vllm_schemes") if row.get("own", False) == own):
+        mode = row["mode"] if row.get("split", 1) == 1 else f"{row['mode']}, {row['split']} GPUs"
+        if "error" in row:
+            lines.append([f"`{row['scheme']}`", mode, row["error"]])
+            continue
+        cells = (fixed(value, 3) for part in ("prompt", "new") for value in row[part])
+        lines.append([f"`{row['scheme']}`", mode, *([row["inputs"]] if own else []), *cells])
+    head = "scheme | vLLM | inputs | " if own else "scheme | vLLM | "
+    return table(f"{head}prompts, mean | most | new tokens, mean | most", lines)
 
 
 def agreement() -> str:
@@ -686,6 +701,59 @@ def numbers() -> str:
     return table(f"weights | rows of x | {' | '.join(f'{n} x {k}' for n, k in NUMBER_SHAPES)}", lines)
 
 
+PEER_SCHEMES = NUMBER_SCHEMES | {"int6-g128": "int6 g128"}
+PEER_KERNELS = {"marlin": "Marlin", "machete": "Machete", "humming": "Humming", "gemlite": "gemlite"}
+
+
+def number_peers() -> str:
+    """On how many shapes ours are ahead of the fastest peer, and their share of its time, by number type and rows."""
+    lines = []
+    for scheme, name in PEER_SCHEMES.items():
+        for m in (1, 2, 4, 8, 16):
+            found = matching("number_peers", scheme=scheme, m=m)
+            shapes = sorted({(row["n"], row["k"]) for row in found if not row["ours"]})
+            fastest = [min(row["us"] for row in found if not row["ours"] and (row["n"], row["k"]) == s) for s in shapes]
+            cells = []
+            for dependent in (True, False):
+                ours = (
+                    first("number_peers", scheme=scheme, m=m, n=n, k=k, ours=True, dependent=dependent)
+                    for n, k in shapes
+                )
+                parts = sorted(row["us"] / us for row, us in zip(ours, fastest, strict=True))
+                ahead = f"{sum(part < 1 for part in parts)} of {len(parts)}"
+                cells += [ahead, *(fixed(part, 2) for part in (parts[0], median(parts), parts[-1]))]
+            lines.append([name, str(m), *cells])
+    return table("weights | rows of x | ahead | least | median | most | plainly, ahead | least | median | most", lines)
+
+
+def number_peer_times() -> str:
+    """Products of one and of eight rows with a weight of 22016 x 4096, of every kernel."""
+    lines, size = [], {"n": 22016, "k": 4096}
+    for scheme, name in PEER_SCHEMES.items():
+        for m in (1, 8):
+            found = matching("number_peers", scheme=scheme, m=m, **size)
+            wanted = [{"ours": True, "dependent": True}, {"ours": True, "dependent": False}]
+            wanted += [{"kernel": kernel} for kernel in PEER_KERNELS]
+            times = ([row["us"] for row in found if each.items() <= row.items()] for each in wanted)
+            lines.append([name, str(m), fixed(found[0]["floor_us"], 1), *(fixed(t[0], 1) if t else "" for t in times)])
+    return table(f"weights | rows of x | floor | ours | plainly | {' | '.join(PEER_KERNELS.values())}", lines)
+
+
+EXPERT_NAMES = {"qwen3-30b-a3b": "Qwen3-30B-A3B", "mixtral-8x7b": "Mixtral-8x7B", "glm-4.5-air": "GLM-4.5-Air"}
+
+
+def expert_peers() -> str:
+    """Up and down of a layer's experts in 4 bits, ours and other libraries'."""
+    lines = []
+    for row in rows("expert_peers"):
+        us = [row[f"{name}_us"] for name in ("experts", "marlin", "humming", "triton")]
+        cells = (three_digits(row["distinct"]), *(fixed(each, 1) for each in us))
+        lines.append([EXPERT_NAMES[row["shape"]], str(row["m"]), *cells, fixed(min(us[1:]) / us[0], 2)])
+    return table(
+        "layer | rows | distinct experts | ours | Marlin | Humming | Triton | times as fast as the best", lines
+    )
+
+
 FP8_SHAPES = ((12288, 4096), (4096, 11008), (22016, 4096))
 FP8_KERNELS = (
     ("this library", {"ours": True, "part": "product"}),
@@ -701,6 +769,8 @@ BLOCK_KERNELS = (
     ("this library", {"ours": True, "part": "product"}),
     ("with rounding", {"ours": True, "part": "rounding + product"}),
     ("cuBLAS in blocks", {"kernel": "torch scaled_mm", "ours": False}),
+    ("vLLM's CUTLASS", {"kernel": "vllm cutlass"}),
+    ("DeepGEMM", {"kernel": "deepgemm"}),
 )
 
 
@@ -1132,11 +1202,15 @@ TABLES: dict[str, Callable[[], str]] = {
     "vllm": vllm,
     "vllm_h200": vllm_h200,
     "vllm_schemes": vllm_schemes,
+    "vllm_own": vllm_own,
     "agreement": agreement,
     "kernels": kernels,
     "wna16_gemv": gemv,
     "numbers": numbers,
     "numbers_steps": numbers_steps,
+    "number_peers": number_peers,
+    "number_peer_times": number_peer_times,
+    "expert_peers": expert_peers,
     "w8a8_fp8": fp8_products,
     "w8a8_blocks": fp8_blocks,
     "decode_attention": attention,
