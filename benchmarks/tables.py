@@ -519,26 +519,12 @@ def vllm_h200() -> str:
 
 
 def vllm_schemes() -> str:
-    """Distances of log-probabilities inside vLLM with our kernels to the dense model, by scheme."""
-    return _inside_vllm(False)
-
-
-def vllm_own() -> str:
-    """The same of vLLM's own kernels."""
-    return _inside_vllm(True)
-
-
-def _inside_vllm(own: bool) -> str:
-    lines = []
-    for row in (row for row in rows("vllm_schemes") if row.get("own", False) == own):
-        mode = row["mode"] if row.get("split", 1) == 1 else f"{row['mode']}, {row['split']} GPUs"
-        if "error" in row:
-            lines.append([f"`{row['scheme']}`", mode, row["error"]])
-            continue
-        cells = (fixed(value, 3) for part in ("prompt", "new") for value in row[part])
-        lines.append([f"`{row['scheme']}`", mode, *([row["inputs"]] if own else []), *cells])
-    head = "scheme | vLLM | inputs | " if own else "scheme | vLLM | "
-    return table(f"{head}prompts, mean | most | new tokens, mean | most", lines)
+    """Distances of log-probabilities inside vLLM to the dense model, by scheme."""
+    lines = [
+        [f"`{row['scheme']}`", row["mode"], *(fixed(value, 3) for part in ("prompt", "new") for value in row[part])]
+        for row in rows("vllm_schemes")
+    ]
+    return table("scheme | vLLM | prompts, mean | most | new tokens, mean | most", lines)
 
 
 def agreement() -> str:
@@ -709,9 +695,11 @@ def number_peers() -> str:
     """On how many shapes ours are ahead of the fastest peer, and their share of its time, by number type and rows."""
     lines = []
     for scheme, name in PEER_SCHEMES.items():
-        for m in (1, 2, 4, 8, 16):
+        for m in (1, 4, 8, 16):
             found = matching("number_peers", scheme=scheme, m=m)
             shapes = sorted({(row["n"], row["k"]) for row in found if not row["ours"]})
+            if not shapes:
+                continue
             fastest = [min(row["us"] for row in found if not row["ours"] and (row["n"], row["k"]) == s) for s in shapes]
             cells = []
             for dependent in (True, False):
@@ -1202,7 +1190,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "vllm": vllm,
     "vllm_h200": vllm_h200,
     "vllm_schemes": vllm_schemes,
-    "vllm_own": vllm_own,
     "agreement": agreement,
     "kernels": kernels,
     "wna16_gemv": gemv,
