@@ -1,6 +1,7 @@
 """The product of rows and a weight in 8 bits, both int8 or both FP8: its tensors, their validation, its reference."""
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -245,8 +246,8 @@ def scaled(call: W8a8Call) -> Tensor:
         y = y if call.bias is None else y.add_(call.bias)
     else:
         x_scales, scales = call.x_scales.unsqueeze(1), w.scales.unsqueeze(0)
-        how = {"out_dtype": call.dtype, "use_fast_accum": keeps_sums(call)}
-        y = torch._scaled_mm(call.x, w.codes.T, x_scales, scales, call.bias, **how)
+        multiply = partial(torch._scaled_mm, out_dtype=call.dtype, use_fast_accum=keeps_sums(call))
+        y = multiply(call.x, w.codes.T, x_scales, scales, call.bias)
     return y if call.residual is None else y.add_(call.residual)
 
 
