@@ -71,7 +71,8 @@ class Attention:
         bounds = layer.scale, layer.window or 0, self.architecture.softcap or 0.0, step.longest
         append = self.append(x, step, turns, kv)
         in_panels = self.o.reads_panels(len(append.qkv))
-        return ops.attend_new(NewCall(append, step.starts, step.positions, *bounds, self.sinks, in_panels))
+        places = step.starts, step.positions
+        return ops.attend_new(NewCall(append, *places, *bounds, self.sinks, in_panels, self.qkv.weight.in_rings))
 
     def product_turns(self, kv: KVCache) -> bool:
         """True if the qkv product itself rotates its heads and appends them to `kv`."""
@@ -122,6 +123,7 @@ class Attention:
                 self.sinks,
                 1 if layer.window else step.adjacent,
                 self.o.reads_panels(len(q)),
+                self.qkv.weight.in_rings,
             )
         )
 

@@ -25,7 +25,9 @@ SHORT_SPLITS = 4  # most splits of a short sequence
 # With fast memory and more bytes of cache than this, attention is launched without overlap: it reads for longer than a
 # launch takes, and next to the previous product many of its blocks would start late. Llama-2-7B on an H200, 8 x 2048,
 # 285 MB per layer: 3.837 ms per step, 4.063 with overlap; 143 MB in int8: 2.816 and 2.876; 1 x 2048, 36 MB: 1.970 and
-# 1.886.
+# 1.886. The graphs of up to SHORT positions serve shorter sequences too, and are faster with overlap behind a packed
+# weight: W4 8 x 128 1.481 ms, plainly 1.568; 8 x 890 2.218 and 2.288; 16 x 128 2.066 and 2.155. Not between products
+# with rings: bfloat16 8 x 384 4.179 and 4.122, 8 x 890 4.934 and 4.536, though 8 x 128 3.785 and 3.850.
 PLAIN_BYTES = 100e6
 # An int8 cache, the same at 8 x 2048: 2.876 ms per step with 8 warps per block, 3.501 with 4; 8 x 128: 1.884 and
 # 1.705. Other quantized caches have no more bytes.
@@ -93,6 +95,7 @@ class AttentionCall:
     adjacent   m is a multiple of this: so many adjacent rows are consecutive positions of one sequence, whose keys and
                values are then read once for all of them. 1 with a window
     in_panels  the output is returned in panels
+    by_rings   True between products that keep rings in shared memory
     """
 
     q: Tensor
@@ -107,6 +110,7 @@ class AttentionCall:
     sinks: Tensor | None = None
     adjacent: int = 1
     in_panels: bool = False
+    by_rings: bool = False
 
     @property
     def heads(self) -> int:
@@ -140,6 +144,7 @@ class NewCall:
     longest: int = 0
     sinks: Tensor | None = None
     in_panels: bool = False
+    by_rings: bool = False
 
     def after(self, q: Tensor) -> AttentionCall:
         """The attention of q (m, heads * head_dim), which `append` returned."""
@@ -263,7 +268,7 @@ def run_attention(call: AttentionCall, made: dict[str, Any]) -> Tensor:
     clusters_exist = (properties.major, properties.minor) >= (9, 0)
     fast = has_fast_memory(out.device)
     splits, warps = choose_cut(call, properties.multi_processor_count if clusters_exist else 0, fast)
-    dependent = call.dependent and not (fast and most_bytes(call) > PLAIN_BYTES)
+    dependent = call.dependent and not (fast and reads_long(call))
     least = LEAST_SHARED if splits == 1 else 0
     cut = {"splits": splits, "warps": warps, "least_shared": least, "dependent": dependent}
     launch("decode_attention", out.dtype, call.cache.number.name, device=out.device, args=args, **cut)
@@ -279,6 +284,11 @@ def most_bytes(call: AttentionCall) -> int:
     """Bytes of keys and values that a call reads at most; 0 if unknown."""
     row = call.cache.k[0].numel() * call.cache.k.element_size()
     return 2 * row * call.sequences * most_positions(call)
+
+
+def reads_long(call: AttentionCall) -> bool:
+    """True if the call reads for longer than a launch takes, and gains nothing by beginning early."""
+    return most_bytes(call) > PLAIN_BYTES and (call.by_rings or not 0 < most_positions(call) <= SHORT)
 
 
 def blocks_of(call: AttentionCall) -> int:

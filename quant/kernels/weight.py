@@ -85,6 +85,10 @@ class Weight(Protocol):
         """True if `multiply` rounds the rows to codes, whose kernel applies their activation and norm too."""
 
     @property
+    def in_rings(self) -> bool:
+        """True if its kernel for few rows keeps a ring in shared memory: csrc/ring.cuh."""
+
+    @property
     def begins_norms(self) -> bool:
         """True if `multiply_beginning` is supported."""
 
@@ -118,6 +122,7 @@ class Fused(ABC):
     """A weight whose kernels finish and begin norms and turn heads, for inputs in half precision."""
 
     rounds_inputs = False
+    in_rings = False
 
     @abstractmethod
     def call(self, rows: Rows, end: Epilogue, hints: Hints, deferred: Deferred | None = None) -> PackedCall | DenseCall:
@@ -174,7 +179,7 @@ class Packed(PackedWeight, Fused):
 class W8a8(W8a8Weight):
     """Codes of 8 bits, for inputs rounded to the same number."""
 
-    rounds_inputs = True
+    rounds_inputs = in_rings = True
 
     @property
     def dtype(self) -> torch.dtype:
@@ -224,6 +229,7 @@ class Dense(Fused):
     """A matrix (n, k) in the activations' dtype, in the layout of torch.nn.Linear."""
 
     matrix: Tensor
+    in_rings = True
 
     @property
     def n(self) -> int:

@@ -22,6 +22,7 @@ from lowbit.quant.kernels.decode_attention import (
     choose_splits,
     fits_vectors,
     most_bytes,
+    reads_long,
 )
 from lowbit.quant.kernels.kv_cache import (
     CACHE_NUMBERS,
@@ -355,6 +356,16 @@ def test_the_bytes_of_a_cache_are_those_of_its_longest_sequence():
     assert most_bytes(attention_of(call, q, longest=2176)) == 8 * 2176 * 32 * 128 * 2 * 2 > PLAIN_BYTES
     assert most_bytes(attention_of(call, q, longest=2176, window=512)) == 8 * 512 * 32 * 128 * 2 * 2 < PLAIN_BYTES
     assert most_bytes(attention_of(call, q)) == 0
+
+
+def test_short_sequences_are_long_reads_between_rings_alone():
+    call = make_append((32, 32, 128), [5] * 8, torch.float16, cache="same")
+    short = attention_of(call, torch.zeros(8, 4096, dtype=torch.float16), longest=SHORT)
+    assert most_bytes(short) > PLAIN_BYTES
+    assert not reads_long(short)
+    assert reads_long(replace(short, by_rings=True))
+    assert reads_long(replace(short, longest=SHORT + 1))
+    assert not reads_long(replace(short, longest=1, by_rings=True))
 
 
 def test_operators_pass_opcheck():
