@@ -1,10 +1,10 @@
 """The time line of one layer: `python -m benchmarks.layer_times [--shape qwen3-30b-a3b] --plot layer.png`.
 
-The extension must be built with -DLOWBIT_STAMPS=NAME (csrc/stamps.cuh), in the shape's dtype, for wna16_gemv.cu in 4
+The extension must be built with -DLOWBIT_STAMPS=NAME (csrc/stamps.cuh), in the shape's dtype, for wna16_gemv.cu in its
 bits (stamps_of_products), for decode_attention.cu (stamps_of_attention) and, for a mixture, for route_experts.cu
-(stamps_of_routes); dense_gemv.cu (stamps_of_products) for weights in 16 bits, w8a8_gemm.cu (stamps_of_products) and
-row_norm.cu (stamps_of_rows) for W8A8. Prints microseconds from the layer's first result asked for to each stage of each
-kernel: first block, median, last.
+(stamps_of_routes); dense_gemv.cu (stamps_of_products) for weights in 16 bits, w8a8_gemm.cu (stamps_of_products) for
+W8A8, and row_norm.cu (stamps_of_rows) for it and for layer norms. Prints microseconds from the layer's first result
+asked for to each stage of each kernel: first block, median, last.
 """
 
 import argparse
@@ -29,14 +29,19 @@ CASES = {
     "llama2-7b": Case("llama2-7b", "w4", (1,)),
     "llama2-7b-bfloat16": Case("llama2-7b", "dense", (1,), dtype="bfloat16"),
     "llama2-7b-w8a8": Case("llama2-7b", "w8a8", (1,)),
+    "chatglm2-6b-float16": Case("chatglm2-6b", "dense", (1,)),
+    "codegeex-13b-int8": Case("codegeex-13b", "int8", (1,)),
     "qwen3-30b-a3b": Case("qwen3-30b-a3b", "w4", (1,), head="int8", dtype="bfloat16"),
 }
 DENSE_LAYER = ("qkv", "attention", "o", "gate/up", "down", "next qkv")
 ROUNDED_LAYER = ("qkv", "attention", "round", "o", "norm", "gate/up", "silu", "down", "norm", "next qkv")
+NORMED_LAYER = ("norm", "qkv", "attention", "o", "norm", "up", "down", "next norm")
 LABELS = {
     "llama2-7b": DENSE_LAYER,
     "llama2-7b-bfloat16": DENSE_LAYER,
     "llama2-7b-w8a8": ROUNDED_LAYER,
+    "chatglm2-6b-float16": DENSE_LAYER,
+    "codegeex-13b-int8": NORMED_LAYER,
     "qwen3-30b-a3b": ("qkv", "attention", "o", "choice", "up", "down", "next qkv"),
 }
 MOST = 1 << 17

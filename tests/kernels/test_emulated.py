@@ -310,7 +310,7 @@ def check_rows(gpu: Gpu, seeds: range) -> None:
                 y = row_norm.run(call)
             assert_close(y, row_norm.reference(call), call.x.dtype)
             continue
-        with gpu:
+        with gpu, mock.patch.multiple(row_norm, LONG_ROW=0, PARTS=1 + seed % 8):
             codes, scales = row_norm.quantize(call)
         wanted_codes, wanted_scales = row_norm.reference_codes(call)
         exact = call.norm == "none" and call.activation == "none"
@@ -639,9 +639,9 @@ def check_names(gpu: Gpu) -> None:
         ({"m": "2"}, "cast"),
     ):
         with pytest.raises((ValueError, RuntimeError), match=reason) if reason else nullcontext(), gpu:
-            extension.launch("row_norm", torch.float16, device=x.device, args=args | change, dependent=False)
+            extension.launch("row_norm", torch.float16, device=x.device, args=args | change, parts=1, dependent=False)
     with pytest.raises(ValueError, match="no value for dependent"), gpu:
-        extension.launch("row_norm", torch.float16, device=x.device, args=args)
+        extension.launch("row_norm", torch.float16, device=x.device, args=args, parts=1)
     with pytest.raises(RuntimeError, match=r"w8a8_cutlass float16 0: .* built without it"), gpu:
         extension.launch("w8a8_cutlass", torch.float16, 0, device=x.device, args={}, processors=1, swizzle=1)
 
@@ -708,6 +708,11 @@ MUTANTS = {
     ),
     "a group's largest number among half of its lanes": (
         Mutant("row_norm.cu", "offset = kGroupLanes / 2;", "offset = kGroupLanes / 4;"),
+        (check_rows, range(40)),
+        "AssertionError",
+    ),
+    "a row's largest number of one of its blocks alone": (
+        Mutant("row_norm.cu", "if (i != rank) largest", "if (false) largest"),
         (check_rows, range(40)),
         "AssertionError",
     ),

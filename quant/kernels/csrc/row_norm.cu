@@ -1,11 +1,12 @@
 // Compiled once per T: LOWBIT_T comes from units.py.
 //
-// One block per row, with the row in registers: activation, norm and rounding to int8 or e4m3, each if requested. It is
-// a kernel of its own because a fused prologue, which normalizes the same row in every block, costs the product more
-// than this launch: docs/ENGINE.md has the figures.
+// One block per row, or, for few long rows to be rounded, a cluster of them, with the row in registers: activation,
+// norm and rounding to int8 or e4m3, each if requested. It is a kernel of its own because a fused prologue, which
+// normalizes the same row in every block, costs the product more than this launch: docs/ENGINE.md has the figures.
 #include "declare.cuh"
 #include "epilogue.cuh"
 #include "launch.cuh"
+#include "messages.cuh"
 #include "stamps.cuh"
 #include "wna16_args.cuh"
 
@@ -31,9 +32,17 @@ struct RowNormArgs {
   FIELD(bool, grouped);              // 128 inputs have a scale of their own
 };
 
+struct RowNormLaunch {
+  LOWBIT_STRUCT(RowNormLaunch);
+  FIELD(int, device);
+  FIELD(int, parts);       // blocks of a cluster that share a row; 1 with a norm or an input_scale
+  FIELD(bool, dependent);  // launched with programmatic dependent launch
+};
+
 namespace {
 
 constexpr int kMaxThreads = 1024;
+constexpr int kMostParts = 8;
 constexpr int kVector = 8;
 constexpr int kVectors = 4;  // most per thread: rows of up to 32768
 constexpr int kManyRows = 256;
@@ -45,6 +54,34 @@ struct Add {
 struct Max {
   __device__ float operator()(float a, float b) const { return max_or_nan(a, b); }
 };
+
+// The vectors that a block has of a row, [begin, end).
+struct Part {
+  int64_t row;
+  int rank, begin, end;
+  __device__ Part(int vectors, int parts) : row(blockIdx.x), rank(0), begin(0), end(vectors) {
+    if (parts == 1) return;
+    row = blockIdx.x / parts, rank = blockIdx.x % parts;
+    begin = vectors * rank / parts, end = vectors * (rank + 1) / parts;
+  }
+};
+
+struct Shared {
+  uint64_t barrier;             // of the largest numbers of the other blocks that share the row
+  float largest[kMostParts];
+  float scratch[kMaxThreads / 32];
+};
+
+// Of all blocks that share the row.
+__device__ inline float largest_of_all(float largest, int rank, int parts, Shared& shared) {
+  cluster_wait();  // all have opened their barriers
+  if (threadIdx.x < parts && threadIdx.x != rank)
+    send_float(&shared.largest[rank], threadIdx.x, largest, &shared.barrier);
+  wait_for_messages(&shared.barrier);
+  for (int i = 0; i < parts; ++i)
+    if (i != rank) largest = max_or_nan(largest, shared.largest[i]);
+  return largest;
+}
 
 // A reduction of the block's values, returned to all threads. `scratch` holds one number per warp. Unused values are 0.
 template <typename Combine>
@@ -111,12 +148,14 @@ __device__ inline float largest_in(const float (&x)[kVector], float largest = 0.
 
 // The scale of this row; NaN if the row has a NaN, since codes cannot carry it.
 template <int kCount>
-__device__ float scale_of(const RowNormArgs& args, const float (&x)[kCount][kVector], float* scratch) {
+__device__ float scale_of(const RowNormArgs& args, const float (&x)[kCount][kVector], const Part& part, int parts,
+                          Shared& shared) {
   if (args.input_scale != nullptr) return *args.input_scale;
   float largest = 0.f;
 #pragma unroll
   for (int v = 0; v < kCount; ++v) largest = largest_in(x[v], largest);
-  return step_to(args, reduce(largest, scratch, Max{}));
+  largest = reduce(largest, shared.scratch, Max{});
+  return step_to(args, parts > 1 ? largest_of_all(largest, part.rank, parts, shared) : largest);
 }
 
 // The scale of each of the thread's groups, which 16 adjacent lanes share.
@@ -193,15 +232,15 @@ __device__ void store_groups(const RowNormArgs& args, int vectors, const float (
 // The thread's numbers of a row, with the activation applied and rounded to T as by a separate product. All loads are
 // issued before any value is used.
 template <typename T, int kCount, bool kActive>
-__device__ void load(const RowNormArgs& args, int vectors, float (&x)[kCount][kVector]) {
+__device__ void load(const RowNormArgs& args, int vectors, const Part& part, float (&x)[kCount][kVector]) {
   const bool gated = kActive && args.activation == Activation::silu_mul;
-  const uint4* row = static_cast<const uint4*>(args.x) + static_cast<int64_t>(blockIdx.x) * vectors * (gated ? 2 : 1);
+  const uint4* row = static_cast<const uint4*>(args.x) + part.row * vectors * (gated ? 2 : 1);
   uint4 raw[kCount] = {}, up_raw[kCount] = {};
 #pragma unroll
   for (int v = 0; v < kCount; ++v) {
-    const int index = threadIdx.x + v * blockDim.x;
-    if (index < vectors) raw[v] = __ldcg(row + index);
-    if (gated && index < vectors) up_raw[v] = __ldcg(row + vectors + index);
+    const int index = part.begin + threadIdx.x + v * blockDim.x;
+    if (index < part.end) raw[v] = __ldcg(row + index);
+    if (gated && index < part.end) up_raw[v] = __ldcg(row + vectors + index);
   }
 #pragma unroll
   for (int v = 0; v < kCount; ++v) {
@@ -216,12 +255,17 @@ __device__ void load(const RowNormArgs& args, int vectors, float (&x)[kCount][kV
 }
 
 template <typename T, int kCount, bool kActive>
-__global__ void __launch_bounds__(kMaxThreads) row_norm_kernel(const __grid_constant__ RowNormArgs args) {
-  using Scratch = float[kMaxThreads / 32];
-  LOWBIT_SHARED(Scratch, scratch);
+__global__ void __launch_bounds__(kMaxThreads) row_norm_kernel(const __grid_constant__ RowNormArgs args, int parts) {
+  LOWBIT_SHARED(Shared, shared);
   const int vectors = args.k / kVector;
+  const Part part(vectors, parts);
   stamp(Stage::kBegun);
   allow_next_kernel();
+  if (parts > 1) {
+    if (threadIdx.x == 0) expect_messages(&shared.barrier, (parts - 1) * sizeof(float));
+    __syncthreads();
+    cluster_arrive();
+  }
   uint4 weights[kCount] = {};
 #pragma unroll
   for (int v = 0; v < kCount; ++v) {
@@ -231,46 +275,51 @@ __global__ void __launch_bounds__(kMaxThreads) row_norm_kernel(const __grid_cons
   wait_for_previous_kernel();
   stamp(Stage::kWaited);
   float x[kCount][kVector];
-  load<T, kCount, kActive>(args, vectors, x);
-  if (args.norm != Norm::none) norm_row<T>(args, x, weights, vectors, scratch);
+  load<T, kCount, kActive>(args, vectors, part, x);
+  if (args.norm != Norm::none) norm_row<T>(args, x, weights, vectors, shared.scratch);
   if (args.grouped) {
     store_groups<T>(args, vectors, x);
     return leave_stamps(args.m, args.k);
   }
-  const Step step(args.rounding == Rounding::none ? 1.f : scale_of(args, x, scratch));
+  const Step step(args.rounding == Rounding::none ? 1.f : scale_of(args, x, part, parts, shared));
   stamp(Stage::kComputed);
-  if (args.scales != nullptr && threadIdx.x == 0) args.scales[blockIdx.x] = step.scale;
+  if (args.scales != nullptr && threadIdx.x == 0 && part.rank == 0) args.scales[part.row] = step.scale;
 #pragma unroll
   for (int v = 0; v < kCount; ++v) {
-    const int index = threadIdx.x + v * blockDim.x;
-    if (index < vectors) store<T>(args, static_cast<int64_t>(blockIdx.x) * vectors + index, x[v], step);
+    const int index = part.begin + threadIdx.x + v * blockDim.x;
+    if (index < part.end) store<T>(args, part.row * vectors + index, x[v], step);
   }
   leave_stamps(args.m, args.k);
 }
 
 template <typename T, bool kActive>
-cudaError_t launch_active(const RowNormArgs& args, const PlainLaunch& launch, cudaStream_t stream) {
-  const int vectors = args.k / kVector;
-  if (args.k % kVector != 0 || vectors > kMaxThreads * kVectors) return cudaErrorInvalidValue;
+cudaError_t launch_active(const RowNormArgs& args, const RowNormLaunch& launch, cudaStream_t stream) {
+  if (args.k % kVector != 0 || args.k > kVector * kMaxThreads * kVectors) return cudaErrorInvalidValue;
+  const bool shared = args.norm == Norm::none && args.rounding != Rounding::none && args.input_scale == nullptr;
+  const int most = shared && !args.grouped ? kMostParts : 1;
+  if (launch.parts < 1 || launch.parts > most) return cudaErrorInvalidConfiguration;
+  const int vectors = (args.k / kVector + launch.parts - 1) / launch.parts;  // of a block
   // Few rows need all threads; many rows need many loads in flight.
   const int least = (vectors + kMaxThreads - 1) / kMaxThreads;
   const int count = least > 2 || args.m >= kManyRows ? kVectors : least;
   const LaunchPlan plan = {
       .device = launch.device,
       .stream = stream,
-      .blocks = dim3(args.m),
+      .blocks = dim3(args.m * launch.parts),
       .threads = dim3((vectors + 32 * count - 1) / (32 * count) * 32),
+      .cluster = launch.parts > 1 ? launch.parts : 0,
       .dependent = launch.dependent,
   };
-  if (count > 2) return launch_kernel(row_norm_kernel<T, kVectors, kActive>, plan, args);
-  return launch_kernel(count == 1 ? row_norm_kernel<T, 1, kActive> : row_norm_kernel<T, 2, kActive>, plan, args);
+  if (count > 2) return launch_kernel(row_norm_kernel<T, kVectors, kActive>, plan, args, launch.parts);
+  const auto kernel = count == 1 ? row_norm_kernel<T, 1, kActive> : row_norm_kernel<T, 2, kActive>;
+  return launch_kernel(kernel, plan, args, launch.parts);
 }
 
 }  // namespace
 
 // A norm alone has its own code, without that of the activations, which is there eight times for each thread.
 template <typename T>
-cudaError_t launch_row_norm(const RowNormArgs& args, const PlainLaunch& launch, cudaStream_t stream) {
+cudaError_t launch_row_norm(const RowNormArgs& args, const RowNormLaunch& launch, cudaStream_t stream) {
   return args.activation == Activation::none ? launch_active<T, false>(args, launch, stream)
                                              : launch_active<T, true>(args, launch, stream);
 }
