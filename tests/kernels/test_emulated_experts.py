@@ -131,7 +131,7 @@ def one_row(call, i: int):
 
 def run_in_four_parts(call: UpCall, cut: GemvCut) -> torch.Tensor:
     """The up of one row by this cut; of several by half as many warps."""
-    return wna16_experts.run_up(call, cut if len(call.x) == 1 else wna16_experts.rows_cut(cut), cut.k_warps)
+    return wna16_experts.run_up(call, cut if len(call.x) == 1 else wna16_experts.rows_cut(cut, True), cut.k_warps)
 
 
 def check_bits(gpu: Gpu) -> None:
