@@ -40,11 +40,15 @@ def pieces_of(w: Tensor, scheme: Scheme) -> Iterator[tuple[slice, slice]]:
     long there, most of it for pages of new memory.
     """
     n, k = w.shape
-    size = CPU_PIECE if w.device.type == "cpu" else GPU_PIECE
-    blocks = max(size // (max(k, 1) * scheme.rows), 1)
+    blocks = max(piece_size(w) // (max(k, 1) * scheme.rows), 1)
     for first in range(0, max(-(-n // scheme.rows), 1), blocks):
         last = first + blocks
         yield slice(first * scheme.rows, last * scheme.rows), slice(first, last)
+
+
+def piece_size(w: Tensor) -> int:
+    """The number of weights handled at once on the device of `w`."""
+    return CPU_PIECE if w.device.type == "cpu" else GPU_PIECE
 
 
 def ungrouped(values: Tensor, k: int) -> Tensor:

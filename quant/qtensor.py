@@ -145,6 +145,12 @@ class QTensor:
         other.__dict__.update({name: value for name, value in changed.items() if value is not None})
         return other
 
+    def split(self, count: int) -> list["QTensor"]:
+        """The `count` weights of one shape whose rows, one behind the other, are this one's; without a check."""
+        zeros = [None] * count if self.zeros is None else self.zeros.tensor_split(count)
+        parts = zip(self.codes.tensor_split(count), self.scales.tensor_split(count), zeros, strict=True)
+        return [self.iterate(scales, codes, zero) for codes, scales, zero in parts]
+
     def checked(self) -> "QTensor":
         """This weight, if it is a possible one: ValueError otherwise."""
         return replace(self)

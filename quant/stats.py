@@ -73,7 +73,23 @@ def stats_of(x: Tensor, with_gram: bool) -> Stats:
 
 def output_energy(w: Tensor, moment: Tensor) -> float:
     """tr(w moment w^T): the mean squared norm of `x w^T` per token, for inputs with this second moment."""
-    return float(((w @ moment) * w).sum())
+    return float(output_energies(w[None, None], moment[None]))
+
+
+def output_energies(w: Tensor, moments: Tensor) -> Tensor:
+    """`output_energy` of each of `w` (e, r, n, k), r weights for each of e inputs with moments (e, k, k): (e, r)."""
+    by_input = w.flatten(1, 2)
+    return ((by_input @ moments) * by_input).view(w.shape).sum((-2, -1))
+
+
+def weighed(values: Tensor, moments: Tensor) -> Tensor:
+    """Rows of groups, `values` (n, g, size), times the second moments of the groups' inputs, (n, g, size).
+
+    moments  (g, size, size); (e, g, size, size) if the rows are those of e weights of one shape, one behind the other
+    """
+    stacked = moments.view(-1, *moments.shape[-3:])
+    by_group = values.unflatten(0, (len(stacked), -1)).transpose(1, 2)
+    return (by_group @ stacked).transpose(1, 2).flatten(0, 1)
 
 
 def _gram(flat: Tensor) -> Tensor:

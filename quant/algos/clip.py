@@ -3,9 +3,12 @@
 A group contributes x_g . (q - w)_g to the output error, so its expected squared error is (q - w)_g^T M_g (q - w)_g with
 M_g the second moment of the group's inputs. No activations are kept in memory, and every token counts. (AWQ's own
 clipping measures the same error on a sample of tokens.)
+
+Weights of one shape and scheme, experts, are searched together: `w` has their rows one behind the other, and moments
+have a first dimension more, one for each weight.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -14,6 +17,7 @@ from lowbit.quant import numerics
 from lowbit.quant.algos.fit import search_pairs
 from lowbit.quant.qtensor import QTensor, round_to_nearest
 from lowbit.quant.scheme import Scheme
+from lowbit.quant.stats import weighed
 
 SHRINKS = tuple(1 - step / 40 for step in range(25))  # 1 down to 0.4
 # Scales of few bits are chosen among their numbers. Those below and above that of the whole range: all numbers of e4m3
@@ -23,16 +27,15 @@ POWERS = (1.0, 0.5, 2.0)
 
 
 def group_moments(second_moment: Tensor, scheme: Scheme) -> Tensor:
-    """The diagonal blocks (g, group_size, group_size) of a second moment (k, k)."""
-    g = scheme.groups(second_moment.shape[0])
-    size = second_moment.shape[0] // g
-    return second_moment.view(g, size, g, size).diagonal(dim1=0, dim2=2).permute(2, 0, 1).contiguous()
+    """The diagonal blocks (..., g, group_size, group_size) of second moments (..., k, k)."""
+    cut = (scheme.groups(second_moment.shape[-1]), -1)
+    return second_moment.unflatten(-1, cut).unflatten(-3, cut).diagonal(dim1=-4, dim2=-2).movedim(-1, -3).contiguous()
 
 
 def diagonal_moments(second_moment: Tensor, scheme: Scheme) -> Tensor:
     """group_moments with off-diagonal entries set to zero: inputs weighted one by one, for rounding that corrects
     itself."""
-    return torch.diag_embed(group_moments(second_moment, scheme).diagonal(dim1=1, dim2=2)).contiguous()
+    return torch.diag_embed(group_moments(second_moment, scheme).diagonal(dim1=-2, dim2=-1)).contiguous()
 
 
 def shrinks_for(scheme: Scheme) -> Sequence[float]:
@@ -59,9 +62,19 @@ def round_plainly(w: Tensor, scheme: Scheme, scale_dtype: torch.dtype, divisor: 
 
 def group_losses(error: Tensor, moments: Tensor) -> Tensor:
     """Squared output error (n, g) of a weight error (n, k) per group, without cross terms between groups."""
-    g, size, _ = moments.shape
-    parts = error.view(-1, g, size).transpose(0, 1)
-    return (torch.bmm(parts, moments) * parts).sum(-1).T
+    parts = error.view(-1, *moments.shape[-3:-1])
+    return (weighed(parts, moments) * parts).sum(-1)
+
+
+def pieces_of(w: Tensor, scheme: Scheme, moments: Tensor | None) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """The rows of `w` in pieces (numerics.pieces_of), and their moments: of several whole weights, or a part of one."""
+    if moments is None or moments.ndim == 3:
+        yield from ((w[rows], moments) for rows, _ in numerics.pieces_of(w, scheme))
+        return
+    n = len(w) // len(moments)
+    most = max(numerics.piece_size(w) // max(n * w.shape[1], 1), 1)
+    for some, of_some in zip(w.split(most * n), moments.split(most), strict=True):
+        yield from [(some, of_some)] if len(of_some) > 1 else pieces_of(some, scheme, of_some[0])
 
 
 def search_shrink(
@@ -75,10 +88,8 @@ def search_shrink(
     divisor  ()      of scales that have a parent; None for the weight's own
     """
     w, _ = numerics.in_parts(w, scheme, divisor)
-    pieces = numerics.pieces_of(w, scheme)
-    if scheme.weights.blocks:
-        return torch.cat([search_pairs(w[rows], scheme, scale_dtype, moments) for rows, _ in pieces], -2)
-    return torch.cat([_search_rows(w[rows], scheme, scale_dtype, moments) for rows, _ in pieces])
+    search = search_pairs if scheme.weights.blocks else _search_rows
+    return torch.cat([search(some, scheme, scale_dtype, theirs) for some, theirs in pieces_of(w, scheme, moments)], -2)
 
 
 def _search_rows(w: Tensor, scheme: Scheme, scale_dtype: torch.dtype, moments: Tensor | None) -> Tensor:

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from lowbit.quant import numerics
-from lowbit.quant.algos.clip import group_losses, search_shrink
+from lowbit.quant.algos.clip import group_losses, pieces_of, search_shrink
 from lowbit.quant.qtensor import QTensor, round_to_nearest
 from lowbit.quant.scheme import Scheme
+from lowbit.quant.stats import weighed
 
 MOST_BITS = 3
 FRACTIONS = tuple(1 - step / 20 for step in range(17))  # of the range that covers all: 1 down to 0.2
@@ -40,7 +41,8 @@ def search_few(w: Tensor, scheme: Scheme, scale_dtype: torch.dtype, moments: Ten
 
     moments  (g, group_size, group_size) float32, from clip.group_moments
     """
-    parts = [_search_rows(w[rows].float(), scheme, scale_dtype, moments) for rows, _ in numerics.pieces_of(w, scheme)]
+    pieces = pieces_of(w, scheme, moments)
+    parts = [_search_rows(some.float(), scheme, scale_dtype, theirs) for some, theirs in pieces]
     codes, scales, zeros = (torch.cat(each) for each in zip(*parts, strict=True))
     return QTensor(codes, scales, None if scheme.symmetric else zeros, scheme)
 
@@ -104,8 +106,7 @@ class _Search:
         """The best scales for the codes of the best so far, by least squares; theirs where all codes are zero."""
         values = self._dequantized(self.scales, self.zeros)
         values = values / numerics.per_weight(self.scales, self._scheme, values)
-        g, size, _ = self._moments.shape
-        q, w = (each.view(-1, g, size).transpose(0, 1) for each in (values, self._w))
-        weighed = torch.bmm(q, self._moments)
-        own = (weighed * q).sum(-1).T
-        return torch.where(own > 0, (weighed * w).sum(-1).T / own.clamp(min=1e-30), self.scales.float())
+        q, w = (numerics.grouped(each, self._scheme) for each in (values, self._w))
+        of_q = weighed(q, self._moments)
+        own = (of_q * q).sum(-1)
+        return torch.where(own > 0, (of_q * w).sum(-1) / own.clamp(min=1e-30), self.scales.float())

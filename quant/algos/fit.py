@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lowbit.quant import numerics
 from lowbit.quant.scheme import Scheme
+from lowbit.quant.stats import weighed
 
 FRACTIONS = (1.0, 1.05, 0.95, 0.9, 0.85, 0.8, 0.7, 0.6)  # of a group's range
 
@@ -36,21 +37,21 @@ class Groups:
     """The groups of a weight, the second moments of their inputs, and the error of rounding them with a Pair.
 
     w        (n, k)  float32
-    moments  (g, group_size, group_size) float32; None to round for the weight itself
+    moments  (g, group_size, group_size) float32, with a first dimension more for rows of several weights; None to round
+             for the weight itself
     """
 
     def __init__(self, w: Tensor, scheme: Scheme, moments: Tensor | None) -> None:
         self.scheme, self.moments, self.parts = scheme, moments, numerics.grouped(w, scheme)
         weighted = self.weighted(self.parts)
-        ones = self.parts.new_ones(1, *self.parts.shape[1:])
-        self.of_ones = self.weighted(ones)
+        weights = 1 if moments is None or moments.ndim == 3 else len(moments)
+        of_ones = self.weighted(self.parts.new_ones(weights, *self.parts.shape[1:]))
+        self.of_ones = of_ones if weights == 1 else of_ones.repeat_interleave(len(w) // weights, 0)
         self.ones_ones, self.ones_parts = self.of_ones.sum(-1), weighted.sum(-1)
 
     def weighted(self, values: Tensor) -> Tensor:
         """`values` (n, g, group_size) times the second moments."""
-        if self.moments is None:
-            return values
-        return torch.bmm(values.transpose(0, 1), self.moments).transpose(0, 1)
+        return values if self.moments is None else weighed(values, self.moments)
 
     def codes(self, pair: Pair) -> Tensor:
         """The codes (n, g, group_size) nearest to the weights."""

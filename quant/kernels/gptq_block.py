@@ -13,15 +13,16 @@ from lowbit.quant.kernels.extension import EXTENSION, launch, reason_against_dev
 from lowbit.quant.numbers import round_to_grid
 
 MOST_COLUMNS = 128
+MOST_WEIGHTS = 65535  # blocks of a launch in its second dimension
 
 
 @dataclass(frozen=True)
 class BlockCall:
     """A block of columns to round in order, each column's error pushed onto the later ones.
 
-    w                (n, b)  float32, b at most 128
-    factor           (b, b)  float32, upper triangular: GPTQ's factor of the inverse second moment
-    scales, zeros    (n, b)  float32, those of each column's group
+    w                (e, n, b)  float32, of e weights of one shape; b at most 128
+    factor           (e, b, b)  float32, upper triangular: GPTQ's factor of each inverse second moment
+    scales, zeros    (e, n, b)  float32, those of each column's group
     low, high        smallest and largest code
     fineness, least  step of the grid, as in numbers.round_to_grid
     """
@@ -41,15 +42,16 @@ class BlockCall:
 
 
 def run(call: BlockCall) -> tuple[Tensor, Tensor]:
-    """Codes (n, b) float32, and errors (n, b) float32: (w_j - rounded_j) / factor_jj at the time of rounding.
+    """Codes (e, n, b) float32, and errors (e, n, b) float32: (w_j - rounded_j) / factor_jj at the time of rounding.
 
     ValueError for other dtypes or shapes.
     """
     w = call.w
-    n, b = w.shape
-    if b > MOST_COLUMNS:
-        raise ValueError(f"a block of {b} columns; at most {MOST_COLUMNS} fit")
-    wanted = {"w": (n, b), "factor": (b, b), "scales": (n, b), "zeros": (n, b)}
+    if w.ndim != 3 or w.shape[-1] > MOST_COLUMNS or len(w) > MOST_WEIGHTS:
+        limits = f"{MOST_WEIGHTS}, n, {MOST_COLUMNS}"
+        raise ValueError(f"a block of columns is {list(w.shape)}; at most [{limits}] fit")
+    e, n, b = w.shape
+    wanted = {"w": (e, n, b), "factor": (e, b, b), "scales": (e, n, b), "zeros": (e, n, b)}
     for name, shape in wanted.items():
         tensor = getattr(call, name)
         if tuple(tensor.shape) != shape or tensor.dtype != torch.float32 or tensor.device != w.device:
@@ -61,7 +63,7 @@ def run(call: BlockCall) -> tuple[Tensor, Tensor]:
         return reference(call)
     call = replace(call, **{name: getattr(call, name).contiguous() for name in wanted})
     codes, errors = call.empty()
-    outputs = {"codes": codes, "errors": errors, "n": n, "columns": b}
+    outputs = {"codes": codes, "errors": errors, "weights": e, "n": n, "columns": b}
     launch("gptq_block", device=w.device, args=vars(call) | outputs)
     return codes, errors
 
@@ -69,10 +71,10 @@ def run(call: BlockCall) -> tuple[Tensor, Tensor]:
 def reference(call: BlockCall) -> tuple[Tensor, Tensor]:
     """The reference: one column at a time."""
     w, (codes, errors), (scales, zeros) = call.w.clone(), call.empty(), (call.scales, call.zeros)
-    for j in range(w.shape[1]):
-        nearest = round_to_grid(w[:, j] / scales[:, j], call.fineness, call.least)
-        codes[:, j] = (nearest + zeros[:, j]).clamp(call.low, call.high)
-        rounded = (codes[:, j] - zeros[:, j]) * scales[:, j]
-        errors[:, j] = (w[:, j] - rounded) / call.factor[j, j]
-        w[:, j + 1 :].addr_(errors[:, j], call.factor[j, j + 1 :], alpha=-1)
+    for j in range(w.shape[-1]):
+        nearest = round_to_grid(w[..., j] / scales[..., j], call.fineness, call.least)
+        codes[..., j] = (nearest + zeros[..., j]).clamp(call.low, call.high)
+        rounded = (codes[..., j] - zeros[..., j]) * scales[..., j]
+        errors[..., j] = (w[..., j] - rounded) / call.factor[:, j, j, None]
+        w[..., j + 1 :].addcmul_(errors[..., j, None], call.factor[:, j, None, j + 1 :], value=-1)
     return codes, errors

@@ -259,7 +259,7 @@ deferring_experts_down = Operator(
     DownCall.empty,
     writes=("next_norm_z", "next_norm_squares"),
 )
-# Codes and scaled errors (n, b) of a block of columns, rounded by GPTQ. See BlockCall.
+# Codes and scaled errors (e, n, b) of a block of columns, rounded by GPTQ. See BlockCall.
 gptq = Operator("gptq_block", BlockCall, gptq_block.run, BlockCall.empty)
 
 
@@ -295,5 +295,5 @@ def linear_deferring(
 
 
 def round_block(w: Tensor, factor: Tensor, scales: Tensor, zeros: Tensor, number: Number) -> tuple[Tensor, Tensor]:
-    """Codes and scaled errors (n, b) of a block of columns, rounded to `number` by GPTQ. See BlockCall."""
+    """Codes and scaled errors (e, n, b) of a block of columns, rounded to `number` by GPTQ. See BlockCall."""
     return gptq(BlockCall(w, factor, scales, zeros, *number.grid))

@@ -264,17 +264,18 @@ def check_gptq(gpu: Gpu, seeds: range) -> None:
     for seed in seeds:
         pick = random.Random(seed)
         n, b = pick.choice([1, 7, 8, 20]), pick.choice([1, 31, 32, 33, 100, 128])
-        factor = torch.triu(torch.randn(b, b) * 0.05) + torch.eye(b) * (0.5 + torch.rand(b))
-        scales = (torch.rand(n, b) * 0.2 + 0.1) * (torch.randint(0, 2, (n, b)) * 2 - 1)
+        e = pick.choice([1, 1, 3])
+        factor = torch.triu(torch.randn(e, b, b) * 0.05) + torch.eye(b) * (0.5 + torch.rand(e, 1, b))
+        scales = (torch.rand(e, n, b) * 0.2 + 0.1) * (torch.randint(0, 2, (e, n, b)) * 2 - 1)
         number = pick.choice([UINT4, INT8, FP8])
-        zeros = torch.randint(0, 16, (n, b)).float() * (not number.signed)
-        tensors = [gpu.put(tensor, 4) for tensor in (torch.randn(n, b), factor, scales, zeros)]
+        zeros = torch.randint(0, 16, (e, n, b)).float() * (not number.signed)
+        tensors = [gpu.put(tensor, 4) for tensor in (torch.randn(e, n, b), factor, scales, zeros)]
         call = gptq_block.BlockCall(*tensors, *number.grid)
-        gpu.start(seed, (n, b))
+        gpu.start(seed, (e, n, b))
         with gpu:
             codes, errors = gptq_block.run(call)
         wanted_codes, wanted_errors = gptq_block.run(call)
-        same = (codes == wanted_codes).all(1)  # the order of two roundings may turn a code, and all that follow
+        same = (codes == wanted_codes).all(-1)  # the order of two roundings may turn a code, and all that follow
         assert same.float().mean() >= 0.8
         assert torch.allclose(errors[same], wanted_errors[same], atol=1e-4)
 

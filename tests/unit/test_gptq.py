@@ -5,7 +5,7 @@ import torch
 
 from lowbit.quant import numerics
 from lowbit.quant.algos import gptq as module
-from lowbit.quant.algos.gptq import gptq, inverse_factor, output_loss
+from lowbit.quant.algos.gptq import gptq, gptq_each, inverse_factors, output_loss
 from lowbit.quant.kernels import ops
 from lowbit.quant.numbers import INT4
 from lowbit.quant.qtensor import round_to_nearest
@@ -135,9 +135,9 @@ def indefinite(by: float) -> torch.Tensor:
     ("by", "rung"), [(0.02, "damping raised to 0.04"), (0.1, "damping raised to 0.16"), (0.5, "damping raised to 0.64")]
 )
 def test_the_damping_ladder(by, rung):
-    factor, fallbacks = inverse_factor(indefinite(by), 0.01)
-    assert factor is not None
-    assert fallbacks == (rung,)
+    factors = inverse_factors(indefinite(by)[None], 0.01)
+    assert factors.failed == [False]
+    assert factors.fallbacks == [(rung,)]
 
 
 def test_the_diagonal_floor():
@@ -145,9 +145,9 @@ def test_the_diagonal_floor():
     moment[0, 0] = -0.0
     moment[0, 0] = 1e-30
     moment[1, 1] = -2.0  # no moment of real inputs, but what rounding can make of a tiny one
-    factor, fallbacks = inverse_factor(moment, 0.01)
-    assert factor is not None
-    assert "1 of 32 inputs never fired" in fallbacks[0]
+    factors = inverse_factors(moment[None], 0.01)
+    assert factors.failed == [False]
+    assert "1 of 32 inputs never fired" in factors.fallbacks[0][0]
 
 
 def test_what_no_rung_cures_is_rounded_to_nearest(monkeypatch):
@@ -159,16 +159,23 @@ def test_what_no_rung_cures_is_rounded_to_nearest(monkeypatch):
 
 def test_float64_is_the_last_rung(monkeypatch):
     plain = module._factor
-    monkeypatch.setattr(module, "_factor", lambda moment: plain(moment) if moment.dtype == torch.float64 else None)
-    factor, fallbacks = inverse_factor(moment_of(inputs(32)), 0.01)
-    assert factor is not None
-    assert fallbacks == ("the same, factored in float64",) or "float64" in fallbacks[-1]
+
+
+    def in_float64(moments):
+        factor, fits = plain(moments)
+        return factor, fits & (moments.dtype == torch.float64)
+
+    monkeypatch.setattr(module, "_factor", in_float64)
+    factors = inverse_factors(moment_of(inputs(32))[None], 0.01)
+    assert factors.failed == [False]
+    assert factors.fallbacks == [("the same, factored in float64",)]
 
 
 def test_the_block_operator_traces():
     w = torch.randn(8, 32)
-    args = (w, torch.linalg.cholesky(moment_of(inputs(32)) + torch.eye(32), upper=True), torch.ones(8, 32))
-    torch.library.opcheck(torch.ops.lowbit.gptq_block, (*args, torch.zeros(8, 32), *INT4.grid))
-    codes, errors = ops.round_block(*args, torch.zeros(8, 32), INT4)
+    factor = torch.linalg.cholesky(moment_of(inputs(32)) + torch.eye(32), upper=True)
+    args = tuple(each[None] for each in (w, factor, torch.ones(8, 32), torch.zeros(8, 32)))
+    torch.library.opcheck(torch.ops.lowbit.gptq_block, (*args, *INT4.grid))
+    codes, errors = ops.round_block(*args, INT4)
     assert -8 <= codes.min() <= codes.max() <= 7
-    assert torch.equal(errors[:, 0], (w[:, 0] - codes[:, 0]) / args[1][0, 0])
+    assert torch.equal(errors[0, :, 0], (w[:, 0] - codes[0, :, 0]) / factor[0, 0])

@@ -1,6 +1,6 @@
 // One warp rounds one row: each lane keeps four of its columns in registers, and the current column is shared with all
 // lanes by a shuffle. Rows are independent, so nothing is synchronised; the factor is in shared memory, read by every
-// warp.
+// warp. Several weights of one shape, each with its own factor, are one launch.
 #include "declare.cuh"
 #include "launch.cuh"
 #include "ptx.cuh"
@@ -9,12 +9,13 @@ namespace lowbit {
 
 struct GptqBlockArgs {
   LOWBIT_STRUCT(GptqBlockArgs);
-  FIELD(const void*, w);       // (n, columns) float32, as all below
-  FIELD(const void*, factor);  // (columns, columns), upper triangular
-  FIELD(const void*, scales);  // (n, columns): scales of each column's group
-  FIELD(const void*, zeros);   // (n, columns)
-  FIELD(void*, codes);         // (n, columns)
-  FIELD(void*, errors);        // (n, columns)
+  FIELD(const void*, w);       // (weights, n, columns) float32, as all below
+  FIELD(const void*, factor);  // (weights, columns, columns), upper triangular
+  FIELD(const void*, scales);  // (weights, n, columns): scales of each column's group
+  FIELD(const void*, zeros);   // (weights, n, columns)
+  FIELD(void*, codes);         // (weights, n, columns)
+  FIELD(void*, errors);        // (weights, n, columns)
+  FIELD(int, weights);
   FIELD(int, n);
   FIELD(int, columns);
   FIELD(float, low);           // limits of the codes
@@ -52,11 +53,12 @@ __device__ float on_grid(float x, const GptqBlockArgs& args) {
 __global__ void gptq_block_kernel(const __grid_constant__ GptqBlockArgs args) {
   LOWBIT_DYNAMIC_SHARED(float, factor);
   const int columns = args.columns, lane = threadIdx.x % 32;
-  const float* factor_gmem = static_cast<const float*>(args.factor);
+  const float* factor_gmem = static_cast<const float*>(args.factor) + int64_t{blockIdx.y} * columns * columns;
   for (int i = threadIdx.x; i < columns * columns; i += blockDim.x) factor[i] = factor_gmem[i];
   __syncthreads();
-  const int64_t row = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / 32;
-  if (row >= args.n) return;
+  const int row_of_weight = blockIdx.x * kWarps + threadIdx.x / 32;
+  if (row_of_weight >= args.n) return;
+  const int64_t row = int64_t{blockIdx.y} * args.n + row_of_weight;
   float w[kPerLane], scale[kPerLane], zero[kPerLane], code[kPerLane], error[kPerLane];
   load_row(args.w, row * columns, columns, lane, 0.f, w);
   load_row(args.scales, row * columns, columns, lane, 1.f, scale);
@@ -93,7 +95,7 @@ cudaError_t launch_gptq_block(const GptqBlockArgs& args, const DeviceLaunch& lau
   const LaunchPlan plan = {
       .device = launch.device,
       .stream = stream,
-      .blocks = dim3((args.n + kWarps - 1) / kWarps),
+      .blocks = dim3((args.n + kWarps - 1) / kWarps, args.weights),
       .threads = dim3(kWarps * 32),
       .shared_bytes = kSharedBytes,
   };
