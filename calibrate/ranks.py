@@ -103,17 +103,25 @@ def each(items: Sequence[Item], work: Callable[[Item], Tensor]) -> list[Tensor]:
     return [only for (only,) in each_several(items, lambda item: (work(item),))]
 
 
-def each_number(items: Sequence[Item], work: Callable[[Item], float]) -> list[float]:
-    """Like `each`, for work that returns a number."""
-    found = torch.zeros(len(items), dtype=torch.float64)
+def each_numbers(items: Sequence[Item], size: int, work: Callable[[Item], list[float]]) -> list[list[float]]:
+    """Like `each`, for work that returns `size` numbers."""
+    found = torch.zeros(len(items), size, dtype=torch.float64)
     for place in mine(range(len(items))):
-        found[place] = work(items[place])
+        found[place] = torch.tensor(work(items[place]), dtype=torch.float64)
     return total(found).tolist()
 
 
 def each_several(items: Sequence[Item], work: Callable[[Item], tuple[Tensor, ...]]) -> list[tuple[Tensor, ...]]:
     """Like `each`, for work that returns several tensors, all on the CPU or all on this rank's device."""
-    done = {place: work(items[place]) for place in mine(range(len(items)))}
+    return each_together(items, lambda own: [work(item) for item in own])
+
+
+def each_together(
+    items: Sequence[Item], work: Callable[[list[Item]], list[tuple[Tensor, ...]]]
+) -> list[tuple[Tensor, ...]]:
+    """Like `each_several`, for work that takes all items of a rank at once."""
+    own = mine(range(len(items)))
+    done = dict(zip(own, work([items[place] for place in own]), strict=True))
     if count() == 1:
         return list(done.values())
     return [_sent(done.get(place), place % count()) for place in range(len(items))]

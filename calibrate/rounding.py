@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lowbit.calibrate import ranks
+from lowbit.calibrate.alike import Names, Tensors, stacked, together
 from lowbit.calibrate.block import BlockWork
 from lowbit.calibrate.parts import BlockTask, Needs, Rounded, Rounder, setting
 from lowbit.models.states import States, batched
@@ -17,7 +18,7 @@ from lowbit.progress import Part, tell
 from lowbit.quant.algos.annealed import AnnealedWeight
 from lowbit.quant.algos.clip import group_moments, round_plainly
 from lowbit.quant.algos.few import round_in_ranges
-from lowbit.quant.algos.gptq import DAMPING, gptq
+from lowbit.quant.algos.gptq import DAMPING, gptq_each
 from lowbit.quant.algos.learned import LearnedWeight
 from lowbit.quant.naming import EXPERT, expert_role
 from lowbit.quant.numerics import in_parts
@@ -38,26 +39,36 @@ LOOKS = 8  # evaluations on the held sample per block, to keep the best iterate
 def round_nearest(task: BlockTask) -> dict[str, Rounded]:
     """Every linear with a scheme, rounded to nearest. With the recipe's `clip`, each range is searched first."""
     work = task.work
-    names = list(work.schemes)
-    found = ranks.each_several(names, partial(_nearest, work, task.recipe.clip))
     rounded = {}
-    for name, (codes, scales, *zeros) in zip(names, found, strict=True):
+    for name, (codes, scales, *zeros) in together(
+        work, list(work.schemes), partial(_nearest, work, task.recipe.clip)
+    ).items():
         weight = _assembled(work, name, codes, scales, zeros)
         rounded[name] = Rounded(weight, in_parts(work.masters[name], weight.scheme, weight.divisor)[0])
     work.use({name: each.weight for name, each in rounded.items()})
     return rounded
 
 
-def _nearest(work: BlockWork, clip: bool, name: str) -> tuple[Tensor, ...]:
-    """Codes, scales and, if any, zeros of a linear rounded to nearest; in the ranges with the least output error if
-    there are statistics and `clip` is true."""
-    stats, scheme, master = work.stats.get(name), work.schemes[name], work.masters[name]
-    divisor = work.divisor(name)
-    if stats is not None and clip:
-        moments = group_moments(stats.second_moment(), scheme)
-        weight = round_in_ranges(master, scheme, work.scale_dtype, moments, divisor)
+def _nearest(work: BlockWork, clip: bool, sites: list[Names]) -> list[Tensors]:
+    """Codes, scales and, if any, zeros of each linear, rounded to nearest; in the ranges with the least output error if
+    there are statistics and `clip` is true. See `together`."""
+    first = sites[0][0]
+    scheme, divisor, w = work.schemes[first], work.divisor(first), _weights(work, sites)
+    rows = w.view(-1, w.shape[-1])
+    if clip and first in work.stats:
+        moments = stacked([group_moments(work.stats[site[0]].second_moment(), scheme) for site in sites])
+        weight = round_in_ranges(rows, scheme, work.scale_dtype, moments, divisor)
     else:
-        weight = round_plainly(master, scheme, work.scale_dtype, divisor)
+        weight = round_plainly(rows, scheme, work.scale_dtype, divisor)
+    return [_tensors(one) for one in weight.split(w.shape[0] * w.shape[1])]
+
+
+def _weights(work: BlockWork, sites: list[Names]) -> Tensor:
+    """The weights (e, r, n, k) of e sites with r linears each."""
+    return stacked([work.masters[name] for site in sites for name in site]).unflatten(0, (len(sites), -1))
+
+
+def _tensors(weight: QTensor) -> Tensors:
     return weight.codes, weight.scales, *(() if weight.zeros is None else (weight.zeros,))
 
 
@@ -191,11 +202,10 @@ def round_gptq(task: BlockTask, damping: float) -> dict[str, Rounded]:
     return rounded | _all_by_gptq(work, [name for name in work.schemes if name not in rounded], one)
 
 
-def _all_by_gptq(work: BlockWork, names: list[str], one: Callable[[str], tuple[Tensor, ...]]) -> dict[str, Rounded]:
-    """The linears `names`, each rounded by `one` (see `_gptq`). The module computes with them afterwards."""
+def _all_by_gptq(work: BlockWork, names: list[str], one: Callable[[list[Names]], list[Tensors]]) -> dict[str, Rounded]:
+    """The linears `names`, rounded by `one` (see `_gptq`). The module computes with them afterwards."""
     rounded = {}
-    found = ranks.each_several(names, one)
-    for name, (said, wanted, codes, scales, *zeros) in zip(names, found, strict=True):
+    for name, (said, wanted, codes, scales, *zeros) in together(work, names, one).items():
         rounded[name] = Rounded(_assembled(work, name, codes, scales, zeros), wanted)
         for fallback in bytes(said.tolist()).decode().splitlines():
             work.note(name, f"gptq: {fallback}")
@@ -203,20 +213,26 @@ def _all_by_gptq(work: BlockWork, names: list[str], one: Callable[[str], tuple[T
     return rounded
 
 
-def _gptq(work: BlockWork, clip: bool, damping: float, name: str) -> tuple[Tensor, ...]:
-    """The rounding's fallbacks as UTF-8 bytes, one per line; the weight that was rounded, in parts; then codes, scales
-    and, if any, zeros."""
-    tell(Part(f"rounding {name}"))
-    master, scheme, stats = work.masters[name], work.schemes[name], work.stats.get(name)
-    divisor = work.divisor(name)
-    if stats is None:
-        weight, said = round_plainly(master, scheme, work.scale_dtype, divisor), ""
-        wanted, _ = in_parts(master, scheme, divisor)
-    else:
-        result = gptq(master, stats.second_moment(), scheme, work.scale_dtype, clip, damping, divisor)
-        weight, wanted, said = result.weight, result.wanted, "\n".join(result.fallbacks)
-    as_bytes = torch.tensor(list(said.encode()), dtype=torch.uint8)
-    return as_bytes, wanted, weight.codes, weight.scales, *(() if weight.zeros is None else (weight.zeros,))
+def _gptq(work: BlockWork, clip: bool, damping: float, sites: list[Names]) -> list[Tensors]:
+    """For each linear (see `together`) the rounding's fallbacks as UTF-8 bytes, one per line; the weight that was
+    rounded, in parts; then codes, scales and, if any, zeros."""
+    first = sites[0][0]
+    tell(Part(f"rounding {first}" + (f" and of {len(sites) - 1} experts more" if len(sites) > 1 else "")))
+    scheme, divisor, w = work.schemes[first], work.divisor(first), _weights(work, sites)
+    if first not in work.stats:
+        nothing, rows = torch.empty(0, dtype=torch.uint8), w.view(-1, w.shape[-1])
+        wanted, _ = in_parts(rows, scheme, divisor)
+        weights = round_plainly(rows, scheme, work.scale_dtype, divisor).split(w.shape[0] * w.shape[1])
+        pairs = zip(wanted.split(w.shape[2]), weights, strict=True)
+        return [(nothing, plain, *_tensors(weight)) for plain, weight in pairs]
+    moments = stacked([work.stats[site[0]].second_moment() for site in sites])
+    found = gptq_each(w, moments, scheme, work.scale_dtype, clip, damping, divisor)
+    return [(_bytes(each.fallbacks), each.wanted, *_tensors(each.weight)) for each in found]
+
+
+def _bytes(fallbacks: tuple[str, ...]) -> Tensor:
+    """Sentences as UTF-8 bytes, one per line."""
+    return torch.tensor(list("\n".join(fallbacks).encode()), dtype=torch.uint8)
 
 
 def stages(sites: list[Site]) -> Iterator[list[Site]]:

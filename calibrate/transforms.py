@@ -1,13 +1,14 @@
 """The transforms applied to a block: rotation of heads, and scales moved from activations into weights."""
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
 from torch import Tensor
 
 from lowbit.calibrate.parts import BlockTask, Needs, Rows, Transform, setting
-from lowbit.calibrate.search import FoldSearch
+from lowbit.calibrate.search import FoldSearch, searches
 from lowbit.progress import Part, tell
 from lowbit.quant.algos.awq import ScaleChoice, search_scales, weight_magnitude
 from lowbit.quant.algos.smooth import SmoothChoice, search_alpha
@@ -54,23 +55,23 @@ class FoldTransform(Transform):
     def apply(self, task: BlockTask) -> Rows:
         """One row per fold."""
         rows: Rows = []
-        for number, fold in enumerate(task.structure.folds, 1):
-            tell(Part(f"{self.name}: searching scales", number, len(task.structure.folds)))
-            search = FoldSearch(task.work, fold, task.sample)
-            row: dict[str, Any] = {"fold": fold.describe(), "transform": self.name}
-            reason = search.reason_against()
-            if reason:
-                row["skipped"] = reason
-            else:
-                choice = self.choose(search)
-                search.apply(choice.scales)
-                row |= choice.as_json()
-            rows.append(row)
+        for search in searches(task.work, task.structure.folds, task.sample):
+            rows += self._moved(search)
+            tell(Part(f"{self.name}: searching scales", len(rows), len(task.structure.folds)))
         return rows
 
+    def _moved(self, search: FoldSearch) -> Rows:
+        rows: Rows = [{"fold": fold.describe(), "transform": self.name} for fold in search.folds]
+        reason = search.reason_against()
+        if reason:
+            return [row | {"skipped": reason} for row in rows]
+        choices = self.choose(search)
+        search.apply([choice.scales for choice in choices])
+        return [row | choice.as_json() for row, choice in zip(rows, choices, strict=True)]
+
     @abstractmethod
-    def choose(self, search: FoldSearch) -> Choice:
-        """The scale for the search's fold."""
+    def choose(self, search: FoldSearch) -> Sequence[Choice]:
+        """The scale for each of the search's folds."""
 
 
 @dataclass(frozen=True)
@@ -80,12 +81,12 @@ class Awq(FoldTransform):
     name: ClassVar[str] = "awq"
     help: ClassVar[str] = "scales that protect channels with large activations"
 
-    def choose(self, search: FoldSearch) -> ScaleChoice:
+    def choose(self, search: FoldSearch) -> list[ScaleChoice]:
         """The best of AWQ's candidates."""
-        work = search.work
-        magnitudes = {name: weight_magnitude(work.masters[name], work.schemes[name]) for name in search.quantized}
-        activation = search.fold.per_channel({name: stats.abs_mean for name, stats in search.reached()}, "mean")
-        return search_scales(activation, search.fold.per_channel(magnitudes, "mean"), search.losses())
+        masters, schemes = search.work.masters, search.work.schemes
+        activation = search.of_inputs(lambda stats: stats.abs_mean, "mean")
+        weight = search.of_weights(lambda name: weight_magnitude(masters[name], schemes[name]), "mean")
+        return search_scales(activation, weight, search.losses())
 
 
 @dataclass(frozen=True)
@@ -103,11 +104,11 @@ class Smooth(FoldTransform):
         rule="a migration strength lies between 0 and 1",
     )
 
-    def choose(self, search: FoldSearch) -> SmoothChoice:
+    def choose(self, search: FoldSearch) -> list[SmoothChoice]:
         """The scale with strength `alpha`, or with the best strength if `alpha` is None."""
-        largest = {name: search.work.masters[name].abs().amax(0) for name in search.quantized}
-        activation = search.fold.per_channel({name: stats.abs_max for name, stats in search.reached()}, "amax")
-        return search_alpha(activation, search.fold.per_channel(largest, "amax"), search.losses(), self.alpha)
+        activation = search.of_inputs(lambda stats: stats.abs_max, "amax")
+        weight = search.of_weights(lambda name: search.work.masters[name].abs().amax(0), "amax")
+        return search_alpha(activation, weight, search.losses(), self.alpha)
 
 
 TRANSFORMS: dict[str, type[Transform]] = {part.name: part for part in (Rotate, Awq, Smooth)}

@@ -102,8 +102,11 @@ def in_parts(w: Tensor, scheme: Scheme, divisor: Tensor | None = None) -> tuple[
 
 
 def own_divisor(w: Tensor, scheme: Scheme) -> Tensor | None:
-    """The divisor of the scales of `w` alone; None if the scheme has none."""
-    return divisor_of(w.abs().amax(), scheme.weights) if scheme.weights.parent else None
+    """The divisor of the scales of `w` alone; None if the scheme has none. Of weights (e, n, k) each has its own,
+    (e, 1, 1)."""
+    if not scheme.weights.parent:
+        return None
+    return divisor_of(w.abs().amax((-2, -1), keepdim=w.ndim > 2), scheme.weights)
 
 
 def step_sizes(w: Tensor, scheme: Scheme, scales: Tensor) -> Tensor:
@@ -300,9 +303,10 @@ def dequantize(codes: Tensor, scheme: Scheme, scales: Tensor, zeros: Tensor | No
 
 
 def fake_quantize(w: Tensor, scheme: Scheme, scale_dtype: torch.dtype, shrink: Tensor | float = 1.0) -> Tensor:
-    """`w` quantized and dequantized, float32: the weight that the exported checkpoint computes with."""
+    """`w` (n, k), or weights (e, n, k), quantized and dequantized, float32: the weight that the exported checkpoint
+    computes with."""
     parts, divisor = in_parts(w, scheme)
-    rounded = rounded_parts(parts, scheme, scale_dtype, shrink)
+    rounded = rounded_parts(parts.flatten(0, -2), scheme, scale_dtype, shrink).view(w.shape)
     return rounded if divisor is None else rounded / divisor
 
 

@@ -147,6 +147,7 @@ class QTensor:
 
     def split(self, count: int) -> list["QTensor"]:
         """The `count` weights of one shape whose rows, one behind the other, are this one's; without a check."""
+        assert count == 1 or not self.shape[0] % (count * self.scheme.rows), "each weight has blocks of its own"
         zeros = [None] * count if self.zeros is None else self.zeros.tensor_split(count)
         parts = zip(self.codes.tensor_split(count), self.scales.tensor_split(count), zeros, strict=True)
         return [self.iterate(scales, codes, zero) for codes, scales, zero in parts]

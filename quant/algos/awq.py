@@ -4,10 +4,13 @@ Channels with large activations deserve finer weights. Scaling a channel's weigh
 activations down by s, gives them a finer grid. One exponent sets the strength (Lin et al., AWQ, MLSys 2024, section
 3.2). The candidates are the published ones, with and without the weight's own magnitude ("duo scaling"), and no
 scaling. The caller measures the loss of each with the rounding that will be exported.
+
+Folds of one kind, those inside experts, are searched together: a single one is a batch of one.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -44,10 +47,10 @@ def weight_magnitude(w: Tensor, scheme: Scheme) -> Tensor:
 
 
 def scales_at(ratio: float, duo: bool, activation: Tensor, weight: Tensor) -> Tensor:
-    """The scales (channels,) of one candidate.
+    """The scales (..., channels) of one candidate.
 
-    activation  (channels,)  mean |x|
-    weight      (channels,)  weight_magnitude, reduced to channels
+    activation  (..., channels)  mean |x|
+    weight      (..., channels)  weight_magnitude, reduced to channels
 
     plain  s = activation^ratio
     duo    s = activation^ratio / (weight^(1 - ratio) + 1e-4)
@@ -58,31 +61,48 @@ def scales_at(ratio: float, duo: bool, activation: Tensor, weight: Tensor) -> Te
 
 def _centred(scales: Tensor) -> Tensor:
     scales = scales.clamp(min=1e-4)
-    scales = scales / (scales.max() * scales.min()).sqrt()
+    scales = scales / (scales.amax(-1, keepdim=True) * scales.amin(-1, keepdim=True)).sqrt()
     return torch.where(torch.isfinite(scales) & (scales > 0), scales, torch.ones_like(scales))
 
 
-def search_scales(
-    activation: Tensor, weight: Tensor, losses_of: Callable[[Sequence[Tensor | None]], list[float]]
-) -> ScaleChoice:
-    """The candidate with the least loss. No scaling (None) wins ties.
+Losses = Callable[[Sequence[Tensor | None]], list[list[float]]]  # candidates (f, channels) -> the loss at each fold
+Point = tuple[int, bool]  # step of the grid, duo
+
+
+def search_scales(activation: Tensor, weight: Tensor, losses_of: Losses) -> list[ScaleChoice]:
+    """The candidate with the least loss at each of f folds. No scaling (None) wins ties.
+
+    activation, weight  (f, channels)  as in `scales_at`
+    losses_of           the losses of candidates, each with scales for all folds
 
     Both families are tried at every second point of the grid, then at the two neighbours of the best point. The loss is
     smooth in the ratio, so this finds the optimum of the full grid in half the time.
     """
     (unscaled,) = losses_of([None])
+    best = [ScaleChoice(None, 0.0, False, loss, loss) for loss in unscaled]
 
-    def best_of(points: list[tuple[int, bool]], best: ScaleChoice) -> ScaleChoice:
-        candidates = [scales_at(step / GRID, duo, activation, weight) for step, duo in points]
-        for (step, duo), scales, loss in zip(points, candidates, losses_of(candidates), strict=True):
-            if loss < best.loss:
-                best = ScaleChoice(scales, step / GRID, duo, loss, unscaled)
-        return best
+    @cache
+    def at(point: Point) -> Tensor:
+        return scales_at(point[0] / GRID, point[1], activation, weight)
+
+    def try_all(rounds: list[list[Point | None]]) -> None:
+        """Points for each fold, several times; None for a fold to leave alone."""
+        candidates = [
+            torch.stack([torch.ones_like(weight[fold]) if point is None else at(point)[fold] for fold, point in row])
+            for row in map(list, map(enumerate, rounds))
+        ]
+        for points, scales, losses in zip(rounds, candidates, losses_of(candidates), strict=True):
+            for fold, (point, loss) in enumerate(zip(points, losses, strict=True)):
+                if point is not None and loss < best[fold].loss:
+                    best[fold] = ScaleChoice(scales[fold], point[0] / GRID, point[1], loss, unscaled[fold])
 
     # plain scaling by ratio 0 is no scaling; duo scaling by ratio 1 is plain scaling
-    grid = [(step, False) for step in range(2, GRID + 1, 2)] + [(step, True) for step in range(0, GRID, 2)]
-    best = best_of(grid, ScaleChoice(None, 0.0, False, unscaled, unscaled))
-    if best.scales is None:
-        return best
-    middle = round(best.ratio * GRID)
-    return best_of([(step, best.duo) for step in (middle - 1, middle + 1) if 0 <= step <= GRID], best)
+    grid: list[Point] = [(step, False) for step in range(2, GRID + 1, 2)] + [(step, True) for step in range(0, GRID, 2)]
+    try_all([[point] * len(best) for point in grid])
+    middles = [(round(choice.ratio * GRID), choice.duo, choice.scales is not None) for choice in best]
+    beside = [
+        [(middle + by, duo) if scaled and 0 <= middle + by <= GRID else None for middle, duo, scaled in middles]
+        for by in (-1, 1)
+    ]
+    try_all([points for points in beside if any(points)])
+    return best

@@ -97,7 +97,7 @@ def gptq_each(
     if its moment cannot be factored with any damping, or if that has the smaller loss; `fallbacks` records it.
     ValueError if a moment is not finite. Memory besides the arguments: COPIES of both in float32.
     """
-    e, r, n, k = w.shape
+    e, r, _, k = w.shape
     w = w.float()
     if not bool(torch.isfinite(moments).all()):
         raise ValueError("the second moment of its inputs is not finite")

@@ -4,12 +4,13 @@ Dividing an input channel by s and multiplying its weights by s leaves the outpu
 largest activation against its largest weight (Xiao et al., SmoothQuant, ICML 2023, equation 4).
 """
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from lowbit.quant.algos.awq import Losses
 
 ALPHAS = tuple(step / 20 for step in range(6, 19))  # 0.3 to 0.9
 
@@ -33,10 +34,10 @@ class SmoothChoice:
 
 
 def smoothing_scales(alpha: float, activation: Tensor, weight: Tensor) -> Tensor:
-    """s = activation^alpha / weight^(1 - alpha), float32 (channels,).
+    """s = activation^alpha / weight^(1 - alpha), float32 (..., channels).
 
-    activation  (channels,)  max |x|
-    weight      (channels,)  max |w| over the consumers' rows
+    activation  (..., channels)  max |x|
+    weight      (..., channels)  max |w| over the consumers' rows
 
     A channel that never fired, or whose weights are all zero, keeps scale 1.
     """
@@ -46,20 +47,20 @@ def smoothing_scales(alpha: float, activation: Tensor, weight: Tensor) -> Tensor
 
 
 def search_alpha(
-    activation: Tensor,
-    weight: Tensor,
-    losses_of: Callable[[Sequence[Tensor | None]], list[float]],
-    fixed: float | None = None,
-) -> SmoothChoice:
-    """The migration strength with the least loss. No migration (None) wins ties.
+    activation: Tensor, weight: Tensor, losses_of: Losses, fixed: float | None = None
+) -> list[SmoothChoice]:
+    """The migration strength with the least loss at each of f folds. No migration (None) wins ties.
 
-    fixed  use this strength without a search
+    activation, weight  (f, channels)  as in `smoothing_scales`
+    losses_of           the losses of candidates, each with scales for all folds
+    fixed               use this strength without a search
     """
     alphas = ALPHAS if fixed is None else (fixed,)
     candidates = [smoothing_scales(alpha, activation, weight) for alpha in alphas]
     unscaled, *losses = losses_of([None, *candidates])
-    best = SmoothChoice(None, 0.0, unscaled, unscaled)
-    for alpha, scales, loss in zip(alphas, candidates, losses, strict=True):
-        if fixed is not None or loss < best.loss:
-            best = SmoothChoice(scales, alpha, loss, unscaled)
+    best = [SmoothChoice(None, 0.0, loss, loss) for loss in unscaled]
+    for alpha, scales, row in zip(alphas, candidates, losses, strict=True):
+        for fold, loss in enumerate(row):
+            if fixed is not None or loss < best[fold].loss:
+                best[fold] = SmoothChoice(scales[fold], alpha, loss, unscaled[fold])
     return best

@@ -1,20 +1,27 @@
 """quant/algos/awq.py on a toy layer: the candidates are the published ones, and the search beats plain rounding."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import pytest
 import torch
 
-from lowbit.quant.algos.awq import GRID, scales_at, search_scales, weight_magnitude
+from lowbit.quant.algos.awq import GRID, ScaleChoice, scales_at, search_scales, weight_magnitude
 from lowbit.quant.numerics import fake_quantize
 from lowbit.quant.scheme import make_scheme
 
+POINTS = [(7, False), (GRID, False), (0, True), (4, True), (11, True)]
 SCHEME = make_scheme(4, 32, True)
 
 
-def each(loss: Callable[[torch.Tensor | None], float]) -> Callable[[Sequence[torch.Tensor | None]], list[float]]:
-    """The losses of several candidates, one after another."""
-    return lambda candidates: [loss(scales) for scales in candidates]
+def search(activation: torch.Tensor, weight: torch.Tensor, loss: Callable[[torch.Tensor | None], float]) -> ScaleChoice:
+    """The choice at one fold."""
+
+    def losses(candidates: Sequence[torch.Tensor | None]) -> list[list[float]]:
+        return [[loss(None if scales is None else scales[0])] for scales in candidates]
+
+    (choice,) = search_scales(activation[None], weight[None], losses)
+    return choice
 
 
 def test_weight_magnitude_by_hand():
@@ -47,13 +54,13 @@ def test_candidates_stay_positive_and_finite(activation, duo):
 
 
 def test_no_scaling_wins_ties():
-    choice = search_scales(torch.ones(4), torch.ones(4), each(lambda scales: 1.0))
+    choice = search(torch.ones(4), torch.ones(4), lambda scales: 1.0)
     assert choice.scales is None
     assert choice.loss == choice.unscaled_loss == 1.0
 
 
 def test_a_loss_that_is_not_a_number_never_wins():
-    choice = search_scales(torch.ones(4), torch.ones(4), each(lambda s: 1.0 if s is None else float("nan")))
+    choice = search(torch.ones(4), torch.ones(4), lambda s: 1.0 if s is None else float("nan"))
     assert choice.scales is None
 
 
@@ -66,7 +73,7 @@ def test_a_smooth_loss_is_followed_to_its_least_value(step, duo):
     def loss(scales: torch.Tensor | None) -> float:
         return 9.0 if scales is None else float((scales - target).square().sum())
 
-    choice = search_scales(activation, weight, each(loss))
+    choice = search(activation, weight, loss)
     assert choice.loss == 0
     assert torch.equal(choice.scales, target)
     assert (choice.ratio, choice.duo) == (step / GRID, duo)
@@ -84,9 +91,31 @@ def test_the_search_beats_plain_rounding_where_some_inputs_are_loud(symmetric):
         rounded = fake_quantize(w * columns, scheme, torch.bfloat16)
         return float(((x / columns) @ rounded.T - wanted).square().mean())
 
-    choice = search_scales(x.abs().mean(0), weight_magnitude(w, scheme), each(loss))
+    choice = search(x.abs().mean(0), weight_magnitude(w, scheme), loss)
     assert choice.scales is not None
     assert choice.loss == loss(choice.scales)
     assert choice.unscaled_loss == loss(None)
     assert choice.loss < 0.7 * choice.unscaled_loss
     assert bool((choice.scales[::16] > choice.scales[1::16]).all())
+
+
+def test_folds_are_searched_together_as_one_by_one():
+    """Each has an optimum of its own, one of them no scaling, one at the end of the grid."""
+    activation, weight = torch.rand(5, 16) + 0.1, torch.rand(5, 16)
+    targets = [scales_at(step / GRID, duo, activation[i], weight[i]) for i, (step, duo) in enumerate(POINTS)]
+
+    def loss(fold: int, scales: torch.Tensor | None) -> float:
+        unscaled = 0.0 if fold == 3 else 9.0
+        return unscaled if scales is None else float((scales - targets[fold]).square().sum())
+
+    def losses(candidates: Sequence[torch.Tensor | None]) -> list[list[float]]:
+        return [[loss(fold, None if each is None else each[fold]) for fold in range(5)] for each in candidates]
+
+    found = search_scales(activation, weight, losses)
+    for fold, choice in enumerate(found):
+        alone = search(activation[fold], weight[fold], partial(loss, fold))
+        assert choice.as_json() == pytest.approx(alone.as_json(), abs=1e-9)
+        assert (choice.scales is None) == (alone.scales is None) == (fold == 3)
+        assert fold == 3 or (choice.ratio, choice.duo) == (POINTS[fold][0] / GRID, POINTS[fold][1])
+        # a power may differ in its last bit with the place in a vector
+        assert fold == 3 or torch.allclose(choice.scales, alone.scales, rtol=1e-6)

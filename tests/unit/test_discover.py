@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from lowbit.calibrate.block import BlockWork
 from lowbit.calibrate.discover import Workbench, prove
-from lowbit.calibrate.search import FoldSearch
+from lowbit.calibrate.search import searches
 from lowbit.calibrate.structure import Prober
 from lowbit.calibrate.transforms import Awq
 from lowbit.models.skeleton import Skeleton, open_skeleton
@@ -251,11 +251,10 @@ def logits_with_folds(skeleton: Skeleton, ids: torch.Tensor) -> tuple[torch.Tens
             for heads in prober.heads(index, structure):
                 work.rotate(heads)
             work.observe(batches, structure.sites, 1 << 20)
-            for fold in structure.folds:
-                search = FoldSearch(work, fold, batches)
-                scales = None if search.reason_against() else Awq().choose(search).scales
-                search.apply(scales)
-                scaled += scales is not None
+            for search in searches(work, structure.folds, batches):
+                choices = [] if search.reason_against() else Awq().choose(search)
+                search.apply([choice.scales for choice in choices] or [None] * len(search.folds))
+                scaled += sum(choice.scales is not None for choice in choices)
             batches = work.run(batches)
     return torch.cat(list(walk.logits([ids], batches))), scaled
 

@@ -5,7 +5,7 @@ import torch
 
 from lowbit.quant import numerics
 from lowbit.quant.algos import gptq as module
-from lowbit.quant.algos.gptq import gptq, gptq_each, inverse_factors, output_loss
+from lowbit.quant.algos.gptq import gptq, inverse_factors, output_loss
 from lowbit.quant.kernels import ops
 from lowbit.quant.numbers import INT4
 from lowbit.quant.qtensor import round_to_nearest
@@ -159,7 +159,6 @@ def test_what_no_rung_cures_is_rounded_to_nearest(monkeypatch):
 
 def test_float64_is_the_last_rung(monkeypatch):
     plain = module._factor
-
 
     def in_float64(moments):
         factor, fits = plain(moments)

@@ -1,5 +1,7 @@
 """quant/algos/smooth.py: the published scale, and a search that finds the strength that loses least."""
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 
@@ -8,6 +10,7 @@ from lowbit.quant.numbers import INT8
 from lowbit.quant.numerics import fake_quantize, fake_quantize_inputs, quantize_inputs
 from lowbit.quant.scheme import make_scheme
 
+ONES = torch.ones(2, 4), torch.ones(2, 4)  # at two folds
 W8 = make_scheme(8, -1, True)
 
 
@@ -40,21 +43,25 @@ def loss_under(scales: torch.Tensor | None) -> float:
 def test_the_search_beats_no_migration_and_every_fixed_strength():
     x, w = layer()
     activation, weight = x.abs().amax(0), w.abs().amax(0)
-    choice = search_alpha(activation, weight, lambda candidates: list(map(loss_under, candidates)))
+
+    def losses(candidates: Sequence[torch.Tensor | None]) -> list[list[float]]:
+        return [[loss_under(None if scales is None else scales[0])] for scales in candidates]
+
+    (choice,) = search_alpha(activation[None], weight[None], losses)
     assert choice.loss < 0.2 * choice.unscaled_loss
     assert choice.loss == min(loss_under(smoothing_scales(alpha, activation, weight)) for alpha in ALPHAS)
     assert choice.as_json()["alpha"] == choice.alpha
 
 
 def test_a_fixed_strength_is_taken_even_where_it_loses():
-    choice = search_alpha(torch.ones(4), torch.ones(4), lambda candidates: [0.0, 1.0], fixed=0.7)
-    assert choice.alpha == 0.7
-    assert choice.scales is not None
+    choices = search_alpha(*ONES, lambda candidates: [[0.0, 5.0], [1.0, 1.0]], fixed=0.7)
+    assert [choice.alpha for choice in choices] == [0.7, 0.7]
+    assert all(choice.scales is not None for choice in choices)
 
 
 def test_nothing_is_moved_where_nothing_helps():
-    choice = search_alpha(torch.ones(4), torch.ones(4), lambda candidates: [1.0] * len(candidates))
-    assert choice.scales is None
+    choices = search_alpha(*ONES, lambda candidates: [[1.0, 2.0], *[[1.0, 1.0]] * (len(candidates) - 1)])
+    assert [choice.scales is None for choice in choices] == [True, False]
 
 
 def test_int8_inputs_by_hand():
