@@ -214,9 +214,10 @@ class BlockWork:
             if up_to is not None and seen.complete:
                 raise _Seen
 
+        rounding, hooks = self.rounded_inputs(rounds), LinearInputs(self.block, self.parameter, see)
         for place, states in ranks.mine(enumerate(batches)):
             seen.next_batch(with_gram=before[place] < gram_tokens)
-            with suppress(_Seen), self.rounded_inputs(rounds), LinearInputs(self.block, self.parameter, see):
+            with suppress(_Seen), rounding, hooks:
                 self._walk.run(self.index, states)
             site = seen.broken()
             if site is not None:

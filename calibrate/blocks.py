@@ -36,7 +36,7 @@ from lowbit.quant.qtensor import QTensor
 from lowbit.quant.stats import Stats, nothing_seen, stats_of
 
 BATCH_TOKENS = 2048  # tokens per forward pass of a block
-MIXED_TOKENS = 8192  # of a block with experts on a GPU, which the host asks for one by one
+MIXED_TOKENS = 16384  # of a block with experts on a GPU, which the host asks for one by one
 GRAM_TOKENS = 16384  # tokens used for the second moments of transforms and clipping
 
 

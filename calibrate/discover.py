@@ -148,8 +148,9 @@ def discover(bench: Workbench, probe: Probe, single: Probe, seed: int) -> Struct
     search = _Search(bench, probe, single, _by_name(calls), output, torch.Generator().manual_seed(seed))
     reached = {name for names, _ in calls for name in names}
     unreached = [spec.name for spec in bench.block.linears if spec.name not in reached]
-    twins = _reached_twins(bench.block, reached)
-    alike = {name for names in twins for name in names.values()}
+    twins, silent = _reached_twins(bench.block, reached), list(_twins(unreached, reached))
+    # an expert without tokens hands nothing on: it has its twin's findings (a third of 128 experts, most of the time)
+    alike = {name for names in (*twins, *silent) for name in names.values()}
     searched = (producer for producer in _producers(bench) if producer.producer not in alike)
     folds = [fold for producer in searched if (fold := search.fold_of(producer))]
     copies = [_moved(fold, names) for names in twins for fold in folds if fold.producer in names]
@@ -158,7 +159,7 @@ def discover(bench: Workbench, probe: Probe, single: Probe, seed: int) -> Struct
     again = (producer for producer in _producers(bench) if producer.producer in failed)
     folds += [*proved, *(fold for producer in again if (fold := search.fold_of(producer)))]
     structure = Structure(sites_of(calls), folds, unreached)
-    for names in _twins(unreached, reached):
+    for names in silent:
         structure = _with_twin(structure, names)
     return structure
 

@@ -42,7 +42,7 @@ def search_few(w: Tensor, scheme: Scheme, scale_dtype: torch.dtype, moments: Ten
     moments  (g, group_size, group_size) float32, from clip.group_moments
     """
     pieces = pieces_of(w, scheme, moments)
-    parts = [_search_rows(some.float(), scheme, scale_dtype, theirs) for some, theirs in pieces]
+    parts = [_search_rows(some.float(), scheme, scale_dtype, theirs) for some, theirs in pieces if theirs is not None]
     codes, scales, zeros = (torch.cat(each) for each in zip(*parts, strict=True))
     return QTensor(codes, scales, None if scheme.symmetric else zeros, scheme)
 
