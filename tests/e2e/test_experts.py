@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from lowbit.calibrate import alike
 from lowbit.calibrate.job import prepare
 from lowbit.calibrate.methods import complete_recipe
 from lowbit.calibrate.pipeline import run
@@ -29,6 +30,8 @@ COUNT = TOKENS.ids.numel()
 RECIPES: dict[str, dict[str, Any]] = {
     "awq": {"method": "awq", "group_size": 32},
     "gptq": {"method": "gptq", "group_size": 32},
+    "gptq, nvfp4": {"method": "gptq", "scheme": "nvfp4-a16"},
+    "rtn, searched": {"transforms": ("awq",), "rounder": "rtn", "scheme": "int3-g32"},
     "smoothquant": {"method": "smoothquant"},
     "smoothquant, static": {"method": "smoothquant", "activations": "tensor"},
     "signround": {"method": "signround", "iters": 4, "group_size": 32},
@@ -87,6 +90,32 @@ def test_every_method(sources, tmp_path, family, stacked, recipe):
         assert "rounded to nearest" not in row.get("fallback", "")
     found = logits_of(load_dense(open_source(str(tmp_path / "out"))), TOKENS.ids[:2])
     assert found.isfinite().all()
+
+
+@pytest.mark.parametrize("recipe", ["awq", "gptq", "gptq, nvfp4", "rtn, searched", "best"])
+@pytest.mark.parametrize(("family", "stacked"), [("mixtral", False), ("qwen3_moe", True)])
+def test_experts_at_once_have_the_files_of_one_by_one(sources, tmp_path, monkeypatch, family, stacked, recipe):
+    """On a CPU to the bit: a batch of experts is multiplied by the same loops as each of them."""
+    counts: list[int] = []
+    whole = alike.in_batches
+
+    def counted(items, kind, most, work):
+        return whole(items, kind, most, lambda some: counts.append(len(some)) or work(some))
+
+    for module in ("alike", "search"):
+        monkeypatch.setattr(f"lowbit.calibrate.{module}.in_batches", counted)
+    source = sources(family, stacked)
+    together = quantized(source, tmp_path / "together", RECIPES[recipe])
+    assert max(counts) >= 3  # experts; the one without tokens may be rounded otherwise
+    counts.clear()
+    monkeypatch.setattr(alike, "CPU_ROOM", 1)
+    alone = quantized(source, tmp_path / "alone", RECIPES[recipe])
+    assert set(counts) == {1}
+    assert together == alone
+    files = [load_file(tmp_path / where / "model.safetensors") for where in ("together", "alone")]
+    assert files[0].keys() == files[1].keys()
+    differ = [name for name, value in files[0].items() if not torch.equal(value, files[1][name])]
+    assert not differ
 
 
 @pytest.mark.parametrize("stacked", [False, True])

@@ -5,8 +5,9 @@ import torch
 
 from lowbit.quant import numerics
 from lowbit.quant.algos.clip import SHRINKS, group_losses, group_moments, search_shrink
+from lowbit.quant.algos.few import round_in_ranges
 from lowbit.quant.numerics import fake_quantize
-from lowbit.quant.scheme import make_scheme
+from lowbit.quant.scheme import make_scheme, parse_scheme
 
 SCHEMES = [make_scheme(4, 32, True), make_scheme(4, 32, False), make_scheme(4, -1, True), make_scheme(8, 64, True)]
 
@@ -69,3 +70,23 @@ def test_rows_do_not_depend_on_the_chunk_they_are_handled_in(monkeypatch):
     whole = search_shrink(w, scheme, torch.float32, moments)
     monkeypatch.setattr(numerics, "CPU_PIECE", 200)
     assert torch.equal(search_shrink(w, scheme, torch.float32, moments), whole)
+
+
+SEARCHED = ["int4-g32", "uint4-g32", "int3-g32", "uint2-g32", "int8", "mxfp4-a16", "nvfp4-a16", "fp8-block-a16"]
+
+
+@pytest.mark.parametrize("piece", [1 << 10, 1 << 15, 1 << 18], ids=["a part of a weight", "one", "all"])
+@pytest.mark.parametrize("name", [*SEARCHED, "q4_1", "q2_k", "q4_k", "q6_k"])
+def test_ranges_of_several_weights_are_those_of_each(monkeypatch, name, piece):
+    monkeypatch.setattr("lowbit.quant.numerics.CPU_PIECE", piece)
+    torch.manual_seed(0)
+    scheme, w = parse_scheme(name), torch.randn(3, 128, 256)
+    moments = torch.stack([moment_of(torch.randn(300, 256) * torch.rand(256)) for _ in range(3)])
+    divisor = numerics.own_divisor(w.flatten(0, 1), scheme)
+    whole = round_in_ranges(w.flatten(0, 1), scheme, torch.bfloat16, group_moments(moments, scheme), divisor)
+    for one, found in enumerate(whole.split(3)):
+        alone = round_in_ranges(w[one], scheme, torch.bfloat16, group_moments(moments[one], scheme), divisor)
+        same = (found.codes.float() == alone.codes.float()).float().mean()
+        assert same == 1 if piece < 1 << 18 else same > 0.99  # sums in another order may turn a tie of two ranges
+        assert found.zeros is None or found.zeros.shape == alone.zeros.shape
+        assert found.checked().shape == (128, 256)

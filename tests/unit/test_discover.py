@@ -288,11 +288,12 @@ def test_experts_stacked_on_disk_have_the_same_folds(tmp_path, family):
 
 
 def test_more_experts_take_no_more_runs(tmp_path, monkeypatch):
-    """One is searched, and one run proves what was found there in all others."""
+    """One is searched, and one run proves what was found there in all others. Of 96, most see no probe token: these
+    are not searched either."""
     runs, inputs = [], Workbench.inputs
     monkeypatch.setattr(Workbench, "inputs", lambda bench, probe: runs.append(probe) or inputs(bench, probe))
     counts = []
-    for count in (4, 12):
+    for count in (4, 12, 96):
         skeleton = skeleton_of(save_family("qwen3_moe", tmp_path / str(count), num_experts=count))
         walk, prober = prober_of(skeleton)
         with walk.loaded(0):
@@ -300,7 +301,7 @@ def test_more_experts_take_no_more_runs(tmp_path, monkeypatch):
         assert len(structure.folds) == 3 + count
         counts.append(len(runs))
         runs.clear()
-    assert abs(counts[1] - counts[0]) < 8
+    assert max(counts) - min(counts) < 8
 
 
 def test_an_expert_whose_copy_fails_its_proof_is_searched(models, monkeypatch):

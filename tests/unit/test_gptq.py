@@ -5,7 +5,7 @@ import torch
 
 from lowbit.quant import numerics
 from lowbit.quant.algos import gptq as module
-from lowbit.quant.algos.gptq import gptq, inverse_factors, output_loss
+from lowbit.quant.algos.gptq import gptq, gptq_each, inverse_factors, output_loss
 from lowbit.quant.kernels import ops
 from lowbit.quant.numbers import INT4
 from lowbit.quant.qtensor import round_to_nearest
@@ -122,11 +122,11 @@ def test_a_moment_that_is_not_finite_is_refused(bad):
         gptq(torch.randn(4, 32), moment, make_scheme(4, 32, True), F32)
 
 
-def indefinite(by: float) -> torch.Tensor:
+def indefinite(by: float, k: int = 32) -> torch.Tensor:
     """A symmetric matrix whose least eigenvalue is -by, its mean diagonal 1."""
     torch.manual_seed(0)
-    basis, _ = torch.linalg.qr(torch.randn(32, 32))
-    values = torch.linspace(0.5, 1.5, 32)
+    basis, _ = torch.linalg.qr(torch.randn(k, k))
+    values = torch.linspace(0.5, 1.5, k)
     values[0] = -by
     return basis @ torch.diag(values) @ basis.T
 
@@ -178,3 +178,47 @@ def test_the_block_operator_traces():
     codes, errors = ops.round_block(*args, INT4)
     assert -8 <= codes.min() <= codes.max() <= 7
     assert torch.equal(errors[0, :, 0], (w[:, 0] - codes[0, :, 0]) / factor[0, 0])
+
+
+TOGETHER = ["int4-g32", "uint4-g32", "int3-g32", "uint2-g32", "int8", "fp8-a16", "mxfp4-a16", "nvfp4-a16", "q4_k", "q2_k"]
+
+
+@pytest.mark.parametrize("name", TOGETHER)
+def test_weights_are_rounded_together_as_one_by_one(name):
+    """Two weights for each of four inputs. Each has its own moment, order, damping and fallbacks."""
+    torch.manual_seed(0)
+    scheme, w = parse_scheme(name), torch.randn(4, 2, 24, 256)
+    moments = torch.stack([moment_of(inputs(256, seed=seed)) for seed in range(4)])
+    moments[1, [7, 200]] = moments[1, :, [7, 200]] = 0
+    moments[2] = 0
+    moments[3] = indefinite(0.02, 256)
+    divisor = numerics.own_divisor(w.flatten(0, 2), scheme)
+    found = gptq_each(w, moments, scheme, F32, divisor=divisor)
+    for place, result in enumerate(found):
+        at, by = divmod(place, 2)
+        alone = gptq(w[at, by], moments[at], scheme, F32, divisor=divisor)
+        assert result.fallbacks == alone.fallbacks
+        assert result.loss == pytest.approx(alone.loss, rel=1e-3, abs=1e-9)
+        assert result.weight.checked().scheme == scheme
+        assert (result.weight.codes.float() == alone.weight.codes.float()).float().mean() > 0.999
+        assert torch.equal(result.weight.scales, alone.weight.scales)
+        torch.testing.assert_close(result.wanted, alone.wanted, rtol=0.02, atol=0.02)
+    assert found[0].fallbacks == ()
+    assert "2 of 256 inputs never fired" in found[2].fallbacks[0]
+    assert found[5].fallbacks == ("no input ever fired: rounded to nearest",)
+    assert found[6].fallbacks == ("damping raised to 0.04",)
+
+
+def test_together_each_keeps_what_loses_less():
+    """The second weight is better off with the nearest codes, the first is not."""
+    torch.manual_seed(0)
+    scheme, moments = make_scheme(4, 32, True), torch.stack([moment_of(inputs(32)), torch.eye(32)])
+    moments[1, 0, 1] = moments[1, 1, 0] = 0.999
+    w = torch.randn(2, 1, 3, 32)
+    w[1] = 0.5
+    w[1, :, :, 0] = 7.5
+    found = gptq_each(w, moments, scheme, F32, clip=False)
+    for place, result in enumerate(found):
+        alone = gptq(w[place, 0], moments[place], scheme, F32, clip=False)
+        assert result.fallbacks == alone.fallbacks
+        assert torch.equal(result.weight.codes, alone.weight.codes)
