@@ -27,9 +27,9 @@ def main() -> None:
     arguments = parser.parse_args()
     rows = []
     for n in ROWS:
-        w, scales = torch.randn(n, COLUMNS, device="cuda"), torch.rand(n, COLUMNS, device="cuda") + 0.1
+        w, scales = torch.randn(1, n, COLUMNS, device="cuda"), torch.rand(1, n, COLUMNS, device="cuda") + 0.1
         x = torch.randn(512, COLUMNS, device="cuda", dtype=torch.float64)
-        factor = torch.linalg.cholesky(torch.linalg.inv(x.T @ x / len(x)), upper=True).float()
+        factor = torch.linalg.cholesky(torch.linalg.inv(x.T @ x / len(x)), upper=True).float()[None]
         call = BlockCall(w, factor, scales, torch.zeros_like(w), *INT4.grid)
         for name, run in (("gptq_block", gptq_block.run), ("loop", gptq_block.reference)):
             times = sorted(microseconds(run, call) for _ in range(20))

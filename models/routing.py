@@ -15,9 +15,9 @@ def widened(module: nn.Module, experts: int) -> Iterator[None]:
     A router that has no such number, or does not read it, goes on as before: the tokens that experts see tell.
     """
     changed = []
-    for part in module.modules():
-        width = getattr(part, WIDTH, None)
-        if isinstance(width, int) and width < experts:
+    for name, width in list(widths(module)):
+        if width < experts:
+            part = module.get_submodule(name)
             changed.append((part, width))
             setattr(part, WIDTH, experts)
     try:
@@ -29,5 +29,12 @@ def widened(module: nn.Module, experts: int) -> Iterator[None]:
 
 def widest(module: nn.Module) -> int:
     """The largest number of a token's experts in the routers of `module`; 0 if none tells."""
-    widths = (getattr(part, WIDTH, None) for part in module.modules())
-    return max((width for width in widths if isinstance(width, int)), default=0)
+    return max((width for _, width in widths(module)), default=0)
+
+
+def widths(module: nn.Module) -> Iterator[tuple[str, int]]:
+    """The routers within `module` that tell it, by name, and the number of a token's experts in each."""
+    for name, part in module.named_modules():
+        width = getattr(part, WIDTH, None)
+        if isinstance(width, int):
+            yield name, width

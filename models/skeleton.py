@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from itertools import product
 from typing import Any
 
 import torch
@@ -19,7 +20,9 @@ from lowbit.export.sizes import SLACK
 from lowbit.export.survey import checked
 from lowbit.export.untrusted import untrusted
 from lowbit.models.placement import Conversion, Placement, bias_of, experts_in, place, tensor_of
+from lowbit.models.routing import widths
 from lowbit.models.source import Source
+from lowbit.quant.naming import EXPERT, expert_of
 from lowbit.quant.numerics import input_rounding
 
 SMALL = 1 << 24  # parameters that are harmless to allocate, whatever the files hold
@@ -138,6 +141,7 @@ def open_skeleton(source: Source, original: bool = False) -> Skeleton:
         (others if owner is None else owner.tensors)[name] = placement
     for block in blocks:
         block.linears = list(_linears(model, block))
+        _require_width(block)
     _require_parameters(source, model, placements)
     dense = {name: at for name, at in placements.items() if not tensors.is_quantized(name)}
     _require_shapes(source, model, dense)
@@ -305,11 +309,35 @@ def _require_parameters(source: Source, model: PreTrainedModel, placements: dict
         placed |= conversion.parameters(model, lambda name: _unread(source, name)).keys()
     tied = tied_weights(model)
     missing = [name for name, _ in model.named_parameters() if name not in placed and name not in tied]
+    missing += _absent_parts(model, placements)
     if missing:
         raise CheckpointError(
             f"{source.directory}: {len(missing)} weights that {type(model).__name__} needs are in no file, "
             f"the first {missing[0]!r}: the download is incomplete, or config.json belongs to another model"
         )
+
+
+def _absent_parts(model: PreTrainedModel, placements: dict[str, Placement]) -> Iterator[str]:
+    """The tensors that the file lacks among those that make up one parameter: experts, gates and ups."""
+    seats: dict[str, dict[tuple[int | None, int], str]] = {}
+    for name, at in placements.items():
+        if at.conversion is None and (at.expert is not None or at.parts > 1):
+            seats.setdefault(at.parameter, {})[at.expert, at.part] = name
+    for taken in seats.values():
+        first = placements[next(iter(taken.values()))]
+        experts = [None] if first.expert is None else range(tensor_of(model, first).shape[0])
+        for expert, part in product(experts, range(first.parts)):
+            if (expert, part) not in taken:
+                alike = next((name for (_, other), name in taken.items() if other == part), first.parameter)
+                yield EXPERT.sub(f".experts.{expert}.", alike)
+
+
+def _require_width(block: Block) -> None:
+    """CheckpointError if a router chooses no expert for a token, or more than there are."""
+    experts = {expert_of(spec.name) for spec in block.linears if EXPERT.search(spec.name)}
+    for name, width in widths(block.module):
+        if experts and not 1 <= width <= len(experts):
+            raise CheckpointError(f"{block.name}.{name}: {width} experts of a token, of {len(experts)}")
 
 
 def _conversions(placements: dict[str, Placement]) -> list[Conversion]:

@@ -18,7 +18,10 @@ from lowbit.quant.numbers import E8M0, Number, round_to_grid, steps_at
 from lowbit.quant.scheme import Scheme, Side
 
 PARENT_TOP = 256  # scale of the largest group: twice it is still below e4m3's 448 (as in ModelOpt and four-over-six)
-CPU_PIECE, GPU_PIECE = 1 << 18, 1 << 22  # weights handled at once: a core's cache, a few launches
+# Weights handled at once. On a CPU a core's cache. On an H200 that others use too, an operator on 2^24 takes 100 us, on
+# 2^22 37, which is what the host needs to launch it.
+CPU_PIECE, GPU_PIECE = 1 << 18, 1 << 24
+Ends = tuple[Tensor, Tensor]
 LEAST_HALF = 2.0**-24  # the smallest float16 above zero
 LOST_ENERGY = 1e-3  # fraction of a weight's energy (sum of squares) that rounding to 4 bits loses anyway
 
@@ -116,12 +119,13 @@ def step_sizes(w: Tensor, scheme: Scheme, scales: Tensor) -> Tensor:
 
 
 def choose_params(
-    w: Tensor, scheme: Scheme, scale_dtype: torch.dtype, shrink: Tensor | float = 1.0
+    w: Tensor, scheme: Scheme, scale_dtype: torch.dtype, shrink: Tensor | float = 1.0, ends: Ends | None = None
 ) -> tuple[Tensor, Tensor | None]:
     """Scales and zeros that cover each group's range times `shrink`.
 
     w            (n, k)  float; in parts (`in_parts`)
     shrink       scalar or (n, g)  fraction of the range kept; (2, n, g) for scales and for minima
+    ends         `ends_of(w)`, if they are known
     return       scales (n, g) in scale_dtype; zeros (n, g) int32, minima (n, g) float32, or None if the scheme is
                  symmetric
 
@@ -134,7 +138,7 @@ def choose_params(
     The scale is rounded to scale_dtype, or to the scheme's number of scales (in bfloat16, which represents it exactly),
     before use, so that codes match the stored scale. A group of zeros gets scale 1.
     """
-    number, (low, high) = scheme.number, _ends(w, scheme)
+    number, (low, high) = scheme.number, ends or ends_of(w, scheme)
     shrink, of_minima = shrink if isinstance(shrink, Tensor) and shrink.ndim > 2 else (shrink, shrink)
     wanted = _wanted_scales(low, high, scheme, shrink)
     if scheme.symmetric:
@@ -149,11 +153,11 @@ def choose_params(
 def whole_range(w: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
     """The scale and the minimum (n, g) float32 that cover each group's range, before they are rounded; both are 0 for a
     group of zeros. In schemes without minima all minima are 0."""
-    low, high = _ends(w, scheme)
+    low, high = ends_of(w, scheme)
     return _wanted_scales(low, high, scheme, 1.0), -low if scheme.weights.minima else torch.zeros_like(low)
 
 
-def _ends(w: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
+def ends_of(w: Tensor, scheme: Scheme) -> Ends:
     """The smallest and the largest weight (n, g) of each group; widened to include 0 in schemes with zeros, and down to
     it in super-blocks."""
     values = grouped(w.float(), scheme)
@@ -310,9 +314,11 @@ def fake_quantize(w: Tensor, scheme: Scheme, scale_dtype: torch.dtype, shrink: T
     return rounded if divisor is None else rounded / divisor
 
 
-def rounded_parts(w: Tensor, scheme: Scheme, scale_dtype: torch.dtype, shrink: Tensor | float = 1.0) -> Tensor:
-    """The same for `w` multiplied by its divisor (`in_parts`), float32."""
-    scales, zeros = choose_params(w, scheme, scale_dtype, shrink)
+def rounded_parts(
+    w: Tensor, scheme: Scheme, scale_dtype: torch.dtype, shrink: Tensor | float = 1.0, ends: Ends | None = None
+) -> Tensor:
+    """The same for `w` multiplied by its divisor (`in_parts`), float32; `ends` as in `choose_params`."""
+    scales, zeros = choose_params(w, scheme, scale_dtype, shrink, ends)
     return dequantize(quantize(w, scheme, scales, zeros), scheme, scales, zeros)
 
 

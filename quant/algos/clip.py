@@ -94,9 +94,9 @@ def search_shrink(
 
 def _search_rows(w: Tensor, scheme: Scheme, scale_dtype: torch.dtype, moments: Tensor | None) -> Tensor:
     best = torch.full(scheme.sides(*w.shape), torch.inf, device=w.device)
-    chosen = torch.ones_like(best)
+    chosen, ends = torch.ones_like(best), numerics.ends_of(w, scheme)
     for shrink in shrinks_for(scheme):
-        error = numerics.rounded_parts(w, scheme, scale_dtype, shrink) - w
+        error = numerics.rounded_parts(w, scheme, scale_dtype, shrink, ends) - w
         by_row = numerics.grouped(error, scheme).square().sum(-1) if moments is None else group_losses(error, moments)
         loss = numerics.per_scale(by_row, scheme)
         better = loss < best

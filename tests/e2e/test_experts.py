@@ -15,6 +15,7 @@ from lowbit.calibrate import alike
 from lowbit.calibrate.job import prepare
 from lowbit.calibrate.methods import complete_recipe
 from lowbit.calibrate.pipeline import run
+from lowbit.errors import CheckpointError
 from lowbit.evaluation.backend import load_dense
 from lowbit.export.checkpoint import open_checkpoint
 from lowbit.export.formats import LogicalTensors
@@ -23,7 +24,7 @@ from lowbit.models.source import open_source
 from lowbit.quant.naming import EXPERT
 from lowbit.quant.qtensor import round_to_nearest
 from lowbit.quant.scheme import parse_scheme
-from tests.builders import calibration, logits_of, make_model, save
+from tests.builders import calibration, changed_config, logits_of, make_model, save, save_family
 
 TOKENS = calibration(16, 24)
 COUNT = TOKENS.ids.numel()
@@ -179,3 +180,44 @@ def test_a_wider_choice_is_for_statistics_alone():
         assert not torch.equal(block(states), before)
     assert widest(block) == 1
     assert torch.equal(block(states), before)
+
+
+FIRST_EXPERT = {
+    "mixtral": "model.layers.1.block_sparse_moe.experts.0.w1.weight",
+    "qwen3_moe": "model.layers.1.mlp.experts.3.up_proj.weight",
+}
+
+
+@pytest.mark.parametrize("method", ["int8", "gptq"])
+@pytest.mark.parametrize("family", list(FIRST_EXPERT))
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ("missing", "1 weights that .* needs are in no file, the first '{expert}'"),
+        ("shape", r"{expert}: \[8, 64\] in the file"),
+        ("nan", "{expert}: 1 of .* values are NaN"),
+        ("router", r"gate.weight: \[3, 64\] in the file, \[4, 64\] in the model of config.json"),
+        ("5", "mlp.*: 5 experts of a token, of 4"),
+        ("0", "mlp.*: 0 experts of a token, of 4"),
+    ],
+)
+def test_a_mixture_that_contradicts_itself_is_refused(tmp_path, family, method, wrong, message):
+    source, expert = save_family(family, tmp_path / "source"), FIRST_EXPERT[family]
+    tensors = load_file(source / "model.safetensors")
+    router = next(name for name in tensors if "layers.1." in name and name.endswith("gate.weight"))
+    if wrong == "missing":
+        del tensors[expert]
+    elif wrong == "shape":
+        tensors[expert] = tensors[expert][:8].contiguous()
+    elif wrong == "nan":
+        tensors[expert][0, 0] = torch.nan
+    elif wrong == "router":
+        tensors[router] = tensors[router][:3].contiguous()
+    else:
+        changed_config(source, lambda config: config.update(num_experts_per_tok=int(wrong)))
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    (tmp_path / "out").mkdir()
+    with pytest.raises(CheckpointError, match=message.format(expert=expert)):
+        job = prepare(open_source(str(source)), complete_recipe({"method": method}), "cpu")
+        run(job, tmp_path / "out", TOKENS if job.recipe.dataset else None, lambda report: None)
+    assert not list((tmp_path / "out").glob("*.safetensors"))

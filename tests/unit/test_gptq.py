@@ -180,7 +180,18 @@ def test_the_block_operator_traces():
     assert torch.equal(errors[0, :, 0], (w[:, 0] - codes[0, :, 0]) / factor[0, 0])
 
 
-TOGETHER = ["int4-g32", "uint4-g32", "int3-g32", "uint2-g32", "int8", "fp8-a16", "mxfp4-a16", "nvfp4-a16", "q4_k", "q2_k"]
+TOGETHER = [
+    "int4-g32",
+    "uint4-g32",
+    "int3-g32",
+    "uint2-g32",
+    "int8",
+    "fp8-a16",
+    "mxfp4-a16",
+    "nvfp4-a16",
+    "q4_k",
+    "q2_k",
+]
 
 
 @pytest.mark.parametrize("name", TOGETHER)
