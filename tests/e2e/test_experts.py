@@ -188,6 +188,11 @@ FIRST_EXPERT = {
 }
 
 
+def quantize_to(out, source, method):
+    job = prepare(open_source(str(source)), complete_recipe({"method": method}), "cpu")
+    run(job, out, TOKENS if job.recipe.dataset else None, lambda report: None)
+
+
 @pytest.mark.parametrize("method", ["int8", "gptq"])
 @pytest.mark.parametrize("family", list(FIRST_EXPERT))
 @pytest.mark.parametrize(
@@ -218,6 +223,5 @@ def test_a_mixture_that_contradicts_itself_is_refused(tmp_path, family, method, 
     save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
     (tmp_path / "out").mkdir()
     with pytest.raises(CheckpointError, match=message.format(expert=expert)):
-        job = prepare(open_source(str(source)), complete_recipe({"method": method}), "cpu")
-        run(job, tmp_path / "out", TOKENS if job.recipe.dataset else None, lambda report: None)
+        quantize_to(tmp_path / "out", source, method)
     assert not list((tmp_path / "out").glob("*.safetensors"))
