@@ -1,9 +1,10 @@
-"""A program for torchrun: all ranks together quantize one model by each of RECIPES.
+"""A program for torchrun: all ranks together quantize one model by each of RECIPES, or by those named.
 
-Arguments: the model, the output directory, a device.
+Arguments: the model, the output directory, a device, names.
 """
 
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 from lowbit.calibrate import ranks
@@ -37,9 +38,9 @@ def job_of(name: str, source: Path, device: str) -> tuple[Job, CalibrationSet | 
     return (spend(job, tokens) if job.recipe.target_bits and tokens else job), tokens
 
 
-def quantize_all(source: Path, output: Path, device: str) -> None:
+def quantize_all(source: Path, output: Path, device: str, recipes: Iterable[str] = RECIPES) -> None:
     """A checkpoint in `output` for each recipe. An existing journal is resumed."""
-    for name in RECIPES:
+    for name in recipes:
         job, tokens = job_of(name, source, device)
         with journaled(output / name, job, tokens, resume=True) as journal:
             if ranks.leads():
@@ -51,5 +52,5 @@ def quantize_all(source: Path, output: Path, device: str) -> None:
 
 if __name__ == "__main__":
     ranks.join()
-    quantize_all(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3])
+    quantize_all(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], sys.argv[4:] or RECIPES)
     ranks.leave()

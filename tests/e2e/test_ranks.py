@@ -92,6 +92,26 @@ def outputs(request, tmp_path_factory) -> Outputs:
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_two_processes_write_what_one_writes(outputs, recipe):
+    check_alike(outputs, recipe)
+
+
+def test_experts_are_shared_out(tmp_path):
+    """Each process takes its own experts together."""
+    source, some = save_family("qwen3_moe", tmp_path / "source"), ["awq", "gptq"]
+    quantize_all(source, tmp_path / "alone", "cpu", some)
+    done = torchrun("tests/e2e/several.py", source, tmp_path / "together", "cpu", *some)
+    assert done.returncode == 0, done.stderr
+    found = Outputs(tmp_path / "alone", tmp_path / "together")
+    for recipe in some:
+        check_alike(found, recipe)
+        alone, together = found.report(recipe)
+        assert [block["linears"].keys() for block in alone["blocks"]] == [
+            block["linears"].keys() for block in together["blocks"]
+        ]
+
+
+def check_alike(outputs: Outputs, recipe: str) -> None:
+    """Files of one process and of two differ as other orders of summation explain."""
     alone, together = (LogicalTensors(open_checkpoint(side / recipe)) for side in (outputs.alone, outputs.together))
     assert together.names == alone.names
     assert together.schemes == alone.schemes
