@@ -23,6 +23,7 @@ from lowbit.calibrate.rounding import MOMENT_TOKENS, TOKENS_PER_INPUT, spread
 from lowbit.calibrate.settings import rounder_of, transforms_of
 from lowbit.calibrate.structure import Prober
 from lowbit.calibrate.written import require_scales
+from lowbit.errors import CheckpointError
 from lowbit.export.survey import checked
 from lowbit.models.imagetext import Batch
 from lowbit.models.placement import Placement
@@ -216,6 +217,7 @@ class BlockLoop:
             entering = [states.at(index) for states in self.states]
             sample = spread(entering)
             before = work.run(sample)
+            _require_finite(block.name, before)
             targets = self._targets(index)
             heads = partial(self._prober.heads, index, structure)
             task = BlockTask(work, structure, heads, entering, sample, targets, job.recipe)
@@ -270,6 +272,16 @@ def _remainders(job: Job, rounded: dict[str, Rounded]) -> dict[str, Tensor]:
     if not (job.recipe.distill_steps and job.recipe.distill_codes):
         return {}
     return {name: each.weight.remainder(each.wanted).to("cpu") for name, each in rounded.items()}
+
+
+def _require_finite(name: str, outputs: list[States]) -> None:
+    """CheckpointError if the unquantized block `name` returns NaN or infinities, as with a router whose logits are
+    NaN."""
+    if not all(bool(states.hidden.isfinite().all()) for states in outputs):
+        raise CheckpointError(
+            f"{name}: its outputs are NaN or infinite for calibration samples, before it is quantized; drop these "
+            "samples from the dataset, or calibrate with --dtype float32"
+        )
 
 
 def _relative_loss(after: list[States], before: list[States], inputs: list[States]) -> float:

@@ -182,6 +182,19 @@ def test_a_wider_choice_is_for_statistics_alone():
     assert torch.equal(block(states), before)
 
 
+@pytest.mark.parametrize("method", ["awq", "gptq", "signround"])
+@pytest.mark.parametrize("layer", [0, 1])
+def test_nan_in_a_routers_logits_is_told(tmp_path, method, layer):
+    """The weights are finite, their products are not."""
+    source = save_family("qwen3_moe", tmp_path / "source")
+    tensors = load_file(source / "model.safetensors")
+    router = tensors[f"model.layers.{layer}.mlp.gate.weight"]
+    router.copy_(3e38 * router.sign())
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=f"model.layers.{layer}: its outputs are NaN or infinite"):
+        quantized(source, tmp_path / "out", RECIPES[method])
+
+
 FIRST_EXPERT = {
     "mixtral": "model.layers.1.block_sparse_moe.experts.0.w1.weight",
     "qwen3_moe": "model.layers.1.mlp.experts.3.up_proj.weight",
