@@ -217,7 +217,6 @@ class BlockLoop:
             entering = [states.at(index) for states in self.states]
             sample = spread(entering)
             before = work.run(sample)
-            _require_finite(block.name, before)
             targets = self._targets(index)
             heads = partial(self._prober.heads, index, structure)
             task = BlockTask(work, structure, heads, entering, sample, targets, job.recipe)
@@ -229,6 +228,7 @@ class BlockLoop:
             rounded = self._rounder.round(task)
             weights = {name: each.weight for name, each in rounded.items()}
         with watch.phase("report"):
+            _require_finite(block.name, before)  # after statistics, whose error names the samples
             kept = _kept_tensors(job, block, weights)
             loss = _relative_loss(work.run_quantized(sample), before, sample)
             rows = calibrated_rows(job, work, weights)
