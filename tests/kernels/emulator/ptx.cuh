@@ -101,7 +101,7 @@ inline void barrier_arrive(uint32_t barrier) { emulator::barrier_arrive(barrier,
 inline void barrier_expect(uint32_t barrier, uint32_t bytes) { emulator::barrier_arrive(barrier, bytes); }
 inline void barrier_wait(uint32_t barrier, uint32_t parity) { emulator::barrier_wait(barrier, parity); }
 inline void copy_bulk(uint32_t smem, const void* global, uint32_t bytes, uint32_t barrier) {
-  emulator::copy({smem, bytes, barrier, static_cast<const uint8_t*>(global), 0, 0, 0});
+  emulator::copy({smem, bytes, barrier, static_cast<const uint8_t*>(global), 0, 0, 0, 0, false});
 }
 inline void copy_16(uint32_t smem, const void* global) { emulator::copy_mine(smem, emulator::load<uint4>(global)); }
 inline void wait_for_copies() { emulator::wait_for_mine(); }
