@@ -23,7 +23,7 @@ PROCESSOR_BYTES, BLOCK_BYTES = 228 << 10, 1 << 10  # shared memory of a multipro
 RESIDENT = {8: (4, 2), 16: (4, 2), 32: (4, 2), 64: (3, 2)}
 FEW_COLUMNS, LEAST_CHUNKS = 32, 8  # of a block of a cluster
 # Cost model, microseconds: of a chunk of 128 inputs, and of each warpgroup on the multiprocessor by columns; of a
-# cluster, and of each block in it. Fitted to five shapes on an H200: what it picks is within 3% of the best cut, once 7.
+# cluster, and of each block in it. Fitted to five shapes on an H200: its choice is within 3% of the best cut, once 7.
 CHUNK_US, WARPGROUP_US = 0.19, {8: 0.07, 16: 0.075, 32: 0.085, 64: 0.13}
 CLUSTER_US, MEMBER_US = 1.5, 0.6
 
