@@ -762,10 +762,22 @@ BLOCK_KERNELS = (
 )
 
 
-def by_rows_of_x(stem: str, kernels: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
-    """Products of FP8 with FP8 by the number of rows, us, of rows in the file `stem`."""
+W4A8_SHAPES = ((4096, 4096), (12288, 4096), (22016, 4096), (4096, 11008), (28672, 4096))
+W4A8_KERNELS = (
+    ("x in int8", {"ours": True, "part": "product"}),
+    ("with rounding", {"ours": True, "part": "rounding + product"}),
+    ("x in bfloat16", {"ours": True, "part": "product of halves"}),
+    ("Machete", {"kernel": "vllm machete w4"}),
+    ("Marlin", {"kernel": "vllm marlin w4"}),
+)
+
+
+def by_rows_of_x(
+    stem: str, kernels: Sequence[tuple[str, Mapping[str, Any]]], shapes: Sequence[tuple[int, int]] = FP8_SHAPES
+) -> str:
+    """Products by the number of rows, us, of rows in the file `stem`."""
     lines = []
-    for n, k in FP8_SHAPES:
+    for n, k in shapes:
         for m in sorted({row["m"] for row in matching(stem, n=n, k=k)}):
             found = [matching(stem, n=n, k=k, m=m, **wanted) for _, wanted in kernels]
             cells = (fixed(rows[0]["us"], 1) if rows else "" for rows in found)
@@ -775,6 +787,10 @@ def by_rows_of_x(stem: str, kernels: Sequence[tuple[str, Mapping[str, Any]]]) ->
 
 def fp8_products() -> str:
     return by_rows_of_x("w8a8_fp8", FP8_KERNELS)
+
+
+def int4_by_int8() -> str:
+    return by_rows_of_x("w4a8_gemm", W4A8_KERNELS, W4A8_SHAPES)
 
 
 def fp8_blocks() -> str:
@@ -1200,6 +1216,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "expert_peers": expert_peers,
     "w8a8_fp8": fp8_products,
     "w8a8_blocks": fp8_blocks,
+    "w4a8_gemm": int4_by_int8,
     "decode_attention": attention,
     "wna16_gemm": gemm,
     "wna16_prefill": prefill,

@@ -34,6 +34,7 @@ METHODS: dict[str, str | None] = {
     "dense": None,
     "int8": "int8-channel",
     "w4": "int4-g128",
+    "w4a8": "int4-a8",
     "w8a8": "int8-channel-a8token",
     "w8a8-fp8": "fp8",
     "fp8": "fp8-a16",

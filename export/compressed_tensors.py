@@ -1,6 +1,6 @@
 """The compressed-tensors layouts, read by vLLM, SGLang and transformers.
 
-For a linear P with weight (n, k), b bits and g groups, weight-only (pack-quantized):
+For a linear P with weight (n, k), b bits and g groups, weight-only, or int4 with FP8 inputs (pack-quantized):
 
     P.weight_packed      int32  (n, ceil(k b / 32))   code + 2^(b-1), packed along the inputs, lowest bits first;
                                                       codes of 3, 5, 6 and 7 bits may lie in two words
@@ -13,7 +13,8 @@ For a linear P with weight (n, k), b bits and g groups, weight-only (pack-quanti
 Integers with 8-bit activations (int-quantized), and floats with or without quantized activations (float-quantized):
 
     P.weight             int8 or float8_e4m3fn  (n, k)
-    P.weight_scale       float                  (n, 1), or one for each block (ceil(n / rows), ceil(k / columns))
+    P.weight_scale       float                  (n, 1), or one for each block (ceil(n / rows), ceil(k / columns)), or
+                                                (n, g) of int4
     P.input_scale        float32                (1,)   only with one calibrated scale for all tokens
 
 Floats in groups (nvfp4-pack-quantized, mxfp4-pack-quantized, mxfp8-quantized):
@@ -67,7 +68,7 @@ def layout_of(scheme: Scheme) -> str:
     """The name of the layout for a scheme."""
     side = scheme.weights
     if side.number.is_integer:
-        return PACKED if scheme.inputs is None else PLAIN
+        return PACKED if scheme.inputs is None or scheme.inputs.number == FP8 else PLAIN
     if side.scales is None:
         return FLOAT
     return NVFP4 if side.parent else MXFP4 if side.number == FP4 else MXFP8

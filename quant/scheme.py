@@ -5,7 +5,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, replace
 
 from lowbit.errors import nearest
-from lowbit.quant.numbers import E8M0, FP4, FP8, INT8, NUMBERS, Number, integer_of
+from lowbit.quant.numbers import E8M0, FP4, FP8, INT4, INT8, NUMBERS, Number, integer_of
 
 GROUP_RULE = "engines take multiples of 32, or -1 for one scale per channel"
 
@@ -136,15 +136,23 @@ class Scheme:
             raise ValueError(f"{number.name} per {self.granularity} is no scheme: floats are {KNOWN}")
         if self.inputs is None:
             return
-        if self.inputs.number != number or self.inputs.group_size != size or self.inputs.scales != self.weights.scales:
+        alike = self.inputs.number == number and self.inputs.group_size == size
+        if not self.wide_inputs and (not alike or self.inputs.scales != self.weights.scales):
             raise ValueError(
-                f"{self}: quantized inputs go with weights of the same number, one scale per channel, or groups alike"
+                f"{self}: quantized inputs go with weights of the same number, one scale per channel, or groups alike; "
+                "and those of 8 bits by token with int4"
             )
 
     @property
     def weights_only(self) -> "Scheme":
         """The scheme of the weight alone."""
         return replace(self, inputs=None)
+
+    @property
+    def wide_inputs(self) -> bool:
+        """True for weights of int4 with inputs in 8 bits by token."""
+        by_token = self.inputs in (INPUTS["a8token"], INPUTS["afp8token"])
+        return by_token and self.number == INT4 and not self.weights.blocks
 
     @property
     def number(self) -> Number:
@@ -288,6 +296,8 @@ NAMED = {
     "mxfp4-a16": Scheme(MXFP4),
     "mxfp8": Scheme(MXFP8, MXFP8),
     "mxfp8-a16": Scheme(MXFP8),
+    "int4-a8": Scheme(Side(INT4, PerGroup(128)), INPUTS["a8token"]),
+    "int4-afp8": Scheme(Side(INT4, PerGroup(128)), INPUTS["afp8token"]),
     "q4_1": _block("uint4", 32, minima=True),
     "q5_1": _block("uint5", 32, minima=True),
     "q2_k": _block("uint2", 16, "uint4", minima=True),

@@ -9,6 +9,7 @@ from lowbit.export.engines.engine import (
     FusedLinear,
     all_of,
     integers,
+    of_bits,
     on_cpu,
     on_gpu,
 )
@@ -33,7 +34,13 @@ def _plain_inputs(layer: FusedLinear, capability: int | None) -> str | None:
 
 
 def _float(layer: FusedLinear, capability: int | None) -> str | None:
-    return "takes floats only" if layer.scheme.number.is_integer else None
+    taken = not layer.scheme.number.is_integer or layer.scheme.wide_inputs
+    return None if taken else "takes floats only, and int4 with inputs in 8 bits"
+
+
+def _int8_by_int4(layer: FusedLinear, capability: int | None) -> str | None:
+    taken = layer.scheme.wide_inputs and layer.scheme.inputs == INPUTS["a8token"]
+    return None if taken else "takes int4 with int8 inputs only"
 
 
 def _fp8_inputs(layer: FusedLinear, capability: int | None) -> str | None:
@@ -56,10 +63,11 @@ LOWBIT = Engine(
     "lowbit",
     __version__,
     (
-        EngineKernel("w8a8", all_of(integers, _eight_bits, on_gpu(80))),
+        EngineKernel("w8a8", all_of(integers, of_bits(8), _eight_bits, on_gpu(80))),
+        EngineKernel("w4a8", all_of(_int8_by_int4, _packed, on_gpu(90, 90))),
         EngineKernel("w8a8 in fp8", all_of(_fp8_inputs, _eight_bits, on_gpu(90, 90))),
         EngineKernel("wna16", all_of(_plain_inputs, _packed, on_gpu(80))),
-        # other inputs in fp8 and fp4 are rounded to their numbers and multiplied in 16 bits
+        # other inputs are rounded to their numbers and multiplied in 16 bits
         EngineKernel("wna16 with rounded inputs", all_of(_float, _packed, on_gpu(80)), WEIGHTS),
         EngineKernel("expanded to 16 bits", _without_kernel, EXPANDED),
         EngineKernel("reference", all_of(_not_int8, _packed, on_cpu)),

@@ -28,7 +28,7 @@ SGLANG = Engine(
     "SGLang",
     "0.5.23",
     (
-        EngineKernel("CUTLASS int8", all_of(integers, _own_scales, on_gpu(75, 90))),
+        EngineKernel("CUTLASS int8", all_of(integers, of_bits(8), _own_scales, on_gpu(75, 90))),
         EngineKernel("CUTLASS fp8", all_of(floats("fp8"), rounds_inputs, on_gpu(89))),
         EngineKernel("block fp8", all_of(floats("fp8-block"), rounds_inputs, on_gpu(89), whole_blocks)),
         EngineKernel("Marlin fp8", all_of(floats("fp8"), on_gpu(80)), WEIGHTS),

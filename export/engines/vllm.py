@@ -15,6 +15,7 @@ from lowbit.export.engines.engine import (
     rounds_inputs,
     weight_only,
 )
+from lowbit.quant.numbers import FP8
 
 
 def _through_marlin(layer: FusedLinear, capability: int | None) -> str | None:
@@ -59,6 +60,16 @@ def whole_blocks(layer: FusedLinear, capability: int | None) -> str | None:
     return None if whole else f"{layer.n} x {layer.k} is not a multiple of {rows} x {columns}"
 
 
+def _fp8_inputs(layer: FusedLinear, capability: int | None) -> str | None:
+    inputs = layer.scheme.inputs
+    return None if inputs is not None and inputs.number == FP8 else "takes fp8 inputs only"
+
+
+def _cutlass_w4a8(layer: FusedLinear, capability: int | None) -> str | None:
+    whole = layer.scheme.group_size == 128 and not layer.k % 128 and not layer.n % 128
+    return None if whole else f"{layer.scheme} of {layer.n} x {layer.k}: groups of 128, multiples of 128 x 128"
+
+
 def _wna16(*reasons: Reason) -> Reason:
     return all_of(weight_only, of_bits(4, 8), _through_marlin, *reasons)
 
@@ -67,8 +78,9 @@ VLLM = Engine(
     "vLLM",
     "0.32",
     (
-        EngineKernel("CUTLASS int8", all_of(integers, on_gpu(75, 90))),
-        EngineKernel("CPU int8", all_of(on_cpu, integers)),
+        EngineKernel("CUTLASS int8", all_of(integers, of_bits(8), on_gpu(75, 90))),
+        EngineKernel("CPU int8", all_of(on_cpu, integers, of_bits(8))),
+        EngineKernel("CUTLASS W4A8", all_of(_fp8_inputs, of_bits(4), on_gpu(90, 90), _cutlass_w4a8)),
         EngineKernel("CPU fp8", all_of(floats("fp8"), rounds_inputs, on_cpu)),
         EngineKernel("CUTLASS fp8", all_of(floats("fp8"), rounds_inputs, on_gpu(89))),
         EngineKernel("block fp8", all_of(floats("fp8-block"), rounds_inputs, on_gpu(89), whole_blocks)),

@@ -198,6 +198,26 @@ def of_bytes(scales: Tensor) -> Tensor:
     return (scales.to(torch.int16) << 7).view(torch.float16)
 
 
+# Inputs of each 8 in the order in which int8 is multiplied with 4 bits: those of the low halves of a word's bytes, then
+# those of the high halves. The former are in the first half of 32 inputs.
+SHUFFLED = ((0, 4, 1, 5), (2, 6, 3, 7))
+
+
+def shuffled(codes: Tensor) -> Tensor:
+    """Rows of codes (m, k) in the order in which w4a8_gemm takes them; k is a multiple of 32."""
+    eights = codes.unflatten(1, (-1, 4, 8))
+    return torch.cat([eights[..., half].flatten(2) for half in SHUFFLED], 2).flatten(1)
+
+
+def unshuffled(codes: Tensor) -> Tensor:
+    """The inverse of `shuffled`."""
+    halves = codes.unflatten(1, (-1, 2, 4, 4))
+    eights = torch.empty_like(codes).unflatten(1, (-1, 4, 8))
+    for half, inputs in enumerate(SHUFFLED):
+        eights[..., inputs] = halves[:, :, half]
+    return eights.flatten(1)
+
+
 def padded(size: int, multiple: int) -> int:
     """`size` rounded up to a multiple."""
     return -(-size // multiple) * multiple

@@ -96,6 +96,7 @@ class PackedCall:
     so; no result depends on it
     deferred    the norm still to finish on x (excludes `norm`)
     next_norm   extra outputs that start the norm after y
+    x_scales    (m) float32: x is in codes of int8, shuffled (packed.py), times these; half precision is the weight's
     """
 
     x: Tensor
@@ -114,10 +115,16 @@ class PackedCall:
     next_weight: Tensor | None = None
     deferred: Deferred | None = None
     next_norm: NextNorm | None = None
+    x_scales: Tensor | None = None
 
     @property
     def m(self) -> int:
         return panels.shape_of(self.x)[0]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The half-precision type of everything but codes."""
+        return self.x.dtype if self.x_scales is None else self.weight.dtype
 
     @property
     def y_shape(self) -> tuple[int, int]:
@@ -128,7 +135,7 @@ class PackedCall:
 
     @property
     def y_dtype(self) -> torch.dtype:
-        return torch.float32 if self.float32_out else self.x.dtype
+        return torch.float32 if self.float32_out else self.dtype
 
     def empty(self) -> Tensor:
         """Memory for y."""
@@ -139,9 +146,14 @@ class PackedCall:
     def problem(self) -> "Problem":
         """The Problem of this call, for the choice of a kernel. Queries the GPU's capability."""
         w = self.weight
-        sizes = (self.m, w.n, w.k, w.bits, w.group_size, self.x.dtype)
+        sizes = (self.m, w.n, w.k, w.bits, w.group_size, self.dtype)
         return Problem(
-            *sizes, *place_of(self.x.device), is_float=w.is_float, norm=self.norm != "none", panels=self.x.ndim == 3
+            *sizes,
+            *place_of(self.x.device),
+            code_inputs=self.x_scales is not None,
+            is_float=w.is_float,
+            norm=self.norm != "none",
+            panels=self.x.ndim == 3,
         )
 
     def check(self) -> None:
@@ -235,11 +247,13 @@ def reason_against_weight(call: PackedCall) -> str | None:
 
 def reason_against_tensors(call: PackedCall) -> str | None:
     """The first mismatch in dtype, device or contiguity, or None. Half-precision tensors must share x's dtype."""
-    x, w, m, n, k = call.x, call.weight, call.m, call.weight.n, call.weight.k
-    if x.dtype not in (torch.float16, torch.bfloat16):
-        return f"x is {x.dtype}: torch.float16 or torch.bfloat16 are needed"
-    if w.inputs not in (None, x.dtype):
-        return f"the weight was packed for inputs in {w.inputs}, x is {x.dtype}"
+    x, w, m, n, k, dtype = call.x, call.weight, call.m, call.weight.n, call.weight.k, call.dtype
+    if dtype not in (torch.float16, torch.bfloat16):
+        return f"x is {dtype}: torch.float16 or torch.bfloat16 are needed"
+    if w.inputs not in (None, dtype):
+        return f"the weight was packed for inputs in {w.inputs}, x is {dtype}"
+    if reason := reason_against_codes(call):
+        return reason
     halves: dict[str, tuple[Tensor | None, tuple[int, ...] | None]]
     halves = {
         "scales": (None if w.is_float and w.bits == 4 else w.scales, None),
@@ -254,12 +268,12 @@ def reason_against_tensors(call: PackedCall) -> str | None:
     if call.next_norm is not None:
         halves |= {"next_norm": (call.next_norm.weight, (n,))}
     for name, (tensor, shape) in halves.items():
-        if tensor is not None and tensor.dtype != x.dtype:
-            return f"{name} is {tensor.dtype}, x is {x.dtype}: they must agree"
+        if tensor is not None and tensor.dtype != dtype:
+            return f"{name} is {tensor.dtype}, x is {dtype}: they must agree"
         if tensor is not None and shape is not None and tuple(tensor.shape) != shape:
             return f"{name} has the shape {tuple(tensor.shape)}, not {shape}"
     others = {"words": w.words, "zeros": w.zeros, "factors": w.factors, "next_weight": call.next_weight}
-    others |= {"scales": w.scales}
+    others |= {"scales": w.scales, "x_scales": call.x_scales}
     others |= {name: tensor for name, (tensor, _) in halves.items()}
     for name, tensor in others.items():
         if tensor is not None and tensor.device != x.device:
@@ -273,6 +287,22 @@ def reason_against_tensors(call: PackedCall) -> str | None:
     )
 
 
+def reason_against_codes(call: PackedCall) -> str | None:
+    """The reason why x in codes, if it is, does not fit the weight, or None."""
+    scales, x, w = call.x_scales, call.x, call.weight
+    if scales is None:
+        return None
+    if w.bits != 4 or w.is_float or w.zeros is not None:
+        return f"codes of x are multiplied with int4, not with {w.number.name}"
+    if w.group_size == 16 or call.norm != "none" or call.deferred is not None:
+        return "codes of x are multiplied with groups of 32 or more, and have no norm to come"
+    if x.dtype != torch.int8 or x.ndim != 2:
+        return f"x with scales is {tuple(x.shape)} {x.dtype}, not rows of torch.int8"
+    if tuple(scales.shape) != (len(x),) or scales.dtype != torch.float32:
+        return f"x_scales is {tuple(scales.shape)} {scales.dtype}, not ({len(x)},) torch.float32"
+    return None
+
+
 def reason_against_inputs(call: PackedCall) -> str | None:
     """The reason why x or z are neither contiguous rows nor panels, or y cannot be panels, or None."""
     if call.y_panels and (call.rotary is not None or call.float32_out or not panels.fits(*call.y_shape)):
@@ -284,12 +314,12 @@ def reason_against_inputs(call: PackedCall) -> str | None:
         return f"norm {call.norm!r} is applied to rows, not to panels"
     if call.x.ndim == 3 and call.weight.k % CHUNK_K:
         return f"x in panels has a multiple of {CHUNK_K} inputs, not {call.weight.k}"
-    named = {"x": (call.x, call.weight.k)}
+    named = {"x": (call.x, call.weight.k, call.x.dtype)}
     if call.next_norm is not None:
-        named["z"] = call.next_norm.z, call.weight.n
-    for name, (tensor, width) in named.items():
-        if panels.shape_of(tensor) != (call.m, width) or tensor.dtype != call.x.dtype:
-            return f"{name} has the shape {tuple(tensor.shape)} {tensor.dtype}, not {(call.m, width)} {call.x.dtype}"
+        named["z"] = call.next_norm.z, call.weight.n, call.dtype
+    for name, (tensor, width, dtype) in named.items():
+        if panels.shape_of(tensor) != (call.m, width) or tensor.dtype != dtype:
+            return f"{name} has the shape {tuple(tensor.shape)} {tensor.dtype}, not {(call.m, width)} {dtype}"
         if tensor.device != call.x.device:
             return f"{name} is on {tensor.device}, x on {call.x.device}"
         if tensor.ndim == 3 and (reason := panels.reason_against(tensor)):

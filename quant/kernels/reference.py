@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lowbit.quant.kernels import panels
 from lowbit.quant.kernels.extension import EXTENSION, reason_against_device
-from lowbit.quant.kernels.packed import dequantize_packed
+from lowbit.quant.kernels.packed import dequantize_packed, unshuffled
 from lowbit.quant.kernels.problem import PART, Deferred, NextNorm, PackedCall, Problem, Rotary
 
 
@@ -26,13 +26,14 @@ def run(call: PackedCall) -> Tensor:
 def compute(call: PackedCall, w: Tensor) -> Tensor:
     """y of `call` with the dense weight `w` (n, k). The product is computed in w's dtype, everything else in
     float32."""
-    sums = (normalize(call).to(w.dtype) @ w.T).float()
+    x = normalize(call) if call.x_scales is None else values_of(call.x, call.x_scales)
+    sums = (x.to(w.dtype) @ w.T).float()
     if call.deferred is not None:
         sums = sums * inverse_deviation(call.deferred)
     if call.bias is not None:
         sums = sums + call.bias.float()
     if call.rotary is not None:
-        return rotate_and_store(sums, call.rotary, call.x.dtype)
+        return rotate_and_store(sums, call.rotary, call.dtype)
     y = activate(sums, call.activation)
     if call.residual is not None:
         y = y + call.residual.float()
@@ -40,6 +41,18 @@ def compute(call: PackedCall, w: Tensor) -> Tensor:
     if call.next_norm is not None:
         begin_norm(y, call.next_norm)
     return panels.panels_of(y) if call.y_panels else y
+
+
+def values_of(codes: Tensor, scales: Tensor) -> Tensor:
+    """The rows (m, k) float32 whose shuffled codes and scales are given."""
+    return unshuffled(codes).float() * scales.unsqueeze(1)
+
+
+def in_halves(call: PackedCall) -> PackedCall:
+    """`call` with x in half precision."""
+    if call.x_scales is None:
+        return call
+    return replace(call, x=values_of(call.x, call.x_scales).to(call.dtype), x_scales=None)
 
 
 def inverse_deviation(deferred: Deferred) -> Tensor:

@@ -11,6 +11,7 @@ from lowbit.quant.kernels import (
     dense_gemv,
     panels,
     reference,
+    w4a8_gemm,
     w8a8,
     w8a8_cutlass,
     w8a8_gemm,
@@ -52,6 +53,12 @@ def with_whole_rows(run: Callable[[Any, Problem], Tensor]) -> Callable[[PackedCa
     return running
 
 
+def run_in_halves(call: PackedCall, problem: Problem) -> Tensor:
+    """y of `call`, whose x is in codes, by the kernels for x in half precision."""
+    call = reference.in_halves(call)
+    return compute(call)
+
+
 KERNELS = (
     Kernel("wna16_gemm", wna16_gemm.reason_against, with_whole_rows(wna16_gemm.run), wna16_gemm.choose_cut),
     Kernel("wna16_gemv", wna16_gemv.reason_against, wna16_gemv.run, wna16_gemv.choose_cut, defers=True),
@@ -66,6 +73,12 @@ W8A8_KERNELS = (
     Kernel("torch._int_mm", w8a8.reason_against_int_mm, lambda call, problem: w8a8.reference(call)),
     Kernel("reference", lambda problem: None, lambda call, problem: w8a8.reference(call)),
 )
+# For x in int8 and W in 4 bits.
+W4A8_KERNELS = (
+    Kernel("w4a8_gemm", w4a8_gemm.reason_against, with_whole_rows(w4a8_gemm.run), w4a8_gemm.choose_cut),
+    Kernel("in halves", w4a8_gemm.reason_against_halves, run_in_halves),
+    Kernel("reference", lambda problem: None, lambda call, problem: reference.run(call)),
+)
 # For W in half precision, or in float32.
 DENSE_KERNELS = (
     Kernel("dense_gemv", dense_gemv.reason_against, dense_gemv.run, dense_gemv.choose_cut, defers=True),
@@ -77,7 +90,9 @@ def kernels_for(problem: Problem) -> tuple[Kernel, ...]:
     """The candidate kernels for the problem, in the order in which they are tried."""
     if problem.bits == 16:
         return DENSE_KERNELS
-    return W8A8_KERNELS if problem.code_inputs else KERNELS
+    if problem.code_inputs:
+        return W8A8_KERNELS if problem.bits == 8 else W4A8_KERNELS
+    return KERNELS
 
 
 def choose_kernel(problem: Problem) -> Kernel:

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from lowbit.quant.kernels.extension import launch, reason_against_device
+from lowbit.quant.kernels.packed import shuffled
 from lowbit.quant.kernels.problem import ACTIVATIONS, NORMS
 from lowbit.quant.kernels.reference import activate
 from lowbit.quant.numbers import NUMBERS
@@ -33,6 +34,7 @@ class Rows:
                 the codes and one scale per row
     grouped     such a scale for each GROUP inputs of a row, without input_scale: k is a multiple of it
     activation  one of problem.ACTIVATIONS, with its result rounded to x's dtype
+    shuffled    codes of int8 are in packed.shuffled's order
     """
 
     x: Tensor
@@ -45,6 +47,7 @@ class Rows:
     dependent: bool = False
     activation: str = "none"
     grouped: bool = False
+    shuffled: bool = False
 
     @property
     def is_done(self) -> bool:
@@ -94,7 +97,7 @@ def quantize(call: Rows) -> tuple[Tensor, Tensor]:
 def run_kernel(call: Rows, y: Tensor | None = None, codes: Tensor | None = None, scales: Tensor | None = None) -> None:
     """Run the kernel on `call`, which `check` has passed."""
     m, k = call.shape
-    names = ("x", "norm", "weight", "bias", "eps", "rounding", "input_scale", "activation", "grouped")
+    names = ("x", "norm", "weight", "bias", "eps", "rounding", "input_scale", "activation", "grouped", "shuffled")
     args = {name: getattr(call, name) for name in names}
     args |= {"m": m, "k": k, "y": y, "codes": codes, "scales": scales}
     cut = {"parts": parts_of(call), "dependent": call.dependent}
@@ -126,6 +129,8 @@ def check(call: Rows) -> None:
             f"rounding {call.rounding!r} of rows of {k} in groups of {GROUP}: they must divide the row, and have no "
             "input_scale"
         )
+    if call.shuffled and (call.rounding != "int8" or call.grouped or k % 32):
+        raise ValueError(f"shuffled rows of {k} in {call.rounding}: int8 and multiples of 32 inputs are shuffled")
     for name, tensor in (("weight", call.weight), ("bias", call.bias)):
         if tensor is not None and (tuple(tensor.shape) != (k,) or tensor.dtype != call.x.dtype):
             raise ValueError(f"{name} is {tuple(tensor.shape)} {tensor.dtype}, not ({k},) {call.x.dtype}")
@@ -182,4 +187,5 @@ def reference_codes(call: Rows) -> tuple[Tensor, Tensor]:
         codes, scales = quantize_inputs(y.unflatten(1, (-1, GROUP)), number)
         return codes.flatten(1), scales.squeeze(-1).T.contiguous()
     codes, scales = quantize_inputs(y, number, call.input_scale)
+    codes = shuffled(codes) if call.shuffled else codes
     return codes, scales.reshape(-1).expand(call.shape[0]).contiguous()

@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from lowbit.quant.kernels import ops, panels, wna16_gemv
+from lowbit.quant.kernels import ops, panels, w4a8_gemm, wna16_gemv
 from lowbit.quant.kernels.dense import DenseCall
 from lowbit.quant.kernels.packed import (
     HALF,
@@ -172,7 +172,11 @@ class Packed(PackedWeight, Fused):
 
     def call(self, rows: Rows, end: Epilogue, hints: Hints, deferred: Deferred | None = None) -> PackedCall:
         """The product as the operators take it."""
-        return PackedCall(prepared(rows), self, **vars(end), **vars(hints), deferred=deferred)
+        if rows.rounding != INT8.name or not w4a8_gemm.prefers_codes(self, rows.shape[0]):
+            return PackedCall(prepared(rows), self, **vars(end), **vars(hints), deferred=deferred)
+        codes, scales = ops.quantize_rows(replace(rows, shuffled=True))
+        # may always start early: it waits for the rounding kernel, which has waited for all previous work
+        return PackedCall(codes, self, **vars(end), **vars(replace(hints, dependent=True)), x_scales=scales)
 
 
 @dataclass(frozen=True)

@@ -56,6 +56,8 @@ class GemvCut:
 # Waves of blocks: 28672 x 8192 in fp8 takes 58.0 us on an H200, 62.7 with choose_cut's; in nvfp4 40.1 and 41.8; in int4
 # 34.7 and 33.1.
 WAVES = GemvCut(1, 2, 3, 1, CROWD)
+# One row of x with integers of 2 or 3 bits, two tiles per warp, where no four warps of CROWD can share k in one wave.
+PAIRED_WAVES = GemvCut(2, 1, 6, 1, CROWD)
 
 
 def reason_against(problem: Problem) -> str | None:
@@ -123,8 +125,11 @@ def crowded_cut(problem: Problem, most: int = CROWDS[-1]) -> GemvCut | None:
     """The launch for fast memory and few rows: as many warps along k as fit in one wave, in blocks of about 8 warps. Of
     rooms of up to `most` warps the one where a warp has the fewest chunks of k, the smallest if several have.
 
-    If not even two fit, integers of up to 4 bits have none, and others WAVES. None, too, if k has a single chunk.
+    If not even two fit, integers of up to 4 bits have none, and others WAVES. None, too, if k has a single chunk. One
+    row of x with few bits has paired_cut, if it can.
     """
+    if paired := paired_cut(problem):
+        return paired
     chunks, rooms = -(-problem.k // CHUNK_K), [room for room in rooms_of(problem) if room <= most]
     cuts = [cut for room in rooms for cut in cuts_of_room(problem, room)[:1]]
     if cuts:
@@ -132,16 +137,28 @@ def crowded_cut(problem: Problem, most: int = CROWDS[-1]) -> GemvCut | None:
     return WAVES if rooms and chunks >= WAVES.k_warps and (problem.is_float or problem.bits > 4) else None
 
 
-def cuts_of_room(problem: Problem, room: int) -> list[GemvCut]:
+def paired_cut(problem: Problem) -> GemvCut | None:
+    """The launch with two tiles per warp, for one row of x and integers of 2 or 3 bits. None where it would leave more
+    than a third of a multiprocessor's warps out."""
+    if problem.m > 1 or problem.panels or problem.is_float or problem.bits > 3:
+        return None
+    groups = -(-problem.n // (2 * TILE_ROWS))
+    cut = next((cut for cut in cuts_of_room(problem, CROWD, 2) if cut.k_warps >= 4), PAIRED_WAVES)
+    if problem.k < CHUNK_K * cut.k_warps or 3 * groups * cut.k_warps < 2 * CROWD * problem.processors:
+        return None
+    return cut
+
+
+def cuts_of_room(problem: Problem, room: int, row_tiles: int = 1) -> list[GemvCut]:
     """Launches of one wave with so many warps on a multiprocessor, and two or more of a block along k; the most first,
     those of smaller blocks last."""
-    tiles, chunks = -(-problem.n // TILE_ROWS), -(-problem.k // CHUNK_K)
+    tiles, chunks = -(-problem.n // (TILE_ROWS * row_tiles)), -(-problem.k // CHUNK_K)
     cuts = []
     for part, k_warps in product((1, 2) if is_four(problem) else (1,), range(min(room // 2, chunks), 1, -1)):
         row_warps = max(1, MAX_WARPS // k_warps // part)
         resident = room // (row_warps * k_warps)  # blocks of a multiprocessor
         if -(-tiles // row_warps) <= resident * problem.processors:
-            cuts.append(GemvCut(1, row_warps, k_warps, 1, room))
+            cuts.append(GemvCut(row_tiles, row_warps, k_warps, 1, room))
     return cuts
 
 

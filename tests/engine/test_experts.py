@@ -28,6 +28,7 @@ RECIPES = {
     "int4": {"method": "rtn", "bits": 4, "group_size": 32},
     "int8": {"method": "rtn", "bits": 8, "group_size": -1},
     "w8a8": {"method": "rtn", "scheme": "int8-channel-a8token"},
+    "w4a8": {"method": "rtn", "scheme": "int4-g32-a8token"},
 }
 
 

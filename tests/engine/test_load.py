@@ -3,6 +3,7 @@
 import json
 from itertools import pairwise
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from lowbit import engine
 from lowbit.engine.loader import require_build, require_memory
 from lowbit.errors import CheckpointError, DeviceError, UsageError
 from lowbit.export.checkpoint import open_checkpoint
+from lowbit.quant.kernels import ops
 from lowbit.quant.kernels.weight import Dense, Packed, W8a8
 from lowbit.quant.scheme import parse_scheme
 from tests.builders import changed_config, logits_of, save_family
@@ -165,6 +167,21 @@ def test_inputs_are_rounded_where_the_scheme_says_so(scheme, tmp_path):
     got = engine.load(tmp_path, device="cpu").logits(IDS)
     torch.testing.assert_close(got, expected, atol=2e-4, rtol=1e-3)
     assert (got - exact).abs().max() > 10 * (got - expected).abs().max()
+
+
+@pytest.mark.parametrize("scheme", ["int4-g32-a8token", "int4-g32-afp8token"])
+def test_weights_of_4_bits_take_inputs_of_8(scheme, tmp_path):
+    quantized(tmp_path, parse_scheme(scheme))
+    ids = torch.arange(3, 23).view(1, 20)
+    expected = engine.load(tmp_path, device="cpu").logits(ids)
+    plain = engine.load(tmp_path, device="cpu", dtype=torch.float16)
+    with mock.patch.object(ops, "quantize_rows", wraps=ops.quantize_rows) as rounding:
+        found = plain.logits(ids)
+    assert bool(rounding.call_count) == scheme.endswith("a8token")
+    assert all(
+        isinstance(product.weight, Packed) for layer in plain.decoder.weights.layers for product in layer.products
+    )
+    assert (found - expected).abs().mean() < 0.1 * expected.abs().mean()
 
 
 @pytest.mark.parametrize("scheme", ["int8-channel-a8token", "int8-channel-a8tensor", "fp8", "fp8-static"])

@@ -5,13 +5,14 @@ import random
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 from unittest import mock
 
 import pytest
 import torch
 
-from lowbit.quant.kernels import packed
+from lowbit.quant.kernels import packed, wna16_gemv
 from lowbit.quant.kernels.packed import PackedWeight
 from lowbit.quant.qtensor import QTensor
 from lowbit.quant.scheme import parse_scheme
@@ -50,15 +51,24 @@ def random_number(
 
 
 def launch_of_one_tile(*args: Any) -> Any:
-    """A random launch with one tile a warp: streams have code for no other."""
+    """A random launch with one tile a warp: streams have code for no other, except of one row."""
     launch = random_launch(*args)
     return replace(launch, row_tiles=1) if hasattr(launch, "row_tiles") else launch
+
+
+def launch_of_numbers(pick: random.Random, kernel: ModuleType, m: int, bits: int) -> Any:
+    """The same, or one with two tiles a warp for one row of x and 2 or 3 bits."""
+    launch = launch_of_one_tile(pick, kernel, m, bits)
+    if kernel is not wna16_gemv or m > 1 or bits > 3 or pick.random() < 0.3:
+        return launch
+    room = pick.choice([wna16_gemv.ROOM, wna16_gemv.CROWD])
+    return replace(launch, row_tiles=2, k_warps=min(launch.k_warps, room // 2 // launch.row_warps), room=room)
 
 
 def check_numbers(gpu: Gpu, check: str, streams: bool, *args: Any) -> None:
     """A check of test_emulated with other weights."""
     numbers = partial(random_number, streams=streams)
-    with mock.patch.multiple(test_emulated, random_weight=numbers, random_launch=launch_of_one_tile):
+    with mock.patch.multiple(test_emulated, random_weight=numbers, random_launch=launch_of_numbers):
         getattr(test_emulated, check)(gpu, *args)
 
 

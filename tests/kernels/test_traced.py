@@ -13,6 +13,8 @@ KINDS = {
     "int4-g128": Packed,
     "uint4-g32": Packed,
     "int3-g64": Packed,
+    "int4-a8": Packed,
+    "int4-afp8": Packed,
     "fp8": W8a8,
     "fp8-a16": Packed,
     "fp8-block": W8a8,
@@ -56,8 +58,9 @@ def test_the_operator_is_the_linear_and_compiles_to_its_parts(text):
     whole, parts = (torch.compile(product, fullgraph=True, backend=end) for end in (noting, "aot_eager"))
     x = torch.randn((2, 3, K), generator=torch.Generator().manual_seed(7)).bfloat16()
     wanted = linear(x).relu()
+    apart = 0.08 if text == "int4-a8" else 0.02  # traced, its x is in codes; few rows otherwise stay in bfloat16
     for found in (product(x), whole(x), parts(x)):
-        torch.testing.assert_close(found, wanted, rtol=0.02, atol=0.02)
+        torch.testing.assert_close(found, wanted, rtol=0.02, atol=apart)
     assert any("traced_linear" in name for name in seen)
 
 

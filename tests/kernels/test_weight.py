@@ -27,6 +27,8 @@ from tests.kernels.make import make_linear, make_x
 SCHEMES = {
     "int4-g32": Packed,
     "uint8-g64": Packed,
+    "int4-g32-a8token": Packed,
+    "int4-g64-afp8token": Packed,
     "int8-channel-a8token": W8a8,
     "int8-channel-a8tensor": W8a8,
     "fp8": W8a8,
@@ -37,6 +39,18 @@ N, K = 64, 128
 
 def rounded(scheme: str, n: int = N, k: int = K) -> QTensor:
     return round_to_nearest(torch.randn(n, k) / 8, parse_scheme(scheme).weights_only, torch.float16)
+
+
+def test_rows_for_4_bits_are_multiplied_as_codes_if_there_are_some_and_not_too_many() -> None:
+    linear, dense = make_linear("int4-g32-a8token")
+    for m in (1, 8, 9, 40):
+        x = make_x(m, K, torch.float16)
+        call = linear.weight.call(linear.rounded(Rows(x)), Epilogue(), ALONE)
+        assert (call.x_scales is not None) == (m > 8)
+        wanted = fake_quantize_inputs(x.float(), linear.inputs.side.number) @ dense.T
+        torch.testing.assert_close(
+            linear.weight.multiply(linear.rounded(Rows(x)), Epilogue(), ALONE).float(), wanted, atol=4e-3, rtol=4e-3
+        )
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)

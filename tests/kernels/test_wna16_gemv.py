@@ -1,6 +1,7 @@
 """The fused product for few rows: one operator, CPU reference against CUDA, and what graphs and streams do to it."""
 
 from dataclasses import replace
+from itertools import product
 from types import SimpleNamespace
 
 import pytest
@@ -13,7 +14,18 @@ from lowbit.quant.kernels.problem import PackedCall, Problem, has_fast_memory
 from lowbit.quant.kernels.registry import choose_kernel
 from lowbit.quant.kernels.wna16_args import FAST_NEXT_BYTES, NEXT_BYTES, prepare
 from lowbit.quant.kernels.wna16_gemm import beats_gemv
-from lowbit.quant.kernels.wna16_gemv import CROWD, CROWDS, WAVES, GemvCut, choose_cut, crowded_cut, run
+from lowbit.quant.kernels.wna16_gemv import (
+    CROWD,
+    CROWDS,
+    PAIRED_WAVES,
+    ROOM,
+    WAVES,
+    GemvCut,
+    choose_cut,
+    crowded_cut,
+    paired_cut,
+    run,
+)
 from tests.kernels.make import (
     assert_close_as_half,
     assert_dependence_changes_nothing,
@@ -153,6 +165,31 @@ def test_every_crowded_cut(m: int, bits: int, room: int) -> None:
             weight = make_packed(200, 1664, bits, group_size, symmetric, dtype, "cuda")
             for row_warps, k_warps, cluster in ((1, 1, 1), (1, 12, 1), (4, 3, 1), (12, 1, 1), (2, 4, 2), (1, 12, 3)):
                 check_product(m, weight, GemvCut(1, row_warps, k_warps, cluster, room))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("bits", [2, 3])
+@pytest.mark.parametrize("room", [ROOM, CROWD])
+def test_every_cut_of_two_tiles_for_one_row(bits: int, room: int) -> None:
+    """Inputs of one sign as well: the constants that codes are multiplied with then are most of the sums."""
+    for group_size, symmetric in product((32, 64, 128, -1), (False, True)):
+        for dtype in DTYPES:
+            weight = make_packed(200, 1664, bits, group_size, symmetric, dtype, "cuda")
+            for row_warps, k_warps, cluster in ((1, 1, 1), (1, 8, 1), (2, 4, 1), (2, 3, 2), (1, 8, 3)):
+                for outliers in (False, True):
+                    check_product(1, weight, GemvCut(2, row_warps, k_warps, cluster, room), outliers)
+            call = PackedCall(make_x(1, weight.k, dtype, "cuda").abs(), weight)
+            y = run(call, call.problem(), GemvCut(2, 2, 4, 1, room))
+            assert_close_as_half(y, exact(call), call.x @ reference.dequantize_packed(weight).to(dtype).T)
+
+
+def test_one_row_with_few_bits_gets_two_tiles_a_warp_where_warps_remain_enough() -> None:
+    problem = Problem(1, 12288, 4096, 2, 128, torch.float16, "cuda", (9, 0), 132)
+    assert paired_cut(problem) == crowded_cut(problem) == GemvCut(2, 1, 8, 1, CROWD)
+    assert paired_cut(replace(problem, n=22016, bits=3)) == GemvCut(2, 2, 4, 1, CROWD)
+    assert paired_cut(replace(problem, n=28672, k=8192)) == PAIRED_WAVES
+    for change in ({"m": 2}, {"bits": 4}, {"panels": True}, {"n": 4096}, {"k": 512}):
+        assert paired_cut(replace(problem, **change)) is None
 
 
 @pytest.mark.gpu

@@ -76,7 +76,7 @@ def test_text_that_is_no_scheme(text):
 
 
 @pytest.mark.parametrize(
-    ("text", "meant"), [("int4", "int4-g"), ("fp9", "fp8"), ("int8-a4", "int8-a8"), ("uint4-g", "uint4-g"), ("???", "")]
+    ("text", "meant"), [("int4", "int4-"), ("fp9", "fp8"), ("int8-a4", "int8-a8"), ("uint4-g", "uint4-g"), ("???", "")]
 )
 def test_an_error_names_the_nearest_schemes(text, meant):
     with pytest.raises(ValueError, match=f"no scheme; did you mean '{meant}|known: int8, int8-a8"):
@@ -97,9 +97,20 @@ def test_quantized_inputs_go_with_channels_of_the_same_number_alone(ending):
     assert str(scheme) in NAMED
     assert scheme.static_inputs == ending.endswith("tensor")
     with pytest.raises(ValueError, match="weights of the same number, one scale per channel"):
-        Scheme(Side(INT4, PerChannel()), inputs)
+        Scheme(Side(NUMBERS["int5"], PerChannel()), inputs)
     with pytest.raises(ValueError, match=r"weights of the same number, one scale per channel|fp8 per g64 is no scheme"):
         Scheme(Side(inputs.number, PerGroup(64)), inputs)
+
+
+def test_inputs_of_eight_bits_by_token_go_with_int4_too():
+    assert parse_scheme("int4-a8") == parse_scheme("int4-g128-a8token")
+    assert str(parse_scheme("int4-g128-afp8token")) == "int4-afp8"
+    scheme = parse_scheme("int4-channel-a8token")
+    assert (str(scheme), scheme.bits, scheme.group_size) == ("int4-channel-a8token", 4, -1)
+    assert str(parse_scheme("int4-a8").with_group_size(64)) == "int4-g64-a8token"
+    for text in ("int4-g128-a8tensor", "uint4-g128-a8token", "int3-g128-a8token"):
+        with pytest.raises(ValueError, match="by token with int4"):
+            parse_scheme(text)
 
 
 def test_a_short_name_stands_for_a_whole_scheme():

@@ -133,47 +133,63 @@ struct Dequant<__nv_bfloat16, Int8> {
 // Integers of 2, 3, 5, 6 or 7 bits: kBits words hold the codes of two blocks of 32 inputs of both rows of a lane, that
 // is 16 pairs of adjacent inputs: of block, row, then input. Each half of a word has 16 / kBits codes, lowest first,
 // one of each pair. The bits that are left over hold one bit of the last pairs each: word j has bit j.
-template <typename T, int kBits>
+//
+// A pair's place in the mantissa, under a constant exponent, adds a power of two to its codes: with as many bits as
+// there are above its lowest. kNear: at most 2^7, so that sums of products stay exact enough for the powers to be taken
+// from them instead, in places that are those of the same pair of the other block.
+template <typename T, int kBits, bool kNear = false>
 struct Stream {
   static constexpr bool kIsHalf = std::is_same_v<T, __half>;
   static constexpr int kMantissa = kIsHalf ? 10 : 7, kBias = kIsHalf ? 15 : 127;
-  static constexpr int kFields = 16 / kBits;               // of a half of a word
-  static constexpr int kInPlace = kMantissa / kBits;       // codes in a mantissa at once: 2^kMantissa + 2^p q
-  static constexpr int kSpare = 16 - kFields * kBits;      // pairs in the bits that are left over
+  static constexpr int kFields = 16 / kBits;                   // of a half of a word
+  static constexpr int kSpare = 16 - kFields * kBits;          // pairs in the bits that are left over
+  static constexpr int kInPlace = (kNear ? 7 : kMantissa) / kBits;  // codes of a half that one shift places
+  static constexpr int kHighest = kMantissa - kInPlace * kBits;     // the lowest place may be there, or at a field
+  static constexpr int kLowest = !kNear ? 0 : kHighest - kHighest % kBits < kMantissa - 7 ? kHighest
+                                                                                        : kHighest - kHighest % kBits;
+  static constexpr int kUpper = kIsHalf ? 0xd6 : 0x4a;  // near, of 3 bits: pairs in the upper place, for two shifts
   static constexpr uint32_t kTwice = 0x10001;
-  static constexpr uint32_t kMagic = ((kBias + kMantissa) << kMantissa) * kTwice;
 
-  // Codes from their places, p bits up in the mantissa, as code - zero: all steps are exact.
-  __device__ static uint32_t centered(uint32_t bits, int p, uint32_t zero) {
-    const uint32_t away = (0x8000 | (kBias + kMantissa - p) << kMantissa | zero << p) * kTwice;  // -(2^(M - p) + zero)
-    const uint32_t unit = ((kBias - p) << kMantissa) * kTwice;                                   // 2^-p
-    if constexpr (kIsHalf)
-      return bits_of(p == 0 ? __hadd2(as_half2(bits), as_half2(away))
-                            : __hfma2(as_half2(bits), as_half2(unit), as_half2(away)));
-    else
-      return bits_of(p == 0 ? __hadd2(as_bfloat162(bits), as_bfloat162(away))
-                            : multiply_add(as_bfloat162(bits), as_bfloat162(unit), as_bfloat162(away)));
+  __device__ static constexpr int place_of(int pair) {
+    if (kNear && kBits == 3) return kLowest + (kUpper >> pair % 8 & 1) * kBits;
+    const int field = kNear ? pair % 8 + kInPlace - kLowest / kBits % kInPlace : pair % kFields;
+    return kLowest + field % kInPlace * kBits;
+  }
+  __device__ static constexpr uint32_t power_at(int place) { return (kBias + kMantissa - place) << kMantissa; }
+  __device__ static uint32_t shifted(uint32_t word, int right) { return right < 0 ? word << -right : word >> right; }
+
+  // Codes of a pair, plus the power of two that their place adds.
+  __device__ static uint32_t raised(const uint32_t (&words)[kBits], int pair) {
+    const int place = place_of(pair), spare = pair - kBits * kFields;
+    uint32_t bits = power_at(place) * kTwice;
+    if (spare < 0) {
+      const uint32_t word = shifted(words[pair / kFields], pair % kFields * kBits - place);
+      return and_or(word, (((1 << kBits) - 1) << place) * kTwice, bits);
+    }
+#pragma unroll
+    for (int j = 0; j < kBits; ++j)
+      bits = and_or(shifted(words[j], kFields * kBits + spare - j - place), kTwice << (place + j), bits);
+    return bits;
+  }
+
+  // Minus that power and a zero point, exactly.
+  __device__ static uint32_t away(int pair, uint32_t zero) {
+    const int place = place_of(pair);
+    return (0x8000 | power_at(place) | zero << place) * kTwice;
+  }
+
+  __device__ static uint32_t centered(const uint32_t (&words)[kBits], int pair, uint32_t zero) {
+    const uint32_t code = raised(words, pair), offset = away(pair, zero);
+    if constexpr (kIsHalf) return bits_of(__hadd2(as_half2(code), as_half2(offset)));
+    else return bits_of(__hadd2(as_bfloat162(code), as_bfloat162(offset)));
   }
 
   // zeros: of both blocks' rows. values: of block, row and pair.
   __device__ static void expand(const uint32_t (&words)[kBits], const uint32_t (&zeros)[2][2],
                                 uint32_t (&values)[2][2][4]) {
 #pragma unroll
-    for (int pair = 0; pair < 16; ++pair) {
-      const uint32_t zero = zeros[pair / 8][pair / 4 % 2];
-      uint32_t& value = values[pair / 8][pair / 4 % 2][pair % 4];
-      if (pair < kBits * kFields) {
-        const int field = pair % kFields, p = field % kInPlace * kBits;
-        const uint32_t word = words[pair / kFields] >> (field / kInPlace * kInPlace * kBits);
-        value = centered(and_or(word, (((1 << kBits) - 1) << p) * kTwice, kMagic), p, zero);
-      } else {
-        uint32_t bits = kMagic;
-#pragma unroll
-        for (int j = 0; j < kBits; ++j)
-          bits = and_or(words[j] >> (kFields * kBits + pair - kBits * kFields - j), kTwice << j, bits);
-        value = centered(bits, 0, zero);
-      }
-    }
+    for (int pair = 0; pair < 16; ++pair)
+      values[pair / 8][pair / 4 % 2][pair % 4] = centered(words, pair, zeros[pair / 8][pair / 4 % 2]);
   }
 };
 
@@ -268,6 +284,11 @@ __device__ inline uint32_t byte_scale<__half>(uint32_t bytes, int place) {
 template <>
 __device__ inline uint32_t byte_scale<__nv_bfloat16>(uint32_t bytes, int place) {
   return (__byte_perm(bytes, 0, 0x4040 + 0x0101 * place) << 4) + 0x70007000u;
+}
+
+// Bytes `place` and `place` + 1 as floats, of float16's scales: the factors of sums instead.
+__device__ inline float2 byte_scales_of_sums(uint32_t bytes, int place) {
+  return __half22float2(as_half2(__byte_perm(bytes, 0, 0x4140 + 0x0101 * place) << 7));
 }
 
 // Values of a row times such a scale.

@@ -50,6 +50,12 @@ __device__ inline uint2 read_once(const uint2* pointer) {
   return value;
 }
 
+// Keeps the compiler from computing `pointer` anew, from the kernel's arguments, at each use.
+template <typename Value>
+__device__ void keep(const Value*& pointer) {
+  asm volatile("" : "+l"(pointer));
+}
+
 // 16 bytes of global or shared memory, through L1. Volatile for the same reason.
 __device__ inline uint4 read_cached(const void* pointer) {
   uint4 value;
@@ -111,11 +117,6 @@ __device__ inline void halves_of_e4m3(uint32_t word, uint32_t (&pairs)[2]) {
     pairs[i] = *reinterpret_cast<const uint32_t*>(&value);
   }
 #endif
-}
-
-// a * b + c, rounded once. The CPU has none for this type.
-__device__ inline __nv_bfloat162 multiply_add(__nv_bfloat162 a, __nv_bfloat162 b, __nv_bfloat162 c) {
-  return __hfma2(a, b, c);
 }
 
 // The larger number, or NaN if one is NaN: fmaxf would return the other.

@@ -18,10 +18,17 @@ namespace lowbit {
 
 constexpr int kGroupRows = 64;  // of W per warpgroup
 
+// Codes of 4 bits in packed.py's order: the Operand of W that warps expand themselves, each its own tile of 16 rows.
+struct Nibbles {};
+template <typename Operand>
+constexpr int kRowBytes = kBoxBytes;  // of a row of W in a chunk
+template <>
+constexpr int kRowBytes<Nibbles> = kBoxBytes / 2;
+
 // kParts: runs of adjacent rows of W per block.
 template <typename Operand_, int kColumns_, int kWarpgroups_, int kParts_ = 1>
 struct RingShape {
-  using Operand = Operand_;  // int8_t, e4m3 or a half
+  using Operand = Operand_;  // int8_t, e4m3, a half or Nibbles
   using Sum = typename SumOf<Operand>::Type;
   static constexpr int kColumns = kColumns_;        // rows of x, padded
   static constexpr int kWarpgroups = kWarpgroups_;  // multiplying warpgroups
@@ -30,7 +37,8 @@ struct RingShape {
   static constexpr int kConsumers = kWarpgroups * 128;  // threads
   static constexpr int kThreads = kConsumers + 32;
   static constexpr int kMinBlocks = 4 / kWarpgroups;
-  static constexpr int kWeightBytes = kRows * kBoxBytes;
+  static constexpr int kArrivals = std::is_same_v<Operand, Nibbles> ? kWarpgroups * 4 : kWarpgroups;  // of a stage
+  static constexpr int kWeightBytes = kRows * kRowBytes<Operand>;
   static constexpr int kStageBytes = kWeightBytes + kColumns * kBoxBytes;
   static constexpr int kPitch = kRows + 4;  // numbers between columns of sums: no bank conflicts
   // A stage is released once the next is in use; at the end, the sums reuse the ring's memory.
@@ -94,7 +102,7 @@ struct Ring {
   __device__ void init() const {
     for (int stage = 0; stage < stages; ++stage) {
       barrier_init(full(stage), 1);
-      barrier_init(empty(stage), S::kWarpgroups);
+      barrier_init(empty(stage), S::kArrivals);
     }
     fence_barrier_init();
   }
@@ -108,21 +116,14 @@ size_t ring_bytes(int stages, size_t behind) {
 }
 
 // One lane keeps the ring full. The first boxes of W are requested before the previous kernel has ended, those of x
-// after it. Parts of W are `part_rows` apart.
-template <typename S>
-__device__ void produce(const RingMaps& maps, const RingShare& share, int part_rows, const Ring<S>& ring) {
-  const auto ask_w = [&](int chunk, int stage) {
-    barrier_expect(ring.full(stage), S::kStageBytes);
-#pragma unroll
-    for (int part = 0; part < S::kParts; ++part)
-      copy_box<Reuse::kNone>(ring.w(stage) + part * (S::kWeightBytes / S::kParts), maps.w, chunk * kBoxBytes,
-                             share.row + part * part_rows, ring.full(stage));
-  };
+// after it. ask_w(chunk, stage) announces the bytes of both, and requests W.
+template <typename S, typename AskW>
+__device__ void produce_as(const CUtensorMap& x, const RingShare& share, const Ring<S>& ring, AskW ask_w) {
   const auto ask_x = [&](int chunk, int stage) {
-    copy_box<Reuse::kSome>(ring.x(stage), maps.x, chunk * kBoxBytes, blockIdx.z * S::kColumns, ring.full(stage));
+    copy_box<Reuse::kSome>(ring.x(stage), x, chunk * kBoxBytes, blockIdx.z * S::kColumns, ring.full(stage));
   };
   const int ahead = min(share.end - share.first, ring.stages);
-  prefetch_map(maps.x);
+  prefetch_map(x);
   for (int i = 0; i < ahead; ++i) ask_w(share.first + i, i);
   wait_for_previous_kernel();
   for (int i = 0; i < ahead; ++i) ask_x(share.first + i, i);
@@ -132,6 +133,18 @@ __device__ void produce(const RingMaps& maps, const RingShare& share, int part_r
     ask_w(chunk, turn.stage);
     ask_x(chunk, turn.stage);
   }
+}
+
+// The same for W in its plain order, whose parts are `part_rows` apart.
+template <typename S>
+__device__ void produce(const RingMaps& maps, const RingShare& share, int part_rows, const Ring<S>& ring) {
+  produce_as<S>(maps.x, share, ring, [&](int chunk, int stage) {
+    barrier_expect(ring.full(stage), S::kStageBytes);
+#pragma unroll
+    for (int part = 0; part < S::kParts; ++part)
+      copy_box<Reuse::kNone>(ring.w(stage) + part * (S::kWeightBytes / S::kParts), maps.w, chunk * kBoxBytes,
+                             share.row + part * part_rows, ring.full(stage));
+  });
 }
 
 template <typename S>
@@ -252,8 +265,8 @@ __device__ void share_sums(const RingSums<S>& sums, typename S::Sum* partial, Fi
 }
 
 // The grid and shared memory of a ring's launch: blocks along the cluster, `row_blocks`, and x's `m` rows.
-template <typename S>
-LaunchPlan ring_plan(const RingLaunch& launch, int row_blocks, int m, size_t bytes, cudaStream_t stream) {
+template <typename S, typename Launch>
+LaunchPlan ring_plan(const Launch& launch, int row_blocks, int m, size_t bytes, cudaStream_t stream) {
   return {
       .device = launch.device,
       .stream = stream,

@@ -30,6 +30,7 @@ struct RowNormArgs {
   FIELD(Activation, activation);     // before the norm
   FIELD(Rounding, rounding);         // to multiples of the scale: -128 to 127, or e4m3
   FIELD(bool, grouped);              // 128 inputs have a scale of their own
+  FIELD(bool, shuffled);             // codes of 32 inputs in the order of w4a8_gemm.cu; k is a multiple of 32
 };
 
 struct RowNormLaunch {
@@ -196,6 +197,18 @@ struct Step {
   }
 };
 
+// Stores eight codes: in their order, or inputs 0, 4, 1 and 5 as word i of a half of the 32 inputs, of which they are
+// the eight number i, and 2, 6, 3 and 7 as word i of the other half.
+__device__ inline void store_codes(const RowNormArgs& args, int64_t index, uint2 codes) {
+  if (!args.shuffled) {
+    reinterpret_cast<uint2*>(args.codes)[index] = codes;
+    return;
+  }
+  uint32_t* words = reinterpret_cast<uint32_t*>(args.codes) + index / 4 * 8 + index % 4;
+  words[0] = __byte_perm(codes.x, codes.y, 0x5140);
+  words[4] = __byte_perm(codes.x, codes.y, 0x7362);
+}
+
 // Stores the row as numbers of T, or as codes.
 template <typename T>
 __device__ void store(const RowNormArgs& args, int64_t index, const float (&x)[kVector], const Step& step) {
@@ -203,8 +216,7 @@ __device__ void store(const RowNormArgs& args, int64_t index, const float (&x)[k
     alignas(8) uint8_t codes[kVector];
 #pragma unroll
     for (int i = 0; i < kVector; ++i) codes[i] = step.code_of(args.rounding, x[i]);
-    reinterpret_cast<uint2*>(args.codes)[index] = *reinterpret_cast<const uint2*>(codes);
-    return;
+    return store_codes(args, index, *reinterpret_cast<const uint2*>(codes));
   }
   uint4 raw;
   T* elements = reinterpret_cast<T*>(&raw);

@@ -34,6 +34,11 @@ struct SwizzledAt {
 template <typename Operand, int kColumns>
 __device__ inline void wgmma_shared(typename SumOf<Operand>::Type (&c)[kColumns / 2], uint64_t a, uint64_t b);
 
+// The same for int8 with the left operand in registers, as fragments of mma.m16n8k32: row g, row g + 8, and both again
+// 16 inputs on. Without `add`, c = a * b, whatever c contained.
+template <int kColumns>
+__device__ inline void wgmma_bytes(int (&c)[kColumns / 2], const uint32_t (&a)[4], uint64_t b, bool add);
+
 #if LOWBIT_WGMMA
 // One specialization: kColumns, wgmma's name of the types, the numbers of c's kColumns / 2 registers and of the
 // operands after them, the end of the instruction, and c's operands.
@@ -75,7 +80,24 @@ LOWBIT_WGMMA_HALVES(8, LOWBIT_FIRST_4, "%4, %5", "+f"(c[0]), "+f"(c[1]), "+f"(c[
 LOWBIT_WGMMA_HALVES(16, LOWBIT_FIRST_8, "%8, %9", LOWBIT_C8(0))
 LOWBIT_WGMMA_HALVES(32, LOWBIT_FIRST_16, "%16, %17", LOWBIT_C16(0))
 LOWBIT_WGMMA_HALVES(64, LOWBIT_FIRST_32, "%32, %33", LOWBIT_C16(0), LOWBIT_C16(16))
+
+#define LOWBIT_WGMMA_LEFT(COLUMNS, C, AB, ADD, ...)                                                                 \
+  template <>                                                                                                       \
+  __device__ inline void wgmma_bytes<COLUMNS>(int (&c)[COLUMNS / 2], const uint32_t (&a)[4], uint64_t b, bool add) { \
+    asm volatile("{\n.reg .pred add;\nsetp.ne.u32 add, " ADD ", 0;\n"                                               \
+                 "wgmma.mma_async.sync.aligned.m64n" #COLUMNS "k32.s32.s8.s8 {" C "}, " AB ", add;\n}"               \
+                 : __VA_ARGS__                                                                                      \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(uint32_t(add)));                         \
+  }
+LOWBIT_WGMMA_LEFT(8, LOWBIT_FIRST_4, "{%4,%5,%6,%7}, %8", "%9", LOWBIT_I4(0))
+LOWBIT_WGMMA_LEFT(16, LOWBIT_FIRST_8, "{%8,%9,%10,%11}, %12", "%13", LOWBIT_I8(0))
+LOWBIT_WGMMA_LEFT(32, LOWBIT_FIRST_16, "{%16,%17,%18,%19}, %20", "%21", LOWBIT_I16(0))
+LOWBIT_WGMMA_LEFT(64, LOWBIT_FIRST_32, "{%32,%33,%34,%35}, %36", "%37", LOWBIT_I32(0))
+LOWBIT_WGMMA_LEFT(128, LOWBIT_FIRST_32 LOWBIT_NEXT_32, "{%64,%65,%66,%67}, %68", "%69", LOWBIT_I32(0),
+                  LOWBIT_I32(32))
 #else
+template <int kColumns>
+__device__ inline void wgmma_bytes(int (&)[kColumns / 2], const uint32_t (&)[4], uint64_t, bool) {}
 template <typename Operand, int kColumns>
 __device__ inline void wgmma_shared(typename SumOf<Operand>::Type (&)[kColumns / 2], uint64_t, uint64_t) {}
 #endif

@@ -70,7 +70,7 @@ namespace {
 constexpr int kLongShare = 32 << 10;
 
 template <typename T_, typename Number_, bool kZeros_, int kGroups_, int kRowTiles_, int kColBlocks_, int kRoom_ = 16,
-          bool kPanels_ = false>
+          bool kPanels_ = false, bool kOne_ = false, bool kEarly_ = false>
 struct Shape {
   using T = T_;
   using Number = Number_;
@@ -78,10 +78,15 @@ struct Shape {
   static constexpr bool kZeros = kZeros_;
   static constexpr int kGroups = kGroups_;        // scales per row and chunk
   static constexpr bool kScaledSums = kGroups > 0 && !Number::kByteScales;
+  // Scales of 32 inputs, a block's, multiply its sums; of bfloat16, whose sums would be subnormal, its values.
+  static constexpr bool kBlockSums =
+      Number::kByteScales && kGroups == 4 && kColBlocks_ == 1 && std::is_same_v<T, __half>;
   static constexpr int kSides = Number::kByteScales ? 2 : kGroups > 0 ? kGroups : 1;  // words of a lane's scales
   static constexpr int kRowTiles = kRowTiles_;    // tiles per warp
   static constexpr int kColBlocks = kColBlocks_;  // blocks of 8 rows of x
   static constexpr bool kPanels = kPanels_;       // x is in panels of 8 * kColBlocks rows
+  static constexpr bool kEarly = kEarly_;         // LaneX::own is read a chunk ahead
+  static constexpr bool kOne = kOne_;             // one row of x, of a stream
   static constexpr bool kStream = Number::kStream;
   static constexpr int kLoads = (kBits + 1) / 2;  // 16-byte loads per lane and chunk; of odd bits the last is half
   static constexpr int kChunkBytes = kBits * 256;
@@ -148,6 +153,7 @@ struct WeightStream {
     if (S::Number::kByteScales)  // two groups to a word, and of groups of 16 the first of each block before the second
       scales = static_cast<const uint32_t*>(args.scales) + side / 2 + (S::kGroups == 8 ? lane % 4 / 2 * 2 : 0);
     zeros = static_cast<const uint16_t*>(args.zeros) + side;
+    if (S::kOne) keep(scales);
   }
 
   __device__ void read_words(int load, Chunk<S>& into) const {
@@ -269,6 +275,14 @@ __device__ auto zeros_of(const Chunk<S>& chunk, int group, int half) {
   return Dequant<typename S::T, typename S::Number>::zeros_of(zero);
 }
 
+// The words of a stream's blocks `block` and `block` + 1.
+template <typename S>
+__device__ void words_of_two(const Chunk<S>& chunk, int block, uint32_t (&words)[S::kBits]) {
+#pragma unroll
+  for (int j = 0; j < S::kBits; ++j)
+    words[j] = reinterpret_cast<const uint32_t*>(chunk.words)[block / 2 * S::kBits + j];
+}
+
 // The values of a stream's two blocks: of block, row g or g + 8, and pair of inputs.
 using TwoBlocks = uint32_t[2][2][4];
 
@@ -276,9 +290,7 @@ using TwoBlocks = uint32_t[2][2][4];
 template <typename S>
 __device__ void expand_two(const Chunk<S>& chunk, int block, TwoBlocks& values) {
   uint32_t words[S::kBits], zeros[2][2];
-#pragma unroll
-  for (int j = 0; j < S::kBits; ++j)
-    words[j] = reinterpret_cast<const uint32_t*>(chunk.words)[block / 2 * S::kBits + j];
+  words_of_two(chunk, block, words);
 #pragma unroll
   for (int i = 0; i < 4; ++i) zeros[i / 2][i % 2] = zeros_of<S>(chunk, (block + i / 2) * S::kGroups / 4, i % 2);
   Stream<typename S::T, S::kBits>::expand(words, zeros, values);
@@ -296,8 +308,8 @@ struct LaneX {
   int row_offsets[S::kColBlocks];
 
   __device__ LaneX(const uint8_t* x, int pitch, int m) : lane(x + threadIdx.x % 4 * 16) {
-    for (int j = 0; j < S::kColBlocks; ++j)
-      row_offsets[j] = min(j * 8 + static_cast<int>(threadIdx.x) / 4, m - 1) * pitch;  // columns past m are dropped
+    for (int j = 0; j < S::kColBlocks; ++j)  // columns past m are dropped
+      row_offsets[j] = S::kOne ? 0 : min(j * 8 + static_cast<int>(threadIdx.x) / 4, m - 1) * pitch;
   }
   __device__ void skip(int chunks) { lane += chunks * (kChunkK * 2); }
 
@@ -308,6 +320,13 @@ struct LaneX {
     for (int b = 0; b < S::kXBlocks; ++b)
       for (int j = 0; j < S::kColBlocks; ++j) values[b][j] = read_cached(first + row_offsets[j] + b * 64);
   }
+
+  // Of one row: the block that columns g and g + 4 of a tensor instruction have for offset_sums. The lanes together
+  // read all of a chunk, and a chunk ahead, so that its blocks come from L1.
+  __device__ uint4 read_own(int chunks) const {
+    return read_cached(lane + chunks * (kChunkK * 2) + threadIdx.x / 4 % 4 * 64);
+  }
+  uint4 own;
 };
 
 // x in panels. One warp's read of 32 inputs is one piece of memory, and all its addresses differ by constants.
@@ -383,6 +402,21 @@ __device__ void multiply_block(const uint32_t* words, const Zeros (&zeros)[2], c
   multiply_values<S>(top, bottom, x, even, odd);
 }
 
+// sums += scales * values x for 16 rows and a block of 32 inputs that have them; `scales`: of two blocks.
+template <typename S>
+__device__ void multiply_scaled_block(const uint32_t* words, uint32_t scales, int second, const XBlock<S>& x,
+                                      TileSums<S>& sums) {
+  using D = Dequant<typename S::T, typename S::Number>;
+  uint32_t top[4], bottom[4];
+  D::expand(words, {}, top);
+  D::expand(words + D::kWords, {}, bottom);
+  TileSums<S> products = {};
+  multiply_values<S>(top, bottom, x, products, products);
+  const float2 factors = byte_scales_of_sums(scales, second * 2);
+#pragma unroll
+  for (int e = 0; e < 4; ++e) sums[0][e] += (e < 2 ? factors.x : factors.y) * products[0][e];
+}
+
 // sums += scale * (codes - zeros) x for one chunk; the scale is applied in float32 once a group is summed, to the first
 // chain of sums. The registers of each load are refilled as soon as they were used, from the streams' next chunk.
 template <typename S, typename X>
@@ -418,7 +452,9 @@ __device__ void multiply_chunk(Chunks<S>& chunks, const WeightStream<S>* streams
         }
         uint4& load = chunks[i].words[block / kBlocksPerLoad];
         const uint32_t* words = reinterpret_cast<const uint32_t*>(&load) + block % kBlocksPerLoad * 2 * D::kWords;
-        multiply_block<S>(words, zeros[i], chunks[i].scales, block, x[block % S::kXBlocks], even, odd);
+        if constexpr (S::kBlockSums)
+          multiply_scaled_block<S>(words, chunks[i].scales[block / 2], block % 2, x[block % S::kXBlocks], sums[0][i]);
+        else multiply_block<S>(words, zeros[i], chunks[i].scales, block, x[block % S::kXBlocks], even, odd);
         if (refill && (block + 1) % kBlocksPerLoad == 0)
           streams[i].read_words(block / kBlocksPerLoad, chunks[i]);
       }
@@ -433,6 +469,68 @@ __device__ void multiply_chunk(Chunks<S>& chunks, const WeightStream<S>* streams
         sums[0][i][e / 4][e % 4] += (e % 4 < 2 ? scales.x : scales.y) * product;
       }
     }
+  }
+}
+
+// One row of x times what raised codes of a group have too much, in rows g and g + 8, for the lanes with column 0. `x`:
+// LaneX::read_own's. Each block has a column, so two tensor instructions do what takes 32 subtractions.
+template <typename S>
+__device__ float2 offset_sums(const uint4& x, const Chunk<S>& chunk, int group) {
+  using Codes = Stream<typename S::T, S::kBits, true>;
+  const uint32_t top = zeros_of<S>(chunk, group, 0), bottom = zeros_of<S>(chunk, group, 1);
+  float sums[4] = {};
+#pragma unroll
+  for (int pair = 0; pair < 4; pair += 2) {
+    const uint32_t away[4] = {Codes::away(pair, top), Codes::away(pair + 4, bottom), Codes::away(pair + 1, top),
+                              Codes::away(pair + 5, bottom)};
+    mma_16x8x16<typename S::T>(sums, away, pair == 0 ? x.x : x.z, pair == 0 ? x.y : x.w);
+  }
+  const auto sum_of = [&](float even, float odd) {  // lanes with columns 0 and 1 have neighbours with 2 and 3
+    const float own = S::kGroups < 4 ? even + odd : group % 2 == 0 ? even : odd;
+    const float other = __shfl_xor_sync(~0u, own, 1);
+    return S::kGroups == 1 ? own + other : group < S::kGroups / 2 ? own : other;
+  };
+  return make_float2(sum_of(sums[0], sums[1]), sum_of(sums[2], sums[3]));
+}
+
+// multiply_chunk for one row of x and a stream, whose codes are multiplied as they are raised. ahead: chunks to the
+// warp's next one, or 0.
+template <typename S, typename X>
+__device__ void multiply_raised(Chunks<S>& chunks, const WeightStream<S>* streams, bool refill, int ahead, X& lane_x,
+                                ChainSums<S>& sums) {
+  using Codes = Stream<typename S::T, S::kBits, true>;
+  constexpr int kBlocks = kChunkK / 32 / S::kGroups;  // blocks of 32 inputs in a group
+  XBlock<S> x[S::kXBlocks];
+  const uint4 own = S::kEarly ? lane_x.own : lane_x.read_own(0);
+  lane_x.read(0, x);
+  if (S::kEarly) lane_x.own = lane_x.read_own(ahead);
+  float2 offsets[S::kGroups];
+#pragma unroll
+  for (int i = 0; i < S::kRowTiles; ++i) {
+    uint32_t words[S::kBits];
+    TileSums<S> products;
+#pragma unroll
+    for (int block = 0; block < 4; ++block) {
+      const int group = block / kBlocks;
+      if (block % kBlocks == 0) {
+        if (i == 0 || S::kZeros) offsets[group] = offset_sums<S>(own, chunks[i], group);
+        products[0][0] = offsets[group].x;
+        products[0][2] = offsets[group].y;
+        products[0][1] = products[0][3] = 0.f;  // of columns that are dropped
+      }
+      if (block % 2 == 0) words_of_two(chunks[i], block, words);
+      uint32_t values[2][4];
+#pragma unroll
+      for (int pair = 0; pair < 8; ++pair) values[pair / 4][pair % 4] = Codes::raised(words, block % 2 * 8 + pair);
+      multiply_values<S>(values[0], values[1], x[block], products, products);
+      if ((block + 1) % kBlocks > 0) continue;
+      const float2 scales = halves_of<typename S::T>(chunks[i].scales[group]);
+      sums[0][i][0][0] += scales.x * products[0][0];
+      sums[0][i][0][2] += scales.y * products[0][2];
+    }
+#pragma unroll
+    for (int load = 0; load < S::kLoads; ++load)
+      if (refill) streams[i].read_words(load, chunks[i]);
   }
 }
 
@@ -639,8 +737,13 @@ __device__ void multiply_share(const Wna16Args& args, const Share& share, Weight
   x.skip(share.first);
   int next = share.first + S::kAhead * share.step;      // the chunk that refills the registers of the current one
   const int end = share.end + S::kAhead * share.step;  // of `next`, once the current chunk is the last
+  if constexpr (S::kEarly) {
+    if (share.first < share.end) x.own = x.read_own(0);
+  }
   const auto multiply = [&](Chunks<S>& chunk, bool refill) {
-    multiply_chunk<S, X>(chunk, streams, refill, x, sums);
+    const int ahead = next + share.step < end ? share.step : 0;
+    if constexpr (S::kOne) multiply_raised<S, X>(chunk, streams, refill, ahead, x, sums);
+    else multiply_chunk<S, X>(chunk, streams, refill, x, sums);
     for (int i = 0; refill && i < S::kRowTiles; ++i) {
       streams[i].read_sides(next, args.scale_shift, chunk[i]);
       streams[i].skip(share.step);
@@ -1189,6 +1292,15 @@ cudaError_t launch_crowded(const Wna16Args& args, const Wna16GemvLaunch& launch,
 
 template <typename T, typename Number, bool kZeros, int kGroups>
 cudaError_t launch_groups(const Wna16Args& args, const Wna16GemvLaunch& launch, cudaStream_t stream) {
+  if constexpr (Number::kStream && Number::kBits <= 3) {
+    if (launch.row_tiles == 2 && (args.m > 1 || args.x_panel > 0)) return cudaErrorInvalidValue;
+    if (launch.row_tiles == 2 && launch.room == 25)
+      return launch_shape<Shape<T, Number, kZeros, kGroups, 2, 1, 24, false, true, true>>(args, launch, stream);
+    if (launch.row_tiles == 2 && launch.room == 24)
+      return launch_shape<Shape<T, Number, kZeros, kGroups, 2, 1, 24, false, true>>(args, launch, stream);
+    if (launch.row_tiles == 2 && launch.room == 16)
+      return launch_shape<Shape<T, Number, kZeros, kGroups, 2, 1, 16, false, true>>(args, launch, stream);
+  }
   const int columns = args.m <= 8 ? 8 : args.m <= 16 ? 16 : args.m <= 32 ? 32 : 64;
   if (launch.room > 16) {
     if (columns > 16 || launch.row_tiles > 1) return cudaErrorInvalidValue;

@@ -55,7 +55,9 @@ uint8_t* shared_at(uint32_t address, size_t bytes, uint32_t rank);
 struct Copy {
   uint32_t target, bytes, barrier;
   const uint8_t* source;
-  int rows, pitch, row_bytes;  // a box of `rows` rows, of which `row_bytes` are there; rows 0: a run of bytes
+  int rows, pitch, row_bytes;  // a box of `rows` rows, of which `row_bytes` are there; pitch 0: a run of bytes
+  int box_bytes;               // of a row in the box
+  bool swizzled;
 };
 void barrier_init(uint32_t barrier, int arrivals);
 void barrier_arrive(uint32_t barrier, uint32_t bytes);
@@ -73,6 +75,7 @@ inline uint32_t swizzled(uint32_t address) { return address ^ (address >> 7 & 7)
 void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, bool bfloat16);
 void multiply_bytes(int (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
 void multiply_later(float* c, int columns, const uint32_t (&a)[4], uint64_t b, bool add, bool bfloat16);
+void multiply_bytes_later(int* c, int columns, const uint32_t (&a)[4], uint32_t b, bool add);
 template <typename Operand, typename Sum>
 void multiply_shared_later(Sum* c, int columns, uint32_t a, uint32_t b);
 void commit_products();

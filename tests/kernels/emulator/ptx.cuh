@@ -17,6 +17,8 @@ namespace lowbit {
 inline uint32_t smem_address(const void* pointer) { return emulator::shared_address(pointer); }
 inline uint4 read_once(const uint4* pointer) { return emulator::load<uint4>(pointer); }
 inline uint2 read_once(const uint2* pointer) { return emulator::load<uint2>(pointer); }
+template <typename Value>
+void keep(const Value*& pointer) {}
 inline uint4 read_cached(const void* pointer) { return emulator::load<uint4>(pointer); }
 template <typename Value>
 Value read_shared(uint32_t address) {
@@ -28,10 +30,6 @@ inline void halves_of_e4m3(uint32_t word, uint32_t (&pairs)[2]) {
     const __half2_raw pair = __nv_cvt_fp8x2_to_halfraw2(word >> (16 * i) & 0xffff, __NV_E4M3);
     pairs[i] = pair.x | static_cast<uint32_t>(pair.y) << 16;
   }
-}
-inline __nv_bfloat162 multiply_add(__nv_bfloat162 a, __nv_bfloat162 b, __nv_bfloat162 c) {
-  const float2 x = __bfloat1622float2(a), y = __bfloat1622float2(b), z = __bfloat1622float2(c);
-  return __floats2bfloat162_rn(fmaf(x.x, y.x, z.x), fmaf(x.y, y.y, z.y));
 }
 inline float max_or_nan(float a, float b) { return a != a || b != b ? NAN : fmaxf(a, b); }
 inline float exp2_fast(float value) { return exp2f(value); }
@@ -101,7 +99,7 @@ inline void barrier_arrive(uint32_t barrier) { emulator::barrier_arrive(barrier,
 inline void barrier_expect(uint32_t barrier, uint32_t bytes) { emulator::barrier_arrive(barrier, bytes); }
 inline void barrier_wait(uint32_t barrier, uint32_t parity) { emulator::barrier_wait(barrier, parity); }
 inline void copy_bulk(uint32_t smem, const void* global, uint32_t bytes, uint32_t barrier) {
-  emulator::copy({smem, bytes, barrier, static_cast<const uint8_t*>(global), 0, 0, 0});
+  emulator::copy({smem, bytes, barrier, static_cast<const uint8_t*>(global), 0, 0, 0, 0, false});
 }
 inline void copy_16(uint32_t smem, const void* global) { emulator::copy_mine(smem, emulator::load<uint4>(global)); }
 inline void wait_for_copies() { emulator::wait_for_mine(); }

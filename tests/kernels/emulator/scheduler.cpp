@@ -221,9 +221,11 @@ void land(const Flight& flight) {
   } else {
     memset(target, 0, copy.bytes);
     for (int row = 0; row < copy.rows; ++row)
-      for (int i = 0; i < copy.row_bytes; i += 16)
-        memcpy(at(*flight.block, swizzled(copy.target + row * 128 + i), 16),
+      for (int i = 0; i < copy.row_bytes; i += 16) {
+        const uint32_t place = copy.target + row * copy.box_bytes + i;
+        memcpy(at(*flight.block, copy.swizzled ? swizzled(place) : place, 16),
                copy.source + int64_t(row) * copy.pitch + i, 16);
+      }
   }
   Barrier& barrier = barrier_at(*flight.block, copy.barrier);
   barrier.bytes -= copy.bytes;
@@ -434,8 +436,8 @@ void barrier_wait(uint32_t address, uint32_t parity) {
 }
 
 void copy(const Copy& copy) {
-  const bool box = copy.pitch > 0;
-  if (copy.target % (box ? 1024 : 16) || reinterpret_cast<uintptr_t>(copy.source) % 16 || copy.bytes % 16)
+  const uint32_t alignment = copy.pitch == 0 ? 16 : copy.swizzled ? 1024 : 128;
+  if (copy.target % alignment || reinterpret_cast<uintptr_t>(copy.source) % 16 || copy.bytes % 16)
     fail("a copy of %u bytes from %p to %u: not aligned", copy.bytes, copy.source, copy.target);
   memset(shared_at(copy.target, copy.bytes), 0xff, copy.bytes);
   cluster->flights.push_back({fiber->block, copy});

@@ -25,4 +25,9 @@ void wgmma_shared(typename SumOf<Operand>::Type (&c)[kColumns / 2], uint64_t a, 
   emulator::multiply_shared_later<Operand>(c, kColumns, uint32_t(a), uint32_t(b));
 }
 
+template <int kColumns>
+void wgmma_bytes(int (&c)[kColumns / 2], const uint32_t (&a)[4], uint64_t b, bool add) {
+  emulator::multiply_bytes_later(c, kColumns, a, uint32_t(b), add);
+}
+
 }  // namespace lowbit

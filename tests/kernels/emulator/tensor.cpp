@@ -100,6 +100,20 @@ void multiply_later(float* c, int columns, const uint32_t (&a)[4], uint64_t b, b
   });
 }
 
+void multiply_bytes_later(int* c, int columns, const uint32_t (&a)[4], uint32_t b, bool add) {
+  later([=, thread = threadIdx.x, rows = gather_rows(a)] {
+    for (int i = 0; i < columns / 2; ++i) {
+      int sum = add ? c[i] : 0;
+      for (int k = 0; k < 32; ++k) {
+        const uint8_t left = rows.bytes[k % 16 / 4][(k / 16 * 2 + high_of(i)) * 4 + k % 4];
+        const uint32_t right = b + column_of(i, thread) * 128 + k;
+        sum += static_cast<int8_t>(left) * load<int8_t>(shared_at(swizzled(right), 1));
+      }
+      c[i] = sum;
+    }
+  });
+}
+
 template <typename Operand, typename Sum>
 void multiply_shared_later(Sum* c, int columns, uint32_t a, uint32_t b) {
   __syncwarp();  // all lanes come to a warpgroup's product
