@@ -763,21 +763,13 @@ BLOCK_KERNELS = (
 
 
 W4A8_SHAPES = ((4096, 4096), (12288, 4096), (22016, 4096), (4096, 11008), (28672, 4096))
-W4A8_KERNELS = (
-    ("x in int8", {"ours": True, "part": "product"}),
-    ("with rounding", {"ours": True, "part": "rounding + product"}),
-    ("x in bfloat16", {"ours": True, "part": "product of halves"}),
-    ("Machete", {"kernel": "vllm machete w4"}),
-    ("Marlin", {"kernel": "vllm marlin w4"}),
-)
+W4A8_ROWS = (16, 32, 64, 128, 256, 512, 1024)
 
 
-def by_rows_of_x(
-    stem: str, kernels: Sequence[tuple[str, Mapping[str, Any]]], shapes: Sequence[tuple[int, int]] = FP8_SHAPES
-) -> str:
+def by_rows_of_x(stem: str, kernels: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
     """Products by the number of rows, us, of rows in the file `stem`."""
     lines = []
-    for n, k in shapes:
+    for n, k in FP8_SHAPES:
         for m in sorted({row["m"] for row in matching(stem, n=n, k=k)}):
             found = [matching(stem, n=n, k=k, m=m, **wanted) for _, wanted in kernels]
             cells = (fixed(rows[0]["us"], 1) if rows else "" for rows in found)
@@ -790,7 +782,14 @@ def fp8_products() -> str:
 
 
 def int4_by_int8() -> str:
-    return by_rows_of_x("w4a8_gemm", W4A8_KERNELS, W4A8_SHAPES)
+    """Products of int4 with int8, and of the same weight with x in half precision, by the number of rows."""
+
+    def cell(n: int, k: int, m: int) -> str:
+        parts = ("product", "product of halves")
+        return ", ".join(fixed(first("w4a8_gemm", n=n, k=k, m=m, part=part)["us"], 1) for part in parts)
+
+    lines = ([f"{n} x {k}", *(cell(n, k, m) for m in W4A8_ROWS)] for n, k in W4A8_SHAPES)
+    return table(f"n x k | {' | '.join(f'm = {m}' for m in W4A8_ROWS)}", lines)
 
 
 def fp8_blocks() -> str:

@@ -72,10 +72,10 @@ class NextNorm:
 
     @classmethod
     def empty(cls, x: Tensor, weight: Tensor, in_panels: bool = False) -> "NextNorm":
-        """Memory for that of the product of x; z in panels if requested."""
+        """Memory for that of the product of x, in the dtype of `weight`; z in panels if requested."""
         m, n = panels.shape_of(x)[0], weight.shape[0]
-        z = panels.empty(x, m, n) if in_panels else x.new_empty(m, n)
-        return cls(weight, z, x.new_empty(m, n // PART, dtype=torch.float32))
+        z = panels.empty(weight, m, n) if in_panels else weight.new_empty(m, n)
+        return cls(weight, z, weight.new_empty(m, n // PART, dtype=torch.float32))
 
 
 @dataclass(frozen=True)

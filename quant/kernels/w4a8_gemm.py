@@ -1,7 +1,9 @@
 """The product of rows in int8 with a weight of 4 bits by Hopper's warpgroup instructions: csrc/w4a8_gemm.cu."""
 
 import math
+from dataclasses import dataclass
 from functools import lru_cache
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -17,15 +19,37 @@ from lowbit.quant.kernels.wna16_gemm import CLUSTERS
 WARPGROUPS = (1, 2)  # multiplying warpgroups per block
 COLUMNS = (8, 16, 32, 64)  # rows of x per block, padded; more rows come in slabs of 64
 # Rows of x for which it is chosen. With fewer wna16_gemv is faster, with more cuBLAS, both by x in half precision.
-FEW_ROWS, MOST_ROWS = 9, 2048
+FEW_ROWS, MOST_ROWS = 9, 1024
 PROCESSOR_BYTES, BLOCK_BYTES = 228 << 10, 1 << 10  # shared memory of a multiprocessor; of each block, by the driver
 # Blocks of one and of two warpgroups whose registers fit on a multiprocessor, by columns.
 RESIDENT = {8: (4, 2), 16: (4, 2), 32: (4, 2), 64: (3, 2)}
-FEW_COLUMNS, LEAST_CHUNKS = 32, 8  # of a block of a cluster
-# Cost model, microseconds: of a chunk of 128 inputs, and of each warpgroup on the multiprocessor by columns; of a
-# cluster, and of each block in it. Fitted to five shapes on an H200: its choice is within 3% of the best cut, once 7.
-CHUNK_US, WARPGROUP_US = 0.19, {8: 0.07, 16: 0.075, 32: 0.085, 64: 0.13}
-CLUSTER_US, MEMBER_US = 1.5, 0.6
+SPLITS, LEAST_CHUNKS = (2, 3, 4, 5, 6, 8), 6  # blocks of a cluster, chunks of each
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Microseconds of a launch, but for what all take.
+
+    chunk    128 inputs of a block
+    blocks   what a further block on the multiprocessor adds to a chunk, of one warpgroup and of two
+    cluster  of the blocks that split k
+    member   each of them but the first
+    """
+
+    chunk: float
+    blocks: tuple[float, float]
+    cluster: float
+    member: float
+
+
+# By columns, fitted to 11 shapes on an H200, up to 256 rows of x: the cut it picks takes 0.7% (64 columns) to 2% more
+# than the best, at most 8%.
+COSTS = {
+    8: Cost(0.25, (0.056, 0.076), 2.5, 0.78),
+    16: Cost(0.25, (0.056, 0.076), 2.5, 0.78),
+    32: Cost(0.25, (0.01, 0.02), 3.4, 0.35),
+    64: Cost(0.139, (0.017, 0.065), 1.55, 0.416),
+}
 
 
 def takes(weight: PackedWeight) -> bool:
@@ -80,13 +104,10 @@ def stages_of(warpgroups: int, blocks: int, problem: Problem) -> int:
 
 @lru_cache(4096)
 def choose_cut(problem: Problem) -> RingCut:
-    """The launch for any shape: the one with the least cost. With few rows of x, blocks that split k have two
-    warpgroups."""
+    """The launch for any shape: the one with the least cost."""
     chunks = -(-problem.k // CHUNK_K)
-    splits = [c for c in range(2, len(CLUSTERS) + 1) if LEAST_CHUNKS * c <= chunks]
-    few = columns_of(problem.m) <= FEW_COLUMNS
-    cuts = [(w, c) for w in WARPGROUPS for c in (1, *(splits if w == WARPGROUPS[-1] or not few else ()))]
-    warpgroups, cluster = min(cuts, key=lambda cut: cost_of(cut[0], cut[1], problem))
+    splits = (1, *(c for c in SPLITS if LEAST_CHUNKS * c <= chunks))
+    warpgroups, cluster = min(product(WARPGROUPS, splits), key=lambda cut: cost_of(cut[0], cut[1], problem))
     stages = stages_of(warpgroups, blocks_beside(warpgroups, cluster, problem), problem)
     return RingCut(warpgroups, cluster, min(stages, -(-chunks // cluster)))
 
@@ -104,12 +125,16 @@ def blocks_beside(warpgroups: int, cluster: int, problem: Problem) -> int:
 
 
 def cost_of(warpgroups: int, cluster: int, problem: Problem) -> float:
-    """Microseconds, but for what all launches take."""
-    waves = math.ceil(waves_of(warpgroups, cluster, problem) / blocks_beside(warpgroups, cluster, problem))
-    beside = warpgroups * max(waves_of(warpgroups, cluster, problem) / waves, 1)
-    chunks = math.ceil(problem.k / CHUNK_K / cluster)
-    joined = CLUSTER_US + MEMBER_US * (cluster - 1) if cluster > 1 else 0.0
-    return waves * chunks * (CHUNK_US + beside * WARPGROUP_US[columns_of(problem.m)]) + joined
+    """The cost of a launch; infinite for clusters in several waves. A last wave that is not full takes less than a
+    whole one, and more than its share."""
+    cost, needed = COSTS[columns_of(problem.m)], waves_of(warpgroups, cluster, problem)
+    most = RESIDENT[columns_of(problem.m)][warpgroups - 1]
+    if cluster > 1 and needed > most:
+        return math.inf
+    waves, beside = max(needed / most, 1.0), min(max(needed, 1.0), most)
+    chunks = (waves + math.ceil(waves)) / 2 * math.ceil(problem.k / CHUNK_K / cluster)
+    joined = cost.cluster + cost.member * (cluster - 1) if cluster > 1 else 0.0
+    return chunks * (cost.chunk + beside * cost.blocks[warpgroups - 1]) + joined
 
 
 def run(call: PackedCall, problem: Problem, cut: RingCut | None = None) -> Tensor:

@@ -53,6 +53,17 @@ def test_rows_for_4_bits_are_multiplied_as_codes_if_there_are_some_and_not_too_m
         )
 
 
+def test_a_product_of_codes_begins_the_norm_of_one_that_rounds_nothing() -> None:
+    linear, _ = make_linear("int4-g32-a8token")
+    x, gamma = make_x(12, K, torch.float16), make_x(1, N, torch.float16)[0]
+    rows = linear.rounded(Rows(x))
+    h, z, squares = linear.weight.multiply_beginning(rows, Epilogue(), ALONE, gamma)
+    assert torch.equal(h, linear.weight.multiply(rows, Epilogue(), ALONE))
+    assert z.dtype == torch.float16
+    torch.testing.assert_close(z, h * gamma)
+    torch.testing.assert_close(squares, h.float().square().unflatten(1, (-1, 16)).sum(-1))
+
+
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_a_linear_and_its_module_compute_what_the_codes_stand_for(scheme):
     linear, dense = make_linear(scheme)
