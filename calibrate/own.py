@@ -4,6 +4,7 @@ Methods that learn do so on the kind of text that they are given. A model's own 
 on: each piece begins with a token of the vocabulary, every one as likely, and goes on with draws from the model's own
 distribution, unchanged (Liu et al., LLM-QAT, Findings of ACL 2024, who take the likeliest for the first few). If the
 recipe's `own_prompt` says so, every second piece begins with tokens of the dataset instead, and goes on in its kind.
+Every part of a recipe calibrates on `own_samples` windows of it; tuning alone reads `distill_samples` more.
 
 Draws differ from one device to the next, and a resumed run needs the same: they are kept in the cache directory.
 """
