@@ -595,7 +595,8 @@ def check_attention(gpu: Gpu, seeds: range) -> None:
         hide_unseen(call)
         gpu.late(call.q, *heads_of(cache, append.slots))
         cut = splits, warps_of(pick, cache)
-        with gpu, mock.patch.object(decode_attention, "choose_cut", mock.Mock(return_value=cut)):
+        columns = mock.patch.object(decode_attention, "choose_columns", mock.Mock(return_value=pick.randint(1, 8)))
+        with gpu, columns, mock.patch.object(decode_attention, "choose_cut", mock.Mock(return_value=cut)):
             out = decode_attention.attend(call)
         assert_close(out, wanted, out.dtype, 8)
 

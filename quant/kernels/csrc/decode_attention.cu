@@ -39,6 +39,7 @@ struct DecodeAttentionArgs {
   FIELD(float, softcap);             // 0: none
   FIELD(int, window);                // 0: none
   FIELD(const void*, sinks);         // (heads) scores of one more position without a value, or null
+  FIELD(int, columns);               // most query heads of a block, of all rows: up to 8
   FIELD(int, adjacent);              // adjacent rows that are consecutive positions of one sequence; 1 with a window
 };
 
@@ -53,7 +54,7 @@ struct DecodeAttentionLaunch {
 
 namespace {
 
-constexpr int kHeads = 8;               // most query heads per block, of all rows: columns of the tensor instruction
+constexpr int kHeads = 8;               // most query heads of a block: columns of the tensor instruction
 constexpr int kRows = 16;               // positions per chunk of a warp
 constexpr int kGroup = 8;               // adjacent elements of the result that are merged together
 constexpr float kNothing = -1e30f;      // a maximum below any score; finite, so that differences are finite
@@ -107,11 +108,11 @@ struct Columns {
   int most;            // columns of any block
 
   __device__ explicit Columns(const DecodeAttentionArgs& args) : group(args.heads / args.cache.kv_heads) {
-    const int all = group * args.adjacent, chunks = (all + kHeads - 1) / kHeads;
+    const int all = group * args.adjacent, chunks = (all + args.columns - 1) / args.columns;
     kv_head = blockIdx.y / chunks;
-    first = blockIdx.y % chunks * kHeads;
-    count = min(kHeads, all - first);
-    most = min(kHeads, all);
+    first = blockIdx.y % chunks * args.columns;
+    count = min(args.columns, all - first);
+    most = min(args.columns, all);
     first_row = static_cast<int64_t>(blockIdx.z) * args.adjacent;
   }
   // A division only where there is more than one row.
@@ -980,11 +981,12 @@ __global__ void __launch_bounds__(S::kThreads, S::kMinBlocks)
 template <typename S>
 cudaError_t launch_shape(const DecodeAttentionArgs& args, const DecodeAttentionLaunch& launch, cudaStream_t stream) {
   if (launch.splits < 1 || launch.splits > S::kMostSplits) return cudaErrorInvalidConfiguration;
+  if (args.columns < 1 || args.columns > kHeads) return cudaErrorInvalidValue;
   if (args.adjacent < 1 || args.m % args.adjacent != 0 || (args.adjacent > 1 && (args.window > 0 || S::kAppends)))
     return cudaErrorInvalidValue;
   const int columns = args.heads / args.cache.kv_heads * args.adjacent;
-  const unsigned chunks = (columns + kHeads - 1) / kHeads;
-  const size_t bytes = Heads<S>::kBytes + Meeting<S>::bytes(launch.splits, std::min(kHeads, columns));
+  const unsigned chunks = (columns + args.columns - 1) / args.columns;
+  const size_t bytes = Heads<S>::kBytes + Meeting<S>::bytes(launch.splits, std::min(args.columns, columns));
   const LaunchPlan plan = {
       .device = launch.device,
       .stream = stream,
