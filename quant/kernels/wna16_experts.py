@@ -26,7 +26,7 @@ from lowbit.quant.kernels.problem import (
     reason_against_weight,
 )
 from lowbit.quant.kernels.wna16_args import NEXT_BYTES, args_of
-from lowbit.quant.kernels.wna16_gemv import CROWD, MAX_WARPS, ROOM, GemvCut
+from lowbit.quant.kernels.wna16_gemv import CROWD, MAX_WARPS, ROOM, WAVES, GemvCut
 
 GATES = ("silu_mul", "gelu_tanh_mul", "clamped_mul")
 MOST_UNITS = 65535  # largest grid
@@ -267,14 +267,14 @@ def run(
 
 def up_cut(product: PackedCall, chosen: Chosen) -> GemvCut:
     """The launch of `up`: that of one product with the rows of one row's experts, so that a row's sums do not depend on
-    the number of rows."""
+    the number of rows. With fast memory also of more waves than one: Mixtral 1 x 128 on an H200 2390 us, not 2439."""
     w, device = product.weight, product.x.device
     sizes = (1, w.n * chosen.top, w.k, w.bits, w.group_size, product.x.dtype)
     problem = Problem(*sizes, *place_of(device), is_float=w.is_float)
-    crowded = wna16_gemv.crowded_cut(problem, CROWD) if problem.fast_memory else None
-    if crowded is not None:
-        return crowded
     tiles, chunks = -(-problem.n // TILE_ROWS), -(-w.k // CHUNK_K)
+    crowded = wna16_gemv.crowded_cut(problem, CROWD) if problem.fast_memory else None
+    if crowded is not None or (problem.fast_memory and chunks >= WAVES.k_warps):
+        return crowded or WAVES
     k_warps = max(1, min(MAX_WARPS, chunks, ROOM * problem.processors // tiles))
     return GemvCut(1, {1: 4, 2: 2}.get(k_warps, 1), k_warps, 1)
 

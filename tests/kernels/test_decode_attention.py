@@ -19,6 +19,7 @@ from lowbit.quant.kernels.decode_attention import (
     append_reference,
     attend_reference,
     choose_cut,
+    choose_columns,
     choose_splits,
     fits_vectors,
     most_bytes,
@@ -348,6 +349,23 @@ def test_long_quantized_caches_get_more_warps(shape, rows, longest, cache, cut):
     attention = attention_of(call, torch.zeros(rows, shape[0] * shape[2], dtype=torch.float16), longest=longest)
     assert choose_cut(attention, 132, True) == cut
     assert choose_cut(attention, 132, False) == (choose_splits(attention, 132), 4)
+
+
+@pytest.mark.parametrize(
+    ("shape", "rows", "longest", "columns"),
+    [
+        ((32, 4, 128), 1, SHORT, 2),
+        ((64, 8, 64), 1, SHORT, 4),
+        ((32, 8, 128), 1, SHORT, 2),
+        ((32, 2, 128), 1, SHORT, 2),
+        ((32, 4, 128), 8, SHORT, 8),
+        ((32, 4, 128), 1, 2176, 8),
+    ],
+)
+def test_short_sequences_alone_have_few_heads_a_block(shape, rows, longest, columns):
+    call = make_append(shape, [5] * rows, torch.float16, cache="same")
+    attention = attention_of(call, torch.zeros(rows, shape[0] * shape[2], dtype=torch.float16), longest=longest)
+    assert choose_columns(attention, choose_splits(attention, 132), 132) == columns
 
 
 def test_the_bytes_of_a_cache_are_those_of_its_longest_sequence():
