@@ -18,8 +18,8 @@ from lowbit.quant.kernels.decode_attention import (
     NewCall,
     append_reference,
     attend_reference,
-    choose_cut,
     choose_columns,
+    choose_cut,
     choose_splits,
     fits_vectors,
     most_bytes,
@@ -352,18 +352,19 @@ def test_long_quantized_caches_get_more_warps(shape, rows, longest, cache, cut):
 
 
 @pytest.mark.parametrize(
-    ("shape", "rows", "longest", "columns"),
+    ("shape", "rows", "longest", "cache", "columns"),
     [
-        ((32, 4, 128), 1, SHORT, 2),
-        ((64, 8, 64), 1, SHORT, 4),
-        ((32, 8, 128), 1, SHORT, 2),
-        ((32, 2, 128), 1, SHORT, 2),
-        ((32, 4, 128), 8, SHORT, 8),
-        ((32, 4, 128), 1, 2176, 8),
+        ((32, 4, 128), 1, SHORT, "same", 2),
+        ((64, 8, 64), 1, SHORT, "same", 4),
+        ((32, 8, 128), 1, SHORT, "int8", 2),
+        ((32, 2, 128), 1, SHORT, "fp8", 2),
+        ((32, 4, 128), 8, SHORT, "same", 8),
+        ((32, 4, 128), 1, 2176, "same", 8),
+        ((32, 4, 128), 1, SHORT, "int4", 8),
     ],
 )
-def test_short_sequences_alone_have_few_heads_a_block(shape, rows, longest, columns):
-    call = make_append(shape, [5] * rows, torch.float16, cache="same")
+def test_short_sequences_alone_have_few_heads_a_block(shape, rows, longest, cache, columns):
+    call = make_append(shape, [5] * rows, torch.float16, cache)
     attention = attention_of(call, torch.zeros(rows, shape[0] * shape[2], dtype=torch.float16), longest=longest)
     assert choose_columns(attention, choose_splits(attention, 132), 132) == columns
 
