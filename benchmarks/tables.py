@@ -767,8 +767,8 @@ W4A8_ROWS = (16, 32, 64, 128, 256, 512, 1024)
 
 
 def by_rows_of_x(stem: str, kernels: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
-    """Products by the number of rows, us, of rows in the file `stem`."""
-    lines = []
+    """Products by the number of rows, us, of rows in the file `stem`; kernels without rows are left out."""
+    lines, kernels = [], [(name, wanted) for name, wanted in kernels if matching(stem, **wanted)]
     for n, k in FP8_SHAPES:
         for m in sorted({row["m"] for row in matching(stem, n=n, k=k)}):
             found = [matching(stem, n=n, k=k, m=m, **wanted) for _, wanted in kernels]
