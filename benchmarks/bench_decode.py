@@ -1,7 +1,7 @@
 """Decode speed of named shapes: `python -m benchmarks.bench_decode --commit $(git rev-parse --short HEAD)`.
 
 One row per case in benchmarks/results/decode.jsonl, with `--experts` those of mixtures in decode_experts.jsonl. Weights
-are random; the read ceiling is measured in the same run by a kernel that only reads. `--plot` draws the existing rows.
+are random; the read ceiling is measured in the same run by a kernel that only reads. `--plot` draws the last rows.
 """
 
 import argparse
@@ -96,13 +96,14 @@ def rows_of(case: Case, read_gbs: float, facts: dict[str, str], profile: bool) -
 
 
 def plot(source: Path, path: Path) -> None:
-    """Shares of the floor, a bar for each row of `source`."""
+    """Shares of the floor, a bar for each row of the commit that `source` ends with."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     rows = [json.loads(line) for line in source.read_text().splitlines()]
+    rows = [row for row in rows if row["commit"] == rows[-1]["commit"]]
     places = range(len(rows))
     figure, axes = pyplot.subplots(figsize=(8, 0.2 * len(rows) + 1))
     bars = axes.barh(places, [row["share_of_floor"] for row in rows])
