@@ -8,7 +8,7 @@
 //
 // Tried and slower on one H100: a ring of shared memory filled by cp.async (more instructions per chunk), x copied to
 // shared memory first (its latency delays everything), x read one chunk ahead. docs/kernels/wna16_gemv.md has the
-// figures. Remaining loss: the compiler assigns one scoreboard to all refills, so the oldest waits for the newest.
+// figures. Remaining loss: reads of x from L2, and tensor instructions, in whose time no other is issued.
 #include <memory>
 
 #include "declare.cuh"
@@ -70,7 +70,7 @@ namespace {
 constexpr int kLongShare = 32 << 10;
 
 template <typename T_, typename Number_, bool kZeros_, int kGroups_, int kRowTiles_, int kColBlocks_, int kRoom_ = 16,
-          bool kPanels_ = false, bool kOne_ = false, bool kEarly_ = false>
+          bool kPanels_ = false, bool kOne_ = false>
 struct Shape {
   using T = T_;
   using Number = Number_;
@@ -85,7 +85,6 @@ struct Shape {
   static constexpr int kRowTiles = kRowTiles_;    // tiles per warp
   static constexpr int kColBlocks = kColBlocks_;  // blocks of 8 rows of x
   static constexpr bool kPanels = kPanels_;       // x is in panels of 8 * kColBlocks rows
-  static constexpr bool kEarly = kEarly_;         // LaneX::own is read a chunk ahead
   static constexpr bool kOne = kOne_;             // one row of x, of a stream
   static constexpr bool kStream = Number::kStream;
   static constexpr int kLoads = (kBits + 1) / 2;  // 16-byte loads per lane and chunk; of odd bits the last is half
@@ -321,12 +320,8 @@ struct LaneX {
       for (int j = 0; j < S::kColBlocks; ++j) values[b][j] = read_cached(first + row_offsets[j] + b * 64);
   }
 
-  // Of one row: the block that columns g and g + 4 of a tensor instruction have for offset_sums. The lanes together
-  // read all of a chunk, and a chunk ahead, so that its blocks come from L1.
-  __device__ uint4 read_own(int chunks) const {
-    return read_cached(lane + chunks * (kChunkK * 2) + threadIdx.x / 4 % 4 * 64);
-  }
-  uint4 own;
+  // Of one row: the block that columns g and g + 4 of a tensor instruction have for offset_sums.
+  __device__ uint4 read_own() const { return read_cached(lane + threadIdx.x / 4 % 4 * 64); }
 };
 
 // x in panels. One warp's read of 32 inputs is one piece of memory, and all its addresses differ by constants.
@@ -493,17 +488,15 @@ __device__ float2 offset_sums(const uint4& x, const Chunk<S>& chunk, int group) 
   return make_float2(sum_of(sums[0], sums[1]), sum_of(sums[2], sums[3]));
 }
 
-// multiply_chunk for one row of x and a stream, whose codes are multiplied as they are raised. ahead: chunks to the
-// warp's next one, or 0.
+// multiply_chunk for one row of x and a stream, whose codes are multiplied as they are raised.
 template <typename S, typename X>
-__device__ void multiply_raised(Chunks<S>& chunks, const WeightStream<S>* streams, bool refill, int ahead, X& lane_x,
+__device__ void multiply_raised(Chunks<S>& chunks, const WeightStream<S>* streams, bool refill, const X& lane_x,
                                 ChainSums<S>& sums) {
   using Codes = Stream<typename S::T, S::kBits, true>;
   constexpr int kBlocks = kChunkK / 32 / S::kGroups;  // blocks of 32 inputs in a group
   XBlock<S> x[S::kXBlocks];
-  const uint4 own = S::kEarly ? lane_x.own : lane_x.read_own(0);
+  const uint4 own = lane_x.read_own();
   lane_x.read(0, x);
-  if (S::kEarly) lane_x.own = lane_x.read_own(ahead);
   float2 offsets[S::kGroups];
 #pragma unroll
   for (int i = 0; i < S::kRowTiles; ++i) {
@@ -737,12 +730,8 @@ __device__ void multiply_share(const Wna16Args& args, const Share& share, Weight
   x.skip(share.first);
   int next = share.first + S::kAhead * share.step;      // the chunk that refills the registers of the current one
   const int end = share.end + S::kAhead * share.step;  // of `next`, once the current chunk is the last
-  if constexpr (S::kEarly) {
-    if (share.first < share.end) x.own = x.read_own(0);
-  }
   const auto multiply = [&](Chunks<S>& chunk, bool refill) {
-    const int ahead = next + share.step < end ? share.step : 0;
-    if constexpr (S::kOne) multiply_raised<S, X>(chunk, streams, refill, ahead, x, sums);
+    if constexpr (S::kOne) multiply_raised<S, X>(chunk, streams, refill, x, sums);
     else multiply_chunk<S, X>(chunk, streams, refill, x, sums);
     for (int i = 0; refill && i < S::kRowTiles; ++i) {
       streams[i].read_sides(next, args.scale_shift, chunk[i]);
@@ -1294,8 +1283,6 @@ template <typename T, typename Number, bool kZeros, int kGroups>
 cudaError_t launch_groups(const Wna16Args& args, const Wna16GemvLaunch& launch, cudaStream_t stream) {
   if constexpr (Number::kStream && Number::kBits <= 3) {
     if (launch.row_tiles == 2 && (args.m > 1 || args.x_panel > 0)) return cudaErrorInvalidValue;
-    if (launch.row_tiles == 2 && launch.room == 25)
-      return launch_shape<Shape<T, Number, kZeros, kGroups, 2, 1, 24, false, true, true>>(args, launch, stream);
     if (launch.row_tiles == 2 && launch.room == 24)
       return launch_shape<Shape<T, Number, kZeros, kGroups, 2, 1, 24, false, true>>(args, launch, stream);
     if (launch.row_tiles == 2 && launch.room == 16)
