@@ -633,11 +633,12 @@ def check_names(gpu: Gpu) -> None:
     assert found["append_heads bfloat16 same"].keys() >= {"made", "cache", "slots", "device", "dependent"}
     x = gpu.put(torch.randn(2, 8).half())
     args = {"x": x, "weight": None, "bias": None, "input_scale": None, "y": x.clone(), "codes": None, "scales": None}
-    args |= {"m": 2, "k": 8, "norm": "none", "eps": 0.0, "activation": "gelu", "rounding": "fp8", "grouped": False}
+    args |= {"m": 2, "k": 8, "norm": "none", "eps": 0.0, "activation": "gelu", "rounding": "fp8"}
+    args |= {"grouped": False, "shuffled": False}
     for change, reason in (
         ({}, None),
         ({"norm": "max"}, "'max' is none of none, rms, layer"),
-        ({"width": 8}, "15 values for the fields x, weight, bias"),
+        ({"width": 8}, "16 values for the fields x, weight, bias"),
         ({"m": "2"}, "cast"),
     ):
         with pytest.raises((ValueError, RuntimeError), match=reason) if reason else nullcontext(), gpu:
