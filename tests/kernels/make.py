@@ -10,6 +10,7 @@ from torch import Tensor
 from lowbit.quant.kernels import ops
 from lowbit.quant.kernels.ops import Operator
 from lowbit.quant.kernels.packed import PackedWeight, prepack
+from lowbit.quant.kernels.problem import PackedCall
 from lowbit.quant.kernels.row_norm import Rows
 from lowbit.quant.kernels.w8a8 import W8a8Call, W8a8Weight, pack_w8a8
 from lowbit.quant.kernels.weight import Linear, inputs_of, pack
@@ -116,6 +117,15 @@ def assert_devices_agree(y: Tensor, expected: Tensor) -> None:
     scale = expected.abs().max().float() + 1e-6
     tolerance = 2 * torch.finfo(expected.dtype).eps
     assert (y.cpu().float() - expected.float()).abs().max() <= tolerance * scale
+
+
+def assert_heads_agree(call: PackedCall) -> None:
+    """The product and the keys and values that it appends, on two devices."""
+    copy = on_cpu(call)
+    assert_devices_agree(ops.linear(call), ops.linear(copy))
+    assert call.rotary is not None
+    assert_devices_agree(call.rotary.k_cache, copy.rotary.k_cache)
+    assert_devices_agree(call.rotary.v_cache, copy.rotary.v_cache)
 
 
 def make_w8a8_weight(n: int, k: int, device: str = "cpu", scheme: str = "int8") -> W8a8Weight:
