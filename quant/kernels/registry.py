@@ -55,8 +55,7 @@ def with_whole_rows(run: Callable[[Any, Problem], Tensor]) -> Callable[[PackedCa
 
 def run_in_halves(call: PackedCall, problem: Problem) -> Tensor:
     """y of `call`, whose x is in codes, by the kernels for x in half precision."""
-    call = reference.in_halves(call)
-    return compute(call)
+    return compute(reference.in_halves(call))
 
 
 KERNELS = (

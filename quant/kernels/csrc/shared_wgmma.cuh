@@ -93,8 +93,6 @@ LOWBIT_WGMMA_LEFT(8, LOWBIT_FIRST_4, "{%4,%5,%6,%7}, %8", "%9", LOWBIT_I4(0))
 LOWBIT_WGMMA_LEFT(16, LOWBIT_FIRST_8, "{%8,%9,%10,%11}, %12", "%13", LOWBIT_I8(0))
 LOWBIT_WGMMA_LEFT(32, LOWBIT_FIRST_16, "{%16,%17,%18,%19}, %20", "%21", LOWBIT_I16(0))
 LOWBIT_WGMMA_LEFT(64, LOWBIT_FIRST_32, "{%32,%33,%34,%35}, %36", "%37", LOWBIT_I32(0))
-LOWBIT_WGMMA_LEFT(128, LOWBIT_FIRST_32 LOWBIT_NEXT_32, "{%64,%65,%66,%67}, %68", "%69", LOWBIT_I32(0),
-                  LOWBIT_I32(32))
 #else
 template <int kColumns>
 __device__ inline void wgmma_bytes(int (&)[kColumns / 2], const uint32_t (&)[4], uint64_t, bool) {}
