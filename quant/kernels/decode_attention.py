@@ -14,7 +14,6 @@ from torch import Tensor
 from lowbit.quant.kernels import panels
 from lowbit.quant.kernels.extension import launch, reason_against_device
 from lowbit.quant.kernels.kv_cache import (
-    INT4_CACHE,
     SAME,
     KVCache,
     check_tensors,
@@ -359,15 +358,14 @@ def choose_splits(call: AttentionCall, processors: int) -> int:
 
 def choose_columns(call: AttentionCall, splits: int, processors: int) -> int:
     """Query heads of a block, of all adjacent rows. Of a short sequence as few as leave half of the multiprocessors
-    without a block: a block then makes, sends and merges fewer, and reads no more of the cache. No sum depends on it,
-    except with a cache of 4 bits, where drafts had other bits than rows of their own: these keep all.
+    without a block: a block then makes, sends and merges fewer, and reads no more of the cache. No sum depends on it.
 
     Us a step at 1 x 128 on an H200, before and after: Qwen3-30B-A3B 1535 and 1507, ChatGLM2-6B 1226 and 1211,
     Llama-3-8B 1422 and 1414, Mixtral 2405 and 2394, gpt-oss-20b 1745 and 1749; at 1 x 800 1714 and 1697, 1313 and
     1304, 1535 and 1527.
     """
     heads = call.heads // call.cache.kv_heads * call.adjacent
-    if not 0 < most_positions(call) <= SHORT or call.cache.number == INT4_CACHE:
+    if not 0 < most_positions(call) <= SHORT:
         return BLOCK_HEADS
     clusters = call.sequences * call.cache.kv_heads * splits
     fitting = (count for count in (1, 2, 4) if clusters * -(-heads // count) <= processors // 2)

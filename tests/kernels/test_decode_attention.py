@@ -360,7 +360,7 @@ def test_long_quantized_caches_get_more_warps(shape, rows, longest, cache, cut):
         ((32, 2, 128), 1, SHORT, "fp8", 2),
         ((32, 4, 128), 8, SHORT, "same", 8),
         ((32, 4, 128), 1, 2176, "same", 8),
-        ((32, 4, 128), 1, SHORT, "int4", 8),
+        ((32, 4, 128), 1, SHORT, "int4", 2),
     ],
 )
 def test_short_sequences_alone_have_few_heads_a_block(shape, rows, longest, cache, columns):
@@ -459,6 +459,34 @@ def test_adjacent_rows_share_the_reads_of_their_sequence(shape, cache):
         attention = replace(attention_of(call, ops.append_heads(call)), adjacent=adjacent)
         wanted = attend_reference(in_float32(attention))
         assert (ops.attend(attention).float() - wanted).abs().max() <= 2.0**-10 * wanted.abs().max()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("cache", CACHE_NUMBERS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(4, 4, 128), (8, 2, 64), (32, 4, 128), (4, 1, 256)])
+@pytest.mark.parametrize("longest", [SHORT, 4096])
+def test_no_bit_depends_on_the_heads_of_a_block_nor_on_rows_beside(longest, shape, dtype, cache, monkeypatch):
+    """One row after another with each number of heads a block, and rows of one sequence together."""
+    if reason := reason_against_width(CACHE_NUMBERS[cache], shape[2]):
+        pytest.skip(reason)
+    call = make_append(shape, list(range(505, 513)), dtype, cache, "cuda")
+    call = replace(call, slots=call.positions.clone())
+    q = ops.append_heads(call)
+    wanted = None
+    for columns in (8, 4, 2, 1):
+        monkeypatch.setattr(decode_attention, "choose_columns", lambda *_, count=columns: count)
+        together = replace(attention_of(call, q, longest=longest), adjacent=8)
+        alone = [rows_of(together, slice(row, row + 1)) for row in range(8)]
+        wanted = ops.attend(together) if wanted is None else wanted
+        assert torch.equal(ops.attend(together), wanted)
+        assert torch.equal(torch.cat([ops.attend(each) for each in alone]), wanted)
+
+
+def rows_of(call: AttentionCall, rows: slice) -> AttentionCall:
+    """Some rows of an attention, each with its own reads."""
+    parts = {name: getattr(call, name)[rows] for name in ("q", "starts", "positions")}
+    return replace(call, **parts, adjacent=1)
 
 
 def in_float32(call: AttentionCall) -> AttentionCall:

@@ -7,6 +7,10 @@
 // still write. At the end, warps and blocks of a cluster merge by the log-sum-exp rule: every warp sends each block the
 // elements that this block merges, in a fixed order, so equal inputs give equal bits.
 //
+// A head's sums do not depend on its column, nor on the number of columns: rows of drafts and single ones have the same
+// bits. So products that are added up are fmaf by name: of the same expression in two columns the compiler had rounded
+// one twice.
+//
 // A running maximum is raised only once a score exceeds it by more than kSlack, as FlashAttention-4 does.
 // FlashDecoding++'s unified maximum would never be, but overflows if a score strays from its estimate.
 #include <type_traits>
@@ -537,10 +541,10 @@ __device__ void weigh(const DecodeAttentionArgs& args, const Span& span, const C
   if (args.softcap > 0.f) {
     const float cap = args.softcap * kLog2E;
     for_scores([&](float& score, int c, int i) {
-      score = cap * tanhf(score * factors[c][i] / cap) + sides[c][i / S::kColumns];
+      score = fmaf(cap, tanhf(score * factors[c][i] / cap), sides[c][i / S::kColumns]);
     });
   } else {
-    for_scores([&](float& score, int c, int i) { score = score * factors[c][i] + sides[c][i / S::kColumns]; });
+    for_scores([&](float& score, int c, int i) { score = fmaf(score, factors[c][i], sides[c][i / S::kColumns]); });
   }
   if (first + (S::kTogether - 1) * step + kRows > span.length - args.adjacent + 1) {
     int lengths[S::kColumns];  // positions that the lane's columns see
@@ -560,7 +564,8 @@ __device__ void weigh(const DecodeAttentionArgs& args, const Span& span, const C
   for_scores([&](float& score, int c, int i) {
     const float side = sides[c][i / S::kColumns];
     score = exp2_fast(score - running.maximum[i % S::kColumns]);
-    running.sum[i % S::kColumns] += S::Codes::kTokenScales ? score * exp2_fast(-side) : score;
+    float& sum = running.sum[i % S::kColumns];
+    sum = fmaf(score, S::Codes::kTokenScales ? exp2_fast(-side) : 1.f, sum);
     if constexpr (S::Codes::kSignedScales)
       score = __uint_as_float(__float_as_uint(score) ^ __float_as_uint(side) << 31);
   });
@@ -714,8 +719,9 @@ __device__ void merge(const DecodeAttentionArgs& args, const Meeting<S>& meeting
     for (int slot = 0; slot < slots; ++slot) {
       const float weight = exp2_fast(meeting.maximum[slot * heads + head] - maximum);
       const float4 part = reinterpret_cast<const float4*>(meeting.out)[slot * groups * heads * kFours + i];
-      sum += weight * meeting.sum[slot * heads + head];
-      out[0] += weight * part.x, out[1] += weight * part.y, out[2] += weight * part.z, out[3] += weight * part.w;
+      sum = fmaf(weight, meeting.sum[slot * heads + head], sum);
+      out[0] = fmaf(weight, part.x, out[0]), out[1] = fmaf(weight, part.y, out[1]);
+      out[2] = fmaf(weight, part.z, out[2]), out[3] = fmaf(weight, part.w, out[3]);
     }
     const int own_head = columns.own_head_of(args, head);
     if (args.sinks != nullptr) sum += sink_weight<T>(args, own_head, maximum);

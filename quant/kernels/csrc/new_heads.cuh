@@ -1,4 +1,6 @@
-// The heads of new tokens: their norm and rotation, and the codes in which a cache holds them.
+// The heads of new tokens: their norm and rotation, and the codes in which a cache holds them. A head has the same bits
+// in every kernel and place: products that are added up are fmaf by name, since the compiler may round the same
+// expression once in one place and twice in another.
 #pragma once
 
 #include <type_traits>
@@ -91,7 +93,7 @@ __device__ Head<kPairs> read_turns(const NewHeadsArgs& args, int row, int half, 
 template <int kPairs>
 __device__ float squares_of(const Head<kPairs>& head) {
   float sum = 0.f;
-  for (int i = 0; i < kPairs; ++i) sum += head.low[i] * head.low[i] + head.high[i] * head.high[i];
+  for (int i = 0; i < kPairs; ++i) sum = fmaf(head.low[i], head.low[i], fmaf(head.high[i], head.high[i], sum));
   return sum;
 }
 
@@ -108,8 +110,8 @@ __device__ void norm_head(Head<kPairs>& head, const Head<kPairs>& weight, float 
 template <int kPairs>
 __device__ void rotate_head(Head<kPairs>& head, const Head<kPairs>& turns) {
   for (int i = 0; i < kPairs; ++i) {
-    const float low = head.low[i] * turns.low[i] - head.high[i] * turns.high[i];
-    head.high[i] = head.high[i] * turns.low[i] + head.low[i] * turns.high[i];
+    const float low = fmaf(head.low[i], turns.low[i], -head.high[i] * turns.high[i]);
+    head.high[i] = fmaf(head.high[i], turns.low[i], head.low[i] * turns.high[i]);
     head.low[i] = low;
   }
 }
@@ -125,11 +127,10 @@ __device__ void turn_head(Head<kPairs>& head, int half, int lane) {
       head.high[i] = lane & offset ? high - head.high[i] : high + head.high[i];
     }
   }
-  const float factor = rsqrtf(2.f * half);
 #pragma unroll
   for (int i = 0; i < kPairs; ++i) {
     const float low = head.low[i], high = head.high[i];
-    head.low[i] = (low + high) * factor, head.high[i] = (low - high) * factor;
+    head.low[i] = low + high, head.high[i] = low - high;
   }
 #pragma unroll
   for (int step = 1; step < kPairs; step *= 2) {
@@ -142,6 +143,9 @@ __device__ void turn_head(Head<kPairs>& head, int half, int lane) {
       head.high[i] += head.high[i + step], head.high[i + step] = high - head.high[i + step];
     }
   }
+  const float factor = rsqrtf(2.f * half);
+#pragma unroll
+  for (int i = 0; i < kPairs; ++i) head.low[i] *= factor, head.high[i] *= factor;
 }
 
 template <typename Target, int kPairs, typename Convert>
