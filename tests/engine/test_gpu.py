@@ -284,11 +284,12 @@ def test_the_last_row_of_captured_prompts(method, batch):
             assert relative(found[0], rows[-1:].cpu()) < TURNED_CODES.get(method, 0.01)
 
 
+@pytest.mark.parametrize("kv_heads", [2, 4])
 @pytest.mark.parametrize("cache", ["same", "int8", "fp8", "int4"])
 @pytest.mark.parametrize("rows", [2, 5, 8])
-def test_drafts_are_checked_as_rows_of_their_own_would_be(rows, cache):
+def test_drafts_are_checked_as_rows_of_their_own_would_be(rows, cache, kv_heads):
     """A captured step whose rows share the reads of their sequence, and one step after another: the same bits."""
-    gpu, _ = engines(LLAMA, "w4", cache=cache)
+    gpu, _ = engines(replace(LLAMA, kv_heads=kv_heads), "w4", cache=cache)
     logits = []
     for width in (rows, 1):
         space = Workspace(gpu.spaces)
