@@ -4,8 +4,8 @@
 
 writes benchmarks/results/wna16_prefill.jsonl. `chosen` marks the method that the rule takes. "chunks" is a method that
 the rule does not have: the weight is dequantized in parts, so that cuBLAS finds each part in L2. `--cuts` instead times
-wna16_gemm with every split, to fit the rule. The last column is the best peer's time over ours: Marlin and Machete with
-as many bits, and cuBLAS on a dense weight. All in bfloat16, the dtype of Marlin's and Machete's rows, in which cuBLAS
+wna16_gemm with every split, to fit the rule. The last column is the best peer's time over ours: Marlin, Machete and
+Humming with as many bits, and cuBLAS on a dense weight. All in bfloat16, the dtype of the peers' rows, in which cuBLAS
 is faster.
 """
 
@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks.kernel_peers import PEERS, Peer, cublas
+from benchmarks.kernel_peers import GROUP, PEERS, HummingLayer, Peer, cublas, humming
 from benchmarks.measure import Floor, run_facts, time_calls, write_rows
 from benchmarks.wna16 import bytes_of, describe, make_copies, measure_peer, row_of
 from lowbit.quant.kernels import wna16_dequantize, wna16_gemm
@@ -77,12 +77,12 @@ def ways_of(problem: Problem) -> list[tuple[str, Way, dict]]:
     ]
 
 
-def measure_ours(floor: Floor, n: int, k: int, scheme: tuple, cuts: bool) -> list[dict]:
+def measure_ours(floor: Floor, n: int, k: int, scheme: tuple, rows: Sequence[int], cuts: bool) -> list[dict]:
     bits, group_size, symmetric, dtype = scheme
     copies = make_copies(n, k, *scheme)
     read = floor.time(bytes_of(n, k, bits, group_size, symmetric))
     measured = []
-    for m in CUT_ROWS if cuts else ROWS:
+    for m in rows:
         calls = [PackedCall(torch.randn(m, k, dtype=dtype, device="cuda"), w) for w in copies]
         problem = calls[0].problem()
         for name, way, more in cuts_of(problem) if cuts else ways_of(problem):
@@ -91,11 +91,13 @@ def measure_ours(floor: Floor, n: int, k: int, scheme: tuple, cuts: bool) -> lis
     return measured
 
 
-def peers() -> list[Peer]:
-    """cuBLAS on a dense weight, and vLLM's kernels if they are installed."""
-    names = ("vllm marlin w4", "vllm marlin w8", "vllm machete w4")
-    dense = Peer("cublas", 16, torch.bfloat16, partial(cublas, dtype=torch.bfloat16))
-    return [replace(peer, most_rows=max(ROWS)) for peer in (dense, *PEERS) if peer is dense or peer.name in names]
+def peers(widths: Sequence[int]) -> list[Peer]:
+    """cuBLAS on a dense weight, and of vLLM's kernels and Humming's what is installed and takes one of the widths."""
+    found = [Peer("cublas", 16, torch.bfloat16, partial(cublas, dtype=torch.bfloat16))]
+    found += [each for each in PEERS if each.name.startswith("vllm ") and each.bits in widths]
+    if HummingLayer is not None and 4 in widths:
+        found.append(Peer("humming", 4, torch.bfloat16, humming(dtype="int4", group_size=GROUP)))
+    return [replace(peer, most_rows=max(ROWS)) for peer in found]
 
 
 def gains(rows: Sequence[dict]) -> dict[tuple[int, int, int, int], float]:
@@ -115,15 +117,20 @@ def main() -> None:
     parser.add_argument("--commit", required=True, help="of the code that is measured")
     parser.add_argument("--output", type=Path, default=RESULTS / "wna16_prefill.jsonl")
     parser.add_argument("--cuts", action="store_true", help="time every cut of wna16_gemm's work instead")
+    parser.add_argument("--shapes", nargs="+", type=int, default=range(len(SHAPES)), help="places in SHAPES")
+    parser.add_argument("--rows", nargs="+", type=int, help="of x")
+    parser.add_argument("--bits", nargs="+", type=int, choices=(4, 8), default=(4, 8))
     options = parser.parse_args()
+    counts = options.rows or (CUT_ROWS if options.cuts else ROWS)
+    schemes = [scheme for scheme in SCHEMES if scheme[0] in options.bits]
     floor = Floor()
     shared = {"read_ceiling_gbs": floor.read_ceiling_gbs(), **run_facts(options.commit)}
     rows: list[dict] = []
-    for n, k in SHAPES:
-        measured = [row for scheme in SCHEMES for row in measure_ours(floor, n, k, scheme, options.cuts)]
+    for n, k in (SHAPES[i] for i in options.shapes):
+        measured = [row for each in schemes for row in measure_ours(floor, n, k, each, counts, options.cuts)]
         torch.cuda.empty_cache()
-        for peer in () if options.cuts else peers():
-            measured += measure_peer(peer, floor, n, k, ROWS, CALLS)
+        for peer in () if options.cuts else peers(options.bits):
+            measured += measure_peer(peer, floor, n, k, counts, CALLS)
         found = gains(measured)
         for row in measured:
             gain = found.get((row["m"], n, k, row["bits"]), 0) if row.get("chosen") else 0

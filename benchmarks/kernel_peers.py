@@ -4,6 +4,7 @@ A peer gives the calls that time_calls rotates over, or None if it does not take
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -32,6 +33,7 @@ except ImportError:
     HummingLayer = None
 
 GROUP = 128
+E8M0 = torch.float8_e8m0fnu
 REFUSALS = (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)  # of what one cannot do
 Calls = list[Callable[[], object]]
 
@@ -112,6 +114,31 @@ def marlin(kind: str, group: int | None, scale: torch.dtype | None = None) -> Ca
     return calls
 
 
+def marlin_int8(m: int, n: int, k: int) -> Calls:
+    """Marlin's product in bfloat16 of int4 in groups of GROUP with x in int8, rounded in advance."""
+    x, x_scales = random_words(m, k, dtype=torch.int8), random_scales(m, 1, dtype=torch.float32)
+    none, workspace = (torch.empty(count, dtype=torch.int, device="cuda").zero_() for count in (0, 528))
+    weights = []
+    for _ in range(copies_for(n * k // 2)):
+        scales = torch.randint(1, 4097, (k // GROUP, n), dtype=torch.int16, device="cuda").view(torch.bfloat16)
+        weights.append((random_words(k // 16, 2 * n), scales))
+    tail = (x_scales, None, none, none, none, workspace, scalar_types.uint4b8, m, n, k, True, False, True, False)
+    return [lambda w=w, s=s: vllm_ops.marlin_gemm(x, None, w, None, s, *tail) for w, s in weights]
+
+
+def cutlass_fp8(m: int, n: int, k: int) -> Calls:
+    """CUTLASS's product of int4 in groups of GROUP with x in FP8, rounded in advance, as vLLM calls it."""
+    x, x_scales = torch.randn(m, k, device="cuda").to(torch.float8_e4m3fn), random_scales(m, 1, dtype=torch.float32)
+    weights = []
+    for _ in range(copies_for(n * k // 2)):
+        words = vllm_ops.cutlass_encode_and_reorder_int4b(random_words(n, k // 8).t())
+        scales = random_scales(k // GROUP, n, dtype=torch.float8_e4m3fn)
+        weights.append((words, vllm_ops.cutlass_pack_scale_fp8(scales), random_scales(n, 1, dtype=torch.float32)))
+    return [
+        lambda w=w, s=s, each=each: vllm_ops.cutlass_w4a8_mm(x, w, s, GROUP, each, x_scales) for w, s, each in weights
+    ]
+
+
 def machete(kind: str, group: int | None) -> Callable[[int, int, int], Calls]:
     """Machete's product in bfloat16 with a weight of vLLM's type `kind`: a scale for each `group` inputs of an output,
     or for each output if None."""
@@ -131,27 +158,29 @@ def machete(kind: str, group: int | None) -> Callable[[int, int, int], Calls]:
     return calls
 
 
-def humming(**weight: object) -> Callable[[int, int, int], Calls]:
-    """Humming's product in bfloat16; `weight` is its weight_config."""
+def humming(inputs: str | None = None, **weight: object) -> Callable[[int, int, int], Calls]:
+    """Humming's product in bfloat16, its rows of x rounded to `inputs` before it; `weight` is its weight_config."""
+
+    @lru_cache(maxsize=1)
+    def layers(n: int, k: int) -> list[torch.nn.Module]:
+        more = {"input_config": {"dtype": inputs}} if inputs else {}
+        config = {"weight_config": dict(weight), "torch_dtype": torch.bfloat16, **more}
+        layer = HummingLayer(shape_n=n, shape_k=k, **config).cuda()
+        dense = torch.randn(n, k, dtype=torch.bfloat16, device="cuda") * 0.02
+        layer.load_from_unquantized(dense)
+        layer.transform()
+        x = torch.randn(16, k, dtype=torch.bfloat16, device="cuda")
+        wanted = torch.nn.functional.linear(x, dense)
+        if not (layer(x) - wanted).norm() < 0.9 * wanted.norm():  # 2 bits are 0.6 off, and unrelated numbers 1.4
+            raise ValueError(f"Humming's y is not x W^T for {weight}")
+        count = copies_for(sum(each.nbytes for each in layer.parameters()))
+        return [layer, *(copy.deepcopy(layer) for _ in range(count - 1))]
 
     def calls(m: int, n: int, k: int) -> Calls:
         x = torch.randn(m, k, dtype=torch.bfloat16, device="cuda")
-        layer = HummingLayer(shape_n=n, shape_k=k, weight_config=dict(weight), torch_dtype=x.dtype).cuda()
-        dense = torch.randn(n, k, dtype=x.dtype, device="cuda") * 0.02
-        layer.load_from_unquantized(dense)
-        layer.transform()
-        # 2 bits are 0.6 off, and unrelated numbers 1.4
-        if not (layer(x) - dense_y(x, dense)).norm() < 0.9 * dense_y(x, dense).norm():
-            raise ValueError(f"Humming's y is not x W^T for {weight}")
-        count = copies_for(sum(each.nbytes for each in layer.parameters()))
-        layers = [layer, *(copy.deepcopy(layer) for _ in range(count - 1))]
-        return [lambda layer=layer: layer(x) for layer in layers]
+        return [lambda layer=layer: layer(x) for layer in layers(n, k)]
 
     return calls
-
-
-def dense_y(x: Tensor, weight: Tensor) -> Tensor:
-    return torch.nn.functional.linear(x, weight)
 
 
 def gemlite_hqq(name: str, bits: int) -> Callable[[int, int, int], Calls]:

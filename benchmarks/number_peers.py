@@ -18,7 +18,7 @@ import torch
 
 from benchmarks import kernel_peers
 from benchmarks.bench_numbers import make_copies
-from benchmarks.kernel_peers import GROUP, REFUSALS, Calls, gemlite_channel, gemlite_hqq, humming, machete, marlin
+from benchmarks.kernel_peers import E8M0, GROUP, REFUSALS, Calls, gemlite_channel, gemlite_hqq, humming, machete, marlin
 from benchmarks.measure import Floor, run_facts, time_calls, write_rows
 from benchmarks.wna16 import RESULTS, SHAPES, inputs_for
 from lowbit.quant.kernels import ops
@@ -26,7 +26,7 @@ from lowbit.quant.kernels.packed import PackedWeight
 from lowbit.quant.kernels.problem import PackedCall
 from lowbit.quant.kernels.registry import choose_kernel
 
-FP8, E8M0 = torch.float8_e4m3fn, torch.float8_e8m0fnu
+FP8 = torch.float8_e4m3fn
 ROWS = (1, 2, 4, 8, 16)
 TARGET_MS = 3.0  # of a case's replays
 GEMLITE_ROWS = (1, 8)

@@ -519,12 +519,23 @@ def vllm_h200() -> str:
 
 
 def vllm_schemes() -> str:
-    """Distances of log-probabilities inside vLLM to the dense model, by scheme."""
-    lines = [
-        [f"`{row['scheme']}`", row["mode"], *(fixed(value, 3) for part in ("prompt", "new") for value in row[part])]
-        for row in rows("vllm_schemes")
-    ]
-    return table("scheme | vLLM | prompts, mean | most | new tokens, mean | most", lines)
+    """Distances of log-probabilities inside vLLM with our kernels to the dense model, by scheme."""
+    return _inside_vllm(False)
+
+
+def vllm_own() -> str:
+    """The same of vLLM's own kernels."""
+    return _inside_vllm(True)
+
+
+def _inside_vllm(own: bool) -> str:
+    lines = []
+    for row in (row for row in rows("vllm_schemes") if row.get("own", False) == own):
+        name = [f"`{row['scheme']}`", row["mode"], *([row.get("inputs", "")] if own else [])]
+        cells = [fixed(value, 3) for part in ("prompt", "new") for value in row.get(part, ())]
+        lines.append([*name, *(cells or [row["error"].split(": ", 1)[1][:80], "", "", ""])])
+    head = "scheme | vLLM | inputs | " if own else "scheme | vLLM | "
+    return table(f"{head}prompts, mean | most | new tokens, mean | most", lines)
 
 
 def agreement() -> str:
@@ -727,16 +738,24 @@ def number_peer_times() -> str:
     return table(f"weights | rows of x | floor | ours | plainly | {' | '.join(PEER_KERNELS.values())}", lines)
 
 
-EXPERT_NAMES = {"qwen3-30b-a3b": "Qwen3-30B-A3B", "mixtral-8x7b": "Mixtral-8x7B", "glm-4.5-air": "GLM-4.5-Air"}
+EXPERT_NAMES = {
+    "qwen3-30b-a3b": "Qwen3-30B-A3B",
+    "mixtral-8x7b": "Mixtral-8x7B",
+    "glm-4.5-air": "GLM-4.5-Air",
+    "gpt-oss-20b": "gpt-oss-20b",
+}
+EXPERT_TYPES = {"int4-g128": "int4 g128", "mxfp4-a16": "MXFP4"}
 
 
 def expert_peers() -> str:
     """Up and down of a layer's experts in 4 bits, ours and other libraries'."""
     lines = []
     for row in rows("expert_peers"):
-        us = [row[f"{name}_us"] for name in ("experts", "marlin", "humming", "triton")]
-        cells = (three_digits(row["distinct"]), *(fixed(each, 1) for each in us))
-        lines.append([EXPERT_NAMES[row["shape"]], str(row["m"]), *cells, fixed(min(us[1:]) / us[0], 2)])
+        us = [row.get(f"{name}_us") for name in ("marlin", "humming", "triton")]
+        gain = min(each for each in us if each) / row["experts_us"]
+        cells = (fixed(each, 1) if each else "" for each in (row["experts_us"], *us))
+        name = f"{EXPERT_NAMES[row['shape']]}, {EXPERT_TYPES[row['scheme']]}"
+        lines.append([name, str(row["m"]), three_digits(row["distinct"]), *cells, fixed(gain, 2)])
     return table(
         "layer | rows | distinct experts | ours | Marlin | Humming | Triton | times as fast as the best", lines
     )
@@ -790,6 +809,46 @@ def int4_by_int8() -> str:
 
     lines = ([f"{n} x {k}", *(cell(n, k, m) for m in W4A8_ROWS)] for n, k in W4A8_SHAPES)
     return table(f"n x k | {' | '.join(f'm = {m}' for m in W4A8_ROWS)}", lines)
+
+
+W4A8_PEERS = (
+    ("ours", {"ours": True, "part": "product"}),
+    ("with rounding", {"ours": True, "part": "rounding + product"}),
+    ("Marlin, int8", {"kernel": "vllm marlin int8"}),
+    ("CUTLASS, FP8", {"kernel": "vllm cutlass fp8"}),
+    ("Humming, int8, with rounding", {"kernel": "humming int8"}),
+    ("ours, halves", {"ours": True, "part": "product of halves"}),
+    ("Marlin, halves", {"kernel": "vllm marlin w4"}),
+    ("Machete, halves", {"kernel": "vllm machete w4"}),
+    ("Humming, halves", {"kernel": "humming"}),
+)
+
+
+def w4a8_peers() -> str:
+    """Products of int4 with rows in 8 bits and in half precision, ours and other libraries', us."""
+    lines, stem = [], "w4a8_peers"
+    for n, k in W4A8_SHAPES:
+        for m in (16, 32, 64):
+            found = (matching(stem, n=n, k=k, m=m, **wanted) for _, wanted in W4A8_PEERS)
+            lines.append([f"{n} x {k}", str(m), *(fixed(each[0]["us"], 1) if each else "" for each in found)])
+    return table(f"n x k | rows of x | {' | '.join(name for name, _ in W4A8_PEERS)}", lines)
+
+
+def prompt_peers() -> str:
+    """Prompts of 192 to 1024 rows with int4 weights, ours and other libraries', us, and ours over the fastest."""
+    stem, peers = "prompt_peers", {"vllm machete w4": "Machete", "vllm marlin w4": "Marlin", "humming": "Humming"}
+    lines = []
+    for n, k in sorted({(row["n"], row["k"]) for row in rows(stem)}):
+        for m in (192, 256, 512, 1024):
+            size = {"n": n, "k": k, "m": m}
+            ours = first(stem, chosen=True, **size)["us"]
+            theirs = [first(stem, kernel=kernel, **size)["us"] for kernel in peers]
+            dense = first(stem, kernel="cublas", **size)["us"]
+            cells = (three_digits(each) for each in (ours, *theirs, dense))
+            lines.append([f"{n} x {k}", str(m), *cells, fixed(ours / min(theirs), 2)])
+    return table(
+        f"n x k | rows of x | ours | {' | '.join(peers.values())} | cuBLAS, dense weight | of the fastest", lines
+    )
 
 
 def fp8_blocks() -> str:
@@ -1205,6 +1264,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "vllm": vllm,
     "vllm_h200": vllm_h200,
     "vllm_schemes": vllm_schemes,
+    "vllm_own": vllm_own,
     "agreement": agreement,
     "kernels": kernels,
     "wna16_gemv": gemv,
@@ -1216,6 +1276,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "w8a8_fp8": fp8_products,
     "w8a8_blocks": fp8_blocks,
     "w4a8_gemm": int4_by_int8,
+    "w4a8_peers": w4a8_peers,
+    "prompt_peers": prompt_peers,
     "decode_attention": attention,
     "wna16_gemm": gemm,
     "wna16_prefill": prefill,

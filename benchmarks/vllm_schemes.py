@@ -73,7 +73,7 @@ def write_with_head(directory: Path) -> None:
 
 def compared(read: dict[str, Any], models: Path) -> dict[str, Any]:
     """The row of a checkpoint that was read."""
-    row = {"scheme": read["name"], "mode": read["mode"], "own": read["own"], "split": read["split"]}
+    row = {"scheme": read["name"], **{key: read[key] for key in ("mode", "own", "split", "vllm")}}
     if "error" in read:
         return row | {"error": read["error"]}
     found = [distances(read["texts"], models / read["name"], rounded) for rounded in (True, False)]

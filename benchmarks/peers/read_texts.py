@@ -4,8 +4,8 @@
 
 PYTHON is vLLM's, lowbit there to import, with its entry point, unless `--own` says that vLLM's own kernels read. Each
 checkpoint is read at batch 1 and 8, eagerly, or with vLLM's compiler and CUDA graphs, by N GPUs that share each layer.
-The output is a line of JSON a checkpoint: {"name", "mode", "own", "split", "texts"}, each text {"prompt", "new",
-"prompt_rows", "new_rows"}; or "error" in the place of texts.
+The output is a line of JSON a checkpoint: {"name", "mode", "own", "split", "vllm", "texts"}, each text {"prompt",
+"new", "prompt_rows", "new_rows"}; or "error" in the place of texts.
 """
 
 import argparse
@@ -31,11 +31,12 @@ def main() -> None:
     if args.split == 1:
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    import vllm
     from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 
     for checkpoint in args.checkpoints:
         row: dict[str, Any] = {"name": checkpoint.name, "mode": "graphs" if args.graphs else "eager"}
-        row |= {"own": args.own, "split": args.split}
+        row |= {"own": args.own, "split": args.split, "vllm": vllm.__version__}
         try:
             row["texts"] = texts_of(checkpoint, args.graphs, args.own, args.split)
         except Exception as error:  # noqa: BLE001  # whatever vLLM raises is what it says of the checkpoint

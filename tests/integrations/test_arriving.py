@@ -7,7 +7,7 @@ from lowbit.errors import CheckpointError
 from lowbit.export.compressed_tensors import COMPRESSED_TENSORS
 from lowbit.integrations.arriving import Arriving, Share, placeholder, reason_against
 from lowbit.quant.kernels.joined import columns_of
-from lowbit.quant.kernels.weight import Dense, Packed, W8a8, load_weight, takes_codes
+from lowbit.quant.kernels.weight import Dense, Linear, Packed, W8a8, load_weight, takes_codes
 from lowbit.quant.qtensor import QTensor, round_to_nearest
 from lowbit.quant.scheme import Scheme, parse_scheme
 
@@ -74,6 +74,29 @@ def test_shares_of_inputs_are_columns_of_the_weight(text, ranks):
         torch.testing.assert_close(dense(joined.weight), weight.dequantize()[:, rank * k :][:, :k], rtol=1e-6, atol=0)
         kind = W8a8 if takes_codes(weight) else Packed
         assert isinstance(load_weight(joined.weight, torch.bfloat16), kind)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("text", SCHEMES)
+def test_four_processes_have_the_product_between_them(text, device):
+    """A linear of 4 processes, split by outputs and by inputs, each share run by itself on one device."""
+    weights, ranks = weights_of(text), 4
+    scheme, x = weights[0].scheme, (0.25 * torch.randn(3, K, generator=torch.Generator().manual_seed(7))).bfloat16()
+
+    def product(share: Share, matrices: list[QTensor], columns: torch.Tensor) -> torch.Tensor:
+        joined = arrived(matrices).joined(share, torch.bfloat16, torch.device(device))
+        linear = Linear(load_weight(joined.weight, torch.bfloat16), None, joined.inputs)
+        return linear(columns.to(device)).float().cpu()
+
+    shares = [Share((SIZES[0],), K // ranks, rank, ranks) for rank in range(ranks)]
+    by_inputs = [product(share, weights[:1], part) for share, part in zip(shares, x.chunk(ranks, 1), strict=True)]
+    widths = tuple(n // ranks for n in SIZES)
+    by_outputs = [product(Share(widths, K, rank, ranks), weights, x).split(widths, 1) for rank in range(ranks)]
+    exact = [x.float() @ weight.dequantize().T for weight in weights]
+    found = [sum(by_inputs), *(torch.cat(parts, 1) for parts in zip(*by_outputs, strict=True))]
+    slack = 0.006 if scheme.inputs is None else 0.16 if scheme.inputs.number.bits == 4 else 0.05
+    for y, wanted in zip(found, [exact[0], *exact], strict=True):
+        assert (y - wanted).norm() < slack * wanted.norm()
 
 
 def test_a_linear_of_the_file_may_hold_all_of_them():
