@@ -25,7 +25,7 @@ from tests.builders import make_model, save
 from tests.quantized import dense, quantize_files, write_config
 
 SIZES = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 128}
-HEADS = {"num_attention_heads": 2, "num_key_value_heads": 1, "tie_word_embeddings": False}
+HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": False}
 SCHEMES = (
     *("int2-g32", "int3-g64", "int4-g128", "uint4-g32", "int5-g64", "int6-channel", "int7-g32", "int8-channel"),
     *("int8-channel-a8token", "int8-channel-a8tensor", "fp8-a16", "fp8", "fp8-static", "fp8-block", "mxfp8-a16"),

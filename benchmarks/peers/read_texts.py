@@ -59,6 +59,7 @@ def texts_of(checkpoint: Path, graphs: bool, own: bool, split: int) -> list[dict
         model=str(checkpoint),
         quantization=None if own else "lowbit",
         tensor_parallel_size=split,
+        distributed_executor_backend="mp" if split > 1 else None,
         disable_custom_all_reduce=True,
         dtype="bfloat16",
         max_model_len=256,
