@@ -107,7 +107,7 @@ class _Budget:
         if self.least <= self.price.limit(self.weights):
             return
         names = {name_of(scheme) for found in self.prices.values() for scheme, _ in found}
-        target, least = (f"{value:.6g}" for value in (self.price.target, self.told(self.least)))
+        target, least = (f"{value:.15g}" for value in (self.price.target, self.price.enough(self.least, self.weights)))
         raise RecipeError(
             f"a budget of {target} {self.price.unit}: this model needs {least} at least, with "
             f"{', '.join(sorted(names))}; name smaller ones with --candidates"

@@ -1,5 +1,6 @@
 """Prices of schemes: bits, bytes as written, or time of a decoding step, as integers that an exact solver adds up."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,11 +22,12 @@ class Price(ABC):
 
     job     its format and dtypes determine prices
     target  the budget, in `unit`
+    digits  decimals of a price that is said in `unit`
     """
 
     job: Job
     target: float
-    unit = ""
+    unit, digits = "", 4
 
     @abstractmethod
     def of(self, specs: Sequence[LinearSpec], scheme: Scheme | None) -> int | None:
@@ -43,6 +45,11 @@ class Price(ABC):
     def told(self, price: int, weights: int) -> float:
         """A price in `unit`."""
 
+    def enough(self, price: int, weights: int) -> float:
+        """A price in `unit`, rounded up to `digits`: a budget of it suffices."""
+        whole = 10**self.digits
+        return math.ceil(round(whole * self.told(price, weights), 3)) / whole
+
 
 class Bits(Price):
     """Bits per linear weight: codes, scales and zeros."""
@@ -58,7 +65,7 @@ class Bits(Price):
 
     def limit(self, weights: int) -> int:
         """All bits."""
-        return int(self.target * weights)
+        return int(round(self.target * weights, 3))  # 4.1 times a million is no less than 4100000
 
     def told(self, price: int, weights: int) -> float:
         """The average."""
@@ -68,7 +75,7 @@ class Bits(Price):
 class Bytes(Price):
     """Bytes of all tensors of the checkpoint."""
 
-    unit = "bytes"
+    unit, digits = "bytes", 0
 
     def of(self, specs: Sequence[LinearSpec], scheme: Scheme | None) -> int:
         """Bytes of the set as written."""
@@ -90,7 +97,7 @@ class Bytes(Price):
 class Time(Price):
     """Milliseconds per token of lowbit's engine at batch 1, by the model of `export/engines/steps.py`."""
 
-    unit = "ms a token"
+    unit, digits = "ms a token", 6
 
     def of(self, specs: Sequence[LinearSpec], scheme: Scheme | None) -> int | None:
         """Nanoseconds of the set's products; None for a kernel that no step was measured with."""
@@ -112,7 +119,7 @@ class Time(Price):
 
     def limit(self, weights: int) -> int:
         """Nanoseconds."""
-        return int(1e6 * self.target)
+        return round(1e6 * self.target)
 
     def rest(self) -> int:
         """Nanoseconds of blocks without their weights, and of the head. CheckpointError for a model with experts."""

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from lowbit.export.format import Format, ShapeReader, TensorReader, following, reading
+from lowbit.export.microscaling import weight_of
 from lowbit.quant.numbers import FP8
 from lowbit.quant.qtensor import QTensor
 from lowbit.quant.scheme import PerBlock, PerGroup, Scheme, Side, parse_scheme
@@ -51,7 +52,7 @@ class BlockFp8(Format):
     def read(self, name: str, tensor: TensorReader, scheme: Scheme) -> QTensor:
         """The weight of the linear `name`. CheckpointError if its tensors contradict each other."""
         with reading(name):
-            return QTensor(tensor(f"{name}.weight"), tensor(f"{name}.weight_scale_inv"), None, scheme)
+            return weight_of(tensor(f"{name}.weight"), tensor(f"{name}.weight_scale_inv"), scheme)
 
     def shape(self, name: str, shapes: ShapeReader, tensor: TensorReader, scheme: Scheme) -> tuple[int, int]:
         """(n, k) of the linear `name`."""

@@ -12,9 +12,9 @@ from lowbit.quant import numerics
 from lowbit.quant.numbers import FP4, FP8
 from lowbit.quant.packing import pack_e8m0, pack_fp4, unpack_e8m0, unpack_fp4
 from lowbit.quant.qtensor import QTensor
-from lowbit.quant.scheme import Scheme
+from lowbit.quant.scheme import Scheme, Side
 
-LARGEST_WEIGHT = 2.0**14  # larger weights are not plausible: the divisor must be a factor
+LARGEST_WEIGHT, LARGEST_INPUT = 2.0**14, 2.0**20  # larger ones are not plausible: a factor must be a divisor
 
 
 def stored_codes(weight: QTensor) -> Tensor:
@@ -41,9 +41,9 @@ def weight_of(
         scales = unpack_e8m0(_typed(scales, torch.uint8, "its scales"))
     if scheme.weights.scales is not None and codes.ndim == 2 and scales.shape == scheme.sides(*codes.shape):
         scales = torch.where(_empty(codes, scheme) & (scales == 0), torch.ones_like(scales), scales)
-    if divisor is not None:
-        _require_divisor(scales, divisor)
-    return QTensor(codes, scales, None, scheme, input_scale, divisor)
+    weight = QTensor(codes, scales, None, scheme, input_scale, divisor)
+    _require_plausible(weight)
+    return weight
 
 
 def every_row(codes: Tensor, scales: Tensor) -> Tensor:
@@ -69,11 +69,27 @@ def _empty(codes: Tensor, scheme: Scheme) -> Tensor:
     return numerics.grouped(codes.float(), scheme).abs().amax(-1) == 0
 
 
-def _require_divisor(scales: Tensor, divisor: Tensor) -> None:
-    """ValueError if weights with such scales would be implausibly large."""
-    largest = float(scales.float().amax()) * FP4.high / float(divisor) if scales.numel() and float(divisor) else 0.0
-    if largest > LARGEST_WEIGHT:
+def _require_plausible(weight: QTensor) -> None:
+    """ValueError if the scales allow implausibly large weights or inputs: they are reciprocals of what is meant.
+
+    Scales that are powers of two are what they say in every format, however large.
+    """
+    side, inputs = weight.scheme.weights, weight.scheme.inputs
+    if weight.scales.numel() and (side.scales is None or side.parent):
+        _require_below(LARGEST_WEIGHT, "weights", side, weight.scales.float().amax(), weight.divisor)
+    if inputs is not None and weight.input_scale is not None:
+        if inputs.scales is None:
+            _require_below(LARGEST_INPUT, "inputs", inputs, weight.input_scale)
+        else:
+            _require_below(LARGEST_INPUT, "inputs", inputs, torch.tensor(inputs.scales.high), weight.input_scale)
+
+
+def _require_below(limit: float, what: str, side: Side, scale: Tensor, divisor: Tensor | None = None) -> None:
+    """ValueError if the largest code of `side` by `scale` stands for more than `limit`."""
+    largest = float(side.number.high * (scale if divisor is None else scale / divisor))
+    if largest > limit:
+        by = "scale" if divisor is None else f"global scale of {float(divisor):g}"
         raise ValueError(
-            f"its global scale makes weights of up to {largest:.3g}, dividing by {float(divisor):g}: the file seems to "
-            "have the reciprocal of what its format asks for"
+            f"its {by} allows {what} of up to {largest:.3g}: the file seems to have the reciprocal of what its format "
+            "asks for"
         )

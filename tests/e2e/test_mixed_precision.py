@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -168,6 +169,14 @@ def test_what_cannot_be_kept_is_refused(sources):
         job_of(sources["llama"], schemes={"nothing": "int8-channel"})
     with pytest.raises(RecipeError, match="holds one scheme"):
         spend(job_of(sources["llama"], target_bits=5.0, format="gptq"), TOKENS)
+
+
+@pytest.mark.parametrize(("target", "little"), [("target_bits", 1.0), ("target_size", 1), ("target_ms", 1e-6)])
+def test_the_least_that_is_said_is_enough(sources, target, little):
+    with pytest.raises(RecipeError) as refused:
+        spend(job_of(sources["llama"], **{target: little}), TOKENS)
+    least = type(little)(re.search(r"needs (\S+) at least", str(refused.value)).group(1))
+    assert spend(job_of(sources["llama"], **{target: least}), TOKENS).mixture.reached <= least
 
 
 @pytest.mark.parametrize(

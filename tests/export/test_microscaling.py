@@ -174,6 +174,10 @@ def written(scheme: Scheme, **changes: torch.Tensor) -> QTensor:
         (MXFP8, {"weight": torch.ones(256, 128, dtype=torch.uint8)}, "codes must be"),
         (parse_scheme("fp8-block"), {"weight_scale": torch.ones(2, 2)}, r"scales have shape \(2, 2\), not \(2, 1\)"),
         (parse_scheme("fp8-block"), {"weight_scale": torch.zeros(2, 1)}, "scale is zero"),
+        (parse_scheme("fp8-block"), {"weight_scale": torch.full((2, 1), 500.0)}, "weights of up to 2.24e"),
+        (parse_scheme("fp8-a16"), {"weight_scale": torch.full((256, 1), 500.0)}, "the reciprocal of what"),
+        (parse_scheme("nvfp4"), {"input_global_scale": torch.tensor([1 / 512])}, "inputs of up to 1.38e"),
+        (parse_scheme("fp8-static"), {"input_scale": torch.tensor([1e4])}, "inputs of up to 4.48e"),
     ],
 )
 def test_bad_files_are_refused(scheme, changes, message):
@@ -227,6 +231,9 @@ def test_block_fp8_of_deepseek_to_the_letter():
     assert torch.equal(back.dequantize(), weight.dequantize()[:200, :100])
     with pytest.raises(CheckpointError, match=r"^p: .*scales have shape \(2, 2\), not \(2, 1\)"):
         FORMATS["fp8"].read("p", (cut | {"p.weight_scale_inv": torch.ones(2, 2)}).__getitem__, weight.scheme)
+    inverse = cut | {"p.weight_scale_inv": 1 / tensors["p.weight_scale_inv"]}
+    with pytest.raises(CheckpointError, match="^p: its scale allows weights of up to .* the reciprocal of what"):
+        FORMATS["fp8"].read("p", inverse.__getitem__, weight.scheme)
     with pytest.raises(CheckpointError, match="activation_scheme 'static'"):
         FORMATS["fp8"].schemes_of({"weight_block_size": [128, 128], "activation_scheme": "static"}, ["p"])
     with pytest.raises(CheckpointError, match="cannot be followed"):
