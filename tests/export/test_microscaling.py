@@ -232,7 +232,7 @@ def test_block_fp8_of_deepseek_to_the_letter():
     with pytest.raises(CheckpointError, match=r"^p: .*scales have shape \(2, 2\), not \(2, 1\)"):
         FORMATS["fp8"].read("p", (cut | {"p.weight_scale_inv": torch.ones(2, 2)}).__getitem__, weight.scheme)
     inverse = cut | {"p.weight_scale_inv": 1 / tensors["p.weight_scale_inv"]}
-    with pytest.raises(CheckpointError, match="^p: its scale allows weights of up to .* the reciprocal of what"):
+    with pytest.raises(CheckpointError, match=r"^p: its scale allows weights of up to .* the reciprocal of what"):
         FORMATS["fp8"].read("p", inverse.__getitem__, weight.scheme)
     with pytest.raises(CheckpointError, match="activation_scheme 'static'"):
         FORMATS["fp8"].schemes_of({"weight_block_size": [128, 128], "activation_scheme": "static"}, ["p"])
