@@ -43,7 +43,8 @@ SAMPLES, LENGTH, SEED = 128, 512, 42
 CONTEXT = 1024
 W4 = {"bits": 4, "group_size": 64}
 ASYMMETRIC, ROTATED = W4 | {"symmetric": False}, W4 | {"transforms": ["rotate"]}
-MIXED = ("int3-g64", "int4-g128", "int4-g64", "int4-g32", "int5-g64", "int6-g64", "int8", "nvfp4-a16", "16bit")
+MIXED = ("int3-g64", "uint3-g64", "int4-g128", "int4-g64", "uint4-g64", "uint4-g32", "int4-g32", "int5-g128")
+MIXED += ("int5-g64", "int6-g64", "int8", "nvfp4-a16", "mxfp4-a16", "16bit")
 # Arguments of lowbit.quantize.
 OURS: dict[str, dict[str, Any]] = {
     "rtn": {"method": "rtn"} | W4,
@@ -63,6 +64,7 @@ OURS: dict[str, dict[str, Any]] = {
     "gptq-mxfp4-a16": {"method": "gptq", "scheme": "mxfp4-a16"},
     "gptq-nvfp4-a16": {"method": "gptq", "scheme": "nvfp4-a16"},
     "gptq-mixture": {"method": "gptq", "scheme": "int4-g64", "target_bits": 4.5, "candidates": MIXED},
+    "best-mixture": {"method": "best", "scheme": "int4-g64", "target_bits": 4.5, "candidates": MIXED},
     "best-mixed": {"method": "best", "target_bits": 4.75} | W4,
     "int8": {"method": "int8"},
     "int8-head": {"method": "int8", "head": "int8"},

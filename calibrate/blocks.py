@@ -187,12 +187,17 @@ class BlockLoop:
 
     @torch.no_grad()
     def exact_of(self, batches: Sequence[Batch]) -> list[States]:
-        """The outputs of the unquantized model's last block for other batches. No block may be loaded."""
+        """The outputs of the unquantized model's last block for other batches, in host memory. No block may be
+        loaded."""
         states = self.walk.start(batches)
         for index in range(len(self._job.skeleton.blocks)):
             with self.walk.loaded(index):
                 states = run_shared(self.walk, index, states)
-        return states
+        return [each.to("cpu") for each in states]
+
+    def to_host(self) -> None:
+        """Keep both streams in host memory from now on. No block runs any more."""
+        self.states, self.exact = ([each.to("cpu") for each in stream] for stream in (self.states, self.exact))
 
     def quantize(self, index: int) -> BlockOutcome:
         """The outcome of block `index`. Moves both streams past it."""

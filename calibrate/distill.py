@@ -9,8 +9,9 @@ Scales and codes have float32 values that are rounded to what a file can hold in
 rounding counts as the identity. A code's value begins where the rounder left it between two codes (BlockOutcome's
 remainders), so that those flip first that were nearly undecided.
 
-Memory holds the whole model in half precision, and gradients of one block at a time; 16 bytes a weight more if codes
-are tuned. A step runs forward and keeps each block's input, then backward block by block, recomputing each block.
+Memory holds the whole model in half precision and its codes, a byte each, and gradients of one block at a time; 16
+bytes a weight more if codes are tuned. Host memory holds the states that enter and leave the model, of all tokens. A
+step runs forward and keeps each block's input, then backward block by block, recomputing each block.
 """
 
 import math
@@ -184,9 +185,10 @@ def distill(
     """
     walk, steps = loop.walk, job.recipe.distill_steps
     tell(Step(TUNING, 0, steps))
+    loop.to_host()
     tokens = job.recipe.distill_tokens
     own = [_own_part(batch, exact) for batch, exact in chain(_of_steps(loop, tokens), _further_steps(loop, tokens))]
-    entering = walk.start([batch for batch, _, _ in own])
+    entering = [states.to("cpu") for states in walk.start([batch for batch, _, _ in own])]
     generator = torch.Generator().manual_seed(job.recipe.seed)
     order: list[int] = []
     with ExitStack() as stack:
@@ -199,7 +201,7 @@ def distill(
         for step in range(steps):
             order = order or torch.randperm(len(own), generator=generator).tolist()
             batch = order.pop()
-            states = [entering[batch]]
+            states = [entering[batch].to(walk.device)]
             for number, block in enumerate(blocks, 1):
                 tell(Part("forward through blocks", number, len(blocks)))
                 with torch.no_grad():

@@ -62,6 +62,11 @@ class States:
         """The states with the arguments of block `index` only."""
         return replace(self, own={place: value for place, value in self.own.items() if place[0] == index})
 
+    def to(self, device: str) -> "States":
+        """The states on `device`."""
+        hidden, own, carried = pytree.tree_map(lambda leaf: leaf.to(device), (self.hidden, self.own, self.carried))
+        return replace(self, hidden=hidden, own=own, carried=carried)
+
     def rows(self) -> list["States"]:
         """The states of each sequence on its own."""
         count, length = self.shape

@@ -117,9 +117,9 @@ class Walk:
                 yield self.logits_of(batch, states.hidden)
 
     def logits_of(self, batch: Batch, hidden: Tensor) -> Tensor:
-        """The logits (B, T, vocabulary) of one batch, differentiable with respect to `hidden`. The head must be
-        loaded."""
-        answer = self._wrapped(hidden.movedim(0, self.wiring.rows))
+        """The logits (B, T, vocabulary) of one batch, differentiable with respect to `hidden`, which may be in host
+        memory. The head must be loaded."""
+        answer = self._wrapped(hidden.to(self.device).movedim(0, self.wiring.rows))
         with self._stubs(lambda index, args, kwargs: answer):
             return self.skeleton.model(input_ids=ids_of(batch).to(self.device), use_cache=False).logits
 
