@@ -38,6 +38,7 @@ class Mixture:
     rule     the choice of a token's experts
     shared   inner size of the feed-forward that every token passes besides; 0 for none
     gate     the activation of an expert, or None for that of all feed-forwards
+    beside   True: the experts are beside the layer's feed-forward, with norms and a router's input of their own (Gemma 4)
     """
 
     experts: int
@@ -45,6 +46,7 @@ class Mixture:
     rule: Rule
     shared: int = 0
     gate: Gate | None = None
+    beside: bool = False
 
     def reason_against(self) -> str | None:
         """The reason why these sizes are invalid, or None."""
@@ -61,12 +63,40 @@ class Layer:
     window  number of positions a token attends to, including its own; None for all
     scale   factor of attention scores before the softmax
     mixture  the experts, or None for one feed-forward
+    head_dim, kv_heads, inner  None: the architecture's
+    v_is_k  True: v is the product of k, before its norm and rotation
+    source  the layer whose keys and values this one reads; None: it makes its own
     """
 
     window: int | None
     rope: Rope
     scale: float
     mixture: Mixture | None = None
+    head_dim: int | None = None
+    kv_heads: int | None = None
+    inner: int | None = None
+    v_is_k: bool = False
+    source: int | None = None
+
+
+@dataclass(frozen=True)
+class HeadSizes:
+    """The heads of a layer's attention.
+
+    heads, kv_heads  of q, and of k and v
+    head_dim         inputs of a head
+    made             heads of k, and of v, that the layer makes: none if it reads those of another one
+    """
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    made: int
+
+    @property
+    def qkv_rows(self) -> int:
+        """Number of outputs of the fused qkv product."""
+        return (self.heads + 2 * self.made) * self.head_dim
 
 
 @dataclass(frozen=True)
@@ -102,6 +132,8 @@ class Architecture:
     more_layers        layers in the file after the last one, which predict further tokens and are not loaded
     head_norms         False: without the norms of q and k that the family's names have
     joint_head_norms   True: these norms are over all heads of q, or of k, together (OLMoE)
+    value_norms        True: heads of v have an RMS norm without a weight (Gemma 4)
+    token_inputs       width of the input that each layer has of its own for each token (Gemma 4); 0: there is none
     attention_bias, mlp_bias, head_bias  False: a bias in the file is an error; True or None: it is used
     """
 
@@ -128,6 +160,8 @@ class Architecture:
     more_layers: int = 0
     head_norms: bool = True
     joint_head_norms: bool = False
+    value_norms: bool = False
+    token_inputs: int = 0
     attention_bias: bool | None = None
     mlp_bias: bool | None = None
     head_bias: bool | None = None
@@ -142,10 +176,9 @@ class Architecture:
         wrong = next((name for name, value in counts.items() if type(value) is not int or value < 1), None)
         if wrong is not None:
             return f"{wrong} is {counts[wrong]!r}; a number from 1 is needed"
-        if self.head_dim % 2 or self.heads % self.kv_heads:
-            return f"{self.heads} heads of {self.head_dim} inputs cannot be even and share {self.kv_heads} of k and v"
-        if any(len(layer.rope.frequencies) > self.head_dim // 2 for layer in self.layers):
-            return f"its rope turns more than the {self.head_dim} inputs of a head"
+        wrong = next((reason for index in range(len(self.layers)) if (reason := self.reason_against_heads(index))), None)
+        if wrong is not None:
+            return wrong
         latent = self.latent
         if latent is not None and not (0 < latent.v_dim <= self.head_dim and 0 < latent.turned < self.head_dim):
             return f"heads of {self.head_dim} inputs with v of {latent.v_dim}, {latent.turned} of them rotated"
@@ -167,20 +200,48 @@ class Architecture:
             return "an eps, softcap or scale of attention that is no finite number"
         return None
 
+    def reason_against_heads(self, index: int) -> str | None:
+        """The reason why the heads of a layer are invalid, or None."""
+        layer, sizes = self.layers[index], self.heads_of(index)
+        for name, value in (("head_dim", sizes.head_dim), ("kv_heads", sizes.kv_heads), ("inner", self.inner_of(index))):
+            if type(value) is not int or value < 1:
+                return f"{name} of layer {index} is {value!r}; a number from 1 is needed"
+        if sizes.head_dim % 2 or sizes.heads % sizes.kv_heads:
+            return (
+                f"{sizes.heads} heads of {sizes.head_dim} inputs cannot be even and share {sizes.kv_heads} of k and v"
+            )
+        if len(layer.rope.frequencies) > sizes.head_dim // 2:
+            return f"its rope turns more than the {sizes.head_dim} inputs of a head"
+        source = layer.source
+        if source is None:
+            return None
+        if not 0 <= source < index or self.layers[source].source is not None:
+            return f"layer {index} reads the keys and values of layer {source}, which makes none before it"
+        theirs = self.heads_of(source)
+        if (theirs.kv_heads, theirs.head_dim) != (sizes.kv_heads, sizes.head_dim):
+            return f"layers {source} and {index} share keys and values of different shapes"
+        return None
+
+    def heads_of(self, index: int) -> HeadSizes:
+        """The heads of a layer."""
+        layer = self.layers[index]
+        kv_heads = self.kv_heads if layer.kv_heads is None else layer.kv_heads
+        head_dim = self.head_dim if layer.head_dim is None else layer.head_dim
+        return HeadSizes(self.heads, kv_heads, head_dim, kv_heads if layer.source is None else 0)
+
+    def inner_of(self, index: int) -> int:
+        """The inner size of a layer's feed-forward of all tokens."""
+        inner = self.layers[index].inner
+        return self.inner if inner is None else inner
+
     @property
     def short(self) -> int | None:
         """Longest sequence for which the ropes use `frequencies`; None if they always do."""
         return next((layer.rope.short for layer in self.layers if layer.rope.long is not None), None)
 
-    @property
-    def o_inputs(self) -> int:
-        """Number of inputs of the product behind attention."""
-        return self.heads * (self.head_dim if self.latent is None else self.latent.v_dim)
-
-    @property
-    def qkv_rows(self) -> int:
-        """Number of outputs of the fused qkv product."""
-        return (self.heads + 2 * self.kv_heads) * self.head_dim
+    def o_inputs(self, index: int) -> int:
+        """Number of inputs of the product behind a layer's attention."""
+        return self.heads * (self.heads_of(index).head_dim if self.latent is None else self.latent.v_dim)
 
 
 @dataclass(frozen=True)
@@ -188,16 +249,29 @@ class MixtureNames:
     """Names of the tensors of a mixture of experts, which follow those of the layer.
 
     router       linear with one output for each expert
+    router_scale factor of the router's input, which then has an RMS norm of its own and is divided by the square root of
+                 its width; or None
     correction   what is added to the router's scores for the choice alone, or None
+    factors      factors of the weights of a row's experts, or None
+    expert_norm, expert_out_norm, dense_out_norm  of experts beside a feed-forward: before and behind them, and behind the
+                 feed-forward
     up, down     linears of expert {}, as in Names; or one for up, whose rows are gate and up by turns
+    up_whole, down_whole  tensors (experts, n, k) of all experts, gate above up, that a file may have instead; or None
     shared_up, shared_down  linears of the feed-forward that every token passes; none without one
     shared_gate  linear with one output, whose sigmoid multiplies that feed-forward, or None
     """
 
     router: str = "mlp.gate"
+    router_scale: str | None = None
     correction: str | None = None
+    factors: str | None = None
+    expert_norm: str | None = None
+    expert_out_norm: str | None = None
+    dense_out_norm: str | None = None
     up: tuple[str, ...] = ("mlp.experts.{}.gate_proj", "mlp.experts.{}.up_proj")
     down: str = "mlp.experts.{}.down_proj"
+    up_whole: str | None = None
+    down_whole: str | None = None
     shared_up: tuple[str, ...] = ()
     shared_down: str = ""
     shared_gate: str | None = None
@@ -217,6 +291,22 @@ class LatentNames:
 
 
 @dataclass(frozen=True)
+class TokenInputNames:
+    """Names of the tensors of the inputs that layers have of their own.
+
+    embedding, projection, norm  of the model: a lookup of all layers' inputs, and what is added to it of the embedding
+    token_gate, token_onto, token_out_norm  follow those of the layer
+    """
+
+    embedding: str = "model.embed_tokens_per_layer"
+    projection: str = "model.per_layer_model_projection"
+    norm: str = "model.per_layer_projection_norm"
+    token_gate: str = "per_layer_input_gate"
+    token_onto: str = "per_layer_projection"
+    token_out_norm: str = "post_per_layer_input_norm"
+
+
+@dataclass(frozen=True)
 class Names:
     """A family's tensor names. Names of a layer's tensors follow `layer`. None: the family has no such norm or
     position.
@@ -226,6 +316,8 @@ class Names:
     latent       of architectures with multi-head latent attention
     sinks        a score for each head that takes part in every softmax of attention, without a value
     up           linears whose stacked rows are gate and up, or up alone without a gate
+    factor       one number that multiplies the layer's output
+    token_inputs of architectures whose layers have inputs of their own
     mixture      of layers with experts; None: the family has none
     transposed   True: dense weights are stored as (k, n)
     ignored      suffixes of tensors that are computed instead of loaded
@@ -248,9 +340,21 @@ class Names:
     up: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
     down: str = "mlp.down_proj"
     mlp_out_norm: str | None = None
+    factor: str | None = None
+    token_inputs: TokenInputNames = TokenInputNames()
     mixture: MixtureNames | None = None
     norm: str = "model.norm"
     head: str = "lm_head"
     transposed: bool = False
     ignored: tuple[str, ...] = ("rotary_emb.inv_freq", "rotary_pos_emb.inv_freq", "attn.bias", "attn.masked_bias")
     others: tuple[str, ...] = ()
+
+    def of(self, part: str) -> str | tuple[str, ...] | None:
+        """The names of a layer's part: one of these, or of a mixture's, or of an input of its own."""
+        home: object = self
+        if part.startswith(("shared_", "expert_", "dense_")):
+            home = self.mixture
+        elif part.startswith("token_"):
+            home = self.token_inputs
+        found: str | tuple[str, ...] | None = getattr(home, part)
+        return found

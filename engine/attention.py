@@ -7,6 +7,7 @@ from torch.nn import functional
 
 from lowbit.engine.architecture import Architecture, Layer
 
+FLASH_DIM = 256  # widest heads of the flash kernel; others' fused kernels share no heads of k and v
 ROWS = 512  # of q at a time, where all scores are written out
 # Lengths of whole prompts for which cuDNN's kernel is worth its plan, which takes 35 ms at the first prompt of a
 # length: those of captured passes, and multiples of STEP. Others take the flash kernel, which needs none.
@@ -30,17 +31,17 @@ def prompt_attention(
     prompts  sequences, one after another
     return   (prompts * T, heads * head_dim)
     """
-    a = architecture
     count, length = q.shape[0] // prompts, k.shape[0] // prompts
-    heads = q.view(prompts, count, a.heads, a.head_dim).transpose(1, 2)
+    heads = q.view(prompts, count, -1, k.shape[2]).transpose(1, 2)
     keys, values = (part.unflatten(0, (prompts, length)).transpose(1, 2) for part in (k, v))
-    if a.softcap is not None or sinks is not None:
+    if architecture.softcap is not None or sinks is not None:
         return plain_attention(heads, keys, values, architecture, layer, sinks)
-    if layer.window is None or layer.window >= length:
+    windowed = layer.window is not None and layer.window < length
+    if windowed or k.shape[2] > FLASH_DIM:
+        keys, values = (part.repeat_interleave(heads.shape[1] // k.shape[1], 1) for part in (keys, values))
+    if not windowed:
         out = causal_attention(heads, keys, values, layer.scale)
     else:
-        groups = a.heads // a.kv_heads
-        keys, values = (part.repeat_interleave(groups, 1) for part in (keys, values))
         seen = visible(count, length, layer.window, q.device)
         out = functional.scaled_dot_product_attention(heads, keys, values, attn_mask=seen, scale=layer.scale)
     return out.transpose(1, 2).reshape(len(q), -1)
@@ -48,16 +49,16 @@ def prompt_attention(
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     """Causal attention without a window: q (prompts, heads, T, head_dim); k, v (prompts, kv_heads, L, head_dim)."""
-    count, length = q.shape[2], k.shape[2]
+    count, length, shared = q.shape[2], k.shape[2], q.shape[1] != k.shape[1]
     flash = q.is_cuda and can_use_flash_attention(SDPAParams(q, k, v, None, 0.0, False, True))
     if count == length and (length <= PLANNED or length % STEP == 0 or not flash):
-        return functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
+        return functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=shared)
     if flash:
         # The flash kernel aligns a causal mask with the last key, and needs no mask tensor. torch.nn.attention.bias
         # does the same, but takes seconds to import.
         return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, is_causal=True, scale=scale)[0]
     seen = visible(count, length, None, q.device)
-    return functional.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale, enable_gqa=True)
+    return functional.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale, enable_gqa=shared)
 
 
 def visible(count: int, length: int, window: int | None, device: torch.device) -> Tensor:
@@ -72,7 +73,7 @@ def plain_attention(
     """Causal attention with a softcap on scores or with sinks, which torch's fused attention lacks; (prompts * T, heads
     * head_dim). It goes by ROWS of q, so that scores do not grow with the square of the prompt."""
     count, length = q.shape[2], k.shape[2]
-    grouped, seen = q.unflatten(1, (architecture.kv_heads, -1)), visible(count, length, layer.window, q.device)
+    grouped, seen = q.unflatten(1, (k.shape[1], -1)), visible(count, length, layer.window, q.device)
     parts = [
         plain_rows(part, k, v, (architecture.softcap, layer.scale), mask, sinks)
         for part, mask in zip(grouped.split(ROWS, 3), seen.split(ROWS), strict=True)

@@ -24,8 +24,8 @@ class CacheKind:
 class Cache:
     """Keys and values of `batch` sequences of at most `context` positions. Sequence b has slots [b context, ...).
 
-    layers    one KVCache per layer, of one number type. Of latent attention it has one head, whose k is the compressed
-              row, and v the rotated part of the keys
+    layers    one KVCache per layer, of one number type; layers that share keys and values have the same. Of latent
+              attention it has one head, whose k is the compressed row, and v the rotated part of the keys
     features  (batch * context, n): what a drafter reads of each position, or None; see Decoder.taps
     """
 
@@ -35,9 +35,14 @@ class Cache:
     features: Tensor | None = None
 
     @property
+    def parts(self) -> list[Tensor]:
+        """The tensors of all layers with something for every slot, each once."""
+        return [part for layer in {id(each): each for each in self.layers}.values() for part in parts_of(layer)]
+
+    @property
     def nbytes(self) -> int:
         kept = 0 if self.features is None else self.features.nbytes
-        return kept + sum(part.numel() * part.element_size() for layer in self.layers for part in parts_of(layer))
+        return kept + sum(part.numel() * part.element_size() for part in self.parts)
 
     def start(self, sequence: int) -> int:
         """The slot of a sequence's position 0."""
@@ -56,9 +61,8 @@ class Cache:
 
     def copy(self, source: int, sequence: int, length: int) -> None:
         """Copy the first `length` positions of sequence `source` to another sequence."""
-        for layer in self.layers:
-            for part in parts_of(layer):
-                part[self.prefix(sequence, length)] = part[self.prefix(source, length)]
+        for part in self.parts:
+            part[self.prefix(sequence, length)] = part[self.prefix(source, length)]
         if self.features is not None:
             self.features[self.prefix(sequence, length)] = self.features[self.prefix(source, length)]
 
@@ -67,10 +71,9 @@ class Cache:
 
         sequences  one per beam, from the cache's first sequence on
         """
-        for layer in self.layers:
-            for part in parts_of(layer):
-                rows = part.unflatten(0, (self.batch, -1))[: len(sequences)]
-                rows.copy_(rows[sequences])
+        for part in self.parts:
+            rows = part.unflatten(0, (self.batch, -1))[: len(sequences)]
+            rows.copy_(rows[sequences])
 
 
 def parts_of(layer: KVCache) -> list[Tensor]:
@@ -81,26 +84,28 @@ def parts_of(layer: KVCache) -> list[Tensor]:
 
 def cache_nbytes(architecture: Architecture, batch: int, context: int, dtype: torch.dtype, number: CacheNumber) -> int:
     """The bytes that `make_cache` allocates."""
-    heads, *widths = sides_of(architecture)
-    per_head = sum(number.head_nbytes(width, dtype) for width in widths)
-    return len(architecture.layers) * batch * context * heads * per_head
+    each = [sides_of(architecture, i) for i, layer in enumerate(architecture.layers) if layer.source is None]
+    per_token = sum(heads * number.head_nbytes(width, dtype) for heads, *widths in each for width in widths)
+    return batch * context * per_token
 
 
-def sides_of(architecture: Architecture) -> tuple[int, int, int]:
+def sides_of(architecture: Architecture, index: int) -> tuple[int, int, int]:
     """The heads of a layer's cache, and the widths of their k and v."""
-    latent = architecture.latent
+    latent, sizes = architecture.latent, architecture.heads_of(index)
     if latent is not None:
         return 1, latent.kv_rank, latent.turned
-    return architecture.kv_heads, architecture.head_dim, architecture.head_dim
+    return sizes.kv_heads, sizes.head_dim, sizes.head_dim
 
 
 def make_cache(architecture: Architecture, batch: int, context: int, kind: CacheKind, like: Tensor) -> Cache:
     """An empty cache, filled with zeros, for activations with the dtype and device of `like`."""
-    heads, *widths = sides_of(architecture)
-
-    def layer(scales: tuple[Tensor, Tensor] | None) -> KVCache:
+    layers: list[KVCache] = []
+    for index, layer in enumerate(architecture.layers):
+        if layer.source is not None:
+            layers.append(layers[layer.source])
+            continue
+        heads, *widths = sides_of(architecture, index)
+        scales = kind.scales[index] if kind.scales else None
         k, v = (empty_cache(kind.number, (batch * context, heads, width), like, scales) for width in widths)
-        return KVCache(k.k, v.v, k.k_scales, v.v_scales)
-
-    scales = kind.scales or (None,) * len(architecture.layers)
-    return Cache(tuple(layer(each) for each in scales), batch, context)
+        layers.append(KVCache(k.k, v.v, k.k_scales, v.v_scales))
+    return Cache(tuple(layers), batch, context)

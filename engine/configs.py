@@ -33,7 +33,7 @@ class Config:
     tie_word_embeddings: bool | None = False
     is_encoder_decoder: bool = False
     is_causal: bool = True
-    per_layer_config: dict[str, Any] | None = None
+    per_layer_config: Any = None
 
     @classmethod
     def read(cls, plain: Mapping[str, Any]) -> Self:
@@ -473,6 +473,105 @@ class Gemma3(Config):
 
     def get_text_config(self) -> Config:
         return Gemma3Text.read({"model_type": "gemma3_text"} | (self.text_config or {}))
+
+
+@dataclass(frozen=True)
+class HeadFields:
+    """The fields of a layer's heads."""
+
+    head_dim: int | None
+    num_key_value_heads: int | None
+
+
+@dataclass
+class Gemma4Text(WithTypes):
+    """Fields of Gemma 4.
+
+    per_layer_config  in a file the fields in which a layer differs, by its index, which older files have as the global_
+                      fields of all layers with full attention; then the HeadFields of every layer
+    """
+
+    vocab_size: int = 262144
+    hidden_size: int = 2304
+    intermediate_size: int = 9216
+    num_hidden_layers: int = 30
+    num_attention_heads: int = 8
+    num_key_value_heads: int | None = 4
+    head_dim: int | None = 256
+    hidden_activation: str = "gelu_pytorch_tanh"
+    max_position_embeddings: int = 131072
+    tie_word_embeddings: bool | None = True
+    attention_bias: bool = False
+    sliding_window: int | None = 512
+    final_logit_softcapping: float | None = None
+    use_bidirectional_attention: str | None = None
+    vocab_size_per_layer_input: int = 262144
+    hidden_size_per_layer_input: int = 256
+    attention_k_eq_v: bool = False
+    num_kv_shared_layers: int = 0
+    enable_moe_block: bool = False
+    use_double_wide_mlp: bool = False
+    num_experts: int | None = None
+    top_k_experts: int | None = None
+    moe_intermediate_size: int | None = None
+    global_head_dim: int | None = 512
+    num_global_key_value_heads: int | None = None
+
+    def resolve(self) -> None:
+        if self.rope_parameters is None:
+            full = {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 1e6}
+            self.rope_parameters = {SLIDING: {"rope_type": "default", "rope_theta": 1e4}, FULL: full}
+        super().resolve()
+        assert self.layer_types is not None
+        if self.layer_types:
+            self.layer_types[-1] = FULL
+        if self.per_layer_config is None:
+            own: dict[str, Any] = {"head_dim": self.global_head_dim}
+            if self.attention_k_eq_v and self.num_global_key_value_heads is not None:
+                own["num_key_value_heads"] = self.num_global_key_value_heads
+            self.per_layer_config = {str(index): own for index, kind in enumerate(self.layer_types) if kind == FULL}
+        require_type("per_layer_config", self.per_layer_config, dict[str, dict[str, int]], NotComputed)
+        self.per_layer_config = [self.heads_of(index) for index in range(self.num_hidden_layers)]
+
+    def heads_of(self, index: int) -> HeadFields:
+        """The heads of a layer. NotComputed if something else differs there."""
+        own = {"head_dim": self.head_dim, "num_key_value_heads": self.num_key_value_heads}
+        changes = self.per_layer_config.get(str(index), {})
+        if set(changes) - set(own):
+            raise NotComputed(f"layer {index} has its own {min(set(changes) - set(own))}; the engine knows {', '.join(own)}")
+        return HeadFields(**own | changes)
+
+    def usual_types(self) -> list[str]:
+        return [SLIDING if layer % 6 else FULL for layer in range(1, self.num_hidden_layers + 1)]
+
+
+@dataclass
+class Gemma4UnifiedText(Gemma4Text):
+    """Fields of the text part of Gemma 4 with one encoder of images and sound."""
+
+    max_position_embeddings: int = 262144
+    sliding_window: int | None = 1024
+    use_bidirectional_attention: str | None = "vision"
+    hidden_size_per_layer_input: int = 0
+
+
+@dataclass
+class Gemma4(Config):
+    """Fields of Gemma 4 with images and sound, whose text part counts here."""
+
+    text: ClassVar[type[Gemma4Text]] = Gemma4Text
+    tie_word_embeddings: bool | None = True
+    text_config: dict[str, Any] | None = None
+
+    def get_text_config(self) -> Config:
+        return self.text.read(self.text_config or {})
+
+
+@dataclass
+class Gemma4Unified(Gemma4):
+    """The same with one encoder of both."""
+
+    text = Gemma4UnifiedText
 
 
 @dataclass

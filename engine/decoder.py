@@ -27,12 +27,12 @@ class Decoder:
         """`taps` are layers, from 0, whose outputs a cache with features keeps of each position."""
         self.architecture, self.context, self.taps = architecture, context, tuple(sorted(taps))
         # layers share ropes: one table per rope
-        tables: dict[int, Turns] = {}
-        for layer in architecture.layers:
-            rope = layer.rope
-            if id(rope) not in tables:
-                tables[id(rope)] = turns_of(rope, architecture.head_dim, context, weights.device)
-        self.turns = [tables[id(layer.rope)] for layer in architecture.layers]
+        tables: dict[tuple[int, int], Turns] = {}
+        keys = [(id(layer.rope), architecture.heads_of(i).head_dim) for i, layer in enumerate(architecture.layers)]
+        for layer, key in zip(architecture.layers, keys, strict=True):
+            if key not in tables:
+                tables[key] = turns_of(layer.rope, key[1], context, weights.device)
+        self.turns = [tables[key] for key in keys]
         short = architecture.short
         # sequences longer than this use other rotations (longrope); None if no sequence within the context does
         self.short = short if short is not None and short < context else None
@@ -65,9 +65,12 @@ class Decoder:
         """The output (m, hidden) of each layer in turn."""
         x = Hidden(self.embed(step))
         blocks = self.blocks if step.prefix is None else self.weights.layers
+        inputs = None if self.weights.token_inputs is None else self.weights.token_inputs(step.tokens, x.h)
         taken = []
         for index, (block, turns) in enumerate(zip(blocks, self.turns, strict=True)):
             x = self.layer(x, block, step, turns, cache)
+            if inputs is not None and block.token_input is not None:
+                x = block.token_input(x, block.attention.wanted(inputs[:, index], step))
             if index in self.taps:
                 taken.append(x.h)
             yield x

@@ -8,9 +8,18 @@ from functools import partial
 import torch
 
 from lowbit.engine import configs
-from lowbit.engine.architecture import Architecture, LatentSizes, Layer, Mixture, MixtureNames, Names, Rope
+from lowbit.engine.architecture import (
+    Architecture,
+    LatentSizes,
+    Layer,
+    Mixture,
+    MixtureNames,
+    Names,
+    Rope,
+    TokenInputNames,
+)
 from lowbit.engine.fields import Fields, NotComputed
-from lowbit.engine.ropes import RULES, longrope, plain_frequencies
+from lowbit.engine.ropes import RULES, WHOLE_HEADS, longrope, plain_frequencies
 from lowbit.quant.kernels.route_experts import Rule
 from lowbit.quant.kernels.wna16_experts import Gate
 
@@ -59,7 +68,7 @@ def rope_of(
     if kind is not None and kind in parameters:
         parameters = parameters[kind]
     rule, share = parameters["rope_type"], parameters.get("partial_rotary_factor", 1.0)
-    dims = int(head_dim * share)
+    dims = head_dim if rule in WHOLE_HEADS else int(head_dim * share)
     if rule == "default":
         dims = dims if partly else head_dim
         return Rope(plain_frequencies(dims, parameters["rope_theta"]), adjacent=adjacent)
@@ -262,6 +271,72 @@ def gemma(config: Fields, capped: bool = True) -> Architecture:
     )
 
 
+def gemma4(config: Fields) -> Architecture:
+    """Gemma 4: heads of other sizes in layers with full attention, where v may be k; norms on heads of v; a factor of
+    each layer's output. Some have experts beside the feed-forward, some inputs of each layer's own, and last layers that
+    read the keys and values of earlier ones."""
+    config = config.get_text_config()
+    if config.use_bidirectional_attention == "all":
+        raise NotComputed("use_bidirectional_attention is 'all'; the engine computes causal attention alone")
+    inputs, vocabulary = config.hidden_size_per_layer_input, config.vocab_size_per_layer_input
+    if inputs and vocabulary != config.vocab_size:
+        raise NotComputed(f"vocab_size_per_layer_input is {vocabulary}, vocab_size {config.vocab_size}")
+    return Architecture(
+        family=config.model_type,
+        vocabulary=config.vocab_size,
+        hidden=config.hidden_size,
+        inner=config.intermediate_size,
+        heads=config.num_attention_heads,
+        kv_heads=config.num_key_value_heads,
+        head_dim=config.head_dim,
+        layers=gemma4_layers(config),
+        max_positions=config.max_position_embeddings,
+        norm_eps=config.rms_norm_eps,
+        activation=activation_of(config.hidden_activation, gated=True),
+        logit_softcap=config.final_logit_softcapping,
+        embedding_scale=math.sqrt(config.hidden_size),
+        tied=bool(config.tie_word_embeddings),
+        value_norms=True,
+        token_inputs=inputs,
+        attention_bias=config.attention_bias,
+    )
+
+
+def gemma4_layers(config: Fields) -> tuple[Layer, ...]:
+    """The layers of Gemma 4."""
+    kinds, shared = config.layer_types, config.num_hidden_layers - config.num_kv_shared_layers
+    wide = config.intermediate_size * (2 if config.use_double_wide_mlp else 1)
+    experts, inner, top = config.num_experts, config.moe_intermediate_size, config.top_k_experts
+    mixture = Mixture(experts, inner, Rule(top), beside=True) if config.enable_moe_block else None
+    layers, ropes = [], dict[tuple[str, int], Rope]()
+    for index, kind in enumerate(kinds):
+        own = config.per_layer_config[index]
+        head_dim = own.head_dim
+        if (kind, head_dim) not in ropes:
+            ropes[kind, head_dim] = rope_of(config, head_dim, kind)
+        source = None if index < shared else last_of(kind, kinds[:shared])
+        layer = Layer(
+            config.sliding_window if kind == configs.SLIDING else None,
+            ropes[kind, head_dim],
+            scale=1.0,
+            mixture=mixture,
+            head_dim=head_dim,
+            kv_heads=own.num_key_value_heads,
+            inner=None if source is None else wide,
+            v_is_k=config.attention_k_eq_v and kind == configs.FULL,
+            source=source,
+        )
+        layers.append(layer)
+    return tuple(layers)
+
+
+def last_of(kind: str, kinds: list[str]) -> int:
+    """The last layer of a kind. NotComputed if there is none."""
+    if kind not in kinds:
+        raise NotComputed(f"layers with {kind} read keys and values of an earlier one, and there is none")
+    return len(kinds) - 1 - kinds[::-1].index(kind)
+
+
 def gpt2(config: Fields) -> Architecture:
     """GPT-2: learned positions, LayerNorm, one product before the activation."""
     head_dim = config.n_embd // config.n_head
@@ -356,6 +431,31 @@ GEMMA3_WITH_IMAGES = replace(
     head="language_model.lm_head",
     others=("vision_tower.", "multi_modal_projector."),
 )
+GEMMA4_EXPERTS = MixtureNames(
+    router="router.proj",
+    router_scale="router.scale",
+    factors="router.per_expert_scale",
+    expert_norm="pre_feedforward_layernorm_2",
+    expert_out_norm="post_feedforward_layernorm_2",
+    dense_out_norm="post_feedforward_layernorm_1",
+    up=("experts.{}.gate_proj", "experts.{}.up_proj"),
+    down="experts.{}.down_proj",
+    up_whole="experts.gate_up_proj",
+    down_whole="experts.down_proj",
+)
+GEMMA4 = replace(GEMMA3, factor="layer_scalar", mixture=GEMMA4_EXPERTS)
+GEMMA4_WITH_IMAGES = replace(
+    GEMMA4,
+    embedding="model.language_model.embed_tokens",
+    layer="model.language_model.layers.{}.",
+    norm="model.language_model.norm",
+    token_inputs=TokenInputNames(
+        embedding="model.language_model.embed_tokens_per_layer",
+        projection="model.language_model.per_layer_model_projection",
+        norm="model.language_model.per_layer_projection_norm",
+    ),
+    others=tuple(f"model.{part}" for part in ("vision_", "audio_", "embed_vision.", "embed_audio.")),
+)
 GLM = replace(LLAMA, up=("mlp.gate_up_proj",))
 GPT2 = Names(
     embedding="transformer.wte",
@@ -446,6 +546,10 @@ FAMILIES = {
         Family("gemma2", configs.Gemma2, GEMMA2, gemma),
         Family("gemma3_text", configs.Gemma3Text, GEMMA3, partial(gemma, capped=False)),
         Family("gemma3", configs.Gemma3, GEMMA3_WITH_IMAGES, partial(gemma, capped=False)),
+        Family("gemma4_text", configs.Gemma4Text, GEMMA4, gemma4),
+        Family("gemma4", configs.Gemma4, GEMMA4_WITH_IMAGES, gemma4),
+        Family("gemma4_unified_text", configs.Gemma4UnifiedText, GEMMA4, gemma4),
+        Family("gemma4_unified", configs.Gemma4Unified, GEMMA4_WITH_IMAGES, gemma4),
         Family("phi3", configs.Phi3, replace(GLM, qkv=("self_attn.qkv_proj",)), partial(llama, partly=True)),
         Family("gpt2", configs.Gpt2, GPT2, gpt2),
         Family("gptj", configs.GptJ, GPTJ, gptj),
@@ -460,11 +564,3 @@ FAMILIES = {
         Family("chatglm", configs.ChatGLM, CHATGLM, chatglm),
     )
 }
-
-# Families that are known and left out, and what the engine would need.
-LEFT_OUT = dict.fromkeys(
-    ("gemma4", "gemma4_text", "gemma4_unified", "gemma4_unified_text"),
-    "layers with full attention have heads of 512 inputs (the kernels take 256) and other numbers of them than those "
-    "with a window, where a cache has one shape for all; v has a norm, and each layer a factor; experts and the "
-    "feed-forward beside them have norms of their own, and the router another",
-)

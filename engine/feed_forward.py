@@ -95,20 +95,25 @@ class Router:
     weight      (experts, hidden)
     bias        (experts), or None
     correction  (experts) float32, added to scores for the choice alone, or None
+    factors     (experts) float32, of the weights of a row's experts, or None
+    norm        of its rows, or None: that of the experts
     """
 
     weight: Tensor
     bias: Tensor | None
     correction: Tensor | None
     rule: Rule
+    factors: Tensor | None = None
+    norm: Norm | None = None
 
     @property
     def nbytes(self) -> int:
-        return sum(tensor.nbytes for tensor in (self.weight, self.bias, self.correction) if tensor is not None)
+        every = self.weight, self.bias, self.correction, self.factors
+        return sum(tensor.nbytes for tensor in every if tensor is not None)
 
     def __call__(self, x: Tensor, deferred: Deferred | None, dependent: bool) -> Chosen:
         """The experts of rows x (m, hidden); `deferred`: the norm still to finish on them."""
-        call = RouteCall(x, self.weight, self.rule, self.bias, self.correction, deferred, dependent)
+        call = RouteCall(x, self.weight, self.rule, self.bias, self.correction, deferred, dependent, self.factors)
         return Chosen(*ops.route_experts(call), len(self.weight))
 
 
@@ -183,11 +188,17 @@ class MixedForward:
 
     def chosen_for(self, x: Hidden) -> Chosen:
         """The experts of the rows."""
-        return self.router(*self.rows_of(x), self.hints.dependent)
+        return self.chosen_of(x, *self.rows_of(x))
 
-    def __call__(self, x: Hidden, residual: Tensor) -> Hidden:
+    def chosen_of(self, x: Hidden, rows: Tensor, deferred: Deferred | None) -> Chosen:
+        """The experts of x, whose `rows_of` are these."""
+        if self.router.norm is not None:
+            rows, deferred = ops.normalize(self.router.norm.of(Rows(x.h, dependent=self.hints.dependent))), None
+        return self.router(rows, deferred, self.hints.dependent)
+
+    def __call__(self, x: Hidden, residual: Tensor | None) -> Hidden:
         (rows, deferred), dependent = self.rows_of(x), self.hints.dependent
-        chosen = self.router(rows, deferred, dependent)
+        chosen = self.chosen_of(x, rows, deferred)
         if self.experts.weights is None or len(rows) > FEW_ROWS:
             whole = rows if deferred is None else ops.normalize(self.norm.of(Rows(x.h)))
             out = Hidden(self.experts.in_parts(whole, chosen, residual))
@@ -218,3 +229,49 @@ class MixedForward:
             inner = prepared(Rows(inner, activation=down.before))
             inner, down = (inner.float() * gate).to(inner.dtype), replace(down, before="none")
         return down.onto(h, inner)
+
+
+@dataclass(frozen=True)
+class BesideForward:
+    """keeps * residual + after(dense(x) + behind(mixed(x))): experts beside a feed-forward of all tokens, each with norms
+    of its own before and behind it (Gemma 4).
+
+    dense   with the norm behind it; mixed  without
+    after   the norm behind the sum, times `keeps`
+    """
+
+    dense: DenseForward
+    mixed: MixedForward
+    behind: Norm
+    after: Norm
+    keeps: float
+
+    @property
+    def products(self) -> tuple[Product, ...]:
+        return self.dense.products
+
+    @property
+    def first(self) -> Tensor:
+        return self.mixed.first
+
+    reader = None
+
+    def planned(self, following: Product, dependent: bool, shared: bool) -> "BesideForward":
+        mixed = self.mixed.planned(self.dense.up, dependent, shared=False)
+        return replace(self, mixed=mixed, dense=self.dense.planned(following, dependent, shared=False))
+
+    def captures(self, rows: int) -> bool:
+        return self.mixed.captures(rows)
+
+    @property
+    def experts_count(self) -> int:
+        return self.mixed.experts_count
+
+    def step_nbytes(self, distinct: int) -> int:
+        return self.dense.step_nbytes(0) + self.mixed.step_nbytes(distinct)
+
+    def __call__(self, x: Hidden, residual: Tensor) -> Hidden:
+        dependent = self.mixed.hints.dependent
+        mixed = ops.normalize(self.behind.of(Rows(self.mixed(x, None).h, dependent=dependent)))
+        both = ops.normalize(self.after.of(Rows(self.dense(x, mixed).h, dependent=dependent)))
+        return Hidden(torch.add(both, residual, alpha=self.keeps))

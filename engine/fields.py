@@ -6,12 +6,13 @@ Every field of the rest must have its default value. Otherwise the model compute
 from dataclasses import fields
 from typing import Any
 
-# Fields that a configuration's `resolve` turns into those that readers use: layer_types, rope_parameters.
+# Fields that a configuration's `resolve` turns into those that readers use: layer_types, rope_parameters,
+# per_layer_config.
 RESOLVED = frozenset(
     (
         *("model_type", "num_hidden_layers", "use_sliding_window", "max_window_layers", "sliding_window_pattern"),
         *("original_max_position_embeddings", "rope_scaling", "rope_theta", "partial_rotary_factor"),
-        *("rope_local_base_freq", "text_config"),
+        *("rope_local_base_freq", "text_config", "global_head_dim", "num_global_key_value_heads"),
     )
 )
 

@@ -6,11 +6,12 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
-from lowbit.engine.architecture import Architecture, Layer, Mixture
+from lowbit.engine.architecture import Architecture, HeadSizes, Layer, Mixture
 from lowbit.engine.attention import prompt_attention
 from lowbit.engine.cache import Cache
-from lowbit.engine.feed_forward import DenseForward, FeedForward, MixedForward, Router
+from lowbit.engine.feed_forward import BesideForward, DenseForward, FeedForward, MixedForward, Router
 from lowbit.engine.latent import Latent
 from lowbit.engine.products import Hidden, Norm, Product, rounds_late
 from lowbit.engine.step import Step, Turns
@@ -49,6 +50,11 @@ class Attention:
         """The attention parameters of this layer."""
         return self.architecture.layers[self.index]
 
+    @property
+    def sizes(self) -> HeadSizes:
+        """The heads of this layer."""
+        return self.architecture.heads_of(self.index)
+
     def __call__(self, x: Hidden, step: Step, turns: Turns, cache: Cache) -> Hidden:
         """x + attention for rows (m, hidden), in the last layer for the wanted ones. Also writes the keys and values of
         all rows to the cache."""
@@ -66,7 +72,7 @@ class Attention:
     def attended(self, x: Hidden, step: Step, turns: Turns, cache: Cache) -> Tensor:
         """The rows' attention (m, heads * head_dim). k and v, rotated, go to the cache."""
         kv, layer = cache.layers[self.index], self.layer
-        if not step.alone or self.product_turns(kv):
+        if not step.alone or self.product_turns(kv) or not self.sizes.made:
             return self.attend(self.heads(x, step, turns, kv), step, cache)
         bounds = layer.scale, layer.window or 0, self.architecture.softcap or 0.0, step.longest
         append = self.append(x, step, turns, kv)
@@ -76,7 +82,8 @@ class Attention:
 
     def product_turns(self, kv: KVCache) -> bool:
         """True if the qkv product itself rotates its heads and appends them to `kv`."""
-        return kv.k_scales is None and self.q_norm is None and self.qkv.weight.turns(kv.head_dim)
+        plain = kv.k_scales is None and self.q_norm is None and not self.architecture.value_norms
+        return plain and self.sizes.made > 0 and self.qkv.weight.turns(kv.head_dim)
 
     def heads(self, x: Hidden, step: Step, turns: Turns, kv: KVCache) -> Tensor:
         """q (m, heads * head_dim), rotated; k and v go to the cache."""
@@ -85,20 +92,21 @@ class Attention:
         return ops.append_heads(self.append(x, step, turns, kv))
 
     def append(self, x: Hidden, step: Step, turns: Turns, kv: KVCache) -> AppendCall:
-        """The append of the heads of x."""
+        """The append of the heads of x; of q alone if the layer reads another one's keys and values."""
         a, qkv = self.architecture, self.qkv(x)
+        kv = kv if self.sizes.made else kv.without_heads
         norms = self.q_norm, self.k_norm, a.norm_eps
         if a.joint_head_norms:
             qkv, norms = self.normed_together(qkv), (None, None, a.norm_eps)
         places = step.turns, step.slots, turns.cosines, turns.sines
-        return AppendCall(qkv, *places, kv, *norms, self.qkv.hints.dependent)
+        return AppendCall(qkv, *places, kv, *norms, self.qkv.hints.dependent, a.value_norms)
 
     def normed_together(self, qkv: Tensor) -> Tensor:
         """The outputs (m, rows) of the qkv product, with one norm over all heads of q, and one over those of k."""
-        a = self.architecture
-        parts = qkv.split([heads * a.head_dim for heads in (a.heads, a.kv_heads, a.kv_heads)], -1)
+        sizes, eps = self.sizes, self.architecture.norm_eps
+        parts = qkv.split([heads * sizes.head_dim for heads in (sizes.heads, sizes.made, sizes.made)], -1)
         normed = (
-            part if weight is None else ops.normalize(Rows(part.contiguous(), "rms", weight, None, a.norm_eps))
+            part if weight is None else ops.normalize(Rows(part.contiguous(), "rms", weight, None, eps))
             for part, weight in zip(parts, (self.q_norm, self.k_norm, None), strict=True)
         )
         return torch.cat(list(normed), -1)
@@ -129,16 +137,64 @@ class Attention:
 
 
 @dataclass(frozen=True)
+class TokenInput:
+    """keeps * x + norm(onto(act(gate(x)) * input)): a layer's end that adds the input it has of its own for each token.
+
+    onto  with the norm, and `keeps`
+    """
+
+    gate: Product
+    onto: Product
+
+    @property
+    def products(self) -> tuple[Product, ...]:
+        return self.gate, self.onto
+
+    def planned(self, following: Product, dependent: bool) -> "TokenInput":
+        """A copy with launch hints."""
+        gate = self.gate.hinted(Hints(dependent, self.onto.weight.bulk))
+        return TokenInput(gate, self.onto.hinted(Hints(dependent, following.weight.bulk)))
+
+    def __call__(self, x: Hidden, inputs: Tensor) -> Hidden:
+        """The layer's output (m, hidden) for x (m, hidden) and inputs (m, width)."""
+        return self.onto.onto(x.h, self.gate(x.h) * inputs)
+
+
+@dataclass(frozen=True)
+class TokenInputs:
+    """The inputs of all layers, for each token: (norm(projection(x)) + lookup) / sqrt(2).
+
+    table       (vocabulary, layers * width), times the square root of the width
+    projection  the embedding to (layers * width)
+    norm        (width) of each layer's part, divided by sqrt(2)
+    """
+
+    table: Tensor
+    projection: Product
+    norm: Norm
+
+    def __call__(self, tokens: Tensor, x: Tensor) -> Tensor:
+        """The inputs (m, layers, width) of tokens (m), whose embeddings are x (m, hidden)."""
+        width = len(self.norm.weight)
+        made = ops.normalize(self.norm.of(Rows(self.projection(x).view(-1, width))))
+        found = functional.embedding(tokens, self.table).view(-1, width)
+        return torch.add(made, found, alpha=(width / 2) ** 0.5).view(len(tokens), -1, width)
+
+
+@dataclass(frozen=True)
 class Block:
     """One layer."""
 
     attention: Attention
     feed_forward: FeedForward
+    token_input: TokenInput | None = None
 
     @property
     def products(self) -> tuple[Product, ...]:
-        """The products whose launches are planned, in the order of use: qkv, o, those of the feed-forward."""
-        return self.attention.qkv, self.attention.o, *self.feed_forward.products
+        """The products whose launches are planned, in the order of use: qkv, o, those of the feed-forward, and those of
+        the layer's own input."""
+        own = () if self.token_input is None else self.token_input.products
+        return self.attention.qkv, self.attention.o, *self.feed_forward.products, *own
 
     def planned(self, following: Product, dependent: bool, shared: bool) -> "Block":
         """A copy with launch hints: see layers.planned. `following` reads the result."""
@@ -147,14 +203,18 @@ class Block:
         reader = None if self.attention.architecture.parallel else self.feed_forward.reader
         if shared and reader is not None:
             o = o.begun_for(reader)
-        rest = self.feed_forward.planned(following, dependent, shared)
-        return Block(replace(self.attention, qkv=qkv, o=o), rest)
+        attention, own = replace(self.attention, qkv=qkv, o=o), self.token_input
+        if own is None:
+            return Block(attention, self.feed_forward.planned(following, dependent, shared))
+        rest = self.feed_forward.planned(own.gate, dependent, shared=False)
+        return Block(attention, rest, own.planned(following, dependent))
 
     def step_nbytes(self, distinct: int) -> int:
         """Bytes of weights that a step reads which chooses so many experts."""
         latent = 0 if self.attention.latent is None else self.attention.latent.nbytes
         attention = self.attention.qkv.linear.nbytes + self.attention.o.linear.nbytes + latent
-        return attention + self.feed_forward.step_nbytes(distinct)
+        own = () if self.token_input is None else self.token_input.products
+        return attention + self.feed_forward.step_nbytes(distinct) + sum(product.linear.nbytes for product in own)
 
 
 class Parts(Protocol):
@@ -181,20 +241,28 @@ class Parts(Protocol):
     def norm(self, part: str) -> Norm | None:
         """A norm of hidden states; None if the family has none."""
 
-    def head_norm(self, part: str) -> Tensor | None:
-        """The weight of a norm of heads; None if the family has none."""
+    def factor(self) -> float:
+        """The factor of the layer's output."""
+
+    def head_norm(self, part: str, width: int) -> Tensor | None:
+        """The weight (width) of a norm of heads; None if the family has none."""
 
 
 def build_block(parts: Parts, architecture: Architecture, index: int, fused_append: bool) -> Block:
     """Layer `index`; fused_append as in weights.Settings."""
-    a = architecture
-    q_norm, k_norm = parts.head_norm("q_norm"), parts.head_norm("k_norm")
+    a, sizes = architecture, architecture.heads_of(index)
+    together = (sizes.heads, sizes.made) if a.joint_head_norms else (1, 1)
+    q_norm, k_norm = (
+        parts.head_norm(part, heads * sizes.head_dim) if sizes.made or part == "q_norm" else None
+        for part, heads in zip(("q_norm", "k_norm"), together, strict=True)
+    )
     latent = None
     if a.latent is not None:
         qkv, latent = parts.latent()
     else:
-        qkv = parts.linear("qkv", a.qkv_rows, a.hidden, a.head_dim if fused_append and q_norm is None else TILE_ROWS)
-    o = parts.linear("o", a.hidden, a.o_inputs)
+        turned = fused_append and q_norm is None
+        qkv = parts.linear("qkv", sizes.qkv_rows, a.hidden, sizes.head_dim if turned else TILE_ROWS)
+    o = parts.linear("o", a.hidden, a.o_inputs(index))
     attention_norm, mlp_norm = parts.norm("attention_norm"), parts.norm("mlp_norm")
     if a.parallel:
         mlp_norm = mlp_norm or attention_norm
@@ -208,14 +276,42 @@ def build_block(parts: Parts, architecture: Architecture, index: int, fused_appe
         parts.sinks(),
         latent,
     )
+    norms = NormsAround(mlp_norm, parts.norm("mlp_out_norm"), parts.factor() if not a.token_inputs else 1.0)
     mixture = a.layers[index].mixture
-    if mixture is not None:
-        return Block(attention, build_mixed(parts, a, mixture, mlp_norm))
-    return Block(attention, build_dense(parts, a, ("up", "down"), a.inner, mlp_norm))
+    if mixture is None:
+        forward: FeedForward = build_dense(parts, a, ("up", "down"), a.inner_of(index), norms)
+    elif mixture.beside:
+        forward = build_beside(parts, a, index, norms)
+    else:
+        forward = build_mixed(parts, a, mixture, mlp_norm)
+    return Block(attention, forward, build_token_input(parts, a) if a.token_inputs else None)
+
+
+@dataclass(frozen=True)
+class NormsAround:
+    """The norms before and behind a feed-forward, and the factor of the layer's output, which has a norm behind it."""
+
+    before: Norm | None
+    after: Norm | None = None
+    keeps: float = 1.0
+
+    @property
+    def scaled(self) -> Norm | None:
+        """The norm behind, times the factor."""
+        return self.after if self.after is None or self.keeps == 1.0 else self.after.scaled(self.keeps)
+
+
+def build_token_input(parts: Parts, architecture: Architecture) -> TokenInput:
+    """The end of a layer that has an input of its own for each token."""
+    a, norms = architecture, NormsAround(None, parts.norm("token_out_norm"), parts.factor())
+    gate = parts.linear("token_gate", a.token_inputs, a.hidden)
+    onto = parts.linear("token_onto", a.hidden, a.token_inputs)
+    activation = a.activation.removesuffix("_mul")
+    return TokenInput(Product(gate, activation=activation), Product(onto, after=norms.scaled, keeps=norms.keeps))
 
 
 def build_dense(
-    parts: Parts, architecture: Architecture, names: tuple[str, str], inner: int, norm: Norm | None
+    parts: Parts, architecture: Architecture, names: tuple[str, str], inner: int, norms: NormsAround
 ) -> DenseForward:
     """The feed-forward with these parts as up and down."""
     a = architecture
@@ -224,7 +320,20 @@ def build_dense(
     down = parts.linear(names[1], a.hidden, inner)
     late = rounds_late(up, down, a.activation)
     before, activation = (a.activation, "none") if late else ("none", a.activation)
-    return DenseForward(Product(up, norm, activation), Product(down, before=before, after=parts.norm("mlp_out_norm")))
+    inward = Product(up, norms.before, activation)
+    return DenseForward(inward, Product(down, before=before, after=norms.scaled, keeps=norms.keeps))
+
+
+def build_beside(parts: Parts, architecture: Architecture, index: int, norms: NormsAround) -> BesideForward:
+    """The feed-forward of a layer with experts beside its dense one."""
+    a, mixture = architecture, architecture.layers[index].mixture
+    around = NormsAround(norms.before, parts.norm("dense_out_norm"))
+    dense = build_dense(parts, a, ("up", "down"), a.inner_of(index), around)
+    behind, after = parts.norm("expert_out_norm"), norms.scaled
+    assert mixture is not None
+    assert behind is not None
+    assert after is not None
+    return BesideForward(dense, build_mixed(parts, a, mixture, parts.norm("expert_norm")), behind, after, norms.keeps)
 
 
 def build_mixed(parts: Parts, architecture: Architecture, mixture: Mixture, norm: Norm | None) -> MixedForward:
@@ -238,7 +347,8 @@ def build_mixed(parts: Parts, architecture: Architecture, mixture: Mixture, norm
     )
     shared = None
     if mixture.shared:
-        shared = build_dense(parts, a, ("shared_up", "shared_down"), mixture.shared, norm)
+        around = NormsAround(norm, parts.norm("mlp_out_norm"))
+        shared = build_dense(parts, a, ("shared_up", "shared_down"), mixture.shared, around)
     assert norm is not None
     return MixedForward(norm, parts.router(mixture), experts, shared, parts.shared_gate() if mixture.shared else None)
 
@@ -263,8 +373,8 @@ def captures(blocks: Sequence[Block], cache: Cache, rows: int, dtype: torch.dtyp
     Without the attention kernel, plain torch runs, whose shapes depend on positions (those of latent attention do not);
     nor can many rows of experts be captured.
     """
-    kv = cache.layers[0]
+    heads, layers = torch.empty(0, dtype=dtype, device=cache.layers[0].k.device), cache.layers
     if blocks[0].attention.latent is not None:
-        kv = replace(kv, k=kv.v)  # a width that the kernels take
-    heads = torch.empty(0, dtype=dtype, device=kv.k.device)
-    return all(block.feed_forward.captures(rows) for block in blocks) and reason_against(heads, kv) is None
+        layers = tuple(replace(kv, k=kv.v) for kv in layers)  # a width that the kernels take
+    taken = all(reason_against(heads, kv) is None for kv in layers)
+    return taken and all(block.feed_forward.captures(rows) for block in blocks)

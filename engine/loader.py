@@ -13,7 +13,7 @@ from lowbit.engine.drafts.heads import SPARE, Head, Model
 from lowbit.engine.drafts.kinds import Drafter, kind_of, load_head, taps_for
 from lowbit.engine.drafts.mtp import OWN, load_own
 from lowbit.engine.engine import Engine
-from lowbit.engine.families import FAMILIES, LEFT_OUT, Family
+from lowbit.engine.families import FAMILIES, Family
 from lowbit.engine.fields import Fields, NotComputed
 from lowbit.engine.options import Options
 from lowbit.engine.weights import CACHES, Settings, load_weights
@@ -184,9 +184,8 @@ def family_of(checkpoint: Checkpoint) -> Family:
     """The row of FAMILIES for a checkpoint. CheckpointError for an unknown one lists the known ones."""
     kind = checkpoint.config.get("model_type")
     if not isinstance(kind, str) or kind not in FAMILIES:
-        why = f" ({LEFT_OUT[kind]})" if isinstance(kind, str) and kind in LEFT_OUT else ""
         raise CheckpointError(
-            f"{checkpoint.directory}: the engine has no family {kind!r}{why}; it knows {', '.join(FAMILIES)}. Other "
+            f"{checkpoint.directory}: the engine has no family {kind!r}; it knows {', '.join(FAMILIES)}. Other "
             "models are quantized and exported all the same: transformers and vLLM load them"
         )
     return FAMILIES[kind]
@@ -212,9 +211,10 @@ def architecture_of(family: Family, checkpoint: Checkpoint) -> Architecture:
 def require_rows(architecture: Architecture, checkpoint: Checkpoint) -> None:
     """CheckpointError if q, k and v would have more rows than any tensor of the files can hold."""
     widest = max((size for entry in checkpoint.entries.values() for size in entry.shape), default=0)
-    if architecture.qkv_rows > 3 * SLACK * widest:
+    rows = max(architecture.heads_of(index).qkv_rows for index in range(len(architecture.layers)))
+    if rows > 3 * SLACK * widest:
         raise CheckpointError(
-            f"{checkpoint.head}: {architecture.qkv_rows} rows of q, k and v, but no tensor "
+            f"{checkpoint.head}: {rows} rows of q, k and v, but no tensor "
             f"of the files has more than {widest}"
         )
 

@@ -25,6 +25,10 @@ class Norm:
         """The rows with this norm set."""
         return replace(rows, norm=self.kind, weight=self.weight, bias=self.bias, eps=self.eps)
 
+    def scaled(self, factor: float) -> "Norm":
+        """This norm times a factor."""
+        return replace(self, weight=self.weight * factor, bias=None if self.bias is None else self.bias * factor)
+
 
 @dataclass(frozen=True)
 class HalfNorm:
@@ -67,6 +71,7 @@ class Product:
     norm      norm of the input, or None
     before    activation of the input, fused into its rounding to int8
     after     norm of the output, or None
+    keeps     factor of the residual that an output behind `after` is added to
     consumer  the product that reads the output, if the norm in between may be fused
     rows_alone  it reads rows, never panels
     """
@@ -76,6 +81,7 @@ class Product:
     activation: str = "none"
     before: str = "none"
     after: Norm | None = None
+    keeps: float = 1.0
     float32_out: bool = False
     consumer: Consumer | None = None
     rows_alone: bool = False
@@ -112,8 +118,8 @@ class Product:
     def onto(self, residual: Tensor, x: Tensor) -> Hidden:
         """residual + the product of x, with the next norm half applied if that saves a launch."""
         if self.after is not None:
-            y = self(x)
-            return Hidden(residual + ops.normalize(self.after.of(Rows(y, dependent=self.hints.dependent))))
+            y = ops.normalize(self.after.of(Rows(self(x), dependent=self.hints.dependent)))
+            return Hidden(torch.add(y, residual, alpha=self.keeps))
         m = panels.shape_of(x)[0]
         if self.consumer is None or not self.shares(self.consumer, m):
             return Hidden(self(x, residual))

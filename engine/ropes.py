@@ -96,10 +96,20 @@ def longrope(rope: Parameters, dims: int, positions: int, long: bool = False) ->
     return 1.0 / (torch.tensor(divisors, dtype=torch.float32) * powers(dims, rope["rope_theta"])), scaling
 
 
+def proportional(rope: Parameters, dims: int, positions: int) -> Frequencies:
+    """Plain frequencies of a head whose last pairs, all but a share of them, are not rotated (Gemma 4)."""
+    turned = int(rope.get("partial_rotary_factor", 1.0) * dims // 2)
+    frequencies = plain_frequencies(dims, rope["rope_theta"])
+    frequencies[turned:] = 0
+    return frequencies / rope.get("factor", 1.0), 1.0
+
+
 RULES: dict[str, Callable[[Parameters, int, int], Frequencies]] = {
     "linear": linear,
     "dynamic": dynamic,
     "yarn": yarn,
     "longrope": longrope,
     "llama3": llama3,
+    "proportional": proportional,
 }
+WHOLE_HEADS = ("proportional",)  # rules that take the width of a head, and rotate a share of it themselves

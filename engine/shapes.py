@@ -14,7 +14,7 @@ from lowbit.engine.drafts.heads import Model
 from lowbit.engine.families import FAMILIES, NO_ROPE
 from lowbit.engine.feed_forward import Router
 from lowbit.engine.latent import Latent
-from lowbit.engine.layers import build_block
+from lowbit.engine.layers import TokenInputs, build_block
 from lowbit.engine.products import Norm, Product
 from lowbit.engine.ropes import plain_frequencies
 from lowbit.engine.step import turns_of
@@ -128,6 +128,22 @@ def glm_shape() -> Architecture:
     return with_mixture(plain, mixture, dense=1, family="glm4_moe", head_norms=False)
 
 
+def gemma_shape() -> Architecture:
+    """Gemma-4-26B-A4B: heads of 256 with windows, and every sixth layer of 512 without; 128 experts beside a
+    feed-forward."""
+    narrow = Layer(1024, Rope(plain_frequencies(256, 1e4)), 1.0)
+    wide = Layer(None, Rope(plain_frequencies(512, 1e6)), 1.0, head_dim=512, kv_heads=2, v_is_k=True)
+    plain = replace(
+        decoder_shape(262144, 2816, 2112, 16, 30, kv_heads=8),
+        head_dim=256,
+        layers=tuple(narrow if layer % 6 else wide for layer in range(1, 31)),
+        activation="gelu_tanh_mul",
+        logit_softcap=30.0,
+        value_norms=True,
+    )
+    return with_mixture(plain, Mixture(128, 704, Rule(8), beside=True), family="gemma4_text")
+
+
 SHAPES = {
     "llama2-7b": decoder_shape(32000, 4096, 11008, 32, 32),
     "llama2-13b": decoder_shape(32000, 5120, 13824, 40, 40),
@@ -141,6 +157,7 @@ SHAPES = {
     "gpt-oss-20b": gpt_oss_shape(),
     "deepseek-v2-lite": deepseek_shape(),
     "glm-4.5-air": glm_shape(),
+    "gemma-4-26b-a4b": gemma_shape(),
 }
 
 
@@ -188,9 +205,12 @@ class RandomParts:
 
     def router(self, mixture: Mixture) -> Router:
         """A router that spreads rows over all experts."""
+        beside = mixture.beside
         weight = random_weight(mixture.experts, self.architecture.hidden, None, self.like)
         assert isinstance(weight, Tensor)
-        return Router(weight, self.plain.weight.new_zeros(mixture.experts) if self.biased else None, None, mixture.rule)
+        bias = self.plain.weight.new_zeros(mixture.experts) if self.biased else None
+        factors = torch.ones(mixture.experts, device=self.like.device) if beside else None
+        return Router(weight, bias, None, mixture.rule, factors, self.plain if beside else None)
 
     def stack(self, part: str, mixture: Mixture, n: int, k: int) -> StackedLinear:
         """Random linears of all experts."""
@@ -213,6 +233,14 @@ class RandomParts:
         latent = Latent(q, q_norm, kv_norm, keys, values, None, a)
         return random_linear(rows, a.hidden, self.scheme, self.like), latent
 
+    def token_inputs(self) -> TokenInputs:
+        """Random inputs of all layers for each token."""
+        a, like = self.architecture, self.plain.weight
+        rows = len(a.layers) * a.token_inputs
+        table = torch.randn(a.vocabulary, rows, dtype=like.dtype, device=like.device)
+        norm = Norm("rms", like.new_ones(a.token_inputs), None, a.norm_eps)
+        return TokenInputs(table, Product(random_linear(rows, a.hidden, None, self.like)), norm)
+
     def sinks(self) -> Tensor | None:
         """Zeros, if the family has sinks."""
         a = self.architecture
@@ -225,15 +253,18 @@ class RandomParts:
         return None
 
     def norm(self, part: str) -> Norm | None:
-        """A norm with weight 1; None for norms of outputs."""
-        return None if part.endswith("out_norm") else self.plain
+        """A norm with weight 1; of outputs if the family has it."""
+        return None if part.endswith("out_norm") and self.names.of(part) is None else self.plain
 
-    def head_norm(self, part: str) -> Tensor | None:
+    def factor(self) -> float:
+        """1: layers keep the scale of their inputs."""
+        return 1.0
+
+    def head_norm(self, part: str, width: int) -> Tensor | None:
         """A norm with weight 1, if the family has it."""
-        a = self.architecture
-        if getattr(self.names, part) is None or not a.head_norms:
+        if self.names.of(part) is None or not self.architecture.head_norms:
             return None
-        return torch.ones(a.head_dim, dtype=self.like.dtype, device=self.like.device)
+        return torch.ones(width, dtype=self.like.dtype, device=self.like.device)
 
 
 class RandomHeadParts(RandomParts):
@@ -280,6 +311,10 @@ def random_weights(
     positions = torch.zeros(a.max_positions, a.hidden, dtype=like.dtype, device=like.device) if a.positions else None
     final = random_linear(a.vocabulary, a.hidden, None if head == "dense" else parse_scheme(head), like)
     layers = tuple(build_block(parts, a, index, number == SAME) for index in range(len(a.layers)))
-    scales = ((torch.ones(a.kv_heads, device=like.device),) * 2,) * len(a.layers) if number.scales == "head" else ()
+    scales: tuple[tuple[Tensor, Tensor], ...] = ()
+    if number.scales == "head":
+        heads = (a.heads_of(index).kv_heads for index in range(len(a.layers)))
+        scales = tuple((torch.ones(count, device=like.device),) * 2 for count in heads)
     product = Product(final, parts.norm("norm"), float32_out=True)
-    return Weights(embedding, positions, layers, product, cache=CacheKind(number, scales))
+    inputs = parts.token_inputs() if a.token_inputs else None
+    return Weights(embedding, positions, layers, product, cache=CacheKind(number, scales), token_inputs=inputs)

@@ -4,6 +4,7 @@ The decoder has a fixed layout: rows of q, k and v stacked, and rotary pairs hal
 family's files (interleaved heads, adjacent pairs, partly rotated heads) are converted here by reordering rows.
 """
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,11 +12,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from lowbit.engine.architecture import Architecture, LatentSizes, Mixture, MixtureNames, Names, Rope
+from lowbit.engine.architecture import Architecture, HeadSizes, LatentSizes, Mixture, MixtureNames, Names, Rope
 from lowbit.engine.cache import CacheKind
 from lowbit.engine.feed_forward import Router
 from lowbit.engine.latent import Latent
-from lowbit.engine.layers import Block, build_block
+from lowbit.engine.layers import Block, TokenInputs, build_block
 from lowbit.engine.products import Norm, Product
 from lowbit.errors import CheckpointError, UsageError
 from lowbit.export.checkpoint import Checkpoint
@@ -43,6 +44,7 @@ class Weights:
     expanded   scheme -> number of linears of it that have no kernel and were dequantized
     cache      the keys and values that the layers write
     unused_cache  the key-value cache that the checkpoint has scales for ("fp8") if another one is written, or None
+    token_inputs  the inputs that layers have of their own for each token, or None
     """
 
     embedding: Tensor
@@ -52,6 +54,7 @@ class Weights:
     expanded: Mapping[str, int] = field(default_factory=dict)
     cache: CacheKind = field(default_factory=CacheKind)
     unused_cache: str | None = None
+    token_inputs: TokenInputs | None = None
 
     @property
     def device(self) -> torch.device:
@@ -67,7 +70,8 @@ class Weights:
         distinct  the number of experts that it reads in each layer that has some
         """
         layers = sum(layer.step_nbytes(distinct.get(index, 0)) for index, layer in enumerate(self.layers))
-        return layers + self.head.linear.nbytes
+        inputs = 0 if self.token_inputs is None else self.token_inputs.projection.linear.nbytes
+        return layers + inputs + self.head.linear.nbytes
 
     @property
     def nbytes(self) -> int:
@@ -133,7 +137,8 @@ def load_weights(checkpoint: Checkpoint, names: Names, architecture: Architectur
     head = Product(reader.head(embedding), reader.norm(names.norm), float32_out=True)
     kind = CacheKind(number, reader.cache_scales() if number.scales == "head" else ())
     unused = None if number == FP8_CACHE else declared
-    weights = Weights(embedding, positions, layers, head, reader.expanded, kind, unused)
+    inputs = reader.token_inputs() if a.token_inputs else None
+    weights = Weights(embedding, positions, layers, head, reader.expanded, kind, unused, inputs)
     reader.refuse_leftovers()
     return weights
 
@@ -147,14 +152,14 @@ def head_order(head_dim: int, rope: Rope) -> Tensor:
     return torch.cat([low, rest[: half - pairs], high, rest[half - pairs :]])
 
 
-def qkv_order(architecture: Architecture, rope: Rope, per_head: bool) -> Tensor:
+def qkv_order(sizes: HeadSizes, rope: Rope, per_head: bool) -> Tensor:
     """For each of our rows of q, k and v: the file's row there."""
-    a, d = architecture, architecture.head_dim
-    heads = torch.arange(a.heads + 2 * a.kv_heads)
+    d = sizes.head_dim
+    heads = torch.arange(sizes.heads + 2 * sizes.made)
     if per_head:  # q, k, v of head 0, then of head 1: 3 h + part
-        heads = torch.arange(3 * a.heads).view(a.heads, 3).T.flatten()
+        heads = torch.arange(3 * sizes.heads).view(sizes.heads, 3).T.flatten()
     order = head_order(d, rope)
-    turned, v = heads[: a.heads + a.kv_heads], heads[a.heads + a.kv_heads :]
+    turned, v = heads[: sizes.heads + sizes.made], heads[sizes.heads + sizes.made :]
     rows = torch.cat([turned.unsqueeze(1) * d + order, v.unsqueeze(1) * d + torch.arange(d)])
     return rows.flatten()
 
@@ -225,11 +230,21 @@ class CheckpointReader:
         bias = self.optional(f"{name}.bias", (a.hidden,)) if a.norm == "layer" else None
         return Norm(a.norm, weight + a.norm_offset, bias, a.norm_eps)
 
-    def head_norm(self, name: str, rope: Rope, heads: int) -> Tensor:
-        """The weight of the norm on heads of q or k, or on so many heads together, reordered like their rows."""
-        a = self.architecture
-        weight = self.tensor(f"{name}.weight", (heads * a.head_dim,)) + a.norm_offset
-        return weight.unflatten(0, (heads, -1))[:, head_order(a.head_dim, rope).to(weight.device)].flatten()
+    def head_norm(self, name: str, rope: Rope, width: int, head_dim: int) -> Tensor:
+        """The weight (width) of the norm on heads of q or k, or on several heads together, reordered like their
+        rows."""
+        weight = self.tensor(f"{name}.weight", (width,)) + self.architecture.norm_offset
+        return weight.unflatten(0, (-1, head_dim))[:, head_order(head_dim, rope).to(weight.device)].flatten()
+
+    def token_inputs(self) -> TokenInputs:
+        """The inputs that layers have of their own for each token."""
+        a, names = self.architecture, self.names.token_inputs
+        count, width = len(a.layers), a.token_inputs
+        table = self.tensor(f"{names.embedding}.weight", (a.vocabulary, count * width))
+        projection = Product(self.linear((names.projection,), count * width, a.hidden, TILE_ROWS))
+        weight = self.tensor(f"{names.norm}.weight", (width,)) / math.sqrt(2)
+        # the projection is divided by sqrt(hidden): its norm's eps is multiplied instead
+        return TokenInputs(table, projection, Norm(a.norm, weight, None, a.norm_eps * a.hidden))
 
     def matrix(self, linear: str) -> QTensor | Tensor:
         """The weight of a linear (n, k): quantized as in the file, or dense in the activations' dtype."""
@@ -324,20 +339,38 @@ class CheckpointReader:
         assert found is not None
         return parts, list(found.transpose(1, 2))
 
+    def all_experts(self, whole: str, sizes: tuple[int, int, int], paired: bool) -> StackedLinear:
+        """The linears of all experts in the tensor `whole` (experts, n, k)."""
+        found, dtype = self.require(whole), self.settings.dtype
+        value = self.shaped(found, self.tensors.read(found), sizes).to(dtype).flatten(0, 1)
+        if self.settings.linears == "dense":
+            return StackedLinear(load_stack(value, sizes[0], dtype, paired))
+        weight = round_to_nearest(value, parse_scheme(self.settings.linears), dtype)
+        return StackedLinear(load_stack(weight, sizes[0], dtype, paired), None, inputs_of(weight))
+
     def router(self, names: MixtureNames, prefix: str, mixture: Mixture) -> Router:
         """The router of the layer whose tensors' names start with `prefix`."""
-        name, experts = prefix + names.router, mixture.experts
-        weight = self.tensor(f"{name}.weight", (experts, self.architecture.hidden))
+        name, experts, a = prefix + names.router, mixture.experts, self.architecture
+        weight = self.tensor(f"{name}.weight", (experts, a.hidden))
         if not weight.isfinite().all():
             raise CheckpointError(
                 f"{self.directory}: {name}.weight holds numbers that are NaN or infinite in {self.settings.dtype}: it "
                 "chooses no experts; download the file again, or load with another dtype"
             )
-        correction = None
-        if names.correction is not None:
-            found = self.require(prefix + names.correction)
-            correction = self.shaped(found, self.tensors.read(found), (experts,)).float()
-        return Router(weight.contiguous(), self.optional(f"{name}.bias", (experts,)), correction, mixture.rule)
+        correction, factors = (
+            None if part is None else self.exact(prefix + part, (experts,)) for part in (names.correction, names.factors)
+        )
+        norm = None
+        if names.router_scale is not None:
+            scale = self.exact(prefix + names.router_scale, (a.hidden,)) * a.hidden**-0.5
+            norm = Norm("rms", scale.to(self.settings.dtype), None, a.norm_eps)
+        bias = self.optional(f"{name}.bias", (experts,))
+        return Router(weight.contiguous(), bias, correction, mixture.rule, factors, norm)
+
+    def exact(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """A tensor in float32."""
+        found = self.require(name)
+        return self.shaped(found, self.tensors.read(found), shape).float()
 
     def head(self, embedding: Tensor) -> Linear:
         """The head: its own weight, or the embedding if tied; rounded if the settings say so.
@@ -368,7 +401,8 @@ class CheckpointReader:
         number = SAME if declared is None else FP8_CACHE
         if wanted != "auto":
             number = CACHE_NUMBERS[wanted]
-        reason = reason_against_width(number, self.architecture.head_dim)
+        widths = {self.architecture.heads_of(index).head_dim for index in range(len(self.architecture.layers))}
+        reason = next((why for width in sorted(widths) if (why := reason_against_width(number, width))), None)
         if number.scales == "head" and declared is None:
             reason = f"{self.directory} has no scales for it: quantize with --kv-cache {wanted}"
         if self.architecture.latent is not None and number not in (SAME, INT8_CACHE):
@@ -382,9 +416,9 @@ class CheckpointReader:
 
         CheckpointError for other numbers of scales than one or one per head.
         """
-        found, heads = self.tensors.cache_scales(), self.architecture.kv_heads
+        found = self.tensors.cache_scales()
 
-        def scale(attention: str, part: str) -> Tensor:
+        def scale(attention: str, part: str, heads: int) -> Tensor:
             places = (f"{each}.{part}_scale" for each in (attention, attention.partition(".")[2]))
             values = next((found[each] for each in places if each in found), torch.ones(1)).flatten()
             if len(values) not in (1, heads):
@@ -394,13 +428,22 @@ class CheckpointReader:
                 )
             return values.to(self.settings.device, torch.float32).expand(heads).contiguous()
 
-        parts = [LayerParts(self, index).attention for index in range(len(self.architecture.layers))]
-        return tuple((scale(attention, "k"), scale(attention, "v")) for attention in parts)
+        layers = [LayerParts(self, index) for index in range(len(self.architecture.layers))]
+        sides = ((layer.attention, layer.sizes.kv_heads) for layer in layers)
+        return tuple((scale(attention, "k", heads), scale(attention, "v", heads)) for attention, heads in sides)
 
     def refuse_leftovers(self) -> None:
         """CheckpointError if the files hold tensors without a place in this architecture."""
         names, count, more = self.names, len(self.architecture.layers), self.architecture.more_layers
-        others = (*names.others, *(names.layer.format(index) for index in range(count, count + more)))
+        # k and v of layers that read another one's are in some files, and in no model
+        unused = (
+            names.layer.format(index) + name
+            for index, layer in enumerate(self.architecture.layers)
+            if layer.source is not None
+            for name in (*names.qkv[1:], names.k_norm)
+            if name is not None
+        )
+        others = (*names.others, *unused, *(names.layer.format(index) for index in range(count, count + more)))
         left = sorted(n for n in self.left if not n.endswith(names.ignored) and not n.startswith(others))
         if left:
             raise CheckpointError(
@@ -413,16 +456,26 @@ class LayerParts:
     """The parts of layer `index` of a checkpoint: see layers.Parts."""
 
     def __init__(self, reader: CheckpointReader, index: int) -> None:
-        self.reader, self.names, self.rope = reader, reader.names, reader.architecture.layers[index].rope
+        self.reader, self.names, self.layer = reader, reader.names, reader.architecture.layers[index]
+        self.rope, self.sizes = self.layer.rope, reader.architecture.heads_of(index)
         self.prefix = self.names.layer.format(index)
 
     def linear(self, part: str, n: int, k: int, pair_block: int = TILE_ROWS) -> Linear:
         """A linear, or several stacked; rows of q, k and v in the decoder's order."""
-        a, found = self.reader.architecture, getattr(self.mixture if part.startswith("shared_") else self.names, part)
-        names = tuple(self.prefix + name for name in ((found,) if isinstance(found, str) else found))
-        rows = qkv_order(a, self.rope, self.names.per_head) if part == "qkv" else None
+        a, names = self.reader.architecture, self.linears_of(part)
+        rows = qkv_order(self.sizes, self.rope, self.names.per_head) if part == "qkv" else None
         biased = a.attention_bias if part in ("qkv", "o") else a.mlp_bias
         return self.reader.linear(names, n, k, pair_block, rows, biased)
+
+    def linears_of(self, part: str) -> tuple[str, ...]:
+        """The linears stacked in a part. Of a layer that reads another one's keys and values q alone; where v is k, k
+        twice."""
+        found = self.names.of(part)
+        assert found is not None
+        names = tuple(self.prefix + name for name in ((found,) if isinstance(found, str) else found))
+        if part == "qkv" and not self.sizes.made:
+            return names[:1]
+        return (*names[:2], names[1]) if part == "qkv" and self.layer.v_is_k else names
 
     @property
     def attention(self) -> str:
@@ -441,10 +494,12 @@ class LayerParts:
 
     def stack(self, part: str, mixture: Mixture, n: int, k: int) -> StackedLinear:
         """The linears of all experts."""
-        found = getattr(self.mixture, part)
+        found, whole = ((self.mixture.up, self.mixture.up_whole), (self.mixture.down, self.mixture.down_whole))[part != "up"]
         names = tuple(self.prefix + name for name in ((found,) if isinstance(found, str) else found))
-        biased = self.reader.architecture.mlp_bias
-        return self.reader.stack(names, (mixture.experts, n, k), part == "up", biased)
+        sizes, paired = (mixture.experts, n, k), part == "up"
+        if whole is not None and self.reader.found(self.prefix + whole) is not None:
+            return self.reader.all_experts(self.prefix + whole, sizes, paired)
+        return self.reader.stack(names, sizes, paired, self.reader.architecture.mlp_bias)
 
     def latent(self) -> tuple[Linear, Latent]:
         """The first product of multi-head latent attention, and the way from its outputs to heads."""
@@ -489,13 +544,17 @@ class LayerParts:
 
     def norm(self, part: str) -> Norm | None:
         """A norm of hidden states."""
-        name = getattr(self.names, part)
-        return None if name is None else self.reader.norm(self.prefix + name)
+        name = self.names.of(part)
+        return None if name is None else self.reader.norm(f"{self.prefix}{name}")
 
-    def head_norm(self, part: str) -> Tensor | None:
+    def factor(self) -> float:
+        """The factor of the layer's output."""
+        name = self.names.factor
+        return 1.0 if name is None else float(self.reader.exact(self.prefix + name, (1,)))
+
+    def head_norm(self, part: str, width: int) -> Tensor | None:
         """The weight of a norm on heads, reordered like their rows."""
-        a, name = self.reader.architecture, getattr(self.names, part)
-        if name is None or not a.head_norms:
+        name = self.names.of(part)
+        if name is None or not self.reader.architecture.head_norms:
             return None
-        heads = {"q_norm": a.heads, "k_norm": a.kv_heads}[part] if a.joint_head_norms else 1
-        return self.reader.head_norm(self.prefix + name, self.rope, heads)
+        return self.reader.head_norm(f"{self.prefix}{name}", self.rope, width, self.sizes.head_dim)

@@ -15,6 +15,7 @@ from lowbit.quant.kernels import panels
 from lowbit.quant.kernels.extension import launch, reason_against_device
 from lowbit.quant.kernels.kv_cache import (
     SAME,
+    WIDE_HEAD_DIM,
     KVCache,
     check_tensors,
     loaded,
@@ -49,9 +50,9 @@ PARTS = 8  # of a GPU: a cluster runs in one of them
 # Llama-2-7B on an H200, 8 x 128: 1.596 ms, 1.612 without; 8 x 2048: 3.412 and 3.428. Where blocks share a sequence, at
 # 1 x 128: 1.362 and 1.349.
 LEAST_SHARED = 25 << 10
-MANY_ROWS, VECTOR_DIMS = 128, (64, 128, 256)  # of an append by rows, which memory bounds
+MANY_ROWS, VECTOR_DIMS = 128, (64, 128, 256, 512)  # of an append by rows, which memory bounds
 SHORT_BLOCKS, LONG_BLOCKS = 1.95, 2.5  # most blocks per multiprocessor after splitting
-MADE_FIELDS = ("qkv", "positions", "cosines", "sines", "q_norm", "k_norm", "norm_eps")
+MADE_FIELDS = ("qkv", "positions", "cosines", "sines", "q_norm", "k_norm", "v_normed", "norm_eps")
 ATTENTION_FIELDS = ("q", "starts", "positions", "scale", "window", "softcap", "sinks", "adjacent")
 
 
@@ -59,10 +60,11 @@ ATTENTION_FIELDS = ("q", "starts", "positions", "scale", "window", "softcap", "s
 class AppendCall:
     """New tokens' heads, to be appended to the cache.
 
-    qkv             (m, (heads + 2 kv_heads) * head_dim)  the heads of q, of k, of v
+    qkv             (m, (heads + 2 kv_heads) * head_dim)  the heads of q, of k, of v; of a cache without heads, of q
     positions       (m) int64            slots (m) int64, each token's slot in the cache
     cosines, sines  (max position, head_dim / 2) float32; inputs j and j + head_dim / 2 of a head are rotated together
     q_norm, k_norm  (head_dim)           weights of an RMS norm on each head of q and k before rotation, or None
+    v_normed        True: an RMS norm without a weight on each head of v
     dependent       as in problem.PackedCall. positions and slots are read before the previous kernel has finished, so
                     no kernel that this launch may overlap may write them
     """
@@ -77,6 +79,7 @@ class AppendCall:
     k_norm: Tensor | None = None
     norm_eps: float = 0.0
     dependent: bool = False
+    v_normed: bool = False
 
     @property
     def heads(self) -> int:
@@ -252,15 +255,17 @@ def attend(call: AttentionCall) -> Tensor:
 
 def attend_new(call: NewCall) -> Tensor:
     """The same for heads that are appended to the cache first."""
-    append = call.append
-    check_append(append)
-    attention = call.after(append.empty())
+    new = call.append
+    check_append(new)
+    attention = call.after(new.empty())
     check_attention(attention)
-    if len(append.qkv) == 0:
+    if len(new.qkv) == 0:
         return call.empty()
-    if reason_against(append.qkv, append.cache):
-        return attend_reference(call.after(append_reference(append)))
-    return run_attention(attention, made_fields(append))
+    if reason_against(new.qkv, new.cache):
+        return attend_reference(call.after(append_reference(new)))
+    if new.cache.head_dim == WIDE_HEAD_DIM:  # its registers have no room for new heads
+        return attend(call.after(append(new)))
+    return run_attention(attention, made_fields(new))
 
 
 def run_attention(call: AttentionCall, made: dict[str, Any]) -> Tensor:
@@ -394,7 +399,9 @@ def cache_fields(cache: KVCache) -> dict[str, Any]:
 def made_fields(call: AppendCall | None) -> dict[str, Any]:
     """The kernels' struct of new heads; None: of none."""
     return (
-        {name: getattr(call, name) for name in MADE_FIELDS} if call else dict.fromkeys(MADE_FIELDS) | {"norm_eps": 0.0}
+        {name: getattr(call, name) for name in MADE_FIELDS}
+        if call
+        else dict.fromkeys(MADE_FIELDS) | {"v_normed": False, "norm_eps": 0.0}
     )
 
 
@@ -406,6 +413,8 @@ def append_reference(call: AppendCall) -> Tensor:
     cosines, sines = call.cosines[call.positions].unsqueeze(1), call.sines[call.positions].unsqueeze(1)
     q = rotate(normed(q, call.q_norm, call.norm_eps), cosines, sines)
     k = rotate(normed(k, call.k_norm, call.norm_eps), cosines, sines)
+    if call.v_normed:
+        v = torch.nn.functional.rms_norm(v, v.shape[-1:], None, call.norm_eps)
     if cache.number.rotated:
         q, k = rotated(q), rotated(k)
     store(cache.k, cache.k_scales, call.slots, k)

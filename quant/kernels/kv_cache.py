@@ -13,7 +13,7 @@ from torch import Tensor
 from lowbit.quant.numbers import FP8
 
 INT8_LIMIT, INT4_LIMIT = 127, 8
-MAX_HEAD_DIM = 256
+MAX_HEAD_DIM, WIDE_HEAD_DIM = 256, 512  # of the kernels: no width between them
 # Bits by which the elements of a word of int4 are shifted: a kernel's mask takes two adjacent ones at once.
 NIBBLES = (0, 16, 4, 20, 8, 24, 12, 28)
 
@@ -89,6 +89,12 @@ class KVCache:
         """True if each head's slots are adjacent in memory, False if the heads of each slot are."""
         return not self.k.is_contiguous()
 
+    @property
+    def without_heads(self) -> "KVCache":
+        """A cache like this one that keeps nothing, for heads of q alone."""
+        scales = (each if each is None else each[..., :0] for each in (self.k_scales, self.v_scales))
+        return KVCache(self.k[:, :0], self.v[:, :0], *scales)
+
     def check(self, heads: Tensor) -> None:
         """ValueError if the cache is inconsistent, or does not fit the dtype of `heads`."""
         number, dtype = self.number, self.number.storage or heads.dtype
@@ -128,15 +134,18 @@ def check_tensors(
 
 def reason_against_width(number: CacheNumber, head_dim: int) -> str | None:
     """The reason why heads of this width cannot be stored in `number`, or None."""
-    if number.rotated and (head_dim < number.step or head_dim & (head_dim - 1)):
-        return f"heads of {head_dim}: an {number.name} cache takes powers of two from {number.step} on"
+    if number.rotated and (not number.step <= head_dim <= MAX_HEAD_DIM or head_dim & (head_dim - 1)):
+        return f"heads of {head_dim}: an {number.name} cache takes powers of two from {number.step} to {MAX_HEAD_DIM}"
     return None
 
 
 def reason_against_heads(cache: KVCache) -> str | None:
     """The reason why the kernels cannot run on heads of the cache's width, or None."""
+    if cache.head_dim == WIDE_HEAD_DIM and not cache.number.rotated:
+        return None
     if cache.head_dim % cache.number.step or cache.head_dim > MAX_HEAD_DIM:
-        return f"heads of {cache.head_dim}: multiples of {cache.number.step} up to {MAX_HEAD_DIM} are taken"
+        wide = "" if cache.number.rotated else f", and {WIDE_HEAD_DIM}"
+        return f"heads of {cache.head_dim}: multiples of {cache.number.step} up to {MAX_HEAD_DIM}{wide} are taken"
     return None
 
 

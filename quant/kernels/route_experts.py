@@ -66,6 +66,7 @@ class RouteCall:
     correction  (experts)     float32, added to scores for the choice alone, or None
     deferred    the norm still to finish on x, or None
     dependent   launch without waiting for the previous kernel (programmatic dependent launch)
+    factors     (experts)     float32, of the weights of a row's experts, or None
     """
 
     x: Tensor
@@ -75,6 +76,7 @@ class RouteCall:
     correction: Tensor | None = None
     deferred: Deferred | None = None
     dependent: bool = False
+    factors: Tensor | None = None
 
     def empty(self) -> tuple[Tensor, Tensor]:
         """Memory for the result."""
@@ -88,10 +90,11 @@ class RouteCall:
             raise ValueError(
                 f"x of shape {tuple(x.shape)} with a router {tuple(w.shape)}: rows of its width are needed"
             )
-        for name, tensor in (("bias", self.bias), ("correction", self.correction)):
+        of_experts = {"bias": self.bias, "correction": self.correction, "factors": self.factors}
+        for name, tensor in of_experts.items():
             if tensor is not None and tuple(tensor.shape) != w.shape[:1]:
                 raise ValueError(f"{name} of shape {tuple(tensor.shape)} for {w.shape[0]} experts")
-        for name, tensor in (("weight", w), ("bias", self.bias), ("correction", self.correction)):
+        for name, tensor in ({"weight": w} | of_experts).items():
             if tensor is not None and tensor.device != x.device:
                 raise ValueError(f"{name} is on {tensor.device}, x on {x.device}")
         reason = self.rule.reason_against(w.shape[0]) or reason_against_squares(
@@ -127,7 +130,7 @@ def reason_against(call: RouteCall) -> str | None:
 def run_kernel(call: RouteCall) -> tuple[Tensor, Tensor]:
     """The result of `call`, which `check` has passed, by csrc/route_experts.cu."""
     (m, k), (experts, weights), rule, deferred = call.x.shape, call.empty(), call.rule, call.deferred
-    args = {name: getattr(call, name) for name in ("x", "weight", "bias", "correction")}
+    args = {name: getattr(call, name) for name in ("x", "weight", "bias", "correction", "factors")}
     args |= {name: getattr(rule, name) for name in ("top", "scores", "normalized", "scale", "groups", "used_groups")}
     args |= {"group_best": rule.group_best, "experts_of_rows": experts, "weights_of_rows": weights}
     args |= {"x_squares": deferred and deferred.squares, "x_parts": deferred.squares.shape[1] if deferred else 0}
@@ -154,7 +157,8 @@ def reference(call: RouteCall) -> tuple[Tensor, Tensor]:
         experts, weights = ranked(logits, rule, call.correction)
     if rule.normalized:
         weights = weights / (weights.sum(-1, keepdim=True) + LEAST_SUM)
-    return experts.int(), weights * rule.scale
+    weights = weights * rule.scale
+    return experts.int(), weights if call.factors is None else weights * call.factors[experts]
 
 
 def ranked(logits: Tensor, rule: Rule, correction: Tensor | None) -> tuple[Tensor, Tensor]:

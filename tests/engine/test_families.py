@@ -9,8 +9,9 @@ from torch import Tensor
 
 from lowbit import engine
 from lowbit.engine.families import FAMILIES
-from tests.builders import GATED, VOCABULARY, logits_of, make_model, save
+from tests.builders import FOUR, GATED, KINDS, VOCABULARY, logits_of, make_model, save
 from tests.engine.chatglm import TinyChatGLM
+from tests.families.tiny import tiny_model
 
 SMALL = {"vocab_size": VOCABULARY, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64, "eos_token_id": 257}
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
@@ -24,6 +25,7 @@ SIGMOID = GATED | GROUPED | {"head_dim": 16, "first_k_dense_replace": 1, "routed
 LATENT = GATED | {"num_key_value_heads": 4, "q_lora_rank": 24, "kv_lora_rank": 32, "num_hidden_layers": 3}
 LATENT |= {"qk_rope_head_dim": 16, "qk_nope_head_dim": 24, "v_head_dim": 20, "first_k_dense_replace": 1}
 DEEPSEEK = LATENT | GROUPED | {"routed_scaling_factor": 1.5}
+WIDE = {"global_head_dim": 32, "final_logit_softcapping": 3.0}
 SCALED = YARN | {"mscale": 0.7, "mscale_all_dim": 0.9}
 # Models to build: a family of tests/builders with changes, or a configuration class of transformers with values.
 CASES = {
@@ -36,6 +38,10 @@ CASES = {
     "qwen3": ("qwen3", {}),
     "gemma2": ("gemma2", {"sliding_window": 8}),
     "gemma3": ("gemma3", {"layer_types": ["sliding_attention", "full_attention"]}),
+    "gemma4_text": ("gemma4_moe", WIDE | {"attention_k_eq_v": True, "num_global_key_value_heads": 1}),
+    "gemma4_text-dense": ("gemma4_moe", WIDE | {"enable_moe_block": False, "tie_word_embeddings": True}),
+    "gemma4_text-inputs": ("gemma4", {"use_double_wide_mlp": True, "per_layer_config": {1: {"head_dim": 32}, 3: {"head_dim": 32}}}),
+    "gemma4_unified_text": ("Gemma4UnifiedTextConfig", FOUR | KINDS | {"global_head_dim": 32}),
     "phi3": ("phi3", {}),
     "phi3-sliding": ("phi3", {"sliding_window": 6, "rope_parameters": PARTIAL}),
     "phi3-longrope": ("phi3", {"original_max_position_embeddings": 64, "rope_parameters": LONG}),
@@ -67,15 +73,20 @@ IMAGES = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "n
 def built(case: str) -> torch.nn.Module:
     name, changes = CASES[case]
     if not name.endswith("Config"):
-        return make_model(name, **changes)
+        return with_buffers(make_model(name, **changes))
     model = transformers.AutoModelForCausalLM.from_config(getattr(transformers, name)(**changes), dtype=torch.float32)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
-        for name, buffer in model.named_buffers():
-            if name.endswith("correction_bias"):
-                buffer.add_(0.2 * torch.randn_like(buffer))
-    return model.eval()
+    return with_buffers(model.eval())
+
+
+def with_buffers(model: torch.nn.Module) -> torch.nn.Module:
+    """The model with other numbers in the buffers that a file holds."""
+    for name, buffer in model.named_buffers():
+        if name.endswith(("correction_bias", "layer_scalar")):
+            buffer.add_(0.2 * torch.randn_like(buffer))
+    return model
 
 
 def prompts() -> list[list[int]]:
@@ -119,6 +130,13 @@ def test_chatglm_is_a_plain_torch_model(multi_query: bool, tmp_path: Path) -> No
     check(engine.load(tmp_path, device="cpu", context=32), reference.logits)
 
 
+@pytest.mark.parametrize("kind", ["gemma4", "gemma4_unified"])
+def test_the_text_of_gemma_4_is_read(kind: str, tmp_path: Path) -> None:
+    reference = with_buffers(tiny_model(kind))
+    save(reference, tmp_path)
+    check(engine.load(tmp_path, device="cpu", context=32), lambda ids: logits_of(reference, ids))
+
+
 def test_the_text_of_a_model_that_sees_images_is_read(tmp_path: Path) -> None:
     text = GATED | {"head_dim": 16, "tie_word_embeddings": True, "sliding_window": 8}
     vision = IMAGES | {"image_size": 28, "patch_size": 14}
@@ -129,5 +147,5 @@ def test_the_text_of_a_model_that_sees_images_is_read(tmp_path: Path) -> None:
 
 
 def test_every_family_is_among_the_cases() -> None:
-    covered = {built(case).config.model_type for case in CASES} | {"chatglm", "gemma3", "mimo"}
+    covered = {built(case).config.model_type for case in CASES} | {"chatglm", "gemma3", "gemma4", "gemma4_unified", "mimo"}
     assert covered == set(FAMILIES)

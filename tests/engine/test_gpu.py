@@ -20,6 +20,7 @@ from lowbit.engine.shapes import (
     codegeex_shape,
     decoder_shape,
     deepseek_shape,
+    gemma_shape,
     random_weights,
     with_mixture,
 )
@@ -51,6 +52,32 @@ DEEPSEEK = replace(
     heads=4,
     kv_heads=4,
 )
+# Heads of 256 with windows and of 512 without, experts beside a feed-forward; and the last layers with the keys and
+# values of earlier ones, and inputs of their own.
+NARROW, WIDE = (replace(layer, scale=0.05) for layer in gemma_shape().layers[4:6])
+GEMMA = replace(
+    gemma_shape(),
+    vocabulary=1000,
+    hidden=512,
+    inner=1024,
+    heads=8,
+    kv_heads=2,
+    layers=tuple(
+        replace(layer, window=layer.window and 20, kv_heads=layer.kv_heads and 1, mixture=Mixture(4, 256, Rule(4), beside=True))
+        for layer in (NARROW, WIDE, NARROW, WIDE)
+    ),
+)
+GEMMAS = {
+    "experts": GEMMA,
+    "inputs": replace(
+        GEMMA,
+        layers=tuple(
+            replace(layer, mixture=None, source=None if index < 2 else index - 2, inner=None if index < 2 else 2048)
+            for index, layer in enumerate(GEMMA.layers)
+        ),
+        token_inputs=64,
+    ),
+}
 # An input's last bit may change its code by one: in int8 by 1 / 127 of the row's largest, which gave up to 0.026 on an
 # H100, and in FP8 by up to 1 / 8 of itself.
 TURNED_CODES = {"w4a8": 0.05, "w8a8": 0.05, "w8a8-fp8": 0.1, "fp8-block": 0.1}
@@ -119,6 +146,15 @@ def test_mixtures_of_experts_too(mixture, method):
 @pytest.mark.parametrize("method", ["w4", "dense"])
 def test_latent_attention_too(method, cache):
     check(*engines(DEEPSEEK, method, cache=cache), 0.03)
+
+
+@pytest.mark.parametrize("cache", ["same", "int8", "fp8"])
+@pytest.mark.parametrize(("method", "dtype"), [("w4", torch.bfloat16), ("w4", torch.float16), ("dense", torch.float16)])
+@pytest.mark.parametrize("shape", GEMMAS)
+def test_caches_of_two_shapes_too(shape, method, dtype, cache):
+    gpu, cpu = engines(GEMMAS[shape], method, dtype, cache)
+    assert Workspace(gpu.spaces).runner(2, 2, CONTEXT).captures
+    check(gpu, cpu, max(0.02 if dtype == torch.float16 else 0.08, 0.1 if cache == "fp8" else 0))
 
 
 def test_a_captured_step_with_experts_is_the_same_each_time():

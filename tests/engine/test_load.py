@@ -304,12 +304,6 @@ def test_an_unknown_family_is_told_the_known_ones(tmp_path):
         engine.load(tmp_path, device="cpu")
 
 
-def test_a_family_that_is_left_out_is_told_why(tmp_path):
-    save_family("gemma4_moe", tmp_path)
-    with pytest.raises(CheckpointError, match=r"no family 'gemma4_text' \(.*heads of 512 inputs.*llama, mistral"):
-        engine.load(tmp_path, device="cpu")
-
-
 def test_an_activation_that_nothing_computes_is_told(tmp_path):
     save_family("gpt2", tmp_path)
     changed_config(tmp_path, lambda config: config.update(activation_function="relu"))

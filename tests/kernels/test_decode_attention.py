@@ -43,6 +43,7 @@ from tests.kernels.make import opcheck
 CONTEXT = 96
 # heads, kv_heads, head_dim: multi-head, grouped (by 4, by 7, by 16), and widths that fill no lane count
 SHAPES = [(4, 4, 128), (8, 2, 64), (14, 2, 64), (32, 2, 128), (4, 1, 256), (3, 3, 80), (2, 2, 16)]
+SHAPES += [(16, 2, 512), (20, 2, 512), (1, 1, 512)]
 
 
 def make_cache(slots: int, kv_heads: int, head_dim: int, dtype: torch.dtype, cache: str, device: str) -> KVCache:
@@ -119,6 +120,21 @@ def test_heads_are_normed_turned_and_stored():
         turned = torch.complex(wanted[:, :8], wanted[:, 8:]) * turn
         torch.testing.assert_close(got, torch.cat([turned.real, turned.imag], -1))
     assert torch.equal(call.cache.v[7], heads[3:])
+    ops.append_heads(replace(call, v_normed=True))
+    torch.testing.assert_close(call.cache.v[7], normed[3:])
+
+
+@pytest.mark.parametrize("cache", CACHE_NUMBERS)
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("rows", [2, MANY_ROWS + 1])
+def test_heads_of_q_alone_change_no_cache(rows, device, cache):
+    call = make_append((4, 2, 64), list(range(rows)), torch.float16, cache, device)
+    kept = copied(call).cache
+    q = ops.append_heads(copied(call))
+    alone = replace(call, qkv=call.qkv[:, : 4 * 64].contiguous(), cache=call.cache.without_heads)
+    assert torch.equal(ops.append_heads(alone), q)
+    for part, same in zip(vars(call.cache).values(), vars(kept).values(), strict=True):
+        assert part is same is None or torch.equal(*(each.flatten().view(torch.uint8) for each in (part, same)))
 
 
 def test_int8_keeps_a_head_to_half_a_step_of_its_own_scale():
@@ -179,7 +195,10 @@ def test_fp8_is_rounded_by_its_heads_scales_and_clamped():
 
 @pytest.mark.parametrize(
     ("number", "head_dim", "fits"),
-    [(INT4_CACHE, 80, False), (INT4_CACHE, 32, False), (INT4_CACHE, 256, True), (FP8_CACHE, 80, True), (SAME, 8, True)],
+    [
+        *((INT4_CACHE, 80, False), (INT4_CACHE, 32, False), (INT4_CACHE, 256, True), (INT4_CACHE, 512, False)),
+        *((FP8_CACHE, 80, True), (SAME, 8, True), (SAME, 512, True)),
+    ],
 )
 def test_a_width_that_cannot_be_turned_is_named(number: CacheNumber, head_dim: int, fits: bool):
     assert (reason_against_width(number, head_dim) is None) == fits
@@ -254,10 +273,13 @@ def copied(call: AppendCall) -> AppendCall:
 
 @pytest.mark.parametrize("cache", CACHE_NUMBERS)
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-@pytest.mark.parametrize("shape", [(4, 4, 128), (8, 2, 64), (32, 2, 128), (4, 1, 256)])
+@pytest.mark.parametrize("shape", [(4, 4, 128), (8, 2, 64), (32, 2, 128), (4, 1, 256), (8, 1, 512)])
 def test_one_call_appends_and_attends_as_two_do(shape, device, cache):
+    if reason := reason_against_width(CACHE_NUMBERS[cache], shape[2]):
+        pytest.skip(reason)
     for positions, window in (([0], 0), ([16, 15, 64, 63, 0], 0), ([2047, 130], 0), ([1000, 3], 64)):
         call = make_append(shape, positions, torch.float16, cache, device)
+        call = replace(call, v_normed=shape[2] >= 256)
         apart = copied(call)
         wanted = ops.attend(attention_of(apart, ops.append_heads(apart), window=window))
         assert torch.equal(ops.attend_new(new_call_of(call, window=window)), wanted)
@@ -412,7 +434,7 @@ def test_kernels_compute_the_reference(shape, dtype, cache):
         ([700], {"softcap": 5.0}),
         (list(range(16)), {}),
     ):
-        call = make_append(shape, positions, dtype, cache, "cuda")
+        call = replace(make_append(shape, positions, dtype, cache, "cuda"), v_normed=shape[2] >= 256)
         parts = (None if part is None else part.clone() for part in vars(call.cache).values())
         reference = replace(call, cache=KVCache(*parts))
         q = ops.append_heads(call)
@@ -434,7 +456,7 @@ def test_kernels_compute_the_reference(shape, dtype, cache):
 def test_many_rows_append_as_few_do(shape, norms, dtype):
     call = make_append(shape, list(range(MANY_ROWS + 1)), dtype, "same", "cuda")
     assert fits_vectors(call) == (shape[2] in VECTOR_DIMS)
-    call = call if norms else replace(call, q_norm=None, k_norm=None)
+    call = replace(call, v_normed=shape[2] >= 256) if norms else replace(call, q_norm=None, k_norm=None)
     reference = replace(call, qkv=call.qkv.float(), cache=KVCache(call.cache.k.clone(), call.cache.v.clone()))
     check_append(call, ops.append_heads(call), reference, dtype)
 
@@ -527,7 +549,9 @@ def test_every_cut_computes_the_reference(splits, warps, cache, monkeypatch):
     if warps > 4 and cache == "same":
         pytest.skip("a cache in halves has 4 warps")
     monkeypatch.setattr(decode_attention, "choose_cut", lambda call, processors, fast: (splits, warps))
-    for shape in ((4, 4, 128), (32, 2, 128), (8, 1, 64), (4, 1, 256))[: 4 if warps == 4 else 3]:
+    for shape in ((4, 4, 128), (32, 2, 128), (8, 1, 64), (4, 1, 256), (16, 2, 512))[: 5 if warps == 4 else 3]:
+        if reason_against_width(CACHE_NUMBERS[cache], shape[2]):
+            continue
         call = make_append(shape, [700, 5, 63, 2047], torch.float16, cache, "cuda")
         attention = attention_of(call, ops.append_heads(call))
         wanted = attend_reference(in_float32(attention))

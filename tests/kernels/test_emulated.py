@@ -513,7 +513,7 @@ def check_cuts_of_dense(gpu: Gpu) -> None:
 
 def random_cache(pick: random.Random, slots: int, dtype: torch.dtype) -> KVCache:
     int8 = pick.random() < 0.5
-    head_dim = pick.choice([16, 64, 80, 128, 144, 256] if int8 else [8, 40, 64, 72, 128, 136, 256])
+    head_dim = pick.choice([16, 64, 80, 128, 144, 256, 512] if int8 else [8, 40, 64, 72, 128, 136, 256, 512])
     shape = (slots, pick.choice([1, 2, 3]), head_dim)
     if not int8:
         return KVCache(*(torch.randn(shape).to(dtype) for _ in range(2)))
@@ -534,7 +534,7 @@ def random_append(pick: random.Random, together: bool) -> tuple[AppendCall, Tens
     heads = cache.kv_heads * (pick.choice([1, 2, 7, 8, 9, 17]) + 2)
     norms = [(torch.rand(cache.head_dim) + 0.5).to(dtype) if pick.random() < 0.5 else None for _ in range(2)]
     qkv = torch.randn(m, heads * cache.head_dim).to(dtype)
-    tail = (cache, *norms, 1e-6, pick.random() < 0.6)
+    tail = (cache, *norms, 1e-6, pick.random() < 0.6, pick.random() < 0.5)
     return AppendCall(qkv, positions, positions + starts, angles.cos(), angles.sin(), *tail), starts
 
 

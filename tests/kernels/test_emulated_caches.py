@@ -27,7 +27,7 @@ def random_codes(pick: random.Random, slots: int, dtype: torch.dtype) -> KVCache
     number = pick.choice([FP8_CACHE, INT4_CACHE, INT4_CACHE])
     kv_heads, head_dim = (
         pick.choice([1, 2, 3]),
-        pick.choice([16, 80, 128, 256] if number.step == 16 else [64, 128, 256]),
+        pick.choice([16, 80, 128, 256, 512] if number.step == 16 else [64, 128, 256]),
     )
     scales = (torch.rand(kv_heads) * 0.02 + 0.002, torch.rand(kv_heads) * 0.02 + 0.002)
     cache = empty_cache(number, (slots, kv_heads, head_dim), torch.empty(0, dtype=dtype), scales)

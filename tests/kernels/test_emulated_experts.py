@@ -176,7 +176,8 @@ def random_route(pick: random.Random) -> RouteCall:
     bias = torch.randint(-3, 4, (experts,)).to(dtype) if pick.random() < 0.4 else None
     correction = torch.randn(experts) if scores == "sigmoid" and pick.random() < 0.6 else None
     deferred = Deferred(torch.ones(m, k // PART) * 16, 0.0) if k % 64 == 0 and pick.random() < 0.5 else None
-    return RouteCall(x, weight, rule, bias, correction, deferred, pick.random() < 0.7)
+    factors = torch.rand(experts) + 0.5 if pick.random() < 0.4 else None
+    return RouteCall(x, weight, rule, bias, correction, deferred, pick.random() < 0.7, factors)
 
 
 def check_route(gpu: Gpu, seeds: range) -> None:

@@ -68,7 +68,7 @@ def check_new_codes(gpu: Gpu, seeds: range) -> None:
 
 def random_halves(pick: random.Random, slots: int, dtype: torch.dtype) -> KVCache:
     """A cache of float16, full of random heads."""
-    shape = (slots, pick.choice([1, 2, 3]), pick.choice([8, 64, 72, 128, 256]))
+    shape = (slots, pick.choice([1, 2, 3]), pick.choice([8, 64, 72, 128, 256, 512]))
     return KVCache(*(torch.randn(shape).to(dtype) for _ in range(2)))
 
 
@@ -90,7 +90,7 @@ MISTAKES = {
         "if (columns.first > 0) return;",
     ),
     "a new position made by the first block alone": ("S::kWarps == blockIdx.x;", "S::kWarps == 0;"),
-    "heads read before they are made": ("  if (S::kAppends) __syncthreads();\n", ""),
+    "heads read before they are made": ("  if (Heads<S>::kBytes > 0) __syncthreads();\n", ""),
 }
 
 

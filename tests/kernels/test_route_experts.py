@@ -42,6 +42,13 @@ def test_a_correction_counts_for_the_choice_alone():
     torch.testing.assert_close(weights, torch.tensor([[0.5]]))
 
 
+def test_factors_count_for_the_weights_alone():
+    logits = torch.tensor([[2.0, 1.0, 0.0]])
+    experts, weights = routed(logits, Rule(2), factors=torch.tensor([0.5, 3.0, 100.0]))
+    assert experts.tolist() == [[0, 1]]
+    torch.testing.assert_close(weights, logits[:, :2].softmax(-1) * torch.tensor([[0.5, 3.0]]))
+
+
 def test_only_experts_of_the_best_groups_are_chosen():
     logits = torch.tensor([[9.0, -9.0, 2.0, 2.0, 1.0, 1.0]])
     one, two = (Rule(2, "chosen", groups=3, used_groups=1, group_best=best) for best in (1, 2))
@@ -100,14 +107,15 @@ def test_the_operator_is_traceable():
 )
 def test_the_gpu_chooses_what_the_cpu_does(experts, rule, m, dtype):
     x, weight = (torch.randint(-1, 2, (rows, 2048)).to(dtype) for rows in (m, experts))
-    call = RouteCall(x, weight, rule)
-    on_gpu = RouteCall(x.cuda(), weight.cuda(), rule)
+    factors = torch.rand(experts) + 0.5
+    call = RouteCall(x, weight, rule, factors=factors)
+    on_gpu = RouteCall(x.cuda(), weight.cuda(), rule, factors=factors.cuda())
     wanted, wanted_weights = ops.route_experts(call)
     found, weights = ops.route_experts(on_gpu)
     assert torch.equal(found.cpu(), wanted)
     torch.testing.assert_close(weights.cpu(), wanted_weights, rtol=1e-4, atol=1e-6)
     assert_dependence_changes_nothing(lambda dependent: ops.route_experts(replace(on_gpu, dependent=dependent))[1])
-    one = RouteCall(on_gpu.x[-1:].clone(), on_gpu.weight, rule)
+    one = replace(on_gpu, x=on_gpu.x[-1:].clone())
     assert torch.equal(ops.route_experts(one)[1][0], weights[-1])
 
 

@@ -20,7 +20,7 @@ struct AppendHeadsArgs {
 struct AppendHeadsLaunch {
   LOWBIT_STRUCT(AppendHeadsLaunch);
   FIELD(int, device);
-  FIELD(bool, by_rows);    // a block for each row: a cache in T, heads of 64, 128 or 256, all aligned to 16 bytes
+  FIELD(bool, by_rows);    // a block for each row: a cache in T, heads of 64, 128, 256 or 512, all aligned to 16 bytes
   FIELD(bool, dependent);  // launched with programmatic dependent launch
 };
 
@@ -29,8 +29,9 @@ namespace {
 constexpr int kAppendThreads = 128, kRowThreads = 256;
 constexpr int kEight = 8;  // halves in 16 bytes
 
-// Constants, and inputs of the step, are read before the previous kernel has finished.
-template <typename T, typename Codes>
+// Constants, and inputs of the step, are read before the previous kernel has finished. Heads are at most 64 kPairs
+// wide.
+template <typename T, typename Codes, int kPairs>
 __global__ void __launch_bounds__(kAppendThreads) append_heads_kernel(const __grid_constant__ AppendHeadsArgs args) {
   const KvCache& cache = args.cache;
   const int lane = threadIdx.x % 32, half = cache.head_dim / 2;
@@ -39,24 +40,26 @@ __global__ void __launch_bounds__(kAppendThreads) append_heads_kernel(const __gr
   const int row = unit / heads, index = unit % heads;
   allow_next_kernel();
   if (row >= args.m) return wait_for_previous_kernel();
-  const bool is_q = index < args.heads, is_k = !is_q && index < args.heads + cache.kv_heads;
+  const bool is_q = index < args.heads, is_v = index >= args.heads + cache.kv_heads;
   const NewHeadsArgs& made = args.made;
-  const void* norm = is_q ? made.q_norm : is_k ? made.k_norm : nullptr;
-  Head<kMostPairs> head, turns, weight;
-  if (is_q || is_k) turns = read_turns<kMostPairs>(made, row, half, lane);
+  const void* norm = is_q ? made.q_norm : is_v ? nullptr : made.k_norm;
+  const bool normed = is_v ? made.v_normed : norm != nullptr;
+  Head<kPairs> head, turns, weight = Head<kPairs>::ones();
+  if (!is_v) turns = read_turns<kPairs>(made, row, half, lane);
   if (norm != nullptr) weight.read(static_cast<const T*>(norm), half, lane);
-  const int kv_head = (index - args.heads) % cache.kv_heads;
+  const int kv_head = is_q ? 0 : (index - args.heads) % cache.kv_heads;
   const int64_t place = is_q ? 0 : cache.index_of(args.slots[row], kv_head);
   wait_for_previous_kernel();
   head.read(static_cast<const T*>(made.qkv) + static_cast<int64_t>(unit) * cache.head_dim, half, lane);
-  if (is_q || is_k)
-    finish_head<Codes>(head, norm, weight, lanes_sum(squares_of(head), 32), made.norm_eps, turns, half, lane);
+  const float squares = normed ? lanes_sum(squares_of(head), 32) : 0.f;
+  if (!is_v) finish_head<Codes>(head, normed, weight, squares, made.norm_eps, turns, half, lane);
+  else if (normed) norm_head(head, weight, squares, made.norm_eps, half);
   if (is_q) {
     const Place into = {args.q, nullptr, static_cast<int64_t>(row) * args.heads + index, 0};
     return store_codes<T>(SameCache{}, head, into, half, lane);
   }
-  if (is_k) store_codes<T>(Codes{}, head, {cache.k, cache.k_scales, place, kv_head}, half, lane);
-  else store_codes<T>(Codes{}, head, {cache.v, cache.v_scales, place, kv_head}, half, lane);
+  if (is_v) store_codes<T>(Codes{}, head, {cache.v, cache.v_scales, place, kv_head}, half, lane);
+  else store_codes<T>(Codes{}, head, {cache.k, cache.k_scales, place, kv_head}, half, lane);
 }
 
 // Eight adjacent inputs of a head, and the eight `half` behind them, as pairs.
@@ -113,12 +116,13 @@ __global__ void __launch_bounds__(kRowThreads, 4) append_rows_kernel(const __gri
     const int index = min(begin + static_cast<int>(threadIdx.x) / lanes, heads - 1), kv = index - args.heads;
     const bool is_q = kv < 0, is_v = kv >= cache.kv_heads;
     Head<kEight> head = read_eights(qkv + index * cache.head_dim, half);
-    if (made.q_norm != nullptr || made.k_norm != nullptr) {
+    if (made.q_norm != nullptr || made.k_norm != nullptr || made.v_normed) {
       const void* norm = is_q ? made.q_norm : is_v ? nullptr : made.k_norm;
-      Head<kEight> normed = head, weight;
-      if (norm != nullptr) weight = read_eights(static_cast<const T*>(norm) + first, half);
-      norm_head(normed, weight, lanes_sum(squares_of(head), lanes), made.norm_eps, half);  // by whole warps
-      if (norm != nullptr) head = normed;
+      const float squares = lanes_sum(squares_of(head), lanes);  // by whole warps
+      if (norm != nullptr)
+        norm_head(head, read_eights(static_cast<const T*>(norm) + first, half), squares, made.norm_eps, half);
+      else if (is_v && made.v_normed)
+        norm_head(head, Head<kEight>::ones(), squares, made.norm_eps, half);
     }
     if (!is_v) rotate_head(head, turns);
     const int64_t element = cache.index_of(slot, kv - (is_v ? cache.kv_heads : 0)) * cache.head_dim + first;
@@ -140,9 +144,12 @@ cudaError_t launch_append_heads(const AppendHeadsArgs& args, const AppendHeadsLa
       .threads = dim3(launch.by_rows ? kRowThreads : kAppendThreads),
       .dependent = launch.dependent,
   };
-  if (!launch.by_rows) return launch_kernel(append_heads_kernel<T, Codes>, plan, args);
+  if (head_dim > 512) return cudaErrorInvalidValue;
+  if (!launch.by_rows && head_dim <= 256) return launch_kernel(append_heads_kernel<T, Codes, 4>, plan, args);
+  if (!launch.by_rows) return launch_kernel(append_heads_kernel<T, Codes, 8>, plan, args);
+  const bool whole_lanes = head_dim == 64 || head_dim == 128 || head_dim == 256 || head_dim == 512;
   if constexpr (std::is_same_v<Codes, SameCache>)
-    if (head_dim == 64 || head_dim == 128 || head_dim == 256) return launch_kernel(append_rows_kernel<T>, plan, args);
+    if (whole_lanes) return launch_kernel(append_rows_kernel<T>, plan, args);
   return cudaErrorInvalidConfiguration;
 }
 

@@ -3,9 +3,10 @@
 // Attention of few tokens over a long cache is bound by reading the cache. A warp takes 16 positions at a time on the
 // tensor cores: keys are the left operand of scores = K q, values (transposed on the way, by pairing rows) that of out
 // += V^T weights. Up to 8 query heads that share a key head are the 8 columns, at the cost of one. Nothing passes
-// through shared memory in the loop. Rows are read before the previous kernel has finished, except those that it may
-// still write. At the end, warps and blocks of a cluster merge by the log-sum-exp rule: every warp sends each block the
-// elements that this block merges, in a fixed order, so equal inputs give equal bits.
+// through shared memory in the loop, except queries of heads of 512: the registers hold a half of their keys or values
+// at a time. Rows are read before the previous kernel has finished, except those that it may still write. At the end,
+// warps and blocks of a cluster merge by the log-sum-exp rule: every warp sends each block the elements that this block
+// merges, in a fixed order, so equal inputs give equal bits.
 //
 // A head's sums do not depend on its column, nor on the number of columns: rows of drafts and single ones have the same
 // bits. So products that are added up are fmaf by name: of the same expression in two columns the compiler had rounded
@@ -80,16 +81,19 @@ struct Shape {
   static constexpr int kWarps = kWarps_, kThreads = kWarps * 32;
   static constexpr bool kFew = kFew_;
   static constexpr int kColumns = kFew ? 1 : 2;             // of a lane: from kColumns * member on
+  static constexpr int kParts = kDim > 256 ? kDim / 256 : 1;  // of a chunk, in registers one after another
   static constexpr int kMostSplits = 8;                     // a cluster that fits everywhere
   static constexpr int kVector = 128 / kBits;               // elements in 16 bytes
-  static constexpr int kKeyVectors = kDim / kVector / 4;    // vectors of one position per lane
+  static constexpr int kKeyVectors = kDim / kVector / 4 / kParts;  // vectors of one position's part per lane
   // Values are read in 8 bytes if they have 4 bits.
   using ValueVector = std::conditional_t<kBits == 4, uint2, uint4>;
   static constexpr int kValueVector = sizeof(ValueVector) * 8 / kBits;
-  static constexpr int kValueVectors = kDim / kValueVector / 8;
-  static constexpr int kWords = kValueVectors * sizeof(ValueVector) / 4;  // of a row of values per lane
+  static constexpr int kValueVectors = kDim / kValueVector / 8 / kParts;
+  static constexpr int kWords = kValueVectors * sizeof(ValueVector) / 4;  // of a part of a row of values per lane
   static constexpr int kPairs = 2 * Codes::kPairs;          // pairs of elements from two rows' words
   static constexpr int kBlocks = kDim / 16;                 // blocks of 16 elements of the result
+  static constexpr int kPartBlocks = kBlocks / kParts;
+  static_assert(kParts == 1 || !(kAppends || Codes::kByteQueries), "wide heads are appended before, and have halves");
   static constexpr bool kAhead = kDim <= 128;               // True if the next chunk is read while this one is computed
   static constexpr int kTogether = kAhead ? Codes::kTogether : 1;
   static constexpr bool kOffset = Codes::kOffset != 0;
@@ -212,8 +216,9 @@ __device__ float log_of_scale(float scale) {
   return __uint_as_float((__float_as_uint(log) & ~1u) | __float_as_uint(scale) >> 31);
 }
 
-// A chunk of 16 positions in registers, as each lane's part of the fragments. `read_` loads the rows in [from, to), of
-// which neither may be negative nor `to` the smaller; `at` are the addresses of the chunk at `first`.
+// A chunk of 16 positions in registers, as each lane's share of the fragments, or one part of that. `read_` loads the
+// rows in [from, to), of which neither may be negative nor `to` the smaller; `at` are the addresses of the chunk at
+// `first`.
 template <typename S>
 struct Chunk {
   using ValueVector = typename S::ValueVector;
@@ -223,39 +228,43 @@ struct Chunk {
 
   // load(r, i) returns vector i of the lane's row r.
   template <typename Load>
-  __device__ void fill_keys(const Span& span, Lane lane, int first, int from, int to, Load load) {
+  __device__ void fill_keys(const Span& span, Lane lane, int first, int from, int to, int part, Load load) {
+    const int begin = part * S::kKeyVectors;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const int row = first + lane.group + 8 * r;
       if (static_cast<unsigned>(row - from) >= static_cast<unsigned>(to - from)) continue;
 #pragma unroll
       for (int i = 0; i < S::kKeyVectors; ++i) {
-        if ((4 * i + lane.member) * S::kVector < span.head_dim) k[r][i] = load(r, i);
+        if ((4 * (begin + i) + lane.member) * S::kVector < span.head_dim) k[r][i] = load(r, begin + i);
       }
     }
   }
 
   template <typename Load>
-  __device__ void fill_values(const Span& span, Lane lane, int first, int from, int to, Load load) {
+  __device__ void fill_values(const Span& span, Lane lane, int first, int from, int to, int part, Load load) {
+    const int begin = part * S::kValueVectors;
 #pragma unroll
     for (int r = 0; r < 4; ++r) {
       const int row = first + 2 * lane.member + r % 2 + r / 2 * 8;
       if (static_cast<unsigned>(row - from) >= static_cast<unsigned>(to - from)) continue;
 #pragma unroll
       for (int i = 0; i < S::kValueVectors; ++i) {
-        if ((8 * i + lane.group) * S::kValueVector < span.head_dim) v[r][i] = load(r, i);
+        if ((8 * (begin + i) + lane.group) * S::kValueVector < span.head_dim) v[r][i] = load(r, begin + i);
       }
     }
   }
 
-  __device__ void read_keys(const Span& span, Lane lane, const Cursor<S>& at, int first, int from, int to) {
-    fill_keys(span, lane, first, from, to, [&](int r, int i) {
+  __device__ void read_keys(const Span& span, Lane lane, const Cursor<S>& at, int first, int from, int to,
+                            int part = 0) {
+    fill_keys(span, lane, first, from, to, part, [&](int r, int i) {
       return __ldcg(reinterpret_cast<const uint4*>(at.k + span.bytes_to(8 * r)) + 4 * i);
     });
   }
 
-  __device__ void read_values(const Span& span, Lane lane, const Cursor<S>& at, int first, int from, int to) {
-    fill_values(span, lane, first, from, to, [&](int r, int i) {
+  __device__ void read_values(const Span& span, Lane lane, const Cursor<S>& at, int first, int from, int to,
+                              int part = 0) {
+    fill_values(span, lane, first, from, to, part, [&](int r, int i) {
       return __ldcg(reinterpret_cast<const ValueVector*>(at.v + span.bytes_to(r % 2 + r / 2 * 8)) + 8 * i);
     });
   }
@@ -285,6 +294,25 @@ struct Chunk {
   }
 };
 
+// A pair of T as a pair of Product. Numbers beyond float16 are clamped to its largest, which no real q reaches. NaN
+// stays.
+template <typename S>
+__device__ uint32_t product_pair(uint32_t word) {
+  if constexpr (std::is_same_v<typename S::T, typename S::Product>) {
+    return word;
+  } else {
+    const __half2 most = as_half2(0x7bff7bffu), least = as_half2(0xfbfffbffu);  // 65504, -65504
+    return bits_of(__hmax2_nan(__hmin2_nan(__float22half2_rn(__bfloat1622float2(as_bfloat162(word))), most), least));
+  }
+}
+
+// The first of the inputs of q that the lane multiplies as its pairs 4 i to 4 i + 3: those that it has of a key.
+template <typename S>
+__device__ int input_of(Lane lane, int i) {
+  constexpr int kQuads = S::kVector / 8;  // 16-byte vectors of q per one of k
+  return (i / kQuads * 4 + lane.member) * S::kVector + i % kQuads * 8;
+}
+
 // The query heads as the right operand: head `group`, in pairs of the inputs that the lane has of a key.
 template <typename S>
 struct Queries {
@@ -297,27 +325,32 @@ struct Queries {
     scale = span.scale;
 #pragma unroll
     for (int i = 0; i < S::kDim / 32; ++i) {
-      constexpr int kQuads = S::kVector / 8;  // 16-byte vectors of q per one of k
-      const int d = (i / kQuads * 4 + lane.member) * S::kVector + i % kQuads * 8;
+      const int d = input_of<S>(lane, i);
       uint4 raw = {};
       if (lane.group < columns.count && d < span.head_dim) raw = load(d);
       const uint32_t words[4] = {raw.x, raw.y, raw.z, raw.w};
 #pragma unroll
-      for (int w = 0; w < 4; ++w) pairs[4 * i + w] = product_pair(words[w]);
+      for (int w = 0; w < 4; ++w) pairs[4 * i + w] = product_pair<S>(words[w]);
     }
   }
   __device__ static int column_of(Lane lane) { return lane.group; }
   __device__ float scale_of(int) const { return scale; }
+  // Pairs 4 i to 4 i + 3.
+  __device__ uint4 four(Lane, int i) const {
+    return make_uint4(pairs[4 * i], pairs[4 * i + 1], pairs[4 * i + 2], pairs[4 * i + 3]);
+  }
+};
 
-  // A pair of T as a pair of Product. Numbers beyond float16 are clamped to its largest, which no real q reaches. NaN
-  // stays.
-  __device__ static uint32_t product_pair(uint32_t word) {
-    if constexpr (std::is_same_v<typename S::T, typename S::Product>) {
-      return word;
-    } else {
-      const __half2 most = as_half2(0x7bff7bffu), least = as_half2(0xfbfffbffu);  // 65504, -65504
-      return bits_of(__hmax2_nan(__hmin2_nan(__float22half2_rn(__bfloat1622float2(as_bfloat162(word))), most), least));
-    }
+// The same heads in shared memory, from which they are read for every chunk: of wide ones a lane has no room for them.
+template <typename S>
+struct SharedQueries {
+  const typename S::T* head;  // of the lane's column
+  float scale;  // of scores
+
+  __device__ float scale_of(int) const { return scale; }
+  __device__ uint4 four(Lane lane, int i) const {
+    const uint4 raw = *reinterpret_cast<const uint4*>(head + input_of<S>(lane, i));
+    return make_uint4(product_pair<S>(raw.x), product_pair<S>(raw.y), product_pair<S>(raw.z), product_pair<S>(raw.w));
   }
 };
 
@@ -394,7 +427,10 @@ struct ByteQueries {
 };
 
 template <typename S>
-using QueriesOf = std::conditional_t<S::Codes::kByteQueries, ByteQueries<S>, Queries<S>>;
+using HalfQueries = std::conditional_t<(S::kParts > 1), SharedQueries<S>, Queries<S>>;
+
+template <typename S>
+using QueriesOf = std::conditional_t<S::Codes::kByteQueries, ByteQueries<S>, HalfQueries<S>>;
 
 // Reads the head of the lane's column.
 template <typename S>
@@ -411,7 +447,8 @@ using Scores = float[S::kTogether][2 * S::kColumns];
 
 // The scores of one chunk, before their scale.
 template <typename S>
-__device__ void multiply_keys(const Chunk<S>& chunk, const ByteQueries<S>& q, float (&scores)[2 * S::kColumns]) {
+__device__ void multiply_keys(const Chunk<S>& chunk, const ByteQueries<S>& q, Lane, int,
+                              float (&scores)[2 * S::kColumns]) {
   using Codes = typename S::Codes;
   constexpr int kParts = ByteQueries<S>::kParts;
   int sums[kParts][4];
@@ -443,12 +480,12 @@ __device__ void multiply_keys(const Chunk<S>& chunk, const ByteQueries<S>& q, fl
                                            : sums[0][i] * 256 + sums[kParts - 1][i]);
 }
 
-// The scores of one chunk.
+// The scores of one chunk, or of one part of it, which the next one's are added to.
 template <typename S>
-__device__ void multiply_keys(const Chunk<S>& chunk, const Queries<S>& q, float (&scores)[4]) {
+__device__ void multiply_keys(const Chunk<S>& chunk, const HalfQueries<S>& q, Lane lane, int part, float (&scores)[4]) {
   float odd[4] = {};  // two chains: the latency of a tensor instruction is several issue slots
 #pragma unroll
-  for (float& score : scores) score = 0.f;
+  for (float& score : scores) score = part == 0 ? 0.f : score;
 #pragma unroll
   for (int i = 0; i < S::kKeyVectors; ++i) {
     const uint32_t* low = reinterpret_cast<const uint32_t*>(&chunk.k[0][i]);
@@ -462,11 +499,12 @@ __device__ void multiply_keys(const Chunk<S>& chunk, const Queries<S>& q, float 
     }
 #pragma unroll
     for (int p = 0; p < kSteps; ++p) {
-      const int first = 2 * p, second = 2 * p + 1, pair = 2 * (kSteps * i + p);
+      const int first = 2 * p, second = 2 * p + 1;
+      const uint4 pairs = q.four(lane, kSteps / 2 * (part * S::kKeyVectors + i) + p / 2);
       mma_16x8x16<typename S::Product>(p % 2 ? odd : scores,
                                        {a[first / kWord][first % kWord], b[first / kWord][first % kWord],
                                         a[second / kWord][second % kWord], b[second / kWord][second % kWord]},
-                                       q.pairs[pair], q.pairs[pair + 1]);
+                                       p % 2 ? pairs.z : pairs.x, p % 2 ? pairs.w : pairs.y);
     }
   }
 #pragma unroll
@@ -477,8 +515,8 @@ __device__ void multiply_keys(const Chunk<S>& chunk, const Queries<S>& q, float 
 template <typename S>
 struct Running {
   float maximum[S::kColumns], sum[S::kColumns] = {};
-  // Elements i (0, 1) and i + kBlocks (2, 3) of the lane's 2 kBlocks, for two columns of the tensor instruction, of
-  // which every other is 0 if there are few; with offsets the sums of weights.
+  // Elements i (0, 1) and i + kPartBlocks (2, 3) of the lane's 2 kPartBlocks of a part, for two columns of the tensor
+  // instruction, of which every other is 0 if there are few; with offsets the sums of weights.
   float out[S::kBlocks + S::kOffset][4] = {};
 
   __device__ Running() {
@@ -571,9 +609,10 @@ __device__ void weigh(const DecodeAttentionArgs& args, const Span& span, const C
   });
 }
 
-// out += V^T weights.
+// out += V^T weights, of a part.
 template <typename S>
-__device__ void multiply_values(const Chunk<S>& chunk, const float (&weights)[2 * S::kColumns], Running<S>& running) {
+__device__ void multiply_values(const Chunk<S>& chunk, int part, const float (&weights)[2 * S::kColumns],
+                                Running<S>& running) {
   using P = typename S::Product;
   constexpr int kLast = S::kColumns - 1;
   const uint32_t low = transpose_matrix(pair_of<P>(weights[0], kLast ? weights[kLast] : 0.f));
@@ -591,7 +630,8 @@ __device__ void multiply_values(const Chunk<S>& chunk, const float (&weights)[2 
     }
 #pragma unroll
     for (int p = 0; p < S::kPairs; ++p)
-      mma_16x8x16<P>(running.out[w * S::kPairs + p], {pairs[0][p], pairs[1][p], pairs[2][p], pairs[3][p]}, low, high);
+      mma_16x8x16<P>(running.out[part * S::kPartBlocks + w * S::kPairs + p],
+                     {pairs[0][p], pairs[1][p], pairs[2][p], pairs[3][p]}, low, high);
   }
   if constexpr (S::kOffset) {
     constexpr uint32_t kOnes = 0x3c003c00u;
@@ -647,13 +687,12 @@ __device__ void give(const Meeting<S>& meeting, float* target, int rank, float v
   else *target = value;
 }
 
-// Gives part `part` (8 elements) of the lane's 2 kBlocks elements of the heads below `heads` to the block that merges
-// them.
+// Gives eight of the lane's 2 kBlocks elements of the heads below `heads` to the block that merges them.
 template <typename S>
-__device__ void give_part(const Meeting<S>& meeting, const Running<S>& running, Lane lane, int heads, int part) {
+__device__ void give_eight(const Meeting<S>& meeting, const Running<S>& running, Lane lane, int heads, int eight) {
   const int blocks = gridDim.x, slot = blockIdx.x * S::kWarps + threadIdx.x / 32;
-  const int vector = part * kGroup / S::kValueVector * 8 + lane.group;
-  const int group = (vector * S::kValueVector + part * kGroup % S::kValueVector) / kGroup;
+  const int vector = eight * kGroup / S::kValueVector * 8 + lane.group;
+  const int group = (vector * S::kValueVector + eight * kGroup % S::kValueVector) / kGroup;
   const int turn = Meeting<S>::over(group, meeting.of_block), rank = group - turn * blocks;
 #pragma unroll
   for (int h = 0; h < S::kColumns; ++h) {
@@ -663,8 +702,9 @@ __device__ void give_part(const Meeting<S>& meeting, const Running<S>& running, 
     float values[kGroup];
 #pragma unroll
     for (int i = 0; i < kGroup; ++i) {
-      const int element = part * kGroup + i;
-      values[i] = running.out[element % S::kBlocks][element / S::kBlocks * 2 + h];
+      const int element = eight * kGroup + i, own = element % (2 * S::kPartBlocks);
+      const int block = element / (2 * S::kPartBlocks) * S::kPartBlocks + own % S::kPartBlocks;
+      values[i] = running.out[block][own / S::kPartBlocks * 2 + h];
       if constexpr (S::kOffset)
         values[i] = values[i] / S::Codes::unit_of(element % S::kPairs) - S::Codes::kOffset * running.out[S::kBlocks][h];
     }
@@ -687,7 +727,7 @@ __device__ void give_all(const Meeting<S>& meeting, Running<S>& running, Lane la
     give(meeting, &meeting.sum[place], lane.group, running.sum[h]);
   }
 #pragma unroll
-  for (int part = 0; part < 2 * S::kBlocks / kGroup; ++part) give_part<S>(meeting, running, lane, heads, part);
+  for (int i = 0; i < 2 * S::kBlocks / kGroup; ++i) give_eight<S>(meeting, running, lane, heads, i);
 }
 
 // The weight of a row's head's sink, relative to 2^maximum.
@@ -791,7 +831,7 @@ struct NewHeads {
     }
 #pragma unroll
     for (int i = 0; i < kRounds; ++i) squares[i] = squares_of(heads[i]);
-    if (args.made.q_norm != nullptr || args.made.k_norm != nullptr) sum_over_lanes(squares);
+    if (args.made.q_norm != nullptr || args.made.k_norm != nullptr || args.made.v_normed) sum_over_lanes(squares);
 #pragma unroll
     for (int i = 0; i < kRounds; ++i) {
       const int index = threadIdx.x / 32 + i * S::kWarps;
@@ -808,11 +848,12 @@ struct NewHeads {
   __device__ void finish(Head<kPairs>& head, int index, float squares, int half, int lane) {
     const NewHeadsArgs& made = args.made;
     if (index < columns.count) {
-      finish_head<Codes>(head, made.q_norm, q_norm, squares, made.norm_eps, turns, half, lane);
+      finish_head<Codes>(head, made.q_norm != nullptr, q_norm, squares, made.norm_eps, turns, half, lane);
       return store_codes<T>(SameCache{}, head, {memory.q[index], nullptr, 0, 0}, half, lane);
     }
     const bool is_k = index == columns.count;
-    if (is_k) finish_head<Codes>(head, made.k_norm, k_norm, squares, made.norm_eps, turns, half, lane);
+    if (is_k) finish_head<Codes>(head, made.k_norm != nullptr, k_norm, squares, made.norm_eps, turns, half, lane);
+    else if (made.v_normed) norm_head(head, Head<kPairs>::ones(), squares, made.norm_eps, half);
     void* scales = &memory.scales[is_k ? 0 : 1];
     if constexpr (Codes::kHeadScales) scales = is_k ? args.cache.k_scales : args.cache.v_scales;
     store_codes<T>(Codes{}, head, {is_k ? memory.k : memory.v, scales, 0, columns.kv_head}, half, lane);
@@ -847,7 +888,7 @@ struct NewHeads {
 
   __device__ void take_key(Chunk<S>& chunk, Lane lane, int first) const {
     if (!in(first)) return;
-    chunk.fill_keys(span, lane, first, span.settled, span.length,
+    chunk.fill_keys(span, lane, first, span.settled, span.length, 0,
                     [&](int, int i) { return reinterpret_cast<const uint4*>(memory.k)[4 * i + lane.member]; });
     if constexpr (Codes::kTokenScales) {
       const int place = threadIdx.x % 32;
@@ -858,7 +899,7 @@ struct NewHeads {
   __device__ void take_value(Chunk<S>& chunk, Lane lane, int first) const {
     using Vector = typename S::ValueVector;
     if (!in(first)) return;
-    chunk.fill_values(span, lane, first, span.settled, span.length,
+    chunk.fill_values(span, lane, first, span.settled, span.length, 0,
                       [&](int, int i) { return reinterpret_cast<const Vector*>(memory.v)[8 * i + lane.group]; });
   }
 };
@@ -880,8 +921,47 @@ struct OldHeads {
   __device__ void take_value(Chunk<S>&, Lane, int) const {}
 };
 
+// Wide heads that are in the cache already: the block copies its queries to shared memory.
 template <typename S>
-using Heads = std::conditional_t<S::kAppends, NewHeads<S>, OldHeads<S>>;
+struct WideHeads {
+  using T = typename S::T;
+  static constexpr int kPitch = S::kDim + 32;  // 64 bytes more than a multiple of 128
+  struct Memory {
+    alignas(16) T q[kHeads][kPitch];
+  };
+  static constexpr size_t kBytes = sizeof(Memory);
+
+  Memory& memory;
+  const DecodeAttentionArgs& args;
+  const Span& span;
+  const Columns& columns;
+
+  __device__ WideHeads(float* memory, const DecodeAttentionArgs& args, const Span& span, const Columns& columns)
+      : memory(*reinterpret_cast<Memory*>(memory)), args(args), span(span), columns(columns) {}
+  // Fills the block's memory, which holds once its threads have met.
+  __device__ void make() {
+    constexpr int kVectors = S::kDim / 8;
+    for (int i = threadIdx.x; i < columns.count * kVectors; i += S::kThreads) {
+      const int column = i / kVectors, d = i % kVectors * 8;
+      const T* head = static_cast<const T*>(args.q) + columns.head_of(args, column) * S::kDim;
+      *reinterpret_cast<uint4*>(&memory.q[column][d]) = __ldcg(reinterpret_cast<const uint4*>(head + d));
+    }
+  }
+  __device__ void append() const {}
+  // Columns without a head take the last one's: nobody reads their sums.
+  __device__ void read(SharedQueries<S>& q, Lane lane) const {
+    q.head = memory.q[min(lane.group, columns.count - 1)];
+    q.scale = span.scale;
+  }
+  __device__ void take_key(Chunk<S>&, Lane, int) const {}
+  __device__ void take_value(Chunk<S>&, Lane, int) const {}
+};
+
+template <typename S>
+using ReadHeads = std::conditional_t<(S::kParts > 1), WideHeads<S>, OldHeads<S>>;
+
+template <typename S>
+using Heads = std::conditional_t<S::kAppends, NewHeads<S>, ReadHeads<S>>;
 
 // Rows [from, to) of a chunk, except values that are read behind the products with its keys.
 template <typename S>
@@ -906,7 +986,12 @@ __device__ void attend_chunks(const DecodeAttentionArgs& args, const Span& span,
 #pragma unroll
   for (int c = 0; c < S::kTogether; ++c) {
     heads.take_key(chunks[c], lane, first + c * step);
-    multiply_keys<S>(chunks[c], q, scores[c]);
+    multiply_keys<S>(chunks[c], q, lane, 0, scores[c]);
+#pragma unroll
+    for (int part = 1; part < S::kParts; ++part) {
+      chunks[c].read_keys(span, lane, here, first, 0, span.readable, part);
+      multiply_keys<S>(chunks[c], q, lane, part, scores[c]);
+    }
     if (S::kAhead) chunks[c].read_keys(span, lane, at.after(span, c * step), next + c * step, 0, span.readable);
     if (!S::kAhead && S::kClears) chunks[c].clear_values();
     if (!S::kAhead) chunks[c].read_values(span, lane, here, first, 0, span.readable);
@@ -917,10 +1002,20 @@ __device__ void attend_chunks(const DecodeAttentionArgs& args, const Span& span,
     const Cursor<S> later = at.after(span, c * step);
     chunks[c].read_scales(later, next + c * step, 0, span.readable);
     heads.take_value(chunks[c], lane, first + c * step);
-    multiply_values<S>(chunks[c], scores[c], running);
-    if (S::kAhead && S::kClears) chunks[c].clear_values();
-    if (S::kAhead) chunks[c].read_values(span, lane, later, next + c * step, 0, span.readable);
-    else chunks[c].read_keys(span, lane, later, next, 0, span.readable);
+    multiply_values<S>(chunks[c], 0, scores[c], running);
+#pragma unroll
+    for (int part = 1; part < S::kParts; ++part) {
+      if (S::kClears) chunks[c].clear_values();
+      chunks[c].read_values(span, lane, here, first, 0, span.readable, part);
+      multiply_values<S>(chunks[c], part, scores[c], running);
+    }
+    if (S::kAhead) {
+      if (S::kClears) chunks[c].clear_values();
+      chunks[c].read_values(span, lane, later, next + c * step, 0, span.readable);
+    } else {
+      chunks[c].clear_keys();  // else their registers are taken throughout: rows past the end keep an earlier row's
+      chunks[c].read_keys(span, lane, later, next, 0, span.readable);
+    }
   }
 }
 
@@ -944,7 +1039,7 @@ __device__ void attend_span(const DecodeAttentionArgs& args, const Span& span, L
   for (int c = 0; !S::kAppends && c < S::kTogether; ++c)
     read_ahead<S>(span, lane, at.after(span, c * step), first + c * step, span.settled, span.length, chunks[c]);
   heads.make();
-  if (S::kAppends) __syncthreads();
+  if (Heads<S>::kBytes > 0) __syncthreads();
   QueriesOf<S> q;
   heads.read(q, lane);
   for (; first < span.length; first += S::kTogether * step)
@@ -1021,6 +1116,8 @@ template <typename T, typename Codes, bool kAppends>
 cudaError_t launch_heads(const DecodeAttentionArgs& args, const DecodeAttentionLaunch& launch, cudaStream_t stream) {
   constexpr bool kIsSame = std::is_same_v<Codes, SameCache>;
   const int head_dim = args.cache.head_dim;
+  if constexpr (!kAppends && !Codes::kByteQueries)
+    if (head_dim == 512 && launch.warps == 4) return launch_shape<Shape<T, Codes, 512, false>>(args, launch, stream);
   if (head_dim % (128 / Codes::kBits) != 0 || head_dim > 256) return cudaErrorInvalidValue;
   if constexpr (kIsSame) {
     if (head_dim <= 64 && launch.warps == 4) return launch_shape<Shape<T, Codes, 64, kAppends>>(args, launch, stream);

@@ -37,6 +37,7 @@ struct NewHeadsArgs {
   FIELD(const float*, sines);
   FIELD(const void*, q_norm);        // (head_dim) or null
   FIELD(const void*, k_norm);
+  FIELD(bool, v_normed);             // an RMS norm without a weight on heads of v
   FIELD(float, norm_eps);
 };
 
@@ -55,12 +56,16 @@ __device__ inline float warp_max(float value) {
   return value;
 }
 
-constexpr int kMostPairs = 4;  // per lane: heads are at most 256 wide
-
 // A head in a warp: a lane's pair i has inputs j and j + head_dim / 2, with j = lane + 32 i.
 template <int kPairs>
 struct Head {
   float low[kPairs] = {}, high[kPairs] = {};
+
+  __device__ static Head ones() {
+    Head head;
+    for (int i = 0; i < kPairs; ++i) head.low[i] = head.high[i] = 1.f;
+    return head;
+  }
 
   template <typename T>
   __device__ void read(const T* source, int half, int lane) {
@@ -232,9 +237,9 @@ __device__ void store_codes(Int4Cache, const Head<kPairs>& head, const Place& pl
 
 // Norm and rotation of a head of q or k, whose squares sum up to `squares`.
 template <typename Codes, int kPairs>
-__device__ void finish_head(Head<kPairs>& head, const void* norm, const Head<kPairs>& weight, float squares, float eps,
+__device__ void finish_head(Head<kPairs>& head, bool normed, const Head<kPairs>& weight, float squares, float eps,
                             const Head<kPairs>& turns, int half, int lane) {
-  if (norm != nullptr) norm_head(head, weight, squares, eps, half);
+  if (normed) norm_head(head, weight, squares, eps, half);
   rotate_head(head, turns);
   if (Codes::kRotated) turn_head(head, half, lane);
 }

@@ -21,6 +21,7 @@ struct RouteExpertsArgs {
   FIELD(const void*, weight);       // (experts, k)
   FIELD(const void*, bias);         // (experts) or null
   FIELD(const float*, correction);  // (experts), added to scores for the choice alone, or null
+  FIELD(const float*, factors);     // (experts) of the weights, or null
   FIELD(const float*, x_squares);   // (m, x_parts): a norm to finish on x, or null
   FIELD(int, x_parts);
   FIELD(float, norm_eps);
@@ -60,6 +61,7 @@ struct Row {
   float ranks[kMostExperts];
   alignas(16) uint64_t keys[kMostExperts];
   float weights[kMostTop];  // of the chosen, before they are divided
+  float factors[kMostTop];
 };
 
 __device__ inline float sum_of_warp(float value) {
@@ -220,6 +222,7 @@ __device__ inline void choose(const RouteExpertsArgs& args, int row, Row& values
     args.experts_of_rows[row * args.top + better] = expert;
     // of "chosen" the logit, until the best is known
     values.weights[better] = score_of(args, softmax, values.logits[expert]);
+    values.factors[better] = args.factors == nullptr ? 1.f : __ldg(args.factors + expert);
   }
   __syncthreads();
   if (threadIdx.x >= 32) return;
@@ -227,7 +230,8 @@ __device__ inline void choose(const RouteExpertsArgs& args, int row, Row& values
   if (args.scores == Scores::chosen) weight = threadIdx.x < args.top ? expf(weight - values.weights[0]) : 0.f;
   const float total = sum_of_warp(weight);
   if (args.normalized || args.scores == Scores::chosen) weight /= total + kLeastSum;
-  if (threadIdx.x < args.top) args.weights_of_rows[row * args.top + threadIdx.x] = weight * args.scale;
+  if (threadIdx.x >= args.top) return;
+  args.weights_of_rows[row * args.top + threadIdx.x] = weight * args.scale * values.factors[threadIdx.x];
 }
 
 template <typename T>
