@@ -68,6 +68,7 @@ MIXTURES = tuple(
         ("mixtral-8x7b", "w4", (1, 8), "int8"),
         ("glm-4.5-air", "w4", (1,), "int8"),
         ("deepseek-v2-lite", "w4", (1,), "int8"),
+        ("gemma-4-26b-a4b", "w4", (1, 8), "int8"),
     )
 )
 
