@@ -38,7 +38,7 @@ class Mixture:
     rule     the choice of a token's experts
     shared   inner size of the feed-forward that every token passes besides; 0 for none
     gate     the activation of an expert, or None for that of all feed-forwards
-    beside   True: the experts are beside the layer's feed-forward, with norms and a router's input of their own (Gemma 4)
+    beside   True: the experts are beside the layer's feed-forward, with norms and a router's input of their own
     """
 
     experts: int
@@ -120,6 +120,15 @@ class LatentSizes:
 
 
 @dataclass(frozen=True)
+class TokenInputSizes:
+    """The width of the input that each layer has of its own for each token, and the tokens of its lookup: all of the
+    model's, or more."""
+
+    width: int
+    vocabulary: int
+
+
+@dataclass(frozen=True)
 class Architecture:
     """A decoder's sizes, and the choices of its family.
 
@@ -133,7 +142,7 @@ class Architecture:
     head_norms         False: without the norms of q and k that the family's names have
     joint_head_norms   True: these norms are over all heads of q, or of k, together (OLMoE)
     value_norms        True: heads of v have an RMS norm without a weight (Gemma 4)
-    token_inputs       width of the input that each layer has of its own for each token (Gemma 4); 0: there is none
+    token_inputs       sizes of the input that each layer has of its own for each token (Gemma 4), or None
     attention_bias, mlp_bias, head_bias  False: a bias in the file is an error; True or None: it is used
     """
 
@@ -161,7 +170,7 @@ class Architecture:
     head_norms: bool = True
     joint_head_norms: bool = False
     value_norms: bool = False
-    token_inputs: int = 0
+    token_inputs: TokenInputSizes | None = None
     attention_bias: bool | None = None
     mlp_bias: bool | None = None
     head_bias: bool | None = None
@@ -176,7 +185,9 @@ class Architecture:
         wrong = next((name for name, value in counts.items() if type(value) is not int or value < 1), None)
         if wrong is not None:
             return f"{wrong} is {counts[wrong]!r}; a number from 1 is needed"
-        wrong = next((reason for index in range(len(self.layers)) if (reason := self.reason_against_heads(index))), None)
+        wrong = next(
+            (reason for index in range(len(self.layers)) if (reason := self.reason_against_heads(index))), None
+        )
         if wrong is not None:
             return wrong
         latent = self.latent
@@ -184,6 +195,9 @@ class Architecture:
             return f"heads of {self.head_dim} inputs with v of {latent.v_dim}, {latent.turned} of them rotated"
         if latent is not None and (latent.q_rank < 0 or latent.kv_rank < 1):
             return f"compressed rows of {latent.q_rank} and {latent.kv_rank} numbers"
+        inputs = self.token_inputs
+        if inputs is not None and not (inputs.width > 0 and inputs.vocabulary >= self.vocabulary):
+            return f"inputs of layers of width {inputs.width} for {inputs.vocabulary} of {self.vocabulary} tokens"
         if any(layer.window is not None and layer.window < 1 for layer in self.layers):
             return "a window of attention that sees no position"
         mixtures = (layer.mixture.reason_against() for layer in self.layers if layer.mixture is not None)
@@ -203,7 +217,11 @@ class Architecture:
     def reason_against_heads(self, index: int) -> str | None:
         """The reason why the heads of a layer are invalid, or None."""
         layer, sizes = self.layers[index], self.heads_of(index)
-        for name, value in (("head_dim", sizes.head_dim), ("kv_heads", sizes.kv_heads), ("inner", self.inner_of(index))):
+        for name, value in (
+            ("head_dim", sizes.head_dim),
+            ("kv_heads", sizes.kv_heads),
+            ("inner", self.inner_of(index)),
+        ):
             if type(value) is not int or value < 1:
                 return f"{name} of layer {index} is {value!r}; a number from 1 is needed"
         if sizes.head_dim % 2 or sizes.heads % sizes.kv_heads:
@@ -249,12 +267,12 @@ class MixtureNames:
     """Names of the tensors of a mixture of experts, which follow those of the layer.
 
     router       linear with one output for each expert
-    router_scale factor of the router's input, which then has an RMS norm of its own and is divided by the square root of
-                 its width; or None
+    router_scale factor of the router's input, which then has an RMS norm of its own and is divided by the square root
+                 of its width; or None
     correction   what is added to the router's scores for the choice alone, or None
     factors      factors of the weights of a row's experts, or None
-    expert_norm, expert_out_norm, dense_out_norm  of experts beside a feed-forward: before and behind them, and behind the
-                 feed-forward
+    expert_norm, expert_out_norm, dense_out_norm  of experts beside a feed-forward: before and behind them, and behind
+                 the feed-forward
     up, down     linears of expert {}, as in Names; or one for up, whose rows are gate and up by turns
     up_whole, down_whole  tensors (experts, n, k) of all experts, gate above up, that a file may have instead; or None
     shared_up, shared_down  linears of the feed-forward that every token passes; none without one

@@ -484,8 +484,8 @@ class HeadFields:
 
 
 @dataclass
-class Gemma4Text(WithTypes):
-    """Fields of Gemma 4.
+class Gemma4UnifiedText(WithTypes):
+    """Fields of Gemma 4 with one encoder of images and sound.
 
     per_layer_config  in a file the fields in which a layer differs, by its index, which older files have as the global_
                       fields of all layers with full attention; then the HeadFields of every layer
@@ -499,21 +499,15 @@ class Gemma4Text(WithTypes):
     num_key_value_heads: int | None = 4
     head_dim: int | None = 256
     hidden_activation: str = "gelu_pytorch_tanh"
-    max_position_embeddings: int = 131072
+    max_position_embeddings: int = 262144
     tie_word_embeddings: bool | None = True
     attention_bias: bool = False
-    sliding_window: int | None = 512
+    sliding_window: int | None = 1024
     final_logit_softcapping: float | None = None
-    use_bidirectional_attention: str | None = None
-    vocab_size_per_layer_input: int = 262144
-    hidden_size_per_layer_input: int = 256
+    use_bidirectional_attention: str | None = "vision"
     attention_k_eq_v: bool = False
     num_kv_shared_layers: int = 0
-    enable_moe_block: bool = False
     use_double_wide_mlp: bool = False
-    num_experts: int | None = None
-    top_k_experts: int | None = None
-    moe_intermediate_size: int | None = None
     global_head_dim: int | None = 512
     num_global_key_value_heads: int | None = None
 
@@ -523,8 +517,7 @@ class Gemma4Text(WithTypes):
             self.rope_parameters = {SLIDING: {"rope_type": "default", "rope_theta": 1e4}, FULL: full}
         super().resolve()
         assert self.layer_types is not None
-        if self.layer_types:
-            self.layer_types[-1] = FULL
+        self.layer_types[-1:] = [FULL] * bool(self.layer_types)
         if self.per_layer_config is None:
             own: dict[str, Any] = {"head_dim": self.global_head_dim}
             if self.attention_k_eq_v and self.num_global_key_value_heads is not None:
@@ -537,8 +530,9 @@ class Gemma4Text(WithTypes):
         """The heads of a layer. NotComputed if something else differs there."""
         own = {"head_dim": self.head_dim, "num_key_value_heads": self.num_key_value_heads}
         changes = self.per_layer_config.get(str(index), {})
-        if set(changes) - set(own):
-            raise NotComputed(f"layer {index} has its own {min(set(changes) - set(own))}; the engine knows {', '.join(own)}")
+        unknown = set(changes) - set(own)
+        if unknown:
+            raise NotComputed(f"layer {index} has its own {min(unknown)}; the engine knows {', '.join(own)}")
         return HeadFields(**own | changes)
 
     def usual_types(self) -> list[str]:
@@ -546,32 +540,37 @@ class Gemma4Text(WithTypes):
 
 
 @dataclass
-class Gemma4UnifiedText(Gemma4Text):
-    """Fields of the text part of Gemma 4 with one encoder of images and sound."""
+class Gemma4Text(Gemma4UnifiedText):
+    """Fields of Gemma 4, which may have experts, and inputs of each layer's own."""
 
-    max_position_embeddings: int = 262144
-    sliding_window: int | None = 1024
-    use_bidirectional_attention: str | None = "vision"
-    hidden_size_per_layer_input: int = 0
+    max_position_embeddings: int = 131072
+    sliding_window: int | None = 512
+    use_bidirectional_attention: str | None = None
+    vocab_size_per_layer_input: int = 262144
+    hidden_size_per_layer_input: int = 256
+    enable_moe_block: bool = False
+    num_experts: int | None = None
+    top_k_experts: int | None = None
+    moe_intermediate_size: int | None = None
 
 
 @dataclass
 class Gemma4(Config):
     """Fields of Gemma 4 with images and sound, whose text part counts here."""
 
-    text: ClassVar[type[Gemma4Text]] = Gemma4Text
     tie_word_embeddings: bool | None = True
     text_config: dict[str, Any] | None = None
 
     def get_text_config(self) -> Config:
-        return self.text.read(self.text_config or {})
+        return Gemma4Text.read({"model_type": "gemma4_text"} | (self.text_config or {}))
 
 
 @dataclass
 class Gemma4Unified(Gemma4):
     """The same with one encoder of both."""
 
-    text = Gemma4UnifiedText
+    def get_text_config(self) -> Config:
+        return Gemma4UnifiedText.read({"model_type": "gemma4_unified_text"} | (self.text_config or {}))
 
 
 @dataclass

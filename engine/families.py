@@ -17,6 +17,7 @@ from lowbit.engine.architecture import (
     Names,
     Rope,
     TokenInputNames,
+    TokenInputSizes,
 )
 from lowbit.engine.fields import Fields, NotComputed
 from lowbit.engine.ropes import RULES, WHOLE_HEADS, longrope, plain_frequencies
@@ -273,14 +274,16 @@ def gemma(config: Fields, capped: bool = True) -> Architecture:
 
 def gemma4(config: Fields) -> Architecture:
     """Gemma 4: heads of other sizes in layers with full attention, where v may be k; norms on heads of v; a factor of
-    each layer's output. Some have experts beside the feed-forward, some inputs of each layer's own, and last layers that
-    read the keys and values of earlier ones."""
+    each layer's output. Some have experts beside the feed-forward, some inputs of each layer's own, and last layers
+    that read the keys and values of earlier ones."""
     config = config.get_text_config()
     if config.use_bidirectional_attention == "all":
         raise NotComputed("use_bidirectional_attention is 'all'; the engine computes causal attention alone")
-    inputs, vocabulary = config.hidden_size_per_layer_input, config.vocab_size_per_layer_input
-    if inputs and vocabulary != config.vocab_size:
-        raise NotComputed(f"vocab_size_per_layer_input is {vocabulary}, vocab_size {config.vocab_size}")
+    inputs = TokenInputSizes(
+        config.declared("hidden_size_per_layer_input", 0), config.declared("vocab_size_per_layer_input", 0)
+    )
+    if inputs.width:
+        activation_of(config.hidden_activation, gated=False)
     return Architecture(
         family=config.model_type,
         vocabulary=config.vocab_size,
@@ -297,7 +300,7 @@ def gemma4(config: Fields) -> Architecture:
         embedding_scale=math.sqrt(config.hidden_size),
         tied=bool(config.tie_word_embeddings),
         value_norms=True,
-        token_inputs=inputs,
+        token_inputs=inputs if inputs.width else None,
         attention_bias=config.attention_bias,
     )
 
@@ -306,8 +309,8 @@ def gemma4_layers(config: Fields) -> tuple[Layer, ...]:
     """The layers of Gemma 4."""
     kinds, shared = config.layer_types, config.num_hidden_layers - config.num_kv_shared_layers
     wide = config.intermediate_size * (2 if config.use_double_wide_mlp else 1)
-    experts, inner, top = config.num_experts, config.moe_intermediate_size, config.top_k_experts
-    mixture = Mixture(experts, inner, Rule(top), beside=True) if config.enable_moe_block else None
+    experts, inner, top = map(config.declared, ("num_experts", "moe_intermediate_size", "top_k_experts"))
+    mixture = Mixture(experts, inner, Rule(top), beside=True) if config.declared("enable_moe_block") else None
     layers, ropes = [], dict[tuple[str, int], Rope]()
     for index, kind in enumerate(kinds):
         own = config.per_layer_config[index]

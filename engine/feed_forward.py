@@ -233,8 +233,8 @@ class MixedForward:
 
 @dataclass(frozen=True)
 class BesideForward:
-    """keeps * residual + after(dense(x) + behind(mixed(x))): experts beside a feed-forward of all tokens, each with norms
-    of its own before and behind it (Gemma 4).
+    """keeps * residual + after(dense(x) + behind(mixed(x))): experts beside a feed-forward of all tokens, each with
+    norms of its own before and behind it (Gemma 4).
 
     dense   with the norm behind it; mixed  without
     after   the norm behind the sum, times `keeps`

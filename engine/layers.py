@@ -303,9 +303,14 @@ class NormsAround:
 
 def build_token_input(parts: Parts, architecture: Architecture) -> TokenInput:
     """The end of a layer that has an input of its own for each token."""
-    a, norms = architecture, NormsAround(None, parts.norm("token_out_norm"), parts.factor())
-    gate = parts.linear("token_gate", a.token_inputs, a.hidden)
-    onto = parts.linear("token_onto", a.hidden, a.token_inputs)
+    a, norms, sizes = (
+        architecture,
+        NormsAround(None, parts.norm("token_out_norm"), parts.factor()),
+        architecture.token_inputs,
+    )
+    assert sizes is not None
+    gate = parts.linear("token_gate", sizes.width, a.hidden)
+    onto = parts.linear("token_onto", a.hidden, sizes.width)
     activation = a.activation.removesuffix("_mul")
     return TokenInput(Product(gate, activation=activation), Product(onto, after=norms.scaled, keeps=norms.keeps))
 

@@ -214,8 +214,7 @@ def require_rows(architecture: Architecture, checkpoint: Checkpoint) -> None:
     rows = max(architecture.heads_of(index).qkv_rows for index in range(len(architecture.layers)))
     if rows > 3 * SLACK * widest:
         raise CheckpointError(
-            f"{checkpoint.head}: {rows} rows of q, k and v, but no tensor "
-            f"of the files has more than {widest}"
+            f"{checkpoint.head}: {rows} rows of q, k and v, but no tensor of the files has more than {widest}"
         )
 
 

@@ -235,10 +235,11 @@ class RandomParts:
 
     def token_inputs(self) -> TokenInputs:
         """Random inputs of all layers for each token."""
-        a, like = self.architecture, self.plain.weight
-        rows = len(a.layers) * a.token_inputs
-        table = torch.randn(a.vocabulary, rows, dtype=like.dtype, device=like.device)
-        norm = Norm("rms", like.new_ones(a.token_inputs), None, a.norm_eps)
+        a, like, sizes = self.architecture, self.plain.weight, self.architecture.token_inputs
+        assert sizes is not None
+        rows = len(a.layers) * sizes.width
+        table = torch.randn(sizes.vocabulary, rows, dtype=like.dtype, device=like.device)
+        norm = Norm("rms", like.new_ones(sizes.width), None, a.norm_eps)
         return TokenInputs(table, Product(random_linear(rows, a.hidden, None, self.like)), norm)
 
     def sinks(self) -> Tensor | None:

@@ -238,9 +238,10 @@ class CheckpointReader:
 
     def token_inputs(self) -> TokenInputs:
         """The inputs that layers have of their own for each token."""
-        a, names = self.architecture, self.names.token_inputs
-        count, width = len(a.layers), a.token_inputs
-        table = self.tensor(f"{names.embedding}.weight", (a.vocabulary, count * width))
+        a, names, sizes = self.architecture, self.names.token_inputs, self.architecture.token_inputs
+        assert sizes is not None
+        count, width = len(a.layers), sizes.width
+        table = self.tensor(f"{names.embedding}.weight", (sizes.vocabulary, count * width))
         projection = Product(self.linear((names.projection,), count * width, a.hidden, TILE_ROWS))
         weight = self.tensor(f"{names.norm}.weight", (width,)) / math.sqrt(2)
         # the projection is divided by sqrt(hidden): its norm's eps is multiplied instead
@@ -358,7 +359,8 @@ class CheckpointReader:
                 "chooses no experts; download the file again, or load with another dtype"
             )
         correction, factors = (
-            None if part is None else self.exact(prefix + part, (experts,)) for part in (names.correction, names.factors)
+            None if part is None else self.exact(prefix + part, (experts,))
+            for part in (names.correction, names.factors)
         )
         norm = None
         if names.router_scale is not None:
@@ -494,7 +496,9 @@ class LayerParts:
 
     def stack(self, part: str, mixture: Mixture, n: int, k: int) -> StackedLinear:
         """The linears of all experts."""
-        found, whole = ((self.mixture.up, self.mixture.up_whole), (self.mixture.down, self.mixture.down_whole))[part != "up"]
+        found, whole = ((self.mixture.up, self.mixture.up_whole), (self.mixture.down, self.mixture.down_whole))[
+            part != "up"
+        ]
         names = tuple(self.prefix + name for name in ((found,) if isinstance(found, str) else found))
         sizes, paired = (mixture.experts, n, k), part == "up"
         if whole is not None and self.reader.found(self.prefix + whole) is not None:

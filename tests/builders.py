@@ -110,6 +110,14 @@ UNUSUAL: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+def readable(config: Any) -> Any:
+    """`config`, whose fields may be read though some layers have others (Gemma 4)."""
+    for each in (config, config.get_text_config()):
+        if hasattr(each, "allow_global_per_layer_attribute_access"):
+            each.allow_global_per_layer_attribute_access = True
+    return config
+
+
 def make_config(family: str, **changes: Any) -> Any:
     """The tiny configuration of a family."""
     name, values = (CONFIGS | CONNECTED | UNUSUAL)[family]

@@ -11,6 +11,7 @@ import transformers
 from lowbit.engine.architecture import Architecture, Rope
 from lowbit.engine.families import FAMILIES, NO_ROPE
 from lowbit.engine.fields import Fields
+from tests.builders import readable
 
 LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 LATENT_YARN = {"type": "yarn", "factor": 40, "beta_fast": 32, "beta_slow": 1, "mscale": 0.707, "mscale_all_dim": 0.707}
@@ -114,7 +115,7 @@ FILES: dict[str, dict[str, Any]] = {
 
 def as_transformers(plain: dict[str, Any]) -> Architecture:
     """The architecture that the family's reader gives for transformers' own configuration."""
-    config = transformers.CONFIG_MAPPING[plain["model_type"]](**deepcopy(plain))
+    config = readable(transformers.CONFIG_MAPPING[plain["model_type"]](**deepcopy(plain)))
     return FAMILIES[plain["model_type"]].architecture(Fields(config))
 
 
@@ -150,7 +151,7 @@ def test_files_of_all_ages_mean_what_they_mean_to_transformers(file: str) -> Non
 @pytest.mark.parametrize("kind", sorted(set(FAMILIES) - {"chatglm", "mimo"}))
 def test_a_file_without_fields_has_the_values_of_transformers(kind: str) -> None:
     assert kind in {plain["model_type"] for plain in FILES.values()}
-    theirs = transformers.CONFIG_MAPPING[kind]()
+    theirs = readable(transformers.CONFIG_MAPPING[kind]())
     ours = FAMILIES[kind].config.read({"model_type": kind})
     resolved = {"rope_parameters", "text_config", *(["head_dim"] if getattr(ours, "head_dim", 0) is None else [])}
     same = {field.name for field in fields(ours)} & set(vars(theirs)) - resolved

@@ -49,7 +49,7 @@ def stored_logits(directory: Path) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe"])
+@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "gemma4_moe"])
 def test_files_that_we_quantized_have_the_logits_of_their_weights(family: str, recipe: str, tmp_path: Path) -> None:
     source = save_family(family, tmp_path / "source")
     made = quantized(source, tmp_path / "made", recipe)

@@ -40,7 +40,10 @@ CASES = {
     "gemma3": ("gemma3", {"layer_types": ["sliding_attention", "full_attention"]}),
     "gemma4_text": ("gemma4_moe", WIDE | {"attention_k_eq_v": True, "num_global_key_value_heads": 1}),
     "gemma4_text-dense": ("gemma4_moe", WIDE | {"enable_moe_block": False, "tie_word_embeddings": True}),
-    "gemma4_text-inputs": ("gemma4", {"use_double_wide_mlp": True, "per_layer_config": {1: {"head_dim": 32}, 3: {"head_dim": 32}}}),
+    "gemma4_text-inputs": (
+        "gemma4",
+        {"use_double_wide_mlp": True, "per_layer_config": {1: {"head_dim": 32}, 3: {"head_dim": 32}}},
+    ),
     "gemma4_unified_text": ("Gemma4UnifiedTextConfig", FOUR | KINDS | {"global_head_dim": 32}),
     "phi3": ("phi3", {}),
     "phi3-sliding": ("phi3", {"sliding_window": 6, "rope_parameters": PARTIAL}),
@@ -147,5 +150,11 @@ def test_the_text_of_a_model_that_sees_images_is_read(tmp_path: Path) -> None:
 
 
 def test_every_family_is_among_the_cases() -> None:
-    covered = {built(case).config.model_type for case in CASES} | {"chatglm", "gemma3", "gemma4", "gemma4_unified", "mimo"}
+    covered = {built(case).config.model_type for case in CASES} | {
+        "chatglm",
+        "gemma3",
+        "gemma4",
+        "gemma4_unified",
+        "mimo",
+    }
     assert covered == set(FAMILIES)

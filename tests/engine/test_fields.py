@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lowbit import engine
 from lowbit.errors import CheckpointError
-from tests.builders import COMMON, GATED, changed_config, logits_of
+from tests.builders import COMMON, GATED, changed_config, logits_of, readable
 from tests.engine.chatglm import TinyChatGLM
 
 IDS = torch.arange(3, 33).unsqueeze(0)
@@ -29,6 +29,8 @@ GROUPED = {"n_routed_experts": 8, "num_experts_per_tok": 2, "n_group": 4, "topk_
 LATENT = GATED | {"num_key_value_heads": 4, "q_lora_rank": 24, "kv_lora_rank": 32, "v_head_dim": 16}
 LATENT |= {"qk_rope_head_dim": 16, "qk_nope_head_dim": 16, "first_k_dense_replace": 1}
 SLIDING = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2}
+BESIDE = {"global_head_dim": 32, "hidden_size_per_layer_input": 16, "vocab_size_per_layer_input": 260}
+BESIDE |= {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 32}
 # Family -> the fields of its tiny model.
 TINY: dict[str, dict[str, Any]] = {
     "llama": GATED,
@@ -37,6 +39,8 @@ TINY: dict[str, dict[str, Any]] = {
     "qwen3": GATED | {"head_dim": 16},
     "gemma2": NARROW,
     "gemma3_text": NARROW,
+    "gemma4_text": NARROW | BESIDE,
+    "gemma4_unified_text": NARROW | {"global_head_dim": 32, "num_hidden_layers": 7, "num_kv_shared_layers": 1},
     "phi3": GATED,
     "gpt2": GPT,
     "gptj": GPT | {"rotary_dim": 8},
@@ -66,7 +70,11 @@ VALUES: dict[str, list[Any]] = {
     "hidden_act": ["gelu_pytorch_tanh", "gelu"],
     "hidden_activation": ["silu", "gelu"],
     "activation_function": ["gelu", "quick_gelu"],
-    "layer_types": [["full_attention", "sliding_attention"], ["full_attention"] * 2],
+    "layer_types": [
+        ["full_attention", "sliding_attention"],
+        ["full_attention"] * 2,
+        ["full_attention", "sliding_attention"] * 3 + ["full_attention"],
+    ],
     "rope_parameters": [
         LINEAR,
         LINEAR | {"rope_type": "dynamic"},
@@ -106,6 +114,10 @@ VALUES: dict[str, list[Any]] = {
     "n_group": [2],
     "topk_group": [1],
     "n_routed_experts": [12],
+    "use_bidirectional_attention": [True, "all", "vision"],
+    "vocab_size_per_layer_input": [300],
+    "num_kv_shared_layers": [0, 1],
+    "per_layer_config": [{"1": {"head_dim": 64}}, {"0": {"sliding_window": 4}}],
 }
 
 
@@ -143,7 +155,7 @@ def others(name: str, value: Any) -> list[Any]:
 
 def perturbations(family: str) -> list[tuple[str, Any]]:
     """(field, value) for every field that the family's class declares."""
-    config = transformers.CONFIG_MAPPING[family](**TINY[family])
+    config = readable(transformers.CONFIG_MAPPING[family](**TINY[family]))
     names = [field.name for field in fields(config) if field.name != "tokenizer_class"]
     return [(name, value) for name in names for value in others(name, getattr(config, name))]
 
@@ -165,6 +177,7 @@ def difference(model: PreTrainedModel, directory: Path) -> float | str:
 REFUSED = {
     ("hidden_act", "gelu"): "activation 'gelu' is not computed here; known with a gate: silu",
     ("hidden_activation", "gelu"): "activation 'gelu' is not computed here; known with a gate: silu",
+    ("hidden_activation", "silu"): "activation 'silu' is not computed here; known without a gate: gelu",
     ("attn_logit_softcapping", 5.0): "attn_logit_softcapping is 5.0; the engine computes only None",
     ("num_attention_heads", 2): "num_key_value_heads is 4; latent attention has one for each head",
     ("norm_topk_prob", True): "norm_topk_prob is True; the engine computes only False",  # DeepSeek-V2
@@ -173,6 +186,8 @@ REFUSED = {
     ("add_cross_attention", True): "add_cross_attention is True; the engine computes only False",
     ("is_encoder_decoder", True): "is_encoder_decoder is True; the engine computes only False",
     ("use_bidirectional_attention", True): "use_bidirectional_attention is True; the engine computes only",
+    ("use_bidirectional_attention", "all"): "'all'; the engine computes causal attention alone",
+    ("vocab_size", 261): "inputs of layers of width 16 for 260 of 261 tokens",
 }
 
 

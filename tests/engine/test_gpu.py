@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lowbit.engine.architecture import Mixture
+from lowbit.engine.architecture import Mixture, TokenInputSizes
 from lowbit.engine.cache import CacheKind
 from lowbit.engine.decoder import Decoder
 from lowbit.engine.engine import Engine
@@ -63,7 +63,12 @@ GEMMA = replace(
     heads=8,
     kv_heads=2,
     layers=tuple(
-        replace(layer, window=layer.window and 20, kv_heads=layer.kv_heads and 1, mixture=Mixture(4, 256, Rule(4), beside=True))
+        replace(
+            layer,
+            window=layer.window and 20,
+            kv_heads=layer.kv_heads and 1,
+            mixture=Mixture(4, 256, Rule(4), beside=True),
+        )
         for layer in (NARROW, WIDE, NARROW, WIDE)
     ),
 )
@@ -75,7 +80,7 @@ GEMMAS = {
             replace(layer, mixture=None, source=None if index < 2 else index - 2, inner=None if index < 2 else 2048)
             for index, layer in enumerate(GEMMA.layers)
         ),
-        token_inputs=64,
+        token_inputs=TokenInputSizes(64, 1000),
     ),
 }
 # An input's last bit may change its code by one: in int8 by 1 / 127 of the row's largest, which gave up to 0.026 on an

@@ -229,7 +229,7 @@ def test_a_quantized_cache_stays_close(tmp_path, cache, most):
 @pytest.mark.parametrize(
     ("cache", "message"),
     [
-        ("int4", "cache 'int4': heads of 16: an int4 cache takes powers of two from 64 on; or use cache='int8'"),
+        ("int4", "cache 'int4': heads of 16: an int4 cache takes powers of two from 64 to 256; or use cache='int8'"),
         ("fp8", "has no scales for it: quantize with --kv-cache fp8; or use cache='int8'"),
         ("int5", "cache 'int5': write auto, same, int8, fp8 or int4"),
     ],

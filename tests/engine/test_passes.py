@@ -14,6 +14,7 @@ from tests.builders import make_model, save
 from tests.engine.make import tiny
 from tests.engine.test_families import built
 
+GEMMA4 = ["gemma4_text", "gemma4_text-inputs"]  # experts; inputs of layers, and shared keys and values
 PROMPT = list(range(3, 24))
 
 
@@ -42,7 +43,7 @@ def test_a_padded_pass_computes_the_prompt(family, tmp_path):
     assert sorted(reader.passes) == [8, 16, 32]
 
 
-@pytest.mark.parametrize("case", ["llama", "mistral", "gemma2", "gpt2", "phi3", "deepseek_v2", "gpt_oss"])
+@pytest.mark.parametrize("case", ["llama", "mistral", "gemma2", "gpt2", "phi3", "deepseek_v2", "gpt_oss", *GEMMA4])
 def test_prompts_that_share_a_pass_are_computed_as_alone(case, tmp_path):
     save(built(case), tmp_path)
     model = engine.load(tmp_path, device="cpu", context=64)
@@ -56,7 +57,7 @@ def test_prompts_that_share_a_pass_are_computed_as_alone(case, tmp_path):
     assert sorted(reader.shared) == [(64, 2), (64, 4)]
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_neox", "deepseek_v2", "gpt_oss"])
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_neox", "deepseek_v2", "gpt_oss", *GEMMA4])
 @pytest.mark.parametrize("lengths", [LENGTHS, ()])
 def test_the_last_row_alone_is_the_last_of_all(family, lengths, tmp_path):
     """In the last layer, too, a family with parallel layers or experts computes that row as among all. The cache has

@@ -49,7 +49,7 @@ def test_a_speed_is_its_parts():
 def test_shapes_have_the_parameters_of_their_names(shape, billions):
     a = SHAPES[shape]
     up = a.inner * (2 if a.gated else 1)
-    layer = a.hidden * (a.qkv_rows + a.heads * a.head_dim + up + a.inner)
+    layer = a.hidden * (a.heads_of(0).qkv_rows + a.heads * a.head_dim + up + a.inner)
     assert (len(a.layers) * layer + 2 * a.vocabulary * a.hidden) / 1e9 == pytest.approx(billions, rel=0.02)
 
 
