@@ -308,6 +308,7 @@ def gemma4(config: Fields) -> Architecture:
 def gemma4_layers(config: Fields) -> tuple[Layer, ...]:
     """The layers of Gemma 4."""
     kinds, shared = config.layer_types, config.num_hidden_layers - config.num_kv_shared_layers
+    window = config.sliding_window
     wide = config.intermediate_size * (2 if config.use_double_wide_mlp else 1)
     experts, inner, top = map(config.declared, ("num_experts", "moe_intermediate_size", "top_k_experts"))
     mixture = Mixture(experts, inner, Rule(top), beside=True) if config.declared("enable_moe_block") else None
@@ -319,7 +320,7 @@ def gemma4_layers(config: Fields) -> tuple[Layer, ...]:
             ropes[kind, head_dim] = rope_of(config, head_dim, kind)
         source = None if index < shared else last_of(kind, kinds[:shared])
         layer = Layer(
-            config.sliding_window if kind == configs.SLIDING else None,
+            window if kind == configs.SLIDING else None,
             ropes[kind, head_dim],
             scale=1.0,
             mixture=mixture,
