@@ -7,13 +7,16 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
+from lowbit import engine
 from lowbit.engine.drafts.drafting import accepted
 from lowbit.engine.engine import Engine
 from lowbit.engine.sampling import Sampling
+from lowbit.errors import UsageError
 from lowbit.quant.kernels import ops
 from lowbit.quant.kernels.decode_attention import attend
-from tests.builders import logits_of
-from tests.engine.make import tiny
+from tests.builders import logits_of, save
+from tests.engine.make import CHEAP_ROWS, tiny
+from tests.engine.test_families import built
 
 PROMPTS = [[5, 77, 200, 31], [9], [100, 101, 102, 103, 104, 105, 106]]
 
@@ -238,3 +241,24 @@ def test_a_bad_word_is_its_tokens_and_no_more(model):
     assert banned[:3] == free[:3]
     assert banned[3] != free[3]
     assert all(pair != free[2:4] for pair in pairwise(banned))
+
+
+@pytest.mark.parametrize("case", ["gemma4_text", "gemma4_text-inputs"])
+def test_caches_of_several_shapes_serve_beams_and_drafts(case, tmp_path):
+    """Caches differ in heads and widths, or are those of several layers: beams reorder each once."""
+    reference = built(case)
+    save(reference, tmp_path)
+    model = engine.load(tmp_path, device="cpu", context=128)
+    model.spaces.costs = CHEAP_ROWS
+    wanted = by_transformers(reference, PROMPTS[0], num_beams=4, do_sample=False, max_new_tokens=12)
+    assert list(model.generate([PROMPTS[0]], beams=4, max_new_tokens=12, ignore_eos=True)[0].tokens) == wanted
+    prompt = [7, 8, 9, 10, 11, 12] * 5
+    greedy, looked_up = (
+        model.generate([prompt, PROMPTS[0]], max_new_tokens=40, lookup=count, ignore_eos=True) for count in (0, 4)
+    )
+    assert [each.tokens for each in looked_up] == [each.tokens for each in greedy]
+    int8 = engine.load(tmp_path, device="cpu", context=128, cache="int8")
+    whole, rounded = (each.logits([prompt])[0] for each in (model, int8))
+    assert 0 < (rounded - whole).abs().mean() < 0.15 * whole.abs().mean()  # a row may choose another expert
+    with pytest.raises(UsageError, match=r"cache 'int4': heads of 16: .* or use cache='int8'"):
+        engine.load(tmp_path, device="cpu", cache="int4")
