@@ -309,6 +309,8 @@ def gemma4_layers(config: Fields) -> tuple[Layer, ...]:
     """The layers of Gemma 4."""
     kinds, shared = config.layer_types, config.num_hidden_layers - config.num_kv_shared_layers
     window = config.sliding_window
+    if not 0 <= config.num_kv_shared_layers <= len(kinds):
+        raise NotComputed(f"num_kv_shared_layers is {config.num_kv_shared_layers}, of {len(kinds)} layers")
     wide = config.intermediate_size * (2 if config.use_double_wide_mlp else 1)
     experts, inner, top = map(config.declared, ("num_experts", "moe_intermediate_size", "top_k_experts"))
     mixture = Mixture(experts, inner, Rule(top), beside=True) if config.declared("enable_moe_block") else None

@@ -352,12 +352,7 @@ class CheckpointReader:
     def router(self, names: MixtureNames, prefix: str, mixture: Mixture) -> Router:
         """The router of the layer whose tensors' names start with `prefix`."""
         name, experts, a = prefix + names.router, mixture.experts, self.architecture
-        weight = self.tensor(f"{name}.weight", (experts, a.hidden))
-        if not weight.isfinite().all():
-            raise CheckpointError(
-                f"{self.directory}: {name}.weight holds numbers that are NaN or infinite in {self.settings.dtype}: it "
-                "chooses no experts; download the file again, or load with another dtype"
-            )
+        weight = self.finite(f"{name}.weight", self.tensor(f"{name}.weight", (experts, a.hidden)))
         correction, factors = (
             None if part is None else self.exact(prefix + part, (experts,))
             for part in (names.correction, names.factors)
@@ -367,12 +362,22 @@ class CheckpointReader:
             scale = self.exact(prefix + names.router_scale, (a.hidden,)) * a.hidden**-0.5
             norm = Norm("rms", scale.to(self.settings.dtype), None, a.norm_eps)
         bias = self.optional(f"{name}.bias", (experts,))
+        bias = None if bias is None else self.finite(f"{name}.bias", bias)
         return Router(weight.contiguous(), bias, correction, mixture.rule, factors, norm)
 
     def exact(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        """A tensor in float32."""
+        """A tensor of a router or a layer's factor in float32."""
         found = self.require(name)
-        return self.shaped(found, self.tensors.read(found), shape).float()
+        return self.finite(found, self.shaped(found, self.tensors.read(found), shape).float())
+
+    def finite(self, name: str, value: Tensor) -> Tensor:
+        """`value`. CheckpointError if numbers of it are none: no expert would be chosen by them."""
+        if not value.isfinite().all():
+            raise CheckpointError(
+                f"{self.directory}: {name} holds numbers that are NaN or infinite in {value.dtype}: they choose no "
+                "expert, and are no factor; download the file again, or load with another dtype"
+            )
+        return value
 
     def head(self, embedding: Tensor) -> Linear:
         """The head: its own weight, or the embedding if tied; rounded if the settings say so.

@@ -5,7 +5,8 @@ from contextlib import contextmanager
 
 from torch import nn
 
-WIDTH = "top_k"  # the number of a token's experts in transformers' routers
+# The number of a token's experts in transformers' routers, and in the configuration that Gemma 4's read
+WIDTH, FIELD = "top_k", "top_k_experts"
 
 
 @contextmanager
@@ -16,15 +17,15 @@ def widened(module: nn.Module, experts: int) -> Iterator[None]:
     """
     changed = []
     for name, width in list(widths(module)):
-        if width < experts:
-            part = module.get_submodule(name)
-            changed.append((part, width))
-            setattr(part, WIDTH, experts)
+        found = holder_of(module.get_submodule(name))
+        if found is not None and width < experts:
+            changed.append((*found, width))
+            setattr(*found, experts)
     try:
         yield
     finally:
-        for part, width in changed:
-            setattr(part, WIDTH, width)
+        for holder, name, width in changed:
+            setattr(holder, name, width)
 
 
 def widest(module: nn.Module) -> int:
@@ -35,6 +36,17 @@ def widest(module: nn.Module) -> int:
 def widths(module: nn.Module) -> Iterator[tuple[str, int]]:
     """The routers within `module` that tell it, by name, and the number of a token's experts in each."""
     for name, part in module.named_modules():
-        width = getattr(part, WIDTH, None)
-        if isinstance(width, int):
-            yield name, width
+        found = holder_of(part)
+        if found is not None:
+            yield name, getattr(*found)
+
+
+def holder_of(part: nn.Module) -> tuple[object, str] | None:
+    """The object that tells a router how many experts a token has, and the name of the number there: the router itself,
+    or its configuration, which all routers share. None if `part` is none of either."""
+    if isinstance(getattr(part, WIDTH, None), int):
+        return part, WIDTH
+    config = getattr(part, "config", None)
+    count = getattr(config, "num_experts", None)
+    chooses = any(isinstance(child, nn.Linear) and child.out_features == count for child in part.children())
+    return (config, FIELD) if chooses and isinstance(getattr(config, FIELD, None), int) else None

@@ -44,7 +44,7 @@ class Rule:
 
     def reason_against(self, experts: int) -> str | None:
         """The reason why no token can choose so among `experts`, or None."""
-        if not 1 <= self.top <= experts:
+        if type(self.top) is not int or not 1 <= self.top <= experts:
             return f"{self.top} experts of a token, of {experts}"
         if self.scores not in SCORES or (self.scores == "mixer" and self.top != 2):
             return f"scores {self.scores!r} for {self.top} experts of a token: {', '.join(SCORES)}, mixer for 2"

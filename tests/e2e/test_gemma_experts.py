@@ -1,11 +1,15 @@
 """Gemma 4's layers have experts beside a feed-forward of all tokens, each with norms of its own."""
 
 import pytest
+import torch
 
+from lowbit.errors import CheckpointError
 from lowbit.evaluation.backend import load_dense
+from lowbit.models.routing import widened, widest
+from lowbit.models.skeleton import open_skeleton
 from lowbit.models.source import open_source
 from lowbit.quant.naming import EXPERT
-from tests.builders import logits_of, make_model, save
+from tests.builders import changed_config, logits_of, make_model, save
 from tests.e2e.test_experts import RECIPES, TOKENS, quantized
 
 
@@ -21,3 +25,23 @@ def test_experts_beside_a_feed_forward_of_all_tokens(tmp_path, recipe):
     wanted = logits_of(model, first)
     apart = (logits_of(load_dense(open_source(str(tmp_path / "out"))), first) - wanted).norm(dim=-1)
     assert 0 < float((apart / wanted.norm(dim=-1)).median()) < 0.02
+
+
+def test_a_wider_choice_is_for_statistics_alone():
+    """The number of a token's experts is the configuration's, which all routers read."""
+    model = make_model("gemma4_moe", top_k_experts=1)
+    states, layer = torch.randn(40, 64), model.model.layers[0]
+    assert widest(layer) == 1
+    with widened(layer, 3):
+        assert widest(model) == 3
+        assert layer.router(states)[2].shape == (40, 3)
+    assert widest(model) == 1
+    assert layer.router(states)[2].shape == (40, 1)
+
+
+@pytest.mark.parametrize("width", [0, 5])
+def test_more_experts_of_a_token_than_there_are_are_refused(tmp_path, width):
+    save(make_model("gemma4_moe"), tmp_path)
+    changed_config(tmp_path, lambda config: config.update(top_k_experts=width))
+    with pytest.raises(CheckpointError, match=rf"model.layers.0.router: {width} experts of a token, of 4"):
+        open_skeleton(open_source(str(tmp_path)))

@@ -156,6 +156,58 @@ def test_a_wrong_tensor_is_named(case: str, tmp_path: Path) -> None:
         engine.load(tmp_path, device="cpu")
 
 
+GEMMA4 = "model.layers.1."
+WRONG_BESIDE = {
+    "stack": (
+        "experts.down_proj",
+        torch.zeros(3, 64, 64),
+        r"down_proj has shape \[3, 64, 64\], config.json asks for \[4",
+    ),
+    "turned": (
+        "experts.gate_up_proj",
+        torch.zeros(4, 64, 128),
+        r"gate_up_proj has shape .* config.json asks for \[4, 128",
+    ),
+    "none": ("experts.gate_up_proj", None, "experts.0.gate_proj.weight' is in no file"),
+    "scale": ("router.scale", torch.full((64,), torch.nan), "router.scale holds numbers that are NaN"),
+    "factors": ("router.per_expert_scale", torch.full((4,), torch.inf), "per_expert_scale holds numbers that are NaN"),
+    "factor": ("layer_scalar", torch.full((1,), torch.nan), "layer_scalar holds numbers that are NaN"),
+    "width": ("router.scale", torch.zeros(63), r"router.scale has shape \[63\], config.json asks for \[64\]"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_BESIDE)
+def test_a_wrong_tensor_of_experts_beside_a_feed_forward_is_named(case: str, tmp_path: Path) -> None:
+    name, value, message = WRONG_BESIDE[case]
+    edited(save_family("gemma4_moe", tmp_path), GEMMA4 + name, value)
+    with pytest.raises(CheckpointError, match=message):
+        engine.load(tmp_path, device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"top_k_experts": 5}, "5 experts of a token, of 4"),
+        ({"top_k_experts": None}, "None experts of a token, of 4"),
+        ({"num_experts": None}, "experts of a mixture is None"),
+        ({"enable_moe_block": False}, "tensors do not belong to gemma4_text"),
+        ({"num_kv_shared_layers": -1}, "num_kv_shared_layers is -1, of 4 layers"),
+        ({"num_kv_shared_layers": 4}, "read keys and values of an earlier one, and there is none"),
+        ({"per_layer_config": {"1": {"head_dim": 15}}}, "4 heads of 15 inputs cannot be even"),
+        (
+            {"per_layer_config": {"1": {"rms_norm_eps": 1}}},
+            "layer 1 has its own rms_norm_eps; the engine knows head_dim",
+        ),
+        ({"per_layer_config": [1]}, r"per_layer_config is \[1\]"),
+    ],
+)
+def test_a_wrong_configuration_of_gemma_4_is_told(changes: dict[str, object], message: str, tmp_path: Path) -> None:
+    save_family("gemma4_moe", tmp_path)
+    changed_config(tmp_path, lambda config: config.update(changes))
+    with pytest.raises(CheckpointError, match=message):
+        engine.load(tmp_path, device="cpu")
+
+
 def test_nan_before_a_router_ends_in_nan_and_not_in_a_hang(tmp_path: Path) -> None:
     edited(
         save_family("qwen3_moe", tmp_path),
