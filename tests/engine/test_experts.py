@@ -156,6 +156,17 @@ def test_a_wrong_tensor_is_named(case: str, tmp_path: Path) -> None:
         engine.load(tmp_path, device="cpu")
 
 
+@pytest.mark.parametrize("family", ["qwen3_moe", "gemma4_moe"])
+def test_a_row_of_nan_leaves_the_others_of_its_step_alone(family: str, tmp_path: Path) -> None:
+    model = engine.load(save_family(family, tmp_path), device="cpu")
+    prompts = [[5, 6, 7], [8]]
+    wanted = [each.tokens for each in model.generate(prompts, max_new_tokens=6, ignore_eos=True)]
+    model.decoder.weights.embedding[100] = torch.nan
+    nan, *others = model.generate([[100, 7], *prompts], max_new_tokens=6, ignore_eos=True)
+    assert len(nan.tokens) == 6
+    assert [each.tokens for each in others] == wanted
+
+
 GEMMA4 = "model.layers.1."
 WRONG_BESIDE = {
     "stack": (

@@ -169,6 +169,18 @@ def test_a_captured_step_with_experts_is_the_same_each_time():
     assert all([completion.tokens for completion in gpu.generate(PROMPTS, sampling)] == first for _ in range(3))
 
 
+@pytest.mark.parametrize("shape", ["alone", "shared", "experts"])
+def test_a_row_of_nan_ends_and_leaves_the_others_of_its_step_alone(shape):
+    """Its router's logits are NaN: a captured step goes on, and the others' experts and sums are theirs."""
+    gpu, _ = engines((MIXTURES | GEMMAS)[shape], "w4")
+    wanted = [each.tokens for each in gpu.generate(PROMPTS[1:], max_new_tokens=20)]
+    gpu.decoder.weights.embedding[999] = torch.nan
+    nan, *others = gpu.generate([[999, 7], *PROMPTS[1:]], max_new_tokens=20)
+    assert len(nan.tokens) == 20
+    assert [each.tokens for each in others] == wanted
+    assert gpu.logits([[999, 7]]).isnan().all()
+
+
 def check(gpu: Engine, cpu: Engine, tolerance: float) -> None:
     wanted = cpu.logits([PROMPTS[0]])[0]
     assert relative(gpu.logits([PROMPTS[0]])[0], wanted) < tolerance
