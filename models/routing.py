@@ -7,6 +7,7 @@ from torch import nn
 
 # The number of a token's experts in transformers' routers, and in the configuration that Gemma 4's read
 WIDTH, FIELD = "top_k", "top_k_experts"
+GROUPS = "num_group", "topk_group"
 
 
 @contextmanager
@@ -50,3 +51,9 @@ def holder_of(part: nn.Module) -> tuple[object, str] | None:
     count = getattr(config, "num_experts", None)
     chooses = any(isinstance(child, nn.Linear) and child.out_features == count for child in part.children())
     return (config, FIELD) if chooses and isinstance(getattr(config, FIELD, None), int) else None
+
+
+def groups_of(router: nn.Module) -> tuple[int, int]:
+    """The groups of neighbouring experts of a router, and how many of them a token uses; 1 and 1 without groups."""
+    groups, used = (getattr(router, name, None) for name in GROUPS)
+    return (groups, used) if isinstance(groups, int) and isinstance(used, int) else (1, 1)

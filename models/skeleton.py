@@ -1,5 +1,6 @@
 """A model without its weights, with the placement of every tensor of its files."""
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
@@ -20,8 +21,9 @@ from lowbit.export.sizes import SLACK
 from lowbit.export.survey import checked
 from lowbit.export.untrusted import untrusted
 from lowbit.models.placement import Conversion, Placement, bias_of, experts_in, place, tensor_of
-from lowbit.models.routing import widths
+from lowbit.models.routing import groups_of, widths
 from lowbit.models.source import Source
+from lowbit.quant.kernels.route_experts import Rule
 from lowbit.quant.naming import EXPERT, expert_of
 from lowbit.quant.numerics import input_rounding
 
@@ -142,7 +144,7 @@ def open_skeleton(source: Source, original: bool = False) -> Skeleton:
     for block in blocks:
         block.linears = list(_linears(model, block))
         _require_width(block)
-    _require_parameters(source, model, placements)
+    _require_parameters(source, model, placements, blocks)
     dense = {name: at for name, at in placements.items() if not tensors.is_quantized(name)}
     _require_shapes(source, model, dense)
     # a packed weight is (n, k), whatever the layout of the module's own weight
@@ -303,18 +305,32 @@ def _untie(model: PreTrainedModel, placements: dict[str, Placement], read: Tenso
             model.config.tie_word_embeddings = model.config.get_text_config().tie_word_embeddings = False
 
 
-def _require_parameters(source: Source, model: PreTrainedModel, placements: dict[str, Placement]) -> None:
+def _require_parameters(
+    source: Source, model: PreTrainedModel, placements: dict[str, Placement], blocks: list[Block]
+) -> None:
+    """CheckpointError if the file lacks a parameter, or a buffer of a block that files hold: a router's correction."""
     placed = {placement.parameter for placement in placements.values()}
     for conversion in _conversions(placements):
         placed |= conversion.parameters(model, lambda name: _unread(source, name)).keys()
     tied = tied_weights(model)
     missing = [name for name, _ in model.named_parameters() if name not in placed and name not in tied]
+    missing += [name for name in _stored_buffers(model, blocks) if name not in placed]
     missing += _absent_parts(model, placements)
     if missing:
         raise CheckpointError(
             f"{source.directory}: {len(missing)} weights that {type(model).__name__} needs are in no file, "
             f"the first {missing[0]!r}: the download is incomplete, or config.json belongs to another model"
         )
+
+
+def _stored_buffers(model: PreTrainedModel, blocks: list[Block]) -> Iterator[str]:
+    """The buffers of blocks that files hold, without those that the family's class can do without."""
+    optional, parameters = model._keys_to_ignore_on_load_missing or (), dict(model.named_parameters())
+    for block in blocks:
+        for leaf in block.module.state_dict(keep_vars=True):
+            name = f"{block.name}.{leaf}"
+            if name not in parameters and not any(re.search(pattern, name) for pattern in optional):
+                yield name
 
 
 def _absent_parts(model: PreTrainedModel, placements: dict[str, Placement]) -> Iterator[str]:
@@ -333,11 +349,13 @@ def _absent_parts(model: PreTrainedModel, placements: dict[str, Placement]) -> I
 
 
 def _require_width(block: Block) -> None:
-    """CheckpointError if a router chooses no expert for a token, or more than there are."""
+    """CheckpointError if a router chooses no expert for a token, more than there are, or groups that do not exist."""
     experts = {expert_of(spec.name) for spec in block.linears if EXPERT.search(spec.name)}
     for name, width in widths(block.module):
-        if experts and not 1 <= width <= len(experts):
-            raise CheckpointError(f"{block.name}.{name}: {width} experts of a token, of {len(experts)}")
+        groups = groups_of(block.module.get_submodule(name))
+        reason = Rule(width, groups=groups[0], used_groups=groups[1]).reason_against(len(experts)) if experts else None
+        if reason is not None:
+            raise CheckpointError(f"{block.name}.{name}: {reason}")
 
 
 def _conversions(placements: dict[str, Placement]) -> list[Conversion]:

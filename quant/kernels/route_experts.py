@@ -1,6 +1,7 @@
 """The choice of a token's experts and of their weights, from its hidden state and a router's weight: one kernel,
 csrc/route_experts.cu, or plain torch."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -46,6 +47,8 @@ class Rule:
         """The reason why no token can choose so among `experts`, or None."""
         if type(self.top) is not int or not 1 <= self.top <= experts:
             return f"{self.top} experts of a token, of {experts}"
+        if not math.isfinite(self.scale) or not math.isfinite(self.jitter):
+            return f"weights times {self.scale}, a jitter of {self.jitter}: finite numbers are needed"
         if self.scores not in SCORES or (self.scores == "mixer" and self.top != 2):
             return f"scores {self.scores!r} for {self.top} experts of a token: {', '.join(SCORES)}, mixer for 2"
         if self.groups < 1 or experts % self.groups or not 1 <= self.used_groups <= self.groups:

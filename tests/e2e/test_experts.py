@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, DeepseekV3Config
 
 from lowbit.calibrate import alike
 from lowbit.calibrate.job import prepare
@@ -20,11 +21,12 @@ from lowbit.evaluation.backend import load_dense
 from lowbit.export.checkpoint import open_checkpoint
 from lowbit.export.formats import LogicalTensors
 from lowbit.models.routing import widened, widest
+from lowbit.models.skeleton import open_skeleton
 from lowbit.models.source import open_source
 from lowbit.quant.naming import EXPERT
 from lowbit.quant.qtensor import round_to_nearest
 from lowbit.quant.scheme import parse_scheme
-from tests.builders import calibration, changed_config, logits_of, make_model, save, save_family
+from tests.builders import GATED, calibration, changed_config, logits_of, make_model, save, save_family
 
 TOKENS = calibration(16, 24)
 COUNT = TOKENS.ids.numel()
@@ -193,6 +195,33 @@ def test_nan_in_a_routers_logits_is_told(tmp_path, method, layer):
     save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(CheckpointError, match=f"model.layers.{layer}: its outputs are NaN or infinite"):
         quantized(source, tmp_path / "out", RECIPES[method])
+
+
+GROUPED = GATED | {"num_key_value_heads": 4, "q_lora_rank": 24, "kv_lora_rank": 32, "first_k_dense_replace": 1}
+GROUPED |= {"qk_rope_head_dim": 16, "qk_nope_head_dim": 16, "v_head_dim": 16, "moe_intermediate_size": 32}
+GROUPED |= {"n_routed_experts": 8, "num_experts_per_tok": 3, "n_group": 4, "topk_group": 2}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"n_group": 3}, r"layers.1.mlp.gate: 2 of 3 groups of 8 experts"),
+        ({"topk_group": 5}, r"layers.1.mlp.gate: 5 of 4 groups of 8 experts"),
+        ({"topk_group": 1}, r"layers.1.mlp.gate: 3 experts of 1 groups of 2"),
+        (None, r"1 weights that .* needs are in no file, the first 'model.layers.1.mlp.gate.e_score_correction_bias'"),
+    ],
+)
+def test_groups_that_do_not_exist_and_a_lost_correction_are_refused(tmp_path, changes, message):
+    torch.manual_seed(0)
+    source = save(AutoModelForCausalLM.from_config(DeepseekV3Config(**GROUPED)), tmp_path)
+    if changes is None:
+        tensors = load_file(source / "model.safetensors")
+        del tensors["model.layers.1.mlp.gate.e_score_correction_bias"]
+        save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    else:
+        changed_config(source, lambda config: config.update(changes))
+    with pytest.raises(CheckpointError, match=message):
+        open_skeleton(open_source(str(source)))
 
 
 FIRST_EXPERT = {

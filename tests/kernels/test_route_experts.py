@@ -70,6 +70,7 @@ def test_a_row_of_nan_has_experts_and_weights_that_say_so():
     [
         (Rule(5), "5 experts of a token, of 4"),
         (Rule(2, "hard"), "scores 'hard'"),
+        (Rule(2, scale=float("inf")), "weights times inf"),
         (Rule(3, "mixer"), "mixer for 2"),
         (Rule(1, groups=3), "1 of 3 groups of 4 experts"),
         (Rule(2, groups=4), "2 experts of 1 groups of 1"),
