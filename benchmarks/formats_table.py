@@ -23,6 +23,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
 import lowbit
 from benchmarks.readers import ReaderError, read_by
 from benchmarks.tables import readers
@@ -52,6 +55,15 @@ SCHEMES += ("int2-g64", "int3-g64", "int5-g64", "int6-g64", "int7-g64")
 CALIBRATED = ("fp8-static", "nvfp4")  # scales of inputs
 METHODS |= {f"rtn {scheme}": {"method": "rtn", "scheme": scheme} for scheme in SCHEMES}
 METHODS |= {f"rtn {scheme}": {"method": "rtn", "scheme": scheme, **FEW} for scheme in CALIBRATED}
+METHODS |= {
+    "rtn int4-a8": {"method": "rtn", "scheme": "int4-g64-a8token"},
+    "rtn int4-afp8": {"method": "rtn", "scheme": "int4-g64-afp8token"},
+    "int8 head int8": {"method": "int8", "head": "int8", **FEW},
+    "int8 cache fp8": {"method": "int8", "kv_cache": "fp8", **FEW},
+    "rtn attention-fp8-mlp-nvfp4-a16": {"method": "rtn", "scheme": "attention-fp8-mlp-nvfp4-a16"},
+}
+BLOCKS = ("rtn fp8-block",)  # of a random model, since blocks of 128 divide no linear of the demo
+METHODS |= {name: {"method": "rtn", "scheme": "fp8-block"} for name in BLOCKS}
 EVERY = (CT, "gptq", "gptq_v2", "awq")
 FORMATS = {
     "int8": EVERY[:2],
@@ -62,6 +74,7 @@ FORMATS = {
     "signround int4-g64": (CT, "gptq", "awq"),
     "best int4-g64": (CT, "gptq", "awq"),
     "rtn nvfp4-a16": (CT, "modelopt"),
+    "rtn fp8-block": (CT, "fp8"),
 }
 
 
@@ -131,10 +144,23 @@ def checkpoints(work: Path, only: str) -> Iterator[tuple[str, Path]]:
                 continue
             first = directories[formats[0]]
             if not first.exists():
-                lowbit.quantize("demo", first, format=formats[0], eval_windows=0, **settings)
+                source = random_model(work / "random") if method in BLOCKS else "demo"
+                lowbit.quantize(source, first, format=formats[0], eval_windows=0, **settings)
             if not directory.exists():
                 lowbit.convert(first, directory, format=fmt)
             yield f"{method}, {fmt}", directory
+
+
+def random_model(directory: Path) -> Path:
+    """A Llama of two blocks with the demo's tokenizer, whose random weights 128 divides. Its outputs are far from
+    uniform, so that an error shows."""
+    demo = open_source("demo")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "initializer_range": 0.1}
+    model = LlamaForCausalLM(LlamaConfig(demo.vocabulary, num_hidden_layers=2, **sizes, tie_word_embeddings=True))
+    model.to(torch.bfloat16).save_pretrained(directory)
+    demo.tokenizer().save_pretrained(directory)
+    return directory
 
 
 def measures(
