@@ -123,10 +123,10 @@ class DataFreeBlocks:
         """The largest magnitude of weights whose scales share a parent, by `parent_set`; empty if no scales have
         one."""
         schemes = self._job.plan.schemes
-        if not any(spec.name in schemes and schemes[spec.name].weights.parent for spec in block.linears):
-            return {}
-        linears = (pair for name in self._names(block) for pair in self._linears_of(block, name))
-        return largest_by_parent((spec.name, w) for spec, w in linears)
+        related = {spec.name for spec in block.linears if spec.name in schemes and schemes[spec.name].weights.parent}
+        names = [name for name in self._names(block) if any(s.name in related for s in self._specs(block, name))]
+        linears = (pair for name in names for pair in self._linears_of(block, name))
+        return largest_by_parent((spec.name, w) for spec, w in linears if spec.name in related)
 
     def _read(self, name: str, placement: Placement) -> Tensor:
         """The file's tensor `name`, or the parameter that transformers converts it to."""

@@ -167,7 +167,10 @@ def prepare_free(source: Files, recipe: Recipe, device: str) -> FreeJob:
     """The checked job; no weight is read. RecipeError or CheckpointError if it needs data, or a model class."""
     fmt, scheme = FORMATS[recipe.format], recipe.default_scheme
     if recipe.dataset is not None:
-        raise RecipeError(f"method {recipe.method} needs data, and so a model class: --model-free is for --method rtn")
+        raise RecipeError(
+            f"method {recipe.method} with {recipe.scheme or scheme} needs data, and so a model class: --model-free is "
+            "for --method rtn, and for schemes whose inputs are not calibrated (fp8, nvfp4-a16)"
+        )
     if recipe.embeddings is not None:
         raise RecipeError("--model-free copies the embeddings as they are: leave out --embeddings")
     if recipe.dtype != "auto":

@@ -156,6 +156,18 @@ def test_a_mixture_by_name_gives_attention_and_the_rest_their_schemes(sources, n
     assert plan.unrounded or wanted
 
 
+@pytest.mark.parametrize("method", ["rtn", "gptq"])
+def test_scales_with_a_parent_stand_beside_scales_without(sources, tmp_path, method):
+    """NVFP4 and FP8 in one block, rounded without data and with it."""
+    out, data = tmp_path / "out", QUICK if method == "gptq" else ("--eval-windows", 0)
+    mixture = "attention-fp8-mlp-nvfp4-a16"
+    done = run_quantize(sources["llama"], "--method", method, "--scheme", mixture, *data, "--output", out)
+    assert done.code == 0, done.err
+    logical = LogicalTensors(open_checkpoint(out))
+    divided = {str(scheme): logical.qtensor(name).divisor is not None for name, scheme in logical.schemes.items()}
+    assert divided == {"fp8-a16": False, "nvfp4-a16": True}
+
+
 def test_what_cannot_be_kept_is_refused(sources):
     with pytest.raises(RecipeError, match=r"needs 4\.\d+ at least, with 16bit, int4-g32, int4-g64, int8"):
         spend(job_of(sources["llama"], target_bits=4.01), TOKENS)

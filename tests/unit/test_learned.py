@@ -5,7 +5,7 @@ import torch
 
 from lowbit.quant import numerics
 from lowbit.quant.algos.gptq import gptq
-from lowbit.quant.algos.learned import DAMPING, OFFSET_LIMIT, LearnedWeight
+from lowbit.quant.algos.learned import DAMPING, OFFSET_LIMIT, LearnedWeight, scales_move
 from lowbit.quant.numbers import round_to_grid
 from lowbit.quant.qtensor import round_to_nearest
 from lowbit.quant.scheme import make_scheme, parse_scheme
@@ -50,7 +50,7 @@ def straight_through(w, offsets, multipliers, start, gradient, energy):
     ((codes - zero) * scale * gradient).sum().backward()
     # multipliers act by their share of the scale, so their gradients are those of the scale's logarithm; offsets by the
     # loss's slope over its curvature, which goes with the square of a step and the energy of an input
-    learned = number.is_integer or number.coarse
+    learned = scales_move(scheme)
     curvature = (scale.detach() * spacing) ** 2 * (energy + DAMPING * energy.mean())
     found = offsets.grad / curvature, multipliers.grad * stored[:, ::size] / start.scales * learned
     return tuple((g / g.abs().mean().clamp(min=1e-30)).clamp(-1, 1) for g in found)
@@ -85,6 +85,15 @@ def test_offsets_and_multipliers_are_all_that_is_learned():
     learned.step(learned.rounded(), torch.randn(4, 32), 0.4)
     learned.offsets, learned.multipliers = offsets, multipliers
     assert torch.equal(learned.rounded().codes, codes)
+
+
+@pytest.mark.parametrize("name", ["nvfp4-a16", "mxfp4-a16", "fp8-channel", "mxfp8"])
+def test_scales_of_few_bits_and_of_floats_that_follow_them_stay(name):
+    learned = learned_from(torch.randn(4, 64), parse_scheme(name))
+    scales = learned.rounded().scales
+    for _ in range(5):
+        learned.step(learned.rounded(), torch.randn(4, 64), 0.3)
+    assert torch.equal(learned.rounded().scales, scales)
 
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
