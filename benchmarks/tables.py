@@ -531,7 +531,9 @@ def vllm_own() -> str:
 def _inside_vllm(own: bool) -> str:
     lines = []
     for row in (row for row in rows("vllm_schemes") if row.get("own", False) == own):
-        name = [f"`{row['scheme']}`", row["mode"], *([row.get("inputs", "")] if own else [])]
+        split = row.get("split", 1)
+        mode = row["mode"] if split == 1 else f"{row['mode']}, {split} processes"
+        name = [f"`{row['scheme']}`", mode, *([row.get("inputs", "")] if own else [])]
         cells = [fixed(value, 3) for part in ("prompt", "new") for value in row.get(part, ())]
         lines.append([*name, *(cells or ["does not load", "", "", ""])])
     head = "scheme | vLLM | inputs | " if own else "scheme | vLLM | "
@@ -726,16 +728,18 @@ def number_peers() -> str:
 
 
 def number_peer_times() -> str:
-    """Products of one and of eight rows with a weight of 22016 x 4096, of every kernel."""
-    lines, size = [], {"n": 22016, "k": 4096}
-    for scheme, name in PEER_SCHEMES.items():
-        for m in (1, 8):
-            found = matching("number_peers", scheme=scheme, m=m, **size)
-            wanted = [{"ours": True, "dependent": True}, {"ours": True, "dependent": False}]
-            wanted += [{"kernel": kernel} for kernel in PEER_KERNELS]
-            times = ([row["us"] for row in found if each.items() <= row.items()] for each in wanted)
-            lines.append([name, str(m), fixed(found[0]["floor_us"], 1), *(fixed(t[0], 1) if t else "" for t in times)])
-    return table(f"weights | rows of x | floor | ours | plainly | {' | '.join(PEER_KERNELS.values())}", lines)
+    """Products of one and of eight rows with weights of two shapes, of every kernel."""
+    lines = []
+    for n, k in ((4096, 4096), (22016, 4096)):
+        for scheme, name in PEER_SCHEMES.items():
+            for m in (1, 8):
+                found = matching("number_peers", scheme=scheme, m=m, n=n, k=k)
+                wanted = [{"ours": True, "dependent": True}, {"ours": True, "dependent": False}]
+                wanted += [{"kernel": kernel} for kernel in PEER_KERNELS]
+                times = ([row["us"] for row in found if each.items() <= row.items()] for each in wanted)
+                cells = (fixed(us[0], 1) if us else "" for us in times)
+                lines.append([f"{n} x {k}", name, str(m), fixed(found[0]["floor_us"], 1), *cells])
+    return table(f"n x k | weights | rows of x | floor | ours | plainly | {' | '.join(PEER_KERNELS.values())}", lines)
 
 
 EXPERT_NAMES = {
