@@ -43,7 +43,7 @@ class GemvCut:
     k_warps    warps of a block that split k
     cluster    blocks that split k and sum through distributed shared memory
     room       warps that a multiprocessor holds: ROOM, or one of CROWDS for one tile per warp and up to 8 rows of x; of
-               4-bit integers CROWD for up to 16, too
+               4-bit integers CROWD for up to 16, too; with two tiles for one row only: see paired_cut
     """
 
     row_tiles: int
@@ -53,10 +53,10 @@ class GemvCut:
     room: int = ROOM
 
 
-# Waves of blocks: 28672 x 8192 in fp8 takes 58.0 us on an H200, 62.7 with choose_cut's; in nvfp4 40.1 and 41.8; in int4
-# 34.7 and 33.1.
+# Waves of blocks: 28672 x 8192 in fp8 takes 58.0 us on an H200, 62.7 with choose_cut's; 8 rows in nvfp4 40.1 and 41.8;
+# in int4 34.7 and 33.1.
 WAVES = GemvCut(1, 2, 3, 1, CROWD)
-# One row of x with integers of 2 or 3 bits, two tiles per warp, where no four warps of CROWD can share k in one wave.
+# One row of x with two tiles per warp, where no four warps can share k in one wave.
 PAIRED_WAVES = GemvCut(2, 1, 6, 1, CROWD)
 
 
@@ -126,7 +126,7 @@ def crowded_cut(problem: Problem, most: int = CROWDS[-1]) -> GemvCut | None:
     rooms of up to `most` warps the one where a warp has the fewest chunks of k, the smallest if several have.
 
     If not even two fit, integers of up to 4 bits have none, and others WAVES. None, too, if k has a single chunk. One
-    row of x with few bits has paired_cut, if it can.
+    row of x with few bits or floats of 4 has paired_cut, if it can.
     """
     if paired := paired_cut(problem):
         return paired
@@ -138,13 +138,16 @@ def crowded_cut(problem: Problem, most: int = CROWDS[-1]) -> GemvCut | None:
 
 
 def paired_cut(problem: Problem) -> GemvCut | None:
-    """The launch with two tiles per warp, for one row of x and integers of 2 or 3 bits. None where it would leave more
-    than a third of a multiprocessor's warps out."""
-    if problem.m > 1 or problem.panels or problem.is_float or problem.bits > 3:
+    """The launch with two tiles per warp, for one row of x and integers of 2 or 3 bits or floats of 4. None where it
+    would leave more than a third of a multiprocessor's warps out."""
+    is_fp4 = problem.is_float and problem.bits == 4
+    if problem.m > 1 or problem.panels or not (is_fp4 or problem.bits <= 3):
         return None
-    groups = -(-problem.n // (2 * TILE_ROWS))
-    cut = next((cut for cut in cuts_of_room(problem, CROWD, 2) if cut.k_warps >= 4), PAIRED_WAVES)
-    if problem.k < CHUNK_K * cut.k_warps or 3 * groups * cut.k_warps < 2 * CROWD * problem.processors:
+    groups, chunks = -(-problem.n // (2 * TILE_ROWS)), -(-problem.k // CHUNK_K)
+    cuts = [cut for room in (CROWDS if is_fp4 else (CROWD,)) for cut in cuts_of_room(problem, room, 2)]
+    cuts = [cut for cut in cuts if cut.k_warps >= 4]
+    cut = min(cuts, key=lambda cut: -(-chunks // cut.k_warps), default=PAIRED_WAVES)
+    if problem.k < CHUNK_K * cut.k_warps or 3 * groups * cut.k_warps < 2 * cut.room * problem.processors:
         return None
     return cut
 
@@ -153,8 +156,8 @@ def cuts_of_room(problem: Problem, room: int, row_tiles: int = 1) -> list[GemvCu
     """Launches of one wave with so many warps on a multiprocessor, and two or more of a block along k; the most first,
     those of smaller blocks last."""
     tiles, chunks = -(-problem.n // (TILE_ROWS * row_tiles)), -(-problem.k // CHUNK_K)
-    cuts = []
-    for part, k_warps in product((1, 2) if is_four(problem) else (1,), range(min(room // 2, chunks), 1, -1)):
+    cuts, smaller = [], is_four(problem) or (problem.bits == 4 and row_tiles == 2)
+    for part, k_warps in product((1, 2) if smaller else (1,), range(min(room // 2, chunks), 1, -1)):
         row_warps = max(1, MAX_WARPS // k_warps // part)
         resident = room // (row_warps * k_warps)  # blocks of a multiprocessor
         if -(-tiles // row_warps) <= resident * problem.processors:

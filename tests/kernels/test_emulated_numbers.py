@@ -57,11 +57,11 @@ def launch_of_one_tile(*args: Any) -> Any:
 
 
 def launch_of_numbers(pick: random.Random, kernel: ModuleType, m: int, bits: int) -> Any:
-    """The same, or one with two tiles a warp for one row of x and 2 or 3 bits."""
+    """The same, or one with two tiles a warp for one row of x and 2 or 3 bits or floats of 4."""
     launch = launch_of_one_tile(pick, kernel, m, bits)
-    if kernel is not wna16_gemv or m > 1 or bits > 3 or pick.random() < 0.3:
+    if kernel is not wna16_gemv or m > 1 or bits > 4 or pick.random() < 0.3:
         return launch
-    room = pick.choice([wna16_gemv.ROOM, wna16_gemv.CROWD])
+    room = pick.choice(wna16_gemv.CROWDS if bits == 4 else (wna16_gemv.ROOM, wna16_gemv.CROWD))
     return replace(launch, row_tiles=2, k_warps=min(launch.k_warps, room // 2 // launch.row_warps), room=room)
 
 

@@ -11,7 +11,7 @@ from lowbit.quant.kernels import ops, reference, wna16_gemm, wna16_gemv
 from lowbit.quant.kernels.packed import HALF, PackedWeight, dequantize_packed, prepack, unprepack
 from lowbit.quant.kernels.problem import Deferred, PackedCall
 from lowbit.quant.kernels.row_scaled import row_scaled, stacked_rows
-from lowbit.quant.kernels.wna16_gemv import CROWD, GemvCut
+from lowbit.quant.kernels.wna16_gemv import CROWD, CROWDS, GemvCut
 from lowbit.quant.numbers import FP8
 from lowbit.quant.packing import fp4_codes
 from lowbit.quant.qtensor import QTensor, round_to_nearest
@@ -123,6 +123,18 @@ def test_few_rows(scheme: str, dtype: torch.dtype) -> None:
                 check(call, wna16_gemv.run(call, call.problem(), GemvCut(row_tiles, row_warps, k_warps, cluster)))
         for row_warps, k_warps, cluster in ((1, 1, 1), (1, 12, 1), (4, 3, 1), (2, 4, 2)):
             check(call, wna16_gemv.run(call, call.problem(), GemvCut(1, row_warps, k_warps, cluster, CROWD)))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("scheme", ["mxfp4-a16", "nvfp4-a16"])
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("room", CROWDS)
+def test_every_cut_of_two_tiles_for_one_row(scheme: str, dtype: torch.dtype, room: int) -> None:
+    weight = make_float(scheme, 200, 1664, dtype, "cuda")
+    for row_warps, k_warps, cluster in ((1, 1, 1), (1, 12, 1), (2, 4, 1), (2, 3, 2), (1, 8, 3)):
+        for outliers in (False, True):
+            call = PackedCall(make_x(1, 1664, dtype, "cuda", outliers), weight)
+            check(call, wna16_gemv.run(call, call.problem(), GemvCut(2, row_warps, k_warps, cluster, room)))
 
 
 @pytest.mark.gpu

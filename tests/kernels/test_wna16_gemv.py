@@ -193,6 +193,16 @@ def test_one_row_with_few_bits_gets_two_tiles_a_warp_where_warps_remain_enough()
         assert paired_cut(replace(problem, **change)) is None
 
 
+def test_one_row_with_floats_of_four_bits_gets_two_tiles_a_warp_as_well() -> None:
+    problem = Problem(1, 12288, 4096, 4, 32, torch.float16, "cuda", (9, 0), 132, is_float=True)
+    assert paired_cut(problem) == crowded_cut(problem) == GemvCut(2, 1, 8, 1, CROWD)
+    assert paired_cut(replace(problem, n=22016, group_size=16)) == GemvCut(2, 2, 4, 1, CROWD)
+    assert paired_cut(replace(problem, n=28672, k=8192)) == GemvCut(2, 1, 4, 1, CROWDS[-1])
+    assert paired_cut(replace(problem, n=57344, k=8192)) == PAIRED_WAVES
+    for change in ({"m": 2}, {"bits": 8}, {"panels": True}, {"n": 4096}, {"n": 5120, "k": 13824}):
+        assert paired_cut(replace(problem, **change)) is None
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("m", [1, 8])
 @pytest.mark.parametrize(("bits", "group_size"), [(4, 128), (8, -1)])

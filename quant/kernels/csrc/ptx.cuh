@@ -66,6 +66,14 @@ __device__ inline uint4 read_cached(const void* pointer) {
   return value;
 }
 
+// The same where `condition` is true; else `value` stays. No branch, across which the compiler would order all loads.
+__device__ inline void read_cached_if(bool condition, const void* pointer, uint4& value) {
+  asm volatile("{.reg .pred p; setp.ne.u32 p, %5, 0; @p ld.v4.u32 {%0,%1,%2,%3}, [%4];}"
+               : "+r"(value.x), "+r"(value.y), "+r"(value.z), "+r"(value.w)
+               : "l"(pointer), "r"(static_cast<uint32_t>(condition))
+               : "memory");
+}
+
 // Access to shared memory by address. Volatile, so that it stays between the waits around it.
 template <typename Value>
 __device__ inline Value read_shared(uint32_t address);

@@ -33,7 +33,8 @@ struct Wna16GemvLaunch {
   FIELD(int, k_warps);           // warps of a block that split k
   FIELD(int, cluster);           // blocks that split k; more than 1 needs sm_90
   FIELD(int, room);              // warps of a multiprocessor: 16; with one tile a warp and 8 rows of x 24, or 28 for 4
-                                 // bits; 24 with 16 rows for integers of 4 bits with one scale a chunk
+                                 // bits; 24 with 16 rows for integers of 4 bits with one scale a chunk; of one row also
+                                 // with two tiles 24 for 2 and 3 bits, 24 or 28 for floats of 4
   FIELD(bool, dependent);        // launched with programmatic dependent launch
 };
 
@@ -85,8 +86,10 @@ struct Shape {
   static constexpr int kRowTiles = kRowTiles_;    // tiles per warp
   static constexpr int kColBlocks = kColBlocks_;  // blocks of 8 rows of x
   static constexpr bool kPanels = kPanels_;       // x is in panels of 8 * kColBlocks rows
-  static constexpr bool kOne = kOne_;             // one row of x, of a stream
+  static constexpr bool kOne = kOne_;             // one row of x: kRaised or kSpread
   static constexpr bool kStream = Number::kStream;
+  static constexpr bool kRaised = kOne && kStream;              // codes with their offsets: multiply_raised
+  static constexpr bool kSpread = kOne && Number::kByteScales;  // a column for each group of inputs: SpreadX
   static constexpr int kLoads = (kBits + 1) / 2;  // 16-byte loads per lane and chunk; of odd bits the last is half
   static constexpr int kChunkBytes = kBits * 256;
   static constexpr int kChunkVectors = kChunkBytes / 16;
@@ -152,6 +155,8 @@ struct WeightStream {
     if (S::Number::kByteScales)  // two groups to a word, and of groups of 16 the first of each block before the second
       scales = static_cast<const uint32_t*>(args.scales) + side / 2 + (S::kGroups == 8 ? lane % 4 / 2 * 2 : 0);
     zeros = static_cast<const uint16_t*>(args.zeros) + side;
+    if (S::kSpread) scales = reinterpret_cast<const uint32_t*>(reinterpret_cast<const uint16_t*>(
+        static_cast<const uint32_t*>(args.scales) + side / 2) + lane % 4);
     if (S::kOne) keep(scales);
   }
 
@@ -172,6 +177,12 @@ struct WeightStream {
   }
 
   __device__ void read_sides(int chunk, int shift, Chunk<S>& into) const {
+    if (S::kSpread) {  // of the block whose sums the lane has
+      const auto* own = reinterpret_cast<const uint16_t*>(scales + chunk * (4 * S::kGroups));
+      into.scales[0] = __ldg(own);
+      if (S::kGroups == 8) into.scales[1] = __ldg(own + 4);
+      return;
+    }
     if (S::Number::kByteScales) {
       const uint2 pair = __ldg(reinterpret_cast<const uint2*>(scales + chunk * (4 * S::kGroups)));
       into.scales[0] = pair.x;
@@ -363,6 +374,24 @@ struct RaggedX : LaneX<S> {
   }
 };
 
+// One row of x for scales of groups of 16 or 32 inputs. Each group has a column of the tensor instructions to itself,
+// so that one chain of them leaves the sums of all groups apart: column 2 * block, of groups of 16 plus 1 for the
+// second. A lane has inputs of one block at most; its registers of the others stay zero.
+template <typename S>
+struct SpreadX : LaneX<S> {
+  int block;  // that the lane reads; 4: none
+  XBlock<S> values[4];
+
+  __device__ explicit SpreadX(const LaneX<S>& x) : LaneX<S>(x), values{} {
+    const int column = threadIdx.x / 4, half = threadIdx.x % 4 / 2;
+    block = column % 2 == (S::kGroups == 8 ? half : 0) ? column / 2 : 4;
+  }
+  __device__ void read_all() {
+#pragma unroll
+    for (int b = 0; b < 4; ++b) read_cached_if(block == b, this->lane + b * 64, values[b][0]);
+  }
+};
+
 // Sums of a tile.
 template <typename S>
 using TileSums = float[S::kColBlocks][4];
@@ -527,6 +556,52 @@ __device__ void multiply_raised(Chunks<S>& chunks, const WeightStream<S>* stream
   }
 }
 
+// Expands eight codes of e2m1 to 2^-14 of their values.
+template <typename T>
+__device__ void expand_fp4(const uint32_t* word, uint32_t (&values)[4]) {
+  Dequant<T, Fp4>::expand(word, {}, values);
+  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+    for (int i = 0; i < 4; ++i) values[i] = multiply_halves<T>(values[i], 0x77807780u);
+  }
+}
+
+// multiply_chunk for SpreadX. A lane's sums are those of one block's groups: join_lanes adds them up.
+template <typename S>
+__device__ void multiply_spread(Chunks<S>& chunks, const WeightStream<S>* streams, bool refill, SpreadX<S>& x,
+                                ChainSums<S>& sums) {
+  x.read_all();
+#pragma unroll
+  for (int i = 0; i < S::kRowTiles; ++i) {
+    TileSums<S> products = {};
+#pragma unroll
+    for (int block = 0; block < 4; ++block) {
+      uint4& load = chunks[i].words[block / 2];
+      const uint32_t* words = reinterpret_cast<const uint32_t*>(&load) + block % 2 * 2;
+      uint32_t top[4], bottom[4];
+      expand_fp4<typename S::T>(words, top);
+      expand_fp4<typename S::T>(words + 1, bottom);
+      multiply_values<S>(top, bottom, x.values[block], products, products);
+      if (refill && block % 2 == 1) streams[i].read_words(block / 2, chunks[i]);
+    }
+#pragma unroll
+    for (int group = 0; group < S::kGroups / 4; ++group) {
+      const float2 scales = byte_scales_of_sums(chunks[i].scales[group], 0);
+      sums[0][i][0][0] += scales.x * products[0][group];
+      sums[0][i][0][2] += scales.y * products[0][group + 2];
+    }
+  }
+}
+
+// The sums of all blocks, for the lanes with column 0.
+template <typename S>
+__device__ void join_lanes(Sums<S>& sums) {
+  for (int i = 0; i < 2 * S::kRowTiles; ++i) {
+    float& sum = sums[i / 2][0][i % 2 * 2];
+    sum += __shfl_xor_sync(~0u, sum, 1);
+    sum += __shfl_xor_sync(~0u, sum, 2);
+  }
+}
+
 // x in rows: in shared memory after staging, or in global memory.
 template <typename S>
 __device__ LaneX<S> rows_of_x(const Wna16Args& args, const Share& share, uint8_t* free_smem) {
@@ -543,11 +618,12 @@ __device__ LaneX<S> rows_of_x(const Wna16Args& args, const Share& share, uint8_t
 
 // The source of x for this block.
 template <typename S>
-using BlockX = std::conditional_t<S::kPanels, PanelX<S>, LaneX<S>>;
+using BlockX = std::conditional_t<S::kPanels, PanelX<S>, std::conditional_t<S::kSpread, SpreadX<S>, LaneX<S>>>;
 
 template <typename S>
 __device__ BlockX<S> prepare_x(const Wna16Args& args, const Share& share, uint8_t* free_smem) {
   if constexpr (S::kPanels) return PanelX<S>(args);
+  else if constexpr (S::kSpread) return SpreadX<S>(rows_of_x<S>(args, share, free_smem));
   else return rows_of_x<S>(args, share, free_smem);
 }
 
@@ -731,7 +807,8 @@ __device__ void multiply_share(const Wna16Args& args, const Share& share, Weight
   int next = share.first + S::kAhead * share.step;      // the chunk that refills the registers of the current one
   const int end = share.end + S::kAhead * share.step;  // of `next`, once the current chunk is the last
   const auto multiply = [&](Chunks<S>& chunk, bool refill) {
-    if constexpr (S::kOne) multiply_raised<S, X>(chunk, streams, refill, x, sums);
+    if constexpr (S::kSpread) multiply_spread<S>(chunk, streams, refill, x, sums);
+    else if constexpr (S::kRaised) multiply_raised<S, X>(chunk, streams, refill, x, sums);
     else multiply_chunk<S, X>(chunk, streams, refill, x, sums);
     for (int i = 0; refill && i < S::kRowTiles; ++i) {
       streams[i].read_sides(next, args.scale_shift, chunk[i]);
@@ -780,7 +857,8 @@ __device__ void compute_group(const Wna16Args& args, bool prefetch, int next_par
   ChainSums<S> sums = {};
   multiply_share<S, BlockX<S>, S::kRounds>(args, share, streams, chunks, x, sums);
   stamp(Stage::kComputed);
-  if constexpr (!S::kScaledSums && S::kChains > 1) join_chains<S>(sums);
+  if constexpr (S::kSpread) join_lanes<S>(sums[0]);
+  else if constexpr (!S::kScaledSums && S::kChains > 1) join_chains<S>(sums);
   if constexpr (S::Number::kFloat) multiply_sums<S>(factors, sums[0]);
   store_partial<S>(share.group_tiles, args.m, sums[0], partial);
   if (args.x_squares != nullptr) finish_squares(args, squares);
@@ -1287,6 +1365,15 @@ cudaError_t launch_groups(const Wna16Args& args, const Wna16GemvLaunch& launch, 
       return launch_shape<Shape<T, Number, kZeros, kGroups, 2, 1, 24, false, true>>(args, launch, stream);
     if (launch.row_tiles == 2 && launch.room == 16)
       return launch_shape<Shape<T, Number, kZeros, kGroups, 2, 1, 16, false, true>>(args, launch, stream);
+  }
+  if constexpr (Number::kByteScales) {
+    if (args.m == 1 && args.x_panel == 0) {
+      switch (launch.room * 10 + launch.row_tiles) {
+        case 241: return launch_shape<Shape<T, Number, kZeros, kGroups, 1, 1, 24, false, true>>(args, launch, stream);
+        case 242: return launch_shape<Shape<T, Number, kZeros, kGroups, 2, 1, 24, false, true>>(args, launch, stream);
+        case 282: return launch_shape<Shape<T, Number, kZeros, kGroups, 2, 1, 28, false, true>>(args, launch, stream);
+      }
+    }
   }
   const int columns = args.m <= 8 ? 8 : args.m <= 16 ? 16 : args.m <= 32 ? 32 : 64;
   if (launch.room > 16) {

@@ -20,6 +20,9 @@ inline uint2 read_once(const uint2* pointer) { return emulator::load<uint2>(poin
 template <typename Value>
 void keep(const Value*& pointer) {}
 inline uint4 read_cached(const void* pointer) { return emulator::load<uint4>(pointer); }
+inline void read_cached_if(bool condition, const void* pointer, uint4& value) {
+  if (condition) value = read_cached(pointer);
+}
 template <typename Value>
 Value read_shared(uint32_t address) {
   return emulator::load<Value>(emulator::shared_at(address, sizeof(Value)));
