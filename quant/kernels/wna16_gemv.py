@@ -43,7 +43,8 @@ class GemvCut:
     k_warps    warps of a block that split k
     cluster    blocks that split k and sum through distributed shared memory
     room       warps that a multiprocessor holds: ROOM, or one of CROWDS for one tile per warp and up to 8 rows of x; of
-               4-bit integers CROWD for up to 16, too; with two tiles for one row only: see paired_cut
+               4-bit integers CROWD for up to 16, too; with two tiles for one row only: see paired_cut. x may be in
+               panels with CROWDS, and with PANEL_WAVES
     """
 
     row_tiles: int
@@ -56,6 +57,9 @@ class GemvCut:
 # Waves of blocks: 28672 x 8192 in fp8 takes 58.0 us on an H200, 62.7 with choose_cut's; 8 rows in nvfp4 40.1 and 41.8;
 # in int4 34.7 and 33.1.
 WAVES = GemvCut(1, 2, 3, 1, CROWD)
+# 9 to 16 rows in panels where no two of CROWD can share k in one wave: a warp reads x once for two tiles. On an H200 it
+# takes 21.2 us at 28672 x 4096, wna16_gemm 24.0, 28 warps of one tile 23.6; at 57344 x 8192 73.5, 86.0 and 84.8.
+PANEL_WAVES = GemvCut(2, 2, 2, 1)
 # One row of x with two tiles per warp, where no four warps can share k in one wave.
 PAIRED_WAVES = GemvCut(2, 1, 6, 1, CROWD)
 
@@ -125,8 +129,8 @@ def crowded_cut(problem: Problem, most: int = CROWDS[-1]) -> GemvCut | None:
     """The launch for fast memory and few rows: as many warps along k as fit in one wave, in blocks of about 8 warps. Of
     rooms of up to `most` warps the one where a warp has the fewest chunks of k, the smallest if several have.
 
-    If not even two fit, integers of up to 4 bits have none, and others WAVES. None, too, if k has a single chunk. One
-    row of x with few bits or floats of 4 has paired_cut, if it can.
+    If not even two fit, more than 8 rows in panels have PANEL_WAVES, integers of up to 4 bits none, and others WAVES.
+    None, too, if k has a single chunk. One row of x with few bits or floats of 4 has paired_cut, if it can.
     """
     if paired := paired_cut(problem):
         return paired
@@ -134,6 +138,8 @@ def crowded_cut(problem: Problem, most: int = CROWDS[-1]) -> GemvCut | None:
     cuts = [cut for room in rooms for cut in cuts_of_room(problem, room)[:1]]
     if cuts:
         return min(cuts, key=lambda cut: -(-chunks // cut.k_warps))
+    if rooms and problem.panels and problem.m > FEW_ROWS:
+        return PANEL_WAVES if chunks >= PANEL_WAVES.k_warps else None
     return WAVES if rooms and chunks >= WAVES.k_warps and (problem.is_float or problem.bits > 4) else None
 
 
@@ -183,7 +189,9 @@ def prefers_panels(problem: Problem) -> bool:
     CPU."""
     if not 1 < problem.m <= panels.HEIGHTS[-1] or problem.k % CHUNK_K:
         return False
-    return problem.capability is None or (problem.fast_memory and crowded_cut(problem) is not None)
+    if problem.capability is None:
+        return True
+    return problem.fast_memory and crowded_cut(replace(problem, panels=True)) is not None
 
 
 def most_staged_bytes(capability: tuple[int, int] | None) -> int:
@@ -197,7 +205,7 @@ def run(call: PackedCall, problem: Problem, cut: GemvCut | None = None) -> Tenso
     """y of `call`, which problem.check has passed. ValueError if a tensor is not aligned to 16 bytes."""
     if cut is None:
         cut = (crowded_cut(problem) if problem.fast_memory else None) or choose_cut(problem)
-    if cut.room == ROOM:
+    if cut.room == ROOM and cut != PANEL_WAVES:
         call = replace(call, x=panels.rows_of(call.x))
     call = prepare(call, most_staged_bytes(problem.capability) * cut.cluster)
     y = call.empty()

@@ -11,8 +11,8 @@ from lowbit.quant.kernels.decode_attention import NewCall
 from lowbit.quant.kernels.packed import PackedWeight
 from lowbit.quant.kernels.problem import Deferred, NextNorm, PackedCall, Problem
 from lowbit.quant.kernels.wna16_gemm import reason_against
-from lowbit.quant.kernels.wna16_gemv import CROWD, GemvCut, crowded_cut, prefers_panels, run
-from tests.kernels.make import make_float, make_packed, make_x
+from lowbit.quant.kernels.wna16_gemv import CROWD, PANEL_WAVES, GemvCut, crowded_cut, prefers_panels, run
+from tests.kernels.make import assert_devices_agree, make_float, make_packed, make_x, on_cpu
 from tests.kernels.test_decode_attention import attention_of, make_append
 from tests.kernels.test_ops import make_rotary
 
@@ -58,6 +58,7 @@ def test_fast_memory_and_several_rows_prefer_panels() -> None:
     problem = Problem(8, 22016, 4096, 4, 128, torch.float16, "cuda", (9, 0), 132, fast_memory=True)
     assert prefers_panels(problem)
     assert prefers_panels(replace(problem, m=16))
+    assert prefers_panels(replace(problem, m=16, n=28672))
     assert "wna16_gemv is faster" in (reason_against(replace(problem, m=16, panels=True)) or "")
     for change in ({"m": 1}, {"m": 17}, {"fast_memory": False}, {"k": 4096 + 64}, {"m": 9, "bits": 8}):
         assert not prefers_panels(replace(problem, **change)), change
@@ -127,6 +128,20 @@ def assert_crowds_agree(weight: PackedWeight, dtype: torch.dtype) -> None:
             assert torch.equal(run(replace(call, x=panels.panels_of(x[:m])), problem, each), y)
             alone = PackedCall(x[m - 1 : m], weight)
             assert torch.equal(run(alone, alone.problem(), each), y[m - 1 :])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_two_tiles_a_warp_in_panels_give_the_bits_of_rows(dtype: torch.dtype, symmetric: bool) -> None:
+    """Of tiles without a neighbour, too, and of whole warps without a tile or a chunk."""
+    for n, k, group_size in ((16, 256, 128), (200, 1664, 128), (328, 1024, -1)):
+        weight = make_packed(n, k, 4, group_size, symmetric, dtype, "cuda")
+        for m in (9, 13, 16):
+            call = PackedCall(make_x(m, k, dtype, "cuda"), weight, dependent=True)
+            y = run(call, call.problem(), PANEL_WAVES)
+            assert torch.equal(run(replace(call, x=panels.panels_of(call.x)), call.problem(), PANEL_WAVES), y)
+            assert_devices_agree(y, ops.linear(on_cpu(call)))
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -18,6 +18,7 @@ from lowbit.quant.kernels.wna16_gemv import (
     CROWD,
     CROWDS,
     PAIRED_WAVES,
+    PANEL_WAVES,
     ROOM,
     WAVES,
     GemvCut,
@@ -73,6 +74,14 @@ def test_fast_memory_gets_as_many_warps_along_k_as_fit(n: int, k: int, warps: tu
     assert crowded_cut(problem) == (warps and GemvCut(1, *warps[:2], 1, warps[2]))
     assert crowded_cut(replace(problem, m=16)) == crowded_cut(problem, CROWD)
     assert crowded_cut(replace(problem, m=17)) is crowded_cut(replace(problem, m=9, group_size=64)) is None
+
+
+@pytest.mark.parametrize(("n", "k"), [(28672, 4096), (27648, 5120), (57344, 8192)])
+def test_wide_weights_and_more_than_8_rows_in_panels_have_two_tiles_a_warp(n: int, k: int) -> None:
+    problem = Problem(16, n, k, 4, 128, torch.float16, "cuda", (9, 0), 132, panels=True)
+    assert crowded_cut(problem) == PANEL_WAVES
+    for change in ({"panels": False}, {"k": 128}, {"bits": 8}, {"group_size": 64}, {"m": 17}):
+        assert crowded_cut(replace(problem, **change)) is None, change
 
 
 def test_more_waves_are_for_floats_and_more_bits_than_four() -> None:

@@ -1389,6 +1389,10 @@ cudaError_t launch_groups(const Wna16Args& args, const Wna16GemvLaunch& launch, 
     if (launch.room != 24) return cudaErrorInvalidValue;
     return launch_crowded<T, Number, kZeros, kGroups, 1, 24>(args, launch, stream);
   }
+  if constexpr (Number::kBits == 4 && !Number::kFloat && kGroups == 1) {
+    if (columns == 16 && launch.row_tiles == 2 && args.x_panel > 0)
+      return launch_shape<Shape<T, Number, kZeros, kGroups, 2, 2, 16, true>>(args, launch, stream);
+  }
   if constexpr (!Number::kStream) {
     if (columns <= 16 && launch.row_tiles == 2)
       return columns == 8 ? launch_shape<Shape<T, Number, kZeros, kGroups, 2, 1>>(args, launch, stream)
