@@ -56,6 +56,7 @@ OURS: dict[str, dict[str, Any]] = {
     "signround": {"method": "signround", "iters": 20} | W4,
     "signround-200": {"method": "signround", "iters": 200} | W4,
     "best": {"method": "best"} | W4,
+    "best-int4-g32": {"method": "best", "scheme": "int4-g32"},
     "best-codes": {"method": "best", "distill_codes": True} | W4,
     "best-from-gptq": {"method": "best", "first": "gptq"} | W4,
     "best-rotated": {"method": "best"} | ROTATED,

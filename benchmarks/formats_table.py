@@ -157,7 +157,9 @@ def random_model(directory: Path) -> Path:
     demo = open_source("demo")
     torch.manual_seed(0)
     sizes = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "initializer_range": 0.1}
-    model = LlamaForCausalLM(LlamaConfig(demo.vocabulary, num_hidden_layers=2, **sizes, tie_word_embeddings=True))
+    model = LlamaForCausalLM(
+        LlamaConfig(vocab_size=demo.vocabulary, num_hidden_layers=2, **sizes, tie_word_embeddings=True)
+    )
     model.to(torch.bfloat16).save_pretrained(directory)
     demo.tokenizer().save_pretrained(directory)
     return directory
