@@ -115,7 +115,8 @@ def test_floats_in_panels_give_the_bits_of_rows(scheme: str, dtype: torch.dtype)
 
 
 def assert_crowds_agree(weight: PackedWeight, dtype: torch.dtype) -> None:
-    """Of all rows that there is code for, in panels and in rows; and each row alone."""
+    """Of all rows that there is code for, in panels and in rows; and each row alone, except of FP4: one row
+    has a kernel form of its own."""
     x = make_x(16, 1024, dtype, "cuda")
     for m in (2, 7, 8, 9, 16):
         problem = PackedCall(x[:m], weight).problem()
@@ -126,6 +127,8 @@ def assert_crowds_agree(weight: PackedWeight, dtype: torch.dtype) -> None:
             call = PackedCall(x[:m], weight, dependent=True)
             y = run(call, problem, each)
             assert torch.equal(run(replace(call, x=panels.panels_of(x[:m])), problem, each), y)
+            if weight.is_float and weight.bits == 4:
+                continue
             alone = PackedCall(x[m - 1 : m], weight)
             assert torch.equal(run(alone, alone.problem(), each), y[m - 1 :])
 
