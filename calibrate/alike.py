@@ -5,7 +5,7 @@ Scales and codes belong to rows of weights, so rows of all experts stand one beh
 inputs: they have a first dimension more.
 """
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import TypeVar
 
 import torch
@@ -40,16 +40,35 @@ def in_batches(
 ) -> list[Result]:  # fmt: skip
     """The results of `work` for `items`, in their order. It takes items of one kind, as many at once as `most` says of
     the first."""
+    found: dict[int, Result] = {}
+    for places in batches(items, kind, most):
+        found |= zip(places, work([items[place] for place in places]), strict=True)
+    return [found[place] for place in range(len(items))]
+
+
+def batches(
+    items: Sequence[Item], kind: Callable[[Item], Hashable], most: Callable[[Item], int]
+) -> Iterator[list[int]]:
+    """The places of items of one kind, as many at once as `most` says of the first."""
     kinds: dict[Hashable, list[int]] = {}
     for place, item in enumerate(items):
         kinds.setdefault(kind(item), []).append(place)
-    found: dict[int, Result] = {}
     for places in kinds.values():
         size = most(items[places[0]])
         for first in range(0, len(places), size):
-            some = places[first : first + size]
-            found |= zip(some, work([items[place] for place in some]), strict=True)
-    return [found[place] for place in range(len(items))]
+            yield places[first : first + size]
+
+
+def alike(work: BlockWork, names: Sequence[str]) -> list[Names]:
+    """The linears `names`, those of experts together that have a role, shape and scheme in common, and enough
+    calibration tokens or not."""
+
+    def kind(name: str) -> Hashable:
+        known = work.energy(name) is not None
+        return expert_role(name), work.masters[name].shape, work.schemes[name], known, name in work.scarce
+
+    found = batches(names, kind, lambda name: most_at_once(work.masters[name]))
+    return [tuple(names[place] for place in places) for places in found]
 
 
 def most_at_once(weight: Tensor, linears: int = 1) -> int:

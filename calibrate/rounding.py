@@ -1,7 +1,7 @@
 """The rounders applied to a block: to nearest, by GPTQ, learned, or annealed."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lowbit.calibrate import ranks
-from lowbit.calibrate.alike import Names, Tensors, stacked, together
+from lowbit.calibrate.alike import Names, Tensors, alike, stacked, together
 from lowbit.calibrate.block import BlockWork
 from lowbit.calibrate.parts import BlockTask, Needs, Rounded, Rounder, setting
 from lowbit.models.states import States, batched
@@ -136,10 +136,7 @@ class SignRound(Rounder):
     def round(self, task: BlockTask) -> dict[str, Rounded]:
         """Round to the best iterate."""
         start = round_gptq(task, DAMPING) if self.first == "gptq" else round_nearest(task)
-        learned = {
-            name: LearnedWeight(each.weight, each.wanted, task.work.energy(name)) for name, each in start.items()
-        }
-        return descended(task, learned, self.iters, TRAVEL[self.first])
+        return descended(task, LearnedWeight, start, self.iters, TRAVEL[self.first])
 
 
 @dataclass(frozen=True)
@@ -165,24 +162,47 @@ class Annealed(Rounder):
 
     def round(self, task: BlockTask) -> dict[str, Rounded]:
         """Round to the best iterate."""
-        annealed = {
-            name: AnnealedWeight(each.weight, each.wanted, task.work.energy(name))
-            for name, each in round_gptq(task, DAMPING).items()
-        }
-        return descended(task, annealed, self.anneal_steps, self.anneal_travel)
+        start = round_gptq(task, DAMPING)
+        return descended(task, AnnealedWeight, start, self.anneal_steps, self.anneal_travel)
 
 
 ROUNDERS: dict[str, type[Rounder]] = {part.name: part for part in (Nearest, Gptq, SignRound, Annealed)}
 
 
 def descended(
-    task: BlockTask, weights: Mapping[str, LearnedWeight | AnnealedWeight], steps: int, travel: float
+    task: BlockTask,
+    kind: type[LearnedWeight] | type[AnnealedWeight],
+    start: Mapping[str, Rounded],
+    steps: int,
+    travel: float,
 ) -> dict[str, Rounded]:
-    """The best iterate of `steps` steps of the block's weights; arguments as in RoundingLearner."""
-    index = task.work.index
+    """The best iterate of `steps` steps of the block's weights from `start` on; `travel` as in RoundingLearner."""
+    work, index = task.work, task.work.index
     generator = torch.Generator().manual_seed(task.recipe.seed + index)
-    learner = RoundingLearner(task.work, weights, steps, travel, generator)
+    weights = {}
+    for names in alike(work, list(start)):
+        first, wanted = _joined([start[name].weight for name in names]), [start[name].wanted for name in names]
+        weights[names] = kind(first, _rows_of(wanted), _energies(work, names))
+    learner = RoundingLearner(work, weights, steps, travel, generator)
     return learner.learn(task.entering, [states.at(index) for states in task.targets])
+
+
+def _rows_of(tensors: Sequence[Tensor]) -> Tensor:
+    """The rows of all tensors, one behind the other; the only one itself."""
+    return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors))
+
+
+def _joined(weights: Sequence[QTensor]) -> QTensor:
+    """The rows of weights of one shape and scheme in one, which `QTensor.split` takes apart again."""
+    zeros = [weight.zeros for weight in weights if weight.zeros is not None]
+    codes, scales = ([getattr(weight, name) for weight in weights] for name in ("codes", "scales"))
+    return weights[0].iterate(_rows_of(scales), _rows_of(codes), _rows_of(zeros) if zeros else None)
+
+
+def _energies(work: BlockWork, names: Names) -> Tensor | None:
+    """The mean squares (e, k) of the inputs of each linear, or None if they are not known."""
+    energies = [energy for energy in map(work.energy, names) if energy is not None]
+    return stacked(energies).flatten(1) if energies else None
 
 
 def round_gptq(task: BlockTask, damping: float) -> dict[str, Rounded]:
@@ -255,13 +275,21 @@ def _rows(batches: list[States]) -> list[States]:
     return [row for batch in batches for row in batch.rows()]
 
 
+def _apart(weights: Mapping[Names, QTensor]) -> dict[str, QTensor]:
+    """The weight of every linear."""
+    found: dict[str, QTensor] = {}
+    for names, weight in weights.items():
+        found |= zip(names, weight.split(len(names)), strict=True)
+    return found
+
+
 class RoundingLearner:
-    """Learned rounding of a block."""
+    """Learned rounding of a block. A LearnedWeight has the linears of its names."""
 
     def __init__(
         self,
         work: BlockWork,
-        learned: Mapping[str, LearnedWeight | AnnealedWeight],
+        learned: Mapping[Names, LearnedWeight | AnnealedWeight],
         iters: int,
         travel: float,
         generator: torch.Generator,
@@ -285,7 +313,7 @@ class RoundingLearner:
         for step in range(self._iters + 1):
             tell(Part("learned rounding", step, self._iters))
             if step % look == 0 or step == self._iters:
-                self._work.use(weights)
+                self._work.use(_apart(weights))
                 loss = ranks.leaders_number(sum(float(self._loss(*pair)) for pair in held))
                 if loss < least or not best:
                     best, least = self._iterate(weights), loss
@@ -296,26 +324,37 @@ class RoundingLearner:
         self._work.use({name: each.weight for name, each in best.items()})
         return best
 
-    def _iterate(self, weights: dict[str, QTensor]) -> dict[str, Rounded]:
-        return {name: Rounded(weight, self._learned[name].shifted(weight)) for name, weight in weights.items()}
+    def _iterate(self, weights: dict[Names, QTensor]) -> dict[str, Rounded]:
+        wanted: dict[str, Tensor] = {}
+        for names, weight in weights.items():
+            wanted |= zip(names, self._learned[names].shifted(weight).chunk(len(names)), strict=True)
+        return {name: Rounded(weight, wanted[name]) for name, weight in _apart(weights).items()}
 
-    def _rounded(self) -> dict[str, QTensor]:
-        return {name: learned.rounded() for name, learned in self._learned.items()}
+    def _rounded(self) -> dict[Names, QTensor]:
+        return {names: learned.rounded() for names, learned in self._learned.items()}
 
     def _loss(self, x: States, y: States) -> Tensor:
         (out,) = self._work.run_quantized([x])
         return (out.hidden.float() - y.hidden.float()).square().mean()
 
-    def _step(self, weights: dict[str, QTensor], batches: Iterable[tuple[States, States]], done: float) -> None:
+    def _step(self, weights: dict[Names, QTensor], batches: Iterable[tuple[States, States]], done: float) -> None:
         rate = 2 * self._travel * (1 - done) / self._iters
-        moving = [name for name in weights if name not in self._work.scarce]
-        for name in moving:
-            self._work.weight(name).copy_(self._learned[name].computed(weights[name], done))
-        with self._work.gradients(moving) as gradients:
+        moving = [names for names in weights if names[0] not in self._work.scarce]
+        for names in moving:
+            computed = self._learned[names].computed(weights[names], done).chunk(len(names))
+            for name, values in zip(names, computed, strict=True):
+                self._work.weight(name).copy_(values)
+        with self._work.gradients(name for names in moving for name in names) as gradients:
             for x, y in ranks.mine(batches):
                 self._loss(x, y).backward()
-            for name, gradient in gradients():
-                self._learned[name].step(weights[name], gradient, rate, done)
+            found = dict(gradients())
+            for names in moving:
+                reached = [name for name in names if name in found]
+                if reached:
+                    # no token of this step reached the others: their gradient is 0, and they stay
+                    nothing = torch.zeros_like(found[reached[0]])
+                    gradient = _rows_of([found.get(name, nothing) for name in names])
+                    self._learned[names].step(weights[names], gradient, rate, done)
 
     def _minibatch(self, pairs: list[tuple[States, States]], size: int) -> Iterator[tuple[States, States]]:
         """Batches of `size` random sequences from `pairs`, with about STEP_TOKENS tokens in total."""

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from lowbit.quant import numerics
-from lowbit.quant.algos.learned import LIMITS, bounded, damped
+from lowbit.quant.algos.learned import LIMITS, bounded, by_linear, damped, linears_of
 from lowbit.quant.qtensor import QTensor
 
 SHARPNESS = (0.5, 100.0)  # a in the first and the last step
@@ -35,7 +35,7 @@ def sharpness(done: float) -> float:
 
 
 class AnnealedWeight:
-    """A weight (n, k) whose codes are annealed.
+    """A weight (n, k) whose codes are annealed, or those of several linears, whose rows stand one behind the other.
 
     positions    (n, k) float32  in units of the scales, within the grid
     multipliers  (n, g) float32  of the first scales
@@ -107,9 +107,10 @@ class AnnealedWeight:
         values, slope = self._soft_values(weight, sharpness(done))
         step = scheme.number.spacing(self.positions)
         gradient = gradient.float()
-        by_position = gradient.mul(slope).div_(scales * step * self._energy)
+        by_position = gradient.mul(slope).div_(by_linear(scales * step, self._energy))
+        count = linears_of(self._energy)
         by_scale = numerics.per_scale(numerics.grouped(values.mul_(gradient), scheme).sum(-1), scheme)
-        self.positions = self._inside(self.positions.sub_(bounded(by_position) * step, alpha=rate))
+        self.positions = self._inside(self.positions.sub_(bounded(by_position, count) * step, alpha=rate))
         if scheme.number.coarse:
             by_range = by_scale * weight.scales.float()
-            self.multipliers.sub_(bounded(by_range), alpha=rate * SCALE_SHARE).clamp_(*LIMITS)
+            self.multipliers.sub_(bounded(by_range, count), alpha=rate * SCALE_SHARE).clamp_(*LIMITS)

@@ -38,7 +38,7 @@ LIMITS = (0.5, 1.5)  # of multipliers
 
 
 class LearnedWeight:
-    """A weight (n, k) under learned rounding.
+    """A weight (n, k) under learned rounding, or those of several linears, whose rows stand one behind the other.
 
     offsets      (n, k) float32  added to w / scale before rounding, in steps of the grid
     multipliers  (n, g) float32  of the first scales
@@ -49,7 +49,7 @@ class LearnedWeight:
         start   the first iterate, whose zeros stay
         wanted  (n, k)  the weight that `start` rounds, in parts (numerics.in_parts): the weight itself, or one with
                 errors compensated (GPTQ)
-        energy  (k,) float32  mean square of each input; None if it is not known
+        energy  (k,) float32  mean square of each input, of several linears (e, k); None if it is not known
         """
         self._start, self._wanted = start, wanted
         self._energy = damped(torch.ones_like(wanted[0]) if energy is None else energy)
@@ -94,13 +94,14 @@ class LearnedWeight:
         free = (shifted - values).abs_() <= number.spacing(shifted) * (0.5 + 1e-4)
         # the slope over the curvature, both in steps: large steps of a float do not outweigh its small ones, nor large
         # inputs small ones
-        by_offset = gradient.mul(free).div_(scales * step * self._energy)
-        self.offsets.sub_(bounded(by_offset), alpha=rate).clamp_(-OFFSET_LIMIT, OFFSET_LIMIT)
+        by_offset = gradient.mul(free).div_(by_linear(scales * step, self._energy))
+        count = linears_of(self._energy)
+        self.offsets.sub_(bounded(by_offset, count), alpha=rate).clamp_(-OFFSET_LIMIT, OFFSET_LIMIT)
         if not scales_move(scheme):
             return
         by_scale = torch.where(free, values - plain, values).mul_(gradient)
         by_range = numerics.per_scale(numerics.grouped(by_scale, scheme).sum(-1), scheme) * weight.scales.float()
-        self.multipliers.sub_(bounded(by_range), alpha=rate).clamp_(*LIMITS)
+        self.multipliers.sub_(bounded(by_range, count), alpha=rate).clamp_(*LIMITS)
 
 
 def scales_move(scheme: Scheme) -> bool:
@@ -109,12 +110,24 @@ def scales_move(scheme: Scheme) -> bool:
     return (side.number.is_integer or side.number.coarse) and (side.scales is None or side.span > 0)
 
 
-def bounded(gradient: Tensor) -> Tensor:
-    """`gradient` over its mean magnitude, clamped to [-1, 1]; zeros stay zero."""
-    size = gradient.abs().mean().clamp(min=torch.finfo(torch.float32).tiny)
-    return (gradient / size).clamp_(-1, 1)
+def linears_of(energy: Tensor) -> int:
+    """The number of linears that have this `energy`, (k,) or (e, k)."""
+    return energy.numel() // energy.shape[-1]
+
+
+def by_linear(weights: Tensor, energy: Tensor) -> Tensor:
+    """`weights` (n, k) times the `energy` of each one's linear, in place."""
+    weights.view(linears_of(energy), -1, weights.shape[-1]).mul_(energy.view(-1, 1, energy.shape[-1]))
+    return weights
+
+
+def bounded(gradient: Tensor, linears: int = 1) -> Tensor:
+    """`gradient` over its mean magnitude in each of so many linears, clamped to [-1, 1]; zeros stay zero."""
+    parts = gradient.reshape(linears, -1)
+    size = parts.abs().mean(1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+    return (parts / size).clamp_(-1, 1).view_as(gradient)
 
 
 def damped(energy: Tensor) -> Tensor:
-    """The `energy` (k,) of inputs with a share of its mean added to each, so that none is 0."""
-    return energy + DAMPING * energy.mean().clamp(min=torch.finfo(torch.float32).tiny)
+    """The `energy` (k,) or (e, k) of inputs with a share of its mean added to each, so that none is 0."""
+    return energy + DAMPING * energy.mean(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)

@@ -118,3 +118,24 @@ def test_a_position_reaches_codes_beyond_its_neighbours():
     for _ in range(30):
         learned.step(learned.rounded(), torch.ones(4, 32), 0.1, 0.0)
     assert float((learned.rounded().values() - before).abs().max()) >= 2
+
+
+@pytest.mark.parametrize("kind", [LearnedWeight, AnnealedWeight])
+@pytest.mark.parametrize("scheme", [parse_scheme(name) for name in ("int3-g32", "uint4-g32", "nvfp4-a16")], ids=str)
+def test_linears_together_learn_what_each_learns_alone(kind, scheme):
+    torch.manual_seed(1)
+    w, gradient, energy = torch.randn(24, 64), torch.randn(24, 64), torch.rand(2, 64)
+    gradient[12:] *= 100  # each has a mean magnitude of its own
+    start, wanted = round_to_nearest(w, scheme, F32, 0.8), numerics.in_parts(w, scheme)[0]
+    both = kind(start, wanted, energy)
+    alone = [kind(*each) for each in zip(start.split(2), wanted.chunk(2), energy, strict=True)]
+    for done in (0.0, 0.5):
+        both.step(both.rounded(), gradient, 0.1, done)
+        for each, own in zip(alone, gradient.chunk(2), strict=True):
+            each.step(each.rounded(), own, 0.1, done)
+    found = both.rounded().split(2)
+    for weight, each in zip(found, alone, strict=True):
+        own = each.rounded()
+        assert torch.equal(weight.codes, own.codes)
+        torch.testing.assert_close(weight.scales, own.scales)
+        torch.testing.assert_close(weight.dequantize(), own.dequantize())
