@@ -84,9 +84,14 @@ def parts_of(layer: KVCache) -> list[Tensor]:
 
 def cache_nbytes(architecture: Architecture, batch: int, context: int, dtype: torch.dtype, number: CacheNumber) -> int:
     """The bytes that `make_cache` allocates."""
-    each = [sides_of(architecture, i) for i, layer in enumerate(architecture.layers) if layer.source is None]
-    per_token = sum(heads * number.head_nbytes(width, dtype) for heads, *widths in each for width in widths)
-    return batch * context * per_token
+    own = (index for index, layer in enumerate(architecture.layers) if layer.source is None)
+    return batch * context * sum(position_nbytes(architecture, index, dtype, number) for index in own)
+
+
+def position_nbytes(architecture: Architecture, index: int, dtype: torch.dtype, number: CacheNumber) -> int:
+    """The bytes of a position's keys and values that a layer reads."""
+    heads, *widths = sides_of(architecture, index)
+    return heads * sum(number.head_nbytes(width, dtype) for width in widths)
 
 
 def sides_of(architecture: Architecture, index: int) -> tuple[int, int, int]:

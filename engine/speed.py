@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from lowbit.engine.cache import Cache, cache_nbytes
+from lowbit.engine.cache import Cache, position_nbytes
 from lowbit.engine.engine import Engine
 from lowbit.engine.feed_forward import MixedForward
 from lowbit.engine.products import Hidden
@@ -196,9 +196,11 @@ def step_bytes(engine: Engine, batch: int, length: float, distinct: Mapping[int,
     """Bytes read by a step with `length` positions in the cache of each of `batch` sequences, which chooses so many
     experts in layers that have some."""
     weights, architecture = engine.decoder.weights, engine.decoder.architecture
-    per_layer = cache_nbytes(architecture, 1, 1, weights.dtype, weights.cache.number) / len(architecture.layers)
-    seen = sum(min(length, layer.window or length) for layer in architecture.layers)
-    return weights.step_nbytes(distinct) + batch * seen * per_layer
+    read = sum(
+        min(length, layer.window or length) * position_nbytes(architecture, index, weights.dtype, weights.cache.number)
+        for index, layer in enumerate(architecture.layers)
+    )
+    return weights.step_nbytes(distinct) + batch * read
 
 
 def memory_gib(engine: Engine, cache: Cache) -> float:

@@ -37,6 +37,19 @@ def test_bytes_of_a_step_are_weights_and_cache():
     assert step_bytes(make_engine("dense", int8=True), 1, 10, {}) == 2 * linears + head + 10 * 2 * 2 * (64 + 2)
 
 
+def test_layers_read_what_their_heads_and_windows_have():
+    """Layers that share keys and values each read them; memory is allocated once."""
+    narrow = replace(TINY.layers[0], window=4)
+    wide = replace(TINY.layers[0], head_dim=128, kv_heads=2)
+    shape = replace(TINY, layers=(narrow, wide, replace(wide, source=1)))
+    engine = Engine(Decoder(shape, random_weights(shape, "dense", torch.empty(0)), 64), None, Options(64))
+    weights = engine.decoder.weights.step_nbytes({})
+    assert step_bytes(engine, 1, 10, {}) - weights == 2 * 4 * (4 * 64 + 2 * 10 * 2 * 128)
+    cache = engine.spaces.make_cache(3, 10)
+    assert cache.nbytes == engine.spaces.cache_nbytes(3, 10) == 3 * 10 * 2 * 4 * (64 + 2 * 128)
+    assert cache.layers[2] is cache.layers[1]
+
+
 def test_a_speed_is_its_parts():
     speed = measure(make_engine("w4"), batch=2, prompt=8, output=4, read_gbs=10.0)
     row = speed.as_row()
