@@ -129,6 +129,7 @@ def _first_tokens(source: Source, pieces: int, seed: int) -> Tensor:
 def _together(source: Source, length: int, dtype: torch.dtype) -> int:
     """Pieces to write at a time, so that their keys and values take at most MOST_CACHE bytes."""
     config = source.config.get_text_config()
-    heads, size = (getattr(config, name, None) or 0 for name in ("num_key_value_heads", "head_dim"))
-    one = 2 * config.num_hidden_layers * (heads * size or config.hidden_size) * length * dtype.itemsize
+    heads, sizes = (source.of_layers(name) for name in ("num_key_value_heads", "head_dim"))
+    width = sum(count * size for count, size in zip(heads, sizes, strict=False))
+    one = 2 * (width or config.num_hidden_layers * config.hidden_size) * length * dtype.itemsize
     return max(1, min(MOST_CACHE // one, 1024))

@@ -77,6 +77,16 @@ class Source(Files):
         """Positions that the model supports, from config.json; None if unknown."""
         return getattr(self.config.get_text_config(), "max_position_embeddings", None)
 
+    def of_layers(self, name: str) -> list[int]:
+        """A number of the text part's configuration, for each layer, since some families' layers differ; empty if the
+        configuration has none."""
+        config = self.config.get_text_config()
+        layers = getattr(config, "num_hidden_layers", 1)
+        if name in (getattr(config, "per_layer_attributes", None) or ()):
+            return [getattr(config.per_layer_config[index], name) for index in range(layers)]
+        value = getattr(config, name, None)
+        return [value] * layers if isinstance(value, int) else []
+
     def require_known(self, ids: Tensor) -> None:
         """CheckpointError if a token id is outside the model's vocabulary."""
         wrong = ids[(ids < 0) | (ids >= self.vocabulary)]

@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from lowbit.arguments import typed
 from lowbit.calibrate.plan import unquantized_linears
@@ -10,7 +9,7 @@ from lowbit.export.checkpoint import verify_checksums
 from lowbit.export.formats import LogicalTensors
 from lowbit.export.inspection import Inspection, inspect_checkpoint
 from lowbit.models.skeleton import Skeleton, open_skeleton
-from lowbit.models.source import open_source
+from lowbit.models.source import Source, open_source
 
 
 @typed()
@@ -33,7 +32,7 @@ def inspect(
     source = open_source(str(checkpoint), trust_remote_code, revision)
     logical = LogicalTensors(source.checkpoint)
     skeleton = open_skeleton(source)
-    found = inspect_checkpoint(logical, _linears(skeleton, logical), _heads(source.config.get_text_config()))
+    found = inspect_checkpoint(logical, _linears(skeleton, logical), _heads(source))
     return replace(found, checked_files=_check(logical)) if check else found
 
 
@@ -47,13 +46,12 @@ def _linears(skeleton: Skeleton, logical: LogicalTensors) -> dict[str, int]:
     return sizes
 
 
-def _heads(config: Any) -> tuple[int, int] | None:
-    """(query heads, key and value heads) from the configuration, or None."""
-    queries = getattr(config, "num_attention_heads", None)
-    if not isinstance(queries, int):
+def _heads(source: Source) -> tuple[int, int] | None:
+    """(query heads, key and value heads) from the configuration, the fewest of any layer, or None."""
+    queries = source.of_layers("num_attention_heads")
+    if not queries:
         return None
-    values = getattr(config, "num_key_value_heads", None)
-    return queries, values if isinstance(values, int) else queries
+    return min(queries), min(source.of_layers("num_key_value_heads") or queries)
 
 
 def _check(logical: LogicalTensors) -> int:

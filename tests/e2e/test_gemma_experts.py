@@ -3,8 +3,10 @@
 import pytest
 import torch
 
+import lowbit
 from lowbit.errors import CheckpointError
 from lowbit.evaluation.backend import load_dense
+from lowbit.export.inspection import PARALLEL_SIZES
 from lowbit.models.routing import widened, widest
 from lowbit.models.skeleton import open_skeleton
 from lowbit.models.source import open_source
@@ -45,3 +47,18 @@ def test_more_experts_of_a_token_than_there_are_are_refused(tmp_path, width):
     changed_config(tmp_path, lambda config: config.update(top_k_experts=width))
     with pytest.raises(CheckpointError, match=rf"model.layers.0.router: {width} experts of a token, of 4"):
         open_skeleton(open_source(str(tmp_path)))
+
+
+def test_layers_whose_heads_differ_are_counted_one_by_one(tmp_path):
+    """A configuration with two sizes of heads has no one number of them: text of the model's own needs its memory, and
+    the engines' limits the fewest."""
+    sizes = {"global_head_dim": 32, "num_global_key_value_heads": 1, "attention_k_eq_v": True}
+    model = save(make_model("gemma4_moe", **sizes), tmp_path / "model")
+    source = open_source(str(model))
+    assert source.of_layers("head_dim") == [16, 32, 16, 32]
+    assert source.of_layers("num_key_value_heads") == [2, 1, 2, 1]
+    assert source.of_layers("num_attention_heads") == [4, 4, 4, 4]
+    assert source.of_layers("no_such_number") == []
+    settings = {"method": "gptq", "group_size": 32, "num_samples": 2, "own_samples": 2, "seqlen": 16, "eval_windows": 0}
+    lowbit.quantize(model, tmp_path / "out", **settings)
+    assert lowbit.inspect(tmp_path / "out").parallel.keys() == set(PARALLEL_SIZES)
