@@ -99,6 +99,18 @@ def test_every_code_with_every_scale_is_exact(scheme: str, dtype: torch.dtype, d
             assert torch.equal(wna16_gemv.run(call, call.problem()), dense[:, start : start + 8].T)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("scheme", ["mxfp4-a16", "nvfp4-a16"])
+@pytest.mark.parametrize("dtype", HALF)
+def test_every_code_with_every_scale_is_exact_in_one_row(scheme: str, dtype: torch.dtype) -> None:
+    weight = all_codes(scheme)
+    packed, dense = prepack(weight.to("cuda"), dtype), weight.dequantize().cuda()
+    for column, x in enumerate(torch.eye(weight.shape[1], dtype=dtype, device="cuda")):
+        call = PackedCall(x.unsqueeze(0), packed, float32_out=True)
+        for cut in (GemvCut(1, 1, 1, 1, CROWD), *(GemvCut(2, 1, 1, 1, room) for room in CROWDS)):
+            assert torch.equal(wna16_gemv.run(call, call.problem(), cut)[0], dense[:, column])
+
+
 def check(call: PackedCall, y: Tensor) -> None:
     """y of a plain product, under the house's gate."""
     dense = reference.dequantize_packed(call.weight)
