@@ -272,9 +272,10 @@ def up_cut(product: PackedCall, chosen: Chosen) -> GemvCut:
     sizes = (1, w.n * chosen.top, w.k, w.bits, w.group_size, product.x.dtype)
     problem = Problem(*sizes, *place_of(device), is_float=w.is_float)
     tiles, chunks = -(-problem.n // TILE_ROWS), -(-w.k // CHUNK_K)
-    crowded = wna16_gemv.crowded_cut(problem, CROWD) if problem.fast_memory else None
-    if crowded is not None or (problem.fast_memory and chunks >= WAVES.k_warps):
-        return crowded or WAVES
+    if problem.fast_memory:  # one tile a warp: the kernel has no code for two, as wna16_gemv has
+        crowded = [*wna16_gemv.cuts_of_room(problem, CROWD)[:1], *([WAVES] if chunks >= WAVES.k_warps else [])]
+        if crowded:
+            return crowded[0]
     k_warps = max(1, min(MAX_WARPS, chunks, ROOM * problem.processors // tiles))
     return GemvCut(1, {1: 4, 2: 2}.get(k_warps, 1), k_warps, 1)
 

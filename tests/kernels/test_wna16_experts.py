@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from lowbit.quant.kernels import ops
+from lowbit.quant.kernels import ops, wna16_experts
 from lowbit.quant.kernels.packed import dequantize_packed
 from lowbit.quant.kernels.pairs import Chosen, pairs_by_expert, products
-from lowbit.quant.kernels.problem import PART, Deferred
+from lowbit.quant.kernels.problem import PART, Deferred, PackedCall
 from lowbit.quant.kernels.wna16_experts import DownCall, Gate, UpCall, reference_down, reference_up
 from tests.kernels.make import assert_dependence_changes_nothing, make_float, make_packed, make_x, opcheck
 
@@ -128,6 +128,16 @@ def test_rows_of_down_that_do_not_fit_are_told() -> None:
         ops.experts_down(replace(call, residual=call.residual[:, :32]))
     with pytest.raises(ValueError, match="is for gate and up"):
         ops.experts_down(replace(call, weight=make_packed(COUNT * 64, 160, group_size=32, pair_block=64)))
+
+
+@pytest.mark.parametrize("scheme", ["mxfp4-a16", "nvfp4-a16", "int4-g32", "int8"])
+@pytest.mark.parametrize("n", [1536, 5760, 28672])
+def test_a_warp_has_one_tile(monkeypatch: pytest.MonkeyPatch, scheme: str, n: int) -> None:
+    """wna16_gemv's launches of one row may have two, for which the kernel of experts has no code."""
+    monkeypatch.setattr(wna16_experts, "place_of", lambda device: ("cuda", (9, 0), 132, True))
+    weight = replace(make_float(scheme, 96, 2880 // 128 * 128, torch.bfloat16, "cpu", 96), n=n)
+    chosen = make_chosen(1, 6, 4)
+    assert wna16_experts.up_cut(PackedCall(make_x(1, weight.k, torch.bfloat16, "cpu"), weight), chosen).row_tiles == 1
 
 
 def close(y: Tensor, wanted: Tensor) -> None:
